@@ -116,7 +116,9 @@ def mica_embedding(
 def _require_frozen(**operands: Tensor | None) -> None:
     for name, tensor in operands.items():
         if tensor is not None and tensor.requires_grad and torch.is_grad_enabled():
-            raise ValueError(f"{name} must be frozen in MiCA (requires_grad=False), but it requires a gradient.")
+            raise ValueError(
+                f"{name} must be frozen in MiCA (requires_grad=False), but it requires a gradient."
+            )
 
 
 # ---------------------------------------------------------------------------------------------------

@@ -86,7 +86,9 @@ def embedding(
     return h @ (lora_B * scaling).to(h.dtype).t()
 
 
-def grad_a_embedding(grad_output: Tensor, indices: Tensor, lora_B: Tensor, scaling: float, size: int) -> Tensor:
+def grad_a_embedding(
+    grad_output: Tensor, indices: Tensor, lora_B: Tensor, scaling: float, size: int
+) -> Tensor:
     """dA (r×size) of `embedding`: column j is the sum of g's rows whose index is j; g as in `grad_h`."""
     g = grad_h(grad_output, lora_B, scaling, torch.promote_types(grad_output.dtype, torch.float32))
     return g.new_zeros(g.shape[1], size).index_add(1, indices, g.t())

@@ -1,0 +1,83 @@
+"""The MiCA backend of PEFT. ``import mica.fast`` installs and enables it; nothing else has to change.
+
+    import mica.fast
+    from peft import LoraConfig, get_peft_model
+    model = get_peft_model(model, LoraConfig(init_lora_weights="mica", r=16, target_modules="all-linear"))
+
+Where the backend does not apply, PEFT's own code runs; ``mica.fast.explain(model)`` says where and why.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+from mica.fast import patching
+from mica.fast import settings as _settings
+from mica.fast.merging import MergeReport, merge_report
+from mica.fast.paths import Explanation, explain
+from mica.ops import call_counts
+
+__all__ = [
+    "Explanation",
+    "MergeReport",
+    "call_counts",
+    "disable",
+    "disabled",
+    "enable",
+    "explain",
+    "is_enabled",
+    "merge_report",
+    "uninstall",
+]
+
+
+def enable(*, compute_dtype: torch.dtype | None = None, on_unsuitable: str = "raise") -> None:
+    """Run MiCA adapters on this backend (done by the import; call it to change a setting).
+
+    Args:
+        compute_dtype: dtype of the low-rank products. None: that of the activations, so a bf16 model's
+            adapters compute in bf16 from their fp32 master weights. ``torch.float32``: stock PEFT's
+            arithmetic over a 16-bit base, still without its fp32 copy of the activations.
+        on_unsuitable: what `get_peft_model` does with a layer that MiCA cannot start from (NaN or Inf in
+            the weight, r > min(in_features, out_features)): "raise" an error that names it and leave the
+            model as it was, or "skip" it with a warning.
+
+    Raises:
+        ValueError: a value that is not one of these.
+    """
+    _settings.check(compute_dtype, on_unsuitable)
+    settings = _settings.settings
+    settings.compute_dtype, settings.on_unsuitable = compute_dtype, on_unsuitable
+    settings.enabled = patching.install()
+
+
+def disable() -> None:
+    """Run PEFT's own code, as if this package had not been imported; `enable` turns it on again."""
+    _settings.settings.enabled = False
+
+
+def is_enabled() -> bool:
+    return _settings.settings.enabled
+
+
+@contextmanager
+def disabled() -> Iterator[None]:
+    """PEFT's own code inside the ``with`` block; the settings are kept."""
+    before = _settings.settings.enabled
+    _settings.settings.enabled = False
+    try:
+        yield
+    finally:
+        _settings.settings.enabled = before
+
+
+def uninstall() -> None:
+    """Give PEFT all its functions back, the same objects: stock PEFT, bit for bit."""
+    _settings.settings.enabled = False
+    patching.uninstall()
+
+
+enable()

@@ -1,0 +1,330 @@
+"""How an adapter comes to be: PEFT's `mica_init` on the subspace solver, for a whole model at once.
+
+`get_peft_model` creates layer after layer. Each is checked as it is created (rank, dtype, finite weight),
+so that a hopeless configuration fails before any work; the solver then runs over all of them under one
+progress bar. If anything goes wrong the model is put back as it was: no layer stays half adapted.
+"""
+
+from __future__ import annotations
+
+import re
+import warnings
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from weakref import WeakKeyDictionary
+
+import torch
+from huggingface_hub.utils import are_progress_bars_disabled
+from peft.tuners import lora
+from peft.tuners.lora.variants import MiCAEmbeddingVariant, MiCALinearVariant
+from peft.utils.integrations import gather_params_ctx
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from mica.errors import UnsuitableLayerError
+from mica.fast.settings import settings
+from mica.subspace import minor_subspace
+
+_SOLVABLE = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+_VARIANTS = (MiCALinearVariant, MiCAEmbeddingVariant)
+
+
+@dataclass
+class _Entry:
+    """One target module on its way to an adapter: enough to finish it, and to take it back."""
+
+    key: str
+    parent: nn.Module
+    child_name: str
+    original: nn.Module
+    layer: nn.Module | None = None  # set once `mica_init` has asked for a basis
+
+    def undo(self, adapter_name: str) -> None:
+        if getattr(self.parent, self.child_name) is not self.original:
+            setattr(self.parent, self.child_name, self.original)
+        elif isinstance(self.original, lora.LoraLayer):
+            self.original.delete_adapter(adapter_name)
+
+
+@dataclass
+class _Injection:
+    entries: list[_Entry] = field(default_factory=list)
+    skipped: list[str] = field(default_factory=list)
+
+
+_injection: ContextVar[_Injection | None] = ContextVar("mica_injection", default=None)
+
+# (layer name, layer, adapter name) of adapters whose weights a file or another adapter will provide.
+Unfilled = list[tuple[str, nn.Module, str]]
+unfilled: ContextVar[Unfilled | None] = ContextVar("mica_unfilled", default=None)
+
+# The fp32 basis of adapters that PEFT has cast to a 16-bit base dtype and may yet cast back to fp32.
+_exact: WeakKeyDictionary[nn.Module, dict[str, Tensor]] = WeakKeyDictionary()
+
+
+def is_mica(init_lora_weights) -> bool:
+    return isinstance(init_lora_weights, str) and init_lora_weights.lower() == "mica"
+
+
+def resolve_lora_variant(stock):
+    def resolve_lora_variant(self, *, config, **kwargs):
+        """Any spelling of "mica" is MiCA. Stock initialises for "MICA" too but then trains B, silently."""
+        if settings.enabled and is_mica(config.init_lora_weights):
+            config.init_lora_weights = "mica"  # in the saved configuration too, for whoever loads it
+        return stock(self, config=config, **kwargs)
+
+    return resolve_lora_variant
+
+
+# ---------------------------------------------------------------------------------------------------
+# one layer
+# ---------------------------------------------------------------------------------------------------
+
+
+def _weights(layer, adapter_name: str) -> tuple[Tensor, Tensor]:
+    if isinstance(layer, lora.Embedding):
+        return layer.lora_embedding_A[adapter_name], layer.lora_embedding_B[adapter_name]
+    return layer.lora_A[adapter_name].weight, layer.lora_B[adapter_name].weight
+
+
+def _effective_weight(layer) -> Tensor:
+    """The weight as (out_features, in_features); an embedding's is (embedding_dim, num_embeddings)."""
+    weight = layer.get_base_layer().weight.detach()
+    return weight.t() if isinstance(layer, lora.Embedding) or layer.fan_in_fan_out else weight
+
+
+def _check(layer, adapter_name: str, name: str) -> None:
+    weight, rank = _effective_weight(layer), layer.r[adapter_name]
+    if weight.dtype not in _SOLVABLE:
+        raise TypeError(
+            f"Please initialize MiCA under float32, float16, bfloat16 or float64: {name} has a weight of "
+            f"dtype {weight.dtype}."
+        )
+    if rank > min(weight.shape):
+        sides = (
+            "num_embeddings, embedding_dim"
+            if isinstance(layer, lora.Embedding)
+            else "in_features, out_features"
+        )
+        raise UnsuitableLayerError(
+            f"MiCA requires `r` <= min({sides}) but got r={rank} for {name} with weight shape "
+            f"{tuple(layer.get_base_layer().weight.shape)} (max usable r is {min(weight.shape)})."
+        )
+    if not torch.isfinite(weight).all():
+        broken = int((~torch.isfinite(weight)).sum())
+        raise UnsuitableLayerError(
+            f"MiCA requires finite weights, but {name} has {broken} NaN or Inf of {weight.numel()}."
+        )
+
+
+@torch.no_grad()
+def _fill(layer, adapter_name: str, name: str) -> None:
+    """A = 0 and B = the minor subspace, in the dtypes that the adapter has now."""
+    lora_A, lora_B = _weights(layer, adapter_name)
+    base_layer = layer.get_base_layer()
+    with gather_params_ctx(base_layer.weight):  # DeepSpeed ZeRO-3
+        try:
+            basis = minor_subspace(_effective_weight(layer), layer.r[adapter_name]).basis
+        except ValueError as error:
+            raise UnsuitableLayerError(f"MiCA cannot be initialised from {name}: {error}") from error
+    lora_A.data = lora_A.data.new_zeros(lora_A.shape)
+    lora_B.data = basis.to(device=lora_B.device, dtype=lora_B.dtype)
+    if lora_B.dtype in (torch.bfloat16, torch.float16):
+        _exact.setdefault(layer, {})[adapter_name] = basis
+
+
+def mica_init(stock):
+    def mica_init(self, adapter_name: str) -> None:
+        lora_A, lora_B = _weights(self, adapter_name)
+        weight = getattr(self.get_base_layer(), "weight", None)
+        covered = (
+            type(self) in (lora.Linear, lora.Embedding) and isinstance(weight, Tensor) and not weight.is_meta
+        )
+        if not settings.enabled or lora_B.is_meta or not covered:
+            return stock(self, adapter_name)
+        injection = _injection.get()
+        entry = injection.entries[-1] if injection is not None and injection.entries else None
+        name = f"layer {entry.key!r}" if entry else f"this {type(self.get_base_layer()).__name__} layer"
+        empty = {"device": weight.device, "dtype": weight.dtype if weight.is_floating_point() else None}
+        lora_A.data = torch.zeros(lora_A.shape, **empty)
+        if unfilled.get() is not None:
+            lora_B.data = torch.zeros(lora_B.shape, **empty)
+            unfilled.get().append((entry.key if entry else "", self, adapter_name))
+            return None
+        _check(self, adapter_name, name)
+        if entry:
+            entry.layer = self  # solved with all the others, at the end of the injection
+        else:
+            lora_B.data = lora_B.data.to(**empty)
+            _fill(self, adapter_name, name)
+        return None
+
+    return mica_init
+
+
+# ---------------------------------------------------------------------------------------------------
+# a whole model
+# ---------------------------------------------------------------------------------------------------
+
+
+def create_and_replace(stock):
+    def _create_and_replace(
+        self, lora_config, adapter_name, target, target_name, parent, current_key, **kwargs
+    ):
+        injection = _injection.get()
+        if injection is not None:
+            injection.entries.append(_Entry(current_key, parent, target_name, target))
+        try:
+            return stock(self, lora_config, adapter_name, target, target_name, parent, current_key, **kwargs)
+        except UnsuitableLayerError as error:
+            if injection is None or settings.on_unsuitable != "skip":
+                raise
+            injection.entries.pop().undo(adapter_name)
+            injection.skipped.append(current_key)
+            warnings.warn(
+                f"{error} The layer is left without an adapter (on_unsuitable='skip').", stacklevel=2
+            )
+            return None
+
+    return _create_and_replace
+
+
+def inject_adapter(stock):
+    def inject_adapter(self, model: nn.Module, adapter_name: str, *args, **kwargs) -> None:
+        config = self.peft_config[adapter_name]
+        if not settings.enabled or not is_mica(getattr(config, "init_lora_weights", None)):
+            return stock(self, model, adapter_name, *args, **kwargs)
+        injection = _Injection()
+        trainable = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+        targeted = list(self.targeted_module_names)
+        token = _injection.set(injection)
+        try:
+            stock(self, model, adapter_name, *args, **kwargs)
+            if injection.skipped and not injection.entries:
+                raise UnsuitableLayerError(
+                    f"none of the {len(injection.skipped)} target modules is suitable for MiCA with "
+                    f"r={config.r}; the warnings above name them."
+                )
+            _solve(injection, adapter_name)
+        except BaseException:
+            for entry in reversed(injection.entries):
+                entry.undo(adapter_name)
+            for parameter, requires_grad in trainable:
+                parameter.requires_grad_(requires_grad)
+            self.targeted_module_names = targeted
+            raise
+        finally:
+            _injection.reset(token)
+        if injection.skipped:
+            skipped = set(injection.skipped)
+            self.targeted_module_names = [name for name in self.targeted_module_names if name not in skipped]
+            _exclude(config, injection.skipped)
+        return None
+
+    return inject_adapter
+
+
+def _solve(injection: _Injection, adapter_name: str) -> None:
+    pending = [entry for entry in injection.entries if entry.layer is not None]
+    bar = tqdm(
+        pending,
+        desc="MiCA initialisation",
+        unit="layer",
+        delay=2,
+        leave=False,
+        disable=are_progress_bars_disabled() or None,
+    )
+    for entry in bar:
+        _fill(entry.layer, adapter_name, f"layer {entry.key!r}")
+
+
+def _exclude(config, names: list[str]) -> None:
+    """So that the saved adapter matches the layers that have one, for stock PEFT too."""
+    if isinstance(config.exclude_modules, str):
+        config.exclude_modules = f"({config.exclude_modules})|" + "|".join(re.escape(name) for name in names)
+    else:
+        config.exclude_modules = {*(config.exclude_modules or ()), *names}
+
+
+def cast_adapter_dtype(stock):
+    def cast_adapter_dtype(model: nn.Module, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
+        """PEFT's cast to fp32, then what it loses: the exact basis, and an embedding's frozen B."""
+        if not settings.enabled:
+            return stock(model, adapter_name, autocast_adapter_dtype)
+        layers = [
+            layer
+            for layer in model.modules()
+            if isinstance(layer, lora.LoraLayer)
+            and isinstance(layer.lora_variant.get(adapter_name), _VARIANTS)
+        ]
+        trainable = [[weight.requires_grad for weight in _weights(layer, adapter_name)] for layer in layers]
+        stock(model, adapter_name, autocast_adapter_dtype)
+        for layer, flags in zip(layers, trainable, strict=True):
+            weights = _weights(layer, adapter_name)
+            for weight, requires_grad in zip(weights, flags, strict=True):
+                weight.requires_grad_(requires_grad)
+            layer._freeze_non_trainable_peft_weights(adapter_name)
+            _restore_exact(layer, adapter_name, weights[1])
+        return None
+
+    return cast_adapter_dtype
+
+
+def _restore_exact(layer, adapter_name: str, lora_B: Tensor) -> None:
+    basis = _exact.get(layer, {}).pop(adapter_name, None)
+    if basis is None or lora_B.dtype != torch.float32 or basis.shape != lora_B.shape:
+        return
+    basis = basis.to(lora_B.device)
+    rounded = (basis.to(dtype).float() for dtype in (torch.bfloat16, torch.float16))
+    if any(torch.equal(lora_B, candidate) for candidate in rounded):  # else somebody has set another B
+        lora_B.data = basis
+
+
+# ---------------------------------------------------------------------------------------------------
+# loading: the weights come from elsewhere, so no solver runs
+# ---------------------------------------------------------------------------------------------------
+
+
+def load_adapter(stock):
+    def load_adapter(self, *args, **kwargs):
+        if not settings.enabled:
+            return stock(self, *args, **kwargs)
+        waiting = unfilled.get()
+        token = None
+        if waiting is None:
+            waiting = []
+            token = unfilled.set(waiting)
+        try:
+            result = stock(self, *args, **kwargs)
+        finally:
+            if token is not None:
+                unfilled.reset(token)
+        _fill_missing(waiting, getattr(result, "missing_keys", ()))
+        return result
+
+    return load_adapter
+
+
+def _fill_missing(waiting: Unfilled, missing_keys) -> None:
+    """A checkpoint without this layer's B (PEFT has warned): it gets the basis it would have had."""
+    for key, layer, adapter_name in waiting:
+        names = (f"{key}.lora_B.{adapter_name}", f"{key}.lora_embedding_B.{adapter_name}")
+        if any(name in missing for missing in missing_keys for name in names):
+            _check(layer, adapter_name, f"layer {key!r}")
+            _fill(layer, adapter_name, f"layer {key!r}")
+    waiting.clear()
+
+
+def without_solver(stock):
+    """For `from_pretrained` (its `load_adapter` completes it) and `add_weighted_adapter`."""
+
+    def wrapper(*args, **kwargs):
+        if not settings.enabled:
+            return stock(*args, **kwargs)
+        token = unfilled.set([])
+        try:
+            return stock(*args, **kwargs)
+        finally:
+            unfilled.reset(token)
+
+    return wrapper

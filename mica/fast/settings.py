@@ -1,0 +1,34 @@
+"""What the user may set, in one object that every patched function reads.
+
+A module-global object whose fields change, not methods that are swapped: torch.compile guards on the
+fields, and a layer that kept an old bound method (accelerate's hooks do) follows them too.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+ON_UNSUITABLE = ("raise", "skip")
+COMPUTE_DTYPES = (None, torch.float32)
+
+
+@dataclass
+class Settings:
+    enabled: bool = False
+    compute_dtype: torch.dtype | None = None
+    on_unsuitable: str = "raise"
+
+
+settings = Settings()
+
+
+def check(compute_dtype: torch.dtype | None, on_unsuitable: str) -> None:
+    if compute_dtype not in COMPUTE_DTYPES:
+        raise ValueError(
+            "compute_dtype must be None (adapters compute in the dtype of the activations) or torch.float32 "
+            f"(stock PEFT's arithmetic), but it is {compute_dtype!r}."
+        )
+    if on_unsuitable not in ON_UNSUITABLE:
+        raise ValueError(f"on_unsuitable must be one of {ON_UNSUITABLE}, but it is {on_unsuitable!r}.")

@@ -1,0 +1,21 @@
+"""For every test: `torch.empty` holds NaN, so that a result that was never written is seen."""
+
+import os
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing may be fetched, not even by mistake
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import pytest
+import torch
+
+import mica.fast
+
+
+@pytest.fixture(autouse=True)
+def _poisoned_memory_and_fresh_settings():
+    torch.use_deterministic_algorithms(True)  # with fill_uninitialized_memory: NaN in every torch.empty
+    torch.manual_seed(0)
+    mica.fast.enable()
+    yield
+    mica.fast.enable()
+    torch.use_deterministic_algorithms(False)

@@ -1,0 +1,57 @@
+"""The fp64 oracle: a dense weight W + s·B·A and autograd, sharing no formula with `mica.reference`."""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+
+
+@dataclass
+class Problem:
+    """Operands of one MiCA layer; every matrix is a strided view into a buffer full of NaN."""
+
+    x: torch.Tensor
+    weight: torch.Tensor
+    lora_A: torch.Tensor
+    lora_B: torch.Tensor
+    bias: torch.Tensor | None
+    grad_output: torch.Tensor
+    scaling: float
+
+
+def padded(*shape: int, dtype: torch.dtype, scale: float = 1.0) -> torch.Tensor:
+    """A random matrix whose rows lie in a wider buffer, with NaN between and around them."""
+    buffer = torch.full((*shape[:-1], shape[-1] + 3), float("nan"), dtype=dtype)
+    buffer[..., 1:-2] = (torch.randn(shape) * scale).to(dtype)
+    return buffer[..., 1:-2]
+
+
+def problem(
+    tokens: tuple[int, ...],
+    in_features: int,
+    out_features: int,
+    rank: int,
+    dtype: torch.dtype,
+    adapter_dtype: torch.dtype | None = None,
+    bias: bool = True,
+    scaling: float = 0.75,
+) -> Problem:
+    adapter_dtype = adapter_dtype or dtype
+    return Problem(
+        x=padded(*tokens, in_features, dtype=dtype),
+        weight=padded(out_features, in_features, dtype=dtype, scale=in_features**-0.5),
+        lora_A=padded(rank, in_features, dtype=adapter_dtype, scale=in_features**-0.5),
+        lora_B=padded(out_features, rank, dtype=adapter_dtype, scale=rank**-0.5),
+        bias=torch.randn(out_features).to(dtype) if bias else None,
+        grad_output=padded(*tokens, out_features, dtype=dtype),
+        scaling=scaling,
+    )
+
+
+def solve(p: Problem) -> dict[str, torch.Tensor]:
+    """y, dx and dA in fp64, from the operands as they are stored."""
+    x, lora_A = (t.detach().double().requires_grad_() for t in (p.x, p.lora_A))
+    dense = p.weight.double() + p.scaling * (p.lora_B.double() @ lora_A)
+    y = F.linear(x, dense, None if p.bias is None else p.bias.double())
+    grad_x, grad_A = torch.autograd.grad(y, (x, lora_A), p.grad_output.double())
+    return {"y": y.detach(), "grad_x": grad_x, "grad_A": grad_A}
