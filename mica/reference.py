@@ -68,7 +68,7 @@ def grad_x(grad_output: Tensor, weight: Tensor, g: Tensor, lora_A: Tensor) -> Te
     dx = grad_output @ weight
     if dx.dtype == g.dtype:
         return dx.addmm_(g, lora_A.to(g.dtype))
-    return torch.addmm(dx.to(g.dtype), g, lora_A.to(g.dtype)).to(dx.dtype)
+    return dx.add_((g @ lora_A.to(g.dtype)).to(dx.dtype))  # where autograd would round and add in stock PEFT
 
 
 def embedding(

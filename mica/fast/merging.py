@@ -209,8 +209,8 @@ def _unmerge_from(layer, adapter: str, weight: Tensor, undo: _Undo | None) -> No
         exact = torch.equal(_fingerprint(weight), undo.original_rows.to(weight.device))
     if undo is not None and not exact:
         warnings.warn(
-            f"adapter {adapter!r} was unmerged by subtracting its update in fp32, not to the exact base weight, "
-            "because the weight was edited, cast or moved to another device while it was merged.",
+            f"adapter {adapter!r} was unmerged by subtracting its update in fp32, not to the exact base "
+            "weight, because the weight was edited, cast or moved to another device while it was merged.",
             stacklevel=4,
         )
 

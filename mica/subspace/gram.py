@@ -24,7 +24,7 @@ def row_blocks(tall: torch.Tensor) -> Iterator[tuple[slice, torch.Tensor]]:
 
 
 def gram(tall: torch.Tensor) -> torch.Tensor:
-    """C = tallᵀ tall, (short, short) fp64, exactly symmetric.
+    """C = tallᵀ tall, (short, short) fp64, symmetric to rounding.
 
     Only the block lower triangle is computed, in panels of a quarter of the columns:
     0.23 against 0.33 s for 576 x 49152, 138 against 195 ms for 2048 x 2048 (2 threads).
@@ -36,7 +36,10 @@ def gram(tall: torch.Tensor) -> torch.Tensor:
         for start in range(0, short_features, panel):
             columns = slice(start, start + panel)
             total[start:, columns].addmm_(block[:, start:].T, block[:, columns])
-    return total.tril() + total.tril(-1).T
+    for start in range(panel, short_features, panel):
+        columns = slice(start - panel, start)
+        total[columns, start:] = total[start:, columns].T
+    return total
 
 
 def image(tall: torch.Tensor, short_vectors: torch.Tensor) -> torch.Tensor:

@@ -120,11 +120,18 @@ def test_embedding_shapes_are_checked():
 def test_opcheck_linear(dtype, adapter_dtype, compute_dtype, bias):
     p = problem((2, 3), 5, 7, 2, dtype, adapter_dtype, bias)
     x, lora_A = p.x.detach().requires_grad_(), p.lora_A.detach().requires_grad_()
-    opcheck(
-        torch.ops.mica.linear.default, (x, p.weight, lora_A, p.lora_B, p.scaling, p.bias, compute_dtype)
-    )
+    opcheck(torch.ops.mica.linear.default, (x, p.weight, lora_A, p.lora_B, p.scaling, p.bias, compute_dtype))
     for mask in ([True, True], [True, False], [False, True]):
-        arguments = (p.grad_output, p.x, p.weight, p.lora_A, p.lora_B, p.scaling, compute_dtype or dtype, mask)
+        arguments = (
+            p.grad_output,
+            p.x,
+            p.weight,
+            p.lora_A,
+            p.lora_B,
+            p.scaling,
+            compute_dtype or dtype,
+            mask,
+        )
         opcheck(torch.ops.mica.linear_backward.default, arguments)
 
 
@@ -190,7 +197,9 @@ def test_function_transforms():
     assert error(torch.func.grad(loss)(p.lora_A), solve(p)["grad_A"]) <= RELATIVE[torch.float64]
     batch = torch.stack([p.x, 2 * p.x])
     mapped = torch.func.vmap(lambda x: mica_linear(x, p.weight, p.lora_A, p.lora_B, p.scaling))(batch)
-    assert error(mapped, mica_linear(batch, p.weight, p.lora_A, p.lora_B, p.scaling)) <= RELATIVE[torch.float64]
+    assert (
+        error(mapped, mica_linear(batch, p.weight, p.lora_A, p.lora_B, p.scaling)) <= RELATIVE[torch.float64]
+    )
 
 
 @pytest.mark.parametrize("autocast_dtype", [torch.bfloat16, torch.float16])

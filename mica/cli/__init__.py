@@ -1,0 +1,46 @@
+"""The ``mica`` command: ``mica COMMAND --help`` explains each one.
+
+A command is a module with ``add_parser(subparsers)``, which declares its arguments, and
+``run(args) -> int``, which returns the exit status. Modules import torch and transformers inside
+``run`` only, so that ``--help`` and a mistyped argument answer at once.
+"""
+
+import argparse
+import sys
+
+from mica.cli import adapt
+from mica.errors import UnsuitableLayerError, UsageError
+
+_COMMANDS = (adapt,)
+
+
+class _Parser(argparse.ArgumentParser):
+    """argparse, but an error is one line on stderr: no usage text in front of it."""
+
+    def error(self, message):
+        self.exit(2, f"{self.prog}: error: {message}\n")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(prog="mica", description="Minor Component Adaptation (MiCA) from the command line.")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    for command in _COMMANDS:
+        command.add_parser(commands)
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run ``mica`` on ``argv`` (default: ``sys.argv[1:]``) and return its exit status.
+
+    0 on success, 2 on bad input (one line on stderr). Anything else is a bug and keeps its traceback.
+    """
+    try:
+        args = _parser().parse_args(argv)
+    except SystemExit as stop:  # argparse: --help (0) or an error (2)
+        return stop.code
+    try:
+        return args.run(args)
+    except (UsageError, UnsuitableLayerError) as error:
+        line = " ".join(str(error).split())  # libraries' messages may span several lines
+        print(f"mica {args.command}: error: {line}", file=sys.stderr)
+        return 2

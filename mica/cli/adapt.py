@@ -1,0 +1,231 @@
+"""``mica adapt``: continued pretraining of a causal language model on plain text with MiCA."""
+
+import argparse
+import importlib.util
+import json
+import math
+import time
+import warnings
+from pathlib import Path
+
+from mica.errors import UsageError
+
+MAX_HELD_OUT_BLOCKS = 32  # enough for a perplexity to two digits, a few seconds of work for a small model
+
+
+def _number(kind: type, low: float, high: float = math.inf, *, low_allowed: bool = False):
+    """An argparse type: a number of ``kind`` above ``low`` (or at it) and below ``high``."""
+
+    def parse(text: str):
+        try:
+            value = kind(text)
+        except ValueError:
+            value = math.nan
+        if low < value < high or (low_allowed and value == low):
+            return value
+        bounds = f"{'at least' if low_allowed else 'above'} {low}"
+        bounds += f" and below {high}" if high < math.inf else ""
+        noun = "a whole number" if kind is int else "a number"
+        raise argparse.ArgumentTypeError(f"must be {noun} {bounds}, not '{text}'")
+
+    return parse
+
+
+def add_parser(commands) -> None:
+    """Declare ``mica adapt`` on an argparse subparsers object."""
+    parser = commands.add_parser(
+        "adapt",
+        help="continued pretraining on text files with MiCA",
+        description="Continued pretraining of a causal language model on UTF-8 text files with MiCA. "
+        "Writes the adapter, its tokenizer and summary.json; reports held-out perplexity before and after.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        allow_abbrev=False,
+    )
+    count = _number(int, 1, low_allowed=True)
+    add = parser.add_argument
+    add("--model", required=True, help="Hub id, checkpoint folder or GGUF file")
+    add("--text", required=True, nargs="+", type=Path, metavar="FILE", help="UTF-8 text files to learn from")
+    add("--output", required=True, type=Path, metavar="DIR", help="folder for the adapter, made if needed")
+    add("--rank", type=count, default=16, help="rank of the adapter")
+    add("--alpha", type=count, help="lora_alpha; None: the rank, a scaling of 1")
+    add(
+        "--target-modules",
+        default="all-linear",
+        metavar="NAMES",
+        help="layers to adapt: all-linear (all but the output layer) or names, like q_proj,v_proj",
+    )
+    add("--steps", type=count, default=100, help="optimiser steps")
+    add("--sequence-length", type=_number(int, 2, low_allowed=True), default=512, help="tokens in a block")
+    add("--batch-size", type=count, default=2, help="blocks a step")
+    add("--learning-rate", type=_number(float, 0), default=1e-3, help="peak learning rate of AdamW")
+    add(
+        "--warmup-ratio",
+        type=_number(float, 0, 1, low_allowed=True),
+        default=0.05,
+        help="share of the steps in which the learning rate rises to its peak",
+    )
+    add(
+        "--dtype",
+        choices=("auto", "float32", "bfloat16", "float16"),
+        default="auto",
+        help="dtype of the frozen weights; auto: that of the checkpoint, float32 for GGUF. The adapter is "
+        "always trained in float32",
+    )
+    add(
+        "--held-out",
+        type=_number(float, 0, 1),
+        default=0.1,
+        metavar="FRACTION",
+        help="share at the end of every file that is never trained on; the perplexity is measured on up to "
+        f"{MAX_HELD_OUT_BLOCKS} blocks of it",
+    )
+    add("--gradient-checkpointing", action="store_true", help="recompute activations: less memory, slower")
+    seed = _number(int, 0, 2**32, low_allowed=True)
+    add("--seed", type=seed, default=0, help="fixes the order of the training blocks")
+    add("--merge", action="store_true", help="also write the model with the adapter merged to OUTPUT/merged")
+    add("--trust-remote-code", action="store_true", help="run Python code that comes with the model")
+    parser.set_defaults(run=run)
+
+
+def _add_adapter(model, args):
+    """Return the PEFT model. Raises UsageError if --target-modules names no layer that can be adapted."""
+    from peft import LoraConfig, get_peft_model
+    from peft.utils import NoMatchingPeftModuleError
+
+    names = args.target_modules
+    targets = names if names == "all-linear" else [name.strip() for name in names.split(",") if name.strip()]
+    config = LoraConfig(
+        init_lora_weights="mica",
+        r=args.rank,
+        lora_alpha=args.alpha or args.rank,
+        target_modules=targets,
+        task_type="CAUSAL_LM",
+    )
+    try:
+        model = get_peft_model(model, config)
+    except NoMatchingPeftModuleError as error:
+        raise UsageError(f"--target-modules {names}: no layer of the model has such a name") from error
+    except ValueError as error:
+        if str(error).startswith("Target module"):  # "... is not supported": a norm, an activation
+            raise UsageError(f"--target-modules {names}: {error}") from error
+        raise
+    if targets != "all-linear":  # PEFT only complains if none of the names is found
+        found = model.base_model.targeted_module_names
+        for target in targets:
+            if not any(name == target or name.endswith(f".{target}") for name in found):
+                raise UsageError(f"--target-modules {names}: no layer of the model is called '{target}'")
+    return model
+
+
+def _tokenize(tokenizer, texts: list[str]) -> list[list[int]]:
+    """Token ids of each text, without special tokens: blocks start anywhere, so none would be right."""
+    return [tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"] for text in texts]
+
+
+def _save_merged(model, tokenizer, folder: Path):
+    """Merge the adapter into the weights, write the plain model to ``folder``, return the merge report."""
+    import mica.fast
+
+    merged = model.merge_and_unload(safe_merge=True)
+    merged.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return mica.fast.merge_report(merged)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Run the command: cheap checks first, nothing on disk before the training has succeeded."""
+    if importlib.util.find_spec("accelerate") is None:
+        raise UsageError("training needs accelerate: pip install 'mica-fast[cli]'")
+    from mica.cli.text import pack, read_texts, spread
+
+    texts = read_texts(args.text)
+
+    import huggingface_hub
+    import torch
+    import transformers
+
+    import mica.fast
+    from mica.cli.evaluate import perplexity
+    from mica.cli.loading import check_limits, check_output, find_source, load_model, load_tokenizer
+    from mica.cli.summary import as_text, peak_memory
+    from mica.cli.train import train
+
+    # The Hub client's retries and advice to programmers would hide the one line that an error is.
+    transformers.logging.set_verbosity_error()
+    huggingface_hub.logging.set_verbosity_error()
+    warnings.simplefilter("ignore", FutureWarning)
+
+    source = find_source(args.model, args.trust_remote_code)
+    check_output(args.output, source)
+    tokenizer = load_tokenizer(source)
+    blocks = pack(_tokenize(tokenizer, texts), args.sequence_length, args.held_out, tokenizer.eos_token_id)
+    held_out = spread(blocks.held_out, MAX_HELD_OUT_BLOCKS)
+
+    model = load_model(source, args.dtype)
+    largest_token_id = max(int(blocks.train.max()), int(blocks.held_out.max()))
+    check_limits(source, model, args.sequence_length, largest_token_id)
+    dtype, device = model.dtype, model.device
+
+    start = time.perf_counter()
+    model = _add_adapter(model, args)
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    initialisation_seconds = time.perf_counter() - start
+
+    before = perplexity(model, held_out, args.batch_size, "Perplexity before")
+    training = train(
+        model,
+        blocks.train,
+        steps=args.steps,
+        batch_size=args.batch_size,
+        learning_rate=args.learning_rate,
+        warmup_ratio=args.warmup_ratio,
+        gradient_checkpointing=args.gradient_checkpointing,
+        seed=args.seed,
+    )
+    after = perplexity(model, held_out, args.batch_size, "Perplexity after")
+    peak_bytes, peak_of = peak_memory()
+    trained, total = model.get_nb_trainable_parameters()
+    explanation = mica.fast.explain(model)
+
+    model.save_pretrained(args.output)
+    tokenizer.save_pretrained(args.output)
+    report = _save_merged(model, tokenizer, args.output / "merged") if args.merge else None
+
+    summary = {
+        "model": args.model,
+        "text": [str(path) for path in args.text],
+        "dtype": str(dtype).removeprefix("torch."),
+        "device": str(device),
+        "rank": args.rank,
+        "alpha": args.alpha or args.rank,
+        "target_modules": args.target_modules,
+        "steps": args.steps,
+        "sequence_length": args.sequence_length,
+        "batch_size": args.batch_size,
+        "learning_rate": args.learning_rate,
+        "seed": args.seed,
+        "trained_parameters": trained,
+        "total_parameters": total,
+        "initialisation_seconds": initialisation_seconds,
+        "training_seconds": training.seconds,
+        "training_tokens": training.tokens,
+        "tokens_per_second": training.tokens / training.seconds,
+        "training_loss": training.loss,
+        "peak_memory_bytes": peak_bytes,
+        "peak_memory_of": peak_of,
+        "perplexity_before": before,
+        "perplexity_after": after,
+        "held_out_tokens": held_out[:, 1:].numel(),
+        "paths": dict(explanation.counts()),
+        "layers_on_peft_path": [
+            {"name": row.name, "reason": row.reason} for row in explanation.rows if row.path == "peft"
+        ],
+        "adapter": str(args.output),
+        "merged": str(args.output / "merged") if args.merge else None,
+        "merge_swallowed": report.swallowed if report else None,
+        "merge_report": str(report) if report else None,
+    }
+    (args.output / "summary.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
+    print(as_text(summary))
+    return 0

@@ -1,0 +1,138 @@
+"""Loading of tokenizer and model from a Hub id, a folder or a GGUF file, with one-line errors."""
+
+import importlib.util
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import transformers
+from safetensors import SafetensorError
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+
+from mica.errors import UsageError
+
+# Raised by from_pretrained for what the user gave: OSError for files that are missing, unreachable or not
+# JSON, ValueError for contents that name no known architecture or that need custom code.
+_BAD_SOURCE = (OSError, ValueError)
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where a model comes from: ``from_pretrained(location, **options)``."""
+
+    given: str
+    location: str
+    options: dict
+
+    @property
+    def is_gguf(self) -> bool:
+        return "gguf_file" in self.options
+
+    def error(self, reason: Exception | str) -> UsageError:
+        """The error to raise for ``reason``; only the first line of a library's message is kept."""
+        text = str(reason)
+        if "trust_remote_code" in text:
+            text = "it contains custom code; pass --trust-remote-code to run it"
+        return UsageError(f"--model {self.given}: {text.strip().partition(chr(10))[0]}")
+
+
+def find_source(model: str, trust_remote_code: bool) -> Source:
+    """Turn ``--model`` into a Source. Raises UsageError where the path alone shows that it cannot work."""
+    # False and not None: None makes transformers ask on the terminal whether to run the code.
+    options = {"trust_remote_code": trust_remote_code}
+    path = Path(model).expanduser()
+    if path.is_file():
+        if path.suffix.lower() != ".gguf":
+            raise UsageError(f"--model {model}: a file must end in .gguf; otherwise give the folder")
+        if importlib.util.find_spec("gguf") is None:
+            raise UsageError(f"--model {model}: GGUF files need gguf: pip install 'mica-fast[cli]'")
+        return Source(model, str(path.parent), {**options, "gguf_file": path.name})
+    if path.is_dir():
+        return Source(model, str(path), options)
+    if model.endswith(".gguf") or model.startswith((".", "~")) or path.is_absolute() or len(path.parts) > 2:
+        raise UsageError(f"--model {model}: no such file or folder")
+    return Source(model, model, options)
+
+
+def load_tokenizer(source: Source):
+    """Return the tokenizer, after the checks on the configuration that need no weights.
+
+    Raises UsageError if the source cannot be loaded, needs custom code or is not a causal language model.
+    """
+    try:
+        if not source.is_gguf:  # GGUF files name their architecture only; from_pretrained checks it
+            _check_causal(source, AutoConfig.from_pretrained(source.location, **source.options))
+        return AutoTokenizer.from_pretrained(source.location, **source.options)
+    except UsageError:
+        raise
+    except _BAD_SOURCE as error:
+        raise source.error(error) from error
+
+
+def _check_causal(source: Source, config) -> None:
+    has_own_class = "AutoModelForCausalLM" in getattr(config, "auto_map", {})
+    # BERT and its like are in the mapping too, as decoders, but a masked model sees the token it predicts.
+    is_masked = any(name.endswith("ForMaskedLM") for name in config.architectures or ())
+    if is_masked or not (has_own_class or type(config) in MODEL_FOR_CAUSAL_LM_MAPPING):
+        raise source.error(f"model type '{config.model_type}' is not a causal language model")
+
+
+def load_model(source: Source, dtype: str):
+    """Return the causal language model on the accelerator, or on the CPU where there is none.
+
+    ``dtype``: "float32", ... or "auto", the dtype of the checkpoint (float32 for GGUF, whose weights are
+    dequantised). Checkpoints other than GGUF must be safetensors: pickles are never opened.
+
+    Raises UsageError if weights are missing, unreadable or those of another kind of model.
+    """
+    options = dict(source.options)
+    if source.is_gguf:
+        options["dtype"] = torch.float32 if dtype == "auto" else getattr(torch, dtype)
+        if hasattr(transformers, "GgufConfig"):  # versions without it always dequantise
+            options["quantization_config"] = transformers.GgufConfig(dequantize=True)
+    else:
+        options["dtype"] = dtype if dtype == "auto" else getattr(torch, dtype)
+        options["use_safetensors"] = True
+    try:
+        model, info = AutoModelForCausalLM.from_pretrained(
+            source.location, output_loading_info=True, **options
+        )
+    except (*_BAD_SOURCE, SafetensorError) as error:
+        raise source.error(error) from error
+    if info["missing_keys"]:
+        missing = sorted(info["missing_keys"])
+        raise source.error(f"not a causal language model: it has no weights for {', '.join(missing[:3])}")
+    if source.is_gguf:
+        # Dense now, but still marked as quantised: the Trainer would refuse it, and so would the reader of
+        # a merged model.
+        quantizer = getattr(model, "hf_quantizer", None)
+        if quantizer is not None:
+            quantizer.remove_quantization_config(model)
+    return model.to(torch.accelerator.current_accelerator(check_available=True) or "cpu")
+
+
+def check_limits(source: Source, model, sequence_length: int, largest_token_id: int) -> None:
+    """Raise UsageError if the model cannot take the tokens: blocks too long, tokenizer of another model."""
+    longest = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if longest is not None and sequence_length > longest:
+        raise UsageError(f"--sequence-length {sequence_length}: the model takes at most {longest} tokens")
+    num_embeddings = model.get_input_embeddings().weight.shape[0]
+    if largest_token_id >= num_embeddings:
+        raise source.error(
+            f"its tokenizer gives token {largest_token_id}, its embedding has {num_embeddings} entries"
+        )
+
+
+def check_output(output: Path, source: Source) -> None:
+    """Raise UsageError if no folder can be made or written at ``output``; makes nothing."""
+    if output.exists() and not output.is_dir():
+        raise UsageError(f"--output {output}: exists and is not a folder")
+    if not source.is_gguf and output.resolve() == Path(source.location).resolve():
+        raise UsageError(f"--output {output}: is the folder of the model itself")
+    nearest = next(folder for folder in (output, *output.resolve().parents) if folder.exists())
+    if not nearest.is_dir():
+        raise UsageError(f"--output {output}: {nearest} is not a folder")
+    if not os.access(nearest, os.W_OK):
+        raise UsageError(f"--output {output}: {nearest} is not writable")

