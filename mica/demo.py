@@ -38,10 +38,15 @@ def main(argv: list[str] | None = None) -> int:
     """Write the text to OUTPUT and run ``mica adapt`` on it; returns the exit status."""
     from mica.cli import main as mica
 
-    parser = argparse.ArgumentParser(prog="python -m mica.demo", description=__doc__.partition("\n")[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m mica.demo",
+        description=__doc__.partition("\n")[0],
+        epilog="All other options go to mica adapt, like --learning-rate 2e-3 or --dtype float32.",
+        allow_abbrev=False,
+    )
     parser.add_argument("--output", type=Path, default=Path("build/demo"), metavar="DIR")
     parser.add_argument("--steps", default="40")
-    args = parser.parse_args(argv)
+    args, options = parser.parse_known_args(argv)
     try:
         model = smollm2_gguf()
     except UsageError as error:
@@ -57,7 +62,8 @@ def main(argv: list[str] | None = None) -> int:
             f"--text={text}",
             f"--output={args.output}",
             f"--steps={args.steps}",
-            "--dtype=bfloat16",
+            "--dtype=bfloat16",  # a third of the time a step of float32, for the same perplexity
+            *options,
         ]
     )
 

