@@ -49,7 +49,18 @@ def run(root: Path, files: tuple[str, ...], expression: str, backend: bool) -> t
     """Outcome of each test, and the summary lines."""
     report = root / f"report-{'mica' if backend else 'stock'}.xml"
     report.unlink(missing_ok=True)
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-W", "ignore", "-o", "addopts="]
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "-p",
+        "no:cacheprovider",
+        "-W",
+        "ignore",
+        "-o",
+        "addopts=",
+    ]
     command += ["-p", "peft_plugin"] if backend else []
     command += [f"--junitxml={report}", "-k", expression, *(f"tests/{file}" for file in files)]
     environment = {**os.environ, "PYTHONPATH": str(SUPPORT), "HF_HUB_OFFLINE": "1"}
@@ -60,7 +71,9 @@ def run(root: Path, files: tuple[str, ...], expression: str, backend: bool) -> t
     for case in ElementTree.parse(report).iter("testcase"):
         kinds = [child.tag for child in case if child.tag in ("failure", "error", "skipped")]
         outcomes[f"{case.get('classname')}::{case.get('name')}"] = kinds[0] if kinds else "passed"
-    lines = [line for line in done.stdout.splitlines() if re.search(r"calls of mica|\d+ passed|\d+ failed", line)]
+    lines = [
+        line for line in done.stdout.splitlines() if re.search(r"calls of mica|\d+ passed|\d+ failed", line)
+    ]
     return outcomes, "\n    ".join(lines)
 
 

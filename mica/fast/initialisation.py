@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 from mica.errors import UnsuitableLayerError
 from mica.fast.settings import settings
-from mica.subspace import minor_subspace
+from mica.subspace import minor_subspace, workers
 
 _SOLVABLE = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 _VARIANTS = (MiCALinearVariant, MiCAEmbeddingVariant)
@@ -226,16 +226,22 @@ def inject_adapter(stock):
 
 def _solve(injection: _Injection, adapter_name: str) -> None:
     pending = [entry for entry in injection.entries if entry.layer is not None]
-    bar = tqdm(
+    solving = workers.run(
+        lambda entry: _fill(entry.layer, adapter_name, f"layer {entry.key!r}"),
         pending,
+        lambda entry: workers.is_small(entry.layer.get_base_layer().weight),
+    )
+    bar = tqdm(
+        solving,
+        total=len(pending),
         desc="MiCA initialisation",
         unit="layer",
         delay=2,
         leave=False,
         disable=are_progress_bars_disabled() or None,
     )
-    for entry in bar:
-        _fill(entry.layer, adapter_name, f"layer {entry.key!r}")
+    for _ in bar:
+        pass
 
 
 def _exclude(config, names: list[str]) -> None:
