@@ -188,7 +188,9 @@ def run(args: argparse.Namespace) -> int:
     trained, total = model.get_nb_trainable_parameters()
     explanation = mica.fast.explain(model)
 
-    model.save_pretrained(args.output)
+    # No base embeddings in the adapter: nothing resized them. "auto", the default, would look for the
+    # config.json of the base model to find out, and warn where a GGUF file has none.
+    model.save_pretrained(args.output, save_embedding_layers=False)
     tokenizer.save_pretrained(args.output)
     report = _save_merged(model, tokenizer, args.output / "merged") if args.merge else None
 

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from peft import PeftModel
+from safetensors.torch import load_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
     AutoModelForCausalLM,
@@ -121,7 +122,9 @@ def test_summary(adapted):
     assert summary["dtype"] == "float32"
 
 
-def test_printed_summary(model_dir, text_file, tmp_path, capsys):
+def test_printed_summary(model_dir, text_file, tmp_path, capsys, monkeypatch):
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
     assert adapt(model_dir, text_file, tmp_path / "out") == 0
     printed = capsys.readouterr().out
     summary = json.loads((tmp_path / "out" / "summary.json").read_text(encoding="utf-8"))
@@ -130,6 +133,7 @@ def test_printed_summary(model_dir, text_file, tmp_path, capsys):
         assert part in printed
     assert summary["merged"] is None
     assert not (tmp_path / "out" / "merged").exists()
+    assert not list((tmp_path / "elsewhere").iterdir())  # nothing is written outside --output
 
 
 def test_adapter_and_merged_model_agree(adapted, model_dir):
@@ -141,6 +145,16 @@ def test_adapter_and_merged_model_agree(adapted, model_dir):
     torch.testing.assert_close(merged, with_adapter, rtol=1e-4, atol=1e-4)
     ids = AutoTokenizer.from_pretrained(adapted / "merged")("déjà vu")["input_ids"]
     assert ids == AutoTokenizer.from_pretrained(model_dir)("déjà vu")["input_ids"]
+
+
+def test_adapted_embedding_is_saved_without_its_base(model_dir, text_file, tmp_path):
+    output = tmp_path / "out"
+    assert adapt(model_dir, text_file, output, "--target-modules", "embed_tokens,q_proj", "--merge") == 0
+    base = AutoModelForCausalLM.from_pretrained(model_dir)
+    with_adapter = logits(PeftModel.from_pretrained(base, output))
+    merged = logits(AutoModelForCausalLM.from_pretrained(output / "merged"))
+    torch.testing.assert_close(merged, with_adapter, rtol=1e-4, atol=1e-4)
+    assert all("lora_" in name for name in load_file(output / "adapter_model.safetensors"))
 
 
 def test_weights_are_safetensors_only(adapted):
@@ -442,10 +456,21 @@ def test_tokenizer_of_another_model(capsys, tmp_path, text_file):
     refused(capsys, status, tmp_path / "out", "40 entries", quiet=False)
 
 
-@pytest.mark.parametrize("steps", [3, 12])  # before the first log, and after it
-def test_divergence_saves_nothing(steps, capsys, tmp_path, text_file, model_dir):
+@pytest.mark.parametrize(("steps", "seen_at"), [(3, 3), (12, 10)])
+def test_divergence_saves_nothing(steps, seen_at, capsys, tmp_path, text_file, model_dir):
     status = adapt(model_dir, text_file, tmp_path / "out", "--learning-rate", "1e38", "--steps", steps)
-    refused(capsys, status, tmp_path / "out", "not finite", quiet=False)
+    refused(
+        capsys, status, tmp_path / "out", "loss is not finite", f"at or before step {seen_at};", quiet=False
+    )
+
+
+def test_divergence_after_the_last_log_saves_nothing(capsys, tmp_path, text_file, model_dir, monkeypatch):
+    def diverge(model, blocks, **options):
+        next(p for p in model.parameters() if p.requires_grad).data.fill_(torch.nan)
+
+    monkeypatch.setattr("mica.cli.train.train", diverge)
+    status = adapt(model_dir, text_file, tmp_path / "out")
+    refused(capsys, status, tmp_path / "out", "perplexity is not finite", quiet=False)
 
 
 def test_bugs_keep_their_traceback(monkeypatch, tmp_path, text_file, model_dir):

@@ -41,6 +41,11 @@ def test_python_reference_is_all_topics_in_sorted_order():
     text.encode("utf-8")
 
 
+def test_topics_are_sorted_whatever_their_order(monkeypatch):
+    monkeypatch.setattr("pydoc_data.topics.topics", {"b": "second\n", "a": "\nfirst"})
+    assert demo.python_reference_text() == "first\n\nsecond\n"
+
+
 def test_main_writes_the_text_and_runs_adapt(monkeypatch, tmp_path):
     calls = []
     monkeypatch.setattr("mica.cli.main", lambda argv: calls.append(argv) or 0)

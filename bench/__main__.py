@@ -1,0 +1,40 @@
+"""``python -m bench``: run the suites, write raw results and tables to ``bench/results/<machine>/``."""
+
+import argparse
+import platform
+import subprocess
+import sys
+from datetime import date
+from pathlib import Path
+
+import torch
+
+from bench.report import report
+
+HERE = Path(__file__).resolve().parent
+
+
+def machine() -> str:
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name().lower().replace(" ", "-")
+    return f"cpu-{platform.machine()}-{torch.get_num_threads()}-threads"
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("-k", default="", help="pytest expression: run only these")
+    parser.add_argument("--output", type=Path, default=HERE / "results" / machine())
+    args = parser.parse_args()
+    args.output.mkdir(parents=True, exist_ok=True)
+    raw = args.output / f"{date.today()}.json"
+    command = [sys.executable, "-m", "pytest", str(HERE), "-c", str(HERE / "pytest.ini"), "-k", args.k]
+    done = subprocess.run([*command, f"--benchmark-json={raw}"])
+    if done.returncode == 0:
+        text = report(raw)
+        raw.with_suffix(".md").write_text(text)
+        print(text)
+    return done.returncode
+
+
+if __name__ == "__main__":
+    sys.exit(main())

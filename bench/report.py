@@ -1,0 +1,49 @@
+"""Medians and ratios of a pytest-benchmark result file, as Markdown: ``python -m bench.report FILE``."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections import defaultdict
+from pathlib import Path
+from statistics import median
+
+BASELINES = ("bare frozen model", "stock PEFT")
+
+
+def groups(result: dict) -> dict[str, dict[str, dict]]:
+    """group -> rival -> {"seconds": [one a round], and what the suite noted}."""
+    found: dict = defaultdict(lambda: defaultdict(lambda: {"seconds": []}))
+    for benchmark in result["benchmarks"]:
+        entry = found[benchmark["group"]][benchmark["extra_info"]["rival"]]
+        entry["seconds"].append(benchmark["stats"]["median"])
+        entry.update({key: value for key, value in benchmark["extra_info"].items() if key != "rival"})
+    return found
+
+
+def table(group: str, rivals: dict[str, dict]) -> str:
+    present = [name for name in BASELINES if name in rivals]
+    notes = sorted({key for entry in rivals.values() for key in entry} - {"seconds"})
+    header = ["rival", "median s", "spread s", *(f"÷ {name}" for name in present), *notes]
+    lines = [f"### {group}", "", " | ".join(header), " | ".join(["---"] * len(header))]
+    for rival, entry in rivals.items():
+        seconds = entry["seconds"]
+        row = [rival, f"{median(seconds):.3f}", f"{min(seconds):.3f}–{max(seconds):.3f}"]
+        row += [f"{median(seconds) / median(rivals[name]['seconds']):.3f}" for name in present]
+        row += [f"{entry[key]:.4g}" if key in entry else "" for key in notes]
+        lines.append(" | ".join(row))
+    return "\n".join(lines)
+
+
+def report(path: Path) -> str:
+    result = json.loads(path.read_text())
+    machine = result["machine_info"]
+    cpu = machine.get("cpu", {}).get("brand_raw", machine["machine"])
+    versions = ", ".join(f"{name} {machine[name]}" for name in ("torch", "peft", "transformers"))
+    head = f"{cpu}, {machine['threads']} threads, {versions}, Python {machine['python_version']}"
+    tables = [table(group, rivals) for group, rivals in groups(result).items()]
+    return "\n\n".join([head, *tables]) + "\n"
+
+
+if __name__ == "__main__":
+    print(report(Path(sys.argv[1])), end="")

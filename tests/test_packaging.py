@@ -1,0 +1,103 @@
+"""One import package, `mica`: from a wheel and from an editable install, inside the checkout and outside."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+
+PROBE = """
+import importlib.util, json, sys
+if sys.argv[1:] == ["no triton"]:
+    sys.modules["triton"] = None
+import mica.fast, mica.kernels.runtime, kernels
+print(json.dumps({
+    "mica": mica.__file__,
+    "runtime": mica.kernels.runtime.__file__,
+    "kernels": kernels.__file__,
+    "triton": "triton" in sys.modules and sys.modules["triton"] is not None,
+    "enabled": mica.fast.is_enabled(),
+}))
+"""
+
+
+def probe(cwd, path="", *arguments):
+    environment = {**os.environ, "PYTHONPATH": str(path)}
+    command = [sys.executable, "-c", PROBE, *arguments]
+    done = subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("wheel")
+    build = [
+        sys.executable,
+        "-m",
+        "pip",
+        "wheel",
+        "-q",
+        "--no-deps",
+        "--no-build-isolation",
+        "-w",
+        folder,
+        ROOT,
+    ]
+    subprocess.run(build, check=True, capture_output=True)
+    (built,) = folder.glob("mica_fast-*.whl")
+    return built
+
+
+def test_wheel_holds_one_package(wheel):
+    names = zipfile.ZipFile(wheel).namelist()
+    assert {name.split("/")[0].split("-")[0] for name in names} == {"mica", "mica_fast"}
+    assert "mica/kernels/runtime.py" in names
+    sources = {str(path.relative_to(ROOT)) for path in ROOT.glob("mica/**/*.py")}
+    sources |= {f"mica/{path.relative_to(ROOT)}" for path in ROOT.glob("kernels/*.py")}
+    assert sources <= set(names)
+
+
+@pytest.mark.parametrize("inside", [False, True], ids=["outside the checkout", "inside the checkout"])
+def test_wheel(wheel, inside, tmp_path):
+    site = tmp_path / "site"
+    install = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--target", site, wheel]
+    subprocess.run(install, check=True, capture_output=True)
+    found = probe(ROOT if inside else tmp_path, site)
+    # `python -c` puts the working directory first: inside the checkout its own source is what runs
+    home = ROOT if inside else site
+    assert Path(found["mica"]).is_relative_to(home)
+    assert Path(found["runtime"]) == home / "mica/kernels/runtime.py"
+    assert_kernels_is_hugging_faces(found)
+
+
+@pytest.mark.parametrize("inside", [False, True], ids=["outside the checkout", "inside the checkout"])
+def test_editable_install(inside, tmp_path):
+    found = probe(ROOT if inside else tmp_path)
+    assert Path(found["mica"]) == ROOT / "mica/__init__.py"
+    assert Path(found["runtime"]).resolve() == ROOT / "kernels/runtime.py"
+    assert_kernels_is_hugging_faces(found)
+
+
+def assert_kernels_is_hugging_faces(found):
+    assert "site-packages" in found["kernels"]
+    assert found["enabled"]
+
+
+def test_runs_where_triton_is_not_installed(tmp_path):
+    assert probe(tmp_path, "", "no triton")["triton"] is False
+
+
+def test_importing_the_solver_imports_neither_peft_nor_triton():
+    script = (
+        "import sys, mica, mica.ops, mica.reference\n"
+        "print([name for name in ('peft', 'triton', 'transformers') if name in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
