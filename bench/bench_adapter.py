@@ -1,4 +1,4 @@
-"""What happens to an adapter once: initialisation, loading and merging on SmolLM2-135M, r = 16, all linear."""
+"""What happens to an adapter once: initialisation, loading, merging. SmolLM2-135M, all linear, r = 16."""
 
 import functools
 from contextlib import nullcontext

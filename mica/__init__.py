@@ -6,11 +6,18 @@
 
 from importlib.metadata import PackageNotFoundError, version
 
-from mica.subspace import MinorSubspace, minor_subspace
-
 try:
     __version__ = version("mica-fast")
 except PackageNotFoundError:  # read from a source tree that was never installed
     __version__ = "0+unknown"
 
 __all__ = ["MinorSubspace", "minor_subspace", "__version__"]
+
+
+def __getattr__(name: str):
+    """The solver on first use: it needs torch, and ``mica --help`` does not."""
+    if name in ("MinorSubspace", "minor_subspace"):
+        from mica import subspace
+
+        return getattr(subspace, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

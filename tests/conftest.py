@@ -19,3 +19,12 @@ def _poisoned_memory_and_fresh_settings():
     yield
     mica.fast.enable()
     torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture(scope="module")
+def one_thread():
+    """Threads only wait for each other on matrices as small as most tests', the more on a busy machine."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)

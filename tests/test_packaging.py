@@ -37,20 +37,12 @@ def probe(cwd, path="", *arguments):
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("wheel")
-    build = [
-        sys.executable,
-        "-m",
-        "pip",
-        "wheel",
-        "-q",
-        "--no-deps",
-        "--no-build-isolation",
-        "-w",
-        folder,
-        ROOT,
-    ]
-    subprocess.run(build, check=True, capture_output=True)
+    folder, source = tmp_path_factory.mktemp("wheel"), tmp_path_factory.mktemp("source") / "checkout"
+    # a copy, because setuptools leaves a build folder behind whose old files would get into later wheels
+    unwanted = shutil.ignore_patterns(".venv", ".git", "build", "*.egg-info", "results")
+    shutil.copytree(ROOT, source, symlinks=True, ignore=unwanted)
+    build = [sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "--no-build-isolation", "-w", folder]
+    subprocess.run([*build, source], check=True, capture_output=True)
     (built,) = folder.glob("mica_fast-*.whl")
     return built
 

@@ -9,12 +9,16 @@ from __future__ import annotations
 
 import torch
 from peft.tuners import lora
-from peft.tuners.lora.variants import MiCAEmbeddingVariant, MiCALinearVariant
+from peft.tuners.lora import variants
 from torch import nn
 from torch.nn.modules import module as nn_module
 from transformers.pytorch_utils import Conv1D
 
 _PLAIN = (torch.Tensor, nn.Parameter)
+
+# None in a PEFT that has moved them: `patching` then says so and nothing here is reached.
+MiCALinearVariant = getattr(variants, "MiCALinearVariant", None)
+MiCAEmbeddingVariant = getattr(variants, "MiCAEmbeddingVariant", None)
 
 
 def adapter_of(layer) -> str | None:

@@ -16,17 +16,16 @@ from weakref import WeakKeyDictionary
 import torch
 from huggingface_hub.utils import are_progress_bars_disabled
 from peft.tuners import lora
-from peft.tuners.lora.variants import MiCAEmbeddingVariant, MiCALinearVariant
 from peft.utils.integrations import gather_params_ctx
 from torch import Tensor, nn
 from tqdm import tqdm
 
 from mica.errors import UnsuitableLayerError
+from mica.fast.eligibility import MiCAEmbeddingVariant, MiCALinearVariant
 from mica.fast.settings import settings
 from mica.subspace import minor_subspace, workers
 
 _SOLVABLE = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
-_VARIANTS = (MiCALinearVariant, MiCAEmbeddingVariant)
 
 
 @dataclass
@@ -124,9 +123,16 @@ def _fill(layer, adapter_name: str, name: str) -> None:
     base_layer = layer.get_base_layer()
     with gather_params_ctx(base_layer.weight):  # DeepSpeed ZeRO-3
         try:
-            basis = minor_subspace(_effective_weight(layer), layer.r[adapter_name]).basis
+            subspace = minor_subspace(_effective_weight(layer), layer.r[adapter_name])
         except ValueError as error:
             raise UnsuitableLayerError(f"MiCA cannot be initialised from {name}: {error}") from error
+    if not subspace.certified:
+        warnings.warn(
+            f"the minor subspace of {name} is not proven to be the minor one (method {subspace.method!r}, "
+            f"energy at most {subspace.energy_excess:.1e} above the smallest possible).",
+            stacklevel=2,
+        )
+    basis = subspace.basis
     lora_A.data = lora_A.data.new_zeros(lora_A.shape)
     lora_B.data = basis.to(device=lora_B.device, dtype=lora_B.dtype)
     if lora_B.dtype in (torch.bfloat16, torch.float16):
@@ -261,7 +267,7 @@ def cast_adapter_dtype(stock):
             layer
             for layer in model.modules()
             if isinstance(layer, lora.LoraLayer)
-            and isinstance(layer.lora_variant.get(adapter_name), _VARIANTS)
+            and type(layer.lora_variant.get(adapter_name)) in (MiCALinearVariant, MiCAEmbeddingVariant)
         ]
         trainable = [[weight.requires_grad for weight in _weights(layer, adapter_name)] for layer in layers]
         stock(model, adapter_name, autocast_adapter_dtype)

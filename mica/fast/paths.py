@@ -6,12 +6,11 @@ from collections import Counter
 from dataclasses import dataclass, field
 
 from peft.tuners import lora
-from peft.tuners.lora.variants import MiCAEmbeddingVariant, MiCALinearVariant
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 from mica.fast import patching
-from mica.fast.eligibility import why_not
+from mica.fast.eligibility import MiCAEmbeddingVariant, MiCALinearVariant, why_not
 from mica.fast.settings import settings
 
 KERNEL, REFERENCE, PEFT = "kernel", "reference", "peft"
@@ -70,7 +69,7 @@ def _adapters(layer) -> str:
     names = []
     for name in layer.active_adapters:
         variant = getattr(layer, "lora_variant", {}).get(name)
-        mica = isinstance(variant, (MiCALinearVariant, MiCAEmbeddingVariant))
+        mica = type(variant) in (MiCALinearVariant, MiCAEmbeddingVariant)
         names.append(f"{name} (MiCA)" if mica else name)
     return ", ".join(names)
 

@@ -1,5 +1,6 @@
 import copy
 import warnings
+from dataclasses import replace
 
 import pytest
 import torch
@@ -191,6 +192,17 @@ def test_a_failing_solver_leaves_the_model_as_it_was(monkeypatch):
     with pytest.raises(UnsuitableLayerError, match=r"layer '(embed|up|conv|down)': no luck"):
         wrap(model)
     assert snapshot(model) == before
+
+
+def test_an_unproven_basis_is_said(monkeypatch):
+    solver = initialisation.minor_subspace
+
+    def unproven(weight, rank):
+        return replace(solver(weight, rank), certified=False, energy_excess=0.5)
+
+    monkeypatch.setattr(initialisation, "minor_subspace", unproven)
+    with pytest.warns(UserWarning, match=r"layer 'up' is not proven .*at most 5.0e-01 above"):
+        wrap(Net(), targets=["up"])
 
 
 def test_skip_leaves_the_layer_out_and_says_so(tmp_path):

@@ -141,3 +141,15 @@ def test_nothing_of_ours_is_pickled_or_saved():
         again = pickle.loads(pickle.dumps(model))
         assert torch.equal(again(INDICES), model(INDICES))
     assert set(model.state_dict()) == set(net(stock=True).state_dict())
+
+
+def test_a_peft_without_the_variants_can_still_be_imported():
+    script = (
+        "import warnings; from peft.tuners.lora import variants; del variants.MiCALinearVariant\n"
+        "with warnings.catch_warnings(record=True) as caught:\n"
+        "    warnings.simplefilter('always'); import mica.fast\n"
+        "print(mica.fast.is_enabled(), [str(w.message) for w in caught if 'leaves PEFT' in str(w.message)])\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert done.stdout.startswith("False ['mica.fast leaves PEFT")
+    assert "MiCALinearVariant.merge_safe is not there" in done.stdout

@@ -1,0 +1,179 @@
+"""``mica adapt`` end to end on a tiny Llama, in process."""
+
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file
+from tiny_cli import TEXT, adapt, logits, tiny_llama
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+)
+
+from mica.cli.evaluate import perplexity
+from mica.cli.text import pack, spread
+from mica.errors import UsageError
+
+
+@pytest.fixture(scope="module")
+def adapted(model_dir, tmp_path_factory):
+    """The output folder of one run with two text files and --merge, shared by the tests that read it."""
+    folder = tmp_path_factory.mktemp("adapted")
+    texts = [folder / "one.txt", folder / "two.txt"]
+    for path in texts:
+        path.write_text(TEXT, encoding="utf-8")
+    output = folder / "nested" / "output"
+    assert adapt(model_dir, texts[0], output, "--text", *texts, "--merge") == 0
+    return output
+
+
+def test_summary(adapted):
+    summary = json.loads((adapted / "summary.json").read_text(encoding="utf-8"))
+    assert summary["perplexity_after"] < 0.9 * summary["perplexity_before"]
+    assert summary["training_tokens"] == 12 * 2 * 32
+    assert summary["tokens_per_second"] == pytest.approx(768 / summary["training_seconds"])
+    # 2 layers, rank 4, lora_A alone: q, k, v, o, gate, up read 32 features, down reads 48
+    assert summary["trained_parameters"] == 2 * 4 * (6 * 32 + 48)
+    assert summary["total_parameters"] > summary["trained_parameters"]
+    assert sum(summary["paths"].values()) == 14
+    assert len(summary["layers_on_peft_path"]) == summary["paths"].get("peft", 0)
+    assert summary["held_out_tokens"] == 32 * 31  # capped at 32 blocks, 31 predicted tokens each
+    assert summary["initialisation_seconds"] > 0
+    assert summary["peak_memory_bytes"] is None or summary["peak_memory_bytes"] > 2**20
+    assert 0 <= summary["merge_swallowed"] <= 1
+    assert summary["dtype"] == "float32"
+
+
+def test_printed_summary(model_dir, text_file, tmp_path, capsys, monkeypatch):
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    assert adapt(model_dir, text_file, tmp_path / "out") == 0
+    printed = capsys.readouterr().out
+    summary = json.loads((tmp_path / "out" / "summary.json").read_text(encoding="utf-8"))
+    assert f"{summary['perplexity_before']:.2f} -> {summary['perplexity_after']:.2f}" in printed
+    for part in ("initialisation", "12 steps, 768 tokens", "peak memory", "1,920 of", str(tmp_path / "out")):
+        assert part in printed
+    assert summary["merged"] is None
+    assert not (tmp_path / "out" / "merged").exists()
+    assert not list((tmp_path / "elsewhere").iterdir())  # nothing is written outside --output
+
+
+def test_adapter_and_merged_model_agree(adapted, model_dir):
+    base = AutoModelForCausalLM.from_pretrained(model_dir)
+    before = logits(base)
+    with_adapter = logits(PeftModel.from_pretrained(base, adapted))
+    merged = logits(AutoModelForCausalLM.from_pretrained(adapted / "merged"))
+    assert (with_adapter - before).abs().max() > 0.05
+    torch.testing.assert_close(merged, with_adapter, rtol=1e-4, atol=1e-4)
+    ids = AutoTokenizer.from_pretrained(adapted / "merged")("déjà vu")["input_ids"]
+    assert ids == AutoTokenizer.from_pretrained(model_dir)("déjà vu")["input_ids"]
+
+
+def test_adapted_embedding_is_saved_without_its_base(model_dir, text_file, tmp_path):
+    output = tmp_path / "out"
+    assert adapt(model_dir, text_file, output, "--target-modules", "embed_tokens,q_proj", "--merge") == 0
+    base = AutoModelForCausalLM.from_pretrained(model_dir)
+    with_adapter = logits(PeftModel.from_pretrained(base, output))
+    merged = logits(AutoModelForCausalLM.from_pretrained(output / "merged"))
+    torch.testing.assert_close(merged, with_adapter, rtol=1e-4, atol=1e-4)
+    assert all("lora_" in name for name in load_file(output / "adapter_model.safetensors"))
+
+
+def test_weights_are_safetensors_only(adapted):
+    files = {path.relative_to(adapted).as_posix() for path in adapted.rglob("*") if path.is_file()}
+    assert {"adapter_model.safetensors", "merged/model.safetensors", "summary.json"} <= files
+    assert {Path(name).suffix for name in files} <= {".safetensors", ".json", ".md", ".jinja"}
+    assert not any("checkpoint" in name or "training_args" in name for name in files)
+
+
+def test_same_seed_same_adapter(model_dir, text_file, tmp_path):
+    for name, seed in (("a", 3), ("b", 3), ("c", 4)):
+        assert adapt(model_dir, text_file, tmp_path / name, "--seed", seed, "--steps", 4) == 0
+    a, b, c = ((tmp_path / name / "adapter_model.safetensors").read_bytes() for name in "abc")
+    assert a == b
+    assert a != c
+
+
+def test_options_reach_model_and_training(model_dir, text_file, tmp_path):
+    options = ["--dtype", "bfloat16", "--gradient-checkpointing", "--target-modules", "q_proj, down_proj"]
+    assert adapt(model_dir, text_file, tmp_path / "out", *options, "--alpha", 8) == 0
+    summary = json.loads((tmp_path / "out" / "summary.json").read_text(encoding="utf-8"))
+    assert summary["dtype"] == "bfloat16"
+    assert summary["perplexity_after"] < summary["perplexity_before"]
+    config = json.loads((tmp_path / "out" / "adapter_config.json").read_text(encoding="utf-8"))
+    assert sorted(config["target_modules"]) == ["down_proj", "q_proj"]
+    assert (config["r"], config["lora_alpha"], config["init_lora_weights"]) == (4, 8, "mica")
+
+
+def test_help_needs_no_transformers():
+    code = (
+        "import sys; from mica.cli import main; status = main(['adapt', '--help']); "
+        "print(status, [name for name in ('transformers', 'peft') if name in sys.modules])"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert result.stdout.splitlines()[-1] == "0 []"
+    assert "float32 for GGUF" in " ".join(result.stdout.split())
+
+
+# Blocks and perplexity
+
+
+def test_held_out_tokens_are_never_trained_on():
+    first, second = list(range(1000)), list(range(2000, 2505))
+    train, held_out = pack([first, second], 10, 0.1, separator=-1)
+    assert held_out.flatten().tolist() == [*range(900, 1000), *range(2455, 2505)]
+    assert train.flatten().tolist() == [*range(900), -1, *range(2000, 2449)]
+    assert not set(train.flatten().tolist()) & set(held_out.flatten().tolist())
+
+
+def test_short_files_are_split_as_one():
+    documents = [list(range(start, start + 7)) for start in range(0, 70, 7)]
+    train, held_out = pack(documents, 10, 0.2)
+    assert train.flatten().tolist() == list(range(60))
+    assert held_out.tolist() == [list(range(60, 70))]
+
+
+def test_least_text_gives_one_block_each():
+    train, held_out = pack([list(range(20))], 10, 0.01)
+    assert (train.tolist(), held_out.tolist()) == ([list(range(10))], [list(range(10, 20))])
+    with pytest.raises(UsageError, match="19 tokens found, 20 needed"):
+        pack([list(range(19))], 10, 0.01)
+
+
+def test_spread_keeps_first_and_last():
+    blocks = torch.arange(100).view(50, 2)
+    assert spread(blocks, 50) is blocks
+    assert spread(blocks, 3)[:, 0].tolist() == [0, 48, 98]
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 5])
+def test_perplexity_by_hand(batch_size):
+    model = tiny_llama()
+    blocks = torch.randint(0, 257, (3, 16), generator=torch.Generator().manual_seed(0))
+    total = 0.0
+    for block in blocks:  # token by token: p(token | those before it in the block)
+        for position in range(1, 16):
+            scores = logits_of(model, block[None, :position])[0, -1].double()
+            total -= (scores - scores.logsumexp(0))[block[position]].item()
+    model.train()
+    assert perplexity(model, blocks, batch_size) == pytest.approx(math.exp(total / 45), rel=1e-5)
+    assert model.training
+
+
+def logits_of(model, ids):
+    with torch.no_grad():
+        return model(ids).logits
+
+
+def test_perplexity_takes_the_loss_in_fp32():
+    model = tiny_llama().bfloat16()
+    blocks = torch.arange(64).view(2, 32)
+    scores = logits_of(model, blocks)[:, :-1].double().log_softmax(-1)
+    expected = -scores.gather(-1, blocks[:, 1:, None]).mean()
+    assert perplexity(model, blocks, 2) == pytest.approx(expected.exp().item(), rel=1e-6)

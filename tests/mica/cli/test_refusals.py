@@ -1,0 +1,246 @@
+"""Every way in which ``mica adapt`` refuses its input: one clear line, status 2, nothing written."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from tiny_cli import TEXT, adapt, byte_tokenizer, tiny_llama
+from transformers import (
+    BertConfig,
+    BertForMaskedLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    T5Config,
+    T5ForConditionalGeneration,
+)
+
+from mica.cli import main
+
+
+def refused(capsys, status: int, output: Path, *parts, quiet: bool = True) -> None:
+    """Status 2, one error line with all ``parts`` in it, nothing in the output folder.
+
+    ``quiet``: the error is the only line; else progress bars of earlier stages came before it.
+    """
+    captured = capsys.readouterr()
+    assert status == 2
+    lines = captured.err.replace("\r", "\n").splitlines()
+    errors = [line for line in lines if "error: " in line]
+    assert len(errors) == 1, captured.err
+    assert errors == lines[-1:]
+    assert errors[0].startswith("mica adapt: error: ")
+    assert "Traceback" not in captured.err
+    assert captured.out == ""
+    if quiet:
+        assert lines == errors
+    for part in parts:
+        assert str(part) in errors[0]
+    assert not output.is_dir()
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [
+        ("--rank", "0"),
+        ("--rank", "four"),
+        ("--steps", "0"),
+        ("--steps", "1.5"),
+        ("--batch-size", "-1"),
+        ("--sequence-length", "1"),
+        ("--learning-rate", "0"),
+        ("--learning-rate", "nan"),
+        ("--learning-rate", "inf"),
+        ("--held-out", "0"),
+        ("--held-out", "1"),
+        ("--warmup-ratio", "1"),
+        ("--seed", "-1"),
+        ("--dtype", "int4"),
+        ("--alpha", "0"),
+    ],
+)
+def test_bad_value(option, value, capsys, tmp_path):
+    status = adapt("unused", "unused", tmp_path / "out", f"{option}={value}")
+    refused(capsys, status, tmp_path / "out", option, value)
+
+
+def test_missing_argument_and_unknown_command(capsys, tmp_path):
+    refused(capsys, main(["adapt", "--model", "x", "--output", "y"]), tmp_path / "out", "--text")
+    assert main(["adopt"]) == 2
+    assert capsys.readouterr().err.startswith("mica: error: ")
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, "No such file"),
+        ("folder", "directory"),
+        (b"", "is empty"),
+        (b" \n\t\n", "is empty"),
+        (b"caf\xe9 au lait", "not UTF-8 text (at byte 3)"),
+    ],
+)
+def test_bad_text(content, message, capsys, tmp_path, model_dir):
+    path = tmp_path / "corpus"
+    if content == "folder":
+        path.mkdir()
+    elif content is not None:
+        path.write_bytes(content)
+    refused(capsys, adapt(model_dir, path, tmp_path / "out"), tmp_path / "out", "--text", path, message)
+
+
+def test_too_little_text(capsys, tmp_path, model_dir):
+    path = tmp_path / "short.txt"
+    path.write_text("x" * 63)
+    refused(
+        capsys, adapt(model_dir, path, tmp_path / "out"), tmp_path / "out", "63 tokens found", "64 needed"
+    )
+
+
+@pytest.mark.parametrize("model", ["./nowhere", "nowhere/model.gguf", "nobody/no-such-model", "a/b/c", "~/x"])
+def test_model_not_found(model, capsys, tmp_path, text_file):
+    refused(capsys, adapt(model, text_file, tmp_path / "out"), tmp_path / "out", f"--model {model}: ")
+
+
+def test_model_is_not_a_checkpoint(capsys, tmp_path, text_file):
+    fake = tmp_path / "fake.gguf"
+    fake.write_bytes(b"not a GGUF file" * 100)
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    for model in (fake, empty, text_file):
+        refused(capsys, adapt(model, text_file, tmp_path / "out"), tmp_path / "out", f"--model {model}: ")
+
+
+def test_broken_or_pickled_weights(capsys, tmp_path, text_file, model_dir):
+    for name in ("broken", "pickled"):
+        folder = tmp_path / name
+        folder.mkdir()
+        for path in model_dir.glob("*.json"):
+            (folder / path.name).write_bytes(path.read_bytes())
+    (tmp_path / "broken" / "model.safetensors").write_bytes(b"\x10" + b"\0" * 7 + b"no safetensors")
+    torch.save(tiny_llama().state_dict(), tmp_path / "pickled" / "pytorch_model.bin")
+    for name in ("broken", "pickled"):
+        status = adapt(tmp_path / name, text_file, tmp_path / "out")
+        refused(capsys, status, tmp_path / "out", f"--model {tmp_path / name}: ", quiet=False)
+
+
+def tiny_t5():
+    return T5ForConditionalGeneration(T5Config(vocab_size=257, d_model=8, d_kv=4, d_ff=8, num_layers=1))
+
+
+def tiny_bert():
+    sizes = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
+    return BertForMaskedLM(BertConfig(vocab_size=257, **sizes))
+
+
+def headless_llama():
+    return tiny_llama().model
+
+
+@pytest.mark.parametrize("make", [tiny_t5, tiny_bert, headless_llama])
+def test_not_a_causal_language_model(make, capsys, tmp_path, text_file):
+    folder = tmp_path / "model"
+    make().save_pretrained(folder)
+    byte_tokenizer().save_pretrained(folder)
+    capsys.readouterr()  # the bars of save_pretrained
+    status = adapt(folder, text_file, tmp_path / "out")
+    parts = (f"--model {folder}: ", "not a causal language model")
+    refused(capsys, status, tmp_path / "out", *parts, quiet=make is not headless_llama)
+
+
+@pytest.fixture
+def remote_code_dir(tmp_path):
+    """A checkpoint whose classes are Python files in its folder; importing them leaves a mark."""
+    folder = tmp_path / "remote"
+    model = tiny_llama()
+    model.save_pretrained(folder)
+    byte_tokenizer().save_pretrained(folder)
+    config = json.loads((folder / "config.json").read_text())
+    config["model_type"] = "own-llama"
+    config["auto_map"] = {"AutoConfig": "own.OwnConfig", "AutoModelForCausalLM": "own.OwnModel"}
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "own.py").write_text(
+        "from pathlib import Path\n"
+        "from transformers import LlamaConfig, LlamaForCausalLM\n"
+        f"Path({str(tmp_path / 'mark')!r}).touch()\n"
+        "class OwnConfig(LlamaConfig):\n    model_type = 'own-llama'\n"
+        "class OwnModel(LlamaForCausalLM):\n    config_class = OwnConfig\n"
+    )
+    return folder
+
+
+def test_remote_code_only_with_the_flag(remote_code_dir, capsys, tmp_path, text_file, monkeypatch):
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+    monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("asked on the terminal"))
+    status = adapt(remote_code_dir, text_file, tmp_path / "out")
+    refused(capsys, status, tmp_path / "out", "custom code", "--trust-remote-code")
+    assert not (tmp_path / "mark").exists()
+    assert adapt(remote_code_dir, text_file, tmp_path / "out", "--trust-remote-code", "--steps", 1) == 0
+    assert (tmp_path / "mark").exists()
+
+
+def test_output_cannot_be_a_folder(capsys, tmp_path, text_file, model_dir):
+    for output in (text_file, text_file / "below", model_dir):
+        status = adapt(model_dir, text_file, output)
+        refused(capsys, status, tmp_path / "out", f"--output {output}: ")
+    assert text_file.read_text(encoding="utf-8") == TEXT
+
+
+def test_rank_too_large_names_layer(capsys, tmp_path, text_file, model_dir):
+    status = adapt(model_dir, text_file, tmp_path / "out", "--rank", 17)  # k_proj and v_proj: 16 x 32
+    refused(capsys, status, tmp_path / "out", "17", "_proj", quiet=False)
+
+
+def test_weight_with_nan_names_layer(capsys, tmp_path, text_file):
+    model = tiny_llama()
+    model.model.layers[1].mlp.up_proj.weight.data[0, 0] = torch.nan
+    model.save_pretrained(tmp_path / "model")
+    byte_tokenizer().save_pretrained(tmp_path / "model")
+    status = adapt(tmp_path / "model", text_file, tmp_path / "out")
+    refused(capsys, status, tmp_path / "out", "layers.1.mlp.up_proj", quiet=False)
+
+
+@pytest.mark.parametrize("names", ["nope", "q_proj,nope", "input_layernorm", ","])
+def test_target_modules_not_found(names, capsys, tmp_path, text_file, model_dir):
+    status = adapt(model_dir, text_file, tmp_path / "out", "--target-modules", names)
+    refused(capsys, status, tmp_path / "out", f"--target-modules {names}: ", quiet=False)
+
+
+def test_blocks_longer_than_the_model_takes(capsys, tmp_path, text_file, model_dir):
+    status = adapt(model_dir, text_file, tmp_path / "out", "--sequence-length", 129)
+    refused(capsys, status, tmp_path / "out", "--sequence-length 129", "128", quiet=False)
+
+
+def test_tokenizer_of_another_model(capsys, tmp_path, text_file):
+    LlamaForCausalLM(LlamaConfig(**{**tiny_llama().config.to_dict(), "vocab_size": 40})).save_pretrained(
+        tmp_path / "model"
+    )
+    byte_tokenizer().save_pretrained(tmp_path / "model")
+    status = adapt(tmp_path / "model", text_file, tmp_path / "out")
+    refused(capsys, status, tmp_path / "out", "40 entries", quiet=False)
+
+
+@pytest.mark.parametrize(("steps", "seen_at"), [(3, 3), (12, 10)])
+def test_divergence_saves_nothing(steps, seen_at, capsys, tmp_path, text_file, model_dir):
+    status = adapt(model_dir, text_file, tmp_path / "out", "--learning-rate", "1e38", "--steps", steps)
+    refused(
+        capsys, status, tmp_path / "out", "loss is not finite", f"at or before step {seen_at};", quiet=False
+    )
+
+
+def test_divergence_after_the_last_log_saves_nothing(capsys, tmp_path, text_file, model_dir, monkeypatch):
+    def diverge(model, blocks, **options):
+        next(p for p in model.parameters() if p.requires_grad).data.fill_(torch.nan)
+
+    monkeypatch.setattr("mica.cli.train.train", diverge)
+    status = adapt(model_dir, text_file, tmp_path / "out")
+    refused(capsys, status, tmp_path / "out", "perplexity is not finite", quiet=False)
+
+
+def test_bugs_keep_their_traceback(monkeypatch, tmp_path, text_file, model_dir):
+    def broken(*args, **kwargs):
+        raise ValueError("a bug")
+
+    monkeypatch.setattr("mica.cli.train.train", broken)
+    with pytest.raises(ValueError, match="a bug"):
+        adapt(model_dir, text_file, tmp_path / "out")

@@ -1,0 +1,119 @@
+"""The whole path on a pretrained model, SmolLM2-135M: losses, gradients, and the adapter it leaves behind."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+from models import bases, gradients, python_reference_tokens, randomise, smollm2, wrap
+
+import mica.fast
+
+STEPS, BATCH = 20, (2, 48)
+LOSS = {torch.float32: 1e-5, torch.bfloat16: 2e-2}  # relative, from the issue's promise
+
+LOGITS_WITHOUT_MICA = """
+import sys
+sys.modules["mica"] = None  # an import of it would fail
+import torch
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+folder, file, adapter, ids, out = sys.argv[1:]
+model = AutoModelForCausalLM.from_pretrained(folder, gguf_file=file, dtype=torch.float32)
+model = PeftModel.from_pretrained(model, adapter)
+with torch.no_grad():
+    torch.save(model(torch.load(ids)).logits, out)
+"""
+
+
+def adapted(dtype):
+    return wrap(smollm2(dtype), rank=16, targets="all-linear", lora_alpha=16)
+
+
+def trained(model):
+    return [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+
+
+def train(model):
+    """Losses of 20 AdamW steps from A = 0, each on text of its own."""
+    with torch.no_grad():
+        for _, parameter in trained(model):
+            parameter.zero_()
+    optimizer = torch.optim.AdamW([p for _, p in trained(model)], lr=1e-3)
+    losses = []
+    for ids in python_reference_tokens().split(BATCH[0] * BATCH[1])[:STEPS]:
+        loss = model(ids.view(BATCH), labels=ids.view(BATCH)).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    return torch.tensor(losses)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_twenty_steps_follow_stock_and_stock_loads_the_adapter(dtype, tmp_path):
+    model = adapted(dtype)
+    assert mica.fast.explain(model).counts() == {"reference": 210}
+    assert len(trained(model)) == 210
+    before = {name: B.clone() for name, B in bases(model).items()}
+    for B in before.values():
+        assert B.dtype == torch.float32
+        assert (B.T @ B - torch.eye(16)).abs().max() <= 1e-6
+    with mica.fast.disabled():
+        expected = train(model)  # the same B
+    losses = train(model)
+    assert losses[-5:].mean() < losses[:5].mean()  # it learns
+    assert ((losses - expected).abs() / expected).max() <= LOSS[dtype]
+    for name, B in bases(model).items():
+        assert torch.equal(B, before[name])
+    if dtype == torch.float32:
+        check_logits_without_mica(model.eval(), tmp_path)
+
+
+def check_logits_without_mica(model, folder):
+    from mica.demo import smollm2_gguf
+
+    model.save_pretrained(folder / "adapter")
+    ids = python_reference_tokens()[:64].view(1, 64)
+    torch.save(ids, folder / "ids.pt")
+    gguf = smollm2_gguf()
+    arguments = [gguf.parent, gguf.name, folder / "adapter", folder / "ids.pt", folder / "logits.pt"]
+    done = subprocess.run(
+        [sys.executable, "-c", LOGITS_WITHOUT_MICA, *map(str, arguments)], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    theirs = torch.load(folder / "logits.pt")
+    with torch.no_grad():
+        ours = model(ids).logits
+    assert ((ours - theirs).norm() / theirs.norm()) <= 1e-5
+    with torch.no_grad(), model.disable_adapter():
+        assert ((model(ids).logits - theirs).norm() / theirs.norm()) > 1e-3  # the adapter matters
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_gradients_are_at_least_as_exact_as_stocks(dtype):
+    """Against fp64 gradients of the same weights; for bf16 the rival is stock under bf16 autocast."""
+    model = randomise(adapted(dtype), scale=0.01)
+    ids = python_reference_tokens()[:64].view(1, 64)
+
+    def run(autocast=False):
+        model.zero_grad(set_to_none=True)
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            loss = model(ids, labels=ids).loss
+        loss.backward()
+        return gradients(model)
+
+    ours = run()
+    with mica.fast.disabled():
+        theirs = run(autocast=dtype == torch.bfloat16)
+        model.double()
+        exact = run()
+
+    def distance(grads):
+        squared = sum((grads[name].double() - exact[name]).square().sum() for name in exact)
+        return (squared / sum(grad.square().sum() for grad in exact.values())).sqrt().item()
+
+    assert len(exact) == 210
+    errors = {"ours": distance(ours), "stock": distance(theirs)}
+    print(f"{dtype}, relative error of all gradients of A: {errors}")
+    assert errors["ours"] <= errors["stock"]
