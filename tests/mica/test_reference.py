@@ -1,19 +1,10 @@
 import pytest
 import torch
-from oracle import problem, solve
+from oracle import DTYPES, problem, solve
 from tolerances import RELATIVE, error
 
 from mica import reference
 
-DTYPES = [
-    (torch.float64, torch.float64, None),
-    (torch.float32, torch.float32, None),
-    (torch.bfloat16, torch.bfloat16, None),
-    (torch.bfloat16, torch.float32, None),
-    (torch.bfloat16, torch.float32, torch.float32),
-    (torch.float16, torch.float32, None),
-    (torch.float16, torch.float32, torch.float32),
-]
 SHAPES = [(1, 1, 1, 1), (5, 7, 3, 2), (33, 17, 65, 5), (2100, 19, 23, 16)]
 
 

@@ -5,6 +5,17 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
+# dtype of x and the weight, dtype of the adapter, compute_dtype
+DTYPES = [
+    (torch.float64, torch.float64, None),
+    (torch.float32, torch.float32, None),
+    (torch.bfloat16, torch.bfloat16, None),
+    (torch.bfloat16, torch.float32, None),
+    (torch.bfloat16, torch.float32, torch.float32),
+    (torch.float16, torch.float32, None),
+    (torch.float16, torch.float32, torch.float32),
+]
+
 
 @dataclass
 class Problem:

@@ -19,7 +19,7 @@ def text_file(tmp_path):
 
 @pytest.fixture(scope="module", autouse=True)
 def _one_thread(one_thread):
-    yield
+    """Asked for by every test of this folder."""
 
 
 @pytest.fixture(autouse=True)

@@ -1,18 +1,13 @@
 """What lets small matrices stand for large ones."""
 
 import pytest
-import torch
 
 from mica.subspace import eigen
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    """On matrices of this size more threads only wait for each other."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+@pytest.fixture(scope="module", autouse=True)
+def _one_thread(one_thread):
+    """Asked for by every test of this folder."""
 
 
 @pytest.fixture(autouse=True)
