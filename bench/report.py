@@ -1,4 +1,4 @@
-"""Medians and ratios of a pytest-benchmark result file, as Markdown: ``python -m bench.report FILE``."""
+"""Medians and paired ratios of a pytest-benchmark result, as Markdown: ``python -m bench.report FILE``."""
 
 from __future__ import annotations
 
@@ -21,15 +21,20 @@ def groups(result: dict) -> dict[str, dict[str, dict]]:
     return found
 
 
+def ratio(entry: dict, baseline: dict) -> str:
+    """Median and range over the rounds of rival ÷ baseline, each from one and the same round."""
+    pairs = [a / b for a, b in zip(entry["seconds"], baseline["seconds"], strict=True)]
+    return f"{median(pairs):.3f} ({min(pairs):.2f}–{max(pairs):.2f})"
+
+
 def table(group: str, rivals: dict[str, dict]) -> str:
     present = [name for name in BASELINES if name in rivals]
     notes = sorted({key for entry in rivals.values() for key in entry} - {"seconds"})
-    header = ["rival", "median s", "spread s", *(f"÷ {name}" for name in present), *notes]
+    header = ["rival", "median s", *(f"÷ {name}" for name in present), *notes]
     lines = [f"### {group}", "", " | ".join(header), " | ".join(["---"] * len(header))]
     for rival, entry in rivals.items():
-        seconds = entry["seconds"]
-        row = [rival, f"{median(seconds):.3f}", f"{min(seconds):.3f}–{max(seconds):.3f}"]
-        row += [f"{median(seconds) / median(rivals[name]['seconds']):.3f}" for name in present]
+        row = [rival, f"{median(entry['seconds']):.3f}"]
+        row += [ratio(entry, rivals[name]) for name in present]
         row += [f"{entry[key]:.4g}" if key in entry else "" for key in notes]
         lines.append(" | ".join(row))
     return "\n".join(lines)

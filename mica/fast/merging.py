@@ -23,8 +23,11 @@ from mica.fast.settings import settings
 
 logger = logging.getLogger(__name__)
 
-# 2**24 elements a chunk: 64 MB of fp32 at a time instead of a whole fp32 copy of an embedding.
-_CHUNK = 2**24
+# Elements of the update that exist at a time. On a CPU what matters is that the fp32 temporaries of 1 MB are
+# reused in the cache: 40 layers of 1536 x 576 merge in 0.12 s, but in 0.42 s with 2**20, page faults above
+# all. On a device it is the number of launches; 2**24 are 64 MB.
+_CHUNK = 2**18
+_DEVICE_CHUNK = 2**24
 _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
@@ -51,7 +54,7 @@ class MergeStats:
     dtype: torch.dtype
     update_squared: float = 0.0
     error_squared: float = 0.0
-    nonzero: int = 0
+    weights: int = 0
     unchanged: int = 0
 
     @property
@@ -62,7 +65,7 @@ class MergeStats:
     def add(self, other: MergeStats) -> None:
         self.update_squared += other.update_squared
         self.error_squared += other.error_squared
-        self.nonzero += other.nonzero
+        self.weights += other.weights
         self.unchanged += other.unchanged
 
 
@@ -88,11 +91,11 @@ class MergeReport:
             return "no MiCA adapter was merged by mica.fast"
         total = self.total
         worst = max(self.layers, key=lambda name: self.layers[name].swallowed)
-        share = total.unchanged / total.nonzero if total.nonzero else 0.0
+        share = total.unchanged / total.weights
         return (
             f"{len(self.layers)} layers merged into {str(total.dtype).removeprefix('torch.')}: rounding "
             f"swallowed {total.swallowed:.2%} of the update (Frobenius norm; most in {worst}: "
-            f"{self.layers[worst].swallowed:.2%}), {share:.2%} of the weights with an update did not move"
+            f"{self.layers[worst].swallowed:.2%}), {share:.2%} of the weights did not move"
         )
 
 
@@ -133,7 +136,8 @@ def _chunks(
     weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float, transposed: bool
 ) -> Iterator[tuple[slice, Tensor]]:
     """Row slices of the stored weight, each with its part of the update in fp32 (fp64)."""
-    step = max(1, _CHUNK // max(1, weight.shape[1]))
+    size = _CHUNK if weight.device.type == "cpu" else _DEVICE_CHUNK
+    step = max(1, size // max(1, weight.shape[1]))
     for start in range(0, weight.shape[0], step):
         rows = slice(start, start + step)
         if transposed:
@@ -146,13 +150,12 @@ def _bits(tensor: Tensor) -> Tensor:
     return tensor.view(_BITS[tensor.element_size()])
 
 
-def _norm(tensor: Tensor) -> float:
-    return torch.linalg.vector_norm(tensor, dtype=torch.float64).item()
-
-
 def _fingerprint(weight: Tensor) -> Tensor:
     """One integer a row: an edit of the weight between merge and unmerge must not go unseen."""
-    return _bits(weight.detach()).sum(dim=1, dtype=torch.int64)
+    weight = weight.detach()
+    if weight.shape[1] * weight.element_size() % 8 == 0:  # 8 bytes at a time: five times as fast for bf16
+        return weight.view(torch.int64).sum(dim=1)
+    return _bits(weight).sum(dim=1, dtype=torch.int64)
 
 
 @torch.no_grad()
@@ -166,15 +169,15 @@ def _merge_into(layer, adapter: str, weight: Tensor, out: Tensor) -> None:
         old = weight[rows].clone()
         wide = old.to(update.dtype)
         new = (wide + update).to(weight.dtype)
-        recovered = (new.to(update.dtype) - update).to(weight.dtype)
-        lost = (_bits(recovered) != _bits(old)).flatten().nonzero().squeeze(1)
+        recovered = new.to(update.dtype) - update
+        back = recovered.to(weight.dtype)
+        lost = (_bits(back) != _bits(old)).flatten().nonzero().squeeze(1)
         indices.append(lost + rows.start * weight.shape[1])
         values.append(old.flatten()[lost])
-        moved = new.to(update.dtype) - wide
-        stats.update_squared += _norm(update) ** 2
-        stats.error_squared += _norm(moved - update) ** 2
-        stats.nonzero += int(update.count_nonzero())
-        stats.unchanged += int(((update != 0) & (moved == 0)).sum())
+        stats.update_squared += torch.linalg.vector_norm(update).item() ** 2
+        stats.error_squared += torch.linalg.vector_norm(recovered.sub_(wide)).item() ** 2
+        stats.weights += old.numel()
+        stats.unchanged += int((new == old).sum())
         out[rows] = new
     _undo.setdefault(layer, {})[adapter] = _Undo(
         lora_A.clone(),

@@ -8,6 +8,7 @@ from torch.library import opcheck
 from mica import ops
 from mica.ops import mica_embedding, mica_linear
 
+FP32 = (torch.float32, torch.float32, None)
 FP32_MASTER = (torch.bfloat16, torch.float32, None)
 
 
@@ -139,9 +140,7 @@ def test_opcheck_embedding(padding_idx):
 
 
 @pytest.mark.parametrize("backend", ["eager", "aot_eager", "inductor"])
-@pytest.mark.parametrize(
-    ("dtype", "adapter_dtype", "compute_dtype"), [(torch.float32, torch.float32, None), FP32_MASTER]
-)
+@pytest.mark.parametrize(("dtype", "adapter_dtype", "compute_dtype"), [FP32, FP32_MASTER])
 def test_compile_fullgraph(backend, dtype, adapter_dtype, compute_dtype):
     torch.compiler.reset()
     p = problem((2, 3), 5, 7, 2, dtype, adapter_dtype)
