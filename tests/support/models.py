@@ -6,10 +6,11 @@ from contextlib import nullcontext
 import torch
 from peft import LoraConfig, get_peft_model
 from torch import nn
-from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 from transformers.pytorch_utils import Conv1D
 
 import mica.fast
+from mica.cli.loading import find_source, load_model
 from mica.demo import smollm2_gguf
 
 
@@ -95,9 +96,8 @@ def tiny_llama(seed=0, **config):
 
 
 def smollm2(dtype=torch.float32):
-    """SmolLM2-135M with its pretrained weights."""
-    path = smollm2_gguf()
-    return AutoModelForCausalLM.from_pretrained(str(path.parent), gguf_file=path.name, dtype=dtype)
+    """SmolLM2-135M with its pretrained weights, dense."""
+    return load_model(find_source(str(smollm2_gguf()), False), str(dtype).removeprefix("torch."))
 
 
 @functools.cache

@@ -116,4 +116,5 @@ def test_gradients_are_at_least_as_exact_as_stocks(dtype):
     assert len(exact) == 210
     errors = {"ours": distance(ours), "stock": distance(theirs)}
     print(f"{dtype}, relative error of all gradients of A: {errors}")
-    assert errors["ours"] <= errors["stock"]
+    # seen: 3.73e-6 against 3.74e-6 and 4.4e-2 against 4.8e-2; 5 % for other thread counts and machines
+    assert errors["ours"] <= 1.05 * errors["stock"]
