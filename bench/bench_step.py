@@ -14,7 +14,7 @@ import torch
 
 import mica.fast
 
-ROUNDS, TOKENS, RANK = 8, (2, 512), 16
+ROUNDS, TOKENS, RANK = 6, (2, 512), 16
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 GATE = {"bfloat16": 2e-2, "float32": 1e-5}  # relative difference of the losses
 

@@ -150,6 +150,7 @@ def test_compile_fullgraph(backend, dtype, adapter_dtype, compute_dtype):
         assert torch.equal(value, expected[name]), name
 
 
+@pytest.mark.filterwarnings("error:.*autograd kernel was not registered")
 def test_first_and_second_derivatives():
     p = problem((2, 3), 5, 4, 2, torch.float64)
     x, lora_A = p.x.detach().requires_grad_(), p.lora_A.detach().requires_grad_()
@@ -161,6 +162,7 @@ def test_first_and_second_derivatives():
     assert torch.autograd.gradgradcheck(function, (x, lora_A))
 
 
+@pytest.mark.filterwarnings("error:.*autograd kernel was not registered")
 def test_embedding_derivatives():
     indices, lora_B = torch.tensor([[1, 4], [1, 0]]), torch.randn(3, 2, dtype=torch.float64)
     lora_A = torch.randn(2, 6, dtype=torch.float64, requires_grad=True)
