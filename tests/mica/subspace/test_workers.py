@@ -1,7 +1,9 @@
 import threading
 
 import pytest
+import scipy.linalg
 import torch
+from threadpoolctl import threadpool_info
 
 from mica import minor_subspace
 from mica.subspace import workers
@@ -42,6 +44,18 @@ def test_small_ones_first_and_in_workers_and_thread_counts_stay():
     )
     assert where[900] == where[800] == (main, 2)
     assert torch.get_num_threads() == 2
+
+
+def test_no_blas_has_threads_of_its_own_meanwhile():
+    scipy.linalg.eigh(torch.eye(4).numpy())  # its library is loaded
+    seen = []
+
+    def note(item):
+        seen.extend(pool["num_threads"] for pool in threadpool_info() if pool["user_api"] == "blas")
+
+    list(workers.run(note, range(4), lambda item: True))
+    assert seen
+    assert set(seen) == {1}
 
 
 def test_the_first_error_ends_it():
