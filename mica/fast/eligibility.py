@@ -28,6 +28,18 @@ def adapter_of(layer) -> str | None:
     return names[0] if len(names) == 1 else None
 
 
+def adapter_weights(layer, name: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """lora_A and lora_B of one adapter, wherever the kind of layer keeps them."""
+    if isinstance(layer, lora.Embedding):
+        return layer.lora_embedding_A[name], layer.lora_embedding_B[name]
+    return layer.lora_A[name].weight, layer.lora_B[name].weight
+
+
+def is_stored_transposed(layer) -> bool:
+    """Whether the base weight is kept as (in_features, out_features) or (num_embeddings, embedding_dim)."""
+    return isinstance(layer, lora.Embedding) or layer.fan_in_fan_out
+
+
 def why_not(layer) -> str | None:
     """None if the layer's state allows the fast path, else the reason in words."""
     if type(layer) is lora.Linear:

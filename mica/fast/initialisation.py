@@ -21,7 +21,12 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from mica.errors import UnsuitableLayerError
-from mica.fast.eligibility import MiCAEmbeddingVariant, MiCALinearVariant
+from mica.fast.eligibility import (
+    MiCAEmbeddingVariant,
+    MiCALinearVariant,
+    adapter_weights,
+    is_stored_transposed,
+)
 from mica.fast.settings import settings
 from mica.subspace import minor_subspace, workers
 
@@ -80,16 +85,10 @@ def resolve_lora_variant(stock):
 # ---------------------------------------------------------------------------------------------------
 
 
-def _weights(layer, adapter_name: str) -> tuple[Tensor, Tensor]:
-    if isinstance(layer, lora.Embedding):
-        return layer.lora_embedding_A[adapter_name], layer.lora_embedding_B[adapter_name]
-    return layer.lora_A[adapter_name].weight, layer.lora_B[adapter_name].weight
-
-
 def _effective_weight(layer) -> Tensor:
     """The weight as (out_features, in_features); an embedding's is (embedding_dim, num_embeddings)."""
     weight = layer.get_base_layer().weight.detach()
-    return weight.t() if isinstance(layer, lora.Embedding) or layer.fan_in_fan_out else weight
+    return weight.t() if is_stored_transposed(layer) else weight
 
 
 def _check(layer, adapter_name: str, name: str) -> None:
@@ -119,7 +118,7 @@ def _check(layer, adapter_name: str, name: str) -> None:
 @torch.no_grad()
 def _fill(layer, adapter_name: str, name: str) -> None:
     """A = 0 and B = the minor subspace, in the dtypes that the adapter has now."""
-    lora_A, lora_B = _weights(layer, adapter_name)
+    lora_A, lora_B = adapter_weights(layer, adapter_name)
     base_layer = layer.get_base_layer()
     with gather_params_ctx(base_layer.weight):  # DeepSpeed ZeRO-3
         try:
@@ -141,7 +140,7 @@ def _fill(layer, adapter_name: str, name: str) -> None:
 
 def mica_init(stock):
     def mica_init(self, adapter_name: str) -> None:
-        lora_A, lora_B = _weights(self, adapter_name)
+        lora_A, lora_B = adapter_weights(self, adapter_name)
         weight = getattr(self.get_base_layer(), "weight", None)
         covered = (
             type(self) in (lora.Linear, lora.Embedding) and isinstance(weight, Tensor) and not weight.is_meta
@@ -269,10 +268,12 @@ def cast_adapter_dtype(stock):
             if isinstance(layer, lora.LoraLayer)
             and type(layer.lora_variant.get(adapter_name)) in (MiCALinearVariant, MiCAEmbeddingVariant)
         ]
-        trainable = [[weight.requires_grad for weight in _weights(layer, adapter_name)] for layer in layers]
+        trainable = [
+            [weight.requires_grad for weight in adapter_weights(layer, adapter_name)] for layer in layers
+        ]
         stock(model, adapter_name, autocast_adapter_dtype)
         for layer, flags in zip(layers, trainable, strict=True):
-            weights = _weights(layer, adapter_name)
+            weights = adapter_weights(layer, adapter_name)
             for weight, requires_grad in zip(weights, flags, strict=True):
                 weight.requires_grad_(requires_grad)
             layer._freeze_non_trainable_peft_weights(adapter_name)

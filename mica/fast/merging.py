@@ -19,6 +19,7 @@ from peft.tuners import lora
 from torch import Tensor, nn
 
 from mica import reference
+from mica.fast.eligibility import adapter_weights, is_stored_transposed
 from mica.fast.settings import settings
 
 logger = logging.getLogger(__name__)
@@ -120,11 +121,9 @@ def _forget(layer, adapter: str) -> _Undo | None:
 
 
 def _operands(layer, adapter: str) -> tuple[Tensor, Tensor, bool]:
-    """lora_A, lora_B and whether the weight is stored transposed (in_features or num_embeddings first)."""
-    if isinstance(layer, lora.Embedding):
-        return layer.lora_embedding_A[adapter].detach(), layer.lora_embedding_B[adapter].detach(), True
-    lora_A, lora_B = layer.lora_A[adapter].weight.detach(), layer.lora_B[adapter].weight.detach()
-    return lora_A, lora_B, layer.fan_in_fan_out
+    """lora_A and lora_B without their graph, and whether the weight is stored transposed."""
+    lora_A, lora_B = adapter_weights(layer, adapter)
+    return lora_A.detach(), lora_B.detach(), is_stored_transposed(layer)
 
 
 def _covered(layer, weight: Tensor) -> bool:

@@ -13,7 +13,7 @@ from mica.fast import patching
 from mica.fast.eligibility import MiCAEmbeddingVariant, MiCALinearVariant, why_not
 from mica.fast.settings import settings
 
-KERNEL, REFERENCE, PEFT = "kernel", "reference", "peft"
+REFERENCE, PEFT = "reference", "peft"
 
 
 @dataclass(frozen=True)

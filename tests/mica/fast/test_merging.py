@@ -8,7 +8,8 @@ from tolerances import RELATIVE, error
 from transformers.pytorch_utils import Conv1D
 
 import mica.fast
-from mica.fast import initialisation, merging
+from mica.fast import merging
+from mica.fast.eligibility import adapter_weights
 
 INDICES = torch.tensor([[1, 2, 3, 28], [0, 7, 7, 3]])
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
@@ -21,7 +22,7 @@ def base_weights(model):
 
 
 def exact_merge(layer, weight, adapter="default"):
-    lora_A, lora_B = initialisation._weights(layer, adapter)
+    lora_A, lora_B = adapter_weights(layer, adapter)
     update = layer.scaling[adapter] * (lora_B.double() @ lora_A.double())
     return weight.double() + (update if weight.shape == update.shape else update.t())
 
