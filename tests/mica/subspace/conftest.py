@@ -2,7 +2,7 @@
 
 import pytest
 
-from mica.subspace import eigen
+from mica.subspace import krylov
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -11,6 +11,6 @@ def _one_thread(one_thread):
 
 
 @pytest.fixture(autouse=True)
-def both_eigensolvers(monkeypatch):
-    """Small sides of 140 and 150 go through the partial eigensolver, those of 40 and 60 do not."""
-    monkeypatch.setattr(eigen, "FULL_BELOW", 128)
+def _small_krylov(monkeypatch):
+    """Krylov subspaces are judged from the first block on, so that they fit small sides from 128 on."""
+    monkeypatch.setattr(krylov, "FIRST_CHECK", 1)

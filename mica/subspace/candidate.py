@@ -1,0 +1,126 @@
+"""From the small eigenvectors of a Gram matrix to a basis as it is returned, and the judgement on it.
+
+Everything here works on one matrix (``HostGram``, no batch dimensions) and on a batch (``BatchGram``).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+
+from mica.subspace.certificate import ROUNDING, certify
+from mica.subspace.gram import image, transposed_image
+from mica.subspace.krylov import Bounds, bounds, resolution
+from mica.subspace.result import NULL_RESOLUTIONS, is_certified
+
+
+@dataclass
+class Problem:
+    """Weights as their tall (batch, long, short) view, the Gram of the short side and its bounds."""
+
+    tall: torch.Tensor
+    gram: object  # HostGram or BatchGram
+    limits: Bounds
+    rank: int
+    basis_is_long: bool  # out_features > in_features: the wanted vectors live on the long side
+    dtype: torch.dtype  # of the result
+    seed: int
+
+    @property
+    def resolution(self) -> torch.Tensor:
+        return resolution(self.gram.size, self.limits.norm.cpu())
+
+
+class Candidate(NamedTuple):
+    """Wanted vectors, the same triplets' vectors (batch, short, rank) on the short side, singular values.
+
+    fp64. ``resolved``: the Gram alone shows energies as precisely as the result's dtype.
+    """
+
+    basis: torch.Tensor
+    short_vectors: torch.Tensor
+    singular_values: torch.Tensor
+    resolved: bool = False
+    null_count: int = 0
+
+
+class Judged(NamedTuple):
+    """The basis in its dtype, signs fixed; the rest, each (batch), as in MinorSubspace."""
+
+    basis: torch.Tensor
+    singular_values: torch.Tensor
+    certified: torch.Tensor
+    energy_excess: torch.Tensor
+
+
+def problem(tall: torch.Tensor, gram, rank: int, basis_is_long: bool, seed: int) -> Problem:
+    dtype = torch.float64 if tall.dtype == torch.float64 else torch.float32
+    return Problem(tall, gram, bounds(gram, seed), rank, basis_is_long, dtype, seed)
+
+
+def candidate(problem: Problem, vectors: torch.Tensor) -> Candidate | None:
+    """The singular triplets of the weight on the span of ``vectors`` (batch, short, rank), orthonormal.
+
+    With A the tall view and X the vectors, A X = P S Qᵀ: the columns of X Q and of P are the singular vectors
+    on the short and on the long side. P is orthonormal however ill-conditioned A X is, and S keeps the digits
+    that the square roots of the Gram's eigenvalues have lost. Where none are lost and P is not wanted, the
+    pass over the weight is left out.
+
+    None where a wanted singular value of a tall weight is numerically null: the Gram does not show its
+    vector.
+    """
+    gram = problem.gram
+    small = gram.inner(vectors, gram.apply(vectors)).cpu()
+    values, rotation = torch.linalg.eigh((small + small.mT) / 2)
+    floor = problem.resolution
+    if problem.basis_is_long and (values[..., 0] <= NULL_RESOLUTIONS * floor + gram.error).any():
+        return None
+    unresolved = values[..., 0] * torch.finfo(problem.dtype).eps / 2 < floor + gram.error
+    resolved = not unresolved.any()
+    if resolved and not problem.basis_is_long:
+        rotated = gram.combine(vectors, rotation.flip(-1).to(gram.device))
+        return Candidate(rotated, rotated, values.flip(-1).sqrt().to(gram.device), resolved)
+    long_vectors, singular_values, rotation = torch.linalg.svd(
+        image(problem.tall, vectors), full_matrices=False
+    )
+    short_vectors = gram.combine(vectors, rotation.mT)
+    return Candidate(
+        long_vectors if problem.basis_is_long else short_vectors, short_vectors, singular_values, resolved
+    )
+
+
+def judged(problem: Problem, found: Candidate, strict: bool) -> Judged:
+    """Cast, fix the signs, and judge the basis as it is returned, rounding to its dtype included."""
+    basis = _with_fixed_signs(found.basis.to(problem.dtype))
+    rank, floor = problem.rank, problem.resolution
+    certificate = certify(problem.gram, found.short_vectors, problem.limits.norm, strict)
+    energy = _energy(problem, found, basis).cpu()
+    least = (certificate.ritz_sum - certificate.deficit).clamp_min(0)  # proven: Σσ² is at least this
+    excess = (energy - least).clamp_min(0)
+    reference = torch.maximum(least, rank * floor)
+    return Judged(
+        basis=basis,
+        singular_values=found.singular_values,
+        certified=certificate.passed & is_certified(excess, least, rank, floor),
+        energy_excess=torch.where(reference > 0, excess / reference, 0.0),
+    )
+
+
+def _with_fixed_signs(basis: torch.Tensor) -> torch.Tensor:
+    """The entry of largest magnitude of each column made positive; the first one where several are."""
+    largest = basis.gather(-2, basis.abs().argmax(dim=-2, keepdim=True))
+    return (basis * largest.sign()).contiguous()
+
+
+def _energy(problem: Problem, found: Candidate, basis: torch.Tensor) -> torch.Tensor:
+    """‖weightᵀ basis‖², (batch); an upper bound where it comes from the Gram."""
+    if problem.basis_is_long:
+        return transposed_image(problem.tall, basis).square().sum((-2, -1))
+    if found.resolved:
+        exact = problem.gram.empty(problem.rank)
+        exact.copy_(basis)
+        energy = (exact * problem.gram.apply(exact)).sum((-2, -1))
+        return energy + (problem.rank * ROUNDING * problem.resolution).to(energy.device)
+    return image(problem.tall, basis).square().sum((-2, -1))

@@ -1,0 +1,182 @@
+"""The smallest eigenpairs of a Gram matrix by block Krylov subspaces of its shifted inverse.
+
+Subspace iteration on C⁻¹ is fast only if C's smallest eigenvalues are far below the others. Those of a
+square weight are (they go down to zero as j²), those of a rectangular one are not: they stop at the edge of
+the Marchenko-Pastur law, where neighbours differ by per cents. Two measures, together about ten
+times as accurate a step as C⁻¹ without them (Gaussian 4096 × 11008, 16 vectors, blocks of 24):
+
+- the shift: 40 steps of plain Lanczos show where the spectrum begins, and the operator is (C − σI)⁻¹ with σ
+  just below. A Cholesky factor of C − σI proves that σ was not too high; if there is none, σ is lowered;
+- Rayleigh-Ritz over all blocks so far (block Lanczos with full reorthogonalisation), never restarted.
+
+``gram`` below is a ``HostGram`` or a ``BatchGram``; leading dimensions of every tensor are its batch's.
+"""
+
+import math
+from collections.abc import Callable
+from typing import NamedTuple
+
+import scipy.linalg
+import torch
+
+LANCZOS_STEPS = 40
+FIRST_CHECK = 7
+MOST_STEPS = 24
+
+
+class Bounds(NamedTuple):
+    """Of C's spectrum, each (batch): a lower estimate of ‖C‖, and what to shift by, first guess to last."""
+
+    norm: torch.Tensor
+    shifts: tuple[torch.Tensor, ...]
+
+
+class Ritz(NamedTuple):
+    """``vectors`` (batch, n, rank) by ascending Ritz values of C; ``converged`` for all of the batch."""
+
+    vectors: torch.Tensor
+    converged: bool
+
+
+def block_size(rank: int) -> int:
+    return max(rank + 8, 16) if rank <= 32 else 6 * rank // 10 + 10
+
+
+def fits(size: int, rank: int) -> bool:
+    """Whether the subspaces stay well below half of the space, where LAPACK's solvers are the faster ones."""
+    return 2 * block_size(rank) * (FIRST_CHECK + 3) <= size
+
+
+def bounds(gram, seed: int) -> Bounds:
+    """‖C‖ and shifts just below the smallest eigenvalue, from two lengths of one Lanczos run."""
+    steps = min(LANCZOS_STEPS, gram.size)
+    _, projected = _extended(gram, gram.apply, _random(gram, 1, seed), steps)
+    values = torch.linalg.eigvalsh(projected)
+    half = torch.linalg.eigvalsh(projected[..., : (steps + 1) // 2, : (steps + 1) // 2])
+    least, norm = values[..., 0], values[..., -1].clamp_min(0)
+    # Ritz values come down to the edge as 1/steps²: a third of the last move is still to go.
+    move = half[..., 0] - least
+    floor = resolution(gram.size, norm)
+    candidates = (least - 0.6 * move, least - 2 * move, torch.zeros_like(least))
+    return Bounds(norm, tuple(torch.where(c > 16 * floor, c, -floor) for c in candidates))
+
+
+def resolution(size: int, norm):
+    """4 √n ε₆₄ ‖C‖: eigenvalues of the (n, n) Gram matrix C closer than this are one to fp64."""
+    return 4 * math.sqrt(size) * torch.finfo(torch.float64).eps * norm
+
+
+def smallest_eigenvectors(gram, rank: int, limits: Bounds, eps: float, seed: int) -> Ritz | None:
+    """``rank`` eigenvectors of C to its smallest eigenvalues; None if C has no factor to work with.
+
+    ``eps``: the unit round-off that the caller's result will have; vectors converge to what an SVD in
+    that precision can tell of them (backward error eps ‖W‖), or to what fp64 resolves.
+    """
+    shift, definite = limits.shifts[0], gram.factor(limits.shifts[0])
+    for lower in limits.shifts[1:]:
+        if definite.all():
+            break
+        shift = torch.where(definite, shift, lower)
+        definite = gram.factor(shift)
+    if not definite.all():
+        return None
+    width = block_size(rank)
+    most = max(1, min(MOST_STEPS, gram.size // width))
+    history: list[float] = []
+    found = None
+
+    def judge(basis: torch.Tensor, projected: torch.Tensor) -> int:
+        """Rayleigh-Ritz; the number of further steps that seem to be needed, 0 to stop."""
+        nonlocal found
+        vectors = gram.combine(basis, _largest_eigenvectors(projected, rank).to(gram.device))
+        vectors, _, _ = gram.orthonormal(vectors)
+        excess = _relative_residual(gram, vectors, limits.norm, eps)
+        found = Ritz(vectors, excess <= 1)
+        stalled = bool(history) and excess > 0.5 * history[-1]
+        history.append(excess)
+        if found.converged or stalled:
+            return 0
+        # a step gains a factor of 8 on Gaussian spectra
+        return max(1, min(4, math.ceil(math.log(excess, 8)))) if math.isfinite(excess) else 1
+
+    _extended(gram, gram.solve, _random(gram, width, seed), most, min(FIRST_CHECK, most), judge)
+    return found
+
+
+def _relative_residual(gram, vectors: torch.Tensor, norm: torch.Tensor, eps: float) -> float:
+    """The worst residual ‖C X − X H‖ of a batch over the one that is small enough."""
+    rank = vectors.shape[-1]
+    products = gram.apply(vectors)
+    small = gram.inner(vectors, products)
+    residual = torch.linalg.matrix_norm(products - gram.combine(vectors, small)).cpu()
+    values = torch.linalg.eigvalsh(small.cpu()).clamp_min(0)
+    # The certificate allows 1e-5 Σθ for √r ‖R‖; an SVD's own error allows eps ‖W‖ σ_r.
+    allowed = torch.minimum(1e-6 * values.sum(-1) / rank**0.5, 0.5 * eps * (norm * values[..., -1]).sqrt())
+    allowed = torch.maximum(allowed, resolution(gram.size, norm))
+    return torch.where(residual == 0, 0.0, residual / allowed).max().item()
+
+
+def _random(gram, count: int, seed: int) -> torch.Tensor:
+    """Orthonormal (batch, n, count), the same for every matrix of a batch and on every device."""
+    generator = torch.Generator(device="cpu").manual_seed(seed)
+    start = torch.randn(count, gram.size, dtype=torch.float64, generator=generator, device="cpu")
+    block = gram.empty(count)
+    block.copy_(start.mT)
+    return gram.orthonormal(block)[0]
+
+
+def _extended(
+    gram,
+    operation: Callable[[torch.Tensor], torch.Tensor],
+    block: torch.Tensor,
+    steps: int,
+    first_check: int | None = None,
+    judge: Callable[[torch.Tensor, torch.Tensor], int] | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Block Lanczos: an orthonormal basis Q of span{S, F S, …, F^(steps−1) S}, and Qᵀ F Q on the host.
+
+    ``block`` is S, ``operation`` the symmetric F. Of Qᵀ F Q the lower triangle is filled in. From
+    ``first_check`` steps on ``judge`` may end it early.
+    """
+    width = block.shape[-1]
+    basis = gram.empty(width * steps)
+    projected = torch.zeros(*gram.batch_shape, width * steps, width * steps, dtype=torch.float64)
+    for step in range(steps):
+        start, end = width * step, width * (step + 1)
+        basis[..., start:end] = block
+        block, coefficients = _orthogonalised(gram, operation(block), basis[..., :end])
+        projected[..., start:end, :end] = coefficients.mT.cpu()
+        if judge is not None and step + 1 >= first_check:
+            further = judge(basis[..., :end], projected[..., :end, :end])
+            if not further:
+                break
+            first_check = min(step + 1 + further, steps)
+    return basis, projected
+
+
+def _orthogonalised(gram, block: torch.Tensor, basis: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """(new, coefficients) with block = basis @ coefficients + new @ a triangle, (basis, new) orthonormal.
+
+    Twice is enough, unless the block was nearly dependent: then Householder fills it up with
+    directions that have to be cleared of the basis once more.
+    """
+    coefficients, triangle = 0, None
+    for _ in range(4):
+        part = gram.inner(basis, block)
+        block, factor, safe = gram.orthonormal(gram.subtract(block, basis, part))
+        coefficients = part if triangle is None else coefficients + part @ triangle
+        twice, triangle = triangle is not None, factor if triangle is None else factor @ triangle
+        if twice and safe:
+            break
+    return block, coefficients
+
+
+def _largest_eigenvectors(matrices: torch.Tensor, count: int) -> torch.Tensor:
+    """(batch, m, count) of symmetric matrices by descending eigenvalue; the lower triangle is read."""
+    size = matrices.shape[-1]
+    pairs = [
+        scipy.linalg.eigh(matrix.numpy(), subset_by_index=[size - count, size - 1], driver="evr")
+        for matrix in matrices.reshape(-1, size, size)
+    ]
+    vectors = torch.stack([torch.from_numpy(vectors) for _, vectors in pairs]).flip(-1)
+    return vectors.reshape(*matrices.shape[:-2], size, count)
