@@ -1,0 +1,230 @@
+"""``mica inspect``: what MiCA would adapt in a model, layer by layer, without adapting it."""
+
+import argparse
+import json
+import os
+import sys
+import time
+import warnings
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+
+from mica.cli.adapt import _number
+from mica.errors import UsageError
+
+PLOT_SUFFIXES = (".png", ".pdf", ".svg")
+
+
+def add_parser(commands) -> None:
+    """Declare ``mica inspect`` on an argparse subparsers object."""
+    parser = commands.add_parser(
+        "inspect",
+        help="the spectra of a model's layers, and what MiCA would adapt in them",
+        description="Show, for every layer that MiCA would adapt, the singular values at the cut, the share "
+        "of the weight's energy in the chosen subspace, and the certificate of the solver. Trains nothing "
+        "and does not change the model.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        allow_abbrev=False,
+    )
+    add = parser.add_argument
+    add("model", metavar="MODEL", help="Hub id, checkpoint folder or GGUF file")
+    add("--rank", type=_number(int, 1, low_allowed=True), default=16, help="rank of the adapter")
+    add(
+        "--target-modules",
+        default="all-linear",
+        metavar="NAMES",
+        help="layers to look at: all-linear (all but the output layer) or names, like q_proj,embed_tokens",
+    )
+    add(
+        "--dtype",
+        choices=("auto", "float32", "bfloat16", "float16"),
+        default="auto",
+        help="dtype of the weights; auto: that of the checkpoint, float32 for GGUF",
+    )
+    add("--plot", type=Path, metavar="FILE", help="also draw the whole spectra: .png, .pdf or .svg")
+    add("--json", type=Path, metavar="FILE", help="also write the table as JSON")
+    add("--trust-remote-code", action="store_true", help="run Python code that comes with the model")
+    parser.set_defaults(run=run)
+
+
+def _check_file(option: str, path: Path, suffixes: tuple[str, ...] = ()) -> None:
+    """Raise UsageError if no file can be written at ``path``, or its suffix is not in ``suffixes``."""
+    if suffixes and path.suffix.lower() not in suffixes:
+        raise UsageError(f"{option} {path}: must end in {', '.join(suffixes[:-1])} or {suffixes[-1]}")
+    if path.exists() and not path.is_file():
+        raise UsageError(f"{option} {path}: exists and is not a file")
+    if not path.parent.is_dir():
+        raise UsageError(f"{option} {path}: {path.parent} is not a folder")
+    if not os.access(path.parent, os.W_OK):
+        raise UsageError(f"{option} {path}: {path.parent} is not writable")
+
+
+def _write(option: str, path: Path, write: Callable[[Path], None]) -> None:
+    """Have ``write`` fill a scratch file beside ``path``, then put it there: never half a file.
+
+    Raises UsageError if that fails (the disk is full, the folder has gone).
+    """
+    scratch = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        write(scratch)
+        os.replace(scratch, path)
+    except OSError as error:
+        raise UsageError(f"{option} {path}: cannot be written: {error.strerror or error}") from error
+    finally:
+        scratch.unlink(missing_ok=True)
+
+
+def _figure_maker() -> Callable:
+    """`mica.cli.plot.figure`. Raises UsageError where matplotlib is missing."""
+    try:
+        from mica.cli.plot import figure
+    except ImportError as error:
+        raise UsageError('--plot needs matplotlib: pip install "mica-fast[plot]"') from error
+    return figure
+
+
+def _header(rank: int, width: int) -> str:
+    sigmas = ("sigma_max", f"sigma_{rank + 1}", f"sigma_{rank}", "sigma_1")
+    return (
+        f"{'layer':{width}}  {'out x in':>13}  {'dtype':8}  "
+        + "  ".join(f"{sigma:>9}" for sigma in sigmas)
+        + f"  {'gap':>7}  {'energy':>8}  {'method':6}  {'proven, excess':15}  {'s':>6}"
+    )
+
+
+def _line(row, width: int) -> str:
+    """One row of the table, without a line end."""
+
+    def number(value, spec, empty="-"):
+        return empty if value is None else format(value, spec)
+
+    shape = f"{row.shape[0]} x {row.shape[1]}" if row.shape else "-"
+    start = f"{row.name:{width}}  {shape:>13}  {row.dtype or '-':8}  "
+    if row.reason:
+        return f"{start}cannot be adapted: {row.reason}"
+    sigmas = (row.sigma_max, row.sigma_above, row.sigma_largest, row.sigma_smallest)
+    share = None if row.energy_share is None else 100 * row.energy_share
+    certificate = f"proven, {row.energy_excess:.1e}" if row.proven else "not proven"
+    return (
+        start
+        + "  ".join(f"{number(sigma, '.4g'):>9}" for sigma in sigmas)
+        + f"  {number(row.gap, '.4g'):>7}  {number(share, '.2g') + '%':>8}  {row.method:6}  "
+        + f"{certificate:15}  {row.seconds:6.2f}"
+    )
+
+
+def summary(rows: list, seconds: float) -> dict:
+    """The counts and the worst proven energy excess (None if nothing is proven) of a list of `Row`."""
+    solved = [row for row in rows if row.reason is None]
+    proven = [row.energy_excess for row in solved if row.proven]
+    return {
+        "layers_found": len(rows),
+        "layers_proven": len(proven),
+        "layers_not_proven": len(solved) - len(proven),
+        "layers_unsuitable": len(rows) - len(solved),
+        "worst_energy_excess": max(proven, default=None),
+        "seconds": seconds,
+    }
+
+
+def _closing(s: dict) -> str:
+    worst = "-" if s["worst_energy_excess"] is None else f"{s['worst_energy_excess']:.1e}"
+    return (
+        f"{s['layers_found']} layers in {s['seconds']:.1f} s: {s['layers_proven']} proven (worst energy "
+        f"excess {worst}), {s['layers_not_proven']} not proven, {s['layers_unsuitable']} cannot be adapted"
+    )
+
+
+class _Output:
+    """Standard output, line by line, each seen at once; ``is_gone`` once its reader (head, less) has left."""
+
+    is_gone = False
+
+    def line(self, text: str) -> None:
+        if self.is_gone:
+            return
+        try:
+            print(text, flush=True)
+        except BrokenPipeError:
+            # Python flushes once more at exit, and would complain then.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            self.is_gone = True
+
+
+def _load(args):
+    """The model, by the loader of ``mica adapt``; its errors name an option that is an argument here."""
+    import huggingface_hub
+    import transformers
+
+    from mica.cli.loading import find_source, load_model
+
+    # The Hub client's retries and advice to programmers would hide the one line that an error is.
+    transformers.logging.set_verbosity_error()
+    huggingface_hub.logging.set_verbosity_error()
+    warnings.simplefilter("ignore", FutureWarning)
+    try:
+        return load_model(find_source(args.model, args.trust_remote_code), args.dtype)
+    except UsageError as error:
+        raise UsageError(str(error).removeprefix("--model ")) from error
+
+
+def run(args: argparse.Namespace) -> int:
+    """Run the command: cheap checks first, a line as soon as a layer is measured, files at the end.
+
+    ``--json`` is one object: model, dtype, device, rank, target_modules (as given), what
+    `summary` returns (layers_found, layers_proven, layers_not_proven, layers_unsuitable,
+    worst_energy_excess, seconds), and layers, a list of objects with the fields of
+    `mica.cli.spectra.Row` in the order of the table: name, kind (the class), shape [out, in], dtype,
+    reason (null, or why the layer cannot be adapted), seconds, sigma_max, sigma_above, sigma_largest,
+    sigma_smallest, gap, energy_share, method, proven, energy_excess. What is not known is null.
+
+    Raises UsageError; also where ``--plot`` is given and no layer can be adapted, after everything else.
+    """
+    if args.json:
+        _check_file("--json", args.json)
+    if args.plot:
+        _check_file("--plot", args.plot, PLOT_SUFFIXES)
+        figure = _figure_maker()
+
+    model = _load(args)
+    from mica.cli.spectra import effective_weight, find_targets, measure, spectrum
+
+    targets = find_targets(model, args.rank, args.target_modules)
+    width = max(len(name) for name in targets)
+    output, rows, spectra = _Output(), [], {}
+    start = time.perf_counter()
+    r = args.rank
+    output.line(f"{args.model}, r = {r}: chosen are sigma_{r} to sigma_1, gap = sigma_{r + 1} / sigma_{r}")
+    output.line(_header(r, width))
+    for name, module in targets.items():
+        row, chosen = measure(name, module, r)
+        rows.append(row)
+        output.line(_line(row, width))
+        if output.is_gone and not (args.json or args.plot):
+            return 0
+        if args.plot and chosen is not None:
+            spectra[name] = spectrum(effective_weight(module))
+            spectra[name][-r:] = chosen  # exact where the Gram matrix of a large weight is not
+    totals = summary(rows, time.perf_counter() - start)
+    output.line(_closing(totals))
+
+    if args.json:
+        report = {
+            "model": args.model,
+            "dtype": str(model.dtype).removeprefix("torch."),
+            "device": str(model.device),
+            "rank": r,
+            "target_modules": args.target_modules,
+            **totals,
+            "layers": [asdict(row) for row in rows],
+        }
+        text = json.dumps(report, indent=2, allow_nan=False) + "\n"
+        _write("--json", args.json, lambda path: path.write_text(text, encoding="utf-8"))
+    if args.plot:
+        if not spectra:
+            raise UsageError(f"--plot {args.plot}: nothing to draw, no layer can be adapted")
+        drawn = figure(spectra, r, Path(args.model).name)
+        kind = args.plot.suffix[1:].lower()
+        _write("--plot", args.plot, lambda path: drawn.savefig(path, format=kind))
+    return 0

@@ -1,0 +1,122 @@
+"""The picture of ``mica inspect --plot``: whole spectra, with the part marked that MiCA adapts."""
+
+import math
+import re
+import textwrap
+
+import torch
+from matplotlib import colormaps
+from matplotlib.cm import ScalarMappable
+from matplotlib.colors import ListedColormap, Normalize
+from matplotlib.figure import Figure  # not pyplot: Agg, whatever the display, and no global state
+from matplotlib.lines import Line2D
+from matplotlib.patches import Patch
+from matplotlib.ticker import FuncFormatter, MaxNLocator, NullLocator
+
+_MARK = "#D55E00"  # vermilion: apart from every viridis for all common kinds of colour blindness
+_INK, _FAINT = "#333333", "#D9D9D9"
+_DEPTHS = ListedColormap(colormaps["viridis"].resampled(256)(torch.linspace(0, 0.9, 256).numpy()))
+
+
+def _depth(name: str) -> int | None:
+    """The first number in a module's name: its block."""
+    return next((int(part) for part in name.split(".") if part.isdigit()), None)
+
+
+def panels(names: list[str]) -> dict[str, list[str]]:
+    """Names of modules by kind: the last component, or the last two where one has several parents.
+
+    Numbers do not count, so that the experts of a block are one kind. "h.0.attn.c_proj" and
+    "h.0.mlp.c_proj" are the kinds "attn.c_proj" and "mlp.c_proj".
+    """
+    words = {name: re.sub(r"(?<![^.])\d+(\.|$)", "", name).strip(".") or name for name in names}
+    parents: dict[str, set[str]] = {}
+    for name in names:
+        last_two = ".".join(words[name].split(".")[-2:])
+        parents.setdefault(last_two.rpartition(".")[2], set()).add(last_two)
+    result: dict[str, list[str]] = {}
+    for name in names:
+        last = words[name].rpartition(".")[2]
+        kind = last if len(parents[last]) == 1 else ".".join(words[name].split(".")[-2:])
+        result.setdefault(kind, []).append(name)
+    return result
+
+
+def figure(spectra: dict[str, torch.Tensor], rank: int, model: str) -> Figure:
+    """One panel a kind of layer (see `panels`), one line a layer, coloured by the number of its block.
+
+    ``spectra``: module name -> all its singular values, (min(out, in),), descending. They are drawn over
+    their index counted from the smallest, 1, on a logarithmic axis that runs to it from the left: MiCA's
+    ``rank`` values of a few thousand would be a hair's breadth on a linear one. That part is shaded
+    and its lines are thicker. Values below ε₆₄ times the largest are drawn there: they are rounding noise.
+
+    Axes of panels are labelled "panel", lines have the gid "spectrum" or "adapted", the shading "adapted".
+    """
+    kinds = panels(list(spectra))
+    columns = min(4, len(kinds))
+    rows = math.ceil(len(kinds) / columns)
+    drawing = Figure(figsize=(1.6 + 2.9 * columns, 1.5 + 2.5 * rows), dpi=150, layout="constrained")
+    grid = drawing.subplots(rows, columns, sharey=True, squeeze=False).flatten()
+    depths = [depth for depth in map(_depth, spectra) if depth is not None]
+    scale = Normalize(0, max([1, *depths]))
+
+    for axes, (kind, names) in zip(grid, kinds.items(), strict=False):
+        axes.set_label("panel")
+        axes.set_title(kind, fontsize=10, color=_INK, loc="left")
+        _draw(axes, {name: spectra[name] for name in names}, rank, scale)
+    for axes in grid[len(kinds) :]:
+        axes.set_axis_off()
+    for axes in grid[::columns]:
+        axes.set_ylabel("singular value", fontsize=9, color=_INK)
+    for position in range(len(kinds)):  # the lowest panel of each column
+        if position + columns >= len(kinds):
+            grid[position].set_xlabel("index, from the smallest (log)", fontsize=9, color=_INK)
+
+    title = f"{model}: singular values of the layers that MiCA adapts, r = {rank}"
+    drawing.suptitle(textwrap.fill(title, 16 + 24 * columns), fontsize=12, color=_INK)
+    drawing.legend(
+        handles=[
+            Line2D([], [], color=_DEPTHS(0.4), linewidth=0.8, label="one layer"),
+            Patch(facecolor=_MARK, alpha=0.15, edgecolor="none", label=f"adapted: the {rank} smallest"),
+        ],
+        loc="outside lower center",
+        ncols=2,
+        frameon=False,
+        fontsize=9,
+        labelcolor=_INK,
+    )
+    if depths:
+        ticks = MaxNLocator(integer=True)
+        colours = ScalarMappable(scale, _DEPTHS)
+        bar = drawing.colorbar(colours, ax=grid, aspect=40, fraction=0.03, pad=0.01, ticks=ticks)
+        bar.set_label("block, first to last", fontsize=9, color=_INK)
+        bar.outline.set_visible(False)
+        bar.ax.tick_params(labelsize=8, colors=_INK, length=0)
+    return drawing
+
+
+def _draw(axes, spectra: dict[str, torch.Tensor], rank: int, scale: Normalize) -> None:
+    longest = max(len(values) for values in spectra.values())
+    shading = axes.axvspan(1, rank, color=_MARK, alpha=0.15, linewidth=0)
+    shading.set_gid("adapted")
+    axes.axvline(rank, color=_MARK, linewidth=0.8)
+    for name, values in spectra.items():
+        floor = torch.finfo(torch.float64).eps * values[0]
+        heights = values.clamp_min(floor) if floor > 0 else torch.full_like(values, torch.nan)
+        indices = torch.arange(len(values), 0, -1)
+        depth = _depth(name)
+        colour = _DEPTHS(scale(depth)) if depth is not None else _DEPTHS(0.4)
+        axes.plot(indices, heights, color=colour, linewidth=0.6, alpha=0.8, gid="spectrum")
+        axes.plot(indices[-rank:], heights[-rank:], color=colour, linewidth=1.5, alpha=0.9, gid="adapted")
+    axes.set_xscale("log")
+    axes.set_yscale("log")
+    axes.set_xlim(max(longest, 2), 1)
+    axes.set_xticks([longest, *(10**power for power in range(5) if 10**power < longest / 2)])
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda index, _: f"{index:g}"))
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.grid(color=_FAINT, linewidth=0.5)
+    axes.set_axisbelow(True)
+    axes.tick_params(which="both", labelsize=8, colors=_INK, length=0)
+    for side, spine in axes.spines.items():
+        spine.set_visible(side in ("left", "bottom"))
+        spine.set_color(_FAINT)

@@ -1,0 +1,326 @@
+"""``mica inspect``: its table and JSON against the fp64 SVD of every weight, its reasons, its refusals."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import models
+import pytest
+import torch
+from tiny_cli import tiny_llama
+from transformers import AutoModelForCausalLM
+
+from mica.cli import inspect, main, spectra
+from mica.errors import UsageError
+
+EVERY_KIND = "wte,c_attn,c_proj,c_fc"  # of GPT-2: an embedding, and Conv1D both taller and wider
+NUMBERS = ("sigma_max", "sigma_above", "sigma_largest", "sigma_smallest", "gap", "energy_share")
+
+
+@pytest.fixture(scope="module")
+def gpt2_dir(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("gpt2")
+    models.tiny_gpt2().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def run(tmp_path, capsys):
+    """Run the command; returns (status, JSON or None, captured)."""
+
+    def run(model, *options, json_file=tmp_path / "table.json"):
+        capsys.readouterr()
+        status = main(["inspect", str(model), "--rank", "4", "--json", str(json_file), *map(str, options)])
+        found = json.loads(json_file.read_text(encoding="utf-8")) if json_file.is_file() else None
+        return status, found, capsys.readouterr()
+
+    return run
+
+
+def oracle(weight, rank):
+    """The expected numbers of a row, from the whole fp64 SVD of (out_features, in_features)."""
+    values = torch.linalg.svdvals(weight.double())
+    above = values[-rank - 1].item() if rank < len(values) else None
+    largest = values[-rank].item()
+    return {
+        "sigma_max": values[0].item(),
+        "sigma_above": above,
+        "sigma_largest": largest,
+        "sigma_smallest": values[-1].item(),
+        "gap": None if above is None else above / largest,
+        "energy_share": (values[-rank:].square().sum() / values.square().sum()).item(),
+    }
+
+
+@pytest.mark.parametrize(
+    ("dtype", "rank"), [("float32", 4), ("bfloat16", 4), ("float32", 1), ("float32", 16)]
+)
+def test_rows_are_those_of_the_svd(dtype, rank, gpt2_dir, run):
+    status, found, _ = run(gpt2_dir, "--target-modules", EVERY_KIND, "--dtype", dtype, "--rank", rank)
+    assert status == 0
+    assert (found["rank"], found["dtype"], found["layers_found"]) == (rank, dtype, 9)
+    model = AutoModelForCausalLM.from_pretrained(gpt2_dir, dtype=getattr(torch, dtype))
+    for row in found["layers"]:
+        weight = model.get_submodule(row["name"]).weight.T  # both kinds are kept transposed
+        assert row["shape"] == list(weight.shape)
+        assert (row["dtype"], row["reason"], row["proven"]) == (dtype, None, True)
+        expected = oracle(weight, rank)
+        for number, value in expected.items():
+            assert row[number] == (value if value is None else pytest.approx(value, rel=1e-5)), number
+        assert 0 <= row["energy_excess"] <= 1e-5
+    assert {row["kind"] for row in found["layers"]} == {"Embedding", "Conv1D"}
+    assert found["layers_proven"] == 9
+    assert found["worst_energy_excess"] == max(row["energy_excess"] for row in found["layers"])
+
+
+def test_table_says_what_the_json_says(model_dir, run):
+    status, found, captured = run(model_dir, "--target-modules", "q_proj,input_layernorm,embed_tokens")
+    assert status == 0
+    lines = captured.out.splitlines()
+    assert str(model_dir) in lines[0]
+    assert lines[1].split()[4:9] == ["dtype", "sigma_max", "sigma_5", "sigma_4", "sigma_1"]
+    assert len(lines) == 3 + len(found["layers"]) == 8
+    unsuitable = [row for row in found["layers"] if row["reason"]]
+    assert [row["kind"] for row in unsuitable] == ["LlamaRMSNorm"] * 2
+    for line, row in zip(lines[2:], found["layers"], strict=False):
+        name, *cells = re.split("  +", line)
+        assert name == row["name"]
+        if row["reason"]:
+            assert cells == ["-", "float32", f"cannot be adapted: {row['reason']}"]
+            assert all(row[number] is None for number in (*NUMBERS, "method", "proven", "energy_excess"))
+            continue
+        assert cells[:2] == [f"{row['shape'][0]} x {row['shape'][1]}", "float32"]
+        assert list(map(float, cells[2:7])) == pytest.approx([row[name] for name in NUMBERS[:5]], rel=1e-3)
+        assert float(cells[7].removesuffix("%")) == pytest.approx(100 * row["energy_share"], rel=0.06)
+        assert cells[8:10] == [row["method"], f"proven, {row['energy_excess']:.1e}"]
+        assert float(cells[10]) == pytest.approx(row["seconds"], abs=0.006)
+    aligned = [line for line in lines[1:-1] if "cannot" not in line]
+    assert len({len(line) for line in aligned}) == 1
+    assert lines[-1].startswith("5 layers in ")
+    assert "3 proven" in lines[-1]
+    assert "2 cannot be adapted" in lines[-1]
+
+
+def test_lines_appear_as_layers_are_measured(model_dir, capsys, monkeypatch):
+    seen, measure = [], spectra.measure
+
+    def spying(name, module, rank):
+        seen.append(len(capsys.readouterr().out.splitlines()))
+        return measure(name, module, rank)
+
+    monkeypatch.setattr(spectra, "measure", spying)
+    assert main(["inspect", str(model_dir), "--rank", "4", "--target-modules", "q_proj,k_proj"]) == 0
+    assert seen == [2, 1, 1, 1]
+
+
+# Layers that cannot be adapted, and results that are not proven
+
+
+def test_broken_weight_in_a_checkpoint_is_a_row(tmp_path, run):
+    model = tiny_llama()
+    model.model.layers[1].mlp.up_proj.weight.data[0, 0] = torch.inf
+    model.save_pretrained(tmp_path / "model")
+    status, found, captured = run(tmp_path / "model")
+    assert status == 0
+    assert [row["name"] for row in found["layers"] if row["reason"]] == ["model.layers.1.mlp.up_proj"]
+    assert (found["layers_proven"], found["layers_unsuitable"]) == (13, 1)
+    assert "model.layers.1.mlp.up_proj" in captured.out
+
+
+def test_rank_beyond_every_layer(model_dir, run, tmp_path):
+    status, found, captured = run(model_dir, "--rank", 99, "--plot", tmp_path / "plot.png")
+    assert found["layers_unsuitable"] == found["layers_found"] == 14
+    assert found["worst_energy_excess"] is None
+    assert captured.out.count("rank 99 > min(out, in)") == 14
+    assert status == 2  # for the plot: there is nothing to draw
+    assert "no layer can be adapted" in captured.err
+    assert not (tmp_path / "plot.png").exists()
+    assert run(model_dir, "--rank", 99)[0] == 0
+
+
+def test_what_is_not_proven_is_said(model_dir, run, monkeypatch):
+    def solver(weight, rank):
+        values = torch.ones(rank)
+        return SimpleNamespace(
+            singular_values=values, method="svd", certified=False, energy_excess=float("inf")
+        )
+
+    monkeypatch.setattr(spectra, "minor_subspace", solver)
+    status, found, captured = run(model_dir, "--target-modules", "q_proj")
+    assert status == 0
+    assert captured.out.count("  not proven  ") == 2
+    assert captured.out.splitlines()[-1].endswith(
+        "0 proven (worst energy excess -), 2 not proven, 0 cannot be adapted"
+    )
+    assert [(row["proven"], row["energy_excess"]) for row in found["layers"]] == [(False, None)] * 2
+
+
+# The plot
+
+
+def test_plot_is_a_png(gpt2_dir, run, tmp_path):
+    path = tmp_path / "plot.png"
+    status, _, _ = run(gpt2_dir, "--target-modules", EVERY_KIND, "--plot", path)
+    assert status == 0
+    data = path.read_bytes()
+    assert data.startswith(b"\x89PNG\r\n")
+    width, height = (int.from_bytes(data[start : start + 4], "big") for start in (16, 20))
+    assert 1200 < width < 4000
+    assert 500 < height < 3000
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["plot.png", "table.json"]
+
+
+def test_figure_marks_the_adapted_part():
+    from mica.cli.plot import figure
+
+    names = [f"h.{block}.{kind}" for block in range(3) for kind in ("attn.c_proj", "mlp.c_proj", "mlp.c_fc")]
+    values = {name: torch.logspace(0, -3, 16, dtype=torch.float64) for name in ["wte", *names]}
+    drawn = figure(values, 4, "tiny")
+    panels = [axes for axes in drawn.axes if axes.get_label() == "panel"]
+    titles = [axes.get_title(loc="left") for axes in panels]
+    assert titles == ["wte", "attn.c_proj", "mlp.c_proj", "c_fc"]
+    for axes, count in zip(panels, (1, 3, 3, 3), strict=True):
+        whole = [line for line in axes.lines if line.get_gid() == "spectrum"]
+        adapted = [line for line in axes.lines if line.get_gid() == "adapted"]
+        assert (len(whole), len(adapted)) == (count, count)
+        assert len({line.get_color() for line in whole}) == count
+        for line, part in zip(whole, adapted, strict=True):
+            assert list(line.get_xdata()) == [*range(16, 0, -1)]
+            assert list(part.get_xdata()) == [4, 3, 2, 1]
+            assert list(part.get_ydata()) == list(line.get_ydata())[-4:]
+            assert part.get_linewidth() > line.get_linewidth()
+        shading = [patch for patch in axes.patches if patch.get_gid() == "adapted"]
+        assert [(patch.get_x(), patch.get_width()) for patch in shading] == [(1, 3)]
+        assert axes.get_yscale() == "log"
+        assert axes.get_xlim() == (16, 1)
+    assert "tiny" in drawn.get_suptitle()
+    assert "r = 4" in drawn.get_suptitle()
+    assert "the 4 smallest" in drawn.legends[0].get_texts()[1].get_text()
+
+
+def test_plot_shows_the_chosen_values_exactly(model_dir, run, tmp_path, monkeypatch):
+    """Also where the rest comes from a Gram matrix, which resolves less."""
+    shown = {}
+
+    def figure(values, rank, model):
+        shown.update(values)
+        return SimpleNamespace(savefig=lambda path, format: path.write_bytes(b""))
+
+    monkeypatch.setattr("mica.cli.plot.figure", figure)
+    monkeypatch.setattr(spectra, "spectrum", lambda weight: torch.full((min(weight.shape),), 9.0).double())
+    _, found, _ = run(model_dir, "--plot", tmp_path / "plot.svg")
+    for row in found["layers"]:
+        values = shown[row["name"]]
+        assert (values[-5], values[-4], values[-1]) == (9, row["sigma_largest"], row["sigma_smallest"])
+
+
+# Refusals
+
+
+@pytest.fixture
+def nothing_is_loaded(monkeypatch):
+    monkeypatch.setattr("mica.cli.loading.load_model", lambda *_: pytest.fail("the model was loaded"))
+
+
+def error_of(captured) -> str:
+    assert "Traceback" not in captured.err
+    line = captured.err.replace("\r", "\n").splitlines()[-1]
+    assert line.startswith("mica inspect: error: ")
+    return line
+
+
+@pytest.mark.usefixtures("nothing_is_loaded")
+def test_missing_matplotlib_is_said_before_loading(model_dir, run, tmp_path, monkeypatch):
+    for name in [name for name in sys.modules if name.split(".")[0] == "matplotlib"]:
+        monkeypatch.setitem(sys.modules, name, None)
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    monkeypatch.delitem(sys.modules, "mica.cli.plot", raising=False)
+    monkeypatch.delattr("mica.cli.plot", raising=False)
+    status, _, captured = run(model_dir, "--plot", tmp_path / "plot.png")
+    assert status == 2
+    assert 'pip install "mica-fast[plot]"' in error_of(captured)
+    assert captured.err.count("\n") == 1
+
+
+@pytest.mark.usefixtures("nothing_is_loaded")
+@pytest.mark.parametrize("option", ["--plot", "--json"])
+def test_bad_path_is_said_before_loading(option, model_dir, run, tmp_path, monkeypatch):
+    folder = tmp_path / "folder.png"
+    folder.mkdir()
+    cases = [(folder, "not a file"), (tmp_path / "nowhere" / "x.png", "not a folder")]
+    if option == "--plot":
+        cases.append((tmp_path / "x.bmp", "must end in .png"))
+    for path, message in cases:
+        status, _, captured = run(model_dir, option, path)
+        assert status == 2
+        assert message in error_of(captured)
+        assert f"{option} {path}: " in captured.err
+    monkeypatch.setattr(os, "access", lambda *_: False)
+    status, _, captured = run(model_dir, option, tmp_path / "x.png")
+    assert status == 2
+    assert "not writable" in error_of(captured)
+    assert not (tmp_path / "x.png").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--target-modules", "nope"], "no layer of the model has such a name"),
+        (["--target-modules", "q_proj,nope"], "is called 'nope'"),
+        (["--target-modules", ","], "--target-modules ,: "),
+        (["--rank", "0"], "--rank"),
+        (["--dtype", "int4"], "--dtype"),
+    ],
+)
+def test_bad_options(options, message, model_dir, run):
+    status, found, captured = run(model_dir, *options)
+    assert (status, found, captured.out) == (2, None, "")
+    assert message in error_of(captured)
+
+
+def test_model_not_found(run):
+    status, _, captured = run("./nowhere")
+    assert (status, captured.err) == (2, "mica inspect: error: ./nowhere: no such file or folder\n")
+
+
+def test_a_file_is_written_whole_or_not_at_all(tmp_path):
+    path = tmp_path / "table.json"
+    path.write_text("old")
+
+    def full_disk(scratch):
+        scratch.write_text("half")
+        raise OSError(28, "No space left on device")
+
+    with pytest.raises(UsageError, match=r"--json .*table.json: cannot be written: No space"):
+        inspect._write("--json", path, full_disk)
+    assert path.read_text() == "old"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize("with_json", [True, False])
+def test_reader_that_leaves_ends_the_table_only(with_json, model_dir, tmp_path, monkeypatch):
+    reader, writer = os.pipe()
+    os.close(reader)
+    measured, measure = [], spectra.measure
+    monkeypatch.setattr(spectra, "measure", lambda *args: (measured.append(1), measure(*args))[1])
+    options = ["--json", str(tmp_path / "table.json")] if with_json else []
+    with os.fdopen(writer, "w") as stdout:
+        monkeypatch.setattr(sys, "stdout", stdout)
+        assert main(["inspect", str(model_dir), "--rank", "4", *options]) == 0
+        monkeypatch.undo()
+    assert len(measured) == (14 if with_json else 1)
+    assert (tmp_path / "table.json").exists() == with_json
+
+
+def test_help_needs_no_torch():
+    code = (
+        "import sys; from mica.cli import main; status = main(['inspect', '--help']); "
+        "print(status, [name for name in ('torch', 'transformers', 'matplotlib') if name in sys.modules])"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert result.stdout.splitlines()[-1] == "0 []"
+    for part in ("MODEL", "--rank", "--target-modules", "--plot", "--json", "default: 16"):
+        assert part in result.stdout
