@@ -4,6 +4,7 @@ import os
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing may be fetched, not even by mistake
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ["MICA_CACHE"] = "0"  # a test that wants one makes its own
 
 import pytest
 import torch

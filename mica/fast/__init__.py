@@ -34,7 +34,12 @@ __all__ = [
 ]
 
 
-def enable(*, compute_dtype: torch.dtype | None = None, on_unsuitable: str = "raise") -> None:
+def enable(
+    *,
+    compute_dtype: torch.dtype | None = None,
+    on_unsuitable: str = "raise",
+    device: str | torch.device = "auto",
+) -> None:
     """Run MiCA adapters on this backend (done by the import; call it to change a setting).
 
     Args:
@@ -44,13 +49,16 @@ def enable(*, compute_dtype: torch.dtype | None = None, on_unsuitable: str = "ra
         on_unsuitable: what `get_peft_model` does with a layer that MiCA cannot start from (NaN or Inf in
             the weight, r > min(in_features, out_features)): "raise" an error that names it and leave the
             model as it was, or "skip" it with a warning.
+        device: where the initialisation solves weights that lie on the CPU. "auto": on an accelerator, if
+            there is one, and on the CPU where that has not the memory; or a device. What lies on an
+            accelerator is solved there.
 
     Raises:
         ValueError: a value that is not one of these.
     """
-    _settings.check(compute_dtype, on_unsuitable)
+    _settings.check(compute_dtype, on_unsuitable, device)
     settings = _settings.settings
-    settings.compute_dtype, settings.on_unsuitable = compute_dtype, on_unsuitable
+    settings.compute_dtype, settings.on_unsuitable, settings.device = compute_dtype, on_unsuitable, device
     settings.enabled = patching.install()
 
 

@@ -11,26 +11,15 @@ import re
 import warnings
 from contextvars import ContextVar
 from dataclasses import dataclass, field
-from weakref import WeakKeyDictionary
 
 import torch
-from huggingface_hub.utils import are_progress_bars_disabled
 from peft.tuners import lora
-from peft.utils.integrations import gather_params_ctx
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from mica.errors import UnsuitableLayerError
-from mica.fast.eligibility import (
-    MiCAEmbeddingVariant,
-    MiCALinearVariant,
-    adapter_weights,
-    is_stored_transposed,
-)
+from mica.fast.bases import Wanted, check, exact, fill
+from mica.fast.eligibility import MiCAEmbeddingVariant, MiCALinearVariant, adapter_weights
 from mica.fast.settings import settings
-from mica.subspace import minor_subspace, workers
-
-_SOLVABLE = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
 @dataclass
@@ -41,7 +30,7 @@ class _Entry:
     parent: nn.Module
     child_name: str
     original: nn.Module
-    layer: nn.Module | None = None  # set once `mica_init` has asked for a basis
+    wanted: Wanted | None = None  # set once `mica_init` has asked for a basis
 
     def undo(self, adapter_name: str) -> None:
         if getattr(self.parent, self.child_name) is not self.original:
@@ -61,9 +50,6 @@ _injection: ContextVar[_Injection | None] = ContextVar("mica_injection", default
 # (layer name, layer, adapter name) of adapters whose weights a file or another adapter will provide.
 Unfilled = list[tuple[str, nn.Module, str]]
 unfilled: ContextVar[Unfilled | None] = ContextVar("mica_unfilled", default=None)
-
-# The fp32 basis of adapters that PEFT has cast to a 16-bit base dtype and may yet cast back to fp32.
-_exact: WeakKeyDictionary[nn.Module, dict[str, Tensor]] = WeakKeyDictionary()
 
 
 def is_mica(init_lora_weights) -> bool:
@@ -85,59 +71,6 @@ def resolve_lora_variant(stock):
 # ---------------------------------------------------------------------------------------------------
 
 
-def _effective_weight(layer) -> Tensor:
-    """The weight as (out_features, in_features); an embedding's is (embedding_dim, num_embeddings)."""
-    weight = layer.get_base_layer().weight.detach()
-    return weight.t() if is_stored_transposed(layer) else weight
-
-
-def _check(layer, adapter_name: str, name: str) -> None:
-    weight, rank = _effective_weight(layer), layer.r[adapter_name]
-    if weight.dtype not in _SOLVABLE:
-        raise TypeError(
-            f"Please initialize MiCA under float32, float16, bfloat16 or float64: {name} has a weight of "
-            f"dtype {weight.dtype}."
-        )
-    if rank > min(weight.shape):
-        sides = (
-            "num_embeddings, embedding_dim"
-            if isinstance(layer, lora.Embedding)
-            else "in_features, out_features"
-        )
-        raise UnsuitableLayerError(
-            f"MiCA requires `r` <= min({sides}) but got r={rank} for {name} with weight shape "
-            f"{tuple(layer.get_base_layer().weight.shape)} (max usable r is {min(weight.shape)})."
-        )
-    if not torch.isfinite(weight).all():
-        broken = int((~torch.isfinite(weight)).sum())
-        raise UnsuitableLayerError(
-            f"MiCA requires finite weights, but {name} has {broken} NaN or Inf of {weight.numel()}."
-        )
-
-
-@torch.no_grad()
-def _fill(layer, adapter_name: str, name: str) -> None:
-    """A = 0 and B = the minor subspace, in the dtypes that the adapter has now."""
-    lora_A, lora_B = adapter_weights(layer, adapter_name)
-    base_layer = layer.get_base_layer()
-    with gather_params_ctx(base_layer.weight):  # DeepSpeed ZeRO-3
-        try:
-            subspace = minor_subspace(_effective_weight(layer), layer.r[adapter_name])
-        except ValueError as error:
-            raise UnsuitableLayerError(f"MiCA cannot be initialised from {name}: {error}") from error
-    if not subspace.certified:
-        warnings.warn(
-            f"the minor subspace of {name} is not proven to be the minor one (method {subspace.method!r}, "
-            f"energy at most {subspace.energy_excess:.1e} above the smallest possible).",
-            stacklevel=2,
-        )
-    basis = subspace.basis
-    lora_A.data = lora_A.data.new_zeros(lora_A.shape)
-    lora_B.data = basis.to(device=lora_B.device, dtype=lora_B.dtype)
-    if lora_B.dtype in (torch.bfloat16, torch.float16):
-        _exact.setdefault(layer, {})[adapter_name] = basis
-
-
 def mica_init(stock):
     def mica_init(self, adapter_name: str) -> None:
         lora_A, lora_B = adapter_weights(self, adapter_name)
@@ -156,12 +89,13 @@ def mica_init(stock):
             lora_B.data = torch.zeros(lora_B.shape, **empty)
             unfilled.get().append((entry.key if entry else "", self, adapter_name))
             return None
-        _check(self, adapter_name, name)
+        wanted = Wanted(name, self, adapter_name)
+        check(wanted)
         if entry:
-            entry.layer = self  # solved with all the others, at the end of the injection
+            entry.wanted = wanted  # solved with all the others, at the end of the injection
         else:
             lora_B.data = lora_B.data.to(**empty)
-            _fill(self, adapter_name, name)
+            fill([wanted])
         return None
 
     return mica_init
@@ -210,7 +144,7 @@ def inject_adapter(stock):
                     f"none of the {len(injection.skipped)} target modules is suitable for MiCA with "
                     f"r={config.r}; the warnings above name them."
                 )
-            _solve(injection, adapter_name)
+            fill([entry.wanted for entry in injection.entries if entry.wanted is not None])
         except BaseException:
             for entry in reversed(injection.entries):
                 entry.undo(adapter_name)
@@ -227,26 +161,6 @@ def inject_adapter(stock):
         return None
 
     return inject_adapter
-
-
-def _solve(injection: _Injection, adapter_name: str) -> None:
-    pending = [entry for entry in injection.entries if entry.layer is not None]
-    solving = workers.run(
-        lambda entry: _fill(entry.layer, adapter_name, f"layer {entry.key!r}"),
-        pending,
-        lambda entry: workers.is_small(entry.layer.get_base_layer().weight),
-    )
-    bar = tqdm(
-        solving,
-        total=len(pending),
-        desc="MiCA initialisation",
-        unit="layer",
-        delay=2,
-        leave=False,
-        disable=are_progress_bars_disabled() or None,
-    )
-    for _ in bar:
-        pass
 
 
 def _exclude(config, names: list[str]) -> None:
@@ -284,7 +198,7 @@ def cast_adapter_dtype(stock):
 
 
 def _restore_exact(layer, adapter_name: str, lora_B: Tensor) -> None:
-    basis = _exact.get(layer, {}).pop(adapter_name, None)
+    basis = exact.get(layer, {}).pop(adapter_name, None)
     if basis is None or lora_B.dtype != torch.float32 or basis.shape != lora_B.shape:
         return
     basis = basis.to(lora_B.device)
@@ -320,12 +234,15 @@ def load_adapter(stock):
 
 def _fill_missing(waiting: Unfilled, missing_keys) -> None:
     """A checkpoint without this layer's B (PEFT has warned): it gets the basis it would have had."""
+    missing = []
     for key, layer, adapter_name in waiting:
         names = (f"{key}.lora_B.{adapter_name}", f"{key}.lora_embedding_B.{adapter_name}")
-        if any(name in missing for missing in missing_keys for name in names):
-            _check(layer, adapter_name, f"layer {key!r}")
-            _fill(layer, adapter_name, f"layer {key!r}")
+        if any(name in key for key in missing_keys for name in names):
+            wanted = Wanted(f"layer {key!r}", layer, adapter_name)
+            check(wanted)
+            missing.append(wanted)
     waiting.clear()
+    fill(missing)
 
 
 def without_solver(stock):

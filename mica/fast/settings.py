@@ -19,12 +19,13 @@ class Settings:
     enabled: bool = False
     compute_dtype: torch.dtype | None = None
     on_unsuitable: str = "raise"
+    device: str | torch.device = "auto"
 
 
 settings = Settings()
 
 
-def check(compute_dtype: torch.dtype | None, on_unsuitable: str) -> None:
+def check(compute_dtype: torch.dtype | None, on_unsuitable: str, device: str | torch.device) -> None:
     if compute_dtype not in COMPUTE_DTYPES:
         raise ValueError(
             "compute_dtype must be None (adapters compute in the dtype of the activations) or torch.float32 "
@@ -32,3 +33,8 @@ def check(compute_dtype: torch.dtype | None, on_unsuitable: str) -> None:
         )
     if on_unsuitable not in ON_UNSUITABLE:
         raise ValueError(f"on_unsuitable must be one of {ON_UNSUITABLE}, but it is {on_unsuitable!r}.")
+    if device != "auto":
+        try:
+            torch.device(device)
+        except (RuntimeError, TypeError) as error:
+            raise ValueError(f"device must be 'auto' or a torch device, but it is {device!r}.") from error

@@ -12,7 +12,7 @@ import torch
 
 from mica.subspace.certificate import ROUNDING, certify
 from mica.subspace.gram import image, transposed_image
-from mica.subspace.krylov import Bounds, bounds, resolution
+from mica.subspace.krylov import LANCZOS_STEPS, NORM_STEPS, Bounds, bounds, resolution
 from mica.subspace.result import NULL_RESOLUTIONS, is_certified
 
 
@@ -55,9 +55,11 @@ class Judged(NamedTuple):
     energy_excess: torch.Tensor
 
 
-def problem(tall: torch.Tensor, gram, rank: int, basis_is_long: bool, seed: int) -> Problem:
+def problem(tall: torch.Tensor, gram, rank: int, basis_is_long: bool, seed: int, method: str) -> Problem:
+    """``method`` is the one that is tried first: only "krylov" needs more than the norm."""
     dtype = torch.float64 if tall.dtype == torch.float64 else torch.float32
-    return Problem(tall, gram, bounds(gram, seed), rank, basis_is_long, dtype, seed)
+    limits = bounds(gram, seed, LANCZOS_STEPS if method == "krylov" else NORM_STEPS)
+    return Problem(tall, gram, limits, rank, basis_is_long, dtype, seed)
 
 
 def candidate(problem: Problem, vectors: torch.Tensor) -> Candidate | None:
@@ -122,5 +124,6 @@ def _energy(problem: Problem, found: Candidate, basis: torch.Tensor) -> torch.Te
         exact = problem.gram.empty(problem.rank)
         exact.copy_(basis)
         energy = (exact * problem.gram.apply(exact)).sum((-2, -1))
-        return energy + (problem.rank * ROUNDING * problem.resolution).to(energy.device)
+        unseen = ROUNDING * problem.resolution + problem.gram.error
+        return energy + (problem.rank * unseen).to(energy.device)
     return image(problem.tall, basis).square().sum((-2, -1))

@@ -38,7 +38,7 @@ def solve_batch(
     if method == "svd" or 4 * rank > 3 * size or (method == "krylov" and not krylov.fits(size, rank)):
         return
     name = "krylov" if method != "gram" and krylov.fits(size, rank) else "gram"
-    mixed = batched.has_weak_fp64(matrices.device) and size <= batched.MIXED_UP_TO * max(matrices.shape[-2:])
+    mixed = batched.may_be_mixed(matrices)
     yield from _solved(matrices, list(range(len(matrices))), rank, name, strict, seed, mixed)
 
 
@@ -48,7 +48,7 @@ def _solved(
     chosen = matrices if len(indices) == len(matrices) else matrices[indices]
     basis_is_long = chosen.shape[-2] > chosen.shape[-1]
     tall = chosen if basis_is_long else chosen.mT
-    state = problem(tall, BatchGram(tall, mixed), rank, basis_is_long, seed)
+    state = problem(tall, BatchGram(tall, mixed), rank, basis_is_long, seed, name)
     found = (by_krylov if name == "krylov" else by_gram)(state)
     failed = indices
     if found is not None:

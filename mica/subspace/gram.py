@@ -39,8 +39,8 @@ def image(tall: torch.Tensor, short_vectors: torch.Tensor) -> torch.Tensor:
 
 def transposed_image(tall: torch.Tensor, long_vectors: torch.Tensor) -> torch.Tensor:
     """tallᵀ @ long_vectors: (..., short, count) fp64, for long_vectors (..., long, count)."""
-    shape = (*tall.shape[:-2], tall.shape[-1], long_vectors.shape[-1])
+    shape = (*tall.shape[:-2], long_vectors.shape[-1], tall.shape[-1])
     result = torch.zeros(shape, dtype=torch.float64, device=tall.device)
     for rows, block in row_blocks(tall):
-        result += block.mT @ long_vectors[..., rows, :].double()
-    return result
+        result += long_vectors[..., rows, :].double().mT @ block
+    return result.mT

@@ -51,7 +51,7 @@ def minor_subspace(
             orthonormal completion, which the weight does not determine. Or: strict, and no method's result
             could be proven.
     """
-    result = solve(weight, rank, method=method, strict=strict, seed=seed)
+    result = _assembled(solve_each(weight, rank, method=method, strict=strict, seed=seed), weight)
     for message in complaints(result, f"a weight of shape {tuple(weight.shape)}", strict):
         warnings.warn(message, UserWarning, stacklevel=3)  # past the frame that the no_grad decorator adds
     return result
@@ -75,29 +75,41 @@ def complaints(result: MinorSubspace, name: str, strict: bool = True) -> list[st
 
 
 @torch.no_grad()
-def solve(
-    weight: torch.Tensor, rank: int, *, method: str = "auto", strict: bool = True, seed: int = 0
-) -> MinorSubspace:
-    """``minor_subspace`` without its warnings: see ``complaints``."""
+def solve_each(
+    weight: torch.Tensor,
+    rank: int,
+    *,
+    method: str = "auto",
+    strict: bool = True,
+    seed: int = 0,
+    memory: int | None = None,
+) -> list[MinorSubspace]:
+    """``minor_subspace`` of each matrix of a batch, row-major, without the warnings (``complaints``).
+
+    What an accelerator cannot settle is solved on the host, and its result lies there. ``memory``: bytes
+    that a batch on an accelerator may use, see ``batch_size``.
+    """
     _check_weight(weight)
     _check_rank(weight, rank)
     if method not in METHODS:
         raise ValueError(f"method must be one of {', '.join(map(repr, METHODS))}, but got {method!r}.")
-    exponent = _exponent(weight)
     matrices = weight.detach()
     if matrices.ndim != 3:
         matrices = matrices.reshape(-1, *weight.shape[-2:])
+    exponents = _exponents(matrices)
     results: dict[int, MinorSubspace] = {}
     # MPS has no fp64
-    if weight.device.type not in ("cpu", "mps") and abs(exponent) <= LARGEST_EXPONENT:
-        size = batch_size(*weight.shape[-2:])
+    if weight.device.type not in ("cpu", "mps") and max(map(abs, exponents)) <= LARGEST_EXPONENT:
+        size = batch_size(*weight.shape[-2:], memory)
         for start in range(0, len(matrices), size):
             for index, result in solve_batch(matrices[start : start + size], rank, method, strict, seed):
                 results[start + index] = result
     for index in range(len(matrices)):
         if index not in results:
-            results[index] = _solve_on_host(matrices[index].cpu(), exponent, rank, method, strict, seed)
-    return _assembled([results[index] for index in range(len(matrices))], weight)
+            results[index] = _solve_on_host(
+                matrices[index].cpu(), exponents[index], rank, method, strict, seed
+            )
+    return [results[index] for index in range(len(matrices))]
 
 
 def _check_weight(weight: torch.Tensor) -> None:
@@ -126,16 +138,18 @@ def _check_rank(weight: torch.Tensor, rank: int) -> None:
         )
 
 
-def _exponent(weight: torch.Tensor) -> int:
-    """The least e with all entries below 2^e in magnitude. ValueError for a NaN or an infinite entry."""
+def _exponents(matrices: torch.Tensor) -> list[int]:
+    """Of each matrix the least e with all entries below 2^e in magnitude. ValueError if any is not finite."""
     # Of a transposed view aminmax is slow: 100 against 2 ms for 576 x 49152. NaN propagates through it.
-    extremes = torch.stack(torch.aminmax(weight if weight.is_contiguous() else weight.mT)).double()
+    extremes = torch.stack(
+        [torch.stack(torch.aminmax(m if m.is_contiguous() else m.mT)) for m in matrices]
+    ).double()
     if not torch.isfinite(extremes).all():
-        count = weight.numel() - int(torch.isfinite(weight).sum())
+        count = matrices.numel() - int(torch.isfinite(matrices).sum())
         raise ValueError(
-            f"weight must be finite, but got {count} NaN or infinite of {weight.numel()} entries."
+            f"weight must be finite, but got {count} NaN or infinite of {matrices.numel()} entries."
         )
-    return math.frexp(extremes.abs().max().item())[1]
+    return [math.frexp(largest)[1] for largest in extremes.abs().amax(-1).tolist()]
 
 
 def _solve_on_host(
@@ -150,9 +164,10 @@ def _solve_on_host(
         weight = weight * scale
     basis_is_long = weight.shape[0] > weight.shape[1]
     tall = weight if basis_is_long else weight.T
+    names = chain(method, min(weight.shape), rank)
     with one_pool():
-        state = problem(tall, HostGram(tall), rank, basis_is_long, seed)
-    for name in chain(method, state.gram.size, rank):
+        state = problem(tall, HostGram(tall), rank, basis_is_long, seed, names[0])
+    for name in names:
         found = BY[name](state)
         if found is None:
             continue

@@ -11,7 +11,9 @@ from torch import nn
 
 import mica.fast
 from mica.errors import UnsuitableLayerError
-from mica.fast import initialisation
+from mica.fast import bases as basis_module
+from mica.fast.bases import Wanted
+from mica.subspace import many
 
 INDICES = torch.tensor([[1, 2, 3, 28], [0, 7, 7, 3]])
 
@@ -20,19 +22,19 @@ INDICES = torch.tensor([[1, 2, 3, 28], [0, 7, 7, 3]])
 def solved(monkeypatch):
     """Counts the solver's calls."""
     calls = []
-    solver = initialisation.minor_subspace
+    solver = many.solve_each
 
     def counting(weight, rank, **kwargs):
         calls.append(tuple(weight.shape))
         return solver(weight, rank, **kwargs)
 
-    monkeypatch.setattr(initialisation, "minor_subspace", counting)
+    monkeypatch.setattr(many, "solve_each", counting)
     return calls
 
 
 def effective_weights(model):
     for name, layer in adapted_layers(model).items():
-        yield name, initialisation._effective_weight(layer).double()
+        yield name, Wanted(name, layer, "default").weight.double()
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
@@ -183,10 +185,10 @@ def test_second_adapter_that_fails_leaves_the_first():
 
 
 def test_a_failing_solver_leaves_the_model_as_it_was(monkeypatch):
-    def failing(weight, rank):
+    def failing(weight, rank, **kwargs):
         raise ValueError("no luck")
 
-    monkeypatch.setattr(initialisation, "minor_subspace", failing)
+    monkeypatch.setattr(many, "solve_each", failing)
     model = Net()
     before = snapshot(model)
     with pytest.raises(UnsuitableLayerError, match=r"layer '(embed|up|conv|down)': no luck"):
@@ -195,12 +197,12 @@ def test_a_failing_solver_leaves_the_model_as_it_was(monkeypatch):
 
 
 def test_an_unproven_basis_is_said(monkeypatch):
-    solver = initialisation.minor_subspace
+    solver = many.solve_each
 
-    def unproven(weight, rank):
-        return replace(solver(weight, rank), certified=False, energy_excess=0.5)
+    def unproven(weight, rank, **kwargs):
+        return [replace(solver(weight, rank)[0], certified=False, energy_excess=0.5)]
 
-    monkeypatch.setattr(initialisation, "minor_subspace", unproven)
+    monkeypatch.setattr(many, "solve_each", unproven)
     with pytest.warns(UserWarning, match=r"layer 'up' is not proven .*at most 5.0e-01 above"):
         wrap(Net(), targets=["up"])
 
@@ -341,9 +343,15 @@ def test_plain_lora_is_left_alone(solved):
 
 def test_progress_bar_follows_the_hub_s_switch(monkeypatch):
     seen = []
-    monkeypatch.setattr(initialisation, "tqdm", lambda items, **kwargs: seen.append(kwargs) or items)
+
+    class Bar(basis_module.tqdm):
+        def __init__(self, *args, **kwargs):
+            seen.append(kwargs)
+            super().__init__(*args, **kwargs)
+
+    monkeypatch.setattr(basis_module, "tqdm", Bar)
     net()
-    assert (seen[0]["desc"], seen[0]["delay"]) == ("MiCA initialisation", 2)
+    assert (seen[0]["desc"], seen[0]["delay"], seen[0]["total"]) == ("MiCA initialisation", 2, 4)
     from huggingface_hub.utils import disable_progress_bars, enable_progress_bars
 
     disable_progress_bars()

@@ -1,0 +1,137 @@
+"""From adapted layers to their B: which weight, whether MiCA can start from it, and all of them solved."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from weakref import WeakKeyDictionary
+
+import torch
+from huggingface_hub.utils import are_progress_bars_disabled
+from peft.tuners import lora
+from peft.utils.integrations import gather_params_ctx
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from mica.errors import UnsuitableLayerError
+from mica.fast.eligibility import adapter_weights, is_stored_transposed
+from mica.fast.settings import settings
+from mica.subspace.cache import default_cache
+from mica.subspace.distributed import solve_shared
+from mica.subspace.many import Task
+from mica.subspace.result import MinorSubspace
+from mica.subspace.solver import complaints
+
+_SOLVABLE = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
+# The fp32 basis of adapters that PEFT has cast to a 16-bit base dtype and may yet cast back to fp32.
+exact: WeakKeyDictionary[nn.Module, dict[str, Tensor]] = WeakKeyDictionary()
+
+
+@dataclass(frozen=True, eq=False)
+class Wanted:
+    """One adapter of one layer that waits for its B; ``name`` is how messages call the layer."""
+
+    name: str
+    layer: nn.Module
+    adapter_name: str
+
+    @property
+    def weight(self) -> Tensor:
+        """As (out_features, in_features); an embedding's is (embedding_dim, num_embeddings)."""
+        weight = self.layer.get_base_layer().weight.detach()
+        return weight.t() if is_stored_transposed(self.layer) else weight
+
+    @property
+    def rank(self) -> int:
+        return self.layer.r[self.adapter_name]
+
+
+def check(wanted: Wanted) -> None:
+    """Errors that need no solver, so that a hopeless configuration fails before any work.
+
+    Raises:
+        TypeError: the weight is not of a floating dtype.
+        UnsuitableLayerError: MiCA cannot start from this layer's weight.
+    """
+    name, layer = wanted.name, wanted.layer
+    base_layer = layer.get_base_layer()
+    if _is_sharded(base_layer):
+        raise UnsuitableLayerError(
+            f"MiCA needs the whole weight, but {name} holds one shard of it (tensor parallelism). Create the "
+            "adapter before the model is sharded, or load one that was."
+        )
+    weight = wanted.weight
+    if weight.dtype not in _SOLVABLE:
+        raise TypeError(
+            f"Please initialize MiCA under float32, float16, bfloat16 or float64: {name} has a weight of "
+            f"dtype {weight.dtype}."
+        )
+    if wanted.rank > min(weight.shape):
+        embedding = isinstance(layer, lora.Embedding)
+        sides = "num_embeddings, embedding_dim" if embedding else "in_features, out_features"
+        raise UnsuitableLayerError(
+            f"MiCA requires `r` <= min({sides}) but got r={wanted.rank} for {name} with weight shape "
+            f"{tuple(base_layer.weight.shape)} (max usable r is {min(weight.shape)})."
+        )
+    if not torch.isfinite(weight).all():
+        broken = int((~torch.isfinite(weight)).sum())
+        raise UnsuitableLayerError(
+            f"MiCA requires finite weights, but {name} has {broken} NaN or Inf of {weight.numel()}."
+        )
+
+
+def _is_sharded(base_layer: nn.Module) -> bool:
+    """Whether the weight is one process's part of a tensor-parallel one (ZeRO-3's parts are gathered)."""
+    return hasattr(base_layer.weight, "device_mesh") or getattr(base_layer, "_hf_tp_plan", None) is not None
+
+
+def fill(waiting: Sequence[Wanted]) -> None:
+    """A = 0 and B = the minor subspace for all of them, in the dtypes that the adapters have now.
+
+    One progress bar for everything that takes more than 2 s. Weights that DeepSpeed ZeRO-3 has partitioned
+    are gathered one at a time, by all processes in the same order.
+    """
+    bar = tqdm(
+        total=len(waiting),
+        desc="MiCA initialisation",
+        unit="layer",
+        delay=2,
+        leave=False,
+        disable=are_progress_bars_disabled() or None,
+    )
+    with bar:
+        whole = [wanted for wanted in waiting if not _is_partitioned(wanted)]
+        for index, subspace in _solved(whole):
+            _assign(whole[index], subspace)
+            bar.update()
+        for wanted in waiting:
+            if _is_partitioned(wanted):
+                with gather_params_ctx(wanted.layer.get_base_layer().weight):
+                    for _, subspace in _solved([wanted]):
+                        _assign(wanted, subspace)
+                bar.update()
+
+
+def _is_partitioned(wanted: Wanted) -> bool:
+    return hasattr(wanted.layer.get_base_layer().weight, "ds_id")
+
+
+def _solved(waiting: Sequence[Wanted]):
+    tasks = [Task(wanted.name, wanted.weight, wanted.rank) for wanted in waiting]
+    try:
+        yield from solve_shared(tasks, device=settings.device, cache=default_cache())
+    except ValueError as error:
+        raise UnsuitableLayerError(f"MiCA cannot be initialised from {error}") from error
+
+
+@torch.no_grad()
+def _assign(wanted: Wanted, subspace: MinorSubspace) -> None:
+    for message in complaints(subspace, wanted.name):
+        warnings.warn(message, stacklevel=2)
+    lora_A, lora_B = adapter_weights(wanted.layer, wanted.adapter_name)
+    lora_A.data = lora_A.data.new_zeros(lora_A.shape)
+    lora_B.data = subspace.basis.to(device=lora_B.device, dtype=lora_B.dtype)
+    if lora_B.dtype in (torch.bfloat16, torch.float16):
+        exact.setdefault(wanted.layer, {})[wanted.adapter_name] = subspace.basis

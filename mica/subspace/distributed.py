@@ -1,0 +1,124 @@
+"""The work of ``solve_many`` shared among the processes of ``torch.distributed``.
+
+Every process solves a share and all of them hold the same bits afterwards. Nothing is taken on trust:
+processes share only if all of them ask for the same layers, and only those layers whose weights have the same
+content everywhere (the ranks of an expert-parallel model have different weights of one name). A process that
+calls alone, say under ``if rank == 0``, works alone after a while instead of waiting for ever.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+from mica.subspace.cache import SubspaceCache, fingerprint
+from mica.subspace.many import Task, cost, solve_many
+from mica.subspace.result import MinorSubspace
+
+_logger = logging.getLogger("mica")
+
+# How long a process waits for the others to ask for the same layers.
+PATIENCE = timedelta(seconds=60)
+
+_agreements: Counter[str] = Counter()
+
+
+def solve_shared(
+    tasks: Sequence[Task], *, device: str | torch.device = "auto", cache: SubspaceCache | None = None
+) -> Iterator[tuple[int, MinorSubspace]]:
+    """``solve_many``, with the work shared where several processes ask for the same at the same time.
+
+    Raises:
+        ValueError: as ``solve_many``, in every process if it is raised in one.
+    """
+    if not (tasks and _several_processes() and _all_agree(tasks)):
+        yield from solve_many(tasks, device=device, cache=cache)
+        return
+    keys = [fingerprint(task.weight) for task in tasks]
+    everywhere: list[list[str]] = [[] for _ in range(dist.get_world_size())]
+    dist.all_gather_object(everywhere, keys)
+    common = [index for index in range(len(tasks)) if len({theirs[index] for theirs in everywhere}) == 1]
+    mine = shares([cost(tasks[index]) for index in common], dist.get_world_size())[dist.get_rank()]
+    mine = [common[position] for position in mine]
+    private = sorted(set(range(len(tasks))) - set(common))
+
+    results: dict[int, MinorSubspace] = {}
+    failure: ValueError | None = None
+    chosen = mine + private
+    try:
+        for position, result in solve_many(
+            [tasks[index] for index in chosen],
+            device=device,
+            cache=cache,
+            keys=[keys[index] for index in chosen],
+        ):
+            results[chosen[position]] = result
+            yield chosen[position], result
+    except ValueError as error:
+        failure = error
+    gathered: list = [None] * dist.get_world_size()
+    shared = {index: _moved(results[index], "cpu") for index in mine if index in results}
+    dist.all_gather_object(gathered, (shared, str(failure) if failure else None))
+    if failure:
+        raise failure
+    for rank, (_, message) in enumerate(gathered):
+        if message:
+            raise ValueError(f"{message} (in process {rank})")
+    for theirs, _ in gathered:
+        for index, result in theirs.items():
+            if index not in results:
+                yield index, _moved(result, tasks[index].weight.device)
+
+
+def shares(costs: Sequence[float], count: int) -> list[list[int]]:
+    """Indices of ``costs`` in ``count`` parts of nearly equal sums: largest first, to the least loaded."""
+    loads, parts = [0.0] * count, [[] for _ in range(count)]
+    for index in sorted(range(len(costs)), key=lambda index: -costs[index]):
+        least = loads.index(min(loads))
+        loads[least] += costs[index]
+        parts[least].append(index)
+    return parts
+
+
+def _several_processes() -> bool:
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+
+
+def _all_agree(tasks: Sequence[Task]) -> bool:
+    """Whether all processes are here with the same layers, within ``PATIENCE``.
+
+    The last one to come decides for sharing, the first one that has waited long enough against it; whichever
+    is first at the store decides for all.
+    """
+    wanted = [(task.name, tuple(task.weight.shape), str(task.weight.dtype), task.rank) for task in tasks]
+    digest = hashlib.blake2b(repr(wanted).encode(), digest_size=16).hexdigest()
+    prefix = f"mica/{digest}/{_agreements[digest]}"
+    _agreements[digest] += 1
+    find_store = getattr(dist.distributed_c10d, "_get_default_store", None)
+    if find_store is None:  # it is not public
+        return False
+    store = find_store()
+    if store.add(f"{prefix}/arrived", 1) == dist.get_world_size():
+        proposal = "together"
+    else:
+        proposal = "alone"
+        try:
+            store.wait([f"{prefix}/decision"], PATIENCE)
+        except (RuntimeError, dist.DistError):  # timed out
+            _logger.warning(
+                "not all processes ask for these %d minor subspaces within %d s: each computes its own.",
+                len(tasks),
+                PATIENCE.total_seconds(),
+            )
+    return store.compare_set(f"{prefix}/decision", "", proposal) == b"together"
+
+
+def _moved(result: MinorSubspace, device: str | torch.device) -> MinorSubspace:
+    return replace(result, basis=result.basis.to(device), singular_values=result.singular_values.to(device))
