@@ -23,10 +23,11 @@ def machine() -> str:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("-k", default="", help="pytest expression: run only these")
+    parser.add_argument("--name", default=str(date.today()), help="of the result files (default: today)")
     parser.add_argument("--output", type=Path, default=HERE / "results" / machine())
     args = parser.parse_args()
     args.output.mkdir(parents=True, exist_ok=True)
-    raw = args.output / f"{date.today()}.json"
+    raw = args.output / f"{args.name}.json"
     command = [sys.executable, "-m", "pytest", str(HERE), "-c", str(HERE / "pytest.ini"), "-k", args.k]
     done = subprocess.run([*command, f"--benchmark-json={raw}"])
     if done.returncode == 0:

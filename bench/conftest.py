@@ -15,6 +15,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests" / "support"))
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ["MICA_CACHE"] = "0"  # solved, not found
 
 from transformers.utils import logging
 

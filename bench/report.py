@@ -8,7 +8,7 @@ from collections import defaultdict
 from pathlib import Path
 from statistics import median
 
-BASELINES = ("bare frozen model", "stock PEFT")
+BASELINES = ("bare frozen model", "stock PEFT", "torch.linalg.svd", "1 process")
 
 
 def groups(result: dict) -> dict[str, dict[str, dict]]:

@@ -1,4 +1,4 @@
-"""What the batched solver would cost on an accelerator: ``python -m bench.solver_cost``. MODELLED, not measured.
+"""MODELLED, not measured: what the batched solver would cost on an accelerator (``-m bench.solver_cost``).
 
 The solver's own code for accelerators runs here on the CPU while every kernel it would launch is counted:
 floating-point operations, bytes read and written, launches. A time follows from assumed rates of a device,
@@ -117,7 +117,8 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=1, help="weights solved together (default 1)")
     args = parser.parse_args()
     print("MODELLED from assumed rates, for one weight:", ", ".join(DEVICES))
-    print(f"{'out x in':>14}  GF products  GF factor.     GB  launches", *(f"{name:>9} ms" for name in DEVICES))
+    times = (f"{name:>9} ms" for name in DEVICES)
+    print(f"{'out x in':>14}  GF products  GF factor.     GB  launches", *times)
     for text in args.shapes:
         out_features, in_features = map(int, text.lower().split("x"))
         count = modelled((out_features, in_features), args.rank, args.batch)

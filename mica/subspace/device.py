@@ -12,11 +12,18 @@ from mica.subspace.candidate import judged, problem
 from mica.subspace.methods import by_gram, by_krylov
 from mica.subspace.result import MinorSubspace
 
+# Devices whose weights the host solves: MPS has no fp64.
+ON_HOST = ("cpu", "mps")
+
 # Memory that a batch may use, in bytes, where 3 times the largest fp32 matrix is less.
 MEMORY_AT_LEAST = 256 << 20
 
 # (n, n) fp64 matrices that exist at a time: the Gram, a shifted copy, its factor, the inverse of that.
 _MATRICES_AT_A_TIME = 4
+
+
+def is_on_host(device: torch.device) -> bool:
+    return device.type in ON_HOST
 
 
 def batch_size(out_features: int, in_features: int, memory: int | None = None) -> int:

@@ -12,7 +12,7 @@ import torch
 
 from mica.subspace import workers
 from mica.subspace.cache import SubspaceCache, fingerprint
-from mica.subspace.device import MEMORY_AT_LEAST, batch_size
+from mica.subspace.device import MEMORY_AT_LEAST, batch_size, is_on_host
 from mica.subspace.result import MinorSubspace
 from mica.subspace.solver import solve_each
 
@@ -36,7 +36,7 @@ def cost(task: Task) -> float:
 def accelerator() -> torch.device | None:
     """The current accelerator, if there is one with fp64."""
     device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-    return None if device is None or device.type == "mps" else device
+    return None if device is None or is_on_host(device) else device
 
 
 def solve_many(
@@ -68,8 +68,8 @@ def solve_many(
     groups: dict[tuple, list[int]] = defaultdict(list)
     on_host: list[int] = []
     for index, (_, weight, rank) in enumerate(tasks):
-        where = weight.device if weight.device.type != "cpu" else target
-        if where is None or where.type in ("cpu", "mps"):
+        where = target if weight.device.type == "cpu" and target is not None else weight.device
+        if is_on_host(where):
             on_host.append(index)
         else:
             groups[where, weight.shape, weight.dtype, rank].append(index)

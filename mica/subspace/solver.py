@@ -8,7 +8,7 @@ import warnings
 import torch
 
 from mica.subspace.candidate import judged, problem
-from mica.subspace.device import batch_size, solve_batch
+from mica.subspace.device import batch_size, is_on_host, solve_batch
 from mica.subspace.host import HostGram, one_pool
 from mica.subspace.methods import BY, METHODS, chain
 from mica.subspace.result import MinorSubspace
@@ -98,8 +98,7 @@ def solve_each(
         matrices = matrices.reshape(-1, *weight.shape[-2:])
     exponents = _exponents(matrices)
     results: dict[int, MinorSubspace] = {}
-    # MPS has no fp64
-    if weight.device.type not in ("cpu", "mps") and max(map(abs, exponents)) <= LARGEST_EXPONENT:
+    if not is_on_host(weight.device) and max(map(abs, exponents)) <= LARGEST_EXPONENT:
         size = batch_size(*weight.shape[-2:], memory)
         for start in range(0, len(matrices), size):
             for index, result in solve_batch(matrices[start : start + size], rank, method, strict, seed):

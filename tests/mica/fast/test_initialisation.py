@@ -1,6 +1,5 @@
 import copy
 import warnings
-from dataclasses import replace
 
 import pytest
 import torch
@@ -11,7 +10,6 @@ from torch import nn
 
 import mica.fast
 from mica.errors import UnsuitableLayerError
-from mica.fast import bases as basis_module
 from mica.fast.bases import Wanted
 from mica.subspace import many
 
@@ -196,17 +194,6 @@ def test_a_failing_solver_leaves_the_model_as_it_was(monkeypatch):
     assert snapshot(model) == before
 
 
-def test_an_unproven_basis_is_said(monkeypatch):
-    solver = many.solve_each
-
-    def unproven(weight, rank, **kwargs):
-        return [replace(solver(weight, rank)[0], certified=False, energy_excess=0.5)]
-
-    monkeypatch.setattr(many, "solve_each", unproven)
-    with pytest.warns(UserWarning, match=r"layer 'up' is not proven .*at most 5.0e-01 above"):
-        wrap(Net(), targets=["up"])
-
-
 def test_skip_leaves_the_layer_out_and_says_so(tmp_path):
     mica.fast.enable(on_unsuitable="skip")
     with pytest.warns(UserWarning, match=r"layer 'conv' has 2 NaN.*left without an adapter"):
@@ -339,27 +326,6 @@ def test_plain_lora_is_left_alone(solved):
         assert torch.equal(parameter, expected[name])
         assert parameter.requires_grad == expected[name].requires_grad
     assert not solved
-
-
-def test_progress_bar_follows_the_hub_s_switch(monkeypatch):
-    seen = []
-
-    class Bar(basis_module.tqdm):
-        def __init__(self, *args, **kwargs):
-            seen.append(kwargs)
-            super().__init__(*args, **kwargs)
-
-    monkeypatch.setattr(basis_module, "tqdm", Bar)
-    net()
-    assert (seen[0]["desc"], seen[0]["delay"], seen[0]["total"]) == ("MiCA initialisation", 2, 4)
-    from huggingface_hub.utils import disable_progress_bars, enable_progress_bars
-
-    disable_progress_bars()
-    try:
-        net()
-    finally:
-        enable_progress_bars()
-    assert (seen[0]["disable"], seen[1]["disable"]) == (None, True)
 
 
 def test_meta_models_are_left_to_stock(solved):

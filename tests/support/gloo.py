@@ -1,0 +1,34 @@
+"""Functions run by two gloo processes at once; what each returns comes back, an exception as itself."""
+
+import tempfile
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as multiprocessing
+
+
+def run(function, *arguments, count=2):
+    """[function(rank, *arguments) of each process]; ``function`` is a module's, its result can be saved."""
+    with tempfile.TemporaryDirectory() as folder:
+        multiprocessing.spawn(_process, (count, folder, function, arguments), nprocs=count)
+        return [torch.load(Path(folder) / str(rank), weights_only=False) for rank in range(count)]
+
+
+def _process(rank, count, folder, function, arguments):
+    torch.set_num_threads(1)
+    dist.init_process_group(
+        "gloo",
+        init_method=f"file://{folder}/store",
+        rank=rank,
+        world_size=count,
+        timeout=timedelta(seconds=60),
+    )
+    try:
+        result = function(rank, *arguments)
+    except Exception as error:
+        result = error
+    torch.save(result, Path(folder) / str(rank))
+    dist.barrier()
+    dist.destroy_process_group()
