@@ -3,32 +3,14 @@
 import argparse
 import importlib.util
 import json
-import math
 import time
 import warnings
 from pathlib import Path
 
+from mica.cli.arguments import number
 from mica.errors import UsageError
 
 MAX_HELD_OUT_BLOCKS = 32  # enough for a perplexity to two digits, a few seconds of work for a small model
-
-
-def _number(kind: type, low: float, high: float = math.inf, *, low_allowed: bool = False):
-    """An argparse type: a number of ``kind`` above ``low`` (or at it) and below ``high``."""
-
-    def parse(text: str):
-        try:
-            value = kind(text)
-        except ValueError:
-            value = math.nan
-        if low < value < high or (low_allowed and value == low):
-            return value
-        bounds = f"{'at least' if low_allowed else 'above'} {low}"
-        bounds += f" and below {high}" if high < math.inf else ""
-        noun = "a whole number" if kind is int else "a number"
-        raise argparse.ArgumentTypeError(f"must be {noun} {bounds}, not '{text}'")
-
-    return parse
 
 
 def add_parser(commands) -> None:
@@ -41,7 +23,7 @@ def add_parser(commands) -> None:
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
         allow_abbrev=False,
     )
-    count = _number(int, 1, low_allowed=True)
+    count = number(int, 1, low_allowed=True)
     add = parser.add_argument
     add("--model", required=True, help="Hub id, checkpoint folder or GGUF file")
     add("--text", required=True, nargs="+", type=Path, metavar="FILE", help="UTF-8 text files to learn from")
@@ -55,12 +37,12 @@ def add_parser(commands) -> None:
         help="layers to adapt: all-linear (all but the output layer) or names, like q_proj,v_proj",
     )
     add("--steps", type=count, default=100, help="optimiser steps")
-    add("--sequence-length", type=_number(int, 2, low_allowed=True), default=512, help="tokens in a block")
+    add("--sequence-length", type=number(int, 2, low_allowed=True), default=512, help="tokens in a block")
     add("--batch-size", type=count, default=2, help="blocks a step")
-    add("--learning-rate", type=_number(float, 0), default=1e-3, help="peak learning rate of AdamW")
+    add("--learning-rate", type=number(float, 0), default=1e-3, help="peak learning rate of AdamW")
     add(
         "--warmup-ratio",
-        type=_number(float, 0, 1, low_allowed=True),
+        type=number(float, 0, 1, low_allowed=True),
         default=0.05,
         help="share of the steps in which the learning rate rises to its peak",
     )
@@ -73,14 +55,14 @@ def add_parser(commands) -> None:
     )
     add(
         "--held-out",
-        type=_number(float, 0, 1),
+        type=number(float, 0, 1),
         default=0.1,
         metavar="FRACTION",
         help="share at the end of every file that is never trained on; the perplexity is measured on up to "
         f"{MAX_HELD_OUT_BLOCKS} blocks of it",
     )
     add("--gradient-checkpointing", action="store_true", help="recompute activations: less memory, slower")
-    seed = _number(int, 0, 2**32, low_allowed=True)
+    seed = number(int, 0, 2**32, low_allowed=True)
     add("--seed", type=seed, default=0, help="fixes the order of the training blocks")
     add("--merge", action="store_true", help="also write the model with the adapter merged to OUTPUT/merged")
     add("--trust-remote-code", action="store_true", help="run Python code that comes with the model")

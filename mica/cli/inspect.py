@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 
-from mica.cli.adapt import _number
+from mica.cli.arguments import number
 from mica.errors import UsageError
 
 PLOT_SUFFIXES = (".png", ".pdf", ".svg")
@@ -29,7 +29,7 @@ def add_parser(commands) -> None:
     )
     add = parser.add_argument
     add("model", metavar="MODEL", help="Hub id, checkpoint folder or GGUF file")
-    add("--rank", type=_number(int, 1, low_allowed=True), default=16, help="rank of the adapter")
+    add("--rank", type=number(int, 1, low_allowed=True), default=16, help="rank of the adapter")
     add(
         "--target-modules",
         default="all-linear",
@@ -96,7 +96,7 @@ def _header(rank: int, width: int) -> str:
 def _line(row, width: int) -> str:
     """One row of the table, without a line end."""
 
-    def number(value, spec, empty="-"):
+    def formatted(value, spec, empty="-"):
         return empty if value is None else format(value, spec)
 
     shape = f"{row.shape[0]} x {row.shape[1]}" if row.shape else "-"
@@ -108,8 +108,8 @@ def _line(row, width: int) -> str:
     certificate = f"proven, {row.energy_excess:.1e}" if row.proven else "not proven"
     return (
         start
-        + "  ".join(f"{number(sigma, '.4g'):>9}" for sigma in sigmas)
-        + f"  {number(row.gap, '.4g'):>7}  {number(share, '.2g') + '%':>8}  {row.method:6}  "
+        + "  ".join(f"{formatted(sigma, '.4g'):>9}" for sigma in sigmas)
+        + f"  {formatted(row.gap, '.4g'):>7}  {formatted(share, '.2g') + '%':>8}  {row.method:6}  "
         + f"{certificate:15}  {row.seconds:6.2f}"
     )
 

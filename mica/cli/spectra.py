@@ -18,6 +18,7 @@ from transformers.pytorch_utils import Conv1D
 
 from mica import minor_subspace
 from mica.errors import UsageError
+from mica.subspace.result import narrowed
 
 CONVERTED_ELEMENTS = 1 << 22  # fp64: 32 MiB, and every layer of a small model at once
 
@@ -31,7 +32,6 @@ _LANCZOS_TOLERANCE = 1e-8  # relative change of σ_max² in a step
 
 _EPS = torch.finfo(torch.float64).eps
 _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
-_PROVEN_EXCESS = 1e-5  # what the solver's `certified` allows
 
 
 @dataclass(frozen=True)
@@ -155,15 +155,11 @@ def _measured(weight: Tensor, rank: int) -> tuple[Tensor, dict]:
     sigma_max = largest_singular_value(weight)
     proven, excess = subspace.certified, subspace.energy_excess
     if len(found) > rank:
-        # The columns are Ritz vectors, so each has at least the energy σ² of its place (Cauchy), and the
-        # last `rank` together have no more in excess than all of them: the same amount, of another whole.
-        resolution = 4 * count**0.5 * _EPS * sigma_max**2
-        whole = max(values.square().sum().item(), rank * resolution)
-        excess *= max(found.square().sum().item(), (rank + 1) * resolution) / whole if whole else 1.0
-        if not (proven and excess <= _PROVEN_EXCESS + rank * resolution / (whole or 1.0)):
-            subspace = _solve(weight, rank)  # proves more where the value above the cut is far above it
-            values = subspace.singular_values.double().cpu()
-            proven, excess = subspace.certified, subspace.energy_excess
+        chosen = narrowed(subspace, rank)
+        if chosen is None:  # alone they may be proven, where the value above the cut is far above it
+            chosen = _solve(weight, rank)
+        values = chosen.singular_values.double().cpu()
+        proven, excess = chosen.certified, chosen.energy_excess
     above = found[0].item() if len(found) > rank else None
     energy = _squared_norm(weight)
     largest = values[0].item()

@@ -27,7 +27,7 @@ import safetensors.torch
 import torch
 from huggingface_hub import constants
 
-from mica.subspace.result import MinorSubspace, is_certified
+from mica.subspace.result import MinorSubspace, narrowed
 
 # To be raised whenever the solver's results, ``fingerprint`` or the files change.
 VERSION = 1
@@ -97,7 +97,7 @@ class SubspaceCache:
         stored = self._read(key or fingerprint(weight), weight)
         if stored is None or not 1 <= rank <= stored.basis.shape[1]:
             return None
-        found = _narrowed(stored, rank)
+        found = narrowed(stored, rank)
         if found is None:
             return None
         return dataclasses.replace(
@@ -261,37 +261,6 @@ def _fits(weight: torch.Tensor, subspace: MinorSubspace) -> bool:
         and subspace.singular_values.shape == (rank,)
         and subspace.basis.shape == (weight.shape[0], rank)
         and subspace.basis.dtype == subspace.singular_values.dtype == dtype
-    )
-
-
-def _narrowed(stored: MinorSubspace, rank: int) -> MinorSubspace | None:
-    """The last ``rank`` columns, or None where they are not certified by what is known of all.
-
-    With E the energy of a column as stored, θ its squared singular value and λ the true one, θ >= λ for
-    each, so that what the kept columns exceed Σλ by is at most
-
-        Σ_all (E − λ) − Σ_dropped (E − θ),    with E − θ = θ (‖column‖² − 1) up to second order:
-
-    rounding to fp32 leaves columns not quite of norm 1. That term counts: where 16 columns of a square
-    Gaussian matrix are cut to 1, it can be as large as the excess that is allowed. Of 40 such of
-    96 x 96, 15 are therefore missed at rank 1, 2 at rank 2, none at 4 or 8; of 15 of 256 x 256, none.
-    """
-    dropped = stored.basis.shape[1] - rank
-    if dropped == 0:
-        return stored
-    energies = stored.singular_values.double().square()
-    stretch = stored.basis[:, :dropped].double().square().sum(0) - 1
-    excess = stored.energy_excess * max(energies.sum().item(), (rank + dropped) * stored.resolution)
-    excess = max(0.0, excess - (energies[:dropped] * stretch).sum().item())
-    least = max(0.0, energies[dropped:].sum().item() - excess)  # Σλ of the kept is at least this
-    if not is_certified(excess, least, rank, stored.resolution):
-        return None
-    reference = max(least, rank * stored.resolution)
-    return dataclasses.replace(
-        stored,
-        basis=stored.basis[:, dropped:].contiguous(),
-        singular_values=stored.singular_values[dropped:].clone(),
-        energy_excess=excess / reference if reference else 0.0,
     )
 
 

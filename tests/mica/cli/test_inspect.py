@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM
 
 from mica.cli import inspect, main, spectra
 from mica.errors import UsageError
+from mica.subspace import MinorSubspace
 
 EVERY_KIND = "wte,c_attn,c_proj,c_fc"  # of GPT-2: an embedding, and Conv1D both taller and wider
 NUMBERS = ("sigma_max", "sigma_above", "sigma_largest", "sigma_smallest", "gap", "energy_share")
@@ -143,10 +144,8 @@ def test_rank_beyond_every_layer(model_dir, run, tmp_path):
 
 def test_what_is_not_proven_is_said(model_dir, run, monkeypatch):
     def solver(weight, rank):
-        values = torch.ones(rank)
-        return SimpleNamespace(
-            singular_values=values, method="svd", certified=False, energy_excess=float("inf")
-        )
+        basis, values = torch.eye(len(weight), rank), torch.ones(rank)
+        return MinorSubspace(basis, values, "svd", False, float("inf"), resolution=0.0)
 
     monkeypatch.setattr(spectra, "minor_subspace", solver)
     status, found, captured = run(model_dir, "--target-modules", "q_proj")

@@ -1,7 +1,6 @@
 """What ``mica inspect`` measures in a layer, and which layers it takes, against PEFT and the fp64 SVD."""
 
 from dataclasses import fields
-from types import SimpleNamespace
 
 import models
 import pytest
@@ -9,6 +8,7 @@ import torch
 from torch import nn
 
 from mica.cli import spectra
+from mica.subspace import MinorSubspace
 
 MEASURED = [field.name for field in fields(spectra.Row) if field.default is None]
 
@@ -125,11 +125,13 @@ def test_the_bound_is_for_the_chosen_rank(values, excess, ranks, reported, monke
     def solver(weight, rank):
         asked.append(rank)
         found = torch.tensor(values[-rank:], dtype=torch.float64)
-        return SimpleNamespace(
+        return MinorSubspace(
+            basis=torch.eye(6, dtype=torch.float64)[:, -rank:],
             singular_values=found,
             method="gram",
             certified=True,
             energy_excess=excess if rank == 3 else 7e-9,
+            resolution=1e-14,
         )
 
     monkeypatch.setattr(spectra, "minor_subspace", solver)
