@@ -18,6 +18,9 @@ _STRONG_FP64 = {(6, 0), (7, 0), (8, 0), (9, 0), (10, 0)}
 # n / long side up to which fp32 products, summed in fp64, are tried on devices with weak fp64.
 MIXED_UP_TO = 0.5
 
+# Entries up to here have squares whose sums are finite in fp32. That small ones underflow, ``error`` shows.
+_LARGEST_MIXED = 2.0**50
+
 _ERROR_VECTORS = 8
 _ERROR_POWER = 6
 
@@ -26,6 +29,14 @@ def has_weak_fp64(device: torch.device) -> bool:
     if device.type != "cuda" or torch.version.hip is not None:
         return False
     return torch.cuda.get_device_capability(device) not in _STRONG_FP64
+
+
+def may_be_mixed(matrices: torch.Tensor) -> bool:
+    """Whether fp32 products are worth a try for ``matrices`` (batch, out, in)."""
+    short, long = sorted(matrices.shape[-2:])
+    if short > MIXED_UP_TO * long or not has_weak_fp64(matrices.device):
+        return False
+    return max(abs(extreme.item()) for extreme in torch.aminmax(matrices)) <= _LARGEST_MIXED
 
 
 class BatchGram:
@@ -91,6 +102,10 @@ class BatchGram:
         return torch.baddbmm(target, vectors, coefficients, alpha=-1)
 
     def orthonormal(self, vectors: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, bool]:
+        if vectors.shape[-1] == 1:
+            norm = vectors.norm(dim=-2, keepdim=True)
+            if (norm > 0).all().item():
+                return vectors / norm, norm, True
         triangle, info = torch.linalg.cholesky_ex(vectors.mT @ vectors)
         pivots = triangle.diagonal(dim1=-2, dim2=-1)
         safe = (info == 0) & (pivots.amin(-1) > SAFE_PIVOTS * pivots.amax(-1))

@@ -16,10 +16,12 @@ import math
 from collections.abc import Callable
 from typing import NamedTuple
 
-import scipy.linalg
 import torch
 
+from mica.subspace.host import partial_eigenvectors
+
 LANCZOS_STEPS = 40
+NORM_STEPS = 12  # enough for ‖C‖ alone
 FIRST_CHECK = 7
 MOST_STEPS = 24
 
@@ -47,10 +49,11 @@ def fits(size: int, rank: int) -> bool:
     return 2 * block_size(rank) * (FIRST_CHECK + 3) <= size
 
 
-def bounds(gram, seed: int) -> Bounds:
+def bounds(gram, seed: int, steps: int = LANCZOS_STEPS) -> Bounds:
     """‖C‖ and shifts just below the smallest eigenvalue, from two lengths of one Lanczos run."""
-    steps = min(LANCZOS_STEPS, gram.size)
+    steps = min(steps, gram.size)
     _, projected = _extended(gram, gram.apply, _random(gram, 1, seed), steps)
+    projected = projected.cpu()
     values = torch.linalg.eigvalsh(projected)
     half = torch.linalg.eigvalsh(projected[..., : (steps + 1) // 2, : (steps + 1) // 2])
     least, norm = values[..., 0], values[..., -1].clamp_min(0)
@@ -88,7 +91,7 @@ def smallest_eigenvectors(gram, rank: int, limits: Bounds, eps: float, seed: int
     def judge(basis: torch.Tensor, projected: torch.Tensor) -> int:
         """Rayleigh-Ritz; the number of further steps that seem to be needed, 0 to stop."""
         nonlocal found
-        vectors = gram.combine(basis, _largest_eigenvectors(projected, rank).to(gram.device))
+        vectors = gram.combine(basis, _largest_eigenvectors(projected.cpu(), rank).to(gram.device))
         vectors, _, _ = gram.orthonormal(vectors)
         excess = _relative_residual(gram, vectors, limits.norm, eps)
         found = Ritz(vectors, excess <= 1)
@@ -133,19 +136,20 @@ def _extended(
     first_check: int | None = None,
     judge: Callable[[torch.Tensor, torch.Tensor], int] | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Block Lanczos: an orthonormal basis Q of span{S, F S, …, F^(steps−1) S}, and Qᵀ F Q on the host.
+    """Block Lanczos: an orthonormal basis Q of span{S, F S, …, F^(steps−1) S}, and Qᵀ F Q.
 
     ``block`` is S, ``operation`` the symmetric F. Of Qᵀ F Q the lower triangle is filled in. From
     ``first_check`` steps on ``judge`` may end it early.
     """
     width = block.shape[-1]
     basis = gram.empty(width * steps)
-    projected = torch.zeros(*gram.batch_shape, width * steps, width * steps, dtype=torch.float64)
+    shape = (*gram.batch_shape, width * steps, width * steps)
+    projected = torch.zeros(shape, dtype=torch.float64, device=gram.device)
     for step in range(steps):
         start, end = width * step, width * (step + 1)
         basis[..., start:end] = block
         block, coefficients = _orthogonalised(gram, operation(block), basis[..., :end])
-        projected[..., start:end, :end] = coefficients.mT.cpu()
+        projected[..., start:end, :end] = coefficients.mT
         if judge is not None and step + 1 >= first_check:
             further = judge(basis[..., :end], projected[..., :end, :end])
             if not further:
@@ -158,25 +162,29 @@ def _orthogonalised(gram, block: torch.Tensor, basis: torch.Tensor) -> tuple[tor
     """(new, coefficients) with block = basis @ coefficients + new @ a triangle, (basis, new) orthonormal.
 
     Twice is enough, unless the block was nearly dependent: then Householder fills it up with
-    directions that have to be cleared of the basis once more.
+    directions that have to be cleared of the basis once more. And where nothing but rounding noise is left,
+    that may lie in the basis for good, if C has zero columns (‖C‖ came out 180 times too large): random
+    directions take the place of it.
     """
     coefficients, triangle = 0, None
-    for _ in range(4):
+    for attempt in range(6):
         part = gram.inner(basis, block)
         block, factor, safe = gram.orthonormal(gram.subtract(block, basis, part))
-        coefficients = part if triangle is None else coefficients + part @ triangle
-        twice, triangle = triangle is not None, factor if triangle is None else factor @ triangle
-        if twice and safe:
+        if attempt <= 2:
+            coefficients = part if triangle is None else coefficients + part @ triangle
+            triangle = factor if triangle is None else factor @ triangle
+        outside = factor.diagonal(dim1=-2, dim2=-1).abs() > 0.5  # of columns that were orthonormal before
+        if attempt and safe and outside.all():
             break
+        if attempt == 2:
+            other = _random(gram, block.shape[-1], (1 << 32) + basis.shape[-1])
+            block = torch.where(outside.unsqueeze(-2), block, other)
     return block, coefficients
 
 
 def _largest_eigenvectors(matrices: torch.Tensor, count: int) -> torch.Tensor:
     """(batch, m, count) of symmetric matrices by descending eigenvalue; the lower triangle is read."""
     size = matrices.shape[-1]
-    pairs = [
-        scipy.linalg.eigh(matrix.numpy(), subset_by_index=[size - count, size - 1], driver="evr")
-        for matrix in matrices.reshape(-1, size, size)
-    ]
-    vectors = torch.stack([torch.from_numpy(vectors) for _, vectors in pairs]).flip(-1)
+    found = [partial_eigenvectors(-matrix.numpy(), count) for matrix in matrices.reshape(-1, size, size)]
+    vectors = torch.stack([torch.from_numpy(vectors) for vectors in found])
     return vectors.reshape(*matrices.shape[:-2], size, count)

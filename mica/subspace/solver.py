@@ -137,6 +137,7 @@ def _check_rank(weight: torch.Tensor, rank: int) -> None:
         )
 
 
+@one_pool()  # not for aminmax: PyTorch's threads would go on spinning and slow what BLAS does next
 def _exponents(matrices: torch.Tensor) -> list[int]:
     """Of each matrix the least e with all entries below 2^e in magnitude. ValueError if any is not finite."""
     # Of a transposed view aminmax is slow: 100 against 2 ms for 576 x 49152. NaN propagates through it.

@@ -93,6 +93,13 @@ def _zeros(out_features, in_features, generator):
     return weight
 
 
+def _corner(out_features, in_features, generator):
+    """Krylov subspaces are exhausted after ten steps, and rounding errors too stay in the corner."""
+    weight = torch.zeros(out_features, in_features, dtype=DTYPE)
+    weight[:10, :10] = _gaussian(10, 10, generator)[: len(weight), :in_features]
+    return weight
+
+
 def _row_scales(out_features, in_features, generator):
     scales = torch.exp(1.5 * torch.randn(out_features, 1, dtype=DTYPE, generator=generator))
     return scales * _gaussian(out_features, in_features, generator)
@@ -117,6 +124,7 @@ SPECTRA: dict[str, Callable[[int, int, torch.Generator], torch.Tensor]] = {
     "rank 5": lambda o, i, g: _low_rank(min(o, i) - 5)(o, i, g),
     "duplicate rows and columns": _duplicates,
     "zero rows and columns": _zeros,
+    "zero but for a corner": _corner,
     "zero": lambda o, i, g: torch.zeros(o, i, dtype=DTYPE),
     "row scales": _row_scales,
     "times 1e4": _scaled(1e4),
@@ -130,6 +138,7 @@ NULL = {
     "rank 5",
     "duplicate rows and columns",
     "zero rows and columns",
+    "zero but for a corner",
     "zero",
 }
 

@@ -1,0 +1,174 @@
+"""From vectors to triplets and to a judgement on the basis as it is returned."""
+
+import math
+
+import pytest
+import torch
+from judging import energy, truth
+from spectra import RANK, weight
+from tolerances import error
+
+from mica.subspace import candidate as module
+from mica.subspace.batched import BatchGram
+from mica.subspace.candidate import Candidate, Problem, candidate, judged, problem
+from mica.subspace.host import HostGram
+from mica.subspace.krylov import LANCZOS_STEPS, NORM_STEPS
+from mica.subspace.result import CERTIFIED_EXCESS, is_certified
+
+SHAPES = [(60, 40), (40, 60), (50, 50)]
+
+
+def stated(matrix: torch.Tensor, method: str = "gram") -> Problem:
+    """Of one matrix on the host, of a batch as for a device."""
+    basis_is_long = matrix.shape[-2] > matrix.shape[-1]
+    tall = matrix if basis_is_long else matrix.mT
+    gram = HostGram(tall) if matrix.ndim == 2 else BatchGram(tall)
+    return problem(tall, gram, RANK, basis_is_long, 0, method)
+
+
+def wanted(state: Problem, extra: int = 0) -> torch.Tensor:
+    """The exact short vectors, in another basis; ``extra`` places above the smallest."""
+    _, _, right = torch.linalg.svd(state.tall.double(), full_matrices=False)
+    last = right.shape[-2] - extra
+    mixing = torch.randn(RANK, RANK, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    vectors = right[..., last - RANK : last, :].mT @ torch.linalg.qr(mixing).Q
+    return vectors.mT.contiguous().mT
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("name", ["gaussian", "graded to 1.6e-6", "row scales", "times 1e-4"])
+@pytest.mark.parametrize("batch", [False, True])
+def test_triplets_of_a_span(name, shape, batch, monkeypatch):
+    matrix = weight(name, *shape)
+    matrix = torch.stack([matrix, matrix.flip(0)]) if batch else matrix
+    state = stated(matrix)
+    left, values, right = torch.linalg.svd(matrix.double(), full_matrices=False)
+    found = candidate(state, wanted(state))
+    assert error(found.singular_values, values[..., -RANK:]) <= 1e-9
+    short = right.mT if state.basis_is_long else left
+    for vectors, exact in ((found.basis, left[..., -RANK:]), (found.short_vectors, short[..., -RANK:])):
+        cosines = (exact.mT @ vectors).abs()
+        assert error(cosines, torch.eye(RANK, dtype=torch.float64).expand_as(cosines)) <= 1e-7
+    if name == "graded to 1.6e-6":
+        assert not found.resolved
+
+
+def test_the_weight_is_passed_over_only_where_it_has_to_be(monkeypatch):
+    calls = []
+    image = module.image
+    monkeypatch.setattr(module, "image", lambda *arguments: calls.append(1) or image(*arguments))
+    for shape, name, passes in (
+        ((40, 60), "gaussian", 0),
+        ((50, 50), "hard edge", 0),
+        ((40, 60), "graded to 1.6e-6", 1),
+        ((60, 40), "gaussian", 1),
+    ):
+        calls.clear()
+        state = stated(weight(name, *shape))
+        found = candidate(state, wanted(state))
+        assert len(calls) == passes
+        assert found.resolved == (name != "graded to 1.6e-6")
+    fine = stated(weight("gaussian", 40, 60).double())  # fp64 results want what the Gram has lost
+    assert not candidate(fine, wanted(fine)).resolved
+
+
+@pytest.mark.parametrize("batch", [False, True])
+@pytest.mark.parametrize("name", ["rank 5", "rank deficient by 3", "zero", "graded to 1e-7"])
+def test_null_vectors_of_a_tall_weight_are_not_in_the_gram(name, batch):
+    for shape, expected in (((60, 40), True), ((40, 60), False), ((50, 50), False)):
+        matrix = weight(name, *shape)
+        matrix = torch.stack([weight("gaussian", *shape), matrix]) if batch else matrix
+        state = stated(matrix)
+        assert (candidate(state, wanted(state)) is None) == expected
+
+
+def test_an_error_of_the_gram_makes_small_values_null_and_unresolved():
+    for shape, matters in (((60, 40), True), ((40, 60), False)):
+        state = stated(weight("gaussian", *shape))
+        least = truth(weight("gaussian", *shape)).squares[-1]
+        state.gram.error = 0.9 * least
+        assert candidate(state, wanted(state)) is not None
+        assert not candidate(state, wanted(state)).resolved
+        state.gram.error = 1.1 * least
+        assert (candidate(state, wanted(state)) is None) == matters
+
+
+@pytest.mark.parametrize("batch", [False, True])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("name", ["gaussian", "hard edge", "graded to 1.6e-6"])
+@pytest.mark.parametrize("strict", [True, False])
+def test_the_judgement_on_right_and_wrong_vectors(shape, name, batch, strict):
+    matrix = weight(name, *shape)
+    matrix = torch.stack([matrix, 2 * matrix]) if batch else matrix
+    state = stated(matrix)
+    for extra in (0, 1):
+        judgement = judged(state, candidate(state, wanted(state, extra)), strict)
+        assert judgement.basis.dtype == torch.float32
+        assert judgement.certified.tolist() == ([strict and not extra] * 2 if batch else strict and not extra)
+        singles = zip(judgement.basis, matrix, strict=True) if batch else [(judgement.basis, matrix)]
+        for position, (basis, single) in enumerate(singles):
+            squares = truth(single).squares
+            least = squares[-RANK:].sum()
+            floor = RANK * 4 * len(squares) ** 0.5 * torch.finfo(torch.float64).eps * squares[0]
+            excess = (energy(single, basis).sum() - least) / max(least, floor)
+            reported = judgement.energy_excess.reshape(-1)[position]
+            if extra == 0:
+                assert excess - 1e-9 <= reported <= 1 + 1e-5
+            elif strict:  # nothing is proven of it
+                assert reported == math.inf or reported >= excess
+
+
+def test_what_the_gram_does_not_see_counts_as_energy():
+    state = stated(weight("gaussian", 40, 60))
+    found = candidate(state, wanted(state))
+    assert found.resolved
+    plain = judged(state, found, True)
+    least = truth(weight("gaussian", 40, 60)).squares[-RANK:].sum()
+    state.gram.error = 1e-8 * least
+    with_error = judged(state, found, True)
+    # once for the energy of the basis, once for the deficit
+    assert with_error.energy_excess - plain.energy_excess == pytest.approx(2 * RANK * 1e-8, rel=1e-3)
+    state.gram.error = 1e-5 * least
+    assert not judged(state, found, True).certified
+
+
+def test_rounding_to_the_dtype_is_judged_too():
+    state = stated(weight("graded to 1.6e-6", 50, 50))
+    found = candidate(state, wanted(state))
+    state.dtype = torch.bfloat16
+    judgement = judged(state, found, True)
+    assert judgement.energy_excess > CERTIFIED_EXCESS
+    assert not judgement.certified
+
+
+@pytest.mark.parametrize("batch", [False, True])
+def test_signs(batch):
+    columns = torch.tensor([[0.1, -0.5, 0.5, -2.0], [-0.9, 0.4, -0.5, 1.0], [0.3, 0.2, 0.1, -2.0]])
+    expected = columns * torch.tensor([-1.0, -1.0, 1.0, -1.0])
+    if batch:
+        columns, expected = torch.stack([columns, -columns]), torch.stack([expected, expected])
+    for given in (columns, -columns, columns.mT.contiguous().mT):
+        found = module._with_fixed_signs(given)
+        assert torch.equal(found, expected)
+        assert found.is_contiguous()
+
+
+def test_only_krylov_pays_for_shifts(monkeypatch):
+    asked = []
+    bounds = module.bounds
+    monkeypatch.setattr(
+        module, "bounds", lambda gram, seed, steps: asked.append((seed, steps)) or bounds(gram, seed, steps)
+    )
+    for method in ("krylov", "gram", "svd"):
+        stated(weight("gaussian", 40, 60), method)
+    assert asked == [(0, LANCZOS_STEPS), (0, NORM_STEPS), (0, NORM_STEPS)]
+
+
+def test_what_counts_as_certified():
+    assert is_certified(1e-5 * 3.0, 3.0, 8, 0.0)
+    assert not is_certified(1.001e-5 * 3.0, 3.0, 8, 0.0)
+    assert is_certified(8e-3, 0.0, 8, 1e-3)
+    assert not is_certified(8.01e-3, 0.0, 8, 1e-3)
+    excess, energies = torch.tensor([2e-5, 2e-5]), torch.tensor([1.0, 3.0])
+    assert is_certified(excess, energies, 1, torch.tensor([0.0, 0.0])).tolist() == [False, True]
+    assert Candidate(excess, excess, excess).null_count == 0

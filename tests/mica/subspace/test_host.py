@@ -1,0 +1,257 @@
+"""Every product and factor of ``HostGram`` is the dense one's, in any order of calls; threads come back."""
+
+import itertools
+
+import numpy as np
+import pytest
+import scipy.linalg
+import torch
+from spectra import weight
+from threadpoolctl import threadpool_info
+from tolerances import error
+
+from mica.subspace import gram as products
+from mica.subspace import host
+from mica.subspace.host import HostGram, one_pool, partial_eigenvectors
+
+DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
+LAYOUTS = ["rows", "columns", "strided"]
+
+
+def laid_out(matrix: torch.Tensor, layout: str) -> torch.Tensor:
+    if layout == "columns":
+        return matrix.T.contiguous().T
+    if layout == "strided":
+        buffer = torch.full((2 * matrix.shape[0], 3 * matrix.shape[1]), torch.nan, dtype=matrix.dtype)
+        buffer[::2, ::3] = matrix
+        return buffer[::2, ::3]
+    return matrix
+
+
+def random(*shape: int, seed: int = 0) -> torch.Tensor:
+    """Column-major, as all vectors of a ``HostGram`` are."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(*shape[::-1], dtype=torch.float64, generator=generator).T
+
+
+class Checked:
+    """A ``HostGram`` and the dense matrix; each method makes one call and compares."""
+
+    def __init__(self, tall: torch.Tensor):
+        self.gram = HostGram(tall)
+        self.dense = tall.double().T @ tall.double()
+        self.values, self.vectors = torch.linalg.eigh(self.dense)
+        self.norm = self.values[-1]
+        self.unit = torch.eye(len(self.dense), dtype=torch.float64)
+        self.shift: torch.Tensor | None = None  # of the factor that there is
+
+    def one_column(self):
+        vectors = random(self.gram.size, 1)
+        assert error(self.gram.apply(vectors), self.dense @ vectors) <= 1e-13
+
+    def columns(self):
+        assert (
+            error(self.gram.apply(random(self.gram.size, 3)), self.dense @ random(self.gram.size, 3)) <= 1e-13
+        )
+        # entry by entry: nothing lost on the diagonal, whatever was put there in between
+        assert error(self.gram.apply(self.unit.T.contiguous().T), self.dense) <= 1e-14
+
+    def factor(self):
+        self.shift = self.values[0] - 0.3 * self.norm
+        assert self.gram.factor(self.shift)
+        self.solve()
+
+    def other_factor(self):
+        self.shift = -2 * self.norm
+        assert self.gram.factor(self.shift)
+        self.solve()
+
+    def refused_factor(self):
+        assert not self.gram.factor(self.values[0] + 0.1 * self.norm)
+        self.shift = None
+
+    def solve(self):
+        if self.shift is not None:
+            expected = torch.linalg.solve(self.dense - self.shift * self.unit, random(self.gram.size, 3))
+            assert error(self.gram.solve(random(self.gram.size, 3)), expected) <= 1e-12
+            one = self.gram.solve(random(self.gram.size, 1, seed=2))
+            expected = torch.linalg.solve(
+                self.dense - self.shift * self.unit, random(self.gram.size, 1, seed=2)
+            )
+            assert error(one, expected) <= 1e-12
+
+    def exceeds(self):
+        """Raised by 2 ‖C‖ on its two smallest vectors, C is above what is below its third eigenvalue."""
+        self.shift = None
+        count = min(2, self.gram.size - 1)
+        minor = self.vectors[:, :count].T.contiguous().T
+        margin = 1e-3 * self.norm
+        assert self.gram.exceeds(minor, 2 * self.norm, self.values[count] - margin)
+        assert not self.gram.exceeds(minor, 2 * self.norm, self.values[count] + margin)
+        assert not self.gram.exceeds(self.vectors[:, 1 : count + 1], 2 * self.norm, self.values[0] + margin)
+
+    def smallest(self):
+        for count in {1, self.gram.size}:
+            found = self.gram.smallest(count)
+            assert error(self.dense @ found, found * self.values[:count]) <= 1e-12
+            assert error(found.T @ found, self.unit[:count, :count]) <= 1e-13
+
+
+CALLS = [
+    "one_column", "columns", "factor", "other_factor", "refused_factor", "solve", "exceeds", "smallest",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("scale", [1.0, 1e-4, 1e4])
+@pytest.mark.parametrize("first", CALLS)
+def test_any_three_calls_in_any_order(first, scale, monkeypatch):
+    monkeypatch.setattr(host, "_MIRROR_BLOCK", 4)
+    tall = scale * weight("gaussian", 14, 9)
+    for rest in itertools.product(CALLS, repeat=2):
+        checked = Checked(tall)
+        for call in (first, *rest):
+            getattr(checked, call)()
+        checked.columns()
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 4, 5, 7, 8, 9, 12, 13])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_all_sizes_around_the_mirrored_blocks(size, layout, monkeypatch):
+    monkeypatch.setattr(host, "_MIRROR_BLOCK", 4)
+    checked = Checked(laid_out(weight("gaussian", size + 5, size), layout))
+    for call in CALLS:
+        if size > 1 or call not in ("exceeds", "refused_factor"):
+            getattr(checked, call)()
+
+
+@pytest.mark.parametrize("shape", [(300, 270), (520, 512)], ids=str)
+def test_the_mirrored_blocks_as_they_are(shape):
+    checked = Checked(weight("gaussian", *shape))
+    for call in ("factor", "exceeds", "columns"):
+        getattr(checked, call)()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("rows", [1, 4, 512])
+def test_the_gram_of_any_dtype_and_layout_in_blocks(dtype, layout, rows, monkeypatch):
+    monkeypatch.setattr(products, "BLOCK_ELEMENTS", 1)
+    monkeypatch.setattr(products, "BLOCK_ROWS", rows)
+    matrix = weight("gaussian", 23, 6).to(dtype)
+    gram = HostGram(laid_out(matrix, layout))
+    unit = torch.eye(6, dtype=torch.float64)
+    assert error(gram.apply(unit), matrix.double().T @ matrix.double()) <= 1e-14
+    assert gram.error == 0
+    assert (gram.size, gram.batch_shape, gram.device) == (6, (), torch.device("cpu"))
+
+
+def test_thin_products():
+    gram = HostGram(weight("gaussian", 30, 20))
+    left, right, coefficients = random(20, 4), random(20, 3, seed=1), random(4, 3, seed=2)
+    assert error(gram.inner(left, right), left.T @ right) <= 1e-14
+    for layout in (coefficients, coefficients.contiguous(), coefficients.flip(-1).flip(-1)):
+        assert error(gram.combine(left, layout), left @ coefficients) <= 1e-14
+    target, before = random(20, 3, seed=3), random(20, 3, seed=3)
+    assert error(gram.subtract(target, left, coefficients), before - left @ coefficients) <= 1e-14
+    empty = gram.empty(5)
+    assert empty.shape == (20, 5)
+    assert empty.dtype == torch.float64
+    assert empty.T.is_contiguous()
+
+
+def with_last_column(kind: str) -> torch.Tensor:
+    vectors = random(40, 6)
+    vectors[:, 5] = {
+        "independent": vectors[:, 5],
+        "dependent": vectors[:, 0] - 2 * vectors[:, 3],
+        "nearly dependent": vectors[:, 0] + 1e-9 * vectors[:, 5],
+        "zero": torch.zeros(40, dtype=torch.float64),
+    }[kind]
+    return vectors
+
+
+@pytest.mark.parametrize("kind", ["independent", "dependent", "nearly dependent", "zero"])
+@pytest.mark.parametrize("scale", [1.0, 1e-30, 1e30])
+def test_orthonormal_vectors_however_dependent(kind, scale):
+    gram = HostGram(weight("gaussian", 50, 40))
+    vectors = scale * with_last_column(kind)
+    before = vectors.clone()
+    found, triangle, safe = gram.orthonormal(vectors)
+    assert safe == (kind == "independent")
+    assert error(found.T @ found, torch.eye(6, dtype=torch.float64)) <= 1e-13
+    assert error(found @ triangle, before) <= 1e-13
+    assert torch.equal(triangle, triangle.triu())
+    assert torch.equal(vectors, before)
+
+
+@pytest.mark.parametrize("size", [1, 2, 5, 12, 13, 60])
+@pytest.mark.parametrize("count", [1, 2, 10, 60])
+def test_partial_eigenvectors_read_the_lower_triangle(size, count):
+    count = min(count, size)
+    tall = weight("cluster across", size + 3, size).double()
+    dense = tall.T @ tall
+    half = np.asfortranarray(dense.numpy().copy())
+    half[np.triu_indices(size, 1)] = np.nan
+    before = half.copy()
+    vectors = torch.from_numpy(partial_eigenvectors(half, count))
+    assert vectors.shape == (size, count)
+    assert vectors.T.is_contiguous()
+    assert error(vectors.T @ vectors, torch.eye(count, dtype=torch.float64)) <= 1e-13
+    values = torch.linalg.eigvalsh(dense)[:count]
+    assert error(vectors.T @ dense @ vectors, torch.diag(values)) <= 1e-12
+    np.testing.assert_array_equal(half, before)
+
+
+@pytest.mark.parametrize("fault", ["raises", "finds too few"])
+def test_partial_eigenvectors_fall_back_to_all(fault, monkeypatch):
+    """LAPACK's inverse iteration may fail to converge, or lose a vector of a cluster."""
+
+    def eigh(matrix, subset_by_index=None, **options):
+        drivers.append(options["driver"])
+        if subset_by_index is not None and fault == "raises":
+            raise scipy.linalg.LinAlgError
+        values, vectors = full(matrix, **options)
+        return (values, vectors) if subset_by_index is None else (values[:1], vectors[:, :1])
+
+    full, drivers = scipy.linalg.eigh, []
+    monkeypatch.setattr(scipy.linalg, "eigh", eigh)
+    tall = weight("gaussian", 40, 30).double()
+    dense = tall.T @ tall
+    vectors = torch.from_numpy(partial_eigenvectors(np.asfortranarray(dense.numpy()), 3))
+    assert drivers == ["evr", "evd"]
+    values = torch.linalg.eigvalsh(dense)[:3]
+    assert error(dense @ vectors, vectors * values) <= 1e-12
+
+
+def pools() -> dict[str, int]:
+    return {pool["filepath"]: pool["num_threads"] for pool in threadpool_info() if pool["user_api"] == "blas"}
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_one_pool_holds_all_threads_and_gives_them_back(count):
+    torch.set_num_threads(count)
+    before = pools()
+    assert before
+
+    @one_pool()
+    def inside(depth: int) -> None:
+        assert torch.get_num_threads() == 1
+        if depth:
+            inside(depth - 1)
+            assert torch.get_num_threads() == 1
+        else:
+            raise KeyError
+
+    with one_pool():
+        assert torch.get_num_threads() == 1
+        assert set(pools().values()) == {count}
+        with one_pool():
+            assert torch.get_num_threads() == 1
+            assert set(pools().values()) == {count}
+        assert torch.get_num_threads() == 1
+        assert set(pools().values()) == {count}
+    for depth in range(3):
+        with pytest.raises(KeyError):
+            inside(depth)
+        assert torch.get_num_threads() == count
+        assert pools() == before
