@@ -88,7 +88,7 @@ def _is_sharded(base_layer: nn.Module) -> bool:
 
 
 def fill(waiting: Sequence[Wanted]) -> None:
-    """A = 0 and B = the minor subspace for all of them, in the dtypes that the adapters have now.
+    """B = the minor subspace for all of them, in the dtype that it has now; A is left as it is.
 
     One progress bar for everything that takes more than 2 s. Weights that DeepSpeed ZeRO-3 has partitioned
     are gathered one at a time, by all processes in the same order.
@@ -130,8 +130,7 @@ def _solved(waiting: Sequence[Wanted]):
 def _assign(wanted: Wanted, subspace: MinorSubspace) -> None:
     for message in complaints(subspace, wanted.name):
         warnings.warn(message, stacklevel=2)
-    lora_A, lora_B = adapter_weights(wanted.layer, wanted.adapter_name)
-    lora_A.data = lora_A.data.new_zeros(lora_A.shape)
+    _, lora_B = adapter_weights(wanted.layer, wanted.adapter_name)
     lora_B.data = subspace.basis.to(device=lora_B.device, dtype=lora_B.dtype)
     if lora_B.dtype in (torch.bfloat16, torch.float16):
         exact.setdefault(wanted.layer, {})[wanted.adapter_name] = subspace.basis

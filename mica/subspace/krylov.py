@@ -162,23 +162,18 @@ def _orthogonalised(gram, block: torch.Tensor, basis: torch.Tensor) -> tuple[tor
     """(new, coefficients) with block = basis @ coefficients + new @ a triangle, (basis, new) orthonormal.
 
     Twice is enough, unless the block was nearly dependent: then Householder fills it up with
-    directions that have to be cleared of the basis once more. And where nothing but rounding noise is left,
-    that may lie in the basis for good, if C has zero columns (‖C‖ came out 180 times too large): random
-    directions take the place of it.
+    directions that have to be cleared of the basis once more. So has what was nothing but rounding noise,
+    and lost most of its length the second time: a Gram with few nonzero columns is exhausted after as many
+    steps, and ‖C‖ came out 180 times too large.
     """
     coefficients, triangle = 0, None
-    for attempt in range(6):
+    for _ in range(4):
         part = gram.inner(basis, block)
         block, factor, safe = gram.orthonormal(gram.subtract(block, basis, part))
-        if attempt <= 2:
-            coefficients = part if triangle is None else coefficients + part @ triangle
-            triangle = factor if triangle is None else factor @ triangle
-        outside = factor.diagonal(dim1=-2, dim2=-1).abs() > 0.5  # of columns that were orthonormal before
-        if attempt and safe and outside.all():
+        coefficients = part if triangle is None else coefficients + part @ triangle
+        twice, triangle = triangle is not None, factor if triangle is None else factor @ triangle
+        if twice and safe and (factor.diagonal(dim1=-2, dim2=-1).abs() > 0.5).all():
             break
-        if attempt == 2:
-            other = _random(gram, block.shape[-1], (1 << 32) + basis.shape[-1])
-            block = torch.where(outside.unsqueeze(-2), block, other)
     return block, coefficients
 
 

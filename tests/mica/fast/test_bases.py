@@ -87,7 +87,11 @@ def test_weights_on_the_cpu_go_to_an_accelerator_and_back(dtype, monkeypatch):
         return solver(weight, rank, **kwargs)
 
     monkeypatch.setattr(many, "solve_each", counting)
+    mica.fast.enable(device="meta")
+    with pytest.raises(UnsuitableLayerError, match=r"layer 'embed': .*meta device"):
+        net(dtype)
     mica.fast.enable(device="cpu")
+    batches.clear()
     model = net(dtype)
     assert all(len(shape) == 3 for shape in batches)
     for name, basis in bases(model).items():

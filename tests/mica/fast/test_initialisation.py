@@ -6,6 +6,7 @@ import torch
 from models import Net, adapted_layers, bases, net, randomise, tiny_llama, wrap
 from peft import LoraConfig, PeftModel, get_peft_model, inject_adapter_in_model
 from peft.functional import cast_adapter_dtype
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 import mica.fast
@@ -306,6 +307,20 @@ def test_a_layer_missing_in_the_checkpoint_gets_its_basis(tmp_path, solved):
         loaded = PeftModel.from_pretrained(Net(), tmp_path)
     assert solved == [(16, 20)]
     assert torch.equal(bases(loaded)["base_model.model.conv"], bases(net())["base_model.model.conv"])
+
+
+def test_a_checkpoint_with_a_and_without_b_keeps_its_a(tmp_path):
+    model = randomise(net(targets=["up"]))
+    model.save_pretrained(tmp_path)
+    file = tmp_path / "adapter_model.safetensors"
+    tensors = {key: value for key, value in load_file(file).items() if "lora_A" in key}
+    save_file(tensors, file)
+    torch.manual_seed(0)
+    with pytest.warns(UserWarning, match="missing adapter keys"):
+        loaded = PeftModel.from_pretrained(Net(), tmp_path)
+    expected, layer = (m.base_model.model.up for m in (model, loaded))
+    assert torch.equal(layer.lora_A["default"].weight, expected.lora_A["default"].weight)
+    assert torch.equal(layer.lora_B["default"].weight, expected.lora_B["default"].weight)
 
 
 def test_transformers_own_loader_runs_no_solver(tmp_path, solved):

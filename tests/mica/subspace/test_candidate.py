@@ -11,6 +11,7 @@ from tolerances import error
 from mica.subspace import candidate as module
 from mica.subspace.batched import BatchGram
 from mica.subspace.candidate import Candidate, Problem, candidate, judged, problem
+from mica.subspace.certificate import ROUNDING
 from mica.subspace.host import HostGram
 from mica.subspace.krylov import LANCZOS_STEPS, NORM_STEPS
 from mica.subspace.result import CERTIFIED_EXCESS, is_certified
@@ -130,6 +131,16 @@ def test_what_the_gram_does_not_see_counts_as_energy():
     assert with_error.energy_excess - plain.energy_excess == pytest.approx(2 * RANK * 1e-8, rel=1e-3)
     state.gram.error = 1e-5 * least
     assert not judged(state, found, True).certified
+
+
+def test_the_energy_from_the_gram_is_an_upper_bound():
+    """By the share of the resolution that the certificate allows for rounding."""
+    state = stated(weight("gaussian", 40, 60))
+    found = candidate(state, wanted(state))
+    basis = found.basis.float()
+    exact = energy(weight("gaussian", 40, 60), basis).sum()
+    allowance = RANK * ROUNDING * state.resolution
+    assert module._energy(state, found, basis) - exact == pytest.approx(allowance.item(), rel=0.2)
 
 
 def test_rounding_to_the_dtype_is_judged_too():

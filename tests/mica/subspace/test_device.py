@@ -119,6 +119,16 @@ def test_mixed_products_where_they_suffice_else_fp64(shape, method, weak_fp64, r
     assert recorded == [(2, True)]
 
 
+@pytest.mark.parametrize("count", [1, 2])
+def test_what_mixed_products_do_not_settle_is_next_a_batch_in_fp64(count, weak_fp64, recorded):
+    matrices = stack(["tail x 1e-6", "graded to 1.6e-6"][:count], (140, 300))
+    found = solved(matrices, "gram")
+    assert found.keys() == set(range(count))
+    assert recorded == [(count, True), (count, False)]
+    for index, result in found.items():
+        judge(matrices[index], result)
+
+
 @pytest.mark.parametrize("scale", [1e-30, 1e-18, 1e18, 1e30])
 def test_mixed_products_that_overflow_or_underflow(scale, weak_fp64):
     matrices = stack(["gaussian", "hard edge"], (40, 100)) * scale

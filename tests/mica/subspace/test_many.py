@@ -88,7 +88,10 @@ def test_the_cache_is_asked_and_told(tasks, where, with_keys, monkeypatch, tmp_p
     first = solved_once(tasks, cache=cache, keys=keys)
     assert len(list(tmp_path.iterdir())) == len(tasks)
     solved.clear()
+    if with_keys:
+        monkeypatch.setattr(many, "fingerprint", None)  # not again
     second = solved_once(tasks, cache=cache, keys=keys)
+    monkeypatch.setattr(many, "fingerprint", fingerprint)
     assert not solved
     for index in first:
         assert torch.equal(first[index].basis, second[index].basis)
@@ -109,6 +112,16 @@ def test_errors_name_the_layer(tasks, where, monkeypatch):
     tasks[3].weight[5, 5] = torch.nan
     with pytest.raises(ValueError, match=r"^layer 3: weight must be finite"):
         list(solve_many(tasks))
+
+
+def test_weights_on_the_cpu_go_where_they_are_told(tasks, monkeypatch):
+    """To the meta device, which everyone has, and where the solver finds no data."""
+    with pytest.raises(ValueError, match=r"^layer 0 or layer 2: .*meta device"):
+        list(solve_many([tasks[0], tasks[2]._replace(rank=4)], device="meta"))
+    monkeypatch.setattr(many, "accelerator", lambda: torch.device("meta"))
+    with pytest.raises(ValueError, match=r"^layer 1: .*meta device"):
+        list(solve_many(tasks[1:2]))
+    solved_once(tasks[1:2], device="cpu")
 
 
 def test_no_tasks():
