@@ -19,6 +19,7 @@ from mica.fast.eligibility import adapter_weights, is_stored_transposed
 from mica.fast.settings import settings
 from mica.subspace.cache import default_cache
 from mica.subspace.distributed import solve_shared
+from mica.subspace.gram import extremes
 from mica.subspace.many import Task
 from mica.subspace.result import MinorSubspace
 from mica.subspace.solver import complaints
@@ -75,7 +76,7 @@ def check(wanted: Wanted) -> None:
             f"MiCA requires `r` <= min({sides}) but got r={wanted.rank} for {name} with weight shape "
             f"{tuple(base_layer.weight.shape)} (max usable r is {min(weight.shape)})."
         )
-    if not torch.isfinite(weight).all():
+    if not torch.isfinite(extremes(weight)).all():
         broken = int((~torch.isfinite(weight)).sum())
         raise UnsuitableLayerError(
             f"MiCA requires finite weights, but {name} has {broken} NaN or Inf of {weight.numel()}."

@@ -38,6 +38,15 @@ def row_blocks(
             yield rows, memory[..., : rows.stop - rows.start, :].copy_(block)
 
 
+def extremes(matrix: torch.Tensor) -> torch.Tensor:
+    """The smallest and the largest entry of a matrix, (2,) in its dtype: NaN if there is one anywhere.
+
+    The cheapest way to see that all is finite: ``isfinite().all()`` takes 2.3 ms for 1536 x 576, this 0.24.
+    """
+    # Of a transposed view aminmax is slow: 100 against 2 ms for 576 x 49152
+    return torch.stack(torch.aminmax(matrix if matrix.is_contiguous() else matrix.mT))
+
+
 def image(tall: torch.Tensor, short_vectors: torch.Tensor) -> torch.Tensor:
     """tall @ short_vectors: (..., long, count) fp64, for short_vectors (..., short, count)."""
     short_vectors = short_vectors.double()

@@ -2,7 +2,8 @@
 
 Up to about n = 1000 a partial eigenproblem spends its time in short loops whose threads wait for each
 other, and SciPy's BLAS and PyTorch's each bring a pool of their own. With one thread a matrix nothing
-waits: measured below in `run`.
+waits, not for the interpreter either (``lapack``): the 210 layers of SmolLM2-135M take 5.2 s on one core
+and 2.9 s on two.
 """
 
 from __future__ import annotations
@@ -19,6 +20,10 @@ Item = TypeVar("Item")
 # min(out_features, in_features) up to which a matrix gets one thread.
 SMALL = 1024
 
+# At a time: each holds an (n, n) fp64 matrix, a block of rows (8 MiB both at most) and one of the buffers of
+# OpenBLAS, of which there is a fixed number.
+MOST_WORKERS = 32
+
 
 def is_small(weight: torch.Tensor) -> bool:
     return weight.device.type == "cpu" and min(weight.shape) <= SMALL
@@ -33,7 +38,7 @@ def run(
     of the caller are as before, afterwards.
     """
     parallel = [item for item in items if small(item)]
-    workers = min(torch.get_num_threads(), len(parallel))
+    workers = min(torch.get_num_threads(), len(parallel), MOST_WORKERS)
     if workers > 1:
         with (
             threadpool_limits(1, user_api="blas"),

@@ -46,6 +46,20 @@ def test_small_ones_first_and_in_workers_and_thread_counts_stay():
     assert torch.get_num_threads() == 2
 
 
+def test_no_more_workers_than_blas_has_room_for(monkeypatch):
+    monkeypatch.setattr(workers, "MOST_WORKERS", 3)
+    torch.set_num_threads(8)
+    threads, together = set(), threading.Barrier(3)
+
+    def note(item):
+        threads.add(threading.current_thread().name)
+        if item < 3:
+            together.wait(timeout=60)  # three do run at a time
+
+    list(workers.run(note, range(40), lambda item: True))
+    assert len(threads) == 3
+
+
 def test_no_blas_has_threads_of_its_own_meanwhile():
     scipy.linalg.eigh(torch.eye(4).numpy())  # its library is loaded
     seen = []

@@ -1,0 +1,237 @@
+"""BLAS and LAPACK by pointer: every layout, nothing read or written beside the operands, no lock held."""
+
+import ctypes
+import threading
+import time
+
+import numpy as np
+import pytest
+from scipy.linalg import LinAlgError
+
+from mica.subspace import lapack
+
+SIZES = [(1, 1), (1, 4), (4, 1), (5, 3), (3, 5), (33, 17)]
+LAYOUTS = ["columns", "padded", "rows", "strided"]
+
+
+def random(rows: int, columns: int, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).standard_normal((rows, columns))
+
+
+def laid_out(matrix: np.ndarray, layout: str) -> np.ndarray:
+    """The same numbers; "padded" and "strided" ones lie in a buffer of NaN."""
+    rows, columns = matrix.shape
+    if layout == "columns":
+        return np.asfortranarray(matrix)
+    if layout == "rows":
+        return np.ascontiguousarray(matrix)
+    step = 1 if layout == "padded" else 2
+    buffer = np.full((step * rows + 3, step * columns + 2), np.nan, order="F")
+    view = buffer[1 : 1 + step * rows : step, : step * columns : step]
+    view[:] = matrix
+    return view
+
+
+def written(matrix: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """(a view with the numbers, the buffer of NaN around it)."""
+    view = laid_out(matrix, "padded")
+    return view, view.base
+
+
+def assert_untouched_around(view: np.ndarray, buffer: np.ndarray) -> None:
+    around = buffer.copy()
+    around[1 : 1 + view.shape[0], : view.shape[1]] = np.nan
+    assert np.isnan(around).all()
+
+
+def upper(matrix: np.ndarray) -> np.ndarray:
+    """A well-conditioned upper triangle with NaN below it."""
+    triangle = np.triu(matrix) + 4 * np.eye(len(matrix))
+    triangle[np.tril_indices(len(matrix), -1)] = np.nan
+    return triangle
+
+
+def symmetric(size: int) -> np.ndarray:
+    matrix = random(size, size)
+    return matrix + matrix.T
+
+
+def with_nan_above(matrix: np.ndarray) -> np.ndarray:
+    matrix = matrix.copy()
+    matrix[np.triu_indices(len(matrix), 1)] = np.nan
+    return matrix
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize(("rows", "columns"), SIZES, ids=str)
+def test_gemm(rows, columns, transposed, layout):
+    left = random(rows, columns)
+    product = left.T if transposed else left
+    right = random(product.shape[1], 6, seed=1)
+    target, buffer = written(random(product.shape[0], 6, seed=2))
+    before = target.copy()
+    operands = laid_out(left, layout), laid_out(right, layout)
+    fresh = lapack.gemm(*operands, transposed=transposed, alpha=-0.5)
+    assert fresh.flags.f_contiguous
+    np.testing.assert_allclose(fresh, -0.5 * product @ right, atol=1e-13)
+    assert lapack.gemm(*operands, transposed=transposed, alpha=-0.5, into=target) is target
+    np.testing.assert_allclose(target, before - 0.5 * product @ right, atol=1e-13)
+    assert_untouched_around(target, buffer)
+    np.testing.assert_array_equal(operands[0], left)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("lower", [False, True])
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize(("rows", "columns"), SIZES, ids=str)
+def test_syrk(rows, columns, transposed, lower, layout):
+    factor = random(rows, columns)
+    dense = factor.T @ factor if transposed else factor @ factor.T
+    half = np.tril if lower else np.triu
+    fresh = lapack.syrk(laid_out(factor, layout), transposed=transposed, lower=lower, alpha=2.0)
+    np.testing.assert_allclose(fresh, half(2 * dense), atol=1e-13)
+    target, buffer = written(random(*dense.shape, seed=1))
+    before = target.copy()
+    lapack.syrk(laid_out(factor, layout), transposed=transposed, lower=lower, into=target)
+    np.testing.assert_allclose(target, before + half(dense), atol=1e-13)
+    assert_untouched_around(target, buffer)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("columns", [1, 2, 5])
+@pytest.mark.parametrize("size", [1, 2, 33])
+def test_symm_reads_the_lower_triangle(size, columns, layout):
+    matrix, right = symmetric(size), random(size, columns, seed=1)
+    product = lapack.symm(laid_out(with_nan_above(matrix), layout), laid_out(right, layout))
+    assert product.shape == (size, columns)
+    np.testing.assert_allclose(product, matrix @ right, atol=1e-12)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("columns", [1, 4])
+@pytest.mark.parametrize("size", [1, 2, 33])
+def test_trsm(size, columns, layout):
+    triangle = laid_out(upper(random(size, size)), layout)
+    dense = np.triu(np.nan_to_num(triangle))
+    for transposed, on_the_right in ((False, False), (True, False), (False, True)):
+        shape = (columns, size) if on_the_right else (size, columns)
+        right, buffer = written(random(*shape, seed=1))
+        before = right.copy()
+        solution = lapack.trsm(triangle, right, transposed=transposed, on_the_right=on_the_right)
+        assert solution is right
+        operator = dense.T if transposed else dense
+        back = solution @ operator if on_the_right else operator @ solution
+        np.testing.assert_allclose(back, before, atol=1e-12)
+        assert_untouched_around(right, buffer)
+
+
+@pytest.mark.parametrize("size", [1, 2, 33])
+def test_potrf_in_the_upper_triangle(size):
+    factor = random(size, size + 2)
+    dense = factor @ factor.T + np.eye(size)
+    target, buffer = written(dense)
+    strictly_below = np.tril_indices(size, -1)
+    target[strictly_below] = 7.0
+    assert lapack.potrf(target)
+    assert (target[strictly_below] == 7.0).all()
+    np.testing.assert_allclose(np.triu(target).T @ np.triu(target), dense, rtol=1e-12)
+    assert_untouched_around(target, buffer)
+    dense[-1, -1] = -1.0
+    assert not lapack.potrf(np.asfortranarray(dense))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("size", [1, 2, 5, 60])
+def test_eigenvectors_of_the_lower_triangle(size, layout):
+    matrix = symmetric(size)
+    values = np.linalg.eigvalsh(matrix)
+    operand = laid_out(with_nan_above(matrix), layout)
+    before = operand.copy()
+    for count in {1, min(3, size), size}:
+        vectors = lapack.smallest_eigenvectors(operand, count)
+        assert vectors.shape == (size, count)
+        np.testing.assert_allclose(matrix @ vectors, vectors * values[:count], atol=1e-12)
+        np.testing.assert_allclose(vectors.T @ vectors, np.eye(count), atol=1e-13)
+    vectors = lapack.all_eigenvectors(operand)
+    np.testing.assert_allclose(matrix @ vectors, vectors * values, atol=1e-12)
+    np.testing.assert_array_equal(operand, before)
+
+
+def test_eigenvectors_that_cannot_be_found():
+    broken = np.full((5, 5), np.nan)
+    assert lapack.smallest_eigenvectors(broken, 2) is None
+    with pytest.raises(LinAlgError, match="size 5"):
+        lapack.all_eigenvectors(broken)
+
+
+@pytest.mark.parametrize("fault", ["rows", "strided", "single precision", "read-only"])
+def test_what_cannot_be_written_is_refused(fault):
+    target = np.asfortranarray(np.eye(4))
+    if fault in LAYOUTS:
+        target = laid_out(target, fault)
+    elif fault == "single precision":
+        target = target.astype(np.float32)
+    else:
+        target.flags.writeable = False
+    for call in (
+        lambda: lapack.potrf(target),
+        lambda: lapack.trsm(np.eye(4), target),
+        lambda: lapack.gemm(np.eye(4), np.eye(4), into=target),
+        lambda: lapack.syrk(np.eye(4), into=target),
+    ):
+        with pytest.raises(ValueError, match="cannot write"):
+            call()
+    np.testing.assert_array_equal(target, np.eye(4))
+
+
+@pytest.mark.parametrize("integer", [ctypes.c_int64, ctypes.c_int32])
+def test_integers_of_either_width(integer, monkeypatch):
+    """A build with 32-bit integers finds them at the beginning of 64 bits."""
+    monkeypatch.setattr(lapack, "_Integer", integer)
+    monkeypatch.setattr(lapack, "_NUMPY_INTEGER", np.dtype(integer))
+    matrix = symmetric(40)
+    vectors = lapack.smallest_eigenvectors(matrix, 3)
+    np.testing.assert_allclose(matrix @ vectors, vectors * np.linalg.eigvalsh(matrix)[:3], atol=1e-12)
+    np.testing.assert_allclose(
+        lapack.all_eigenvectors(matrix)[:, :3],
+        vectors * np.sign((lapack.all_eigenvectors(matrix)[:, :3] * vectors).sum(0)),
+        atol=1e-10,
+    )
+    assert not lapack.potrf(np.asfortranarray(-np.eye(3)))
+
+
+def test_a_routine_of_other_arguments_is_refused():
+    with pytest.raises(ImportError, match="dgemm takes other arguments"):
+        lapack._routine(lapack.cython_blas, "dgemm", 12)
+
+
+CALLS = {
+    "gemm": lambda a: lapack.gemm(a, a),
+    "syrk": lambda a: lapack.syrk(a),
+    "potrf": lambda a: [lapack.potrf(np.asfortranarray(np.eye(len(a)))) for _ in range(20)],
+    "smallest_eigenvectors": lambda a: lapack.smallest_eigenvectors(a, 4),
+    "all_eigenvectors": lambda a: lapack.all_eigenvectors(a),
+}
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_other_threads_go_on_meanwhile(name):
+    """SciPy's wrappers would let none of them look at the clock before they return."""
+    operand = np.asfortranarray(symmetric(800))
+    begun, ended = threading.Event(), threading.Event()
+
+    def work():
+        begun.set()
+        CALLS[name](operand)
+        ended.set()
+
+    worker = threading.Thread(target=work)
+    worker.start()
+    begun.wait()
+    looks = 0
+    while not ended.is_set():
+        looks += 1
+        time.sleep(1e-4)
+    worker.join()
+    assert looks > 10
