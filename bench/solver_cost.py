@@ -3,7 +3,8 @@
 The solver's own code for accelerators runs here on the CPU while every kernel it would launch is counted:
 floating-point operations, bytes read and written, launches. A time follows from assumed rates of a device,
 kernel by kernel: the longer of compute and traffic, and the launch. Work on the host (eigenproblems of a few
-hundred numbers, synchronisation) is not in it.
+hundred numbers, synchronisation) is not in it. Devices with weak fp64 are modelled with the mixed-precision
+Gram that the solver tries there.
 """
 
 from __future__ import annotations
@@ -12,16 +13,19 @@ import argparse
 from collections import Counter
 from math import prod
 from typing import NamedTuple
+from unittest.mock import patch
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from mica.subspace import batched
 from mica.subspace.device import solve_batch
 
 
 class Device(NamedTuple):
     """Assumed rates: fp64 and fp32 products (flop/s), factorisations' share of them, bytes/s, s a launch."""
 
+    weak_fp64: bool
     fp64: float
     fp32: float
     factor_share: float
@@ -30,9 +34,9 @@ class Device(NamedTuple):
 
 
 DEVICES = {
-    "h100": Device(50e12, 45e12, 0.3, 3.0e12, 5e-6),
-    "a100": Device(17e12, 17e12, 0.3, 1.8e12, 5e-6),
-    "rtx4090": Device(1.2e12, 70e12, 0.5, 0.9e12, 5e-6),
+    "h100": Device(False, 50e12, 45e12, 0.3, 3.0e12, 5e-6),
+    "a100": Device(False, 17e12, 17e12, 0.3, 1.8e12, 5e-6),
+    "rtx4090": Device(True, 1.2e12, 70e12, 0.5, 0.9e12, 5e-6),
 }
 
 SHAPES = ("576x576", "1024x4096", "4096x4096", "4096x14336", "14336x4096")
@@ -99,11 +103,11 @@ class Count(TorchDispatchMode):
         return result
 
 
-def modelled(shape: tuple[int, int], rank: int, batch: int) -> Count:
+def modelled(shape: tuple[int, int], rank: int, batch: int, weak_fp64: bool = False) -> Count:
     """The cost of ``batch`` Gaussian weights (out_features, in_features) solved together."""
     weights = torch.randn(batch, *shape, generator=torch.Generator().manual_seed(0))
     count = Count()
-    with torch.no_grad(), count:
+    with torch.no_grad(), count, patch.object(batched, "has_weak_fp64", lambda device: weak_fp64):
         solved = dict(solve_batch(weights, rank, "auto", True, 0))
     if len(solved) != batch:
         raise RuntimeError(f"{batch - len(solved)} of {batch} weights of shape {shape} would go to the host")
@@ -121,8 +125,14 @@ def main() -> None:
     print(f"{'out x in':>14}  GF products  GF factor.     GB  launches", *times)
     for text in args.shapes:
         out_features, in_features = map(int, text.lower().split("x"))
-        count = modelled((out_features, in_features), args.rank, args.batch)
-        times = (f"{count.seconds[name] / args.batch * 1e3:>12.2f}" for name in DEVICES)
+        counts = [
+            modelled((out_features, in_features), args.rank, args.batch, weak) for weak in (False, True)
+        ]
+        count = counts[False]
+        times = (
+            f"{counts[device.weak_fp64].seconds[name] / args.batch * 1e3:>12.2f}"
+            for name, device in DEVICES.items()
+        )
         print(
             f"{out_features:>6} x {in_features:<6}"
             f"{count.flops['products'] / args.batch / 1e9:>12.1f}"

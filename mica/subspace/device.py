@@ -18,8 +18,8 @@ ON_HOST = ("cpu", "mps")
 # Memory that a batch may use, in bytes, where 3 times the largest fp32 matrix is less.
 MEMORY_AT_LEAST = 256 << 20
 
-# (n, n) fp64 matrices that exist at a time: the Gram, a shifted copy and its factor, later that and its inverse;
-# and the basis of the Krylov subspaces, which is no larger. n = 2600, 16 vectors: 3.6.
+# (n, n) fp64 matrices that exist at a time: the Gram, a shifted copy and its factor, then that and its
+# inverse; and the basis of the Krylov subspaces, which is no larger. n = 2600, 16 vectors: 3.6.
 _MATRICES_AT_A_TIME = 4
 
 

@@ -72,7 +72,9 @@ class Checked:
     def solve(self):
         if self.shift is not None:
             expected = torch.linalg.solve(self.dense - self.shift * self.unit, random(self.gram.size, 3))
-            assert error(self.gram.solve(random(self.gram.size, 3)), expected) <= 1e-12
+            right = random(self.gram.size, 3)
+            assert error(self.gram.solve(right), expected) <= 1e-12
+            assert torch.equal(right, random(self.gram.size, 3))
             one = self.gram.solve(random(self.gram.size, 1, seed=2))
             expected = torch.linalg.solve(
                 self.dense - self.shift * self.unit, random(self.gram.size, 1, seed=2)
