@@ -95,10 +95,12 @@ def candidate(problem: Problem, vectors: torch.Tensor) -> Candidate | None:
 
 def judged(problem: Problem, found: Candidate, strict: bool) -> Judged:
     """Cast, fix the signs, and judge the basis as it is returned, rounding to its dtype included."""
-    basis = _with_fixed_signs(found.basis.to(problem.dtype))
+    rounded = found.basis.to(problem.dtype)
+    signs = _signs(rounded)
+    basis = (rounded * signs).contiguous()
     rank, floor = problem.rank, problem.resolution
     certificate = certify(problem.gram, found.short_vectors, problem.limits.norm, strict)
-    energy = _energy(problem, found, basis).cpu()
+    energy = _energy(problem, found, basis, signs).cpu()
     least = (certificate.ritz_sum - certificate.deficit).clamp_min(0)  # proven: Σσ² is at least this
     excess = (energy - least).clamp_min(0)
     reference = torch.maximum(least, rank * floor)
@@ -110,20 +112,25 @@ def judged(problem: Problem, found: Candidate, strict: bool) -> Judged:
     )
 
 
-def _with_fixed_signs(basis: torch.Tensor) -> torch.Tensor:
-    """The entry of largest magnitude of each column made positive; the first one where several are."""
-    largest = basis.gather(-2, basis.abs().argmax(dim=-2, keepdim=True))
-    return (basis * largest.sign()).contiguous()
+def _signs(basis: torch.Tensor) -> torch.Tensor:
+    """(batch, 1, r): that of each column's entry of largest magnitude, the first one where several are."""
+    return basis.gather(-2, basis.abs().argmax(dim=-2, keepdim=True)).sign()
 
 
-def _energy(problem: Problem, found: Candidate, basis: torch.Tensor) -> torch.Tensor:
+def _energy(problem: Problem, found: Candidate, basis: torch.Tensor, signs: torch.Tensor) -> torch.Tensor:
     """‖weightᵀ basis‖², (batch); an upper bound where it comes from the Gram."""
     if problem.basis_is_long:
         return transposed_image(problem.tall, basis).square().sum((-2, -1))
+    gram = problem.gram
+    rounded = gram.empty(problem.rank)
+    rounded.copy_(basis)
+    unseen = (ROUNDING * problem.resolution + gram.error).to(gram.device)
     if found.resolved:
-        exact = problem.gram.empty(problem.rank)
-        exact.copy_(basis)
-        energy = (exact * problem.gram.apply(exact)).sum((-2, -1))
-        unseen = ROUNDING * problem.resolution + problem.gram.error
-        return energy + (problem.rank * unseen).to(energy.device)
-    return image(problem.tall, basis).square().sum((-2, -1))
+        return (rounded * gram.apply(rounded)).sum((-2, -1)) + problem.rank * unseen
+    # Before rounding, X, it is Σσ². The Gram is asked only for what rounding to Z has changed,
+    # tr (Z + X)ᵀ C (Z − X), of which it misses no more than ‖Z + X‖ ‖Z − X‖ times what it misses.
+    exact = found.basis * signs
+    change, total = rounded - exact, rounded + exact
+    size = torch.linalg.matrix_norm(change) * torch.linalg.matrix_norm(total)
+    difference = (total * gram.apply(change)).sum((-2, -1))
+    return found.singular_values.square().sum(-1) + difference + size * unseen

@@ -86,6 +86,11 @@ class HostGram:
         self._diagonal = buffer.diagonal().copy()
         self._factor_diagonal = np.full(self.size, np.nan)
 
+    @property
+    def largest_diagonal(self) -> float:
+        """The largest ‖column‖² of the weight, NaN if an entry is."""
+        return float(self._diagonal.max())
+
     def empty(self, count: int) -> torch.Tensor:
         return torch.empty(count, self.size, dtype=torch.float64).T
 
@@ -128,6 +133,10 @@ class HostGram:
     def orthonormal(self, vectors: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, bool]:
         """QR of ``vectors``, and whether Cholesky was safe for it; Householder's where it was not."""
         host = vectors.numpy()
+        if host.shape[1] == 1:
+            norm = np.linalg.norm(host, keepdims=True)
+            if norm > 0:
+                return torch.from_numpy(host / norm), torch.from_numpy(norm), True
         triangle = lapack.syrk(host, transposed=True)
         if lapack.potrf(triangle):
             pivots = triangle.diagonal()

@@ -52,13 +52,21 @@ def fits(size: int, rank: int) -> bool:
 def bounds(gram, seed: int, steps: int = LANCZOS_STEPS) -> Bounds:
     """‖C‖ and shifts just below the smallest eigenvalue, from two lengths of one Lanczos run."""
     steps = min(steps, gram.size)
-    _, projected = _extended(gram, gram.apply, _random(gram, 1, seed), steps)
-    projected = projected.cpu()
-    values = torch.linalg.eigvalsh(projected)
-    half = torch.linalg.eigvalsh(projected[..., : (steps + 1) // 2, : (steps + 1) // 2])
-    least, norm = values[..., 0], values[..., -1].clamp_min(0)
-    # Ritz values come down to the edge as 1/steps²: a third of the last move is still to go.
-    move = half[..., 0] - least
+    least = move = norm = None
+
+    def look(_, projected: torch.Tensor) -> int:
+        """The number of further steps, 0 to stop: at the last one, and where the spectrum begins at zero."""
+        nonlocal least, move, norm
+        projected = projected.cpu()
+        taken = projected.shape[-1]
+        values = torch.linalg.eigvalsh(projected)
+        half = torch.linalg.eigvalsh(projected[..., : (taken + 1) // 2, : (taken + 1) // 2])
+        least, norm = values[..., 0], values[..., -1].clamp_min(0)
+        move = half[..., 0] - least
+        # Ritz values come down to the edge as 1/steps²: a third of the last move is still to go.
+        return 0 if (least - move / 3 < 0.25 * least).all() else steps - taken
+
+    _extended(gram, gram.apply, _random(gram, 1, seed), steps, min(NORM_STEPS, steps), look)
     floor = resolution(gram.size, norm)
     candidates = (least - 0.6 * move, least - 2 * move, torch.zeros_like(least))
     return Bounds(norm, tuple(torch.where(c > 16 * floor, c, -floor) for c in candidates))

@@ -11,9 +11,9 @@ from mica.subspace.candidate import Candidate, Problem, candidate
 from mica.subspace.host import one_pool
 
 # Up to this n = min(out_features, in_features) LAPACK's partial eigensolver is as fast on the CPU as Krylov
-# subspaces (16 vectors, n = 1024, 2 threads: 40 against 48 ms; 211 real weights with n <= 576, 8 vectors, one
-# thread: 1.7 against 2.1 s).
-SMALL = 1024
+# subspaces, or faster (16 vectors, one thread, the whole solution: 150 real weights with n = 576 take 4.7
+# against 8.1 s, 768 x 3072 77 against 93 ms, but 1024 x 4096 172 against 161, 1024 x 1024 122 against 87).
+SMALL = 1000
 
 
 @one_pool()

@@ -97,18 +97,31 @@ def solve_each(
     matrices = weight.detach()
     if matrices.ndim != 3:
         matrices = matrices.reshape(-1, *weight.shape[-2:])
-    exponents = _exponents(matrices)
+    try:
+        return _solved(matrices, rank, method, strict, seed, memory)
+    except _NotFiniteError as error:
+        count = weight.numel() - int(torch.isfinite(weight).sum())
+        raise ValueError(
+            f"weight must be finite, but got {count} NaN or infinite of {weight.numel()} entries."
+        ) from error
+
+
+class _NotFiniteError(ArithmeticError):
+    """There is a NaN or an infinity somewhere in a weight."""
+
+
+def _solved(
+    matrices: torch.Tensor, rank: int, method: str, strict: bool, seed: int, memory: int | None
+) -> list[MinorSubspace]:
     results: dict[int, MinorSubspace] = {}
-    if not is_on_host(weight.device) and max(map(abs, exponents)) <= LARGEST_EXPONENT:
-        size = batch_size(*weight.shape[-2:], memory)
+    if not is_on_host(matrices.device) and max(map(abs, _exponents(matrices))) <= LARGEST_EXPONENT:
+        size = batch_size(*matrices.shape[-2:], memory)
         for start in range(0, len(matrices), size):
             for index, result in solve_batch(matrices[start : start + size], rank, method, strict, seed):
                 results[start + index] = result
     for index in range(len(matrices)):
         if index not in results:
-            results[index] = _solve_on_host(
-                matrices[index].cpu(), exponents[index], rank, method, strict, seed
-            )
+            results[index] = _solve_on_host(matrices[index].cpu(), rank, method, strict, seed)
     return [results[index] for index in range(len(matrices))]
 
 
@@ -138,33 +151,31 @@ def _check_rank(weight: torch.Tensor, rank: int) -> None:
         )
 
 
-@one_pool()  # not for aminmax: PyTorch's threads would go on spinning and slow what BLAS does next
 def _exponents(matrices: torch.Tensor) -> list[int]:
-    """Of each matrix the least e with all entries below 2^e in magnitude. ValueError if any is not finite."""
+    """Of each matrix the least e with all entries below 2^e in magnitude."""
     found = torch.stack([extremes(matrix) for matrix in matrices]).double()
     if not torch.isfinite(found).all():
-        count = matrices.numel() - int(torch.isfinite(matrices).sum())
-        raise ValueError(
-            f"weight must be finite, but got {count} NaN or infinite of {matrices.numel()} entries."
-        )
+        raise _NotFiniteError
     return [math.frexp(largest)[1] for largest in found.abs().amax(-1).tolist()]
 
 
-def _solve_on_host(
-    weight: torch.Tensor, exponent: int, rank: int, method: str, strict: bool, seed: int
-) -> MinorSubspace:
+def _solve_on_host(weight: torch.Tensor, rank: int, method: str, strict: bool, seed: int) -> MinorSubspace:
     """One matrix, on the CPU, by the first method whose result is certified, else by the last one."""
-    # The power of two that keeps squares of squares within fp64: 1, and nothing is copied, for every weight
-    # of a 16- or 32-bit dtype.
-    scale = 1.0
-    if abs(exponent) > LARGEST_EXPONENT:
-        scale = 2.0 ** max(-1000, min(1000, -exponent))
-        weight = weight * scale
     basis_is_long = weight.shape[0] > weight.shape[1]
     tall = weight if basis_is_long else weight.T
     names = chain(method, min(weight.shape), rank)
+    scale = 1.0
     with one_pool():
-        state = problem(tall, HostGram(tall), rank, basis_is_long, seed, names[0])
+        gram = HostGram(tall)
+        # The Gram shows what a pass over the weight would: NaN and infinite entries, and fp64 entries whose
+        # squares of squares leave the range. Those are scaled by a power of two.
+        if not 2.0 ** (-2 * LARGEST_EXPONENT) <= gram.largest_diagonal <= 2.0 ** (2 * LARGEST_EXPONENT):
+            (exponent,) = _exponents(weight.unsqueeze(0))
+            if abs(exponent) > LARGEST_EXPONENT:
+                scale = 2.0 ** max(-1000, min(1000, -exponent))
+                tall = tall * scale
+                gram = HostGram(tall)
+        state = problem(tall, gram, rank, basis_is_long, seed, names[0])
     for name in names:
         found = BY[name](state)
         if found is None:

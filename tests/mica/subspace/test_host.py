@@ -146,6 +146,14 @@ def test_the_gram_of_any_dtype_and_layout_in_blocks(dtype, layout, rows, monkeyp
     assert (gram.size, gram.batch_shape, gram.device) == (6, (), torch.device("cpu"))
 
 
+def test_the_largest_diagonal_shows_what_is_not_finite():
+    matrix = weight("gaussian", 20, 7).double()
+    assert HostGram(matrix).largest_diagonal == pytest.approx(matrix.square().sum(0).max().item())
+    for bad in (torch.nan, torch.inf, -torch.inf, 1e200):
+        matrix[3, 5] = bad
+        assert not HostGram(matrix).largest_diagonal < 1e308
+
+
 def test_thin_products():
     gram = HostGram(weight("gaussian", 30, 20))
     left, right, coefficients = random(20, 4), random(20, 3, seed=1), random(4, 3, seed=2)

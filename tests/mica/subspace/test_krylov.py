@@ -53,6 +53,32 @@ def test_the_first_shift_is_below_the_spectrum_and_near_it(name, shape):
         assert shift >= 0.9 * values[0]
 
 
+@pytest.mark.parametrize("kind", [HostGram, lambda tall: BatchGram(tall[None])], ids=["host", "batch"])
+def test_lanczos_goes_on_only_where_the_spectrum_begins_above_zero(kind, monkeypatch):
+    steps = []
+    apply = HostGram.apply, BatchGram.apply
+    for owner, plain in zip((HostGram, BatchGram), apply, strict=True):
+        monkeypatch.setattr(
+            owner, "apply", lambda gram, vectors, plain=plain: steps.append(1) or plain(gram, vectors)
+        )
+    for name, shape, expected in (
+        ("gaussian", (300, 300), krylov.NORM_STEPS),
+        ("graded to 1e-7", (330, 300), krylov.NORM_STEPS),
+        ("gaussian", (600, 300), krylov.LANCZOS_STEPS),
+        ("flat", (330, 300), krylov.LANCZOS_STEPS),
+    ):
+        steps.clear()
+        krylov.bounds(kind(weight(name, *shape)), 0)
+        assert len(steps) == expected, name
+
+
+def test_one_matrix_with_an_edge_keeps_lanczos_going_for_its_batch():
+    weights = torch.stack([weight(name, 600, 300) for name in ("hard edge", "gaussian")])
+    shifts = krylov.bounds(BatchGram(weights), 0).shifts[0]
+    assert shifts[0] < 1e-4
+    assert shifts[1] == pytest.approx(krylov.bounds(HostGram(weights[1]), 0).shifts[0].item(), rel=1e-6)
+
+
 def test_the_shifts_go_down_to_zero():
     gram = HostGram(weight("gaussian", 330, 300))
     first, second, last = krylov.bounds(gram, 0).shifts
@@ -80,8 +106,11 @@ def test_a_basis_is_orthonormal_where_the_space_is_exhausted(kind, columns, fill
         assert torch.equal(basis[:, :width], start.reshape(100, width))
         expected = basis.T @ exact @ basis
         assert error(projected.tril(), expected.tril()) <= 1e-13
-    norm = krylov.bounds(gram, 0).norm.item()
-    assert norm == pytest.approx(torch.linalg.matrix_norm(exact, 2).item(), rel=1e-9)
+        norm = torch.linalg.matrix_norm(exact, 2).item()
+        assert torch.linalg.eigvalsh(projected)[-1].item() == pytest.approx(norm, rel=1e-9)
+    found = krylov.bounds(gram, 0).norm.item()
+    exhausted = columns < krylov.NORM_STEPS
+    assert (1 - 1e-9 if exhausted else 0.75) * norm <= found <= (1 + 1e-9) * norm
 
 
 def test_a_basis_holds_the_powers():

@@ -126,7 +126,7 @@ def test_trsm(size, columns, layout):
         assert_untouched_around(right, buffer)
 
 
-@pytest.mark.parametrize("size", [1, 2, 33])
+@pytest.mark.parametrize("size", [1, 2, 33, 127, 128, 129, 256, 300])
 def test_potrf_in_the_upper_triangle(size):
     factor = random(size, size + 2)
     dense = factor @ factor.T + np.eye(size)
@@ -135,10 +135,12 @@ def test_potrf_in_the_upper_triangle(size):
     target[strictly_below] = 7.0
     assert lapack.potrf(target)
     assert (target[strictly_below] == 7.0).all()
-    np.testing.assert_allclose(np.triu(target).T @ np.triu(target), dense, rtol=1e-12)
+    np.testing.assert_allclose(np.triu(target).T @ np.triu(target), dense, rtol=0, atol=1e-14 * dense.max())
     assert_untouched_around(target, buffer)
-    dense[-1, -1] = -1.0
-    assert not lapack.potrf(np.asfortranarray(dense))
+    for place in {0, size // 2, size - 1}:
+        broken = np.asfortranarray(dense)
+        broken[place, place] = -1.0
+        assert not lapack.potrf(broken)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
