@@ -2,11 +2,13 @@
 
 import argparse
 import platform
+import re
 import subprocess
 import sys
 from datetime import date
 from pathlib import Path
 
+import cpuinfo  # pytest-benchmark's own
 import torch
 
 from bench.report import report
@@ -17,7 +19,9 @@ HERE = Path(__file__).resolve().parent
 def machine() -> str:
     if torch.cuda.is_available():
         return torch.cuda.get_device_name().lower().replace(" ", "-")
-    return f"cpu-{platform.machine()}-{torch.get_num_threads()}-threads"
+    brand = cpuinfo.get_cpu_info().get("brand_raw") or platform.machine()
+    words = re.findall(r"\w+", re.sub(r"\(\w+\)", " ", brand.lower()))  # without (R) and (TM)
+    return "-".join([*words, str(torch.get_num_threads()), "threads"])
 
 
 def main() -> int:
