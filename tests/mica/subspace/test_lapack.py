@@ -208,32 +208,38 @@ def test_a_routine_of_other_arguments_is_refused():
         lapack._routine(lapack.cython_blas, "dgemm", 12)
 
 
-CALLS = {
-    "gemm": lambda a: lapack.gemm(a, a),
-    "syrk": lambda a: lapack.syrk(a),
-    "potrf": lambda a: [lapack.potrf(np.asfortranarray(np.eye(len(a)))) for _ in range(20)],
-    "smallest_eigenvectors": lambda a: lapack.smallest_eigenvectors(a, 4),
-    "all_eigenvectors": lambda a: lapack.all_eigenvectors(a),
+# A call of tens of milliseconds, with the size that it takes for that.
+LONG_CALLS = {
+    "gemm": (2000, lambda a: lapack.gemm(a, a)),
+    "syrk": (2000, lambda a: lapack.syrk(a)),
+    "smallest_eigenvectors": (1000, lambda a: lapack.smallest_eigenvectors(a, 4)),
+    "all_eigenvectors": (900, lapack.all_eigenvectors),
 }
 
 
-@pytest.mark.parametrize("name", CALLS)
-def test_other_threads_go_on_meanwhile(name):
-    """SciPy's wrappers would let none of them look at the clock before they return."""
-    operand = np.asfortranarray(symmetric(800))
+def longest_wait(call, operand: np.ndarray) -> float:
+    """The share of a call in another thread during which this one could not run."""
     begun, ended = threading.Event(), threading.Event()
 
     def work():
         begun.set()
-        CALLS[name](operand)
+        call(operand)
         ended.set()
 
     worker = threading.Thread(target=work)
     worker.start()
     begun.wait()
-    looks = 0
+    looks = [time.perf_counter()]
     while not ended.is_set():
-        looks += 1
         time.sleep(1e-4)
+        looks.append(time.perf_counter())
     worker.join()
-    assert looks > 10
+    return np.diff(looks).max() / (looks[-1] - looks[0])
+
+
+@pytest.mark.parametrize("name", LONG_CALLS)
+def test_other_threads_go_on_meanwhile(name):
+    """SciPy's wrappers let none; a busy machine may hold this one up too, but not each time."""
+    size, call = LONG_CALLS[name]
+    operand = np.asfortranarray(symmetric(size))
+    assert min(longest_wait(call, operand) for _ in range(5)) < 0.6
