@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import torch
 
-from mica.subspace.gram import extremes, image, row_blocks, transposed_image
+from mica.subspace.gram import image, row_blocks, transposed_image
 from mica.subspace.host import SAFE_PIVOTS, partial_eigenvectors
 
 # CUDA compute capabilities with fp64 at half the rate of fp32, or better. All others have 1/32 or 1/64.
@@ -36,7 +36,7 @@ def may_be_mixed(matrices: torch.Tensor) -> bool:
     short, long = sorted(matrices.shape[-2:])
     if short > MIXED_UP_TO * long or not has_weak_fp64(matrices.device):
         return False
-    return max(extremes(matrix).abs().max().item() for matrix in matrices) <= _LARGEST_MIXED
+    return max(abs(extreme.item()) for extreme in torch.aminmax(matrices)) <= _LARGEST_MIXED
 
 
 class BatchGram:

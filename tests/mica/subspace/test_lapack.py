@@ -167,6 +167,21 @@ def test_eigenvectors_that_cannot_be_found():
         lapack.all_eigenvectors(broken)
 
 
+def test_fewer_eigenvectors_than_asked_for_are_none(monkeypatch):
+    """Inside a cluster LAPACK may find fewer, and call that a success."""
+    found = 11  # the position of the argument
+    plain = lapack._dsyevr
+
+    def loses_one(*arguments):
+        plain(*arguments)
+        arguments[found]._obj.value -= 1
+
+    matrix = symmetric(20)
+    assert lapack.smallest_eigenvectors(matrix, 3).shape == (20, 3)
+    monkeypatch.setattr(lapack, "_dsyevr", loses_one)
+    assert lapack.smallest_eigenvectors(matrix, 3) is None
+
+
 @pytest.mark.parametrize("fault", ["rows", "strided", "single precision", "read-only"])
 def test_what_cannot_be_written_is_refused(fault):
     target = np.asfortranarray(np.eye(4))
