@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
+import os
 from importlib.metadata import version
 
 import torch
@@ -16,12 +18,43 @@ def triton_version() -> str | None:
     return version("triton") if importlib.util.find_spec("triton") else None
 
 
+def is_interpreting() -> bool:
+    """Whether TRITON_INTERPRET=1 makes Triton run kernels in Python, on tensors of any device."""
+    return os.environ.get("TRITON_INTERPRET", "0") == "1"
+
+
 def why_unavailable(device: torch.device) -> str | None:
     """None if Triton kernels can run on the device, else the reason in words."""
-    if device.type != "cuda":  # ROCm builds of PyTorch call their devices "cuda" too
-        return f"no Triton kernels for devices of type {device.type!r}"
     if triton_version() is None:
         return "Triton is not installed"
+    if is_interpreting():
+        return None
+    if device.type != "cuda":  # ROCm builds of PyTorch call their devices "cuda" too
+        return f"no Triton kernels for devices of type {device.type!r}"
     if torch.version.hip is None and torch.cuda.get_device_capability(device) < MINIMUM_CAPABILITY:
         return f"{torch.cuda.get_device_name(device)} is older than compute capability 8.0"
+    if torch.cuda.is_current_stream_capturing():
+        return None  # nothing may be tried now; whoever captures a graph has run the model before
+    return _why_untrustworthy(device)
+
+
+@functools.cache
+def _why_untrustworthy(device: torch.device) -> str | None:
+    """None if a small kernel compiles, runs and is right on this device: tried once a process."""
+    try:
+        return _trial(device)
+    except Exception as error:  # whatever it is (no C compiler, no driver, …), the reference runs instead
+        text = str(error).strip().partition("\n")[0]
+        return f"a trial kernel failed on it: {type(error).__name__}: {text}"
+
+
+def _trial(device: torch.device) -> str | None:
+    from mica.kernels.down_projection import down_projection
+
+    with torch.cuda.device(device), torch.no_grad():
+        numbers = torch.arange(64 * 256, dtype=torch.int64, device=device).remainder(7).sub(3)
+        x, factor = numbers.view(64, 256).bfloat16(), numbers[: 16 * 256].view(16, 256).bfloat16()
+        expected = (x.double() @ factor.double().t()).bfloat16()
+        if not torch.equal(down_projection(x, factor), expected):
+            return "a trial kernel gave a wrong result on it"
     return None

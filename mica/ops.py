@@ -7,27 +7,30 @@ a call (51 against 87 µs forward + backward, tiny bodies, CPU), and ``opcheck``
 
 from __future__ import annotations
 
+import contextvars
 from collections import Counter
 
 import torch
 from torch import Tensor
 
-from mica import reference
+from mica import backend, operands, reference
 
 # How often each operator's body ran, eager or compiled: the proof that a path was taken. Counted in the
-# bodies, which torch.compile never looks into.
+# bodies, which torch.compile never looks into. "linear" counts every call, "linear_kernels" those on Triton.
 call_counts: Counter[str] = Counter()
 
 _LIBRARY = torch.library.Library("mica", "DEF")
 for _schema in (
     "linear(Tensor x, Tensor weight, Tensor lora_A, Tensor lora_B, float scaling, Tensor? bias,"
-    " ScalarType? compute_dtype) -> Tensor",
+    " ScalarType? compute_dtype, float dropout_p=0.0, Tensor? seed=None) -> Tensor",
     "linear_backward(Tensor grad_output, Tensor? x, Tensor? weight, Tensor lora_A, Tensor lora_B,"
-    " float scaling, ScalarType compute_dtype, bool[2] output_mask) -> (Tensor, Tensor)",
+    " float scaling, ScalarType compute_dtype, bool[2] output_mask, float dropout_p=0.0,"
+    " Tensor? seed=None) -> (Tensor, Tensor)",
     "embedding(Tensor indices, Tensor lora_A, Tensor lora_B, float scaling, int? padding_idx,"
     " ScalarType? compute_dtype) -> Tensor",
     "embedding_backward(Tensor grad_output, Tensor indices, Tensor lora_A, Tensor lora_B, float scaling,"
     " int? padding_idx) -> Tensor",
+    "merge(Tensor weight, Tensor lora_A, Tensor lora_B, float scaling) -> Tensor",
 ):
     _LIBRARY.define(_schema, tags=(torch.Tag.pt2_compliant_tag,))
 
@@ -41,8 +44,10 @@ def mica_linear(
     bias: Tensor | None = None,
     *,
     compute_dtype: torch.dtype | None = None,
+    dropout_p: float = 0.0,
+    seed: Tensor | None = None,
 ) -> Tensor:
-    """A frozen linear layer with its MiCA adapter: x Wᵀ + bias + scaling·(x Aᵀ) Bᵀ.
+    """A frozen linear layer with its MiCA adapter: x Wᵀ + bias + scaling·(drop(x) Aᵀ) Bᵀ.
 
     Args:
         x: (..., in_features), fp64/fp32/bf16/fp16.
@@ -53,6 +58,9 @@ def mica_linear(
         bias: (out_features), frozen, in the dtype of x.
         compute_dtype: dtype of the low-rank products; default the dtype of x. Under autocast everything
             runs in autocast's dtype, as PEFT's layer does.
+        dropout_p: probability in [0, 1) with which an element of x is dropped before lora_A.
+        seed: int64 (1), where dropout_p > 0. It decides the mask, which is never stored: draw it with
+            torch's generator, and gradient checkpointing recomputes the same mask.
 
     Returns:
         (..., out_features) in the dtype of x (of autocast where it is on).
@@ -61,23 +69,12 @@ def mica_linear(
     backward: x as it came and references to the operands. Definition: `mica.reference` (arXiv 2604.01694).
 
     Raises:
-        ValueError: shapes that do not fit, or a frozen operand that requires a gradient.
+        ValueError, TypeError: shapes, dtypes or devices that do not fit, or a frozen operand that requires a
+            gradient.
+        RuntimeError: MICA_BACKEND=triton where there are no kernels for the call.
     """
-    rank = lora_A.shape[0]
-    if weight.dim() != 2 or x.dim() < 1 or x.shape[-1] != weight.shape[1]:
-        raise ValueError(
-            f"x must be (..., in_features) and weight (out_features, in_features), but x is "
-            f"{tuple(x.shape)} and weight {tuple(weight.shape)}."
-        )
-    if lora_A.shape != (rank, weight.shape[1]) or lora_B.shape != (weight.shape[0], rank):
-        raise ValueError(
-            f"for a weight of shape {tuple(weight.shape)} lora_A must be (rank, in_features) and lora_B "
-            f"(out_features, rank), but they are {tuple(lora_A.shape)} and {tuple(lora_B.shape)}."
-        )
-    if bias is not None and bias.shape != weight.shape[:1]:
-        raise ValueError(f"bias must be ({weight.shape[0]},), but it is {tuple(bias.shape)}.")
-    _require_frozen(weight=weight, lora_B=lora_B, bias=bias)
-    return torch.ops.mica.linear(x, weight, lora_A, lora_B, scaling, bias, compute_dtype)
+    operands.check_linear(x, weight, lora_A, lora_B, bias, compute_dtype, dropout_p, seed)
+    return torch.ops.mica.linear(x, weight, lora_A, lora_B, scaling, bias, compute_dtype, dropout_p, seed)
 
 
 def mica_embedding(
@@ -102,23 +99,59 @@ def mica_embedding(
         (..., embedding_dim) in compute_dtype.
 
     Raises:
-        ValueError: shapes that do not fit, or lora_B requires a gradient.
+        ValueError, TypeError: as `mica_linear`. RuntimeError: as there.
     """
-    if lora_A.dim() != 2 or lora_B.dim() != 2 or lora_A.shape[0] != lora_B.shape[1]:
-        raise ValueError(
-            "lora_A must be (rank, num_embeddings) and lora_B (embedding_dim, rank), but they are "
-            f"{tuple(lora_A.shape)} and {tuple(lora_B.shape)}."
-        )
-    _require_frozen(lora_B=lora_B)
+    operands.check_embedding(indices, lora_A, lora_B)
     return torch.ops.mica.embedding(indices, lora_A, lora_B, scaling, padding_idx, compute_dtype)
 
 
-def _require_frozen(**operands: Tensor | None) -> None:
-    for name, tensor in operands.items():
-        if tensor is not None and tensor.requires_grad and torch.is_grad_enabled():
-            raise ValueError(
-                f"{name} must be frozen in MiCA (requires_grad=False), but it requires a gradient."
-            )
+def mica_merge(weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float = 1.0) -> Tensor:
+    """W + scaling·B A in a new tensor: summed in fp32 (fp64), rounded once. It has no gradient.
+
+    Args:
+        weight: (out_features, in_features), fp64/fp32/bf16/fp16.
+        lora_A: (rank, in_features). lora_B: (out_features, rank). Any of these dtypes.
+        scaling: lora_alpha / rank, dimensionless.
+
+    Returns:
+        (out_features, in_features) in the dtype of the weight.
+
+    Raises:
+        ValueError, TypeError: shapes, dtypes or devices that do not fit.
+    """
+    operands.check_merge(weight, lora_A, lora_B)
+    return torch.ops.mica.merge(weight.detach(), lora_A.detach(), lora_B.detach(), scaling)
+
+
+# ---------------------------------------------------------------------------------------------------
+# choice of path: a module with the functions forward, linear_backward, embedding, embedding_backward, merge
+# ---------------------------------------------------------------------------------------------------
+
+_force_plain = contextvars.ContextVar("mica_force_plain", default=False)
+
+
+def _path(name: str, tensor: Tensor, lora_A: Tensor, *dtypes: torch.dtype):
+    """The kernels where they run for these operands, else the reference; the call is counted."""
+    call_counts[name] += 1
+    if _force_plain.get() or not backend.use_kernels(tensor.device, lora_A.shape[0], *dtypes):
+        return reference
+    from mica import kernel_path  # imports Triton
+
+    call_counts[f"{name}_kernels"] += 1
+    return kernel_path
+
+
+def _plain(body):
+    """The body on the reference alone: what autograd and every function transform can follow."""
+
+    def run(*args):
+        token = _force_plain.set(True)
+        try:
+            return body(*args)
+        finally:
+            _force_plain.reset(token)
+
+    return run
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -126,32 +159,44 @@ def _require_frozen(**operands: Tensor | None) -> None:
 # ---------------------------------------------------------------------------------------------------
 
 
-def _linear(x, weight, lora_A, lora_B, scaling, bias, compute_dtype):
-    call_counts["linear"] += 1
-    y = reference.forward(x.reshape(-1, x.shape[-1]), weight, lora_A, lora_B, scaling, bias, compute_dtype)
+def _linear(x, weight, lora_A, lora_B, scaling, bias, compute_dtype, dropout_p=0.0, seed=None):
+    path = _path("linear", x, lora_A, x.dtype, compute_dtype or x.dtype, lora_A.dtype, lora_B.dtype)
+    flat = x.reshape(-1, x.shape[-1])
+    y = path.forward(flat, weight, lora_A, lora_B, scaling, bias, compute_dtype, dropout_p, seed)
     return y.view(*x.shape[:-1], y.shape[-1])
 
 
-def _linear_backward(grad_output, x, weight, lora_A, lora_B, scaling, compute_dtype, output_mask):
-    call_counts["linear_backward"] += 1
+def _linear_backward(
+    grad_output, x, weight, lora_A, lora_B, scaling, compute_dtype, output_mask, dropout_p=0.0, seed=None
+):
     needs_x, needs_A = output_mask
-    grad_x = grad_A = None
+    dtypes = (grad_output.dtype, compute_dtype, lora_A.dtype, lora_B.dtype)
+    path = _path("linear_backward", grad_output, lora_A, *dtypes)
     dy = grad_output.reshape(-1, grad_output.shape[-1])
     with _no_autocast(dy):
-        g = reference.grad_h(dy, lora_B, scaling, compute_dtype)
-        if needs_x:
-            grad_x = reference.grad_x(dy, weight, g, lora_A)
-            grad_x = grad_x.view(*grad_output.shape[:-1], grad_x.shape[-1])
-        if needs_A:
-            grad_A = reference.grad_a(g, x.reshape(-1, x.shape[-1])).to(lora_A.dtype)
+        grad_x, grad_A = path.linear_backward(
+            dy,
+            x.reshape(-1, x.shape[-1]) if needs_A else None,
+            weight if needs_x else None,
+            lora_A,
+            lora_B,
+            scaling,
+            compute_dtype,
+            dropout_p,
+            seed,
+        )
+    if needs_x:
+        grad_x = grad_x.view(*grad_output.shape[:-1], grad_x.shape[-1])
     return tuple(grad_output.new_empty(0) if grad is None else grad for grad in (grad_x, grad_A))
 
 
-def _linear_fake(x, weight, lora_A, lora_B, scaling, bias, compute_dtype):
+def _linear_fake(x, weight, lora_A, lora_B, scaling, bias, compute_dtype, dropout_p=0.0, seed=None):
     return x.new_empty(*x.shape[:-1], weight.shape[0])
 
 
-def _linear_backward_fake(grad_output, x, weight, lora_A, lora_B, scaling, compute_dtype, output_mask):
+def _linear_backward_fake(
+    grad_output, x, weight, lora_A, lora_B, scaling, compute_dtype, output_mask, dropout_p=0.0, seed=None
+):
     needs_x, needs_A = output_mask
     grad_x = grad_output.new_empty(*grad_output.shape[:-1], lora_A.shape[1]) if needs_x else None
     grad_A = lora_A.new_empty(lora_A.shape) if needs_A else None
@@ -160,24 +205,26 @@ def _linear_backward_fake(grad_output, x, weight, lora_A, lora_B, scaling, compu
 
 class _MicaLinear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, weight, lora_A, lora_B, scaling, bias, compute_dtype):
+    def forward(ctx, x, weight, lora_A, lora_B, scaling, bias, compute_dtype, dropout_p=0.0, seed=None):
         needs_x, _, needs_A = ctx.needs_input_grad[:3]
-        ctx.scaling, ctx.compute_dtype = scaling, compute_dtype or x.dtype
-        # x as it came: no fp32 copy, no h. What no gradient needs is not kept.
-        ctx.save_for_backward(x if needs_A else None, weight if needs_x else None, lora_A, lora_B)
+        ctx.scaling, ctx.compute_dtype, ctx.dropout_p = scaling, compute_dtype or x.dtype, dropout_p
+        # x as it came: no fp32 copy, no h, no mask. What no gradient needs is not kept.
+        ctx.save_for_backward(x if needs_A else None, weight if needs_x else None, lora_A, lora_B, seed)
         with torch._C._AutoDispatchBelowAutograd():
-            return torch.ops.mica.linear(x, weight, lora_A, lora_B, scaling, bias, compute_dtype)
+            return torch.ops.mica.linear(
+                x, weight, lora_A, lora_B, scaling, bias, compute_dtype, dropout_p, seed
+            )
 
     @staticmethod
     def backward(ctx, grad_output):
-        x, weight, lora_A, lora_B = ctx.saved_tensors
+        x, weight, lora_A, lora_B, seed = ctx.saved_tensors
         mask = [ctx.needs_input_grad[0], ctx.needs_input_grad[2]]
         # Under `create_graph=True` the plain formulas run with autograd on, so higher derivatives hold.
-        backward = _linear_backward if torch.is_grad_enabled() else torch.ops.mica.linear_backward
+        backward = _plain(_linear_backward) if torch.is_grad_enabled() else torch.ops.mica.linear_backward
         grad_x, grad_A = backward(
-            grad_output, x, weight, lora_A, lora_B, ctx.scaling, ctx.compute_dtype, mask
+            grad_output, x, weight, lora_A, lora_B, ctx.scaling, ctx.compute_dtype, mask, ctx.dropout_p, seed
         )
-        return grad_x if mask[0] else None, None, grad_A if mask[1] else None, None, None, None, None
+        return grad_x if mask[0] else None, None, grad_A if mask[1] else None, *[None] * 6
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -186,20 +233,16 @@ class _MicaLinear(torch.autograd.Function):
 
 
 def _embedding(indices, lora_A, lora_B, scaling, padding_idx, compute_dtype):
-    call_counts["embedding"] += 1
-    out = reference.embedding(indices.reshape(-1), lora_A, lora_B, scaling, compute_dtype)
+    path = _path("embedding", lora_A, lora_A, lora_A.dtype, compute_dtype or lora_A.dtype, lora_B.dtype)
+    out = path.embedding(indices.reshape(-1), lora_A, lora_B, scaling, compute_dtype)
     return out.view(*indices.shape, out.shape[-1])
 
 
 def _embedding_backward(grad_output, indices, lora_A, lora_B, scaling, padding_idx):
-    call_counts["embedding_backward"] += 1
+    path = _path("embedding_backward", grad_output, lora_A, grad_output.dtype, lora_A.dtype, lora_B.dtype)
     dy = grad_output.reshape(-1, grad_output.shape[-1])
     with _no_autocast(dy):
-        grad_A = reference.grad_a_embedding(dy, indices.reshape(-1), lora_B, scaling, lora_A.shape[1])
-    if padding_idx is not None:
-        trained = torch.arange(grad_A.shape[1], device=grad_A.device) != padding_idx
-        grad_A = grad_A.where(trained, 0)
-    return grad_A.to(lora_A.dtype)
+        return path.embedding_backward(dy, indices.reshape(-1), lora_A, lora_B, scaling, padding_idx)
 
 
 def _embedding_fake(indices, lora_A, lora_B, scaling, padding_idx, compute_dtype):
@@ -220,9 +263,24 @@ class _MicaEmbedding(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad_output):
-        backward = _embedding_backward if torch.is_grad_enabled() else torch.ops.mica.embedding_backward
+        plain = torch.is_grad_enabled()
+        backward = _plain(_embedding_backward) if plain else torch.ops.mica.embedding_backward
         grad_A = backward(grad_output, *ctx.saved_tensors, ctx.scaling, ctx.padding_idx)
         return None, grad_A, None, None, None, None
+
+
+# ---------------------------------------------------------------------------------------------------
+# merge
+# ---------------------------------------------------------------------------------------------------
+
+
+def _merge(weight, lora_A, lora_B, scaling):
+    dtypes = (weight.dtype, lora_A.dtype, lora_B.dtype)
+    return _path("merge", weight, lora_A, *dtypes).merge(weight, lora_A, lora_B, scaling)
+
+
+def _merge_fake(weight, lora_A, lora_B, scaling):
+    return torch.empty_like(weight)
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -241,9 +299,11 @@ def _autocast(device_type):
             return tensor
         return tensor.to(torch.get_autocast_dtype(device_type))
 
-    def linear(x, weight, lora_A, lora_B, scaling, bias, compute_dtype):
+    def linear(x, weight, lora_A, lora_B, scaling, bias, compute_dtype, dropout_p=0.0, seed=None):
         with _no_autocast(x):
-            return torch.ops.mica.linear(cast(x), cast(weight), lora_A, lora_B, scaling, cast(bias), None)
+            return torch.ops.mica.linear(
+                cast(x), cast(weight), lora_A, lora_B, scaling, cast(bias), None, dropout_p, seed
+            )
 
     def embedding(indices, lora_A, lora_B, scaling, padding_idx, compute_dtype):
         dtype = torch.get_autocast_dtype(device_type)
@@ -258,7 +318,7 @@ def _differentiable(function, body):
 
     def autograd(*args):
         transformed = torch._C._are_functorch_transforms_active()
-        return body(*args) if transformed else function.apply(*args)
+        return _plain(body)(*args) if transformed else function.apply(*args)
 
     return autograd
 
@@ -268,6 +328,7 @@ for _name, _body, _fake in (
     ("linear_backward", _linear_backward, _linear_backward_fake),
     ("embedding", _embedding, _embedding_fake),
     ("embedding_backward", _embedding_backward, _embedding_backward_fake),
+    ("merge", _merge, _merge_fake),
 ):
     _LIBRARY.impl(_name, _body, "CompositeExplicitAutograd")
     torch.library.register_fake(f"mica::{_name}", _fake, lib=_LIBRARY)

@@ -1,12 +1,14 @@
 """The definition of a MiCA layer in plain PyTorch: every kernel and every test is compared with it.
 
-    y  = x Wᵀ + bias + s·(x Aᵀ) Bᵀ          W (N×K) and B (N×r) frozen, A (r×K) trained
+    y  = x Wᵀ + bias + s·(drop(x) Aᵀ) Bᵀ    W (N×K) and B (N×r) frozen, A (r×K) trained
     g  = s·dy B                             (M×r)
-    dA = gᵀ x                               (r×K), accumulated in fp32
-    dx = dy W + g A                         (M×K)
+    dA = gᵀ drop(x)                         (r×K), accumulated in fp32
+    dx = dy W + keep⊙(g A) / (1 − p)        (M×K)
 
-M tokens, K in_features, N out_features, r rank, s scaling. There is no dB, and h = x Aᵀ is never
-kept: the backward needs x only. Source: MiCA, arXiv 2604.01694, on LoRA's layer (arXiv 2106.09685).
+drop(x) = keep⊙x / (1 − p), and keep follows from (seed, row, column) alone (`dropout_keep`): nothing but the
+seed is stored for the backward. Without dropout, drop(x) = x. M tokens, K in_features, N out_features, r rank,
+s scaling. There is no dB, and h = x Aᵀ is never kept: the backward needs x only. Source: MiCA,
+arXiv 2604.01694, on LoRA's layer (arXiv 2106.09685).
 
 The low-rank products run in ``compute_dtype`` (default: the dtype of x), so A and B may be fp32 masters
 over a bf16/fp16 base. The scaling is folded into A (forward) or B (backward) *before* that cast: one
@@ -33,10 +35,13 @@ def forward(
     scaling: float = 1.0,
     bias: Tensor | None = None,
     compute_dtype: torch.dtype | None = None,
+    dropout_p: float = 0.0,
+    seed: Tensor | None = None,
 ) -> Tensor:
     """y (M×N) in the dtype of x, from x (M×K), weight (N×K), lora_A (r×K), lora_B (N×r), bias (N)."""
     dtype = compute_dtype or x.dtype
-    h = x.to(dtype) @ (lora_A * scaling).to(dtype).t()
+    kept = _kept(x, 0, dropout_p, seed)
+    h = kept.to(dtype) @ (lora_A * (scaling / (1.0 - dropout_p))).to(dtype).t()
     y = F.linear(x, weight, bias)
     if y.dtype == dtype:
         return y.addmm_(h, lora_B.to(dtype).t())  # in place: y is ours, and nothing else has seen it
@@ -48,24 +53,78 @@ def grad_h(grad_output: Tensor, lora_B: Tensor, scaling: float, compute_dtype: t
     return grad_output.to(compute_dtype) @ (lora_B * scaling).to(compute_dtype)
 
 
-def grad_a(g: Tensor, x: Tensor) -> Tensor:
+def dropout_keep(seed: Tensor, rows: int, columns: int, dropout_p: float, first_row: int = 0) -> Tensor:
+    """Which elements dropout keeps: bool (rows×columns), from ``first_row`` on, on the device of the seed.
+
+    seed: int64 (1). Each element is hashed from the two halves of the seed, its row and its column, modulo
+    2^32, and kept where the upper 24 bits of the hash are at least p·2^24. In int32, whose products wrap.
+    """
+    low, high = (_int32(half) for half in (seed & 0xFFFFFFFF, (seed >> 32) & 0xFFFFFFFF))
+    row = torch.arange(first_row, first_row + rows, dtype=torch.int32, device=seed.device)
+    column = torch.arange(columns, dtype=torch.int32, device=seed.device)
+    first = _mix(row ^ low)
+    second = _mix(first + high)
+    z = column * _int32(0x9E3779B9) + first.unsqueeze(1)
+    z = (z ^ _shift(z, 16)) * 0x21F0AAAD ^ second.unsqueeze(1)
+    z = (z ^ _shift(z, 15)) * _int32(0xD35A2D97)
+    return _shift(z ^ _shift(z, 15), 8) >= round(dropout_p * 2**24)
+
+
+def _mix(z: Tensor) -> Tensor:
+    """A bijection of 32 bits in which every input bit moves every output bit (hash prospector's)."""
+    z = (z ^ _shift(z, 16)) * 0x21F0AAAD
+    z = (z ^ _shift(z, 15)) * _int32(0xD35A2D97)
+    return z ^ _shift(z, 15)
+
+
+def _shift(z: Tensor, bits: int) -> Tensor:
+    """The logical right shift of int32, whose own is arithmetic."""
+    return (z >> bits) & (0xFFFFFFFF >> bits)
+
+
+def _int32(value):
+    """A number (or int64 numbers) of 32 bits as the int32 with the same bits."""
+    signed = (value ^ 0x80000000) - 0x80000000
+    return signed.to(torch.int32) if isinstance(signed, Tensor) else signed
+
+
+def _kept(x: Tensor, first_row: int, dropout_p: float, seed: Tensor | None) -> Tensor:
+    """keep⊙x (M×K); the 1 / (1 − p) is for the caller to fold into something smaller."""
+    if dropout_p == 0.0:
+        return x
+    return x.where(dropout_keep(seed, *x.shape, dropout_p, first_row), 0)
+
+
+def grad_a(g: Tensor, x: Tensor, dropout_p: float = 0.0, seed: Tensor | None = None) -> Tensor:
     """dA (r×K) from g (M×r) and x (M×K), in fp32 (fp64 where g or x is).
 
     A 16-bit matrix product would round dA to 8 (bf16) or 11 bits at the end; the fp32 product costs
     3 % of a training step of SmolLM2-135M on two CPU cores and leaves the rounding of g as the largest.
     """
     dtype = torch.promote_types(torch.promote_types(g.dtype, x.dtype), torch.float32)
-    if g.dtype == x.dtype == dtype:
+    if g.dtype == x.dtype == dtype and dropout_p == 0.0:
         return g.t() @ x
     grad = g.new_zeros(g.shape[1], x.shape[1], dtype=dtype)
-    for g_part, x_part in zip(g.split(_TOKENS_PER_CHUNK), x.split(_TOKENS_PER_CHUNK), strict=True):
-        grad = torch.addmm(grad, g_part.to(dtype).t(), x_part.to(dtype))
-    return grad
+    parts = zip(g.split(_TOKENS_PER_CHUNK), x.split(_TOKENS_PER_CHUNK), strict=True)
+    for index, (g_part, x_part) in enumerate(parts):
+        kept = _kept(x_part, index * _TOKENS_PER_CHUNK, dropout_p, seed)
+        grad = torch.addmm(grad, g_part.to(dtype).t(), kept.to(dtype))
+    return grad / (1.0 - dropout_p) if dropout_p else grad
 
 
-def grad_x(grad_output: Tensor, weight: Tensor, g: Tensor, lora_A: Tensor) -> Tensor:
+def grad_x(
+    grad_output: Tensor,
+    weight: Tensor,
+    g: Tensor,
+    lora_A: Tensor,
+    dropout_p: float = 0.0,
+    seed: Tensor | None = None,
+) -> Tensor:
     """dx (M×K) in the dtype of grad_output, from dy (M×N), weight (N×K), g (M×r) and lora_A (r×K)."""
     dx = grad_output @ weight
+    if dropout_p:
+        update = _kept(g @ lora_A.to(g.dtype), 0, dropout_p, seed) / (1.0 - dropout_p)
+        return dx.add_(update.to(dx.dtype))
     if dx.dtype == g.dtype:
         return dx.addmm_(g, lora_A.to(g.dtype))
     return dx.add_((g @ lora_A.to(g.dtype)).to(dx.dtype))  # where autograd would round and add in stock PEFT
@@ -86,12 +145,45 @@ def embedding(
     return h @ (lora_B * scaling).to(h.dtype).t()
 
 
+def linear_backward(
+    grad_output: Tensor,
+    x: Tensor | None,
+    weight: Tensor | None,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    scaling: float,
+    compute_dtype: torch.dtype,
+    dropout_p: float = 0.0,
+    seed: Tensor | None = None,
+) -> tuple[Tensor | None, Tensor | None]:
+    """(dx, dA in the dtype of lora_A) of `forward`; None where the weight or x that it takes is None."""
+    g = grad_h(grad_output, lora_B, scaling, compute_dtype)
+    dx = None if weight is None else grad_x(grad_output, weight, g, lora_A, dropout_p, seed)
+    dA = None if x is None else grad_a(g, x, dropout_p, seed).to(lora_A.dtype)
+    return dx, dA
+
+
 def grad_a_embedding(
     grad_output: Tensor, indices: Tensor, lora_B: Tensor, scaling: float, size: int
 ) -> Tensor:
     """dA (r×size) of `embedding`: column j is the sum of g's rows whose index is j; g as in `grad_h`."""
     g = grad_h(grad_output, lora_B, scaling, torch.promote_types(grad_output.dtype, torch.float32))
     return g.new_zeros(g.shape[1], size).index_add(1, indices, g.t())
+
+
+def embedding_backward(
+    grad_output: Tensor,
+    indices: Tensor,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    scaling: float,
+    padding_idx: int | None,
+) -> Tensor:
+    """dA (r×num_embeddings) of `embedding` in the dtype of lora_A; its column ``padding_idx`` is 0."""
+    grad = grad_a_embedding(grad_output, indices, lora_B, scaling, lora_A.shape[1])
+    if padding_idx is not None:
+        grad = grad.where(torch.arange(grad.shape[1], device=grad.device) != padding_idx, 0)
+    return grad.to(lora_A.dtype)
 
 
 def delta(lora_A: Tensor, lora_B: Tensor, scaling: float) -> Tensor:

@@ -5,6 +5,12 @@ import os
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing may be fetched, not even by mistake
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ["MICA_CACHE"] = "0"  # a test that wants one makes its own
+if "MICA_TEST_DEVICE" not in os.environ:
+    os.environ["TRITON_INTERPRET"] = (
+        "1"  # before Triton is imported; kernels run with MICA_BACKEND=triton only
+    )
+os.environ["MICA_TUNE_FILE"] = os.devnull
+os.environ.pop("MICA_BACKEND", None)
 
 import pytest
 import torch

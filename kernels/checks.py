@@ -1,0 +1,87 @@
+"""One sentence for each argument that a kernel cannot take: what was found and what is allowed."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from mica.kernels.common import MAX_RANK, TRITON_DTYPES, padded_columns
+
+_ALLOWED = ", ".join(str(dtype).removeprefix("torch.") for dtype in TRITON_DTYPES)
+
+
+def matrix(name: str, tensor: Tensor, dims: int = 2) -> None:
+    if tensor.dim() != dims:
+        raise ValueError(f"{name} must have {dims} dimension(s), but its shape is {tuple(tensor.shape)}.")
+    if tensor.dtype not in TRITON_DTYPES:
+        raise TypeError(f"{name} must be of dtype {_ALLOWED} for the kernels, but it is {tensor.dtype}.")
+
+
+def shape(name: str, tensor: Tensor, expected: tuple[int, ...], meaning: str) -> None:
+    if tuple(tensor.shape) != expected:
+        raise ValueError(f"{name} must be {meaning} = {expected}, but its shape is {tuple(tensor.shape)}.")
+
+
+def contracted(name: str, tensor: Tensor, dim: int, other_name: str, other: Tensor, other_dim: int) -> None:
+    if tensor.shape[dim] != other.shape[other_dim]:
+        raise ValueError(
+            f"dimension {dim} of {name} and dimension {other_dim} of {other_name} must be equal, but their "
+            f"shapes are {tuple(tensor.shape)} and {tuple(other.shape)}."
+        )
+
+
+def rank(name: str, value: int) -> None:
+    if not 1 <= value <= MAX_RANK:
+        raise ValueError(f"{name} must have a rank from 1 to {MAX_RANK} for the kernels, but it is {value}.")
+
+
+def factor_rank(rank: int, factor: Tensor) -> None:
+    if factor.shape[0] not in (rank, padded_columns(rank)):
+        raise ValueError(
+            f"factor must have rank = {rank} rows, or {padded_columns(rank)}, but its shape is "
+            f"{tuple(factor.shape)}."
+        )
+
+
+def ranks_fit(h: Tensor, factor: Tensor) -> None:
+    rank, rows = h.shape[1], factor.shape[0]
+    if rank != rows and max(rank, rows) != padded_columns(min(rank, rows)):
+        raise ValueError(
+            "h must have as many columns as factor has rows, or one of the two that number rounded up to 16, "
+            f"but their shapes are {tuple(h.shape)} and {tuple(factor.shape)}."
+        )
+
+
+def same_dtype(name: str, tensor: Tensor, other_name: str, other: Tensor) -> None:
+    if tensor.dtype != other.dtype:
+        raise TypeError(
+            f"{name} and {other_name} must have one dtype, but they are {tensor.dtype} and {other.dtype}."
+        )
+
+
+def indices(tensor: Tensor) -> None:
+    if tensor.dtype not in (torch.int32, torch.int64):
+        raise TypeError(f"indices must be int32 or int64, but they are {tensor.dtype}.")
+    if tensor.dim() != 1:
+        raise ValueError(f"indices must be (num_tokens,), but their shape is {tuple(tensor.shape)}.")
+
+
+def same_device(**tensors: Tensor | None) -> None:
+    devices = {name: tensor.device for name, tensor in tensors.items() if tensor is not None}
+    if len(set(devices.values())) > 1:
+        found = ", ".join(f"{name} on {device}" for name, device in devices.items())
+        raise ValueError(f"all operands must be on one device, but found {found}.")
+
+
+def compute_dtype(dtype: torch.dtype) -> torch.dtype:
+    if dtype not in TRITON_DTYPES:
+        raise TypeError(f"compute_dtype must be {_ALLOWED} for the kernels, but it is {dtype}.")
+    return dtype
+
+
+def dropout(p: float, seed: Tensor | None) -> None:
+    if not 0.0 <= p < 1.0:
+        raise ValueError(f"dropout_p must be at least 0 and below 1, but it is {p}.")
+    if p > 0.0 and (seed is None or seed.dtype != torch.int64 or seed.numel() != 1):
+        found = "None" if seed is None else f"{seed.dtype} of shape {tuple(seed.shape)}"
+        raise ValueError(f"seed must be one int64 number in a tensor where dropout_p > 0, but it is {found}.")

@@ -1,0 +1,175 @@
+"""What all kernels share: product, rounding, dropout mask, ordered reduction, and how one is launched.
+
+Conventions. M tokens, K in_features, N out_features, r rank; R is r rounded up to a power of two ≥ 16
+(`padded_rank`), the smallest tile that tensor cores take. Every offset that is multiplied by a stride is
+int64: a matrix may have more than 2^31 elements, or lie in a buffer that has. Products accumulate in fp32.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+import triton
+import triton.language as tl
+
+MAX_RANK = 256
+
+TRITON_DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
+
+# Decided once, when the kernels are decorated: Triton does the same.
+INTERPRETED = tl.constexpr(bool(triton.knobs.runtime.interpret))
+
+
+# ---------------------------------------------------------------------------------------------------
+# on the device
+# ---------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def dot(a, b, acc, PRECISION: tl.constexpr):
+    """acc + a b in fp32. PRECISION is how fp32 factors are multiplied; 16-bit ones are exact."""
+    if INTERPRETED:  # it keeps bf16 as uint16, and `tl.dot` would multiply those integers
+        a = a.to(tl.float32)
+        b = b.to(tl.float32)
+    return tl.dot(a, b, acc, input_precision=PRECISION)
+
+
+@triton.jit
+def cast(value, DTYPE: tl.constexpr):
+    """value in DTYPE, rounded to nearest even."""
+    if INTERPRETED and DTYPE == tl.bfloat16 and value.dtype == tl.float32:  # it would truncate
+        bits = value.to(tl.uint32, bitcast=True)
+        rounded = (bits + (0x7FFF + ((bits >> 16) & 1))) & 0xFFFF0000
+        value = tl.where(value == value, rounded.to(tl.float32, bitcast=True), value)
+    return value.to(DTYPE)
+
+
+@triton.jit
+def _mix(z):
+    """A bijection of 32 bits in which every input bit moves every output bit (hash prospector's)."""
+    z ^= z >> 16
+    z *= 0x21F0AAAD
+    z ^= z >> 15
+    z *= 0xD35A2D97
+    return z ^ (z >> 15)
+
+
+@triton.jit
+def dropout_keep(seed_ptr, rows, columns, threshold):
+    """Which elements of rows x columns dropout keeps: `mica.reference.dropout_keep`, bit for bit.
+
+    rows (a) and columns (b) are 1-d, threshold a number of 24 bits. About a dozen instructions an element;
+    Philox takes four times as many. What depends on the row alone is computed once a row.
+    """
+    seed = tl.load(seed_ptr)
+    first = _mix(rows.to(tl.uint32) ^ (seed & 0xFFFFFFFF).to(tl.uint32))
+    second = _mix(first + (seed >> 32).to(tl.uint32))
+    z = columns.to(tl.uint32)[None, :] * 0x9E3779B9 + first[:, None]
+    z ^= z >> 16
+    z *= 0x21F0AAAD
+    z ^= second[:, None]
+    z ^= z >> 15
+    z *= 0xD35A2D97
+    z ^= z >> 15
+    return (z >> 8).to(tl.int32) >= threshold
+
+
+@triton.jit
+def ordered_sum(acc, partial_ptr, offsets, mask, counter_ptr, split, num_splits, stride_split):
+    """(sum over the splits, whether this program is the one that has it), in the order of the splits.
+
+    Every program of a tile writes its part; the one that arrives last adds them all, 0, 1, 2, …, whoever it
+    is: reruns are bitwise equal. The counter is an integer, and is left at 0 for the next launch. Summing
+    here and not in the kernel that reads the result: there the parts spill registers for r ≥ 64.
+    """
+    part = partial_ptr + split.to(tl.int64) * stride_split + offsets
+    tl.store(part, acc, mask=mask)
+    tl.debug_barrier()  # all threads have written, before one of them says so
+    last = tl.atomic_add(counter_ptr, 1, sem="acq_rel") == num_splits - 1
+    total = acc
+    if last:
+        tl.store(counter_ptr, 0)
+        total = tl.zeros_like(acc)
+        for other in range(num_splits):
+            part = partial_ptr + tl.cast(other, tl.int64) * stride_split + offsets
+            total += tl.load(part, mask=mask, other=0.0, cache_modifier=".cg")  # not from a stale L1
+    return total, last
+
+
+# ---------------------------------------------------------------------------------------------------
+# on the host
+# ---------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Launch:
+    """One kernel launch that is decided but not yet made: the static gate compiles it, a call runs it.
+
+    ``outputs``: what the kernel writes; ``updates``: those of them that it also reads (the tuner puts
+    these back between trials).
+    """
+
+    kernel: Callable
+    grid: tuple[int, ...]
+    args: dict
+    meta: dict
+    num_warps: int
+    num_stages: int
+    updates: tuple[torch.Tensor, ...] = field(default=())
+
+    def __call__(self) -> None:
+        if 0 in self.grid:  # no tokens
+            return
+        device = next(iter(self.args.values())).device
+        # Triton launches on the current device, wherever the tensors are
+        with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
+            self.kernel[self.grid](*self.args.values(), **self.meta, **self.options())
+
+    def options(self) -> dict:
+        # fused multiply-adds are said aloud: the default changes with Triton 3.10
+        fusion = {} if INTERPRETED.value else {"enable_fp_fusion": True}
+        return {"num_warps": self.num_warps, "num_stages": self.num_stages, **fusion}
+
+
+def padded_rank(rank: int) -> int:
+    """R: the power of two ≥ 16 that a tile has along the rank."""
+    return max(16, triton.next_power_of_2(rank))
+
+
+def padded_columns(rank: int) -> int:
+    """The width of h, g and prepared B in memory: the rank rounded up to 16, so that no load is narrow."""
+    return (rank + 15) // 16 * 16
+
+
+def ceil_div(a: int, b: int) -> int:
+    return -(-a // b)
+
+
+def target_of(device: torch.device) -> str:
+    """The compilation target of a device: "sm_90", "gfx942", … The interpreter stands in for "sm_90"."""
+    if device.type != "cuda" or INTERPRETED.value:
+        return "sm_90"
+    if torch.version.hip is not None:
+        return torch.cuda.get_device_properties(device).gcnArchName.split(":")[0]
+    major, minor = torch.cuda.get_device_capability(device)
+    return f"sm_{major}{minor}"
+
+
+def fp32_precision(target: str, exact: bool = False) -> str:
+    """How kernels multiply fp32 numbers, as torch would: `torch.set_float32_matmul_precision` and its kin.
+
+    Where torch demands full fp32 ("highest", or ``exact``): three TF32 products on NVIDIA, whose error is
+    fp32's and which tensor cores run; AMD's have fp32 itself (and Triton no tf32x3 there).
+    """
+    if not target.startswith("sm_"):
+        return "ieee"
+    allowed = torch.backends.cuda.matmul.fp32_precision == "tf32"
+    return "tf32" if allowed and not exact else "tf32x3"
+
+
+def keep_threshold(dropout_p: float) -> int:
+    """p in units of 2^-24, for `dropout_keep`."""
+    return round(dropout_p * 2**24)

@@ -1,0 +1,88 @@
+"""Launch configurations: at most three a kernel and target, chosen by shape, the first one by default.
+
+All of them are compiled ahead of time for every target by `make static`. None has been timed: they follow
+from the arithmetic of `bench.kernel_cost` and from what compiles without spills. `mica.kernels.tuning`
+measures them where it is asked to. Block sizes along the rank are `padded_rank`, not part of a configuration.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+# Shared memory a program may have, bytes: NVIDIA's limit per block less what the driver keeps; AMD's LDS.
+SHARED_MEMORY = {
+    "sm_80": 163 * 1024,
+    "sm_89": 99 * 1024,
+    "sm_90": 227 * 1024,
+    "sm_100": 227 * 1024,
+    "sm_120": 99 * 1024,
+    "gfx942": 64 * 1024,
+}
+# Programs that keep every multiprocessor of a large GPU busy (132 on an H100, 304 CUs on an MI300X). A
+# constant, not the device's own number: splits are functions of shapes alone, so results are too.
+PROGRAMS = 264
+
+
+class Config(NamedTuple):
+    """Tile sizes (along tokens, out_features, and the contracted side) and how the program is run."""
+
+    block_m: int
+    block_n: int
+    block_k: int
+    num_warps: int
+    num_stages: int
+
+
+def _is_amd(target: str) -> bool:
+    return not target.startswith("sm_")
+
+
+def _fits(config: Config, bytes_per_stage: int, target: str) -> Config:
+    """The configuration with as many stages as the shared memory of the target holds (90 % of it)."""
+    limit = SHARED_MEMORY.get(target, 99 * 1024) * 9 // 10
+    stages = min(config.num_stages, 2 if _is_amd(target) else config.num_stages)
+    return config._replace(num_stages=max(1, min(stages, limit // bytes_per_stage)))
+
+
+def down_projection(target: str, num_tokens: int, block_r: int, itemsize: int) -> list[Config]:
+    """For h = x Pᵀ. ``itemsize``: bytes of one number in the product. A thin K tile for wide ranks."""
+    block_k = max(32, 256 // itemsize * 16 // max(16, block_r // 2))
+    warps = 4 if block_r <= 64 else 8
+    wide = Config(64, 0, block_k, warps, 4)
+    narrow = Config(32 if warps == 8 else 16, 0, block_k, warps, 4)
+    found = [narrow, wide] if num_tokens <= 128 else [wide, narrow]
+    return [_fits(c, (c.block_m + block_r) * c.block_k * 4, target) for c in found]
+
+
+def up_projection(target: str, num_tokens: int, block_r: int, itemsize: int) -> list[Config]:
+    """For y += h Pᵀ: no loop, one tile of y a program, the whole rank at once."""
+    if block_r * itemsize > 256:  # h's and P's tile are the larger part of the registers
+        wide, narrow = Config(64, 64, 0, 8, 1), Config(16, 64, 0, 4, 1)
+    else:
+        wide, narrow = Config(64, 128, 0, 4, 1), Config(16, 128, 0, 4, 1)
+    return [narrow, wide] if num_tokens <= 32 else [wide, narrow]
+
+
+def grad_a(target: str, num_tokens: int, block_r: int, itemsize: int) -> list[Config]:
+    """For dA = gᵀ x: a tile of x (block_m tokens, block_k columns) an iteration, over the split's tokens."""
+    block_k = 128 if block_r <= 64 else 64
+    warps = 4 if block_r <= 32 else 8
+    found = [Config(64 // max(1, itemsize // 2), 0, block_k, warps, 4)]
+    return [_fits(c, (block_k + block_r) * c.block_m * 4, target) for c in found]
+
+
+def embedding(target: str, num_tokens: int, block_r: int, itemsize: int) -> list[Config]:
+    """For s·A[:, indices]ᵀ Bᵀ: block_m tokens are gathered once, their output is written block by block."""
+    return [Config(32, 128 if block_r * itemsize <= 256 else 64, 0, 4, 1)]
+
+
+def fused_linear(target: str, num_tokens: int, block_r: int, itemsize: int, descriptor: bool) -> list[Config]:
+    """For x Wᵀ + h Bᵀ in one kernel, by pointers or by tensor descriptors."""
+    block_k = 128 // itemsize
+    if descriptor:
+        found = [Config(128, 128, block_k, 8, 3)]
+    else:
+        found = [Config(128, 128, block_k, 8, 3), Config(64, 64, block_k, 4, 3)]
+        if num_tokens <= 512:
+            found.reverse()
+    return [_fits(c, (c.block_m + c.block_n) * c.block_k * itemsize, target) for c in found]

@@ -1,0 +1,213 @@
+"""h = scale·drop(x) Pᵀ: the skinny product of the forward (P = A) and of the backward (x = dy, P = Bᵀ).
+
+Memory-bound: x is read once, at 2·M·K·r flops for M·K numbers. Formulas: `mica.reference.forward` and
+`mica.reference.grad_h`.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from mica.kernels import checks, configs, tuning, workspace
+from mica.kernels.common import (
+    TRITON_DTYPES,
+    Launch,
+    cast,
+    ceil_div,
+    dot,
+    dropout_keep,
+    fp32_precision,
+    keep_threshold,
+    ordered_sum,
+    padded_columns,
+    padded_rank,
+    target_of,
+)
+
+
+@triton.jit(do_not_specialize=["threshold"])
+def _down_projection_kernel(
+    x_ptr,  # (M, K)
+    p_ptr,  # (r, K)
+    h_ptr,  # (M, COLUMNS), contiguous
+    partial_ptr,  # (splits, M, COLUMNS) fp32, contiguous
+    counter_ptr,  # (M / BLOCK_M) int32, zeros
+    seed_ptr,  # (1) int64
+    num_tokens,
+    in_features,
+    stride_xm,
+    stride_xk,
+    stride_pr,
+    stride_pk,
+    k_per_split,
+    num_splits,
+    scale,
+    threshold,
+    RANK: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    EVEN_K: tl.constexpr,
+    SPLIT: tl.constexpr,
+    DROPOUT: tl.constexpr,
+    COMPUTE: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    tile, split = tl.program_id(0), tl.program_id(1)
+    rows = tile * BLOCK_M + tl.arange(0, BLOCK_M)
+    ranks = tl.arange(0, BLOCK_R)
+    first = split * k_per_split
+    last = min(first + k_per_split, in_features)
+    columns = first + tl.arange(0, BLOCK_K)
+
+    x_ptrs = x_ptr + rows.to(tl.int64)[:, None] * stride_xm + columns.to(tl.int64)[None, :] * stride_xk
+    p_ptrs = p_ptr + ranks.to(tl.int64)[None, :] * stride_pr + columns.to(tl.int64)[:, None] * stride_pk
+    step = tl.full((), BLOCK_K, tl.int64)
+    acc = tl.zeros((BLOCK_M, BLOCK_R), tl.float32)
+    for start in range(first, last, BLOCK_K):
+        x_mask = (rows < num_tokens)[:, None]
+        p_mask = (ranks < RANK)[None, :]
+        if not EVEN_K:
+            inside = start + tl.arange(0, BLOCK_K) < last
+            x_mask = x_mask & inside[None, :]
+            p_mask = p_mask & inside[:, None]
+        x = tl.load(x_ptrs, mask=x_mask, other=0.0)
+        if DROPOUT:
+            keep = dropout_keep(seed_ptr, rows, start + tl.arange(0, BLOCK_K), threshold)
+            x = tl.where(keep, x, 0.0)
+        if RANK == BLOCK_R and EVEN_K:
+            p = tl.load(p_ptrs)
+        else:
+            p = tl.load(p_ptrs, mask=p_mask, other=0.0)
+        acc = dot(cast(x, COMPUTE), cast(p, COMPUTE), acc, PRECISION)
+        x_ptrs += step * stride_xk
+        p_ptrs += step * stride_pk
+
+    offsets = rows.to(tl.int64)[:, None] * COLUMNS + ranks[None, :]
+    mask = (rows < num_tokens)[:, None] & (ranks < COLUMNS)[None, :]
+    if SPLIT:
+        size = tl.cast(num_tokens, tl.int64) * COLUMNS
+        acc, done = ordered_sum(acc, partial_ptr, offsets, mask, counter_ptr + tile, split, num_splits, size)
+        if done:
+            tl.store(h_ptr + offsets, cast(acc * scale, h_ptr.dtype.element_ty), mask=mask)
+    else:
+        tl.store(h_ptr + offsets, cast(acc * scale, h_ptr.dtype.element_ty), mask=mask)
+
+
+def plan_down_projection(
+    x: Tensor,
+    factor: Tensor,
+    *,
+    scale: float = 1.0,
+    compute_dtype: torch.dtype | None = None,
+    dropout_p: float = 0.0,
+    seed: Tensor | None = None,
+    config: configs.Config | None = None,
+    target: str | None = None,
+) -> tuple[Tensor, Launch]:
+    """The output that `down_projection` would return, still unwritten, and the launch that writes it."""
+    checks.matrix("x", x)
+    checks.matrix("factor", factor)
+    checks.same_device(x=x, factor=factor)
+    checks.contracted("x", x, 1, "factor", factor, 1)
+    checks.rank("factor", factor.shape[0])
+    checks.dropout(dropout_p, seed)
+    dtype = checks.compute_dtype(compute_dtype or x.dtype)
+
+    (num_tokens, in_features), rank = x.shape, factor.shape[0]
+    target = target or target_of(x.device)
+    block_r, columns = padded_rank(rank), padded_columns(rank)
+    if config is None:
+        config = tuning.pick_config(
+            "down_projection",
+            x.device,
+            (tuning.bucket(num_tokens), in_features, rank, x.dtype, dtype, dropout_p > 0, *x.stride()[1:]),
+            configs.down_projection(target, num_tokens, block_r, dtype.itemsize),
+            functools.partial(
+                plan_down_projection,
+                x,
+                factor,
+                scale=scale,
+                compute_dtype=dtype,
+                dropout_p=dropout_p,
+                seed=seed,
+                target=target,
+            ),
+        )
+    tiles = ceil_div(num_tokens, config.block_m)
+    k_per_split, splits = split_evenly(in_features, config.block_k, tiles)
+
+    h = x.new_empty(num_tokens, columns, dtype=dtype)
+    partial = x.new_empty((splits, num_tokens, columns) if splits > 1 else (1,), dtype=torch.float32)
+    launch = Launch(
+        _down_projection_kernel,
+        (tiles, splits),
+        {
+            "x_ptr": x,
+            "p_ptr": factor,
+            "h_ptr": h,
+            "partial_ptr": partial,
+            "counter_ptr": workspace.counters(tiles, x.device) if splits > 1 else partial,
+            "seed_ptr": seed if dropout_p > 0 else x,
+            "num_tokens": num_tokens,
+            "in_features": in_features,
+            "stride_xm": x.stride(0),
+            "stride_xk": x.stride(1),
+            "stride_pr": factor.stride(0),
+            "stride_pk": factor.stride(1),
+            "k_per_split": k_per_split,
+            "num_splits": splits,
+            "scale": float(scale) / (1.0 - dropout_p),
+            "threshold": keep_threshold(dropout_p),
+        },
+        {
+            "RANK": rank,
+            "COLUMNS": columns,
+            "BLOCK_M": config.block_m,
+            "BLOCK_K": config.block_k,
+            "BLOCK_R": block_r,
+            "EVEN_K": in_features % config.block_k == 0,
+            "SPLIT": splits > 1,
+            "DROPOUT": dropout_p > 0,
+            "COMPUTE": TRITON_DTYPES[dtype],
+            "PRECISION": fp32_precision(target),
+        },
+        config.num_warps,
+        config.num_stages,
+    )
+    return h, launch
+
+
+def split_evenly(length: int, block: int, tiles: int) -> tuple[int, int]:
+    """(length of a split in whole blocks, number of splits): enough programs, at least four blocks each."""
+    wanted = max(1, min(configs.PROGRAMS // max(1, tiles), ceil_div(length, 4 * block)))
+    per_split = ceil_div(ceil_div(length, wanted), block) * block
+    return per_split, ceil_div(length, per_split)
+
+
+def down_projection(x: Tensor, factor: Tensor, **options) -> Tensor:
+    """h = scale·drop(x) factorᵀ, accumulated in fp32 and rounded once.
+
+    Args:
+        x: (num_tokens, in_features), fp32/bf16/fp16, any strides.
+        factor: (rank, in_features), any strides: lora_A, or lora_B transposed. 1 ≤ rank ≤ 256.
+        scale: dimensionless, applied to the fp32 sum.
+        compute_dtype: dtype of the factors of the product and of h; default that of x.
+        dropout_p, seed: drop elements of x with probability p in [0, 1), by the int64 seed, shape (1,).
+        config: a launch configuration; default the first of `configs.down_projection`.
+
+    Returns:
+        (num_tokens, padded_columns(rank)) in compute_dtype, contiguous; columns from rank on are 0.
+
+    Raises:
+        ValueError, TypeError: an argument that is not as above.
+    """
+    h, launch = plan_down_projection(x, factor, **options)
+    launch()
+    return h

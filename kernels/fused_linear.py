@@ -1,0 +1,384 @@
+"""x w + bias + scale·keep⊙(h P) in one kernel: the base product with the low-rank term as its first step.
+
+Forward: w = Wᵀ, P = Bᵀ; backward: x = dy, w = W, h = g, P = A, with dropout's mask on the low-rank term. The
+fewest bytes of all forms (y is written once and never read), but the base product is Triton's instead of
+cuBLAS's: it pays only within 2 to 5 % of it, so only a measurement on the device chooses it. One rounding
+where the others have two. Formulas: `mica.reference.forward` and `mica.reference.grad_x`.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from mica.kernels import checks, configs, tuning
+from mica.kernels.common import (
+    TRITON_DTYPES,
+    Launch,
+    cast,
+    ceil_div,
+    dot,
+    dropout_keep,
+    fp32_precision,
+    keep_threshold,
+    padded_rank,
+    target_of,
+)
+
+GROUP_M = 8  # rows of tiles that are worked on together: their part of w stays in the L2 cache
+
+
+@triton.jit
+def _tile(tile, num_tokens, out_features, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP: tl.constexpr):
+    """(row, column) of a tile in an order that keeps GROUP rows of tiles together."""
+    tiles_m, tiles_n = tl.cdiv(num_tokens, BLOCK_M), tl.cdiv(out_features, BLOCK_N)
+    group = tile // (GROUP * tiles_n)
+    first = group * GROUP
+    height = tl.minimum(tiles_m - first, GROUP)
+    inside = tile % (GROUP * tiles_n)
+    return first + inside % height, inside // height
+
+
+@triton.jit
+def _low_rank(
+    h_ptr,
+    p_ptr,
+    bias_ptr,
+    seed_ptr,
+    rows,
+    columns,
+    num_tokens,
+    out_features,
+    stride_hm,
+    stride_hr,
+    stride_pr,
+    stride_pn,
+    scale,
+    threshold,
+    H_RANK: tl.constexpr,
+    P_RANK: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BIAS: tl.constexpr,
+    DROPOUT: tl.constexpr,
+    LOW: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """The tile that the main loop starts from: bias + scale·keep⊙(h P)."""
+    ranks = tl.arange(0, BLOCK_R)
+    ranks_64 = ranks.to(tl.int64)
+    h_ptrs = h_ptr + rows.to(tl.int64)[:, None] * stride_hm + ranks_64[None, :] * stride_hr
+    p_ptrs = p_ptr + ranks_64[:, None] * stride_pr + columns.to(tl.int64)[None, :] * stride_pn
+    h = tl.load(h_ptrs, mask=(rows < num_tokens)[:, None] & (ranks < H_RANK)[None, :], other=0.0)
+    p = tl.load(p_ptrs, mask=(ranks < P_RANK)[:, None] & (columns < out_features)[None, :], other=0.0)
+    acc = tl.zeros((rows.shape[0], columns.shape[0]), tl.float32)
+    acc = dot(cast(h, LOW), cast(p, LOW), acc, PRECISION) * scale
+    if DROPOUT:
+        acc = tl.where(dropout_keep(seed_ptr, rows, columns, threshold), acc, 0.0)
+    if BIAS:
+        bias = tl.load(bias_ptr + columns, mask=columns < out_features, other=0.0)
+        acc += bias.to(tl.float32)[None, :]
+    return acc
+
+
+@triton.jit(do_not_specialize=["threshold"])
+def _fused_linear_kernel(
+    x_ptr,  # (M, K)
+    w_ptr,  # (K, N)
+    h_ptr,  # (M, H_RANK columns)
+    p_ptr,  # (P_RANK, N)
+    bias_ptr,  # (N)
+    out_ptr,  # (M, N), contiguous
+    seed_ptr,  # (1) int64
+    num_tokens,
+    in_features,
+    out_features,
+    stride_xm,
+    stride_xk,
+    stride_wk,
+    stride_wn,
+    stride_hm,
+    stride_hr,
+    stride_pr,
+    stride_pn,
+    scale,
+    threshold,
+    H_RANK: tl.constexpr,
+    P_RANK: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    GROUP: tl.constexpr,
+    EVEN_K: tl.constexpr,
+    EVEN_N: tl.constexpr,
+    BIAS: tl.constexpr,
+    DROPOUT: tl.constexpr,
+    LOW: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    tile_m, tile_n = _tile(tl.program_id(0), num_tokens, out_features, BLOCK_M, BLOCK_N, GROUP)
+    rows = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
+    columns = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    acc = _low_rank(
+        h_ptr, p_ptr, bias_ptr, seed_ptr, rows, columns, num_tokens, out_features,
+        stride_hm, stride_hr, stride_pr, stride_pn, scale, threshold,
+        H_RANK, P_RANK, BLOCK_R, BIAS, DROPOUT, LOW, PRECISION,
+    )  # fmt: skip
+    inner = tl.arange(0, BLOCK_K)
+    x_ptrs = x_ptr + rows.to(tl.int64)[:, None] * stride_xm + inner.to(tl.int64)[None, :] * stride_xk
+    w_ptrs = w_ptr + inner.to(tl.int64)[:, None] * stride_wk + columns.to(tl.int64)[None, :] * stride_wn
+    step = tl.full((), BLOCK_K, tl.int64)
+    for start in range(0, in_features, BLOCK_K):
+        x_mask = (rows < num_tokens)[:, None] & tl.full((1, BLOCK_K), True, tl.int1)
+        w_mask = tl.full((BLOCK_K, BLOCK_N), True, tl.int1)
+        if not EVEN_N:
+            w_mask = w_mask & (columns < out_features)[None, :]
+        if not EVEN_K:
+            x_mask = x_mask & (start + inner < in_features)[None, :]
+            w_mask = w_mask & (start + inner < in_features)[:, None]
+        x = tl.load(x_ptrs, mask=x_mask, other=0.0)
+        if EVEN_N and EVEN_K:
+            w = tl.load(w_ptrs)
+        else:
+            w = tl.load(w_ptrs, mask=w_mask, other=0.0)
+        acc = dot(x, w, acc, PRECISION)
+        x_ptrs += step * stride_xk
+        w_ptrs += step * stride_wk
+    out_ptrs = out_ptr + rows.to(tl.int64)[:, None] * out_features + columns[None, :]
+    mask = (rows < num_tokens)[:, None] & (columns < out_features)[None, :]
+    tl.store(out_ptrs, cast(acc, out_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit(do_not_specialize=["threshold"])
+def _fused_linear_descriptor_kernel(
+    x_ptr,  # (M, K), rows of stride_x numbers
+    w_ptr,  # (N, K) if TRANSPOSED, else (K, N); rows of stride_w numbers
+    h_ptr,
+    p_ptr,
+    bias_ptr,
+    out_ptr,  # (M, N), contiguous
+    seed_ptr,
+    num_tokens,
+    in_features,
+    out_features,
+    stride_x,
+    stride_w,
+    stride_hm,
+    stride_hr,
+    stride_pr,
+    stride_pn,
+    scale,
+    threshold,
+    H_RANK: tl.constexpr,
+    P_RANK: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    GROUP: tl.constexpr,
+    TRANSPOSED: tl.constexpr,
+    BIAS: tl.constexpr,
+    DROPOUT: tl.constexpr,
+    LOW: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """The same by the copy engine: one program a multiprocessor walks over the tiles."""
+    x_desc = tl.make_tensor_descriptor(x_ptr, [num_tokens, in_features], [stride_x, 1], [BLOCK_M, BLOCK_K])
+    if TRANSPOSED:
+        w_desc = tl.make_tensor_descriptor(
+            w_ptr, [out_features, in_features], [stride_w, 1], [BLOCK_N, BLOCK_K]
+        )
+    else:
+        w_desc = tl.make_tensor_descriptor(
+            w_ptr, [in_features, out_features], [stride_w, 1], [BLOCK_K, BLOCK_N]
+        )
+    out_desc = tl.make_tensor_descriptor(
+        out_ptr, [num_tokens, out_features], [out_features, 1], [BLOCK_M, BLOCK_N]
+    )
+    num_tiles = tl.cdiv(num_tokens, BLOCK_M) * tl.cdiv(out_features, BLOCK_N)
+    for tile in range(tl.program_id(0), num_tiles, tl.num_programs(0)):
+        tile_m, tile_n = _tile(tile, num_tokens, out_features, BLOCK_M, BLOCK_N, GROUP)
+        row, column = tile_m * BLOCK_M, tile_n * BLOCK_N
+        acc = _low_rank(
+            h_ptr, p_ptr, bias_ptr, seed_ptr,
+            row + tl.arange(0, BLOCK_M), column + tl.arange(0, BLOCK_N), num_tokens, out_features,
+            stride_hm, stride_hr, stride_pr, stride_pn, scale, threshold,
+            H_RANK, P_RANK, BLOCK_R, BIAS, DROPOUT, LOW, PRECISION,
+        )  # fmt: skip
+        for start in range(0, in_features, BLOCK_K):
+            x = x_desc.load([row, start])  # what is outside the matrix arrives as 0
+            if TRANSPOSED:
+                w = tl.trans(w_desc.load([column, start]))
+            else:
+                w = w_desc.load([start, column])
+            acc = dot(x, w, acc, PRECISION)
+        out_desc.store([row, column], cast(acc, out_ptr.dtype.element_ty))
+
+
+def why_not_descriptor(x: Tensor, w: Tensor, target: str) -> str | None:
+    """None if the form with tensor descriptors can run, else the reason in words. w is (K, N)."""
+    if not target.startswith("sm_") or int(target[3:]) < 90:
+        return f"{target} has no copy engine for tiles"
+    for name, matrix in (("x", x), ("w", w if w.stride(1) == 1 else w.t())):
+        row_bytes = matrix.stride(0) * matrix.element_size()
+        if matrix.stride(1) != 1 or row_bytes % 16 or matrix.data_ptr() % 16:
+            return f"the rows of {name} are not contiguous and aligned to 16 bytes"
+    if w.shape[1] * x.element_size() % 16:
+        return "the rows of the result are not aligned to 16 bytes"
+    return None
+
+
+def plan_fused_linear(
+    x: Tensor,
+    w: Tensor,
+    h: Tensor,
+    factor: Tensor,
+    *,
+    bias: Tensor | None = None,
+    scale: float = 1.0,
+    dropout_p: float = 0.0,
+    seed: Tensor | None = None,
+    descriptor: bool = False,
+    config: configs.Config | None = None,
+    target: str | None = None,
+) -> tuple[Tensor, Launch]:
+    """The output that `fused_linear` would return, still unwritten, and the launch that writes it."""
+    for name, tensor in (("x", x), ("w", w), ("h", h), ("factor", factor)):
+        checks.matrix(name, tensor)
+    (num_tokens, in_features), out_features = x.shape, w.shape[1]
+    checks.same_device(x=x, w=w, h=h, factor=factor, bias=bias)
+    checks.contracted("x", x, 1, "w", w, 0)
+    checks.contracted("x", x, 0, "h", h, 0)
+    checks.contracted("w", w, 1, "factor", factor, 1)
+    checks.same_dtype("x", x, "w", w)
+    checks.rank("factor", factor.shape[0])
+    checks.ranks_fit(h, factor)
+    checks.dropout(dropout_p, seed)
+    if bias is not None:
+        checks.matrix("bias", bias, dims=1)
+        checks.shape("bias", bias, (out_features,), "(out_features,)")
+        bias = bias.contiguous()
+    target = target or target_of(x.device)
+    reason = why_not_descriptor(x, w, target) if descriptor else None
+    if reason:
+        raise ValueError(f"descriptor=True cannot be had: {reason}.")
+
+    block_r = padded_rank(factor.shape[0])
+    if config is None:
+        config = tuning.pick_config(
+            "fused_linear",
+            x.device,
+            (
+                tuning.bucket(num_tokens),
+                in_features,
+                out_features,
+                factor.shape[0],
+                x.dtype,
+                h.dtype,
+                dropout_p > 0,
+                w.stride(0) == 1,
+                descriptor,
+            ),
+            configs.fused_linear(target, num_tokens, block_r, x.element_size(), descriptor),
+            functools.partial(
+                plan_fused_linear,
+                x,
+                w,
+                h,
+                factor,
+                bias=bias,
+                scale=scale,
+                dropout_p=dropout_p,
+                seed=seed,
+                descriptor=descriptor,
+                target=target,
+            ),
+        )
+    tiles = ceil_div(num_tokens, config.block_m) * ceil_div(out_features, config.block_n)
+    out = x.new_empty(num_tokens, out_features)
+    args = {
+        "x_ptr": x,
+        "w_ptr": w,
+        "h_ptr": h,
+        "p_ptr": factor,
+        "bias_ptr": x if bias is None else bias,
+        "out_ptr": out,
+        "seed_ptr": seed if dropout_p > 0 else x,
+        "num_tokens": num_tokens,
+        "in_features": in_features,
+        "out_features": out_features,
+    }
+    meta = {
+        "H_RANK": h.shape[1],
+        "P_RANK": factor.shape[0],
+        "BLOCK_M": config.block_m,
+        "BLOCK_N": config.block_n,
+        "BLOCK_K": config.block_k,
+        "BLOCK_R": block_r,
+        "GROUP": GROUP_M,
+        "BIAS": bias is not None,
+        "DROPOUT": dropout_p > 0,
+        "LOW": TRITON_DTYPES[h.dtype],
+        "PRECISION": fp32_precision(target),
+    }
+    if descriptor:
+        transposed = w.stride(1) != 1
+        args |= {"stride_x": x.stride(0), "stride_w": w.stride(1) if transposed else w.stride(0)}
+        meta |= {"TRANSPOSED": transposed}
+    else:
+        args |= {"stride_xm": x.stride(0), "stride_xk": x.stride(1)}
+        args |= {"stride_wk": w.stride(0), "stride_wn": w.stride(1)}
+        meta |= {"EVEN_K": in_features % config.block_k == 0, "EVEN_N": out_features % config.block_n == 0}
+    args |= {
+        "stride_hm": h.stride(0),
+        "stride_hr": h.stride(1),
+        "stride_pr": factor.stride(0),
+        "stride_pn": factor.stride(1),
+        "scale": float(scale) / (1.0 - dropout_p),
+        "threshold": keep_threshold(dropout_p),
+    }
+    kernel = _fused_linear_descriptor_kernel if descriptor else _fused_linear_kernel
+    grid = (min(tiles, _multiprocessors(x.device)) if descriptor else tiles,)
+    return out, Launch(kernel, grid, args, meta, config.num_warps, config.num_stages)
+
+
+def _multiprocessors(device: torch.device) -> int:
+    """How many programs of the persistent form run at a time. Which one takes a tile changes no bit of it."""
+    if device.type != "cuda":
+        return 4
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def _scratch(size: int, alignment: int, stream: int | None) -> Tensor:
+    return torch.empty(size, dtype=torch.int8, device="cuda")
+
+
+def fused_linear(x: Tensor, w: Tensor, h: Tensor, factor: Tensor, **options) -> Tensor:
+    """x w + bias + scale·keep⊙(h factor), all of it summed in fp32 and rounded once.
+
+    Args:
+        x: (num_tokens, in_features), fp32/bf16/fp16, any strides.
+        w: (in_features, out_features) in the dtype of x, any strides: the weight transposed (forward), or
+            the weight itself (backward, where in_features and out_features change places).
+        h: (num_tokens, rank) or as wide as `padded_columns(rank)`; its dtype is that of the low-rank product.
+        factor: (rank, out_features), any strides; its rows may be padded.
+        bias: (out_features).
+        scale: dimensionless, on the low-rank term.
+        dropout_p, seed: zero the elements of the low-rank term that dropout dropped.
+        descriptor: the persistent form by tensor descriptors; see `why_not_descriptor`.
+
+    Returns:
+        (num_tokens, out_features) in the dtype of x, contiguous.
+
+    Raises:
+        ValueError, TypeError: an argument that is not as above.
+    """
+    out, launch = plan_fused_linear(x, w, h, factor, **options)
+    if options.get("descriptor"):
+        triton.set_allocator(_scratch)  # where a kernel makes its descriptors
+    launch()
+    return out

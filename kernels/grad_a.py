@@ -1,0 +1,198 @@
+"""dA = scale·gᵀ drop(x), accumulated in fp32: tokens are the contracted side, so they are what is split.
+
+Memory-bound: x is read once. Formula: `mica.reference.grad_a`.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from mica.kernels import checks, configs, tuning, workspace
+from mica.kernels.common import (
+    TRITON_DTYPES,
+    Launch,
+    cast,
+    ceil_div,
+    dot,
+    dropout_keep,
+    fp32_precision,
+    keep_threshold,
+    ordered_sum,
+    padded_columns,
+    padded_rank,
+    target_of,
+)
+from mica.kernels.down_projection import split_evenly
+
+
+@triton.jit(do_not_specialize=["threshold"])
+def _grad_a_kernel(
+    g_ptr,  # (M, COLUMNS)
+    x_ptr,  # (M, K)
+    grad_ptr,  # (RANK, K), contiguous
+    partial_ptr,  # (splits, RANK, K) fp32, contiguous
+    counter_ptr,  # (K / BLOCK_K) int32, zeros
+    seed_ptr,  # (1) int64
+    num_tokens,
+    in_features,
+    stride_gm,
+    stride_gr,
+    stride_xm,
+    stride_xk,
+    tokens_per_split,
+    num_splits,
+    scale,
+    threshold,
+    RANK: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    EVEN_K: tl.constexpr,
+    SPLIT: tl.constexpr,
+    DROPOUT: tl.constexpr,
+    COMPUTE: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    tile, split = tl.program_id(0), tl.program_id(1)
+    columns = tile * BLOCK_K + tl.arange(0, BLOCK_K)
+    ranks = tl.arange(0, BLOCK_R)
+    first = split * tokens_per_split
+    last = min(first + tokens_per_split, num_tokens)
+    rows = first + tl.arange(0, BLOCK_M)
+
+    g_ptrs = g_ptr + rows.to(tl.int64)[:, None] * stride_gm + ranks.to(tl.int64)[None, :] * stride_gr
+    x_ptrs = x_ptr + rows.to(tl.int64)[:, None] * stride_xm + columns.to(tl.int64)[None, :] * stride_xk
+    step = tl.full((), BLOCK_M, tl.int64)
+    acc = tl.zeros((BLOCK_R, BLOCK_K), tl.float32)
+    for start in range(first, last, BLOCK_M):
+        inside = (start + tl.arange(0, BLOCK_M) < last)[:, None]
+        x_mask = inside & tl.full((1, BLOCK_K), True, tl.int1)
+        if not EVEN_K:
+            x_mask = inside & (columns < in_features)[None, :]
+        g = tl.load(g_ptrs, mask=inside & (ranks < COLUMNS)[None, :], other=0.0)
+        x = tl.load(x_ptrs, mask=x_mask, other=0.0)
+        if DROPOUT:
+            keep = dropout_keep(seed_ptr, start + tl.arange(0, BLOCK_M), columns, threshold)
+            x = tl.where(keep, x, 0.0)
+        acc = dot(tl.trans(cast(g, COMPUTE)), cast(x, COMPUTE), acc, PRECISION)
+        g_ptrs += step * stride_gm
+        x_ptrs += step * stride_xm
+
+    offsets = ranks.to(tl.int64)[:, None] * in_features + columns[None, :]
+    mask = (ranks < RANK)[:, None] & (columns < in_features)[None, :]
+    if SPLIT:
+        size = tl.cast(in_features, tl.int64) * RANK
+        acc, done = ordered_sum(acc, partial_ptr, offsets, mask, counter_ptr + tile, split, num_splits, size)
+        if done:
+            tl.store(grad_ptr + offsets, cast(acc * scale, grad_ptr.dtype.element_ty), mask=mask)
+    else:
+        tl.store(grad_ptr + offsets, cast(acc * scale, grad_ptr.dtype.element_ty), mask=mask)
+
+
+def plan_grad_a(
+    g: Tensor,
+    x: Tensor,
+    rank: int,
+    *,
+    out_dtype: torch.dtype = torch.float32,
+    dropout_p: float = 0.0,
+    seed: Tensor | None = None,
+    config: configs.Config | None = None,
+    target: str | None = None,
+) -> tuple[Tensor, Launch]:
+    """The gradient that `grad_a` would return, still unwritten, and the launch that writes it."""
+    checks.matrix("g", g)
+    checks.matrix("x", x)
+    checks.same_device(g=g, x=x)
+    checks.contracted("g", g, 0, "x", x, 0)
+    checks.rank("g", rank)
+    if g.shape[1] not in (rank, padded_columns(rank)):
+        raise ValueError(
+            f"g must have rank = {rank} columns, or {padded_columns(rank)}, but its shape is "
+            f"{tuple(g.shape)}."
+        )
+    checks.dropout(dropout_p, seed)
+    dtype = checks.compute_dtype(torch.promote_types(g.dtype, x.dtype))
+
+    (num_tokens, in_features), columns = x.shape, g.shape[1]
+    target = target or target_of(x.device)
+    block_r = padded_rank(rank)
+    if config is None:
+        config = tuning.pick_config(
+            "grad_a",
+            x.device,
+            (tuning.bucket(num_tokens), in_features, rank, g.dtype, x.dtype, dropout_p > 0),
+            configs.grad_a(target, num_tokens, block_r, dtype.itemsize),
+            functools.partial(
+                plan_grad_a, g, x, rank, out_dtype=out_dtype, dropout_p=dropout_p, seed=seed, target=target
+            ),
+        )
+    tiles = ceil_div(in_features, config.block_k)
+    tokens_per_split, splits = split_evenly(max(1, num_tokens), config.block_m, tiles)
+
+    grad = x.new_empty(rank, in_features, dtype=out_dtype)
+    partial = x.new_empty((splits, rank, in_features) if splits > 1 else (1,), dtype=torch.float32)
+    launch = Launch(
+        _grad_a_kernel,
+        (tiles, splits),
+        {
+            "g_ptr": g,
+            "x_ptr": x,
+            "grad_ptr": grad,
+            "partial_ptr": partial,
+            "counter_ptr": workspace.counters(tiles, x.device) if splits > 1 else partial,
+            "seed_ptr": seed if dropout_p > 0 else x,
+            "num_tokens": num_tokens,
+            "in_features": in_features,
+            "stride_gm": g.stride(0),
+            "stride_gr": g.stride(1),
+            "stride_xm": x.stride(0),
+            "stride_xk": x.stride(1),
+            "tokens_per_split": tokens_per_split,
+            "num_splits": splits,
+            "scale": 1.0 / (1.0 - dropout_p),
+            "threshold": keep_threshold(dropout_p),
+        },
+        {
+            "RANK": rank,
+            "COLUMNS": columns,
+            "BLOCK_M": config.block_m,
+            "BLOCK_K": config.block_k,
+            "BLOCK_R": block_r,
+            "EVEN_K": in_features % config.block_k == 0,
+            "SPLIT": splits > 1,
+            "DROPOUT": dropout_p > 0,
+            "COMPUTE": TRITON_DTYPES[dtype],
+            "PRECISION": fp32_precision(target),
+        },
+        config.num_warps,
+        config.num_stages,
+    )
+    return grad, launch
+
+
+def grad_a(g: Tensor, x: Tensor, rank: int, **options) -> Tensor:
+    """dA = gᵀ drop(x), accumulated in fp32 and rounded once.
+
+    Args:
+        g: (num_tokens, rank) or as wide as `padded_columns(rank)`, as `down_projection` gives it.
+        x: (num_tokens, in_features), fp32/bf16/fp16, any strides. No tokens give zeros.
+        rank: rows of the result, from 1 to 256.
+        out_dtype: default fp32.
+        dropout_p, seed: as in the forward.
+
+    Returns:
+        (rank, in_features) in out_dtype, contiguous.
+
+    Raises:
+        ValueError, TypeError: an argument that is not as above.
+    """
+    grad, launch = plan_grad_a(g, x, rank, **options)
+    launch()
+    return grad

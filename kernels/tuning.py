@@ -1,0 +1,175 @@
+"""An opt-in tuner: which of a few choices is fastest for a kind of call on this device, measured and kept.
+
+Off by default. ``MICA_TUNE=1`` measures what has no entry yet, once a kind of call (a pause of a second or
+so), and writes it to ``MICA_TUNE_FILE``, by default ``mica/tuning.json`` under ``HF_HOME``. Entries that are
+there are always used. They hold for one device name and one version of torch and Triton: Triton's own disk
+cache goes by architecture, and an H100 PCIe is not an H100 SXM. What a launch reads and writes in place is
+put back after the trials.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import logging
+import os
+import time
+import uuid
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from statistics import median
+
+import torch
+import triton
+from torch import Tensor
+
+from mica.kernels.common import Launch
+from mica.kernels.configs import Config
+
+_logger = logging.getLogger("mica")
+_ROUNDS = 3  # rounds of all choices in turn; the median of each counts
+
+_table: dict[str, str] | None = None  # what the file held when it was last read or written
+_table_path: Path | None = None
+
+
+def path() -> Path:
+    default = Path(os.environ.get("HF_HOME", "~/.cache/huggingface"), "mica", "tuning.json")
+    return Path(os.environ.get("MICA_TUNE_FILE") or default).expanduser()
+
+
+def is_measuring() -> bool:
+    return os.environ.get("MICA_TUNE", "0") == "1"
+
+
+def bucket(num_tokens: int) -> int:
+    """Token counts between two powers of two share an entry."""
+    return triton.next_power_of_2(max(1, num_tokens))
+
+
+def pick(
+    name: str,
+    device: torch.device,
+    key: Iterable[object],
+    choices: dict[str, Callable[[], object]],
+    updates: Iterable[Tensor] = (),
+) -> str:
+    """The name of the choice to run: the one on file, else (where tuning is on) the fastest, else the first.
+
+    Args:
+        name: of the kernel or the operator.
+        device: where it runs.
+        key: what the answer may depend on (shapes, dtypes), in words that are stable between runs.
+        choices: name -> function that runs it once, the default first.
+        updates: tensors that running a choice changes and that must come back as they were.
+    """
+    default = next(iter(choices))
+    if len(choices) == 1 or device.type == "meta":
+        return default
+    table = _read()
+    if not table and not is_measuring():
+        return default
+    entry = " | ".join([name, _machine(device), *map(str, key)])
+    found = table.get(entry)
+    if found in choices:
+        return found
+    if not is_measuring() or (device.type == "cuda" and torch.cuda.is_current_stream_capturing()):
+        return default
+    times = _measure(choices, device, list(updates))
+    fastest = min(times, key=times.__getitem__)
+    _write(entry, fastest)
+    _logger.info("tuned %s: %s of %s", entry, fastest, times)
+    return fastest
+
+
+def pick_config(
+    name: str,
+    device: torch.device,
+    key: Iterable[object],
+    candidates: list[Config],
+    plan: Callable[..., tuple[Tensor, Launch]],
+) -> Config:
+    """`pick` among launch configurations; ``plan(config=...)`` gives the launch that one would make."""
+    if len(candidates) == 1 or device.type == "meta":
+        return candidates[0]
+    named = {"x".join(map(str, candidate)): candidate for candidate in candidates}
+    planned = functools.cache(lambda choice: plan(config=named[choice])[1])
+    updates = planned(next(iter(named))).updates if is_measuring() else ()
+    choices = {choice: functools.partial(lambda choice: planned(choice)(), choice) for choice in named}
+    return named[pick(name, device, key, choices, updates)]
+
+
+def forget() -> None:
+    """Read the file again at the next call."""
+    global _table
+    _table = None
+
+
+def _machine(device: torch.device) -> str:
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+    return f"{name}, torch {torch.__version__}, triton {triton.__version__}"
+
+
+def _measure(choices, device: torch.device, updates: list[Tensor]) -> dict[str, float]:
+    """Choice -> median milliseconds over the rounds. A choice that cannot run on this device is left out."""
+    before = [tensor.clone() for tensor in updates]
+    times: dict[str, list[float]] = {}
+    try:
+        for turn in range(_ROUNDS):
+            for name, run in choices.items():
+                if turn and name not in times:
+                    continue
+                try:
+                    times.setdefault(name, []).append(_time(run, device))
+                except (RuntimeError, triton.runtime.errors.OutOfResources) as error:
+                    _logger.info("tuning: %s does not run here: %s", name, error)
+                    times.pop(name, None)
+    finally:
+        for tensor, saved in zip(updates, before, strict=True):
+            tensor.copy_(saved)
+    if not times:
+        raise RuntimeError(f"none of the configurations {list(choices)} runs on {device}.")
+    return {name: median(found) for name, found in times.items()}
+
+
+def _time(run: Callable[[], object], device: torch.device) -> float:
+    if device.type == "cuda":
+        return triton.testing.do_bench(run, warmup=5, rep=20, return_mode="median")  # flushes the L2 cache
+    start = time.perf_counter()
+    run()
+    return (time.perf_counter() - start) * 1e3
+
+
+def _read() -> dict[str, str]:
+    global _table, _table_path
+    if _table is None or _table_path != path():
+        _table, _table_path = _load(path()), path()
+    return _table
+
+
+def _load(file: Path) -> dict[str, str]:
+    try:
+        table = json.loads(file.read_text())
+        if isinstance(table, dict) and all(isinstance(value, str) for value in table.values()):
+            return table
+        raise ValueError("not a table of names")
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError) as error:
+        _logger.warning("the tuning table %s is not used: %s", file, error)
+        return {}
+
+
+def _write(entry: str, choice: str) -> None:
+    """Put the file in place whole, with what others have added since; trouble costs a line in the log."""
+    global _table
+    file = path()
+    _table = {**_load(file), **_read(), entry: choice}
+    scratch = file.with_name(f".{file.name}.{uuid.uuid4().hex}")
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        scratch.write_text(json.dumps(_table, indent=1, sort_keys=True))
+        os.replace(scratch, file)
+    except OSError as error:
+        scratch.unlink(missing_ok=True)
+        _logger.warning("the tuning table cannot be kept in %s: %s", file, error)

@@ -1,0 +1,218 @@
+"""y += scale·keep⊙(h P) + bias in place: the wide product of the forward (P = Bᵀ) and of dx (h = g, P = A).
+
+Memory-bound: y is read and written once, at 2·M·N·r flops for 2·M·N numbers. Formulas:
+`mica.reference.forward` and `mica.reference.grad_x`.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from mica.kernels import checks, configs, tuning
+from mica.kernels.common import (
+    TRITON_DTYPES,
+    Launch,
+    cast,
+    ceil_div,
+    dot,
+    dropout_keep,
+    fp32_precision,
+    keep_threshold,
+    padded_rank,
+    target_of,
+)
+
+
+@triton.jit(do_not_specialize=["threshold"])
+def _up_projection_kernel(
+    base_ptr,  # (M, N)
+    out_ptr,  # (M, N), with base's strides; may be base
+    h_ptr,  # (M, H_RANK columns)
+    p_ptr,  # (P_RANK, N)
+    bias_ptr,  # (N)
+    seed_ptr,  # (1) int64
+    num_tokens,
+    out_features,
+    stride_bm,
+    stride_bn,
+    stride_om,
+    stride_on,
+    stride_hm,
+    stride_hr,
+    stride_pr,
+    stride_pn,
+    scale,
+    threshold,
+    H_RANK: tl.constexpr,
+    P_RANK: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    EVEN_N: tl.constexpr,
+    BIAS: tl.constexpr,
+    DROPOUT: tl.constexpr,
+    COMPUTE: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    # Neighbours write one row of tiles: they share h's rows, and y's pages are opened once.
+    tiles_n = tl.cdiv(out_features, BLOCK_N)
+    rows = (tl.program_id(0) // tiles_n) * BLOCK_M + tl.arange(0, BLOCK_M)
+    columns = (tl.program_id(0) % tiles_n) * BLOCK_N + tl.arange(0, BLOCK_N)
+    ranks = tl.arange(0, BLOCK_R)
+    row_mask = (rows < num_tokens)[:, None]
+    column_mask = (columns < out_features)[None, :]
+    rows_64, columns_64, ranks_64 = rows.to(tl.int64), columns.to(tl.int64), ranks.to(tl.int64)
+
+    h_mask = row_mask & (ranks < H_RANK)[None, :]
+    h = tl.load(h_ptr + rows_64[:, None] * stride_hm + ranks_64[None, :] * stride_hr, mask=h_mask, other=0.0)
+    p_ptrs = p_ptr + ranks_64[:, None] * stride_pr + columns_64[None, :] * stride_pn
+    if P_RANK == BLOCK_R and EVEN_N:
+        p = tl.load(p_ptrs)
+    else:
+        p = tl.load(p_ptrs, mask=(ranks < P_RANK)[:, None] & column_mask, other=0.0)
+
+    if EVEN_N:
+        mask = row_mask & tl.full((1, BLOCK_N), True, tl.int1)
+    else:
+        mask = row_mask & column_mask
+    base_ptrs = base_ptr + rows_64[:, None] * stride_bm + columns_64[None, :] * stride_bn
+    out_ptrs = out_ptr + rows_64[:, None] * stride_om + columns_64[None, :] * stride_on
+    base = tl.load(base_ptrs, mask=mask, other=0.0).to(tl.float32)
+    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    acc = dot(cast(h, COMPUTE), cast(p, COMPUTE), acc, PRECISION) * scale
+    if DROPOUT:
+        acc = tl.where(dropout_keep(seed_ptr, rows, columns, threshold), acc, 0.0)
+    if BIAS:
+        bias = tl.load(bias_ptr + columns, mask=columns < out_features, other=0.0)
+        acc += bias.to(tl.float32)[None, :]
+    tl.store(out_ptrs, cast(base + acc, out_ptr.dtype.element_ty), mask=mask)
+
+
+def plan_up_projection(
+    base: Tensor,
+    h: Tensor,
+    factor: Tensor,
+    *,
+    out: Tensor | None = None,
+    scale: float = 1.0,
+    bias: Tensor | None = None,
+    compute_dtype: torch.dtype | None = None,
+    dropout_p: float = 0.0,
+    seed: Tensor | None = None,
+    exact: bool = False,
+    config: configs.Config | None = None,
+    target: str | None = None,
+) -> tuple[Tensor, Launch]:
+    """The tensor that `up_projection_` would return, not yet updated, and the launch that updates it."""
+    out = base if out is None else out
+    for name, tensor in (("base", base), ("h", h), ("factor", factor)):
+        checks.matrix(name, tensor)
+    num_tokens, out_features = base.shape
+    checks.same_device(base=base, h=h, factor=factor, bias=bias, out=out)
+    checks.contracted("base", base, 0, "h", h, 0)
+    checks.contracted("base", base, 1, "factor", factor, 1)
+    checks.rank("factor", factor.shape[0])
+    checks.shape("out", out, (num_tokens, out_features), "the shape of base")
+    if bias is not None:
+        checks.matrix("bias", bias, dims=1)
+        checks.shape("bias", bias, (out_features,), "(out_features,)")
+        bias = bias.contiguous()
+    rank, p_rank = h.shape[1], factor.shape[0]
+    checks.ranks_fit(h, factor)
+    checks.dropout(dropout_p, seed)
+    dtype = checks.compute_dtype(compute_dtype or h.dtype)
+
+    target = target or target_of(base.device)
+    block_r = padded_rank(p_rank)
+    if config is None:
+        config = tuning.pick_config(
+            "up_projection",
+            base.device,
+            (tuning.bucket(num_tokens), out_features, p_rank, base.dtype, dtype, dropout_p > 0, exact),
+            configs.up_projection(target, num_tokens, block_r, dtype.itemsize),
+            functools.partial(
+                plan_up_projection,
+                base,
+                h,
+                factor,
+                out=out,
+                scale=scale,
+                bias=bias,
+                compute_dtype=dtype,
+                dropout_p=dropout_p,
+                seed=seed,
+                exact=exact,
+                target=target,
+            ),
+        )
+    tiles = ceil_div(num_tokens, config.block_m) * ceil_div(out_features, config.block_n)
+    launch = Launch(
+        _up_projection_kernel,
+        (tiles,),
+        {
+            "base_ptr": base,
+            "out_ptr": out,
+            "h_ptr": h,
+            "p_ptr": factor,
+            "bias_ptr": base if bias is None else bias,
+            "seed_ptr": seed if dropout_p > 0 else base,
+            "num_tokens": num_tokens,
+            "out_features": out_features,
+            "stride_bm": base.stride(0),
+            "stride_bn": base.stride(1),
+            "stride_om": out.stride(0),
+            "stride_on": out.stride(1),
+            "stride_hm": h.stride(0),
+            "stride_hr": h.stride(1),
+            "stride_pr": factor.stride(0),
+            "stride_pn": factor.stride(1),
+            "scale": float(scale) / (1.0 - dropout_p),
+            "threshold": keep_threshold(dropout_p),
+        },
+        {
+            "H_RANK": rank,
+            "P_RANK": p_rank,
+            "BLOCK_M": config.block_m,
+            "BLOCK_N": config.block_n,
+            "BLOCK_R": block_r,
+            "EVEN_N": out_features % config.block_n == 0,
+            "BIAS": bias is not None,
+            "DROPOUT": dropout_p > 0,
+            "COMPUTE": TRITON_DTYPES[dtype],
+            "PRECISION": fp32_precision(target, exact),
+        },
+        config.num_warps,
+        config.num_stages,
+        updates=(out,) if out.data_ptr() == base.data_ptr() else (),
+    )
+    return out, launch
+
+
+def up_projection_(base: Tensor, h: Tensor, factor: Tensor, **options) -> Tensor:
+    """base += scale·keep⊙(h factor) + bias in place: summed in fp32, rounded once to base's dtype.
+
+    Args:
+        base: (num_tokens, out_features), fp32/bf16/fp16, any strides.
+        h: (num_tokens, rank) or as wide as `padded_columns(rank)`, as `down_projection` gives it.
+        factor: (rank, out_features), any strides: lora_B transposed, or lora_A. Its rows may be padded too.
+        out: write there instead of into base; shape of base.
+        scale: dimensionless, applied to the fp32 product.
+        bias: (out_features).
+        compute_dtype: dtype of the factors of the product; default that of h.
+        dropout_p, seed: zero the elements of the *product* that `down_projection` dropped from x.
+        exact: fp32 products in full fp32, whatever torch's matmul setting says.
+
+    Returns:
+        base (or out).
+
+    Raises:
+        ValueError, TypeError: an argument that is not as above.
+    """
+    out, launch = plan_up_projection(base, h, factor, **options)
+    launch()
+    return out

@@ -1,0 +1,106 @@
+"""What the operators accept, and one sentence for what they do not: argument, found, allowed."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+_FLOATING = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+_INTEGER = (torch.int32, torch.int64)
+
+
+def check_linear(
+    x: Tensor,
+    weight: Tensor,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    bias: Tensor | None,
+    compute_dtype: torch.dtype | None,
+    dropout_p: float,
+    seed: Tensor | None,
+) -> None:
+    if weight.dim() != 2 or x.dim() < 1 or x.shape[-1] != weight.shape[1]:
+        raise ValueError(
+            f"x must be (..., in_features) and weight (out_features, in_features), but x is "
+            f"{tuple(x.shape)} and weight {tuple(weight.shape)}."
+        )
+    _check_adapter(weight, lora_A, lora_B)
+    if bias is not None and bias.shape != weight.shape[:1]:
+        raise ValueError(f"bias must be ({weight.shape[0]},), but it is {tuple(bias.shape)}.")
+    _check_dtypes(_FLOATING, x=x, weight=weight, lora_A=lora_A, lora_B=lora_B, bias=bias)
+    if not torch.is_autocast_enabled(x.device.type):
+        for name, tensor in (("weight", weight), ("bias", bias)):
+            if tensor is not None and tensor.dtype != x.dtype:
+                raise TypeError(
+                    f"{name} must have the dtype of x outside autocast, but {name} is {tensor.dtype} and x "
+                    f"{x.dtype}."
+                )
+    if compute_dtype is not None and compute_dtype not in _FLOATING:
+        raise TypeError(f"compute_dtype must be a floating dtype, but it is {compute_dtype}.")
+    if not 0.0 <= dropout_p < 1.0:
+        raise ValueError(f"dropout_p must be at least 0 and below 1, but it is {dropout_p}.")
+    if dropout_p > 0.0 and (seed is None or seed.dtype != torch.int64 or seed.shape != (1,)):
+        found = "None" if seed is None else f"{seed.dtype} of shape {tuple(seed.shape)}"
+        raise ValueError(
+            f"seed must be an int64 tensor of shape (1,) where dropout_p > 0, but it is {found}."
+        )
+    _check_one_device(x=x, weight=weight, lora_A=lora_A, lora_B=lora_B, bias=bias, seed=seed)
+    _check_frozen(weight=weight, lora_B=lora_B, bias=bias)
+
+
+def check_embedding(indices: Tensor, lora_A: Tensor, lora_B: Tensor) -> None:
+    if lora_A.dim() != 2 or lora_B.dim() != 2 or lora_A.shape[0] != lora_B.shape[1]:
+        raise ValueError(
+            "lora_A must be (rank, num_embeddings) and lora_B (embedding_dim, rank), but they are "
+            f"{tuple(lora_A.shape)} and {tuple(lora_B.shape)}."
+        )
+    _check_rank(lora_A)
+    _check_dtypes(_INTEGER, indices=indices)
+    _check_dtypes(_FLOATING, lora_A=lora_A, lora_B=lora_B)
+    _check_one_device(indices=indices, lora_A=lora_A, lora_B=lora_B)
+    _check_frozen(lora_B=lora_B)
+
+
+def check_merge(weight: Tensor, lora_A: Tensor, lora_B: Tensor) -> None:
+    if weight.dim() != 2:
+        raise ValueError(f"weight must be (out_features, in_features), but it is {tuple(weight.shape)}.")
+    _check_adapter(weight, lora_A, lora_B)
+    _check_dtypes(_FLOATING, weight=weight, lora_A=lora_A, lora_B=lora_B)
+    _check_one_device(weight=weight, lora_A=lora_A, lora_B=lora_B)
+
+
+def _check_adapter(weight: Tensor, lora_A: Tensor, lora_B: Tensor) -> None:
+    rank = lora_A.shape[0] if lora_A.dim() else 0
+    if lora_A.shape != (rank, weight.shape[1]) or lora_B.shape != (weight.shape[0], rank):
+        raise ValueError(
+            f"for a weight of shape {tuple(weight.shape)} lora_A must be (rank, in_features) and lora_B "
+            f"(out_features, rank), but they are {tuple(lora_A.shape)} and {tuple(lora_B.shape)}."
+        )
+    _check_rank(lora_A)
+
+
+def _check_rank(lora_A: Tensor) -> None:
+    if lora_A.shape[0] == 0:
+        raise ValueError(f"the rank must be at least 1, but lora_A is {tuple(lora_A.shape)}.")
+
+
+def _check_dtypes(allowed: tuple[torch.dtype, ...], **tensors: Tensor | None) -> None:
+    for name, tensor in tensors.items():
+        if tensor is not None and tensor.dtype not in allowed:
+            names = ", ".join(str(dtype).removeprefix("torch.") for dtype in allowed)
+            raise TypeError(f"{name} must be of dtype {names}, but it is {tensor.dtype}.")
+
+
+def _check_one_device(**tensors: Tensor | None) -> None:
+    present = {name: tensor.device for name, tensor in tensors.items() if tensor is not None}
+    if len(set(present.values())) > 1:
+        found = ", ".join(f"{name} on {device}" for name, device in present.items())
+        raise ValueError(f"all operands must be on one device, but found {found}.")
+
+
+def _check_frozen(**operands: Tensor | None) -> None:
+    for name, tensor in operands.items():
+        if tensor is not None and tensor.requires_grad and torch.is_grad_enabled():
+            raise ValueError(
+                f"{name} must be frozen in MiCA (requires_grad=False), but it requires a gradient."
+            )

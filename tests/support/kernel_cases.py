@@ -1,0 +1,66 @@
+"""Shapes, dtypes and operands for the kernels' tests."""
+
+import os
+
+import numpy as np
+import torch
+from guarding import guarded
+from hypothesis import strategies as st
+from oracle import padded
+
+DEVICE = os.environ.get("MICA_TEST_DEVICE", "cpu")
+
+# tokens, in_features, out_features, rank: ones, odd sizes, more than one tile each way, padded ranks
+SHAPES = [
+    (1, 1, 1, 1),
+    (5, 7, 3, 2),
+    (33, 150, 65, 16),
+    (70, 260, 140, 20),
+    (18, 64, 48, 130),
+]
+
+# dtype of x and y, of the adapter, of the product
+DTYPES = [
+    (torch.float32, torch.float32, torch.float32),
+    (torch.bfloat16, torch.float32, torch.bfloat16),
+    (torch.bfloat16, torch.bfloat16, torch.bfloat16),
+    (torch.float16, torch.float32, torch.float16),
+    (torch.bfloat16, torch.float32, torch.float32),
+]
+
+sizes = st.integers(1, 90)
+ranks = st.one_of(st.integers(1, 40), st.sampled_from([64, 100, 256]))
+dtypes = st.sampled_from(DTYPES)
+layouts = st.sampled_from(["rows", "columns", "contiguous"])
+probabilities = st.sampled_from([0.0, 0.0, 0.3, 0.9])
+
+
+def operand(rows, columns, dtype, layout="rows", scale=1.0):
+    """A random matrix on the tested device, in a buffer of NaN; its rows or its columns are the lines of it."""
+    if layout == "contiguous":
+        matrix = (torch.randn(rows, columns) * scale).to(dtype)
+    elif layout == "columns":
+        matrix = padded(columns, rows, dtype=dtype, scale=scale).t()
+    else:
+        matrix = padded(rows, columns, dtype=dtype, scale=scale)
+    return guarded(matrix, DEVICE)
+
+
+def far_apart(rows, columns, dtype):
+    """A random matrix whose rows are 2^30 elements and more apart: offsets pass 2^31 from the third row on.
+
+    The zeros between them are never touched, so a CPU gives them no memory.
+    """
+    stride = 2**30 + 16
+    if DEVICE == "cpu":
+        storage = torch.from_numpy(np.zeros(rows * stride, dtype=np.int16))
+        storage = storage.view(dtype)
+    else:
+        storage = torch.zeros(rows * stride, dtype=dtype, device=DEVICE)
+    matrix = storage.as_strided((rows, columns), (stride, 1), 8)
+    matrix.copy_(torch.randn(rows, columns).to(dtype))
+    return matrix
+
+
+def seed_of(value: int) -> torch.Tensor:
+    return torch.tensor([value], dtype=torch.int64, device=DEVICE)
