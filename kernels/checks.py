@@ -59,6 +59,14 @@ def same_dtype(name: str, tensor: Tensor, other_name: str, other: Tensor) -> Non
         )
 
 
+def columns(name: str, tensor: Tensor, rank: int) -> None:
+    if tensor.shape[1] not in (rank, padded_columns(rank)):
+        raise ValueError(
+            f"{name} must have rank = {rank} columns, or {padded_columns(rank)}, but its shape is "
+            f"{tuple(tensor.shape)}."
+        )
+
+
 def indices(tensor: Tensor) -> None:
     if tensor.dtype not in (torch.int32, torch.int64):
         raise TypeError(f"indices must be int32 or int64, but they are {tensor.dtype}.")

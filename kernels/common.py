@@ -40,11 +40,14 @@ def dot(a, b, acc, PRECISION: tl.constexpr):
 @triton.jit
 def cast(value, DTYPE: tl.constexpr):
     """value in DTYPE, rounded to nearest even."""
-    if INTERPRETED and DTYPE == tl.bfloat16 and value.dtype == tl.float32:  # it would truncate
+    if INTERPRETED and DTYPE == tl.bfloat16 and value.dtype == tl.float32:
+        # it would truncate, and flush what is subnormal in bf16
         bits = value.to(tl.uint32, bitcast=True)
-        rounded = (bits + (0x7FFF + ((bits >> 16) & 1))) & 0xFFFF0000
-        value = tl.where(value == value, rounded.to(tl.float32, bitcast=True), value)
-    return value.to(DTYPE)
+        upper = (bits + (0x7FFF + ((bits >> 16) & 1))) >> 16
+        result = tl.where(value == value, upper, 0x7FC0).to(tl.uint16).to(tl.bfloat16, bitcast=True)
+    else:
+        result = value.to(DTYPE)
+    return result
 
 
 @triton.jit
@@ -75,6 +78,34 @@ def dropout_keep(seed_ptr, rows, columns, threshold):
     z *= 0xD35A2D97
     z ^= z >> 15
     return (z >> 8).to(tl.int32) >= threshold
+
+
+@triton.jit
+def wide_product(
+    h_ptr, p_ptr, rows, columns, num_rows, num_columns, stride_hm, stride_hr, stride_pr, stride_pn,
+    H_RANK: tl.constexpr, P_RANK: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr,
+    EVEN_N: tl.constexpr, COMPUTE: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """The tile rows (a) x columns (b) of h P in fp32; BLOCK_K of the rank at a time, for wide ranks spill."""
+    row_mask, column_mask = (rows < num_rows)[:, None], (columns < num_columns)[None, :]
+    h_rows, p_columns = (
+        h_ptr + rows.to(tl.int64)[:, None] * stride_hm,
+        columns.to(tl.int64)[None, :] * stride_pn,
+    )
+    acc = tl.zeros((rows.shape[0], columns.shape[0]), tl.float32)
+    for start in tl.range(0, BLOCK_R, BLOCK_K, num_stages=1):  # its buffers would add to the main loop's
+        ranks = start + tl.arange(0, BLOCK_K)
+        ranks_64 = ranks.to(tl.int64)
+        h = tl.load(
+            h_rows + ranks_64[None, :] * stride_hr, mask=row_mask & (ranks < H_RANK)[None, :], other=0.0
+        )
+        p_ptrs = p_ptr + ranks_64[:, None] * stride_pr + p_columns
+        if P_RANK == BLOCK_R and EVEN_N:
+            p = tl.load(p_ptrs)
+        else:
+            p = tl.load(p_ptrs, mask=(ranks < P_RANK)[:, None] & column_mask, other=0.0)
+        acc = dot(cast(h, COMPUTE), cast(p, COMPUTE), acc, PRECISION)
+    return acc
 
 
 @triton.jit

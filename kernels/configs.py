@@ -37,6 +37,11 @@ def _is_amd(target: str) -> bool:
     return not target.startswith("sm_")
 
 
+def rank_at_a_time(itemsize: int) -> int:
+    """Of the rank, in one step of a product with wide rows: 128 bytes. With more, fp32 operands spill."""
+    return 128 // itemsize
+
+
 def _fits(config: Config, bytes_per_stage: int, target: str) -> Config:
     """The configuration with as many stages as the shared memory of the target holds (90 % of it)."""
     limit = SHARED_MEMORY.get(target, 99 * 1024) * 9 // 10
@@ -45,44 +50,56 @@ def _fits(config: Config, bytes_per_stage: int, target: str) -> Config:
 
 
 def down_projection(target: str, num_tokens: int, block_r: int, itemsize: int) -> list[Config]:
-    """For h = x Pᵀ. ``itemsize``: bytes of one number in the product. A thin K tile for wide ranks."""
+    """For h = x Pᵀ. ``itemsize``: bytes of one number in the product. A thin K tile for wide ranks.
+
+    A wide rank needs small tiles of tokens earlier: parts of a split cost as much as h does, each.
+    """
     block_k = max(32, 256 // itemsize * 16 // max(16, block_r // 2))
-    warps = 4 if block_r <= 64 else 8
-    wide = Config(64, 0, block_k, warps, 4)
-    narrow = Config(32 if warps == 8 else 16, 0, block_k, warps, 4)
-    found = [narrow, wide] if num_tokens <= 128 else [wide, narrow]
-    return [_fits(c, (c.block_m + block_r) * c.block_k * 4, target) for c in found]
+    if block_r * itemsize >= 1024:  # fp32 at rank 256: three TF32 products spill with larger tiles
+        wide, narrow = Config(32, 0, block_k, 8, 3), Config(16, 0, block_k, 4, 3)
+    elif block_r >= 128:
+        wide, narrow = Config(64, 0, block_k, 8, 4), Config(32, 0, block_k, 4, 4)
+    else:
+        wide, narrow = Config(64, 0, block_k, 4, 4), Config(16, 0, block_k, 4, 4)
+    found = [narrow, wide] if num_tokens <= (256 if block_r < 64 else 1024) else [wide, narrow]
+    return [_fits(c, (c.block_m * itemsize + block_r * 4) * c.block_k, target) for c in found]
 
 
 def up_projection(target: str, num_tokens: int, block_r: int, itemsize: int) -> list[Config]:
-    """For y += h Pᵀ: no loop, one tile of y a program, the whole rank at once."""
-    if block_r * itemsize > 256:  # h's and P's tile are the larger part of the registers
-        wide, narrow = Config(64, 64, 0, 8, 1), Config(16, 64, 0, 4, 1)
-    else:
-        wide, narrow = Config(64, 128, 0, 4, 1), Config(16, 128, 0, 4, 1)
+    """For y += h P: one tile of y a program. block_k is of the rank."""
+    block_k = min(block_r, rank_at_a_time(itemsize))
+    wide, narrow = Config(64, 128, block_k, 8, 1), Config(16, 128, block_k, 4, 1)
     return [narrow, wide] if num_tokens <= 32 else [wide, narrow]
 
 
 def grad_a(target: str, num_tokens: int, block_r: int, itemsize: int) -> list[Config]:
     """For dA = gᵀ x: a tile of x (block_m tokens, block_k columns) an iteration, over the split's tokens."""
-    block_k = 128 if block_r <= 64 else 64
-    warps = 4 if block_r <= 32 else 8
-    found = [Config(64 // max(1, itemsize // 2), 0, block_k, warps, 4)]
-    return [_fits(c, (block_k + block_r) * c.block_m * 4, target) for c in found]
+    block_m = 128 // itemsize
+    if block_r <= 64:
+        config = Config(block_m, 0, 128, 4 if block_r <= 32 else 8, 4)
+    else:
+        config = Config(block_m, 0, 64 if itemsize == 2 else 32, 8, 3)
+    return [_fits(config, (config.block_k + block_r) * block_m * itemsize, target)]
 
 
 def embedding(target: str, num_tokens: int, block_r: int, itemsize: int) -> list[Config]:
     """For s·A[:, indices]ᵀ Bᵀ: block_m tokens are gathered once, their output is written block by block."""
-    return [Config(32, 128 if block_r * itemsize <= 256 else 64, 0, 4, 1)]
+    return [Config(32, 128, 0, 4, 1) if block_r * itemsize <= 256 else Config(16, 64, 0, 8, 1)]
 
 
-def fused_linear(target: str, num_tokens: int, block_r: int, itemsize: int, descriptor: bool) -> list[Config]:
-    """For x Wᵀ + h Bᵀ in one kernel, by pointers or by tensor descriptors."""
+def fused_linear(
+    target: str, num_tokens: int, is_aligned: bool, itemsize: int, descriptor: bool
+) -> list[Config]:
+    """For x w + h P in one kernel, by pointers or by tensor descriptors.
+
+    Where rows are not aligned every number has an address of its own: registers for the small tile only.
+    """
     block_k = 128 // itemsize
+    wide, narrow = Config(128, 128, block_k, 8, 3), Config(64, 64, block_k, 4, 3)
     if descriptor:
-        found = [Config(128, 128, block_k, 8, 3)]
+        found = [wide]
+    elif not is_aligned:
+        found = [narrow]
     else:
-        found = [Config(128, 128, block_k, 8, 3), Config(64, 64, block_k, 4, 3)]
-        if num_tokens <= 512:
-            found.reverse()
+        found = [narrow, wide] if num_tokens <= 512 else [wide, narrow]
     return [_fits(c, (c.block_m + c.block_n) * c.block_k * itemsize, target) for c in found]

@@ -141,7 +141,7 @@ def plan_down_projection(
             ),
         )
     tiles = ceil_div(num_tokens, config.block_m)
-    k_per_split, splits = split_evenly(in_features, config.block_k, tiles)
+    k_per_split, splits = split_evenly(in_features, config.block_k, tiles, columns, x.element_size())
 
     h = x.new_empty(num_tokens, columns, dtype=dtype)
     partial = x.new_empty((splits, num_tokens, columns) if splits > 1 else (1,), dtype=torch.float32)
@@ -184,9 +184,14 @@ def plan_down_projection(
     return h, launch
 
 
-def split_evenly(length: int, block: int, tiles: int) -> tuple[int, int]:
-    """(length of a split in whole blocks, number of splits): enough programs, at least four blocks each."""
-    wanted = max(1, min(configs.PROGRAMS // max(1, tiles), ceil_div(length, 4 * block)))
+def split_evenly(length: int, block: int, tiles: int, columns: int, itemsize: int) -> tuple[int, int]:
+    """(length of a split in whole blocks, number of splits), for a sum over ``length`` rows of x.
+
+    Enough programs to fill a GPU, but at least four blocks each, and so few that writing and reading the fp32
+    parts (8 bytes a split for each of ``columns``) moves at most a quarter of what x does (``itemsize``).
+    """
+    affordable = length * itemsize // (32 * columns)
+    wanted = max(1, min(configs.PROGRAMS // max(1, tiles), ceil_div(length, 4 * block), affordable))
     per_split = ceil_div(ceil_div(length, wanted), block) * block
     return per_split, ceil_div(length, per_split)
 

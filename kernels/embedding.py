@@ -212,6 +212,7 @@ def plan_grad_a_embedding(
     checks.matrix("g", g)
     checks.same_device(indices=indices, g=g)
     checks.rank("g", rank)
+    checks.columns("g", g, rank)
     checks.contracted("g", g, 0, "indices", indices, 0)
     g = g.contiguous()
     ordered, order = indices.sort(stable=True)

@@ -27,6 +27,7 @@ from mica.kernels.common import (
     keep_threshold,
     padded_rank,
     target_of,
+    wide_product,
 )
 
 GROUP_M = 8  # rows of tiles that are worked on together: their part of w stays in the L2 cache
@@ -62,20 +63,18 @@ def _low_rank(
     H_RANK: tl.constexpr,
     P_RANK: tl.constexpr,
     BLOCK_R: tl.constexpr,
+    BLOCK_L: tl.constexpr,
+    EVEN_N: tl.constexpr,
     BIAS: tl.constexpr,
     DROPOUT: tl.constexpr,
     LOW: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """The tile that the main loop starts from: bias + scale·keep⊙(h P)."""
-    ranks = tl.arange(0, BLOCK_R)
-    ranks_64 = ranks.to(tl.int64)
-    h_ptrs = h_ptr + rows.to(tl.int64)[:, None] * stride_hm + ranks_64[None, :] * stride_hr
-    p_ptrs = p_ptr + ranks_64[:, None] * stride_pr + columns.to(tl.int64)[None, :] * stride_pn
-    h = tl.load(h_ptrs, mask=(rows < num_tokens)[:, None] & (ranks < H_RANK)[None, :], other=0.0)
-    p = tl.load(p_ptrs, mask=(ranks < P_RANK)[:, None] & (columns < out_features)[None, :], other=0.0)
-    acc = tl.zeros((rows.shape[0], columns.shape[0]), tl.float32)
-    acc = dot(cast(h, LOW), cast(p, LOW), acc, PRECISION) * scale
+    acc = wide_product(
+        h_ptr, p_ptr, rows, columns, num_tokens, out_features, stride_hm, stride_hr, stride_pr, stride_pn,
+        H_RANK, P_RANK, BLOCK_R, BLOCK_L, EVEN_N, LOW, PRECISION,
+    ) * scale  # fmt: skip
     if DROPOUT:
         acc = tl.where(dropout_keep(seed_ptr, rows, columns, threshold), acc, 0.0)
     if BIAS:
@@ -112,6 +111,7 @@ def _fused_linear_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_R: tl.constexpr,
+    BLOCK_L: tl.constexpr,
     GROUP: tl.constexpr,
     EVEN_K: tl.constexpr,
     EVEN_N: tl.constexpr,
@@ -126,7 +126,7 @@ def _fused_linear_kernel(
     acc = _low_rank(
         h_ptr, p_ptr, bias_ptr, seed_ptr, rows, columns, num_tokens, out_features,
         stride_hm, stride_hr, stride_pr, stride_pn, scale, threshold,
-        H_RANK, P_RANK, BLOCK_R, BIAS, DROPOUT, LOW, PRECISION,
+        H_RANK, P_RANK, BLOCK_R, BLOCK_L, EVEN_N, BIAS, DROPOUT, LOW, PRECISION,
     )  # fmt: skip
     inner = tl.arange(0, BLOCK_K)
     x_ptrs = x_ptr + rows.to(tl.int64)[:, None] * stride_xm + inner.to(tl.int64)[None, :] * stride_xk
@@ -179,8 +179,10 @@ def _fused_linear_descriptor_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_R: tl.constexpr,
+    BLOCK_L: tl.constexpr,
     GROUP: tl.constexpr,
     TRANSPOSED: tl.constexpr,
+    EVEN_N: tl.constexpr,
     BIAS: tl.constexpr,
     DROPOUT: tl.constexpr,
     LOW: tl.constexpr,
@@ -207,7 +209,7 @@ def _fused_linear_descriptor_kernel(
             h_ptr, p_ptr, bias_ptr, seed_ptr,
             row + tl.arange(0, BLOCK_M), column + tl.arange(0, BLOCK_N), num_tokens, out_features,
             stride_hm, stride_hr, stride_pr, stride_pn, scale, threshold,
-            H_RANK, P_RANK, BLOCK_R, BIAS, DROPOUT, LOW, PRECISION,
+            H_RANK, P_RANK, BLOCK_R, BLOCK_L, EVEN_N, BIAS, DROPOUT, LOW, PRECISION,
         )  # fmt: skip
         for start in range(0, in_features, BLOCK_K):
             x = x_desc.load([row, start])  # what is outside the matrix arrives as 0
@@ -283,7 +285,7 @@ def plan_fused_linear(
                 w.stride(0) == 1,
                 descriptor,
             ),
-            configs.fused_linear(target, num_tokens, block_r, x.element_size(), descriptor),
+            configs.fused_linear(target, num_tokens, _is_aligned(x, w), x.element_size(), descriptor),
             functools.partial(
                 plan_fused_linear,
                 x,
@@ -319,7 +321,9 @@ def plan_fused_linear(
         "BLOCK_N": config.block_n,
         "BLOCK_K": config.block_k,
         "BLOCK_R": block_r,
+        "BLOCK_L": min(configs.rank_at_a_time(h.element_size()), block_r),
         "GROUP": GROUP_M,
+        "EVEN_N": out_features % config.block_n == 0,
         "BIAS": bias is not None,
         "DROPOUT": dropout_p > 0,
         "LOW": TRITON_DTYPES[h.dtype],
@@ -332,7 +336,7 @@ def plan_fused_linear(
     else:
         args |= {"stride_xm": x.stride(0), "stride_xk": x.stride(1)}
         args |= {"stride_wk": w.stride(0), "stride_wn": w.stride(1)}
-        meta |= {"EVEN_K": in_features % config.block_k == 0, "EVEN_N": out_features % config.block_n == 0}
+        meta |= {"EVEN_K": in_features % config.block_k == 0}
     args |= {
         "stride_hm": h.stride(0),
         "stride_hr": h.stride(1),
@@ -344,6 +348,13 @@ def plan_fused_linear(
     kernel = _fused_linear_descriptor_kernel if descriptor else _fused_linear_kernel
     grid = (min(tiles, _multiprocessors(x.device)) if descriptor else tiles,)
     return out, Launch(kernel, grid, args, meta, config.num_warps, config.num_stages)
+
+
+def _is_aligned(*matrices: Tensor) -> bool:
+    """Whether every line in memory starts at a multiple of 16 bytes, so that loads can be 128 bits wide."""
+    return all(
+        1 in matrix.stride() and max(matrix.stride()) * matrix.element_size() % 16 == 0 for matrix in matrices
+    )
 
 
 def _multiprocessors(device: torch.device) -> int:

@@ -23,7 +23,6 @@ from mica.kernels.common import (
     fp32_precision,
     keep_threshold,
     ordered_sum,
-    padded_columns,
     padded_rank,
     target_of,
 )
@@ -112,11 +111,7 @@ def plan_grad_a(
     checks.same_device(g=g, x=x)
     checks.contracted("g", g, 0, "x", x, 0)
     checks.rank("g", rank)
-    if g.shape[1] not in (rank, padded_columns(rank)):
-        raise ValueError(
-            f"g must have rank = {rank} columns, or {padded_columns(rank)}, but its shape is "
-            f"{tuple(g.shape)}."
-        )
+    checks.columns("g", g, rank)
     checks.dropout(dropout_p, seed)
     dtype = checks.compute_dtype(torch.promote_types(g.dtype, x.dtype))
 
@@ -134,7 +129,9 @@ def plan_grad_a(
             ),
         )
     tiles = ceil_div(in_features, config.block_k)
-    tokens_per_split, splits = split_evenly(max(1, num_tokens), config.block_m, tiles)
+    tokens_per_split, splits = split_evenly(
+        max(1, num_tokens), config.block_m, tiles, columns, x.element_size()
+    )
 
     grad = x.new_empty(rank, in_features, dtype=out_dtype)
     partial = x.new_empty((splits, rank, in_features) if splits > 1 else (1,), dtype=torch.float32)

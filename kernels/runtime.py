@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import importlib.util
 import os
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, packages_distributions, version
 
 import torch
 
@@ -15,12 +15,24 @@ MINIMUM_CAPABILITY = (8, 0)
 
 def triton_version() -> str | None:
     """The installed version of Triton, found without importing it; None where it is not installed."""
-    return version("triton") if importlib.util.find_spec("triton") else None
+    if importlib.util.find_spec("triton") is None:
+        return None
+    try:
+        return version("triton")
+    except PackageNotFoundError:  # PyTorch's ROCm wheels bring it under another name
+        names = packages_distributions().get("triton")
+        return version(names[0]) if names else "unknown"
 
 
 def is_interpreting() -> bool:
-    """Whether TRITON_INTERPRET=1 makes Triton run kernels in Python, on tensors of any device."""
-    return os.environ.get("TRITON_INTERPRET", "0") == "1"
+    """Whether TRITON_INTERPRET (1, or another word for yes) makes Triton run kernels in Python."""
+    return os.environ.get("TRITON_INTERPRET", "").lower() in (
+        "1",
+        "true",
+        "on",
+        "yes",
+        "y",
+    )  # Triton's own list
 
 
 def why_unavailable(device: torch.device) -> str | None:

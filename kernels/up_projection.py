@@ -19,12 +19,12 @@ from mica.kernels.common import (
     Launch,
     cast,
     ceil_div,
-    dot,
     dropout_keep,
     fp32_precision,
     keep_threshold,
     padded_rank,
     target_of,
+    wide_product,
 )
 
 
@@ -53,6 +53,7 @@ def _up_projection_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_R: tl.constexpr,
+    BLOCK_K: tl.constexpr,
     EVEN_N: tl.constexpr,
     BIAS: tl.constexpr,
     DROPOUT: tl.constexpr,
@@ -63,34 +64,25 @@ def _up_projection_kernel(
     tiles_n = tl.cdiv(out_features, BLOCK_N)
     rows = (tl.program_id(0) // tiles_n) * BLOCK_M + tl.arange(0, BLOCK_M)
     columns = (tl.program_id(0) % tiles_n) * BLOCK_N + tl.arange(0, BLOCK_N)
-    ranks = tl.arange(0, BLOCK_R)
     row_mask = (rows < num_tokens)[:, None]
-    column_mask = (columns < out_features)[None, :]
-    rows_64, columns_64, ranks_64 = rows.to(tl.int64), columns.to(tl.int64), ranks.to(tl.int64)
-
-    h_mask = row_mask & (ranks < H_RANK)[None, :]
-    h = tl.load(h_ptr + rows_64[:, None] * stride_hm + ranks_64[None, :] * stride_hr, mask=h_mask, other=0.0)
-    p_ptrs = p_ptr + ranks_64[:, None] * stride_pr + columns_64[None, :] * stride_pn
-    if P_RANK == BLOCK_R and EVEN_N:
-        p = tl.load(p_ptrs)
-    else:
-        p = tl.load(p_ptrs, mask=(ranks < P_RANK)[:, None] & column_mask, other=0.0)
-
     if EVEN_N:
         mask = row_mask & tl.full((1, BLOCK_N), True, tl.int1)
     else:
-        mask = row_mask & column_mask
-    base_ptrs = base_ptr + rows_64[:, None] * stride_bm + columns_64[None, :] * stride_bn
-    out_ptrs = out_ptr + rows_64[:, None] * stride_om + columns_64[None, :] * stride_on
-    base = tl.load(base_ptrs, mask=mask, other=0.0).to(tl.float32)
-    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    acc = dot(cast(h, COMPUTE), cast(p, COMPUTE), acc, PRECISION) * scale
+        mask = row_mask & (columns < out_features)[None, :]
+    rows_64, columns_64 = rows.to(tl.int64)[:, None], columns.to(tl.int64)[None, :]
+    # asked for before the product is formed: y is nearly all of the traffic
+    base = tl.load(base_ptr + rows_64 * stride_bm + columns_64 * stride_bn, mask=mask, other=0.0)
+    acc = wide_product(
+        h_ptr, p_ptr, rows, columns, num_tokens, out_features, stride_hm, stride_hr, stride_pr, stride_pn,
+        H_RANK, P_RANK, BLOCK_R, BLOCK_K, EVEN_N, COMPUTE, PRECISION,
+    ) * scale  # fmt: skip
     if DROPOUT:
         acc = tl.where(dropout_keep(seed_ptr, rows, columns, threshold), acc, 0.0)
     if BIAS:
         bias = tl.load(bias_ptr + columns, mask=columns < out_features, other=0.0)
         acc += bias.to(tl.float32)[None, :]
-    tl.store(out_ptrs, cast(base + acc, out_ptr.dtype.element_ty), mask=mask)
+    out_ptrs = out_ptr + rows_64 * stride_om + columns_64 * stride_on
+    tl.store(out_ptrs, cast(base.to(tl.float32) + acc, out_ptr.dtype.element_ty), mask=mask)
 
 
 def plan_up_projection(
@@ -180,6 +172,7 @@ def plan_up_projection(
             "BLOCK_M": config.block_m,
             "BLOCK_N": config.block_n,
             "BLOCK_R": block_r,
+            "BLOCK_K": min(config.block_k, block_r),
             "EVEN_N": out_features % config.block_n == 0,
             "BIAS": bias is not None,
             "DROPOUT": dropout_p > 0,

@@ -33,7 +33,7 @@ def why_not_kernels(
     backend = backend or requested()
     if backend == "reference":
         return "MICA_BACKEND=reference"
-    if backend == "auto" and runtime.is_interpreting():
+    if backend == "auto" and runtime.is_interpreting() and runtime.triton_version() is not None:
         return "TRITON_INTERPRET=1, and interpreted kernels run only with MICA_BACKEND=triton"
     unavailable = runtime.why_unavailable(device)
     if unavailable:

@@ -28,7 +28,8 @@ def check_linear(
     if bias is not None and bias.shape != weight.shape[:1]:
         raise ValueError(f"bias must be ({weight.shape[0]},), but it is {tuple(bias.shape)}.")
     _check_dtypes(_FLOATING, x=x, weight=weight, lora_A=lora_A, lora_B=lora_B, bias=bias)
-    if not torch.is_autocast_enabled(x.device.type):
+    _check_one_device(x=x, weight=weight, lora_A=lora_A, lora_B=lora_B, bias=bias, seed=seed)
+    if not _is_autocast(x.device.type):
         for name, tensor in (("weight", weight), ("bias", bias)):
             if tensor is not None and tensor.dtype != x.dtype:
                 raise TypeError(
@@ -44,7 +45,6 @@ def check_linear(
         raise ValueError(
             f"seed must be an int64 tensor of shape (1,) where dropout_p > 0, but it is {found}."
         )
-    _check_one_device(x=x, weight=weight, lora_A=lora_A, lora_B=lora_B, bias=bias, seed=seed)
     _check_frozen(weight=weight, lora_B=lora_B, bias=bias)
 
 
@@ -67,6 +67,10 @@ def check_merge(weight: Tensor, lora_A: Tensor, lora_B: Tensor) -> None:
     _check_adapter(weight, lora_A, lora_B)
     _check_dtypes(_FLOATING, weight=weight, lora_A=lora_A, lora_B=lora_B)
     _check_one_device(weight=weight, lora_A=lora_A, lora_B=lora_B)
+
+
+def _is_autocast(device_type: str) -> bool:
+    return torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
 
 
 def _check_adapter(weight: Tensor, lora_A: Tensor, lora_B: Tensor) -> None:

@@ -6,8 +6,8 @@
     dx = dy W + keep⊙(g A) / (1 − p)        (M×K)
 
 drop(x) = keep⊙x / (1 − p), and keep follows from (seed, row, column) alone (`dropout_keep`): nothing but the
-seed is stored for the backward. Without dropout, drop(x) = x. M tokens, K in_features, N out_features, r rank,
-s scaling. There is no dB, and h = x Aᵀ is never kept: the backward needs x only. Source: MiCA,
+seed is stored for the backward. Without dropout, drop(x) = x. M tokens, K in_features, N out_features,
+r rank, s scaling. There is no dB, and h = x Aᵀ is never kept: the backward needs x only. Source: MiCA,
 arXiv 2604.01694, on LoRA's layer (arXiv 2106.09685).
 
 The low-rank products run in ``compute_dtype`` (default: the dtype of x), so A and B may be fp32 masters

@@ -8,10 +8,10 @@ A command is a module with ``add_parser(subparsers)``, which declares its argume
 import argparse
 import sys
 
-from mica.cli import adapt, inspect
+from mica.cli import adapt, doctor, inspect
 from mica.errors import UnsuitableLayerError, UsageError
 
-_COMMANDS = (adapt, inspect)
+_COMMANDS = (adapt, inspect, doctor)
 
 
 class _Parser(argparse.ArgumentParser):

@@ -1,7 +1,5 @@
 """Kernel tests run interpreted on CPU tensors, or compiled on the device that MICA_TEST_DEVICE names."""
 
-import os
-
 import pytest
 import torch
 from hypothesis import settings
@@ -12,5 +10,8 @@ settings.load_profile("kernels")
 
 
 @pytest.fixture
-def device():
-    return torch.device(os.environ.get("MICA_TEST_DEVICE", "cpu"))
+def matmul_precision():
+    """torch's function that sets how fp32 products are made; the old setting comes back."""
+    before = torch.get_float32_matmul_precision()
+    yield torch.set_float32_matmul_precision
+    torch.set_float32_matmul_precision(before)

@@ -3,12 +3,48 @@ import importlib.util
 import pytest
 import torch
 
-from mica.kernels import runtime
+from mica.kernels import down_projection, runtime
+
+
+@pytest.fixture(autouse=True)
+def compiled(monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    runtime._why_untrustworthy.cache_clear()
+    yield
+    runtime._why_untrustworthy.cache_clear()
 
 
 def test_cpu_and_meta_have_no_kernels():
     assert runtime.why_unavailable(torch.device("cpu")) == "no Triton kernels for devices of type 'cpu'"
     assert "meta" in runtime.why_unavailable(torch.device("meta"))
+
+
+def test_interpreted_kernels_run_anywhere(monkeypatch):
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    assert runtime.why_unavailable(torch.device("cpu")) is None
+
+
+@pytest.mark.parametrize(("value", "interprets"), [("true", True), ("on", True), ("0", False), ("", False)])
+def test_tritons_words_for_yes(monkeypatch, value, interprets):
+    import triton
+
+    monkeypatch.setenv("TRITON_INTERPRET", value)
+    assert runtime.is_interpreting() == interprets == bool(triton.knobs.runtime.interpret)
+
+
+def test_triton_of_another_distribution(monkeypatch):
+    """As in PyTorch's wheels for ROCm."""
+
+    def version(name):
+        if name == "triton":
+            raise runtime.PackageNotFoundError(name)
+        return f"3.5 from {name}"
+
+    monkeypatch.setattr(runtime, "version", version)
+    monkeypatch.setattr(runtime, "packages_distributions", lambda: {"triton": ["pytorch-triton-rocm"]})
+    assert runtime.triton_version() == "3.5 from pytorch-triton-rocm"
+    monkeypatch.setattr(runtime, "packages_distributions", dict)
+    assert runtime.triton_version() == "unknown"
 
 
 def test_without_triton(monkeypatch):
@@ -17,14 +53,65 @@ def test_without_triton(monkeypatch):
     assert runtime.why_unavailable(torch.device("cuda")) == "Triton is not installed"
 
 
+@pytest.fixture
+def a_gpu(monkeypatch):
+    """No GPU is asked for: the answers of one are put in its place."""
+    monkeypatch.setattr(runtime, "triton_version", lambda: "3.6.0")
+    monkeypatch.setattr(torch.version, "hip", None)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a card")
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    monkeypatch.setattr(runtime, "_trial", lambda device: None)
+    return monkeypatch
+
+
 @pytest.mark.parametrize(
     ("capability", "hip", "usable"), [((7, 5), None, False), ((9, 0), None, True), ((9, 4), "6.4", True)]
 )
-def test_devices(monkeypatch, capability, hip, usable):
-    """No GPU is asked for: the answers of one are put in its place."""
-    monkeypatch.setattr(runtime, "triton_version", lambda: "3.6.0")
-    monkeypatch.setattr(torch.version, "hip", hip)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a card")
+def test_devices(a_gpu, capability, hip, usable):
+    a_gpu.setattr(torch.version, "hip", hip)
+    a_gpu.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     reason = runtime.why_unavailable(torch.device("cuda"))
     assert reason == (None if usable else "a card is older than compute capability 8.0")
+
+
+def test_a_trial_kernel_that_fails_is_a_reason_and_is_run_once(a_gpu):
+    calls = []
+
+    def trial(device):
+        calls.append(device)
+        raise RuntimeError("Failed to find C compiler.\nPlease specify via CC")
+
+    a_gpu.setattr(runtime, "_trial", trial)
+    for _ in range(2):
+        reason = runtime.why_unavailable(torch.device("cuda"))
+        assert reason == "a trial kernel failed on it: RuntimeError: Failed to find C compiler."
+    assert len(calls) == 1
+
+
+def test_nothing_is_tried_while_a_graph_is_captured(a_gpu):
+    a_gpu.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    a_gpu.setattr(runtime, "_trial", lambda device: "wrong")
+    assert runtime.why_unavailable(torch.device("cuda")) is None
+    a_gpu.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    assert runtime.why_unavailable(torch.device("cuda")) == "wrong"
+
+
+@pytest.mark.parametrize("wrong", [False, True])
+def test_the_trial_compares_a_result(monkeypatch, wrong):
+    """On the CPU, interpreted: its numbers are exact in bf16 or rounded once, so one wrong bit is seen."""
+    from contextlib import nullcontext
+
+    monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
+    if wrong:
+        right = down_projection.down_projection
+
+        def off_by_one_bit(x, factor):
+            h = right(x, factor)
+            h.view(torch.int16)[3, 5] ^= 1
+            return h
+
+        monkeypatch.setattr(down_projection, "down_projection", off_by_one_bit)
+    assert runtime._trial(torch.device("cpu")) == (
+        "a trial kernel gave a wrong result on it" if wrong else None
+    )

@@ -5,8 +5,8 @@ from oracle import DTYPES, problem, solve
 from tolerances import RELATIVE, error
 from torch.library import opcheck
 
-from mica import ops
-from mica.ops import mica_embedding, mica_linear
+from mica import ops, reference
+from mica.ops import mica_embedding, mica_linear, mica_merge
 
 FP32 = (torch.float32, torch.float32, None)
 FP32_MASTER = (torch.bfloat16, torch.float32, None)
@@ -86,26 +86,81 @@ def test_frozen_operands_must_be_frozen(name):
         mica_linear(p.x, p.weight, p.lora_A, p.lora_B, 1.0, p.bias)
 
 
+@pytest.mark.parametrize("backend", ["auto", "triton", "reference"])
 @pytest.mark.parametrize(
-    ("change", "message"),
+    ("change", "kind", "message"),
     [
-        ({"x": torch.randn(3, 5)}, r"x is \(3, 5\)"),
-        ({"lora_A": torch.randn(2, 5)}, r"lora_A must be \(rank, in_features\)"),
-        ({"lora_B": torch.randn(5, 3)}, r"they are \(2, 4\) and \(5, 3\)"),
-        ({"bias": torch.randn(4)}, r"bias must be \(5,\)"),
+        ({"x": torch.randn(3, 5)}, ValueError, r"x is \(3, 5\)"),
+        ({"x": torch.randn(())}, ValueError, r"x is \(\)"),
+        ({"x": torch.ones(3, 4, dtype=torch.int64)}, TypeError, "x must be of dtype float64.*is torch.int64"),
+        ({"x": torch.randn(3, 4).bfloat16()}, TypeError, "weight must have the dtype of x.*torch.float32"),
+        ({"x": torch.randn(3, 4).to("meta")}, ValueError, "one device, but found x on meta, weight on cpu"),
+        ({"weight": torch.randn(5, 4, 1)}, ValueError, r"weight \(5, 4, 1\)"),
+        ({"lora_A": torch.randn(2, 5)}, ValueError, r"lora_A must be \(rank, in_features\)"),
+        ({"lora_A": torch.randn(())}, ValueError, r"they are \(\) and \(5, 2\)"),
+        ({"lora_A": torch.randn(0, 4), "lora_B": torch.randn(5, 0)}, ValueError, "rank must be at least 1"),
+        ({"lora_A": torch.ones(2, 4, dtype=torch.int8)}, TypeError, "lora_A must be of dtype"),
+        ({"lora_B": torch.randn(5, 3)}, ValueError, r"they are \(2, 4\) and \(5, 3\)"),
+        ({"bias": torch.randn(4)}, ValueError, r"bias must be \(5,\)"),
+        ({"bias": torch.randn(5).half()}, TypeError, "bias must have the dtype of x"),
+        ({"compute_dtype": torch.int32}, TypeError, "compute_dtype must be a floating dtype"),
+        ({"dropout_p": 1.0}, ValueError, "dropout_p must be at least 0 and below 1, but it is 1.0"),
+        ({"dropout_p": 0.1}, ValueError, "seed must be an int64 tensor.*it is None"),
+        ({"dropout_p": 0.1, "seed": torch.tensor(1)}, ValueError, r"it is torch.int64 of shape \(\)"),
     ],
 )
-def test_wrong_shapes_are_named(change, message):
+def test_bad_input_is_named(monkeypatch, backend, change, kind, message):
+    monkeypatch.setenv("MICA_BACKEND", backend)
     p = problem((3,), 4, 5, 2, torch.float32)
-    for name, value in change.items():
-        setattr(p, name, value)
-    with pytest.raises(ValueError, match=message):
-        mica_linear(p.x, p.weight, p.lora_A, p.lora_B, 1.0, p.bias)
+    operands = {name: getattr(p, name) for name in ("x", "weight", "lora_A", "lora_B", "bias")}
+    with pytest.raises(kind, match=message):
+        mica_linear(**{**operands, **change})
 
 
-def test_embedding_shapes_are_checked():
-    with pytest.raises(ValueError, match=r"lora_A must be \(rank, num_embeddings\)"):
-        mica_embedding(torch.tensor([0]), torch.randn(2, 5), torch.randn(4, 3))
+@pytest.mark.parametrize(
+    ("change", "kind", "message"),
+    [
+        ({"lora_B": torch.randn(4, 3)}, ValueError, r"lora_A must be \(rank, num_embeddings\)"),
+        ({"lora_A": torch.randn(0, 5), "lora_B": torch.randn(4, 0)}, ValueError, "rank must be at least 1"),
+        ({"indices": torch.tensor([0.0])}, TypeError, "indices must be of dtype int32, int64"),
+        ({"lora_A": torch.randn(2, 5).to("meta")}, ValueError, "lora_A on meta"),
+    ],
+)
+def test_bad_embedding_input_is_named(change, kind, message):
+    operands = {"indices": torch.tensor([0]), "lora_A": torch.randn(2, 5), "lora_B": torch.randn(4, 2)}
+    with pytest.raises(kind, match=message):
+        mica_embedding(**{**operands, **change})
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_merge(dtype):
+    p = problem((1,), 9, 7, 2, dtype)
+    weight = p.weight.clone()
+    merged = mica_merge(p.weight, p.lora_A.requires_grad_(), p.lora_B, p.scaling)
+    assert torch.equal(merged, reference.merge(weight, p.lora_A, p.lora_B, p.scaling))
+    assert torch.equal(p.weight, weight)
+    assert not merged.requires_grad
+    with pytest.raises(ValueError, match=r"weight must be \(out_features, in_features\)"):
+        mica_merge(p.weight[0], p.lora_A, p.lora_B)
+    with pytest.raises(ValueError, match=r"lora_A must be \(rank, in_features\)"):
+        mica_merge(p.weight, p.lora_A[:, 1:], p.lora_B)
+    opcheck(torch.ops.mica.merge.default, (p.weight, p.lora_A.detach(), p.lora_B, 0.5))
+
+
+def test_dropout_derivatives():
+    p, seed = problem((6,), 5, 4, 2, torch.float64), torch.tensor([9])
+    x, lora_A = p.x.detach().requires_grad_(), p.lora_A.detach().requires_grad_()
+
+    def function(x, lora_A):
+        return mica_linear(x, p.weight, lora_A, p.lora_B, p.scaling, p.bias, dropout_p=0.5, seed=seed)
+
+    assert torch.autograd.gradcheck(function, (x, lora_A))
+    assert torch.autograd.gradgradcheck(function, (x, lora_A))
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+        function(x, lora_A)
+    operands = {t.data_ptr() for t in (x, p.weight, lora_A, p.lora_B, seed)}
+    assert {t.data_ptr() for t in saved} == operands  # the seed, and no mask
 
 
 @pytest.mark.parametrize(("dtype", "adapter_dtype", "compute_dtype"), DTYPES)

@@ -75,3 +75,55 @@ def test_embedding_and_its_gradient():
     (expected,) = torch.autograd.grad(dense.t()[indices], lora_A, grad_output)
     actual = reference.grad_a_embedding(grad_output, indices, lora_B, 0.5, 7)
     assert error(actual, expected) <= RELATIVE[torch.float64]
+
+
+def test_dropout_keeps_the_asked_share_independently():
+    """Rows, columns and neighbours: shares and correlations within five standard errors of chance."""
+    rows, columns, p = 1024, 768, 0.3
+    keep = reference.dropout_keep(torch.tensor([1234]), rows, columns, p).double()
+    deviation = (p * (1 - p)) ** 0.5
+    centred = (keep - (1 - p)) / deviation
+    assert abs(centred.mean()) <= 5 / (rows * columns) ** 0.5
+    assert centred.mean(0).abs().max() <= 5 / rows**0.5
+    assert centred.mean(1).abs().max() <= 5 / columns**0.5
+    for shifted in (
+        centred[1:] * centred[:-1],
+        centred[:, 1:] * centred[:, :-1],
+        centred[:512] * centred[512:],
+    ):
+        assert abs(shifted.mean()) <= 5 / shifted.numel() ** 0.5
+    other = reference.dropout_keep(torch.tensor([1235]), rows, columns, p).double()
+    assert abs((centred * (other - (1 - p)) / deviation).mean()) <= 5 / (rows * columns) ** 0.5
+    assert not torch.equal(
+        reference.dropout_keep(torch.tensor([1234 + 2**40]), rows, columns, p), keep.bool()
+    )
+
+
+def test_dropout_is_a_function_of_seed_row_and_column():
+    seed = torch.tensor([-(2**62) + 5])
+    keep = reference.dropout_keep(seed, 50, 40, 0.5)
+    assert torch.equal(reference.dropout_keep(seed, 20, 30, 0.5, first_row=30), keep[30:, :30])
+    assert reference.dropout_keep(seed, 50, 40, 0.0).all()
+    assert (reference.dropout_keep(seed, 50, 40, 0.2) | ~keep).all()  # what p = 0.5 keeps, 0.2 keeps too
+
+
+@pytest.mark.parametrize(("dtype", "adapter_dtype", "compute_dtype"), DTYPES)
+def test_dropout_agrees_with_autograd_on_the_masked_input(dtype, adapter_dtype, compute_dtype):
+    """More tokens than one chunk of `grad_a`: the mask's rows go on counting."""
+    p = problem((2100,), 19, 23, 4, dtype, adapter_dtype)
+    seed, rate = torch.tensor([6]), 0.25
+    x, lora_A = (t.detach().double().requires_grad_() for t in (p.x, p.lora_A))
+    dropped = x * reference.dropout_keep(seed, 2100, 19, rate) / (1 - rate)
+    y = x @ p.weight.double().t() + p.bias.double()
+    y = y + p.scaling * dropped @ lora_A.t() @ p.lora_B.double().t()
+    dx, dA = torch.autograd.grad(y, (x, lora_A), p.grad_output.double())
+    dtype_ = compute_dtype or dtype
+    actual = reference.forward(
+        p.x, p.weight, p.lora_A, p.lora_B, p.scaling, p.bias, compute_dtype, rate, seed
+    )
+    assert error(actual, y) <= RELATIVE[dtype]
+    backward = reference.linear_backward(
+        p.grad_output, p.x, p.weight, p.lora_A, p.lora_B, p.scaling, dtype_, rate, seed
+    )
+    for value, expected in zip(backward, (dx, dA), strict=True):
+        assert error(value, expected) <= RELATIVE[dtype]

@@ -1,4 +1,4 @@
-"""Every buffer of a kernel launch between guard bands: what is read there shows, what is written there too."""
+"""Every buffer of a kernel launch between guard bands: reads and writes there are seen."""
 
 import torch
 

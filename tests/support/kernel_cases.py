@@ -36,7 +36,7 @@ probabilities = st.sampled_from([0.0, 0.0, 0.3, 0.9])
 
 
 def operand(rows, columns, dtype, layout="rows", scale=1.0):
-    """A random matrix on the tested device, in a buffer of NaN; its rows or its columns are the lines of it."""
+    """A random matrix on the tested device, its rows or its columns lying apart in a buffer of NaN."""
     if layout == "contiguous":
         matrix = (torch.randn(rows, columns) * scale).to(dtype)
     elif layout == "columns":

@@ -1,0 +1,296 @@
+"""MODELLED, not measured: what a MiCA layer would cost on a GPU not at hand (``-m bench.kernel_cost``).
+
+A roofline: a launch takes the longer of its compute and its traffic, and a gap until the next one starts.
+Matrices are bf16 and sums fp32 unless said otherwise. Assumed, besides the devices' rates:
+
+- all operands of a launch pass through memory once. Nothing stays in the L2 cache from one launch to the next
+  (harsh where M is small and all of it would); what a launch reads again, it reads from there;
+- every kernel reaches those rates, the vendor's skinny products too; waves and tiles come out even;
+- no dropout, no bias, a host that is never late. Ours has bf16 adapters: an fp32 A is 2·r·K bytes more.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple
+
+from mica import reference
+from mica.kernels import configs
+from mica.kernels.common import MAX_RANK, ceil_div, padded_columns, padded_rank
+from mica.kernels.down_projection import split_evenly
+
+BF16, FP32 = 2, 4  # bytes
+
+
+class Device(NamedTuple):
+    """Assumed rates, as achieved and not as advertised: bf16 and fp32 products (flop/s), bytes/s, s a gap."""
+
+    target: str
+    tensor: float
+    fp32: float
+    bandwidth: float
+    gap: float = 2e-6
+
+
+DEVICES = {
+    "h100": Device("sm_90", 790e12, 45e12, 3.0e12),
+    "a100": Device("sm_80", 280e12, 17e12, 1.8e12),
+    "rtx4090": Device("sm_89", 160e12, 70e12, 0.9e12),
+    "mi300x": Device("gfx942", 600e12, 100e12, 4.0e12),
+}
+SHAPES = ("8192x4096x4096", "8192x14336x4096", "8192x4096x14336", "512x4096x4096")
+
+
+class Layer(NamedTuple):
+    """x (m×k), W (n×k), A (rank×k), B (n×rank); the share of the vendor's speed that our own GEMM has."""
+
+    m: int
+    n: int
+    k: int
+    rank: int
+    target: str
+    triton_gemm: float = 0.97
+
+
+class Kernel(NamedTuple):
+    """One launch. ``partials``: bytes of partial sums, written and read again, on top of ``bytes``."""
+
+    bytes: int
+    flops: float = 0.0
+    unit: str = "tensor"
+    partials: int = 0
+    speed: float = 1.0
+
+    def seconds(self, device: Device) -> float:
+        traffic = (self.bytes + self.partials) / device.bandwidth
+        return max(self.flops / getattr(device, self.unit), traffic) / self.speed + device.gap
+
+
+class Cost(NamedTuple):
+    """The launches of forward and backward, frozen GEMM included; bytes of activations kept in between."""
+
+    forward: list[Kernel]
+    backward: list[Kernel]
+    saved: int
+
+    def microseconds(self, device: Device) -> dict[str, float]:
+        forward, backward = (1e6 * sum(one.seconds(device) for one in part) for part in self[:2])
+        return {"forward": forward, "backward": backward, "both": forward + backward}
+
+
+def gemm(m: int, n: int, k: int, size: int = BF16, adds: bool = False) -> Kernel:
+    """The vendor's: reads m×k and k×n, writes m×n; where it adds to what is there, it reads that too."""
+    numbers = m * k + k * n + m * n * (2 if adds else 1)
+    return Kernel(size * numbers, 2.0 * m * n * k, "tensor" if size == BF16 else "fp32")
+
+
+def elementwise(numbers: int, *sizes: int) -> Kernel:
+    """Reads and writes one matrix of ``numbers`` numbers for each size (bytes a number)."""
+    return Kernel(numbers * sum(sizes))
+
+
+def down(m: int, k: int, rows: int, target: str) -> Kernel:
+    """`down_projection`: reads x (m×k) and P (rows×k), writes h (m×columns); partial sums of h."""
+    config = configs.down_projection(target, m, padded_rank(rows), BF16)[0]
+    tiles, columns = ceil_div(m, config.block_m), padded_columns(rows)
+    _, splits = split_evenly(k, config.block_k, tiles, columns, BF16)
+    h, flops = m * columns, 2.0 * m * k * padded_rank(rows)
+    return Kernel(BF16 * (m * k + rows * k + h), flops, partials=_partials(splits, h))
+
+
+def grad_a(m: int, k: int, rank: int, target: str) -> Kernel:
+    """`grad_a`: reads g (m×columns) and x (m×k), writes dA (rank×k); partial sums of dA."""
+    config = configs.grad_a(target, m, padded_rank(rank), BF16)[0]
+    tiles, columns = ceil_div(k, config.block_k), padded_columns(rank)
+    _, splits = split_evenly(m, config.block_m, tiles, columns, BF16)
+    g, flops = m * columns, 2.0 * m * k * padded_rank(rank)
+    return Kernel(BF16 * (g + m * k + rank * k), flops, partials=_partials(splits, rank * k))
+
+
+def _partials(splits: int, numbers: int) -> int:
+    return 2 * FP32 * splits * numbers if splits > 1 else 0
+
+
+def up(m: int, n: int, rows: int) -> Kernel:
+    """`up_projection_`: reads and writes y (m×n), reads h (m×columns) and P (rows×n)."""
+    return Kernel(BF16 * (2 * m * n + m * padded_columns(rows) + rows * n), 2.0 * m * n * padded_rank(rows))
+
+
+def fused_linear(m: int, n: int, k: int, rows: int, speed: float) -> Kernel:
+    """`fused_linear`: reads x (m×k), w (k×n), h (m×columns), P (rows×n), writes y (m×n), never reads it."""
+    read = BF16 * (m * padded_columns(rows) + rows * n)
+    base = gemm(m, n, k)
+    return Kernel(base.bytes + read, base.flops + 2.0 * m * n * padded_rank(rows), speed=speed)
+
+
+def bare(layer: Layer) -> Cost:
+    """x Wᵀ, and dx = dy W: nothing is kept, W being frozen."""
+    m, n, k = layer[:3]
+    return Cost([gemm(m, n, k)], [gemm(m, k, n)], 0)
+
+
+def ours(layer: Layer, fused: bool) -> Cost:
+    """`mica.kernel_path`, split or fused. B is prepared once, its rows padded; g and dA are the same."""
+    m, n, k, rank, target, speed = layer
+    columns = padded_columns(rank)
+
+    def wide(out: int, inner: int, rows: int) -> list[Kernel]:
+        return (
+            [fused_linear(m, out, inner, rows, speed)] if fused else [gemm(m, out, inner), up(m, out, rows)]
+        )
+
+    forward = [down(m, k, rank, target), *wide(n, k, columns)]
+    backward = [down(m, n, columns, target), grad_a(m, k, rank, target), *wide(k, n, rank)]
+    return Cost(forward, backward, BF16 * m * k)
+
+
+def aten(layer: Layer, chunked: bool) -> Cost:
+    """`mica.reference`: skinny GEMMs and `addmm_`; s·A and s·B are made anew by every call.
+
+    Chunked, as it stands: dA from chunks of g and x that are copied to fp32 and multiplied there. The control
+    has one bf16 product instead, the most that plain PyTorch can do.
+    """
+    m, n, k, rank = layer[:4]
+    scale_a, scale_b = (elementwise(rank * width, BF16, BF16) for width in (k, n))
+    forward = [scale_a, gemm(m, rank, k), gemm(m, n, k), gemm(m, n, rank, adds=True)]
+    backward = [scale_b, gemm(m, rank, n), gemm(m, k, n), gemm(m, k, rank, adds=True)]
+    if not chunked:
+        return Cost(forward, [*backward, gemm(rank, k, m)], BF16 * m * k)
+    backward.append(elementwise(rank * k, FP32))  # zeros
+    for start in range(0, m, reference._TOKENS_PER_CHUNK):
+        tokens = min(m - start, reference._TOKENS_PER_CHUNK)
+        backward += [elementwise(tokens * width, BF16, FP32) for width in (rank, k)]
+        backward.append(gemm(rank, k, tokens, FP32, adds=True))
+    return Cost(forward, [*backward, elementwise(rank * k, FP32, BF16)], BF16 * m * k)
+
+
+def stock(layer: Layer, size: int) -> Cost:
+    """PEFT's result + lora_B(lora_A(x))·scaling, adapters of ``size`` bytes a number; casts if fp32."""
+    m, n, k, rank = layer[:4]
+
+    def cast(numbers: int, *sizes: int) -> list[Kernel]:
+        return [elementwise(numbers, *sizes)] if size != BF16 else []
+
+    forward = [
+        gemm(m, n, k),
+        *cast(m * k, BF16, size),  # x
+        gemm(m, rank, k, size),  # h = x Aᵀ
+        gemm(m, n, rank, size),  # h Bᵀ, all m×n of it
+        elementwise(m * n, size, size),  # · scaling
+        elementwise(m * n, BF16, size, size),  # result + …
+        *cast(m * n, size, BF16),  # in the dtype of the base layer
+    ]
+    backward = [
+        *cast(m * n, BF16, size),  # dy
+        *cast(m * n, size, BF16),  # dy for the base layer
+        elementwise(m * n, size, size),  # · scaling
+        gemm(m, rank, n, size),  # g
+        gemm(rank, k, m, size),  # dA = gᵀ x
+        gemm(m, k, rank, size),  # g A, all m×k of it
+        *cast(m * k, size, BF16),  # g A in the dtype of x
+        gemm(m, k, n),  # dy W
+        elementwise(m * k, BF16, BF16, BF16),  # autograd's sum
+    ]
+    return Cost(forward, backward, size * m * k)
+
+
+def grouped(layers: list[Layer]) -> tuple[Cost, Cost]:
+    """PLANNED, not built: layers that share x in one call; and these layers bare, whose dx autograd adds up.
+
+    One down projection makes every h, one product dA, one update dx. All GEMMs but the first add to dx.
+    """
+    m, _, k, rank, target, _ = layers[0]
+    columns, together = padded_columns(rank), rank * len(layers)
+    base = Cost([], [elementwise(m * k, BF16, BF16, BF16)] * (len(layers) - 1), 0)
+    backward = [grad_a(m, k, together, target), up(m, k, together)]
+    cost = Cost([down(m, k, together, target)], backward, BF16 * m * k)
+    for i, (_, n, *_) in enumerate(layers):
+        base.forward.append(gemm(m, n, k))
+        base.backward.append(gemm(m, k, n))
+        cost.forward.extend([gemm(m, n, k), up(m, n, columns)])
+        cost.backward.extend([down(m, n, columns, target), gemm(m, k, n, adds=i > 0)])
+    return cost, base
+
+
+STOCK = "stock PEFT, default (fp32 adapters)"
+GROUPED = "grouped q/k/v of this shape (planned)"
+FORMS: dict[str, Callable[[Layer], Cost]] = {
+    "bare frozen linear": bare,
+    "split": partial(ours, fused=False),
+    "fused": partial(ours, fused=True),
+    "aten control": partial(aten, chunked=False),
+    "aten reference": partial(aten, chunked=True),
+    "stock PEFT, bf16 adapters": partial(stock, size=BF16),
+    STOCK: partial(stock, size=FP32),
+}
+
+
+def compare(layer: Layer, device: Device) -> dict:
+    """The base's microseconds, each form's percent on top, partial sums' percent of a kernel's bytes."""
+    base, split = bare(layer), ours(layer, fused=False)
+    costs = {name: (form(layer), base) for name, form in FORMS.items()}
+    if 3 * layer.rank <= MAX_RANK:  # the kernels' own limit
+        costs[GROUPED] = grouped([layer] * 3)
+    forms = {}
+    for name, (cost, under) in costs.items():
+        us, base_us = cost.microseconds(device), under.microseconds(device)
+        percent = {part: 100 * (us[part] / base_us[part] - 1) for part in us}
+        forms[name] = {"us": us, "percent": percent, "saved_bytes": cost.saved}
+    skinny = {"h": split.forward[0], "g": split.backward[0], "dA": split.backward[1]}
+    partials = {name: 100 * one.partials / (one.bytes + one.partials) for name, one in skinny.items()}
+    shared = {"base_us": base.microseconds(device), "partials_percent": partials}
+    return {**layer._asdict(), **shared, "forms": forms}
+
+
+def acceptance(device: Device, triton_gemm: float) -> list[tuple[str, str, float]]:
+    """What is asked of a GPU at M 8192, N = K = 4096, r 16: (what, asked, modelled)."""
+    forms = compare(Layer(8192, 4096, 4096, 16, device.target, triton_gemm), device)["forms"]
+    percent, us = forms["split"]["percent"], {name: form["us"]["both"] for name, form in forms.items()}
+    rivals = {"stock PEFT, bf16 adapters": 1.15, STOCK: 1.6, "aten control": 0.98}
+    ratios = [(f"{name} / split, both", f">= {low}", us[name] / us["split"]) for name, low in rivals.items()]
+    return [
+        ("split, forward, %", "<= 28", percent["forward"]),
+        ("split, backward, %", "<= 35", percent["backward"]),
+        ("grouped q/k/v (planned), both, %", "<= 15", forms[GROUPED]["percent"]["both"]),
+        *ratios,
+    ]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("shapes", nargs="*", default=SHAPES, metavar="MxNxK", help="tokens, out, in")
+    parser.add_argument("--device", choices=DEVICES, default="h100")
+    parser.add_argument("--rank", type=int, choices=range(1, MAX_RANK + 1), default=16, metavar="R")
+    parser.add_argument("--triton-gemm", type=float, default=0.97, help="speed of ours, the vendor's being 1")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the numbers there, too")
+    args = parser.parse_args()
+    device = DEVICES[args.device]
+    shapes = [map(int, text.lower().split("x")) for text in args.shapes]
+    rows = [compare(Layer(*shape, args.rank, device.target, args.triton_gemm), device) for shape in shapes]
+    asked = acceptance(device, args.triton_gemm)
+
+    print(f"MODELLED, not measured: {args.device}, rank {args.rank}, our GEMM {args.triton_gemm} x vendor's")
+    rates = f"{device.tensor / 1e12:g} TF/s bf16, {device.fp32 / 1e12:g} TF/s fp32"
+    print(f"assumed: {rates}, {device.bandwidth / 1e12:g} TB/s, {device.gap * 1e6:g} us between launches")
+    for row in rows:
+        title = "MODELLED {m} x {n} x {k} (M x N x K)".format(**row)
+        shares = "h {h:.1f}, g {g:.1f}, dA {dA:.1f}".format(**row["partials_percent"])
+        print(f"\n{title}: base GEMM {row['base_us']['forward']:.1f} us; partial sums, % of bytes: {shares}")
+        print(f"  {'% over the base':<49}{'forward':>9}{'backward':>10}{'both':>8}{'saved MB':>10}")
+        for name, form in row["forms"].items():
+            numbers = "{forward:>9.1f}{backward:>10.1f}{both:>8.1f}".format(**form["percent"])
+            print(f"  {name:<49}{numbers}{form['saved_bytes'] / 1e6:>10.1f}")
+    print(f"\n{'MODELLED at 8192 x 4096 x 4096, rank 16':<51}{'asked':>9}{'modelled':>10}")
+    for what, wanted, value in asked:
+        print(f"  {what:<49}{wanted:>9}{value:>10.2f}")
+    if args.json:
+        label = {"label": "MODELLED, not measured", "device": args.device, "assumed": device._asdict()}
+        args.json.write_text(json.dumps(label | {"shapes": rows, "acceptance": asked}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

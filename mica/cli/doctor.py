@@ -1,0 +1,247 @@
+"""``mica doctor``: what this machine has, which path MiCA layers take on it, and what is broken."""
+
+import argparse
+import json
+import os
+import platform
+import sys
+import warnings
+from collections.abc import Iterator
+from importlib import import_module
+from importlib.metadata import PackageNotFoundError, metadata, packages_distributions, requires, version
+from importlib.util import find_spec
+from pathlib import Path
+
+from mica import __version__
+from mica.cli.inspect import _check_file, _Output, _write
+from mica.errors import UsageError
+
+_DISTRIBUTION = "mica-fast"
+_SETTINGS = {"MICA_BACKEND": "auto", "TRITON_INTERPRET": "0", "MICA_TUNE": "0"}  # and their defaults
+
+
+def add_parser(commands) -> None:
+    """Declare ``mica doctor`` on an argparse subparsers object."""
+    parser = commands.add_parser(
+        "doctor",
+        help="what this machine has, which path MiCA layers take on it, and what is broken",
+        description="Show versions, devices, whether MiCA layers run on Triton kernels there and why, "
+        "whether PEFT can be patched, and the caches. Exit status: 0 if nothing is broken, else 1.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the findings as JSON")
+    parser.set_defaults(run=run)
+
+
+def _told(error: Exception) -> str:
+    """An error's type and message on one line."""
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"
+
+
+def _can_import(name: str, problems: list[str]) -> bool:
+    try:
+        import_module(name)
+    except Exception as error:  # a library that is not there, one of another version, …
+        problems.append(f"{name} cannot be imported: {_told(error)}")
+        return False
+    return True
+
+
+def _installed(name: str) -> str | None:
+    if name == "Python":
+        return ".".join(map(str, sys.version_info[:3]))
+    try:
+        return version(name)
+    except PackageNotFoundError:  # PyTorch's ROCm wheels bring Triton under another name
+        others = packages_distributions().get(name)
+        return version(others[0]) if others else None
+
+
+def _versions() -> list[dict]:
+    """name, version (None: not installed) and problem (None: ok) of MiCA, Python and what MiCA requires."""
+    from packaging.requirements import Requirement
+
+    rows = [{"name": "mica", "version": __version__, "problem": None}]
+    try:
+        python = f"Python{metadata(_DISTRIBUTION)['Requires-Python']}"
+        needs = [Requirement(line) for line in (python, *requires(_DISTRIBUTION))]
+    except PackageNotFoundError:
+        rows[0]["problem"] = f"{_DISTRIBUTION} is not installed, so the versions that it needs are not known"
+        return rows
+    for need in needs:
+        if "extra" in str(need.marker):
+            continue
+        found, problem = _installed(need.name), None
+        if found is None and (need.marker is None or need.marker.evaluate()):
+            problem = f"{need.name} is not installed, and MiCA needs {need.specifier}"
+        elif found is not None and not need.specifier.contains(found, prereleases=True):
+            problem = f"{need.name} {found} is not among the supported versions, {need.specifier}"
+        rows.append({"name": need.name, "version": found, "problem": problem})
+    return rows
+
+
+def _hardware(device, has_triton: bool) -> dict:
+    """A GPU's name, memory_gib, architecture, target (None: nothing compiles); the CPU's name and threads."""
+    import torch
+
+    if device.type == "cpu":
+        return {"name": platform.machine(), "threads": torch.get_num_threads()}
+    found = torch.cuda.get_device_properties(device)
+    row = {"name": found.name, "memory_gib": round(found.total_memory / 2**30, 1), "target": None}
+    capability = "compute capability {}.{}".format(*torch.cuda.get_device_capability(device))
+    row["architecture"] = found.gcnArchName if torch.version.hip else capability
+    if has_triton:
+        from mica.kernels.common import INTERPRETED, target_of
+
+        row["target"] = None if INTERPRETED.value else target_of(device)
+    return row
+
+
+def _path(device, target: str | None) -> dict:
+    """path ("kernel", "reference", or "error": MiCA layers raise), reason, and trial of a compiled kernel."""
+    import torch
+
+    from mica import backend
+    from mica.kernels import runtime
+
+    reason = backend.why_not_kernels(device, 16, torch.bfloat16)
+    compiles = target is not None and backend.requested() != "reference"
+    if compiles and torch.version.hip is None:
+        compiles = torch.cuda.get_device_capability(device) >= runtime.MINIMUM_CAPABILITY
+    trial = "not tried" if not compiles else "failed" if reason else "passed"
+    without_kernels = "error" if backend.requested() == "triton" else "reference"
+    return {"path": without_kernels if reason else "kernel", "reason": reason, "trial": trial}
+
+
+def _devices(problems: list[str], has_triton: bool) -> list[dict]:
+    """A row for the CPU, then one for each CUDA or ROCm device."""
+    import torch
+
+    with warnings.catch_warnings(record=True) as warned:  # of a driver that is too old, for one
+        warnings.simplefilter("always")
+        count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    problems.extend(f"torch warns of its GPU: {' '.join(str(w.message).split())}" for w in warned)
+    rows = []
+    for device in (torch.device("cpu"), *(torch.device("cuda", index) for index in range(count))):
+        row = {"device": str(device)}
+        try:
+            row |= _hardware(device, has_triton)
+            row |= _path(device, row.get("target"))
+        except Exception as error:  # whatever it is (driver, installation, …), a MiCA layer meets it too
+            row |= {"path": "error", "reason": _told(error), "trial": "not tried"}
+            problems.append(f"MiCA layers cannot run on {device}: {_told(error)}")
+        if row["trial"] == "failed":
+            problems.append(f"the kernels do not run on {device}: {row['reason']}")
+        rows.append(row)
+    return rows
+
+
+def _peft(problems: list[str]) -> dict:
+    """patched (the number of functions that mica.fast replaced) and mismatches (sentences)."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # the mismatches are listed one by one
+            from mica.fast import patching
+
+            is_patched = patching.install()
+    except Exception as error:  # whatever an unknown version of PEFT can cause
+        problems.append(f"mica.fast cannot be imported: {_told(error)}")
+        return {"patched": 0, "mismatches": []}
+    found = [(patch, patching._mismatch(patch)) for patch in patching.PATCHES]
+    required = [text for patch, text in found if text and patch.required]
+    optional = [f"{text} (optional)" for patch, text in found if text and not patch.required]
+    if not is_patched:
+        problems.append(f"mica.fast leaves this PEFT as it is: {', '.join(required)}")
+    return {"patched": len(found) - len(optional) if is_patched else 0, "mismatches": required + optional}
+
+
+def _caches(has_triton: bool) -> dict:
+    """The initialisation cache's folder (None: off) and is_writable; tuning_file and tuning_entries."""
+    from mica.subspace.cache import default_cache
+
+    cache = default_cache()
+    facts = {"folder": str(cache.folder) if cache else None, "is_writable": None}
+    if cache:
+        there = next(path for path in (cache.folder, *cache.folder.parents) if os.path.exists(path))
+        facts["is_writable"] = there.is_dir() and os.access(there, os.W_OK | os.X_OK)
+    if has_triton:
+        from mica.kernels import tuning
+
+        facts |= {"tuning_file": str(tuning.path()), "tuning_entries": len(tuning._load(tuning.path()))}
+    return facts
+
+
+def _examine() -> dict:
+    """All facts; ``problems`` says what is broken. Without torch, or another package, versions only.
+
+    Raises UsageError for a value of ``MICA_BACKEND`` that is none.
+    """
+    report = {"versions": _versions(), "settings": {name: os.environ.get(name) for name in _SETTINGS}}
+    problems = report["problems"] = [row["problem"] for row in report["versions"] if row["problem"]]
+    missing = any(row["version"] is None and row["name"] != "triton" for row in report["versions"])
+    if missing or not _can_import("torch", problems):
+        return report
+    from torch.version import cuda, hip
+
+    from mica import backend
+
+    try:
+        demand = backend.requested()
+    except ValueError as error:
+        raise UsageError(str(error)) from error
+    report["torch_build"] = f"ROCm {hip} build" if hip else f"CUDA {cuda} build" if cuda else "CPU build"
+    has_triton = find_spec("triton") is not None and _can_import("triton", problems)
+    report["devices"] = _devices(problems, has_triton)
+    if demand == "triton" and all(row["path"] != "kernel" for row in report["devices"]):
+        problems.append("MICA_BACKEND=triton demands kernels, and no device here can run them")
+    report["peft"] = _peft(problems)
+    report["caches"] = _caches(has_triton)
+    return report
+
+
+def _lines(report: dict) -> Iterator[tuple[str, str]]:
+    """The report as text: a label and what is said of it, line by line."""
+    for row in report["versions"]:
+        note = row["problem"] or ("ok" if row["version"] else "not needed on this system")
+        build = f", {report['torch_build']}" if row["name"] == "torch" and "torch_build" in report else ""
+        yield row["name"], f"{row['version'] or 'not installed':14}  {note}{build}"
+    for name, value in report["settings"].items():
+        yield name, value or f"{_SETTINGS[name]} (not set)"
+    if "devices" not in report:
+        return
+    units = {"threads": "{} threads", "memory_gib": "{} GiB", "architecture": "{}", "target": "target {}"}
+    for row in report["devices"]:
+        parts = [text.format(row[key]) for key, text in units.items() if row.get(key)]
+        yield row["device"], ", ".join([row.get("name", "unknown"), *parts])
+        yield "  MiCA layers", row["path"] + (f": {row['reason']}" if row["reason"] else "")
+        if row["device"] != "cpu":
+            yield "  trial kernel", row["trial"]
+    if len(report["devices"]) == 1:
+        yield "kernels", "none compiled: no GPU here (`make static` compiles them ahead of time, for any GPU)"
+    yield "PEFT", f"mica.fast replaces {report['peft']['patched']} of its functions"
+    for mismatch in report["peft"]["mismatches"]:
+        yield "  mismatch", mismatch
+    caches = report["caches"]
+    state = "writable" if caches["is_writable"] else "not writable, so nothing new is kept"
+    yield "cache", f"{caches['folder']}, {state}" if caches["folder"] else "off"
+    if "tuning_file" in caches:
+        yield "tuning file", f"{caches['tuning_file']}, {caches['tuning_entries']} entries"
+
+
+def run(args: argparse.Namespace) -> int:
+    """Run the command: 0 if all that this machine can do works, 1 if something is broken.
+
+    ``--json`` is what `_examine` returns. Raises UsageError.
+    """
+    if args.json:
+        _check_file("--json", args.json)
+    report = _examine()
+    if args.json:
+        text = json.dumps(report, indent=2, allow_nan=False) + "\n"
+        _write("--json", args.json, lambda path: path.write_text(text, encoding="utf-8"))
+    output = _Output()
+    for label, text in _lines(report):
+        output.line(f"{label:16}  {text}")
+    broken = "; ".join(report["problems"])
+    output.line(f"broken: {broken}" if broken else "everything that this machine can do works")
+    return 1 if broken else 0

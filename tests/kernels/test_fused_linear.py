@@ -1,0 +1,189 @@
+import pytest
+import torch
+from guarding import run_guarded
+from hypothesis import given
+from hypothesis import strategies as st
+from kernel_cases import (
+    DTYPES,
+    SHAPES,
+    dtypes,
+    far_apart,
+    layouts,
+    operand,
+    probabilities,
+    ranks,
+    seed_of,
+    sizes,
+)
+from tolerances import RELATIVE, error
+
+from mica import reference
+from mica.kernels import configs
+from mica.kernels.fused_linear import fused_linear, plan_fused_linear, why_not_descriptor
+
+
+def expected(x, w, h, factor, bias=None, scale=1.0, dropout_p=0.0, seed=None):
+    rank = min(h.shape[1], factor.shape[0])
+    update = scale * (h[:, :rank].double() @ factor[:rank].double())
+    if dropout_p:
+        update = update.where(reference.dropout_keep(seed, *update.shape, dropout_p), 0) / (1 - dropout_p)
+    return x.double() @ w.double() + update + (0 if bias is None else bias.double())
+
+
+def check(x, w, h, factor, descriptor=False, config=None, **options):
+    wanted = expected(x, w, h, factor, **options)
+    out = run_guarded(*plan_fused_linear(x, w, h, factor, descriptor=descriptor, config=config, **options))
+    assert out.dtype == x.dtype
+    assert error(out, wanted) <= RELATIVE[x.dtype]
+
+
+@pytest.mark.parametrize(("dtype", "factor_dtype", "low_dtype"), DTYPES)
+@pytest.mark.parametrize(("tokens", "in_features", "out_features", "rank"), SHAPES)
+@pytest.mark.parametrize("backward", [False, True])
+@pytest.mark.parametrize("dropout_p", [0.0, 0.4])
+def test_agrees_with_fp64(
+    dtype, factor_dtype, low_dtype, tokens, in_features, out_features, rank, backward, dropout_p
+):
+    """Forward: the weight transposed, with a bias; backward: the weight as it is, with dropout's mask."""
+    layout = "rows" if backward else "columns"
+    check(
+        operand(tokens, in_features, dtype),
+        operand(in_features, out_features, dtype, layout, scale=in_features**-0.5),
+        operand(tokens, rank, low_dtype),
+        operand(rank, out_features, factor_dtype, scale=rank**-0.5),
+        bias=None if backward else operand(1, out_features, dtype)[0],
+        scale=0.75,
+        dropout_p=dropout_p,
+        seed=seed_of(4),
+    )
+
+
+def aligned(rows, columns, dtype, transposed=False, scale=1.0):
+    """Rows that start at multiples of 16 bytes, as the copy engine wants them."""
+    if transposed:
+        return aligned(columns, rows, dtype, scale=scale).t()
+    stride = -(-columns // 16) * 16 + 16
+    wide = operand(rows, stride, dtype, "contiguous", scale)
+    wide[:, columns:] = float("nan")
+    return wide[:, :columns]
+
+
+@pytest.mark.parametrize(("dtype", "factor_dtype", "low_dtype"), DTYPES)
+@pytest.mark.parametrize(
+    ("tokens", "in_features", "out_features", "rank"), [(1, 1, 8, 1), (150, 75, 136, 5), (300, 130, 264, 20)]
+)
+@pytest.mark.parametrize("backward", [False, True])
+@pytest.mark.parametrize("dropout_p", [0.0, 0.4])
+def test_descriptors_agree_with_fp64(
+    dtype, factor_dtype, low_dtype, tokens, in_features, out_features, rank, backward, dropout_p
+):
+    """Tiles that hang over every edge of the matrices; more tiles than programs."""
+    check(
+        aligned(tokens, in_features, dtype),
+        aligned(in_features, out_features, dtype, not backward, scale=in_features**-0.5),
+        operand(tokens, rank, low_dtype),
+        operand(rank, out_features, factor_dtype, scale=rank**-0.5),
+        descriptor=True,
+        bias=None if backward else operand(1, out_features, dtype)[0],
+        scale=0.75,
+        dropout_p=dropout_p,
+        seed=seed_of(4),
+    )
+
+
+@given(
+    tokens=sizes,
+    inner=st.integers(1, 200),
+    width=sizes,
+    rank=ranks,
+    kinds=dtypes,
+    x=layouts,
+    w=layouts,
+    p=layouts,
+    drop=probabilities,
+)
+def test_any_shape_and_layout(tokens, inner, width, rank, kinds, x, w, p, drop):
+    check(
+        operand(tokens, inner, kinds[0], x),
+        operand(inner, width, kinds[0], w, scale=inner**-0.5),
+        operand(tokens, rank, kinds[2]),
+        operand(rank, width, kinds[1], p, scale=rank**-0.5),
+        dropout_p=drop,
+        seed=seed_of(inner),
+    )
+
+
+def test_every_configuration():
+    x, w = operand(150, 100, torch.bfloat16), operand(100, 140, torch.bfloat16, scale=0.1)
+    h, factor = operand(150, 9, torch.bfloat16), operand(9, 140, torch.bfloat16, scale=0.3)
+    for target in configs.SHARED_MEMORY:
+        for tokens in (1, 10_000):
+            for config in configs.fused_linear(target, tokens, True, 2, False):
+                check(x, w, h, factor, config=config)
+
+
+def test_one_rounding():
+    """The base product is not rounded before the low-rank term is added: half a unit in the last place."""
+    x, w = operand(64, 32, torch.bfloat16), operand(32, 64, torch.bfloat16)
+    h, factor = operand(64, 4, torch.bfloat16), operand(4, 64, torch.bfloat16)
+    out, wanted = fused_linear(x, w, h, factor), expected(x, w, h, factor)
+    assert ((out.double() - wanted).abs() <= 0.5 * 2**-7 * wanted.abs() + 1e-5).all()
+
+
+def test_offsets_beyond_32_bit():
+    x, w = far_apart(3, 70, torch.float16), operand(70, 8, torch.float16)
+    h, factor = operand(3, 4, torch.float16), operand(4, 8, torch.float16)
+    assert error(fused_linear(x, w, h, factor), expected(x, w, h, factor)) <= RELATIVE[torch.float16]
+    wide = far_apart(3, 70, torch.float16)  # as a weight of three rows
+    x, h, factor = operand(5, 3, torch.float16), operand(5, 4, torch.float16), operand(4, 70, torch.float16)
+    assert error(fused_linear(x, wide, h, factor), expected(x, wide, h, factor)) <= RELATIVE[torch.float16]
+
+
+@pytest.mark.parametrize(
+    ("x", "w", "target", "reason"),
+    [
+        ((8, 16), (16, 8), "sm_80", "sm_80 has no copy engine"),
+        ((8, 16), (16, 8), "gfx942", "gfx942 has no copy engine"),
+        ((8, 15), (15, 8), "sm_90", "the rows of x are not contiguous and aligned"),
+        ((8, 16), (16, 9), "sm_90", "the rows of w are not contiguous and aligned"),
+        ((8, 16), (16, 8), "sm_90", None),
+        ((8, 16), (16, 8), "sm_120", None),
+    ],
+)
+def test_why_not_descriptor(x, w, target, reason):
+    found = why_not_descriptor(torch.zeros(x).bfloat16(), torch.zeros(w).bfloat16(), target)
+    assert found == reason or reason in found
+
+
+def test_descriptors_of_unaligned_results_are_refused():
+    x, w = torch.zeros(8, 16).bfloat16(), torch.zeros(9, 16).bfloat16().t()
+    assert why_not_descriptor(x, w, "sm_90") == "the rows of the result are not aligned to 16 bytes"
+    assert "the rows of x" in why_not_descriptor(torch.zeros(16, 8).bfloat16().t(), w, "sm_90")
+    with pytest.raises(ValueError, match=r"descriptor=True cannot be had: the rows of the result"):
+        fused_linear(x, w, torch.zeros(8, 2), torch.zeros(2, 9), descriptor=True)
+
+
+def test_no_tokens():
+    x, h = operand(0, 8, torch.float32, "contiguous"), operand(0, 2, torch.float32, "contiguous")
+    w, factor = operand(8, 4, torch.float32, "contiguous"), operand(2, 4, torch.float32)
+    for descriptor in (False, True):
+        assert fused_linear(x, w, h, factor, descriptor=descriptor).shape == (0, 4)
+
+
+@pytest.mark.parametrize(
+    ("change", "kind", "message"),
+    [
+        ({"w": torch.randn(5, 6)}, ValueError, "dimension 1 of x and dimension 0 of w"),
+        ({"w": torch.randn(4, 6).bfloat16()}, TypeError, "x and w must have one dtype"),
+        ({"h": torch.randn(2, 2)}, ValueError, "dimension 0 of x and dimension 0 of h"),
+        ({"factor": torch.randn(3, 6)}, ValueError, "h must have as many columns"),
+        ({"factor": torch.randn(2, 5)}, ValueError, "dimension 1 of w and dimension 1 of factor"),
+        ({"bias": torch.randn(5)}, ValueError, r"bias must be \(out_features,\) = \(6,\)"),
+        ({"x": torch.ones(3, 4, dtype=torch.int64)}, TypeError, "x must be of dtype"),
+    ],
+)
+def test_bad_input_is_named(change, kind, message):
+    arguments = {"x": torch.randn(3, 4), "w": torch.randn(4, 6), "h": torch.randn(3, 2)}
+    arguments |= {"factor": torch.randn(2, 6), **change}
+    with pytest.raises(kind, match=message):
+        fused_linear(**arguments)

@@ -1,0 +1,160 @@
+"""What ships: every kernel with every configuration of its table, as the launches that would be made."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+
+from mica.kernels import configs
+from mica.kernels.common import Launch, padded_rank
+from mica.kernels.down_projection import plan_down_projection
+from mica.kernels.embedding import plan_embedding, plan_grad_a_embedding
+from mica.kernels.fused_linear import plan_fused_linear
+from mica.kernels.grad_a import plan_grad_a
+from mica.kernels.merge import plan_merge
+from mica.kernels.up_projection import plan_up_projection
+
+TARGETS = tuple(configs.SHARED_MEMORY)
+RANKS = (16, 64, 256)
+FP32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
+# dtype of x, of lora_A, of the product
+DTYPES = {
+    "bf16": (BF16, FP32, BF16),
+    "fp16": (FP16, FP32, FP16),
+    "fp32": (FP32, FP32, FP32),
+    "bf16 in fp32": (BF16, FP32, FP32),
+}
+
+
+@dataclass
+class Case:
+    kernel: str
+    label: str
+    launch: Launch
+    is_aligned: bool = True
+    has_product: bool = True
+    load_bits: int = 128  # the narrowest load that a main loop may have
+    few_loads: int = 4  # how many loads of any width a kernel without a main loop may have (seed, bias, h)
+
+
+def empty(*shape: int, dtype: torch.dtype) -> torch.Tensor:
+    return torch.empty(*shape, dtype=dtype, device="meta")
+
+
+def cases(target: str) -> list[Case]:
+    """All of them for one target."""
+    found = [case for rank in RANKS for case in _cases_of_rank(target, rank)]
+    for case in found:
+        # Copies to shared memory are as wide as its layout is contiguous, which the tensor cores choose: four
+        # numbers where 16-bit ones become fp32, one where fp32 ones are transposed (g, the small operand).
+        if "bf16 in fp32" in case.label:
+            case.load_bits = 64
+        if case.kernel == "grad_a" and "fp32" in case.label:
+            case.load_bits = 32
+        if "bias" in case.label:
+            case.few_loads = 32
+    return found
+
+
+def _cases_of_rank(target: str, rank: int) -> Iterator[Case]:
+    for name, dtypes in DTYPES.items():
+        if name == "fp16" and rank != 16:
+            continue  # the same code as bf16 but for one conversion
+        every = name == "bf16"  # the other dtypes with the default configuration only
+        yield from _linear(target, rank, name, *dtypes, every)
+        if name in ("bf16", "fp32"):
+            yield from _fused(target, rank, name, *dtypes, every)
+            yield from _merge_and_embedding(target, rank, name, *dtypes)
+    if rank == RANKS[0]:
+        yield from _unaligned(target)
+
+
+def _linear(target, rank, name, dtype, a_dtype, product, every) -> Iterator[Case]:
+    tokens, width = 8192, 4096
+    x, a = empty(tokens, width, dtype=dtype), empty(rank, width, dtype=a_dtype)
+    b, h = empty(width, rank, dtype=product).t(), empty(tokens, rank, dtype=product)
+    seed, options = empty(1, dtype=torch.int64), {"target": target, "compute_dtype": product}
+    block_r, size = padded_rank(rank), product.itemsize
+    dropped = {"dropout_p": 0.1, "seed": seed}
+
+    table = configs.down_projection(target, tokens, block_r, size)
+    for index, config in enumerate(table if every else table[:1]):
+        label = f"{name} r={rank} {tuple(config)}"
+        yield Case("down_projection", f"A {label}", plan_down_projection(x, a, config=config, **options)[1])
+        yield Case("down_projection", f"B {label}", plan_down_projection(x, b, config=config, **options)[1])
+        if index == 0:
+            launch = plan_down_projection(x, a, config=config, **dropped, **options)[1]
+            yield Case("down_projection", f"A {label} dropout", launch)
+    few = empty(16, width, dtype=dtype)
+    yield Case("down_projection", f"split {name} r={rank}", plan_down_projection(few, a, **options)[1])
+
+    table = configs.up_projection(target, tokens, block_r, size)
+    bias = empty(width, dtype=dtype)
+    for index, config in enumerate(table if every else table[:1]):
+        label = f"{name} r={rank} {tuple(config)}"
+        yield Case("up_projection", f"B {label}", plan_up_projection(x, h, b, config=config, **options)[1])
+        yield Case("up_projection", f"A {label}", plan_up_projection(x, h, a, config=config, **options)[1])
+        if index == 0:
+            launch = plan_up_projection(x, h, a, config=config, **dropped, **options)[1]
+            yield Case("up_projection", f"A {label} dropout", launch)
+            launch = plan_up_projection(x, h, b, config=config, bias=bias, **options)[1]
+            yield Case("up_projection", f"B {label} bias", launch)
+
+    for index, config in enumerate(configs.grad_a(target, tokens, block_r, size)):
+        label = f"{name} r={rank} {tuple(config)}"
+        launch = plan_grad_a(h, x, rank, config=config, target=target)[1]
+        yield Case("grad_a", label, launch)
+        if index == 0 and every:
+            launch = plan_grad_a(h, x, rank, config=config, target=target, **dropped)[1]
+            yield Case("grad_a", f"{label} dropout", launch)
+
+
+def _fused(target, rank, name, dtype, a_dtype, product, every) -> Iterator[Case]:
+    tokens, width = 8192, 4096
+    x, weight = empty(tokens, width, dtype=dtype), empty(width, width, dtype=dtype)
+    a, b = empty(rank, width, dtype=a_dtype), empty(width, rank, dtype=product).t()
+    h, bias = empty(tokens, rank, dtype=product), empty(width, dtype=dtype)
+    dropped = {"dropout_p": 0.1, "seed": empty(1, dtype=torch.int64)}
+    has_copy_engine = target.startswith("sm_") and int(target[3:]) >= 90
+    for descriptor in (False, True) if has_copy_engine else (False,):
+        kernel = "fused_descriptor" if descriptor else "fused_linear"
+        options = {"target": target, "descriptor": descriptor}
+        table = configs.fused_linear(target, tokens, True, dtype.itemsize, descriptor)
+        for index, config in enumerate(table if every else table[:1]):
+            label = f"{name} r={rank} {tuple(config)}"
+            launch = plan_fused_linear(x, weight.t(), h, b, bias=bias, config=config, **options)[1]
+            yield Case(kernel, f"forward {label}", launch)
+            launch = plan_fused_linear(x, weight, h, a, config=config, **options)[1]
+            yield Case(kernel, f"backward {label}", launch)
+            if index == 0 and every:
+                launch = plan_fused_linear(x, weight, h, a, config=config, **dropped, **options)[1]
+                yield Case(kernel, f"backward {label} dropout", launch)
+
+
+def _merge_and_embedding(target, rank, name, dtype, a_dtype, product) -> Iterator[Case]:
+    tokens, width, size = 8192, 4096, 32000
+    weight, label = empty(width, width, dtype=dtype), f"{name} r={rank}"
+    launch = plan_merge(
+        weight, empty(rank, width, dtype=a_dtype), empty(width, rank, dtype=a_dtype), target=target
+    )
+    yield Case("merge", label, launch[1])
+    indices = empty(tokens, dtype=torch.int64)
+    factor = empty(width, rank, dtype=product).t()
+    launch = plan_embedding(indices, empty(rank, size, dtype=product), factor, target=target)[1]
+    yield Case("embedding", label, launch)
+    launch = plan_grad_a_embedding(empty(tokens, rank, dtype=FP32), indices, rank, size)[1]
+    yield Case("scatter", label, launch, is_aligned=False, has_product=False)  # a gather of single numbers
+
+
+def _unaligned(target) -> Iterator[Case]:
+    """Odd sizes and strides: it compiles and does not spill; its accesses are as narrow as they must be."""
+    x, a = empty(333, 1001, dtype=BF16), empty(13, 1001, dtype=FP32)
+    y, b = empty(333, 777, dtype=BF16), empty(777, 13, dtype=BF16).t()
+    h, weight = empty(333, 16, dtype=BF16), empty(777, 1001, dtype=BF16)
+    yield Case("down_projection", "odd", plan_down_projection(x, a, target=target)[1], is_aligned=False)
+    yield Case("up_projection", "odd", plan_up_projection(y, h, b, target=target)[1], is_aligned=False)
+    yield Case("grad_a", "odd", plan_grad_a(h, x, 13, target=target)[1], is_aligned=False)
+    launch = plan_fused_linear(x, weight.t(), h, b, target=target)[1]
+    yield Case("fused_linear", "odd", launch, is_aligned=False)
