@@ -61,13 +61,13 @@ def _mix(z):
 
 
 @triton.jit
-def dropout_keep(seed_ptr, rows, columns, threshold):
+def dropout_keep(seed, rows, columns, threshold):
     """Which elements of rows x columns dropout keeps: `mica.reference.dropout_keep`, bit for bit.
 
-    rows (a) and columns (b) are 1-d, threshold a number of 24 bits. About a dozen instructions an element;
-    Philox takes four times as many. What depends on the row alone is computed once a row.
+    seed is int64, loaded before any loop; rows (a) and columns (b) are 1-d; threshold has 24 bits. About a
+    dozen instructions an element; Philox takes four times as many. What depends on the row alone is computed
+    once a row.
     """
-    seed = tl.load(seed_ptr)
     first = _mix(rows.to(tl.uint32) ^ (seed & 0xFFFFFFFF).to(tl.uint32))
     second = _mix(first + (seed >> 32).to(tl.uint32))
     z = columns.to(tl.uint32)[None, :] * 0x9E3779B9 + first[:, None]

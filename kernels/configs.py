@@ -59,9 +59,11 @@ def down_projection(target: str, num_tokens: int, block_r: int, itemsize: int) -
         wide, narrow = Config(32, 0, block_k, 8, 3), Config(16, 0, block_k, 4, 3)
     elif block_r >= 128:
         wide, narrow = Config(64, 0, block_k, 8, 4), Config(32, 0, block_k, 4, 4)
+        narrow = wide if block_r == 256 else narrow  # spills
     else:
         wide, narrow = Config(64, 0, block_k, 4, 4), Config(16, 0, block_k, 4, 4)
     found = [narrow, wide] if num_tokens <= (256 if block_r < 64 else 1024) else [wide, narrow]
+    found = list(dict.fromkeys(found))
     return [_fits(c, (c.block_m * itemsize + block_r * 4) * c.block_k, target) for c in found]
 
 
@@ -84,7 +86,10 @@ def grad_a(target: str, num_tokens: int, block_r: int, itemsize: int) -> list[Co
 
 def embedding(target: str, num_tokens: int, block_r: int, itemsize: int) -> list[Config]:
     """For s·A[:, indices]ᵀ Bᵀ: block_m tokens are gathered once, their output is written block by block."""
-    return [Config(32, 128, 0, 4, 1) if block_r * itemsize <= 256 else Config(16, 64, 0, 8, 1)]
+    row_bytes = block_r * itemsize
+    if row_bytes <= 256:
+        return [Config(32, 128, 0, 4, 1)]
+    return [Config(32 if row_bytes <= 512 else 16, 64, 0, 8, 1)]
 
 
 def fused_linear(
@@ -95,11 +100,14 @@ def fused_linear(
     Where rows are not aligned every number has an address of its own: registers for the small tile only.
     """
     block_k = 128 // itemsize
-    wide, narrow = Config(128, 128, block_k, 8, 3), Config(64, 64, block_k, 4, 3)
+    narrow = Config(64, 64, block_k, 4, 3)
+    # fp32 without Hopper's instructions: three TF32 products of a larger tile spill
+    is_large = itemsize == 2 or target in ("sm_90", "sm_100")
+    wide = Config(128, 128, block_k, 8, 3) if is_large else Config(128, 64, block_k, 8, 3)
     if descriptor:
         found = [wide]
     elif not is_aligned:
-        found = [narrow]
+        found = [narrow._replace(block_k=block_k // 2, num_stages=2)]
     else:
         found = [narrow, wide] if num_tokens <= 512 else [wide, narrow]
     return [_fits(c, (c.block_m + c.block_n) * c.block_k * itemsize, target) for c in found]

@@ -70,6 +70,8 @@ def _down_projection_kernel(
     p_ptrs = p_ptr + ranks.to(tl.int64)[None, :] * stride_pr + columns.to(tl.int64)[:, None] * stride_pk
     step = tl.full((), BLOCK_K, tl.int64)
     acc = tl.zeros((BLOCK_M, BLOCK_R), tl.float32)
+    if DROPOUT:
+        seed = tl.load(seed_ptr)
     for start in range(first, last, BLOCK_K):
         x_mask = (rows < num_tokens)[:, None]
         p_mask = (ranks < RANK)[None, :]
@@ -79,7 +81,7 @@ def _down_projection_kernel(
             p_mask = p_mask & inside[:, None]
         x = tl.load(x_ptrs, mask=x_mask, other=0.0)
         if DROPOUT:
-            keep = dropout_keep(seed_ptr, rows, start + tl.arange(0, BLOCK_K), threshold)
+            keep = dropout_keep(seed, rows, start + tl.arange(0, BLOCK_K), threshold)
             x = tl.where(keep, x, 0.0)
         if RANK == BLOCK_R and EVEN_K:
             p = tl.load(p_ptrs)

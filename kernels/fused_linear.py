@@ -76,7 +76,7 @@ def _low_rank(
         H_RANK, P_RANK, BLOCK_R, BLOCK_L, EVEN_N, LOW, PRECISION,
     ) * scale  # fmt: skip
     if DROPOUT:
-        acc = tl.where(dropout_keep(seed_ptr, rows, columns, threshold), acc, 0.0)
+        acc = tl.where(dropout_keep(tl.load(seed_ptr), rows, columns, threshold), acc, 0.0)
     if BIAS:
         bias = tl.load(bias_ptr + columns, mask=columns < out_features, other=0.0)
         acc += bias.to(tl.float32)[None, :]

@@ -69,6 +69,8 @@ def _grad_a_kernel(
     x_ptrs = x_ptr + rows.to(tl.int64)[:, None] * stride_xm + columns.to(tl.int64)[None, :] * stride_xk
     step = tl.full((), BLOCK_M, tl.int64)
     acc = tl.zeros((BLOCK_R, BLOCK_K), tl.float32)
+    if DROPOUT:
+        seed = tl.load(seed_ptr)
     for start in range(first, last, BLOCK_M):
         inside = (start + tl.arange(0, BLOCK_M) < last)[:, None]
         x_mask = inside & tl.full((1, BLOCK_K), True, tl.int1)
@@ -77,7 +79,7 @@ def _grad_a_kernel(
         g = tl.load(g_ptrs, mask=inside & (ranks < COLUMNS)[None, :], other=0.0)
         x = tl.load(x_ptrs, mask=x_mask, other=0.0)
         if DROPOUT:
-            keep = dropout_keep(seed_ptr, start + tl.arange(0, BLOCK_M), columns, threshold)
+            keep = dropout_keep(seed, start + tl.arange(0, BLOCK_M), columns, threshold)
             x = tl.where(keep, x, 0.0)
         acc = dot(tl.trans(cast(g, COMPUTE)), cast(x, COMPUTE), acc, PRECISION)
         g_ptrs += step * stride_gm

@@ -77,7 +77,7 @@ def _up_projection_kernel(
         H_RANK, P_RANK, BLOCK_R, BLOCK_K, EVEN_N, COMPUTE, PRECISION,
     ) * scale  # fmt: skip
     if DROPOUT:
-        acc = tl.where(dropout_keep(seed_ptr, rows, columns, threshold), acc, 0.0)
+        acc = tl.where(dropout_keep(tl.load(seed_ptr), rows, columns, threshold), acc, 0.0)
     if BIAS:
         bias = tl.load(bias_ptr + columns, mask=columns < out_features, other=0.0)
         acc += bias.to(tl.float32)[None, :]

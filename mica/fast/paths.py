@@ -9,11 +9,18 @@ from peft.tuners import lora
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
+from mica import backend
 from mica.fast import patching
-from mica.fast.eligibility import MiCAEmbeddingVariant, MiCALinearVariant, why_not
+from mica.fast.eligibility import (
+    MiCAEmbeddingVariant,
+    MiCALinearVariant,
+    adapter_of,
+    adapter_weights,
+    why_not,
+)
 from mica.fast.settings import settings
 
-REFERENCE, PEFT = "reference", "peft"
+KERNEL, REFERENCE, PEFT, ERROR = "kernel", "reference", "peft", "error"
 
 
 @dataclass(frozen=True)
@@ -21,8 +28,8 @@ class Row:
     name: str
     layer: str
     adapter: str
-    path: str  # "kernel", "reference" or "peft"
-    reason: str  # empty where the path is ours
+    path: str  # "kernel", "reference", "peft" or "error"
+    reason: str  # why it is not the path before it in that list; empty for "kernel"
 
 
 @dataclass(frozen=True)
@@ -52,17 +59,31 @@ class Explanation:
 def explain(model: nn.Module) -> Explanation:
     """The path that each adapted layer of the model takes in its present state.
 
-    Path "reference": the PyTorch form of the fused operators; "kernel": their Triton form; "peft": PEFT's
-    own code, with the reason. What only a call can show (a mixed batch with ``adapter_names``, activations
-    of another dtype than the weight) is not in the table; such a call runs on PEFT's code.
+    Path "kernel": the fused operators on Triton kernels; "reference": their PyTorch form, with the reason why
+    kernels do not run; "peft": PEFT's own code, with the reason; "error": MICA_BACKEND=triton demands kernels
+    that this layer cannot have, and a call raises. What only a call can show (a mixed batch with
+    ``adapter_names``, activations of another dtype than the weight) is not in the table; such a call runs on
+    PEFT's code.
     """
     rows = []
     for name, module in model.named_modules():
         if isinstance(module, BaseTunerLayer):
             base = type(module.get_base_layer()).__name__
-            reason = _reason(module)
-            rows.append(Row(name, base, _adapters(module), PEFT if reason else REFERENCE, reason or ""))
+            rows.append(Row(name, base, _adapters(module), *_path(module)))
     return Explanation(rows)
+
+
+def _path(layer) -> tuple[str, str]:
+    """(path, reason) of one layer."""
+    reason = _reason(layer)
+    if reason:
+        return PEFT, reason
+    lora_A, lora_B = adapter_weights(layer, adapter_of(layer))
+    dtypes = (layer.get_base_layer().weight.dtype, lora_A.dtype, lora_B.dtype)
+    refused = backend.why_not_kernels(lora_A.device, lora_A.shape[0], *dtypes)
+    if not refused:
+        return KERNEL, ""
+    return ERROR if backend.requested() == "triton" else REFERENCE, refused
 
 
 def _adapters(layer) -> str:

@@ -11,7 +11,7 @@ from mica.kernels import common
 @triton.jit
 def _keep_kernel(seed_ptr, out_ptr, first_row, columns, threshold, BLOCK: tl.constexpr):
     rows, cols = first_row + tl.program_id(0) * BLOCK + tl.arange(0, BLOCK), tl.arange(0, BLOCK)
-    keep = common.dropout_keep(seed_ptr, rows, cols, threshold)
+    keep = common.dropout_keep(tl.load(seed_ptr), rows, cols, threshold)
     offsets = (tl.program_id(0) * BLOCK + tl.arange(0, BLOCK))[:, None] * columns + cols[None, :]
     tl.store(out_ptr + offsets, keep.to(tl.int8), mask=(cols < columns)[None, :])
 

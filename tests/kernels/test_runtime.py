@@ -102,6 +102,7 @@ def test_the_trial_compares_a_result(monkeypatch, wrong):
     """On the CPU, interpreted: its numbers are exact in bf16 or rounded once, so one wrong bit is seen."""
     from contextlib import nullcontext
 
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
     monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
     if wrong:
         right = down_projection.down_projection

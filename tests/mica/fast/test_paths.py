@@ -1,3 +1,4 @@
+import pytest
 import torch
 from models import TARGETS, net, wrap
 from peft import LoraConfig, get_peft_model
@@ -22,6 +23,40 @@ def test_the_table_prints_and_aligns():
     assert lines[4].endswith("peft       the base weight is trainable")
     assert len({line.index("default") for line in lines[1:]}) == 1
     assert str(mica.fast.explain(nn.Linear(2, 2))) == "no adapted layers"
+
+
+@pytest.mark.parametrize(
+    ("backend", "path", "reason"),
+    [
+        ("triton", "kernel", ""),
+        ("reference", "reference", "MICA_BACKEND=reference"),
+        (
+            "auto",
+            "reference",
+            "TRITON_INTERPRET=1, and interpreted kernels run only with MICA_BACKEND=triton",
+        ),
+    ],
+)
+def test_the_backend_is_said_and_taken(monkeypatch, backend, path, reason):
+    monkeypatch.setenv("MICA_BACKEND", backend)
+    model = net()
+    assert {(row.path, row.reason) for row in mica.fast.explain(model).rows} == {(path, reason)}
+    mica.fast.call_counts.clear()
+    model(torch.tensor([[1, 5]])).sum().backward()
+    ours = {"linear": 3, "linear_backward": 3, "embedding": 1, "embedding_backward": 1}
+    kernels = {f"{name}_kernels": count for name, count in ours.items()} if path == "kernel" else {}
+    assert dict(mica.fast.call_counts) == ours | kernels
+
+
+def test_kernels_that_cannot_be_had_are_an_error_where_they_are_demanded(monkeypatch):
+    model = net(torch.float64)
+    monkeypatch.setenv("MICA_BACKEND", "triton")
+    rows = mica.fast.explain(model).rows
+    assert {(row.path, row.reason) for row in rows} == {("error", "no Triton kernels for float64")}
+    with pytest.raises(RuntimeError, match="no Triton kernels for float64"):
+        model(torch.tensor([[1, 5]]))
+    monkeypatch.setenv("MICA_BACKEND", "auto")
+    assert mica.fast.explain(model).counts() == {"reference": 4}
 
 
 def test_other_adapters_are_named():
