@@ -6,7 +6,7 @@ VENV   := .venv
 RUN    := $(VENV)/bin/python
 READY  := $(VENV)/.installed
 
-.PHONY: demo test lint conformance bench clean
+.PHONY: demo test lint static mutants conformance bench gpu clean
 
 $(READY): pyproject.toml
 	test -x $(RUN) || $(PYTHON) -m venv $(VENV)
@@ -26,6 +26,14 @@ lint: $(READY)
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
 
+# Every kernel configuration, compiled for every GPU target without a GPU
+static: $(READY)
+	$(RUN) tests/static_gate.py
+
+# Small wrong edits of the kernels: each must turn the tests red
+mutants: $(READY)
+	$(RUN) tests/mutants.py
+
 # PEFT's own tests with the backend and without
 conformance: $(READY)
 	$(RUN) -m pip install -q -e ".[conformance]"
@@ -33,6 +41,10 @@ conformance: $(READY)
 
 bench: $(READY)
 	$(RUN) -m bench
+
+# On a machine with a GPU, in its own Python environment (PYTHON=...), where torch, triton and PEFT are
+gpu:
+	$(PYTHON) -m bench.gpu
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info

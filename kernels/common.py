@@ -8,6 +8,7 @@ int64: a matrix may have more than 2^31 elements, or lie in a buffer that has. P
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -179,6 +180,7 @@ def ceil_div(a: int, b: int) -> int:
     return -(-a // b)
 
 
+@functools.cache
 def target_of(device: torch.device) -> str:
     """The compilation target of a device: "sm_90", "gfx942", … The interpreter stands in for "sm_90"."""
     if device.type != "cuda" or INTERPRETED.value:
@@ -189,14 +191,14 @@ def target_of(device: torch.device) -> str:
     return f"sm_{major}{minor}"
 
 
-def fp32_precision(target: str, exact: bool = False) -> str:
-    """How kernels multiply fp32 numbers, as torch would: `torch.set_float32_matmul_precision` and its kin.
+def precision(dtype: torch.dtype, target: str, exact: bool = False) -> str:
+    """How kernels multiply numbers of a dtype: fp32 as torch would, `torch.set_float32_matmul_precision`.
 
     Where torch demands full fp32 ("highest", or ``exact``): three TF32 products on NVIDIA, whose error is
     fp32's and which tensor cores run; AMD's have fp32 itself (and Triton no tf32x3 there).
     """
-    if not target.startswith("sm_"):
-        return "ieee"
+    if dtype != torch.float32 or not target.startswith("sm_"):
+        return "ieee"  # 16-bit products are exact anyway
     allowed = torch.backends.cuda.matmul.fp32_precision == "tf32"
     return "tf32" if allowed and not exact else "tf32x3"
 

@@ -7,6 +7,7 @@ measures them where it is asked to. Block sizes along the rank are `padded_rank`
 
 from __future__ import annotations
 
+import functools
 from typing import NamedTuple
 
 # Shared memory a program may have, bytes: NVIDIA's limit per block less what the driver keeps; AMD's LDS.
@@ -49,7 +50,8 @@ def _fits(config: Config, bytes_per_stage: int, target: str) -> Config:
     return config._replace(num_stages=max(1, min(stages, limit // bytes_per_stage)))
 
 
-def down_projection(target: str, num_tokens: int, block_r: int, itemsize: int) -> list[Config]:
+@functools.lru_cache(maxsize=1024)
+def down_projection(target: str, num_tokens: int, block_r: int, itemsize: int) -> tuple[Config, ...]:
     """For h = x Pᵀ. ``itemsize``: bytes of one number in the product. A thin K tile for wide ranks.
 
     A wide rank needs small tiles of tokens earlier: parts of a split cost as much as h does, each.
@@ -63,38 +65,43 @@ def down_projection(target: str, num_tokens: int, block_r: int, itemsize: int) -
     else:
         wide, narrow = Config(64, 0, block_k, 4, 4), Config(16, 0, block_k, 4, 4)
     found = [narrow, wide] if num_tokens <= (256 if block_r < 64 else 1024) else [wide, narrow]
-    found = list(dict.fromkeys(found))
-    return [_fits(c, (c.block_m * itemsize + block_r * 4) * c.block_k, target) for c in found]
+    return tuple(
+        _fits(c, (c.block_m * itemsize + block_r * 4) * c.block_k, target) for c in dict.fromkeys(found)
+    )
 
 
-def up_projection(target: str, num_tokens: int, block_r: int, itemsize: int) -> list[Config]:
+@functools.lru_cache(maxsize=1024)
+def up_projection(target: str, num_tokens: int, block_r: int, itemsize: int) -> tuple[Config, ...]:
     """For y += h P: one tile of y a program. block_k is of the rank."""
     block_k = min(block_r, rank_at_a_time(itemsize))
     wide, narrow = Config(64, 128, block_k, 8, 1), Config(16, 128, block_k, 4, 1)
-    return [narrow, wide] if num_tokens <= 32 else [wide, narrow]
+    return (narrow, wide) if num_tokens <= 32 else (wide, narrow)
 
 
-def grad_a(target: str, num_tokens: int, block_r: int, itemsize: int) -> list[Config]:
+@functools.lru_cache(maxsize=1024)
+def grad_a(target: str, num_tokens: int, block_r: int, itemsize: int) -> tuple[Config, ...]:
     """For dA = gᵀ x: a tile of x (block_m tokens, block_k columns) an iteration, over the split's tokens."""
     block_m = 128 // itemsize
     if block_r <= 64:
         config = Config(block_m, 0, 128, 4 if block_r <= 32 else 8, 4)
     else:
         config = Config(block_m, 0, 64 if itemsize == 2 else 32, 8, 3)
-    return [_fits(config, (config.block_k + block_r) * block_m * itemsize, target)]
+    return (_fits(config, (config.block_k + block_r) * block_m * itemsize, target),)
 
 
-def embedding(target: str, num_tokens: int, block_r: int, itemsize: int) -> list[Config]:
+@functools.lru_cache(maxsize=1024)
+def embedding(target: str, num_tokens: int, block_r: int, itemsize: int) -> tuple[Config, ...]:
     """For s·A[:, indices]ᵀ Bᵀ: block_m tokens are gathered once, their output is written block by block."""
     row_bytes = block_r * itemsize
     if row_bytes <= 256:
-        return [Config(32, 128, 0, 4, 1)]
-    return [Config(32 if row_bytes <= 512 else 16, 64, 0, 8, 1)]
+        return (Config(32, 128, 0, 4, 1),)
+    return (Config(32 if row_bytes <= 512 else 16, 64, 0, 8, 1),)
 
 
+@functools.lru_cache(maxsize=1024)
 def fused_linear(
     target: str, num_tokens: int, is_aligned: bool, itemsize: int, descriptor: bool
-) -> list[Config]:
+) -> tuple[Config, ...]:
     """For x w + h P in one kernel, by pointers or by tensor descriptors.
 
     Where rows are not aligned every number has an address of its own: registers for the small tile only.
@@ -105,9 +112,9 @@ def fused_linear(
     is_large = itemsize == 2 or target in ("sm_90", "sm_100")
     wide = Config(128, 128, block_k, 8, 3) if is_large else Config(128, 64, block_k, 8, 3)
     if descriptor:
-        found = [wide]
+        found = [wide if is_large else narrow]
     elif not is_aligned:
         found = [narrow._replace(block_k=block_k // 2, num_stages=2)]
     else:
         found = [narrow, wide] if num_tokens <= 512 else [wide, narrow]
-    return [_fits(c, (c.block_m + c.block_n) * c.block_k * itemsize, target) for c in found]
+    return tuple(_fits(c, (c.block_m + c.block_n) * c.block_k * itemsize, target) for c in found)

@@ -21,11 +21,11 @@ from mica.kernels.common import (
     ceil_div,
     dot,
     dropout_keep,
-    fp32_precision,
     keep_threshold,
     ordered_sum,
     padded_columns,
     padded_rank,
+    precision,
     target_of,
 )
 
@@ -178,7 +178,7 @@ def plan_down_projection(
             "SPLIT": splits > 1,
             "DROPOUT": dropout_p > 0,
             "COMPUTE": TRITON_DTYPES[dtype],
-            "PRECISION": fp32_precision(target),
+            "PRECISION": precision(dtype, target),
         },
         config.num_warps,
         config.num_stages,

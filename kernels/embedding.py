@@ -17,8 +17,8 @@ from mica.kernels.common import (
     cast,
     ceil_div,
     dot,
-    fp32_precision,
     padded_rank,
+    precision,
     target_of,
 )
 
@@ -169,7 +169,7 @@ def plan_embedding(
             "BLOCK_R": block_r,
             "EVEN_N": embedding_dim % config.block_n == 0,
             "COMPUTE": TRITON_DTYPES[dtype],
-            "PRECISION": fp32_precision(target),
+            "PRECISION": precision(dtype, target),
         },
         config.num_warps,
         config.num_stages,

@@ -23,9 +23,9 @@ from mica.kernels.common import (
     ceil_div,
     dot,
     dropout_keep,
-    fp32_precision,
     keep_threshold,
     padded_rank,
+    precision,
     target_of,
     wide_product,
 )
@@ -327,7 +327,7 @@ def plan_fused_linear(
         "BIAS": bias is not None,
         "DROPOUT": dropout_p > 0,
         "LOW": TRITON_DTYPES[h.dtype],
-        "PRECISION": fp32_precision(target),
+        "PRECISION": precision(torch.promote_types(x.dtype, h.dtype), target),
     }
     if descriptor:
         transposed = w.stride(1) != 1

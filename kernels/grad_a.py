@@ -20,10 +20,10 @@ from mica.kernels.common import (
     ceil_div,
     dot,
     dropout_keep,
-    fp32_precision,
     keep_threshold,
     ordered_sum,
     padded_rank,
+    precision,
     target_of,
 )
 from mica.kernels.down_projection import split_evenly
@@ -168,7 +168,7 @@ def plan_grad_a(
             "SPLIT": splits > 1,
             "DROPOUT": dropout_p > 0,
             "COMPUTE": TRITON_DTYPES[dtype],
-            "PRECISION": fp32_precision(target),
+            "PRECISION": precision(dtype, target),
         },
         config.num_warps,
         config.num_stages,

@@ -13,6 +13,7 @@ import torch
 MINIMUM_CAPABILITY = (8, 0)
 
 
+@functools.cache
 def triton_version() -> str | None:
     """The installed version of Triton, found without importing it; None where it is not installed."""
     if importlib.util.find_spec("triton") is None:
@@ -43,16 +44,16 @@ def why_unavailable(device: torch.device) -> str | None:
         return None
     if device.type != "cuda":  # ROCm builds of PyTorch call their devices "cuda" too
         return f"no Triton kernels for devices of type {device.type!r}"
-    if torch.version.hip is None and torch.cuda.get_device_capability(device) < MINIMUM_CAPABILITY:
-        return f"{torch.cuda.get_device_name(device)} is older than compute capability 8.0"
     if torch.cuda.is_current_stream_capturing():
         return None  # nothing may be tried now; whoever captures a graph has run the model before
-    return _why_untrustworthy(device)
+    return _why_not_device(device)
 
 
 @functools.cache
-def _why_untrustworthy(device: torch.device) -> str | None:
+def _why_not_device(device: torch.device) -> str | None:
     """None if a small kernel compiles, runs and is right on this device: tried once a process."""
+    if torch.version.hip is None and torch.cuda.get_device_capability(device) < MINIMUM_CAPABILITY:
+        return f"{torch.cuda.get_device_name(device)} is older than compute capability 8.0"
     try:
         return _trial(device)
     except Exception as error:  # whatever it is (no C compiler, no driver, …), the reference runs instead

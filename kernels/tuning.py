@@ -15,7 +15,7 @@ import logging
 import os
 import time
 import uuid
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from statistics import median
 
@@ -31,6 +31,7 @@ _ROUNDS = 3  # rounds of all choices in turn; the median of each counts
 
 _table: dict[str, str] | None = None  # what the file held when it was last read or written
 _table_path: Path | None = None
+_idle: bool | None = None
 
 
 def path() -> Path:
@@ -64,11 +65,9 @@ def pick(
         updates: tensors that running a choice changes and that must come back as they were.
     """
     default = next(iter(choices))
-    if len(choices) == 1 or device.type == "meta":
+    if len(choices) == 1 or device.type == "meta" or is_idle():
         return default
     table = _read()
-    if not table and not is_measuring():
-        return default
     entry = " | ".join([name, _machine(device), *map(str, key)])
     found = table.get(entry)
     if found in choices:
@@ -86,11 +85,11 @@ def pick_config(
     name: str,
     device: torch.device,
     key: Iterable[object],
-    candidates: list[Config],
+    candidates: Sequence[Config],
     plan: Callable[..., tuple[Tensor, Launch]],
 ) -> Config:
     """`pick` among launch configurations; ``plan(config=...)`` gives the launch that one would make."""
-    if len(candidates) == 1 or device.type == "meta":
+    if len(candidates) == 1 or device.type == "meta" or is_idle():
         return candidates[0]
     named = {"x".join(map(str, candidate)): candidate for candidate in candidates}
     planned = functools.cache(lambda choice: plan(config=named[choice])[1])
@@ -99,10 +98,18 @@ def pick_config(
     return named[pick(name, device, key, choices, updates)]
 
 
+def is_idle() -> bool:
+    """Whether nothing is on file and nothing is to be measured: found out once, for calls are frequent."""
+    global _idle
+    if _idle is None:
+        _idle = not is_measuring() and not _read()
+    return _idle
+
+
 def forget() -> None:
-    """Read the file again at the next call."""
-    global _table
-    _table = None
+    """Look at the environment and the file again at the next call."""
+    global _table, _idle
+    _table = _idle = None
 
 
 def _machine(device: torch.device) -> str:

@@ -32,6 +32,8 @@ from mica.kernels.up_projection import up_projection_
 
 def _choose(name: str, x: Tensor, w: Tensor, rank: int, dtype: torch.dtype, dropout_p: float, run) -> str:
     """The form to run. x (M×K), w (K×N); ``run(form)`` runs one of them."""
+    if tuning.is_idle():
+        return "split"
     forms = ["split", "fused"]
     if why_not_descriptor(x, w, target_of(x.device)) is None:
         forms.append("descriptor")

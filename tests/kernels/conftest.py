@@ -2,11 +2,6 @@
 
 import pytest
 import torch
-from hypothesis import settings
-
-# No deadline: the first example compiles or warms up. Derandomised: a red run is red again.
-settings.register_profile("kernels", deadline=None, derandomize=True, max_examples=20, database=None)
-settings.load_profile("kernels")
 
 
 @pytest.fixture

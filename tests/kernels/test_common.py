@@ -73,9 +73,10 @@ def test_dot_adds_an_exact_product(dtype):
         ("high", "gfx942", False, "ieee"),
     ],
 )
-def test_fp32_precision_follows_torch(matmul_precision, setting, target, exact, precision):
+def test_precision_follows_torch(matmul_precision, setting, target, exact, precision):
     matmul_precision(setting)
-    assert common.fp32_precision(target, exact) == precision
+    assert common.precision(torch.float32, target, exact) == precision
+    assert common.precision(torch.bfloat16, target, exact) == "ieee"
 
 
 @pytest.mark.parametrize(
@@ -87,15 +88,16 @@ def test_padding_of_the_rank(rank, block, columns):
 
 
 def test_target_of(monkeypatch):
+    target_of = common.target_of.__wrapped__
     monkeypatch.setattr(common, "INTERPRETED", tl.constexpr(False))
     monkeypatch.setattr(torch.version, "hip", None)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (12, 0))
-    assert common.target_of(torch.device("cpu")) == "sm_90"
-    assert common.target_of(torch.device("cuda")) == "sm_120"
+    assert target_of(torch.device("cpu")) == "sm_90"
+    assert target_of(torch.device("cuda")) == "sm_120"
     monkeypatch.setattr(torch.version, "hip", "6.4")
 
     class Properties:
         gcnArchName = "gfx942:sramecc+:xnack-"
 
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: Properties)
-    assert common.target_of(torch.device("cuda")) == "gfx942"
+    assert target_of(torch.device("cuda")) == "gfx942"

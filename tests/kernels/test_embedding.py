@@ -1,9 +1,8 @@
 import pytest
 import torch
 from guarding import run_guarded
-from hypothesis import given
-from hypothesis import strategies as st
 from kernel_cases import DEVICE, layouts, operand, ranks, sizes
+from properties import given, st
 from tolerances import RELATIVE, error
 
 from mica.kernels.common import padded_columns

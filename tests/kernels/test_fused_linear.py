@@ -1,8 +1,6 @@
 import pytest
 import torch
 from guarding import run_guarded
-from hypothesis import given
-from hypothesis import strategies as st
 from kernel_cases import (
     DTYPES,
     SHAPES,
@@ -15,6 +13,7 @@ from kernel_cases import (
     seed_of,
     sizes,
 )
+from properties import given, st
 from tolerances import RELATIVE, error
 
 from mica import reference

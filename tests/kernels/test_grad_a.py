@@ -1,9 +1,8 @@
 import pytest
 import torch
 from guarding import run_guarded
-from hypothesis import given
-from hypothesis import strategies as st
 from kernel_cases import SHAPES, far_apart, layouts, operand, probabilities, ranks, seed_of, sizes
+from properties import given, st
 from tolerances import RELATIVE, error
 
 from mica import reference

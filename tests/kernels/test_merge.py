@@ -1,9 +1,8 @@
 import pytest
 import torch
 from guarding import run_guarded
-from hypothesis import given
-from hypothesis import strategies as st
 from kernel_cases import layouts, operand, ranks, sizes
+from properties import given, st
 
 from mica.kernels.merge import merge, plan_merge
 

@@ -9,9 +9,12 @@ from mica.kernels import down_projection, runtime
 @pytest.fixture(autouse=True)
 def compiled(monkeypatch):
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    runtime._why_untrustworthy.cache_clear()
+    caches = (runtime._why_not_device, runtime.triton_version)
+    for cached in caches:
+        cached.cache_clear()
     yield
-    runtime._why_untrustworthy.cache_clear()
+    for cached in caches:
+        cached.cache_clear()
 
 
 def test_cpu_and_meta_have_no_kernels():
@@ -43,6 +46,7 @@ def test_triton_of_another_distribution(monkeypatch):
     monkeypatch.setattr(runtime, "version", version)
     monkeypatch.setattr(runtime, "packages_distributions", lambda: {"triton": ["pytorch-triton-rocm"]})
     assert runtime.triton_version() == "3.5 from pytorch-triton-rocm"
+    runtime.triton_version.cache_clear()
     monkeypatch.setattr(runtime, "packages_distributions", dict)
     assert runtime.triton_version() == "unknown"
 

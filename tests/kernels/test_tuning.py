@@ -49,8 +49,10 @@ def test_another_process_uses_the_file_without_measuring(table, monkeypatch):
     entry = " | ".join(["op", tuning._machine(HERE), "16"])
     table.write_text(json.dumps({entry: "slow"}))
     monkeypatch.setenv("MICA_TUNE", "0")
+    tuning.forget()
     calls = []
     assert tuning.pick("op", HERE, (16,), choices(calls=calls)) == "slow"
+    assert not tuning.is_idle()
     assert tuning.pick("op", HERE, (32,), choices(calls=calls)) == "slow"  # no entry: the default
     table.write_text(json.dumps({entry: "gone"}))
     tuning.forget()
@@ -60,6 +62,8 @@ def test_another_process_uses_the_file_without_measuring(table, monkeypatch):
 
 def test_off_by_default(table, monkeypatch):
     monkeypatch.delenv("MICA_TUNE")
+    tuning.forget()
+    assert tuning.is_idle()
     calls = []
     assert tuning.pick("op", HERE, (16,), choices(calls=calls)) == "slow"
     assert not calls

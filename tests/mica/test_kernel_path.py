@@ -72,6 +72,7 @@ def test_every_form_agrees_with_the_dense_oracle(
         return form if form in choices else next(iter(choices))
 
     monkeypatch.setattr(tuning, "pick", pick)
+    monkeypatch.setattr(tuning, "is_idle", lambda: False)
     monkeypatch.setenv("MICA_BACKEND", "auto" if form == "aten" else "triton")
     monkeypatch.setattr(ops.backend, "use_kernels", lambda *args: True)
     p = problem((3, 20), 48, 72, 5, dtype, adapter_dtype)
@@ -100,9 +101,10 @@ def test_all_forms_are_offered(monkeypatch):
 
     def pick(name, device, key, choices, updates=()):
         offered[name] = list(choices)
-        return offered[name][0]
+        return next(iter(choices))
 
     monkeypatch.setattr(tuning, "pick", pick)
+    monkeypatch.setattr(tuning, "is_idle", lambda: False)
     p = on_device(problem((8,), 16, 24, 2, torch.bfloat16))
     for name in ("x", "weight", "grad_output"):
         setattr(p, name, getattr(p, name).contiguous())

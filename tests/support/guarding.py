@@ -1,17 +1,27 @@
-"""Every buffer of a kernel launch between guard bands: reads and writes there are seen."""
+"""Every buffer of a kernel launch between guard bands: reads and writes there are seen.
+
+The bands hold one rare NaN (integers: one rare number), compared bit by bit: a NaN that is read, computed
+with and written back is another one.
+"""
 
 import torch
 
 GUARD = 64
-_SENTINEL = {torch.int32: -7_777_777, torch.int64: -7_777_777_777}
+_BITS = {  # dtype -> (integers of its size, what fills the bands)
+    torch.float32: (torch.int32, 0x7FC5A5A5),
+    torch.bfloat16: (torch.int16, 0x7FC5),
+    torch.float16: (torch.int16, 0x7E5A),
+    torch.int32: (torch.int32, -7_777_777),
+    torch.int64: (torch.int64, -7_777_777_777),
+}
 
 
 def guarded(tensor: torch.Tensor, device=None) -> torch.Tensor:
-    """A copy with the same strides, in a buffer whose other elements (between rows, around) are NaN."""
+    """A copy with the same strides, in a buffer whose other elements (between rows, around) are guards."""
     span = 1 + sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
     size = 2 * GUARD + (span if tensor.numel() else 0)
-    fill = _SENTINEL.get(tensor.dtype, float("nan"))
-    buffer = torch.full((size,), fill, dtype=tensor.dtype, device=device or tensor.device)
+    integers, fill = _BITS[tensor.dtype]
+    buffer = torch.full((size,), fill, dtype=integers, device=device or tensor.device).view(tensor.dtype)
     view = buffer.as_strided(tensor.shape, tensor.stride(), GUARD)
     view.copy_(tensor)
     return view
@@ -19,12 +29,11 @@ def guarded(tensor: torch.Tensor, device=None) -> torch.Tensor:
 
 def touched(view: torch.Tensor) -> bool:
     """Whether anything was written outside the view of `guarded`."""
+    integers, fill = _BITS[view.dtype]
     storage = view.untyped_storage().nbytes() // view.element_size()
-    buffer = view.as_strided((storage,), (1,), 0).clone()
-    fill = _SENTINEL.get(view.dtype, float("nan"))
+    buffer = view.as_strided((storage,), (1,), 0).view(integers).clone()
     buffer.as_strided(view.shape, view.stride(), GUARD).fill_(fill)
-    intact = buffer.isnan() if view.is_floating_point() else buffer == fill
-    return not bool(intact.all())
+    return not bool((buffer == fill).all())
 
 
 def run_guarded(out: torch.Tensor, launch) -> torch.Tensor:

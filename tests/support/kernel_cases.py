@@ -5,8 +5,8 @@ import os
 import numpy as np
 import torch
 from guarding import guarded
-from hypothesis import strategies as st
 from oracle import padded
+from properties import st
 
 DEVICE = os.environ.get("MICA_TEST_DEVICE", "cpu")
 
@@ -17,6 +17,7 @@ SHAPES = [
     (33, 150, 65, 16),
     (70, 260, 140, 20),
     (18, 64, 48, 130),
+    (20, 256, 128, 5),
 ]
 
 # dtype of x and y, of the adapter, of the product

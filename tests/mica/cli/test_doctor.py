@@ -28,6 +28,12 @@ def machine(monkeypatch, tmp_path):
     monkeypatch.setattr(torch.version, "hip", None)
     monkeypatch.setenv("MICA_TUNE_FILE", str(tmp_path / "tuning.json"))
     monkeypatch.setenv("TRITON_INTERPRET", "1")
+    found_once = (common.target_of, runtime.triton_version, runtime._why_not_device)
+    for function in found_once:
+        function.cache_clear()
+    yield
+    for function in found_once:
+        function.cache_clear()
 
 
 @pytest.fixture

@@ -1,0 +1,103 @@
+"""`make gpu` without a GPU: the whole script on tiny shapes, and the parts of its judgement."""
+
+import copy
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from bench import gpu, gpu_layer, gpu_report, gpu_timing
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture(scope="module")
+def dry_run(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("results")
+    command = [sys.executable, "-m", "bench.gpu", "--dry-run", "--output", folder, "--name", "run"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return folder, done.stdout
+
+
+def test_it_runs_and_says_that_it_measured_nothing(dry_run):
+    folder, text = dry_run
+    assert sorted(file.name for file in folder.iterdir()) == ["run.json", "run.md", "run.png"]
+    assert "Its times are not measurements" in text
+    result = json.loads((folder / "run.json").read_text())
+    assert result["machine"]["device"].startswith("dry run")
+    ((shape, entry),) = result["shapes"].items()
+    assert shape == "40x48x64"
+    assert not entry["wrong"]
+    assert list(entry["times"]) == [
+        gpu_layer.BARE,
+        *gpu_layer.FORMS,
+        gpu_layer.STOCK,
+        gpu_layer.STOCK_16,
+    ]
+    assert list(result["kernels"][shape]) == ["h = x Aᵀ", "g = dy B", "y += h Bᵀ", "dA = gᵀ x", "copy"]
+    assert entry["times"][gpu_layer.BARE]["both"]["extra"] == 0.0
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_without_a_gpu_it_says_so():
+    done = subprocess.run([sys.executable, "-m", "bench.gpu"], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert "torch sees none here" in done.stderr
+
+
+@pytest.fixture
+def layer():
+    return gpu_layer.make_layer(20, 24, 32, 4, torch.bfloat16, "cpu")
+
+
+def test_a_wrong_result_gets_no_time(layer, monkeypatch):
+    monkeypatch.setenv("MICA_BACKEND", "triton")
+    found = gpu_layer.rivals(layer, compiled=False)
+    assert not gpu.judge(layer, found, "cpu")["wrong"]
+    right = found[gpu_layer.SPLIT].forward
+    found[gpu_layer.SPLIT].forward = lambda: right() * 1.02
+    ((*_, first),) = [gpu.judge(layer, found, "cpu")["wrong"]]
+    assert first.startswith("mica split: error of")
+    found[gpu_layer.SPLIT].forward = lambda: right() + torch.randn(()).bfloat16() * 1e-2
+    assert "mica split: a rerun gave other bits" in gpu.judge(layer, found, "cpu")["wrong"]
+
+
+def test_stock_is_the_same_arithmetic(layer):
+    found = gpu_layer.rivals(layer, compiled=False)
+    truth = gpu_layer.exact(layer)
+    for name in (gpu_layer.STOCK, gpu_layer.STOCK_16):
+        for what, value in gpu_layer.relative_errors(found[name], layer, truth).items():
+            assert value <= 2e-2, (name, what)
+    assert gpu_layer.relative_errors(found[gpu_layer.BARE], layer, truth)["y"] > 2e-2  # no adapter in it
+
+
+def test_the_bytes_of_a_launch(layer):
+    from mica.kernels.up_projection import plan_up_projection
+
+    base, h, factor = torch.zeros(20, 24), torch.zeros(20, 16), torch.zeros(16, 24)
+    out, launch = plan_up_projection(base, h, factor)
+    assert gpu_timing.launch_bytes(launch, out) == 4 * (2 * 20 * 24 + 20 * 16 + 16 * 24)
+
+
+def test_the_table_of_what_was_asked(dry_run):
+    result = json.loads((dry_run[0] / "run.json").read_text())
+    assert gpu_report.acceptance(result) == []  # not the shape that the limits are for
+    for part in ("shapes", "kernels"):
+        result[part] = {gpu_report.MAIN_SHAPE: copy.deepcopy(result[part]["40x48x64"])}
+    times = result["shapes"][gpu_report.MAIN_SHAPE]["times"]
+    times[gpu_layer.SPLIT]["forward"]["extra"] = 0.2
+    times[gpu_layer.SPLIT]["backward"]["extra"] = 0.4
+    times[gpu_layer.SPLIT]["both"]["us"] = 100.0
+    times[gpu_layer.STOCK]["both"]["us"] = 160.0
+    met = {what: met for what, _, _, met in gpu_report.acceptance(result)}
+    assert met["split, extra forward"]
+    assert not met["split, extra backward"]
+    assert met["stock PEFT default ÷ split"]
+    times[gpu_layer.STOCK]["both"]["us"] = 159.0
+    met = {what: met for what, _, _, met in gpu_report.acceptance(result)}
+    assert not met["stock PEFT default ÷ split"]
+    assert "split, extra backward | ≤ 0.35 | 0.4 | NO" in gpu_report.report(result)

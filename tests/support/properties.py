@@ -1,0 +1,24 @@
+"""Hypothesis, or in its place tests that are skipped: a GPU machine of its own need not have it installed."""
+
+import pytest
+
+try:
+    from hypothesis import given, settings
+    from hypothesis import strategies as st
+
+    # No deadline: the first example compiles or warms up. Derandomised: a red run is red again.
+    settings.register_profile("kernels", deadline=None, derandomize=True, max_examples=20, database=None)
+    settings.load_profile("kernels")
+except ImportError:
+
+    class _Strategies:
+        def __getattr__(self, name):
+            return lambda *args, **kwargs: None
+
+    st = _Strategies()
+
+    def given(**strategies):
+        return pytest.mark.skip(reason="hypothesis is not installed")
+
+
+__all__ = ["given", "st"]
