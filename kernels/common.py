@@ -110,25 +110,29 @@ def wide_product(
 
 
 @triton.jit
-def ordered_sum(acc, partial_ptr, offsets, mask, counter_ptr, split, num_splits, stride_split):
-    """(sum over the splits, whether this program is the one that has it), in the order of the splits.
+def store_sum(
+    acc, scale, out_ptr, offsets, mask, partial_ptr, counter_ptr, split, num_splits, stride_split,
+    SPLIT: tl.constexpr,
+):  # fmt: skip
+    """out = scale·acc, rounded once. If SPLIT, acc is one part of a sum that ``num_splits`` programs share.
 
-    Every program of a tile writes its part; the one that arrives last adds them all, 0, 1, 2, …, whoever it
-    is: reruns are bitwise equal. The counter is an integer, and is left at 0 for the next launch. Summing
-    here and not in the kernel that reads the result: there the parts spill registers for r ≥ 64.
+    Every one of them writes its part; the one that arrives last, whoever it is, adds them all in the order
+    0, 1, 2, …: reruns are bitwise equal. The counter is an integer, and is left at 0 for the next launch.
+    Summing here and not in the kernel that reads the result: there the parts spill registers for r ≥ 64.
     """
-    part = partial_ptr + split.to(tl.int64) * stride_split + offsets
-    tl.store(part, acc, mask=mask)
-    tl.debug_barrier()  # all threads have written, before one of them says so
-    last = tl.atomic_add(counter_ptr, 1, sem="acq_rel") == num_splits - 1
-    total = acc
-    if last:
-        tl.store(counter_ptr, 0)
-        total = tl.zeros_like(acc)
-        for other in range(num_splits):
-            part = partial_ptr + tl.cast(other, tl.int64) * stride_split + offsets
-            total += tl.load(part, mask=mask, other=0.0, cache_modifier=".cg")  # not from a stale L1
-    return total, last
+    if SPLIT:
+        tl.store(partial_ptr + split.to(tl.int64) * stride_split + offsets, acc, mask=mask)
+        tl.debug_barrier()  # all threads have written, before one of them says so
+        last = tl.atomic_add(counter_ptr, 1, sem="acq_rel") == num_splits - 1
+        if last:
+            tl.store(counter_ptr, 0)
+            total = tl.zeros_like(acc)
+            for other in range(num_splits):
+                part = partial_ptr + tl.cast(other, tl.int64) * stride_split + offsets
+                total += tl.load(part, mask=mask, other=0.0, cache_modifier=".cg")  # not from a stale L1
+            tl.store(out_ptr + offsets, cast(total * scale, out_ptr.dtype.element_ty), mask=mask)
+    else:
+        tl.store(out_ptr + offsets, cast(acc * scale, out_ptr.dtype.element_ty), mask=mask)
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -140,8 +144,8 @@ def ordered_sum(acc, partial_ptr, offsets, mask, counter_ptr, split, num_splits,
 class Launch:
     """One kernel launch that is decided but not yet made: the static gate compiles it, a call runs it.
 
-    ``outputs``: what the kernel writes; ``updates``: those of them that it also reads (the tuner puts
-    these back between trials).
+    ``args`` in the order of the kernel's parameters; ``updates``: what it both reads and writes, which the
+    tuner puts back after its trials.
     """
 
     kernel: Callable

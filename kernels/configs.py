@@ -45,7 +45,8 @@ def rank_at_a_time(itemsize: int) -> int:
 
 def _fits(config: Config, bytes_per_stage: int, target: str) -> Config:
     """The configuration with as many stages as the shared memory of the target holds (90 % of it)."""
-    limit = SHARED_MEMORY.get(target, 99 * 1024) * 9 // 10
+    smallest = SHARED_MEMORY["gfx942" if _is_amd(target) else "sm_89"]  # of what is not in the table
+    limit = SHARED_MEMORY.get(target, smallest) * 9 // 10
     stages = min(config.num_stages, 2 if _is_amd(target) else config.num_stages)
     return config._replace(num_stages=max(1, min(stages, limit // bytes_per_stage)))
 

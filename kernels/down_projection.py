@@ -22,10 +22,10 @@ from mica.kernels.common import (
     dot,
     dropout_keep,
     keep_threshold,
-    ordered_sum,
     padded_columns,
     padded_rank,
     precision,
+    store_sum,
     target_of,
 )
 
@@ -93,13 +93,10 @@ def _down_projection_kernel(
 
     offsets = rows.to(tl.int64)[:, None] * COLUMNS + ranks[None, :]
     mask = (rows < num_tokens)[:, None] & (ranks < COLUMNS)[None, :]
-    if SPLIT:
-        size = tl.cast(num_tokens, tl.int64) * COLUMNS
-        acc, done = ordered_sum(acc, partial_ptr, offsets, mask, counter_ptr + tile, split, num_splits, size)
-        if done:
-            tl.store(h_ptr + offsets, cast(acc * scale, h_ptr.dtype.element_ty), mask=mask)
-    else:
-        tl.store(h_ptr + offsets, cast(acc * scale, h_ptr.dtype.element_ty), mask=mask)
+    size = tl.cast(num_tokens, tl.int64) * COLUMNS
+    store_sum(
+        acc, scale, h_ptr, offsets, mask, partial_ptr, counter_ptr + tile, split, num_splits, size, SPLIT
+    )
 
 
 def plan_down_projection(

@@ -21,9 +21,9 @@ from mica.kernels.common import (
     dot,
     dropout_keep,
     keep_threshold,
-    ordered_sum,
     padded_rank,
     precision,
+    store_sum,
     target_of,
 )
 from mica.kernels.down_projection import split_evenly
@@ -87,13 +87,10 @@ def _grad_a_kernel(
 
     offsets = ranks.to(tl.int64)[:, None] * in_features + columns[None, :]
     mask = (ranks < RANK)[:, None] & (columns < in_features)[None, :]
-    if SPLIT:
-        size = tl.cast(in_features, tl.int64) * RANK
-        acc, done = ordered_sum(acc, partial_ptr, offsets, mask, counter_ptr + tile, split, num_splits, size)
-        if done:
-            tl.store(grad_ptr + offsets, cast(acc * scale, grad_ptr.dtype.element_ty), mask=mask)
-    else:
-        tl.store(grad_ptr + offsets, cast(acc * scale, grad_ptr.dtype.element_ty), mask=mask)
+    size = tl.cast(in_features, tl.int64) * RANK
+    store_sum(
+        acc, scale, grad_ptr, offsets, mask, partial_ptr, counter_ptr + tile, split, num_splits, size, SPLIT
+    )
 
 
 def plan_grad_a(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 
 import torch
 
@@ -12,6 +13,18 @@ BACKENDS = ("auto", "triton", "reference")
 
 KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 MAX_RANK = 256  # as `mica.kernels.common.MAX_RANK`, which cannot be read without Triton
+
+
+_given_up: dict[torch.device, str] = {}
+
+
+def give_up(device: torch.device, error: Exception) -> None:
+    """No kernels on this device any more, with a warning: one of them could not be compiled or launched."""
+    text = (str(error).strip() or type(error).__name__).partition("\n")[0]
+    _given_up[device] = f"a kernel could not be launched: {text}"
+    warnings.warn(
+        f"MiCA runs on PyTorch's own operators on {device} from here on: {_given_up[device]}", stacklevel=2
+    )
 
 
 def requested() -> str:
@@ -35,7 +48,7 @@ def why_not_kernels(
         return "MICA_BACKEND=reference"
     if backend == "auto" and runtime.is_interpreting() and runtime.triton_version() is not None:
         return "TRITON_INTERPRET=1, and interpreted kernels run only with MICA_BACKEND=triton"
-    unavailable = runtime.why_unavailable(device)
+    unavailable = runtime.why_unavailable(device) or _given_up.get(device)
     if unavailable:
         return unavailable
     for dtype in dtypes:

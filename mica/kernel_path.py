@@ -15,6 +15,7 @@ import functools
 
 import torch
 import torch.nn.functional as F
+import triton
 from torch import Tensor
 
 from mica import backend, reference
@@ -28,6 +29,9 @@ from mica.kernels.grad_a import grad_a
 from mica.kernels.merge import merge as merge_kernel
 from mica.kernels.prepared import prepare
 from mica.kernels.up_projection import up_projection_
+
+# What Triton raises where a kernel cannot be compiled or needs more than the device has.
+LaunchError = triton.runtime.errors.TritonError
 
 
 def _choose(name: str, x: Tensor, w: Tensor, rank: int, dtype: torch.dtype, dropout_p: float, run) -> str:

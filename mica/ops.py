@@ -13,7 +13,8 @@ from collections import Counter
 import torch
 from torch import Tensor
 
-from mica import backend, operands, reference
+from mica import backend, reference
+from mica.operands import check_embedding, check_linear, check_merge
 
 # How often each operator's body ran, eager or compiled: the proof that a path was taken. Counted in the
 # bodies, which torch.compile never looks into. "linear" counts every call, "linear_kernels" those on Triton.
@@ -73,7 +74,7 @@ def mica_linear(
             gradient.
         RuntimeError: MICA_BACKEND=triton where there are no kernels for the call.
     """
-    operands.check_linear(x, weight, lora_A, lora_B, bias, compute_dtype, dropout_p, seed)
+    check_linear(x, weight, lora_A, lora_B, bias, compute_dtype, dropout_p, seed)
     return torch.ops.mica.linear(x, weight, lora_A, lora_B, scaling, bias, compute_dtype, dropout_p, seed)
 
 
@@ -101,7 +102,7 @@ def mica_embedding(
     Raises:
         ValueError, TypeError: as `mica_linear`. RuntimeError: as there.
     """
-    operands.check_embedding(indices, lora_A, lora_B)
+    check_embedding(indices, lora_A, lora_B)
     return torch.ops.mica.embedding(indices, lora_A, lora_B, scaling, padding_idx, compute_dtype)
 
 
@@ -119,26 +120,34 @@ def mica_merge(weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float = 
     Raises:
         ValueError, TypeError: shapes, dtypes or devices that do not fit.
     """
-    operands.check_merge(weight, lora_A, lora_B)
+    check_merge(weight, lora_A, lora_B)
     return torch.ops.mica.merge(weight.detach(), lora_A.detach(), lora_B.detach(), scaling)
 
 
 # ---------------------------------------------------------------------------------------------------
-# choice of path: a module with the functions forward, linear_backward, embedding, embedding_backward, merge
+# choice of path
 # ---------------------------------------------------------------------------------------------------
 
 _force_plain = contextvars.ContextVar("mica_force_plain", default=False)
 
 
-def _path(name: str, tensor: Tensor, lora_A: Tensor, *dtypes: torch.dtype):
-    """The kernels where they run for these operands, else the reference; the call is counted."""
+def _compute(name: str, function: str, tensor: Tensor, lora_A: Tensor, dtypes: tuple, *args):
+    """`mica.kernel_path`'s function where kernels run for these operands, else `mica.reference`'s."""
     call_counts[name] += 1
+    plain = getattr(reference, function)
     if _force_plain.get() or not backend.use_kernels(tensor.device, lora_A.shape[0], *dtypes):
-        return reference
+        return plain(*args)
     from mica import kernel_path  # imports Triton
 
+    try:
+        result = getattr(kernel_path, function)(*args)
+    except kernel_path.LaunchError as error:  # before anything ran: no operand has changed
+        if backend.requested() == "triton":
+            raise
+        backend.give_up(tensor.device, error)
+        return plain(*args)
     call_counts[f"{name}_kernels"] += 1
-    return kernel_path
+    return result
 
 
 def _plain(body):
@@ -160,9 +169,9 @@ def _plain(body):
 
 
 def _linear(x, weight, lora_A, lora_B, scaling, bias, compute_dtype, dropout_p=0.0, seed=None):
-    path = _path("linear", x, lora_A, x.dtype, compute_dtype or x.dtype, lora_A.dtype, lora_B.dtype)
-    flat = x.reshape(-1, x.shape[-1])
-    y = path.forward(flat, weight, lora_A, lora_B, scaling, bias, compute_dtype, dropout_p, seed)
+    dtypes = (x.dtype, compute_dtype or x.dtype, lora_A.dtype, lora_B.dtype)
+    operands = (x.reshape(-1, x.shape[-1]), weight, lora_A, lora_B, scaling, bias, compute_dtype)
+    y = _compute("linear", "forward", x, lora_A, dtypes, *operands, dropout_p, seed)
     return y.view(*x.shape[:-1], y.shape[-1])
 
 
@@ -171,19 +180,12 @@ def _linear_backward(
 ):
     needs_x, needs_A = output_mask
     dtypes = (grad_output.dtype, compute_dtype, lora_A.dtype, lora_B.dtype)
-    path = _path("linear_backward", grad_output, lora_A, *dtypes)
     dy = grad_output.reshape(-1, grad_output.shape[-1])
+    x = x.reshape(-1, x.shape[-1]) if needs_A else None
+    operands = (dy, x, weight if needs_x else None, lora_A, lora_B, scaling, compute_dtype)
     with _no_autocast(dy):
-        grad_x, grad_A = path.linear_backward(
-            dy,
-            x.reshape(-1, x.shape[-1]) if needs_A else None,
-            weight if needs_x else None,
-            lora_A,
-            lora_B,
-            scaling,
-            compute_dtype,
-            dropout_p,
-            seed,
+        grad_x, grad_A = _compute(
+            "linear_backward", "linear_backward", dy, lora_A, dtypes, *operands, dropout_p, seed
         )
     if needs_x:
         grad_x = grad_x.view(*grad_output.shape[:-1], grad_x.shape[-1])
@@ -233,16 +235,18 @@ class _MicaLinear(torch.autograd.Function):
 
 
 def _embedding(indices, lora_A, lora_B, scaling, padding_idx, compute_dtype):
-    path = _path("embedding", lora_A, lora_A, lora_A.dtype, compute_dtype or lora_A.dtype, lora_B.dtype)
-    out = path.embedding(indices.reshape(-1), lora_A, lora_B, scaling, compute_dtype)
+    dtypes = (lora_A.dtype, compute_dtype or lora_A.dtype, lora_B.dtype)
+    operands = (indices.reshape(-1), lora_A, lora_B, scaling, compute_dtype)
+    out = _compute("embedding", "embedding", lora_A, lora_A, dtypes, *operands)
     return out.view(*indices.shape, out.shape[-1])
 
 
 def _embedding_backward(grad_output, indices, lora_A, lora_B, scaling, padding_idx):
-    path = _path("embedding_backward", grad_output, lora_A, grad_output.dtype, lora_A.dtype, lora_B.dtype)
-    dy = grad_output.reshape(-1, grad_output.shape[-1])
+    dy, flat = grad_output.reshape(-1, grad_output.shape[-1]), indices.reshape(-1)
+    dtypes = (dy.dtype, lora_A.dtype, lora_B.dtype)
+    operands = (dy, flat, lora_A, lora_B, scaling, padding_idx)
     with _no_autocast(dy):
-        return path.embedding_backward(dy, indices.reshape(-1), lora_A, lora_B, scaling, padding_idx)
+        return _compute("embedding_backward", "embedding_backward", dy, lora_A, dtypes, *operands)
 
 
 def _embedding_fake(indices, lora_A, lora_B, scaling, padding_idx, compute_dtype):
@@ -276,7 +280,7 @@ class _MicaEmbedding(torch.autograd.Function):
 
 def _merge(weight, lora_A, lora_B, scaling):
     dtypes = (weight.dtype, lora_A.dtype, lora_B.dtype)
-    return _path("merge", weight, lora_A, *dtypes).merge(weight, lora_A, lora_B, scaling)
+    return _compute("merge", "merge", weight, lora_A, dtypes, weight, lora_A, lora_B, scaling)
 
 
 def _merge_fake(weight, lora_A, lora_B, scaling):

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import triton
 from kernel_cases import DEVICE
 from oracle import problem, solve
 from tolerances import RELATIVE, error
@@ -276,7 +277,7 @@ def test_autocast(autocast_dtype):
 
 
 def test_what_kernels_cannot_do_is_refused_where_they_are_demanded():
-    p = problem((3,), 5, 4, 2, torch.float64)
+    p = on_device(problem((3,), 5, 4, 2, torch.float64))
     with pytest.raises(RuntimeError, match=r"MICA_BACKEND=triton demands.*float64"):
         mica_linear(p.x, p.weight, p.lora_A, p.lora_B)
 
@@ -294,3 +295,50 @@ def test_the_reference_and_the_kernels_offer_the_same_functions():
     for name in ("forward", "linear_backward", "embedding", "embedding_backward", "merge"):
         assert callable(getattr(kernel_path, name))
         assert callable(getattr(reference, name))
+
+
+@pytest.mark.parametrize("forced", [False, True])
+@pytest.mark.parametrize("part", ["down_projection", "up_projection_", "grad_a"])
+def test_a_kernel_that_cannot_be_launched_gives_way_to_the_reference(monkeypatch, forced, part):
+    """Too much shared memory, say: found before anything ran, so the reference sees the same operands."""
+
+    def fails(*args, **kwargs):
+        raise triton.runtime.errors.OutOfResources(300_000, 101_376, "shared memory")
+
+    monkeypatch.setattr(ops.backend, "_given_up", {})
+    p = on_device(problem((6,), 10, 12, 3, torch.bfloat16, torch.float32))
+    if forced:
+        monkeypatch.setattr(kernel_path, part, fails)
+        with pytest.raises(triton.runtime.errors.OutOfResources):
+            run(p)
+        return
+    monkeypatch.setenv("MICA_BACKEND", "reference")
+    expected = run(p)
+    monkeypatch.setenv("MICA_BACKEND", "auto")
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    monkeypatch.setattr(ops.backend.runtime, "why_unavailable", lambda device: None)
+    monkeypatch.setattr(kernel_path, part, fails)
+    with pytest.warns(UserWarning, match=r"from here on: a kernel could not be launched: out of resource"):
+        result = run(p)
+    for name, value in result.items():
+        assert error(value, expected[name].double()) <= RELATIVE[torch.bfloat16], name
+    ops.call_counts.clear()
+    run(p)
+    assert ops.call_counts == {"linear": 1, "linear_backward": 1}
+    assert "out of resource" in ops.backend.why_not_kernels(p.x.device, 3, torch.bfloat16)
+
+
+def test_a_compiled_layer_draws_its_own_seed():
+    torch.compiler.reset()
+    p = on_device(problem((40,), 24, 16, 3, torch.float32))
+
+    def layer(x, lora_A):
+        seed = torch.randint(2**63 - 1, (1,), device=DEVICE)
+        return mica_linear(x, p.weight, lora_A, p.lora_B, p.scaling, p.bias, dropout_p=0.5, seed=seed), seed
+
+    x, lora_A = p.x.detach().clone().requires_grad_(), p.lora_A.clone().requires_grad_()
+    y, seed = torch.compile(layer, fullgraph=True, backend="aot_eager")(x, lora_A)
+    y.backward(p.grad_output)
+    expected = dropped_oracle(p, 0.5, seed)
+    for name, value in {"y": y, "grad_x": x.grad, "grad_A": lora_A.grad}.items():
+        assert error(value, expected[name]) <= RELATIVE[torch.float32], name
