@@ -18,6 +18,9 @@ import triton.language as tl
 
 MAX_RANK = 256
 
+# What Triton raises where a kernel cannot be compiled, or needs more than the device has.
+LaunchError = triton.runtime.errors.TritonError
+
 TRITON_DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
 # Decided once, when the kernels are decorated: Triton does the same.

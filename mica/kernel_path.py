@@ -15,12 +15,11 @@ import functools
 
 import torch
 import torch.nn.functional as F
-import triton
 from torch import Tensor
 
 from mica import backend, reference
 from mica.kernels import tuning
-from mica.kernels.common import target_of
+from mica.kernels.common import LaunchError, target_of
 from mica.kernels.down_projection import down_projection
 from mica.kernels.embedding import embedding as embedding_kernel
 from mica.kernels.embedding import grad_a_embedding
@@ -30,8 +29,7 @@ from mica.kernels.merge import merge as merge_kernel
 from mica.kernels.prepared import prepare
 from mica.kernels.up_projection import up_projection_
 
-# What Triton raises where a kernel cannot be compiled or needs more than the device has.
-LaunchError = triton.runtime.errors.TritonError
+__all__ = ["LaunchError", "embedding", "embedding_backward", "forward", "linear_backward", "merge"]
 
 
 def _choose(name: str, x: Tensor, w: Tensor, rank: int, dtype: torch.dtype, dropout_p: float, run) -> str:
