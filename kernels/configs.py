@@ -113,7 +113,7 @@ def fused_linear(
     is_large = itemsize == 2 or target in ("sm_90", "sm_100")
     wide = Config(128, 128, block_k, 8, 3) if is_large else Config(128, 64, block_k, 8, 3)
     if descriptor:
-        found = [wide if is_large else narrow]
+        found = [wide if is_large else Config(64, 128, block_k, 8, 2)]
     elif not is_aligned:
         found = [narrow._replace(block_k=block_k // 2, num_stages=2)]
     else:

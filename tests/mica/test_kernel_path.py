@@ -9,7 +9,7 @@ from tolerances import RELATIVE, error
 from torch.library import opcheck
 
 from mica import kernel_path, ops, reference
-from mica.kernels import tuning
+from mica.kernels import prepared, tuning
 from mica.ops import mica_embedding, mica_linear, mica_merge
 
 DTYPES = [
@@ -156,6 +156,17 @@ def test_an_edited_or_loaded_basis_is_used():
         p.lora_B.mul_(-3.0)
     for name, value in run(p).items():
         assert error(value, solve(p)[name]) <= RELATIVE[torch.float32], name
+
+
+def test_the_basis_is_prepared_once_for_forward_and_backward(monkeypatch):
+    made = []
+    padded = prepared._padded
+    monkeypatch.setattr(prepared, "_padded", lambda *args: made.append(1) or padded(*args))
+    p = on_device(problem((6,), 10, 12, 3, torch.bfloat16, torch.float32))
+    p.lora_B = torch.nn.Parameter(p.lora_B, requires_grad=False)
+    for _ in range(3):
+        run(p)
+    assert len(made) == 1
 
 
 def test_no_tokens():
