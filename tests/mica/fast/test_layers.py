@@ -188,3 +188,39 @@ def test_mixed_batch_runs_on_peft():
     mixed = model(INDICES, adapter_names=["default", "second"])
     assert mica.fast.call_counts["linear"] == before
     assert error(mixed[0], model(INDICES)[0]) <= 3 * RELATIVE[torch.float32]
+
+
+KERNEL_CASES = [(torch.float32, True), (torch.bfloat16, True), (torch.bfloat16, False), (torch.float16, True)]
+
+
+@pytest.mark.parametrize(("dtype", "autocast_adapter_dtype"), KERNEL_CASES)
+@pytest.mark.parametrize("compute_dtype", [None, torch.float32])
+def test_parity_with_stock_on_kernels(monkeypatch, dtype, autocast_adapter_dtype, compute_dtype):
+    """Embedding, linear and Conv1D layers on Triton kernels, interpreted."""
+    monkeypatch.setenv("MICA_BACKEND", "triton")
+    mica.fast.enable(compute_dtype=compute_dtype)
+    model = randomise(net(dtype, autocast_adapter_dtype=autocast_adapter_dtype))
+    mica.fast.call_counts.clear()
+    compare(model, 3 * RELATIVE[dtype])
+    counts = mica.fast.call_counts
+    assert counts["linear_kernels"] == counts["linear_backward_kernels"] == 3
+    assert counts["embedding_kernels"] == counts["embedding_backward_kernels"] == 1
+
+
+def test_kernels_under_autocast_and_after_loading_another_adapter(monkeypatch, tmp_path):
+    """A rank that is padded: the prepared copy of B must follow what is loaded into the same adapter."""
+    monkeypatch.setenv("MICA_BACKEND", "triton")
+    model = randomise(net(rank=3))
+    with torch.autocast("cpu", torch.bfloat16):
+        compare(model, 3 * RELATIVE[torch.bfloat16])
+    other = randomise(net(rank=3, seed=5), seed=6)
+    other.save_pretrained(tmp_path)
+    before = model(INDICES)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_" in name:
+                parameter.copy_(other.get_parameter(name))
+    after = compare(model, 3 * RELATIVE[torch.float32])
+    assert error(after, before) > 0.01
+    model.load_adapter(str(tmp_path), "default")
+    assert torch.equal(compare(model, 3 * RELATIVE[torch.float32]), after)
