@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 import peft
 
-from mica.fast import initialisation, layers, merging
+from mica.fast import hotswap, initialisation, layers, merging
 
 
 class Patch(NamedTuple):
@@ -72,6 +72,12 @@ PATCHES = (
     ),
     Patch(
         "peft.peft_model:PeftModel", "load_adapter", "self model_id adapter_name", initialisation.load_adapter
+    ),
+    Patch(
+        "peft.utils.hotswap",
+        "hotswap_adapter_from_state_dict",
+        "model state_dict adapter_name config",
+        hotswap.hotswap_adapter_from_state_dict,
     ),
     Patch(
         "transformers.integrations.peft:PeftAdapterMixin",

@@ -25,6 +25,12 @@ class Settings:
 settings = Settings()
 
 
+def compute_dtype(x: torch.Tensor) -> torch.dtype | None:
+    """Of the low-rank products for activations x; None for that of x."""
+    dtype = settings.compute_dtype
+    return None if dtype is None else torch.promote_types(dtype, x.dtype)
+
+
 def check(compute_dtype: torch.dtype | None, on_unsuitable: str, device: str | torch.device) -> None:
     if compute_dtype not in COMPUTE_DTYPES:
         raise ValueError(

@@ -32,13 +32,16 @@ class Net(nn.Module):
 TARGETS = ["embed", "up", "conv", "down"]
 
 
-def wrap(model, rank=4, targets=None, stock=False, autocast_adapter_dtype=True, **config):
+def wrap(
+    model, rank=4, targets=None, stock=False, autocast_adapter_dtype=True, adapter_name="default", **config
+):
     """`get_peft_model` with MiCA, on stock PEFT if asked for."""
     config = {"init_lora_weights": "mica", "lora_alpha": 8, "fan_in_fan_out": False, **config}
     with mica.fast.disabled() if stock else nullcontext():
         return get_peft_model(
             model,
             LoraConfig(r=rank, target_modules=targets or TARGETS, **config),
+            adapter_name=adapter_name,
             autocast_adapter_dtype=autocast_adapter_dtype,
         )
 
