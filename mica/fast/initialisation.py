@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 import re
 import warnings
+from contextlib import nullcontext
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 
@@ -109,7 +110,8 @@ def update_layer(stock):
             )
         plain.init_lora_weights = False
         stock(self, adapter_name, r, lora_alpha, plain, **kwargs)
-        with gather_params_ctx(getattr(self.get_base_layer(), "weight", None)):
+        packed = getattr(self.get_base_layer(), "weight", None)
+        with nullcontext() if packed is None else gather_params_ctx(packed):
             self.mica_init(adapter_name)
         self.lora_variant[adapter_name] = MiCALinearVariant()
         MiCALinearVariant.init(self, adapter_name=adapter_name, config=config, **kwargs)

@@ -105,6 +105,14 @@ def test_any_spelling_and_a_second_adapter(kind):
     assert not any("lora_B" in n for n, p in model.named_parameters() if p.requires_grad)
 
 
+def test_beside_layers_that_are_not_quantised():
+    model = wrap(llama("nf4"), targets=[*TARGETS, "embed_tokens", "lm_head"], ensure_weight_tying=False)
+    found = {name.rsplit(".", 1)[1]: B for name, B in bases(model).items()}
+    assert len(bases(model)) == 9
+    assert_spans(found["embed_tokens"], model.get_input_embeddings().base_layer.weight.detach().t())
+    assert_spans(found["lm_head"], model.get_output_embeddings().base_layer.weight.detach())
+
+
 def test_an_8_bit_layer_that_was_called_before_still_works():
     """PEFT's `dequantize_module_weight` takes its scales away on the CPU."""
     model = llama("int8")
