@@ -1,8 +1,9 @@
 """Quantised base layers: which of PEFT's layer classes wrap them, and their weight as floating numbers.
 
 MiCA starts from the weight that the layer computes with, so it is dequantised by the library's own call, and
-the packed numbers are never looked at. PEFT's classes are told apart by name: no quantisation library is
-imported here, installed or not.
+the packed numbers are never looked at. The original weight would not do: in SmolLM2-135M at r = 16 the minor
+subspaces of W and of nf4(W) share 83 % on average, 19 % in the worst of 210 layers. PEFT's classes are told
+apart by name: no quantisation library is imported here, installed or not.
 """
 
 from __future__ import annotations
