@@ -36,6 +36,12 @@ PATCHES = (
     Patch(f"{_LAYER}:Embedding", "mica_init", "self adapter_name", initialisation.mica_init),
     Patch(
         f"{_LAYER}:LoraLayer",
+        "update_layer",
+        "self adapter_name r lora_alpha config **kwargs",
+        initialisation.update_layer,
+    ),
+    Patch(
+        f"{_LAYER}:LoraLayer",
         "resolve_lora_variant",
         "self config **kwargs",
         initialisation.resolve_lora_variant,
