@@ -141,6 +141,12 @@ def kind_of(layer: nn.Module) -> Kind | None:
     return None if kind is None or kind.dequantise is None else kind
 
 
+def is_covered(layer_type: type) -> bool:
+    """Whether this very class, not one derived from it, is in the table."""
+    kind = _KINDS.get(f"{layer_type.__module__}.{layer_type.__qualname__}")
+    return kind is not None and kind.dequantise is not None
+
+
 def why_not(layer: nn.Module) -> str | None:
     """What keeps MiCA from a quantised layer, in words that follow the layer's name; None if nothing does."""
     kind = _listed(type(layer))

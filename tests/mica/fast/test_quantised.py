@@ -3,7 +3,7 @@ import weakref
 
 import pytest
 import torch
-from models import adapted_layers, bases, randomise, wrap
+from models import adapted_layers, bases, gradients, randomise, wrap
 from peft import LoraConfig, PeftModel
 from peft.tuners.lora.variants import MiCALinearVariant
 from quantised_models import (
@@ -18,6 +18,7 @@ from quantised_models import (
     logits,
     quantise,
 )
+from tolerances import RELATIVE, error
 from torch import nn
 
 import mica.fast
@@ -156,12 +157,74 @@ def test_a_large_bias_and_a_dequantize_weight_that_lies(kind, repacked, monkeypa
     assert_spans(layer.lora_B["default"].weight, dequantised(base))
 
 
-def test_explain_does_not_mind():
-    for kind in MERGEABLE:
-        assert {row.path for row in mica.fast.explain(adapted(kind)).rows} <= {"peft", "reference", "kernel"}
+# -- forward and backward ---------------------------------------------------------------------------
 
 
-# -- memory, cache ---------------------------------------------------------------------------------
+def step(model, **kwargs):
+    model.zero_grad(set_to_none=True)
+    out = logits(model, **kwargs)
+    out.float().square().mean().backward()
+    return out.detach(), gradients(model)
+
+
+@pytest.mark.parametrize("backend", ["reference", "triton"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_training_runs_on_the_operators_and_follows_peft(monkeypatch, kind, backend):
+    monkeypatch.setenv("MICA_BACKEND", backend)
+    model = randomise(adapted(kind))
+    (path,) = mica.fast.explain(model).counts()
+    assert path == {"reference": "reference", "triton": "kernel"}[backend]
+    assert all(
+        "base layer called: a base layer of type" in row.reason for row in mica.fast.explain(model).rows
+    )
+    mica.fast.call_counts.clear()
+    out, grads = step(model)
+    for name in ("down_projection", "up_projection", "down_projection_backward", "up_projection_backward"):
+        assert mica.fast.call_counts[name] == 7, name
+        assert mica.fast.call_counts[f"{name}_kernels"] == (7 if backend == "triton" else 0)
+    mica.fast.call_counts.clear()
+    with mica.fast.disabled():
+        expected, expected_grads = step(model)
+    assert not mica.fast.call_counts
+    tolerance = 10 * RELATIVE[torch.bfloat16 if "bf16 compute" in kind else torch.float32]
+    assert out.dtype == expected.dtype
+    assert error(out, expected) <= tolerance
+    assert grads.keys() == expected_grads.keys()
+    for name, grad in grads.items():
+        assert grad.dtype == expected_grads[name].dtype
+        assert error(grad, expected_grads[name]) <= tolerance, name
+
+
+@pytest.mark.parametrize("kind", ["nf4", "int8", "hqq", "torchao int8"])
+def test_mixed_batch(kind):
+    model = adapted(kind, adapter_name="first")
+    model.add_adapter("second", LoraConfig(r=2, target_modules=TARGETS, init_lora_weights="mica"))
+    randomise(model)
+    model.eval()
+    names = ["first", "second"]
+    mica.fast.call_counts.clear()
+    out = model(input_ids=TOKENS, adapter_names=names).logits
+    assert mica.fast.call_counts["down_projection"] == 14
+    with mica.fast.disabled():
+        expected = model(input_ids=TOKENS, adapter_names=names).logits
+    assert error(out, expected) <= 10 * RELATIVE[torch.float32]
+
+
+def test_uninstalled_peft_has_its_forward_back():
+    from peft.tuners.lora.hqq import HqqLoraLinear
+
+    model = randomise(adapted("hqq"))
+    ours = HqqLoraLinear.forward
+    try:
+        mica.fast.uninstall()
+        assert HqqLoraLinear.forward is not ours
+        assert HqqLoraLinear.forward.__module__ == "peft.tuners.lora.hqq"
+        logits(model)
+    finally:
+        mica.fast.enable()
+    assert mica.fast.explain(model).counts() == {"peft": 7}  # until the next adapter over this kind of base
+    model.add_adapter("second", LoraConfig(r=2, target_modules=TARGETS, init_lora_weights="mica"))
+    assert mica.fast.explain(model).counts() == {"reference": 7}
 
 
 def test_few_dequantised_weights_are_there_at_a_time(monkeypatch):
