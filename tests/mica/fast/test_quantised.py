@@ -9,6 +9,7 @@ from peft.tuners.lora.variants import MiCALinearVariant
 from quantised_models import (
     KINDS,
     TARGETS,
+    TOKENS,
     StubAWQLinear,
     StubGPTQLinear,
     adapted,
@@ -172,11 +173,9 @@ def step(model, **kwargs):
 def test_training_runs_on_the_operators_and_follows_peft(monkeypatch, kind, backend):
     monkeypatch.setenv("MICA_BACKEND", backend)
     model = randomise(adapted(kind))
-    (path,) = mica.fast.explain(model).counts()
-    assert path == {"reference": "reference", "triton": "kernel"}[backend]
-    assert all(
-        "base layer called: a base layer of type" in row.reason for row in mica.fast.explain(model).rows
-    )
+    rows = mica.fast.explain(model).rows
+    assert {row.path for row in rows} == {{"reference": "reference", "triton": "kernel"}[backend]}
+    assert all("base layer called: a base layer of type" in row.reason for row in rows)
     mica.fast.call_counts.clear()
     out, grads = step(model)
     for name in ("down_projection", "up_projection", "down_projection_backward", "up_projection_backward"):
@@ -195,7 +194,7 @@ def test_training_runs_on_the_operators_and_follows_peft(monkeypatch, kind, back
         assert error(grad, expected_grads[name]) <= tolerance, name
 
 
-@pytest.mark.parametrize("kind", ["nf4", "int8", "hqq", "torchao int8"])
+@pytest.mark.parametrize("kind", ["int8", "hqq", "torchao int8"])  # eval mode: see `logits` for the other
 def test_mixed_batch(kind):
     model = adapted(kind, adapter_name="first")
     model.add_adapter("second", LoraConfig(r=2, target_modules=TARGETS, init_lora_weights="mica"))
