@@ -194,6 +194,7 @@ def test_training_runs_on_the_operators_and_follows_peft(monkeypatch, kind, back
         assert error(grad, expected_grads[name]) <= tolerance, name
 
 
+@torch.no_grad()  # with a graph stock fails on int8: it writes into a view that bitsandbytes has made
 @pytest.mark.parametrize("kind", ["int8", "hqq", "torchao int8"])  # eval mode: see `logits` for the other
 def test_mixed_batch(kind):
     model = adapted(kind, adapter_name="first")
