@@ -118,6 +118,10 @@ class _LinearGroup(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, *grad_outputs):
+        on_backward = getattr(ctx, "on_backward", None)
+        if on_backward is not None:  # of whoever keeps outputs that may not have been used
+            on_backward()
+        ctx.done = True
         count = ctx.count
         if all(grad is None for grad in grad_outputs):
             return (None,) * (4 + 4 * count)
@@ -128,6 +132,8 @@ class _LinearGroup(torch.autograd.Function):
         grads = backward(list(grad_outputs), x, weights, lora_As, lora_Bs, ctx.scalings, ctx.compute_dtype)
         grad_x = grads.pop(0) if ctx.needs_x else None
         grad_As = grads if ctx.needs_A else [None] * count
+        # no gradient rather than zeros, which would have an optimizer move the weight
+        grad_As = [A if dy is not None else None for A, dy in zip(grad_As, grad_outputs, strict=True)]
         return None, None, grad_x, None, *[None] * count, *grad_As, *[None] * (2 * count)
 
 

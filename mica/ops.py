@@ -178,6 +178,7 @@ class _MicaLinear(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad_output):
+        ctx.done = True  # for `mica.fast.grouping`: nothing of this call will be recomputed any more
         x, weight, lora_A, lora_B, seed = ctx.saved_tensors
         mask = [ctx.needs_input_grad[0], ctx.needs_input_grad[2]]
         backward = backward_of(torch.ops.mica.linear_backward, _linear_backward)

@@ -122,14 +122,23 @@ def _why_not_embedding(layer, name: str) -> str | None:
     return _why_not_plain(base_weight=base.weight, lora_A=lora_A) or _why_not_frozen(lora_B=lora_B)
 
 
-def _why_not_read_directly(part: str, module: nn.Module) -> str | None:
-    """A call of the module would do more than its formula: then it has to be called."""
-    if (
+def hangs_on_call(module: nn.Module) -> bool:
+    """Whether a call of the module does more than its forward, or another one than its class's."""
+    return _has_hooks(module) or "forward" in module.__dict__
+
+
+def _has_hooks(module: nn.Module) -> bool:
+    return bool(
         module._forward_hooks
         or module._forward_pre_hooks
         or module._backward_hooks
         or module._backward_pre_hooks
-    ):
+    )
+
+
+def _why_not_read_directly(part: str, module: nn.Module) -> str | None:
+    """A call of the module would do more than its formula: then it has to be called."""
+    if _has_hooks(module):
         return f"hooks on the {part}"
     if "forward" in module.__dict__:
         return f"the {part} has a forward of its own (offloading or another patch)"

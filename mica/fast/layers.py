@@ -10,8 +10,17 @@ import torch
 from transformers.pytorch_utils import Conv1D
 
 import mica.ops  # noqa: F401  (registers torch.ops.mica)
-from mica.fast import mixed_batch
-from mica.fast.eligibility import adapter_weights, adapters_of, dtypes_fit, fuses, why_called, why_not
+from mica.backend import MAX_RANK
+from mica.fast import grouping, mixed_batch
+from mica.fast.eligibility import (
+    adapter_weights,
+    adapters_of,
+    dtypes_fit,
+    fuses,
+    hangs_on_call,
+    why_called,
+    why_not,
+)
 from mica.fast.settings import compute_dtype, settings
 
 
@@ -39,18 +48,11 @@ def _linear(layer, x: torch.Tensor) -> torch.Tensor | None:
     for name in names:
         if not dtypes_fit(layer, x, *adapter_weights(layer, name)):
             return None
-    base = layer.base_layer
-    if why_called(layer) is not None or not fuses(x, base.weight):
-        result = base(x)
-    else:
-        # Conv1D keeps its weight as (in_features, out_features): a transposed view, no copy.
-        weight = base.weight.t() if type(base) is Conv1D else base.weight
+    if why_called(layer) is None and fuses(x, layer.base_layer.weight):
         name, *names = names
-        lora_A, lora_B, scaling = operands(layer, name)
-        p, seed = _dropout(layer, name, x)
-        result = torch.ops.mica.linear(
-            x, weight, lora_A, lora_B, scaling, base.bias, compute_dtype(x), p, seed
-        )
+        result = _fused(layer, name, x) if names else _grouped(layer, name, x)
+    else:
+        result = layer.base_layer(x)
     for name in names:
         lora_A, lora_B, scaling = operands(layer, name)
         p, seed = _dropout(layer, name, x)
@@ -59,12 +61,63 @@ def _linear(layer, x: torch.Tensor) -> torch.Tensor | None:
     return result
 
 
+def _fused(layer, name: str, x: torch.Tensor) -> torch.Tensor:
+    lora_A, lora_B, scaling = operands(layer, name)
+    p, seed = _dropout(layer, name, x)
+    weight, bias = _base(layer)
+    return torch.ops.mica.linear(x, weight, lora_A, lora_B, scaling, bias, compute_dtype(x), p, seed)
+
+
+def _base(layer) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Weight (out_features, in_features) and bias. Conv1D's weight is a transposed view, no copy."""
+    base = layer.base_layer
+    return base.weight.t() if type(base) is Conv1D else base.weight, base.bias
+
+
+def _grouped(layer, name: str, x: torch.Tensor) -> torch.Tensor:
+    """`_fused`, and the outputs of the layers that will read the same x where `grouping` knows them."""
+    if not grouping.is_on(x, layer.lora_A[name].weight):
+        return _fused(layer, name, x)
+    output = grouping.fetch(layer, x)
+    if output is not None:
+        return output
+    layers = grouping.members(layer)
+    if layers is None or not _fit_together(layers, x):
+        output = _fused(layer, name, x)
+        grouping.observe(layer, x, output)
+        return output
+    adapters = zip(*(operands(other, adapters_of(other)[0]) for other in layers), strict=True)
+    weights, biases = zip(*(_base(other) for other in layers), strict=True)
+    lists = (list(kind) for kind in (weights, *adapters, biases))
+    return grouping.lead(layers, x, torch.ops.mica.linear_group(x, *lists, compute_dtype(x)))
+
+
+def _fit_together(layers, x: torch.Tensor) -> bool:
+    """Whether all of them would run fused and alone on x, and nothing hangs on the call of one."""
+    rank = 0
+    for layer in layers:
+        if hangs_on_call(layer) or why_not(layer) is not None or why_called(layer) is not None:
+            return False
+        names = adapters_of(layer)
+        lora_A, lora_B = adapter_weights(layer, names[0])
+        if len(names) > 1 or _has_dropout(layer, names[0]) or lora_A.device != x.device:
+            return False
+        if not fuses(x, layer.base_layer.weight) or not dtypes_fit(layer, x, lora_A, lora_B):
+            return False
+        rank += (lora_A.shape[0] + 15) // 16 * 16  # as wide as the kernels make it
+    return rank <= MAX_RANK
+
+
+def _has_dropout(layer, name: str) -> bool:
+    dropout = layer.lora_dropout[name]
+    return dropout.training and getattr(dropout, "p", 0.0) > 0.0
+
+
 def _dropout(layer, name: str, x: torch.Tensor) -> tuple[float, torch.Tensor | None]:
     """Its probability, and a seed of torch's generator: checkpointing restores that, and so the mask."""
-    p = getattr(layer.lora_dropout[name], "p", 0.0) if layer.lora_dropout[name].training else 0.0
-    if p == 0.0:
+    if not _has_dropout(layer, name):
         return 0.0, None
-    return p, torch.randint(0, 2**63 - 1, (1,), device=x.device)
+    return layer.lora_dropout[name].p, torch.randint(0, 2**63 - 1, (1,), device=x.device)
 
 
 def embedding_forward(stock):

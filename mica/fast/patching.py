@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 import peft
 
-from mica.fast import hotswap, initialisation, layers, merging, quantised
+from mica.fast import grouping, hotswap, initialisation, layers, merging, quantised
 from mica.fast.eligibility import quantised_layers
 
 
@@ -64,6 +64,10 @@ PATCHES = (
         "add_weighted_adapter",
         "self adapters weights adapter_name",
         initialisation.without_solver,
+    ),
+    *(
+        Patch(owner, "forward", "self *args **kwargs", grouping.whole_forward)
+        for owner in ("peft.tuners.tuners_utils:BaseTuner", "peft.peft_model:PeftModel")
     ),
     *(
         Patch(
