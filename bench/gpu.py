@@ -1,10 +1,10 @@
 """``make gpu``: on a machine with a CUDA or ROCm GPU, are the kernels right there, and how fast are they?
 
 In order: the kernels' own tests, compiled on the device; parity with fp64 on real layer shapes, and bitwise
-equal reruns; then times against the bare GEMM, the aten control and stock PEFT, shape by shape. A shape whose
-result is wrong gets no time. Writes raw JSON, tables and a plot to ``bench/results/<device>/``. ``--dry-run``
-goes the same way on a CPU with interpreted kernels and tiny shapes: it shows that the script runs, and its
-times mean nothing.
+equal reruns; then times against the bare GEMM, the aten control and stock PEFT, shape by shape, and of q/k/v
+as a group. A shape whose result is wrong gets no time. Writes raw JSON, tables and a plot to
+``bench/results/<device>/``. ``--dry-run`` goes the same way on a CPU with interpreted kernels, tiny shapes:
+it shows that the script runs, and its times mean nothing.
 """
 
 from __future__ import annotations
@@ -140,6 +140,7 @@ def main() -> int:
             file=sys.stderr,
         )
         return 2
+    from bench.gpu_group import measure_group
     from bench.gpu_layer import make_layer, rivals
     from bench.gpu_report import report, write_plot
     from bench.gpu_timing import kernel_bandwidths
@@ -159,6 +160,8 @@ def main() -> int:
         entry["times"] = measure(layer, found, device, rounds)
         result["kernels"][layer.shape] = kernel_bandwidths(layer, device, rounds)
         del layer, found
+    shape = (TINY if args.dry_run else SHAPES)[0]
+    result["group"] = measure_group(shape, RANK, torch.bfloat16, device, rounds, GATE)
     result["seconds"] = time.monotonic() - start
 
     folder = args.output or ROOT / "bench" / "results" / result["machine"]["device"].lower().replace(" ", "-")
@@ -168,7 +171,7 @@ def main() -> int:
     (folder / f"{args.name}.md").write_text(text)
     write_plot(result, folder / f"{args.name}.png")
     print(text)
-    wrong = any(entry["wrong"] for entry in result["shapes"].values())
+    wrong = any(entry["wrong"] for entry in (*result["shapes"].values(), result["group"]))
     return 1 if wrong or any(test["state"] != "passed" for test in result["tests"]) else 0
 
 

@@ -100,10 +100,10 @@ def rivals(layer: Layer, compiled: bool = True) -> dict[str, Rival]:
         if form != "descriptor" or descriptor_reason(layer) is None:
             found.append(Rival(name, ours, (x, lora_A), form))
     for name, adapter_dtype in ((STOCK, torch.float32), (STOCK_16, x.dtype)):
-        module, stock_A = _stock(layer, adapter_dtype)
+        module, stock_A = stock_module(layer, adapter_dtype)
         found.append(Rival(name, lambda module=module: module(x), (x, stock_A)))
     if compiled:
-        module, stock_A = _stock(layer, x.dtype)
+        module, stock_A = stock_module(layer, x.dtype)
         optimised = torch.compile(module)
         found.append(Rival(COMPILED, lambda: optimised(x), (x, stock_A)))
     return {rival.name: rival for rival in found}
@@ -113,7 +113,7 @@ def descriptor_reason(layer: Layer) -> str | None:
     return why_not_descriptor(layer.x, layer.weight.t(), target_of(layer.x.device))
 
 
-def _stock(layer: Layer, adapter_dtype: torch.dtype) -> tuple[nn.Module, Tensor]:
+def stock_module(layer: Layer, adapter_dtype: torch.dtype) -> tuple[nn.Module, Tensor]:
     out, inner = layer.weight.shape
     base = nn.Linear(inner, out, bias=False, device="meta")
     base.weight = nn.Parameter(layer.weight, requires_grad=False)

@@ -6,6 +6,7 @@ import json
 import sys
 from pathlib import Path
 
+from bench.gpu_group import GROUPED
 from bench.gpu_layer import ATEN, BARE, COMPILED, SPLIT, STOCK, STOCK_16
 
 MAIN_SHAPE = "8192x4096x4096"
@@ -31,6 +32,8 @@ def report(result: dict) -> str:
     parts += [
         _shape_table(shape, entry, result["kernels"].get(shape)) for shape, entry in result["shapes"].items()
     ]
+    if result.get("group"):
+        parts.append(_group_table(result["group"]))
     return "\n\n".join(parts) + "\n"
 
 
@@ -52,7 +55,29 @@ def acceptance(result: dict) -> list[tuple[str, str, float, bool]]:
         if name != "copy":
             share = entry["share_of_copy"]
             rows.append((f"{name}, share of the copy's bandwidth", "≥ 0.8", share, share >= 0.8))
+    grouped = result.get("group", {}).get("times", {}).get(GROUPED)
+    if grouped:
+        extra = grouped["both"]["extra"]
+        rows.append(("grouped q/k/v, extra forward + backward", "≤ 0.15", extra, extra <= 0.15))
     return rows
+
+
+def _group_table(entry: dict) -> str:
+    lines = ["### q/k/v: three layers of the first shape on one x", ""]
+    if entry["wrong"]:
+        return "\n".join(
+            [*lines, "No times, because results are wrong:", "", *(f"- {w}" for w in entry["wrong"])]
+        )
+    lines += [
+        "rival | forward µs | backward µs | extra forward | extra backward | extra both | error y, dx, dA"
+    ]
+    lines += [" | ".join(["---"] * 7)]
+    for name, times in entry["times"].items():
+        numbers = [f"{times[part]['us']:.1f}" for part in ("forward", "backward")]
+        numbers += [f"{times[part]['extra']:+.1%}" for part in ("forward", "backward", "both")]
+        errors = ", ".join(f"{value:.1e}" for value in entry["errors"].get(name, {}).values())
+        lines.append(" | ".join([name, *numbers, errors]))
+    return "\n".join(lines)
 
 
 def _shape_table(shape: str, entry: dict, kernels: dict | None) -> str:

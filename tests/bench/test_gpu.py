@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench import gpu, gpu_layer, gpu_report, gpu_timing
+from bench import gpu, gpu_group, gpu_layer, gpu_report, gpu_timing
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -32,6 +32,14 @@ def test_it_runs_and_says_that_it_measured_nothing(dry_run):
     ((shape, entry),) = result["shapes"].items()
     assert shape == "40x48x64"
     assert not entry["wrong"]
+    assert not result["group"]["wrong"]
+    assert list(result["group"]["times"]) == [
+        gpu_group.BARE,
+        gpu_group.ALONE,
+        gpu_group.GROUPED,
+        gpu_layer.STOCK_16,
+    ]
+    assert "q/k/v" in text
     assert list(entry["times"]) == [
         gpu_layer.BARE,
         *gpu_layer.FORMS,
@@ -83,6 +91,17 @@ def test_the_bytes_of_a_launch(layer):
     assert gpu_timing.launch_bytes(launch, out) == 4 * (2 * 20 * 24 + 20 * 16 + 16 * 24)
 
 
+def test_a_wrong_group_gets_no_time(monkeypatch):
+    monkeypatch.setenv("MICA_BACKEND", "triton")
+    gate = {"y": 1e-2, "dx": 1e-2, "dA": 1e-2}
+    assert gpu_group.measure_group((20, 24, 32), 4, torch.bfloat16, "cpu", 1, gate)["times"]
+    real = gpu_group.mica_linear_group
+    monkeypatch.setattr(gpu_group, "mica_linear_group", lambda *args: [y * 1.02 for y in real(*args)])
+    found = gpu_group.measure_group((20, 24, 32), 4, torch.bfloat16, "cpu", 1, gate)
+    assert found["wrong"][0].startswith("mica, grouped: error of y")
+    assert not found["times"]
+
+
 def test_the_table_of_what_was_asked(dry_run):
     result = json.loads((dry_run[0] / "run.json").read_text())
     assert gpu_report.acceptance(result) == []  # not the shape that the limits are for
@@ -97,6 +116,9 @@ def test_the_table_of_what_was_asked(dry_run):
     assert met["split, extra forward"]
     assert not met["split, extra backward"]
     assert met["stock PEFT default ÷ split"]
+    result["group"]["times"][gpu_group.GROUPED]["both"]["extra"] = 0.151
+    met = {what: met for what, _, _, met in gpu_report.acceptance(result)}
+    assert not met["grouped q/k/v, extra forward + backward"]
     times[gpu_layer.STOCK]["both"]["us"] = 159.0
     met = {what: met for what, _, _, met in gpu_report.acceptance(result)}
     assert not met["stock PEFT default ÷ split"]

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
 import triton
 from kernel_cases import DEVICE
 from oracle import problem, solve
@@ -10,7 +11,14 @@ from torch.library import opcheck
 
 from mica import kernel_path, ops, reference
 from mica.kernels import prepared, tuning
-from mica.ops import mica_embedding, mica_linear, mica_merge
+from mica.ops import (
+    mica_down_projection,
+    mica_embedding,
+    mica_linear,
+    mica_linear_group,
+    mica_merge,
+    mica_up_projection,
+)
 
 DTYPES = [
     (torch.float32, torch.float32, None),
@@ -57,6 +65,37 @@ def test_linear_agrees_with_the_dense_oracle(
     for name, value in run(p, compute_dtype).items():
         assert error(value, expected[name]) <= RELATIVE[dtype], name
     assert ops.call_counts["linear_kernels"] == ops.call_counts["linear_backward_kernels"] == 1
+
+
+@pytest.mark.parametrize(("dtype", "adapter_dtype", "compute_dtype"), DTYPES)
+@pytest.mark.parametrize("dropout_p", [0.0, 0.4])
+def test_factors_beside_a_base_layer(dtype, adapter_dtype, compute_dtype, dropout_p):
+    p = on_device(problem((70,), 40, 24, 12, dtype, adapter_dtype))
+    options = {"dropout_p": dropout_p, "seed": torch.tensor([-3], device=DEVICE)}
+
+    def beside(x, weight, lora_A, lora_B, scaling, bias, **options):
+        h = mica_down_projection(x, lora_A, scaling, **options)
+        return mica_up_projection(F.linear(x, weight, bias), h, lora_B)
+
+    expected = run(p, compute_dtype, **options)
+    for name, value in run(p, compute_dtype, beside, **options).items():
+        assert error(value, expected[name]) <= 2 * RELATIVE[dtype], name
+
+
+@pytest.mark.parametrize(("dtype", "adapter_dtype", "compute_dtype"), DTYPES)
+def test_a_group_agrees_with_the_dense_oracle(dtype, adapter_dtype, compute_dtype):
+    found = [on_device(problem((70,), 40, out, r, dtype, adapter_dtype)) for out, r in ((24, 3), (56, 20))]
+    found[1].x = found[0].x
+    x = found[0].x.detach().requires_grad_()
+    lora_As = [p.lora_A.detach().requires_grad_() for p in found]
+    lists = [[getattr(p, name) for p in found] for name in ("weight", "lora_B", "scaling", "bias")]
+    ys = mica_linear_group(x, lists[0], lora_As, *lists[1:], compute_dtype=compute_dtype)
+    torch.autograd.backward(ys, [p.grad_output for p in found])
+    expected = [solve(p) for p in found]
+    assert error(x.grad, expected[0]["grad_x"] + expected[1]["grad_x"]) <= RELATIVE[dtype]
+    for y, lora_A, e in zip(ys, lora_As, expected, strict=True):
+        assert error(y, e["y"]) <= RELATIVE[dtype]
+        assert error(lora_A.grad, e["grad_A"]) <= RELATIVE[dtype]
 
 
 @pytest.mark.parametrize("form", FORMS)
