@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 import warnings
 
 import torch
@@ -70,3 +71,10 @@ def use_kernels(device: torch.device, rank: int, *dtypes: torch.dtype) -> bool:
     if reason and backend == "triton":
         raise RuntimeError(f"MICA_BACKEND=triton demands Triton kernels, but there are none here: {reason}.")
     return reason is None
+
+
+def forget_prepared() -> None:
+    """Copies of B that the kernels keep are made again: it may have been edited where PyTorch does not count."""
+    prepared = sys.modules.get("mica.kernels.prepared")  # if it is not loaded there are none
+    if prepared is not None:
+        prepared.forget()

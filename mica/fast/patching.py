@@ -15,6 +15,7 @@ from typing import NamedTuple
 
 import peft
 
+from mica.backend import forget_prepared
 from mica.fast import initialisation, layers, merging
 
 
@@ -80,6 +81,13 @@ PATCHES = (
         initialisation.load_adapter,
         required=False,
     ),
+    Patch(
+        "peft.utils.hotswap",
+        "hotswap_adapter_from_state_dict",
+        "model state_dict adapter_name config",
+        initialisation.hotswap_adapter_from_state_dict,
+        required=False,
+    ),
     *(
         Patch(f"{_VARIANTS}:{variant}", name, "module active_adapter orig_weight", wrap)
         for variant in ("MiCALinearVariant", "MiCAEmbeddingVariant")
@@ -135,6 +143,7 @@ def install() -> bool:
     for patch, mismatch in mismatches.items():
         if mismatch is None:
             _replace(_owner(patch.owner), patch)
+    forget_prepared()  # PEFT may have edited B while nothing here was told
     return True
 
 

@@ -6,7 +6,7 @@ import sys
 
 import pytest
 import torch
-from models import TARGETS, adapted_layers, bases, gradients, net, randomise, wrap
+from models import TARGETS, adapted_layers, bases, gradients, net, randomise, tiny_llama
 from peft import PeftModel
 from peft.utils.hotswap import hotswap_adapter, prepare_model_for_compiled_hotswap
 from safetensors.torch import load_file
@@ -40,6 +40,17 @@ def output_and_gradients(model, **kwargs):
     if out.requires_grad:
         out.float().square().mean().backward()
     return out.detach(), gradients(model)
+
+
+class Logits(torch.nn.Module):
+    """A model for `torch.export`: tensors in, one tensor out."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, input_ids):
+        return self.model(input_ids=input_ids, use_cache=False).logits
 
 
 def as_stock(model, tolerance=FP32, **kwargs):
@@ -178,3 +189,134 @@ def test_lora_dropout(p):
     spread = error(sampled_stock, exact)
     assert spread > 0.01 or p == 0.0
     assert error(sampled, exact) <= 1.5 * spread + FP32
+
+
+# ---------------------------------------------------------------------------------------------------
+# files
+# ---------------------------------------------------------------------------------------------------
+
+WITHOUT_MICA = """
+import sys
+sys.modules["mica"] = None  # an import of it would fail
+import torch
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+base, adapter, ids, out = sys.argv[1:]
+model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), adapter)
+with torch.no_grad():
+    torch.save(model(torch.load(ids)).logits, out)
+"""
+
+
+def test_a_saved_adapter_is_a_plain_peft_adapter(tmp_path):
+    """The folder that `push_to_hub` uploads, loaded with this package and in a process without it."""
+    model = llama()
+    train(model)
+    ids = batches(1)[0]
+    with torch.no_grad():
+        expected = model.eval()(ids).logits
+    model.save_pretrained(tmp_path / "adapter")
+    files = {file.name for file in (tmp_path / "adapter").iterdir()}
+    assert files == {"adapter_config.json", "adapter_model.safetensors", "README.md"}
+    weights = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
+    assert len(weights) == 2 * 14
+    assert all(name.endswith(("lora_A.weight", "lora_B.weight")) for name in weights)
+
+    loaded = PeftModel.from_pretrained(tiny_llama(initializer_range=0.3), tmp_path / "adapter")
+    assert path(loaded) == {"reference": 14}
+    with torch.no_grad():
+        assert torch.equal(loaded(ids).logits, expected)
+    resumed = PeftModel.from_pretrained(tiny_llama(initializer_range=0.3), tmp_path / "adapter", is_trainable=True)
+    with on_the_fast_path(resumed, 3):
+        losses = train(resumed)
+    assert losses[-1] < losses[0]
+
+    tiny_llama(initializer_range=0.3).save_pretrained(tmp_path / "base")
+    torch.save(ids, tmp_path / "ids.pt")
+    arguments = [tmp_path / name for name in ("base", "adapter", "ids.pt", "logits.pt")]
+    done = subprocess.run(
+        [sys.executable, "-c", WITHOUT_MICA, *map(str, arguments)], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert error(torch.load(tmp_path / "logits.pt"), expected) <= 5 * RELATIVE[torch.float32]
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_export_for_inference(tmp_path, dynamic):
+    """The program holds the operators; exported inside `disabled()` it holds PyTorch's own."""
+    model = randomise(llama()).eval().requires_grad_(False)
+    ids = batches(1)[0]
+
+    def export():
+        shapes = {"input_ids": {0: torch.export.Dim.AUTO, 1: torch.export.Dim.AUTO}} if dynamic else None
+        kwargs = {"input_ids": ids}
+        return torch.export.export(Logits(model), (), kwargs, dynamic_shapes=shapes)
+
+    program = export()
+    calls = [node for node in program.graph.nodes if node.target == torch.ops.mica.linear.default]
+    assert len(calls) == 14
+    torch.export.save(program, tmp_path / "program.pt2")
+    again = torch.export.load(tmp_path / "program.pt2").module()
+    with torch.no_grad():
+        before = mica.fast.call_counts["linear"]
+        out = again(input_ids=ids)
+        assert mica.fast.call_counts["linear"] == before + 14
+        assert error(out, model(ids).logits) <= FP32
+        if dynamic:
+            assert error(again(input_ids=ids[:2, :5]), model(ids[:2, :5]).logits) <= FP32
+    with mica.fast.disabled():
+        plain = export()
+    assert not any("mica" in str(node.target) for node in plain.graph.nodes)
+    with torch.no_grad():
+        assert error(plain.module()(input_ids=ids), out) <= 5 * RELATIVE[torch.float32]
+
+
+# ---------------------------------------------------------------------------------------------------
+# hotswap
+# ---------------------------------------------------------------------------------------------------
+
+
+def saved(folder, seed, rank=4, **config):
+    """A trained adapter on the same base, in a folder."""
+    model = randomise(net(targets=TARGETS[1:], rank=rank, **config), seed=seed)
+    for B in bases(model).values():
+        B.data.neg_()  # as after another run: B is not the one that is there
+    model.save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("backend", ["reference", "triton"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("rank", [2, 4, 6])
+def test_hotswap(monkeypatch, tmp_path, backend, dtype, rank):
+    """Also on kernels, which keep a prepared copy of B: hotswap edits B behind PyTorch's back."""
+    monkeypatch.setenv("MICA_BACKEND", backend)
+    model = randomise(net(dtype, targets=TARGETS[1:])).eval()
+    folder = saved(tmp_path, 5, rank, lora_alpha=3)
+    before = as_stock(model, 3 * RELATIVE[dtype])
+    hotswap_adapter(model, str(folder), "default")
+    after = as_stock(model, 3 * RELATIVE[dtype])
+    assert error(after, before) > 0.01
+    loaded = PeftModel.from_pretrained(net(dtype, targets=TARGETS[1:]).unload(), folder)
+    assert error(after, loaded(INDICES)) <= 3 * RELATIVE[dtype]
+    assert path(model) == {"kernel" if backend == "triton" else "reference": 3}
+
+
+def test_hotswap_of_a_compiled_model(tmp_path):
+    """One graph for all adapters: ranks are padded, scalings are tensors."""
+    torch.compiler.reset()
+    model = randomise(net(targets=TARGETS[1:], rank=3)).eval()
+    prepare_model_for_compiled_hotswap(model, target_rank=6)
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    with torch.no_grad():
+        before = compiled(INDICES)
+        with torch._dynamo.config.patch(error_on_recompile=True):
+            for seed, rank in ((5, 6), (6, 2)):
+                folder = saved(tmp_path / str(seed), seed, rank, lora_alpha=3)
+                hotswap_adapter(model, str(folder), "default")
+                counted = mica.fast.call_counts["linear"]
+                out = compiled(INDICES)
+                assert mica.fast.call_counts["linear"] == counted + 3
+                loaded = PeftModel.from_pretrained(net(targets=TARGETS[1:]).unload(), folder)
+                assert error(out, loaded(INDICES)) <= FP32
+                assert error(out, before) > 0.01
