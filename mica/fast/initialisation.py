@@ -76,15 +76,16 @@ def mica_init(stock):
     def mica_init(self, adapter_name: str) -> None:
         lora_A, lora_B = adapter_weights(self, adapter_name)
         weight = getattr(self.get_base_layer(), "weight", None)
-        covered = (
-            type(self) in (lora.Linear, lora.Embedding) and isinstance(weight, Tensor) and not weight.is_meta
-        )
+        covered = type(self) in (lora.Linear, lora.Embedding) and isinstance(weight, Tensor)
         if not settings.enabled or lora_B.is_meta or not covered:
             return stock(self, adapter_name)
         injection = _injection.get()
         entry = injection.entries[-1] if injection is not None and injection.entries else None
         name = f"layer {entry.key!r}" if entry else f"this {type(self.get_base_layer()).__name__} layer"
-        empty = {"device": weight.device, "dtype": weight.dtype if weight.is_floating_point() else None}
+        empty = {
+            "device": lora_A.device if weight.is_meta else weight.device,
+            "dtype": weight.dtype if weight.is_floating_point() else None,
+        }
         lora_A.data = torch.zeros(lora_A.shape, **empty)
         if unfilled.get() is not None:
             lora_B.data = torch.zeros(lora_B.shape, **empty)

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 from peft.tuners import lora
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
+from torch.distributed import is_available as has_distributed
 
 from mica import backend
 from mica.fast import patching
@@ -63,14 +66,43 @@ def explain(model: nn.Module) -> Explanation:
     kernels do not run; "peft": PEFT's own code, with the reason; "error": MICA_BACKEND=triton demands kernels
     that this layer cannot have, and a call raises. What only a call can show (a mixed batch with
     ``adapter_names``, activations of another dtype than the weight) is not in the table; such a call runs on
-    PEFT's code.
+    PEFT's code. Weights that FSDP2 has sharded with a module around the layer count as the plain tensors that
+    they are while that module's forward runs.
     """
     rows = []
     for name, module in model.named_modules():
         if isinstance(module, BaseTunerLayer):
             base = type(module.get_base_layer()).__name__
-            rows.append(Row(name, base, _adapters(module), *_path(module)))
+            with _as_gathered(model, name, module):
+                rows.append(Row(name, base, _adapters(module), *_path(module)))
     return Explanation(rows)
+
+
+@contextmanager
+def _as_gathered(model: nn.Module, name: str, layer: nn.Module) -> Iterator[None]:
+    """Shards in the place of the weights that FSDP2 gathers before this layer is called: plain, of its dtype."""
+    parents = [model.get_submodule(name.rsplit(".", depth)[0]) for depth in range(1, name.count(".") + 1)]
+    replaced = []
+    if _is_fsdp(model, *parents):
+        for module in layer.modules():
+            for key, parameter in module._parameters.items():
+                if hasattr(parameter, "to_local"):
+                    shard = nn.Parameter(parameter.to_local().detach(), parameter.requires_grad)
+                    replaced.append((module._parameters, key, parameter))
+                    module._parameters[key] = shard
+    try:
+        yield
+    finally:
+        for parameters, key, parameter in replaced:
+            parameters[key] = parameter
+
+
+def _is_fsdp(*modules: nn.Module) -> bool:
+    if not has_distributed():
+        return False
+    from torch.distributed.fsdp import FSDPModule
+
+    return any(isinstance(module, FSDPModule) for module in modules)
 
 
 def _path(layer) -> tuple[str, str]:

@@ -246,7 +246,11 @@ def test_configurations(config):
 
 def test_trainable_biases_leave_their_layers_on_pefts_path():
     def run():
-        model = models.wrap(models.tiny_llama(initializer_range=0.3, attention_bias=True), targets="all-linear", bias="lora_only").train()
+        model = models.wrap(
+            models.tiny_llama(initializer_range=0.3, attention_bias=True),
+            targets="all-linear",
+            bias="lora_only",
+        ).train()
         return model, train(model)
 
     model, losses = run()
@@ -257,5 +261,7 @@ def test_trainable_biases_leave_their_layers_on_pefts_path():
 
 
 def test_lora_bias_is_refused_as_by_stock():
-    with pytest.raises(ValueError, match=r"lora_bias=True is only supported with init_lora_weights=True or False"):
+    with pytest.raises(
+        ValueError, match=r"lora_bias=True is only supported with init_lora_weights=True or False"
+    ):
         LoraConfig(init_lora_weights="mica", lora_bias=True)
