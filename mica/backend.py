@@ -74,7 +74,7 @@ def use_kernels(device: torch.device, rank: int, *dtypes: torch.dtype) -> bool:
 
 
 def forget_prepared() -> None:
-    """Copies of B that the kernels keep are made again: it may have been edited where PyTorch does not count."""
+    """Make the copies of B that kernels keep again: it may have been edited where PyTorch does not count."""
     prepared = sys.modules.get("mica.kernels.prepared")  # if it is not loaded there are none
     if prepared is not None:
         prepared.forget()

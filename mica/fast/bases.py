@@ -61,8 +61,8 @@ def check(wanted: Wanted) -> None:
     base_layer = layer.get_base_layer()
     if _is_sharded(base_layer):
         raise UnsuitableLayerError(
-            f"MiCA needs the whole weight, but {name} holds one shard of it (tensor parallelism or FSDP). Create the "
-            "adapter before the model is sharded, or load one that was."
+            f"MiCA needs the whole weight, but {name} holds one shard of it (tensor parallelism or FSDP). "
+            "Create the adapter before the model is sharded, or load one that was."
         )
     weight = wanted.weight
     if weight.dtype not in _SOLVABLE:
@@ -80,7 +80,8 @@ def check(wanted: Wanted) -> None:
     if weight.is_meta:
         if not is_fsdp_enabled():
             raise UnsuitableLayerError(
-                f"MiCA needs the weight, but that of {name} is on the meta device: it is offloaded or not loaded."
+                f"MiCA needs the weight, but that of {name} is on the meta device: it is offloaded or not "
+                "loaded yet."
             )
     elif not torch.isfinite(extremes(weight)).all():
         broken = int((~torch.isfinite(weight)).sum())
@@ -99,8 +100,8 @@ def fill(waiting: Sequence[Wanted]) -> None:
 
     Under FSDP with ``cpu_ram_efficient_loading`` only the first process of a node has weights, and hands out
     what it made of them: in the others weight and B are on the meta device, and the first one must not wait
-    for their share. Weights that DeepSpeed ZeRO-3 has partitioned are gathered one at a time, by all processes
-    in the same order. One progress bar for everything that takes more than 2 s.
+    for their share. Weights that DeepSpeed ZeRO-3 has partitioned are gathered one at a time, by all
+    processes in the same order. One progress bar for everything that takes more than 2 s.
     """
     bar = tqdm(
         total=len(waiting),

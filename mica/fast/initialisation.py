@@ -264,7 +264,7 @@ def without_solver(stock):
 
 def hotswap_adapter_from_state_dict(stock):
     def hotswap_adapter_from_state_dict(*args, **kwargs):
-        """Stock copies the new B into ``.data`` of the old one, which the kernels' prepared copies do not see.
+        """Stock copies the new B into ``.data`` of the old one, and kernels keep prepared copies of that.
 
         Without this a kernel went on with the old B (relative error of the output 1.6). Also while disabled:
         the backend may be enabled again afterwards.

@@ -80,7 +80,7 @@ def explain(model: nn.Module) -> Explanation:
 
 @contextmanager
 def _as_gathered(model: nn.Module, name: str, layer: nn.Module) -> Iterator[None]:
-    """Shards in the place of the weights that FSDP2 gathers before this layer is called: plain, of its dtype."""
+    """Plain shards in the place of the weights that FSDP2 gathers before this layer is called."""
     parents = [model.get_submodule(name.rsplit(".", depth)[0]) for depth in range(1, name.count(".") + 1)]
     replaced = []
     if _is_fsdp(model, *parents):

@@ -1,6 +1,6 @@
 """A few steps of training on a tiny Llama, the losses, and the proof of which path they took."""
 
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 import torch
 from models import bases, tiny_llama, wrap
@@ -40,7 +40,7 @@ def train(model, data=None, step=None, optimizer=None, autocast=None):
     optimizer = optimizer or optimizer_of(model)
     losses = []
     for ids in batches() if data is None else data:
-        with torch.autocast("cpu", autocast, enabled=autocast is not None):
+        with torch.autocast("cpu", autocast) if autocast else nullcontext():
             loss = model(input_ids=ids, labels=ids).loss
         if step:
             step(loss, optimizer)
@@ -69,7 +69,7 @@ def follows(losses, expected, dtype=torch.float32):
 
 @contextmanager
 def on_the_fast_path(model, forwards, backwards=None):
-    """In the block every adapted linear layer runs on the backend, that often; B stays frozen and as it is."""
+    """In the block every adapted linear layer runs on the backend, that often; B stays as it is, frozen."""
     before_B = {name: B.detach().clone() for name, B in bases(model).items()}
     before = mica.fast.call_counts.copy()
     layers = len(before_B)

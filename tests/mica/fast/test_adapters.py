@@ -175,7 +175,7 @@ def test_mixed_batches(names, dtype):
 
 @pytest.mark.parametrize("p", [0.0, 0.3])
 def test_lora_dropout(p):
-    """In expectation the same, without dropout in evaluation the same: masks come from different generators."""
+    """In evaluation the same, in training the same in expectation: masks come from different generators."""
     model = llama(lora_dropout=p)
     randomise(model)
     ids = batches(1)[0]
@@ -247,7 +247,7 @@ def test_a_saved_adapter_is_a_plain_peft_adapter(tmp_path):
 def test_export_for_inference(tmp_path, strict):
     """By default the program holds PyTorch's own operators and runs where this package is not.
 
-    ``strict=True`` traces as torch.compile does, and the operators are in it; inside `disabled()` they are not.
+    ``strict=True`` traces as torch.compile does, and ours are in it; inside `disabled()` they are not.
     """
     model = randomise(llama(num_hidden_layers=1)).eval().requires_grad_(False)
     ids = batches(1)[0]

@@ -91,7 +91,7 @@ def fsdp_checkpointed(rank):
 
 
 def fsdp_own_units(rank):
-    """lora_A alone in a unit, as PEFT's own FSDP policy puts it: its weight is not there for the layer to read."""
+    """lora_A alone in a unit, as PEFT's own FSDP policy has it: the layer cannot read its weight."""
     model = llama()
     for name, module in model.named_modules():
         if name.endswith("lora_A.default"):
@@ -99,8 +99,15 @@ def fsdp_own_units(rank):
     return run(shard(model), rank)
 
 
+def fsdp_unit_of_the_embedding(rank):
+    """As accelerate has it. The layer itself is the unit, and of another class from then on."""
+    model = llama(targets=["q_proj", "embed_tokens"])
+    fully_shard(model.get_input_embeddings(), mesh=init_device_mesh("cpu", (dist.get_world_size(),)))
+    return run(shard(model), rank)
+
+
 def fsdp_resumed(rank, folder):
-    """Two steps, a full state dict of model and optimizer, a new model, two more steps; the adapter as a file."""
+    """Two steps, a full state dict of model and optimizer, a new model, two more steps; a saved adapter."""
     model = shard(llama())
     optimizer = optimizer_of(model)
     first = run(model, rank, count=2, optimizer=optimizer)
@@ -165,6 +172,7 @@ SCENARIOS = {
     "FSDP2, mixed precision": lambda rank, _: fsdp(rank, MixedPrecisionPolicy(param_dtype=BF16)),
     "FSDP2, checkpoints": lambda rank, _: fsdp_checkpointed(rank),
     "FSDP2, units of lora_A": lambda rank, _: fsdp_own_units(rank),
+    "FSDP2, unit of the embedding": lambda rank, _: fsdp_unit_of_the_embedding(rank),
     "FSDP2, resumed": fsdp_resumed,
     "FSDP2, accelerate": lambda rank, _: accelerate(rank),
     "FSDP2, adapter after sharding": lambda rank, _: adapter_after_sharding(rank),
@@ -269,6 +277,14 @@ def test_fsdp2_with_units_of_lora_a_takes_pefts_path(of):
     check(of("FSDP2, units of lora_A"), eager_losses(), fast=False)
 
 
+def test_fsdp2_with_a_unit_of_the_embedding_takes_pefts_path_there(of):
+    first, _ = of("FSDP2, unit of the embedding")
+    follows(first["losses"], eager_losses(targets=["q_proj", "embed_tokens"]))
+    assert first["paths"] == {"peft": 1, "reference": 2}
+    assert first["counts"] == {"linear": 2 * STEPS, "linear_backward": 2 * STEPS}
+    assert first["moved"] == []
+
+
 def test_fsdp2_saves_resumes_and_leaves_a_plain_adapter(of, results):
     pair = of("FSDP2, resumed")
     check(pair, eager_losses(data=batches(4)), forwards=2, backwards=2)
@@ -296,5 +312,5 @@ def test_a_weight_that_is_not_there_is_refused():
     model = tiny_llama()
     layer = model.model.layers[1].mlp.up_proj
     layer.weight = torch.nn.Parameter(layer.weight.to("meta"))
-    with pytest.raises(ValueError, match="model.layers.1.mlp.up_proj' is on the meta device"):
+    with pytest.raises(ValueError, match=r"model\.layers\.1\.mlp\.up_proj' is on the meta device"):
         wrap(model, targets="all-linear")

@@ -51,6 +51,20 @@ def test_autocast_bf16():
     assert {p.dtype for p in trainable(model).values()} == {torch.float32}
 
 
+def test_autocast_around_the_whole_loop():
+    """Autocast keeps its cast of A until the context is left: stock trains on an old A, we do not."""
+
+    def run():
+        model = llama()
+        with torch.autocast("cpu", torch.bfloat16):
+            return train(model)
+
+    expected = eager_losses(torch.bfloat16)
+    follows(run(), expected, torch.bfloat16)
+    with mica.fast.disabled():
+        assert ((run() - expected).abs() / expected).max() > 0.1
+
+
 def test_autocast_fp16_with_a_gradient_scaler():
     def run(model):
         scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
@@ -173,7 +187,7 @@ def trainer_of(model, folder, **options):
 
 
 def test_trainer_saves_and_resumes(tmp_path):
-    """Four steps in one go are the plain loop's; two, a new process's model, and the other two are the same."""
+    """Four steps in one go are the plain loop's; two, a new model, and the other two are the same bits."""
     model = llama()
     trainer = trainer_of(model, tmp_path / "whole")
     with on_the_fast_path(model, 4):
