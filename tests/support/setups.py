@@ -12,11 +12,18 @@ class Setup(NamedTuple):
 
 TRAINING = "tests/mica/fast/test_training.py"
 DISTRIBUTED = "tests/mica/fast/test_distributed_training.py"
+DEEPSPEED = "tests/mica/fast/test_deepspeed.py"
 ADAPTERS = "tests/mica/fast/test_adapters.py"
 
 SETUPS = [
     Setup("`torch.compile(fullgraph=True)`", "yes", "yes", f"{TRAINING}::test_compile_fullgraph"),
     Setup("autocast, bf16", "yes", "yes", f"{TRAINING}::test_autocast_bf16"),
+    Setup(
+        "autocast around a whole loop",
+        "yes",
+        "yes",
+        f"{TRAINING}::test_autocast_around_the_whole_loop",
+    ),
     Setup(
         "autocast, fp16, with `GradScaler`",
         "yes",
@@ -140,6 +147,8 @@ SETUPS = [
         "no",
         f"{DISTRIBUTED}::test_a_weight_that_is_not_there_is_refused",
     ),
+    Setup("DeepSpeed ZeRO-2", "yes", "yes", f"{DEEPSPEED}::test_zero_2_is_on_the_fast_path"),
+    Setup("DeepSpeed ZeRO-3", "yes", "no", f"{DEEPSPEED}::test_zero_3_runs_on_pefts_path"),
 ]
 
 
