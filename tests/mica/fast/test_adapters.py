@@ -272,8 +272,9 @@ def test_export_for_inference(tmp_path, strict):
             out = again(input_ids=part)
             assert mica.fast.call_counts["linear"] == before + len(operators(program))
             assert error(out, model(part).logits) <= 5 * RELATIVE[torch.float32]
-    with mica.fast.disabled():
-        assert operators(export()) == []
+    if strict:
+        with mica.fast.disabled():
+            assert operators(export()) == []
 
 
 # ---------------------------------------------------------------------------------------------------
