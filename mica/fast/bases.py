@@ -13,13 +13,14 @@ from peft.tuners import lora
 from peft.utils.integrations import gather_params_ctx
 from torch import Tensor, nn
 from tqdm import tqdm
+from transformers.integrations import is_fsdp_enabled
 
 from mica.errors import UnsuitableLayerError
 from mica.fast import quantised
 from mica.fast.eligibility import adapter_weights, is_stored_transposed
 from mica.fast.settings import settings
 from mica.subspace.cache import default_cache
-from mica.subspace.distributed import solve_shared
+from mica.subspace.distributed import decline, solve_shared
 from mica.subspace.gram import extremes
 from mica.subspace.many import Task
 from mica.subspace.result import MinorSubspace
@@ -59,6 +60,11 @@ class Wanted:
         return quantised.kind_of(self.layer) is not None
 
     @property
+    def is_absent(self) -> bool:
+        """Whether another process has the weight."""
+        return not self.is_quantised and self.weight.is_meta
+
+    @property
     def rank(self) -> int:
         return self.layer.r[self.adapter_name]
 
@@ -74,8 +80,8 @@ def check(wanted: Wanted) -> None:
     base_layer = layer.get_base_layer()
     if _is_sharded(base_layer):
         raise UnsuitableLayerError(
-            f"MiCA needs the whole weight, but {name} holds one shard of it (tensor parallelism). Create the "
-            "adapter before the model is sharded, or load one that was."
+            f"MiCA needs the whole weight, but {name} holds one shard of it (tensor parallelism or FSDP). "
+            "Create the adapter before the model is sharded, or load one that was."
         )
     weight = wanted.weight
     if weight.dtype not in _SOLVABLE:
@@ -91,7 +97,13 @@ def check(wanted: Wanted) -> None:
             f"MiCA requires `r` <= min({sides}) but got r={wanted.rank} for {name} with weight shape {shape} "
             f"(max usable r is {min(shape)})."
         )
-    if not torch.isfinite(extremes(weight)).all():
+    if weight.is_meta:
+        if not is_fsdp_enabled():
+            raise UnsuitableLayerError(
+                f"MiCA needs the weight, but that of {name} is on the meta device: it is offloaded or not "
+                "loaded yet."
+            )
+    elif not torch.isfinite(extremes(weight)).all():
         broken = int((~torch.isfinite(weight)).sum())
         raise UnsuitableLayerError(
             f"MiCA requires finite weights, but {name} has {broken} NaN or Inf of {weight.numel()}."
@@ -99,7 +111,7 @@ def check(wanted: Wanted) -> None:
 
 
 def _is_sharded(base_layer: nn.Module) -> bool:
-    """Whether the weight is one process's part of a tensor-parallel one (ZeRO-3's parts are gathered)."""
+    """Whether the weight is one process's part of a tensor-parallel or FSDP one (ZeRO-3's are gathered)."""
     weight = getattr(base_layer, "weight", None)  # GPTQ's and HQQ's layers have none
     return hasattr(weight, "device_mesh") or getattr(base_layer, "_hf_tp_plan", None) is not None
 
@@ -108,8 +120,10 @@ def fill(waiting: Sequence[Wanted]) -> None:
     """B = the minor subspace for all of them, in the dtype that it has now; A is left as it is.
 
     One progress bar for everything that takes more than 2 s. Quantised layers are dequantised and solved a
-    few at a time. Weights that DeepSpeed ZeRO-3 has partitioned are gathered one at a time, by all processes
-    in the same order.
+    few at a time. Under FSDP with ``cpu_ram_efficient_loading`` only the first process of a node has weights,
+    and hands out what it made of them: in the others weight and B are on the meta device, and the first one
+    must not wait for their share. Weights that DeepSpeed ZeRO-3 has partitioned are gathered one at a time,
+    by all processes in the same order.
     """
     bar = tqdm(
         total=len(waiting),
@@ -119,6 +133,9 @@ def fill(waiting: Sequence[Wanted]) -> None:
         leave=False,
         disable=are_progress_bars_disabled() or None,
     )
+    absent = [wanted for wanted in waiting if wanted.is_absent]
+    decline([Task(wanted.name, wanted.weight, wanted.rank) for wanted in absent])
+    waiting = [wanted for wanted in waiting if not wanted.is_absent]
     with bar:
         whole = [wanted for wanted in waiting if not _is_partitioned(wanted)]
         for chunk in _chunks(whole):

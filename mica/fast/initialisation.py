@@ -142,11 +142,12 @@ def _prepare(layer, adapter_name: str) -> bool:
         empty = {"device": lora_B.device, "dtype": lora_B.dtype}
     else:
         weight = getattr(layer.get_base_layer(), "weight", None)
-        if not isinstance(weight, Tensor) or weight.is_meta:
+        if not isinstance(weight, Tensor) or type(layer) not in (lora.Linear, lora.Embedding):
             return False
-        if type(layer) not in (lora.Linear, lora.Embedding):
-            return False
-        empty = {"device": weight.device, "dtype": weight.dtype if weight.is_floating_point() else None}
+        empty = {
+            "device": lora_A.device if weight.is_meta else weight.device,
+            "dtype": weight.dtype if weight.is_floating_point() else None,
+        }
         lora_A.data = torch.zeros(lora_A.shape, **empty)
     entry = _current_entry()
     if unfilled.get() is not None:

@@ -15,6 +15,7 @@ from typing import NamedTuple
 
 import peft
 
+from mica.backend import forget_prepared
 from mica.fast import grouping, hotswap, initialisation, layers, merging, quantised
 from mica.fast.eligibility import quantised_layers
 
@@ -182,6 +183,7 @@ def install() -> bool:
     for patch, mismatch in mismatches.items():
         if mismatch is None:
             _replace(_owner(patch.owner), patch)
+    forget_prepared()  # PEFT may have edited B while nothing here was told
     return True
 
 

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 from peft.tuners import lora
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
+from torch.distributed import is_available as has_distributed
 
 from mica import backend
 from mica.fast import patching
@@ -64,14 +67,43 @@ def explain(model: nn.Module) -> Explanation:
     kernels do not run; "peft": PEFT's own code, with the reason; "error": MICA_BACKEND=triton demands kernels
     that this layer cannot have, and a call raises. A base layer whose weight cannot be read directly is
     called, the reason says why, and only the adapter runs on the operators. What only a call can show (the
-    dtype of the activations, other arguments) is not in the table.
+    dtype of the activations, other arguments) is not in the table. Weights that FSDP2 has sharded with a
+    module around the layer count as the plain tensors that they are while that module's forward runs.
     """
     rows = []
     for name, module in model.named_modules():
         if isinstance(module, BaseTunerLayer):
             base = type(module.get_base_layer()).__name__
-            rows.append(Row(name, base, _adapters(module), *_path(module)))
+            with _as_gathered(model, name, module):
+                rows.append(Row(name, base, _adapters(module), *_path(module)))
     return Explanation(rows)
+
+
+@contextmanager
+def _as_gathered(model: nn.Module, name: str, layer: nn.Module) -> Iterator[None]:
+    """Plain shards in the place of the weights that FSDP2 gathers before this layer is called."""
+    parents = [model.get_submodule(name.rsplit(".", depth)[0]) for depth in range(1, name.count(".") + 1)]
+    replaced = []
+    if _is_fsdp(model, *parents):
+        for module in layer.modules():
+            for key, parameter in module._parameters.items():
+                if hasattr(parameter, "to_local"):
+                    shard = nn.Parameter(parameter.to_local().detach(), parameter.requires_grad)
+                    replaced.append((module._parameters, key, parameter))
+                    module._parameters[key] = shard
+    try:
+        yield
+    finally:
+        for parameters, key, parameter in replaced:
+            parameters[key] = parameter
+
+
+def _is_fsdp(*modules: nn.Module) -> bool:
+    if not has_distributed():
+        return False
+    from torch.distributed.fsdp import FSDPModule
+
+    return any(isinstance(module, FSDPModule) for module in modules)
 
 
 def _path(layer) -> tuple[str, str]:

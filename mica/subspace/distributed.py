@@ -91,20 +91,25 @@ def _several_processes() -> bool:
     return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
 
 
+def decline(tasks: Sequence[Task]) -> None:
+    """Tell the processes that ask for these layers not to wait for this one, which has no weights."""
+    if tasks and _several_processes():
+        meeting = _meeting(tasks)
+        if meeting is not None:
+            store, prefix = meeting
+            store.compare_set(f"{prefix}/decision", "", "alone")
+
+
 def _all_agree(tasks: Sequence[Task]) -> bool:
     """Whether all processes are here with the same layers, within ``PATIENCE``.
 
-    The last one to come decides for sharing, the first one that has waited long enough against it; whichever
-    is first at the store decides for all.
+    The last one to come decides for sharing, the first one that has waited long enough or has no weights
+    against it; whichever is first at the store decides for all.
     """
-    wanted = [(task.name, tuple(task.weight.shape), str(task.weight.dtype), task.rank) for task in tasks]
-    digest = hashlib.blake2b(repr(wanted).encode(), digest_size=16).hexdigest()
-    prefix = f"mica/{digest}/{_agreements[digest]}"
-    _agreements[digest] += 1
-    find_store = getattr(dist.distributed_c10d, "_get_default_store", None)
-    if find_store is None:  # it is not public
+    meeting = _meeting(tasks)
+    if meeting is None:
         return False
-    store = find_store()
+    store, prefix = meeting
     if store.add(f"{prefix}/arrived", 1) == dist.get_world_size():
         proposal = "together"
     else:
@@ -118,6 +123,16 @@ def _all_agree(tasks: Sequence[Task]) -> bool:
                 PATIENCE.total_seconds(),
             )
     return store.compare_set(f"{prefix}/decision", "", proposal) == b"together"
+
+
+def _meeting(tasks: Sequence[Task]) -> tuple[dist.Store, str] | None:
+    """Where processes that ask for these layers, for the nth time, find each other."""
+    wanted = [(task.name, tuple(task.weight.shape), str(task.weight.dtype), task.rank) for task in tasks]
+    digest = hashlib.blake2b(repr(wanted).encode(), digest_size=16).hexdigest()
+    prefix = f"mica/{digest}/{_agreements[digest]}"
+    _agreements[digest] += 1
+    find_store = getattr(dist.distributed_c10d, "_get_default_store", None)
+    return (find_store(), prefix) if find_store else None  # it is not public
 
 
 def _moved(result: MinorSubspace, device: str | torch.device) -> MinorSubspace:

@@ -93,6 +93,27 @@ def test_a_process_that_calls_alone_goes_alone():
     assert 0.5 <= seconds < 20
 
 
+def _one_has_no_weights(rank):
+    """First it declines, then it has them and takes its share."""
+    start = time.perf_counter()
+    if rank:
+        tasks = make_tasks()
+        distributed.decline([task._replace(weight=task.weight.to("meta")) for task in tasks])
+        first = None
+    else:
+        first = solve(make_tasks())
+    return first, time.perf_counter() - start, solve(make_tasks())
+
+
+def test_nobody_waits_for_a_process_without_weights():
+    (first, seconds, (bases, own)), (_, _, (others, theirs)) = gloo.run(_one_has_no_weights)
+    assert_same(first[0], alone(make_tasks()))
+    assert len(first[1]) == len(SHAPES)
+    assert seconds < distributed.PATIENCE.total_seconds() / 2
+    assert_same(bases, others)
+    assert sorted(own + theirs) == sorted(SHAPES)
+
+
 def _one_comes_too_late(rank):
     distributed.PATIENCE = timedelta(seconds=0.5)
     if rank:

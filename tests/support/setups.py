@@ -1,0 +1,165 @@
+"""How people train and use MiCA adapters, what is known of it, and the test that knows: README's table."""
+
+from typing import NamedTuple
+
+
+class Setup(NamedTuple):
+    name: str
+    works: str  # "yes", "refused" (an error in one clear sentence) or "no"
+    fast: str  # whether it runs on the fast path: "yes", "partly" or "no"
+    test: str  # path::function
+
+
+TRAINING = "tests/mica/fast/test_training.py"
+DISTRIBUTED = "tests/mica/fast/test_distributed_training.py"
+DEEPSPEED = "tests/mica/fast/test_deepspeed.py"
+ADAPTERS = "tests/mica/fast/test_adapters.py"
+
+SETUPS = [
+    Setup("`torch.compile(fullgraph=True)`", "yes", "yes", f"{TRAINING}::test_compile_fullgraph"),
+    Setup("autocast, bf16", "yes", "yes", f"{TRAINING}::test_autocast_bf16"),
+    Setup(
+        "autocast around a whole loop",
+        "yes",
+        "yes",
+        f"{TRAINING}::test_autocast_around_the_whole_loop",
+    ),
+    Setup(
+        "autocast, fp16, with `GradScaler`",
+        "yes",
+        "yes",
+        f"{TRAINING}::test_autocast_fp16_with_a_gradient_scaler",
+    ),
+    Setup("bf16 base, fp32 adapters", "yes", "yes", f"{TRAINING}::test_bf16_base_with_fp32_masters"),
+    Setup(
+        "gradient checkpointing, reentrant or not", "yes", "yes", f"{TRAINING}::test_gradient_checkpointing"
+    ),
+    Setup(
+        "accelerate: bf16, gradient accumulation",
+        "yes",
+        "yes",
+        f"{TRAINING}::test_accelerate_with_gradient_accumulation",
+    ),
+    Setup(
+        "`transformers.Trainer`, saving and resuming",
+        "yes",
+        "yes",
+        f"{TRAINING}::test_trainer_saves_and_resumes",
+    ),
+    Setup(
+        "trl's `SFTTrainer` with `peft_config`",
+        "yes",
+        "yes",
+        f"{TRAINING}::test_sft_trainer_with_peft_config",
+    ),
+    Setup(
+        "rsLoRA, `rank_pattern`, `alpha_pattern`, `modules_to_save`",
+        "yes",
+        "yes",
+        f"{TRAINING}::test_configurations",
+    ),
+    Setup(
+        '`bias="lora_only"`: layers with a bias',
+        "yes",
+        "no",
+        f"{TRAINING}::test_trainable_biases_leave_their_layers_on_pefts_path",
+    ),
+    Setup("`lora_bias=True`", "refused", "no", f"{TRAINING}::test_lora_bias_is_refused_as_by_stock"),
+    Setup("`lora_dropout > 0` while training", "yes", "no", f"{ADAPTERS}::test_lora_dropout"),
+    Setup("switching adapters", "yes", "yes", f"{ADAPTERS}::test_switching"),
+    Setup(
+        "deleting an adapter, adding its name again",
+        "yes",
+        "yes",
+        f"{ADAPTERS}::test_deleting_and_adding_the_same_name_again",
+    ),
+    Setup("`add_weighted_adapter`, all combinations", "yes", "yes", f"{ADAPTERS}::test_add_weighted_adapter"),
+    Setup("two active adapters", "yes", "no", f"{ADAPTERS}::test_two_active_adapters"),
+    Setup("mixed batches (`adapter_names`)", "yes", "no", f"{ADAPTERS}::test_mixed_batches"),
+    Setup(
+        "saved adapters, loaded here and without this package",
+        "yes",
+        "yes",
+        f"{ADAPTERS}::test_a_saved_adapter_is_a_plain_peft_adapter",
+    ),
+    Setup(
+        "`torch.export`: our operators with `strict=True`, else PyTorch's",
+        "yes",
+        "partly",
+        f"{ADAPTERS}::test_export_for_inference",
+    ),
+    Setup("hotswapping", "yes", "yes", f"{ADAPTERS}::test_hotswap"),
+    Setup("hotswapping in a compiled model", "yes", "yes", f"{ADAPTERS}::test_hotswap_of_a_compiled_model"),
+    Setup("DDP", "yes", "yes", f"{DISTRIBUTED}::test_ddp"),
+    Setup(
+        "DDP with gradient checkpointing",
+        "yes",
+        "yes",
+        f"{DISTRIBUTED}::test_ddp_with_gradient_checkpointing",
+    ),
+    Setup("FSDP2", "yes", "yes", f"{DISTRIBUTED}::test_fsdp2"),
+    Setup(
+        "FSDP2, fp32 adapters over a bf16 base",
+        "yes",
+        "yes",
+        f"{DISTRIBUTED}::test_fsdp2_with_fp32_adapters_over_a_bf16_base",
+    ),
+    Setup("FSDP2, mixed precision", "yes", "yes", f"{DISTRIBUTED}::test_fsdp2_with_mixed_precision"),
+    Setup(
+        "FSDP2 with gradient checkpointing",
+        "yes",
+        "yes",
+        f"{DISTRIBUTED}::test_fsdp2_with_gradient_checkpointing",
+    ),
+    Setup(
+        "FSDP2, saving and resuming",
+        "yes",
+        "yes",
+        f"{DISTRIBUTED}::test_fsdp2_saves_resumes_and_leaves_a_plain_adapter",
+    ),
+    Setup(
+        "FSDP2 by accelerate, `cpu_ram_efficient_loading`",
+        "yes",
+        "yes",
+        f"{DISTRIBUTED}::test_fsdp2_by_accelerate_with_weights_in_the_first_process_only",
+    ),
+    Setup(
+        "FSDP2, `lora_A` in units of its own",
+        "yes",
+        "no",
+        f"{DISTRIBUTED}::test_fsdp2_with_units_of_lora_a_takes_pefts_path",
+    ),
+    Setup(
+        "FSDP2, an adapted embedding as a unit (accelerate): that layer",
+        "yes",
+        "no",
+        f"{DISTRIBUTED}::test_fsdp2_with_a_unit_of_the_embedding_takes_pefts_path_there",
+    ),
+    Setup(
+        "an adapter created after FSDP2 has sharded the model",
+        "refused",
+        "no",
+        f"{DISTRIBUTED}::test_an_adapter_after_sharding_is_refused",
+    ),
+    Setup(
+        "an adapter on a weight that is on the meta device",
+        "refused",
+        "no",
+        f"{DISTRIBUTED}::test_a_weight_that_is_not_there_is_refused",
+    ),
+    Setup("DeepSpeed ZeRO-2", "yes", "yes", f"{DEEPSPEED}::test_zero_2_is_on_the_fast_path"),
+    Setup("DeepSpeed ZeRO-3", "yes", "no", f"{DEEPSPEED}::test_zero_3_runs_on_pefts_path"),
+]
+
+
+def table() -> str:
+    """The Markdown table of README.md."""
+    rows = [("set-up", "works", "fast path", "test"), ("---",) * 4]
+    for setup in SETUPS:
+        file, _, function = setup.test.partition("::")
+        rows.append((setup.name, setup.works, setup.fast, f"[{function.removeprefix('test_')}]({file})"))
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+
+
+if __name__ == "__main__":
+    print(table())
