@@ -15,7 +15,33 @@ DISTRIBUTED = "tests/mica/fast/test_distributed_training.py"
 DEEPSPEED = "tests/mica/fast/test_deepspeed.py"
 ADAPTERS = "tests/mica/fast/test_adapters.py"
 
+QUANTISED = "tests/mica/fast/test_quantised.py"
+FOLLOWS = f"{QUANTISED}::test_training_runs_on_the_operators_and_follows_peft"
+
 SETUPS = [
+    Setup("bitsandbytes 4-bit: nf4, fp4, double quantisation, any `quant_storage`", "yes", "yes", FOLLOWS),
+    Setup("bitsandbytes 8-bit", "yes", "yes", FOLLOWS),
+    Setup("HQQ", "yes", "yes", FOLLOWS),
+    Setup("torchao int8", "yes", "yes", FOLLOWS),
+    Setup("GPTQ, AWQ (on a stub of gptqmodel's layers)", "yes", "yes", FOLLOWS),
+    Setup(
+        "torchao `Int4Tensor`, AQLM, EETQ, Intel Neural Compressor",
+        "refused",
+        "no",
+        "tests/mica/fast/test_quantised_refusals.py::test_a_library_that_is_not_covered_is_named",
+    ),
+    Setup(
+        "an adapter of a quantised base on the unquantised one, and back",
+        "yes",
+        "yes",
+        f"{QUANTISED}::test_to_the_unquantised_base_and_back",
+    ),
+    Setup(
+        "q/k/v and gate/up as groups (`group_projections`)",
+        "yes",
+        "yes",
+        "tests/mica/fast/test_grouping.py::test_from_the_second_step_on",
+    ),
     Setup("`torch.compile(fullgraph=True)`", "yes", "yes", f"{TRAINING}::test_compile_fullgraph"),
     Setup("autocast, bf16", "yes", "yes", f"{TRAINING}::test_autocast_bf16"),
     Setup(
@@ -58,14 +84,21 @@ SETUPS = [
         "yes",
         f"{TRAINING}::test_configurations",
     ),
+    Setup('`bias="lora_only"`', "yes", "yes", f"{TRAINING}::test_trainable_biases"),
     Setup(
-        '`bias="lora_only"`: layers with a bias',
+        "hooks, offloading or trained weights on the base layer, subclasses of `nn.Linear`",
         "yes",
-        "no",
-        f"{TRAINING}::test_trainable_biases_leave_their_layers_on_pefts_path",
+        "yes",
+        "tests/mica/fast/test_eligibility.py::test_base_layer_is_called_and_the_adapter_is_ours",
     ),
     Setup("`lora_bias=True`", "refused", "no", f"{TRAINING}::test_lora_bias_is_refused_as_by_stock"),
-    Setup("`lora_dropout > 0` while training", "yes", "no", f"{ADAPTERS}::test_lora_dropout"),
+    Setup("`lora_dropout > 0` while training", "yes", "yes", f"{ADAPTERS}::test_lora_dropout"),
+    Setup(
+        "`lora_dropout > 0`, its mask, and checkpointing it",
+        "yes",
+        "yes",
+        "tests/mica/fast/test_layers.py::test_dropout_is_drawn_from_torch_s_generator",
+    ),
     Setup("switching adapters", "yes", "yes", f"{ADAPTERS}::test_switching"),
     Setup(
         "deleting an adapter, adding its name again",
@@ -74,8 +107,14 @@ SETUPS = [
         f"{ADAPTERS}::test_deleting_and_adding_the_same_name_again",
     ),
     Setup("`add_weighted_adapter`, all combinations", "yes", "yes", f"{ADAPTERS}::test_add_weighted_adapter"),
-    Setup("two active adapters", "yes", "no", f"{ADAPTERS}::test_two_active_adapters"),
-    Setup("mixed batches (`adapter_names`)", "yes", "no", f"{ADAPTERS}::test_mixed_batches"),
+    Setup("two active adapters", "yes", "yes", f"{ADAPTERS}::test_two_active_adapters"),
+    Setup("mixed batches (`adapter_names`)", "yes", "yes", f"{ADAPTERS}::test_mixed_batches"),
+    Setup(
+        "mixed batches of adapters that share `B`: one up-projection",
+        "yes",
+        "yes",
+        "tests/mica/fast/test_mixed_batch.py::test_adapters_that_share_b_share_one_up_projection",
+    ),
     Setup(
         "saved adapters, loaded here and without this package",
         "yes",
