@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from mica import reference
 from mica.fast.eligibility import adapter_weights, is_stored_transposed
+from mica.fast.refusals import check_weight
 from mica.fast.settings import settings
 
 logger = logging.getLogger(__name__)
@@ -219,6 +220,8 @@ def _unmerge_from(layer, adapter: str, weight: Tensor, undo: _Undo | None) -> No
 
 def merge_safe(stock):
     def merge(module, active_adapter: str, orig_weight: Tensor) -> Tensor:
+        if settings.enabled:
+            check_weight(module)
         if not settings.enabled or not _covered(module, orig_weight):
             _forget(module, active_adapter)
             return stock(module, active_adapter, orig_weight)
@@ -231,6 +234,8 @@ def merge_safe(stock):
 
 def merge_unsafe(stock):
     def merge(module, active_adapter: str, orig_weight: Tensor) -> None:
+        if settings.enabled:
+            check_weight(module)
         if not settings.enabled or not _covered(module, orig_weight):
             _forget(module, active_adapter)
             stock(module, active_adapter, orig_weight)
@@ -242,6 +247,12 @@ def merge_unsafe(stock):
 
 def unmerge(stock):
     def unmerge(module, active_adapter: str, orig_weight: Tensor) -> Tensor:
+        if settings.enabled:
+            try:
+                check_weight(module, verb="unmerged from")
+            except ValueError:
+                module.merged_adapters.append(active_adapter)  # PEFT has taken it off already
+                raise
         # What this backend merged it also unmerges, even if it has been disabled since.
         undo = _forget(module, active_adapter)
         if (undo is None and not settings.enabled) or not _covered(module, orig_weight):
