@@ -281,6 +281,7 @@ def test_only_the_weight_matters():
     """A parametrized bias, or a hook of another kind, is no reason."""
     model = Net()
     parametrize.register_parametrization(model.up, "bias", Shrunk())
+    prune.l1_unstructured(model.conv, "bias", amount=0.2)
     model = randomise(wrap(model)).eval()
     model.base_model.model.down.base_layer.register_forward_pre_hook(lambda module, args: None)
     expected = model(INDICES)
@@ -313,6 +314,17 @@ def test_only_the_adapters_that_are_merged_matter(computed):
     assert computed.base_model.model.down.merged_adapters == ["plain"]
     with pytest.raises(ValueError, match="layer 'down'"):
         computed.merge_and_unload(adapter_names=["plain", "default"])
+
+
+def test_a_mixed_model_is_refused_as_a_whole_too():
+    model = Net()
+    parametrizations.weight_norm(model.down)
+    config = peft.LoraConfig(r=4, init_lora_weights="mica", target_modules=["up", "down"])
+    model = randomise(peft.get_peft_model(model, config, mixed=True))
+    before = snapshot(model)
+    with pytest.raises(ValueError, match="cannot be merged into layer 'down'"):
+        model.merge_and_unload()
+    assert_unchanged(model, before)
 
 
 def test_unloading_does_not_merge_and_is_allowed(computed):
