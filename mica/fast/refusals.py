@@ -6,20 +6,19 @@ import warnings
 
 from peft.tuners import lora
 from torch import nn
-from torch.nn.utils import parametrize, prune
-from torch.nn.utils.spectral_norm import SpectralNorm
-from torch.nn.utils.weight_norm import WeightNorm
+from torch.nn.utils import parametrize
 
 from mica.fast.eligibility import MiCAEmbeddingVariant, MiCALinearVariant
 from mica.fast.initialisation import is_mica, unfilled
 from mica.fast.settings import settings
 
-# Forward pre-hooks that write the weight anew before every forward, and the call that ends it.
-_WEIGHT_HOOKS = (
-    (WeightNorm, "name", "torch.nn.utils.remove_weight_norm(layer.base_layer)"),
-    (SpectralNorm, "name", "torch.nn.utils.remove_spectral_norm(layer.base_layer)"),
-    (prune.BasePruningMethod, "_tensor_name", "torch.nn.utils.prune.remove(layer.base_layer, 'weight')"),
-)
+# Forward pre-hooks of torch.nn.utils that write the weight anew before every forward: where they keep its
+# name, and the call that ends it. By name, because torch has deprecated two of the three.
+_WEIGHT_HOOKS = {
+    "WeightNorm": ("name", "torch.nn.utils.remove_weight_norm(layer.base_layer)"),
+    "SpectralNorm": ("name", "torch.nn.utils.remove_spectral_norm(layer.base_layer)"),
+    "BasePruningMethod": ("_tensor_name", "torch.nn.utils.prune.remove(layer.base_layer, 'weight')"),
+}
 
 
 def _mica_adapters(layer: nn.Module, names) -> list[str]:
@@ -74,9 +73,11 @@ def _how_to_keep(base_layer: nn.Module) -> str | None:
     if parametrize.is_parametrized(base_layer, "weight"):
         return "torch.nn.utils.parametrize.remove_parametrizations(layer.base_layer, 'weight')"
     for hook in base_layer._forward_pre_hooks.values():
-        for kind, attribute, remover in _WEIGHT_HOOKS:
-            if isinstance(hook, kind) and getattr(hook, attribute) == "weight":
-                return remover
+        for kind in type(hook).__mro__:
+            if kind.__module__.startswith("torch.nn.utils.") and kind.__name__ in _WEIGHT_HOOKS:
+                attribute, remover = _WEIGHT_HOOKS[kind.__name__]
+                if getattr(hook, attribute) == "weight":
+                    return remover
     return None
 
 
