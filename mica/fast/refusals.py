@@ -115,13 +115,11 @@ def merge_adapter(stock):
 
 def unload_and_optionally_merge(stock):
     def _unload_and_optionally_merge(
-        self, merge=True, progressbar=False, safe_merge=False, adapter_names=None
+        self, merge=True, progressbar=False, safe_merge=False, adapter_names=None, **kwargs
     ):
         if settings.enabled and merge:
             _check_weights(self.model, adapter_names)
-        return stock(
-            self, merge=merge, progressbar=progressbar, safe_merge=safe_merge, adapter_names=adapter_names
-        )
+        return stock(self, merge, progressbar, safe_merge, adapter_names, **kwargs)
 
     return _unload_and_optionally_merge
 
