@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 import warnings
 
 import torch
@@ -25,6 +26,13 @@ def give_up(device: torch.device, error: Exception) -> None:
     warnings.warn(
         f"MiCA runs on PyTorch's own operators on {device} from here on: {_given_up[device]}", stacklevel=2
     )
+
+
+def forget_prepared() -> None:
+    """`mica.kernels.prepared.forget`, where it has been imported: after an edit of B through ``.data``."""
+    prepared = sys.modules.get("mica.kernels.prepared")
+    if prepared is not None:
+        prepared.forget()
 
 
 def requested() -> str:

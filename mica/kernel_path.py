@@ -19,17 +19,30 @@ from torch import Tensor
 
 from mica import backend, reference
 from mica.kernels import tuning
-from mica.kernels.common import LaunchError, target_of
-from mica.kernels.down_projection import down_projection
+from mica.kernels.common import LaunchError, padded_columns, target_of
+from mica.kernels.down_projection import down_projection as down_projection_kernel
 from mica.kernels.embedding import embedding as embedding_kernel
 from mica.kernels.embedding import grad_a_embedding
 from mica.kernels.fused_linear import fused_linear, why_not_descriptor
-from mica.kernels.grad_a import grad_a
+from mica.kernels.grad_a import grad_a as grad_a_kernel
 from mica.kernels.merge import merge as merge_kernel
 from mica.kernels.prepared import prepare
 from mica.kernels.up_projection import up_projection_
 
-__all__ = ["LaunchError", "embedding", "embedding_backward", "forward", "linear_backward", "merge"]
+__all__ = [
+    "LaunchError",
+    "down_projection",
+    "down_projection_backward",
+    "embedding",
+    "embedding_backward",
+    "forward",
+    "grad_h",
+    "linear_backward",
+    "linear_group",
+    "linear_group_backward",
+    "merge",
+    "up_projection",
+]
 
 
 def _choose(name: str, x: Tensor, w: Tensor, rank: int, dtype: torch.dtype, dropout_p: float, run) -> str:
@@ -62,7 +75,9 @@ def forward(
     def run(form: str) -> Tensor:
         if form == "aten":
             return reference.forward(x, weight, lora_A, lora_B, scaling, bias, compute_dtype, dropout_p, seed)
-        h = down_projection(x, lora_A, scale=scaling, compute_dtype=dtype, dropout_p=dropout_p, seed=seed)
+        h = down_projection_kernel(
+            x, lora_A, scale=scaling, compute_dtype=dtype, dropout_p=dropout_p, seed=seed
+        )
         factor = prepare(lora_B, dtype).t()
         if form == "split":
             return up_projection_(F.linear(x, weight, bias), h, factor)
@@ -84,15 +99,18 @@ def linear_backward(
 ) -> tuple[Tensor | None, Tensor | None]:
     """(dx, dA) as `mica.reference.grad_x` and `grad_a` give them; None where weight or x is None."""
     grad_x = grad_A = None
-    g = down_projection(
-        grad_output, prepare(lora_B, compute_dtype).t(), scale=scaling, compute_dtype=compute_dtype
-    )
+    g = _grad_h(grad_output, lora_B, scaling, compute_dtype)
     if x is not None:
         options = {"dropout_p": dropout_p, "seed": seed}
-        grad_A = grad_a(g, x, lora_A.shape[0], out_dtype=lora_A.dtype, **options)
+        grad_A = grad_a_kernel(g, x, lora_A.shape[0], out_dtype=lora_A.dtype, **options)
     if weight is not None:
         grad_x = _grad_x(grad_output, weight, g, lora_A, dropout_p, seed)
     return grad_x, grad_A
+
+
+def _grad_h(dy: Tensor, lora_B: Tensor, scaling: float, dtype: torch.dtype) -> Tensor:
+    """`mica.reference.grad_h`, as wide as prepared B."""
+    return down_projection_kernel(dy, prepare(lora_B, dtype).t(), scale=scaling, compute_dtype=dtype)
 
 
 def _grad_x(dy: Tensor, weight: Tensor, g: Tensor, lora_A: Tensor, dropout_p: float, seed) -> Tensor:
@@ -133,5 +151,128 @@ def embedding_backward(
 ) -> Tensor:
     """As `mica.reference.grad_a_embedding`, in the dtype of lora_A; the column padding_idx is 0."""
     dtype = torch.promote_types(grad_output.dtype, torch.float32)
-    g = down_projection(grad_output, prepare(lora_B, dtype).t(), scale=scaling, compute_dtype=dtype)
+    g = _grad_h(grad_output, lora_B, scaling, dtype)
     return grad_a_embedding(g, indices, *lora_A.shape, padding_idx=padding_idx, out_dtype=lora_A.dtype)
+
+
+# ---------------------------------------------------------------------------------------------------
+# the two factors alone, beside a base layer that is called
+# ---------------------------------------------------------------------------------------------------
+
+
+def down_projection(
+    x: Tensor,
+    lora_A: Tensor,
+    scaling: float,
+    compute_dtype: torch.dtype,
+    dropout_p: float = 0.0,
+    seed: Tensor | None = None,
+) -> Tensor:
+    """As `mica.reference.down_projection`."""
+    options = {"compute_dtype": compute_dtype, "dropout_p": dropout_p, "seed": seed}
+    h = down_projection_kernel(x, lora_A, scale=scaling, **options)
+    return h[:, : lora_A.shape[0]].contiguous()
+
+
+def up_projection(y: Tensor, h: Tensor, lora_B: Tensor) -> Tensor:
+    """As `mica.reference.up_projection`."""
+    dtype = torch.promote_types(y.dtype, h.dtype)
+    out = torch.empty_like(y)
+    return up_projection_(y, h, prepare(lora_B, dtype).t(), out=out, compute_dtype=dtype)
+
+
+def grad_h(grad_output: Tensor, lora_B: Tensor, scaling: float, compute_dtype: torch.dtype) -> Tensor:
+    """As `mica.reference.grad_h`."""
+    return _grad_h(grad_output, lora_B, scaling, compute_dtype)[:, : lora_B.shape[1]].contiguous()
+
+
+def down_projection_backward(
+    grad_h: Tensor,
+    x: Tensor | None,
+    lora_A: Tensor,
+    scaling: float,
+    needs_x: bool,
+    dropout_p: float = 0.0,
+    seed: Tensor | None = None,
+) -> tuple[Tensor | None, Tensor | None]:
+    """As `mica.reference.down_projection_backward`."""
+    grad_x = grad_A = None
+    options = {"dropout_p": dropout_p, "seed": seed}
+    if x is not None:
+        # scaled before it is rounded to the dtype of A
+        grad_A = (grad_a_kernel(grad_h, x, lora_A.shape[0], **options) * scaling).to(lora_A.dtype)
+    if needs_x and dropout_p:
+        grad_x = grad_h.new_zeros(len(grad_h), lora_A.shape[1])
+        up_projection_(grad_x, grad_h, lora_A, scale=scaling, **options)
+    elif needs_x:  # no base to add to: the vendor's product writes what the kernel would
+        grad_x = reference.grad_x_update(grad_h, lora_A * scaling)
+    return grad_x, grad_A
+
+
+# ---------------------------------------------------------------------------------------------------
+# several layers on one x
+# ---------------------------------------------------------------------------------------------------
+
+
+def _stacked(lora_As: list[Tensor], scalings: list[float] | None = None) -> Tensor:
+    """`mica.reference.stacked`, each A with rows of 0 up to a multiple of 16: slices of h stay aligned."""
+    scalings = scalings or [1.0] * len(lora_As)
+    padding = [padded_columns(lora_A.shape[0]) - lora_A.shape[0] for lora_A in lora_As]
+    return reference.stacked(
+        [F.pad(A, (0, 0, 0, rows)) if rows else A for A, rows in zip(lora_As, padding, strict=True)], scalings
+    )
+
+
+def linear_group(
+    x: Tensor,
+    weights: list[Tensor],
+    lora_As: list[Tensor],
+    lora_Bs: list[Tensor],
+    scalings: list[float],
+    biases: list[Tensor | None],
+    compute_dtype: torch.dtype | None = None,
+) -> list[Tensor]:
+    """As `mica.reference.linear_group`."""
+    dtype = compute_dtype or x.dtype
+    factors = [prepare(lora_B, dtype).t() for lora_B in lora_Bs]
+    h = down_projection_kernel(x, _stacked(lora_As, scalings), compute_dtype=dtype)
+    parts = h.split([factor.shape[0] for factor in factors], dim=1)
+    operands = zip(weights, biases, parts, factors, strict=True)
+    return [
+        up_projection_(F.linear(x, weight, bias), part, factor) for weight, bias, part, factor in operands
+    ]
+
+
+def linear_group_backward(
+    grad_outputs: list[Tensor | None],
+    x: Tensor | None,
+    weights: list[Tensor] | None,
+    lora_As: list[Tensor],
+    lora_Bs: list[Tensor],
+    scalings: list[float],
+    compute_dtype: torch.dtype,
+) -> tuple[Tensor | None, list[Tensor] | None]:
+    """As `mica.reference.linear_group_backward`."""
+    columns = [padded_columns(lora_A.shape[0]) for lora_A in lora_As]
+    used = next(dy for dy in grad_outputs if dy is not None)
+    parts = zip(grad_outputs, lora_Bs, scalings, columns, strict=True)
+    g = torch.cat(
+        [
+            used.new_zeros(len(used), width, dtype=compute_dtype)
+            if dy is None
+            else _grad_h(dy, lora_B, scaling, compute_dtype)
+            for dy, lora_B, scaling, width in parts
+        ],
+        dim=1,
+    )
+    grad_x = grad_As = None
+    if x is not None:
+        parts = zip(grad_a_kernel(g, x, g.shape[1]).split(columns), lora_As, strict=True)
+        grad_As = [part[: lora_A.shape[0]].to(lora_A.dtype, copy=True) for part, lora_A in parts]
+    if weights is not None:
+        products = [(dy, W) for dy, W in zip(grad_outputs, weights, strict=True) if dy is not None]
+        grad_x = products[0][0] @ products[0][1]
+        for dy, weight in products[1:]:
+            grad_x.addmm_(dy, weight)
+        up_projection_(grad_x, g, _stacked(lora_As))
+    return grad_x, grad_As

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -25,6 +27,7 @@ def check_linear(
             f"{tuple(x.shape)} and weight {tuple(weight.shape)}."
         )
     _check_adapter(weight, lora_A, lora_B)
+    _check_compute(compute_dtype, dropout_p, seed)
     if bias is not None and bias.shape != weight.shape[:1]:
         raise ValueError(f"bias must be ({weight.shape[0]},), but it is {tuple(bias.shape)}.")
     _check_dtypes(_FLOATING, x=x, weight=weight, lora_A=lora_A, lora_B=lora_B, bias=bias)
@@ -36,16 +39,58 @@ def check_linear(
                     f"{name} must have the dtype of x outside autocast, but {name} is {tensor.dtype} and x "
                     f"{x.dtype}."
                 )
-    if compute_dtype is not None and compute_dtype not in _FLOATING:
-        raise TypeError(f"compute_dtype must be a floating dtype, but it is {compute_dtype}.")
-    if not 0.0 <= dropout_p < 1.0:
-        raise ValueError(f"dropout_p must be at least 0 and below 1, but it is {dropout_p}.")
-    if dropout_p > 0.0 and (seed is None or seed.dtype != torch.int64 or seed.shape != (1,)):
-        found = "None" if seed is None else f"{seed.dtype} of shape {tuple(seed.shape)}"
-        raise ValueError(
-            f"seed must be an int64 tensor of shape (1,) where dropout_p > 0, but it is {found}."
-        )
     _check_frozen(weight=weight, lora_B=lora_B, bias=bias)
+
+
+def check_group(
+    x: Tensor,
+    weights: Sequence[Tensor],
+    lora_As: Sequence[Tensor],
+    lora_Bs: Sequence[Tensor],
+    scalings: Sequence[float],
+    biases: Sequence[Tensor | None],
+    compute_dtype: torch.dtype | None,
+) -> None:
+    lists = {
+        "weights": weights,
+        "lora_As": lora_As,
+        "lora_Bs": lora_Bs,
+        "scalings": scalings,
+        "biases": biases,
+    }
+    if not weights or len({len(operands) for operands in lists.values()}) > 1:
+        found = ", ".join(f"{name} has {len(operands)}" for name, operands in lists.items())
+        raise ValueError(f"all lists must have one length, at least 1, but {found}.")
+    for weight, lora_A, lora_B, bias in zip(weights, lora_As, lora_Bs, biases, strict=True):
+        check_linear(x, weight, lora_A, lora_B, bias, compute_dtype, 0.0, None)
+
+
+def check_down_projection(
+    x: Tensor, lora_A: Tensor, compute_dtype: torch.dtype | None, dropout_p: float, seed: Tensor | None
+) -> None:
+    if lora_A.dim() != 2 or x.dim() < 1 or x.shape[-1] != lora_A.shape[1]:
+        raise ValueError(
+            f"x must be (..., in_features) and lora_A (rank, in_features), but x is {tuple(x.shape)} and "
+            f"lora_A {tuple(lora_A.shape)}."
+        )
+    _check_rank(lora_A)
+    _check_compute(compute_dtype, dropout_p, seed)
+    _check_dtypes(_FLOATING, x=x, lora_A=lora_A)
+    _check_one_device(x=x, lora_A=lora_A, seed=seed)
+
+
+def check_up_projection(y: Tensor, h: Tensor, lora_B: Tensor) -> None:
+    fits = lora_B.dim() == 2 and y.dim() >= 1 and y.shape[:-1] == h.shape[:-1]
+    if not fits or (y.shape[-1], h.shape[-1]) != tuple(lora_B.shape):
+        raise ValueError(
+            "y must be (..., out_features), h (..., rank) and lora_B (out_features, rank), but they are "
+            f"{tuple(y.shape)}, {tuple(h.shape)} and {tuple(lora_B.shape)}."
+        )
+    if lora_B.shape[1] == 0:
+        raise ValueError(f"the rank must be at least 1, but lora_B is {tuple(lora_B.shape)}.")
+    _check_dtypes(_FLOATING, y=y, h=h, lora_B=lora_B)
+    _check_one_device(y=y, h=h, lora_B=lora_B)
+    _check_frozen(lora_B=lora_B)
 
 
 def check_embedding(indices: Tensor, lora_A: Tensor, lora_B: Tensor) -> None:
@@ -67,6 +112,18 @@ def check_merge(weight: Tensor, lora_A: Tensor, lora_B: Tensor) -> None:
     _check_adapter(weight, lora_A, lora_B)
     _check_dtypes(_FLOATING, weight=weight, lora_A=lora_A, lora_B=lora_B)
     _check_one_device(weight=weight, lora_A=lora_A, lora_B=lora_B)
+
+
+def _check_compute(compute_dtype: torch.dtype | None, dropout_p: float, seed: Tensor | None) -> None:
+    if compute_dtype is not None and compute_dtype not in _FLOATING:
+        raise TypeError(f"compute_dtype must be a floating dtype, but it is {compute_dtype}.")
+    if not 0.0 <= dropout_p < 1.0:
+        raise ValueError(f"dropout_p must be at least 0 and below 1, but it is {dropout_p}.")
+    if dropout_p > 0.0 and (seed is None or seed.dtype != torch.int64 or seed.shape != (1,)):
+        found = "None" if seed is None else f"{seed.dtype} of shape {tuple(seed.shape)}"
+        raise ValueError(
+            f"seed must be an int64 tensor of shape (1,) where dropout_p > 0, but it is {found}."
+        )
 
 
 def _is_autocast(device_type: str) -> bool:

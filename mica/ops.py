@@ -7,33 +7,32 @@ a call (51 against 87 µs forward + backward, tiny bodies, CPU), and ``opcheck``
 
 from __future__ import annotations
 
-import contextvars
-from collections import Counter
-
 import torch
 from torch import Tensor
 
-from mica import backend, reference
+from mica.dispatch import (
+    autocast,
+    autocast_to,
+    backward_of,
+    call_counts,
+    compute,
+    define,
+    differentiate,
+    no_autocast,
+)
+from mica.factor_ops import mica_down_projection, mica_up_projection
+from mica.group_ops import mica_linear_group
 from mica.operands import check_embedding, check_linear, check_merge
 
-# How often each operator's body ran, eager or compiled: the proof that a path was taken. Counted in the
-# bodies, which torch.compile never looks into. "linear" counts every call, "linear_kernels" those on Triton.
-call_counts: Counter[str] = Counter()
-
-_LIBRARY = torch.library.Library("mica", "DEF")
-for _schema in (
-    "linear(Tensor x, Tensor weight, Tensor lora_A, Tensor lora_B, float scaling, Tensor? bias,"
-    " ScalarType? compute_dtype, float dropout_p=0.0, Tensor? seed=None) -> Tensor",
-    "linear_backward(Tensor grad_output, Tensor? x, Tensor? weight, Tensor lora_A, Tensor lora_B,"
-    " float scaling, ScalarType compute_dtype, bool[2] output_mask, float dropout_p=0.0,"
-    " Tensor? seed=None) -> (Tensor, Tensor)",
-    "embedding(Tensor indices, Tensor lora_A, Tensor lora_B, float scaling, int? padding_idx,"
-    " ScalarType? compute_dtype) -> Tensor",
-    "embedding_backward(Tensor grad_output, Tensor indices, Tensor lora_A, Tensor lora_B, float scaling,"
-    " int? padding_idx) -> Tensor",
-    "merge(Tensor weight, Tensor lora_A, Tensor lora_B, float scaling) -> Tensor",
-):
-    _LIBRARY.define(_schema, tags=(torch.Tag.pt2_compliant_tag,))
+__all__ = [
+    "call_counts",
+    "mica_down_projection",
+    "mica_embedding",
+    "mica_linear",
+    "mica_linear_group",
+    "mica_merge",
+    "mica_up_projection",
+]
 
 
 def mica_linear(
@@ -125,45 +124,6 @@ def mica_merge(weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float = 
 
 
 # ---------------------------------------------------------------------------------------------------
-# choice of path
-# ---------------------------------------------------------------------------------------------------
-
-_force_plain = contextvars.ContextVar("mica_force_plain", default=False)
-
-
-def _compute(name: str, function: str, tensor: Tensor, lora_A: Tensor, dtypes: tuple, *args):
-    """`mica.kernel_path`'s function where kernels run for these operands, else `mica.reference`'s."""
-    call_counts[name] += 1
-    plain = getattr(reference, function)
-    if _force_plain.get() or not backend.use_kernels(tensor.device, lora_A.shape[0], *dtypes):
-        return plain(*args)
-    from mica import kernel_path  # imports Triton
-
-    try:
-        result = getattr(kernel_path, function)(*args)
-    except kernel_path.LaunchError as error:  # before anything ran: no operand has changed
-        if backend.requested() == "triton":
-            raise
-        backend.give_up(tensor.device, error)
-        return plain(*args)
-    call_counts[f"{name}_kernels"] += 1
-    return result
-
-
-def _plain(body):
-    """The body on the reference alone: what autograd and every function transform can follow."""
-
-    def run(*args):
-        token = _force_plain.set(True)
-        try:
-            return body(*args)
-        finally:
-            _force_plain.reset(token)
-
-    return run
-
-
-# ---------------------------------------------------------------------------------------------------
 # linear
 # ---------------------------------------------------------------------------------------------------
 
@@ -171,7 +131,7 @@ def _plain(body):
 def _linear(x, weight, lora_A, lora_B, scaling, bias, compute_dtype, dropout_p=0.0, seed=None):
     dtypes = (x.dtype, compute_dtype or x.dtype, lora_A.dtype, lora_B.dtype)
     operands = (x.reshape(-1, x.shape[-1]), weight, lora_A, lora_B, scaling, bias, compute_dtype)
-    y = _compute("linear", "forward", x, lora_A, dtypes, *operands, dropout_p, seed)
+    y = compute("linear", "forward", x, lora_A.shape[0], dtypes, *operands, dropout_p, seed)
     return y.view(*x.shape[:-1], y.shape[-1])
 
 
@@ -183,10 +143,9 @@ def _linear_backward(
     dy = grad_output.reshape(-1, grad_output.shape[-1])
     x = x.reshape(-1, x.shape[-1]) if needs_A else None
     operands = (dy, x, weight if needs_x else None, lora_A, lora_B, scaling, compute_dtype)
-    with _no_autocast(dy):
-        grad_x, grad_A = _compute(
-            "linear_backward", "linear_backward", dy, lora_A, dtypes, *operands, dropout_p, seed
-        )
+    name = "linear_backward"
+    with no_autocast(dy):
+        grad_x, grad_A = compute(name, name, dy, lora_A.shape[0], dtypes, *operands, dropout_p, seed)
     if needs_x:
         grad_x = grad_x.view(*grad_output.shape[:-1], grad_x.shape[-1])
     return tuple(grad_output.new_empty(0) if grad is None else grad for grad in (grad_x, grad_A))
@@ -219,10 +178,10 @@ class _MicaLinear(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad_output):
+        ctx.done = True  # for `mica.fast.grouping`: nothing of this call will be recomputed any more
         x, weight, lora_A, lora_B, seed = ctx.saved_tensors
         mask = [ctx.needs_input_grad[0], ctx.needs_input_grad[2]]
-        # Under `create_graph=True` the plain formulas run with autograd on, so higher derivatives hold.
-        backward = _plain(_linear_backward) if torch.is_grad_enabled() else torch.ops.mica.linear_backward
+        backward = backward_of(torch.ops.mica.linear_backward, _linear_backward)
         grad_x, grad_A = backward(
             grad_output, x, weight, lora_A, lora_B, ctx.scaling, ctx.compute_dtype, mask, ctx.dropout_p, seed
         )
@@ -237,7 +196,7 @@ class _MicaLinear(torch.autograd.Function):
 def _embedding(indices, lora_A, lora_B, scaling, padding_idx, compute_dtype):
     dtypes = (lora_A.dtype, compute_dtype or lora_A.dtype, lora_B.dtype)
     operands = (indices.reshape(-1), lora_A, lora_B, scaling, compute_dtype)
-    out = _compute("embedding", "embedding", lora_A, lora_A, dtypes, *operands)
+    out = compute("embedding", "embedding", lora_A, lora_A.shape[0], dtypes, *operands)
     return out.view(*indices.shape, out.shape[-1])
 
 
@@ -245,8 +204,9 @@ def _embedding_backward(grad_output, indices, lora_A, lora_B, scaling, padding_i
     dy, flat = grad_output.reshape(-1, grad_output.shape[-1]), indices.reshape(-1)
     dtypes = (dy.dtype, lora_A.dtype, lora_B.dtype)
     operands = (dy, flat, lora_A, lora_B, scaling, padding_idx)
-    with _no_autocast(dy):
-        return _compute("embedding_backward", "embedding_backward", dy, lora_A, dtypes, *operands)
+    name = "embedding_backward"
+    with no_autocast(dy):
+        return compute(name, name, dy, lora_A.shape[0], dtypes, *operands)
 
 
 def _embedding_fake(indices, lora_A, lora_B, scaling, padding_idx, compute_dtype):
@@ -267,8 +227,7 @@ class _MicaEmbedding(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad_output):
-        plain = torch.is_grad_enabled()
-        backward = _plain(_embedding_backward) if plain else torch.ops.mica.embedding_backward
+        backward = backward_of(torch.ops.mica.embedding_backward, _embedding_backward)
         grad_A = backward(grad_output, *ctx.saved_tensors, ctx.scaling, ctx.padding_idx)
         return None, grad_A, None, None, None, None
 
@@ -280,7 +239,7 @@ class _MicaEmbedding(torch.autograd.Function):
 
 def _merge(weight, lora_A, lora_B, scaling):
     dtypes = (weight.dtype, lora_A.dtype, lora_B.dtype)
-    return _compute("merge", "merge", weight, lora_A, dtypes, weight, lora_A, lora_B, scaling)
+    return compute("merge", "merge", weight, lora_A.shape[0], dtypes, weight, lora_A, lora_B, scaling)
 
 
 def _merge_fake(weight, lora_A, lora_B, scaling):
@@ -288,59 +247,59 @@ def _merge_fake(weight, lora_A, lora_B, scaling):
 
 
 # ---------------------------------------------------------------------------------------------------
-# autocast: as PEFT's layers do under it, all products in autocast's dtype; A stays its fp32 master
+# registration
 # ---------------------------------------------------------------------------------------------------
 
 
-def _no_autocast(tensor):
-    """Off for the products of a body: a user who calls backward inside autocast gets the same dA."""
-    return torch.autocast(tensor.device.type, enabled=False)
-
-
-def _autocast(device_type):
-    def cast(tensor):
-        if tensor is None or tensor.dtype == torch.float64:
-            return tensor
-        return tensor.to(torch.get_autocast_dtype(device_type))
-
+def _linear_under_autocast(device_type):
     def linear(x, weight, lora_A, lora_B, scaling, bias, compute_dtype, dropout_p=0.0, seed=None):
-        with _no_autocast(x):
-            return torch.ops.mica.linear(
-                cast(x), cast(weight), lora_A, lora_B, scaling, cast(bias), None, dropout_p, seed
-            )
+        x, weight, bias = (autocast_to(tensor, device_type) for tensor in (x, weight, bias))
+        with no_autocast(x):
+            return torch.ops.mica.linear(x, weight, lora_A, lora_B, scaling, bias, None, dropout_p, seed)
 
+    return linear
+
+
+def _embedding_under_autocast(device_type):
     def embedding(indices, lora_A, lora_B, scaling, padding_idx, compute_dtype):
         dtype = torch.get_autocast_dtype(device_type)
-        with _no_autocast(indices):
+        with no_autocast(indices):
             return torch.ops.mica.embedding(indices, lora_A, lora_B, scaling, padding_idx, dtype)
 
-    return linear, embedding
+    return embedding
 
 
-def _differentiable(function, body):
-    """Under torch.func (grad, jvp, vmap) the plain formulas run, which every transform can follow."""
-
-    def autograd(*args):
-        transformed = torch._C._are_functorch_transforms_active()
-        return _plain(body)(*args) if transformed else function.apply(*args)
-
-    return autograd
-
-
-for _name, _body, _fake in (
-    ("linear", _linear, _linear_fake),
-    ("linear_backward", _linear_backward, _linear_backward_fake),
-    ("embedding", _embedding, _embedding_fake),
-    ("embedding_backward", _embedding_backward, _embedding_backward_fake),
-    ("merge", _merge, _merge_fake),
-):
-    _LIBRARY.impl(_name, _body, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"mica::{_name}", _fake, lib=_LIBRARY)
-for _name, _function, _body in (
-    ("linear", _MicaLinear, _linear),
-    ("embedding", _MicaEmbedding, _embedding),
-):
-    _LIBRARY.impl(_name, _differentiable(_function, _body), "Autograd")
-for _device, _key in (("cpu", "AutocastCPU"), ("cuda", "AutocastCUDA")):
-    for _name, _body in zip(("linear", "embedding"), _autocast(_device), strict=True):
-        _LIBRARY.impl(_name, _body, _key)
+define(
+    "linear",
+    "(Tensor x, Tensor weight, Tensor lora_A, Tensor lora_B, float scaling, Tensor? bias,"
+    " ScalarType? compute_dtype, float dropout_p=0.0, Tensor? seed=None) -> Tensor",
+    _linear,
+    _linear_fake,
+)
+define(
+    "linear_backward",
+    "(Tensor grad_output, Tensor? x, Tensor? weight, Tensor lora_A, Tensor lora_B, float scaling,"
+    " ScalarType compute_dtype, bool[2] output_mask, float dropout_p=0.0, Tensor? seed=None)"
+    " -> (Tensor, Tensor)",
+    _linear_backward,
+    _linear_backward_fake,
+)
+define(
+    "embedding",
+    "(Tensor indices, Tensor lora_A, Tensor lora_B, float scaling, int? padding_idx,"
+    " ScalarType? compute_dtype) -> Tensor",
+    _embedding,
+    _embedding_fake,
+)
+define(
+    "embedding_backward",
+    "(Tensor grad_output, Tensor indices, Tensor lora_A, Tensor lora_B, float scaling, int? padding_idx)"
+    " -> Tensor",
+    _embedding_backward,
+    _embedding_backward_fake,
+)
+define("merge", "(Tensor weight, Tensor lora_A, Tensor lora_B, float scaling) -> Tensor", _merge, _merge_fake)
+differentiate("linear", _MicaLinear.apply, _linear)
+differentiate("embedding", _MicaEmbedding.apply, _embedding)
+autocast("linear", _linear_under_autocast)
+autocast("embedding", _embedding_under_autocast)

@@ -39,13 +39,53 @@ def forward(
     seed: Tensor | None = None,
 ) -> Tensor:
     """y (M×N) in the dtype of x, from x (M×K), weight (N×K), lora_A (r×K), lora_B (N×r), bias (N)."""
-    dtype = compute_dtype or x.dtype
+    h = down_projection(x, lora_A, scaling, compute_dtype or x.dtype, dropout_p, seed)
+    return _up_projection_(F.linear(x, weight, bias), h, lora_B)
+
+
+def down_projection(
+    x: Tensor,
+    lora_A: Tensor,
+    scaling: float,
+    compute_dtype: torch.dtype,
+    dropout_p: float = 0.0,
+    seed: Tensor | None = None,
+) -> Tensor:
+    """h = s·drop(x) Aᵀ (M×r) in ``compute_dtype``, from x (M×K) and lora_A (r×K)."""
     kept = _kept(x, 0, dropout_p, seed)
-    h = kept.to(dtype) @ (lora_A * (scaling / (1.0 - dropout_p))).to(dtype).t()
-    y = F.linear(x, weight, bias)
-    if y.dtype == dtype:
-        return y.addmm_(h, lora_B.to(dtype).t())  # in place: y is ours, and nothing else has seen it
-    return torch.addmm(y.to(dtype), h, lora_B.to(dtype).t()).to(y.dtype)
+    return kept.to(compute_dtype) @ (lora_A * (scaling / (1.0 - dropout_p))).to(compute_dtype).t()
+
+
+def up_projection(y: Tensor, h: Tensor, lora_B: Tensor) -> Tensor:
+    """y + h Bᵀ (M×N), a new tensor in the dtype of y, from y (M×N), h (M×r) and lora_B (N×r)."""
+    dtype = torch.promote_types(y.dtype, h.dtype)
+    return torch.addmm(y.to(dtype), h.to(dtype), lora_B.to(dtype).t()).to(y.dtype)
+
+
+def _up_projection_(y: Tensor, h: Tensor, lora_B: Tensor) -> Tensor:
+    """The same, in place where it can be: y is ours, and nothing else has seen it."""
+    return y.addmm_(h, lora_B.to(h.dtype).t()) if y.dtype == h.dtype else up_projection(y, h, lora_B)
+
+
+def linear_group(
+    x: Tensor,
+    weights: list[Tensor],
+    lora_As: list[Tensor],
+    lora_Bs: list[Tensor],
+    scalings: list[float],
+    biases: list[Tensor | None],
+    compute_dtype: torch.dtype | None = None,
+) -> list[Tensor]:
+    """`forward` of several layers on one x: a single down-projection, for their A's stacked."""
+    h = down_projection(x, stacked(lora_As, scalings), 1.0, compute_dtype or x.dtype)
+    parts = h.split([lora_A.shape[0] for lora_A in lora_As], dim=1)
+    operands = zip(weights, biases, parts, lora_Bs, strict=True)
+    return [_up_projection_(F.linear(x, weight, bias), part, B) for weight, bias, part, B in operands]
+
+
+def stacked(lora_As: list[Tensor], scalings: list[float]) -> Tensor:
+    """The A's of several layers, each times its scaling, on top of each other: (Σr×K)."""
+    return torch.cat([A if s == 1.0 else A * s for A, s in zip(lora_As, scalings, strict=True)])
 
 
 def grad_h(grad_output: Tensor, lora_B: Tensor, scaling: float, compute_dtype: torch.dtype) -> Tensor:
@@ -122,12 +162,16 @@ def grad_x(
 ) -> Tensor:
     """dx (M×K) in the dtype of grad_output, from dy (M×N), weight (N×K), g (M×r) and lora_A (r×K)."""
     dx = grad_output @ weight
-    if dropout_p:
-        update = _kept(g @ lora_A.to(g.dtype), 0, dropout_p, seed) / (1.0 - dropout_p)
-        return dx.add_(update.to(dx.dtype))
-    if dx.dtype == g.dtype:
+    if dx.dtype == g.dtype and not dropout_p:
         return dx.addmm_(g, lora_A.to(g.dtype))
-    return dx.add_((g @ lora_A.to(g.dtype)).to(dx.dtype))  # where autograd would round and add in stock PEFT
+    # rounded before it is added, where autograd would in stock PEFT
+    return dx.add_(grad_x_update(g, lora_A, dropout_p, seed).to(dx.dtype))
+
+
+def grad_x_update(g: Tensor, lora_A: Tensor, dropout_p: float = 0.0, seed: Tensor | None = None) -> Tensor:
+    """The adapter's part of dx, keep⊙(g A) / (1 − p), (M×K) in the dtype of g."""
+    update = g @ lora_A.to(g.dtype)
+    return _kept(update, 0, dropout_p, seed) / (1.0 - dropout_p) if dropout_p else update
 
 
 def embedding(
@@ -161,6 +205,62 @@ def linear_backward(
     dx = None if weight is None else grad_x(grad_output, weight, g, lora_A, dropout_p, seed)
     dA = None if x is None else grad_a(g, x, dropout_p, seed).to(lora_A.dtype)
     return dx, dA
+
+
+def down_projection_backward(
+    grad_h: Tensor,
+    x: Tensor | None,
+    lora_A: Tensor,
+    scaling: float,
+    needs_x: bool,
+    dropout_p: float = 0.0,
+    seed: Tensor | None = None,
+) -> tuple[Tensor | None, Tensor | None]:
+    """(dx in the dtype of grad_h, dA in that of lora_A) of `down_projection`, from the gradient of h (M×r).
+
+    dA is None where x is None; dx is None unless ``needs_x``.
+    """
+    dx = grad_x_update(grad_h, lora_A * scaling, dropout_p, seed) if needs_x else None
+    dA = None if x is None else (grad_a(grad_h, x, dropout_p, seed) * scaling).to(lora_A.dtype)
+    return dx, dA
+
+
+def linear_group_backward(
+    grad_outputs: list[Tensor | None],
+    x: Tensor | None,
+    weights: list[Tensor] | None,
+    lora_As: list[Tensor],
+    lora_Bs: list[Tensor],
+    scalings: list[float],
+    compute_dtype: torch.dtype,
+) -> tuple[Tensor | None, list[Tensor] | None]:
+    """(dx, dA's) of `linear_group`: one dA product, and all products of dx summed in one tensor.
+
+    A gradient that is None (that output was not used) counts as zeros; one of them is a tensor. dx is None
+    where weights is None, the dA's where x is None.
+    """
+    used = next(dy for dy in grad_outputs if dy is not None)
+    parts = zip(grad_outputs, lora_Bs, scalings, strict=True)
+    g = torch.cat(
+        [
+            used.new_zeros(len(used), B.shape[1], dtype=compute_dtype)
+            if dy is None
+            else grad_h(dy, B, s, compute_dtype)
+            for dy, B, s in parts
+        ],
+        dim=1,
+    )
+    dx = dAs = None
+    if x is not None:
+        parts = grad_a(g, x).split([lora_A.shape[0] for lora_A in lora_As])
+        # copies: no gradient is a view of another's memory
+        dAs = [part.to(lora_A.dtype, copy=True) for part, lora_A in zip(parts, lora_As, strict=True)]
+    if weights is not None:
+        products = [(dy, W) for dy, W in zip(grad_outputs, weights, strict=True) if dy is not None]
+        dx = grad_x(*products[0], g, torch.cat(lora_As))
+        for dy, weight in products[1:]:
+            dx = dx.addmm_(dy, weight)
+    return dx, dAs
 
 
 def grad_a_embedding(

@@ -39,6 +39,7 @@ def enable(
     compute_dtype: torch.dtype | None = None,
     on_unsuitable: str = "raise",
     device: str | torch.device = "auto",
+    group_projections: str | bool = "auto",
 ) -> None:
     """Run MiCA adapters on this backend (done by the import; call it to change a setting).
 
@@ -52,13 +53,17 @@ def enable(
         device: where the initialisation solves weights that lie on the CPU. "auto": on an accelerator, if
             there is one, and on the CPU where that has not the memory; or a device. What lies on an
             accelerator is solved there.
+        group_projections: run layers that read the same tensor one after the other (q/k/v, gate/up) as one
+            operator in training, once a step has shown which these are. "auto": where the operators run on
+            Triton kernels; True, False.
 
     Raises:
         ValueError: a value that is not one of these.
     """
-    _settings.check(compute_dtype, on_unsuitable, device)
+    _settings.check(compute_dtype, on_unsuitable, device, group_projections)
     settings = _settings.settings
     settings.compute_dtype, settings.on_unsuitable, settings.device = compute_dtype, on_unsuitable, device
+    settings.group_projections = group_projections
     settings.enabled = patching.install()
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from weakref import WeakKeyDictionary
 
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from mica.errors import UnsuitableLayerError
+from mica.fast import quantised
 from mica.fast.eligibility import adapter_weights, is_stored_transposed
 from mica.fast.settings import settings
 from mica.subspace.cache import default_cache
@@ -25,6 +26,10 @@ from mica.subspace.result import MinorSubspace
 from mica.subspace.solver import complaints
 
 _SOLVABLE = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
+# Dequantised weights are solved this many elements at a time, 1 GiB in fp32, so that a 4-bit model is never
+# there a second time in 16 or 32 bits. 16 layers of 4096 x 4096: enough for every thread and every batch.
+_DEQUANTISED_ELEMENTS = 2**28
 
 # The fp32 basis of adapters that PEFT has cast to a 16-bit base dtype and may yet cast back to fp32.
 exact: WeakKeyDictionary[nn.Module, dict[str, Tensor]] = WeakKeyDictionary()
@@ -40,9 +45,18 @@ class Wanted:
 
     @property
     def weight(self) -> Tensor:
-        """As (out_features, in_features); an embedding's is (embedding_dim, num_embeddings)."""
+        """As (out_features, in_features); an embedding's is (embedding_dim, num_embeddings).
+
+        That of a quantised layer is dequantised with each access: not to be kept longer than needed.
+        """
+        if self.is_quantised:
+            return quantised.dequantise(self.layer, self.name)
         weight = self.layer.get_base_layer().weight.detach()
         return weight.t() if is_stored_transposed(self.layer) else weight
+
+    @property
+    def is_quantised(self) -> bool:
+        return quantised.kind_of(self.layer) is not None
 
     @property
     def rank(self) -> int:
@@ -72,9 +86,10 @@ def check(wanted: Wanted) -> None:
     if wanted.rank > min(weight.shape):
         embedding = isinstance(layer, lora.Embedding)
         sides = "num_embeddings, embedding_dim" if embedding else "in_features, out_features"
+        shape = tuple(weight.shape if wanted.is_quantised else base_layer.weight.shape)
         raise UnsuitableLayerError(
-            f"MiCA requires `r` <= min({sides}) but got r={wanted.rank} for {name} with weight shape "
-            f"{tuple(base_layer.weight.shape)} (max usable r is {min(weight.shape)})."
+            f"MiCA requires `r` <= min({sides}) but got r={wanted.rank} for {name} with weight shape {shape} "
+            f"(max usable r is {min(shape)})."
         )
     if not torch.isfinite(extremes(weight)).all():
         broken = int((~torch.isfinite(weight)).sum())
@@ -85,14 +100,16 @@ def check(wanted: Wanted) -> None:
 
 def _is_sharded(base_layer: nn.Module) -> bool:
     """Whether the weight is one process's part of a tensor-parallel one (ZeRO-3's parts are gathered)."""
-    return hasattr(base_layer.weight, "device_mesh") or getattr(base_layer, "_hf_tp_plan", None) is not None
+    weight = getattr(base_layer, "weight", None)  # GPTQ's and HQQ's layers have none
+    return hasattr(weight, "device_mesh") or getattr(base_layer, "_hf_tp_plan", None) is not None
 
 
 def fill(waiting: Sequence[Wanted]) -> None:
     """B = the minor subspace for all of them, in the dtype that it has now; A is left as it is.
 
-    One progress bar for everything that takes more than 2 s. Weights that DeepSpeed ZeRO-3 has partitioned
-    are gathered one at a time, by all processes in the same order.
+    One progress bar for everything that takes more than 2 s. Quantised layers are dequantised and solved a
+    few at a time. Weights that DeepSpeed ZeRO-3 has partitioned are gathered one at a time, by all processes
+    in the same order.
     """
     bar = tqdm(
         total=len(waiting),
@@ -104,9 +121,10 @@ def fill(waiting: Sequence[Wanted]) -> None:
     )
     with bar:
         whole = [wanted for wanted in waiting if not _is_partitioned(wanted)]
-        for index, subspace in _solved(whole):
-            _assign(whole[index], subspace)
-            bar.update()
+        for chunk in _chunks(whole):
+            for index, subspace in _solved(chunk):
+                _assign(chunk[index], subspace)
+                bar.update()
         for wanted in waiting:
             if _is_partitioned(wanted):
                 with gather_params_ctx(wanted.layer.get_base_layer().weight):
@@ -115,8 +133,27 @@ def fill(waiting: Sequence[Wanted]) -> None:
                 bar.update()
 
 
+def _chunks(waiting: Sequence[Wanted]) -> Iterator[list[Wanted]]:
+    """All that are not quantised, whose weights are there anyway, then the others by `_DEQUANTISED_ELEMENTS`.
+
+    The same in every process: they share the work chunk by chunk.
+    """
+    yield [wanted for wanted in waiting if not wanted.is_quantised]
+    chunk, elements = [], 0
+    for wanted in waiting:
+        if not wanted.is_quantised:
+            continue
+        size = wanted.layer.out_features * wanted.layer.in_features
+        if chunk and elements + size > _DEQUANTISED_ELEMENTS:
+            yield chunk
+            chunk, elements = [], 0
+        chunk.append(wanted)
+        elements += size
+    yield chunk
+
+
 def _is_partitioned(wanted: Wanted) -> bool:
-    return hasattr(wanted.layer.get_base_layer().weight, "ds_id")
+    return hasattr(getattr(wanted.layer.get_base_layer(), "weight", None), "ds_id")
 
 
 def _solved(waiting: Sequence[Wanted]):

@@ -1,11 +1,13 @@
 """When a layer may run on this backend. Every other layer runs PEFT's own code, and the reason is said.
 
-The backend reads the base weight directly instead of calling the base layer, so anything that hangs on
-that call (hooks, parametrizations, offloading, sharding) keeps a layer on PEFT's path. The checks are
-cheap (measured: see bench), free of side effects and traceable by torch.compile.
+Where nothing hangs on the call of the base layer its weight is read directly (`why_called` is None): base
+product and adapter are one operator. The checks are cheap (measured: see bench), free of side effects and
+traceable by torch.compile.
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 from peft.tuners import lora
@@ -21,11 +23,14 @@ MiCALinearVariant = getattr(variants, "MiCALinearVariant", None)
 MiCAEmbeddingVariant = getattr(variants, "MiCAEmbeddingVariant", None)
 
 
-def adapter_of(layer) -> str | None:
-    """The one active adapter that this layer has, or None if there are none or several."""
-    adapters = layer.lora_A if type(layer) is lora.Linear else layer.lora_embedding_A
-    names = [name for name in layer.active_adapters if name in adapters]
-    return names[0] if len(names) == 1 else None
+# PEFT's layer classes over quantised weights: entered when one is first met, for they need their libraries.
+quantised_layers: set[type] = set()
+
+
+def adapters_of(layer) -> list[str]:
+    """The active adapters that this layer has, in the order in which they are active."""
+    adapters = layer.lora_embedding_A if isinstance(layer, lora.Embedding) else layer.lora_A
+    return [name for name in layer.active_adapters if name in adapters]
 
 
 def adapter_weights(layer, name: str) -> tuple[torch.Tensor, torch.Tensor]:
@@ -37,56 +42,70 @@ def adapter_weights(layer, name: str) -> tuple[torch.Tensor, torch.Tensor]:
 
 def is_stored_transposed(layer) -> bool:
     """Whether the base weight is kept as (in_features, out_features) or (num_embeddings, embedding_dim)."""
-    return isinstance(layer, lora.Embedding) or layer.fan_in_fan_out
+    return isinstance(layer, lora.Embedding) or getattr(layer, "fan_in_fan_out", False)
 
 
-def why_not(layer) -> str | None:
-    """None if the layer's state allows the fast path, else the reason in words."""
-    if type(layer) is lora.Linear:
-        return _why_not_adapter(layer, MiCALinearVariant) or _why_not_linear(layer, adapter_of(layer))
-    if type(layer) is lora.Embedding:
-        return _why_not_adapter(layer, MiCAEmbeddingVariant) or _why_not_embedding(layer, adapter_of(layer))
-    return f"layers of type {type(layer).__module__}.{type(layer).__name__} are not covered"
-
-
-def _why_not_adapter(layer, variant) -> str | None:
+def why_not(layer, names: Sequence[str] | None = None) -> str | None:
+    """None if the layer may run on this backend with these adapters (the active ones), else the reason."""
+    if type(layer) is lora.Linear or type(layer) in quantised_layers:
+        variant, check = MiCALinearVariant, _why_not_linear
+    elif type(layer) is lora.Embedding:
+        variant, check = MiCAEmbeddingVariant, _why_not_embedding
+    else:
+        return f"layers of type {type(layer).__module__}.{type(layer).__name__} are not covered"
     if layer.disable_adapters:
         return "adapters are disabled"
     if layer.merged:
         return "the adapter is merged into the weight"
-    name = adapter_of(layer)
-    if name is None:
-        return f"exactly one active adapter is needed, active are {list(layer.active_adapters)}"
-    if type(layer.lora_variant.get(name)) is not variant:
-        return f"adapter {name!r} is not MiCA"
-    if not isinstance(layer.scaling[name], (float, int, torch.Tensor)):
-        return "its scaling is neither a number nor a tensor"
     if (
         getattr(layer, "_tp_info", None) is not None
         or getattr(layer.base_layer, "_hf_tp_plan", None) is not None
     ):
         return "tensor parallelism"
+    names = adapters_of(layer) if names is None else names
+    if not names:
+        return f"none of the active adapters {list(layer.active_adapters)} is on this layer"
+    for name in names:
+        if type(layer.lora_variant.get(name)) is not variant:
+            return f"adapter {name!r} is not MiCA"
+        if not isinstance(layer.scaling[name], (float, int, torch.Tensor)):
+            return "its scaling is neither a number nor a tensor"
+        reason = check(layer, name)
+        if reason is not None:
+            return reason
+    if type(layer) is lora.Embedding and len(names) > 1:
+        return f"an embedding with several active adapters, {names}"
     return None
 
 
 def _why_not_linear(layer, name: str) -> str | None:
-    base, lora_A, lora_B = layer.base_layer, layer.lora_A[name], layer.lora_B[name]
-    if type(base) is not nn.Linear and type(base) is not Conv1D:
-        return f"a base layer of type {type(base).__name__}"
+    lora_A, lora_B = layer.lora_A[name], layer.lora_B[name]
     if type(lora_A) is not nn.Linear or type(lora_B) is not nn.Linear:
         return "the adapter's modules are not plain nn.Linear"
-    if layer.training and getattr(layer.lora_dropout[name], "p", 0.0) > 0.0:
-        return "lora_dropout > 0 in training"
+    if type(layer.lora_dropout[name]) not in (nn.Identity, nn.Dropout):
+        return f"dropout of type {type(layer.lora_dropout[name]).__name__}"
+    if getattr(layer.lora_dropout[name], "p", 0.0) >= 1.0:
+        return "lora_dropout of 1"
     if lora_B.bias is not None:
         return "lora_bias=True"
-    for part, module in (("base layer", base), ("lora_A", lora_A), ("lora_B", lora_B)):
-        reason = _why_not_read_directly(part, module)
-        if reason is not None:
-            return reason
     if _global_hooks():
         return "global module hooks are registered"
-    frozen = (("base weight", base.weight), ("base bias", base.bias), ("lora_B", lora_B.weight))
-    return _why_not_tensors(frozen, lora_A.weight)
+    reason = _why_not_read_directly("lora_A", lora_A) or _why_not_read_directly("lora_B", lora_B)
+    return reason or _why_not_plain(lora_A=lora_A.weight) or _why_not_frozen(lora_B=lora_B.weight)
+
+
+def why_called(layer) -> str | None:
+    """None if the base weight of a linear layer may be read, and so fused; else why the base is called.
+
+    Whatever hangs on that call (quantisation, hooks, offloading, a weight that is trained) then works as it
+    does without an adapter, and the adapter's two products stand beside it.
+    """
+    base = layer.base_layer
+    if type(layer) is not lora.Linear or (type(base) is not nn.Linear and type(base) is not Conv1D):
+        return f"a base layer of type {type(base).__name__}"
+    return _why_not_read_directly("base layer", base) or _why_not_frozen(
+        base_weight=base.weight, base_bias=base.bias
+    )
 
 
 def _why_not_embedding(layer, name: str) -> str | None:
@@ -99,18 +118,27 @@ def _why_not_embedding(layer, name: str) -> str | None:
         return "an embedding with scale_grad_by_freq or sparse gradients"
     if layer.input_fns or layer.output_fns:
         return "tensor parallelism"
-    frozen = (("base weight", base.weight), ("lora_B", layer.lora_embedding_B[name]))
-    return _why_not_tensors(frozen, layer.lora_embedding_A[name])
+    lora_A, lora_B = adapter_weights(layer, name)
+    return _why_not_plain(base_weight=base.weight, lora_A=lora_A) or _why_not_frozen(lora_B=lora_B)
 
 
-def _why_not_read_directly(part: str, module: nn.Module) -> str | None:
-    """A call of the module would do more than its formula: then it has to be called."""
-    if (
+def hangs_on_call(module: nn.Module) -> bool:
+    """Whether a call of the module does more than its forward, or another one than its class's."""
+    return _has_hooks(module) or "forward" in module.__dict__
+
+
+def _has_hooks(module: nn.Module) -> bool:
+    return bool(
         module._forward_hooks
         or module._forward_pre_hooks
         or module._backward_hooks
         or module._backward_pre_hooks
-    ):
+    )
+
+
+def _why_not_read_directly(part: str, module: nn.Module) -> str | None:
+    """A call of the module would do more than its formula: then it has to be called."""
+    if _has_hooks(module):
         return f"hooks on the {part}"
     if "forward" in module.__dict__:
         return f"the {part} has a forward of its own (offloading or another patch)"
@@ -126,35 +154,41 @@ def _global_hooks() -> bool:
     )
 
 
-def _why_not_tensors(frozen, lora_A) -> str | None:
-    for part, tensor in (*frozen, ("lora_A", lora_A)):
+def _why_not_plain(**tensors: torch.Tensor | None) -> str | None:
+    for name, tensor in tensors.items():
         if tensor is None:
             continue
+        part = name if name.startswith("lora") else name.replace("_", " ")
         if type(tensor) not in _PLAIN:
             return f"the {part} is a {type(tensor).__name__}, not a plain tensor"
         if tensor.is_meta or hasattr(tensor, "ds_id"):
             return f"the {part} is offloaded or partitioned"
         if not tensor.is_floating_point():
             return f"the {part} has dtype {tensor.dtype}"
-    for part, tensor in frozen:
-        if tensor is not None and tensor.requires_grad:
-            return f"the {part} is trainable"
     return None
 
 
-def dtypes_fit(
-    layer, x: torch.Tensor, weight: torch.Tensor, lora_A: torch.Tensor, lora_B: torch.Tensor
-) -> bool:
-    """Whether PEFT would compute this call in a dtype that the operator has too.
+def _why_not_frozen(**tensors: torch.Tensor | None) -> str | None:
+    reason = _why_not_plain(**tensors)
+    if reason is not None:
+        return reason
+    for name, tensor in tensors.items():
+        if tensor is not None and tensor.requires_grad:
+            return f"the {name if name.startswith('lora') else name.replace('_', ' ')} is trainable"
+    return None
 
-    Without autocast: activations and base weight of one dtype, and adapters of that dtype or fp32 masters
-    of 16-bit activations (that PEFT is allowed to cast to). With autocast: everything but fp64.
+
+def dtypes_fit(layer, x: torch.Tensor, lora_A: torch.Tensor, lora_B: torch.Tensor) -> bool:
+    """Whether PEFT would compute this call's adapter in a dtype that the operators have too.
+
+    Without autocast: adapters in the dtype of the activations, or fp32 masters of 16-bit activations (that
+    PEFT is allowed to cast to). With autocast: everything but fp64.
     """
     if type(x) not in _PLAIN or not x.is_floating_point():
         return False
     if torch.is_autocast_enabled(x.device.type):
-        return torch.float64 not in (x.dtype, weight.dtype, lora_A.dtype, lora_B.dtype)
-    if x.dtype != weight.dtype or lora_A.dtype != lora_B.dtype:
+        return torch.float64 not in (x.dtype, lora_A.dtype, lora_B.dtype)
+    if lora_A.dtype != lora_B.dtype:
         return False
     if lora_A.dtype == x.dtype:
         return True
@@ -163,3 +197,10 @@ def dtypes_fit(
         and x.dtype in (torch.bfloat16, torch.float16)
         and layer.cast_input_dtype_enabled
     )
+
+
+def fuses(x: torch.Tensor, weight: torch.Tensor) -> bool:
+    """Whether x and the base weight have one dtype, or autocast gives them one."""
+    if torch.is_autocast_enabled(x.device.type):
+        return weight.dtype != torch.float64
+    return x.dtype == weight.dtype

@@ -7,16 +7,20 @@ progress bar. If anything goes wrong the model is put back as it was: no layer s
 
 from __future__ import annotations
 
+import copy
 import re
 import warnings
+from contextlib import nullcontext
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 
 import torch
 from peft.tuners import lora
+from peft.utils.integrations import gather_params_ctx
 from torch import Tensor, nn
 
 from mica.errors import UnsuitableLayerError
+from mica.fast import quantised
 from mica.fast.bases import Wanted, check, exact, fill
 from mica.fast.eligibility import MiCAEmbeddingVariant, MiCALinearVariant, adapter_weights
 from mica.fast.settings import settings
@@ -71,34 +75,92 @@ def resolve_lora_variant(stock):
 # ---------------------------------------------------------------------------------------------------
 
 
+def _current_entry() -> _Entry | None:
+    injection = _injection.get()
+    return injection.entries[-1] if injection is not None and injection.entries else None
+
+
+def _name_of(layer) -> str:
+    entry = _current_entry()
+    return f"layer {entry.key!r}" if entry else f"this {type(layer.get_base_layer()).__name__} layer"
+
+
+def update_layer(stock):
+    def update_layer(self, adapter_name: str, r: int, lora_alpha: int, config, **kwargs) -> None:
+        """An adapter on a quantised base: plain LoRA's, then MiCA's A and B and its variant.
+
+        Stock has no MiCA there: it reads the packed ``weight`` (GPTQ's and HQQ's layers have none), and most
+        of these classes resolve no variant for it, so that B would be trained.
+        """
+        if not settings.enabled or not is_mica(config.init_lora_weights):
+            return stock(self, adapter_name, r, lora_alpha, config, **kwargs)
+        refusal = quantised.why_not(self)
+        if refusal:
+            raise UnsuitableLayerError(f"MiCA cannot be initialised: {_name_of(self)} {refusal}")
+        if quantised.kind_of(self) is None:
+            return stock(self, adapter_name, r, lora_alpha, config, **kwargs)
+        config.init_lora_weights = "mica"
+        plain = copy.copy(config)
+        plain.init_lora_weights = True
+        variant = self.resolve_lora_variant(config=plain)
+        if variant is not None:
+            raise ValueError(
+                f"MiCA cannot be combined with another variant of LoRA, but the configuration asks for "
+                f"{type(variant).__name__} on {_name_of(self)}."
+            )
+        plain.init_lora_weights = False
+        stock(self, adapter_name, r, lora_alpha, plain, **kwargs)
+        packed = getattr(self.get_base_layer(), "weight", None)
+        with nullcontext() if packed is None else gather_params_ctx(packed):
+            self.mica_init(adapter_name)
+        self.lora_variant[adapter_name] = MiCALinearVariant()
+        MiCALinearVariant.init(self, adapter_name=adapter_name, config=config, **kwargs)
+        return None
+
+    return update_layer
+
+
 def mica_init(stock):
     def mica_init(self, adapter_name: str) -> None:
-        lora_A, lora_B = adapter_weights(self, adapter_name)
-        weight = getattr(self.get_base_layer(), "weight", None)
-        covered = (
-            type(self) in (lora.Linear, lora.Embedding) and isinstance(weight, Tensor) and not weight.is_meta
-        )
-        if not settings.enabled or lora_B.is_meta or not covered:
+        if not settings.enabled or not _prepare(self, adapter_name):
             return stock(self, adapter_name)
-        injection = _injection.get()
-        entry = injection.entries[-1] if injection is not None and injection.entries else None
-        name = f"layer {entry.key!r}" if entry else f"this {type(self.get_base_layer()).__name__} layer"
-        empty = {"device": weight.device, "dtype": weight.dtype if weight.is_floating_point() else None}
-        lora_A.data = torch.zeros(lora_A.shape, **empty)
-        if unfilled.get() is not None:
-            lora_B.data = torch.zeros(lora_B.shape, **empty)
-            unfilled.get().append((entry.key if entry else "", self, adapter_name))
-            return None
-        wanted = Wanted(name, self, adapter_name)
-        check(wanted)
-        if entry:
-            entry.wanted = wanted  # solved with all the others, at the end of the injection
-        else:
-            lora_B.data = lora_B.data.to(**empty)
-            fill([wanted])
         return None
 
     return mica_init
+
+
+def _prepare(layer, adapter_name: str) -> bool:
+    """A = 0, and B filled, or noted as one that has to be. False if this is no layer of ours."""
+    lora_A, lora_B = adapter_weights(layer, adapter_name)
+    if lora_B.is_meta:
+        return False
+    if quantised.kind_of(layer) is not None:
+        # The dtype is plain LoRA's: the packed weight's says nothing.
+        lora_A.data.zero_()
+        if quantised.stored(layer).is_meta:  # another process has the weight, and will provide B
+            return True
+        empty = {"device": lora_B.device, "dtype": lora_B.dtype}
+    else:
+        weight = getattr(layer.get_base_layer(), "weight", None)
+        if not isinstance(weight, Tensor) or weight.is_meta:
+            return False
+        if type(layer) not in (lora.Linear, lora.Embedding):
+            return False
+        empty = {"device": weight.device, "dtype": weight.dtype if weight.is_floating_point() else None}
+        lora_A.data = torch.zeros(lora_A.shape, **empty)
+    entry = _current_entry()
+    if unfilled.get() is not None:
+        lora_B.data = torch.zeros(lora_B.shape, **empty)
+        unfilled.get().append((entry.key if entry else "", layer, adapter_name))
+        return True
+    wanted = Wanted(_name_of(layer), layer, adapter_name)
+    check(wanted)
+    if entry:
+        entry.wanted = wanted  # solved with all the others, at the end of the injection
+    else:
+        lora_B.data = lora_B.data.to(**empty)
+        fill([wanted])
+    return True
 
 
 # ---------------------------------------------------------------------------------------------------

@@ -19,6 +19,7 @@ from peft.tuners import lora
 from torch import Tensor, nn
 
 from mica import reference
+from mica.fast import quantised
 from mica.fast.eligibility import adapter_weights, is_stored_transposed
 from mica.fast.refusals import check_weight
 from mica.fast.settings import settings
@@ -218,10 +219,20 @@ def _unmerge_from(layer, adapter: str, weight: Tensor, undo: _Undo | None) -> No
         )
 
 
+def _dequantised(layer, adapter: str, weight: Tensor, sign: int) -> Tensor:
+    """W ± s·B·A of a dequantised W, in the wider of their dtypes: PEFT requantises it, as with plain LoRA.
+
+    Stock's MiCA variant would round s·B·A to the dtype of W before that.
+    """
+    return weight + sign * layer.get_delta_weight(adapter).to(weight.device)
+
+
 def merge_safe(stock):
     def merge(module, active_adapter: str, orig_weight: Tensor) -> Tensor:
         if settings.enabled:
             check_weight(module)
+            if quantised.kind_of(module) is not None:
+                return _dequantised(module, active_adapter, orig_weight, 1)
         if not settings.enabled or not _covered(module, orig_weight):
             _forget(module, active_adapter)
             return stock(module, active_adapter, orig_weight)
@@ -253,6 +264,8 @@ def unmerge(stock):
             except ValueError:
                 module.merged_adapters.append(active_adapter)  # PEFT has taken it off already
                 raise
+            if quantised.kind_of(module) is not None:
+                return _dequantised(module, active_adapter, orig_weight, -1)
         # What this backend merged it also unmerges, even if it has been disabled since.
         undo = _forget(module, active_adapter)
         if (undo is None and not settings.enabled) or not _covered(module, orig_weight):

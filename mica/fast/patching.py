@@ -15,7 +15,8 @@ from typing import NamedTuple
 
 import peft
 
-from mica.fast import initialisation, layers, merging, refusals
+from mica.fast import grouping, hotswap, initialisation, layers, merging, quantised, refusals
+from mica.fast.eligibility import quantised_layers
 
 
 class Patch(NamedTuple):
@@ -34,6 +35,12 @@ PATCHES = (
     Patch(f"{_LAYER}:Embedding", "forward", "self x *args **kwargs", layers.embedding_forward),
     Patch(f"{_LAYER}:LoraLayer", "mica_init", "self adapter_name", initialisation.mica_init),
     Patch(f"{_LAYER}:Embedding", "mica_init", "self adapter_name", initialisation.mica_init),
+    Patch(
+        f"{_LAYER}:LoraLayer",
+        "update_layer",
+        "self adapter_name r lora_alpha config **kwargs",
+        lambda stock: _covering(initialisation.update_layer(stock)),
+    ),
     Patch(
         f"{_LAYER}:LoraLayer",
         "resolve_lora_variant",
@@ -59,6 +66,10 @@ PATCHES = (
         initialisation.without_solver,
     ),
     *(
+        Patch(owner, "forward", "self *args **kwargs", grouping.whole_forward)
+        for owner in ("peft.tuners.tuners_utils:BaseTuner", "peft.peft_model:PeftModel")
+    ),
+    *(
         Patch(
             module,
             "cast_adapter_dtype",
@@ -72,6 +83,12 @@ PATCHES = (
     ),
     Patch(
         "peft.peft_model:PeftModel", "load_adapter", "self model_id adapter_name", initialisation.load_adapter
+    ),
+    Patch(
+        "peft.utils.hotswap",
+        "hotswap_adapter_from_state_dict",
+        "model state_dict adapter_name config",
+        hotswap.hotswap_adapter_from_state_dict,
     ),
     Patch(
         "transformers.integrations.peft:PeftAdapterMixin",
@@ -118,6 +135,36 @@ PATCHES = (
         )
     ),
 )
+
+
+def _covering(update_layer):
+    """The forward of a class over quantised weights is replaced when its first adapter is MiCA's.
+
+    Not at import: PEFT's modules of these classes would import the quantisation libraries.
+    """
+
+    def covering(self, *args, **kwargs) -> None:
+        update_layer(self, *args, **kwargs)
+        if _installed and quantised.is_covered(type(self)):
+            _cover(type(self))
+
+    return covering
+
+
+def _cover(layer_type: type) -> None:
+    if layer_type in quantised_layers:
+        return
+    patch = Patch(
+        f"{layer_type.__module__}:{layer_type.__name__}", "forward", "self x", layers.linear_forward
+    )
+    mismatch = _mismatch(patch)
+    if mismatch:
+        warnings.warn(f"{layer_type.__name__} runs PEFT's own forward: {mismatch}.", stacklevel=4)
+        return
+    if "forward" in vars(layer_type):  # torchao's inherits that of lora.Linear
+        _replace(layer_type, patch)
+    quantised_layers.add(layer_type)
+
 
 _ABSENT = object()
 _installed: list[tuple[object, str, object]] = []  # owner, name, what its __dict__ held
@@ -178,6 +225,7 @@ def _replace(owner, patch: Patch) -> None:
 
 def uninstall() -> None:
     """Stock PEFT again: every replaced attribute is the very object that was there."""
+    quantised_layers.clear()
     while _installed:
         owner, name, held = _installed.pop()
         if held is _ABSENT:

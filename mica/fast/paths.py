@@ -14,8 +14,9 @@ from mica.fast import patching
 from mica.fast.eligibility import (
     MiCAEmbeddingVariant,
     MiCALinearVariant,
-    adapter_of,
     adapter_weights,
+    adapters_of,
+    why_called,
     why_not,
 )
 from mica.fast.settings import settings
@@ -29,7 +30,7 @@ class Row:
     layer: str
     adapter: str
     path: str  # "kernel", "reference", "peft" or "error"
-    reason: str  # why it is not the path before it in that list; empty for "kernel"
+    reason: str  # why it is not the path before it in that list, and why the base layer is called, if it is
 
 
 @dataclass(frozen=True)
@@ -61,9 +62,9 @@ def explain(model: nn.Module) -> Explanation:
 
     Path "kernel": the fused operators on Triton kernels; "reference": their PyTorch form, with the reason why
     kernels do not run; "peft": PEFT's own code, with the reason; "error": MICA_BACKEND=triton demands kernels
-    that this layer cannot have, and a call raises. What only a call can show (a mixed batch with
-    ``adapter_names``, activations of another dtype than the weight) is not in the table; such a call runs on
-    PEFT's code.
+    that this layer cannot have, and a call raises. A base layer whose weight cannot be read directly is
+    called, the reason says why, and only the adapter runs on the operators. What only a call can show (the
+    dtype of the activations, other arguments) is not in the table.
     """
     rows = []
     for name, module in model.named_modules():
@@ -78,12 +79,18 @@ def _path(layer) -> tuple[str, str]:
     reason = _reason(layer)
     if reason:
         return PEFT, reason
-    lora_A, lora_B = adapter_weights(layer, adapter_of(layer))
-    dtypes = (layer.get_base_layer().weight.dtype, lora_A.dtype, lora_B.dtype)
-    refused = backend.why_not_kernels(lora_A.device, lora_A.shape[0], *dtypes)
-    if not refused:
-        return KERNEL, ""
-    return ERROR if backend.requested() == "triton" else REFERENCE, refused
+    called = None if isinstance(layer, lora.Embedding) else why_called(layer)
+    reasons = [f"base layer called: {called}"] if called else []
+    for name in adapters_of(layer):
+        lora_A, lora_B = adapter_weights(layer, name)
+        dtypes = (lora_A.dtype, lora_B.dtype)
+        if not called:
+            dtypes = (layer.get_base_layer().weight.dtype, *dtypes)
+        refused = backend.why_not_kernels(lora_A.device, lora_A.shape[0], *dtypes)
+        if refused:
+            path = ERROR if backend.requested() == "triton" else REFERENCE
+            return path, "; ".join([refused, *reasons])
+    return KERNEL, "; ".join(reasons)
 
 
 def _adapters(layer) -> str:

@@ -20,12 +20,26 @@ class Settings:
     compute_dtype: torch.dtype | None = None
     on_unsuitable: str = "raise"
     device: str | torch.device = "auto"
+    group_projections: str | bool = "auto"
 
 
 settings = Settings()
 
 
-def check(compute_dtype: torch.dtype | None, on_unsuitable: str, device: str | torch.device) -> None:
+def compute_dtype(x: torch.Tensor) -> torch.dtype | None:
+    """Of the low-rank products for activations x; None for that of x."""
+    dtype = settings.compute_dtype
+    return None if dtype is None else torch.promote_types(dtype, x.dtype)
+
+
+def check(
+    compute_dtype: torch.dtype | None,
+    on_unsuitable: str,
+    device: str | torch.device,
+    group_projections: str | bool,
+) -> None:
+    if group_projections not in ("auto", True, False):
+        raise ValueError(f"group_projections must be 'auto', True or False, but it is {group_projections!r}.")
     if compute_dtype not in COMPUTE_DTYPES:
         raise ValueError(
             "compute_dtype must be None (adapters compute in the dtype of the activations) or torch.float32 "

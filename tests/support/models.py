@@ -32,13 +32,16 @@ class Net(nn.Module):
 TARGETS = ["embed", "up", "conv", "down"]
 
 
-def wrap(model, rank=4, targets=None, stock=False, autocast_adapter_dtype=True, **config):
+def wrap(
+    model, rank=4, targets=None, stock=False, autocast_adapter_dtype=True, adapter_name="default", **config
+):
     """`get_peft_model` with MiCA, on stock PEFT if asked for."""
     config = {"init_lora_weights": "mica", "lora_alpha": 8, "fan_in_fan_out": False, **config}
     with mica.fast.disabled() if stock else nullcontext():
         return get_peft_model(
             model,
             LoraConfig(r=rank, target_modules=targets or TARGETS, **config),
+            adapter_name=adapter_name,
             autocast_adapter_dtype=autocast_adapter_dtype,
         )
 
@@ -70,6 +73,12 @@ def bases(model, adapter="default"):
         )
         for name, layer in adapted_layers(model).items()
     }
+
+
+def snapshot(model):
+    """What must not change when an adapter cannot be had: modules and what is trained."""
+    flags = [(name, p.requires_grad) for name, p in model.named_parameters()]
+    return flags, [(name, type(m)) for name, m in model.named_modules()]
 
 
 def gradients(model):

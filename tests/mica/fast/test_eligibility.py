@@ -1,11 +1,11 @@
-"""Every state that keeps a layer off the fast path: the reason is said, and the numbers are PEFT's own."""
+"""What keeps a layer on PEFT's path, or its base layer called: it is said, and the numbers are PEFT's own."""
 
-import copy
 import types
 
 import pytest
 import torch
 from models import net, randomise
+from tolerances import RELATIVE, error
 from torch import nn
 from torch.nn.modules.module import register_module_forward_hook
 from torch.nn.utils import parametrizations
@@ -19,8 +19,11 @@ def up(model):
     return model.base_model.model.up
 
 
-def _dropout(model):
-    up(model).lora_dropout["default"] = nn.Dropout(0.5)
+def _dropout(module):
+    def change(model):
+        up(model).lora_dropout["default"] = module
+
+    return change
 
 
 def _merged(model):
@@ -31,9 +34,8 @@ def _disabled(model):
     model.base_model.disable_adapter_layers()
 
 
-def _two_adapters(model):
-    model.add_adapter("second", copy.deepcopy(model.peft_config["default"]))
-    model.base_model.set_adapter(["default", "second"])
+def _no_adapter(model):
+    up(model).set_adapter("absent")
 
 
 def _not_mica(model):
@@ -89,18 +91,21 @@ def _partitioned(model):
 CASES = {
     "adapters are disabled": _disabled,
     "the adapter is merged into the weight": _merged,
-    "exactly one active adapter is needed, active are ['default', 'second']": _two_adapters,
+    "none of the active adapters ['absent'] is on this layer": _no_adapter,
     "adapter 'default' is not MiCA": _not_mica,
-    "lora_dropout > 0 in training": _dropout,
-    "hooks on the base layer": _hook_on("base layer"),
+    "dropout of type AlphaDropout": _dropout(nn.AlphaDropout(0.5)),
+    "lora_dropout of 1": _dropout(nn.Dropout(1.0)),
     "hooks on the lora_A": _hook_on("lora_A"),
+    "the lora_B is trainable": _trainable("lora_B"),
+    "lora_bias=True": _lora_bias,
+}
+CALLED = {
+    "hooks on the base layer": _hook_on("base layer"),
     "the base layer has a forward of its own": _own_forward,
     "a base layer of type Doubling": _subclass,
     "a base layer of type ParametrizedLinear": _weight_norm,
     "the base weight is trainable": _trainable("base weight"),
     "the base bias is trainable": _trainable("base bias"),
-    "the lora_B is trainable": _trainable("lora_B"),
-    "lora_bias=True": _lora_bias,
     "the base weight is offloaded or partitioned": _partitioned,
 }
 
@@ -125,11 +130,30 @@ def test_layer_runs_on_peft_and_the_reason_is_said(reason):
     assert_peft_runs(model)
 
 
-def test_dropout_in_evaluation_is_no_obstacle():
-    model = randomise(net(targets=["up"]))
-    _dropout(model)
-    model.eval()
-    assert mica.fast.explain(model).counts() == {"reference": 1}
+@pytest.mark.parametrize("reason", CALLED)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_base_layer_is_called_and_the_adapter_is_ours(reason, dtype):
+    model = randomise(net(dtype, targets=["up"]))
+    CALLED[reason](model)
+    (row,) = mica.fast.explain(model).rows
+    assert row.path == "reference"
+    assert f"base layer called: {reason}" in row.reason
+    layer, x = up(model), X.to(dtype).requires_grad_()
+    trained = [parameter for parameter in layer.parameters() if parameter.requires_grad]
+
+    def step():
+        out = layer(x)
+        return out, *torch.autograd.grad(out.float().square().sum(), [x, *trained])
+
+    mica.fast.call_counts.clear()
+    actual = step()
+    for name in ("down_projection", "up_projection", "down_projection_backward", "up_projection_backward"):
+        assert mica.fast.call_counts[name] == 1
+    with mica.fast.disabled():
+        expected = step()
+    for ours, stock in zip(actual, expected, strict=True):
+        assert ours.dtype == stock.dtype
+        assert error(ours, stock) <= 3 * RELATIVE[dtype]
 
 
 def test_global_hooks():

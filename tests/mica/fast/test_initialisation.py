@@ -3,7 +3,7 @@ import warnings
 
 import pytest
 import torch
-from models import Net, adapted_layers, bases, net, randomise, tiny_llama, wrap
+from models import Net, adapted_layers, bases, net, randomise, snapshot, tiny_llama, wrap
 from peft import LoraConfig, PeftModel, get_peft_model, inject_adapter_in_model
 from peft.functional import cast_adapter_dtype
 from safetensors.torch import load_file, save_file
@@ -15,20 +15,6 @@ from mica.fast.bases import Wanted
 from mica.subspace import many
 
 INDICES = torch.tensor([[1, 2, 3, 28], [0, 7, 7, 3]])
-
-
-@pytest.fixture
-def solved(monkeypatch):
-    """Counts the solver's calls."""
-    calls = []
-    solver = many.solve_each
-
-    def counting(weight, rank, **kwargs):
-        calls.append(tuple(weight.shape))
-        return solver(weight, rank, **kwargs)
-
-    monkeypatch.setattr(many, "solve_each", counting)
-    return calls
 
 
 def effective_weights(model):
@@ -146,11 +132,6 @@ def _poison(model):
         model.conv.weight[1, 2] = float("nan")
         model.conv.weight[1, 3] = float("inf")
     return model
-
-
-def snapshot(model):
-    flags = [(name, p.requires_grad) for name, p in model.named_parameters()]
-    return flags, [(name, type(m)) for name, m in model.named_modules()]
 
 
 def test_not_finite_names_the_layer_and_leaves_the_model_as_it_was():

@@ -2,11 +2,15 @@ import copy
 
 import pytest
 import torch
+import torch.nn.functional as F
 from models import gradients, net, randomise, tiny_gpt2, tiny_llama, wrap
+from peft import LoraConfig
+from peft.utils.hotswap import hotswap_adapter
 from tolerances import RELATIVE, error
 from torch.utils.checkpoint import checkpoint
 
 import mica.fast
+from mica import reference
 
 INDICES = torch.tensor([[1, 2, 3, 28], [0, 7, 7, 3]])
 
@@ -181,13 +185,101 @@ def test_switching_deleting_and_adding_adapters():
     assert error(step(model)[0], base) <= RELATIVE[torch.float32]
 
 
-def test_mixed_batch_runs_on_peft():
-    model = randomise(net(targets=["up", "conv", "down"])).eval()
-    model.add_adapter("second", copy.deepcopy(model.peft_config["default"]))
-    before = mica.fast.call_counts["linear"]
-    mixed = model(INDICES, adapter_names=["default", "second"])
-    assert mica.fast.call_counts["linear"] == before
-    assert error(mixed[0], model(INDICES)[0]) <= 3 * RELATIVE[torch.float32]
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_several_active_adapters(dtype):
+    model = randomise(net(dtype, targets=["up", "conv", "down"]))
+    model.add_adapter("second", LoraConfig(r=2, target_modules=["up"], init_lora_weights="mica"))
+    randomise(model)
+    model.base_model.set_adapter(["default", "second"])
+    mica.fast.call_counts.clear()
+    compare(model, 3 * RELATIVE[dtype])
+    assert mica.fast.call_counts["linear"] == 3
+    assert mica.fast.call_counts["up_projection"] == 1
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("called", [False, True])
+def test_dropout_is_drawn_from_torch_s_generator(dtype, called):
+    """Inverted dropout of x, as nn.Dropout's; the mask is that of the seed, and nothing of it is stored."""
+    model = randomise(net(dtype, targets=["up"], lora_dropout=0.3))
+    layer = model.base_model.model.up
+    if called:
+        layer.base_layer.weight.requires_grad_()
+    x = torch.randn(200, 12).to(dtype).requires_grad_()
+    saved = []
+    torch.manual_seed(7)
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+        out = layer(x)
+    assert not any(t.dtype == torch.bool for t in saved)
+    grads = torch.autograd.grad(out.float().square().sum(), [x, layer.lora_A["default"].weight])
+
+    torch.manual_seed(7)
+    seed = torch.randint(0, 2**63 - 1, (1,))
+    keep = reference.dropout_keep(seed, 200, 12, 0.3)
+    assert 0.66 <= keep.double().mean() <= 0.74
+    x64, A = x.detach().double().requires_grad_(), layer.lora_A["default"].weight.detach().double()
+    A.requires_grad_()
+    base, lora_B = layer.base_layer, layer.lora_B["default"].weight.double()
+    dropped = torch.where(keep, x64 / 0.7, 0.0)
+    expected = F.linear(x64, base.weight.double(), base.bias.double())
+    expected = expected + layer.scaling["default"] * dropped @ A.t() @ lora_B.t()
+    expected_grads = torch.autograd.grad(expected.square().sum(), [x64, A])
+    assert error(out, expected) <= 2 * RELATIVE[dtype]
+    for grad, oracle in zip(grads, expected_grads, strict=True):
+        assert error(grad, oracle) <= 5 * RELATIVE[dtype]
+    assert not torch.equal(layer(x), out)  # the next call draws another mask
+    model.eval()
+    compare_layer_with_stock(layer, x, 3 * RELATIVE[dtype])
+
+
+def compare_layer_with_stock(layer, x, tolerance):
+    out = layer(x)
+    with mica.fast.disabled():
+        assert error(out, layer(x)) <= tolerance
+
+
+@pytest.mark.parametrize("use_reentrant", [True, False])
+def test_dropout_under_gradient_checkpointing(use_reentrant):
+    layer = randomise(net(targets=["up"], lora_dropout=0.5)).base_model.model.up
+    x = torch.randn(9, 12, requires_grad=True)
+
+    def grads(forward):
+        torch.manual_seed(3)
+        return torch.autograd.grad(forward(x).square().sum(), [x, layer.lora_A["default"].weight])
+
+    checkpointed = None
+    torch.manual_seed(3)
+    checkpoint(layer, x, use_reentrant=use_reentrant).square().sum().backward()
+    checkpointed = (x.grad, layer.lora_A["default"].weight.grad)
+    for actual, expected in zip(checkpointed, grads(layer), strict=True):
+        assert torch.equal(actual, expected)
+
+
+def test_dropout_under_compile():
+    torch.compiler.reset()
+    model = randomise(net(targets=["up", "conv", "down"], lora_dropout=0.5))
+    compiled = torch.compile(model, fullgraph=True, backend="inductor")
+    first, second = compiled(INDICES), compiled(INDICES)
+    assert not torch.equal(first, second)
+    second.sum().backward()
+    assert all(grad.isfinite().all() for grad in gradients(model).values())
+    model.eval()
+    assert error(compiled(INDICES), model(INDICES)) <= 3 * RELATIVE[torch.float32]
+
+
+@pytest.mark.parametrize("backend", ["reference", "triton"])
+def test_hotswap(monkeypatch, tmp_path, backend):
+    """Through ``.data``, which no version counts: what was made of the old B must not stay."""
+    monkeypatch.setenv("MICA_BACKEND", backend)
+    other = randomise(net(rank=3, seed=5, targets=["up", "down"]), seed=6)
+    other.save_pretrained(tmp_path)
+    model = randomise(net(rank=3, targets=["up", "down"]))
+    before = compare(model, 3 * RELATIVE[torch.float32])
+    hotswap_adapter(model, str(tmp_path), "default")
+    after = compare(model, 3 * RELATIVE[torch.float32])
+    assert error(after, before) > 0.01
+    layer, swapped = (m.base_model.model.up for m in (model, other))
+    assert torch.equal(layer.lora_B["default"].weight, swapped.lora_B["default"].weight)
 
 
 KERNEL_CASES = [(torch.float32, True), (torch.bfloat16, True), (torch.bfloat16, False), (torch.float16, True)]

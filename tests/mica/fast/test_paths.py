@@ -20,7 +20,7 @@ def test_the_table_prints_and_aligns():
     model.base_model.model.down.base_layer.weight.requires_grad_()
     lines = str(mica.fast.explain(model)).splitlines()
     assert len(lines) == 5
-    assert lines[4].endswith("peft       the base weight is trainable")
+    assert lines[4].endswith("; base layer called: the base weight is trainable")
     assert len({line.index("default") for line in lines[1:]}) == 1
     assert str(mica.fast.explain(nn.Linear(2, 2))) == "no adapted layers"
 

@@ -1,0 +1,206 @@
+"""The two factors as operators of their own, beside a base layer that has to be called (quantised, hooked).
+
+    h  = scaling·drop(x) Aᵀ     mica_down_projection
+    y' = y + h Bᵀ               mica_up_projection, with y = base_layer(x)
+
+Definition: `mica.reference` (arXiv 2604.01694). Saved for the backward: x as it came, no h, no mask.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from mica.dispatch import autocast, autocast_to, backward_of, compute, define, differentiate, no_autocast
+from mica.operands import check_down_projection, check_up_projection
+
+__all__ = ["mica_down_projection", "mica_up_projection"]
+
+
+def mica_down_projection(
+    x: Tensor,
+    lora_A: Tensor,
+    scaling: float = 1.0,
+    *,
+    compute_dtype: torch.dtype | None = None,
+    dropout_p: float = 0.0,
+    seed: Tensor | None = None,
+) -> Tensor:
+    """h = scaling·drop(x) Aᵀ.
+
+    Args:
+        x: (..., in_features), fp64/fp32/bf16/fp16.
+        lora_A: (rank, in_features), trained; the dtype of x, or an fp32 master over 16-bit x.
+        scaling: lora_alpha / rank, dimensionless.
+        compute_dtype: dtype of the product and of h; default that of x, under autocast autocast's.
+        dropout_p, seed: as `mica.ops.mica_linear`.
+
+    Returns:
+        (..., rank) in compute_dtype.
+
+    Raises:
+        ValueError, TypeError: shapes, dtypes or devices that do not fit.
+    """
+    check_down_projection(x, lora_A, compute_dtype, dropout_p, seed)
+    return torch.ops.mica.down_projection(x, lora_A, scaling, compute_dtype, dropout_p, seed)
+
+
+def mica_up_projection(y: Tensor, h: Tensor, lora_B: Tensor) -> Tensor:
+    """y + h Bᵀ in a new tensor, summed in the wider dtype of y and h.
+
+    Args:
+        y: (..., out_features), fp64/fp32/bf16/fp16.
+        h: (..., rank), leading dimensions as y.
+        lora_B: (out_features, rank), frozen.
+
+    Returns:
+        (..., out_features) in the dtype of y.
+
+    Raises:
+        ValueError, TypeError: shapes, dtypes or devices that do not fit, or lora_B requires a gradient.
+    """
+    check_up_projection(y, h, lora_B)
+    return torch.ops.mica.up_projection(y, h, lora_B)
+
+
+# ---------------------------------------------------------------------------------------------------
+# down-projection
+# ---------------------------------------------------------------------------------------------------
+
+
+def _rows(tensor: Tensor) -> Tensor:
+    return tensor.reshape(-1, tensor.shape[-1])
+
+
+def _down(x, lora_A, scaling, compute_dtype, dropout_p=0.0, seed=None):
+    dtype = compute_dtype or x.dtype
+    operands = (_rows(x), lora_A, scaling, dtype, dropout_p, seed)
+    rank = lora_A.shape[0]
+    h = compute("down_projection", "down_projection", x, rank, (x.dtype, dtype, lora_A.dtype), *operands)
+    return h.view(*x.shape[:-1], rank)
+
+
+def _down_fake(x, lora_A, scaling, compute_dtype, dropout_p=0.0, seed=None):
+    return x.new_empty(*x.shape[:-1], lora_A.shape[0], dtype=compute_dtype or x.dtype)
+
+
+def _down_backward(grad_h, x, lora_A, scaling, x_dtype, output_mask, dropout_p=0.0, seed=None):
+    needs_x, needs_A = output_mask
+    g = _rows(grad_h)
+    operands = (g, _rows(x) if needs_A else None, lora_A, scaling, needs_x, dropout_p, seed)
+    name, dtypes = "down_projection_backward", (g.dtype, x_dtype, lora_A.dtype)
+    with no_autocast(g):
+        grad_x, grad_A = compute(name, name, g, lora_A.shape[0], dtypes, *operands)
+    if needs_x:
+        grad_x = grad_x.to(x_dtype).view(*grad_h.shape[:-1], lora_A.shape[1])
+    return tuple(grad_h.new_empty(0) if grad is None else grad for grad in (grad_x, grad_A))
+
+
+def _down_backward_fake(grad_h, x, lora_A, scaling, x_dtype, output_mask, dropout_p=0.0, seed=None):
+    needs_x, needs_A = output_mask
+    shape = (*grad_h.shape[:-1], lora_A.shape[1])
+    grad_x = grad_h.new_empty(shape, dtype=x_dtype) if needs_x else grad_h.new_empty(0)
+    return grad_x, lora_A.new_empty(lora_A.shape) if needs_A else grad_h.new_empty(0)
+
+
+class _DownProjection(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, lora_A, scaling, compute_dtype, dropout_p=0.0, seed=None):
+        ctx.scaling, ctx.dropout_p, ctx.x_dtype = scaling, dropout_p, x.dtype
+        ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, lora_A, seed)
+        with torch._C._AutoDispatchBelowAutograd():
+            return torch.ops.mica.down_projection(x, lora_A, scaling, compute_dtype, dropout_p, seed)
+
+    @staticmethod
+    def backward(ctx, grad_h):
+        x, lora_A, seed = ctx.saved_tensors
+        mask = list(ctx.needs_input_grad[:2])
+        backward = backward_of(torch.ops.mica.down_projection_backward, _down_backward)
+        grads = backward(grad_h, x, lora_A, ctx.scaling, ctx.x_dtype, mask, ctx.dropout_p, seed)
+        return *(grad if needed else None for grad, needed in zip(grads, mask, strict=True)), *[None] * 4
+
+
+def _down_under_autocast(device_type):
+    def down_projection(x, lora_A, scaling, compute_dtype, dropout_p=0.0, seed=None):
+        x = autocast_to(x, device_type)
+        with no_autocast(x):
+            return torch.ops.mica.down_projection(x, lora_A, scaling, None, dropout_p, seed)
+
+    return down_projection
+
+
+# ---------------------------------------------------------------------------------------------------
+# up-projection
+# ---------------------------------------------------------------------------------------------------
+
+
+def _up(y, h, lora_B):
+    dtypes = (y.dtype, h.dtype, lora_B.dtype)
+    out = compute("up_projection", "up_projection", y, h.shape[-1], dtypes, _rows(y), _rows(h), lora_B)
+    return out.view(y.shape)
+
+
+def _up_fake(y, h, lora_B):
+    return y.new_empty(y.shape)
+
+
+def _up_backward(grad_output, lora_B, h_dtype):
+    dy = _rows(grad_output)
+    name, dtypes = "up_projection_backward", (dy.dtype, h_dtype, lora_B.dtype)
+    with no_autocast(dy):
+        grad_h = compute(name, "grad_h", dy, lora_B.shape[1], dtypes, dy, lora_B, 1.0, h_dtype)
+    return grad_h.view(*grad_output.shape[:-1], lora_B.shape[1])
+
+
+def _up_backward_fake(grad_output, lora_B, h_dtype):
+    return grad_output.new_empty(*grad_output.shape[:-1], lora_B.shape[1], dtype=h_dtype)
+
+
+class _UpProjection(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, y, h, lora_B):
+        ctx.h_dtype = h.dtype
+        ctx.save_for_backward(lora_B)
+        with torch._C._AutoDispatchBelowAutograd():
+            return torch.ops.mica.up_projection(y, h, lora_B)
+
+    @staticmethod
+    def backward(ctx, grad_output):
+        backward = backward_of(torch.ops.mica.up_projection_backward, _up_backward)
+        needs_h = ctx.needs_input_grad[1]
+        return grad_output, backward(grad_output, *ctx.saved_tensors, ctx.h_dtype) if needs_h else None, None
+
+
+def _up_under_autocast(device_type):
+    def up_projection(y, h, lora_B):
+        with no_autocast(y):
+            return torch.ops.mica.up_projection(y, h, lora_B)
+
+    return up_projection
+
+
+define(
+    "down_projection",
+    "(Tensor x, Tensor lora_A, float scaling, ScalarType? compute_dtype, float dropout_p=0.0,"
+    " Tensor? seed=None) -> Tensor",
+    _down,
+    _down_fake,
+)
+define(
+    "down_projection_backward",
+    "(Tensor grad_h, Tensor? x, Tensor lora_A, float scaling, ScalarType x_dtype, bool[2] output_mask,"
+    " float dropout_p=0.0, Tensor? seed=None) -> (Tensor, Tensor)",
+    _down_backward,
+    _down_backward_fake,
+)
+define("up_projection", "(Tensor y, Tensor h, Tensor lora_B) -> Tensor", _up, _up_fake)
+define(
+    "up_projection_backward",
+    "(Tensor grad_output, Tensor lora_B, ScalarType h_dtype) -> Tensor",
+    _up_backward,
+    _up_backward_fake,
+)
+differentiate("down_projection", _DownProjection.apply, _down)
+differentiate("up_projection", _UpProjection.apply, _up)
+autocast("down_projection", _down_under_autocast)
+autocast("up_projection", _up_under_autocast)

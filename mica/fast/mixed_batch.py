@@ -1,0 +1,99 @@
+"""One batch, another adapter for each of its samples: PEFT's ``adapter_names``, for inference.
+
+MiCA adapters made on one base share B: the basis of rank 8 is the last 8 columns of that of rank 16. Where
+they really do, bit for bit, every sample's h goes into the columns of the widest B, and one up-projection
+serves the whole batch. The others each get their own, on their samples.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+
+from mica.fast.eligibility import adapter_weights, dtypes_fit, why_not
+from mica.fast.settings import compute_dtype
+
+BASE = "__base__"  # PEFT's name for "no adapter"
+
+
+class _Shared(NamedTuple):
+    names: list[str]
+    lora_B: Tensor  # the widest of theirs
+
+
+_shared: WeakKeyDictionary[nn.Module, tuple[tuple, list[_Shared]]] = WeakKeyDictionary()
+
+
+def forward(layer, x: Tensor, adapter_names: list[str]) -> Tensor | None:
+    """The output of a linear layer for x (batch, ..., in_features), or None where the call is PEFT's.
+
+    adapter_names: one for each of the batch; "__base__", and adapters that this layer has not, add nothing.
+    """
+    names = [name for name in dict.fromkeys(adapter_names) if name != BASE and name in layer.lora_A]
+    if not names or len(x) != len(adapter_names) or torch.compiler.is_compiling():
+        return None
+    if why_not(layer, names) is not None or any(layer.lora_dropout[name].training for name in names):
+        return None
+    if not all(dtypes_fit(layer, x, *adapter_weights(layer, name)) for name in names):
+        return None
+    result = layer.base_layer(x)
+    for group in _groups(layer, names):
+        rows = [row for row, name in enumerate(adapter_names) if name in group.names]
+        if len(rows) == len(x):
+            result = torch.ops.mica.up_projection(result, _h(layer, x, adapter_names, group), group.lora_B)
+        else:
+            index = torch.tensor(rows, device=x.device)
+            h = _h(layer, x[index], [adapter_names[row] for row in rows], group)
+            update = torch.ops.mica.up_projection(result[index], h, group.lora_B)
+            result = result.index_copy(0, index, update)
+    return result
+
+
+def _h(layer, x: Tensor, adapter_names: list[str], group: _Shared) -> Tensor:
+    """(batch, ..., rank of the widest B): each sample's h in the columns that belong to its adapter."""
+    h = None
+    for name in group.names:
+        index = torch.tensor(
+            [row for row, other in enumerate(adapter_names) if other == name], device=x.device
+        )
+        lora_A, _ = adapter_weights(layer, name)
+        scaling = layer.scaling[name]
+        if isinstance(scaling, Tensor):
+            lora_A, scaling = lora_A * scaling.to(lora_A.dtype), 1.0
+        part = torch.ops.mica.down_projection(x[index], lora_A, float(scaling), compute_dtype(x))
+        if h is None:
+            h = part.new_zeros(*x.shape[:-1], group.lora_B.shape[1])
+        h[index, ..., h.shape[-1] - part.shape[-1] :] = part
+    return h
+
+
+def forget() -> None:
+    """Compare every B again at its next use."""
+    _shared.clear()
+
+
+def _groups(layer, names: list[str]) -> list[_Shared]:
+    """The adapters by the B that they share, widest first. Compared once, and again when a B has changed."""
+    weights = {name: adapter_weights(layer, name)[1].detach() for name in names}
+    key = tuple(
+        (name, B.data_ptr(), None if B.is_inference() else B._version, B.dtype, B.shape)
+        for name, B in weights.items()
+    )
+    known = _shared.get(layer)
+    if known is not None and known[0] == key:
+        return known[1]
+    groups: list[_Shared] = []
+    for name, lora_B in sorted(weights.items(), key=lambda item: -item[1].shape[1]):
+        rank = lora_B.shape[1]
+        for group in groups:
+            if group.lora_B.dtype == lora_B.dtype and torch.equal(group.lora_B[:, -rank:], lora_B):
+                group.names.append(name)
+                break
+        else:
+            groups.append(_Shared([name], lora_B))
+    if not any(B.is_inference() for B in weights.values()):
+        _shared[layer] = key, groups
+    return groups

@@ -1,0 +1,196 @@
+"""Quantised base layers: which of PEFT's layer classes wrap them, and their weight as floating numbers.
+
+MiCA starts from the weight that the layer computes with, so it is dequantised by the library's own call, and
+the packed numbers are never looked at. The original weight would not do: in SmolLM2-135M at r = 16 the minor
+subspaces of W and of nf4(W) share 83 % on average, 19 % in the worst of 210 layers. PEFT's classes are told
+apart by name: no quantisation library is imported here, installed or not.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import contextmanager
+from functools import lru_cache
+from typing import NamedTuple
+
+import torch
+from peft.utils.integrations import dequantize_bnb_weight, dequantize_module_weight
+from torch import Tensor, nn
+
+from mica.errors import UnsuitableLayerError
+
+# Rows of the identity matrix that a layer is applied to at a time.
+_ROWS = 1024
+# How far `dequantize_weight` may be from what the layer answers, in parts of the largest weight: 16-bit
+# arithmetic is 2^-8 off at most, another layout than the answer's is off by the weights themselves.
+_AGREEMENT = 2**-6
+
+
+def _bitsandbytes_4bit(layer) -> Tensor:
+    base = layer.get_base_layer()
+    state = getattr(base.weight, "quant_state", None)
+    if state is None:
+        raise UnsuitableLayerError("is not quantised yet (move the model to its device first)")
+    if getattr(state, "packing_format_for_cpu", False):
+        # One call in eval mode on a CPU with AVX512-BF16 repacks the weight for good (bitsandbytes 0.50), and
+        # `dequantize_4bit` then returns other numbers, silently. The layer itself still computes right.
+        return _by_calls(layer)
+    return dequantize_bnb_weight(base.weight)
+
+
+def _bitsandbytes_8bit(layer) -> Tensor:
+    base = layer.get_base_layer()
+    if base.weight.is_floating_point():
+        if base.state.has_fp16_weights:
+            return base.weight
+        raise UnsuitableLayerError("is not quantised yet (move the model to its device first)")
+    # Not `dequantize_module_weight`: on the CPU it replaces the parameter by a copy without its scales, and
+    # the layer's next call fails if it has been called before (PEFT 0.21.2, bitsandbytes 0.50).
+    return dequantize_bnb_weight(base.weight, state=base.state)
+
+
+def _own_call(layer) -> Tensor:
+    return dequantize_module_weight(layer.get_base_layer())
+
+
+def _gptqmodel(layer) -> Tensor:
+    """`dequantize_weight` where it says what the layer computes, else the layer's answers.
+
+    gptqmodel's is (in_features, out_features), and not all of its kernels have one; one that inherits it and
+    has repacked the weight for its kernel may return anything, so a few rows are compared.
+    """
+    base = layer.get_base_layer()
+    try:
+        weight = base.dequantize_weight().t()
+    except (AttributeError, RuntimeError):  # none, or one that lacks what it needs
+        return _by_calls(layer)
+    if weight.shape != (layer.out_features, layer.in_features):
+        return _by_calls(layer)
+    probed = torch.linspace(0, layer.in_features - 1, min(8, layer.in_features)).long().to(weight.device)
+    expected = weight[:, probed].float()
+    answers = _answers(layer, probed).float()
+    close = (answers - expected).abs().max() <= _AGREEMENT * expected.abs().max()
+    return weight if close else _by_calls(layer)
+
+
+def _by_calls(layer) -> Tensor:
+    """The layer applied to the rows of an identity matrix: exact, each answer is one weight and zeros."""
+    starts = range(0, layer.in_features, _ROWS)
+    blocks = (torch.arange(start, min(start + _ROWS, layer.in_features)) for start in starts)
+    return torch.cat([_answers(layer, block) for block in blocks], dim=1)
+
+
+def _answers(layer, columns: Tensor) -> Tensor:
+    """Columns of the weight, (out_features, len(columns)), as the layer computes with them."""
+    base = layer.get_base_layer()
+    scales = getattr(base, "scales", None)
+    dtype = scales.dtype if isinstance(scales, Tensor) else torch.bfloat16
+    x = torch.zeros(len(columns), layer.in_features, dtype=dtype, device=stored(layer).device)
+    x[torch.arange(len(columns)), columns.to(x.device)] = 1
+    with _without_bias(base):
+        return base(x).t()
+
+
+@contextmanager
+def _without_bias(base: nn.Module):
+    """Not subtracted from the answers: in fp16 a bias of 8 swallows weights below 0.004, and gptqmodel's
+    Marlin layers keep theirs permuted. All of its layers run without one.
+    """
+    bias = getattr(base, "bias", None)
+    if bias is None:
+        yield
+        return
+    base.bias = None
+    try:
+        yield
+    finally:
+        base.bias = bias
+
+
+class Kind(NamedTuple):
+    """How messages call it, and PEFT's layer -> (out_features, in_features) in a floating dtype."""
+
+    name: str
+    dequantise: Callable[[nn.Module], Tensor] | None  # None: there is no way
+
+
+_KINDS = {
+    "peft.tuners.lora.bnb.Linear4bit": Kind("bitsandbytes 4-bit", _bitsandbytes_4bit),
+    "peft.tuners.lora.bnb.Linear8bitLt": Kind("bitsandbytes 8-bit", _bitsandbytes_8bit),
+    "peft.tuners.lora.hqq.HqqLoraLinear": Kind("HQQ", _own_call),
+    "peft.tuners.lora.torchao.TorchaoLoraLinear": Kind("torchao", _own_call),
+    "peft.tuners.lora.gptq.GPTQLoraLinear": Kind("GPTQ", _gptqmodel),
+    "peft.tuners.lora.awq.AwqLoraLinear": Kind("AWQ", _gptqmodel),
+    "peft.tuners.lora.aqlm.AqlmLoraLinear": Kind("AQLM", None),
+    "peft.tuners.lora.eetq.EetqLoraLinear": Kind("EETQ", None),
+    "peft.tuners.lora.inc.IncLoraLinear": Kind("Intel Neural Compressor", None),
+}
+_ALLOWED = "bitsandbytes 4-bit and 8-bit, HQQ, torchao (other than Int4Tensor), GPTQ and AWQ"
+
+
+@lru_cache
+def _listed(layer_type: type) -> Kind | None:
+    """The table's entry for a class of PEFT's, or one derived from it."""
+    names = (f"{cls.__module__}.{cls.__qualname__}" for cls in layer_type.__mro__)
+    return next((_KINDS[name] for name in names if name in _KINDS), None)
+
+
+def kind_of(layer: nn.Module) -> Kind | None:
+    """The kind of quantised layer that PEFT's ``layer`` wraps; None if it is none that is covered here."""
+    kind = _listed(type(layer))
+    return None if kind is None or kind.dequantise is None else kind
+
+
+def is_covered(layer_type: type) -> bool:
+    """Whether this very class, not one derived from it, is in the table."""
+    kind = _KINDS.get(f"{layer_type.__module__}.{layer_type.__qualname__}")
+    return kind is not None and kind.dequantise is not None
+
+
+def why_not(layer: nn.Module) -> str | None:
+    """What keeps MiCA from a quantised layer, in words that follow the layer's name; None if nothing does."""
+    kind = _listed(type(layer))
+    if kind is None:
+        return None
+    base, found = layer.get_base_layer(), kind.name
+    if kind.name == "torchao" and type(base.weight).__name__ == "Int4Tensor":
+        found = "torchao Int4Tensor, refused by PEFT itself"
+    elif kind.dequantise is not None:
+        return None
+    return (
+        f"has a quantised base layer of type {type(base).__name__} ({found}), and of quantised layers only "
+        f"those of {_ALLOWED} are allowed."
+    )
+
+
+def stored(layer: nn.Module) -> Tensor:
+    """The tensor that holds the packed weight, wherever the library keeps it: for its device only."""
+    base = layer.get_base_layer()
+    return next(
+        tensor
+        for tensor in (getattr(base, name, None) for name in ("qweight", "W_q", "weight"))
+        if isinstance(tensor, Tensor)
+    )
+
+
+@torch.no_grad()
+def dequantise(layer: nn.Module, name: str) -> Tensor:
+    """The weight that a quantised layer computes with, (out_features, in_features), in a floating dtype.
+
+    Made anew with each call, on the layer's device; the layer stays as it was.
+
+    Raises:
+        UnsuitableLayerError: the layer, called ``name``, is not quantised yet or cannot be dequantised.
+    """
+    kind = kind_of(layer)
+    try:
+        return kind.dequantise(layer).detach()
+    except UnsuitableLayerError as error:
+        raise UnsuitableLayerError(
+            f"MiCA needs the weight that the layer computes with, but {name} ({kind.name}) {error}."
+        ) from None
+    except NotImplementedError as error:
+        raise UnsuitableLayerError(
+            f"MiCA needs the dequantised weight, but the {kind.name} weight of {name}, a "
+            f"{type(stored(layer)).__name__}, does not support dequantize()."
+        ) from error

@@ -1,0 +1,171 @@
+"""Several layers that read the same x (q/k/v, gate/up) as one operator: x is read once, not once a layer.
+
+    h₁…h_g = x [s₁A₁; …; s_gA_g]ᵀ                one down-projection
+    y_i    = x W_iᵀ + bias_i + h_i B_iᵀ
+    dA     = [g₁, …, g_g]ᵀ x                     one product, g_i = s_i·dy_i B_i
+    dx     = Σ dy_i W_i + [g₁, …, g_g] A         summed in one tensor: no gradient of x a layer
+
+One node of the autograd graph receives all dy_i at once. Definition: `mica.reference.linear_group`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from mica.dispatch import (
+    autocast,
+    autocast_to,
+    backward_of,
+    compute,
+    define,
+    differentiate,
+    no_autocast,
+    plain,
+)
+from mica.operands import check_group
+
+__all__ = ["mica_linear_group"]
+
+
+def mica_linear_group(
+    x: Tensor,
+    weights: Sequence[Tensor],
+    lora_As: Sequence[Tensor],
+    lora_Bs: Sequence[Tensor],
+    scalings: Sequence[float],
+    biases: Sequence[Tensor | None] | None = None,
+    *,
+    compute_dtype: torch.dtype | None = None,
+) -> list[Tensor]:
+    """`mica.ops.mica_linear` of several layers on one x, without dropout.
+
+    Args:
+        x: (..., in_features), fp64/fp32/bf16/fp16.
+        weights: each (out_features_i, in_features), frozen, in the dtype of x.
+        lora_As: each (rank_i, in_features), trained. lora_Bs: each (out_features_i, rank_i), frozen.
+        scalings: each lora_alpha / rank.
+        biases: each (out_features_i) or None.
+        compute_dtype: as `mica_linear`.
+
+    Returns:
+        A list of (..., out_features_i) in the dtype of x (of autocast where it is on).
+
+    Raises:
+        ValueError, TypeError: lists of different lengths, or operands that `mica_linear` refuses.
+    """
+    biases = [None] * len(weights) if biases is None else list(biases)
+    check_group(x, weights, lora_As, lora_Bs, scalings, biases, compute_dtype)
+    operands = (x, *(list(kind) for kind in (weights, lora_As, lora_Bs, scalings, biases)), compute_dtype)
+    if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
+        return plain(_group)(*operands)  # vmap has no rule for operators on lists
+    return torch.ops.mica.linear_group(*operands)
+
+
+def _group(x, weights, lora_As, lora_Bs, scalings, biases, compute_dtype):
+    dtypes = (x.dtype, compute_dtype or x.dtype, *(A.dtype for A in lora_As), *(B.dtype for B in lora_Bs))
+    operands = (x.reshape(-1, x.shape[-1]), weights, lora_As, lora_Bs, scalings, biases, compute_dtype)
+    ys = compute("linear_group", "linear_group", x, _rank(lora_As), dtypes, *operands)
+    return [y.view(*x.shape[:-1], y.shape[-1]) for y in ys]
+
+
+def _rank(lora_As: Sequence[Tensor]) -> int:
+    """Of the stacked factor, each padded to 16 as the kernels want it."""
+    return sum((lora_A.shape[0] + 15) // 16 * 16 for lora_A in lora_As)
+
+
+def _group_fake(x, weights, lora_As, lora_Bs, scalings, biases, compute_dtype):
+    return [x.new_empty(*x.shape[:-1], weight.shape[0]) for weight in weights]
+
+
+def _group_backward(grad_outputs, x, weights, lora_As, lora_Bs, scalings, compute_dtype):
+    """x is None where no dA is wanted, weights is empty where no dx is; then the result lacks them."""
+    used = next(dy for dy in grad_outputs if dy is not None)
+    dys = [None if dy is None else dy.reshape(-1, dy.shape[-1]) for dy in grad_outputs]
+    flat = None if x is None else x.reshape(-1, x.shape[-1])
+    operands = (dys, flat, list(weights) or None, lora_As, lora_Bs, scalings, compute_dtype)
+    name, rank = "linear_group_backward", _rank(lora_As)
+    dtypes = (used.dtype, compute_dtype, *(A.dtype for A in lora_As), *(B.dtype for B in lora_Bs))
+    with no_autocast(used):
+        grad_x, grad_As = compute(name, name, used, rank, dtypes, *operands)
+    if grad_x is not None:
+        grad_x = grad_x.view(*used.shape[:-1], lora_As[0].shape[1])
+    return [*([] if grad_x is None else [grad_x]), *(grad_As or ())]
+
+
+def _group_backward_fake(grad_outputs, x, weights, lora_As, lora_Bs, scalings, compute_dtype):
+    used = next(dy for dy in grad_outputs if dy is not None)
+    grad_x = [used.new_empty(*used.shape[:-1], lora_As[0].shape[1])] if len(weights) else []
+    return grad_x + ([] if x is None else [lora_A.new_empty(lora_A.shape) for lora_A in lora_As])
+
+
+class _LinearGroup(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, scalings, compute_dtype, x, count, *tensors):
+        """tensors: the weights, the lora_As, the lora_Bs and the biases, ``count`` of each."""
+        weights, lora_As, lora_Bs, biases = (list(tensors[i * count : (i + 1) * count]) for i in range(4))
+        ctx.set_materialize_grads(False)  # an output that was not used costs nothing
+        ctx.scalings, ctx.count, ctx.compute_dtype = scalings, count, compute_dtype or x.dtype
+        ctx.needs_x = ctx.needs_input_grad[2]
+        ctx.needs_A = any(ctx.needs_input_grad[4 + count : 4 + 2 * count])
+        kept = weights if ctx.needs_x else []
+        ctx.save_for_backward(x if ctx.needs_A else None, *kept, *lora_As, *lora_Bs)
+        with torch._C._AutoDispatchBelowAutograd():
+            ys = torch.ops.mica.linear_group(x, weights, lora_As, lora_Bs, scalings, biases, compute_dtype)
+        return tuple(ys)
+
+    @staticmethod
+    def backward(ctx, *grad_outputs):
+        on_backward = getattr(ctx, "on_backward", None)
+        if on_backward is not None:  # of whoever keeps outputs that may not have been used
+            on_backward()
+        ctx.done = True
+        count = ctx.count
+        if all(grad is None for grad in grad_outputs):
+            return (None,) * (4 + 4 * count)
+        x, *saved = ctx.saved_tensors
+        weights = [saved.pop(0) for _ in range(count)] if ctx.needs_x else []
+        lora_As, lora_Bs = saved[:count], saved[count:]
+        backward = backward_of(torch.ops.mica.linear_group_backward, _group_backward)
+        grads = backward(list(grad_outputs), x, weights, lora_As, lora_Bs, ctx.scalings, ctx.compute_dtype)
+        grad_x = grads.pop(0) if ctx.needs_x else None
+        grad_As = grads if ctx.needs_A else [None] * count
+        # no gradient rather than zeros, which would have an optimizer move the weight
+        grad_As = [A if dy is not None else None for A, dy in zip(grad_As, grad_outputs, strict=True)]
+        return None, None, grad_x, None, *[None] * count, *grad_As, *[None] * (2 * count)
+
+
+def _apply(x, weights, lora_As, lora_Bs, scalings, biases, compute_dtype):
+    tensors = (*weights, *lora_As, *lora_Bs, *biases)
+    return list(_LinearGroup.apply(scalings, compute_dtype, x, len(weights), *tensors))
+
+
+def _group_under_autocast(device_type):
+    def linear_group(x, weights, lora_As, lora_Bs, scalings, biases, compute_dtype):
+        x = autocast_to(x, device_type)
+        weights = [autocast_to(weight, device_type) for weight in weights]
+        biases = [autocast_to(bias, device_type) for bias in biases]
+        with no_autocast(x):
+            return torch.ops.mica.linear_group(x, weights, lora_As, lora_Bs, scalings, biases, None)
+
+    return linear_group
+
+
+define(
+    "linear_group",
+    "(Tensor x, Tensor[] weights, Tensor[] lora_As, Tensor[] lora_Bs, float[] scalings, Tensor?[] biases,"
+    " ScalarType? compute_dtype) -> Tensor[]",
+    _group,
+    _group_fake,
+)
+define(
+    "linear_group_backward",
+    "(Tensor?[] grad_outputs, Tensor? x, Tensor[] weights, Tensor[] lora_As, Tensor[] lora_Bs,"
+    " float[] scalings, ScalarType compute_dtype) -> Tensor[]",
+    _group_backward,
+    _group_backward_fake,
+)
+differentiate("linear_group", _apply, _group)
+autocast("linear_group", _group_under_autocast)

@@ -1,0 +1,139 @@
+import copy
+
+import pytest
+import torch
+from models import net, randomise, tiny_llama, wrap
+from peft import LoraConfig
+from tolerances import RELATIVE, error
+
+import mica.fast
+from mica.fast import mixed_batch
+
+TARGETS = ["up", "conv", "down"]
+INDICES = torch.randint(0, 29, (5, 3), generator=torch.Generator().manual_seed(3))
+NAMES = ["wide", "__base__", "narrow", "other", "wide"]
+
+
+def model_of_three(dtype=torch.float32, **kwargs):
+    """Ranks 4 and 2 that share B, and one whose B has been changed."""
+    model = net(dtype, targets=TARGETS, adapter_name="wide", **kwargs)
+    for name in ("narrow", "other"):
+        rank = {"narrow": 2, "other": 4}[name]
+        model.add_adapter(name, LoraConfig(r=rank, target_modules=TARGETS, init_lora_weights="mica"))
+    layers = [layer for layer in model.modules() if hasattr(layer, "lora_variant")]
+    with torch.no_grad():
+        for layer in layers:
+            layer.lora_B["narrow"].weight.copy_(layer.lora_B["wide"].weight[:, -2:])
+            layer.lora_B["other"].weight.mul_(-1.0)
+    return randomise(model).eval()
+
+
+def compare(model, names, tolerance, indices=INDICES):
+    out = model(indices, adapter_names=names)
+    with mica.fast.disabled():
+        expected = model(indices, adapter_names=names)
+    out, expected = (getattr(result, "logits", result) for result in (out, expected))
+    assert out.dtype == expected.dtype
+    assert error(out, expected) <= tolerance
+    return out
+
+
+@pytest.mark.parametrize("backend", ["reference", "triton"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_as_stock(monkeypatch, backend, dtype):
+    monkeypatch.setenv("MICA_BACKEND", backend)
+    compare(model_of_three(dtype), NAMES, 3 * RELATIVE[dtype])
+
+
+def test_adapters_that_share_b_share_one_up_projection():
+    model = model_of_three()
+    for names, products in (
+        (NAMES, 2),
+        (["wide", "narrow", "wide", "narrow", "narrow"], 1),
+        (["wide"] * 5, 1),
+    ):
+        mica.fast.call_counts.clear()
+        compare(model, names, 3 * RELATIVE[torch.float32])
+        assert mica.fast.call_counts["up_projection"] == 3 * products  # three layers
+        assert mica.fast.call_counts["down_projection"] == 3 * len(set(names) - {"__base__"})
+    with torch.inference_mode():
+        compare(model, NAMES, 3 * RELATIVE[torch.float32])
+
+
+def test_a_basis_that_changes_is_not_shared_any_longer():
+    model = model_of_three()
+    names = ["wide", "narrow"] * 2 + ["wide"]
+    before = compare(model, names, 3 * RELATIVE[torch.float32])
+    with torch.no_grad():
+        model.base_model.model.down.lora_B["narrow"].weight.mul_(3.0)
+    after = compare(model, names, 3 * RELATIVE[torch.float32])
+    assert error(after, before) > 1e-3
+
+
+def test_adapters_made_on_one_base_share_their_basis():
+    """What the sharing rests on: the solver's last columns are the basis of the smaller rank."""
+    model = net(targets=TARGETS, adapter_name="wide")
+    config = copy.deepcopy(model.peft_config["wide"])
+    config.r = 2
+    model.add_adapter("narrow", config)
+    layer = model.base_model.model.up
+    assert [group.names for group in mixed_batch._groups(layer, ["narrow", "wide"])] == [["wide", "narrow"]]
+
+
+def test_adapters_on_some_layers_only():
+    model = randomise(net(targets=["up"], adapter_name="first"))
+    model.add_adapter("second", LoraConfig(r=3, target_modules=["down"], init_lora_weights="mica"))
+    compare(randomise(model).eval(), ["first", "second", "first", "__base__", "second"], 1e-5)
+
+
+def test_gradients_follow_stock():
+    """PEFT allows it in evaluation mode, so it has to be right."""
+    model = model_of_three()
+
+    def grads():
+        model.zero_grad(set_to_none=True)
+        model(INDICES, adapter_names=NAMES).square().sum().backward()
+        return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+    model.base_model.set_adapter(["wide", "narrow", "other"])
+    model.eval()
+    actual = grads()
+    with mica.fast.disabled():
+        expected = grads()
+    assert actual.keys() == expected.keys()
+    assert len(actual) == 9
+    for name, grad in actual.items():
+        assert error(grad, expected[name]) <= 5 * RELATIVE[torch.float32], name
+
+
+def test_what_peft_refuses_is_refused():
+    model = model_of_three()
+    with pytest.raises(ValueError, match="Length of `adapter_names` should be the same"):
+        model(INDICES, adapter_names=["wide"])
+    with pytest.raises(ValueError, match="absent"):
+        model(INDICES, adapter_names=["absent"] * 5)
+    model.merge_adapter(["wide"])
+    with pytest.raises(ValueError, match="merged adapters"):
+        model(INDICES, adapter_names=NAMES)
+
+
+def test_embeddings_and_other_adapters_are_peft_s():
+    model = net(adapter_name="wide")
+    model.add_adapter("lora", LoraConfig(r=2, target_modules=TARGETS, init_lora_weights=False))
+    names = ["wide", "lora", "__base__", "wide", "lora"]
+    mica.fast.call_counts.clear()
+    compare(randomise(model).eval(), names, 3 * RELATIVE[torch.float32])
+    assert not mica.fast.call_counts["up_projection"]
+
+
+def test_generation():
+    model = wrap(tiny_llama(), targets="all-linear", adapter_name="wide")
+    model.add_adapter("narrow", LoraConfig(r=2, target_modules="all-linear", init_lora_weights="mica"))
+    randomise(model, scale=0.5).eval()
+    indices = torch.randint(0, 61, (3, 4), generator=torch.Generator().manual_seed(1))
+    names = ["wide", "narrow", "__base__"]
+    out = model.generate(input_ids=indices, adapter_names=names, max_new_tokens=5, do_sample=False)
+    with mica.fast.disabled():
+        assert torch.equal(
+            out, model.generate(input_ids=indices, adapter_names=names, max_new_tokens=5, do_sample=False)
+        )

@@ -1,0 +1,371 @@
+import gc
+import weakref
+
+import pytest
+import torch
+from models import adapted_layers, bases, gradients, randomise, wrap
+from peft import LoraConfig, PeftModel
+from peft.tuners.lora.variants import MiCALinearVariant
+from quantised_models import (
+    KINDS,
+    TARGETS,
+    TOKENS,
+    StubAWQLinear,
+    StubGPTQLinear,
+    adapted,
+    assert_spans,
+    dequantised,
+    llama,
+    logits,
+    quantise,
+)
+from tolerances import RELATIVE, error
+from torch import nn
+
+import mica.fast
+from mica.fast import bases as bases_module
+from mica.fast import quantised
+
+MERGEABLE = [kind for kind in KINDS if "stub" not in kind]
+pytestmark = [
+    pytest.mark.usefixtures("one_thread", "gptqmodel"),
+    pytest.mark.filterwarnings("ignore:.*may get different"),
+]
+
+
+# -- initialisation --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_b_spans_the_minor_subspace_of_the_dequantised_weight_and_only_a_trains(kind):
+    base_logits = logits(llama(kind))
+    model = adapted(kind)
+    assert len(adapted_layers(model)) == 7
+    for name, layer in adapted_layers(model).items():
+        A, B = layer.lora_A["default"].weight, layer.lora_B["default"].weight
+        assert_spans(B, dequantised(layer.get_base_layer()))
+        assert (A.dtype, B.dtype) == (torch.float32, torch.float32)
+        assert (B.T @ B - torch.eye(4)).abs().max() <= 1e-6
+        assert not A.any()
+        assert type(layer.lora_variant["default"]) is MiCALinearVariant, name
+    assert torch.equal(logits(model), base_logits)
+
+    trainable = {name for name, p in model.named_parameters() if p.requires_grad}
+    assert trainable == {name for name, _ in model.named_parameters() if "lora_A" in name}
+    before = {name: B.clone() for name, B in bases(model).items()}
+    optimizer = torch.optim.AdamW(p for p in model.parameters() if p.requires_grad)
+    logits(model).float().square().mean().backward()
+    optimizer.step()
+    for name, layer in adapted_layers(model).items():
+        assert layer.lora_A["default"].weight.any(), name
+        assert torch.equal(layer.lora_B["default"].weight, before[name])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_stock_refuses(kind):
+    """Fault 3: with another error for each library."""
+    with pytest.raises((TypeError, ValueError, AttributeError, NotImplementedError)):
+        adapted(kind, stock=True)
+
+
+def test_rank_one_does_not_start_from_packed_bytes():
+    """Fault 3: packed into floats, a 4-bit weight looks to stock like a column, and r = 1 fits."""
+
+    def model():
+        torch.manual_seed(0)
+        return quantise(nn.Sequential(nn.Linear(16, 8)), "nf4, fp32 storage, bf16 compute")
+
+    stock = wrap(model(), rank=1, targets=["0"], stock=True).base_model.model[0]
+    assert stock.lora_B["default"].weight.shape == (16, 1)  # the fault is real: 64 bytes in 16 floats
+    layer = wrap(model(), rank=1, targets=["0"]).base_model.model[0]
+    assert layer.lora_B["default"].weight.shape == (8, 1)
+    assert_spans(layer.lora_B["default"].weight, dequantised(layer.get_base_layer()))
+
+
+@pytest.mark.parametrize("kind", ["nf4, fp32 storage, bf16 compute", "torchao int8"])
+def test_adapters_in_16_bits_where_the_user_wants_them(kind):
+    model = adapted(kind, autocast_adapter_dtype=False)
+    plain = adapted(kind, autocast_adapter_dtype=False, init_lora_weights=True)
+    dtypes = [[p.dtype for p in m.parameters() if p.requires_grad] for m in (model, plain)]
+    assert set(dtypes[0]) == set(dtypes[1])
+
+
+@pytest.mark.parametrize("kind", ["nf4", "int8", "hqq", "gptq stub"])
+def test_any_spelling_and_a_second_adapter(kind):
+    model = adapted(kind, init_lora_weights="MICA")
+    assert model.peft_config["default"].init_lora_weights == "mica"
+    model.add_adapter(
+        "second", LoraConfig(r=2, init_lora_weights="mica", target_modules=TARGETS, lora_dropout=0.1)
+    )
+    for name in ("second", "default", ["default", "second"]):
+        model.base_model.set_adapter(name)
+        for layer in adapted_layers(model).values():
+            weight = dequantised(layer.get_base_layer())
+            for adapter in ("default", "second"):
+                assert_spans(layer.lora_B[adapter].weight, weight)
+                assert not layer.lora_B[adapter].weight.requires_grad
+    assert not any("lora_B" in n for n, p in model.named_parameters() if p.requires_grad)
+
+
+def test_beside_layers_that_are_not_quantised():
+    model = wrap(llama("nf4"), targets=[*TARGETS, "embed_tokens", "lm_head"], ensure_weight_tying=False)
+    found = {name.rsplit(".", 1)[1]: B for name, B in bases(model).items()}
+    assert len(bases(model)) == 9
+    assert_spans(found["embed_tokens"], model.get_input_embeddings().base_layer.weight.detach().t())
+    assert_spans(found["lm_head"], model.get_output_embeddings().base_layer.weight.detach())
+
+
+def test_an_8_bit_layer_that_was_called_before_still_works():
+    """PEFT's `dequantize_module_weight` takes its scales away on the CPU."""
+    model = llama("int8")
+    expected = logits(model)
+    model = wrap(model, targets=TARGETS)
+    assert torch.equal(logits(model), expected)
+    assert torch.equal(logits(model), expected)
+
+
+def test_a_4_bit_layer_that_the_cpu_has_repacked():
+    """After a call in eval mode bitsandbytes' own dequantisation is silently wrong on an AVX512-BF16 CPU."""
+    bnb = pytest.importorskip("bitsandbytes")
+    if not bnb.functional.has_avx512bf16():
+        pytest.skip("this CPU has no AVX512-BF16")
+    model = quantise(nn.Sequential(nn.Linear(64, 32)), "nf4").eval()
+    weight = dequantised(model[0])
+    with torch.no_grad():
+        model(torch.randn(1, 64))
+    assert (dequantised(model[0]) - weight).abs().max() > 0.1 * weight.abs().max()  # the fault is real
+    model = wrap(model, targets=["0"])
+    layer = model.base_model.model[0]
+    found = quantised.dequantise(layer, "it")
+    assert (found - weight).abs().max() <= 2**-6 * weight.abs().max()  # bf16, as it computes from now on
+    assert_spans(layer.lora_B["default"].weight, found)
+
+
+@pytest.mark.parametrize("kind", [StubGPTQLinear, StubAWQLinear])
+@pytest.mark.parametrize("repacked", [False, True])
+def test_a_large_bias_and_a_dequantize_weight_that_lies(kind, repacked, monkeypatch):
+    linear = nn.Linear(24, 20)
+    linear.bias.data.fill_(1000.0)  # fp16 has no digit left for the weights beside it
+    base = kind(linear)
+    if repacked:  # as in a kernel that has rearranged what it inherits `dequantize_weight` for
+        base.dequantize_weight = lambda: base._weight().flip(0)
+    elif kind is StubGPTQLinear:
+        monkeypatch.delattr(quantised, "_by_calls")  # not needed: it costs in_features rows
+    bias = base.bias
+    layer = wrap(nn.Sequential(base, nn.LayerNorm(20)), targets=["0"]).base_model.model[0]
+    assert torch.equal(quantised.dequantise(layer, "it").double(), dequantised(base))
+    assert base.bias is bias
+    assert_spans(layer.lora_B["default"].weight, dequantised(base))
+
+
+# -- forward and backward ---------------------------------------------------------------------------
+
+
+def step(model, **kwargs):
+    model.zero_grad(set_to_none=True)
+    out = logits(model, **kwargs)
+    out.float().square().mean().backward()
+    return out.detach(), gradients(model)
+
+
+@pytest.mark.parametrize("backend", ["reference", "triton"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_training_runs_on_the_operators_and_follows_peft(monkeypatch, kind, backend):
+    monkeypatch.setenv("MICA_BACKEND", backend)
+    model = randomise(adapted(kind))
+    rows = mica.fast.explain(model).rows
+    assert {row.path for row in rows} == {{"reference": "reference", "triton": "kernel"}[backend]}
+    assert all("base layer called: a base layer of type" in row.reason for row in rows)
+    mica.fast.call_counts.clear()
+    out, grads = step(model)
+    for name in ("down_projection", "up_projection", "down_projection_backward", "up_projection_backward"):
+        assert mica.fast.call_counts[name] == 7, name
+        assert mica.fast.call_counts[f"{name}_kernels"] == (7 if backend == "triton" else 0)
+    mica.fast.call_counts.clear()
+    with mica.fast.disabled():
+        expected, expected_grads = step(model)
+    assert not mica.fast.call_counts
+    tolerance = 10 * RELATIVE[torch.bfloat16 if "bf16 compute" in kind else torch.float32]
+    assert out.dtype == expected.dtype
+    assert error(out, expected) <= tolerance
+    assert grads.keys() == expected_grads.keys()
+    for name, grad in grads.items():
+        assert grad.dtype == expected_grads[name].dtype
+        assert error(grad, expected_grads[name]) <= tolerance, name
+
+
+@torch.no_grad()  # with a graph stock fails on int8: it writes into a view that bitsandbytes has made
+@pytest.mark.parametrize("kind", ["int8", "hqq", "torchao int8"])  # eval mode: see `logits` for the other
+def test_mixed_batch(kind):
+    model = adapted(kind, adapter_name="first")
+    model.add_adapter("second", LoraConfig(r=2, target_modules=TARGETS, init_lora_weights="mica"))
+    randomise(model)
+    model.eval()
+    names = ["first", "second"]
+    mica.fast.call_counts.clear()
+    out = model(input_ids=TOKENS, adapter_names=names).logits
+    assert mica.fast.call_counts["down_projection"] == 14
+    with mica.fast.disabled():
+        expected = model(input_ids=TOKENS, adapter_names=names).logits
+    assert error(out, expected) <= 10 * RELATIVE[torch.float32]
+
+
+def test_uninstalled_peft_has_its_forward_back():
+    from peft.tuners.lora.hqq import HqqLoraLinear
+
+    model = randomise(adapted("hqq"))
+    ours = HqqLoraLinear.forward
+    try:
+        mica.fast.uninstall()
+        assert HqqLoraLinear.forward is not ours
+        assert HqqLoraLinear.forward.__module__ == "peft.tuners.lora.hqq"
+        logits(model)
+    finally:
+        mica.fast.enable()
+    assert mica.fast.explain(model).counts() == {"peft": 7}  # until the next adapter over this kind of base
+    model.add_adapter("second", LoraConfig(r=2, target_modules=TARGETS, init_lora_weights="mica"))
+    assert mica.fast.explain(model).counts() == {"reference": 7}
+
+
+def test_few_dequantised_weights_are_there_at_a_time(monkeypatch):
+    expected = {name: B.clone() for name, B in bases(adapted("hqq")).items()}
+    alive, most = {}, []
+    dequantise = quantised.dequantise
+
+    def tracking(layer, name):
+        weight = dequantise(layer, name)
+        key = object()
+        alive[key] = weight.numel()
+        weakref.finalize(weight, alive.pop, key)
+        most.append(sum(alive.values()))
+        return weight
+
+    monkeypatch.setattr(quantised, "dequantise", tracking)
+    monkeypatch.setattr(bases_module, "_DEQUANTISED_ELEMENTS", 3000)
+    model = adapted("hqq")
+    gc.collect()
+    assert max(most) <= 3000
+    assert not alive
+    for name, B in bases(model).items():
+        assert torch.equal(B, expected[name])  # in one chunk or in several: the same bits
+    # a layer that is larger than the bound is still solved, alone
+    monkeypatch.setattr(bases_module, "_DEQUANTISED_ELEMENTS", 10)
+    most.clear()
+    adapted("hqq")
+    assert max(most) == 32 * 48
+
+
+def test_from_the_cache(monkeypatch, tmp_path, solved):
+    monkeypatch.setenv("MICA_CACHE", str(tmp_path))
+    first = bases(adapted("nf4"))
+    assert len(solved) == 7
+    second = bases(adapted("nf4"))
+    assert len(solved) == 7
+    assert all(torch.equal(B, second[name]) for name, B in first.items())
+
+
+# -- saving and loading ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("low_cpu_mem_usage", [False, True])
+@pytest.mark.parametrize(
+    "kind", ["nf4", "nf4 double, bf16 storage", "int8", "hqq", "torchao int8", "awq stub"]
+)
+def test_loading_runs_no_solver_and_leaves_b_frozen(kind, low_cpu_mem_usage, tmp_path, solved):
+    model = randomise(adapted(kind))
+    model.save_pretrained(tmp_path)
+    solved.clear()
+    loaded = PeftModel.from_pretrained(
+        llama(kind), tmp_path, is_trainable=True, low_cpu_mem_usage=low_cpu_mem_usage
+    )
+    assert not solved
+    for name, B in bases(loaded).items():
+        assert not B.requires_grad
+        assert torch.equal(B, bases(model)[name])
+    loaded.set_adapter("default")
+    trainable = [name for name, p in loaded.named_parameters() if p.requires_grad]
+    assert trainable
+    assert all("lora_A" in name for name in trainable)
+    assert torch.equal(logits(loaded), logits(model))
+
+
+def test_stock_trains_b_after_loading(tmp_path):
+    """Fault 3: where nothing is initialised stock does not refuse, and trains B."""
+    randomise(adapted("nf4")).save_pretrained(tmp_path)
+    with mica.fast.disabled():
+        stock = PeftModel.from_pretrained(llama("nf4"), tmp_path, is_trainable=True, low_cpu_mem_usage=True)
+    assert any(B.requires_grad for B in bases(stock).values())
+
+
+@pytest.mark.parametrize("kind", ["nf4", "int8", "hqq", "torchao int8"])
+def test_to_the_unquantised_base_and_back(kind, tmp_path):
+    model = randomise(adapted(kind), scale=0.5)
+    model.save_pretrained(tmp_path / "quantised")
+    plain = llama()
+    modules = dict(plain.named_modules())
+    for name, layer in adapted_layers(model).items():  # unquantised: what the quantised layers compute with
+        weight = modules[name.removeprefix("base_model.model.")].weight
+        weight.data.copy_(dequantised(layer.get_base_layer()))
+    bare = logits(plain).detach()
+    plain = PeftModel.from_pretrained(plain, tmp_path / "quantised", is_trainable=True)
+    assert mica.fast.explain(plain).counts() == {"reference": 7}
+    assert (logits(plain) - bare).abs().max() > 0.1
+    assert (logits(plain) - logits(model)).abs().max() <= 1e-3
+
+    plain.save_pretrained(tmp_path / "plain")
+    back = PeftModel.from_pretrained(llama(kind), tmp_path / "plain")
+    assert torch.equal(logits(back), logits(model))
+
+
+# -- merging ---------------------------------------------------------------------------------------
+
+
+def plain_lora_like(model, kind):
+    """Plain LoRA on the same base with the same A and B."""
+    plain = adapted(kind, init_lora_weights=True)
+    with torch.no_grad():
+        for name, layer in adapted_layers(plain).items():
+            theirs = adapted_layers(model)[name]
+            layer.lora_A["default"].weight.copy_(theirs.lora_A["default"].weight)
+            layer.lora_B["default"].weight.copy_(theirs.lora_B["default"].weight)
+    return plain
+
+
+def base_weights(model):
+    return {name: dequantised(layer.get_base_layer()) for name, layer in adapted_layers(model).items()}
+
+
+@pytest.mark.parametrize("safe_merge", [False, True])
+@pytest.mark.parametrize("kind", MERGEABLE)
+def test_merging_is_that_of_plain_lora(kind, safe_merge):
+    model = randomise(adapted(kind), scale=0.3)
+    plain = plain_lora_like(model, kind)
+    original = base_weights(model)
+    for step in ("merge_adapter", "unmerge_adapter"):
+        arguments = {"safe_merge": safe_merge} if step == "merge_adapter" else {}
+        getattr(model, step)(**arguments)
+        with mica.fast.disabled():
+            getattr(plain, step)(**arguments)
+        ours, theirs = base_weights(model), base_weights(plain)
+        for name in ours:
+            assert torch.equal(ours[name], theirs[name]), (step, name)
+        if step == "merge_adapter":
+            assert any((ours[name] - original[name]).abs().max() > 0.1 for name in ours)
+            assert torch.equal(logits(model), logits(plain))
+    merged, plain = (
+        model.merge_and_unload(safe_merge=safe_merge),
+        plain.merge_and_unload(safe_merge=safe_merge),
+    )
+    assert torch.equal(logits(merged), logits(plain))
+
+
+def test_stock_would_round_the_update_before_it_is_merged():
+    """Why merging is patched: over a bf16 base stock's MiCA is not merged as plain LoRA is."""
+    kind = "nf4, fp32 storage, bf16 compute"
+    model = randomise(adapted(kind), scale=0.3)
+    plain = plain_lora_like(model, kind)
+    with mica.fast.disabled():
+        model.merge_adapter()
+        plain.merge_adapter()
+    ours, theirs = base_weights(model), base_weights(plain)
+    assert any(not torch.equal(ours[name], theirs[name]) for name in ours)

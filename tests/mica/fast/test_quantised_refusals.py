@@ -1,0 +1,137 @@
+"""Quantised layers that MiCA cannot start from: one clear sentence, and the model as it was."""
+
+import copy
+from functools import partial
+
+import pytest
+import torch
+from models import adapted_layers, randomise, snapshot, wrap
+from peft import LoraConfig, get_peft_model
+from peft.tuners.lora.aqlm import AqlmLoraLinear
+from quantised_models import TARGETS, adapted, assert_spans, llama, logits
+from torch import nn
+
+import mica.fast
+from mica.errors import UnsuitableLayerError
+
+pytestmark = pytest.mark.usefixtures("one_thread", "gptqmodel")
+
+
+def broken(kind="hqq"):
+    model = llama(kind)
+    model.model.layers[0].mlp.up_proj.meta["scale"][0] = float("nan")
+    return model
+
+
+def test_nan_names_the_layer_and_leaves_the_model_as_it_was():
+    model = broken()
+    before = snapshot(model)
+    with pytest.raises(UnsuitableLayerError, match=r"layer '.*mlp.up_proj' has 8 NaN or Inf of 1536"):
+        wrap(model, targets=TARGETS)
+    assert snapshot(model) == before
+    mica.fast.enable(on_unsuitable="skip")
+    with pytest.warns(UserWarning, match="up_proj.*left without an adapter"):
+        model = wrap(model, targets=TARGETS)
+    assert len(adapted_layers(model)) == 6
+
+
+@pytest.mark.parametrize("kind", ["nf4 double, bf16 storage", "int8", "hqq", "torchao int8", "gptq stub"])
+def test_rank_too_large_names_the_layer_and_its_real_shape(kind, solved):
+    model = llama(kind)
+    before = snapshot(model)
+    with pytest.raises(UnsuitableLayerError, match=r"r=17 for layer '.*k_proj' with weight shape \(16, 32\)"):
+        wrap(model, rank=17, targets=TARGETS)
+    assert snapshot(model) == before
+    assert not solved
+
+
+def test_a_second_adapter_that_fails_leaves_the_first():
+    model = randomise(adapted("nf4"))
+    expected, before = logits(model), snapshot(model)
+    with pytest.raises(UnsuitableLayerError, match="r=17"):
+        model.add_adapter("second", LoraConfig(r=17, init_lora_weights="mica", target_modules=TARGETS))
+    assert snapshot(model) == before
+    assert torch.equal(logits(model), expected)
+
+
+def test_not_quantised_yet():
+    bnb = pytest.importorskip("bitsandbytes")
+    for layer, flag in (
+        (bnb.nn.Linear4bit(32, 16), "is_loaded_in_4bit"),
+        (bnb.nn.Linear8bitLt(32, 16, has_fp16_weights=False), "is_loaded_in_8bit"),
+    ):
+        model = nn.Sequential(layer)
+        setattr(model, flag, True)
+        with pytest.raises(UnsuitableLayerError, match=r"but layer '0' \(.* .-bit\) is not quantised yet"):
+            wrap(model, targets=["0"])
+        assert model[0] is layer
+
+
+def test_8_bit_layer_with_16_bit_weights():
+    bnb = pytest.importorskip("bitsandbytes")
+    model = nn.Sequential(bnb.nn.Linear8bitLt(32, 16, has_fp16_weights=True))
+    model.is_loaded_in_8bit = True
+    layer = wrap(model, targets=["0"]).base_model.model[0]
+    assert type(layer).__name__ == "Linear8bitLt"
+    assert_spans(layer.lora_B["default"].weight, layer.get_base_layer().weight.detach())
+
+
+class QuantizedLinear(nn.Module):
+    """As AQLM's: no weight, codes instead."""
+
+    in_features, out_features = 32, 16
+
+    def __init__(self):
+        super().__init__()
+        self.codes = nn.Parameter(torch.zeros(4, dtype=torch.int8), requires_grad=False)
+        self.codebooks = nn.Parameter(torch.zeros(4))
+
+
+@pytest.mark.parametrize("existing", [False, True])
+def test_a_library_that_is_not_covered_is_named(existing):
+    model = nn.Sequential(QuantizedLinear())
+
+    def config(init):
+        config = LoraConfig(r=4, init_lora_weights=init, target_modules=["0"])
+        config._register_custom_module({QuantizedLinear: AqlmLoraLinear})
+        return config
+
+    with mica.fast.disabled(), pytest.raises(ValueError, match="Invalid or unsupported variant combination"):
+        get_peft_model(copy.deepcopy(model), config("mica"))
+    if existing:
+        model = get_peft_model(model, config(True))
+        attempt = partial(model.add_adapter, "second")
+    else:
+        attempt = partial(get_peft_model, model)
+    before = snapshot(model)
+    message = (
+        r"layer '0' has a quantised base layer of type QuantizedLinear \(AQLM\), and .* only those of bits"
+    )
+    with pytest.raises(UnsuitableLayerError, match=message):
+        attempt(config("mica"))
+    assert snapshot(model) == before
+
+
+def test_torchao_int4_is_named():
+    quantization = pytest.importorskip("torchao.quantization")
+    model = nn.Sequential(nn.Linear(32, 64))
+    scale, zero = torch.ones(1, 64, dtype=torch.bfloat16), torch.zeros(1, 64, dtype=torch.bfloat16)
+    packed = torch.zeros(64, 16, dtype=torch.int8)
+    weight = quantization.Int4Tensor(packed, scale, zero, [1, 32], torch.Size([64, 32]))
+    model[0].weight = nn.Parameter(weight, requires_grad=False)
+    before = snapshot(model)
+    with pytest.raises(UnsuitableLayerError, match=r"layer '0' has .* Linear \(torchao Int4Tensor, refused"):
+        wrap(model, targets=["0"])
+    assert snapshot(model) == before
+
+
+def test_other_variants_cannot_be_combined():
+    model = llama("nf4")
+    with pytest.raises(ValueError, match=r"asks for DoraLinearVariant on layer '.*q_proj'"):
+        wrap(model, targets=TARGETS, use_dora=True)
+    assert not adapted_layers(model)
+
+
+def test_disabled_is_stock():
+    with mica.fast.disabled(), pytest.raises(TypeError, match="Please initialize MiCA under float32"):
+        adapted("nf4")

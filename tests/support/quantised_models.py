@@ -1,0 +1,196 @@
+"""Quantised models without a hub: a small model whose `nn.Linear`s are replaced, each library its own way."""
+
+import sys
+from types import ModuleType, SimpleNamespace
+
+import peft.tuners.lora.awq
+import peft.tuners.lora.gptq
+import peft.utils.other
+import pytest
+import torch
+from models import tiny_llama, wrap
+from torch import nn
+
+TOKENS = torch.tensor([[1, 2, 3, 28], [0, 7, 7, 3]])
+# Those of Llama. lm_head stays as it is.
+TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+
+
+def bnb_4bit(linear, quant_type="nf4", quant_storage=torch.uint8, double=False, compute_dtype=None):
+    bnb = pytest.importorskip("bitsandbytes")
+    bias = linear.bias is not None
+    layer = bnb.nn.Linear4bit(
+        linear.in_features,
+        linear.out_features,
+        bias=bias,
+        compute_dtype=compute_dtype,
+        compress_statistics=double,
+        quant_type=quant_type,
+        quant_storage=quant_storage,
+    ).to(linear.weight.dtype)
+    layer.weight.data.copy_(linear.weight.data)
+    if bias:
+        layer.bias.data.copy_(linear.bias.data)
+    return layer.to("cpu")  # this is where it is quantised
+
+
+def bnb_8bit(linear):
+    bnb = pytest.importorskip("bitsandbytes")
+    bias = linear.bias is not None
+    layer = bnb.nn.Linear8bitLt(linear.in_features, linear.out_features, bias=bias, has_fp16_weights=False)
+    layer.weight.data.copy_(linear.weight.data)
+    if bias:
+        layer.bias.data.copy_(linear.bias.data)
+    return layer.to("cpu")
+
+
+def hqq(linear, compute_dtype=torch.float32):
+    core = pytest.importorskip("hqq.core.quantize")
+    config = core.BaseQuantizeConfig(nbits=4, group_size=8, axis=1)
+    return core.HQQLinear(linear, config, compute_dtype=compute_dtype, device="cpu")
+
+
+def torchao_int8(linear):
+    quantization = pytest.importorskip("torchao.quantization")
+    quantization.quantize_(linear, quantization.Int8WeightOnlyConfig())
+    return linear
+
+
+class StubBaseQuantLinear(nn.Module):
+    """A STUB of gptqmodel's layers, which cannot be installed here: their names and orientation, no packing.
+
+    As there, the codes and their scales are (in_features, out_features), the bias is a buffer, and there is
+    no ``weight``.
+    """
+
+    SUPPORTS_METHODS = (SimpleNamespace(value="gptq"),)
+
+    def __init__(self, linear, dtype=torch.float16):
+        super().__init__()
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+        weight = linear.weight.detach().t()
+        scales = weight.abs().amax(0, keepdim=True) / 127
+        self.register_buffer("qweight", (weight / scales).round().to(torch.int32))
+        self.register_buffer("scales", scales.to(dtype))
+        self.register_buffer("bias", None if linear.bias is None else linear.bias.detach().to(dtype))
+
+    def _weight(self):
+        return self.scales * self.qweight
+
+    def forward(self, x):
+        out = x @ self._weight().to(x.dtype)
+        return out if self.bias is None else out + self.bias.to(x.dtype)
+
+
+class StubGPTQLinear(StubBaseQuantLinear):
+    """STUB of one with `dequantize_weight`, (in_features, out_features)."""
+
+    def dequantize_weight(self, num_itr=1):
+        return self._weight()
+
+
+class StubAWQLinear(StubBaseQuantLinear):
+    """STUB of one without."""
+
+    SUPPORTS_METHODS = (SimpleNamespace(value="awq"),)
+
+
+def stub_gptqmodel(monkeypatch):
+    """What PEFT looks up in gptqmodel, on the stub."""
+    names = ("gptqmodel", "gptqmodel.nn_modules", "gptqmodel.nn_modules.qlinear")
+    modules = {name: ModuleType(name) for name in names}
+    modules[names[-1]].BaseQuantLinear = StubBaseQuantLinear
+    for name, module in modules.items():
+        monkeypatch.setitem(sys.modules, name, module)
+    for module in (peft.tuners.lora.gptq, peft.tuners.lora.awq, peft.utils.other):
+        monkeypatch.setattr(module, "is_gptqmodel_available", lambda: True)
+
+
+def _torchao_model(model):
+    """What transformers leaves on a model that it has quantised; PEFT merges by it."""
+    from torchao.quantization import Int8WeightOnlyConfig
+    from transformers import TorchAoConfig
+
+    config = TorchAoConfig(Int8WeightOnlyConfig())
+    model.hf_quantizer = SimpleNamespace(quantization_config=config)
+
+
+# name -> (how a layer is replaced, what the model is told)
+KINDS = {
+    "nf4": (bnb_4bit, {"is_loaded_in_4bit": True}),
+    "fp4": (lambda linear: bnb_4bit(linear, "fp4"), {"is_loaded_in_4bit": True}),
+    "nf4 double, bf16 storage": (
+        lambda linear: bnb_4bit(linear, quant_storage=torch.bfloat16, double=True),
+        {"is_loaded_in_4bit": True},
+    ),
+    "nf4, fp32 storage, bf16 compute": (
+        lambda linear: bnb_4bit(linear, quant_storage=torch.float32, compute_dtype=torch.bfloat16),
+        {"is_loaded_in_4bit": True},
+    ),
+    "int8": (bnb_8bit, {"is_loaded_in_8bit": True}),
+    "hqq": (hqq, {}),
+    "hqq, bf16 compute": (lambda linear: hqq(linear, torch.bfloat16), {}),
+    "torchao int8": (torchao_int8, {"then": _torchao_model}),
+    "gptq stub": (StubGPTQLinear, {}),
+    "awq stub": (StubAWQLinear, {}),
+}
+
+
+def quantise(model, kind):
+    """The model with all its `nn.Linear`s but lm_head replaced by quantised ones."""
+    replace, told = KINDS[kind] if isinstance(kind, str) else (kind, {})
+    for parent in list(model.modules()):
+        for name, child in list(parent.named_children()):
+            if type(child) is nn.Linear and name != "lm_head":
+                setattr(parent, name, replace(child))
+    told = dict(told)
+    told.pop("then", lambda model: None)(model)
+    for name, value in told.items():
+        setattr(model, name, value)
+    return model
+
+
+def dequantised(base):
+    """The weight (out_features, in_features) in fp64, by each library's arithmetic written out or called."""
+    if isinstance(base, StubBaseQuantLinear):
+        return (base.scales * base.qweight).t().double()
+    if hasattr(base, "W_q"):
+        return base.dequantize().double()
+    weight = base.weight
+    if type(weight).__name__ == "Params4bit":
+        import bitsandbytes as bnb
+
+        return bnb.functional.dequantize_4bit(weight.data, weight.quant_state).double()
+    if type(weight).__name__ == "Int8Params":
+        scales = weight.SCB if weight.SCB is not None else base.state.SCB
+        return weight.data.double() * scales.double()[:, None] / 127
+    return weight.dequantize().double()
+
+
+def llama(kind=None, seed=0):
+    """One layer, quantised; unquantised for None. In bf16 where bf16 is computed in."""
+    model = tiny_llama(seed, hidden_size=32, intermediate_size=48, num_hidden_layers=1)
+    if "bf16 compute" in (kind or ""):
+        model.to(torch.bfloat16)
+    return quantise(model, kind) if kind else model
+
+
+def adapted(kind, seed=0, **config):
+    """`llama` with MiCA on all its quantised layers."""
+    return wrap(llama(kind, seed), targets=TARGETS, **config)
+
+
+def logits(model):
+    model.train()  # in eval mode bitsandbytes repacks 4-bit weights on some CPUs
+    return model(input_ids=TOKENS).logits
+
+
+def minor_subspace(weight, rank):
+    return torch.linalg.svd(weight.double(), full_matrices=False).U[:, -rank:]
+
+
+def assert_spans(B, weight):
+    """B Bᵀ is the projector on the minor subspace of the weight."""
+    exact = minor_subspace(weight, B.shape[1])
+    B = B.detach().double()
+    assert (B @ B.T - exact @ exact.T).abs().max() <= 1e-5
