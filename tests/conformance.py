@@ -1,10 +1,9 @@
 """PEFT's own tests, from the source distribution of the installed version, with the backend and without.
 
-    python tests/conformance.py [--work DIR]
+    python tests/conformance.py [--work DIR] [--processes N]
 
-Two selections: PEFT's MiCA tests, where the backend's operators must have run, and its plain LoRA tests of
-`test_custom_models.py`, where they must not. In both, exactly the tests that fail without the backend may
-fail with it. Exit status 0 if so.
+Exactly the tests that fail without the backend (those that need the hub) may fail with it. The backend's
+operators must have run in PEFT's MiCA tests and in no other. Exit status 0 if so.
 """
 
 from __future__ import annotations
@@ -15,20 +14,41 @@ import re
 import subprocess
 import sys
 import tarfile
+import time
 import xml.etree.ElementTree as ElementTree
+from collections import Counter
 from importlib.metadata import version
 from pathlib import Path
+from typing import NamedTuple
 
 SUPPORT = Path(__file__).resolve().parent / "support"
-MICA_FILES = ("test_custom_models.py", "test_initialization.py", "test_lora_variants.py")
-SELECTIONS = {  # name: (files, -k expression, do the operators have to run)
-    "MiCA": (MICA_FILES, "mica or MiCA", True),
-    "plain LoRA": (
-        ("test_custom_models.py",),
-        "TestPeftCustomModel and (Vanilla or Embedding or Conv1D) and LoRA and not (MiCA or DoRA)",
-        False,
-    ),
-}
+FILES = (
+    "test_custom_models.py",
+    "test_initialization.py",
+    "test_lora_variants.py",
+    "test_lorafa.py",
+    "test_loraplus.py",
+    "test_low_level_api.py",
+    "test_mixed.py",
+    "test_riemannian_lora.py",
+    "test_tuners_utils.py",
+)
+# Of the tests that are repeated for every kind of adapter (18 000, in test_custom_models.py) those of LoRA,
+# and all others. The dashes matter: `-k` searches and ignores case, and AdaLoraConfig has a LoraConfig in it.
+EXPRESSION = "(-LoraConfig-) or (not Config-)"
+# PEFT's `hub_online_once` takes HF_HUB_OFFLINE back, and a test that needs the hub then waits and tries
+# again: a run took 19 minutes and computed for two and a half. Without it the same tests fail, at once.
+CONFTEST = """from contextlib import nullcontext
+
+from . import testing_utils
+
+testing_utils.hub_online_once = lambda model_id: nullcontext()
+"""
+
+
+class Outcome(NamedTuple):
+    kind: str  # passed, skipped, failure or error
+    calls: int  # of the backend's operators
 
 
 def peft_tests(work: Path) -> Path:
@@ -40,60 +60,76 @@ def peft_tests(work: Path) -> Path:
         subprocess.run([*download, "-d", str(work), name.replace("-", "==")], check=True)
         with tarfile.open(work / f"{name}.tar.gz") as archive:
             archive.extractall(work, filter="data")
-    for module in ("__init__.py", "conftest.py"):  # the source distribution leaves both out
-        (work / name / "tests" / module).touch()
+    # the source distribution leaves both out
+    (work / name / "tests" / "__init__.py").touch()
+    (work / name / "tests" / "conftest.py").write_text(CONFTEST)
     return work / name
 
 
-def run(root: Path, files: tuple[str, ...], expression: str, backend: bool) -> tuple[dict[str, str], str]:
-    """Outcome of each test, and the summary lines."""
+def run(root: Path, processes: int, backend: bool) -> dict[str, Outcome]:
     report = root / f"report-{'mica' if backend else 'stock'}.xml"
     report.unlink(missing_ok=True)
-    command = [
-        sys.executable,
-        "-m",
-        "pytest",
-        "-q",
-        "-p",
-        "no:cacheprovider",
-        "-W",
-        "ignore",
-        "-o",
-        "addopts=",
-    ]
+    command = [sys.executable, "-m", "pytest", "-q", "--tb=no", "-p", "no:cacheprovider", "-W", "ignore"]
+    command += ["-o", "addopts=", "-n", str(processes), f"--junitxml={report}", "-k", EXPRESSION]
     command += ["-p", "peft_plugin"] if backend else []
-    command += [f"--junitxml={report}", "-k", expression, *(f"tests/{file}" for file in files)]
-    environment = {**os.environ, "PYTHONPATH": str(SUPPORT), "HF_HUB_OFFLINE": "1"}
+    command += [f"tests/{file}" for file in FILES]
+    path = os.pathsep.join(filter(None, (str(SUPPORT), os.environ.get("PYTHONPATH"))))
+    environment = {**os.environ, "PYTHONPATH": path, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True)
     if not report.exists():
         raise SystemExit(f"pytest did not run:\n{done.stdout[-4000:]}{done.stderr[-4000:]}")
     outcomes = {}
     for case in ElementTree.parse(report).iter("testcase"):
         kinds = [child.tag for child in case if child.tag in ("failure", "error", "skipped")]
-        outcomes[f"{case.get('classname')}::{case.get('name')}"] = kinds[0] if kinds else "passed"
-    lines = [
-        line for line in done.stdout.splitlines() if re.search(r"calls of mica|\d+ passed|\d+ failed", line)
-    ]
-    return outcomes, "\n    ".join(lines)
+        calls = [int(p.get("value")) for p in case.iter("property") if p.get("name") == "calls"]
+        outcomes[f"{case.get('classname')}::{case.get('name')}"] = Outcome(
+            kinds[0] if kinds else "passed", sum(calls)
+        )
+    return outcomes
+
+
+def is_mica(test: str) -> bool:
+    return re.search(r"mica(?!l)", test, re.IGNORECASE) is not None
+
+
+def summary(tests: dict[str, Outcome]) -> str:
+    kinds = Counter(outcome.kind for outcome in tests.values())
+    ran = sum(outcome.calls > 0 for outcome in tests.values())
+    return ", ".join(f"{count} {kind}" for kind, count in sorted(kinds.items())) + f"; operators ran in {ran}"
+
+
+def complaints(stock: dict[str, Outcome], ours: dict[str, Outcome]) -> list[str]:
+    """What is not as it should be, a line each."""
+    lines = []
+    for test in sorted(stock.keys() | ours.keys()):
+        before, after = (tests.get(test, Outcome("missing", 0)) for tests in (stock, ours))
+        if before.kind != after.kind:
+            lines.append(f"CHANGED {test}: {before.kind} -> {after.kind}")
+        if after.calls and not is_mica(test):
+            lines.append(f"WRONG {test}: the operators ran {after.calls} times, and this is no MiCA test")
+    if not any(outcome.calls for outcome in ours.values()):
+        lines.append("WRONG: the operators did not run in any test")
+    return lines
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--work", type=Path, default=Path("build/conformance"))
-    root, good = peft_tests(parser.parse_args().work.resolve()), True
-    for name, (files, expression, must_run) in SELECTIONS.items():
-        stock, stock_lines = run(root, files, expression, backend=False)
-        ours, our_lines = run(root, files, expression, backend=True)
-        changed = sorted(test for test in stock.keys() | ours.keys() if stock.get(test) != ours.get(test))
-        ran = "calls of mica's operators: none" not in our_lines
-        print(f"{name}: stock PEFT {version('peft')}\n    {stock_lines}\n  mica.fast\n    {our_lines}")
-        for test in changed:
-            print(f"  CHANGED {test}: {stock.get(test)} -> {ours.get(test)}")
-        if ran != must_run:
-            print(f"  WRONG: the operators {'ran' if ran else 'did not run'} in the {name} tests")
-        good = good and bool(ours) and not changed and ran == must_run
-    print("conformance: " + ("the same outcomes with the backend as without" if good else "FAILED"))
-    return 0 if good else 1
+    parser.add_argument("--processes", type=int, default=min(os.cpu_count() or 1, 8))
+    args = parser.parse_args()
+    root, runs = peft_tests(args.work.resolve()), {}
+    for backend in (False, True):
+        start = time.monotonic()
+        runs[backend] = run(root, args.processes, backend)
+        seconds = time.monotonic() - start
+        print(f"{'mica.fast' if backend else 'stock PEFT ' + version('peft')}, {seconds:.0f} s")
+        for name, wanted in (("MiCA", True), ("others", False)):
+            tests = {test: outcome for test, outcome in runs[backend].items() if is_mica(test) is wanted}
+            print(f"    {name}: {summary(tests)}", flush=True)
+    lines = complaints(runs[False], runs[True])
+    print("\n".join(f"  {line}" for line in lines), end="\n" if lines else "")
+    print("conformance: " + ("FAILED" if lines else "the same outcomes with the backend as without"))
+    return 1 if lines else 0
 
 
 if __name__ == "__main__":

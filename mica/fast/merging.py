@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from mica import reference
 from mica.fast import quantised
 from mica.fast.eligibility import adapter_weights, is_stored_transposed
+from mica.fast.refusals import check_weight
 from mica.fast.settings import settings
 
 logger = logging.getLogger(__name__)
@@ -228,8 +229,10 @@ def _dequantised(layer, adapter: str, weight: Tensor, sign: int) -> Tensor:
 
 def merge_safe(stock):
     def merge(module, active_adapter: str, orig_weight: Tensor) -> Tensor:
-        if settings.enabled and quantised.kind_of(module) is not None:
-            return _dequantised(module, active_adapter, orig_weight, 1)
+        if settings.enabled:
+            check_weight(module)
+            if quantised.kind_of(module) is not None:
+                return _dequantised(module, active_adapter, orig_weight, 1)
         if not settings.enabled or not _covered(module, orig_weight):
             _forget(module, active_adapter)
             return stock(module, active_adapter, orig_weight)
@@ -242,6 +245,8 @@ def merge_safe(stock):
 
 def merge_unsafe(stock):
     def merge(module, active_adapter: str, orig_weight: Tensor) -> None:
+        if settings.enabled:
+            check_weight(module)
         if not settings.enabled or not _covered(module, orig_weight):
             _forget(module, active_adapter)
             stock(module, active_adapter, orig_weight)
@@ -253,8 +258,14 @@ def merge_unsafe(stock):
 
 def unmerge(stock):
     def unmerge(module, active_adapter: str, orig_weight: Tensor) -> Tensor:
-        if settings.enabled and quantised.kind_of(module) is not None:
-            return _dequantised(module, active_adapter, orig_weight, -1)
+        if settings.enabled:
+            try:
+                check_weight(module, verb="unmerged from")
+            except ValueError:
+                module.merged_adapters.append(active_adapter)  # PEFT has taken it off already
+                raise
+            if quantised.kind_of(module) is not None:
+                return _dequantised(module, active_adapter, orig_weight, -1)
         # What this backend merged it also unmerges, even if it has been disabled since.
         undo = _forget(module, active_adapter)
         if (undo is None and not settings.enabled) or not _covered(module, orig_weight):

@@ -16,7 +16,7 @@ from typing import NamedTuple
 import peft
 
 from mica.backend import forget_prepared
-from mica.fast import grouping, hotswap, initialisation, layers, merging, quantised
+from mica.fast import grouping, hotswap, initialisation, layers, merging, quantised, refusals
 from mica.fast.eligibility import quantised_layers
 
 
@@ -97,6 +97,34 @@ PATCHES = (
         "self peft_model_id adapter_name",
         initialisation.load_adapter,
         required=False,
+    ),
+    Patch(
+        "peft.tuners.lora.model:LoraModel",
+        "_add_targets_to_tie",
+        "self peft_config tied_weight_keys",
+        refusals.add_targets_to_tie,
+        required=False,  # a PEFT without it does not tie adapters
+    ),
+    Patch("peft.tuners.lora.model:LoraModel", "merge_adapter", "self adapter_names", refusals.merge_adapter),
+    *(
+        Patch(
+            f"peft.tuners.{model}",
+            "_unload_and_optionally_merge",
+            "self merge progressbar safe_merge adapter_names",
+            refusals.unload_and_optionally_merge,
+        )
+        for model in ("lora.model:LoraModel", "mixed.model:MixedModel")
+    ),
+    *(
+        # a script that has imported the function before this package keeps stock's
+        Patch(
+            module,
+            "create_lorafa_optimizer",
+            "model r lora_alpha lr",
+            refusals.create_lorafa_optimizer,
+            required=False,
+        )
+        for module in ("peft.optimizers.lorafa", "peft.optimizers")
     ),
     *(
         Patch(f"{_VARIANTS}:{variant}", name, "module active_adapter orig_weight", wrap)

@@ -1,0 +1,145 @@
+"""What cannot be done with MiCA, said before anything has changed; stock PEFT goes on, and silently wrong."""
+
+from __future__ import annotations
+
+import warnings
+
+from peft.tuners import lora
+from torch import nn
+from torch.nn.utils import parametrize
+
+from mica.fast.eligibility import MiCAEmbeddingVariant, MiCALinearVariant
+from mica.fast.initialisation import is_mica, unfilled
+from mica.fast.settings import settings
+
+# Forward pre-hooks of torch.nn.utils that write the weight anew before every forward: where they keep its
+# name, and the call that ends it. By name, because torch has deprecated two of the three.
+_WEIGHT_HOOKS = {
+    "WeightNorm": ("name", "torch.nn.utils.remove_weight_norm(layer.base_layer)"),
+    "SpectralNorm": ("name", "torch.nn.utils.remove_spectral_norm(layer.base_layer)"),
+    "BasePruningMethod": ("_tensor_name", "torch.nn.utils.prune.remove(layer.base_layer, 'weight')"),
+}
+
+
+def _mica_adapters(layer: nn.Module, names) -> list[str]:
+    """Those of the named adapters that are MiCA on this layer; none if it is no LoRA layer."""
+    variants = getattr(layer, "lora_variant", {}) if isinstance(layer, lora.LoraLayer) else {}
+    return [name for name in names if type(variants.get(name)) in (MiCALinearVariant, MiCAEmbeddingVariant)]
+
+
+# ---------------------------------------------------------------------------------------------------
+# tied embeddings
+# ---------------------------------------------------------------------------------------------------
+
+
+def add_targets_to_tie(stock):
+    def _add_targets_to_tie(self, peft_config, tied_weight_keys) -> None:
+        """PEFT asks for tied adapters on tied embeddings: MiCA has none, so it refuses.
+
+        One update of the shared weight E (num_embeddings x embedding_dim) is s·AᵀBᵀ, with the embedding's A
+        and frozen B. At the head, whose update is s·B'·A', that asks for B' = Aᵀ and A' = Bᵀ: B' trained and
+        A' frozen, where MiCA freezes B' and takes it from the other side of E. Nor would PEFT hold the tie:
+        it makes two parameters over one memory, each with a gradient and an optimiser state of its own, and
+        those of plain LoRA (0.21.2) are apart after the fp32 cast over a 16-bit base, or `model.to(dtype)`.
+        """
+        if settings.enabled and is_mica(peft_config.init_lora_weights):
+            source = self.model.get_input_embeddings()
+            embedding = next(name for name, module in self.model.named_modules() if module is source)
+            tied = " and ".join(map(repr, [embedding, *tied_weight_keys]))
+            if unfilled.get() is None:
+                raise ValueError(
+                    f"MiCA adapters of {tied} cannot be tied (ensure_weight_tying=True), because each "
+                    "freezes the minor vectors of its own side of the shared weight: leave "
+                    f"ensure_weight_tying off for independent adapters, or name {embedding!r} in "
+                    "modules_to_save, and neither in target_modules, to train the shared weight itself."
+                )
+            warnings.warn(  # a file that stock wrote: what it holds is independent, and computes what it did
+                f"the adapter was saved with ensure_weight_tying=True, but its MiCA adapters of {tied} are "
+                "independent of each other, and so they are loaded.",
+                stacklevel=2,
+            )
+        return stock(self, peft_config, tied_weight_keys)
+
+    return _add_targets_to_tie
+
+
+# ---------------------------------------------------------------------------------------------------
+# merging into a weight that is computed
+# ---------------------------------------------------------------------------------------------------
+
+
+def _how_to_keep(base_layer: nn.Module) -> str | None:
+    """None if the weight is kept as it is; else the call that stops it from being computed anew."""
+    if parametrize.is_parametrized(base_layer, "weight"):
+        return "torch.nn.utils.parametrize.remove_parametrizations(layer.base_layer, 'weight')"
+    for hook in base_layer._forward_pre_hooks.values():
+        for kind in type(hook).__mro__:
+            if kind.__module__.startswith("torch.nn.utils.") and kind.__name__ in _WEIGHT_HOOKS:
+                attribute, remover = _WEIGHT_HOOKS[kind.__name__]
+                if getattr(hook, attribute) == "weight":
+                    return remover
+    return None
+
+
+def check_weight(layer: nn.Module, name: str | None = None, verb: str = "merged into") -> None:
+    """
+    Raises:
+        ValueError: the base layer's weight is computed from other parameters, so that a change of it is lost.
+    """
+    remover = _how_to_keep(layer.get_base_layer())
+    if remover is not None:
+        called = f"layer {name!r}" if name else f"this {type(layer.get_base_layer()).__name__} layer"
+        raise ValueError(
+            f"MiCA cannot be {verb} {called}, because its weight is computed from other parameters "
+            f"(weight_norm, parametrization, pruning) and the change would be lost: call {remover} first."
+        )
+
+
+def _check_weights(model: nn.Module, adapter_names) -> None:
+    for name, layer in model.named_modules():
+        if isinstance(layer, lora.LoraLayer):
+            wanted = layer.active_adapters if adapter_names is None else adapter_names
+            if _mica_adapters(layer, [adapter for adapter in wanted if adapter not in layer.merged_adapters]):
+                check_weight(layer, name)
+
+
+def merge_adapter(stock):
+    def merge_adapter(self, adapter_names=None, *args, **kwargs) -> None:
+        """All layers are looked at before the first is merged: no model is left half merged."""
+        if settings.enabled:
+            _check_weights(self.model, adapter_names)
+        return stock(self, adapter_names, *args, **kwargs)
+
+    return merge_adapter
+
+
+def unload_and_optionally_merge(stock):
+    def _unload_and_optionally_merge(
+        self, merge=True, progressbar=False, safe_merge=False, adapter_names=None, **kwargs
+    ):
+        if settings.enabled and merge:
+            _check_weights(self.model, adapter_names)
+        return stock(self, merge, progressbar, safe_merge, adapter_names, **kwargs)
+
+    return _unload_and_optionally_merge
+
+
+# ---------------------------------------------------------------------------------------------------
+# optimisers
+# ---------------------------------------------------------------------------------------------------
+
+
+def create_lorafa_optimizer(stock):
+    def create_lorafa_optimizer(model, *args, **kwargs):
+        """LoRA-FA freezes A and trains B; with MiCA's frozen B nothing is left."""
+        if settings.enabled:
+            for name, layer in model.named_modules():
+                for adapter in _mica_adapters(layer, getattr(layer, "active_adapters", ())):
+                    raise ValueError(
+                        f"create_lorafa_optimizer trains only B, but adapter {adapter!r} is MiCA on layer "
+                        f"{name!r}, which trains only A: use an ordinary optimizer, for instance "
+                        "torch.optim.AdamW."
+                    )
+        return stock(model, *args, **kwargs)
+
+    return create_lorafa_optimizer

@@ -1,0 +1,108 @@
+"""PEFT's optimizers over MiCA: LoRA-FA is refused (fault 9), the others work or refuse by themselves."""
+
+import copy
+import warnings
+from contextlib import nullcontext
+
+import peft.optimizers
+import pytest
+import torch
+from models import adapted_layers, bases, net, tiny_llama, wrap
+from peft.optimizers import create_loraplus_optimizer, create_riemannian_optimizer, lorafa
+from unchanged import assert_unchanged, snapshot
+
+import mica.fast
+from mica.fast.eligibility import adapter_weights
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+TOKENS = torch.arange(24).reshape(2, 12)
+
+
+def lorafa_of(model, module=peft.optimizers):
+    return module.create_lorafa_optimizer(model, r=4, lora_alpha=8, lr=1e-2)
+
+
+def trainable(model):
+    return [name for name, p in model.named_parameters() if p.requires_grad]
+
+
+@pytest.mark.parametrize("module", [peft.optimizers, lorafa])
+@pytest.mark.parametrize("targets", [["up", "down"], ["embed"]])
+def test_lora_fa_is_refused_before_anything_is_frozen(module, targets):
+    model = net(targets=targets)
+    before = snapshot(model)
+    message = (
+        r"create_lorafa_optimizer trains only B, but adapter 'default' is MiCA.*use an ordinary optimizer"
+    )
+    with pytest.raises(ValueError, match=message):
+        lorafa_of(model, module)
+    assert_unchanged(model, before)
+
+
+def test_stock_lora_fa_leaves_nothing_trainable():
+    """Fault 9, and not a word of it."""
+    model = net(targets=["up", "down"])
+    with mica.fast.disabled(), warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        lorafa_of(model)
+    assert not trainable(model)
+
+
+def test_lora_fa_of_other_adapters_is_left_alone():
+    model = net(targets=["up"], init_lora_weights=True)
+    lorafa_of(model)
+    assert trainable(model) == ["base_model.model.up.lora_B.default.weight"]
+    mixed = net(targets=["up"])
+    plain = copy.deepcopy(mixed.peft_config["default"])
+    plain.init_lora_weights = True
+    mixed.add_adapter("plain", plain)
+    mixed.set_adapter("plain")
+    lorafa_of(mixed)
+    assert trainable(mixed) == ["base_model.model.up.lora_B.plain.weight"]
+    mixed.set_adapter("default")
+    with pytest.raises(ValueError, match="adapter 'default' is MiCA"):
+        lorafa_of(mixed)
+
+
+def test_uninstall_gives_the_optimizer_back():
+    mica.fast.uninstall()
+    stock = peft.optimizers.create_lorafa_optimizer
+    assert stock is lorafa.create_lorafa_optimizer
+    mica.fast.enable()
+    assert peft.optimizers.create_lorafa_optimizer is not stock
+    mica.fast.uninstall()
+    assert peft.optimizers.create_lorafa_optimizer is stock is lorafa.create_lorafa_optimizer
+    mica.fast.enable()
+
+
+@pytest.mark.parametrize("stock", [False, True])
+def test_lora_plus_trains_a_alone(stock):
+    """Its B group is empty and its ratio without effect: A trains at `lr`, an embedding's at its own."""
+    model = wrap(tiny_llama(), targets=["q_proj", "embed_tokens"], stock=stock)
+    before = {name: B.clone() for name, B in bases(model).items()}
+    optimizer = create_loraplus_optimizer(
+        model, torch.optim.AdamW, lr=1e-2, loraplus_lr_ratio=16, loraplus_lr_embedding=1e-3
+    )
+    assert [(len(group["params"]), group["lr"]) for group in optimizer.param_groups] == [
+        (2, 1e-2),
+        (1, 1e-3),
+        (0, 0.16),
+        (0, 0.16),
+    ]
+    with mica.fast.disabled() if stock else nullcontext():
+        for _ in range(2):
+            model(TOKENS, labels=TOKENS).loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    for name, layer in adapted_layers(model).items():
+        lora_A, lora_B = adapter_weights(layer, "default")
+        assert lora_A.any()
+        assert torch.equal(lora_B, before[name])
+
+
+def test_riemannian_is_refused_by_stock_itself():
+    """It wants A and B to be trainable; over an orthonormal B it would only scale the gradient of A."""
+    model = net(targets=["up"])
+    with pytest.raises(ValueError, match="did not find any trainable lora_A/lora_B parameter pairs"):
+        create_riemannian_optimizer(model, torch.optim.AdamW, lr=1e-2)
+    assert trainable(model) == ["base_model.model.up.lora_A.default.weight"]

@@ -1,0 +1,314 @@
+"""Fault 7 of stock PEFT: what MiCA cannot do is refused, and the way out that is named works."""
+
+import copy
+import warnings
+
+import peft
+import pytest
+import torch
+from models import Net, adapted_layers, bases, net, randomise, tiny_llama, wrap
+from peft import PeftModel
+from tolerances import RELATIVE, error
+from torch import nn
+from torch.nn.utils import parametrizations, parametrize, prune
+from unchanged import assert_unchanged, snapshot
+
+import mica.fast
+from mica.fast.eligibility import adapter_weights
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+INDICES = torch.tensor([[1, 2, 3, 28], [0, 7, 7, 3]])
+TOKENS = torch.arange(24).reshape(2, 12)
+
+# -- tied embeddings ---------------------------------------------------------------------------------
+
+
+def tied_llama(**config):
+    return tiny_llama(tie_word_embeddings=True, **config)
+
+
+def wrap_tied(targets, **config):
+    return wrap(tied_llama(), targets=targets, ensure_weight_tying=True, **config)
+
+
+def ends(model):
+    return model.base_model.model.model.embed_tokens, model.base_model.model.lm_head
+
+
+def are_tied(model):
+    """Whether the two ends of the shared weight get the same update, after A and B have moved."""
+    embedding, head = ends(model)
+    with torch.no_grad():
+        embedding.lora_embedding_A["default"].normal_()
+        head.lora_B["default"].weight.mul_(1.5)
+    return torch.equal(embedding.get_delta_weight("default"), head.get_delta_weight("default"))
+
+
+def test_stock_unties_mica_and_says_nothing():
+    """Fault 7: what holds for plain LoRA is silently gone with MiCA."""
+    assert are_tied(wrap_tied(["embed_tokens", "lm_head"], init_lora_weights=True, stock=True))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        model = wrap_tied(["embed_tokens", "lm_head"], stock=True)
+    assert not are_tied(model)
+
+
+@pytest.mark.parametrize("init", ["mica", "MICA"])
+@pytest.mark.parametrize(
+    "targets",
+    [["q_proj", "embed_tokens", "lm_head"], ["embed_tokens"], ["lm_head"], r".*\.q_proj|lm_head"],
+    ids=["both", "embedding", "head", "regex"],
+)
+def test_tied_adapters_are_refused_and_the_model_is_as_it_was(targets, init):
+    model = tied_llama()
+    before = snapshot(model)
+    config = {"init_lora_weights": init, "target_modules": targets, "ensure_weight_tying": True}
+    config = peft.LoraConfig(r=4, **config)
+    as_given = copy.deepcopy(config)
+    message = (
+        r"adapters of 'model.embed_tokens' and 'lm_head' cannot be tied \(ensure_weight_tying=True\), because"
+        r".*leave ensure_weight_tying off .* name 'model.embed_tokens' in modules_to_save, and neither in"
+    )
+    with pytest.raises(ValueError, match=message):
+        peft.get_peft_model(model, config)
+    assert_unchanged(model, before)
+    assert not hasattr(model, "peft_config")
+    assert config == as_given
+
+
+def test_a_second_adapter_that_is_refused_leaves_the_first():
+    model = wrap(tied_llama(), targets=["q_proj"])
+    before = snapshot(model)
+    config = copy.deepcopy(model.peft_config["default"])
+    config.target_modules, config.ensure_weight_tying = {"embed_tokens"}, True
+    with pytest.raises(ValueError, match="cannot be tied"):
+        model.add_adapter("second", config)
+    assert list(model.peft_config) == ["default"]
+    assert_unchanged(model, before)
+
+
+def train(model):
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    for _ in range(2):
+        model(TOKENS, labels=TOKENS).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+@pytest.mark.parametrize("saved", ["model.embed_tokens", "embed_tokens", "lm_head"])
+def test_way_out_of_modules_to_save_trains_the_shared_weight(saved):
+    model = wrap_tied(["q_proj"], modules_to_save=[saved])
+    embedding, head = ends(model)
+    train(model)
+    weights = [end.modules_to_save["default"].weight for end in (embedding, head)]
+    assert weights[0].data_ptr() == weights[1].data_ptr()
+    assert not torch.equal(weights[0], embedding.original_module.weight)
+    assert mica.fast.explain(model).counts() == {"reference": 2}
+    merged = model.merge_and_unload()
+    assert merged.model.embed_tokens.weight.data_ptr() == merged.lm_head.weight.data_ptr()
+
+
+def test_way_out_of_independent_adapters():
+    with pytest.warns(UserWarning, match="`ensure_weight_tying` is not set to True"):  # PEFT's
+        model = wrap(tied_llama(), targets=["embed_tokens", "lm_head"])
+    assert mica.fast.explain(model).counts() == {"reference": 2}
+    before = {name: B.clone() for name, B in bases(model).items()}
+    train(model)
+    for layer in adapted_layers(model).values():
+        assert adapter_weights(layer, "default")[0].any()
+    for name, B in bases(model).items():
+        assert torch.equal(B, before[name])
+
+
+def test_what_stock_saved_as_tied_loads_as_what_it_is(tmp_path):
+    model = randomise(wrap_tied(["q_proj", "embed_tokens", "lm_head"], stock=True))
+    model.save_pretrained(tmp_path)
+    with pytest.warns(UserWarning, match=r"'model.embed_tokens' and 'lm_head' are independent"):
+        loaded = PeftModel.from_pretrained(tied_llama(), tmp_path)
+    assert error(loaded(TOKENS).logits, model(TOKENS).logits) <= RELATIVE[torch.float32]
+    for name, B in bases(loaded).items():
+        assert torch.equal(B, bases(model)[name])
+
+
+@pytest.mark.parametrize(
+    ("targets", "tie", "config"),
+    [
+        ("all-linear", True, {}),
+        (["q_proj"], True, {}),
+        (["embed_tokens"], False, {}),
+        (["embed_tokens"], True, {"init_lora_weights": True}),
+    ],
+    ids=["all-linear", "no embedding", "weights not tied", "plain LoRA"],
+)
+def test_where_nothing_is_tied_nothing_is_refused(targets, tie, config):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # PEFT's: nothing to tie
+        model = wrap(tiny_llama(tie_word_embeddings=tie), targets=targets, ensure_weight_tying=True, **config)
+    assert adapted_layers(model)
+
+
+# -- a weight that is computed -----------------------------------------------------------------------
+
+
+class Shrunk(nn.Module):
+    def forward(self, weight):
+        return torch.tanh(weight)
+
+
+def _unparametrize(layer):
+    parametrize.remove_parametrizations(layer, "weight")
+
+
+KINDS = {  # name: (what makes the weight computed, the way out, how the error names it)
+    "weight_norm": (parametrizations.weight_norm, _unparametrize, "parametrize.remove_parametrizations"),
+    "spectral_norm": (parametrizations.spectral_norm, _unparametrize, "parametrize.remove_parametrizations"),
+    "own": (
+        lambda layer: parametrize.register_parametrization(layer, "weight", Shrunk()),
+        _unparametrize,
+        "parametrize.remove_parametrizations",
+    ),
+    "weight_norm hook": (nn.utils.weight_norm, nn.utils.remove_weight_norm, "remove_weight_norm"),
+    "spectral_norm hook": (nn.utils.spectral_norm, nn.utils.remove_spectral_norm, "remove_spectral_norm"),
+    "pruning": (
+        lambda layer: prune.l1_unstructured(layer, "weight", amount=0.2),
+        lambda layer: prune.remove(layer, "weight"),
+        "prune.remove",
+    ),
+}
+
+
+@pytest.fixture(params=KINDS)
+def kind(request):
+    return request.param
+
+
+@pytest.fixture
+def computed(kind):
+    """A model whose last layer has a computed weight, adapted; A has values."""
+    torch.manual_seed(0)
+    model = Net().eval()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # the hooks are deprecated
+        KINDS[kind][0](model.down)
+        with torch.no_grad():
+            model(INDICES)  # hooks have run
+    return randomise(wrap(model).eval())
+
+
+def test_training_on_a_computed_weight_is_right(computed):
+    layer = computed.base_model.model.down
+    x = torch.randn(5, 16)
+    out = layer(x)
+    out.square().sum().backward()
+    weight = layer.base_layer.weight.detach().double()
+    lora_A, lora_B = (w.detach().double() for w in adapter_weights(layer, "default"))
+    expected = x.double() @ (weight + 2 * lora_B @ lora_A).T
+    assert error(out, expected) <= RELATIVE[torch.float32]
+    grad_A = 2 * lora_B.T @ (2 * expected).T @ x.double()
+    assert error(layer.lora_A["default"].weight.grad, grad_A) <= RELATIVE[torch.float32]
+    assert [name for name, p in layer.named_parameters() if p.grad is not None] == ["lora_A.default.weight"]
+    minor = torch.linalg.svd(weight, full_matrices=False).U[:, -4:]
+    assert (minor - lora_B @ (lora_B.T @ minor)).norm() <= 1e-3
+
+
+@pytest.mark.parametrize("call", ["merge_adapter", "safe merge", "merge_and_unload", "layer", "safe layer"])
+def test_merging_is_refused_before_any_layer_is_merged(computed, kind, call):
+    before, expected = snapshot(computed), computed(INDICES)
+    layer = computed.base_model.model.down
+    calls = {
+        "merge_adapter": computed.merge_adapter,
+        "safe merge": lambda: computed.merge_adapter(safe_merge=True),
+        "merge_and_unload": computed.merge_and_unload,
+        "layer": layer.merge,
+        "safe layer": lambda: layer.merge(safe_merge=True),
+    }
+    named = f"this {type(layer.base_layer).__name__} layer" if "layer" in call else "layer 'down'"
+    message = rf"MiCA cannot be merged into {named}, because .* call torch\.nn\.utils\.{KINDS[kind][2]}"
+    with pytest.raises(ValueError, match=message):
+        calls[call]()
+    assert_unchanged(computed, before)
+    assert not any(layer.merged for layer in adapted_layers(computed).values())
+    assert torch.equal(computed(INDICES), expected)
+
+
+def test_stock_loses_the_merge_without_a_word(computed):
+    """Fault 7: the update is added to a tensor that is thrown away."""
+    layer = computed.base_model.model.down
+    expected, weight = computed(INDICES), layer.base_layer.weight.clone()
+    with mica.fast.disabled(), warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        computed.merge_adapter()
+    assert error(computed(INDICES), expected) > 0.01
+    assert layer.merged
+    assert torch.equal(layer.base_layer.weight, weight)  # nothing of the adapter is left
+
+
+def test_way_out_of_a_computed_weight(computed, kind):
+    expected = computed(INDICES)
+    KINDS[kind][1](computed.base_model.model.down.base_layer)
+    computed.merge_adapter()
+    assert error(computed(INDICES), expected) <= RELATIVE[torch.float32]
+    unloaded = computed.merge_and_unload()
+    assert error(unloaded(INDICES), expected) <= RELATIVE[torch.float32]
+    assert "down.weight" in unloaded.state_dict()
+
+
+def test_a_computed_embedding_is_refused_too():
+    model = Net()
+    parametrize.register_parametrization(model.embed, "weight", Shrunk())
+    with pytest.raises(ValueError, match="cannot be merged into layer 'embed'"):
+        wrap(model).merge_and_unload()
+
+
+def test_only_the_weight_matters():
+    """A parametrized bias, or a hook of another kind, is no reason."""
+    model = Net()
+    parametrize.register_parametrization(model.up, "bias", Shrunk())
+    prune.l1_unstructured(model.conv, "bias", amount=0.2)
+    model = randomise(wrap(model)).eval()
+    model.base_model.model.down.base_layer.register_forward_pre_hook(lambda module, args: None)
+    expected = model(INDICES)
+    model.merge_adapter()
+    assert error(model(INDICES), expected) <= RELATIVE[torch.float32]
+
+
+def test_unmerging_from_a_weight_that_is_computed_since_is_refused():
+    model = randomise(net(targets=["up"]))
+    expected = model(INDICES)
+    model.merge_adapter()
+    layer = model.base_model.model.up
+    parametrizations.weight_norm(layer.base_layer)
+    with pytest.raises(ValueError, match="cannot be unmerged from this ParametrizedLinear layer"):
+        model.unmerge_adapter()
+    assert layer.merged_adapters == ["default"]
+    assert error(model(INDICES), expected) <= RELATIVE[torch.float32]
+    parametrize.remove_parametrizations(layer.base_layer, "weight")
+    with pytest.warns(UserWarning, match="edited"):
+        model.unmerge_adapter()
+    assert error(model(INDICES), expected) <= RELATIVE[torch.float32]
+
+
+def test_only_the_adapters_that_are_merged_matter(computed):
+    """What plain LoRA does on such a layer is stock's own."""
+    plain = copy.deepcopy(computed.peft_config["default"])
+    plain.init_lora_weights = True
+    computed.add_adapter("plain", plain)
+    computed.merge_adapter(["plain"])
+    assert computed.base_model.model.down.merged_adapters == ["plain"]
+    with pytest.raises(ValueError, match="layer 'down'"):
+        computed.merge_and_unload(adapter_names=["plain", "default"])
+
+
+def test_a_mixed_model_is_refused_as_a_whole_too():
+    model = Net()
+    parametrizations.weight_norm(model.down)
+    config = peft.LoraConfig(r=4, init_lora_weights="mica", target_modules=["up", "down"])
+    model = randomise(peft.get_peft_model(model, config, mixed=True))
+    before = snapshot(model)
+    with pytest.raises(ValueError, match="cannot be merged into layer 'down'"):
+        model.merge_and_unload()
+    assert_unchanged(model, before)
+
+
+def test_unloading_does_not_merge_and_is_allowed(computed):
+    assert isinstance(computed.unload(), Net)
