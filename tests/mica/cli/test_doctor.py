@@ -322,8 +322,15 @@ def test_triton_of_another_distribution_counts(run, versions, monkeypatch):
 # PEFT
 
 
-def test_peft_mismatch_is_broken_and_named(run, monkeypatch, recwarn):
+@pytest.fixture
+def uninstalled():
+    """Before, and after: what was installed with a changed table must not stay for the tests to come."""
     mica.fast.uninstall()
+    yield
+    mica.fast.uninstall()
+
+
+def test_peft_mismatch_is_broken_and_named(run, uninstalled, monkeypatch, recwarn):
     changed = patching.PATCHES[0]._replace(parameters="self something_else")
     gone = patching.PATCHES[1]._replace(name="nothing")
     monkeypatch.setattr(patching, "PATCHES", (changed, gone, *patching.PATCHES[2:]))
@@ -338,8 +345,7 @@ def test_peft_mismatch_is_broken_and_named(run, monkeypatch, recwarn):
     assert [line[16:].strip() for line in lines if "mismatch" in line[:16]] == [first, second]
 
 
-def test_optional_function_of_peft_may_be_missing(run, monkeypatch):
-    mica.fast.uninstall()
+def test_optional_function_of_peft_may_be_missing(run, uninstalled, monkeypatch):
     optional = next(patch for patch in patching.PATCHES if not patch.required)
     rest = tuple(patch for patch in patching.PATCHES if patch is not optional)
     monkeypatch.setattr(patching, "PATCHES", (optional._replace(name="nothing"), *rest))
