@@ -1,8 +1,7 @@
 """A training step of SmolLM2-135M, all linear layers, r = 16, 2 x 512 tokens: bare, stock PEFT, mica.fast.
 
 Every rival gets embeddings that require a gradient, so that the bare frozen model has a backward too and
-all of them do the same base work. The adapted ones also run AdamW on A. Bytes saved for the backward are
-counted by storage through saved-tensor hooks, without the parameters.
+all of them do the same base work. The adapted ones also run AdamW on A.
 """
 
 import functools
@@ -13,6 +12,7 @@ import pytest
 import torch
 
 import mica.fast
+from bench.saved import saved_bytes
 
 ROUNDS, TOKENS, RANK = 6, (2, 512), 16
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
@@ -57,27 +57,14 @@ def step(rival, ids, bare):
             optimizer.zero_grad(set_to_none=True)
 
 
-def saved_bytes(rival, ids, bare):
-    parameters = {p.untyped_storage().data_ptr() for m in (rival[0], bare) for p in m.parameters()}
-    storages = {}
-
-    def pack(tensor):
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in parameters:
-            storages[storage.data_ptr()] = (storage.nbytes(), tensor)  # kept, or the address is reused
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        loss = forward(rival, ids, bare)
-    del loss
-    return sum(size for size, _ in storages.values())
-
-
 # the first named parameter is the innermost loop: rivals take turns within a round
 @pytest.mark.parametrize("rival", ["bare frozen model", "stock PEFT", "mica.fast"])
 @pytest.mark.parametrize("round_", range(ROUNDS))
 @pytest.mark.parametrize("dtype", DTYPES)
 def bench_step(once, dtype, round_, rival):
     bare, ids, rivals = setting(dtype)
-    extra = {} if round_ else {"saved_mb": saved_bytes(rivals[rival], ids, bare) / 1e6}
+    extra = {}
+    if round_ == 0:
+        saved = saved_bytes(lambda: forward(rivals[rival], ids, bare), (rivals[rival][0], bare))
+        extra["saved_mb"] = saved / 1e6
     once(lambda: step(rivals[rival], ids, bare), f"training step, {dtype}", rival, **extra)

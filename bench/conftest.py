@@ -8,6 +8,8 @@ ran first. Each test is therefore one round of one rival, the round number is th
 import os
 import platform
 import sys
+from contextlib import suppress
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import pytest
@@ -24,12 +26,9 @@ logging.disable_progress_bar()
 
 
 def pytest_benchmark_update_machine_info(config, machine_info):
-    import peft
-    import transformers
-
-    machine_info["torch"] = torch.__version__
-    machine_info["peft"] = peft.__version__
-    machine_info["transformers"] = transformers.__version__
+    for library in ("torch", "peft", "transformers", "bitsandbytes"):
+        with suppress(PackageNotFoundError):
+            machine_info[library] = version(library)
     machine_info["threads"] = torch.get_num_threads()
     machine_info["node"] = platform.machine()  # no host names in committed results
 
