@@ -198,7 +198,7 @@ def test_command(monkeypatch, capsys, tmp_path):
     assert first.startswith("MODELLED, not measured: a100, rank 8")
     assert len(tables) == 3
     assert all(table.startswith("MODELLED") for table in tables)
-    assert "planned" in tables[0]
+    assert "grouped q/k/v" in tables[0]
     written = json.loads(file.read_text())
     assert written["label"].startswith("MODELLED")
     device = model.DEVICES["a100"]

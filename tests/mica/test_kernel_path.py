@@ -9,7 +9,7 @@ from oracle import problem, solve
 from tolerances import RELATIVE, error
 from torch.library import opcheck
 
-from mica import kernel_path, ops, reference
+from mica import backend, kernel_path, ops, reference
 from mica.kernels import prepared, tuning
 from mica.ops import (
     mica_down_projection,
@@ -114,7 +114,7 @@ def test_every_form_agrees_with_the_dense_oracle(
     monkeypatch.setattr(tuning, "pick", pick)
     monkeypatch.setattr(tuning, "is_idle", lambda: False)
     monkeypatch.setenv("MICA_BACKEND", "auto" if form == "aten" else "triton")
-    monkeypatch.setattr(ops.backend, "use_kernels", lambda *args: True)
+    monkeypatch.setattr(backend, "use_kernels", lambda *args: True)
     p = problem((3, 20), 48, 72, 5, dtype, adapter_dtype)
     for name in ("x", "weight", "grad_output"):
         setattr(p, name, getattr(p, name).contiguous())
@@ -152,7 +152,7 @@ def test_all_forms_are_offered(monkeypatch):
     assert offered["linear"][:2] == ["split", "fused"]
     assert "aten" not in offered["linear"]  # triton is forced
     monkeypatch.setenv("MICA_BACKEND", "auto")
-    monkeypatch.setattr(ops.backend, "use_kernels", lambda *args: True)
+    monkeypatch.setattr(backend, "use_kernels", lambda *args: True)
     run(p)
     assert offered["linear"][-1] == offered["linear_backward"][-1] == "aten"
     if DEVICE == "cpu":  # the interpreter stands in for a GPU with the copy engine
@@ -348,14 +348,14 @@ def test_the_reference_and_the_kernels_offer_the_same_functions():
 
 
 @pytest.mark.parametrize("forced", [False, True])
-@pytest.mark.parametrize("part", ["down_projection", "up_projection_", "grad_a"])
+@pytest.mark.parametrize("part", ["down_projection_kernel", "up_projection_", "grad_a_kernel"])
 def test_a_kernel_that_cannot_be_launched_gives_way_to_the_reference(monkeypatch, forced, part):
     """Too much shared memory, say: found before anything ran, so the reference sees the same operands."""
 
     def fails(*args, **kwargs):
         raise triton.runtime.errors.OutOfResources(300_000, 101_376, "shared memory")
 
-    monkeypatch.setattr(ops.backend, "_given_up", {})
+    monkeypatch.setattr(backend, "_given_up", {})
     p = on_device(problem((6,), 10, 12, 3, torch.bfloat16, torch.float32))
     if forced:
         monkeypatch.setattr(kernel_path, part, fails)
@@ -365,8 +365,8 @@ def test_a_kernel_that_cannot_be_launched_gives_way_to_the_reference(monkeypatch
     monkeypatch.setenv("MICA_BACKEND", "reference")
     expected = run(p)
     monkeypatch.setenv("MICA_BACKEND", "auto")
-    monkeypatch.setattr(ops.backend.runtime, "is_interpreting", lambda: False)
-    monkeypatch.setattr(ops.backend.runtime, "why_unavailable", lambda device: None)
+    monkeypatch.setattr(backend.runtime, "is_interpreting", lambda: False)
+    monkeypatch.setattr(backend.runtime, "why_unavailable", lambda device: None)
     monkeypatch.setattr(kernel_path, part, fails)
     with pytest.warns(UserWarning, match=r"from here on: a kernel could not be launched: out of resource"):
         result = run(p)
@@ -375,7 +375,7 @@ def test_a_kernel_that_cannot_be_launched_gives_way_to_the_reference(monkeypatch
     ops.call_counts.clear()
     run(p)
     assert ops.call_counts == {"linear": 1, "linear_backward": 1}
-    assert "out of resource" in ops.backend.why_not_kernels(p.x.device, 3, torch.bfloat16)
+    assert "out of resource" in backend.why_not_kernels(p.x.device, 3, torch.bfloat16)
 
 
 def test_a_compiled_layer_draws_its_own_seed():
