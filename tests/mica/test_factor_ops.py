@@ -85,7 +85,11 @@ def test_saves_x_as_it_came_and_the_operands():
 def test_only_the_gradients_that_are_wanted(needs):
     p = problem((3,), 5, 4, 2, torch.float32)
     x, lora_A = p.x.detach().requires_grad_(needs[0]), p.lora_A.detach().requires_grad_(needs[1])
-    beside(x, p.weight, lora_A, p.lora_B, 0.5, p.bias).backward(p.grad_output)
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+        h = mica_down_projection(x, lora_A, 0.5)
+    assert (x.data_ptr() in {t.data_ptr() for t in saved}) == needs[1]
+    mica_up_projection(F.linear(x, p.weight, p.bias), h, p.lora_B).backward(p.grad_output)
     assert (x.grad is not None, lora_A.grad is not None) == needs
 
 
@@ -114,6 +118,8 @@ def test_autocast(autocast_dtype):
         y = mica_up_projection(F.linear(x, p.weight, p.bias), h, p.lora_B)
         assert y.dtype == autocast_dtype
         assert mica_up_projection(torch.zeros(16, 10), h, p.lora_B).dtype == torch.float32
+        dropped = mica_down_projection(x, lora_A, p.scaling, dropout_p=0.5, seed=SEED)
+        assert error(dropped, h.detach()) > 0.1
     y.backward(p.grad_output.to(autocast_dtype))
     expected = solve(p)
     for name, value in {"y": y, "grad_x": x.grad, "grad_A": lora_A.grad}.items():
@@ -131,7 +137,8 @@ def test_opcheck(compute_dtype):
     opcheck(torch.ops.mica.up_projection.default, (y, h, p.lora_B))
     opcheck(torch.ops.mica.up_projection_backward.default, (y.detach(), p.lora_B, torch.bfloat16))
     for mask in ([True, True], [True, False], [False, True]):
-        arguments = (h.detach(), p.x, p.lora_A, 0.5, torch.bfloat16, mask, 0.3, SEED)
+        grad_h = torch.randn(2, 3, 2).to(compute_dtype or torch.bfloat16)
+        arguments = (grad_h, p.x, p.lora_A, 0.5, torch.bfloat16, mask, 0.3, SEED)
         opcheck(torch.ops.mica.down_projection_backward.default, arguments)
 
 

@@ -27,7 +27,7 @@ TESTS = {
     "kernels/up_projection.py": ["tests/kernels/test_up_projection.py", "tests/kernels/test_tuning.py"],
     "kernels/workspace.py": ["tests/kernels/test_workspace.py"],
     "mica/backend.py": ["tests/mica/test_backend.py"],
-    "mica/dispatch.py": ["tests/mica/test_ops.py"],
+    "mica/dispatch.py": ["tests/mica/test_kernel_path.py"],
     "mica/factor_ops.py": ["tests/mica/test_factor_ops.py"],
     "mica/fast/grouping.py": ["tests/mica/fast/test_grouping.py"],
     "mica/fast/hotswap.py": ["tests/mica/fast/test_layers.py", "-k", "hotswap"],
@@ -37,7 +37,7 @@ TESTS = {
     "mica/kernel_path.py": ["tests/mica/test_kernel_path.py", "tests/mica/test_factor_ops.py",
                             "tests/mica/test_group_ops.py"],
     "mica/ops.py": ["tests/mica/test_kernel_path.py", "tests/mica/test_ops.py"],
-    "mica/reference.py": ["tests/mica/test_reference.py"],
+    "mica/reference.py": ["tests/mica/test_reference.py", "tests/mica/test_group_ops.py"],
 }  # fmt: skip
 
 _DOWN, _UP, _GRAD = "kernels/down_projection.py", "kernels/up_projection.py", "kernels/grad_a.py"
