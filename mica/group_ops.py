@@ -67,12 +67,12 @@ def mica_linear_group(
 def _group(x, weights, lora_As, lora_Bs, scalings, biases, compute_dtype):
     dtypes = (x.dtype, compute_dtype or x.dtype, *(A.dtype for A in lora_As), *(B.dtype for B in lora_Bs))
     operands = (x.reshape(-1, x.shape[-1]), weights, lora_As, lora_Bs, scalings, biases, compute_dtype)
-    ys = compute("linear_group", "linear_group", x, _rank(lora_As), dtypes, *operands)
+    ys = compute("linear_group", "linear_group", x, stacked_rank(lora_As), dtypes, *operands)
     return [y.view(*x.shape[:-1], y.shape[-1]) for y in ys]
 
 
-def _rank(lora_As: Sequence[Tensor]) -> int:
-    """Of the stacked factor, each padded to 16 as the kernels want it."""
+def stacked_rank(lora_As: Sequence[Tensor]) -> int:
+    """The rank of a group: its A's on top of each other, each padded to 16 as the kernels want it."""
     return sum((lora_A.shape[0] + 15) // 16 * 16 for lora_A in lora_As)
 
 
@@ -86,7 +86,7 @@ def _group_backward(grad_outputs, x, weights, lora_As, lora_Bs, scalings, comput
     dys = [None if dy is None else dy.reshape(-1, dy.shape[-1]) for dy in grad_outputs]
     flat = None if x is None else x.reshape(-1, x.shape[-1])
     operands = (dys, flat, list(weights) or None, lora_As, lora_Bs, scalings, compute_dtype)
-    name, rank = "linear_group_backward", _rank(lora_As)
+    name, rank = "linear_group_backward", stacked_rank(lora_As)
     dtypes = (used.dtype, compute_dtype, *(A.dtype for A in lora_As), *(B.dtype for B in lora_Bs))
     with no_autocast(used):
         grad_x, grad_As = compute(name, name, used, rank, dtypes, *operands)

@@ -22,6 +22,7 @@ from mica.fast.eligibility import (
     why_not,
 )
 from mica.fast.settings import compute_dtype, settings
+from mica.group_ops import stacked_rank
 
 
 def linear_forward(stock):
@@ -94,7 +95,7 @@ def _grouped(layer, name: str, x: torch.Tensor) -> torch.Tensor:
 
 def _fit_together(layers, x: torch.Tensor) -> bool:
     """Whether all of them would run fused and alone on x, and nothing hangs on the call of one."""
-    rank = 0
+    lora_As = []
     for layer in layers:
         if hangs_on_call(layer) or why_not(layer) is not None or why_called(layer) is not None:
             return False
@@ -104,8 +105,8 @@ def _fit_together(layers, x: torch.Tensor) -> bool:
             return False
         if not fuses(x, layer.base_layer.weight) or not dtypes_fit(layer, x, lora_A, lora_B):
             return False
-        rank += (lora_A.shape[0] + 15) // 16 * 16  # as wide as the kernels make it
-    return rank <= MAX_RANK
+        lora_As.append(lora_A)
+    return stacked_rank(lora_As) <= MAX_RANK
 
 
 def _has_dropout(layer, name: str) -> bool:
