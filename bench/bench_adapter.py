@@ -9,9 +9,15 @@ import torch
 from peft import PeftModel
 
 import mica.fast
+from bench.harness import DEVICE, peak_growth, pick
+from bench.results import FAST, STOCK
 
-ROUNDS = 3
-RIVALS = {"stock PEFT": mica.fast.disabled, "mica.fast": nullcontext}
+# Stock PEFT's initialisation takes most of a minute with its loading, which runs every SVD, too.
+ROUNDS = pick(quick=1, default=2, full=3)
+MERGE_ROUNDS = pick(quick=2, default=5)
+RIVALS = {STOCK: mica.fast.disabled, FAST: nullcontext}
+LOW_CPU = "stock PEFT, low_cpu_mem_usage"
+AXES = {"model": "SmolLM2-135M", "rank": 16}
 
 
 @functools.cache
@@ -23,29 +29,39 @@ def saved_adapter(tmp):
 @pytest.mark.parametrize("rival", RIVALS)
 @pytest.mark.parametrize("round_", range(ROUNDS))
 def bench_initialisation(once, round_, rival):
-    base = models.smollm2()
-    with RIVALS[rival]():
-        once(lambda: models.wrap(base, rank=16, targets="all-linear"), "get_peft_model, float32", rival)
+    base = models.smollm2().to(DEVICE)
+    axes = {"suite": "initialisation", **AXES, "dtype": "float32"}
+    with RIVALS[rival](), peak_growth() as growth:
+        model = once(
+            lambda: models.wrap(base, rank=16, targets="all-linear"), "get_peft_model, float32", rival, axes
+        )
+    if growth() is not None:
+        once.note(peak_mb=growth() / 1e6)
+    for name, basis in models.bases(model).items():
+        error = (basis.detach().T @ basis.detach() - torch.eye(16, device=basis.device)).abs().max()
+        assert error <= 1e-5, f"{name}: BᵀB is off by {error:.1e}"
 
 
-@pytest.mark.parametrize("rival", [*RIVALS, "stock PEFT, low_cpu_mem_usage"])
+@pytest.mark.parametrize("rival", [*RIVALS, LOW_CPU])
 @pytest.mark.parametrize("round_", range(ROUNDS))
 def bench_loading(once, round_, rival, tmp_path_factory):
     adapter = saved_adapter(tmp_path_factory.getbasetemp() / "adapter")
-    base, low = models.smollm2(), "low_cpu" in rival
-    with RIVALS[rival.split(",")[0]]():
-        once(
+    base, low = models.smollm2().to(DEVICE), rival == LOW_CPU
+    with RIVALS[STOCK if low else rival]():
+        model = once(
             lambda: PeftModel.from_pretrained(base, adapter, low_cpu_mem_usage=low),
             "PeftModel.from_pretrained, float32",
             rival,
+            {"suite": "loading", **AXES, "dtype": "float32"},
         )
+    assert all(layer.lora_A["default"].weight.any() for layer in models.adapted_layers(model).values())
 
 
 @pytest.mark.parametrize("rival", RIVALS)
-@pytest.mark.parametrize("round_", range(ROUNDS))
+@pytest.mark.parametrize("round_", range(MERGE_ROUNDS))
 def bench_merge(once, round_, rival, tmp_path_factory):
     adapter = saved_adapter(tmp_path_factory.getbasetemp() / "adapter")
-    base = models.smollm2(torch.bfloat16)
+    base = models.smollm2(torch.bfloat16).to(DEVICE)
     model = PeftModel.from_pretrained(base, adapter)
     before = [layer.get_base_layer().weight.clone() for layer in models.adapted_layers(model).values()]
 
@@ -53,13 +69,14 @@ def bench_merge(once, round_, rival, tmp_path_factory):
         model.merge_adapter()
         model.unmerge_adapter()
 
-    extra = {}
+    facts = {}
     with RIVALS[rival]():
         model.merge_adapter()
-        if rival == "mica.fast":
-            extra["swallowed"] = mica.fast.merge_report(model).swallowed
+        if rival == FAST:
+            facts["swallowed"] = mica.fast.merge_report(model).swallowed
         model.unmerge_adapter()
         after = [layer.get_base_layer().weight for layer in models.adapted_layers(model).values()]
         changed = sum(int((a != b).sum()) for a, b in zip(after, before, strict=True))
-        extra["weights_changed"] = changed / sum(weight.numel() for weight in before)
-        once(merge_and_unmerge, "merge + unmerge, bfloat16", rival, **extra)
+        facts["weights_changed"] = changed / sum(weight.numel() for weight in before)
+        axes = {"suite": "merge", **AXES, "dtype": "bfloat16"}
+        once(merge_and_unmerge, "merge + unmerge, bfloat16", rival, axes, **facts)

@@ -11,6 +11,9 @@ from pathlib import Path
 
 import pytest
 
+from bench.harness import SIZE
+
+pytestmark = pytest.mark.skipif(SIZE != "full", reason="part of --full")
 ROUNDS = 3
 SUPPORT = Path(__file__).resolve().parent.parent / "tests" / "support"
 PROCESS = """
@@ -66,7 +69,8 @@ def bench_distributed(once, tmp_path, round_, count):
             wait_for(process, "DONE")
 
     rival = "1 process" if count == 1 else f"{count} processes"
-    once(initialise, "get_peft_model, float32, processes of one thread", rival)
+    axes = {"suite": "distributed", "model": "SmolLM2-135M", "rank": 16}
+    once(initialise, "get_peft_model, float32, processes of one thread", rival, axes)
     digests.update(process.stdout.readline() for process in processes)
     for process in processes:
         process.communicate()

@@ -17,10 +17,16 @@ import torch
 from peft import LoraConfig, get_peft_model
 
 import mica.fast
+from bench.harness import SIZE, pick
+from bench.results import BARE, FAST, LORA
 from bench.saved import saved_bytes
 
-ROUNDS, TOKENS, RANK = 6, (2, 512), 16
-RIVALS = ("bare frozen model", "PEFT LoRA", "PEFT LoRA, bf16 adapters", "mica.fast")
+# A step takes 6 s, unpacking most of it: part of a full run.
+pytestmark = pytest.mark.skipif(SIZE != "full", reason="part of --full")
+ROUNDS = pick(quick=2, default=6)
+TOKENS, RANK = (2, 512), 16
+LORA_16 = "PEFT LoRA, bf16 adapters"
+RIVALS = (BARE, LORA, LORA_16, FAST)
 # Relative differences from PEFT's own forward of the same MiCA adapters, which computes them in fp32. Met:
 # 1e-3 and 3e-2, where the adapters change the loss by 12 %.
 LOSS_GATE, GRADIENT_GATE = 5e-3, 1e-1
@@ -57,10 +63,10 @@ def setting():
 
 def check(rivals, inputs):
     """mica.fast against PEFT's forward, on adapters that say something; each LoRA in its dtype."""
-    for name, dtype in (("PEFT LoRA", torch.float32), ("PEFT LoRA, bf16 adapters", torch.bfloat16)):
+    for name, dtype in ((LORA, torch.float32), (LORA_16, torch.bfloat16)):
         trained = {parameter.dtype for parameter in rivals[name][0].parameters() if parameter.requires_grad}
         assert trained == {dtype}, f"{name} has adapters in {trained}"
-    adapted, _ = rivals["mica.fast"]
+    adapted, _ = rivals[FAST]
     assert mica.fast.explain(adapted).counts().keys() <= {"kernel", "reference"}, "not on the operators"
     models.randomise(adapted, 0.1)
     losses, gradients = [], []
@@ -68,7 +74,7 @@ def check(rivals, inputs):
         losses.append(step((adapted, context), inputs, keep=True).item())
         gradients.append(torch.cat([grad.flatten() for grad in models.gradients(adapted).values()]))
         adapted.zero_grad(set_to_none=True)
-    bare = forward(rivals["bare frozen model"], inputs).item()
+    bare = forward(rivals[BARE], inputs).item()
     assert abs(losses[1] / bare - 1) > 10 * LOSS_GATE, "the adapters make no difference"
     assert abs(losses[0] / losses[1] - 1) <= LOSS_GATE, f"no timing of a wrong result: {losses}"
     error = (gradients[0] - gradients[1]).norm() / gradients[1].norm()
@@ -95,10 +101,12 @@ def step(rival, inputs, keep=False):
 # the first named parameter is the innermost loop: rivals take turns within a round
 @pytest.mark.parametrize("rival", RIVALS)
 @pytest.mark.parametrize("round_", range(ROUNDS))
-def bench_quantised(once, round_, rival):
-    rivals, inputs = setting()
+def bench_quantised(once, gated, round_, rival):
+    group = "forward + backward, bfloat16 over nf4"
+    rivals, inputs = gated(group, setting)
+    axes = {"suite": "quantised", "model": "SmolLM2-135M", "tokens": TOKENS[0] * TOKENS[1], "rank": RANK}
     extra = {}
     if round_ == 0:
         saved = saved_bytes(lambda: forward(rivals[rival], inputs), [rivals[rival][0]])
         extra["saved_mb"] = saved / 1e6
-    once(lambda: step(rivals[rival], inputs), "forward + backward, bfloat16 over nf4", rival, **extra)
+    once(lambda: step(rivals[rival], inputs), group, rival, axes, **extra)

@@ -1,7 +1,8 @@
-"""A training step of SmolLM2-135M, all linear layers, r = 16, 2 x 512 tokens: bare, stock PEFT, mica.fast.
+"""A training step of SmolLM2-135M, all linear layers, r = 16: bare, stock PEFT, mica.fast.
 
 Every rival gets embeddings that require a gradient, so that the bare frozen model has a backward too and
-all of them do the same base work. The adapted ones also run AdamW on A.
+all of them do the same base work. The adapted ones also run AdamW on A. Memory: what is saved for the
+backward, by how much the process grows within a step, what is trained, and AdamW's states.
 """
 
 import functools
@@ -12,32 +13,40 @@ import pytest
 import torch
 
 import mica.fast
+from bench.harness import DEVICE, optimizer_bytes, peak_growth, pick, trainable_bytes
+from bench.results import BARE, FAST, STOCK, STOCK_16
 from bench.saved import saved_bytes
 
-ROUNDS, TOKENS, RANK = 6, (2, 512), 16
+ROUNDS = pick(quick={"bfloat16": 4}, default={"bfloat16": 8, "float32": 6})
+BATCH, SEQUENCE = pick(quick=(1, 256), default=(2, 512))
+RANK = 16
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 GATE = {"bfloat16": 2e-2, "float32": 1e-5}  # relative difference of the losses
 
 
+def adapted(dtype, **options):
+    model = models.wrap(models.smollm2(dtype), rank=RANK, targets="all-linear", **options).to(DEVICE)
+    return model, torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4)
+
+
 @functools.lru_cache(maxsize=1)
 def setting(dtype):
-    """Bare model, adapted model, optimizer and token ids; the adapted one has taken a few steps."""
+    """Token ids and rivals: model, context to run it in, optimizer; all have taken a few steps."""
     torch.manual_seed(0)
-    bare = models.smollm2(DTYPES[dtype]).requires_grad_(False)
-    adapted = models.wrap(models.smollm2(DTYPES[dtype]), rank=RANK, targets="all-linear")
-    optimizer = torch.optim.AdamW([p for p in adapted.parameters() if p.requires_grad], lr=1e-4)
-    ids = models.python_reference_tokens()[: TOKENS[0] * TOKENS[1]].view(TOKENS)
-    rivals = {
-        "bare frozen model": (bare, nullcontext, None),
-        "stock PEFT": (adapted, mica.fast.disabled, optimizer),
-        "mica.fast": (adapted, nullcontext, optimizer),
-    }
+    bare = models.smollm2(DTYPES[dtype]).requires_grad_(False).to(DEVICE)
+    masters = adapted(DTYPES[dtype])
+    ids = models.python_reference_tokens()[: BATCH * SEQUENCE].view(BATCH, SEQUENCE).to(DEVICE)
+    rivals = {BARE: (bare, nullcontext, None)}
+    rivals[STOCK] = (masters[0], mica.fast.disabled, masters[1])
+    if dtype != "float32":
+        narrow = adapted(DTYPES[dtype], autocast_adapter_dtype=False)
+        rivals[STOCK_16] = (narrow[0], mica.fast.disabled, narrow[1])
+    rivals[FAST] = (masters[0], nullcontext, masters[1])
     for _ in range(2):
         for rival in rivals.values():
             step(rival, ids, bare)
     losses = {name: forward(rival, ids, bare).item() for name, rival in rivals.items()}
-    difference = abs(losses["mica.fast"] / losses["stock PEFT"] - 1)
-    assert difference <= GATE[dtype], f"no timing of a wrong result: {losses}"
+    assert abs(losses[FAST] / losses[STOCK] - 1) <= GATE[dtype], f"the losses differ: {losses}"
     return bare, ids, rivals
 
 
@@ -57,14 +66,37 @@ def step(rival, ids, bare):
             optimizer.zero_grad(set_to_none=True)
 
 
+def memory(rival, ids, bare):
+    """Megabytes, of the model's own."""
+    model, _, optimizer = rival
+    facts = {"saved_mb": saved_bytes(lambda: forward(rival, ids, bare), (model, bare)) / 1e6}
+    facts["trained_mb"] = trainable_bytes(model) / 1e6
+    facts["optimizer_mb"] = 0.0 if optimizer is None else optimizer_bytes(optimizer) / 1e6
+    return facts
+
+
 # the first named parameter is the innermost loop: rivals take turns within a round
-@pytest.mark.parametrize("rival", ["bare frozen model", "stock PEFT", "mica.fast"])
-@pytest.mark.parametrize("round_", range(ROUNDS))
-@pytest.mark.parametrize("dtype", DTYPES)
-def bench_step(once, dtype, round_, rival):
-    bare, ids, rivals = setting(dtype)
-    extra = {}
-    if round_ == 0:
-        saved = saved_bytes(lambda: forward(rivals[rival], ids, bare), (rivals[rival][0], bare))
-        extra["saved_mb"] = saved / 1e6
-    once(lambda: step(rivals[rival], ids, bare), f"training step, {dtype}", rival, **extra)
+CASES = [
+    (dtype, round_, rival)
+    for dtype, rounds in ROUNDS.items()
+    for round_ in range(rounds)
+    for rival in (BARE, STOCK, *([STOCK_16] if dtype != "float32" else []), FAST)
+]
+
+
+@pytest.mark.parametrize(("dtype", "round_", "rival"), CASES)
+def bench_step(once, gated, dtype, round_, rival):
+    group = f"training step, {BATCH} x {SEQUENCE} tokens, r = {RANK}, {dtype}"
+    bare, ids, rivals = gated(group, lambda: setting(dtype))
+    axes = {"suite": "step", "model": "SmolLM2-135M", "tokens": BATCH * SEQUENCE, "sequence": SEQUENCE}
+    facts = memory(rivals[rival], ids, bare) if round_ == 0 else {}
+    with peak_growth() as growth:
+        once(
+            lambda: step(rivals[rival], ids, bare),
+            group,
+            rival,
+            {**axes, "rank": RANK, "dtype": dtype},
+            **facts,
+        )
+    if growth() is not None:
+        once.note(peak_mb=growth() / 1e6)

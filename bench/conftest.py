@@ -1,19 +1,22 @@
-"""Shared by the suites: the real model, and rivals that take turns.
+"""Shared by the suites: rivals that take turns, and checks before any time.
 
 pytest-benchmark times one test after the other; a machine that slows down in between would favour whoever
 ran first. Each test is therefore one round of one rival, the round number is the outer parameter, and
-`bench.report` takes medians over the rounds.
+`bench.results` pairs the rounds.
 """
 
 import os
 import platform
 import sys
+from collections.abc import Callable
 from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import pytest
 import torch
+
+from bench.harness import DEVICE, SIZE, finished
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests" / "support"))
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -24,22 +27,61 @@ from transformers.utils import logging
 logging.set_verbosity_error()
 logging.disable_progress_bar()
 
+_refused: dict[str, str] = {}
+
 
 def pytest_benchmark_update_machine_info(config, machine_info):
-    for library in ("torch", "peft", "transformers", "bitsandbytes"):
+    for library in ("torch", "peft", "transformers", "triton", "bitsandbytes"):
         with suppress(PackageNotFoundError):
             machine_info[library] = version(library)
     machine_info["threads"] = torch.get_num_threads()
+    machine_info["device"] = torch.cuda.get_device_name() if DEVICE == "cuda" else "cpu"
+    machine_info["size"] = SIZE
     machine_info["node"] = platform.machine()  # no host names in committed results
+
+
+def pytest_benchmark_update_json(config, benchmarks, output_json):
+    """A cell that was refused at any time has no number in the result, whatever was timed before."""
+    kept = [entry for entry in output_json["benchmarks"] if entry["group"] not in _refused]
+    output_json["benchmarks"] = kept
+    output_json["refused"] = [{"group": name, "why": why} for name, why in _refused.items()]
+
+
+class Once:
+    """Times one sample: a round of one rival, the mean of ``iterations`` calls.
+
+    ``axes``: what work it is; ``facts``: what was counted or measured beside the time.
+    """
+
+    def __init__(self, benchmark):
+        self.benchmark = benchmark
+
+    def __call__(self, function, group, rival, axes, iterations=1, warmups=0, **facts):
+        self.benchmark.group = group
+        self.note(rival=rival, axes=axes, **facts)
+        return self.benchmark.pedantic(
+            finished(function), rounds=1, iterations=iterations, warmup_rounds=warmups
+        )
+
+    def note(self, **facts):
+        self.benchmark.extra_info.update(facts)
 
 
 @pytest.fixture
 def once(benchmark):
-    """Time one call: a round of one rival."""
+    return Once(benchmark)
 
-    def once(function, group, rival, **extra):
-        benchmark.group = group
-        benchmark.extra_info.update(rival=rival, **extra)
-        return benchmark.pedantic(function, rounds=1, iterations=1, warmup_rounds=0)
 
-    return once
+@pytest.fixture(scope="session")
+def gated():
+    """``gated(group, check)``: what ``check()`` returns; once it has raised, the cell is refused for good."""
+
+    def gated(group: str, check: Callable[[], object]) -> object:
+        if group not in _refused:
+            try:
+                return check()
+            except AssertionError as error:
+                _refused[group] = str(error).splitlines()[0]
+        pytest.fail(f"no number for {group}: {_refused[group]}", pytrace=False)
+
+    return gated

@@ -61,10 +61,14 @@ def judge(layer, found, device: str) -> dict:
     """Errors of every rival against fp64; ``wrong``: sentences on errors too large and on unequal reruns."""
     import torch
 
-    from bench.gpu_layer import BARE, STOCK_16, exact, relative_errors
+    from bench.gpu_layer import BARE, STOCK_16
+    from bench.layer import exact, relative_errors
 
     truth = exact(layer)
-    errors = {name: relative_errors(rival, layer, truth) for name, rival in found.items()}
+    errors = {
+        name: relative_errors(rival.run, lambda y, rival=rival: rival.gradients(y, layer.grad_output), truth)
+        for name, rival in found.items()
+    }
     wrong = []
     for name, rival in found.items():
         if not name.startswith("mica"):
@@ -141,9 +145,10 @@ def main() -> int:
         )
         return 2
     from bench.gpu_group import measure_group
-    from bench.gpu_layer import make_layer, rivals
+    from bench.gpu_layer import rivals
     from bench.gpu_report import report, write_plot
     from bench.gpu_timing import kernel_bandwidths
+    from bench.layer import make_layer
 
     start = time.monotonic()
     device, rounds = ("cpu", 2) if args.dry_run else ("cuda", ROUNDS)

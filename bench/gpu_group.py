@@ -6,8 +6,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bench.gpu_layer import STOCK_16, Layer, form_of, make_layer, stock_module
+from bench.gpu_layer import STOCK_16, form_of
 from bench.gpu_timing import interleaved, summary
+from bench.layer import Layer, adapted_module, make_layer
 from mica import reference
 from mica.ops import mica_linear, mica_linear_group
 
@@ -27,7 +28,7 @@ def _layers(tokens: int, out: int, inner: int, rank: int, dtype: torch.dtype, de
 def _forwards(layers: list[Layer]) -> dict[str, tuple]:
     """rival -> (forward() -> outputs, what the backward differentiates by)."""
     x, lora_As = layers[0].x, [layer.lora_A for layer in layers]
-    stock = [stock_module(layer, x.dtype) for layer in layers]
+    stock = [adapted_module(layer, x.dtype) for layer in layers]
     lists = [[getattr(layer, name) for layer in layers] for name in ("weight", "lora_A", "lora_B", "scaling")]
     return {
         BARE: (lambda: [F.linear(x, layer.weight) for layer in layers], [x]),

@@ -8,13 +8,16 @@ import torch
 from torch import Tensor, nn
 
 
-def saved_bytes(forward: Callable[[], Tensor], without: Iterable[nn.Module]) -> int:
+def saved_bytes(
+    forward: Callable[[], Tensor], without: Iterable[nn.Module], but: Iterable[Tensor] = ()
+) -> int:
     """Bytes saved for the backward of ``forward()``, by storage, without these models' parameters.
 
-    Counted through saved-tensor hooks. What a library keeps on its own in an autograd.Function is not seen;
-    with bitsandbytes that is the packed weight, a parameter.
+    ``but``: further tensors that are there anyway. Counted through saved-tensor hooks. What a library keeps
+    on its own in an autograd.Function is not seen; with bitsandbytes that is the packed weight, a parameter.
     """
-    parameters = {p.untyped_storage().data_ptr() for model in without for p in model.parameters()}
+    known = [*but, *(p for model in without for p in model.parameters())]
+    parameters = {tensor.untyped_storage().data_ptr() for tensor in known}
     storages = {}
 
     def pack(tensor):

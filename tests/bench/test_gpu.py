@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from bench import gpu, gpu_group, gpu_layer, gpu_report, gpu_timing
+from bench.layer import exact, make_layer, relative_errors
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -59,7 +60,7 @@ def test_without_a_gpu_it_says_so():
 
 @pytest.fixture
 def layer():
-    return gpu_layer.make_layer(20, 24, 32, 4, torch.bfloat16, "cpu")
+    return make_layer(20, 24, 32, 4, torch.bfloat16, "cpu")
 
 
 def test_a_wrong_result_gets_no_time(layer, monkeypatch):
@@ -76,11 +77,15 @@ def test_a_wrong_result_gets_no_time(layer, monkeypatch):
 
 def test_stock_is_the_same_arithmetic(layer):
     found = gpu_layer.rivals(layer, compiled=False)
-    truth = gpu_layer.exact(layer)
+    truth = exact(layer)
+
+    def errors(rival):
+        return relative_errors(rival.run, lambda y: rival.gradients(y, layer.grad_output), truth)
+
     for name in (gpu_layer.STOCK, gpu_layer.STOCK_16):
-        for what, value in gpu_layer.relative_errors(found[name], layer, truth).items():
+        for what, value in errors(found[name]).items():
             assert value <= 2e-2, (name, what)
-    assert gpu_layer.relative_errors(found[gpu_layer.BARE], layer, truth)["y"] > 2e-2  # no adapter in it
+    assert errors(found[gpu_layer.BARE])["y"] > 2e-2  # no adapter in it
 
 
 def test_the_bytes_of_a_launch(layer):

@@ -1,0 +1,77 @@
+"""What the suites share: how large a run is, which device it measures, and memory beside time."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from math import ceil
+from pathlib import Path
+from typing import TypeVar
+
+import torch
+
+T = TypeVar("T")
+
+# `python -m bench --quick` and `--full` set it.
+SIZE = os.environ.get("MICA_BENCH_SIZE", "default")
+SIZES = ("quick", "default", "full")
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def pick(quick: T, default: T, full: T | None = None) -> T:
+    """What this size of run takes; a full run takes the default's where it has nothing of its own."""
+    chosen = {"quick": quick, "default": default, "full": default if full is None else full}
+    return chosen[SIZE]
+
+
+def finished(call: Callable[[], object]) -> Callable[[], object]:
+    """``call``, and on an accelerator the wait until it is done."""
+    if DEVICE == "cpu":
+        return call
+
+    def waiting() -> object:
+        result = call()
+        torch.cuda.synchronize()
+        return result
+
+    return waiting
+
+
+def iterations(seconds: float, sample: float = 0.02) -> int:
+    """How many calls of this length make one sample of about ``sample`` seconds: 1 to 100."""
+    return min(100, max(1, ceil(sample / seconds)))
+
+
+@contextmanager
+def peak_growth() -> Iterator[Callable[[], float | None]]:
+    """What is yielded gives, afterwards, by how many bytes memory grew at its highest point inside.
+
+    Of the device's allocator on CUDA, of the process's resident memory on Linux, None elsewhere.
+    """
+    unknown = DEVICE == "cpu" and not Path("/proc/self/clear_refs").exists()
+    before = None if unknown else _peak(reset=True)
+    yield lambda: None if before is None else max(0, after - before)
+    after = None if before is None else _peak()
+
+
+def _peak(reset: bool = False) -> int:
+    """Highest use since the last reset; directly after a reset, the present use."""
+    if DEVICE == "cuda":
+        if reset:
+            torch.cuda.reset_peak_memory_stats()
+        return torch.cuda.max_memory_allocated()
+    if reset:
+        Path("/proc/self/clear_refs").write_text("5")
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return int(next(line.split()[1] for line in lines if line.startswith("VmHWM"))) * 1024
+
+
+def trainable_bytes(model: torch.nn.Module) -> int:
+    return sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
+
+
+def optimizer_bytes(optimizer: torch.optim.Optimizer) -> int:
+    """Of the states, as they are after a step."""
+    values = (value for state in optimizer.state.values() for value in state.values())
+    return sum(value.numel() * value.element_size() for value in values if torch.is_tensor(value))
