@@ -1,4 +1,4 @@
-"""Shapes of models by name, as their published configurations give them: what is counted and modelled from."""
+"""Shapes of models by name, from their published configurations: what is counted and modelled."""
 
 from __future__ import annotations
 
