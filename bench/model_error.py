@@ -116,7 +116,7 @@ def initialisation_seconds(axes: dict, rival: str, device: Device) -> float | No
     model = ARCHITECTURES.get(str(axes["model"]).lower())
     if model is None or rival != STOCK or device.target != "cpu":
         return None
-    return initialisation_cost.stock_seconds(model, device.fp32, initialisation_cost.SVD_SHARE["cpu"])
+    return initialisation_cost.stock_seconds(model, device.fp32, initialisation_cost.SVD_SHARE["cpu"][0])
 
 
 SUITES = {"layer": layer_seconds, "step": step_seconds, "initialisation": initialisation_seconds}
@@ -153,7 +153,7 @@ def modelled_errors(result: Result, device: Device | None = None) -> list[Error]
 
 
 def gpu_errors(name: str, folder: Path = RESULTS) -> list[Error]:
-    """The same for the device ``name`` of `bench.kernel_cost`, from files of `bench.gpu`; its assumed rates."""
+    """The same for a device of `bench.kernel_cost` and its assumed rates, from files of `bench.gpu`."""
     errors: dict[str, list[float]] = defaultdict(list)
     device = DEVICES[name]
     for file in sorted(folder.glob("*/*.json")):

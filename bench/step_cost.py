@@ -33,6 +33,7 @@ PASSES: dict[str, tuple[str, str]] = {
     "rope": ("bb b bb bb bbb", "bb b bb b bbb bb bbb bb"),
     "copy to the cache of k and v": ("bb", "."),
     "q/k/v of one tensor": ("", "bb"),
+    "positions": ("bb", ""),
     "SiLU · up": ("bb bbb", "bbb bbb bbb"),
     "GELU, by tanh": ("bb bb bb bbb bb bb bb bbb", "bbb bbb bbb bb bb bb bb bbb bbb bb bbb"),
     "residual": ("bbb", "bbb"),
@@ -92,6 +93,7 @@ def others(model: Architecture, tokens: int, sequence: int, size: int) -> dict[s
         found["norms"] = rows("LayerNorm", width, 2 * layers + 1)
         found["activation"] = rows("GELU, by tanh", model.feed_forward, layers)
         found["q/k/v"] = rows("q/k/v of one tensor", width + 2 * kv, layers)
+        found["positions"] = rows("positions", width, 1)
     else:
         found["norms"] = rows("RMSNorm", width, 2 * layers + 1)
         found["activation"] = rows("SiLU · up", model.feed_forward, layers)
