@@ -53,8 +53,8 @@ def initialisation(model: Architecture, name: str, device: Device, rank: int) ->
     shares = initialisation_cost.SVD_SHARE["cpu" if device.target == "cpu" else "gpu"]
     stock, slowest, fastest = (initialisation_cost.stock_seconds(model, device.fp32, one) for one in shares)
     told = [
-        f"  {stock:>9.2f} s  stock PEFT: a full fp32 SVD of every weight, at an ASSUMED {shares[0]:.1%} of the "
-        f"rate of fp32 products; {fastest:.0f} to {slowest:.0f} s at {shares[2]:.1%} to {shares[1]:.1%}"
+        f"  {stock:>9.2f} s  stock PEFT: a full fp32 SVD of every weight, ASSUMED to reach {shares[0]:.1%} of "
+        f"products' rate\n{'':>14}({fastest:.0f} to {slowest:.0f} s at {shares[2]:.1%} to {shares[1]:.1%})"
     ]
     numbers: dict = {"stock_seconds": stock, "stock_range": [fastest, slowest], "assumed_shares": shares}
     why = initialisation_cost.why_not(model, name, rank)
@@ -63,8 +63,8 @@ def initialisation(model: Architecture, name: str, device: Device, rank: int) ->
     solved = initialisation_cost.ours(model, name, rank)
     seconds = sum(one.seconds for one in solved)
     told.append(
-        f"  {seconds:>9.2f} s  mica.fast: the solver's own code, counted, without the host's part of it; "
-        f"{fastest / seconds:.0f} to {slowest / seconds:.0f} times faster"
+        f"  {seconds:>9.2f} s  mica.fast: the solver's own code, counted, without the host's part of it\n"
+        f"{'':>14}({fastest / seconds:.0f} to {slowest / seconds:.0f} times faster)"
     )
     for one in solved:
         out, inner = one.shape
