@@ -17,7 +17,7 @@ from mica.subspace.device import batch_size
 
 # ASSUMED shares of the fp32 rate that an SVD reaches: what is taken, and the range it may lie in. GPUs: times
 # that others have published (A100, n = 1024; Titan X, n = 4160) come to 0.3 to 3 %. CPUs: times in
-# bench/results come to 10 % for SmolLM2's weights and 40 % for 4096 x 4096, if products run at 200 GF/s there.
+# bench/results come to 10 % for SmolLM2's weights and 40 % for 4096 x 4096, at 200 GF/s for products.
 SVD_SHARE = {"gpu": (0.01, 0.003, 0.03), "cpu": (0.2, 0.1, 0.4)}
 
 # A weight whose shorter side is longer is not solved here: n = 8192 takes minutes and 2 GB on a CPU.

@@ -2,7 +2,8 @@
 
 ``python -m bench.model --device h100 --model llama-3.1-8b``: from flops, bytes and launches, rival by rival
 (`bench.step_cost`, `bench.initialisation_cost`), at assumed rates of the device. ``--device measured`` takes
-the rates that a result file has. Wherever there are measurements, the model's error is printed.
+the rates that a result file has. Wherever there are measurements, the model's error is printed. Whether a step
+fits into the device's memory is not asked.
 """
 
 from __future__ import annotations
@@ -53,8 +54,8 @@ def initialisation(model: Architecture, name: str, device: Device, rank: int) ->
     shares = initialisation_cost.SVD_SHARE["cpu" if device.target == "cpu" else "gpu"]
     stock, slowest, fastest = (initialisation_cost.stock_seconds(model, device.fp32, one) for one in shares)
     told = [
-        f"  {stock:>9.2f} s  stock PEFT: a full fp32 SVD of every weight, ASSUMED to reach {shares[0]:.1%} of "
-        f"products' rate\n{'':>14}({fastest:.0f} to {slowest:.0f} s at {shares[2]:.1%} to {shares[1]:.1%})"
+        f"  {stock:>9.2f} s  stock PEFT: a full fp32 SVD of every weight, ASSUMED to reach {shares[0]:.1%} "
+        f"of products' rate\n{'':>14}({fastest:.0f} to {slowest:.0f} s at {shares[2]:.1%} to {shares[1]:.1%})"
     ]
     numbers: dict = {"stock_seconds": stock, "stock_range": [fastest, slowest], "assumed_shares": shares}
     why = initialisation_cost.why_not(model, name, rank)
@@ -138,9 +139,8 @@ def main() -> None:
     print(f"\n{LABEL}: a training step, all linear layers; kept: for the backward, more than the bare model")
     print("\n".join(step_lines(steps)))
     shares = ", ".join(f"{name} {1e3 * seconds:.1f}" for name, seconds in rest.items())
-    print(
-        f"  of every rival's, ms: {shares}; adapted layers of the bare model {1e3 * steps[BARE].linear:.1f}"
-    )
+    linear = ", ".join(f"{name} {1e3 * step.linear:.1f}" for name, step in steps.items())
+    print(f"  adapted layers of it, ms: {linear}\n  the same for every rival, ms: {shares}")
     numbers = {
         "label": LABEL,
         "device": args.device,
