@@ -2,8 +2,8 @@
 
 ``python -m bench.model --device h100 --model llama-3.1-8b``: from flops, bytes and launches, rival by rival
 (`bench.step_cost`, `bench.initialisation_cost`), at assumed rates of the device. ``--device measured`` takes
-the rates that a result file has. Wherever there are measurements, the model's error is printed. Whether a step
-fits into the device's memory is not asked.
+the rates that a result file has. Wherever there are measurements, the model's error is printed. Whether a
+step fits into the device's memory is not asked.
 """
 
 from __future__ import annotations
