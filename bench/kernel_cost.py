@@ -46,7 +46,10 @@ SHAPES = ("8192x4096x4096", "8192x14336x4096", "8192x4096x14336", "512x4096x4096
 
 
 class Layer(NamedTuple):
-    """x (m×k), W (n×k), A (rank×k), B (n×rank); the share of the vendor's speed that our own GEMM has."""
+    """x (m×k), W (n×k), A (rank×k), B (n×rank); the share of the vendor's speed that our own GEMM has.
+
+    ``size``: bytes a number of x, W and y. Our kernels are modelled with bf16 only.
+    """
 
     m: int
     n: int
@@ -54,6 +57,7 @@ class Layer(NamedTuple):
     rank: int
     target: str
     triton_gemm: float = 0.97
+    size: int = BF16
 
 
 class Kernel(NamedTuple):
@@ -129,13 +133,13 @@ def fused_linear(m: int, n: int, k: int, rows: int, speed: float) -> Kernel:
 
 def bare(layer: Layer) -> Cost:
     """x Wᵀ, and dx = dy W: nothing is kept, W being frozen."""
-    m, n, k = layer[:3]
-    return Cost([gemm(m, n, k)], [gemm(m, k, n)], 0)
+    m, n, k, size = *layer[:3], layer.size
+    return Cost([gemm(m, n, k, size)], [gemm(m, k, n, size)], 0)
 
 
 def ours(layer: Layer, fused: bool) -> Cost:
     """`mica.kernel_path`, split or fused. B is prepared once, its rows padded; g and dA are the same."""
-    m, n, k, rank, target, speed = layer
+    m, n, k, rank, target, speed, _ = layer
     columns = padded_columns(rank)
 
     def wide(out: int, inner: int, rows: int) -> list[Kernel]:
@@ -152,14 +156,14 @@ def aten(layer: Layer, chunked: bool) -> Cost:
     """`mica.reference`: skinny GEMMs and `addmm_`; s·A and s·B are made anew by every call.
 
     Chunked, as it stands: dA from chunks of g and x that are copied to fp32 and multiplied there. The control
-    has one bf16 product instead, the most that plain PyTorch can do.
+    has one bf16 product instead, the most that plain PyTorch can do; so has an fp32 layer, in fp32.
     """
-    m, n, k, rank = layer[:4]
-    scale_a, scale_b = (elementwise(rank * width, BF16, BF16) for width in (k, n))
-    forward = [scale_a, gemm(m, rank, k), gemm(m, n, k), gemm(m, n, rank, adds=True)]
-    backward = [scale_b, gemm(m, rank, n), gemm(m, k, n), gemm(m, k, rank, adds=True)]
-    if not chunked:
-        return Cost(forward, [*backward, gemm(rank, k, m)], BF16 * m * k)
+    m, n, k, rank, size = *layer[:4], layer.size
+    scale_a, scale_b = (elementwise(rank * width, size, size) for width in (k, n))
+    forward = [scale_a, gemm(m, rank, k, size), gemm(m, n, k, size), gemm(m, n, rank, size, adds=True)]
+    backward = [scale_b, gemm(m, rank, n, size), gemm(m, k, n, size), gemm(m, k, rank, size, adds=True)]
+    if not chunked or size == FP32:
+        return Cost(forward, [*backward, gemm(rank, k, m, size)], size * m * k)
     backward.append(elementwise(rank * k, FP32))  # zeros
     for start in range(0, m, reference._TOKENS_PER_CHUNK):
         tokens = min(m - start, reference._TOKENS_PER_CHUNK)
@@ -169,31 +173,32 @@ def aten(layer: Layer, chunked: bool) -> Cost:
 
 
 def stock(layer: Layer, size: int) -> Cost:
-    """PEFT's result + lora_B(lora_A(x))·scaling, adapters of ``size`` bytes a number; casts if fp32."""
-    m, n, k, rank = layer[:4]
+    """PEFT's result + lora_B(lora_A(x))·scaling, adapters of ``size`` bytes a number; casts if the layer's
+    numbers have another size."""
+    m, n, k, rank, base = *layer[:4], layer.size
 
     def cast(numbers: int, *sizes: int) -> list[Kernel]:
-        return [elementwise(numbers, *sizes)] if size != BF16 else []
+        return [elementwise(numbers, *sizes)] if size != base else []
 
     forward = [
-        gemm(m, n, k),
-        *cast(m * k, BF16, size),  # x
+        gemm(m, n, k, base),
+        *cast(m * k, base, size),  # x
         gemm(m, rank, k, size),  # h = x Aᵀ
         gemm(m, n, rank, size),  # h Bᵀ, all m×n of it
         elementwise(m * n, size, size),  # · scaling
-        elementwise(m * n, BF16, size, size),  # result + …
-        *cast(m * n, size, BF16),  # in the dtype of the base layer
+        elementwise(m * n, base, size, size),  # result + …
+        *cast(m * n, size, base),  # in the dtype of the base layer
     ]
     backward = [
-        *cast(m * n, BF16, size),  # dy
-        *cast(m * n, size, BF16),  # dy for the base layer
+        *cast(m * n, base, size),  # dy
+        *cast(m * n, size, base),  # dy for the base layer
         elementwise(m * n, size, size),  # · scaling
         gemm(m, rank, n, size),  # g
         gemm(rank, k, m, size),  # dA = gᵀ x
         gemm(m, k, rank, size),  # g A, all m×k of it
-        *cast(m * k, size, BF16),  # g A in the dtype of x
-        gemm(m, k, n),  # dy W
-        elementwise(m * k, BF16, BF16, BF16),  # autograd's sum
+        *cast(m * k, size, base),  # g A in the dtype of x
+        gemm(m, k, n, base),  # dy W
+        elementwise(m * k, base, base, base),  # autograd's sum
     ]
     return Cost(forward, backward, size * m * k)
 
@@ -203,7 +208,7 @@ def grouped(layers: list[Layer]) -> tuple[Cost, Cost]:
 
     One down projection makes every h, one product dA, one update dx. All GEMMs but the first add to dx.
     """
-    m, _, k, rank, target, _ = layers[0]
+    m, _, k, rank, target = layers[0][:5]
     columns, together = padded_columns(rank), rank * len(layers)
     base = Cost([], [elementwise(m * k, BF16, BF16, BF16)] * (len(layers) - 1), 0)
     backward = [grad_a(m, k, together, target), up(m, k, together)]

@@ -15,6 +15,7 @@ from functools import partial
 from typing import NamedTuple
 
 from bench import kernel_cost
+from bench.architectures import ARCHITECTURES
 from bench.kernel_cost import BF16, FP32
 
 TOKENS, RANK = 1024, 16
@@ -29,26 +30,11 @@ class Group(NamedTuple):
     rank: int = RANK
 
 
-BLOCKS = {
-    "Llama-3.2-1B": {
-        "q/k/v": Group(TOKENS, 2048, (2048, 512, 512)),
-        "o": Group(TOKENS, 2048, (2048,)),
-        "gate/up": Group(TOKENS, 2048, (8192, 8192)),
-        "down": Group(TOKENS, 8192, (2048,)),
-    },
-    "Qwen2.5-0.5B": {
-        "q/k/v": Group(TOKENS, 896, (896, 128, 128)),
-        "o": Group(TOKENS, 896, (896,)),
-        "gate/up": Group(TOKENS, 896, (4864, 4864)),
-        "down": Group(TOKENS, 4864, (896,)),
-    },
-    "GPT-2": {
-        "c_attn": Group(TOKENS, 768, (2304,)),
-        "attn.c_proj": Group(TOKENS, 768, (768,)),
-        "c_fc": Group(TOKENS, 768, (3072,)),
-        "mlp.c_proj": Group(TOKENS, 3072, (768,)),
-    },
-}
+def block(name: str) -> dict[str, Group]:
+    return {part: Group(TOKENS, *group) for part, group in ARCHITECTURES[name].block().items()}
+
+
+BLOCKS = {name: block(name.lower()) for name in ("Llama-3.2-1B", "Qwen2.5-0.5B")} | {"GPT-2": block("gpt2")}
 
 
 def bare(group: Group) -> int:
