@@ -1,12 +1,13 @@
 """Two runs of the benchmarks: ``python -m bench.compare OLD.json NEW.json`` says what became slower.
 
 Machines drift, and so do their neighbours; what is compared is each rival's ratio to a baseline of its own
-run, round by round, never seconds. A ratio changed if its two intervals do not overlap and the median moved by
-more than the tolerance. Both, because chance separates intervals, too: with equal truth and 5 rounds each in 1
-of 126 ratios, with 3 rounds in 1 of 10, with many in about 1 of 180. Among hundreds of ratios a few do so, by
-about the noise of a round, and a tolerance above that lets them. Of 3 rounds that is not enough where noise is
-3 %; a lone regression asks for a second run. Nothing is concluded from an interval that is wide: a change that
-disappears in it is not seen.
+run, round by round, never seconds. A ratio changed if its two intervals do not overlap and the median moved
+by more than the tolerance. Both, because chance separates intervals, too: with equal truth and 5 rounds
+each in 1 of 126 ratios, with 3 rounds in 1 of 10, with many in about 1 of 180. Among hundreds of ratios a
+few do so, by about the noise of a round, which the tolerance covers. In simulated runs with noise of 3 %
+uniform, 5 % of tolerance called 13 of 1600 unchanged ratios slower with 3 rounds and none with 5: a lone
+regression asks for a second run. Nothing is concluded from a wide interval; a change that disappears in it
+is not seen.
 
 What is slower, needs more memory or is refused now, and is ours, is a regression. Ratios of other rivals only
 tell that the baseline or the machine behaves differently.
