@@ -9,13 +9,14 @@ import io
 import re
 from collections.abc import Callable, Iterable
 from functools import wraps
+from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple
 
 import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure  # not pyplot: no display and no global state
-from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter, NullLocator
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter, NullLocator
 
 from bench.results import (
     ATEN,
@@ -67,12 +68,9 @@ class Line(NamedTuple):
 
 
 class Bar(NamedTuple):
-    """``colour``: by default that of the rival called ``name``."""
-
     name: str
     value: Ratio
     text: str
-    colour: str = ""
 
 
 def settled(draw: Callable) -> Callable:
@@ -109,12 +107,23 @@ def blank(width: float, height: float, title: str, subtitle: str = "") -> tuple[
     return figure, axes
 
 
+# Half the size: no comments and indents, hundredths of a point, and a glyph's use in fewer words.
+_SHORTER = {
+    r"\s*<!--.*?-->|(?<=\n) +": "",
+    r"\b([1-9]\d*\.\d\d)\d+": r"\1",
+    r"DejaVuSans-": "g",
+    r'(<use [^>]*)transform="translate\(([\d.]+) 0\)"': r'\1x="\2"',
+}
+
+
 def save(figure: Figure, path: Path) -> Path:
-    """Hundredths of a point are enough: numbers from 1 on lose the rest, which is a quarter of the file."""
     text = io.StringIO()
     figure.savefig(text, format="svg", metadata={"Date": None, "Creator": None})
+    short = text.getvalue()
+    for pattern, shorter in _SHORTER.items():
+        short = re.sub(pattern, shorter, short, flags=re.DOTALL)
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(re.sub(r"\b([1-9]\d*\.\d\d)\d+", r"\1", text.getvalue()), newline="\n")
+    path.write_text(short, encoding="utf-8", newline="\n")
     return path
 
 
@@ -141,41 +150,41 @@ def lines(axes: Axes, series: list[Line], unit: str) -> None:
     numbers = [number for _, points in series for ratio in points.values() for number in ratio]
     if min(numbers) > 0 and max(numbers) > 30 * min(numbers):
         axes.set_yscale("log")
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         plain_ticks(axes.yaxis)
     else:
         axes.set_ylim(min(0, *numbers), 1.05 * max(numbers))
-        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}{unit}"))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}{unit}"))
     _name_ends(axes, series)
 
 
 def _name_ends(axes: Axes, series: list[Line], gap: float = 0.065) -> None:
-    """At the height of the last point, pushed apart to at least ``gap`` of the axes' height."""
+    """At the height of the last point, pushed apart to ``gap`` of the axes' height for a line of text."""
     to_axes = axes.transScale + axes.transLimits
     ends = []
     for name, points in series:
         last = max(points)
-        ends.append((float(to_axes.transform((last, points[last].median))[1]), name))
-    ends.sort()
-    heights = [height for height, _ in ends]
-    for i in range(1, len(heights)):
-        heights[i] = max(heights[i], heights[i - 1] + gap)
-    if heights:
-        shift = max(0.0, heights[-1] - 1.0)  # out of the top: all that touch move down
-        for i in reversed(range(len(heights))):
-            upper = heights[i + 1] - gap if i + 1 < len(heights) else heights[i] - shift
-            heights[i] = min(heights[i], upper)
-    for height, (_, name) in zip(heights, ends, strict=True):
         text = name.replace(", adapters in", ",\nadapters in")
+        ends.append((float(to_axes.transform((last, points[last].median))[1]), text, style(name).colour))
+    ends.sort()
+    heights = [height for height, *_ in ends]
+    lines = [1 + text.count("\n") for _, text, _ in ends]
+    gaps = [gap * (a + b) / 2 for a, b in pairwise(lines)]
+    for i, apart in enumerate(gaps):
+        heights[i + 1] = max(heights[i + 1], heights[i] + apart)
+    heights[-1] = min(heights[-1], 1.0)
+    for i, apart in reversed(list(enumerate(gaps))):
+        heights[i] = min(heights[i], heights[i + 1] - apart)
+    for height, (_, text, colour) in zip(heights, ends, strict=True):
         axes.annotate(
             text,
             (1, height),
             xytext=(8, 0),
             xycoords="axes fraction",
             textcoords="offset points",
-            color=style(name).colour,
+            color=colour,
             fontsize=8.5,
             va="center",
-            linespacing=0.95,
             annotation_clip=False,
         )
 
@@ -187,7 +196,7 @@ def bars(axes: Axes, clusters: dict[str, list[Bar]], thick: float = 0.8) -> None
     for cluster in clusters.values():
         start = position
         for bar in cluster:
-            colour = bar.colour or style(bar.name).colour
+            colour = style(bar.name).colour
             middle, low, high = bar.value
             axes.barh(position, middle, thick, color=colour, linewidth=0)[0].set_gid(f"series-{count}")
             if high > low:
@@ -209,5 +218,5 @@ def bars(axes: Axes, clusters: dict[str, list[Bar]], thick: float = 0.8) -> None
     axes.set_ylim(position - 0.9, -0.7)
     axes.set_xlim(0, 1.02 * furthest)
     axes.xaxis.set_major_locator(MaxNLocator(6))
-    axes.grid(visible=False, axis="y")
+    axes.grid(visible=False)  # the numbers are written there
     axes.spines["bottom"].set_visible(False)

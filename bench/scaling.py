@@ -56,9 +56,15 @@ class Family(NamedTuple):
     def at(self) -> str:
         """The fixed axes as text, without suite and pass."""
         shown = {name: value for name, value in self.fixed.items() if name not in ("suite", "pass")}
-        shape = [f"{shown.pop('out')} × {shown.pop('in')}"] if "out" in shown and "in" in shown else []
-        words = [value if isinstance(value, str) else f"{name} {value}" for name, value in shown.items()]
-        return ", ".join([*shape, *map(str, words)])
+        words = [str(shown.pop("model"))] if "model" in shown else []
+        if "out" in shown and "in" in shown:
+            words.append(f"{shown.pop('out')} × {shown.pop('in')}")
+        for name, value in shown.items():
+            counted = name in ("tokens", "layers")
+            words.append(
+                f"{value} {name}" if counted else f"{name} {value}" if name != "dtype" else str(value)
+            )
+        return ", ".join(words)
 
 
 def families(result: Result, axis: str, **chosen: str | int) -> list[Family]:

@@ -130,6 +130,16 @@ def test_a_refused_rival_leaves_the_others(tmp_path):
     assert len(gids(drawn[0][0], "series-")) == 4
 
 
+def test_of_many_methods_the_default_is_drawn(tmp_path):
+    run = a_run("subspace")
+    for one in run.groups:
+        for i in range(8):
+            one.rivals[f"minor_subspace, gram, r = {2**i}"] = results.Rival([0.5] * 7)
+    ((path, _),) = plots.draw(run, tmp_path, "many")
+    assert len(gids(path, "series-")) == 6 * 3  # SVD of the tall form, two ranks
+    assert path.stat().st_size < 100_000
+
+
 def test_overheads_are_those_over_the_bare_layer():
     one = results.Group("", {}, {BARE: results.Rival([1.0, 2.0]), FAST: results.Rival([1.25, 2.5])})
     assert plots._percent(one, FAST) == (25, 25, 25)
