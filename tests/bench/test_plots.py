@@ -145,16 +145,19 @@ def test_overheads_are_those_over_the_bare_layer():
     assert plots._percent(one, FAST) == (25, 25, 25)
 
 
-def test_names_at_the_ends_of_lines_do_not_touch():
+@pytest.mark.parametrize("end", [1, 50, 99])
+def test_names_at_the_ends_of_lines_do_not_touch_nor_leave_the_picture(end):
     _, axes = drawing.blank(7, 3.5, "")
-    close = {
-        name: {1: results.Ratio(*[1 + i / 1000] * 3), 2: results.Ratio(*[9 + i / 1000] * 3)}
-        for i, name in enumerate("abcdef")
-    }
-    drawing.lines(axes, [drawing.Line(name, points) for name, points in close.items()], " %")
+    ends = [0, *(end + i / 1000 for i in range(5)), 100]
+    series = [
+        drawing.Line(name, {1: results.Ratio(1, 1, 1), 2: results.Ratio(value, value, value)})
+        for name, value in zip("abcdefg", ends, strict=True)
+    ]
+    drawing.lines(axes, series, " %")
     heights = [text.xy[1] for text in axes.texts]
-    assert [text.get_text() for text in axes.texts] == list("abcdef")
+    assert [text.get_text() for text in axes.texts] == list("abcdefg")
     assert all(b - a > 0.06 for a, b in pairwise(heights))
+    assert heights[0] >= 0
     assert heights[-1] <= 1
 
 
