@@ -6,7 +6,7 @@ VENV   := .venv
 RUN    := $(VENV)/bin/python
 READY  := $(VENV)/.installed
 
-.PHONY: demo test lint static mutants conformance bench gpu clean
+.PHONY: demo test lint static mutants conformance bench bench-compare gpu clean
 
 $(READY): pyproject.toml
 	test -x $(RUN) || $(PYTHON) -m venv $(VENV)
@@ -41,6 +41,10 @@ conformance: $(READY)
 
 bench: $(READY)
 	$(RUN) -m bench
+
+# What became slower from one run's JSON file to another's: make bench-compare OLD=... NEW=...
+bench-compare: $(READY)
+	$(RUN) -m bench.compare $(OLD) $(NEW)
 
 # On a machine with a GPU, in its own Python environment (PYTHON=...), where torch, triton and PEFT are
 gpu:
