@@ -51,7 +51,8 @@ def main() -> int:
         raw = Path(folder) / "raw.json"
         done = subprocess.run([*command, f"--benchmark-json={raw}"], env=environment)
         if not raw.exists() or not raw.stat().st_size:
-            return done.returncode or 1  # nothing was timed
+            print("bench: nothing was timed", file=sys.stderr)
+            return done.returncode or 1
         result = fold(json.loads(raw.read_text()))
     file = args.output / f"{name}.json"
     result.save(file)

@@ -44,6 +44,11 @@ class Cell(NamedTuple):
         del facts["compiled"]
         return {"suite": "layer", **facts, "in": facts.pop("inner")}
 
+    @property
+    def key(self) -> str:
+        """For ``-k``."""
+        return f"{self.tokens}x{self.out}x{self.inner}-r{self.rank}-{self.dtype}"
+
     def group(self, part: str) -> str:
         return (
             f"layer, {self.tokens} tokens, {self.out} x {self.inner}, r = {self.rank}, {self.dtype}, {part}"
@@ -159,7 +164,7 @@ def cases():
         for round_ in range(ROUNDS):
             for part in (FORWARD, BACKWARD):
                 for name in names:
-                    yield pytest.param(cell, round_, part, name, id=f"{cell.group(part)}-{round_}-{name}")
+                    yield pytest.param(cell, round_, part, name, id=f"{cell.key}-{part}-{round_}-{name}")
 
 
 @pytest.mark.parametrize(("cell", "round_", "part", "rival"), cases())

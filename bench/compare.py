@@ -35,7 +35,7 @@ OURS = (FAST, "minor_subspace")
 MEMORY = {"saved_mb": 0.01, "peak_mb": 0.20}
 
 # What is told where it differs; the first three make another machine.
-_CIRCUMSTANCES = ("cpu", "device", "threads", "python", "torch", "peft", "transformers", "triton", "quick")
+_CIRCUMSTANCES = ("cpu", "device", "threads", "python", "torch", "peft", "transformers", "triton", "size")
 
 
 class UnusableError(Exception):

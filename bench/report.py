@@ -1,76 +1,186 @@
-"""Medians and paired ratios of a pytest-benchmark result, as Markdown: ``python -m bench.report FILE``."""
+"""The report of a result file, Markdown and pictures: ``python -m bench.report FILE.json`` writes it again.
+
+Every figure in it follows from the file. Ratios are of one and the same round, the rivals having taken turns:
+median, and in brackets an interval that holds the true median with 95 % (`bench.results.interval`).
+"""
 
 from __future__ import annotations
 
-import json
 import sys
-from collections import defaultdict
+from functools import partial
 from pathlib import Path
-from statistics import median
 
-BARE = "bare frozen model"
-BASELINES = (BARE, "stock PEFT", "PEFT LoRA", "mica.fast, ungrouped", "torch.linalg.svd", "1 process")
+from bench import model_error, plots, scaling
+from bench.answers import answers, cells
+from bench.results import (
+    ATEN,
+    BARE,
+    BOTH,
+    COMPILED,
+    FAST,
+    LORA,
+    STOCK,
+    STOCK_16,
+    UNGROUPED,
+    Group,
+    Result,
+)
+
+SVD, ONE_PROCESS = "torch.linalg.svd", "1 process"
+BASELINES = (BARE, STOCK, LORA, UNGROUPED, SVD, ONE_PROCESS)
 # Whose overhead over the bare model the others' is compared with, too.
-OVERHEADS = ("PEFT LoRA", "mica.fast, ungrouped")
-LIBRARIES = ("torch", "peft", "transformers", "bitsandbytes")
+OVERHEADS = (LORA, UNGROUPED)
+MACHINE = ("cpu", "device", "threads", "torch", "peft", "transformers", "triton", "bitsandbytes", "python")
+TITLES = {
+    "initialisation": "Initialisation of a whole model",
+    "subspace": "Initialisation of one weight",
+    "loading": "Loading an adapter",
+    "merge": "Merging",
+    "step": "A training step",
+    "block": "A decoder block",
+    "layers": "Blocks one after the other",
+    "quantised": "Over a quantised base",
+    "distributed": "Several processes",
+    "rate": "What the machine can do",
+}
+# In the tables of layers: (column, rival, baseline)
+LAYER_RATIOS = (
+    ("stock ÷ bare", STOCK, BARE),
+    ("mica.fast ÷ bare", FAST, BARE),
+    ("mica.fast ÷ stock", FAST, STOCK),
+    ("16-bit adapters ÷ stock", STOCK_16, STOCK),
+    ("these compiled ÷ stock", COMPILED, STOCK),
+    ("LoRA ÷ stock", LORA, STOCK),
+    ("control ÷ stock", ATEN, STOCK),
+)
 
 
-def groups(result: dict) -> dict[str, dict[str, dict]]:
-    """group -> rival -> {"seconds": [one a round], and what the suite noted}."""
-    found: dict = defaultdict(lambda: defaultdict(lambda: {"seconds": []}))
-    for benchmark in result["benchmarks"]:
-        entry = found[benchmark["group"]][benchmark["extra_info"]["rival"]]
-        entry["seconds"].append(benchmark["stats"]["median"])
-        entry.update({key: value for key, value in benchmark["extra_info"].items() if key != "rival"})
-    return found
+def markdown_table(header: list[str], rows: list[list[str]]) -> str:
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-def ratio(entry: dict, baseline: dict) -> str:
-    """Median and range over the rounds of rival ÷ baseline, each from one and the same round."""
-    pairs = [a / b for a, b in zip(entry["seconds"], baseline["seconds"], strict=True)]
-    return f"{median(pairs):.3f} ({min(pairs):.2f}–{max(pairs):.2f})"
-
-
-def overhead(entry: dict, baseline: dict, bare: dict) -> str:
-    """Median and range over the rounds of (rival - bare) ÷ the baseline's median (baseline - bare).
-
-    Each difference is of one round. The divisor is a median: a round in which the baseline happens to be
-    hardly slower than the bare model would blow up a quotient of its own.
-    """
-    extra, unit = (
-        [a - b for a, b in zip(one["seconds"], bare["seconds"], strict=True)] for one in (entry, baseline)
-    )
-    if median(unit) <= 0:  # not measurably slower than the bare model
-        return ""
-    low, middle, high = (of(extra) / median(unit) for of in (min, median, max))
-    return f"{middle:.3f} ({low:.2f}–{high:.2f})"
-
-
-def table(group: str, rivals: dict[str, dict]) -> str:
-    present = [name for name in BASELINES if name in rivals]
-    overheads = [name for name in OVERHEADS if name in rivals and BARE in rivals]
-    notes = sorted({key for entry in rivals.values() for key in entry} - {"seconds"})
+def group_table(group: Group) -> str:
+    """A row a rival: seconds, ratios to the baselines that are there, what was counted."""
+    present = [name for name in BASELINES if name in group.rivals and len(group.rivals) > 1]
+    overheads = [name for name in OVERHEADS if name in group.rivals and BARE in group.rivals]
+    facts = list(dict.fromkeys(key for rival in group.rivals.values() for key in rival.facts))
     titles = [*(f"÷ {name}" for name in present), *(f"overhead ÷ that of {name}" for name in overheads)]
-    header = ["rival", "median s", *titles, *notes]
-    lines = [f"### {group}", "", " | ".join(header), " | ".join(["---"] * len(header))]
-    for rival, entry in rivals.items():
-        row = [rival, f"{median(entry['seconds']):.3f}"]
-        row += [ratio(entry, rivals[name]) for name in present]
-        row += [overhead(entry, rivals[name], rivals[BARE]) for name in overheads]
-        row += [f"{entry[key]:.4g}" if key in entry else "" for key in notes]
-        lines.append(" | ".join(row))
-    return "\n".join(lines)
+    rows = []
+    for name, rival in group.rivals.items():
+        row = [name, f"{rival.median:.4g}", *(str(group.ratio(name, base)) for base in present)]
+        row += [str(group.overhead(name, base) or "") for base in overheads]
+        row += [f"{rival.facts[key]:.4g}" if key in rival.facts else "" for key in facts]
+        rows.append(row)
+    return f"### {group.name}\n\n" + markdown_table(["rival", "median s", *titles, *facts], rows)
 
 
-def report(path: Path) -> str:
-    result = json.loads(path.read_text())
-    machine = result["machine_info"]
-    cpu = machine.get("cpu", {}).get("brand_raw", machine["machine"])
-    versions = ", ".join(f"{name} {machine[name]}" for name in LIBRARIES if name in machine)
-    head = f"{cpu}, {machine['threads']} threads, {versions}, Python {machine['python_version']}"
-    tables = [table(group, rivals) for group, rivals in groups(result).items()]
-    return "\n\n".join([head, *tables]) + "\n"
+def layer_table(result: Result, dtype: str) -> str | None:
+    """A row a cell, forward and backward summed."""
+    groups = sorted(
+        result.select(suite="layer", dtype=dtype, **{"pass": BOTH}),
+        key=lambda one: (one.axes["out"] * one.axes["in"], one.axes["rank"], one.axes["tokens"]),
+    )
+    columns = [one for one in LAYER_RATIOS if any({*one[1:]} <= group.rivals.keys() for group in groups)]
+    header = [
+        "tokens",
+        "out x in",
+        "r",
+        "bare ms",
+        *(title for title, *_ in columns),
+        "saved MB, stock → mica",
+    ]
+    rows = []
+    for group in groups:
+        axes = group.axes
+        row = [str(axes["tokens"]), f"{axes['out']} x {axes['in']}", str(axes["rank"])]
+        row.append(f"{1e3 * group.rivals[BARE].median:.3g}")
+        for _, rival, base in columns:
+            row.append(str(group.ratio(rival, base)) if {rival, base} <= group.rivals.keys() else "")
+        saved = [group.rivals[name].facts.get("saved_mb") for name in (STOCK, FAST)]
+        row.append("" if None in saved else f"{saved[0]:.3g} → {saved[1]:.3g}")
+        rows.append(row)
+    if not rows:
+        return None
+    return f"### Layers, {dtype}, forward + backward\n\n" + markdown_table(header, rows)
+
+
+def rates_table(groups: list[Group]) -> str:
+    rows = []
+    for group in groups:
+        ((_, measured),) = group.rivals.items()
+        flops, bytes_ = (measured.facts[what] / measured.median / 1e9 for what in ("flops", "bytes"))
+        what = str(group.axes["rate"])
+        rate = f"{1e6 * measured.median:.3g} µs" if what == "call" else f"{bytes_:.0f} GB/s"
+        rows.append([what, f"{flops:.0f} Gflop/s" if "product" in what else rate])
+    return markdown_table(["what", "rate"], rows)
+
+
+def error_table(errors: list[model_error.Error]) -> str:
+    rows = [[one.suite, one.rival, f"{one.median:.0%}", f"{one.worst:.0%}", str(one.cells)] for one in errors]
+    return markdown_table(["suite", "rival", "median error", "worst", "cells"], rows)
+
+
+def _tables(result: Result) -> list[str]:
+    parts = []
+    layers = [table for dtype in ("bfloat16", "float32") if (table := layer_table(result, dtype))]
+    if layers:
+        parts += ["## One layer", *layers]
+    suites = list(dict.fromkeys(group.axes.get("suite", "") for group in cells(result)))
+    for suite in suites:
+        groups = [group for group in cells(result) if group.axes.get("suite", "") == suite]
+        if suite == "layer":
+            continue
+        parts.append(f"## {TITLES.get(str(suite), suite or 'Suites')}")
+        parts += [rates_table(groups)] if suite == "rate" else [group_table(group) for group in groups]
+    return parts
+
+
+def report(result: Result, pictures: list[plots.Picture] = ()) -> str:
+    """Markdown; pictures are linked by file name."""
+    machine, result = result.machine, scaling.summed(result)
+    facts = ", ".join(f"{name} {machine[name]}" for name in MACHINE if name in machine)
+    commit = str(machine.get("commit"))[:12] + (" with changes" if machine.get("uncommitted_changes") else "")
+    parts = [
+        "# What it costs",
+        f"{facts}; commit {commit}, {str(machine.get('datetime'))[:16]}, a {machine.get('size')} run.",
+        "Ratios are of one round, in which rivals took turns: the median, and an interval that holds the true"
+        " median with 95 %. The overhead of a rival is its ratio to the bare frozen model, less 1.",
+        "\n".join(answers(result)),
+    ]
+    if result.refused:
+        lines = [f"- {one['group']}: {one['why']}" for one in result.refused]
+        parts.append(
+            "**No number**, because a check before or after the timing failed:\n\n" + "\n".join(lines)
+        )
+    parts += [f"![{caption}]({path.name})\n\n{caption}" for path, caption in pictures]
+    parts += _tables(result)
+    fits = [
+        fit
+        for fit in scaling.fits(result)
+        if BOTH in fit.what or fit.axis == "layers" or fit.what.startswith("subspace")
+    ]
+    if fits:
+        parts += ["## How it grows", scaling.table(fits).rstrip()]
+    errors = model_error.modelled_errors(result)
+    if errors:
+        parts += [
+            "## The cost model against this run",
+            "|modelled ÷ measured - 1| of `bench.model` with the rates above; of a ratio where it says so.",
+            error_table(errors),
+        ]
+    return "\n\n".join(parts) + "\n"
+
+
+def write(file: Path) -> str:
+    """Draw the pictures and write the report beside the result file; returns the report."""
+    result = Result.load(file)
+    device = model_error.measured_device(result)
+    roofline = partial(model_error.layer_seconds, device=device) if device else None
+    text = report(result, plots.draw(result, file.parent, file.stem, roofline))
+    file.with_suffix(".md").write_text(text)
+    return text
 
 
 if __name__ == "__main__":
-    print(report(Path(sys.argv[1])), end="")
+    print(write(Path(sys.argv[1])), end="")

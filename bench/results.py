@@ -10,10 +10,12 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
-from math import comb
+from math import comb, exp, inf, log
 from pathlib import Path
-from statistics import median
+from statistics import mean, median, stdev
 from typing import NamedTuple
+
+from scipy.special import stdtrit  # quantiles of Student's t
 
 BARE, STOCK, FAST = "bare frozen model", "stock PEFT", "mica.fast"
 STOCK_16 = "stock PEFT, adapters in the base dtype"
@@ -30,24 +32,41 @@ class Ratio(NamedTuple):
     high: float
 
     def __str__(self) -> str:
-        return f"{self.median:.3f} ({self.low:.2f}–{self.high:.2f})"
+        if self.high == inf:
+            return f"{self.median:.3f} (one round)"
+        digits = 2 if abs(self.median) < 100 else 0
+        return f"{self.median:.{digits + 1}f} ({self.low:.{digits}f}–{self.high:.{digits}f})"
 
     def overlaps(self, other: Ratio) -> bool:
         return self.low <= other.high and other.low <= self.high
 
 
 def interval(values: list[float]) -> Ratio:
-    """Median and its distribution-free confidence interval of at least 95 %, by order statistics.
+    """Median and a confidence interval of at least 95 %.
 
-    The k-th smallest and k-th largest enclose the true median unless fewer than k values lie on one side of
-    it, whatever the distribution. Up to 5 values that is less than 95 % even for the range, which is taken:
-    94 % for 5, 87.5 % for 4, 75 % for 3.
+    By order statistics: the k-th smallest and k-th largest enclose the true median unless fewer than k values
+    lie on one side of it, whatever the distribution. With fewer than 6 values even the range holds it with
+    less than 95 %; then Student's interval, of the logarithms where all are positive, and at least the range.
+    Of one value nothing is known: from 0 to infinity.
     """
     ordered, n = sorted(values), len(values)
+    if n == 1:
+        return Ratio(ordered[0], 0.0, inf)
+    if n < 6:
+        return _students(ordered)
     k = 1
     while 2 * sum(comb(n, below) for below in range(k + 1)) <= 0.05 * 2**n:
         k += 1
     return Ratio(median(ordered), ordered[k - 1], ordered[n - k])
+
+
+def _students(ordered: list[float]) -> Ratio:
+    positive = ordered[0] > 0
+    numbers = [log(value) for value in ordered] if positive else ordered
+    reach = stdtrit(len(numbers) - 1, 0.975) * stdev(numbers) / len(numbers) ** 0.5
+    ends = mean(numbers) - reach, mean(numbers) + reach
+    low, high = map(exp, ends) if positive else ends
+    return Ratio(median(ordered), min(low, ordered[0]), max(high, ordered[-1]))
 
 
 @dataclass

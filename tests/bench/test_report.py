@@ -1,30 +1,102 @@
-"""The overhead column of the benchmark report."""
+"""The report: tables, and the lines that answer."""
 
 import sys
 from importlib import import_module
 from pathlib import Path
 
+import pytest
+
 sys.path.append(str(Path(__file__).resolve().parents[2]))  # `bench` is run from a checkout, never installed
-report = import_module("bench.report")
-
-BARE = {"seconds": [1.0, 2.0, 1.0]}
-LORA = {"seconds": [2.0, 2.1, 3.0]}  # overheads 1, 0.1, 2: the median is 1
-FAST = {"seconds": [1.5, 2.25, 1.0]}  # 0.5, 0.25, 0
+answers, report, results = (import_module(f"bench.{name}") for name in ("answers", "report", "results"))
+BARE, STOCK, STOCK_16, FAST = results.BARE, results.STOCK, results.STOCK_16, results.FAST
+MACHINE = {"cpu": "A", "threads": 2, "torch": "2.9", "commit": "abc", "uncommitted_changes": False}
 
 
-def test_overhead_is_of_one_round_over_the_median_of_the_baselines():
-    assert report.overhead(FAST, LORA, BARE) == "0.250 (0.00–0.50)"
-    assert report.overhead(BARE, LORA, BARE) == "0.000 (0.00–0.00)"
+def group(name, axes, **medians):
+    """Rivals with nine rounds within 1 % of their medians, the same ones for all."""
+    rivals = {
+        globals()[rival]: results.Rival([seconds * (1 + i / 1000) for i in range(-4, 5)], {})
+        for rival, seconds in medians.items()
+    }
+    return results.Group(name, axes, rivals)
 
 
-def test_no_overhead_over_a_baseline_that_has_none():
-    assert report.overhead(FAST, BARE, BARE) == ""
+def layer(tokens, part, fast):
+    axes = {"suite": "layer", "tokens": tokens, "out": 64, "in": 32, "rank": 8, "dtype": "bfloat16"}
+    return group(
+        f"layer, {tokens} tokens, {part}",
+        {**axes, "pass": part},
+        BARE=1.0,
+        STOCK=2.0,
+        STOCK_16=1.5,
+        FAST=fast,
+    )
 
 
-def test_the_table_has_the_column_where_both_are_there():
-    rivals = {report.BARE: BARE, "PEFT LoRA": LORA, "mica.fast": FAST}
-    header, *_, last = report.table("step", rivals).splitlines()[2:]
-    assert header.split(" | ")[-1] == "overhead ÷ that of PEFT LoRA"
-    assert last.split(" | ")[-1] == "0.250 (0.00–0.50)"
-    del rivals[report.BARE]
-    assert "overhead" not in report.table("step", rivals)
+@pytest.fixture
+def result():
+    step = group(
+        "training step",
+        {"suite": "step", "tokens": 1024, "dtype": "bfloat16"},
+        BARE=4.0,
+        STOCK=6.0,
+        FAST=4.5,
+    )
+    for rival, mb in ((BARE, 100.0), (STOCK, 300.0), (FAST, 140.0)):
+        step.rivals[rival].facts["saved_mb"] = mb
+    once = {"initialisation": (20.0, 2.5), "loading": (26.0, 0.26), "merge": (1.0, 3.0)}
+    others = [
+        group(suite, {"suite": suite, "model": "M"}, STOCK=stock, FAST=fast)
+        for suite, (stock, fast) in once.items()
+    ]
+    layers = [
+        layer(tokens, part, fast)
+        for tokens, fast in ((128, 2.2), (512, 1.6))
+        for part in (results.FORWARD, results.BACKWARD)
+    ]
+    return results.Result(MACHINE, [step, *others, *layers])
+
+
+def test_each_question_is_answered_with_its_figure(result):
+    lines = {
+        line.partition("**: ")[0].removeprefix("- **"): line for line in answers.answers(result.with_both())
+    }
+    assert "8.000× (8.00–8.00) as fast" in lines["Initialisation"]
+    assert "20.0 s → 2.5 s" in lines["Initialisation"]
+    assert "1.333× (1.33–1.33) as fast, 1.12 times the bare frozen model" in lines["A training step"]
+    assert "100.000× (100.00–100.00)" in lines["Loading an adapter"].replace("100.0×", "100.000×").replace(
+        "(100–100)", "(100.00–100.00)"
+    )
+    assert "160 MB less" in lines["Memory"]
+    assert "2 of 6 cells" in lines["Where it is not faster than stock PEFT"]
+    worst_first = lines["Where it is not faster than stock PEFT"]
+    assert worst_first.index("merge: 3.000") < worst_first.index("128 tokens")
+    assert "2 of 2 cells" in next(line for name, line in lines.items() if "16 bit" in name)
+    few = next(line for name, line in lines.items() if "fewer than 256" in name)
+    assert "128 x 64 x 32, bfloat16: 1.100" in few
+    assert "512" not in few
+
+
+def test_what_was_not_measured_is_said():
+    lines = answers.answers(results.Result(MACHINE, []))
+    assert all(line.endswith("not measured in this run.") for line in lines)
+
+
+def test_the_tables_have_ratios_to_stock_and_to_the_bare_model(result):
+    text = report.report(result)
+    assert "| 128 | 64 x 32 | 8 | 2e+03 | 2.000 (2.00–2.00) | 2.200 (2.20–2.20) | 1.100 (1.10–1.10) |" in text
+    assert "| mica.fast | 4.5 | 1.125 (1.12–1.12) | 0.750 (0.75–0.75) | 140 |" in text
+    assert "No number" not in text
+
+
+def test_the_column_of_overheads_is_there_where_both_are():
+    rivals = {name: results.Rival([1.0 * i, 2.0 * i]) for i, name in enumerate((BARE, "PEFT LoRA", FAST), 1)}
+    header = report.group_table(results.Group("step", {}, rivals)).splitlines()[2]
+    assert header.endswith("| overhead ÷ that of PEFT LoRA |")
+    del rivals[BARE]
+    assert "overhead" not in report.group_table(results.Group("step", {}, rivals))
+
+
+def test_refused_cells_are_listed(result):
+    result.refused = [{"group": "a cell", "why": "mica.fast: the error of dx is 1"}]
+    assert "- a cell: mica.fast: the error of dx is 1" in report.report(result)

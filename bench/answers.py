@@ -1,0 +1,122 @@
+"""The questions that a run answers, each in one line with its figure."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from bench.results import (
+    ATEN,
+    BARE,
+    BOTH,
+    COMPILED,
+    FAST,
+    STOCK,
+    STOCK_16,
+    UNGROUPED,
+    Group,
+    Ratio,
+    Result,
+)
+
+FEW_TOKENS = 256  # below, the cost of calls dominates on a CPU
+
+
+def inverse(ratio: Ratio) -> str:
+    """As "1.42× (1.38–1.47)", how many times as fast."""
+    low, high = (1 / ratio.high if ratio.high else 0.0), (1 / ratio.low if ratio.low else float("inf"))
+    return str(Ratio(1 / ratio.median, low, high)).replace(" ", "× ", 1)
+
+
+def answers(result: Result) -> list[str]:
+    """Markdown lines; a question that this run cannot answer is said to be open."""
+    return [
+        f"- **Initialisation**: {_initialisation(result)}",
+        f"- **A training step**: {_step(result)}",
+        f"- **Loading an adapter**: {_loading(result)}",
+        f"- **Memory**: {_memory(result)}",
+        f"- **Where it is not faster than stock PEFT**: {_slower(result, STOCK)}",
+        f"- **Where it is not faster than stock PEFT told to keep adapters in 16 bit** (not its default): "
+        f"{_slower(result, STOCK_16)}",
+        f"- **Where it is not faster than that under `torch.compile`**: {_slower(result, COMPILED)}",
+        f"- **Where it is not faster than the control**, plain PyTorch with less precise dA: "
+        f"{_slower(result, ATEN)}",
+        f"- **Layers with fewer than {FEW_TOKENS} tokens**, mica.fast ÷ stock PEFT: {_few_tokens(result)}",
+    ]
+
+
+NOT_MEASURED = "not measured in this run."
+
+
+def _initialisation(result: Result) -> str:
+    parts = [
+        f"{inverse(group.ratio(FAST, STOCK))} as fast as stock PEFT for {group.axes['model']} "
+        f"({group.rivals[STOCK].median:.1f} s → {group.rivals[FAST].median:.1f} s)"
+        for group in result.select(suite="initialisation")
+    ]
+    return "; ".join(parts) + "." if parts else NOT_MEASURED
+
+
+def _step(result: Result) -> str:
+    parts = [
+        f"{group.axes['dtype']}, {group.axes['tokens']} tokens: {inverse(group.ratio(FAST, STOCK))} as fast, "
+        f"{group.ratio(FAST, BARE).median:.2f} times the bare frozen model, stock PEFT "
+        f"{group.ratio(STOCK, BARE).median:.2f} times"
+        for group in result.select(suite="step")
+    ]
+    return "; ".join(parts) + "." if parts else NOT_MEASURED
+
+
+def _loading(result: Result) -> str:
+    parts = [
+        f"{inverse(group.ratio(FAST, STOCK))} as fast "
+        f"({group.rivals[STOCK].median:.1f} s → {group.rivals[FAST].median:.2f} s)"
+        for group in result.select(suite="loading")
+    ]
+    return "; ".join(parts) + "." if parts else NOT_MEASURED
+
+
+def _memory(result: Result) -> str:
+    parts = []
+    for group in result.select(suite="step"):
+        stock, ours, bare = (group.rivals[name].facts.get("saved_mb") for name in (STOCK, FAST, BARE))
+        if None in (stock, ours, bare):
+            continue
+        parts.append(
+            f"{group.axes['dtype']}, {group.axes['tokens']} tokens: {stock - ours:.0f} MB less are saved for "
+            f"the backward ({stock:.0f} → {ours:.0f} MB, the bare model {bare:.0f} MB)"
+        )
+    return "; ".join(parts) + "." if parts else NOT_MEASURED
+
+
+def cells(result: Result) -> Iterator[Group]:
+    """Forward and backward of a layer summed; the other suites as they are."""
+    for group in result.groups:
+        if group.axes.get("pass") in (None, BOTH):
+            yield group
+
+
+def _slower(result: Result, rival: str) -> str:
+    found, count = [], 0
+    for group in cells(result):
+        for ours in (FAST, UNGROUPED):
+            if ours in group.rivals and rival in group.rivals:
+                count += 1
+                ratio = group.ratio(ours, rival)
+                if ratio.median >= 1:
+                    found.append((ratio.median, f"{group.name}: {ratio}"))
+    if not count:
+        return NOT_MEASURED
+    if not found:
+        return f"nowhere, in {count} cells."
+    found.sort(reverse=True)
+    return f"{len(found)} of {count} cells (ratios of time): " + "; ".join(text for _, text in found) + "."
+
+
+def _few_tokens(result: Result) -> str:
+    found = [
+        f"{group.axes['tokens']} x {group.axes['out']} x {group.axes['in']}, {group.axes['dtype']}: "
+        f"{group.ratio(FAST, STOCK)}"
+        for group in result.select(suite="layer", **{"pass": BOTH})
+        if int(group.axes["tokens"]) < FEW_TOKENS
+    ]
+    return "; ".join(found) + "." if found else NOT_MEASURED

@@ -1,0 +1,84 @@
+"""``python -m bench`` on one small cell: a result, a report, and what a slow or wrong operator does."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.append(str(ROOT))  # `bench` is run from a checkout, never installed
+CELL = "1024x576x576-r16-bfloat16"
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """run(name, operator=None) -> (exit status, result file, output)."""
+    folder = tmp_path_factory.mktemp("results")
+
+    def run(name, operator=None, which=CELL):
+        environment = {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'tests' / 'support'}"}
+        environment.pop("TRITON_INTERPRET", None)
+        if operator:
+            environment |= {"MICA_TEST_OPERATOR": operator, "PYTEST_ADDOPTS": "-p broken_operator"}
+        command = [sys.executable, "-m", "bench", "--quick", "-k", which, "--name", name]
+        done = subprocess.run(
+            [*command, "--output", folder], cwd=ROOT, env=environment, capture_output=True, text=True
+        )
+        return done.returncode, folder / f"{name}.json", done.stdout + done.stderr
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def usual(run):
+    code, file, output = run("usual")
+    assert code == 0, output
+    return file, output
+
+
+def test_it_writes_a_result_and_its_report(usual):
+    from bench.results import BACKWARD, BARE, FAST, FORWARD, STOCK, Result
+
+    file, output = usual
+    result = Result.load(file)
+    assert [group.axes["pass"] for group in result.groups] == [FORWARD, BACKWARD]
+    for group in result.groups:
+        assert {BARE, STOCK, FAST} <= group.rivals.keys()
+        assert {len(rival.seconds) for rival in group.rivals.values()} == {5}
+    assert not result.refused
+    assert result.machine["size"] == "quick"
+    text = file.with_suffix(".md").read_text()
+    assert text in output
+    assert "| 1024 | 576 x 576 | 16 |" in text
+    assert list(file.parent.glob("usual-*.svg"))
+
+
+def test_a_slow_operator_is_a_regression(run, usual):
+    from bench.compare import main
+
+    code, slow, output = run("slow", "slow")
+    assert code == 0, output
+    assert main([str(usual[0]), str(slow)]) == 1
+    assert main([str(slow), str(usual[0])]) == 0  # faster
+
+
+def test_a_wrong_operator_gets_no_number(run, usual):
+    from bench.compare import main
+    from bench.results import Result
+
+    code, file, output = run("wrong", "wrong", f"{CELL} or (bench_rate and call)")
+    assert code == 1, output
+    result = Result.load(file)
+    assert [group.axes["suite"] for group in result.groups] == ["rate"]
+    assert {one["why"].split(":")[0] for one in result.refused} == {"mica.fast"}
+    assert "**No number**" in file.with_suffix(".md").read_text()
+    assert main([str(usual[0]), str(file)]) == 1
+
+
+def test_nothing_to_time(run):
+    code, file, output = run("nothing", which="no_such_benchmark")
+    assert code != 0
+    assert "nothing was timed" in output
+    assert not file.exists()
