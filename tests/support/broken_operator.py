@@ -1,20 +1,21 @@
-"""A pytest plugin for runs of the benchmarks: the layer's operator is slow or wrong there, as asked for."""
+"""A pytest plugin for runs of the benchmarks: the operators are slow or wrong there, as asked for."""
 
 import os
 import time
 
-from mica import reference
+from mica import ops
 
-_forward = reference.forward
+_compute = ops.compute
 
 
-def _slow(*args, **options):
+def _slow(*args):
     time.sleep(0.02)
-    return _forward(*args, **options)
+    return _compute(*args)
 
 
-def _wrong(*args, **options):
-    return _forward(*args, **options) * 1.1
+def _wrong(name, function, *args):
+    result = _compute(name, function, *args)
+    return result * 1.1 if function == "forward" else result
 
 
-reference.forward = {"slow": _slow, "wrong": _wrong}[os.environ["MICA_TEST_OPERATOR"]]
+ops.compute = {"slow": _slow, "wrong": _wrong}[os.environ["MICA_TEST_OPERATOR"]]
