@@ -39,8 +39,9 @@ conformance: $(READY)
 	$(RUN) -m pip install -q -e ".[conformance]"
 	$(RUN) tests/conformance.py
 
+# All suites, in 15 minutes; ARGS=--quick takes 3, ARGS=--full 40
 bench: $(READY)
-	$(RUN) -m bench
+	$(RUN) -m bench $(ARGS)
 
 # What became slower from one run's JSON file to another's: make bench-compare OLD=... NEW=...
 bench-compare: $(READY)

@@ -14,7 +14,7 @@ from pathlib import Path
 import cpuinfo  # pytest-benchmark's own
 import torch
 
-from bench.harness import SIZES
+from bench.harness import SIZES, instructions
 from bench.report import write
 from bench.results import fold
 
@@ -26,7 +26,8 @@ def machine() -> str:
         return torch.cuda.get_device_name().lower().replace(" ", "-")
     brand = cpuinfo.get_cpu_info().get("brand_raw") or platform.machine()
     words = re.findall(r"\w+", re.sub(r"\(\w+\)", " ", brand.lower()))  # without (R) and (TM)
-    return "-".join([*words, str(torch.get_num_threads()), "threads"])
+    kinds = [instructions()] if instructions() else []
+    return "-".join([*words, *kinds, str(torch.get_num_threads()), "threads"])
 
 
 def main() -> int:

@@ -34,8 +34,9 @@ OURS = (FAST, "minor_subspace")
 # By what share they may grow: bytes that are counted repeat to the byte, a process's peak does not.
 MEMORY = {"saved_mb": 0.01, "peak_mb": 0.20}
 
-# What is told where it differs; the first three make another machine.
-_CIRCUMSTANCES = ("cpu", "device", "threads", "python", "torch", "peft", "transformers", "triton", "size")
+# What is told where it differs.
+_MACHINE = ("cpu", "device", "threads", "bf16 instructions")
+_CIRCUMSTANCES = (*_MACHINE, "python", "torch", "peft", "transformers", "triton", "size")
 
 
 class UnusableError(Exception):
@@ -175,7 +176,7 @@ def load(path: Path) -> Result:
 
 
 def check_machines(old: Result, new: Result, path: Path) -> None:
-    for what in _CIRCUMSTANCES[:3]:
+    for what in _MACHINE:
         was, now = (result.machine.get(what) for result in (old, new))
         if was != now:
             raise UnusableError(f"{path} is of another machine ({what}: {was} before, {now} there).")

@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench.harness import DEVICE, SIZE, finished
+from bench.harness import DEVICE, SIZE, finished, instructions
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests" / "support"))
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -36,6 +36,7 @@ def pytest_benchmark_update_machine_info(config, machine_info):
             machine_info[library] = version(library)
     machine_info["threads"] = torch.get_num_threads()
     machine_info["device"] = torch.cuda.get_device_name() if DEVICE == "cuda" else "cpu"
+    machine_info["bf16 instructions"] = instructions()
     machine_info["size"] = SIZE
     machine_info["node"] = platform.machine()  # no host names in committed results
 

@@ -9,6 +9,7 @@ from math import ceil
 from pathlib import Path
 from typing import TypeVar
 
+import cpuinfo  # pytest-benchmark's own
 import torch
 
 T = TypeVar("T")
@@ -23,6 +24,12 @@ def pick(quick: T, default: T, full: T | None = None) -> T:
     """What this size of run takes; a full run takes the default's where it has nothing of its own."""
     chosen = {"quick": quick, "default": default, "full": default if full is None else full}
     return chosen[SIZE]
+
+
+def instructions() -> str:
+    """Of matrix products in bf16 on this CPU: they decide what an adapter costs there. "" without any."""
+    flags = cpuinfo.get_cpu_info().get("flags", [])
+    return "amx" if "amx_bf16" in flags else "avx512-bf16" if "avx512_bf16" in flags else ""
 
 
 def finished(call: Callable[[], object]) -> Callable[[], object]:

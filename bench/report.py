@@ -30,7 +30,18 @@ SVD, ONE_PROCESS = "torch.linalg.svd", "1 process"
 BASELINES = (BARE, STOCK, LORA, UNGROUPED, SVD, ONE_PROCESS)
 # Whose overhead over the bare model the others' is compared with, too.
 OVERHEADS = (LORA, UNGROUPED)
-MACHINE = ("cpu", "device", "threads", "torch", "peft", "transformers", "triton", "bitsandbytes", "python")
+MACHINE = (
+    "cpu",
+    "bf16 instructions",
+    "device",
+    "threads",
+    "torch",
+    "peft",
+    "transformers",
+    "triton",
+    "bitsandbytes",
+    "python",
+)
 TITLES = {
     "initialisation": "Initialisation of a whole model",
     "subspace": "Initialisation of one weight",

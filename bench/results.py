@@ -163,7 +163,17 @@ class Result:
 
 
 # What of pytest-benchmark's machine_info and of `conftest`'s is kept.
-_MACHINE = ("device", "threads", "torch", "peft", "transformers", "bitsandbytes", "triton", "size")
+_MACHINE = (
+    "device",
+    "threads",
+    "bf16 instructions",
+    "torch",
+    "peft",
+    "transformers",
+    "bitsandbytes",
+    "triton",
+    "size",
+)
 
 
 def fold(raw: dict) -> Result:

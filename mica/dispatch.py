@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextvars
 from collections import Counter
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor
@@ -16,6 +17,8 @@ from mica import backend, reference
 call_counts: Counter[str] = Counter()
 
 LIBRARY = torch.library.Library("mica", "DEF")
+
+_NOTHING = nullcontext()
 
 _force_plain = contextvars.ContextVar("mica_force_plain", default=False)
 
@@ -57,9 +60,11 @@ def backward_of(operator: Callable, body: Callable) -> Callable:
     return plain(body) if torch.is_grad_enabled() else operator
 
 
-def no_autocast(tensor: Tensor) -> torch.autocast:
+def no_autocast(tensor: Tensor) -> AbstractContextManager:
     """Off for the products of a body: a user who calls backward inside autocast gets the same dA."""
-    return torch.autocast(tensor.device.type, enabled=False)
+    device_type = tensor.device.type
+    # where it is off already, 10 µs less a backward
+    return torch.autocast(device_type, enabled=False) if torch.is_autocast_enabled(device_type) else _NOTHING
 
 
 def autocast_to(tensor: Tensor | None, device_type: str) -> Tensor | None:

@@ -144,11 +144,11 @@ def grad_a(g: Tensor, x: Tensor, dropout_p: float = 0.0, seed: Tensor | None = N
     dtype = torch.promote_types(torch.promote_types(g.dtype, x.dtype), torch.float32)
     if g.dtype == x.dtype == dtype and dropout_p == 0.0:
         return g.t() @ x
-    grad = g.new_zeros(g.shape[1], x.shape[1], dtype=dtype)
-    parts = zip(g.split(_TOKENS_PER_CHUNK), x.split(_TOKENS_PER_CHUNK), strict=True)
-    for index, (g_part, x_part) in enumerate(parts):
-        kept = _kept(x_part, index * _TOKENS_PER_CHUNK, dropout_p, seed)
-        grad = torch.addmm(grad, g_part.to(dtype).t(), kept.to(dtype))
+    grad = None
+    for start in range(0, max(1, g.shape[0]), _TOKENS_PER_CHUNK):  # without tokens one product of nothing: 0
+        tokens = slice(start, start + _TOKENS_PER_CHUNK)
+        g_part, kept = g[tokens].to(dtype).t(), _kept(x[tokens], start, dropout_p, seed).to(dtype)
+        grad = g_part @ kept if grad is None else torch.addmm(grad, g_part, kept)
     return grad / (1.0 - dropout_p) if dropout_p else grad
 
 
