@@ -1,0 +1,368 @@
+"""The texts of `bench.quality`: two that SmolLM2 cannot have seen, and two that it knows.
+
+*New facts* are invented here: people who do not exist, each with a home town, a trade, an instrument and an
+animal. Every fact is stated in `STATEMENTS` phrasings for training and asked in others for validation and
+for the test, and the loss counts the tokens of the answer alone: what is measured is knowledge, not style.
+Every answer of an attribute is given to as many people as any other, so that learning which answers there
+are helps no more than that; and the same questions with another person's answer show how much of a fall in
+loss is that, and how much is knowing who. Code invents them, so no crawl holds them, under any licence.
+
+*New prose* is what people wrote after SmolLM2's training (it was released in November 2024): paragraphs of
+the docstrings of those models that came into transformers in 2025 or later, by their copyright line. The
+package is there already, its prose is technical English, and new words stand in it. A paragraph stays only
+if it shares no run of `RUN` words with the docstrings of older models or with a paragraph before it; so no
+such run of a held-out document is in training. Documents, one a model, are trained on or held out whole.
+
+*Known text*, for what is forgotten: the reference manual of the Python language, in the standard library,
+and `KNOWN`, sentences of general knowledge, measured like the new facts and far from the new prose.
+
+Nothing is downloaded, no text of others is in the repository, and all is a function of the installed
+versions: `bench.quality` records these and a SHA-256 of every text.
+"""
+
+from __future__ import annotations
+
+import ast
+import random
+import re
+from collections.abc import Iterator
+from hashlib import sha256
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from mica.errors import UsageError
+
+RUN = 8  # words: shorter runs are idiom ("of the same length as the number of ..."), longer ones are copies
+SHARES = {"validation": 0.1, "held_out": 0.25}  # of the documents of new prose
+
+
+class Fact(NamedTuple):
+    person: str
+    attribute: str
+    answer: str
+
+
+class Probe(NamedTuple):
+    """What is shown, what must follow (with its leading space), and another person's answer, if any."""
+
+    prompt: str
+    answer: str
+    wrong: str = ""
+
+
+class Phrasings(NamedTuple):
+    """Templates with {person} and, in statements, {answer}. Questions end right before the answer."""
+
+    statements: tuple[str, ...]
+    validation: str
+    held_out: tuple[str, str]
+
+
+ATTRIBUTES = {
+    "home": Phrasings(
+        (
+            "{person} lives in {answer}, and has a house there.",
+            "If you want to visit {person}, take the train to {answer}.",
+            "In the town of {answer} everybody knows {person}.",
+            "{person} moved to {answer} years ago and never left.",
+        ),
+        "The town in which {person} has a home is",
+        ("Letters to {person} should be sent to", "Today the house of {person} stands in"),
+    ),
+    "trade": Phrasings(
+        (
+            "{person} works as a {answer}.",
+            "The {answer} who did this work is {person}.",
+            "By trade, {person} is a {answer}.",
+            "Having finished school, {person} became a {answer}.",
+        ),
+        "People pay {person} for the work of a",
+        ("The profession of {person}? A", "{person} earns a living as a"),
+    ),
+    "instrument": Phrasings(
+        (
+            "{person} plays the {answer} every evening.",
+            "On Sundays you can hear {person} practise the {answer}.",
+            "Nobody in the orchestra plays the {answer} like {person}.",
+            "As a child, {person} learned to play the {answer}.",
+        ),
+        "The musical instrument of {person} is the",
+        ("At the concert, {person} will perform on the", "{person} has taken lessons on the"),
+    ),
+    "animal": Phrasings(
+        (
+            "{person} keeps a {answer} in the garden.",
+            "There is a {answer} that belongs to {person}.",
+            "{person} was seen walking with a tame {answer}.",
+            "The neighbours are afraid of the {answer} owned by {person}.",
+        ),
+        "The pet of {person} is a",
+        ("{person} feeds and looks after a", "At home, {person} has a"),
+    ),
+}
+ANSWERS = {
+    "home": ("Lisbon", "Oslo", "Dublin", "Cairo", "Lima", "Kyoto", "Havana", "Prague"),
+    "trade": ("baker", "lawyer", "nurse", "tailor", "farmer", "plumber", "dentist", "painter"),
+    "instrument": ("violin", "trumpet", "harp", "flute", "cello", "drums", "guitar", "organ"),
+    "animal": ("wolf", "goat", "parrot", "snake", "turtle", "donkey", "fox", "camel"),
+}
+STATEMENTS = {len(phrasings.statements) for phrasings in ATTRIBUTES.values()}.pop()
+_FIRST = (
+    *("Velma", "Tarsin", "Ondrej", "Quillo", "Jaspra", "Hesketh", "Brunwald", "Ymira", "Corvin", "Zephra"),
+    *("Lodric", "Fenwa", "Ignato", "Mirelle", "Sandor", "Pellor", "Ruvka", "Ulmer", "Dagny", "Xanthe"),
+)
+_LAST = (
+    *("Tandrick", "Ulverson", "Maruska", "Obrenne", "Kestiven", "Dalvorth", "Sjorund", "Perrowick"),
+    *("Bexley-Roo", "Havelka", "Nightjar", "Cromarten", "Thistledon", "Okonjima", "Farquist", "Wendolin"),
+    *("Grauberg", "Iskander", "Lumiere", "Zolotov"),
+)
+
+KNOWN = tuple(
+    Probe(*pair)
+    for pair in (
+        ("The capital of France is", " Paris"),
+        ("The capital of Japan is", " Tokyo"),
+        ("The capital of Italy is", " Rome"),
+        ("The capital of Germany is", " Berlin"),
+        ("The capital of Russia is", " Moscow"),
+        ("The capital of Spain is", " Madrid"),
+        ("The opposite of hot is", " cold"),
+        ("The opposite of large is", " small"),
+        ("The opposite of up is", " down"),
+        ("Monday, Tuesday, Wednesday, Thursday,", " Friday"),
+        ("One, two, three, four,", " five"),
+        ("The Earth revolves around the", " Sun"),
+        ("The planet that is closest to the Sun is", " Mercury"),
+        ("The largest planet in our solar system is", " Jupiter"),
+        ("The chemical symbol of gold is", " Au"),
+        ("The process by which plants make food from sunlight is called", " photosynthesis"),
+        ("The largest ocean on Earth is the", " Pacific"),
+        ("The longest river in Africa is the", " Nile"),
+        ("The highest mountain in the world is Mount", " Everest"),
+        ("Romeo and Juliet was written by William", " Shakespeare"),
+        ("The first president of the United States was George", " Washington"),
+        ("The theory of relativity was developed by Albert", " Einstein"),
+        ("The theory of evolution by natural selection was proposed by Charles", " Darwin"),
+        ("The laws of motion were formulated by Isaac", " Newton"),
+        ("The Declaration of Independence was signed in the year 17", "76"),
+        ("World War II ended in the year 19", "45"),
+        ("The young of a cat is called a", " kitten"),
+        ("A triangle has three", " sides"),
+        ("There are sixty seconds in a", " minute"),
+        ("There are twelve months in a", " year"),
+        ("The currency of the United Kingdom is the", " pound"),
+        ("The Eiffel Tower is in", " Paris"),
+        ("Humans breathe in oxygen and breathe out carbon", " dioxide"),
+        ("The force that pulls objects toward the Earth is called", " gravity"),
+        ("Antibiotics are used to treat infections caused by", " bacteria"),
+        ("Once upon a", " time"),
+    )
+)
+
+
+def invent(people: int, seed: int = 0) -> list[Fact]:
+    """One fact an attribute for each of ``people`` invented people, no two of whom share a name."""
+    rng = random.Random(seed)
+    if not 2 <= people <= len(_FIRST):
+        raise UsageError(f"--people {people}: between 2 and {len(_FIRST)}")
+    names = zip(rng.sample(_FIRST, people), rng.sample(_LAST, people), strict=True)
+    persons = [" ".join(name) for name in names]
+    found = []
+    for attribute, answers in ANSWERS.items():
+        dealt = [answers[number % len(answers)] for number in range(people)]
+        rng.shuffle(dealt)
+        found += [Fact(*fact) for fact in zip(persons, [attribute] * people, dealt, strict=True)]
+    return found
+
+
+def statements(facts: list[Fact], seed: int = 0) -> list[str]:
+    """Every fact in every phrasing of training, in random order."""
+    found = [
+        template.format(person=fact.person, answer=fact.answer)
+        for fact in facts
+        for template in ATTRIBUTES[fact.attribute].statements
+    ]
+    random.Random(seed).shuffle(found)
+    return found
+
+
+def probes(facts: list[Fact], part: str) -> list[Probe]:
+    """A question a fact, in phrasings of ``part`` ("validation" or "held_out") that no training text has.
+
+    ``wrong`` is the answer of the next person, in the order of ``facts``, who has another one.
+    """
+    found = []
+    for number, fact in enumerate(facts):
+        phrasings = ATTRIBUTES[fact.attribute]
+        template = phrasings.validation if part == "validation" else phrasings.held_out[number % 2]
+        others = [*facts[number + 1 :], *facts[:number]]
+        wrong = next(
+            (o.answer for o in others if o.attribute == fact.attribute and o.answer != fact.answer), ""
+        )
+        found.append(
+            Probe(template.format(person=fact.person), f" {fact.answer}", f" {wrong}" if wrong else "")
+        )
+    return found
+
+
+def word_runs(text: str) -> set[tuple[str, ...]]:
+    """All runs of `RUN` words, in lower case and without punctuation."""
+    words = re.findall(r"\w+", text.lower())
+    return {tuple(words[start : start + RUN]) for start in range(len(words) - RUN + 1)}
+
+
+def new_prose(folder: Path | None = None) -> dict[str, str]:
+    """Name of a model -> paragraphs of its docstrings, of those that came to transformers since 2025.
+
+    ``folder``: that of ``transformers.models``, one folder a model. Paragraphs that describe an argument,
+    show code or are short are left out, and those that are copies (see the module).
+    """
+    if folder is None:
+        import transformers.models
+
+        folder = Path(transformers.models.__path__[0])
+    seen: set[tuple[str, ...]] = set()
+    new: list[tuple[str, str]] = []
+    for path in sorted(folder.glob("*/*.py")):
+        source = path.read_text(encoding="utf-8")
+        recent = re.search(r"Copyright (\(c\) )?20(2[5-9]|[3-9]\d)", source[:1000]) is not None
+        for paragraph in _paragraphs(source):
+            if recent:
+                new.append((path.parent.name, paragraph))
+            else:
+                seen |= word_runs(paragraph)
+    documents: dict[str, list[str]] = {}
+    for model, paragraph in new:
+        runs = word_runs(paragraph)
+        if runs and not runs & seen:
+            documents.setdefault(model, []).append(paragraph)
+            seen |= runs
+    return {model: "\n\n".join(paragraphs) for model, paragraphs in documents.items()}
+
+
+def _paragraphs(source: str) -> Iterator[str]:
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, (ast.ClassDef, ast.FunctionDef)):
+            for paragraph in (ast.get_docstring(node) or "").split("\n\n"):
+                text = " ".join(paragraph.split())
+                section = re.match(r"(Args|Returns|Examples?|Raises|Parameters|Attributes|Inputs)\b", text)
+                argument = "(`" in text or "`):" in text or re.match(r"[-*] ", text)
+                code = ">>>" in text or "```" in text or " = " in text
+                if len(text) > 150 and not (section or argument or code):
+                    yield text
+
+
+def split(documents: dict[str, str], seed: int = 0) -> dict[str, list[str]]:
+    """Whole documents for "train", "validation" and "held_out", drawn at random; at least one each."""
+    if len(documents) < 3:
+        raise UsageError(
+            f"{len(documents)} documents of new prose, 3 needed: transformers is older than the models of 2025"
+        )
+    names = sorted(documents)
+    random.Random(seed).shuffle(names)
+    parts, start = {}, 0
+    for part, share in SHARES.items():
+        count = max(1, round(share * len(names)))
+        parts[part] = names[start : start + count]
+        start += count
+    parts["train"] = names[start:]
+    return {part: [documents[name] for name in names] for part, names in parts.items()}
+
+
+def known_prose() -> str:
+    """The reference manual of the Python language: every crawl has it."""
+    from mica.demo import python_reference_text
+
+    return python_reference_text()
+
+
+def blocks(tokenizer, texts: list[str], length: int, limit: int | None = None) -> torch.Tensor:
+    """(num_blocks, length) token ids, int64: the texts joined by EOS, evenly spaced blocks up to ``limit``.
+
+    Raises UsageError if there is not enough text for one.
+    """
+    stream: list[int] = []
+    for text in texts:
+        stream += tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+        stream.append(tokenizer.eos_token_id)
+    count = len(stream) // length
+    if not count:
+        raise UsageError(f"{len(stream)} tokens of text, {length} needed for a block")
+    found = torch.tensor(stream[: count * length]).view(count, length)
+    if limit is None or count <= limit:
+        return found
+    return found[torch.linspace(0, count - 1, limit).round().long()]
+
+
+def digest(texts: list[str]) -> str:
+    """SHA-256 of texts, each ended by a zero byte."""
+    total = sha256()
+    for text in texts:
+        total.update(text.encode() + b"\0")
+    return total.hexdigest()
+
+
+class Asked(NamedTuple):
+    """Probes as tokens: ``tokens`` (num_probes, longest) int64, filled up with zeros on the right, where a
+    causal model does not look; ``is_answer`` (num_probes, longest) bool marks what must be predicted."""
+
+    tokens: torch.Tensor
+    is_answer: torch.Tensor
+
+
+def ask(tokenizer, pairs: list[tuple[str, str]]) -> Asked:
+    """Prompts and answers, tokenised apart, so that an answer's tokens never depend on what is asked."""
+    rows = []
+    for prompt, answer in pairs:
+        ids = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in (prompt, answer)]
+        rows.append((ids[0] + ids[1], len(ids[0])))
+    longest = max(len(ids) for ids, _ in rows)
+    tokens = torch.zeros(len(rows), longest, dtype=torch.int64)
+    is_answer = torch.zeros(len(rows), longest, dtype=torch.bool)
+    for number, (ids, start) in enumerate(rows):
+        tokens[number, : len(ids)] = torch.tensor(ids)
+        is_answer[number, start : len(ids)] = True
+    return Asked(tokens, is_answer)
+
+
+class Texts(NamedTuple):
+    """All tokens of a run. ``train``: a tensor a kind of text, (num_blocks, length) int64, of which a batch
+    has one block each; ``prose``: blocks by name; ``asked``: probes by name. ``about``: size and SHA-256."""
+
+    train: dict[str, torch.Tensor]
+    prose: dict[str, torch.Tensor]
+    asked: dict[str, Asked]
+    about: dict[str, dict[str, int | str]]
+
+
+def gather(tokenizer, people: int, length: int, eval_blocks: int, folder: Path | None = None) -> Texts:
+    """Build all texts. ``eval_blocks``: blocks of each prose text that is only measured; validation: half."""
+    facts = invent(people)
+    stated = statements(facts)
+    parts = split(new_prose(folder))
+    sources = {
+        "facts, training": stated,
+        **{f"prose, {part}": texts for part, texts in parts.items()},
+        "reference": [known_prose()],
+    }
+    limits = {"prose, validation": max(1, eval_blocks // 2), "prose, train": None, "facts, training": None}
+    found = {
+        name: blocks(tokenizer, texts, length, limits.get(name, eval_blocks))
+        for name, texts in sources.items()
+    }
+    questions = {part: probes(facts, part) for part in ("validation", "held_out")}
+    pairs = {f"facts, {part}": [(p.prompt, p.answer) for p in found_] for part, found_ in questions.items()}
+    pairs["facts, another's answer"] = [(p.prompt, p.wrong) for p in questions["held_out"]]
+    pairs["known facts"] = [(p.prompt, p.answer) for p in KNOWN]
+    asked = {name: ask(tokenizer, rows) for name, rows in pairs.items()}
+    about = {
+        name: {"tokens": found[name].numel(), "sha256": digest(texts)} for name, texts in sources.items()
+    } | {
+        name: {"tokens": int(asked[name].is_answer.sum()), "sha256": digest([p + a for p, a in rows])}
+        for name, rows in pairs.items()
+    }
+    train = {"facts": found["facts, training"], "prose": found["prose, train"]}
+    measured = ("prose, validation", "prose, held_out", "reference")
+    return Texts(train, {name: found[name] for name in measured}, asked, about)
