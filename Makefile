@@ -6,7 +6,7 @@ VENV   := .venv
 RUN    := $(VENV)/bin/python
 READY  := $(VENV)/.installed
 
-.PHONY: demo test lint static mutants conformance bench gpu clean
+.PHONY: demo test lint static mutants conformance bench bench-quality gpu clean
 
 $(READY): pyproject.toml
 	test -x $(RUN) || $(PYTHON) -m venv $(VENV)
@@ -41,6 +41,10 @@ conformance: $(READY)
 
 bench: $(READY)
 	$(RUN) -m bench
+
+# MiCA, LoRA and full fine-tuning on unseen text: what is learned and what is forgotten (about 35 minutes)
+bench-quality: $(READY)
+	OMP_WAIT_POLICY=passive $(RUN) -m bench.quality
 
 # On a machine with a GPU, in its own Python environment (PYTHON=...), where torch, triton and PEFT are
 gpu:

