@@ -30,7 +30,7 @@ from pathlib import Path
 
 from bench.quality_report import FULL, MICA, SAME_RANK, SAME_SIZE, STOCK, chosen_rate, tried, write
 from bench.quality_search import next_rate
-from bench.quality_text import Texts, gather
+from bench.quality_text import BATCH, Texts, gather
 from bench.quality_train import FIXED, Candidate, Method, adapter_sizes, evaluate, same_size_rank, train
 from mica.errors import UsageError
 
@@ -55,7 +55,13 @@ def experiment(base, texts: Texts, settings: dict, keep: Callable[[dict], None])
     ``settings``: rank, steps, tries (learning rates a method), seeds (a number of them).
     """
     result = {
-        "settings": {**settings, **FIXED, "base_dtype": str(base.dtype).removeprefix("torch.")},
+        "settings": {
+            **settings,
+            **FIXED,
+            **{f"{name}_blocks": count for name, count in BATCH.items()},
+            "answers": texts.asked["facts, held_out"].candidates.shape[1],
+            "base_dtype": str(base.dtype).removeprefix("torch."),
+        },
         "texts": texts.about,
         "base": evaluate(base, texts),
         "methods": {},
@@ -146,12 +152,12 @@ def parser() -> argparse.ArgumentParser:
     )
     add = found.add_argument
     add("--rank", type=int, default=16, help="of MiCA and of LoRA at the same rank")
-    add("--steps", type=int, default=60, help="optimiser steps of a run; a batch is a block of each text")
-    add("--length", type=int, default=256, help="tokens in a block")
-    add("--people", type=int, default=16, help="invented people, four facts each")
+    add("--steps", type=int, default=48, help="optimiser steps of a run, four blocks each")
+    add("--length", type=int, default=128, help="tokens in a block")
+    add("--people", type=int, default=8, help="invented people, four facts each")
     add("--tries", type=int, default=4, help="learning rates tried by each method")
     add("--seeds", type=int, default=2, help="runs at the chosen rate: order of batches, LoRA's start")
-    add("--eval-blocks", type=int, default=8, help="blocks of each prose text that is measured")
+    add("--eval-blocks", type=int, default=16, help="blocks of each prose text that is measured")
     add("--quick", action="store_true", help="a walk through all of it: its numbers mean nothing")
     add("--name", default=f"{date.today()}-quality", help="of the result files")
     add("--output", type=Path, default=ROOT / "bench" / "results" / machine())
@@ -161,8 +167,8 @@ def parser() -> argparse.ArgumentParser:
 def main(argv: list[str] | None = None) -> int:
     args = parser().parse_args(argv)
     if args.quick:
-        args.steps, args.people, args.tries, args.seeds, args.eval_blocks = 2, 4, 2, 1, 1
-        args.length = 64
+        args.steps, args.tries, args.seeds, args.eval_blocks = 2, 2, 1, 1
+        args.length = 32
     try:
         for name in ("rank", "steps", "length", "people", "tries", "seeds", "eval_blocks"):
             if getattr(args, name) < 1:

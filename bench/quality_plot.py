@@ -75,7 +75,7 @@ def _draw(axes, result: dict) -> None:
             label=name.removesuffix(", mica.fast"),
         )
     axes.axhline(0, color=INK, linewidth=0.8)
-    axes.set_xlabel("learned: fall of the loss on new facts, nats per token →", color=INK)
+    axes.set_xlabel("learned: fall of the loss on new facts, among their answers →", color=INK)
     axes.set_ylabel("forgotten: rise of the loss on known facts →", color=INK)
     axes.set_title(
         "Learned against forgotten; small marks: other learning rates", color=INK, loc="left", fontsize=11

@@ -36,14 +36,14 @@ class Measure(NamedTuple):
     digits: int = 3
 
 
-FACTS = Measure("new facts, loss", lambda e: e["facts, held_out"])
-RECALLED = Measure("new facts, recalled %", lambda e: 100 * e["facts, held_out, recalled"], 1)
-PREFERENCE = Measure("new facts, preference", lambda e: e["facts, another's answer"] - e["facts, held_out"])
+FACTS = Measure("new facts, loss among answers", lambda e: e["facts, held_out, among answers"])
+PICKED = Measure("new facts, right %", lambda e: 100 * e["facts, held_out, picked"], 1)
+ANSWER = Measure("new facts, loss of the answer", lambda e: e["facts, held_out"])
 PROSE = Measure("new prose, loss", lambda e: e["prose, held_out"])
 REFERENCE = Measure("Python reference, loss", lambda e: e["reference"])
 KNOWN = Measure("known facts, loss", lambda e: e["known facts"])
 KNOWN_RECALLED = Measure("known facts, recalled %", lambda e: 100 * e["known facts, recalled"], 1)
-LEARNED, FORGOTTEN = (FACTS, RECALLED, PREFERENCE, PROSE), (REFERENCE, KNOWN, KNOWN_RECALLED)
+LEARNED, FORGOTTEN = (FACTS, PICKED, ANSWER, PROSE), (REFERENCE, KNOWN, KNOWN_RECALLED)
 
 
 class Spread(NamedTuple):
@@ -59,7 +59,7 @@ class Spread(NamedTuple):
         return cls(mean(values), min(values), max(values), len(values))
 
     def text(self, digits: int = 3) -> str:
-        middle, low, high = (f"{value:.{digits}f}" for value in self[:3])
+        middle, low, high = (f"{round(value, digits) + 0.0:.{digits}f}" for value in self[:3])  # no -0.0
         return middle if low == high else f"{middle} ({low} to {high})"
 
 
@@ -68,7 +68,7 @@ def validation_loss(run: dict) -> float:
     found = run["evaluation"]
     if run["diverged"] or found is None:
         return math.inf
-    return (found["facts, validation"] + found["prose, validation"]) / 2
+    return (found["facts, validation, among answers"] + found["prose, validation"]) / 2
 
 
 def tried(result: dict, method: str) -> dict[float, float]:
@@ -232,8 +232,7 @@ def _claims(result: dict) -> str:
         "knowledge": [
             _changes(result, "fall of the loss on new facts, held-out questions", FACTS, -1),
             _factors(result, "MiCA's fall ÷ the rival's", FACTS),
-            _changes(result, "rise of the share recalled, in points", RECALLED, 1),
-            _changes(result, "rise of the preference for the right answer", PREFERENCE, 1),
+            _changes(result, "rise of the share answered right, in points", PICKED, 1),
             _changes(result, "fall of the loss on new prose, held-out documents", PROSE, -1),
         ],
         "size": [_sizes(result)],
@@ -260,14 +259,15 @@ def _setting(result: dict) -> str:
     machine = ", ".join(f"{name} {value}" for name, value in result["machine"].items())
     return (
         f"{result['model']}; {machine}.\n\n"
-        f"A run is {s['steps']} steps of two blocks of {s['length']} tokens, one of new facts and one of "
-        "new prose: the same batches in the same order for all methods. AdamW, weight decay "
-        f"{s['weight_decay']:g}, warm-up over a share of {s['warm_up']:g} of the steps and cosine decay, "
-        f"gradients clipped at a norm of {s['max_grad_norm']:g}. Adapters on all linear layers but the "
-        f"output, scaling {s['scaling']:g}, in fp32 over a {s['base_dtype']} base; full fine-tuning holds "
-        f"the same weights in fp32 and computes in {s['base_dtype']} (autocast). Learning rates: "
-        f"{s['tries']} tries a method with the first seed. Seeds: {s['seeds']}; where there are several, the "
-        "mean and, in brackets, the range. Losses are nats per token."
+        f"A run is {s['steps']} steps, each of {s['facts_blocks']} blocks of new facts and "
+        f"{s['prose_blocks']} of new prose, {s['length']} tokens a block: the same batches in the same "
+        f"order for all methods. AdamW, weight decay {s['weight_decay']:g}, warm-up over a share of "
+        f"{s['warm_up']:g} of the steps and cosine decay, gradients clipped at a norm of "
+        f"{s['max_grad_norm']:g}. Adapters on all linear layers but the output, scaling {s['scaling']:g}, in "
+        f"fp32 over a {s['base_dtype']} base; full fine-tuning has the same weights in fp32 and computes in "
+        f"{s['base_dtype']} (autocast). Learning rates: {s['tries']} tries a method with the first seed, "
+        f"judged on validation text. Seeds: {s['seeds']}; of several, the mean and, in brackets, "
+        "the range. Losses are nats per token."
     )
 
 
@@ -275,7 +275,7 @@ def report(result: dict) -> str:
     parts = [_setting(result)]
     if result["settings"].get("quick"):
         parts.insert(0, "**A quick walk through all of it. Its numbers mean nothing.**")
-    found = curve_difference(result)
+    found, answers = curve_difference(result), result["settings"]["answers"]
     same = ""
     if found:
         faster = step_seconds(result, STOCK) / step_seconds(result, MICA)
@@ -288,8 +288,9 @@ def report(result: dict) -> str:
         "others: this is one small model, and little training. “More” and “less” stand where the ranges over "
         f"the seeds do not meet.\n\n{_claims(result)}",
         f"### Learned\n\n{_measures(result, LEARNED)}\n\nNew facts are asked in phrasings that training did "
-        "not have; the loss counts the answer alone. Recalled: greedy decoding gives the whole answer. "
-        "Preference: by how many nats per token another person's answer is less likely than the right one.",
+        f"not have. Among answers: only the {answers} of the attribute are possible, all equally frequent; "
+        f"guessing gives a loss of {math.log(answers):.3f} and {100 / answers:.1f} %. The loss of the answer "
+        "among all words also falls by learning how such sentences go.",
         f"### Forgotten\n\n{_measures(result, FORGOTTEN)}",
         f"### Cost\n\n{_cost(result)}\n\n{same}".rstrip(),
         f"### Learning rates\n\n{_tries(result)}",

@@ -2,10 +2,9 @@
 
 *New facts* are invented here: people who do not exist, each with a home town, a trade, an instrument and an
 animal. Every fact is stated in `STATEMENTS` phrasings for training and asked in others for validation and
-for the test, and the loss counts the tokens of the answer alone: what is measured is knowledge, not style.
-Every answer of an attribute is given to as many people as any other, so that learning which answers there
-are helps no more than that; and the same questions with another person's answer show how much of a fall in
-loss is that, and how much is knowing who. Code invents them, so no crawl holds them, under any licence.
+for the test. What counts is how likely the right answer is among all answers of its attribute, each of which
+is right for as many people as any other. That is knowledge and not style: a model that has learned which
+answers there are, and how such sentences go, still guesses. Code invents the facts, so no crawl has them.
 
 *New prose* is what people wrote after SmolLM2's training (it was released in November 2024): paragraphs of
 the docstrings of those models that came into transformers in 2025 or later, by their copyright line. The
@@ -36,6 +35,7 @@ from mica.errors import UsageError
 
 KNOWN_CHARACTERS = 200_000  # of the reference manual: far more than the blocks that are measured
 RUN = 8  # words: shorter runs are idiom ("of the same length as the number of ..."), longer ones are copies
+BATCH = {"facts": 3, "prose": 1}  # blocks
 SHARES = {"validation": 0.1, "held_out": 0.25}  # of the documents of new prose
 
 
@@ -46,11 +46,11 @@ class Fact(NamedTuple):
 
 
 class Probe(NamedTuple):
-    """What is shown, what must follow (with its leading space), and another person's answer, if any."""
+    """What is shown, what must follow, and what else might, each with its leading space."""
 
     prompt: str
     answer: str
-    wrong: str = ""
+    others: tuple[str, ...] = ()
 
 
 class Phrasings(NamedTuple):
@@ -105,19 +105,20 @@ ATTRIBUTES = {
 }
 ANSWERS = {
     "home": ("Lisbon", "Oslo", "Dublin", "Cairo", "Lima", "Kyoto", "Havana", "Prague"),
-    "trade": ("baker", "lawyer", "nurse", "tailor", "farmer", "plumber", "dentist", "painter"),
-    "instrument": ("violin", "trumpet", "harp", "flute", "cello", "drums", "guitar", "organ"),
+    "trade": ("baker", "lawyer", "nurse", "tailor", "farmer", "pilot", "dentist", "painter"),
+    "instrument": ("violin", "trumpet", "harp", "flute", "piano", "drums", "guitar", "organ"),
     "animal": ("wolf", "goat", "parrot", "snake", "turtle", "donkey", "fox", "camel"),
 }
 STATEMENTS = {len(phrasings.statements) for phrasings in ATTRIBUTES.values()}.pop()
 _FIRST = (
     *("Velma", "Tarsin", "Ondrej", "Quillo", "Jaspra", "Hesketh", "Brunwald", "Ymira", "Corvin", "Zephra"),
     *("Lodric", "Fenwa", "Ignato", "Mirelle", "Sandor", "Pellor", "Ruvka", "Ulmer", "Dagny", "Xanthe"),
+    *("Othmar", "Bettina", "Kasimir", "Yolande"),
 )
 _LAST = (
     *("Tandrick", "Ulverson", "Maruska", "Obrenne", "Kestiven", "Dalvorth", "Sjorund", "Perrowick"),
     *("Bexley-Roo", "Havelka", "Nightjar", "Cromarten", "Thistledon", "Okonjima", "Farquist", "Wendolin"),
-    *("Grauberg", "Iskander", "Lumiere", "Zolotov"),
+    *("Grauberg", "Iskander", "Lumiere", "Zolotov", "Hartigan", "Petrakis", "Vandermeer", "Amsel"),
 )
 
 KNOWN = tuple(
@@ -166,8 +167,9 @@ KNOWN = tuple(
 def invent(people: int, seed: int = 0) -> list[Fact]:
     """One fact an attribute for each of ``people`` invented people, no two of whom share a name."""
     rng = random.Random(seed)
-    if not 2 <= people <= len(_FIRST):
-        raise UsageError(f"--people {people}: between 2 and {len(_FIRST)}")
+    step = len(ANSWERS["home"])  # every answer is given to as many people as any other
+    if people % step or not 0 < people <= len(_FIRST):
+        raise UsageError(f"--people {people}: a multiple of {step}, at most {len(_FIRST)}")
     names = zip(rng.sample(_FIRST, people), rng.sample(_LAST, people), strict=True)
     persons = [" ".join(name) for name in names]
     found = []
@@ -190,21 +192,14 @@ def statements(facts: list[Fact], seed: int = 0) -> list[str]:
 
 
 def probes(facts: list[Fact], part: str) -> list[Probe]:
-    """A question a fact, in phrasings of ``part`` ("validation" or "held_out") that no training text has.
-
-    ``wrong`` is the answer of the next person, in the order of ``facts``, who has another one.
-    """
+    """Questions about every fact, in phrasings of ``part`` ("validation": one, "held_out": two) that no
+    training text has."""
     found = []
-    for number, fact in enumerate(facts):
+    for fact in facts:
         phrasings = ATTRIBUTES[fact.attribute]
-        template = phrasings.validation if part == "validation" else phrasings.held_out[number % 2]
-        others = [*facts[number + 1 :], *facts[:number]]
-        wrong = next(
-            (o.answer for o in others if o.attribute == fact.attribute and o.answer != fact.answer), ""
-        )
-        found.append(
-            Probe(template.format(person=fact.person), f" {fact.answer}", f" {wrong}" if wrong else "")
-        )
+        others = tuple(f" {other}" for other in ANSWERS[fact.attribute] if other != fact.answer)
+        for template in (phrasings.validation,) if part == "validation" else phrasings.held_out:
+            found.append(Probe(template.format(person=fact.person), f" {fact.answer}", others))
     return found
 
 
@@ -311,31 +306,42 @@ def digest(texts: list[str]) -> str:
 
 
 class Asked(NamedTuple):
-    """Probes as tokens: ``tokens`` (num_probes, longest) int64, filled up with zeros on the right, where a
-    causal model does not look; ``is_answer`` (num_probes, longest) bool marks what must be predicted."""
+    """Probes as tokens. ``tokens`` (num_probes, longest) int64, filled up with zeros on the right, where a
+    causal model does not look; ``is_answer`` (num_probes, longest) bool marks what must be predicted.
+    ``candidates`` (num_probes, num_answers) int64: first tokens of the right answer and of all others."""
 
     tokens: torch.Tensor
     is_answer: torch.Tensor
+    candidates: torch.Tensor
 
 
-def ask(tokenizer, pairs: list[tuple[str, str]]) -> Asked:
-    """Prompts and answers, tokenised apart, so that an answer's tokens never depend on what is asked."""
-    rows = []
-    for prompt, answer in pairs:
-        ids = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in (prompt, answer)]
-        rows.append((ids[0] + ids[1], len(ids[0])))
-    longest = max(len(ids) for ids, _ in rows)
+def ask(tokenizer, probes: list[Probe]) -> Asked:
+    """Prompts and answers, tokenised apart, so that an answer's tokens never depend on what is asked.
+
+    Raises UsageError if two answers to one question start with the same token.
+    """
+
+    def ids_of(text: str) -> list[int]:
+        return tokenizer(text, add_special_tokens=False)["input_ids"]
+
+    rows = [(ids_of(probe.prompt), ids_of(probe.answer)) for probe in probes]
+    longest = max(len(prompt) + len(answer) for prompt, answer in rows)
     tokens = torch.zeros(len(rows), longest, dtype=torch.int64)
     is_answer = torch.zeros(len(rows), longest, dtype=torch.bool)
-    for number, (ids, start) in enumerate(rows):
-        tokens[number, : len(ids)] = torch.tensor(ids)
-        is_answer[number, start : len(ids)] = True
-    return Asked(tokens, is_answer)
+    firsts = []
+    for number, (probe, (prompt, answer)) in enumerate(zip(probes, rows, strict=True)):
+        end = len(prompt) + len(answer)
+        tokens[number, :end] = torch.tensor(prompt + answer)
+        is_answer[number, len(prompt) : end] = True
+        firsts.append([answer[0], *(ids_of(other)[0] for other in probe.others)])
+        if len(set(firsts[-1])) < len(firsts[-1]):
+            raise UsageError("the tokenizer begins two answers to one question with the same token")
+    return Asked(tokens, is_answer, torch.tensor(firsts))
 
 
 class Texts(NamedTuple):
     """All tokens of a run. ``train``: a tensor a kind of text, (num_blocks, length) int64, of which a batch
-    has one block each; ``prose``: blocks by name; ``asked``: probes by name. ``about``: size and SHA-256."""
+    has `BATCH` blocks; ``prose``: blocks by name; ``asked``: probes by name. ``about``: size and SHA-256."""
 
     train: dict[str, torch.Tensor]
     prose: dict[str, torch.Tensor]
@@ -358,16 +364,19 @@ def gather(tokenizer, people: int, length: int, eval_blocks: int, folder: Path |
         name: blocks(tokenizer, texts, length, limits.get(name, eval_blocks))
         for name, texts in sources.items()
     }
-    questions = {part: probes(facts, part) for part in ("validation", "held_out")}
-    pairs = {f"facts, {part}": [(p.prompt, p.answer) for p in found_] for part, found_ in questions.items()}
-    pairs["facts, another's answer"] = [(p.prompt, p.wrong) for p in questions["held_out"]]
-    pairs["known facts"] = [(p.prompt, p.answer) for p in KNOWN]
-    asked = {name: ask(tokenizer, rows) for name, rows in pairs.items()}
+    questions = {
+        **{f"facts, {part}": probes(facts, part) for part in ("validation", "held_out")},
+        "known facts": list(KNOWN),
+    }
+    asked = {name: ask(tokenizer, rows) for name, rows in questions.items()}
     about = {
         name: {"tokens": found[name].numel(), "sha256": digest(texts)} for name, texts in sources.items()
     } | {
-        name: {"tokens": int(asked[name].is_answer.sum()), "sha256": digest([p + a for p, a in rows])}
-        for name, rows in pairs.items()
+        name: {
+            "tokens": int(asked[name].is_answer.sum()),
+            "sha256": digest([probe.prompt + probe.answer for probe in rows]),
+        }
+        for name, rows in questions.items()
     }
     train = {"facts": found["facts, train"], "prose": found["prose, train"]}
     measured = ("prose, validation", "prose, held_out", "reference")

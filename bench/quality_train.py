@@ -16,7 +16,7 @@ from torch.nn.functional import cross_entropy
 from transformers import get_cosine_schedule_with_warmup
 
 import mica.fast
-from bench.quality_text import Asked, Texts
+from bench.quality_text import BATCH, Asked, Texts
 from bench.saved import saved_bytes
 
 # For all methods. `warm_up`: share of the steps; `scaling`: lora_alpha over the rank, at every rank.
@@ -111,15 +111,16 @@ def same_size_rank(rank: int, mica_size: int, lora_size: int) -> int:
 
 
 def batches(train: dict[str, torch.Tensor], steps: int, seed: int) -> Iterator[torch.Tensor]:
-    """``steps`` batches, (len(train), length) int64: a block of every text, each text in random order and
-    anew once all its blocks were seen."""
+    """``steps`` batches, (sum of `BATCH`, length) int64: `BATCH` blocks of every text, each text in random
+    order and anew once all its blocks were seen."""
     generator = torch.Generator().manual_seed(seed)
-    orders = []
-    for blocks in train.values():
-        epochs = math.ceil(steps / len(blocks))
-        orders.append(torch.cat([torch.randperm(len(blocks), generator=generator) for _ in range(epochs)]))
-    for step in range(steps):
-        yield torch.stack([b[order[step]] for b, order in zip(train.values(), orders, strict=True)])
+    drawn = []
+    for name, blocks in train.items():
+        epochs = math.ceil(steps * BATCH[name] / len(blocks))
+        order = torch.cat([torch.randperm(len(blocks), generator=generator) for _ in range(epochs)])
+        drawn.append(blocks[order[: steps * BATCH[name]]].split(BATCH[name]))
+    for parts in zip(*drawn, strict=True):
+        yield torch.cat(parts)
 
 
 def train(candidate: Candidate, texts: Texts, rate: float, steps: int, seed: int) -> dict:
@@ -161,7 +162,9 @@ def train(candidate: Candidate, texts: Texts, rate: float, steps: int, seed: int
 
 @torch.no_grad()
 def evaluate(model, texts: Texts, autocast=nullcontext, context=nullcontext) -> dict[str, float]:
-    """Every loss in nats per token; of probes, also the share whose whole answer greedy decoding gives."""
+    """Every loss in nats per token. Of probes, "NAME" is the loss of the answer and "NAME, recalled" the
+    share all of whose answer is most likely. Where there are other answers: "NAME, among answers" is the loss
+    of the right one when only these are possible, "NAME, picked" the share where it is the likeliest."""
     was_training = model.training
     model.eval()
     found = {}
@@ -170,18 +173,25 @@ def evaluate(model, texts: Texts, autocast=nullcontext, context=nullcontext) -> 
             losses = [model(input_ids=b, labels=b).loss.double().item() for b in blocks.split(1)]
             found[name] = sum(losses) / len(losses)  # blocks are of one length
         for name, asked in texts.asked.items():
-            found[name], found[f"{name}, recalled"] = _answers(model, asked)
+            found |= {f"{name}{ending}": value for ending, value in _answers(model, asked).items()}
     model.train(was_training)
     return found
 
 
-def _answers(model, asked: Asked) -> tuple[float, float]:
-    """Loss (nats per token of an answer) and the share of probes all of whose answer is the argmax."""
-    total, recalled = 0.0, 0
-    batches_ = zip(asked.tokens.split(PROBE_BATCH), asked.is_answer.split(PROBE_BATCH), strict=True)
-    for tokens, is_answer in batches_:
+def _answers(model, asked: Asked) -> dict[str, float]:
+    loss, among = torch.zeros((), dtype=torch.float64), torch.zeros((), dtype=torch.float64)
+    recalled = picked = 0
+    for tokens, is_answer, candidates in zip(*(one.split(PROBE_BATCH) for one in asked), strict=True):
         logits = model(input_ids=tokens).logits[:, :-1]  # (num_probes, longest - 1, vocab_size)
         marked, wanted = is_answer[:, 1:], tokens[:, 1:]
-        total += cross_entropy(logits[marked].float(), wanted[marked], reduction="sum").item()
+        loss += cross_entropy(logits[marked].float(), wanted[marked], reduction="sum")
         recalled += ((logits.argmax(-1) == wanted) | ~marked).all(1).sum().item()
-    return total / asked.is_answer.sum().item(), recalled / len(asked.tokens)
+        first = marked.int().argmax(1)  # where the first token of the answer is predicted
+        scores = logits[torch.arange(len(tokens)), first].gather(1, candidates).float()
+        among += cross_entropy(scores, torch.zeros(len(tokens), dtype=torch.int64), reduction="sum")
+        picked += (scores[:, :1] > scores[:, 1:]).all(1).sum().item()
+    count = len(asked.tokens)
+    found = {"": loss.item() / asked.is_answer.sum().item(), ", recalled": recalled / count}
+    if asked.candidates.shape[1] > 1:
+        found |= {", among answers": among.item() / count, ", picked": picked / count}
+    return found

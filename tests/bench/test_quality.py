@@ -9,9 +9,13 @@ from itertools import pairwise
 from pathlib import Path
 from statistics import mean, median
 
+import models
 import pytest
-import tiny_cli
 import torch
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Whitespace
+from transformers import PreTrainedTokenizerFast
 
 import mica.fast
 
@@ -45,20 +49,34 @@ def models_folder(tmp_path_factory):
     return folder
 
 
-SETTINGS = {"rank": 4, "steps": 4, "tries": 2, "seeds": 2, "length": 32, "people": 6, "eval_blocks": 2}
+SETTINGS = {"rank": 4, "steps": 4, "tries": 2, "seeds": 2, "length": 32, "people": 8, "eval_blocks": 2}
 MACHINE = {"cpu": "a machine", "threads": 2, "torch": "2.0", "commit": "abc"}
 
 
 @pytest.fixture(scope="module")
-def texts(models_folder):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(quality_text, "KNOWN_CHARACTERS", 2000)
-        return quality_text.gather(tiny_cli.byte_tokenizer(), 6, 32, 2, models_folder)
+def tokenizer(models_folder):
+    """A token a word: all answers are one token, as they are in SmolLM2's tokenizer."""
+    facts = quality_text.invent(8)
+    probes = [one for part in ("validation", "held_out") for one in quality_text.probes(facts, part)]
+    lines = [*quality_text.statements(facts), *quality_text.new_prose(models_folder).values()]
+    lines += [probe.prompt + probe.answer for probe in [*probes, *quality_text.KNOWN]]
+    words = [word for line in lines for word, _ in Whitespace().pre_tokenize_str(line)]
+    vocab = {word: number for number, word in enumerate(dict.fromkeys(["<unk>", "<eos>", *words]))}
+    found = Tokenizer(WordLevel(vocab, unk_token="<unk>"))
+    found.pre_tokenizer = Whitespace()
+    return PreTrainedTokenizerFast(tokenizer_object=found, unk_token="<unk>", eos_token="<eos>")
 
 
 @pytest.fixture(scope="module")
-def base():
-    return tiny_cli.tiny_llama().requires_grad_(False)
+def texts(models_folder, tokenizer):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(quality_text, "KNOWN_CHARACTERS", 2000)
+        return quality_text.gather(tokenizer, 8, 32, 2, models_folder)
+
+
+@pytest.fixture(scope="module")
+def base(tokenizer):
+    return models.tiny_llama(vocab_size=len(tokenizer)).requires_grad_(False)
 
 
 def run(base, texts, keep=lambda result: None, **settings):
@@ -98,23 +116,24 @@ def test_facts_are_a_function_of_the_seed_and_consistent():
         answers = quality_text.ANSWERS[fact.attribute]
         about = [line for line in stated if fact.person in line and any(a in line for a in answers)]
         assert sum(fact.answer in line for line in about) == quality_text.STATEMENTS
-    with pytest.raises(UsageError, match="--people 99"):
-        quality_text.invent(99)
+    for people in (0, 6, 32):
+        with pytest.raises(UsageError, match=f"--people {people}: a multiple of 8, at most 24"):
+            quality_text.invent(people)
 
 
 def test_questions_are_not_in_training_nor_in_validation():
     facts = quality_text.invent(16)
     stated = " ".join(quality_text.statements(facts))
     validation, held_out = (quality_text.probes(facts, part) for part in ("validation", "held_out"))
-    assert len(validation) == len(held_out) == len(facts)
-    assert not {one.prompt for one in validation} & {one.prompt for one in held_out}
-    for fact, *both in zip(facts, validation, held_out, strict=True):
-        for probe in both:
+    assert 2 * len(validation) == len(held_out) == 2 * len(facts)
+    assert len({one.prompt for one in [*validation, *held_out]}) == 3 * len(facts)
+    for number, fact in enumerate(facts):
+        for probe in (validation[number], *held_out[2 * number : 2 * number + 2]):
             assert probe.answer == f" {fact.answer}"
             assert fact.person in probe.prompt
             assert probe.prompt not in stated
-            assert probe.wrong != probe.answer
-            assert probe.wrong.strip() in quality_text.ANSWERS[fact.attribute]
+            assert {probe.answer, *probe.others} == {f" {a}" for a in quality_text.ANSWERS[fact.attribute]}
+            assert len(probe.others) == 7
 
 
 def test_new_prose_has_no_copies(models_folder):
@@ -156,26 +175,32 @@ def test_blocks_of_training_and_held_out_text_differ(texts):
     assert len(texts.prose["prose, held_out"]) == 2
 
 
-def test_answers_alone_count(base, texts):
-    asked = texts.asked["facts, held_out"]
-    tokenizer = tiny_cli.byte_tokenizer()
-    probe = quality_text.probes(quality_text.invent(6), "held_out")[3]
-    assert tokenizer.decode(asked.tokens[3][asked.is_answer[3]]) == probe.answer
-    ids = tokenizer(probe.prompt + probe.answer).input_ids
-    count = len(tokenizer(probe.answer).input_ids)
+def test_what_is_said_of_answers(base, tokenizer):
+    probes = [quality_text.Probe("The pet of Velma is a", " wolf", (" goat", " fox"))]
+    probes.append(quality_text.Probe("By trade, Velma is a", " nurse", (" tailor", " baker")))
+    asked = quality_text.ask(tokenizer, probes)
+    ids = [tokenizer(probe.prompt).input_ids for probe in probes]
     with torch.no_grad():
-        logits = base(torch.tensor([ids])).logits[0, -count - 1 : -1]
-    expected = torch.nn.functional.cross_entropy(logits, torch.tensor(ids[-count:])).item()
-    one = quality_text.Asked(asked.tokens[3:4], asked.is_answer[3:4])
-    loss, recalled = quality_train._answers(base, one)
-    assert loss == pytest.approx(expected, rel=1e-5)
-    assert recalled == 0
-    greedy = logits.argmax(-1)
-    tokens = one.tokens.clone()
-    tokens[0, len(ids) - count] = greedy[0]  # the first token of the answer right
-    first = torch.zeros_like(one.is_answer)
-    first[0, len(ids) - count] = True
-    assert quality_train._answers(base, quality_text.Asked(tokens, first))[1] == 1
+        scores = [base(torch.tensor([one])).logits[0, -1].log_softmax(-1) for one in ids]
+    words = [[tokenizer(word).input_ids[0] for word in (one.answer, *one.others)] for one in probes]
+    right = [score[word[0]].item() for score, word in zip(scores, words, strict=True)]
+    among = [score[word].log_softmax(0)[0].item() for score, word in zip(scores, words, strict=True)]
+    picked = [score[word].argmax().item() == 0 for score, word in zip(scores, words, strict=True)]
+    found = quality_train._answers(base, asked)
+    assert found[""] == pytest.approx(-mean(right), rel=1e-5)
+    assert found[", among answers"] == pytest.approx(-mean(among), rel=1e-5)
+    assert found[", picked"] == mean(picked)
+    assert found[", recalled"] == 0
+    likeliest = tokenizer.convert_ids_to_tokens(int(scores[0].argmax()))
+    known = quality_text.ask(tokenizer, [quality_text.Probe(probes[0].prompt, f" {likeliest}")])
+    found = quality_train._answers(base, known)
+    assert found[", recalled"] == 1
+    assert ", picked" not in found
+
+
+def test_answers_that_begin_alike_are_refused(tokenizer):
+    with pytest.raises(UsageError, match="begins two answers"):
+        quality_text.ask(tokenizer, [quality_text.Probe("A", " wolf", (" wolf-like",))])
 
 
 # --- training
@@ -187,9 +212,13 @@ def test_batches_are_the_same_for_all_and_have_a_block_of_each(texts):
     )
     assert torch.equal(first, again)
     assert not torch.equal(first, other)
-    for number, blocks in enumerate(texts.train.values()):
-        epoch = first[: min(40, len(blocks)), number]
-        assert len(epoch.unique(dim=0)) == min(40, len(blocks.unique(dim=0)))
+    assert first.shape == (40, 4, 32)
+    start = 0
+    for name, count in quality_text.BATCH.items():
+        blocks, seen = texts.train[name], first[:, start : start + count].flatten(0, 1)
+        epoch = seen[: len(blocks)]  # every block once
+        assert sorted(map(tuple, epoch.tolist())) == sorted(map(tuple, blocks.tolist()))
+        start += count
 
 
 def test_same_size_is_the_closest_rank(base, result):
@@ -286,11 +315,14 @@ def test_a_try_that_diverged_is_not_the_choice(result):
     assert f"\n{MICA} | 0" not in text.split("### Learning rates")[0]
 
 
+VALIDATION = ("facts, validation, among answers", "prose, validation")
+
+
 def columns(evaluation):
     return {
-        "facts": evaluation["facts, held_out"],
-        "recalled": 100 * evaluation["facts, held_out, recalled"],
-        "preference": evaluation["facts, another's answer"] - evaluation["facts, held_out"],
+        "facts": evaluation["facts, held_out, among answers"],
+        "picked": 100 * evaluation["facts, held_out, picked"],
+        "answer": evaluation["facts, held_out"],
         "prose": evaluation["prose, held_out"],
         "reference": evaluation["reference"],
         "known": evaluation["known facts"],
@@ -308,16 +340,13 @@ def leaves(value):
 
 def derivable(result):
     """Every number that may stand in a report of ``result``, worked out here from its JSON alone."""
-    base, found, falls = columns(result["base"]), leaves(result), {}
+    base, found, falls = columns(result["base"]), [*leaves(result), math.log(8), 100 / 8], {}
     found += base.values()
     steps = {}
     for method, facts in result["methods"].items():
         own = runs(result, method)
         scores = [
-            (
-                mean((one["evaluation"]["facts, validation"], one["evaluation"]["prose, validation"])),
-                one["rate"],
-            )
+            (mean(one["evaluation"][name] for name in VALIDATION), one["rate"])
             for one in own
             if one["seed"] == 0
         ]
@@ -347,6 +376,7 @@ def absent(result, text):
     assert machine in text
     for quoted in (machine, quality_report.PAPER, *quality_report.CLAIMS.values()):
         text = text.replace(quoted, "")
+    text = text.replace("SHA-256", "")
     for about in result["texts"].values():
         text = text.replace(about["sha256"][:12], "")
     values = derivable(result)
@@ -384,7 +414,7 @@ def test_more_and_less_need_ranges_that_do_not_meet():
 def test_what_did_not_fall_has_no_factor(result):
     worse = copy.deepcopy(result)
     for one in runs(worse, FULL):
-        one["evaluation"]["facts, held_out"] = worse["base"]["facts, held_out"] + 1
+        one["evaluation"]["facts, held_out, among answers"] = 9.0
     assert "no factor" not in quality_report.report(result)
     assert "no factor" in quality_report.report(worse)
 
