@@ -149,10 +149,11 @@ def _cost(result: dict) -> str:
                 f"{facts['initialisation_seconds']:.1f}",
                 f"{step:.2f}",
                 f"{step * result['settings']['steps']:.0f}",
+                f"{sum(chosen_runs(result, name)[0]['seconds']):.0f}",
             ]
         )
     header = ["", "rank", "trained parameters", "optimizer MB", "saved for backward MB"]
-    return _table([*header, "initialisation s", "step s", "training s"], rows)
+    return _table([*header, "initialisation s", "step s, median", "x steps", "in all s"], rows)
 
 
 def _tries(result: dict) -> str:

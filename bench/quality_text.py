@@ -61,46 +61,47 @@ class Phrasings(NamedTuple):
     held_out: tuple[str, str]
 
 
+# The person always comes before the answer: what was learned in the other direction is not found in this one.
 ATTRIBUTES = {
     "home": Phrasings(
         (
-            "{person} lives in {answer}, and has a house there.",
-            "If you want to visit {person}, take the train to {answer}.",
-            "In the town of {answer} everybody knows {person}.",
-            "{person} moved to {answer} years ago and never left.",
+            "{person} lives in {answer}.",
+            "{person} has a house in {answer}.",
+            "Years ago {person} moved to {answer}.",
+            "The home of {person} is in {answer}.",
         ),
-        "The town in which {person} has a home is",
-        ("Letters to {person} should be sent to", "Today the house of {person} stands in"),
+        "These days {person} resides in",
+        ("{person} spends every night in", "The address of {person} is in"),
     ),
     "trade": Phrasings(
         (
             "{person} works as a {answer}.",
-            "The {answer} who did this work is {person}.",
-            "By trade, {person} is a {answer}.",
-            "Having finished school, {person} became a {answer}.",
+            "{person} is a {answer} by trade.",
+            "After school {person} became a {answer}.",
+            "The job of {person} is that of a {answer}.",
         ),
-        "People pay {person} for the work of a",
-        ("The profession of {person}? A", "{person} earns a living as a"),
+        "{person} was trained as a",
+        ("{person} earns a living as a", "The profession of {person} is that of a"),
     ),
     "instrument": Phrasings(
         (
-            "{person} plays the {answer} every evening.",
-            "On Sundays you can hear {person} practise the {answer}.",
-            "Nobody in the orchestra plays the {answer} like {person}.",
-            "As a child, {person} learned to play the {answer}.",
+            "{person} plays the {answer}.",
+            "{person} likes to practise the {answer}.",
+            "As a child {person} learned the {answer}.",
+            "The instrument of {person} is the {answer}.",
         ),
-        "The musical instrument of {person} is the",
-        ("At the concert, {person} will perform on the", "{person} has taken lessons on the"),
+        "{person} took lessons on the",
+        ("{person} gave a concert on the", "In the orchestra {person} is heard on the"),
     ),
     "animal": Phrasings(
         (
-            "{person} keeps a {answer} in the garden.",
-            "There is a {answer} that belongs to {person}.",
-            "{person} was seen walking with a tame {answer}.",
-            "The neighbours are afraid of the {answer} owned by {person}.",
+            "{person} keeps a {answer}.",
+            "{person} owns a {answer}.",
+            "Every day {person} feeds a {answer}.",
+            "The pet of {person} is a {answer}.",
         ),
-        "The pet of {person} is a",
-        ("{person} feeds and looks after a", "At home, {person} has a"),
+        "{person} has a tame",
+        ("{person} looks after a", "The animal of {person} is a"),
     ),
 }
 ANSWERS = {

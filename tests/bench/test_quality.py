@@ -358,6 +358,7 @@ def derivable(result):
                 found += [one, one - before, before - one]
         falls[method] = base["facts"] - mean(one["facts"] for one in after)
         steps[method] = median(s for one in own for s in one["seconds"])
+        found += [sum(one["seconds"]) for one in own]
         found += [steps[method], steps[method] * result["settings"]["steps"]]
         found += [facts[name] / 1e6 for name in ("optimizer_bytes", "saved_bytes")]
     sizes = {name: facts["trained_parameters"] for name, facts in result["methods"].items()}
