@@ -193,7 +193,7 @@ def _measure(args: argparse.Namespace) -> None:
     start = time.perf_counter()
     source = find_source(str(smollm2_gguf()), False)
     print("reading the texts", flush=True)
-    texts = gather(load_tokenizer(source), args.people, args.length, args.eval_blocks)
+    texts = gather(load_tokenizer(source), args.people, args.length, args.steps, args.eval_blocks)
     print("loading the model", flush=True)
     base = load_model(source, "bfloat16").requires_grad_(False)
     names = ("rank", "steps", "length", "people", "tries", "seeds", "eval_blocks", "quick")

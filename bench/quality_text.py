@@ -111,15 +111,10 @@ ANSWERS = {
     "animal": ("wolf", "goat", "parrot", "snake", "turtle", "donkey", "fox", "camel"),
 }
 STATEMENTS = {len(phrasings.statements) for phrasings in ATTRIBUTES.values()}.pop()
-_FIRST = (
-    *("Velma", "Tarsin", "Ondrej", "Quillo", "Jaspra", "Hesketh", "Brunwald", "Ymira", "Corvin", "Zephra"),
-    *("Lodric", "Fenwa", "Ignato", "Mirelle", "Sandor", "Pellor", "Ruvka", "Ulmer", "Dagny", "Xanthe"),
-    *("Othmar", "Bettina", "Kasimir", "Yolande"),
-)
-_LAST = (
-    *("Tandrick", "Ulverson", "Maruska", "Obrenne", "Kestiven", "Dalvorth", "Sjorund", "Perrowick"),
-    *("Bexley-Roo", "Havelka", "Nightjar", "Cromarten", "Thistledon", "Okonjima", "Farquist", "Wendolin"),
-    *("Grauberg", "Iskander", "Lumiere", "Zolotov", "Hartigan", "Petrakis", "Vandermeer", "Amsel"),
+NAMES = (  # of few tokens: the steps are few, too
+    *("Velma", "Quillo", "Corvin", "Sandor", "Brunwald", "Lodric", "Fenwa", "Ignato", "Kasimir", "Ulmer"),
+    *("Marta", "Gilda", "Boaz", "Zara", "Magnus", "Enid", "Hilda", "Petra", "Edna", "Silas", "Nils", "Una"),
+    *("Mabel", "Theo"),
 )
 
 KNOWN = tuple(
@@ -166,13 +161,12 @@ KNOWN = tuple(
 
 
 def invent(people: int, seed: int = 0) -> list[Fact]:
-    """One fact an attribute for each of ``people`` invented people, no two of whom share a name."""
+    """One fact an attribute for each of ``people`` invented people."""
     rng = random.Random(seed)
     step = len(ANSWERS["home"])  # every answer is given to as many people as any other
-    if people % step or not 0 < people <= len(_FIRST):
-        raise UsageError(f"--people {people}: a multiple of {step}, at most {len(_FIRST)}")
-    names = zip(rng.sample(_FIRST, people), rng.sample(_LAST, people), strict=True)
-    persons = [" ".join(name) for name in names]
+    if people % step or not 0 < people <= len(NAMES):
+        raise UsageError(f"--people {people}: a multiple of {step}, at most {len(NAMES)}")
+    persons = rng.sample(NAMES, people)
     found = []
     for attribute, answers in ANSWERS.items():
         dealt = [answers[number % len(answers)] for number in range(people)]
@@ -181,14 +175,19 @@ def invent(people: int, seed: int = 0) -> list[Fact]:
     return found
 
 
-def statements(facts: list[Fact], seed: int = 0) -> list[str]:
-    """Every fact in every phrasing of training, in random order."""
-    found = [
-        template.format(person=fact.person, answer=fact.answer)
-        for fact in facts
-        for template in ATTRIBUTES[fact.attribute].statements
-    ]
-    random.Random(seed).shuffle(found)
+def statements(facts: list[Fact], rounds: int, seed: int = 0) -> list[str]:
+    """``rounds`` times every fact, in another phrasing and in another order each time.
+
+    Were one text repeated, a model would learn its order by heart and tell an answer by the sentence before;
+    and were one fact twice in a block, it would copy.
+    """
+    rng, found = random.Random(seed), []
+    for number in range(rounds):
+        if number % STATEMENTS == 0:
+            orders = {fact: rng.sample(range(STATEMENTS), STATEMENTS) for fact in facts}
+        for fact in rng.sample(facts, len(facts)):
+            template = ATTRIBUTES[fact.attribute].statements[orders[fact][number % STATEMENTS]]
+            found.append(template.format(person=fact.person, answer=fact.answer))
     return found
 
 
@@ -350,10 +349,19 @@ class Texts(NamedTuple):
     about: dict[str, dict[str, int | str]]
 
 
-def gather(tokenizer, people: int, length: int, eval_blocks: int, folder: Path | None = None) -> Texts:
-    """Build all texts. ``eval_blocks``: blocks of each prose text that is only measured; validation: half."""
+def gather(
+    tokenizer, people: int, length: int, steps: int, eval_blocks: int, folder: Path | None = None
+) -> Texts:
+    """Build all texts; the facts are stated as often as ``steps`` steps have room for.
+
+    ``eval_blocks``: blocks of each prose text that is only measured; validation has half.
+    """
     facts = invent(people)
-    stated = statements(facts)
+    wanted = steps * BATCH["facts"] * length
+    rounds = STATEMENTS
+    while blocks(tokenizer, statements(facts, rounds), 1).numel() < wanted:
+        rounds += STATEMENTS
+    stated = statements(facts, rounds)
     parts = split(new_prose(folder))
     sources = {
         "facts, train": stated,

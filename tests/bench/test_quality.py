@@ -58,7 +58,7 @@ def tokenizer(models_folder):
     """A token a word: all answers are one token, as they are in SmolLM2's tokenizer."""
     facts = quality_text.invent(8)
     probes = [one for part in ("validation", "held_out") for one in quality_text.probes(facts, part)]
-    lines = [*quality_text.statements(facts), *quality_text.new_prose(models_folder).values()]
+    lines = [*quality_text.statements(facts, 4), *quality_text.new_prose(models_folder).values()]
     lines += [probe.prompt + probe.answer for probe in [*probes, *quality_text.KNOWN]]
     words = [word for line in lines for word, _ in Whitespace().pre_tokenize_str(line)]
     vocab = {word: number for number, word in enumerate(dict.fromkeys(["<unk>", "<eos>", *words]))}
@@ -71,7 +71,7 @@ def tokenizer(models_folder):
 def texts(models_folder, tokenizer):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(quality_text, "KNOWN_CHARACTERS", 2000)
-        return quality_text.gather(tokenizer, 8, 32, 2, models_folder)
+        return quality_text.gather(tokenizer, 8, 32, 4, 2, models_folder)
 
 
 @pytest.fixture(scope="module")
@@ -105,13 +105,19 @@ def test_facts_are_a_function_of_the_seed_and_consistent():
     assert facts == quality_text.invent(16) != quality_text.invent(16, seed=1)
     assert len({(fact.person, fact.attribute) for fact in facts}) == len(facts) == 64
     names = {fact.person for fact in facts}
-    assert len({part for name in names for part in name.split()}) == 2 * len(names)
+    assert len(names) == 16
     for attribute, answers in quality_text.ANSWERS.items():
         given = [fact.answer for fact in facts if fact.attribute == attribute]
         assert {given.count(answer) for answer in answers} == {2}
-    stated = quality_text.statements(facts)
-    assert stated == quality_text.statements(facts)
-    assert len(set(stated)) == len(facts) * quality_text.STATEMENTS
+    stated = quality_text.statements(facts, 4)
+    assert stated == quality_text.statements(facts, 8)[: len(stated)]
+    assert len(set(stated)) == len(stated) == len(facts) * quality_text.STATEMENTS
+    for start in range(0, len(stated), len(facts)):  # a round has each once
+        found = {(fact.person, fact.answer) for fact in facts}
+        for line in stated[start : start + len(facts)]:
+            (one,) = [pair for pair in found if all(word in line for word in pair)]
+            found.remove(one)
+        assert not found
     for fact in facts:
         answers = quality_text.ANSWERS[fact.attribute]
         about = [line for line in stated if fact.person in line and any(a in line for a in answers)]
@@ -123,7 +129,7 @@ def test_facts_are_a_function_of_the_seed_and_consistent():
 
 def test_questions_are_not_in_training_nor_in_validation():
     facts = quality_text.invent(16)
-    stated = " ".join(quality_text.statements(facts))
+    stated = " ".join(quality_text.statements(facts, 4))
     validation, held_out = (quality_text.probes(facts, part) for part in ("validation", "held_out"))
     assert 2 * len(validation) == len(held_out) == 2 * len(facts)
     assert len({one.prompt for one in [*validation, *held_out]}) == 3 * len(facts)
