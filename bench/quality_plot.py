@@ -78,7 +78,10 @@ def _draw(axes, result: dict) -> None:
     axes.set_xlabel("learned: fall of the loss on new facts, among their answers →", color=INK)
     axes.set_ylabel("forgotten: rise of the loss on known facts →", color=INK)
     axes.set_title(
-        "Learned against forgotten; small marks: other learning rates", color=INK, loc="left", fontsize=11
+        "Better: right and low. Small marks: other learning rates and single seeds",
+        color=INK,
+        loc="left",
+        fontsize=11,
     )
     axes.tick_params(colors=INK)
     axes.grid(color=INK, alpha=0.25, linewidth=0.5)
