@@ -41,11 +41,11 @@ LIBRARIES = ("torch", "peft", "transformers")
 def methods(base, rank: int) -> list[Method]:
     """What is compared, in this order. The first rates come from a few short trial runs."""
     return [
-        Method(MICA, "mica", 3e-3, rank),
-        Method(STOCK, "mica", 3e-3, rank, stock=True),
-        Method(SAME_RANK, "lora", 1e-3, rank),
-        Method(SAME_SIZE, "lora", 1e-3, same_size_rank(rank, *adapter_sizes(base))),
-        Method(FULL, "full", 1e-4),
+        Method(MICA, "mica", 6e-3, rank),
+        Method(STOCK, "mica", 6e-3, rank, stock=True),
+        Method(SAME_RANK, "lora", 3e-3, rank),
+        Method(SAME_SIZE, "lora", 3e-3, same_size_rank(rank, *adapter_sizes(base))),
+        Method(FULL, "full", 2e-4),
     ]
 
 

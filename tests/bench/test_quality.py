@@ -182,20 +182,28 @@ def test_blocks_of_training_and_held_out_text_differ(texts):
 
 
 def test_what_is_said_of_answers(base, tokenizer):
-    probes = [quality_text.Probe("The pet of Velma is a", " wolf", (" goat", " fox"))]
-    probes.append(quality_text.Probe("By trade, Velma is a", " nurse", (" tailor", " baker")))
-    asked = quality_text.ask(tokenizer, probes)
-    ids = [tokenizer(probe.prompt).input_ids for probe in probes]
+    prompts = ("The pet of Velma is a", "By trade, Velma is a")
+    ids = [tokenizer(prompt).input_ids for prompt in prompts]
     with torch.no_grad():
         scores = [base(torch.tensor([one])).logits[0, -1].log_softmax(-1) for one in ids]
+
+    def ordered(score, words):  # the likeliest first
+        return sorted(words, key=lambda word: -score[tokenizer(word).input_ids[0]])
+
+    first, *others = ordered(scores[0], (" wolf", " goat", " fox"))
+    *wrong, last = ordered(scores[1], (" nurse", " tailor", " baker"))
+    probes = [
+        quality_text.Probe(prompts[0], first, tuple(others)),
+        quality_text.Probe(prompts[1], last, tuple(wrong)),
+    ]
+    asked = quality_text.ask(tokenizer, probes)
     words = [[tokenizer(word).input_ids[0] for word in (one.answer, *one.others)] for one in probes]
     right = [score[word[0]].item() for score, word in zip(scores, words, strict=True)]
     among = [score[word].log_softmax(0)[0].item() for score, word in zip(scores, words, strict=True)]
-    picked = [score[word].argmax().item() == 0 for score, word in zip(scores, words, strict=True)]
     found = quality_train._answers(base, asked)
     assert found[""] == pytest.approx(-mean(right), rel=1e-5)
     assert found[", among answers"] == pytest.approx(-mean(among), rel=1e-5)
-    assert found[", picked"] == mean(picked)
+    assert found[", picked"] == 0.5
     assert found[", recalled"] == 0
     likeliest = tokenizer.convert_ids_to_tokens(int(scores[0].argmax()))
     known = quality_text.ask(tokenizer, [quality_text.Probe(probes[0].prompt, f" {likeliest}")])
