@@ -153,7 +153,7 @@ def _cost(result: dict) -> str:
             ]
         )
     header = ["", "rank", "trained parameters", "optimizer MB", "saved for backward MB"]
-    return _table([*header, "initialisation s", "step s, median", "x steps", "in all s"], rows)
+    return _table([*header, "initialisation s", "step s, median", "median x steps", "one run s"], rows)
 
 
 def _tries(result: dict) -> str:

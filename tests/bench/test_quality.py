@@ -204,6 +204,10 @@ def test_what_is_said_of_answers(base, tokenizer):
     assert found[""] == pytest.approx(-mean(right), rel=1e-5)
     assert found[", among answers"] == pytest.approx(-mean(among), rel=1e-5)
     assert found[", picked"] == 0.5
+    assert [quality_train._answers(base, quality_text.ask(tokenizer, [p]))[", picked"] for p in probes] == [
+        1,
+        0,
+    ]
     assert found[", recalled"] == 0
     likeliest = tokenizer.convert_ids_to_tokens(int(scores[0].argmax()))
     known = quality_text.ask(tokenizer, [quality_text.Probe(probes[0].prompt, f" {likeliest}")])
