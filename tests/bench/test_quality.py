@@ -1,4 +1,4 @@
-"""`bench.quality` on a tiny Llama: fair texts, fair tries, and a report that follows from its JSON."""
+"""`bench.quality` on a tiny Llama: fair tries, and a report that follows from its JSON."""
 
 import copy
 import json
@@ -12,66 +12,15 @@ from statistics import mean, median
 import models
 import pytest
 import torch
-from tokenizers import Tokenizer
-from tokenizers.models import WordLevel
-from tokenizers.pre_tokenizers import Whitespace
-from transformers import PreTrainedTokenizerFast
 
 import mica.fast
 
 sys.path.append(str(Path(__file__).resolve().parents[2]))  # `bench` is run from a checkout, never installed
 from bench import quality, quality_plot, quality_report, quality_search, quality_text, quality_train
 from bench.quality_report import FULL, MICA, SAME_RANK, SAME_SIZE, STOCK
-from mica.errors import UsageError
-
-NEW, OLD = "# Copyright 2025 The Somebody Team.\n", "# Copyright 2023 The Somebody Team.\n"
-COPIED = " ".join(f"copied{number}" for number in range(30))
-
-
-def prose(name):
-    return " ".join(f"{name}{number}" for number in range(60))
-
-
-@pytest.fixture(scope="module")
-def models_folder(tmp_path_factory):
-    """Like ``transformers.models``: one old model and eight new ones, some with what must be left out."""
-    folder = tmp_path_factory.mktemp("models")
-    for model in ("old", *(f"new{number}" for number in range(8))):
-        (folder / model).mkdir()
-        parts = [prose(model)]
-        if model in ("old", "new3"):
-            parts.append(f"{model} before. {COPIED} {model} after. {prose(model + 'x')}")
-        if model in ("new4", "new5"):
-            parts.append(f"Shared by two new models: {prose('shared')}")
-        docstring = "\n\n    ".join([*parts, f"Args:\n        {prose('argument')}"])
-        source = f'{OLD if model == "old" else NEW}class Model:\n    """{docstring}\n    """\n'
-        (folder / model / f"modeling_{model}.py").write_text(source)
-    return folder
-
 
 SETTINGS = {"rank": 4, "steps": 4, "tries": 2, "seeds": 2, "length": 32, "people": 8, "eval_blocks": 2}
 MACHINE = {"cpu": "a machine", "threads": 2, "torch": "2.0", "commit": "abc"}
-
-
-@pytest.fixture(scope="module")
-def tokenizer(models_folder):
-    """A token a word: all answers are one token, as they are in SmolLM2's tokenizer."""
-    facts = quality_text.invent(8)
-    probes = [one for part in ("validation", "held_out") for one in quality_text.probes(facts, part)]
-    lines = [*quality_text.statements(facts, 4), *quality_text.new_prose(models_folder).values()]
-    lines += [probe.prompt + probe.answer for probe in [*probes, *quality_text.KNOWN]]
-    words = [word for line in lines for word, _ in Whitespace().pre_tokenize_str(line)]
-    vocab = {word: number for number, word in enumerate(dict.fromkeys(["<unk>", "<eos>", *words]))}
-    found = Tokenizer(WordLevel(vocab, unk_token="<unk>"))
-    found.pre_tokenizer = Whitespace()
-    return PreTrainedTokenizerFast(tokenizer_object=found, unk_token="<unk>", eos_token="<eos>")
-
-
-@pytest.fixture(scope="module")
-def texts(models_folder, tokenizer):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(quality_text, "KNOWN_CHARACTERS", 2000)
-        return quality_text.gather(tokenizer, 8, 32, 4, 2, models_folder)
 
 
 @pytest.fixture(scope="module")
@@ -97,88 +46,7 @@ def runs(result, method):
     return [one for one in result["runs"] if one["method"] == method]
 
 
-# --- texts
-
-
-def test_facts_are_a_function_of_the_seed_and_consistent():
-    facts = quality_text.invent(16)
-    assert facts == quality_text.invent(16) != quality_text.invent(16, seed=1)
-    assert len({(fact.person, fact.attribute) for fact in facts}) == len(facts) == 64
-    names = {fact.person for fact in facts}
-    assert len(names) == 16
-    for attribute, answers in quality_text.ANSWERS.items():
-        given = [fact.answer for fact in facts if fact.attribute == attribute]
-        assert {given.count(answer) for answer in answers} == {2}
-    stated = quality_text.statements(facts, 4)
-    assert stated == quality_text.statements(facts, 8)[: len(stated)]
-    assert len(set(stated)) == len(stated) == len(facts) * quality_text.STATEMENTS
-    for start in range(0, len(stated), len(facts)):  # a round has each once
-        found = {(fact.person, fact.answer) for fact in facts}
-        for line in stated[start : start + len(facts)]:
-            (one,) = [pair for pair in found if all(word in line for word in pair)]
-            found.remove(one)
-        assert not found
-    for fact in facts:
-        answers = quality_text.ANSWERS[fact.attribute]
-        about = [line for line in stated if fact.person in line and any(a in line for a in answers)]
-        assert sum(fact.answer in line for line in about) == quality_text.STATEMENTS
-    for people in (0, 6, 32):
-        with pytest.raises(UsageError, match=f"--people {people}: a multiple of 8, at most 24"):
-            quality_text.invent(people)
-
-
-def test_questions_are_not_in_training_nor_in_validation():
-    facts = quality_text.invent(16)
-    stated = " ".join(quality_text.statements(facts, 4))
-    validation, held_out = (quality_text.probes(facts, part) for part in ("validation", "held_out"))
-    assert 2 * len(validation) == len(held_out) == 2 * len(facts)
-    assert len({one.prompt for one in [*validation, *held_out]}) == 3 * len(facts)
-    for number, fact in enumerate(facts):
-        for probe in (validation[number], *held_out[2 * number : 2 * number + 2]):
-            assert probe.answer == f" {fact.answer}"
-            assert fact.person in probe.prompt
-            assert probe.prompt not in stated
-            assert {probe.answer, *probe.others} == {f" {a}" for a in quality_text.ANSWERS[fact.attribute]}
-            assert len(probe.others) == 7
-
-
-def test_new_prose_has_no_copies(models_folder):
-    documents = quality_text.new_prose(models_folder)
-    assert sorted(documents) == [f"new{number}" for number in range(8)]
-    text = " ".join(documents.values())
-    assert "copied1 " not in text  # also in an older model
-    assert "argument1 " not in text
-    assert text.count("shared1 ") == 1  # the first of two
-    parts = quality_text.split(documents)
-    assert sorted(text for part in parts.values() for text in part) == sorted(documents.values())
-    found = {name: {r for text in part for r in quality_text.word_runs(text)} for name, part in parts.items()}
-    for one, other in (("train", "validation"), ("train", "held_out"), ("validation", "held_out")):
-        assert found[one]
-        assert not found[one] & found[other]
-    with pytest.raises(UsageError, match="2 documents"):
-        quality_text.split(dict(list(documents.items())[:2]))
-
-
-def test_installed_transformers_has_new_prose():
-    import transformers.models
-
-    folder = Path(transformers.models.__path__[0])
-    source = (folder / "smollm3" / "modeling_smollm3.py").read_text(encoding="utf-8")  # July 2025
-    assert quality_text.is_recent(source)
-    source = (folder / "llama" / "modeling_llama.py").read_text(encoding="utf-8")
-    assert not quality_text.is_recent(source)
-
-
-def test_blocks_of_training_and_held_out_text_differ(texts):
-    rows = {
-        name: {tuple(row.tolist()) for row in blocks}
-        for name, blocks in {**texts.train, **texts.prose}.items()
-    }
-    for one in texts.train:
-        for other in texts.prose:
-            assert not rows[one] & rows[other]
-    assert len(texts.prose["prose, validation"]) == 1
-    assert len(texts.prose["prose, held_out"]) == 2
+# --- training
 
 
 def test_what_is_said_of_answers(base, tokenizer):
@@ -214,14 +82,6 @@ def test_what_is_said_of_answers(base, tokenizer):
     found = quality_train._answers(base, known)
     assert found[", recalled"] == 1
     assert ", picked" not in found
-
-
-def test_answers_that_begin_alike_are_refused(tokenizer):
-    with pytest.raises(UsageError, match="begins two answers"):
-        quality_text.ask(tokenizer, [quality_text.Probe("A", " wolf", (" wolf-like",))])
-
-
-# --- training
 
 
 def test_batches_are_the_same_for_all_and_have_a_block_of_each(texts):
