@@ -6,7 +6,7 @@ VENV   := .venv
 RUN    := $(VENV)/bin/python
 READY  := $(VENV)/.installed
 
-.PHONY: demo test lint static mutants conformance bench bench-compare gpu clean
+.PHONY: demo test lint static mutants conformance bench bench-compare bench-quality gpu clean
 
 $(READY): pyproject.toml
 	test -x $(RUN) || $(PYTHON) -m venv $(VENV)
@@ -46,6 +46,10 @@ bench: $(READY)
 # What became slower from one run's JSON file to another's: make bench-compare OLD=... NEW=...
 bench-compare: $(READY)
 	$(RUN) -m bench.compare $(OLD) $(NEW)
+
+# MiCA, LoRA and full fine-tuning on unseen text: what is learned and what is forgotten (about 35 minutes)
+bench-quality: $(READY)
+	OMP_WAIT_POLICY=passive $(RUN) -m bench.quality
 
 # On a machine with a GPU, in its own Python environment (PYTHON=...), where torch, triton and PEFT are
 gpu:

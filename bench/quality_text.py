@@ -1,0 +1,392 @@
+"""The texts of `bench.quality`: two that SmolLM2 cannot have seen, and two that it knows.
+
+*New facts* are invented here: people who do not exist, each with a home town, a trade, an instrument and an
+animal. Every fact is stated in `STATEMENTS` phrasings for training and asked in others for validation and
+for the test. What counts is how likely the right answer is among all answers of its attribute, each of which
+is right for as many people as any other. That is knowledge and not style: a model that has learned which
+answers there are, and how such sentences go, still guesses. Code invents the facts, so no crawl has them.
+
+*New prose* is what people wrote after SmolLM2's training (it was released in November 2024): paragraphs of
+the docstrings of those models that came into transformers in 2025 or later, by their copyright line. The
+package is there already, its prose is technical English, and new words stand in it. A paragraph stays only
+if it shares no run of `RUN` words with the docstrings of older models or with a paragraph before it; so no
+such run of a held-out document is in training. Documents, one a model, are trained on or held out whole.
+
+*Known text*, for what is forgotten: the reference manual of the Python language, in the standard library,
+and `KNOWN`, sentences of general knowledge, measured like the new facts and far from the new prose.
+
+Nothing is downloaded, no text of others is in the repository, and all is a function of the installed
+versions: `bench.quality` records these and a SHA-256 of every text.
+"""
+
+from __future__ import annotations
+
+import ast
+import random
+import re
+from collections.abc import Iterator
+from hashlib import sha256
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from mica.errors import UsageError
+
+KNOWN_CHARACTERS = 200_000  # of the reference manual: far more than the blocks that are measured
+RUN = 8  # words: shorter runs are idiom ("of the same length as the number of ..."), longer ones are copies
+BATCH = {"facts": 3, "prose": 1}  # blocks
+SHARES = {"validation": 0.1, "held_out": 0.25}  # of the documents of new prose
+
+
+class Fact(NamedTuple):
+    person: str
+    attribute: str
+    answer: str
+
+
+class Probe(NamedTuple):
+    """What is shown, what must follow, and what else might, each with its leading space."""
+
+    prompt: str
+    answer: str
+    others: tuple[str, ...] = ()
+
+
+class Phrasings(NamedTuple):
+    """Templates with {person} and, in statements, {answer}. Questions end right before the answer."""
+
+    statements: tuple[str, ...]
+    validation: str
+    held_out: tuple[str, str]
+
+
+# The person always comes before the answer: what was learned in the other direction is not found in this one.
+ATTRIBUTES = {
+    "home": Phrasings(
+        (
+            "{person} lives in {answer}.",
+            "{person} has a house in {answer}.",
+            "Years ago {person} moved to {answer}.",
+            "The home of {person} is in {answer}.",
+        ),
+        "These days {person} resides in",
+        ("{person} spends every night in", "The address of {person} is in"),
+    ),
+    "trade": Phrasings(
+        (
+            "{person} works as a {answer}.",
+            "{person} is a {answer} by trade.",
+            "After school {person} became a {answer}.",
+            "The job of {person} is that of a {answer}.",
+        ),
+        "{person} was trained as a",
+        ("{person} earns a living as a", "The profession of {person} is that of a"),
+    ),
+    "instrument": Phrasings(
+        (
+            "{person} plays the {answer}.",
+            "{person} likes to practise the {answer}.",
+            "As a child {person} learned the {answer}.",
+            "The instrument of {person} is the {answer}.",
+        ),
+        "{person} took lessons on the",
+        ("{person} gave a concert on the", "In the orchestra {person} is heard on the"),
+    ),
+    "animal": Phrasings(
+        (
+            "{person} keeps a {answer}.",
+            "{person} owns a {answer}.",
+            "Every day {person} feeds a {answer}.",
+            "The pet of {person} is a {answer}.",
+        ),
+        "{person} has a tame",
+        ("{person} looks after a", "The animal of {person} is a"),
+    ),
+}
+ANSWERS = {
+    "home": ("Lisbon", "Oslo", "Dublin", "Cairo", "Lima", "Kyoto", "Havana", "Prague"),
+    "trade": ("baker", "lawyer", "nurse", "tailor", "farmer", "pilot", "dentist", "painter"),
+    "instrument": ("violin", "trumpet", "harp", "flute", "piano", "drums", "guitar", "organ"),
+    "animal": ("wolf", "goat", "parrot", "snake", "turtle", "donkey", "fox", "camel"),
+}
+STATEMENTS = {len(phrasings.statements) for phrasings in ATTRIBUTES.values()}.pop()
+NAMES = (  # of few tokens: the steps are few, too
+    *("Velma", "Quillo", "Corvin", "Sandor", "Brunwald", "Lodric", "Fenwa", "Ignato", "Kasimir", "Ulmer"),
+    *("Marta", "Gilda", "Boaz", "Zara", "Magnus", "Enid", "Hilda", "Petra", "Edna", "Silas", "Nils", "Una"),
+    *("Mabel", "Theo"),
+)
+
+KNOWN = tuple(
+    Probe(*pair)
+    for pair in (
+        ("The capital of France is", " Paris"),
+        ("The capital of Japan is", " Tokyo"),
+        ("The capital of Italy is", " Rome"),
+        ("The capital of Germany is", " Berlin"),
+        ("The capital of Russia is", " Moscow"),
+        ("The capital of Spain is", " Madrid"),
+        ("The opposite of hot is", " cold"),
+        ("The opposite of large is", " small"),
+        ("The opposite of up is", " down"),
+        ("Monday, Tuesday, Wednesday, Thursday,", " Friday"),
+        ("One, two, three, four,", " five"),
+        ("The Earth revolves around the", " Sun"),
+        ("The planet that is closest to the Sun is", " Mercury"),
+        ("The largest planet in our solar system is", " Jupiter"),
+        ("The chemical symbol of gold is", " Au"),
+        ("The process by which plants make food from sunlight is called", " photosynthesis"),
+        ("The largest ocean on Earth is the", " Pacific"),
+        ("The longest river in Africa is the", " Nile"),
+        ("The highest mountain in the world is Mount", " Everest"),
+        ("Romeo and Juliet was written by William", " Shakespeare"),
+        ("The first president of the United States was George", " Washington"),
+        ("The theory of relativity was developed by Albert", " Einstein"),
+        ("The theory of evolution by natural selection was proposed by Charles", " Darwin"),
+        ("The laws of motion were formulated by Isaac", " Newton"),
+        ("The Declaration of Independence was signed in the year 17", "76"),
+        ("World War II ended in the year 19", "45"),
+        ("The young of a cat is called a", " kitten"),
+        ("A triangle has three", " sides"),
+        ("There are sixty seconds in a", " minute"),
+        ("There are twelve months in a", " year"),
+        ("The currency of the United Kingdom is the", " pound"),
+        ("The Eiffel Tower is in", " Paris"),
+        ("Humans breathe in oxygen and breathe out carbon", " dioxide"),
+        ("The force that pulls objects toward the Earth is called", " gravity"),
+        ("Antibiotics are used to treat infections caused by", " bacteria"),
+        ("Once upon a", " time"),
+    )
+)
+
+
+def invent(people: int, seed: int = 0) -> list[Fact]:
+    """One fact an attribute for each of ``people`` invented people."""
+    rng = random.Random(seed)
+    step = len(ANSWERS["home"])  # every answer is given to as many people as any other
+    if people % step or not 0 < people <= len(NAMES):
+        raise UsageError(f"--people {people}: a multiple of {step}, at most {len(NAMES)}")
+    persons = rng.sample(NAMES, people)
+    found = []
+    for attribute, answers in ANSWERS.items():
+        dealt = [answers[number % len(answers)] for number in range(people)]
+        rng.shuffle(dealt)
+        found += [Fact(*fact) for fact in zip(persons, [attribute] * people, dealt, strict=True)]
+    return found
+
+
+def statements(facts: list[Fact], rounds: int, seed: int = 0) -> list[str]:
+    """``rounds`` times every fact, in another phrasing and in another order each time.
+
+    Were one text repeated, a model would learn its order by heart and tell an answer by the sentence before;
+    and were one fact twice in a block, it would copy.
+    """
+    rng, found = random.Random(seed), []
+    for number in range(rounds):
+        if number % STATEMENTS == 0:
+            orders = {fact: rng.sample(range(STATEMENTS), STATEMENTS) for fact in facts}
+        for fact in rng.sample(facts, len(facts)):
+            template = ATTRIBUTES[fact.attribute].statements[orders[fact][number % STATEMENTS]]
+            found.append(template.format(person=fact.person, answer=fact.answer))
+    return found
+
+
+def probes(facts: list[Fact], part: str) -> list[Probe]:
+    """Questions about every fact, in phrasings of ``part`` ("validation": one, "held_out": two) that no
+    training text has."""
+    found = []
+    for fact in facts:
+        phrasings = ATTRIBUTES[fact.attribute]
+        others = tuple(f" {other}" for other in ANSWERS[fact.attribute] if other != fact.answer)
+        for template in (phrasings.validation,) if part == "validation" else phrasings.held_out:
+            found.append(Probe(template.format(person=fact.person), f" {fact.answer}", others))
+    return found
+
+
+def word_runs(text: str) -> set[tuple[str, ...]]:
+    """All runs of `RUN` words, in lower case and without punctuation."""
+    words = re.findall(r"\w+", text.lower())
+    return {tuple(words[start : start + RUN]) for start in range(len(words) - RUN + 1)}
+
+
+def new_prose(folder: Path | None = None) -> dict[str, str]:
+    """Name of a model -> paragraphs of its docstrings, of those that came to transformers since 2025.
+
+    ``folder``: that of ``transformers.models``, one folder a model. Paragraphs that describe an argument,
+    show code or are short are left out, and those that are copies (see the module).
+    """
+    if folder is None:
+        import transformers.models
+
+        folder = Path(transformers.models.__path__[0])
+    seen: set[tuple[str, ...]] = set()
+    new: list[tuple[str, str]] = []
+    for path in sorted(folder.glob("*/*.py")):
+        source = path.read_text(encoding="utf-8")
+        recent = is_recent(source)
+        for paragraph in _paragraphs(source):
+            if recent:
+                new.append((path.parent.name, paragraph))
+            else:
+                seen |= word_runs(paragraph)
+    documents: dict[str, list[str]] = {}
+    for model, paragraph in new:
+        runs = word_runs(paragraph)
+        if runs and not runs & seen:
+            documents.setdefault(model, []).append(paragraph)
+            seen |= runs
+    return {model: "\n\n".join(paragraphs) for model, paragraphs in documents.items()}
+
+
+def is_recent(source: str) -> bool:
+    """Whether the copyright line of a module names 2025 or a later year."""
+    return re.search(r"Copyright (\(c\) )?20(2[5-9]|[3-9]\d)", source[:1000]) is not None
+
+
+def _paragraphs(source: str) -> Iterator[str]:
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, (ast.ClassDef, ast.FunctionDef)):
+            for paragraph in (ast.get_docstring(node) or "").split("\n\n"):
+                text = " ".join(paragraph.split())
+                section = re.match(r"(Args|Returns|Examples?|Raises|Parameters|Attributes|Inputs)\b", text)
+                argument = "(`" in text or "`):" in text or re.match(r"[-*] ", text)
+                code = ">>>" in text or "```" in text or " = " in text
+                if len(text) > 150 and not (section or argument or code):
+                    yield text
+
+
+def split(documents: dict[str, str], seed: int = 0) -> dict[str, list[str]]:
+    """Whole documents for "train", "validation" and "held_out", drawn at random; at least one each."""
+    if len(documents) < 3:
+        raise UsageError(
+            f"{len(documents)} documents of new prose in transformers, 3 needed: it has no models of 2025"
+        )
+    names = sorted(documents)
+    random.Random(seed).shuffle(names)
+    parts, start = {}, 0
+    for part, share in SHARES.items():
+        count = max(1, round(share * len(names)))
+        parts[part] = names[start : start + count]
+        start += count
+    parts["train"] = names[start:]
+    return {part: [documents[name] for name in names] for part, names in parts.items()}
+
+
+def known_prose() -> str:
+    """The reference manual of the Python language: every crawl has it."""
+    from mica.demo import python_reference_text
+
+    return python_reference_text()[:KNOWN_CHARACTERS]
+
+
+def blocks(tokenizer, texts: list[str], length: int, limit: int | None = None) -> torch.Tensor:
+    """(num_blocks, length) token ids, int64: the texts joined by EOS, evenly spaced blocks up to ``limit``.
+
+    Raises UsageError if there is not enough text for one.
+    """
+    stream: list[int] = []
+    for text in texts:
+        stream += tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+        stream.append(tokenizer.eos_token_id)
+    count = len(stream) // length
+    if not count:
+        raise UsageError(f"{len(stream)} tokens of text, {length} needed for a block")
+    found = torch.tensor(stream[: count * length]).view(count, length)
+    if limit is None or count <= limit:
+        return found
+    return found[torch.linspace(0, count - 1, limit).round().long()]
+
+
+def digest(texts: list[str]) -> str:
+    """SHA-256 of texts, each ended by a zero byte."""
+    total = sha256()
+    for text in texts:
+        total.update(text.encode() + b"\0")
+    return total.hexdigest()
+
+
+class Asked(NamedTuple):
+    """Probes as tokens. ``tokens`` (num_probes, longest) int64, filled up with zeros on the right, where a
+    causal model does not look; ``is_answer`` (num_probes, longest) bool marks what must be predicted.
+    ``candidates`` (num_probes, num_answers) int64: first tokens of the right answer and of all others."""
+
+    tokens: torch.Tensor
+    is_answer: torch.Tensor
+    candidates: torch.Tensor
+
+
+def ask(tokenizer, probes: list[Probe]) -> Asked:
+    """Prompts and answers, tokenised apart, so that an answer's tokens never depend on what is asked.
+
+    Raises UsageError if two answers to one question start with the same token.
+    """
+
+    def ids_of(text: str) -> list[int]:
+        return tokenizer(text, add_special_tokens=False)["input_ids"]
+
+    rows = [(ids_of(probe.prompt), ids_of(probe.answer)) for probe in probes]
+    longest = max(len(prompt) + len(answer) for prompt, answer in rows)
+    tokens = torch.zeros(len(rows), longest, dtype=torch.int64)
+    is_answer = torch.zeros(len(rows), longest, dtype=torch.bool)
+    firsts = []
+    for number, (probe, (prompt, answer)) in enumerate(zip(probes, rows, strict=True)):
+        end = len(prompt) + len(answer)
+        tokens[number, :end] = torch.tensor(prompt + answer)
+        is_answer[number, len(prompt) : end] = True
+        firsts.append([answer[0], *(ids_of(other)[0] for other in probe.others)])
+        if len(set(firsts[-1])) < len(firsts[-1]):
+            raise UsageError("the tokenizer begins two answers to one question with the same token")
+    return Asked(tokens, is_answer, torch.tensor(firsts))
+
+
+class Texts(NamedTuple):
+    """All tokens of a run. ``train``: a tensor a kind of text, (num_blocks, length) int64, of which a batch
+    has `BATCH` blocks; ``prose``: blocks by name; ``asked``: probes by name. ``about``: size and SHA-256."""
+
+    train: dict[str, torch.Tensor]
+    prose: dict[str, torch.Tensor]
+    asked: dict[str, Asked]
+    about: dict[str, dict[str, int | str]]
+
+
+def gather(
+    tokenizer, people: int, length: int, steps: int, eval_blocks: int, folder: Path | None = None
+) -> Texts:
+    """Build all texts; the facts are stated as often as ``steps`` steps have room for.
+
+    ``eval_blocks``: blocks of each prose text that is only measured; validation has half.
+    """
+    facts = invent(people)
+    wanted = steps * BATCH["facts"] * length
+    rounds = STATEMENTS
+    while blocks(tokenizer, statements(facts, rounds), 1).numel() < wanted:
+        rounds += STATEMENTS
+    stated = statements(facts, rounds)
+    parts = split(new_prose(folder))
+    sources = {
+        "facts, train": stated,
+        **{f"prose, {part}": texts for part, texts in parts.items()},
+        "reference": [known_prose()],
+    }
+    limits = {"prose, validation": max(1, eval_blocks // 2), "prose, train": None, "facts, train": None}
+    found = {
+        name: blocks(tokenizer, texts, length, limits.get(name, eval_blocks))
+        for name, texts in sources.items()
+    }
+    questions = {
+        **{f"facts, {part}": probes(facts, part) for part in ("validation", "held_out")},
+        "known facts": list(KNOWN),
+    }
+    asked = {name: ask(tokenizer, rows) for name, rows in questions.items()}
+    about = {
+        name: {"tokens": found[name].numel(), "sha256": digest(texts)} for name, texts in sources.items()
+    } | {
+        name: {
+            "tokens": int(asked[name].is_answer.sum()),
+            "sha256": digest([probe.prompt + probe.answer for probe in rows]),
+        }
+        for name, rows in questions.items()
+    }
+    train = {"facts": found["facts, train"], "prose": found["prose, train"]}
+    measured = ("prose, validation", "prose, held_out", "reference")
+    return Texts(train, {name: found[name] for name in measured}, asked, about)

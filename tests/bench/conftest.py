@@ -1,0 +1,58 @@
+"""The texts of `bench.quality` for a tiny model: words are tokens, and new models are made up."""
+
+import sys
+from pathlib import Path
+
+import pytest
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Whitespace
+from transformers import PreTrainedTokenizerFast
+
+sys.path.append(str(Path(__file__).resolve().parents[2]))  # `bench` is run from a checkout, never installed
+from bench import quality_text
+
+NEW, OLD = "# Copyright 2025 The Somebody Team.\n", "# Copyright 2023 The Somebody Team.\n"
+COPIED = " ".join(f"copied{number}" for number in range(30))
+
+
+def prose(name):
+    return " ".join(f"{name}{number}" for number in range(60))
+
+
+@pytest.fixture(scope="session")
+def models_folder(tmp_path_factory):
+    """Like ``transformers.models``: one old model and eight new ones, some with what must be left out."""
+    folder = tmp_path_factory.mktemp("models")
+    for model in ("old", *(f"new{number}" for number in range(8))):
+        (folder / model).mkdir()
+        parts = [prose(model)]
+        if model in ("old", "new3"):
+            parts.append(f"{model} before. {COPIED} {model} after. {prose(model + 'x')}")
+        if model in ("new4", "new5"):
+            parts.append(f"Shared by two new models: {prose('shared')}")
+        docstring = "\n\n    ".join([*parts, f"Args:\n        {prose('argument')}"])
+        source = f'{OLD if model == "old" else NEW}class Model:\n    """{docstring}\n    """\n'
+        (folder / model / f"modeling_{model}.py").write_text(source)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tokenizer(models_folder):
+    """A token a word: all answers are one token, as they are in SmolLM2's tokenizer."""
+    facts = quality_text.invent(8)
+    probes = [one for part in ("validation", "held_out") for one in quality_text.probes(facts, part)]
+    lines = [*quality_text.statements(facts, 4), *quality_text.new_prose(models_folder).values()]
+    lines += [probe.prompt + probe.answer for probe in [*probes, *quality_text.KNOWN]]
+    words = [word for line in lines for word, _ in Whitespace().pre_tokenize_str(line)]
+    vocab = {word: number for number, word in enumerate(dict.fromkeys(["<unk>", "<eos>", *words]))}
+    found = Tokenizer(WordLevel(vocab, unk_token="<unk>"))
+    found.pre_tokenizer = Whitespace()
+    return PreTrainedTokenizerFast(tokenizer_object=found, unk_token="<unk>", eos_token="<eos>")
+
+
+@pytest.fixture(scope="session")
+def texts(models_folder, tokenizer):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(quality_text, "KNOWN_CHARACTERS", 2000)
+        return quality_text.gather(tokenizer, 8, 32, 4, 2, models_folder)
