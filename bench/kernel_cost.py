@@ -164,11 +164,10 @@ def aten(layer: Layer, chunked: bool) -> Cost:
     backward = [scale_b, gemm(m, rank, n, size), gemm(m, k, n, size), gemm(m, k, rank, size, adds=True)]
     if not chunked or size == FP32:
         return Cost(forward, [*backward, gemm(rank, k, m, size)], size * m * k)
-    backward.append(elementwise(rank * k, FP32))  # zeros
     for start in range(0, m, reference._TOKENS_PER_CHUNK):
         tokens = min(m - start, reference._TOKENS_PER_CHUNK)
         backward += [elementwise(tokens * width, BF16, FP32) for width in (rank, k)]
-        backward.append(gemm(rank, k, tokens, FP32, adds=True))
+        backward.append(gemm(rank, k, tokens, FP32, adds=start > 0))
     return Cost(forward, [*backward, elementwise(rank * k, FP32, BF16)], BF16 * m * k)
 
 

@@ -24,7 +24,7 @@ PAPER = "MiCA Learns More Knowledge Than LoRA and Full Fine-Tuning, arXiv 2604.0
 CLAIMS = {
     "knowledge": "up to 5.9x improvement in knowledge acquisition under optimized training hyperparameters",
     "size": "a minimal parameter footprint of 6-60% compared to LoRA",
-    "forgetting": "less forgetting, a more stable integration of new knowledge",
+    "forgetting": "a more efficient and stable mechanism for integrating new knowledge",
 }
 
 
@@ -291,7 +291,9 @@ def report(result: dict) -> str:
         f"### Learned\n\n{_measures(result, LEARNED)}\n\nNew facts are asked in phrasings that training did "
         f"not have. Among answers: only the {answers} of the attribute are possible, all equally frequent; "
         f"guessing gives a loss of {math.log(answers):.3f} and {100 / answers:.1f} %. The loss of the answer "
-        "among all words also falls by learning how such sentences go.",
+        "among all words also falls by learning how such sentences go.\n\nThe task was not chosen blindly: "
+        "of five designs that were tried for a few steps, with this test in view, it is the first in which "
+        "any method learned much; in the others MiCA, tried in all of them, LoRA, tried in one, did not.",
         f"### Forgotten\n\n{_measures(result, FORGOTTEN)}",
         f"### Cost\n\n{_cost(result)}\n\n{same}".rstrip(),
         f"### Learning rates\n\n{_tries(result)}",

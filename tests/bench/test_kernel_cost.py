@@ -141,8 +141,7 @@ def test_aten_is_what_the_reference_does():
     cost, chunked = (model.FORMS[name](layer(m, n, k, rank)) for name in ("aten control", "aten reference"))
     assert traffic(cost.forward) == traffic(chunked.forward) == forward.bytes
     assert traffic(cost.backward) == control.bytes
-    # `g.new_zeros` counts g, of which it reads nothing
-    assert traffic(chunked.backward) == backward.bytes - m * rank * torch.bfloat16.itemsize
+    assert traffic(chunked.backward) == backward.bytes
 
 
 def test_what_the_forms_cost_in_comparison():

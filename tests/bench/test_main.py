@@ -18,7 +18,9 @@ def run(tmp_path_factory):
     folder = tmp_path_factory.mktemp("results")
 
     def run(name, operator=None, which=CELL):
-        environment = {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'tests' / 'support'}"}
+        # not those of this test run: in a worker of xdist, pytest-benchmark times nothing
+        outside = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
+        environment = {**outside, "PYTHONPATH": f"{ROOT}:{ROOT / 'tests' / 'support'}"}
         environment.pop("TRITON_INTERPRET", None)
         if operator:
             environment |= {"MICA_TEST_OPERATOR": operator, "PYTEST_ADDOPTS": "-p broken_operator"}
