@@ -18,6 +18,7 @@ from bench.results import (
     Result,
 )
 
+SHOWN = 6
 FEW_TOKENS = 256  # below, the cost of calls dominates on a CPU
 
 
@@ -109,7 +110,10 @@ def _slower(result: Result, rival: str) -> str:
     if not found:
         return f"nowhere, in {count} cells."
     found.sort(reverse=True)
-    return f"{len(found)} of {count} cells (ratios of time): " + "; ".join(text for _, text in found) + "."
+    texts = [text for _, text in found[:SHOWN]]
+    if len(found) > SHOWN:
+        texts.append(f"the others are less slow, {found[-1][0]:.3f} or more (tables below)")
+    return f"{len(found)} of {count} cells (ratios of time): " + "; ".join(texts) + "."
 
 
 def _few_tokens(result: Result) -> str:

@@ -26,8 +26,9 @@ from bench.harness import DEVICE, iterations, pick
 from bench.results import BARE, GROUPED, STOCK, STOCK_16, UNGROUPED
 from bench.saved import saved_bytes
 
-ROUNDS, RANK, WARM_UP = pick(quick=5, default=9), 16, 2
-# Relative differences of y, dx and dA from stock PEFT's, whose adapters compute in fp32.
+ROUNDS, RANK, WARM_UP = pick(quick=5, default=7), 16, 2
+# Relative differences of y, dx and dA from stock PEFT's, whose adapters compute in fp32; those in bf16 are
+# rounded and may be three times as far off.
 GATES = {"y": 1e-2, "dx": 2e-2, "dA": 2e-2}
 SMALL = {
     "vocab_size": 8,
@@ -118,14 +119,15 @@ def setting(name):
     for rival in (STOCK_16, UNGROUPED, GROUPED):
         for what, value in results(rival, rivals[rival], (x, dy)).items():
             error = (value - expected[what]).norm() / expected[what].norm()
-            assert error <= GATES[what], f"{rival}: {what} is {error:.1e} off stock PEFT's"
+            limit = GATES[what] * (3 if rival == STOCK_16 else 1)
+            assert error <= limit, f"{rival}: {what} is {error:.1e} off stock PEFT's"
     saved = {}
     for rival, model in rivals.items():
         with CONTEXTS[rival]():
             saved[rival] = saved_bytes(lambda model=model: forward(model, x.detach()), [model, bare]) / 1e6
     start = time.perf_counter()
     step(bare, (x, dy))
-    return Setting(rivals, (x, dy), saved, iterations(time.perf_counter() - start, 0.05))
+    return Setting(rivals, (x, dy), saved, iterations(time.perf_counter() - start))
 
 
 def forward(model, x):
@@ -182,7 +184,7 @@ def bench_block(once, gated, name, round_, rival):
 
     with CONTEXTS[rival]():
         before = Counter(mica.fast.call_counts)
-        once(one_step, group, rival, axes, found.iterations, warmups=1, **facts)
+        once(one_step, group, rival, axes, found.iterations, warm_up=True, **facts)
     for kind, calls in calls_of(name, rival).items():
         ran = (mica.fast.call_counts[kind] - before[kind]) / len(steps)
         assert ran == calls, f"{rival} ran {ran} operators of the kind {kind} a step, not {calls}"

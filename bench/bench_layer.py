@@ -40,9 +40,8 @@ class Cell(NamedTuple):
 
     @property
     def axes(self) -> dict[str, str | int]:
-        facts = self._asdict()
-        del facts["compiled"]
-        return {"suite": "layer", **facts, "in": facts.pop("inner")}
+        shape = {"tokens": self.tokens, "out": self.out, "in": self.inner}
+        return {"suite": "layer", **shape, "rank": self.rank, "dtype": self.dtype}
 
     @property
     def key(self) -> str:
@@ -179,4 +178,4 @@ def bench_layer(once, gated, cell, round_, part, rival):
         else:
             y = form.forward()
             call = functools.partial(gradients, form, y, found.grad_output)
-        once(call, cell.group(part), rival, axes, count, warmups=1 if count > 1 else 0, **facts)
+        once(call, cell.group(part), rival, axes, count, warm_up=True, **facts)

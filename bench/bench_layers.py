@@ -50,7 +50,7 @@ def setting(layers):
     step(bare, inputs)
     start = time.perf_counter()
     step(bare, inputs)
-    return rivals, inputs, iterations(time.perf_counter() - start, 0.05)
+    return rivals, inputs, iterations(time.perf_counter() - start)
 
 
 def step(model, inputs):
@@ -71,4 +71,4 @@ def bench_layers(once, gated, layers, round_, rival):
     axes = {"suite": "layers", "layers": layers, "width": WIDTH, "tokens": TOKENS, "rank": RANK}
     with CONTEXTS[rival]():
         call = functools.partial(step, rivals[rival], inputs)
-        once(call, group, rival, {**axes, "dtype": "bfloat16"}, count, warmups=1)
+        once(call, group, rival, {**axes, "dtype": "bfloat16"}, count, warm_up=True)

@@ -56,4 +56,4 @@ def setting(rate):
 def bench_rate(once, rate, round_):
     call, flops, bytes_, count = setting(rate)
     axes = {"suite": "rate", "rate": rate}
-    once(call, f"rate, {rate}", "measured", axes, count, warmups=1, flops=flops, bytes=bytes_)
+    once(call, f"rate, {rate}", "measured", axes, count, warm_up=True, flops=flops, bytes=bytes_)

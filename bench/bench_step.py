@@ -17,7 +17,7 @@ from bench.harness import DEVICE, optimizer_bytes, peak_growth, pick, trainable_
 from bench.results import BARE, FAST, STOCK, STOCK_16
 from bench.saved import saved_bytes
 
-ROUNDS = pick(quick={"bfloat16": 4}, default={"bfloat16": 8, "float32": 6})
+ROUNDS = pick(quick={"bfloat16": 4}, default={"bfloat16": 6, "float32": 3})
 BATCH, SEQUENCE = pick(quick=(1, 256), default=(2, 512))
 RANK = 16
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
@@ -96,6 +96,7 @@ def bench_step(once, gated, dtype, round_, rival):
             group,
             rival,
             {**axes, "rank": RANK, "dtype": dtype},
+            warm_up=True,
             **facts,
         )
     if growth() is not None:

@@ -51,18 +51,20 @@ def pytest_benchmark_update_json(config, benchmarks, output_json):
 class Once:
     """Times one sample: a round of one rival, the mean of ``iterations`` calls.
 
+    ``warm_up``: one call before, for caches and for memory that the rival before has given back.
     ``axes``: what work it is; ``facts``: what was counted or measured beside the time.
     """
 
     def __init__(self, benchmark):
         self.benchmark = benchmark
 
-    def __call__(self, function, group, rival, axes, iterations=1, warmups=0, **facts):
+    def __call__(self, function, group, rival, axes, iterations=1, warm_up=False, **facts):
         self.benchmark.group = group
         self.note(rival=rival, axes=axes, **facts)
-        return self.benchmark.pedantic(
-            finished(function), rounds=1, iterations=iterations, warmup_rounds=warmups
-        )
+        call = finished(function)
+        if warm_up:
+            call()
+        return self.benchmark.pedantic(call, rounds=1, iterations=iterations)
 
     def note(self, **facts):
         self.benchmark.extra_info.update(facts)
