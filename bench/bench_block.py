@@ -71,7 +71,11 @@ BLOCKS = {
     "Llama-3.1-8B": block(LlamaConfig, (1, 512), 4096, 14336, 32, 8),
     "Qwen2.5-7B": block(Qwen2Config, (1, 512), 3584, 18944, 28, 4),
 }
-NAMES = pick(quick=["Llama-3.2-1B", "GPT-2"], default=[*BLOCKS])
+NAMES = pick(
+    quick=["Llama-3.2-1B", "GPT-2"],
+    default=["Llama-3.2-1B", "Qwen2.5-0.5B", "GPT-2", "Llama-3.1-8B"],
+    full=[*BLOCKS],  # the widest take half a minute to set up
+)
 
 
 @contextmanager
