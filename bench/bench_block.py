@@ -26,7 +26,7 @@ from bench.harness import DEVICE, iterations, pick
 from bench.results import BARE, GROUPED, STOCK, STOCK_16, UNGROUPED
 from bench.saved import saved_bytes
 
-ROUNDS, RANK, WARM_UP = pick(quick=5, default=7), 16, 2
+ROUNDS, RANK, WARM_UP = pick(quick=5, default=6), 16, 2
 # Relative differences of y, dx and dA from stock PEFT's, whose adapters compute in fp32; those in bf16 are
 # rounded and may be three times as far off.
 GATES = {"y": 1e-2, "dx": 2e-2, "dA": 2e-2}

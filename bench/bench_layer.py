@@ -21,7 +21,7 @@ from bench.layer import AtenControl, adapted_module, exact, make_layer, relative
 from bench.results import ATEN, BACKWARD, BARE, COMPILED, FAST, FORWARD, LORA, STOCK, STOCK_16
 from bench.saved import saved_bytes
 
-ROUNDS = pick(quick=5, default=10)
+ROUNDS = pick(quick=5, default=6)
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 # Relative errors of y, dx and dA that no layer should pass, and the dtype of the truth: fp64 takes seconds
 # for a large layer, and fp32 is as good as exact for bf16.
