@@ -79,7 +79,7 @@ def once(benchmark):
 
 @pytest.fixture(scope="module", autouse=True)
 def released(request):
-    """A suite leaves neither its models nor a fragmented heap to the next one, whose steps would pay for it."""
+    """A suite leaves neither its models nor a fragmented heap to the next one, whose steps would pay."""
     yield
     for value in vars(request.module).values():
         if hasattr(value, "cache_clear"):
