@@ -81,7 +81,7 @@ def is_on(x: Tensor, lora_A: Tensor) -> bool:
     """Whether calls with this x are watched and grouped: in training, where the setting says so.
 
     "auto": where the operators run on kernels. On the CPU the gain of 1 to 4 % of a block lies within the
-    spread of the measurement (bench_group).
+    spread of the measurement (bench_block).
     """
     choice = settings.group_projections
     if not choice or torch.compiler.is_compiling() or not torch.is_grad_enabled() or x.is_inference():
