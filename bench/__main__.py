@@ -1,4 +1,8 @@
-"""``python -m bench``: run the suites, write results, tables and plots to ``bench/results/<machine>/``."""
+"""``python -m bench``: run the suites, write results, tables and plots to ``bench/results/<machine>/``.
+
+Each suite has a process of its own: after the layers and blocks of others a training step of the bare model
+took 2.4 s instead of 1.2 s, in memory that they had left behind.
+"""
 
 import argparse
 import json
@@ -16,7 +20,7 @@ import torch
 
 from bench.harness import SIZES, instructions
 from bench.report import write
-from bench.results import fold
+from bench.results import fold, joined
 
 HERE = Path(__file__).resolve().parent
 
@@ -28,6 +32,24 @@ def machine() -> str:
     words = re.findall(r"\w+", re.sub(r"\(\w+\)", " ", brand.lower()))  # without (R) and (TM)
     kinds = [instructions()] if instructions() else []
     return "-".join([*words, *kinds, str(torch.get_num_threads()), "threads"])
+
+
+NOTHING_SELECTED = 5  # pytest's exit status
+
+
+def pytest(path: Path, selection: str) -> list[str]:
+    return [sys.executable, "-m", "pytest", str(path), "-c", str(HERE / "pytest.ini"), "-k", selection]
+
+
+def suites(selection: str, environment: dict[str, str]) -> list[Path]:
+    """The files of those that ``selection`` (``-k``) takes tests of."""
+    files = sorted(HERE.glob("bench_*.py"))
+    if not selection:
+        return files
+    listing = subprocess.run(
+        [*pytest(HERE, selection), "--collect-only"], env=environment, capture_output=True, text=True
+    ).stdout
+    return [file for file in files if f"{file.name}::" in listing]
 
 
 def main() -> int:
@@ -45,20 +67,27 @@ def main() -> int:
     assert size in SIZES
     name = args.name or "-".join([str(date.today()), *([] if size == "default" else [size])])
     args.output.mkdir(parents=True, exist_ok=True)
-    command = [sys.executable, "-m", "pytest", str(HERE), "-c", str(HERE / "pytest.ini"), "-k", args.k]
     # Two thread pools that spin (OpenMP's of PyTorch, OpenBLAS's of SciPy) would take turns on the cores.
     environment = {"OMP_WAIT_POLICY": "passive", **os.environ, "MICA_BENCH_SIZE": size}
+    found, refused, failed = [], [], False
     with tempfile.TemporaryDirectory() as folder:
-        raw = Path(folder) / "raw.json"
-        done = subprocess.run([*command, f"--benchmark-json={raw}"], env=environment)
-        if not raw.exists() or not raw.stat().st_size:
-            print("bench: nothing was timed", file=sys.stderr)
-            return done.returncode or 1
-        result = fold(json.loads(raw.read_text()))
+        for suite in suites(args.k, environment):
+            print(suite.name, flush=True)
+            raw, refusals = (Path(folder) / f"{suite.stem}{end}.json" for end in ("", "-refused"))
+            environment["MICA_BENCH_REFUSED"] = str(refusals)
+            done = subprocess.run([*pytest(suite, args.k), f"--benchmark-json={raw}"], env=environment)
+            failed |= done.returncode not in (0, NOTHING_SELECTED)
+            if raw.exists() and raw.stat().st_size:
+                found.append(fold(json.loads(raw.read_text())))
+            if refusals.exists():
+                refused += json.loads(refusals.read_text())
+    if not found:
+        print("bench: nothing was timed", file=sys.stderr)
+        return 1
     file = args.output / f"{name}.json"
-    result.save(file)
+    joined(found, refused).save(file)
     print(write(file))
-    return done.returncode
+    return int(failed)
 
 
 if __name__ == "__main__":

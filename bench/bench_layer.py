@@ -54,7 +54,7 @@ class Cell(NamedTuple):
         )
 
 
-COMPILED_TOKENS = (256, 1024, 4096)
+COMPILED_TOKENS = (256, 1024)
 CELLS = pick(
     quick=[
         *(Cell(tokens, compiled=tokens == 1024) for tokens in (128, 1024, 4096)),
@@ -73,7 +73,8 @@ CELLS = pick(
             Cell(1024, *shape)
             for shape in ((576, 576), (1024, 1024), (4096, 4096), (8192, 2048), (2048, 8192))
         ),
-        *(Cell(tokens, *shape) for tokens in (128, 256, 1024) for shape in ((1536, 576), (576, 1536))),
+        *(Cell(tokens, 1536, 576) for tokens in (128, 256, 1024)),
+        Cell(1024, 576, 1536),
         *(Cell(tokens, 576, 576) for tokens in (128, 256)),
         *(Cell(tokens, 576, 576, dtype="float32") for tokens in (128, 256, 1024)),
         *(Cell(1024, 576, 576, rank=rank) for rank in (4, 128)),

@@ -7,6 +7,7 @@ ran first. Each test is therefore one round of one rival, the round number is th
 
 import ctypes
 import gc
+import json
 import os
 import platform
 import sys
@@ -47,7 +48,14 @@ def pytest_benchmark_update_json(config, benchmarks, output_json):
     """A cell that was refused at any time has no number in the result, whatever was timed before."""
     kept = [entry for entry in output_json["benchmarks"] if entry["group"] not in _refused]
     output_json["benchmarks"] = kept
-    output_json["refused"] = [{"group": name, "why": why} for name, why in _refused.items()]
+
+
+def pytest_sessionfinish():
+    """Apart from pytest-benchmark's file, which there is not if nothing was timed."""
+    file = os.environ.get("MICA_BENCH_REFUSED")
+    if file and _refused:
+        refused = [{"group": name, "why": why} for name, why in _refused.items()]
+        Path(file).write_text(json.dumps(refused))
 
 
 class Once:

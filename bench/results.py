@@ -162,6 +162,13 @@ class Result:
         return Result(self.machine, found, self.refused)
 
 
+def joined(results: list[Result], refused: list[dict[str, str]]) -> Result:
+    """Of suites that ran one after the other on one machine; its facts are the first one's."""
+    groups = [group for result in results for group in result.groups]
+    others = [refusal for result in results for refusal in result.refused]
+    return Result(results[0].machine, groups, [*refused, *others])
+
+
 # What of pytest-benchmark's machine_info and of `conftest`'s is kept.
 _MACHINE = (
     "device",
@@ -186,7 +193,7 @@ def fold(raw: dict) -> Result:
         rival = group.rivals.setdefault(name, Rival())
         rival.seconds.append(float(f"{benchmark['stats']['median']:.5g}"))
         rival.facts |= facts
-    refused = raw.get("refused", [])
+    refused = []
     for group in [*groups.values()]:
         if len({len(rival.seconds) for rival in group.rivals.values()}) > 1:  # a test failed after its timing
             refused.append({"group": group.name, "why": "not every rival has all rounds"})

@@ -29,12 +29,12 @@ def benchmark(group, rival, seconds, **facts):
     }
 
 
-def raw(benchmarks, refused=()):
+def raw(benchmarks):
     """As pytest-benchmark writes it."""
     info = {"python_version": "3.11", "machine": "x86_64", "cpu": {"brand_raw": "A"}, "threads": 2}
     commit = {"id": "abc", "dirty": False}
     head = {"machine_info": info | {"node": "secret"}, "commit_info": commit, "datetime": "2026-01-01"}
-    return {**head, "benchmarks": benchmarks, "refused": [*refused]}
+    return {**head, "benchmarks": benchmarks}
 
 
 ROUNDS = [
