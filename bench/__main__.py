@@ -1,7 +1,6 @@
 """``python -m bench``: run the suites, write results, tables and plots to ``bench/results/<machine>/``.
 
-Each suite has a process of its own: after the layers and blocks of others a training step of the bare model
-took 2.4 s instead of 1.2 s, in memory that they had left behind.
+Each suite has a process of its own, so that none works in the memory, or with the threads, that another left.
 """
 
 import argparse
