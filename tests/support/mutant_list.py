@@ -170,5 +170,6 @@ MUTANTS = [
     Mutant("mica/fast/mixed_batch.py", "(name, B.data_ptr(), None if B.is_inference() else B._version,", "(name,"),
     Mutant("mica/reference.py", "torch.arange(first_row, first_row + rows,", "torch.arange(0, rows,"),
     Mutant("mica/reference.py", "return grad / (1.0 - dropout_p) if dropout_p else grad", "return grad"),
-    Mutant("mica/reference.py", "index * _TOKENS_PER_CHUNK, dropout_p", "0, dropout_p"),
+    Mutant("mica/reference.py", "_kept(x[tokens], start, dropout_p", "_kept(x[tokens], 0, dropout_p"),
+    Mutant("mica/reference.py", "g_part @ kept if grad is None else", "g_part @ kept if start >= 0 else"),
 ]  # fmt: skip
