@@ -189,8 +189,11 @@ def _name_ends(axes: Axes, series: list[Line], gap: float = 0.065) -> None:
         )
 
 
-def bars(axes: Axes, clusters: dict[str, list[Bar]], thick: float = 0.8) -> None:
-    """Horizontal, the first on top, a cluster's name at its middle and a bar's text at its end."""
+def bars(axes: Axes, clusters: dict[str, list[Bar]], thick: float = 0.8, from_one: bool = False) -> None:
+    """Horizontal, the first on top, a cluster's name at its middle and a bar's text at its end.
+
+    ``from_one``: of factors, over a logarithmic axis; bars of factors below 1 go to the left.
+    """
     position, ticks, count = 0.0, [], 0
     furthest = max(bar.value.high for cluster in clusters.values() for bar in cluster)
     for cluster in clusters.values():
@@ -198,12 +201,14 @@ def bars(axes: Axes, clusters: dict[str, list[Bar]], thick: float = 0.8) -> None
         for bar in cluster:
             colour = style(bar.name).colour
             middle, low, high = bar.value
-            axes.barh(position, middle, thick, color=colour, linewidth=0)[0].set_gid(f"series-{count}")
+            left, width = (1.0, middle - 1.0) if from_one else (0.0, middle)
+            (bar_drawn,) = axes.barh(position, width, thick, left=left, color=colour, linewidth=0)
+            bar_drawn.set_gid(f"series-{count}")
             if high > low:
                 axes.plot([low, high], [position] * 2, color=INK, linewidth=1.2, gid=f"interval-{count}")
             axes.annotate(
                 bar.text,
-                (high, position),
+                (max(high, left), position),
                 xytext=(4, 0),
                 textcoords="offset points",
                 va="center",
@@ -216,7 +221,12 @@ def bars(axes: Axes, clusters: dict[str, list[Bar]], thick: float = 0.8) -> None
         position += 0.6
     axes.set_yticks(ticks, list(clusters))
     axes.set_ylim(position - 0.9, -0.7)
-    axes.set_xlim(0, 1.02 * furthest)
-    axes.xaxis.set_major_locator(MaxNLocator(6))
+    if from_one:
+        nearest = min(bar.value.low for cluster in clusters.values() for bar in cluster)
+        axes.set(xscale="log", xlim=(0.8 * min(nearest, 1.0), 1.3 * furthest))
+        plain_ticks(axes.xaxis)
+    else:
+        axes.set_xlim(0, 1.02 * furthest)
+        axes.xaxis.set_major_locator(MaxNLocator(6))
     axes.grid(visible=False)  # the numbers are written there
     axes.spines["bottom"].set_visible(False)

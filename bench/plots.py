@@ -10,7 +10,7 @@ from statistics import median
 from bench import drawing
 from bench.compare import SVD, is_ours
 from bench.drawing import INK, Bar, Line
-from bench.results import BACKWARD, BARE, BOTH, FAST, FORWARD, GROUPED, STOCK, Group, Ratio, Result
+from bench.results import BACKWARD, BARE, BOTH, FAST, FORWARD, STOCK, UNGROUPED, Group, Ratio, Result
 from bench.scaling import MIN_POINTS, Family, families, summed
 
 Roofline = Callable[[dict[str, str | int], str], float | None]
@@ -149,7 +149,7 @@ def _against_stock(result: Result, path: Path) -> Picture | None:
     clusters: dict[str, list[Bar]] = {}
     for suite, what in _AGAINST_STOCK.items():
         for group in result.select(suite=suite):
-            ours = next((name for name in (FAST, GROUPED) if name in group.rivals), None)
+            ours = next((name for name in (FAST, UNGROUPED) if name in group.rivals), None)
             if ours is None or STOCK not in group.rivals:
                 continue
             faster = group.ratio(STOCK, ours)
@@ -159,10 +159,10 @@ def _against_stock(result: Result, path: Path) -> Picture | None:
     if not clusters:
         return None
     figure, axes = drawing.blank(7.2, 0.9 + 0.42 * len(clusters), "Times faster than stock PEFT")
-    drawing.bars(axes, clusters, thick=1.0)
+    drawing.bars(axes, clusters, thick=1.0, from_one=True)
     axes.axvline(1, color=INK, linewidth=1, zorder=0)
     axes.tick_params(axis="y", labelsize=8.5)
-    axes.set_xlabel("times faster (1: as fast as stock PEFT)")
+    axes.set_xlabel("times faster (log; 1: as fast as stock PEFT)")
     caption = "What a user waits for, as times faster than stock PEFT (lines: intervals of the median)."
     return drawing.save(figure, path), caption
 
