@@ -39,7 +39,7 @@ conformance: $(READY)
 	$(RUN) -m pip install -q -e ".[conformance]"
 	$(RUN) tests/conformance.py
 
-# All suites, in 15 minutes; ARGS=--quick takes 3, ARGS=--full 40
+# All suites, about 16 minutes on two cores; ARGS=--quick about 6, ARGS=--full much longer
 bench: $(READY)
 	$(RUN) -m bench $(ARGS)
 

@@ -54,9 +54,9 @@ def suites(selection: str, environment: dict[str, str]) -> list[Path]:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     size = parser.add_mutually_exclusive_group()
-    size.add_argument("--quick", dest="size", action="store_const", const="quick", help="3 minutes, not 15")
+    size.add_argument("--quick", dest="size", action="store_const", const="quick", help="a look, 6 minutes")
     size.add_argument(
-        "--full", dest="size", action="store_const", const="full", help="more shapes: 40 minutes"
+        "--full", dest="size", action="store_const", const="full", help="more shapes, much longer"
     )
     parser.add_argument("-k", default="", help="pytest expression: run only these")
     parser.add_argument("--name", help="of the result files (default: today, and -quick or -full)")
