@@ -10,6 +10,7 @@ import torch
 from transformers import AutoModel, LlamaConfig
 
 import mica.fast
+from bench.decoder import results, step
 from bench.harness import DEVICE, iterations, pick
 from bench.results import BARE, FAST, STOCK
 
@@ -41,9 +42,7 @@ def setting(layers):
     found = {}
     for name in (STOCK, FAST):
         with CONTEXTS[name]():
-            y, dx = step(adapted, inputs)
-            dA = torch.cat([grad.flatten() for grad in models.gradients(adapted).values()])
-            found[name] = {"y": y.float(), "dx": dx.float(), "dA": dA.float()}
+            found[name] = results(adapted, inputs)
     for what, value in found[FAST].items():
         error = (value - found[STOCK][what]).norm() / found[STOCK][what].norm()
         assert error <= GATE, f"{FAST}: {what} is {error:.1e} off stock PEFT's"
@@ -51,14 +50,6 @@ def setting(layers):
     start = time.perf_counter()
     step(bare, inputs)
     return rivals, inputs, iterations(time.perf_counter() - start)
-
-
-def step(model, inputs):
-    x = inputs[0].detach().requires_grad_()
-    model.zero_grad(set_to_none=True)
-    y = model(inputs_embeds=x).last_hidden_state
-    y.backward(inputs[1])
-    return y.detach(), x.grad
 
 
 # the first named parameter is the innermost loop: rivals take turns within a round
