@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from statistics import median
 
 from bench.results import (
     ATEN,
@@ -31,9 +32,9 @@ def inverse(ratio: Ratio) -> str:
 def answers(result: Result) -> list[str]:
     """Markdown lines; a question that this run cannot answer is said to be open."""
     return [
-        f"- **Initialisation**: {_initialisation(result)}",
+        f"- **Initialisation**: {_once(result, 'initialisation')}",
         f"- **A training step**: {_step(result)}",
-        f"- **Loading an adapter**: {_loading(result)}",
+        f"- **Loading an adapter**: {_once(result, 'loading')}",
         f"- **Memory**: {_memory(result)}",
         f"- **Where it is not faster than stock PEFT**: {_slower(result, STOCK)}",
         f"- **Where it is not faster than stock PEFT told to keep adapters in 16 bit** (not its default): "
@@ -41,6 +42,8 @@ def answers(result: Result) -> list[str]:
         f"- **Where it is not faster than that under `torch.compile`**: {_slower(result, COMPILED)}",
         f"- **Where it is not faster than the control**, plain PyTorch with less precise dA: "
         f"{_slower(result, ATEN)}",
+        f"- **Layers with {FEW_TOKENS} tokens or more**, against stock PEFT: {_layers(result, STOCK)}",
+        f"- **All layers**, against stock PEFT with adapters in 16 bit: {_layers(result, STOCK_16, 0)}",
         f"- **Layers with fewer than {FEW_TOKENS} tokens**, mica.fast ÷ stock PEFT: {_few_tokens(result)}",
     ]
 
@@ -48,13 +51,19 @@ def answers(result: Result) -> list[str]:
 NOT_MEASURED = "not measured in this run."
 
 
-def _initialisation(result: Result) -> str:
-    parts = [
-        f"{inverse(group.ratio(FAST, STOCK))} as fast as stock PEFT for {group.axes['model']} "
-        f"({group.rivals[STOCK].median:.1f} s → {group.rivals[FAST].median:.1f} s)"
-        for group in result.select(suite="initialisation")
-    ]
+def _told(parts: list[str]) -> str:
     return "; ".join(parts) + "." if parts else NOT_MEASURED
+
+
+def _once(result: Result, suite: str) -> str:
+    """Of what happens to an adapter once; seconds."""
+    return _told(
+        [
+            f"{inverse(group.ratio(FAST, STOCK))} as fast as stock PEFT for {group.axes['model']} "
+            f"({group.rivals[STOCK].median:.1f} s → {group.rivals[FAST].median:.3g} s)"
+            for group in result.select(suite=suite)
+        ]
+    )
 
 
 def _step(result: Result) -> str:
@@ -64,16 +73,7 @@ def _step(result: Result) -> str:
         f"{group.ratio(STOCK, BARE).median:.2f} times"
         for group in result.select(suite="step")
     ]
-    return "; ".join(parts) + "." if parts else NOT_MEASURED
-
-
-def _loading(result: Result) -> str:
-    parts = [
-        f"{inverse(group.ratio(FAST, STOCK))} as fast "
-        f"({group.rivals[STOCK].median:.1f} s → {group.rivals[FAST].median:.2f} s)"
-        for group in result.select(suite="loading")
-    ]
-    return "; ".join(parts) + "." if parts else NOT_MEASURED
+    return _told(parts)
 
 
 def _memory(result: Result) -> str:
@@ -86,7 +86,7 @@ def _memory(result: Result) -> str:
             f"{group.axes['dtype']}, {group.axes['tokens']} tokens: {stock - ours:.0f} MB less are saved for "
             f"the backward ({stock:.0f} → {ours:.0f} MB, the bare model {bare:.0f} MB)"
         )
-    return "; ".join(parts) + "." if parts else NOT_MEASURED
+    return _told(parts)
 
 
 def cells(result: Result) -> Iterator[Group]:
@@ -116,6 +116,24 @@ def _slower(result: Result, rival: str) -> str:
     return f"{len(found)} of {count} cells (ratios of time): " + "; ".join(texts) + "."
 
 
+def _layers(result: Result, rival: str, tokens: int = FEW_TOKENS) -> str:
+    """The range over the cells with so many tokens, and their median."""
+    parts = []
+    for dtype in ("bfloat16", "float32"):
+        groups = result.select(suite="layer", dtype=dtype, **{"pass": BOTH})
+        faster = [
+            1 / group.ratio(FAST, rival).median
+            for group in groups
+            if rival in group.rivals and int(group.axes["tokens"]) >= tokens
+        ]
+        if faster:
+            parts.append(
+                f"{dtype}, {len(faster)} cells: {min(faster):.2f}× to {max(faster):.2f}× as fast, "
+                f"median {median(faster):.2f}×"
+            )
+    return _told(parts)
+
+
 def _few_tokens(result: Result) -> str:
     found = [
         f"{group.axes['tokens']} x {group.axes['out']} x {group.axes['in']}, {group.axes['dtype']}: "
@@ -123,4 +141,4 @@ def _few_tokens(result: Result) -> str:
         for group in result.select(suite="layer", **{"pass": BOTH})
         if int(group.axes["tokens"]) < FEW_TOKENS
     ]
-    return "; ".join(found) + "." if found else NOT_MEASURED
+    return _told(found)

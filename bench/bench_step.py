@@ -5,6 +5,7 @@ all of them do the same base work. The adapted ones also run AdamW on A. Memory:
 backward, by how much the process grows within a step, what is trained, and AdamW's states.
 """
 
+import copy
 import functools
 from contextlib import nullcontext
 
@@ -24,8 +25,8 @@ DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 GATE = {"bfloat16": 2e-2, "float32": 1e-5}  # relative difference of the losses
 
 
-def adapted(dtype, **options):
-    model = models.wrap(models.smollm2(dtype), rank=RANK, targets="all-linear", **options).to(DEVICE)
+def adapted(bare, **options):
+    model = models.wrap(copy.deepcopy(bare), rank=RANK, targets="all-linear", **options)
     return model, torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4)
 
 
@@ -34,13 +35,13 @@ def setting(dtype):
     """Token ids and rivals: model, context to run it in, optimizer; all have taken a few steps."""
     torch.manual_seed(0)
     bare = models.smollm2(DTYPES[dtype]).requires_grad_(False).to(DEVICE)
-    masters = adapted(DTYPES[dtype])
+    masters = adapted(bare)
     batch, sequence = TOKENS[dtype]
     ids = models.python_reference_tokens()[: batch * sequence].view(batch, sequence).to(DEVICE)
     rivals = {BARE: (bare, nullcontext, None)}
     rivals[STOCK] = (masters[0], mica.fast.disabled, masters[1])
     if dtype != "float32":
-        narrow = adapted(DTYPES[dtype], autocast_adapter_dtype=False)
+        narrow = adapted(bare, autocast_adapter_dtype=False)
         rivals[STOCK_16] = (narrow[0], mica.fast.disabled, narrow[1])
     rivals[FAST] = (masters[0], nullcontext, masters[1])
     for _ in range(2):

@@ -14,9 +14,9 @@ import pytest
 import torch
 
 from bench.harness import DEVICE, iterations, peak_growth, pick
+from bench.results import SVD, SVD_TALL
 from mica import minor_subspace
 
-SVD, TALL = "torch.linalg.svd", "torch.linalg.svd, tall"
 EMBEDDING = (576, 49152)
 # Rounds of each shape (out x in).
 SHAPES = pick(
@@ -62,7 +62,7 @@ def weight_of(shape):
 def rivals(shape, weight):
     found = {SVD: lambda: torch.linalg.svd(weight, full_matrices=False).U}
     if shape[0] < shape[1]:
-        found[TALL] = lambda: torch.linalg.svd(weight.T, full_matrices=False).Vh.T
+        found[SVD_TALL] = lambda: torch.linalg.svd(weight.T, full_matrices=False).Vh.T
     for name, (method, rank) in METHODS.items():
         found[f"minor_subspace, {name}"] = functools.partial(minor_subspace, weight, rank, method=method)
     return found
@@ -86,7 +86,7 @@ def setting(shape):
 
 
 def names(shape):
-    tall = [TALL] if shape[0] < shape[1] else []
+    tall = [SVD_TALL] if shape[0] < shape[1] else []
     return [SVD, *tall, *(f"minor_subspace, {name}" for name in METHODS)]
 
 

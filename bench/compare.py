@@ -24,12 +24,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
-from bench.results import BARE, FAST, LORA, STOCK, UNGROUPED, Group, Ratio, Result
+from bench.results import BARE, FAST, LORA, STOCK, SVD, SVD_TALL, UNGROUPED, Group, Ratio, Result
 
-SVD = "torch.linalg.svd"
 # The first two where they are there; else the first of the others that is.
 BASELINES = (STOCK, BARE)
-OTHER_BASELINES = (SVD, f"{SVD}, tall", LORA, UNGROUPED, "1 process")
+OTHER_BASELINES = (SVD, SVD_TALL, LORA, UNGROUPED, "1 process")
 OURS = (FAST, "minor_subspace")
 # By what share it may grow: bytes that are counted repeat to the byte. A process's peak does not: that of the
 # bare model's step differed by a factor of 1.9 between two runs.

@@ -16,7 +16,6 @@ T = TypeVar("T")
 
 # `python -m bench --quick` and `--full` set it.
 SIZE = os.environ.get("MICA_BENCH_SIZE", "default")
-SIZES = ("quick", "default", "full")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 

@@ -8,9 +8,9 @@ from pathlib import Path
 from statistics import median
 
 from bench import drawing
-from bench.compare import SVD, is_ours
+from bench.compare import is_ours
 from bench.drawing import INK, Bar, Line
-from bench.results import BACKWARD, BARE, BOTH, FAST, FORWARD, STOCK, UNGROUPED, Group, Ratio, Result
+from bench.results import BACKWARD, BARE, BOTH, FAST, FORWARD, STOCK, SVD, UNGROUPED, Group, Ratio, Result
 from bench.scaling import MIN_POINTS, Family, families, summed
 
 Roofline = Callable[[dict[str, str | int], str], float | None]

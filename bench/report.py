@@ -21,12 +21,13 @@ from bench.results import (
     LORA,
     STOCK,
     STOCK_16,
+    SVD,
     UNGROUPED,
     Group,
     Result,
 )
 
-SVD, ONE_PROCESS = "torch.linalg.svd", "1 process"
+ONE_PROCESS = "1 process"
 BASELINES = (BARE, STOCK, LORA, UNGROUPED, SVD, ONE_PROCESS)
 # Whose overhead over the bare model the others' is compared with, too.
 OVERHEADS = (LORA, UNGROUPED)

@@ -21,6 +21,8 @@ BARE, STOCK, FAST = "bare frozen model", "stock PEFT", "mica.fast"
 STOCK_16 = "stock PEFT, adapters in the base dtype"
 UNGROUPED, GROUPED = "mica.fast, ungrouped", "mica.fast, grouped"
 LORA, COMPILED, ATEN = "PEFT LoRA", "stock PEFT, torch.compile", "aten control"
+SVD = "torch.linalg.svd"
+SVD_TALL = f"{SVD}, tall"
 FORWARD, BACKWARD, BOTH = "forward", "backward", "forward + backward"
 
 
