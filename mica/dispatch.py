@@ -18,6 +18,10 @@ call_counts: Counter[str] = Counter()
 
 LIBRARY = torch.library.Library("mica", "DEF")
 
+# Around the body of a forward. Without autograd alone a body's ``.view`` would make the output a view, and an
+# in-place operation on it (nn.ReLU(inplace=True), ``y += x``) an error: autograd allows none on a Function's.
+below_autograd = torch._C._AutoDispatchBelowADInplaceOrView
+
 _NOTHING = nullcontext()
 
 _force_plain = contextvars.ContextVar("mica_force_plain", default=False)

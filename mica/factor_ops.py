@@ -11,7 +11,16 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from mica.dispatch import autocast, autocast_to, backward_of, compute, define, differentiate, no_autocast
+from mica.dispatch import (
+    autocast,
+    autocast_to,
+    backward_of,
+    below_autograd,
+    compute,
+    define,
+    differentiate,
+    no_autocast,
+)
 from mica.operands import check_down_projection, check_up_projection
 
 __all__ = ["mica_down_projection", "mica_up_projection"]
@@ -108,7 +117,7 @@ class _DownProjection(torch.autograd.Function):
     def forward(ctx, x, lora_A, scaling, compute_dtype, dropout_p=0.0, seed=None):
         ctx.scaling, ctx.dropout_p, ctx.x_dtype = scaling, dropout_p, x.dtype
         ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, lora_A, seed)
-        with torch._C._AutoDispatchBelowAutograd():
+        with below_autograd():
             return torch.ops.mica.down_projection(x, lora_A, scaling, compute_dtype, dropout_p, seed)
 
     @staticmethod
@@ -161,7 +170,7 @@ class _UpProjection(torch.autograd.Function):
     def forward(ctx, y, h, lora_B):
         ctx.h_dtype = h.dtype
         ctx.save_for_backward(lora_B)
-        with torch._C._AutoDispatchBelowAutograd():
+        with below_autograd():
             return torch.ops.mica.up_projection(y, h, lora_B)
 
     @staticmethod

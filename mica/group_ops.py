@@ -19,6 +19,7 @@ from mica.dispatch import (
     autocast,
     autocast_to,
     backward_of,
+    below_autograd,
     compute,
     define,
     differentiate,
@@ -112,7 +113,7 @@ class _LinearGroup(torch.autograd.Function):
         ctx.needs_A = any(ctx.needs_input_grad[4 + count : 4 + 2 * count])
         kept = weights if ctx.needs_x else []
         ctx.save_for_backward(x if ctx.needs_A else None, *kept, *lora_As, *lora_Bs)
-        with torch._C._AutoDispatchBelowAutograd():
+        with below_autograd():
             ys = torch.ops.mica.linear_group(x, weights, lora_As, lora_Bs, scalings, biases, compute_dtype)
         return tuple(ys)
 

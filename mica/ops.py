@@ -14,6 +14,7 @@ from mica.dispatch import (
     autocast,
     autocast_to,
     backward_of,
+    below_autograd,
     call_counts,
     compute,
     define,
@@ -171,7 +172,7 @@ class _MicaLinear(torch.autograd.Function):
         ctx.scaling, ctx.compute_dtype, ctx.dropout_p = scaling, compute_dtype or x.dtype, dropout_p
         # x as it came: no fp32 copy, no h, no mask. What no gradient needs is not kept.
         ctx.save_for_backward(x if needs_A else None, weight if needs_x else None, lora_A, lora_B, seed)
-        with torch._C._AutoDispatchBelowAutograd():
+        with below_autograd():
             return torch.ops.mica.linear(
                 x, weight, lora_A, lora_B, scaling, bias, compute_dtype, dropout_p, seed
             )
@@ -222,7 +223,7 @@ class _MicaEmbedding(torch.autograd.Function):
     def forward(ctx, indices, lora_A, lora_B, scaling, padding_idx, compute_dtype):
         ctx.scaling, ctx.padding_idx = scaling, padding_idx
         ctx.save_for_backward(indices, lora_A, lora_B)
-        with torch._C._AutoDispatchBelowAutograd():
+        with below_autograd():
             return torch.ops.mica.embedding(indices, lora_A, lora_B, scaling, padding_idx, compute_dtype)
 
     @staticmethod

@@ -29,6 +29,7 @@ def run(p, function=beside, **options):
     return {"y": y, "grad_x": x.grad, "grad_A": lora_A.grad}
 
 
+@pytest.mark.usefixtures("sixteen_bit_products")
 @pytest.mark.parametrize(("backend", "dtype", "adapter_dtype", "compute_dtype"), CASES)
 @pytest.mark.parametrize("shape", [((), 9, 14, 3), ((3, 5), 33, 8, 8), ((70,), 40, 24, 16)])
 def test_agrees_with_the_dense_oracle(monkeypatch, backend, dtype, adapter_dtype, compute_dtype, shape):
@@ -142,6 +143,7 @@ def test_opcheck(compute_dtype):
         opcheck(torch.ops.mica.down_projection_backward.default, arguments)
 
 
+@pytest.mark.usefixtures("sixteen_bit_products")
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
 def test_compile_fullgraph(backend):
     torch.compiler.reset()

@@ -43,6 +43,7 @@ def run(found, used=(0, 1, 2), function=mica_linear_group, **options):
     return ys, x.grad, [A.grad for A in lora_As]
 
 
+@pytest.mark.usefixtures("sixteen_bit_products")
 @pytest.mark.parametrize(("backend", "dtype", "adapter_dtype", "compute_dtype"), CASES)
 @pytest.mark.parametrize("tokens", [(), (3, 5), (70,)])
 def test_agrees_with_the_dense_oracle(monkeypatch, backend, dtype, adapter_dtype, compute_dtype, tokens):
@@ -144,6 +145,7 @@ def test_opcheck(dtype):
         opcheck(torch.ops.mica.linear_group_backward.default, arguments)
 
 
+@pytest.mark.usefixtures("sixteen_bit_products")
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
 def test_compile_fullgraph(backend):
     torch.compiler.reset()

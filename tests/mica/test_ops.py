@@ -19,6 +19,7 @@ def run(p, compute_dtype=None, function=mica_linear):
     return {"y": y, "grad_x": x.grad, "grad_A": lora_A.grad}
 
 
+@pytest.mark.usefixtures("sixteen_bit_products")
 @pytest.mark.parametrize(("dtype", "adapter_dtype", "compute_dtype"), DTYPES)
 @pytest.mark.parametrize("tokens", [(), (1,), (3, 5), (2, 1, 7)])
 @pytest.mark.parametrize(("in_features", "out_features", "rank"), [(1, 1, 1), (9, 14, 3), (33, 8, 8)])
@@ -194,6 +195,7 @@ def test_opcheck_embedding(padding_idx):
     )
 
 
+@pytest.mark.usefixtures("sixteen_bit_products")
 @pytest.mark.parametrize("backend", ["eager", "aot_eager", "inductor"])
 @pytest.mark.parametrize(("dtype", "adapter_dtype", "compute_dtype"), [FP32, FP32_MASTER])
 def test_compile_fullgraph(backend, dtype, adapter_dtype, compute_dtype):

@@ -18,6 +18,7 @@ def compute(p, compute_dtype):
     }
 
 
+@pytest.mark.usefixtures("sixteen_bit_products")
 @pytest.mark.parametrize(("dtype", "adapter_dtype", "compute_dtype"), DTYPES)
 @pytest.mark.parametrize(("tokens", "in_features", "out_features", "rank"), SHAPES)
 @pytest.mark.parametrize("bias", [True, False])

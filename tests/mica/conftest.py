@@ -1,0 +1,15 @@
+import pytest
+
+from mica import products
+
+
+@pytest.fixture(params=["PyTorch's own", "through fp32", "through fp32 in chunks"])
+def sixteen_bit_products(request, monkeypatch):
+    """Every way in which `mica.products` multiplies 16-bit matrices, whatever this processor can do."""
+    own = request.param == "PyTorch's own"
+    monkeypatch.setattr(products, "has_native", lambda dtype: own)
+    if not own:
+        monkeypatch.setattr(products, "_FEW_ROWS", 0)
+    if request.param == "through fp32 in chunks":
+        monkeypatch.setattr(products, "_CHUNK", 64)
+        monkeypatch.setattr(products, "_SHORTEST", 3)

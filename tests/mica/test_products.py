@@ -1,0 +1,150 @@
+"""Products of 16-bit matrices through fp32: rounded once, bounded copies, followed by autograd, vmap and graphs."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from oracle import padded
+from tolerances import RELATIVE, error
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from mica import products
+
+HALVES = [torch.bfloat16, torch.float16]
+DTYPES = [torch.float64, torch.float32, *HALVES]
+
+
+def operands(dtype, rows=37, inner=(33, 8), columns=29, transposed=True):
+    pairs = []
+    for length in inner:
+        right = (
+            padded(columns, length, dtype=dtype).t() if transposed else padded(length, columns, dtype=dtype)
+        )
+        pairs.append((padded(rows, length, dtype=dtype), right))
+    return pairs
+
+
+def exact(addend, pairs):
+    total = sum(left.double() @ right.double() for left, right in pairs)
+    return total if addend is None else total + addend.double()
+
+
+@pytest.mark.usefixtures("sixteen_bit_products")
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("transposed", [True, False])
+@pytest.mark.parametrize("addend", [None, (29,), (37, 29)])
+def test_agrees_with_the_oracle(dtype, transposed, addend):
+    pairs = operands(dtype, transposed=transposed)
+    addend = None if addend is None else torch.randn(addend).to(dtype)
+    before = None if addend is None else addend.clone()
+    result = products.addmm(addend, *pairs)
+    assert result.dtype == dtype
+    assert error(result, exact(addend, pairs)) <= RELATIVE[dtype]
+    assert addend is None or torch.equal(addend, before)
+
+
+@pytest.mark.usefixtures("sixteen_bit_products")
+@pytest.mark.parametrize(("rows", "columns", "inner"), [(0, 5, 4), (3, 0, 4), (1, 1, 1), (3, 2, 0)])
+def test_degenerate_shapes(rows, columns, inner):
+    pairs = operands(torch.bfloat16, rows, (inner,), columns)
+    assert torch.equal(products.addmm(None, *pairs).double(), exact(None, pairs).bfloat16().double())
+
+
+@pytest.mark.parametrize("dtype", HALVES)
+@pytest.mark.parametrize("chunk", [64, 2**22])
+def test_the_sum_is_rounded_once(monkeypatch, dtype, chunk):
+    """Two products that nearly cancel: rounded apart they would leave nothing but their rounding."""
+    monkeypatch.setattr(products, "has_native", lambda dtype: False)
+    monkeypatch.setattr(products, "_CHUNK", chunk)
+    (left, right), _ = operands(dtype)
+    bias = torch.randn(29).to(dtype)
+    pairs = [(left, right), (-left, right)]
+    result = products.addmm(bias, *pairs)
+    assert error(result, exact(bias, pairs)) <= RELATIVE[torch.float32]
+    monkeypatch.setattr(products, "has_native", lambda dtype: True)
+    assert error(products.addmm(bias, *pairs), exact(bias, pairs)) > RELATIVE[torch.float32]
+
+
+class _Largest(TorchDispatchMode):
+    """Bytes of the largest fp32 tensor that is made."""
+
+    found = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        if isinstance(result, torch.Tensor) and result.dtype == torch.float32:
+            self.found = max(self.found, result.numel())
+        return result
+
+
+@pytest.mark.parametrize("transposed", [True, False])
+def test_copies_are_bounded(monkeypatch, transposed):
+    monkeypatch.setattr(products, "has_native", lambda dtype: False)
+    monkeypatch.setattr(products, "_CHUNK", 2**13)
+    pairs = operands(torch.bfloat16, 700, (100, 16), 900, transposed)
+    with _Largest() as largest:
+        result = products.addmm(None, *pairs)
+    assert largest.found <= 2**13
+    assert error(result, exact(None, pairs)) <= RELATIVE[torch.bfloat16]
+
+
+@pytest.mark.parametrize("dtype", HALVES)
+def test_few_rows_are_left_to_pytorch_where_its_loop_is_quick(monkeypatch, dtype):
+    monkeypatch.setattr(products, "has_native", lambda dtype: False)
+    (left, right), _ = operands(dtype, rows=products._FEW_ROWS)
+    assert torch.equal(products.addmm(None, (left, right)), left @ right)
+
+
+@pytest.mark.usefixtures("sixteen_bit_products")
+def test_autograd_and_transforms_follow():
+    (left, right), _ = operands(torch.bfloat16)
+    bias = torch.randn(29).bfloat16()
+    left = left.detach().requires_grad_()
+    grad_output = torch.randn(37, 29).bfloat16()
+    products.addmm(bias, (left, right)).backward(grad_output)
+    assert error(left.grad, grad_output.double() @ right.double().t()) <= RELATIVE[torch.bfloat16]
+    left = left.detach()
+    batch = torch.func.vmap(lambda r: products.addmm(bias, (left, r)))(torch.stack([right, -right]))
+    assert error(batch[1], exact(bias, [(left, -right)])) <= RELATIVE[torch.bfloat16]
+
+
+@pytest.mark.usefixtures("sixteen_bit_products")
+def test_compiles_into_one_graph():
+    torch.compiler.reset()
+    (left, right), _ = operands(torch.bfloat16)
+    compiled = torch.compile(lambda a, b: products.addmm(None, (a, b)), fullgraph=True, backend="aot_eager")
+    assert error(compiled(left, right), exact(None, [(left, right)])) <= RELATIVE[torch.bfloat16]
+
+
+def test_what_pytorch_asks_of_the_processor_decides(monkeypatch):
+    products.has_native.cache_clear()
+    try:
+        assert products.has_native(torch.bfloat16) == torch.ops.mkldnn._is_mkldnn_bf16_supported()
+        assert products.has_native(torch.float16) == torch.ops.mkldnn._is_mkldnn_fp16_supported()
+        assert products.has_native(torch.float32)
+    finally:
+        products.has_native.cache_clear()
+
+
+@pytest.mark.parametrize(("times", "native"), [((1.0, 3.0), True), ((2.0, 300.0), False)])
+def test_without_an_answer_it_is_measured(monkeypatch, times, native):
+    products.has_native.cache_clear()
+    monkeypatch.setattr(products, "_ASKED", {torch.bfloat16: "not there"})
+    monkeypatch.setattr(products, "slowdown", lambda dtype: times)
+    try:
+        assert products.has_native(torch.bfloat16) == native
+    finally:
+        products.has_native.cache_clear()
+
+
+def test_a_process_without_16_bit_instructions():
+    """oneDNN's own switch makes any x86 processor such a one; elsewhere it does nothing."""
+    code = "import torch; from mica import products; print(products.has_native(torch.bfloat16))"
+    limited = {**os.environ, "ONEDNN_MAX_CPU_ISA": "AVX2"}
+    run = subprocess.run(
+        [sys.executable, "-c", code], env=limited, capture_output=True, text=True, check=True
+    )
+    if torch.backends.cpu.get_cpu_capability().startswith("AVX"):
+        assert run.stdout.strip() == "False"
