@@ -34,6 +34,18 @@ def python_reference_text() -> str:
     return "\n\n".join(topics[name].strip() for name in sorted(topics)) + "\n"
 
 
+def _dtype() -> str:
+    """bfloat16 where an accelerator or the processor has instructions for it; else float32, in words."""
+    import torch
+
+    from mica.products import has_native
+
+    if torch.accelerator.is_available() or has_native(torch.bfloat16):
+        return "bfloat16"
+    print("mica demo: in float32, because this processor has no bfloat16 instructions", file=sys.stderr)
+    return "float32"
+
+
 def main(argv: list[str] | None = None) -> int:
     """Write the text to OUTPUT and run ``mica adapt`` on it; returns the exit status."""
     from mica.cli import main as mica
@@ -62,7 +74,7 @@ def main(argv: list[str] | None = None) -> int:
             f"--text={text}",
             f"--output={args.output}",
             f"--steps={args.steps}",
-            "--dtype=bfloat16",  # quicker than float32 where the CPU has bfloat16 instructions
+            f"--dtype={_dtype()}",
             "--learning-rate=3e-3",  # better here than 1e-3 and 1e-2
             *options,
         ]

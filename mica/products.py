@@ -1,8 +1,8 @@
-"""Sums of matrix products with one rounding, and 16-bit ones through fp32 on CPUs that have none of their own.
+"""Sums of matrix products; 16-bit ones go through fp32 on processors without 16-bit instructions.
 
-Where a processor has no bf16 or fp16 instructions PyTorch 2.13 multiplies such matrices in loops of its own: on
-two threads of a CPU with AVX2 dy W (1024 x 2048 x 2048) takes 44 s in bf16 and 0.11 s in fp32, x Wᵀ 1.2 and
-0.11 s. There the operands are cast to fp32 a chunk at a time, multiplied and summed, and rounded at the end.
+There PyTorch 2.13 multiplies bf16 and fp16 matrices in loops of its own: on two threads of a CPU with AVX2
+dy W (1024 x 2048 x 2048) takes 44 s in bf16 and 0.11 s in fp32, x Wᵀ 1.2 and 0.11 s. Here the operands are
+cast to fp32 a chunk at a time, multiplied and summed, and rounded once, at the end.
 """
 
 from __future__ import annotations
@@ -13,12 +13,12 @@ import time
 import torch
 from torch import Tensor
 
-# Elements of one operand whose fp32 copy is alive at a time: 16 MB. 1024 x 2048 x 2048 takes the same time with
-# 2**20 to 2**24 within noise; a chunk of the right operand is cast once, one of the left once a right one.
+# Elements of one operand whose fp32 copy is alive at a time: 16 MB. 1024 x 2048 x 2048 takes the same time
+# with 2**20 to 2**24, within noise. Chunks of the right operand are cast once, of the left once a right one.
 _CHUNK = 2**22
 
-# Rows up to which PyTorch's own loop over x Wᵀ, whose operands both lie along the sum, is at least as quick as
-# casting the weight: 8 x 2048 x 2048 in bf16 take 1.9 ms, through fp32 12 ms.
+# Rows up to which PyTorch's own loop over x Wᵀ, whose operands both lie along the sum, is at least as quick
+# as casting the weight: 8 x 2048 x 2048 in bf16 take 1.9 ms, through fp32 12 ms.
 _FEW_ROWS = 8
 
 _SHORTEST = 64  # side of a chunk, however long the sum
@@ -29,7 +29,7 @@ _ASKED = {torch.bfloat16: "_is_mkldnn_bf16_supported", torch.float16: "_is_mkldn
 def addmm(addend: Tensor | None, *pairs: tuple[Tensor, Tensor]) -> Tensor:
     """addend + Σ left @ right, a new tensor (M×N) in the dtype of the first left.
 
-    pairs: (left (M×K_i), right (K_i×N)), each in one dtype. addend: (M×N), (N) or None, in the result's dtype.
+    pairs: (left (M×K_i), right (K_i×N)), each in one dtype. addend: (M×N), (N) or None, in the dtype of y.
     """
     (left, right), *others = pairs
     if _through_fp32(left, right):
@@ -91,7 +91,7 @@ def has_native(dtype: torch.dtype) -> bool:
 
 
 def slowdown(dtype: torch.dtype) -> tuple[float, float]:
-    """What PyTorch's own x Wᵀ and dy W take in this dtype on the CPU, over fp32's of the same shape, measured.
+    """What PyTorch's own x Wᵀ and dy W take in this dtype on the CPU, over fp32's of that shape, measured.
 
     64 x 512 x 512 numbers, the best of three: 0.5 s on a CPU without such instructions, else milliseconds.
     """

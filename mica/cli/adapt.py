@@ -3,6 +3,7 @@
 import argparse
 import importlib.util
 import json
+import sys
 import time
 import warnings
 from pathlib import Path
@@ -50,8 +51,8 @@ def add_parser(commands) -> None:
         "--dtype",
         choices=("auto", "float32", "bfloat16", "float16"),
         default="auto",
-        help="dtype of the frozen weights; auto: that of the checkpoint, float32 for GGUF. The adapter is "
-        "always trained in float32",
+        help="dtype of the frozen weights; auto: that of the checkpoint where the processor has instructions "
+        "for it, else float32, and float32 for GGUF. The adapter is always trained in float32",
     )
     add(
         "--held-out",
@@ -128,7 +129,14 @@ def run(args: argparse.Namespace) -> int:
 
     import mica.fast
     from mica.cli.evaluate import perplexity
-    from mica.cli.loading import check_limits, check_output, find_source, load_model, load_tokenizer
+    from mica.cli.loading import (
+        check_limits,
+        check_output,
+        find_source,
+        load_model,
+        load_tokenizer,
+        suit_processor,
+    )
     from mica.cli.summary import as_text, peak_memory
     from mica.cli.train import train
 
@@ -144,6 +152,9 @@ def run(args: argparse.Namespace) -> int:
     held_out = spread(blocks.held_out, MAX_HELD_OUT_BLOCKS)
 
     model = load_model(source, args.dtype)
+    note = suit_processor(model, args.dtype)
+    if note:
+        print(f"mica adapt: note: {note}", file=sys.stderr)
     largest_token_id = max(int(blocks.train.max()), int(blocks.held_out.max()))
     check_limits(source, model, args.sequence_length, largest_token_id)
     dtype, device = model.dtype, model.device

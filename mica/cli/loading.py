@@ -12,6 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from mica.errors import UsageError
+from mica.products import has_native, slowdown
 
 # Raised by from_pretrained for what the user gave: OSError for files that are missing, unreachable or not
 # JSON, ValueError for contents that name no known architecture or that need custom code.
@@ -111,6 +112,29 @@ def load_model(source: Source, dtype: str):
         if quantizer is not None:
             quantizer.remove_quantization_config(model)
     return model.to(torch.accelerator.current_accelerator(check_available=True) or "cpu")
+
+
+def suit_processor(model, dtype: str) -> str | None:
+    """Where the model is 16-bit on a CPU without such instructions: the line to print about it, else None.
+
+    ``dtype`` is what `load_model` was asked for. "auto" becomes float32, in place; another one is obeyed, and
+    so is a quantised checkpoint's, and the line says what it costs.
+    """
+    found = model.dtype
+    if model.device.type != "cpu" or has_native(found):
+        return None
+    name = str(found).removeprefix("torch.")
+    forward, backward = (f"{factor:.0f}" for factor in slowdown(found))
+    cost = (
+        f"this processor has no {name} instructions, a product of two matrices takes {forward} times "
+        f"float32's time in a forward and {backward} times in a backward"
+    )
+    if dtype != "auto":
+        return f"--dtype {dtype}: {cost} (adapted layers run through float32); --dtype float32 is quicker"
+    if getattr(model, "is_quantized", False):
+        return f"the checkpoint is quantised and computes in {name}: {cost}"
+    model.float()
+    return f"float32 and not the checkpoint's {name}: {cost}"
 
 
 def check_limits(source: Source, model, sequence_length: int, largest_token_id: int) -> None:

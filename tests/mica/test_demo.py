@@ -56,3 +56,13 @@ def test_main_writes_the_text_and_runs_adapt(monkeypatch, tmp_path):
     assert argv[0] == "adapt"
     assert argv[-1] == "--rank=8"
     assert {f"--text={text}", f"--model={demo.smollm2_gguf()}", "--steps=3"} < set(argv)
+
+
+@pytest.mark.parametrize("native", [True, False])
+def test_main_chooses_the_dtype_that_the_processor_is_quick_in(monkeypatch, tmp_path, capsys, native):
+    calls = []
+    monkeypatch.setattr("mica.cli.main", lambda argv: calls.append(argv) or 0)
+    monkeypatch.setattr("mica.products.has_native", lambda dtype: native)
+    assert demo.main(["--output", str(tmp_path / "out")]) == 0
+    assert f"--dtype={'bfloat16' if native else 'float32'}" in calls[0]
+    assert ("no bfloat16 instructions" in capsys.readouterr().err) != native

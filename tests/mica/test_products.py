@@ -1,4 +1,4 @@
-"""Products of 16-bit matrices through fp32: rounded once, bounded copies, followed by autograd, vmap and graphs."""
+"""16-bit products through fp32: rounded once, in bounded copies, followed by autograd and graphs."""
 
 import os
 import subprocess

@@ -10,13 +10,14 @@ import pytest
 import torch
 from peft import PeftModel
 from safetensors.torch import load_file
-from tiny_cli import TEXT, adapt, logits, tiny_llama
+from tiny_cli import TEXT, adapt, byte_tokenizer, logits, tiny_llama
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
 )
 
 from mica.cli.evaluate import perplexity
+from mica.cli.loading import suit_processor
 from mica.cli.text import pack, spread
 from mica.errors import UsageError
 
@@ -177,3 +178,48 @@ def test_perplexity_takes_the_loss_in_fp32():
     scores = logits_of(model, blocks)[:, :-1].double().log_softmax(-1)
     expected = -scores.gather(-1, blocks[:, 1:, None]).mean()
     assert perplexity(model, blocks, 2) == pytest.approx(expected.exp().item(), rel=1e-6)
+
+
+@pytest.fixture(params=[torch.bfloat16, torch.float16])
+def narrow_dir(request, tmp_path):
+    """A checkpoint in 16 bits."""
+    tiny_llama().to(request.param).save_pretrained(tmp_path / "narrow")
+    byte_tokenizer().save_pretrained(tmp_path / "narrow")
+    return tmp_path / "narrow", str(request.param).removeprefix("torch.")
+
+
+@pytest.mark.parametrize("native", [True, False])
+def test_auto_is_float32_where_the_processor_has_no_such_instructions(
+    monkeypatch, narrow_dir, text_file, tmp_path, capsys, native
+):
+    monkeypatch.setattr("mica.cli.loading.has_native", lambda dtype: native or dtype == torch.float32)
+    folder, dtype = narrow_dir
+    assert adapt(folder, text_file, tmp_path / "out", "--steps", "2", "--merge") == 0
+    summary = json.loads((tmp_path / "out" / "summary.json").read_text(encoding="utf-8"))
+    said = capsys.readouterr().err
+    assert summary["dtype"] == (dtype if native else "float32")
+    assert load_file(tmp_path / "out" / "merged" / "model.safetensors")["model.norm.weight"].dtype == getattr(
+        torch, summary["dtype"]
+    )
+    assert (
+        f"float32 and not the checkpoint's {dtype}: this processor has no {dtype} instr" in said
+    ) != native
+
+
+def test_an_explicit_dtype_is_obeyed_and_its_cost_said(monkeypatch, model_dir, text_file, tmp_path, capsys):
+    monkeypatch.setattr("mica.cli.loading.has_native", lambda dtype: dtype == torch.float32)
+    monkeypatch.setattr("mica.cli.loading.slowdown", lambda dtype: (12.2, 398.0))
+    assert adapt(model_dir, text_file, tmp_path / "out", "--steps", "2", "--dtype", "bfloat16") == 0
+    summary = json.loads((tmp_path / "out" / "summary.json").read_text(encoding="utf-8"))
+    assert summary["dtype"] == "bfloat16"
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if "note" in line]
+    assert "12 times float32's time in a forward and 398 times in a backward" in line
+    assert "--dtype float32 is quicker" in line
+
+
+def test_a_quantised_checkpoint_keeps_its_dtype(monkeypatch):
+    monkeypatch.setattr("mica.cli.loading.has_native", lambda dtype: False)
+    model = tiny_llama().bfloat16()
+    model.is_quantized = True
+    assert "quantised and computes in bfloat16" in suit_processor(model, "auto")
+    assert model.dtype == torch.bfloat16

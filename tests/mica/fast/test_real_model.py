@@ -6,6 +6,7 @@ import sys
 import pytest
 import torch
 from models import bases, gradients, python_reference_tokens, randomise, smollm2, wrap
+from quick_products import quick_products
 
 import mica.fast
 
@@ -59,9 +60,10 @@ def test_twenty_steps_follow_stock_and_stock_loads_the_adapter(dtype, tmp_path):
     for B in before.values():
         assert B.dtype == torch.float32
         assert (B.T @ B - torch.eye(16)).abs().max() <= 1e-6
-    with mica.fast.disabled():
-        expected = train(model)  # the same B
-    losses = train(model)
+    with quick_products(dtype):
+        with mica.fast.disabled():
+            expected = train(model)  # the same B
+        losses = train(model)
     assert losses[-5:].mean() < losses[:5].mean()  # it learns
     assert ((losses - expected).abs() / expected).max() <= LOSS[dtype]
     for name, B in bases(model).items():
@@ -103,9 +105,11 @@ def test_gradients_are_at_least_as_exact_as_stocks(dtype):
         loss.backward()
         return gradients(model)
 
-    ours = run()
+    with quick_products(dtype):
+        ours = run()
     with mica.fast.disabled():
-        theirs = run(autocast=dtype == torch.bfloat16)
+        with quick_products(dtype):
+            theirs = run(autocast=dtype == torch.bfloat16)
         model.double()
         exact = run()
 
@@ -139,8 +143,9 @@ def test_training_on_interpreted_kernels_gives_the_references_losses(monkeypatch
         optimizer = torch.optim.AdamW([p for _, p in trained(model)], lr=1e-3)
         losses[backend] = []
         for ids in batches:
-            loss = model(ids[None], labels=ids[None]).loss
-            loss.backward()
+            with quick_products(dtype):
+                loss = model(ids[None], labels=ids[None]).loss
+                loss.backward()
             optimizer.step()
             optimizer.zero_grad()
             losses[backend].append(loss.item())
