@@ -17,7 +17,7 @@ from pathlib import Path
 import cpuinfo  # pytest-benchmark's own
 import torch
 
-from bench.harness import instructions
+from bench.harness import instructions, limit
 from bench.report import write
 from bench.results import fold, joined
 
@@ -30,6 +30,7 @@ def machine() -> str:
     brand = cpuinfo.get_cpu_info().get("brand_raw") or platform.machine()
     words = re.findall(r"\w+", re.sub(r"\(\w+\)", " ", brand.lower()))  # without (R) and (TM)
     kinds = [instructions()] if instructions() else []
+    kinds += [f"as-{limit().lower()}"] if limit() else []
     return "-".join([*words, *kinds, str(torch.get_num_threads()), "threads"])
 
 

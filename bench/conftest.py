@@ -19,7 +19,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench.harness import DEVICE, SIZE, finished, instructions
+from bench.harness import DEVICE, SIZE, finished, instructions, limit
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests" / "support"))
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -40,6 +40,7 @@ def pytest_benchmark_update_machine_info(config, machine_info):
     machine_info["threads"] = torch.get_num_threads()
     machine_info["device"] = torch.cuda.get_device_name() if DEVICE == "cuda" else "cpu"
     machine_info["bf16 instructions"] = instructions()
+    machine_info["instructions limited to"] = limit()
     machine_info["size"] = SIZE
     machine_info["node"] = platform.machine()  # no host names in committed results
 

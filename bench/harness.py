@@ -27,8 +27,15 @@ def pick(quick: T, default: T, full: T | None = None) -> T:
 
 def instructions() -> str:
     """Of matrix products in bf16 on this CPU: they decide what an adapter costs there. "" without any."""
+    if limit():
+        return ""
     flags = cpuinfo.get_cpu_info().get("flags", [])
     return "amx" if "amx_bf16" in flags else "avx512-bf16" if "avx512_bf16" in flags else ""
+
+
+def limit() -> str:
+    """The latest instructions that oneDNN may use in this run, like "AVX2"; "" without a limit."""
+    return os.environ.get("ONEDNN_MAX_CPU_ISA", "")
 
 
 def finished(call: Callable[[], object]) -> Callable[[], object]:

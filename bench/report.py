@@ -18,6 +18,7 @@ from bench.results import (
     BOTH,
     COMPILED,
     FAST,
+    FLOAT32,
     LORA,
     STOCK,
     STOCK_16,
@@ -28,12 +29,13 @@ from bench.results import (
 )
 
 ONE_PROCESS = "1 process"
-BASELINES = (BARE, STOCK, LORA, UNGROUPED, SVD, ONE_PROCESS)
+BASELINES = (BARE, STOCK, LORA, UNGROUPED, FLOAT32, SVD, ONE_PROCESS)
 # Whose overhead over the bare model the others' is compared with, too.
 OVERHEADS = (LORA, UNGROUPED)
 MACHINE = (
     "cpu",
     "bf16 instructions",
+    "instructions limited to",
     "device",
     "threads",
     "torch",
@@ -53,6 +55,7 @@ TITLES = {
     "layers": "Blocks one after the other",
     "quantised": "Over a quantised base",
     "distributed": "Several processes",
+    "dtype": "16-bit layers against float32",
     "rate": "What the machine can do",
 }
 # In the tables of layers: (column, rival, baseline)

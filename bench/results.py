@@ -21,6 +21,7 @@ BARE, STOCK, FAST = "bare frozen model", "stock PEFT", "mica.fast"
 STOCK_16 = "stock PEFT, adapters in the base dtype"
 UNGROUPED, GROUPED = "mica.fast, ungrouped", "mica.fast, grouped"
 LORA, COMPILED, ATEN = "PEFT LoRA", "stock PEFT, torch.compile", "aten control"
+FLOAT32 = "mica.fast, float32"
 SVD = "torch.linalg.svd"
 SVD_TALL = f"{SVD}, tall"
 FORWARD, BACKWARD, BOTH = "forward", "backward", "forward + backward"
@@ -176,6 +177,7 @@ _MACHINE = (
     "device",
     "threads",
     "bf16 instructions",
+    "instructions limited to",
     "torch",
     "peft",
     "transformers",
