@@ -93,8 +93,13 @@ def test_copies_are_bounded(monkeypatch, transposed):
 @pytest.mark.parametrize("dtype", HALVES)
 def test_few_rows_are_left_to_pytorch_where_its_loop_is_quick(monkeypatch, dtype):
     monkeypatch.setattr(products, "has_native", lambda dtype: False)
-    (left, right), _ = operands(dtype, rows=products._FEW_ROWS)
-    assert torch.equal(products.addmm(None, (left, right)), left @ right)
+    few, more = (operands(dtype, rows=products._FEW_ROWS + extra)[0] for extra in (0, 1))
+    with _Largest() as largest:
+        assert torch.equal(products.addmm(None, few), few[0] @ few[1])
+    assert not largest.found  # no copy
+    with _Largest() as largest:
+        products.addmm(None, more)
+    assert largest.found
 
 
 @pytest.mark.usefixtures("sixteen_bit_products")
