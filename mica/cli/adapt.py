@@ -205,6 +205,7 @@ def run(args: argparse.Namespace) -> int:
         "layers_on_peft_path": [
             {"name": row.name, "reason": row.reason} for row in explanation.rows if row.path == "peft"
         ],
+        "layers_not_called": [row.name for row in explanation.rows if row.calls == 0],
         "adapter": str(args.output),
         "merged": str(args.output / "merged") if args.merge else None,
         "merge_swallowed": report.swallowed if report else None,
