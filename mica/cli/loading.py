@@ -1,6 +1,7 @@
 """Loading of tokenizer and model from a Hub id, a folder or a GGUF file, with one-line errors."""
 
 import importlib.util
+import json
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +11,7 @@ import transformers
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+from transformers.utils import find_adapter_config_file
 
 from mica.errors import UsageError
 
@@ -56,11 +58,30 @@ def find_source(model: str, trust_remote_code: bool) -> Source:
     return Source(model, model, options)
 
 
+def _refuse_adapter(source: Source) -> None:
+    """Raise UsageError if the source is a PEFT adapter, which transformers would load with its base."""
+    if source.is_gguf:
+        return
+    try:
+        file = find_adapter_config_file(source.location)
+    except OSError:  # not found or not reachable: said by whatever reads the model
+        return
+    if file is None:
+        return
+    try:
+        base = json.loads(Path(file).read_text(encoding="utf-8")).get("base_model_name_or_path")
+    except (OSError, ValueError, AttributeError):
+        base = None
+    made = f", made on {base}" if base else ""
+    raise source.error(f"is an adapter{made}, and not a model: give that one, or a merged model")
+
+
 def load_tokenizer(source: Source):
     """Return the tokenizer, after the checks on the configuration that need no weights.
 
     Raises UsageError if the source cannot be loaded, needs custom code or is not a causal language model.
     """
+    _refuse_adapter(source)
     try:
         if not source.is_gguf:  # GGUF files name their architecture only; from_pretrained checks it
             _check_causal(source, AutoConfig.from_pretrained(source.location, **source.options))
@@ -85,8 +106,9 @@ def load_model(source: Source, dtype: str):
     ``dtype``: "float32", ... or "auto", the dtype of the checkpoint (float32 for GGUF, whose weights are
     dequantised). Checkpoints other than GGUF must be safetensors: pickles are never opened.
 
-    Raises UsageError if weights are missing, unreadable or those of another kind of model.
+    Raises UsageError if weights are missing, unreadable or those of another kind of model or of an adapter.
     """
+    _refuse_adapter(source)
     options = dict(source.options)
     if source.is_gguf:
         options["dtype"] = torch.float32 if dtype == "auto" else getattr(torch, dtype)

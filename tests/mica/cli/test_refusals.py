@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from tiny_cli import TEXT, adapt, byte_tokenizer, tiny_llama
 from transformers import (
     BertConfig,
@@ -122,6 +123,26 @@ def test_broken_or_pickled_weights(capsys, tmp_path, text_file, model_dir):
     for name in ("broken", "pickled"):
         status = adapt(tmp_path / name, text_file, tmp_path / "out")
         refused(capsys, status, tmp_path / "out", f"--model {tmp_path / name}: ", quiet=False)
+
+
+@pytest.mark.parametrize("base", ["some/model", None])
+def test_an_adapter_is_not_a_model(base, capsys, tmp_path, text_file):
+    """As it is saved, and as `mica adapt` leaves it: with a tokenizer."""
+    model = get_peft_model(tiny_llama(), LoraConfig(r=2, init_lora_weights="mica", target_modules=["q_proj"]))
+    model.peft_config["default"].base_model_name_or_path = base
+    model.save_pretrained(tmp_path / "adapter", save_embedding_layers=False)
+    byte_tokenizer().save_pretrained(tmp_path / "adapter")
+    message = (
+        "is an adapter, made on some/model, and not a model" if base else "is an adapter, and not a model"
+    )
+    capsys.readouterr()
+    status = adapt(tmp_path / "adapter", text_file, tmp_path / "out")
+    refused(capsys, status, tmp_path / "out", f"--model {tmp_path / 'adapter'}: {message}")
+    assert main(["inspect", str(tmp_path / "adapter")]) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err.startswith(f"mica inspect: error: {tmp_path / 'adapter'}: {message}")
+    assert captured.err.count("\n") == 1
 
 
 def tiny_t5():
