@@ -16,6 +16,7 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
+import mica
 from mica.cli import main
 
 
@@ -69,6 +70,11 @@ def test_missing_argument_and_unknown_command(capsys, tmp_path):
     refused(capsys, main(["adapt", "--model", "x", "--output", "y"]), tmp_path / "out", "--text")
     assert main(["adopt"]) == 2
     assert capsys.readouterr().err.startswith("mica: error: ")
+
+
+def test_version(capsys):
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out == f"mica {mica.__version__}\n"
 
 
 @pytest.mark.parametrize(
