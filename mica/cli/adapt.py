@@ -128,7 +128,14 @@ def run(args: argparse.Namespace) -> int:
 
     import mica.fast
     from mica.cli.evaluate import perplexity
-    from mica.cli.loading import check_limits, check_output, find_source, load_model, load_tokenizer
+    from mica.cli.loading import (
+        check_backend,
+        check_limits,
+        check_output,
+        find_source,
+        load_model,
+        load_tokenizer,
+    )
     from mica.cli.summary import as_text, peak_memory
     from mica.cli.train import train
 
@@ -139,6 +146,7 @@ def run(args: argparse.Namespace) -> int:
 
     source = find_source(args.model, args.trust_remote_code)
     check_output(args.output, source)
+    check_backend(args.rank)
     tokenizer = load_tokenizer(source)
     blocks = pack(_tokenize(tokenizer, texts), args.sequence_length, args.held_out, tokenizer.eos_token_id)
     held_out = spread(blocks.held_out, MAX_HELD_OUT_BLOCKS)

@@ -13,6 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 from transformers.utils import find_adapter_config_file
 
+from mica import backend
 from mica.errors import UsageError
 
 # Raised by from_pretrained for what the user gave: OSError for files that are missing, unreachable or not
@@ -132,7 +133,20 @@ def load_model(source: Source, dtype: str):
         quantizer = getattr(model, "hf_quantizer", None)
         if quantizer is not None:
             quantizer.remove_quantization_config(model)
-    return model.to(torch.accelerator.current_accelerator(check_available=True) or "cpu")
+    return model.to(_device())
+
+
+def _device() -> torch.device:
+    """The accelerator, or the CPU where there is none."""
+    return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
+
+
+def check_backend(rank: int) -> None:
+    """Raise UsageError if ``MICA_BACKEND`` is no backend, or demands kernels that are not here."""
+    try:
+        backend.use_kernels(_device(), rank, torch.float32)
+    except (ValueError, RuntimeError) as error:
+        raise UsageError(str(error)) from error
 
 
 def check_limits(source: Source, model, sequence_length: int, largest_token_id: int) -> None:

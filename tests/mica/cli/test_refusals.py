@@ -78,6 +78,23 @@ def test_version(capsys):
 
 
 @pytest.mark.parametrize(
+    ("backend", "message"),
+    [
+        ("cuda", "MICA_BACKEND must be one of auto, triton, reference, but it is 'cuda'."),
+        (
+            "triton",
+            "MICA_BACKEND=triton demands Triton kernels, but there are none here: no Triton kernels for",
+        ),
+    ],
+)
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_backend_that_cannot_be_had(backend, message, capsys, tmp_path, text_file, model_dir, monkeypatch):
+    monkeypatch.setenv("MICA_BACKEND", backend)
+    monkeypatch.delenv("TRITON_INTERPRET")
+    refused(capsys, adapt(model_dir, text_file, tmp_path / "out"), tmp_path / "out", message)
+
+
+@pytest.mark.parametrize(
     ("content", "message"),
     [
         (None, "No such file"),
