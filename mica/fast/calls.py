@@ -1,8 +1,8 @@
 """How often each layer was called in the last forward of its model, for `mica.fast.explain`.
 
-A forward is one of PEFT's model or tuner, the outermost, that came to its end. One in a backward is a
-recomputation and does not count. Calls outside of any (`generate`, a part of the model alone, recomputations)
-are in no counts, but a layer that had one since is not said to be uncalled.
+A forward is one of PEFT's model or tuner that came to its end. One in a backward is a recomputation and does
+not count. Calls outside of any (`generate`, a part of the model alone, recomputations) do not count, but a
+layer that had one since is not said to be uncalled.
 """
 
 from __future__ import annotations
@@ -58,15 +58,17 @@ def whole_forward(stock):
         global _number
         if torch.compiler.is_compiling():
             return stock(self, *args, **kwargs)
-        if _state.calls is not None or torch._C._current_graph_task_id() != -1:
+        if torch._C._current_graph_task_id() != -1:
             return stock(self, *args, **kwargs)
         _number = number = _number + 1
-        calls = _state.calls = []
+        around = _state.calls
+        calls = _state.calls = [] if around is None else around
+        start = len(calls)
         try:
             result = stock(self, *args, **kwargs)
         finally:
-            _state.calls = None
-        _forwards[self] = _Forward(number, [ref(layer) for layer in calls])
+            _state.calls = around
+        _forwards[self] = _Forward(number, [ref(layer) for layer in calls[start:]])
         return result
 
     return forward

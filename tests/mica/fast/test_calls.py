@@ -144,6 +144,19 @@ def test_models_do_not_mix_and_parts_have_the_counts_of_the_whole():
     assert set(called(one).values()) == {1}
 
 
+def test_a_model_called_inside_another_ones_forward():
+    teacher, student = (wrap(Twice(), targets=["up", "down"]) for _ in range(2))
+    inner = teacher.base_model.model
+    forward, inner.forward = inner.forward, lambda x: inner.up(x)
+    teacher(torch.randn(2, 8))
+    assert called(teacher) == {"up": 1, "down": 0}
+    inner.forward = forward
+    student.base_model.model.forward = lambda x: student.base_model.model.up(teacher(x))
+    student(torch.randn(2, 8))
+    assert called(teacher) == {"up": 2, "down": 1}
+    assert called(student) == {"up": 1, "down": 0}
+
+
 def test_layers_that_are_not_covered_are_not_judged():
     model = get_peft_model(nn.Sequential(nn.Conv1d(4, 4, 1)), LoraConfig(target_modules=["0"]))
     model(torch.randn(1, 4, 4))
