@@ -15,6 +15,7 @@ import os
 import platform
 import subprocess
 import sys
+import tempfile
 import time
 from datetime import date
 from pathlib import Path
@@ -36,7 +37,7 @@ def device_tests() -> list[dict]:
     command = [sys.executable, "-m", "pytest", "-q", "-x", "--no-header", "-p", "no:cacheprovider"]
     running = []
     for file in files:
-        log = open(f"/tmp/mica-gpu-{os.getpid()}-{file.stem}.log", "w+")  # noqa: SIM115 (closed below)
+        log = tempfile.TemporaryFile("w+")  # noqa: SIM115 (closed below)
         process = subprocess.Popen([*command, str(file)], cwd=ROOT, env=environment, stdout=log, stderr=log)
         running.append((file, process, log))
     deadline, found = time.monotonic() + TEST_SECONDS, []
@@ -49,7 +50,6 @@ def device_tests() -> list[dict]:
         log.seek(0)
         lines = log.read().strip().splitlines()
         log.close()
-        Path(log.name).unlink()
         state = "not finished" if code is None else "passed" if code == 0 else "FAILED"
         found.append({"file": file.name, "state": state, "last_line": lines[-1] if lines else ""})
         if state == "FAILED":

@@ -162,7 +162,7 @@ def _load(file: Path) -> dict[str, str]:
         raise ValueError("not a table of names")
     except FileNotFoundError:
         return {}
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:  # the last: a million brackets
         _logger.warning("the tuning table %s is not used: %s", file, error)
         return {}
 

@@ -93,21 +93,29 @@ def has_native(dtype: torch.dtype) -> bool:
 def slowdown(dtype: torch.dtype) -> tuple[float, float]:
     """What PyTorch's own x Wᵀ and dy W take in this dtype on the CPU, over fp32's of that shape, measured.
 
-    64 x 512 x 512 numbers, the best of three: 0.5 s on a CPU without such instructions, else milliseconds.
+    64 tokens, 512 features, below half a second; larger ones fare worse where there are no instructions for
+    it (dy W 40 times fp32's, with 1024 x 2048 x 2048 400 times). One thread: several wait for each other on a
+    busy machine, longer than the products take.
     """
-    x, weight = torch.randn(64, 512, device="cpu"), torch.randn(512, 512, device="cpu")
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        wide, narrow = _seconds(torch.float32), _seconds(dtype)
+    finally:
+        torch.set_num_threads(threads)
+    return narrow[0] / wide[0], narrow[1] / wide[1]
 
-    def seconds(left: Tensor, right: Tensor) -> float:
-        left @ right
-        times = []
-        for _ in range(3):
+
+def _seconds(dtype: torch.dtype) -> list[float]:
+    """Of x Wᵀ and of dy W, the best of some calls."""
+    generator = torch.Generator().manual_seed(0)
+    x, weight = (torch.randn(rows, 512, generator=generator, device="cpu").to(dtype) for rows in (64, 512))
+    found = []
+    for factor in (weight.t(), weight):
+        calls: list[float] = []
+        while sum(calls) < 0.05 and len(calls) < 20:
             start = time.perf_counter()
-            left @ right
-            times.append(time.perf_counter() - start)
-        return min(times)
-
-    narrow, narrow_weight = x.to(dtype), weight.to(dtype)
-    return (
-        seconds(narrow, narrow_weight.t()) / seconds(x, weight.t()),
-        seconds(narrow, narrow_weight) / seconds(x, weight),
-    )
+            x @ factor
+            calls.append(time.perf_counter() - start)
+        found.append(min(calls))
+    return found

@@ -1,10 +1,14 @@
 """README's table of set-ups is that of tests/support/setups.py, and every row names a test that exists."""
 
 import ast
+import re
 from pathlib import Path
 
 import pytest
+from models import tiny_llama
 from setups import SETUPS, table
+
+import mica.fast
 
 ROOT = Path(__file__).parents[1]
 
@@ -22,6 +26,19 @@ def test_rows_say_what_they_may():
     assert {setup.works for setup in SETUPS} <= {"yes", "refused", "no"}
     assert {setup.fast for setup in SETUPS} <= {"yes", "partly", "no"}
     assert len({setup.name for setup in SETUPS}) == len(SETUPS)
+
+
+def test_the_examples_run(monkeypatch):
+    """As they stand, but for the model's size."""
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_key_value_heads": 2}
+    monkeypatch.setattr("transformers.AutoModelForCausalLM.from_pretrained", lambda name: tiny_llama(**sizes))
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    examples = re.findall(r"^```python\n(.*?)^```", readme, re.DOTALL | re.MULTILINE)
+    assert examples
+    for example in examples:
+        names = {}
+        exec(example, names)
+        assert mica.fast.explain(names["model"]).counts() == {"reference": 14}
 
 
 def test_readme_holds_the_table():

@@ -8,6 +8,7 @@ A command is a module with ``add_parser(subparsers)``, which declares its argume
 import argparse
 import sys
 
+from mica import __version__
 from mica.cli import adapt, doctor, inspect
 from mica.errors import UnsuitableLayerError, UsageError
 
@@ -23,6 +24,7 @@ class _Parser(argparse.ArgumentParser):
 
 def _parser() -> argparse.ArgumentParser:
     parser = _Parser(prog="mica", description="Minor Component Adaptation (MiCA) from the command line.")
+    parser.add_argument("--version", action="version", version=f"mica {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     for command in _COMMANDS:
         command.add_parser(commands)

@@ -130,6 +130,7 @@ def run(args: argparse.Namespace) -> int:
     import mica.fast
     from mica.cli.evaluate import perplexity
     from mica.cli.loading import (
+        check_backend,
         check_limits,
         check_output,
         find_source,
@@ -147,6 +148,7 @@ def run(args: argparse.Namespace) -> int:
 
     source = find_source(args.model, args.trust_remote_code)
     check_output(args.output, source)
+    check_backend(args.rank)
     tokenizer = load_tokenizer(source)
     blocks = pack(_tokenize(tokenizer, texts), args.sequence_length, args.held_out, tokenizer.eos_token_id)
     held_out = spread(blocks.held_out, MAX_HELD_OUT_BLOCKS)
@@ -216,6 +218,7 @@ def run(args: argparse.Namespace) -> int:
         "layers_on_peft_path": [
             {"name": row.name, "reason": row.reason} for row in explanation.rows if row.path == "peft"
         ],
+        "layers_not_called": [row.name for row in explanation.rows if row.calls == 0],
         "adapter": str(args.output),
         "merged": str(args.output / "merged") if args.merge else None,
         "merge_swallowed": report.swallowed if report else None,

@@ -12,12 +12,15 @@ from importlib.metadata import PackageNotFoundError, metadata, packages_distribu
 from importlib.util import find_spec
 from pathlib import Path
 
+import mica
 from mica import __version__
 from mica.cli.inspect import _check_file, _Output, _write
 from mica.errors import UsageError
 
 _DISTRIBUTION = "mica-fast"
 _SETTINGS = {"MICA_BACKEND": "auto", "TRITON_INTERPRET": "0", "MICA_TUNE": "0"}  # and their defaults
+
+_SHORT = {"bfloat16": "bf16", "float16": "fp16"}
 
 
 def add_parser(commands) -> None:
@@ -58,10 +61,10 @@ def _installed(name: str) -> str | None:
 
 
 def _versions() -> list[dict]:
-    """name, version (None: not installed) and problem (None: ok) of MiCA, Python and what MiCA requires."""
+    """Of MiCA, Python and what it requires: name, version (None: not installed), problem, note (None: ok)."""
     from packaging.requirements import Requirement
 
-    rows = [{"name": "mica", "version": __version__, "problem": None}]
+    rows = [{"name": "mica", "version": __version__, "problem": None, "note": None}]
     try:
         python = f"Python{metadata(_DISTRIBUTION)['Requires-Python']}"
         needs = [Requirement(line) for line in (python, *requires(_DISTRIBUTION))]
@@ -76,7 +79,7 @@ def _versions() -> list[dict]:
             problem = f"{need.name} is not installed, and MiCA needs {need.specifier}"
         elif found is not None and not need.specifier.contains(found, prereleases=True):
             problem = f"{need.name} {found} is not among the supported versions, {need.specifier}"
-        rows.append({"name": need.name, "version": found, "problem": problem})
+        rows.append({"name": need.name, "version": found, "problem": problem, "note": None})
     return rows
 
 
@@ -155,6 +158,15 @@ def _peft(problems: list[str]) -> dict:
     return {"patched": len(found) - len(optional) if is_patched else 0, "mismatches": required + optional}
 
 
+def _excuse_peft(report: dict) -> None:
+    """A PEFT outside of the range whose functions are all as expected is not broken, only not tested."""
+    for row in report["versions"]:
+        if row["name"] == "peft" and row["problem"] and report["peft"]["patched"]:
+            report["problems"].remove(row["problem"])
+            row["note"] = f"{row['problem']}: not tested, but all that mica.fast replaces is there"
+            row["problem"] = None
+
+
 def _caches(has_triton: bool) -> dict:
     """The initialisation cache's folder (None: off) and is_writable; tuning_file and tuning_entries."""
     from mica.subspace.cache import default_cache
@@ -194,15 +206,46 @@ def _examine() -> dict:
     report["devices"] = _devices(problems, has_triton)
     if demand == "triton" and all(row["path"] != "kernel" for row in report["devices"]):
         problems.append("MICA_BACKEND=triton demands kernels, and no device here can run them")
+    report["products"] = _products()
     report["peft"] = _peft(problems)
+    _excuse_peft(report)
     report["caches"] = _caches(has_triton)
     return report
+
+
+def _is_checkout() -> bool:
+    """Whether there is a Makefile to speak of: a wheel brings none."""
+    return (Path(mica.__file__).parents[1] / "tests" / "static_gate.py").is_file()
+
+
+def _products() -> dict[str, dict]:
+    """Of bf16 and fp16: what a frozen layer's products take here over fp32's, and whether MiCA uses them."""
+    import torch
+
+    from mica.products import has_native, slowdown
+
+    found = {}
+    for dtype in (torch.bfloat16, torch.float16):
+        forward, backward = slowdown(dtype)
+        row = {"x Wᵀ": forward, "dy W": backward, "native": has_native(dtype)}
+        found[str(dtype).removeprefix("torch.")] = row
+    return found
+
+
+def _took(row: dict) -> str:
+    times = ", ".join(
+        f"{name} takes {row[name]:.{2 if row[name] < 10 else 3}g} times float32's time"
+        for name in ("x Wᵀ", "dy W")
+    )
+    if row["native"]:
+        return f"small ones: {times}"
+    return f"small ones: {times}; adapted layers go through float32, which --dtype auto takes"
 
 
 def _lines(report: dict) -> Iterator[tuple[str, str]]:
     """The report as text: a label and what is said of it, line by line."""
     for row in report["versions"]:
-        note = row["problem"] or ("ok" if row["version"] else "not needed on this system")
+        note = row["problem"] or row["note"] or ("ok" if row["version"] else "not needed on this system")
         build = f", {report['torch_build']}" if row["name"] == "torch" and "torch_build" in report else ""
         yield row["name"], f"{row['version'] or 'not installed':14}  {note}{build}"
     for name, value in report["settings"].items():
@@ -216,8 +259,12 @@ def _lines(report: dict) -> Iterator[tuple[str, str]]:
         yield "  MiCA layers", row["path"] + (f": {row['reason']}" if row["reason"] else "")
         if row["device"] != "cpu":
             yield "  trial kernel", row["trial"]
+        else:
+            for dtype, ratios in report["products"].items():
+                yield f"  {_SHORT[dtype]} products", _took(ratios)
     if len(report["devices"]) == 1:
-        yield "kernels", "none compiled: no GPU here (`make static` compiles them ahead of time, for any GPU)"
+        static = " (`make static` compiles them ahead of time, for any GPU)" if _is_checkout() else ""
+        yield "kernels", f"none compiled: no GPU here{static}"
     yield "PEFT", f"mica.fast replaces {report['peft']['patched']} of its functions"
     for mismatch in report["peft"]["mismatches"]:
         yield "  mismatch", mismatch

@@ -111,6 +111,7 @@ def _line(row, width: int) -> str:
         + "  ".join(f"{formatted(sigma, '.4g'):>9}" for sigma in sigmas)
         + f"  {formatted(row.gap, '.4g'):>7}  {formatted(share, '.2g') + '%':>8}  {row.method:6}  "
         + f"{certificate:15}  {row.seconds:6.2f}"
+        + (f"  {row.quantised}, dequantised" if row.quantised else "")
     )
 
 
@@ -176,8 +177,9 @@ def run(args: argparse.Namespace) -> int:
     `summary` returns (layers_found, layers_proven, layers_not_proven, layers_unsuitable,
     worst_energy_excess, seconds), and layers, a list of objects with the fields of
     `mica.cli.spectra.Row` in the order of the table: name, kind (the class), shape [out, in], dtype,
-    reason (null, or why the layer cannot be adapted), seconds, sigma_max, sigma_above, sigma_largest,
-    sigma_smallest, gap, energy_share, method, proven, energy_excess. What is not known is null.
+    reason (null, or why the layer cannot be adapted), seconds, quantised (null, or the kind: then numbers and
+    dtype are of the dequantised weight), sigma_max, sigma_above, sigma_largest, sigma_smallest, gap,
+    energy_share, method, proven, energy_excess. What is not known is null.
 
     Raises UsageError; also where ``--plot`` is given and no layer can be adapted, after everything else.
     """
@@ -188,7 +190,7 @@ def run(args: argparse.Namespace) -> int:
         figure = _figure_maker()
 
     model = _load(args)
-    from mica.cli.spectra import effective_weight, find_targets, measure, spectrum
+    from mica.cli.spectra import find_targets, measure, spectrum, weight_of
 
     targets = find_targets(model, args.rank, args.target_modules)
     width = max(len(name) for name in targets)
@@ -204,7 +206,7 @@ def run(args: argparse.Namespace) -> int:
         if output.is_gone and not (args.json or args.plot):
             return 0
         if args.plot and chosen is not None:
-            spectra[name] = spectrum(effective_weight(module))
+            spectra[name] = spectrum(weight_of(module, r))
             spectra[name][-r:] = chosen  # exact where the Gram matrix of a large weight is not
     totals = summary(rows, time.perf_counter() - start)
     output.line(_closing(totals))

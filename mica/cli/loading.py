@@ -1,6 +1,7 @@
 """Loading of tokenizer and model from a Hub id, a folder or a GGUF file, with one-line errors."""
 
 import importlib.util
+import json
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,7 +11,9 @@ import transformers
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+from transformers.utils import find_adapter_config_file
 
+from mica import backend
 from mica.errors import UsageError
 from mica.products import has_native, slowdown
 
@@ -57,11 +60,30 @@ def find_source(model: str, trust_remote_code: bool) -> Source:
     return Source(model, model, options)
 
 
+def _refuse_adapter(source: Source) -> None:
+    """Raise UsageError if the source is a PEFT adapter, which transformers would load with its base."""
+    if source.is_gguf:
+        return
+    try:
+        file = find_adapter_config_file(source.location)
+    except OSError:  # not found or not reachable: said by whatever reads the model
+        return
+    if file is None:
+        return
+    try:
+        base = json.loads(Path(file).read_text(encoding="utf-8")).get("base_model_name_or_path")
+    except (OSError, ValueError, AttributeError):
+        base = None
+    made = f", made on {base}" if base else ""
+    raise source.error(f"is an adapter{made}, and not a model: give that one, or a merged model")
+
+
 def load_tokenizer(source: Source):
     """Return the tokenizer, after the checks on the configuration that need no weights.
 
     Raises UsageError if the source cannot be loaded, needs custom code or is not a causal language model.
     """
+    _refuse_adapter(source)
     try:
         if not source.is_gguf:  # GGUF files name their architecture only; from_pretrained checks it
             _check_causal(source, AutoConfig.from_pretrained(source.location, **source.options))
@@ -86,8 +108,9 @@ def load_model(source: Source, dtype: str):
     ``dtype``: "float32", ... or "auto", the dtype of the checkpoint (float32 for GGUF, whose weights are
     dequantised). Checkpoints other than GGUF must be safetensors: pickles are never opened.
 
-    Raises UsageError if weights are missing, unreadable or those of another kind of model.
+    Raises UsageError if weights are missing, unreadable or those of another kind of model or of an adapter.
     """
+    _refuse_adapter(source)
     options = dict(source.options)
     if source.is_gguf:
         options["dtype"] = torch.float32 if dtype == "auto" else getattr(torch, dtype)
@@ -111,7 +134,20 @@ def load_model(source: Source, dtype: str):
         quantizer = getattr(model, "hf_quantizer", None)
         if quantizer is not None:
             quantizer.remove_quantization_config(model)
-    return model.to(torch.accelerator.current_accelerator(check_available=True) or "cpu")
+    return model.to(_device())
+
+
+def _device() -> torch.device:
+    """The accelerator, or the CPU where there is none."""
+    return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
+
+
+def check_backend(rank: int) -> None:
+    """Raise UsageError if ``MICA_BACKEND`` is no backend, or demands kernels that are not here."""
+    try:
+        backend.use_kernels(_device(), rank, torch.float32)
+    except (ValueError, RuntimeError) as error:
+        raise UsageError(str(error)) from error
 
 
 def suit_processor(model, dtype: str) -> str | None:
@@ -126,7 +162,7 @@ def suit_processor(model, dtype: str) -> str | None:
     name = str(found).removeprefix("torch.")
     forward, backward = (f"{factor:.0f}" for factor in slowdown(found))
     cost = (
-        f"this processor has no {name} instructions, a product of two matrices takes {forward} times "
+        f"this processor has no {name} instructions, even a small product of matrices takes {forward} times "
         f"float32's time in a forward and {backward} times in a backward"
     )
     if dtype != "auto":

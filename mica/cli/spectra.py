@@ -11,13 +11,14 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
-from peft import LoraConfig
+from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.tuners_utils import _maybe_include_all_linear_layers, check_target_module_exists
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from mica import minor_subspace
-from mica.errors import UsageError
+from mica.errors import UnsuitableLayerError, UsageError
+from mica.fast import initialisation, quantised
 from mica.subspace.result import narrowed
 
 CONVERTED_ELEMENTS = 1 << 22  # fp64: 32 MiB, and every layer of a small model at once
@@ -40,6 +41,8 @@ class Row:
 
     shape: effective (out_features, in_features), (embedding_dim, num_embeddings) of an embedding; None for
         a kind of layer that MiCA does not know. dtype: of the weight, like "float32", None without one.
+    quantised: the kind of quantised layer, like "bitsandbytes 4-bit", else None. Then all numbers are of the
+        dequantised weight, which MiCA starts from, and dtype is that weight's.
     sigma_max, sigma_above, sigma_largest, sigma_smallest: the largest singular value; the one just above
         the chosen r (None where all are chosen); the largest and the smallest of the chosen r.
     gap: sigma_above / sigma_largest. energy_share: Σσ² of the chosen r over ‖weight‖_F². None where the
@@ -54,6 +57,7 @@ class Row:
     dtype: str | None
     reason: str | None
     seconds: float
+    quantised: str | None = None
     sigma_max: float | None = None
     sigma_above: float | None = None
     sigma_largest: float | None = None
@@ -116,9 +120,11 @@ def _why_not(module: nn.Module, shape: tuple[int, int] | None, rank: int) -> str
         return f"the weight has dtype {str(weight.dtype).removeprefix('torch.')}"
     if weight.is_meta:
         return "the weight is not loaded (meta device)"
-    if rank > min(shape):
-        return f"rank {rank} > min(out, in) = {min(shape)}"
-    return None
+    return _why_not_rank(shape, rank)
+
+
+def _why_not_rank(shape: tuple[int, int], rank: int) -> str | None:
+    return f"rank {rank} > min(out, in) = {min(shape)}" if rank > min(shape) else None
 
 
 @torch.no_grad()
@@ -130,17 +136,63 @@ def measure(name: str, module: nn.Module, rank: int) -> tuple[Row, Tensor | None
     """
     start = time.perf_counter()
     shape, weight = _effective_shape(module), getattr(module, "weight", None)
+    values, numbers, kind = None, {}, None
+    try:
+        adapted = _quantised_layer(module, rank)
+        if adapted is None:
+            reason = _why_not(module, shape, rank)
+            weight = weight if reason else effective_weight(module)
+        else:
+            kind = quantised.kind_of(adapted).name
+            shape = adapted.out_features, adapted.in_features
+            reason = _why_not_rank(shape, rank)
+            weight = weight if reason else quantised.dequantise(adapted, "this layer")
+        if reason is None:
+            values, numbers = _measured(_on_fp64_device(weight), rank)
+    except (ValueError, torch.linalg.LinAlgError) as error:  # NaN or Inf; an SVD that does not converge
+        reason = " ".join(str(error).split()).rstrip(".")
     dtype = str(weight.dtype).removeprefix("torch.") if isinstance(weight, Tensor) else None
-    values, numbers = None, {}
-    reason = _why_not(module, shape, rank)
-    if reason is None:
-        try:
-            values, numbers = _measured(_on_fp64_device(effective_weight(module)), rank)
-        except (ValueError, torch.linalg.LinAlgError) as error:  # NaN or Inf; an SVD that does not converge
-            reason = " ".join(str(error).split()).rstrip(".")
     seconds = time.perf_counter() - start
-    row = Row(name, type(module).__name__, shape, dtype, reason, seconds, **numbers)
+    row = Row(name, type(module).__name__, shape, dtype, reason, seconds, kind, **numbers)
     return row, values
+
+
+def _quantised_layer(module: nn.Module, rank: int) -> nn.Module | None:
+    """PEFT's layer over a quantised module, as the backend adapts it, without a basis; None for any other.
+
+    The module stays as it was. Raises UnsuitableLayerError for a quantised one that the backend refuses.
+    """
+    if type(getattr(module, "weight", None)) in (Tensor, nn.Parameter):
+        return None
+    model = nn.Module()
+    model.layer = module
+    tensors = (*module.parameters(), *module.buffers())
+    model.anchor = nn.Parameter(
+        torch.empty(0, device=tensors[0].device if tensors else "cpu")
+    )  # PEFT asks one
+    model.is_loaded_in_4bit = model.is_loaded_in_8bit = True  # then PEFT looks at the layer's own type
+    trained = [(parameter, parameter.requires_grad) for parameter in module.parameters()]
+    config = LoraConfig(init_lora_weights="mica", r=rank, target_modules=["layer"])
+    token = initialisation.unfilled.set([])  # no solver: it will be run with rank + 1
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # of merging, which is not done here
+            inject_adapter_in_model(config, model)
+    except UnsuitableLayerError:
+        raise
+    except ValueError:  # PEFT does not know this kind of layer
+        return None
+    finally:
+        initialisation.unfilled.reset(token)
+        for parameter, requires_grad in trained:
+            parameter.requires_grad_(requires_grad)
+    return model.layer if quantised.kind_of(model.layer) else None
+
+
+def weight_of(module: nn.Module, rank: int) -> Tensor:
+    """The weight of a layer that `measure` had no ``reason`` against, (out_features, in_features)."""
+    adapted = _quantised_layer(module, rank)
+    return effective_weight(module) if adapted is None else quantised.dequantise(adapted, "this layer")
 
 
 def _on_fp64_device(weight: Tensor) -> Tensor:

@@ -22,6 +22,7 @@ def as_text(summary: dict) -> str:
     """Return ``summary`` (see ``mica.cli.adapt.run``) as aligned lines for a terminal."""
     s = summary
     peak = s["peak_memory_bytes"]
+    uncalled = s["layers_not_called"]
     paths = ", ".join(f"{path} {count}" for path, count in s["paths"].items())
     rows = [
         ("model", f"{s['model']} ({s['dtype']}, {s['device']})"),
@@ -47,6 +48,7 @@ def as_text(summary: dict) -> str:
             ("", f"on PEFT's path, {count}: {reason}")
             for reason, count in Counter(row["reason"] for row in s["layers_on_peft_path"]).items()
         ),
+        *([("", f"not called in the last forward: {len(uncalled)}")] if uncalled else []),
         ("adapter", s["adapter"]),
     ]
     if s["merged"]:

@@ -11,7 +11,7 @@ from transformers.pytorch_utils import Conv1D
 
 import mica.ops  # noqa: F401  (registers torch.ops.mica)
 from mica.backend import MAX_RANK
-from mica.fast import grouping, mixed_batch
+from mica.fast import calls, grouping, mixed_batch
 from mica.fast.eligibility import (
     adapter_weights,
     adapters_of,
@@ -27,6 +27,7 @@ from mica.group_ops import stacked_rank
 
 def linear_forward(stock):
     def forward(self, x: torch.Tensor, *args, **kwargs) -> torch.Tensor:
+        calls.note(self)
         if settings.enabled and not args:
             if not kwargs:
                 result = _linear(self, x)
@@ -123,6 +124,7 @@ def _dropout(layer, name: str, x: torch.Tensor) -> tuple[float, torch.Tensor | N
 
 def embedding_forward(stock):
     def forward(self, x: torch.Tensor, *args, **kwargs) -> torch.Tensor:
+        calls.note(self)
         if settings.enabled and not args and not kwargs and why_not(self) is None:
             base = self.base_layer
             lora_A, lora_B, scaling = operands(self, adapters_of(self)[0])

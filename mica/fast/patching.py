@@ -16,7 +16,7 @@ from typing import NamedTuple
 import peft
 
 from mica.backend import forget_prepared
-from mica.fast import grouping, hotswap, initialisation, layers, merging, quantised, refusals
+from mica.fast import calls, grouping, hotswap, initialisation, layers, merging, quantised, refusals
 from mica.fast.eligibility import quantised_layers
 
 
@@ -58,7 +58,7 @@ PATCHES = (
         "peft.tuners.lora.model:LoraModel",
         "inject_adapter",
         "self model adapter_name",
-        initialisation.inject_adapter,
+        lambda stock: calls.injection(initialisation.inject_adapter(stock)),
     ),
     Patch(
         "peft.tuners.lora.model:LoraModel",
@@ -67,7 +67,12 @@ PATCHES = (
         initialisation.without_solver,
     ),
     *(
-        Patch(owner, "forward", "self *args **kwargs", grouping.whole_forward)
+        Patch(
+            owner,
+            "forward",
+            "self *args **kwargs",
+            lambda stock: calls.whole_forward(grouping.whole_forward(stock)),
+        )
         for owner in ("peft.tuners.tuners_utils:BaseTuner", "peft.peft_model:PeftModel")
     ),
     *(
@@ -228,6 +233,7 @@ def _replace(owner, patch: Patch) -> None:
 def uninstall() -> None:
     """Stock PEFT again: every replaced attribute is the very object that was there."""
     quantised_layers.clear()
+    calls.forget()  # of what follows nothing is seen
     while _installed:
         owner, name, held = _installed.pop()
         if held is _ABSENT:

@@ -13,12 +13,13 @@ from torch import nn
 from torch.distributed import is_available as has_distributed
 
 from mica import backend
-from mica.fast import patching
+from mica.fast import calls, patching, table
 from mica.fast.eligibility import (
     MiCAEmbeddingVariant,
     MiCALinearVariant,
     adapter_weights,
     adapters_of,
+    quantised_layers,
     why_called,
     why_not,
 )
@@ -34,11 +35,12 @@ class Row:
     adapter: str
     path: str  # "kernel", "reference", "peft" or "error"
     reason: str  # why it is not the path before it in that list, and why the base layer is called, if it is
+    calls: int | None = None  # in the last forward of the whole model; None where that is not known
 
 
 @dataclass(frozen=True)
 class Explanation:
-    """The path table. ``str()`` prints it; ``rows`` and ``counts()`` are for programs."""
+    """The path table. ``str()`` prints it, equal rows as one; ``rows`` and ``counts()`` are for programs."""
 
     rows: list[Row] = field(default_factory=list)
 
@@ -46,18 +48,7 @@ class Explanation:
         return dict(Counter(row.path for row in self.rows))
 
     def __str__(self) -> str:
-        if not self.rows:
-            return "no adapted layers"
-        header = Row("layer", "base", "adapter", "path", "reason")
-        columns = ("name", "layer", "adapter", "path")
-        table = [header, *self.rows]
-        widths = {column: max(len(getattr(row, column)) for row in table) for column in columns}
-        return "\n".join(
-            "  ".join(
-                [*(getattr(row, column).ljust(widths[column]) for column in columns), row.reason]
-            ).rstrip()
-            for row in table
-        )
+        return table.text(self.rows)
 
 
 def explain(model: nn.Module) -> Explanation:
@@ -69,13 +60,20 @@ def explain(model: nn.Module) -> Explanation:
     called, the reason says why, and only the adapter runs on the operators. What only a call can show (the
     dtype of the activations, other arguments) is not in the table. Weights that FSDP2 has sharded with a
     module around the layer count as the plain tensors that they are while that module's forward runs.
+
+    ``calls`` of a row: how often the layer was called, on any path, in the PEFT model's last forward that
+    came to its end (`generate` has none). 0: something goes past it, like a framework that has replaced the
+    forward of the module around it. None where that is not known: before the first forward and after adapters
+    have been added, for layers that are not covered, and once torch.compile has traced a MiCA layer in this
+    process.
     """
-    rows = []
+    rows, counts = [], calls.counts()
     for name, module in model.named_modules():
         if isinstance(module, BaseTunerLayer):
             base = type(module.get_base_layer()).__name__
             with _as_gathered(model, name, module):
-                rows.append(Row(name, base, _adapters(module), *_path(module)))
+                count = counts.get(module) if _is_counted(module) else None
+                rows.append(Row(name, base, _adapters(module), *_path(module), count))
     return Explanation(rows)
 
 
@@ -139,8 +137,19 @@ def _reason(layer) -> str | None:
         return "mica.fast is not installed"
     if not settings.enabled:
         return "mica.fast is disabled"
-    if "forward" in vars(layer):
-        stock = getattr(layer, "_old_forward", None)
-        if getattr(stock, "__func__", None) not in (lora.Linear.forward, lora.Embedding.forward):
-            return "the layer has a forward of its own, set before mica.fast was imported"
+    if _has_own_forward(layer):
+        return "the layer has a forward of its own, set before mica.fast was imported"
     return why_not(layer)
+
+
+def _has_own_forward(layer) -> bool:
+    """Whether the instance has a forward that does not end in the present one of its class."""
+    if "forward" not in vars(layer):
+        return False
+    return getattr(getattr(layer, "_old_forward", None), "__func__", None) is not type(layer).forward
+
+
+def _is_counted(layer) -> bool:
+    """Whether the layer's calls pass through the forwards of `mica.fast.layers`."""
+    is_covered = type(layer) in (lora.Linear, lora.Embedding) or type(layer) in quantised_layers
+    return patching.is_installed() and is_covered and not _has_own_forward(layer)

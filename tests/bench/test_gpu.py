@@ -2,6 +2,7 @@
 
 import copy
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -56,6 +57,24 @@ def test_without_a_gpu_it_says_so():
     done = subprocess.run([sys.executable, "-m", "bench.gpu"], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 2
     assert "torch sees none here" in done.stderr
+
+
+def test_logs_of_the_tests_have_no_names_that_others_could_take(monkeypatch):
+    names = []
+
+    class Finished:
+        def __init__(self, command, stdout, stderr, **options):
+            names.append(os.fstat(stdout.fileno()).st_nlink)
+            stdout.write(f"{Path(command[-1]).name}\n1 passed\n")
+
+        def wait(self, timeout):
+            return 0
+
+    monkeypatch.setattr(gpu.subprocess, "Popen", Finished)
+    found = gpu.device_tests()
+    assert {test["last_line"] for test in found} == {"1 passed"}
+    assert len({test["file"] for test in found}) == len(found) == len(names) > 5
+    assert set(names) == {0}
 
 
 @pytest.fixture

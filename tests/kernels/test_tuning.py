@@ -80,7 +80,9 @@ def test_entries_of_others_are_kept(table):
     assert os.listdir(table.parent) == ["tuning.json"]
 
 
-@pytest.mark.parametrize("content", ["{", "[1]", '{"a": 1}'])
+@pytest.mark.parametrize(
+    "content", ["{", "[1]", '{"a": 1}', "[" * 10**6], ids=["cut", "list", "number", "deep"]
+)
 def test_a_damaged_file_is_said_and_replaced(table, caplog, content):
     table.parent.mkdir()
     table.write_text(content)

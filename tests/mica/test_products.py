@@ -153,3 +153,10 @@ def test_a_process_without_16_bit_instructions():
     )
     if torch.backends.cpu.get_cpu_capability().startswith("AVX"):
         assert run.stdout.strip() == "False"
+
+
+def test_the_measurement_leaves_the_process_as_it_was():
+    threads, state = torch.get_num_threads(), torch.get_rng_state()
+    assert all(0 < ratio < 1e4 for ratio in products.slowdown(torch.float16))
+    assert torch.get_num_threads() == threads
+    assert torch.equal(torch.get_rng_state(), state)

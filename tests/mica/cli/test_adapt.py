@@ -44,6 +44,7 @@ def test_summary(adapted):
     assert summary["total_parameters"] > summary["trained_parameters"]
     assert sum(summary["paths"].values()) == 14
     assert len(summary["layers_on_peft_path"]) == summary["paths"].get("peft", 0)
+    assert summary["layers_not_called"] == []
     assert summary["held_out_tokens"] == 32 * 31  # capped at 32 blocks, 31 predicted tokens each
     assert summary["initialisation_seconds"] > 0
     assert summary["peak_memory_bytes"] is None or summary["peak_memory_bytes"] > 2**20
@@ -63,6 +64,16 @@ def test_printed_summary(model_dir, text_file, tmp_path, capsys, monkeypatch):
     assert summary["merged"] is None
     assert not (tmp_path / "out" / "merged").exists()
     assert not list((tmp_path / "elsewhere").iterdir())  # nothing is written outside --output
+
+
+def test_layers_that_something_goes_past_are_said(model_dir, text_file, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("mica.fast.calls._is_traced", False)
+    monkeypatch.setattr("transformers.models.llama.modeling_llama.LlamaMLP.forward", lambda self, x: x)
+    assert adapt(model_dir, text_file, tmp_path / "out", "--steps", 1) == 0
+    assert "not called in the last forward: 6" in capsys.readouterr().out
+    summary = json.loads((tmp_path / "out" / "summary.json").read_text(encoding="utf-8"))
+    assert len(summary["layers_not_called"]) == 6
+    assert all(".mlp." in name for name in summary["layers_not_called"])
 
 
 def test_adapter_and_merged_model_agree(adapted, model_dir):

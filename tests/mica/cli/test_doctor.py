@@ -18,6 +18,7 @@ from mica.cli import doctor, main
 from mica.fast import patching
 from mica.kernels import common, runtime
 
+RATIOS = {torch.bfloat16: (0.5, 0.44), torch.float16: (1.27, 160.4)}
 WORKS = "everything that this machine can do works"
 
 
@@ -28,6 +29,8 @@ def machine(monkeypatch, tmp_path):
     monkeypatch.setattr(torch.version, "hip", None)
     monkeypatch.setenv("MICA_TUNE_FILE", str(tmp_path / "tuning.json"))
     monkeypatch.setenv("TRITON_INTERPRET", "1")
+    monkeypatch.setattr("mica.products.slowdown", RATIOS.get)
+    monkeypatch.setattr("mica.products.has_native", lambda dtype: dtype == torch.bfloat16)
     found_once = (common.target_of, runtime.triton_version, runtime._why_not_device)
     for function in found_once:
         function.cache_clear()
@@ -113,6 +116,23 @@ def test_a_machine_without_a_gpu_works(run):
     assert cpu["trial"] == "not tried"
     assert said(lines, "kernels").startswith("none compiled: no GPU here")
     assert found["settings"] == {"MICA_BACKEND": None, "TRITON_INTERPRET": "1", "MICA_TUNE": None}
+
+
+def test_what_only_a_checkout_has_is_not_advised_elsewhere(run, monkeypatch, tmp_path):
+    assert "make static" in said(run()[2], "kernels")
+    (tmp_path / "mica").mkdir()
+    monkeypatch.setattr("mica.__file__", str(tmp_path / "mica" / "__init__.py"))
+    assert said(run()[2], "kernels") == "none compiled: no GPU here"
+
+
+def test_products_of_the_cpu_are_in_words(run):
+    _, found, lines = run()
+    assert found["products"]["float16"] == {"x Wᵀ": 1.27, "dy W": 160.4, "native": False}
+    took = "small ones: x Wᵀ takes {} times float32's time, dy W takes {} times float32's time"
+    assert said(lines, "bf16 products") == took.format("0.5", "0.44")
+    assert said(lines, "fp16 products") == (
+        took.format("1.3", "160") + "; adapted layers go through float32, which --dtype auto takes"
+    )
 
 
 def test_text_says_what_the_json_says(run, gpu, monkeypatch):
@@ -230,7 +250,7 @@ def test_driver_that_torch_warns_of(run, monkeypatch):
 # Versions
 
 
-@pytest.mark.parametrize("package", ["torch", "peft", "transformers", "triton"])
+@pytest.mark.parametrize("package", ["torch", "transformers", "triton"])
 def test_version_out_of_range(package, run, versions):
     versions(**{package: "0.1.0"})
     status, found, lines = run()
@@ -239,6 +259,30 @@ def test_version_out_of_range(package, run, versions):
     assert found["problems"] == [row["problem"]]
     assert row["problem"].startswith(f"{package} 0.1.0 is not among the supported versions, >=")
     assert said(lines, package).startswith(f"0.1.0           {row['problem']}")
+
+
+def test_peft_out_of_range_that_works_is_not_broken(run, versions):
+    """As 0.20.0 is, which has MiCA and all that is patched."""
+    versions(peft="0.20.0")
+    status, found, lines = run()
+    assert (status, found["problems"]) == (0, [])
+    (row,) = [row for row in found["versions"] if row["note"]]
+    assert (row["name"], row["version"], row["problem"]) == ("peft", "0.20.0", None)
+    assert said(lines, "peft") == (
+        "0.20.0          peft 0.20.0 is not among the supported versions, >=0.21: not tested, but all that "
+        "mica.fast replaces is there"
+    )
+
+
+def test_peft_out_of_range_that_does_not_fit_is_broken(run, versions, uninstalled, monkeypatch):
+    changed = patching.PATCHES[0]._replace(parameters="self something_else")
+    monkeypatch.setattr(patching, "PATCHES", (changed, *patching.PATCHES[1:]))
+    versions(peft="0.1.0")
+    status, found, lines = run()
+    assert status == 1
+    assert found["problems"][0].startswith("peft 0.1.0 is not among the supported versions, >=")
+    assert found["problems"][1].startswith("mica.fast leaves this PEFT as it is")
+    assert said(lines, "peft") == f"0.1.0           {found['problems'][0]}"
 
 
 def test_prerelease_within_the_range_is_ok(run, versions):

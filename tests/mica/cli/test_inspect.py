@@ -10,8 +10,9 @@ from types import SimpleNamespace
 import models
 import pytest
 import torch
+from quantised_models import dequantised
 from tiny_cli import tiny_llama
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from mica.cli import inspect, main, spectra
 from mica.errors import UsageError
@@ -129,6 +130,23 @@ def test_broken_weight_in_a_checkpoint_is_a_row(tmp_path, run):
     assert [row["name"] for row in found["layers"] if row["reason"]] == ["model.layers.1.mlp.up_proj"]
     assert (found["layers_proven"], found["layers_unsuitable"]) == (13, 1)
     assert "model.layers.1.mlp.up_proj" in captured.out
+
+
+def test_nf4_checkpoint_can_be_adapted(model_dir, tmp_path, run):
+    pytest.importorskip("bitsandbytes")
+    nf4 = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")
+    model = AutoModelForCausalLM.from_pretrained(model_dir, quantization_config=nf4)
+    model.save_pretrained(tmp_path / "model")
+    status, found, captured = run(tmp_path / "model", "--plot", tmp_path / "plot.png")
+    assert (status, found["layers_proven"], found["layers_unsuitable"]) == (0, 14, 0)
+    assert {(row["kind"], row["quantised"]) for row in found["layers"]} == {
+        ("Linear4bit", "bitsandbytes 4-bit")
+    }
+    assert captured.out.count("  bitsandbytes 4-bit, dequantised\n") == 14
+    (row,) = [row for row in found["layers"] if row["name"] == "model.layers.1.mlp.up_proj"]
+    expected = oracle(dequantised(model.model.layers[1].mlp.up_proj), 4)
+    for number, value in expected.items():
+        assert row[number] == pytest.approx(value, rel=1e-3), number
 
 
 def test_rank_beyond_every_layer(model_dir, run, tmp_path):

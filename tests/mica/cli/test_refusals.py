@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from tiny_cli import TEXT, adapt, byte_tokenizer, tiny_llama
 from transformers import (
     BertConfig,
@@ -15,6 +16,7 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
+import mica
 from mica.cli import main
 
 
@@ -70,6 +72,28 @@ def test_missing_argument_and_unknown_command(capsys, tmp_path):
     assert capsys.readouterr().err.startswith("mica: error: ")
 
 
+def test_version(capsys):
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out == f"mica {mica.__version__}\n"
+
+
+@pytest.mark.parametrize(
+    ("backend", "message"),
+    [
+        ("cuda", "MICA_BACKEND must be one of auto, triton, reference, but it is 'cuda'."),
+        (
+            "triton",
+            "MICA_BACKEND=triton demands Triton kernels, but there are none here: no Triton kernels for",
+        ),
+    ],
+)
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_backend_that_cannot_be_had(backend, message, capsys, tmp_path, text_file, model_dir, monkeypatch):
+    monkeypatch.setenv("MICA_BACKEND", backend)
+    monkeypatch.delenv("TRITON_INTERPRET")
+    refused(capsys, adapt(model_dir, text_file, tmp_path / "out"), tmp_path / "out", message)
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [
@@ -122,6 +146,26 @@ def test_broken_or_pickled_weights(capsys, tmp_path, text_file, model_dir):
     for name in ("broken", "pickled"):
         status = adapt(tmp_path / name, text_file, tmp_path / "out")
         refused(capsys, status, tmp_path / "out", f"--model {tmp_path / name}: ", quiet=False)
+
+
+@pytest.mark.parametrize("base", ["some/model", None])
+def test_an_adapter_is_not_a_model(base, capsys, tmp_path, text_file):
+    """As it is saved, and as `mica adapt` leaves it: with a tokenizer."""
+    model = get_peft_model(tiny_llama(), LoraConfig(r=2, init_lora_weights="mica", target_modules=["q_proj"]))
+    model.peft_config["default"].base_model_name_or_path = base
+    model.save_pretrained(tmp_path / "adapter", save_embedding_layers=False)
+    byte_tokenizer().save_pretrained(tmp_path / "adapter")
+    message = (
+        "is an adapter, made on some/model, and not a model" if base else "is an adapter, and not a model"
+    )
+    capsys.readouterr()
+    status = adapt(tmp_path / "adapter", text_file, tmp_path / "out")
+    refused(capsys, status, tmp_path / "out", f"--model {tmp_path / 'adapter'}: {message}")
+    assert main(["inspect", str(tmp_path / "adapter")]) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err.startswith(f"mica inspect: error: {tmp_path / 'adapter'}: {message}")
+    assert captured.err.count("\n") == 1
 
 
 def tiny_t5():

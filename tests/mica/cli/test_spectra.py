@@ -4,6 +4,7 @@ from dataclasses import fields
 
 import models
 import pytest
+import quantised_models
 import torch
 from torch import nn
 
@@ -66,6 +67,39 @@ def test_unsuitable_layer_gives_a_reason(layer, shape, reason):
     assert row.shape == shape
     assert values is None
     assert all(getattr(row, name) is None for name in MEASURED)
+
+
+# Quantised layers: what the backend can adapt, by what it starts from
+
+
+@pytest.mark.parametrize("kind", quantised_models.KINDS)
+def test_quantised_layers_are_those_of_the_backend(kind, monkeypatch):
+    if "stub" in kind:
+        quantised_models.stub_gptqmodel(monkeypatch)
+    model = quantised_models.llama(kind)
+    layer = model.model.layers[0].mlp.up_proj
+    trained = [(name, parameter.requires_grad) for name, parameter in layer.named_parameters()]
+    row, values = spectra.measure("layer", layer, 4)
+    assert (row.reason, row.shape, row.kind) == (None, (48, 32), type(layer).__name__)
+    assert row.quantised
+    assert row.dtype in ("float32", "bfloat16", "float16")
+    expected = torch.linalg.svdvals(quantised_models.dequantised(layer))
+    torch.testing.assert_close(values, expected[-4:], rtol=2e-2, atol=0)
+    assert row.sigma_max == pytest.approx(expected[0].item(), rel=1e-2)
+    torch.testing.assert_close(spectra.spectrum(spectra.weight_of(layer, 4))[-4:], values, rtol=1e-5, atol=0)
+    assert [(name, parameter.requires_grad) for name, parameter in layer.named_parameters()] == trained
+    assert type(model.model.layers[0].mlp.up_proj) is type(layer)
+    adapted = quantised_models.adapted(kind)
+    assert type(adapted.base_model.model.model.layers[0].mlp.up_proj.base_layer) is type(layer)
+    assert spectra.measure("layer", layer, 33)[0].reason == "rank 33 > min(out, in) = 32"
+
+
+def test_a_quantised_layer_that_the_backend_refuses():
+    """A weight that was never moved to its device, and so is not packed yet."""
+    bnb = pytest.importorskip("bitsandbytes")
+    row, values = spectra.measure("layer", bnb.nn.Linear4bit(8, 8), 4)
+    assert "bitsandbytes 4-bit) is not quantised yet" in row.reason
+    assert (row.quantised, values) == ("bitsandbytes 4-bit", None)
 
 
 # Numbers

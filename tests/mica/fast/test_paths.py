@@ -2,6 +2,8 @@ import pytest
 import torch
 from models import TARGETS, net, wrap
 from peft import LoraConfig, get_peft_model
+from quantised_models import adapted
+from quantised_models import logits as quantised_logits
 from torch import nn
 
 import mica.fast
@@ -19,9 +21,10 @@ def test_the_table_prints_and_aligns():
     model = net()
     model.base_model.model.down.base_layer.weight.requires_grad_()
     lines = str(mica.fast.explain(model)).splitlines()
-    assert len(lines) == 5
+    assert len(lines) == 6
     assert lines[4].endswith("; base layer called: the base weight is trainable")
-    assert len({line.index("default") for line in lines[1:]}) == 1
+    assert len({line.index("default") for line in lines[1:-1]}) == 1
+    assert lines[5] == "4 layers: 4 reference"
     assert str(mica.fast.explain(nn.Linear(2, 2))) == "no adapted layers"
 
 
@@ -76,6 +79,19 @@ def test_off_is_said():
         assert {row.reason for row in mica.fast.explain(model).rows} == {"mica.fast is not installed"}
     finally:
         mica.fast.enable()
+
+
+@pytest.mark.parametrize("kind", [None, "nf4"])
+def test_a_forward_behind_a_hook_of_accelerate_is_ours(kind):
+    hooks = pytest.importorskip("accelerate.hooks")
+    model = adapted(kind)
+    layer = model.base_model.model.model.layers[0].mlp.up_proj
+    hooks.add_hook_to_module(layer, hooks.ModelHook())
+    before = mica.fast.call_counts["linear"], mica.fast.call_counts["up_projection"]
+    quantised_logits(model)
+    (row,) = [row for row in mica.fast.explain(model).rows if row.name.endswith("up_proj")]
+    assert (row.path, row.calls) == ("reference", 1)
+    assert (mica.fast.call_counts["linear"], mica.fast.call_counts["up_projection"]) != before
 
 
 def test_a_forward_kept_from_before_the_import_is_seen():

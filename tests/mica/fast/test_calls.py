@@ -1,0 +1,205 @@
+"""How often layers were called in the last forward: what `explain` says of those that something goes past."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+from models import net, tiny_llama, wrap
+from peft import LoraConfig, get_peft_model
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+import mica.fast
+from mica.fast import calls
+
+TOKENS = torch.tensor([[1, 2, 3]])
+INDICES = torch.tensor([[1, 5]])
+
+
+@pytest.fixture(autouse=True)
+def _nothing_traced(monkeypatch):
+    """Other tests of this process may have compiled a layer."""
+    monkeypatch.setattr(calls, "_is_traced", False)
+
+
+def called(model) -> dict[str, int | None]:
+    return {row.name.rpartition("model.")[2]: row.calls for row in mica.fast.explain(model).rows}
+
+
+def without_mlps(model):
+    """As a framework does it that has fused the MLP: its layers are there and never called."""
+    for block in model.base_model.model.model.layers:
+        block.mlp.forward = torch.zeros_like
+    return model
+
+
+def llama():
+    return wrap(tiny_llama(), targets="all-linear")
+
+
+@pytest.mark.parametrize("stock", [False, True])
+def test_layers_that_a_framework_goes_past_are_named(stock):
+    model = without_mlps(llama())
+    explanation = mica.fast.explain(model)
+    assert {row.calls for row in explanation.rows} == {None}
+    assert "called" not in str(explanation)  # nothing is known before the first forward
+    if stock:
+        with mica.fast.disabled():
+            model(input_ids=TOKENS)
+    else:
+        model(input_ids=TOKENS)
+    explanation = mica.fast.explain(model)
+    assert {row.name for row in explanation.rows if row.calls == 0} == {
+        row.name for row in explanation.rows if ".mlp." in row.name
+    }
+    assert sum(row.calls == 1 for row in explanation.rows) == 8
+    lines = str(explanation).splitlines()
+    assert sum("not called in the last forward" in line for line in lines[:-1]) == 3
+    assert lines[-1] == "14 layers: 14 reference; 6 not called in the last forward"
+    assert "called" not in "".join(line for line in lines[:-1] if "self_attn" in line)
+
+
+class Twice(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.up = nn.Linear(8, 8)
+        self.down = nn.Linear(8, 8)
+
+    def forward(self, x):
+        return self.down(self.up(self.up(x)))
+
+
+def test_a_layer_called_twice():
+    model = wrap(Twice(), targets=["up", "down"])
+    model(torch.randn(2, 8))
+    assert called(model) == {"up": 2, "down": 1}
+    up, down = str(mica.fast.explain(model)).splitlines()[1:3]
+    assert up.endswith("; called 2 times in the last forward")
+    assert "called" not in down
+    model(torch.randn(2, 8))
+    assert called(model) == {"up": 2, "down": 1}
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize("whole", [False, True])
+def test_recomputation_in_a_backward_does_not_count(whole, reentrant):
+    """A recomputation of the whole model may end early: the layers that it did not come to were called."""
+    model = wrap(Twice(), targets=["up", "down"])
+    x = torch.randn(2, 8, requires_grad=True)
+    if whole:
+        checkpoint(model, x, use_reentrant=reentrant).sum().backward()
+    else:
+        inner = model.base_model.model
+        inner.forward = lambda x, forward=inner.forward: checkpoint(forward, x, use_reentrant=reentrant)
+        model(x).sum().backward()
+    assert called(model) == {"up": 2, "down": 1}
+
+
+def test_groups_and_checkpointing_by_transformers():
+    mica.fast.enable(group_projections=True)
+    model = llama().train()
+    model.enable_input_require_grads()
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    for _ in range(3):
+        model(input_ids=TOKENS, labels=TOKENS).loss.backward()
+        assert set(called(model).values()) == {1}
+
+
+def test_a_forward_that_raised_is_not_the_last():
+    model = wrap(Twice(), targets=["up", "down"])
+    model(torch.randn(2, 8))
+    with pytest.raises(RuntimeError):
+        model(torch.randn(2, 9))
+    assert called(model) == {"up": 2, "down": 1}
+
+
+def test_calls_outside_of_a_forward_are_not_counted_and_never_denied():
+    model = wrap(Twice(), targets=["up", "down"])
+    model.base_model.model.forward = lambda x: model.base_model.model.up(x)
+    model(torch.randn(2, 8))
+    assert called(model) == {"up": 1, "down": 0}
+    model.base_model.model.down(torch.randn(2, 8))
+    assert called(model) == {"up": 1, "down": None}
+    model(torch.randn(2, 8))
+    assert called(model) == {"up": 1, "down": 0}
+
+
+def test_an_adapter_added_since_is_in_no_forward():
+    model = wrap(Twice(), targets=["up"])
+    model(torch.randn(2, 8))
+    assert called(model) == {"up": 2}
+    model.add_adapter("other", LoraConfig(r=2, init_lora_weights="mica", target_modules=["down"]))
+    assert called(model) == {"up": None, "down": None}
+    model(torch.randn(2, 8))
+    assert called(model) == {"up": 2, "down": 1}
+
+
+def test_models_do_not_mix_and_parts_have_the_counts_of_the_whole():
+    one, other = net(), net()
+    one(INDICES)
+    assert set(called(other).values()) == {None}
+    assert set(called(one).values()) == set(called(one.base_model.model).values()) == {1}
+    other(INDICES)
+    assert set(called(one).values()) == {1}
+
+
+def test_a_model_called_inside_another_ones_forward():
+    teacher, student = (wrap(Twice(), targets=["up", "down"]) for _ in range(2))
+    inner = teacher.base_model.model
+    forward, inner.forward = inner.forward, lambda x: inner.up(x)
+    teacher(torch.randn(2, 8))
+    assert called(teacher) == {"up": 1, "down": 0}
+    inner.forward = forward
+    student.base_model.model.forward = lambda x: student.base_model.model.up(teacher(x))
+    student(torch.randn(2, 8))
+    assert called(teacher) == {"up": 2, "down": 1}
+    assert called(student) == {"up": 1, "down": 0}
+
+
+def test_layers_that_are_not_covered_are_not_judged():
+    model = get_peft_model(nn.Sequential(nn.Conv1d(4, 4, 1)), LoraConfig(target_modules=["0"]))
+    model(torch.randn(1, 4, 4))
+    assert called(model) == {"0": None}
+
+
+def test_stock_again_is_not_judged():
+    model = wrap(Twice(), targets=["up", "down"])
+    model(torch.randn(2, 8))
+    mica.fast.uninstall()
+    try:
+        assert set(called(model).values()) == {None}
+        model.base_model.model.forward = lambda x: model.base_model.model.up(x)
+        model(torch.randn(2, 8))
+    finally:
+        mica.fast.enable()
+    assert set(called(model).values()) == {None}  # of that one nothing was seen
+
+
+def test_nothing_is_left_in_the_model():
+    model = net()
+    before = {name: set(vars(module)) for name, module in model.named_modules()}
+    model(INDICES)
+    assert {name: set(vars(module)) for name, module in model.named_modules()} == before
+    for again in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert set(called(again).values()) == {None}
+    assert set(called(model).values()) == {1}
+    forwards = len(calls._forwards)
+    del model
+    assert len(calls._forwards) < forwards
+
+
+@pytest.mark.parametrize("regional", [False, True])
+def test_compiled_calls_are_not_seen_and_never_denied(regional):
+    model = wrap(Twice(), targets=["up", "down"])
+    inner = model.base_model.model
+    expected = model(torch.ones(2, 8))
+    assert called(model) == {"up": 2, "down": 1}
+    if regional:
+        inner.forward = torch.compile(inner.forward, fullgraph=True, backend="aot_eager")
+        run = model
+    else:
+        run = torch.compile(model, fullgraph=True, backend="aot_eager")
+    for _ in range(2):
+        torch.testing.assert_close(run(torch.ones(2, 8)), expected)
+        assert set(called(model).values()) == {None}
