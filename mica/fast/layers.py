@@ -22,7 +22,7 @@ from mica.fast.eligibility import (
     why_not,
 )
 from mica.fast.settings import compute_dtype, settings
-from mica.group_ops import stacked_rank
+from mica.group_ops import stacked_rank, start_group
 
 
 def linear_forward(stock):
@@ -77,9 +77,9 @@ def _base(layer) -> tuple[torch.Tensor, torch.Tensor | None]:
 
 def _grouped(layer, name: str, x: torch.Tensor) -> torch.Tensor:
     """`_fused`, and the outputs of the layers that will read the same x where `grouping` knows them."""
-    if not grouping.is_on(x, layer.lora_A[name].weight):
+    if not grouping.is_on(x, layer.lora_A[name].weight) or _has_dropout(layer, name):
         return _fused(layer, name, x)
-    output = grouping.fetch(layer, x)
+    output = grouping.fetch(layer, name, x)
     if output is not None:
         return output
     layers = grouping.members(layer)
@@ -90,7 +90,8 @@ def _grouped(layer, name: str, x: torch.Tensor) -> torch.Tensor:
     adapters = zip(*(operands(other, adapters_of(other)[0]) for other in layers), strict=True)
     weights, biases = zip(*(_base(other) for other in layers), strict=True)
     lists = (list(kind) for kind in (weights, *adapters, biases))
-    return grouping.lead(layers, x, torch.ops.mica.linear_group(x, *lists, compute_dtype(x)))
+    group = torch.ops.mica.linear_group if grouping.region() is None else start_group
+    return grouping.lead(layers, x, group(x, *lists, compute_dtype(x)))
 
 
 def _fit_together(layers, x: torch.Tensor) -> bool:
@@ -104,6 +105,8 @@ def _fit_together(layers, x: torch.Tensor) -> bool:
         if len(names) > 1 or _has_dropout(layer, names[0]) or lora_A.device != x.device:
             return False
         if not fuses(x, layer.base_layer.weight) or not dtypes_fit(layer, x, lora_A, lora_B):
+            return False
+        if not lora_A.requires_grad:  # its output need not require a gradient, but a group's would
             return False
         lora_As.append(lora_A)
     return stacked_rank(lora_As) <= MAX_RANK
