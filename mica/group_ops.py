@@ -7,8 +7,9 @@
 
 One node of the autograd graph receives all dy_i at once. Definition: `mica.reference.linear_group`.
 
-Within gradient checkpointing (`start_group`) each layer saves, at its own call, what `mica.ops.mica_linear`
-saves there, in that order: a forward and its recomputation may group or not, each as it likes.
+`start_group` is the form for layers whose calls come one by one. Each saves, at its own call, what
+`mica.ops.mica_linear` saves there, in its order: under gradient checkpointing a forward and its recomputation
+may group or not, each as it likes, and an edit of a layer that was not called after all stops no backward.
 """
 
 from __future__ import annotations

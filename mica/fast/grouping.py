@@ -5,10 +5,10 @@ on the first call computes the outputs of all. The others fetch theirs where eve
 depends on is as it was then, and else compute as if there were no group: an order of calls that changes
 costs time and is never wrong. (Values edited through ``.data`` are seen by autograd as little as here.)
 
-Gradient checkpointing compares what a forward saved with what its recomputation saves. Outside a checkpointed
-region nothing is recomputed; a group stays on one side of a region's edge; and within one each layer saves
-the same whether it is grouped or not (`group_ops.start_group`). So whether a call is grouped may be decided
-anew at each call, whatever was learnt or has changed between a forward and its recomputation.
+Gradient checkpointing compares what a forward saved with what its recomputation saves. A layer saves the same
+at its own call, whether it is grouped or not (`group_ops.start_group`). So that may be decided anew at each
+call, whatever was learnt or has changed between a forward and its recomputation. A group does not reach over
+the edge of a checkpointed region: a recomputation would compute for layers that it does not call.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from torch.autograd import forward_ad
 from torch.utils.weak import TensorWeakRef
 
 from mica import backend
-from mica.fast.eligibility import adapter_weights, adapters_of
+from mica.fast.eligibility import adapter_weights
 from mica.fast.settings import settings
 
 # Calls in a row whose outputs were not all fetched: the group shrinks to the layers that did fetch theirs.
@@ -61,7 +61,7 @@ class _Run:
 class _Output:
     """Of one layer, computed ahead, and the operands that it was computed from."""
 
-    value: Tensor | Callable[[], Tensor]
+    call: Callable[[], Tensor]
     operands: tuple
     versions: tuple
 
@@ -104,7 +104,7 @@ def is_on(x: Tensor, lora_A: Tensor) -> bool:
     return choice != "auto" or not backend.why_not_kernels(x.device, lora_A.shape[0], x.dtype, lora_A.dtype)
 
 
-def region() -> int | None:
+def _region() -> int | None:
     """Of what hooks the tensors that are saved now: of a checkpointed region, or offloading; None outside."""
     hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
     return None if hooks is None else id(hooks[0])
@@ -131,7 +131,7 @@ def fetch(layer: nn.Module, name: str, x: Tensor) -> Tensor | None:
         _state.pending = None
         pending.group.misses = 0
     # The last thing done: the end of a recomputation is an exception that saving a tensor raises.
-    return output.value() if callable(output.value) else output.value
+    return output.call()
 
 
 def _surroundings(x: Tensor) -> tuple:
@@ -142,10 +142,9 @@ def _surroundings(x: Tensor) -> tuple:
         x._version,
         x.data_ptr(),
         x.requires_grad,
-        x.is_leaf,  # not after `detach_`, which is no new version
         torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None,
         settings.compute_dtype,
-        region(),
+        _region(),
         # values of another stream may not be there yet
         torch._C._cuda_getCurrentRawStream(device.index) if kind == "cuda" else None,
     )
@@ -173,12 +172,14 @@ def members(layer: nn.Module) -> list[nn.Module] | None:
     return None if None in layers else layers
 
 
-def lead(layers: list[nn.Module], x: Tensor, outputs: list[Tensor | Callable[[], Tensor]]) -> Tensor:
-    """Keep the outputs of the group for the calls to come; the first is returned."""
+def lead(
+    layers: list[nn.Module], names: list[str], x: Tensor, outputs: list[Tensor | Callable[[], Tensor]]
+) -> Tensor:
+    """Keep what `group_ops.start_group` gave for the calls to come; the first layer's output is returned."""
     others = {}
-    for layer, output in zip(layers[1:], outputs[1:], strict=True):
-        operands = _operands(layer, adapters_of(layer)[0])
-        others[layer] = _Output(output, operands, _versions(operands))
+    for layer, name, call in zip(layers[1:], names[1:], outputs[1:], strict=True):
+        operands = _operands(layer, name)
+        others[layer] = _Output(call, operands, _versions(operands))
     pending = _Pending(TensorWeakRef(x), _surroundings(x), _groups[layers[0]], others)
     # Outputs that nobody fetched hold the graph; at the latest its backward lets go of them, or the backward
     # for which this is a recomputation.
@@ -203,7 +204,7 @@ def observe(layer: nn.Module, x: Tensor, output: Tensor) -> None:
     """A call that ran alone: does it go on reading what the calls before it have read?"""
     if output.grad_fn is None:
         return
-    run, here = _state.run, region()
+    run, here = _state.run, _region()
     if run is not None and run.x() is x and run.version == x._version and run.region == here:
         run.is_simple = run.is_simple and all(reference() is not layer for reference in run.layers)
         run.layers.append(ref(layer))
