@@ -3,7 +3,7 @@
 Which ones do is not known from their names but seen: a run of calls with one x makes a group, and from then
 on the first call computes the outputs of all. The others fetch theirs where everything that their result
 depends on is as it was then, and else compute as if there were no group: an order of calls that changes
-costs time and is never wrong. (Values edited through ``.data`` are seen by autograd as little as here.)
+costs time and is never wrong. (An edit that autograd would not see, through ``.data``, is not seen here.)
 
 Gradient checkpointing compares what a forward saved with what its recomputation saves. A layer saves the same
 at its own call, whether it is grouped or not (`group_ops.start_group`). So that may be decided anew at each
@@ -157,7 +157,7 @@ def _operands(layer, name: str) -> tuple:
 
 def _versions(operands: tuple) -> tuple:
     return tuple(
-        (operand._version, operand.data_ptr(), operand.requires_grad)
+        (None if operand.is_inference() else operand._version, operand.data_ptr(), operand.requires_grad)
         for operand in operands
         if isinstance(operand, Tensor)
     )

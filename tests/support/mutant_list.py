@@ -29,7 +29,7 @@ TESTS = {
     "mica/backend.py": ["tests/mica/test_backend.py"],
     "mica/dispatch.py": ["tests/mica/test_kernel_path.py"],
     "mica/factor_ops.py": ["tests/mica/test_factor_ops.py"],
-    "mica/fast/grouping.py": ["tests/mica/fast/test_grouping.py", "tests/mica/fast/test_grouping_changes.py",
+    "mica/fast/grouping.py": ["tests/mica/fast/test_grouping_changes.py", "tests/mica/fast/test_grouping.py",
                               "tests/mica/fast/test_grouping_checkpointing.py"],
     "mica/fast/hotswap.py": ["tests/mica/fast/test_layers.py", "-k", "hotswap"],
     "mica/fast/layers.py": ["tests/mica/fast/test_grouping.py", "tests/mica/fast/test_grouping_changes.py",

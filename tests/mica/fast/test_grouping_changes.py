@@ -166,6 +166,19 @@ def test_x_that_begins_to_require_a_gradient():
     torch.testing.assert_close(ours, theirs)
 
 
+def test_another_view_of_x():
+    """Of the same memory and version."""
+    model = learned()
+    net = model.base_model.model
+    x = torch.randn(6, 6).requires_grad_()
+    net.a(x)
+    found = net.b(x.t())
+    grouping.forget_pending()
+    with mica.fast.disabled():
+        torch.testing.assert_close(found, net.b(x.t()))
+    assert mica.fast.call_counts["linear_group"] == 1
+
+
 def test_settings():
     """fp32 adapters over a bf16 base: in bf16 as the activations are, or in fp32 as stock's."""
     expected = {}
@@ -199,6 +212,17 @@ def test_weights_of_a_layer_that_is_not_called_after_all():
         net.c.base_layer.weight.add_(0.5)
     out.sum().backward()
     assert mica.fast.call_counts["linear_group"] == 1
+
+
+def test_base_weights_made_in_inference_mode():
+    def prepare(model):
+        for layer in (model.base_model.model.a, model.base_model.model.b, model.base_model.model.c):
+            with torch.inference_mode():
+                weight = layer.base_layer.weight.clone()
+            layer.base_layer.weight = nn.Parameter(weight, requires_grad=False)
+            assert layer.base_layer.weight.is_inference()
+
+    held_against_stock(lambda layer, x: None, prepare, x=lambda: X.clone())
 
 
 def test_disabled_in_the_middle():
