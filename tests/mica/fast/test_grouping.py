@@ -293,6 +293,23 @@ def test_threads_do_not_see_each_other_s_outputs():
         assert error(results[n], model(x)) <= 1e-5
 
 
+def test_a_thread_goes_on_where_it_was_when_another_has_run_in_between():
+    model = learned()
+    net = model.base_model.model
+
+    def other_thread(x):
+        net.between = lambda x: x
+        thread = threading.Thread(target=model, args=(X + 1,))
+        thread.start()
+        thread.join()
+        return x
+
+    net.between = other_thread
+    model(X)
+    assert mica.fast.call_counts["linear_group"] == 2
+    assert mica.fast.call_counts["linear"] == 2  # the last layers
+
+
 def test_checkpointed_block_that_is_called_twice():
     model = three()
     block = model.base_model.model
