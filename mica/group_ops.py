@@ -6,11 +6,16 @@
     dx     = Σ dy_i W_i + [g₁, …, g_g] A         summed in one tensor: no gradient of x a layer
 
 One node of the autograd graph receives all dy_i at once. Definition: `mica.reference.linear_group`.
+
+`start_group` is the form for layers whose calls come one by one. Each saves, at its own call, what
+`mica.ops.mica_linear` saves there, in its order: under gradient checkpointing a forward and its recomputation
+may group or not, each as it likes, and an edit of a layer that was not called after all stops no backward.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -103,16 +108,22 @@ def _group_backward_fake(grad_outputs, x, weights, lora_As, lora_Bs, scalings, c
 
 
 class _LinearGroup(torch.autograd.Function):
+    """``handed``: None, and all operands are saved here; or where `_Follower` hands its layer's to the
+    backward, by graph task and layer. Then only the first layer's are saved here."""
+
     @staticmethod
-    def forward(ctx, scalings, compute_dtype, x, count, *tensors):
+    def forward(ctx, handed, scalings, compute_dtype, x, count, *tensors):
         """tensors: the weights, the lora_As, the lora_Bs and the biases, ``count`` of each."""
         weights, lora_As, lora_Bs, biases = (list(tensors[i * count : (i + 1) * count]) for i in range(4))
         ctx.set_materialize_grads(False)  # an output that was not used costs nothing
         ctx.scalings, ctx.count, ctx.compute_dtype = scalings, count, compute_dtype or x.dtype
-        ctx.needs_x = ctx.needs_input_grad[2]
-        ctx.needs_A = any(ctx.needs_input_grad[4 + count : 4 + 2 * count])
-        kept = weights if ctx.needs_x else []
-        ctx.save_for_backward(x if ctx.needs_A else None, *kept, *lora_As, *lora_Bs)
+        ctx.needs_x, ctx.handed = ctx.needs_input_grad[3], handed
+        if handed is None:
+            needs_A = any(ctx.needs_input_grad[5 + count : 5 + 2 * count])
+            kept = weights if ctx.needs_x else []
+            ctx.save_for_backward(x if needs_A else None, *kept, *lora_As, *lora_Bs)
+        else:
+            ctx.save_for_backward(*_saved_alone(x, weights[0], lora_As[0], lora_Bs[0]))
         with below_autograd():
             ys = torch.ops.mica.linear_group(x, weights, lora_As, lora_Bs, scalings, biases, compute_dtype)
         return tuple(ys)
@@ -122,32 +133,90 @@ class _LinearGroup(torch.autograd.Function):
         on_backward = getattr(ctx, "on_backward", None)
         if on_backward is not None:  # of whoever keeps outputs that may not have been used
             on_backward()
-        ctx.done = True
         count = ctx.count
-        if all(grad is None for grad in grad_outputs):
-            return (None,) * (4 + 4 * count)
-        x, *saved = ctx.saved_tensors
-        weights = [saved.pop(0) for _ in range(count)] if ctx.needs_x else []
-        lora_As, lora_Bs = saved[:count], saved[count:]
+        used = [i for i, grad in enumerate(grad_outputs) if grad is not None]
+        if not used:
+            return (None,) * (5 + 4 * count)
+        x, weights, lora_As, lora_Bs = _operands_of(ctx, used)
+        dys, scalings = [grad_outputs[i] for i in used], [ctx.scalings[i] for i in used]
         backward = backward_of(torch.ops.mica.linear_group_backward, _group_backward)
-        grads = backward(list(grad_outputs), x, weights, lora_As, lora_Bs, ctx.scalings, ctx.compute_dtype)
+        grads = backward(dys, x, weights, lora_As, lora_Bs, scalings, ctx.compute_dtype)
         grad_x = grads.pop(0) if ctx.needs_x else None
-        grad_As = grads if ctx.needs_A else [None] * count
         # no gradient rather than zeros, which would have an optimizer move the weight
-        grad_As = [A if dy is not None else None for A, dy in zip(grad_As, grad_outputs, strict=True)]
-        return None, None, grad_x, None, *[None] * count, *grad_As, *[None] * (2 * count)
+        grad_As = [None] * count
+        for i, grad in zip(used, grads, strict=x is not None):
+            grad_As[i] = grad
+        return None, None, None, grad_x, None, *[None] * count, *grad_As, *[None] * (2 * count)
 
 
-def _apply(x, weights, lora_As, lora_Bs, scalings, biases, compute_dtype):
+def _saved_alone(x, weight, lora_A, lora_B):
+    """What `mica.ops.mica_linear` saves of a layer for its backward, in its order."""
+    return x if lora_A.requires_grad else None, weight if x.requires_grad else None, lora_A, lora_B
+
+
+def _operands_of(ctx, used):
+    """x, the weights (empty where no dx is wanted), lora_As and lora_Bs of the layers in ``used``."""
+    if ctx.handed is None:
+        x, *saved = ctx.saved_tensors
+        weights = [saved.pop(0) for _ in range(ctx.count)] if ctx.needs_x else []
+        kinds = weights, saved[: ctx.count], saved[ctx.count :]
+        return x, *([kind[i] for i in used] if kind else [] for kind in kinds)
+    task = torch._C._current_graph_task_id()
+    parts = [ctx.handed.pop((task, i)) if i else ctx.saved_tensors for i in used]
+    xs, weights, lora_As, lora_Bs = (list(kind) for kind in zip(*parts, strict=True))
+    x = next((x for x in xs if x is not None), None)
+    return x, weights if ctx.needs_x else [], lora_As, lora_Bs
+
+
+class _Follower(torch.autograd.Function):
+    """The output of a layer whose values `_LinearGroup` has computed, and what the layer saves."""
+
+    @staticmethod
+    def forward(ctx, y, i, handed, saved):
+        ctx.set_materialize_grads(False)
+        ctx.i, ctx.handed = i, handed
+        ctx.save_for_backward(*saved)
+        return y.detach()  # y itself would come out as a view that refuses in-place operations
+
+    @staticmethod
+    def backward(ctx, grad_output):
+        if grad_output is not None:
+            ctx.handed[torch._C._current_graph_task_id(), ctx.i] = ctx.saved_tensors
+        return grad_output, None, None, None
+
+
+def start_group(
+    x, weights, lora_As, lora_Bs, scalings, biases, compute_dtype
+) -> list[Tensor | Callable[[], Tensor]]:
+    """As ``torch.ops.mica.linear_group``, eager, but each layer's tensors are saved as its call begins.
+
+    Returns:
+        The first layer's output; then for each other layer a function of no arguments: its call is the
+        layer's, and returns its output.
+    """
+    if torch.is_autocast_enabled(x.device.type):
+        x, weights, biases = _cast(x.device.type, x, weights, biases)
+        compute_dtype = None
+    handed = {}
+    with no_autocast(x):
+        ys = _apply(x, weights, lora_As, lora_Bs, scalings, biases, compute_dtype, handed)
+    saved = [_saved_alone(x, *layer) for layer in zip(weights, lora_As, lora_Bs, strict=True)]
+    return [ys[0], *(partial(_Follower.apply, ys[i], i, handed, saved[i]) for i in range(1, len(ys)))]
+
+
+def _apply(x, weights, lora_As, lora_Bs, scalings, biases, compute_dtype, handed=None):
     tensors = (*weights, *lora_As, *lora_Bs, *biases)
-    return list(_LinearGroup.apply(scalings, compute_dtype, x, len(weights), *tensors))
+    return list(_LinearGroup.apply(handed, scalings, compute_dtype, x, len(weights), *tensors))
+
+
+def _cast(device_type, x, weights, biases):
+    x = autocast_to(x, device_type)
+    return x, *([autocast_to(tensor, device_type) for tensor in kind] for kind in (weights, biases))
 
 
 def _group_under_autocast(device_type):
     def linear_group(x, weights, lora_As, lora_Bs, scalings, biases, compute_dtype):
-        x = autocast_to(x, device_type)
-        weights = [autocast_to(weight, device_type) for weight in weights]
-        biases = [autocast_to(bias, device_type) for bias in biases]
+        x, weights, biases = _cast(device_type, x, weights, biases)
         with no_autocast(x):
             return torch.ops.mica.linear_group(x, weights, lora_As, lora_Bs, scalings, biases, None)
 

@@ -170,7 +170,8 @@ class _MicaLinear(torch.autograd.Function):
     def forward(ctx, x, weight, lora_A, lora_B, scaling, bias, compute_dtype, dropout_p=0.0, seed=None):
         needs_x, _, needs_A = ctx.needs_input_grad[:3]
         ctx.scaling, ctx.compute_dtype, ctx.dropout_p = scaling, compute_dtype or x.dtype, dropout_p
-        # x as it came: no fp32 copy, no h, no mask. What no gradient needs is not kept.
+        # x as it came: no fp32 copy, no h, no mask. What no gradient needs is not kept. `group_ops` saves the
+        # same in the same order, or a recomputation under checkpointing that groups would be refused.
         ctx.save_for_backward(x if needs_A else None, weight if needs_x else None, lora_A, lora_B, seed)
         with below_autograd():
             return torch.ops.mica.linear(
@@ -179,7 +180,6 @@ class _MicaLinear(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad_output):
-        ctx.done = True  # for `mica.fast.grouping`: nothing of this call will be recomputed any more
         x, weight, lora_A, lora_B, seed = ctx.saved_tensors
         mask = [ctx.needs_input_grad[0], ctx.needs_input_grad[2]]
         backward = backward_of(torch.ops.mica.linear_backward, _linear_backward)

@@ -64,12 +64,12 @@ def enable(
     settings = _settings.settings
     settings.compute_dtype, settings.on_unsuitable, settings.device = compute_dtype, on_unsuitable, device
     settings.group_projections = group_projections
-    settings.enabled = patching.install()
+    _settings.switch(patching.install())
 
 
 def disable() -> None:
     """Run PEFT's own code, as if this package had not been imported; `enable` turns it on again."""
-    _settings.settings.enabled = False
+    _settings.switch(False)
 
 
 def is_enabled() -> bool:
@@ -78,18 +78,22 @@ def is_enabled() -> bool:
 
 @contextmanager
 def disabled() -> Iterator[None]:
-    """PEFT's own code inside the ``with`` block; the settings are kept."""
-    before = _settings.settings.enabled
-    _settings.settings.enabled = False
-    try:
+    """PEFT's own code while any thread is inside such a ``with`` block; the settings are kept.
+
+    Blocks nest, in one thread and across threads. They hold for the whole process: PyTorch runs the backward
+    of a device, and with it the recomputation of a checkpointed forward, in threads of its own, as
+    `nn.DataParallel` runs forwards. A forward and its recomputation must run the same code: where gradients
+    are checkpointed, ``loss.backward()`` belongs in the block in which the forward ran.
+
+    `enable` and `disable` inside a block say what holds when the last block is left.
+    """
+    with _settings.blocked():
         yield
-    finally:
-        _settings.settings.enabled = before
 
 
 def uninstall() -> None:
     """Give PEFT all its functions back, the same objects: stock PEFT, bit for bit."""
-    _settings.settings.enabled = False
+    _settings.switch(False)
     patching.uninstall()
 
 

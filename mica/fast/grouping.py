@@ -1,46 +1,49 @@
 """Layers that read one tensor one after the other (q/k/v, gate/up) run as one operator, `mica.group_ops`.
 
 Which ones do is not known from their names but seen: a run of calls with one x makes a group, and from then
-on the first call computes the outputs of all. The others fetch theirs, or compute as if there were no group:
-an order of calls that changes costs time and is never wrong.
+on the first call computes the outputs of all. The others fetch theirs where everything that their result
+depends on is as it was then, and else compute as if there were no group: an order of calls that changes
+costs time and is never wrong. (An edit that autograd would not see, through ``.data``, is not seen here.)
 
-Gradient checkpointing compares what a forward saved with what its recomputation saves, so a layer must not
-go over to a group, or back, while the graph of an earlier call may still be recomputed.
+Gradient checkpointing compares what a forward saved with what its recomputation saves. A layer saves the same
+at its own call, whether it is grouped or not (`group_ops.start_group`). So that may be decided anew at each
+call, whatever was learnt or has changed between a forward and its recomputation. A group does not reach over
+the edge of a checkpointed region: a recomputation would compute for layers that it does not call.
 """
 
 from __future__ import annotations
 
 import threading
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass
+from operator import is_
 from weakref import ReferenceType, WeakKeyDictionary, ref
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 from torch.utils.weak import TensorWeakRef
 
 from mica import backend
+from mica.fast.eligibility import adapter_weights
 from mica.fast.settings import settings
 
-# Outputs that were computed ahead and then not fetched, this often in a row: the group is given up.
+# Calls in a row whose outputs were not all fetched: the group shrinks to the layers that did fetch theirs.
 _MISSES = 2
 
 
 @dataclass
 class _Group:
-    """The layers of a run, led by the first. ``nodes``: of the graphs of its calls, in the present form."""
+    """The layers of a run, led by the first."""
 
     layers: list[ReferenceType[nn.Module]]
-    active: bool = False
     misses: int = 0
-    nodes: list[ReferenceType] = field(default_factory=list)
 
-    def decide(self) -> bool:
-        """Whether the call that begins now is grouped."""
-        self.nodes = [node for node in self.nodes if _may_be_recomputed(node)]
-        wanted = self.misses < _MISSES
-        if not self.nodes:
-            self.active = wanted
-        return self.active
+    def miss(self, unfetched: dict[nn.Module, _Output | None]) -> None:
+        self.misses += 1
+        if self.misses >= _MISSES:
+            self.layers = [layer for layer in self.layers if layer() not in unfetched]
+            self.misses = 0
 
 
 @dataclass
@@ -49,23 +52,28 @@ class _Run:
 
     x: TensorWeakRef
     version: int
+    region: int | None
     layers: list[ReferenceType[nn.Module]]
-    node: ReferenceType
     is_simple: bool = True  # no layer twice
 
 
 @dataclass(eq=False)
+class _Output:
+    """Of one layer, computed ahead, and the operands that it was computed from."""
+
+    call: Callable[[], Tensor]
+    operands: tuple
+    versions: tuple
+
+
+@dataclass(eq=False)
 class _Pending:
-    """Outputs that the first call of a group has computed for the others."""
+    """Outputs that the first call of a group has computed for the others; None where one is let go of."""
 
     x: TensorWeakRef
-    version: int
+    surroundings: tuple
     group: _Group
-    outputs: dict[nn.Module, Tensor]
-    in_backward: bool
-
-    def belongs_to(self, x: Tensor) -> bool:
-        return self.x() is x and self.version == x._version
+    outputs: dict[nn.Module, _Output | None]
 
 
 class _State(threading.local):
@@ -84,51 +92,101 @@ def is_on(x: Tensor, lora_A: Tensor) -> bool:
     spread of the measurement (bench_block).
     """
     choice = settings.group_projections
-    if not choice or torch.compiler.is_compiling() or not torch.is_grad_enabled() or x.is_inference():
+    if not choice or (choice == "auto" and not x.is_cuda):
         return False
-    if torch._C._are_functorch_transforms_active():
+    if torch.compiler.is_compiling() or not torch.is_grad_enabled() or x.is_inference():
         return False
-    if choice == "auto":
-        return x.is_cuda and not backend.why_not_kernels(x.device, lora_A.shape[0], x.dtype, lora_A.dtype)
-    return True
+    if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
+        return False
+    # Selective checkpointing, a dispatch mode, looks for the operators of a forward in its recomputation.
+    if torch._C._len_torch_dispatch_stack() or torch._C._get_tracing_state() is not None:
+        return False
+    return choice != "auto" or not backend.why_not_kernels(x.device, lora_A.shape[0], x.dtype, lora_A.dtype)
 
 
-def fetch(layer: nn.Module, x: Tensor) -> Tensor | None:
-    """This layer's output, if the first of its group has computed it from this very x."""
+def _region() -> int | None:
+    """Of what hooks the tensors that are saved now: of a checkpointed region, or offloading; None outside."""
+    hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
+    return None if hooks is None else id(hooks[0])
+
+
+def fetch(layer: nn.Module, name: str, x: Tensor) -> Tensor | None:
+    """This layer's output, if the first of its group has computed just this one from this very x."""
     pending = _state.pending
     if pending is None:
         return None
-    if not pending.belongs_to(x) or layer not in pending.outputs:
+    output = pending.outputs.get(layer)
+    if (
+        output is None
+        or pending.x() is not x
+        or pending.surroundings != _surroundings(x)
+        or not all(map(is_, output.operands, _operands(layer, name)))
+        or output.versions != _versions(output.operands)
+    ):
+        pending.group.miss(pending.outputs)
         forget_pending()
-        # In a backward a recomputation ends where its last saved tensor is there again.
-        pending.group.misses += not pending.in_backward
         return None
-    output = pending.outputs.pop(layer)
+    del pending.outputs[layer]
     if not pending.outputs:
         _state.pending = None
         pending.group.misses = 0
-    return output
+    # The last thing done: the end of a recomputation is an exception that saving a tensor raises.
+    return output.call()
+
+
+def _surroundings(x: Tensor) -> tuple:
+    """What the result of a layer depends on beside its operands."""
+    device = x.device
+    kind = device.type
+    return (
+        x._version,
+        x.data_ptr(),
+        x.requires_grad,
+        torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None,
+        settings.compute_dtype,
+        _region(),
+        # values of another stream may not be there yet
+        torch._C._cuda_getCurrentRawStream(device.index) if kind == "cuda" else None,
+    )
+
+
+def _operands(layer, name: str) -> tuple:
+    base = layer.base_layer
+    return *adapter_weights(layer, name), layer.scaling[name], base.weight, base.bias
+
+
+def _versions(operands: tuple) -> tuple:
+    return tuple(
+        (None if operand.is_inference() else operand._version, operand.data_ptr(), operand.requires_grad)
+        for operand in operands
+        if isinstance(operand, Tensor)
+    )
 
 
 def members(layer: nn.Module) -> list[nn.Module] | None:
     """The layers to be computed with this one, which comes first; None where it runs alone."""
     group = _groups.get(layer)
-    if group is None or not group.decide():
+    if group is None or len(group.layers) == 1:
         return None
     layers = [reference() for reference in group.layers]
     return None if None in layers else layers
 
 
-def lead(layers: list[nn.Module], x: Tensor, outputs: list[Tensor]) -> Tensor:
-    """Keep the outputs of the group for the calls to come; the first is returned."""
-    group, node = _groups[layers[0]], outputs[0].grad_fn
-    others = dict(zip(layers[1:], outputs[1:], strict=True))
-    in_backward = torch._C._current_graph_task_id() != -1
-    pending = _Pending(TensorWeakRef(x), x._version, group, others, in_backward)
-    if node is not None:
-        group.nodes.append(ref(node))
-        # Outputs that nobody fetched hold the graph; at the latest its backward lets go of them.
-        node.on_backward = _releasing(ref(pending))
+def lead(
+    layers: list[nn.Module], names: list[str], x: Tensor, outputs: list[Tensor | Callable[[], Tensor]]
+) -> Tensor:
+    """Keep what `group_ops.start_group` gave for the calls to come; the first layer's output is returned."""
+    others = {}
+    for layer, name, call in zip(layers[1:], names[1:], outputs[1:], strict=True):
+        operands = _operands(layer, name)
+        others[layer] = _Output(call, operands, _versions(operands))
+    pending = _Pending(TensorWeakRef(x), _surroundings(x), _groups[layers[0]], others)
+    # Outputs that nobody fetched hold the graph; at the latest its backward lets go of them, or the backward
+    # for which this is a recomputation.
+    release = _releasing(ref(pending))
+    outputs[0].grad_fn.on_backward = release
+    if torch._C._current_graph_task_id() != -1:
+        torch.autograd.Variable._execution_engine.queue_callback(release)
     _state.run, _state.pending = None, pending
     return outputs[0]
 
@@ -137,45 +195,29 @@ def _releasing(pending: ReferenceType[_Pending]):
     def release() -> None:
         found = pending()
         if found is not None:
-            found.outputs.clear()
+            found.outputs = dict.fromkeys(found.outputs)
 
     return release
 
 
 def observe(layer: nn.Module, x: Tensor, output: Tensor) -> None:
     """A call that ran alone: does it go on reading what the calls before it have read?"""
-    node = output.grad_fn
-    if node is None:
+    if output.grad_fn is None:
         return
-    run = _state.run
-    if run is not None and run.x() is x and run.version == x._version:
+    run, here = _state.run, _region()
+    if run is not None and run.x() is x and run.version == x._version and run.region == here:
         run.is_simple = run.is_simple and all(reference() is not layer for reference in run.layers)
         run.layers.append(ref(layer))
         return
     if run is not None:
         _learn(run)
-    group = _groups.get(layer)
-    if group is not None:
-        group.nodes.append(ref(node))
-    _state.run = _Run(TensorWeakRef(x), x._version, [ref(layer)], ref(node))
+    _state.run = _Run(TensorWeakRef(x), x._version, here, [ref(layer)])
 
 
 def _learn(run: _Run) -> None:
     leader = run.layers[0]()
-    if leader is None:
-        return
-    group = _groups.get(leader)
-    if not run.is_simple or len(run.layers) == 1:
-        return
-    if group is None:
-        _groups[leader] = _Group(run.layers, nodes=[run.node])
-    elif not group.active:
-        group.layers = run.layers
-
-
-def _may_be_recomputed(node: ReferenceType) -> bool:
-    found = node()
-    return found is not None and not getattr(found, "done", False)
+    if leader is not None and leader not in _groups and run.is_simple and len(run.layers) > 1:
+        _groups[leader] = _Group(run.layers)
 
 
 def forget_pending() -> None:

@@ -22,7 +22,7 @@ from mica.fast.eligibility import (
     why_not,
 )
 from mica.fast.settings import compute_dtype, settings
-from mica.group_ops import stacked_rank
+from mica.group_ops import stacked_rank, start_group
 
 
 def linear_forward(stock):
@@ -78,36 +78,40 @@ def _base(layer) -> tuple[torch.Tensor, torch.Tensor | None]:
 
 def _grouped(layer, name: str, x: torch.Tensor) -> torch.Tensor:
     """`_fused`, and the outputs of the layers that will read the same x where `grouping` knows them."""
-    if not grouping.is_on(x, layer.lora_A[name].weight):
+    if not grouping.is_on(x, layer.lora_A[name].weight) or _has_dropout(layer, name):
         return _fused(layer, name, x)
-    output = grouping.fetch(layer, x)
+    output = grouping.fetch(layer, name, x)
     if output is not None:
         return output
     layers = grouping.members(layer)
-    if layers is None or not _fit_together(layers, x):
+    names = None if layers is None else _fit_together(layers, x)
+    if names is None:
         output = _fused(layer, name, x)
         grouping.observe(layer, x, output)
         return output
-    adapters = zip(*(operands(other, adapters_of(other)[0]) for other in layers), strict=True)
-    weights, biases = zip(*(_base(other) for other in layers), strict=True)
+    adapters = zip(*map(operands, layers, names), strict=True)
+    weights, biases = zip(*map(_base, layers), strict=True)
     lists = (list(kind) for kind in (weights, *adapters, biases))
-    return grouping.lead(layers, x, torch.ops.mica.linear_group(x, *lists, compute_dtype(x)))
+    return grouping.lead(layers, names, x, start_group(x, *lists, compute_dtype(x)))
 
 
-def _fit_together(layers, x: torch.Tensor) -> bool:
-    """Whether all of them would run fused and alone on x, and nothing hangs on the call of one."""
-    lora_As = []
+def _fit_together(layers, x: torch.Tensor) -> list[str] | None:
+    """Their adapters, if all of them would run fused and alone on x, and nothing hangs on the call of one."""
+    adapters, lora_As = [], []
     for layer in layers:
         if hangs_on_call(layer) or why_not(layer) is not None or why_called(layer) is not None:
-            return False
+            return None
         names = adapters_of(layer)
         lora_A, lora_B = adapter_weights(layer, names[0])
         if len(names) > 1 or _has_dropout(layer, names[0]) or lora_A.device != x.device:
-            return False
+            return None
         if not fuses(x, layer.base_layer.weight) or not dtypes_fit(layer, x, lora_A, lora_B):
-            return False
+            return None
+        if not lora_A.requires_grad:  # its output need not require a gradient, but a group's would
+            return None
+        adapters.append(names[0])
         lora_As.append(lora_A)
-    return stacked_rank(lora_As) <= MAX_RANK
+    return adapters if stacked_rank(lora_As) <= MAX_RANK else None
 
 
 def _has_dropout(layer, name: str) -> bool:

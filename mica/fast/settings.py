@@ -6,6 +6,9 @@ fields, and a layer that kept an old bound method (accelerate's hooks do) follow
 
 from __future__ import annotations
 
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -16,7 +19,7 @@ COMPUTE_DTYPES = (None, torch.float32)
 
 @dataclass
 class Settings:
-    enabled: bool = False
+    enabled: bool = False  # read by all, written by `switch` and `blocked` alone
     compute_dtype: torch.dtype | None = None
     on_unsuitable: str = "raise"
     device: str | torch.device = "auto"
@@ -24,6 +27,35 @@ class Settings:
 
 
 settings = Settings()
+
+_lock = threading.Lock()
+_switched_on = False
+_blocks = 0  # how many `blocked` have been entered and not left, in all threads
+
+
+def switch(on: bool) -> None:
+    """Whether the backend is on where no `blocked` is entered."""
+    global _switched_on
+    with _lock:
+        _switched_on = on
+        settings.enabled = on and not _blocks
+
+
+@contextmanager
+def blocked() -> Iterator[None]:
+    """Off while it is entered anywhere in the process."""
+    _count(1)
+    try:
+        yield
+    finally:
+        _count(-1)
+
+
+def _count(step: int) -> None:
+    global _blocks
+    with _lock:
+        _blocks += step
+        settings.enabled = _switched_on and not _blocks
 
 
 def compute_dtype(x: torch.Tensor) -> torch.dtype | None:

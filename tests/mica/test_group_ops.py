@@ -7,6 +7,7 @@ from tolerances import RELATIVE, error
 from torch.library import opcheck
 
 from mica import ops
+from mica.group_ops import start_group
 from mica.ops import mica_linear, mica_linear_group
 
 BACKENDS = ["reference", "triton"]
@@ -14,6 +15,14 @@ CASES = [
     (b, *d) for b in BACKENDS for d in DTYPES if (b, d[0]) != ("triton", torch.float64)
 ]  # no such kernels
 SIZES = [(14, 3), (8, 8), (20, 16)]  # (out_features, rank) of three layers
+
+
+def one_by_one(*operands, compute_dtype=None):
+    first, *calls = start_group(*operands, compute_dtype)
+    return [first, *(call() for call in calls)]
+
+
+FORMS = pytest.mark.parametrize("function", [mica_linear_group, one_by_one])
 
 
 def problems(tokens, in_features, dtype, adapter_dtype=None, sizes=SIZES):
@@ -46,12 +55,15 @@ def run(found, used=(0, 1, 2), function=mica_linear_group, **options):
 @pytest.mark.usefixtures("sixteen_bit_products")
 @pytest.mark.parametrize(("backend", "dtype", "adapter_dtype", "compute_dtype"), CASES)
 @pytest.mark.parametrize("tokens", [(), (3, 5), (70,)])
-def test_agrees_with_the_dense_oracle(monkeypatch, backend, dtype, adapter_dtype, compute_dtype, tokens):
+@FORMS
+def test_agrees_with_the_dense_oracle(
+    monkeypatch, backend, dtype, adapter_dtype, compute_dtype, tokens, function
+):
     monkeypatch.setenv("MICA_BACKEND", backend)
     ops.call_counts.clear()
     found = problems(tokens, 33, dtype, adapter_dtype)
     expected = [solve(p) for p in found]
-    ys, grad_x, grad_As = run(found, compute_dtype=compute_dtype)
+    ys, grad_x, grad_As = run(found, function=function, compute_dtype=compute_dtype)
     for y, grad_A, e in zip(ys, grad_As, expected, strict=True):
         assert error(y, e["y"]) <= RELATIVE[dtype]
         assert error(grad_A, e["grad_A"]) <= RELATIVE[dtype]
@@ -64,10 +76,11 @@ def test_agrees_with_the_dense_oracle(monkeypatch, backend, dtype, adapter_dtype
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("used", [(0,), (2,), (0, 2)])
-def test_an_output_that_is_not_used_has_no_gradient(monkeypatch, backend, used):
+@FORMS
+def test_an_output_that_is_not_used_has_no_gradient(monkeypatch, backend, used, function):
     monkeypatch.setenv("MICA_BACKEND", backend)
     found = problems((6,), 9, torch.float32)
-    _, grad_x, grad_As = run(found, used)
+    _, grad_x, grad_As = run(found, used, function)
     expected = [solve(p) for p in found]
     assert error(grad_x, sum(expected[i]["grad_x"] for i in used)) <= RELATIVE[torch.float32]
     for i, grad_A in enumerate(grad_As):
@@ -78,14 +91,15 @@ def test_an_output_that_is_not_used_has_no_gradient(monkeypatch, backend, used):
 
 
 @pytest.mark.parametrize("needs", [(True, True), (True, False), (False, True)])
-def test_computes_and_saves_only_what_a_gradient_needs(needs):
+@FORMS
+def test_computes_and_saves_only_what_a_gradient_needs(needs, function):
     found = problems((6,), 9, torch.bfloat16, torch.float32)
     weights, lora_As, lora_Bs, scalings, biases = operands(found)
     x = found[0].x.detach().clone().requires_grad_(needs[0])
     lora_As = [A.detach().clone().requires_grad_(needs[1]) for A in lora_As]
     saved = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
-        ys = mica_linear_group(x, weights, lora_As, lora_Bs, scalings, biases)
+        ys = function(x, weights, lora_As, lora_Bs, scalings, biases)
     expected = {t.data_ptr() for t in (*lora_As, *lora_Bs)}
     expected |= {x.data_ptr()} if needs[1] else set()
     expected |= {W.data_ptr() for W in weights} if needs[0] else set()
@@ -95,16 +109,17 @@ def test_computes_and_saves_only_what_a_gradient_needs(needs):
     assert all((A.grad is not None) == needs[1] for A in lora_As)
 
 
-def test_derivatives():
+@FORMS
+def test_derivatives(function):
     found = problems((3,), 5, torch.float64, sizes=[(4, 2), (3, 1)])
     weights, _, lora_Bs, scalings, biases = operands(found)
     inputs = [found[0].x.detach().requires_grad_(), *(p.lora_A.detach().requires_grad_() for p in found)]
 
-    def function(x, *lora_As):
-        return tuple(mica_linear_group(x, weights, list(lora_As), lora_Bs, scalings, biases))
+    def outputs(x, *lora_As):
+        return tuple(function(x, weights, list(lora_As), lora_Bs, scalings, biases))
 
-    assert torch.autograd.gradcheck(function, inputs)
-    assert torch.autograd.gradgradcheck(function, inputs)
+    assert torch.autograd.gradcheck(outputs, inputs)
+    assert torch.autograd.gradgradcheck(outputs, inputs)
 
 
 def test_function_transforms():
@@ -117,12 +132,13 @@ def test_function_transforms():
 
 
 @pytest.mark.parametrize("autocast_dtype", [torch.bfloat16, torch.float16])
-def test_autocast(autocast_dtype):
+@FORMS
+def test_autocast(autocast_dtype, function):
     found = problems((16,), 12, torch.float32)
     for p in found:
         p.grad_output = p.grad_output.to(autocast_dtype)
     with torch.autocast("cpu", autocast_dtype):
-        ys, grad_x, grad_As = run(found)
+        ys, grad_x, grad_As = run(found, function=function)
     expected = [solve(p) for p in found]
     assert all(y.dtype == autocast_dtype for y in ys)
     assert error(grad_x, sum(e["grad_x"] for e in expected)) <= RELATIVE[autocast_dtype]

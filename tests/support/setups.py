@@ -42,6 +42,12 @@ SETUPS = [
         "yes",
         "tests/mica/fast/test_grouping.py::test_from_the_second_step_on",
     ),
+    Setup(
+        "groups with checkpointing of any part, several losses of one forward, switched on later",
+        "yes",
+        "yes",
+        "tests/mica/fast/test_grouping_checkpointing.py::test_random_programs_and_regions",
+    ),
     Setup("`torch.compile(fullgraph=True)`", "yes", "yes", f"{TRAINING}::test_compile_fullgraph"),
     Setup("autocast, bf16", "yes", "yes", f"{TRAINING}::test_autocast_bf16"),
     Setup(

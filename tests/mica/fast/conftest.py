@@ -1,6 +1,8 @@
 import pytest
 from quantised_models import stub_gptqmodel
 
+import mica.fast
+from mica.fast import grouping
 from mica.subspace import many
 
 
@@ -22,3 +24,15 @@ def solved(monkeypatch):
 def gptqmodel(monkeypatch):
     """PEFT finds gptqmodel, a stub of it."""
     stub_gptqmodel(monkeypatch)
+
+
+@pytest.fixture
+def grouping_on():
+    """Groups of layers, with none learnt; the test must not leave an output behind."""
+    mica.fast.enable(group_projections=True)
+    grouping._groups.clear()
+    grouping._state.run = grouping._state.pending = None
+    mica.fast.call_counts.clear()
+    yield
+    pending = grouping._state.pending
+    assert pending is None or not any(pending.outputs.values())

@@ -1,12 +1,14 @@
 import pickle
 import subprocess
 import sys
+import threading
 import warnings
 
 import peft
 import pytest
 import torch
 from models import Net, bases, net, randomise, wrap
+from torch.utils.checkpoint import checkpoint
 
 import mica.fast
 from mica.fast import patching
@@ -85,6 +87,68 @@ def test_enable_disable_and_the_context_manager():
     with pytest.raises(RuntimeError), mica.fast.disabled():
         raise RuntimeError
     assert mica.fast.is_enabled()
+
+
+def test_disabled_in_several_threads():
+    """Off as long as one of them is inside, wherever the block was left first; then on again."""
+    entered, leave = threading.Barrier(2), threading.Event()
+
+    def work():
+        with mica.fast.disabled():
+            entered.wait()
+            leave.wait()
+
+    thread = threading.Thread(target=work)
+    with mica.fast.disabled():
+        thread.start()
+        entered.wait()
+    assert not mica.fast.is_enabled()  # the other is still inside
+    with mica.fast.disabled():
+        leave.set()
+        thread.join()
+        assert not mica.fast.is_enabled()
+    assert mica.fast.is_enabled()
+
+
+def test_many_threads_disable_and_the_backend_is_on_afterwards():
+    seen = []
+
+    def work():
+        for _ in range(200):
+            with mica.fast.disabled():
+                seen.append(mica.fast.is_enabled())
+
+    threads = [threading.Thread(target=work) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not any(seen)
+    assert mica.fast.is_enabled()
+
+
+def test_enable_and_disable_inside_a_disabled_block_say_what_holds_after_it():
+    with mica.fast.disabled():
+        mica.fast.disable()
+    assert not mica.fast.is_enabled()
+    with mica.fast.disabled():
+        mica.fast.enable(compute_dtype=torch.float32)
+        assert not mica.fast.is_enabled()
+    assert mica.fast.is_enabled()
+    assert mica.fast._settings.settings.compute_dtype == torch.float32
+
+
+def test_disabled_holds_for_the_recomputation_in_another_thread():
+    """PyTorch recomputes a checkpointed forward in a thread of its device."""
+    model = net()
+    with mica.fast.disabled():
+        before = mica.fast.call_counts.copy()
+        out = checkpoint(model.base_model.model, torch.arange(5), use_reentrant=False)
+        thread = threading.Thread(target=out.sum().backward)
+        thread.start()
+        thread.join()
+    assert mica.fast.call_counts == before
+    assert model.base_model.model.up.lora_A["default"].weight.grad is not None
 
 
 def test_settings_are_checked_before_any_changes():
