@@ -4,9 +4,9 @@ MiCA adapters made on one base share B: the basis of rank 8 is the last 8 column
 they really do, bit for bit, every sample's h goes into the columns of the widest B, and one up-projection
 serves the whole batch. The others each get their own, on their samples.
 
-Which adapters share is found out once a layer and kept. What keeps it honest: of each B that was compared its
-address and its count of in-place writes are noted, and its storage stays alive (`_Comparison.compared`), or an
-adapter loaded later under the same name would get the same address and count. PyTorch does not count writes
+Which adapters share is found out once a layer and kept. What keeps it honest: of each B that was compared the
+address and the count of in-place writes are noted, and its storage stays alive (`_Comparison.compared`), for
+an adapter loaded later under the same name can get the same address and count. PyTorch does not count writes
 through ``.data``: whoever makes some calls `forget`, as `mica.fast.hotswap` does.
 """
 
@@ -101,7 +101,7 @@ def _groups(layer, names: list[str]) -> list[_Shared]:
 
 
 def _is_tracked(lora_B: Tensor) -> bool:
-    """Whether a change would be seen: inference tensors have no version, and FSDP hides its writes from it."""
+    """Whether a change would be seen: inference tensors have no version, and FSDP hides writes from it."""
     return not lora_B.is_inference() and not (
         torch.distributed.is_available() and torch.distributed.is_initialized()
     )

@@ -228,6 +228,7 @@ def _replace(owner, patch: Patch) -> None:
 def uninstall() -> None:
     """Stock PEFT again: every replaced attribute is the very object that was there."""
     quantised_layers.clear()
+    merging.end_period()
     while _installed:
         owner, name, held = _installed.pop()
         if held is _ABSENT:
