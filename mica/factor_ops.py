@@ -11,7 +11,16 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from mica.dispatch import autocast, autocast_to, backward_of, compute, define, differentiate, no_autocast
+from mica.dispatch import (
+    autocast,
+    autocast_to,
+    backward_of,
+    compute,
+    define,
+    differentiate,
+    no_autocast,
+    saved,
+)
 from mica.operands import check_down_projection, check_up_projection
 
 __all__ = ["mica_down_projection", "mica_up_projection"]
@@ -113,7 +122,7 @@ class _DownProjection(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad_h):
-        x, lora_A, seed = ctx.saved_tensors
+        x, lora_A, seed = saved(ctx)
         mask = list(ctx.needs_input_grad[:2])
         backward = backward_of(torch.ops.mica.down_projection_backward, _down_backward)
         grads = backward(grad_h, x, lora_A, ctx.scaling, ctx.x_dtype, mask, ctx.dropout_p, seed)

@@ -22,8 +22,10 @@ from mica.dispatch import (
     compute,
     define,
     differentiate,
+    is_transformed,
     no_autocast,
     plain,
+    saved,
 )
 from mica.operands import check_group
 
@@ -59,7 +61,7 @@ def mica_linear_group(
     biases = [None] * len(weights) if biases is None else list(biases)
     check_group(x, weights, lora_As, lora_Bs, scalings, biases, compute_dtype)
     operands = (x, *(list(kind) for kind in (weights, lora_As, lora_Bs, scalings, biases)), compute_dtype)
-    if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
+    if not torch.compiler.is_compiling() and is_transformed():
         return plain(_group)(*operands)  # vmap has no rule for operators on lists
     return torch.ops.mica.linear_group(*operands)
 
@@ -125,9 +127,9 @@ class _LinearGroup(torch.autograd.Function):
         count = ctx.count
         if all(grad is None for grad in grad_outputs):
             return (None,) * (4 + 4 * count)
-        x, *saved = ctx.saved_tensors
-        weights = [saved.pop(0) for _ in range(count)] if ctx.needs_x else []
-        lora_As, lora_Bs = saved[:count], saved[count:]
+        x, *kept = saved(ctx)
+        weights = [kept.pop(0) for _ in range(count)] if ctx.needs_x else []
+        lora_As, lora_Bs = kept[:count], kept[count:]
         backward = backward_of(torch.ops.mica.linear_group_backward, _group_backward)
         grads = backward(list(grad_outputs), x, weights, lora_As, lora_Bs, ctx.scalings, ctx.compute_dtype)
         grad_x = grads.pop(0) if ctx.needs_x else None

@@ -19,6 +19,7 @@ from mica.dispatch import (
     define,
     differentiate,
     no_autocast,
+    saved,
 )
 from mica.factor_ops import mica_down_projection, mica_up_projection
 from mica.group_ops import mica_linear_group
@@ -179,7 +180,7 @@ class _MicaLinear(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_output):
         ctx.done = True  # for `mica.fast.grouping`: nothing of this call will be recomputed any more
-        x, weight, lora_A, lora_B, seed = ctx.saved_tensors
+        x, weight, lora_A, lora_B, seed = saved(ctx)
         mask = [ctx.needs_input_grad[0], ctx.needs_input_grad[2]]
         backward = backward_of(torch.ops.mica.linear_backward, _linear_backward)
         grad_x, grad_A = backward(
@@ -262,7 +263,8 @@ def _linear_under_autocast(device_type):
 
 def _embedding_under_autocast(device_type):
     def embedding(indices, lora_A, lora_B, scaling, padding_idx, compute_dtype):
-        dtype = torch.get_autocast_dtype(device_type)
+        is_wide = torch.float64 in (lora_A.dtype, lora_B.dtype)  # left as it is, as by `autocast_to`
+        dtype = compute_dtype if is_wide else torch.get_autocast_dtype(device_type)
         with no_autocast(indices):
             return torch.ops.mica.embedding(indices, lora_A, lora_B, scaling, padding_idx, dtype)
 

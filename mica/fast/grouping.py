@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.utils.weak import TensorWeakRef
 
 from mica import backend
+from mica.dispatch import is_transformed
 from mica.fast.settings import settings
 
 # Outputs that were computed ahead and then not fetched, this often in a row: the group is given up.
@@ -86,7 +87,7 @@ def is_on(x: Tensor, lora_A: Tensor) -> bool:
     choice = settings.group_projections
     if not choice or torch.compiler.is_compiling() or not torch.is_grad_enabled() or x.is_inference():
         return False
-    if torch._C._are_functorch_transforms_active():
+    if is_transformed():
         return False
     if choice == "auto":
         return x.is_cuda and not backend.why_not_kernels(x.device, lora_A.shape[0], x.dtype, lora_A.dtype)
