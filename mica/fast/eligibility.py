@@ -35,6 +35,7 @@ def _own_forward(cls: type[nn.Module]) -> Callable | None:
 _FORWARDS = {cls: _own_forward(cls) for cls in (nn.Linear, Conv1D, nn.Identity, nn.Dropout)}
 
 # PEFT's layer classes over quantised weights: entered when one is first met, for they need their libraries.
+# Empty again once PEFT has its functions back.
 quantised_layers: set[type] = set()
 
 
