@@ -255,6 +255,29 @@ def test_function_transforms():
     )
 
 
+@pytest.mark.parametrize("padding_idx", [None, 2])
+def test_function_transforms_of_the_embedding(padding_idx):
+    lora_A, lora_B = torch.randn(2, 6, dtype=torch.float64), torch.randn(5, 2, dtype=torch.float64)
+    indices = torch.tensor([[1, 2, 2], [0, 5, 2]])
+
+    def ours(lora_A, indices):
+        return mica_embedding(indices, lora_A, lora_B, 0.7, padding_idx=padding_idx).square().sum()
+
+    def torchs(lora_A, indices):
+        h = F.embedding(indices, lora_A.t(), padding_idx=padding_idx)
+        return (h @ lora_B.t() * 0.7).square().sum()
+
+    transforms = (
+        torch.func.grad,
+        lambda loss: torch.func.vmap(torch.func.grad(loss), in_dims=(None, 0)),
+        lambda loss: lambda A, i: torch.func.jvp(lambda A: loss(A, i), (A,), (torch.ones_like(A),))[1],
+        lambda loss: lambda A, i: torch.func.hessian(loss)(A, i),
+    )
+    for transform in transforms:
+        actual, expected = transform(ours)(lora_A, indices), transform(torchs)(lora_A, indices)
+        assert error(actual, expected) <= RELATIVE[torch.float64]
+
+
 @pytest.mark.parametrize("name", ["x", "lora_A"])
 @pytest.mark.parametrize("dropout", [False, True])
 def test_forward_mode_with_dual_tensors(name, dropout):
