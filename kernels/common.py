@@ -189,7 +189,10 @@ def ceil_div(a: int, b: int) -> int:
 
 @functools.cache
 def target_of(device: torch.device) -> str:
-    """The compilation target of a device: "sm_90", "gfx942", … The interpreter stands in for "sm_90"."""
+    """The compilation target of a device: "sm_90", "gfx942", … The interpreter stands in for "sm_90".
+
+    Kept by the device's index, which stands for one device as long as the process lives.
+    """
     if device.type != "cuda" or INTERPRETED.value:
         return "sm_90"
     if torch.version.hip is not None:

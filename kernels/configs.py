@@ -51,6 +51,9 @@ def _fits(config: Config, bytes_per_stage: int, target: str) -> Config:
     return config._replace(num_stages=max(1, min(stages, limit // bytes_per_stage)))
 
 
+# Pure functions of their arguments, so what is kept of them cannot become wrong.
+
+
 @functools.lru_cache(maxsize=1024)
 def down_projection(target: str, num_tokens: int, block_r: int, itemsize: int) -> tuple[Config, ...]:
     """For h = x Pᵀ. ``itemsize``: bytes of one number in the product. A thin K tile for wide ranks.

@@ -1,8 +1,9 @@
 """Frozen B as the kernels want it: compute dtype, contiguous, columns padded to 16. Made once, never stale.
 
-A tensor that is already so is used as it is. Of others a copy is kept as long as the tensor itself lives, and
-made again when PyTorch says that the contents may have changed: another storage (``data_ptr``; the old one is
-kept alive, so its address cannot come back) or an in-place write (``_version``). One write PyTorch does not
+A tensor that is already so is used as it is. Of others a copy is kept as long as the tensor itself lives (it
+is the key, by a weak reference: a tensor that lies where a deleted one lay has no entry), and made again
+when PyTorch says that the contents may have changed: another storage (``data_ptr``; the old one is kept
+alive, so its address cannot come back) or an in-place write (``_version``). One write PyTorch does not
 count: through ``tensor.data``. Whoever edits B so calls `forget`.
 """
 

@@ -51,7 +51,10 @@ def why_unavailable(device: torch.device) -> str | None:
 
 @functools.cache
 def _why_not_device(device: torch.device) -> str | None:
-    """None if a small kernel compiles, runs and is right on this device: tried once a process."""
+    """None if a small kernel compiles, runs and is right on this device: tried once a process.
+
+    Within one, a device's index stands for one device.
+    """
     if torch.version.hip is None and torch.cuda.get_device_capability(device) < MINIMUM_CAPABILITY:
         return f"{torch.cuda.get_device_name(device)} is older than compute capability 8.0"
     try:

@@ -29,7 +29,9 @@ from mica.kernels.configs import Config
 _logger = logging.getLogger("mica")
 _ROUNDS = 3  # rounds of all choices in turn; the median of each counts
 
-_table: dict[str, str] | None = None  # what the file held when it was last read or written
+# What the file held when it was last read or written. Its keys are words: kernel, device, versions of torch
+# and Triton, shapes, dtypes. An answer that is none of a call's choices is not taken.
+_table: dict[str, str] | None = None
 _table_path: Path | None = None
 _idle: bool | None = None
 

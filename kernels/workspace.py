@@ -6,6 +6,8 @@ import torch
 from torch import Tensor
 
 # One buffer a (device, stream): launches on one stream follow each other, and each leaves 0 behind.
+# PyTorch's own streams are never destroyed; one that gets the handle of a foreign stream, destroyed after
+# its last launch had ended, finds zeros too.
 _counters: dict[tuple[torch.device, int], Tensor] = {}
 
 

@@ -9,6 +9,7 @@ from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from mica import backend, reference
 
@@ -59,6 +60,28 @@ def plain(body: Callable) -> Callable:
     return run
 
 
+def is_transformed() -> bool:
+    """Under torch.func (grad, jvp, vmap), or where forward-mode AD may have made dual tensors."""
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+
+
+def saved(ctx) -> tuple[Tensor | None, ...]:
+    """What the forward has saved.
+
+    Raises:
+        RuntimeError: also for an edit that stock PEFT forgives where it has saved an fp32 copy of x.
+    """
+    try:
+        return ctx.saved_tensors
+    except RuntimeError as error:
+        if "modified by an inplace operation" not in str(error):
+            raise
+        raise RuntimeError(
+            "x, lora_A, lora_B or the weight of a MiCA layer has been modified by an inplace operation after "
+            "the layer's forward. They are kept as they came, without a copy: edit a clone of x instead."
+        ) from error
+
+
 def backward_of(operator: Callable, body: Callable) -> Callable:
     """What a backward calls. With ``create_graph=True`` the plain formulas, so higher derivatives hold."""
     return plain(body) if torch.is_grad_enabled() else operator
@@ -86,11 +109,10 @@ def define(name: str, schema: str, body: Callable, fake: Callable) -> None:
 
 
 def differentiate(name: str, apply: Callable, body: Callable) -> None:
-    """Its autograd. Under torch.func (grad, jvp, vmap) the plain formulas run, which these can follow."""
+    """Its autograd; the plain formulas where `is_transformed`, which any transform can follow."""
 
     def autograd(*args):
-        transformed = torch._C._are_functorch_transforms_active()
-        return plain(body)(*args) if transformed else apply(*args)
+        return plain(body)(*args) if is_transformed() else apply(*args)
 
     LIBRARY.impl(name, autograd, "Autograd")
 

@@ -20,6 +20,7 @@ from mica.dispatch import (
     define,
     differentiate,
     no_autocast,
+    saved,
 )
 from mica.operands import check_down_projection, check_up_projection
 
@@ -122,7 +123,7 @@ class _DownProjection(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad_h):
-        x, lora_A, seed = ctx.saved_tensors
+        x, lora_A, seed = saved(ctx)
         mask = list(ctx.needs_input_grad[:2])
         backward = backward_of(torch.ops.mica.down_projection_backward, _down_backward)
         grads = backward(grad_h, x, lora_A, ctx.scaling, ctx.x_dtype, mask, ctx.dropout_p, seed)

@@ -28,8 +28,10 @@ from mica.dispatch import (
     compute,
     define,
     differentiate,
+    is_transformed,
     no_autocast,
     plain,
+    saved,
 )
 from mica.operands import check_group
 
@@ -65,7 +67,7 @@ def mica_linear_group(
     biases = [None] * len(weights) if biases is None else list(biases)
     check_group(x, weights, lora_As, lora_Bs, scalings, biases, compute_dtype)
     operands = (x, *(list(kind) for kind in (weights, lora_As, lora_Bs, scalings, biases)), compute_dtype)
-    if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
+    if not torch.compiler.is_compiling() and is_transformed():
         return plain(_group)(*operands)  # vmap has no rule for operators on lists
     return torch.ops.mica.linear_group(*operands)
 
@@ -157,12 +159,12 @@ def _saved_alone(x, weight, lora_A, lora_B):
 def _operands_of(ctx, used):
     """x, the weights (empty where no dx is wanted), lora_As and lora_Bs of the layers in ``used``."""
     if ctx.handed is None:
-        x, *saved = ctx.saved_tensors
-        weights = [saved.pop(0) for _ in range(ctx.count)] if ctx.needs_x else []
-        kinds = weights, saved[: ctx.count], saved[ctx.count :]
+        x, *kept = saved(ctx)
+        weights = [kept.pop(0) for _ in range(ctx.count)] if ctx.needs_x else []
+        kinds = weights, kept[: ctx.count], kept[ctx.count :]
         return x, *([kind[i] for i in used] if kind else [] for kind in kinds)
     task = torch._C._current_graph_task_id()
-    parts = [ctx.handed.pop((task, i)) if i else ctx.saved_tensors for i in used]
+    parts = [ctx.handed.pop((task, i)) if i else saved(ctx) for i in used]
     xs, weights, lora_As, lora_Bs = (list(kind) for kind in zip(*parts, strict=True))
     x = next((x for x in xs if x is not None), None)
     return x, weights if ctx.needs_x else [], lora_As, lora_Bs
@@ -172,16 +174,16 @@ class _Follower(torch.autograd.Function):
     """The output of a layer whose values `_LinearGroup` has computed, and what the layer saves."""
 
     @staticmethod
-    def forward(ctx, y, i, handed, saved):
+    def forward(ctx, y, i, handed, operands):
         ctx.set_materialize_grads(False)
         ctx.i, ctx.handed = i, handed
-        ctx.save_for_backward(*saved)
+        ctx.save_for_backward(*operands)
         return y.detach()  # y itself would come out as a view that refuses in-place operations
 
     @staticmethod
     def backward(ctx, grad_output):
         if grad_output is not None:
-            ctx.handed[torch._C._current_graph_task_id(), ctx.i] = ctx.saved_tensors
+            ctx.handed[torch._C._current_graph_task_id(), ctx.i] = saved(ctx)
         return grad_output, None, None, None
 
 
@@ -200,8 +202,8 @@ def start_group(
     handed = {}
     with no_autocast(x):
         ys = _apply(x, weights, lora_As, lora_Bs, scalings, biases, compute_dtype, handed)
-    saved = [_saved_alone(x, *layer) for layer in zip(weights, lora_As, lora_Bs, strict=True)]
-    return [ys[0], *(partial(_Follower.apply, ys[i], i, handed, saved[i]) for i in range(1, len(ys)))]
+    kept = [_saved_alone(x, *layer) for layer in zip(weights, lora_As, lora_Bs, strict=True)]
+    return [ys[0], *(partial(_Follower.apply, ys[i], i, handed, kept[i]) for i in range(1, len(ys)))]
 
 
 def _apply(x, weights, lora_As, lora_Bs, scalings, biases, compute_dtype, handed=None):

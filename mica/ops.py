@@ -8,6 +8,7 @@ a call (51 against 87 µs forward + backward, tiny bodies, CPU), and ``opcheck``
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from mica.dispatch import (
@@ -20,6 +21,7 @@ from mica.dispatch import (
     define,
     differentiate,
     no_autocast,
+    saved,
 )
 from mica.factor_ops import mica_down_projection, mica_up_projection
 from mica.group_ops import mica_linear_group
@@ -180,7 +182,7 @@ class _MicaLinear(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad_output):
-        x, weight, lora_A, lora_B, seed = ctx.saved_tensors
+        x, weight, lora_A, lora_B, seed = saved(ctx)
         mask = [ctx.needs_input_grad[0], ctx.needs_input_grad[2]]
         backward = backward_of(torch.ops.mica.linear_backward, _linear_backward)
         grad_x, grad_A = backward(
@@ -199,6 +201,14 @@ def _embedding(indices, lora_A, lora_B, scaling, padding_idx, compute_dtype):
     operands = (indices.reshape(-1), lora_A, lora_B, scaling, compute_dtype)
     out = compute("embedding", "embedding", lora_A, lora_A.shape[0], dtypes, *operands)
     return out.view(*indices.shape, out.shape[-1])
+
+
+def _embedding_plain(indices, lora_A, lora_B, scaling, padding_idx, compute_dtype):
+    """`_embedding` for transforms to differentiate: column ``padding_idx`` has a tangent but no gradient."""
+    if padding_idx is not None:
+        every = torch.arange(lora_A.shape[1], device=lora_A.device)
+        lora_A = F.embedding(every, lora_A.t(), padding_idx=padding_idx).t()
+    return _embedding(indices, lora_A, lora_B, scaling, padding_idx, compute_dtype)
 
 
 def _embedding_backward(grad_output, indices, lora_A, lora_B, scaling, padding_idx):
@@ -263,7 +273,8 @@ def _linear_under_autocast(device_type):
 
 def _embedding_under_autocast(device_type):
     def embedding(indices, lora_A, lora_B, scaling, padding_idx, compute_dtype):
-        dtype = torch.get_autocast_dtype(device_type)
+        is_wide = torch.float64 in (lora_A.dtype, lora_B.dtype)  # left as it is, as by `autocast_to`
+        dtype = compute_dtype if is_wide else torch.get_autocast_dtype(device_type)
         with no_autocast(indices):
             return torch.ops.mica.embedding(indices, lora_A, lora_B, scaling, padding_idx, dtype)
 
@@ -301,6 +312,6 @@ define(
 )
 define("merge", "(Tensor weight, Tensor lora_A, Tensor lora_B, float scaling) -> Tensor", _merge, _merge_fake)
 differentiate("linear", _MicaLinear.apply, _linear)
-differentiate("embedding", _MicaEmbedding.apply, _embedding)
+differentiate("embedding", _MicaEmbedding.apply, _embedding_plain)
 autocast("linear", _linear_under_autocast)
 autocast("embedding", _embedding_under_autocast)

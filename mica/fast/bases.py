@@ -32,7 +32,10 @@ _SOLVABLE = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 # there a second time in 16 or 32 bits. 16 layers of 4096 x 4096: enough for every thread and every batch.
 _DEQUANTISED_ELEMENTS = 2**28
 
-# The fp32 basis of adapters that PEFT has cast to a 16-bit base dtype and may yet cast back to fp32.
+# The fp32 basis of adapters that PEFT has cast to a 16-bit base dtype and may yet cast back to fp32. Kept by
+# the layer itself, and gone with it. PEFT's models take it out again in `cast_adapter_dtype`, which uses it
+# only where B still is its rounding. After `inject_adapter_in_model`, which casts nothing, it stays for a
+# later call of that public function: 4·rank·out_features bytes a layer.
 exact: WeakKeyDictionary[nn.Module, dict[str, Tensor]] = WeakKeyDictionary()
 
 

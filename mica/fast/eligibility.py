@@ -7,12 +7,14 @@ traceable by torch.compile.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import sys
+from collections.abc import Callable, Sequence
 
 import torch
 from peft.tuners import lora
 from peft.tuners.lora import variants
 from torch import nn
+from torch._C import _get_tracing_state
 from torch.nn.modules import module as nn_module
 from transformers.pytorch_utils import Conv1D
 
@@ -23,7 +25,17 @@ MiCALinearVariant = getattr(variants, "MiCALinearVariant", None)
 MiCAEmbeddingVariant = getattr(variants, "MiCAEmbeddingVariant", None)
 
 
+def _own_forward(cls: type[nn.Module]) -> Callable | None:
+    """The forward that the class came with; None where somebody has replaced it before this import."""
+    known = getattr(cls.forward, "__globals__", None) is vars(sys.modules[cls.__module__])
+    return cls.forward if known else None
+
+
+# What the operators stand for. Code that replaces one of these for all modules wants its own to run.
+_FORWARDS = {cls: _own_forward(cls) for cls in (nn.Linear, Conv1D, nn.Identity, nn.Dropout)}
+
 # PEFT's layer classes over quantised weights: entered when one is first met, for they need their libraries.
+# Empty again once PEFT has its functions back.
 quantised_layers: set[type] = set()
 
 
@@ -58,6 +70,10 @@ def why_not(layer, names: Sequence[str] | None = None) -> str | None:
     if layer.merged:
         return "the adapter is merged into the weight"
     if (
+        _get_tracing_state() is not None
+    ):  # what is traced (and exported to ONNX) must run without this package
+        return "torch.jit is tracing the model"
+    if (
         getattr(layer, "_tp_info", None) is not None
         or getattr(layer.base_layer, "_hf_tp_plan", None) is not None
     ):
@@ -68,9 +84,8 @@ def why_not(layer, names: Sequence[str] | None = None) -> str | None:
     for name in names:
         if type(layer.lora_variant.get(name)) is not variant:
             return f"adapter {name!r} is not MiCA"
-        if not isinstance(layer.scaling[name], (float, int, torch.Tensor)):
-            return "its scaling is neither a number nor a tensor"
-        reason = check(layer, name)
+        scaling = layer.scaling[name]
+        reason = (None if type(scaling) is float else _why_not_scaling(scaling)) or check(layer, name)
         if reason is not None:
             return reason
     if type(layer) is lora.Embedding and len(names) > 1:
@@ -78,20 +93,36 @@ def why_not(layer, names: Sequence[str] | None = None) -> str | None:
     return None
 
 
+def _why_not_scaling(scaling) -> str | None:
+    if isinstance(scaling, torch.Tensor):
+        if scaling.requires_grad:
+            return "its scaling is trained"
+        return None if scaling.dim() <= 1 and scaling.numel() == 1 else "its scaling is more than one number"
+    return None if isinstance(scaling, (float, int)) else "its scaling is neither a number nor a tensor"
+
+
 def _why_not_linear(layer, name: str) -> str | None:
-    lora_A, lora_B = layer.lora_A[name], layer.lora_B[name]
+    lora_A, lora_B, dropout = layer.lora_A[name], layer.lora_B[name], layer.lora_dropout[name]
     if type(lora_A) is not nn.Linear or type(lora_B) is not nn.Linear:
         return "the adapter's modules are not plain nn.Linear"
-    if type(layer.lora_dropout[name]) not in (nn.Identity, nn.Dropout):
-        return f"dropout of type {type(layer.lora_dropout[name]).__name__}"
-    if getattr(layer.lora_dropout[name], "p", 0.0) >= 1.0:
-        return "lora_dropout of 1"
-    if lora_B.bias is not None:
+    if type(dropout) is not nn.Identity:
+        if type(dropout) is not nn.Dropout:
+            return f"dropout of type {type(dropout).__name__}"
+        if dropout.p >= 1.0:
+            return "lora_dropout of 1"
+    if lora_B._parameters["bias"] is not None:
         return "lora_bias=True"
+    if lora_A._parameters["bias"] is not None:
+        return "a bias on the lora_A"
     if _global_hooks():
         return "global module hooks are registered"
-    reason = _why_not_read_directly("lora_A", lora_A) or _why_not_read_directly("lora_B", lora_B)
-    return reason or _why_not_plain(lora_A=lora_A.weight) or _why_not_frozen(lora_B=lora_B.weight)
+    return (
+        _why_not_read_directly("lora_A", lora_A)
+        or _why_not_read_directly("lora_B", lora_B)
+        or _why_not_read_directly("lora_dropout", dropout)
+        or _why_not_trained(lora_A.weight)
+        or _why_not_frozen("lora_B", lora_B.weight)
+    )
 
 
 def why_called(layer) -> str | None:
@@ -103,8 +134,11 @@ def why_called(layer) -> str | None:
     base = layer.base_layer
     if type(layer) is not lora.Linear or (type(base) is not nn.Linear and type(base) is not Conv1D):
         return f"a base layer of type {type(base).__name__}"
-    return _why_not_read_directly("base layer", base) or _why_not_frozen(
-        base_weight=base.weight, base_bias=base.bias
+    bias = base.bias
+    return (
+        _why_not_read_directly("base layer", base)
+        or _why_not_frozen("base weight", base.weight)
+        or (None if bias is None else _why_not_frozen("base bias", bias))
     )
 
 
@@ -119,7 +153,11 @@ def _why_not_embedding(layer, name: str) -> str | None:
     if layer.input_fns or layer.output_fns:
         return "tensor parallelism"
     lora_A, lora_B = adapter_weights(layer, name)
-    return _why_not_plain(base_weight=base.weight, lora_A=lora_A) or _why_not_frozen(lora_B=lora_B)
+    return (
+        _why_not_plain("base weight", base.weight)
+        or _why_not_trained(lora_A)
+        or _why_not_frozen("lora_B", lora_B)
+    )
 
 
 def hangs_on_call(module: nn.Module) -> bool:
@@ -142,6 +180,9 @@ def _why_not_read_directly(part: str, module: nn.Module) -> str | None:
         return f"hooks on the {part}"
     if "forward" in module.__dict__:
         return f"the {part} has a forward of its own (offloading or another patch)"
+    kind = type(module)
+    if kind.forward is not _FORWARDS[kind]:
+        return f"somebody has replaced {kind.__name__}.forward"
     return None
 
 
@@ -154,28 +195,33 @@ def _global_hooks() -> bool:
     )
 
 
-def _why_not_plain(**tensors: torch.Tensor | None) -> str | None:
-    for name, tensor in tensors.items():
-        if tensor is None:
-            continue
-        part = name if name.startswith("lora") else name.replace("_", " ")
-        if type(tensor) not in _PLAIN:
-            return f"the {part} is a {type(tensor).__name__}, not a plain tensor"
-        if tensor.is_meta or hasattr(tensor, "ds_id"):
-            return f"the {part} is offloaded or partitioned"
-        if not tensor.is_floating_point():
-            return f"the {part} has dtype {tensor.dtype}"
+def _why_not_plain(part: str, tensor: torch.Tensor) -> str | None:
+    if type(tensor) not in _PLAIN:
+        return f"the {part} is a {type(tensor).__name__}, not a plain tensor"
+    if tensor.is_meta or hasattr(tensor, "ds_id"):
+        return f"the {part} is offloaded or partitioned"
+    if not tensor.is_floating_point():
+        return f"the {part} has dtype {tensor.dtype}"
+    if tensor.layout is not torch.strided:
+        return f"the {part} has layout {tensor.layout}"
     return None
 
 
-def _why_not_frozen(**tensors: torch.Tensor | None) -> str | None:
-    reason = _why_not_plain(**tensors)
-    if reason is not None:
+def _why_not_trained(lora_A: torch.Tensor) -> str | None:
+    reason = _why_not_plain("lora_A", lora_A)
+    if reason is not None or not torch.is_grad_enabled() or torch.compiler.is_compiling():
         return reason
-    for name, tensor in tensors.items():
-        if tensor is not None and tensor.requires_grad:
-            return f"the {name if name.startswith('lora') else name.replace('_', ' ')} is trainable"
-    return None
+    return "the lora_A was made in inference mode" if lora_A.is_inference() else None  # it gets no gradient
+
+
+def _why_not_frozen(part: str, tensor: torch.Tensor) -> str | None:
+    reason = _why_not_plain(part, tensor)
+    return f"the {part} is trainable" if reason is None and tensor.requires_grad else reason
+
+
+def _is_plain(x: torch.Tensor) -> bool:
+    """Not nested, sparse, of mkldnn or of another class of tensors."""
+    return type(x) in _PLAIN and x.layout is torch.strided and not x.is_nested
 
 
 def dtypes_fit(layer, x: torch.Tensor, lora_A: torch.Tensor, lora_B: torch.Tensor) -> bool:
@@ -184,7 +230,7 @@ def dtypes_fit(layer, x: torch.Tensor, lora_A: torch.Tensor, lora_B: torch.Tenso
     Without autocast: adapters in the dtype of the activations, or fp32 masters of 16-bit activations (that
     PEFT is allowed to cast to). With autocast: everything but fp64.
     """
-    if type(x) not in _PLAIN or not x.is_floating_point():
+    if not _is_plain(x) or not x.is_floating_point():
         return False
     if torch.is_autocast_enabled(x.device.type):
         return torch.float64 not in (x.dtype, lora_A.dtype, lora_B.dtype)
@@ -197,6 +243,15 @@ def dtypes_fit(layer, x: torch.Tensor, lora_A: torch.Tensor, lora_B: torch.Tenso
         and x.dtype in (torch.bfloat16, torch.float16)
         and layer.cast_input_dtype_enabled
     )
+
+
+def embedding_fits(x: torch.Tensor, lora_A: torch.Tensor, lora_B: torch.Tensor) -> bool:
+    """`dtypes_fit` of an embedding, whose adapter PEFT computes in the adapter's own dtype or autocast's."""
+    if not _is_plain(x):
+        return False
+    if torch.is_autocast_enabled(x.device.type):
+        return torch.float64 not in (lora_A.dtype, lora_B.dtype)
+    return lora_A.dtype == lora_B.dtype
 
 
 def fuses(x: torch.Tensor, weight: torch.Tensor) -> bool:

@@ -21,10 +21,10 @@ from weakref import ReferenceType, WeakKeyDictionary, ref
 
 import torch
 from torch import Tensor, nn
-from torch.autograd import forward_ad
 from torch.utils.weak import TensorWeakRef
 
 from mica import backend
+from mica.dispatch import is_transformed
 from mica.fast.eligibility import adapter_weights
 from mica.fast.settings import settings
 
@@ -96,7 +96,7 @@ def is_on(x: Tensor, lora_A: Tensor) -> bool:
         return False
     if torch.compiler.is_compiling() or not torch.is_grad_enabled() or x.is_inference():
         return False
-    if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
+    if is_transformed():
         return False
     # Selective checkpointing, a dispatch mode, looks for the operators of a forward in its recomputation.
     if torch._C._len_torch_dispatch_stack() or torch._C._get_tracing_state() is not None:

@@ -16,6 +16,7 @@ from mica.fast.eligibility import (
     adapter_weights,
     adapters_of,
     dtypes_fit,
+    embedding_fits,
     fuses,
     hangs_on_call,
     why_called,
@@ -129,18 +130,28 @@ def _dropout(layer, name: str, x: torch.Tensor) -> tuple[float, torch.Tensor | N
 def embedding_forward(stock):
     def forward(self, x: torch.Tensor, *args, **kwargs) -> torch.Tensor:
         calls.note(self)
-        if settings.enabled and not args and not kwargs and why_not(self) is None:
-            base = self.base_layer
-            lora_A, lora_B, scaling = operands(self, adapters_of(self)[0])
-            result = base(x)
-            update = torch.ops.mica.embedding(x, lora_A, lora_B, scaling, base.padding_idx, None)
-            embed_scale = self._get_embed_scale()  # Gemma's embeddings scale their output
-            if embed_scale is not None:
-                update = update * embed_scale.to(update.dtype)
-            return (result + update).to(result.dtype)
+        if settings.enabled and not args and not kwargs:
+            result = _embedding(self, x)
+            if result is not None:
+                return result
         return stock(self, x, *args, **kwargs)
 
     return forward
+
+
+def _embedding(layer, x: torch.Tensor) -> torch.Tensor | None:
+    """The output with the active adapter, or None where the layer is PEFT's."""
+    if why_not(layer) is not None:
+        return None
+    lora_A, lora_B, scaling = operands(layer, adapters_of(layer)[0])
+    if not embedding_fits(x, lora_A, lora_B):
+        return None
+    result = layer.base_layer(x)
+    update = torch.ops.mica.embedding(x, lora_A, lora_B, scaling, layer.base_layer.padding_idx, None)
+    embed_scale = layer._get_embed_scale()  # Gemma's embeddings scale their output
+    if embed_scale is not None:
+        update = update * embed_scale.to(update.dtype)
+    return (result + update).to(result.dtype)
 
 
 def operands(layer, name: str) -> tuple[torch.Tensor, torch.Tensor, float]:

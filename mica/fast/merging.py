@@ -35,22 +35,6 @@ _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 @dataclass
-class _Undo:
-    """What unmerging needs: the update as it was merged and the weights that rounding does not give back.
-
-    A is cloned because training may go on, or another adapter be loaded, before the unmerge.
-    """
-
-    lora_A: Tensor
-    lora_B: Tensor
-    scaling: float
-    indices: Tensor  # flat positions in the stored weight, int64
-    values: Tensor  # the weights that were there
-    merged_rows: Tensor  # fingerprints before the unmerge is allowed to be exact, and after it
-    original_rows: Tensor
-
-
-@dataclass
 class MergeStats:
     """How much of the updates merged into one weight survived its dtype."""
 
@@ -73,6 +57,39 @@ class MergeStats:
 
 
 @dataclass
+class _Undo:
+    """What unmerging needs: the update as it was merged and the weights that rounding does not give back.
+
+    A is cloned because training may go on, or another adapter be loaded, before the unmerge. The fingerprints
+    keep it honest: only over the very bits that the merge has left does it promise those from before.
+    """
+
+    lora_A: Tensor
+    lora_B: Tensor
+    scaling: float
+    indices: Tensor  # flat positions in the stored weight, int64
+    values: Tensor  # the weights that were there
+    merged_rows: Tensor  # fingerprints before the unmerge is allowed to be exact, and after it
+    original_rows: Tensor
+    stats: MergeStats
+    period: int  # `_period` of the merge
+
+
+class _Records(dict[str, _Undo]):
+    """The records of a layer's merged adapters, in the layer itself: a deep copy of the model has them too.
+
+    In a pickle it is an empty dict: nothing of this package gets into one. No tensor of a record is ever
+    written to, so copies share them.
+    """
+
+    def __deepcopy__(self, memo) -> _Records:
+        return _Records(self)
+
+    def __reduce__(self):
+        return dict, ()
+
+
+@dataclass
 class MergeReport:
     """Per merged layer, and over all of them, the share of the update that rounding swallowed."""
 
@@ -80,10 +97,7 @@ class MergeReport:
 
     @property
     def total(self) -> MergeStats:
-        total = MergeStats(next((stats.dtype for stats in self.layers.values()), torch.float32))
-        for stats in self.layers.values():
-            total.add(stats)
-        return total
+        return _sum(list(self.layers.values()) or [MergeStats(torch.float32)])
 
     @property
     def swallowed(self) -> float:
@@ -102,24 +116,52 @@ class MergeReport:
         )
 
 
-# Beside the modules, not in them: nothing of this package gets into a pickle or a state_dict.
-_undo: WeakKeyDictionary[nn.Module, dict[str, _Undo]] = WeakKeyDictionary()
+_RECORDS = "_mica_merges"  # in the __dict__ of a layer, while it is merged
+
+# Of base layers, which outlive PEFT's around them. Keyed by the module itself, and gone with it.
 _stats: WeakKeyDictionary[nn.Module, MergeStats] = WeakKeyDictionary()
+
+# Counted up whenever PEFT gets its own functions back: what these merge and unmerge is not seen here.
+_period = 0
+
+
+def end_period() -> None:
+    """Trust the records made so far only where the weights still have the bits that were merged."""
+    global _period
+    _period += 1
 
 
 def merge_report(model: nn.Module) -> MergeReport:
     """What rounding did to the adapters now merged into the model (also after ``merge_and_unload``)."""
-    return MergeReport(
-        {
-            name.removesuffix(".base_layer"): _stats[module]
-            for name, module in model.named_modules()
-            if module in _stats
-        }
-    )
+    layers, wrapped = {}, set()
+    for name, module in model.named_modules():
+        if isinstance(module, lora.LoraLayer):
+            wrapped.add(module.get_base_layer())
+            records = vars(module).get(_RECORDS, {})
+            merged = [records[adapter] for adapter in module.merged_adapters if adapter in records]
+            merged = [record.stats for record in merged if record.period == _period]
+            if merged:
+                layers[name] = _sum(merged)
+        elif module in _stats and module not in wrapped:
+            layers[name] = _stats[module]
+    return MergeReport(layers)
+
+
+def _sum(parts: list[MergeStats]) -> MergeStats:
+    total = MergeStats(parts[0].dtype)
+    for stats in parts:
+        total.add(stats)
+    return total
 
 
 def _forget(layer, adapter: str) -> _Undo | None:
-    return _undo.get(layer, {}).pop(adapter, None)
+    records = vars(layer).get(_RECORDS)
+    if records is None:
+        return None
+    undo = records.pop(adapter, None)
+    if not records:
+        del layer.__dict__[_RECORDS]
+    return undo
 
 
 def _operands(layer, adapter: str) -> tuple[Tensor, Tensor, bool]:
@@ -137,8 +179,7 @@ def _chunks(
     weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float, transposed: bool
 ) -> Iterator[tuple[slice, Tensor]]:
     """Row slices of the stored weight, each with its part of the update in fp32 (fp64)."""
-    size = _CHUNK if weight.device.type == "cpu" else _DEVICE_CHUNK
-    step = max(1, size // max(1, weight.shape[1]))
+    step = _rows_at_a_time(weight)
     for start in range(0, weight.shape[0], step):
         rows = slice(start, start + step)
         if transposed:
@@ -147,21 +188,40 @@ def _chunks(
             yield rows, reference.delta(lora_A, lora_B[rows], scaling)
 
 
+def _rows_at_a_time(weight: Tensor) -> int:
+    size = _CHUNK if weight.device.type == "cpu" else _DEVICE_CHUNK
+    return max(1, size // max(1, weight.shape[1]))
+
+
 def _bits(tensor: Tensor) -> Tensor:
     return tensor.view(_BITS[tensor.element_size()])
 
 
 def _fingerprint(weight: Tensor) -> Tensor:
-    """One integer a row: an edit of the weight between merge and unmerge must not go unseen."""
+    """One int64 a row: the sum of its words of 8 bytes, each times an odd number of its place, modulo 2^64.
+
+    An edit of the weight between merge and unmerge must not go unseen. That of one word never does, for odd
+    numbers have an inverse; words at other places do not, where a plain sum is blind to them, unless they
+    differ in their uppermost bits alone. 0.1 ms for 1536 x 576 in bf16 on one core (the plain sum: 0.03).
+    """
     weight = weight.detach()
-    if weight.shape[1] * weight.element_size() % 8 == 0:  # 8 bytes at a time: five times as fast for bf16
-        return weight.view(torch.int64).sum(dim=1)
-    return _bits(weight).sum(dim=1, dtype=torch.int64)
+    whole = weight.shape[1] * weight.element_size() % 8 == 0  # 8 bytes at a time: five times as fast for bf16
+    words = weight.view(torch.int64) if whole else _bits(weight)
+    generator = torch.Generator().manual_seed(0)
+    odd = torch.randint(-(2**63), 2**63 - 1, words.shape[1:], generator=generator, device="cpu") | 1
+    odd = odd.to(weight.device)
+    parts = (part.to(torch.int64) for part in words.split(_rows_at_a_time(weight)))
+    # on a device integers have no matrix product; on the CPU it is five times as fast as the two
+    on_cpu = weight.device.type == "cpu"
+    return torch.cat([part @ odd if on_cpu else (part * odd).sum(dim=1) for part in parts])
 
 
 @torch.no_grad()
-def _merge_into(layer, adapter: str, weight: Tensor, out: Tensor) -> None:
-    """out = W + s·B·A, rounded once; ``out`` may be the weight itself."""
+def _merge_into(layer, adapter: str, weight: Tensor, out: Tensor, safe: bool) -> None:
+    """out = W + s·B·A, rounded once; ``out`` may be the weight itself.
+
+    No record is kept of what PEFT will refuse: with ``safe`` an ``out`` that is not finite.
+    """
     lora_A, lora_B, transposed = _operands(layer, adapter)
     scaling = float(layer.scaling[adapter])
     original_rows = _fingerprint(weight)
@@ -180,7 +240,11 @@ def _merge_into(layer, adapter: str, weight: Tensor, out: Tensor) -> None:
         stats.weights += old.numel()
         stats.unchanged += int((new == old).sum())
         out[rows] = new
-    _undo.setdefault(layer, {})[adapter] = _Undo(
+    finite = math.isfinite(stats.update_squared + stats.error_squared)
+    if safe and not finite and not torch.isfinite(out).all():
+        return
+    records = layer.__dict__[_RECORDS] = _Records(vars(layer).get(_RECORDS, ()))
+    records[adapter] = _Undo(
         lora_A.clone(),
         lora_B.clone(),
         scaling,
@@ -188,12 +252,12 @@ def _merge_into(layer, adapter: str, weight: Tensor, out: Tensor) -> None:
         torch.cat(values),
         _fingerprint(out),
         original_rows,
+        stats,
+        _period,
     )
     base = layer.get_base_layer()
-    if len(layer.merged_adapters) and base in _stats:
-        _stats[base].add(stats)
-    else:
-        _stats[base] = stats
+    before = [_stats[base]] if len(layer.merged_adapters) and base in _stats else []
+    _stats[base] = _sum([*before, stats])
     logger.debug("merged adapter %r into %s: swallowed %.2f %%", adapter, base, 100 * stats.swallowed)
 
 
@@ -201,6 +265,9 @@ def _merge_into(layer, adapter: str, weight: Tensor, out: Tensor) -> None:
 def _unmerge_from(layer, adapter: str, weight: Tensor, undo: _Undo | None) -> None:
     """In place: the bits from before the merge, or W' - s·B·A in fp32 with a warning why not."""
     exact = undo is not None and torch.equal(_fingerprint(weight), undo.merged_rows.to(weight.device))
+    why = "the weight was edited, cast or moved to another device while it was merged"
+    if undo is None or (not exact and undo.period != _period):
+        undo, why = None, "there is no record of its merge: stock PEFT merged it, or the model was pickled"
     lora_A, lora_B, transposed = _operands(layer, adapter)
     scaling = float(layer.scaling[adapter])
     if undo is not None:
@@ -211,10 +278,11 @@ def _unmerge_from(layer, adapter: str, weight: Tensor, undo: _Undo | None) -> No
     if exact:
         weight.view(-1)[undo.indices.to(weight.device)] = undo.values.to(weight.device)
         exact = torch.equal(_fingerprint(weight), undo.original_rows.to(weight.device))
-    if undo is not None and not exact:
+    if not exact:
+        its = "its" if undo else "its present"
         warnings.warn(
-            f"adapter {adapter!r} was unmerged by subtracting its update in fp32, not to the exact base "
-            "weight, because the weight was edited, cast or moved to another device while it was merged.",
+            f"adapter {adapter!r} was unmerged by subtracting {its} update in fp32, not to the exact base "
+            f"weight, because {why}.",
             stacklevel=4,
         )
 
@@ -237,7 +305,7 @@ def merge_safe(stock):
             _forget(module, active_adapter)
             return stock(module, active_adapter, orig_weight)
         merged = torch.empty_like(orig_weight)
-        _merge_into(module, active_adapter, orig_weight.detach(), merged)
+        _merge_into(module, active_adapter, orig_weight.detach(), merged, safe=True)
         return merged
 
     return merge
@@ -251,7 +319,7 @@ def merge_unsafe(stock):
             _forget(module, active_adapter)
             stock(module, active_adapter, orig_weight)
         else:
-            _merge_into(module, active_adapter, orig_weight.detach(), orig_weight.data)
+            _merge_into(module, active_adapter, orig_weight.detach(), orig_weight.data, safe=False)
 
     return merge
 

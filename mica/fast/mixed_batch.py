@@ -3,6 +3,11 @@
 MiCA adapters made on one base share B: the basis of rank 8 is the last 8 columns of that of rank 16. Where
 they really do, bit for bit, every sample's h goes into the columns of the widest B, and one up-projection
 serves the whole batch. The others each get their own, on their samples.
+
+Which adapters share is found out once a layer and kept. What keeps it honest: of each B that was compared the
+address and the count of in-place writes are noted, and its storage stays alive (`_Comparison.compared`), for
+an adapter loaded later under the same name can get the same address and count. PyTorch does not count writes
+through ``.data``: whoever makes some calls `forget`, as `mica.fast.hotswap` does.
 """
 
 from __future__ import annotations
@@ -24,7 +29,13 @@ class _Shared(NamedTuple):
     lora_B: Tensor  # the widest of theirs
 
 
-_shared: WeakKeyDictionary[nn.Module, tuple[tuple, list[_Shared]]] = WeakKeyDictionary()
+class _Comparison(NamedTuple):
+    state: tuple  # of each B, in the order of the names
+    compared: list[Tensor]  # every B: its address must not come back
+    groups: list[_Shared]
+
+
+_comparisons: WeakKeyDictionary[nn.Module, _Comparison] = WeakKeyDictionary()
 
 
 def forward(layer, x: Tensor, adapter_names: list[str]) -> Tensor | None:
@@ -72,19 +83,31 @@ def _h(layer, x: Tensor, adapter_names: list[str], group: _Shared) -> Tensor:
 
 def forget() -> None:
     """Compare every B again at its next use."""
-    _shared.clear()
+    _comparisons.clear()
 
 
 def _groups(layer, names: list[str]) -> list[_Shared]:
     """The adapters by the B that they share, widest first. Compared once, and again when a B has changed."""
     weights = {name: adapter_weights(layer, name)[1].detach() for name in names}
-    key = tuple(
-        (name, B.data_ptr(), None if B.is_inference() else B._version, B.dtype, B.shape)
-        for name, B in weights.items()
+    if not all(_is_tracked(B) for B in weights.values()):
+        return _compare(weights)
+    state = tuple(
+        (name, B.data_ptr(), B._version, B.dtype, B.shape, B.stride()) for name, B in weights.items()
     )
-    known = _shared.get(layer)
-    if known is not None and known[0] == key:
-        return known[1]
+    known = _comparisons.get(layer)
+    if known is None or known.state != state:
+        known = _comparisons[layer] = _Comparison(state, list(weights.values()), _compare(weights))
+    return known.groups
+
+
+def _is_tracked(lora_B: Tensor) -> bool:
+    """Whether a change would be seen: inference tensors have no version, and FSDP hides writes from it."""
+    return not lora_B.is_inference() and not (
+        torch.distributed.is_available() and torch.distributed.is_initialized()
+    )
+
+
+def _compare(weights: dict[str, Tensor]) -> list[_Shared]:
     groups: list[_Shared] = []
     for name, lora_B in sorted(weights.items(), key=lambda item: -item[1].shape[1]):
         rank = lora_B.shape[1]
@@ -94,6 +117,4 @@ def _groups(layer, names: list[str]) -> list[_Shared]:
                 break
         else:
             groups.append(_Shared([name], lora_B))
-    if not any(B.is_inference() for B in weights.values()):
-        _shared[layer] = key, groups
     return groups

@@ -234,6 +234,7 @@ def uninstall() -> None:
     """Stock PEFT again: every replaced attribute is the very object that was there."""
     quantised_layers.clear()
     calls.forget()  # of what follows nothing is seen
+    merging.end_period()
     while _installed:
         owner, name, held = _installed.pop()
         if held is _ABSENT:

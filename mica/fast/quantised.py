@@ -130,7 +130,7 @@ _ALLOWED = "bitsandbytes 4-bit and 8-bit, HQQ, torchao (other than Int4Tensor), 
 
 @lru_cache
 def _listed(layer_type: type) -> Kind | None:
-    """The table's entry for a class of PEFT's, or one derived from it."""
+    """The table's entry for a class of PEFT's, or one derived from it; kept by the class, not by its name."""
     names = (f"{cls.__module__}.{cls.__qualname__}" for cls in layer_type.__mro__)
     return next((_KINDS[name] for name in names if name in _KINDS), None)
 

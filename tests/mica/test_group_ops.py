@@ -4,6 +4,7 @@ import pytest
 import torch
 from oracle import DTYPES, problem, solve
 from tolerances import RELATIVE, error
+from torch.autograd import forward_ad
 from torch.library import opcheck
 
 from mica import ops
@@ -185,3 +186,16 @@ def test_bad_input_is_named(index, value, message):
     arguments[index] = value
     with pytest.raises(ValueError, match=message):
         mica_linear_group(torch.randn(2, 5), *arguments)
+
+
+def test_forward_mode_with_dual_tensors():
+    found = problems((6,), 9, torch.float64)
+    weights, lora_As, lora_Bs, scalings, biases = operands(found)
+    lora_As = [lora_A.detach() for lora_A in lora_As]
+    x, tangent = found[0].x.detach(), torch.randn(6, 9, dtype=torch.float64)
+    with forward_ad.dual_level():
+        dual = forward_ad.make_dual(x, tangent)
+        ys = mica_linear_group(dual, weights, lora_As, lora_Bs, scalings, biases)
+        tangents = [forward_ad.unpack_dual(y).tangent for y in ys]
+    for actual, weight, A, B, s in zip(tangents, weights, lora_As, lora_Bs, scalings, strict=True):
+        assert error(actual, tangent @ (weight + s * B @ A).t()) <= RELATIVE[torch.float64]

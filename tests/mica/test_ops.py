@@ -1,8 +1,11 @@
+from dataclasses import replace
+
 import pytest
 import torch
 import torch.nn.functional as F
 from oracle import DTYPES, problem, solve
 from tolerances import RELATIVE, error
+from torch.autograd import forward_ad
 from torch.library import opcheck
 
 from mica import ops, reference
@@ -254,6 +257,62 @@ def test_function_transforms():
     )
 
 
+@pytest.mark.parametrize("padding_idx", [None, 2])
+def test_function_transforms_of_the_embedding(padding_idx):
+    lora_A, lora_B = torch.randn(2, 6, dtype=torch.float64), torch.randn(5, 2, dtype=torch.float64)
+    indices = torch.tensor([[1, 2, 2], [0, 5, 2]])
+
+    def ours(lora_A, indices):
+        return mica_embedding(indices, lora_A, lora_B, 0.7, padding_idx=padding_idx).square().sum()
+
+    def torchs(lora_A, indices):
+        h = F.embedding(indices, lora_A.t(), padding_idx=padding_idx)
+        return (h @ lora_B.t() * 0.7).square().sum()
+
+    transforms = (
+        torch.func.grad,
+        lambda loss: torch.func.vmap(torch.func.grad(loss), in_dims=(None, 0)),
+        lambda loss: lambda A, i: torch.func.jvp(lambda A: loss(A, i), (A,), (torch.ones_like(A),))[1],
+        lambda loss: lambda A, i: torch.func.hessian(loss)(A, i),
+    )
+    for transform in transforms:
+        actual, expected = transform(ours)(lora_A, indices), transform(torchs)(lora_A, indices)
+        assert error(actual, expected) <= RELATIVE[torch.float64]
+
+
+@pytest.mark.parametrize("name", ["x", "lora_A"])
+@pytest.mark.parametrize("dropout", [False, True])
+def test_forward_mode_with_dual_tensors(name, dropout):
+    p = problem((3,), 5, 4, 2, torch.float64)
+    seed = torch.tensor([7]) if dropout else None
+
+    def linear(tensor):
+        q = replace(p, **{name: tensor})
+        options = {"dropout_p": 0.5 * dropout, "seed": seed}
+        return mica_linear(q.x, q.weight, q.lora_A, q.lora_B, q.scaling, q.bias, **options)
+
+    primal = getattr(p, name).detach()
+    tangent = torch.randn_like(primal)
+    _, expected = torch.func.jvp(linear, (primal,), (tangent,))
+    with forward_ad.dual_level():
+        out, actual = forward_ad.unpack_dual(linear(forward_ad.make_dual(primal, tangent)))
+    assert error(actual, expected) <= RELATIVE[torch.float64]
+    assert error(out, linear(primal)) <= RELATIVE[torch.float64]
+
+
+def test_an_edit_of_x_in_place_is_said():
+    p = problem((3,), 5, 4, 2, torch.float32)
+    p.lora_A.requires_grad_()
+    y = mica_linear(p.x, p.weight, p.lora_A, p.lora_B, p.scaling)
+    p.x.mul_(2.0)
+    with pytest.raises(RuntimeError, match="a MiCA layer has been modified by an inplace"):
+        y.sum().backward()
+    y = mica_linear(p.x, p.weight, p.lora_A, p.lora_B, p.scaling).sum()
+    y.backward()
+    with pytest.raises(RuntimeError, match="second time"):  # other errors are autograd's own
+        y.backward()
+
+
 @pytest.mark.parametrize("autocast_dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("backward_inside", [False, True])
 def test_autocast(autocast_dtype, backward_inside):
@@ -278,6 +337,7 @@ def test_autocast_embedding():
     lora_A, lora_B = torch.randn(2, 6), torch.randn(5, 2)
     with torch.autocast("cpu", torch.bfloat16):
         assert mica_embedding(torch.tensor([1, 2]), lora_A, lora_B).dtype == torch.bfloat16
+        assert mica_embedding(torch.tensor([1, 2]), lora_A.double(), lora_B).dtype == torch.float64
     assert mica_embedding(torch.tensor([1, 2]), lora_A, lora_B).dtype == torch.float32
 
 

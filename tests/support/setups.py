@@ -133,6 +133,18 @@ SETUPS = [
         "partly",
         f"{ADAPTERS}::test_export_for_inference",
     ),
+    Setup(
+        "`torch.jit.trace`, and ONNX export by it",
+        "yes",
+        "no",
+        "tests/mica/fast/test_eligibility.py::test_what_is_traced_runs_without_this_package",
+    ),
+    Setup(
+        "merging, unmerging to the bit, deep copies of merged models",
+        "yes",
+        "yes",
+        "tests/mica/fast/test_merging.py::test_a_deep_copy_of_a_merged_model_unmerges_to_the_bit",
+    ),
     Setup("hotswapping", "yes", "yes", f"{ADAPTERS}::test_hotswap"),
     Setup("hotswapping in a compiled model", "yes", "yes", f"{ADAPTERS}::test_hotswap_of_a_compiled_model"),
     Setup("DDP", "yes", "yes", f"{DISTRIBUTED}::test_ddp"),

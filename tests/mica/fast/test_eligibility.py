@@ -1,5 +1,6 @@
 """What keeps a layer on PEFT's path, or its base layer called: it is said, and the numbers are PEFT's own."""
 
+import functools
 import types
 
 import pytest
@@ -9,8 +10,10 @@ from tolerances import RELATIVE, error
 from torch import nn
 from torch.nn.modules.module import register_module_forward_hook
 from torch.nn.utils import parametrizations
+from transformers.pytorch_utils import Conv1D
 
 import mica.fast
+from mica.fast import eligibility
 
 X = torch.randn(3, 12)
 
@@ -44,7 +47,8 @@ def _not_mica(model):
 
 def _hook_on(part):
     def change(model):
-        module = {"base layer": up(model).base_layer, "lora_A": up(model).lora_A["default"]}[part]
+        layer = up(model)
+        module = layer.base_layer if part == "base layer" else getattr(layer, part)["default"]
         module.register_forward_hook(lambda module, args, out: out * 2)
 
     return change
@@ -84,6 +88,27 @@ def _lora_bias(model):
     up(model).lora_B["default"].bias = nn.Parameter(torch.ones(20))
 
 
+def _bias_on_down_projection(model):
+    up(model).lora_A["default"].bias = nn.Parameter(torch.ones(4))
+
+
+def _own_dropout_forward(model):
+    dropout = up(model).lora_dropout["default"]
+    dropout.forward = lambda x: 2 * x
+
+
+def _scaling(value):
+    def change(model):
+        up(model).scaling["default"] = value
+
+    return change
+
+
+def _sparse_down_projection(model):
+    lora_A = up(model).lora_A["default"]
+    lora_A.weight = nn.Parameter(lora_A.weight.detach().to_sparse())
+
+
 def _partitioned(model):
     up(model).base_layer.weight.ds_id = 0
 
@@ -96,8 +121,14 @@ CASES = {
     "dropout of type AlphaDropout": _dropout(nn.AlphaDropout(0.5)),
     "lora_dropout of 1": _dropout(nn.Dropout(1.0)),
     "hooks on the lora_A": _hook_on("lora_A"),
+    "hooks on the lora_dropout": _hook_on("lora_dropout"),
+    "the lora_dropout has a forward of its own": _own_dropout_forward,
     "the lora_B is trainable": _trainable("lora_B"),
     "lora_bias=True": _lora_bias,
+    "a bias on the lora_A": _bias_on_down_projection,
+    "its scaling is trained": _scaling(torch.tensor(2.0, requires_grad=True)),
+    "its scaling is more than one number": _scaling(torch.rand(20)),
+    "the lora_A has layout torch.sparse_coo": _sparse_down_projection,
 }
 CALLED = {
     "hooks on the base layer": _hook_on("base layer"),
@@ -156,6 +187,88 @@ def test_base_layer_is_called_and_the_adapter_is_ours(reason, dtype):
         assert error(ours, stock) <= 3 * RELATIVE[dtype]
 
 
+@pytest.mark.parametrize("part", [nn.Linear, nn.Dropout])
+def test_a_forward_that_is_replaced_for_all_modules_runs(monkeypatch, part):
+    model = randomise(net(targets=["up"], lora_dropout=0.5))
+    expected = up(model)(X)
+    stock = part.forward
+    monkeypatch.setattr(part, "forward", lambda self, x: 2 * stock(self, x))
+    (row,) = mica.fast.explain(model).rows
+    assert (row.path, row.reason) == ("peft", f"somebody has replaced {part.__name__}.forward")
+    assert_peft_runs(model)
+    monkeypatch.undo()
+    assert mica.fast.explain(model).counts() == {"reference": 1}
+    assert not torch.equal(up(model)(X), expected)  # another mask
+
+
+def test_a_replaced_forward_of_conv1d_has_the_base_layer_called(monkeypatch):
+    model = randomise(net(targets=["conv"]))
+    stock, x = Conv1D.forward, torch.randn(3, 20)
+    monkeypatch.setattr(Conv1D, "forward", lambda self, x: 2 * stock(self, x))
+    (row,) = mica.fast.explain(model).rows
+    assert "base layer called: somebody has replaced Conv1D.forward" in row.reason
+    out = model.base_model.model.conv(x)
+    with mica.fast.disabled():
+        assert error(out, model.base_model.model.conv(x)) <= RELATIVE[torch.float32]
+
+
+def test_a_forward_that_was_replaced_before_the_import_is_known(monkeypatch):
+    assert set(eligibility._FORWARDS.values()) == {kind.forward for kind in eligibility._FORWARDS}
+    stock = nn.Linear.forward
+    monkeypatch.setattr(nn.Linear, "forward", functools.wraps(stock)(lambda self, x: stock(self, x)))
+    assert eligibility._own_forward(nn.Linear) is None
+
+
+INPUTS = {
+    "nested": lambda x: torch.nested.nested_tensor([x, x[:2]]),
+    "jagged": lambda x: torch.nested.nested_tensor([x, x[:2]], layout=torch.jagged),
+    "sparse": torch.Tensor.to_sparse,
+    "sparse rows": torch.Tensor.to_sparse_csr,
+    "mkldnn": torch.Tensor.to_mkldnn,
+}
+
+
+@pytest.mark.parametrize("kind", INPUTS)
+@pytest.mark.filterwarnings("ignore:.*(nested tensors|Sparse CSR)")
+def test_inputs_that_are_not_plain_are_peft_s(kind):
+    model, x = randomise(net(targets=["up"])), INPUTS[kind](X)
+    before = mica.fast.call_counts.copy()
+    out = up(model)(x)
+    with mica.fast.disabled():
+        expected = up(model)(x)
+    assert mica.fast.call_counts == before
+    assert out.layout == expected.layout
+    for ours, stock in zip(*map(_dense_parts, (out, expected)), strict=True):
+        assert torch.equal(ours, stock)
+
+
+def _dense_parts(out):
+    if out.is_nested:
+        return out.unbind()
+    return [out.to_dense() if out.layout != torch.strided else out]
+
+
+def test_what_is_traced_runs_without_this_package():
+    """And so does what torch.onnx exports by tracing."""
+    model = randomise(net())
+    indices = torch.tensor([[1, 2, 3], [0, 7, 7]])
+    traced = torch.jit.trace(model, indices)
+    assert "mica::" not in str(traced.inlined_graph)
+    before = mica.fast.call_counts["linear"]
+    assert error(traced(indices), model(indices)) <= 3 * RELATIVE[torch.float32]
+    assert mica.fast.call_counts["linear"] == before + 3  # the model's own, after tracing
+
+
+def test_adapters_made_in_inference_mode():
+    with torch.inference_mode():
+        model = randomise(net(targets=["embed", "up"]))
+        assert mica.fast.explain(model).counts() == {"reference": 2}
+        expected = model(torch.tensor([1, 2]))
+    rows = mica.fast.explain(model).rows
+    assert [row.reason for row in rows] == ["the lora_A was made in inference mode"] * 2
+    assert error(model(torch.tensor([1, 2])), expected) <= RELATIVE[torch.float32]
+
+
 def test_global_hooks():
     model = randomise(net(targets=["up"]))
     handle = register_module_forward_hook(lambda module, args, out: None)
@@ -193,3 +306,24 @@ def test_embeddings(attribute, value, reason):
     before = mica.fast.call_counts["embedding"]
     model.base_model.model.embed(torch.tensor([1, 2]))
     assert mica.fast.call_counts["embedding"] == before
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_double_embedding_stays_one_under_autocast(dtype):
+    model = randomise(net(targets=["embed"])).double()
+    before = mica.fast.call_counts["embedding"]
+    with torch.autocast("cpu", dtype):
+        out = model.base_model.model.embed(torch.tensor([1, 2]))
+        with mica.fast.disabled():
+            expected = model.base_model.model.embed(torch.tensor([1, 2]))
+    assert mica.fast.call_counts["embedding"] == before
+    assert out.dtype == torch.float64
+    assert torch.equal(out, expected)
+
+
+def test_an_embedding_s_adapter_of_two_dtypes_is_peft_s():
+    model = randomise(net(targets=["embed"]))
+    lora_A = model.base_model.model.embed.lora_embedding_A["default"]
+    lora_A.data = lora_A.data.half()
+    with pytest.raises(RuntimeError, match="same dtype"):
+        model.base_model.model.embed(torch.tensor([1, 2]))

@@ -160,7 +160,7 @@ def test_in_place_edits_of_an_output_that_was_computed_ahead():
 
     def forward():
         def block(x):
-            return net.last(net.a(x) + net.b(x).mul_(2.0) + torch.sigmoid_(net.c(x)))
+            return net.last(net.a(x).relu_() + net.b(x).mul_(2.0) + torch.sigmoid_(net.c(x)))
 
         return kept(block, X.clone().requires_grad_())
 

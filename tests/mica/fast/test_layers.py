@@ -7,6 +7,7 @@ from models import gradients, net, randomise, tiny_gpt2, tiny_llama, wrap
 from peft import LoraConfig
 from peft.utils.hotswap import hotswap_adapter
 from tolerances import RELATIVE, error
+from torch.autograd import forward_ad
 from torch.utils.checkpoint import checkpoint
 
 import mica.fast
@@ -316,3 +317,42 @@ def test_kernels_under_autocast_and_after_loading_another_adapter(monkeypatch, t
     assert error(after, before) > 0.01
     model.load_adapter(str(tmp_path), "default")
     assert torch.equal(compare(model, 3 * RELATIVE[torch.float32]), after)
+
+
+@pytest.mark.parametrize("called", [False, True], ids=["fused", "base layer called"])
+@pytest.mark.parametrize("grouped", [False, True])
+def test_forward_mode(called, grouped):
+    mica.fast.enable(group_projections=grouped)
+    layer = randomise(net(targets=["up"])).base_model.model.up
+    if called:
+        layer.base_layer.register_forward_hook(lambda module, args, out: out * 2)
+    x, tangent = torch.randn(2, 3, 12)
+
+    def jvp():
+        with forward_ad.dual_level():
+            return forward_ad.unpack_dual(layer(forward_ad.make_dual(x, tangent))).tangent
+
+    before = mica.fast.call_counts.copy()
+    actual = jvp()
+    assert mica.fast.call_counts != before
+    with mica.fast.disabled():
+        assert error(actual, jvp()) <= RELATIVE[torch.float32]
+
+
+@pytest.mark.parametrize("called", [False, True], ids=["fused", "base layer called"])
+def test_an_edit_of_x_in_place_is_said(called):
+    """Stock PEFT keeps an fp32 copy of a 16-bit x; here x is kept as it came, and may not be edited."""
+    layer = randomise(net(torch.bfloat16, targets=["up"])).base_model.model.up
+    if called:
+        layer.base_layer.register_forward_hook(lambda module, args, out: out * 2)
+    x = torch.randn(3, 12).bfloat16()
+
+    def step():
+        out = layer(x)
+        x.mul_(2)
+        out.float().sum().backward()
+
+    with pytest.raises(RuntimeError, match="of a MiCA layer has been modified by an inplace operation"):
+        step()
+    with mica.fast.disabled():
+        step()

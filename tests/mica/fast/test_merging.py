@@ -1,4 +1,6 @@
 import copy
+import itertools
+import pickle
 import warnings
 
 import pytest
@@ -206,3 +208,113 @@ def test_report_of_fp32_is_near_zero_and_goes_with_the_unmerge():
     assert mica.fast.merge_report(model).swallowed < 1e-4
     model.unmerge_adapter()
     assert not mica.fast.merge_report(model).layers
+
+
+def _quietly_unmerged(model):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model.unmerge_adapter()
+    return base_weights(model)
+
+
+def test_what_stock_has_merged_since_is_not_undone_with_an_old_record():
+    model = randomise(net(targets=["up"]))
+    before = base_weights(model)
+    model.merge_adapter()
+    mica.fast.uninstall()
+    model.unmerge_adapter()
+    randomise(model, scale=3.0, seed=9)
+    model.merge_adapter()
+    mica.fast.enable()
+    assert not mica.fast.merge_report(model).layers
+    with pytest.warns(UserWarning, match="present update in fp32, .* stock PEFT merged it"):
+        model.unmerge_adapter()
+    for name, weight in base_weights(model).items():
+        assert error(weight, before[name]) <= 10 * RELATIVE[torch.float32]
+
+
+def test_uninstalling_in_between_still_unmerges_to_the_bit():
+    model = randomise(net(torch.bfloat16, targets=["up"]))
+    before = base_weights(model)
+    model.merge_adapter()
+    mica.fast.uninstall()
+    mica.fast.enable()
+    for name, weight in _quietly_unmerged(model).items():
+        assert torch.equal(weight, before[name])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_a_refused_merge_leaves_no_record(dtype):
+    """One refused for a NaN in A, one for an overflow of the sum."""
+    model = randomise(net(dtype, targets=["up"]))
+    layer = model.base_model.model.up
+    with torch.no_grad():
+        layer.lora_A["default"].weight[0, 0] = float("nan") if dtype == torch.float32 else 1e30
+    with pytest.raises(ValueError, match="NaNs detected"):
+        model.merge_adapter(safe_merge=True)
+    assert str(mica.fast.merge_report(model)).startswith("no MiCA adapter was merged")
+    assert all("mica" not in key for key in vars(layer))
+
+
+@pytest.mark.parametrize("first", ["copy", "original"])
+def test_a_deep_copy_of_a_merged_model_unmerges_to_the_bit(first):
+    model = randomise(net(torch.bfloat16, targets=["embed", "up"]), scale=0.3)
+    before = base_weights(model)
+    model.merge_adapter()
+    copied = copy.deepcopy(model)
+    assert mica.fast.merge_report(copied).swallowed == mica.fast.merge_report(model).swallowed > 0
+    for merged in (copied, model) if first == "copy" else (model, copied):
+        for name, weight in _quietly_unmerged(merged).items():
+            assert torch.equal(weight, before[name])
+
+
+def test_a_merged_model_from_a_pickle_is_unmerged_by_subtraction_and_that_is_said():
+    model = randomise(net(torch.bfloat16, targets=["up"]), scale=0.3)
+    before = base_weights(model)
+    model.merge_adapter()
+    data = pickle.dumps(model)
+    assert b"mica.fast" not in data
+    loaded = pickle.loads(data)
+    with pytest.warns(UserWarning, match="no record of its merge"):
+        loaded.unmerge_adapter()
+    for name, weight in base_weights(loaded).items():
+        assert error(weight, before[name]) <= RELATIVE[torch.bfloat16]
+    loaded.merge_adapter()  # from here on there is one
+    _quietly_unmerged(loaded)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dim", [0, 1])
+@pytest.mark.parametrize("shape", [(12, 20), (7, 9)], ids=["whole words", "odd"])
+def test_weights_at_other_places_are_seen(dtype, dim, shape):
+    """Every exchange of two rows or columns of a weight, and every change of one sign."""
+    weight = torch.randn(shape, dtype=dtype)
+    fingerprint = merging._fingerprint(weight)
+    assert fingerprint.shape == weight.shape[:1]
+    for first, second in itertools.combinations(range(weight.shape[dim]), 2):
+        order = list(range(weight.shape[dim]))
+        order[first], order[second] = second, first
+        moved = weight.index_select(dim, torch.tensor(order))
+        assert not torch.equal(merging._fingerprint(moved), fingerprint)
+    for place in itertools.product(*map(range, shape)):
+        negated = weight.clone()
+        negated[place] *= -1
+        changed = merging._fingerprint(negated) != fingerprint
+        assert changed.nonzero().flatten().tolist() == [place[0]]
+
+
+def test_columns_permuted_while_merged_are_not_put_back_at_the_wrong_places():
+    model = randomise(net(torch.bfloat16, targets=["down"]), scale=0.3)
+    layer = model.base_model.model.down
+    before = layer.base_layer.weight.detach().clone()
+    order = torch.arange(16).view(4, 4).flip(0).flatten()  # four at a time, 8 bytes
+    model.merge_adapter()
+    layer.base_layer.weight.data = layer.base_layer.weight.data[:, order].contiguous()
+    merged = layer.base_layer.weight.detach().clone()
+    with pytest.warns(UserWarning, match="edited, cast or moved"):
+        model.unmerge_adapter()
+    lora_A, lora_B = adapter_weights(layer, "default")
+    update = layer.scaling["default"] * (lora_B.double() @ lora_A.double())
+    restored = layer.base_layer.weight.detach()
+    assert error(restored, merged.double() - update) <= RELATIVE[torch.bfloat16]
+    assert not torch.equal(restored, before)

@@ -2,7 +2,7 @@ import copy
 
 import pytest
 import torch
-from models import net, randomise, tiny_llama, wrap
+from models import adapted_layers, net, randomise, tiny_llama, wrap
 from peft import LoraConfig
 from tolerances import RELATIVE, error
 
@@ -68,6 +68,30 @@ def test_a_basis_that_changes_is_not_shared_any_longer():
         model.base_model.model.down.lora_B["narrow"].weight.mul_(3.0)
     after = compare(model, names, 3 * RELATIVE[torch.float32])
     assert error(after, before) > 1e-3
+
+
+def test_an_adapter_loaded_again_under_its_name_has_its_own_basis(tmp_path):
+    """Deleted and loaded from a file, B mostly comes to lie where the one before it lay."""
+    model = model_of_three()
+    model.save_pretrained(tmp_path / "shares", selected_adapters=["narrow"])
+    with torch.no_grad():
+        for layer in adapted_layers(model).values():
+            layer.lora_B["narrow"].weight.neg_()
+    model.save_pretrained(tmp_path / "differs", selected_adapters=["narrow"])
+    for turn in range(20):
+        model.delete_adapter("narrow")
+        folder = tmp_path / ("differs" if turn % 2 else "shares") / "narrow"
+        model.load_adapter(folder, "narrow", low_cpu_mem_usage=True)
+        compare(model.eval(), ["wide", "narrow"] * 2 + ["wide"], 3 * RELATIVE[torch.float32])
+
+
+def test_under_a_process_group_every_basis_is_compared_each_time(monkeypatch):
+    """FSDP writes what it gathers into the same storage, and PyTorch does not count it."""
+    model = model_of_three()
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    for _ in range(2):
+        compare(model, ["wide", "narrow"] * 2 + ["wide"], 3 * RELATIVE[torch.float32])
+        model.base_model.model.down.lora_B["narrow"].weight.data.mul_(3.0)
 
 
 def test_adapters_made_on_one_base_share_their_basis():
