@@ -10,9 +10,10 @@ import torch
 from mica.subspace.candidate import judged, problem
 from mica.subspace.device import batch_size, is_on_host, solve_batch
 from mica.subspace.gram import extremes
-from mica.subspace.host import HostGram, one_pool
+from mica.subspace.host import HostGram
 from mica.subspace.methods import BY, METHODS, chain
 from mica.subspace.result import MinorSubspace
+from mica.subspace.threads import one_pool
 
 SUPPORTED_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
