@@ -17,7 +17,8 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
-from mica.subspace.cache import SubspaceCache, fingerprint
+from mica.subspace.cache import SubspaceCache
+from mica.subspace.fingerprint import fingerprint
 from mica.subspace.many import Task, cost, solve_many
 from mica.subspace.result import MinorSubspace
 

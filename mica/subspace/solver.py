@@ -191,9 +191,18 @@ def _solve_on_host(weight: torch.Tensor, rank: int, method: str, strict: bool, s
         method=name,
         certified=bool(judgement.certified),
         energy_excess=judgement.energy_excess.item(),
-        resolution=state.resolution.item() / scale / scale,
+        resolution=_unscaled(state.resolution.item(), scale),
         null_count=found.null_count,
     )
+
+
+def _unscaled(resolution: float, scale: float) -> float:
+    """``resolution`` / scale², within the range of fp64, which it leaves for weights beyond 1e±154."""
+    unscaled = resolution / scale / scale
+    if resolution == 0 or scale == 1:
+        return unscaled
+    limits = torch.finfo(torch.float64)
+    return min(max(unscaled, limits.tiny), limits.max)
 
 
 def _assembled(results: list[MinorSubspace], weight: torch.Tensor) -> MinorSubspace:

@@ -11,7 +11,8 @@ from subspaces import same
 from mica import minor_subspace
 from mica.fast import initialisation
 from mica.subspace import batched, device, many
-from mica.subspace.cache import SubspaceCache, fingerprint
+from mica.subspace.cache import SubspaceCache
+from mica.subspace.fingerprint import fingerprint
 from mica.subspace.many import Task, solve_many
 from mica.subspace.methods import METHODS
 
