@@ -5,7 +5,7 @@
 ``krylov`` is the iteration, written once for the two kinds of Gram matrix it runs on: ``host`` (one matrix,
 SciPy's BLAS, by ``lapack``) and ``batched`` (many, on an accelerator; ``device`` feeds it). ``gram`` streams
 products with the weight, ``workers`` solves many small layers at once (``threads`` is how many BLAS and
-PyTorch have meanwhile), ``cache`` keeps results on disk.
+PyTorch have meanwhile), ``cache`` keeps results on disk, found by a weight's ``fingerprint``.
 """
 
 from mica.subspace.result import MinorSubspace
