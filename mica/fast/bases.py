@@ -178,8 +178,9 @@ def _is_partitioned(wanted: Wanted) -> bool:
 
 def _solved(waiting: Sequence[Wanted]):
     tasks = [Task(wanted.name, wanted.weight, wanted.rank) for wanted in waiting]
+    cache = default_cache()  # whose ValueError is not about a weight
     try:
-        yield from solve_shared(tasks, device=settings.device, cache=default_cache())
+        yield from solve_shared(tasks, device=settings.device, cache=cache)
     except ValueError as error:
         raise UnsuitableLayerError(f"MiCA cannot be initialised from {error}") from error
 

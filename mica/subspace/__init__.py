@@ -4,7 +4,8 @@
 ``methods`` lists the ways to a ``candidate``, which is judged as it is returned by a ``certificate``.
 ``krylov`` is the iteration, written once for the two kinds of Gram matrix it runs on: ``host`` (one matrix,
 SciPy's BLAS, by ``lapack``) and ``batched`` (many, on an accelerator; ``device`` feeds it). ``gram`` streams
-products with the weight, ``workers`` solves many small layers at once, ``cache`` keeps results on disk.
+products with the weight, ``workers`` solves many small layers at once (``threads`` is how many BLAS and
+PyTorch have meanwhile), ``cache`` keeps results on disk, found by a weight's ``fingerprint``.
 """
 
 from mica.subspace.result import MinorSubspace

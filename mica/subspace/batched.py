@@ -7,6 +7,8 @@ same code runs on the CPU, which is how it is tested.
 
 from __future__ import annotations
 
+import math
+
 import torch
 
 from mica.subspace.gram import image, row_blocks, transposed_image
@@ -53,7 +55,7 @@ class BatchGram:
         self.device = tall.device
         self._gram = _gram(tall, torch.float32 if mixed else torch.float64)
         self._inverse: torch.Tensor | None = None
-        self.error = torch.zeros(self.batch_shape, dtype=torch.float64)
+        self.error = torch.zeros(self.batch_shape, dtype=torch.float64, device="cpu")
         if mixed:
             self.error = _error_bound(tall, self._gram)
 
@@ -149,10 +151,10 @@ def _error_bound(tall: torch.Tensor, gram: torch.Tensor) -> torch.Tensor:
     shape = (gram.shape[-1], _ERROR_VECTORS)
     vectors = torch.randn(shape, dtype=torch.float64, generator=generator, device="cpu").to(gram.device)
     vectors = vectors.expand(*gram.shape[:-2], *shape)
-    log_norm = torch.zeros(gram.shape[:-2], dtype=torch.float64)
+    log_norm = torch.zeros(gram.shape[:-2], dtype=torch.float64, device="cpu")
     for _ in range(_ERROR_POWER):
         vectors = transposed_image(tall, image(tall, vectors)) - gram @ vectors
         largest = vectors.norm(dim=-2).amax(-1)
         log_norm += largest.log().cpu()
         vectors = vectors / largest.clamp_min(torch.finfo(torch.float64).tiny)[:, None, None]
-    return ((log_norm + torch.tensor(10 * (2 / torch.pi) ** 0.5).log()) / _ERROR_POWER).exp()
+    return ((log_norm + math.log(10 * math.sqrt(2 / math.pi))) / _ERROR_POWER).exp()

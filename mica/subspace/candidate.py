@@ -12,7 +12,7 @@ import torch
 
 from mica.subspace.certificate import ROUNDING, certify
 from mica.subspace.gram import image, transposed_image
-from mica.subspace.krylov import LANCZOS_STEPS, NORM_STEPS, Bounds, bounds, resolution
+from mica.subspace.krylov import Bounds, bounds, norm, resolution
 from mica.subspace.result import NULL_RESOLUTIONS, is_certified
 
 
@@ -58,7 +58,7 @@ class Judged(NamedTuple):
 def problem(tall: torch.Tensor, gram, rank: int, basis_is_long: bool, seed: int, method: str) -> Problem:
     """``method`` is the one that is tried first: only "krylov" needs more than the norm."""
     dtype = torch.float64 if tall.dtype == torch.float64 else torch.float32
-    limits = bounds(gram, seed, LANCZOS_STEPS if method == "krylov" else NORM_STEPS)
+    limits = bounds(gram, seed) if method == "krylov" else Bounds(norm(gram, seed), ())
     return Problem(tall, gram, limits, rank, basis_is_long, dtype, seed)
 
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from datetime import timedelta
@@ -18,7 +17,8 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
-from mica.subspace.cache import SubspaceCache, fingerprint
+from mica.subspace.cache import SubspaceCache
+from mica.subspace.fingerprint import fingerprint
 from mica.subspace.many import Task, cost, solve_many
 from mica.subspace.result import MinorSubspace
 
@@ -27,7 +27,7 @@ _logger = logging.getLogger("mica")
 # How long a process waits for the others to ask for the same layers.
 PATIENCE = timedelta(seconds=60)
 
-_agreements: Counter[str] = Counter()
+_MISSED = b"missed"  # the decision of a meeting where some have waited in vain
 
 
 def solve_shared(
@@ -93,46 +93,55 @@ def _several_processes() -> bool:
 
 def decline(tasks: Sequence[Task]) -> None:
     """Tell the processes that ask for these layers not to wait for this one, which has no weights."""
-    if tasks and _several_processes():
-        meeting = _meeting(tasks)
-        if meeting is not None:
-            store, prefix = meeting
-            store.compare_set(f"{prefix}/decision", "", "alone")
+    meetings = _meetings(tasks) if tasks and _several_processes() else ()
+    for store, meeting in meetings:
+        if store.compare_set(f"{meeting}/decision", "", "declined") != _MISSED:
+            return
 
 
 def _all_agree(tasks: Sequence[Task]) -> bool:
     """Whether all processes are here with the same layers, within ``PATIENCE``.
 
     The last one to come decides for sharing, the first one that has waited long enough or has no weights
-    against it; whichever is first at the store decides for all.
+    against it; whichever is first at the store decides for all. A process that comes to a meeting where
+    others have waited for it in vain goes on to the next one: whether it is late, or they had called alone
+    before, cannot be told, and after that all are at the same meeting again.
     """
-    meeting = _meeting(tasks)
-    if meeting is None:
-        return False
-    store, prefix = meeting
-    if store.add(f"{prefix}/arrived", 1) == dist.get_world_size():
-        proposal = "together"
-    else:
-        proposal = "alone"
-        try:
-            store.wait([f"{prefix}/decision"], PATIENCE)
-        except (RuntimeError, dist.DistError):  # timed out
-            _logger.warning(
-                "not all processes ask for these %d minor subspaces within %d s: each computes its own.",
-                len(tasks),
-                PATIENCE.total_seconds(),
-            )
-    return store.compare_set(f"{prefix}/decision", "", proposal) == b"together"
+    for store, meeting in _meetings(tasks):
+        decision = f"{meeting}/decision"
+        if store.add(f"{meeting}/arrived", 1) == dist.get_world_size():
+            decided = store.compare_set(decision, "", "together")
+        else:
+            if not store.check([decision]):
+                try:
+                    store.wait([decision], PATIENCE)
+                except (RuntimeError, dist.DistError):  # timed out
+                    _logger.warning(
+                        "not all processes ask for these %d minor subspaces within %d s: "
+                        "each computes its own.",
+                        len(tasks),
+                        PATIENCE.total_seconds(),
+                    )
+                return store.compare_set(decision, "", _MISSED.decode()) == b"together"
+            decided = store.get(decision)
+        if decided != _MISSED:
+            return decided == b"together"
+    return False
 
 
-def _meeting(tasks: Sequence[Task]) -> tuple[dist.Store, str] | None:
-    """Where processes that ask for these layers, for the nth time, find each other."""
-    wanted = [(task.name, tuple(task.weight.shape), str(task.weight.dtype), task.rank) for task in tasks]
-    digest = hashlib.blake2b(repr(wanted).encode(), digest_size=16).hexdigest()
-    prefix = f"mica/{digest}/{_agreements[digest]}"
-    _agreements[digest] += 1
+def _meetings(tasks: Sequence[Task]) -> Iterator[tuple[dist.Store, str]]:
+    """Where processes that ask for these layers find each other: this process's next meeting, then others.
+
+    The store counts, for each process and the same layers, the meetings that it has come to.
+    """
     find_store = getattr(dist.distributed_c10d, "_get_default_store", None)
-    return (find_store(), prefix) if find_store else None  # it is not public
+    if find_store is None:  # it is not public
+        return
+    store = find_store()
+    wanted = [(task.name, tuple(task.weight.shape), str(task.weight.dtype), task.rank) for task in tasks]
+    prefix = f"mica/{hashlib.blake2b(repr(wanted).encode(), digest_size=16).hexdigest()}"
+    while True:
+        yield store, f"{prefix}/{store.add(f'{prefix}/process {dist.get_rank()}', 1)}"
 
 
 def _moved(result: MinorSubspace, device: str | torch.device) -> MinorSubspace:

@@ -4,23 +4,14 @@ PyTorch has no symmetric rank-k update, no symmetric product and no factorisatio
 three, and they are what counts here (n = 4096, fp64, 2 threads): Gram of 4096 rows 0.71 against 1.0 s,
 Cholesky 0.27 against 0.41 s, and everything in n² numbers instead of three times as many.
 
-Their threads and PyTorch's wait by spinning and would fight for the cores (measured: 7 ms lost at every
-change from one to the other), so `one_pool` gives PyTorch one thread and BLAS the others.
+To be called within ``threads.one_pool``.
 """
-
-import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
 
 import numpy as np
 import torch
-from threadpoolctl import ThreadpoolController
 
 from mica.subspace import lapack
 from mica.subspace.gram import row_blocks
-
-_pools = ThreadpoolController()  # scanning the loaded libraries takes milliseconds; SciPy's is loaded
-_here = threading.local()
 
 # Side of the square blocks in which a triangle is mirrored. n = 1024: 1.9 ms, in blocks of 256 3.5 ms.
 _MIRROR_BLOCK = 64
@@ -30,23 +21,6 @@ SAFE_PIVOTS = 1e-6
 
 # LAPACK's partial solver pays per vector, the full divide-and-conquer one does not.
 FULL_FROM_SHARE = 6
-
-
-@contextmanager
-def one_pool() -> Iterator[None]:
-    """As many threads as PyTorch has, all of them BLAS's; within itself it changes nothing."""
-    if getattr(_here, "is_one_pool", False):
-        yield
-        return
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    _here.is_one_pool = True
-    try:
-        with _pools.limit(limits=threads, user_api="blas"):
-            yield
-    finally:
-        _here.is_one_pool = False
-        torch.set_num_threads(threads)
 
 
 def partial_eigenvectors(matrix: np.ndarray, count: int) -> np.ndarray:
@@ -74,7 +48,7 @@ class HostGram:
         self.size = tall.shape[1]
         self.batch_shape = torch.Size()
         self.device = tall.device
-        self.error = torch.zeros((), dtype=torch.float64)
+        self.error = torch.zeros((), dtype=torch.float64, device="cpu")
         buffer = np.zeros((self.size, self.size), order="F")
         for _, block in row_blocks(tall):
             # ``block`` is row-major as a rule, and its transpose column-major
@@ -92,7 +66,7 @@ class HostGram:
         return float(self._diagonal.max())
 
     def empty(self, count: int) -> torch.Tensor:
-        return torch.empty(count, self.size, dtype=torch.float64).T
+        return torch.empty(count, self.size, dtype=torch.float64, device="cpu").T
 
     def apply(self, vectors: torch.Tensor) -> torch.Tensor:
         """C @ vectors."""
@@ -102,7 +76,7 @@ class HostGram:
     def factor(self, shift: torch.Tensor) -> torch.Tensor:
         """Factorise C − shift·I; whether it is positive definite, as a tensor () on the host."""
         self._mirror(shift.item())
-        return torch.tensor(self._factorise())
+        return torch.tensor(self._factorise(), device="cpu")
 
     def solve(self, vectors: torch.Tensor) -> torch.Tensor:
         """(C − shift·I)⁻¹ @ vectors, by the last ``factor``."""
@@ -115,7 +89,7 @@ class HostGram:
         """Whether C + weight·vectors vectorsᵀ − bound·I is positive definite; overwrites the factor."""
         self._mirror(bound.item())
         lapack.syrk(vectors.numpy(), alpha=weight.item(), into=self._buffer)
-        return torch.tensor(self._factorise())
+        return torch.tensor(self._factorise(), device="cpu")
 
     def smallest(self, count: int) -> torch.Tensor:
         """(n, count) eigenvectors of C to its smallest eigenvalues, ascending; overwrites the factor."""

@@ -49,27 +49,50 @@ def fits(size: int, rank: int) -> bool:
     return 2 * block_size(rank) * (FIRST_CHECK + 3) <= size
 
 
+def norm(gram, seed: int) -> torch.Tensor:
+    """‖C‖, or up to a quarter less, (batch) on the host: plain Lanczos, without any reorthogonalisation.
+
+    What rounding does to it brings copies of Ritz values that have converged, and none above the spectrum
+    (Paige 1980). A step is a quarter of one of ``bounds``, which matters to small matrices: n = 192 takes
+    0.5 ms in place of 2 to 3, of 9 for the whole solution, and n = 576 1.0 in place of 2.5, of 31.
+    """
+    vector = previous = _random(gram, 1, seed)
+    diagonal, below = [], []
+    for _ in range(min(NORM_STEPS, gram.size)):
+        following = gram.apply(vector)
+        if below:
+            following -= previous * below[-1]
+        diagonal.append((vector * following).sum(-2, keepdim=True))
+        following -= vector * diagonal[-1]
+        below.append(torch.linalg.vector_norm(following, dim=-2, keepdim=True))
+        # An exhausted space goes on with rounding noise, or, where there is none, with zero.
+        previous, vector = vector, following / below[-1].clamp_min(torch.finfo(torch.float64).tiny)
+    diagonal, below = (torch.cat(values, -1).squeeze(-2).cpu() for values in (diagonal, below))
+    projected = torch.diag_embed(diagonal) + torch.diag_embed(below[..., :-1], offset=-1)
+    return torch.linalg.eigvalsh(projected)[..., -1].clamp_min(0)
+
+
 def bounds(gram, seed: int, steps: int = LANCZOS_STEPS) -> Bounds:
     """‖C‖ and shifts just below the smallest eigenvalue, from two lengths of one Lanczos run."""
     steps = min(steps, gram.size)
-    least = move = norm = None
+    least = move = largest = None
 
     def look(_, projected: torch.Tensor) -> int:
         """The number of further steps, 0 to stop: at the last one, and where the spectrum begins at zero."""
-        nonlocal least, move, norm
+        nonlocal least, move, largest
         projected = projected.cpu()
         taken = projected.shape[-1]
         values = torch.linalg.eigvalsh(projected)
         half = torch.linalg.eigvalsh(projected[..., : (taken + 1) // 2, : (taken + 1) // 2])
-        least, norm = values[..., 0], values[..., -1].clamp_min(0)
+        least, largest = values[..., 0], values[..., -1].clamp_min(0)
         move = half[..., 0] - least
         # Ritz values come down to the edge as 1/steps²: a third of the last move is still to go.
         return 0 if (least - move / 3 < 0.25 * least).all() else steps - taken
 
     _extended(gram, gram.apply, _random(gram, 1, seed), steps, min(NORM_STEPS, steps), look)
-    floor = resolution(gram.size, norm)
+    floor = resolution(gram.size, largest)
     candidates = (least - 0.6 * move, least - 2 * move, torch.zeros_like(least))
-    return Bounds(norm, tuple(torch.where(c > 16 * floor, c, -floor) for c in candidates))
+    return Bounds(largest, tuple(torch.where(c > 16 * floor, c, -floor) for c in candidates))
 
 
 def resolution(size: int, norm):

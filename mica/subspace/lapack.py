@@ -11,6 +11,7 @@ only read is copied if it is not; what is written must be. Sizes are not checked
 from __future__ import annotations
 
 import ctypes
+import functools
 import sys
 
 import numpy as np
@@ -51,10 +52,13 @@ _dsyevr = _routine(cython_lapack, "dsyevr", 21)
 _dsyevd = _routine(cython_lapack, "dsyevd", 11)
 
 
+# Arguments that are only read, made once: a routine takes ten of them, and small matrices some 60 routines.
+@functools.lru_cache(1024)
 def _int(value: int):
     return ctypes.byref(_Integer(value))
 
 
+@functools.lru_cache(64)
 def _double(value: float):
     return ctypes.byref(ctypes.c_double(value))
 

@@ -11,8 +11,9 @@ from typing import NamedTuple
 import torch
 
 from mica.subspace import workers
-from mica.subspace.cache import SubspaceCache, fingerprint
+from mica.subspace.cache import SubspaceCache
 from mica.subspace.device import MEMORY_AT_LEAST, batch_size, is_on_host
+from mica.subspace.fingerprint import fingerprint
 from mica.subspace.result import MinorSubspace
 from mica.subspace.solver import solve_each
 

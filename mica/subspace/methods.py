@@ -8,7 +8,7 @@ import torch
 
 from mica.subspace import krylov
 from mica.subspace.candidate import Candidate, Problem, candidate
-from mica.subspace.host import one_pool
+from mica.subspace.threads import one_pool
 
 # Up to this n = min(out_features, in_features) LAPACK's partial eigensolver is as fast on the CPU as Krylov
 # subspaces, or faster (16 vectors, one thread, the whole solution: 150 real weights with n = 576 take 4.7

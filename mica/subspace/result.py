@@ -27,7 +27,8 @@ class MinorSubspace:
     energy_excess: the upper bound on (‖weightᵀ basis‖² − Σσ²) / max(Σσ², rank · resolution); proven where
         ``certified``.
     resolution: 4 √min(out_features, in_features) · ε₆₄ · ‖weight‖², the difference of two squared singular
-        values below which fp64 cannot tell them apart.
+        values below which fp64 cannot tell them apart. Of an fp64 weight whose squares leave fp64's range,
+        the end of that range: positive and finite.
     null_count: columns of the basis that a tall weight does not determine, because their singular values are
         numerically null; they are an arbitrary orthonormal completion.
 

@@ -10,9 +10,10 @@ import torch
 from mica.subspace.candidate import judged, problem
 from mica.subspace.device import batch_size, is_on_host, solve_batch
 from mica.subspace.gram import extremes
-from mica.subspace.host import HostGram, one_pool
+from mica.subspace.host import HostGram
 from mica.subspace.methods import BY, METHODS, chain
 from mica.subspace.result import MinorSubspace
+from mica.subspace.threads import one_pool
 
 SUPPORTED_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
@@ -190,9 +191,18 @@ def _solve_on_host(weight: torch.Tensor, rank: int, method: str, strict: bool, s
         method=name,
         certified=bool(judgement.certified),
         energy_excess=judgement.energy_excess.item(),
-        resolution=state.resolution.item() / scale / scale,
+        resolution=_unscaled(state.resolution.item(), scale),
         null_count=found.null_count,
     )
+
+
+def _unscaled(resolution: float, scale: float) -> float:
+    """``resolution`` / scale², within the range of fp64, which it leaves for weights beyond 1e±154."""
+    unscaled = resolution / scale / scale
+    if resolution == 0 or scale == 1:
+        return unscaled
+    limits = torch.finfo(torch.float64)
+    return min(max(unscaled, limits.tiny), limits.max)
 
 
 def _assembled(results: list[MinorSubspace], weight: torch.Tensor) -> MinorSubspace:

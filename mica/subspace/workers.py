@@ -13,7 +13,8 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from typing import TypeVar
 
 import torch
-from threadpoolctl import threadpool_limits
+
+from mica.subspace.threads import blas_threads, set_torch_threads
 
 Item = TypeVar("Item")
 
@@ -41,9 +42,8 @@ def run(
     workers = min(torch.get_num_threads(), len(parallel), MOST_WORKERS)
     if workers > 1:
         with (
-            threadpool_limits(1, user_api="blas"),
-            # at::set_num_threads is per thread, so the initialiser binds the workers alone
-            ThreadPoolExecutor(workers, "mica-subspace", torch.set_num_threads, (1,)) as pool,
+            blas_threads(1),
+            ThreadPoolExecutor(workers, "mica-subspace", set_torch_threads, (1,)) as pool,
         ):
             futures = {pool.submit(function, item): item for item in parallel}
             try:

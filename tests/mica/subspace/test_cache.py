@@ -1,5 +1,7 @@
 import dataclasses
+import logging
 import math
+import warnings
 
 import pytest
 import torch
@@ -8,7 +10,8 @@ from subspaces import same, solved
 
 from mica import minor_subspace
 from mica.subspace import cache as cache_module
-from mica.subspace.cache import SubspaceCache, default_cache, fingerprint
+from mica.subspace.cache import SubspaceCache, default_cache
+from mica.subspace.fingerprint import fingerprint
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
@@ -78,22 +81,26 @@ def test_a_key_computed_once_is_enough(cache, weight, monkeypatch):
 # Ranks
 
 
-@pytest.mark.parametrize("shape", [(24, 30), (30, 24), (40, 64)])
-def test_smaller_ranks_take_the_last_columns_and_are_certified(cache, shape):
+@pytest.mark.parametrize("shape", [(150, 170), (40, 64)])
+def test_what_is_stored_for_one_rank_answers_no_other(cache, shape):
+    """The last columns of a larger rank's basis span the subspace too, but their bits are others."""
     weight = torch.randn(shape)
-    whole = solved(weight, 8)
-    cache.put(weight, whole)
-    for rank in range(1, 8):
-        found = cache.get(weight, rank)
-        assert torch.equal(found.basis, whole.basis[:, -rank:])
-        assert torch.equal(found.singular_values, whole.singular_values[-rank:])
-        assert found.basis.is_contiguous()
-        assert (found.method, found.certified, found.resolution) == ("svd", True, whole.resolution)
-        actual = solved(weight, rank).energy_excess
-        assert actual <= found.energy_excess + 1e-12
-        assert found.energy_excess <= 1e-5
-    for rank in (0, -1, 9, 1000):
+    results = {rank: minor_subspace(weight, rank) for rank in (4, 8)}
+    cache.put(weight, results[8])
+    for rank in (4, 0, -1, 9, 1000):
         assert cache.get(weight, rank) is None
+    cache.put(weight, results[4])
+    for rank, result in results.items():
+        assert same(cache.get(weight, rank), result)
+        assert same(cache.get(weight, rank), minor_subspace(weight, rank))
+
+
+def test_a_result_replaces_the_one_of_its_rank(cache, weight):
+    cache.put(weight, solved(weight, 4))
+    newer = solved(weight, 4, method="gram")
+    cache.put(weight, newer)
+    assert same(cache.get(weight, 4), newer)
+    only_file(cache.folder)
 
 
 def graded(*values):
@@ -103,54 +110,85 @@ def graded(*values):
     return weight
 
 
-def test_a_smaller_rank_must_be_certified_by_the_whole_excess(cache):
-    weight = graded(9.0, 8.0, 1.0, 0.1)
-    # Absolute: 5e-8 · (64 + 1 + 0.01) = 3.3e-6. That is 3.2e-6 of the two smallest, 3.3e-4 of the smallest.
-    cache.put(weight, solved(weight, 3, energy_excess=5e-8))
-    assert cache.get(weight, 3).energy_excess == 5e-8
-    assert cache.get(weight, 2).energy_excess == pytest.approx(5e-8 * 65.01 / 1.01, rel=1e-4)
-    assert cache.get(weight, 1) is None
-
-
-def test_norms_of_dropped_columns_count(cache):
-    """Columns that rounding has shortened hide an excess of the others."""
-    weight = graded(9.0, 8.0, 1.0)
-    subspace = solved(weight, 2, energy_excess=0.0)
-    shortened = subspace.basis.clone()
-    shortened[:, 0] *= 1 - 1e-6  # of its energy of 64, 1.3e-4 is missing
-    cache.put(weight, dataclasses.replace(subspace, basis=shortened))
-    assert cache.get(weight, 2).energy_excess == 0.0
-    assert cache.get(weight, 1) is None
-
-
 def test_singular_values_below_the_resolution_are_served(cache):
-    weight = graded(9.0, 8.0, 0.0, 0.0)
-    resolution = solved(weight, 3).resolution
-    cache.put(weight, solved(weight, 2, energy_excess=0.3))  # times 2 resolutions
-    assert cache.get(weight, 1).energy_excess == pytest.approx(0.6)
-    cache.put(weight, solved(weight, 3, energy_excess=2 * resolution / 64))
-    assert cache.get(weight, 1) is None  # two resolutions, one is allowed
-    assert cache.get(torch.zeros(3, 5), 1) is None
-    cache.put(torch.zeros(3, 5), solved(torch.zeros(3, 5), 2))
-    assert cache.get(torch.zeros(3, 5), 1).energy_excess == 0.0
-    assert cache.get(torch.zeros(3, 5), 0) is None
+    for weight in (graded(9.0, 8.0, 0.0, 0.0), graded(1.0, 1e-9, 1e-10, 1e-12), torch.zeros(3, 5)):
+        assert cache.get(weight, 2) is None
+        subspace = solved(weight, 2)
+        cache.put(weight, subspace)
+        assert same(cache.get(weight, 2), subspace)
 
 
-def test_a_larger_rank_is_missed_and_replaces(cache, weight):
-    small, large = solved(weight, 3), solved(weight, 6)
-    cache.put(weight, small)
-    assert cache.get(weight, 6) is None
-    cache.put(weight, large)
-    assert same(cache.get(weight, 6), large)
-    only_file(cache.folder)
+# What is read is checked against the weight
 
 
-@pytest.mark.parametrize("rank", [3, 6])
-def test_no_larger_a_rank_leaves_the_file_alone(cache, weight, rank):
-    large = solved(weight, 6)
-    cache.put(weight, large)
-    cache.put(weight, solved(weight, rank, method="gram"))
-    assert same(cache.get(weight, 6), large)
+def forged(cache, weight, **changes):
+    """What is read after this was written with a checksum that fits."""
+    subspace = dataclasses.replace(minor_subspace(weight, 4), **changes)
+    key = fingerprint(weight)
+    cache.put(weight, minor_subspace(weight, 4))
+    only_file(cache.folder).write_bytes(cache_module._encoded(key, subspace))
+    return cache.get(weight, 4)
+
+
+def rotated(basis):
+    return torch.linalg.qr(basis @ torch.randn(4, 4))[0]
+
+
+@pytest.mark.parametrize("shape", [(24, 30), (30, 24)])
+@pytest.mark.parametrize(
+    ("what", "change"),
+    [
+        ("not orthonormal", lambda basis, values: {"basis": torch.full_like(basis, torch.nan)}),
+        ("not orthonormal", lambda basis, values: {"basis": torch.zeros_like(basis)}),
+        ("not orthonormal", lambda basis, values: {"basis": basis * (1 + 1e-5)}),
+        ("not the weight's", lambda basis, values: {"basis": torch.linalg.qr(torch.randn_like(basis))[0]}),
+        ("not the weight's", lambda basis, values: {"basis": rotated(basis)}),
+        ("not the weight's", lambda basis, values: {"basis": basis.flip(1)}),
+        ("not the weight's", lambda basis, values: {"singular_values": values * (1 + 1e-3)}),
+        ("numbers are not", lambda basis, values: {"singular_values": values * torch.nan}),
+        ("not in descending", lambda basis, values: {"singular_values": values.flip(0)}),
+        ("not the weight's", lambda basis, values: {"resolution": 1e3, "singular_values": 0 * values}),
+        ("numbers are not", lambda basis, values: {"resolution": math.inf}),
+        ("numbers are not", lambda basis, values: {"energy_excess": math.nan}),
+    ],
+)
+def test_a_checksum_that_fits_is_not_enough(cache, shape, what, change, caplog):
+    weight = torch.randn(shape)
+    result = minor_subspace(weight, 4)
+    with caplog.at_level(logging.WARNING, "mica"):
+        assert forged(cache, weight, **change(result.basis, result.singular_values)) is None
+    (record,) = caplog.records
+    assert what in record.getMessage()
+    cache.put(weight, result)
+    assert same(cache.get(weight, 4), result)
+
+
+@pytest.mark.parametrize("name", ["gaussian", "graded", "tail", "low rank", "flat"])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_what_the_solver_certifies_passes(cache, dtype, name, caplog):
+    kept = 0
+    for shape in ((64, 80), (80, 64), (140, 200), (200, 140)):
+        left, right = torch.linalg.qr(torch.randn(shape[0], shape[0]))[0], torch.randn(*shape)
+        size = min(shape)
+        values = {
+            "gaussian": torch.ones(size),
+            "graded": torch.logspace(0, -7, size),
+            "tail": torch.cat([torch.ones(size - 20), torch.full((20,), 1e-6)]),
+            "low rank": torch.cat([torch.ones(5), torch.zeros(size - 5)]),
+            "flat": torch.linspace(1, 0.999, size),
+        }[name]
+        right = torch.linalg.svd(right, full_matrices=False)
+        weight = (right.U * values) @ right.Vh if name != "gaussian" else left @ torch.randn(shape)
+        weight = (weight * 3).to(dtype)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # null directions
+            result = minor_subspace(weight, 8)
+        cache.put(weight, result)
+        if result.certified and not result.null_count:
+            kept += 1
+            assert same(cache.get(weight, 8), result)
+    assert kept
+    assert not caplog.records
 
 
 # What is not worth keeping
@@ -164,6 +202,7 @@ def test_no_larger_a_rank_leaves_the_file_alone(cache, weight, rank):
         {"energy_excess": math.nan},
         {"energy_excess": math.inf},
         {"resolution": math.inf},
+        {"resolution": torch.finfo(torch.float64).tiny},  # of an fp64 weight whose squares are zero
         {"singular_values": torch.tensor([3.0, 2.0, 1.0])},
         {"basis": torch.eye(25, 4)},
         {"basis": torch.eye(24, 4).double()},
@@ -191,7 +230,6 @@ def test_results_of_the_solver(cache, shape):
     subspace = minor_subspace(weight, 8)
     cache.put(weight, subspace)
     assert same(cache.get(weight, 8), subspace)
-    assert cache.get(weight, 4).certified
 
 
 # The environment
@@ -224,3 +262,33 @@ def test_a_folder_of_ones_own_read_at_call_time(monkeypatch, tmp_path, weight):
         assert folder.is_dir()
     monkeypatch.setenv("MICA_CACHE", "~nobody-of-that-name/d")
     assert default_cache().get(weight, 2) is None
+
+
+@pytest.mark.parametrize(
+    ("setting", "size"),
+    [
+        (None, 10 << 30),
+        ("", 10 << 30),
+        ("0", 0),
+        ("12345", 12345),
+        (" 500 MB ", 500_000_000),
+        ("1.5gib", 3 << 29),
+        ("2G", 2 * 10**9),
+        ("1KiB", 1024),
+    ],
+)
+def test_its_size(monkeypatch, tmp_path, setting, size):
+    monkeypatch.setenv("MICA_CACHE", str(tmp_path))
+    if setting is not None:
+        monkeypatch.setenv("MICA_CACHE_SIZE", setting)
+    assert default_cache().size == size
+
+
+@pytest.mark.parametrize("setting", ["much", "-1", "1 PB", "1e9", "GB"])
+def test_a_size_that_is_none(monkeypatch, tmp_path, setting):
+    monkeypatch.setenv("MICA_CACHE", str(tmp_path))
+    monkeypatch.setenv("MICA_CACHE_SIZE", setting)
+    with pytest.raises(ValueError, match=f"^MICA_CACHE_SIZE must be a number of bytes.*{setting}"):
+        default_cache()
+    monkeypatch.setenv("MICA_CACHE", "0")
+    assert default_cache() is None

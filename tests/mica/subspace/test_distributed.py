@@ -114,17 +114,72 @@ def test_nobody_waits_for_a_process_without_weights():
     assert sorted(own + theirs) == sorted(SHAPES)
 
 
-def _one_comes_too_late(rank):
+def _meet_again(calls):
+    """What each of ``calls`` gives, and then what a joint call gives, and how long it takes."""
+    patience = distributed.PATIENCE
     distributed.PATIENCE = timedelta(seconds=0.5)
+    found = [call() for call in calls]
+    dist.barrier()
+    distributed.PATIENCE = patience
+    start = time.perf_counter()
+    return found, solve(make_tasks()), time.perf_counter() - start
+
+
+def assert_met(results):
+    owns = [own for _, (_, own), _ in results]
+    assert all(owns)
+    assert sorted(shape for own in owns for shape in own) == sorted(SHAPES)
+    for _, (bases, _), seconds in results:
+        assert_same(bases, alone(make_tasks()))
+        assert seconds < distributed.PATIENCE.total_seconds() / 2
+
+
+def _some_have_called_alone(rank, calls):
+    return _meet_again([lambda: solve(make_tasks())] * calls[rank])
+
+
+def test_processes_that_have_called_alone_meet_again():
+    calls = (2, 0, 1)
+    results = gloo.run(_some_have_called_alone, calls, count=len(calls))
+    assert_met(results)
+    for (found, _, _), count in zip(results, calls, strict=True):
+        assert len(found) == count
+        assert all(len(own) == len(SHAPES) for _, own in found)
+
+
+def _one_comes_too_late(rank):
     if rank:
         time.sleep(1.5)
-    return solve(make_tasks())
+    return _meet_again([lambda: solve(make_tasks())])
 
 
 def test_one_that_comes_too_late_goes_alone_too():
-    for bases, own in gloo.run(_one_comes_too_late):
+    results = gloo.run(_one_comes_too_late)
+    for ((bases, own),), _, _ in results:
         assert_same(bases, alone(make_tasks()))
         assert len(own) == len(SHAPES)
+    assert_met(results)
+
+
+def _one_declines_after_another_called_alone(rank):
+    """The declined meeting is not the one that was missed."""
+    distributed.PATIENCE = timedelta(seconds=0.5)
+    if not rank:
+        solve(make_tasks())
+    dist.barrier()
+    distributed.PATIENCE = timedelta(seconds=60)
+    start = time.perf_counter()
+    if rank:
+        distributed.decline(make_tasks())
+    dist.barrier()
+    return None if rank else len(solve(make_tasks())[1]), time.perf_counter() - start, solve(make_tasks())[1]
+
+
+def test_declining_works_after_a_call_alone():
+    (own, seconds, mine), (_, _, theirs) = gloo.run(_one_declines_after_another_called_alone)
+    assert own == len(SHAPES)
+    assert seconds < 20
+    assert sorted(mine + theirs) == sorted(SHAPES)
 
 
 def _different_models(rank):

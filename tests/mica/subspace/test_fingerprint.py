@@ -1,11 +1,13 @@
-"""Of the cache: the key of a weight."""
+"""The key of a weight."""
 
+import numpy as np
 import pytest
 import torch
 from subspaces import same, solved
 
-from mica.subspace import cache as cache_module
-from mica.subspace.cache import SubspaceCache, fingerprint
+from mica.subspace import fingerprint as fingerprint_module
+from mica.subspace.cache import SubspaceCache
+from mica.subspace.fingerprint import fingerprint
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
@@ -37,7 +39,6 @@ def test_any_flipped_bit_changes_the_key(dtype, transposed):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_two_turned_signs_change_the_key(dtype):
-    """Topmost bits of 64-bit words: a plain sum of multiples of the words does not see two of them."""
     weight = torch.randn(2, 24).to(dtype)
     keys = {fingerprint(weight)}
     for i in range(24):
@@ -79,7 +80,6 @@ def test_order_shape_and_dtype_are_in_the_key(dtype):
 
 
 def test_zeros_at_the_end_of_a_row_are_content():
-    """A row's last word is filled up with zeros."""
     assert len({fingerprint(torch.zeros(2, columns).half()) for columns in range(1, 10)}) == 9
 
 
@@ -133,21 +133,73 @@ def test_expanded_and_flipped_weights_have_keys():
     assert fingerprint(row.T.expand(6, 4)) == fingerprint(row.T.expand(6, 4).contiguous())
 
 
+def linear_digest(words):
+    """(digest, forged): Σ b_j mix(a_j x_j) mod 2^64 of a row x of int64, with mix(y) = y xor (y >> 32) and
+
+    known a, b; and a function that gives a row the wanted one by changing its last word.
+    """
+
+    def numbers(count, seed):
+        state = (np.arange(count, dtype=np.uint64) + np.uint64(seed << 40)) * np.uint64(0x9E3779B97F4A7C15)
+        state = (state ^ (state >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+        state = (state ^ (state >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+        return (state ^ (state >> np.uint64(31))) | np.uint64(1)
+
+    first, second = (numbers(words, seed) for seed in (1, 2))
+
+    def digest(row):
+        product = row.numpy()[0].view(np.uint64) * first
+        return ((product ^ (product >> np.uint64(32))) * second).sum()
+
+    def forged(row, wanted):
+        row = row.clone()
+        row[0, -1] = 0
+        rest = (int(wanted) - int(digest(row))) * pow(int(second[-1]), -1, 2**64) % 2**64
+        word = (rest ^ (rest >> 32)) * pow(int(first[-1]), -1, 2**64) % 2**64
+        row[0, -1] = torch.from_numpy(np.array([word], dtype=np.uint64).view(np.int64))[0]
+        assert digest(row) == wanted
+        return row
+
+    return digest, forged
+
+
+def test_a_weight_cannot_be_made_to_have_another_one_s_key():
+    """As it could when rows had digests that are linear in known constants."""
+    weight, other = torch.randn(1, 48), torch.randn(1, 48)
+    digest, forged = linear_digest(24)
+    twin = forged(other.view(torch.int64), digest(weight.view(torch.int64))).view(torch.float32)
+    assert not torch.equal(twin, weight)
+    assert fingerprint(twin) != fingerprint(weight)
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_blocks_do_not_show(monkeypatch, dtype):
+def test_threads_do_not_show(monkeypatch, dtype):
+    monkeypatch.setattr(fingerprint_module, "CHUNK_BYTES", 1000)
     weights = [torch.randn(50, 33).to(dtype), torch.randn(33, 52).to(dtype).T, torch.randn(2, 3000).to(dtype)]
     keys = [fingerprint(weight) for weight in weights]
-    for size in (1, 1000, 5000):
-        monkeypatch.setattr(cache_module, "_CPU_BUFFER", size)
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(4)
         assert [fingerprint(weight) for weight in weights] == keys
+        assert torch.get_num_threads() == 4
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_rows_cannot_move_from_one_block_to_another(monkeypatch):
+    monkeypatch.setattr(fingerprint_module, "CHUNK_BYTES", 100)
+    weight = torch.randn(20, 10)
+    swapped = torch.cat([weight[2:4], weight[:2], weight[4:]])
+    assert len({fingerprint(weight), fingerprint(swapped), fingerprint(weight.roll(1, 0))}) == 3
 
 
 def test_the_key_is_the_same_in_every_process_and_release():
-    """A change here is a change of the key: raise VERSION."""
+    """A change here is a change of the key: raise ``cache.VERSION``."""
     weight = torch.arange(35, dtype=torch.float32).view(5, 7)
-    assert cache_module.VERSION == 1
-    assert fingerprint(weight) == "ef4399557f5048b066389ed96d329ced17c5fac6"
-    assert fingerprint(weight.T.bfloat16()) == "07118f79a0be9289de2638bb99f1d5276773ab09"
+    assert [fingerprint(weight), fingerprint(weight.T.bfloat16())] == [
+        "d64aa2a156b765f6434cf0fd4d82be86ae306448119e4befa2b0185fb0227316",
+        "58fc0b5e58e7ebd449258402768afa8f80fc70302d1ff35e8dfa3fe627bc03c1",
+    ]
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")

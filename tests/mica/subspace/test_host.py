@@ -6,12 +6,11 @@ import numpy as np
 import pytest
 import torch
 from spectra import weight
-from threadpoolctl import threadpool_info
 from tolerances import error
 
 from mica.subspace import gram as products
 from mica.subspace import host
-from mica.subspace.host import HostGram, one_pool, partial_eigenvectors
+from mica.subspace.host import HostGram, partial_eigenvectors
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 LAYOUTS = ["rows", "columns", "strided"]
@@ -223,37 +222,3 @@ def test_partial_eigenvectors_fall_back_to_all(monkeypatch):
     assert asked == [3]
     values = torch.linalg.eigvalsh(dense)[:3]
     assert error(dense @ vectors, vectors * values) <= 1e-12
-
-
-def pools() -> dict[str, int]:
-    return {pool["filepath"]: pool["num_threads"] for pool in threadpool_info() if pool["user_api"] == "blas"}
-
-
-@pytest.mark.parametrize("count", [1, 2])
-def test_one_pool_holds_all_threads_and_gives_them_back(count):
-    torch.set_num_threads(count)
-    before = pools()
-    assert before
-
-    @one_pool()
-    def inside(depth: int) -> None:
-        assert torch.get_num_threads() == 1
-        if depth:
-            inside(depth - 1)
-            assert torch.get_num_threads() == 1
-        else:
-            raise KeyError
-
-    with one_pool():
-        assert torch.get_num_threads() == 1
-        assert set(pools().values()) == {count}
-        with one_pool():
-            assert torch.get_num_threads() == 1
-            assert set(pools().values()) == {count}
-        assert torch.get_num_threads() == 1
-        assert set(pools().values()) == {count}
-    for depth in range(3):
-        with pytest.raises(KeyError):
-            inside(depth)
-        assert torch.get_num_threads() == count
-        assert pools() == before

@@ -33,6 +33,7 @@ def test_bounds(name, shape, steps):
     limits = krylov.bounds(gram, 0, steps)
     norm = values[-1]
     assert 0.75 * norm <= limits.norm <= (1 + 1e-12) * norm
+    assert 0.75 * norm <= krylov.norm(gram, 0) <= (1 + 1e-12) * norm
     floor = krylov.resolution(gram.size, limits.norm)
     assert len(limits.shifts) == 3
     assert all(shift == -floor or shift > 16 * floor for shift in limits.shifts)
@@ -108,9 +109,18 @@ def test_a_basis_is_orthonormal_where_the_space_is_exhausted(kind, columns, fill
         assert error(projected.tril(), expected.tril()) <= 1e-13
         norm = torch.linalg.matrix_norm(exact, 2).item()
         assert torch.linalg.eigvalsh(projected)[-1].item() == pytest.approx(norm, rel=1e-9)
-    found = krylov.bounds(gram, 0).norm.item()
     exhausted = columns < krylov.NORM_STEPS
-    assert (1 - 1e-9 if exhausted else 0.75) * norm <= found <= (1 + 1e-9) * norm
+    for found in (krylov.bounds(gram, 0).norm.item(), krylov.norm(gram, 0).item()):
+        assert (1 - 1e-9 if exhausted else 0.75) * norm <= found <= (1 + 1e-9) * norm
+
+
+def test_the_norm_of_each_of_a_batch_and_of_zero():
+    weights = torch.stack([weight("gaussian", 60, 40), weight("rank 5", 60, 40), torch.zeros(60, 40)])
+    found = krylov.norm(BatchGram(weights), 0)
+    assert found.shape == (3,)
+    assert found[2] == 0
+    for matrix, batched in zip(weights, found, strict=True):
+        assert krylov.norm(HostGram(matrix), 0).item() == pytest.approx(batched.item(), rel=1e-9)
 
 
 def test_a_basis_holds_the_powers():

@@ -5,7 +5,8 @@ import torch
 
 from mica import minor_subspace
 from mica.subspace import device, many, workers
-from mica.subspace.cache import SubspaceCache, fingerprint
+from mica.subspace.cache import SubspaceCache
+from mica.subspace.fingerprint import fingerprint
 from mica.subspace.many import Task, cost, solve_many
 
 SHAPES = [(40, 30), (30, 40), (40, 30), (64, 64), (200, 20), (40, 30)]

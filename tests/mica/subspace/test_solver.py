@@ -104,8 +104,14 @@ def test_fp64_weights_whose_squares_leave_the_range(exponent, shape):
     assert scaled.method == plain.method
     torch.testing.assert_close(scaled.basis, plain.basis, rtol=0, atol=1e-12)
     torch.testing.assert_close(scaled.singular_values * 2.0**-exponent, plain.singular_values)
-    expected = plain.resolution * 2.0**exponent * 2.0**exponent  # zero and infinite beyond fp64
-    assert scaled.resolution == pytest.approx(expected, rel=1e-9)
+    assert scaled.energy_excess == pytest.approx(plain.energy_excess, rel=1e-6, abs=1e-12)
+    limits = torch.finfo(torch.float64)
+    expected = plain.resolution * 2.0**exponent * 2.0**exponent
+    assert scaled.resolution == pytest.approx(min(max(expected, limits.tiny), limits.max), rel=1e-9)
+
+
+def test_a_zero_weight_resolves_everything():
+    assert solve(torch.zeros(40, 60, dtype=torch.float64), RANK).resolution == 0
 
 
 @pytest.mark.parametrize("shape", [(120, 40), (40, 120), (60, 60), (140, 200)], ids=str)

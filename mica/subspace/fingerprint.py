@@ -1,0 +1,70 @@
+"""A weight's content as a key: two weights of one key are as hard to find as a collision of BLAKE2b."""
+
+from __future__ import annotations
+
+import hashlib
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import torch
+
+from mica.subspace.threads import set_torch_threads
+
+_BITS = {
+    torch.float64: torch.int64,
+    torch.float32: torch.int32,
+    torch.bfloat16: torch.int16,
+    torch.float16: torch.int16,
+}
+
+# Of whole rows, hashed on their own, so that several threads can; of another length another key comes out.
+CHUNK_BYTES = 1 << 20
+
+_DIGEST_BYTES = 32
+
+
+def is_weight(weight: torch.Tensor) -> bool:
+    """Whether it can have a key: a non-empty matrix of fp64, fp32, bf16 or fp16 that holds data."""
+    return weight.ndim == 2 and weight.numel() > 0 and weight.dtype in _BITS and weight.device.type != "meta"
+
+
+@torch.no_grad()
+def fingerprint(weight: torch.Tensor) -> str:
+    """64 hexadecimal digits for the bits of ``weight`` (out_features, in_features), its shape and dtype.
+
+    A hash of the hashes of blocks of rows of 1 MiB, by as many threads as PyTorch has; the temporary memory
+    is one such block a thread. The same on every device, from which the weight is copied block by block. It
+    goes along the memory, so that a column-major weight (an embedding's ``weight.T``) differs from its
+    row-major copy; otherwise strides, offset and padding are of no account.
+
+    Bits are bits: 0.0 and -0.0 differ, and so do NaNs of different payloads. With one thread of an EPYC:
+    0.85 GB/s for fp32 and bf16 and for the transposed view of an embedding; 4096 x 4096 in fp32 takes 80 ms,
+    its solution 3200 ms.
+
+    Raises:
+        ValueError: weight is not a non-empty 2-D tensor of fp64, fp32, bf16 or fp16 that holds data.
+    """
+    if not is_weight(weight):
+        raise ValueError(
+            "weight must be a non-empty 2-D tensor of dtype float64, float32, bfloat16 or float16, but got "
+            f"{weight.dtype} of shape {tuple(weight.shape)} on {weight.device}."
+        )
+    column_major = not weight.is_contiguous() and weight.stride(0) < weight.stride(1)
+    bits = weight.detach().view(_BITS[weight.dtype])
+    rows = bits.T if column_major else bits
+    blocks = rows.split(max(1, CHUNK_BYTES // (rows.shape[1] * rows.element_size())))
+    threads = min(torch.get_num_threads(), len(blocks))
+    if threads > 1:
+        with ThreadPoolExecutor(threads, "mica-fingerprint", set_torch_threads, (1,)) as pool:
+            digests = list(pool.map(_digest, blocks))
+    else:
+        digests = map(_digest, blocks)
+    what = f"{weight.dtype} {tuple(weight.shape)} {'columns' if column_major else 'rows'}\n"
+    return hashlib.blake2b(
+        what.encode() + b"".join(digests), digest_size=_DIGEST_BYTES, person=b"mica weight"
+    ).hexdigest()
+
+
+def _digest(block: torch.Tensor) -> bytes:
+    content = block.contiguous().cpu().numpy().reshape(-1).view(np.uint8)
+    return hashlib.blake2b(content, digest_size=_DIGEST_BYTES, person=b"mica rows").digest()
