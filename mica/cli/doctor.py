@@ -168,14 +168,16 @@ def _excuse_peft(report: dict) -> None:
 
 
 def _caches(has_triton: bool) -> dict:
-    """The initialisation cache's folder (None: off) and is_writable; tuning_file and tuning_entries."""
-    from mica.subspace.cache import default_cache
+    """The initialisation cache's folder (None: off), is_writable and distrusted (None, or why it is not used);
+    tuning_file and tuning_entries."""
+    from mica.subspace.cache import default_cache, distrusted
 
     cache = default_cache()
-    facts = {"folder": str(cache.folder) if cache else None, "is_writable": None}
+    facts = {"folder": str(cache.folder) if cache else None, "is_writable": None, "distrusted": None}
     if cache:
         there = next(path for path in (cache.folder, *cache.folder.parents) if os.path.exists(path))
         facts["is_writable"] = there.is_dir() and os.access(there, os.W_OK | os.X_OK)
+        facts["distrusted"] = distrusted(cache.folder)
     if has_triton:
         from mica.kernels import tuning
 
@@ -270,6 +272,8 @@ def _lines(report: dict) -> Iterator[tuple[str, str]]:
         yield "  mismatch", mismatch
     caches = report["caches"]
     state = "writable" if caches["is_writable"] else "not writable, so nothing new is kept"
+    if caches["distrusted"]:
+        state = f"not used, because it {caches['distrusted']}"
     yield "cache", f"{caches['folder']}, {state}" if caches["folder"] else "off"
     if "tuning_file" in caches:
         yield "tuning file", f"{caches['tuning_file']}, {caches['tuning_entries']} entries"

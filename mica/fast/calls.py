@@ -89,6 +89,7 @@ def injection(stock):
 def forget() -> None:
     """Nothing is known before the next forward."""
     _forwards.clear()
+    _outside.clear()
 
 
 def counts() -> dict[nn.Module, int]:

@@ -472,3 +472,11 @@ def test_help_needs_no_torch():
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert result.stdout.splitlines()[-1] == "0 []"
     assert "--json" in result.stdout
+
+
+def test_a_cache_that_others_can_write_is_not_called_writable(run, monkeypatch, tmp_path):
+    monkeypatch.setenv("MICA_CACHE", str(tmp_path / "cache"))
+    (tmp_path / "cache").mkdir(mode=0o755)
+    assert said(run()[2], "cache").endswith("cache, writable")
+    (tmp_path / "cache").chmod(0o777)
+    assert said(run()[2], "cache").endswith("not used, because it can be written by others (mode 777)")

@@ -2,22 +2,28 @@ import pytest
 from quantised_models import stub_gptqmodel
 
 import mica.fast
-from mica.fast import grouping
+from mica.fast import calls, grouping
 from mica.subspace import many
+
+
+@pytest.fixture(autouse=True)
+def _nothing_traced(monkeypatch):
+    """Other tests of this process may have compiled a layer."""
+    monkeypatch.setattr(calls, "_is_traced", False)
 
 
 @pytest.fixture
 def solved(monkeypatch):
     """Counts the solver's calls."""
-    calls = []
+    shapes = []
     solver = many.solve_each
 
     def counting(weight, rank, **kwargs):
-        calls.append(tuple(weight.shape))
+        shapes.append(tuple(weight.shape))
         return solver(weight, rank, **kwargs)
 
     monkeypatch.setattr(many, "solve_each", counting)
-    return calls
+    return shapes
 
 
 @pytest.fixture

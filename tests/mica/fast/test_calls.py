@@ -17,12 +17,6 @@ TOKENS = torch.tensor([[1, 2, 3]])
 INDICES = torch.tensor([[1, 5]])
 
 
-@pytest.fixture(autouse=True)
-def _nothing_traced(monkeypatch):
-    """Other tests of this process may have compiled a layer."""
-    monkeypatch.setattr(calls, "_is_traced", False)
-
-
 def called(model) -> dict[str, int | None]:
     return {row.name.rpartition("model.")[2]: row.calls for row in mica.fast.explain(model).rows}
 
