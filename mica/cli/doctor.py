@@ -168,7 +168,7 @@ def _excuse_peft(report: dict) -> None:
 
 
 def _caches(has_triton: bool) -> dict:
-    """The initialisation cache's folder (None: off), is_writable and distrusted (None, or why it is not used);
+    """The initialisation cache's folder (None: off), is_writable, distrusted (why it is not used, or None);
     tuning_file and tuning_entries."""
     from mica.subspace.cache import default_cache, distrusted
 
