@@ -18,7 +18,7 @@ os.environ.setdefault("MICA_TUNE_FILE", "no such folder/tuning.json")
 sys.path.insert(0, str(Path(__file__).resolve().parent / "support"))
 
 import torch
-from fuzz_machine import KINDS, Machine, machine, tally
+from fuzz_machine import KINDS, machine, tally
 from hypothesis import HealthCheck, Phase, seed, settings
 from hypothesis.stateful import run_state_machine_as_test
 

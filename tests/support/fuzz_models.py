@@ -1,4 +1,4 @@
-"""The models that `fuzz_machine` drives: tiny ones of transformers' shapes, and one with what these have not."""
+"""The models of `fuzz_machine`: tiny ones of transformers' shapes, and one with what these have not."""
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -23,9 +23,9 @@ _COMMON = {"vocab_size": VOCABULARY, "initializer_range": 0.3, "attn_implementat
 
 
 class Shared(nn.Module):
-    """Three layers that read one tensor, one that is called twice, one that has two names, an embedding, a Conv1D.
+    """Three layers that read one tensor, one called twice and under two names, an embedding, a Conv1D.
 
-    ``inplace``: what is done with outputs is done in place. ``reentrant``: None, or how a part is checkpointed.
+    ``inplace``: outputs are edited in place. ``reentrant``: None, or how a part is checkpointed.
     """
 
     def __init__(self, inplace: bool = False):

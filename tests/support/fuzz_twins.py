@@ -17,9 +17,10 @@ import copy
 import warnings
 from collections.abc import Callable
 from contextlib import nullcontext
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
+from fuzz_compare import Outcome, attempt, distance, factors, furthest, is_base, layers
 from fuzz_models import KINDS, build, run, tokens
 from peft import LoraConfig, get_peft_model
 from peft.tuners.lora import LoraLayer
@@ -31,58 +32,6 @@ from mica.fast.settings import settings
 
 # Over the relative error of one layer: a model has a few, and gradients go through all of them twice.
 OUTPUTS, GRADIENTS, WEIGHTS = 10, 30, 4
-
-
-class Outcome(NamedTuple):
-    value: Any = None
-    error: Exception | None = None
-
-
-def attempt(action: Callable, model: nn.Module) -> Outcome:
-    try:
-        return Outcome(action(model))
-    except Exception as error:
-        return Outcome(error=error)
-
-
-def layers(model: nn.Module) -> dict[str, LoraLayer]:
-    return {name: module for name, module in model.named_modules() if isinstance(module, LoraLayer)}
-
-
-def factors(layer: LoraLayer, adapter: str) -> tuple[Tensor, Tensor] | None:
-    if adapter in layer.lora_A:
-        return layer.lora_A[adapter].weight, layer.lora_B[adapter].weight
-    if adapter in layer.lora_embedding_A:
-        return layer.lora_embedding_A[adapter], layer.lora_embedding_B[adapter]
-    return None
-
-
-def is_base(name: str) -> bool:
-    return "lora_" not in name
-
-
-def distance(actual: Tensor, expected: Tensor, floor: float = 1e-6) -> float:
-    """Relative Frobenius error; NaN and inf in the same places are equal, elsewhere they are infinitely far."""
-    actual, expected = actual.detach().double(), expected.detach().double()
-    if actual.shape != expected.shape:
-        return float("inf")
-    finite = torch.isfinite(expected)
-    if not torch.equal(finite, torch.isfinite(actual)):
-        return float("inf")
-    difference = (actual - expected)[finite].norm().item()
-    return difference / max(expected[finite].norm().item(), floor)
-
-
-def _furthest(results, exact) -> float:
-    """The largest of the errors of all tensors in a result; gradients count together."""
-    if isinstance(results, Tensor):
-        return distance(results, exact)
-    if isinstance(results, dict):
-        flat, others = ([r.detach().double().flatten() for r in kept.values()] for kept in (results, exact))
-        return distance(torch.cat(flat), torch.cat(others)) if flat else 0.0
-    if isinstance(results, (tuple, list)):
-        return max((_furthest(*pair) for pair in zip(results, exact, strict=True)), default=0.0)
-    return 0.0
 
 
 class Twins:
@@ -127,12 +76,12 @@ class Twins:
         return ours
 
     def _same_by_oracle(self, ours, stock, oracle: Callable[[], Any], **tolerances) -> None:
-        """In 16 bits, and where a softmax is steep, two good results can be far apart: then neither may be much further from that in fp64."""
+        """In 16 bits, and where a softmax is steep, two good results can be far apart: fp64 judges then."""
         try:
             self._same(ours, stock, **tolerances)
         except AssertionError:
             exact = oracle()
-            if _furthest(ours, exact) > 3 * _furthest(stock, exact) + 3 * self.tolerance:
+            if furthest(ours, exact) > 3 * furthest(stock, exact) + 3 * self.tolerance:
                 raise
 
     def _exactly(self, action: Callable[[nn.Module], Any]) -> Any:
@@ -219,7 +168,7 @@ class Twins:
                         other.requires_grad_(mine.requires_grad)
             if is_mica:
                 assert not ours[1].requires_grad, f"{name}: B of {adapter} is trainable"
-        self.remember_B(adapter)
+        self.remember_bases(adapter)
 
     def _has_cast_flags(self, layer: LoraLayer, adapter: str) -> bool:
         """Whether stock's cast to fp32 has made this trainable."""
@@ -235,7 +184,7 @@ class Twins:
         mine, theirs = ((weight.T @ basis.detach().double()).norm() for basis in (ours, stock))
         assert mine <= theirs * (1 + 1e-3) + 1e-5 * weight.norm(), f"{name}: energy {mine}, stock {theirs}"
 
-    def remember_B(self, *adapters: str) -> None:
+    def remember_bases(self, *adapters: str) -> None:
         """What B is from now on, bit for bit."""
         for name, layer in layers(self.ours).items():
             for adapter in adapters or self.adapters:
@@ -371,7 +320,7 @@ class Twins:
             self._check_counts(calls, counted, gradients)
 
     def compare_steps(self, step: Callable[[nn.Module], tuple[Tensor, dict[str, Tensor]]]) -> bool:
-        """Outputs and gradients of one step on both; a gradient counts against the largest. False on errors."""
+        """Outputs and gradients of one step on both; gradients count against the largest. False on errors."""
         ours, stock, exact = {}, {}, {}
 
         def keeping(model):

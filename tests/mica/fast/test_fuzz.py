@@ -1,4 +1,4 @@
-"""Random sequences of actions on a model with the backend and on its twin with stock PEFT (`make fuzz`: longer)."""
+"""Random actions on a model with the backend, and on its twin with stock PEFT (`make fuzz`: for longer)."""
 
 import pytest
 import torch
@@ -22,7 +22,7 @@ VARIANTS = {
 
 
 def drive(name: str, attributes: dict, examples: int, steps: int) -> None:
-    """The same sequences in every run. A failure is printed as it is: shrinking it takes minutes (make fuzz)."""
+    """The same sequences in every run. A failure is not shrunk, which takes minutes: `make fuzz` does."""
     run_state_machine_as_test(
         machine(name, **attributes),
         settings=settings(
