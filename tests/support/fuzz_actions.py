@@ -186,4 +186,4 @@ class Base(RuleBasedStateMachine):
             plain = any(name not in layer.lora_variant for name in layer.merged_adapters)
             plain |= bool(layer.merged_adapters) and not mica.fast.is_enabled()
             self.twins.exact &= not plain
-            self.twins.is_plain |= plain
+            self.twins.is_lost |= plain

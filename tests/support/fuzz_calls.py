@@ -99,9 +99,10 @@ class Calls(Base):
 
     def _trained(self, names):
         if any(is_base(name) for name in names):
-            self.twins.edited |= self.twins.is_merged
-            self.twins.exact &= not self.twins.is_merged
-            self.twins.remember_base()
+            if self.twins.is_merged:
+                self.twins.edited, self.twins.exact, self.twins.is_lost = True, False, True
+            else:
+                self.twins.remember_base()
         if any("_B" in name for name in names):
             self.twins.remember_bases()
             self.edited()

@@ -173,7 +173,7 @@ def build(kind: str, seed: int = 0) -> nn.Module:
 
 def tokens(size: int, length: int, seed: int) -> torch.Tensor:
     generator = torch.Generator().manual_seed(seed)
-    return torch.randint(4, VOCABULARY, (size, length), generator=generator)
+    return torch.randint(0, VOCABULARY, (size, length), generator=generator)
 
 
 def run(model: nn.Module, form: str, ids: torch.Tensor, **kwargs) -> torch.Tensor:

@@ -42,7 +42,9 @@ class Twins:
         self.seed = 0
         self.exact = True  # whether unmerging has to give the very bits
         self.edited = False  # whether a merged adapter has changed since
-        self.is_plain = False  # whether an adapter is merged that is not MiCA's, or by stock
+        self.is_lost = (
+            False  # whether it is not known what unmerging gives: plain LoRA's, or stock's, or trained
+        )
         base = [build(kind).to(dtype) for _ in range(2)]
         self.pristine = build(kind).to(dtype)
         self.ours = get_peft_model(base[0], LoraConfig(**config), "one", autocast_adapter_dtype=cast)
@@ -166,11 +168,12 @@ class Twins:
                     other.copy_(mine)
                     if self._has_cast_flags(layer, adapter):
                         other.requires_grad_(mine.requires_grad)
-            if is_mica:
+            if is_mica and mica.fast.is_enabled():
                 assert not ours[1].requires_grad, f"{name}: B of {adapter} is trainable"
         self.remember_bases(adapter)
 
-    def _has_cast_flags(self, layer: LoraLayer, adapter: str) -> bool:
+    @staticmethod
+    def _has_cast_flags(layer: LoraLayer, adapter: str) -> bool:
         """Whether stock's cast to fp32 has made this trainable."""
         weight = layer.get_base_layer().weight
         return adapter in layer.lora_embedding_A and weight.dtype != layer.lora_embedding_A[adapter].dtype
@@ -225,14 +228,12 @@ class Twins:
             for name, before in self.base.items():
                 weight = self.ours.get_parameter(name)
                 assert torch.equal(weight, before), f"{name}: not the weight from before merging"
-        elif self.base and not (
-            self.is_plain and self.edited
-        ):  # plain LoRA is unmerged by its present values
+        elif self.base and not (self.is_lost and self.edited):  # plain LoRA is unmerged by its present values
             for name, before in self.base.items():
                 self._same(
                     self.ours.get_parameter(name).detach(), before.to(self.ours.get_parameter(name)), name
                 )
-        self.exact, self.edited, self.is_plain = True, False, False
+        self.exact, self.edited, self.is_lost = True, False, False
         self.remember_base()
 
     def synchronise(self) -> None:
