@@ -100,7 +100,8 @@ class Files(Base):
                 fresh, folder, "one", low_cpu_mem_usage=lean, is_trainable=trainable
             )
 
-        self.twins.replace(loaded)
+        if not self.twins.replace(loaded):
+            return False
         self._renewed()
         self._compare_factors("one")
         self.twins.adopt("one", self.twins.ours.peft_config["one"].init_lora_weights == "mica", 0, False)
@@ -152,11 +153,9 @@ class Files(Base):
         if way == "state_dict":
             self.twins.each(lambda model: model.load_state_dict(copy.deepcopy(model.state_dict())) and None)
             return True
-        if way == "pickle" and self.checkpointing is not None:
-            return False  # transformers' own hook cannot be pickled
-        self.twins.replace(copy.deepcopy if way == "deepcopy" else _through_a_file)
+        done = self.twins.replace(copy.deepcopy if way == "deepcopy" else _through_a_file)
         self.hooks = [_Handle(model, key) for model, key in self._hooked()]
-        return True
+        return done
 
     def _hooked(self):
         for model in (self.twins.ours, self.twins.stock):

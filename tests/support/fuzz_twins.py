@@ -96,14 +96,13 @@ class Twins:
         finally:
             self.autocast = autocast
 
-    def replace(self, action: Callable[[nn.Module], nn.Module]) -> None:
-        """Go on with what the action makes of each."""
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            ours = action(self.ours)
-            with mica.fast.disabled():
-                stock = action(self.stock)
-        self.ours, self.stock = ours, stock
+    def replace(self, action: Callable[[nn.Module], nn.Module]) -> bool:
+        """Go on with what the action makes of each; False where it can be made of neither."""
+        made = {}
+        outcome = self.each(lambda model: made.update({model is self.ours: action(model)}))
+        if outcome.error is None:
+            self.ours, self.stock = made[True], made[False]
+        return outcome.error is None
 
     def _same(self, ours, stock, what="result", factor=OUTPUTS, scale=0.0) -> None:
         if isinstance(ours, Tensor):
