@@ -144,19 +144,20 @@ class Calls(Base):
         """Two layers called on one tensor, as a user's own model does, and a change in between."""
         found = {n: m for n, m in layers(self.twins.ours).items() if isinstance(m, lora.Linear)}
         first = list(found)[layer * 5 % len(found)]
-        width, dtype = found[first].in_features, found[first].get_base_layer().weight.dtype
+        width = found[first].in_features
         others = [n for n, m in found.items() if n != first and m.in_features == width]
         if self.twins.is_merged or self.twins.has_dropout or not others:
             return False
         if change != "nothing" and self.knows("followers are stale"):
             return False
         second, name = others[seed % len(others)], self.pick(seed)
-        x = torch.randn(3, width, generator=torch.Generator().manual_seed(seed)).to(dtype)
+        values = torch.randn(3, width, generator=torch.Generator().manual_seed(seed))
 
         def called(model):
             leader, follower = model.get_submodule(first), model.get_submodule(second)
             results = []
-            for _ in range(2):  # a group is learnt from the first round
+            for _ in range(4):  # a group is learnt from the first rounds
+                x = values.to(leader.get_base_layer().weight, copy=True)
                 with self.twins.casting():
                     results.append(leader(x).detach())
                     with changed(follower, x, name, change):
