@@ -132,6 +132,12 @@ class Files(Base):
     def add_weighted_adapter(self, combination, weights, activate):
         sources = self.twins.adapters
         assume(not self.is_double)
+        ranks = [
+            max(layer.r.get(source, 0) for layer in layers(self.twins.ours).values()) for source in sources
+        ]
+        assume(
+            sum(ranks) <= 8 or combination != "cat"
+        )  # stock cannot load what has a rank above the weight's
         name = next(name for name in NAMES if name not in sources)
         density = {} if combination in ("linear", "cat", "svd") else {"density": 0.6}
         outcome = self.twins.each(
