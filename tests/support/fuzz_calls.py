@@ -202,6 +202,9 @@ class Calls(Base):
         names = ["__base__" if index < 0 else self.pick(index) for index in names]
         ids = tokens(len(names), 4, seed)
         outcome = self.twins.each(lambda model: self.twins.call(model, ids, adapter_names=names).detach())
+        for model in (self.twins.ours, self.twins.stock):
+            for layer in layers(model).values():  # PEFT leaves its hooks there if the forward raises
+                layer._forward_pre_hooks.clear()
         return outcome.error is None
 
     @action(seed=SEEDS)

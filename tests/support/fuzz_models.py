@@ -161,6 +161,9 @@ def build(kind: str, seed: int = 0) -> nn.Module:
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
+        elif isinstance(module, nn.Embedding) and module.padding_idx is not None:
+            # a row of zeros: a normalisation would blow up what rounding leaves there after unmerging
+            nn.init.normal_(module.weight.data[module.padding_idx], std=0.3)
     if hasattr(model, "config"):
         for name in ("attention_dropout", "attn_pdrop"):
             if hasattr(model.config, name):

@@ -287,6 +287,8 @@ class Twins:
 
     def probe(self, gradients: bool, size: int = 2, length: int = 5) -> None:
         """Output, and gradients of all that is trained; and which operators ran, against `explain`."""
+        # stock unmerges in such a forward, with a graph, and a checkpoint's recomputation then differs
+        gradients &= not any(layer.merged and layer.disable_adapters for layer in layers(self.ours).values())
         ids = tokens(size, length, self.seed)
         calls: dict[str, int] = {}
         hooks = [
