@@ -6,7 +6,7 @@ backend's model. Where stock has one of the faults that README lists, the twin i
 | stock's fault | what is done |
 | --- | --- |
 | B is another basis of the same space, rounded to the base dtype | A and B of a new adapter are copied |
-| an embedding's A and B of a 16-bit model become trainable at the cast to fp32 | these flags are copied |
+| an embedding's A and B of a 16-bit model become trainable at every cast | these flags are copied |
 | an adapter that was edited while it was merged is unmerged by its present values | weights are copied |
 | a 16-bit merge rounds twice and cannot be undone | compared within the dtype's rounding, then copied |
 """
@@ -176,9 +176,9 @@ class Twins:
 
     @staticmethod
     def _has_cast_flags(layer: LoraLayer, adapter: str) -> bool:
-        """Whether stock's cast to fp32 has made this trainable."""
-        weight = layer.get_base_layer().weight
-        return adapter in layer.lora_embedding_A and weight.dtype != layer.lora_embedding_A[adapter].dtype
+        """Whether stock has made this anew, and so trainable."""
+        half = layer.get_base_layer().weight.dtype in (torch.bfloat16, torch.float16)
+        return half and adapter in layer.lora_embedding_A
 
     def _judge(self, name: str, layer: LoraLayer, ours: Tensor, stock: Tensor) -> None:
         """Orthonormal, and with no more of the weight's energy than stock's."""
