@@ -28,6 +28,7 @@ KNOWN = {
     "mixed batches by address",
     "undo survives uninstall",
     "copies of a merged model",
+    "merging under autocast",
 }
 
 NAMES = ["one", "two", "three"]

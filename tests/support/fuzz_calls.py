@@ -67,15 +67,15 @@ class Calls(Base):
             out = self.twins.call(model, ids[0])
             if not out.requires_grad:
                 return out.detach(), {}
-            loss = out.float().square().mean()
+            loss = out.float().square().sum()
             if way == "twice":
-                loss = loss + self.twins.call(model, ids[1]).float().square().mean()
+                loss = loss + self.twins.call(model, ids[1]).float().square().sum()
             if way == "retained":
                 loss.backward(retain_graph=True)
                 loss = out.float().abs().mean()
             loss.backward()
             if way == "accumulated":
-                self.twins.call(model, ids[1]).float().square().mean().backward()
+                self.twins.call(model, ids[1]).float().square().sum().backward()
             return out.detach(), {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
 
         trained = []
@@ -125,7 +125,7 @@ class Calls(Base):
         def step(model):
             leaf = x.clone().requires_grad_()
             out = self.twins.call(model, None, inputs_embeds=leaf)
-            (grad,) = torch.autograd.grad(out.float().square().mean(), leaf, create_graph=twice)
+            (grad,) = torch.autograd.grad(out.float().square().sum(), leaf, create_graph=twice)
             if not twice:
                 return out.detach(), {"x": grad}
             trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
@@ -255,13 +255,32 @@ class Calls(Base):
     @action(index=INDEX, safe=st.booleans(), named=st.booleans())
     def merge(self, index, safe, named):
         names = [self.pick(index)] if named else None
-        self.twins.each(lambda model: model.merge_adapter(adapter_names=names, safe_merge=safe))
+
+        def merged(model):
+            with self.casting_merges():
+                model.merge_adapter(adapter_names=names, safe_merge=safe)
+
+        if self.unmerges_under_autocast(any(m.disable_adapters for m in layers(self.twins.ours).values())):
+            return False
+        self.twins.each(merged)
         self.merged()
+        return None
+
+    def casting_merges(self):
+        return nullcontext() if self.knows("merging under autocast") else self.twins.casting()
+
+    def unmerges_under_autocast(self, is_disabled: bool) -> bool:
+        """Whether the next forward would, which is known: a layer with disabled adapters unmerges itself."""
+        return self.knows("merging under autocast") and bool(self.twins.autocast) and is_disabled
 
     @precondition(lambda self: self.twins.is_merged)
     @action()
     def unmerge(self):
-        self.twins.each(lambda model: model.unmerge_adapter())
+        def unmerged(model):
+            with self.casting_merges():
+                model.unmerge_adapter()
+
+        self.twins.each(unmerged)
 
     @action(safe=st.booleans(), keep=st.booleans())
     def merge_and_unload_a_copy(self, safe, keep):
@@ -299,6 +318,8 @@ class Calls(Base):
     @action(context=st.booleans(), on=st.booleans())
     def disable_adapters(self, context, on):
         self.repaired_if_edited()
+        if self.twins.is_merged and self.unmerges_under_autocast(context or not on):
+            return False
         if context:
 
             def without(model):

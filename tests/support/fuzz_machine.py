@@ -51,7 +51,11 @@ class Machine(Adapters, Calls, Files):
 
     @action(dtype=st.sampled_from([None, torch.bfloat16, torch.bfloat16, torch.float16]))
     def autocast(self, dtype):
+        disabled = any(layer.disable_adapters for layer in layers(self.twins.ours).values())
+        if dtype and disabled and self.twins.is_merged and self.knows("merging under autocast"):
+            return False
         self.twins.autocast = dtype
+        return None
 
     @action(reentrant=st.sampled_from([None, True, False]))
     def checkpoint(self, reentrant):

@@ -43,7 +43,7 @@ class Shared(nn.Module):
         q, k, v = self.q_proj(x), self.k_proj(x), self.v_proj(x)
         if self.inplace:
             q += x
-            k = torch.relu_(k)
+            k = k.tanh_()
         return torch.tanh(q * k + nn.functional.pad(v, (0, 2)))
 
     def forward(self, input_ids, inputs_embeds=None):
@@ -117,6 +117,8 @@ def _t5():
             decoder_start_token_id=0,
             dropout_rate=0.0,
             initializer_factor=1.0,
+            # no ReLU anywhere: where its argument is near 0, two good results have different gradients
+            feed_forward_proj="gated-gelu",
         )
     )
 
@@ -136,7 +138,7 @@ KINDS = {
     "small": Kind(_small, [_ATTENTION + _MLP, ["q_proj", "v_proj"]]),
     "gpt2": Kind(_gpt2, [["c_attn", "c_proj", "c_fc"], ["c_attn"], ["wte", "c_fc"]]),
     "gemma": Kind(_gemma, [["embed_tokens", *_ATTENTION, *_MLP], ["embed_tokens", "q_proj", "k_proj"]]),
-    "t5": Kind(_t5, [["q", "k", "v", "o", "wi", "wo"], ["k", "v"], ["shared", "q"]], "seq2seq"),
+    "t5": Kind(_t5, [["q", "k", "v", "o", "wi_0", "wi_1", "wo"], ["k", "v"], ["shared", "q"]], "seq2seq"),
     "shared": Kind(
         Shared,
         [

@@ -311,7 +311,7 @@ class Twins:
             out = forward(model)
             model.zero_grad(set_to_none=True)
             if gradients and out.requires_grad:
-                out.float().square().mean().backward()
+                out.float().square().sum().backward()
             grads = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
             model.zero_grad(set_to_none=True)
             return out.detach(), grads

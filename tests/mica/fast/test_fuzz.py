@@ -16,8 +16,8 @@ VARIANTS = {
     "gpt2": ({"KIND_NAMES": ["gpt2"]}, 8, 25),
     "gemma": ({"KIND_NAMES": ["gemma"]}, 8, 25),
     "t5": ({"KIND_NAMES": ["t5"]}, 8, 25),
-    "shared": ({"KIND_NAMES": ["shared", "inplace"]}, 25, 30),
-    "groups": ({"KIND_NAMES": ["llama", "shared"], "GROUPS": True}, 12, 25),
+    "shared": ({"KIND_NAMES": ["shared", "inplace"]}, 14, 30),
+    "groups": ({"KIND_NAMES": ["llama", "shared"], "GROUPS": True}, 8, 25),
 }
 
 
