@@ -6,7 +6,7 @@ VENV   := .venv
 RUN    := $(VENV)/bin/python
 READY  := $(VENV)/.installed
 
-.PHONY: demo test lint static mutants conformance bench bench-compare bench-quality gpu clean
+.PHONY: demo test lint static mutants fuzz conformance bench bench-compare bench-quality gpu clean
 
 $(READY): pyproject.toml
 	test -x $(RUN) || $(PYTHON) -m venv $(VENV)
@@ -33,6 +33,10 @@ static: $(READY)
 # Small wrong edits of the kernels: each must turn the tests red
 mutants: $(READY)
 	$(RUN) tests/mutants.py
+
+# Random sequences of actions, with the backend and with stock PEFT: ARGS='--minutes 60', '--kind t5', '--groups'
+fuzz: $(READY)
+	OMP_WAIT_POLICY=passive $(RUN) tests/fuzz.py $(ARGS)
 
 # PEFT's own tests with the backend and without
 conformance: $(READY)

@@ -1,0 +1,55 @@
+"""Random actions on a model with the backend, and on its twin with stock PEFT (`make fuzz`: for longer)."""
+
+import pytest
+import torch
+from fuzz_machine import TALLY, machine, tally
+from hypothesis import HealthCheck, Phase, settings
+from hypothesis.stateful import run_state_machine_as_test
+
+pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.filterwarnings("ignore")]
+
+FP32 = [torch.float32]
+
+# name -> attributes of the machine, sequences, actions in each
+VARIANTS = {
+    "llama": ({"KIND_NAMES": ["llama"]}, 12, 25),
+    "gpt2": ({"KIND_NAMES": ["gpt2"]}, 8, 25),
+    "gemma": ({"KIND_NAMES": ["gemma"]}, 8, 25),
+    "t5": ({"KIND_NAMES": ["t5"]}, 8, 25),
+    "shared": ({"KIND_NAMES": ["shared", "inplace"]}, 14, 30),
+    "groups": ({"KIND_NAMES": ["llama", "shared"], "GROUPS": True}, 8, 25),
+}
+
+
+def drive(name: str, attributes: dict, examples: int, steps: int) -> None:
+    """The same sequences in every run. A failure is not shrunk, which takes minutes: `make fuzz` does."""
+    run_state_machine_as_test(
+        machine(name, **attributes),
+        settings=settings(
+            max_examples=examples,
+            stateful_step_count=steps,
+            deadline=None,
+            derandomize=True,
+            database=None,
+            phases=[Phase.generate],
+            suppress_health_check=list(HealthCheck),
+        ),
+    )
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_the_backend_does_what_peft_does(name):
+    drive(name, *VARIANTS[name])
+
+
+def test_interpreted_kernels_do_what_peft_does(monkeypatch):
+    monkeypatch.setenv("MICA_BACKEND", "triton")
+    drive("kernels", {"KIND_NAMES": ["small"], "DTYPES": FP32}, 3, 8)
+
+
+def test_no_action_is_dead():
+    """Each of them did something in the sequences above."""
+    if sum(count["tried"] for count in TALLY.values()) < 1000:
+        pytest.skip("this test counts what those before it in this file did")
+    dead = [name for name, count in TALLY.items() if not count["effective"]]
+    assert not dead, f"{dead} never did anything:\n{tally()}"

@@ -1,0 +1,117 @@
+"""Rules of `fuzz_machine`: adapters are added, switched, deleted, scaled and edited."""
+
+from __future__ import annotations
+
+import torch
+from fuzz_actions import INDEX, NAMES, SEEDS, Base, action, configs
+from fuzz_models import KINDS
+from fuzz_twins import factors, layers
+from hypothesis import assume
+from hypothesis import strategies as st
+from hypothesis.stateful import precondition
+from peft import LoraConfig
+
+import mica.fast
+
+
+class Adapters(Base):
+    @precondition(lambda self: len(self.twins.adapters) < 3)
+    @action(data=st.data(), seed=SEEDS, cast=st.booleans(), activate=st.booleans())
+    def add(self, data, seed, cast, activate):
+        name = next(name for name in NAMES if name not in self.twins.adapters)
+        self.create(name, data.draw(configs(self.twins.kind)), seed, cast)
+        if activate:
+            self.twins.each(lambda model: model.set_adapter(name) and None)
+
+    @precondition(lambda self: len(self.twins.adapters) < 3)
+    @action(kind=st.sampled_from(["rank", "nan"]))
+    def add_refused(self, kind):
+        """Of a rank that no layer has: the backend leaves its model as it was (stock, half wrapped)."""
+        name = next(name for name in NAMES if name not in self.twins.adapters)
+        targets = KINDS[self.twins.kind].targets[0]
+        config = LoraConfig(r=999, target_modules=targets, init_lora_weights="mica")
+        before = self.twins.fingerprint()
+        if not mica.fast.is_enabled():
+            return False
+        try:
+            self.twins.ours.add_adapter(name, config)
+        except ValueError:
+            assert self.twins.fingerprint() == before, "a refused adapter has changed the model"
+            return True
+        raise AssertionError("rank 999 was not refused")
+
+    @precondition(lambda self: len(self.twins.adapters) > 1)
+    @action(index=INDEX)
+    def delete(self, index):
+        name = self.pick(index)
+        self.twins.each(lambda model: model.delete_adapter(name))
+        self.deleted()
+
+    @precondition(lambda self: len(self.twins.adapters) > 1 and not self.twins.is_merged)
+    @action(data=st.data(), index=INDEX, seed=SEEDS, activate=st.booleans())
+    def delete_and_add_again(self, data, index, seed, activate):
+        name, config = self.pick(index), data.draw(configs(self.twins.kind))
+        self.twins.each(lambda model: model.delete_adapter(name))
+        self.create(name, config, seed, True)
+        if activate:
+            self.twins.each(lambda model: model.set_adapter(name) and None)
+        self.deleted()
+
+    @action(index=INDEX, inference=st.booleans())
+    def switch(self, index, inference):
+        self.repaired_if_edited()
+        name = self.pick(index)
+        self.twins.each(lambda model: model.set_adapter(name, inference_mode=inference))
+
+    @precondition(lambda self: len(self.twins.adapters) > 1)
+    @action(first=INDEX, second=INDEX)
+    def activate_several(self, first, second):
+        names = list(dict.fromkeys([self.pick(first), self.pick(second)]))
+        self.twins.each(lambda model: model.base_model.set_adapter(names))
+
+    @action(index=INDEX, on=st.booleans())
+    def requires_grad_of_an_adapter(self, index, on):
+        name = self.pick(index)
+        self.twins.each(lambda model: model.set_requires_grad(name, on))
+
+    @action(seed=SEEDS, index=INDEX)
+    def new_values(self, seed, index):
+        """As an optimiser or a checkpoint writes them, in place."""
+        name = self.pick(index)
+        generator = torch.Generator().manual_seed(seed)
+        for layer in layers(self.twins.ours).values():
+            pair = factors(layer, name)
+            if pair is not None:
+                with torch.no_grad():
+                    pair[0].copy_(torch.randn(pair[0].shape, generator=generator) * 0.2)
+        self.edited()
+        self.twins.synchronise()
+
+    # ---------------------------------------------------------------------------------------------------
+    # scaling
+    # ---------------------------------------------------------------------------------------------------
+
+    @action(index=INDEX, layer=INDEX, factor=st.sampled_from([0.5, 2.0, 1.0, 3]), everywhere=st.booleans())
+    def set_scale(self, index, layer, factor, everywhere):
+        name, only = self.pick(index), self.pick_layer(layer)
+        self._scale(lambda module: module.set_scale(name, factor), None if everywhere else only)
+
+    @action(layer=INDEX, factor=st.sampled_from([0.5, 2.0, 0.25]), everywhere=st.booleans())
+    def scale_layer(self, layer, factor, everywhere):
+        only = self.pick_layer(layer)
+        assume(max(max(m.scaling.values(), default=0) for m in layers(self.twins.ours).values()) < 20)
+        self._scale(lambda module: module.scale_layer(factor), None if everywhere else only)
+
+    @action(layer=INDEX, factor=st.sampled_from([None, 2.0]), everywhere=st.booleans())
+    def unscale_layer(self, layer, factor, everywhere):
+        only = self.pick_layer(layer)
+        self._scale(lambda module: module.unscale_layer(factor), None if everywhere else only)
+
+    def _scale(self, change, only):
+        def everywhere(model):
+            for name, module in layers(model).items():
+                if only in (None, name):
+                    change(module)
+
+        self.twins.each(everywhere)
+        self.edited()

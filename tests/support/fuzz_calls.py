@@ -1,0 +1,335 @@
+"""Rules of `fuzz_machine`: forwards, training, exceptions, merging."""
+
+from __future__ import annotations
+
+import copy
+from contextlib import contextmanager, nullcontext
+
+import torch
+from fuzz_actions import INDEX, SEEDS, Base, RaisedInForwardError, action, do_raise
+from fuzz_models import tokens
+from fuzz_twins import factors, is_base, layers
+from hypothesis import strategies as st
+from hypothesis.stateful import precondition
+from peft.tuners import lora
+
+import mica.fast
+
+CHANGES = ["nothing", "values", "scale", "switch", "autocast", "x", "disable", "no grad"]
+
+
+@contextmanager
+def changed(layer, x, name, change):
+    """Something is another than it was when a layer before this one read x; undone in the end."""
+    pair, scaling, active = factors(layer, name), dict(layer.scaling), list(layer.active_adapters)
+    edited = {"values": pair and pair[0], "x": x}.get(change)
+    flags = {n: p.requires_grad for n, p in layer.named_parameters()}
+    autocast = torch.autocast("cpu", torch.bfloat16) if change == "autocast" else nullcontext()
+    with autocast, torch.no_grad() if change == "no grad" else nullcontext():
+        if edited is not None:
+            with torch.no_grad():
+                edited.mul_(2.0)  # exactly undone
+        elif change == "scale":
+            layer.set_scale(name, 3.0)
+        elif change == "switch":
+            layer.set_adapter(name)
+        elif change == "disable":
+            layer._disable_adapters = True
+        yield
+    if edited is not None:
+        with torch.no_grad():
+            edited.div_(2.0)
+    elif change == "disable":
+        layer._disable_adapters = False
+    elif change == "switch":
+        layer.set_adapter(active)
+        for key, parameter in layer.named_parameters():
+            parameter.requires_grad_(flags[key])
+    layer.scaling.update(scaling)
+
+
+class Calls(Base):
+    @action(size=st.integers(1, 3), length=st.integers(1, 7))
+    def forward(self, size, length):
+        self.twins.probe(False, size, length)
+        return True
+
+    @action(
+        rate=st.sampled_from([0.1, 0.5]), way=st.sampled_from(["plain", "twice", "retained", "accumulated"])
+    )
+    def train_step(self, rate, way):
+        if way == "retained" and self._checkpoints_groups():
+            return False
+        ids = [tokens(2, 6, self.twins.seed), tokens(3, 4, self.twins.seed + 1)]
+
+        def step(model):
+            model.zero_grad(set_to_none=True)
+            out = self.twins.call(model, ids[0])
+            if not out.requires_grad:
+                return out.detach(), {}
+            loss = out.float().square().sum()
+            if way == "twice":
+                loss = loss + self.twins.call(model, ids[1]).float().square().sum()
+            if way == "retained":
+                loss.backward(retain_graph=True)
+                loss = out.float().abs().mean()
+            loss.backward()
+            if way == "accumulated":
+                self.twins.call(model, ids[1]).float().square().sum().backward()
+            return out.detach(), {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+
+        trained = []
+
+        def update(model):
+            parameters = [(n, p) for n, p in model.named_parameters() if p.grad is not None]
+            norm = torch.stack([p.grad.double().norm() for _, p in parameters]).norm() if parameters else 0
+            with torch.no_grad():
+                for name, parameter in parameters:
+                    trained.append(name)
+                    parameter.sub_((parameter.grad * (rate / (norm + 1e-6))).to(parameter.dtype))
+            model.zero_grad(set_to_none=True)
+
+        worked = self.twins.compare_steps(step)
+        if self.twins.has_dropout or not worked:
+            self.twins.each(lambda model: model.zero_grad(set_to_none=True))
+            return bool(worked) and None
+        self.twins.each(update)
+        self._trained(trained)
+        return bool(trained)
+
+    def _trained(self, names):
+        if any(is_base(name) for name in names):
+            if self.twins.is_merged:
+                self.twins.edited, self.twins.exact, self.twins.is_lost = True, False, True
+            else:
+                self.twins.remember_base()
+        if any("_B" in name for name in names):
+            self.twins.remember_bases()
+            self.edited()
+
+    def _checkpoints_groups(self) -> bool:
+        return (
+            self.knows("groups and non-reentrant")
+            and self.checkpointing is False
+            and mica.fast.settings.settings.group_projections is True
+        )
+
+    @precondition(lambda self: self.twins.form != "seq2seq")
+    @action(seed=SEEDS, twice=st.booleans())
+    def gradient_of_the_input(self, seed, twice):
+        width = self.twins.ours.get_input_embeddings().weight.shape[1] if self.twins.form == "causal" else 12
+        x = torch.randn(2, 4, width, generator=torch.Generator().manual_seed(seed))
+        x = x.to(next(p for n, p in self.twins.ours.named_parameters() if is_base(n)).dtype)
+        twice = twice and self.checkpointing is None and self.twins.tolerance < 1e-4
+
+        def step(model):
+            leaf = x.clone().requires_grad_()
+            out = self.twins.call(model, None, inputs_embeds=leaf)
+            (grad,) = torch.autograd.grad(out.float().square().sum(), leaf, create_graph=twice)
+            if not twice:
+                return out.detach(), {"x": grad}
+            trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
+            found = (
+                torch.autograd.grad(grad.square().sum(), trained.values(), allow_unused=True)
+                if trained
+                else ()
+            )
+            second = {f"second {n}": g for n, g in zip(trained, found, strict=True) if g is not None}
+            return out.detach(), {"x": grad, **second} if second else {"x": grad.detach()}
+
+        return self.twins.compare_steps(step)
+
+    @action(seed=SEEDS, change=st.sampled_from(CHANGES), layer=INDEX)
+    def layers_on_one_input(self, seed, change, layer):
+        """Two layers called on one tensor, as a user's own model does, and a change in between."""
+        found = {n: m for n, m in layers(self.twins.ours).items() if isinstance(m, lora.Linear)}
+        first = list(found)[layer * 5 % len(found)]
+        width = found[first].in_features
+        others = [n for n, m in found.items() if n != first and m.in_features == width]
+        if self.twins.is_merged or self.twins.has_dropout or not others:
+            return False
+        if change != "nothing" and self.knows("followers are stale"):
+            return False
+        second, name = others[seed % len(others)], self.pick(seed)
+        values = torch.randn(3, width, generator=torch.Generator().manual_seed(seed))
+
+        def called(model):
+            leader, follower = model.get_submodule(first), model.get_submodule(second)
+            results = []
+            for _ in range(4):  # a group is learnt from the first rounds
+                x = values.to(leader.get_base_layer().weight, copy=True)
+                with self.twins.casting():
+                    results.append(leader(x).detach())
+                    with changed(follower, x, name, change):
+                        results.append(follower(x).detach())
+            return results
+
+        return self.twins.each(called).error is None
+
+    @precondition(lambda self: self.twins.form != "plain")
+    @action(seed=SEEDS, cache=st.booleans())
+    def generate(self, seed, cache):
+        ids = tokens(2, 3, seed)
+
+        def generated(model):
+            with self.twins.casting():
+                out = model.generate(
+                    input_ids=ids,
+                    max_new_tokens=3,
+                    min_new_tokens=3,
+                    do_sample=False,
+                    use_cache=cache,
+                    output_scores=True,
+                    return_dict_in_generate=True,
+                    pad_token_id=0,
+                )
+            return out.scores[0].float() if self.twins.has_dropout is False else None, out.sequences
+
+        texts = {}
+
+        def first_scores(model):
+            scores, texts[model is self.twins.ours] = generated(model)
+            return scores
+
+        worked = self.twins.each(first_scores).error is None
+        if worked and not self.twins.has_dropout and self.twins.tolerance < 1e-4:
+            assert torch.equal(texts[True], texts[False]), f"generated {texts}"
+        return worked
+
+    @precondition(lambda self: len(self.twins.adapters) > 1)
+    @action(names=st.lists(st.integers(-1, 2), min_size=2, max_size=4), seed=SEEDS)
+    def mixed_batch(self, names, seed):
+        names = ["__base__" if index < 0 else self.pick(index) for index in names]
+        ids = tokens(len(names), 4, seed)
+        outcome = self.twins.each(lambda model: self.twins.call(model, ids, adapter_names=names).detach())
+        for model in (self.twins.ours, self.twins.stock):
+            for layer in layers(model).values():  # PEFT leaves its hooks there if the forward raises
+                layer._forward_pre_hooks.clear()
+        return outcome.error is None
+
+    @action(seed=SEEDS)
+    def inference_mode(self, seed):
+        def inferred(model):
+            with torch.inference_mode():
+                return self.twins.call(model, tokens(2, 4, seed)).clone()
+
+        if self.twins.has_dropout:
+            return False
+        return self.twins.each(inferred).error is None
+
+    @action(layer=INDEX, before=st.booleans())
+    def exception_in_a_forward(self, layer, before):
+        name = self.pick_layer(layer)
+
+        def failing(model):
+            module = model.get_submodule(name)
+            hook = (
+                module.register_forward_pre_hook(do_raise)
+                if before
+                else module.register_forward_hook(do_raise)
+            )
+            try:
+                self.twins.call(model, tokens(2, 4, 0))
+            finally:
+                hook.remove()
+
+        return type(self.twins.each(failing).error) is RaisedInForwardError
+
+    @action(seed=SEEDS)
+    def exception_in_a_backward(self, seed):
+        def failing(model):
+            out = self.twins.call(model, tokens(2, 4, seed))
+            if out.requires_grad:
+                out.register_hook(do_raise)
+                try:
+                    out.float().sum().backward()
+                finally:
+                    model.zero_grad(set_to_none=True)
+
+        return self.twins.each(failing).error is not None
+
+    # ---------------------------------------------------------------------------------------------------
+    # merging
+    # ---------------------------------------------------------------------------------------------------
+
+    @action(index=INDEX, safe=st.booleans(), named=st.booleans())
+    def merge(self, index, safe, named):
+        names = [self.pick(index)] if named else None
+
+        def merged(model):
+            with self.casting_merges():
+                model.merge_adapter(adapter_names=names, safe_merge=safe)
+
+        if self.unmerges_under_autocast(any(m.disable_adapters for m in layers(self.twins.ours).values())):
+            return False
+        self.twins.each(merged)
+        self.merged()
+        return None
+
+    def casting_merges(self):
+        return nullcontext() if self.knows("merging under autocast") else self.twins.casting()
+
+    def unmerges_under_autocast(self, is_disabled: bool) -> bool:
+        """Whether the next forward would, which is known: a layer with disabled adapters unmerges itself."""
+        return self.knows("merging under autocast") and bool(self.twins.autocast) and is_disabled
+
+    @precondition(lambda self: self.twins.is_merged)
+    @action()
+    def unmerge(self):
+        def unmerged(model):
+            with self.casting_merges():
+                model.unmerge_adapter()
+
+        self.twins.each(unmerged)
+
+    @action(safe=st.booleans(), keep=st.booleans())
+    def merge_and_unload_a_copy(self, safe, keep):
+        if self.twins.is_merged and self.knows("copies of a merged model"):
+            return False
+        ids = tokens(2, 4, 1)
+
+        def unloaded(model):
+            model = copy.deepcopy(model)
+            model = model.unload() if keep else model.merge_and_unload(safe_merge=safe)
+            with torch.no_grad():
+                return self.twins.call(model.eval(), ids), dict(model.state_dict())
+
+        return self.twins.each(unloaded).error is None
+
+    @action(index=INDEX, factor=st.sampled_from(["A", "B"]))
+    def merge_that_is_refused(self, index, factor):
+        """NaN in an adapter: safe_merge raises on both, and both go on."""
+        name, key = self.pick_layer(index), self.pick(index)
+        for model in (self.twins.ours, self.twins.stock):
+            pair = factors(model.get_submodule(name), key)
+            if pair is None or self.twins.is_merged:
+                return False
+        kept = []
+        for model in (self.twins.ours, self.twins.stock):
+            A = factors(model.get_submodule(name), key)[0]
+            kept.append((A, A.detach().clone()))
+            A.data[0, 0] = float("nan")
+        outcome = self.twins.each(lambda model: model.merge_adapter(adapter_names=[key], safe_merge=True))
+        for A, before in kept:
+            A.data.copy_(before)
+        self.merged()
+        return outcome.error is not None
+
+    @action(context=st.booleans(), on=st.booleans())
+    def disable_adapters(self, context, on):
+        self.repaired_if_edited()
+        if self.twins.is_merged and self.unmerges_under_autocast(context or not on):
+            return False
+        if context:
+
+            def without(model):
+                with model.disable_adapter(), torch.no_grad():
+                    return self.twins.call(model, tokens(2, 4, 5))
+
+            return self.twins.each(without).error is None
+        self.twins.each(
+            lambda model: (
+                model.base_model.enable_adapter_layers() if on else model.base_model.disable_adapter_layers()
+            )
+        )
+        return None

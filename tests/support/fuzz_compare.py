@@ -1,0 +1,62 @@
+"""Small parts of `fuzz_twins`: what an action gave, how far two results are apart, an adapter's factors."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from peft.tuners.lora import LoraLayer
+from torch import Tensor, nn
+
+
+class Outcome(NamedTuple):
+    value: Any = None
+    error: Exception | None = None
+
+
+def attempt(action: Callable, model: nn.Module) -> Outcome:
+    try:
+        return Outcome(action(model))
+    except Exception as error:
+        return Outcome(error=error)
+
+
+def layers(model: nn.Module) -> dict[str, LoraLayer]:
+    return {name: module for name, module in model.named_modules() if isinstance(module, LoraLayer)}
+
+
+def factors(layer: LoraLayer, adapter: str) -> tuple[Tensor, Tensor] | None:
+    if adapter in layer.lora_A:
+        return layer.lora_A[adapter].weight, layer.lora_B[adapter].weight
+    if adapter in layer.lora_embedding_A:
+        return layer.lora_embedding_A[adapter], layer.lora_embedding_B[adapter]
+    return None
+
+
+def is_base(name: str) -> bool:
+    return "lora_" not in name
+
+
+def distance(actual: Tensor, expected: Tensor, floor: float = 1e-6) -> float:
+    """Relative Frobenius error; NaN and inf in the same places are equal, elsewhere infinitely far."""
+    actual, expected = actual.detach().double(), expected.detach().double()
+    if actual.shape != expected.shape:
+        return float("inf")
+    finite = torch.isfinite(expected)
+    if not torch.equal(finite, torch.isfinite(actual)):
+        return float("inf")
+    difference = (actual - expected)[finite].norm().item()
+    return difference / max(expected[finite].norm().item(), floor)
+
+
+def furthest(results, exact) -> float:
+    """The largest of the errors of all tensors in a result; gradients count together."""
+    if isinstance(results, Tensor):
+        return distance(results, exact)
+    if isinstance(results, dict):
+        flat, others = ([r.detach().double().flatten() for r in kept.values()] for kept in (results, exact))
+        return distance(torch.cat(flat), torch.cat(others)) if flat else 0.0
+    if isinstance(results, (tuple, list)):
+        return max((furthest(*pair) for pair in zip(results, exact, strict=True)), default=0.0)
+    return 0.0

@@ -1,0 +1,171 @@
+"""Rules of `fuzz_machine`: files, hotswapping, weighted adapters, copies."""
+
+from __future__ import annotations
+
+import copy
+import io
+
+import torch
+from fuzz_actions import INDEX, NAMES, Base, action, pass_on
+from fuzz_models import build
+from fuzz_twins import factors, layers
+from hypothesis import assume
+from hypothesis import strategies as st
+from hypothesis.stateful import precondition
+from peft import PeftModel
+from peft.utils.hotswap import hotswap_adapter
+from torch import nn
+
+
+class _Handle:
+    """A hook that a copy has inherited."""
+
+    def __init__(self, module: nn.Module, key: int):
+        self.module, self.key = module, key
+
+    def remove(self):
+        self.module._forward_hooks.pop(self.key, None)
+
+
+def _through_a_file(model: nn.Module) -> nn.Module:
+    file = io.BytesIO()
+    torch.save(model, file)
+    file.seek(0)
+    return torch.load(file, weights_only=False)
+
+
+class Files(Base):
+    @action(index=INDEX)
+    def save(self, index):
+        return self.write(self.pick(index))
+
+    @precondition(lambda self: self.files and len(self.twins.adapters) < 3)
+    @action(
+        index=INDEX, lean=st.booleans(), trainable=st.booleans(), cast=st.booleans(), activate=st.booleans()
+    )
+    def load(self, index, lean, trainable, cast, activate):
+        folder = self.files[index % len(self.files)]
+        name = next(name for name in NAMES if name not in self.twins.adapters)
+        self._load(folder, name, lean, trainable, cast)
+        if activate and name in self.twins.adapters:
+            self.twins.each(lambda model: model.set_adapter(name) and None)
+
+    @precondition(lambda self: self.files and len(self.twins.adapters) > 1 and not self.twins.is_merged)
+    @action(index=INDEX, file=INDEX, lean=st.booleans())
+    def delete_and_load_again(self, index, file, lean):
+        name = self.pick(index)
+        self.twins.each(lambda model: model.delete_adapter(name))
+        self._load(self.files[file % len(self.files)], name, lean, False, True)
+        self.deleted()
+
+    def _load(self, folder, name, lean, trainable, cast):
+        assume(not self.is_double)
+        outcome = self.twins.each(
+            lambda model: (
+                model.load_adapter(
+                    str(folder),
+                    name,
+                    is_trainable=trainable,
+                    low_cpu_mem_usage=lean,
+                    autocast_adapter_dtype=cast,
+                )
+                and None
+            )
+        )
+        if outcome.error is None:
+            config = self.twins.ours.peft_config[name]
+            self._compare_factors(name)
+            self.twins.adopt(name, config.init_lora_weights == "mica", 0, randomise=False)
+
+    def _compare_factors(self, name):
+        """Before the twin takes over what was loaded."""
+        twins = layers(self.twins.stock)
+        for key, layer in layers(self.twins.ours).items():
+            ours, stock = factors(layer, name), factors(twins[key], name)
+            if ours is not None:
+                self.twins._same([f.detach() for f in ours], [f.detach() for f in stock], key)
+
+    @precondition(lambda self: self.files and not self.twins.is_merged)
+    @action(index=INDEX, lean=st.booleans(), trainable=st.booleans())
+    def from_pretrained(self, index, lean, trainable):
+        """Both models anew, from the base and one file."""
+        assume(not self.is_double)
+        folder = str(self.files[index % len(self.files)])
+        base = {name: tensor.clone() for name, tensor in self.twins.pristine.state_dict().items()}
+
+        def loaded(model):
+            fresh = build(self.twins.kind).to(next(iter(base.values())).dtype)
+            fresh.load_state_dict(base)
+            return PeftModel.from_pretrained(
+                fresh, folder, "one", low_cpu_mem_usage=lean, is_trainable=trainable
+            )
+
+        if not self.twins.replace(loaded):
+            return False
+        self._renewed()
+        self._compare_factors("one")
+        self.twins.adopt("one", self.twins.ours.peft_config["one"].init_lora_weights == "mica", 0, False)
+
+    def _renewed(self):
+        self.hooks.clear()
+        self.checkpointing = None
+        self.twins.base = {}
+        self.twins.frozen = {}
+
+    @precondition(lambda self: self.files)
+    @action(index=INDEX, file=INDEX)
+    def hotswap(self, index, file):
+        name, folder = self.pick(index), str(self.files[file % len(self.files)])
+        outcome = self.twins.each(lambda model: hotswap_adapter(model, folder, name))
+        self._compare_factors(name)
+        self.twins.remember_bases(name)
+        return outcome.error is None
+
+    @precondition(lambda self: 1 < len(self.twins.adapters) < 3)
+    @action(
+        combination=st.sampled_from(
+            ["linear", "cat", "svd", "ties", "dare_linear", "magnitude_prune", "ties_svd"]
+        ),
+        weights=st.sampled_from([(0.7, 0.5), (1.0, -0.4)]),
+        activate=st.booleans(),
+    )
+    def add_weighted_adapter(self, combination, weights, activate):
+        sources = self.twins.adapters
+        assume(not self.is_double)
+        ranks = [
+            max(layer.r.get(source, 0) for layer in layers(self.twins.ours).values()) for source in sources
+        ]
+        assume(
+            sum(ranks) <= 8 or combination != "cat"
+        )  # stock cannot load what has a rank above the weight's
+        name = next(name for name in NAMES if name not in sources)
+        density = {} if combination in ("linear", "cat", "svd") else {"density": 0.6}
+        outcome = self.twins.each(
+            lambda model: model.add_weighted_adapter(sources, list(weights), name, combination, **density)
+        )
+        if outcome.error is None:
+            self._compare_factors(name)
+            self.twins.adopt(name, False, 0, randomise=False)
+            if activate:
+                self.twins.each(lambda model: model.set_adapter(name) and None)
+        elif name in self.twins.adapters:  # refused after it was created
+            self.twins.each(lambda model: model.delete_adapter(name))
+        return outcome.error is None
+
+    @action(way=st.sampled_from(["deepcopy", "pickle", "state_dict"]))
+    def copies(self, way):
+        if self.twins.is_merged and self.knows("copies of a merged model"):
+            return False
+        if way == "state_dict":
+            self.twins.each(lambda model: model.load_state_dict(copy.deepcopy(model.state_dict())) and None)
+            return True
+        done = self.twins.replace(copy.deepcopy if way == "deepcopy" else _through_a_file)
+        self.hooks = [_Handle(model, key) for model, key in self._hooked()]
+        return done
+
+    def _hooked(self):
+        for model in (self.twins.ours, self.twins.stock):
+            for module in model.modules():
+                for key, hook in module._forward_hooks.items():
+                    if hook is pass_on:
+                        yield module, key

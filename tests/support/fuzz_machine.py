@@ -1,0 +1,127 @@
+"""Random sequences of what people do with adapters, done to `Twins`: hypothesis draws and shrinks them."""
+
+from __future__ import annotations
+
+import torch
+from fuzz_actions import INDEX, TALLY, action, pass_on
+from fuzz_adapters import Adapters
+from fuzz_calls import Calls
+from fuzz_files import Files
+from fuzz_models import KINDS
+from fuzz_twins import layers
+from hypothesis import assume
+from hypothesis import strategies as st
+
+import mica.fast
+
+__all__ = ["KINDS", "TALLY", "Machine", "machine", "tally"]
+
+
+class Machine(Adapters, Calls, Files):
+    """All rules: those of the three, and the modes."""
+
+    @action(on=st.booleans())
+    def training(self, on):
+        self.twins.each(lambda model: model.train(on) and None)
+
+    @action(dtype=st.sampled_from([torch.bfloat16, torch.float32, torch.float64]))
+    def to_dtype(self, dtype):
+        assume(not self.twins.is_merged)
+        self.twins.each(lambda model: model.to(dtype) and None)
+        self.twins.pristine.to(dtype)
+        self.twins.remember_base()
+        self.twins.remember_bases()
+
+    @action(which=st.sampled_from(["nothing", "everything", "one base layer", "active"]), layer=INDEX)
+    def requires_grad(self, which, layer):
+        name = self.pick_layer(layer)
+
+        def flags(model):
+            if which == "everything":
+                model.requires_grad_(True)
+            elif which == "one base layer":
+                model.get_submodule(name).get_base_layer().requires_grad_(True)
+            else:
+                model.requires_grad_(False)
+                if which == "active":
+                    for module in layers(model).values():
+                        module.set_adapter(module.active_adapters)
+
+        self.twins.each(flags)
+
+    @action(dtype=st.sampled_from([None, torch.bfloat16, torch.bfloat16, torch.float16]))
+    def autocast(self, dtype):
+        disabled = any(layer.disable_adapters for layer in layers(self.twins.ours).values())
+        if dtype and disabled and self.twins.is_merged and self.knows("merging under autocast"):
+            return False
+        self.twins.autocast = dtype
+        return None
+
+    @action(reentrant=st.sampled_from([None, True, False]))
+    def checkpoint(self, reentrant):
+        grouping = mica.fast.settings.settings.group_projections is True
+        if reentrant is False and grouping and self.knows("groups and non-reentrant"):
+            return False
+
+        def set_it(model):
+            if self.twins.form == "plain":
+                model.base_model.model.reentrant = reentrant
+            elif reentrant is None:
+                model.gradient_checkpointing_disable()
+                model.disable_input_require_grads() if self.checkpointing is not None else None
+            else:
+                model.enable_input_require_grads() if self.checkpointing is None else None
+                model.gradient_checkpointing_enable(
+                    gradient_checkpointing_kwargs={"use_reentrant": reentrant}
+                )
+
+        self.twins.each(set_it)
+        self.checkpointing = reentrant
+        return True
+
+    @action(where=st.sampled_from(["base", "layer", "A"]), layer=INDEX)
+    def hook(self, where, layer):
+        """One that does nothing, so that the base layer is called, or the layer is PEFT's; it stays."""
+        if self.hooks:
+            for handle in self.hooks:
+                handle.remove()
+            self.hooks = []
+            return True
+        name = self.pick_layer(layer)
+        for model in (self.twins.ours, self.twins.stock):
+            module = model.get_submodule(name)
+            if where == "base":
+                module = module.get_base_layer()
+            elif where == "A":
+                module = next(iter(module.lora_A.values()), module)
+            self.hooks.append(module.register_forward_hook(pass_on))
+        return True
+
+    @action(what=st.sampled_from(["groups", "no groups", "fp32", "off", "on", "uninstall"]))
+    def setting(self, what):
+        if what in ("off", "on"):
+            mica.fast.disable() if what == "off" else mica.fast.enable()
+        elif what == "uninstall":
+            if self.twins.is_merged and self.knows("undo survives"):
+                return False
+            mica.fast.uninstall()
+            self.twins.probe(True)
+            mica.fast.enable()
+        elif what == "fp32":
+            mica.fast.enable(compute_dtype=torch.float32)
+        else:
+            if what == "groups" and self.checkpointing is False and self.knows("groups and non-reentrant"):
+                return False
+            mica.fast.enable(group_projections=what == "groups")
+        return None
+
+
+def machine(name: str, **attributes) -> type[Machine]:
+    """A variant: other kinds, dtypes, groups from the start."""
+    return type(name, (Machine,), attributes)
+
+
+def tally() -> str:
+    rows = [f"{'action':32} {'tried':>6} {'effective':>9}"]
+    rows += [f"{name:32} {count['tried']:6} {count['effective']:9}" for name, count in sorted(TALLY.items())]
+    return "\n".join(rows)

@@ -1,0 +1,192 @@
+"""The models of `fuzz_machine`: tiny ones of transformers' shapes, and one with what these have not."""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+from transformers import (
+    Gemma3ForCausalLM,
+    Gemma3TextConfig,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    T5Config,
+    T5ForConditionalGeneration,
+)
+from transformers.pytorch_utils import Conv1D
+
+VOCABULARY = 29
+_COMMON = {"vocab_size": VOCABULARY, "initializer_range": 0.3, "attn_implementation": "eager"}
+
+
+class Shared(nn.Module):
+    """Three layers that read one tensor, one called twice and under two names, an embedding, a Conv1D.
+
+    ``inplace``: outputs are edited in place. ``reentrant``: None, or how a part is checkpointed.
+    """
+
+    def __init__(self, inplace: bool = False):
+        super().__init__()
+        self.embed = nn.Embedding(VOCABULARY, 12, padding_idx=3)
+        self.q_proj, self.k_proj = nn.Linear(12, 12, bias=False), nn.Linear(12, 12)
+        self.v_proj = nn.Linear(12, 10)
+        self.mix = nn.Linear(12, 12)
+        self.conv = Conv1D(16, 12)
+        self.down = nn.Linear(16, 10, bias=False)
+        self.again = self.mix
+        self.inplace, self.reentrant = inplace, None
+
+    def attend(self, x):
+        q, k, v = self.q_proj(x), self.k_proj(x), self.v_proj(x)
+        if self.inplace:
+            q += x
+            k = k.tanh_()
+        return torch.tanh(q * k + nn.functional.pad(v, (0, 2)))
+
+    def forward(self, input_ids, inputs_embeds=None):
+        x = self.embed(input_ids) if inputs_embeds is None else inputs_embeds
+        if self.reentrant is not None and self.training:
+            x = checkpoint(self.attend, x, use_reentrant=self.reentrant)
+        else:
+            x = self.attend(x)
+        x = self.mix(torch.tanh(self.mix(x)))
+        x = x + self.again(torch.tanh(x))
+        return self.down(torch.tanh(self.conv(x)))
+
+
+def _llama():
+    return LlamaForCausalLM(
+        LlamaConfig(
+            hidden_size=16,
+            intermediate_size=24,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            num_key_value_heads=1,
+            max_position_embeddings=64,
+            **_COMMON,
+        )
+    )
+
+
+def _small():
+    return LlamaForCausalLM(
+        LlamaConfig(
+            hidden_size=8,
+            intermediate_size=8,
+            num_hidden_layers=1,
+            num_attention_heads=1,
+            max_position_embeddings=32,
+            **_COMMON,
+        )
+    )
+
+
+def _gpt2():
+    return GPT2LMHeadModel(GPT2Config(n_positions=32, n_embd=16, n_layer=2, n_head=2, **_COMMON))
+
+
+def _gemma():
+    return Gemma3ForCausalLM(
+        Gemma3TextConfig(
+            hidden_size=16,
+            intermediate_size=24,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            num_key_value_heads=1,
+            head_dim=8,
+            max_position_embeddings=64,
+            layer_types=["full_attention", "sliding_attention"],
+            sliding_window=4,
+            **_COMMON,
+        )
+    )
+
+
+def _t5():
+    return T5ForConditionalGeneration(
+        T5Config(
+            vocab_size=VOCABULARY,
+            d_model=16,
+            d_kv=8,
+            d_ff=24,
+            num_layers=1,
+            num_heads=2,
+            decoder_start_token_id=0,
+            dropout_rate=0.0,
+            initializer_factor=1.0,
+            # no ReLU anywhere: where its argument is near 0, two good results have different gradients
+            feed_forward_proj="gated-gelu",
+        )
+    )
+
+
+class Kind(NamedTuple):
+    """How a model is made, and what adapters may target: the first is the widest choice."""
+
+    build: Callable[[], nn.Module]
+    targets: list[list[str]]
+    form: str = "causal"  # or "seq2seq", "plain"
+
+
+_ATTENTION, _MLP = ["q_proj", "k_proj", "v_proj", "o_proj"], ["gate_proj", "up_proj", "down_proj"]
+
+KINDS = {
+    "llama": Kind(_llama, [_ATTENTION + _MLP, ["q_proj", "v_proj"], _MLP]),
+    "small": Kind(_small, [_ATTENTION + _MLP, ["q_proj", "v_proj"]]),
+    "gpt2": Kind(_gpt2, [["c_attn", "c_proj", "c_fc"], ["c_attn"], ["wte", "c_fc"]]),
+    "gemma": Kind(_gemma, [["embed_tokens", *_ATTENTION, *_MLP], ["embed_tokens", "q_proj", "k_proj"]]),
+    "t5": Kind(_t5, [["q", "k", "v", "o", "wi_0", "wi_1", "wo"], ["k", "v"], ["shared", "q"]], "seq2seq"),
+    "shared": Kind(
+        Shared,
+        [
+            ["embed", "q_proj", "k_proj", "v_proj", "mix", "conv", "down"],
+            ["q_proj", "k_proj"],
+            ["embed", "mix"],
+        ],
+        "plain",
+    ),
+    "inplace": Kind(
+        lambda: Shared(inplace=True),
+        [["q_proj", "k_proj", "v_proj", "mix", "conv", "down"], ["q_proj", "k_proj"]],
+        "plain",
+    ),
+}
+
+
+def build(kind: str, seed: int = 0) -> nn.Module:
+    """Dropout of the base model is off: what is drawn there is not what is compared."""
+    torch.manual_seed(seed)
+    model = KINDS[kind].build()
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+        elif isinstance(module, nn.Embedding) and module.padding_idx is not None:
+            # a row of zeros: a normalisation would blow up what rounding leaves there after unmerging
+            nn.init.normal_(module.weight.data[module.padding_idx], std=0.3)
+    if hasattr(model, "config"):
+        for name in ("attention_dropout", "attn_pdrop"):
+            if hasattr(model.config, name):
+                setattr(model.config, name, 0.0)
+    for parameter in model.parameters():  # biases start at 0, where an error in them is not seen
+        if parameter.dim() == 1 and not parameter.any():
+            nn.init.normal_(parameter, std=0.1)
+    return model
+
+
+def tokens(size: int, length: int, seed: int) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(0, VOCABULARY, (size, length), generator=generator)
+
+
+def run(model: nn.Module, form: str, ids: torch.Tensor, **kwargs) -> torch.Tensor:
+    """The logits of one call of the model, whatever its kind."""
+    if form == "plain":
+        return model(ids, **kwargs)
+    if form == "seq2seq":
+        return model(input_ids=ids, decoder_input_ids=ids.flip(1)[:, :3], **kwargs).logits
+    if "inputs_embeds" not in kwargs:
+        kwargs["input_ids"] = ids
+    return model(**kwargs, use_cache=False).logits

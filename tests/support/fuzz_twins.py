@@ -1,0 +1,377 @@
+"""One small model twice: adapted by the backend, and by stock PEFT. What is done to both must come out equal.
+
+Rounding must not pile up over a long run, so after every comparison the twin takes over the values of the
+backend's model. Where stock has one of the faults that README lists, the twin is put right the same way:
+
+| stock's fault | what is done |
+| --- | --- |
+| B is another basis of the same space, rounded to the base dtype | A and B of a new adapter are copied |
+| an embedding's A and B of a 16-bit model become trainable at every cast | these flags are copied |
+| an adapter that was edited while it was merged is unmerged by its present values | weights are copied |
+| a 16-bit merge rounds twice and cannot be undone | compared within the dtype's rounding, then copied |
+"""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Callable
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+from fuzz_compare import Outcome, attempt, distance, factors, furthest, is_base, layers
+from fuzz_models import KINDS, build, run, tokens
+from peft import LoraConfig, get_peft_model
+from peft.tuners.lora import LoraLayer
+from tolerances import RELATIVE
+from torch import Tensor, nn
+
+import mica.fast
+from mica.fast.settings import settings
+
+# Over the relative error of one layer: a model has a few, and gradients go through all of them twice.
+OUTPUTS, GRADIENTS, WEIGHTS = 10, 30, 4
+
+
+class Twins:
+    def __init__(self, kind: str, dtype: torch.dtype, config: dict, cast: bool = True):
+        self.kind, self.form = kind, KINDS[kind].form
+        self.autocast: torch.dtype | None = None
+        self.in_inference_mode = False
+        self.seed = 0
+        self.exact = True  # whether unmerging has to give the very bits
+        self.edited = False  # whether a merged adapter has changed since
+        self.is_lost = (
+            False  # whether it is not known what unmerging gives: plain LoRA's, or stock's, or trained
+        )
+        base = [build(kind).to(dtype) for _ in range(2)]
+        self.pristine = build(kind).to(dtype)
+        self.ours = get_peft_model(base[0], LoraConfig(**config), "one", autocast_adapter_dtype=cast)
+        with mica.fast.disabled():
+            self.stock = get_peft_model(base[1], LoraConfig(**config), "one", autocast_adapter_dtype=cast)
+        self.frozen: dict[tuple[str, str], Tensor] = {}
+        self.base: dict[str, Tensor] = {}
+        self.adopt("one", config["init_lora_weights"] == "mica", 3)
+        self.compare()
+
+    # ---------------------------------------------------------------------------------------------------
+    # both
+    # ---------------------------------------------------------------------------------------------------
+
+    def each(self, action: Callable[[nn.Module], Any], **tolerances) -> Outcome:
+        """The action on both models: the same result, or an error of the same type. Returns the backend's."""
+        self.seed += 1
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            torch.manual_seed(self.seed)
+            ours = attempt(action, self.ours)
+            torch.manual_seed(self.seed)
+            with mica.fast.disabled():
+                stock = attempt(action, self.stock)
+        if (ours.error is None) != (stock.error is None) or type(ours.error) is not type(stock.error):
+            raise AssertionError(f"ours: {ours.error!r}, stock: {stock.error!r}") from (
+                ours.error or stock.error
+            )
+        if ours.error is None:
+            self._same_by_oracle(ours.value, stock.value, lambda: self._exactly(action), **tolerances)
+        return ours
+
+    def _same_by_oracle(self, ours, stock, oracle: Callable[[], Any], **tolerances) -> None:
+        """In 16 bits, and where a softmax is steep, two good results can be far apart: fp64 judges then."""
+        try:
+            self._same(ours, stock, **tolerances)
+        except AssertionError:
+            try:
+                exact = oracle()
+            except Exception:  # the action is not one for other dtypes
+                exact = None
+            if exact is None or furthest(ours, exact) > 3 * furthest(stock, exact) + 3 * self.tolerance:
+                raise
+
+    def _exactly(self, action: Callable[[nn.Module], Any]) -> Any:
+        """What the action gives on a copy in fp64, run by stock."""
+        autocast, self.autocast = self.autocast, None
+        try:
+            with mica.fast.disabled(), warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                return action(copy.deepcopy(self.stock).double())
+        finally:
+            self.autocast = autocast
+
+    def replace(self, action: Callable[[nn.Module], nn.Module]) -> bool:
+        """Go on with what the action makes of each; False where it can be made of neither."""
+        made = {}
+        outcome = self.each(lambda model: made.update({model is self.ours: action(model)}))
+        if outcome.error is None:
+            self.ours, self.stock = made[True], made[False]
+        return outcome.error is None
+
+    def _same(self, ours, stock, what="result", factor=OUTPUTS, scale=0.0) -> None:
+        if isinstance(ours, Tensor):
+            assert ours.dtype == stock.dtype, f"{what}: {ours.dtype}, stock {stock.dtype}"
+            found = distance(ours, stock, max(scale, 1e-6))
+            assert found <= factor * self.tolerance, (
+                f"{what}: error {found:.2e} of {factor * self.tolerance:.1e}"
+            )
+        elif isinstance(ours, dict):
+            assert ours.keys() == stock.keys(), f"{what}: {set(ours) ^ set(stock)}"
+            for name in ours:
+                self._same(ours[name], stock[name], f"{what} {name}", factor, scale)
+        elif isinstance(ours, (tuple, list)):
+            assert len(ours) == len(stock), what
+            for index, pair in enumerate(zip(ours, stock, strict=True)):
+                self._same(*pair, f"{what}[{index}]", factor, scale)
+        elif isinstance(ours, (str, int, float, bool, type(None))):
+            assert ours == stock, f"{what}: {ours}, stock {stock}"
+
+    @property
+    def tolerance(self) -> float:
+        """Of the coarsest dtype that is in the models or in autocast."""
+        dtypes = {p.dtype for p in self.ours.parameters() if p.is_floating_point()} | {self.autocast}
+        return max(RELATIVE[dtype] for dtype in dtypes if dtype is not None)
+
+    # ---------------------------------------------------------------------------------------------------
+    # state
+    # ---------------------------------------------------------------------------------------------------
+
+    @property
+    def adapters(self) -> list[str]:
+        return list(self.ours.peft_config)
+
+    @property
+    def is_merged(self) -> bool:
+        return any(layer.merged for layer in layers(self.ours).values())
+
+    @property
+    def has_dropout(self) -> bool:
+        return any(
+            isinstance(module, nn.Dropout) and module.training and module.p > 0
+            for module in self.ours.modules()
+        )
+
+    def adopt(self, adapter: str, is_mica: bool, seed: int, randomise: bool = True) -> None:
+        """A new adapter: its B is judged, its A gets values (A = 0 hides everything), the twin gets both."""
+        generator = torch.Generator().manual_seed(seed)
+        twins = layers(self.stock)
+        for name, layer in layers(self.ours).items():
+            ours, stock = factors(layer, adapter), factors(twins[name], adapter)
+            assert (ours is None) == (stock is None), f"{name}: adapter {adapter} on one model only"
+            if ours is None:
+                continue
+            if is_mica and randomise and layer.get_base_layer().weight.dtype == torch.float32:
+                self._judge(name, layer, ours[1], stock[1])
+            with torch.no_grad():
+                if randomise:
+                    for factor in ours[: 1 if is_mica else 2]:
+                        factor.copy_(torch.randn(factor.shape, generator=generator) * 0.2)
+                for mine, other in zip(ours, stock, strict=True):
+                    assert mine.dtype == other.dtype, f"{name}: {mine.dtype}, stock {other.dtype}"
+                    other.copy_(mine)
+                    if self._has_cast_flags(layer, adapter):
+                        other.requires_grad_(mine.requires_grad)
+            if is_mica and mica.fast.is_enabled():
+                assert not ours[1].requires_grad, f"{name}: B of {adapter} is trainable"
+        self.remember_bases(adapter)
+
+    @staticmethod
+    def _has_cast_flags(layer: LoraLayer, adapter: str) -> bool:
+        """Whether stock has made this anew, and so trainable."""
+        half = layer.get_base_layer().weight.dtype in (torch.bfloat16, torch.float16)
+        return half and adapter in layer.lora_embedding_A
+
+    def _judge(self, name: str, layer: LoraLayer, ours: Tensor, stock: Tensor) -> None:
+        """Orthonormal, and with no more of the weight's energy than stock's."""
+        weight = layer.get_base_layer().weight.detach().double()
+        weight = weight.t() if weight.shape[0] != ours.shape[0] or "embed" in name else weight
+        identity = torch.eye(ours.shape[1], dtype=torch.float64)
+        assert (ours.detach().double().T @ ours.detach().double() - identity).abs().max() < 1e-5, name
+        mine, theirs = ((weight.T @ basis.detach().double()).norm() for basis in (ours, stock))
+        assert mine <= theirs * (1 + 1e-3) + 1e-5 * weight.norm(), f"{name}: energy {mine}, stock {theirs}"
+
+    def remember_bases(self, *adapters: str) -> None:
+        """What B is from now on, bit for bit."""
+        for name, layer in layers(self.ours).items():
+            for adapter in adapters or self.adapters:
+                self.frozen.pop((name, adapter), None)
+                pair = factors(layer, adapter)
+                if pair is not None and adapter in layer.lora_variant:
+                    self.frozen[name, adapter] = pair[1].detach().clone()
+
+    def remember_base(self) -> None:
+        self.base = {n: p.detach().clone() for n, p in self.ours.named_parameters() if is_base(n)}
+
+    def compare(self) -> None:
+        """Everything that both models hold; then the twin takes over the backend's values."""
+        ours, stock = dict(self.ours.named_parameters()), dict(self.stock.named_parameters())
+        assert ours.keys() == stock.keys(), ours.keys() ^ stock.keys()
+        for name, parameter in ours.items():
+            other = stock[name]
+            assert parameter.dtype == other.dtype, f"{name}: {parameter.dtype}, stock {other.dtype}"
+            assert parameter.requires_grad == other.requires_grad, (
+                f"{name}: requires_grad {parameter.requires_grad}, stock {other.requires_grad}"
+            )
+            assert (parameter.grad is None) == (other.grad is None), f"{name}: only one has a gradient"
+            if not (self.edited and is_base(name)):
+                self._same(parameter.detach(), other.detach(), name, WEIGHTS)
+        assert self.ours.state_dict().keys() == self.stock.state_dict().keys()
+        self._same(self._attributes(self.ours), self._attributes(self.stock), "attributes")
+        for (name, adapter), before in self.frozen.items():
+            layer = layers(self.ours)[name]
+            pair = factors(layer, adapter)
+            if pair is not None and not pair[1].requires_grad:
+                assert torch.equal(pair[1], before), f"{name}: B of {adapter} has changed"
+        if not self.is_merged:
+            self._compare_base()
+        self.synchronise()
+
+    def _compare_base(self) -> None:
+        if self.exact and self.base:
+            for name, before in self.base.items():
+                weight = self.ours.get_parameter(name)
+                assert torch.equal(weight, before), f"{name}: not the weight from before merging"
+        elif self.base and not (self.is_lost and self.edited):  # plain LoRA is unmerged by its present values
+            for name, before in self.base.items():
+                self._same(
+                    self.ours.get_parameter(name).detach(), before.to(self.ours.get_parameter(name)), name
+                )
+        self.exact, self.edited, self.is_lost = True, False, False
+        self.remember_base()
+
+    def synchronise(self) -> None:
+        with torch.no_grad():
+            for mine, other in zip(self.ours.parameters(), self.stock.parameters(), strict=True):
+                other.data.copy_(mine)
+
+    @staticmethod
+    def _attributes(model: nn.Module) -> dict:
+        found = {"active": list(model.active_adapters), "training": model.training}
+        for name, config in model.peft_config.items():
+            found[f"config {name}"] = {k: str(v) for k, v in sorted(config.to_dict().items())}
+        for name, layer in layers(model).items():
+            found[name] = {
+                "active": list(layer.active_adapters),
+                "merged": list(layer.merged_adapters),
+                "disabled": layer.disable_adapters,
+                "training": layer.training,
+                "scaling": {key: float(value) for key, value in layer.scaling.items()},
+                "rank": dict(layer.r),
+                "variants": {key: type(value).__name__ for key, value in layer.lora_variant.items()},
+            }
+        return found
+
+    def fingerprint(self) -> tuple:
+        """Changes with everything that an action may do to the backend's model."""
+        values = tuple(
+            (n, p.dtype, p.requires_grad, p.detach().double().sum().item())
+            for n, p in self.ours.named_parameters()
+        )
+        modes = (
+            self.autocast,
+            self.in_inference_mode,
+            str(settings),
+            getattr(self.ours, "is_gradient_checkpointing", 0),
+        )
+        return values, modes, str(self._attributes(self.ours)), id(self.ours)
+
+    # ---------------------------------------------------------------------------------------------------
+    # calls
+    # ---------------------------------------------------------------------------------------------------
+
+    def casting(self):
+        return torch.autocast("cpu", self.autocast) if self.autocast else nullcontext()
+
+    def call(self, model: nn.Module, ids: Tensor, **kwargs) -> Tensor:
+        with self.casting():
+            return run(model, self.form, ids, **kwargs)
+
+    def probe(self, gradients: bool, size: int = 2, length: int = 5) -> None:
+        """Output, and gradients of all that is trained; and which operators ran, against `explain`."""
+        # stock unmerges in such a forward, with a graph, and a checkpoint's recomputation then differs
+        gradients &= not any(layer.merged and layer.disable_adapters for layer in layers(self.ours).values())
+        ids = tokens(size, length, self.seed)
+        calls: dict[str, int] = {}
+        hooks = [
+            layer.register_forward_hook(lambda *_, name=name: calls.update({name: calls.get(name, 0) + 1}))
+            for name, layer in layers(self.stock).items()
+        ]
+        counted: dict[str, int] = {}
+
+        def forward(model):
+            before = mica.fast.call_counts.copy()
+            with torch.enable_grad() if gradients else torch.no_grad():
+                out = self.call(model, ids)
+            if model is self.ours:
+                counted.update(mica.fast.call_counts - before)
+            for hook in hooks if model is self.stock else ():
+                hook.remove()  # a recomputation in the backward is none of the forward's calls
+            return out
+
+        def step(model):
+            out = forward(model)
+            model.zero_grad(set_to_none=True)
+            if gradients and out.requires_grad:
+                out.float().square().sum().backward()
+            grads = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+            model.zero_grad(set_to_none=True)
+            return out.detach(), grads
+
+        try:
+            worked = self.compare_steps(step)
+        finally:
+            for hook in hooks:
+                hook.remove()
+        if worked:
+            self._check_counts(calls, counted, gradients)
+
+    def compare_steps(self, step: Callable[[nn.Module], tuple[Tensor, dict[str, Tensor]]]) -> bool:
+        """Outputs and gradients of one step on both; gradients count against the largest. False on errors."""
+        ours, stock, exact = {}, {}, {}
+
+        def keeping(model):
+            out, grads = step(model)
+            kept = ours if model is self.ours else stock if model is self.stock else exact
+            kept.update({name: grad.clone() for name, grad in grads.items()})
+            return None if self.has_dropout else out
+
+        def oracle():
+            self._exactly(keeping)
+            return exact
+
+        if self.each(keeping).error is not None:
+            return False
+        assert ours.keys() == stock.keys(), f"gradients of {ours.keys() ^ stock.keys()} on one model only"
+        if not self.has_dropout and stock:
+            scale = max(grad.norm().item() for grad in stock.values())
+            self._same_by_oracle(ours, stock, oracle, what="gradient of", factor=GRADIENTS, scale=0.1 * scale)
+        return True
+
+    def _check_counts(self, calls: dict[str, int], counted: dict[str, int], gradients: bool) -> None:
+        expected = dict.fromkeys(("linear", "embedding", "down_projection", "up_projection"), 0)
+        for row in mica.fast.explain(self.ours).rows:
+            if row.path == "peft":
+                continue
+            layer, count = self.ours.get_submodule(row.name), calls.get(row.name, 0)
+            adapters = sum(factors(layer, name) is not None for name in layer.active_adapters)
+            if "Embedding" in type(layer).__name__:
+                expected["embedding"] += count
+                continue
+            fused = "base layer called" not in row.reason
+            expected["linear"] += count * fused
+            for name in ("down_projection", "up_projection"):
+                expected[name] += count * (adapters - fused)
+        found = {name: counted.get(name, 0) for name in expected}
+        grouped = gradients and settings.group_projections is True
+        dtypes = {p.dtype for p in self.ours.parameters()}
+        if len(dtypes) > 1 or (
+            self.autocast and torch.float64 in dtypes
+        ):  # what only a call can show is not in the table
+            assert all(found[name] <= expected[name] + expected["linear"] for name in found), (
+                found,
+                expected,
+            )
+        elif grouped:
+            assert found["linear"] <= expected["linear"], (found, expected)
+            assert (found["linear"] + counted.get("linear_group", 0) > 0) == (expected["linear"] > 0), counted
+        else:
+            assert found == expected, f"operators that ran: {found}, by explain: {expected}"
