@@ -20,7 +20,7 @@ demo: $(READY)
 	OMP_WAIT_POLICY=passive $(RUN) -m mica.demo
 
 test: $(READY)
-	OMP_WAIT_POLICY=passive $(RUN) -m pytest -n 2 --dist loadfile
+	OMP_WAIT_POLICY=passive $(RUN) -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 lint: $(READY)
 	$(RUN) -m ruff check .

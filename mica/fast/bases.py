@@ -190,6 +190,10 @@ def _assign(wanted: Wanted, subspace: MinorSubspace) -> None:
     for message in complaints(subspace, wanted.name):
         warnings.warn(message, stacklevel=2)
     _, lora_B = adapter_weights(wanted.layer, wanted.adapter_name)
-    lora_B.data = subspace.basis.to(device=lora_B.device, dtype=lora_B.dtype)
+    basis = subspace.basis.to(device=lora_B.device, dtype=lora_B.dtype)
+    if basis.is_inference() != lora_B.is_inference():  # the mode is a thread's, and the solver has its own
+        with torch.inference_mode(lora_B.is_inference()):
+            basis = basis.clone()
+    lora_B.data = basis
     if lora_B.dtype in (torch.bfloat16, torch.float16):
         exact.setdefault(wanted.layer, {})[wanted.adapter_name] = subspace.basis

@@ -423,6 +423,7 @@ def test_caches(run, monkeypatch, tmp_path):
     assert found["caches"] == {
         "folder": str(folder),
         "is_writable": True,
+        "distrusted": None,
         "tuning_file": str(tmp_path / "tuning.json"),
         "tuning_entries": 2,
     }

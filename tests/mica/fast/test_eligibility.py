@@ -259,7 +259,10 @@ def test_what_is_traced_runs_without_this_package():
     assert mica.fast.call_counts["linear"] == before + 3  # the model's own, after tracing
 
 
-def test_adapters_made_in_inference_mode():
+@pytest.mark.parametrize("threads", [1, 2])
+def test_adapters_made_in_inference_mode(monkeypatch, threads):
+    """With two threads the solver's results come from threads that are not in that mode."""
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
     with torch.inference_mode():
         model = randomise(net(targets=["embed", "up"]))
         assert mica.fast.explain(model).counts() == {"reference": 2}
