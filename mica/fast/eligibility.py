@@ -71,7 +71,7 @@ def why_not(layer, names: Sequence[str] | None = None) -> str | None:
         return "the adapter is merged into the weight"
     if (
         _get_tracing_state() is not None
-    ):  # what is traced (and exported to ONNX) must run without this package
+    ):  # what is traced, and exported to ONNX, must run without this package
         return "torch.jit is tracing the model"
     if (
         getattr(layer, "_tp_info", None) is not None
