@@ -1,4 +1,5 @@
 import pytest
+from doctoring import gpu, machine, run  # noqa: F401  (fixtures)
 from tiny_cli import TEXT, byte_tokenizer, tiny_llama
 
 
