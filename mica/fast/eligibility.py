@@ -69,9 +69,7 @@ def why_not(layer, names: Sequence[str] | None = None) -> str | None:
         return "adapters are disabled"
     if layer.merged:
         return "the adapter is merged into the weight"
-    if (
-        _get_tracing_state() is not None
-    ):  # what is traced, and exported to ONNX, must run without this package
+    if _get_tracing_state() is not None:  # what is traced, for ONNX say, must run without this package
         return "torch.jit is tracing the model"
     if (
         getattr(layer, "_tp_info", None) is not None
