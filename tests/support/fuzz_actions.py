@@ -1,4 +1,4 @@
-"""What the rules of `fuzz_machine` share: how an action is followed by the comparisons, and what is known.
+"""What the rules of `fuzz_machine` share: how an action is followed by the comparisons.
 
 Every action ends with a comparison of all that both models hold, and mostly of an output and its gradients.
 """
@@ -18,18 +18,6 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, rule
 from peft import LoraConfig
 
 import mica.fast
-from mica.fast import mixed_batch
-
-# Faults that are known and being mended: the machine goes around them. To be emptied.
-KNOWN = {
-    "in-place operations on an output",
-    "groups and non-reentrant checkpointing",
-    "followers are stale",
-    "mixed batches by address",
-    "undo survives uninstall",
-    "copies of a merged model",
-    "merging under autocast",
-}
 
 NAMES = ["one", "two", "three"]
 LOOKS = st.sampled_from(["gradients", "gradients", "output", "nothing"])
@@ -118,10 +106,7 @@ class Base(RuleBasedStateMachine):
     @initialize(data=st.data())
     def start(self, data):
         mica.fast.enable(group_projections=self.GROUPS)
-        names = [
-            name for name in self.KIND_NAMES if name != "inplace" or not self.knows("in-place operations")
-        ]
-        kind = data.draw(st.sampled_from(names))
+        kind = data.draw(st.sampled_from(self.KIND_NAMES))
         dtype = data.draw(st.sampled_from(self.DTYPES))
         self.twins = Twins(kind, dtype, data.draw(configs(kind)), cast=data.draw(st.booleans()))
         self.write("one")
@@ -156,10 +141,6 @@ class Base(RuleBasedStateMachine):
     def is_double(self) -> bool:
         return next(iter(self.twins.base.values())).dtype == torch.float64
 
-    @staticmethod
-    def knows(words: str) -> bool:
-        return any(words in fault for fault in KNOWN)
-
     def pick(self, index: int) -> str:
         adapters = self.twins.adapters
         return adapters[index % len(adapters)]
@@ -167,10 +148,6 @@ class Base(RuleBasedStateMachine):
     def pick_layer(self, index: int) -> str:
         names = list(layers(self.twins.ours))
         return names[index * 5 % len(names)]
-
-    def deleted(self):
-        if self.knows("mixed batches by address"):
-            mixed_batch.forget()
 
     def edited(self):
         self.twins.edited |= self.twins.is_merged

@@ -45,7 +45,6 @@ class Adapters(Base):
     def delete(self, index):
         name = self.pick(index)
         self.twins.each(lambda model: model.delete_adapter(name))
-        self.deleted()
 
     @precondition(lambda self: len(self.twins.adapters) > 1 and not self.twins.is_merged)
     @action(data=st.data(), index=INDEX, seed=SEEDS, activate=st.booleans())
@@ -55,7 +54,6 @@ class Adapters(Base):
         self.create(name, config, seed, True)
         if activate:
             self.twins.each(lambda model: model.set_adapter(name) and None)
-        self.deleted()
 
     @action(index=INDEX, inference=st.booleans())
     def switch(self, index, inference):

@@ -13,8 +13,6 @@ from hypothesis import strategies as st
 from hypothesis.stateful import precondition
 from peft.tuners import lora
 
-import mica.fast
-
 CHANGES = ["nothing", "values", "scale", "switch", "autocast", "x", "disable", "no grad"]
 
 
@@ -58,8 +56,6 @@ class Calls(Base):
         rate=st.sampled_from([0.1, 0.5]), way=st.sampled_from(["plain", "twice", "retained", "accumulated"])
     )
     def train_step(self, rate, way):
-        if way == "retained" and self._checkpoints_groups():
-            return False
         ids = [tokens(2, 6, self.twins.seed), tokens(3, 4, self.twins.seed + 1)]
 
         def step(model):
@@ -107,13 +103,6 @@ class Calls(Base):
             self.twins.remember_bases()
             self.edited()
 
-    def _checkpoints_groups(self) -> bool:
-        return (
-            self.knows("groups and non-reentrant")
-            and self.checkpointing is False
-            and mica.fast.settings.settings.group_projections is True
-        )
-
     @precondition(lambda self: self.twins.form != "seq2seq")
     @action(seed=SEEDS, twice=st.booleans())
     def gradient_of_the_input(self, seed, twice):
@@ -147,8 +136,6 @@ class Calls(Base):
         width = found[first].in_features
         others = [n for n, m in found.items() if n != first and m.in_features == width]
         if self.twins.is_merged or self.twins.has_dropout or not others:
-            return False
-        if change != "nothing" and self.knows("followers are stale"):
             return False
         second, name = others[seed % len(others)], self.pick(seed)
         values = torch.randn(3, width, generator=torch.Generator().manual_seed(seed))
@@ -257,35 +244,24 @@ class Calls(Base):
         names = [self.pick(index)] if named else None
 
         def merged(model):
-            with self.casting_merges():
+            with self.twins.casting():
                 model.merge_adapter(adapter_names=names, safe_merge=safe)
 
-        if self.unmerges_under_autocast(any(m.disable_adapters for m in layers(self.twins.ours).values())):
-            return False
         self.twins.each(merged)
         self.merged()
         return None
-
-    def casting_merges(self):
-        return nullcontext() if self.knows("merging under autocast") else self.twins.casting()
-
-    def unmerges_under_autocast(self, is_disabled: bool) -> bool:
-        """Whether the next forward would, which is known: a layer with disabled adapters unmerges itself."""
-        return self.knows("merging under autocast") and bool(self.twins.autocast) and is_disabled
 
     @precondition(lambda self: self.twins.is_merged)
     @action()
     def unmerge(self):
         def unmerged(model):
-            with self.casting_merges():
+            with self.twins.casting():
                 model.unmerge_adapter()
 
         self.twins.each(unmerged)
 
     @action(safe=st.booleans(), keep=st.booleans())
     def merge_and_unload_a_copy(self, safe, keep):
-        if self.twins.is_merged and self.knows("copies of a merged model"):
-            return False
         ids = tokens(2, 4, 1)
 
         def unloaded(model):
@@ -318,8 +294,6 @@ class Calls(Base):
     @action(context=st.booleans(), on=st.booleans())
     def disable_adapters(self, context, on):
         self.repaired_if_edited()
-        if self.twins.is_merged and self.unmerges_under_autocast(context or not on):
-            return False
         if context:
 
             def without(model):

@@ -56,7 +56,6 @@ class Files(Base):
         name = self.pick(index)
         self.twins.each(lambda model: model.delete_adapter(name))
         self._load(self.files[file % len(self.files)], name, lean, False, True)
-        self.deleted()
 
     def _load(self, folder, name, lean, trainable, cast):
         assume(not self.is_double)
@@ -148,14 +147,14 @@ class Files(Base):
             self.twins.adopt(name, False, 0, randomise=False)
             if activate:
                 self.twins.each(lambda model: model.set_adapter(name) and None)
-        elif name in self.twins.adapters:  # refused after it was created
-            self.twins.each(lambda model: model.delete_adapter(name))
+        else:
+            for model in (self.twins.ours, self.twins.stock):
+                if name in model.peft_config:  # refused after it was created
+                    model.delete_adapter(name)
         return outcome.error is None
 
     @action(way=st.sampled_from(["deepcopy", "pickle", "state_dict"]))
     def copies(self, way):
-        if self.twins.is_merged and self.knows("copies of a merged model"):
-            return False
         if way == "state_dict":
             self.twins.each(lambda model: model.load_state_dict(copy.deepcopy(model.state_dict())) and None)
             return True

@@ -51,18 +51,10 @@ class Machine(Adapters, Calls, Files):
 
     @action(dtype=st.sampled_from([None, torch.bfloat16, torch.bfloat16, torch.float16]))
     def autocast(self, dtype):
-        disabled = any(layer.disable_adapters for layer in layers(self.twins.ours).values())
-        if dtype and disabled and self.twins.is_merged and self.knows("merging under autocast"):
-            return False
         self.twins.autocast = dtype
-        return None
 
     @action(reentrant=st.sampled_from([None, True, False]))
     def checkpoint(self, reentrant):
-        grouping = mica.fast.settings.settings.group_projections is True
-        if reentrant is False and grouping and self.knows("groups and non-reentrant"):
-            return False
-
         def set_it(model):
             if self.twins.form == "plain":
                 model.base_model.model.reentrant = reentrant
@@ -102,16 +94,12 @@ class Machine(Adapters, Calls, Files):
         if what in ("off", "on"):
             mica.fast.disable() if what == "off" else mica.fast.enable()
         elif what == "uninstall":
-            if self.twins.is_merged and self.knows("undo survives"):
-                return False
             mica.fast.uninstall()
             self.twins.probe(True)
             mica.fast.enable()
         elif what == "fp32":
             mica.fast.enable(compute_dtype=torch.float32)
         else:
-            if what == "groups" and self.checkpointing is False and self.knows("groups and non-reentrant"):
-                return False
             mica.fast.enable(group_projections=what == "groups")
         return None
 
