@@ -109,7 +109,7 @@ def mica_embedding(
 
 
 def mica_merge(weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float = 1.0) -> Tensor:
-    """W + scaling·B A in a new tensor: summed in fp32 (fp64), rounded once. It has no gradient.
+    """W + scaling·B A in a new tensor: summed in fp32 (fp64), also under autocast, rounded once; no gradient.
 
     Args:
         weight: (out_features, in_features), fp64/fp32/bf16/fp16.
@@ -281,6 +281,14 @@ def _embedding_under_autocast(device_type):
     return embedding
 
 
+def _merge_under_autocast(device_type):
+    def merge(weight, lora_A, lora_B, scaling):
+        with no_autocast(weight):
+            return torch.ops.mica.merge(weight, lora_A, lora_B, scaling)
+
+    return merge
+
+
 define(
     "linear",
     "(Tensor x, Tensor weight, Tensor lora_A, Tensor lora_B, float scaling, Tensor? bias,"
@@ -315,3 +323,4 @@ differentiate("linear", _MicaLinear.apply, _linear)
 differentiate("embedding", _MicaEmbedding.apply, _embedding_plain)
 autocast("linear", _linear_under_autocast)
 autocast("embedding", _embedding_under_autocast)
+autocast("merge", _merge_under_autocast)

@@ -309,7 +309,7 @@ def _fill_missing(waiting: Unfilled, missing_keys) -> None:
 
 
 def without_solver(stock):
-    """For `from_pretrained` (its `load_adapter` completes it) and `add_weighted_adapter`."""
+    """For `from_pretrained`, which its `load_adapter` completes, and `add_weighted_adapter`."""
 
     def wrapper(*args, **kwargs):
         if not settings.enabled:
@@ -321,3 +321,19 @@ def without_solver(stock):
             unfilled.reset(token)
 
     return wrapper
+
+
+def add_weighted_adapter(stock):
+    stock = without_solver(stock)
+
+    def add_weighted_adapter(self, adapters, weights, adapter_name, *args, **kwargs) -> None:
+        """An error after the adapter has been made would leave one whose B is 0: nothing could train it."""
+        is_new = adapter_name not in self.peft_config
+        try:
+            stock(self, adapters, weights, adapter_name, *args, **kwargs)
+        except Exception:
+            if settings.enabled and is_new and adapter_name in self.peft_config:
+                self.delete_adapter(adapter_name)
+            raise
+
+    return add_weighted_adapter

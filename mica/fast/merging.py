@@ -7,6 +7,7 @@ where round(W' - s·B·A) is not W again, the old value is kept beside the layer
 
 from __future__ import annotations
 
+import functools
 import logging
 import math
 import warnings
@@ -19,6 +20,7 @@ from peft.tuners import lora
 from torch import Tensor, nn
 
 from mica import reference
+from mica.dispatch import no_autocast
 from mica.fast import quantised
 from mica.fast.eligibility import adapter_weights, is_stored_transposed
 from mica.fast.refusals import check_weight
@@ -216,6 +218,18 @@ def _fingerprint(weight: Tensor) -> Tensor:
     return torch.cat([part @ odd if on_cpu else (part * odd).sum(dim=1) for part in parts])
 
 
+def _whatever_autocast(function):
+    """An evaluation within autocast merges and unmerges too: `disable_adapter` does. The update is fp32's."""
+
+    @functools.wraps(function)
+    def outside(layer, adapter: str, weight: Tensor, *args, **kwargs):
+        with no_autocast(weight):
+            return function(layer, adapter, weight, *args, **kwargs)
+
+    return outside
+
+
+@_whatever_autocast
 @torch.no_grad()
 def _merge_into(layer, adapter: str, weight: Tensor, out: Tensor, safe: bool) -> None:
     """out = W + s·B·A, rounded once; ``out`` may be the weight itself.
@@ -261,6 +275,7 @@ def _merge_into(layer, adapter: str, weight: Tensor, out: Tensor, safe: bool) ->
     logger.debug("merged adapter %r into %s: swallowed %.2f %%", adapter, base, 100 * stats.swallowed)
 
 
+@_whatever_autocast
 @torch.no_grad()
 def _unmerge_from(layer, adapter: str, weight: Tensor, undo: _Undo | None) -> None:
     """In place: the bits from before the merge, or W' - s·B·A in fp32 with a warning why not."""
@@ -283,10 +298,11 @@ def _unmerge_from(layer, adapter: str, weight: Tensor, undo: _Undo | None) -> No
         warnings.warn(
             f"adapter {adapter!r} was unmerged by subtracting {its} update in fp32, not to the exact base "
             f"weight, because {why}.",
-            stacklevel=4,
+            stacklevel=5,
         )
 
 
+@_whatever_autocast
 def _dequantised(layer, adapter: str, weight: Tensor, sign: int) -> Tensor:
     """W ± s·B·A of a dequantised W, in the wider of their dtypes: PEFT requantises it, as with plain LoRA.
 

@@ -64,7 +64,7 @@ PATCHES = (
         "peft.tuners.lora.model:LoraModel",
         "add_weighted_adapter",
         "self adapters weights adapter_name",
-        initialisation.without_solver,
+        initialisation.add_weighted_adapter,
     ),
     *(
         Patch(

@@ -149,6 +149,8 @@ def test_merge(dtype):
     with pytest.raises(ValueError, match=r"lora_A must be \(rank, in_features\)"):
         mica_merge(p.weight, p.lora_A[:, 1:], p.lora_B)
     opcheck(torch.ops.mica.merge.default, (p.weight, p.lora_A.detach(), p.lora_B, 0.5))
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(mica_merge(p.weight, p.lora_A, p.lora_B, p.scaling), merged)
 
 
 def test_dropout_derivatives():

@@ -141,6 +141,26 @@ def test_add_weighted_adapter(combination, dtype):
     assert not any(B.requires_grad for B in bases(model, "both").values())
 
 
+def test_add_weighted_adapter_that_fails_leaves_no_adapter(monkeypatch):
+    """Stock leaves one that has what initialised it; here its B would be 0, and A never get a gradient."""
+    model = several()
+    name = "_generalized_task_arithmetic_weighted_adapter"
+
+    def fail(self, *args):
+        raise RuntimeError("in between")
+
+    monkeypatch.setattr(f"peft.tuners.lora.model.LoraModel.{name}", fail)
+    before = list(model.state_dict())
+    with pytest.raises(RuntimeError, match="in between"):
+        model.add_weighted_adapter(["default", "second"], [0.7, 0.5], "both", "linear")
+    assert list(model.state_dict()) == before
+    assert list(model.peft_config) == ["default", "second"]
+    assert model.active_adapters == ["default"]
+    monkeypatch.undo()
+    model.add_weighted_adapter(["default", "second"], [0.7, 0.5], "both", "linear")
+    assert "both" in model.peft_config
+
+
 def test_two_active_adapters():
     model = several(second_rank=3)
     first = as_stock(model)

@@ -318,3 +318,32 @@ def test_columns_permuted_while_merged_are_not_put_back_at_the_wrong_places():
     restored = layer.base_layer.weight.detach()
     assert error(restored, merged.double() - update) <= RELATIVE[torch.bfloat16]
     assert not torch.equal(restored, before)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("merging_in", "unmerging_in"), [(False, True), (True, False), (True, True)])
+def test_autocast_rounds_no_update(dtype, merging_in, unmerging_in):
+    """An evaluation within autocast unmerges in `disable_adapter`; stock's update is in 16 bits then."""
+
+    def round_trip(model):
+        up, before = model.base_model.model.up, base_weights(model)
+        exact = exact_merge(up, before["base_model.model.up"])
+        with torch.autocast("cpu", torch.bfloat16, enabled=merging_in):
+            model.merge_adapter()
+        merged = error(up.base_layer.weight, exact)
+        with (
+            torch.autocast("cpu", torch.bfloat16, enabled=unmerging_in),
+            torch.no_grad(),
+            model.disable_adapter(),
+        ):
+            model(INDICES)
+        after = base_weights(model)
+        return merged, max(error(after[name], before[name]) for name in before)
+
+    model = randomise(net(dtype), scale=1.0).eval()
+    stock = copy.deepcopy(model)
+    merged, unmerged = round_trip(model)
+    assert merged <= RELATIVE[dtype]
+    assert unmerged == 0.0
+    with mica.fast.disabled():
+        assert max(round_trip(stock)) > 1e-3

@@ -119,6 +119,17 @@ def test_mixed_products_where_they_suffice_else_fp64(shape, method, weak_fp64, r
     assert recorded == [(2, True)]
 
 
+def test_a_users_autocast_does_not_reach_mixed_products(weak_fp64, recorded, monkeypatch):
+    """`get_peft_model` within autocast, where fp64 is slow."""
+    monkeypatch.setattr(solver, "is_on_host", lambda device: False)
+    matrices = stack(["gaussian", "hard edge"], (300, 140))
+    expected = solver.solve_each(matrices, RANK)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = solver.solve_each(matrices, RANK)
+    assert recorded[0] == (2, True)
+    assert all(torch.equal(one.basis, other.basis) for one, other in zip(found, expected, strict=True))
+
+
 @pytest.mark.parametrize("count", [1, 2])
 def test_what_mixed_products_do_not_settle_is_next_a_batch_in_fp64(count, weak_fp64, recorded):
     matrices = stack(["tail x 1e-6", "graded to 1.6e-6"][:count], (140, 300))
