@@ -12,10 +12,11 @@ from pathlib import Path
 
 import torch
 from fuzz_models import KINDS
-from fuzz_twins import Twins, layers
+from fuzz_twins import Twins, is_base, layers
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, rule
 from peft import LoraConfig
+from safetensors.torch import load_file, save_file
 
 import mica.fast
 
@@ -65,8 +66,10 @@ def action(**strategies):
 
 
 @st.composite
-def configs(draw, kind: str, rsLoRA=None):
-    targets = draw(st.sampled_from(KINDS[kind].targets))
+def configs(draw, kind: str, saves: bool = False):
+    """``saves``: a whole layer may be trained, so none that adapters target."""
+    saved = KINDS[kind].saved
+    targets = [name for name in draw(st.sampled_from(KINDS[kind].targets)) if not (saves and name == saved)]
     embeds = any(name in ("embed", "embed_tokens", "wte", "shared") for name in targets)
     config = {
         "init_lora_weights": draw(st.sampled_from(["mica", "mica", "mica", "gaussian"])),
@@ -79,6 +82,8 @@ def configs(draw, kind: str, rsLoRA=None):
     }
     if draw(st.booleans()):
         config["rank_pattern"] = {targets[-1]: draw(st.sampled_from([1, 4]))}
+    if saves and draw(st.booleans()):
+        config["modules_to_save"] = [saved]
     if draw(st.booleans()):
         config["alpha_pattern"] = {targets[0]: draw(st.sampled_from([2, 9]))}
     return config
@@ -97,7 +102,9 @@ class Base(RuleBasedStateMachine):
         self.folder = tempfile.TemporaryDirectory()
         self.files: list[Path] = []
         self.hooks: list = []
+        self.saves = False  # whether adapters may have ``modules_to_save``
         self.checkpointing: bool | None = None
+        self.optimizers: dict[int, torch.optim.Optimizer] = {}  # of the ids of the two models
 
     def teardown(self):
         mica.fast.enable()
@@ -108,22 +115,36 @@ class Base(RuleBasedStateMachine):
         mica.fast.enable(group_projections=self.GROUPS)
         kind = data.draw(st.sampled_from(self.KIND_NAMES))
         dtype = data.draw(st.sampled_from(self.DTYPES))
-        self.twins = Twins(kind, dtype, data.draw(configs(kind)), cast=data.draw(st.booleans()))
+        self.saves = data.draw(st.sampled_from([False, False, False, True]))
+        config = data.draw(configs(kind, self.saves))
+        config["bias"] = data.draw(st.sampled_from(["none"] * 4 + ["lora_only", "all"]))
+        cast, inference = data.draw(st.booleans()), data.draw(st.sampled_from([False] * 6 + [True]))
+        inference &= kind in ("llama", "inplace", "small")  # stock can adapt no embedding there
+        if inference:  # nor train anything of the base
+            config = {**config, "bias": "none", "modules_to_save": None}
+            self.saves = False
+        self.twins = Twins(kind, dtype, config, cast, inference)
         self.write("one")
         if data.draw(st.booleans()):
-            self.create("two", data.draw(configs(kind)), 4, data.draw(st.booleans()))
+            self.create("two", data.draw(configs(kind, self.saves)), 4, data.draw(st.booleans()))
 
     def create(self, name: str, config: dict, seed: int, cast: bool) -> None:
         if self.is_double:  # MiCA's SVD is refused there by stock
             config = {**config, "init_lora_weights": "gaussian"}
-        outcome = self.twins.each(
-            lambda model: model.add_adapter(name, LoraConfig(**config), autocast_adapter_dtype=cast)
-        )
+
+        def added(model):
+            with self.twins.casting():
+                model.add_adapter(name, LoraConfig(**config), autocast_adapter_dtype=cast)
+
+        outcome = self.twins.each(added)
         if outcome.error is None:
             self.twins.adopt(name, config["init_lora_weights"] == "mica", seed)
 
-    def write(self, name: str) -> bool:
-        """A file of an adapter, by both; that of the backend's model is kept for loading."""
+    def write(self, name: str, flipped: bool = False) -> bool:
+        """A file of an adapter, by both; that of the backend's model is kept for loading.
+
+        ``flipped``: with -B in the file, so that two adapters of one rank need not have one B.
+        """
         folders = iter((f"{len(self.files)}", f"{len(self.files)}-stock"))
 
         def saved(model):
@@ -135,11 +156,15 @@ class Base(RuleBasedStateMachine):
         if outcome.error is None:
             folder = Path(self.folder.name) / str(len(self.files))
             self.files.append(folder / name)
+            if flipped:
+                file = folder / name / "adapter_model.safetensors"
+                tensors = load_file(file)
+                save_file({key: -t if "_B" in key else t for key, t in tensors.items()}, file)
         return outcome.error is None
 
     @property
     def is_double(self) -> bool:
-        return next(iter(self.twins.base.values())).dtype == torch.float64
+        return next(p for n, p in self.twins.ours.named_parameters() if is_base(n)).dtype == torch.float64
 
     def pick(self, index: int) -> str:
         adapters = self.twins.adapters

@@ -35,7 +35,7 @@ def factors(layer: LoraLayer, adapter: str) -> tuple[Tensor, Tensor] | None:
 
 
 def is_base(name: str) -> bool:
-    return "lora_" not in name
+    return "lora_" not in name and "modules_to_save" not in name
 
 
 def distance(actual: Tensor, expected: Tensor, floor: float = 1e-6) -> float:

@@ -35,9 +35,9 @@ def _through_a_file(model: nn.Module) -> nn.Module:
 
 
 class Files(Base):
-    @action(index=INDEX)
-    def save(self, index):
-        return self.write(self.pick(index))
+    @action(index=INDEX, flipped=st.booleans())
+    def save(self, index, flipped):
+        return self.write(self.pick(index), flipped)
 
     @precondition(lambda self: self.files and len(self.twins.adapters) < 3)
     @action(
@@ -51,11 +51,17 @@ class Files(Base):
             self.twins.each(lambda model: model.set_adapter(name) and None)
 
     @precondition(lambda self: self.files and len(self.twins.adapters) > 1 and not self.twins.is_merged)
-    @action(index=INDEX, file=INDEX, lean=st.booleans())
-    def delete_and_load_again(self, index, file, lean):
-        name = self.pick(index)
-        self.twins.each(lambda model: model.delete_adapter(name))
-        self._load(self.files[file % len(self.files)], name, lean, False, True)
+    @action(index=INDEX, file=INDEX, lean=st.booleans(), mixed=st.booleans())
+    def delete_and_load_again(self, index, file, lean, mixed):
+        """``mixed``: a mixed batch before and after, for what is kept of a name or of an address."""
+        name, files = self.pick(index), (self.files * 2)[file % len(self.files) :][:2]
+        for folder in files if mixed else files[:1]:
+            if mixed:
+                self.call_mixed([*self.twins.adapters, "__base__"], file)
+            self.twins.each(lambda model: model.delete_adapter(name))
+            self._load(folder, name, lean, False, True)
+            if mixed:
+                self.call_mixed([*self.twins.adapters, "__base__"], file)
 
     def _load(self, folder, name, lean, trainable, cast):
         assume(not self.is_double)
@@ -107,6 +113,7 @@ class Files(Base):
 
     def _renewed(self):
         self.hooks.clear()
+        self.optimizers.clear()
         self.checkpointing = None
         self.twins.base = {}
         self.twins.frozen = {}
@@ -159,6 +166,7 @@ class Files(Base):
             self.twins.each(lambda model: model.load_state_dict(copy.deepcopy(model.state_dict())) and None)
             return True
         done = self.twins.replace(copy.deepcopy if way == "deepcopy" else _through_a_file)
+        self.optimizers.clear()
         self.hooks = [_Handle(model, key) for model, key in self._hooked()]
         return done
 

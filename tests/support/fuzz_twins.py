@@ -35,17 +35,22 @@ OUTPUTS, GRADIENTS, WEIGHTS = 10, 30, 4
 
 
 class Twins:
-    def __init__(self, kind: str, dtype: torch.dtype, config: dict, cast: bool = True):
+    def __init__(
+        self, kind: str, dtype: torch.dtype, config: dict, cast: bool = True, inference: bool = False
+    ):
+        """``inference``: the base models are made in inference mode, and used outside it."""
         self.kind, self.form = kind, KINDS[kind].form
         self.autocast: torch.dtype | None = None
         self.in_inference_mode = False
         self.seed = 0
+        self.of_inference = inference
         self.exact = True  # whether unmerging has to give the very bits
         self.edited = False  # whether a merged adapter has changed since
         self.is_lost = (
             False  # whether it is not known what unmerging gives: plain LoRA's, or stock's, or trained
         )
-        base = [build(kind).to(dtype) for _ in range(2)]
+        with torch.inference_mode() if inference else nullcontext():
+            base = [build(kind).to(dtype) for _ in range(2)]
         self.pristine = build(kind).to(dtype)
         self.ours = get_peft_model(base[0], LoraConfig(**config), "one", autocast_adapter_dtype=cast)
         with mica.fast.disabled():
