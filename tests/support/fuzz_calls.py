@@ -267,6 +267,7 @@ class Calls(Base):
     @action(index=INDEX, safe=st.booleans(), named=st.booleans())
     def merge(self, index, safe, named):
         names = [self.pick(index)] if named else None
+        safe &= not self.twins.of_inference  # which leaves tensors that stock cannot train with
 
         def merged(model):
             with self.twins.casting():
@@ -303,7 +304,7 @@ class Calls(Base):
         name, key = self.pick_layer(index), self.pick(index)
         for model in (self.twins.ours, self.twins.stock):
             pair = factors(model.get_submodule(name), key)
-            if pair is None or self.twins.is_merged:
+            if pair is None or self.twins.is_merged or self.twins.of_inference:
                 return False
         kept = []
         for model in (self.twins.ours, self.twins.stock):

@@ -50,6 +50,15 @@ def distance(actual: Tensor, expected: Tensor, floor: float = 1e-6) -> float:
     return difference / max(expected[finite].norm().item(), floor)
 
 
+def rounded_otherwise(model: nn.Module) -> nn.Module:
+    """The model with weights that are as good, within the rounding of their dtype."""
+    with torch.no_grad():
+        for parameter in model.parameters():
+            noise = torch.randn(parameter.shape) * (torch.finfo(parameter.dtype).eps / 2)
+            parameter.data = (parameter.data.double() * (1 + noise)).to(parameter.dtype)
+    return model
+
+
 def furthest(results, exact) -> float:
     """The largest of the errors of all tensors in a result; gradients count together."""
     if isinstance(results, Tensor):
