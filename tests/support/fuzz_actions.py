@@ -5,6 +5,7 @@ Every action ends with a comparison of all that both models hold, and mostly of 
 
 from __future__ import annotations
 
+import copy
 import tempfile
 from collections import Counter
 from collections.abc import Sequence
@@ -19,6 +20,7 @@ from peft import LoraConfig
 from safetensors.torch import load_file, save_file
 
 import mica.fast
+from mica.fast import merging
 
 NAMES = ["one", "two", "three"]
 LOOKS = st.sampled_from(["gradients", "gradients", "output", "nothing"])
@@ -39,6 +41,16 @@ def do_raise(*args):
 
 def pass_on(module, args, output):
     """A hook that changes nothing; at module level, so that a model with it can be pickled."""
+
+
+class Hook:
+    """A `pass_on` that a module has, and how it is removed."""
+
+    def __init__(self, module: torch.nn.Module, key: int):
+        self.module, self.key = module, key
+
+    def remove(self):
+        self.module._forward_hooks.pop(self.key, None)
 
 
 def action(**strategies):
@@ -138,6 +150,33 @@ class Base(RuleBasedStateMachine):
         outcome = self.twins.each(added)
         if outcome.error is None:
             self.twins.adopt(name, config["init_lora_weights"] == "mica", seed)
+        else:
+            self.refused()
+
+    def remove(self, name: str) -> None:
+        """Without an active adapter PEFT refuses every new one where there are ``modules_to_save``."""
+        self.twins.each(lambda model: model.delete_adapter(name))
+        if self.saves and not self.twins.ours.active_adapters:
+            self.twins.each(lambda model: model.set_adapter(self.twins.adapters[0]) and None)
+
+    def refused(self) -> None:
+        """An adapter that both refuse leaves stock's model half wrapped: the twin is made anew."""
+        self.optimizers.clear()
+        self.twins.stock = copy.deepcopy(self.twins.ours)
+        for layer in layers(self.twins.stock).values():
+            vars(layer).pop(merging._RECORDS, None)
+        self.find_hooks()
+
+    def find_hooks(self) -> None:
+        """Those that copies have inherited."""
+        models = (self.twins.ours, self.twins.stock)
+        self.hooks = [
+            Hook(module, key)
+            for model in models
+            for module in model.modules()
+            for key, hook in module._forward_hooks.items()
+            if hook is pass_on
+        ]
 
     def write(self, name: str, flipped: bool = False) -> bool:
         """A file of an adapter, by both; that of the backend's model is kept for loading.

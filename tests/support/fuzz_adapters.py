@@ -44,13 +44,13 @@ class Adapters(Base):
     @action(index=INDEX)
     def delete(self, index):
         name = self.pick(index)
-        self.twins.each(lambda model: model.delete_adapter(name))
+        self.remove(name)
 
     @precondition(lambda self: len(self.twins.adapters) > 1 and not self.twins.is_merged)
     @action(data=st.data(), index=INDEX, seed=SEEDS, activate=st.booleans())
     def delete_and_add_again(self, data, index, seed, activate):
         name, config = self.pick(index), data.draw(configs(self.twins.kind, self.saves))
-        self.twins.each(lambda model: model.delete_adapter(name))
+        self.remove(name)
         self.create(name, config, seed, True)
         if activate:
             self.twins.each(lambda model: model.set_adapter(name) and None)

@@ -77,9 +77,18 @@ class Calls(Base):
                 self.twins.call(model, ids[1]).float().square().sum().backward()
             return out.detach(), {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
 
-        trained = []
+        trained, gradients = [], {}
+
+        def take_over_gradients(model):
+            """They have been compared: rounding must not grow in the steps of an optimizer."""
+            for name, parameter in model.named_parameters():
+                if parameter.grad is not None and model is self.twins.stock:
+                    parameter.grad.copy_(gradients[name])
+                elif parameter.grad is not None:
+                    gradients[name] = parameter.grad.clone()
 
         def update(model):
+            take_over_gradients(model)
             parameters = [(n, p) for n, p in model.named_parameters() if p.grad is not None]
             norm = torch.stack([p.grad.double().norm() for _, p in parameters]).norm() if parameters else 0
             with torch.no_grad():
@@ -89,12 +98,8 @@ class Calls(Base):
             model.zero_grad(set_to_none=True)
 
         def step_of_adamw(model):
-            """Its state outlives the actions. The twin takes over the gradients, or signs differ."""
-            for name, parameter in model.named_parameters():
-                if model is self.twins.stock and parameter.grad is not None:
-                    parameter.grad.copy_(gradients[name])
-                elif parameter.grad is not None:
-                    gradients[name] = parameter.grad.clone()
+            """Its state outlives the actions."""
+            take_over_gradients(model)
             optimizer = self.optimizers.get(id(model))
             if optimizer is None:
                 wanted = [p for p in model.parameters() if p.grad is not None]
@@ -106,7 +111,6 @@ class Calls(Base):
             optimizer.step()
             model.zero_grad(set_to_none=True)
 
-        gradients = {}
         worked = self.twins.compare_steps(step)
         if self.twins.has_dropout or not worked:
             self.twins.each(lambda model: model.zero_grad(set_to_none=True))

@@ -6,7 +6,7 @@ import copy
 import io
 
 import torch
-from fuzz_actions import INDEX, NAMES, Base, action, pass_on
+from fuzz_actions import INDEX, NAMES, Base, action
 from fuzz_models import build
 from fuzz_twins import factors, layers
 from hypothesis import assume
@@ -15,16 +15,6 @@ from hypothesis.stateful import precondition
 from peft import PeftModel
 from peft.utils.hotswap import hotswap_adapter
 from torch import nn
-
-
-class _Handle:
-    """A hook that a copy has inherited."""
-
-    def __init__(self, module: nn.Module, key: int):
-        self.module, self.key = module, key
-
-    def remove(self):
-        self.module._forward_hooks.pop(self.key, None)
 
 
 def _through_a_file(model: nn.Module) -> nn.Module:
@@ -58,7 +48,7 @@ class Files(Base):
         for folder in files if mixed else files[:1]:
             if mixed:
                 self.call_mixed([*self.twins.adapters, "__base__"], file)
-            self.twins.each(lambda model: model.delete_adapter(name))
+            self.remove(name)
             self._load(folder, name, lean, False, True)
             if mixed:
                 self.call_mixed([*self.twins.adapters, "__base__"], file)
@@ -81,6 +71,9 @@ class Files(Base):
             config = self.twins.ours.peft_config[name]
             self._compare_factors(name)
             self.twins.adopt(name, config.init_lora_weights == "mica", 0, randomise=False)
+            self.twins.remember_biases()
+        else:
+            self.refused()
 
     def _compare_factors(self, name):
         """Before the twin takes over what was loaded."""
@@ -125,6 +118,7 @@ class Files(Base):
         outcome = self.twins.each(lambda model: hotswap_adapter(model, folder, name))
         self._compare_factors(name)
         self.twins.remember_bases(name)
+        self.twins.remember_biases()
         return outcome.error is None
 
     @precondition(lambda self: 1 < len(self.twins.adapters) < 3)
@@ -167,12 +161,7 @@ class Files(Base):
             return True
         done = self.twins.replace(copy.deepcopy if way == "deepcopy" else _through_a_file)
         self.optimizers.clear()
-        self.hooks = [_Handle(model, key) for model, key in self._hooked()]
+        if way == "pickle" and self.twins.is_merged:  # it has no records
+            self.twins.exact, self.twins.is_lost = False, True
+        self.find_hooks()
         return done
-
-    def _hooked(self):
-        for model in (self.twins.ours, self.twins.stock):
-            for module in model.modules():
-                for key, hook in module._forward_hooks.items():
-                    if hook is pass_on:
-                        yield module, key

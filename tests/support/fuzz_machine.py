@@ -35,7 +35,7 @@ class Machine(Adapters, Calls, Files):
         self.twins.remember_base()
         self.twins.remember_bases()
         if is_merged:
-            self.twins.base, self.twins.exact = {}, False
+            self.twins.base, self.twins.exact, self.twins.edited = {}, False, True
 
     @action(
         which=st.sampled_from(["nothing", "everything", "one base layer", "active", "a lora_A", "a lora_B"]),

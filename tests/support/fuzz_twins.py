@@ -226,6 +226,12 @@ class Twins:
     def remember_base(self) -> None:
         self.base = {n: p.detach().clone() for n, p in self.ours.named_parameters() if is_base(n)}
 
+    def remember_biases(self) -> None:
+        """A file may have some; merging leaves them alone."""
+        for name in self.base:
+            if name.endswith("bias"):
+                self.base[name] = self.ours.get_parameter(name).detach().clone()
+
     def compare(self) -> None:
         """Everything that both models hold; then the twin takes over the backend's values."""
         ours, stock = dict(self.ours.named_parameters()), dict(self.stock.named_parameters())
