@@ -271,7 +271,8 @@ class Calls(Base):
     @action(index=INDEX, safe=st.booleans(), named=st.booleans())
     def merge(self, index, safe, named):
         names = [self.pick(index)] if named else None
-        safe &= not self.twins.of_inference  # which leaves tensors that stock cannot train with
+        if self.twins.of_inference:  # PyTorch leaves tensors that stock cannot train with
+            return False
 
         def merged(model):
             with self.twins.casting():
