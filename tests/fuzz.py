@@ -18,7 +18,6 @@ os.environ.setdefault("MICA_TUNE_FILE", "no such folder/tuning.json")
 sys.path.insert(0, str(Path(__file__).resolve().parent / "support"))
 
 import torch
-from fuzz_actions import KNOWN
 from fuzz_machine import KINDS, machine, tally
 from hypothesis import HealthCheck, Phase, seed, settings
 from hypothesis.stateful import run_state_machine_as_test
@@ -33,10 +32,7 @@ def main() -> int:
     parser.add_argument("--examples", type=int, default=20, help="sequences a round")
     parser.add_argument("--steps", type=int, default=25, help="actions a sequence")
     parser.add_argument("--no-shrink", action="store_true")
-    parser.add_argument("--known", action="store_true", help="do not go around the faults that are known")
     args = parser.parse_args()
-    if args.known:
-        KNOWN.clear()
     torch.set_num_threads(1)
     torch.use_deterministic_algorithms(True)  # with it, NaN in every torch.empty
     warnings.simplefilter("ignore")
@@ -60,10 +56,10 @@ def main() -> int:
         except Exception:
             traceback.print_exc()
             kind = f" --kind {args.kind}" if args.kind else ""
-            flags = "".join(f" --{name}" for name in ("groups", "known") if getattr(args, name))
+            groups = " --groups" if args.groups else ""
             print(
                 f"again: make fuzz ARGS='--seed {number} --examples {args.examples} --steps {args.steps}"
-                f"{kind}{flags}'",
+                f"{kind}{groups}'",
                 flush=True,
             )
             failed.append(number)

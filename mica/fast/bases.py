@@ -55,7 +55,7 @@ class Wanted:
         """
         if self.is_quantised:
             return quantised.dequantise(self.layer, self.name)
-        weight = self.layer.get_base_layer().weight.detach()
+        weight = self.layer.get_base_layer().weight.data  # of some inference tensors ``detach`` has no views
         return weight.t() if is_stored_transposed(self.layer) else weight
 
     @property

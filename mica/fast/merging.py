@@ -218,19 +218,21 @@ def _fingerprint(weight: Tensor) -> Tensor:
     return torch.cat([part @ odd if on_cpu else (part * odd).sum(dim=1) for part in parts])
 
 
-def _whatever_autocast(function):
-    """An evaluation within autocast merges and unmerges too: `disable_adapter` does. The update is fp32's."""
+def _in_any_mode(function):
+    """An evaluation within autocast merges and unmerges too: `disable_adapter` does. The update is fp32's.
+
+    A weight made in inference mode, as a safe merge there leaves one, can only be written to in that mode.
+    """
 
     @functools.wraps(function)
     def outside(layer, adapter: str, weight: Tensor, *args, **kwargs):
-        with no_autocast(weight):
+        with no_autocast(weight), torch.inference_mode() if weight.is_inference() else torch.no_grad():
             return function(layer, adapter, weight, *args, **kwargs)
 
     return outside
 
 
-@_whatever_autocast
-@torch.no_grad()
+@_in_any_mode
 def _merge_into(layer, adapter: str, weight: Tensor, out: Tensor, safe: bool) -> None:
     """out = W + s·B·A, rounded once; ``out`` may be the weight itself.
 
@@ -275,8 +277,7 @@ def _merge_into(layer, adapter: str, weight: Tensor, out: Tensor, safe: bool) ->
     logger.debug("merged adapter %r into %s: swallowed %.2f %%", adapter, base, 100 * stats.swallowed)
 
 
-@_whatever_autocast
-@torch.no_grad()
+@_in_any_mode
 def _unmerge_from(layer, adapter: str, weight: Tensor, undo: _Undo | None) -> None:
     """In place: the bits from before the merge, or W' - s·B·A in fp32 with a warning why not."""
     exact = undo is not None and torch.equal(_fingerprint(weight), undo.merged_rows.to(weight.device))
@@ -302,7 +303,7 @@ def _unmerge_from(layer, adapter: str, weight: Tensor, undo: _Undo | None) -> No
         )
 
 
-@_whatever_autocast
+@_in_any_mode
 def _dequantised(layer, adapter: str, weight: Tensor, sign: int) -> Tensor:
     """W ± s·B·A of a dequantised W, in the wider of their dtypes: PEFT requantises it, as with plain LoRA.
 

@@ -1,10 +1,11 @@
-"""What the rules of `fuzz_machine` share: how an action is followed by the comparisons, and what is known.
+"""What the rules of `fuzz_machine` share: how an action is followed by the comparisons.
 
 Every action ends with a comparison of all that both models hold, and mostly of an output and its gradients.
 """
 
 from __future__ import annotations
 
+import copy
 import tempfile
 from collections import Counter
 from collections.abc import Sequence
@@ -12,24 +13,14 @@ from pathlib import Path
 
 import torch
 from fuzz_models import KINDS
-from fuzz_twins import Twins, layers
+from fuzz_twins import Twins, is_base, layers
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, rule
 from peft import LoraConfig
+from safetensors.torch import load_file, save_file
 
 import mica.fast
-from mica.fast import mixed_batch
-
-# Faults that are known and being mended: the machine goes around them. To be emptied.
-KNOWN = {
-    "in-place operations on an output",
-    "groups and non-reentrant checkpointing",
-    "followers are stale",
-    "mixed batches by address",
-    "undo survives uninstall",
-    "copies of a merged model",
-    "merging under autocast",
-}
+from mica.fast import merging
 
 NAMES = ["one", "two", "three"]
 LOOKS = st.sampled_from(["gradients", "gradients", "output", "nothing"])
@@ -50,6 +41,16 @@ def do_raise(*args):
 
 def pass_on(module, args, output):
     """A hook that changes nothing; at module level, so that a model with it can be pickled."""
+
+
+class Hook:
+    """A `pass_on` that a module has, and how it is removed."""
+
+    def __init__(self, module: torch.nn.Module, key: int):
+        self.module, self.key = module, key
+
+    def remove(self):
+        self.module._forward_hooks.pop(self.key, None)
 
 
 def action(**strategies):
@@ -77,8 +78,10 @@ def action(**strategies):
 
 
 @st.composite
-def configs(draw, kind: str, rsLoRA=None):
-    targets = draw(st.sampled_from(KINDS[kind].targets))
+def configs(draw, kind: str, saves: bool = False):
+    """``saves``: a whole layer may be trained, so none that adapters target."""
+    saved = KINDS[kind].saved
+    targets = [name for name in draw(st.sampled_from(KINDS[kind].targets)) if not (saves and name == saved)]
     embeds = any(name in ("embed", "embed_tokens", "wte", "shared") for name in targets)
     config = {
         "init_lora_weights": draw(st.sampled_from(["mica", "mica", "mica", "gaussian"])),
@@ -91,6 +94,8 @@ def configs(draw, kind: str, rsLoRA=None):
     }
     if draw(st.booleans()):
         config["rank_pattern"] = {targets[-1]: draw(st.sampled_from([1, 4]))}
+    if saves and draw(st.booleans()):
+        config["modules_to_save"] = [saved]
     if draw(st.booleans()):
         config["alpha_pattern"] = {targets[0]: draw(st.sampled_from([2, 9]))}
     return config
@@ -109,7 +114,9 @@ class Base(RuleBasedStateMachine):
         self.folder = tempfile.TemporaryDirectory()
         self.files: list[Path] = []
         self.hooks: list = []
+        self.saves = False  # whether adapters may have ``modules_to_save``
         self.checkpointing: bool | None = None
+        self.optimizers: dict[int, torch.optim.Optimizer] = {}  # of the ids of the two models
 
     def teardown(self):
         mica.fast.enable()
@@ -118,27 +125,64 @@ class Base(RuleBasedStateMachine):
     @initialize(data=st.data())
     def start(self, data):
         mica.fast.enable(group_projections=self.GROUPS)
-        names = [
-            name for name in self.KIND_NAMES if name != "inplace" or not self.knows("in-place operations")
-        ]
-        kind = data.draw(st.sampled_from(names))
+        kind = data.draw(st.sampled_from(self.KIND_NAMES))
         dtype = data.draw(st.sampled_from(self.DTYPES))
-        self.twins = Twins(kind, dtype, data.draw(configs(kind)), cast=data.draw(st.booleans()))
+        self.saves = data.draw(st.sampled_from([False, False, False, True]))
+        config = data.draw(configs(kind, self.saves))
+        config["bias"] = data.draw(st.sampled_from(["none"] * 4 + ["lora_only", "all"]))
+        cast, inference = data.draw(st.booleans()), data.draw(st.sampled_from([False] * 6 + [True]))
+        inference &= kind in ("llama", "small")  # stock can adapt no embedding and no Conv1D there
+        if inference:  # nor train anything of the base
+            config, self.saves = {**config, "bias": "none", "modules_to_save": None}, False
+        self.twins = Twins(kind, dtype, config, cast, inference)
         self.write("one")
         if data.draw(st.booleans()):
-            self.create("two", data.draw(configs(kind)), 4, data.draw(st.booleans()))
+            self.create("two", data.draw(configs(kind, self.saves)), 4, data.draw(st.booleans()))
 
     def create(self, name: str, config: dict, seed: int, cast: bool) -> None:
         if self.is_double:  # MiCA's SVD is refused there by stock
             config = {**config, "init_lora_weights": "gaussian"}
-        outcome = self.twins.each(
-            lambda model: model.add_adapter(name, LoraConfig(**config), autocast_adapter_dtype=cast)
-        )
+
+        def added(model):
+            with self.twins.casting():
+                model.add_adapter(name, LoraConfig(**config), autocast_adapter_dtype=cast)
+
+        outcome = self.twins.each(added)
         if outcome.error is None:
             self.twins.adopt(name, config["init_lora_weights"] == "mica", seed)
+        else:
+            self.refused()
 
-    def write(self, name: str) -> bool:
-        """A file of an adapter, by both; that of the backend's model is kept for loading."""
+    def remove(self, name: str) -> None:
+        """Without an active adapter PEFT refuses every new one where there are ``modules_to_save``."""
+        self.twins.each(lambda model: model.delete_adapter(name))
+        if self.saves and not self.twins.ours.active_adapters:
+            self.twins.each(lambda model: model.set_adapter(self.twins.adapters[0]) and None)
+
+    def refused(self) -> None:
+        """An adapter that both refuse leaves stock's model half wrapped: the twin is made anew."""
+        self.optimizers.clear()
+        self.twins.stock = copy.deepcopy(self.twins.ours)
+        for layer in layers(self.twins.stock).values():
+            vars(layer).pop(merging._RECORDS, None)
+        self.find_hooks()
+
+    def find_hooks(self) -> None:
+        """Those that copies have inherited."""
+        models = (self.twins.ours, self.twins.stock)
+        self.hooks = [
+            Hook(module, key)
+            for model in models
+            for module in model.modules()
+            for key, hook in module._forward_hooks.items()
+            if hook is pass_on
+        ]
+
+    def write(self, name: str, flipped: bool = False) -> bool:
+        """A file of an adapter, by both; that of the backend's model is kept for loading.
+
+        ``flipped``: with -B in the file, so that two adapters of one rank need not have one B.
+        """
         folders = iter((f"{len(self.files)}", f"{len(self.files)}-stock"))
 
         def saved(model):
@@ -150,15 +194,15 @@ class Base(RuleBasedStateMachine):
         if outcome.error is None:
             folder = Path(self.folder.name) / str(len(self.files))
             self.files.append(folder / name)
+            if flipped:
+                file = folder / name / "adapter_model.safetensors"
+                tensors = load_file(file)
+                save_file({key: -t if "_B" in key else t for key, t in tensors.items()}, file)
         return outcome.error is None
 
     @property
     def is_double(self) -> bool:
-        return next(iter(self.twins.base.values())).dtype == torch.float64
-
-    @staticmethod
-    def knows(words: str) -> bool:
-        return any(words in fault for fault in KNOWN)
+        return next(p for n, p in self.twins.ours.named_parameters() if is_base(n)).dtype == torch.float64
 
     def pick(self, index: int) -> str:
         adapters = self.twins.adapters
@@ -167,10 +211,6 @@ class Base(RuleBasedStateMachine):
     def pick_layer(self, index: int) -> str:
         names = list(layers(self.twins.ours))
         return names[index * 5 % len(names)]
-
-    def deleted(self):
-        if self.knows("mixed batches by address"):
-            mixed_batch.forget()
 
     def edited(self):
         self.twins.edited |= self.twins.is_merged

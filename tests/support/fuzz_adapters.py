@@ -19,7 +19,7 @@ class Adapters(Base):
     @action(data=st.data(), seed=SEEDS, cast=st.booleans(), activate=st.booleans())
     def add(self, data, seed, cast, activate):
         name = next(name for name in NAMES if name not in self.twins.adapters)
-        self.create(name, data.draw(configs(self.twins.kind)), seed, cast)
+        self.create(name, data.draw(configs(self.twins.kind, self.saves)), seed, cast)
         if activate:
             self.twins.each(lambda model: model.set_adapter(name) and None)
 
@@ -44,18 +44,16 @@ class Adapters(Base):
     @action(index=INDEX)
     def delete(self, index):
         name = self.pick(index)
-        self.twins.each(lambda model: model.delete_adapter(name))
-        self.deleted()
+        self.remove(name)
 
     @precondition(lambda self: len(self.twins.adapters) > 1 and not self.twins.is_merged)
     @action(data=st.data(), index=INDEX, seed=SEEDS, activate=st.booleans())
     def delete_and_add_again(self, data, index, seed, activate):
-        name, config = self.pick(index), data.draw(configs(self.twins.kind))
-        self.twins.each(lambda model: model.delete_adapter(name))
+        name, config = self.pick(index), data.draw(configs(self.twins.kind, self.saves))
+        self.remove(name)
         self.create(name, config, seed, True)
         if activate:
             self.twins.each(lambda model: model.set_adapter(name) and None)
-        self.deleted()
 
     @action(index=INDEX, inference=st.booleans())
     def switch(self, index, inference):

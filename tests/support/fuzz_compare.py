@@ -35,7 +35,7 @@ def factors(layer: LoraLayer, adapter: str) -> tuple[Tensor, Tensor] | None:
 
 
 def is_base(name: str) -> bool:
-    return "lora_" not in name
+    return "lora_" not in name and "modules_to_save" not in name
 
 
 def distance(actual: Tensor, expected: Tensor, floor: float = 1e-6) -> float:
@@ -48,6 +48,15 @@ def distance(actual: Tensor, expected: Tensor, floor: float = 1e-6) -> float:
         return float("inf")
     difference = (actual - expected)[finite].norm().item()
     return difference / max(expected[finite].norm().item(), floor)
+
+
+def rounded_otherwise(model: nn.Module) -> nn.Module:
+    """The model with weights that are as good, within the rounding of their dtype."""
+    with torch.no_grad():
+        for parameter in model.parameters():
+            noise = torch.randn(parameter.shape) * (torch.finfo(parameter.dtype).eps / 2)
+            parameter.data = (parameter.data.double() * (1 + noise)).to(parameter.dtype)
+    return model
 
 
 def furthest(results, exact) -> float:

@@ -6,7 +6,7 @@ import copy
 import io
 
 import torch
-from fuzz_actions import INDEX, NAMES, Base, action, pass_on
+from fuzz_actions import INDEX, NAMES, Base, action
 from fuzz_models import build
 from fuzz_twins import factors, layers
 from hypothesis import assume
@@ -17,16 +17,6 @@ from peft.utils.hotswap import hotswap_adapter
 from torch import nn
 
 
-class _Handle:
-    """A hook that a copy has inherited."""
-
-    def __init__(self, module: nn.Module, key: int):
-        self.module, self.key = module, key
-
-    def remove(self):
-        self.module._forward_hooks.pop(self.key, None)
-
-
 def _through_a_file(model: nn.Module) -> nn.Module:
     file = io.BytesIO()
     torch.save(model, file)
@@ -35,9 +25,9 @@ def _through_a_file(model: nn.Module) -> nn.Module:
 
 
 class Files(Base):
-    @action(index=INDEX)
-    def save(self, index):
-        return self.write(self.pick(index))
+    @action(index=INDEX, flipped=st.booleans())
+    def save(self, index, flipped):
+        return self.write(self.pick(index), flipped)
 
     @precondition(lambda self: self.files and len(self.twins.adapters) < 3)
     @action(
@@ -51,12 +41,17 @@ class Files(Base):
             self.twins.each(lambda model: model.set_adapter(name) and None)
 
     @precondition(lambda self: self.files and len(self.twins.adapters) > 1 and not self.twins.is_merged)
-    @action(index=INDEX, file=INDEX, lean=st.booleans())
-    def delete_and_load_again(self, index, file, lean):
-        name = self.pick(index)
-        self.twins.each(lambda model: model.delete_adapter(name))
-        self._load(self.files[file % len(self.files)], name, lean, False, True)
-        self.deleted()
+    @action(index=INDEX, file=INDEX, lean=st.booleans(), mixed=st.booleans())
+    def delete_and_load_again(self, index, file, lean, mixed):
+        """``mixed``: a mixed batch before and after, for what is kept of a name or of an address."""
+        name, files = self.pick(index), (self.files * 2)[file % len(self.files) :][:2]
+        for folder in files if mixed else files[:1]:
+            if mixed:
+                self.call_mixed([*self.twins.adapters, "__base__"], file)
+            self.remove(name)
+            self._load(folder, name, lean, False, True)
+            if mixed:
+                self.call_mixed([*self.twins.adapters, "__base__"], file)
 
     def _load(self, folder, name, lean, trainable, cast):
         assume(not self.is_double)
@@ -76,6 +71,9 @@ class Files(Base):
             config = self.twins.ours.peft_config[name]
             self._compare_factors(name)
             self.twins.adopt(name, config.init_lora_weights == "mica", 0, randomise=False)
+            self.twins.remember_biases()
+        else:
+            self.refused()
 
     def _compare_factors(self, name):
         """Before the twin takes over what was loaded."""
@@ -108,6 +106,7 @@ class Files(Base):
 
     def _renewed(self):
         self.hooks.clear()
+        self.optimizers.clear()
         self.checkpointing = None
         self.twins.base = {}
         self.twins.frozen = {}
@@ -119,6 +118,7 @@ class Files(Base):
         outcome = self.twins.each(lambda model: hotswap_adapter(model, folder, name))
         self._compare_factors(name)
         self.twins.remember_bases(name)
+        self.twins.remember_biases()
         return outcome.error is None
 
     @precondition(lambda self: 1 < len(self.twins.adapters) < 3)
@@ -148,24 +148,20 @@ class Files(Base):
             self.twins.adopt(name, False, 0, randomise=False)
             if activate:
                 self.twins.each(lambda model: model.set_adapter(name) and None)
-        elif name in self.twins.adapters:  # refused after it was created
-            self.twins.each(lambda model: model.delete_adapter(name))
+        else:
+            for model in (self.twins.ours, self.twins.stock):
+                if name in model.peft_config:  # refused after it was created
+                    model.delete_adapter(name)
         return outcome.error is None
 
     @action(way=st.sampled_from(["deepcopy", "pickle", "state_dict"]))
     def copies(self, way):
-        if self.twins.is_merged and self.knows("copies of a merged model"):
-            return False
         if way == "state_dict":
             self.twins.each(lambda model: model.load_state_dict(copy.deepcopy(model.state_dict())) and None)
             return True
         done = self.twins.replace(copy.deepcopy if way == "deepcopy" else _through_a_file)
-        self.hooks = [_Handle(model, key) for model, key in self._hooked()]
+        self.optimizers.clear()
+        if way == "pickle" and self.twins.is_merged:  # it has no records
+            self.twins.exact, self.twins.is_lost = False, True
+        self.find_hooks()
         return done
-
-    def _hooked(self):
-        for model in (self.twins.ours, self.twins.stock):
-            for module in model.modules():
-                for key, hook in module._forward_hooks.items():
-                    if hook is pass_on:
-                        yield module, key

@@ -8,7 +8,7 @@ from fuzz_adapters import Adapters
 from fuzz_calls import Calls
 from fuzz_files import Files
 from fuzz_models import KINDS
-from fuzz_twins import layers
+from fuzz_twins import factors, layers
 from hypothesis import assume
 from hypothesis import strategies as st
 
@@ -26,21 +26,33 @@ class Machine(Adapters, Calls, Files):
 
     @action(dtype=st.sampled_from([torch.bfloat16, torch.float32, torch.float64]))
     def to_dtype(self, dtype):
-        assume(not self.twins.is_merged)
+        """Also while an adapter is merged: what unmerging gives is then as near as stock's."""
+        is_merged = self.twins.is_merged
+        assume(not self.twins.of_inference)  # PyTorch leaves tensors that stock cannot train with
         self.twins.each(lambda model: model.to(dtype) and None)
+        self.optimizers.clear()
         self.twins.pristine.to(dtype)
         self.twins.remember_base()
         self.twins.remember_bases()
+        if is_merged:
+            self.twins.base, self.twins.exact, self.twins.edited = {}, False, True
 
-    @action(which=st.sampled_from(["nothing", "everything", "one base layer", "active"]), layer=INDEX)
+    @action(
+        which=st.sampled_from(["nothing", "everything", "one base layer", "active", "a lora_A", "a lora_B"]),
+        layer=INDEX,
+    )
     def requires_grad(self, which, layer):
-        name = self.pick_layer(layer)
+        name, adapter = self.pick_layer(layer), self.pick(layer)
 
         def flags(model):
             if which == "everything":
                 model.requires_grad_(True)
             elif which == "one base layer":
                 model.get_submodule(name).get_base_layer().requires_grad_(True)
+            elif which in ("a lora_A", "a lora_B"):
+                pair = factors(model.get_submodule(name), adapter)
+                for factor in pair[which == "a lora_B" :][:1] if pair else ():
+                    factor.requires_grad_(not factor.requires_grad)
             else:
                 model.requires_grad_(False)
                 if which == "active":
@@ -51,18 +63,10 @@ class Machine(Adapters, Calls, Files):
 
     @action(dtype=st.sampled_from([None, torch.bfloat16, torch.bfloat16, torch.float16]))
     def autocast(self, dtype):
-        disabled = any(layer.disable_adapters for layer in layers(self.twins.ours).values())
-        if dtype and disabled and self.twins.is_merged and self.knows("merging under autocast"):
-            return False
         self.twins.autocast = dtype
-        return None
 
     @action(reentrant=st.sampled_from([None, True, False]))
     def checkpoint(self, reentrant):
-        grouping = mica.fast.settings.settings.group_projections is True
-        if reentrant is False and grouping and self.knows("groups and non-reentrant"):
-            return False
-
         def set_it(model):
             if self.twins.form == "plain":
                 model.base_model.model.reentrant = reentrant
@@ -79,7 +83,7 @@ class Machine(Adapters, Calls, Files):
         self.checkpointing = reentrant
         return True
 
-    @action(where=st.sampled_from(["base", "layer", "A"]), layer=INDEX)
+    @action(where=st.sampled_from(["base", "layer", "lora_A", "lora_B", "lora_dropout"]), layer=INDEX)
     def hook(self, where, layer):
         """One that does nothing, so that the base layer is called, or the layer is PEFT's; it stays."""
         if self.hooks:
@@ -92,8 +96,8 @@ class Machine(Adapters, Calls, Files):
             module = model.get_submodule(name)
             if where == "base":
                 module = module.get_base_layer()
-            elif where == "A":
-                module = next(iter(module.lora_A.values()), module)
+            elif where != "layer":
+                module = next(iter(getattr(module, where).values()), module)
             self.hooks.append(module.register_forward_hook(pass_on))
         return True
 
@@ -102,16 +106,12 @@ class Machine(Adapters, Calls, Files):
         if what in ("off", "on"):
             mica.fast.disable() if what == "off" else mica.fast.enable()
         elif what == "uninstall":
-            if self.twins.is_merged and self.knows("undo survives"):
-                return False
             mica.fast.uninstall()
             self.twins.probe(True)
             mica.fast.enable()
         elif what == "fp32":
             mica.fast.enable(compute_dtype=torch.float32)
         else:
-            if what == "groups" and self.checkpointing is False and self.knows("groups and non-reentrant"):
-                return False
             mica.fast.enable(group_projections=what == "groups")
         return None
 

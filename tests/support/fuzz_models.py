@@ -129,6 +129,7 @@ class Kind(NamedTuple):
     build: Callable[[], nn.Module]
     targets: list[list[str]]
     form: str = "causal"  # or "seq2seq", "plain"
+    saved: str = "lm_head"  # what ``modules_to_save`` may name
 
 
 _ATTENTION, _MLP = ["q_proj", "k_proj", "v_proj", "o_proj"], ["gate_proj", "up_proj", "down_proj"]
@@ -147,11 +148,13 @@ KINDS = {
             ["embed", "mix"],
         ],
         "plain",
+        "conv",
     ),
     "inplace": Kind(
         lambda: Shared(inplace=True),
         [["q_proj", "k_proj", "v_proj", "mix", "conv", "down"], ["q_proj", "k_proj"]],
         "plain",
+        "conv",
     ),
 }
 

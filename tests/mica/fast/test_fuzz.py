@@ -12,10 +12,10 @@ FP32 = [torch.float32]
 
 # name -> attributes of the machine, sequences, actions in each
 VARIANTS = {
-    "llama": ({"KIND_NAMES": ["llama"]}, 12, 25),
+    "llama": ({"KIND_NAMES": ["llama"]}, 10, 25),
     "gpt2": ({"KIND_NAMES": ["gpt2"]}, 8, 25),
     "gemma": ({"KIND_NAMES": ["gemma"]}, 8, 25),
-    "t5": ({"KIND_NAMES": ["t5"]}, 8, 25),
+    "t5": ({"KIND_NAMES": ["t5"]}, 7, 25),
     "shared": ({"KIND_NAMES": ["shared", "inplace"]}, 14, 30),
     "groups": ({"KIND_NAMES": ["llama", "shared"], "GROUPS": True}, 8, 25),
 }

@@ -96,6 +96,19 @@ def test_an_embedding_loaded_for_inference_is_not_trainable(tmp_path):
     assert not any(p.requires_grad for p in loaded.parameters())
 
 
+@pytest.mark.parametrize("stock", [False, True])
+def test_a_base_made_in_inference_mode_and_cast_outside_it(stock):
+    """`nn.Module.to` then leaves weights whose ``detach`` refuses views. Such a model works in forwards."""
+    torch.manual_seed(0)
+    with torch.inference_mode():
+        base = Net(torch.bfloat16)
+    torch.manual_seed(0)
+    plain = Net(torch.bfloat16).float()
+    expected = bases(wrap(plain, targets=["up", "down"], stock=stock))
+    for name, B in bases(wrap(base.float(), targets=["up", "down"], stock=stock)).items():
+        assert torch.equal(B, expected[name])
+
+
 @pytest.mark.parametrize("spelling", ["MICA", "Mica", "mIcA"])
 def test_any_spelling_is_mica(spelling, tmp_path):
     """Fault 2: stock initialises by the SVD and then trains B as if it were LoRA."""

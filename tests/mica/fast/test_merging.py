@@ -347,3 +347,21 @@ def test_autocast_rounds_no_update(dtype, merging_in, unmerging_in):
     assert unmerged == 0.0
     with mica.fast.disabled():
         assert max(round_trip(stock)) > 1e-3
+
+
+@pytest.mark.parametrize("safe", [False, True])
+@pytest.mark.parametrize(("made_in", "merged_in"), [(True, False), (False, True), (True, True)])
+def test_inference_mode(made_in, merged_in, safe):
+    """A model made in it, or merged in it, is unmerged outside."""
+    with torch.inference_mode(made_in):
+        base = Net()
+    model = randomise(wrap(base), scale=1.0)
+    up = model.base_model.model.up
+    before = up.base_layer.weight.clone()
+    with torch.inference_mode(merged_in):
+        model.merge_adapter(safe_merge=safe)
+    assert not torch.equal(up.base_layer.weight, before)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model.unmerge_adapter()
+    assert torch.equal(up.base_layer.weight, before)
