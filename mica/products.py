@@ -76,12 +76,17 @@ def _rounded(addend: Tensor | None, pairs, dtype: torch.dtype) -> Tensor:
     return total.to(dtype)
 
 
-@functools.cache
+@torch.compiler.assume_constant_result  # a graph that is traced for one processor runs on it
 def has_native(dtype: torch.dtype) -> bool:
     """Whether this CPU's own products of this dtype are worth having: what PyTorch itself asks of oneDNN.
 
-    Where PyTorch has no such question, whether both layouts take less than four times fp32's.
+    Where PyTorch has no such question, whether both layouts take less than four times fp32's. Found out once.
     """
+    return _has_native(dtype)
+
+
+@functools.cache
+def _has_native(dtype: torch.dtype) -> bool:
     if dtype not in _ASKED:
         return True
     try:
