@@ -7,7 +7,6 @@ cast to fp32 a chunk at a time, multiplied and summed, and rounded once, at the 
 
 from __future__ import annotations
 
-import functools
 import time
 
 import torch
@@ -76,23 +75,27 @@ def _rounded(addend: Tensor | None, pairs, dtype: torch.dtype) -> Tensor:
     return total.to(dtype)
 
 
-@torch.compiler.assume_constant_result  # a graph that is traced for one processor runs on it
+def _asked(dtype: torch.dtype) -> bool | None:
+    """What PyTorch itself asks of oneDNN; None in a build without it."""
+    try:
+        return bool(getattr(torch.ops.mkldnn, _ASKED[dtype])())
+    except (AttributeError, RuntimeError):
+        return None
+
+
+# Asked at the import, in microseconds: a graph that is being traced can read an answer and cannot ask.
+_ANSWERS = {dtype: _asked(dtype) for dtype in _ASKED}
+
+
 def has_native(dtype: torch.dtype) -> bool:
     """Whether this CPU's own products of this dtype are worth having: what PyTorch itself asks of oneDNN.
 
-    Where PyTorch has no such question, whether both layouts take less than four times fp32's. Found out once.
+    Where PyTorch has no answer, whether both layouts take less than four times fp32's, measured once.
     """
-    return _has_native(dtype)
-
-
-@functools.cache
-def _has_native(dtype: torch.dtype) -> bool:
-    if dtype not in _ASKED:
-        return True
-    try:
-        return bool(getattr(torch.ops.mkldnn, _ASKED[dtype])())
-    except (AttributeError, RuntimeError):  # a build without oneDNN
-        return max(slowdown(dtype)) < 4.0
+    answer = _ANSWERS.get(dtype, True)
+    if answer is None:
+        answer = _ANSWERS[dtype] = max(slowdown(dtype)) < 4.0
+    return answer
 
 
 def slowdown(dtype: torch.dtype) -> tuple[float, float]:

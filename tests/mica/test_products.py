@@ -126,31 +126,26 @@ def test_compiles_into_one_graph():
 @pytest.mark.parametrize("dtype", HALVES)
 def test_the_question_is_asked_while_a_graph_is_traced(dtype):
     torch.compiler.reset()
-    products._has_native.cache_clear()
     (left, right), _ = operands(dtype)
     compiled = torch.compile(lambda a, b: products.addmm(None, (a, b)), fullgraph=True, backend="aot_eager")
     assert error(compiled(left, right), exact(None, [(left, right)])) <= RELATIVE[dtype]
 
 
-def test_what_pytorch_asks_of_the_processor_decides(monkeypatch):
-    products._has_native.cache_clear()
-    try:
-        assert products.has_native(torch.bfloat16) == torch.ops.mkldnn._is_mkldnn_bf16_supported()
-        assert products.has_native(torch.float16) == torch.ops.mkldnn._is_mkldnn_fp16_supported()
-        assert products.has_native(torch.float32)
-    finally:
-        products._has_native.cache_clear()
+def test_what_pytorch_asks_of_the_processor_decides():
+    assert products.has_native(torch.bfloat16) == torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    assert products.has_native(torch.float16) == torch.ops.mkldnn._is_mkldnn_fp16_supported()
+    assert products.has_native(torch.float32)
 
 
 @pytest.mark.parametrize(("times", "native"), [((1.0, 3.0), True), ((2.0, 300.0), False)])
-def test_without_an_answer_it_is_measured(monkeypatch, times, native):
-    products._has_native.cache_clear()
+def test_without_an_answer_it_is_measured_once(monkeypatch, times, native):
     monkeypatch.setattr(products, "_ASKED", {torch.bfloat16: "not there"})
-    monkeypatch.setattr(products, "slowdown", lambda dtype: times)
-    try:
-        assert products.has_native(torch.bfloat16) == native
-    finally:
-        products._has_native.cache_clear()
+    monkeypatch.setattr(products, "_ANSWERS", {torch.bfloat16: products._asked(torch.bfloat16)})
+    assert products._ANSWERS[torch.bfloat16] is None
+    measured = []
+    monkeypatch.setattr(products, "slowdown", lambda dtype: measured.append(dtype) or times)
+    assert products.has_native(torch.bfloat16) == products.has_native(torch.bfloat16) == native
+    assert measured == [torch.bfloat16]
 
 
 def test_a_process_without_16_bit_instructions():
