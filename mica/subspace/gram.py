@@ -43,8 +43,11 @@ def extremes(matrix: torch.Tensor) -> torch.Tensor:
 
     The cheapest way to see that all is finite: ``isfinite().all()`` takes 2.3 ms for 1536 x 576, this 0.24.
     """
+    found = matrix.new_empty(2)  # no torch.stack: under autocast it refuses 16-bit tensors of the other kind
     # Of a transposed view aminmax is slow: 100 against 2 ms for 576 x 49152
-    return torch.stack(torch.aminmax(matrix if matrix.is_contiguous() else matrix.mT))
+    rows = matrix.detach() if matrix.is_contiguous() else matrix.detach().mT
+    torch.aminmax(rows, out=(found[0], found[1]))
+    return found
 
 
 def image(tall: torch.Tensor, short_vectors: torch.Tensor) -> torch.Tensor:

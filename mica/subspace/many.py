@@ -15,7 +15,7 @@ from mica.subspace.cache import SubspaceCache
 from mica.subspace.device import MEMORY_AT_LEAST, batch_size, is_on_host
 from mica.subspace.fingerprint import fingerprint
 from mica.subspace.result import MinorSubspace
-from mica.subspace.solver import solve_each
+from mica.subspace.solver import solve_each, without_autocast
 
 _logger = logging.getLogger("mica")
 
@@ -130,7 +130,8 @@ class _Solver:
     def solve_together(self, indices: Sequence[int], device: torch.device, rank: int) -> None:
         """Tasks of one shape, in one batch on ``device``."""
         weights = [self._tasks[index].weight.to(device) for index in indices]
-        stacked = torch.stack(weights) if len(weights) > 1 else weights[0].unsqueeze(0)
+        with without_autocast(device.type):  # torch.stack refuses there what `extremes` says
+            stacked = torch.stack(weights) if len(weights) > 1 else weights[0].unsqueeze(0)
         del weights
         names = " or ".join(self._tasks[index].name for index in indices)
         for index, result in zip(indices, _solved(names, stacked, rank, self._memory), strict=True):

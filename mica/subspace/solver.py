@@ -100,7 +100,7 @@ def solve_each(
     if matrices.ndim != 3:
         matrices = matrices.reshape(-1, *weight.shape[-2:])
     try:
-        with _without_autocast(matrices.device.type):
+        with without_autocast(matrices.device.type):
             return _solved(matrices, rank, method, strict, seed, memory)
     except _NotFiniteError as error:
         count = weight.numel() - int(torch.isfinite(weight).sum())
@@ -109,7 +109,7 @@ def solve_each(
         ) from error
 
 
-def _without_autocast(device_type: str) -> AbstractContextManager:
+def without_autocast(device_type: str) -> AbstractContextManager:
     """Its fp32 products, where fp64's are slow, would be 16-bit ones: C off by 2e-3 instead of 1e-7."""
     if torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type):
         return torch.autocast(device_type, enabled=False)

@@ -346,3 +346,13 @@ def test_meta_models_are_left_to_stock(solved):
             model, LoraConfig(r=4, init_lora_weights="mica", target_modules=["up"]), low_cpu_mem_usage=True
         )
     assert not solved
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("autocast", [torch.bfloat16, torch.float16])
+def test_an_adapter_made_within_autocast(dtype, autocast):
+    """As outside of it. Some operations refuse the other 16-bit dtype there, torch.stack for one."""
+    expected = bases(net(dtype))
+    with torch.autocast("cpu", autocast):
+        model = net(dtype)
+    assert all(torch.equal(B, expected[name]) for name, B in bases(model).items())
