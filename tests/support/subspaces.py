@@ -36,3 +36,8 @@ def same(first, second):
         else getattr(first, field.name) == getattr(second, field.name)
         for field in dataclasses.fields(MinorSubspace)
     )
+
+
+def only_file(folder):
+    (path,) = folder.iterdir()
+    return path

@@ -1,8 +1,10 @@
 """What lets small matrices stand for large ones."""
 
 import pytest
+import torch
 
 from mica.subspace import krylov
+from mica.subspace.cache import SubspaceCache
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -14,3 +16,13 @@ def _one_thread(one_thread):
 def _small_krylov(monkeypatch):
     """Krylov subspaces are judged from the first block on, so that they fit small sides from 128 on."""
     monkeypatch.setattr(krylov, "FIRST_CHECK", 1)
+
+
+@pytest.fixture
+def weight():
+    return torch.randn(24, 30)
+
+
+@pytest.fixture
+def cache(tmp_path):
+    return SubspaceCache(tmp_path / "not" / "there yet")

@@ -6,7 +6,7 @@ import warnings
 import pytest
 import torch
 from huggingface_hub import constants
-from subspaces import same, solved
+from subspaces import only_file, same, solved
 
 from mica import minor_subspace
 from mica.subspace import cache as cache_module
@@ -14,21 +14,6 @@ from mica.subspace.cache import SubspaceCache, default_cache
 from mica.subspace.fingerprint import fingerprint
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
-
-
-def only_file(folder):
-    (path,) = folder.iterdir()
-    return path
-
-
-@pytest.fixture
-def weight():
-    return torch.randn(24, 30)
-
-
-@pytest.fixture
-def cache(tmp_path):
-    return SubspaceCache(tmp_path / "not" / "there yet")
 
 
 # What is stored comes back

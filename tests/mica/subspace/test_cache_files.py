@@ -14,27 +14,11 @@ from pathlib import Path
 import pytest
 import safetensors.torch
 import torch
-from subspaces import same, solved
+from subspaces import only_file, same, solved
 
 from mica.subspace import cache as cache_module
 from mica.subspace.cache import SubspaceCache
 from mica.subspace.fingerprint import fingerprint
-
-
-def only_file(folder):
-    (path,) = folder.iterdir()
-    return path
-
-
-@pytest.fixture
-def weight():
-    return torch.randn(24, 30)
-
-
-@pytest.fixture
-def cache(tmp_path):
-    return SubspaceCache(tmp_path / "not" / "there yet")
-
 
 # Damage
 

@@ -4,26 +4,10 @@ import os
 
 import pytest
 import torch
-from subspaces import same, solved
+from subspaces import only_file, same, solved
 
 from mica.subspace.cache import SubspaceCache
 from mica.subspace.fingerprint import fingerprint
-
-
-def only_file(folder):
-    (path,) = folder.iterdir()
-    return path
-
-
-@pytest.fixture
-def weight():
-    return torch.randn(24, 30)
-
-
-@pytest.fixture
-def cache(tmp_path):
-    return SubspaceCache(tmp_path / "not" / "there yet")
-
 
 # Whom it trusts
 
