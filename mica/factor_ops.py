@@ -14,12 +14,14 @@ from torch import Tensor
 from mica.dispatch import (
     autocast,
     autocast_to,
-    backward_of,
-    below_autograd,
     compute,
     define,
     differentiate,
+    front,
     no_autocast,
+    rows,
+    run_backward,
+    run_forward,
     saved,
 )
 from mica.operands import check_down_projection, check_up_projection
@@ -52,7 +54,7 @@ def mica_down_projection(
         ValueError, TypeError: shapes, dtypes or devices that do not fit.
     """
     check_down_projection(x, lora_A, compute_dtype, dropout_p, seed)
-    return torch.ops.mica.down_projection(x, lora_A, scaling, compute_dtype, dropout_p, seed)
+    return down_projection(x, lora_A, scaling, compute_dtype, dropout_p, seed)
 
 
 def mica_up_projection(y: Tensor, h: Tensor, lora_B: Tensor) -> Tensor:
@@ -70,7 +72,7 @@ def mica_up_projection(y: Tensor, h: Tensor, lora_B: Tensor) -> Tensor:
         ValueError, TypeError: shapes, dtypes or devices that do not fit, or lora_B requires a gradient.
     """
     check_up_projection(y, h, lora_B)
-    return torch.ops.mica.up_projection(y, h, lora_B)
+    return up_projection(y, h, lora_B)
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -78,13 +80,9 @@ def mica_up_projection(y: Tensor, h: Tensor, lora_B: Tensor) -> Tensor:
 # ---------------------------------------------------------------------------------------------------
 
 
-def _rows(tensor: Tensor) -> Tensor:
-    return tensor.reshape(-1, tensor.shape[-1])
-
-
 def _down(x, lora_A, scaling, compute_dtype, dropout_p=0.0, seed=None):
     dtype = compute_dtype or x.dtype
-    operands = (_rows(x), lora_A, scaling, dtype, dropout_p, seed)
+    operands = (rows(x), lora_A, scaling, dtype, dropout_p, seed)
     rank = lora_A.shape[0]
     h = compute("down_projection", "down_projection", x, rank, (x.dtype, dtype, lora_A.dtype), *operands)
     return h.view(*x.shape[:-1], rank)
@@ -96,8 +94,8 @@ def _down_fake(x, lora_A, scaling, compute_dtype, dropout_p=0.0, seed=None):
 
 def _down_backward(grad_h, x, lora_A, scaling, x_dtype, output_mask, dropout_p=0.0, seed=None):
     needs_x, needs_A = output_mask
-    g = _rows(grad_h)
-    operands = (g, _rows(x) if needs_A else None, lora_A, scaling, needs_x, dropout_p, seed)
+    g = rows(grad_h)
+    operands = (g, rows(x) if needs_A else None, lora_A, scaling, needs_x, dropout_p, seed)
     name, dtypes = "down_projection_backward", (g.dtype, x_dtype, lora_A.dtype)
     with no_autocast(g):
         grad_x, grad_A = compute(name, name, g, lora_A.shape[0], dtypes, *operands)
@@ -118,25 +116,26 @@ class _DownProjection(torch.autograd.Function):
     def forward(ctx, x, lora_A, scaling, compute_dtype, dropout_p=0.0, seed=None):
         ctx.scaling, ctx.dropout_p, ctx.x_dtype = scaling, dropout_p, x.dtype
         ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, lora_A, seed)
-        with below_autograd():
-            return torch.ops.mica.down_projection(x, lora_A, scaling, compute_dtype, dropout_p, seed)
+        args = x, lora_A, scaling, compute_dtype, dropout_p, seed
+        return run_forward(torch.ops.mica.down_projection, _down, (x, lora_A), *args)
 
     @staticmethod
     def backward(ctx, grad_h):
         x, lora_A, seed = saved(ctx)
         mask = list(ctx.needs_input_grad[:2])
-        backward = backward_of(torch.ops.mica.down_projection_backward, _down_backward)
-        grads = backward(grad_h, x, lora_A, ctx.scaling, ctx.x_dtype, mask, ctx.dropout_p, seed)
+        tensors = grad_h, x, lora_A
+        args = *tensors, ctx.scaling, ctx.x_dtype, mask, ctx.dropout_p, seed
+        grads = run_backward(torch.ops.mica.down_projection_backward, _down_backward, tensors, *args)
         return *(grad if needed else None for grad, needed in zip(grads, mask, strict=True)), *[None] * 4
 
 
 def _down_under_autocast(device_type):
-    def down_projection(x, lora_A, scaling, compute_dtype, dropout_p=0.0, seed=None):
+    def under_autocast(x, lora_A, scaling, compute_dtype, dropout_p=0.0, seed=None):
         x = autocast_to(x, device_type)
         with no_autocast(x):
-            return torch.ops.mica.down_projection(x, lora_A, scaling, None, dropout_p, seed)
+            return down_projection(x, lora_A, scaling, None, dropout_p, seed)
 
-    return down_projection
+    return under_autocast
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -146,7 +145,7 @@ def _down_under_autocast(device_type):
 
 def _up(y, h, lora_B):
     dtypes = (y.dtype, h.dtype, lora_B.dtype)
-    out = compute("up_projection", "up_projection", y, h.shape[-1], dtypes, _rows(y), _rows(h), lora_B)
+    out = compute("up_projection", "up_projection", y, h.shape[-1], dtypes, rows(y), rows(h), lora_B)
     return out.view(y.shape)
 
 
@@ -155,7 +154,7 @@ def _up_fake(y, h, lora_B):
 
 
 def _up_backward(grad_output, lora_B, h_dtype):
-    dy = _rows(grad_output)
+    dy = rows(grad_output)
     name, dtypes = "up_projection_backward", (dy.dtype, h_dtype, lora_B.dtype)
     with no_autocast(dy):
         grad_h = compute(name, "grad_h", dy, lora_B.shape[1], dtypes, dy, lora_B, 1.0, h_dtype)
@@ -171,22 +170,24 @@ class _UpProjection(torch.autograd.Function):
     def forward(ctx, y, h, lora_B):
         ctx.h_dtype = h.dtype
         ctx.save_for_backward(lora_B)
-        with below_autograd():
-            return torch.ops.mica.up_projection(y, h, lora_B)
+        return run_forward(torch.ops.mica.up_projection, _up, (y, h, lora_B), y, h, lora_B)
 
     @staticmethod
     def backward(ctx, grad_output):
-        backward = backward_of(torch.ops.mica.up_projection_backward, _up_backward)
-        needs_h = ctx.needs_input_grad[1]
-        return grad_output, backward(grad_output, *ctx.saved_tensors, ctx.h_dtype) if needs_h else None, None
+        if not ctx.needs_input_grad[1]:
+            return grad_output, None, None
+        tensors = grad_output, *ctx.saved_tensors
+        args = *tensors, ctx.h_dtype
+        grad_h = run_backward(torch.ops.mica.up_projection_backward, _up_backward, tensors, *args)
+        return grad_output, grad_h, None
 
 
 def _up_under_autocast(device_type):
-    def up_projection(y, h, lora_B):
+    def under_autocast(y, h, lora_B):
         with no_autocast(y):
-            return torch.ops.mica.up_projection(y, h, lora_B)
+            return up_projection(y, h, lora_B)
 
-    return up_projection
+    return under_autocast
 
 
 define(
@@ -214,3 +215,7 @@ differentiate("down_projection", _DownProjection.apply, _down)
 differentiate("up_projection", _UpProjection.apply, _up)
 autocast("down_projection", _down_under_autocast)
 autocast("up_projection", _up_under_autocast)
+
+# What `mica.fast` calls, and the public functions once they have checked their arguments.
+down_projection = front("down_projection", _DownProjection.apply, _down, _down_under_autocast)
+up_projection = front("up_projection", _UpProjection.apply, _up, _up_under_autocast)

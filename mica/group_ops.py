@@ -23,14 +23,15 @@ from torch import Tensor
 from mica.dispatch import (
     autocast,
     autocast_to,
-    backward_of,
-    below_autograd,
     compute,
     define,
     differentiate,
     is_transformed,
     no_autocast,
     plain,
+    rows,
+    run_backward,
+    run_forward,
     saved,
 )
 from mica.operands import check_group
@@ -74,9 +75,9 @@ def mica_linear_group(
 
 def _group(x, weights, lora_As, lora_Bs, scalings, biases, compute_dtype):
     dtypes = (x.dtype, compute_dtype or x.dtype, *(A.dtype for A in lora_As), *(B.dtype for B in lora_Bs))
-    operands = (x.reshape(-1, x.shape[-1]), weights, lora_As, lora_Bs, scalings, biases, compute_dtype)
+    operands = (rows(x), weights, lora_As, lora_Bs, scalings, biases, compute_dtype)
     ys = compute("linear_group", "linear_group", x, stacked_rank(lora_As), dtypes, *operands)
-    return [y.view(*x.shape[:-1], y.shape[-1]) for y in ys]
+    return ys if x.dim() == 2 else [y.view(*x.shape[:-1], y.shape[-1]) for y in ys]
 
 
 def stacked_rank(lora_As: Sequence[Tensor]) -> int:
@@ -91,8 +92,8 @@ def _group_fake(x, weights, lora_As, lora_Bs, scalings, biases, compute_dtype):
 def _group_backward(grad_outputs, x, weights, lora_As, lora_Bs, scalings, compute_dtype):
     """x is None where no dA is wanted, weights is empty where no dx is; then the result lacks them."""
     used = next(dy for dy in grad_outputs if dy is not None)
-    dys = [None if dy is None else dy.reshape(-1, dy.shape[-1]) for dy in grad_outputs]
-    flat = None if x is None else x.reshape(-1, x.shape[-1])
+    dys = [None if dy is None else rows(dy) for dy in grad_outputs]
+    flat = None if x is None else rows(x)
     operands = (dys, flat, list(weights) or None, lora_As, lora_Bs, scalings, compute_dtype)
     name, rank = "linear_group_backward", stacked_rank(lora_As)
     dtypes = (used.dtype, compute_dtype, *(A.dtype for A in lora_As), *(B.dtype for B in lora_Bs))
@@ -126,9 +127,8 @@ class _LinearGroup(torch.autograd.Function):
             ctx.save_for_backward(x if needs_A else None, *kept, *lora_As, *lora_Bs)
         else:
             ctx.save_for_backward(*_saved_alone(x, weights[0], lora_As[0], lora_Bs[0]))
-        with below_autograd():
-            ys = torch.ops.mica.linear_group(x, weights, lora_As, lora_Bs, scalings, biases, compute_dtype)
-        return tuple(ys)
+        args = x, weights, lora_As, lora_Bs, scalings, biases, compute_dtype
+        return tuple(run_forward(torch.ops.mica.linear_group, _group, (x, *tensors), *args))
 
     @staticmethod
     def backward(ctx, *grad_outputs):
@@ -141,8 +141,9 @@ class _LinearGroup(torch.autograd.Function):
             return (None,) * (5 + 4 * count)
         x, weights, lora_As, lora_Bs = _operands_of(ctx, used)
         dys, scalings = [grad_outputs[i] for i in used], [ctx.scalings[i] for i in used]
-        backward = backward_of(torch.ops.mica.linear_group_backward, _group_backward)
-        grads = backward(dys, x, weights, lora_As, lora_Bs, scalings, ctx.compute_dtype)
+        tensors = *dys, x, *weights, *lora_As, *lora_Bs
+        args = dys, x, weights, lora_As, lora_Bs, scalings, ctx.compute_dtype
+        grads = run_backward(torch.ops.mica.linear_group_backward, _group_backward, tensors, *args)
         grad_x = grads.pop(0) if ctx.needs_x else None
         # no gradient rather than zeros, which would have an optimizer move the weight
         grad_As = [None] * count

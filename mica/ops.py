@@ -14,27 +14,33 @@ from torch import Tensor
 from mica.dispatch import (
     autocast,
     autocast_to,
-    backward_of,
-    below_autograd,
     call_counts,
     compute,
     define,
     differentiate,
+    front,
     no_autocast,
+    rows,
+    run_backward,
+    run_forward,
     saved,
 )
-from mica.factor_ops import mica_down_projection, mica_up_projection
+from mica.factor_ops import down_projection, mica_down_projection, mica_up_projection, up_projection
 from mica.group_ops import mica_linear_group
 from mica.operands import check_embedding, check_linear, check_merge
 
 __all__ = [
     "call_counts",
+    "down_projection",
+    "embedding",
+    "linear",
     "mica_down_projection",
     "mica_embedding",
     "mica_linear",
     "mica_linear_group",
     "mica_merge",
     "mica_up_projection",
+    "up_projection",
 ]
 
 
@@ -77,7 +83,7 @@ def mica_linear(
         RuntimeError: MICA_BACKEND=triton where there are no kernels for the call.
     """
     check_linear(x, weight, lora_A, lora_B, bias, compute_dtype, dropout_p, seed)
-    return torch.ops.mica.linear(x, weight, lora_A, lora_B, scaling, bias, compute_dtype, dropout_p, seed)
+    return linear(x, weight, lora_A, lora_B, scaling, bias, compute_dtype, dropout_p, seed)
 
 
 def mica_embedding(
@@ -105,7 +111,7 @@ def mica_embedding(
         ValueError, TypeError: as `mica_linear`. RuntimeError: as there.
     """
     check_embedding(indices, lora_A, lora_B)
-    return torch.ops.mica.embedding(indices, lora_A, lora_B, scaling, padding_idx, compute_dtype)
+    return embedding(indices, lora_A, lora_B, scaling, padding_idx, compute_dtype)
 
 
 def mica_merge(weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float = 1.0) -> Tensor:
@@ -133,9 +139,9 @@ def mica_merge(weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float = 
 
 def _linear(x, weight, lora_A, lora_B, scaling, bias, compute_dtype, dropout_p=0.0, seed=None):
     dtypes = (x.dtype, compute_dtype or x.dtype, lora_A.dtype, lora_B.dtype)
-    operands = (x.reshape(-1, x.shape[-1]), weight, lora_A, lora_B, scaling, bias, compute_dtype)
+    operands = (rows(x), weight, lora_A, lora_B, scaling, bias, compute_dtype)
     y = compute("linear", "forward", x, lora_A.shape[0], dtypes, *operands, dropout_p, seed)
-    return y.view(*x.shape[:-1], y.shape[-1])
+    return y if x.dim() == 2 else y.view(*x.shape[:-1], y.shape[-1])
 
 
 def _linear_backward(
@@ -143,15 +149,16 @@ def _linear_backward(
 ):
     needs_x, needs_A = output_mask
     dtypes = (grad_output.dtype, compute_dtype, lora_A.dtype, lora_B.dtype)
-    dy = grad_output.reshape(-1, grad_output.shape[-1])
-    x = x.reshape(-1, x.shape[-1]) if needs_A else None
+    dy, x = rows(grad_output), rows(x) if needs_A else None
     operands = (dy, x, weight if needs_x else None, lora_A, lora_B, scaling, compute_dtype)
     name = "linear_backward"
     with no_autocast(dy):
         grad_x, grad_A = compute(name, name, dy, lora_A.shape[0], dtypes, *operands, dropout_p, seed)
-    if needs_x:
+    if grad_x is None:
+        grad_x = dy.new_empty(0)
+    elif grad_output.dim() != 2:
         grad_x = grad_x.view(*grad_output.shape[:-1], grad_x.shape[-1])
-    return tuple(grad_output.new_empty(0) if grad is None else grad for grad in (grad_x, grad_A))
+    return grad_x, dy.new_empty(0) if grad_A is None else grad_A
 
 
 def _linear_fake(x, weight, lora_A, lora_B, scaling, bias, compute_dtype, dropout_p=0.0, seed=None):
@@ -175,19 +182,16 @@ class _MicaLinear(torch.autograd.Function):
         # x as it came: no fp32 copy, no h, no mask. What no gradient needs is not kept. `group_ops` saves the
         # same in the same order, or a recomputation under checkpointing that groups would be refused.
         ctx.save_for_backward(x if needs_A else None, weight if needs_x else None, lora_A, lora_B, seed)
-        with below_autograd():
-            return torch.ops.mica.linear(
-                x, weight, lora_A, lora_B, scaling, bias, compute_dtype, dropout_p, seed
-            )
+        args = x, weight, lora_A, lora_B, scaling, bias, compute_dtype, dropout_p, seed
+        return run_forward(torch.ops.mica.linear, _linear, (x, weight, lora_A, lora_B), *args)
 
     @staticmethod
     def backward(ctx, grad_output):
         x, weight, lora_A, lora_B, seed = saved(ctx)
         mask = [ctx.needs_input_grad[0], ctx.needs_input_grad[2]]
-        backward = backward_of(torch.ops.mica.linear_backward, _linear_backward)
-        grad_x, grad_A = backward(
-            grad_output, x, weight, lora_A, lora_B, ctx.scaling, ctx.compute_dtype, mask, ctx.dropout_p, seed
-        )
+        tensors = grad_output, x, weight, lora_A, lora_B
+        args = *tensors, ctx.scaling, ctx.compute_dtype, mask, ctx.dropout_p, seed
+        grad_x, grad_A = run_backward(torch.ops.mica.linear_backward, _linear_backward, tensors, *args)
         return grad_x if mask[0] else None, None, grad_A if mask[1] else None, *[None] * 6
 
 
@@ -233,13 +237,14 @@ class _MicaEmbedding(torch.autograd.Function):
     def forward(ctx, indices, lora_A, lora_B, scaling, padding_idx, compute_dtype):
         ctx.scaling, ctx.padding_idx = scaling, padding_idx
         ctx.save_for_backward(indices, lora_A, lora_B)
-        with below_autograd():
-            return torch.ops.mica.embedding(indices, lora_A, lora_B, scaling, padding_idx, compute_dtype)
+        args = indices, lora_A, lora_B, scaling, padding_idx, compute_dtype
+        return run_forward(torch.ops.mica.embedding, _embedding, args[:3], *args)
 
     @staticmethod
     def backward(ctx, grad_output):
-        backward = backward_of(torch.ops.mica.embedding_backward, _embedding_backward)
-        grad_A = backward(grad_output, *ctx.saved_tensors, ctx.scaling, ctx.padding_idx)
+        tensors = grad_output, *ctx.saved_tensors
+        args = *tensors, ctx.scaling, ctx.padding_idx
+        grad_A = run_backward(torch.ops.mica.embedding_backward, _embedding_backward, tensors, *args)
         return None, grad_A, None, None, None, None
 
 
@@ -263,22 +268,22 @@ def _merge_fake(weight, lora_A, lora_B, scaling):
 
 
 def _linear_under_autocast(device_type):
-    def linear(x, weight, lora_A, lora_B, scaling, bias, compute_dtype, dropout_p=0.0, seed=None):
+    def under_autocast(x, weight, lora_A, lora_B, scaling, bias, compute_dtype, dropout_p=0.0, seed=None):
         x, weight, bias = (autocast_to(tensor, device_type) for tensor in (x, weight, bias))
         with no_autocast(x):
-            return torch.ops.mica.linear(x, weight, lora_A, lora_B, scaling, bias, None, dropout_p, seed)
+            return linear(x, weight, lora_A, lora_B, scaling, bias, None, dropout_p, seed)
 
-    return linear
+    return under_autocast
 
 
 def _embedding_under_autocast(device_type):
-    def embedding(indices, lora_A, lora_B, scaling, padding_idx, compute_dtype):
+    def under_autocast(indices, lora_A, lora_B, scaling, padding_idx, compute_dtype):
         is_wide = torch.float64 in (lora_A.dtype, lora_B.dtype)  # left as it is, as by `autocast_to`
         dtype = compute_dtype if is_wide else torch.get_autocast_dtype(device_type)
         with no_autocast(indices):
-            return torch.ops.mica.embedding(indices, lora_A, lora_B, scaling, padding_idx, dtype)
+            return embedding(indices, lora_A, lora_B, scaling, padding_idx, dtype)
 
-    return embedding
+    return under_autocast
 
 
 def _merge_under_autocast(device_type):
@@ -324,3 +329,7 @@ differentiate("embedding", _MicaEmbedding.apply, _embedding_plain)
 autocast("linear", _linear_under_autocast)
 autocast("embedding", _embedding_under_autocast)
 autocast("merge", _merge_under_autocast)
+
+# What `mica.fast` calls, and the public functions once they have checked their arguments.
+linear = front("linear", _MicaLinear.apply, _linear, _linear_under_autocast)
+embedding = front("embedding", _MicaEmbedding.apply, _embedding, _embedding_under_autocast)
