@@ -177,11 +177,11 @@ def front(name: str, apply: Callable, body: Callable, rule: Callable[[str], Call
 
     def call(*args):
         tensors = [arg for arg in args if isinstance(arg, Tensor)]
-        if not is_direct(*tensors):
-            return operator(*args)
         device_type = tensors[0].device.type
+        if device_type not in rules or not is_direct(*tensors):
+            return operator(*args)
         if torch.is_autocast_enabled(device_type):
-            return rules[device_type](*args) if device_type in rules else operator(*args)
+            return rules[device_type](*args)
         if torch.is_grad_enabled():
             for tensor in tensors:
                 if tensor.requires_grad:

@@ -1,8 +1,12 @@
-"""What all operators share: an output belongs to the caller, who may change it in place."""
+"""What all operators share: outputs that belong to the caller, and the short way past torch.library."""
+
+from contextlib import nullcontext
 
 import pytest
 import torch
 from oracle import problem
+from torch.profiler import ProfilerActivity, profile
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from mica import ops
 from mica.ops import (
@@ -61,3 +65,137 @@ def test_an_output_of_a_compiled_call_may_be_changed_in_place():
     compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
     assert torch.equal(torch.autograd.grad(compiled(A).square().sum(), A)[0], expected)
     assert ops.call_counts["linear"]
+
+
+# front, and the arguments of a call; the operand that is trained comes first among those that can be
+FRONTS = {
+    "linear": lambda A: (P.x, P.weight, A, P.lora_B, 0.5, P.bias, None, 0.0, None),
+    "down_projection": lambda A: (P.x, A, 0.5, None, 0.0, None),
+    "up_projection": lambda h: (P.grad_output, h, P.lora_B),
+    "embedding": lambda A: (INDICES, A, P.lora_B, 0.5, None, None),
+}
+TRAINED = {"up_projection": torch.randn(2, 3, 2), "embedding": TABLE}
+
+
+def trained(name):
+    return TRAINED.get(name, P.lora_A).detach().clone().requires_grad_()
+
+
+def names_of(call):
+    with profile(activities=[ProfilerActivity.CPU]) as found:
+        call()
+    return {event.name for event in found.events()}
+
+
+class Seen(TorchDispatchMode):
+    def __init__(self):
+        super().__init__()
+        self.operators = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.operators.append(function.name())
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("name", FRONTS)
+def test_the_short_way_gives_the_operator_s_bits(name, autocast):
+    results = []
+    for function in (getattr(ops, name), getattr(torch.ops.mica, name)):
+        with torch.autocast("cpu", torch.bfloat16) if autocast else nullcontext():
+            leaf = trained(name)
+            y = function(*FRONTS[name](leaf))
+            with torch.no_grad():
+                again = function(*FRONTS[name](leaf))
+        y.float().square().sum().backward()
+        results.append((y.detach(), again, leaf.grad))
+    for ours, operators in zip(*results, strict=True):
+        assert ours.dtype == operators.dtype
+        assert torch.equal(ours, operators)
+    assert torch.equal(*results[0][:2])
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("name", FRONTS)
+def test_an_eager_call_goes_past_the_dispatcher(name, autocast):
+    leaf = trained(name)
+
+    def call():
+        with torch.autocast("cpu", torch.bfloat16) if autocast else nullcontext():
+            y = getattr(ops, name)(*FRONTS[name](leaf))
+        y.backward(torch.ones_like(y))
+
+    found = names_of(call)
+    assert not [event for event in found if event.startswith("mica::")]
+    assert [event for event in found if event.startswith("_") and "Backward" not in event]  # the Function
+    assert [e for e in names_of(lambda: torch.ops.mica.linear(*FRONTS["linear"](P.lora_A))) if "mica::" in e]
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+@pytest.mark.parametrize("name", FRONTS)
+def test_no_function_without_a_gradient(name, mode):
+    def call():
+        with mode():
+            return getattr(ops, name)(*FRONTS[name](trained(name)))
+
+    assert not {event for event in names_of(call) if event.startswith(("_Mica", "_Down", "_Up"))}
+    leaf = trained(name).detach()
+    assert not {
+        event for event in names_of(lambda: getattr(ops, name)(*FRONTS[name](leaf))) if "_" in event[:1]
+    }
+
+
+@pytest.mark.parametrize("name", FRONTS)
+def test_who_looks_on_sees_the_operators(name):
+    leaf = trained(name)
+    with Seen() as seen:
+        y = getattr(ops, name)(*FRONTS[name](leaf))
+        y.backward(torch.ones_like(y))
+    assert f"mica::{name}" in seen.operators
+    assert f"mica::{name}_backward" in seen.operators
+
+
+def test_a_backward_that_is_looked_at():
+    leaf = trained("linear")
+    y = ops.linear(*FRONTS["linear"](leaf))
+    with Seen() as seen:
+        y.backward(torch.ones_like(y))
+    assert "mica::linear_backward" in seen.operators
+
+
+def test_a_function_mode_sees_the_operator():
+    seen = []
+
+    class Functions(torch.overrides.TorchFunctionMode):
+        def __torch_function__(self, function, types, args=(), kwargs=None):
+            seen.append(str(function))
+            return function(*args, **(kwargs or {}))
+
+    with Functions():
+        ops.linear(*FRONTS["linear"](P.lora_A))
+    assert any("mica.linear" in name for name in seen)
+
+
+def test_tensors_of_other_classes_are_the_dispatcher_s():
+    seen = []
+
+    class Loud(torch.Tensor):
+        @classmethod
+        def __torch_function__(cls, function, types, args=(), kwargs=None):
+            seen.append(str(function))
+            return super().__torch_function__(function, types, args, kwargs or {})
+
+    for i in range(4):
+        seen.clear()
+        args = list(FRONTS["linear"](P.lora_A))
+        args[i] = args[i].as_subclass(Loud)
+        ops.linear(*args)
+        assert any("mica.linear" in name for name in seen)
+
+
+def test_a_device_without_a_rule_is_the_dispatcher_s():
+    y = ops.linear(
+        *(arg.to("meta") if isinstance(arg, torch.Tensor) else arg for arg in FRONTS["linear"](P.lora_A))
+    )
+    assert y.device.type == "meta"
+    assert y.shape == P.grad_output.shape
