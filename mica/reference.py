@@ -24,7 +24,7 @@ from math import frexp
 import torch
 from torch import Tensor
 
-from mica.products import addmm
+from mica.products import addmm, product_dtype
 
 # Tokens whose fp32 copy is alive at a time in `grad_a`: 1024 x 14336 fp32 are 59 MB. Measured on two CPU
 # cores at K = 576 and 1536, r = 16: the same speed within noise from 256 to 2048.
@@ -43,7 +43,8 @@ def forward(
     seed: Tensor | None = None,
 ) -> Tensor:
     """y (M×N) in the dtype of x, from x (M×K), weight (N×K), lora_A (r×K), lora_B (N×r), bias (N)."""
-    h = down_projection(x, lora_A, scaling, compute_dtype or x.dtype, dropout_p, seed)
+    dtype = product_dtype(x, (lora_A, lora_B), compute_dtype or x.dtype)
+    h = down_projection(x, lora_A, scaling, dtype, dropout_p, seed)
     return _base_and_up(x, weight, bias, h, lora_B)
 
 
@@ -107,7 +108,8 @@ def linear_group(
     compute_dtype: torch.dtype | None = None,
 ) -> list[Tensor]:
     """`forward` of several layers on one x: a single down-projection, for their A's stacked."""
-    h = down_projection(x, stacked(lora_As, scalings), 1.0, compute_dtype or x.dtype)
+    dtype = product_dtype(x, (*lora_As, *lora_Bs), compute_dtype or x.dtype)
+    h = down_projection(x, stacked(lora_As, scalings), 1.0, dtype)
     parts = h.split([lora_A.shape[0] for lora_A in lora_As], dim=1)
     operands = zip(weights, biases, parts, lora_Bs, strict=True)
     return [_base_and_up(x, weight, bias, part, B) for weight, bias, part, B in operands]
@@ -175,9 +177,11 @@ def grad_a(g: Tensor, x: Tensor, dropout_p: float = 0.0, seed: Tensor | None = N
     if g.dtype == x.dtype == dtype and dropout_p == 0.0:
         return g.t() @ x
     grad = None
+    one = g.shape[0] <= _TOKENS_PER_CHUNK
     for start in range(0, max(1, g.shape[0]), _TOKENS_PER_CHUNK):  # without tokens one product of nothing: 0
         tokens = slice(start, start + _TOKENS_PER_CHUNK)
-        g_part, kept = g[tokens].to(dtype).t(), _kept(x[tokens], start, dropout_p, seed).to(dtype)
+        g_part, x_part = (g, x) if one else (g[tokens], x[tokens])
+        g_part, kept = _cast(g_part, dtype).t(), _cast(_kept(x_part, start, dropout_p, seed), dtype)
         grad = g_part @ kept if grad is None else torch.addmm(grad, g_part, kept)
     return grad / (1.0 - dropout_p) if dropout_p else grad
 
@@ -222,8 +226,8 @@ def embedding(
 
     indices (M) integers below num_embeddings, lora_A (r×num_embeddings), lora_B (N×r), N = embedding_dim.
     """
-    h = lora_A.index_select(1, indices).t().to(compute_dtype or lora_A.dtype)
-    return addmm(None, (h, (lora_B * scaling).to(h.dtype).t()))
+    columns = lora_A.index_select(1, indices).t()
+    return _scaled_product(columns, lora_B.t(), scaling, compute_dtype or lora_A.dtype)
 
 
 def linear_backward(
@@ -238,7 +242,7 @@ def linear_backward(
     seed: Tensor | None = None,
 ) -> tuple[Tensor | None, Tensor | None]:
     """(dx, dA in the dtype of lora_A) of `forward`; None where the weight or x that it takes is None."""
-    g = grad_h(grad_output, lora_B, scaling, compute_dtype)
+    g = grad_h(grad_output, lora_B, scaling, product_dtype(grad_output, (lora_A, lora_B), compute_dtype))
     dx = None if weight is None else grad_x(grad_output, weight, g, lora_A, dropout_p, seed)
     dA = None if x is None else _cast(grad_a(g, x, dropout_p, seed), lora_A.dtype)
     return dx, dA
@@ -277,12 +281,11 @@ def linear_group_backward(
     where weights is None, the dA's where x is None.
     """
     used = next(dy for dy in grad_outputs if dy is not None)
+    dtype = product_dtype(used, (*lora_As, *lora_Bs), compute_dtype)
     parts = zip(grad_outputs, lora_Bs, scalings, strict=True)
     g = torch.cat(
         [
-            used.new_zeros(len(used), B.shape[1], dtype=compute_dtype)
-            if dy is None
-            else grad_h(dy, B, s, compute_dtype)
+            used.new_zeros(len(used), B.shape[1], dtype=dtype) if dy is None else grad_h(dy, B, s, dtype)
             for dy, B, s in parts
         ],
         dim=1,
