@@ -105,13 +105,6 @@ def saved(ctx) -> tuple[Tensor | None, ...]:
         ) from error
 
 
-def run_forward(operator: Callable, body: Callable, tensors: Sequence[Tensor | None], *args):
-    """What the forward of an autograd.Function does: its operator's body, below autograd."""
-    run = body if is_direct(*tensors) else operator
-    with below_autograd():
-        return run(*args)
-
-
 def run_backward(operator: Callable, body: Callable, tensors: Sequence[Tensor | None], *args):
     """What a backward does. With ``create_graph=True`` the plain formulas, so higher derivatives hold.
 
@@ -152,10 +145,15 @@ def define(name: str, schema: str, body: Callable, fake: Callable) -> None:
 
 
 def differentiate(name: str, apply: Callable, body: Callable) -> None:
-    """Its autograd; the plain formulas where `is_transformed`, which any transform can follow."""
+    """Its autograd; the plain formulas where `is_transformed`, which any transform can follow.
+
+    ``apply(run, *args)``: of an autograd.Function whose forward is ``run`` below autograd. From here that is
+    the operator again, for whoever traces or looks on.
+    """
+    operator = getattr(torch.ops.mica, name).default
 
     def autograd(*args):
-        return plain(body)(*args) if is_transformed() else apply(*args)
+        return plain(body)(*args) if is_transformed() else apply(operator, *args)
 
     LIBRARY.impl(name, autograd, "Autograd")
 
@@ -185,7 +183,7 @@ def front(name: str, apply: Callable, body: Callable, rule: Callable[[str], Call
         if torch.is_grad_enabled():
             for tensor in tensors:
                 if tensor.requires_grad:
-                    return apply(*args)
+                    return apply(body, *args)
         with below_autograd():
             return body(*args)
 

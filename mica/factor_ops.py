@@ -14,6 +14,7 @@ from torch import Tensor
 from mica.dispatch import (
     autocast,
     autocast_to,
+    below_autograd,
     compute,
     define,
     differentiate,
@@ -21,7 +22,6 @@ from mica.dispatch import (
     no_autocast,
     rows,
     run_backward,
-    run_forward,
     saved,
 )
 from mica.operands import check_down_projection, check_up_projection
@@ -113,20 +113,21 @@ def _down_backward_fake(grad_h, x, lora_A, scaling, x_dtype, output_mask, dropou
 
 class _DownProjection(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, lora_A, scaling, compute_dtype, dropout_p=0.0, seed=None):
+    def forward(ctx, run, x, lora_A, scaling, compute_dtype, dropout_p=0.0, seed=None):
         ctx.scaling, ctx.dropout_p, ctx.x_dtype = scaling, dropout_p, x.dtype
-        ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, lora_A, seed)
-        args = x, lora_A, scaling, compute_dtype, dropout_p, seed
-        return run_forward(torch.ops.mica.down_projection, _down, (x, lora_A), *args)
+        ctx.save_for_backward(x if ctx.needs_input_grad[2] else None, lora_A, seed)
+        with below_autograd():
+            return run(x, lora_A, scaling, compute_dtype, dropout_p, seed)
 
     @staticmethod
     def backward(ctx, grad_h):
         x, lora_A, seed = saved(ctx)
-        mask = list(ctx.needs_input_grad[:2])
+        mask = list(ctx.needs_input_grad[1:3])
         tensors = grad_h, x, lora_A
         args = *tensors, ctx.scaling, ctx.x_dtype, mask, ctx.dropout_p, seed
         grads = run_backward(torch.ops.mica.down_projection_backward, _down_backward, tensors, *args)
-        return *(grad if needed else None for grad, needed in zip(grads, mask, strict=True)), *[None] * 4
+        grad_x, grad_A = (grad if needed else None for grad, needed in zip(grads, mask, strict=True))
+        return None, grad_x, grad_A, *[None] * 4
 
 
 def _down_under_autocast(device_type):
@@ -167,19 +168,20 @@ def _up_backward_fake(grad_output, lora_B, h_dtype):
 
 class _UpProjection(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, y, h, lora_B):
+    def forward(ctx, run, y, h, lora_B):
         ctx.h_dtype = h.dtype
         ctx.save_for_backward(lora_B)
-        return run_forward(torch.ops.mica.up_projection, _up, (y, h, lora_B), y, h, lora_B)
+        with below_autograd():
+            return run(y, h, lora_B)
 
     @staticmethod
     def backward(ctx, grad_output):
-        if not ctx.needs_input_grad[1]:
-            return grad_output, None, None
+        if not ctx.needs_input_grad[2]:
+            return None, grad_output, None, None
         tensors = grad_output, *ctx.saved_tensors
         args = *tensors, ctx.h_dtype
         grad_h = run_backward(torch.ops.mica.up_projection_backward, _up_backward, tensors, *args)
-        return grad_output, grad_h, None
+        return None, grad_output, grad_h, None
 
 
 def _up_under_autocast(device_type):

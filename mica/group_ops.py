@@ -23,6 +23,7 @@ from torch import Tensor
 from mica.dispatch import (
     autocast,
     autocast_to,
+    below_autograd,
     compute,
     define,
     differentiate,
@@ -31,7 +32,6 @@ from mica.dispatch import (
     plain,
     rows,
     run_backward,
-    run_forward,
     saved,
 )
 from mica.operands import check_group
@@ -115,20 +115,20 @@ class _LinearGroup(torch.autograd.Function):
     backward, by graph task and layer. Then only the first layer's are saved here."""
 
     @staticmethod
-    def forward(ctx, handed, scalings, compute_dtype, x, count, *tensors):
+    def forward(ctx, run, handed, scalings, compute_dtype, x, count, *tensors):
         """tensors: the weights, the lora_As, the lora_Bs and the biases, ``count`` of each."""
         weights, lora_As, lora_Bs, biases = (list(tensors[i * count : (i + 1) * count]) for i in range(4))
         ctx.set_materialize_grads(False)  # an output that was not used costs nothing
         ctx.scalings, ctx.count, ctx.compute_dtype = scalings, count, compute_dtype or x.dtype
-        ctx.needs_x, ctx.handed = ctx.needs_input_grad[3], handed
+        ctx.needs_x, ctx.handed = ctx.needs_input_grad[4], handed
         if handed is None:
-            needs_A = any(ctx.needs_input_grad[5 + count : 5 + 2 * count])
+            needs_A = any(ctx.needs_input_grad[6 + count : 6 + 2 * count])
             kept = weights if ctx.needs_x else []
             ctx.save_for_backward(x if needs_A else None, *kept, *lora_As, *lora_Bs)
         else:
             ctx.save_for_backward(*_saved_alone(x, weights[0], lora_As[0], lora_Bs[0]))
-        args = x, weights, lora_As, lora_Bs, scalings, biases, compute_dtype
-        return tuple(run_forward(torch.ops.mica.linear_group, _group, (x, *tensors), *args))
+        with below_autograd():
+            return tuple(run(x, weights, lora_As, lora_Bs, scalings, biases, compute_dtype))
 
     @staticmethod
     def backward(ctx, *grad_outputs):
@@ -138,7 +138,7 @@ class _LinearGroup(torch.autograd.Function):
         count = ctx.count
         used = [i for i, grad in enumerate(grad_outputs) if grad is not None]
         if not used:
-            return (None,) * (5 + 4 * count)
+            return (None,) * (6 + 4 * count)
         x, weights, lora_As, lora_Bs = _operands_of(ctx, used)
         dys, scalings = [grad_outputs[i] for i in used], [ctx.scalings[i] for i in used]
         tensors = *dys, x, *weights, *lora_As, *lora_Bs
@@ -149,7 +149,7 @@ class _LinearGroup(torch.autograd.Function):
         grad_As = [None] * count
         for i, grad in zip(used, grads, strict=x is not None):
             grad_As[i] = grad
-        return None, None, None, grad_x, None, *[None] * count, *grad_As, *[None] * (2 * count)
+        return None, None, None, None, grad_x, None, *[None] * count, *grad_As, *[None] * (2 * count)
 
 
 def _saved_alone(x, weight, lora_A, lora_B):
@@ -202,14 +202,14 @@ def start_group(
         compute_dtype = None
     handed = {}
     with no_autocast(x):
-        ys = _apply(x, weights, lora_As, lora_Bs, scalings, biases, compute_dtype, handed)
+        ys = _apply(_group, x, weights, lora_As, lora_Bs, scalings, biases, compute_dtype, handed)
     kept = [_saved_alone(x, *layer) for layer in zip(weights, lora_As, lora_Bs, strict=True)]
     return [ys[0], *(partial(_Follower.apply, ys[i], i, handed, kept[i]) for i in range(1, len(ys)))]
 
 
-def _apply(x, weights, lora_As, lora_Bs, scalings, biases, compute_dtype, handed=None):
+def _apply(run, x, weights, lora_As, lora_Bs, scalings, biases, compute_dtype, handed=None):
     tensors = (*weights, *lora_As, *lora_Bs, *biases)
-    return list(_LinearGroup.apply(handed, scalings, compute_dtype, x, len(weights), *tensors))
+    return list(_LinearGroup.apply(run, handed, scalings, compute_dtype, x, len(weights), *tensors))
 
 
 def _cast(device_type, x, weights, biases):

@@ -14,6 +14,7 @@ from torch import Tensor
 from mica.dispatch import (
     autocast,
     autocast_to,
+    below_autograd,
     call_counts,
     compute,
     define,
@@ -22,7 +23,6 @@ from mica.dispatch import (
     no_autocast,
     rows,
     run_backward,
-    run_forward,
     saved,
 )
 from mica.factor_ops import down_projection, mica_down_projection, mica_up_projection, up_projection
@@ -157,7 +157,7 @@ def _linear_backward(
     if grad_x is None:
         grad_x = dy.new_empty(0)
     elif grad_output.dim() != 2:
-        grad_x = grad_x.view(*grad_output.shape[:-1], grad_x.shape[-1])
+        grad_x = grad_x.view(*grad_output.shape[:-1], lora_A.shape[1])
     return grad_x, dy.new_empty(0) if grad_A is None else grad_A
 
 
@@ -175,24 +175,26 @@ def _linear_backward_fake(
 
 
 class _MicaLinear(torch.autograd.Function):
+    """``run``: what computes y, `_linear` or the operator (`mica.dispatch.differentiate`)."""
+
     @staticmethod
-    def forward(ctx, x, weight, lora_A, lora_B, scaling, bias, compute_dtype, dropout_p=0.0, seed=None):
-        needs_x, _, needs_A = ctx.needs_input_grad[:3]
+    def forward(ctx, run, x, weight, lora_A, lora_B, scaling, bias, compute_dtype, dropout_p=0.0, seed=None):
+        _, needs_x, _, needs_A = ctx.needs_input_grad[:4]
         ctx.scaling, ctx.compute_dtype, ctx.dropout_p = scaling, compute_dtype or x.dtype, dropout_p
         # x as it came: no fp32 copy, no h, no mask. What no gradient needs is not kept. `group_ops` saves the
         # same in the same order, or a recomputation under checkpointing that groups would be refused.
         ctx.save_for_backward(x if needs_A else None, weight if needs_x else None, lora_A, lora_B, seed)
-        args = x, weight, lora_A, lora_B, scaling, bias, compute_dtype, dropout_p, seed
-        return run_forward(torch.ops.mica.linear, _linear, (x, weight, lora_A, lora_B), *args)
+        with below_autograd():
+            return run(x, weight, lora_A, lora_B, scaling, bias, compute_dtype, dropout_p, seed)
 
     @staticmethod
     def backward(ctx, grad_output):
         x, weight, lora_A, lora_B, seed = saved(ctx)
-        mask = [ctx.needs_input_grad[0], ctx.needs_input_grad[2]]
+        mask = [ctx.needs_input_grad[1], ctx.needs_input_grad[3]]
         tensors = grad_output, x, weight, lora_A, lora_B
         args = *tensors, ctx.scaling, ctx.compute_dtype, mask, ctx.dropout_p, seed
         grad_x, grad_A = run_backward(torch.ops.mica.linear_backward, _linear_backward, tensors, *args)
-        return grad_x if mask[0] else None, None, grad_A if mask[1] else None, *[None] * 6
+        return None, grad_x if mask[0] else None, None, grad_A if mask[1] else None, *[None] * 6
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -234,18 +236,18 @@ def _embedding_backward_fake(grad_output, indices, lora_A, lora_B, scaling, padd
 
 class _MicaEmbedding(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, indices, lora_A, lora_B, scaling, padding_idx, compute_dtype):
+    def forward(ctx, run, indices, lora_A, lora_B, scaling, padding_idx, compute_dtype):
         ctx.scaling, ctx.padding_idx = scaling, padding_idx
         ctx.save_for_backward(indices, lora_A, lora_B)
-        args = indices, lora_A, lora_B, scaling, padding_idx, compute_dtype
-        return run_forward(torch.ops.mica.embedding, _embedding, args[:3], *args)
+        with below_autograd():
+            return run(indices, lora_A, lora_B, scaling, padding_idx, compute_dtype)
 
     @staticmethod
     def backward(ctx, grad_output):
         tensors = grad_output, *ctx.saved_tensors
         args = *tensors, ctx.scaling, ctx.padding_idx
         grad_A = run_backward(torch.ops.mica.embedding_backward, _embedding_backward, tensors, *args)
-        return None, grad_A, None, None, None, None
+        return None, None, grad_A, None, None, None, None
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -333,3 +335,11 @@ autocast("merge", _merge_under_autocast)
 # What `mica.fast` calls, and the public functions once they have checked their arguments.
 linear = front("linear", _MicaLinear.apply, _linear, _linear_under_autocast)
 embedding = front("embedding", _MicaEmbedding.apply, _embedding, _embedding_under_autocast)
+
+
+def linear_directly(x, weight, lora_A, lora_B, scaling, bias, compute_dtype) -> Tensor:
+    """`linear` without dropout where it is known that `is_direct` holds and that there is no autocast."""
+    if torch.is_grad_enabled() and (lora_A.requires_grad or x.requires_grad):
+        return _MicaLinear.apply(_linear, x, weight, lora_A, lora_B, scaling, bias, compute_dtype, 0.0, None)
+    with below_autograd():
+        return _linear(x, weight, lora_A, lora_B, scaling, bias, compute_dtype)

@@ -33,7 +33,7 @@ def _own_forward(cls: type[nn.Module]) -> Callable | None:
 
 
 # What the operators stand for. Code that replaces one of these for all modules wants its own to run.
-_FORWARDS = {cls: _own_forward(cls) for cls in (nn.Linear, Conv1D, nn.Identity, nn.Dropout)}
+FORWARDS = {cls: _own_forward(cls) for cls in (nn.Linear, Conv1D, nn.Identity, nn.Dropout)}
 
 # PEFT's layer classes over quantised weights: entered when one is first met, for they need their libraries.
 # Empty again once PEFT has its functions back.
@@ -228,7 +228,7 @@ def _why_not_read_directly(part: str, module: nn.Module) -> str | None:
     if "forward" in module.__dict__:
         return f"the {part} has a forward of its own (offloading or another patch)"
     kind = type(module)
-    if kind.forward is not _FORWARDS[kind]:
+    if kind.forward is not FORWARDS[kind]:
         return f"somebody has replaced {kind.__name__}.forward"
     return None
 

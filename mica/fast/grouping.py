@@ -25,7 +25,7 @@ from torch.utils.weak import TensorWeakRef
 
 from mica import backend
 from mica.dispatch import is_transformed
-from mica.fast.eligibility import Adapter, weight_of
+from mica.fast.common_case import Operands
 from mica.fast.settings import settings
 
 # Calls in a row whose outputs were not all fetched: the group shrinks to the layers that did fetch theirs.
@@ -62,7 +62,7 @@ class _Output:
     """Of one layer, computed ahead, and the operands that it was computed from."""
 
     call: Callable[[], Tensor]
-    operands: tuple
+    operands: Operands
     versions: tuple
 
 
@@ -110,7 +110,7 @@ def _region() -> int | None:
     return None if hooks is None else id(hooks[0])
 
 
-def fetch(layer: nn.Module, adapter: Adapter, x: Tensor) -> Tensor | None:
+def fetch(layer: nn.Module, operands: Operands, x: Tensor) -> Tensor | None:
     """This layer's output, if the first of its group has computed just this one from this very x."""
     pending = _state.pending
     if pending is None:
@@ -120,7 +120,7 @@ def fetch(layer: nn.Module, adapter: Adapter, x: Tensor) -> Tensor | None:
         output is None
         or pending.x() is not x
         or pending.surroundings != _surroundings(x)
-        or not all(map(is_, output.operands, _operands(layer, adapter)))
+        or not all(map(is_, output.operands, operands))
         or output.versions != _versions(output.operands)
     ):
         pending.group.miss(pending.outputs)
@@ -150,11 +150,6 @@ def _surroundings(x: Tensor) -> tuple:
     )
 
 
-def _operands(layer, adapter: Adapter) -> tuple:
-    base = layer._modules["base_layer"]
-    return adapter.lora_A, adapter.lora_B, adapter.scaling, weight_of(base), weight_of(base, "bias")
-
-
 def _versions(operands: tuple) -> tuple:
     return tuple(
         (None if operand.is_inference() else operand._version, operand.data_ptr(), operand.requires_grad)
@@ -173,12 +168,11 @@ def members(layer: nn.Module) -> list[nn.Module] | None:
 
 
 def lead(
-    layers: list[nn.Module], adapters: list[Adapter], x: Tensor, outputs: list[Tensor | Callable[[], Tensor]]
+    layers: list[nn.Module], together: list[Operands], x: Tensor, outputs: list[Tensor | Callable[[], Tensor]]
 ) -> Tensor:
     """Keep what `group_ops.start_group` gave for the calls to come; the first layer's output is returned."""
     others = {}
-    for layer, adapter, call in zip(layers[1:], adapters[1:], outputs[1:], strict=True):
-        operands = _operands(layer, adapter)
+    for layer, operands, call in zip(layers[1:], together[1:], outputs[1:], strict=True):
         others[layer] = _Output(call, operands, _versions(operands))
     pending = _Pending(TensorWeakRef(x), _surroundings(x), _groups[layers[0]], others)
     # Outputs that nobody fetched hold the graph; at the latest its backward lets go of them, or the backward

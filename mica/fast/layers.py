@@ -11,7 +11,8 @@ from transformers.pytorch_utils import Conv1D
 
 from mica import ops
 from mica.backend import MAX_RANK
-from mica.fast import calls, grouping, mixed_batch
+from mica.fast import calls, common_case, grouping, mixed_batch
+from mica.fast.common_case import Operands
 from mica.fast.eligibility import (
     Adapter,
     dtypes_fit,
@@ -45,6 +46,17 @@ def linear_forward(stock):
 
 def _linear(layer, x: torch.Tensor) -> torch.Tensor | None:
     """The output with all active adapters, or None where the layer is PEFT's."""
+    found = common_case.operands(layer, x)
+    if found is None:
+        return _in_general(layer, x)
+    if grouping.is_on(x, found.lora_A):
+        return _grouped(layer, found, x)
+    weight, bias, lora_A, lora_B, scaling = found
+    return ops.linear_directly(x, weight, lora_A, lora_B, scaling, bias, compute_dtype(x))
+
+
+def _in_general(layer, x: torch.Tensor) -> torch.Tensor | None:
+    """`_linear` of any layer."""
     adapters = read(layer)
     if type(adapters) is str:
         return None
@@ -54,74 +66,86 @@ def _linear(layer, x: torch.Tensor) -> torch.Tensor | None:
     base = layer._modules["base_layer"]
     if why_called(layer) is None and fuses(x, weight_of(base)):
         first, *adapters = adapters
-        result = _fused(base, first, x) if adapters else _grouped(layer, base, first, x)
+        found = _operands(base, first)
+        if adapters or first.dropout_p or not grouping.is_on(x, first.lora_A):
+            result = _fused(base, found, x, first.dropout_p)
+        else:
+            result = _grouped(layer, found, x)
     else:
         result = base(x)
     for adapter in adapters:
-        lora_A, lora_B, scaling = operands(adapter)
-        p, seed = _dropout(adapter, x)
-        h = ops.down_projection(x, lora_A, scaling, compute_dtype(x), p, seed)
+        lora_A, lora_B, scaling = factors(adapter.lora_A, adapter.lora_B, adapter.scaling)
+        h = ops.down_projection(x, lora_A, scaling, compute_dtype(x), *_dropout(adapter.dropout_p, x))
         result = ops.up_projection(result, h, lora_B)
     return result
 
 
-def _fused(base, adapter: Adapter, x: torch.Tensor) -> torch.Tensor:
-    weight, bias = _base(base)
-    lora_A, lora_B, scaling = operands(adapter)
-    p, seed = _dropout(adapter, x)
-    return ops.linear(x, weight, lora_A, lora_B, scaling, bias, compute_dtype(x), p, seed)
+def _operands(base, adapter: Adapter) -> Operands:
+    bias = weight_of(base, "bias")
+    return Operands(weight_of(base), bias, adapter.lora_A, adapter.lora_B, adapter.scaling)
 
 
-def _base(base) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Weight (out_features, in_features) and bias. Conv1D's weight is a transposed view, no copy."""
-    weight = weight_of(base)
-    return weight.t() if type(base) is Conv1D else weight, weight_of(base, "bias")
+def _ready(base, found: Operands) -> tuple:
+    """Weight (out_features, in_features), bias, lora_A, lora_B and scaling, as the operators take them."""
+    weight, bias, lora_A, lora_B, scaling = found
+    if type(base) is Conv1D:
+        weight = weight.t()  # a view, no copy
+    return weight, bias, *factors(lora_A, lora_B, scaling)
 
 
-def _grouped(layer, base, adapter: Adapter, x: torch.Tensor) -> torch.Tensor:
+def _fused(base, found: Operands, x: torch.Tensor, dropout_p: float = 0.0) -> torch.Tensor:
+    weight, bias, lora_A, lora_B, scaling = _ready(base, found)
+    return ops.linear(x, weight, lora_A, lora_B, scaling, bias, compute_dtype(x), *_dropout(dropout_p, x))
+
+
+def _grouped(layer, found: Operands, x: torch.Tensor) -> torch.Tensor:
     """`_fused`, and the outputs of the layers that will read the same x where `grouping` knows them."""
-    if not grouping.is_on(x, adapter.lora_A) or adapter.dropout_p:
-        return _fused(base, adapter, x)
-    output = grouping.fetch(layer, adapter, x)
+    output = grouping.fetch(layer, found, x)
     if output is not None:
         return output
     layers = grouping.members(layer)
-    adapters = None if layers is None else _fit_together(layers, x)
-    if adapters is None:
-        output = _fused(base, adapter, x)
+    together = None if layers is None else _fit_together(layers, x)
+    if together is None:
+        output = _fused(layer.base_layer, found, x)
         grouping.observe(layer, x, output)
         return output
-    weights, biases = zip(*(_base(member.base_layer) for member in layers), strict=True)
-    factors = zip(*map(operands, adapters), strict=True)
-    lists = (list(kind) for kind in (weights, *factors, biases))
-    return grouping.lead(layers, adapters, x, start_group(x, *lists, compute_dtype(x)))
+    ready = (_ready(member.base_layer, operands) for member, operands in zip(layers, together, strict=True))
+    weights, biases, lora_As, lora_Bs, scalings = map(list, zip(*ready, strict=True))
+    outputs = start_group(x, weights, lora_As, lora_Bs, scalings, biases, compute_dtype(x))
+    return grouping.lead(layers, together, x, outputs)
 
 
-def _fit_together(layers, x: torch.Tensor) -> list[Adapter] | None:
-    """Their adapters, if all of them would run fused and alone on x, and nothing hangs on the call of one."""
-    found = []
+def _fit_together(layers, x: torch.Tensor) -> list[Operands] | None:
+    """Their operands, if all of them would run fused and alone on x, and nothing hangs on the call of one."""
+    together = []
     for layer in layers:
-        adapters = None if hangs_on_call(layer) else read(layer)
-        if type(adapters) is not list or len(adapters) > 1 or why_called(layer) is not None:
+        found = None if hangs_on_call(layer) else _alone(layer, x)
+        if found is None or found.lora_A.device != x.device:
             return None
-        (adapter,) = adapters
-        if adapter.dropout_p or adapter.lora_A.device != x.device:
+        if not found.lora_A.requires_grad:  # its output need not require a gradient, but a group's would
             return None
-        if not fuses(x, weight_of(layer.base_layer)):
-            return None
-        if not dtypes_fit(layer, x, adapter.lora_A, adapter.lora_B):
-            return None
-        if not adapter.lora_A.requires_grad:  # its output need not require a gradient, but a group's would
-            return None
-        found.append(adapter)
-    return found if stacked_rank([adapter.lora_A for adapter in found]) <= MAX_RANK else None
+        together.append(found)
+    return together if stacked_rank([found.lora_A for found in together]) <= MAX_RANK else None
 
 
-def _dropout(adapter: Adapter, x: torch.Tensor) -> tuple[float, torch.Tensor | None]:
+def _alone(layer, x: torch.Tensor) -> Operands | None:
+    """Of a layer that runs fused on x, with one adapter and without dropout."""
+    found = common_case.operands(layer, x)
+    if found is not None:
+        return found
+    adapters = read(layer)
+    if type(adapters) is str or len(adapters) > 1 or why_called(layer) is not None:
+        return None
+    (adapter,), base = adapters, layer.base_layer
+    fits = dtypes_fit(layer, x, adapter.lora_A, adapter.lora_B) and fuses(x, weight_of(base))
+    return _operands(base, adapter) if fits and not adapter.dropout_p else None
+
+
+def _dropout(p: float, x: torch.Tensor) -> tuple[float, torch.Tensor | None]:
     """Its probability, and a seed of torch's generator: checkpointing restores that, and so the mask."""
-    if adapter.dropout_p == 0.0:
+    if p == 0.0:
         return 0.0, None
-    return adapter.dropout_p, torch.randint(0, 2**63 - 1, (1,), device=x.device)
+    return p, torch.randint(0, 2**63 - 1, (1,), device=x.device)
 
 
 def embedding_forward(stock):
@@ -141,7 +165,8 @@ def _embedding(layer, x: torch.Tensor) -> torch.Tensor | None:
     adapters = read(layer)
     if type(adapters) is str:
         return None
-    lora_A, lora_B, scaling = operands(adapters[0])
+    (adapter,) = adapters
+    lora_A, lora_B, scaling = factors(adapter.lora_A, adapter.lora_B, adapter.scaling)
     if not embedding_fits(x, lora_A, lora_B):
         return None
     result = layer.base_layer(x)
@@ -152,13 +177,12 @@ def _embedding(layer, x: torch.Tensor) -> torch.Tensor | None:
     return (result + update).to(result.dtype)
 
 
-def operands(adapter: Adapter) -> tuple[torch.Tensor, torch.Tensor, float]:
-    """lora_A, lora_B and the scaling of one adapter, for the operators.
+def factors(lora_A: torch.Tensor, lora_B: torch.Tensor, scaling) -> tuple[torch.Tensor, torch.Tensor, float]:
+    """lora_A, lora_B and the scaling for the operators.
 
     PEFT's compiled hotswap makes the scaling a tensor so that a new value needs no new graph: then it goes
     into B.
     """
-    _, lora_A, lora_B, scaling, _ = adapter
     if isinstance(scaling, torch.Tensor):
         return lora_A, lora_B * scaling.to(lora_B.dtype), 1.0
     return lora_A, lora_B, float(scaling)

@@ -308,7 +308,7 @@ def _enabled(**settings):
 
 def test_dtypes_autocast_and_settings(layer):
     """The layer's own dtype, the activations', autocast, and the dtype of the low-rank products."""
-    loose, narrow = 3 * RELATIVE[torch.bfloat16], X.bfloat16()
+    loose, narrow = 3 * RELATIVE[torch.bfloat16], X.bfloat16().repeat(4, 1, 1)  # few tokens run in fp32
     assert_runs(layer, FUSED)
     with torch.autocast("cpu", torch.bfloat16):
         assert_runs(layer, FUSED, tolerance=loose)

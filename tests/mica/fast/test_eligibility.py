@@ -213,7 +213,7 @@ def test_a_replaced_forward_of_conv1d_has_the_base_layer_called(monkeypatch):
 
 
 def test_a_forward_that_was_replaced_before_the_import_is_known(monkeypatch):
-    assert set(eligibility._FORWARDS.values()) == {kind.forward for kind in eligibility._FORWARDS}
+    assert set(eligibility.FORWARDS.values()) == {kind.forward for kind in eligibility.FORWARDS}
     stock = nn.Linear.forward
     monkeypatch.setattr(nn.Linear, "forward", functools.wraps(stock)(lambda self, x: stock(self, x)))
     assert eligibility._own_forward(nn.Linear) is None
