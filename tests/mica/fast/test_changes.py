@@ -41,10 +41,26 @@ def _hook(part):
     return change
 
 
+def _hook_before(part):
+    def change(layer):
+        return _part(layer, part).register_forward_pre_hook(lambda module, args: (args[0] * 2,)).remove
+
+    return change
+
+
 def _backward_hook(part):
     def change(layer):
         hook = _part(layer, part).register_full_backward_hook(lambda module, grads, out: (grads[0] * 2,))
         return hook.remove
+
+    return change
+
+
+def _hook_before_backward(part):
+    def change(layer):
+        return (
+            _part(layer, part).register_full_backward_pre_hook(lambda module, grads: (grads[0] * 2,)).remove
+        )
 
     return change
 
@@ -58,10 +74,13 @@ def _own_forward(part):
     return change
 
 
-def _class_forward(layer):
-    stock = nn.Linear.forward
-    nn.Linear.forward = lambda self, x: 2 * stock(self, x)
-    return lambda: setattr(nn.Linear, "forward", stock)
+def _class_forward(kind):
+    def change(layer):
+        stock = kind.forward
+        kind.forward = lambda self, x: 2 * stock(self, x)
+        return lambda: setattr(kind, "forward", stock)
+
+    return change
 
 
 def _part(layer, part):
@@ -145,8 +164,8 @@ def _add(layer, name):
     layer.lora_B[name].weight.requires_grad_(False)
 
 
-def _deleted(layer):
-    layer.set_adapter("absent")
+def _activated(layer, names):
+    layer.set_adapter(names)
     return lambda: layer.set_adapter("default")
 
 
@@ -159,10 +178,25 @@ def _without_variant(layer):
     return lambda: layer.lora_variant.update(default=variant)
 
 
-def _partitioned(layer):
-    weight = layer.base_layer.weight
-    weight.ds_id = 0
-    return lambda: delattr(weight, "ds_id")
+def _partitioned(part):
+    def change(layer):
+        weight = _part(layer, part).weight
+        weight.ds_id = 0
+        return lambda: delattr(weight, "ds_id")
+
+    return change
+
+
+def _rounded(part):
+    """Adapter weights of two dtypes: an error of PEFT's."""
+
+    def change(layer):
+        weight = _part(layer, part).weight
+        before = weight.data
+        weight.data = before.bfloat16()
+        return lambda: setattr(weight, "data", before)
+
+    return change
 
 
 CHANGES = {
@@ -171,13 +205,17 @@ CHANGES = {
     "a hook on lora_A": (_hook("lora_A"), PEFT),
     "a hook on lora_B": (_hook("lora_B"), PEFT),
     "a hook on lora_dropout": (_hook("lora_dropout"), PEFT),
+    "a hook before the base": (_hook_before("base_layer"), BESIDE),
+    "a hook before lora_B": (_hook_before("lora_B"), PEFT),
+    "a hook before its backward": (_hook_before_backward("base_layer"), BESIDE),
     "a backward hook on the base": (_backward_hook("base_layer"), BESIDE),
     "a backward hook on lora_A": (_backward_hook("lora_A"), PEFT),
     "a forward of the base's own": (_own_forward("base_layer"), BESIDE),
     "a forward of lora_A's own": (_own_forward("lora_A"), PEFT),
     "a forward of lora_B's own": (_own_forward("lora_B"), PEFT),
     "a forward of lora_dropout's own": (_own_forward("lora_dropout"), PEFT),
-    "another nn.Linear.forward": (_class_forward, PEFT),
+    "another nn.Linear.forward": (_class_forward(nn.Linear), PEFT),
+    "another nn.Identity.forward": (_class_forward(nn.Identity), PEFT),
     "a base weight that is trained": (_trained("base_layer"), BESIDE),
     "a base bias that is trained": (_trained("base_layer", "bias"), BESIDE),
     "a lora_B that is trained": (_trained("lora_B"), PEFT),
@@ -192,7 +230,8 @@ CHANGES = {
     "disabled": (_disabled, PEFT),
     "another adapter": (_second_adapter, FUSED),
     "two adapters": (_two_adapters, {"linear": 1, **BESIDE}),
-    "no adapter": (_deleted, PEFT),
+    "a list of one adapter": (lambda layer: _activated(layer, ["default"]), FUSED),
+    "no adapter": (lambda layer: _activated(layer, "absent"), PEFT),
     "another scaling": (lambda layer: _entry(layer.scaling, "default", 0.25), FUSED),
     "a scaling that is a tensor": (lambda layer: _entry(layer.scaling, "default", torch.tensor(0.5)), FUSED),
     "dropout": (lambda layer: _entry(layer.lora_dropout, "default", nn.Dropout(0.5)), FUSED),
@@ -210,11 +249,17 @@ CHANGES = {
         PEFT,
     ),
     "no bias": (_without_bias, FUSED),
+    "a bias on lora_A": (
+        lambda layer: _attribute(layer.lora_A["default"], "bias", nn.Parameter(torch.ones(4))),
+        PEFT,
+    ),
     "a bias on lora_B": (
         lambda layer: _attribute(layer.lora_B["default"], "bias", nn.Parameter(torch.ones(20))),
         PEFT,
     ),
-    "a partitioned base": (_partitioned, BESIDE),
+    "a partitioned base": (_partitioned("base_layer"), BESIDE),
+    "a partitioned lora_A": (_partitioned("lora_A"), PEFT),
+    "a partitioned lora_B": (_partitioned("lora_B"), PEFT),
     "tensor parallelism": (lambda layer: _set(layer, "_tp_info", object()), PEFT),
     "tensor parallelism of the base": (lambda layer: _set(layer.base_layer, "_hf_tp_plan", "colwise"), PEFT),
 }
@@ -273,6 +318,18 @@ def test_the_next_call_sees_it(layer, name):
         assert_runs(layer, operators)
     finally:
         undo()
+    assert_runs(layer, FUSED)
+
+
+@pytest.mark.parametrize("part", ["base_layer", "lora_A", "lora_B"])
+def test_one_weight_of_another_dtype_is_peft_s_error(layer, part):
+    assert_runs(layer, FUSED)
+    undo = _rounded(part)(layer)
+    mica.fast.call_counts.clear()
+    with pytest.raises(RuntimeError, match="dtype"):
+        layer(X)
+    assert not mica.fast.call_counts
+    undo()
     assert_runs(layer, FUSED)
 
 
