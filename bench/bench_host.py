@@ -10,7 +10,6 @@ first, the layer's against `mica.reference`. Layer and block run on one thread, 
 
 import copy
 import functools
-import os
 from collections import Counter
 from collections.abc import Callable
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -18,7 +17,6 @@ from functools import partial
 from itertools import count
 from types import SimpleNamespace
 from typing import NamedTuple
-from unittest import mock
 
 import models
 import pytest
@@ -71,7 +69,8 @@ def one_thread():
 @contextmanager
 def kernels():
     """Demanded: one that cannot be had is an error and not the PyTorch form."""
-    with no_launch.installed(), mock.patch.dict(os.environ, MICA_BACKEND="triton"):
+    with no_launch.installed(), pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MICA_BACKEND", "triton")
         yield
 
 
@@ -187,9 +186,9 @@ def layer_setting(dtype):
         BY_HAND: Form(by_hand, (flat, lora_A), dy),
     }
     for name, (adapter_dtype, context, on_kernels) in layer_rivals(dtype).items():
-        module, lora_A_ = adapted_module(layer, adapter_dtype, init="mica")
+        module, trained = adapted_module(layer, adapter_dtype, init="mica")
         ran = {} if on_kernels is None else operators(1, on_kernels=on_kernels)
-        forms[name] = Form(partial(module, x), (x, lora_A_), dy[None], context, ran)
+        forms[name] = Form(partial(module, x), (x, trained), dy[None], context, ran)
     truth, limit = exact(layer), RELATIVE[DTYPES[dtype]]
     for name, form in forms.items():
         if form.context is kernels:

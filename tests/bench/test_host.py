@@ -34,7 +34,7 @@ class Once:
 
 
 def layer(context=nullcontext, operators=None):
-    """A form whose every call runs one operator of mica.fast, twice in a call where it is grouped."""
+    """A form whose calls run one operator of mica.fast each; what it says of that may be wrong."""
     module, lora_A = bench_host.adapted_module(
         bench_host.make_layer(4, 8, 8, 2, torch.float32, "cpu"), torch.float32, init="mica"
     )
