@@ -11,6 +11,14 @@ from bench.results import (
     BOTH,
     COMPILED,
     FAST,
+    KERNELS,
+    KERNELS_16,
+    KERNELS_GROUPED,
+    MERGED,
+    NO_GRADIENT,
+    PYTORCH,
+    PYTORCH_16,
+    PYTORCH_GROUPED,
     STOCK,
     STOCK_16,
     UNGROUPED,
@@ -21,6 +29,17 @@ from bench.results import (
 
 SHOWN = 6
 FEW_TOKENS = 256  # below, the cost of calls dominates on a CPU
+
+HOST_RATIO = "mica.fast ÷ stock PEFT with adapters in the base dtype"
+_LAYER_FORMS = (PYTORCH, PYTORCH_16, KERNELS, KERNELS_16)
+_BLOCK_FORMS = (PYTORCH_GROUPED, KERNELS_GROUPED)
+# (title, suite, call, forms of mica.fast, ratio that is asked for)
+HOST = (
+    ("Host time of a layer", "host layer", BOTH, _LAYER_FORMS, 0.8),
+    ("Host time of a layer", "host layer", NO_GRADIENT, _LAYER_FORMS, 1.0),
+    ("Host time of a decoder block, grouped", "host block", BOTH, _BLOCK_FORMS, 0.7),
+)
+GENERATE_AT_MOST = 1.0
 
 
 def inverse(ratio: Ratio) -> str:
@@ -45,6 +64,13 @@ def answers(result: Result) -> list[str]:
         f"- **Layers with {FEW_TOKENS} tokens or more**, against stock PEFT: {_layers(result, STOCK)}",
         f"- **All layers**, against stock PEFT with adapters in 16 bit: {_layers(result, STOCK_16, 0)}",
         f"- **Layers with fewer than {FEW_TOKENS} tokens**, mica.fast ÷ stock PEFT: {_few_tokens(result)}",
+        *(
+            f"- **{title}**, {call}, {HOST_RATIO} (asked: at most {most}): "
+            f"{_host(result, suite, call, forms, most)}"
+            for title, suite, call, forms, most in HOST
+        ),
+        f"- **generate()**, adapter unmerged, mica.fast ÷ stock PEFT (asked: at most {GENERATE_AT_MOST}): "
+        f"{_generate(result)}",
     ]
 
 
@@ -141,4 +167,31 @@ def _few_tokens(result: Result) -> str:
         for group in result.select(suite="layer", **{"pass": BOTH})
         if int(group.axes["tokens"]) < FEW_TOKENS
     ]
+    return _told(found)
+
+
+def _host(result: Result, suite: str, call: str, forms: tuple[str, ...], most: float) -> str:
+    """How many ratios are as asked, and all of them. In float32 stock's default is in the base's dtype."""
+    met, found = 0, []
+    for group in result.select(suite=suite, call=call):
+        stock = STOCK_16 if STOCK_16 in group.rivals else STOCK
+        layers = group.axes.get("layers")
+        blocks = "" if layers is None else "1 block, " if layers == 1 else f"{layers} blocks, "
+        for name in forms:
+            if name in group.rivals:
+                ratio = group.ratio(name, stock)
+                met += ratio.median <= most
+                form = name.removeprefix("mica.fast, ")
+                found.append(f"{blocks}{group.axes['dtype']}, {form}: {ratio}")
+    return f"{met} of {len(found)} as asked: {_told(found)}" if found else NOT_MEASURED
+
+
+def _generate(result: Result) -> str:
+    found = []
+    for group in result.select(suite="generation"):
+        tokens = int(group.axes["new tokens"])
+        each = ", ".join(
+            f"{name} {1e3 * group.rivals[name].median / tokens:.3g}" for name in (FAST, STOCK, MERGED, BARE)
+        )
+        found.append(f"{group.axes['model']}: {group.ratio(FAST, STOCK)}; ms a token: {each}")
     return _told(found)

@@ -23,6 +23,7 @@ _AGAINST_STOCK = {
     "merge": "merge and unmerge",
     "step": "training step",
     "block": "one block, forward + backward",
+    "generation": "generate(), adapter unmerged",
 }
 _MOST_BARS = 45
 

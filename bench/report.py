@@ -29,7 +29,7 @@ from bench.results import (
 )
 
 ONE_PROCESS = "1 process"
-BASELINES = (BARE, STOCK, LORA, UNGROUPED, FLOAT32, SVD, ONE_PROCESS)
+BASELINES = (BARE, STOCK, STOCK_16, LORA, UNGROUPED, FLOAT32, SVD, ONE_PROCESS)
 # Whose overhead over the bare model the others' is compared with, too.
 OVERHEADS = (LORA, UNGROUPED)
 MACHINE = (
@@ -56,6 +56,9 @@ TITLES = {
     "quantised": "Over a quantised base",
     "distributed": "Several processes",
     "dtype": "16-bit layers against float32",
+    "host layer": "Host time of a layer",
+    "host block": "Host time of a decoder block",
+    "generation": "Generating, token by token",
     "rate": "What the machine can do",
 }
 # In the tables of layers: (column, rival, baseline)

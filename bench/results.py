@@ -21,10 +21,18 @@ BARE, STOCK, FAST = "bare frozen model", "stock PEFT", "mica.fast"
 STOCK_16 = "stock PEFT, adapters in the base dtype"
 UNGROUPED, GROUPED = "mica.fast, ungrouped", "mica.fast, grouped"
 LORA, COMPILED, ATEN = "PEFT LoRA", "stock PEFT, torch.compile", "aten control"
+# Of the host's time: the driver returns at once from every launch.
+PYTORCH, KERNELS = "mica.fast, PyTorch form", "mica.fast, kernels with a driver that launches nothing"
+PYTORCH_16, KERNELS_16 = (f"{name}, adapters in the base dtype" for name in (PYTORCH, KERNELS))
+PYTORCH_UNGROUPED, PYTORCH_GROUPED, KERNELS_UNGROUPED, KERNELS_GROUPED = (
+    f"{name}, {how}" for name in (PYTORCH, KERNELS) for how in ("ungrouped", "grouped")
+)
+BY_HAND, MERGED = "mm + addmm_ by hand", "adapter merged"
 FLOAT32 = "mica.fast, float32"
 SVD = "torch.linalg.svd"
 SVD_TALL = f"{SVD}, tall"
 FORWARD, BACKWARD, BOTH = "forward", "backward", "forward + backward"
+NO_GRADIENT = "forward without gradient"
 
 
 class Ratio(NamedTuple):
