@@ -25,6 +25,7 @@ FLOAT32 = "mica.fast, float32"
 SVD = "torch.linalg.svd"
 SVD_TALL = f"{SVD}, tall"
 FORWARD, BACKWARD, BOTH = "forward", "backward", "forward + backward"
+NO_GRADIENT = "forward without gradient"
 
 
 class Ratio(NamedTuple):
