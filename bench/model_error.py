@@ -15,7 +15,7 @@ from typing import NamedTuple
 from bench import initialisation_cost, kernel_cost, step_cost
 from bench.architectures import ARCHITECTURES
 from bench.kernel_cost import BF16, DEVICES, FP32, Cost, Device, Layer
-from bench.results import ATEN, BACKWARD, FAST, FORWARD, LORA, STOCK, Group, Result
+from bench.results import ATEN, BACKWARD, FAST, FORWARD, LORA, NO_GRADIENT, STOCK, Group, Result
 
 RESULTS = Path(__file__).resolve().parent / "results"
 SIZES = {"bfloat16": BF16, "float32": FP32}
@@ -97,7 +97,8 @@ def layer_seconds(axes: dict, rival: str, device: Device) -> float | None:
     if rival == LORA:  # trains B, too: dB = dyᵀ h
         cost = Cost(cost.forward, [*cost.backward, kernel_cost.gemm(layer.n, layer.rank, layer.m, FP32)], 0)
     us = cost.microseconds(device)
-    return 1e-6 * us[axes["pass"] if axes["pass"] in (FORWARD, BACKWARD) else "both"]
+    passes = {FORWARD: FORWARD, NO_GRADIENT: FORWARD, BACKWARD: BACKWARD}
+    return 1e-6 * us[passes.get(axes["pass"], "both")]
 
 
 def step_seconds(axes: dict, rival: str, device: Device) -> float | None:

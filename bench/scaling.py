@@ -19,7 +19,7 @@ from typing import NamedTuple
 from scipy.stats import linregress
 
 from bench import kernel_cost
-from bench.results import BACKWARD, BARE, BOTH, FORWARD, Group, Result
+from bench.results import BACKWARD, BARE, BOTH, FORWARD, NO_GRADIENT, Group, Result
 
 MIN_POINTS = 3  # two make a line without an error
 TOTAL, EXTRA = "time", "extra time over the bare layer"
@@ -102,7 +102,8 @@ def layer_flops(axes: dict[str, str | int], rival: str) -> float:
     """
     shape = kernel_cost.Layer(*(int(axes[name]) for name in ("tokens", "out", "in", "rank")), target="")
     cost = kernel_cost.bare(shape) if rival == BARE else kernel_cost.stock(shape, kernel_cost.BF16)
-    passes = {FORWARD: cost.forward, BACKWARD: cost.backward, BOTH: [*cost.forward, *cost.backward]}
+    passes = {FORWARD: cost.forward, NO_GRADIENT: cost.forward, BACKWARD: cost.backward}
+    passes[BOTH] = [*cost.forward, *cost.backward]
     return sum(kernel.flops for kernel in passes[str(axes["pass"])])
 
 

@@ -21,10 +21,10 @@ _CHUNK = 2**22
 # as casting the weight: 8 x 2048 x 2048 in bf16 take 1.9 ms, through fp32 12 ms.
 _FEW_ROWS = 8
 
-# Rows up to which factors that are kept in fp32 are multiplied so. To round them to 16 bit costs r·(K + N)
-# numbers, what an fp32 product takes longer than a 16-bit one is M times as much. A layer's forward of
-# 576 x 576 and 2048 x 2048, r = 4 to 128, takes with AVX512-BF16, against rounding: with 1 row 0.55 to 0.9
-# times, 16 rows 0.8 to 1.0 times, 32 rows 0.9 to 1.1 times.
+# Rows up to which factors that are kept in fp32 are multiplied so. To round them to 16 bit takes r·(K + N)
+# numbers, and what an fp32 product takes longer than a 16-bit one is M times that. Measured with AVX512-BF16,
+# forward of 576 x 576 and 2048 x 2048, r = 4 to 128, against rounding: 1 row 0.55 to 0.9 times, 16 rows 0.8
+# to 1.0 times, 32 rows 0.9 to 1.1 times.
 _FEW_TO_ROUND = 16
 
 _SHORTEST = 64  # side of a chunk, however long the sum

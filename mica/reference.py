@@ -11,10 +11,12 @@ r rank, s scaling. There is no dB, and h = x Aᵀ is never kept: the backward ne
 arXiv 2604.01694, on LoRA's layer (arXiv 2106.09685).
 
 The low-rank products run in ``compute_dtype`` (default: the dtype of x), so A and B may be fp32 masters
-over a bf16/fp16 base. Products and their sums are `mica.products`' (one rounding where the processor has no
-16-bit instructions). The scaling is folded into A (forward) or B (backward) *before* that cast: one
-rounding instead of two, on r·K or N·r numbers instead of M·r. Everything here is differentiable by
-autograd and runs on any device.
+over a bf16/fp16 base. Of few tokens on a CPU they run in fp32 with such masters, whatever the compute_dtype
+(`mica.products.product_dtype`): nothing but y and dx is rounded. Products and their sums are `mica.products`'
+(one rounding where the processor has no 16-bit instructions). The scaling is folded into A (forward) or B
+(backward) *before* that cast: one rounding instead of two, on r·K or N·r numbers instead of M·r; what rounds
+nothing, 1 or a power of two, where there is least to multiply. Everything here is differentiable by autograd
+and runs on any device.
 """
 
 from __future__ import annotations

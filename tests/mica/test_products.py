@@ -102,6 +102,22 @@ def test_few_rows_are_left_to_pytorch_where_its_loop_is_quick(monkeypatch, dtype
     assert largest.found
 
 
+@pytest.mark.parametrize("dtype", HALVES)
+def test_few_rows_are_multiplied_by_fp32_factors_as_they_are(monkeypatch, dtype):
+    few, more = (torch.zeros(products._FEW_TO_ROUND + extra, 4, dtype=dtype) for extra in (0, 1))
+    wide, narrow = torch.zeros(2, 4), torch.zeros(2, 4, dtype=dtype)
+    monkeypatch.setattr(products, "has_native", lambda dtype: True)
+    assert products.product_dtype(few, (wide, wide), dtype) == torch.float32
+    assert products.product_dtype(few, (wide, wide), torch.float64) == torch.float64
+    assert products.product_dtype(more, (wide, wide), dtype) == dtype
+    assert products.product_dtype(few, (wide, narrow), dtype) == dtype
+    assert (
+        products.product_dtype(few.to("meta"), (wide, wide), dtype) == dtype
+    )  # a device with its own products
+    monkeypatch.setattr(products, "has_native", lambda dtype: False)
+    assert products.product_dtype(few, (wide, wide), dtype) == dtype  # `addmm` rounds the whole sum once
+
+
 @pytest.mark.usefixtures("sixteen_bit_products")
 def test_autograd_and_transforms_follow():
     (left, right), _ = operands(torch.bfloat16)

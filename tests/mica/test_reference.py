@@ -2,8 +2,10 @@ import pytest
 import torch
 from oracle import DTYPES, problem, solve
 from tolerances import RELATIVE, error
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from mica import reference
+from mica import products, reference
+from mica.products import addmm
 
 SHAPES = [(1, 1, 1, 1), (5, 7, 3, 2), (33, 17, 65, 5), (2100, 19, 23, 16)]
 
@@ -43,6 +45,157 @@ def test_grad_a_is_accumulated_and_returned_in_fp32(dtype):
     """Within fp32 round-off of the exact product of the 16-bit factors, over more than one chunk."""
     g, x = torch.randn(3000, 4).to(dtype), torch.randn(3000, 9).to(dtype)
     assert error(reference.grad_a(g, x), g.double().t() @ x.double()) <= RELATIVE[torch.float32]
+
+
+def stated_forward(p, dtype):
+    """`reference.forward` as its docstring states it, no step left out: what its bits must be."""
+    h = addmm(None, (p.x.to(dtype), (p.lora_A * p.scaling).to(dtype).t()))
+    if dtype == p.x.dtype:
+        return addmm(p.bias, (p.x, p.weight.t()), (h, p.lora_B.to(dtype).t()))
+    y, wide = addmm(p.bias, (p.x, p.weight.t())), torch.promote_types(p.x.dtype, dtype)
+    return addmm(y.to(wide), (h.to(wide), p.lora_B.to(wide).t())).to(p.x.dtype)
+
+
+def stated_backward(p, dtype):
+    """`reference.linear_backward` in the same way; dA in chunks of 1024 tokens where x or g is cast."""
+    g = addmm(None, (p.grad_output.to(dtype), (p.lora_B * p.scaling).to(dtype)))
+    if dtype == p.x.dtype:
+        dx = addmm(None, (p.grad_output, p.weight), (g, p.lora_A.to(dtype)))
+    else:
+        dx = addmm(None, (p.grad_output, p.weight))
+        dx = dx + addmm(None, (g, p.lora_A.to(dtype))).to(dx.dtype)
+    wide = torch.promote_types(torch.promote_types(dtype, p.x.dtype), torch.float32)
+    step = len(p.x) if dtype == p.x.dtype == wide else 1024
+    parts = zip(g.split(max(1, step)), p.x.split(max(1, step)), strict=True)
+    (g_part, x_part), *others = [(g_part.to(wide).t(), x_part.to(wide)) for g_part, x_part in parts]
+    dA = g_part @ x_part
+    for g_part, x_part in others:
+        dA = torch.addmm(dA, g_part, x_part)
+    return dx, dA.to(p.lora_A.dtype)
+
+
+def assert_same_bits(p, compute_dtype, stated_dtype):
+    """With factors that lie dense, as parameters do: what BLAS gives depends on where rows begin."""
+    p.lora_A, p.lora_B = p.lora_A.contiguous(), p.lora_B.contiguous()
+    operands = p.weight, p.lora_A, p.lora_B, p.scaling
+    y = reference.forward(p.x, *operands, p.bias, compute_dtype)
+    assert torch.equal(y, stated_forward(p, stated_dtype))
+    actual = reference.linear_backward(p.grad_output, p.x, *operands, compute_dtype or p.x.dtype)
+    for value, expected in zip(actual, stated_backward(p, stated_dtype), strict=True):
+        assert torch.equal(value, expected)
+        assert value.dtype == expected.dtype
+
+
+SCALINGS = [1.0, 2.0, -0.125, 1 / 3, 32 / 128**0.5, 0.0]  # 32 / sqrt(128): as rslora has it
+MANY = products._FEW_TO_ROUND + 1
+
+
+@pytest.mark.usefixtures("sixteen_bit_products")
+@pytest.mark.parametrize(("dtype", "adapter_dtype", "compute_dtype"), DTYPES)
+@pytest.mark.parametrize("scaling", SCALINGS)
+@pytest.mark.parametrize(
+    ("tokens", "in_features", "out_features", "rank"),
+    [(MANY, 31, 23, 5), (1100, 9, 13, 16)],
+)
+def test_short_cuts_change_no_bit(
+    dtype, adapter_dtype, compute_dtype, scaling, tokens, in_features, out_features, rank
+):
+    p = problem((tokens,), in_features, out_features, rank, dtype, adapter_dtype, scaling=scaling)
+    assert_same_bits(p, compute_dtype, compute_dtype or dtype)
+
+
+@pytest.mark.usefixtures("sixteen_bit_products")
+@pytest.mark.parametrize("scaling", [2.0, 2.0**-10])
+def test_numbers_below_the_normal_ones_of_float16_are_scaled_before_they_are_rounded(scaling):
+    p = problem((MANY,), 31, 23, 5, torch.float16, torch.float32, scaling=scaling)
+    for factor in (p.lora_A, p.lora_B):
+        factor *= 1e-5
+    assert_same_bits(p, None, torch.float16)
+
+
+@pytest.mark.usefixtures("sixteen_bit_products")
+@pytest.mark.parametrize(("dtype", "adapter_dtype", "compute_dtype"), DTYPES)
+@pytest.mark.parametrize("scaling", SCALINGS)
+@pytest.mark.parametrize(
+    ("tokens", "in_features", "out_features", "rank"),
+    [(0, 6, 5, 2), (1, 31, 23, 40), (MANY - 1, 31, 23, 5)],
+)
+def test_few_tokens_are_as_if_asked_for_in_fp32_where_masters_are(
+    dtype, adapter_dtype, compute_dtype, scaling, tokens, in_features, out_features, rank
+):
+    p = problem((tokens,), in_features, out_features, rank, dtype, adapter_dtype, scaling=scaling)
+    stated = compute_dtype or dtype
+    if adapter_dtype == torch.float32 and products.has_native(dtype):
+        stated = torch.float32
+    assert_same_bits(p, compute_dtype, stated)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_few_tokens_are_nearer_to_the_oracle_than_with_rounded_masters(monkeypatch, dtype):
+    monkeypatch.setattr(products, "has_native", lambda dtype: True)
+    closer = {"y": [], "grad_x": [], "grad_A": []}
+    for _ in range(20):
+        p = problem((8,), 64, 48, 16, dtype, torch.float32, scaling=1 / 3)
+        oracle, operands = solve(p), (p.weight, p.lora_A, p.lora_B, p.scaling)
+        y = reference.forward(p.x, *operands, p.bias)
+        dx, dA = reference.linear_backward(p.grad_output, p.x, *operands, dtype)
+        rounded = dict(zip(oracle, (stated_forward(p, dtype), *stated_backward(p, dtype)), strict=True))
+        for (name, value), stated in zip(
+            {"y": y, "grad_x": dx, "grad_A": dA}.items(), rounded.values(), strict=True
+        ):
+            closer[name].append(error(value, oracle[name]) - error(stated, oracle[name]))
+    assert all(sum(values) < 0.0 for values in closer.values())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_group_chooses_as_its_layers_do(monkeypatch, dtype):
+    monkeypatch.setattr(products, "has_native", lambda dtype: True)
+    layers = [problem((3,), 32, out, rank, dtype, torch.float32) for out, rank in ((24, 4), (20, 3))]
+    x, dys = layers[0].x, [layers[0].grad_output, None]
+    names = ("weight", "lora_A", "lora_B", "scaling")
+    weights, As, Bs, scalings = ([getattr(p, name) for p in layers] for name in names)
+    for narrow, wide in zip(
+        reference.linear_group(x, weights, As, Bs, scalings, [None, None]),
+        reference.linear_group(x, weights, As, Bs, scalings, [None, None], torch.float32),
+        strict=True,
+    ):
+        assert torch.equal(narrow, wide)
+    (dx, dAs), (wide_dx, wide_dAs) = (
+        reference.linear_group_backward(dys, x, weights, As, Bs, scalings, compute_dtype)
+        for compute_dtype in (dtype, torch.float32)
+    )
+    assert torch.equal(dx, wide_dx)
+    assert all(map(torch.equal, dAs, wide_dAs))
+
+
+class _Calls(TorchDispatchMode):
+    """What PyTorch is asked to compute, views left out, and the most numbers that one call gave."""
+
+    def __init__(self):
+        super().__init__()
+        self.names, self.largest = [], 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        if isinstance(result, torch.Tensor) and not function.is_view:
+            self.names.append(function._schema.name.removeprefix("aten::"))
+            self.largest = max(self.largest, result.numel())
+        return result
+
+
+@pytest.mark.parametrize("scaling", [1.0, 2.0, 1 / 3])
+def test_few_tokens_take_three_products_and_nothing_else(scaling):
+    p = problem((2,), 40, 30, 16, torch.float32, bias=False, scaling=scaling)
+    operands = p.weight, p.lora_A, p.lora_B, p.scaling
+    with _Calls() as forward:
+        reference.forward(p.x, *operands)
+    with _Calls() as backward:
+        reference.linear_backward(p.grad_output, p.x, *operands, torch.float32)
+    scaled = [] if scaling == 1.0 else ["mul_"] if scaling == 2.0 else ["mul"]
+    assert sorted(forward.names) == sorted(["mm", "mm", "addmm_", *scaled])
+    assert sorted(backward.names) == sorted(["mm", "mm", "addmm_", "mm", *scaled])
+    # a power of two is multiplied where there is less of it: by h, not by A
+    assert forward.largest == (2 * 30 if scaling != 1 / 3 else 16 * 40)
 
 
 def test_inputs_are_left_alone():
