@@ -42,8 +42,18 @@ def addmm(addend: Tensor | None, *pairs: tuple[Tensor, Tensor]) -> Tensor:
         return _in_chunks(addend, pairs)
     y = torch.mm(left, right) if addend is None else torch.addmm(addend, left, right)
     for left, right in others:
-        y = y.addmm_(left, right)
+        y = added(y, left, right)
     return y
+
+
+def added(y: Tensor, left: Tensor, right: Tensor) -> Tensor:
+    """y + left @ right, all of one dtype that is multiplied as it is: y itself, which is the caller's own.
+
+    Under a function transform a new tensor: vmap cannot write what has its dimension into what has not.
+    """
+    if torch._C._are_functorch_transforms_active():
+        return torch.addmm(y, left, right)
+    return y.addmm_(left, right)
 
 
 def product_dtype(left: Tensor, factors: Sequence[Tensor], dtype: torch.dtype) -> torch.dtype:
@@ -54,7 +64,10 @@ def product_dtype(left: Tensor, factors: Sequence[Tensor], dtype: torch.dtype) -
     """
     if dtype not in _ASKED or left.shape[0] > _FEW_TO_ROUND or not left.is_cpu or not has_native(dtype):
         return dtype
-    return torch.float32 if all(factor.dtype == torch.float32 for factor in factors) else dtype
+    for factor in factors:
+        if factor.dtype != torch.float32:
+            return dtype
+    return torch.float32
 
 
 def _through_fp32(left: Tensor, right: Tensor) -> bool:

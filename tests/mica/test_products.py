@@ -132,6 +132,14 @@ def test_autograd_and_transforms_follow():
 
 
 @pytest.mark.usefixtures("sixteen_bit_products")
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_vmap_over_what_only_a_later_product_has(dtype):
+    first, (left, right) = operands(dtype)
+    batch = torch.func.vmap(lambda r: products.addmm(None, first, (left, r)))(torch.stack([right, -right]))
+    assert error(batch[1], exact(None, [first, (left, -right)])) <= RELATIVE[dtype]
+
+
+@pytest.mark.usefixtures("sixteen_bit_products")
 def test_compiles_into_one_graph():
     torch.compiler.reset()
     (left, right), _ = operands(torch.bfloat16)

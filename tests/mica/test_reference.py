@@ -198,6 +198,17 @@ def test_few_tokens_take_three_products_and_nothing_else(scaling):
     assert forward.largest == (2 * 30 if scaling != 1 / 3 else 16 * 40)
 
 
+@pytest.mark.parametrize("tokens", [3, MANY])
+@pytest.mark.parametrize(("dtype", "adapter_dtype", "compute_dtype"), DTYPES)
+def test_vmap_over_adapters_of_one_layer(dtype, adapter_dtype, compute_dtype, tokens):
+    p = problem((tokens,), 12, 9, 4, dtype, adapter_dtype)
+    batch = torch.func.vmap(lambda A, B: reference.forward(p.x, p.weight, A, B, 2.0, p.bias, compute_dtype))(
+        torch.stack([p.lora_A, -p.lora_A]), torch.stack([p.lora_B, p.lora_B])
+    )
+    p.scaling, p.lora_A = 2.0, -p.lora_A
+    assert error(batch[1], solve(p)["y"]) <= RELATIVE[dtype]
+
+
 def test_inputs_are_left_alone():
     p = problem((6,), 8, 5, 3, torch.float32)
     before = [t.clone() for t in (p.x, p.weight, p.lora_A, p.lora_B, p.bias, p.grad_output)]
