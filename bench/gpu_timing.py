@@ -9,9 +9,9 @@ from statistics import median
 import torch
 from torch import Tensor
 
-from mica.kernels.common import Launch
 from mica.kernels.down_projection import plan_down_projection
 from mica.kernels.grad_a import plan_grad_a
+from mica.kernels.launching import Launch
 from mica.kernels.up_projection import plan_up_projection
 
 FLUSH_BYTES = 256 * 2**20  # five times the L2 cache of an H100
@@ -68,10 +68,10 @@ def kernel_bandwidths(layer, device: str, rounds: int) -> dict[str, dict[str, fl
     h = torch.zeros(x.shape[0], rank, dtype=x.dtype, device=device)
     copy = torch.empty_like(x)
     planned = {
-        "h = x Aᵀ": plan_down_projection(x, lora_A),
-        "g = dy B": plan_down_projection(layer.grad_output, factor),
-        "y += h Bᵀ": plan_up_projection(y, h, factor),
-        "dA = gᵀ x": plan_grad_a(h, x, rank),
+        "h = x Aᵀ": plan_down_projection(x, lora_A).bound(),
+        "g = dy B": plan_down_projection(layer.grad_output, factor).bound(),
+        "y += h Bᵀ": plan_up_projection(y, h, factor).bound(),
+        "dA = gᵀ x": plan_grad_a(h, x, rank).bound(),
     }
     calls = {name: launch for name, (_, launch) in planned.items()}
     sizes = {name: launch_bytes(launch, out) for name, (out, launch) in planned.items()}

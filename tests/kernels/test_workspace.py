@@ -4,39 +4,43 @@ from mica.kernels import workspace
 
 
 def test_zeros_for_the_cpu_are_new_each_time():
-    first = workspace.counters(5, torch.device("cpu"))
+    first = workspace.counters(5, torch.empty(1))
     assert first.dtype == torch.int32
     assert first.shape == (5,)
     assert not first.any()
-    assert workspace.counters(5, torch.device("cpu")).data_ptr() != first.data_ptr()
+    assert workspace.counters(5, torch.empty(1)).data_ptr() != first.data_ptr()
 
 
-class Stream:
-    cuda_stream = 1
+class OnGpu:
+    """A tensor of the CPU that says it is on a GPU."""
+
+    is_cuda = True
+
+    def __init__(self, made):
+        self.made = made
+
+    def get_device(self):
+        return 1
+
+    def new_zeros(self, count, dtype):
+        self.made.append(count)
+        return torch.zeros(count, dtype=dtype)
 
 
 def test_one_buffer_a_stream_that_grows(monkeypatch):
     """A CPU plays the GPU: what is asked of the driver is put in its place."""
-    made = []
-    zeros = torch.zeros
-
-    def on_cpu(count, dtype, device):
-        made.append(count)
-        return zeros(count, dtype=dtype)
-
-    monkeypatch.setattr(torch, "zeros", on_cpu)
+    made, capturing, stream = [], False, 7
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: capturing)
-    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: Stream)
+    monkeypatch.setattr(workspace, "_raw_stream", lambda index: stream + index)
     monkeypatch.setattr(workspace, "_counters", {})
-    device, capturing = torch.device("cuda"), False
-    first = workspace.counters(5, device)
-    assert workspace.counters(9, device).data_ptr() == first.data_ptr()
-    assert workspace.counters(5000, device).shape == (5000,)
+    tensor = OnGpu(made)
+    first = workspace.counters(5, tensor)
+    assert workspace.counters(9, tensor) is first
+    assert workspace.counters(5000, tensor).shape == (5000,)
     assert made == [4096, 5000]
     capturing = True  # a graph gets its own: it may be replayed beside another
-    assert workspace.counters(5, device).shape == (5,)
+    assert workspace.counters(5, tensor).shape == (5,)
     assert made == [4096, 5000, 5]
-    capturing = False
-    monkeypatch.setattr(Stream, "cuda_stream", 2)
-    workspace.counters(5, device)
+    capturing, stream = False, 2
+    workspace.counters(5, tensor)
     assert made[-1] == 4096
