@@ -130,7 +130,7 @@ MUTANTS = [
     Mutant("kernels/configs.py", "limit // bytes_per_stage", "config.num_stages"),
     Mutant("kernels/prepared.py", "(lora_B._version, lora_B", "(lora_B"),
     Mutant("kernels/prepared.py", "lora_B.data_ptr(), ", ""),
-    Mutant("kernels/prepared.py", "_Entry(state, lora_B.detach(),", "_Entry(state, lora_B[:0].clone(),"),
+    Mutant("kernels/prepared.py", "_Entry(of_B, state, lora_B.detach(),", "_Entry(of_B, state, lora_B[:0].clone(),"),
     Mutant("kernels/prepared.py", "        and not lora_B.is_inference()\n", ""),
     Mutant("kernels/prepared.py", "lora_B.new_zeros(", "lora_B.new_empty("),
     Mutant("kernels/runtime.py", "if not torch.equal(down_projection(x, factor), expected):", "if False:"),
