@@ -318,7 +318,7 @@ def grad_a_embedding(
         ValueError, TypeError: an argument that is not as above.
         LaunchError: it cannot be launched here.
     """
-    key = (tuning.state(), layout(g), layout(indices), rank, num_embeddings, padding_idx, out_dtype)
+    key = (layout(g), layout(indices), rank, num_embeddings, padding_idx, out_dtype)
     plan = _scatter_plans.get(key)
     if plan is None:
         options = {"padding_idx": padding_idx, "out_dtype": out_dtype}

@@ -32,7 +32,7 @@ class NoLaunchDriver:
     def __init__(self, capability: int = 90):
         self.target = GPUTarget("cuda", capability, 32)
         self.utils = SimpleNamespace(
-            load_binary=lambda name, binary, shared, device: (object(), 1, 64, 0, 1024),
+            load_binary=lambda name, binary, shared, device: (object(), object(), 64, 0, 1024),
             unload_module=lambda module: None,
             get_device_properties=lambda device: {
                 "max_shared_mem": 227 * 1024,
