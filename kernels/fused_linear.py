@@ -309,24 +309,14 @@ def plan_fused_linear(
         shape = (num_tokens, out_features)
         return Plan(kernel, (grid, 1), numbers, meta | form, config, shape, x.dtype)
 
+    table = configs.fused_linear(target, num_tokens, _is_aligned(x, w), x.element_size(), descriptor)
+    sizes = (tuning.bucket(num_tokens), in_features, out_features)
     operands = {"x": x, "w": w, "h": h, "factor": factor, "bias": bias}
     return Choice(
         "fused_linear",
         x.device,
-        (
-            tuning.bucket(num_tokens),
-            in_features,
-            out_features,
-            factor.shape[0],
-            x.dtype,
-            h.dtype,
-            dropout_p > 0,
-            w.stride(0) == 1,
-            descriptor,
-        ),
-        (config,)
-        if config
-        else configs.fused_linear(target, num_tokens, _is_aligned(x, w), x.element_size(), descriptor),
+        (*sizes, factor.shape[0], x.dtype, h.dtype, dropout_p > 0, w.stride(0) == 1, descriptor),
+        (config,) if config else table,
         plan,
         functools.partial(_operands, seed=seed if dropout_p > 0 else None, **operands),
     )

@@ -1,4 +1,4 @@
-"""Plans and their tables. Compiled launches are seen by `launched.py`, in a process that does not interpret."""
+"""Plans and their tables. Compiled launches are seen by `launched.py`, which runs in a process of its own."""
 
 import json
 import os

@@ -93,8 +93,10 @@ def refused(kept, call) -> str:
     return "not refused"
 
 
-def tf32():
+def tf32(then=None):
     torch.set_float32_matmul_precision("high")
+    if then:
+        launched(then)
     return lambda: torch.set_float32_matmul_precision("highest")
 
 
@@ -178,9 +180,7 @@ def cases() -> dict[str, tuple]:
         "up: dtype of bias": (up(bias=bias), up(bias=bias.float())),
         "up: compute dtype": (up(), up(compute_dtype=FP16)),
         "up: dropout": (up(**dropped), up(dropout_p=0.25, seed=seed)),
-        "up: exact": (
-            up(h=h32), up(h=h32, exact=True), lambda: (undo := tf32(), launched(up(h=h32)))[0]
-        ),
+        "up: exact": (up(h=h32), up(h=h32, exact=True), lambda: tf32(then=up(h=h32))),
         "up: precision": (up(h=h32), up(h=h32), tf32),
         "grad: tokens": (grad(), grad(matrix(300, 16), matrix(300, 32))),
         "grad: stride of g": (grad(), grad(matrix(4, 16, stride=48))),
