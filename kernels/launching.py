@@ -161,7 +161,7 @@ class Choice(NamedTuple):
                         plans.keep(key, plan)
                     return out
             reason = plans.refused[form]
-        raise LaunchError(f"no configuration of the kernel {self.name} can be launched: {reason}")
+        raise LaunchError(f"the kernel {self.name} can be launched in none of its configurations: {reason}")
 
     def _best(self) -> Config:
         return tuning.pick_config(

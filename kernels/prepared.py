@@ -15,6 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from mica.kernels import workspace
 from mica.kernels.common import padded_columns
 from mica.kernels.launching import layout
 
@@ -43,7 +44,8 @@ def prepare(lora_B: Tensor, dtype: torch.dtype) -> Tensor:
     entry = _entries.get(key)
     if entry is None or entry.state != state:
         of_B = weakref.ref(lora_B, lambda _: _entries.pop(key, None))
-        entry = _entries[key] = _Entry(of_B, state, lora_B.detach(), _padded(lora_B, dtype).t())
+        factor = workspace.kept(lambda: _padded(lora_B, dtype), lora_B).t()
+        entry = _entries[key] = _Entry(of_B, state, lora_B.detach(), factor)
     return entry.factor
 
 

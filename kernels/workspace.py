@@ -1,7 +1,12 @@
-"""Memory of split sums: their parts, and arrival counters, integers that are 0 between launches."""
+"""Memory of split sums: their parts, and arrival counters, integers that are 0 between launches.
+
+And how memory is had that outlives a call: `kept`.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING
 
 import torch
@@ -36,5 +41,29 @@ def counters(count: int, tensor: Tensor) -> Tensor:
     key = (index, _raw_stream(index))
     found = _counters.get(key)
     if found is None or found.numel() < count:
-        found = _counters[key] = tensor.new_zeros(max(count, 4096), dtype=torch.int32)
+        found = kept(lambda: tensor.new_zeros(max(count, 4096), dtype=torch.int32), tensor)
+        _counters[key] = found
     return found
+
+
+def kept(make: Callable[[], Tensor], tensor: Tensor) -> Tensor:
+    """What ``make`` gives, on the device of ``tensor``, in memory that may outlive this call.
+
+    ``torch.compile(mode="reduce-overhead")`` warms up inside the memory pool of its CUDA graphs, without
+    capturing, and refuses what is left alive there. Such a pool takes what one thread allocates: so this is
+    done by another one, on the default stream.
+    """
+    if not tensor.is_cuda:
+        return make()
+    caller, own = torch.cuda.current_stream(tensor.device), torch.cuda.default_stream(tensor.device)
+
+    def run() -> Tensor:
+        with torch.cuda.stream(own):
+            return make()
+
+    own.wait_stream(caller)
+    with ThreadPoolExecutor(1) as thread:
+        made = thread.submit(run).result()
+    caller.wait_stream(own)
+    made.record_stream(caller)
+    return made

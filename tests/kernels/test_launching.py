@@ -182,7 +182,7 @@ def test_the_next_configuration_is_tried(error):
 def test_where_none_can_be_launched_the_kernel_is_named(error):
     kernel, table = Refusing(8, error), Plans()
     for _ in range(2):
-        with pytest.raises(LaunchError, match=f"kernel skinny can be launched: {str(error)[:12]}"):
+        with pytest.raises(LaunchError, match=f"kernel skinny can be .* configurations: {str(error)[:12]}"):
             choice(kernel, torch.zeros(4)).first(table, "a")
     assert kernel.asked == [64, 32, 16]
     assert table.get("a") is None

@@ -108,3 +108,12 @@ def test_not_kept_where_a_change_could_be_hidden(monkeypatch):
     monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
     prepare(lora_B.detach(), torch.bfloat16)
     assert len(prepared._entries) == 0
+
+
+def test_a_copy_is_kept_where_no_graph_owns_the_memory(monkeypatch):
+    kept = []
+    monkeypatch.setattr(prepared.workspace, "kept", lambda make, tensor: kept.append(1) or make())
+    lora_B = torch.randn(9, 3)
+    prepare(lora_B, torch.bfloat16)
+    prepare(lora_B, torch.bfloat16)
+    assert kept == [1]

@@ -1,3 +1,7 @@
+import threading
+from contextlib import contextmanager
+
+import pytest
 import torch
 
 from mica.kernels import workspace
@@ -33,6 +37,7 @@ def test_one_buffer_a_stream_that_grows(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: capturing)
     monkeypatch.setattr(workspace, "_raw_stream", lambda index: stream + index)
     monkeypatch.setattr(workspace, "_counters", {})
+    monkeypatch.setattr(workspace, "kept", lambda make, tensor: make())
     tensor = OnGpu(made)
     first = workspace.counters(5, tensor)
     assert workspace.counters(9, tensor) is first
@@ -44,3 +49,84 @@ def test_one_buffer_a_stream_that_grows(monkeypatch):
     capturing, stream = False, 2
     workspace.counters(5, tensor)
     assert made[-1] == 4096
+
+
+class Stream:
+    """A stream that notes what waits for it, and whose it is in each thread."""
+
+    current = threading.local()
+
+    def __init__(self, name, log):
+        self.name, self.log = name, log
+
+    def wait_stream(self, other):
+        self.log.append(f"{self.name} waits for {other.name}")
+
+
+@pytest.fixture
+def log(monkeypatch):
+    """What happens on a GPU that a CPU plays, in order."""
+    happened = []
+    caller, default = Stream("the caller's", happened), Stream("the default", happened)
+
+    @contextmanager
+    def stream(entered):
+        Stream.current.name = entered.name
+        yield
+
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: caller)
+    monkeypatch.setattr(torch.cuda, "default_stream", lambda device: default)
+    monkeypatch.setattr(torch.cuda, "stream", stream)
+    return happened
+
+
+class Made:
+    def __init__(self, log):
+        self.log = log
+
+    def record_stream(self, stream):
+        self.log.append(f"recorded on {stream.name}")
+
+
+def test_what_is_kept_is_made_by_another_thread_on_the_default_stream(log):
+    """A pool of CUDA graphs takes what this thread allocates; the streams wait for each other."""
+    threads = []
+
+    def make():
+        threads.append(threading.get_ident())
+        log.append(f"made on {Stream.current.name}")
+        return Made(log)
+
+    gpu = OnGpu([])
+    gpu.device = None
+    assert isinstance(workspace.kept(make, gpu), Made)
+    assert threads != [threading.get_ident()]
+    assert log == [
+        "the default waits for the caller's",
+        "made on the default",
+        "the caller's waits for the default",
+        "recorded on the caller's",
+    ]
+
+
+def test_an_error_of_the_other_thread_is_raised_here(log):
+    def make():
+        raise MemoryError("none left")
+
+    gpu = OnGpu([])
+    gpu.device = None
+    with pytest.raises(MemoryError, match="none left"):
+        workspace.kept(make, gpu)
+
+
+def test_counters_are_kept_and_those_of_a_capture_are_not(monkeypatch):
+    kept = []
+    monkeypatch.setattr(workspace, "_raw_stream", lambda index: 7)
+    monkeypatch.setattr(workspace, "_counters", {})
+    monkeypatch.setattr(workspace, "kept", lambda make, tensor: kept.append(1) or make())
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    workspace.counters(5, OnGpu([]))
+    assert not kept
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    workspace.counters(5, OnGpu([]))
+    assert kept == [1]

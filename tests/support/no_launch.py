@@ -16,7 +16,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
 
 from mica import backend
-from mica.kernels import runtime
+from mica.kernels import launching, runtime
 
 launches = 0
 
@@ -71,10 +71,12 @@ def installed(capability: int = 90):
     why, before = runtime.why_unavailable, driver._active  # None: Triton has not looked for one yet
     runtime.why_unavailable = lambda device: None
     driver.set_active(NoLaunchDriver(capability))
-    backend._given_up.clear()
+    backend.forget_verdicts()
+    launching.forget()
     try:
         yield
     finally:
         runtime.why_unavailable = why
-        backend._given_up.clear()
+        backend.forget_verdicts()
+        launching.forget()
         driver._active = before
