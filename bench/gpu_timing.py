@@ -53,11 +53,11 @@ def summary(times: list[float]) -> dict[str, float]:
 
 def launch_bytes(launch: Launch, out: Tensor) -> int:
     """What a launch must read and write once: its operands, and its output twice where it is updated."""
-    tensors = {id(t): t for t in launch.args.values() if isinstance(t, Tensor)}
-    tensors[id(out)] = out
-    ignored = {id(launch.args.get(name)) for name in ("counter_ptr", "partial_ptr")}
-    once = sum(t.numel() * t.element_size() for key, t in tensors.items() if key not in ignored)
-    return once + sum(t.numel() * t.element_size() for t in launch.updates)
+    ignored = ("counter_ptr", "partial_ptr")
+    operands = [t for name, t in launch.args.items() if isinstance(t, Tensor) and name not in ignored]
+    once = sum(t.numel() * t.element_size() for t in {id(t): t for t in operands}.values())
+    is_updated = launch.args.get("base_ptr") is out
+    return once + (out.numel() * out.element_size() if is_updated else 0)
 
 
 def kernel_bandwidths(layer, device: str, rounds: int) -> dict[str, dict[str, float]]:
