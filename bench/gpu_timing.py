@@ -9,9 +9,9 @@ from statistics import median
 import torch
 from torch import Tensor
 
-from mica.kernels.common import Launch
 from mica.kernels.down_projection import plan_down_projection
 from mica.kernels.grad_a import plan_grad_a
+from mica.kernels.launching import Launch
 from mica.kernels.up_projection import plan_up_projection
 
 FLUSH_BYTES = 256 * 2**20  # five times the L2 cache of an H100
@@ -53,11 +53,11 @@ def summary(times: list[float]) -> dict[str, float]:
 
 def launch_bytes(launch: Launch, out: Tensor) -> int:
     """What a launch must read and write once: its operands, and its output twice where it is updated."""
-    tensors = {id(t): t for t in launch.args.values() if isinstance(t, Tensor)}
-    tensors[id(out)] = out
-    ignored = {id(launch.args.get(name)) for name in ("counter_ptr", "partial_ptr")}
-    once = sum(t.numel() * t.element_size() for key, t in tensors.items() if key not in ignored)
-    return once + sum(t.numel() * t.element_size() for t in launch.updates)
+    ignored = ("counter_ptr", "partial_ptr")
+    operands = [t for name, t in launch.args.items() if isinstance(t, Tensor) and name not in ignored]
+    once = sum(t.numel() * t.element_size() for t in {id(t): t for t in operands}.values())
+    is_updated = launch.args.get("base_ptr") is out
+    return once + (out.numel() * out.element_size() if is_updated else 0)
 
 
 def kernel_bandwidths(layer, device: str, rounds: int) -> dict[str, dict[str, float]]:
@@ -68,10 +68,10 @@ def kernel_bandwidths(layer, device: str, rounds: int) -> dict[str, dict[str, fl
     h = torch.zeros(x.shape[0], rank, dtype=x.dtype, device=device)
     copy = torch.empty_like(x)
     planned = {
-        "h = x Aᵀ": plan_down_projection(x, lora_A),
-        "g = dy B": plan_down_projection(layer.grad_output, factor),
-        "y += h Bᵀ": plan_up_projection(y, h, factor),
-        "dA = gᵀ x": plan_grad_a(h, x, rank),
+        "h = x Aᵀ": plan_down_projection(x, lora_A).bound(),
+        "g = dy B": plan_down_projection(layer.grad_output, factor).bound(),
+        "y += h Bᵀ": plan_up_projection(y, h, factor).bound(),
+        "dA = gᵀ x": plan_grad_a(h, x, rank).bound(),
     }
     calls = {name: launch for name, (_, launch) in planned.items()}
     sizes = {name: launch_bytes(launch, out) for name, (out, launch) in planned.items()}

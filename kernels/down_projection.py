@@ -16,11 +16,11 @@ from torch import Tensor
 from mica.kernels import checks, configs, tuning, workspace
 from mica.kernels.common import (
     TRITON_DTYPES,
-    Launch,
     cast,
     ceil_div,
     dot,
     dropout_keep,
+    fp32_setting,
     keep_threshold,
     padded_columns,
     padded_rank,
@@ -28,9 +28,10 @@ from mica.kernels.common import (
     store_sum,
     target_of,
 )
+from mica.kernels.launching import Choice, Plan, Plans, layout
 
 
-@triton.jit(do_not_specialize=["threshold"])
+@triton.jit(do_not_specialize=["num_tokens", "threshold"])
 def _down_projection_kernel(
     x_ptr,  # (M, K)
     p_ptr,  # (r, K)
@@ -45,7 +46,6 @@ def _down_projection_kernel(
     stride_pr,
     stride_pk,
     k_per_split,
-    num_splits,
     scale,
     threshold,
     RANK: tl.constexpr,
@@ -95,92 +95,9 @@ def _down_projection_kernel(
     mask = (rows < num_tokens)[:, None] & (ranks < COLUMNS)[None, :]
     size = tl.cast(num_tokens, tl.int64) * COLUMNS
     store_sum(
-        acc, scale, h_ptr, offsets, mask, partial_ptr, counter_ptr + tile, split, num_splits, size, SPLIT
-    )
-
-
-def plan_down_projection(
-    x: Tensor,
-    factor: Tensor,
-    *,
-    scale: float = 1.0,
-    compute_dtype: torch.dtype | None = None,
-    dropout_p: float = 0.0,
-    seed: Tensor | None = None,
-    config: configs.Config | None = None,
-    target: str | None = None,
-) -> tuple[Tensor, Launch]:
-    """The output that `down_projection` would return, still unwritten, and the launch that writes it."""
-    checks.matrix("x", x)
-    checks.matrix("factor", factor)
-    checks.same_device(x=x, factor=factor)
-    checks.contracted("x", x, 1, "factor", factor, 1)
-    checks.rank("factor", factor.shape[0])
-    checks.dropout(dropout_p, seed)
-    dtype = checks.compute_dtype(compute_dtype or x.dtype)
-
-    (num_tokens, in_features), rank = x.shape, factor.shape[0]
-    target = target or target_of(x.device)
-    block_r, columns = padded_rank(rank), padded_columns(rank)
-    if config is None:
-        config = tuning.pick_config(
-            "down_projection",
-            x.device,
-            (tuning.bucket(num_tokens), in_features, rank, x.dtype, dtype, dropout_p > 0, *x.stride()[1:]),
-            configs.down_projection(target, num_tokens, block_r, dtype.itemsize),
-            functools.partial(
-                plan_down_projection,
-                x,
-                factor,
-                scale=scale,
-                compute_dtype=dtype,
-                dropout_p=dropout_p,
-                seed=seed,
-                target=target,
-            ),
-        )
-    tiles = ceil_div(num_tokens, config.block_m)
-    k_per_split, splits = split_evenly(in_features, config.block_k, tiles, columns, x.element_size())
-
-    h = x.new_empty(num_tokens, columns, dtype=dtype)
-    partial = x.new_empty((splits, num_tokens, columns) if splits > 1 else (1,), dtype=torch.float32)
-    launch = Launch(
-        _down_projection_kernel,
-        (tiles, splits),
-        {
-            "x_ptr": x,
-            "p_ptr": factor,
-            "h_ptr": h,
-            "partial_ptr": partial,
-            "counter_ptr": workspace.counters(tiles, x.device) if splits > 1 else partial,
-            "seed_ptr": seed if dropout_p > 0 else x,
-            "num_tokens": num_tokens,
-            "in_features": in_features,
-            "stride_xm": x.stride(0),
-            "stride_xk": x.stride(1),
-            "stride_pr": factor.stride(0),
-            "stride_pk": factor.stride(1),
-            "k_per_split": k_per_split,
-            "num_splits": splits,
-            "scale": float(scale) / (1.0 - dropout_p),
-            "threshold": keep_threshold(dropout_p),
-        },
-        {
-            "RANK": rank,
-            "COLUMNS": columns,
-            "BLOCK_M": config.block_m,
-            "BLOCK_K": config.block_k,
-            "BLOCK_R": block_r,
-            "EVEN_K": in_features % config.block_k == 0,
-            "SPLIT": splits > 1,
-            "DROPOUT": dropout_p > 0,
-            "COMPUTE": TRITON_DTYPES[dtype],
-            "PRECISION": precision(dtype, target),
-        },
-        config.num_warps,
-        config.num_stages,
-    )
-    return h, launch
+        acc, scale, h_ptr, offsets, mask, partial_ptr, counter_ptr + tile, split, tl.num_programs(1), size,
+        SPLIT,
+    )  # fmt: skip
 
 
 def split_evenly(length: int, block: int, tiles: int, columns: int, itemsize: int) -> tuple[int, int]:
@@ -195,7 +112,95 @@ def split_evenly(length: int, block: int, tiles: int, columns: int, itemsize: in
     return per_split, ceil_div(length, per_split)
 
 
-def down_projection(x: Tensor, factor: Tensor, **options) -> Tensor:
+def plan_down_projection(
+    x: Tensor,
+    factor: Tensor,
+    *,
+    scale: float = 1.0,
+    compute_dtype: torch.dtype | None = None,
+    dropout_p: float = 0.0,
+    seed: Tensor | None = None,
+    config: configs.Config | None = None,
+    target: str | None = None,
+) -> Choice:
+    """The launches that `down_projection` chooses from; ``target``: another one than the device's."""
+    checks.matrix("x", x)
+    checks.matrix("factor", factor)
+    checks.same_device(x=x, factor=factor)
+    checks.contracted("x", x, 1, "factor", factor, 1)
+    checks.rank("factor", factor.shape[0])
+    checks.dropout(dropout_p, seed)
+    dtype = checks.compute_dtype(compute_dtype or x.dtype)
+
+    (num_tokens, in_features), rank = x.shape, factor.shape[0]
+    target = target or target_of(x.device)
+    block_r, columns = padded_rank(rank), padded_columns(rank)
+
+    def plan(config: configs.Config) -> Plan:
+        tiles = ceil_div(num_tokens, config.block_m)
+        k_per_split, splits = split_evenly(in_features, config.block_k, tiles, columns, x.element_size())
+        return Plan(
+            _down_projection_kernel,
+            (tiles, splits),
+            {
+                "num_tokens": num_tokens,
+                "in_features": in_features,
+                "stride_xm": x.stride(0),
+                "stride_xk": x.stride(1),
+                "stride_pr": factor.stride(0),
+                "stride_pk": factor.stride(1),
+                "k_per_split": k_per_split,
+                "scale": float(scale) / (1.0 - dropout_p),
+                "threshold": keep_threshold(dropout_p),
+            },
+            {
+                "RANK": rank,
+                "COLUMNS": columns,
+                "BLOCK_M": config.block_m,
+                "BLOCK_K": config.block_k,
+                "BLOCK_R": block_r,
+                "EVEN_K": in_features % config.block_k == 0,
+                "SPLIT": splits > 1,
+                "DROPOUT": dropout_p > 0,
+                "COMPUTE": TRITON_DTYPES[dtype],
+                "PRECISION": precision(dtype, target),
+            },
+            config,
+            (num_tokens, columns),
+            dtype,
+            splits * num_tokens * columns if splits > 1 else 0,
+        )
+
+    return Choice(
+        "down_projection",
+        x.device,
+        (tuning.bucket(num_tokens), in_features, rank, x.dtype, dtype, dropout_p > 0, *x.stride()[1:]),
+        (config,) if config else configs.down_projection(target, num_tokens, block_r, dtype.itemsize),
+        plan,
+        functools.partial(_operands, x=x, factor=factor, seed=seed if dropout_p > 0 else x),
+    )
+
+
+def _operands(plan: Plan, x: Tensor, factor: Tensor, seed: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
+    rows, columns = plan.shape
+    h = x.new_empty(rows, columns, dtype=plan.dtype)
+    partial, counter = workspace.of_split(plan, x) if plan.parts else (h, h)
+    return h, (x, factor, h, partial, counter, seed)
+
+
+_plans = Plans()
+
+
+def down_projection(
+    x: Tensor,
+    factor: Tensor,
+    *,
+    scale: float = 1.0,
+    compute_dtype: torch.dtype | None = None,
+    dropout_p: float = 0.0,
+    seed: Tensor | None = None,
+    config: configs.Config | None = None,
+) -> Tensor:
     """h = scale·drop(x) factorᵀ, accumulated in fp32 and rounded once.
 
     Args:
@@ -211,7 +216,23 @@ def down_projection(x: Tensor, factor: Tensor, **options) -> Tensor:
 
     Raises:
         ValueError, TypeError: an argument that is not as above.
+        LaunchError: no configuration can be launched here.
     """
-    h, launch = plan_down_projection(x, factor, **options)
-    launch()
+    key = (
+        tuning.state(),
+        layout(x),
+        layout(factor),
+        scale,
+        compute_dtype,
+        dropout_p,
+        layout(seed) if dropout_p else None,
+        config,
+        fp32_setting() if (compute_dtype or x.dtype) is torch.float32 else None,
+    )
+    plan = _plans.get(key)
+    if plan is None:
+        options = {"scale": scale, "compute_dtype": compute_dtype, "dropout_p": dropout_p, "seed": seed}
+        return plan_down_projection(x, factor, config=config, **options).first(_plans, key)
+    h, tensors = _operands(plan, x, factor, seed if dropout_p else x)
+    plan(*tensors)
     return h

@@ -5,25 +5,28 @@ Formulas: `mica.reference.embedding` and `mica.reference.grad_a_embedding`.
 
 from __future__ import annotations
 
+import functools
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from mica.kernels import checks, configs
+from mica.kernels import checks, configs, tuning
 from mica.kernels.common import (
     TRITON_DTYPES,
-    Launch,
     cast,
     ceil_div,
     dot,
+    fp32_setting,
     padded_rank,
     precision,
     target_of,
 )
+from mica.kernels.launching import Choice, Plan, Plans, layout
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_tokens"])
 def _embedding_kernel(
     index_ptr,  # (M) integers
     a_ptr,  # (RANK, num_embeddings)
@@ -76,7 +79,7 @@ def _embedding_kernel(
         tl.store(out_ptrs, cast(acc, out_ptr.dtype.element_ty), mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_tokens", "skipped"])
 def _scatter_kernel(
     sorted_ptr,  # (M) indices in ascending order
     order_ptr,  # (M) where each of them came from; among equal ones ascending
@@ -122,8 +125,8 @@ def plan_embedding(
     compute_dtype: torch.dtype | None = None,
     config: configs.Config | None = None,
     target: str | None = None,
-) -> tuple[Tensor, Launch]:
-    """The output that `embedding` would return, still unwritten, and the launch that writes it."""
+) -> Choice:
+    """The launches that `embedding` chooses from; ``target``: another one than the device's."""
     checks.indices(indices)
     checks.matrix("lora_A", lora_A)
     checks.matrix("factor", factor)
@@ -131,53 +134,75 @@ def plan_embedding(
     checks.rank("lora_A", lora_A.shape[0])
     checks.factor_rank(lora_A.shape[0], factor)
     dtype = checks.compute_dtype(compute_dtype or lora_A.dtype)
-    indices = indices.contiguous()
 
     (rank, num_embeddings), num_tokens = lora_A.shape, indices.shape[0]
     p_rank, embedding_dim = factor.shape
     target = target or target_of(lora_A.device)
     block_r = padded_rank(rank)
-    config = config or configs.embedding(target, num_tokens, block_r, dtype.itemsize)[0]
-    tiles = ceil_div(num_tokens, config.block_m)
-    wanted = max(1, min(configs.PROGRAMS // max(1, tiles), ceil_div(embedding_dim, config.block_n)))
-    n_per_split = ceil_div(ceil_div(embedding_dim, wanted), config.block_n) * config.block_n
 
-    out = lora_A.new_empty(num_tokens, embedding_dim, dtype=dtype)
-    launch = Launch(
-        _embedding_kernel,
-        (tiles, ceil_div(embedding_dim, n_per_split)),
-        {
-            "index_ptr": indices,
-            "a_ptr": lora_A,
-            "p_ptr": factor,
-            "out_ptr": out,
-            "num_tokens": num_tokens,
-            "num_embeddings": num_embeddings,
-            "embedding_dim": embedding_dim,
-            "stride_ar": lora_A.stride(0),
-            "stride_av": lora_A.stride(1),
-            "stride_pr": factor.stride(0),
-            "stride_pn": factor.stride(1),
-            "n_per_split": n_per_split,
-            "scale": float(scale),
-        },
-        {
-            "RANK": rank,
-            "P_RANK": p_rank,
-            "BLOCK_M": config.block_m,
-            "BLOCK_N": config.block_n,
-            "BLOCK_R": block_r,
-            "EVEN_N": embedding_dim % config.block_n == 0,
-            "COMPUTE": TRITON_DTYPES[dtype],
-            "PRECISION": precision(dtype, target),
-        },
-        config.num_warps,
-        config.num_stages,
+    def plan(config: configs.Config) -> Plan:
+        tiles = ceil_div(num_tokens, config.block_m)
+        wanted = max(1, min(configs.PROGRAMS // max(1, tiles), ceil_div(embedding_dim, config.block_n)))
+        n_per_split = ceil_div(ceil_div(embedding_dim, wanted), config.block_n) * config.block_n
+        return Plan(
+            _embedding_kernel,
+            (tiles, ceil_div(embedding_dim, n_per_split)),
+            {
+                "num_tokens": num_tokens,
+                "num_embeddings": num_embeddings,
+                "embedding_dim": embedding_dim,
+                "stride_ar": lora_A.stride(0),
+                "stride_av": lora_A.stride(1),
+                "stride_pr": factor.stride(0),
+                "stride_pn": factor.stride(1),
+                "n_per_split": n_per_split,
+                "scale": float(scale),
+            },
+            {
+                "RANK": rank,
+                "P_RANK": p_rank,
+                "BLOCK_M": config.block_m,
+                "BLOCK_N": config.block_n,
+                "BLOCK_R": block_r,
+                "EVEN_N": embedding_dim % config.block_n == 0,
+                "COMPUTE": TRITON_DTYPES[dtype],
+                "PRECISION": precision(dtype, target),
+            },
+            config,
+            (num_tokens, embedding_dim),
+            dtype,
+        )
+
+    return Choice(
+        "embedding",
+        lora_A.device,
+        (tuning.bucket(num_tokens), num_embeddings, embedding_dim, rank, lora_A.dtype, dtype),
+        (config,) if config else configs.embedding(target, num_tokens, block_r, dtype.itemsize),
+        plan,
+        functools.partial(_embedding_operands, indices=indices, lora_A=lora_A, factor=factor),
     )
-    return out, launch
 
 
-def embedding(indices: Tensor, lora_A: Tensor, factor: Tensor, **options) -> Tensor:
+def _embedding_operands(
+    plan: Plan, indices: Tensor, lora_A: Tensor, factor: Tensor
+) -> tuple[Tensor, tuple[Tensor, ...]]:
+    rows, columns = plan.shape
+    out = lora_A.new_empty(rows, columns, dtype=plan.dtype)
+    return out, (indices.contiguous(), lora_A, factor, out)
+
+
+_plans = Plans()
+
+
+def embedding(
+    indices: Tensor,
+    lora_A: Tensor,
+    factor: Tensor,
+    *,
+    scale: float = 1.0,
+    compute_dtype: torch.dtype | None = None,
+    config: configs.Config | None = None,
+) -> Tensor:
     """scale·A[:, indices]ᵀ factor, accumulated in fp32 and rounded once.
 
     Args:
@@ -186,15 +211,31 @@ def embedding(indices: Tensor, lora_A: Tensor, factor: Tensor, **options) -> Ten
         factor: (rank, embedding_dim), any strides: lora_B transposed. Its rows may be padded.
         scale: dimensionless.
         compute_dtype: dtype of the factors of the product and of the result; default that of lora_A.
+        config: a launch configuration; default the first of `configs.embedding`.
 
     Returns:
         (num_tokens, embedding_dim) in compute_dtype, contiguous.
 
     Raises:
         ValueError, TypeError: an argument that is not as above.
+        LaunchError: no configuration can be launched here.
     """
-    out, launch = plan_embedding(indices, lora_A, factor, **options)
-    launch()
+    key = (
+        tuning.state(),
+        layout(indices),
+        layout(lora_A),
+        layout(factor),
+        scale,
+        compute_dtype,
+        config,
+        fp32_setting() if (compute_dtype or lora_A.dtype) is torch.float32 else None,
+    )
+    plan = _plans.get(key)
+    if plan is None:
+        options = {"scale": scale, "compute_dtype": compute_dtype, "config": config}
+        return plan_embedding(indices, lora_A, factor, **options).first(_plans, key)
+    out, tensors = _embedding_operands(plan, indices, lora_A, factor)
+    plan(*tensors)
     return out
 
 
@@ -206,38 +247,59 @@ def plan_grad_a_embedding(
     *,
     padding_idx: int | None = None,
     out_dtype: torch.dtype = torch.float32,
-) -> tuple[Tensor, Launch]:
-    """The gradient that `grad_a_embedding` would return, still zeros, and the launch that fills it."""
+) -> Choice:
+    """The launch that `grad_a_embedding` makes."""
     checks.indices(indices)
     checks.matrix("g", g)
     checks.same_device(indices=indices, g=g)
     checks.rank("g", rank)
     checks.columns("g", g, rank)
     checks.contracted("g", g, 0, "indices", indices, 0)
-    g = g.contiguous()
-    ordered, order = indices.sort(stable=True)
-    grad = g.new_zeros(rank, num_embeddings, dtype=out_dtype)
     block_r = padded_rank(g.shape[1])
-    launch = Launch(
-        _scatter_kernel,
-        (indices.shape[0],),
-        {
-            "sorted_ptr": ordered,
-            "order_ptr": order,
-            "g_ptr": g,
-            "grad_ptr": grad,
-            "num_tokens": indices.shape[0],
-            "num_embeddings": num_embeddings,
-            "skipped": -1 if padding_idx is None else padding_idx % num_embeddings,
-        },
-        {"RANK": rank, "COLUMNS": g.shape[1], "BLOCK_M": 1024 // block_r, "BLOCK_R": block_r},
-        num_warps=4,
-        num_stages=1,
+
+    def plan(config: configs.Config) -> Plan:
+        return Plan(
+            _scatter_kernel,
+            (indices.shape[0], 1),
+            {
+                "num_tokens": indices.shape[0],
+                "num_embeddings": num_embeddings,
+                "skipped": -1 if padding_idx is None else padding_idx % num_embeddings,
+            },
+            {"RANK": rank, "COLUMNS": g.shape[1], "BLOCK_M": config.block_m, "BLOCK_R": block_r},
+            config,
+            (rank, num_embeddings),
+            out_dtype,
+        )
+
+    return Choice(
+        "grad_a_embedding",
+        g.device,
+        (),
+        (configs.Config(1024 // block_r, 0, 0, 4, 1),),
+        plan,
+        functools.partial(_scatter_operands, g=g, indices=indices),
     )
-    return grad, launch
 
 
-def grad_a_embedding(g: Tensor, indices: Tensor, rank: int, num_embeddings: int, **options) -> Tensor:
+def _scatter_operands(plan: Plan, g: Tensor, indices: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
+    ordered, order = indices.sort(stable=True)
+    grad = g.new_zeros(plan.shape, dtype=plan.dtype)
+    return grad, (ordered, order, g.contiguous(), grad)
+
+
+_scatter_plans = Plans()
+
+
+def grad_a_embedding(
+    g: Tensor,
+    indices: Tensor,
+    rank: int,
+    num_embeddings: int,
+    *,
+    padding_idx: int | None = None,
+    out_dtype: torch.dtype = torch.float32,
+) -> Tensor:
     """dA of `embedding`: column j is the sum of the rows of g whose index is j, in the order of the tokens.
 
     Sorted and then summed by one program an index: no atomics, so reruns are bitwise equal.
@@ -254,7 +316,13 @@ def grad_a_embedding(g: Tensor, indices: Tensor, rank: int, num_embeddings: int,
 
     Raises:
         ValueError, TypeError: an argument that is not as above.
+        LaunchError: it cannot be launched here.
     """
-    grad, launch = plan_grad_a_embedding(g, indices, rank, num_embeddings, **options)
-    launch()
+    key = (layout(g), layout(indices), rank, num_embeddings, padding_idx, out_dtype)
+    plan = _scatter_plans.get(key)
+    if plan is None:
+        options = {"padding_idx": padding_idx, "out_dtype": out_dtype}
+        return plan_grad_a_embedding(g, indices, rank, num_embeddings, **options).first(_scatter_plans, key)
+    grad, tensors = _scatter_operands(plan, g, indices)
+    plan(*tensors)
     return grad

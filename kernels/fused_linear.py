@@ -18,17 +18,18 @@ from torch import Tensor
 from mica.kernels import checks, configs, tuning
 from mica.kernels.common import (
     TRITON_DTYPES,
-    Launch,
     cast,
     ceil_div,
     dot,
     dropout_keep,
+    fp32_setting,
     keep_threshold,
     padded_rank,
     precision,
     target_of,
     wide_product,
 )
+from mica.kernels.launching import Choice, Plan, Plans, layout
 
 GROUP_M = 8  # rows of tiles that are worked on together: their part of w stays in the L2 cache
 
@@ -83,7 +84,7 @@ def _low_rank(
     return acc
 
 
-@triton.jit(do_not_specialize=["threshold"])
+@triton.jit(do_not_specialize=["num_tokens", "threshold"])
 def _fused_linear_kernel(
     x_ptr,  # (M, K)
     w_ptr,  # (K, N)
@@ -153,7 +154,7 @@ def _fused_linear_kernel(
     tl.store(out_ptrs, cast(acc, out_ptr.dtype.element_ty), mask=mask)
 
 
-@triton.jit(do_not_specialize=["threshold"])
+@triton.jit(do_not_specialize=["num_tokens", "threshold"])
 def _fused_linear_descriptor_kernel(
     x_ptr,  # (M, K), rows of stride_x numbers
     w_ptr,  # (N, K) if TRANSPOSED, else (K, N); rows of stride_w numbers
@@ -247,8 +248,8 @@ def plan_fused_linear(
     descriptor: bool = False,
     config: configs.Config | None = None,
     target: str | None = None,
-) -> tuple[Tensor, Launch]:
-    """The output that `fused_linear` would return, still unwritten, and the launch that writes it."""
+) -> Choice:
+    """The launches that `fused_linear` chooses from; ``target``: another one than the device's."""
     for name, tensor in (("x", x), ("w", w), ("h", h), ("factor", factor)):
         checks.matrix(name, tensor)
     (num_tokens, in_features), out_features = x.shape, w.shape[1]
@@ -263,91 +264,74 @@ def plan_fused_linear(
     if bias is not None:
         checks.matrix("bias", bias, dims=1)
         checks.shape("bias", bias, (out_features,), "(out_features,)")
-        bias = bias.contiguous()
     target = target or target_of(x.device)
     reason = why_not_descriptor(x, w, target) if descriptor else None
     if reason:
         raise ValueError(f"descriptor=True cannot be had: {reason}.")
+    block_r, transposed = padded_rank(factor.shape[0]), w.stride(1) != 1
 
-    block_r = padded_rank(factor.shape[0])
-    if config is None:
-        config = tuning.pick_config(
-            "fused_linear",
-            x.device,
-            (
-                tuning.bucket(num_tokens),
-                in_features,
-                out_features,
-                factor.shape[0],
-                x.dtype,
-                h.dtype,
-                dropout_p > 0,
-                w.stride(0) == 1,
-                descriptor,
-            ),
-            configs.fused_linear(target, num_tokens, _is_aligned(x, w), x.element_size(), descriptor),
-            functools.partial(
-                plan_fused_linear,
-                x,
-                w,
-                h,
-                factor,
-                bias=bias,
-                scale=scale,
-                dropout_p=dropout_p,
-                seed=seed,
-                descriptor=descriptor,
-                target=target,
-            ),
-        )
-    tiles = ceil_div(num_tokens, config.block_m) * ceil_div(out_features, config.block_n)
-    out = x.new_empty(num_tokens, out_features)
-    args = {
-        "x_ptr": x,
-        "w_ptr": w,
-        "h_ptr": h,
-        "p_ptr": factor,
-        "bias_ptr": x if bias is None else bias,
-        "out_ptr": out,
-        "seed_ptr": seed if dropout_p > 0 else x,
-        "num_tokens": num_tokens,
-        "in_features": in_features,
-        "out_features": out_features,
-    }
-    meta = {
-        "H_RANK": h.shape[1],
-        "P_RANK": factor.shape[0],
-        "BLOCK_M": config.block_m,
-        "BLOCK_N": config.block_n,
-        "BLOCK_K": config.block_k,
-        "BLOCK_R": block_r,
-        "BLOCK_L": min(configs.rank_at_a_time(h.element_size()), block_r),
-        "GROUP": GROUP_M,
-        "EVEN_N": out_features % config.block_n == 0,
-        "BIAS": bias is not None,
-        "DROPOUT": dropout_p > 0,
-        "LOW": TRITON_DTYPES[h.dtype],
-        "PRECISION": precision(torch.promote_types(x.dtype, h.dtype), target),
-    }
-    if descriptor:
-        transposed = w.stride(1) != 1
-        args |= {"stride_x": x.stride(0), "stride_w": w.stride(1) if transposed else w.stride(0)}
-        meta |= {"TRANSPOSED": transposed}
-    else:
-        args |= {"stride_xm": x.stride(0), "stride_xk": x.stride(1)}
-        args |= {"stride_wk": w.stride(0), "stride_wn": w.stride(1)}
-        meta |= {"EVEN_K": in_features % config.block_k == 0}
-    args |= {
-        "stride_hm": h.stride(0),
-        "stride_hr": h.stride(1),
-        "stride_pr": factor.stride(0),
-        "stride_pn": factor.stride(1),
-        "scale": float(scale) / (1.0 - dropout_p),
-        "threshold": keep_threshold(dropout_p),
-    }
-    kernel = _fused_linear_descriptor_kernel if descriptor else _fused_linear_kernel
-    grid = (min(tiles, _multiprocessors(x.device)) if descriptor else tiles,)
-    return out, Launch(kernel, grid, args, meta, config.num_warps, config.num_stages)
+    def plan(config: configs.Config) -> Plan:
+        tiles = ceil_div(num_tokens, config.block_m) * ceil_div(out_features, config.block_n)
+        numbers = {"num_tokens": num_tokens, "in_features": in_features, "out_features": out_features}
+        if descriptor:
+            grid = min(tiles, _multiprocessors(x.device))
+            numbers |= {"stride_x": x.stride(0), "stride_w": w.stride(1) if transposed else w.stride(0)}
+            form = {"TRANSPOSED": transposed}
+        else:
+            grid = tiles
+            numbers |= {"stride_xm": x.stride(0), "stride_xk": x.stride(1)}
+            numbers |= {"stride_wk": w.stride(0), "stride_wn": w.stride(1)}
+            form = {"EVEN_K": in_features % config.block_k == 0}
+        numbers |= {
+            "stride_hm": h.stride(0),
+            "stride_hr": h.stride(1),
+            "stride_pr": factor.stride(0),
+            "stride_pn": factor.stride(1),
+            "scale": float(scale) / (1.0 - dropout_p),
+            "threshold": keep_threshold(dropout_p),
+        }
+        meta = {
+            "H_RANK": h.shape[1],
+            "P_RANK": factor.shape[0],
+            "BLOCK_M": config.block_m,
+            "BLOCK_N": config.block_n,
+            "BLOCK_K": config.block_k,
+            "BLOCK_R": block_r,
+            "BLOCK_L": min(configs.rank_at_a_time(h.element_size()), block_r),
+            "GROUP": GROUP_M,
+            "EVEN_N": out_features % config.block_n == 0,
+            "BIAS": bias is not None,
+            "DROPOUT": dropout_p > 0,
+            "LOW": TRITON_DTYPES[h.dtype],
+            "PRECISION": precision(torch.promote_types(x.dtype, h.dtype), target),
+        }
+        kernel = _fused_linear_descriptor_kernel if descriptor else _fused_linear_kernel
+        shape = (num_tokens, out_features)
+        return Plan(kernel, (grid, 1), numbers, meta | form, config, shape, x.dtype)
+
+    table = configs.fused_linear(target, num_tokens, _is_aligned(x, w), x.element_size(), descriptor)
+    sizes = (tuning.bucket(num_tokens), in_features, out_features)
+    operands = {"x": x, "w": w, "h": h, "factor": factor, "bias": bias}
+    return Choice(
+        "fused_linear",
+        x.device,
+        (*sizes, factor.shape[0], x.dtype, h.dtype, dropout_p > 0, w.stride(0) == 1, descriptor),
+        (config,) if config else table,
+        plan,
+        functools.partial(_operands, seed=seed if dropout_p > 0 else None, **operands),
+    )
+
+
+def _operands(
+    plan: Plan, x: Tensor, w: Tensor, h: Tensor, factor: Tensor, bias: Tensor | None, seed: Tensor | None
+) -> tuple[Tensor, tuple[Tensor, ...]]:
+    rows, columns = plan.shape
+    out = x.new_empty(rows, columns)
+    bias, seed = x if bias is None else bias.contiguous(), x if seed is None else seed
+    return out, (x, w, h, factor, bias, out, seed)
+
+
+_plans = Plans()
 
 
 def _is_aligned(*matrices: Tensor) -> bool:
@@ -368,7 +352,19 @@ def _scratch(size: int, alignment: int, stream: int | None) -> Tensor:
     return torch.empty(size, dtype=torch.int8, device="cuda")
 
 
-def fused_linear(x: Tensor, w: Tensor, h: Tensor, factor: Tensor, **options) -> Tensor:
+def fused_linear(
+    x: Tensor,
+    w: Tensor,
+    h: Tensor,
+    factor: Tensor,
+    *,
+    bias: Tensor | None = None,
+    scale: float = 1.0,
+    dropout_p: float = 0.0,
+    seed: Tensor | None = None,
+    descriptor: bool = False,
+    config: configs.Config | None = None,
+) -> Tensor:
     """x w + bias + scale·keep⊙(h factor), all of it summed in fp32 and rounded once.
 
     Args:
@@ -381,15 +377,36 @@ def fused_linear(x: Tensor, w: Tensor, h: Tensor, factor: Tensor, **options) -> 
         scale: dimensionless, on the low-rank term.
         dropout_p, seed: zero the elements of the low-rank term that dropout dropped.
         descriptor: the persistent form by tensor descriptors; see `why_not_descriptor`.
+        config: a launch configuration; default the first of `configs.fused_linear`.
 
     Returns:
         (num_tokens, out_features) in the dtype of x, contiguous.
 
     Raises:
         ValueError, TypeError: an argument that is not as above.
+        LaunchError: no configuration can be launched here.
     """
-    out, launch = plan_fused_linear(x, w, h, factor, **options)
-    if options.get("descriptor"):
+    if descriptor:
         triton.set_allocator(_scratch)  # where a kernel makes its descriptors
-    launch()
+    key = (
+        tuning.state(),
+        layout(x),
+        layout(w),
+        layout(h),
+        layout(factor),
+        layout(bias),
+        scale,
+        dropout_p,
+        layout(seed) if dropout_p else None,
+        descriptor and (x.data_ptr() % 16, w.data_ptr() % 16),
+        config,
+        fp32_setting() if torch.float32 in (x.dtype, h.dtype) else None,
+    )
+    plan = _plans.get(key)
+    if plan is None:
+        options = {"bias": bias, "scale": scale, "dropout_p": dropout_p, "seed": seed}
+        options |= {"descriptor": descriptor, "config": config}
+        return plan_fused_linear(x, w, h, factor, **options).first(_plans, key)
+    out, tensors = _operands(plan, x, w, h, factor, bias, seed if dropout_p else None)
+    plan(*tensors)
     return out

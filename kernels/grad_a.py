@@ -15,11 +15,11 @@ from torch import Tensor
 from mica.kernels import checks, configs, tuning, workspace
 from mica.kernels.common import (
     TRITON_DTYPES,
-    Launch,
     cast,
     ceil_div,
     dot,
     dropout_keep,
+    fp32_setting,
     keep_threshold,
     padded_rank,
     precision,
@@ -27,9 +27,10 @@ from mica.kernels.common import (
     target_of,
 )
 from mica.kernels.down_projection import split_evenly
+from mica.kernels.launching import Choice, Plan, Plans, layout
 
 
-@triton.jit(do_not_specialize=["threshold"])
+@triton.jit(do_not_specialize=["num_tokens", "threshold"])
 def _grad_a_kernel(
     g_ptr,  # (M, COLUMNS)
     x_ptr,  # (M, K)
@@ -44,7 +45,6 @@ def _grad_a_kernel(
     stride_xm,
     stride_xk,
     tokens_per_split,
-    num_splits,
     scale,
     threshold,
     RANK: tl.constexpr,
@@ -89,8 +89,9 @@ def _grad_a_kernel(
     mask = (ranks < RANK)[:, None] & (columns < in_features)[None, :]
     size = tl.cast(in_features, tl.int64) * RANK
     store_sum(
-        acc, scale, grad_ptr, offsets, mask, partial_ptr, counter_ptr + tile, split, num_splits, size, SPLIT
-    )
+        acc, scale, grad_ptr, offsets, mask, partial_ptr, counter_ptr + tile, split, tl.num_programs(1), size,
+        SPLIT,
+    )  # fmt: skip
 
 
 def plan_grad_a(
@@ -103,8 +104,8 @@ def plan_grad_a(
     seed: Tensor | None = None,
     config: configs.Config | None = None,
     target: str | None = None,
-) -> tuple[Tensor, Launch]:
-    """The gradient that `grad_a` would return, still unwritten, and the launch that writes it."""
+) -> Choice:
+    """The launches that `grad_a` chooses from; ``target``: another one than the device's."""
     checks.matrix("g", g)
     checks.matrix("x", x)
     checks.same_device(g=g, x=x)
@@ -117,63 +118,74 @@ def plan_grad_a(
     (num_tokens, in_features), columns = x.shape, g.shape[1]
     target = target or target_of(x.device)
     block_r = padded_rank(rank)
-    if config is None:
-        config = tuning.pick_config(
-            "grad_a",
-            x.device,
-            (tuning.bucket(num_tokens), in_features, rank, g.dtype, x.dtype, dropout_p > 0),
-            configs.grad_a(target, num_tokens, block_r, dtype.itemsize),
-            functools.partial(
-                plan_grad_a, g, x, rank, out_dtype=out_dtype, dropout_p=dropout_p, seed=seed, target=target
-            ),
+
+    def plan(config: configs.Config) -> Plan:
+        tiles = ceil_div(in_features, config.block_k)
+        tokens_per_split, splits = split_evenly(
+            max(1, num_tokens), config.block_m, tiles, columns, x.element_size()
         )
-    tiles = ceil_div(in_features, config.block_k)
-    tokens_per_split, splits = split_evenly(
-        max(1, num_tokens), config.block_m, tiles, columns, x.element_size()
+        return Plan(
+            _grad_a_kernel,
+            (tiles, splits),
+            {
+                "num_tokens": num_tokens,
+                "in_features": in_features,
+                "stride_gm": g.stride(0),
+                "stride_gr": g.stride(1),
+                "stride_xm": x.stride(0),
+                "stride_xk": x.stride(1),
+                "tokens_per_split": tokens_per_split,
+                "scale": 1.0 / (1.0 - dropout_p),
+                "threshold": keep_threshold(dropout_p),
+            },
+            {
+                "RANK": rank,
+                "COLUMNS": columns,
+                "BLOCK_M": config.block_m,
+                "BLOCK_K": config.block_k,
+                "BLOCK_R": block_r,
+                "EVEN_K": in_features % config.block_k == 0,
+                "SPLIT": splits > 1,
+                "DROPOUT": dropout_p > 0,
+                "COMPUTE": TRITON_DTYPES[dtype],
+                "PRECISION": precision(dtype, target),
+            },
+            config,
+            (rank, in_features),
+            out_dtype,
+            splits * rank * in_features if splits > 1 else 0,
+        )
+
+    return Choice(
+        "grad_a",
+        x.device,
+        (tuning.bucket(num_tokens), in_features, rank, g.dtype, x.dtype, dropout_p > 0),
+        (config,) if config else configs.grad_a(target, num_tokens, block_r, dtype.itemsize),
+        plan,
+        functools.partial(_operands, g=g, x=x, seed=seed if dropout_p > 0 else x),
     )
 
-    grad = x.new_empty(rank, in_features, dtype=out_dtype)
-    partial = x.new_empty((splits, rank, in_features) if splits > 1 else (1,), dtype=torch.float32)
-    launch = Launch(
-        _grad_a_kernel,
-        (tiles, splits),
-        {
-            "g_ptr": g,
-            "x_ptr": x,
-            "grad_ptr": grad,
-            "partial_ptr": partial,
-            "counter_ptr": workspace.counters(tiles, x.device) if splits > 1 else partial,
-            "seed_ptr": seed if dropout_p > 0 else x,
-            "num_tokens": num_tokens,
-            "in_features": in_features,
-            "stride_gm": g.stride(0),
-            "stride_gr": g.stride(1),
-            "stride_xm": x.stride(0),
-            "stride_xk": x.stride(1),
-            "tokens_per_split": tokens_per_split,
-            "num_splits": splits,
-            "scale": 1.0 / (1.0 - dropout_p),
-            "threshold": keep_threshold(dropout_p),
-        },
-        {
-            "RANK": rank,
-            "COLUMNS": columns,
-            "BLOCK_M": config.block_m,
-            "BLOCK_K": config.block_k,
-            "BLOCK_R": block_r,
-            "EVEN_K": in_features % config.block_k == 0,
-            "SPLIT": splits > 1,
-            "DROPOUT": dropout_p > 0,
-            "COMPUTE": TRITON_DTYPES[dtype],
-            "PRECISION": precision(dtype, target),
-        },
-        config.num_warps,
-        config.num_stages,
-    )
-    return grad, launch
+
+def _operands(plan: Plan, g: Tensor, x: Tensor, seed: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
+    rows, columns = plan.shape
+    grad = x.new_empty(rows, columns, dtype=plan.dtype)
+    partial, counter = workspace.of_split(plan, x) if plan.parts else (grad, grad)
+    return grad, (g, x, grad, partial, counter, seed)
 
 
-def grad_a(g: Tensor, x: Tensor, rank: int, **options) -> Tensor:
+_plans = Plans()
+
+
+def grad_a(
+    g: Tensor,
+    x: Tensor,
+    rank: int,
+    *,
+    out_dtype: torch.dtype = torch.float32,
+    dropout_p: float = 0.0,
+    seed: Tensor | None = None,
+    config: configs.Config | None = None,
+) -> Tensor:
     """dA = gᵀ drop(x), accumulated in fp32 and rounded once.
 
     Args:
@@ -182,13 +194,30 @@ def grad_a(g: Tensor, x: Tensor, rank: int, **options) -> Tensor:
         rank: rows of the result, from 1 to 256.
         out_dtype: default fp32.
         dropout_p, seed: as in the forward.
+        config: a launch configuration; default the first of `configs.grad_a`.
 
     Returns:
         (rank, in_features) in out_dtype, contiguous.
 
     Raises:
         ValueError, TypeError: an argument that is not as above.
+        LaunchError: no configuration can be launched here.
     """
-    grad, launch = plan_grad_a(g, x, rank, **options)
-    launch()
+    key = (
+        tuning.state(),
+        layout(g),
+        layout(x),
+        rank,
+        out_dtype,
+        dropout_p,
+        layout(seed) if dropout_p else None,
+        config,
+        fp32_setting() if torch.float32 in (g.dtype, x.dtype) else None,
+    )
+    plan = _plans.get(key)
+    if plan is None:
+        options = {"out_dtype": out_dtype, "dropout_p": dropout_p, "seed": seed}
+        return plan_grad_a(g, x, rank, config=config, **options).first(_plans, key)
+    grad, tensors = _operands(plan, g, x, seed if dropout_p else x)
+    plan(*tensors)
     return grad

@@ -10,8 +10,21 @@ import torch
 from torch import Tensor
 
 from mica.kernels import checks, configs
-from mica.kernels.common import Launch
-from mica.kernels.up_projection import plan_up_projection
+from mica.kernels.launching import Choice
+from mica.kernels.up_projection import plan_up_projection, up_projection_
+
+_FULL_FP32 = {"compute_dtype": torch.float32, "exact": True}
+
+
+def _checked(weight: Tensor, lora_A: Tensor, lora_B: Tensor, out: Tensor | None) -> Tensor:
+    """Where the sum is to be written."""
+    for name, tensor in (("weight", weight), ("lora_A", lora_A), ("lora_B", lora_B)):
+        checks.matrix(name, tensor)
+    (out_features, in_features), rank = weight.shape, lora_A.shape[0]
+    checks.rank("lora_A", rank)
+    checks.shape("lora_A", lora_A, (rank, in_features), "(rank, in_features)")
+    checks.shape("lora_B", lora_B, (out_features, rank), "(out_features, rank)")
+    return torch.empty_like(weight) if out is None else out
 
 
 def plan_merge(
@@ -23,28 +36,23 @@ def plan_merge(
     out: Tensor | None = None,
     config: configs.Config | None = None,
     target: str | None = None,
-) -> tuple[Tensor, Launch]:
-    """The tensor that `merge` would return, still unwritten, and the launch that writes it."""
-    for name, tensor in (("weight", weight), ("lora_A", lora_A), ("lora_B", lora_B)):
-        checks.matrix(name, tensor)
-    (out_features, in_features), rank = weight.shape, lora_A.shape[0]
-    checks.rank("lora_A", rank)
-    checks.shape("lora_A", lora_A, (rank, in_features), "(rank, in_features)")
-    checks.shape("lora_B", lora_B, (out_features, rank), "(out_features, rank)")
+) -> Choice:
+    """The launches that `merge` chooses from; ``target``: another one than the device's."""
+    out = _checked(weight, lora_A, lora_B, out)
     return plan_up_projection(
-        weight,
-        lora_B,
-        lora_A,
-        out=torch.empty_like(weight) if out is None else out,
-        scale=scale,
-        compute_dtype=torch.float32,
-        exact=True,
-        config=config,
-        target=target,
+        weight, lora_B, lora_A, out=out, scale=scale, config=config, target=target, **_FULL_FP32
     )
 
 
-def merge(weight: Tensor, lora_A: Tensor, lora_B: Tensor, **options) -> Tensor:
+def merge(
+    weight: Tensor,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    *,
+    scale: float = 1.0,
+    out: Tensor | None = None,
+    config: configs.Config | None = None,
+) -> Tensor:
     """W + scale·B A.
 
     Args:
@@ -52,13 +60,14 @@ def merge(weight: Tensor, lora_A: Tensor, lora_B: Tensor, **options) -> Tensor:
         lora_A: (rank, in_features). lora_B: (out_features, rank). fp32/bf16/fp16, any strides.
         scale: dimensionless.
         out: write there; may be the weight itself. Default: a new tensor.
+        config: a launch configuration; default the first of `configs.up_projection`.
 
     Returns:
         (out_features, in_features) in the dtype of the weight.
 
     Raises:
         ValueError, TypeError: an argument that is not as above.
+        LaunchError: no configuration can be launched here.
     """
-    out, launch = plan_merge(weight, lora_A, lora_B, **options)
-    launch()
-    return out
+    out = _checked(weight, lora_A, lora_B, out)
+    return up_projection_(weight, lora_B, lora_A, out=out, scale=scale, config=config, **_FULL_FP32)

@@ -1,7 +1,7 @@
 """Frozen B as the kernels want it: compute dtype, contiguous, columns padded to 16. Made once, never stale.
 
-A tensor that is already so is used as it is. Of others a copy is kept as long as the tensor itself lives (it
-is the key, by a weak reference: a tensor that lies where a deleted one lay has no entry), and made again
+A tensor that is already so is used as it is. Of others a copy is kept as long as the tensor itself lives (by
+a weak reference: a tensor that lies where a deleted one lay has no entry), and made again
 when PyTorch says that the contents may have changed: another storage (``data_ptr``; the old one is kept
 alive, so its address cannot come back) or an in-place write (``_version``). One write PyTorch does not
 count: through ``tensor.data``. Whoever edits B so calls `forget`.
@@ -9,36 +9,44 @@ count: through ``tensor.data``. Whoever edits B so calls `forget`.
 
 from __future__ import annotations
 
+import weakref
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils.weak import WeakTensorKeyDictionary
 
+from mica.kernels import workspace
 from mica.kernels.common import padded_columns
+from mica.kernels.launching import layout
 
 
 class _Entry(NamedTuple):
+    of_B: weakref.ref[Tensor]  # drops the entry when B is freed, before another tensor can have its id
     state: tuple
     source: Tensor  # shares B's storage: what it points to cannot be freed and reused
-    prepared: Tensor
+    factor: Tensor
 
 
-_entries: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+# By the id of B. A weak key that compares tensors by identity (torch's) takes ten times as long.
+_entries: dict[int, _Entry] = {}
 
 
 def prepare(lora_B: Tensor, dtype: torch.dtype) -> Tensor:
-    """(out_features, padded_columns(rank)) in dtype, contiguous, its last columns 0; lora_B is (…, rank)."""
-    columns = padded_columns(lora_B.shape[1])
-    if lora_B.dtype == dtype and lora_B.shape[1] == columns and lora_B.is_contiguous():
-        return lora_B.detach()
+    """Bᵀ, (padded_columns(rank), out_features), its last rows 0; in memory B's rows in dtype, contiguous.
+
+    lora_B is (out_features, rank).
+    """
+    if lora_B.dtype is dtype and not lora_B.shape[1] % 16 and lora_B.is_contiguous():
+        return (lora_B.detach() if lora_B.requires_grad else lora_B).t()
     if not _is_cacheable(lora_B):
-        return _padded(lora_B, dtype, columns)
-    state = (lora_B._version, lora_B.data_ptr(), lora_B.shape, lora_B.stride(), lora_B.device, dtype)
-    entry = _entries.get(lora_B)
+        return _padded(lora_B, dtype).t()
+    key, state = id(lora_B), (lora_B._version, lora_B.data_ptr(), layout(lora_B), dtype)
+    entry = _entries.get(key)
     if entry is None or entry.state != state:
-        entry = _entries[lora_B] = _Entry(state, lora_B.detach(), _padded(lora_B, dtype, columns))
-    return entry.prepared
+        of_B = weakref.ref(lora_B, lambda _: _entries.pop(key, None))
+        factor = workspace.kept(lambda: _padded(lora_B, dtype), lora_B).t()
+        entry = _entries[key] = _Entry(of_B, state, lora_B.detach(), factor)
+    return entry.factor
 
 
 def forget() -> None:
@@ -46,7 +54,8 @@ def forget() -> None:
     _entries.clear()
 
 
-def _padded(lora_B: Tensor, dtype: torch.dtype, columns: int) -> Tensor:
+def _padded(lora_B: Tensor, dtype: torch.dtype) -> Tensor:
+    columns = padded_columns(lora_B.shape[1])
     if columns == lora_B.shape[1]:
         return lora_B.detach().to(dtype).contiguous()
     prepared = lora_B.new_zeros(lora_B.shape[0], columns, dtype=dtype)

@@ -9,13 +9,12 @@ put back after the trials.
 
 from __future__ import annotations
 
-import functools
 import json
 import logging
 import os
 import time
 import uuid
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from pathlib import Path
 from statistics import median
 
@@ -23,8 +22,9 @@ import torch
 import triton
 from torch import Tensor
 
-from mica.kernels.common import Launch
+from mica.kernels.common import power_of_two
 from mica.kernels.configs import Config
+from mica.kernels.runtime import raw_variable
 
 _logger = logging.getLogger("mica")
 _ROUNDS = 3  # rounds of all choices in turn; the median of each counts
@@ -34,6 +34,8 @@ _ROUNDS = 3  # rounds of all choices in turn; the median of each counts
 _table: dict[str, str] | None = None
 _table_path: Path | None = None
 _idle: bool | None = None
+_generation = 0  # how often `forget` was called
+_environment = [raw_variable(name) for name in ("MICA_TUNE", "MICA_TUNE_FILE", "HF_HOME")]
 
 
 def path() -> Path:
@@ -47,7 +49,7 @@ def is_measuring() -> bool:
 
 def bucket(num_tokens: int) -> int:
     """Token counts between two powers of two share an entry."""
-    return triton.next_power_of_2(max(1, num_tokens))
+    return power_of_two(max(1, num_tokens))
 
 
 def pick(
@@ -88,16 +90,27 @@ def pick_config(
     device: torch.device,
     key: Iterable[object],
     candidates: Sequence[Config],
-    plan: Callable[..., tuple[Tensor, Launch]],
+    launch: Callable[[Config], Callable[[], object]],
+    updates: Iterable[Tensor] = (),
 ) -> Config:
-    """`pick` among launch configurations; ``plan(config=...)`` gives the launch that one would make."""
+    """`pick` among launch configurations; ``launch(config)`` gives the launch that one would make."""
     if len(candidates) == 1 or device.type == "meta" or is_idle():
         return candidates[0]
     named = {"x".join(map(str, candidate)): candidate for candidate in candidates}
-    planned = functools.cache(lambda choice: plan(config=named[choice])[1])
-    updates = planned(next(iter(named))).updates if is_measuring() else ()
-    choices = {choice: functools.partial(lambda choice: planned(choice)(), choice) for choice in named}
+    choices = {name: _made_once(launch, candidate) for name, candidate in named.items()}
     return named[pick(name, device, key, choices, updates)]
+
+
+def _made_once(launch: Callable[[Config], Callable[[], object]], config: Config) -> Callable[[], object]:
+    """A function that makes one and the same launch at each call: planning it is not measured."""
+    planned = []
+
+    def run() -> object:
+        if not planned:
+            planned.append(launch(config))
+        return planned[0]()
+
+    return run
 
 
 def is_idle() -> bool:
@@ -110,8 +123,19 @@ def is_idle() -> bool:
 
 def forget() -> None:
     """Look at the environment and the file again at the next call."""
-    global _table, _idle
+    global _table, _idle, _generation
     _table = _idle = None
+    _generation += 1
+
+
+def state() -> Hashable:
+    """What an answer of `pick` hangs on beside its arguments: as long as this is the same, it may be kept."""
+    return _generation if is_idle() else (_generation, *(value() for value in _environment))
+
+
+def is_settled(device: torch.device) -> bool:
+    """Whether `pick` answers now as it will later: while a graph is captured, it measures nothing."""
+    return not (is_measuring() and device.type == "cuda" and torch.cuda.is_current_stream_capturing())
 
 
 def _machine(device: torch.device) -> str:

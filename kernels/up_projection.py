@@ -6,8 +6,6 @@ Memory-bound: y is read and written once, at 2·M·N·r flops for 2·M·N number
 
 from __future__ import annotations
 
-import functools
-
 import torch
 import triton
 import triton.language as tl
@@ -16,19 +14,20 @@ from torch import Tensor
 from mica.kernels import checks, configs, tuning
 from mica.kernels.common import (
     TRITON_DTYPES,
-    Launch,
     cast,
     ceil_div,
     dropout_keep,
+    fp32_setting,
     keep_threshold,
     padded_rank,
     precision,
     target_of,
     wide_product,
 )
+from mica.kernels.launching import Choice, Plan, Plans, layout
 
 
-@triton.jit(do_not_specialize=["threshold"])
+@triton.jit(do_not_specialize=["num_tokens", "threshold"])
 def _up_projection_kernel(
     base_ptr,  # (M, N)
     out_ptr,  # (M, N), with base's strides; may be base
@@ -99,8 +98,8 @@ def plan_up_projection(
     exact: bool = False,
     config: configs.Config | None = None,
     target: str | None = None,
-) -> tuple[Tensor, Launch]:
-    """The tensor that `up_projection_` would return, not yet updated, and the launch that updates it."""
+) -> Choice:
+    """The launches that `up_projection_` chooses from; ``target``: another one than the device's."""
     out = base if out is None else out
     for name, tensor in (("base", base), ("h", h), ("factor", factor)):
         checks.matrix(name, tensor)
@@ -113,7 +112,6 @@ def plan_up_projection(
     if bias is not None:
         checks.matrix("bias", bias, dims=1)
         checks.shape("bias", bias, (out_features,), "(out_features,)")
-        bias = bias.contiguous()
     rank, p_rank = h.shape[1], factor.shape[0]
     checks.ranks_fit(h, factor)
     checks.dropout(dropout_p, seed)
@@ -121,72 +119,75 @@ def plan_up_projection(
 
     target = target or target_of(base.device)
     block_r = padded_rank(p_rank)
-    if config is None:
-        config = tuning.pick_config(
-            "up_projection",
-            base.device,
-            (tuning.bucket(num_tokens), out_features, p_rank, base.dtype, dtype, dropout_p > 0, exact),
-            configs.up_projection(target, num_tokens, block_r, dtype.itemsize),
-            functools.partial(
-                plan_up_projection,
-                base,
-                h,
-                factor,
-                out=out,
-                scale=scale,
-                bias=bias,
-                compute_dtype=dtype,
-                dropout_p=dropout_p,
-                seed=seed,
-                exact=exact,
-                target=target,
-            ),
+
+    def plan(config: configs.Config) -> Plan:
+        tiles = ceil_div(num_tokens, config.block_m) * ceil_div(out_features, config.block_n)
+        return Plan(
+            _up_projection_kernel,
+            (tiles, 1),
+            {
+                "num_tokens": num_tokens,
+                "out_features": out_features,
+                "stride_bm": base.stride(0),
+                "stride_bn": base.stride(1),
+                "stride_om": out.stride(0),
+                "stride_on": out.stride(1),
+                "stride_hm": h.stride(0),
+                "stride_hr": h.stride(1),
+                "stride_pr": factor.stride(0),
+                "stride_pn": factor.stride(1),
+                "scale": float(scale) / (1.0 - dropout_p),
+                "threshold": keep_threshold(dropout_p),
+            },
+            {
+                "H_RANK": rank,
+                "P_RANK": p_rank,
+                "BLOCK_M": config.block_m,
+                "BLOCK_N": config.block_n,
+                "BLOCK_R": block_r,
+                "BLOCK_K": min(config.block_k, block_r),
+                "EVEN_N": out_features % config.block_n == 0,
+                "BIAS": bias is not None,
+                "DROPOUT": dropout_p > 0,
+                "COMPUTE": TRITON_DTYPES[dtype],
+                "PRECISION": precision(dtype, target, exact),
+            },
+            config,
         )
-    tiles = ceil_div(num_tokens, config.block_m) * ceil_div(out_features, config.block_n)
-    launch = Launch(
-        _up_projection_kernel,
-        (tiles,),
-        {
-            "base_ptr": base,
-            "out_ptr": out,
-            "h_ptr": h,
-            "p_ptr": factor,
-            "bias_ptr": base if bias is None else bias,
-            "seed_ptr": seed if dropout_p > 0 else base,
-            "num_tokens": num_tokens,
-            "out_features": out_features,
-            "stride_bm": base.stride(0),
-            "stride_bn": base.stride(1),
-            "stride_om": out.stride(0),
-            "stride_on": out.stride(1),
-            "stride_hm": h.stride(0),
-            "stride_hr": h.stride(1),
-            "stride_pr": factor.stride(0),
-            "stride_pn": factor.stride(1),
-            "scale": float(scale) / (1.0 - dropout_p),
-            "threshold": keep_threshold(dropout_p),
-        },
-        {
-            "H_RANK": rank,
-            "P_RANK": p_rank,
-            "BLOCK_M": config.block_m,
-            "BLOCK_N": config.block_n,
-            "BLOCK_R": block_r,
-            "BLOCK_K": min(config.block_k, block_r),
-            "EVEN_N": out_features % config.block_n == 0,
-            "BIAS": bias is not None,
-            "DROPOUT": dropout_p > 0,
-            "COMPUTE": TRITON_DTYPES[dtype],
-            "PRECISION": precision(dtype, target, exact),
-        },
-        config.num_warps,
-        config.num_stages,
+
+    tensors = _operands(base, out, h, factor, bias, seed if dropout_p > 0 else None)
+    return Choice(
+        "up_projection",
+        base.device,
+        (tuning.bucket(num_tokens), out_features, p_rank, base.dtype, dtype, dropout_p > 0, exact),
+        (config,) if config else configs.up_projection(target, num_tokens, block_r, dtype.itemsize),
+        plan,
+        lambda plan: (out, tensors),
         updates=(out,) if out.data_ptr() == base.data_ptr() else (),
     )
-    return out, launch
 
 
-def up_projection_(base: Tensor, h: Tensor, factor: Tensor, **options) -> Tensor:
+def _operands(base: Tensor, out: Tensor, h: Tensor, factor: Tensor, bias: Tensor | None, seed: Tensor | None):
+    return base, out, h, factor, base if bias is None else bias.contiguous(), base if seed is None else seed
+
+
+_plans = Plans()
+
+
+def up_projection_(
+    base: Tensor,
+    h: Tensor,
+    factor: Tensor,
+    *,
+    out: Tensor | None = None,
+    scale: float = 1.0,
+    bias: Tensor | None = None,
+    compute_dtype: torch.dtype | None = None,
+    dropout_p: float = 0.0,
+    seed: Tensor | None = None,
+    exact: bool = False,
+    config: configs.Config | None = None,
+) -> Tensor:
     """base += scale·keep⊙(h factor) + bias in place: summed in fp32, rounded once to base's dtype.
 
     Args:
@@ -199,13 +200,35 @@ def up_projection_(base: Tensor, h: Tensor, factor: Tensor, **options) -> Tensor
         compute_dtype: dtype of the factors of the product; default that of h.
         dropout_p, seed: zero the elements of the *product* that `down_projection` dropped from x.
         exact: fp32 products in full fp32, whatever torch's matmul setting says.
+        config: a launch configuration; default the first of `configs.up_projection`.
 
     Returns:
         base (or out).
 
     Raises:
         ValueError, TypeError: an argument that is not as above.
+        LaunchError: no configuration can be launched here.
     """
-    out, launch = plan_up_projection(base, h, factor, **options)
-    launch()
+    key = (
+        tuning.state(),
+        layout(base),
+        layout(h),
+        layout(factor),
+        layout(out),
+        scale,
+        layout(bias),
+        compute_dtype,
+        dropout_p,
+        layout(seed) if dropout_p else None,
+        exact,
+        config,
+        fp32_setting() if (compute_dtype or h.dtype) is torch.float32 else None,
+    )
+    plan = _plans.get(key)
+    if plan is None:
+        options = {"out": out, "scale": scale, "bias": bias, "compute_dtype": compute_dtype, "exact": exact}
+        options |= {"dropout_p": dropout_p, "seed": seed, "config": config}
+        return plan_up_projection(base, h, factor, **options).first(_plans, key)
+    out = base if out is None else out
+    plan(*_operands(base, out, h, factor, bias, seed if dropout_p else None))
     return out

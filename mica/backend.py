@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 import warnings
+from typing import NamedTuple
 
 import torch
 
@@ -16,16 +17,43 @@ KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 MAX_RANK = 256  # as `mica.kernels.common.MAX_RANK`, which cannot be read without Triton
 
 
-_given_up: dict[torch.device, str] = {}
+class Refused(NamedTuple):
+    """What runs on the reference from some call on: one function of `mica.kernel_path` with such operands."""
+
+    device: torch.device
+    function: str
+    rank: int
+    dtypes: tuple[torch.dtype, ...]
 
 
-def give_up(device: torch.device, error: Exception) -> None:
-    """No kernels on this device any more, with a warning: one of them could not be compiled or launched."""
+_given_up: dict[Refused, str] = {}
+
+# The raw value of ``MICA_BACKEND``, None where it is unset, in 0.1 µs: fit for comparing only.
+setting = runtime.raw_variable("MICA_BACKEND")
+_interpreting = runtime.raw_variable("TRITON_INTERPRET")
+
+# What `use_kernels` has answered. Only the environment can change an answer, and `give_up`.
+_verdicts: dict[tuple, bool] = {}
+
+
+def give_up(
+    device: torch.device, function: str, rank: int, dtypes: tuple[torch.dtype, ...], error: Exception
+) -> None:
+    """No kernels for this function with such operands any more; a warning says which one it is, and why."""
     text = (str(error).strip() or type(error).__name__).partition("\n")[0]
-    _given_up[device] = f"a kernel could not be launched: {text}"
+    names = ", ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
+    what = f"{function} at rank {rank} ({names})"
+    _given_up[Refused(device, function, rank, dtypes)] = f"{what} was given up: {text}"
+    _verdicts.clear()
     warnings.warn(
-        f"MiCA runs on PyTorch's own operators on {device} from here on: {_given_up[device]}", stacklevel=2
+        f"MiCA runs {what} on PyTorch's own operators on {device} from here on: {text}", stacklevel=2
     )
+
+
+def forget_verdicts() -> None:
+    """Decide anew which path calls take, and try again what was given up: after a change of driver."""
+    _given_up.clear()
+    _verdicts.clear()
 
 
 def forget_prepared() -> None:
@@ -48,15 +76,22 @@ def requested() -> str:
 
 
 def why_not_kernels(
-    device: torch.device, rank: int, *dtypes: torch.dtype, backend: str | None = None
+    device: torch.device,
+    rank: int,
+    *dtypes: torch.dtype,
+    backend: str | None = None,
+    function: str | None = None,
 ) -> str | None:
-    """None if a call with such operands runs on Triton kernels, else the reason in words."""
+    """None if a call with such operands runs on Triton kernels, else the reason in words.
+
+    ``function``: of `mica.kernel_path`; without one, also what any of them was given up for counts.
+    """
     backend = backend or requested()
     if backend == "reference":
         return "MICA_BACKEND=reference"
     if backend == "auto" and runtime.is_interpreting() and runtime.triton_version() is not None:
         return "TRITON_INTERPRET=1, and interpreted kernels run only with MICA_BACKEND=triton"
-    unavailable = runtime.why_unavailable(device) or _given_up.get(device)
+    unavailable = runtime.why_unavailable(device)
     if unavailable:
         return unavailable
     for dtype in dtypes:
@@ -64,17 +99,34 @@ def why_not_kernels(
             return f"no Triton kernels for {str(dtype).removeprefix('torch.')}"
     if rank > MAX_RANK:
         return f"no Triton kernels for ranks above {MAX_RANK}"
-    return None
+    if function is not None:
+        return _given_up.get(Refused(device, function, rank, dtypes))
+    return next((reason for key, reason in _given_up.items() if _concerns(key, device, rank, dtypes)), None)
 
 
-def use_kernels(device: torch.device, rank: int, *dtypes: torch.dtype) -> bool:
-    """Whether this call runs on the kernels.
+def _concerns(refused: Refused, device: torch.device, rank: int, dtypes: tuple[torch.dtype, ...]) -> bool:
+    """Whether a layer with operands of these dtypes meets it."""
+    return refused.device == device and refused.rank == rank and set(dtypes) <= set(refused.dtypes)
+
+
+def use_kernels(device: torch.device, rank: int, *dtypes: torch.dtype, function: str | None = None) -> bool:
+    """Whether this call, of a function of `mica.kernel_path`, runs on the kernels.
 
     Raises:
         RuntimeError: ``MICA_BACKEND=triton`` demands kernels that this call cannot have.
     """
+    key = (setting(), _interpreting(), device, rank, dtypes, function)
+    verdict = _verdicts.get(key)
+    if verdict is None:
+        verdict = _decide(device, rank, dtypes, function)
+        if runtime.is_settled(device):
+            _verdicts[key] = verdict
+    return verdict
+
+
+def _decide(device: torch.device, rank: int, dtypes: tuple[torch.dtype, ...], function: str | None) -> bool:
     backend = requested()
-    reason = why_not_kernels(device, rank, *dtypes, backend=backend)
+    reason = why_not_kernels(device, rank, *dtypes, backend=backend, function=function)
     if reason and backend == "triton":
         raise RuntimeError(f"MICA_BACKEND=triton demands Triton kernels, but there are none here: {reason}.")
     return reason is None

@@ -32,7 +32,7 @@ def compute(name: str, function: str, tensor: Tensor, rank: int, dtypes: tuple, 
     """`mica.kernel_path`'s function where kernels run for these operands, else `mica.reference`'s."""
     call_counts[name] += 1
     formula = getattr(reference, function)
-    if _force_plain.get() or not backend.use_kernels(tensor.device, rank, *dtypes):
+    if _force_plain.get() or not backend.use_kernels(tensor.device, rank, *dtypes, function=function):
         return formula(*args)
     from mica import kernel_path  # imports Triton
 
@@ -41,7 +41,7 @@ def compute(name: str, function: str, tensor: Tensor, rank: int, dtypes: tuple, 
     except kernel_path.LaunchError as error:  # before anything ran: no operand has changed
         if backend.requested() == "triton":
             raise
-        backend.give_up(tensor.device, error)
+        backend.give_up(tensor.device, function, rank, dtypes, error)
         return formula(*args)
     call_counts[f"{name}_kernels"] += 1
     return result

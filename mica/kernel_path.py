@@ -46,9 +46,7 @@ __all__ = [
 
 
 def _choose(name: str, x: Tensor, w: Tensor, rank: int, dtype: torch.dtype, dropout_p: float, run) -> str:
-    """The form to run. x (M×K), w (K×N); ``run(form)`` runs one of them."""
-    if tuning.is_idle():
-        return "split"
+    """The form to run, where something is tuned. x (M×K), w (K×N); ``run(form)`` runs one of them."""
     forms = ["split", "fused"]
     if why_not_descriptor(x, w, target_of(x.device)) is None:
         forms.append("descriptor")
@@ -70,20 +68,26 @@ def forward(
     seed: Tensor | None = None,
 ) -> Tensor:
     """As `mica.reference.forward`."""
-    dtype = compute_dtype or x.dtype
+    arguments = (x, weight, lora_A, lora_B, scaling, bias, compute_dtype, dropout_p, seed)
+    if tuning.is_idle():
+        return _forward("split", *arguments)
 
     def run(form: str) -> Tensor:
-        if form == "aten":
-            return reference.forward(x, weight, lora_A, lora_B, scaling, bias, compute_dtype, dropout_p, seed)
-        h = down_projection_kernel(
-            x, lora_A, scale=scaling, compute_dtype=dtype, dropout_p=dropout_p, seed=seed
-        )
-        factor = prepare(lora_B, dtype).t()
-        if form == "split":
-            return up_projection_(F.linear(x, weight, bias), h, factor)
-        return fused_linear(x, weight.t(), h, factor, bias=bias, descriptor=form == "descriptor")
+        return _forward(form, *arguments)
 
+    dtype = compute_dtype or x.dtype
     return run(_choose("linear", x, weight.t(), lora_A.shape[0], dtype, dropout_p, run))
+
+
+def _forward(form: str, x, weight, lora_A, lora_B, scaling, bias, compute_dtype, dropout_p, seed) -> Tensor:
+    if form == "aten":
+        return reference.forward(x, weight, lora_A, lora_B, scaling, bias, compute_dtype, dropout_p, seed)
+    dtype = compute_dtype or x.dtype
+    h = down_projection_kernel(x, lora_A, scale=scaling, compute_dtype=dtype, dropout_p=dropout_p, seed=seed)
+    factor = prepare(lora_B, dtype)
+    if form == "split":
+        return up_projection_(F.linear(x, weight, bias), h, factor)
+    return fused_linear(x, weight.t(), h, factor, bias=bias, descriptor=form == "descriptor")
 
 
 def linear_backward(
@@ -110,21 +114,26 @@ def linear_backward(
 
 def _grad_h(dy: Tensor, lora_B: Tensor, scaling: float, dtype: torch.dtype) -> Tensor:
     """`mica.reference.grad_h`, as wide as prepared B."""
-    return down_projection_kernel(dy, prepare(lora_B, dtype).t(), scale=scaling, compute_dtype=dtype)
+    return down_projection_kernel(dy, prepare(lora_B, dtype), scale=scaling, compute_dtype=dtype)
 
 
 def _grad_x(dy: Tensor, weight: Tensor, g: Tensor, lora_A: Tensor, dropout_p: float, seed) -> Tensor:
-    rank = lora_A.shape[0]
+    if tuning.is_idle():
+        return _grad_x_by("split", dy, weight, g, lora_A, dropout_p, seed)
 
     def run(form: str) -> Tensor:
-        if form == "aten":
-            return reference.grad_x(dy, weight, g[:, :rank], lora_A, dropout_p, seed)
-        options = {"dropout_p": dropout_p, "seed": seed}
-        if form == "split":
-            return up_projection_(dy @ weight, g, lora_A, **options)
-        return fused_linear(dy, weight, g, lora_A, descriptor=form == "descriptor", **options)
+        return _grad_x_by(form, dy, weight, g, lora_A, dropout_p, seed)
 
-    return run(_choose("linear_backward", dy, weight, rank, g.dtype, dropout_p, run))
+    return run(_choose("linear_backward", dy, weight, lora_A.shape[0], g.dtype, dropout_p, run))
+
+
+def _grad_x_by(form: str, dy, weight, g, lora_A, dropout_p, seed) -> Tensor:
+    if form == "aten":
+        return reference.grad_x(dy, weight, g[:, : lora_A.shape[0]], lora_A, dropout_p, seed)
+    if form == "split":
+        return up_projection_(dy @ weight, g, lora_A, dropout_p=dropout_p, seed=seed)
+    options = {"dropout_p": dropout_p, "seed": seed}
+    return fused_linear(dy, weight, g, lora_A, descriptor=form == "descriptor", **options)
 
 
 def embedding(
@@ -132,7 +141,7 @@ def embedding(
 ) -> Tensor:
     """As `mica.reference.embedding`."""
     dtype = compute_dtype or lora_A.dtype
-    factor = prepare(lora_B, dtype).t()
+    factor = prepare(lora_B, dtype)
     return embedding_kernel(indices, lora_A, factor, scale=scaling, compute_dtype=dtype)
 
 
@@ -178,7 +187,7 @@ def up_projection(y: Tensor, h: Tensor, lora_B: Tensor) -> Tensor:
     """As `mica.reference.up_projection`."""
     dtype = torch.promote_types(y.dtype, h.dtype)
     out = torch.empty_like(y)
-    return up_projection_(y, h, prepare(lora_B, dtype).t(), out=out, compute_dtype=dtype)
+    return up_projection_(y, h, prepare(lora_B, dtype), out=out, compute_dtype=dtype)
 
 
 def grad_h(grad_output: Tensor, lora_B: Tensor, scaling: float, compute_dtype: torch.dtype) -> Tensor:
@@ -234,7 +243,7 @@ def linear_group(
 ) -> list[Tensor]:
     """As `mica.reference.linear_group`."""
     dtype = compute_dtype or x.dtype
-    factors = [prepare(lora_B, dtype).t() for lora_B in lora_Bs]
+    factors = [prepare(lora_B, dtype) for lora_B in lora_Bs]
     h = down_projection_kernel(x, _stacked(lora_As, scalings), compute_dtype=dtype)
     parts = h.split([factor.shape[0] for factor in factors], dim=1)
     operands = zip(weights, biases, parts, factors, strict=True)

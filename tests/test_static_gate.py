@@ -22,10 +22,10 @@ from mica.kernels.up_projection import plan_up_projection
 
 def skinny(rank, config, dtype=BF16, width=4096, target="sm_90"):
     x, a = empty(8192, width, dtype=dtype), empty(rank, width, dtype=FP32)
-    return plan_down_projection(x, a, config=config and Config(*config), target=target)[1]
+    return plan_down_projection(x, a, config=config and Config(*config), target=target).bound()[1]
 
 y, h, a = empty(8192, 4095, dtype=BF16), empty(8192, 16, dtype=BF16), empty(16, 4095, dtype=FP32)
-scatter = plan_grad_a_embedding(empty(64, 16, dtype=FP32), empty(64, dtype=torch.int64), 16, 100)[1]
+scatter = plan_grad_a_embedding(empty(64, 16, dtype=FP32), empty(64, dtype=torch.int64), 16, 100).bound()[1]
 broken = skinny(16, None)
 del broken.args["x_ptr"]
 cases = {
@@ -36,7 +36,7 @@ cases = {
     "shared memory": ("sm_89", skinny(64, (128, 0, 128, 8, 4))),
     "narrow in a loop": ("sm_90", skinny(16, None, width=4095)),
     "narrow in a loop on AMD": ("gfx942", skinny(16, None, width=4095, target="gfx942")),
-    "narrow in a tile": ("sm_90", plan_up_projection(y, h, a, target="sm_90")[1]),
+    "narrow in a tile": ("sm_90", plan_up_projection(y, h, a, target="sm_90").bound()[1]),
     "no product": ("sm_90", scatter),
     "does not compile": ("sm_90", broken),
 }

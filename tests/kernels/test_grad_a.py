@@ -28,7 +28,7 @@ def expected(g, x, rank, dropout_p=0.0, seed=None):
 def check(g, x, rank, **options):
     """Products of 16-bit factors are exact in fp32, so fp32's tolerance holds for all of them."""
     wanted = expected(g, x, rank, options.get("dropout_p", 0.0), options.get("seed"))
-    grad = run_guarded(*plan_grad_a(g, x, rank, **options))
+    grad = run_guarded(*plan_grad_a(g, x, rank, **options).bound())
     assert grad.dtype == torch.float32
     assert error(grad, wanted) <= RELATIVE[torch.float32]
 
@@ -65,7 +65,7 @@ def test_any_shape_and_layout(tokens, length, rank, kinds, g, x, drop):
 def test_splits_are_summed_in_order(g_dtype, x_dtype, tokens):
     """More than one split, the last of them shorter; the rows of the mask count from the first token."""
     g, x = operand(tokens, 6, g_dtype), operand(tokens, 40, x_dtype)
-    _, launch = plan_grad_a(g, x, 6)
+    _, launch = plan_grad_a(g, x, 6).bound()
     assert launch.meta["SPLIT"]
     check(g, x, 6)
     check(g, x, 6, dropout_p=0.3, seed=seed_of(9))

@@ -12,7 +12,7 @@ WEIGHTS = [torch.float32, torch.bfloat16, torch.float16]
 def check(weight, lora_A, lora_B, **options):
     """Half a unit in the last place for the one rounding, the rest for the fp32 product below it."""
     wanted = weight.double() + 0.75 * (lora_B.double() @ lora_A.double())
-    merged = run_guarded(*plan_merge(weight, lora_A, lora_B, scale=0.75, **options))
+    merged = run_guarded(*plan_merge(weight, lora_A, lora_B, scale=0.75, **options).bound())
     assert merged.dtype == weight.dtype
     spacing = torch.finfo(weight.dtype).eps * wanted.abs()
     assert ((merged.double() - wanted).abs() <= 0.5 * spacing + 4e-6).all()
@@ -40,7 +40,7 @@ def test_any_shape_and_layout(rows, columns, rank, dtype, w, a, b):
 
 def test_full_fp32_whatever_the_setting(matmul_precision):
     matmul_precision("high")
-    _, launch = plan_merge(torch.randn(4, 4), torch.randn(2, 4), torch.randn(4, 2))
+    _, launch = plan_merge(torch.randn(4, 4), torch.randn(2, 4), torch.randn(4, 2)).bound()
     assert launch.meta["PRECISION"] == "tf32x3"
 
 

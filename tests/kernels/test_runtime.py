@@ -1,4 +1,5 @@
 import importlib.util
+import os
 from contextlib import nullcontext
 
 import pytest
@@ -11,12 +12,11 @@ from mica.kernels import down_projection, runtime
 @pytest.fixture(autouse=True)
 def compiled(monkeypatch):
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    caches = (runtime._why_not_device, runtime.triton_version)
-    for cached in caches:
-        cached.cache_clear()
+    monkeypatch.setattr(runtime, "_tried", {})
+    triton_version = runtime.triton_version
+    triton_version.cache_clear()
     yield
-    for cached in caches:
-        cached.cache_clear()
+    triton_version.cache_clear()
 
 
 def test_cpu_and_meta_have_no_kernels():
@@ -96,11 +96,44 @@ def test_a_trial_kernel_that_fails_is_a_reason_and_is_run_once(a_gpu):
 
 
 def test_nothing_is_tried_while_a_graph_is_captured(a_gpu):
+    """A device that was not tried before runs no kernels then; it is tried afterwards."""
+    gpu = torch.device("cuda")
     a_gpu.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
     a_gpu.setattr(runtime, "_trial", lambda device: "wrong")
-    assert runtime.why_unavailable(torch.device("cuda")) is None
+    assert "no kernel was tried on it before the capture" in runtime.why_unavailable(gpu)
+    assert not runtime.is_settled(gpu)
     a_gpu.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
-    assert runtime.why_unavailable(torch.device("cuda")) == "wrong"
+    assert runtime.why_unavailable(gpu) == "wrong"
+    assert runtime.is_settled(gpu)
+
+
+@pytest.mark.parametrize("verdict", ["wrong", None])
+def test_a_capture_keeps_to_what_was_found_before(a_gpu, verdict):
+    a_gpu.setattr(runtime, "_trial", lambda device: verdict)
+    assert runtime.why_unavailable(torch.device("cuda")) == verdict
+    a_gpu.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    assert runtime.why_unavailable(torch.device("cuda")) == verdict
+
+
+def test_where_nothing_is_tried_all_is_settled(a_gpu):
+    assert runtime.is_settled(torch.device("cpu"))
+    assert not runtime.is_settled(torch.device("cuda"))
+    a_gpu.setenv("TRITON_INTERPRET", "1")
+    assert runtime.is_settled(torch.device("cuda"))
+    a_gpu.delenv("TRITON_INTERPRET")
+    a_gpu.setattr(runtime, "triton_version", lambda: None)
+    assert runtime.is_settled(torch.device("cuda"))
+
+
+def test_a_raw_variable_follows_the_environment(monkeypatch):
+    value = runtime.raw_variable("MICA_A_VARIABLE")
+    assert value() is None
+    monkeypatch.setenv("MICA_A_VARIABLE", "1")
+    first = value()
+    monkeypatch.setenv("MICA_A_VARIABLE", "2")
+    assert value() not in (None, first)
+    monkeypatch.setattr(os, "environ", {"MICA_A_VARIABLE": "3"})  # another object than Python's own
+    assert runtime.raw_variable("MICA_A_VARIABLE")() == "3"
 
 
 @pytest.mark.parametrize("wrong", [False, True])

@@ -140,3 +140,28 @@ def test_the_default_place():
     environment = {**os.environ, "HF_HOME": "/somewhere", "MICA_TUNE_FILE": ""}
     done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True)
     assert done.stdout.strip() == "/somewhere/mica/tuning.json"
+
+
+@pytest.mark.parametrize("variable", ["MICA_TUNE", "MICA_TUNE_FILE", "HF_HOME"])
+def test_a_changed_environment_is_another_state(monkeypatch, variable):
+    before = tuning.state()
+    assert tuning.state() == before
+    monkeypatch.setenv(variable, "2")
+    assert tuning.state() != before
+
+
+def test_forgetting_is_another_state(monkeypatch):
+    monkeypatch.setenv("MICA_TUNE", "0")
+    tuning.forget()
+    before = tuning.state()
+    assert tuning.is_idle()
+    tuning.forget()
+    assert tuning.state() != before
+
+
+@pytest.mark.parametrize(("measuring", "capturing"), [("1", True), ("1", False), ("0", True)])
+def test_a_capture_settles_nothing_that_is_to_be_measured(monkeypatch, measuring, capturing):
+    monkeypatch.setenv("MICA_TUNE", measuring)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: capturing)
+    assert tuning.is_settled(torch.device("cuda")) == (measuring == "0" or not capturing)
+    assert tuning.is_settled(torch.device("cpu"))

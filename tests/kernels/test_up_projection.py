@@ -35,7 +35,7 @@ def check(base, h, factor, scale=0.75, bias=None, **options):
         key: options.get(key, default) for key, default in (("dropout_p", 0.0), ("seed", None))
     }
     wanted = expected(base, h, factor, scale, bias, **reference_options)
-    y = run_guarded(*plan_up_projection(base, h, factor, scale=scale, bias=bias, **options))
+    y = run_guarded(*plan_up_projection(base, h, factor, scale=scale, bias=bias, **options).bound())
     assert y.dtype == base.dtype
     assert error(y, wanted) <= RELATIVE[base.dtype]
 

@@ -8,12 +8,20 @@ CPU, GPU = torch.device("cpu"), torch.device("cuda")
 BF16 = torch.bfloat16
 
 
+@pytest.fixture(autouse=True)
+def nothing_decided():
+    backend.forget_verdicts()
+    yield
+    backend.forget_verdicts()
+
+
 @pytest.fixture
 def a_gpu(monkeypatch):
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     monkeypatch.setattr(
         runtime, "why_unavailable", lambda device: None if device.type == "cuda" else "no GPU"
     )
+    monkeypatch.setattr(runtime, "is_settled", lambda device: True)
     return monkeypatch
 
 
@@ -63,3 +71,81 @@ def test_another_value_is_named(monkeypatch, value):
 def test_empty_means_auto(monkeypatch):
     monkeypatch.setenv("MICA_BACKEND", "")
     assert backend.requested() == "auto"
+
+
+def test_a_verdict_is_kept_until_the_environment_changes(a_gpu):
+    asked = []
+    a_gpu.setattr(runtime, "why_unavailable", asked.append)
+    for _ in range(3):
+        assert backend.use_kernels(GPU, 16, BF16)
+    assert len(asked) == 1
+    a_gpu.setenv("MICA_BACKEND", "reference")
+    assert not backend.use_kernels(GPU, 16, BF16)
+    a_gpu.delenv("MICA_BACKEND")
+    a_gpu.setenv("TRITON_INTERPRET", "1")
+    assert not backend.use_kernels(GPU, 16, BF16)
+    a_gpu.delenv("TRITON_INTERPRET")
+    assert backend.use_kernels(GPU, 16, BF16)
+    assert len(asked) == 1
+
+
+@pytest.mark.parametrize(
+    "other", [(CPU, 16, BF16), (GPU, 257, BF16), (GPU, 16, torch.float64), (GPU, 16, BF16, torch.float64)]
+)
+def test_a_verdict_is_of_its_operands(a_gpu, other):
+    assert backend.use_kernels(GPU, 16, BF16)
+    assert not backend.use_kernels(*other)
+
+
+def test_what_a_capture_says_is_not_kept(a_gpu):
+    a_gpu.setattr(runtime, "why_unavailable", lambda device: "nothing was tried yet")
+    a_gpu.setattr(runtime, "is_settled", lambda device: False)
+    assert not backend.use_kernels(GPU, 16, BF16)
+    a_gpu.setattr(runtime, "why_unavailable", lambda device: None)
+    assert backend.use_kernels(GPU, 16, BF16)
+
+
+def test_the_setting_is_what_the_environment_holds(monkeypatch):
+    unset = backend.setting()
+    monkeypatch.setenv("MICA_BACKEND", "triton")
+    forced = backend.setting()
+    monkeypatch.setenv("MICA_BACKEND", "reference")
+    assert len({unset, forced, backend.setting()}) == 3
+    monkeypatch.delenv("MICA_BACKEND")
+    assert backend.setting() == unset is None
+
+
+ERROR = common.LaunchError("the kernel grad_a can be launched nowhere: out of resource\nand more")
+
+
+def test_only_what_cannot_be_launched_is_given_up(a_gpu):
+    assert backend.use_kernels(GPU, 16, BF16, function="forward")
+    with pytest.warns(UserWarning, match="forward at rank 16 .bfloat16. on PyTorch's own operators on cuda"):
+        backend.give_up(GPU, "forward", 16, (BF16,), ERROR)
+    assert not backend.use_kernels(GPU, 16, BF16, function="forward")
+    for device, rank, dtypes, function in (
+        (GPU, 16, (BF16,), "linear_backward"),
+        (GPU, 8, (BF16,), "forward"),
+        (GPU, 16, (BF16, BF16), "forward"),
+        (torch.device("cuda", 1), 16, (BF16,), "forward"),
+    ):
+        assert backend.use_kernels(device, rank, *dtypes, function=function)
+
+
+def test_what_was_given_up_is_told(a_gpu):
+    dtypes = (BF16, BF16, torch.float32)
+    with pytest.warns(UserWarning, match="grad_a can be launched nowhere: out of resource$"):
+        backend.give_up(GPU, "linear_backward", 16, dtypes, ERROR)
+    reason = backend.why_not_kernels(GPU, 16, torch.float32, BF16)  # of a layer, whatever its function
+    assert reason.startswith(
+        "linear_backward at rank 16 (bfloat16, bfloat16, float32) was given up: the kernel"
+    )
+    assert backend.why_not_kernels(GPU, 16, *dtypes, function="linear_backward") == reason
+    assert backend.why_not_kernels(GPU, 16, *dtypes, function="forward") is None
+    assert backend.why_not_kernels(GPU, 16, torch.float16) is None
+    assert backend.why_not_kernels(GPU, 8, BF16) is None
+    a_gpu.setenv("MICA_BACKEND", "triton")
+    with pytest.raises(RuntimeError, match="there are none here: linear_backward at rank 16"):
+        backend.use_kernels(GPU, 16, *dtypes, function="linear_backward")
+    backend.forget_verdicts()
+    assert backend.why_not_kernels(GPU, 16, *dtypes) is None

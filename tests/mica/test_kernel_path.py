@@ -33,7 +33,10 @@ FORMS = ["split", "fused", "descriptor", "aten"]
 @pytest.fixture(autouse=True)
 def on_kernels(monkeypatch):
     monkeypatch.setenv("MICA_BACKEND", "triton")
+    backend.forget_verdicts()
     ops.call_counts.clear()
+    yield
+    backend.forget_verdicts()
 
 
 def on_device(p):
@@ -114,7 +117,7 @@ def test_every_form_agrees_with_the_dense_oracle(
     monkeypatch.setattr(tuning, "pick", pick)
     monkeypatch.setattr(tuning, "is_idle", lambda: False)
     monkeypatch.setenv("MICA_BACKEND", "auto" if form == "aten" else "triton")
-    monkeypatch.setattr(backend, "use_kernels", lambda *args: True)
+    monkeypatch.setattr(backend, "use_kernels", lambda *args, **kwargs: True)
     p = problem((3, 20), 48, 72, 5, dtype, adapter_dtype)
     for name in ("x", "weight", "grad_output"):
         setattr(p, name, getattr(p, name).contiguous())
@@ -152,7 +155,7 @@ def test_all_forms_are_offered(monkeypatch):
     assert offered["linear"][:2] == ["split", "fused"]
     assert "aten" not in offered["linear"]  # triton is forced
     monkeypatch.setenv("MICA_BACKEND", "auto")
-    monkeypatch.setattr(backend, "use_kernels", lambda *args: True)
+    monkeypatch.setattr(backend, "use_kernels", lambda *args, **kwargs: True)
     run(p)
     assert offered["linear"][-1] == offered["linear_backward"][-1] == "aten"
     if DEVICE == "cpu":  # the interpreter stands in for a GPU with the copy engine
@@ -347,35 +350,54 @@ def test_the_reference_and_the_kernels_offer_the_same_functions():
         assert callable(getattr(reference, name))
 
 
-@pytest.mark.parametrize("forced", [False, True])
-@pytest.mark.parametrize("part", ["down_projection_kernel", "up_projection_", "grad_a_kernel"])
-def test_a_kernel_that_cannot_be_launched_gives_way_to_the_reference(monkeypatch, forced, part):
-    """Too much shared memory, say: found before anything ran, so the reference sees the same operands."""
+PARTS = {  # what cannot be launched -> the functions that have it
+    "down_projection_kernel": {"forward", "linear_backward"},
+    "up_projection_": {"forward", "linear_backward"},
+    "grad_a_kernel": {"linear_backward"},
+}
 
-    def fails(*args, **kwargs):
-        raise triton.runtime.errors.OutOfResources(300_000, 101_376, "shared memory")
 
-    monkeypatch.setattr(backend, "_given_up", {})
+def fails(*args, **kwargs):
+    raise triton.runtime.errors.OutOfResources(300_000, 101_376, "shared memory")
+
+
+@pytest.mark.parametrize("part", PARTS)
+def test_a_kernel_that_cannot_be_launched_is_an_error_where_kernels_are_demanded(monkeypatch, part):
+    monkeypatch.setattr(kernel_path, part, fails)
+    with pytest.raises(triton.runtime.errors.OutOfResources):
+        run(on_device(problem((6,), 10, 12, 3, torch.bfloat16, torch.float32)))
+
+
+@pytest.mark.parametrize("part", PARTS)
+def test_a_kernel_that_cannot_be_launched_gives_way_to_the_reference(monkeypatch, part):
+    """Too much shared memory, say: found before anything ran, so the reference sees the same operands.
+
+    What has other kernels, another rank or other dtypes goes on with kernels.
+    """
     p = on_device(problem((6,), 10, 12, 3, torch.bfloat16, torch.float32))
-    if forced:
-        monkeypatch.setattr(kernel_path, part, fails)
-        with pytest.raises(triton.runtime.errors.OutOfResources):
-            run(p)
-        return
     monkeypatch.setenv("MICA_BACKEND", "reference")
     expected = run(p)
     monkeypatch.setenv("MICA_BACKEND", "auto")
     monkeypatch.setattr(backend.runtime, "is_interpreting", lambda: False)
     monkeypatch.setattr(backend.runtime, "why_unavailable", lambda device: None)
-    monkeypatch.setattr(kernel_path, part, fails)
-    with pytest.warns(UserWarning, match=r"from here on: a kernel could not be launched: out of resource"):
-        result = run(p)
+    backend.forget_verdicts()
+    with monkeypatch.context() as patch:
+        patch.setattr(kernel_path, part, fails)
+        with pytest.warns(UserWarning, match="from here on: out of resource") as warned:
+            result = run(p)
     for name, value in result.items():
         assert error(value, expected[name].double()) <= RELATIVE[torch.bfloat16], name
+    assert len(warned) == len(PARTS[part])
     ops.call_counts.clear()
     run(p)
-    assert ops.call_counts == {"linear": 1, "linear_backward": 1}
+    others = {"forward": "linear_kernels", "linear_backward": "linear_backward_kernels"}
+    kernels = {counted for function, counted in others.items() if function not in PARTS[part]}
+    assert {name for name in ops.call_counts if name.endswith("_kernels")} == kernels
     assert "out of resource" in backend.why_not_kernels(p.x.device, 3, torch.bfloat16)
+    for other in (problem((6,), 10, 12, 4, torch.bfloat16), problem((6,), 10, 12, 3, torch.float32)):
+        ops.call_counts.clear()
+        run(on_device(other))
+        assert ops.call_counts["linear_kernels"] == ops.call_counts["linear_backward_kernels"] == 1
 
 
 def test_a_compiled_layer_draws_its_own_seed():

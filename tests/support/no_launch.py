@@ -17,7 +17,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
 
 from mica import backend
-from mica.kernels import runtime
+from mica.kernels import launching, runtime
 
 launches = 0
 
@@ -33,7 +33,7 @@ class NoLaunchDriver:
     def __init__(self, capability: int = 90):
         self.target = GPUTarget("cuda", capability, 32)
         self.utils = SimpleNamespace(
-            load_binary=lambda name, binary, shared, device: (object(), 1, 64, 0, 1024),
+            load_binary=lambda name, binary, shared, device: (object(), object(), 64, 0, 1024),
             unload_module=lambda module: None,
             get_device_properties=lambda device: {
                 "max_shared_mem": 227 * 1024,
@@ -72,10 +72,12 @@ def installed(capability: int = 90):
     why, before = runtime.why_unavailable, driver._active  # None: Triton has not looked for one yet
     runtime.why_unavailable = lambda device: None
     driver.set_active(NoLaunchDriver(capability))
-    backend._given_up.clear()
+    backend.forget_verdicts()
+    launching.forget()
     try:
         yield
     finally:
         runtime.why_unavailable = why
-        backend._given_up.clear()
+        backend.forget_verdicts()
+        launching.forget()
         driver._active = before

@@ -8,11 +8,12 @@ from dataclasses import dataclass
 import torch
 
 from mica.kernels import configs
-from mica.kernels.common import Launch, padded_rank
+from mica.kernels.common import padded_rank
 from mica.kernels.down_projection import plan_down_projection
 from mica.kernels.embedding import plan_embedding, plan_grad_a_embedding
 from mica.kernels.fused_linear import plan_fused_linear
 from mica.kernels.grad_a import plan_grad_a
+from mica.kernels.launching import Launch
 from mica.kernels.merge import plan_merge
 from mica.kernels.up_projection import plan_up_projection
 
@@ -84,32 +85,35 @@ def _linear(target, rank, name, dtype, a_dtype, product, every) -> Iterator[Case
     table = configs.down_projection(target, tokens, block_r, size)
     for index, config in enumerate(table if every else table[:1]):
         label = f"{name} r={rank} {tuple(config)}"
-        yield Case("down_projection", f"A {label}", plan_down_projection(x, a, config=config, **options)[1])
-        yield Case("down_projection", f"B {label}", plan_down_projection(x, b, config=config, **options)[1])
+        for side, factor in (("A", a), ("B", b)):
+            launch = plan_down_projection(x, factor, config=config, **options).bound()[1]
+            yield Case("down_projection", f"{side} {label}", launch)
         if index == 0:
-            launch = plan_down_projection(x, a, config=config, **dropped, **options)[1]
+            launch = plan_down_projection(x, a, config=config, **dropped, **options).bound()[1]
             yield Case("down_projection", f"A {label} dropout", launch)
     few = empty(16, width, dtype=dtype)
-    yield Case("down_projection", f"split {name} r={rank}", plan_down_projection(few, a, **options)[1])
+    launch = plan_down_projection(few, a, **options).bound()[1]
+    yield Case("down_projection", f"split {name} r={rank}", launch)
 
     table = configs.up_projection(target, tokens, block_r, size)
     bias = empty(width, dtype=dtype)
     for index, config in enumerate(table if every else table[:1]):
         label = f"{name} r={rank} {tuple(config)}"
-        yield Case("up_projection", f"B {label}", plan_up_projection(x, h, b, config=config, **options)[1])
-        yield Case("up_projection", f"A {label}", plan_up_projection(x, h, a, config=config, **options)[1])
+        for side, factor in (("B", b), ("A", a)):
+            launch = plan_up_projection(x, h, factor, config=config, **options).bound()[1]
+            yield Case("up_projection", f"{side} {label}", launch)
         if index == 0:
-            launch = plan_up_projection(x, h, a, config=config, **dropped, **options)[1]
+            launch = plan_up_projection(x, h, a, config=config, **dropped, **options).bound()[1]
             yield Case("up_projection", f"A {label} dropout", launch)
-            launch = plan_up_projection(x, h, b, config=config, bias=bias, **options)[1]
+            launch = plan_up_projection(x, h, b, config=config, bias=bias, **options).bound()[1]
             yield Case("up_projection", f"B {label} bias", launch)
 
     for index, config in enumerate(configs.grad_a(target, tokens, block_r, size)):
         label = f"{name} r={rank} {tuple(config)}"
-        launch = plan_grad_a(h, x, rank, config=config, target=target)[1]
+        launch = plan_grad_a(h, x, rank, config=config, target=target).bound()[1]
         yield Case("grad_a", label, launch)
         if index == 0 and every:
-            launch = plan_grad_a(h, x, rank, config=config, target=target, **dropped)[1]
+            launch = plan_grad_a(h, x, rank, config=config, target=target, **dropped).bound()[1]
             yield Case("grad_a", f"{label} dropout", launch)
 
 
@@ -126,27 +130,26 @@ def _fused(target, rank, name, dtype, a_dtype, product, every) -> Iterator[Case]
         table = configs.fused_linear(target, tokens, True, dtype.itemsize, descriptor)
         for index, config in enumerate(table if every else table[:1]):
             label = f"{name} r={rank} {tuple(config)}"
-            launch = plan_fused_linear(x, weight.t(), h, b, bias=bias, config=config, **options)[1]
+            launch = plan_fused_linear(x, weight.t(), h, b, bias=bias, config=config, **options).bound()[1]
             yield Case(kernel, f"forward {label}", launch)
-            launch = plan_fused_linear(x, weight, h, a, config=config, **options)[1]
+            launch = plan_fused_linear(x, weight, h, a, config=config, **options).bound()[1]
             yield Case(kernel, f"backward {label}", launch)
             if index == 0 and every:
-                launch = plan_fused_linear(x, weight, h, a, config=config, **dropped, **options)[1]
+                launch = plan_fused_linear(x, weight, h, a, config=config, **dropped, **options).bound()[1]
                 yield Case(kernel, f"backward {label} dropout", launch)
 
 
 def _merge_and_embedding(target, rank, name, dtype, a_dtype, product) -> Iterator[Case]:
     tokens, width, size = 8192, 4096, 32000
     weight, label = empty(width, width, dtype=dtype), f"{name} r={rank}"
-    launch = plan_merge(
-        weight, empty(rank, width, dtype=a_dtype), empty(width, rank, dtype=a_dtype), target=target
-    )
-    yield Case("merge", label, launch[1])
+    a, b = empty(rank, width, dtype=a_dtype), empty(width, rank, dtype=a_dtype)
+    launch = plan_merge(weight, a, b, target=target).bound()[1]
+    yield Case("merge", label, launch)
     indices = empty(tokens, dtype=torch.int64)
     factor = empty(width, rank, dtype=product).t()
-    launch = plan_embedding(indices, empty(rank, size, dtype=product), factor, target=target)[1]
+    launch = plan_embedding(indices, empty(rank, size, dtype=product), factor, target=target).bound()[1]
     yield Case("embedding", label, launch)
-    launch = plan_grad_a_embedding(empty(tokens, rank, dtype=FP32), indices, rank, size)[1]
+    launch = plan_grad_a_embedding(empty(tokens, rank, dtype=FP32), indices, rank, size).bound()[1]
     yield Case("scatter", label, launch, is_aligned=False, has_product=False)  # a gather of single numbers
 
 
@@ -155,8 +158,11 @@ def _unaligned(target) -> Iterator[Case]:
     x, a = empty(333, 1001, dtype=BF16), empty(13, 1001, dtype=FP32)
     y, b = empty(333, 777, dtype=BF16), empty(777, 13, dtype=BF16).t()
     h, weight = empty(333, 16, dtype=BF16), empty(777, 1001, dtype=BF16)
-    yield Case("down_projection", "odd", plan_down_projection(x, a, target=target)[1], is_aligned=False)
-    yield Case("up_projection", "odd", plan_up_projection(y, h, b, target=target)[1], is_aligned=False)
-    yield Case("grad_a", "odd", plan_grad_a(h, x, 13, target=target)[1], is_aligned=False)
-    launch = plan_fused_linear(x, weight.t(), h, b, target=target)[1]
-    yield Case("fused_linear", "odd", launch, is_aligned=False)
+    choices = {
+        "down_projection": plan_down_projection(x, a, target=target),
+        "up_projection": plan_up_projection(y, h, b, target=target),
+        "grad_a": plan_grad_a(h, x, 13, target=target),
+        "fused_linear": plan_fused_linear(x, weight.t(), h, b, target=target),
+    }
+    for kernel, choice in choices.items():
+        yield Case(kernel, "odd", choice.bound()[1], is_aligned=False)

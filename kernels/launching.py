@@ -1,0 +1,254 @@
+"""How kernels are launched: what can be decided is decided once a kind of call, then pointers are put in.
+
+`plan_x` of a kernel checks the arguments and gives a `Choice`: one `Plan` a configuration, and the call's own
+tensors. The first call of its kind tries the plans in order, through Triton's own front, and keeps the one
+that ran in the kernel's table. Later calls find it by a key that holds all that the checks, the configuration
+and the arithmetic have seen; they launch the compiled kernel itself. Binding 25 arguments in Triton costs
+15 µs a launch and planning another 15 µs; this way both together are 3 µs.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import math
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass, field
+from types import SimpleNamespace
+from typing import NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+from triton import knobs
+from triton.runtime.driver import driver
+
+from mica.kernels import tuning
+from mica.kernels.common import INTERPRETED, LaunchError
+from mica.kernels.configs import Config
+
+# Plans a table holds before it is emptied: a varying number of tokens must not fill memory. One is 2 KB.
+MOST_PLANS = 4096
+
+# A build of torch without CUDA has neither.
+_current_device = getattr(torch._C, "_cuda_getDevice", torch.cuda.current_device)
+_raw_stream = getattr(torch._C, "_cuda_getCurrentRawStream", None)
+_addresses = torch.Tensor.data_ptr
+
+
+@dataclass
+class Launch:
+    """One kernel launch that is decided but not yet made: the static gate compiles it, a call runs it.
+
+    ``args`` in the order of the kernel's parameters.
+    """
+
+    kernel: Callable
+    grid: tuple[int, ...]
+    args: dict
+    meta: dict
+    num_warps: int
+    num_stages: int
+
+    def __call__(self):
+        """Launch it; the compiled kernel, None where there is none (interpreted, or nothing to do)."""
+        if 0 in self.grid:  # no tokens
+            return None
+        device = next(iter(self.args.values())).device
+        # Triton launches on the current device, wherever the tensors are
+        with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
+            return self.kernel[self.grid](*self.args.values(), **self.meta, **self.options())
+
+    def options(self) -> dict:
+        # fused multiply-adds are said aloud: the default changes with Triton 3.10
+        fusion = {} if INTERPRETED.value else {"enable_fp_fusion": True}
+        return {"num_warps": self.num_warps, "num_stages": self.num_stages, **fusion}
+
+
+@dataclass
+class Plan:
+    """A launch without its tensors: those are the first parameters of every kernel here, then come numbers.
+
+    ``shape``, ``dtype``: of the output, where the call allocates it. ``parts``: how many fp32 numbers the
+    parts of a split sum have together, 0 where nothing is split.
+    """
+
+    kernel: Callable
+    grid: tuple[int, int]
+    numbers: dict
+    meta: dict
+    config: Config
+    shape: tuple[int, int] = (0, 0)
+    dtype: torch.dtype = torch.float32
+    parts: int = 0
+    # which pointers are aligned (True: all) -> what launches the kernel that Triton compiled for that
+    _compiled: dict = field(default_factory=dict)
+    _tail: tuple = field(init=False)
+
+    def __post_init__(self):
+        values = self.numbers | self.meta
+        self._tail = tuple(values[name] for name in self.kernel.arg_names[-len(values) :])
+
+    def bind(self, tensors: Sequence[Tensor]) -> Launch:
+        """The launch with these tensors, in the order of the kernel's parameters."""
+        args = dict(zip(self.kernel.arg_names, tensors, strict=False)) | self.numbers
+        return Launch(self.kernel, self.grid, args, self.meta, self.config.num_warps, self.config.num_stages)
+
+    def __call__(self, *tensors: Tensor) -> None:
+        addresses = tuple(map(_addresses, tensors))
+        # Triton compiles for pointers that are divisible by 16 and for others; nearly always all of them are
+        aligned = math.gcd(16, *addresses) == 16 or tuple(address % 16 == 0 for address in addresses)
+        direct = self._compiled.get(aligned)
+        if direct is None or _is_observed(self.kernel):
+            self._launch(tensors, aligned)
+            return
+        index = tensors[0].get_device()
+        if index < 0:  # a driver of another kind
+            self._run(direct, driver.active.get_current_stream(0), addresses)
+        elif index == _current_device():
+            self._run(direct, _raw_stream(index), addresses)
+        else:
+            with torch.cuda.device(index):
+                self._run(direct, _raw_stream(index), addresses)
+
+    def _launch(self, tensors: Sequence[Tensor], aligned: bool | tuple[bool, ...]) -> None:
+        """Through Triton's own front, which compiles and gives the hooks their turn."""
+        is_observed = _is_observed(self.kernel)
+        compiled = self.bind(tensors)()
+        if compiled is not None and not is_observed and can_run_directly(type(compiled)):
+            self._compiled[aligned] = (compiled, compiled.run, compiled.function, compiled.packed_metadata)
+
+    def _run(self, direct: tuple, stream: int, addresses: tuple[int, ...]) -> None:
+        _, run, function, metadata = direct  # the first keeps the others alive
+        run(*self.grid, 1, stream, function, metadata, None, None, None, *addresses, *self._tail)
+
+
+class Choice(NamedTuple):
+    """The plans of one call, one a configuration, and the tensors that they are launched with."""
+
+    name: str
+    device: torch.device
+    hangs_on: tuple  # what the fastest configuration may depend on, in words that are stable between runs
+    configs: Sequence[Config]  # the default first
+    plan: Callable[[Config], Plan]
+    operands: Callable[[Plan], tuple[Tensor, tuple[Tensor, ...]]]  # the output, and all tensors in order
+    updates: tuple[Tensor, ...] = ()  # what a launch both reads and writes: the tuner puts it back
+
+    def bound(self) -> tuple[Tensor, Launch]:
+        """The output, not yet written, and the launch that writes it."""
+        return self._bound(self._best())
+
+    def first(self, plans: Plans, key: Hashable) -> Tensor:
+        """The output, by the first plan that can be launched; later calls with this key find it in ``plans``.
+
+        Raises:
+            LaunchError: none can be compiled and launched. It names the kernel and the last one's reason.
+        """
+        best, reason = self._best(), None
+        for config in (best, *(other for other in self.configs if other != best)):
+            plan = self.plan(config)
+            out, tensors = self.operands(plan)
+            form = (self.device, config, *plan.meta.values(), *(tensor.dtype for tensor in tensors))
+            if form not in plans.refused:
+                try:
+                    plan(*tensors)
+                except Exception as error:
+                    if not _is_refusal(error):
+                        raise
+                    plans.refused[form] = str(error).strip() or type(error).__name__
+                else:
+                    if tuning.is_settled(self.device):
+                        plans.keep(key, plan)
+                    return out
+            reason = plans.refused[form]
+        raise LaunchError(f"the kernel {self.name} can be launched in none of its configurations: {reason}")
+
+    def _best(self) -> Config:
+        return tuning.pick_config(
+            self.name, self.device, self.hangs_on, self.configs, lambda c: self._bound(c)[1], self.updates
+        )
+
+    def _bound(self, config: Config) -> tuple[Tensor, Launch]:
+        plan = self.plan(config)
+        out, tensors = self.operands(plan)
+        return out, plan.bind(tensors)
+
+
+class Plans:
+    """A kernel's table of plans, and of what cannot be launched."""
+
+    def __init__(self):
+        self._kept: dict[Hashable, Plan] = {}
+        self.get = self._kept.get
+        self.refused: dict[Hashable, str] = {}  # compiling it again and again would take seconds each time
+        _tables.append(self)
+
+    def __len__(self) -> int:
+        return len(self._kept)
+
+    def keep(self, key: Hashable, plan: Plan) -> None:
+        if len(self._kept) >= MOST_PLANS:
+            self._kept.clear()
+        self._kept[key] = plan
+
+    def forget(self) -> None:
+        self._kept.clear()
+        self.refused.clear()
+
+
+_tables: list[Plans] = []
+
+
+def forget() -> None:
+    """Plan every kind of call again, and try again what could not be launched: after a change of driver."""
+    for table in _tables:
+        table.forget()
+
+
+def layout(tensor: Tensor | None) -> tuple | None:
+    """What the checks, the plan and Triton see of a tensor, but for its address."""
+    if tensor is None:
+        return None
+    return tensor.shape, tensor.stride(), tensor.dtype, tensor.get_device()
+
+
+def _is_observed(kernel) -> bool:
+    """Whether something runs at a launch beside the kernel, or is compiled into it: profilers, debuggers."""
+    runtime = knobs.runtime
+    enter, leave = runtime.launch_enter_hook, runtime.launch_exit_hook  # chains, which may be empty
+    return bool(
+        getattr(enter, "calls", enter)
+        or getattr(leave, "calls", leave)
+        or runtime.debug
+        or getattr(kernel, "pre_run_hooks", None)
+        or getattr(knobs.compilation, "instrumentation_mode", None)
+        or getattr(runtime, "add_stages_inspection_hook", None)
+    )
+
+
+@functools.cache
+def can_run_directly(kind: type) -> bool:
+    """Whether this Triton launches compiled kernels as `Plan` does: a probe sees what its launcher passes."""
+    if torch.version.hip is not None:
+        return False  # for AMD it compiles also by the size of a tensor's storage, which is slow to ask for
+    seen: list = []
+    probe = SimpleNamespace(
+        function=object(),
+        packed_metadata=object(),
+        launch_metadata=lambda *args: None,
+        run=lambda *args: seen.extend(args),
+        _init_handles=lambda: None,
+    )
+    try:
+        kind.__getitem__(probe, (3, 2, 1))("x", "y", stream=7)
+    except Exception:
+        return False
+    hooks = seen[7:9]
+    return seen == [3, 2, 1, 7, probe.function, probe.packed_metadata, None, *hooks, "x", "y"]
+
+
+def _is_refusal(error: Exception) -> bool:
+    """Whether it says that a kernel cannot be compiled or launched. Then nothing ran, and nothing changed."""
+    if isinstance(error, LaunchError):
+        return not isinstance(error, triton.runtime.errors.InterpreterError)  # an error of the kernel's own
+    return isinstance(error, RuntimeError) and "PassManager::run failed" in str(error)

@@ -1,0 +1,208 @@
+"""Plans and their tables. Compiled launches are seen by `launched.py`, which runs in a process of its own."""
+
+import json
+import os
+import subprocess
+import sys
+from contextlib import contextmanager
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+import triton
+from launched import cases, refusals
+from triton.compiler import CompiledKernel
+
+from mica.kernels import launching
+from mica.kernels.common import LaunchError
+from mica.kernels.configs import Config
+from mica.kernels.launching import Choice, Plan, Plans
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture(scope="module")
+def found():
+    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(ROOT / "tests" / "support")])
+    command = [sys.executable, str(ROOT / "tests" / "support" / "launched.py")]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+@pytest.mark.parametrize("case", cases())
+def test_no_other_plan_is_taken(found, case):
+    """Whatever differs between two calls: the second is launched as if it were the first of all."""
+    assert found["cases"][case] == ""
+
+
+@pytest.mark.parametrize("case", refusals())
+def test_a_plan_does_not_hide_a_wrong_argument(found, case):
+    assert found["cases"][f"refused: {case}"] == ""
+
+
+@pytest.mark.parametrize("kernel", ["down", "up", "grad"])
+def test_a_varying_batch_compiles_two_variants(found, kernel):
+    """One for few tokens and one for many (grad_a: one program for a sum, or several)."""
+    assert found["variants"][kernel] <= 2
+
+
+@pytest.mark.parametrize(
+    "observer", ["launch_enter_hook", "launch_exit_hook", "pre_run_hooks", "debug", "instrumentation_mode"]
+)
+def test_profilers_and_debuggers_see_a_launch(found, observer):
+    assert found["observers"].get(observer, [True, False, True]) == [True, False, True]
+
+
+def test_another_interface_of_triton_is_not_used(found):
+    assert found["other interface"]
+
+
+def test_this_triton_can_be_run_directly():
+    assert launching.can_run_directly(CompiledKernel)
+
+
+def kernel(*names):
+    return SimpleNamespace(arg_names=names, pre_run_hooks=[])
+
+
+def plan(**meta):
+    return Plan(kernel("x_ptr", "n", *meta), (2, 3), {"n": 7}, meta, Config(16, 0, 16, 4, 1))
+
+
+class OnGpu(torch.Tensor):
+    """A tensor of the CPU that says it is on the second GPU."""
+
+    def get_device(self):
+        return 1
+
+
+@pytest.mark.parametrize("current", [0, 1])
+def test_the_tensors_device_is_the_current_one(monkeypatch, current):
+    """And the stream is that device's."""
+    entered, seen = [], []
+
+    @contextmanager
+    def device(index):
+        entered.append(index)
+        yield
+
+    monkeypatch.setattr(torch.cuda, "device", device)
+    monkeypatch.setattr(launching, "_current_device", lambda: current)
+    monkeypatch.setattr(launching, "_raw_stream", lambda index: 40 + index)
+    planned, tensor = plan(BLOCK=16), torch.zeros(4).as_subclass(OnGpu)
+    planned._compiled[True] = (None, lambda *args: seen.append(args), "function", "metadata")
+    planned(tensor)
+    assert entered == ([] if current == 1 else [1])
+    expected = (2, 3, 1, 41, "function", "metadata", None, None, None, tensor.data_ptr(), 7, 16)
+    assert seen == [expected]
+
+
+def test_numbers_and_constants_go_in_the_order_of_the_parameters():
+    both = Plan(kernel("x_ptr", "n", "A", "B"), (1, 1), {"n": 7}, {"B": 2, "A": 1}, Config(16, 0, 16, 4, 1))
+    assert both._tail == (7, 1, 2)
+    launch = both.bind([torch.zeros(1)])
+    assert list(launch.args) == ["x_ptr", "n"]
+
+
+def test_a_table_is_bounded(monkeypatch):
+    monkeypatch.setattr(launching, "MOST_PLANS", 3)
+    table = Plans()
+    for key in range(10):
+        table.keep(key, plan())
+        assert table.get(key) is not None
+        assert len(table) <= 3
+    launching.forget()
+    assert len(table) == 0
+
+
+def test_the_layout_holds_the_device():
+    first, second = torch.zeros(4), torch.zeros(4).as_subclass(OnGpu)
+    assert launching.layout(first)[:3] == launching.layout(second)[:3]
+    assert launching.layout(first) != launching.layout(second)
+    assert launching.layout(None) is None
+
+
+# ---------------------------------------------------------------------------------------------------
+# a configuration that cannot be launched
+# ---------------------------------------------------------------------------------------------------
+
+CONFIGS = (Config(64, 0, 16, 4, 4), Config(32, 0, 16, 4, 4), Config(16, 0, 16, 4, 4))
+
+
+class Refusing:
+    """A kernel that cannot be launched with tiles above a size, for a reason, and notes what it was asked."""
+
+    arg_names = ("x_ptr", "BLOCK_M")
+
+    def __init__(self, most, error):
+        self.most, self.error, self.asked = most, error, []
+
+    def __getitem__(self, grid):
+        return self
+
+    def __call__(self, x, BLOCK_M, **options):
+        self.asked.append(BLOCK_M)
+        if self.most < BLOCK_M:
+            raise self.error
+
+
+def choice(kernel, tensor):
+    return Choice(
+        "skinny",
+        tensor.device,
+        (),
+        CONFIGS,
+        lambda config: Plan(kernel, (1, 1), {}, {"BLOCK_M": config.block_m}, config),
+        lambda plan: (tensor, (tensor,)),
+    )
+
+
+REFUSALS = [
+    triton.runtime.errors.OutOfResources(300_000, 101_376, "shared memory"),
+    RuntimeError("PassManager::run failed"),
+]
+
+
+@pytest.mark.parametrize("error", REFUSALS, ids=["resources", "compiler"])
+def test_the_next_configuration_is_tried(error):
+    """And what was refused is not asked for again, whatever the key: compiling it takes seconds."""
+    kernel, tensor, table = Refusing(32, error), torch.zeros(4), Plans()
+    assert choice(kernel, tensor).first(table, "a") is tensor
+    assert choice(kernel, tensor).first(table, "b") is tensor
+    assert kernel.asked == [64, 32, 32]
+    assert table.get("a").config == table.get("b").config == CONFIGS[1]
+    choice(kernel, tensor.double()).first(table, "c")  # another dtype may fit
+    assert kernel.asked[3:] == [64, 32]
+
+
+@pytest.mark.parametrize("error", REFUSALS, ids=["resources", "compiler"])
+def test_where_none_can_be_launched_the_kernel_is_named(error):
+    kernel, table = Refusing(8, error), Plans()
+    for _ in range(2):
+        with pytest.raises(LaunchError, match=f"kernel skinny can be .* configurations: {str(error)[:12]}"):
+            choice(kernel, torch.zeros(4)).first(table, "a")
+    assert kernel.asked == [64, 32, 16]
+    assert table.get("a") is None
+
+
+@pytest.mark.parametrize(
+    "error",
+    [RuntimeError("an illegal memory access"), triton.runtime.errors.InterpreterError("a fault of ours")],
+)
+def test_any_other_error_is_raised(error):
+    """Something may have run already."""
+    kernel, table = Refusing(32, error), Plans()
+    with pytest.raises(type(error)):
+        choice(kernel, torch.zeros(4)).first(table, "a")
+    assert kernel.asked == [64]
+    assert not table.refused
+
+
+def test_what_a_capture_could_not_measure_is_not_kept(monkeypatch):
+    monkeypatch.setattr(launching.tuning, "is_settled", lambda device: False)
+    table = Plans()
+    choice(Refusing(64, None), torch.zeros(4)).first(table, "a")
+    assert table.get("a") is None

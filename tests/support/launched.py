@@ -1,0 +1,342 @@
+"""What compiled kernels are launched with, seen by a driver that launches nothing; run as a program.
+
+Each case is a call with the plan of another call at hand, "kept", which it must not take. What was launched
+must be what the call launches where nothing was planned before: grid, compiled variant, numbers, and pointers
+to its own operands. Prints {case: what is wrong, or ""}, and what else is asked, as JSON.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+
+import no_launch
+import torch
+import triton
+from triton import knobs
+from triton.compiler import CompiledKernel
+
+from mica.kernels import configs, launching, tuning
+from mica.kernels.configs import Config
+from mica.kernels.down_projection import _down_projection_kernel, down_projection
+from mica.kernels.embedding import embedding, grad_a_embedding
+from mica.kernels.fused_linear import fused_linear
+from mica.kernels.grad_a import grad_a
+from mica.kernels.merge import merge
+from mica.kernels.up_projection import up_projection_
+
+FP32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
+_seen: list[tuple] = []
+_HOOKS, _FIRST_ARGUMENT = slice(6, 9), 9
+
+
+def record(*args) -> None:
+    _seen.append(args)
+
+
+def matrix(rows: int, columns: int, dtype=BF16, stride: int | None = None, offset: int = 0) -> torch.Tensor:
+    stride = stride or columns
+    buffer = torch.zeros(offset + rows * stride, dtype=dtype)
+    return buffer.as_strided((rows, columns), (stride, 1), offset)
+
+
+def launched(call) -> dict:
+    """What the last launch of a call was, with the names of its operands for their addresses."""
+    _seen.clear()
+    function, args, options = call
+    out = function(*args, **options)
+    own = [a for a in (*args, *options.values()) if isinstance(a, torch.Tensor)]
+    names = {tensor.data_ptr(): f"operand {place}" for place, tensor in enumerate(own)}
+    x, y, z, stream, compiled, *_ = _seen[-1]
+    values = _seen[-1][_FIRST_ARGUMENT:]
+    addresses = [v.data_ptr() if isinstance(v, torch.Tensor) else v for v in values]
+    is_pointer = [isinstance(v, torch.Tensor) or (isinstance(v, int) and v > 2**32) for v in values]
+    found = [names.get(a, "new") if p else a for a, p in zip(addresses, is_pointer, strict=True)]
+    return {
+        "grid": (x, y, z),
+        "stream": stream,
+        "compiled": id(compiled),
+        "arguments": found,
+        "direct": _seen[-1][_HOOKS] == (None, None, None),
+        "out": (out.shape, out.dtype, out.stride()),
+    }
+
+
+def differences(kept, call, change=None) -> str:
+    """ "" if a call launches the same beside the plan of ``kept`` as alone; ``change``: made in between."""
+    launching.forget()
+    undo = None
+    try:
+        launched(kept), launched(kept)
+        undo = change() if change else None
+        launched(call)
+        beside = launched(call)
+        launching.forget()
+        alone = launched(call)
+    finally:
+        if undo:
+            undo()
+    if not beside["direct"]:
+        return "not launched directly"
+    keys = ("grid", "stream", "compiled", "arguments", "out")
+    return "; ".join(f"{k}: {beside[k]} instead of {alone[k]}" for k in keys if beside[k] != alone[k])
+
+
+def refused(kept, call) -> str:
+    """ "" if a call is refused although the plan of ``kept`` is there."""
+    launching.forget()
+    launched(kept)
+    try:
+        launched(call)
+    except (TypeError, ValueError):
+        return ""
+    return "not refused"
+
+
+def tf32(then=None):
+    torch.set_float32_matmul_precision("high")
+    if then:
+        launched(then)
+    return lambda: torch.set_float32_matmul_precision("highest")
+
+
+def tuned():
+    """As if a file had another configuration for everything."""
+    tables, idle, pick = dict(vars(configs)), tuning._idle, tuning.pick
+    tuning.forget()
+    tuning._idle = False
+    tuning.pick = lambda name, device, key, choices, updates=(): list(choices)[-1]
+    for name in ("grad_a", "embedding"):  # they have one configuration only
+        setattr(configs, name, lambda *args, only=tables[name]: (*only(*args), Config(32, 64, 32, 8, 2)))
+
+    def undo():
+        tuning._idle, tuning.pick = idle, pick
+        vars(configs).update(tables)
+
+    return undo
+
+
+def cases() -> dict[str, tuple]:
+    """Name -> (kept call, call[, change])."""
+
+    def down(x=None, factor=None, **options):
+        x, factor = matrix(4, 32) if x is None else x, matrix(16, 32) if factor is None else factor
+        return down_projection, (x, factor), options
+
+    def up(base=None, h=None, factor=None, **options):
+        base = matrix(4, 64) if base is None else base
+        h, factor = matrix(4, 16) if h is None else h, matrix(16, 64) if factor is None else factor
+        return up_projection_, (base, h, factor), options
+
+    def grad(g=None, x=None, rank=16, **options):
+        return grad_a, (matrix(4, 16) if g is None else g, matrix(4, 32) if x is None else x, rank), options
+
+    def fused(x=None, w=None, h=None, factor=None, **options):
+        x, w = matrix(4, 32) if x is None else x, matrix(32, 64) if w is None else w
+        h, factor = matrix(4, 16) if h is None else h, matrix(16, 64) if factor is None else factor
+        return fused_linear, (x, w, h, factor), options
+
+    def embed(indices=None, a=None, factor=None, **options):
+        indices = torch.zeros(4, dtype=torch.int64) if indices is None else indices
+        a, factor = matrix(16, 48) if a is None else a, matrix(16, 64) if factor is None else factor
+        return embedding, (indices, a, factor), options
+
+    def scatter(g=None, indices=None, rank=16, size=48, **options):
+        indices = torch.zeros(4, dtype=torch.int64) if indices is None else indices
+        return grad_a_embedding, (matrix(4, 16) if g is None else g, indices, rank, size), options
+
+    seed, fp32 = torch.zeros(1, dtype=torch.int64), {"dtype": FP32}
+    dropped = {"dropout_p": 0.5, "seed": seed}
+    small = Config(16, 64, 32, 4, 1)
+    bias = torch.zeros(64, dtype=BF16)
+    x32, f32, h32 = matrix(4, 32, **fp32), matrix(16, 32, **fp32), matrix(4, 16, **fp32)
+    found = {
+        # what the shapes, strides and dtypes of each operand are
+        "down: tokens": (down(), down(matrix(300, 32))),
+        "down: stride of x": (down(), down(matrix(4, 32, stride=48))),
+        "down: x transposed": (down(matrix(32, 32)), down(matrix(32, 32).t())),
+        "down: dtype of x": (down(compute_dtype=BF16), down(matrix(4, 32, FP16), compute_dtype=BF16)),
+        "down: rank": (down(), down(factor=matrix(7, 32))),
+        "down: stride of factor": (down(), down(factor=matrix(16, 32, stride=40))),
+        "down: dtype of factor": (down(), down(factor=f32)),
+        "down: compute dtype": (down(), down(compute_dtype=FP16)),
+        "down: scale": (down(scale=1.0), down(scale=0.5)),
+        "down: dropout": (down(), down(**dropped)),
+        "down: p of dropout": (down(**dropped), down(dropout_p=0.25, seed=seed)),
+        "down: split": (down(matrix(4, 4096), matrix(16, 4096)), down(matrix(8, 4096), matrix(16, 4096))),
+        "down: precision": (down(x32, f32), down(x32, f32), tf32),
+        "up: tokens": (up(), up(matrix(300, 64), matrix(300, 16))),
+        "up: stride of base": (up(), up(matrix(4, 64, stride=80))),
+        "up: dtype of base": (up(), up(matrix(4, 64, FP16))),
+        "up: stride of h": (up(), up(h=matrix(4, 16, stride=48))),
+        "up: dtype of h": (up(compute_dtype=BF16), up(h=h32, compute_dtype=BF16)),
+        "up: factor transposed": (up(), up(factor=matrix(64, 16).t())),
+        "up: dtype of factor": (up(), up(factor=matrix(16, 64, FP32))),
+        "up: out": (up(), up(out=matrix(4, 64))),
+        "up: stride of out": (up(out=matrix(4, 64)), up(out=matrix(4, 64, stride=96))),
+        "up: dtype of out": (up(out=matrix(4, 64)), up(out=matrix(4, 64, FP32))),
+        "up: scale": (up(), up(scale=0.5)),
+        "up: bias": (up(), up(bias=bias)),
+        "up: dtype of bias": (up(bias=bias), up(bias=bias.float())),
+        "up: compute dtype": (up(), up(compute_dtype=FP16)),
+        "up: dropout": (up(**dropped), up(dropout_p=0.25, seed=seed)),
+        "up: exact": (up(h=h32), up(h=h32, exact=True), lambda: tf32(then=up(h=h32))),
+        "up: precision": (up(h=h32), up(h=h32), tf32),
+        "grad: tokens": (grad(), grad(matrix(300, 16), matrix(300, 32))),
+        "grad: stride of g": (grad(), grad(matrix(4, 16, stride=48))),
+        "grad: dtype of g": (grad(x=x32), grad(h32, x32)),
+        "grad: stride of x": (grad(), grad(x=matrix(4, 32, stride=48))),
+        "grad: dtype of x": (grad(h32), grad(h32, x32)),
+        "grad: rank": (grad(), grad(rank=9)),
+        "grad: dtype of out": (grad(), grad(out_dtype=BF16)),
+        "grad: dropout": (grad(**dropped), grad(dropout_p=0.25, seed=seed)),
+        "grad: split": (grad(matrix(700, 16), matrix(700, 32)), grad(matrix(900, 16), matrix(900, 32))),
+        "grad: precision": (grad(h32, x32), grad(h32, x32), tf32),
+        "fused: x": (fused(), fused(matrix(4, 32, stride=48))),
+        "fused: w": (fused(), fused(w=matrix(64, 32).t())),
+        "fused: h": (fused(), fused(h=matrix(4, 16, stride=48))),
+        "fused: factor": (fused(), fused(factor=matrix(9, 64))),
+        "fused: bias": (fused(), fused(bias=bias)),
+        "fused: scale": (fused(), fused(scale=0.5)),
+        "fused: dropout": (fused(**dropped), fused(dropout_p=0.25, seed=seed)),
+        "fused: descriptor": (fused(), fused(descriptor=True)),
+        "fused: precision": (fused(h=h32), fused(h=h32), tf32),
+        "embedding: indices": (embed(), embed(torch.zeros(5, dtype=torch.int32))),
+        "embedding: A": (embed(), embed(a=matrix(16, 48, stride=64))),
+        "embedding: factor": (embed(), embed(factor=matrix(64, 16).t())),
+        "embedding: scale": (embed(), embed(scale=0.5)),
+        "embedding: compute dtype": (embed(), embed(compute_dtype=FP16)),
+        "embedding: precision": (embed(a=matrix(16, 48, FP32)), embed(a=matrix(16, 48, FP32)), tf32),
+        "scatter: g": (scatter(), scatter(h32)),
+        "scatter: indices": (scatter(), scatter(indices=torch.zeros(4, dtype=torch.int32))),
+        "scatter: rank": (scatter(), scatter(rank=9)),
+        "scatter: size": (scatter(), scatter(size=50)),
+        "scatter: padding": (scatter(), scatter(padding_idx=3)),
+        "scatter: dtype of out": (scatter(), scatter(out_dtype=BF16)),
+        "merge": (
+            (merge, (matrix(64, 32), matrix(8, 32), matrix(64, 8)), {}),
+            (merge, (matrix(64, 32), matrix(8, 32), matrix(64, 8)), {"scale": 0.5}),
+        ),
+    }  # fmt: skip
+    for name, of in (("down", down), ("up", up), ("fused", fused), ("grad", grad), ("embedding", embed)):
+        found[f"{name}: config"] = (of(), of(config=small))
+        found[f"{name}: tuning"] = (of(), of(), tuned)
+    # an address that 16 does not divide: another compiled variant, at each place
+    return found | {
+        "down: alignment of x": (down(), down(matrix(4, 32, offset=1))),
+        "down: alignment of factor": (down(), down(factor=matrix(16, 32, offset=1))),
+        "up: alignment of base": (up(), up(matrix(4, 64, offset=1))),
+        "up: alignment back": (up(matrix(4, 64, offset=1)), up()),
+        "grad: alignment of g": (grad(), grad(matrix(4, 16, offset=1))),
+        "grad: alignment of x": (grad(), grad(x=matrix(4, 32, offset=1))),
+    }
+
+
+def refusals() -> dict[str, tuple]:
+    seed = torch.zeros(1, dtype=torch.int64)
+    x, factor, base, h = matrix(4, 32), matrix(16, 32), matrix(4, 64), matrix(4, 16)
+    dropped = {"dropout_p": 0.5, "seed": seed}
+    wrong = dropped | {"seed": seed.int()}
+    up, grad, fused = (base, h, matrix(16, 64)), (h, x, 16), (x, matrix(32, 64), h, matrix(16, 64))
+    found = {
+        name: ((function, args, dropped), (function, args, wrong))
+        for name, function, args in (
+            ("down", down_projection, (x, factor)),
+            ("up", up_projection_, up),
+            ("grad", grad_a, grad),
+            ("fused", fused_linear, fused),
+        )
+    }
+    shifted = matrix(4, 32, offset=1)
+    descriptor = {"descriptor": True}
+    found["descriptor"] = (
+        (fused_linear, fused, descriptor),
+        (fused_linear, (shifted, *fused[1:]), descriptor),
+    )
+    return found
+
+
+def variants(call_of) -> int:
+    """How many variants a kernel has for 1 to 3000 tokens."""
+    launching.forget()
+    return len({launched(call_of(tokens))["compiled"] for tokens in (1, 2, 15, 16, 17, 200, 300, 304, 3000)})
+
+
+def observers() -> dict[str, list]:
+    """What stands beside a launch -> whether a launch is direct before, while and after it is there."""
+    call = (down_projection, (matrix(4, 32), matrix(16, 32)), {})
+    calls: list = []
+
+    def hook(*args, **kwargs):
+        calls.append(1)
+
+    def with_attribute(owner, name, value):
+        before = getattr(owner, name)
+        return lambda: setattr(owner, name, value), lambda: setattr(owner, name, before)
+
+    chains = {name: getattr(knobs.runtime, name) for name in ("launch_enter_hook", "launch_exit_hook")}
+    found = {}
+    changes = {
+        name: (lambda chain=chain: chain.add(hook), lambda chain=chain: chain.remove(hook))
+        for name, chain in chains.items()
+    }
+    hooks = _down_projection_kernel.pre_run_hooks
+    changes["pre_run_hooks"] = (lambda: hooks.append(hook), hooks.clear)
+    changes["debug"] = with_attribute(knobs.runtime, "debug", True)
+    if hasattr(knobs.compilation, "instrumentation_mode"):  # from Triton 3.6 on
+        changes["instrumentation_mode"] = with_attribute(knobs.compilation, "instrumentation_mode", "consan")
+    for name, (change, undo) in changes.items():
+        launching.forget()
+        launched(call)
+        direct = [launched(call)["direct"]]
+        change()
+        try:
+            direct.append(launched(call)["direct"])
+        except Exception:  # a mode of the compiler that needs more than this driver
+            direct.append(False)
+        undo()
+        found[name] = [*direct, launched(call)["direct"]]
+    return found
+
+
+def other_interface() -> bool:
+    """Whether a Triton that launches compiled kernels otherwise is noticed."""
+    before = CompiledKernel.__getitem__
+
+    def other(self, grid):
+        return lambda *args, stream=None: self.run(*grid, stream, self.function, *args)
+
+    CompiledKernel.__getitem__ = other
+    launching.can_run_directly.cache_clear()
+    try:
+        launching.forget()
+        call = (down_projection, (matrix(4, 32), matrix(16, 32)), {})
+        launched(call)
+        return not launched(call)["direct"]
+    finally:
+        CompiledKernel.__getitem__ = before
+        launching.can_run_directly.cache_clear()
+
+
+def main() -> None:
+    no_launch._launch = record
+    with no_launch.installed():
+        found = {name: differences(*case) for name, case in cases().items()}
+        found |= {f"refused: {name}": refused(*case) for name, case in refusals().items()}
+        rest = {
+            "variants": {
+                "down": variants(lambda m: (down_projection, (matrix(m, 64), matrix(16, 64)), {})),
+                "up": variants(
+                    lambda m: (up_projection_, (matrix(m, 64), matrix(m, 16), matrix(16, 64)), {})
+                ),
+                "grad": variants(lambda m: (grad_a, (matrix(m, 16), matrix(m, 64), 16), {})),
+            },
+            "observers": observers(),
+            "other interface": other_interface(),
+            "triton": triton.__version__,
+        }
+    print(json.dumps({"cases": found, **rest}))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
