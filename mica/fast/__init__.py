@@ -45,7 +45,8 @@ def enable(
 
     Args:
         compute_dtype: dtype of the low-rank products. None: that of the activations, so a bf16 model's
-            adapters compute in bf16 from their fp32 master weights. ``torch.float32``: stock PEFT's
+            adapters compute in bf16 from their fp32 master weights (a few tokens on a CPU in fp32, where that
+            is quicker). ``torch.float32``: stock PEFT's
             arithmetic over a 16-bit base, still without its fp32 copy of the activations.
         on_unsuitable: what `get_peft_model` does with a layer that MiCA cannot start from (NaN or Inf in
             the weight, r > min(in_features, out_features)): "raise" an error that names it and leave the

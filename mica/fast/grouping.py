@@ -101,7 +101,7 @@ def is_on(x: Tensor, lora_A: Tensor) -> bool:
     # Selective checkpointing, a dispatch mode, looks for the operators of a forward in its recomputation.
     if torch._C._len_torch_dispatch_stack() or torch._C._get_tracing_state() is not None:
         return False
-    return choice != "auto" or not backend.why_not_kernels(x.device, lora_A.shape[0], x.dtype, lora_A.dtype)
+    return choice != "auto" or backend.use_kernels(x.device, lora_A.shape[0], x.dtype, lora_A.dtype)
 
 
 def _region() -> int | None:
