@@ -70,8 +70,13 @@ def product_dtype(left: Tensor, factors: Sequence[Tensor], dtype: torch.dtype) -
     return torch.float32
 
 
+def multiplies_itself(left: Tensor) -> bool:
+    """Whether `addmm` is PyTorch's own for every product of ``left``."""
+    return left.dtype not in _ASKED or not left.is_cpu or has_native(left.dtype)
+
+
 def _through_fp32(left: Tensor, right: Tensor) -> bool:
-    if left.dtype not in _ASKED or not left.is_cpu or has_native(left.dtype):
+    if multiplies_itself(left):
         return False
     return left.shape[0] > _FEW_ROWS or right.stride(0) != 1
 

@@ -26,11 +26,13 @@ from math import frexp
 import torch
 from torch import Tensor
 
-from mica.products import added, addmm, product_dtype
+from mica.products import added, addmm, multiplies_itself, product_dtype
 
 # Tokens whose fp32 copy is alive at a time in `grad_a`: 1024 x 14336 fp32 are 59 MB. Measured on two CPU
 # cores at K = 576 and 1536, r = 16: the same speed within noise from 256 to 2048.
 _TOKENS_PER_CHUNK = 1024
+
+_WIDE = (torch.float32, torch.float64)
 
 
 def forward(
@@ -45,9 +47,29 @@ def forward(
     seed: Tensor | None = None,
 ) -> Tensor:
     """y (M×N) in the dtype of x, from x (M×K), weight (N×K), lora_A (r×K), lora_B (N×r), bias (N)."""
+    if not dropout_p and _is_simple(x, lora_A, lora_B, scaling, compute_dtype):
+        y = torch.mm(x, weight.t()) if bias is None else torch.addmm(bias, x, weight.t())
+        return y.addmm_(torch.mm(x, lora_A.t()), lora_B.t(), alpha=scaling)
     dtype = product_dtype(x, (lora_A, lora_B), compute_dtype or x.dtype)
     h = down_projection(x, lora_A, scaling, dtype, dropout_p, seed)
     return _base_and_up(x, weight, bias, h, lora_B)
+
+
+def _is_simple(x: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float, dtype: torch.dtype | None) -> bool:
+    """Whether the formula can stand as it is written: one dtype, no roundings to choose, nothing to cast.
+
+    Then PyTorch's calls are made one after the other. By the ways that serve every case the host takes 4 µs
+    longer for a forward and a backward, a fifth of what the calls take; the bits are the same.
+    """
+    own = x.dtype
+    return (
+        lora_A.dtype is own
+        and lora_B.dtype is own
+        and (dtype is None or dtype is own)
+        and (scaling == 1.0 or _is_exact(scaling, own))
+        and multiplies_itself(x)
+        and not torch._C._are_functorch_transforms_active()
+    )
 
 
 def down_projection(
@@ -178,9 +200,9 @@ def grad_a(g: Tensor, x: Tensor, dropout_p: float = 0.0, seed: Tensor | None = N
     A 16-bit matrix product would round dA to 8 (bf16) or 11 bits at the end; the fp32 product costs
     3 % of a training step of SmolLM2-135M on two CPU cores and leaves the rounding of g as the largest.
     """
+    if g.dtype is x.dtype and g.dtype in _WIDE and not dropout_p:
+        return torch.mm(g.t(), x)
     dtype = torch.promote_types(torch.promote_types(g.dtype, x.dtype), torch.float32)
-    if g.dtype == x.dtype == dtype and dropout_p == 0.0:
-        return g.t() @ x
     grad = None
     one = g.shape[0] <= _TOKENS_PER_CHUNK
     for start in range(0, max(1, g.shape[0]), _TOKENS_PER_CHUNK):  # without tokens one product of nothing: 0
@@ -247,6 +269,12 @@ def linear_backward(
     seed: Tensor | None = None,
 ) -> tuple[Tensor | None, Tensor | None]:
     """(dx, dA in the dtype of lora_A) of `forward`; None where the weight or x that it takes is None."""
+    if not dropout_p and _is_simple(grad_output, lora_A, lora_B, scaling, compute_dtype):
+        g = torch.mm(grad_output, lora_B)
+        if scaling != 1.0:
+            g.mul_(scaling)
+        dx = None if weight is None else torch.mm(grad_output, weight).addmm_(g, lora_A)
+        return dx, None if x is None else _cast(grad_a(g, x), lora_A.dtype)
     g = grad_h(grad_output, lora_B, scaling, product_dtype(grad_output, (lora_A, lora_B), compute_dtype))
     dx = None if weight is None else grad_x(grad_output, weight, g, lora_A, dropout_p, seed)
     dA = None if x is None else _cast(grad_a(g, x, dropout_p, seed), lora_A.dtype)
