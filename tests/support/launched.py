@@ -264,7 +264,7 @@ def variants(call_of) -> int:
 
 
 def observers() -> dict[str, list]:
-    """What stands beside launches -> which of them are direct: before it, with it, after it, twice after a first."""
+    """What stands beside launches -> which are direct: before, with, after it; two after a first with it."""
     call = (down_projection, (matrix(4, 32), matrix(16, 32)), {})
     calls: list = []
 
