@@ -31,7 +31,7 @@ from mica.kernels.common import (
 from mica.kernels.launching import Choice, Plan, Plans, layout
 
 
-@triton.jit(do_not_specialize=["num_tokens", "threshold"])
+@triton.jit(do_not_specialize=["num_tokens", "num_splits", "threshold"])
 def _down_projection_kernel(
     x_ptr,  # (M, K)
     p_ptr,  # (r, K)
@@ -46,6 +46,7 @@ def _down_projection_kernel(
     stride_pr,
     stride_pk,
     k_per_split,
+    num_splits,
     scale,
     threshold,
     RANK: tl.constexpr,
@@ -66,20 +67,22 @@ def _down_projection_kernel(
     last = min(first + k_per_split, in_features)
     columns = first + tl.arange(0, BLOCK_K)
 
-    x_ptrs = x_ptr + rows.to(tl.int64)[:, None] * stride_xm + columns.to(tl.int64)[None, :] * stride_xk
+    # Rows beyond the last are the last again, and are not stored: the loop needs no mask for them.
+    near = tl.minimum(rows, num_tokens - 1)
+    x_ptrs = x_ptr + near.to(tl.int64)[:, None] * stride_xm + columns.to(tl.int64)[None, :] * stride_xk
     p_ptrs = p_ptr + ranks.to(tl.int64)[None, :] * stride_pr + columns.to(tl.int64)[:, None] * stride_pk
     step = tl.full((), BLOCK_K, tl.int64)
     acc = tl.zeros((BLOCK_M, BLOCK_R), tl.float32)
     if DROPOUT:
         seed = tl.load(seed_ptr)
     for start in range(first, last, BLOCK_K):
-        x_mask = (rows < num_tokens)[:, None]
         p_mask = (ranks < RANK)[None, :]
-        if not EVEN_K:
+        if EVEN_K:
+            x = tl.load(x_ptrs)
+        else:
             inside = start + tl.arange(0, BLOCK_K) < last
-            x_mask = x_mask & inside[None, :]
             p_mask = p_mask & inside[:, None]
-        x = tl.load(x_ptrs, mask=x_mask, other=0.0)
+            x = tl.load(x_ptrs, mask=inside[None, :], other=0.0)
         if DROPOUT:
             keep = dropout_keep(seed, rows, start + tl.arange(0, BLOCK_K), threshold)
             x = tl.where(keep, x, 0.0)
@@ -95,9 +98,8 @@ def _down_projection_kernel(
     mask = (rows < num_tokens)[:, None] & (ranks < COLUMNS)[None, :]
     size = tl.cast(num_tokens, tl.int64) * COLUMNS
     store_sum(
-        acc, scale, h_ptr, offsets, mask, partial_ptr, counter_ptr + tile, split, tl.num_programs(1), size,
-        SPLIT,
-    )  # fmt: skip
+        acc, scale, h_ptr, offsets, mask, partial_ptr, counter_ptr + tile, split, num_splits, size, SPLIT
+    )
 
 
 def split_evenly(length: int, block: int, tiles: int, columns: int, itemsize: int) -> tuple[int, int]:
@@ -150,6 +152,7 @@ def plan_down_projection(
                 "stride_pr": factor.stride(0),
                 "stride_pk": factor.stride(1),
                 "k_per_split": k_per_split,
+                "num_splits": splits,
                 "scale": float(scale) / (1.0 - dropout_p),
                 "threshold": keep_threshold(dropout_p),
             },

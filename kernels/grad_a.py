@@ -30,7 +30,7 @@ from mica.kernels.down_projection import split_evenly
 from mica.kernels.launching import Choice, Plan, Plans, layout
 
 
-@triton.jit(do_not_specialize=["num_tokens", "threshold"])
+@triton.jit(do_not_specialize=["num_tokens", "num_splits", "threshold"])
 def _grad_a_kernel(
     g_ptr,  # (M, COLUMNS)
     x_ptr,  # (M, K)
@@ -45,6 +45,7 @@ def _grad_a_kernel(
     stride_xm,
     stride_xk,
     tokens_per_split,
+    num_splits,
     scale,
     threshold,
     RANK: tl.constexpr,
@@ -89,9 +90,8 @@ def _grad_a_kernel(
     mask = (ranks < RANK)[:, None] & (columns < in_features)[None, :]
     size = tl.cast(in_features, tl.int64) * RANK
     store_sum(
-        acc, scale, grad_ptr, offsets, mask, partial_ptr, counter_ptr + tile, split, tl.num_programs(1), size,
-        SPLIT,
-    )  # fmt: skip
+        acc, scale, grad_ptr, offsets, mask, partial_ptr, counter_ptr + tile, split, num_splits, size, SPLIT
+    )
 
 
 def plan_grad_a(
@@ -135,6 +135,7 @@ def plan_grad_a(
                 "stride_xm": x.stride(0),
                 "stride_xk": x.stride(1),
                 "tokens_per_split": tokens_per_split,
+                "num_splits": splits,
                 "scale": 1.0 / (1.0 - dropout_p),
                 "threshold": keep_threshold(dropout_p),
             },

@@ -7,6 +7,7 @@ to its own operands. Prints {case: what is wrong, or ""}, and what else is asked
 
 from __future__ import annotations
 
+import contextlib
 import json
 import sys
 
@@ -263,7 +264,7 @@ def variants(call_of) -> int:
 
 
 def observers() -> dict[str, list]:
-    """What stands beside a launch -> whether a launch is direct before, while and after it is there."""
+    """What stands beside launches -> which are direct: before, with, after it; two after a first with it."""
     call = (down_projection, (matrix(4, 32), matrix(16, 32)), {})
     calls: list = []
 
@@ -295,27 +296,40 @@ def observers() -> dict[str, list]:
         except Exception:  # a mode of the compiler that needs more than this driver
             direct.append(False)
         undo()
-        found[name] = [*direct, launched(call)["direct"]]
+        direct.append(launched(call)["direct"])
+        # what was compiled for it is not what runs directly afterwards
+        launching.forget()
+        change()
+        with contextlib.suppress(Exception):
+            launched(call)
+        undo()
+        found[name] = [*direct, launched(call)["direct"], launched(call)["direct"]]
     return found
 
 
-def other_interface() -> bool:
-    """Whether a Triton that launches compiled kernels otherwise is noticed."""
-    before = CompiledKernel.__getitem__
+def other_interfaces() -> list[bool]:
+    """Whether a Triton that launches compiled kernels otherwise is noticed, for some ways of it."""
 
-    def other(self, grid):
+    def without_hooks(self, grid):
         return lambda *args, stream=None: self.run(*grid, stream, self.function, *args)
 
-    CompiledKernel.__getitem__ = other
-    launching.can_run_directly.cache_clear()
+    def other_order(self, grid):
+        parts = (self.function, self.packed_metadata, None, None, None)
+        return lambda *args, stream=None: self.run(*grid, stream, *parts, *reversed(args))
+
+    before, found = CompiledKernel.__getitem__, []
+    call = (down_projection, (matrix(4, 32), matrix(16, 32)), {})
     try:
-        launching.forget()
-        call = (down_projection, (matrix(4, 32), matrix(16, 32)), {})
-        launched(call)
-        return not launched(call)["direct"]
+        for other in (without_hooks, other_order):
+            CompiledKernel.__getitem__ = other
+            launching.can_run_directly.cache_clear()
+            launching.forget()
+            launched(call)
+            found.append(not launched(call)["direct"])
     finally:
         CompiledKernel.__getitem__ = before
         launching.can_run_directly.cache_clear()
+    return found
 
 
 def main() -> None:
@@ -332,7 +346,7 @@ def main() -> None:
                 "grad": variants(lambda m: (grad_a, (matrix(m, 16), matrix(m, 64), 16), {})),
             },
             "observers": observers(),
-            "other interface": other_interface(),
+            "other interfaces": other_interfaces(),
             "triton": triton.__version__,
         }
     print(json.dumps({"cases": found, **rest}))
