@@ -20,6 +20,7 @@ from mica.fast.eligibility import FORWARDS, MiCALinearVariant
 _LINEAR, _IDENTITY = nn.Linear, nn.Identity
 _PLAIN = (Tensor, nn.Parameter)
 _SIXTEEN_BIT = (torch.bfloat16, torch.float16)
+_FLOATING = (torch.float32, *_SIXTEEN_BIT, torch.float64)
 
 
 class Operands(NamedTuple):
@@ -63,63 +64,52 @@ def operands(layer, x: Tensor) -> Operands | None:
         or not (type(base) is type(lora_A) is type(lora_B) is _LINEAR and type(dropout) is _IDENTITY)
         or _LINEAR.forward is not FORWARDS[_LINEAR]
         or _IDENTITY.forward is not FORWARDS[_IDENTITY]
-        or _does_more(base)
-        or _does_more(lora_A)
-        or _does_more(lora_B)
-        or _does_more(dropout)
         or nn_module._global_forward_hooks
         or nn_module._global_forward_pre_hooks
         or nn_module._global_backward_hooks
         or nn_module._global_backward_pre_hooks
     ):
         return None
+    for module in (base, lora_A, lora_B, dropout):  # would a call of it do more than its class's forward?
+        if (
+            module._forward_hooks
+            or module._forward_pre_hooks
+            or module._backward_hooks
+            or module._backward_pre_hooks
+            or "forward" in module.__dict__
+        ):
+            return None
     parameters, of_A, of_B = base._parameters, lora_A._parameters, lora_B._parameters
-    if of_A["bias"] is not None or of_B["bias"] is not None:
-        return None
     weight, bias, A, B = (
         parameters.get("weight"),
         parameters.get("bias"),
         of_A.get("weight"),
         of_B.get("weight"),
     )
+    if of_A["bias"] is not None or of_B["bias"] is not None:
+        return None
+    for tensor in (weight, A, B) if bias is None else (weight, A, B, bias):
+        if (
+            type(tensor) not in _PLAIN
+            or tensor.layout is not torch.strided
+            or tensor.is_meta
+            or hasattr(tensor, "ds_id")
+        ):
+            return None
     if (
-        _is_unusual(weight)
-        or _is_unusual(A)
-        or _is_unusual(B)
-        or (bias is not None and (_is_unusual(bias) or bias.requires_grad))
-        or weight.requires_grad
+        weight.requires_grad
         or B.requires_grad
+        or (bias is not None and bias.requires_grad)
         or A.is_inference()
         or x.layout is not torch.strided
         or x.is_nested
     ):
         return None
     dtype, adapter_dtype = x.dtype, A.dtype
-    if weight.dtype is not dtype or B.dtype is not adapter_dtype:
+    if weight.dtype is not dtype or B.dtype is not adapter_dtype or dtype not in _FLOATING:
         return None
     if adapter_dtype is not dtype and not (
         adapter_dtype is torch.float32 and dtype in _SIXTEEN_BIT and layer.cast_input_dtype_enabled
     ):
         return None
     return Operands(weight, bias, A, B, scaling)
-
-
-def _does_more(module: nn.Module):
-    """Whether a call of the module would do more than its class's forward."""
-    return (
-        module._forward_hooks
-        or module._forward_pre_hooks
-        or module._backward_hooks
-        or module._backward_pre_hooks
-        or "forward" in module.__dict__
-    )
-
-
-def _is_unusual(tensor: Tensor | None) -> bool:
-    return (
-        type(tensor) not in _PLAIN
-        or tensor.layout is not torch.strided
-        or tensor.is_meta
-        or not tensor.is_floating_point()
-        or hasattr(tensor, "ds_id")
-    )
