@@ -3,6 +3,7 @@ import torch
 from guarding import run_guarded
 from kernel_cases import layouts, operand, ranks, sizes
 from properties import given, st
+from tolerances import RELATIVE, error
 
 from mica.kernels.merge import merge, plan_merge
 
