@@ -3,6 +3,7 @@ import torch
 from guarding import run_guarded
 from kernel_cases import layouts, operand, ranks, sizes
 from properties import given, st
+from tolerances import RELATIVE, error
 
 from mica.kernels.merge import merge, plan_merge
 
@@ -50,6 +51,8 @@ def test_in_place_or_anew():
     before = weight.clone()
     merged = merge(weight, lora_A, lora_B, scale=2.0)
     assert torch.equal(weight, before)
+    expected = before.double() + 2.0 * (lora_B.double() @ lora_A.double())
+    assert error(merged, expected) <= RELATIVE[torch.bfloat16]
     assert merge(weight, lora_A, lora_B, scale=2.0, out=weight) is weight
     assert torch.equal(weight, merged)
 
