@@ -56,7 +56,7 @@ def enable(
             accelerator is solved there.
         group_projections: run layers that read the same tensor one after the other (q/k/v, gate/up) as one
             operator in training, once a step has shown which these are. "auto": where the operators run on
-            Triton kernels; True, False.
+            Triton kernels and the tensor is large (the host's work for a group is more); True, False.
 
     Raises:
         ValueError: a value that is not one of these.

@@ -28,6 +28,12 @@ from mica.dispatch import is_transformed
 from mica.fast.common_case import Operands
 from mica.fast.settings import settings
 
+# Tokens x in_features² from which "auto" groups. Below, the host decides how long a step takes, and there
+# layers cost more in a group than alone (a whole decoder block of tiny tensors 1.2 times). MODELLED: an H100
+# needs 170 µs for the two products of a square layer of this size, as long as the host for all of a layer. It
+# hangs on x alone, for all that read it have to agree.
+_WORTH_GROUPING = 2**35
+
 # Calls in a row whose outputs were not all fetched: the group shrinks to the layers that did fetch theirs.
 _MISSES = 2
 
@@ -88,11 +94,13 @@ _groups: WeakKeyDictionary[nn.Module, _Group] = WeakKeyDictionary()
 def is_on(x: Tensor, lora_A: Tensor) -> bool:
     """Whether calls with this x are watched and grouped: in training, where the setting says so.
 
-    "auto": where the operators run on kernels. On the CPU the gain of 1 to 4 % of a block lies within the
-    spread of the measurement (bench_block).
+    "auto": where the operators run on kernels and x is large. On the CPU the gain of 1 to 4 % of a
+    block lies within the spread of the measurement (bench_block).
     """
     choice = settings.group_projections
     if not choice or (choice == "auto" and not x.is_cuda):
+        return False
+    if choice == "auto" and x.numel() * x.shape[-1] < _WORTH_GROUPING:
         return False
     if torch.compiler.is_compiling() or not torch.is_grad_enabled() or x.is_inference():
         return False

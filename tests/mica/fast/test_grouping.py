@@ -3,6 +3,7 @@
 import gc
 import threading
 import weakref
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -328,3 +329,29 @@ def test_checkpointed_block_that_is_called_twice():
 def test_the_setting_is_checked():
     with pytest.raises(ValueError, match="group_projections must be 'auto', True or False, but it is 'on'"):
         mica.fast.enable(group_projections="on")
+
+
+@pytest.mark.parametrize(
+    ("is_cuda", "tokens", "has_kernels", "expected"),
+    [
+        (True, 2048, True, True),
+        (True, 2047, True, False),  # the host decides how long a step takes, and a group costs it more
+        (True, 2048, False, False),
+        (False, 2048, True, False),
+    ],
+)
+def test_auto_groups_large_tensors_on_kernels(monkeypatch, is_cuda, tokens, has_kernels, expected):
+    monkeypatch.setattr("mica.backend.use_kernels", lambda *args, **options: has_kernels)
+    x = SimpleNamespace(
+        is_cuda=is_cuda,
+        shape=(1, tokens, 4096),
+        numel=lambda: tokens * 4096,
+        is_inference=lambda: False,
+        device=None,
+        dtype=torch.bfloat16,
+    )
+    assert mica.fast.enable() is None
+    assert grouping.is_on(x, torch.zeros(16, 4096)) is expected
+    mica.fast.enable(group_projections=True)
+    assert grouping.is_on(x, torch.zeros(16, 4096))
+    mica.fast.enable()
