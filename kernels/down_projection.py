@@ -197,7 +197,38 @@ def _operands(plan: Plan, x: Tensor, factor: Tensor, seed: Tensor) -> tuple[Tens
     return h, (x, factor, h, partial, counter, seed)
 
 
-_plans = Plans()
+plans = Plans()
+
+
+def key_of(
+    x: Tensor,
+    factor: Tensor,
+    *,
+    scale: float = 1.0,
+    compute_dtype: torch.dtype | None = None,
+    dropout_p: float = 0.0,
+    seed: Tensor | None = None,
+    config: configs.Config | None = None,
+) -> tuple:
+    """By which ``plans`` has the plan of `down_projection` with these arguments."""
+    return (
+        tuning.state(),
+        layout(x),
+        layout(factor),
+        scale,
+        compute_dtype,
+        dropout_p,
+        layout(seed) if dropout_p else None,
+        config,
+        fp32_setting() if (compute_dtype or x.dtype) is torch.float32 else None,
+    )
+
+
+def run(plan: Plan, x: Tensor, factor: Tensor, seed: Tensor | None = None) -> Tensor:
+    """`down_projection` by its plan; ``seed`` where there is dropout."""
+    h, tensors = _operands(plan, x, factor, x if seed is None else seed)
+    plan(*tensors)
+    return h
 
 
 def down_projection(
@@ -227,21 +258,9 @@ def down_projection(
         ValueError, TypeError: an argument that is not as above.
         LaunchError: no configuration can be launched here.
     """
-    key = (
-        tuning.state(),
-        layout(x),
-        layout(factor),
-        scale,
-        compute_dtype,
-        dropout_p,
-        layout(seed) if dropout_p else None,
-        config,
-        fp32_setting() if (compute_dtype or x.dtype) is torch.float32 else None,
-    )
-    plan = _plans.get(key)
+    options = {"scale": scale, "compute_dtype": compute_dtype, "dropout_p": dropout_p, "seed": seed}
+    key = key_of(x, factor, config=config, **options)
+    plan = plans.get(key)
     if plan is None:
-        options = {"scale": scale, "compute_dtype": compute_dtype, "dropout_p": dropout_p, "seed": seed}
-        return plan_down_projection(x, factor, config=config, **options).first(_plans, key)
-    h, tensors = _operands(plan, x, factor, seed if dropout_p else x)
-    plan(*tensors)
-    return h
+        return plan_down_projection(x, factor, config=config, **options).first(plans, key)
+    return run(plan, x, factor, seed if dropout_p else None)

@@ -174,7 +174,38 @@ def _operands(plan: Plan, g: Tensor, x: Tensor, seed: Tensor) -> tuple[Tensor, t
     return grad, (g, x, grad, partial, counter, seed)
 
 
-_plans = Plans()
+plans = Plans()
+
+
+def key_of(
+    g: Tensor,
+    x: Tensor,
+    rank: int,
+    *,
+    out_dtype: torch.dtype = torch.float32,
+    dropout_p: float = 0.0,
+    seed: Tensor | None = None,
+    config: configs.Config | None = None,
+) -> tuple:
+    """By which ``plans`` has the plan of `grad_a` with these arguments."""
+    return (
+        tuning.state(),
+        layout(g),
+        layout(x),
+        rank,
+        out_dtype,
+        dropout_p,
+        layout(seed) if dropout_p else None,
+        config,
+        fp32_setting() if torch.float32 in (g.dtype, x.dtype) else None,
+    )
+
+
+def run(plan: Plan, g: Tensor, x: Tensor, seed: Tensor | None = None) -> Tensor:
+    """`grad_a` by its plan; ``seed`` where there is dropout."""
+    grad, tensors = _operands(plan, g, x, x if seed is None else seed)
+    plan(*tensors)
+    return grad
 
 
 def grad_a(
@@ -204,21 +235,9 @@ def grad_a(
         ValueError, TypeError: an argument that is not as above.
         LaunchError: no configuration can be launched here.
     """
-    key = (
-        tuning.state(),
-        layout(g),
-        layout(x),
-        rank,
-        out_dtype,
-        dropout_p,
-        layout(seed) if dropout_p else None,
-        config,
-        fp32_setting() if torch.float32 in (g.dtype, x.dtype) else None,
-    )
-    plan = _plans.get(key)
+    options = {"out_dtype": out_dtype, "dropout_p": dropout_p, "seed": seed}
+    key = key_of(g, x, rank, config=config, **options)
+    plan = plans.get(key)
     if plan is None:
-        options = {"out_dtype": out_dtype, "dropout_p": dropout_p, "seed": seed}
-        return plan_grad_a(g, x, rank, config=config, **options).first(_plans, key)
-    grad, tensors = _operands(plan, g, x, seed if dropout_p else x)
-    plan(*tensors)
-    return grad
+        return plan_grad_a(g, x, rank, config=config, **options).first(plans, key)
+    return run(plan, g, x, seed if dropout_p else None)

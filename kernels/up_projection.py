@@ -171,7 +171,39 @@ def _operands(base: Tensor, out: Tensor, h: Tensor, factor: Tensor, bias: Tensor
     return base, out, h, factor, base if bias is None else bias.contiguous(), base if seed is None else seed
 
 
-_plans = Plans()
+plans = Plans()
+
+
+def key_of(
+    base: Tensor,
+    h: Tensor,
+    factor: Tensor,
+    *,
+    out: Tensor | None = None,
+    scale: float = 1.0,
+    bias: Tensor | None = None,
+    compute_dtype: torch.dtype | None = None,
+    dropout_p: float = 0.0,
+    seed: Tensor | None = None,
+    exact: bool = False,
+    config: configs.Config | None = None,
+) -> tuple:
+    """By which ``plans`` has the plan of `up_projection_` with these arguments."""
+    return (
+        tuning.state(),
+        layout(base),
+        layout(h),
+        layout(factor),
+        layout(out),
+        scale,
+        layout(bias),
+        compute_dtype,
+        dropout_p,
+        layout(seed) if dropout_p else None,
+        exact,
+        config,
+        fp32_setting() if (compute_dtype or h.dtype) is torch.float32 else None,
+    )
 
 
 def up_projection_(
@@ -209,26 +241,18 @@ def up_projection_(
         ValueError, TypeError: an argument that is not as above.
         LaunchError: no configuration can be launched here.
     """
-    key = (
-        tuning.state(),
-        layout(base),
-        layout(h),
-        layout(factor),
-        layout(out),
-        scale,
-        layout(bias),
-        compute_dtype,
-        dropout_p,
-        layout(seed) if dropout_p else None,
-        exact,
-        config,
-        fp32_setting() if (compute_dtype or h.dtype) is torch.float32 else None,
-    )
-    plan = _plans.get(key)
+    options = {"out": out, "scale": scale, "bias": bias, "compute_dtype": compute_dtype, "exact": exact}
+    options |= {"dropout_p": dropout_p, "seed": seed, "config": config}
+    key = key_of(base, h, factor, **options)
+    plan = plans.get(key)
     if plan is None:
-        options = {"out": out, "scale": scale, "bias": bias, "compute_dtype": compute_dtype, "exact": exact}
-        options |= {"dropout_p": dropout_p, "seed": seed, "config": config}
-        return plan_up_projection(base, h, factor, **options).first(_plans, key)
+        return plan_up_projection(base, h, factor, **options).first(plans, key)
     out = base if out is None else out
     plan(*_operands(base, out, h, factor, bias, seed if dropout_p else None))
     return out
+
+
+def run(plan: Plan, base: Tensor, h: Tensor, factor: Tensor) -> Tensor:
+    """`up_projection_` by its plan, without dropout and bias."""
+    plan(base, base, h, factor, base, base)
+    return base

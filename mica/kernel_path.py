@@ -18,16 +18,17 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mica import backend, reference
+from mica.kernels import down_projection as down_kernel
+from mica.kernels import grad_a as grad_a_kernel
 from mica.kernels import tuning
-from mica.kernels.common import LaunchError, padded_columns, target_of
-from mica.kernels.down_projection import down_projection as down_projection_kernel
+from mica.kernels import up_projection as up_kernel
+from mica.kernels.common import LaunchError, fp32_setting, padded_columns, target_of
 from mica.kernels.embedding import embedding as embedding_kernel
 from mica.kernels.embedding import grad_a_embedding
 from mica.kernels.fused_linear import fused_linear, why_not_descriptor
-from mica.kernels.grad_a import grad_a as grad_a_kernel
+from mica.kernels.launching import Plans, layout
 from mica.kernels.merge import merge as merge_kernel
 from mica.kernels.prepared import prepare
-from mica.kernels.up_projection import up_projection_
 
 __all__ = [
     "LaunchError",
@@ -70,7 +71,7 @@ def forward(
     """As `mica.reference.forward`."""
     arguments = (x, weight, lora_A, lora_B, scaling, bias, compute_dtype, dropout_p, seed)
     if tuning.is_idle():
-        return _forward("split", *arguments)
+        return _forward("split", *arguments) if dropout_p else _planned_forward(*arguments[:7])
 
     def run(form: str) -> Tensor:
         return _forward(form, *arguments)
@@ -79,14 +80,44 @@ def forward(
     return run(_choose("linear", x, weight.t(), lora_A.shape[0], dtype, dropout_p, run))
 
 
+# The plans of all launches of a layer's forward, or backward, without dropout. Their own keys hold h, g, y
+# and dx too, which follow from what is in these: asked for one by one, plans cost a layer 9 µs more.
+_forwards, _backwards = Plans(), Plans()
+
+
+def _planned_forward(x, weight, lora_A, lora_B, scaling, bias, compute_dtype) -> Tensor:
+    """`_forward` split, by plans that are found together."""
+    key = (tuning.state(), layout(x), layout(lora_A), layout(lora_B), scaling, compute_dtype, fp32_setting())
+    plans, dtype = _forwards.get(key), compute_dtype or x.dtype
+    if plans is not None:
+        down, up = plans
+        h = down_kernel.run(down, x, lora_A)
+        y = F.linear(x, weight, bias)
+        if y.is_contiguous():
+            return up_kernel.run(up, y, h, prepare(lora_B, dtype))
+        return up_kernel.up_projection_(y, h, prepare(lora_B, dtype))
+    options = {"scale": scaling, "compute_dtype": dtype}
+    h, factor = down_kernel.down_projection(x, lora_A, **options), prepare(lora_B, dtype)
+    y = up_kernel.up_projection_(F.linear(x, weight, bias), h, factor)
+    plans = (
+        down_kernel.plans.get(down_kernel.key_of(x, lora_A, **options)),
+        up_kernel.plans.get(up_kernel.key_of(y, h, factor)),
+    )
+    if None not in plans and y.is_contiguous():
+        _forwards.keep(key, plans)
+    return y
+
+
 def _forward(form: str, x, weight, lora_A, lora_B, scaling, bias, compute_dtype, dropout_p, seed) -> Tensor:
     if form == "aten":
         return reference.forward(x, weight, lora_A, lora_B, scaling, bias, compute_dtype, dropout_p, seed)
     dtype = compute_dtype or x.dtype
-    h = down_projection_kernel(x, lora_A, scale=scaling, compute_dtype=dtype, dropout_p=dropout_p, seed=seed)
+    h = down_kernel.down_projection(
+        x, lora_A, scale=scaling, compute_dtype=dtype, dropout_p=dropout_p, seed=seed
+    )
     factor = prepare(lora_B, dtype)
     if form == "split":
-        return up_projection_(F.linear(x, weight, bias), h, factor)
+        return up_kernel.up_projection_(F.linear(x, weight, bias), h, factor)
     return fused_linear(x, weight.t(), h, factor, bias=bias, descriptor=form == "descriptor")
 
 
@@ -102,19 +133,47 @@ def linear_backward(
     seed: Tensor | None = None,
 ) -> tuple[Tensor | None, Tensor | None]:
     """(dx, dA) as `mica.reference.grad_x` and `grad_a` give them; None where weight or x is None."""
+    if tuning.is_idle() and not dropout_p and x is not None and weight is not None:
+        return _planned_backward(grad_output, x, weight, lora_A, lora_B, scaling, compute_dtype)
     grad_x = grad_A = None
     g = _grad_h(grad_output, lora_B, scaling, compute_dtype)
     if x is not None:
         options = {"dropout_p": dropout_p, "seed": seed}
-        grad_A = grad_a_kernel(g, x, lora_A.shape[0], out_dtype=lora_A.dtype, **options)
+        grad_A = grad_a_kernel.grad_a(g, x, lora_A.shape[0], out_dtype=lora_A.dtype, **options)
     if weight is not None:
         grad_x = _grad_x(grad_output, weight, g, lora_A, dropout_p, seed)
     return grad_x, grad_A
 
 
+def _planned_backward(dy, x, weight, lora_A, lora_B, scaling, dtype) -> tuple[Tensor, Tensor]:
+    """`linear_backward` split, both gradients, by plans that are found together."""
+    tensors = layout(dy), layout(x), layout(lora_A), layout(lora_B)
+    key = (tuning.state(), *tensors, scaling, dtype, fp32_setting())
+    plans, factor = _backwards.get(key), prepare(lora_B, dtype)
+    if plans is not None:
+        down, grad, up = plans
+        g = down_kernel.run(down, dy, factor)
+        grad_A, grad_x = grad_a_kernel.run(grad, g, x), torch.mm(dy, weight)
+        if grad_x.is_contiguous():
+            return up_kernel.run(up, grad_x, g, lora_A), grad_A
+        return up_kernel.up_projection_(grad_x, g, lora_A), grad_A
+    scaled, rounded = {"scale": scaling, "compute_dtype": dtype}, {"out_dtype": lora_A.dtype}
+    g, rank = down_kernel.down_projection(dy, factor, **scaled), lora_A.shape[0]
+    grad_A = grad_a_kernel.grad_a(g, x, rank, **rounded)
+    grad_x = up_kernel.up_projection_(torch.mm(dy, weight), g, lora_A)
+    plans = (
+        down_kernel.plans.get(down_kernel.key_of(dy, factor, **scaled)),
+        grad_a_kernel.plans.get(grad_a_kernel.key_of(g, x, rank, **rounded)),
+        up_kernel.plans.get(up_kernel.key_of(grad_x, g, lora_A)),
+    )
+    if None not in plans and grad_x.is_contiguous():
+        _backwards.keep(key, plans)
+    return grad_x, grad_A
+
+
 def _grad_h(dy: Tensor, lora_B: Tensor, scaling: float, dtype: torch.dtype) -> Tensor:
     """`mica.reference.grad_h`, as wide as prepared B."""
-    return down_projection_kernel(dy, prepare(lora_B, dtype), scale=scaling, compute_dtype=dtype)
+    return down_kernel.down_projection(dy, prepare(lora_B, dtype), scale=scaling, compute_dtype=dtype)
 
 
 def _grad_x(dy: Tensor, weight: Tensor, g: Tensor, lora_A: Tensor, dropout_p: float, seed) -> Tensor:
@@ -131,7 +190,7 @@ def _grad_x_by(form: str, dy, weight, g, lora_A, dropout_p, seed) -> Tensor:
     if form == "aten":
         return reference.grad_x(dy, weight, g[:, : lora_A.shape[0]], lora_A, dropout_p, seed)
     if form == "split":
-        return up_projection_(dy @ weight, g, lora_A, dropout_p=dropout_p, seed=seed)
+        return up_kernel.up_projection_(dy @ weight, g, lora_A, dropout_p=dropout_p, seed=seed)
     options = {"dropout_p": dropout_p, "seed": seed}
     return fused_linear(dy, weight, g, lora_A, descriptor=form == "descriptor", **options)
 
@@ -179,7 +238,7 @@ def down_projection(
 ) -> Tensor:
     """As `mica.reference.down_projection`."""
     options = {"compute_dtype": compute_dtype, "dropout_p": dropout_p, "seed": seed}
-    h = down_projection_kernel(x, lora_A, scale=scaling, **options)
+    h = down_kernel.down_projection(x, lora_A, scale=scaling, **options)
     return h[:, : lora_A.shape[0]].contiguous()
 
 
@@ -187,7 +246,7 @@ def up_projection(y: Tensor, h: Tensor, lora_B: Tensor) -> Tensor:
     """As `mica.reference.up_projection`."""
     dtype = torch.promote_types(y.dtype, h.dtype)
     out = torch.empty_like(y)
-    return up_projection_(y, h, prepare(lora_B, dtype), out=out, compute_dtype=dtype)
+    return up_kernel.up_projection_(y, h, prepare(lora_B, dtype), out=out, compute_dtype=dtype)
 
 
 def grad_h(grad_output: Tensor, lora_B: Tensor, scaling: float, compute_dtype: torch.dtype) -> Tensor:
@@ -209,10 +268,10 @@ def down_projection_backward(
     options = {"dropout_p": dropout_p, "seed": seed}
     if x is not None:
         # scaled before it is rounded to the dtype of A
-        grad_A = (grad_a_kernel(grad_h, x, lora_A.shape[0], **options) * scaling).to(lora_A.dtype)
+        grad_A = (grad_a_kernel.grad_a(grad_h, x, lora_A.shape[0], **options) * scaling).to(lora_A.dtype)
     if needs_x and dropout_p:
         grad_x = grad_h.new_zeros(len(grad_h), lora_A.shape[1])
-        up_projection_(grad_x, grad_h, lora_A, scale=scaling, **options)
+        up_kernel.up_projection_(grad_x, grad_h, lora_A, scale=scaling, **options)
     elif needs_x:  # no base to add to: the vendor's product writes what the kernel would
         grad_x = reference.grad_x_update(grad_h, lora_A * scaling)
     return grad_x, grad_A
@@ -244,11 +303,12 @@ def linear_group(
     """As `mica.reference.linear_group`."""
     dtype = compute_dtype or x.dtype
     factors = [prepare(lora_B, dtype) for lora_B in lora_Bs]
-    h = down_projection_kernel(x, _stacked(lora_As, scalings), compute_dtype=dtype)
+    h = down_kernel.down_projection(x, _stacked(lora_As, scalings), compute_dtype=dtype)
     parts = h.split([factor.shape[0] for factor in factors], dim=1)
     operands = zip(weights, biases, parts, factors, strict=True)
     return [
-        up_projection_(F.linear(x, weight, bias), part, factor) for weight, bias, part, factor in operands
+        up_kernel.up_projection_(F.linear(x, weight, bias), part, factor)
+        for weight, bias, part, factor in operands
     ]
 
 
@@ -276,12 +336,12 @@ def linear_group_backward(
     )
     grad_x = grad_As = None
     if x is not None:
-        parts = zip(grad_a_kernel(g, x, g.shape[1]).split(columns), lora_As, strict=True)
+        parts = zip(grad_a_kernel.grad_a(g, x, g.shape[1]).split(columns), lora_As, strict=True)
         grad_As = [part[: lora_A.shape[0]].to(lora_A.dtype, copy=True) for part, lora_A in parts]
     if weights is not None:
         products = [(dy, W) for dy, W in zip(grad_outputs, weights, strict=True) if dy is not None]
         grad_x = products[0][0] @ products[0][1]
         for dy, weight in products[1:]:
             grad_x.addmm_(dy, weight)
-        up_projection_(grad_x, g, _stacked(lora_As))
+        up_kernel.up_projection_(grad_x, g, _stacked(lora_As))
     return grad_x, grad_As

@@ -328,4 +328,18 @@ MUTANTS = [
     Mutant("mica/dispatch.py", "        if torch.is_autocast_enabled(device_type):\n            return rules", "        if False:\n            return rules"),
     Mutant("mica/dispatch.py", "    if not is_direct(*tensors):\n        return operator(*args)\n", ""),
     Mutant("mica/ops.py", "(lora_A.requires_grad or x.requires_grad)", "lora_A.requires_grad"),
+    # the plans of a layer's launches, found together
+    Mutant("mica/kernel_path.py", "(tuning.state(), layout(x), layout(lora_A)", "(tuning.state(), layout(lora_A)"),
+    Mutant("mica/kernel_path.py", "layout(x), layout(lora_A), layout(lora_B), scaling, comp", "layout(x), layout(lora_B), scaling, comp"),
+    Mutant("mica/kernel_path.py", "layout(lora_B), scaling, compute_dtype, fp32", "scaling, compute_dtype, fp32"),
+    Mutant("mica/kernel_path.py", "scaling, compute_dtype, fp32_setting())", "compute_dtype, fp32_setting())"),
+    Mutant("mica/kernel_path.py", "scaling, compute_dtype, fp32_setting())", "scaling, fp32_setting())"),
+    Mutant("mica/kernel_path.py", "compute_dtype, fp32_setting())", "compute_dtype)"),
+    Mutant("mica/kernel_path.py", "tensors = layout(dy), layout(x)", "tensors = layout(x)"),
+    Mutant("mica/kernel_path.py", "layout(x), layout(lora_A), layout(lora_B)\n", "layout(x), layout(lora_B)\n"),
+    Mutant("mica/kernel_path.py", "layout(lora_A), layout(lora_B)\n", "layout(lora_A)\n"),
+    Mutant("mica/kernel_path.py", "*tensors, scaling, dtype, fp32_setting())", "*tensors, dtype, fp32_setting())"),
+    Mutant("mica/kernel_path.py", "*tensors, scaling, dtype, fp32_setting())", "*tensors, scaling, fp32_setting())"),
+    Mutant("mica/kernel_path.py", "*tensors, scaling, dtype, fp32_setting())", "*tensors, scaling, dtype)"),
+    Mutant("mica/fast/grouping.py", ' and x.numel() * x.shape[-1] < _WORTH_GROUPING:', " and False:"),
 ]  # fmt: skip
