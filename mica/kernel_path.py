@@ -147,7 +147,7 @@ def linear_backward(
 
 def _planned_backward(dy, x, weight, lora_A, lora_B, scaling, dtype) -> tuple[Tensor, Tensor]:
     """`linear_backward` split, both gradients, by plans that are found together."""
-    tensors = layout(dy), layout(x), layout(lora_A), layout(lora_B)
+    tensors = layout(dy), layout(x), layout(lora_A)
     key = (tuning.state(), *tensors, scaling, dtype, fp32_setting())
     plans, factor = _backwards.get(key), prepare(lora_B, dtype)
     if plans is not None:
