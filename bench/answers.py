@@ -124,7 +124,8 @@ def cells(result: Result) -> Iterator[Group]:
 
 def _slower(result: Result, rival: str) -> str:
     found, count = [], 0
-    for group in cells(result):
+    without_gradient = result.select(**{"pass": NO_GRADIENT})
+    for group in (*cells(result), *without_gradient):
         for ours in (FAST, UNGROUPED):
             if ours in group.rivals and rival in group.rivals:
                 count += 1
@@ -161,13 +162,21 @@ def _layers(result: Result, rival: str, tokens: int = FEW_TOKENS) -> str:
 
 
 def _few_tokens(result: Result) -> str:
-    found = [
-        f"{group.axes['tokens']} x {group.axes['out']} x {group.axes['in']}, {group.axes['dtype']}: "
-        f"{group.ratio(FAST, STOCK)}"
+    """The range, and the slowest of them."""
+    few = [
+        (group.ratio(FAST, STOCK), group)
         for group in result.select(suite="layer", **{"pass": BOTH})
         if int(group.axes["tokens"]) < FEW_TOKENS
     ]
-    return _told(found)
+    if not few:
+        return NOT_MEASURED
+    few.sort(key=lambda pair: -pair[0].median)
+    found = [
+        f"{group.axes['tokens']} x {group.axes['out']} x {group.axes['in']}, r = {group.axes['rank']}, "
+        f"{group.axes['dtype']}: {ratio}"
+        for ratio, group in few[:SHOWN]
+    ]
+    return f"{len(few)} cells, the least {few[-1][0].median:.3f}, the most: {_told(found)}"
 
 
 def _host(result: Result, suite: str, call: str, forms: tuple[str, ...], most: float) -> str:

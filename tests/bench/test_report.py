@@ -73,7 +73,7 @@ def test_each_question_is_answered_with_its_figure(result):
     assert worst_first.index("merge: 3.000") < worst_first.index("128 tokens")
     assert "2 of 2 cells" in next(line for name, line in lines.items() if "16 bit" in name)
     few = next(line for name, line in lines.items() if "fewer than 256" in name)
-    assert "128 x 64 x 32, bfloat16: 1.100" in few
+    assert "128 x 64 x 32, r = 8, bfloat16: 1.100" in few
     assert "512" not in few
 
 

@@ -49,6 +49,13 @@ SETUPS = [
         "tests/mica/fast/test_grouping_checkpointing.py::test_random_programs_and_regions",
     ),
     Setup("`torch.compile(fullgraph=True)`", "yes", "yes", f"{TRAINING}::test_compile_fullgraph"),
+    Setup(
+        'graphed: `torch.compile(mode="reduce-overhead")`, `make_graphed_callables` (on stubs of streams and'
+        " captures; its tests with graphs wait for a GPU)",
+        "yes",
+        "yes",
+        "tests/kernels/test_workspace.py::test_what_is_kept_is_made_by_another_thread_on_the_default_stream",
+    ),
     Setup("autocast, bf16", "yes", "yes", f"{TRAINING}::test_autocast_bf16"),
     Setup(
         "autocast around a whole loop",
