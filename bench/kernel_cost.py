@@ -153,15 +153,14 @@ def ours(layer: Layer, fused: bool) -> Cost:
 
 
 def aten(layer: Layer, chunked: bool) -> Cost:
-    """`mica.reference`: skinny GEMMs and `addmm_`; s·A and s·B are made anew by every call.
+    """`mica.reference`: skinny GEMMs and `addmm_`, for a scaling of 1, which is not multiplied.
 
     Chunked, as it stands: dA from chunks of g and x that are copied to fp32 and multiplied there. The control
     has one bf16 product instead, the most that plain PyTorch can do; so has an fp32 layer, in fp32.
     """
     m, n, k, rank, size = *layer[:4], layer.size
-    scale_a, scale_b = (elementwise(rank * width, size, size) for width in (k, n))
-    forward = [scale_a, gemm(m, rank, k, size), gemm(m, n, k, size), gemm(m, n, rank, size, adds=True)]
-    backward = [scale_b, gemm(m, rank, n, size), gemm(m, k, n, size), gemm(m, k, rank, size, adds=True)]
+    forward = [gemm(m, rank, k, size), gemm(m, n, k, size), gemm(m, n, rank, size, adds=True)]
+    backward = [gemm(m, rank, n, size), gemm(m, k, n, size), gemm(m, k, rank, size, adds=True)]
     if not chunked or size == FP32:
         return Cost(forward, [*backward, gemm(rank, k, m, size)], size * m * k)
     for start in range(0, m, reference._TOKENS_PER_CHUNK):

@@ -104,7 +104,7 @@ def _grouped(layer, found: Operands, x: torch.Tensor) -> torch.Tensor:
     if output is not None:
         return output
     layers = grouping.members(layer)
-    together = None if layers is None else _fit_together(layers, x)
+    together = None if layers is None else _fit_together(layers, found, x)
     if together is None:
         output = _fused(layer.base_layer, found, x)
         grouping.observe(layer, x, output)
@@ -115,11 +115,16 @@ def _grouped(layer, found: Operands, x: torch.Tensor) -> torch.Tensor:
     return grouping.lead(layers, together, x, outputs)
 
 
-def _fit_together(layers, x: torch.Tensor) -> list[Operands] | None:
-    """Their operands, if all of them would run fused and alone on x, and nothing hangs on the call of one."""
+def _fit_together(layers, first: Operands, x: torch.Tensor) -> list[Operands] | None:
+    """Their operands, if all of them would run fused and alone on x, and nothing hangs on the call of one.
+
+    ``first``: the operands of the first layer, which is known to run so.
+    """
     together = []
     for layer in layers:
-        found = None if hangs_on_call(layer) else _alone(layer, x)
+        if hangs_on_call(layer):
+            return None
+        found = _alone(layer, x) if together else first
         if found is None or found.lora_A.device != x.device:
             return None
         if not found.lora_A.requires_grad:  # its output need not require a gradient, but a group's would

@@ -111,7 +111,7 @@ def test_the_bytes_of_a_launch(layer):
     from mica.kernels.up_projection import plan_up_projection
 
     base, h, factor = torch.zeros(20, 24), torch.zeros(20, 16), torch.zeros(16, 24)
-    out, launch = plan_up_projection(base, h, factor)
+    out, launch = plan_up_projection(base, h, factor).bound()
     assert gpu_timing.launch_bytes(launch, out) == 4 * (2 * 20 * 24 + 20 * 16 + 16 * 24)
 
 

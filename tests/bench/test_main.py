@@ -41,11 +41,11 @@ def usual(run):
 
 
 def test_it_writes_a_result_and_its_report(usual):
-    from bench.results import BACKWARD, BARE, FAST, FORWARD, STOCK, Result
+    from bench.results import BACKWARD, BARE, FAST, FORWARD, NO_GRADIENT, STOCK, Result
 
     file, output = usual
     result = Result.load(file)
-    assert [group.axes["pass"] for group in result.groups] == [FORWARD, BACKWARD]
+    assert [group.axes["pass"] for group in result.groups] == [FORWARD, BACKWARD, NO_GRADIENT]
     for group in result.groups:
         assert {BARE, STOCK, FAST} <= group.rivals.keys()
         assert {len(rival.seconds) for rival in group.rivals.values()} == {5}

@@ -260,7 +260,7 @@ MUTANTS = [
     Mutant("mica/fast/layers.py", "        if not found.lora_A.requires_grad:", "        if False:"),
     Mutant("mica/fast/layers.py", "if adapters or first.dropout_p or not", "if adapters or not"),
     Mutant("mica/fast/settings.py", "_switched_on and not _blocks", "_switched_on"),
-    Mutant("mica/fast/layers.py", "None if hangs_on_call(layer) else _alone(layer, x)", "_alone(layer, x)"),
+    Mutant("mica/fast/layers.py", "        if hangs_on_call(layer):\n", "        if False:\n"),
     Mutant("mica/fast/layers.py", "if fits and not adapter.dropout_p else None", "if fits else None"),
     Mutant("mica/fast/hotswap.py", "            backend.forget_prepared()\n", ""),
     Mutant("mica/fast/mixed_batch.py", "h[index, ..., h.shape[-1] - part.shape[-1] :]", "h[index, ..., : part.shape[-1]]"),
