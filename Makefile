@@ -43,7 +43,7 @@ conformance: $(READY)
 	$(RUN) -m pip install -q -e ".[conformance]"
 	$(RUN) tests/conformance.py
 
-# All suites, about 16 minutes on two cores; ARGS=--quick about 6, ARGS=--full much longer
+# All suites, about 25 minutes on two cores; ARGS=--quick about 8, ARGS=--full much longer
 bench: $(READY)
 	$(RUN) -m bench $(ARGS)
 

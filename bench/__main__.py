@@ -55,7 +55,7 @@ def suites(selection: str, environment: dict[str, str]) -> list[Path]:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     size = parser.add_mutually_exclusive_group()
-    size.add_argument("--quick", dest="size", action="store_const", const="quick", help="a look, 6 minutes")
+    size.add_argument("--quick", dest="size", action="store_const", const="quick", help="a look, 8 minutes")
     size.add_argument(
         "--full", dest="size", action="store_const", const="full", help="more shapes, much longer"
     )
