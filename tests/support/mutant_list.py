@@ -43,7 +43,7 @@ TESTS = {
     "mica/group_ops.py": ["tests/mica/test_group_ops.py", "tests/mica/fast/test_grouping_checkpointing.py"],
     "mica/kernel_path.py": ["tests/mica/test_kernel_plans.py", "tests/mica/test_kernel_path.py", "tests/mica/test_factor_ops.py",
                             "tests/mica/test_group_ops.py"],
-    "mica/ops.py": ["tests/mica/test_kernel_path.py", "tests/mica/test_ops.py"],
+    "mica/ops.py": ["tests/mica/test_ops.py", "tests/mica/fast/test_changes.py", "tests/mica/test_kernel_path.py"],
     "mica/products.py": ["tests/mica/test_products.py"],
     "mica/reference.py": ["tests/mica/test_reference.py", "tests/mica/test_group_ops.py"],
 }  # fmt: skip
