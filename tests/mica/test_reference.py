@@ -292,3 +292,13 @@ def test_dropout_agrees_with_autograd_on_the_masked_input(dtype, adapter_dtype, 
     )
     for value, expected in zip(backward, (dx, dA), strict=True):
         assert error(value, expected) <= RELATIVE[dtype]
+
+
+def test_products_in_another_dtype_than_all_operands():
+    """bf16 x, A and B, and products in fp32: h is not rounded on its way."""
+    p = problem((40,), 48, 30, 12, torch.bfloat16, torch.bfloat16, scaling=2.0)
+    y = reference.forward(p.x, p.weight, p.lora_A, p.lora_B, p.scaling, p.bias, torch.float32)
+    h = reference.down_projection(p.x, p.lora_A, p.scaling, torch.float32)
+    base = reference.addmm(p.bias, (p.x, p.weight.t()))
+    assert torch.equal(y, reference.up_projection(base, h, p.lora_B))
+    assert not torch.equal(y, reference.forward(p.x, p.weight, p.lora_A, p.lora_B, p.scaling, p.bias))

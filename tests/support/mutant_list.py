@@ -234,8 +234,6 @@ MUTANTS = [
     Mutant("mica/reference.py", "dtype != torch.float16 and frexp", "frexp"),
     Mutant("mica/reference.py", "frexp(scaling)[0] in (0.5, -0.5)", "True"),
     Mutant("mica/reference.py", "frexp(scaling)[0] in (0.5, -0.5)", "False"),
-    Mutant("mica/reference.py", "left.shape[0] < factor.shape[0]", "left.shape[0] >= factor.shape[0]"),
-    Mutant("mica/reference.py", "    if scaling == 1.0:\n        return addmm", "    if False:\n        return addmm"),
     Mutant("mica/reference.py", "product_dtype(x, (lora_A, lora_B), compute_dtype or x.dtype)", "compute_dtype or x.dtype"),
     Mutant("mica/reference.py", "product_dtype(x, (*lora_As, *lora_Bs), compute_dtype or x.dtype)", "compute_dtype or x.dtype"),
     Mutant("mica/reference.py", "product_dtype(grad_output, (lora_A, lora_B), compute_dtype)", "compute_dtype"),
