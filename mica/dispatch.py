@@ -60,7 +60,7 @@ def plain(body: Callable) -> Callable:
     return run
 
 
-_PLAIN = (Tensor, torch.nn.Parameter)
+PLAIN = (Tensor, torch.nn.Parameter)  # the classes of tensors that nothing listens to
 
 
 def is_direct(*tensors: Tensor | None) -> bool:
@@ -73,7 +73,7 @@ def is_direct(*tensors: Tensor | None) -> bool:
     if torch.compiler.is_compiling():
         return False
     for tensor in tensors:
-        if tensor is not None and type(tensor) not in _PLAIN:
+        if tensor is not None and type(tensor) not in PLAIN:
             return False
     return not (
         torch._C._len_torch_dispatch_stack()

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-_FLOATING = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+FLOATING = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 _INTEGER = (torch.int32, torch.int64)
 
 
@@ -30,7 +30,7 @@ def check_linear(
     _check_compute(compute_dtype, dropout_p, seed)
     if bias is not None and bias.shape != weight.shape[:1]:
         raise ValueError(f"bias must be ({weight.shape[0]},), but it is {tuple(bias.shape)}.")
-    _check_dtypes(_FLOATING, x=x, weight=weight, lora_A=lora_A, lora_B=lora_B, bias=bias)
+    _check_dtypes(FLOATING, x=x, weight=weight, lora_A=lora_A, lora_B=lora_B, bias=bias)
     _check_one_device(x=x, weight=weight, lora_A=lora_A, lora_B=lora_B, bias=bias, seed=seed)
     if not _is_autocast(x.device.type):
         for name, tensor in (("weight", weight), ("bias", bias)):
@@ -75,7 +75,7 @@ def check_down_projection(
         )
     _check_rank(lora_A)
     _check_compute(compute_dtype, dropout_p, seed)
-    _check_dtypes(_FLOATING, x=x, lora_A=lora_A)
+    _check_dtypes(FLOATING, x=x, lora_A=lora_A)
     _check_one_device(x=x, lora_A=lora_A, seed=seed)
 
 
@@ -88,7 +88,7 @@ def check_up_projection(y: Tensor, h: Tensor, lora_B: Tensor) -> None:
         )
     if lora_B.shape[1] == 0:
         raise ValueError(f"the rank must be at least 1, but lora_B is {tuple(lora_B.shape)}.")
-    _check_dtypes(_FLOATING, y=y, h=h, lora_B=lora_B)
+    _check_dtypes(FLOATING, y=y, h=h, lora_B=lora_B)
     _check_one_device(y=y, h=h, lora_B=lora_B)
     _check_frozen(lora_B=lora_B)
 
@@ -101,7 +101,7 @@ def check_embedding(indices: Tensor, lora_A: Tensor, lora_B: Tensor) -> None:
         )
     _check_rank(lora_A)
     _check_dtypes(_INTEGER, indices=indices)
-    _check_dtypes(_FLOATING, lora_A=lora_A, lora_B=lora_B)
+    _check_dtypes(FLOATING, lora_A=lora_A, lora_B=lora_B)
     _check_one_device(indices=indices, lora_A=lora_A, lora_B=lora_B)
     _check_frozen(lora_B=lora_B)
 
@@ -110,12 +110,12 @@ def check_merge(weight: Tensor, lora_A: Tensor, lora_B: Tensor) -> None:
     if weight.dim() != 2:
         raise ValueError(f"weight must be (out_features, in_features), but it is {tuple(weight.shape)}.")
     _check_adapter(weight, lora_A, lora_B)
-    _check_dtypes(_FLOATING, weight=weight, lora_A=lora_A, lora_B=lora_B)
+    _check_dtypes(FLOATING, weight=weight, lora_A=lora_A, lora_B=lora_B)
     _check_one_device(weight=weight, lora_A=lora_A, lora_B=lora_B)
 
 
 def _check_compute(compute_dtype: torch.dtype | None, dropout_p: float, seed: Tensor | None) -> None:
-    if compute_dtype is not None and compute_dtype not in _FLOATING:
+    if compute_dtype is not None and compute_dtype not in FLOATING:
         raise TypeError(f"compute_dtype must be a floating dtype, but it is {compute_dtype}.")
     if not 0.0 <= dropout_p < 1.0:
         raise ValueError(f"dropout_p must be at least 0 and below 1, but it is {dropout_p}.")

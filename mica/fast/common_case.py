@@ -14,13 +14,12 @@ from peft.tuners import lora
 from torch import Tensor, nn
 from torch.nn.modules import module as nn_module
 
-from mica.dispatch import is_direct
+from mica.dispatch import PLAIN, is_direct
 from mica.fast.eligibility import FORWARDS, MiCALinearVariant
+from mica.operands import FLOATING
 
 _LINEAR, _IDENTITY = nn.Linear, nn.Identity
-_PLAIN = (Tensor, nn.Parameter)
 _SIXTEEN_BIT = (torch.bfloat16, torch.float16)
-_FLOATING = (torch.float32, *_SIXTEEN_BIT, torch.float64)
 
 
 class Operands(NamedTuple):
@@ -90,7 +89,7 @@ def operands(layer, x: Tensor) -> Operands | None:
         return None
     for tensor in (weight, A, B) if bias is None else (weight, A, B, bias):
         if (
-            type(tensor) not in _PLAIN
+            type(tensor) not in PLAIN
             or tensor.layout is not torch.strided
             or tensor.is_meta
             or hasattr(tensor, "ds_id")
@@ -106,7 +105,7 @@ def operands(layer, x: Tensor) -> Operands | None:
     ):
         return None
     dtype, adapter_dtype = x.dtype, A.dtype
-    if weight.dtype is not dtype or B.dtype is not adapter_dtype or dtype not in _FLOATING:
+    if weight.dtype is not dtype or B.dtype is not adapter_dtype or dtype not in FLOATING:
         return None
     if adapter_dtype is not dtype and not (
         adapter_dtype is torch.float32 and dtype in _SIXTEEN_BIT and layer.cast_input_dtype_enabled

@@ -19,7 +19,7 @@ from torch._C import _get_tracing_state
 from torch.nn.modules import module as nn_module
 from transformers.pytorch_utils import Conv1D
 
-_PLAIN = (torch.Tensor, nn.Parameter)
+from mica.dispatch import PLAIN
 
 # None in a PEFT that has moved them: `patching` then says so and nothing here is reached.
 MiCALinearVariant = getattr(variants, "MiCALinearVariant", None)
@@ -218,12 +218,7 @@ def _has_hooks(module: nn.Module) -> bool:
 
 def _why_not_read_directly(part: str, module: nn.Module) -> str | None:
     """A call of the module would do more than its formula: then it has to be called."""
-    if (  # `_has_hooks`, without a call
-        module._forward_hooks
-        or module._forward_pre_hooks
-        or module._backward_hooks
-        or module._backward_pre_hooks
-    ):
+    if _has_hooks(module):
         return f"hooks on the {part}"
     if "forward" in module.__dict__:
         return f"the {part} has a forward of its own (offloading or another patch)"
@@ -243,7 +238,7 @@ def _global_hooks() -> bool:
 
 
 def _why_not_plain(part: str, tensor: torch.Tensor) -> str | None:
-    if type(tensor) not in _PLAIN:
+    if type(tensor) not in PLAIN:
         return f"the {part} is a {type(tensor).__name__}, not a plain tensor"
     if tensor.is_meta or hasattr(tensor, "ds_id"):
         return f"the {part} is offloaded or partitioned"
@@ -270,7 +265,7 @@ def _why_not_frozen(part: str, tensor: torch.Tensor | None) -> str | None:
 
 def _is_plain(x: torch.Tensor) -> bool:
     """Not nested, sparse, of mkldnn or of another class of tensors."""
-    return type(x) in _PLAIN and x.layout is torch.strided and not x.is_nested
+    return type(x) in PLAIN and x.layout is torch.strided and not x.is_nested
 
 
 def dtypes_fit(layer, x: torch.Tensor, lora_A: torch.Tensor, lora_B: torch.Tensor) -> bool:

@@ -315,10 +315,10 @@ MUTANTS = [
     Mutant(_FIT, "    if _global_hooks():", "    if False:"),
     Mutant(_FIT, '    if "forward" in module.__dict__:', "    if False:"),
     Mutant(_FIT, "    if kind.forward is not FORWARDS[kind]:", "    if False:"),
-    Mutant(_FIT, "        or module._backward_hooks\n        or module._backward_pre_hooks\n    ):", "    ):"),
+    Mutant(_FIT, "        or module._backward_hooks\n        or module._backward_pre_hooks\n", ""),
     Mutant(_FIT, "if reason is None and tensor.requires_grad else reason", "if False else reason"),
     # the short way past the dispatcher
-    Mutant("mica/dispatch.py", "        if tensor is not None and type(tensor) not in _PLAIN:", "        if False:"),
+    Mutant("mica/dispatch.py", "        if tensor is not None and type(tensor) not in PLAIN:", "        if False:"),
     Mutant("mica/dispatch.py", "        torch._C._len_torch_dispatch_stack()\n        or torch", "        torch"),
     Mutant("mica/dispatch.py", "        or torch._C._len_torch_function_stack()\n", ""),
     Mutant("mica/dispatch.py", "        or is_transformed()\n", ""),
