@@ -28,20 +28,20 @@ lint: $(READY)
 
 # Every kernel configuration, compiled for every GPU target without a GPU
 static: $(READY)
-	$(RUN) tests/static_gate.py
+	$(RUN) -m tests.static_gate
 
 # Small wrong edits of the kernels: each must turn the tests red
 mutants: $(READY)
-	$(RUN) tests/mutants.py
+	$(RUN) -m tests.mutants
 
 # Random sequences of actions, with the backend and with stock PEFT: ARGS='--minutes 60', '--kind t5', '--groups'
 fuzz: $(READY)
-	OMP_WAIT_POLICY=passive $(RUN) tests/fuzz.py $(ARGS)
+	OMP_WAIT_POLICY=passive $(RUN) -m tests.fuzz $(ARGS)
 
 # PEFT's own tests with the backend and without
 conformance: $(READY)
 	$(RUN) -m pip install -q -e ".[conformance]"
-	$(RUN) tests/conformance.py
+	$(RUN) -m tests.conformance
 
 # All suites, about 25 minutes on two cores; ARGS=--quick about 8, ARGS=--full much longer
 bench: $(READY)

@@ -3,7 +3,6 @@
 import functools
 from contextlib import nullcontext
 
-import models
 import pytest
 import torch
 from peft import PeftModel
@@ -11,6 +10,7 @@ from peft import PeftModel
 import mica.fast
 from bench.harness import DEVICE, peak_growth, pick
 from bench.results import FAST, STOCK
+from tests.support import models
 
 # Stock PEFT's initialisation takes most of a minute with its loading, which runs every SVD, too.
 ROUNDS = pick(quick=1, default=2, full=3)

@@ -14,7 +14,6 @@ from contextlib import contextmanager, nullcontext
 from functools import partial
 from typing import NamedTuple
 
-import models
 import pytest
 import torch
 from transformers import AutoModel, GPT2Config, LlamaConfig, PretrainedConfig, Qwen2Config
@@ -26,6 +25,7 @@ from bench.decoder import forward, results, step
 from bench.harness import DEVICE, iterations, pick
 from bench.results import BARE, GROUPED, STOCK, STOCK_16, UNGROUPED
 from bench.saved import saved_bytes
+from tests.support import models
 
 ROUNDS, RANK, WARM_UP = pick(quick=5, default=6), 16, 2
 # Relative differences of y, dx and dA from stock PEFT's, whose adapters compute in fp32.

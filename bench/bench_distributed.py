@@ -15,11 +15,11 @@ from bench.harness import SIZE
 
 pytestmark = pytest.mark.skipif(SIZE != "full", reason="part of --full")
 ROUNDS = 3
-SUPPORT = Path(__file__).resolve().parent.parent / "tests" / "support"
+ROOT = Path(__file__).resolve().parent.parent
 PROCESS = """
 import hashlib, sys
 import torch, torch.distributed as dist
-import models
+from tests.support import models
 
 store, rank, count = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
 dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=count)
@@ -54,7 +54,7 @@ def bench_distributed(once, tmp_path, round_, count):
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
             text=True,
-            env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(SUPPORT)},
+            env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
         )
         for rank in range(count)
     ]

@@ -10,13 +10,13 @@ import time
 
 import pytest
 import torch
-from tolerances import RELATIVE
 
 from bench.harness import DEVICE, finished, iterations, pick
 from bench.layer import exact, make_layer, relative_errors
 from bench.results import FLOAT32
 from mica.ops import mica_linear
 from mica.products import has_native
+from tests.support.tolerances import RELATIVE
 
 ROUNDS = pick(quick=3, default=7)
 SHAPES = pick(

@@ -18,10 +18,8 @@ from itertools import count
 from types import SimpleNamespace
 from typing import NamedTuple
 
-import models
 import pytest
 import torch
-from tolerances import RELATIVE
 from transformers import AutoModel, GenerationConfig, LlamaConfig
 
 import mica.fast
@@ -47,8 +45,10 @@ from bench.results import (
     STOCK_16,
 )
 from mica.products import has_native
+from tests.support import models
+from tests.support.tolerances import RELATIVE
 
-no_launch = pytest.importorskip("no_launch")  # imports Triton
+no_launch = pytest.importorskip("tests.support.no_launch")  # imports Triton
 pytestmark = pytest.mark.skipif(DEVICE != "cpu", reason="Triton's driver is replaced for the whole process")
 
 DTYPES = {"float32": torch.float32}

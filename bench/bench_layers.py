@@ -4,7 +4,6 @@ import functools
 import time
 from contextlib import nullcontext
 
-import models
 import pytest
 import torch
 from transformers import AutoModel, LlamaConfig
@@ -13,6 +12,7 @@ import mica.fast
 from bench.decoder import results, step
 from bench.harness import DEVICE, iterations, pick
 from bench.results import BARE, FAST, STOCK
+from tests.support import models
 
 ROUNDS = pick(quick=4, default=6)
 LAYERS = pick(quick=[1, 2, 4], default=[1, 2, 4, 8])

@@ -10,9 +10,7 @@ import copy
 import functools
 from contextlib import nullcontext
 
-import models
 import pytest
-import quantised_models
 import torch
 from peft import LoraConfig, get_peft_model
 
@@ -20,6 +18,7 @@ import mica.fast
 from bench.harness import SIZE, pick
 from bench.results import BARE, FAST, LORA
 from bench.saved import saved_bytes
+from tests.support import models, quantised_models
 
 # A step takes 6 s, unpacking most of it: part of a full run.
 pytestmark = pytest.mark.skipif(SIZE != "full", reason="part of --full")

@@ -9,7 +9,6 @@ import copy
 import functools
 from contextlib import nullcontext
 
-import models
 import pytest
 import torch
 
@@ -17,6 +16,7 @@ import mica.fast
 from bench.harness import DEVICE, optimizer_bytes, peak_growth, pick, trainable_bytes
 from bench.results import BARE, FAST, STOCK, STOCK_16
 from bench.saved import saved_bytes
+from tests.support import models
 
 ROUNDS = pick(quick={"bfloat16": 4}, default={"bfloat16": 6, "float32": 3})
 TOKENS = pick(quick={"bfloat16": (1, 256)}, default={"bfloat16": (2, 512), "float32": (1, 512)})

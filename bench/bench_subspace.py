@@ -9,13 +9,13 @@ its highest point over the fp32 size of the weight, for weights of 16 MB and mor
 import functools
 import time
 
-import models
 import pytest
 import torch
 
 from bench.harness import DEVICE, iterations, peak_growth, pick
 from bench.results import SVD, SVD_TALL
 from mica import minor_subspace
+from tests.support import models
 
 EMBEDDING = (576, 49152)
 # Rounds of each shape (out x in).

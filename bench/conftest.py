@@ -10,7 +10,6 @@ import gc
 import json
 import os
 import platform
-import sys
 from collections.abc import Callable
 from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
@@ -21,7 +20,6 @@ import torch
 
 from bench.harness import DEVICE, SIZE, finished, instructions, limit
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests" / "support"))
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ["MICA_CACHE"] = "0"  # solved, not found
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import models
 import torch
 from torch import Tensor, nn
+
+from tests.support import models
 
 
 def forward(model: nn.Module, x: Tensor) -> Tensor:

@@ -1,6 +1,6 @@
 """PEFT's own tests, from the source distribution of the installed version, with the backend and without.
 
-    python tests/conformance.py [--work DIR] [--processes N]
+    python -m tests.conformance [--work DIR] [--processes N]
 
 Exactly the tests that fail without the backend (those that need the hub) may fail with it. The backend's
 operators must have run in PEFT's MiCA tests and in no other. Exit status 0 if so.

@@ -9,18 +9,16 @@ import sys
 import time
 import traceback
 import warnings
-from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("MICA_CACHE", "0")
 os.environ.setdefault("TRITON_INTERPRET", "1")
 os.environ.setdefault("MICA_TUNE_FILE", "no such folder/tuning.json")
-sys.path.insert(0, str(Path(__file__).resolve().parent / "support"))
-
 import torch
-from fuzz_machine import KINDS, machine, tally
 from hypothesis import HealthCheck, Phase, seed, settings
 from hypothesis.stateful import run_state_machine_as_test
+
+from tests.support.fuzz_machine import KINDS, machine, tally
 
 
 def main() -> int:

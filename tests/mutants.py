@@ -16,9 +16,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent / "support"))
-
-from mutant_list import MUTANTS, TESTS, Mutant
+from tests.support.mutant_list import MUTANTS, TESTS, Mutant
 
 ROOT = Path(__file__).resolve().parent.parent
 COPIED = ("kernels", "mica", "tests", "bench", "pyproject.toml")

@@ -5,10 +5,10 @@ import re
 from pathlib import Path
 
 import pytest
-from models import tiny_llama
-from setups import SETUPS, table
 
 import mica.fast
+from tests.support.models import tiny_llama
+from tests.support.setups import SETUPS, table
 
 ROOT = Path(__file__).parents[1]
 
@@ -42,7 +42,7 @@ def test_the_examples_run(monkeypatch):
 
 
 def test_readme_holds_the_table():
-    """`python tests/support/setups.py` prints what belongs between the markers."""
+    """`python -m tests.support.setups` prints what belongs between the markers."""
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     assert readme.count("<!-- setups -->") == readme.count("<!-- /setups -->") == 1
     between = readme.partition("<!-- setups -->")[2].partition("<!-- /setups -->")[0]

@@ -8,13 +8,12 @@ from pathlib import Path
 
 import pytest
 
-TESTS = Path(__file__).resolve().parent
+ROOT = Path(__file__).resolve().parents[1]
 
 SCRIPT = """
 import json, sys, torch
-sys.path[:0] = sys.argv[1:]
-import static_gate
-from static_cases import BF16, FP32, Case, empty
+from tests import static_gate
+from tests.support.static_cases import BF16, FP32, Case, empty
 from mica.kernels.configs import Config
 from mica.kernels.down_projection import plan_down_projection
 from mica.kernels.embedding import plan_grad_a_embedding
@@ -51,8 +50,8 @@ print(json.dumps(found))
 @pytest.fixture(scope="module")
 def faults():
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
-    command = [sys.executable, "-c", SCRIPT, str(TESTS), str(TESTS / "support")]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    command = [sys.executable, "-c", SCRIPT]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout.splitlines()[-1])
 
@@ -81,7 +80,7 @@ def test_a_good_launch_passes(faults, case):
 
 def test_it_does_not_pretend_to_compile_interpreted_kernels():
     environment = {**os.environ, "TRITON_INTERPRET": "1"}
-    command = [sys.executable, str(TESTS / "static_gate.py")]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    command = [sys.executable, "-m", "tests.static_gate"]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 1
     assert "unset TRITON_INTERPRET" in done.stderr

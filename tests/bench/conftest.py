@@ -1,15 +1,11 @@
 """The texts of `bench.quality` for a tiny model: words are tokens, and new models are made up."""
 
-import sys
-from pathlib import Path
-
 import pytest
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
 from transformers import PreTrainedTokenizerFast
 
-sys.path.append(str(Path(__file__).resolve().parents[2]))  # `bench` is run from a checkout, never installed
 from bench import quality_text
 
 NEW, OLD = "# Copyright 2025 The Somebody Team.\n", "# Copyright 2023 The Somebody Team.\n"

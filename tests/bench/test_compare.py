@@ -2,13 +2,10 @@
 
 import json
 import random
-import sys
 from importlib import import_module
-from pathlib import Path
 
 import pytest
 
-sys.path.append(str(Path(__file__).resolve().parents[2]))  # `bench` is run from a checkout, never installed
 compare, results = import_module("bench.compare"), import_module("bench.results")
 BARE, STOCK, FAST, Rival = results.BARE, results.STOCK, results.FAST, results.Rival
 SVD, SOLVER = "torch.linalg.svd", "minor_subspace, auto, r = 16"

@@ -1,6 +1,5 @@
 """The suite of host time: what it asks of a rival before and after it is timed."""
 
-import sys
 from collections import Counter
 from contextlib import nullcontext
 from importlib import import_module
@@ -8,12 +7,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from models import tiny_llama
 
 import mica.fast
+from tests.support.models import tiny_llama
 
 ROOT = Path(__file__).resolve().parents[2]
-sys.path.append(str(ROOT))  # `bench` is run from a checkout, never installed
 bench_host, results = (import_module(f"bench.{name}") for name in ("bench_host", "results"))
 BOTH, NO_GRADIENT = results.BOTH, results.NO_GRADIENT
 

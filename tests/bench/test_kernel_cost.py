@@ -3,9 +3,7 @@
 import json
 import sys
 from importlib import import_module
-from pathlib import Path
 
-import models
 import pytest
 import torch
 
@@ -15,8 +13,8 @@ from mica.kernels.down_projection import plan_down_projection
 from mica.kernels.fused_linear import plan_fused_linear
 from mica.kernels.grad_a import plan_grad_a
 from mica.kernels.up_projection import plan_up_projection
+from tests.support import models
 
-sys.path.append(str(Path(__file__).resolve().parents[2]))  # `bench` is run from a checkout, never installed
 model = import_module("bench.kernel_cost")
 solver_cost = import_module("bench.solver_cost")
 

@@ -8,7 +8,6 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-sys.path.append(str(ROOT))  # `bench` is run from a checkout, never installed
 CELL = "1024x576x576-r16-bfloat16"
 
 
@@ -20,10 +19,13 @@ def run(tmp_path_factory):
     def run(name, operator=None, which=CELL):
         # not those of this test run: in a worker of xdist, pytest-benchmark times nothing
         outside = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
-        environment = {**outside, "PYTHONPATH": f"{ROOT}:{ROOT / 'tests' / 'support'}"}
+        environment = {**outside, "PYTHONPATH": str(ROOT)}
         environment.pop("TRITON_INTERPRET", None)
         if operator:
-            environment |= {"MICA_TEST_OPERATOR": operator, "PYTEST_ADDOPTS": "-p broken_operator"}
+            environment |= {
+                "MICA_TEST_OPERATOR": operator,
+                "PYTEST_ADDOPTS": "-p tests.support.broken_operator",
+            }
         command = [sys.executable, "-m", "bench", "--quick", "-k", which, "--name", name]
         done = subprocess.run(
             [*command, "--output", folder], cwd=ROOT, env=environment, capture_output=True, text=True

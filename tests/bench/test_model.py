@@ -3,11 +3,9 @@
 import json
 import sys
 from importlib import import_module
-from pathlib import Path
 
 import pytest
 
-sys.path.append(str(Path(__file__).resolve().parents[2]))  # `bench` is run from a checkout, never installed
 model = import_module("bench.model")
 model_error = import_module("bench.model_error")
 initialisation_cost = import_module("bench.initialisation_cost")

@@ -1,15 +1,12 @@
 """Pictures of a run: which are drawn, what is in them, and that they repeat and read on both pages."""
 
 import random
-import sys
 from importlib import import_module
 from itertools import pairwise
-from pathlib import Path
 from xml.etree import ElementTree
 
 import pytest
 
-sys.path.append(str(Path(__file__).resolve().parents[2]))  # `bench` is run from a checkout, never installed
 plots, drawing, results = (import_module(f"bench.{name}") for name in ("plots", "drawing", "results"))
 BARE, STOCK, STOCK_16, FAST = results.BARE, results.STOCK, results.STOCK_16, results.FAST
 LORA, ATEN, GROUPED, UNGROUPED = results.LORA, results.ATEN, results.GROUPED, results.UNGROUPED

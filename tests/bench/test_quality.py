@@ -4,20 +4,16 @@ import copy
 import json
 import math
 import re
-import sys
 from itertools import pairwise
-from pathlib import Path
 from statistics import mean, median
 
-import models
 import pytest
 import torch
 
 import mica.fast
-
-sys.path.append(str(Path(__file__).resolve().parents[2]))  # `bench` is run from a checkout, never installed
 from bench import quality, quality_plot, quality_report, quality_search, quality_text, quality_train
 from bench.quality_report import FULL, MICA, SAME_RANK, SAME_SIZE, STOCK
+from tests.support import models
 
 SETTINGS = {"rank": 4, "steps": 4, "tries": 2, "seeds": 2, "length": 32, "people": 8, "eval_blocks": 2}
 MACHINE = {"cpu": "a machine", "threads": 2, "torch": "2.0", "commit": "abc"}

@@ -1,11 +1,9 @@
 """What `bench.quality` trains on, and that nothing of it is in what is held out."""
 
-import sys
 from pathlib import Path
 
 import pytest
 
-sys.path.append(str(Path(__file__).resolve().parents[2]))  # `bench` is run from a checkout, never installed
 from bench import quality_text
 from mica.errors import UsageError
 

@@ -1,12 +1,9 @@
 """The report: tables, and the lines that answer."""
 
-import sys
 from importlib import import_module
-from pathlib import Path
 
 import pytest
 
-sys.path.append(str(Path(__file__).resolve().parents[2]))  # `bench` is run from a checkout, never installed
 answers, report, results = (import_module(f"bench.{name}") for name in ("answers", "report", "results"))
 BARE, STOCK, STOCK_16, FAST = results.BARE, results.STOCK, results.STOCK_16, results.FAST
 MACHINE = {"cpu": "A", "threads": 2, "torch": "2.9", "commit": "abc", "uncommitted_changes": False}

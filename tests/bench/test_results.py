@@ -3,13 +3,10 @@
 import json
 import math
 import random
-import sys
 from importlib import import_module
-from pathlib import Path
 
 import pytest
 
-sys.path.append(str(Path(__file__).resolve().parents[2]))  # `bench` is run from a checkout, never installed
 results = import_module("bench.results")
 BARE, FAST, FORWARD, BACKWARD, BOTH = (
     results.BARE,

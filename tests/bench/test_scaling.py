@@ -1,12 +1,9 @@
 """Exponents of measured times beside those of the operations."""
 
-import sys
 from importlib import import_module
-from pathlib import Path
 
 import pytest
 
-sys.path.append(str(Path(__file__).resolve().parents[2]))  # `bench` is run from a checkout, never installed
 scaling, results = import_module("bench.scaling"), import_module("bench.results")
 BARE, STOCK, FAST = results.BARE, results.STOCK, results.FAST
 BASE = {"tokens": 1024, "out": 2048, "in": 2048, "rank": 16, "dtype": "bfloat16"}

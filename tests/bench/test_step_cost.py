@@ -1,16 +1,13 @@
 """A modelled step: shapes and memory as published and measured, passes as Hugging Face's code makes them."""
 
-import sys
 from collections import Counter
 from importlib import import_module
-from pathlib import Path
 
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig
 
-sys.path.append(str(Path(__file__).resolve().parents[2]))  # `bench` is run from a checkout, never installed
 step_cost = import_module("bench.step_cost")
 kernel_cost = import_module("bench.kernel_cost")
 architectures = import_module("bench.architectures")

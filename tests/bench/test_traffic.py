@@ -2,11 +2,9 @@
 
 import sys
 from importlib import import_module
-from pathlib import Path
 
 import pytest
 
-sys.path.append(str(Path(__file__).resolve().parents[2]))  # `bench` is run from a checkout, never installed
 traffic = import_module("bench.traffic")
 
 # M 3, K 5, r 1, two layers with N 2 and 4. Bytes: x and dx 30; W 20 and 40; y and dy 12 and 24; h and g 6;

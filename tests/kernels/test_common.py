@@ -2,10 +2,10 @@ import pytest
 import torch
 import triton
 import triton.language as tl
-from kernel_cases import DEVICE, seed_of
 
 from mica import reference
 from mica.kernels import common
+from tests.support.kernel_cases import DEVICE, seed_of
 
 
 @triton.jit

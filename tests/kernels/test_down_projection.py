@@ -1,7 +1,12 @@
 import pytest
 import torch
-from guarding import run_guarded
-from kernel_cases import (
+
+from mica import reference
+from mica.kernels import configs
+from mica.kernels.common import padded_columns
+from mica.kernels.down_projection import down_projection, plan_down_projection, split_evenly
+from tests.support.guarding import run_guarded
+from tests.support.kernel_cases import (
     DTYPES,
     SHAPES,
     dtypes,
@@ -13,13 +18,8 @@ from kernel_cases import (
     seed_of,
     sizes,
 )
-from properties import given, st
-from tolerances import RELATIVE, error
-
-from mica import reference
-from mica.kernels import configs
-from mica.kernels.common import padded_columns
-from mica.kernels.down_projection import down_projection, plan_down_projection, split_evenly
+from tests.support.properties import given, st
+from tests.support.tolerances import RELATIVE, error
 
 
 def expected(x, factor, scale, dropout_p=0.0, seed=None):

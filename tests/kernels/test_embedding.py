@@ -1,12 +1,12 @@
 import pytest
 import torch
-from guarding import run_guarded
-from kernel_cases import DEVICE, layouts, operand, ranks, sizes
-from properties import given, st
-from tolerances import RELATIVE, error
 
 from mica.kernels.common import padded_columns
 from mica.kernels.embedding import embedding, grad_a_embedding, plan_embedding, plan_grad_a_embedding
+from tests.support.guarding import run_guarded
+from tests.support.kernel_cases import DEVICE, layouts, operand, ranks, sizes
+from tests.support.properties import given, st
+from tests.support.tolerances import RELATIVE, error
 
 DTYPES = [
     (torch.float32, torch.float32),

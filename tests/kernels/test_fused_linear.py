@@ -1,7 +1,11 @@
 import pytest
 import torch
-from guarding import run_guarded
-from kernel_cases import (
+
+from mica import reference
+from mica.kernels import configs
+from mica.kernels.fused_linear import fused_linear, plan_fused_linear, why_not_descriptor
+from tests.support.guarding import run_guarded
+from tests.support.kernel_cases import (
     DTYPES,
     SHAPES,
     dtypes,
@@ -13,12 +17,8 @@ from kernel_cases import (
     seed_of,
     sizes,
 )
-from properties import given, st
-from tolerances import RELATIVE, error
-
-from mica import reference
-from mica.kernels import configs
-from mica.kernels.fused_linear import fused_linear, plan_fused_linear, why_not_descriptor
+from tests.support.properties import given, st
+from tests.support.tolerances import RELATIVE, error
 
 
 def expected(x, w, h, factor, bias=None, scale=1.0, dropout_p=0.0, seed=None):

@@ -1,14 +1,23 @@
 import pytest
 import torch
-from guarding import run_guarded
-from kernel_cases import SHAPES, far_apart, layouts, operand, probabilities, ranks, seed_of, sizes
-from properties import given, st
-from tolerances import RELATIVE, error
 
 from mica import reference
 from mica.kernels import configs
 from mica.kernels.common import padded_columns
 from mica.kernels.grad_a import grad_a, plan_grad_a
+from tests.support.guarding import run_guarded
+from tests.support.kernel_cases import (
+    SHAPES,
+    far_apart,
+    layouts,
+    operand,
+    probabilities,
+    ranks,
+    seed_of,
+    sizes,
+)
+from tests.support.properties import given, st
+from tests.support.tolerances import RELATIVE, error
 
 DTYPES = [
     (torch.float32, torch.float32),

@@ -11,13 +11,13 @@ from types import SimpleNamespace
 import pytest
 import torch
 import triton
-from launched import cases, refusals
 from triton.compiler import CompiledKernel
 
 from mica.kernels import launching
 from mica.kernels.common import LaunchError
 from mica.kernels.configs import Config
 from mica.kernels.launching import Choice, Plan, Plans
+from tests.support.launched import cases, refusals
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -25,7 +25,7 @@ ROOT = Path(__file__).resolve().parents[2]
 @pytest.fixture(scope="module")
 def found():
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
-    environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(ROOT / "tests" / "support")])
+    environment["PYTHONPATH"] = str(ROOT)
     command = [sys.executable, str(ROOT / "tests" / "support" / "launched.py")]
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

@@ -1,11 +1,11 @@
 import pytest
 import torch
-from guarding import run_guarded
-from kernel_cases import layouts, operand, ranks, sizes
-from properties import given, st
-from tolerances import RELATIVE, error
 
 from mica.kernels.merge import merge, plan_merge
+from tests.support.guarding import run_guarded
+from tests.support.kernel_cases import layouts, operand, ranks, sizes
+from tests.support.properties import given, st
+from tests.support.tolerances import RELATIVE, error
 
 WEIGHTS = [torch.float32, torch.bfloat16, torch.float16]
 

@@ -4,9 +4,9 @@ from contextlib import nullcontext
 
 import pytest
 import torch
-from kernel_cases import DEVICE
 
 from mica.kernels import down_projection, runtime
+from tests.support.kernel_cases import DEVICE
 
 
 @pytest.fixture(autouse=True)

@@ -6,10 +6,10 @@ import time
 
 import pytest
 import torch
-from kernel_cases import DEVICE, operand
 
 from mica.kernels import configs, tuning
 from mica.kernels.up_projection import up_projection_
+from tests.support.kernel_cases import DEVICE, operand
 
 HERE = torch.device(DEVICE)
 

@@ -1,7 +1,12 @@
 import pytest
 import torch
-from guarding import run_guarded, touched
-from kernel_cases import (
+
+from mica import reference
+from mica.kernels import configs
+from mica.kernels.common import padded_columns
+from mica.kernels.up_projection import plan_up_projection, up_projection_
+from tests.support.guarding import run_guarded, touched
+from tests.support.kernel_cases import (
     DTYPES,
     SHAPES,
     dtypes,
@@ -13,13 +18,8 @@ from kernel_cases import (
     seed_of,
     sizes,
 )
-from properties import given
-from tolerances import RELATIVE, error
-
-from mica import reference
-from mica.kernels import configs
-from mica.kernels.common import padded_columns
-from mica.kernels.up_projection import plan_up_projection, up_projection_
+from tests.support.properties import given
+from tests.support.tolerances import RELATIVE, error
 
 
 def expected(base, h, factor, scale, bias=None, dropout_p=0.0, seed=None):

@@ -4,7 +4,6 @@ from contextlib import nullcontext
 
 import pytest
 import torch
-from oracle import problem
 from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -16,6 +15,7 @@ from mica.ops import (
     mica_linear_group,
     mica_up_projection,
 )
+from tests.support.oracle import problem
 
 P = problem((2, 3), 8, 6, 2, torch.float32)
 INDICES, TABLE = torch.tensor([[0, 4, 1], [4, 2, 3]]), torch.randn(2, 5)

@@ -3,12 +3,12 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from oracle import DTYPES, problem, solve
-from tolerances import RELATIVE, error
 from torch.library import opcheck
 
 from mica import ops
 from mica.ops import mica_down_projection, mica_linear, mica_up_projection
+from tests.support.oracle import DTYPES, problem, solve
+from tests.support.tolerances import RELATIVE, error
 
 SEED = torch.tensor([-11])
 BACKENDS = ["reference", "triton"]

@@ -2,14 +2,14 @@
 
 import pytest
 import torch
-from oracle import DTYPES, problem, solve
-from tolerances import RELATIVE, error
 from torch.autograd import forward_ad
 from torch.library import opcheck
 
 from mica import ops
 from mica.group_ops import start_group
 from mica.ops import mica_linear, mica_linear_group
+from tests.support.oracle import DTYPES, problem, solve
+from tests.support.tolerances import RELATIVE, error
 
 BACKENDS = ["reference", "triton"]
 CASES = [

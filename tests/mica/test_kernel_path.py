@@ -4,9 +4,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 import triton
-from kernel_cases import DEVICE
-from oracle import problem, solve
-from tolerances import RELATIVE, error
 from torch.library import opcheck
 
 from mica import backend, kernel_path, ops, reference
@@ -19,6 +16,9 @@ from mica.ops import (
     mica_merge,
     mica_up_projection,
 )
+from tests.support.kernel_cases import DEVICE
+from tests.support.oracle import problem, solve
+from tests.support.tolerances import RELATIVE, error
 
 DTYPES = [
     (torch.float32, torch.float32, None),

@@ -2,13 +2,13 @@
 
 import pytest
 import torch
-from kernel_cases import DEVICE
-from oracle import problem, solve
-from tolerances import RELATIVE, error
 
 from mica import backend, kernel_path
 from mica.kernels import launching, tuning
 from mica.ops import mica_linear
+from tests.support.kernel_cases import DEVICE
+from tests.support.oracle import problem, solve
+from tests.support.tolerances import RELATIVE, error
 
 
 @pytest.fixture(autouse=True)

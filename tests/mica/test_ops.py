@@ -3,13 +3,13 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.nn.functional as F
-from oracle import DTYPES, problem, solve
-from tolerances import RELATIVE, error
 from torch.autograd import forward_ad
 from torch.library import opcheck
 
 from mica import ops, reference
 from mica.ops import mica_embedding, mica_linear, mica_merge
+from tests.support.oracle import DTYPES, problem, solve
+from tests.support.tolerances import RELATIVE, error
 
 FP32 = (torch.float32, torch.float32, None)
 FP32_MASTER = (torch.bfloat16, torch.float32, None)

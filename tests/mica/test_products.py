@@ -6,11 +6,11 @@ import sys
 
 import pytest
 import torch
-from oracle import padded
-from tolerances import RELATIVE, error
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from mica import products
+from tests.support.oracle import padded
+from tests.support.tolerances import RELATIVE, error
 
 HALVES = [torch.bfloat16, torch.float16]
 DTYPES = [torch.float64, torch.float32, *HALVES]

@@ -1,11 +1,11 @@
 import pytest
 import torch
-from oracle import DTYPES, problem, solve
-from tolerances import RELATIVE, error
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from mica import products, reference
 from mica.products import addmm
+from tests.support.oracle import DTYPES, problem, solve
+from tests.support.tolerances import RELATIVE, error
 
 SHAPES = [(1, 1, 1, 1), (5, 7, 3, 2), (33, 17, 65, 5), (2100, 19, 23, 16)]
 

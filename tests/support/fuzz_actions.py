@@ -12,8 +12,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from fuzz_models import KINDS
-from fuzz_twins import Twins, is_base, layers
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, rule
 from peft import LoraConfig
@@ -21,6 +19,8 @@ from safetensors.torch import load_file, save_file
 
 import mica.fast
 from mica.fast import merging
+from tests.support.fuzz_models import KINDS
+from tests.support.fuzz_twins import Twins, is_base, layers
 
 NAMES = ["one", "two", "three"]
 LOOKS = st.sampled_from(["gradients", "gradients", "output", "nothing"])

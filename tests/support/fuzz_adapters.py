@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import torch
-from fuzz_actions import INDEX, NAMES, SEEDS, Base, action, configs
-from fuzz_models import KINDS
-from fuzz_twins import factors, layers
 from hypothesis import assume
 from hypothesis import strategies as st
 from hypothesis.stateful import precondition
 from peft import LoraConfig
 
 import mica.fast
+from tests.support.fuzz_actions import INDEX, NAMES, SEEDS, Base, action, configs
+from tests.support.fuzz_models import KINDS
+from tests.support.fuzz_twins import factors, layers
 
 
 class Adapters(Base):

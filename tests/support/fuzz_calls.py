@@ -6,14 +6,14 @@ import copy
 from contextlib import contextmanager, nullcontext
 
 import torch
-from fuzz_actions import INDEX, SEEDS, Base, RaisedInForwardError, action, do_raise
-from fuzz_models import tokens
-from fuzz_twins import factors, is_base, layers
 from hypothesis import strategies as st
 from hypothesis.stateful import precondition
 from peft.tuners import lora
 
 from mica.fast import grouping
+from tests.support.fuzz_actions import INDEX, SEEDS, Base, RaisedInForwardError, action, do_raise
+from tests.support.fuzz_models import tokens
+from tests.support.fuzz_twins import factors, is_base, layers
 
 CHANGES = ["nothing", "values", "scale", "switch", "autocast", "x", "disable", "no grad"]
 

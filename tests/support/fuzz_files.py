@@ -6,15 +6,16 @@ import copy
 import io
 
 import torch
-from fuzz_actions import INDEX, NAMES, Base, action
-from fuzz_models import build
-from fuzz_twins import factors, layers
 from hypothesis import assume
 from hypothesis import strategies as st
 from hypothesis.stateful import precondition
 from peft import PeftModel
 from peft.utils.hotswap import hotswap_adapter
 from torch import nn
+
+from tests.support.fuzz_actions import INDEX, NAMES, Base, action
+from tests.support.fuzz_models import build
+from tests.support.fuzz_twins import factors, layers
 
 
 def _through_a_file(model: nn.Module) -> nn.Module:

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import torch
-from fuzz_actions import INDEX, TALLY, action, pass_on
-from fuzz_adapters import Adapters
-from fuzz_calls import Calls
-from fuzz_files import Files
-from fuzz_models import KINDS
-from fuzz_twins import factors, layers
 from hypothesis import assume
 from hypothesis import strategies as st
 
 import mica.fast
+from tests.support.fuzz_actions import INDEX, TALLY, action, pass_on
+from tests.support.fuzz_adapters import Adapters
+from tests.support.fuzz_calls import Calls
+from tests.support.fuzz_files import Files
+from tests.support.fuzz_models import KINDS
+from tests.support.fuzz_twins import factors, layers
 
 __all__ = ["KINDS", "TALLY", "Machine", "machine", "tally"]
 

@@ -20,7 +20,13 @@ from contextlib import nullcontext
 from typing import Any
 
 import torch
-from fuzz_compare import (
+from peft import LoraConfig, get_peft_model
+from peft.tuners.lora import LoraLayer
+from torch import Tensor, nn
+
+import mica.fast
+from mica.fast.settings import settings
+from tests.support.fuzz_compare import (
     Outcome,
     attempt,
     distance,
@@ -30,14 +36,8 @@ from fuzz_compare import (
     layers,
     rounded_otherwise,
 )
-from fuzz_models import KINDS, build, run, tokens
-from peft import LoraConfig, get_peft_model
-from peft.tuners.lora import LoraLayer
-from tolerances import RELATIVE
-from torch import Tensor, nn
-
-import mica.fast
-from mica.fast.settings import settings
+from tests.support.fuzz_models import KINDS, build, run, tokens
+from tests.support.tolerances import RELATIVE
 
 # Over the relative error of one layer: a model has a few, and gradients go through all of them twice.
 OUTPUTS, GRADIENTS, WEIGHTS = 10, 30, 4

@@ -1,11 +1,11 @@
 """Layers on one x, learnt as a group, and what their training gives beside stock PEFT's."""
 
 import torch
-from models import gradients, randomise, wrap
-from tolerances import error
 from torch import nn
 
 import mica.fast
+from tests.support.models import gradients, randomise, wrap
+from tests.support.tolerances import error
 
 X = torch.randn(4, 6, generator=torch.Generator().manual_seed(3))
 

@@ -4,9 +4,10 @@ import os
 
 import numpy as np
 import torch
-from guarding import guarded
-from oracle import padded
-from properties import st
+
+from tests.support.guarding import guarded
+from tests.support.oracle import padded
+from tests.support.properties import st
 
 DEVICE = os.environ.get("MICA_TEST_DEVICE", "cpu")
 

@@ -11,7 +11,6 @@ import contextlib
 import json
 import sys
 
-import no_launch
 import torch
 import triton
 from triton import knobs
@@ -25,6 +24,7 @@ from mica.kernels.fused_linear import fused_linear
 from mica.kernels.grad_a import grad_a
 from mica.kernels.merge import merge
 from mica.kernels.up_projection import up_projection_
+from tests.support import no_launch
 
 FP32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
 _seen: list[tuple] = []

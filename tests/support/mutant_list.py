@@ -1,4 +1,4 @@
-"""The wrong edits of `tests/mutants.py`, and which tests must see them."""
+"""The wrong edits of `tests.mutants`, and which tests must see them."""
 
 from typing import NamedTuple
 

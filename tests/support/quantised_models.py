@@ -8,8 +8,9 @@ import peft.tuners.lora.gptq
 import peft.utils.other
 import pytest
 import torch
-from models import tiny_llama, wrap
 from torch import nn
+
+from tests.support.models import tiny_llama, wrap
 
 TOKENS = torch.tensor([[1, 2, 3, 28], [0, 7, 7, 3]])
 # Those of Llama. lm_head stays as it is.

@@ -3,10 +3,10 @@
 from contextlib import contextmanager, nullcontext
 
 import torch
-from models import bases, tiny_llama, wrap
-from tolerances import RELATIVE
 
 import mica.fast
+from tests.support.models import bases, tiny_llama, wrap
+from tests.support.tolerances import RELATIVE
 
 STEPS = 3
 

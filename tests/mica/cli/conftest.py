@@ -1,6 +1,7 @@
 import pytest
-from doctoring import gpu, machine, run  # noqa: F401  (fixtures)
-from tiny_cli import TEXT, byte_tokenizer, tiny_llama
+
+from tests.support.doctoring import gpu, machine, run  # noqa: F401  (fixtures)
+from tests.support.tiny_cli import TEXT, byte_tokenizer, tiny_llama
 
 
 @pytest.fixture(scope="module")

@@ -10,7 +10,6 @@ import pytest
 import torch
 from peft import PeftModel
 from safetensors.torch import load_file
-from tiny_cli import TEXT, adapt, byte_tokenizer, logits, tiny_llama
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -20,6 +19,7 @@ from mica.cli.evaluate import perplexity
 from mica.cli.loading import suit_processor
 from mica.cli.text import pack, spread
 from mica.errors import UsageError
+from tests.support.tiny_cli import TEXT, adapt, byte_tokenizer, logits, tiny_llama
 
 
 @pytest.fixture(scope="module")

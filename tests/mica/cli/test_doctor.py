@@ -7,11 +7,11 @@ import sys
 import pytest
 import torch
 import triton.language as tl
-from doctoring import said
 
 from mica.cli import doctor, main
 from mica.fast import patching
 from mica.kernels import common, runtime
+from tests.support.doctoring import said
 
 pytestmark = pytest.mark.usefixtures("machine")
 

@@ -7,11 +7,11 @@ from importlib.metadata import PackageNotFoundError, version
 import pytest
 import torch
 import triton
-from doctoring import said
 
 import mica.fast
 from mica.cli import doctor
 from mica.fast import patching
+from tests.support.doctoring import said
 
 
 @pytest.fixture

@@ -7,16 +7,16 @@ import subprocess
 import sys
 from types import SimpleNamespace
 
-import models
 import pytest
 import torch
-from quantised_models import dequantised
-from tiny_cli import tiny_llama
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from mica.cli import inspect, main, spectra
 from mica.errors import UsageError
 from mica.subspace import MinorSubspace
+from tests.support import models
+from tests.support.quantised_models import dequantised
+from tests.support.tiny_cli import tiny_llama
 
 EVERY_KIND = "wte,c_attn,c_proj,c_fc"  # of GPT-2: an embedding, and Conv1D both taller and wider
 NUMBERS = ("sigma_max", "sigma_above", "sigma_largest", "sigma_smallest", "gap", "energy_share")

@@ -6,7 +6,6 @@ from pathlib import Path
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from tiny_cli import TEXT, adapt, byte_tokenizer, tiny_llama
 from transformers import (
     BertConfig,
     BertForMaskedLM,
@@ -18,6 +17,7 @@ from transformers import (
 
 import mica
 from mica.cli import main
+from tests.support.tiny_cli import TEXT, adapt, byte_tokenizer, tiny_llama
 
 
 def refused(capsys, status: int, output: Path, *parts, quiet: bool = True) -> None:

@@ -2,14 +2,13 @@
 
 from dataclasses import fields
 
-import models
 import pytest
-import quantised_models
 import torch
 from torch import nn
 
 from mica.cli import spectra
 from mica.subspace import MinorSubspace
+from tests.support import models, quantised_models
 
 MEASURED = [field.name for field in fields(spectra.Row) if field.default is None]
 

@@ -1,9 +1,9 @@
 import pytest
-from quantised_models import stub_gptqmodel
 
 import mica.fast
 from mica.fast import calls, grouping
 from mica.subspace import many
+from tests.support.quantised_models import stub_gptqmodel
 
 
 @pytest.fixture(autouse=True)

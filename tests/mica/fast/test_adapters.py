@@ -6,14 +6,14 @@ import sys
 
 import pytest
 import torch
-from models import TARGETS, adapted_layers, bases, gradients, net, randomise, tiny_llama
 from peft import PeftModel
 from peft.utils.hotswap import hotswap_adapter, prepare_model_for_compiled_hotswap
 from safetensors.torch import load_file
-from tolerances import RELATIVE, error
-from training import batches, llama, on_the_fast_path, train
 
 import mica.fast
+from tests.support.models import TARGETS, adapted_layers, bases, gradients, net, randomise, tiny_llama
+from tests.support.tolerances import RELATIVE, error
+from tests.support.training import batches, llama, on_the_fast_path, train
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -3,17 +3,17 @@
 from contextlib import contextmanager
 from dataclasses import replace
 
-import gloo
 import pytest
 import torch
 from huggingface_hub.utils import disable_progress_bars, enable_progress_bars
-from models import Net, adapted_layers, bases, net, tiny_llama, wrap
 from torch import nn
 
 import mica.fast
 from mica.errors import UnsuitableLayerError
 from mica.fast import bases as module
 from mica.subspace import device, many
+from tests.support import gloo
+from tests.support.models import Net, adapted_layers, bases, net, tiny_llama, wrap
 
 
 def assert_same_bases(model, expected):

@@ -5,13 +5,13 @@ import pickle
 
 import pytest
 import torch
-from models import net, tiny_llama, wrap
 from peft import LoraConfig, get_peft_model
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import mica.fast
 from mica.fast import calls
+from tests.support.models import net, tiny_llama, wrap
 
 TOKENS = torch.tensor([[1, 2, 3]])
 INDICES = torch.tensor([[1, 5]])

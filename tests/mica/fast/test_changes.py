@@ -8,12 +8,12 @@ from contextlib import contextmanager
 
 import pytest
 import torch
-from models import adapted_layers, net, randomise
-from tolerances import RELATIVE, error
 from torch import nn
 from torch.nn.modules.module import register_module_forward_hook
 
 import mica.fast
+from tests.support.models import adapted_layers, net, randomise
+from tests.support.tolerances import RELATIVE, error
 
 FUSED, BESIDE, PEFT = {"linear": 1}, {"down_projection": 1, "up_projection": 1}, {}
 

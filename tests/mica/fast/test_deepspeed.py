@@ -2,14 +2,14 @@
 
 import os
 
-import gloo
 import pytest
 import torch
 import torch.distributed as dist
-from models import bases, tiny_llama, wrap
-from training import STEPS, batches, eager_losses, llama, optimizer_of, trainable
 
 import mica.fast
+from tests.support import gloo
+from tests.support.models import bases, tiny_llama, wrap
+from tests.support.training import STEPS, batches, eager_losses, llama, optimizer_of, trainable
 
 pytest.importorskip("deepspeed")
 

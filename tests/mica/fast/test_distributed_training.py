@@ -4,13 +4,11 @@ import os
 import time
 from types import SimpleNamespace
 
-import gloo
 import pytest
 import torch
 import torch.distributed as dist
 from accelerate import FullyShardedDataParallelPlugin
 from accelerate.utils.fsdp_utils import fsdp2_prepare_model
-from models import bases, tiny_llama, wrap
 from peft import PeftModel
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
@@ -21,9 +19,20 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel
-from training import STEPS, batches, eager_losses, follows, llama, optimizer_of, train, trainable
 
 import mica.fast
+from tests.support import gloo
+from tests.support.models import bases, tiny_llama, wrap
+from tests.support.training import (
+    STEPS,
+    batches,
+    eager_losses,
+    follows,
+    llama,
+    optimizer_of,
+    train,
+    trainable,
+)
 
 FULL = StateDictOptions(full_state_dict=True)  # in every process
 

@@ -5,8 +5,6 @@ import types
 
 import pytest
 import torch
-from models import net, randomise
-from tolerances import RELATIVE, error
 from torch import nn
 from torch.nn.modules.module import register_module_forward_hook
 from torch.nn.utils import parametrizations
@@ -14,6 +12,8 @@ from transformers.pytorch_utils import Conv1D
 
 import mica.fast
 from mica.fast import eligibility
+from tests.support.models import net, randomise
+from tests.support.tolerances import RELATIVE, error
 
 X = torch.randn(3, 12)
 

@@ -2,9 +2,10 @@
 
 import pytest
 import torch
-from fuzz_machine import TALLY, machine, tally
 from hypothesis import HealthCheck, Phase, settings
 from hypothesis.stateful import run_state_machine_as_test
+
+from tests.support.fuzz_machine import TALLY, machine, tally
 
 pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.filterwarnings("ignore")]
 

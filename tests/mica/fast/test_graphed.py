@@ -5,12 +5,12 @@ What of it a CPU can show (who allocates what is kept, and when a device is trie
 
 import pytest
 import torch
-from kernel_cases import DEVICE
-from models import net, randomise, tiny_llama, wrap
-from tolerances import RELATIVE, error
 
 import mica.fast
 from mica.kernels import prepared
+from tests.support.kernel_cases import DEVICE
+from tests.support.models import net, randomise, tiny_llama, wrap
+from tests.support.tolerances import RELATIVE, error
 
 pytestmark = pytest.mark.skipif(DEVICE == "cpu", reason="CUDA graphs need a GPU (MICA_TEST_DEVICE=cuda)")
 

@@ -7,14 +7,14 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from grouped import X, assert_equal, learned, run, three
-from models import gradients, randomise, tiny_llama, wrap
-from tolerances import RELATIVE, error
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import mica.fast
 from mica.fast import grouping
+from tests.support.grouped import X, assert_equal, learned, run, three
+from tests.support.models import gradients, randomise, tiny_llama, wrap
+from tests.support.tolerances import RELATIVE, error
 
 TOKENS = torch.randint(0, 61, (2, 5), generator=torch.Generator().manual_seed(2))
 LAYERS = 2

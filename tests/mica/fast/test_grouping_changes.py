@@ -4,13 +4,13 @@ import contextlib
 
 import pytest
 import torch
-from grouped import X, assert_equal, learned
-from models import gradients, randomise
 from peft import LoraConfig
 from torch import nn
 
 import mica.fast
 from mica.fast import grouping
+from tests.support.grouped import X, assert_equal, learned
+from tests.support.models import gradients, randomise
 
 pytestmark = pytest.mark.usefixtures("grouping_on")
 

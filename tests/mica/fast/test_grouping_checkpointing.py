@@ -7,9 +7,6 @@ from functools import partial
 
 import pytest
 import torch
-from grouped import X, assert_equal, learned, three
-from models import gradients, randomise, tiny_llama, wrap
-from tolerances import RELATIVE
 from torch import nn
 from torch.autograd.graph import save_on_cpu, saved_tensors_hooks
 from torch.utils.checkpoint import (
@@ -21,6 +18,9 @@ from torch.utils.checkpoint import (
 from transformers import T5Config, T5ForConditionalGeneration
 
 import mica.fast
+from tests.support.grouped import X, assert_equal, learned, three
+from tests.support.models import gradients, randomise, tiny_llama, wrap
+from tests.support.tolerances import RELATIVE
 
 pytestmark = pytest.mark.usefixtures("grouping_on")
 

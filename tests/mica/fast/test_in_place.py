@@ -2,8 +2,6 @@
 
 import pytest
 import torch
-from models import gradients, randomise, wrap
-from tolerances import RELATIVE, error
 from torch import nn
 from transformers import (
     FalconConfig,
@@ -15,6 +13,8 @@ from transformers import (
 )
 
 import mica.fast
+from tests.support.models import gradients, randomise, wrap
+from tests.support.tolerances import RELATIVE, error
 
 SIZES = {"vocab_size": 61}
 WINDOWS = {"encoder_attention_heads": 2, "decoder_attention_heads": 2, "attention_window": 4}

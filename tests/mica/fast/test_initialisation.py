@@ -3,7 +3,6 @@ import warnings
 
 import pytest
 import torch
-from models import Net, adapted_layers, bases, net, randomise, snapshot, tiny_llama, wrap
 from peft import LoraConfig, PeftModel, get_peft_model, inject_adapter_in_model
 from peft.functional import cast_adapter_dtype
 from safetensors.torch import load_file, save_file
@@ -13,6 +12,7 @@ import mica.fast
 from mica.errors import UnsuitableLayerError
 from mica.fast.bases import Wanted
 from mica.subspace import many
+from tests.support.models import Net, adapted_layers, bases, net, randomise, snapshot, tiny_llama, wrap
 
 INDICES = torch.tensor([[1, 2, 3, 28], [0, 7, 7, 3]])
 

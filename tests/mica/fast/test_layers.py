@@ -3,15 +3,15 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
-from models import gradients, net, randomise, tiny_gpt2, tiny_llama, wrap
 from peft import LoraConfig
 from peft.utils.hotswap import hotswap_adapter
-from tolerances import RELATIVE, error
 from torch.autograd import forward_ad
 from torch.utils.checkpoint import checkpoint
 
 import mica.fast
 from mica import reference
+from tests.support.models import gradients, net, randomise, tiny_gpt2, tiny_llama, wrap
+from tests.support.tolerances import RELATIVE, error
 
 INDICES = torch.tensor([[1, 2, 3, 28], [0, 7, 7, 3]])
 

@@ -5,13 +5,13 @@ import warnings
 
 import pytest
 import torch
-from models import Net, adapted_layers, net, randomise, wrap
-from tolerances import RELATIVE, error
 from transformers.pytorch_utils import Conv1D
 
 import mica.fast
 from mica.fast import merging
 from mica.fast.eligibility import adapter_weights
+from tests.support.models import Net, adapted_layers, net, randomise, wrap
+from tests.support.tolerances import RELATIVE, error
 
 INDICES = torch.tensor([[1, 2, 3, 28], [0, 7, 7, 3]])
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]

@@ -2,12 +2,12 @@ import copy
 
 import pytest
 import torch
-from models import adapted_layers, net, randomise, tiny_llama, wrap
 from peft import LoraConfig
-from tolerances import RELATIVE, error
 
 import mica.fast
 from mica.fast import mixed_batch
+from tests.support.models import adapted_layers, net, randomise, tiny_llama, wrap
+from tests.support.tolerances import RELATIVE, error
 
 TARGETS = ["up", "conv", "down"]
 INDICES = torch.randint(0, 29, (5, 3), generator=torch.Generator().manual_seed(3))

@@ -7,12 +7,12 @@ from contextlib import nullcontext
 import peft.optimizers
 import pytest
 import torch
-from models import adapted_layers, bases, net, tiny_llama, wrap
 from peft.optimizers import create_loraplus_optimizer, create_riemannian_optimizer, lorafa
-from unchanged import assert_unchanged, snapshot
 
 import mica.fast
 from mica.fast.eligibility import adapter_weights
+from tests.support.models import adapted_layers, bases, net, tiny_llama, wrap
+from tests.support.unchanged import assert_unchanged, snapshot
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 TOKENS = torch.arange(24).reshape(2, 12)

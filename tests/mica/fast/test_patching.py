@@ -7,11 +7,11 @@ import warnings
 import peft
 import pytest
 import torch
-from models import Net, bases, net, randomise, wrap
 from torch.utils.checkpoint import checkpoint
 
 import mica.fast
 from mica.fast import patching
+from tests.support.models import Net, bases, net, randomise, wrap
 
 INDICES = torch.tensor([[1, 2, 3, 28]])
 

@@ -1,12 +1,12 @@
 import pytest
 import torch
-from models import TARGETS, net, wrap
 from peft import LoraConfig, get_peft_model
-from quantised_models import adapted
-from quantised_models import logits as quantised_logits
 from torch import nn
 
 import mica.fast
+from tests.support.models import TARGETS, net, wrap
+from tests.support.quantised_models import adapted
+from tests.support.quantised_models import logits as quantised_logits
 
 
 def test_a_row_a_layer():

@@ -3,10 +3,15 @@ import weakref
 
 import pytest
 import torch
-from models import adapted_layers, bases, gradients, randomise, wrap
 from peft import LoraConfig, PeftModel
 from peft.tuners.lora.variants import MiCALinearVariant
-from quantised_models import (
+from torch import nn
+
+import mica.fast
+from mica.fast import bases as bases_module
+from mica.fast import quantised
+from tests.support.models import adapted_layers, bases, gradients, randomise, wrap
+from tests.support.quantised_models import (
     KINDS,
     TARGETS,
     TOKENS,
@@ -19,12 +24,7 @@ from quantised_models import (
     logits,
     quantise,
 )
-from tolerances import RELATIVE, error
-from torch import nn
-
-import mica.fast
-from mica.fast import bases as bases_module
-from mica.fast import quantised
+from tests.support.tolerances import RELATIVE, error
 
 MERGEABLE = [kind for kind in KINDS if "stub" not in kind]
 pytestmark = [

@@ -5,14 +5,14 @@ from functools import partial
 
 import pytest
 import torch
-from models import adapted_layers, randomise, snapshot, wrap
 from peft import LoraConfig, get_peft_model
 from peft.tuners.lora.aqlm import AqlmLoraLinear
-from quantised_models import TARGETS, adapted, assert_spans, llama, logits
 from torch import nn
 
 import mica.fast
 from mica.errors import UnsuitableLayerError
+from tests.support.models import adapted_layers, randomise, snapshot, wrap
+from tests.support.quantised_models import TARGETS, adapted, assert_spans, llama, logits
 
 pytestmark = pytest.mark.usefixtures("one_thread", "gptqmodel")
 

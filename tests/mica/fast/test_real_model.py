@@ -5,10 +5,10 @@ import sys
 
 import pytest
 import torch
-from models import bases, gradients, python_reference_tokens, randomise, smollm2, wrap
-from quick_products import quick_products
 
 import mica.fast
+from tests.support.models import bases, gradients, python_reference_tokens, randomise, smollm2, wrap
+from tests.support.quick_products import quick_products
 
 STEPS, BATCH = 20, (1, 48)
 LOSS = {torch.float32: 1e-5, torch.bfloat16: 2e-2}  # relative, from the promise

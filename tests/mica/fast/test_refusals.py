@@ -6,15 +6,15 @@ import warnings
 import peft
 import pytest
 import torch
-from models import Net, adapted_layers, bases, net, randomise, tiny_llama, wrap
 from peft import PeftModel
-from tolerances import RELATIVE, error
 from torch import nn
 from torch.nn.utils import parametrizations, parametrize, prune
-from unchanged import assert_unchanged, snapshot
 
 import mica.fast
 from mica.fast.eligibility import adapter_weights
+from tests.support.models import Net, adapted_layers, bases, net, randomise, tiny_llama, wrap
+from tests.support.tolerances import RELATIVE, error
+from tests.support.unchanged import assert_unchanged, snapshot
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 INDICES = torch.tensor([[1, 2, 3, 28], [0, 7, 7, 3]])

@@ -5,10 +5,10 @@ import re
 from collections import Counter
 
 import pytest
-from models import tiny_llama, wrap
 
 import mica.fast
 from mica.fast.table import patterns
+from tests.support.models import tiny_llama, wrap
 
 
 def test_equal_rows_are_one_line():

@@ -1,14 +1,18 @@
 """Every way in which PEFT users train, in one process: on the fast path, with the losses of a plain run."""
 
-import models
 import pytest
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState, PartialState
 from datasets import Dataset
 from peft import LoraConfig
-from tiny_cli import TEXT, byte_tokenizer, tiny_llama
-from training import (
+from transformers import Trainer, TrainingArguments
+from trl import SFTConfig, SFTTrainer
+
+import mica.fast
+from tests.support import models
+from tests.support.tiny_cli import TEXT, byte_tokenizer, tiny_llama
+from tests.support.training import (
     STEPS,
     batches,
     eager_losses,
@@ -19,10 +23,6 @@ from training import (
     train,
     trainable,
 )
-from transformers import Trainer, TrainingArguments
-from trl import SFTConfig, SFTTrainer
-
-import mica.fast
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

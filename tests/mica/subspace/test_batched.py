@@ -4,13 +4,13 @@ import math
 
 import pytest
 import torch
-from spectra import weight
-from tolerances import error
 
 from mica.subspace import batched
 from mica.subspace import gram as products
 from mica.subspace.batched import BatchGram
 from mica.subspace.host import HostGram
+from tests.support.spectra import weight
+from tests.support.tolerances import error
 
 UNIT = torch.eye(30, dtype=torch.float64)
 

@@ -6,12 +6,12 @@ import warnings
 import pytest
 import torch
 from huggingface_hub import constants
-from subspaces import only_file, same, solved
 
 from mica import minor_subspace
 from mica.subspace import cache as cache_module
 from mica.subspace.cache import SubspaceCache, default_cache
 from mica.subspace.fingerprint import fingerprint
+from tests.support.subspaces import only_file, same, solved
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 

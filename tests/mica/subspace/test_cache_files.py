@@ -14,11 +14,11 @@ from pathlib import Path
 import pytest
 import safetensors.torch
 import torch
-from subspaces import only_file, same, solved
 
 from mica.subspace import cache as cache_module
 from mica.subspace.cache import SubspaceCache
 from mica.subspace.fingerprint import fingerprint
+from tests.support.subspaces import only_file, same, solved
 
 # Damage
 

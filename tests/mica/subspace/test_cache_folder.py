@@ -4,10 +4,10 @@ import os
 
 import pytest
 import torch
-from subspaces import only_file, same, solved
 
 from mica.subspace.cache import SubspaceCache
 from mica.subspace.fingerprint import fingerprint
+from tests.support.subspaces import only_file, same, solved
 
 # Whom it trusts
 

@@ -4,9 +4,6 @@ import math
 
 import pytest
 import torch
-from judging import energy, truth
-from spectra import RANK, weight
-from tolerances import error
 
 from mica.subspace import candidate as module
 from mica.subspace.batched import BatchGram
@@ -14,6 +11,9 @@ from mica.subspace.candidate import Candidate, Problem, candidate, judged, probl
 from mica.subspace.certificate import ROUNDING
 from mica.subspace.host import HostGram
 from mica.subspace.result import CERTIFIED_EXCESS, is_certified
+from tests.support.judging import energy, truth
+from tests.support.spectra import RANK, weight
+from tests.support.tolerances import error
 
 SHAPES = [(60, 40), (40, 60), (50, 50)]
 

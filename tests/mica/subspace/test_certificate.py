@@ -4,12 +4,12 @@ import math
 
 import pytest
 import torch
-from spectra import NULL, RANK, SPECTRA, weight
 
 from mica.subspace.batched import BatchGram
 from mica.subspace.certificate import Certificate, certify
 from mica.subspace.host import HostGram
 from mica.subspace.krylov import resolution
+from tests.support.spectra import NULL, RANK, SPECTRA, weight
 
 SIZE = 60
 # Distinct eigenvalues well above rounding: another subspace is a wrong one.

@@ -5,8 +5,6 @@ import functools
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from spectra import RANK, weight
-from subspaces import same
 
 from mica import minor_subspace
 from mica.fast import initialisation
@@ -15,6 +13,8 @@ from mica.subspace.cache import SubspaceCache
 from mica.subspace.fingerprint import fingerprint
 from mica.subspace.many import Task, solve_many
 from mica.subspace.methods import METHODS
+from tests.support.spectra import RANK, weight
+from tests.support.subspaces import same
 
 DTYPES = (torch.float64, torch.bfloat16)
 

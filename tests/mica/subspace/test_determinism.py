@@ -5,7 +5,8 @@ import sys
 
 import pytest
 import torch
-from spectra import RANK, weight
+
+from tests.support.spectra import RANK, weight
 
 CASES = [((140, 200), "krylov"), ((300, 140), "krylov"), ((120, 40), "gram"), ((60, 60), "svd")]
 

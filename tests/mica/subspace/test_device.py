@@ -5,11 +5,11 @@ import warnings
 
 import pytest
 import torch
-from judging import judge
-from spectra import NULL, RANK, SPECTRA, weight
 
 from mica.subspace import batched, device, krylov, minor_subspace, solver
 from mica.subspace.device import batch_size, solve_batch
+from tests.support.judging import judge
+from tests.support.spectra import NULL, RANK, SPECTRA, weight
 
 SHAPES = [(200, 140), (140, 200), (150, 150), (60, 40), (40, 60)]
 EASY = ["gaussian", "hard edge", "times 1e4", "row scales"]

@@ -3,7 +3,6 @@
 import time
 from datetime import timedelta
 
-import gloo
 import pytest
 import torch
 import torch.distributed as dist
@@ -12,6 +11,7 @@ from mica.subspace import distributed, many
 from mica.subspace.cache import SubspaceCache
 from mica.subspace.distributed import shares, solve_shared
 from mica.subspace.many import Task
+from tests.support import gloo
 
 SHAPES = [(40, 30), (30, 40), (64, 64), (200, 20), (25, 60)]
 

@@ -3,11 +3,11 @@
 import numpy as np
 import pytest
 import torch
-from subspaces import same, solved
 
 from mica.subspace import fingerprint as fingerprint_module
 from mica.subspace.cache import SubspaceCache
 from mica.subspace.fingerprint import fingerprint
+from tests.support.subspaces import same, solved
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 

@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from tolerances import RELATIVE, error
 
 from mica.subspace import gram as module
+from tests.support.tolerances import RELATIVE, error
 
 EXACT = RELATIVE[torch.float64]
 

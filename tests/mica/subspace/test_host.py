@@ -5,12 +5,12 @@ import itertools
 import numpy as np
 import pytest
 import torch
-from spectra import weight
-from tolerances import error
 
 from mica.subspace import gram as products
 from mica.subspace import host
 from mica.subspace.host import HostGram, partial_eigenvectors
+from tests.support.spectra import weight
+from tests.support.tolerances import error
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 LAYOUTS = ["rows", "columns", "strided"]

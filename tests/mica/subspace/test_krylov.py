@@ -2,12 +2,12 @@
 
 import pytest
 import torch
-from spectra import NULL, RANK, SPECTRA, weight
-from tolerances import error
 
 from mica.subspace import krylov
 from mica.subspace.batched import BatchGram
 from mica.subspace.host import HostGram
+from tests.support.spectra import NULL, RANK, SPECTRA, weight
+from tests.support.tolerances import error
 
 SHAPES = [(1, 1), (3, 2), (90, 40), (60, 60), (150, 140), (330, 300)]
 EPS = torch.finfo(torch.float32).eps

@@ -2,13 +2,13 @@
 
 import pytest
 import torch
-from judging import sine, truth
-from spectra import RANK, weight
-from tolerances import error
 
 from mica.subspace import krylov, methods
 from mica.subspace.candidate import problem
 from mica.subspace.host import HostGram
+from tests.support.judging import sine, truth
+from tests.support.spectra import RANK, weight
+from tests.support.tolerances import error
 
 
 def stated(matrix: torch.Tensor, rank: int = RANK, method: str = "krylov"):

@@ -4,10 +4,10 @@ import warnings
 
 import pytest
 import torch
-from judging import Truth, judge, resolution
-from models import smollm2
 
 from mica.subspace import krylov, minor_subspace
+from tests.support.judging import Truth, judge, resolution
+from tests.support.models import smollm2
 
 # What squaring loses of a squared singular value, in resolutions: below, the oracle is the weight's own SVD.
 SQUARED_IS_FINE = 1e5

@@ -7,12 +7,12 @@ import warnings
 import numpy as np
 import pytest
 import torch
-from judging import judge, sine, truth
-from spectra import NULL, RANK, SPECTRA, weight
 from threadpoolctl import threadpool_info
 
 from mica.subspace import MinorSubspace, krylov, methods, minor_subspace, solver
 from mica.subspace.certificate import Certificate
+from tests.support.judging import judge, sine, truth
+from tests.support.spectra import NULL, RANK, SPECTRA, weight
 
 # Tall, wide, square; small sides without and (from 128 on: conftest) with room for Krylov subspaces.
 SHAPES = [(120, 40), (40, 120), (60, 60), (200, 140), (140, 200), (150, 150)]
