@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from bench import gpu, gpu_group, gpu_layer, gpu_report, gpu_timing
-from bench.layer import exact, make_layer, relative_errors
+from bench.suites.layer import exact, make_layer, relative_errors
 
 ROOT = Path(__file__).resolve().parents[2]
 

@@ -43,7 +43,8 @@ def usual(run):
 
 
 def test_it_writes_a_result_and_its_report(usual):
-    from bench.results import BACKWARD, BARE, FAST, FORWARD, NO_GRADIENT, STOCK, Result
+    from bench.results.names import BACKWARD, BARE, FAST, FORWARD, NO_GRADIENT, STOCK
+    from bench.results.schema import Result
 
     file, output = usual
     result = Result.load(file)
@@ -60,7 +61,7 @@ def test_it_writes_a_result_and_its_report(usual):
 
 
 def test_a_slow_operator_is_a_regression(run, usual):
-    from bench.compare import main
+    from bench.report.compare import main
 
     code, slow, output = run("slow", "slow")
     assert code == 0, output
@@ -69,8 +70,8 @@ def test_a_slow_operator_is_a_regression(run, usual):
 
 
 def test_a_wrong_operator_gets_no_number(run, usual):
-    from bench.compare import main
-    from bench.results import Result
+    from bench.report.compare import main
+    from bench.results.schema import Result
 
     code, file, output = run("wrong", "wrong", f"{CELL} or (bench_rate and call)")
     assert code == 1, output
@@ -85,7 +86,8 @@ HOST = "(bench_host_layer or bench_host_block) and float32 and backward"
 
 
 def test_the_hosts_time_is_measured_with_kernels_that_are_not_launched(run):
-    from bench.results import KERNELS, KERNELS_GROUPED, KERNELS_UNGROUPED, PYTORCH, STOCK, Result
+    from bench.results.names import KERNELS, KERNELS_GROUPED, KERNELS_UNGROUPED, PYTORCH, STOCK
+    from bench.results.schema import Result
 
     code, file, output = run("host", which=HOST)
     assert code == 0, output
@@ -102,7 +104,7 @@ def test_the_hosts_time_is_measured_with_kernels_that_are_not_launched(run):
 
 
 def test_a_wrong_operator_gets_no_number_of_the_hosts_time(run):
-    from bench.results import Result
+    from bench.results.schema import Result
 
     code, file, output = run("host-wrong", "wrong", f"{HOST} or (bench_rate and call)")
     assert code == 1, output

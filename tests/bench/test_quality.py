@@ -12,7 +12,7 @@ import torch
 
 import mica.fast
 from bench import quality, quality_plot, quality_report, quality_search, quality_text, quality_train
-from bench.quality_report import FULL, MICA, SAME_RANK, SAME_SIZE, STOCK
+from bench.quality.report import FULL, MICA, SAME_RANK, SAME_SIZE, STOCK
 from tests.support import models
 
 SETTINGS = {"rank": 4, "steps": 4, "tries": 2, "seeds": 2, "length": 32, "people": 8, "eval_blocks": 2}

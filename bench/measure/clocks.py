@@ -1,0 +1,121 @@
+"""What a call is timed by: the host's clock, and on an accelerator also CUDA events and a captured graph.
+
+- *wall clock*: calls one after the other, one wait at the end: the longer of host's and device's time.
+- *device time*: between two events around one call, the host being far ahead, none of the operands in the L2
+  cache. Without the host's time, but with a gap of a microsecond or two between launches.
+- *graph replay*: the same for a captured CUDA graph of the call: without those gaps.
+
+A dry run has none of these clocks; the host's stands in for all of them, and its times mean nothing.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from statistics import median
+
+import torch
+
+from bench.measure.machine import IS_DRY
+from bench.results.names import DEVICE_TIME, GRAPH, WALL
+
+ALL = (WALL, DEVICE_TIME, GRAPH)
+Call = Callable[[], object]
+
+FLUSH_BYTES = 256 * 2**20  # five times the L2 cache of an H100
+SAMPLES, SECONDS = (3, 20), 0.02  # of one measurement: so many calls, and about so long
+# The device waits while the host enqueues a call: so many times what that took before, and a little.
+LEAD, LEAST_LEAD, LONGEST_LEAD = 3.0, 50e-6, 20e-3
+CLOCK_RATE = 2.0e9  # cycles a second of `_sleep`; a slower clock only lengthens the lead
+
+_flush: torch.Tensor | None = None
+
+
+class HostTooSlowError(RuntimeError):
+    """The device waited for the host inside a call: its events hold the host's time."""
+
+
+def wall(call: Call, calls: int) -> Call:
+    """``call``, and on an accelerator after every ``calls``-th one the wait until all are done."""
+    if not torch.cuda.is_available():
+        return call
+    made = 0
+
+    def waiting() -> object:
+        nonlocal made
+        result = call()
+        made += 1
+        if made % calls == 0:
+            torch.cuda.synchronize()
+        return result
+
+    return waiting
+
+
+def device_seconds(call: Call) -> float:
+    """The median over some calls of the time between two events."""
+    if IS_DRY:
+        return _host_seconds(call)
+    lead = LEAST_LEAD + LEAD * _enqueued_in(call)
+    while True:
+        spans, late = _device_spans(call, min(lead, LONGEST_LEAD))
+        if not late:
+            return median(spans)
+        if lead >= LONGEST_LEAD:
+            raise HostTooSlowError(f"the host takes {lead * 1e3:.0f} ms and more for a call, or waits in it.")
+        lead *= 2
+
+
+def _device_spans(call: Call, lead: float) -> tuple[list[float], bool]:
+    """Seconds of some calls, and whether the host was ever slower than the device's wait for it."""
+    events, late, started = [], False, time.perf_counter()
+    while len(events) < SAMPLES[0] or (len(events) < SAMPLES[1] and time.perf_counter() - started < SECONDS):
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        _empty_cache()
+        torch.cuda.synchronize()
+        torch.cuda._sleep(int(lead * CLOCK_RATE))
+        before = time.perf_counter()
+        start.record()
+        call()
+        end.record()
+        late |= time.perf_counter() - before > 0.8 * lead
+        end.synchronize()
+        events.append((start, end))
+    return [1e-3 * start.elapsed_time(end) for start, end in events], late
+
+
+def _empty_cache() -> None:
+    """Read what fills the L2 cache. Lines that were written would be written back on the next one's time."""
+    global _flush
+    if _flush is None:
+        _flush = torch.zeros(FLUSH_BYTES // 4, dtype=torch.int32, device="cuda")
+    torch.max(_flush)
+
+
+def _enqueued_in(call: Call) -> float:
+    torch.cuda.synchronize()
+    start = time.perf_counter()
+    call()
+    return time.perf_counter() - start
+
+
+def captured(call: Call) -> Call:
+    """A replay of ``call`` as a CUDA graph, captured on the current stream, which is not the default one.
+
+    Raises:
+        RuntimeError: what PyTorch says of a call that cannot be captured.
+    """
+    if IS_DRY:
+        return call
+    for _ in range(2):  # what is made once is made before
+        call()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, stream=torch.cuda.current_stream()):
+        call()
+    return graph.replay
+
+
+def _host_seconds(call: Call) -> float:
+    start = time.perf_counter()
+    call()
+    return time.perf_counter() - start

@@ -1,0 +1,86 @@
+"""Which machine a run is on, how large the run is, and what its numbers depend on."""
+
+from __future__ import annotations
+
+import os
+import platform
+import re
+import subprocess
+from contextlib import suppress
+from datetime import datetime, timezone
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import cpuinfo  # pytest-benchmark's own
+import torch
+
+ROOT = Path(__file__).resolve().parents[2]
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+# "quick", "default", "full", or "dry": the way of a run on an accelerator without one, on tiny shapes
+SIZE = os.environ.get("MICA_BENCH_SIZE", "default")
+IS_DRY = SIZE == "dry"
+ON_ACCELERATOR = DEVICE == "cuda" or IS_DRY
+LIBRARIES = ("torch", "peft", "transformers", "triton", "bitsandbytes")
+
+
+def instructions() -> str:
+    """Of matrix products in bf16 on this CPU: they decide what an adapter costs there. "" without any."""
+    if limit():
+        return ""
+    flags = cpuinfo.get_cpu_info().get("flags", [])
+    return "amx" if "amx_bf16" in flags else "avx512-bf16" if "avx512_bf16" in flags else ""
+
+
+def limit() -> str:
+    """The latest instructions that oneDNN may use in this run, like "AVX2"; "" without a limit."""
+    return os.environ.get("ONEDNN_MAX_CPU_ISA", "")
+
+
+def _brand() -> str:
+    return cpuinfo.get_cpu_info().get("brand_raw") or platform.machine()
+
+
+def folder() -> str:
+    """The name of this machine's folder of results."""
+    if DEVICE == "cuda":
+        return "-".join(re.findall(r"\w+", torch.cuda.get_device_name().lower()))
+    words = re.findall(r"\w+", re.sub(r"\(\w+\)", " ", _brand().lower()))  # without (R) and (TM)
+    kinds = [instructions()] if instructions() else []
+    kinds += [f"as-{limit().lower()}"] if limit() else []
+    return "-".join([*words, *kinds, str(torch.get_num_threads()), "threads"])
+
+
+def output(name: str | None = None) -> Path:
+    """Where results go unless it is said: the folder in ``OUT``, if that is set, else this machine's."""
+    out = os.environ.get("OUT")
+    return Path(out) if out else ROOT / "bench" / "results" / (name or folder())
+
+
+def facts() -> dict[str, str | int | bool]:
+    """What the numbers depend on; no host name. The commit is git's, or what ``MICA_BENCH_COMMIT`` says."""
+    found: dict[str, str | int | bool] = {
+        "cpu": _brand(),
+        "python": platform.python_version(),
+        "device": torch.cuda.get_device_name() if DEVICE == "cuda" else "dry run" if IS_DRY else "cpu",
+        "threads": torch.get_num_threads(),
+        "bf16 instructions": instructions(),
+        "instructions limited to": limit(),
+    }
+    for library in LIBRARIES:
+        with suppress(PackageNotFoundError):
+            found[library] = version(library)
+    changes = _git("status", "--porcelain", "--", ".", ":!bench/results")
+    return found | {
+        "size": SIZE,
+        "commit": _git("rev-parse", "HEAD") or os.environ.get("MICA_BENCH_COMMIT", "unknown"),
+        "uncommitted_changes": bool(changes),
+        "datetime": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+    }
+
+
+def _git(*words: str) -> str:
+    try:
+        done = subprocess.run(["git", *words], cwd=ROOT, capture_output=True, text=True)
+    except OSError:  # no git
+        return ""
+    return done.stdout.strip() if done.returncode == 0 else ""

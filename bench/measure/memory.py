@@ -1,0 +1,70 @@
+"""Memory: what a forward keeps for its backward, what is trained, and by how much a process grows."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from bench.measure.machine import DEVICE
+
+
+def saved_bytes(
+    forward: Callable[[], Tensor], without: Iterable[nn.Module], but: Iterable[Tensor] = ()
+) -> int:
+    """Bytes saved for the backward of ``forward()``, by storage, without these models' parameters.
+
+    ``but``: further tensors that are there anyway. Counted through saved-tensor hooks. What a library keeps
+    on its own in an autograd.Function is not seen; with bitsandbytes that is the packed weight, a parameter.
+    """
+    known = [*but, *(p for model in without for p in model.parameters())]
+    parameters = {tensor.untyped_storage().data_ptr() for tensor in known}
+    storages = {}
+
+    def pack(tensor):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in parameters:
+            storages[storage.data_ptr()] = (storage.nbytes(), tensor)  # kept, or the address is reused
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        result = forward()
+    del result
+    return sum(size for size, _ in storages.values())
+
+
+@contextmanager
+def peak_growth() -> Iterator[Callable[[], float | None]]:
+    """What is yielded gives, afterwards, by how many bytes memory grew at its highest point inside.
+
+    Of the device's allocator on CUDA, of the process's resident memory on Linux, None elsewhere.
+    """
+    unknown = DEVICE == "cpu" and not Path("/proc/self/clear_refs").exists()
+    before = None if unknown else _peak(reset=True)
+    yield lambda: None if before is None else max(0, after - before)
+    after = None if before is None else _peak()
+
+
+def _peak(reset: bool = False) -> int:
+    """Highest use since the last reset; directly after a reset, the present use."""
+    if DEVICE == "cuda":
+        if reset:
+            torch.cuda.reset_peak_memory_stats()
+        return torch.cuda.max_memory_allocated()
+    if reset:
+        Path("/proc/self/clear_refs").write_text("5")
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return int(next(line.split()[1] for line in lines if line.startswith("VmHWM"))) * 1024
+
+
+def trainable_bytes(model: nn.Module) -> int:
+    return sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
+
+
+def optimizer_bytes(optimizer: torch.optim.Optimizer) -> int:
+    """Of the states, as they are after a step."""
+    values = (value for state in optimizer.state.values() for value in state.values())
+    return sum(value.numel() * value.element_size() for value in values if torch.is_tensor(value))

@@ -1,0 +1,53 @@
+"""A pytest plugin: each test that starts and ends is a line in the journal, and none is run twice.
+
+A run that goes on after a crash, in a new process, leaves out what has ended. Under pytest-xdist the
+controlling process writes. Files called check_*.py and all tests outside bench/ are checks; other tests are
+rounds of a timing, and those that the plugin's user has refused a number are not told again.
+"""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+
+from bench.results import journal
+
+STAGE = os.environ.get("MICA_BENCH_STAGE", "")
+_IS_WORKER = "PYTEST_XDIST_WORKER" in os.environ
+
+
+def is_check(name: str) -> bool:
+    return not name.rpartition("/")[2].startswith("bench_")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    ended = {one["name"] for one in journal.read() if one["kind"] == "test" and one["stage"] == STAGE}
+    left_out = [item for item in items if item.nodeid in ended]
+    if left_out:
+        items[:] = [item for item in items if item.nodeid not in ended]
+        config.hook.pytest_deselected(items=left_out)
+
+
+def pytest_runtest_logstart(nodeid: str) -> None:
+    if not _IS_WORKER:
+        journal.write("doing", stage=STAGE, test=nodeid)
+
+
+def pytest_runtest_logreport(report: pytest.TestReport) -> None:
+    """Its outcome: of its body, or of its fixtures where these decide."""
+    if _IS_WORKER or (report.when != "call" and report.passed):
+        return
+    entry = {"stage": STAGE, "name": report.nodeid, "outcome": report.outcome}
+    entry["is_check"] = is_check(report.nodeid.partition("::")[0])
+    if not report.passed:
+        entry["why"] = _why(report)
+    journal.write("test", **entry)
+
+
+def _why(report: pytest.TestReport) -> str:
+    if report.skipped:
+        return str(report.longrepr[2]) if isinstance(report.longrepr, tuple) else str(report.longrepr)
+    crash = getattr(report.longrepr, "reprcrash", None)
+    text = crash.message if crash is not None else str(report.longrepr)
+    return text.strip().splitlines()[0] if text.strip() else "failed"

@@ -1,0 +1,81 @@
+"""A run as it happens: a file of lines that is appended to, so that nothing is lost whatever ends the run.
+
+A line is JSON with a ``kind``: "sample" (a round of one rival), "refused" (a cell or a rival of it has no
+number), "test" (a test has ended), "doing" (what is about to happen: after a crash, what caused it), "stage".
+`fold` makes a `Result` of them at any time.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+from bench.results.schema import Group, Result, Rival
+
+VARIABLE = "MICA_BENCH_JOURNAL"  # the journal's path, for the processes that a run starts
+
+
+def write(kind: str, **entry) -> None:
+    """Append a line to the journal of this run, if there is one. Whole lines only, from any process."""
+    if path := os.environ.get(VARIABLE):
+        line = json.dumps({"kind": kind, **entry}) + "\n"
+        descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+        try:
+            os.write(descriptor, line.encode())
+        finally:
+            os.close(descriptor)
+
+
+def read(path: Path | str | None = None) -> list[dict]:
+    """The entries so far, of the journal of this run by default; a line that was cut off is left out."""
+    path = path or os.environ.get(VARIABLE)
+    if path is None or not Path(path).exists():
+        return []
+    found = []
+    for line in Path(path).read_text().splitlines():
+        try:
+            found.append(json.loads(line))
+        except ValueError:
+            continue
+    return found
+
+
+def fold(entries: list[dict], machine: dict) -> Result:
+    """The result that these entries are.
+
+    What was refused at any time has no number, whatever was timed before. Of a run that ended inside a round
+    those rounds count that every rival has.
+    """
+    refused = [
+        {name: value for name, value in entry.items() if name != "kind"}
+        for entry in entries
+        if entry["kind"] == "refused"
+    ]
+    without = {(one["group"], one.get("rival")) for one in refused}
+    groups: dict[str, Group] = {}
+    for entry in entries:
+        if entry["kind"] != "sample":
+            continue
+        # of a cell, or of one of its clocks; of all its rivals, or of this one
+        if without & {(entry[what], who) for what in ("cell", "group") for who in (None, entry["rival"])}:
+            continue
+        group = groups.setdefault(entry["group"], Group(entry["group"], entry["axes"]))
+        rival = group.rivals.setdefault(entry["rival"], Rival())
+        rival.seconds.append(float(f"{entry['seconds']:.5g}"))
+        rival.facts |= entry["facts"]
+    for group in groups.values():
+        rounds = min(len(rival.seconds) for rival in group.rivals.values())
+        for rival in group.rivals.values():
+            del rival.seconds[rounds:]
+    stages = [entry["summary"] for entry in entries if entry["kind"] == "stage"]
+    return Result(machine, list(groups.values()), refused, _checks(entries), stages)
+
+
+def _checks(entries: list[dict]) -> list[dict[str, str]]:
+    """The tests that are no timing."""
+    return [
+        {name: entry[name] for name in ("stage", "name", "outcome", "why") if entry.get(name)}
+        for entry in entries
+        if entry["kind"] == "test" and entry.get("is_check")
+    ]

@@ -1,0 +1,165 @@
+"""What a run leaves behind: one JSON file a run, and the numbers that follow from it.
+
+A rival of a group has a list of seconds, one for each round. A ratio is always of one and the same round, in
+which the rivals took turns: a machine that slows down slows both.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from math import comb, exp, inf, log
+from pathlib import Path
+from statistics import mean, median, stdev
+from typing import NamedTuple
+
+from scipy.special import stdtrit  # quantiles of Student's t
+
+from bench.results.names import BACKWARD, BARE, BOTH, FORWARD
+
+
+class Ratio(NamedTuple):
+    """The median over the rounds, and an interval that holds the true one (see `interval`)."""
+
+    median: float
+    low: float
+    high: float
+
+    def __str__(self) -> str:
+        if self.high == inf:
+            return f"{self.median:.3f} (one round)"
+        digits = 2 if abs(self.median) < 100 else 0
+        return f"{self.median:.{digits + 1}f} ({self.low:.{digits}f}–{self.high:.{digits}f})"
+
+    def overlaps(self, other: Ratio) -> bool:
+        return self.low <= other.high and other.low <= self.high
+
+
+def interval(values: list[float]) -> Ratio:
+    """Median and a confidence interval of at least 95 %.
+
+    By order statistics: the k-th smallest and k-th largest enclose the true median unless fewer than k values
+    lie on one side of it, whatever the distribution. With fewer than 6 values even the range holds it with
+    less than 95 %; then Student's interval, of the logarithms where all are positive, and at least the range.
+    Of one value nothing is known: from 0 to infinity.
+    """
+    ordered, n = sorted(values), len(values)
+    if n == 1:
+        return Ratio(ordered[0], 0.0, inf)
+    if n < 6:
+        return _students(ordered)
+    k = 1
+    while 2 * sum(comb(n, below) for below in range(k + 1)) <= 0.05 * 2**n:
+        k += 1
+    return Ratio(median(ordered), ordered[k - 1], ordered[n - k])
+
+
+def _students(ordered: list[float]) -> Ratio:
+    positive = ordered[0] > 0
+    numbers = [log(value) for value in ordered] if positive else ordered
+    reach = stdtrit(len(numbers) - 1, 0.975) * stdev(numbers) / len(numbers) ** 0.5
+    ends = mean(numbers) - reach, mean(numbers) + reach
+    low, high = map(exp, ends) if positive else ends
+    return Ratio(median(ordered), min(low, ordered[0]), max(high, ordered[-1]))
+
+
+@dataclass
+class Rival:
+    """Seconds of every round, and what was counted or measured beside the time."""
+
+    seconds: list[float] = field(default_factory=list)
+    facts: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def median(self) -> float:
+        return median(self.seconds)
+
+
+@dataclass
+class Group:
+    """Rivals that did the same work in turns. ``axes``: what work (suite, tokens, rank, dtype, …)."""
+
+    name: str
+    axes: dict[str, str | int]
+    rivals: dict[str, Rival] = field(default_factory=dict)
+
+    def ratio(self, rival: str, baseline: str) -> Ratio:
+        """rival ÷ baseline."""
+        pairs = zip(self.rivals[rival].seconds, self.rivals[baseline].seconds, strict=True)
+        return interval([a / b for a, b in pairs])
+
+    def overhead(self, rival: str, baseline: str, bare: str = BARE) -> Ratio | None:
+        """(rival - bare) of each round ÷ the median of (baseline - bare); None where that is not positive.
+
+        The divisor is a median: a round in which the baseline happens to be hardly slower than the bare model
+        would blow up a quotient of its own.
+        """
+        extra, unit = (
+            [a - b for a, b in zip(self.rivals[one].seconds, self.rivals[bare].seconds, strict=True)]
+            for one in (rival, baseline)
+        )
+        if median(unit) <= 0:
+            return None
+        return interval([value / median(unit) for value in extra])
+
+
+@dataclass
+class Result:
+    """One run.
+
+    ``refused``: cells, or rivals of them, that have no number, and why. ``checks``: what was tested beside
+    the times: name, outcome, why. ``stages``: of a run on an accelerator, one summary each.
+    """
+
+    machine: dict[str, str | int | bool]
+    groups: list[Group]
+    refused: list[dict[str, str]] = field(default_factory=list)
+    checks: list[dict[str, str]] = field(default_factory=list)
+    stages: list[dict] = field(default_factory=list)
+
+    def select(self, **axes: str | int) -> Iterator[Group]:
+        """The groups whose axes have these values."""
+        for group in self.groups:
+            if all(group.axes.get(name) == value for name, value in axes.items()):
+                yield group
+
+    @classmethod
+    def load(cls, path: Path) -> Result:
+        """Of a file that `save` wrote."""
+        raw = json.loads(path.read_text())
+        groups = [
+            Group(one["name"], one["axes"], {name: Rival(**rival) for name, rival in one["rivals"].items()})
+            for one in raw["groups"]
+        ]
+        return cls(raw["machine"], groups, raw["refused"], raw.get("checks", []), raw.get("stages", []))
+
+    def save(self, path: Path) -> None:
+        """As JSON, a line a rival; the file is whole at every moment."""
+        head = {"machine": self.machine, "refused": self.refused}
+        head |= {name: what for name in ("checks", "stages") if (what := getattr(self, name))}
+        lines = json.dumps(head, indent=1)[:-2] + ',\n "groups": [\n'
+        blocks = []
+        for group in self.groups:
+            rivals = (
+                f"   {json.dumps(name)}: {json.dumps(asdict(rival))}" for name, rival in group.rivals.items()
+            )
+            opening = f'  {{"name": {json.dumps(group.name)}, "axes": {json.dumps(group.axes)},'
+            blocks.append(opening + ' "rivals": {\n' + ",\n".join(rivals) + "\n  }}")
+        scratch = path.with_suffix(".part")
+        scratch.write_text(lines + ",\n".join(blocks) + "\n ]\n}\n")
+        scratch.replace(path)
+
+    def with_both(self) -> Result:
+        """Also the sums of forward and backward of one round, where both were timed."""
+        found = [*self.groups]
+        for forward in self.select(**{"pass": FORWARD}):
+            axes = {**forward.axes, "pass": BACKWARD}
+            for backward in self.select(**axes):
+                both = Group(forward.name.replace(FORWARD, BOTH), {**axes, "pass": BOTH})
+                for name in (one for one in forward.rivals if one in backward.rivals):
+                    # of a run that broke off, one may have a round more
+                    pairs = zip(forward.rivals[name].seconds, backward.rivals[name].seconds, strict=False)
+                    both.rivals[name] = Rival([a + b for a, b in pairs], dict(forward.rivals[name].facts))
+                found.append(both)
+        return Result(self.machine, found, self.refused, self.checks, self.stages)

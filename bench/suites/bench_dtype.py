@@ -1,0 +1,56 @@
+"""One layer in 16 bits against the same layer in float32: forward + backward of mica.fast's operator, r = 16.
+
+On processors without such instructions `mica.products` takes 16-bit products through fp32;
+``ONEDNN_MAX_CPU_ISA=AVX2`` lets an x86 processor that has them stand in for one that has not. ``native``:
+whether this processor's own products of the dtype are used.
+"""
+
+import functools
+import time
+
+import pytest
+import torch
+
+from bench.results.names import FLOAT32
+from bench.suites.harness import DEVICE, finished, iterations, pick
+from bench.suites.layer import exact, make_layer, relative_errors
+from mica.ops import mica_linear
+from mica.products import has_native
+from tests.support.tolerances import RELATIVE
+
+ROUNDS = pick(quick=3, default=7)
+SHAPES = pick(
+    quick=[(512, 576, 576)],
+    default=[(64, 2048, 2048), (1024, 576, 576), (1024, 1536, 576), (1024, 2048, 2048)],
+)
+DTYPES = {FLOAT32: torch.float32, "mica.fast, bfloat16": torch.bfloat16, "mica.fast, float16": torch.float16}
+
+
+@functools.lru_cache(maxsize=len(DTYPES))
+def setting(shape, rival):
+    layer = make_layer(*shape, 16, DTYPES[rival], DEVICE)
+
+    def forward():
+        return mica_linear(layer.x, layer.weight, layer.lora_A, layer.lora_B, layer.scaling)
+
+    def gradients(y):
+        return torch.autograd.grad(y, (layer.x, layer.lora_A), layer.grad_output)
+
+    found = relative_errors(forward, gradients, exact(layer))
+    assert max(found.values()) <= RELATIVE[DTYPES[rival]], f"{rival}: errors {found}"
+    call = finished(lambda: gradients(forward()))
+    call()
+    start = time.perf_counter()
+    call()
+    return call, iterations(time.perf_counter() - start, sample=0.05)
+
+
+@pytest.mark.parametrize("round_", range(ROUNDS))
+@pytest.mark.parametrize("shape", SHAPES, ids=lambda shape: "x".join(map(str, shape)))
+@pytest.mark.parametrize("rival", DTYPES)
+def bench_dtype(once, gated, round_, shape, rival):
+    group = f"forward + backward of a layer, {'x'.join(map(str, shape))}, r = 16"
+    call, count = gated(group, lambda: setting(shape, rival))
+    tokens, out, inner = shape
+    axes = {"suite": "dtype", "tokens": tokens, "out": out, "in": inner, "rank": 16}
+    once(call, group, rival, axes, count, warm_up=True, native=float(has_native(DTYPES[rival])))

@@ -1,0 +1,254 @@
+"""One adapted linear layer, forward and backward, against everything it can be compared with.
+
+From one layer (2048 x 2048, 1024 tokens, r = 16, bf16) one axis varies at a time: tokens, rank, shape, dtype.
+Beside that stands a grid of few tokens by rank, where calls cost as much as products do; a full run has one
+of all tokens. On an accelerator the layer has 4096 x 4096, tokens vary by rank, and kernels are demanded.
+
+All rivals of a cell compute with the same x, W, A and B; each of their y, dx and dA is checked against
+`mica.reference` before anything is timed, and one that is wrong is out alone. The forward is timed with a
+gradient to come and without, the backward on a graph that is kept.
+"""
+
+import functools
+import itertools
+import time
+from contextlib import nullcontext
+from typing import NamedTuple
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import mica.fast
+from bench.measure.machine import DEVICE, ON_ACCELERATOR
+from bench.measure.memory import saved_bytes
+from bench.results.names import (
+    ATEN,
+    BACKWARD,
+    BARE,
+    BY_HAND,
+    COMPILED,
+    FAST,
+    FORWARD,
+    LORA,
+    NO_GRADIENT,
+    STOCK,
+    STOCK_16,
+)
+from bench.suites.harness import each, iterations, pick
+from bench.suites.layer import AtenControl, Form, adapted_module, by_hand, exact, make_layer, relative_errors
+from mica.products import has_native
+
+ROUNDS = pick(quick=3, default=5, dry=1)
+DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
+# Relative errors of y, dx and dA that no layer should pass, and the dtype of the truth: on a CPU fp64 takes
+# seconds for a large layer, and fp32 is as good as exact for bf16.
+GATES = {
+    "bfloat16": (1.5e-2, torch.float64 if DEVICE == "cuda" else torch.float32),
+    "float32": (1e-5, torch.float64),
+}
+PASSES = (FORWARD, BACKWARD, NO_GRADIENT)
+
+
+class Cell(NamedTuple):
+    """One layer; ``compiled``: also torch.compile's, which takes some ten seconds to build."""
+
+    tokens: int = 1024
+    out: int = 2048
+    inner: int = 2048
+    rank: int = 16
+    dtype: str = "bfloat16"
+    compiled: bool = False
+
+    @property
+    def axes(self) -> dict[str, str | int]:
+        shape = {"tokens": self.tokens, "out": self.out, "in": self.inner}
+        return {"suite": "layer", **shape, "rank": self.rank, "dtype": self.dtype}
+
+    @property
+    def key(self) -> str:
+        """For ``-k``."""
+        return f"{self.tokens}x{self.out}x{self.inner}-r{self.rank}-{self.dtype}"
+
+    @property
+    def rounds(self) -> int:
+        """Fewer of layers that take a second and more on a CPU, whose times scatter less."""
+        is_small = ON_ACCELERATOR or self.tokens * self.out * self.inner < 2**34
+        return ROUNDS if is_small else min(ROUNDS, 3)
+
+    @property
+    def name(self) -> str:
+        return f"layer, {self.tokens} tokens, {self.out} x {self.inner}, r = {self.rank}, {self.dtype}"
+
+
+def grid(tokens: tuple, shapes: tuple, ranks: tuple) -> list[Cell]:
+    """Every combination, in both dtypes."""
+    return [
+        Cell(count, *shape, rank, dtype)
+        for dtype, shape, rank, count in itertools.product(DTYPES, shapes, ranks, tokens)
+    ]
+
+
+def chosen(cells: list[Cell]) -> list[Cell]:
+    """Each once; no bf16 where the processor has no instructions for it and a product may take a minute."""
+    found: dict[str, Cell] = {}
+    for cell in cells:
+        if ON_ACCELERATOR or has_native(DTYPES[cell.dtype]):
+            found.setdefault(cell.key, cell)
+    return [*found.values()]
+
+
+COMPILED_TOKENS = (256, 1024)
+SHAPES, RANKS = ((576, 576), (1536, 576), (2048, 2048)), (4, 16, 64, 128)
+AXES = [
+    *(Cell(tokens, compiled=tokens in COMPILED_TOKENS) for tokens in (128, 256, 512, 1024, 2048, 4096, 8192)),
+    *(Cell(rank=rank) for rank in (4, 32, 64, 128)),
+    *(Cell(tokens, dtype="float32", compiled=tokens == 1024) for tokens in (128, 256, 1024, 4096)),
+    *(Cell(1024, *shape) for shape in ((576, 576), (1024, 1024), (4096, 4096), (8192, 2048), (2048, 8192))),
+    *(Cell(tokens, 1536, 576) for tokens in (128, 256, 1024)),
+    Cell(1024, 576, 1536),
+    *(Cell(tokens, 576, 576) for tokens in (128, 256)),
+    *(Cell(tokens, 576, 576, dtype="float32") for tokens in (128, 256, 1024)),
+    *(Cell(1024, 576, 576, rank=rank) for rank in (4, 128)),
+]
+FEW = [
+    *grid((1, 8, 32, 128), SHAPES[:1], (4, 128)),
+    *grid((1, 32), SHAPES[:1], (16, 64)),
+    *grid((1, 32), SHAPES[1:], (16, 128)),
+    *(Cell(tokens, 576, 576, 128, "float32") for tokens in (1024, 8192)),
+]
+CUDA = [
+    *(
+        Cell(tokens, 4096, 4096, rank, compiled=rank == 16 and tokens in (512, 8192))
+        for rank in (16, 64, 8)
+        for tokens in (8192, 2048, 512, 128, 1)
+    ),
+    Cell(8192, 14336, 4096),
+    Cell(8192, 4096, 14336),
+]
+CELLS = chosen(
+    pick(
+        quick=[
+            Cell(128),
+            Cell(1024, compiled=True),
+            Cell(1024, dtype="float32"),
+            Cell(1024, 576, 576),
+            *grid((1,), SHAPES[:1], (16,)),
+        ],
+        cuda=CUDA,
+        dry=[Cell(40, 48, 64, 16, compiled=True), Cell(1, 80, 96, 64)],
+        default=[*AXES, *FEW],
+        full=[*AXES, *FEW, *grid((1, 8, 32, 128, 512, 2048, 8192), SHAPES, RANKS)],
+    )
+)
+
+
+class Setting(NamedTuple):
+    forms: dict[str, Form]
+    grad_output: torch.Tensor
+    facts: dict[str, dict[str, float]]
+    iterations: dict[str, int]
+
+
+def builds(cell: Cell, layer):
+    """rival -> what makes its `Form`."""
+    x, stock = layer.x, mica.fast.disabled
+    operands = x, layer.weight, layer.lora_A, layer.lora_B, layer.scaling
+
+    def adapted(dtype, context, init="mica", compiled=False) -> Form:
+        module, lora_A = adapted_module(layer, dtype, init=init)
+        trained = [lora_A]
+        if init is True:
+            trained.append(module.lora_B["default"].weight.requires_grad_())
+        call = module
+        if compiled:
+            torch._dynamo.reset()
+            call = torch.compile(module, dynamic=False)
+        return Form(lambda: call(x), (x, *trained), context, module)
+
+    found = {
+        BARE: lambda: Form(lambda: F.linear(x, layer.weight), (x,)),
+        STOCK: lambda: adapted(torch.float32, stock),
+        STOCK_16: lambda: adapted(x.dtype, stock),
+        COMPILED: lambda: adapted(x.dtype, stock, compiled=True),
+        LORA: lambda: adapted(torch.float32, stock, init=True),
+        ATEN: lambda: Form(lambda: AtenControl.apply(*operands), (x, layer.lora_A)),
+        BY_HAND: lambda: Form(lambda: by_hand(*operands), (x, layer.lora_A)),
+        FAST: lambda: adapted(torch.float32, nullcontext),
+    }
+    names = dict.fromkeys([*rivals(cell, FORWARD), *rivals(cell, NO_GRADIENT)])
+    return {name: found[name] for name in names}
+
+
+def judged(cell: Cell, layer, name: str, build, truth) -> tuple[Form, dict[str, float]]:
+    """A rival's form, and what is counted beside its time; raises where its results are wrong."""
+    form, (limit, _) = build(), GATES[cell.dtype]
+    operator = "linear_kernels" if ON_ACCELERATOR else "linear"
+    with form.context():
+        calls = mica.fast.call_counts[operator]
+        errors = relative_errors(form.forward, lambda y: form.gradients(y, layer.grad_output), truth)
+        if name in rivals(cell, NO_GRADIENT):
+            with torch.no_grad():  # may be another way through the code
+                alone = relative_errors(form.forward, lambda y: (), truth)
+            errors["y without gradient"] = alone["y"]
+        bound = 1.0 if name == BARE else limit  # the bare layer lacks the adapter's term
+        for what, error in errors.items():
+            assert error <= bound, f"the relative error of {what} is {error:.2e}, above {bound:.0e}"
+        ran = mica.fast.call_counts[operator] - calls
+        assert ran == 2 * (name == FAST), f"{ran} calls of our operator"
+        modules = [] if form.module is None else [form.module]
+        saved = saved_bytes(form.forward, modules, but=[layer.weight]) / 1e6
+    wrong = {f"error of {what}": float(f"{errors[what]:.3g}") for what in ("y", "dx", "dA") if what in errors}
+    return form, {"saved_mb": saved, **(wrong if name != BARE else {})}
+
+
+@functools.lru_cache(maxsize=1)
+def setting(cell: Cell) -> Setting:
+    layer = make_layer(cell.tokens, cell.out, cell.inner, cell.rank, DTYPES[cell.dtype], DEVICE)
+    truth = exact(layer, GATES[cell.dtype][1])
+    made = builds(cell, layer)
+    found = each(
+        cell.name,
+        {name: functools.partial(judged, cell, layer, name, make, truth) for name, make in made.items()},
+    )
+    forms = {name: form for name, (form, _) in found.items()}
+    start = time.perf_counter()
+    y = forms[BARE].forward()
+    middle = time.perf_counter()
+    forms[BARE].gradients(y, layer.grad_output)
+    seconds = {FORWARD: middle - start, BACKWARD: time.perf_counter() - middle}
+    seconds[NO_GRADIENT] = seconds[FORWARD]
+    counts = {part: iterations(one) for part, one in seconds.items()}
+    return Setting(forms, layer.grad_output, {name: facts for name, (_, facts) in found.items()}, counts)
+
+
+def rivals(cell: Cell, part: str) -> list[str]:
+    """Without a gradient LoRA's layer is the stock one, and `torch.compile` would have to build another."""
+    names = [BARE, STOCK, *([STOCK_16] if cell.dtype != "float32" else []), ATEN, BY_HAND, FAST]
+    if part != NO_GRADIENT:
+        names += [LORA, *([COMPILED] if cell.compiled else [])]
+    return names
+
+
+# the first named parameter is the innermost loop: rivals take turns within a round
+def cases():
+    for cell in CELLS:
+        for round_ in range(cell.rounds):
+            for part in PASSES:
+                for name in rivals(cell, part):
+                    yield pytest.param(cell, round_, part, name, id=f"{cell.key}-{part}-{round_}-{name}")
+
+
+@pytest.mark.parametrize(("cell", "round_", "part", "rival"), cases())
+def bench_layer(once, gated, cell, round_, part, rival):
+    group = f"{cell.name}, {part}"
+    found = gated(group, lambda: setting(cell), rival)
+    form, count = found.forms[rival], found.iterations[part]
+    facts = found.facts[rival] if round_ == 0 and part != NO_GRADIENT else {}
+    axes = {**cell.axes, "pass": part}
+    with form.context(), torch.set_grad_enabled(part != NO_GRADIENT):
+        if part == BACKWARD:
+            call = functools.partial(form.gradients, form.forward(), found.grad_output)
+        else:
+            call = form.forward
+        once(call, group, rival, axes, count, warm_up=True, all_clocks=True, **facts)

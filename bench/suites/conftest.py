@@ -1,0 +1,163 @@
+"""Shared by the suites: rivals that take turns, and checks before any time.
+
+pytest-benchmark times one test after the other; a machine that slows down in between would favour whoever
+ran first. Each test is therefore one round of one rival, the round number is the outer parameter, and
+`bench.results` pairs the rounds. A round is a line in the journal as soon as its test has passed.
+"""
+
+import ctypes
+import gc
+import os
+from collections.abc import Callable
+from contextlib import nullcontext, suppress
+
+import pytest
+import torch
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ["MICA_CACHE"] = "0"  # solved, not found
+
+from transformers.utils import logging
+
+from bench.measure import clocks
+from bench.measure.machine import DEVICE, ON_ACCELERATOR
+from bench.results import journal
+from bench.results.names import DEVICE_TIME, GRAPH, WALL
+from bench.suites.harness import leave_if_crashed, refuse, sentence, why_refused
+
+pytest_plugins = ["bench.measure.watching"]
+logging.set_verbosity_error()
+logging.disable_progress_bar()
+
+STREAM = torch.cuda.Stream() if DEVICE == "cuda" else None
+
+
+class Once:
+    """Times one sample: a round of one rival, the mean of ``iterations`` calls.
+
+    ``warm_up``: one call before, for caches and for memory that the rival before has given back.
+    ``axes``: what work it is; ``facts``: what was counted or measured beside the time. ``all_clocks``: on an
+    accelerator also its device time and a replay of its graph, each a cell of its own.
+    """
+
+    graphs: dict[tuple[str, str], Callable] = {}  # noqa: RUF012 (of the cell that is being timed)
+
+    def __init__(self, benchmark):
+        self.benchmark = benchmark
+        self.cell = self.rival = None
+        self.samples: list[dict] = []
+
+    def __call__(self, function, group, rival, axes, iterations=1, warm_up=False, all_clocks=False, **facts):
+        self.cell, self.rival = group, rival
+        self.benchmark.group = group
+        self.benchmark.extra_info.update(rival=rival, axes=axes)
+        journal.write("doing", group=group, rival=rival)
+        if warm_up:
+            function()
+        call = clocks.wall(function, iterations)
+        result = self.benchmark.pedantic(call, rounds=1, iterations=iterations)
+        self._add(self.benchmark.stats.stats.median, axes, facts, WALL)
+        if all_clocks and ON_ACCELERATOR:
+            self._add(clocks.device_seconds(function), axes, {}, DEVICE_TIME)
+            if (replay := self._graph(function)) is not None:
+                self._add(clocks.device_seconds(replay), axes, {}, GRAPH)
+        return result
+
+    def note(self, **facts):
+        """What was found out after the timing."""
+        for sample in self.samples[:1]:
+            sample["facts"] |= facts
+
+    def _add(self, seconds: float, axes: dict, facts: dict, clock: str) -> None:
+        group = self.cell
+        if ON_ACCELERATOR:
+            group, axes = f"{group}, {clock}", {**axes, "clock": clock}
+        self.samples.append(
+            {
+                "cell": self.cell,
+                "group": group,
+                "axes": axes,
+                "rival": self.rival,
+                "seconds": seconds,
+                "facts": facts,
+            }
+        )
+
+    def _graph(self, function) -> Callable | None:
+        """The replay of its graph, captured once a cell; a rival that cannot be captured has no such number."""
+        group = f"{self.cell}, {GRAPH}"
+        if why_refused(group, self.rival):
+            return None
+        if not any(cell == self.cell for cell, _ in self.graphs):
+            self.graphs.clear()
+        key = self.cell, self.rival
+        if key not in self.graphs:
+            try:
+                self.graphs[key] = clocks.captured(function), function  # its operands stay where they are
+            except Exception as error:
+                refuse(group, sentence(error), self.rival)
+                leave_if_crashed()
+                return None
+        return self.graphs[key][0]
+
+
+@pytest.fixture
+def once(request, benchmark):
+    request.node.once = Once(benchmark)
+    return request.node.once
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item, call):
+    """A round counts once its test has passed; a rival whose test failed has no number."""
+    report = yield
+    found = getattr(item, "once", None)
+    if found is not None and call.when == "call":
+        for sample in found.samples if report.passed else ():
+            journal.write("sample", **sample)
+        if report.failed and found.cell is not None:
+            refuse(found.cell, sentence(call.excinfo.value), found.rival)
+            leave_if_crashed()
+    return report
+
+
+@pytest.fixture(autouse=True)
+def one_stream():
+    """Not the default one, on which nothing can be captured, and a backward runs where its forward did."""
+    with torch.cuda.stream(STREAM) if STREAM is not None else nullcontext():
+        yield
+
+
+@pytest.fixture(scope="module", autouse=True)
+def released(request):
+    """A suite leaves neither its models nor a fragmented heap to the next one, whose steps would pay."""
+    yield
+    Once.graphs.clear()
+    for value in vars(request.module).values():
+        if hasattr(value, "cache_clear"):
+            value.cache_clear()
+    gc.collect()
+    with suppress(OSError, AttributeError):  # glibc's: freed memory goes back to the system
+        ctypes.CDLL(None).malloc_trim(0)
+
+
+@pytest.fixture(scope="session")
+def gated():
+    """``gated(group, check, rival)``: what ``check()`` returns, unless the cell or the rival is refused.
+
+    Once ``check()`` has raised, the cell is refused for good; a rival alone is refused by `harness.each`.
+    """
+
+    def gated(group: str, check: Callable[[], object], rival: str = "") -> object:
+        found = None
+        if why_refused(group, rival) is None:
+            try:
+                found = check()
+            except Exception as error:
+                refuse(group, sentence(error))
+                leave_if_crashed()
+        if why := why_refused(group, rival):
+            pytest.fail(f"no number for {group}, {rival}: {why}", pytrace=False)
+        return found
+
+    return gated

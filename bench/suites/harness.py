@@ -1,0 +1,92 @@
+"""What the suites share: how large a run is, rivals that are built and judged one by one, and refusals."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from math import ceil
+from typing import TypeVar
+
+import os
+
+import torch
+
+from bench.measure.machine import DEVICE, IS_DRY, SIZE
+from bench.results import journal
+
+T = TypeVar("T")
+
+# Why a cell, or a rival of it, has no number: (group, rival or None) -> a sentence. After a crash the run goes on
+# in a new process, which must not try again what crashed.
+refusals: dict[tuple[str, str | None], str] = {
+    (entry["group"], entry.get("rival")): entry["why"]
+    for entry in journal.read()
+    if entry["kind"] == "refused"
+}
+CRASHED = 86  # exit status of a process whose device does not answer any more
+
+
+def pick(quick: T, default: T, full: T | None = None, cuda: T | None = None, dry: T | None = None) -> T:
+    """What this size of run takes on this device; without something of its own, what comes before it."""
+    if IS_DRY:
+        return next(one for one in (dry, quick) if one is not None)
+    if DEVICE == "cuda" and cuda is not None:
+        return cuda
+    return {"quick": quick, "default": default, "full": default if full is None else full}[SIZE]
+
+
+def iterations(seconds: float, sample: float = 0.005) -> int:
+    """How many calls of this length make one sample of about ``sample`` seconds: 1 to 100.
+
+    The calls are those of the fastest rival, the bare one; the others take up to five times as long.
+    """
+    return 1 if IS_DRY else min(100, max(1, ceil(sample / seconds)))
+
+
+def refuse(group: str, why: str, rival: str | None = None) -> None:
+    if (group, rival) not in refusals:
+        refusals[group, rival] = why
+        whose = {} if rival is None else {"rival": rival}
+        journal.write("refused", group=group, **whose, why=why)
+
+
+def sentence(error: BaseException) -> str:
+    """The first line of what it says, with its kind unless it is a failed check."""
+    lines = str(error).strip().splitlines()
+    text = lines[0] if lines else ""
+    return text if isinstance(error, AssertionError) and text else f"{type(error).__name__}: {text}"
+
+
+def each(group: str, builds: dict[str, Callable[[], T]]) -> dict[str, T]:
+    """What each rival's function returns, which builds it and checks its results.
+
+    One that raises is refused, in ``group`` and all groups whose names go on from there, and the others go on.
+    """
+    found = {}
+    for rival, build in builds.items():
+        if (group, rival) in refusals:
+            continue
+        journal.write("doing", group=group, rival=rival)
+        try:
+            found[rival] = build()
+        except Exception as error:
+            refuse(group, sentence(error), rival)
+            leave_if_crashed()
+    return found
+
+
+def why_refused(group: str, rival: str) -> str | None:
+    """Of the cell or of this rival; what was refused in a cell is refused in each of its passes."""
+    for (name, whose), why in refusals.items():
+        if whose in (None, rival) and (group == name or group.startswith(f"{name}, ")):
+            return why
+    return None
+
+
+def leave_if_crashed() -> None:
+    """A device error stays: whatever comes after it in this process would fail, and be blamed for it."""
+    if DEVICE != "cuda":
+        return
+    try:
+        torch.cuda.synchronize()
+    except RuntimeError:
+        os._exit(CRASHED)

@@ -1,0 +1,125 @@
+"""One MiCA linear layer: operands, its forms in PEFT, the controls in plain PyTorch, and what is exact.
+
+A module of stock PEFT here is MiCA's, whose forward is
+that of plain LoRA with B frozen; B is set, so that no initialisation (an SVD of every weight) is run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from peft import LoraConfig, get_peft_model
+from torch import Tensor, nn
+
+from mica import reference
+
+
+@dataclass
+class Layer:
+    """Operands: x (tokens×in), weight (out×in), fp32 masters of A and B, all of one scale."""
+
+    x: Tensor
+    weight: Tensor
+    lora_A: Tensor
+    lora_B: Tensor
+    scaling: float
+    grad_output: Tensor
+
+
+class Form(NamedTuple):
+    """A rival. ``forward()`` gives y; ``inputs``: what the backward differentiates by, x first."""
+
+    forward: Callable[[], Tensor]
+    inputs: tuple[Tensor, ...]
+    context: Callable[[], AbstractContextManager] = nullcontext
+    module: nn.Module | None = None
+
+    def gradients(self, y: Tensor, grad_output: Tensor) -> tuple[Tensor, ...]:
+        return torch.autograd.grad(y, self.inputs, grad_output, retain_graph=True)
+
+
+def make_layer(tokens: int, out: int, inner: int, rank: int, dtype: torch.dtype, device: str) -> Layer:
+    """Random operands in which the adapter's term is a tenth of the base's."""
+    generator = torch.Generator(device).manual_seed(0)
+
+    def normal(*shape: int, scale: float = 1.0) -> Tensor:
+        return torch.randn(*shape, generator=generator, device=device) * scale
+
+    return Layer(
+        normal(tokens, inner).to(dtype).requires_grad_(),
+        normal(out, inner, scale=inner**-0.5).to(dtype),
+        normal(rank, inner, scale=inner**-0.5).requires_grad_(),
+        normal(out, rank, scale=0.1 * rank**-0.5),
+        1.0,
+        normal(tokens, out).to(dtype),
+    )
+
+
+def adapted_module(
+    layer: Layer, adapter_dtype: torch.dtype, init: str | bool = False
+) -> tuple[nn.Module, Tensor]:
+    """PEFT's layer over this weight, with these factors in ``adapter_dtype``, B frozen; and its A.
+
+    ``init="mica"`` makes it one that `mica.fast` takes, ``False`` a plain LoRA layer.
+    """
+    out, inner = layer.weight.shape
+    base = nn.Linear(inner, out, bias=False, device="meta")
+    base.weight = nn.Parameter(layer.weight, requires_grad=False)
+    rank = layer.lora_A.shape[0]
+    config = LoraConfig(r=rank, lora_alpha=rank * layer.scaling, target_modules=["0"], init_lora_weights=init)
+    adapted = get_peft_model(nn.Sequential(base), config)
+    module = adapted.base_model.model[0].to(layer.x.device)
+    for part, value in ((module.lora_A, layer.lora_A), (module.lora_B, layer.lora_B)):
+        part["default"].weight = nn.Parameter(value.detach().to(adapter_dtype))
+    module.lora_B["default"].weight.requires_grad_(False)
+    return module, module.lora_A["default"].weight
+
+
+class AtenControl(torch.autograd.Function):
+    """The most that plain PyTorch can do: products that add in place, one product for dA, x kept alone."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float) -> Tensor:
+        A, B = lora_A.to(x.dtype), lora_B.to(x.dtype)
+        ctx.save_for_backward(x)
+        ctx.frozen = weight, A, B, scaling
+        return F.linear(x, weight).addmm_(F.linear(x, A), B.t(), alpha=scaling)
+
+    @staticmethod
+    def backward(ctx, grad_output: Tensor):
+        (x,), (weight, A, B, scaling) = ctx.saved_tensors, ctx.frozen
+        g = (grad_output @ B).mul_(scaling)
+        return (grad_output @ weight).addmm_(g, A), None, (g.t() @ x).to(torch.float32), None, None
+
+
+def by_hand(x: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float) -> Tensor:
+    """What many write by hand: two products and one that adds in place, with autograd's own backward."""
+    A, B = lora_A.to(x.dtype), lora_B.to(x.dtype)
+    return (x @ weight.t()).addmm_(x @ A.t(), B.t(), alpha=scaling)
+
+
+def exact(layer: Layer, dtype: torch.dtype = torch.float64) -> dict[str, Tensor]:
+    """y, dx and dA in ``dtype`` by the reference."""
+    operands = [t.detach().to(dtype) for t in (layer.x, layer.weight, layer.lora_A, layer.lora_B)]
+    y = reference.forward(*operands, layer.scaling)
+    dx, dA = reference.linear_backward(layer.grad_output.to(dtype), *operands, layer.scaling, dtype)
+    return {"y": y, "dx": dx, "dA": dA}
+
+
+def relative_errors(
+    forward: Callable[[], Tensor],
+    gradients: Callable[[Tensor], tuple[Tensor, ...]],
+    truth: dict[str, Tensor],
+) -> dict[str, float]:
+    """Frobenius norm of the difference over that of the truth, for y, dx and (where there is one) dA."""
+    y = forward()
+    values = dict(zip(("y", "dx", "dA"), (y, *gradients(y)), strict=False))
+    return {
+        name: float((value.detach().to(truth[name].dtype) - truth[name]).norm() / truth[name].norm())
+        for name, value in values.items()
+    }
