@@ -6,7 +6,7 @@ VENV   := .venv
 RUN    := $(VENV)/bin/python
 READY  := $(VENV)/.installed
 
-.PHONY: demo test lint static mutants fuzz conformance bench bench-compare bench-quality gpu clean
+.PHONY: demo test lint static mutants fuzz conformance bench bench-compare bench-quality gpu gpu-dry-run clean
 
 $(READY): pyproject.toml
 	test -x $(RUN) || $(PYTHON) -m venv $(VENV)
@@ -43,21 +43,26 @@ conformance: $(READY)
 	$(RUN) -m pip install -q -e ".[conformance]"
 	$(RUN) -m tests.conformance
 
-# All suites, about 25 minutes on two cores; ARGS=--quick about 8, ARGS=--full much longer
+# All suites, at most 15 minutes on two cores; ARGS=--quick at most 3, ARGS=--full much longer
 bench: $(READY)
 	$(RUN) -m bench $(ARGS)
 
 # What became slower from one run's JSON file to another's: make bench-compare OLD=... NEW=...
 bench-compare: $(READY)
-	$(RUN) -m bench.compare $(OLD) $(NEW)
+	$(RUN) -m bench.report.compare $(OLD) $(NEW)
 
 # MiCA, LoRA and full fine-tuning on unseen text: what is learned and what is forgotten (about 35 minutes)
 bench-quality: $(READY)
 	OMP_WAIT_POLICY=passive $(RUN) -m bench.quality
 
-# On a machine with a GPU, in its own Python environment (PYTHON=...), where torch, triton and PEFT are
+# On a machine with a GPU, in its own Python environment (PYTHON=...), where torch, triton and PEFT are;
+# bench/README.md says what else. ARGS='--stages 1,3 --budget 300'
 gpu:
-	$(PYTHON) -m bench.gpu
+	$(PYTHON) -m bench.gpu $(ARGS)
+
+# The same stages without a GPU: the way is walked, nothing is measured
+gpu-dry-run: $(READY)
+	$(RUN) -m bench.gpu --dry-run $(ARGS)
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info

@@ -67,7 +67,13 @@ class Run:
                 break
             if not self._blame(job, state):
                 break
-        summary = self._summary(job, state, time.monotonic() - began)
+        return self._note(self._summary(job, state, time.monotonic() - began))
+
+    def leave_out(self, name: str, why: str) -> dict:
+        """The summary of a job that is not started."""
+        return self._note({"stage": name, "state": "left out", "why": why})
+
+    def _note(self, summary: dict) -> dict:
         journal.write("stage", summary=summary)
         self.save()
         return summary

@@ -84,7 +84,7 @@ class Once:
         )
 
     def _graph(self, function) -> Callable | None:
-        """The replay of its graph, captured once a cell; a rival that cannot be captured has no such number."""
+        """The replay of its graph, captured once a cell; without one, a rival has no such number."""
         group = f"{self.cell}, {GRAPH}"
         if why_refused(group, self.rival):
             return None

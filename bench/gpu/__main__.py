@@ -1,0 +1,106 @@
+"""``python -m bench.gpu``: on a machine with a CUDA or ROCm GPU, is it right there, and how fast is it?
+
+Eight stages (`bench.gpu.stages`), the most telling first, each in a process of its own under a watchdog; a
+summary line of JSON after each. Results are written as they come: whatever ends the run, what was measured
+before is there. Exit status: 0 all stages passed, 1 some did not, 2 there is nothing to run on.
+
+``--dry-run`` goes the same way on a CPU, with interpreted kernels and tiny shapes. It shows that the way is
+clear; its times mean nothing, and its report says so.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+import os
+import sys
+import time
+from datetime import date
+from pathlib import Path
+
+NEEDED = (
+    "torch",
+    "triton",
+    "peft",
+    "transformers",
+    "scipy",
+    "threadpoolctl",
+    "pytest",
+    "pytest_benchmark",
+    "xdist",
+)
+
+
+def parser() -> argparse.ArgumentParser:
+    found = argparse.ArgumentParser(
+        prog="python -m bench.gpu",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    found.add_argument(
+        "--dry-run", action="store_true", help="without a GPU: interpreted kernels, tiny shapes"
+    )
+    found.add_argument("--stages", default="", metavar="1,3,5", help="only these (default: all)")
+    found.add_argument("--budget", type=float, default=540.0, metavar="SECONDS", help="of all (default 540)")
+    found.add_argument(
+        "--silence",
+        type=float,
+        default=75.0,
+        metavar="SECONDS",
+        help="a stage that reports nothing for so long is started again without what it was doing (default "
+        "75: a build by torch.compile is the longest)",
+    )
+    found.add_argument("--name", default=f"{date.today()}-gpu", help="of the result files")
+    found.add_argument("--output", type=Path, help="folder (default: $OUT, or bench/results/<device>)")
+    return found
+
+
+def main(argv: list[str] | None = None) -> int:
+    command = parser()
+    args = command.parse_args(argv)
+    missing = [name for name in NEEDED if importlib.util.find_spec(name) is None]
+    if missing:
+        print(f"bench.gpu needs {', '.join(missing)}, which cannot be imported here", file=sys.stderr)
+        return 2
+    if args.dry_run:
+        os.environ["MICA_BENCH_SIZE"] = "dry"
+    import torch
+
+    if not args.dry_run and not torch.cuda.is_available():
+        print(
+            "bench.gpu needs a CUDA or ROCm GPU, and torch sees none here (--dry-run goes without)",
+            file=sys.stderr,
+        )
+        return 2
+
+    from bench.gpu.stages import STAGES, job
+    from bench.measure.machine import output
+    from bench.report.__main__ import write
+    from bench.run import Run
+
+    known = {str(stage.number): stage for stage in STAGES}
+    wanted = [one.strip() for one in args.stages.split(",") if one.strip()] or list(known)
+    if unknown := [one for one in wanted if one not in known]:
+        command.error(f"--stages: {', '.join(unknown)} is not one of {', '.join(known)}")
+    folder = args.output or output("dry-run" if args.dry_run else None)
+    run = Run(folder / f"{args.name}.json")
+    print(json.dumps(run.machine), flush=True)
+    deadline, all_passed = time.monotonic() + args.budget, True
+    for one in wanted:
+        left = deadline - time.monotonic()
+        if left <= 0:
+            summary = run.leave_out(known[one].name, "the budget is spent")
+        else:
+            summary = run.start(job(known[one], folder, args.name, args.dry_run, left, args.silence))
+            write(run.file)
+        print(f"STAGE {json.dumps(summary)}", flush=True)
+        all_passed &= summary["state"] == "passed"
+    run.journal.unlink()  # all of it is in the result file
+    print(write(run.file))
+    return 0 if all_passed else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,92 @@
+"""The stages of a run on a GPU, the most telling first: each a process, a time limit and a question."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import NamedTuple
+
+from bench.measure.machine import ROOT
+from bench.run import Job, pytest, suite
+
+DRY_SECONDS = 120.0  # a stage's limit there
+
+
+class Stage(NamedTuple):
+    """``seconds``: its limit on a GPU; ``files`` of ``bench/suites`` or, if ``tests``, of ``tests``."""
+
+    number: int
+    name: str
+    asks: str
+    seconds: float
+    files: tuple[str, ...]
+    selection: str = ""
+    tests: bool = False
+    backend: str = "triton"  # kernels or an error: what is timed under our name is ours
+
+
+STAGES = (
+    Stage(1, "kernels", "is each kernel right, and twice the same?", 60, ("check_kernels.py",)),
+    Stage(
+        2,
+        "tests",
+        "do the kernels' tests pass, compiled?",
+        180,
+        ("kernels", "mica/test_kernel_path.py", "mica/fast/test_graphed.py"),
+        tests=True,
+    ),
+    Stage(
+        3,
+        "bandwidth",
+        "how near a copy is each kernel, and in which configuration?",
+        90,
+        ("bench_kernels.py",),
+    ),
+    Stage(4, "layers", "what does an adapter cost a layer?", 150, ("bench_layer.py", "bench_group.py")),
+    Stage(
+        5,
+        "model",
+        "what does a model gain in time and memory, with the same losses?",
+        150,
+        ("bench_step.py", "bench_block.py", "check_profile.py"),
+    ),
+    Stage(
+        6,
+        "initialisation",
+        "how fast does an adapter start?",
+        120,
+        ("bench_subspace.py", "bench_adapter.py"),
+        backend="auto",
+    ),
+    Stage(7, "streams", "do graphs, streams and torch.compile give the same?", 60, ("check_streams.py",)),
+    Stage(8, "forms", "is another form of a layer faster?", 90, ("bench_forms.py",)),
+)
+
+
+def job(stage: Stage, folder: Path, name: str, is_dry: bool, seconds: float, silence: float) -> Job:
+    """The process of a stage; ``seconds``: what is left of the run's budget."""
+    environment = {"MICA_BACKEND": stage.backend, "OMP_WAIT_POLICY": "passive", "HF_HUB_OFFLINE": "1"}
+    if is_dry:
+        environment |= {"MICA_BENCH_SIZE": "dry", "TRITON_INTERPRET": "1"}
+    if stage.tests:
+        # the tests themselves say which backend
+        environment["MICA_BACKEND"] = "auto"
+        environment["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"
+        if not is_dry:
+            environment["MICA_TEST_DEVICE"] = "cuda"
+        command = _tests(("kernels/test_merge.py",) if is_dry else stage.files, folder / f"{name}-tests.xml")
+    else:
+        command = suite(list(stage.files), stage.selection)
+    limit = min(DRY_SECONDS if is_dry else stage.seconds, seconds)
+    return Job(stage.name, command, environment, limit, silence)
+
+
+def _tests(files: tuple[str, ...], report: Path) -> list[str]:
+    """On all cores, so that kernels are compiled in parallel; to the end, whatever fails."""
+    workers = min(16, os.cpu_count() or 1)
+    distribution = ["-n", workers, "--dist", "worksteal", f"--junitxml={report}", "-o", "junit_family=xunit2"]
+    # what a user's settings would add could double an option or stop at the first failure
+    options = ["-o", "addopts=--import-mode=importlib --strict-markers -p no:cacheprovider", "--tb=short"]
+    return pytest(
+        *(ROOT / "tests" / file for file in files), "-p", "bench.measure.watching", *distribution, *options
+    )

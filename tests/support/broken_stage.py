@@ -1,0 +1,60 @@
+"""A pytest plugin for dry runs of `bench.gpu`: something goes wrong in the stages MICA_TEST_FAULTS names.
+
+Like "kernels:raise,layers:kill". *raise*, *wrong*: in every launch of a kernel and every call of the solver.
+*hang*, *kill*: in the first one, and not again in the process that is started next.
+"""
+
+import dataclasses
+import os
+import signal
+import time
+from functools import wraps
+from pathlib import Path
+
+import mica
+from mica.kernels import launching
+
+FAULTS = dict(one.split(":") for one in os.environ["MICA_TEST_FAULTS"].split(","))
+STAGE = os.environ.get("MICA_BENCH_STAGE", "")
+
+
+def _is_first() -> bool:
+    """Whether nobody was here before, in any process of this stage."""
+    try:
+        Path(f"{os.environ['MICA_BENCH_JOURNAL']}.{STAGE}").touch(exist_ok=False)
+    except FileExistsError:
+        return False
+    return True
+
+
+def _go_wrong(fault: str) -> None:
+    if fault == "raise":
+        raise RuntimeError("injected")
+    if fault in ("hang", "kill") and _is_first():
+        if fault == "kill":
+            os.kill(os.getpid(), signal.SIGKILL)
+        time.sleep(3600)
+
+
+def _break(fault: str) -> None:
+    launch, solve = launching.Plan.__call__, mica.minor_subspace
+
+    @wraps(launch)
+    def launched(plan, *tensors):
+        _go_wrong(fault)
+        launch(plan, *tensors)
+        names = plan.kernel.arg_names
+        if fault == "wrong" and "out_ptr" in names:
+            tensors[names.index("out_ptr")].mul_(1.5)
+
+    @wraps(solve)
+    def solved(*args, **kwargs):
+        _go_wrong(fault)
+        found = solve(*args, **kwargs)
+        return found if fault != "wrong" else dataclasses.replace(found, basis=found.basis * 1.5)
+
+    launching.Plan.__call__, mica.minor_subspace = launched, solved
+
+
+if STAGE in FAULTS:
+    _break(FAULTS[STAGE])
