@@ -23,7 +23,7 @@ ALL = (WALL, DEVICE_TIME, GRAPH)
 Call = Callable[[], object]
 
 FLUSH_BYTES = 256 * 2**20  # five times the L2 cache of an H100
-SAMPLES, SECONDS = (3, 20), 0.02  # of one measurement: so many calls, and about so long
+SAMPLES, SECONDS = (3, 9), 0.005  # of one round: so many calls, and about so long
 # The device waits while the host enqueues a call: so many times what that took before, and a little.
 LEAD, LEAST_LEAD, LONGEST_LEAD = 3.0, 50e-6, 20e-3
 CLOCK_RATE = 2.0e9  # cycles a second of `_sleep`; a slower clock only lengthens the lead
@@ -50,6 +50,12 @@ def wall(call: Call, calls: int) -> Call:
         return result
 
     return waiting
+
+
+def seconds(call: Call) -> float:
+    """Of one call, the wait for the device included: a first look, for how many make a sample."""
+    _host_seconds(wall(lambda: None, 1))
+    return _host_seconds(wall(call, 1))
 
 
 def device_seconds(call: Call) -> float:
@@ -94,9 +100,7 @@ def _empty_cache() -> None:
 
 def _enqueued_in(call: Call) -> float:
     torch.cuda.synchronize()
-    start = time.perf_counter()
-    call()
-    return time.perf_counter() - start
+    return _host_seconds(call)
 
 
 def captured(call: Call) -> Call:

@@ -11,7 +11,6 @@ gradient to come and without, the backward on a graph that is kept.
 
 import functools
 import itertools
-import time
 from contextlib import nullcontext
 from typing import NamedTuple
 
@@ -20,6 +19,7 @@ import torch
 import torch.nn.functional as F
 
 import mica.fast
+from bench.measure.clocks import seconds
 from bench.measure.machine import DEVICE, ON_ACCELERATOR
 from bench.measure.memory import saved_bytes
 from bench.results.names import (
@@ -39,7 +39,7 @@ from bench.suites.harness import each, iterations, pick
 from bench.suites.layer import AtenControl, Form, adapted_module, by_hand, exact, make_layer, relative_errors
 from mica.products import has_native
 
-ROUNDS = pick(quick=3, default=5, dry=1)
+ROUNDS = pick(quick=3, default=5, cuda=6, dry=1)
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 # Relative errors of y, dx and dA that no layer should pass, and the dtype of the truth: on a CPU fp64 takes
 # seconds for a large layer, and fp32 is as good as exact for bf16.
@@ -212,13 +212,10 @@ def setting(cell: Cell) -> Setting:
         {name: functools.partial(judged, cell, layer, name, make, truth) for name, make in made.items()},
     )
     forms = {name: form for name, (form, _) in found.items()}
-    start = time.perf_counter()
-    y = forms[BARE].forward()
-    middle = time.perf_counter()
-    forms[BARE].gradients(y, layer.grad_output)
-    seconds = {FORWARD: middle - start, BACKWARD: time.perf_counter() - middle}
-    seconds[NO_GRADIENT] = seconds[FORWARD]
-    counts = {part: iterations(one) for part, one in seconds.items()}
+    bare = forms[BARE]
+    back = functools.partial(bare.gradients, bare.forward(), layer.grad_output)
+    counts = {FORWARD: iterations(seconds(bare.forward)), BACKWARD: iterations(seconds(back))}
+    counts[NO_GRADIENT] = counts[FORWARD]
     return Setting(forms, layer.grad_output, {name: facts for name, (_, facts) in found.items()}, counts)
 
 

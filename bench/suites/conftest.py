@@ -29,6 +29,7 @@ pytest_plugins = ["bench.measure.watching"]
 logging.set_verbosity_error()
 logging.disable_progress_bar()
 
+gc.freeze()  # what is imported by now: a capture collects garbage, and would look through it each time
 STREAM = torch.cuda.Stream() if DEVICE == "cuda" else None
 
 
