@@ -59,9 +59,8 @@ class Once:
         result = self.benchmark.pedantic(call, rounds=1, iterations=iterations)
         self._add(self.benchmark.stats.stats.median, axes, facts, WALL)
         if all_clocks and ON_ACCELERATOR:
-            self._add(clocks.device_seconds(function), axes, {}, DEVICE_TIME)
-            if (replay := self._graph(function)) is not None:
-                self._add(clocks.device_seconds(replay), axes, {}, GRAPH)
+            self._add_clock(DEVICE_TIME, lambda: clocks.device_seconds(function), axes)
+            self._add_clock(GRAPH, lambda: clocks.device_seconds(self._graph(function)), axes)
         return result
 
     def note(self, **facts):
@@ -84,21 +83,24 @@ class Once:
             }
         )
 
-    def _graph(self, function) -> Callable | None:
-        """The replay of its graph, captured once a cell; without one, a rival has no such number."""
-        group = f"{self.cell}, {GRAPH}"
+    def _add_clock(self, clock: str, measure: Callable[[], float], axes: dict) -> None:
+        """A rival that cannot be timed so has no such number, and keeps the others."""
+        group = f"{self.cell}, {clock}"
         if why_refused(group, self.rival):
-            return None
+            return
+        try:
+            self._add(measure(), axes, {}, clock)
+        except Exception as error:
+            refuse(group, sentence(error), self.rival)
+            leave_if_crashed()
+
+    def _graph(self, function) -> Callable:
+        """The replay of its graph, captured once a cell."""
         if not any(cell == self.cell for cell, _ in self.graphs):
             self.graphs.clear()
         key = self.cell, self.rival
         if key not in self.graphs:
-            try:
-                self.graphs[key] = clocks.captured(function), function  # its operands stay where they are
-            except Exception as error:
-                refuse(group, sentence(error), self.rival)
-                leave_if_crashed()
-                return None
+            self.graphs[key] = clocks.captured(function), function  # its operands stay where they are
         return self.graphs[key][0]
 
 

@@ -1,0 +1,89 @@
+"""The clocks of an accelerator, with a device that is played: which time is the device's, which the host's?"""
+
+from itertools import count
+
+import pytest
+
+from bench.measure import clocks
+
+
+class Device:
+    """Runs what was enqueued after what came before; the host's clock moves by what calls cost it."""
+
+    def __init__(self):
+        self.host = self.free = 0.0
+
+    def enqueue(self, device_seconds, host_seconds=0.0):
+        self.host += host_seconds
+        self.free = max(self.free, self.host) + device_seconds
+
+    def synchronize(self):
+        self.host = max(self.host, self.free)
+
+
+@pytest.fixture
+def device(monkeypatch):
+    found = Device()
+
+    class Event:
+        def __init__(self, enable_timing):
+            self.at = None
+
+        def record(self):
+            self.at = max(found.free, found.host)
+
+        def synchronize(self):
+            found.synchronize()
+
+        def elapsed_time(self, end):
+            return 1e3 * (end.at - self.at)
+
+    cuda = clocks.torch.cuda
+    monkeypatch.setattr(cuda, "Event", Event)
+    monkeypatch.setattr(cuda, "synchronize", found.synchronize)
+    monkeypatch.setattr(cuda, "is_available", lambda: True)
+    monkeypatch.setattr(
+        cuda, "_sleep", lambda cycles: found.enqueue(cycles / clocks.CLOCK_RATE), raising=False
+    )
+    monkeypatch.setattr(clocks, "_empty_cache", lambda: found.enqueue(1e-4))
+    monkeypatch.setattr(clocks.time, "perf_counter", lambda: found.host)
+    return found
+
+
+@pytest.mark.parametrize("host", [1e-5, 4e-4, 3e-3])
+def test_device_time_is_without_the_hosts(device, host):
+    """Three launches of 20 µs each, however long the host takes for them."""
+
+    def call():
+        for _ in range(3):
+            device.enqueue(2e-5, host / 3)
+
+    assert clocks.device_seconds(call) == pytest.approx(6e-5)
+
+
+def test_a_call_that_becomes_slow_is_measured_again(device):
+    calls = count()
+
+    def call():
+        device.enqueue(2e-5, 1e-5 if next(calls) == 0 else 2e-3)
+        device.enqueue(2e-5)
+
+    assert clocks.device_seconds(call) == pytest.approx(4e-5)
+
+
+def test_a_call_that_waits_for_the_device_has_no_device_time(device):
+    def call():
+        device.enqueue(2e-5)
+        device.synchronize()
+
+    with pytest.raises(clocks.HostTooSlowError):
+        clocks.device_seconds(call)
+
+
+def test_wall_clock_waits_at_the_end_of_a_sample(device):
+    call = clocks.wall(lambda: device.enqueue(1e-3, 1e-5), 4)
+    for _ in range(3):
+        call()
+    assert device.host == pytest.approx(3e-5)
+    call()
+    assert device.host == pytest.approx(1e-5 + 4e-3)
