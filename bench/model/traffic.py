@@ -59,29 +59,29 @@ def bare(group: Group) -> int:
     return products + (len(outs) - 1) * 3 * x
 
 
-def ungrouped(group: Group, adapter: int = FP32) -> int:
+def ungrouped(group: Group) -> int:
     """Layer by layer: every adapter reads x for its h and for its dA, and updates a dx of its own."""
     m, k, outs, rank = group
-    x, h, A = BF16 * m * k, BF16 * m * rank, adapter * rank * k
+    x, h, A = BF16 * m * k, BF16 * m * rank, FP32 * rank * k
     total = bare(group)
     for n in outs:
-        y, B = BF16 * m * n, adapter * n * rank
+        y, B = BF16 * m * n, FP32 * n * rank
         total += (x + A + h) + (y + h + B + y)  # h = x Aᵀ; y += h Bᵀ
         total += (y + B + h) + (h + x + A) + (x + h + A + x)  # g = dy B; dA = gᵀ x; dx += g A
     return total
 
 
-def grouped(group: Group, adapter: int = FP32) -> int:
+def grouped(group: Group) -> int:
     """Once a group: one product makes all h, one all dA, one updates dx. The GEMMs sum dx."""
     m, k, outs, rank = group
     count = len(outs)
-    x, h, A = BF16 * m * k, BF16 * m * rank, adapter * rank * k
+    x, h, A = BF16 * m * k, BF16 * m * rank, FP32 * rank * k
     # a GEMM that adds to dx reads it, once; autograd's sum, which that replaces, moves three times as much
     total = bare(group) - (count - 1) * (3 * x - x)
     total += x + count * (A + h)  # [h₁ … h_g] = x [A₁; …; A_g]ᵀ
     total += (count * h + x + count * A) + (x + count * (h + A) + x)  # dA = [g₁ … g_g]ᵀ x; dx += [g₁ …] A
     for n in outs:
-        y, B = BF16 * m * n, adapter * n * rank
+        y, B = BF16 * m * n, FP32 * n * rank
         total += (y + h + B + y) + (y + B + h)  # y += h Bᵀ; g = dy B
     return total
 
