@@ -101,17 +101,19 @@ def test_stock_is_what_pytorch_does(name):
     x = torch.randn(m, k, dtype=torch.bfloat16, requires_grad=True)
     (lora_a,) = (value for name, value in adapted.named_parameters() if "lora_A" in name)
     cost = roofline.FORMS[name](layer(m, n, k, rank))
-    with mica.fast.disabled():
-        with FlopCounterMode(display=False) as flops, Count() as counted:
-            y = adapted(x)
-        assert cost.saved == saved_bytes(lambda: adapted(x), [adapted])
-    parts = [(counted, flops, cost.forward)]
-    dy = torch.ones_like(y)
-    with FlopCounterMode(display=False) as flops, Count() as counted:
-        torch.autograd.grad(y, [x, lora_a], dy)
-    for counted, flops, kernels in [*parts, (counted, flops, cost.backward)]:
-        assert (counted.launches, counted.bytes) == (len(kernels), traffic(kernels))
+
+    def check(kernels, call):
+        with FlopCounterMode(display=False) as flops, Count() as count:
+            result = call()
+        assert (count.launches, count.bytes) == (len(kernels), traffic(kernels))
         assert flops.get_total_flops() == sum(kernel.flops for kernel in kernels)
+        return result
+
+    with mica.fast.disabled():
+        y = check(cost.forward, lambda: adapted(x))
+        assert cost.saved == saved_bytes(lambda: adapted(x), [adapted])
+    dy = torch.ones_like(y)
+    check(cost.backward, lambda: torch.autograd.grad(y, [x, lora_a], dy))
 
 
 def test_the_control_is_what_the_reference_does(monkeypatch):
