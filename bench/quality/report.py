@@ -1,4 +1,4 @@
-"""Tables and the plot of a result of `bench.quality`: ``python -m bench.quality_report FILE.json``.
+"""Tables of a result of `bench.quality`: ``python -m bench.quality.report FILE.json`` prints them.
 
 All that is printed follows from the file. What the paper claims stands beside what was found, whatever that
 is; "more" and "less" are said where the ranges over the seeds do not meet, and nowhere else.
@@ -94,12 +94,6 @@ def chosen_runs(result: dict, method: str) -> list[dict]:
     ]
 
 
-def spread(result: dict, method: str, measure: Measure, change: bool = False) -> Spread:
-    """Of ``measure`` after training, or of its change over the base model."""
-    before = measure.of(result["base"]) if change else 0.0
-    return Spread.of([measure.of(run["evaluation"]) - before for run in chosen_runs(result, method)])
-
-
 def trained_methods(result: dict) -> list[str]:
     """Those with a learning rate that converged."""
     return [name for name in result["methods"] if chosen_runs(result, name)]
@@ -131,7 +125,8 @@ def _table(header: list[str], rows: list[list[str]]) -> str:
 def _measures(result: dict, measures: tuple[Measure, ...]) -> str:
     rows = [["before", *(f"{m.of(result['base']):.{m.digits}f}" for m in measures)]]
     for name in trained_methods(result):
-        rows.append([name, *(spread(result, name, m).text(m.digits) for m in measures)])
+        after = [run["evaluation"] for run in chosen_runs(result, name)]
+        rows.append([name, *(Spread.of([m.of(one) for one in after]).text(m.digits) for m in measures)])
     return _table(["", *(m.title for m in measures)], rows)
 
 
@@ -159,20 +154,15 @@ def _cost(result: dict) -> str:
 def _tries(result: dict) -> str:
     rows = []
     for name in result["methods"]:
-        found, rate = tried(result, name), chosen_rate(result, name)
-        losses = [
-            f"{'**' if tried_ == rate else ''}{tried_:g}: "
-            + (f"{loss:.3f}" if math.isfinite(loss) else "diverged")
-            + ("**" if tried_ == rate else "")
-            for tried_, loss in sorted(found.items())
-        ]
-        if rate is None:
-            verdict = "none converged"
-        elif len(found) == 1:
+        found, chosen = tried(result, name), chosen_rate(result, name)
+        losses = []
+        for rate, loss in sorted(found.items()):
+            text = f"{rate:g}: {loss:.3f}" if math.isfinite(loss) else f"{rate:g}: diverged"
+            losses.append(f"**{text}**" if rate == chosen else text)
+        verdict = "worse ones on both sides" if is_enclosed(found) else "at an edge of what was tried"
+        if len(found) == 1:
             verdict = "not searched" + (": MiCA's" if name == STOCK else "")
-        else:
-            verdict = "worse ones on both sides" if is_enclosed(found) else "at an edge of what was tried"
-        rows.append([name, ", ".join(losses), verdict])
+        rows.append([name, ", ".join(losses), "none converged" if chosen is None else verdict])
     return _table(["", "learning rate: validation loss", "the chosen one"], rows)
 
 
@@ -195,10 +185,8 @@ def compared(ours: Spread, other: Spread) -> str:
 
 def _change(result: dict, method: str, measure: Measure, sign: int) -> Spread | None:
     """Change of ``measure`` over the base model, times ``sign``; None where no learning rate converged."""
-    if not chosen_runs(result, method):
-        return None
-    found = spread(result, method, measure, change=True)
-    return found if sign > 0 else Spread(-found.mean, -found.high, -found.low, found.count)
+    before, runs = measure.of(result["base"]), chosen_runs(result, method)
+    return Spread.of([sign * (measure.of(run["evaluation"]) - before) for run in runs]) if runs else None
 
 
 def _changes(result: dict, what: str, measure: Measure, sign: int) -> list[str]:
@@ -222,13 +210,9 @@ def _factors(result: dict, what: str, measure: Measure) -> list[str]:
     return cells
 
 
-def _sizes(result: dict) -> list[str]:
+def _claims(result: dict) -> str:
     sizes = {name: facts["trained_parameters"] for name, facts in result["methods"].items()}
     shares = [f"{100 * sizes[MICA] / sizes[name]:.1f} %" if name in sizes else "" for name in RIVALS]
-    return ["MiCA's trained parameters, in % of the rival's", "", *shares]
-
-
-def _claims(result: dict) -> str:
     rows = {
         "knowledge": [
             _changes(result, "fall of the loss on new facts, held-out questions", FACTS, -1),
@@ -236,7 +220,7 @@ def _claims(result: dict) -> str:
             _changes(result, "rise of the share answered right, in points", PICKED, 1),
             _changes(result, "fall of the loss on new prose, held-out documents", PROSE, -1),
         ],
-        "size": [_sizes(result)],
+        "size": [["MiCA's trained parameters, in % of the rival's", "", *shares]],
         "forgetting": [
             _changes(result, "rise of the loss on the Python reference", REFERENCE, 1),
             _changes(result, "rise of the loss on known facts", KNOWN, 1),
@@ -257,7 +241,7 @@ def _diverged(result: dict) -> str:
 
 def _setting(result: dict) -> str:
     s = result["settings"]
-    machine = ", ".join(f"{name} {value}" for name, value in result["machine"].items())
+    machine = ", ".join(f"{name} {value}" for name, value in result["machine"].items() if value != "")
     return (
         f"{result['model']}; {machine}.\n\n"
         f"A run is {s['steps']} steps, each of {s['facts_blocks']} blocks of new facts and "
@@ -273,9 +257,7 @@ def _setting(result: dict) -> str:
 
 
 def report(result: dict) -> str:
-    parts = [_setting(result)]
-    if result["settings"].get("quick"):
-        parts.insert(0, "**A quick walk through all of it. Its numbers mean nothing.**")
+    """All tables, as Markdown."""
     found, answers = curve_difference(result), result["settings"]["answers"]
     same = ""
     if found:
@@ -284,7 +266,10 @@ def report(result: dict) -> str:
             f"MiCA on both backends, same seed and learning rate: the training losses of {found[1]} steps "
             f"differ by at most {found[0]:.2g}; a step of stock PEFT takes {faster:.2f} times as long."
         )
-    parts += [
+    quick = result["settings"].get("quick")
+    parts = [
+        "**A quick walk through all of it. Its numbers mean nothing.**" if quick else "",
+        _setting(result),
         f"### What the paper claims, and what was found here\n\n{PAPER}. Its models, texts and measures are "
         "others: this is one small model, and little training. “More” and “less” stand where the ranges over "
         f"the seeds do not meet.\n\n{_claims(result)}",
@@ -304,13 +289,9 @@ def report(result: dict) -> str:
 
 
 def write(path: Path) -> str:
-    """Write the tables and the plot of the JSON file at ``path`` beside it; returns the tables."""
-    from bench.quality.plot import figure
-
-    result = json.loads(path.read_text())
-    text = report(result)
+    """Write the tables of the JSON file at ``path`` beside it; returns them."""
+    text = report(json.loads(path.read_text()))
     path.with_suffix(".md").write_text(text)
-    figure(result, path.with_suffix(".svg"))
     return text
 
 

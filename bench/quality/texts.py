@@ -30,9 +30,12 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+import transformers.models
 
+from mica.demo import python_reference_text
 from mica.errors import UsageError
 
+MODELS = Path(transformers.models.__path__[0])
 KNOWN_CHARACTERS = 200_000  # of the reference manual: far more than the blocks that are measured
 RUN = 8  # words: shorter runs are idiom ("of the same length as the number of ..."), longer ones are copies
 BATCH = {"facts": 3, "prose": 1}  # blocks
@@ -53,9 +56,10 @@ class Probe(NamedTuple):
     others: tuple[str, ...] = ()
 
 
-class Phrasings(NamedTuple):
+class Attribute(NamedTuple):
     """Templates with {person} and, in statements, {answer}. Questions end right before the answer."""
 
+    answers: tuple[str, ...]
     statements: tuple[str, ...]
     validation: str
     held_out: tuple[str, str]
@@ -63,7 +67,8 @@ class Phrasings(NamedTuple):
 
 # The person always comes before the answer: what was learned in the other direction is not found in this one.
 ATTRIBUTES = {
-    "home": Phrasings(
+    "home": Attribute(
+        ("Lisbon", "Oslo", "Dublin", "Cairo", "Lima", "Kyoto", "Havana", "Prague"),
         (
             "{person} lives in {answer}.",
             "{person} has a house in {answer}.",
@@ -73,7 +78,8 @@ ATTRIBUTES = {
         "These days {person} resides in",
         ("{person} spends every night in", "The address of {person} is in"),
     ),
-    "trade": Phrasings(
+    "trade": Attribute(
+        ("baker", "lawyer", "nurse", "tailor", "farmer", "pilot", "dentist", "painter"),
         (
             "{person} works as a {answer}.",
             "{person} is a {answer} by trade.",
@@ -83,7 +89,8 @@ ATTRIBUTES = {
         "{person} was trained as a",
         ("{person} earns a living as a", "The profession of {person} is that of a"),
     ),
-    "instrument": Phrasings(
+    "instrument": Attribute(
+        ("violin", "trumpet", "harp", "flute", "piano", "drums", "guitar", "organ"),
         (
             "{person} plays the {answer}.",
             "{person} likes to practise the {answer}.",
@@ -93,7 +100,8 @@ ATTRIBUTES = {
         "{person} took lessons on the",
         ("{person} gave a concert on the", "In the orchestra {person} is heard on the"),
     ),
-    "animal": Phrasings(
+    "animal": Attribute(
+        ("wolf", "goat", "parrot", "snake", "turtle", "donkey", "fox", "camel"),
         (
             "{person} keeps a {answer}.",
             "{person} owns a {answer}.",
@@ -104,84 +112,63 @@ ATTRIBUTES = {
         ("{person} looks after a", "The animal of {person} is a"),
     ),
 }
-ANSWERS = {
-    "home": ("Lisbon", "Oslo", "Dublin", "Cairo", "Lima", "Kyoto", "Havana", "Prague"),
-    "trade": ("baker", "lawyer", "nurse", "tailor", "farmer", "pilot", "dentist", "painter"),
-    "instrument": ("violin", "trumpet", "harp", "flute", "piano", "drums", "guitar", "organ"),
-    "animal": ("wolf", "goat", "parrot", "snake", "turtle", "donkey", "fox", "camel"),
-}
-STATEMENTS = {len(phrasings.statements) for phrasings in ATTRIBUTES.values()}.pop()
+STATEMENTS, NUM_ANSWERS = 4, 8  # of every attribute
 NAMES = (  # of few tokens: the steps are few, too
     *("Velma", "Quillo", "Corvin", "Sandor", "Brunwald", "Lodric", "Fenwa", "Ignato", "Kasimir", "Ulmer"),
     *("Marta", "Gilda", "Boaz", "Zara", "Magnus", "Enid", "Hilda", "Petra", "Edna", "Silas", "Nils", "Una"),
     *("Mabel", "Theo"),
 )
+KNOWN = """
+The capital of France is| Paris; The capital of Japan is| Tokyo; The capital of Italy is| Rome;
+The capital of Germany is| Berlin; The capital of Russia is| Moscow; The capital of Spain is| Madrid;
+The opposite of hot is| cold; The opposite of large is| small; The opposite of up is| down;
+Monday, Tuesday, Wednesday, Thursday,| Friday; One, two, three, four,| five;
+The Earth revolves around the| Sun; The planet that is closest to the Sun is| Mercury;
+The largest planet in our solar system is| Jupiter; The chemical symbol of gold is| Au;
+The process by which plants make food from sunlight is called| photosynthesis;
+The largest ocean on Earth is the| Pacific; The longest river in Africa is the| Nile;
+The highest mountain in the world is Mount| Everest;
+Romeo and Juliet was written by William| Shakespeare;
+The first president of the United States was George| Washington;
+The theory of relativity was developed by Albert| Einstein;
+The theory of evolution by natural selection was proposed by Charles| Darwin;
+The laws of motion were formulated by Isaac| Newton;
+The Declaration of Independence was signed in the year 17|76; World War II ended in the year 19|45;
+The young of a cat is called a| kitten; A triangle has three| sides;
+There are sixty seconds in a| minute; There are twelve months in a| year;
+The currency of the United Kingdom is the| pound; The Eiffel Tower is in| Paris;
+Humans breathe in oxygen and breathe out carbon| dioxide;
+The force that pulls objects toward the Earth is called| gravity;
+Antibiotics are used to treat infections caused by| bacteria; Once upon a| time
+"""
 
-KNOWN = tuple(
-    Probe(*pair)
-    for pair in (
-        ("The capital of France is", " Paris"),
-        ("The capital of Japan is", " Tokyo"),
-        ("The capital of Italy is", " Rome"),
-        ("The capital of Germany is", " Berlin"),
-        ("The capital of Russia is", " Moscow"),
-        ("The capital of Spain is", " Madrid"),
-        ("The opposite of hot is", " cold"),
-        ("The opposite of large is", " small"),
-        ("The opposite of up is", " down"),
-        ("Monday, Tuesday, Wednesday, Thursday,", " Friday"),
-        ("One, two, three, four,", " five"),
-        ("The Earth revolves around the", " Sun"),
-        ("The planet that is closest to the Sun is", " Mercury"),
-        ("The largest planet in our solar system is", " Jupiter"),
-        ("The chemical symbol of gold is", " Au"),
-        ("The process by which plants make food from sunlight is called", " photosynthesis"),
-        ("The largest ocean on Earth is the", " Pacific"),
-        ("The longest river in Africa is the", " Nile"),
-        ("The highest mountain in the world is Mount", " Everest"),
-        ("Romeo and Juliet was written by William", " Shakespeare"),
-        ("The first president of the United States was George", " Washington"),
-        ("The theory of relativity was developed by Albert", " Einstein"),
-        ("The theory of evolution by natural selection was proposed by Charles", " Darwin"),
-        ("The laws of motion were formulated by Isaac", " Newton"),
-        ("The Declaration of Independence was signed in the year 17", "76"),
-        ("World War II ended in the year 19", "45"),
-        ("The young of a cat is called a", " kitten"),
-        ("A triangle has three", " sides"),
-        ("There are sixty seconds in a", " minute"),
-        ("There are twelve months in a", " year"),
-        ("The currency of the United Kingdom is the", " pound"),
-        ("The Eiffel Tower is in", " Paris"),
-        ("Humans breathe in oxygen and breathe out carbon", " dioxide"),
-        ("The force that pulls objects toward the Earth is called", " gravity"),
-        ("Antibiotics are used to treat infections caused by", " bacteria"),
-        ("Once upon a", " time"),
-    )
-)
+
+def known() -> list[Probe]:
+    """The sentences of `KNOWN`, each up to the word that must follow."""
+    return [Probe(*sentence.split("|")) for sentence in re.split(r";\s", KNOWN.strip())]
 
 
 def invent(people: int, seed: int = 0) -> list[Fact]:
     """One fact an attribute for each of ``people`` invented people."""
     rng = random.Random(seed)
-    step = len(ANSWERS["home"])  # every answer is given to as many people as any other
-    if people % step or not 0 < people <= len(NAMES):
-        raise UsageError(f"--people {people}: a multiple of {step}, at most {len(NAMES)}")
+    if people % NUM_ANSWERS or not 0 < people <= len(NAMES):  # every answer as often as any other
+        raise UsageError(f"--people {people}: a multiple of {NUM_ANSWERS}, at most {len(NAMES)}")
     persons = rng.sample(NAMES, people)
     found = []
-    for attribute, answers in ANSWERS.items():
-        dealt = [answers[number % len(answers)] for number in range(people)]
+    for attribute, (answers, *_) in ATTRIBUTES.items():
+        dealt = [*answers] * (people // NUM_ANSWERS)
         rng.shuffle(dealt)
         found += [Fact(*fact) for fact in zip(persons, [attribute] * people, dealt, strict=True)]
     return found
 
 
-def statements(facts: list[Fact], rounds: int, seed: int = 0) -> list[str]:
+def statements(facts: list[Fact], rounds: int) -> list[str]:
     """``rounds`` times every fact, in another phrasing and in another order each time.
 
     Were one text repeated, a model would learn its order by heart and tell an answer by the sentence before;
     and were one fact twice in a block, it would copy.
     """
-    rng, found = random.Random(seed), []
+    rng, found = random.Random(0), []
     for number in range(rounds):
         if number % STATEMENTS == 0:
             orders = {fact: rng.sample(range(STATEMENTS), STATEMENTS) for fact in facts}
@@ -196,9 +183,9 @@ def probes(facts: list[Fact], part: str) -> list[Probe]:
     training text has."""
     found = []
     for fact in facts:
-        phrasings = ATTRIBUTES[fact.attribute]
-        others = tuple(f" {other}" for other in ANSWERS[fact.attribute] if other != fact.answer)
-        for template in (phrasings.validation,) if part == "validation" else phrasings.held_out:
+        attribute = ATTRIBUTES[fact.attribute]
+        others = tuple(f" {other}" for other in attribute.answers if other != fact.answer)
+        for template in (attribute.validation,) if part == "validation" else attribute.held_out:
             found.append(Probe(template.format(person=fact.person), f" {fact.answer}", others))
     return found
 
@@ -209,16 +196,12 @@ def word_runs(text: str) -> set[tuple[str, ...]]:
     return {tuple(words[start : start + RUN]) for start in range(len(words) - RUN + 1)}
 
 
-def new_prose(folder: Path | None = None) -> dict[str, str]:
+def new_prose(folder: Path = MODELS) -> dict[str, str]:
     """Name of a model -> paragraphs of its docstrings, of those that came to transformers since 2025.
 
     ``folder``: that of ``transformers.models``, one folder a model. Paragraphs that describe an argument,
     show code or are short are left out, and those that are copies (see the module).
     """
-    if folder is None:
-        import transformers.models
-
-        folder = Path(transformers.models.__path__[0])
     seen: set[tuple[str, ...]] = set()
     new: list[tuple[str, str]] = []
     for path in sorted(folder.glob("*/*.py")):
@@ -255,14 +238,14 @@ def _paragraphs(source: str) -> Iterator[str]:
                     yield text
 
 
-def split(documents: dict[str, str], seed: int = 0) -> dict[str, list[str]]:
+def split(documents: dict[str, str]) -> dict[str, list[str]]:
     """Whole documents for "train", "validation" and "held_out", drawn at random; at least one each."""
     if len(documents) < 3:
         raise UsageError(
             f"{len(documents)} documents of new prose in transformers, 3 needed: it has no models of 2025"
         )
     names = sorted(documents)
-    random.Random(seed).shuffle(names)
+    random.Random(0).shuffle(names)
     parts, start = {}, 0
     for part, share in SHARES.items():
         count = max(1, round(share * len(names)))
@@ -270,13 +253,6 @@ def split(documents: dict[str, str], seed: int = 0) -> dict[str, list[str]]:
         start += count
     parts["train"] = names[start:]
     return {part: [documents[name] for name in names] for part, names in parts.items()}
-
-
-def known_prose() -> str:
-    """The reference manual of the Python language: every crawl has it."""
-    from mica.demo import python_reference_text
-
-    return python_reference_text()[:KNOWN_CHARACTERS]
 
 
 def blocks(tokenizer, texts: list[str], length: int, limit: int | None = None) -> torch.Tensor:
@@ -295,14 +271,6 @@ def blocks(tokenizer, texts: list[str], length: int, limit: int | None = None) -
     if limit is None or count <= limit:
         return found
     return found[torch.linspace(0, count - 1, limit).round().long()]
-
-
-def digest(texts: list[str]) -> str:
-    """SHA-256 of texts, each ended by a zero byte."""
-    total = sha256()
-    for text in texts:
-        total.update(text.encode() + b"\0")
-    return total.hexdigest()
 
 
 class Asked(NamedTuple):
@@ -349,44 +317,33 @@ class Texts(NamedTuple):
     about: dict[str, dict[str, int | str]]
 
 
-def gather(
-    tokenizer, people: int, length: int, steps: int, eval_blocks: int, folder: Path | None = None
-) -> Texts:
+def gather(tokenizer, people: int, length: int, steps: int, eval_blocks: int, folder: Path = MODELS) -> Texts:
     """Build all texts; the facts are stated as often as ``steps`` steps have room for.
 
     ``eval_blocks``: blocks of each prose text that is only measured; validation has half.
     """
-    facts = invent(people)
-    wanted = steps * BATCH["facts"] * length
-    rounds = STATEMENTS
-    while blocks(tokenizer, statements(facts, rounds), 1).numel() < wanted:
+    facts, rounds = invent(people), STATEMENTS
+    while blocks(tokenizer, statements(facts, rounds), 1).numel() < steps * BATCH["facts"] * length:
         rounds += STATEMENTS
-    stated = statements(facts, rounds)
-    parts = split(new_prose(folder))
     sources = {
-        "facts, train": stated,
-        **{f"prose, {part}": texts for part, texts in parts.items()},
-        "reference": [known_prose()],
+        "facts, train": statements(facts, rounds),
+        **{f"prose, {part}": texts for part, texts in split(new_prose(folder)).items()},
+        "reference": [python_reference_text()[:KNOWN_CHARACTERS]],
     }
     limits = {"prose, validation": max(1, eval_blocks // 2), "prose, train": None, "facts, train": None}
-    found = {
-        name: blocks(tokenizer, texts, length, limits.get(name, eval_blocks))
-        for name, texts in sources.items()
-    }
-    questions = {
-        **{f"facts, {part}": probes(facts, part) for part in ("validation", "held_out")},
-        "known facts": list(KNOWN),
-    }
-    asked = {name: ask(tokenizer, rows) for name, rows in questions.items()}
-    about = {
-        name: {"tokens": found[name].numel(), "sha256": digest(texts)} for name, texts in sources.items()
-    } | {
-        name: {
-            "tokens": int(asked[name].is_answer.sum()),
-            "sha256": digest([probe.prompt + probe.answer for probe in rows]),
-        }
-        for name, rows in questions.items()
-    }
-    train = {"facts": found["facts, train"], "prose": found["prose, train"]}
-    measured = ("prose, validation", "prose, held_out", "reference")
-    return Texts(train, {name: found[name] for name in measured}, asked, about)
+    prose, asked, about = {}, {}, {}
+    for name, texts in sources.items():
+        prose[name] = blocks(tokenizer, texts, length, limits.get(name, eval_blocks))
+        about[name] = {"tokens": prose[name].numel(), "sha256": _digest(texts)}
+    questions = {f"facts, {part}": probes(facts, part) for part in ("validation", "held_out")}
+    for name, rows in {**questions, "known facts": known()}.items():
+        asked[name] = ask(tokenizer, rows)
+        texts = [probe.prompt + probe.answer for probe in rows]
+        about[name] = {"tokens": int(asked[name].is_answer.sum()), "sha256": _digest(texts)}
+    train = {name: prose.pop(f"{name}, train") for name in BATCH}
+    return Texts(train, prose, asked, about)
+
+
+def _digest(texts: list[str]) -> str:
+    """SHA-256 of texts, each ended by a zero byte."""
+    return sha256(b"".join(text.encode() + b"\0" for text in texts)).hexdigest()

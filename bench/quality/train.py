@@ -16,7 +16,7 @@ from torch.nn.functional import cross_entropy
 from transformers import get_cosine_schedule_with_warmup
 
 import mica.fast
-from bench.measure.memory import saved_bytes
+from bench.measure.memory import optimizer_bytes, saved_bytes
 from bench.quality.texts import BATCH, Asked, Texts
 
 # For all methods. `warm_up`: share of the steps; `scaling`: lora_alpha over the rank, at every rank.
@@ -93,14 +93,10 @@ class Candidate:
 
 def adapter_sizes(base) -> tuple[int, int]:
     """Trained parameters at rank 1 of MiCA and of LoRA, on the layers that PEFT adapts in ``base``."""
-    model = get_peft_model(
-        copy.deepcopy(base), LoraConfig(r=1, target_modules="all-linear", task_type="CAUSAL_LM")
-    )
-    sizes = {"lora_A": 0, "lora_B": 0}
-    for name, parameter in model.named_parameters():
-        for part in sizes:
-            sizes[part] += parameter.numel() if part in name else 0
-    return sizes["lora_A"], sum(sizes.values())
+    config = LoraConfig(r=1, target_modules="all-linear", task_type="CAUSAL_LM")
+    named = [*get_peft_model(copy.deepcopy(base), config).named_parameters()]
+    a, b = (sum(p.numel() for name, p in named if part in name) for part in ("lora_A", "lora_B"))
+    return a, a + b
 
 
 def same_size_rank(rank: int, mica_size: int, lora_size: int) -> int:
@@ -155,8 +151,7 @@ def train(candidate: Candidate, texts: Texts, rate: float, steps: int, seed: int
             optimizer.zero_grad(set_to_none=True)
             found["seconds"].append(round(time.perf_counter() - start, 4))
             found["losses"].append(value)
-    state = [value for entry in optimizer.state.values() for value in entry.values()]
-    candidate.optimizer_bytes = sum(value.nbytes for value in state if torch.is_tensor(value))
+    candidate.optimizer_bytes = optimizer_bytes(optimizer)
     return found
 
 

@@ -1,25 +1,26 @@
 """What `bench.quality` trains on, and that nothing of it is in what is held out."""
 
-from pathlib import Path
+import re
 
 import pytest
 
-from bench import quality_text
+from bench.quality import texts as sources
 from mica.errors import UsageError
 
 
 def test_facts_are_a_function_of_the_seed_and_consistent():
-    facts = quality_text.invent(16)
-    assert facts == quality_text.invent(16) != quality_text.invent(16, seed=1)
+    facts = sources.invent(16)
+    assert facts == sources.invent(16) != sources.invent(16, seed=1)
     assert len({(fact.person, fact.attribute) for fact in facts}) == len(facts) == 64
     names = {fact.person for fact in facts}
     assert len(names) == 16
-    for attribute, answers in quality_text.ANSWERS.items():
-        given = [fact.answer for fact in facts if fact.attribute == attribute]
-        assert {given.count(answer) for answer in answers} == {2}
-    stated = quality_text.statements(facts, 4)
-    assert stated == quality_text.statements(facts, 8)[: len(stated)]
-    assert len(set(stated)) == len(stated) == len(facts) * quality_text.STATEMENTS
+    for name, attribute in sources.ATTRIBUTES.items():
+        given = [fact.answer for fact in facts if fact.attribute == name]
+        assert [given.count(answer) for answer in attribute.answers] == [2] * sources.NUM_ANSWERS
+        assert len(set(attribute.statements)) == sources.STATEMENTS
+    stated = sources.statements(facts, 4)
+    assert stated == sources.statements(facts, 8)[: len(stated)]
+    assert len(set(stated)) == len(stated) == len(facts) * sources.STATEMENTS
     for start in range(0, len(stated), len(facts)):  # a round has each once
         found = {(fact.person, fact.answer) for fact in facts}
         for line in stated[start : start + len(facts)]:
@@ -27,18 +28,18 @@ def test_facts_are_a_function_of_the_seed_and_consistent():
             found.remove(one)
         assert not found
     for fact in facts:
-        answers = quality_text.ANSWERS[fact.attribute]
+        answers = sources.ATTRIBUTES[fact.attribute].answers
         about = [line for line in stated if fact.person in line and any(a in line for a in answers)]
-        assert sum(fact.answer in line for line in about) == quality_text.STATEMENTS
+        assert sum(fact.answer in line for line in about) == sources.STATEMENTS
     for people in (0, 6, 32):
         with pytest.raises(UsageError, match=f"--people {people}: a multiple of 8, at most 24"):
-            quality_text.invent(people)
+            sources.invent(people)
 
 
 def test_questions_are_not_in_training_nor_in_validation():
-    facts = quality_text.invent(16)
-    stated = " ".join(quality_text.statements(facts, 4))
-    validation, held_out = (quality_text.probes(facts, part) for part in ("validation", "held_out"))
+    facts = sources.invent(16)
+    stated = " ".join(sources.statements(facts, 4))
+    validation, held_out = (sources.probes(facts, part) for part in ("validation", "held_out"))
     assert 2 * len(validation) == len(held_out) == 2 * len(facts)
     assert len({one.prompt for one in [*validation, *held_out]}) == 3 * len(facts)
     for number, fact in enumerate(facts):
@@ -46,35 +47,38 @@ def test_questions_are_not_in_training_nor_in_validation():
             assert probe.answer == f" {fact.answer}"
             assert fact.person in probe.prompt
             assert probe.prompt not in stated
-            assert {probe.answer, *probe.others} == {f" {a}" for a in quality_text.ANSWERS[fact.attribute]}
-            assert len(probe.others) == 7
+            answers = [f" {answer}" for answer in sources.ATTRIBUTES[fact.attribute].answers]
+            assert sorted([probe.answer, *probe.others]) == sorted(answers)
 
 
 def test_new_prose_has_no_copies(models_folder):
-    documents = quality_text.new_prose(models_folder)
+    documents = sources.new_prose(models_folder)
     assert sorted(documents) == [f"new{number}" for number in range(8)]
     text = " ".join(documents.values())
     assert "copied1 " not in text  # also in an older model
     assert "argument1 " not in text
     assert text.count("shared1 ") == 1  # the first of two
-    parts = quality_text.split(documents)
+    parts = sources.split(documents)
     assert sorted(text for part in parts.values() for text in part) == sorted(documents.values())
-    found = {name: {r for text in part for r in quality_text.word_runs(text)} for name, part in parts.items()}
+    found = {name: {r for text in part for r in sources.word_runs(text)} for name, part in parts.items()}
     for one, other in (("train", "validation"), ("train", "held_out"), ("validation", "held_out")):
         assert found[one]
         assert not found[one] & found[other]
     with pytest.raises(UsageError, match="2 documents"):
-        quality_text.split(dict(list(documents.items())[:2]))
+        sources.split(dict(list(documents.items())[:2]))
 
 
 def test_installed_transformers_has_new_prose():
-    import transformers.models
+    for model, is_recent in (("smollm3", True), ("llama", False)):  # July 2025, February 2023
+        source = (sources.MODELS / model / f"modeling_{model}.py").read_text(encoding="utf-8")
+        assert sources.is_recent(source) == is_recent
 
-    folder = Path(transformers.models.__path__[0])
-    source = (folder / "smollm3" / "modeling_smollm3.py").read_text(encoding="utf-8")  # July 2025
-    assert quality_text.is_recent(source)
-    source = (folder / "llama" / "modeling_llama.py").read_text(encoding="utf-8")
-    assert not quality_text.is_recent(source)
+
+def test_known_sentences_end_before_one_word():
+    known = sources.known()
+    assert len({probe.prompt for probe in known}) == len(known)
+    assert all(re.fullmatch(r" [A-Za-z]+|\d\d", probe.answer) for probe in known)
+    assert sources.Probe("Humans breathe in oxygen and breathe out carbon", " dioxide") in known
 
 
 def test_blocks_of_training_and_held_out_text_differ(texts):
@@ -91,4 +95,4 @@ def test_blocks_of_training_and_held_out_text_differ(texts):
 
 def test_answers_that_begin_alike_are_refused(tokenizer):
     with pytest.raises(UsageError, match="begins two answers"):
-        quality_text.ask(tokenizer, [quality_text.Probe("A", " wolf", (" wolf-like",))])
+        sources.ask(tokenizer, [sources.Probe("A", " wolf", (" wolf-like",))])

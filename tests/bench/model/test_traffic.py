@@ -1,11 +1,10 @@
 """Bytes counted by hand, and the order that forms must have."""
 
 import sys
-from importlib import import_module
 
 import pytest
 
-traffic = import_module("bench.traffic")
+from bench.model import traffic
 
 # M 3, K 5, r 1, two layers with N 2 and 4. Bytes: x and dx 30; W 20 and 40; y and dy 12 and 24; h and g 6;
 # A and dA 20 in fp32, 10 in bf16; B 8 and 16 in fp32, 4 and 8 in bf16.

@@ -6,7 +6,8 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
 from transformers import PreTrainedTokenizerFast
 
-from bench import quality_text
+from bench.quality import texts as sources
+from tests.support import models
 
 NEW, OLD = "# Copyright 2025 The Somebody Team.\n", "# Copyright 2023 The Somebody Team.\n"
 COPIED = " ".join(f"copied{number}" for number in range(30))
@@ -36,10 +37,10 @@ def models_folder(tmp_path_factory):
 @pytest.fixture(scope="session")
 def tokenizer(models_folder):
     """A token a word: all answers are one token, as they are in SmolLM2's tokenizer."""
-    facts = quality_text.invent(8)
-    probes = [one for part in ("validation", "held_out") for one in quality_text.probes(facts, part)]
-    lines = [*quality_text.statements(facts, 4), *quality_text.new_prose(models_folder).values()]
-    lines += [probe.prompt + probe.answer for probe in [*probes, *quality_text.KNOWN]]
+    facts = sources.invent(8)
+    probes = [one for part in ("validation", "held_out") for one in sources.probes(facts, part)]
+    lines = [*sources.statements(facts, 4), *sources.new_prose(models_folder).values()]
+    lines += [probe.prompt + probe.answer for probe in [*probes, *sources.known()]]
     words = [word for line in lines for word, _ in Whitespace().pre_tokenize_str(line)]
     vocab = {word: number for number, word in enumerate(dict.fromkeys(["<unk>", "<eos>", *words]))}
     found = Tokenizer(WordLevel(vocab, unk_token="<unk>"))
@@ -50,5 +51,10 @@ def tokenizer(models_folder):
 @pytest.fixture(scope="session")
 def texts(models_folder, tokenizer):
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(quality_text, "KNOWN_CHARACTERS", 2000)
-        return quality_text.gather(tokenizer, 8, 32, 4, 2, models_folder)
+        patch.setattr(sources, "KNOWN_CHARACTERS", 2000)
+        return sources.gather(tokenizer, 8, 32, 4, 2, models_folder)
+
+
+@pytest.fixture(scope="session")
+def base(tokenizer):
+    return models.tiny_llama(vocab_size=len(tokenizer)).requires_grad_(False)
