@@ -30,9 +30,9 @@ from bench.results.schema import Group, Ratio, Result, is_refused
 # The first two where they are there; else the first of the others that is.
 BASELINES, OTHER_BASELINES = (STOCK, BARE), (SVD, SVD_TALL, LORA, UNGROUPED, ONE_PROCESS, COPY)
 OURS = (FAST, "minor_subspace")
-# By what share it may grow: bytes that are counted repeat to the byte. A process's peak does not: that of the
+# Bytes that are counted repeat to the byte, and may grow by this share. A process's peak does not: that of the
 # bare model's step differed by a factor of 1.9 between two runs.
-MEMORY = {"saved_mb": 0.01}
+MEMORY, GROWTH = "saved_mb", 1.01
 # What must be equal, and what is told where it differs.
 _MACHINE = ("cpu", "device", "threads", "bf16 instructions")
 _CIRCUMSTANCES = (*_MACHINE, "python", "torch", "peft", "transformers", "triton", "size")
@@ -103,9 +103,9 @@ def compare(old: Result, new: Result, tolerance: float) -> Comparison:
                 cell = f"{before.name}, {rival}"
                 found.refused.append(f"{cell}: {whys[0]}") if whys else found.missing.append(cell)
         _times(found, before, after, tolerance)
-    for changes in (found.slower, found.moved):
-        changes.sort(key=lambda change: -change.factor)
-    found.faster.sort(key=lambda change: change.factor)
+    found.faster.sort()
+    found.slower.sort(reverse=True)
+    found.moved.sort(reverse=True)
     return found
 
 
@@ -125,14 +125,11 @@ def _times(found: Comparison, before: Group, after: Group, tolerance: float) -> 
 
 
 def _memory(found: Comparison, before: Group, after: Group, rival: str) -> None:
-    for fact, tolerance in MEMORY.items():
-        old, new = (group.rivals[rival].facts.get(fact) for group in (before, after))
-        if old is None or new is None or old == new:
-            continue
+    old, new = (group.rivals[rival].facts.get(MEMORY) for group in (before, after))
+    if old is not None and new is not None and not old / GROWTH <= new <= old * GROWTH:
         factor = new / old if old else inf
-        if factor > 1 + tolerance or factor < 1 / (1 + tolerance):
-            change = Change(factor, before.name, rival, fact, f"{old:.4g}", f"{new:.4g}")
-            found.add(change, is_ours(before, rival))
+        change = Change(factor, before.name, rival, MEMORY, f"{old:.4g}", f"{new:.4g}")
+        found.add(change, is_ours(before, rival))
 
 
 def load(path: Path) -> Result:

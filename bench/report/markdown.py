@@ -23,22 +23,6 @@ BASELINES = (BARE, STOCK, names.STOCK_16, LORA, UNGROUPED, names.FLOAT32, names.
 OVERHEADS = (LORA, UNGROUPED)
 MACHINE = ("cpu", "bf16 instructions", "instructions limited to", "device", "threads")
 MACHINE += ("torch", "peft", "transformers", "triton", "bitsandbytes", "python")
-TITLES = {
-    "initialisation": "Initialisation of a whole model",
-    "subspace": "Initialisation of one weight",
-    "loading": "Loading an adapter",
-    "merge": "Merging",
-    "step": "A training step",
-    "block": "A decoder block",
-    "group": "Projections of one input",
-    "kernels": "Kernels beside a copy",
-    "quantised": "Over a quantised base",
-    "distributed": "Several processes",
-    "dtype": "16-bit layers against float32",
-    "host layer": "Host time of a layer",
-    "host block": "Host time of a decoder block",
-    "generation": "Generating, token by token",
-}
 # In the tables of layers: (column, rival, baseline)
 LAYER_RATIOS = (
     ("stock ÷ bare", STOCK, BARE),
@@ -135,27 +119,26 @@ def checks_told(checks: list[dict[str, str]]) -> list[str]:
 
 
 def _tables(result: Result) -> list[str]:
+    """Suite by suite, by the names that ``-k`` finds them by."""
     timed_by = clocks(result) or [names.WALL]
     parts = []
-    for suite in dict.fromkeys(group.axes.get("suite", "") for group in whole(result)):
-        if suite == "layer":
-            found = [
-                layer_table(result, dtype, clock) for clock in timed_by for dtype in ("bfloat16", "float32")
-            ]
-        elif suite == "kernels":
-            found = [bandwidth_table(result, clock) for clock in timed_by]
-        else:
-            cells = (one for clock in timed_by for one in whole(by_clock(result, clock)))
-            found = [group_table(one) for one in cells if one.axes.get("suite", "") == suite]
-        title = "One layer" if suite == "layer" else TITLES.get(str(suite), str(suite) or "Suites")
-        parts += [f"## {title}", *filter(None, found)]
-    return parts
+    for suite in dict.fromkeys(str(group.axes.get("suite", "")) for group in whole(result)):
+        parts.append(f"## {suite.capitalize() or 'Suites'}")
+        for clock in timed_by:
+            if suite == "layer":
+                parts += [layer_table(result, dtype, clock) for dtype in ("bfloat16", "float32")]
+            elif suite == "kernels":
+                parts.append(bandwidth_table(result, clock))
+            else:
+                cells = whole(by_clock(result, clock))
+                parts += [group_table(one) for one in cells if one.axes.get("suite", "") == suite]
+    return [part for part in parts if part]
 
 
 def _head(machine: dict) -> str:
     if not machine:
         return "Of which machine is not known, nor whether these times are measurements."
-    told = ", ".join(f"{name} {machine[name]}" for name in MACHINE if name in machine)
+    told = ", ".join(f"{name} {machine[name] or 'none'}" for name in MACHINE if name in machine)
     commit = str(machine.get("commit"))[:12] + (" with changes" if machine.get("uncommitted_changes") else "")
     return f"{told}; commit {commit}, {str(machine.get('datetime'))[:16]}, a {machine.get('size')} run."
 
@@ -176,11 +159,11 @@ def report(result: Result, pictures: Iterable[tuple[Path, str]] = (), note: str 
         parts += ["## What is asked", markdown_table(["what", "asked", "measured", "met"], asked)]
     parts.append("\n".join(answers(result)))
     if result.refused:
-        whose = (
-            ", ".join(filter(None, (one["group"], one.get("rival")))) + f": {one['why']}"
+        lines = [
+            f"- {', '.join(one[what] for what in ('group', 'rival') if one.get(what))}: {one['why']}"
             for one in result.refused
-        )
-        parts.append("**No number**, and why:\n\n" + "\n".join(f"- {one}" for one in whose))
+        ]
+        parts.append("\n".join(["**No number**, and why:\n", *lines]))
     if result.stages:
         parts += ["## What ran", stage_table(result.stages)]
     if result.checks:

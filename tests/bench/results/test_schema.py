@@ -1,75 +1,76 @@
 """Result files, and the intervals of their ratios."""
 
-import json
 import math
 import random
-from importlib import import_module
 
 import pytest
 
-results = import_module("bench.results")
-BARE, FAST, FORWARD, BACKWARD, BOTH = (
-    results.BARE,
-    results.FAST,
-    results.FORWARD,
-    results.BACKWARD,
-    results.BOTH,
-)
+from bench.results import schema
+from bench.results.names import BACKWARD, BARE, BOTH, DEVICE_TIME, FAST, FORWARD, STOCK, WALL
+from bench.results.schema import Group, Result, Rival
 
 
-def benchmark(group, rival, seconds, **facts):
-    axes = {"suite": "layer", "pass": group.rpartition(", ")[2]}
-    return {
-        "group": group,
-        "extra_info": {"rival": rival, "axes": axes, **facts},
-        "stats": {"median": seconds},
-    }
+def layer(part, rivals, **axes):
+    return Group(f"one layer, {part}", {"suite": "layer", "pass": part, **axes}, rivals)
 
 
-def raw(benchmarks):
-    """As pytest-benchmark writes it."""
-    info = {"python_version": "3.11", "machine": "x86_64", "cpu": {"brand_raw": "A"}, "threads": 2}
-    commit = {"id": "abc", "dirty": False}
-    head = {"machine_info": info | {"node": "secret"}, "commit_info": commit, "datetime": "2026-01-01"}
-    return {**head, "benchmarks": benchmarks}
+def passes(**axes):
+    return [
+        layer(part, {BARE: Rival([1.0, 2.0]), FAST: Rival([1.0, 2.0], {"saved_mb": mb})}, **axes)
+        for part, mb in ((FORWARD, 3.0), (BACKWARD, 5.0))
+    ]
 
 
-ROUNDS = [
-    benchmark(f"one layer, {part}", rival, seconds, **facts)
-    for seconds in (1.0, 2.0)
-    for part in (FORWARD, BACKWARD)
-    for rival, facts in ((BARE, {}), (FAST, {"saved_mb": 3.0}))
-]
-
-
-def test_rounds_are_folded_and_come_back_from_the_file(tmp_path):
-    result = results.fold(raw(ROUNDS))
-    assert [group.name for group in result.groups] == ["one layer, forward", "one layer, backward"]
-    assert result.groups[0].rivals[FAST] == results.Rival([1.0, 2.0], {"saved_mb": 3.0})
-    assert "node" not in result.machine
+def test_a_result_comes_back_from_its_file(tmp_path):
+    result = Result({"cpu": "A"}, passes(), [{"group": "a", "why": "b"}])
     result.save(tmp_path / "run.json")
-    assert results.Result.load(tmp_path / "run.json") == result
-    (tmp_path / "raw.json").write_text(json.dumps(raw(ROUNDS)))
-    assert results.Result.load(tmp_path / "raw.json") == result
+    assert Result.load(tmp_path / "run.json") == result
+    assert [path.name for path in tmp_path.iterdir()] == ["run.json"]
+    Result({}, []).save(tmp_path / "run.json")
+    assert Result.load(tmp_path / "run.json") == Result({}, [])
 
 
-def test_a_cell_in_which_rounds_are_missing_has_no_number():
-    result = results.fold(raw(ROUNDS[:-1]))
-    assert [group.name for group in result.groups] == ["one layer, forward"]
-    assert result.refused == [{"group": "one layer, backward", "why": "not every rival has all rounds"}]
-
-
-def test_passes_are_summed_round_by_round():
-    both = results.fold(raw(ROUNDS)).with_both().groups[-1]
-    assert both.axes["pass"] == BOTH
+def test_passes_are_summed_round_by_round_and_once():
+    result = Result({}, passes(clock=WALL) + passes(clock=DEVICE_TIME), [{"group": "a", "why": "b"}])
+    summed = result.with_both()
+    assert [group.axes for group in summed.groups[4:]] == [
+        {"suite": "layer", "pass": BOTH, "clock": WALL},
+        {"suite": "layer", "pass": BOTH, "clock": DEVICE_TIME},
+    ]
+    both = summed.groups[-1]
     assert both.name == f"one layer, {BOTH}"
-    assert both.rivals[FAST].seconds == [2.0, 4.0]
+    assert both.rivals[FAST] == Rival([2.0, 4.0], {"saved_mb": 3.0})
+    assert summed.refused == result.refused
+    assert summed.with_both() == summed
+
+
+def test_a_sum_is_of_the_rivals_and_rounds_that_both_passes_have():
+    forward, backward = passes()
+    forward.rivals |= {STOCK: Rival([1.0, 1.0]), FAST: Rival([1.0, 2.0, 3.0])}
+    both = Result({}, [forward, backward]).with_both().groups[-1]
+    assert {name: rival.seconds for name, rival in both.rivals.items()} == {BARE: [2.0, 4.0], FAST: [2.0, 4.0]}
+    del backward.rivals[BARE], backward.rivals[FAST]
+    assert Result({}, [forward, backward]).with_both().groups == [forward, backward]
+
+
+@pytest.mark.parametrize(
+    ("refusal", "rival", "expected"),
+    [
+        ({"group": "a, b"}, FAST, True),
+        ({"group": "a"}, FAST, True),
+        ({"group": "a, b, c"}, FAST, False),
+        ({"group": "a, bc"}, FAST, False),
+        ({"group": "a,"}, FAST, False),
+        ({"group": "a, b", "rival": FAST}, FAST, True),
+        ({"group": "a", "rival": STOCK}, FAST, False),
+    ],
+)
+def test_a_refusal_holds_for_groups_that_go_on_from_its_own(refusal, rival, expected):
+    assert schema.is_refused(refusal, "a, b", rival) == expected
 
 
 def test_a_ratio_is_of_one_round():
-    group = results.Group(
-        "", {}, {BARE: results.Rival([1.0, 10.0, 3.0]), FAST: results.Rival([2.0, 10.0, 9.0])}
-    )
+    group = Group("", {}, {BARE: Rival([1.0, 10.0, 3.0]), FAST: Rival([2.0, 10.0, 9.0])})
     ratio = group.ratio(FAST, BARE)
     assert ratio.median == 2.0
     assert ratio.low <= 1.0
@@ -78,7 +79,7 @@ def test_a_ratio_is_of_one_round():
 
 def test_an_overhead_is_of_one_round_over_the_median_of_the_baselines():
     seconds = {BARE: [1.0, 2.0, 1.0], "LoRA": [2.0, 2.1, 3.0], FAST: [1.5, 2.25, 1.0]}
-    group = results.Group("", {}, {name: results.Rival(values) for name, values in seconds.items()})
+    group = Group("", {}, {name: Rival(values) for name, values in seconds.items()})
     assert group.overhead(FAST, "LoRA").median == 0.25  # 0.5, 0.25, 0 over the median of 1, 0.1, 2
     assert group.overhead(FAST, BARE) is None
 
@@ -88,7 +89,7 @@ def test_intervals_hold_the_median_with_95_percent(count):
     draw, times = random.Random(count), 4000
     held = 0
     for _ in range(times):
-        found = results.interval([math.exp(draw.gauss(0.0, 0.1)) for _ in range(count)])
+        found = schema.interval([math.exp(draw.gauss(0.0, 0.1)) for _ in range(count)])
         held += found.low <= 1.0 <= found.high
     assert held / times >= 0.94
     if count >= 6:  # and no wider than they need to be: the next narrower one holds less
@@ -96,6 +97,6 @@ def test_intervals_hold_the_median_with_95_percent(count):
 
 
 def test_of_one_round_nothing_is_known():
-    ratio = results.interval([2.0])
+    ratio = schema.interval([2.0])
     assert (ratio.low, ratio.high) == (0.0, math.inf)
     assert str(ratio) == "2.000 (one round)"
