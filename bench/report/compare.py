@@ -30,8 +30,8 @@ from bench.results.schema import Group, Ratio, Result, is_refused
 # The first two where they are there; else the first of the others that is.
 BASELINES, OTHER_BASELINES = (STOCK, BARE), (SVD, SVD_TALL, LORA, UNGROUPED, ONE_PROCESS, COPY)
 OURS = (FAST, "minor_subspace")
-# Bytes that are counted repeat to the byte, and may grow by this share. A process's peak does not: that of the
-# bare model's step differed by a factor of 1.9 between two runs.
+# Bytes that are counted repeat to the byte, and may grow by this factor. A process's peak does not: that of
+# the bare model's step differed by a factor of 1.9 between two runs.
 MEMORY, GROWTH = "saved_mb", 1.01
 # What must be equal, and what is told where it differs.
 _MACHINE = ("cpu", "device", "threads", "bf16 instructions")

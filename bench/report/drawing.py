@@ -15,8 +15,7 @@ from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, NullLoca
 from bench.results.names import ATEN, COMPILED, FAST, LORA, STOCK, STOCK_16
 from bench.results.schema import Ratio
 
-PAGES = "#ffffff", "#0d1117"  # GitHub's light and dark
-INK = "#7a7a7a"  # as far from the one as from the other
+INK = "#7a7a7a"  # as far from GitHub's light page as from its dark one
 # Okabe and Ito's hues, as dark as both pages allow. One hue is one software, its variants differ in dashes.
 OURS, PEFT, OTHER, VIOLET = "#D55E00", "#1F7FC4", "#008F6B", "#A66BBE"
 STYLES = {  # colour, dashes, marker

@@ -120,19 +120,20 @@ def checks_told(checks: list[dict[str, str]]) -> list[str]:
 
 def _tables(result: Result) -> list[str]:
     """Suite by suite, by the names that ``-k`` finds them by."""
-    timed_by = clocks(result) or [names.WALL]
     parts = []
-    for suite in dict.fromkeys(str(group.axes.get("suite", "")) for group in whole(result)):
-        parts.append(f"## {suite.capitalize() or 'Suites'}")
-        for clock in timed_by:
+    for suite in dict.fromkeys(str(group.axes.get("suite", "")) for group in result.groups):
+        found: list[str | None] = []
+        for clock in clocks(result) or [names.WALL]:
             if suite == "layer":
-                parts += [layer_table(result, dtype, clock) for dtype in ("bfloat16", "float32")]
+                found += [layer_table(result, dtype, clock) for dtype in ("bfloat16", "float32")]
             elif suite == "kernels":
-                parts.append(bandwidth_table(result, clock))
+                found.append(bandwidth_table(result, clock))
             else:
                 cells = whole(by_clock(result, clock))
-                parts += [group_table(one) for one in cells if one.axes.get("suite", "") == suite]
-    return [part for part in parts if part]
+                found += [group_table(one) for one in cells if one.axes.get("suite", "") == suite]
+        if tables := [one for one in found if one]:
+            parts += [f"## {suite.capitalize() or 'Suites'}", *tables]
+    return parts
 
 
 def _head(machine: dict) -> str:

@@ -1,161 +1,150 @@
-"""Pictures of a run: which are drawn, what is in them, and that they repeat and read on both pages."""
+"""The two pictures of a run: what is in them, and that they repeat and read on both pages."""
 
-import random
-from importlib import import_module
-from itertools import pairwise
 from xml.etree import ElementTree
 
+import matplotlib
 import pytest
 
-plots, drawing, results = (import_module(f"bench.{name}") for name in ("plots", "drawing", "results"))
-BARE, STOCK, STOCK_16, FAST = results.BARE, results.STOCK, results.STOCK_16, results.FAST
-LORA, ATEN, GROUPED, UNGROUPED = results.LORA, results.ATEN, results.GROUPED, results.UNGROUPED
-BASE = {"tokens": 1024, "out": 2048, "in": 2048, "rank": 16, "dtype": "bfloat16"}
-OVERHEADS = {BARE: 0, STOCK: 1.3, STOCK_16: 0.6, LORA: 1.25, ATEN: 0.34, FAST: 0.22}
-SVD = "torch.linalg.svd"
-SUITES = ("layer", "subspace", "initialisation", "loading", "merge", "step", "block")
+from bench.report import drawing, plots
+from bench.results.names import (
+    ATEN,
+    BACKWARD,
+    BARE,
+    BY_HAND,
+    DEVICE_TIME,
+    FAST,
+    FORWARD,
+    GRAPH,
+    GROUPED,
+    LORA,
+    STOCK,
+    STOCK_16,
+    UNGROUPED,
+    WALL,
+)
+from bench.results.schema import Ratio, Result
+from tests.support.bench_results import a_group
+
+PAGES = "#ffffff", "#0d1117"  # GitHub's light and dark
+BASE = {"out": 2048, "in": 2048, "rank": 16, "dtype": "bfloat16"}
+OVERHEADS = {STOCK: 1.3, STOCK_16: 0.6, LORA: 1.25, ATEN: 0.34, FAST: 0.22}
+BY_TOKENS, AGAINST_STOCK = "cpu-overhead-by-tokens.svg", "cpu-against-stock.svg"
 
 
-def group(axes, noise=0.03, facts=None, **seconds):
-    draw = random.Random(str(axes))
-    rivals = {name: results.Rival([], (facts or {}).get(name, {})) for name in seconds}
-    for _ in range(7):
-        for name, value in seconds.items():
-            rivals[name].seconds.append(value * draw.uniform(1 - noise, 1 + noise))
-    return results.Group(" ".join(map(str, axes.values())), axes, rivals)
-
-
-def layer(part, **axes):
-    axes = {"suite": "layer", "pass": part, **BASE, **axes}
-    base = 4e-12 * axes["tokens"] * axes["out"] * axes["in"]
-    share = 0.5 + 0.5 * axes["rank"] / 16 + 64 / axes["tokens"]
-    seconds = {name: base * (1 + extra * share) for name, extra in OVERHEADS.items()}
-    facts = {name: {"saved_mb": mb} for name, mb in {STOCK: 12.58, STOCK_16: 4.26, FAST: 4.19}.items()}
-    return group(axes, facts=facts, **seconds)
-
-
-def a_run(*suites):
+def layers(tokens, factor=1.0, **others):
+    """Whose overheads are ``factor`` times `OVERHEADS`, less with more tokens."""
     groups = []
-    for part in ("forward", "backward"):
-        cells = [{"tokens": 2**i} for i in range(7, 14)]
-        cells += [{"rank": rank} for rank in (4, 8, 32, 64, 128)] + [{"out": n, "in": n} for n in (576, 4096)]
-        groups += [layer(part, **cell) for cell in cells]
-    for out, inner in [(576, 49152), (2048, 2048), (1024, 4096), (4096, 11008), (4096, 4096), (11008, 4096)]:
-        solvers = {
-            f"minor_subspace, {method}, r = {rank}": 0.1 + rank / 400
-            for method in ("auto", "krylov")
-            for rank in (16, 64)
+    for count in tokens:
+        seconds = {
+            BARE: 1.0,
+            **{name: 1 + factor * (1 + 64 / count) * one for name, one in OVERHEADS.items()},
         }
-        axes = {"suite": "subspace", "out": out, "in": inner}
-        groups.append(group(axes, **{SVD: 1.0, f"{SVD}, tall": 0.7, **solvers}))
-    small = {"model": "SmolLM2-135M", "rank": 16, "dtype": "float32"}
-    groups.append(group({"suite": "initialisation", **small}, **{STOCK: 9.0, FAST: 1.1}))
-    groups.append(group({"suite": "loading", **small}, **{STOCK: 9.0, FAST: 0.6}))
-    groups.append(group({"suite": "merge", **small}, **{STOCK: 1.0, FAST: 1.3}))
-    facts = {
-        name: {"saved_mb": mb, "peak_mb": 1.0} for name, mb in {BARE: 801, STOCK: 1630, FAST: 988}.items()
-    }
-    step = {"suite": "step", "tokens": 1024, **small, "dtype": "bfloat16"}
-    groups.append(group(step, facts=facts, **{BARE: 1.0, STOCK: 2.1, FAST: 1.2}))
-    block = {"suite": "block", "model": "Llama-3.2-1B", "tokens": 512, "rank": 16, "dtype": "bfloat16"}
-    groups.append(group(block, **{BARE: 1.0, STOCK: 2.2, UNGROUPED: 1.3, GROUPED: 1.2}))
-    return results.Result({}, [one for one in groups if one.axes["suite"] in (suites or SUITES)])
+        for part in (FORWARD, BACKWARD):
+            axes = {"suite": "layer", "tokens": count, **BASE, "pass": part, **others}
+            groups.append(a_group(f"layer, {count} tokens, {part}", axes, seconds))
+    return groups
 
 
-def half(axes, rival):
-    """A roofline that knows two rivals."""
-    base = 4e-12 * axes["tokens"] * axes["out"] * axes["in"]
-    return base / 2 if rival in (BARE, FAST) else None
+def others(**axes):
+    small = {"model": "SmolLM2-135M", "rank": 16, "dtype": "float32", **axes}
+    found = [
+        a_group(suite, {"suite": suite, **small}, {STOCK: stock, FAST: fast})
+        for suite, stock, fast in (("initialisation", 9, 1.1), ("loading", 60, 0.6), ("merge", 1, 2))
+    ]
+    block = {"suite": "block", "model": "Llama-3.2-1B", "tokens": 512, "rank": 16, **axes}
+    return [*found, a_group("block", block, {BARE: 1.0, STOCK: 2.2, UNGROUPED: 1.1, GROUPED: 1.0})]
+
+
+def drawn(groups, folder):
+    """file's name -> (path, caption)"""
+    pictures = plots.draw(Result({}, groups), folder, "cpu")
+    assert {path for path, _ in pictures} == {*folder.glob("*.svg")}
+    return {path.name: (path, caption) for path, caption in pictures}
 
 
 def gids(path, start):
     return [one for one in ElementTree.parse(path).iter() if one.get("id", "").startswith(start)]
 
 
-def names(pictures):
-    return [path.name for path, _ in pictures]
-
-
 @pytest.fixture(scope="module")
 def pictures(tmp_path_factory):
-    return plots.draw(a_run(), tmp_path_factory.mktemp("pictures"), "cpu", half)
+    return drawn(layers([128, 512, 2048]) + others(), tmp_path_factory.mktemp("pictures"))
 
 
 def test_what_is_drawn_and_how_much_is_in_it(pictures):
-    series = {path.name: len(gids(path, "series-")) for path, _ in pictures}
-    assert series == {
-        "cpu-overhead-by-tokens.svg": 5,
-        "cpu-overhead-by-rank.svg": 5,
-        "cpu-subspace.svg": 6 * 5,
-        "cpu-saved-step.svg": 3,
-        "cpu-saved-layer.svg": 3,
-        "cpu-against-stock.svg": 5,
-        "cpu-roofline.svg": 2,
+    counts = {
+        name: [len(gids(path, start)) for start in ("series-", "interval-")]
+        for name, (path, _) in pictures.items()
     }
-    assert len(gids(pictures[0][0], "interval-")) == 5
-    assert len(gids(pictures[-1][0], "roofline")) == 1
-
-
-def test_files_are_small_and_captions_are_a_sentence(pictures):
-    for path, caption in pictures:
+    assert counts == {BY_TOKENS: [5, 5], AGAINST_STOCK: [4, 4]}
+    for path, caption in pictures.values():
         assert path.stat().st_size < 100_000
         assert caption.endswith(".")
         assert "\n" not in caption
 
 
-def test_a_second_drawing_gives_the_same_bytes(pictures, tmp_path):
-    again = plots.draw(a_run(), tmp_path / "new", "cpu", half)
-    assert [path.read_bytes() for path, _ in again] == [path.read_bytes() for path, _ in pictures]
+def test_the_caption_has_the_figures(pictures):
+    assert pictures[BY_TOKENS][1] == (
+        "What an adapter adds to the time of a frozen linear layer (2048 × 2048, rank 16, bfloat16), by tokens "
+        "in the batch: mica.fast 33 % at 128 and 23 % at 2048 (bands: intervals of the median over the rounds)."
+    )
 
 
-def test_a_suite_that_is_not_there_is_not_drawn(tmp_path):
-    assert plots.draw(results.Result({}, []), tmp_path, "none", half) == []
-    assert names(plots.draw(a_run("subspace"), tmp_path, "one")) == ["one-subspace.svg"]
-    assert "layers-roofline.svg" not in names(plots.draw(a_run("layer"), tmp_path, "layers"))
-    assert not plots.draw(a_run("layer"), tmp_path, "layers", lambda axes, rival: None)[3:]
+def test_a_second_drawing_gives_the_same_bytes_whatever_the_users_settings(pictures, tmp_path):
+    with matplotlib.rc_context({"font.size": 20, "text.color": "red", "svg.fonttype": "none"}):
+        again = drawn(layers([128, 512, 2048]) + others(), tmp_path)
+    for name, (path, _) in again.items():
+        assert path.read_bytes() == pictures[name][0].read_bytes()
 
 
-def test_a_refused_rival_leaves_the_others(tmp_path):
-    run = a_run("layer", "subspace", "step")
-    for one in run.groups:
-        one.rivals.pop(STOCK if one.axes["suite"] == "step" else FAST, None)
-        one.rivals.pop(SVD, None)
-    drawn = plots.draw(run, tmp_path, "few")
-    assert names(drawn) == [
-        f"few-{end}.svg" for end in ("overhead-by-tokens", "overhead-by-rank", "saved-step", "saved-layer")
+def test_what_the_run_does_not_have_is_not_drawn(tmp_path):
+    assert drawn([], tmp_path) == {}
+    assert drawn(layers([128, 512]), tmp_path) == {}  # no line of two points
+    assert [*drawn(others(), tmp_path)] == [AGAINST_STOCK]
+
+
+def test_a_rival_without_a_number_leaves_the_others(tmp_path):
+    groups = layers([128, 512, 2048]) + others()
+    for group in groups:
+        del group.rivals[
+            STOCK if group.axes["suite"] == "merge" else FAST if FAST in group.rivals else GROUPED
+        ]
+    found = drawn(groups, tmp_path)
+    assert len(gids(found[BY_TOKENS][0], "series-")) == 4
+    assert FAST not in found[BY_TOKENS][1]
+    assert len(gids(found[AGAINST_STOCK][0], "series-")) == 1  # the block, ungrouped
+
+
+def test_the_longest_family_is_drawn_and_by_device_time_where_there_is_one(tmp_path):
+    long, short = [1, 2, 4, 8], [1, 2, 4]
+    groups = layers(short, 5.0, rank=8) + layers(long, 1.0) + layers(short, 9.0, rank=64)
+    assert "(2048 × 2048, rank 16, bfloat16)" in drawn(groups, tmp_path)[BY_TOKENS][1]
+    by_clock = {WALL: 3.0, DEVICE_TIME: 1.0, GRAPH: 2.0}
+    groups = [
+        one for clock, factor in by_clock.items() for one in layers([64, 128, 512], factor, clock=clock)
     ]
-    assert len(gids(drawn[0][0], "series-")) == 4
+    found = drawn(groups + others(clock=WALL) + others(clock=DEVICE_TIME), tmp_path)
+    assert f"rank 16, bfloat16, {DEVICE_TIME}), by tokens" in found[BY_TOKENS][1]
+    assert ": mica.fast 44 % at 64 and 25 % at 512" in found[BY_TOKENS][1]
+    assert len(gids(found[AGAINST_STOCK][0], "series-")) == 4  # what a user waits for
 
 
-def test_of_many_methods_the_default_is_drawn(tmp_path):
-    run = a_run("subspace")
-    for one in run.groups:
-        for i in range(8):
-            one.rivals[f"minor_subspace, gram, r = {2**i}"] = results.Rival([0.5] * 7)
-    ((path, _),) = plots.draw(run, tmp_path, "many")
-    assert len(gids(path, "series-")) == 6 * 3  # SVD of the tall form, two ranks
-    assert path.stat().st_size < 100_000
-
-
-def test_overheads_are_those_over_the_bare_layer():
-    one = results.Group("", {}, {BARE: results.Rival([1.0, 2.0]), FAST: results.Rival([1.25, 2.5])})
-    assert plots._percent(one, FAST) == (25, 25, 25)
-
-
-@pytest.mark.parametrize("end", [1, 50, 99])
-def test_names_at_the_ends_of_lines_do_not_touch_nor_leave_the_picture(end):
+def test_names_are_in_the_order_of_the_lines_ends():
     _, axes = drawing.blank(7, 3.5, "")
-    ends = [0, *(end + i / 1000 for i in range(5)), 100]
-    series = [
-        drawing.Line(name, {1: results.Ratio(1, 1, 1), 2: results.Ratio(value, value, value)})
-        for name, value in zip("abcdefg", ends, strict=True)
-    ]
+    ends = {"first": 3, "last": 1, "middle": 2}
+    series = {name: {1: Ratio(1, 1, 1), 2: Ratio(end, end, end)} for name, end in ends.items()}
     drawing.lines(axes, series, " %")
-    heights = [text.xy[1] for text in axes.texts]
-    assert [text.get_text() for text in axes.texts] == list("abcdefg")
-    assert all(b - a > 0.06 for a, b in pairwise(heights))
-    assert heights[0] >= 0
-    assert heights[-1] <= 1
+    assert [text.get_text() for text in axes.get_legend().get_texts()] == ["first", "middle", "last"]
+
+
+def test_bars_begin_at_one_and_have_their_factor_written():
+    _, axes = drawing.blank(7, 3.5, "")
+    drawing.bars(axes, {"faster": Ratio(12.0, 11, 13), "slower": Ratio(0.5, 0.4, 0.6)})
+    assert [(bar.get_x(), bar.get_width()) for bar in axes.patches] == [(1, 11.0), (1, -0.5)]
+    assert [text.get_text() for text in axes.texts] == ["12×", "0.50×"]
+    low, high = axes.get_xlim()
+    assert low < 0.4
+    assert high > 13
 
 
 def contrast(one, other):
@@ -171,15 +160,14 @@ def contrast(one, other):
 
 
 def test_every_colour_reads_on_both_pages():
-    rivals = [*OVERHEADS, GROUPED, UNGROUPED, "minor_subspace, krylov, r = 16", "anything else"]
-    colours = {drawing.INK, drawing.OTHER, *(drawing.style(rival).colour for rival in rivals)}
     assert contrast("#ffffff", "#000000") == pytest.approx(21)
-    for colour in colours:
-        assert min(contrast(colour, page) for page in drawing.PAGES) >= 3.5, colour
+    assert BY_HAND not in drawing.STYLES  # drawn in the colour of text
+    for colour in {drawing.INK, *(colour for colour, *_ in drawing.STYLES.values())}:
+        assert min(contrast(colour, page) for page in PAGES) >= 3.5, colour
 
 
 def test_pages_show_through_and_text_is_in_ink(pictures):
-    for path, _ in pictures:
+    for path, _ in pictures.values():
         styles = " ".join(one.get("style", "") for one in ElementTree.parse(path).iter()).lower()
         assert "#ffffff" not in styles
         assert "#000000" not in styles

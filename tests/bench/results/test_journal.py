@@ -66,7 +66,7 @@ def test_rounds_become_groups_with_what_was_counted():
 
 
 def test_of_a_round_that_broke_off_nothing_counts():
-    entries = rounds(1.0, 2.0) + [sample(BARE, 3.0), sample(STOCK, 3.0)]
+    entries = [*rounds(1.0, 2.0), sample(BARE, 3.0), sample(STOCK, 3.0)]
     (group,) = journal.fold(entries, {}).groups
     assert [rival.seconds for rival in group.rivals.values()] == [[1.0, 2.0]] * 3
     other = rounds(1.0, 2.0, 3.0, cell="another")

@@ -48,7 +48,10 @@ def test_a_sum_is_of_the_rivals_and_rounds_that_both_passes_have():
     forward, backward = passes()
     forward.rivals |= {STOCK: Rival([1.0, 1.0]), FAST: Rival([1.0, 2.0, 3.0])}
     both = Result({}, [forward, backward]).with_both().groups[-1]
-    assert {name: rival.seconds for name, rival in both.rivals.items()} == {BARE: [2.0, 4.0], FAST: [2.0, 4.0]}
+    assert {name: rival.seconds for name, rival in both.rivals.items()} == {
+        BARE: [2.0, 4.0],
+        FAST: [2.0, 4.0],
+    }
     del backward.rivals[BARE], backward.rivals[FAST]
     assert Result({}, [forward, backward]).with_both().groups == [forward, backward]
 
