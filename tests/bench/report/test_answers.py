@@ -91,7 +91,7 @@ def test_a_cell_of_three_clocks_is_one_cell_of_each():
         for clock, fast in ((WALL, 3.0), (DEVICE_TIME, 1.0), (GRAPH, 4.0))
         for part in (FORWARD, BACKWARD)
     ]
-    once = a_group("get", {"suite": "loading", "clock": WALL}, {STOCK: 1.0, FAST: 0.5})
+    once = a_group("get", {"suite": "loading"}, {STOCK: 1.0, FAST: 0.5})
     found = told([*cells, once])
     slower = {question: answer for question, answer in found.items() if "than stock PEFT," in question}
     assert slower == {

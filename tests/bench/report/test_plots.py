@@ -84,10 +84,9 @@ def test_what_is_drawn_and_how_much_is_in_it(pictures):
 
 
 def test_the_caption_has_the_figures(pictures):
-    assert pictures[BY_TOKENS][1] == (
-        "What an adapter adds to the time of a frozen linear layer (2048 × 2048, rank 16, bfloat16), by tokens "
-        "in the batch: mica.fast 33 % at 128 and 23 % at 2048 (bands: intervals of the median over the rounds)."
-    )
+    _, caption = pictures[BY_TOKENS]
+    assert "a frozen linear layer (2048 × 2048, rank 16, bfloat16), by tokens in the batch: " in caption
+    assert ": mica.fast 33 % at 128 and 23 % at 2048 (bands: " in caption
 
 
 def test_a_second_drawing_gives_the_same_bytes_whatever_the_users_settings(pictures, tmp_path):
@@ -132,7 +131,7 @@ def test_the_longest_family_is_drawn_and_by_device_time_where_there_is_one(tmp_p
 def test_names_are_in_the_order_of_the_lines_ends():
     _, axes = drawing.blank(7, 3.5, "")
     ends = {"first": 3, "last": 1, "middle": 2}
-    series = {name: {1: Ratio(1, 1, 1), 2: Ratio(end, end, end)} for name, end in ends.items()}
+    series = {name: {1: Ratio(1, 1, 1), 2: Ratio(end, -end, end)} for name, end in ends.items()}
     drawing.lines(axes, series, " %")
     assert [text.get_text() for text in axes.get_legend().get_texts()] == ["first", "middle", "last"]
 
