@@ -139,7 +139,8 @@ def _tables(result: Result) -> list[str]:
 def _head(machine: dict) -> str:
     if not machine:
         return "Of which machine is not known, nor whether these times are measurements."
-    told = ", ".join(f"{name} {machine[name] or 'none'}" for name in MACHINE if name in machine)
+    told = ", ".join(f"{name} {machine[name]}" for name in MACHINE if machine.get(name))
+    told += ", no bf16 instructions" if machine.get("bf16 instructions") == "" else ""
     commit = str(machine.get("commit"))[:12] + (" with changes" if machine.get("uncommitted_changes") else "")
     return f"{told}; commit {commit}, {str(machine.get('datetime'))[:16]}, a {machine.get('size')} run."
 

@@ -180,6 +180,10 @@ def test_the_machine_is_named_and_a_dry_run_is_no_measurement():
     told = "cpu A, device a GPU, threads 2, torch 2.9; commit abcdef, "
     found = text([], GPU).splitlines()
     assert found[2].startswith(told)
+    assert ", no bf16 instructions; commit" in text(
+        [], {**GPU, "bf16 instructions": "", "instructions limited to": ""}
+    )
+    assert ", bf16 instructions amx, device" in text([], {**GPU, "bf16 instructions": "amx"})
     dry = text([], {**MACHINE, "device": "dry run"}).splitlines()
     assert dry[2].startswith("**A dry run")
     assert dry[2].endswith("no measurements.**")
