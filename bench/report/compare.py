@@ -1,13 +1,11 @@
-"""Two runs of the benchmarks: ``python -m bench.compare OLD.json NEW.json`` says what became slower.
+"""Two runs of the benchmarks: ``python -m bench.report.compare OLD.json NEW.json`` says what became slower.
 
 Machines drift, and so do their neighbours; what is compared is each rival's ratio to a baseline of its own
 run, round by round, never seconds. A ratio changed if its two intervals do not overlap and the median moved
-by more than the tolerance. Both, because chance separates intervals, too: with equal truth and 5 rounds
-each in 1 of 126 ratios, with 3 rounds in 1 of 10, with many in about 1 of 180. Among hundreds of ratios a
-few do so, by about the noise of a round, which the tolerance covers. In simulated runs with noise of 3 %
-uniform, 5 % of tolerance called 13 of 1600 unchanged ratios slower with 3 rounds and none with 5: a lone
-regression asks for a second run. Nothing is concluded from a wide interval; a change that disappears in it
-is not seen.
+by more than the tolerance. Both, because chance separates intervals, too: with equal truth and 5 rounds each
+in 1 of 126 ratios, with 3 rounds in 1 of 10, by about the noise of a round. In simulated runs with noise of
+3 % uniform, 5 % of tolerance called 13 of 1600 unchanged ratios slower with 3 rounds and none with 5: a lone
+regression asks for a second run. A change that disappears in a wide interval is not seen.
 
 What is slower, needs more memory or is refused now, and is ours, is a regression. Ratios of other rivals only
 tell that the baseline or the machine behaves differently.
@@ -21,27 +19,27 @@ import argparse
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from math import inf
 from pathlib import Path
 from typing import NamedTuple
 
-from bench.results.names import BARE, FAST, LORA, STOCK, SVD, SVD_TALL, UNGROUPED
-from bench.results.schema import Group, Ratio, Result
+from bench.report.markdown import ONE_PROCESS, markdown_table
+from bench.results.names import BARE, COPY, FAST, LORA, STOCK, SVD, SVD_TALL, UNGROUPED
+from bench.results.schema import Group, Ratio, Result, is_refused
 
 # The first two where they are there; else the first of the others that is.
-BASELINES = (STOCK, BARE)
-OTHER_BASELINES = (SVD, SVD_TALL, LORA, UNGROUPED, "1 process")
+BASELINES, OTHER_BASELINES = (STOCK, BARE), (SVD, SVD_TALL, LORA, UNGROUPED, ONE_PROCESS, COPY)
 OURS = (FAST, "minor_subspace")
-# By what share it may grow: bytes that are counted repeat to the byte. A process's peak does not: that of the
-# bare model's step differed by a factor of 1.9 between two runs.
-MEMORY = {"saved_mb": 0.01}
-
-# What is told where it differs.
+# Bytes that are counted repeat to the byte, and may grow by this factor. A process's peak does not: that of
+# the bare model's step differed by a factor of 1.9 between two runs.
+MEMORY, GROWTH = "saved_mb", 1.01
+# What must be equal, and what is told where it differs.
 _MACHINE = ("cpu", "device", "threads", "bf16 instructions")
 _CIRCUMSTANCES = (*_MACHINE, "python", "torch", "peft", "transformers", "triton", "size")
 
 
 class UnusableError(Exception):
-    """Nothing can be said of these files; the message is one sentence with the file's name."""
+    """Nothing can be said of these files; the message is one sentence."""
 
 
 class Change(NamedTuple):
@@ -67,23 +65,20 @@ class Comparison:
     ratios: int = 0
     agreeing: int = 0
 
-    @property
-    def regressed(self) -> bool:
-        return bool(self.slower or self.refused)
+    def add(self, change: Change, is_of_ours: bool) -> None:
+        kind = self.moved if not is_of_ours else self.slower if change.factor > 1 else self.faster
+        kind.append(change)
 
 
-def is_ours(rival: str) -> bool:
-    return rival.startswith(OURS)
-
-
-def baselines(group: Group) -> list[str]:
-    found = [name for name in BASELINES if name in group.rivals]
-    return found or [name for name in OTHER_BASELINES if name in group.rivals][:1]
+def is_ours(group: Group, rival: str) -> bool:
+    """Beside a copy stand configurations of our kernels."""
+    return rival.startswith(OURS) or (COPY in group.rivals and rival != COPY)
 
 
 def ratios(group: Group) -> Iterator[tuple[str, str, Ratio]]:
     """(rival, baseline, ratio). STOCK ÷ BARE, not the reverse as well."""
-    bases = baselines(group)
+    bases = [name for name in BASELINES if name in group.rivals]
+    bases = bases or [name for name in OTHER_BASELINES if name in group.rivals][:1]
     for i, base in enumerate(bases):
         for rival in group.rivals:
             if rival not in bases[i:]:
@@ -99,17 +94,18 @@ def compare(old: Result, new: Result, tolerance: float) -> Comparison:
     """Of the cells that both have; those of ours that only the old one has are listed."""
     found, later = Comparison(), _cells(new)
     for key, before in _cells(old).items():
-        after = later.get(key)
+        after = later.get(key, Group(before.name, before.axes))
         for rival in before.rivals:
-            if after is not None and rival in after.rivals:
+            if rival in after.rivals:
                 _memory(found, before, after, rival)
-            elif is_ours(rival):
-                _absent(found, before, rival, new)
-        if after is not None:
-            _times(found, before, after, tolerance)
-    for changes in (found.slower, found.moved):
-        changes.sort(key=lambda change: -change.factor)
-    found.faster.sort(key=lambda change: change.factor)
+            elif is_ours(before, rival):
+                whys = [one["why"] for one in new.refused if is_refused(one, before.name, rival)]
+                cell = f"{before.name}, {rival}"
+                found.refused.append(f"{cell}: {whys[0]}") if whys else found.missing.append(cell)
+        _times(found, before, after, tolerance)
+    found.faster.sort()
+    found.slower.sort(reverse=True)
+    found.moved.sort(reverse=True)
     return found
 
 
@@ -117,119 +113,88 @@ def _times(found: Comparison, before: Group, after: Group, tolerance: float) -> 
     new_ratios = {(rival, base): ratio for rival, base, ratio in ratios(after)}
     for rival, base, old in ratios(before):
         if (new := new_ratios.get((rival, base))) is None:
-            if rival in after.rivals and is_ours(rival):
+            if rival in after.rivals and is_ours(before, rival):
                 found.missing.append(f"{before.name}, {rival} ÷ {base}")
             continue
         found.ratios += 1
-        if old.overlaps(new):
-            found.agreeing += 1
-            continue
-        change = Change(new.median / old.median, before.name, rival, f"÷ {base}", str(old), str(new))
-        if max(change.factor, 1 / change.factor) > 1 + tolerance:
-            _sort_in(found, change)
+        found.agreeing += old.overlaps(new)
+        factor = new.median / old.median
+        if not old.overlaps(new) and max(factor, 1 / factor) > 1 + tolerance:
+            change = Change(factor, before.name, rival, f"÷ {base}", str(old), str(new))
+            found.add(change, is_ours(before, rival))
 
 
 def _memory(found: Comparison, before: Group, after: Group, rival: str) -> None:
-    for fact, tolerance in MEMORY.items():
-        old, new = (group.rivals[rival].facts.get(fact) for group in (before, after))
-        if old is None or new is None or old == new:
-            continue
-        factor = new / old if old else float("inf")
-        if factor > 1 + tolerance or factor < 1 / (1 + tolerance):
-            _sort_in(found, Change(factor, before.name, rival, fact, f"{old:.4g}", f"{new:.4g}"))
-
-
-def _sort_in(found: Comparison, change: Change) -> None:
-    if not is_ours(change.rival):
-        found.moved.append(change)
-    else:
-        (found.slower if change.factor > 1 else found.faster).append(change)
-
-
-def _absent(found: Comparison, group: Group, rival: str, new: Result) -> None:
-    """A refusal names its group, and its rival unless it holds for all of them."""
-    for refusal in new.refused:
-        if group.name in refusal.values() and refusal.get("rival", rival) == rival:
-            others = [value for value in refusal.values() if value not in (group.name, rival)]
-            found.refused.append(f"{group.name}, {rival}: {', '.join(others) or 'refused'}")
-            return
-    found.missing.append(f"{group.name}, {rival}")
+    old, new = (group.rivals[rival].facts.get(MEMORY) for group in (before, after))
+    if old is not None and new is not None and not old / GROWTH <= new <= old * GROWTH:
+        factor = new / old if old else inf
+        change = Change(factor, before.name, rival, MEMORY, f"{old:.4g}", f"{new:.4g}")
+        found.add(change, is_ours(before, rival))
 
 
 def load(path: Path) -> Result:
     """Checked as far as `compare` needs it."""
     try:
         result = Result.load(path)
+        rounds = [{len(rival.seconds) for rival in group.rivals.values()} for group in result.groups]
         result.machine.get("cpu")
     except OSError as error:
         raise UnusableError(f"{path} cannot be read: {error.strerror}.") from error
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UnusableError(
-            f"{path} is no result of a benchmark run ({type(error).__name__}: {error})."
-        ) from error
-    for group in result.groups:
-        rounds = {len(rival.seconds) for rival in group.rivals.values()}
-        if len(rounds) > 1 or 0 in rounds:
+        raise UnusableError(f"{path} is no result of a run ({type(error).__name__}: {error}).") from error
+    for group, counts in zip(result.groups, rounds, strict=True):
+        if len(counts) > 1 or 0 in counts:
             raise UnusableError(f"{path} has rivals of different numbers of rounds in {group.name!r}.")
-        if not all(seconds > 0 for rival in group.rivals.values() for seconds in rival.seconds):
-            raise UnusableError(f"{path} has times that are not positive in {group.name!r}.")
     return result
-
-
-def check_machines(old: Result, new: Result, path: Path) -> None:
-    for what in _MACHINE:
-        was, now = (result.machine.get(what) for result in (old, new))
-        if was != now:
-            raise UnusableError(f"{path} is of another machine ({what}: {was} before, {now} there).")
 
 
 def text(found: Comparison, old: Result, new: Result) -> str:
     """The report, as Markdown: regressions first, the worst on top."""
-    lines = [
+    parts = [
         f"{key}: {old.machine[key]} before, {new.machine.get(key)} now"
         for key in _CIRCUMSTANCES
         if key in old.machine and old.machine[key] != new.machine.get(key)
     ]
-    tables = {
-        "Slower, or more memory": found.slower,
-        "Faster, or less memory": found.faster,
-        "Moved: not ours, so the baseline or the machine changed": found.moved,
-    }
-    for title, changes in tables.items():
+    header = ["new ÷ old", "cell", "rival", "against", "old", "new"]
+    for title, changes in (
+        ("Slower, or more memory", found.slower),
+        ("Refused now", found.refused),
+        ("Faster, or less memory", found.faster),
+        ("Moved: not ours, so the baseline or the machine changed", found.moved),
+        ("Missing now", found.missing),
+    ):
+        lines = [f"- {one}" for one in changes if isinstance(one, str)]
+        rows = [[f"{factor:.3f}", *told] for factor, *told in changes if not lines]
         if changes:
-            lines += ["", f"### {title}", "", "| new ÷ old | cell | rival | against | old | new |"]
-            lines += ["| ---: | --- | --- | --- | --- | --- |"]
-            lines += [f"| {factor:.3f} | {' | '.join(cells)} |" for factor, *cells in changes]
-        if changes is found.slower and found.refused:
-            lines += ["", "### Refused now", "", *(f"- {cell}" for cell in found.refused)]
-    if found.missing:
-        lines += ["", "### Missing now", "", *(f"- {cell}" for cell in found.missing)]
-    verdict = f"{len(found.slower) + len(found.refused)} regressions" if found.regressed else "no regression"
-    lines += ["", f"{found.agreeing} of {found.ratios} ratios agree (their intervals overlap): {verdict}."]
-    return "\n".join(lines).lstrip() + "\n"
+            parts.append(f"### {title}\n\n" + ("\n".join(lines) or markdown_table(header, rows)))
+    count = len(found.slower) + len(found.refused)
+    verdict = f"{count} regressions" if count else "no regression"
+    parts.append(f"{found.agreeing} of {found.ratios} ratios agree (their intervals overlap): {verdict}.")
+    return "\n\n".join(parts) + "\n"
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.report.compare", description=__doc__.split("\n\n")[0]
+    )
     parser.add_argument("old", type=Path, help="a run's JSON file")
     parser.add_argument("new", type=Path, help="a later run's")
     parser.add_argument("--tolerance", type=float, default=0.05, help="of a ratio's median (default 0.05)")
     parser.add_argument("--across-machines", action="store_true", help="even if CPU or threads differ")
     args = parser.parse_args(argv)
-    if args.tolerance < 0:
-        parser.error("the tolerance is a share, 0 or more")
     try:
         old, new = load(args.old), load(args.new)
-        if not args.across_machines:
-            check_machines(old, new, args.new)
+        for what in () if args.across_machines else _MACHINE:
+            if (was := old.machine.get(what)) != (now := new.machine.get(what)):
+                raise UnusableError(f"{args.new} is of another machine ({what}: {was} before, {now} there).")
         found = compare(old, new, args.tolerance)
         if not found.ratios and not found.refused:
             raise UnusableError(f"{args.new} has no ratio that {args.old} has.")
     except UnusableError as error:
-        print(f"bench.compare: {error}", file=sys.stderr)
+        print(f"bench.report.compare: {error}", file=sys.stderr)
         return 2
     print(text(found, old, new), end="")
-    return int(found.regressed)
+    return int(bool(found.slower or found.refused))
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ import json
 import os
 from pathlib import Path
 
-from bench.results.schema import Group, Result, Rival
+from bench.results.schema import Group, Result, Rival, is_refused
 
 VARIABLE = "MICA_BENCH_JOURNAL"  # the journal's path, for the processes that a run starts
 
@@ -52,22 +52,21 @@ def fold(entries: list[dict], machine: dict) -> Result:
         for entry in entries
         if entry["kind"] == "refused"
     ]
-    without = {(one["group"], one.get("rival")) for one in refused}
     groups: dict[str, Group] = {}
     for entry in entries:
-        if entry["kind"] != "sample":
-            continue
-        # of a cell, or of one of its clocks; of all its rivals, or of this one
-        if without & {(entry[what], who) for what in ("cell", "group") for who in (None, entry["rival"])}:
-            continue
-        group = groups.setdefault(entry["group"], Group(entry["group"], entry["axes"]))
-        rival = group.rivals.setdefault(entry["rival"], Rival())
-        rival.seconds.append(float(f"{entry['seconds']:.5g}"))
-        rival.facts |= entry["facts"]
+        if entry["kind"] == "sample":
+            group = groups.setdefault(entry["group"], Group(entry["group"], entry["axes"]))
+            rival = group.rivals.setdefault(entry["rival"], Rival())
+            rival.seconds.append(float(f"{entry['seconds']:.5g}"))
+            rival.facts |= entry["facts"]
     for group in groups.values():
-        rounds = min(len(rival.seconds) for rival in group.rivals.values())
+        for rival in [*group.rivals]:
+            if any(is_refused(one, group.name, rival) for one in refused):
+                del group.rivals[rival]
+        rounds = min((len(rival.seconds) for rival in group.rivals.values()), default=0)
         for rival in group.rivals.values():
             del rival.seconds[rounds:]
+    groups = {name: group for name, group in groups.items() if group.rivals}
     stages = [entry["summary"] for entry in entries if entry["kind"] == "stage"]
     return Result(machine, list(groups.values()), refused, _checks(entries), stages)
 

@@ -104,6 +104,11 @@ class Group:
         return interval([value / median(unit) for value in extra])
 
 
+def is_refused(refusal: dict[str, str], group: str, rival: str) -> bool:
+    """It names a group, for all whose names go on from there, and a rival unless it holds for every one."""
+    return f"{group}, ".startswith(f"{refusal['group']}, ") and refusal.get("rival", rival) == rival
+
+
 @dataclass
 class Result:
     """One run.
@@ -151,15 +156,15 @@ class Result:
         scratch.replace(path)
 
     def with_both(self) -> Result:
-        """Also the sums of forward and backward of one round, where both were timed."""
+        """Also the sums of forward and backward of one round, where both were timed and the sum was not."""
         found = [*self.groups]
         for forward in self.select(**{"pass": FORWARD}):
-            axes = {**forward.axes, "pass": BACKWARD}
-            for backward in self.select(**axes):
-                both = Group(forward.name.replace(FORWARD, BOTH), {**axes, "pass": BOTH})
+            axes, summed = ({**forward.axes, "pass": which} for which in (BACKWARD, BOTH))
+            for backward in self.select(**axes) if not any(self.select(**summed)) else ():
+                both = Group(forward.name.replace(FORWARD, BOTH), summed)
                 for name in (one for one in forward.rivals if one in backward.rivals):
                     # of a run that broke off, one may have a round more
                     pairs = zip(forward.rivals[name].seconds, backward.rivals[name].seconds, strict=False)
                     both.rivals[name] = Rival([a + b for a, b in pairs], dict(forward.rivals[name].facts))
-                found.append(both)
+                found += [both] if both.rivals else []
         return Result(self.machine, found, self.refused, self.checks, self.stages)

@@ -2,13 +2,14 @@
 
 import json
 import random
-from importlib import import_module
 
 import pytest
 
-compare, results = import_module("bench.compare"), import_module("bench.results")
-BARE, STOCK, FAST, Rival = results.BARE, results.STOCK, results.FAST, results.Rival
-SVD, SOLVER = "torch.linalg.svd", "minor_subspace, auto, r = 16"
+from bench.report import compare
+from bench.results.names import BARE, COPY, DEVICE_TIME, FAST, STOCK, SVD, WALL
+from bench.results.schema import Group, Result, Rival
+
+SOLVER = "minor_subspace, auto, r = 16"
 MACHINE = {"cpu": "A", "threads": 2, "torch": "2.9"}
 
 
@@ -26,11 +27,11 @@ def a_run(seed=0, rounds=9, noise=0.03, sleep=0.0, drift=1.0, factors=None, cell
                 seconds = 1e-3 * i * share * (factors or {}).get(name, 1.0) + (sleep if name == FAST else 0)
                 rivals[name].seconds.append(seconds * load * draw.uniform(1 - noise, 1 + noise))
         axes = {"suite": "layer", "pass": "forward", "tokens": 128 * i}
-        groups.append(results.Group(f"layer, {128 * i} tokens", axes, rivals))
+        groups.append(Group(f"layer, {128 * i} tokens", axes, rivals))
     times = {SVD: 1.0, SOLVER: 0.2 * (factors or {}).get(SOLVER, 1.0)}
     solved = {name: Rival([s * draw.uniform(0.99, 1.01) for _ in range(5)]) for name, s in times.items()}
     axes = {"suite": "subspace", "out": 64, "in": 64}
-    return results.Result(dict(MACHINE), [*groups, results.Group("subspace", axes, solved)])
+    return Result(dict(MACHINE), [*groups, Group("subspace", axes, solved)])
 
 
 @pytest.fixture
@@ -40,7 +41,7 @@ def status(tmp_path, capsys):
     def status(old, new, *options):
         paths = [tmp_path / "old.json", tmp_path / "new.json"]
         for path, run in zip(paths, (old, new), strict=True):
-            run.save(path) if isinstance(run, results.Result) else path.write_text(run)
+            run.save(path) if isinstance(run, Result) else path.write_text(run)
         code = compare.main([*map(str, paths), *options])
         return code, *capsys.readouterr()
 
@@ -91,7 +92,7 @@ def test_other_rivals_move_and_do_not_regress():
 def test_both_are_asked_intervals_and_tolerance():
     def run(*seconds):
         rivals = {STOCK: Rival([1.0] * len(seconds)), FAST: Rival(list(seconds))}
-        return results.Result(dict(MACHINE), [results.Group("x", {}, rivals)])
+        return Result(dict(MACHINE), [Group("x", {}, rivals)])
 
     slower = [
         bool(compare.compare(run(0.99, 1.0, 1.01), run(*new), 0.05).slower)
@@ -129,6 +130,43 @@ def test_refused_is_a_failure_and_missing_is_told(status):
     assert f"- layer, 128 tokens, {FAST}: results differ\n" in out
     assert f"- layer, 256 tokens, {FAST}\n" in out
     assert "1 regressions" in out
+
+
+def test_what_is_refused_for_all_rivals_or_before_the_passes_part_is_a_failure(status):
+    new = a_run(1)
+    for group in [*new.groups[:2]]:
+        new.groups.remove(group)
+    new.refused = [
+        {"group": "layer", "why": "no kernel was launched", "rival": FAST},
+        {"group": "layer, 256 tokens", "why": "the process died"},
+    ]
+    code, out, _ = status(a_run(), new)
+    assert code == 1
+    assert f"- layer, 128 tokens, {FAST}: no kernel was launched\n" in out
+    assert f"- layer, 256 tokens, {FAST}: no kernel was launched\n" in out
+    assert STOCK not in out
+
+
+def test_each_clock_is_compared_with_itself():
+    def run(wall, device):
+        groups = []
+        for clock, ours in ((WALL, wall), (DEVICE_TIME, device)):
+            rivals = {STOCK: Rival([1.0, 1.01] * 3), FAST: Rival([ours, 1.01 * ours] * 3)}
+            groups.append(Group(f"layer, {clock}", {"suite": "layer", "clock": clock}, rivals))
+        return Result(dict(MACHINE), groups)
+
+    found = compare.compare(run(0.9, 0.5), run(0.9, 0.7), 0.05)
+    assert [change.cell for change in found.slower] == [f"layer, {DEVICE_TIME}"]
+    assert (found.ratios, found.agreeing) == (2, 1)
+
+
+def test_a_kernel_is_compared_with_a_copy():
+    def run(seconds):
+        rivals = {COPY: Rival([1.0, 1.01] * 3), "64 x 64": Rival([seconds, 1.01 * seconds] * 3)}
+        return Result(dict(MACHINE), [Group("down", {"suite": "kernels"}, rivals)])
+
+    (change,) = compare.compare(run(1.1), run(1.3), 0.05).slower
+    assert change[1:4] == ("down", "64 x 64", f"÷ {COPY}")
 
 
 def test_a_ratio_whose_baseline_is_gone_is_told():

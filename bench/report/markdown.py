@@ -1,0 +1,175 @@
+"""The report of a result as Markdown. Every figure in it follows from the result.
+
+Ratios are of one and the same round, the rivals having taken turns: median, and in brackets an interval that
+holds the true median with 95 % (`bench.results.schema.interval`).
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable
+from pathlib import Path
+
+from bench.report.answers import answers
+from bench.report.asked import demands, share_of_copy
+from bench.report.cells import by_clock, clocks, facts, ratio, whole
+from bench.results import names
+from bench.results.names import BARE, BOTH, FAST, LORA, STOCK, UNGROUPED
+from bench.results.schema import Group, Result
+
+ONE_PROCESS = "1 process"
+BASELINES = (BARE, STOCK, names.STOCK_16, LORA, UNGROUPED, names.FLOAT32, names.SVD, ONE_PROCESS)
+# Whose overhead over the bare model the others' is compared with, too.
+OVERHEADS = (LORA, UNGROUPED)
+MACHINE = ("cpu", "bf16 instructions", "instructions limited to", "device", "threads")
+MACHINE += ("torch", "peft", "transformers", "triton", "bitsandbytes", "python")
+# In the tables of layers: (column, rival, baseline)
+LAYER_RATIOS = (
+    ("stock ÷ bare", STOCK, BARE),
+    ("mica.fast ÷ bare", FAST, BARE),
+    ("mica.fast ÷ stock", FAST, STOCK),
+    ("16-bit adapters ÷ stock", names.STOCK_16, STOCK),
+    ("these compiled ÷ stock", names.COMPILED, STOCK),
+    ("LoRA ÷ stock", LORA, STOCK),
+    ("control ÷ stock", names.ATEN, STOCK),
+)
+DRY = "**A dry run: tiny shapes, interpreted kernels, the host's clock. Its times are no measurements.**"
+
+
+def markdown_table(header: list[str], rows: Iterable[list[str]]) -> str:
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def group_table(group: Group) -> str:
+    """A row a rival: seconds, ratios to the baselines that are there, what was counted."""
+    present = [name for name in BASELINES if name in group.rivals and len(group.rivals) > 1]
+    overheads = [name for name in OVERHEADS if {name, BARE} <= group.rivals.keys()]
+    counted = list(dict.fromkeys(key for rival in group.rivals.values() for key in rival.facts))
+    titles = [*(f"÷ {name}" for name in present), *(f"overhead ÷ that of {name}" for name in overheads)]
+    rows = []
+    for name, rival in group.rivals.items():
+        row = [name, f"{rival.median:.4g}", *(str(group.ratio(name, base)) for base in present)]
+        row += [str(group.overhead(name, base) or "") for base in overheads]
+        rows.append(row + [f"{rival.facts[key]:.4g}" if key in rival.facts else "" for key in counted])
+    return f"### {group.name}\n\n" + markdown_table(["rival", "median s", *titles, *counted], rows)
+
+
+def layer_table(result: Result, dtype: str, clock: str) -> str | None:
+    """A row a cell, forward and backward summed."""
+    groups = sorted(
+        by_clock(result, clock).select(suite="layer", dtype=dtype, **{"pass": BOTH}),
+        key=lambda one: (one.axes["out"] * one.axes["in"], one.axes["rank"], one.axes["tokens"]),
+    )
+    if not groups:
+        return None
+    columns = [one for one in LAYER_RATIOS if any({*one[1:]} <= group.rivals.keys() for group in groups)]
+    rows = []
+    for group in groups:
+        axes, bare = group.axes, group.rivals.get(BARE)
+        row = [str(axes["tokens"]), f"{axes['out']} x {axes['in']}", str(axes["rank"])]
+        row += [f"{1e3 * bare.median:.3g}" if bare else ""]
+        row += [str(ratio(group, rival, base) or "") for _, rival, base in columns]
+        saved = [facts(result, group, name).get("saved_mb") for name in (STOCK, FAST)]
+        rows.append([*row, "" if None in saved else f"{saved[0]:.3g} → {saved[1]:.3g}"])
+    header = ["tokens", "out x in", "r", "bare ms", *(one[0] for one in columns), "saved MB, stock → mica"]
+    suffix = f", {clock}" if clocks(result) else ""
+    return f"### Layers, {dtype}, forward + backward{suffix}\n\n" + markdown_table(header, rows)
+
+
+def bandwidth_table(result: Result, clock: str) -> str | None:
+    """A row a kernel's configuration; its bytes are those that it must read and write."""
+    rows = []
+    for group in by_clock(result, clock).select(suite="kernels"):
+        axes = group.axes
+        shape = f"{axes['tokens']} x {axes['features']}, r = {axes['rank']}, {axes['dtype']}"
+        for name, rival in group.rivals.items():
+            count = facts(result, group, name).get("bytes")
+            row = [str(axes["kernel"]), shape, name, f"{1e6 * rival.median:.4g}"]
+            row += [f"{count / rival.median / 1e9:.4g}" if count else ""]
+            rows.append([*row, str(share_of_copy(result, group, name) or "")])
+    header = ["kernel", "tokens x features", "configuration", "µs", "GB/s", "÷ that of the copy"]
+    return f"### {clock.capitalize()}\n\n" + markdown_table(header, rows) if rows else None
+
+
+def stage_table(stages: list[dict]) -> str:
+    """A row a stage. One in which nothing passed has not passed, whatever its tests were skipped for."""
+    rows = []
+    for stage in stages:
+        state, skipped = str(stage["state"]), stage.get("skipped", 0)
+        if state == "passed" and (skipped or not stage.get("passed")):
+            state = f"passed but for {skipped} skipped" if stage.get("passed") else "nothing ran"
+        doing = ", ".join(map(str, stage.get("was_doing", {}).values()))
+        row = [str(stage["stage"]), state if state == "passed" else f"**{state}**"]
+        row += [str(stage.get(name, "")) for name in ("seconds", "passed", "failed", "skipped")]
+        rows.append([*row, doing])
+    return markdown_table(["stage", "state", "seconds", "passed", "failed", "skipped", "was doing"], rows)
+
+
+def checks_told(checks: list[dict[str, str]]) -> list[str]:
+    """How many did what, then those that did not pass by name, with why."""
+    counts = Counter(one["outcome"] for one in checks)
+    parts = [f"{len(checks)} checks: " + ", ".join(f"{count} {name}" for name, count in counts.items()) + "."]
+    for outcome, title in (("failed", "Failed"), ("skipped", "Skipped, which says nothing of them")):
+        found = [one for one in checks if one["outcome"] == outcome]
+        lines = [f"- {one['stage']}, {one['name']}: {one.get('why', 'no reason given')}" for one in found]
+        if lines:
+            parts.append(f"**{title}**:\n\n" + "\n".join(lines))
+    return parts
+
+
+def _tables(result: Result) -> list[str]:
+    """Suite by suite, by the names that ``-k`` finds them by."""
+    parts = []
+    for suite in dict.fromkeys(str(group.axes.get("suite", "")) for group in result.groups):
+        found: list[str | None] = []
+        for clock in clocks(result) or [names.WALL]:
+            if suite == "layer":
+                found += [layer_table(result, dtype, clock) for dtype in ("bfloat16", "float32")]
+            elif suite == "kernels":
+                found.append(bandwidth_table(result, clock))
+            else:
+                cells = whole(by_clock(result, clock))
+                found += [group_table(one) for one in cells if one.axes.get("suite", "") == suite]
+        if tables := [one for one in found if one]:
+            parts += [f"## {suite.capitalize() or 'Suites'}", *tables]
+    return parts
+
+
+def _head(machine: dict) -> str:
+    if not machine:
+        return "Of which machine is not known, nor whether these times are measurements."
+    told = ", ".join(f"{name} {machine[name]}" for name in MACHINE if machine.get(name))
+    told += ", no bf16 instructions" if machine.get("bf16 instructions") == "" else ""
+    commit = str(machine.get("commit"))[:12] + (" with changes" if machine.get("uncommitted_changes") else "")
+    return f"{told}; commit {commit}, {str(machine.get('datetime'))[:16]}, a {machine.get('size')} run."
+
+
+def report(result: Result, pictures: Iterable[tuple[Path, str]] = (), note: str = "") -> str:
+    """Markdown; pictures are linked by file name."""
+    result, device = result.with_both(), result.machine.get("device", "cpu")
+    on_gpu = device != "cpu" or bool(clocks(result))
+    parts = [
+        "# What it costs",
+        *([DRY] if device == "dry run" else []),
+        _head(result.machine),
+        "Ratios are of one round, in which rivals took turns: the median, and an interval that holds the true"
+        " median with 95 %. The overhead of a rival is its ratio to the bare frozen model, less 1.",
+    ]
+    if on_gpu:
+        asked = [one.row for one in demands(result)]
+        parts += ["## What is asked", markdown_table(["what", "asked", "measured", "met"], asked)]
+    parts.append("\n".join(answers(result)))
+    if result.refused:
+        lines = [
+            f"- {', '.join(one[what] for what in ('group', 'rival') if one.get(what))}: {one['why']}"
+            for one in result.refused
+        ]
+        parts.append("\n".join(["**No number**, and why:\n", *lines]))
+    if result.stages:
+        parts += ["## What ran", stage_table(result.stages)]
+    if result.checks:
+        parts += ["## Checks", *checks_told(result.checks)]
+    parts += [f"![{caption}]({path.name})\n\n{caption}" for path, caption in pictures]
+    parts += [note] if note else []
+    return "\n\n".join([*parts, *_tables(result)]) + "\n"
