@@ -11,16 +11,13 @@ import torch
 
 from bench.measure.machine import DEVICE, IS_DRY, SIZE
 from bench.results import journal
+from bench.results.schema import is_refused
 
 T = TypeVar("T")
 
-# Why a cell, or a rival of it, has no number: (group, rival or None) -> a sentence. After a crash the run
-# goes on in a new process, which must not try again what crashed.
-refusals: dict[tuple[str, str | None], str] = {
-    (entry["group"], entry.get("rival")): entry["why"]
-    for entry in journal.read()
-    if entry["kind"] == "refused"
-}
+# Cells, and rivals of them, that have no number. After a crash the run goes on in a new process, which must
+# not try again what crashed.
+refusals: list[dict[str, str]] = [entry for entry in journal.read() if entry["kind"] == "refused"]
 CRASHED = 86  # exit status of a process whose device does not answer any more
 
 
@@ -42,10 +39,11 @@ def iterations(seconds: float, sample: float = 0.005) -> int:
 
 
 def refuse(group: str, why: str, rival: str | None = None) -> None:
-    if (group, rival) not in refusals:
-        refusals[group, rival] = why
-        whose = {} if rival is None else {"rival": rival}
-        journal.write("refused", group=group, **whose, why=why)
+    """The cell for good, or this rival of it."""
+    entry = {"group": group, **({} if rival is None else {"rival": rival}), "why": why}
+    if why_refused(group, rival or "") is None:
+        refusals.append(entry)
+        journal.write("refused", **entry)
 
 
 def sentence(error: BaseException) -> str:
@@ -62,7 +60,7 @@ def each(group: str, builds: dict[str, Callable[[], T]]) -> dict[str, T]:
     """
     found = {}
     for rival, build in builds.items():
-        if (group, rival) in refusals:
+        if why_refused(group, rival):
             continue
         journal.write("doing", group=group, rival=rival)
         try:
@@ -74,11 +72,7 @@ def each(group: str, builds: dict[str, Callable[[], T]]) -> dict[str, T]:
 
 
 def why_refused(group: str, rival: str) -> str | None:
-    """Of the cell or of this rival; what was refused in a cell is refused in each of its passes."""
-    for (name, whose), why in refusals.items():
-        if whose in (None, rival) and (group == name or group.startswith(f"{name}, ")):
-            return why
-    return None
+    return next((one["why"] for one in refusals if is_refused(one, group, rival)), None)
 
 
 def leave_if_crashed() -> None:
