@@ -68,7 +68,7 @@ def down_projection(target: str, num_tokens: int, block_r: int, itemsize: int) -
         narrow = wide if block_r == 256 else narrow  # spills
     else:
         wide, narrow = Config(64, 0, block_k, 4, 4), Config(16, 0, block_k, 4, 4)
-    found = [narrow, wide] if num_tokens <= (256 if block_r < 64 else 1024) else [wide, narrow]
+    found = [narrow, wide] if num_tokens <= (512 if block_r < 64 else 1024) else [wide, narrow]
     return tuple(
         _fits(c, (c.block_m * itemsize + block_r * 4) * c.block_k, target) for c in dict.fromkeys(found)
     )
@@ -84,13 +84,19 @@ def up_projection(target: str, num_tokens: int, block_r: int, itemsize: int) -> 
 
 @functools.lru_cache(maxsize=1024)
 def grad_a(target: str, num_tokens: int, block_r: int, itemsize: int) -> tuple[Config, ...]:
-    """For dA = gᵀ x: a tile of x (block_m tokens, block_k columns) an iteration, over the split's tokens."""
+    """For dA = gᵀ x: a tile of x (block_m tokens, block_k columns) an iteration, over the split's tokens.
+
+    Few tokens cannot be split much: there the programs come from narrow tiles, each of which reads g again.
+    For ranks above 64 that is more than what they read of x.
+    """
     block_m = 128 // itemsize
     if block_r <= 64:
-        config = Config(block_m, 0, 128, 4 if block_r <= 32 else 8, 4)
+        wide = Config(block_m, 0, 128, 4 if block_r <= 32 else 8, 4)
+        narrow = wide._replace(block_k=32)
+        found = [narrow, wide] if num_tokens <= 512 else [wide, narrow]
     else:
-        config = Config(block_m, 0, 64 if itemsize == 2 else 32, 8, 3)
-    return (_fits(config, (config.block_k + block_r) * block_m * itemsize, target),)
+        found = [Config(block_m, 0, 64 if itemsize == 2 else 32, 8, 3)]
+    return tuple(_fits(c, (c.block_k + block_r) * block_m * itemsize, target) for c in found)
 
 
 @functools.lru_cache(maxsize=1024)

@@ -14,7 +14,7 @@ class Mutant(NamedTuple):
 TESTS = {
     "kernels/common.py": ["tests/kernels/test_common.py", "tests/kernels/test_down_projection.py",
                           "tests/kernels/test_up_projection.py"],
-    "kernels/configs.py": ["tests/kernels/test_configs.py"],
+    "kernels/configs.py": ["tests/kernels/test_configs.py", "tests/kernels/test_split_sum.py"],
     "kernels/checks.py": ["tests/kernels/test_up_projection.py", "tests/kernels/test_grad_a.py"],
     "kernels/down_projection.py": ["tests/kernels/test_down_projection.py", "tests/kernels/test_launching.py",
                                    "tests/kernels/test_split_sum.py"],
@@ -98,7 +98,9 @@ MUTANTS = [
     Mutant(_SPLIT, "    mask = offsets < size\n", "    mask = offsets <= size\n"),
     Mutant(_SPLIT, 'return target.startswith("sm_")', "return True"),
     Mutant(_SPLIT, "return per_split, ceil_div(length, per_split)", "return per_split, max(1, length // per_split)"),
-    Mutant(_SPLIT, "length * itemsize // (32 * columns)", "length * itemsize // columns"),
+    Mutant(_SPLIT, "(8 if is_small else 32) * columns", "8 * columns"),
+    Mutant(_SPLIT, "(8 if is_small else 32) * columns", "32 * columns"),
+    Mutant(_SPLIT, "ceil_div(length, 2 * block)", "ceil_div(length, block)"),
     Mutant(_DOWN, '"LAST_ADDS": then is None', '"LAST_ADDS": True'),
     Mutant(_GRAD, '"LAST_ADDS": then is None', '"LAST_ADDS": True'),
     Mutant(_DOWN, "            then,\n", ""),
@@ -106,6 +108,8 @@ MUTANTS = [
     Mutant(_LAUNCH, "            self.then(*[tensors[place] for place in self._passed_on])\n", "            pass\n"),
     Mutant(_LAUNCH, "self.bind(tensors).alone()", "self.bind(tensors)()"),
     Mutant("kernels/workspace.py", "counters(plan.grid[0], tensor) if plan.then is None else parts", "counters(plan.grid[0], tensor)"),
+    Mutant("kernels/configs.py", "num_tokens <= (512 if block_r < 64", "num_tokens <= (256 if block_r < 64"),
+    Mutant("kernels/configs.py", "[narrow, wide] if num_tokens <= 512 else [wide, narrow]\n    else:", "[wide, narrow]\n    else:"),
     # the wide product
     Mutant(_UP, "    ) * scale  # fmt: skip", "    )  # fmt: skip"),
     Mutant(_UP, "acc += bias.to(tl.float32)[None, :]", "acc += 0.0"),
