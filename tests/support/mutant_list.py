@@ -148,6 +148,10 @@ MUTANTS = [
     Mutant(_FUSED, "x = x_desc.load([row, start])", "x = x_desc.load([row, 0])"),
     Mutant(_FUSED, "rows, columns, threshold), acc, 0.0)", "rows, columns, threshold), 0.0, acc)"),
     Mutant(_FUSED, "row_bytes % 16 or ", ""),
+    Mutant("kernels/configs.py", "(wide, *square, narrow)", "(*square, wide, narrow)"),
+    Mutant("kernels/configs.py", "is_mlp = num_tokens >= 4096 and", "is_mlp ="),
+    Mutant("kernels/configs.py", "num_tokens >= 4096 and out_features >= 8192", "num_tokens >= 4096"),
+    Mutant("kernels/configs.py", " and block_r <= 64 and not dropout:", " and block_r <= 64:"),
     # A rounded before the launches
     Mutant("mica/kernel_path.py", "    return lora_A.to(dtype)\n", "    return lora_A\n"),
     Mutant("mica/kernel_path.py", "    return lora_A.to(dtype)\n", "    return lora_A.to(torch.float16)\n"),
