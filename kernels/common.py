@@ -1,4 +1,4 @@
-"""What all kernels share: product, rounding, dropout mask, ordered reduction, and what the host computes.
+"""What all kernels share: product, rounding, dropout mask, and what the host computes.
 
 Conventions. M tokens, K in_features, N out_features, r rank; R is r rounded up to a power of two ≥ 16
 (`padded_rank`), the smallest tile that tensor cores take. Every offset that is multiplied by a stride is
@@ -107,32 +107,6 @@ def wide_product(
             p = tl.load(p_ptrs, mask=(ranks < P_RANK)[:, None] & column_mask, other=0.0)
         acc = dot(cast(h, COMPUTE), cast(p, COMPUTE), acc, PRECISION)
     return acc
-
-
-@triton.jit
-def store_sum(
-    acc, scale, out_ptr, offsets, mask, partial_ptr, counter_ptr, split, num_splits, stride_split,
-    SPLIT: tl.constexpr,
-):  # fmt: skip
-    """out = scale·acc, rounded once. If SPLIT, acc is one part of a sum that ``num_splits`` programs share.
-
-    Every one of them writes its part; the one that arrives last, whoever it is, adds them all in the order
-    0, 1, 2, …: reruns are bitwise equal. The counter is an integer, and is left at 0 for the next launch.
-    Summing here and not in the kernel that reads the result: there the parts spill registers for r ≥ 64.
-    """
-    if SPLIT:
-        tl.store(partial_ptr + split.to(tl.int64) * stride_split + offsets, acc, mask=mask)
-        tl.debug_barrier()  # all threads have written, before one of them says so
-        last = tl.atomic_add(counter_ptr, 1, sem="acq_rel") == num_splits - 1
-        if last:
-            tl.store(counter_ptr, 0)
-            total = tl.zeros_like(acc)
-            for other in range(num_splits):
-                part = partial_ptr + tl.cast(other, tl.int64) * stride_split + offsets
-                total += tl.load(part, mask=mask, other=0.0, cache_modifier=".cg")  # not from a stale L1
-            tl.store(out_ptr + offsets, cast(total * scale, out_ptr.dtype.element_ty), mask=mask)
-    else:
-        tl.store(out_ptr + offsets, cast(acc * scale, out_ptr.dtype.element_ty), mask=mask)
 
 
 # ---------------------------------------------------------------------------------------------------

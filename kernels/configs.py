@@ -22,6 +22,8 @@ SHARED_MEMORY = {
 # Programs that keep every multiprocessor of a large GPU busy (132 on an H100, 304 CUs on an MI300X). A
 # constant, not the device's own number: splits are functions of shapes alone, so results are too.
 PROGRAMS = 264
+# Their tensor cores read from shared memory and multiply for four warps: registers suffice for more tiles.
+_HOPPER_ON = ("sm_90", "sm_100")
 
 
 class Config(NamedTuple):
@@ -68,7 +70,7 @@ def down_projection(target: str, num_tokens: int, block_r: int, itemsize: int) -
         narrow = wide if block_r == 256 else narrow  # spills
     else:
         wide, narrow = Config(64, 0, block_k, 4, 4), Config(16, 0, block_k, 4, 4)
-    found = [narrow, wide] if num_tokens <= (256 if block_r < 64 else 1024) else [wide, narrow]
+    found = [narrow, wide] if num_tokens <= (512 if block_r < 64 else 1024) else [wide, narrow]
     return tuple(
         _fits(c, (c.block_m * itemsize + block_r * 4) * c.block_k, target) for c in dict.fromkeys(found)
     )
@@ -76,21 +78,32 @@ def down_projection(target: str, num_tokens: int, block_r: int, itemsize: int) -
 
 @functools.lru_cache(maxsize=1024)
 def up_projection(target: str, num_tokens: int, block_r: int, itemsize: int) -> tuple[Config, ...]:
-    """For y += h P: one tile of y a program. block_k is of the rank."""
+    """For y += h P: one tile of y a program. block_k is of the rank.
+
+    The square tile is half as large, for twice as many programs of half the warps: a candidate, but before
+    Hopper, where it spills at rank 64.
+    """
     block_k = min(block_r, rank_at_a_time(itemsize))
+    square = [Config(64, 64, block_k, 4, 1)] if target in _HOPPER_ON else []
     wide, narrow = Config(64, 128, block_k, 8, 1), Config(16, 128, block_k, 4, 1)
-    return (narrow, wide) if num_tokens <= 32 else (wide, narrow)
+    return (narrow, *square, wide) if num_tokens <= 32 else (wide, *square, narrow)
 
 
 @functools.lru_cache(maxsize=1024)
 def grad_a(target: str, num_tokens: int, block_r: int, itemsize: int) -> tuple[Config, ...]:
-    """For dA = gᵀ x: a tile of x (block_m tokens, block_k columns) an iteration, over the split's tokens."""
+    """For dA = gᵀ x: a tile of x (block_m tokens, block_k columns) an iteration, over the split's tokens.
+
+    Few tokens cannot be split much: there the programs come from narrow tiles, each of which reads g again.
+    For ranks above 64 that is more than what they read of x.
+    """
     block_m = 128 // itemsize
     if block_r <= 64:
-        config = Config(block_m, 0, 128, 4 if block_r <= 32 else 8, 4)
+        wide = Config(block_m, 0, 128, 4 if block_r <= 32 else 8, 4)
+        narrow = wide._replace(block_k=32)
+        found = [narrow, wide] if num_tokens <= 512 else [wide, narrow]
     else:
-        config = Config(block_m, 0, 64 if itemsize == 2 else 32, 8, 3)
-    return (_fits(config, (config.block_k + block_r) * block_m * itemsize, target),)
+        found = [Config(block_m, 0, 64 if itemsize == 2 else 32, 8, 3)]
+    return tuple(_fits(c, (c.block_k + block_r) * block_m * itemsize, target) for c in found)
 
 
 @functools.lru_cache(maxsize=1024)
@@ -104,21 +117,38 @@ def embedding(target: str, num_tokens: int, block_r: int, itemsize: int) -> tupl
 
 @functools.lru_cache(maxsize=1024)
 def fused_linear(
-    target: str, num_tokens: int, is_aligned: bool, itemsize: int, descriptor: bool
+    target: str,
+    num_tokens: int,
+    out_features: int,
+    block_r: int,
+    is_aligned: bool,
+    itemsize: int,
+    descriptor: bool,
+    dropout: bool,
 ) -> tuple[Config, ...]:
     """For x w + h P in one kernel, by pointers or by tensor descriptors.
 
-    Where rows are not aligned every number has an address of its own: registers for the small tile only.
+    Where rows are not aligned every number has an address of its own: registers for the small tile only. The
+    large one comes first for the wide sides of MLPs: for N = 14336, K = 4096 the kernel that it saves takes
+    13 % of the base product's time (modelled for an H100), so 90 % of the vendor's speed is enough. Elsewhere
+    it is a candidate. With dropout it spills, and with ranks above 64 it takes 254 registers.
     """
     block_k = 128 // itemsize
     narrow = Config(64, 64, block_k, 4, 3)
     # fp32 without Hopper's instructions: three TF32 products of a larger tile spill
-    is_large = itemsize == 2 or target in ("sm_90", "sm_100")
+    is_large = itemsize == 2 or target in _HOPPER_ON
     wide = Config(128, 128, block_k, 8, 3) if is_large else Config(128, 64, block_k, 8, 3)
+    large = []
+    if itemsize == 2 and target in _HOPPER_ON and num_tokens > 512 and block_r <= 64 and not dropout:
+        # h and P lie in shared memory beside the main loop's buffers: a stage's worth for ranks above 16
+        large = [Config(128, 256, block_k, 8, (3 if descriptor else 4) - (block_r > 16))]
+    is_mlp = num_tokens >= 4096 and out_features >= 8192
     if descriptor:
-        found = [wide if is_large else Config(64, 128, block_k, 8, 2)]
+        only = wide if is_large else Config(64, 128, block_k, 8, 2)
+        found = [*large, only] if is_mlp else [only, *large]
     elif not is_aligned:
         found = [narrow._replace(block_k=block_k // 2, num_stages=2)]
     else:
-        found = [narrow, wide] if num_tokens <= 512 else [wide, narrow]
+        many = [*large, wide, narrow] if is_mlp else [wide, *large, narrow]
+        found = [narrow, wide] if num_tokens <= 512 else many
     return tuple(_fits(c, (c.block_m + c.block_n) * c.block_k * itemsize, target) for c in found)

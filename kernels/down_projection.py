@@ -25,17 +25,17 @@ from mica.kernels.common import (
     padded_columns,
     padded_rank,
     precision,
-    store_sum,
     target_of,
 )
 from mica.kernels.launching import Choice, Plan, Plans, layout
+from mica.kernels.split_sum import add_parts, split_evenly, store_sum
 
 
 @triton.jit(do_not_specialize=["num_tokens", "num_splits", "threshold"])
 def _down_projection_kernel(
     x_ptr,  # (M, K)
     p_ptr,  # (r, K)
-    h_ptr,  # (M, COLUMNS), contiguous
+    out_ptr,  # h: (M, COLUMNS), contiguous
     partial_ptr,  # (splits, M, COLUMNS) fp32, contiguous
     counter_ptr,  # (M / BLOCK_M) int32, zeros
     seed_ptr,  # (1) int64
@@ -57,6 +57,7 @@ def _down_projection_kernel(
     EVEN_K: tl.constexpr,
     CLAMPED: tl.constexpr,
     SPLIT: tl.constexpr,
+    LAST_ADDS: tl.constexpr,
     DROPOUT: tl.constexpr,
     COMPUTE: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -103,20 +104,9 @@ def _down_projection_kernel(
     mask = (rows < num_tokens)[:, None] & (ranks < COLUMNS)[None, :]
     size = tl.cast(num_tokens, tl.int64) * COLUMNS
     store_sum(
-        acc, scale, h_ptr, offsets, mask, partial_ptr, counter_ptr + tile, split, num_splits, size, SPLIT
-    )
-
-
-def split_evenly(length: int, block: int, tiles: int, columns: int, itemsize: int) -> tuple[int, int]:
-    """(length of a split in whole blocks, number of splits), for a sum over ``length`` rows of x.
-
-    Enough programs to fill a GPU, but at least four blocks each, and so few that writing and reading the fp32
-    parts (8 bytes a split for each of ``columns``) moves at most a quarter of what x does (``itemsize``).
-    """
-    affordable = length * itemsize // (32 * columns)
-    wanted = max(1, min(configs.PROGRAMS // max(1, tiles), ceil_div(length, 4 * block), affordable))
-    per_split = ceil_div(ceil_div(length, wanted), block) * block
-    return per_split, ceil_div(length, per_split)
+        acc, scale, out_ptr, offsets, mask, partial_ptr, counter_ptr + tile, split, num_splits, size,
+        SPLIT, LAST_ADDS,
+    )  # fmt: skip
 
 
 def plan_down_projection(
@@ -142,10 +132,12 @@ def plan_down_projection(
     (num_tokens, in_features), rank = x.shape, factor.shape[0]
     target = target or target_of(x.device)
     block_r, columns = padded_rank(rank), padded_columns(rank)
+    scale, size = float(scale) / (1.0 - dropout_p), num_tokens * columns
 
     def plan(config: configs.Config) -> Plan:
         tiles = ceil_div(num_tokens, config.block_m)
         k_per_split, splits = split_evenly(in_features, config.block_k, tiles, columns, x.element_size())
+        then = add_parts(size, splits, scale, target)
         return Plan(
             _down_projection_kernel,
             (tiles, splits),
@@ -158,7 +150,7 @@ def plan_down_projection(
                 "stride_pk": factor.stride(1),
                 "k_per_split": k_per_split,
                 "num_splits": splits,
-                "scale": float(scale) / (1.0 - dropout_p),
+                "scale": scale,
                 "threshold": keep_threshold(dropout_p),
             },
             {
@@ -170,6 +162,7 @@ def plan_down_projection(
                 "EVEN_K": in_features % config.block_k == 0,
                 "CLAMPED": target.startswith("sm_"),
                 "SPLIT": splits > 1,
+                "LAST_ADDS": then is None,
                 "DROPOUT": dropout_p > 0,
                 "COMPUTE": TRITON_DTYPES[dtype],
                 "PRECISION": precision(dtype, target),
@@ -177,7 +170,8 @@ def plan_down_projection(
             config,
             (num_tokens, columns),
             dtype,
-            splits * num_tokens * columns if splits > 1 else 0,
+            splits * size if splits > 1 else 0,
+            then,
         )
 
     return Choice(

@@ -47,30 +47,12 @@ def _tile(tile, num_tokens, out_features, BLOCK_M: tl.constexpr, BLOCK_N: tl.con
 
 @triton.jit
 def _low_rank(
-    h_ptr,
-    p_ptr,
-    bias_ptr,
-    seed_ptr,
-    rows,
-    columns,
-    num_tokens,
-    out_features,
-    stride_hm,
-    stride_hr,
-    stride_pr,
-    stride_pn,
-    scale,
-    threshold,
-    H_RANK: tl.constexpr,
-    P_RANK: tl.constexpr,
-    BLOCK_R: tl.constexpr,
-    BLOCK_L: tl.constexpr,
-    EVEN_N: tl.constexpr,
-    BIAS: tl.constexpr,
-    DROPOUT: tl.constexpr,
-    LOW: tl.constexpr,
+    h_ptr, p_ptr, bias_ptr, seed_ptr, rows, columns, num_tokens, out_features,
+    stride_hm, stride_hr, stride_pr, stride_pn, scale, threshold,
+    H_RANK: tl.constexpr, P_RANK: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_L: tl.constexpr,
+    EVEN_N: tl.constexpr, BIAS: tl.constexpr, DROPOUT: tl.constexpr, LOW: tl.constexpr,
     PRECISION: tl.constexpr,
-):
+):  # fmt: skip
     """The tile that the main loop starts from: bias + scale·keep⊙(h P)."""
     acc = wide_product(
         h_ptr, p_ptr, rows, columns, num_tokens, out_features, stride_hm, stride_hr, stride_pr, stride_pn,
@@ -309,14 +291,14 @@ def plan_fused_linear(
         shape = (num_tokens, out_features)
         return Plan(kernel, (grid, 1), numbers, meta | form, config, shape, x.dtype)
 
-    table = configs.fused_linear(target, num_tokens, _is_aligned(x, w), x.element_size(), descriptor)
     sizes = (tuning.bucket(num_tokens), in_features, out_features)
+    kind = (block_r, _is_aligned(x, w), x.element_size(), descriptor, dropout_p > 0)
     operands = {"x": x, "w": w, "h": h, "factor": factor, "bias": bias}
     return Choice(
         "fused_linear",
         x.device,
         (*sizes, factor.shape[0], x.dtype, h.dtype, dropout_p > 0, w.stride(0) == 1, descriptor),
-        (config,) if config else table,
+        (config,) if config else configs.fused_linear(target, num_tokens, out_features, *kind),
         plan,
         functools.partial(_operands, seed=seed if dropout_p > 0 else None, **operands),
     )

@@ -23,18 +23,17 @@ from mica.kernels.common import (
     keep_threshold,
     padded_rank,
     precision,
-    store_sum,
     target_of,
 )
-from mica.kernels.down_projection import split_evenly
 from mica.kernels.launching import Choice, Plan, Plans, layout
+from mica.kernels.split_sum import add_parts, split_evenly, store_sum
 
 
 @triton.jit(do_not_specialize=["num_tokens", "num_splits", "threshold"])
 def _grad_a_kernel(
     g_ptr,  # (M, COLUMNS)
     x_ptr,  # (M, K)
-    grad_ptr,  # (RANK, K), contiguous
+    out_ptr,  # dA: (RANK, K), contiguous
     partial_ptr,  # (splits, RANK, K) fp32, contiguous
     counter_ptr,  # (K / BLOCK_K) int32, zeros
     seed_ptr,  # (1) int64
@@ -55,6 +54,7 @@ def _grad_a_kernel(
     BLOCK_R: tl.constexpr,
     EVEN_K: tl.constexpr,
     SPLIT: tl.constexpr,
+    LAST_ADDS: tl.constexpr,
     DROPOUT: tl.constexpr,
     COMPUTE: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -90,8 +90,9 @@ def _grad_a_kernel(
     mask = (ranks < RANK)[:, None] & (columns < in_features)[None, :]
     size = tl.cast(in_features, tl.int64) * RANK
     store_sum(
-        acc, scale, grad_ptr, offsets, mask, partial_ptr, counter_ptr + tile, split, num_splits, size, SPLIT
-    )
+        acc, scale, out_ptr, offsets, mask, partial_ptr, counter_ptr + tile, split, num_splits, size,
+        SPLIT, LAST_ADDS,
+    )  # fmt: skip
 
 
 def plan_grad_a(
@@ -118,12 +119,14 @@ def plan_grad_a(
     (num_tokens, in_features), columns = x.shape, g.shape[1]
     target = target or target_of(x.device)
     block_r = padded_rank(rank)
+    scale, size = 1.0 / (1.0 - dropout_p), rank * in_features
 
     def plan(config: configs.Config) -> Plan:
         tiles = ceil_div(in_features, config.block_k)
         tokens_per_split, splits = split_evenly(
             max(1, num_tokens), config.block_m, tiles, columns, x.element_size()
         )
+        then = add_parts(size, splits, scale, target)
         return Plan(
             _grad_a_kernel,
             (tiles, splits),
@@ -136,7 +139,7 @@ def plan_grad_a(
                 "stride_xk": x.stride(1),
                 "tokens_per_split": tokens_per_split,
                 "num_splits": splits,
-                "scale": 1.0 / (1.0 - dropout_p),
+                "scale": scale,
                 "threshold": keep_threshold(dropout_p),
             },
             {
@@ -147,6 +150,7 @@ def plan_grad_a(
                 "BLOCK_R": block_r,
                 "EVEN_K": in_features % config.block_k == 0,
                 "SPLIT": splits > 1,
+                "LAST_ADDS": then is None,
                 "DROPOUT": dropout_p > 0,
                 "COMPUTE": TRITON_DTYPES[dtype],
                 "PRECISION": precision(dtype, target),
@@ -154,7 +158,8 @@ def plan_grad_a(
             config,
             (rank, in_features),
             out_dtype,
-            splits * rank * in_features if splits > 1 else 0,
+            splits * size if splits > 1 else 0,
+            then,
         )
 
     return Choice(

@@ -40,7 +40,7 @@ _addresses = torch.Tensor.data_ptr
 class Launch:
     """One kernel launch that is decided but not yet made: the static gate compiles it, a call runs it.
 
-    ``args`` in the order of the kernel's parameters.
+    ``args`` in the order of the kernel's parameters; ``then``: the launch that follows it, if any.
     """
 
     kernel: Callable
@@ -49,9 +49,15 @@ class Launch:
     meta: dict
     num_warps: int
     num_stages: int
+    then: Launch | None = None
 
-    def __call__(self):
-        """Launch it; the compiled kernel, None where there is none (interpreted, or nothing to do)."""
+    def __call__(self) -> None:
+        self.alone()
+        if self.then is not None:
+            self.then()
+
+    def alone(self):
+        """Only this one; the compiled kernel; None where there is none (interpreted, nothing to do)."""
         if 0 in self.grid:  # no tokens
             return None
         device = next(iter(self.args.values())).device
@@ -70,7 +76,8 @@ class Plan:
     """A launch without its tensors: those are the first parameters of every kernel here, then come numbers.
 
     ``shape``, ``dtype``: of the output, where the call allocates it. ``parts``: how many fp32 numbers the
-    parts of a split sum have together, 0 where nothing is split.
+    parts of a split sum have together, 0 where nothing is split. ``then``: a launch that follows it, on those
+    of its tensors that the parameters have the same names for.
     """
 
     kernel: Callable
@@ -81,40 +88,47 @@ class Plan:
     shape: tuple[int, int] = (0, 0)
     dtype: torch.dtype = torch.float32
     parts: int = 0
+    then: Plan | None = None
     # which pointers are aligned (True: all) -> what launches the kernel that Triton compiled for that
     _compiled: dict = field(default_factory=dict)
     _tail: tuple = field(init=False)
+    _passed_on: tuple[int, ...] = field(init=False, default=())
 
     def __post_init__(self):
         values = self.numbers | self.meta
         self._tail = tuple(values[name] for name in self.kernel.arg_names[-len(values) :])
+        if self.then is not None:
+            names = self.then.kernel.arg_names[: -len(self.then._tail)]
+            self._passed_on = tuple(map(self.kernel.arg_names.index, names))
 
     def bind(self, tensors: Sequence[Tensor]) -> Launch:
         """The launch with these tensors, in the order of the kernel's parameters."""
         args = dict(zip(self.kernel.arg_names, tensors, strict=False)) | self.numbers
-        return Launch(self.kernel, self.grid, args, self.meta, self.config.num_warps, self.config.num_stages)
+        then = self.then and self.then.bind([tensors[place] for place in self._passed_on])
+        options = self.config.num_warps, self.config.num_stages
+        return Launch(self.kernel, self.grid, args, self.meta, *options, then)
 
     def __call__(self, *tensors: Tensor) -> None:
         addresses = tuple(map(_addresses, tensors))
         # Triton compiles for pointers that are divisible by 16 and for others; nearly always all of them are
         aligned = math.gcd(16, *addresses) == 16 or tuple(address % 16 == 0 for address in addresses)
-        direct = self._compiled.get(aligned)
+        direct, index = self._compiled.get(aligned), tensors[0].get_device()
         if direct is None or _is_observed(self.kernel):
             self._launch(tensors, aligned)
-            return
-        index = tensors[0].get_device()
-        if index < 0:  # a driver of another kind
+        elif index < 0:  # a driver of another kind
             self._run(direct, driver.active.get_current_stream(0), addresses)
         elif index == _current_device():
             self._run(direct, _raw_stream(index), addresses)
         else:
             with torch.cuda.device(index):
                 self._run(direct, _raw_stream(index), addresses)
+        if self.then is not None:
+            self.then(*[tensors[place] for place in self._passed_on])
 
     def _launch(self, tensors: Sequence[Tensor], aligned: bool | tuple[bool, ...]) -> None:
         """Through Triton's own front, which compiles and gives the hooks their turn."""
         is_observed = _is_observed(self.kernel)
-        compiled = self.bind(tensors)()
+        compiled = self.bind(tensors).alone()
         if compiled is not None and not is_observed and can_run_directly(type(compiled)):
             self._compiled[aligned] = (compiled, compiled.run, compiled.function, compiled.packed_metadata)
 
@@ -248,7 +262,10 @@ def can_run_directly(kind: type) -> bool:
 
 
 def _is_refusal(error: Exception) -> bool:
-    """Whether it says that a kernel cannot be compiled or launched. Then nothing ran, and nothing changed."""
+    """Whether it says that a kernel cannot be compiled or launched. Then no operand has changed.
+
+    Nothing ran; or, where the second of two launches is refused, the first one: it wrote to scratch only.
+    """
     if isinstance(error, LaunchError):
         return not isinstance(error, triton.runtime.errors.InterpreterError)  # an error of the kernel's own
     return isinstance(error, RuntimeError) and "PassManager::run failed" in str(error)

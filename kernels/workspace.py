@@ -25,8 +25,12 @@ _raw_stream = getattr(torch._C, "_cuda_getCurrentRawStream", None)
 
 
 def of_split(plan: Plan, tensor: Tensor) -> tuple[Tensor, Tensor]:
-    """(parts, counters) for a launch on the device of ``tensor``; a counter for each column of the grid."""
-    return tensor.new_empty(plan.parts, dtype=torch.float32), counters(plan.grid[0], tensor)
+    """(parts, counters) for a launch on the device of ``tensor``; a counter for each column of the grid.
+
+    Where another launch adds the parts nobody counts: the counters' place is taken by the parts.
+    """
+    parts = tensor.new_empty(plan.parts, dtype=torch.float32)
+    return parts, counters(plan.grid[0], tensor) if plan.then is None else parts
 
 
 def counters(count: int, tensor: Tensor) -> Tensor:

@@ -57,6 +57,22 @@ def _choose(name: str, x: Tensor, w: Tensor, rank: int, dtype: torch.dtype, drop
     return tuning.pick(name, x.device, key, {form: functools.partial(run, form) for form in forms})
 
 
+# From here on an A whose numbers are wider than the products' is rounded before the launches. Every row of
+# tiles reads all of it through the L2 cache: 8192 tokens read 134 MB of an fp32 A (64 x 4096), x has 67.
+# Rounding is a launch more, and for fewer tokens the host, not the device, decides how long a layer takes.
+_WIDE_RANK, _MANY_TOKENS = 64, 2048
+
+
+def _operand(lora_A: Tensor, num_tokens: int, dtype: torch.dtype) -> Tensor:
+    """lora_A as kernels had best read it, for products in ``dtype``: they round to that, so no bit differs.
+
+    The rounded copy is not kept for the next call: a write through ``lora_A.data`` changes no version.
+    """
+    if lora_A.shape[0] < _WIDE_RANK or num_tokens < _MANY_TOKENS or lora_A.dtype.itemsize <= dtype.itemsize:
+        return lora_A
+    return lora_A.to(dtype)
+
+
 def forward(
     x: Tensor,
     weight: Tensor,
@@ -81,7 +97,8 @@ def forward(
 
 
 # The plans of all launches of a layer's forward, or backward, without dropout. Their own keys hold h, g, y
-# and dx too, which follow from what is in these: asked for one by one, plans cost a layer 9 µs more.
+# and dx too, which follow from what is in these: asked for one by one, plans cost a layer 9 µs more. The last
+# entry says whether A is rounded first.
 _forwards, _backwards = Plans(), Plans()
 
 
@@ -90,18 +107,19 @@ def _planned_forward(x, weight, lora_A, lora_B, scaling, bias, compute_dtype) ->
     key = (tuning.state(), layout(x), layout(lora_A), layout(lora_B), scaling, compute_dtype, fp32_setting())
     plans, dtype = _forwards.get(key), compute_dtype or x.dtype
     if plans is not None:
-        down, up = plans
-        h = down_kernel.run(down, x, lora_A)
+        down, up, rounded = plans
+        h = down_kernel.run(down, x, lora_A.to(dtype) if rounded else lora_A)
         y = F.linear(x, weight, bias)
         if y.is_contiguous():
             return up_kernel.run(up, y, h, prepare(lora_B, dtype))
         return up_kernel.up_projection_(y, h, prepare(lora_B, dtype))
-    options = {"scale": scaling, "compute_dtype": dtype}
-    h, factor = down_kernel.down_projection(x, lora_A, **options), prepare(lora_B, dtype)
+    options, operand = {"scale": scaling, "compute_dtype": dtype}, _operand(lora_A, len(x), dtype)
+    h, factor = down_kernel.down_projection(x, operand, **options), prepare(lora_B, dtype)
     y = up_kernel.up_projection_(F.linear(x, weight, bias), h, factor)
     plans = (
-        down_kernel.plans.get(down_kernel.key_of(x, lora_A, **options)),
+        down_kernel.plans.get(down_kernel.key_of(x, operand, **options)),
         up_kernel.plans.get(up_kernel.key_of(y, h, factor)),
+        operand is not lora_A,
     )
     if None not in plans and y.is_contiguous():
         _forwards.keep(key, plans)
@@ -112,9 +130,8 @@ def _forward(form: str, x, weight, lora_A, lora_B, scaling, bias, compute_dtype,
     if form == "aten":
         return reference.forward(x, weight, lora_A, lora_B, scaling, bias, compute_dtype, dropout_p, seed)
     dtype = compute_dtype or x.dtype
-    h = down_kernel.down_projection(
-        x, lora_A, scale=scaling, compute_dtype=dtype, dropout_p=dropout_p, seed=seed
-    )
+    options = {"compute_dtype": dtype, "dropout_p": dropout_p, "seed": seed}
+    h = down_kernel.down_projection(x, _operand(lora_A, len(x), dtype), scale=scaling, **options)
     factor = prepare(lora_B, dtype)
     if form == "split":
         return up_kernel.up_projection_(F.linear(x, weight, bias), h, factor)
@@ -151,20 +168,23 @@ def _planned_backward(dy, x, weight, lora_A, lora_B, scaling, dtype) -> tuple[Te
     key = (tuning.state(), *tensors, scaling, dtype, fp32_setting())
     plans, factor = _backwards.get(key), prepare(lora_B, dtype)
     if plans is not None:
-        down, grad, up = plans
+        down, grad, up, rounded = plans
         g = down_kernel.run(down, dy, factor)
         grad_A, grad_x = grad_a_kernel.run(grad, g, x), torch.mm(dy, weight)
+        operand = lora_A.to(dtype) if rounded else lora_A
         if grad_x.is_contiguous():
-            return up_kernel.run(up, grad_x, g, lora_A), grad_A
-        return up_kernel.up_projection_(grad_x, g, lora_A), grad_A
+            return up_kernel.run(up, grad_x, g, operand), grad_A
+        return up_kernel.up_projection_(grad_x, g, operand), grad_A
     scaled, rounded = {"scale": scaling, "compute_dtype": dtype}, {"out_dtype": lora_A.dtype}
     g, rank = down_kernel.down_projection(dy, factor, **scaled), lora_A.shape[0]
     grad_A = grad_a_kernel.grad_a(g, x, rank, **rounded)
-    grad_x = up_kernel.up_projection_(torch.mm(dy, weight), g, lora_A)
+    operand = _operand(lora_A, len(dy), dtype)
+    grad_x = up_kernel.up_projection_(torch.mm(dy, weight), g, operand)
     plans = (
         down_kernel.plans.get(down_kernel.key_of(dy, factor, **scaled)),
         grad_a_kernel.plans.get(grad_a_kernel.key_of(g, x, rank, **rounded)),
-        up_kernel.plans.get(up_kernel.key_of(grad_x, g, lora_A)),
+        up_kernel.plans.get(up_kernel.key_of(grad_x, g, operand)),
+        operand is not lora_A,
     )
     if None not in plans and grad_x.is_contiguous():
         _backwards.keep(key, plans)
@@ -189,10 +209,10 @@ def _grad_x(dy: Tensor, weight: Tensor, g: Tensor, lora_A: Tensor, dropout_p: fl
 def _grad_x_by(form: str, dy, weight, g, lora_A, dropout_p, seed) -> Tensor:
     if form == "aten":
         return reference.grad_x(dy, weight, g[:, : lora_A.shape[0]], lora_A, dropout_p, seed)
+    options, operand = {"dropout_p": dropout_p, "seed": seed}, _operand(lora_A, len(dy), g.dtype)
     if form == "split":
-        return up_kernel.up_projection_(dy @ weight, g, lora_A, dropout_p=dropout_p, seed=seed)
-    options = {"dropout_p": dropout_p, "seed": seed}
-    return fused_linear(dy, weight, g, lora_A, descriptor=form == "descriptor", **options)
+        return up_kernel.up_projection_(dy @ weight, g, operand, **options)
+    return fused_linear(dy, weight, g, operand, descriptor=form == "descriptor", **options)
 
 
 def embedding(
@@ -238,7 +258,7 @@ def down_projection(
 ) -> Tensor:
     """As `mica.reference.down_projection`."""
     options = {"compute_dtype": compute_dtype, "dropout_p": dropout_p, "seed": seed}
-    h = down_kernel.down_projection(x, lora_A, scale=scaling, **options)
+    h = down_kernel.down_projection(x, _operand(lora_A, len(x), compute_dtype), scale=scaling, **options)
     return h[:, : lora_A.shape[0]].contiguous()
 
 
@@ -271,7 +291,8 @@ def down_projection_backward(
         grad_A = (grad_a_kernel.grad_a(grad_h, x, lora_A.shape[0], **options) * scaling).to(lora_A.dtype)
     if needs_x and dropout_p:
         grad_x = grad_h.new_zeros(len(grad_h), lora_A.shape[1])
-        up_kernel.up_projection_(grad_x, grad_h, lora_A, scale=scaling, **options)
+        operand = _operand(lora_A, len(grad_h), grad_h.dtype)
+        up_kernel.up_projection_(grad_x, grad_h, operand, scale=scaling, **options)
     elif needs_x:  # no base to add to: the vendor's product writes what the kernel would
         grad_x = reference.grad_x_update(grad_h, lora_A * scaling)
     return grad_x, grad_A
@@ -303,7 +324,8 @@ def linear_group(
     """As `mica.reference.linear_group`."""
     dtype = compute_dtype or x.dtype
     factors = [prepare(lora_B, dtype) for lora_B in lora_Bs]
-    h = down_kernel.down_projection(x, _stacked(lora_As, scalings), compute_dtype=dtype)
+    operand = _operand(_stacked(lora_As, scalings), len(x), dtype)
+    h = down_kernel.down_projection(x, operand, compute_dtype=dtype)
     parts = h.split([factor.shape[0] for factor in factors], dim=1)
     operands = zip(weights, biases, parts, factors, strict=True)
     return [
@@ -343,5 +365,5 @@ def linear_group_backward(
         grad_x = products[0][0] @ products[0][1]
         for dy, weight in products[1:]:
             grad_x.addmm_(dy, weight)
-        up_kernel.up_projection_(grad_x, g, _stacked(lora_As))
+        up_kernel.up_projection_(grad_x, g, _operand(_stacked(lora_As), len(g), compute_dtype))
     return grad_x, grad_As

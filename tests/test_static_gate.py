@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.support.static_cases import TARGETS, cases
+
 ROOT = Path(__file__).resolve().parents[1]
 
 SCRIPT = """
@@ -76,6 +78,11 @@ def test_a_bad_launch_is_refused(faults, case, fault):
 @pytest.mark.parametrize("case", ["good", "good on AMD"])
 def test_a_good_launch_passes(faults, case):
     assert not faults[case]
+
+
+def test_a_launch_that_follows_another_is_seen_where_it_is_made():
+    found = {target for target in TARGETS for case in cases(target) if case.kernel == "add_parts"}
+    assert found == {"gfx942"}
 
 
 def test_it_does_not_pretend_to_compile_interpreted_kernels():

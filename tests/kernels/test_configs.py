@@ -19,8 +19,8 @@ def test_at_most_three_and_all_of_them_tiles(target, tokens, block_r, itemsize):
         configs.up_projection(target, tokens, block_r, itemsize),
         configs.grad_a(target, tokens, block_r, itemsize),
         configs.embedding(target, tokens, block_r, itemsize),
-        configs.fused_linear(target, tokens, tokens > 1, itemsize, False),
-        configs.fused_linear(target, tokens, True, itemsize, True),
+        configs.fused_linear(target, tokens, 14336, block_r, tokens > 1, itemsize, False, False),
+        configs.fused_linear(target, tokens, 4096, block_r, True, itemsize, True, False),
     ]
     for table in tables:
         assert 1 <= len(table) <= 3
@@ -32,10 +32,41 @@ def test_at_most_three_and_all_of_them_tiles(target, tokens, block_r, itemsize):
 
 
 def test_the_default_depends_on_the_tokens_only_where_it_is_the_other_candidate():
-    for function in (configs.down_projection, configs.up_projection):
+    for function in (configs.down_projection, configs.up_projection, configs.grad_a):
         few, many = function("sm_90", 1, 16, 2), function("sm_90", 8192, 16, 2)
         assert few == many[::-1]
-        assert few[0].block_m < many[0].block_m
+        assert few[0] < many[0]  # the same tile but for one side, which is smaller
+
+
+def test_the_square_tile_of_the_wide_product():
+    """A candidate, never the first; for the targets that it does not spill on."""
+    for target in TARGETS:
+        for tokens in (1, 8192):
+            table = configs.up_projection(target, tokens, 64, 2)
+            square = [config for config in table if config.block_m == config.block_n == 64]
+            assert len(square) == (target in ("sm_90", "sm_100"))
+            assert table[0] not in square
+
+
+@pytest.mark.parametrize("descriptor", [False, True])
+def test_the_large_tile_of_the_fused_product(descriptor):
+    """First for the wide sides of MLPs, a candidate for other large products; where it compiles."""
+
+    def columns(target, tokens, out_features, itemsize=2, dropout=False, block_r=16):
+        table = configs.fused_linear(
+            target, tokens, out_features, block_r, True, itemsize, descriptor, dropout
+        )
+        return [config.block_n for config in table]
+
+    for target in ("sm_90", "sm_100"):
+        assert columns(target, 8192, 14336)[:2] == [256, 128]
+        assert columns(target, 8192, 4096)[:2] == columns(target, 2048, 14336)[:2] == [128, 256]
+        assert 256 not in columns(target, 512, 14336)
+        assert 256 not in columns(target, 8192, 14336, itemsize=4)
+        assert 256 not in columns(target, 8192, 14336, dropout=True)
+        assert 256 not in columns(target, 8192, 14336, block_r=128)
+    for target in ("sm_80", "sm_89", "sm_120", "gfx942"):
+        assert 256 not in columns(target, 8192, 14336)
 
 
 def test_stages_follow_the_shared_memory():

@@ -4,7 +4,7 @@ import torch
 from mica import reference
 from mica.kernels import configs
 from mica.kernels.common import padded_columns
-from mica.kernels.down_projection import down_projection, plan_down_projection, split_evenly
+from mica.kernels.down_projection import down_projection, plan_down_projection
 from tests.support.guarding import run_guarded
 from tests.support.kernel_cases import (
     DTYPES,
@@ -87,18 +87,6 @@ def test_splits_are_summed_in_order(dtype, length):
     check(x, factor, dtype)
     check(x, factor, dtype, dropout_p=0.2, seed=seed_of(3))
     assert torch.equal(down_projection(x, factor), down_projection(x, factor))
-
-
-@pytest.mark.parametrize("length", [1, 300, 4096, 4097, 14336])
-@pytest.mark.parametrize(("block", "tiles"), [(64, 1), (128, 128), (32, 3), (64, 1000)])
-@pytest.mark.parametrize(("columns", "itemsize"), [(16, 2), (64, 4), (256, 2)])
-def test_splits_cover_the_length_once(length, block, tiles, columns, itemsize):
-    per_split, splits = split_evenly(length, block, tiles, columns, itemsize)
-    assert per_split % block == 0
-    assert (splits - 1) * per_split < length <= splits * per_split
-    assert splits == 1 or per_split >= 3 * block
-    assert splits == 1 or splits * tiles <= configs.PROGRAMS
-    assert splits == 1 or 8 * columns * splits <= length * itemsize / 4  # bytes of the parts
 
 
 def test_every_configuration():

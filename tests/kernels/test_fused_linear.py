@@ -6,6 +6,7 @@ from mica.kernels import configs
 from mica.kernels.fused_linear import fused_linear, plan_fused_linear, why_not_descriptor
 from tests.support.guarding import run_guarded
 from tests.support.kernel_cases import (
+    DEVICE,
     DTYPES,
     SHAPES,
     dtypes,
@@ -114,12 +115,19 @@ def test_any_shape_and_layout(tokens, inner, width, rank, kinds, x, w, p, drop):
 
 
 def test_every_configuration():
-    x, w = operand(150, 100, torch.bfloat16), operand(100, 140, torch.bfloat16, scale=0.1)
-    h, factor = operand(150, 9, torch.bfloat16), operand(9, 140, torch.bfloat16, scale=0.3)
-    for target in configs.SHARED_MEMORY:
-        for tokens in (1, 10_000):
-            for config in configs.fused_linear(target, tokens, True, 2, False):
-                check(x, w, h, factor, config=config)
+    """By pointers and by descriptors, which want aligned rows."""
+    x, w = torch.randn(150, 104).bfloat16().to(DEVICE), (torch.randn(104, 136) * 0.1).bfloat16().to(DEVICE)
+    h, factor = operand(150, 9, torch.bfloat16), operand(9, 136, torch.bfloat16, scale=0.3)
+    forms = {
+        (descriptor, config)
+        for descriptor in (False, True)
+        for target in configs.SHARED_MEMORY
+        for tokens in (1, 10_000)
+        for config in configs.fused_linear(target, tokens, 14336, 16, True, 2, descriptor, False)
+    }
+    assert any(config.block_n == 256 for _, config in forms)
+    for descriptor, config in sorted(forms):
+        check(x, w, h, factor, config=config, descriptor=descriptor)
 
 
 def test_one_rounding():

@@ -43,10 +43,10 @@ def test_a_plan_does_not_hide_a_wrong_argument(found, case):
     assert found["cases"][f"refused: {case}"] == ""
 
 
-@pytest.mark.parametrize("kernel", ["down", "up", "grad"])
-def test_a_varying_batch_compiles_two_variants(found, kernel):
-    """One for few tokens and one for many (grad_a: one program for a sum, or several)."""
-    assert found["variants"][kernel] <= 2
+@pytest.mark.parametrize(("kernel", "most"), [("down", 2), ("up", 2), ("grad", 3)])
+def test_a_varying_batch_compiles_few_variants(found, kernel, most):
+    """One for few tokens and one for many; of grad_a one for few tokens with a split and one without."""
+    assert found["variants"][kernel] <= most
 
 
 @pytest.mark.parametrize(

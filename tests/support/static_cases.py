@@ -94,6 +94,8 @@ def _linear(target, rank, name, dtype, a_dtype, product, every) -> Iterator[Case
     few = empty(16, width, dtype=dtype)
     launch = plan_down_projection(few, a, **options).bound()[1]
     yield Case("down_projection", f"split {name} r={rank}", launch)
+    if launch.then is not None and rank == RANKS[0]:  # it does not hang on the rank
+        yield Case("add_parts", name, launch.then, has_product=False, few_loads=0)
 
     table = configs.up_projection(target, tokens, block_r, size)
     bias = empty(width, dtype=dtype)
@@ -127,14 +129,15 @@ def _fused(target, rank, name, dtype, a_dtype, product, every) -> Iterator[Case]
     for descriptor in (False, True) if has_copy_engine else (False,):
         kernel = "fused_descriptor" if descriptor else "fused_linear"
         options = {"target": target, "descriptor": descriptor}
-        table = configs.fused_linear(target, tokens, True, dtype.itemsize, descriptor)
-        for index, config in enumerate(table if every else table[:1]):
+        form = (padded_rank(rank), True, dtype.itemsize, descriptor)
+        table = configs.fused_linear(target, tokens, width, *form, False)
+        for config in table if every else table[:1]:
             label = f"{name} r={rank} {tuple(config)}"
             launch = plan_fused_linear(x, weight.t(), h, b, bias=bias, config=config, **options).bound()[1]
             yield Case(kernel, f"forward {label}", launch)
             launch = plan_fused_linear(x, weight, h, a, config=config, **options).bound()[1]
             yield Case(kernel, f"backward {label}", launch)
-            if index == 0 and every:
+            if every and config == configs.fused_linear(target, tokens, width, *form, True)[0]:
                 launch = plan_fused_linear(x, weight, h, a, config=config, **dropped, **options).bound()[1]
                 yield Case(kernel, f"backward {label} dropout", launch)
 

@@ -1,4 +1,4 @@
-"""The clocks of an accelerator, with a device that is played: which time is the device's, which the host's?"""
+"""The clocks of an accelerator, with a device that is played: which time is whose?"""
 
 from itertools import count
 

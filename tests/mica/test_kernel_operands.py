@@ -1,0 +1,151 @@
+"""An A that kernels read again and again is rounded before the launches: when, and that no bit differs."""
+
+import pytest
+import torch
+
+from mica import backend, kernel_path
+from mica.kernels import launching, tuning
+from mica.kernels.launching import Plan
+from mica.ops import mica_down_projection, mica_linear, mica_linear_group
+from tests.support.kernel_cases import DEVICE
+from tests.support.oracle import problem, solve
+from tests.support.tolerances import RELATIVE, error
+
+FP32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
+RANK, TOKENS = 64, 40  # the rule's own number of tokens would take the interpreter long
+
+
+@pytest.fixture(autouse=True)
+def on_kernels(monkeypatch):
+    monkeypatch.setenv("MICA_BACKEND", "triton")
+    monkeypatch.setattr(kernel_path, "_MANY_TOKENS", TOKENS)
+    backend.forget_verdicts()
+    launching.forget()
+    yield
+    backend.forget_verdicts()
+
+
+@pytest.fixture
+def factors(monkeypatch):
+    """{(kernel, dtype of its factor)} of what has been launched."""
+    seen, launch = set(), Plan.__call__
+
+    def watched(self, *tensors):
+        names = self.kernel.arg_names
+        if "p_ptr" in names:
+            seen.add((self.kernel.__name__, tensors[names.index("p_ptr")].dtype))
+        return launch(self, *tensors)
+
+    monkeypatch.setattr(Plan, "__call__", watched)
+    return seen
+
+
+def layer(out_features=40, rank=RANK, dtype=BF16, tokens=TOKENS):
+    p = problem((tokens,), 48, out_features, rank, dtype, FP32)
+    for name in ("x", "weight", "lora_A", "lora_B", "bias", "grad_output"):
+        setattr(p, name, getattr(p, name).to(DEVICE).contiguous())  # as descriptors want them
+    return p
+
+
+def of_linear(p, dropout_p=0.0):
+    x, lora_A = p.x.detach().requires_grad_(), p.lora_A.detach().requires_grad_()
+    seed = torch.tensor([5], device=DEVICE) if dropout_p else None
+    y = mica_linear(x, p.weight, lora_A, p.lora_B, p.scaling, p.bias, dropout_p=dropout_p, seed=seed)
+    y.backward(p.grad_output)
+    return y.detach(), x.grad, lora_A.grad
+
+
+def of_factor(p, dropout_p=0.4):
+    x, lora_A = p.x.detach().requires_grad_(), p.lora_A.detach().requires_grad_()
+    h = mica_down_projection(x, lora_A, p.scaling, dropout_p=dropout_p, seed=torch.tensor([5], device=DEVICE))
+    h.backward(torch.ones_like(h))
+    return h.detach(), x.grad, lora_A.grad
+
+
+def of_group(p):
+    """Three layers that have the rank together: 16 + 16 + 32."""
+    parts = [layer(out, rank, p.x.dtype) for out, rank in ((40, 9), (24, 16), (56, 32))]
+    x, lora_As = p.x.detach().requires_grad_(), [q.lora_A.detach().requires_grad_() for q in parts]
+    lists = [[getattr(q, name) for q in parts] for name in ("weight", "lora_B", "scaling", "bias")]
+    ys = mica_linear_group(x, lists[0], lora_As, *lists[1:])
+    torch.autograd.backward(ys, [q.grad_output for q in parts])
+    return *[y.detach() for y in ys], x.grad, *[A.grad for A in lora_As]
+
+
+CALLS = {
+    "linear": of_linear,
+    "linear with dropout": lambda p: of_linear(p, 0.4),
+    "factor": of_factor,
+    "group": of_group,
+}
+
+
+@pytest.mark.parametrize("call", CALLS)
+@pytest.mark.parametrize("dtype", [BF16, FP16])
+def test_no_bit_differs(monkeypatch, factors, call, dtype):
+    """And kernels are launched with what was rounded: at first, and by the plans of the first call."""
+    found = {}
+    for tokens in (TOKENS + 1, TOKENS):
+        monkeypatch.setattr(kernel_path, "_MANY_TOKENS", tokens)
+        launching.forget()
+        for _ in range(2):
+            torch.manual_seed(0)
+            p = layer(dtype=dtype)
+            factors.clear()
+            found.setdefault(tokens, []).append(CALLS[call](p))
+            kinds = {kind for _, kind in factors}
+            assert (FP32 in kinds) == (tokens > TOKENS)
+            assert kinds <= {FP32, dtype}
+    plain, *others = (*found[TOKENS + 1], *found[TOKENS])
+    for other in others:
+        assert all(map(torch.equal, plain, other))
+
+
+@pytest.mark.parametrize("form", ["split", "fused", "descriptor"])
+def test_no_bit_differs_in_a_form_that_was_tuned(monkeypatch, factors, form):
+    monkeypatch.setattr(tuning, "is_idle", lambda: False)
+    monkeypatch.setattr(tuning, "pick", lambda name, device, key, choices, updates=(): form)
+    monkeypatch.setattr(tuning, "pick_config", lambda name, device, key, configs, *rest: configs[0])
+    p = layer()
+    rounded = of_linear(p)
+    assert FP32 not in {kind for _, kind in factors}
+    monkeypatch.setattr(kernel_path, "_MANY_TOKENS", TOKENS + 1)
+    assert all(map(torch.equal, rounded, of_linear(p)))
+
+
+def test_a_write_that_no_version_counts_is_seen():
+    p = layer()
+    for _ in range(2):
+        of_linear(p)
+    version = p.lora_A._version
+    p.lora_A.data.mul_(-2.0)
+    assert p.lora_A._version == version
+    expected = solve(p)
+    for name, value in zip(("y", "grad_x", "grad_A"), of_linear(p), strict=True):
+        assert error(value, expected[name]) <= RELATIVE[BF16], name
+
+
+@pytest.mark.parametrize(
+    ("rank", "tokens", "a_dtype", "dtype", "is_rounded"),
+    [
+        (64, 2048, FP32, BF16, True),
+        (256, 8192, FP32, FP16, True),
+        (63, 8192, FP32, BF16, False),
+        (64, 2047, FP32, BF16, False),
+        (64, 8192, BF16, BF16, False),
+        (64, 8192, BF16, FP16, False),
+        (64, 8192, FP32, FP32, False),
+        (64, 8192, BF16, FP32, False),
+    ],
+)
+def test_where_it_is_read_often_enough(monkeypatch, rank, tokens, a_dtype, dtype, is_rounded):
+    monkeypatch.undo()
+    lora_A = torch.randn(rank, 4).to(a_dtype)
+    operand = kernel_path._operand(lora_A, tokens, dtype)
+    assert operand.dtype == (dtype if is_rounded else a_dtype)
+    assert (operand is not lora_A) == is_rounded
+
+
+def test_the_gradient_has_the_dtype_of_the_parameter():
+    _, _, grad_A = of_linear(layer())
+    assert grad_A.dtype == FP32
