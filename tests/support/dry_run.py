@@ -1,4 +1,4 @@
-"""A suite of the benchmarks as on an accelerator, without one: interpreted kernels, tiny shapes, no clocks."""
+"""A suite of the benchmarks as on an accelerator, without one: interpreted kernels, tiny shapes, no clock."""
 
 import os
 import subprocess
