@@ -1,0 +1,158 @@
+"""Other forms of one layer that could be faster than the split one, which `mica.fast` runs.
+
+*Fused*: base product and up-projection in one kernel, by pointers or by tensor descriptors. *Bordered*: W and
+B, both frozen, stored once as [W | B], so that dx's base and g come of one product and one reading of dy. It
+is written here in plain PyTorch, the forward as that of the aten control. Every form is forced, and judged by
+its y, dx and dA against `mica.reference` in fp64, and by what was launched.
+"""
+
+import functools
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from unittest.mock import patch
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from bench.measure.machine import DEVICE, ON_ACCELERATOR
+from bench.results.names import ATEN, BACKWARD, BARE, BORDERED, DESCRIPTOR, FAST, FORWARD, FUSED
+from bench.suites.bench_layer import Cell
+from bench.suites.harness import each, pick
+from bench.suites.layer import AtenControl, Form, Layer, exact, make_layer, relative_errors
+from mica.ops import call_counts, mica_linear
+from tests.support.tolerances import RELATIVE
+
+kernel_path = pytest.importorskip("mica.kernel_path")  # imports Triton
+
+pytestmark = pytest.mark.skipif(not ON_ACCELERATOR, reason="needs a GPU, or a dry run")
+
+ROUNDS, ITERATIONS = pick(quick=1, default=1, cuda=5), pick(quick=1, default=1, cuda=10)
+DTYPE = torch.bfloat16
+# rival -> how often a forward and its backward call the fused kernel, by whether it is that with descriptors
+LAUNCHED = {FAST: {}, FUSED: {False: 2}, DESCRIPTOR: {True: 2}}
+RIVALS = (BARE, FAST, FUSED, DESCRIPTOR, BORDERED, ATEN)
+
+
+SHAPES = (4096, 4096), (14336, 4096), (4096, 14336)
+CELLS = pick(quick=[Cell(40, 48, 64)], default=[], cuda=[Cell(8192, *shape) for shape in SHAPES])
+
+
+def name_of(cell: Cell) -> str:
+    return f"forms of a {cell.name}"
+
+
+class Bordered(torch.autograd.Function):
+    """y, dx and dA of a layer whose W and B are one matrix, ``stored``: (out_features, in_features + rank).
+
+    dx comes as a view of rows that lie rank numbers apart, and W would be one too: for whoever loads, shards
+    or exports it, that is what this form costs.
+    """
+
+    @staticmethod
+    def forward(ctx, x: Tensor, stored: Tensor, lora_A: Tensor, scaling: float) -> Tensor:
+        weight, B, A = stored[:, : x.shape[1]], stored[:, x.shape[1] :], lora_A.to(x.dtype)
+        ctx.save_for_backward(x)
+        ctx.frozen = stored, A, scaling
+        return F.linear(x, weight).addmm_(F.linear(x, A), B.t(), alpha=scaling)
+
+    @staticmethod
+    def backward(ctx, grad_output: Tensor):
+        (x,), (stored, A, scaling) = ctx.saved_tensors, ctx.frozen
+        both = grad_output @ stored
+        grad_x, g = both[:, : x.shape[1]], both[:, x.shape[1] :]
+        grad_A = (g.t() @ x).to(torch.float32).mul_(scaling)
+        return grad_x.addmm_(g, A, alpha=scaling), None, grad_A, None
+
+
+@contextmanager
+def form_of(form: str) -> Iterator[None]:
+    """Every call inside takes this form of `mica.kernel_path`, whatever was tuned.
+
+    An idle tuner is not asked: then plans of the split form are taken without any choice.
+    """
+    choose = patch.object(kernel_path, "_choose", lambda *args: form)
+    with choose, patch.object(kernel_path.tuning, "is_idle", lambda: False):
+        yield
+
+
+@contextmanager
+def counted() -> Iterator[Counter[bool]]:
+    """How often the fused kernel is called, by whether it is that with descriptors."""
+    seen, fused = Counter(), kernel_path.fused_linear
+
+    def counting(*args, descriptor: bool = False, **options) -> Tensor:
+        seen[descriptor] += 1
+        return fused(*args, descriptor=descriptor, **options)
+
+    with patch.object(kernel_path, "fused_linear", counting):
+        yield seen
+
+
+def builds(layer: Layer) -> dict[str, Callable[[], Form]]:
+    """rival -> what makes its `Form`."""
+    x, lora_A = layer.x, layer.lora_A
+    operands = x, layer.weight, lora_A, layer.lora_B, layer.scaling
+
+    def ours(context: Callable[[], AbstractContextManager] = nullcontext) -> Form:
+        return Form(lambda: mica_linear(*operands), (x, lora_A), context)
+
+    def bordered() -> Form:
+        stored = torch.cat([layer.weight, layer.lora_B.to(DTYPE)], dim=1)
+        return Form(lambda: Bordered.apply(x, stored, lora_A, layer.scaling), (x, lora_A))
+
+    return {
+        BARE: lambda: Form(lambda: F.linear(x, layer.weight), (x,)),
+        FAST: ours,
+        FUSED: lambda: ours(lambda: form_of("fused")),
+        DESCRIPTOR: lambda: ours(lambda: form_of("descriptor")),
+        BORDERED: bordered,
+        ATEN: lambda: Form(lambda: AtenControl.apply(*operands), (x, lora_A)),
+    }
+
+
+def judged(name: str, build: Callable[[], Form], layer: Layer, truth: dict[str, Tensor]):
+    """A rival's form and its errors; raises where its results are wrong, or came from another form."""
+    form, before = build(), call_counts["linear_kernels"]
+    with form.context(), counted() as launched:
+        errors = relative_errors(form.forward, lambda y: form.gradients(y, layer.grad_output), truth)
+    assert launched == LAUNCHED.get(name, {}), f"calls of the fused kernel, by descriptors or not: {launched}"
+    ran = call_counts["linear_kernels"] - before
+    assert ran == (name in LAUNCHED), f"{ran} calls of our operator ran kernels"
+    limit = 1.0 if name == BARE else RELATIVE[DTYPE]  # the bare layer lacks the adapter's term
+    for what, wrong in errors.items():
+        assert wrong <= limit, f"the relative error of {what} is {wrong:.2e}, above {limit:.0e}"
+    return form, {} if name == BARE else {f"error of {what}": float(f"{e:.3g}") for what, e in errors.items()}
+
+
+@functools.lru_cache(maxsize=1)
+def setting(cell: Cell) -> tuple[dict[str, tuple[Form, dict[str, float]]], Tensor]:
+    """rival -> (form, facts), and the gradient of y."""
+    layer = make_layer(cell.tokens, cell.out, cell.inner, cell.rank, DTYPE, DEVICE)
+    truth = exact(layer)
+    made = {name: functools.partial(judged, name, make, layer, truth) for name, make in builds(layer).items()}
+    return each(name_of(cell), made), layer.grad_output
+
+
+# the first named parameter is the innermost loop: rivals take turns within a round
+def cases():
+    for cell in CELLS:
+        for round_ in range(ROUNDS):
+            for part in (FORWARD, BACKWARD):
+                for name in RIVALS:
+                    yield pytest.param(cell, round_, part, name, id=f"{cell.key}-{part}-{round_}-{name}")
+
+
+@pytest.mark.parametrize(("cell", "round_", "part", "rival"), cases())
+def bench_forms(once, gated, cell, round_, part, rival):
+    group = f"{name_of(cell)}, {part}"
+    forms, grad_output = gated(group, lambda: setting(cell), rival)
+    form, facts = forms[rival]
+    with form.context():
+        call = form.forward
+        if part == BACKWARD:
+            call = functools.partial(form.gradients, form.forward(), grad_output)
+        axes = {**cell.axes, "suite": "forms", "pass": part}
+        once(call, group, rival, axes, ITERATIONS, warm_up=True, all_clocks=True, **facts)

@@ -1,0 +1,127 @@
+"""Each kernel on this device: its numbers against fp64, what lies around its buffers, and reruns bit by bit.
+
+The first stage of a run on a GPU, which says within seconds whether the rest is worth its time. Then, once
+each, the masks of dropout and the operators that are made of these kernels.
+"""
+
+from collections.abc import Callable, Iterable
+from dataclasses import replace
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from bench.measure.machine import DEVICE, ON_ACCELERATOR
+from bench.suites.harness import leave_if_crashed
+from mica import reference
+from mica.ops import call_counts, mica_linear, mica_linear_group
+from tests.support.guarding import run_guarded
+from tests.support.oracle import Problem, solve
+from tests.support.tolerances import RELATIVE, error
+
+pytest.importorskip("triton")
+
+from bench.suites.kernel_calls import KERNELS, SHAPES, operands
+from mica.kernels.down_projection import down_projection
+from mica.kernels.grad_a import grad_a
+from mica.kernels.up_projection import up_projection_
+
+pytestmark = pytest.mark.skipif(not ON_ACCELERATOR, reason="needs a GPU, or a dry run")
+RERUNS = 3
+
+
+@pytest.fixture(autouse=True)
+def poisoned_memory():
+    """`torch.empty` holds NaN: what a kernel has not written is seen. cuBLAS may do as it always does."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    yield
+    torch.use_deterministic_algorithms(False)
+    leave_if_crashed()
+
+
+def close(what: str, value: Tensor, expected: Tensor, dtype: torch.dtype) -> None:
+    wrong, limit = error(value, expected), RELATIVE[dtype]
+    assert wrong <= limit, f"the relative error of {what} is {wrong:.2e}, above {limit:.1e}"
+
+
+def same_bits(run: Callable[[], Iterable[Tensor]], first: Iterable[Tensor]) -> None:
+    different = sum(not all(map(torch.equal, run(), first)) for _ in range(RERUNS))
+    assert not different, f"{different} of {RERUNS} reruns gave other bits"
+
+
+@pytest.mark.parametrize(
+    ("name", "shape"), [(name, shape) for name, (_, shapes) in KERNELS.items() for shape in shapes]
+)
+def test_kernel(name, shape):
+    make, _ = KERNELS[name]
+    found = make(operands(shape))
+    result = run_guarded(*found.choice.bound())
+    close(name, result, found.expected, found.dtype)
+    same_bits(lambda: [found.call()], [result])
+
+
+def test_masks_of_dropout_are_those_of_pytorchs_form():
+    """Rows and columns of the identity show the forward's and dA's mask, bit for bit, and ones dx's."""
+    tokens, inner, _, rank, dtype = SHAPES["aligned"]
+    seed, p = torch.tensor([-5], device=DEVICE), 0.4
+    keep, dropped = reference.dropout_keep(seed, tokens, inner, p), {"dropout_p": p, "seed": seed}
+
+    def ones(*shape: int) -> Tensor:
+        return torch.ones(shape, dtype=dtype, device=DEVICE)
+
+    def picked(size: int) -> tuple[Tensor, Tensor]:
+        places = torch.linspace(0, size - 1, rank).long().to(DEVICE)
+        return places, F.one_hot(places, size).to(dtype)
+
+    columns, of_columns = picked(inner)
+    h = down_projection(ones(tokens, inner), of_columns, **dropped)
+    assert torch.equal(h != 0, keep[:, columns]), "the forward drops other elements"
+    rows, of_rows = picked(tokens)
+    gradient = grad_a(of_rows.t().contiguous(), ones(tokens, inner), rank, **dropped)
+    assert torch.equal(gradient != 0, keep[rows]), "dA drops other elements"
+    dx = up_projection_(ones(tokens, inner) * 0, ones(tokens, rank), ones(rank, inner), **dropped)
+    assert torch.equal(dx != 0, keep), "dx drops other elements"
+
+
+def layers(count: int) -> list[Problem]:
+    """Different ones of one scale, on one x."""
+    p = operands("aligned")
+    return [replace(p, weight=p.weight.roll(n, 0), lora_A=p.lora_A.roll(n, 1)) for n in range(count)]
+
+
+def judged(found: list[Problem], forward: Callable[[Tensor, list[Tensor]], list[Tensor]], name: str) -> None:
+    """y, dA and dx against the dense oracle, that kernels gave them, and that they do so again."""
+    x, *lora_As = (t.detach().requires_grad_() for t in (found[0].x, *(p.lora_A for p in found)))
+    grad_outputs = [p.grad_output for p in found]
+
+    def run() -> list[Tensor]:
+        ys = forward(x, lora_As)
+        return [*ys, *torch.autograd.grad(ys, [*lora_As, x], grad_outputs)]
+
+    call_counts.clear()
+    results, exact = run(), [solve(p) for p in found]
+    ran = {key for key in call_counts if key.endswith("_kernels")}
+    assert ran == {f"{name}_kernels", f"{name}_backward_kernels"}, f"on kernels ran {ran or 'nothing'}"
+    expected = [
+        *(one["y"] for one in exact),
+        *(one["grad_A"] for one in exact),
+        sum(e["grad_x"] for e in exact),
+    ]
+    whats = [*["y"] * len(found), *["dA"] * len(found), "dx"]
+    for what, value, truth in zip(whats, results, expected, strict=True):
+        close(what, value, truth, x.dtype)
+    same_bits(run, results)
+
+
+def test_operator():
+    (p,) = layers(1)
+    judged([p], lambda x, As: [mica_linear(x, p.weight, *As, p.lora_B, p.scaling, p.bias)], "linear")
+
+
+def test_operator_of_a_group():
+    found = layers(3)
+    weights, lora_Bs, scalings, biases = (
+        [getattr(p, name) for p in found] for name in ("weight", "lora_B", "scaling", "bias")
+    )
+    judged(found, lambda x, As: mica_linear_group(x, weights, As, lora_Bs, scalings, biases), "linear_group")

@@ -1,0 +1,183 @@
+"""CUDA graphs, streams, `torch.compile`, checkpoints: an adapted layer gives what it gives eagerly, alone.
+
+What of it a CPU can show (who allocates what is kept, and when a device is tried) is in `tests/kernels`; a
+dry run has the compilers that generate no code, and checkpoints.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+import mica.fast
+from bench.measure.clocks import CLOCK_RATE, captured
+from bench.measure.machine import DEVICE, ON_ACCELERATOR
+from bench.suites.harness import leave_if_crashed, pick
+from bench.suites.layer import adapted_module, make_layer
+from mica.ops import mica_linear
+from tests.support.tolerances import RELATIVE, error
+
+prepared = pytest.importorskip("mica.kernels.prepared")  # imports Triton
+
+pytestmark = pytest.mark.skipif(not ON_ACCELERATOR, reason="needs a GPU, or a dry run")
+needs_gpu = pytest.mark.skipif(DEVICE != "cuda", reason="needs a GPU")
+both_ranks = pytest.mark.parametrize("rank", [4, 16])  # B is copied and padded, and cast alone
+
+DTYPE = torch.bfloat16
+# tokens, out_features, in_features: on a GPU both of the sums over a long side are split
+SIZES = pick(quick=(40, 48, 64), default=(40, 48, 64), cuda=(512, 1024, 2048))
+REPEATS, SLEEP = 50, 0.05  # of the calls on two streams, and the seconds that these wait for the host
+
+
+class Adapted(NamedTuple):
+    """A layer of PEFT's on `mica.fast`."""
+
+    module: nn.Module
+    x: Tensor
+    lora_A: Tensor
+    grad_output: Tensor
+
+    def step(self, call: Callable[[Tensor], Tensor] | None = None) -> list[Tensor]:
+        """y, dx and dA; ``call``: what runs the module."""
+        y = (self.module if call is None else call)(self.x)
+        return [y.detach(), *torch.autograd.grad(y, (self.x, self.lora_A), self.grad_output)]
+
+    def alone(self) -> list[Tensor]:
+        """y without a gradient to come."""
+        with torch.no_grad():
+            return [self.module(self.x)]
+
+
+@pytest.fixture(autouse=True)
+def counted():
+    """Every test runs kernels."""
+    before = mica.fast.call_counts["linear_kernels"]
+    yield
+    leave_if_crashed()
+    assert mica.fast.call_counts["linear_kernels"] > before, "no kernels ran"
+
+
+def adapted(rank: int = 16) -> Adapted:
+    layer = make_layer(*SIZES, rank, DTYPE, DEVICE)
+    module, lora_A = adapted_module(layer, torch.float32, init="mica")
+    return Adapted(module, layer.x, lora_A, layer.grad_output)
+
+
+def same_bits(found: list[Tensor], expected: list[Tensor], where: str) -> None:
+    names = ("y", "dx", "dA")[: len(expected)]
+    different = [name for name, *pair in zip(names, found, expected, strict=True) if not torch.equal(*pair)]
+    assert not different, f"{where}: other bits of {', '.join(different)}"
+
+
+@needs_gpu
+@both_ranks
+@pytest.mark.parametrize("part", [Adapted.alone, Adapted.step])
+def test_a_graph_follows_an_update_of_a(part, rank):
+    layer, static = adapted(rank), []
+
+    def call() -> None:
+        static[:] = part(layer)
+
+    replay = captured(call)
+    for factor in (-2.0, 0.5):  # as an optimizer does, in place
+        with torch.no_grad():
+            layer.lora_A.mul_(factor)
+        expected = part(layer)
+        replay()
+        same_bits(static, expected, f"a replay after A was multiplied by {factor}")
+
+
+@needs_gpu
+@both_ranks
+def test_graphed_callables(rank):
+    layer = adapted(rank)
+    expected = layer.step()
+    graphed = torch.cuda.make_graphed_callables(layer.module, (layer.x.detach().clone().requires_grad_(),))
+    for _ in range(3):
+        same_bits(layer.step(graphed), expected, "a graphed call")
+
+
+@needs_gpu
+def test_two_streams_share_nothing():
+    """The same launches on other data, at the same time: parts of sums and counters are each stream's own."""
+
+    def step(layer) -> list[Tensor]:
+        y = mica_linear(layer.x, layer.weight, layer.lora_A, layer.lora_B, layer.scaling)
+        return [y.detach(), *torch.autograd.grad(y, (layer.x, layer.lora_A), layer.grad_output)]
+
+    layers = [make_layer(*SIZES, 16, DTYPE, DEVICE) for _ in range(2)]
+    layers[1].x = layers[1].x.detach().roll(1, 0).requires_grad_()
+    expected, streams = [step(layer) for layer in layers], [torch.cuda.Stream() for _ in layers]
+    torch.cuda.synchronize()
+    found = [[], []]
+    for repeat in range(REPEATS):
+        for layer, stream, results in zip(layers, streams, found, strict=True):
+            with torch.cuda.stream(stream):
+                if repeat == 1:  # what is made once a stream is there, so nothing waits for the other one
+                    torch.cuda._sleep(int(SLEEP * CLOCK_RATE))
+                results.append(step(layer))
+    torch.cuda.synchronize()
+    for number, results in enumerate(found):
+        for repeat, result in enumerate(results):
+            same_bits(result, expected[number], f"stream {number}, repeat {repeat}")
+
+
+@needs_gpu
+def test_a_backward_follows_its_forward_to_another_stream():
+    layer = adapted()
+    expected, side, here = layer.step(), torch.cuda.Stream(), torch.cuda.current_stream()
+    side.wait_stream(here)
+    with torch.cuda.stream(side):
+        torch.cuda._sleep(int(SLEEP * CLOCK_RATE))
+        y = layer.module(layer.x)
+    here.wait_stream(side)
+    gradients = torch.autograd.grad(y, (layer.x, layer.lora_A), layer.grad_output)
+    same_bits([y, *gradients], expected, "a backward called from another stream")
+
+
+COMPILERS = [
+    pytest.param({"backend": "eager"}, id="eager"),
+    pytest.param({"backend": "aot_eager"}, id="aot_eager"),
+    pytest.param({"mode": "default"}, id="default", marks=needs_gpu),
+    pytest.param({"mode": "reduce-overhead"}, id="reduce-overhead", marks=needs_gpu),
+]
+
+
+@both_ranks
+@pytest.mark.parametrize("how", COMPILERS)
+def test_compile_fullgraph(how, rank):
+    """Four calls: a warm-up, the recording of CUDA graphs, replays. ``fullgraph`` raises at a graph break.
+
+    Prepared B and counters, made while the compiler warms up, must not stay in its graphs' memory.
+    """
+    torch.compiler.reset()
+    layer = adapted(rank)
+    expected = layer.step()
+    prepared.forget()
+    compiled = torch.compile(layer.module, fullgraph=True, dynamic=False, **how)
+    for number in range(4):
+        torch.compiler.cudagraph_mark_step_begin()
+        found = [tensor.clone() for tensor in layer.step(compiled)]  # the next call overwrites a graph's
+        for what, value, eager in zip(("y", "dx", "dA"), found, expected, strict=True):
+            wrong, limit = error(value, eager), RELATIVE[DTYPE]
+            assert wrong <= limit, (
+                f"call {number}: {what} is {wrong:.2e} off the eager one, above {limit:.0e}"
+            )
+
+
+def test_a_checkpoint_draws_the_same_mask():
+    """The seed is drawn by torch's generator, whose state the recomputation finds again."""
+    layer = adapted()
+    without = layer.step()
+    layer.module.lora_dropout["default"] = nn.Dropout(0.5)
+
+    def step(call: Callable[[Tensor], Tensor]) -> list[Tensor]:
+        torch.manual_seed(3)
+        return layer.step(call)
+
+    plain = step(layer.module)
+    same_bits(step(lambda x: checkpoint(layer.module, x, use_reentrant=False)), plain, "a checkpointed layer")
+    assert not any(map(torch.equal, plain, without)), "nothing was dropped"

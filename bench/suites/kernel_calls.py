@@ -1,0 +1,184 @@
+"""Each kernel's launch on this device, the call that makes it in the product, and its exact result.
+
+Of each kernel there is what differs on a device: aligned operands in several tiles and split sums, odd sizes
+with rows that lie apart, one token, and fp32. Any shape, layout and dtype is what `tests/kernels` is for.
+"""
+
+import functools
+from collections.abc import Callable
+from dataclasses import fields
+from typing import NamedTuple
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from bench.measure.machine import DEVICE
+from bench.suites.harness import pick
+from mica import reference
+from mica.kernels.common import padded_columns, target_of
+from mica.kernels.down_projection import down_projection, plan_down_projection
+from mica.kernels.embedding import embedding, grad_a_embedding, plan_embedding, plan_grad_a_embedding
+from mica.kernels.fused_linear import fused_linear, plan_fused_linear, why_not_descriptor
+from mica.kernels.grad_a import grad_a, plan_grad_a
+from mica.kernels.launching import Choice
+from mica.kernels.merge import merge, plan_merge
+from mica.kernels.prepared import prepare
+from mica.kernels.up_projection import plan_up_projection, up_projection_
+from tests.support.guarding import guarded
+from tests.support.oracle import Problem, problem
+
+BF16, FP16, FP32, FP64 = torch.bfloat16, torch.float16, torch.float32, torch.float64
+# tokens, in_features, out_features, rank, dtype of x and W; A and B are fp32
+TINY = {
+    "aligned": (40, 1024, 128, 16, BF16),
+    "odd": (33, 41, 37, 8, FP16),
+    "one token": (1, 64, 48, 64, BF16),
+    "fp32": (32, 64, 48, 16, FP32),
+}
+REAL = {
+    "aligned": (2048, 4096, 4096, 16, BF16),
+    "odd": (333, 1001, 777, 8, FP16),
+    "one token": (1, 4096, 4096, 64, BF16),
+    "fp32": (512, 1024, 1024, 16, FP32),
+}
+SHAPES = pick(quick=TINY, default=TINY, cuda=REAL)
+
+
+@functools.cache
+def operands(shape: str) -> Problem:
+    """On the device, each between guard bands; rows lie apart where the sizes are odd."""
+    tokens, inner, out, rank, dtype = SHAPES[shape]
+    torch.manual_seed(0)
+    p = problem((tokens,), inner, out, rank, dtype, FP32)
+    for field in fields(p):
+        value = getattr(p, field.name)
+        if isinstance(value, Tensor):
+            setattr(p, field.name, guarded(value if shape == "odd" else packed(value), DEVICE))
+    return p
+
+
+def packed(tensor: Tensor) -> Tensor:
+    """Contiguous, with the strides of its shape: ``contiguous()`` leaves that of a single row as it is."""
+    return tensor.clone(memory_format=torch.contiguous_format)
+
+
+class Case(NamedTuple):
+    """A kernel's launch, the call that makes it in the product, and what its result must be, in fp64."""
+
+    choice: Choice
+    call: Callable[[], Tensor]
+    expected: Tensor
+    dtype: torch.dtype  # whose tolerance holds
+
+
+def case(plan, run, *tensors, expected: Tensor, dtype: torch.dtype, **options) -> Case:
+    return Case(plan(*tensors, **options), functools.partial(run, *tensors, **options), expected, dtype)
+
+
+def low_rank(product: Tensor) -> Tensor:
+    """h or g as the kernels hand it on: columns of 0 up to a multiple of 16."""
+    return F.pad(product, (0, padded_columns(product.shape[1]) - product.shape[1]))
+
+
+def down(p: Problem, by: str) -> Case:
+    dtype, scaled = p.x.dtype, {"scale": p.scaling, "compute_dtype": p.x.dtype}
+    if by == "A":
+        x, factor = p.x, p.lora_A
+        h = reference.down_projection(x.double(), factor.double(), p.scaling, FP64)
+    else:
+        x, factor = p.grad_output, prepare(p.lora_B, dtype)
+        h = reference.grad_h(x.double(), p.lora_B.double(), p.scaling, FP64)
+    return case(plan_down_projection, down_projection, x, factor, expected=low_rank(h), dtype=dtype, **scaled)
+
+
+def up(p: Problem, by: str) -> Case:
+    """In place, so every call gets a copy of its own."""
+    dtype, rank = p.x.dtype, p.lora_A.shape[0]
+    if by == "B":
+        base, h, factor = p.grad_output, h_of(p), prepare(p.lora_B, dtype)
+    else:
+        base, h, factor = p.x, g_of(p), p.lora_A
+    exact = reference.up_projection(base.double(), h[:, :rank].double(), factor[:rank].double().t())
+
+    def call() -> Tensor:
+        return up_projection_(base.clone(), h, factor)
+
+    return Case(plan_up_projection(base, h, factor), call, exact, dtype)
+
+
+def h_of(p: Problem) -> Tensor:
+    return low_rank(reference.down_projection(p.x, p.lora_A, p.scaling, p.x.dtype))
+
+
+def g_of(p: Problem) -> Tensor:
+    return low_rank(reference.grad_h(p.grad_output, p.lora_B, p.scaling, p.x.dtype))
+
+
+def gradient_of_a(p: Problem) -> Case:
+    """Products of 16-bit factors are exact in fp32, so fp32's tolerance holds."""
+    g, rank = g_of(p), p.lora_A.shape[0]
+    exact = reference.grad_a(g[:, :rank].double(), p.x.double())
+    return case(plan_grad_a, grad_a, g, p.x, rank, expected=exact, dtype=FP32)
+
+
+def merged(p: Problem) -> Case:
+    factors = p.weight, p.lora_A, p.lora_B
+    exact = reference.merge(*(tensor.double() for tensor in factors), p.scaling)
+    return case(plan_merge, merge, *factors, scale=p.scaling, expected=exact, dtype=p.x.dtype)
+
+
+def embedded(p: Problem) -> Case:
+    """lora_A is that of an embedding with as many tokens as the layer has features."""
+    indices = indices_of(p)
+    tensors = indices, p.lora_A, prepare(p.lora_B, p.x.dtype)
+    exact = reference.embedding(indices, p.lora_A.double(), p.lora_B.double(), p.scaling)
+    options = {"scale": p.scaling, "compute_dtype": p.x.dtype}
+    return case(plan_embedding, embedding, *tensors, expected=exact, dtype=p.x.dtype, **options)
+
+
+def gradient_of_embedding(p: Problem) -> Case:
+    g, indices, (rank, size) = g_of(p).float(), indices_of(p), p.lora_A.shape
+    exact = g.new_zeros(rank, size, dtype=FP64).index_add_(1, indices, g[:, :rank].double().t())
+    arguments = g, indices, rank, size
+    return case(plan_grad_a_embedding, grad_a_embedding, *arguments, expected=exact, dtype=FP32)
+
+
+def indices_of(p: Problem) -> Tensor:
+    """Some of them many times."""
+    return torch.arange(len(p.x), device=DEVICE).square() % p.lora_A.shape[1]
+
+
+def fused(p: Problem, side: str, descriptor: bool) -> Case:
+    dtype, rank = p.x.dtype, p.lora_A.shape[0]
+    if side == "forward":
+        tensors, bias = (p.x, p.weight.t(), h_of(p), prepare(p.lora_B, dtype)), p.bias
+        y = F.linear(p.x.double(), p.weight.double(), bias.double())
+        exact = reference.up_projection(y, tensors[2][:, :rank].double(), p.lora_B.double())
+    else:
+        tensors, bias = (p.grad_output, p.weight, g_of(p), p.lora_A), None
+        exact = reference.grad_x(
+            *(t.double() for t in tensors[:2]), tensors[2][:, :rank].double(), p.lora_A.double()
+        )
+    reason = why_not_descriptor(*tensors[:2], target_of(p.x.device)) if descriptor else None
+    if reason:
+        pytest.skip(reason)
+    options = {"bias": bias, "descriptor": descriptor}
+    return case(plan_fused_linear, fused_linear, *tensors, expected=exact, dtype=dtype, **options)
+
+
+KERNELS = {  # name -> (case, shapes): a variant to compile each, as few as there must be
+    "down-A": (functools.partial(down, by="A"), ("aligned", "odd", "one token", "fp32")),
+    "down-B": (functools.partial(down, by="B"), ("aligned",)),
+    "up-B": (functools.partial(up, by="B"), ("aligned", "odd", "one token", "fp32")),
+    "up-A": (functools.partial(up, by="A"), ("aligned",)),
+    "grad_a": (gradient_of_a, ("aligned", "odd", "fp32")),
+    "merge": (merged, ("aligned",)),
+    "embedding": (embedded, ("aligned",)),
+    "grad_a_embedding": (gradient_of_embedding, ("aligned",)),
+    "fused-forward": (functools.partial(fused, side="forward", descriptor=False), ("aligned", "odd")),
+    "fused-backward": (functools.partial(fused, side="backward", descriptor=False), ("aligned",)),
+    "descriptor-forward": (functools.partial(fused, side="forward", descriptor=True), ("aligned",)),
+    "descriptor-backward": (functools.partial(fused, side="backward", descriptor=True), ("aligned",)),
+}

@@ -1,0 +1,42 @@
+"""A suite of the benchmarks as on an accelerator, without one: interpreted kernels, tiny shapes, no clock."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+from bench.results import journal
+from bench.results.schema import Result
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+class DryRun(NamedTuple):
+    text: str
+    result: Result
+    outcomes: dict[str, str]  # of each test, by its name without the file's
+    whys: dict[str, str]  # of those that did not pass
+
+
+def dry_run(folder: Path, file: str, *arguments: str, injected: str = "") -> DryRun:
+    """Run it in a process of its own; ``injected``: Python that breaks something there first."""
+    (folder / "injected.py").write_text(injected)
+    environment = {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join([str(ROOT), str(folder)]),
+        "MICA_BENCH_SIZE": "dry",
+        "TRITON_INTERPRET": "1",
+        "MICA_BACKEND": "triton",
+        journal.VARIABLE: str(folder / "journal.jsonl"),
+    }
+    suites = ROOT / "bench" / "suites"
+    command = [sys.executable, "-m", "pytest", str(suites / file), "-c", str(suites / "pytest.ini")]
+    command += ["-p", "injected", *arguments]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode in (0, 1), done.stdout + done.stderr
+    entries = journal.read(folder / "journal.jsonl")
+    tests = {entry["name"].partition("::")[2]: entry for entry in entries if entry["kind"] == "test"}
+    outcomes = {name: entry["outcome"] for name, entry in tests.items()}
+    whys = {name: entry["why"] for name, entry in tests.items() if "why" in entry}
+    return DryRun(done.stdout, journal.fold(entries, {}), outcomes, whys)
