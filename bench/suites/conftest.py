@@ -84,7 +84,7 @@ class Once:
         )
 
     def _graph(self, function) -> Callable | None:
-        """The replay of its graph, captured once a cell; a rival that cannot be captured has no such number."""
+        """The replay of its graph, captured once a cell; None of a rival that cannot be captured."""
         group = f"{self.cell}, {GRAPH}"
         if why_refused(group, self.rival):
             return None

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from math import ceil
 from typing import TypeVar
-
-import os
 
 import torch
 
@@ -15,8 +14,8 @@ from bench.results import journal
 
 T = TypeVar("T")
 
-# Why a cell, or a rival of it, has no number: (group, rival or None) -> a sentence. After a crash the run goes on
-# in a new process, which must not try again what crashed.
+# Why a cell, or a rival of it, has no number: (group, rival or None) -> a sentence. After a crash the run
+# goes on in a new process, which must not try again what crashed.
 refusals: dict[tuple[str, str | None], str] = {
     (entry["group"], entry.get("rival")): entry["why"]
     for entry in journal.read()
@@ -59,7 +58,7 @@ def sentence(error: BaseException) -> str:
 def each(group: str, builds: dict[str, Callable[[], T]]) -> dict[str, T]:
     """What each rival's function returns, which builds it and checks its results.
 
-    One that raises is refused, in ``group`` and all groups whose names go on from there, and the others go on.
+    One that raises is refused, in ``group`` and all groups whose names go on from there; the others go on.
     """
     found = {}
     for rival, build in builds.items():
