@@ -7,15 +7,13 @@ is reported unless all of them, and the other count of processes, hold the same 
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
-from bench.suites.harness import SIZE
+from bench.measure.machine import ON_ACCELERATOR, ROOT, SIZE
 
-pytestmark = pytest.mark.skipif(SIZE != "full", reason="part of --full")
+pytestmark = pytest.mark.skipif(SIZE != "full" or ON_ACCELERATOR, reason="part of --full on a CPU")
 ROUNDS = 3
-ROOT = Path(__file__).resolve().parent.parent
 PROCESS = """
 import hashlib, sys
 import torch, torch.distributed as dist

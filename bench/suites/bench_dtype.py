@@ -11,13 +11,15 @@ import time
 import pytest
 import torch
 
+from bench.measure.machine import DEVICE, ON_ACCELERATOR
 from bench.results.names import FLOAT32
-from bench.suites.harness import DEVICE, finished, iterations, pick
+from bench.suites.harness import each, iterations, pick
 from bench.suites.layer import exact, make_layer, relative_errors
 from mica.ops import mica_linear
 from mica.products import has_native
 from tests.support.tolerances import RELATIVE
 
+pytestmark = pytest.mark.skipif(ON_ACCELERATOR, reason="it is about a processor's instructions")
 ROUNDS = pick(quick=3, default=7)
 SHAPES = pick(
     quick=[(512, 576, 576)],
@@ -26,9 +28,9 @@ SHAPES = pick(
 DTYPES = {FLOAT32: torch.float32, "mica.fast, bfloat16": torch.bfloat16, "mica.fast, float16": torch.float16}
 
 
-@functools.lru_cache(maxsize=len(DTYPES))
-def setting(shape, rival):
-    layer = make_layer(*shape, 16, DTYPES[rival], DEVICE)
+def judged(shape, dtype):
+    """A forward and backward, and how many calls of it make a sample."""
+    layer = make_layer(*shape, 16, dtype, DEVICE)
 
     def forward():
         return mica_linear(layer.x, layer.weight, layer.lora_A, layer.lora_B, layer.scaling)
@@ -36,21 +38,24 @@ def setting(shape, rival):
     def gradients(y):
         return torch.autograd.grad(y, (layer.x, layer.lora_A), layer.grad_output)
 
-    found = relative_errors(forward, gradients, exact(layer))
-    assert max(found.values()) <= RELATIVE[DTYPES[rival]], f"{rival}: errors {found}"
-    call = finished(lambda: gradients(forward()))
-    call()
+    for what, error in relative_errors(forward, gradients, exact(layer)).items():
+        assert error <= RELATIVE[dtype], f"the relative error of {what} is {error:.2e}"
     start = time.perf_counter()
-    call()
-    return call, iterations(time.perf_counter() - start, sample=0.05)
+    gradients(forward())
+    return lambda: gradients(forward()), iterations(time.perf_counter() - start, sample=0.05)
 
 
+@functools.lru_cache(maxsize=1)
+def setting(shape, group):
+    return each(group, {name: functools.partial(judged, shape, dtype) for name, dtype in DTYPES.items()})
+
+
+@pytest.mark.parametrize("rival", DTYPES)
 @pytest.mark.parametrize("round_", range(ROUNDS))
 @pytest.mark.parametrize("shape", SHAPES, ids=lambda shape: "x".join(map(str, shape)))
-@pytest.mark.parametrize("rival", DTYPES)
-def bench_dtype(once, gated, round_, shape, rival):
+def bench_dtype(once, gated, shape, round_, rival):
     group = f"forward + backward of a layer, {'x'.join(map(str, shape))}, r = 16"
-    call, count = gated(group, lambda: setting(shape, rival))
+    call, count = gated(group, lambda: setting(shape, group), rival)[rival]
     tokens, out, inner = shape
     axes = {"suite": "dtype", "tokens": tokens, "out": out, "in": inner, "rank": 16}
     once(call, group, rival, axes, count, warm_up=True, native=float(has_native(DTYPES[rival])))

@@ -10,20 +10,18 @@ first, the layer's against `mica.reference`. Layer and block run on one thread, 
 
 import copy
 import functools
-from collections import Counter
-from collections.abc import Callable
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 from functools import partial
-from itertools import count
 from types import SimpleNamespace
-from typing import NamedTuple
 
 import pytest
 import torch
 from transformers import AutoModel, GenerationConfig, LlamaConfig
 
 import mica.fast
+from bench.measure.machine import ON_ACCELERATOR, SIZE
 from bench.results.names import (
+    ATEN,
     BARE,
     BOTH,
     BY_HAND,
@@ -41,21 +39,23 @@ from bench.results.names import (
     STOCK,
     STOCK_16,
 )
-from bench.suites.decoder import forward, results, step
-from bench.suites.harness import DEVICE, pick
-from bench.suites.layer import AtenControl, adapted_module, exact, make_layer, relative_errors
+from bench.suites.decoder import RANK, Work, adapted
+from bench.suites.harness import each, pick
+from bench.suites.layer import AtenControl, Form, adapted_module, by_hand, exact, make_layer, relative_errors
+from bench.suites.steps import Step, counting, grouping, judged, operators
 from mica.products import has_native
 from tests.support import models
 from tests.support.tolerances import RELATIVE
 
 no_launch = pytest.importorskip("tests.support.no_launch")  # imports Triton
-pytestmark = pytest.mark.skipif(DEVICE != "cpu", reason="Triton's driver is replaced for the whole process")
+pytestmark = pytest.mark.skipif(
+    ON_ACCELERATOR, reason="on a CPU: Triton's driver is replaced for the whole process"
+)
 
 DTYPES = {"float32": torch.float32}
 if has_native(torch.bfloat16):
     DTYPES["bfloat16"] = torch.bfloat16
 PARTS = (NO_GRADIENT, BOTH)
-RANK = 16
 
 
 @pytest.fixture
@@ -74,72 +74,13 @@ def kernels():
         yield
 
 
-@contextmanager
-def grouping(on, around=nullcontext):
-    with around():
-        mica.fast.enable(group_projections=on)
-        try:
-            yield
-        finally:
-            mica.fast.enable()
-
-
-@contextmanager
-def counting():
-    """What is yielded says afterwards how often each operator has run inside, if it has."""
-    ran, before = {}, Counter(mica.fast.call_counts)
-    yield ran
-    ran.update(Counter(mica.fast.call_counts) - before)
-
-
-def operators(linear, groups=0, on_kernels=False):
-    """What a forward + backward of so many layers alone, and of so many groups of layers, has to run."""
-    wanted = {"linear": linear, "linear_group": groups}
-    found = {f"{name}{part}": times for name, times in wanted.items() if times for part in ("", "_backward")}
-    return found | ({f"{name}_kernels": times for name, times in found.items()} if on_kernels else {})
-
-
-class Form(NamedTuple):
-    """A rival. ``forward()`` gives y; ``inputs``: what has a gradient, x first.
-
-    ``operators``: of mica.fast, how many of each a forward + backward runs.
-    """
-
-    forward: Callable[[], torch.Tensor]
-    inputs: tuple[torch.Tensor, ...]
-    grad_output: torch.Tensor
-    context: Callable[[], AbstractContextManager] = nullcontext
-    operators: dict[str, int] = {}  # noqa: RUF012
-
-    def forward_and_backward(self) -> None:
-        self.forward().backward(self.grad_output)
-        for tensor in self.inputs:
-            tensor.grad = None
-
-    def gradients(self, y: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        return torch.autograd.grad(y, self.inputs, self.grad_output)
-
-    def time(self, once, part: str, calls: int, group: str, rival: str, axes: dict) -> None:
-        """One sample, after which the operators that its name promises must have run in every call.
-
-        Without a gradient it is the operators' own choice which kernels they launch, if any.
-        """
-        call, run = (self.forward_and_backward if part == BOTH else self.forward), count()
-
-        def counted() -> None:
-            next(run)
-            call()
-
-        launches = no_launch.launches
-        with self.context(), torch.set_grad_enabled(part == BOTH), counting() as ran:
-            once(counted, group, rival, {**axes, "call": part}, calls, warm_up=True)
-        runs = next(run)  # more than were timed
-        found = {name: times / runs for name, times in ran.items()}
-        if part == BOTH:
-            assert found == self.operators, f"{rival} ran {found} a call, not {self.operators}"
-        else:
-            assert bool(found) == bool(self.operators), f"{rival} ran {found} a call"
-        once.note(launches=(no_launch.launches - launches) / runs)
+def sample(once, step: Step, part: str, calls: int, group: str, rival: str, axes: dict) -> None:
+    """Without a gradient it is the operators' own choice which kernels they launch, if any."""
+    launches, has_gradient = no_launch.launches, part == BOTH
+    with torch.set_grad_enabled(has_gradient):
+        call = None if has_gradient else step.form.forward
+        runs = step.time(once, group, rival, {**axes, "call": part}, calls, call)
+    once.note(launches=(no_launch.launches - launches) / runs)
 
 
 # In all three parts the last named parameter is the innermost loop: rivals take turns within a round.
@@ -147,7 +88,7 @@ class Form(NamedTuple):
 # one linear layer
 # ---------------------------------------------------------------------------------------------------
 
-LAYER_ROUNDS = pick(quick=5, default=15)
+LAYER_ROUNDS = pick(quick=5, default=9, full=15)
 LAYER_CALLS = {NO_GRADIENT: 1000, BOTH: 300}  # in a sample: 10 ms of the quickest rival
 TOKENS, OUT, IN = 4, 32, 32
 UNSAVED = SimpleNamespace(save_for_backward=lambda *tensors: None)  # the control, without autograd
@@ -168,53 +109,71 @@ def layer_rivals(dtype):
     }
 
 
-@functools.lru_cache(maxsize=1)
-def layer_setting(dtype):
-    """name -> Form. A layer of its own each: what one has learnt about it is not undone in another's turn."""
-    layer = make_layer(TOKENS, OUT, IN, RANK, DTYPES[dtype], DEVICE)
+def layer_builds(dtype, layer):
+    """name -> what makes its `Step`. A module each, about which things are learnt."""
     flat, dy = layer.x, layer.grad_output
     x = flat.detach()[None].requires_grad_()  # (1, tokens, features), as in a model
-    plain, lora_A = adapted_module(layer, DTYPES[dtype], init="mica")
-    lora_B = plain.lora_B["default"].weight
+    lora_A = layer.lora_A.detach().to(DTYPES[dtype]).requires_grad_()
+    operands = layer.weight, lora_A, layer.lora_B.to(DTYPES[dtype]), layer.scaling
 
-    def by_hand():
+    def aten():
         control = AtenControl.apply if torch.is_grad_enabled() else partial(AtenControl.forward, UNSAVED)
-        return control(flat, layer.weight, lora_A, lora_B, layer.scaling)
+        return control(flat, *operands)
 
-    forms = {
-        BARE: Form(lambda: plain.base_layer(x), (x,), dy[None]),
-        BY_HAND: Form(by_hand, (flat, lora_A), dy),
-    }
-    for name, (adapter_dtype, context, on_kernels) in layer_rivals(dtype).items():
-        module, trained = adapted_module(layer, adapter_dtype, init="mica")
+    def module(adapter_dtype, context, on_kernels):
+        found, trained = adapted_module(layer, adapter_dtype, init="mica")
         ran = {} if on_kernels is None else operators(1, on_kernels=on_kernels)
-        forms[name] = Form(partial(module, x), (x, trained), dy[None], context, ran)
+        return Step(Form(partial(found, x), (x, trained), context, found), dy[None], operators=ran)
+
+    bare = adapted_module(layer, DTYPES[dtype])[0].base_layer
+    return {
+        BARE: lambda: Step(Form(partial(bare, x), (x,)), dy[None]),
+        ATEN: lambda: Step(Form(aten, (flat, lora_A)), dy),
+        BY_HAND: lambda: Step(Form(partial(by_hand, flat, *operands), (flat, lora_A)), dy),
+        **{name: partial(module, *how) for name, how in layer_rivals(dtype).items()},
+    }
+
+
+def judged_layer(build, truth, limit):
+    step = build()
+    form = step.form
+    if form.context is kernels:
+        return step  # no numbers
+    with form.context():
+        errors = relative_errors(form.forward, lambda y: form.gradients(y, step.grad_output), truth)
+    bound = limit if len(form.inputs) > 1 else 1.0  # the bare layer lacks the adapter's term
+    for what, error in errors.items():
+        assert error <= bound, f"the relative error of {what} is {error:.2e}, above {bound:.0e}"
+    return step
+
+
+@functools.lru_cache(maxsize=1)
+def layer_setting(dtype, group):
+    layer = make_layer(TOKENS, OUT, IN, RANK, DTYPES[dtype], "cpu")
     truth, limit = exact(layer), RELATIVE[DTYPES[dtype]]
-    for name, form in forms.items():
-        if form.context is kernels:
-            continue  # no numbers
-        with form.context():
-            errors = relative_errors(form.forward, form.gradients, truth)
-        bound = 1.0 if name == BARE else limit  # the bare layer lacks the adapter's term
-        for what, error in errors.items():
-            assert error <= bound, f"{name}: the relative error of {what} is {error:.2e}, above {bound:.0e}"
-    return forms
+    return each(
+        group,
+        {
+            name: partial(judged_layer, build, truth, limit)
+            for name, build in layer_builds(dtype, layer).items()
+        },
+    )
 
 
 def layer_cases():
     for dtype in DTYPES:
         for part in PARTS:
             for round_ in range(LAYER_ROUNDS):
-                for rival in (BARE, BY_HAND, *layer_rivals(dtype)):
+                for rival in (BARE, ATEN, BY_HAND, *layer_rivals(dtype)):
                     yield dtype, part, round_, rival
 
 
 @pytest.mark.parametrize(("dtype", "part", "round_", "rival"), layer_cases())
 def bench_host_layer(once, gated, one_thread, dtype, part, round_, rival):
-    group = f"host time of a layer, {TOKENS} tokens, {OUT} x {IN}, r = {RANK}, {dtype}, {part}"
-    form = gated(group, lambda: layer_setting(dtype))[rival]
+    cell = f"host time of a layer, {TOKENS} tokens, {OUT} x {IN}, r = {RANK}, {dtype}"
+    step = gated(f"{cell}, {part}", lambda: layer_setting(dtype, cell), rival)[rival]
     axes = {"suite": "host layer", "tokens": TOKENS, "out": OUT, "in": IN, "rank": RANK, "dtype": dtype}
-    form.time(once, part, LAYER_CALLS[part], group, rival, axes)
+    sample(once, step, part, LAYER_CALLS[part], f"{cell}, {part}", rival, axes)
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -224,7 +183,7 @@ def bench_host_layer(once, gated, one_thread, dtype, part, round_, rival):
 BLOCK_ROUNDS = pick(quick=5, default=9)
 # One is timed with all that a model is beside its blocks (masks, rotary embedding, norm, PEFT's wrapper);
 # with four that is a smaller share.
-BLOCKS = pick(quick={1: 30}, default={1: 50, 4: 20})  # number of layers: calls in a sample
+BLOCKS = pick(quick={1: 30}, default={1: 50}, full={1: 50, 4: 20})  # number of layers: calls in a sample
 BLOCK_TOKENS, WIDTHS = 4, {"hidden_size": 64, "intermediate_size": 128}
 CONFIG = {
     **WIDTHS,
@@ -253,33 +212,28 @@ def block_rivals(dtype):
 
 
 @functools.lru_cache(maxsize=1)
-def block_setting(dtype, layers):
-    """name -> Form, a model each. Groups are learnt by observation: every rival takes two steps first."""
+def block_setting(dtype, layers, group):
+    """name -> Step, a model each."""
     torch.manual_seed(0)
     config = LlamaConfig(num_hidden_layers=layers, **CONFIG)
     bare = AutoModel.from_config(config, dtype=DTYPES[dtype]).train().requires_grad_(False)
-    masters = models.randomise(models.wrap(copy.deepcopy(bare), rank=RANK, targets="all-linear"), 0.02)
     x, dy = torch.randn(2, 1, BLOCK_TOKENS, config.hidden_size, dtype=DTYPES[dtype]).unbind()
-    forms, expected = {}, None
-    for name, (context, ran) in block_rivals(dtype).items():
-        model = bare if name == BARE else copy.deepcopy(masters)
-        if name == STOCK_16:
-            for parameter in model.parameters():  # not the rotary embedding's fp32 frequencies, a buffer
-                parameter.data = parameter.data.to(DTYPES[dtype])
-        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        inputs = (x.detach().requires_grad_(), *trained)
-        ran = {operator: layers * count for operator, count in ran.items()}
-        forms[name] = Form(partial(forward, model, inputs[0]), inputs, dy, context, ran)
-        with context():
-            for _ in range(2):
-                step(model, (x, dy))
-            found = {} if name in (BARE, KERNELS_UNGROUPED, KERNELS_GROUPED) else results(model, (x, dy))
-        model.zero_grad(set_to_none=True)
-        expected = found if name == STOCK else expected
-        for what, value in found.items():
-            error = (value - expected[what]).norm() / expected[what].norm()
-            assert error <= BLOCK_GATES[dtype], f"{name}: {what} is {error:.1e} off stock PEFT's"
-    return forms
+    work, gate = Work(bare, adapted(bare, 0.02), x, dy), BLOCK_GATES[dtype]
+
+    def build(name):
+        context, ran = block_rivals(dtype)[name]
+        return work.step(name, context, {operator: layers * count for operator, count in ran.items()})
+
+    stock = build(STOCK)
+    expected = stock.results()
+
+    def judged_block(name):
+        if name == STOCK:
+            return stock
+        has_numbers = name not in (BARE, KERNELS_UNGROUPED, KERNELS_GROUPED)
+        return judged(build(name), expected if has_numbers else {}, dict.fromkeys(expected, gate))
+
+    return each(group, {name: partial(judged_block, name) for name in block_rivals(dtype)})
 
 
 def block_cases():
@@ -294,20 +248,20 @@ def block_cases():
 @pytest.mark.parametrize(("dtype", "layers", "part", "round_", "rival"), block_cases())
 def bench_host_block(once, gated, one_thread, dtype, layers, part, round_, rival):
     widths = " / ".join(map(str, WIDTHS.values()))
-    group = (
+    cell = (
         f"host time of a Llama with {layers} block{'s' if layers > 1 else ''} of {widths}, "
-        f"{BLOCK_TOKENS} tokens, r = {RANK}, {dtype}, {part}"
+        f"{BLOCK_TOKENS} tokens, r = {RANK}, {dtype}"
     )
-    form = gated(group, lambda: block_setting(dtype, layers))[rival]
+    step = gated(f"{cell}, {part}", lambda: block_setting(dtype, layers, cell), rival)[rival]
     axes = {"suite": "host block", "tokens": BLOCK_TOKENS, "layers": layers, "rank": RANK, "dtype": dtype}
-    form.time(once, part, BLOCKS[layers], group, rival, axes)
+    sample(once, step, part, BLOCKS[layers], f"{cell}, {part}", rival, axes)
 
 
 # ---------------------------------------------------------------------------------------------------
 # generate() on SmolLM2-135M
 # ---------------------------------------------------------------------------------------------------
 
-GENERATE_ROUNDS, NEW_TOKENS = pick(quick=3, default=7), pick(quick=16, default=32)
+GENERATE_ROUNDS, NEW_TOKENS = pick(quick=1, default=3, full=7), 32
 GENERATE = {BARE: nullcontext, MERGED: nullcontext, STOCK: mica.fast.disabled, FAST: nullcontext}
 PROMPT_TOKENS = 16
 
@@ -321,30 +275,39 @@ def generated(model, new_tokens):
 
 
 @functools.lru_cache(maxsize=1)
-def generate_setting():
+def generate_setting(group):
     """name -> model; stock PEFT and mica.fast have the same one."""
     torch.manual_seed(0)
     bare = models.smollm2().eval().requires_grad_(False)
-    adapted = models.wrap(copy.deepcopy(bare), rank=RANK, targets="all-linear").eval()
-    models.randomise(adapted, 0.05)  # with 0.02 some of the tokens are the bare model's, with 0.1 they repeat
-    rivals = {BARE: bare, MERGED: copy.deepcopy(adapted).merge_and_unload(), STOCK: adapted, FAST: adapted}
-    tokens = {}
-    for name, model in rivals.items():
+    model = adapted(
+        bare, 0.05
+    ).eval()  # with 0.02 some of the tokens are the bare model's, with 0.1 they repeat
+    rivals = {BARE: bare, MERGED: copy.deepcopy(model).merge_and_unload(), STOCK: model, FAST: model}
+
+    def tokens_of(name):
         with GENERATE[name](), counting() as ran:
-            tokens[name] = generated(model, NEW_TOKENS)
+            tokens = generated(rivals[name], NEW_TOKENS)
         assert bool(ran) == (name == FAST), f"{name} ran {dict(ran)}"
-        assert tokens[name].shape == (1, NEW_TOKENS), f"{name} stopped after {tokens[name].shape[1]} tokens"
-    assert not torch.equal(tokens[STOCK], tokens[BARE]), "the adapter makes no difference"
-    for name in (MERGED, FAST):
-        assert torch.equal(tokens[name], tokens[STOCK]), f"{name} generates other tokens than stock PEFT"
-    return rivals
+        assert tokens.shape == (1, NEW_TOKENS), f"{name} stopped after {tokens.shape[1]} tokens"
+        return tokens
+
+    expected = tokens_of(STOCK)
+    assert not torch.equal(tokens_of(BARE), expected), "the adapter makes no difference"
+
+    def judged_model(name):
+        if name in (MERGED, FAST):
+            assert torch.equal(tokens_of(name), expected), f"{name} generates other tokens than stock PEFT"
+        return rivals[name]
+
+    return each(group, {name: partial(judged_model, name) for name in rivals})
 
 
+@pytest.mark.skipif(SIZE == "quick", reason="SmolLM2 takes half a minute to set up: not in a quick run")
 @pytest.mark.parametrize("rival", GENERATE)
 @pytest.mark.parametrize("round_", range(GENERATE_ROUNDS))
 def bench_host_generation(once, gated, round_, rival):
     group = f"generate() of {NEW_TOKENS} tokens after {PROMPT_TOKENS}, SmolLM2-135M, r = {RANK}, float32"
-    model = gated(group, generate_setting)[rival]
+    model = gated(group, lambda: generate_setting(group), rival)[rival]
     axes = {"suite": "generation", "model": "SmolLM2-135M", "new tokens": NEW_TOKENS, "rank": RANK}
     with GENERATE[rival]():
         generated(model, 2)  # warms up

@@ -1,106 +1,152 @@
-"""A training step of SmolLM2-135M, all linear layers, r = 16: bare, stock PEFT, mica.fast.
+"""A training step of a whole model, all linear layers adapted, r = 16: bare, stock PEFT, mica.fast.
 
-Every rival gets embeddings that require a gradient, so that the bare frozen model has a backward too and
-all of them do the same base work. The adapted ones also run AdamW on A. Memory: what is saved for the
-backward, by how much the process grows within a step, what is trained, and AdamW's states.
+On a CPU SmolLM2-135M with its own weights, in a quick run a small model with random ones; on an accelerator
+four layers of Llama-3.2-1B's widths, with and without gradient checkpointing. Every rival gets embeddings that require a gradient, so that
+the bare frozen model has a backward too and all of them do the same base work. The adapted ones also run
+AdamW on A. Before any time they train from one start, and their losses must be those of stock PEFT. Memory:
+what is saved for the backward, by how much memory grows within a step, what is trained, and AdamW's states.
 """
 
-import copy
 import functools
-from contextlib import nullcontext
+from typing import NamedTuple
 
 import pytest
 import torch
 
-import mica.fast
-from bench.measure.memory import saved_bytes
-from bench.results.names import BARE, FAST, STOCK, STOCK_16
-from bench.suites.harness import DEVICE, optimizer_bytes, peak_growth, pick, trainable_bytes
+from bench.measure.machine import DEVICE, ON_ACCELERATOR
+from bench.measure.memory import optimizer_bytes, peak_growth, saved_bytes, trainable_bytes
+from bench.results.names import BARE, FAST, GROUPED, STOCK, STOCK_16, UNGROUPED
+from bench.suites.decoder import LLAMA_GROUPS, RANK, Work, adapted, causal
+from bench.suites.harness import each, pick
+from bench.suites.steps import CONTEXTS, Step, judged, promised
 from tests.support import models
 
-ROUNDS = pick(quick={"bfloat16": 4}, default={"bfloat16": 6, "float32": 3})
-TOKENS = pick(quick={"bfloat16": (1, 256)}, default={"bfloat16": (2, 512), "float32": (1, 512)})
-RANK = 16
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
-GATE = {"bfloat16": 2e-2, "float32": 1e-5}  # relative difference of the losses
+OURS = (UNGROUPED, GROUPED) if ON_ACCELERATOR else (FAST,)
+STEPS = pick(quick=2, default=2, cuda=6)
+LEARNING_RATE = pick(quick=1e-3, default=1e-3, dry=3e-2)
+# Relative differences from stock PEFT's, whose adapters compute in fp32: of the loss, at every one of the
+# steps, and of its gradients by the embeddings and by A at the start.
+GATES = {
+    "bfloat16": {"y": 1e-2, "dx": 1e-1, "dA": 1e-1},
+    "float32": {"y": 1e-5, "dx": 1e-4, "dA": 1e-4},
+}
+DISTINCT = 16  # tokens, of random ones: that the others never come is learnt in a few steps
+SMOLLM2 = "SmolLM2-135M"
 
 
-def adapted(bare, **options):
-    model = models.wrap(copy.deepcopy(bare), rank=RANK, targets="all-linear", **options)
-    return model, torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4)
+class Cell(NamedTuple):
+    """``tokens``: (batch, sequence); ``layers``: of the model with random weights."""
+
+    model: str
+    tokens: tuple[int, int]
+    dtype: str = "bfloat16"
+    rounds: int = 6
+    layers: int = 4
+    vocabulary: int = 32000
+    checkpointing: int = 0
+
+    @property
+    def name(self) -> str:
+        batch, sequence = self.tokens
+        how = ", checkpointed" if self.checkpointing else ""
+        return f"training step of {self.model}, {batch} x {sequence} tokens, r = {RANK}, {self.dtype}{how}"
+
+    @property
+    def axes(self) -> dict[str, str | int]:
+        batch, sequence = self.tokens
+        found = {"suite": "step", "model": self.model, "tokens": batch * sequence, "sequence": sequence}
+        found |= {"rank": RANK, "dtype": self.dtype}
+        return found | ({"checkpointing": self.checkpointing} if ON_ACCELERATOR else {})
+
+    @property
+    def rivals(self) -> tuple[str, ...]:
+        return (BARE, STOCK, *([STOCK_16] if self.dtype != "float32" else []), *OURS)
+
+
+CELLS = pick(
+    quick=[Cell("Qwen2.5-0.5B", (1, 256), rounds=3, layers=2, vocabulary=4000)],
+    default=[Cell(SMOLLM2, (2, 512), rounds=4), Cell(SMOLLM2, (1, 512), "float32", rounds=2)],
+    full=[Cell(SMOLLM2, (2, 512)), Cell(SMOLLM2, (1, 512), "float32", rounds=3)],
+    cuda=[
+        Cell("Llama-3.2-1B", tokens, rounds=10, checkpointing=checkpointing)
+        for tokens in ((4, 2048), (1, 512))
+        for checkpointing in (0, 1)
+    ],
+    dry=[
+        Cell("toy", (1, 8), rounds=1, layers=2, vocabulary=64),
+        Cell("toy", (1, 8), rounds=1, layers=1, vocabulary=64, checkpointing=1),
+    ],
+)
+
+
+def work_of(cell: Cell) -> Work:
+    torch.manual_seed(0)
+    if cell.model == SMOLLM2:
+        bare = models.smollm2(DTYPES[cell.dtype])
+        ids = models.python_reference_tokens()[: cell.tokens[0] * cell.tokens[1]].view(cell.tokens)
+    else:
+        bare = causal(cell.model, cell.layers, cell.vocabulary, DTYPES[cell.dtype])
+        ids = torch.randint(DISTINCT, cell.tokens)
+    bare, ids = bare.train().requires_grad_(False).to(DEVICE), ids.to(DEVICE)
+    if cell.checkpointing:
+        bare.gradient_checkpointing_enable({"use_reentrant": False})
+    x = bare.get_input_embeddings()(ids).detach()
+    return Work(bare, adapted(bare, 0.02), x, labels=ids)
+
+
+def build(cell: Cell, work: Work, rival: str) -> Step:
+    groups = LLAMA_GROUPS * work.bare.config.num_hidden_layers
+    ran = promised(rival, groups, forwards=1 + cell.checkpointing)
+    return work.step(rival, CONTEXTS[rival], ran, LEARNING_RATE)
+
+
+def losses(step: Step) -> list[float]:
+    """Of `STEPS` steps."""
+    with step.form.context():
+        return [step().item() for _ in range(STEPS)]
 
 
 @functools.lru_cache(maxsize=1)
-def setting(dtype):
-    """Token ids and rivals: model, context to run it in, optimizer; all have taken a few steps."""
-    torch.manual_seed(0)
-    bare = models.smollm2(DTYPES[dtype]).requires_grad_(False).to(DEVICE)
-    masters = adapted(bare)
-    batch, sequence = TOKENS[dtype]
-    ids = models.python_reference_tokens()[: batch * sequence].view(batch, sequence).to(DEVICE)
-    rivals = {BARE: (bare, nullcontext, None)}
-    rivals[STOCK] = (masters[0], mica.fast.disabled, masters[1])
-    if dtype != "float32":
-        narrow = adapted(bare, autocast_adapter_dtype=False)
-        rivals[STOCK_16] = (narrow[0], mica.fast.disabled, narrow[1])
-    rivals[FAST] = (masters[0], nullcontext, masters[1])
-    for _ in range(2):
-        for rival in rivals.values():
-            step(rival, ids, bare)
-    losses = {name: forward(rival, ids, bare).item() for name, rival in rivals.items()}
-    assert abs(losses[FAST] / losses[STOCK] - 1) <= GATE[dtype], f"the losses differ: {losses}"
-    return bare, ids, rivals
+def setting(cell: Cell) -> dict[str, Step]:
+    work, gates = work_of(cell), GATES[cell.dtype]
+    stock = build(cell, work, STOCK)
+    expected = stock.results()
+    lost = losses(stock)
+    assert abs(lost[-1] / lost[0] - 1) > 3 * gates["y"], f"the steps make no difference: {lost}"
+
+    def judged_step(rival: str) -> Step:
+        if rival == STOCK:
+            return stock
+        step = build(cell, work, rival)
+        if rival != BARE:
+            judged(step, expected, gates)
+            for ours, theirs in zip(losses(step), lost, strict=True):
+                assert abs(ours / theirs - 1) <= gates["y"], f"a loss is {ours}, stock PEFT's {theirs}"
+        return step
+
+    return each(cell.name, {rival: functools.partial(judged_step, rival) for rival in cell.rivals})
 
 
-def forward(rival, ids, bare):
-    model, context, _ = rival
-    with context():
-        embedded = bare.get_input_embeddings()(ids).detach().requires_grad_()
-        return model(inputs_embeds=embedded, labels=ids).loss
-
-
-def step(rival, ids, bare):
-    _, context, optimizer = rival
-    with context():
-        forward(rival, ids, bare).backward()
-        if optimizer is not None:
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-
-
-def memory(rival, ids, bare):
+def memory(step: Step) -> dict[str, float]:
     """Megabytes, of the model's own."""
-    model, _, optimizer = rival
-    facts = {"saved_mb": saved_bytes(lambda: forward(rival, ids, bare), (model, bare)) / 1e6}
+    model, optimizer = step.form.module, step.optimizer
+    with step.form.context():
+        facts = {"saved_mb": saved_bytes(step.form.forward, [model], but=[step.form.inputs[0]]) / 1e6}
     facts["trained_mb"] = trainable_bytes(model) / 1e6
     facts["optimizer_mb"] = 0.0 if optimizer is None else optimizer_bytes(optimizer) / 1e6
     return facts
 
 
-# the first named parameter is the innermost loop: rivals take turns within a round
-CASES = [
-    (dtype, round_, rival)
-    for dtype, rounds in ROUNDS.items()
-    for round_ in range(rounds)
-    for rival in (BARE, STOCK, *([STOCK_16] if dtype != "float32" else []), FAST)
-]
+# the last parameter is the innermost loop: rivals take turns within a round
+CASES = [(cell, round_, rival) for cell in CELLS for round_ in range(cell.rounds) for rival in cell.rivals]
 
 
-@pytest.mark.parametrize(("dtype", "round_", "rival"), CASES)
-def bench_step(once, gated, dtype, round_, rival):
-    batch, sequence = TOKENS[dtype]
-    group = f"training step, {batch} x {sequence} tokens, r = {RANK}, {dtype}"
-    bare, ids, rivals = gated(group, lambda: setting(dtype))
-    axes = {"suite": "step", "model": "SmolLM2-135M", "tokens": batch * sequence, "sequence": sequence}
-    facts = memory(rivals[rival], ids, bare) if round_ == 0 else {}
+@pytest.mark.parametrize(("cell", "round_", "rival"), CASES)
+def bench_step(once, gated, cell, round_, rival):
+    step = gated(cell.name, lambda: setting(cell), rival)[rival]
+    facts = memory(step) if round_ == 0 else {}
     with peak_growth() as growth:
-        once(
-            lambda: step(rivals[rival], ids, bare),
-            group,
-            rival,
-            {**axes, "rank": RANK, "dtype": dtype},
-            warm_up=True,
-            **facts,
-        )
+        step.time(once, cell.name, rival, cell.axes, **facts)
     if growth() is not None:
         once.note(peak_mb=growth() / 1e6)

@@ -1,109 +1,157 @@
 """One weight's minor subspace: `mica.minor_subspace` against the full fp32 SVD that stock PEFT takes.
 
-Gaussian weights of the shapes that models have, and SmolLM2's embedding. Rivals: the SVD as it stands, the
-SVD of the tall view (a wide weight's ``W.T``: what one line would gain), and the solver's methods. No time is
-reported of a result whose certificate the solver could not give. ``peak_extra`` is the growth of memory at
-its highest point over the fp32 size of the weight, for weights of 16 MB and more.
+Gaussian weights of the shapes that models have, SmolLM2's embedding, and 16 weights of one shape, solved as
+`mica.fast` solves a model's. Rivals: the SVD as it stands, the SVD of the tall view (a wide weight's ``W.T``:
+what one line would gain), and the solver's methods. No time is reported of a result whose certificate the
+solver could not give. ``peak_extra`` is the growth of memory at its highest point over the fp32 size of the
+weight, for weights of 16 MB and more.
 """
 
 import functools
 import time
+from collections.abc import Callable
+from typing import NamedTuple
 
 import pytest
 import torch
+from torch import Tensor
 
+from bench.measure.machine import DEVICE
+from bench.measure.memory import peak_growth
 from bench.results.names import SVD, SVD_TALL
-from bench.suites.harness import DEVICE, iterations, peak_growth, pick
+from bench.suites.harness import each, iterations, pick
 from mica import minor_subspace
+from mica.subspace.many import Task, solve_many
 from tests.support import models
 
 EMBEDDING = (576, 49152)
-# Rounds of each shape (out x in).
-SHAPES = pick(
-    quick={(576, 576): 5, (1024, 1024): 5, (2048, 2048): 2},
-    default={
-        (512, 512): 8,
-        (576, 576): 8,
-        (1536, 576): 8,
-        (1024, 1024): 6,
-        (1024, 4096): 5,
-        (4096, 1024): 5,
-        (2048, 2048): 3,
-        (4096, 4096): 2,
-        EMBEDDING: 3,
-    },
-    full={
-        (512, 512): 8,
-        (576, 576): 8,
-        (1024, 1024): 8,
-        (1024, 4096): 5,
-        (2048, 2048): 5,
-        (4096, 4096): 3,
-        (4096, 11008): 2,
-        (11008, 4096): 2,
-        EMBEDDING: 5,
-    },
-)
-METHODS = {
+METHODS = {  # method and rank
     "auto, r = 16": ("auto", 16),
     "auto, r = 64": ("auto", 64),
     "auto, r = 128": ("auto", 128),
     "krylov, r = 16": ("krylov", 16),
     "gram, r = 16": ("gram", 16),
 }
+AUTO = tuple(METHODS)[:3]
+MANY = "auto, r = 16"  # of several weights at once
 
 
-def weight_of(shape):
-    if shape == EMBEDDING:
-        return models.smollm2().get_input_embeddings().weight.detach().T.to(DEVICE)
-    return torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(DEVICE)
+class Cell(NamedTuple):
+    """``weights`` of them, each ``out`` x ``inner``."""
+
+    out: int
+    inner: int
+    rounds: int
+    methods: tuple[str, ...] = tuple(METHODS)
+    weights: int = 1
+
+    @property
+    def name(self) -> str:
+        shape = f"{self.out} x {self.inner}"
+        return f"minor subspace, {shape}" if self.weights == 1 else f"{self.weights} minor subspaces, {shape}"
+
+    @property
+    def axes(self) -> dict[str, str | int]:
+        shape = {"out": self.out, "in": self.inner}
+        if self.weights == 1:
+            return {"suite": "subspace", **shape}
+        return {"suite": "subspaces", "weights": self.weights, **shape}
+
+    @property
+    def rivals(self) -> list[str]:
+        tall = [SVD_TALL] if self.out < self.inner and self.weights == 1 else []
+        return [SVD, *tall, *(f"minor_subspace, {name}" for name in self.methods)]
 
 
-def rivals(shape, weight):
-    found = {SVD: lambda: torch.linalg.svd(weight, full_matrices=False).U}
-    if shape[0] < shape[1]:
-        found[SVD_TALL] = lambda: torch.linalg.svd(weight.T, full_matrices=False).Vh.T
-    for name, (method, rank) in METHODS.items():
-        found[f"minor_subspace, {name}"] = functools.partial(minor_subspace, weight, rank, method=method)
-    return found
+def many(rounds: int, size: int = 576, weights: int = 16) -> Cell:
+    return Cell(size, size, rounds, (MANY,), weights)
+
+
+CELLS = pick(
+    quick=[Cell(576, 576, 3), Cell(1024, 1024, 3, AUTO), many(2)],
+    default=[
+        Cell(576, 576, 6),
+        Cell(1536, 576, 6),
+        Cell(1024, 1024, 5),
+        Cell(1024, 4096, 3),
+        Cell(4096, 1024, 3),
+        Cell(2048, 2048, 3, AUTO),
+        many(3),
+    ],
+    full=[
+        Cell(512, 512, 8),
+        Cell(576, 576, 8),
+        Cell(1536, 576, 8),
+        Cell(1024, 1024, 8),
+        Cell(1024, 4096, 5),
+        Cell(4096, 1024, 5),
+        Cell(2048, 2048, 5),
+        Cell(4096, 4096, 3),
+        Cell(4096, 11008, 2),
+        Cell(11008, 4096, 2),
+        Cell(*EMBEDDING, 5),
+        many(5),
+    ],
+    cuda=[
+        Cell(4096, 4096, 2, AUTO),
+        Cell(14336, 4096, 2, AUTO),
+        Cell(1024, 4096, 3, AUTO),
+        many(3),
+    ],
+    dry=[Cell(96, 64, 1, (MANY,)), Cell(64, 96, 1, (MANY,)), many(1, 64, 2)],
+)
+
+
+def weights_of(cell: Cell) -> list[Tensor]:
+    if (cell.out, cell.inner) == EMBEDDING:
+        return [models.smollm2().get_input_embeddings().weight.detach().T]
+    generator = torch.Generator().manual_seed(0)
+    return [torch.randn(cell.out, cell.inner, generator=generator).to(DEVICE) for _ in range(cell.weights)]
+
+
+def solved(weights: list[Tensor], method: str, rank: int):
+    """`MinorSubspace` of each."""
+    if len(weights) == 1:
+        return [minor_subspace(weights[0], rank, method=method)]
+    tasks = [Task(str(number), weight, rank) for number, weight in enumerate(weights)]
+    return [found for _, found in solve_many(tasks)]
+
+
+def certified(weights: list[Tensor], method: str, rank: int) -> Callable:
+    """What computes them, having computed them once."""
+    for result in solved(weights, method, rank):
+        assert result.certified, "not certified"
+        error = float((result.basis.T @ result.basis - torch.eye(rank, device=DEVICE)).abs().max())
+        assert error <= 1e-6, f"BᵀB is off by {error:.1e}"
+    return functools.partial(solved, weights, method, rank)
 
 
 @functools.lru_cache(maxsize=1)
-def setting(shape):
-    weight = weight_of(shape)
-    minor_subspace(torch.randn(700, 700), 16)  # libraries and their threads are there
-    found = rivals(shape, weight)
-    seconds = {}
-    for name, (_, rank) in METHODS.items():
-        rival = f"minor_subspace, {name}"
-        start = time.perf_counter()
-        result = found[rival]()
-        seconds[rival] = time.perf_counter() - start
-        assert result.certified, f"{rival}: not certified"
-        error = float((result.basis.T @ result.basis - torch.eye(rank)).abs().max())
-        assert error <= 1e-6, f"{rival}: BᵀB is off by {error:.1e}"
-    return found, iterations(min(seconds.values()))
+def setting(cell: Cell) -> tuple[dict[str, Callable], int]:
+    weights = weights_of(cell)
+    minor_subspace(torch.randn(700, 700, device=DEVICE), 16)  # libraries and their threads are there
+    builds = {
+        SVD: lambda: lambda: [torch.linalg.svd(one, full_matrices=False).U for one in weights],
+        SVD_TALL: lambda: lambda: torch.linalg.svd(weights[0].T, full_matrices=False).Vh.T,
+    }
+    builds |= {
+        f"minor_subspace, {name}": functools.partial(certified, weights, *METHODS[name])
+        for name in cell.methods
+    }
+    found = each(cell.name, {rival: builds[rival] for rival in cell.rivals})
+    start = time.perf_counter()
+    found[cell.rivals[-len(cell.methods)]]()
+    return found, iterations(time.perf_counter() - start)
 
 
-def names(shape):
-    tall = [SVD_TALL] if shape[0] < shape[1] else []
-    return [SVD, *tall, *(f"minor_subspace, {name}" for name in METHODS)]
+CASES = [(cell, round_, rival) for cell in CELLS for round_ in range(cell.rounds) for rival in cell.rivals]
 
 
-CASES = [
-    (shape, round_, rival)
-    for shape, rounds in SHAPES.items()
-    for round_ in range(rounds)
-    for rival in names(shape)
-]
-
-
-@pytest.mark.parametrize(("shape", "round_", "rival"), CASES)
-def bench_subspace(once, gated, shape, round_, rival):
-    group = f"minor subspace, {shape[0]} x {shape[1]}"
-    calls, count = gated(group, lambda: setting(shape))
-    axes = {"suite": "subspace", "out": shape[0], "in": shape[1]}
+@pytest.mark.parametrize(("cell", "round_", "rival"), CASES)
+def bench_subspace(once, gated, cell, round_, rival):
+    calls, count = gated(cell.name, lambda: setting(cell), rival)
+    elements = cell.weights * cell.out * cell.inner
     with peak_growth() as growth:
-        once(calls[rival], group, rival, axes, count)
-    if growth() is not None and shape[0] * shape[1] >= 2**22:
-        once.note(peak_extra=growth() / (4 * shape[0] * shape[1]))
+        once(calls[rival], cell.name, rival, cell.axes, count)
+    if growth() is not None and elements >= 2**22:
+        once.note(peak_extra=growth() / (4 * elements))

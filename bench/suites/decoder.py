@@ -1,28 +1,92 @@
-"""Forward and backward of decoder blocks without a head, for `bench_block` and `bench_layers`."""
+"""Decoder models with adapters on all linear layers, of which every rival has a copy of its own."""
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from typing import NamedTuple
+
 import torch
 from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, LlamaConfig, PretrainedConfig, Qwen2Config
 
+from bench.results.names import BARE, STOCK_16
+from bench.suites.layer import Form
+from bench.suites.steps import Step
 from tests.support import models
 
+Context = Callable[[], AbstractContextManager]
 
-def forward(model: nn.Module, x: Tensor) -> Tensor:
-    return model(inputs_embeds=x.requires_grad_()).last_hidden_state
+RANK = 16
+LLAMA_GROUPS = (3, 1, 2, 1)  # how many layers of a block read one x, in the order of their calls: q/k/v first
+_WIDTHS = {  # hidden, intermediate, heads, heads of k and v
+    "Llama-3.2-1B": (LlamaConfig, 2048, 8192, 32, 8),
+    "Llama-3.1-8B": (LlamaConfig, 4096, 14336, 32, 8),
+    "Qwen2.5-0.5B": (Qwen2Config, 896, 4864, 14, 2),
+    "Qwen2.5-7B": (Qwen2Config, 3584, 18944, 28, 4),
+    "toy": (LlamaConfig, 32, 48, 4, 2),
+}
 
 
-def step(model: nn.Module, inputs: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-    """(y, dx) for the inputs (x, dy); the gradients of A are left in the model."""
-    x = inputs[0].detach().requires_grad_()
-    model.zero_grad(set_to_none=True)
-    y = forward(model, x)
-    y.backward(inputs[1])
-    return y.detach(), x.grad
+def config_of(name: str, layers: int = 1, vocabulary: int = 8) -> PretrainedConfig:
+    """Of a model with these widths. The vocabulary may be small where no tokens go in."""
+    kind, hidden, intermediate, heads, kv_heads = _WIDTHS[name]
+    return kind(
+        hidden_size=hidden,
+        intermediate_size=intermediate,
+        num_attention_heads=heads,
+        num_key_value_heads=kv_heads,
+        num_hidden_layers=layers,
+        vocab_size=vocabulary,
+        bos_token_id=None,
+        eos_token_id=None,
+    )
 
 
-def results(model: nn.Module, inputs: tuple[Tensor, Tensor]) -> dict[str, Tensor]:
-    """y, dx and the dA of all layers, in fp32."""
-    y, dx = step(model, inputs)
-    dA = torch.cat([grad.flatten() for grad in models.gradients(model).values()])
-    return {"y": y.float(), "dx": dx.float(), "dA": dA.float()}
+def causal(name: str, layers: int, vocabulary: int, dtype: torch.dtype) -> nn.Module:
+    """With a head, random weights."""
+    return AutoModelForCausalLM.from_config(config_of(name, layers, vocabulary), dtype=dtype)
+
+
+class Work(NamedTuple):
+    """What rivals run: a model without a head gives y of x's shape, one with a head the loss of ``labels``.
+
+    ``bare``: frozen, without adapters; ``masters``: with adapters as PEFT makes them, in fp32, for rivals to
+    copy; ``x``: embeddings (batch, sequence, hidden).
+    """
+
+    bare: nn.Module
+    masters: nn.Module
+    x: Tensor
+    grad_output: Tensor | None = None
+    labels: Tensor | None = None
+
+    def step(self, rival: str, context: Context, operators: dict[str, int], rate: float = 0.0) -> Step:
+        """Of the bare model or of a copy of the masters; ``rate``: AdamW's."""
+        model = self.bare if rival == BARE else copy.deepcopy(self.masters)
+        if rival == STOCK_16:
+            for parameter in model.parameters():  # not the rotary embedding's fp32 frequencies, a buffer
+                parameter.data = parameter.data.to(self.x.dtype)
+        return self.step_of(model, context, operators, rate)
+
+    def step_of(
+        self, model: nn.Module, context: Context, operators: dict[str, int], rate: float = 0.0
+    ) -> Step:
+        """x requires a gradient, so that the bare frozen model has a backward too."""
+        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        x = self.x.detach().requires_grad_()
+
+        def forward() -> Tensor:
+            if self.labels is None:
+                return model(inputs_embeds=x).last_hidden_state
+            return model(inputs_embeds=x, labels=self.labels).loss
+
+        optimizer = torch.optim.AdamW(trained, lr=rate) if trained and rate else None
+        return Step(Form(forward, (x, *trained), context, model), self.grad_output, optimizer, operators)
+
+
+def adapted(bare: nn.Module, scale: float) -> nn.Module:
+    """A copy with MiCA adapters whose A has values of this scale, as after training."""
+    model = models.wrap(copy.deepcopy(bare), rank=RANK, targets="all-linear")
+    return models.randomise(model, scale)

@@ -1,0 +1,146 @@
+"""A rival that takes steps (forward, backward, perhaps an optimizer), and the operators that these run."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from functools import partial
+from itertools import count
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+import mica.fast
+from bench.measure.machine import ON_ACCELERATOR
+from bench.results.names import BARE, FAST, GROUPED, STOCK, STOCK_16, UNGROUPED
+from bench.suites.layer import Form
+
+
+@contextmanager
+def grouping(on: bool, around: Callable = nullcontext) -> Iterator[None]:
+    with around():
+        mica.fast.enable(group_projections=on)
+        try:
+            yield
+        finally:
+            mica.fast.enable()
+
+
+CONTEXTS = {
+    BARE: nullcontext,
+    STOCK: mica.fast.disabled,
+    STOCK_16: mica.fast.disabled,
+    FAST: nullcontext,
+    UNGROUPED: partial(grouping, False),
+    GROUPED: partial(grouping, True),
+}
+
+
+def operators(
+    linear: int, groups: int = 0, on_kernels: bool = ON_ACCELERATOR, forwards: int = 1
+) -> dict[str, int]:
+    """What a forward + backward of so many layers alone, and of so many groups of layers, has to run.
+
+    ``forwards``: 2 where gradient checkpointing runs every forward again.
+    """
+    wanted = {name: times for name, times in (("linear", linear), ("linear_group", groups)) if times}
+    found = {name: forwards * times for name, times in wanted.items()}
+    found |= {f"{name}_backward": times for name, times in wanted.items()}
+    return found | ({f"{name}_kernels": times for name, times in found.items()} if on_kernels else {})
+
+
+def promised(rival: str, groups: tuple[int, ...], forwards: int = 1) -> dict[str, int]:
+    """`operators` by what the rival's name says. ``groups``: how many layers read one x, for every x."""
+    if rival in (FAST, UNGROUPED):
+        return operators(sum(groups), forwards=forwards)
+    if rival == GROUPED:
+        alone = groups.count(1)
+        return operators(alone, len(groups) - alone, forwards=forwards)
+    return {}
+
+
+@contextmanager
+def counting() -> Iterator[dict[str, int]]:
+    """What is yielded says afterwards how often each operator has run inside, if it has."""
+    ran, before = {}, Counter(mica.fast.call_counts)
+    yield ran
+    ran.update(Counter(mica.fast.call_counts) - before)
+
+
+class Step(NamedTuple):
+    """``grad_output``: what the backward starts from, None where the forward gives a loss.
+
+    ``operators``: of mica.fast, how many of each a step runs.
+    """
+
+    form: Form
+    grad_output: Tensor | None = None
+    optimizer: torch.optim.Optimizer | None = None
+    operators: dict[str, int] = {}  # noqa: RUF012
+
+    def __call__(self) -> Tensor:
+        """y, or the loss; no gradient is left."""
+        y = self.form.forward()
+        y.backward(self.grad_output)
+        if self.optimizer is not None:
+            self.optimizer.step()
+        for tensor in self.form.inputs:
+            tensor.grad = None
+        return y
+
+    def results(self) -> dict[str, Tensor]:
+        """y, dx and the dA of all layers, in fp32."""
+        with self.form.context():
+            y = self.form.forward()
+            dx, *grads = self.form.gradients(y, self.grad_output)
+        found = {"y": y.detach().float(), "dx": dx.float()}
+        return found | ({"dA": torch.cat([grad.flatten() for grad in grads]).float()} if grads else {})
+
+    def time(
+        self,
+        once,
+        group: str,
+        rival: str,
+        axes: dict,
+        calls: int = 1,
+        call: Callable | None = None,
+        **options,
+    ) -> int:
+        """One sample, after which every step must have run the operators that the rival's name promises.
+
+        ``call`` in place of a step: whether any has run must be as it is in a step. Returns the number of
+        calls, of which more are made than are timed.
+        """
+        run = count()
+
+        def counted() -> object:
+            next(run)
+            return (call or self)()
+
+        with self.form.context(), counting() as ran:
+            once(counted, group, rival, axes, calls, warm_up=True, **options)
+        runs = next(run)
+        found = {name: times / runs for name, times in ran.items()}
+        right = found == self.operators if call is None else bool(found) == bool(self.operators)
+        assert right, f"{rival} ran {found} a call, not {self.operators}"
+        return runs
+
+
+def judged(step: Step, expected: dict[str, Tensor], gates: dict[str, float]) -> Step:
+    """``step``, whose results may differ from the expected ones so much (Frobenius norms, relative).
+
+    Groups are learnt by observation: a forward and backward comes before.
+
+    Raises:
+        AssertionError: they differ more, or other operators than ``step.operators`` gave them.
+    """
+    step.results()
+    with counting() as ran:
+        found = step.results()
+    assert ran == step.operators, f"a step ran {ran}, not {step.operators}"
+    for what, value in expected.items():
+        error = float((found[what] - value).norm() / value.norm())
+        assert error <= gates[what], f"{what} is {error:.1e} off stock PEFT's"
+    return step
