@@ -20,8 +20,9 @@ from typing import NamedTuple
 from bench.measure.machine import ROOT, facts
 from bench.results import journal
 
-# by its exit status: all passed, some failed, nothing was selected
-PYTEST_ENDED = {0: "passed", 1: "failed", 5: "passed"}
+NOTHING = "nothing ran"
+# by its exit status: all passed, some failed, three kinds of not getting so far, nothing was selected
+PYTEST_ENDED = {0: "passed", 1: "failed", 2: "failed", 3: "failed", 4: "failed", 5: NOTHING}
 STARTS = 4  # of one job at most
 POLL, REWRITE = 0.1, 2.0  # seconds
 
@@ -82,6 +83,12 @@ class Run:
         journal.fold(journal.read(), self.machine).save(self.file)
         self._written = time.monotonic(), self._size()
 
+    def _entries(self) -> list[dict]:
+        """Of the job that runs: since the last one has ended."""
+        entries = journal.read()
+        ends = [number for number, entry in enumerate(entries) if entry["kind"] == "stage"]
+        return entries[ends[-1] + 1 :] if ends else entries
+
     def _size(self) -> int:
         return self.journal.stat().st_size if self.journal.exists() else 0
 
@@ -106,7 +113,7 @@ class Run:
 
     def _blame(self, job: Job, state: str) -> bool:
         """Note what it was doing, which the next process leaves out; whether it had begun to do anything."""
-        entries = [one for one in journal.read() if one["kind"] in ("doing", "refused", "test")]
+        entries = [one for one in self._entries() if one["kind"] in ("doing", "refused", "test")]
         if not entries or (last := entries[-1])["kind"] != "doing":
             return bool(entries)  # it has said so itself and left, or was between two tests
         why = "the process died" if state == "died" else f"nothing was heard for {job.silence:.0f} s"
@@ -118,16 +125,15 @@ class Run:
 
     def _summary(self, job: Job, state: str, seconds: float) -> dict:
         """Machine-readable: how it ended and how many tests did what."""
-        entries = journal.read()
-        tests = [one for one in entries if one["kind"] == "test" and one["stage"] == job.name]
+        entries = self._entries()
+        tests = [one for one in entries if one["kind"] == "test"]
         outcomes = Counter(one["outcome"] for one in tests)
         failed = [one["name"] for one in tests if one["outcome"] == "failed"]
         doing = next((one for one in reversed(entries) if one["kind"] == "doing"), {})
-        found = {"stage": job.name, "state": "failed" if state == "passed" and failed else state}
-        found |= {
-            "seconds": round(seconds, 1),
-            **{name: outcomes[name] for name in ("passed", "failed", "skipped")},
-        }
+        if state == "passed":
+            state = "failed" if failed else state if outcomes["passed"] else NOTHING
+        found = {"stage": job.name, "state": state, "seconds": round(seconds, 1)}
+        found |= {name: outcomes[name] for name in ("passed", "failed", "skipped")}
         if failed:
             found["first_failed"] = failed[:5]
         if state in ("died", "hung", "over time"):

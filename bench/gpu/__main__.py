@@ -16,6 +16,7 @@ import json
 import os
 import sys
 import time
+import traceback
 from datetime import date
 from pathlib import Path
 
@@ -57,6 +58,16 @@ def parser() -> argparse.ArgumentParser:
     return found
 
 
+def report(file: Path, with_pictures: bool = True) -> str:
+    """Written beside the results. What goes wrong with it must not end a run: it can be made again."""
+    try:
+        from bench.report.__main__ import write
+
+        return write(file, with_pictures)
+    except Exception:
+        return f"there is no report: {traceback.format_exc()}python -m bench.report {file} makes it again"
+
+
 def main(argv: list[str] | None = None) -> int:
     command = parser()
     args = command.parse_args(argv)
@@ -77,7 +88,6 @@ def main(argv: list[str] | None = None) -> int:
 
     from bench.gpu.stages import STAGES, job
     from bench.measure.machine import output
-    from bench.report.__main__ import write
     from bench.run import Run
 
     known = {str(stage.number): stage for stage in STAGES}
@@ -94,11 +104,11 @@ def main(argv: list[str] | None = None) -> int:
             summary = run.leave_out(known[one].name, "the budget is spent")
         else:
             summary = run.start(job(known[one], folder, args.name, args.dry_run, left, args.silence))
-            write(run.file)
         print(f"STAGE {json.dumps(summary)}", flush=True)
         all_passed &= summary["state"] == "passed"
+        report(run.file, with_pictures=False)
     run.journal.unlink()  # all of it is in the result file
-    print(write(run.file))
+    print(report(run.file))
     return 0 if all_passed else 1
 
 

@@ -23,7 +23,7 @@ EXTRA = (
 # (rival, its time ÷ ours at least)
 AS_FAST = ((names.STOCK_16, 1.15), (names.STOCK, 1.6), (names.ATEN, 0.98), (names.COMPILED, 0.98))
 # Those that are bound by bandwidth, and the share of a copy's that they reach at least, with so many tokens
-KERNELS, SHARE, TOKENS = ("down_projection", "up_projection", "grad_a"), 0.8, 4096
+KERNELS, SHARE, TOKENS = (names.DOWN_A, names.DOWN_B, names.UP_B, names.GRAD_A), 0.8, 4096
 ERROR = 1.1  # relative errors ÷ those of stock PEFT at most
 
 
@@ -88,8 +88,7 @@ def _bandwidths(result: Result) -> Iterator[Demand]:
         found = []
         for group in _timed(result, suite="kernels"):
             rival = next((name for name in group.rivals if name != names.COPY), None)
-            is_its = str(group.axes["kernel"]).replace(" ", "_").startswith(kernel)
-            if is_its and rival and int(group.axes["tokens"]) >= TOKENS:
+            if group.axes["kernel"] == kernel and rival and int(group.axes["tokens"]) >= TOKENS:
                 found.append((share_of_copy(result, group, rival), f"{group.name}, {rival}"))
         share, where = min((one for one in found if one[0]), default=(None, f"from {TOKENS} tokens"))
         yield Demand(f"{kernel}: bandwidth ÷ that of a copy; {where}", False, SHARE, share)

@@ -6,6 +6,7 @@ The background is transparent. Text is drawn as paths, since a page's fonts are 
 from __future__ import annotations
 
 from collections.abc import Iterable
+from math import inf
 from pathlib import Path
 
 from matplotlib.axes import Axes
@@ -61,9 +62,17 @@ def _plain(axis, values: Iterable[float] | None = None, unit: str = "") -> None:
     axis.set_minor_formatter(NullFormatter())
 
 
+def _finite(ratio: Ratio) -> Ratio:
+    """Of one round no interval is known: none is drawn."""
+    return ratio if ratio.high < inf else Ratio(ratio.median, ratio.median, ratio.median)
+
+
 def lines(axes: Axes, series: dict[str, dict[int, Ratio]], unit: str) -> None:
     """Over a logarithmic axis of the values measured; intervals as bands; names in the order of the ends."""
     axes.set_xscale("log")
+    series = {
+        name: {value: _finite(ratio) for value, ratio in points.items()} for name, points in series.items()
+    }
     ordered = sorted(series.items(), key=lambda one: -one[1][max(one[1])].median)
     for i, (name, points) in enumerate(ordered):
         colour, dashes, marker = STYLES.get(name, (INK, "--", "v"))
@@ -86,6 +95,7 @@ def lines(axes: Axes, series: dict[str, dict[int, Ratio]], unit: str) -> None:
 
 def bars(axes: Axes, factors: dict[str, Ratio]) -> None:
     """Times faster, over a logarithmic axis: from 1, to the left of it where below, the first on top."""
+    factors = {name: _finite(ratio) for name, ratio in factors.items()}
     for i, (middle, low, high) in enumerate(factors.values()):
         (bar,) = axes.barh(i, middle - 1, left=1, color=OURS, linewidth=0)
         bar.set_gid(f"series-{i}")

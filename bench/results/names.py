@@ -23,6 +23,8 @@ FLOAT32 = "mica.fast, float32"
 SVD = "torch.linalg.svd"
 SVD_TALL = f"{SVD}, tall"
 COPY = "copy"  # of a kernel's bytes, by PyTorch
+# What the memory-bound kernels compute
+DOWN_A, DOWN_B, UP_B, GRAD_A = "h = x Aᵀ", "g = dy B", "y += h Bᵀ", "dA = gᵀ x"
 
 FORWARD, BACKWARD, BOTH = "forward", "backward", "forward + backward"
 NO_GRADIENT = "forward without gradient"

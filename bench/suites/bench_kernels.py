@@ -19,7 +19,7 @@ from torch import Tensor
 
 from bench.measure.machine import DEVICE, ON_ACCELERATOR
 from bench.results import journal
-from bench.results.names import COPY
+from bench.results.names import COPY, DOWN_A, DOWN_B, GRAD_A, UP_B
 from bench.suites.bench_layer import CELLS as LAYERS
 from bench.suites.harness import each, pick, refusals
 from bench.suites.layer import make_layer
@@ -41,7 +41,7 @@ pytestmark = pytest.mark.skipif(not ON_ACCELERATOR, reason="needs a GPU, or a dr
 
 ROUNDS, ITERATIONS = pick(quick=1, default=1, cuda=4), pick(quick=1, default=1, cuda=50)
 DTYPE = torch.bfloat16
-NAMES = {"down-A": "h = x Aᵀ", "down-B": "g = dy B", "up-B": "y += h Bᵀ", "grad_a": "dA = gᵀ x"}
+NAMES = {"down-A": DOWN_A, "down-B": DOWN_B, "up-B": UP_B, "grad_a": GRAD_A}
 
 
 class Cell(NamedTuple):

@@ -10,12 +10,16 @@ from bench.results.names import (
     COMPILED,
     COPY,
     DEVICE_TIME,
+    DOWN_A,
+    DOWN_B,
     FAST,
     FORWARD,
+    GRAD_A,
     GROUPED,
     STOCK,
     STOCK_16,
     UNGROUPED,
+    UP_B,
     WALL,
 )
 from bench.results.schema import Result
@@ -102,24 +106,25 @@ def test_errors_are_noted_beside_another_clock():
 
 def test_of_a_kernel_the_slowest_of_large_cells_counts_by_its_first_configuration():
     groups = [
-        *kernel("down_projection", 8192, {"64 x 64": 0.9, "32 x 32": 0.1}, clock=WALL),
-        *kernel("down_projection", 4096, {"64 x 64": 0.85}),
-        *kernel("down_projection", 2048, {"64 x 64": 0.3}),
-        *kernel("up projection", 8192, {"a": 0.9, "b": 0.99}, copied=12e9),
+        *kernel(DOWN_A, 8192, {"64 x 64": 0.9, "32 x 32": 0.1}, clock=WALL),
+        *kernel(DOWN_A, 4096, {"64 x 64": 0.85}),
+        *kernel(DOWN_A, 2048, {"64 x 64": 0.3}),
+        *kernel(UP_B, 8192, {"a": 0.9, "b": 0.99}, copied=12e9),
         *kernel("embedding", 8192, {"a": 0.1}),
     ]
     found = {what: row for what, row in table(groups).items() if "bandwidth" in what}
     start = "bandwidth ÷ that of a copy"
     assert found == {
-        f"down_projection: {start}; down_projection, 4096 tokens, {DEVICE_TIME}, 64 x 64": (
+        f"{DOWN_A}: {start}; {DOWN_A}, 4096 tokens, {DEVICE_TIME}, 64 x 64": (
             "0.850 (0.85–0.85)",
             "yes",
         ),
-        f"up_projection: {start}; up projection, 8192 tokens, {DEVICE_TIME}, a": (
+        f"{UP_B}: {start}; {UP_B}, 8192 tokens, {DEVICE_TIME}, a": (
             "0.450 (0.45–0.45)",
             "**NO**",
         ),
-        f"grad_a: {start}; from 4096 tokens": ("", "not measured"),
+        f"{DOWN_B}: {start}; from 4096 tokens": ("", "not measured"),
+        f"{GRAD_A}: {start}; from 4096 tokens": ("", "not measured"),
     }
 
 
@@ -142,7 +147,7 @@ def test_a_rival_without_a_number_is_not_measured(rival, start):
 
 @pytest.mark.parametrize("missing", ["copy", "bytes"])
 def test_a_kernel_beside_no_copy_or_of_uncounted_bytes_is_not_measured(missing):
-    groups = kernel("grad_a", 8192, {"a": 0.9})
+    groups = kernel(GRAD_A, 8192, {"a": 0.9})
     assert "yes" in {met for _, met in table(groups).values()}
     for group in groups:
         if missing == "copy":

@@ -187,6 +187,7 @@ def test_the_machine_is_named_and_a_dry_run_is_no_measurement():
     dry = text([], {**MACHINE, "device": "dry run"}).splitlines()
     assert dry[2].startswith("**A dry run")
     assert dry[2].endswith("no measurements.**")
+    assert not any(line.startswith("- **") for line in dry)  # nothing is answered by it
     assert "dry" not in "".join(found)
     assert text([], {}).splitlines()[2].startswith("Of which machine is not known")
 
@@ -196,7 +197,9 @@ def test_what_is_asked_is_shown_of_an_accelerator_only():
     for groups, machine in (([], GPU), (layer(128, clock=WALL), {})):
         found = text(groups, machine)
         assert "## What is asked" in found
-        assert "| grad_a: bandwidth ÷ that of a copy; from 4096 tokens | ≥ 0.8 |  | not measured |" in found
+        assert (
+            "| dA = gᵀ x: bandwidth ÷ that of a copy; from 4096 tokens | ≥ 0.8 |  | not measured |" in found
+        )
 
 
 @pytest.fixture
