@@ -14,8 +14,6 @@ from bench.results.names import (
     KERNELS_UNGROUPED,
     MERGED,
     PYTORCH,
-    PYTORCH_GROUPED,
-    PYTORCH_UNGROUPED,
     STOCK,
 )
 from bench.suites import bench_host, harness
@@ -62,7 +60,7 @@ def test_stock_peft_under_our_name_is_refused_alone(tiny_generation, monkeypatch
 
 def test_without_stock_peft_there_is_nothing_to_compare_with(tiny_generation, monkeypatch):
     monkeypatch.setitem(bench_host.GENERATE, STOCK, nullcontext)
-    with pytest.raises(AssertionError, match="stock PEFT ran {'linear"):
+    with pytest.raises(AssertionError, match=r"stock PEFT ran {'linear"):
         bench_host.generate_setting("cell")
 
 
