@@ -118,7 +118,8 @@ class Run:
             return bool(entries)  # it has said so itself and left, or was between two tests
         why = "the process died" if state == "died" else f"nothing was heard for {job.silence:.0f} s"
         if "group" in last:
-            journal.write("refused", group=last["group"], rival=last["rival"], why=why)
+            whose = {"rival": last["rival"]} if "rival" in last else {}  # else what the cell's rivals share
+            journal.write("refused", group=last["group"], **whose, why=why)
         else:
             journal.write("test", stage=job.name, name=last["test"], outcome="failed", why=why, is_check=True)
         return True

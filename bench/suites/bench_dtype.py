@@ -6,14 +6,13 @@ whether this processor's own products of the dtype are used.
 """
 
 import functools
-import time
 
 import pytest
 import torch
 
 from bench.measure.machine import DEVICE, ON_ACCELERATOR
 from bench.results.names import FLOAT32
-from bench.suites.harness import each, iterations, pick
+from bench.suites.harness import each, iterations, pick, seconds_of
 from bench.suites.layer import exact, make_layer, relative_errors
 from mica.ops import mica_linear
 from mica.products import has_native
@@ -40,9 +39,11 @@ def judged(shape, dtype):
 
     for what, error in relative_errors(forward, gradients, exact(layer)).items():
         assert error <= RELATIVE[dtype], f"the relative error of {what} is {error:.2e}"
-    start = time.perf_counter()
-    gradients(forward())
-    return lambda: gradients(forward()), iterations(time.perf_counter() - start, sample=0.05)
+
+    def call():
+        return gradients(forward())
+
+    return call, iterations(seconds_of(call), sample=0.05)
 
 
 @functools.lru_cache(maxsize=1)

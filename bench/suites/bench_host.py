@@ -261,7 +261,7 @@ def bench_host_block(once, gated, one_thread, dtype, layers, part, round_, rival
 # generate() on SmolLM2-135M
 # ---------------------------------------------------------------------------------------------------
 
-GENERATE_ROUNDS, NEW_TOKENS = pick(quick=1, default=3, full=7), 32
+GENERATE_ROUNDS, NEW_TOKENS = pick(quick=1, default=3, full=7), pick(quick=16, default=16, full=32)
 GENERATE = {BARE: nullcontext, MERGED: nullcontext, STOCK: mica.fast.disabled, FAST: nullcontext}
 PROMPT_TOKENS = 16
 

@@ -154,6 +154,7 @@ def gated():
     def gated(group: str, check: Callable[[], object], rival: str = "") -> object:
         found = None
         if why_refused(group, rival) is None:
+            journal.write("doing", group=group)
             try:
                 found = check()
             except Exception as error:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Callable
 from math import ceil
 from typing import TypeVar
@@ -28,6 +29,15 @@ def pick(quick: T, default: T, full: T | None = None, cuda: T | None = None, dry
     if DEVICE == "cuda" and cuda is not None:
         return cuda
     return {"quick": quick, "default": default, "full": default if full is None else full}[SIZE]
+
+
+def seconds_of(call: Callable[[], object]) -> float:
+    """Of one call, with the wait for the device."""
+    start = time.perf_counter()
+    call()
+    if DEVICE == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - start
 
 
 def iterations(seconds: float, sample: float = 0.005) -> int:

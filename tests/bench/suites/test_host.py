@@ -1,0 +1,82 @@
+"""The suite of host time: kernels that are not launched, and `generate()`."""
+
+from contextlib import nullcontext
+
+import pytest
+import torch
+
+import mica.fast
+from bench.results.names import (
+    BARE,
+    FAST,
+    KERNELS,
+    KERNELS_GROUPED,
+    KERNELS_UNGROUPED,
+    MERGED,
+    PYTORCH,
+    STOCK,
+)
+from bench.suites import bench_host, harness
+from tests.support.models import tiny_llama
+
+CELLS = "(bench_host_layer or bench_host_block) and float32 and backward"
+
+
+def test_kernels_are_timed_that_are_not_launched(measured):
+    code, result, output = measured(["bench_host.py"], CELLS)
+    assert code == 0, output
+    layer, block = result.groups
+    launches = {name: rival.facts["launches"] for name, rival in layer.rivals.items()}
+    assert {name for name, count in launches.items() if count} == {KERNELS}
+    assert {PYTORCH, STOCK} <= launches.keys()
+    grouped, alone = (block.rivals[name].facts["launches"] for name in (KERNELS_GROUPED, KERNELS_UNGROUPED))
+    assert 0 < grouped < alone
+
+
+@pytest.fixture
+def tiny_generation(monkeypatch):
+    """`generate()` of a tiny model; what is learnt of it is forgotten afterwards."""
+    monkeypatch.setattr(
+        bench_host.models, "smollm2", lambda: tiny_llama(num_key_value_heads=2).requires_grad_(False)
+    )
+    monkeypatch.setattr(bench_host.models, "python_reference_tokens", lambda: torch.arange(3, 40))
+    monkeypatch.setattr(harness, "refusals", {})
+    yield
+    bench_host.generate_setting.cache_clear()
+
+
+def test_generating_is_timed_where_all_give_the_same_tokens(tiny_generation):
+    rivals = bench_host.generate_setting("cell")
+    assert list(rivals) == list(bench_host.GENERATE)
+    assert rivals[FAST] is rivals[STOCK]
+    assert bench_host.generated(rivals[BARE], 3).shape == (1, 3)
+
+
+def test_stock_peft_under_our_name_is_refused_alone(tiny_generation, monkeypatch):
+    monkeypatch.setitem(bench_host.GENERATE, FAST, mica.fast.disabled)
+    assert bench_host.generate_setting("cell").keys() == {BARE, MERGED, STOCK}
+    assert harness.refusals == {("cell", FAST): "mica.fast ran {}"}
+
+
+def test_without_stock_peft_there_is_nothing_to_compare_with(tiny_generation, monkeypatch):
+    monkeypatch.setitem(bench_host.GENERATE, STOCK, nullcontext)
+    with pytest.raises(AssertionError, match=r"stock PEFT ran {'linear"):
+        bench_host.generate_setting("cell")
+
+
+@pytest.mark.parametrize("rival", [MERGED, FAST])
+def test_generating_other_tokens_than_stock_is_refused(tiny_generation, monkeypatch, rival):
+    order, generated = iter((STOCK, BARE, MERGED, FAST)), bench_host.generated
+
+    def one_wrong(model, new_tokens):
+        return generated(model, new_tokens) + (next(order) == rival)
+
+    monkeypatch.setattr(bench_host, "generated", one_wrong)
+    assert bench_host.generate_setting("cell").keys() == {*bench_host.GENERATE} - {rival}
+    assert harness.refusals == {("cell", rival): f"{rival} generates other tokens than stock PEFT"}
+
+
+def test_generating_as_the_bare_model_does_is_refused(tiny_generation, monkeypatch):
+    monkeypatch.setattr(bench_host.models, "randomise", lambda model, scale: model)  # A = 0
+    with pytest.raises(AssertionError, match="the adapter makes no difference"):
+        bench_host.generate_setting("cell")
