@@ -94,7 +94,7 @@ def grad_a(target: str, num_tokens: int, block_r: int, itemsize: int) -> tuple[C
     """For dA = gᵀ x: a tile of x (block_m tokens, block_k columns) an iteration, over the split's tokens.
 
     Few tokens cannot be split much: there the programs come from narrow tiles, each of which reads g again.
-    For ranks above 64 that is more than what they read of x.
+    Above rank 64 that is four times what they read of x, and more.
     """
     block_m = 128 // itemsize
     if block_r <= 64:
