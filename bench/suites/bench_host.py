@@ -261,7 +261,7 @@ def bench_host_block(once, gated, one_thread, dtype, layers, part, round_, rival
 # generate() on SmolLM2-135M
 # ---------------------------------------------------------------------------------------------------
 
-GENERATE_ROUNDS, NEW_TOKENS = pick(quick=1, default=3, full=7), pick(quick=16, default=16, full=32)
+GENERATE_ROUNDS, NEW_TOKENS = 7, 32
 GENERATE = {BARE: nullcontext, MERGED: nullcontext, STOCK: mica.fast.disabled, FAST: nullcontext}
 PROMPT_TOKENS = 16
 
@@ -302,7 +302,7 @@ def generate_setting(group):
     return each(group, {name: partial(judged_model, name) for name in rivals})
 
 
-@pytest.mark.skipif(SIZE == "quick", reason="SmolLM2 takes half a minute to set up: not in a quick run")
+@pytest.mark.skipif(SIZE != "full", reason="part of --full")  # half a minute to set up
 @pytest.mark.parametrize("rival", GENERATE)
 @pytest.mark.parametrize("round_", range(GENERATE_ROUNDS))
 def bench_host_generation(once, gated, round_, rival):

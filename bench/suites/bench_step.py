@@ -8,6 +8,7 @@ PEFT's. Memory: what is saved for the backward, by how much memory grows within 
 AdamW's states.
 """
 
+import copy
 import functools
 from typing import NamedTuple
 
@@ -17,7 +18,7 @@ import torch
 from bench.measure.machine import DEVICE, ON_ACCELERATOR
 from bench.measure.memory import optimizer_bytes, peak_growth, saved_bytes, trainable_bytes
 from bench.results.names import BARE, FAST, GROUPED, STOCK, STOCK_16, UNGROUPED
-from bench.suites.decoder import LLAMA_GROUPS, RANK, Work, adapted, causal
+from bench.suites.decoder import LLAMA_GROUPS, RANK, Work, adapted, cast, causal
 from bench.suites.harness import each, pick
 from bench.suites.steps import CONTEXTS, Step, judged, promised
 from tests.support import models
@@ -81,10 +82,13 @@ CELLS = pick(
 )
 
 
+smollm2 = functools.cache(models.smollm2)  # 15 s to read
+
+
 def work_of(cell: Cell) -> Work:
     torch.manual_seed(0)
     if cell.model == SMOLLM2:
-        bare = models.smollm2(DTYPES[cell.dtype])
+        bare = cast(copy.deepcopy(smollm2()), DTYPES[cell.dtype])
         ids = models.python_reference_tokens()[: cell.tokens[0] * cell.tokens[1]].view(cell.tokens)
     else:
         bare = causal(cell.model, cell.layers, cell.vocabulary, DTYPES[cell.dtype])

@@ -49,6 +49,13 @@ def causal(name: str, layers: int, vocabulary: int, dtype: torch.dtype) -> nn.Mo
     return AutoModelForCausalLM.from_config(config_of(name, layers, vocabulary), dtype=dtype)
 
 
+def cast(model: nn.Module, dtype: torch.dtype) -> nn.Module:
+    """In place; not the rotary embedding's fp32 frequencies, which are a buffer."""
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(dtype)
+    return model
+
+
 class Work(NamedTuple):
     """What rivals run: a model without a head gives y of x's shape, one with a head the loss of ``labels``.
 
@@ -66,8 +73,7 @@ class Work(NamedTuple):
         """Of the bare model or of a copy of the masters; ``rate``: AdamW's."""
         model = self.bare if rival == BARE else copy.deepcopy(self.masters)
         if rival == STOCK_16:
-            for parameter in model.parameters():  # not the rotary embedding's fp32 frequencies, a buffer
-                parameter.data = parameter.data.to(self.x.dtype)
+            cast(model, self.x.dtype)
         return self.step_of(model, context, operators, rate)
 
     def step_of(
