@@ -16,6 +16,14 @@ import pytest
 import torch
 
 import mica.fast
+from tests.support.thinning import ON_DEVICE, off_the_diagonal
+
+
+def pytest_collection_modifyitems(config, items):
+    if ON_DEVICE:
+        dropped = off_the_diagonal(items)
+        config.hook.pytest_deselected(items=list(dropped))
+        items[:] = [item for item in items if item not in dropped]
 
 
 @pytest.fixture(autouse=True)

@@ -2,12 +2,18 @@
 
 import pytest
 
+from tests.support.thinning import ON_DEVICE
+
+EXAMPLES = 3 if ON_DEVICE else 20  # nearly each is a variant of a kernel to compile
+
 try:
     from hypothesis import given, settings
     from hypothesis import strategies as st
 
     # No deadline: the first example compiles or warms up. Derandomised: a red run is red again.
-    settings.register_profile("kernels", deadline=None, derandomize=True, max_examples=20, database=None)
+    settings.register_profile(
+        "kernels", deadline=None, derandomize=True, max_examples=EXAMPLES, database=None
+    )
     settings.load_profile("kernels")
 except ImportError:
 
