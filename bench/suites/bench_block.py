@@ -13,11 +13,12 @@ import torch
 from transformers import AutoModel, GPT2Config, PretrainedConfig
 from transformers.pytorch_utils import Conv1D
 
+from bench.measure.clocks import seconds
 from bench.measure.machine import DEVICE
 from bench.measure.memory import saved_bytes
 from bench.results.names import BARE, GROUPED, STOCK, STOCK_16, UNGROUPED
 from bench.suites.decoder import LLAMA_GROUPS, RANK, Work, adapted, config_of
-from bench.suites.harness import each, iterations, pick, seconds_of
+from bench.suites.harness import each, iterations, pick
 from bench.suites.steps import CONTEXTS, Step, judged, promised
 
 ROUNDS = pick(quick=3, default=4, full=6, cuda=10, dry=1)
@@ -99,7 +100,7 @@ def setting(name: str, group: str) -> Setting:
     for rival, step in steps.items():
         with step.form.context():
             saved[rival] = saved_bytes(step.form.forward, [step.form.module]) / 1e6
-    return Setting(steps, saved, iterations(seconds_of(steps[BARE])))
+    return Setting(steps, saved, iterations(seconds(steps[BARE])))
 
 
 # the first named parameter is the innermost loop: rivals take turns within a round

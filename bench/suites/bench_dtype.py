@@ -10,9 +10,10 @@ import functools
 import pytest
 import torch
 
+from bench.measure.clocks import seconds
 from bench.measure.machine import DEVICE, ON_ACCELERATOR
 from bench.results.names import FLOAT32
-from bench.suites.harness import each, iterations, pick, seconds_of
+from bench.suites.harness import each, iterations, pick
 from bench.suites.layer import exact, make_layer, relative_errors
 from mica.ops import mica_linear
 from mica.products import has_native
@@ -43,7 +44,7 @@ def judged(shape, dtype):
     def call():
         return gradients(forward())
 
-    return call, iterations(seconds_of(call), sample=0.05)
+    return call, iterations(seconds(call), sample=0.05)
 
 
 @functools.lru_cache(maxsize=1)

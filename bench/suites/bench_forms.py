@@ -20,8 +20,8 @@ from torch import Tensor
 from bench.measure.machine import DEVICE, ON_ACCELERATOR
 from bench.results.names import ATEN, BACKWARD, BARE, BORDERED, DESCRIPTOR, FAST, FORWARD, FUSED
 from bench.suites.bench_layer import Cell
-from bench.suites.harness import each, pick
-from bench.suites.layer import AtenControl, Form, Layer, exact, make_layer, relative_errors
+from bench.suites.harness import each, pick, turns
+from bench.suites.layer import AtenControl, Form, Layer, exact, make_layer, noted, relative_errors
 from mica.ops import call_counts, mica_linear
 from tests.support.tolerances import RELATIVE
 
@@ -124,7 +124,7 @@ def judged(name: str, build: Callable[[], Form], layer: Layer, truth: dict[str, 
     limit = 1.0 if name == BARE else RELATIVE[DTYPE]  # the bare layer lacks the adapter's term
     for what, wrong in errors.items():
         assert wrong <= limit, f"the relative error of {what} is {wrong:.2e}, above {limit:.0e}"
-    return form, {} if name == BARE else {f"error of {what}": float(f"{e:.3g}") for what, e in errors.items()}
+    return form, noted(name, errors)
 
 
 @functools.lru_cache(maxsize=1)
@@ -136,23 +136,23 @@ def setting(cell: Cell) -> tuple[dict[str, tuple[Form, dict[str, float]]], Tenso
     return each(name_of(cell), made), layer.grad_output
 
 
-# the first named parameter is the innermost loop: rivals take turns within a round
-def cases():
-    for cell in CELLS:
-        for round_ in range(ROUNDS):
-            for part in (FORWARD, BACKWARD):
-                for name in RIVALS:
-                    yield pytest.param(cell, round_, part, name, id=f"{cell.key}-{part}-{round_}-{name}")
-
-
-@pytest.mark.parametrize(("cell", "round_", "part", "rival"), cases())
+@pytest.mark.parametrize(
+    ("cell", "round_", "part", "rival"),
+    turns(CELLS, (FORWARD, BACKWARD), lambda cell: ROUNDS, lambda *_: RIVALS),
+)
 def bench_forms(once, gated, cell, round_, part, rival):
     group = f"{name_of(cell)}, {part}"
     forms, grad_output = gated(group, lambda: setting(cell), rival)
     form, facts = forms[rival]
     with form.context():
-        call = form.forward
-        if part == BACKWARD:
-            call = functools.partial(form.gradients, form.forward(), grad_output)
         axes = {**cell.axes, "suite": "forms", "pass": part}
-        once(call, group, rival, axes, ITERATIONS, warm_up=True, all_clocks=True, **facts)
+        once(
+            form.call(part, grad_output),
+            group,
+            rival,
+            axes,
+            ITERATIONS,
+            warm_up=True,
+            all_clocks=True,
+            **facts,
+        )

@@ -17,8 +17,8 @@ import mica.fast
 from bench.measure.machine import DEVICE, ON_ACCELERATOR
 from bench.results.names import BACKWARD, BARE, FORWARD, GROUPED, STOCK_16, UNGROUPED
 from bench.suites.bench_layer import Cell
-from bench.suites.harness import each, pick
-from bench.suites.layer import Form, Layer, adapted_module, make_layer
+from bench.suites.harness import each, pick, turns
+from bench.suites.layer import Form, Layer, adapted_module, make_layer, noted
 from mica import reference
 from mica.ops import mica_linear, mica_linear_group
 from tests.support.tolerances import RELATIVE, error
@@ -106,7 +106,7 @@ def judged(
             assert errors[what] <= limit, (
                 f"the relative error of {what} is {errors[what]:.2e}, above {limit:.0e}"
             )
-    return form, {} if name == BARE else {f"error of {what}": float(f"{e:.3g}") for what, e in errors.items()}
+    return form, noted(name, errors)
 
 
 @functools.lru_cache(maxsize=1)
@@ -120,23 +120,23 @@ def setting(cell: Cell) -> tuple[dict[str, tuple[Form, dict[str, float]]], list[
     return each(name_of(cell), made), [layer.grad_output for layer in layers]
 
 
-# the first named parameter is the innermost loop: rivals take turns within a round
-def cases():
-    for cell in CELLS:
-        for round_ in range(ROUNDS):
-            for part in (FORWARD, BACKWARD):
-                for name in RIVALS:
-                    yield pytest.param(cell, round_, part, name, id=f"{cell.key}-{part}-{round_}-{name}")
-
-
-@pytest.mark.parametrize(("cell", "round_", "part", "rival"), cases())
+@pytest.mark.parametrize(
+    ("cell", "round_", "part", "rival"),
+    turns(CELLS, (FORWARD, BACKWARD), lambda cell: ROUNDS, lambda *_: RIVALS),
+)
 def bench_group(once, gated, cell, round_, part, rival):
     group = f"{name_of(cell)}, {part}"
     forms, grad_outputs = gated(group, lambda: setting(cell), rival)
     form, facts = forms[rival]
     with form.context():
-        call = form.forward
-        if part == BACKWARD:
-            call = functools.partial(form.gradients, form.forward(), grad_outputs)
         axes = {**cell.axes, "suite": "group", "layers": COUNT, "pass": part}
-        once(call, group, rival, axes, ITERATIONS, warm_up=True, all_clocks=True, **facts)
+        once(
+            form.call(part, grad_outputs),
+            group,
+            rival,
+            axes,
+            ITERATIONS,
+            warm_up=True,
+            all_clocks=True,
+            **facts,
+        )

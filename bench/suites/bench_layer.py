@@ -1,8 +1,8 @@
 """One adapted linear layer, forward and backward, against everything it can be compared with.
 
 From one layer (2048 x 2048, 1024 tokens, r = 16, bf16) one axis varies at a time: tokens, rank, shape, dtype.
-Beside that stands a grid of few tokens by rank, where calls cost as much as products do; a full run has one
-of all tokens. On an accelerator the layer has 4096 x 4096, tokens vary by rank, and kernels are demanded.
+Beside that stand few tokens by rank, where calls cost as much as products do; a full run has a grid of all
+tokens by rank. On an accelerator the layer has 4096 x 4096, tokens vary by rank, and kernels are demanded.
 
 All rivals of a cell compute with the same x, W, A and B; each of their y, dx and dA is checked against
 `mica.reference` before anything is timed, and one that is wrong is out alone. The forward is timed with a
@@ -35,8 +35,17 @@ from bench.results.names import (
     STOCK,
     STOCK_16,
 )
-from bench.suites.harness import each, iterations, pick
-from bench.suites.layer import AtenControl, Form, adapted_module, by_hand, exact, make_layer, relative_errors
+from bench.suites.harness import each, iterations, pick, turns
+from bench.suites.layer import (
+    AtenControl,
+    Form,
+    adapted_module,
+    by_hand,
+    exact,
+    make_layer,
+    noted,
+    relative_errors,
+)
 from mica.products import has_native
 
 ROUNDS = pick(quick=3, default=5, cuda=6, dry=1)
@@ -98,24 +107,26 @@ def chosen(cells: list[Cell]) -> list[Cell]:
     return [*found.values()]
 
 
-COMPILED_TOKENS = (256, 1024)
 SHAPES, RANKS = ((576, 576), (1536, 576), (2048, 2048)), (4, 16, 64, 128)
 AXES = [
-    *(Cell(tokens, compiled=tokens in COMPILED_TOKENS) for tokens in (128, 256, 512, 1024, 2048, 4096, 8192)),
-    *(Cell(rank=rank) for rank in (4, 32, 64, 128)),
-    *(Cell(tokens, dtype="float32", compiled=tokens == 1024) for tokens in (128, 256, 1024, 4096)),
-    *(Cell(1024, *shape) for shape in ((576, 576), (1024, 1024), (4096, 4096), (8192, 2048), (2048, 8192))),
-    *(Cell(tokens, 1536, 576) for tokens in (128, 256, 1024)),
-    Cell(1024, 576, 1536),
-    *(Cell(tokens, 576, 576) for tokens in (128, 256)),
-    *(Cell(tokens, 576, 576, dtype="float32") for tokens in (128, 256, 1024)),
+    *(Cell(tokens, compiled=tokens == 1024) for tokens in (128, 512, 1024, 4096)),
+    *(Cell(rank=rank) for rank in (4, 64, 128)),
+    *(Cell(tokens, dtype="float32", compiled=tokens == 1024) for tokens in (128, 1024)),
+    *(Cell(1024, *shape) for shape in ((576, 576), (1536, 576), (576, 1536), (4096, 4096))),
+    *(Cell(tokens, 576, 576, dtype="float32") for tokens in (256, 1024)),
     *(Cell(1024, 576, 576, rank=rank) for rank in (4, 128)),
+    *grid((1, 32), SHAPES[:1], (16, 128)),
+    *grid((1,), SHAPES[2:], (16,)),
 ]
-FEW = [
-    *grid((1, 8, 32, 128), SHAPES[:1], (4, 128)),
-    *grid((1, 32), SHAPES[:1], (16, 64)),
-    *grid((1, 32), SHAPES[1:], (16, 128)),
+MORE = [
+    *(Cell(tokens, compiled=tokens == 256) for tokens in (256, 2048, 8192)),
+    Cell(rank=32),
+    *(Cell(tokens, dtype="float32") for tokens in (256, 4096)),
+    *(Cell(1024, *shape) for shape in ((1024, 1024), (8192, 2048), (2048, 8192))),
+    *(Cell(tokens, 1536, 576) for tokens in (128, 256)),
+    *(Cell(tokens, 576, 576, dtype=dtype) for dtype in DTYPES for tokens in (128, 256)),
     *(Cell(tokens, 576, 576, 128, "float32") for tokens in (1024, 8192)),
+    *grid((1, 8, 32, 128, 512, 2048, 8192), SHAPES, RANKS),
 ]
 CUDA = [
     *(
@@ -137,8 +148,8 @@ CELLS = chosen(
         ],
         cuda=CUDA,
         dry=[Cell(40, 48, 64, 16, compiled=True), Cell(1, 80, 96, 64)],
-        default=[*AXES, *FEW],
-        full=[*AXES, *FEW, *grid((1, 8, 32, 128, 512, 2048, 8192), SHAPES, RANKS)],
+        default=AXES,
+        full=[*AXES, *MORE],
     )
 )
 
@@ -198,8 +209,7 @@ def judged(cell: Cell, layer, name: str, build, truth) -> tuple[Form, dict[str, 
         assert ran == 2 * (name == FAST), f"{ran} calls of our operator"
         modules = [] if form.module is None else [form.module]
         saved = saved_bytes(form.forward, modules, but=[layer.weight]) / 1e6
-    wrong = {f"error of {what}": float(f"{errors[what]:.3g}") for what in ("y", "dx", "dA") if what in errors}
-    return form, {"saved_mb": saved, **(wrong if name != BARE else {})}
+    return form, {"saved_mb": saved, **noted(name, errors)}
 
 
 @functools.lru_cache(maxsize=1)
@@ -227,16 +237,9 @@ def rivals(cell: Cell, part: str) -> list[str]:
     return names
 
 
-# the first named parameter is the innermost loop: rivals take turns within a round
-def cases():
-    for cell in CELLS:
-        for round_ in range(cell.rounds):
-            for part in PASSES:
-                for name in rivals(cell, part):
-                    yield pytest.param(cell, round_, part, name, id=f"{cell.key}-{part}-{round_}-{name}")
-
-
-@pytest.mark.parametrize(("cell", "round_", "part", "rival"), cases())
+@pytest.mark.parametrize(
+    ("cell", "round_", "part", "rival"), turns(CELLS, PASSES, lambda cell: cell.rounds, rivals)
+)
 def bench_layer(once, gated, cell, round_, part, rival):
     group = f"{cell.name}, {part}"
     found = gated(group, lambda: setting(cell), rival)
@@ -244,8 +247,13 @@ def bench_layer(once, gated, cell, round_, part, rival):
     facts = found.facts[rival] if round_ == 0 and part != NO_GRADIENT else {}
     axes = {**cell.axes, "pass": part}
     with form.context(), torch.set_grad_enabled(part != NO_GRADIENT):
-        if part == BACKWARD:
-            call = functools.partial(form.gradients, form.forward(), found.grad_output)
-        else:
-            call = form.forward
-        once(call, group, rival, axes, count, warm_up=True, all_clocks=True, **facts)
+        once(
+            form.call(part, found.grad_output),
+            group,
+            rival,
+            axes,
+            count,
+            warm_up=True,
+            all_clocks=True,
+            **facts,
+        )

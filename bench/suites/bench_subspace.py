@@ -15,10 +15,11 @@ import pytest
 import torch
 from torch import Tensor
 
+from bench.measure.clocks import seconds
 from bench.measure.machine import DEVICE
 from bench.measure.memory import peak_growth
 from bench.results.names import SVD, SVD_TALL
-from bench.suites.harness import each, iterations, pick, seconds_of
+from bench.suites.harness import each, iterations, pick
 from mica import minor_subspace
 from mica.subspace.many import Task, solve_many
 from tests.support import models
@@ -139,7 +140,7 @@ def setting(cell: Cell) -> tuple[dict[str, Callable], int]:
     }
     found = each(cell.name, {rival: builds[rival] for rival in cell.rivals})
     *_, ours = found.values()  # come last
-    return found, iterations(seconds_of(ours))
+    return found, iterations(seconds(ours))
 
 
 CASES = [(cell, round_, rival) for cell in CELLS for round_ in range(cell.rounds) for rival in cell.rivals]

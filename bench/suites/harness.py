@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import os
-import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import product
 from math import ceil
-from typing import TypeVar
+from typing import Any, TypeVar
 
+import pytest
 import torch
 
 from bench.measure.machine import DEVICE, IS_DRY, SIZE
@@ -31,21 +32,25 @@ def pick(quick: T, default: T, full: T | None = None, cuda: T | None = None, dry
     return {"quick": quick, "default": default, "full": default if full is None else full}[SIZE]
 
 
-def seconds_of(call: Callable[[], object]) -> float:
-    """Of one call, with the wait for the device."""
-    start = time.perf_counter()
-    call()
-    if DEVICE == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter() - start
-
-
 def iterations(seconds: float, sample: float = 0.005) -> int:
     """How many calls of this length make one sample of about ``sample`` seconds: 1 to 100.
 
     The calls are those of the fastest rival, the bare one; the others take up to five times as long.
     """
     return 1 if IS_DRY else min(100, max(1, ceil(sample / seconds)))
+
+
+def turns(
+    cells: Iterable[Any],
+    parts: Sequence[str],
+    rounds: Callable[[Any], int],
+    rivals: Callable[[Any, str], Iterable[str]],
+) -> Iterator[object]:
+    """Parameters (cell, round, pass, rival) of a suite's test: the rivals of a pass take turns in a round."""
+    for cell in cells:
+        for round_, part in product(range(rounds(cell)), parts):
+            for name in rivals(cell, part):
+                yield pytest.param(cell, round_, part, name, id=f"{cell.key}-{part}-{round_}-{name}")
 
 
 def refuse(group: str, why: str, rival: str | None = None) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -16,6 +17,7 @@ import torch.nn.functional as F
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 
+from bench.results.names import BACKWARD, BARE
 from mica import reference
 
 
@@ -41,6 +43,10 @@ class Form(NamedTuple):
 
     def gradients(self, y: Tensor, grad_output: Tensor) -> tuple[Tensor, ...]:
         return torch.autograd.grad(y, self.inputs, grad_output, retain_graph=True)
+
+    def call(self, part: str, grad_output: Tensor) -> Callable[[], object]:
+        """What is timed as this pass; of a backward the forward is run now."""
+        return partial(self.gradients, self.forward(), grad_output) if part == BACKWARD else self.forward
 
 
 def make_layer(tokens: int, out: int, inner: int, rank: int, dtype: torch.dtype, device: str) -> Layer:
@@ -123,3 +129,10 @@ def relative_errors(
         name: float((value.detach().to(truth[name].dtype) - truth[name]).norm() / truth[name].norm())
         for name, value in values.items()
     }
+
+
+def noted(rival: str, errors: dict[str, float]) -> dict[str, float]:
+    """As facts of the rival; the bare layer's say nothing."""
+    if rival == BARE:
+        return {}
+    return {f"error of {what}": float(f"{errors[what]:.3g}") for what in ("y", "dx", "dA") if what in errors}
