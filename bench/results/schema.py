@@ -104,9 +104,9 @@ class Group:
         return interval([value / median(unit) for value in extra])
 
 
-def is_refused(refusal: dict[str, str], group: str, rival: str) -> bool:
+def is_refused(refusal: dict[str, str | None], group: str, rival: str) -> bool:
     """It names a group, for all whose names go on from there, and a rival unless it holds for every one."""
-    return f"{group}, ".startswith(f"{refusal['group']}, ") and refusal.get("rival", rival) == rival
+    return f"{group}, ".startswith(f"{refusal['group']}, ") and refusal.get("rival") in (None, rival)
 
 
 @dataclass

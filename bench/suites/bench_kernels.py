@@ -186,7 +186,7 @@ def table(monkeypatch, tmp_path):
     """Where the product's tuner writes: beside the journal. A process that goes on keeps what is there."""
     folder = os.environ.get(journal.VARIABLE)
     file = (Path(folder).parent if folder else tmp_path) / "tuning.json"
-    if not any(one["group"] == TUNED for one in refusals):
+    if not any(group == TUNED for group, _ in refusals):
         file.unlink(missing_ok=True)
     monkeypatch.setenv("MICA_TUNE_FILE", str(file))
     yield file

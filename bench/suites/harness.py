@@ -17,9 +17,11 @@ from bench.results.schema import is_refused
 
 T = TypeVar("T")
 
-# Cells, and rivals of them, that have no number. After a crash the run goes on in a new process, which must
-# not try again what crashed.
-refusals: list[dict[str, str]] = [entry for entry in journal.read() if entry["kind"] == "refused"]
+# Why a cell, or a rival of it, has no number: (group, rival or None) -> a sentence. After a crash the run
+# goes on in a new process, which must not try again what crashed.
+refusals: dict[tuple[str, str | None], str] = {
+    (one["group"], one.get("rival")): one["why"] for one in journal.read() if one["kind"] == "refused"
+}
 CRASHED = 86  # exit status of a process whose device does not answer any more
 
 
@@ -55,10 +57,9 @@ def turns(
 
 def refuse(group: str, why: str, rival: str | None = None) -> None:
     """The cell for good, or this rival of it."""
-    entry = {"group": group, **({} if rival is None else {"rival": rival}), "why": why}
     if why_refused(group, rival or "") is None:
-        refusals.append(entry)
-        journal.write("refused", **entry)
+        refusals[group, rival] = why
+        journal.write("refused", group=group, **({} if rival is None else {"rival": rival}), why=why)
 
 
 def sentence(error: BaseException) -> str:
@@ -87,7 +88,10 @@ def each(group: str, builds: dict[str, Callable[[], T]]) -> dict[str, T]:
 
 
 def why_refused(group: str, rival: str) -> str | None:
-    return next((one["why"] for one in refusals if is_refused(one, group, rival)), None)
+    for (name, whose), why in refusals.items():
+        if is_refused({"group": name, "rival": whose}, group, rival):
+            return why
+    return None
 
 
 def leave_if_crashed() -> None:

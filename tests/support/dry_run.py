@@ -1,15 +1,11 @@
 """A suite of the benchmarks as on an accelerator, without one: interpreted kernels, tiny shapes, no clock."""
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import NamedTuple
 
 from bench.results import journal
 from bench.results.schema import Result
-
-ROOT = Path(__file__).resolve().parents[2]
+from tests.support.processes import ROOT, start
 
 
 class DryRun(NamedTuple):
@@ -22,18 +18,11 @@ class DryRun(NamedTuple):
 def dry_run(folder: Path, file: str, *arguments: str, injected: str = "") -> DryRun:
     """Run it in a process of its own; ``injected``: Python that breaks something there first."""
     (folder / "injected.py").write_text(injected)
-    environment = {
-        **os.environ,
-        "PYTHONPATH": os.pathsep.join([str(ROOT), str(folder)]),
-        "MICA_BENCH_SIZE": "dry",
-        "TRITON_INTERPRET": "1",
-        "MICA_BACKEND": "triton",
-        journal.VARIABLE: str(folder / "journal.jsonl"),
-    }
     suites = ROOT / "bench" / "suites"
-    command = [sys.executable, "-m", "pytest", str(suites / file), "-c", str(suites / "pytest.ini")]
-    command += ["-p", "injected", *arguments]
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    settings = {"MICA_BENCH_SIZE": "dry", "TRITON_INTERPRET": "1", "MICA_BACKEND": "triton"}
+    settings[journal.VARIABLE] = str(folder / "journal.jsonl")
+    command = ["pytest", suites / file, "-c", suites / "pytest.ini", "-p", "injected", *arguments]
+    done = start(*command, path=folder, **settings)
     assert done.returncode in (0, 1), done.stdout + done.stderr
     entries = journal.read(folder / "journal.jsonl")
     tests = {entry["name"].partition("::")[2]: entry for entry in entries if entry["kind"] == "test"}

@@ -1,10 +1,6 @@
 """`make gpu` rehearsed without a GPU: every stage runs, and a fault in one leaves the others' results."""
 
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -13,18 +9,15 @@ from bench.gpu import __main__ as gpu
 from bench.gpu.stages import STAGES, job
 from bench.results.names import FAST
 from bench.results.schema import Result
-
-ROOT = Path(__file__).resolve().parents[3]
+from tests.support.processes import start
 
 
 def rehearse(folder, *options, faults=""):
     """(exit status, result, stage -> summary line that was printed, everything printed)."""
-    outside = {name: value for name, value in os.environ.items() if not name.startswith(("PYTEST_", "MICA_"))}
-    environment = {**outside, "OUT": str(folder), "OMP_NUM_THREADS": "1"}
+    settings = {"OUT": str(folder), "OMP_NUM_THREADS": "1"}
     if faults:
-        environment |= {"MICA_TEST_FAULTS": faults, "PYTEST_ADDOPTS": "-p tests.support.broken_stage"}
-    command = [sys.executable, "-m", "bench.gpu", "--dry-run", "--name", "run", *options]
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+        settings |= {"MICA_TEST_FAULTS": faults, "plugin": "tests.support.broken_stage"}
+    done = start("bench.gpu", "--dry-run", "--name", "run", *options, **settings)
     lines = [line.removeprefix("STAGE ") for line in done.stdout.splitlines() if line.startswith("STAGE ")]
     stages = {one["stage"]: one for one in map(json.loads, lines)}
     return done.returncode, Result.load(folder / "run.json"), stages, done.stdout + done.stderr

@@ -1,13 +1,10 @@
 """Suites in processes of their own, as a run starts them."""
 
-import os
-import subprocess
-
 import pytest
 
 from bench import run
-from bench.measure.machine import ROOT
 from bench.results import journal
+from tests.support.processes import start
 
 
 @pytest.fixture(scope="session")
@@ -16,22 +13,11 @@ def measured(tmp_path_factory):
 
     def measured(files, selection="", operator=None, **environment):
         path = tmp_path_factory.mktemp("run") / "journal.jsonl"
-        # not those of this test run: in a worker of xdist, pytest-benchmark times nothing
-        outside = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
-        outside.pop("TRITON_INTERPRET", None)
+        settings = {"MICA_BENCH_SIZE": "quick", journal.VARIABLE: str(path), **environment}
         if operator:
-            environment["MICA_TEST_OPERATOR"] = operator
-            environment["PYTEST_ADDOPTS"] = "-p tests.support.broken_operator"
-        environment = {
-            **outside,
-            "PYTHONPATH": str(ROOT),
-            "MICA_BENCH_SIZE": "quick",
-            journal.VARIABLE: str(path),
-            **environment,
-        }
-        done = subprocess.run(
-            run.suite(files, selection), cwd=ROOT, env=environment, capture_output=True, text=True
-        )
+            settings |= {"MICA_TEST_OPERATOR": operator, "plugin": "tests.support.broken_operator"}
+        command = run.suite(files, selection)
+        done = start(*command[command.index("-m") + 1 :], **settings)
         return done.returncode, journal.fold(journal.read(path), {}), done.stdout + done.stderr
 
     return measured
