@@ -114,14 +114,17 @@ class Run:
     def _blame(self, job: Job, state: str) -> bool:
         """Note what it was doing, which the next process leaves out; whether it had begun to do anything."""
         entries = [one for one in self._entries() if one["kind"] in ("doing", "refused", "test")]
-        if not entries or (last := entries[-1])["kind"] != "doing":
-            return bool(entries)  # it has said so itself and left, or was between two tests
+        if not entries:
+            return False
         why = "the process died" if state == "died" else f"nothing was heard for {job.silence:.0f} s"
-        if "group" in last:
+        last, ended = entries[-1], {one["name"] for one in entries if one["kind"] == "test"}
+        if last["kind"] == "doing" and "group" in last:
             whose = {"rival": last["rival"]} if "rival" in last else {}  # else what the cell's rivals share
             journal.write("refused", group=last["group"], **whose, why=why)
-        else:
-            journal.write("test", stage=job.name, name=last["test"], outcome="failed", why=why, is_check=True)
+        elif last["kind"] != "refused":  # else it has said so itself, and left
+            started = dict.fromkeys(one["test"] for one in entries if "test" in one)
+            for name in started.keys() - ended:  # of several at once the others have gone on
+                journal.write("test", stage=job.name, name=name, outcome="failed", why=why, is_check=True)
         return True
 
     def _summary(self, job: Job, state: str, seconds: float) -> dict:

@@ -107,6 +107,23 @@ if not any(one["kind"] == "test" and one["is_check"] for one in journal.read()):
     assert [(one["outcome"], one["why"]) for one in result.checks] == [("failed", "the process died")]
 
 
+def test_of_tests_at_once_the_one_that_has_not_ended_is_blamed(start):
+    code = """
+if not journal.read():
+    for name in ("hangs", "goes on", "goes on after it"):
+        journal.write("doing", stage="stage", test=name)
+        if name != "hangs":
+            journal.write("test", stage="stage", name=name, outcome="passed", is_check=True)
+    time.sleep(60)
+"""
+    _, result = start(code, silence=1.0)
+    assert {one["name"]: one["outcome"] for one in result.checks} == {
+        "goes on": "passed",
+        "goes on after it": "passed",
+        "hangs": "failed",
+    }
+
+
 def test_results_are_there_while_it_runs(start, tmp_path):
     file = tmp_path / "found" / "run.json"
     code = f"""
