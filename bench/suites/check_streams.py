@@ -18,6 +18,7 @@ from bench.measure.machine import DEVICE, ON_ACCELERATOR
 from bench.suites.harness import leave_if_crashed, pick
 from bench.suites.layer import adapted_module, make_layer
 from mica.ops import mica_linear
+from tests.support import models
 from tests.support.tolerances import RELATIVE, error
 
 prepared = pytest.importorskip("mica.kernels.prepared")  # imports Triton
@@ -166,6 +167,30 @@ def test_compile_fullgraph(how, rank):
             assert wrong <= limit, (
                 f"call {number}: {what} is {wrong:.2e} off the eager one, above {limit:.0e}"
             )
+
+
+@needs_gpu
+def test_a_model_under_reduce_overhead():
+    """Layers that take turns with the same counters and prepared B, in the graphs of a whole model."""
+    torch.compiler.reset()
+    prepared.forget()
+    model = models.randomise(models.wrap(models.tiny_llama().to(DTYPE), rank=16, targets="all-linear"))
+    model, tokens = model.to(DEVICE), torch.randint(0, 61, (2, 16), device=DEVICE)
+    compiled = torch.compile(model, mode="reduce-overhead")
+
+    def step(call) -> list[Tensor]:
+        model.zero_grad(set_to_none=True)
+        logits = call(tokens).logits
+        logits.float().square().mean().backward()
+        grads = [p.grad for p in model.parameters() if p.grad is not None]
+        return [tensor.detach().clone() for tensor in (logits, *grads)]
+
+    for _ in range(4):
+        torch.compiler.cudagraph_mark_step_begin()
+        replayed = step(compiled)
+    for number, pair in enumerate(zip(replayed, step(model), strict=True)):
+        wrong, limit = error(*pair), 5 * RELATIVE[DTYPE]
+        assert wrong <= limit, f"result {number} is {wrong:.2e} off the eager one, above {limit:.0e}"
 
 
 def test_a_checkpoint_draws_the_same_mask():

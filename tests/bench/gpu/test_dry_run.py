@@ -10,7 +10,7 @@ from bench.gpu import __main__ as gpu
 from bench.gpu.stages import STAGES, job
 from bench.results.names import BARE, COPY, FAST, GROUPED, STOCK, STOCK_16, SVD, UNGROUPED
 from bench.results.schema import Result
-from tests.support.processes import start
+from tests.support.processes import ROOT, start
 
 
 def rehearse(folder, *options, faults=""):
@@ -36,6 +36,12 @@ def test_what_is_missing_is_named(capsys, monkeypatch):
     assert "needs no_such_package" in capsys.readouterr().err
 
 
+def test_what_a_stage_runs_is_there():
+    for stage in STAGES:
+        folder = ROOT / "tests" if stage.tests else ROOT / "bench" / "suites"
+        assert all((folder / file).exists() for file in stage.files), stage.name
+
+
 def test_kernels_are_demanded_where_they_are_timed(tmp_path):
     """On "auto", a kernel that fails would be replaced by PyTorch, and timed under our name."""
     for stage in STAGES:
@@ -52,7 +58,7 @@ def test_device_tests_run_to_the_end_on_all_cores(tmp_path):
     assert "-q" not in found.command
     assert found.command[found.command.index("--dist") + 1] == "worksteal"
     assert found.environment["MICA_TEST_DEVICE"] == "cuda"
-    assert "TRITON_INTERPRET" not in found.environment
+    assert found.environment["TRITON_INTERPRET"] == "0"  # whatever is set outside
 
 
 FAULTS = ("wrong", "raise", "kill", "hang")
@@ -80,7 +86,7 @@ def timed(result, stage):
         "bandwidth": ("kernels",),
         "layers": ("layer", "group"),
         "model": ("step", "block"),
-        "initialisation": ("subspace", "subspaces", "initialisation"),
+        "initialisation": ("subspace", "subspaces"),
         "forms": ("forms",),
     }.get(stage, ())
     return {name for suite in suites for group in result.select(suite=suite) for name in group.rivals}
@@ -91,7 +97,8 @@ def test_every_stage_is_told_and_has_results(with_faults):
     assert code == 1, output
     assert [*stages] == [stage.name for stage in STAGES]
     assert result.stages == [*stages.values()]
-    assert all(one["passed"] for one in stages.values()), stages
+    for name, one in stages.items():  # of tests that all run kernels, none passes where these raise
+        assert one["passed"] or (BEFALLS[name] == "raise" and one["failed"]), one
     assert {one["state"] for one in stages.values()} <= {"passed", "failed"}, stages
     for stage in ("bandwidth", "layers", "model", "initialisation", "forms"):
         assert timed(result, stage) & {*FAULTLESS}, stage
@@ -101,8 +108,7 @@ def test_what_goes_wrong_has_no_number_and_is_named(with_faults):
     _, result, stages, _ = with_faults
     for stage in befallen_by("wrong", "raise"):
         assert stages[stage]["state"] == "failed", stages[stage]
-        if stage != "bandwidth":  # of its kernels only one is made wrong
-            assert not timed(result, stage) & {*OURS}, stage
+        assert not timed(result, stage) & {*OURS}, stage
     said = [one["why"] for one in (*result.refused, *result.checks) if "why" in one]
     if befallen_by("raise"):
         assert any("injected" in why for why in said)
