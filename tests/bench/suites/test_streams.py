@@ -13,6 +13,7 @@ NEEDS_GPU = {
     *(f"test_graphed_callables[{rank}]" for rank in (4, 16)),
     "test_two_streams_share_nothing",
     "test_a_backward_follows_its_forward_to_another_stream",
+    "test_a_model_under_reduce_overhead",
     *(
         f"test_compile_fullgraph[{mode}-{rank}]"
         for mode in ("default", "reduce-overhead")
