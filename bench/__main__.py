@@ -50,7 +50,7 @@ def main() -> int:
     for file in suites(args.k, {**os.environ, **environment}):
         print(file, flush=True)
         summary = this.start(run.Job(file, run.suite([file], args.k), environment))
-        failed |= summary["state"] != "passed"
+        failed |= summary["state"] not in ("passed", run.NOTHING)  # some suites are for other machines
     result = Result.load(this.file) if this.file.exists() else None
     this.journal.unlink(missing_ok=True)
     if result is None or not (result.groups or result.refused):
