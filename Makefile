@@ -43,7 +43,7 @@ conformance: $(READY)
 	$(RUN) -m pip install -q -e ".[conformance]"
 	$(RUN) -m tests.conformance
 
-# All suites, at most 15 minutes on two cores; ARGS=--quick at most 3, ARGS=--full much longer
+# All suites, about 10 minutes on two cores; ARGS=--quick less than 3, ARGS=--full much longer
 bench: $(READY)
 	$(RUN) -m bench $(ARGS)
 

@@ -1,7 +1,7 @@
 """Launch configurations: at most three a kernel and target, chosen by shape, the first one by default.
 
 All of them are compiled ahead of time for every target by `make static`. None has been timed: they follow
-from the arithmetic of `bench.kernel_cost` and from what compiles without spills. `mica.kernels.tuning`
+from the arithmetic of `bench.model.roofline` and from what compiles without spills. `mica.kernels.tuning`
 measures them where it is asked to. Block sizes along the rank are `padded_rank`, not part of a configuration.
 """
 

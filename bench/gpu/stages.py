@@ -20,7 +20,6 @@ class Stage(NamedTuple):
     asks: str
     seconds: float
     files: tuple[str, ...]
-    selection: str = ""
     tests: bool = False
     backend: str = "triton"  # kernels or an error: what is timed under our name is ours
 
@@ -77,7 +76,7 @@ def job(stage: Stage, folder: Path, name: str, is_dry: bool, seconds: float, sil
             environment["MICA_TEST_DEVICE"] = "cuda"
         command = _tests(("kernels/test_merge.py",) if is_dry else stage.files, folder / f"{name}-tests.xml")
     else:
-        command = suite(list(stage.files), stage.selection)
+        command = suite(list(stage.files))
     limit = min(DRY_SECONDS if is_dry else stage.seconds, seconds)
     return Job(stage.name, command, environment, limit, silence)
 

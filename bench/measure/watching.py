@@ -1,8 +1,8 @@
 """A pytest plugin: each test that starts and ends is a line in the journal, and none is run twice.
 
 A run that goes on after a crash, in a new process, leaves out what has ended. Under pytest-xdist the
-controlling process writes. Files called check_*.py and all tests outside bench/ are checks; other tests are
-rounds of a timing, and those that the plugin's user has refused a number are not told again.
+controlling process writes. Tests of bench_*.py are rounds of a timing, all others are checks, whose outcomes
+are part of the result.
 """
 
 from __future__ import annotations
