@@ -161,8 +161,6 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def _measure(settings: dict, path: Path) -> None:
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
     start = time.perf_counter()
     source = find_source(str(smollm2_gguf()), False)
     print("reading the texts", flush=True)
@@ -182,4 +180,6 @@ def _measure(settings: dict, path: Path) -> None:
 
 
 if __name__ == "__main__":
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
     main()
