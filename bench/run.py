@@ -24,7 +24,8 @@ NOTHING = "nothing ran"
 # by its exit status: all passed, some failed, three kinds of not getting so far, nothing was selected
 PYTEST_ENDED = {0: "passed", 1: "failed", 2: "failed", 3: "failed", 4: "failed", 5: "passed"}
 STARTS = 4  # of one job at most
-POLL, REWRITE = 0.1, 2.0  # seconds
+# Seconds. Making the file anew takes a core some 30 ms, which on a CPU the rivals' times would pay for.
+POLL, REWRITE = 0.1, 10.0
 
 
 class Job(NamedTuple):
@@ -52,6 +53,7 @@ class Run:
     """One run: its journal, which the jobs' processes write to, and its result file."""
 
     def __init__(self, file: Path):
+        file = file.resolve()  # the processes work elsewhere
         file.parent.mkdir(parents=True, exist_ok=True)
         self.file, self.journal = file, file.with_suffix(".jsonl")
         self.journal.unlink(missing_ok=True)

@@ -96,6 +96,7 @@ def main(argv: list[str] | None = None) -> int:
         command.error(f"--stages: {', '.join(unknown)} is not one of {', '.join(known)}")
     folder = args.output or output("dry-run" if args.dry_run else None)
     run = Run(folder / f"{args.name}.json")
+    folder = run.file.parent
     print(json.dumps(run.machine), flush=True)
     deadline, all_passed = time.monotonic() + args.budget, True
     for one in wanted:

@@ -17,9 +17,7 @@ from statistics import median
 import torch
 
 from bench.measure.machine import IS_DRY
-from bench.results.names import DEVICE_TIME, GRAPH, WALL
 
-ALL = (WALL, DEVICE_TIME, GRAPH)
 Call = Callable[[], object]
 
 FLUSH_BYTES = 256 * 2**20  # five times the L2 cache of an H100

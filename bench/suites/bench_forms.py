@@ -144,15 +144,5 @@ def bench_forms(once, gated, cell, round_, part, rival):
     group = f"{name_of(cell)}, {part}"
     forms, grad_output = gated(group, lambda: setting(cell), rival)
     form, facts = forms[rival]
-    with form.context():
-        axes = {**cell.axes, "suite": "forms", "pass": part}
-        once(
-            form.call(part, grad_output),
-            group,
-            rival,
-            axes,
-            ITERATIONS,
-            warm_up=True,
-            all_clocks=True,
-            **facts,
-        )
+    axes = {**cell.axes, "suite": "forms", "pass": part}
+    form.time(once, part, grad_output, group, rival, axes, ITERATIONS, **facts)

@@ -128,15 +128,5 @@ def bench_group(once, gated, cell, round_, part, rival):
     group = f"{name_of(cell)}, {part}"
     forms, grad_outputs = gated(group, lambda: setting(cell), rival)
     form, facts = forms[rival]
-    with form.context():
-        axes = {**cell.axes, "suite": "group", "layers": COUNT, "pass": part}
-        once(
-            form.call(part, grad_outputs),
-            group,
-            rival,
-            axes,
-            ITERATIONS,
-            warm_up=True,
-            all_clocks=True,
-            **facts,
-        )
+    axes = {**cell.axes, "suite": "group", "layers": COUNT, "pass": part}
+    form.time(once, part, grad_outputs, group, rival, axes, ITERATIONS, **facts)

@@ -246,14 +246,4 @@ def bench_layer(once, gated, cell, round_, part, rival):
     form, count = found.forms[rival], found.iterations[part]
     facts = found.facts[rival] if round_ == 0 and part != NO_GRADIENT else {}
     axes = {**cell.axes, "pass": part}
-    with form.context(), torch.set_grad_enabled(part != NO_GRADIENT):
-        once(
-            form.call(part, found.grad_output),
-            group,
-            rival,
-            axes,
-            count,
-            warm_up=True,
-            all_clocks=True,
-            **facts,
-        )
+    form.time(once, part, found.grad_output, group, rival, axes, count, **facts)

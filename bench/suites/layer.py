@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 
-from bench.results.names import BACKWARD, BARE
+from bench.results.names import BACKWARD, BARE, NO_GRADIENT
 from mica import reference
 
 
@@ -47,6 +47,11 @@ class Form(NamedTuple):
     def call(self, part: str, grad_output: Tensor) -> Callable[[], object]:
         """What is timed as this pass; of a backward the forward is run now."""
         return partial(self.gradients, self.forward(), grad_output) if part == BACKWARD else self.forward
+
+    def time(self, once, part: str, grad_output: Tensor, *sample, **facts) -> None:
+        """One sample of this pass, by every clock; ``sample``: group, rival, axes, number of calls."""
+        with self.context(), torch.set_grad_enabled(part != NO_GRADIENT):
+            once(self.call(part, grad_output), *sample, warm_up=True, all_clocks=True, **facts)
 
 
 def make_layer(tokens: int, out: int, inner: int, rank: int, dtype: torch.dtype, device: str) -> Layer:
