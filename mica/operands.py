@@ -7,7 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-FLOATING = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+from mica.dtypes import FLOATING
+
 _INTEGER = (torch.int32, torch.int64)
 
 

@@ -222,12 +222,12 @@ def _is_checkout() -> bool:
 
 def _products() -> dict[str, dict]:
     """Of bf16 and fp16: what a frozen layer's products take here over fp32's, and whether MiCA uses them."""
-    import torch
 
+    from mica.dtypes import SIXTEEN_BIT
     from mica.products import has_native, slowdown
 
     found = {}
-    for dtype in (torch.bfloat16, torch.float16):
+    for dtype in SIXTEEN_BIT:
         forward, backward = slowdown(dtype)
         row = {"x Wᵀ": forward, "dy W": backward, "native": has_native(dtype)}
         found[str(dtype).removeprefix("torch.")] = row

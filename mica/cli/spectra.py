@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from mica import minor_subspace
+from mica.dtypes import FLOATING
 from mica.errors import UnsuitableLayerError, UsageError
 from mica.fast import initialisation, quantised
 from mica.subspace.result import narrowed
@@ -32,7 +33,6 @@ _LANCZOS_STEPS = 60
 _LANCZOS_TOLERANCE = 1e-8  # relative change of σ_max² in a step
 
 _EPS = torch.finfo(torch.float64).eps
-_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
 @dataclass(frozen=True)
@@ -116,7 +116,7 @@ def _why_not(module: nn.Module, shape: tuple[int, int] | None, rank: int) -> str
     weight = module.weight
     if type(weight) not in (Tensor, nn.Parameter):
         return f"the weight is a {type(weight).__name__}, not a plain tensor"
-    if weight.dtype not in _DTYPES:
+    if weight.dtype not in FLOATING:
         return f"the weight has dtype {str(weight.dtype).removeprefix('torch.')}"
     if weight.is_meta:
         return "the weight is not loaded (meta device)"

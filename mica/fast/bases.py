@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 from transformers.integrations import is_fsdp_enabled
 
+from mica.dtypes import FLOATING, SIXTEEN_BIT
 from mica.errors import UnsuitableLayerError
 from mica.fast import quantised
 from mica.fast.eligibility import adapter_weights, is_stored_transposed
@@ -24,9 +25,7 @@ from mica.subspace.distributed import decline, solve_shared
 from mica.subspace.gram import extremes
 from mica.subspace.many import Task
 from mica.subspace.result import MinorSubspace
-from mica.subspace.solver import complaints
-
-_SOLVABLE = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+from mica.subspace.solver import warnings_about
 
 # Dequantised weights are solved this many elements at a time, 1 GiB in fp32, so that a 4-bit model is never
 # there a second time in 16 or 32 bits. 16 layers of 4096 x 4096: enough for every thread and every batch.
@@ -87,7 +86,7 @@ def check(wanted: Wanted) -> None:
             "Create the adapter before the model is sharded, or load one that was."
         )
     weight = wanted.weight
-    if weight.dtype not in _SOLVABLE:
+    if weight.dtype not in FLOATING:
         raise TypeError(
             f"Please initialize MiCA under float32, float16, bfloat16 or float64: {name} has a weight of "
             f"dtype {weight.dtype}."
@@ -187,7 +186,7 @@ def _solved(waiting: Sequence[Wanted]):
 
 @torch.no_grad()
 def _assign(wanted: Wanted, subspace: MinorSubspace) -> None:
-    for message in complaints(subspace, wanted.name):
+    for message in warnings_about(subspace, wanted.name):
         warnings.warn(message, stacklevel=2)
     _, lora_B = adapter_weights(wanted.layer, wanted.adapter_name)
     basis = subspace.basis.to(device=lora_B.device, dtype=lora_B.dtype)
@@ -195,5 +194,5 @@ def _assign(wanted: Wanted, subspace: MinorSubspace) -> None:
         with torch.inference_mode(lora_B.is_inference()):
             basis = basis.clone()
     lora_B.data = basis
-    if lora_B.dtype in (torch.bfloat16, torch.float16):
+    if lora_B.dtype in SIXTEEN_BIT:
         exact.setdefault(wanted.layer, {})[wanted.adapter_name] = subspace.basis

@@ -15,11 +15,10 @@ from torch import Tensor, nn
 from torch.nn.modules import module as nn_module
 
 from mica.dispatch import PLAIN, is_direct
+from mica.dtypes import FLOATING, SIXTEEN_BIT
 from mica.fast.eligibility import FORWARDS, MiCALinearVariant
-from mica.operands import FLOATING
 
 _LINEAR, _IDENTITY = nn.Linear, nn.Identity
-_SIXTEEN_BIT = (torch.bfloat16, torch.float16)
 
 
 class Operands(NamedTuple):
@@ -108,7 +107,7 @@ def operands(layer, x: Tensor) -> Operands | None:
     if weight.dtype is not dtype or B.dtype is not adapter_dtype or dtype not in FLOATING:
         return None
     if adapter_dtype is not dtype and not (
-        adapter_dtype is torch.float32 and dtype in _SIXTEEN_BIT and layer.cast_input_dtype_enabled
+        adapter_dtype is torch.float32 and dtype in SIXTEEN_BIT and layer.cast_input_dtype_enabled
     ):
         return None
     return Operands(weight, bias, A, B, scaling)

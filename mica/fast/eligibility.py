@@ -20,6 +20,7 @@ from torch.nn.modules import module as nn_module
 from transformers.pytorch_utils import Conv1D
 
 from mica.dispatch import PLAIN
+from mica.dtypes import SIXTEEN_BIT
 
 # None in a PEFT that has moved them: `patching` then says so and nothing here is reached.
 MiCALinearVariant = getattr(variants, "MiCALinearVariant", None)
@@ -282,11 +283,7 @@ def dtypes_fit(layer, x: torch.Tensor, lora_A: torch.Tensor, lora_B: torch.Tenso
         return False
     if lora_A.dtype == x.dtype:
         return True
-    return (
-        lora_A.dtype == torch.float32
-        and x.dtype in (torch.bfloat16, torch.float16)
-        and layer.cast_input_dtype_enabled
-    )
+    return lora_A.dtype == torch.float32 and x.dtype in SIXTEEN_BIT and layer.cast_input_dtype_enabled
 
 
 def embedding_fits(x: torch.Tensor, lora_A: torch.Tensor, lora_B: torch.Tensor) -> bool:

@@ -19,6 +19,7 @@ from peft.tuners import lora
 from peft.utils.integrations import gather_params_ctx
 from torch import Tensor, nn
 
+from mica.dtypes import SIXTEEN_BIT
 from mica.errors import UnsuitableLayerError
 from mica.fast import quantised
 from mica.fast.bases import Wanted, check, exact, fill
@@ -265,7 +266,7 @@ def _restore_exact(layer, adapter_name: str, lora_B: Tensor) -> None:
     if basis is None or lora_B.dtype != torch.float32 or basis.shape != lora_B.shape:
         return
     basis = basis.to(lora_B.device)
-    rounded = (basis.to(dtype).float() for dtype in (torch.bfloat16, torch.float16))
+    rounded = (basis.to(dtype).float() for dtype in SIXTEEN_BIT)
     if any(torch.equal(lora_B, candidate) for candidate in rounded):  # else somebody has set another B
         lora_B.data = basis
 

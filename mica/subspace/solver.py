@@ -8,6 +8,7 @@ from contextlib import AbstractContextManager, nullcontext
 
 import torch
 
+from mica.dtypes import FLOATING
 from mica.subspace.candidate import judged, problem
 from mica.subspace.device import batch_size, is_on_host, solve_batch
 from mica.subspace.gram import extremes
@@ -15,8 +16,6 @@ from mica.subspace.host import HostGram
 from mica.subspace.methods import BY, METHODS, chain
 from mica.subspace.result import MinorSubspace
 from mica.subspace.threads import one_pool
-
-SUPPORTED_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 # Entries up to 2^200 leave room in fp64 for their fourth powers, summed; fp32 ends at 2^128 and 2^-149.
 LARGEST_EXPONENT = 200
@@ -55,12 +54,12 @@ def minor_subspace(
             could be proven.
     """
     result = _assembled(solve_each(weight, rank, method=method, strict=strict, seed=seed), weight)
-    for message in complaints(result, f"a weight of shape {tuple(weight.shape)}", strict):
+    for message in warnings_about(result, f"a weight of shape {tuple(weight.shape)}", strict):
         warnings.warn(message, UserWarning, stacklevel=3)  # past the frame that the no_grad decorator adds
     return result
 
 
-def complaints(result: MinorSubspace, name: str, strict: bool = True) -> list[str]:
+def warnings_about(result: MinorSubspace, name: str, strict: bool = True) -> list[str]:
     """What a user has to be told of a result, in sentences that call the weight ``name``."""
     rank = result.basis.shape[-1]
     messages = []
@@ -87,7 +86,7 @@ def solve_each(
     seed: int = 0,
     memory: int | None = None,
 ) -> list[MinorSubspace]:
-    """``minor_subspace`` of each matrix of a batch, row-major, without the warnings (``complaints``).
+    """``minor_subspace`` of each matrix of a batch, row-major, without the warnings (``warnings_about``).
 
     What an accelerator cannot settle is solved on the host, and its result lies there. ``memory``: bytes
     that a batch on an accelerator may use, see ``batch_size``.
@@ -138,7 +137,7 @@ def _solved(
 def _check_weight(weight: torch.Tensor) -> None:
     if not isinstance(weight, torch.Tensor):
         raise TypeError(f"weight must be a torch.Tensor, but got {type(weight).__name__}.")
-    if weight.dtype not in SUPPORTED_DTYPES:
+    if weight.dtype not in FLOATING:
         raise TypeError(
             f"weight must be of dtype float64, float32, bfloat16 or float16, but got {weight.dtype}."
         )
