@@ -16,7 +16,8 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from tests.support.mutant_list import MUTANTS, TESTS, Mutant
+from tests.support.mutants import MUTANTS
+from tests.support.mutants.edits import Mutant
 
 ROOT = Path(__file__).resolve().parent.parent
 COPIED = ("kernels", "mica", "tests", "bench", "pyproject.toml")
@@ -36,11 +37,11 @@ def run(mutant: Mutant) -> tuple[str, float]:
             else:
                 shutil.copy(source, tree / name)
         file = tree / mutant.file
-        text = file.read_text()
-        if text.count(mutant.old) != 1:
-            return f"its place occurs {text.count(mutant.old)} times in {mutant.file}", 0.0
-        file.write_text(text.replace(mutant.old, mutant.new))
-        command = [sys.executable, "-m", "pytest", "-x", "-q", "--no-header", *TESTS[mutant.file]]
+        try:
+            file.write_text(mutant.applied(file.read_text()))
+        except (LookupError, OSError) as error:
+            return str(error), 0.0
+        command = [sys.executable, "-m", "pytest", "-x", "-q", "--no-header", *mutant.tests]
         environment = {**os.environ, "PYTHONPATH": folder, "PYTHONDONTWRITEBYTECODE": "1"}
         environment |= {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive"}
         try:
@@ -58,15 +59,15 @@ def run(mutant: Mutant) -> tuple[str, float]:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("words", nargs="*", help="only mutants whose file or edit contains one of these")
+    parser.add_argument("words", nargs="*", help="only mutants whose file, function or edit contains one")
     parser.add_argument("--processes", type=int, default=os.cpu_count())
     args = parser.parse_args()
-    chosen = [m for m in MUTANTS if not args.words or any(w in f"{m.file} {m.new}" for w in args.words)]
+    chosen = [m for m in MUTANTS if not args.words or any(w in " ".join(m[:4]) for w in args.words)]
     bad = []
     with ThreadPoolExecutor(args.processes) as pool:
         for mutant, (state, seconds) in zip(chosen, pool.map(run, chosen), strict=True):
-            edit = " ".join(mutant.new.split())[:80] or "(removed)"
-            print(f"{state:6} {seconds:4.0f} s  {mutant.file}: {edit}", flush=True)
+            edit = " -> ".join(" ".join(text.split()) or "nothing" for text in (mutant.old, mutant.new))
+            print(f"{state:6} {seconds:4.0f} s  {mutant.file}: {mutant.function}: {edit[:100]}", flush=True)
             if state != "red":
                 bad.append(mutant)
     print(f"{len(chosen)} mutants, {len(chosen) - len(bad)} red, {len(bad)} not")

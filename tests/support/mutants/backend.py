@@ -1,0 +1,148 @@
+"""Wrong edits of PEFT's backend."""
+
+from tests.support.mutants.edits import FileEdits
+
+BACKEND = [
+    FileEdits(
+        "mica/fast/grouping.py",
+        tests=[
+            "tests/mica/fast/test_grouping_changes.py",
+            "tests/mica/fast/test_grouping.py",
+            "tests/mica/fast/test_grouping_checkpointing.py",
+        ],
+        edits={
+            "fetch": [
+                ("or pending.x() is not x", ""),
+                ("or pending.surroundings != _surroundings(x)", ""),
+                ("or not all(map(is_, output.operands, operands))", ""),
+                ("or output.versions != _versions(output.operands)", ""),
+            ],
+            "_surroundings": [
+                ("x._version,", ""),
+                ("_region(),", ""),
+            ],
+            "is_on": [
+                ("torch._C._len_torch_dispatch_stack() or", ""),
+                ("x.numel() * x.shape[-1] < _WORTH_GROUPING", "False"),
+            ],
+            "_Group.miss": [("if layer() not in unfetched", "")],
+            "_State": [("_State(threading.local)", "_State")],
+            "whole_forward.forward": [("finally: forget_pending()", "finally:\n            pass")],
+            "lead": [
+                ("outputs[0].grad_fn.on_backward = release", "pass"),
+                ("torch.autograd.Variable._execution_engine.queue_callback(release)", "pass"),
+            ],
+        },
+    ),
+    FileEdits(
+        "mica/fast/layers.py",
+        tests=[
+            "tests/mica/fast/test_grouping.py",
+            "tests/mica/fast/test_grouping_changes.py",
+            "tests/mica/fast/test_layers.py",
+        ],
+        edits={
+            "_fit_together": [
+                ("not found.lora_A.requires_grad", "False"),
+                ("if hangs_on_call(layer)", "if False"),
+            ],
+            "_in_general": [("first.dropout_p or", "")],
+            "_alone": [("and not adapter.dropout_p", "")],
+        },
+    ),
+    FileEdits(
+        "mica/fast/settings.py",
+        tests=["tests/mica/fast/test_patching.py"],
+        edits={
+            "_count": [("and not _blocks", "")],
+        },
+    ),
+    FileEdits(
+        "mica/fast/hotswap.py",
+        tests=["tests/mica/fast/test_layers.py", "-k", "hotswap"],
+        edits={
+            "hotswap_adapter_from_state_dict.hotswap_adapter_from_state_dict": [
+                ("backend.forget_prepared()", ""),
+            ],
+        },
+    ),
+    FileEdits(
+        "mica/fast/mixed_batch.py",
+        tests=["tests/mica/fast/test_mixed_batch.py"],
+        edits={
+            "_h": [("h.shape[-1] - part.shape[-1] :", ": part.shape[-1]")],
+            "_compare": [("torch.equal(group.lora_B[:, -rank:], lora_B)", "True")],
+            "_groups": [
+                ("B.data_ptr(), B._version,", ""),
+                ("list(weights.values())", "[]"),
+            ],
+        },
+    ),
+    FileEdits(
+        "mica/fast/common_case.py",
+        tests=["tests/mica/fast/test_changes.py", "tests/mica/fast/test_eligibility.py"],
+        edits={
+            "operands": [
+                ("type(layer) is not lora.Linear", "not isinstance(layer, lora.Linear)"),
+                ("or not is_direct(x)", ""),
+                ("or torch.is_autocast_enabled(kind)", ""),
+                ("len(name) != 1", "not name"),
+                ("disable_adapters\n        or layer.", ""),
+                ("or layer.merged", ""),
+                ('or "_tp_info" in state', ""),
+                ('or "_hf_tp_plan" in base.__dict__', ""),
+                ("or type(layer.lora_variant.get(name)) is not MiCALinearVariant", ""),
+                ("or type(scaling) is not float", ""),
+                ("base) is type(", ""),
+                ("and type(dropout) is _IDENTITY", ""),
+                ("or _LINEAR.forward is not FORWARDS[_LINEAR]", ""),
+                ("or _IDENTITY.forward is not FORWARDS[_IDENTITY]", ""),
+                ("in (base, lora_A", "in (lora_A"),
+                ("base, lora_A, lora_B", "base, lora_B"),
+                ("lora_A, lora_B, dropout", "lora_A, dropout"),
+                ("lora_A, lora_B, dropout", "lora_A, lora_B"),
+                ("or nn_module._global_forward_hooks", ""),
+                ('of_A["bias"] is not None or', ""),
+                ('or of_B["bias"] is not None', ""),
+                ("weight.requires_grad\n        or", ""),
+                ("or (bias is not None and bias.requires_grad)", ""),
+                ("or B.requires_grad", ""),
+                ("or A.is_inference()", ""),
+                ("or x.layout is not torch.strided", ""),
+                ("or x.is_nested", ""),
+                ("weight.dtype is not dtype or", ""),
+                ("B.dtype is not adapter_dtype or", ""),
+                ("and layer.cast_input_dtype_enabled", ""),
+                ("._forward_hooks\n            or module", ""),
+                ("or module._forward_pre_hooks", ""),
+                ("or module._backward_hooks", ""),
+                ("or module._backward_pre_hooks", ""),
+                ('or "forward" in module.__dict__', ""),
+                ("or tensor.layout is not torch.strided", ""),
+                ('or hasattr(tensor, "ds_id")', ""),
+            ],
+        },
+    ),
+    FileEdits(
+        "mica/fast/eligibility.py",
+        tests=["tests/mica/fast/test_changes.py", "tests/mica/fast/test_eligibility.py"],
+        edits={
+            "read": [
+                ("if layer.disable_adapters", "if False"),
+                ("if layer.merged", "if False"),
+                ('layer.__dict__.get("_tp_info") is not None', "False"),
+                ("type(variants.get(name)) is not variant", "False"),
+            ],
+            "_read_linear": [
+                ("if dropout.training", "if True"),
+                ("if _global_hooks()", "if False"),
+            ],
+            "_why_not_read_directly": [
+                ('"forward" in module.__dict__', "False"),
+                ("kind.forward is not FORWARDS[kind]", "False"),
+            ],
+            "_has_hooks": [("or module._backward_hooks\n        or module._backward_pre_hooks", "")],
+            "_why_not_frozen": [("reason is None and tensor.requires_grad", "False")],
+        },
+    ),
+]  # fmt: skip

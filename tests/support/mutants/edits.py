@@ -1,0 +1,88 @@
+"""A wrong edit: which function of which file, what is replaced there, and which tests must notice."""
+
+from __future__ import annotations
+
+import ast
+import re
+from collections.abc import Iterator
+from itertools import pairwise
+from typing import NamedTuple
+
+
+class Mutant(NamedTuple):
+    """``old`` becomes ``new`` in one definition of a file.
+
+    function: a function, method, class or constant by its qualified name, like "Plan.__call__".
+    old: occurs once in it; white space between tokens does not matter, so reformatting moves no mutant.
+    tests: arguments of pytest.
+    """
+
+    file: str
+    function: str
+    old: str
+    new: str
+    tests: list[str]
+
+    def applied(self, source: str) -> str:
+        """The file's text with the edit.
+
+        Raises:
+            LookupError: the function or the text to replace is missing, or not unique.
+        """
+        spans = [span for name, *span in _definitions(source) if name == self.function]
+        if len(spans) != 1:
+            raise LookupError(f"{self.file} defines {self.function} {len(spans)} times")
+        start, end = spans[0]
+        places = list(_pattern(self.old).finditer(source, start, end))
+        if len(places) != 1:
+            raise LookupError(f"{self.old!r} occurs {len(places)} times in {self.function} of {self.file}")
+        return source[: places[0].start()] + self.new + source[places[0].end() :]
+
+
+class FileEdits(NamedTuple):
+    """The mutants of one file: by function, pairs of what is replaced and what replaces it."""
+
+    file: str
+    tests: list[str]
+    edits: dict[str, list[tuple[str, str]]]
+
+    def mutants(self) -> Iterator[Mutant]:
+        for function, pairs in self.edits.items():
+            for old, new in pairs:
+                yield Mutant(self.file, function, old, new, self.tests)
+
+
+def _pattern(old: str) -> re.Pattern:
+    """Matches the tokens of ``old`` with any white space between them."""
+    tokens = re.findall(r"\w+|[^\w\s]", old)
+    parts = tokens[:1]
+    for before, token in pairwise(tokens):
+        parts.append(r"\s+" if f"{before[-1]}{token[0]}".replace("_", "a").isalnum() else r"\s*")
+        parts.append(token)
+    return re.compile("".join(part if part in (r"\s+", r"\s*") else re.escape(part) for part in parts))
+
+
+def _definitions(source: str) -> Iterator[tuple[str, int, int]]:
+    """(qualified name, start, end) of all functions, classes and constants; offsets in characters."""
+    starts = [0]
+    for line in source.splitlines(keepends=True):
+        starts.append(starts[-1] + len(line))
+
+    def below(node: ast.AST, prefix: str) -> Iterator[tuple[str, int, int]]:
+        for child in ast.iter_child_nodes(node):
+            name = getattr(child, "name", None)
+            if not isinstance(child, (ast.FunctionDef, ast.ClassDef)):
+                name = _assigned(child) if isinstance(node, (ast.Module, ast.ClassDef)) else None
+            if name is None:
+                yield from below(child, prefix)
+                continue
+            first = min([child.lineno, *(line.lineno for line in getattr(child, "decorator_list", ()))])
+            yield prefix + name, starts[first - 1], starts[child.end_lineno]
+            yield from below(child, f"{prefix}{name}.")
+
+    return below(ast.parse(source), "")
+
+
+def _assigned(node: ast.AST) -> str | None:
+    targets = node.targets if isinstance(node, ast.Assign) else [getattr(node, "target", None)]
+    return targets[0].id if isinstance(targets[0], ast.Name) else None
