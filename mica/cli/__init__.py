@@ -22,7 +22,7 @@ class _Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: error: {message}\n")
 
 
-def _parser() -> argparse.ArgumentParser:
+def parser() -> argparse.ArgumentParser:
     parser = _Parser(prog="mica", description="Minor Component Adaptation (MiCA) from the command line.")
     parser.add_argument("--version", action="version", version=f"mica {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
@@ -37,7 +37,7 @@ def main(argv: list[str] | None = None) -> int:
     0 on success, 2 on bad input (one line on stderr). Anything else is a bug and keeps its traceback.
     """
     try:
-        args = _parser().parse_args(argv)
+        args = parser().parse_args(argv)
     except SystemExit as stop:  # argparse: --help (0) or an error (2)
         return stop.code
     try:

@@ -1,0 +1,111 @@
+"""The rules of the house: how long files are, who imports whom, and which names are public."""
+
+import argparse
+import subprocess
+import sys
+
+import pytest
+
+import mica
+import mica.fast
+import mica.ops
+import mica.subspace
+from mica.cli import parser
+from tests.support.imports import MODULES, ROOT, imported, private_uses
+
+# What a user's script may rest on. A name that goes is a breaking change, a new one a promise.
+PUBLIC = {
+    mica: ["MinorSubspace", "__version__", "minor_subspace"],
+    mica.subspace: ["MinorSubspace", "minor_subspace"],
+    mica.ops: [
+        "call_counts",
+        "mica_down_projection",
+        "mica_embedding",
+        "mica_linear",
+        "mica_linear_group",
+        "mica_up_projection",
+    ],
+    mica.fast: [
+        "Explanation",
+        "MergeReport",
+        "call_counts",
+        "disable",
+        "disabled",
+        "enable",
+        "explain",
+        "is_enabled",
+        "merge_report",
+        "uninstall",
+    ],
+}
+OPTIONS = {
+    "adapt": "--model --text --output --rank --alpha --target-modules --steps --sequence-length --batch-size "
+    "--learning-rate --warmup-ratio --dtype --held-out --gradient-checkpointing --seed --merge "
+    "--trust-remote-code",
+    "inspect": "model --rank --target-modules --dtype --plot --json --trust-remote-code",
+    "doctor": "--json",
+}
+
+
+@pytest.mark.parametrize("module", PUBLIC, ids=lambda module: module.__name__)
+def test_public_names(module):
+    assert sorted(module.__all__) == PUBLIC[module]
+    assert all(hasattr(module, name) for name in PUBLIC[module])
+
+
+def test_command_line():
+    (commands,) = (action for action in parser()._actions if isinstance(action, argparse._SubParsersAction))
+    options = {
+        name: [(action.option_strings or [action.dest])[-1] for action in command._actions[1:]]
+        for name, command in commands.choices.items()
+    }
+    assert options == {name: words.split() for name, words in OPTIONS.items()}
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_no_file_is_longer_than_400_lines(module):
+    assert MODULES[module].read_text(encoding="utf-8").count("\n") <= 400
+
+
+def test_readme_is_short():
+    assert (ROOT / "README.md").read_text(encoding="utf-8").count("\n") <= 130
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_no_private_name_of_another_module_is_used(module):
+    assert not sorted(private_uses(module))
+
+
+def test_no_import_circle():
+    waiting = {module: imported(module, at_import=True) - {module} for module in MODULES}
+    while ready := {module for module, needs in waiting.items() if not needs & waiting.keys()}:
+        for module in ready:
+            del waiting[module]
+    assert not waiting
+
+
+@pytest.mark.parametrize("module", [module for module in MODULES if module.startswith("mica")])
+def test_imports_go_downwards(module):
+    """kernels <- mica.subspace, operators <- mica.fast <- mica.cli; the product knows neither tests nor bench."""
+    layer = _layer(module)
+    above = sorted(other for other in imported(module) if _layer(other) > layer)
+    assert not above
+
+
+def _layer(module: str) -> int:
+    if not module.startswith("mica"):
+        return 4
+    part = f"{module}.".split(".")[1]
+    return {"kernels": 0, "fast": 2, "cli": 3}.get(part, 1)
+
+
+def test_the_solver_needs_neither_peft_nor_triton():
+    code = """
+import sys
+sys.modules["peft"] = sys.modules["triton"] = sys.modules["transformers"] = None
+import torch
+from mica import minor_subspace
+print(minor_subspace(torch.randn(8, 8), 2).certified)
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.stdout.strip() == "True", done.stderr
