@@ -13,12 +13,12 @@ import torch
 import triton
 import triton.language as tl
 
-MAX_RANK = 256
+from mica.kernels.limits import DTYPES, names_of
 
 # What Triton raises where a kernel cannot be compiled, or needs more than the device has.
 LaunchError = triton.runtime.errors.TritonError
 
-TRITON_DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
+TRITON_DTYPES = {dtype: getattr(tl, names_of([dtype])) for dtype in DTYPES}
 
 # Decided once, when the kernels are decorated: Triton does the same.
 INTERPRETED = tl.constexpr(bool(triton.knobs.runtime.interpret))
@@ -124,11 +124,6 @@ def power_of_two(number: int) -> int:
     return 1 << (number - 1).bit_length()
 
 
-def padded_columns(rank: int) -> int:
-    """The width of h, g and prepared B in memory: the rank rounded up to 16, so that no load is narrow."""
-    return (rank + 15) // 16 * 16
-
-
 def ceil_div(a: int, b: int) -> int:
     return -(-a // b)
 
@@ -147,15 +142,15 @@ def target_of(device: torch.device) -> str:
     return f"sm_{major}{minor}"
 
 
-def precision(dtype: torch.dtype, target: str, exact: bool = False) -> str:
+def precision(dtype: torch.dtype, target: str) -> str:
     """How kernels multiply numbers of a dtype: fp32 as torch would, `torch.set_float32_matmul_precision`.
 
-    Where torch demands full fp32 ("highest", or ``exact``): three TF32 products on NVIDIA, whose error is
+    Where torch demands full fp32 ("highest"): three TF32 products on NVIDIA, whose error is
     fp32's and which tensor cores run; AMD's have fp32 itself (and Triton no tf32x3 there).
     """
     if dtype != torch.float32 or not target.startswith("sm_"):
         return "ieee"  # 16-bit products are exact anyway
-    return "tf32" if fp32_setting() == "tf32" and not exact else "tf32x3"
+    return "tf32" if fp32_setting() == "tf32" else "tf32x3"
 
 
 def fp32_setting() -> str:

@@ -1,6 +1,6 @@
 """h = scale·drop(x) Pᵀ: the skinny product of the forward (P = A) and of the backward (x = dy, P = Bᵀ).
 
-Memory-bound: x is read once, at 2·M·K·r flops for M·K numbers. Formulas: `mica.reference.forward` and
+Memory-bound: x is read once, at 2·M·K·r flops for M·K numbers. Formulas: `mica.reference.linear` and
 `mica.reference.grad_h`.
 """
 
@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mica.kernels import checks, configs, tuning, workspace
+from mica.kernels import checks, configs, limits, tuning, workspace
 from mica.kernels.common import (
     TRITON_DTYPES,
     cast,
@@ -22,12 +22,12 @@ from mica.kernels.common import (
     dropout_keep,
     fp32_setting,
     keep_threshold,
-    padded_columns,
     padded_rank,
     precision,
     target_of,
 )
 from mica.kernels.launching import Choice, Plan, Plans, layout
+from mica.kernels.limits import padded_columns
 from mica.kernels.split_sum import add_parts, split_evenly, store_sum
 
 
@@ -123,10 +123,10 @@ def plan_down_projection(
     """The launches that `down_projection` chooses from; ``target``: another one than the device's."""
     checks.matrix("x", x)
     checks.matrix("factor", factor)
-    checks.same_device(x=x, factor=factor)
+    limits.same_device(x=x, factor=factor)
     checks.contracted("x", x, 1, "factor", factor, 1)
     checks.rank("factor", factor.shape[0])
-    checks.dropout(dropout_p, seed)
+    limits.dropout(dropout_p, seed)
     dtype = checks.compute_dtype(compute_dtype or x.dtype)
 
     (num_tokens, in_features), rank = x.shape, factor.shape[0]

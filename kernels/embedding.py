@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mica.kernels import checks, configs, tuning
+from mica.kernels import checks, configs, limits, tuning
 from mica.kernels.common import (
     TRITON_DTYPES,
     cast,
@@ -130,7 +130,7 @@ def plan_embedding(
     checks.indices(indices)
     checks.matrix("lora_A", lora_A)
     checks.matrix("factor", factor)
-    checks.same_device(indices=indices, lora_A=lora_A, factor=factor)
+    limits.same_device(indices=indices, lora_A=lora_A, factor=factor)
     checks.rank("lora_A", lora_A.shape[0])
     checks.factor_rank(lora_A.shape[0], factor)
     dtype = checks.compute_dtype(compute_dtype or lora_A.dtype)
@@ -251,7 +251,7 @@ def plan_grad_a_embedding(
     """The launch that `grad_a_embedding` makes."""
     checks.indices(indices)
     checks.matrix("g", g)
-    checks.same_device(indices=indices, g=g)
+    limits.same_device(indices=indices, g=g)
     checks.rank("g", rank)
     checks.columns("g", g, rank)
     checks.contracted("g", g, 0, "indices", indices, 0)

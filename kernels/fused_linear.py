@@ -3,7 +3,7 @@
 Forward: w = Wᵀ, P = Bᵀ; backward: x = dy, w = W, h = g, P = A, with dropout's mask on the low-rank term. The
 fewest bytes of all forms (y is written once and never read), but the base product is Triton's instead of
 cuBLAS's: it pays only within 2 to 5 % of it, so only a measurement on the device chooses it. One rounding
-where the others have two. Formulas: `mica.reference.forward` and `mica.reference.grad_x`.
+where the others have two. Formulas: `mica.reference.linear` and `mica.reference.grad_x`.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mica.kernels import checks, configs, tuning
+from mica.kernels import checks, configs, limits, tuning
 from mica.kernels.common import (
     TRITON_DTYPES,
     cast,
@@ -235,14 +235,14 @@ def plan_fused_linear(
     for name, tensor in (("x", x), ("w", w), ("h", h), ("factor", factor)):
         checks.matrix(name, tensor)
     (num_tokens, in_features), out_features = x.shape, w.shape[1]
-    checks.same_device(x=x, w=w, h=h, factor=factor, bias=bias)
+    limits.same_device(x=x, w=w, h=h, factor=factor, bias=bias)
     checks.contracted("x", x, 1, "w", w, 0)
     checks.contracted("x", x, 0, "h", h, 0)
     checks.contracted("w", w, 1, "factor", factor, 1)
     checks.same_dtype("x", x, "w", w)
     checks.rank("factor", factor.shape[0])
     checks.ranks_fit(h, factor)
-    checks.dropout(dropout_p, seed)
+    limits.dropout(dropout_p, seed)
     if bias is not None:
         checks.matrix("bias", bias, dims=1)
         checks.shape("bias", bias, (out_features,), "(out_features,)")

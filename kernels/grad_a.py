@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mica.kernels import checks, configs, tuning, workspace
+from mica.kernels import checks, configs, limits, tuning, workspace
 from mica.kernels.common import (
     TRITON_DTYPES,
     cast,
@@ -109,11 +109,11 @@ def plan_grad_a(
     """The launches that `grad_a` chooses from; ``target``: another one than the device's."""
     checks.matrix("g", g)
     checks.matrix("x", x)
-    checks.same_device(g=g, x=x)
+    limits.same_device(g=g, x=x)
     checks.contracted("g", g, 0, "x", x, 0)
     checks.rank("g", rank)
     checks.columns("g", g, rank)
-    checks.dropout(dropout_p, seed)
+    limits.dropout(dropout_p, seed)
     dtype = checks.compute_dtype(torch.promote_types(g.dtype, x.dtype))
 
     (num_tokens, in_features), columns = x.shape, g.shape[1]

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from mica.kernels import workspace
-from mica.kernels.common import padded_columns
 from mica.kernels.launching import layout
+from mica.kernels.limits import padded_columns
 
 
 class _Entry(NamedTuple):

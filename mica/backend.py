@@ -10,11 +10,9 @@ from typing import NamedTuple
 import torch
 
 from mica.kernels import runtime
+from mica.kernels.limits import DTYPES, MAX_RANK, names_of
 
 BACKENDS = ("auto", "triton", "reference")
-
-KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-MAX_RANK = 256  # as `mica.kernels.common.MAX_RANK`, which cannot be read without Triton
 
 
 class Refused(NamedTuple):
@@ -41,8 +39,7 @@ def give_up(
 ) -> None:
     """No kernels for this function with such operands any more; a warning says which one it is, and why."""
     text = (str(error).strip() or type(error).__name__).partition("\n")[0]
-    names = ", ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
-    what = f"{function} at rank {rank} ({names})"
+    what = f"{function} at rank {rank} ({names_of(dtypes)})"
     _given_up[Refused(device, function, rank, dtypes)] = f"{what} was given up: {text}"
     _verdicts.clear()
     warnings.warn(
@@ -95,8 +92,8 @@ def why_not_kernels(
     if unavailable:
         return unavailable
     for dtype in dtypes:
-        if dtype not in KERNEL_DTYPES:
-            return f"no Triton kernels for {str(dtype).removeprefix('torch.')}"
+        if dtype not in DTYPES:
+            return f"no Triton kernels for {names_of([dtype])}"
     if rank > MAX_RANK:
         return f"no Triton kernels for ranks above {MAX_RANK}"
     if function is not None:

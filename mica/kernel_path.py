@@ -22,12 +22,12 @@ from mica.kernels import down_projection as down_kernel
 from mica.kernels import grad_a as grad_a_kernel
 from mica.kernels import tuning
 from mica.kernels import up_projection as up_kernel
-from mica.kernels.common import LaunchError, fp32_setting, padded_columns, target_of
+from mica.kernels.common import LaunchError, fp32_setting, target_of
 from mica.kernels.embedding import embedding as embedding_kernel
 from mica.kernels.embedding import grad_a_embedding
 from mica.kernels.fused_linear import fused_linear, why_not_descriptor
 from mica.kernels.launching import Plans, layout
-from mica.kernels.merge import merge as merge_kernel
+from mica.kernels.limits import padded_columns
 from mica.kernels.prepared import prepare
 
 __all__ = [
@@ -36,17 +36,16 @@ __all__ = [
     "down_projection_backward",
     "embedding",
     "embedding_backward",
-    "forward",
-    "grad_h",
+    "linear",
     "linear_backward",
     "linear_group",
     "linear_group_backward",
-    "merge",
     "up_projection",
+    "up_projection_backward",
 ]
 
 
-def _choose(name: str, x: Tensor, w: Tensor, rank: int, dtype: torch.dtype, dropout_p: float, run) -> str:
+def choose_form(name: str, x: Tensor, w: Tensor, rank: int, dtype: torch.dtype, dropout_p: float, run) -> str:
     """The form to run, where something is tuned. x (M×K), w (K×N); ``run(form)`` runs one of them."""
     forms = ["split", "fused"]
     if why_not_descriptor(x, w, target_of(x.device)) is None:
@@ -73,27 +72,27 @@ def _operand(lora_A: Tensor, num_tokens: int, dtype: torch.dtype) -> Tensor:
     return lora_A.to(dtype)
 
 
-def forward(
+def linear(
     x: Tensor,
     weight: Tensor,
     lora_A: Tensor,
     lora_B: Tensor,
-    scaling: float,
-    bias: Tensor | None,
-    compute_dtype: torch.dtype | None,
+    scaling: float = 1.0,
+    bias: Tensor | None = None,
+    compute_dtype: torch.dtype | None = None,
     dropout_p: float = 0.0,
     seed: Tensor | None = None,
 ) -> Tensor:
-    """As `mica.reference.forward`."""
+    """As `mica.reference.linear`."""
     arguments = (x, weight, lora_A, lora_B, scaling, bias, compute_dtype, dropout_p, seed)
     if tuning.is_idle():
-        return _forward("split", *arguments) if dropout_p else _planned_forward(*arguments[:7])
+        return _linear_by("split", *arguments) if dropout_p else planned_linear(*arguments[:7])
 
     def run(form: str) -> Tensor:
-        return _forward(form, *arguments)
+        return _linear_by(form, *arguments)
 
     dtype = compute_dtype or x.dtype
-    return run(_choose("linear", x, weight.t(), lora_A.shape[0], dtype, dropout_p, run))
+    return run(choose_form("linear", x, weight.t(), lora_A.shape[0], dtype, dropout_p, run))
 
 
 # The plans of all launches of a layer's forward, or backward, without dropout. Their own keys hold h, g, y
@@ -102,8 +101,8 @@ def forward(
 _forwards, _backwards = Plans(), Plans()
 
 
-def _planned_forward(x, weight, lora_A, lora_B, scaling, bias, compute_dtype) -> Tensor:
-    """`_forward` split, by plans that are found together."""
+def planned_linear(x, weight, lora_A, lora_B, scaling, bias, compute_dtype) -> Tensor:
+    """`_linear_by` split, by plans that are found together."""
     key = (tuning.state(), layout(x), layout(lora_A), layout(lora_B), scaling, compute_dtype, fp32_setting())
     plans, dtype = _forwards.get(key), compute_dtype or x.dtype
     if plans is not None:
@@ -126,9 +125,9 @@ def _planned_forward(x, weight, lora_A, lora_B, scaling, bias, compute_dtype) ->
     return y
 
 
-def _forward(form: str, x, weight, lora_A, lora_B, scaling, bias, compute_dtype, dropout_p, seed) -> Tensor:
+def _linear_by(form: str, x, weight, lora_A, lora_B, scaling, bias, compute_dtype, dropout_p, seed) -> Tensor:
     if form == "aten":
-        return reference.forward(x, weight, lora_A, lora_B, scaling, bias, compute_dtype, dropout_p, seed)
+        return reference.linear(x, weight, lora_A, lora_B, scaling, bias, compute_dtype, dropout_p, seed)
     dtype = compute_dtype or x.dtype
     options = {"compute_dtype": dtype, "dropout_p": dropout_p, "seed": seed}
     h = down_kernel.down_projection(x, _operand(lora_A, len(x), dtype), scale=scaling, **options)
@@ -203,7 +202,7 @@ def _grad_x(dy: Tensor, weight: Tensor, g: Tensor, lora_A: Tensor, dropout_p: fl
     def run(form: str) -> Tensor:
         return _grad_x_by(form, dy, weight, g, lora_A, dropout_p, seed)
 
-    return run(_choose("linear_backward", dy, weight, lora_A.shape[0], g.dtype, dropout_p, run))
+    return run(choose_form("linear_backward", dy, weight, lora_A.shape[0], g.dtype, dropout_p, run))
 
 
 def _grad_x_by(form: str, dy, weight, g, lora_A, dropout_p, seed) -> Tensor:
@@ -216,17 +215,16 @@ def _grad_x_by(form: str, dy, weight, g, lora_A, dropout_p, seed) -> Tensor:
 
 
 def embedding(
-    indices: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float, compute_dtype: torch.dtype | None
+    indices: Tensor,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    scaling: float = 1.0,
+    compute_dtype: torch.dtype | None = None,
 ) -> Tensor:
     """As `mica.reference.embedding`."""
     dtype = compute_dtype or lora_A.dtype
     factor = prepare(lora_B, dtype)
     return embedding_kernel(indices, lora_A, factor, scale=scaling, compute_dtype=dtype)
-
-
-def merge(weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float) -> Tensor:
-    """As `mica.reference.merge`."""
-    return merge_kernel(weight, lora_A, lora_B, scale=scaling)
 
 
 def embedding_backward(
@@ -269,9 +267,9 @@ def up_projection(y: Tensor, h: Tensor, lora_B: Tensor) -> Tensor:
     return up_kernel.up_projection_(y, h, prepare(lora_B, dtype), out=out, compute_dtype=dtype)
 
 
-def grad_h(grad_output: Tensor, lora_B: Tensor, scaling: float, compute_dtype: torch.dtype) -> Tensor:
-    """As `mica.reference.grad_h`."""
-    return _grad_h(grad_output, lora_B, scaling, compute_dtype)[:, : lora_B.shape[1]].contiguous()
+def up_projection_backward(grad_output: Tensor, lora_B: Tensor, compute_dtype: torch.dtype) -> Tensor:
+    """As `mica.reference.up_projection_backward`."""
+    return _grad_h(grad_output, lora_B, 1.0, compute_dtype)[:, : lora_B.shape[1]].contiguous()
 
 
 def down_projection_backward(
@@ -345,25 +343,14 @@ def linear_group_backward(
 ) -> tuple[Tensor | None, list[Tensor] | None]:
     """As `mica.reference.linear_group_backward`."""
     columns = [padded_columns(lora_A.shape[0]) for lora_A in lora_As]
-    used = next(dy for dy in grad_outputs if dy is not None)
-    parts = zip(grad_outputs, lora_Bs, scalings, columns, strict=True)
-    g = torch.cat(
-        [
-            used.new_zeros(len(used), width, dtype=compute_dtype)
-            if dy is None
-            else _grad_h(dy, lora_B, scaling, compute_dtype)
-            for dy, lora_B, scaling, width in parts
-        ],
-        dim=1,
-    )
+    g = reference.group_grad_h(_grad_h, grad_outputs, lora_Bs, scalings, compute_dtype, columns)
     grad_x = grad_As = None
     if x is not None:
-        parts = zip(grad_a_kernel.grad_a(g, x, g.shape[1]).split(columns), lora_As, strict=True)
-        grad_As = [part[: lora_A.shape[0]].to(lora_A.dtype, copy=True) for part, lora_A in parts]
+        grad_As = reference.group_gradients(grad_a_kernel.grad_a(g, x, g.shape[1]), lora_As, columns)
     if weights is not None:
-        products = [(dy, W) for dy, W in zip(grad_outputs, weights, strict=True) if dy is not None]
-        grad_x = products[0][0] @ products[0][1]
-        for dy, weight in products[1:]:
+        (dy, weight), *others = reference.used_pairs(grad_outputs, weights)
+        grad_x = dy @ weight
+        for dy, weight in others:
             grad_x.addmm_(dy, weight)
         up_kernel.up_projection_(grad_x, g, _operand(_stacked(lora_As), len(g), compute_dtype))
     return grad_x, grad_As

@@ -21,6 +21,7 @@ and runs on any device.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from math import frexp
 
 import torch
@@ -35,7 +36,7 @@ _TOKENS_PER_CHUNK = 1024
 _WIDE = (torch.float32, torch.float64)
 
 
-def forward(
+def linear(
     x: Tensor,
     weight: Tensor,
     lora_A: Tensor,
@@ -134,7 +135,7 @@ def linear_group(
     biases: list[Tensor | None],
     compute_dtype: torch.dtype | None = None,
 ) -> list[Tensor]:
-    """`forward` of several layers on one x: a single down-projection, for their A's stacked."""
+    """`linear` of several layers on one x: a single down-projection, for their A's stacked."""
     dtype = product_dtype(x, (*lora_As, *lora_Bs), compute_dtype or x.dtype)
     h = down_projection(x, stacked(lora_As, scalings), 1.0, dtype)
     parts = h.split([lora_A.shape[0] for lora_A in lora_As], dim=1)
@@ -268,7 +269,7 @@ def linear_backward(
     dropout_p: float = 0.0,
     seed: Tensor | None = None,
 ) -> tuple[Tensor | None, Tensor | None]:
-    """(dx, dA in the dtype of lora_A) of `forward`; None where the weight or x that it takes is None."""
+    """(dx, dA in the dtype of lora_A) of `linear`; None where the weight or x that it takes is None."""
     if not dropout_p and _is_simple(grad_output, lora_A, lora_B, scaling, compute_dtype):
         g = torch.mm(grad_output, lora_B)
         if scaling != 1.0:
@@ -299,6 +300,11 @@ def down_projection_backward(
     return dx, dA
 
 
+def up_projection_backward(grad_output: Tensor, lora_B: Tensor, compute_dtype: torch.dtype) -> Tensor:
+    """The gradient of h (M×r) of `up_projection` in ``compute_dtype``, from dy (M×N); that of y is dy."""
+    return grad_h(grad_output, lora_B, 1.0, compute_dtype)
+
+
 def linear_group_backward(
     grad_outputs: list[Tensor | None],
     x: Tensor | None,
@@ -314,24 +320,45 @@ def linear_group_backward(
     where weights is None, the dA's where x is None.
     """
     used = next(dy for dy in grad_outputs if dy is not None)
-    dtype = product_dtype(used, (*lora_As, *lora_Bs), compute_dtype)
-    parts = zip(grad_outputs, lora_Bs, scalings, strict=True)
-    g = torch.cat(
+    dtype, ranks = product_dtype(used, (*lora_As, *lora_Bs), compute_dtype), [A.shape[0] for A in lora_As]
+    g = group_grad_h(grad_h, grad_outputs, lora_Bs, scalings, dtype, ranks)
+    dAs = None if x is None else group_gradients(grad_a(g, x), lora_As, ranks)
+    dx = None if weights is None else _grad_x(used_pairs(grad_outputs, weights), g, torch.cat(lora_As))
+    return dx, dAs
+
+
+def group_grad_h(
+    grad_h: Callable[..., Tensor],
+    grad_outputs: list[Tensor | None],
+    lora_Bs: list[Tensor],
+    scalings: list[float],
+    dtype: torch.dtype,
+    columns: list[int],
+) -> Tensor:
+    """The g's of a group side by side, each by ``grad_h``, or zeros in its ``columns`` where dy is None."""
+    used = next(dy for dy in grad_outputs if dy is not None)
+    parts = zip(grad_outputs, lora_Bs, scalings, columns, strict=True)
+    return torch.cat(
         [
-            used.new_zeros(len(used), B.shape[1], dtype=dtype) if dy is None else grad_h(dy, B, s, dtype)
-            for dy, B, s in parts
+            used.new_zeros(len(used), width, dtype=dtype) if dy is None else grad_h(dy, B, s, dtype)
+            for dy, B, s, width in parts
         ],
         dim=1,
     )
-    dx = dAs = None
-    if x is not None:
-        parts = grad_a(g, x).split([lora_A.shape[0] for lora_A in lora_As])
-        # copies: no gradient is a view of another's memory
-        dAs = [part.to(lora_A.dtype, copy=True) for part, lora_A in zip(parts, lora_As, strict=True)]
-    if weights is not None:
-        products = [(dy, W) for dy, W in zip(grad_outputs, weights, strict=True) if dy is not None]
-        dx = _grad_x(products, g, torch.cat(lora_As))
-    return dx, dAs
+
+
+def group_gradients(grad: Tensor, lora_As: list[Tensor], columns: list[int]) -> list[Tensor]:
+    """Each layer's dA out of that of all; copies, so that no gradient is a view of another's memory."""
+    grads = []
+    for part, lora_A in zip(grad.split(columns), lora_As, strict=True):
+        rank = lora_A.shape[0]
+        grads.append((part if part.shape[0] == rank else part[:rank]).to(lora_A.dtype, copy=True))
+    return grads
+
+
+def used_pairs(grad_outputs: list[Tensor | None], weights: list[Tensor]) -> list[tuple[Tensor, Tensor]]:
+    """(dy, weight) of the layers whose output was used."""
+    return [(dy, W) for dy, W in zip(grad_outputs, weights, strict=True) if dy is not None]
 
 
 def grad_a_embedding(
@@ -361,9 +388,3 @@ def delta(lora_A: Tensor, lora_B: Tensor, scaling: float) -> Tensor:
     """The update s·B A (N×K) in fp32 (fp64 where A or B is), whatever the adapter's own dtype."""
     dtype = torch.promote_types(torch.promote_types(lora_A.dtype, lora_B.dtype), torch.float32)
     return lora_B.to(dtype) @ (lora_A.to(dtype) * scaling)
-
-
-def merge(weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float = 1.0) -> Tensor:
-    """W + s·B A (N×K): summed in fp32 (fp64), rounded once to the dtype of the weight."""
-    update = delta(lora_A, lora_B, scaling)
-    return (weight.to(torch.promote_types(weight.dtype, update.dtype)) + update).to(weight.dtype)

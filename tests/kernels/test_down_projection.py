@@ -3,8 +3,8 @@ import torch
 
 from mica import reference
 from mica.kernels import configs
-from mica.kernels.common import padded_columns
 from mica.kernels.down_projection import down_projection, plan_down_projection
+from mica.kernels.limits import padded_columns
 from tests.support.guarding import run_guarded
 from tests.support.kernel_cases import (
     DTYPES,
@@ -122,7 +122,7 @@ def test_no_tokens():
         ({"factor": torch.randn(2, 4).to("meta")}, ValueError, "x on cpu, factor on meta"),
         ({"compute_dtype": torch.float64}, TypeError, "compute_dtype must be float32"),
         ({"dropout_p": 1.0}, ValueError, "dropout_p must be at least 0 and below 1"),
-        ({"dropout_p": 0.5}, ValueError, "seed must be one int64 number.*it is None"),
+        ({"dropout_p": 0.5}, ValueError, "seed must be an int64 tensor.*it is None"),
         ({"dropout_p": 0.5, "seed": torch.tensor([1.0])}, ValueError, "it is torch.float32"),
     ],
 )

@@ -1,8 +1,8 @@
 import pytest
 import torch
 
-from mica.kernels.common import padded_columns
 from mica.kernels.embedding import embedding, grad_a_embedding, plan_embedding, plan_grad_a_embedding
+from mica.kernels.limits import padded_columns
 from tests.support.guarding import run_guarded
 from tests.support.kernel_cases import DEVICE, layouts, operand, ranks, sizes
 from tests.support.properties import given, st

@@ -3,8 +3,8 @@ import torch
 
 from mica import reference
 from mica.kernels import configs
-from mica.kernels.common import padded_columns
 from mica.kernels.grad_a import grad_a, plan_grad_a
+from mica.kernels.limits import padded_columns
 from tests.support.guarding import run_guarded
 from tests.support.kernel_cases import (
     SHAPES,

@@ -1,5 +1,7 @@
 """The operators on Triton kernels (interpreted here): the same numbers, compiled graphs and refusals."""
 
+import inspect
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -13,7 +15,6 @@ from mica.ops import (
     mica_embedding,
     mica_linear,
     mica_linear_group,
-    mica_merge,
     mica_up_projection,
 )
 from tests.support.kernel_cases import DEVICE
@@ -184,15 +185,6 @@ def test_embedding_and_its_gradient():
     assert ops.call_counts["embedding_kernels"] == ops.call_counts["embedding_backward_kernels"] == 2
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_merge(dtype):
-    p = on_device(problem((1,), 40, 30, 4, dtype, torch.float32))
-    merged = mica_merge(p.weight, p.lora_A, p.lora_B, p.scaling)
-    expected = p.weight.double() + p.scaling * (p.lora_B.double() @ p.lora_A.double())
-    assert error(merged, expected) <= RELATIVE[dtype]
-    assert ops.call_counts["merge_kernels"] == 1
-
-
 def test_an_edited_or_loaded_basis_is_used():
     """The prepared copy of a B whose rank is padded follows the parameter."""
     p = on_device(problem((6,), 10, 12, 3, torch.float32))
@@ -255,7 +247,7 @@ def test_opcheck_linear(dropout_p):
         opcheck(torch.ops.mica.linear_backward.default, (*backward, dropout_p, seed))
 
 
-def test_opcheck_embedding_and_merge():
+def test_opcheck_embedding():
     indices = torch.randint(0, 11, (3, 4), device=DEVICE)
     lora_A, lora_B = torch.randn(2, 11, device=DEVICE), torch.randn(5, 2, device=DEVICE)
     opcheck(
@@ -263,8 +255,6 @@ def test_opcheck_embedding_and_merge():
     )
     grad_output = torch.randn(3, 4, 5, device=DEVICE)
     opcheck(torch.ops.mica.embedding_backward.default, (grad_output, indices, lora_A, lora_B, 0.5, 3))
-    weight = torch.randn(5, 11, device=DEVICE)
-    opcheck(torch.ops.mica.merge.default, (weight, lora_A, lora_B, 0.5))
 
 
 @pytest.mark.parametrize("backend", ["eager", "aot_eager", "inductor"])
@@ -347,15 +337,23 @@ def test_what_kernels_cannot_do_runs_on_the_reference_otherwise(monkeypatch):
     assert ops.call_counts["linear_kernels"] == 0
 
 
-def test_the_reference_and_the_kernels_offer_the_same_functions():
-    for name in ("forward", "linear_backward", "embedding", "embedding_backward", "merge"):
-        assert callable(getattr(kernel_path, name))
-        assert callable(getattr(reference, name))
+OPERATORS = {
+    name.removeprefix("mica::") for name in torch._C._dispatch_get_all_op_names() if "mica::" in name
+}
+
+
+def test_each_operator_has_a_function_on_the_reference_and_on_kernels():
+    """One to one, and with the same parameters: `mica.ops.dispatch.compute` calls either."""
+    assert len(OPERATORS) == 10
+    assert set(kernel_path.__all__) - {"LaunchError"} == OPERATORS
+    for name in OPERATORS:
+        expected = inspect.signature(getattr(reference, name))
+        assert inspect.signature(getattr(kernel_path, name)) == expected, name
 
 
 PARTS = {  # what cannot be launched -> the functions that have it
-    "down_kernel.down_projection": {"forward", "linear_backward"},
-    "up_kernel.up_projection_": {"forward", "linear_backward"},
+    "down_kernel.down_projection": {"linear", "linear_backward"},
+    "up_kernel.up_projection_": {"linear", "linear_backward"},
     "grad_a_kernel.grad_a": {"linear_backward"},
 }
 
@@ -395,8 +393,7 @@ def test_a_kernel_that_cannot_be_launched_gives_way_to_the_reference(monkeypatch
     assert len(warned) == len(PARTS[part])
     ops.call_counts.clear()
     run(p)
-    others = {"forward": "linear_kernels", "linear_backward": "linear_backward_kernels"}
-    kernels = {counted for function, counted in others.items() if function not in PARTS[part]}
+    kernels = {f"{name}_kernels" for name in {"linear", "linear_backward"} - PARTS[part]}
     assert {name for name in ops.call_counts if name.endswith("_kernels")} == kernels
     assert "out of resource" in backend.why_not_kernels(p.x.device, 3, torch.bfloat16)
     for other in (problem((6,), 10, 12, 4, torch.bfloat16), problem((6,), 10, 12, 3, torch.float32)):

@@ -151,35 +151,3 @@ def test_compile_fullgraph(backend):
     expected = run(p)
     for name, value in run(p, torch.compile(beside, fullgraph=True, backend=backend)).items():
         assert torch.equal(value, expected[name]), name
-
-
-@pytest.mark.parametrize(
-    ("change", "kind", "message"),
-    [
-        ({"x": torch.randn(3, 5)}, ValueError, r"x is \(3, 5\) and lora_A \(2, 4\)"),
-        ({"x": torch.ones(3, 4, dtype=torch.int64)}, TypeError, "x must be of dtype"),
-        ({"lora_A": torch.randn(0, 4)}, ValueError, "rank must be at least 1"),
-        ({"lora_A": torch.randn(2, 4).to("meta")}, ValueError, "one device"),
-        ({"compute_dtype": torch.int8}, TypeError, "compute_dtype must be a floating dtype"),
-        ({"dropout_p": 0.5}, ValueError, "seed must be an int64 tensor"),
-    ],
-)
-def test_bad_input_of_the_down_projection_is_named(change, kind, message):
-    with pytest.raises(kind, match=message):
-        mica_down_projection(**{"x": torch.randn(3, 4), "lora_A": torch.randn(2, 4), **change})
-
-
-@pytest.mark.parametrize(
-    ("change", "kind", "message"),
-    [
-        ({"y": torch.randn(3, 6)}, ValueError, r"they are \(3, 6\), \(3, 2\) and \(5, 2\)"),
-        ({"h": torch.randn(4, 2)}, ValueError, r"\(4, 2\)"),
-        ({"h": torch.randn(3, 0), "lora_B": torch.randn(5, 0)}, ValueError, "rank must be at least 1"),
-        ({"y": torch.ones(3, 5, dtype=torch.int8)}, TypeError, "y must be of dtype"),
-        ({"lora_B": torch.randn(5, 2).requires_grad_()}, ValueError, "lora_B must be frozen"),
-    ],
-)
-def test_bad_input_of_the_up_projection_is_named(change, kind, message):
-    operands = {"y": torch.randn(3, 5), "h": torch.randn(3, 2), "lora_B": torch.randn(5, 2)}
-    with pytest.raises(kind, match=message):
-        mica_up_projection(**{**operands, **change})

@@ -20,23 +20,20 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from mica.dispatch import (
-    autocast,
+from mica.kernels.limits import padded_columns
+from mica.ops.checks import check_group
+from mica.ops.dispatch import (
     autocast_to,
     below_autograd,
     compute,
-    define,
-    differentiate,
     is_transformed,
     no_autocast,
+    operator,
     plain,
     rows,
     run_backward,
     saved,
 )
-from mica.operands import check_group
-
-__all__ = ["mica_linear_group"]
 
 
 def mica_linear_group(
@@ -76,13 +73,13 @@ def mica_linear_group(
 def _group(x, weights, lora_As, lora_Bs, scalings, biases, compute_dtype):
     dtypes = (x.dtype, compute_dtype or x.dtype, *(A.dtype for A in lora_As), *(B.dtype for B in lora_Bs))
     operands = (rows(x), weights, lora_As, lora_Bs, scalings, biases, compute_dtype)
-    ys = compute("linear_group", "linear_group", x, stacked_rank(lora_As), dtypes, *operands)
+    ys = compute("linear_group", x, stacked_rank(lora_As), dtypes, *operands)
     return ys if x.dim() == 2 else [y.view(*x.shape[:-1], y.shape[-1]) for y in ys]
 
 
 def stacked_rank(lora_As: Sequence[Tensor]) -> int:
-    """The rank of a group: its A's on top of each other, each padded to 16 as the kernels want it."""
-    return sum((lora_A.shape[0] + 15) // 16 * 16 for lora_A in lora_As)
+    """The rank of a group: its A's on top of each other, each padded as the kernels need it."""
+    return sum([padded_columns(lora_A.shape[0]) for lora_A in lora_As])
 
 
 def _group_fake(x, weights, lora_As, lora_Bs, scalings, biases, compute_dtype):
@@ -95,10 +92,9 @@ def _group_backward(grad_outputs, x, weights, lora_As, lora_Bs, scalings, comput
     dys = [None if dy is None else rows(dy) for dy in grad_outputs]
     flat = None if x is None else rows(x)
     operands = (dys, flat, list(weights) or None, lora_As, lora_Bs, scalings, compute_dtype)
-    name, rank = "linear_group_backward", stacked_rank(lora_As)
     dtypes = (used.dtype, compute_dtype, *(A.dtype for A in lora_As), *(B.dtype for B in lora_Bs))
     with no_autocast(used):
-        grad_x, grad_As = compute(name, name, used, rank, dtypes, *operands)
+        grad_x, grad_As = compute("linear_group_backward", used, stacked_rank(lora_As), dtypes, *operands)
     if grad_x is not None:
         grad_x = grad_x.view(*used.shape[:-1], lora_As[0].shape[1])
     return [*([] if grad_x is None else [grad_x]), *(grad_As or ())]
@@ -197,12 +193,13 @@ def start_group(
         The first layer's output; then for each other layer a function of no arguments: its call is the
         layer's, and returns its output.
     """
-    if torch.is_autocast_enabled(x.device.type):
-        x, weights, biases = _cast(x.device.type, x, weights, biases)
-        compute_dtype = None
+    operands, device_type = (x, weights, lora_As, lora_Bs, scalings, biases, compute_dtype), x.device.type
+    if torch.is_autocast_enabled(device_type):
+        operands = _cast(device_type, *operands)
+        x, weights = operands[:2]
     handed = {}
     with no_autocast(x):
-        ys = _apply(_group, x, weights, lora_As, lora_Bs, scalings, biases, compute_dtype, handed)
+        ys = _apply(_group, *operands, handed)
     kept = [_saved_alone(x, *layer) for layer in zip(weights, lora_As, lora_Bs, strict=True)]
     return [ys[0], *(partial(_Follower.apply, ys[i], i, handed, kept[i]) for i in range(1, len(ys)))]
 
@@ -212,33 +209,24 @@ def _apply(run, x, weights, lora_As, lora_Bs, scalings, biases, compute_dtype, h
     return list(_LinearGroup.apply(run, handed, scalings, compute_dtype, x, len(weights), *tensors))
 
 
-def _cast(device_type, x, weights, biases):
-    x = autocast_to(x, device_type)
-    return x, *([autocast_to(tensor, device_type) for tensor in kind] for kind in (weights, biases))
+def _cast(device_type, x, weights, lora_As, lora_Bs, scalings, biases, compute_dtype):
+    weights, biases = ([autocast_to(tensor, device_type) for tensor in kind] for kind in (weights, biases))
+    return autocast_to(x, device_type), weights, lora_As, lora_Bs, scalings, biases, None
 
 
-def _group_under_autocast(device_type):
-    def linear_group(x, weights, lora_As, lora_Bs, scalings, biases, compute_dtype):
-        x, weights, biases = _cast(device_type, x, weights, biases)
-        with no_autocast(x):
-            return torch.ops.mica.linear_group(x, weights, lora_As, lora_Bs, scalings, biases, None)
-
-    return linear_group
-
-
-define(
+operator(
     "linear_group",
     "(Tensor x, Tensor[] weights, Tensor[] lora_As, Tensor[] lora_Bs, float[] scalings, Tensor?[] biases,"
     " ScalarType? compute_dtype) -> Tensor[]",
     _group,
     _group_fake,
+    _apply,
+    _cast,
 )
-define(
+operator(
     "linear_group_backward",
     "(Tensor?[] grad_outputs, Tensor? x, Tensor[] weights, Tensor[] lora_As, Tensor[] lora_Bs,"
     " float[] scalings, ScalarType compute_dtype) -> Tensor[]",
     _group_backward,
     _group_backward_fake,
 )
-differentiate("linear_group", _apply, _group)
-autocast("linear_group", _group_under_autocast)
