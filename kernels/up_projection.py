@@ -24,7 +24,7 @@ from mica.kernels.common import (
     target_of,
     wide_product,
 )
-from mica.kernels.launching import Choice, Plan, Plans, layout
+from mica.kernels.launching import Choice, Plan, Plans, layout, strides
 
 
 @triton.jit(do_not_specialize=["num_tokens", "threshold"])
@@ -57,7 +57,7 @@ def _up_projection_kernel(
     COMPUTE: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    # Neighbours write one row of tiles: they share h's rows, and y's pages are opened once.
+    # Neighbouring programs write one row of tiles: they share h's rows, and y's memory pages are opened once.
     tiles_n = tl.cdiv(out_features, BLOCK_N)
     rows = (tl.program_id(0) // tiles_n) * BLOCK_M + tl.arange(0, BLOCK_M)
     columns = (tl.program_id(0) % tiles_n) * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -67,7 +67,7 @@ def _up_projection_kernel(
     else:
         mask = row_mask & (columns < out_features)[None, :]
     rows_64, columns_64 = rows.to(tl.int64)[:, None], columns.to(tl.int64)[None, :]
-    # asked for before the product is formed: y is nearly all of the traffic
+    # requested before the product is computed: y is nearly all of the traffic
     base = tl.load(base_ptr + rows_64 * stride_bm + columns_64 * stride_bn, mask=mask, other=0.0)
     acc = wide_product(
         h_ptr, p_ptr, rows, columns, num_tokens, out_features, stride_hm, stride_hr, stride_pr, stride_pn,
@@ -92,7 +92,7 @@ def plan_up_projection(
     config: configs.Config | None = None,
     target: str | None = None,
 ) -> Choice:
-    """The launches that `up_projection_` chooses from; ``target``: another one than the device's."""
+    """The launches that `up_projection_` chooses from; ``target`` overrides the device's."""
     out = base if out is None else out
     for name, tensor in (("base", base), ("h", h), ("factor", factor)):
         checks.matrix(name, tensor)
@@ -118,14 +118,7 @@ def plan_up_projection(
             {
                 "num_tokens": num_tokens,
                 "out_features": out_features,
-                "stride_bm": base.stride(0),
-                "stride_bn": base.stride(1),
-                "stride_om": out.stride(0),
-                "stride_on": out.stride(1),
-                "stride_hm": h.stride(0),
-                "stride_hr": h.stride(1),
-                "stride_pr": factor.stride(0),
-                "stride_pn": factor.stride(1),
+                **strides(bm_bn=base, om_on=out, hm_hr=h, pr_pn=factor),
                 "scale": float(scale) / (1.0 - dropout_p),
                 "threshold": keep_threshold(dropout_p),
             },
@@ -171,7 +164,7 @@ def key_of(
     seed: Tensor | None = None,
     config: configs.Config | None = None,
 ) -> tuple:
-    """By which ``plans`` has the plan of `up_projection_` with these arguments."""
+    """The key in ``plans`` of `up_projection_` with these arguments."""
     return (
         tuning.state(),
         layout(base),
@@ -205,7 +198,7 @@ def up_projection_(
         base: (num_tokens, out_features), fp32/bf16/fp16, any strides.
         h: (num_tokens, rank) or as wide as `padded_columns(rank)`, as `down_projection` gives it.
         factor: (rank, out_features), any strides: lora_B transposed, or lora_A. Its rows may be padded too.
-        out: write there instead of into base; shape of base.
+        out: where to write instead of into base; shape of base.
         scale: dimensionless, applied to the fp32 product.
         compute_dtype: dtype of the factors of the product; default that of h.
         dropout_p, seed: zero the elements of the *product* that `down_projection` dropped from x.

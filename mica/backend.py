@@ -1,4 +1,4 @@
-"""Which path a call takes, Triton kernels or the reference: ``MICA_BACKEND`` says it, else the device."""
+"""Which path a call takes, Triton kernels or the reference: set by ``MICA_BACKEND``, else by the device."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ BACKENDS = ("auto", "triton", "reference")
 
 
 class Refused(NamedTuple):
-    """What runs on the reference from some call on: one function of `mica.kernel_path` with such operands."""
+    """What runs on the reference from some call on: a function of `mica.kernel_path` with such operands."""
 
     device: torch.device
     function: str
@@ -26,18 +26,18 @@ class Refused(NamedTuple):
 
 _given_up: dict[Refused, str] = {}
 
-# The raw value of ``MICA_BACKEND``, None where it is unset, in 0.1 µs: fit for comparing only.
+# The raw value of ``MICA_BACKEND``, None where it is unset, in 0.1 µs; only for comparisons.
 setting = runtime.raw_variable("MICA_BACKEND")
 _interpreting = runtime.raw_variable("TRITON_INTERPRET")
 
-# What `use_kernels` has answered. Only the environment can change an answer, and `give_up`.
+# What `use_kernels` has returned. Only the environment and `give_up` can change it.
 _verdicts: dict[tuple, bool] = {}
 
 
 def give_up(
     device: torch.device, function: str, rank: int, dtypes: tuple[torch.dtype, ...], error: Exception
 ) -> None:
-    """No kernels for this function with such operands any more; a warning says which one it is, and why."""
+    """Use no kernels for this function with such operands from now on; a warning names it and the reason."""
     text = (str(error).strip() or type(error).__name__).partition("\n")[0]
     what = f"{function} at rank {rank} ({names_of(dtypes)})"
     _given_up[Refused(device, function, rank, dtypes)] = f"{what} was given up: {text}"
@@ -48,13 +48,13 @@ def give_up(
 
 
 def forget_verdicts() -> None:
-    """Decide anew which path calls take, and try again what was given up: after a change of driver."""
+    """Decide again which path calls take, and retry what was given up: after a change of driver."""
     _given_up.clear()
     _verdicts.clear()
 
 
 def forget_prepared() -> None:
-    """`mica.kernels.prepared.forget`, where it has been imported: after an edit of B through ``.data``."""
+    """`mica.kernels.prepared.forget` if it has been imported: after an edit of B through ``.data``."""
     prepared = sys.modules.get("mica.kernels.prepared")
     if prepared is not None:
         prepared.forget()
@@ -81,7 +81,7 @@ def why_not_kernels(
 ) -> str | None:
     """None if a call with such operands runs on Triton kernels, else the reason in words.
 
-    ``function``: of `mica.kernel_path`; without one, also what any of them was given up for counts.
+    ``function``: of `mica.kernel_path`; if None, the reason why any of them was given up counts too.
     """
     backend = backend or requested()
     if backend == "reference":
@@ -102,7 +102,7 @@ def why_not_kernels(
 
 
 def _concerns(refused: Refused, device: torch.device, rank: int, dtypes: tuple[torch.dtype, ...]) -> bool:
-    """Whether a layer with operands of these dtypes meets it."""
+    """Whether this affects a layer with operands of these dtypes."""
     return refused.device == device and refused.rank == rank and set(dtypes) <= set(refused.dtypes)
 
 

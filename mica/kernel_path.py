@@ -1,12 +1,12 @@
 """The operators' bodies on Triton kernels: which kernels make up a formula of `mica.reference`.
 
-Four forms of the same call, the first by default; `mica.kernels.tuning` takes another one only where it has
+Four forms of the same call, the first by default; `mica.kernels.tuning` selects another only where that has
 been measured to be faster on the device.
 
     split       h = down(x, A); y = x Wᵀ + bias by the vendor's library; y += h Bᵀ in place
     fused       the second and third in one kernel, by pointers
     descriptor  the same, persistent and with tensor descriptors
-    aten        no kernel at all: the reference (`addmm_`), the control that the others must beat
+    aten        no kernel at all: the reference (`addmm_`), the baseline that the others must beat
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ __all__ = [
 
 
 def choose_form(name: str, x: Tensor, w: Tensor, rank: int, dtype: torch.dtype, dropout_p: float, run) -> str:
-    """The form to run, where something is tuned. x (M×K), w (K×N); ``run(form)`` runs one of them."""
+    """The form to run where something is tuned. x (M×K), w (K×N); ``run(form)`` runs one of them."""
     forms = ["split", "fused"]
     if why_not_descriptor(x, w, target_of(x.device)) is None:
         forms.append("descriptor")
@@ -56,18 +56,18 @@ def choose_form(name: str, x: Tensor, w: Tensor, rank: int, dtype: torch.dtype, 
     return tuning.pick(name, x.device, key, {form: functools.partial(run, form) for form in forms})
 
 
-# From here on an A whose numbers are wider than the products' is rounded before the launches. Every row of
-# tiles reads all of it through the L2 cache: 8192 tokens read 134 MB of an fp32 A (64 x 4096), x has 67.
-# Rounding is a launch more, and for fewer tokens the host, not the device, decides how long a layer takes.
-_WIDE_RANK, _MANY_TOKENS = 64, 2048
+# From these sizes on an A that is wider than the products' dtype is rounded before the launches. Each row of
+# tiles reads all of it through the L2 cache: 8192 tokens read 134 MB of an fp32 A (64 x 4096), 67 MB of x.
+# Rounding is one more launch, and with fewer tokens the host, not the device, determines a layer's time.
+WIDE_RANK, MANY_TOKENS = 64, 2048
 
 
-def _operand(lora_A: Tensor, num_tokens: int, dtype: torch.dtype) -> Tensor:
-    """lora_A as kernels had best read it, for products in ``dtype``: they round to that, so no bit differs.
+def as_operand(lora_A: Tensor, num_tokens: int, dtype: torch.dtype) -> Tensor:
+    """lora_A as kernels read it fastest, for products in ``dtype``: they round to that, so no bit differs.
 
     The rounded copy is not kept for the next call: a write through ``lora_A.data`` changes no version.
     """
-    if lora_A.shape[0] < _WIDE_RANK or num_tokens < _MANY_TOKENS or lora_A.dtype.itemsize <= dtype.itemsize:
+    if lora_A.shape[0] < WIDE_RANK or num_tokens < MANY_TOKENS or lora_A.dtype.itemsize <= dtype.itemsize:
         return lora_A
     return lora_A.to(dtype)
 
@@ -95,16 +95,16 @@ def linear(
     return run(choose_form("linear", x, weight.t(), lora_A.shape[0], dtype, dropout_p, run))
 
 
-# The plans of all launches of a layer's forward, or backward, without dropout. Their own keys hold h, g, y
-# and dx too, which follow from what is in these: asked for one by one, plans cost a layer 9 µs more. The last
-# entry says whether A is rounded first.
-_forwards, _backwards = Plans(), Plans()
+# The plans of all launches of a layer's forward, or backward, without dropout. Their own keys also hold h, g,
+# y and dx, which follow from these keys: looking plans up one by one costs a layer 9 µs more. The last entry
+# is whether A is rounded first.
+forward_plans, backward_plans = Plans(), Plans()
 
 
 def planned_linear(x, weight, lora_A, lora_B, scaling, bias, compute_dtype) -> Tensor:
-    """`_linear_by` split, by plans that are found together."""
+    """`_linear_by` "split", with plans that are looked up together."""
     key = (tuning.state(), layout(x), layout(lora_A), layout(lora_B), scaling, compute_dtype, fp32_setting())
-    plans, dtype = _forwards.get(key), compute_dtype or x.dtype
+    plans, dtype = forward_plans.get(key), compute_dtype or x.dtype
     if plans is not None:
         down, up, rounded = plans
         h = down_kernel.run(down, x, lora_A.to(dtype) if rounded else lora_A)
@@ -112,7 +112,7 @@ def planned_linear(x, weight, lora_A, lora_B, scaling, bias, compute_dtype) -> T
         if y.is_contiguous():
             return up_kernel.run(up, y, h, prepare(lora_B, dtype))
         return up_kernel.up_projection_(y, h, prepare(lora_B, dtype))
-    options, operand = {"scale": scaling, "compute_dtype": dtype}, _operand(lora_A, len(x), dtype)
+    options, operand = {"scale": scaling, "compute_dtype": dtype}, as_operand(lora_A, len(x), dtype)
     h, factor = down_kernel.down_projection(x, operand, **options), prepare(lora_B, dtype)
     y = up_kernel.up_projection_(F.linear(x, weight, bias), h, factor)
     plans = (
@@ -121,7 +121,7 @@ def planned_linear(x, weight, lora_A, lora_B, scaling, bias, compute_dtype) -> T
         operand is not lora_A,
     )
     if None not in plans and y.is_contiguous():
-        _forwards.keep(key, plans)
+        forward_plans.keep(key, plans)
     return y
 
 
@@ -130,7 +130,7 @@ def _linear_by(form: str, x, weight, lora_A, lora_B, scaling, bias, compute_dtyp
         return reference.linear(x, weight, lora_A, lora_B, scaling, bias, compute_dtype, dropout_p, seed)
     dtype = compute_dtype or x.dtype
     options = {"compute_dtype": dtype, "dropout_p": dropout_p, "seed": seed}
-    h = down_kernel.down_projection(x, _operand(lora_A, len(x), dtype), scale=scaling, **options)
+    h = down_kernel.down_projection(x, as_operand(lora_A, len(x), dtype), scale=scaling, **options)
     factor = prepare(lora_B, dtype)
     if form == "split":
         return up_kernel.up_projection_(F.linear(x, weight, bias), h, factor)
@@ -162,10 +162,10 @@ def linear_backward(
 
 
 def _planned_backward(dy, x, weight, lora_A, lora_B, scaling, dtype) -> tuple[Tensor, Tensor]:
-    """`linear_backward` split, both gradients, by plans that are found together."""
+    """`linear_backward` "split", both gradients, with plans that are looked up together."""
     tensors = layout(dy), layout(x), layout(lora_A)
     key = (tuning.state(), *tensors, scaling, dtype, fp32_setting())
-    plans, factor = _backwards.get(key), prepare(lora_B, dtype)
+    plans, factor = backward_plans.get(key), prepare(lora_B, dtype)
     if plans is not None:
         down, grad, up, rounded = plans
         g = down_kernel.run(down, dy, factor)
@@ -177,7 +177,7 @@ def _planned_backward(dy, x, weight, lora_A, lora_B, scaling, dtype) -> tuple[Te
     scaled, rounded = {"scale": scaling, "compute_dtype": dtype}, {"out_dtype": lora_A.dtype}
     g, rank = down_kernel.down_projection(dy, factor, **scaled), lora_A.shape[0]
     grad_A = grad_a_kernel.grad_a(g, x, rank, **rounded)
-    operand = _operand(lora_A, len(dy), dtype)
+    operand = as_operand(lora_A, len(dy), dtype)
     grad_x = up_kernel.up_projection_(torch.mm(dy, weight), g, operand)
     plans = (
         down_kernel.plans.get(down_kernel.key_of(dy, factor, **scaled)),
@@ -186,7 +186,7 @@ def _planned_backward(dy, x, weight, lora_A, lora_B, scaling, dtype) -> tuple[Te
         operand is not lora_A,
     )
     if None not in plans and grad_x.is_contiguous():
-        _backwards.keep(key, plans)
+        backward_plans.keep(key, plans)
     return grad_x, grad_A
 
 
@@ -208,7 +208,7 @@ def _grad_x(dy: Tensor, weight: Tensor, g: Tensor, lora_A: Tensor, dropout_p: fl
 def _grad_x_by(form: str, dy, weight, g, lora_A, dropout_p, seed) -> Tensor:
     if form == "aten":
         return reference.grad_x(dy, weight, g[:, : lora_A.shape[0]], lora_A, dropout_p, seed)
-    options, operand = {"dropout_p": dropout_p, "seed": seed}, _operand(lora_A, len(dy), g.dtype)
+    options, operand = {"dropout_p": dropout_p, "seed": seed}, as_operand(lora_A, len(dy), g.dtype)
     if form == "split":
         return up_kernel.up_projection_(dy @ weight, g, operand, **options)
     return fused_linear(dy, weight, g, operand, descriptor=form == "descriptor", **options)
@@ -242,7 +242,7 @@ def embedding_backward(
 
 
 # ---------------------------------------------------------------------------------------------------
-# the two factors alone, beside a base layer that is called
+# the two factors alone, next to a base layer that is called
 # ---------------------------------------------------------------------------------------------------
 
 
@@ -256,7 +256,7 @@ def down_projection(
 ) -> Tensor:
     """As `mica.reference.down_projection`."""
     options = {"compute_dtype": compute_dtype, "dropout_p": dropout_p, "seed": seed}
-    h = down_kernel.down_projection(x, _operand(lora_A, len(x), compute_dtype), scale=scaling, **options)
+    h = down_kernel.down_projection(x, as_operand(lora_A, len(x), compute_dtype), scale=scaling, **options)
     return h[:, : lora_A.shape[0]].contiguous()
 
 
@@ -289,9 +289,9 @@ def down_projection_backward(
         grad_A = (grad_a_kernel.grad_a(grad_h, x, lora_A.shape[0], **options) * scaling).to(lora_A.dtype)
     if needs_x and dropout_p:
         grad_x = grad_h.new_zeros(len(grad_h), lora_A.shape[1])
-        operand = _operand(lora_A, len(grad_h), grad_h.dtype)
+        operand = as_operand(lora_A, len(grad_h), grad_h.dtype)
         up_kernel.up_projection_(grad_x, grad_h, operand, scale=scaling, **options)
-    elif needs_x:  # no base to add to: the vendor's product writes what the kernel would
+    elif needs_x:  # nothing to add to: the vendor's product writes what the kernel would
         grad_x = reference.grad_x_update(grad_h, lora_A * scaling)
     return grad_x, grad_A
 
@@ -322,7 +322,7 @@ def linear_group(
     """As `mica.reference.linear_group`."""
     dtype = compute_dtype or x.dtype
     factors = [prepare(lora_B, dtype) for lora_B in lora_Bs]
-    operand = _operand(_stacked(lora_As, scalings), len(x), dtype)
+    operand = as_operand(_stacked(lora_As, scalings), len(x), dtype)
     h = down_kernel.down_projection(x, operand, compute_dtype=dtype)
     parts = h.split([factor.shape[0] for factor in factors], dim=1)
     operands = zip(weights, biases, parts, factors, strict=True)
@@ -352,5 +352,5 @@ def linear_group_backward(
         grad_x = dy @ weight
         for dy, weight in others:
             grad_x.addmm_(dy, weight)
-        up_kernel.up_projection_(grad_x, g, _operand(_stacked(lora_As), len(g), compute_dtype))
+        up_kernel.up_projection_(grad_x, g, as_operand(_stacked(lora_As), len(g), compute_dtype))
     return grad_x, grad_As

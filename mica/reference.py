@@ -11,12 +11,12 @@ r rank, s scaling. There is no dB, and h = x Aᵀ is never kept: the backward ne
 arXiv 2604.01694, on LoRA's layer (arXiv 2106.09685).
 
 The low-rank products run in ``compute_dtype`` (default: the dtype of x), so A and B may be fp32 masters
-over a bf16/fp16 base. Of few tokens on a CPU they run in fp32 with such masters, whatever the compute_dtype
-(`mica.products.product_dtype`): nothing but y and dx is rounded. Products and their sums are `mica.products`'
-(one rounding where the processor has no 16-bit instructions). The scaling is folded into A (forward) or B
-(backward) *before* that cast: one rounding instead of two, on r·K or N·r numbers instead of M·r; what rounds
-nothing, 1 or a power of two, where there is least to multiply. Everything here is differentiable by autograd
-and runs on any device.
+over a bf16/fp16 base. With such masters and few tokens on a CPU they run in fp32, whatever the compute_dtype
+(`mica.products.product_dtype`): only y and dx are rounded. Products and their sums are `mica.products`' (one
+rounding where the processor has no 16-bit instructions). The scaling is folded into A (forward) or B
+(backward) *before* that cast: one rounding instead of two, on r·K or N·r numbers instead of M·r; a scaling
+that rounds nothing (1, a power of two) is applied where there is least to multiply. Everything here is
+differentiable by autograd and runs on any device.
 """
 
 from __future__ import annotations
@@ -57,10 +57,10 @@ def linear(
 
 
 def _is_simple(x: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float, dtype: torch.dtype | None) -> bool:
-    """Whether the formula can stand as it is written: one dtype, no roundings to choose, nothing to cast.
+    """Whether the formula can be computed as written: one dtype, no rounding to choose, nothing to cast.
 
-    Then PyTorch's calls are made one after the other. By the ways that serve every case the host takes 4 µs
-    longer for a forward and a backward, a fifth of what the calls take; the bits are the same.
+    Then PyTorch is called directly. The general functions take the host 4 µs longer per forward and backward,
+    a fifth of the calls' own time; the bits are the same.
     """
     own = x.dtype
     return (
@@ -97,16 +97,16 @@ def _scaled_product(left: Tensor, factor: Tensor, scaling: float, dtype: torch.d
 
 
 def _is_exact(scaling: float, dtype: torch.dtype) -> bool:
-    """Whether the scaling, a power of two, rounds nothing wherever it is multiplied.
+    """Whether the scaling is a power of two, which rounds nothing wherever it is applied.
 
-    Not in float16, whose smallest normal number is 6e-5. In the others a number would have to be below
+    Not in float16, whose smallest normal number is 6e-5. In the other dtypes a number would have to be below
     2^-94 or above 2^96.
     """
     return dtype != torch.float16 and frexp(scaling)[0] in (0.5, -0.5) and 2.0**-32 <= abs(scaling) <= 2.0**32
 
 
 def _cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    """``tensor.to(dtype)``, which takes a microsecond to find that there is nothing to do."""
+    """``tensor.to(dtype)``, which takes a microsecond where there is nothing to do."""
     return tensor if tensor.dtype == dtype else tensor.to(dtype)
 
 
@@ -189,7 +189,7 @@ def _int32(value):
 
 
 def _kept(x: Tensor, first_row: int, dropout_p: float, seed: Tensor | None) -> Tensor:
-    """keep⊙x (M×K); the 1 / (1 − p) is for the caller to fold into something smaller."""
+    """keep⊙x (M×K); the caller folds 1 / (1 − p) into something smaller."""
     if dropout_p == 0.0:
         return x
     return x.where(dropout_keep(seed, *x.shape, dropout_p, first_row), 0)
@@ -206,7 +206,7 @@ def grad_a(g: Tensor, x: Tensor, dropout_p: float = 0.0, seed: Tensor | None = N
     dtype = torch.promote_types(torch.promote_types(g.dtype, x.dtype), torch.float32)
     grad = None
     one = g.shape[0] <= _TOKENS_PER_CHUNK
-    for start in range(0, max(1, g.shape[0]), _TOKENS_PER_CHUNK):  # without tokens one product of nothing: 0
+    for start in range(0, max(1, g.shape[0]), _TOKENS_PER_CHUNK):  # without tokens one empty product: 0
         tokens = slice(start, start + _TOKENS_PER_CHUNK)
         g_part, x_part = (g, x) if one else (g[tokens], x[tokens])
         g_part, kept = _cast(g_part, dtype).t(), _cast(_kept(x_part, start, dropout_p, seed), dtype)
@@ -232,7 +232,7 @@ def _grad_x(
     """`grad_x` for the sum of several products (dy, weight)."""
     if products[0][0].dtype == g.dtype and not dropout_p:
         return addmm(None, *products, (g, _cast(lora_A, g.dtype)))
-    # rounded before it is added, where autograd would in stock PEFT
+    # rounded before it is added, as autograd does in stock PEFT
     dx = addmm(None, *products)
     return dx.add_(grad_x_update(g, lora_A, dropout_p, seed).to(dx.dtype))
 

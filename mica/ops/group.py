@@ -1,15 +1,15 @@
-"""Several layers that read the same x (q/k/v, gate/up) as one operator: x is read once, not once a layer.
+"""Several layers that read the same x (q/k/v, gate/up) as one operator: x is read once, not once per layer.
 
     h₁…h_g = x [s₁A₁; …; s_gA_g]ᵀ                one down-projection
     y_i    = x W_iᵀ + bias_i + h_i B_iᵀ
     dA     = [g₁, …, g_g]ᵀ x                     one product, g_i = s_i·dy_i B_i
-    dx     = Σ dy_i W_i + [g₁, …, g_g] A         summed in one tensor: no gradient of x a layer
+    dx     = Σ dy_i W_i + [g₁, …, g_g] A         summed in one tensor: no dx per layer
 
 One node of the autograd graph receives all dy_i at once. Definition: `mica.reference.linear_group`.
 
-`start_group` is the form for layers whose calls come one by one. Each saves, at its own call, what
+`start_group` is the form for layers that are called one by one. Each saves, at its own call, what
 `mica.ops.mica_linear` saves there, in its order: under gradient checkpointing a forward and its recomputation
-may group or not, each as it likes, and an edit of a layer that was not called after all stops no backward.
+may group or not, independently, and an edit of a layer that was never called breaks no backward.
 """
 
 from __future__ import annotations
@@ -87,7 +87,7 @@ def _group_fake(x, weights, lora_As, lora_Bs, scalings, biases, compute_dtype):
 
 
 def _group_backward(grad_outputs, x, weights, lora_As, lora_Bs, scalings, compute_dtype):
-    """x is None where no dA is wanted, weights is empty where no dx is; then the result lacks them."""
+    """x is None where no dA is needed, weights is empty where no dx is; the result then lacks them."""
     used = next(dy for dy in grad_outputs if dy is not None)
     dys = [None if dy is None else rows(dy) for dy in grad_outputs]
     flat = None if x is None else rows(x)
@@ -107,8 +107,8 @@ def _group_backward_fake(grad_outputs, x, weights, lora_As, lora_Bs, scalings, c
 
 
 class _LinearGroup(torch.autograd.Function):
-    """``handed``: None, and all operands are saved here; or where `_Follower` hands its layer's to the
-    backward, by graph task and layer. Then only the first layer's are saved here."""
+    """``handed``: None, and all operands are saved here; or a dict in which each `_Follower` hands its
+    layer's to the backward, by graph task and layer, and only the first layer's are saved here."""
 
     @staticmethod
     def forward(ctx, run, handed, scalings, compute_dtype, x, count, *tensors):
@@ -129,7 +129,7 @@ class _LinearGroup(torch.autograd.Function):
     @staticmethod
     def backward(ctx, *grad_outputs):
         on_backward = getattr(ctx, "on_backward", None)
-        if on_backward is not None:  # of whoever keeps outputs that may not have been used
+        if on_backward is not None:  # set by a caller that keeps outputs which may not be used
             on_backward()
         count = ctx.count
         used = [i for i, grad in enumerate(grad_outputs) if grad is not None]
@@ -149,12 +149,12 @@ class _LinearGroup(torch.autograd.Function):
 
 
 def _saved_alone(x, weight, lora_A, lora_B):
-    """What `mica.ops.mica_linear` saves of a layer for its backward, in its order."""
+    """What `mica.ops.mica_linear` saves for the backward of a layer, in its order."""
     return x if lora_A.requires_grad else None, weight if x.requires_grad else None, lora_A, lora_B
 
 
 def _operands_of(ctx, used):
-    """x, the weights (empty where no dx is wanted), lora_As and lora_Bs of the layers in ``used``."""
+    """x, the weights (empty where no dx is needed), lora_As and lora_Bs of the layers in ``used``."""
     if ctx.handed is None:
         x, *kept = saved(ctx)
         weights = [kept.pop(0) for _ in range(ctx.count)] if ctx.needs_x else []
@@ -168,14 +168,14 @@ def _operands_of(ctx, used):
 
 
 class _Follower(torch.autograd.Function):
-    """The output of a layer whose values `_LinearGroup` has computed, and what the layer saves."""
+    """The output of a layer, which `_LinearGroup` has computed, and what the layer saves."""
 
     @staticmethod
     def forward(ctx, y, i, handed, operands):
         ctx.set_materialize_grads(False)
         ctx.i, ctx.handed = i, handed
         ctx.save_for_backward(*operands)
-        return y.detach()  # y itself would come out as a view that refuses in-place operations
+        return y.detach()  # y itself would be returned as a view, which refuses in-place operations
 
     @staticmethod
     def backward(ctx, grad_output):
@@ -187,11 +187,11 @@ class _Follower(torch.autograd.Function):
 def start_group(
     x, weights, lora_As, lora_Bs, scalings, biases, compute_dtype
 ) -> list[Tensor | Callable[[], Tensor]]:
-    """As ``torch.ops.mica.linear_group``, eager, but each layer's tensors are saved as its call begins.
+    """``torch.ops.mica.linear_group``, eager, except that each layer's tensors are saved when it is called.
 
     Returns:
-        The first layer's output; then for each other layer a function of no arguments: its call is the
-        layer's, and returns its output.
+        The first layer's output; then for each other layer a function without arguments, whose call is the
+        layer's and returns its output.
     """
     operands, device_type = (x, weights, lora_As, lora_Bs, scalings, biases, compute_dtype), x.device.type
     if torch.is_autocast_enabled(device_type):

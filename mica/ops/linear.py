@@ -47,8 +47,8 @@ def mica_linear(
         compute_dtype: dtype of the low-rank products; default the dtype of x. Under autocast everything
             runs in autocast's dtype, as PEFT's layer does.
         dropout_p: probability in [0, 1) with which an element of x is dropped before lora_A.
-        seed: int64 (1), where dropout_p > 0. It decides the mask, which is never stored: draw it with
-            torch's generator, and gradient checkpointing recomputes the same mask.
+        seed: int64 (1), where dropout_p > 0. It determines the mask, which is never stored: drawn with
+            torch's generator, gradient checkpointing recomputes the same mask.
 
     Returns:
         (..., out_features) in the dtype of x (of autocast where it is on).

@@ -34,10 +34,10 @@ def check(base, h, factor, scale=0.75, **options):
     reference_options = {
         key: options.get(key, default) for key, default in (("dropout_p", 0.0), ("seed", None))
     }
-    wanted = expected(base, h, factor, scale, **reference_options)
+    exact = expected(base, h, factor, scale, **reference_options)
     y = run_guarded(*plan_up_projection(base, h, factor, scale=scale, **options).bound())
     assert y.dtype == base.dtype
-    assert error(y, wanted) <= RELATIVE[base.dtype]
+    assert error(y, exact) <= RELATIVE[base.dtype]
 
 
 def padded_with(value, matrix, columns):
@@ -90,14 +90,14 @@ def test_in_place_and_out():
         operand(5, 2, torch.float32),
         operand(2, 8, torch.float32),
     )
-    before, wanted = base.clone(), expected(base, h, factor, 1.0)
+    before, exact = base.clone(), expected(base, h, factor, 1.0)
     out = operand(5, 8, torch.float32, "columns")  # of another layout
     assert up_projection_(base, h, factor, out=out) is out
     assert not touched(out)
     assert torch.equal(base, before)
     assert up_projection_(base, h, factor) is base
     assert torch.equal(base, out)
-    assert error(base, wanted) <= RELATIVE[torch.float32]
+    assert error(base, exact) <= RELATIVE[torch.float32]
 
 
 def test_one_rounding():
@@ -107,9 +107,9 @@ def test_one_rounding():
         operand(64, 4, torch.float32),
         operand(4, 64, torch.float32),
     )
-    wanted = expected(base, h, factor, 1.0)
+    exact = expected(base, h, factor, 1.0)
     y = up_projection_(base.clone(), h, factor)
-    assert ((y.double() - wanted).abs() <= 0.5 * 2**-7 * wanted.abs() + 1e-5).all()
+    assert ((y.double() - exact).abs() <= 0.5 * 2**-7 * exact.abs() + 1e-5).all()
 
 
 def test_every_configuration():
@@ -130,8 +130,8 @@ def test_offsets_beyond_32_bit():
         operand(3, 4, torch.float16),
         operand(4, 70, torch.float16),
     )
-    wanted = expected(base, h, factor, 1.0)
-    assert error(up_projection_(base, h, factor), wanted) <= RELATIVE[torch.float16]
+    exact = expected(base, h, factor, 1.0)
+    assert error(up_projection_(base, h, factor), exact) <= RELATIVE[torch.float16]
 
 
 def test_no_tokens():

@@ -72,11 +72,11 @@ def test_empty_means_auto(monkeypatch):
 
 
 def test_a_verdict_is_kept_until_the_environment_changes(a_gpu):
-    asked = []
-    a_gpu.setattr(runtime, "why_unavailable", asked.append)
+    queries = []
+    a_gpu.setattr(runtime, "why_unavailable", queries.append)
     for _ in range(3):
         assert backend.use_kernels(GPU, 16, BF16)
-    assert len(asked) == 1
+    assert len(queries) == 1
     a_gpu.setenv("MICA_BACKEND", "reference")
     assert not backend.use_kernels(GPU, 16, BF16)
     a_gpu.delenv("MICA_BACKEND")
@@ -84,7 +84,7 @@ def test_a_verdict_is_kept_until_the_environment_changes(a_gpu):
     assert not backend.use_kernels(GPU, 16, BF16)
     a_gpu.delenv("TRITON_INTERPRET")
     assert backend.use_kernels(GPU, 16, BF16)
-    assert len(asked) == 1
+    assert len(queries) == 1
 
 
 @pytest.mark.parametrize(

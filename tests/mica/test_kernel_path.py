@@ -76,29 +76,29 @@ def test_linear_agrees_with_the_dense_oracle(
 
 @pytest.mark.parametrize(("dtype", "adapter_dtype", "compute_dtype"), FEW_DTYPES)
 @pytest.mark.parametrize("dropout_p", [0.0, 0.4])
-def test_factors_beside_a_base_layer(dtype, adapter_dtype, compute_dtype, dropout_p):
+def test_factors_next_to_a_base_layer(dtype, adapter_dtype, compute_dtype, dropout_p):
     p = on_device(problem((70,), 40, 24, 12, dtype, adapter_dtype))
     options = {"dropout_p": dropout_p, "seed": torch.tensor([-3], device=DEVICE)}
 
-    def beside(x, weight, lora_A, lora_B, scaling, bias, **options):
+    def by_factors(x, weight, lora_A, lora_B, scaling, bias, **options):
         h = mica_down_projection(x, lora_A, scaling, **options)
         return mica_up_projection(F.linear(x, weight, bias), h, lora_B)
 
     expected = run(p, compute_dtype, **options)
-    for name, value in run(p, compute_dtype, beside, **options).items():
+    for name, value in run(p, compute_dtype, by_factors, **options).items():
         assert error(value, expected[name]) <= 2 * RELATIVE[dtype], name
 
 
 @pytest.mark.parametrize(("dtype", "adapter_dtype", "compute_dtype"), FEW_DTYPES)
 def test_a_group_agrees_with_the_dense_oracle(dtype, adapter_dtype, compute_dtype):
-    found = [on_device(problem((70,), 40, out, r, dtype, adapter_dtype)) for out, r in ((24, 3), (56, 20))]
-    found[1].x = found[0].x
-    x = found[0].x.detach().requires_grad_()
-    lora_As = [p.lora_A.detach().requires_grad_() for p in found]
-    lists = [[getattr(p, name) for p in found] for name in ("weight", "lora_B", "scaling", "bias")]
+    layers = [on_device(problem((70,), 40, out, r, dtype, adapter_dtype)) for out, r in ((24, 3), (56, 20))]
+    layers[1].x = layers[0].x
+    x = layers[0].x.detach().requires_grad_()
+    lora_As = [p.lora_A.detach().requires_grad_() for p in layers]
+    lists = [[getattr(p, name) for p in layers] for name in ("weight", "lora_B", "scaling", "bias")]
     ys = mica_linear_group(x, lists[0], lora_As, *lists[1:], compute_dtype=compute_dtype)
-    torch.autograd.backward(ys, [p.grad_output for p in found])
-    expected = [solve(p) for p in found]
+    torch.autograd.backward(ys, [p.grad_output for p in layers])
+    expected = [solve(p) for p in layers]
     assert error(x.grad, expected[0]["grad_x"] + expected[1]["grad_x"]) <= RELATIVE[dtype]
     for y, lora_A, e in zip(ys, lora_As, expected, strict=True):
         assert error(y, e["y"]) <= RELATIVE[dtype]
@@ -177,11 +177,11 @@ def test_embedding_and_its_gradient():
         flat, dy = indices.flatten(), grad_output.flatten(0, 1).double()
         expected = 0.5 * lora_A.double()[:, flat].t() @ lora_B.double().t()
         assert error(out.flatten(0, 1), expected) <= RELATIVE[torch.float32]
-        wanted = torch.zeros(3, 11, dtype=torch.float64, device=DEVICE)
-        wanted.index_add_(1, flat, 0.5 * (dy @ lora_B.double()).t())
+        expected_A = torch.zeros(3, 11, dtype=torch.float64, device=DEVICE)
+        expected_A.index_add_(1, flat, 0.5 * (dy @ lora_B.double()).t())
         if padding_idx is not None:
-            wanted[:, padding_idx] = 0
-        assert error(lora_A.grad, wanted) <= RELATIVE[torch.float32]
+            expected_A[:, padding_idx] = 0
+        assert error(lora_A.grad, expected_A) <= RELATIVE[torch.float32]
     assert ops.call_counts["embedding_kernels"] == ops.call_counts["embedding_backward_kernels"] == 2
 
 
@@ -197,8 +197,8 @@ def test_an_edited_or_loaded_basis_is_used():
 
 def test_the_basis_is_prepared_once_for_forward_and_backward(monkeypatch):
     made = []
-    padded = prepared._padded
-    monkeypatch.setattr(prepared, "_padded", lambda *args: made.append(1) or padded(*args))
+    pad = prepared.padded
+    monkeypatch.setattr(prepared, "padded", lambda *args: made.append(1) or pad(*args))
     p = on_device(problem((6,), 10, 12, 3, torch.bfloat16, torch.float32))
     p.lora_B = torch.nn.Parameter(p.lora_B, requires_grad=False)
     for _ in range(3):
@@ -372,7 +372,7 @@ def test_a_kernel_that_cannot_be_launched_is_an_error_where_kernels_are_demanded
 
 @pytest.mark.parametrize("part", PARTS)
 def test_a_kernel_that_cannot_be_launched_gives_way_to_the_reference(monkeypatch, part):
-    """Too much shared memory, say: found before anything ran, so the reference sees the same operands.
+    """For example too much shared memory: raised before anything ran, so the operands are unchanged.
 
     What has other kernels, another rank or other dtypes goes on with kernels.
     """

@@ -87,7 +87,7 @@ def assert_same_bits(p, compute_dtype, stated_dtype):
 
 
 SCALINGS = [1.0, 2.0, -0.125, 1 / 3, 32 / 128**0.5, 0.0]  # 32 / sqrt(128): as rslora has it
-MANY = products._FEW_TO_ROUND + 1
+MANY = products.FEW_TO_ROUND + 1
 
 
 @pytest.mark.usefixtures("sixteen_bit_products")
@@ -120,7 +120,7 @@ def test_numbers_below_the_normal_ones_of_float16_are_scaled_before_they_are_rou
     ("tokens", "in_features", "out_features", "rank"),
     [(0, 6, 5, 2), (1, 31, 23, 40), (MANY - 1, 31, 23, 5)],
 )
-def test_few_tokens_are_as_if_asked_for_in_fp32_where_masters_are(
+def test_few_tokens_are_computed_in_fp32_where_masters_are(
     dtype, adapter_dtype, compute_dtype, scaling, tokens, in_features, out_features, rank
 ):
     p = problem((tokens,), in_features, out_features, rank, dtype, adapter_dtype, scaling=scaling)
@@ -169,7 +169,7 @@ def test_a_group_chooses_as_its_layers_do(monkeypatch, dtype):
 
 
 class _Calls(TorchDispatchMode):
-    """What PyTorch is asked to compute, views left out, and the most numbers that one call gave."""
+    """What PyTorch computes, without views, and the most numbers that one call returned."""
 
     def __init__(self):
         super().__init__()
@@ -231,7 +231,7 @@ def test_embedding_and_its_gradient():
     assert error(actual, expected) <= RELATIVE[torch.float64]
 
 
-def test_dropout_keeps_the_asked_share_independently():
+def test_dropout_keeps_the_given_share_independently():
     """Rows, columns and neighbours: shares and correlations within five standard errors of chance."""
     rows, columns, p = 1024, 768, 0.3
     keep = reference.dropout_keep(torch.tensor([1234]), rows, columns, p).double()

@@ -1,4 +1,4 @@
-"""What ships: every kernel with every configuration of its table, as the launches that would be made."""
+"""Every kernel with every configuration of its table, as the launches that would be made."""
 
 from __future__ import annotations
 
@@ -45,8 +45,8 @@ def empty(*shape: int, dtype: torch.dtype) -> torch.Tensor:
 
 def cases(target: str) -> list[Case]:
     """All of them for one target."""
-    found = [case for rank in RANKS for case in _cases_of_rank(target, rank)]
-    for case in found:
+    launches = [case for rank in RANKS for case in _cases_of_rank(target, rank)]
+    for case in launches:
         # Copies to shared memory are as wide as its layout is contiguous, which the tensor cores choose: four
         # numbers where 16-bit ones become fp32, one where fp32 ones are transposed (g, the small operand).
         if "bf16 in fp32" in case.label:
@@ -55,7 +55,7 @@ def cases(target: str) -> list[Case]:
             case.load_bits = 32
         if case.kernel == "grad_a" and target == "gfx942" and " r=16 " in case.label:
             case.load_bits = min(case.load_bits, 64)  # a tile of g that small is 8 bytes a thread
-    return found
+    return launches
 
 
 def _cases_of_rank(target: str, rank: int) -> Iterator[Case]:
@@ -91,7 +91,7 @@ def _linear(target, rank, name, dtype, a_dtype, product, every) -> Iterator[Case
     few = empty(16, width, dtype=dtype)
     launch = plan_down_projection(few, a, **options).bound()[1]
     yield Case("down_projection", f"split {name} r={rank}", launch)
-    if launch.then is not None and rank == RANKS[0]:  # it does not hang on the rank
+    if launch.then is not None and rank == RANKS[0]:  # it does not depend on the rank
         yield Case("add_parts", name, launch.then, has_product=False, few_loads=0)
 
     table = configs.up_projection(target, tokens, block_r, size)

@@ -91,9 +91,9 @@ def trained(name):
 
 
 def names_of(call):
-    with profile(activities=[ProfilerActivity.CPU]) as found:
+    with profile(activities=[ProfilerActivity.CPU]) as profiled:
         call()
-    return {event.name for event in found.events()}
+    return {event.name for event in profiled.events()}
 
 
 class Seen(TorchDispatchMode):
@@ -134,9 +134,9 @@ def test_an_eager_call_goes_past_the_dispatcher(name, autocast):
             y = FRONTS[name](*ARGUMENTS[name](leaf))
         y.backward(torch.ones_like(y))
 
-    found = names_of(call)
-    assert not [event for event in found if event.startswith("mica::")]
-    assert [event for event in found if event.startswith("_") and "Backward" not in event]  # the Function
+    events = names_of(call)
+    assert not [event for event in events if event.startswith("mica::")]
+    assert [event for event in events if event.startswith("_") and "Backward" not in event]  # the Function
     assert [
         e for e in names_of(lambda: torch.ops.mica.linear(*ARGUMENTS["linear"](P.lora_A))) if "mica::" in e
     ]
@@ -155,7 +155,7 @@ def test_no_function_without_a_gradient(name, mode):
 
 
 @pytest.mark.parametrize("name", FRONTS)
-def test_who_looks_on_sees_the_operators(name):
+def test_a_dispatch_mode_sees_the_operators(name):
     leaf = trained(name)
     with Seen() as seen:
         y = FRONTS[name](*ARGUMENTS[name](leaf))
@@ -164,7 +164,7 @@ def test_who_looks_on_sees_the_operators(name):
     assert f"mica::{name}_backward" in seen.operators
 
 
-def test_a_backward_that_is_looked_at():
+def test_a_dispatch_mode_around_the_backward_sees_the_operator():
     leaf = trained("linear")
     y = linear(*ARGUMENTS["linear"](leaf))
     with Seen() as seen:

@@ -173,7 +173,7 @@ def test_forward_mode_with_dual_tensors(name, dropout):
     assert error(out, linear(primal)) <= RELATIVE[torch.float64]
 
 
-def test_an_edit_of_x_in_place_is_said():
+def test_an_edit_of_x_in_place_is_reported():
     p = problem((3,), 5, 4, 2, torch.float32)
     p.lora_A.requires_grad_()
     y = mica_linear(p.x, p.weight, p.lora_A, p.lora_B, p.scaling)
