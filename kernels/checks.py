@@ -1,20 +1,20 @@
-"""One sentence for each argument that a kernel cannot take: what was found and what is allowed."""
+"""One sentence for each argument that a kernel cannot take: what it is and what is allowed."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from mica.kernels.common import MAX_RANK, TRITON_DTYPES, padded_columns
-
-_ALLOWED = ", ".join(str(dtype).removeprefix("torch.") for dtype in TRITON_DTYPES)
+from mica.kernels.limits import DTYPES, MAX_RANK, names_of, padded_columns
 
 
 def matrix(name: str, tensor: Tensor, dims: int = 2) -> None:
     if tensor.dim() != dims:
         raise ValueError(f"{name} must have {dims} dimension(s), but its shape is {tuple(tensor.shape)}.")
-    if tensor.dtype not in TRITON_DTYPES:
-        raise TypeError(f"{name} must be of dtype {_ALLOWED} for the kernels, but it is {tensor.dtype}.")
+    if tensor.dtype not in DTYPES:
+        raise TypeError(
+            f"{name} must be of dtype {names_of(DTYPES)} for the kernels, but it is {tensor.dtype}."
+        )
 
 
 def shape(name: str, tensor: Tensor, expected: tuple[int, ...], meaning: str) -> None:
@@ -74,22 +74,7 @@ def indices(tensor: Tensor) -> None:
         raise ValueError(f"indices must be (num_tokens,), but their shape is {tuple(tensor.shape)}.")
 
 
-def same_device(**tensors: Tensor | None) -> None:
-    devices = {name: tensor.device for name, tensor in tensors.items() if tensor is not None}
-    if len(set(devices.values())) > 1:
-        found = ", ".join(f"{name} on {device}" for name, device in devices.items())
-        raise ValueError(f"all operands must be on one device, but found {found}.")
-
-
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
-    if dtype not in TRITON_DTYPES:
-        raise TypeError(f"compute_dtype must be {_ALLOWED} for the kernels, but it is {dtype}.")
+    if dtype not in DTYPES:
+        raise TypeError(f"compute_dtype must be {names_of(DTYPES)} for the kernels, but it is {dtype}.")
     return dtype
-
-
-def dropout(p: float, seed: Tensor | None) -> None:
-    if not 0.0 <= p < 1.0:
-        raise ValueError(f"dropout_p must be at least 0 and below 1, but it is {p}.")
-    if p > 0.0 and (seed is None or seed.dtype != torch.int64 or seed.numel() != 1):
-        found = "None" if seed is None else f"{seed.dtype} of shape {tuple(seed.shape)}"
-        raise ValueError(f"seed must be one int64 number in a tensor where dropout_p > 0, but it is {found}.")

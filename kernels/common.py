@@ -1,8 +1,8 @@
-"""What all kernels share: product, rounding, dropout mask, and what the host computes.
+"""What all kernels share: product, rounding, dropout mask, and helpers on the host.
 
 Conventions. M tokens, K in_features, N out_features, r rank; R is r rounded up to a power of two ≥ 16
 (`padded_rank`), the smallest tile that tensor cores take. Every offset that is multiplied by a stride is
-int64: a matrix may have more than 2^31 elements, or lie in a buffer that has. Products accumulate in fp32.
+int64: a matrix, or the buffer it lies in, may have more than 2^31 elements. Products accumulate in fp32.
 """
 
 from __future__ import annotations
@@ -13,14 +13,14 @@ import torch
 import triton
 import triton.language as tl
 
-MAX_RANK = 256
+from mica.kernels.limits import DTYPES, names_of
 
 # What Triton raises where a kernel cannot be compiled, or needs more than the device has.
 LaunchError = triton.runtime.errors.TritonError
 
-TRITON_DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
+TRITON_DTYPES = {dtype: getattr(tl, names_of([dtype])) for dtype in DTYPES}
 
-# Decided once, when the kernels are decorated: Triton does the same.
+# Read once, when the kernels are decorated, as Triton does.
 INTERPRETED = tl.constexpr(bool(triton.knobs.runtime.interpret))
 
 
@@ -32,7 +32,7 @@ INTERPRETED = tl.constexpr(bool(triton.knobs.runtime.interpret))
 @triton.jit
 def dot(a, b, acc, PRECISION: tl.constexpr):
     """acc + a b in fp32. PRECISION is how fp32 factors are multiplied; 16-bit ones are exact."""
-    if INTERPRETED:  # it keeps bf16 as uint16, and `tl.dot` would multiply those integers
+    if INTERPRETED:  # the interpreter keeps bf16 as uint16, and `tl.dot` would multiply those integers
         a = a.to(tl.float32)
         b = b.to(tl.float32)
     return tl.dot(a, b, acc, input_precision=PRECISION)
@@ -42,7 +42,7 @@ def dot(a, b, acc, PRECISION: tl.constexpr):
 def cast(value, DTYPE: tl.constexpr):
     """value in DTYPE, rounded to nearest even."""
     if INTERPRETED and DTYPE == tl.bfloat16 and value.dtype == tl.float32:
-        # it would truncate, and flush what is subnormal in bf16
+        # the interpreter would truncate, and flush numbers that are subnormal in bf16
         bits = value.to(tl.uint32, bitcast=True)
         upper = (bits + (0x7FFF + ((bits >> 16) & 1))) >> 16
         result = tl.where(value == value, upper, 0x7FC0).to(tl.uint16).to(tl.bfloat16, bitcast=True)
@@ -66,8 +66,8 @@ def dropout_keep(seed, rows, columns, threshold):
     """Which elements of rows x columns dropout keeps: `mica.reference.dropout_keep`, bit for bit.
 
     seed is int64, loaded before any loop; rows (a) and columns (b) are 1-d; threshold has 24 bits. About a
-    dozen instructions an element; Philox takes four times as many. What depends on the row alone is computed
-    once a row.
+    dozen instructions per element; Philox takes four times as many. What depends on the row only is computed
+    once per row.
     """
     first = _mix(rows.to(tl.uint32) ^ (seed & 0xFFFFFFFF).to(tl.uint32))
     second = _mix(first + (seed >> 32).to(tl.uint32))
@@ -87,14 +87,14 @@ def wide_product(
     H_RANK: tl.constexpr, P_RANK: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr,
     EVEN_N: tl.constexpr, COMPUTE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """The tile rows (a) x columns (b) of h P in fp32; BLOCK_K of the rank at a time, for wide ranks spill."""
+    """The tile rows (a) x columns (b) of h P in fp32; BLOCK_K of the rank at a time: wide ranks spill."""
     row_mask, column_mask = (rows < num_rows)[:, None], (columns < num_columns)[None, :]
     h_rows, p_columns = (
         h_ptr + rows.to(tl.int64)[:, None] * stride_hm,
         columns.to(tl.int64)[None, :] * stride_pn,
     )
     acc = tl.zeros((rows.shape[0], columns.shape[0]), tl.float32)
-    for start in tl.range(0, BLOCK_R, BLOCK_K, num_stages=1):  # its buffers would add to the main loop's
+    for start in tl.range(0, BLOCK_R, BLOCK_K, num_stages=1):  # more buffers would add to the main loop's
         ranks = start + tl.arange(0, BLOCK_K)
         ranks_64 = ranks.to(tl.int64)
         h = tl.load(
@@ -120,13 +120,8 @@ def padded_rank(rank: int) -> int:
 
 
 def power_of_two(number: int) -> int:
-    """The smallest one that is not less. Triton's own function, one for kernels too, takes 2.5 µs."""
+    """The smallest one that is not less. Triton's own function takes 2.5 µs."""
     return 1 << (number - 1).bit_length()
-
-
-def padded_columns(rank: int) -> int:
-    """The width of h, g and prepared B in memory: the rank rounded up to 16, so that no load is narrow."""
-    return (rank + 15) // 16 * 16
 
 
 def ceil_div(a: int, b: int) -> int:
@@ -137,7 +132,7 @@ def ceil_div(a: int, b: int) -> int:
 def target_of(device: torch.device) -> str:
     """The compilation target of a device: "sm_90", "gfx942", … The interpreter stands in for "sm_90".
 
-    Kept by the device's index, which stands for one device as long as the process lives.
+    Cached by the device's index, which refers to one device for the life of the process.
     """
     if device.type != "cuda" or INTERPRETED.value:
         return "sm_90"
@@ -147,15 +142,19 @@ def target_of(device: torch.device) -> str:
     return f"sm_{major}{minor}"
 
 
-def precision(dtype: torch.dtype, target: str, exact: bool = False) -> str:
+# `torch.cuda.current_stream` takes ten times as long: it makes an object. A build without CUDA has none.
+raw_stream = getattr(torch._C, "_cuda_getCurrentRawStream", None)
+
+
+def precision(dtype: torch.dtype, target: str) -> str:
     """How kernels multiply numbers of a dtype: fp32 as torch would, `torch.set_float32_matmul_precision`.
 
-    Where torch demands full fp32 ("highest", or ``exact``): three TF32 products on NVIDIA, whose error is
+    Where torch demands full fp32 ("highest"): three TF32 products on NVIDIA, whose error is
     fp32's and which tensor cores run; AMD's have fp32 itself (and Triton no tf32x3 there).
     """
     if dtype != torch.float32 or not target.startswith("sm_"):
         return "ieee"  # 16-bit products are exact anyway
-    return "tf32" if fp32_setting() == "tf32" and not exact else "tf32x3"
+    return "tf32" if fp32_setting() == "tf32" else "tf32x3"
 
 
 def fp32_setting() -> str:
@@ -165,7 +164,7 @@ def fp32_setting() -> str:
     return _fp32_getter("cuda", "matmul")
 
 
-# What the property reads, eight times as fast.
+# What the property reads, in an eighth of the time.
 _fp32_getter = getattr(torch._C, "_get_fp32_precision_getter", None)
 
 

@@ -1,8 +1,8 @@
-"""Launch configurations: at most three a kernel and target, chosen by shape, the first one by default.
+"""Launch configurations: at most three per kernel and target, chosen by shape, the first one by default.
 
 All of them are compiled ahead of time for every target by `make static`. None has been timed: they follow
 from the arithmetic of `bench.model.roofline` and from what compiles without spills. `mica.kernels.tuning`
-measures them where it is asked to. Block sizes along the rank are `padded_rank`, not part of a configuration.
+measures them if it is switched on. Block sizes along the rank are `padded_rank`, not part of a configuration.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 from typing import NamedTuple
 
-# Shared memory a program may have, bytes: NVIDIA's limit per block less what the driver keeps; AMD's LDS.
+# Shared memory per program in bytes: NVIDIA's limit per block less what the driver reserves; AMD's LDS.
 SHARED_MEMORY = {
     "sm_80": 163 * 1024,
     "sm_89": 99 * 1024,
@@ -20,14 +20,14 @@ SHARED_MEMORY = {
     "gfx942": 64 * 1024,
 }
 # Programs that keep every multiprocessor of a large GPU busy (132 on an H100, 304 CUs on an MI300X). A
-# constant, not the device's own number: splits are functions of shapes alone, so results are too.
+# constant, not the device's own number: splits depend on shapes only, and so do results.
 PROGRAMS = 264
-# Their tensor cores read from shared memory and multiply for four warps: registers suffice for more tiles.
+# Their tensor cores read from shared memory and multiply for four warps: registers suffice for larger tiles.
 _HOPPER_ON = ("sm_90", "sm_100")
 
 
 class Config(NamedTuple):
-    """Tile sizes (along tokens, out_features, and the contracted side) and how the program is run."""
+    """Tile sizes (along tokens, out_features and the contracted side), warps and pipeline stages."""
 
     block_m: int
     block_n: int
@@ -41,26 +41,26 @@ def _is_amd(target: str) -> bool:
 
 
 def rank_at_a_time(itemsize: int) -> int:
-    """Of the rank, in one step of a product with wide rows: 128 bytes. With more, fp32 operands spill."""
+    """How much of the rank one step of a wide product takes: 128 bytes. With more, fp32 operands spill."""
     return 128 // itemsize
 
 
 def _fits(config: Config, bytes_per_stage: int, target: str) -> Config:
     """The configuration with as many stages as the shared memory of the target holds (90 % of it)."""
-    smallest = SHARED_MEMORY["gfx942" if _is_amd(target) else "sm_89"]  # of what is not in the table
+    smallest = SHARED_MEMORY["gfx942" if _is_amd(target) else "sm_89"]  # for targets not in the table
     limit = SHARED_MEMORY.get(target, smallest) * 9 // 10
     stages = min(config.num_stages, 2 if _is_amd(target) else config.num_stages)
     return config._replace(num_stages=max(1, min(stages, limit // bytes_per_stage)))
 
 
-# Pure functions of their arguments, so what is kept of them cannot become wrong.
+# Pure functions of their arguments, so cached results cannot become wrong.
 
 
 @functools.lru_cache(maxsize=1024)
 def down_projection(target: str, num_tokens: int, block_r: int, itemsize: int) -> tuple[Config, ...]:
     """For h = x Pᵀ. ``itemsize``: bytes of one number in the product. A thin K tile for wide ranks.
 
-    A wide rank needs small tiles of tokens earlier: parts of a split cost as much as h does, each.
+    A wide rank needs small tiles of tokens earlier: each part of a split costs as much as h does.
     """
     block_k = max(32, 256 // itemsize * 16 // max(16, block_r // 2))
     if block_r * itemsize >= 1024:  # fp32 at rank 256: three TF32 products spill with larger tiles
@@ -70,18 +70,18 @@ def down_projection(target: str, num_tokens: int, block_r: int, itemsize: int) -
         narrow = wide if block_r == 256 else narrow  # spills
     else:
         wide, narrow = Config(64, 0, block_k, 4, 4), Config(16, 0, block_k, 4, 4)
-    found = [narrow, wide] if num_tokens <= (512 if block_r < 64 else 1024) else [wide, narrow]
+    table = [narrow, wide] if num_tokens <= (512 if block_r < 64 else 1024) else [wide, narrow]
     return tuple(
-        _fits(c, (c.block_m * itemsize + block_r * 4) * c.block_k, target) for c in dict.fromkeys(found)
+        _fits(c, (c.block_m * itemsize + block_r * 4) * c.block_k, target) for c in dict.fromkeys(table)
     )
 
 
 @functools.lru_cache(maxsize=1024)
 def up_projection(target: str, num_tokens: int, block_r: int, itemsize: int) -> tuple[Config, ...]:
-    """For y += h P: one tile of y a program. block_k is of the rank.
+    """For y += h P: one tile of y per program. block_k is of the rank.
 
-    The square tile is half as large, for twice as many programs of half the warps: a candidate, but before
-    Hopper, where it spills at rank 64.
+    The square tile is half as large, for twice as many programs of half the warps: a candidate from Hopper
+    on; before, it spills at rank 64.
     """
     block_k = min(block_r, rank_at_a_time(itemsize))
     square = [Config(64, 64, block_k, 4, 1)] if target in _HOPPER_ON else []
@@ -91,19 +91,19 @@ def up_projection(target: str, num_tokens: int, block_r: int, itemsize: int) -> 
 
 @functools.lru_cache(maxsize=1024)
 def grad_a(target: str, num_tokens: int, block_r: int, itemsize: int) -> tuple[Config, ...]:
-    """For dA = gᵀ x: a tile of x (block_m tokens, block_k columns) an iteration, over the split's tokens.
+    """For dA = gᵀ x: a tile of x (block_m tokens, block_k columns) per iteration, over the split's tokens.
 
-    Few tokens cannot be split much: there the programs come from narrow tiles, each of which reads g again.
-    Above rank 64 that is four times what they read of x, and more.
+    Few tokens cannot be split much: there narrow tiles give enough programs, each of which reads g again.
+    Above rank 64 that is at least four times what they read of x.
     """
     block_m = 128 // itemsize
     if block_r <= 64:
         wide = Config(block_m, 0, 128, 4 if block_r <= 32 else 8, 4)
         narrow = wide._replace(block_k=32)
-        found = [narrow, wide] if num_tokens <= 512 else [wide, narrow]
+        table = [narrow, wide] if num_tokens <= 512 else [wide, narrow]
     else:
-        found = [Config(block_m, 0, 64 if itemsize == 2 else 32, 8, 3)]
-    return tuple(_fits(c, (c.block_k + block_r) * block_m * itemsize, target) for c in found)
+        table = [Config(block_m, 0, 64 if itemsize == 2 else 32, 8, 3)]
+    return tuple(_fits(c, (c.block_k + block_r) * block_m * itemsize, target) for c in table)
 
 
 @functools.lru_cache(maxsize=1024)
@@ -128,10 +128,10 @@ def fused_linear(
 ) -> tuple[Config, ...]:
     """For x w + h P in one kernel, by pointers or by tensor descriptors.
 
-    Where rows are not aligned every number has an address of its own: registers for the small tile only. The
-    large one comes first for the wide sides of MLPs: for N = 14336, K = 4096 the kernel that it saves takes
-    13 % of the base product's time (modelled for an H100), so 90 % of the vendor's speed is enough. Elsewhere
-    it is a candidate. With dropout it spills, and with ranks above 64 it takes 254 registers.
+    Where rows are not aligned each number needs its own address: only the small tile has enough registers.
+    The large one comes first for the wide sides of MLPs: for N = 14336, K = 4096 the kernel that it saves
+    takes 13 % of the base product's time (modelled for an H100), so 90 % of the vendor's speed is enough.
+    Elsewhere it is a candidate. With dropout it spills, and with ranks above 64 it takes 254 registers.
     """
     block_k = 128 // itemsize
     narrow = Config(64, 64, block_k, 4, 3)
@@ -140,15 +140,15 @@ def fused_linear(
     wide = Config(128, 128, block_k, 8, 3) if is_large else Config(128, 64, block_k, 8, 3)
     large = []
     if itemsize == 2 and target in _HOPPER_ON and num_tokens > 512 and block_r <= 64 and not dropout:
-        # h and P lie in shared memory beside the main loop's buffers: a stage's worth for ranks above 16
+        # h and P lie in shared memory next to the main loop's buffers: one stage's worth for ranks above 16
         large = [Config(128, 256, block_k, 8, (3 if descriptor else 4) - (block_r > 16))]
     is_mlp = num_tokens >= 4096 and out_features >= 8192
     if descriptor:
         only = wide if is_large else Config(64, 128, block_k, 8, 2)
-        found = [*large, only] if is_mlp else [only, *large]
+        table = [*large, only] if is_mlp else [only, *large]
     elif not is_aligned:
-        found = [narrow._replace(block_k=block_k // 2, num_stages=2)]
+        table = [narrow._replace(block_k=block_k // 2, num_stages=2)]
     else:
         many = [*large, wide, narrow] if is_mlp else [wide, *large, narrow]
-        found = [narrow, wide] if num_tokens <= 512 else many
-    return tuple(_fits(c, (c.block_m + c.block_n) * c.block_k * itemsize, target) for c in found)
+        table = [narrow, wide] if num_tokens <= 512 else many
+    return tuple(_fits(c, (c.block_m + c.block_n) * c.block_k * itemsize, target) for c in table)

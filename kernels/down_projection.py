@@ -1,6 +1,6 @@
 """h = scale·drop(x) Pᵀ: the skinny product of the forward (P = A) and of the backward (x = dy, P = Bᵀ).
 
-Memory-bound: x is read once, at 2·M·K·r flops for M·K numbers. Formulas: `mica.reference.forward` and
+Memory-bound: x is read once, at 2·M·K·r flops for M·K numbers. Formulas: `mica.reference.linear` and
 `mica.reference.grad_h`.
 """
 
@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mica.kernels import checks, configs, tuning, workspace
+from mica.kernels import checks, configs, limits, tuning, workspace
 from mica.kernels.common import (
     TRITON_DTYPES,
     cast,
@@ -22,12 +22,12 @@ from mica.kernels.common import (
     dropout_keep,
     fp32_setting,
     keep_threshold,
-    padded_columns,
     padded_rank,
     precision,
     target_of,
 )
-from mica.kernels.launching import Choice, Plan, Plans, layout
+from mica.kernels.launching import Choice, Plan, Plans, layout, strides
+from mica.kernels.limits import padded_columns
 from mica.kernels.split_sum import add_parts, split_evenly, store_sum
 
 
@@ -69,8 +69,8 @@ def _down_projection_kernel(
     last = min(first + k_per_split, in_features)
     columns = first + tl.arange(0, BLOCK_K)
 
-    # On NVIDIA rows beyond the last are the last again, and are not stored: the loop needs no mask for them,
-    # and fp32 with dropout does not spill. On AMD loads without a mask turn narrow.
+    # On NVIDIA rows beyond the last read the last one again and are not stored: the loop needs no mask for
+    # them, and fp32 with dropout does not spill. On AMD loads without a mask become narrow.
     near = tl.minimum(rows, num_tokens - 1) if CLAMPED else rows
     x_ptrs = x_ptr + near.to(tl.int64)[:, None] * stride_xm + columns.to(tl.int64)[None, :] * stride_xk
     p_ptrs = p_ptr + ranks.to(tl.int64)[None, :] * stride_pr + columns.to(tl.int64)[:, None] * stride_pk
@@ -120,13 +120,13 @@ def plan_down_projection(
     config: configs.Config | None = None,
     target: str | None = None,
 ) -> Choice:
-    """The launches that `down_projection` chooses from; ``target``: another one than the device's."""
+    """The launches that `down_projection` chooses from; ``target`` overrides the device's."""
     checks.matrix("x", x)
     checks.matrix("factor", factor)
-    checks.same_device(x=x, factor=factor)
+    limits.same_device(x=x, factor=factor)
     checks.contracted("x", x, 1, "factor", factor, 1)
     checks.rank("factor", factor.shape[0])
-    checks.dropout(dropout_p, seed)
+    limits.dropout(dropout_p, seed)
     dtype = checks.compute_dtype(compute_dtype or x.dtype)
 
     (num_tokens, in_features), rank = x.shape, factor.shape[0]
@@ -144,10 +144,7 @@ def plan_down_projection(
             {
                 "num_tokens": num_tokens,
                 "in_features": in_features,
-                "stride_xm": x.stride(0),
-                "stride_xk": x.stride(1),
-                "stride_pr": factor.stride(0),
-                "stride_pk": factor.stride(1),
+                **strides(xm_xk=x, pr_pk=factor),
                 "k_per_split": k_per_split,
                 "num_splits": splits,
                 "scale": scale,
@@ -204,7 +201,7 @@ def key_of(
     seed: Tensor | None = None,
     config: configs.Config | None = None,
 ) -> tuple:
-    """By which ``plans`` has the plan of `down_projection` with these arguments."""
+    """The key in ``plans`` of `down_projection` with these arguments."""
     return (
         tuning.state(),
         layout(x),
@@ -219,7 +216,7 @@ def key_of(
 
 
 def run(plan: Plan, x: Tensor, factor: Tensor, seed: Tensor | None = None) -> Tensor:
-    """`down_projection` by its plan; ``seed`` where there is dropout."""
+    """`down_projection` by its plan; ``seed`` if there is dropout."""
     h, tensors = _operands(plan, x, factor, x if seed is None else seed)
     plan(*tensors)
     return h

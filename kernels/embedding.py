@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mica.kernels import checks, configs, tuning
+from mica.kernels import checks, configs, limits, tuning
 from mica.kernels.common import (
     TRITON_DTYPES,
     cast,
@@ -23,7 +23,7 @@ from mica.kernels.common import (
     precision,
     target_of,
 )
-from mica.kernels.launching import Choice, Plan, Plans, layout
+from mica.kernels.launching import Choice, Plan, Plans, layout, strides
 
 
 @triton.jit(do_not_specialize=["num_tokens"])
@@ -56,11 +56,11 @@ def _embedding_kernel(
     last = min(first + n_per_split, embedding_dim)
     row_mask = rows < num_tokens
     index = tl.load(index_ptr + rows, mask=row_mask, other=0).to(tl.int64)
-    # An index out of range must not read foreign memory: its row becomes NaN, and nobody can miss it.
+    # An index out of range must not read other memory: its row becomes NaN, which cannot be overlooked.
     valid = (index >= 0) & (index < num_embeddings)
     index = tl.where(valid, index, 0)
     a_ptrs = a_ptr + index[:, None] * stride_av + ranks.to(tl.int64)[None, :] * stride_ar
-    # a gather: each number is a sector of its own, so it is done once for all of the row's output
+    # a gather: each number is in a different sector, so it is done once for all of the row's output
     h = tl.load(a_ptrs, mask=row_mask[:, None] & (ranks < RANK)[None, :], other=0.0)
     h = cast(h, COMPUTE)
     for start in range(first, last, BLOCK_N):
@@ -126,11 +126,11 @@ def plan_embedding(
     config: configs.Config | None = None,
     target: str | None = None,
 ) -> Choice:
-    """The launches that `embedding` chooses from; ``target``: another one than the device's."""
+    """The launches that `embedding` chooses from; ``target`` overrides the device's."""
     checks.indices(indices)
     checks.matrix("lora_A", lora_A)
     checks.matrix("factor", factor)
-    checks.same_device(indices=indices, lora_A=lora_A, factor=factor)
+    limits.same_device(indices=indices, lora_A=lora_A, factor=factor)
     checks.rank("lora_A", lora_A.shape[0])
     checks.factor_rank(lora_A.shape[0], factor)
     dtype = checks.compute_dtype(compute_dtype or lora_A.dtype)
@@ -142,8 +142,8 @@ def plan_embedding(
 
     def plan(config: configs.Config) -> Plan:
         tiles = ceil_div(num_tokens, config.block_m)
-        wanted = max(1, min(configs.PROGRAMS // max(1, tiles), ceil_div(embedding_dim, config.block_n)))
-        n_per_split = ceil_div(ceil_div(embedding_dim, wanted), config.block_n) * config.block_n
+        splits = max(1, min(configs.PROGRAMS // max(1, tiles), ceil_div(embedding_dim, config.block_n)))
+        n_per_split = ceil_div(ceil_div(embedding_dim, splits), config.block_n) * config.block_n
         return Plan(
             _embedding_kernel,
             (tiles, ceil_div(embedding_dim, n_per_split)),
@@ -151,10 +151,7 @@ def plan_embedding(
                 "num_tokens": num_tokens,
                 "num_embeddings": num_embeddings,
                 "embedding_dim": embedding_dim,
-                "stride_ar": lora_A.stride(0),
-                "stride_av": lora_A.stride(1),
-                "stride_pr": factor.stride(0),
-                "stride_pn": factor.stride(1),
+                **strides(ar_av=lora_A, pr_pn=factor),
                 "n_per_split": n_per_split,
                 "scale": float(scale),
             },
@@ -251,7 +248,7 @@ def plan_grad_a_embedding(
     """The launch that `grad_a_embedding` makes."""
     checks.indices(indices)
     checks.matrix("g", g)
-    checks.same_device(indices=indices, g=g)
+    limits.same_device(indices=indices, g=g)
     checks.rank("g", rank)
     checks.columns("g", g, rank)
     checks.contracted("g", g, 0, "indices", indices, 0)
@@ -302,7 +299,7 @@ def grad_a_embedding(
 ) -> Tensor:
     """dA of `embedding`: column j is the sum of the rows of g whose index is j, in the order of the tokens.
 
-    Sorted and then summed by one program an index: no atomics, so reruns are bitwise equal.
+    Sorted and then summed by one program per index: no atomics, so reruns are bitwise equal.
 
     Args:
         g: (num_tokens, rank) or as wide as `padded_columns(rank)`: scale·dy B.

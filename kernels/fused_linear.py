@@ -1,9 +1,9 @@
-"""x w + bias + scale·keep⊙(h P) in one kernel: the base product with the low-rank term as its first step.
+"""x w + bias + keep⊙(h P) / (1 − p) in one kernel: the base product with the low-rank term as its first step.
 
 Forward: w = Wᵀ, P = Bᵀ; backward: x = dy, w = W, h = g, P = A, with dropout's mask on the low-rank term. The
 fewest bytes of all forms (y is written once and never read), but the base product is Triton's instead of
-cuBLAS's: it pays only within 2 to 5 % of it, so only a measurement on the device chooses it. One rounding
-where the others have two. Formulas: `mica.reference.forward` and `mica.reference.grad_x`.
+cuBLAS's: it pays only if that is at most 2 to 5 % slower, so only a measurement on the device selects it. One
+rounding where the others have two. Formulas: `mica.reference.linear` and `mica.reference.grad_x`.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mica.kernels import checks, configs, tuning
+from mica.kernels import checks, configs, limits, tuning
 from mica.kernels.common import (
     TRITON_DTYPES,
     cast,
@@ -29,9 +29,9 @@ from mica.kernels.common import (
     target_of,
     wide_product,
 )
-from mica.kernels.launching import Choice, Plan, Plans, layout
+from mica.kernels.launching import Choice, Plan, Plans, layout, strides
 
-GROUP_M = 8  # rows of tiles that are worked on together: their part of w stays in the L2 cache
+GROUP_M = 8  # rows of tiles that are processed together: their part of w stays in the L2 cache
 
 
 @triton.jit
@@ -171,7 +171,7 @@ def _fused_linear_descriptor_kernel(
     LOW: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """The same by the copy engine: one program a multiprocessor walks over the tiles."""
+    """The same by the copy engine: one program per multiprocessor loops over the tiles."""
     x_desc = tl.make_tensor_descriptor(x_ptr, [num_tokens, in_features], [stride_x, 1], [BLOCK_M, BLOCK_K])
     if TRANSPOSED:
         w_desc = tl.make_tensor_descriptor(
@@ -195,7 +195,7 @@ def _fused_linear_descriptor_kernel(
             H_RANK, P_RANK, BLOCK_R, BLOCK_L, EVEN_N, BIAS, DROPOUT, LOW, PRECISION,
         )  # fmt: skip
         for start in range(0, in_features, BLOCK_K):
-            x = x_desc.load([row, start])  # what is outside the matrix arrives as 0
+            x = x_desc.load([row, start])  # elements outside the matrix are 0
             if TRANSPOSED:
                 w = tl.trans(w_desc.load([column, start]))
             else:
@@ -224,32 +224,31 @@ def plan_fused_linear(
     factor: Tensor,
     *,
     bias: Tensor | None = None,
-    scale: float = 1.0,
     dropout_p: float = 0.0,
     seed: Tensor | None = None,
     descriptor: bool = False,
     config: configs.Config | None = None,
     target: str | None = None,
 ) -> Choice:
-    """The launches that `fused_linear` chooses from; ``target``: another one than the device's."""
+    """The launches that `fused_linear` chooses from; ``target`` overrides the device's."""
     for name, tensor in (("x", x), ("w", w), ("h", h), ("factor", factor)):
         checks.matrix(name, tensor)
     (num_tokens, in_features), out_features = x.shape, w.shape[1]
-    checks.same_device(x=x, w=w, h=h, factor=factor, bias=bias)
+    limits.same_device(x=x, w=w, h=h, factor=factor, bias=bias)
     checks.contracted("x", x, 1, "w", w, 0)
     checks.contracted("x", x, 0, "h", h, 0)
     checks.contracted("w", w, 1, "factor", factor, 1)
     checks.same_dtype("x", x, "w", w)
     checks.rank("factor", factor.shape[0])
     checks.ranks_fit(h, factor)
-    checks.dropout(dropout_p, seed)
+    limits.dropout(dropout_p, seed)
     if bias is not None:
         checks.matrix("bias", bias, dims=1)
         checks.shape("bias", bias, (out_features,), "(out_features,)")
     target = target or target_of(x.device)
     reason = why_not_descriptor(x, w, target) if descriptor else None
     if reason:
-        raise ValueError(f"descriptor=True cannot be had: {reason}.")
+        raise ValueError(f"descriptor=True is not possible: {reason}.")
     block_r, transposed = padded_rank(factor.shape[0]), w.stride(1) != 1
 
     def plan(config: configs.Config) -> Plan:
@@ -261,17 +260,10 @@ def plan_fused_linear(
             form = {"TRANSPOSED": transposed}
         else:
             grid = tiles
-            numbers |= {"stride_xm": x.stride(0), "stride_xk": x.stride(1)}
-            numbers |= {"stride_wk": w.stride(0), "stride_wn": w.stride(1)}
+            numbers |= strides(xm_xk=x, wk_wn=w)
             form = {"EVEN_K": in_features % config.block_k == 0}
-        numbers |= {
-            "stride_hm": h.stride(0),
-            "stride_hr": h.stride(1),
-            "stride_pr": factor.stride(0),
-            "stride_pn": factor.stride(1),
-            "scale": float(scale) / (1.0 - dropout_p),
-            "threshold": keep_threshold(dropout_p),
-        }
+        numbers |= strides(hm_hr=h, pr_pn=factor)
+        numbers |= {"scale": 1.0 / (1.0 - dropout_p), "threshold": keep_threshold(dropout_p)}
         meta = {
             "H_RANK": h.shape[1],
             "P_RANK": factor.shape[0],
@@ -324,7 +316,7 @@ def _is_aligned(*matrices: Tensor) -> bool:
 
 
 def _multiprocessors(device: torch.device) -> int:
-    """How many programs of the persistent form run at a time. Which one takes a tile changes no bit of it."""
+    """How many programs of the persistent form run at a time. Which one computes a tile changes no bit."""
     if device.type != "cuda":
         return 4
     return torch.cuda.get_device_properties(device).multi_processor_count
@@ -341,13 +333,12 @@ def fused_linear(
     factor: Tensor,
     *,
     bias: Tensor | None = None,
-    scale: float = 1.0,
     dropout_p: float = 0.0,
     seed: Tensor | None = None,
     descriptor: bool = False,
     config: configs.Config | None = None,
 ) -> Tensor:
-    """x w + bias + scale·keep⊙(h factor), all of it summed in fp32 and rounded once.
+    """x w + bias + keep⊙(h factor) / (1 − p), all of it summed in fp32 and rounded once.
 
     Args:
         x: (num_tokens, in_features), fp32/bf16/fp16, any strides.
@@ -356,7 +347,6 @@ def fused_linear(
         h: (num_tokens, rank) or as wide as `padded_columns(rank)`; its dtype is that of the low-rank product.
         factor: (rank, out_features), any strides; its rows may be padded.
         bias: (out_features).
-        scale: dimensionless, on the low-rank term.
         dropout_p, seed: zero the elements of the low-rank term that dropout dropped.
         descriptor: the persistent form by tensor descriptors; see `why_not_descriptor`.
         config: a launch configuration; default the first of `configs.fused_linear`.
@@ -369,7 +359,7 @@ def fused_linear(
         LaunchError: no configuration can be launched here.
     """
     if descriptor:
-        triton.set_allocator(_scratch)  # where a kernel makes its descriptors
+        triton.set_allocator(_scratch)  # for the descriptors that the kernel makes
     key = (
         tuning.state(),
         layout(x),
@@ -377,7 +367,6 @@ def fused_linear(
         layout(h),
         layout(factor),
         layout(bias),
-        scale,
         dropout_p,
         layout(seed) if dropout_p else None,
         descriptor and (x.data_ptr() % 16, w.data_ptr() % 16),
@@ -386,7 +375,7 @@ def fused_linear(
     )
     plan = _plans.get(key)
     if plan is None:
-        options = {"bias": bias, "scale": scale, "dropout_p": dropout_p, "seed": seed}
+        options = {"bias": bias, "dropout_p": dropout_p, "seed": seed}
         options |= {"descriptor": descriptor, "config": config}
         return plan_fused_linear(x, w, h, factor, **options).first(_plans, key)
     out, tensors = _operands(plan, x, w, h, factor, bias, seed if dropout_p else None)

@@ -1,4 +1,4 @@
-"""dA = scale·gᵀ drop(x), accumulated in fp32: tokens are the contracted side, so they are what is split.
+"""dA = scale·gᵀ drop(x), accumulated in fp32: the tokens, which are summed over, are split.
 
 Memory-bound: x is read once. Formula: `mica.reference.grad_a`.
 """
@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mica.kernels import checks, configs, tuning, workspace
+from mica.kernels import checks, configs, limits, tuning, workspace
 from mica.kernels.common import (
     TRITON_DTYPES,
     cast,
@@ -25,7 +25,7 @@ from mica.kernels.common import (
     precision,
     target_of,
 )
-from mica.kernels.launching import Choice, Plan, Plans, layout
+from mica.kernels.launching import Choice, Plan, Plans, layout, strides
 from mica.kernels.split_sum import add_parts, split_evenly, store_sum
 
 
@@ -106,14 +106,14 @@ def plan_grad_a(
     config: configs.Config | None = None,
     target: str | None = None,
 ) -> Choice:
-    """The launches that `grad_a` chooses from; ``target``: another one than the device's."""
+    """The launches that `grad_a` chooses from; ``target`` overrides the device's."""
     checks.matrix("g", g)
     checks.matrix("x", x)
-    checks.same_device(g=g, x=x)
+    limits.same_device(g=g, x=x)
     checks.contracted("g", g, 0, "x", x, 0)
     checks.rank("g", rank)
     checks.columns("g", g, rank)
-    checks.dropout(dropout_p, seed)
+    limits.dropout(dropout_p, seed)
     dtype = checks.compute_dtype(torch.promote_types(g.dtype, x.dtype))
 
     (num_tokens, in_features), columns = x.shape, g.shape[1]
@@ -133,10 +133,7 @@ def plan_grad_a(
             {
                 "num_tokens": num_tokens,
                 "in_features": in_features,
-                "stride_gm": g.stride(0),
-                "stride_gr": g.stride(1),
-                "stride_xm": x.stride(0),
-                "stride_xk": x.stride(1),
+                **strides(gm_gr=g, xm_xk=x),
                 "tokens_per_split": tokens_per_split,
                 "num_splits": splits,
                 "scale": scale,
@@ -192,7 +189,7 @@ def key_of(
     seed: Tensor | None = None,
     config: configs.Config | None = None,
 ) -> tuple:
-    """By which ``plans`` has the plan of `grad_a` with these arguments."""
+    """The key in ``plans`` of `grad_a` with these arguments."""
     return (
         tuning.state(),
         layout(g),
@@ -207,7 +204,7 @@ def key_of(
 
 
 def run(plan: Plan, g: Tensor, x: Tensor, seed: Tensor | None = None) -> Tensor:
-    """`grad_a` by its plan; ``seed`` where there is dropout."""
+    """`grad_a` by its plan; ``seed`` if there is dropout."""
     grad, tensors = _operands(plan, g, x, x if seed is None else seed)
     plan(*tensors)
     return grad

@@ -1,10 +1,10 @@
-"""How kernels are launched: what can be decided is decided once a kind of call, then pointers are put in.
+"""How kernels are launched: planned once per kind of call, after that only pointers are filled in.
 
-`plan_x` of a kernel checks the arguments and gives a `Choice`: one `Plan` a configuration, and the call's own
-tensors. The first call of its kind tries the plans in order, through Triton's own front, and keeps the one
-that ran in the kernel's table. Later calls find it by a key that holds all that the checks, the configuration
-and the arithmetic have seen; they launch the compiled kernel itself. Binding 25 arguments in Triton costs
-15 µs a launch and planning another 15 µs; this way both together are 3 µs.
+`plan_x` of a kernel checks the arguments and returns a `Choice`: one `Plan` per configuration, and the
+tensors of the call. The first call of a kind tries the plans in order, through Triton's own front end, and
+the kernel's table keeps the one that ran. Later calls look it up by all that the checks, the configuration
+and the arithmetic depend on, and launch the compiled kernel itself. Binding 25 arguments in Triton costs 15
+µs per launch and planning another 15 µs; this way both together take 3 µs.
 """
 
 from __future__ import annotations
@@ -24,21 +24,20 @@ from triton import knobs
 from triton.runtime.driver import driver
 
 from mica.kernels import tuning
-from mica.kernels.common import INTERPRETED, LaunchError
+from mica.kernels.common import INTERPRETED, LaunchError, raw_stream
 from mica.kernels.configs import Config
 
-# Plans a table holds before it is emptied: a varying number of tokens must not fill memory. One is 2 KB.
+# Plans in a table before it is emptied: a varying number of tokens must not fill the memory. One is 2 KB.
 MOST_PLANS = 4096
 
-# A build of torch without CUDA has neither.
-_current_device = getattr(torch._C, "_cuda_getDevice", torch.cuda.current_device)
-_raw_stream = getattr(torch._C, "_cuda_getCurrentRawStream", None)
+# `_cuda_getDevice` is missing in builds without CUDA.
+current_device = getattr(torch._C, "_cuda_getDevice", torch.cuda.current_device)
 _addresses = torch.Tensor.data_ptr
 
 
 @dataclass
 class Launch:
-    """One kernel launch that is decided but not yet made: the static gate compiles it, a call runs it.
+    """A kernel launch that is ready but not yet made: the static gate compiles it, a call runs it.
 
     ``args`` in the order of the kernel's parameters; ``then``: the launch that follows it, if any.
     """
@@ -57,7 +56,7 @@ class Launch:
             self.then()
 
     def alone(self):
-        """Only this one; the compiled kernel; None where there is none (interpreted, nothing to do)."""
+        """Make only this launch. Returns the compiled kernel, or None (interpreted, or nothing to do)."""
         if 0 in self.grid:  # no tokens
             return None
         device = next(iter(self.args.values())).device
@@ -66,18 +65,18 @@ class Launch:
             return self.kernel[self.grid](*self.args.values(), **self.meta, **self.options())
 
     def options(self) -> dict:
-        # fused multiply-adds are said aloud: the default changes with Triton 3.10
+        # explicit, because the default of fused multiply-adds changes with Triton 3.10
         fusion = {} if INTERPRETED.value else {"enable_fp_fusion": True}
         return {"num_warps": self.num_warps, "num_stages": self.num_stages, **fusion}
 
 
 @dataclass
 class Plan:
-    """A launch without its tensors: those are the first parameters of every kernel here, then come numbers.
+    """A launch without its tensors, which are the first parameters of every kernel here, before the numbers.
 
     ``shape``, ``dtype``: of the output, where the call allocates it. ``parts``: how many fp32 numbers the
-    parts of a split sum have together, 0 where nothing is split. ``then``: a launch that follows it, on those
-    of its tensors that the parameters have the same names for.
+    parts of a split sum have together, 0 where nothing is split. ``then``: the launch that follows it, on the
+    tensors whose parameters have the same names.
     """
 
     kernel: Callable
@@ -89,7 +88,7 @@ class Plan:
     dtype: torch.dtype = torch.float32
     parts: int = 0
     then: Plan | None = None
-    # which pointers are aligned (True: all) -> what launches the kernel that Triton compiled for that
+    # which pointers are aligned (True: all) -> how to launch the kernel that Triton compiled for that
     _compiled: dict = field(default_factory=dict)
     _tail: tuple = field(init=False)
     _passed_on: tuple[int, ...] = field(init=False, default=())
@@ -117,16 +116,16 @@ class Plan:
             self._launch(tensors, aligned)
         elif index < 0:  # a driver of another kind
             self._run(direct, driver.active.get_current_stream(0), addresses)
-        elif index == _current_device():
-            self._run(direct, _raw_stream(index), addresses)
+        elif index == current_device():
+            self._run(direct, raw_stream(index), addresses)
         else:
             with torch.cuda.device(index):
-                self._run(direct, _raw_stream(index), addresses)
+                self._run(direct, raw_stream(index), addresses)
         if self.then is not None:
             self.then(*[tensors[place] for place in self._passed_on])
 
     def _launch(self, tensors: Sequence[Tensor], aligned: bool | tuple[bool, ...]) -> None:
-        """Through Triton's own front, which compiles and gives the hooks their turn."""
+        """Through Triton's own front end, which compiles and calls the hooks."""
         is_observed = _is_observed(self.kernel)
         compiled = self.bind(tensors).alone()
         if compiled is not None and not is_observed and can_run_directly(type(compiled)):
@@ -138,25 +137,25 @@ class Plan:
 
 
 class Choice(NamedTuple):
-    """The plans of one call, one a configuration, and the tensors that they are launched with."""
+    """The plans of one call, one per configuration, and the tensors that they are launched with."""
 
     name: str
     device: torch.device
-    hangs_on: tuple  # what the fastest configuration may depend on, in words that are stable between runs
+    depends_on: tuple  # what determines the fastest configuration, spelled the same in every run
     configs: Sequence[Config]  # the default first
     plan: Callable[[Config], Plan]
     operands: Callable[[Plan], tuple[Tensor, tuple[Tensor, ...]]]  # the output, and all tensors in order
-    updates: tuple[Tensor, ...] = ()  # what a launch both reads and writes: the tuner puts it back
+    updates: tuple[Tensor, ...] = ()  # tensors that a launch reads and writes: the tuner restores them
 
     def bound(self) -> tuple[Tensor, Launch]:
         """The output, not yet written, and the launch that writes it."""
         return self._bound(self._best())
 
     def first(self, plans: Plans, key: Hashable) -> Tensor:
-        """The output, by the first plan that can be launched; later calls with this key find it in ``plans``.
+        """The output, by the first plan that can be launched; ``plans`` keeps it for calls with this key.
 
         Raises:
-            LaunchError: none can be compiled and launched. It names the kernel and the last one's reason.
+            LaunchError: none can be compiled and launched. It names the kernel and the reason of the last.
         """
         best, reason = self._best(), None
         for config in (best, *(other for other in self.configs if other != best)):
@@ -179,7 +178,7 @@ class Choice(NamedTuple):
 
     def _best(self) -> Config:
         return tuning.pick_config(
-            self.name, self.device, self.hangs_on, self.configs, lambda c: self._bound(c)[1], self.updates
+            self.name, self.device, self.depends_on, self.configs, lambda c: self._bound(c)[1], self.updates
         )
 
     def _bound(self, config: Config) -> tuple[Tensor, Launch]:
@@ -189,12 +188,12 @@ class Choice(NamedTuple):
 
 
 class Plans:
-    """A kernel's table of plans, and of what cannot be launched."""
+    """A kernel's table of plans, and of configurations that cannot be launched."""
 
     def __init__(self):
         self._kept: dict[Hashable, Plan] = {}
         self.get = self._kept.get
-        self.refused: dict[Hashable, str] = {}  # compiling it again and again would take seconds each time
+        self.refused: dict[Hashable, str] = {}  # compiling one again would take seconds each time
         _tables.append(self)
 
     def __len__(self) -> int:
@@ -214,20 +213,29 @@ _tables: list[Plans] = []
 
 
 def forget() -> None:
-    """Plan every kind of call again, and try again what could not be launched: after a change of driver."""
+    """Plan every kind of call again, and retry what could not be launched: after a change of driver."""
     for table in _tables:
         table.forget()
 
 
+def strides(**matrices: Tensor) -> dict[str, int]:
+    """By the names of kernels' parameters: ``strides(xm_xk=x)`` gives stride_xm and stride_xk."""
+    return {
+        f"stride_{name}": matrix.stride(dim)
+        for names, matrix in matrices.items()
+        for dim, name in enumerate(names.split("_"))
+    }
+
+
 def layout(tensor: Tensor | None) -> tuple | None:
-    """What the checks, the plan and Triton see of a tensor, but for its address."""
+    """Everything that the checks, the plan and Triton depend on in a tensor, except for its address."""
     if tensor is None:
         return None
     return tensor.shape, tensor.stride(), tensor.dtype, tensor.get_device()
 
 
 def _is_observed(kernel) -> bool:
-    """Whether something runs at a launch beside the kernel, or is compiled into it: profilers, debuggers."""
+    """Whether something else runs at a launch, or is compiled into the kernel: profilers, debuggers."""
     runtime = knobs.runtime
     enter, leave = runtime.launch_enter_hook, runtime.launch_exit_hook  # chains, which may be empty
     return bool(
@@ -244,7 +252,7 @@ def _is_observed(kernel) -> bool:
 def can_run_directly(kind: type) -> bool:
     """Whether this Triton launches compiled kernels as `Plan` does: a probe sees what its launcher passes."""
     if torch.version.hip is not None:
-        return False  # for AMD it compiles also by the size of a tensor's storage, which is slow to ask for
+        return False  # for AMD, variants also depend on the sizes of storages, which are slow to query
     seen: list = []
     probe = SimpleNamespace(
         function=object(),
@@ -262,9 +270,9 @@ def can_run_directly(kind: type) -> bool:
 
 
 def _is_refusal(error: Exception) -> bool:
-    """Whether it says that a kernel cannot be compiled or launched. Then no operand has changed.
+    """Whether it means that a kernel cannot be compiled or launched. Then no operand has changed.
 
-    Nothing ran; or, where the second of two launches is refused, the first one: it wrote to scratch only.
+    Nothing ran; or, where the second of two launches is refused, only the first, which writes scratch only.
     """
     if isinstance(error, LaunchError):
         return not isinstance(error, triton.runtime.errors.InterpreterError)  # an error of the kernel's own

@@ -1,4 +1,4 @@
-"""Whether Triton kernels can run on a device. Triton is imported in this folder and nowhere else."""
+"""Whether Triton kernels can run on a device. Triton is imported only in this folder."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ MINIMUM_CAPABILITY = (8, 0)
 
 
 def raw_variable(name: str) -> Callable[[], object]:
-    """A function that says what a variable of the environment holds now, in 0.1 µs; fit for comparing only.
+    """A function that reads a variable of the environment in 0.1 µs; its result is only for comparisons.
 
     `os.environ.get` takes 0.7 µs, most of it for decoding.
     """
@@ -32,7 +32,7 @@ def triton_version() -> str | None:
         return None
     try:
         return version("triton")
-    except PackageNotFoundError:  # PyTorch's ROCm wheels bring it under another name
+    except PackageNotFoundError:  # PyTorch's ROCm wheels ship it under another name
         names = packages_distributions().get("triton")
         return version(names[0]) if names else "unknown"
 
@@ -56,22 +56,22 @@ def why_unavailable(device: torch.device) -> str | None:
         return None
     if device.type != "cuda":  # ROCm builds of PyTorch call their devices "cuda" too
         return f"no Triton kernels for devices of type {device.type!r}"
-    if device not in _tried:
+    if device not in tried:
         if torch.cuda.is_current_stream_capturing():
             return (
                 "no kernel was tried on it before the capture of this CUDA graph: run the model once before"
             )
-        _tried[device] = _why_not_device(device)
-    return _tried[device]
+        tried[device] = _why_not_device(device)
+    return tried[device]
 
 
 def is_settled(device: torch.device) -> bool:
-    """Whether `why_unavailable` goes on answering what it answers now: a device is not tried in a capture."""
-    return device.type != "cuda" or device in _tried or is_interpreting() or triton_version() is None
+    """Whether the result of `why_unavailable` is final: a device is not tried during a capture."""
+    return device.type != "cuda" or device in tried or is_interpreting() or triton_version() is None
 
 
-# What a trial has said of each device: once a process, in which an index stands for one device.
-_tried: dict[torch.device, str | None] = {}
+# The result of each device's trial: once per process, in which an index refers to one device.
+tried: dict[torch.device, str | None] = {}
 
 
 def _why_not_device(device: torch.device) -> str | None:
@@ -79,13 +79,13 @@ def _why_not_device(device: torch.device) -> str | None:
     if torch.version.hip is None and torch.cuda.get_device_capability(device) < MINIMUM_CAPABILITY:
         return f"{torch.cuda.get_device_name(device)} is older than compute capability 8.0"
     try:
-        return _trial(device)
-    except Exception as error:  # whatever it is (no C compiler, no driver, …), the reference runs instead
+        return trial(device)
+    except Exception as error:  # whatever it is (no C compiler, no driver, …): the reference runs instead
         text = str(error).strip().partition("\n")[0]
         return f"a trial kernel failed on it: {type(error).__name__}: {text}"
 
 
-def _trial(device: torch.device) -> str | None:
+def trial(device: torch.device) -> str | None:
     from mica.kernels.down_projection import down_projection
 
     with torch.cuda.device(device), torch.no_grad():

@@ -1,12 +1,12 @@
 """Sums over a long side that several programs share: how they are split, and how their parts are added.
 
 Every program writes its part, in fp32; the parts are added in the order 0, 1, 2, …, so reruns are bitwise
-equal. Who adds them hangs on the target (`last_arriver_adds`). On NVIDIA it is the program that arrives last,
-in the same launch: for sm_80 and sm_90 the machine code is store, barrier, MEMBAR.ALL.GPU, ATOMG.STRONG.GPU,
-CCTL.IVALL, barrier, strong loads. For gfx942 only the wave that makes the atomic waits for its own stores
-(`s_waitcnt vmcnt(0)`); those of the program's other waves may still be on their way to the L2 cache, which
-each of its eight dies has for itself, and `.cg` becomes the hint `nt`. Until this form has been tested on
-such a device a second launch adds the parts there: between two launches all writes are visible.
+equal. What adds them depends on the target (`last_arriver_adds`). On NVIDIA the program that arrives last
+does, in the same launch: for sm_80 and sm_90 the machine code is store, barrier, MEMBAR.ALL.GPU,
+ATOMG.STRONG.GPU, CCTL.IVALL, barrier, strong loads. For gfx942 only the wave that makes the atomic waits for
+its own stores (`s_waitcnt vmcnt(0)`); those of the program's other waves may still be on their way to the L2
+cache, of which each of the eight dies has its own, and `.cg` becomes the hint `nt`. Until this form has been
+tested on such a device a second launch adds the parts there: between two launches all writes become visible.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from mica.kernels import configs
 from mica.kernels.common import cast, ceil_div
 from mica.kernels.launching import Plan
 
-# Numbers a program of the second launch adds, four a thread on AMD: 128 bits of fp32.
+# Numbers per program of the second launch, four per thread on AMD: 128 bits of fp32.
 _ADDED = configs.Config(1024, 0, 0, 4, 1)
 
 
@@ -43,14 +43,14 @@ def store_sum(
 ):  # fmt: skip
     """out = scale·acc, rounded once. If SPLIT, acc is one part of a sum that ``num_splits`` programs share.
 
-    Every one of them writes its part. If LAST_ADDS, the one that arrives last, whoever it is, adds them all;
-    the counter is an integer, and is left at 0 for the next launch. Else `add_parts` follows. Summing here
-    and not in the kernel that reads the result: there the parts spill registers for r ≥ 64.
+    Each of them writes its part. If LAST_ADDS, the one that arrives last adds them all; the counter is an
+    integer, and is left at 0 for the next launch. Else `add_parts` follows. The sum is formed here and not in
+    the kernel that reads the result: there the parts spill registers for r ≥ 64.
     """
     if SPLIT:
         tl.store(partial_ptr + split.to(tl.int64) * stride_split + offsets, acc, mask=mask)
         if LAST_ADDS:
-            tl.debug_barrier()  # all threads have written, before one of them says so
+            tl.debug_barrier()  # all threads must have written before one of them counts
             last = tl.atomic_add(counter_ptr, 1, sem="acq_rel") == num_splits - 1
             if last:
                 tl.store(counter_ptr, 0)
@@ -98,15 +98,16 @@ def split_evenly(length: int, block: int, tiles: int, columns: int, itemsize: in
     """(length of a split in whole blocks, number of splits), for a sum over ``length`` rows of x.
 
     Enough programs to fill a GPU, but at least two blocks each, and so few that writing and reading the fp32
-    parts (8 bytes a split for each of ``columns``) moves at most a quarter of what x does (``itemsize``).
-    Where the tiles alone are a quarter of that many programs or less (up to 4224 tokens in tiles of 64), most
-    multiprocessors would idle, and the parts stay in the L2 cache: there they may move as much as x does.
+    parts (8 bytes per split for each of ``columns``) moves at most a quarter of the bytes of x
+    (``itemsize``). Where the tiles are at most a quarter of that many programs (up to 4224 tokens in tiles
+    of 64), most multiprocessors would idle, and the parts stay in the L2 cache: there they may move as much
+    as x does.
 
     For 512 tokens, 4096 features, bf16 that is (tiles, splits) = (32, 8) in `down_projection` at ranks 16 and
-    64; in `grad_a` (128, 2) at rank 16 and (128, 1) at rank 64, whose parts would move what x moves.
+    64; in `grad_a` (128, 2) at rank 16 and (128, 1) at rank 64, whose parts would move as much as x.
     """
     is_small = 4 * tiles <= configs.PROGRAMS
     affordable = length * itemsize // ((8 if is_small else 32) * columns)
-    wanted = max(1, min(configs.PROGRAMS // max(1, tiles), ceil_div(length, 2 * block), affordable))
-    per_split = ceil_div(ceil_div(length, wanted), block) * block
+    splits = max(1, min(configs.PROGRAMS // max(1, tiles), ceil_div(length, 2 * block), affordable))
+    per_split = ceil_div(ceil_div(length, splits), block) * block
     return per_split, ceil_div(length, per_split)

@@ -1,10 +1,10 @@
-"""An opt-in tuner: which of a few choices is fastest for a kind of call on this device, measured and kept.
+"""An opt-in tuner: measures which of a few choices is fastest for a kind of call on this device.
 
-Off by default. ``MICA_TUNE=1`` measures what has no entry yet, once a kind of call (a pause of a second or
-so), and writes it to ``MICA_TUNE_FILE``, by default ``mica/tuning.json`` under ``HF_HOME``. Entries that are
-there are always used. They hold for one device name and one version of torch and Triton: Triton's own disk
-cache goes by architecture, and an H100 PCIe is not an H100 SXM. What a launch reads and writes in place is
-put back after the trials.
+Off by default. ``MICA_TUNE=1`` measures what has no entry yet, once per kind of call (a pause of about a
+second), and writes it to ``MICA_TUNE_FILE``, by default ``mica/tuning.json`` under ``HF_HOME``. Existing
+entries are always used. They hold for one device name and one version of torch and Triton: Triton's own disk
+cache goes by architecture, and an H100 PCIe is not an H100 SXM. Tensors that a launch updates in place are
+restored after the trials.
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ from mica.kernels.configs import Config
 from mica.kernels.runtime import raw_variable
 
 _logger = logging.getLogger("mica")
-_ROUNDS = 3  # rounds of all choices in turn; the median of each counts
+_ROUNDS = 3  # rounds of all choices in turn; the median of each choice counts
 
-# What the file held when it was last read or written. Its keys are words: kernel, device, versions of torch
-# and Triton, shapes, dtypes. An answer that is none of a call's choices is not taken.
+# What the file held when it was last read or written. Keys are text: kernel, device, versions of torch and
+# Triton, shapes, dtypes. An entry that is none of a call's choices is ignored.
 _table: dict[str, str] | None = None
 _table_path: Path | None = None
 _idle: bool | None = None
@@ -59,23 +59,23 @@ def pick(
     choices: dict[str, Callable[[], object]],
     updates: Iterable[Tensor] = (),
 ) -> str:
-    """The name of the choice to run: the one on file, else (where tuning is on) the fastest, else the first.
+    """The name of the choice to run: the one on file, else the fastest (if tuning is on), else the first.
 
     Args:
         name: of the kernel or the operator.
         device: where it runs.
-        key: what the answer may depend on (shapes, dtypes), in words that are stable between runs.
-        choices: name -> function that runs it once, the default first.
-        updates: tensors that running a choice changes and that must come back as they were.
+        key: what the choice may depend on (shapes, dtypes), spelled the same in every run.
+        choices: name -> function that runs it once; the default first.
+        updates: tensors that running a choice changes; they are restored.
     """
     default = next(iter(choices))
     if len(choices) == 1 or device.type == "meta" or is_idle():
         return default
     table = _read()
-    entry = " | ".join([name, _machine(device), *map(str, key)])
-    found = table.get(entry)
-    if found in choices:
-        return found
+    entry = " | ".join([name, machine(device), *map(str, key)])
+    choice = table.get(entry)
+    if choice in choices:
+        return choice
     if not is_measuring() or (device.type == "cuda" and torch.cuda.is_current_stream_capturing()):
         return default
     times = _measure(choices, device, list(updates))
@@ -102,7 +102,7 @@ def pick_config(
 
 
 def _made_once(launch: Callable[[Config], Callable[[], object]], config: Config) -> Callable[[], object]:
-    """A function that makes one and the same launch at each call: planning it is not measured."""
+    """A function that makes the same launch at each call: planning it is not measured."""
     planned = []
 
     def run() -> object:
@@ -114,7 +114,7 @@ def _made_once(launch: Callable[[Config], Callable[[], object]], config: Config)
 
 
 def is_idle() -> bool:
-    """Whether nothing is on file and nothing is to be measured: found out once, for calls are frequent."""
+    """Whether nothing is on file and nothing is to be measured; cached, because calls are frequent."""
     global _idle
     if _idle is None:
         _idle = not is_measuring() and not _read()
@@ -122,29 +122,29 @@ def is_idle() -> bool:
 
 
 def forget() -> None:
-    """Look at the environment and the file again at the next call."""
+    """Read the environment and the file again at the next call."""
     global _table, _idle, _generation
     _table = _idle = None
     _generation += 1
 
 
 def state() -> Hashable:
-    """What an answer of `pick` hangs on beside its arguments: as long as this is the same, it may be kept."""
+    """What the result of `pick` depends on besides its arguments: results hold while it is the same."""
     return _generation if is_idle() else (_generation, *(value() for value in _environment))
 
 
 def is_settled(device: torch.device) -> bool:
-    """Whether `pick` answers now as it will later: while a graph is captured, it measures nothing."""
+    """Whether the result of `pick` is final: it measures nothing while a graph is captured."""
     return not (is_measuring() and device.type == "cuda" and torch.cuda.is_current_stream_capturing())
 
 
-def _machine(device: torch.device) -> str:
+def machine(device: torch.device) -> str:
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
     return f"{name}, torch {torch.__version__}, triton {triton.__version__}"
 
 
 def _measure(choices, device: torch.device, updates: list[Tensor]) -> dict[str, float]:
-    """Choice -> median milliseconds over the rounds. A choice that cannot run on this device is left out."""
+    """Choice -> median milliseconds over the rounds. Choices that cannot run on this device are left out."""
     before = [tensor.clone() for tensor in updates]
     times: dict[str, list[float]] = {}
     try:
@@ -162,7 +162,7 @@ def _measure(choices, device: torch.device, updates: list[Tensor]) -> dict[str, 
             tensor.copy_(saved)
     if not times:
         raise RuntimeError(f"none of the configurations {list(choices)} runs on {device}.")
-    return {name: median(found) for name, found in times.items()}
+    return {name: median(rounds) for name, rounds in times.items()}
 
 
 def _time(run: Callable[[], object], device: torch.device) -> float:
@@ -176,11 +176,11 @@ def _time(run: Callable[[], object], device: torch.device) -> float:
 def _read() -> dict[str, str]:
     global _table, _table_path
     if _table is None or _table_path != path():
-        _table, _table_path = _load(path()), path()
+        _table, _table_path = load(path()), path()
     return _table
 
 
-def _load(file: Path) -> dict[str, str]:
+def load(file: Path) -> dict[str, str]:
     try:
         table = json.loads(file.read_text())
         if isinstance(table, dict) and all(isinstance(value, str) for value in table.values()):
@@ -194,10 +194,10 @@ def _load(file: Path) -> dict[str, str]:
 
 
 def _write(entry: str, choice: str) -> None:
-    """Put the file in place whole, with what others have added since; trouble costs a line in the log."""
+    """Replace the file atomically, with what other processes have added; a failure is only logged."""
     global _table
     file = path()
-    _table = {**_load(file), **_read(), entry: choice}
+    _table = {**load(file), **_read(), entry: choice}
     scratch = file.with_name(f".{file.name}.{uuid.uuid4().hex}")
     try:
         file.parent.mkdir(parents=True, exist_ok=True)

@@ -1,7 +1,7 @@
-"""y += scale·keep⊙(h P) + bias in place: the wide product of the forward (P = Bᵀ) and of dx (h = g, P = A).
+"""y += scale·keep⊙(h P) in place: the wide product of the forward (P = Bᵀ) and of dx (h = g, P = A).
 
 Memory-bound: y is read and written once, at 2·M·N·r flops for 2·M·N numbers. Formulas:
-`mica.reference.forward` and `mica.reference.grad_x`.
+`mica.reference.linear` and `mica.reference.grad_x`.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mica.kernels import checks, configs, tuning
+from mica.kernels import checks, configs, limits, tuning
 from mica.kernels.common import (
     TRITON_DTYPES,
     cast,
@@ -24,7 +24,7 @@ from mica.kernels.common import (
     target_of,
     wide_product,
 )
-from mica.kernels.launching import Choice, Plan, Plans, layout
+from mica.kernels.launching import Choice, Plan, Plans, layout, strides
 
 
 @triton.jit(do_not_specialize=["num_tokens", "threshold"])
@@ -33,7 +33,6 @@ def _up_projection_kernel(
     out_ptr,  # (M, N), with base's strides; may be base
     h_ptr,  # (M, H_RANK columns)
     p_ptr,  # (P_RANK, N)
-    bias_ptr,  # (N)
     seed_ptr,  # (1) int64
     num_tokens,
     out_features,
@@ -54,12 +53,11 @@ def _up_projection_kernel(
     BLOCK_R: tl.constexpr,
     BLOCK_K: tl.constexpr,
     EVEN_N: tl.constexpr,
-    BIAS: tl.constexpr,
     DROPOUT: tl.constexpr,
     COMPUTE: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    # Neighbours write one row of tiles: they share h's rows, and y's pages are opened once.
+    # Neighbouring programs write one row of tiles: they share h's rows, and y's memory pages are opened once.
     tiles_n = tl.cdiv(out_features, BLOCK_N)
     rows = (tl.program_id(0) // tiles_n) * BLOCK_M + tl.arange(0, BLOCK_M)
     columns = (tl.program_id(0) % tiles_n) * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -69,7 +67,7 @@ def _up_projection_kernel(
     else:
         mask = row_mask & (columns < out_features)[None, :]
     rows_64, columns_64 = rows.to(tl.int64)[:, None], columns.to(tl.int64)[None, :]
-    # asked for before the product is formed: y is nearly all of the traffic
+    # requested before the product is computed: y is nearly all of the traffic
     base = tl.load(base_ptr + rows_64 * stride_bm + columns_64 * stride_bn, mask=mask, other=0.0)
     acc = wide_product(
         h_ptr, p_ptr, rows, columns, num_tokens, out_features, stride_hm, stride_hr, stride_pr, stride_pn,
@@ -77,9 +75,6 @@ def _up_projection_kernel(
     ) * scale  # fmt: skip
     if DROPOUT:
         acc = tl.where(dropout_keep(tl.load(seed_ptr), rows, columns, threshold), acc, 0.0)
-    if BIAS:
-        bias = tl.load(bias_ptr + columns, mask=columns < out_features, other=0.0)
-        acc += bias.to(tl.float32)[None, :]
     out_ptrs = out_ptr + rows_64 * stride_om + columns_64 * stride_on
     tl.store(out_ptrs, cast(base.to(tl.float32) + acc, out_ptr.dtype.element_ty), mask=mask)
 
@@ -91,30 +86,25 @@ def plan_up_projection(
     *,
     out: Tensor | None = None,
     scale: float = 1.0,
-    bias: Tensor | None = None,
     compute_dtype: torch.dtype | None = None,
     dropout_p: float = 0.0,
     seed: Tensor | None = None,
-    exact: bool = False,
     config: configs.Config | None = None,
     target: str | None = None,
 ) -> Choice:
-    """The launches that `up_projection_` chooses from; ``target``: another one than the device's."""
+    """The launches that `up_projection_` chooses from; ``target`` overrides the device's."""
     out = base if out is None else out
     for name, tensor in (("base", base), ("h", h), ("factor", factor)):
         checks.matrix(name, tensor)
     num_tokens, out_features = base.shape
-    checks.same_device(base=base, h=h, factor=factor, bias=bias, out=out)
+    limits.same_device(base=base, h=h, factor=factor, out=out)
     checks.contracted("base", base, 0, "h", h, 0)
     checks.contracted("base", base, 1, "factor", factor, 1)
     checks.rank("factor", factor.shape[0])
     checks.shape("out", out, (num_tokens, out_features), "the shape of base")
-    if bias is not None:
-        checks.matrix("bias", bias, dims=1)
-        checks.shape("bias", bias, (out_features,), "(out_features,)")
     rank, p_rank = h.shape[1], factor.shape[0]
     checks.ranks_fit(h, factor)
-    checks.dropout(dropout_p, seed)
+    limits.dropout(dropout_p, seed)
     dtype = checks.compute_dtype(compute_dtype or h.dtype)
 
     target = target or target_of(base.device)
@@ -128,14 +118,7 @@ def plan_up_projection(
             {
                 "num_tokens": num_tokens,
                 "out_features": out_features,
-                "stride_bm": base.stride(0),
-                "stride_bn": base.stride(1),
-                "stride_om": out.stride(0),
-                "stride_on": out.stride(1),
-                "stride_hm": h.stride(0),
-                "stride_hr": h.stride(1),
-                "stride_pr": factor.stride(0),
-                "stride_pn": factor.stride(1),
+                **strides(bm_bn=base, om_on=out, hm_hr=h, pr_pn=factor),
                 "scale": float(scale) / (1.0 - dropout_p),
                 "threshold": keep_threshold(dropout_p),
             },
@@ -147,28 +130,23 @@ def plan_up_projection(
                 "BLOCK_R": block_r,
                 "BLOCK_K": min(config.block_k, block_r),
                 "EVEN_N": out_features % config.block_n == 0,
-                "BIAS": bias is not None,
                 "DROPOUT": dropout_p > 0,
                 "COMPUTE": TRITON_DTYPES[dtype],
-                "PRECISION": precision(dtype, target, exact),
+                "PRECISION": precision(dtype, target),
             },
             config,
         )
 
-    tensors = _operands(base, out, h, factor, bias, seed if dropout_p > 0 else None)
+    tensors = (base, out, h, factor, seed if dropout_p > 0 else base)
     return Choice(
         "up_projection",
         base.device,
-        (tuning.bucket(num_tokens), out_features, p_rank, base.dtype, dtype, dropout_p > 0, exact),
+        (tuning.bucket(num_tokens), out_features, p_rank, base.dtype, dtype, dropout_p > 0),
         (config,) if config else configs.up_projection(target, num_tokens, block_r, dtype.itemsize),
         plan,
         lambda plan: (out, tensors),
         updates=(out,) if out.data_ptr() == base.data_ptr() else (),
     )
-
-
-def _operands(base: Tensor, out: Tensor, h: Tensor, factor: Tensor, bias: Tensor | None, seed: Tensor | None):
-    return base, out, h, factor, base if bias is None else bias.contiguous(), base if seed is None else seed
 
 
 plans = Plans()
@@ -181,14 +159,12 @@ def key_of(
     *,
     out: Tensor | None = None,
     scale: float = 1.0,
-    bias: Tensor | None = None,
     compute_dtype: torch.dtype | None = None,
     dropout_p: float = 0.0,
     seed: Tensor | None = None,
-    exact: bool = False,
     config: configs.Config | None = None,
 ) -> tuple:
-    """By which ``plans`` has the plan of `up_projection_` with these arguments."""
+    """The key in ``plans`` of `up_projection_` with these arguments."""
     return (
         tuning.state(),
         layout(base),
@@ -196,11 +172,9 @@ def key_of(
         layout(factor),
         layout(out),
         scale,
-        layout(bias),
         compute_dtype,
         dropout_p,
         layout(seed) if dropout_p else None,
-        exact,
         config,
         fp32_setting() if (compute_dtype or h.dtype) is torch.float32 else None,
     )
@@ -213,25 +187,21 @@ def up_projection_(
     *,
     out: Tensor | None = None,
     scale: float = 1.0,
-    bias: Tensor | None = None,
     compute_dtype: torch.dtype | None = None,
     dropout_p: float = 0.0,
     seed: Tensor | None = None,
-    exact: bool = False,
     config: configs.Config | None = None,
 ) -> Tensor:
-    """base += scale·keep⊙(h factor) + bias in place: summed in fp32, rounded once to base's dtype.
+    """base += scale·keep⊙(h factor) in place: summed in fp32, rounded once to base's dtype.
 
     Args:
         base: (num_tokens, out_features), fp32/bf16/fp16, any strides.
         h: (num_tokens, rank) or as wide as `padded_columns(rank)`, as `down_projection` gives it.
         factor: (rank, out_features), any strides: lora_B transposed, or lora_A. Its rows may be padded too.
-        out: write there instead of into base; shape of base.
+        out: where to write instead of into base; shape of base.
         scale: dimensionless, applied to the fp32 product.
-        bias: (out_features).
         compute_dtype: dtype of the factors of the product; default that of h.
         dropout_p, seed: zero the elements of the *product* that `down_projection` dropped from x.
-        exact: fp32 products in full fp32, whatever torch's matmul setting says.
         config: a launch configuration; default the first of `configs.up_projection`.
 
     Returns:
@@ -241,18 +211,18 @@ def up_projection_(
         ValueError, TypeError: an argument that is not as above.
         LaunchError: no configuration can be launched here.
     """
-    options = {"out": out, "scale": scale, "bias": bias, "compute_dtype": compute_dtype, "exact": exact}
-    options |= {"dropout_p": dropout_p, "seed": seed, "config": config}
+    options = {"out": out, "scale": scale, "compute_dtype": compute_dtype, "config": config}
+    options |= {"dropout_p": dropout_p, "seed": seed}
     key = key_of(base, h, factor, **options)
     plan = plans.get(key)
     if plan is None:
         return plan_up_projection(base, h, factor, **options).first(plans, key)
     out = base if out is None else out
-    plan(*_operands(base, out, h, factor, bias, seed if dropout_p else None))
+    plan(base, out, h, factor, seed if dropout_p else base)
     return out
 
 
 def run(plan: Plan, base: Tensor, h: Tensor, factor: Tensor) -> Tensor:
-    """`up_projection_` by its plan, without dropout and bias."""
-    plan(base, base, h, factor, base, base)
+    """`up_projection_` by its plan, without dropout."""
+    plan(base, base, h, factor, base)
     return base

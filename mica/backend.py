@@ -1,4 +1,4 @@
-"""Which path a call takes, Triton kernels or the reference: ``MICA_BACKEND`` says it, else the device."""
+"""Which path a call takes, Triton kernels or the reference: set by ``MICA_BACKEND``, else by the device."""
 
 from __future__ import annotations
 
@@ -10,15 +10,13 @@ from typing import NamedTuple
 import torch
 
 from mica.kernels import runtime
+from mica.kernels.limits import DTYPES, MAX_RANK, names_of
 
 BACKENDS = ("auto", "triton", "reference")
 
-KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-MAX_RANK = 256  # as `mica.kernels.common.MAX_RANK`, which cannot be read without Triton
-
 
 class Refused(NamedTuple):
-    """What runs on the reference from some call on: one function of `mica.kernel_path` with such operands."""
+    """What runs on the reference from some call on: a function of `mica.kernel_path` with such operands."""
 
     device: torch.device
     function: str
@@ -28,21 +26,20 @@ class Refused(NamedTuple):
 
 _given_up: dict[Refused, str] = {}
 
-# The raw value of ``MICA_BACKEND``, None where it is unset, in 0.1 µs: fit for comparing only.
+# The raw value of ``MICA_BACKEND``, None where it is unset, in 0.1 µs; only for comparisons.
 setting = runtime.raw_variable("MICA_BACKEND")
 _interpreting = runtime.raw_variable("TRITON_INTERPRET")
 
-# What `use_kernels` has answered. Only the environment can change an answer, and `give_up`.
+# What `use_kernels` has returned. Only the environment and `give_up` can change it.
 _verdicts: dict[tuple, bool] = {}
 
 
 def give_up(
     device: torch.device, function: str, rank: int, dtypes: tuple[torch.dtype, ...], error: Exception
 ) -> None:
-    """No kernels for this function with such operands any more; a warning says which one it is, and why."""
+    """Use no kernels for this function with such operands from now on; a warning names it and the reason."""
     text = (str(error).strip() or type(error).__name__).partition("\n")[0]
-    names = ", ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
-    what = f"{function} at rank {rank} ({names})"
+    what = f"{function} at rank {rank} ({names_of(dtypes)})"
     _given_up[Refused(device, function, rank, dtypes)] = f"{what} was given up: {text}"
     _verdicts.clear()
     warnings.warn(
@@ -51,13 +48,13 @@ def give_up(
 
 
 def forget_verdicts() -> None:
-    """Decide anew which path calls take, and try again what was given up: after a change of driver."""
+    """Decide again which path calls take, and retry what was given up: after a change of driver."""
     _given_up.clear()
     _verdicts.clear()
 
 
 def forget_prepared() -> None:
-    """`mica.kernels.prepared.forget`, where it has been imported: after an edit of B through ``.data``."""
+    """`mica.kernels.prepared.forget` if it has been imported: after an edit of B through ``.data``."""
     prepared = sys.modules.get("mica.kernels.prepared")
     if prepared is not None:
         prepared.forget()
@@ -84,7 +81,7 @@ def why_not_kernels(
 ) -> str | None:
     """None if a call with such operands runs on Triton kernels, else the reason in words.
 
-    ``function``: of `mica.kernel_path`; without one, also what any of them was given up for counts.
+    ``function``: of `mica.kernel_path`; if None, the reason why any of them was given up counts too.
     """
     backend = backend or requested()
     if backend == "reference":
@@ -95,8 +92,8 @@ def why_not_kernels(
     if unavailable:
         return unavailable
     for dtype in dtypes:
-        if dtype not in KERNEL_DTYPES:
-            return f"no Triton kernels for {str(dtype).removeprefix('torch.')}"
+        if dtype not in DTYPES:
+            return f"no Triton kernels for {names_of([dtype])}"
     if rank > MAX_RANK:
         return f"no Triton kernels for ranks above {MAX_RANK}"
     if function is not None:
@@ -105,7 +102,7 @@ def why_not_kernels(
 
 
 def _concerns(refused: Refused, device: torch.device, rank: int, dtypes: tuple[torch.dtype, ...]) -> bool:
-    """Whether a layer with operands of these dtypes meets it."""
+    """Whether this affects a layer with operands of these dtypes."""
     return refused.device == device and refused.rank == rank and set(dtypes) <= set(refused.dtypes)
 
 

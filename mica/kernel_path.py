@@ -1,12 +1,12 @@
 """The operators' bodies on Triton kernels: which kernels make up a formula of `mica.reference`.
 
-Four forms of the same call, the first by default; `mica.kernels.tuning` takes another one only where it has
+Four forms of the same call, the first by default; `mica.kernels.tuning` selects another only where that has
 been measured to be faster on the device.
 
     split       h = down(x, A); y = x Wᵀ + bias by the vendor's library; y += h Bᵀ in place
     fused       the second and third in one kernel, by pointers
     descriptor  the same, persistent and with tensor descriptors
-    aten        no kernel at all: the reference (`addmm_`), the control that the others must beat
+    aten        no kernel at all: the reference (`addmm_`), the baseline that the others must beat
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ from mica.kernels import down_projection as down_kernel
 from mica.kernels import grad_a as grad_a_kernel
 from mica.kernels import tuning
 from mica.kernels import up_projection as up_kernel
-from mica.kernels.common import LaunchError, fp32_setting, padded_columns, target_of
+from mica.kernels.common import LaunchError, fp32_setting, target_of
 from mica.kernels.embedding import embedding as embedding_kernel
 from mica.kernels.embedding import grad_a_embedding
 from mica.kernels.fused_linear import fused_linear, why_not_descriptor
 from mica.kernels.launching import Plans, layout
-from mica.kernels.merge import merge as merge_kernel
+from mica.kernels.limits import padded_columns
 from mica.kernels.prepared import prepare
 
 __all__ = [
@@ -36,18 +36,17 @@ __all__ = [
     "down_projection_backward",
     "embedding",
     "embedding_backward",
-    "forward",
-    "grad_h",
+    "linear",
     "linear_backward",
     "linear_group",
     "linear_group_backward",
-    "merge",
     "up_projection",
+    "up_projection_backward",
 ]
 
 
-def _choose(name: str, x: Tensor, w: Tensor, rank: int, dtype: torch.dtype, dropout_p: float, run) -> str:
-    """The form to run, where something is tuned. x (M×K), w (K×N); ``run(form)`` runs one of them."""
+def choose_form(name: str, x: Tensor, w: Tensor, rank: int, dtype: torch.dtype, dropout_p: float, run) -> str:
+    """The form to run where something is tuned. x (M×K), w (K×N); ``run(form)`` runs one of them."""
     forms = ["split", "fused"]
     if why_not_descriptor(x, w, target_of(x.device)) is None:
         forms.append("descriptor")
@@ -57,55 +56,55 @@ def _choose(name: str, x: Tensor, w: Tensor, rank: int, dtype: torch.dtype, drop
     return tuning.pick(name, x.device, key, {form: functools.partial(run, form) for form in forms})
 
 
-# From here on an A whose numbers are wider than the products' is rounded before the launches. Every row of
-# tiles reads all of it through the L2 cache: 8192 tokens read 134 MB of an fp32 A (64 x 4096), x has 67.
-# Rounding is a launch more, and for fewer tokens the host, not the device, decides how long a layer takes.
-_WIDE_RANK, _MANY_TOKENS = 64, 2048
+# From these sizes on an A that is wider than the products' dtype is rounded before the launches. Each row of
+# tiles reads all of it through the L2 cache: 8192 tokens read 134 MB of an fp32 A (64 x 4096), 67 MB of x.
+# Rounding is one more launch, and with fewer tokens the host, not the device, determines a layer's time.
+WIDE_RANK, MANY_TOKENS = 64, 2048
 
 
-def _operand(lora_A: Tensor, num_tokens: int, dtype: torch.dtype) -> Tensor:
-    """lora_A as kernels had best read it, for products in ``dtype``: they round to that, so no bit differs.
+def as_operand(lora_A: Tensor, num_tokens: int, dtype: torch.dtype) -> Tensor:
+    """lora_A as kernels read it fastest, for products in ``dtype``: they round to that, so no bit differs.
 
     The rounded copy is not kept for the next call: a write through ``lora_A.data`` changes no version.
     """
-    if lora_A.shape[0] < _WIDE_RANK or num_tokens < _MANY_TOKENS or lora_A.dtype.itemsize <= dtype.itemsize:
+    if lora_A.shape[0] < WIDE_RANK or num_tokens < MANY_TOKENS or lora_A.dtype.itemsize <= dtype.itemsize:
         return lora_A
     return lora_A.to(dtype)
 
 
-def forward(
+def linear(
     x: Tensor,
     weight: Tensor,
     lora_A: Tensor,
     lora_B: Tensor,
-    scaling: float,
-    bias: Tensor | None,
-    compute_dtype: torch.dtype | None,
+    scaling: float = 1.0,
+    bias: Tensor | None = None,
+    compute_dtype: torch.dtype | None = None,
     dropout_p: float = 0.0,
     seed: Tensor | None = None,
 ) -> Tensor:
-    """As `mica.reference.forward`."""
+    """As `mica.reference.linear`."""
     arguments = (x, weight, lora_A, lora_B, scaling, bias, compute_dtype, dropout_p, seed)
     if tuning.is_idle():
-        return _forward("split", *arguments) if dropout_p else _planned_forward(*arguments[:7])
+        return _linear_by("split", *arguments) if dropout_p else planned_linear(*arguments[:7])
 
     def run(form: str) -> Tensor:
-        return _forward(form, *arguments)
+        return _linear_by(form, *arguments)
 
     dtype = compute_dtype or x.dtype
-    return run(_choose("linear", x, weight.t(), lora_A.shape[0], dtype, dropout_p, run))
+    return run(choose_form("linear", x, weight.t(), lora_A.shape[0], dtype, dropout_p, run))
 
 
-# The plans of all launches of a layer's forward, or backward, without dropout. Their own keys hold h, g, y
-# and dx too, which follow from what is in these: asked for one by one, plans cost a layer 9 µs more. The last
-# entry says whether A is rounded first.
-_forwards, _backwards = Plans(), Plans()
+# The plans of all launches of a layer's forward, or backward, without dropout. Their own keys also hold h, g,
+# y and dx, which follow from these keys: looking plans up one by one costs a layer 9 µs more. The last entry
+# is whether A is rounded first.
+forward_plans, backward_plans = Plans(), Plans()
 
 
-def _planned_forward(x, weight, lora_A, lora_B, scaling, bias, compute_dtype) -> Tensor:
-    """`_forward` split, by plans that are found together."""
+def planned_linear(x, weight, lora_A, lora_B, scaling, bias, compute_dtype) -> Tensor:
+    """`_linear_by` "split", with plans that are looked up together."""
     key = (tuning.state(), layout(x), layout(lora_A), layout(lora_B), scaling, compute_dtype, fp32_setting())
-    plans, dtype = _forwards.get(key), compute_dtype or x.dtype
+    plans, dtype = forward_plans.get(key), compute_dtype or x.dtype
     if plans is not None:
         down, up, rounded = plans
         h = down_kernel.run(down, x, lora_A.to(dtype) if rounded else lora_A)
@@ -113,7 +112,7 @@ def _planned_forward(x, weight, lora_A, lora_B, scaling, bias, compute_dtype) ->
         if y.is_contiguous():
             return up_kernel.run(up, y, h, prepare(lora_B, dtype))
         return up_kernel.up_projection_(y, h, prepare(lora_B, dtype))
-    options, operand = {"scale": scaling, "compute_dtype": dtype}, _operand(lora_A, len(x), dtype)
+    options, operand = {"scale": scaling, "compute_dtype": dtype}, as_operand(lora_A, len(x), dtype)
     h, factor = down_kernel.down_projection(x, operand, **options), prepare(lora_B, dtype)
     y = up_kernel.up_projection_(F.linear(x, weight, bias), h, factor)
     plans = (
@@ -122,16 +121,16 @@ def _planned_forward(x, weight, lora_A, lora_B, scaling, bias, compute_dtype) ->
         operand is not lora_A,
     )
     if None not in plans and y.is_contiguous():
-        _forwards.keep(key, plans)
+        forward_plans.keep(key, plans)
     return y
 
 
-def _forward(form: str, x, weight, lora_A, lora_B, scaling, bias, compute_dtype, dropout_p, seed) -> Tensor:
+def _linear_by(form: str, x, weight, lora_A, lora_B, scaling, bias, compute_dtype, dropout_p, seed) -> Tensor:
     if form == "aten":
-        return reference.forward(x, weight, lora_A, lora_B, scaling, bias, compute_dtype, dropout_p, seed)
+        return reference.linear(x, weight, lora_A, lora_B, scaling, bias, compute_dtype, dropout_p, seed)
     dtype = compute_dtype or x.dtype
     options = {"compute_dtype": dtype, "dropout_p": dropout_p, "seed": seed}
-    h = down_kernel.down_projection(x, _operand(lora_A, len(x), dtype), scale=scaling, **options)
+    h = down_kernel.down_projection(x, as_operand(lora_A, len(x), dtype), scale=scaling, **options)
     factor = prepare(lora_B, dtype)
     if form == "split":
         return up_kernel.up_projection_(F.linear(x, weight, bias), h, factor)
@@ -163,10 +162,10 @@ def linear_backward(
 
 
 def _planned_backward(dy, x, weight, lora_A, lora_B, scaling, dtype) -> tuple[Tensor, Tensor]:
-    """`linear_backward` split, both gradients, by plans that are found together."""
+    """`linear_backward` "split", both gradients, with plans that are looked up together."""
     tensors = layout(dy), layout(x), layout(lora_A)
     key = (tuning.state(), *tensors, scaling, dtype, fp32_setting())
-    plans, factor = _backwards.get(key), prepare(lora_B, dtype)
+    plans, factor = backward_plans.get(key), prepare(lora_B, dtype)
     if plans is not None:
         down, grad, up, rounded = plans
         g = down_kernel.run(down, dy, factor)
@@ -178,7 +177,7 @@ def _planned_backward(dy, x, weight, lora_A, lora_B, scaling, dtype) -> tuple[Te
     scaled, rounded = {"scale": scaling, "compute_dtype": dtype}, {"out_dtype": lora_A.dtype}
     g, rank = down_kernel.down_projection(dy, factor, **scaled), lora_A.shape[0]
     grad_A = grad_a_kernel.grad_a(g, x, rank, **rounded)
-    operand = _operand(lora_A, len(dy), dtype)
+    operand = as_operand(lora_A, len(dy), dtype)
     grad_x = up_kernel.up_projection_(torch.mm(dy, weight), g, operand)
     plans = (
         down_kernel.plans.get(down_kernel.key_of(dy, factor, **scaled)),
@@ -187,7 +186,7 @@ def _planned_backward(dy, x, weight, lora_A, lora_B, scaling, dtype) -> tuple[Te
         operand is not lora_A,
     )
     if None not in plans and grad_x.is_contiguous():
-        _backwards.keep(key, plans)
+        backward_plans.keep(key, plans)
     return grad_x, grad_A
 
 
@@ -203,30 +202,29 @@ def _grad_x(dy: Tensor, weight: Tensor, g: Tensor, lora_A: Tensor, dropout_p: fl
     def run(form: str) -> Tensor:
         return _grad_x_by(form, dy, weight, g, lora_A, dropout_p, seed)
 
-    return run(_choose("linear_backward", dy, weight, lora_A.shape[0], g.dtype, dropout_p, run))
+    return run(choose_form("linear_backward", dy, weight, lora_A.shape[0], g.dtype, dropout_p, run))
 
 
 def _grad_x_by(form: str, dy, weight, g, lora_A, dropout_p, seed) -> Tensor:
     if form == "aten":
         return reference.grad_x(dy, weight, g[:, : lora_A.shape[0]], lora_A, dropout_p, seed)
-    options, operand = {"dropout_p": dropout_p, "seed": seed}, _operand(lora_A, len(dy), g.dtype)
+    options, operand = {"dropout_p": dropout_p, "seed": seed}, as_operand(lora_A, len(dy), g.dtype)
     if form == "split":
         return up_kernel.up_projection_(dy @ weight, g, operand, **options)
     return fused_linear(dy, weight, g, operand, descriptor=form == "descriptor", **options)
 
 
 def embedding(
-    indices: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float, compute_dtype: torch.dtype | None
+    indices: Tensor,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    scaling: float = 1.0,
+    compute_dtype: torch.dtype | None = None,
 ) -> Tensor:
     """As `mica.reference.embedding`."""
     dtype = compute_dtype or lora_A.dtype
     factor = prepare(lora_B, dtype)
     return embedding_kernel(indices, lora_A, factor, scale=scaling, compute_dtype=dtype)
-
-
-def merge(weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float) -> Tensor:
-    """As `mica.reference.merge`."""
-    return merge_kernel(weight, lora_A, lora_B, scale=scaling)
 
 
 def embedding_backward(
@@ -244,7 +242,7 @@ def embedding_backward(
 
 
 # ---------------------------------------------------------------------------------------------------
-# the two factors alone, beside a base layer that is called
+# the two factors alone, next to a base layer that is called
 # ---------------------------------------------------------------------------------------------------
 
 
@@ -258,7 +256,7 @@ def down_projection(
 ) -> Tensor:
     """As `mica.reference.down_projection`."""
     options = {"compute_dtype": compute_dtype, "dropout_p": dropout_p, "seed": seed}
-    h = down_kernel.down_projection(x, _operand(lora_A, len(x), compute_dtype), scale=scaling, **options)
+    h = down_kernel.down_projection(x, as_operand(lora_A, len(x), compute_dtype), scale=scaling, **options)
     return h[:, : lora_A.shape[0]].contiguous()
 
 
@@ -269,9 +267,9 @@ def up_projection(y: Tensor, h: Tensor, lora_B: Tensor) -> Tensor:
     return up_kernel.up_projection_(y, h, prepare(lora_B, dtype), out=out, compute_dtype=dtype)
 
 
-def grad_h(grad_output: Tensor, lora_B: Tensor, scaling: float, compute_dtype: torch.dtype) -> Tensor:
-    """As `mica.reference.grad_h`."""
-    return _grad_h(grad_output, lora_B, scaling, compute_dtype)[:, : lora_B.shape[1]].contiguous()
+def up_projection_backward(grad_output: Tensor, lora_B: Tensor, compute_dtype: torch.dtype) -> Tensor:
+    """As `mica.reference.up_projection_backward`."""
+    return _grad_h(grad_output, lora_B, 1.0, compute_dtype)[:, : lora_B.shape[1]].contiguous()
 
 
 def down_projection_backward(
@@ -291,9 +289,9 @@ def down_projection_backward(
         grad_A = (grad_a_kernel.grad_a(grad_h, x, lora_A.shape[0], **options) * scaling).to(lora_A.dtype)
     if needs_x and dropout_p:
         grad_x = grad_h.new_zeros(len(grad_h), lora_A.shape[1])
-        operand = _operand(lora_A, len(grad_h), grad_h.dtype)
+        operand = as_operand(lora_A, len(grad_h), grad_h.dtype)
         up_kernel.up_projection_(grad_x, grad_h, operand, scale=scaling, **options)
-    elif needs_x:  # no base to add to: the vendor's product writes what the kernel would
+    elif needs_x:  # nothing to add to: the vendor's product writes what the kernel would
         grad_x = reference.grad_x_update(grad_h, lora_A * scaling)
     return grad_x, grad_A
 
@@ -324,7 +322,7 @@ def linear_group(
     """As `mica.reference.linear_group`."""
     dtype = compute_dtype or x.dtype
     factors = [prepare(lora_B, dtype) for lora_B in lora_Bs]
-    operand = _operand(_stacked(lora_As, scalings), len(x), dtype)
+    operand = as_operand(_stacked(lora_As, scalings), len(x), dtype)
     h = down_kernel.down_projection(x, operand, compute_dtype=dtype)
     parts = h.split([factor.shape[0] for factor in factors], dim=1)
     operands = zip(weights, biases, parts, factors, strict=True)
@@ -345,25 +343,14 @@ def linear_group_backward(
 ) -> tuple[Tensor | None, list[Tensor] | None]:
     """As `mica.reference.linear_group_backward`."""
     columns = [padded_columns(lora_A.shape[0]) for lora_A in lora_As]
-    used = next(dy for dy in grad_outputs if dy is not None)
-    parts = zip(grad_outputs, lora_Bs, scalings, columns, strict=True)
-    g = torch.cat(
-        [
-            used.new_zeros(len(used), width, dtype=compute_dtype)
-            if dy is None
-            else _grad_h(dy, lora_B, scaling, compute_dtype)
-            for dy, lora_B, scaling, width in parts
-        ],
-        dim=1,
-    )
+    g = reference.group_grad_h(_grad_h, grad_outputs, lora_Bs, scalings, compute_dtype, columns)
     grad_x = grad_As = None
     if x is not None:
-        parts = zip(grad_a_kernel.grad_a(g, x, g.shape[1]).split(columns), lora_As, strict=True)
-        grad_As = [part[: lora_A.shape[0]].to(lora_A.dtype, copy=True) for part, lora_A in parts]
+        grad_As = reference.group_gradients(grad_a_kernel.grad_a(g, x, g.shape[1]), lora_As, columns)
     if weights is not None:
-        products = [(dy, W) for dy, W in zip(grad_outputs, weights, strict=True) if dy is not None]
-        grad_x = products[0][0] @ products[0][1]
-        for dy, weight in products[1:]:
+        (dy, weight), *others = reference.used_pairs(grad_outputs, weights)
+        grad_x = dy @ weight
+        for dy, weight in others:
             grad_x.addmm_(dy, weight)
-        up_kernel.up_projection_(grad_x, g, _operand(_stacked(lora_As), len(g), compute_dtype))
+        up_kernel.up_projection_(grad_x, g, as_operand(_stacked(lora_As), len(g), compute_dtype))
     return grad_x, grad_As

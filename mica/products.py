@@ -1,8 +1,8 @@
 """Sums of matrix products; 16-bit ones go through fp32 on processors without 16-bit instructions.
 
-There PyTorch 2.13 multiplies bf16 and fp16 matrices in loops of its own: on two threads of a CPU with AVX2
+There PyTorch 2.13 multiplies bf16 and fp16 matrices in its own loops: on two threads of a CPU with AVX2
 dy W (1024 x 2048 x 2048) takes 44 s in bf16 and 0.11 s in fp32, x Wᵀ 1.2 and 0.11 s. Here the operands are
-cast to fp32 a chunk at a time, multiplied and summed, and rounded once, at the end.
+cast to fp32 in chunks, multiplied, summed, and rounded once at the end.
 """
 
 from __future__ import annotations
@@ -14,22 +14,22 @@ import torch
 from torch import Tensor
 
 # Elements of one operand whose fp32 copy is alive at a time: 16 MB. 1024 x 2048 x 2048 takes the same time
-# with 2**20 to 2**24, within noise. Chunks of the right operand are cast once, of the left once a right one.
-_CHUNK = 2**22
+# with 2**20 to 2**24, within noise. A chunk of the right operand is cast once, one of the left once for each.
+CHUNK = 2**22
 
-# Rows up to which PyTorch's own loop over x Wᵀ, whose operands both lie along the sum, is at least as quick
-# as casting the weight: 8 x 2048 x 2048 in bf16 take 1.9 ms, through fp32 12 ms.
-_FEW_ROWS = 8
+# Rows up to which PyTorch's own loop over x Wᵀ, whose operands are both contiguous along the sum, is at least
+# as fast as casting the weight: 8 x 2048 x 2048 in bf16 take 1.9 ms, through fp32 12 ms.
+FEW_ROWS = 8
 
-# Rows up to which factors that are kept in fp32 are multiplied so. To round them to 16 bit takes r·(K + N)
-# numbers, and what an fp32 product takes longer than a 16-bit one is M times that. Measured with AVX512-BF16,
-# forward of 576 x 576 and 2048 x 2048, r = 4 to 128, against rounding: 1 row 0.55 to 0.9 times, 16 rows 0.8
-# to 1.0 times, 32 rows 0.9 to 1.1 times.
-_FEW_TO_ROUND = 16
+# Rows up to which factors kept in fp32 are multiplied in fp32. Rounding them to 16 bit costs r·(K + N)
+# numbers; the extra time of an fp32 product is proportional to M times that. Time relative to rounding, with
+# AVX512-BF16, forward of 576 x 576 and 2048 x 2048, r = 4 to 128: 1 row 0.55 to 0.9, 16 rows 0.8 to 1.0,
+# 32 rows 0.9 to 1.1.
+FEW_TO_ROUND = 16
 
-_SHORTEST = 64  # side of a chunk, however long the sum
+SHORTEST = 64  # smallest side of a chunk, however long the sum
 
-_ASKED = {torch.bfloat16: "_is_mkldnn_bf16_supported", torch.float16: "_is_mkldnn_fp16_supported"}
+QUERIES = {torch.bfloat16: "_is_mkldnn_bf16_supported", torch.float16: "_is_mkldnn_fp16_supported"}
 
 
 def addmm(addend: Tensor | None, *pairs: tuple[Tensor, Tensor]) -> Tensor:
@@ -47,9 +47,9 @@ def addmm(addend: Tensor | None, *pairs: tuple[Tensor, Tensor]) -> Tensor:
 
 
 def added(y: Tensor, left: Tensor, right: Tensor) -> Tensor:
-    """y + left @ right, all of one dtype that is multiplied as it is: y itself, which is the caller's own.
+    """y + left @ right, all of one dtype that is multiplied without a cast: in place, in y.
 
-    Under a function transform a new tensor: vmap cannot write what has its dimension into what has not.
+    Under a function transform in a new tensor: vmap cannot write batched values into an unbatched y.
     """
     if torch._C._are_functorch_transforms_active():
         return torch.addmm(y, left, right)
@@ -57,12 +57,12 @@ def added(y: Tensor, left: Tensor, right: Tensor) -> Tensor:
 
 
 def product_dtype(left: Tensor, factors: Sequence[Tensor], dtype: torch.dtype) -> torch.dtype:
-    """In what dtype to multiply ``left`` by ``factors``: ``dtype``, or fp32 instead of a 16-bit one.
+    """The dtype in which to multiply ``left`` by ``factors``: ``dtype``, or fp32 instead of a 16-bit one.
 
-    fp32 for few rows on a CPU where all factors are fp32: nothing is rounded, and it is quicker. Not where
-    there are no 16-bit instructions: `addmm` rounds whole sums once there.
+    fp32 for few rows on a CPU where all factors are fp32: nothing is rounded, and it is faster. Not where
+    there are no 16-bit instructions: there `addmm` rounds whole sums once.
     """
-    if dtype not in _ASKED or left.shape[0] > _FEW_TO_ROUND or not left.is_cpu or not has_native(dtype):
+    if dtype not in QUERIES or left.shape[0] > FEW_TO_ROUND or not left.is_cpu or not has_native(dtype):
         return dtype
     for factor in factors:
         if factor.dtype != torch.float32:
@@ -71,23 +71,23 @@ def product_dtype(left: Tensor, factors: Sequence[Tensor], dtype: torch.dtype) -
 
 
 def multiplies_itself(left: Tensor) -> bool:
-    """Whether `addmm` is PyTorch's own for every product of ``left``."""
-    return left.dtype not in _ASKED or not left.is_cpu or has_native(left.dtype)
+    """Whether `addmm` uses PyTorch's own product for every product of ``left``."""
+    return left.dtype not in QUERIES or not left.is_cpu or has_native(left.dtype)
 
 
 def _through_fp32(left: Tensor, right: Tensor) -> bool:
     if multiplies_itself(left):
         return False
-    return left.shape[0] > _FEW_ROWS or right.stride(0) != 1
+    return left.shape[0] > FEW_ROWS or right.stride(0) != 1
 
 
 def _in_chunks(addend: Tensor | None, pairs) -> Tensor:
     rows, columns = pairs[0][0].shape[0], pairs[0][1].shape[1]
     longest = max(1, *(right.shape[0] for _, right in pairs))
-    column_step = max(1, min(columns, max(_SHORTEST, _CHUNK // longest)))
-    row_step = max(_SHORTEST, _CHUNK // max(longest, column_step))
+    column_step = max(1, min(columns, max(SHORTEST, CHUNK // longest)))
+    row_step = max(SHORTEST, CHUNK // max(longest, column_step))
     if torch._C._are_functorch_transforms_active() or torch.compiler.is_compiling():
-        row_step, column_step = rows, columns  # vmap cannot follow the writes, a graph should not unroll them
+        row_step, column_step = rows, columns  # vmap cannot trace the writes, a graph should not unroll them
     if rows <= row_step and columns <= column_step:
         return _rounded(addend, [(left, right.float()) for left, right in pairs], pairs[0][0].dtype)
     out = pairs[0][0].new_empty(rows, columns)
@@ -111,35 +111,35 @@ def _rounded(addend: Tensor | None, pairs, dtype: torch.dtype) -> Tensor:
     return total.to(dtype)
 
 
-def _asked(dtype: torch.dtype) -> bool | None:
-    """What PyTorch itself asks of oneDNN; None in a build without it."""
+def query(dtype: torch.dtype) -> bool | None:
+    """Whether oneDNN supports this dtype, as PyTorch itself queries it; None in a build without oneDNN."""
     try:
-        return bool(getattr(torch.ops.mkldnn, _ASKED[dtype])())
+        return bool(getattr(torch.ops.mkldnn, QUERIES[dtype])())
     except (AttributeError, RuntimeError):
         return None
 
 
-# Asked at the import, in microseconds: a graph that is being traced can read an answer and cannot ask.
-_ANSWERS = {dtype: _asked(dtype) for dtype in _ASKED}
+# Queried at import, in microseconds: a graph that is being traced can read an answer but not query.
+ANSWERS = {dtype: query(dtype) for dtype in QUERIES}
 
 
 def has_native(dtype: torch.dtype) -> bool:
-    """Whether this CPU's own products of this dtype are worth having: what PyTorch itself asks of oneDNN.
+    """Whether this CPU's own products of this dtype are fast, by PyTorch's own query to oneDNN.
 
-    Where PyTorch has no answer, whether both layouts take less than four times fp32's, measured once.
+    Where that has no answer: whether both layouts take less than four times as long as fp32, measured once.
     """
-    answer = _ANSWERS.get(dtype, True)
+    answer = ANSWERS.get(dtype, True)
     if answer is None:
-        answer = _ANSWERS[dtype] = max(slowdown(dtype)) < 4.0
+        answer = ANSWERS[dtype] = max(slowdown(dtype)) < 4.0
     return answer
 
 
 def slowdown(dtype: torch.dtype) -> tuple[float, float]:
-    """What PyTorch's own x Wᵀ and dy W take in this dtype on the CPU, over fp32's of that shape, measured.
+    """The time of PyTorch's own x Wᵀ and dy W in this dtype on the CPU relative to fp32, measured.
 
     64 tokens, 512 features, below half a second; larger ones fare worse where there are no instructions for
-    it (dy W 40 times fp32's, with 1024 x 2048 x 2048 400 times). One thread: several wait for each other on a
-    busy machine, longer than the products take.
+    it (dy W 40 times as long, with 1024 x 2048 x 2048 400 times). One thread: on a busy machine several wait
+    for each other longer than the products take.
     """
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -151,15 +151,15 @@ def slowdown(dtype: torch.dtype) -> tuple[float, float]:
 
 
 def _seconds(dtype: torch.dtype) -> list[float]:
-    """Of x Wᵀ and of dy W, the best of some calls."""
+    """x Wᵀ and dy W, the best of some calls each."""
     generator = torch.Generator().manual_seed(0)
     x, weight = (torch.randn(rows, 512, generator=generator, device="cpu").to(dtype) for rows in (64, 512))
-    found = []
+    best = []
     for factor in (weight.t(), weight):
         calls: list[float] = []
         while sum(calls) < 0.05 and len(calls) < 20:
             start = time.perf_counter()
             x @ factor
             calls.append(time.perf_counter() - start)
-        found.append(min(calls))
-    return found
+        best.append(min(calls))
+    return best

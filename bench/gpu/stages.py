@@ -74,7 +74,8 @@ def job(stage: Stage, folder: Path, name: str, is_dry: bool, seconds: float, sil
         environment["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"
         if not is_dry:
             environment["MICA_TEST_DEVICE"] = "cuda"
-        command = _tests(("kernels/test_merge.py",) if is_dry else stage.files, folder / f"{name}-tests.xml")
+        files = ("kernels/test_split_sum.py",) if is_dry else stage.files
+        command = _tests(files, folder / f"{name}-tests.xml")
     else:
         command = suite(list(stage.files))
     limit = min(DRY_SECONDS if is_dry else stage.seconds, seconds)

@@ -16,8 +16,9 @@ from functools import partial
 from typing import NamedTuple
 
 from mica.kernels import configs
-from mica.kernels.common import MAX_RANK, ceil_div, padded_columns, padded_rank
-from mica.kernels.down_projection import split_evenly
+from mica.kernels.common import ceil_div, padded_rank
+from mica.kernels.limits import MAX_RANK, padded_columns
+from mica.kernels.split_sum import split_evenly
 
 BF16, FP32 = 2, 4  # bytes
 
@@ -185,7 +186,7 @@ def stock(layer: Layer, size: int) -> Cost:
 
 
 def grouped(layers: list[Layer]) -> tuple[Cost, Cost]:
-    """Layers that share x in one call (`mica.group_ops`); and these layers bare, whose dx autograd adds up.
+    """Layers that share x in one call (`mica.ops.group`); and these layers bare, whose dx autograd adds up.
 
     One down projection makes every h, one product dA, one update dx. All GEMMs but the first add to dx.
     """

@@ -73,7 +73,7 @@ def form_of(form: str) -> Iterator[None]:
 
     An idle tuner is not asked: then plans of the split form are taken without any choice.
     """
-    choose = patch.object(kernel_path, "_choose", lambda *args: form)
+    choose = patch.object(kernel_path, "choose_form", lambda *args: form)
     with choose, patch.object(kernel_path.tuning, "is_idle", lambda: False):
         yield
 

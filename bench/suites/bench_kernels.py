@@ -30,11 +30,12 @@ from tests.support.tolerances import RELATIVE, error
 pytest.importorskip("triton")
 
 from mica.kernels import tuning
-from mica.kernels.common import padded_columns, target_of
+from mica.kernels.common import target_of
 from mica.kernels.configs import Config
 from mica.kernels.down_projection import down_projection, plan_down_projection
 from mica.kernels.grad_a import grad_a, plan_grad_a
 from mica.kernels.launching import Launch
+from mica.kernels.limits import padded_columns
 from mica.kernels.up_projection import plan_up_projection, up_projection_
 
 pytestmark = pytest.mark.skipif(not ON_ACCELERATOR, reason="needs a GPU, or a dry run")

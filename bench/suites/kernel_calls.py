@@ -17,13 +17,13 @@ from torch import Tensor
 from bench.measure.machine import DEVICE
 from bench.suites.harness import pick
 from mica import reference
-from mica.kernels.common import padded_columns, target_of
+from mica.kernels.common import target_of
 from mica.kernels.down_projection import down_projection, plan_down_projection
 from mica.kernels.embedding import embedding, grad_a_embedding, plan_embedding, plan_grad_a_embedding
 from mica.kernels.fused_linear import fused_linear, plan_fused_linear, why_not_descriptor
 from mica.kernels.grad_a import grad_a, plan_grad_a
 from mica.kernels.launching import Choice
-from mica.kernels.merge import merge, plan_merge
+from mica.kernels.limits import padded_columns
 from mica.kernels.prepared import prepare
 from mica.kernels.up_projection import plan_up_projection, up_projection_
 from tests.support.guarding import guarded
@@ -123,12 +123,6 @@ def gradient_of_a(p: Problem) -> Case:
     return case(plan_grad_a, grad_a, g, p.x, rank, expected=exact, dtype=FP32)
 
 
-def merged(p: Problem) -> Case:
-    factors = p.weight, p.lora_A, p.lora_B
-    exact = reference.merge(*(tensor.double() for tensor in factors), p.scaling)
-    return case(plan_merge, merge, *factors, scale=p.scaling, expected=exact, dtype=p.x.dtype)
-
-
 def embedded(p: Problem) -> Case:
     """lora_A is that of an embedding with as many tokens as the layer has features."""
     indices = indices_of(p)
@@ -174,7 +168,6 @@ KERNELS = {  # name -> (case, shapes): a variant to compile each, as few as ther
     "up-B": (functools.partial(up, by="B"), ("aligned", "odd", "one token", "fp32")),
     "up-A": (functools.partial(up, by="A"), ("aligned",)),
     "grad_a": (gradient_of_a, ("aligned", "odd", "fp32")),
-    "merge": (merged, ("aligned",)),
     "embedding": (embedded, ("aligned",)),
     "grad_a_embedding": (gradient_of_embedding, ("aligned",)),
     "fused-forward": (functools.partial(fused, side="forward", descriptor=False), ("aligned", "odd")),

@@ -117,7 +117,7 @@ def by_hand(x: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: 
 def exact(layer: Layer, dtype: torch.dtype = torch.float64) -> dict[str, Tensor]:
     """y, dx and dA in ``dtype`` by the reference."""
     operands = [t.detach().to(dtype) for t in (layer.x, layer.weight, layer.lora_A, layer.lora_B)]
-    y = reference.forward(*operands, layer.scaling)
+    y = reference.linear(*operands, layer.scaling)
     dx, dA = reference.linear_backward(layer.grad_output.to(dtype), *operands, layer.scaling, dtype)
     return {"y": y, "dx": dx, "dA": dA}
 

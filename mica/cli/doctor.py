@@ -181,7 +181,7 @@ def _caches(has_triton: bool) -> dict:
     if has_triton:
         from mica.kernels import tuning
 
-        facts |= {"tuning_file": str(tuning.path()), "tuning_entries": len(tuning._load(tuning.path()))}
+        facts |= {"tuning_file": str(tuning.path()), "tuning_entries": len(tuning.load(tuning.path()))}
     return facts
 
 

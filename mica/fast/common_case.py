@@ -14,9 +14,9 @@ from peft.tuners import lora
 from torch import Tensor, nn
 from torch.nn.modules import module as nn_module
 
-from mica.dispatch import PLAIN, is_direct
 from mica.dtypes import FLOATING, SIXTEEN_BIT
 from mica.fast.eligibility import FORWARDS, MiCALinearVariant
+from mica.ops.dispatch import PLAIN, is_direct
 
 _LINEAR, _IDENTITY = nn.Linear, nn.Identity
 
@@ -32,7 +32,7 @@ class Operands(NamedTuple):
 
 
 def operands(layer, x: Tensor) -> Operands | None:
-    """What `mica.ops.linear` takes for this layer and x (..., in_features); None if anything is unusual."""
+    """What `ops.linear.linear` takes for this layer and x (..., in_features); None if anything is unusual."""
     kind = "cpu" if x.is_cpu else "cuda"
     if (
         type(layer) is not lora.Linear

@@ -19,8 +19,8 @@ from torch._C import _get_tracing_state
 from torch.nn.modules import module as nn_module
 from transformers.pytorch_utils import Conv1D
 
-from mica.dispatch import PLAIN
 from mica.dtypes import SIXTEEN_BIT
+from mica.ops.dispatch import PLAIN
 
 # None in a PEFT that has moved them: `patching` then says so and nothing here is reached.
 MiCALinearVariant = getattr(variants, "MiCALinearVariant", None)

@@ -1,4 +1,4 @@
-"""Layers that read one tensor one after the other (q/k/v, gate/up) run as one operator, `mica.group_ops`.
+"""Layers that read one tensor one after the other (q/k/v, gate/up) run as one operator, `mica.ops.group`.
 
 Which ones do is not known from their names but seen: a run of calls with one x makes a group, and from then
 on the first call computes the outputs of all. The others fetch theirs where everything that their result
@@ -6,7 +6,7 @@ depends on is as it was then, and else compute as if there were no group: an ord
 costs time and is never wrong. (An edit that autograd would not see, through ``.data``, is not seen here.)
 
 Gradient checkpointing compares what a forward saved with what its recomputation saves. A layer saves the same
-at its own call, whether it is grouped or not (`group_ops.start_group`). So that may be decided anew at each
+at its own call, whether it is grouped or not (`group.start_group`). So that may be decided anew at each
 call, whatever was learnt or has changed between a forward and its recomputation. A group does not reach over
 the edge of a checkpointed region: a recomputation would compute for layers that it does not call.
 """
@@ -24,9 +24,9 @@ from torch import Tensor, nn
 from torch.utils.weak import TensorWeakRef
 
 from mica import backend
-from mica.dispatch import is_transformed
 from mica.fast.common_case import Operands
 from mica.fast.settings import settings
+from mica.ops.dispatch import is_transformed
 
 # Tokens x in_features² from which "auto" groups. Below, the host decides how long a step takes, and there
 # layers cost more in a group than alone (a whole decoder block of tiny tensors 1.2 times). MODELLED: an H100
@@ -178,7 +178,7 @@ def members(layer: nn.Module) -> list[nn.Module] | None:
 def lead(
     layers: list[nn.Module], together: list[Operands], x: Tensor, outputs: list[Tensor | Callable[[], Tensor]]
 ) -> Tensor:
-    """Keep what `group_ops.start_group` gave for the calls to come; the first layer's output is returned."""
+    """Keep what `group.start_group` gave for the calls to come; the first layer's output is returned."""
     others = {}
     for layer, operands, call in zip(layers[1:], together[1:], outputs[1:], strict=True):
         others[layer] = _Output(call, operands, _versions(operands))

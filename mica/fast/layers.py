@@ -9,8 +9,6 @@ from __future__ import annotations
 import torch
 from transformers.pytorch_utils import Conv1D
 
-from mica import ops
-from mica.backend import MAX_RANK
 from mica.fast import calls, common_case, grouping, mixed_batch
 from mica.fast.common_case import Operands
 from mica.fast.eligibility import (
@@ -24,7 +22,11 @@ from mica.fast.eligibility import (
     why_called,
 )
 from mica.fast.settings import compute_dtype, settings
-from mica.group_ops import stacked_rank, start_group
+from mica.kernels.limits import MAX_RANK
+from mica.ops.embedding import embedding
+from mica.ops.factors import down_projection, up_projection
+from mica.ops.group import stacked_rank, start_group
+from mica.ops.linear import linear, linear_directly
 
 
 def linear_forward(stock):
@@ -52,7 +54,7 @@ def _linear(layer, x: torch.Tensor) -> torch.Tensor | None:
     if grouping.is_on(x, found.lora_A):
         return _grouped(layer, found, x)
     weight, bias, lora_A, lora_B, scaling = found
-    return ops.linear_directly(x, weight, lora_A, lora_B, scaling, bias, compute_dtype(x))
+    return linear_directly(x, weight, lora_A, lora_B, scaling, bias, compute_dtype(x))
 
 
 def _in_general(layer, x: torch.Tensor) -> torch.Tensor | None:
@@ -75,8 +77,8 @@ def _in_general(layer, x: torch.Tensor) -> torch.Tensor | None:
         result = base(x)
     for adapter in adapters:
         lora_A, lora_B, scaling = factors(adapter.lora_A, adapter.lora_B, adapter.scaling)
-        h = ops.down_projection(x, lora_A, scaling, compute_dtype(x), *_dropout(adapter.dropout_p, x))
-        result = ops.up_projection(result, h, lora_B)
+        h = down_projection(x, lora_A, scaling, compute_dtype(x), *_dropout(adapter.dropout_p, x))
+        result = up_projection(result, h, lora_B)
     return result
 
 
@@ -95,7 +97,7 @@ def _ready(base, found: Operands) -> tuple:
 
 def _fused(base, found: Operands, x: torch.Tensor, dropout_p: float = 0.0) -> torch.Tensor:
     weight, bias, lora_A, lora_B, scaling = _ready(base, found)
-    return ops.linear(x, weight, lora_A, lora_B, scaling, bias, compute_dtype(x), *_dropout(dropout_p, x))
+    return linear(x, weight, lora_A, lora_B, scaling, bias, compute_dtype(x), *_dropout(dropout_p, x))
 
 
 def _grouped(layer, found: Operands, x: torch.Tensor) -> torch.Tensor:
@@ -175,7 +177,7 @@ def _embedding(layer, x: torch.Tensor) -> torch.Tensor | None:
     if not embedding_fits(x, lora_A, lora_B):
         return None
     result = layer.base_layer(x)
-    update = ops.embedding(x, lora_A, lora_B, scaling, layer.base_layer.padding_idx, None)
+    update = embedding(x, lora_A, lora_B, scaling, layer.base_layer.padding_idx, None)
     embed_scale = layer._get_embed_scale()  # Gemma's embeddings scale their output
     if embed_scale is not None:
         update = update * embed_scale.to(update.dtype)

@@ -20,11 +20,11 @@ from peft.tuners import lora
 from torch import Tensor, nn
 
 from mica import reference
-from mica.dispatch import no_autocast
 from mica.fast import quantised
 from mica.fast.eligibility import adapter_weights, is_stored_transposed
 from mica.fast.refusals import check_weight
 from mica.fast.settings import settings
+from mica.ops.dispatch import no_autocast
 
 logger = logging.getLogger(__name__)
 

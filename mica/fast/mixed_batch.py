@@ -18,9 +18,9 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-from mica import ops
 from mica.fast.eligibility import adapter_weights, dtypes_fit, why_not
 from mica.fast.settings import compute_dtype
+from mica.ops.factors import down_projection, up_projection
 
 BASE = "__base__"  # PEFT's name for "no adapter"
 
@@ -55,11 +55,11 @@ def forward(layer, x: Tensor, adapter_names: list[str]) -> Tensor | None:
     for group in _groups(layer, names):
         rows = [row for row, name in enumerate(adapter_names) if name in group.names]
         if len(rows) == len(x):
-            result = ops.up_projection(result, _h(layer, x, adapter_names, group), group.lora_B)
+            result = up_projection(result, _h(layer, x, adapter_names, group), group.lora_B)
         else:
             index = torch.tensor(rows, device=x.device)
             h = _h(layer, x[index], [adapter_names[row] for row in rows], group)
-            update = ops.up_projection(result[index], h, group.lora_B)
+            update = up_projection(result[index], h, group.lora_B)
             result = result.index_copy(0, index, update)
     return result
 
@@ -75,7 +75,7 @@ def _h(layer, x: Tensor, adapter_names: list[str], group: _Shared) -> Tensor:
         scaling = layer.scaling[name]
         if isinstance(scaling, Tensor):
             lora_A, scaling = lora_A * scaling.to(lora_A.dtype), 1.0
-        part = ops.down_projection(x[index], lora_A, float(scaling), compute_dtype(x), 0.0, None)
+        part = down_projection(x[index], lora_A, float(scaling), compute_dtype(x), 0.0, None)
         if h is None:
             h = part.new_zeros(*x.shape[:-1], group.lora_B.shape[1])
         h[index, ..., h.shape[-1] - part.shape[-1] :] = part

@@ -4,7 +4,7 @@ import triton
 import triton.language as tl
 
 from mica import reference
-from mica.kernels import common
+from mica.kernels import common, limits
 from tests.support.kernel_cases import DEVICE, seed_of
 
 
@@ -64,19 +64,18 @@ def test_dot_adds_an_exact_product(dtype):
 
 
 @pytest.mark.parametrize(
-    ("setting", "target", "exact", "precision"),
+    ("setting", "target", "precision"),
     [
-        ("highest", "sm_90", False, "tf32x3"),
-        ("high", "sm_90", False, "tf32"),
-        ("medium", "sm_80", False, "tf32"),
-        ("high", "sm_90", True, "tf32x3"),
-        ("high", "gfx942", False, "ieee"),
+        ("highest", "sm_90", "tf32x3"),
+        ("high", "sm_90", "tf32"),
+        ("medium", "sm_80", "tf32"),
+        ("high", "gfx942", "ieee"),
     ],
 )
-def test_precision_follows_torch(matmul_precision, setting, target, exact, precision):
+def test_precision_follows_torch(matmul_precision, setting, target, precision):
     matmul_precision(setting)
-    assert common.precision(torch.float32, target, exact) == precision
-    assert common.precision(torch.bfloat16, target, exact) == "ieee"
+    assert common.precision(torch.float32, target) == precision
+    assert common.precision(torch.bfloat16, target) == "ieee"
 
 
 @pytest.mark.parametrize(
@@ -84,7 +83,7 @@ def test_precision_follows_torch(matmul_precision, setting, target, exact, preci
 )
 def test_padding_of_the_rank(rank, block, columns):
     assert common.padded_rank(rank) == block
-    assert common.padded_columns(rank) == columns
+    assert limits.padded_columns(rank) == columns
 
 
 def test_target_of(monkeypatch):

@@ -3,8 +3,8 @@ import torch
 
 from mica import reference
 from mica.kernels import configs
-from mica.kernels.common import padded_columns
 from mica.kernels.down_projection import down_projection, plan_down_projection
+from mica.kernels.limits import padded_columns
 from tests.support.guarding import run_guarded
 from tests.support.kernel_cases import (
     DTYPES,
@@ -53,13 +53,13 @@ def test_agrees_with_fp64(
 @pytest.mark.parametrize("length", [64, 150])
 @pytest.mark.parametrize("target", ["sm_90", "gfx942"])
 def test_rows_beyond_the_last(length, target):
-    """Masked on AMD, clamped elsewhere; far apart, so that a row too many is outside of what is mapped."""
+    """Masked on AMD, clamped elsewhere; far apart, so that one row too many is outside the mapped memory."""
     x, factor = operand(33, length, torch.bfloat16), operand(5, length, torch.float32, scale=length**-0.5)
     check(x, factor, torch.bfloat16, target=target)
     x = far_apart(3, length, torch.bfloat16)
-    found = plan_down_projection(x, factor, target=target).bound()
-    found[1]()
-    assert error(found[0][:, :5], expected(x, factor, 1.0)) <= RELATIVE[torch.bfloat16]
+    h, launch = plan_down_projection(x, factor, target=target).bound()
+    launch()
+    assert error(h[:, :5], expected(x, factor, 1.0)) <= RELATIVE[torch.bfloat16]
 
 
 @given(
@@ -122,7 +122,7 @@ def test_no_tokens():
         ({"factor": torch.randn(2, 4).to("meta")}, ValueError, "x on cpu, factor on meta"),
         ({"compute_dtype": torch.float64}, TypeError, "compute_dtype must be float32"),
         ({"dropout_p": 1.0}, ValueError, "dropout_p must be at least 0 and below 1"),
-        ({"dropout_p": 0.5}, ValueError, "seed must be one int64 number.*it is None"),
+        ({"dropout_p": 0.5}, ValueError, "seed must be an int64 tensor.*it is None"),
         ({"dropout_p": 0.5, "seed": torch.tensor([1.0])}, ValueError, "it is torch.float32"),
     ],
 )

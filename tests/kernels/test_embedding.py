@@ -1,8 +1,8 @@
 import pytest
 import torch
 
-from mica.kernels.common import padded_columns
 from mica.kernels.embedding import embedding, grad_a_embedding, plan_embedding, plan_grad_a_embedding
+from mica.kernels.limits import padded_columns
 from tests.support.guarding import run_guarded
 from tests.support.kernel_cases import DEVICE, layouts, operand, ranks, sizes
 from tests.support.properties import given, st
@@ -21,19 +21,19 @@ def some_indices(tokens, size, dtype=torch.int64):
 
 
 def check(indices, lora_A, factor, dtype):
-    wanted = 0.75 * lora_A.double()[:, indices.long()].t() @ factor[: lora_A.shape[0]].double()
+    expected = 0.75 * lora_A.double()[:, indices.long()].t() @ factor[: lora_A.shape[0]].double()
     out = run_guarded(*plan_embedding(indices, lora_A, factor, scale=0.75, compute_dtype=dtype).bound())
     assert out.dtype == dtype
-    assert error(out, wanted) <= RELATIVE[dtype]
+    assert error(out, expected) <= RELATIVE[dtype]
 
 
 def check_gradient(g, indices, rank, size, **options):
-    wanted = torch.zeros(rank, size, dtype=torch.float64, device=DEVICE)
-    wanted.index_add_(1, indices.long(), g[:, :rank].double().t())
+    expected = torch.zeros(rank, size, dtype=torch.float64, device=DEVICE)
+    expected.index_add_(1, indices.long(), g[:, :rank].double().t())
     if options.get("padding_idx") is not None:
-        wanted[:, options["padding_idx"]] = 0
+        expected[:, options["padding_idx"]] = 0
     grad = run_guarded(*plan_grad_a_embedding(g, indices, rank, size, **options).bound())
-    assert error(grad, wanted) <= RELATIVE[torch.float32]
+    assert error(grad, expected) <= RELATIVE[torch.float32]
     untouched = torch.ones(size, dtype=torch.bool, device=DEVICE)
     untouched[indices.long()] = False
     assert not grad[:, untouched].any()

@@ -22,20 +22,20 @@ from tests.support.properties import given, st
 from tests.support.tolerances import RELATIVE, error
 
 
-def expected(x, w, h, factor, bias=None, scale=1.0, dropout_p=0.0, seed=None):
+def expected(x, w, h, factor, bias=None, dropout_p=0.0, seed=None):
     rank = min(h.shape[1], factor.shape[0])
-    update = scale * (h[:, :rank].double() @ factor[:rank].double())
+    update = h[:, :rank].double() @ factor[:rank].double()
     if dropout_p:
         update = update.where(reference.dropout_keep(seed, *update.shape, dropout_p), 0) / (1 - dropout_p)
     return x.double() @ w.double() + update + (0 if bias is None else bias.double())
 
 
 def check(x, w, h, factor, descriptor=False, config=None, **options):
-    wanted = expected(x, w, h, factor, **options)
+    exact = expected(x, w, h, factor, **options)
     choice = plan_fused_linear(x, w, h, factor, descriptor=descriptor, config=config, **options)
     out = run_guarded(*choice.bound())
     assert out.dtype == x.dtype
-    assert error(out, wanted) <= RELATIVE[x.dtype]
+    assert error(out, exact) <= RELATIVE[x.dtype]
 
 
 @pytest.mark.parametrize(("dtype", "factor_dtype", "low_dtype"), DTYPES)
@@ -53,7 +53,6 @@ def test_agrees_with_fp64(
         operand(tokens, rank, low_dtype),
         operand(rank, out_features, factor_dtype, scale=rank**-0.5),
         bias=None if backward else operand(1, out_features, dtype)[0],
-        scale=0.75,
         dropout_p=dropout_p,
         seed=seed_of(4),
     )
@@ -86,7 +85,6 @@ def test_descriptors_agree_with_fp64(
         operand(rank, out_features, factor_dtype, scale=rank**-0.5),
         descriptor=True,
         bias=None if backward else operand(1, out_features, dtype)[0],
-        scale=0.75,
         dropout_p=dropout_p,
         seed=seed_of(4),
     )
@@ -134,8 +132,8 @@ def test_one_rounding():
     """The base product is not rounded before the low-rank term is added: half a unit in the last place."""
     x, w = operand(64, 32, torch.bfloat16), operand(32, 64, torch.bfloat16)
     h, factor = operand(64, 4, torch.bfloat16), operand(4, 64, torch.bfloat16)
-    out, wanted = fused_linear(x, w, h, factor), expected(x, w, h, factor)
-    assert ((out.double() - wanted).abs() <= 0.5 * 2**-7 * wanted.abs() + 1e-5).all()
+    out, exact = fused_linear(x, w, h, factor), expected(x, w, h, factor)
+    assert ((out.double() - exact).abs() <= 0.5 * 2**-7 * exact.abs() + 1e-5).all()
 
 
 def test_offsets_beyond_32_bit():
@@ -159,15 +157,15 @@ def test_offsets_beyond_32_bit():
     ],
 )
 def test_why_not_descriptor(x, w, target, reason):
-    found = why_not_descriptor(torch.zeros(x).bfloat16(), torch.zeros(w).bfloat16(), target)
-    assert found == reason or reason in found
+    actual = why_not_descriptor(torch.zeros(x).bfloat16(), torch.zeros(w).bfloat16(), target)
+    assert actual == reason or reason in actual
 
 
 def test_descriptors_of_unaligned_results_are_refused():
     x, w = torch.zeros(8, 16).bfloat16(), torch.zeros(9, 16).bfloat16().t()
     assert why_not_descriptor(x, w, "sm_90") == "the rows of the result are not aligned to 16 bytes"
     assert "the rows of x" in why_not_descriptor(torch.zeros(16, 8).bfloat16().t(), w, "sm_90")
-    with pytest.raises(ValueError, match=r"descriptor=True cannot be had: the rows of the result"):
+    with pytest.raises(ValueError, match=r"descriptor=True is not possible: the rows of the result"):
         fused_linear(x, w, torch.zeros(8, 2), torch.zeros(2, 9), descriptor=True)
 
 

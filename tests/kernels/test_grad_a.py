@@ -3,8 +3,8 @@ import torch
 
 from mica import reference
 from mica.kernels import configs
-from mica.kernels.common import padded_columns
 from mica.kernels.grad_a import grad_a, plan_grad_a
+from mica.kernels.limits import padded_columns
 from tests.support.guarding import run_guarded
 from tests.support.kernel_cases import (
     SHAPES,
@@ -36,10 +36,10 @@ def expected(g, x, rank, dropout_p=0.0, seed=None):
 
 def check(g, x, rank, **options):
     """Products of 16-bit factors are exact in fp32, so fp32's tolerance holds for all of them."""
-    wanted = expected(g, x, rank, options.get("dropout_p", 0.0), options.get("seed"))
+    exact = expected(g, x, rank, options.get("dropout_p", 0.0), options.get("seed"))
     grad = run_guarded(*plan_grad_a(g, x, rank, **options).bound())
     assert grad.dtype == torch.float32
-    assert error(grad, wanted) <= RELATIVE[torch.float32]
+    assert error(grad, exact) <= RELATIVE[torch.float32]
 
 
 @pytest.mark.parametrize(("g_dtype", "x_dtype"), DTYPES)

@@ -1,4 +1,4 @@
-"""Plans and their tables. Compiled launches are seen by `launched.py`, which runs in a process of its own."""
+"""Plans and their tables. Compiled launches are observed by `launched.py`, in a separate process."""
 
 import json
 import os
@@ -23,7 +23,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture(scope="module")
-def found():
+def report():
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
     environment["PYTHONPATH"] = str(ROOT)
     command = [sys.executable, str(ROOT / "tests" / "support" / "launched.py")]
@@ -33,32 +33,32 @@ def found():
 
 
 @pytest.mark.parametrize("case", cases())
-def test_no_other_plan_is_taken(found, case):
+def test_no_other_plan_is_taken(report, case):
     """Whatever differs between two calls: the second is launched as if it were the first of all."""
-    assert found["cases"][case] == ""
+    assert report["cases"][case] == ""
 
 
 @pytest.mark.parametrize("case", refusals())
-def test_a_plan_does_not_hide_a_wrong_argument(found, case):
-    assert found["cases"][f"refused: {case}"] == ""
+def test_a_plan_does_not_hide_a_wrong_argument(report, case):
+    assert report["cases"][f"refused: {case}"] == ""
 
 
 @pytest.mark.parametrize(("kernel", "most"), [("down", 2), ("up", 2), ("grad", 3)])
-def test_a_varying_batch_compiles_few_variants(found, kernel, most):
+def test_a_varying_batch_compiles_few_variants(report, kernel, most):
     """One for few tokens and one for many; of grad_a one for few tokens with a split and one without."""
-    assert found["variants"][kernel] <= most
+    assert report["variants"][kernel] <= most
 
 
 @pytest.mark.parametrize(
     "observer", ["launch_enter_hook", "launch_exit_hook", "pre_run_hooks", "debug", "instrumentation_mode"]
 )
-def test_profilers_and_debuggers_see_a_launch(found, observer):
+def test_profilers_and_debuggers_see_a_launch(report, observer):
     expected = [True, False, True, False, True]
-    assert found["observers"].get(observer, expected) == expected
+    assert report["observers"].get(observer, expected) == expected
 
 
-def test_another_interface_of_triton_is_not_used(found):
-    assert found["other interfaces"] == [True, True]
+def test_another_interface_of_triton_is_not_used(report):
+    assert report["other interfaces"] == [True, True]
 
 
 def test_this_triton_can_be_run_directly():
@@ -91,8 +91,8 @@ def test_the_tensors_device_is_the_current_one(monkeypatch, current):
         yield
 
     monkeypatch.setattr(torch.cuda, "device", device)
-    monkeypatch.setattr(launching, "_current_device", lambda: current)
-    monkeypatch.setattr(launching, "_raw_stream", lambda index: 40 + index)
+    monkeypatch.setattr(launching, "current_device", lambda: current)
+    monkeypatch.setattr(launching, "raw_stream", lambda index: 40 + index)
     planned, tensor = plan(BLOCK=16), torch.zeros(4).as_subclass(OnGpu)
     planned._compiled[True] = (None, lambda *args: seen.append(args), "function", "metadata")
     planned(tensor)
@@ -134,18 +134,18 @@ CONFIGS = (Config(64, 0, 16, 4, 4), Config(32, 0, 16, 4, 4), Config(16, 0, 16, 4
 
 
 class Refusing:
-    """A kernel that cannot be launched with tiles above a size, for a reason, and notes what it was asked."""
+    """A kernel that cannot be launched with tiles above a size, for a reason, and records what was tried."""
 
     arg_names = ("x_ptr", "BLOCK_M")
 
     def __init__(self, most, error):
-        self.most, self.error, self.asked = most, error, []
+        self.most, self.error, self.tried = most, error, []
 
     def __getitem__(self, grid):
         return self
 
     def __call__(self, x, BLOCK_M, **options):
-        self.asked.append(BLOCK_M)
+        self.tried.append(BLOCK_M)
         if self.most < BLOCK_M:
             raise self.error
 
@@ -169,14 +169,14 @@ REFUSALS = [
 
 @pytest.mark.parametrize("error", REFUSALS, ids=["resources", "compiler"])
 def test_the_next_configuration_is_tried(error):
-    """And what was refused is not asked for again, whatever the key: compiling it takes seconds."""
+    """And what was refused is not tried again, whatever the key: compiling it takes seconds."""
     kernel, tensor, table = Refusing(32, error), torch.zeros(4), Plans()
     assert choice(kernel, tensor).first(table, "a") is tensor
     assert choice(kernel, tensor).first(table, "b") is tensor
-    assert kernel.asked == [64, 32, 32]
+    assert kernel.tried == [64, 32, 32]
     assert table.get("a").config == table.get("b").config == CONFIGS[1]
     choice(kernel, tensor.double()).first(table, "c")  # another dtype may fit
-    assert kernel.asked[3:] == [64, 32]
+    assert kernel.tried[3:] == [64, 32]
 
 
 @pytest.mark.parametrize("error", REFUSALS, ids=["resources", "compiler"])
@@ -185,7 +185,7 @@ def test_where_none_can_be_launched_the_kernel_is_named(error):
     for _ in range(2):
         with pytest.raises(LaunchError, match=f"kernel skinny can be .* configurations: {str(error)[:12]}"):
             choice(kernel, torch.zeros(4)).first(table, "a")
-    assert kernel.asked == [64, 32, 16]
+    assert kernel.tried == [64, 32, 16]
     assert table.get("a") is None
 
 
@@ -198,7 +198,7 @@ def test_any_other_error_is_raised(error):
     kernel, table = Refusing(32, error), Plans()
     with pytest.raises(type(error)):
         choice(kernel, torch.zeros(4)).first(table, "a")
-    assert kernel.asked == [64]
+    assert kernel.tried == [64]
     assert not table.refused
 
 

@@ -96,7 +96,7 @@ def test_nothing_outlives_the_parameter():
     del lora_B
     gc.collect()
     assert storage() is None
-    assert len(prepared._entries) == 0
+    assert len(prepared.entries) == 0
 
 
 def test_not_kept_where_a_change_could_be_hidden(monkeypatch):
@@ -107,7 +107,7 @@ def test_not_kept_where_a_change_could_be_hidden(monkeypatch):
     prepare((lora_B.requires_grad_() * 2.0), torch.bfloat16)
     monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
     prepare(lora_B.detach(), torch.bfloat16)
-    assert len(prepared._entries) == 0
+    assert len(prepared.entries) == 0
 
 
 def test_a_copy_is_kept_where_no_graph_owns_the_memory(monkeypatch):

@@ -12,7 +12,7 @@ from tests.support.kernel_cases import DEVICE
 @pytest.fixture(autouse=True)
 def compiled(monkeypatch):
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    monkeypatch.setattr(runtime, "_tried", {})
+    monkeypatch.setattr(runtime, "tried", {})
     triton_version = runtime.triton_version
     triton_version.cache_clear()
     yield
@@ -61,13 +61,13 @@ def test_without_triton(monkeypatch):
 
 @pytest.fixture
 def a_gpu(monkeypatch):
-    """No GPU is asked for: the answers of one are put in its place."""
+    """Needs no GPU: the driver's answers are replaced."""
     monkeypatch.setattr(runtime, "triton_version", lambda: "3.6.0")
     monkeypatch.setattr(torch.version, "hip", None)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a card")
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
-    monkeypatch.setattr(runtime, "_trial", lambda device: None)
+    monkeypatch.setattr(runtime, "trial", lambda device: None)
     return monkeypatch
 
 
@@ -88,7 +88,7 @@ def test_a_trial_kernel_that_fails_is_a_reason_and_is_run_once(a_gpu):
         calls.append(device)
         raise RuntimeError("Failed to find C compiler.\nPlease specify via CC")
 
-    a_gpu.setattr(runtime, "_trial", trial)
+    a_gpu.setattr(runtime, "trial", trial)
     for _ in range(2):
         reason = runtime.why_unavailable(torch.device("cuda"))
         assert reason == "a trial kernel failed on it: RuntimeError: Failed to find C compiler."
@@ -99,7 +99,7 @@ def test_nothing_is_tried_while_a_graph_is_captured(a_gpu):
     """A device that was not tried before runs no kernels then; it is tried afterwards."""
     gpu = torch.device("cuda")
     a_gpu.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
-    a_gpu.setattr(runtime, "_trial", lambda device: "wrong")
+    a_gpu.setattr(runtime, "trial", lambda device: "wrong")
     assert "no kernel was tried on it before the capture" in runtime.why_unavailable(gpu)
     assert not runtime.is_settled(gpu)
     a_gpu.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
@@ -109,7 +109,7 @@ def test_nothing_is_tried_while_a_graph_is_captured(a_gpu):
 
 @pytest.mark.parametrize("verdict", ["wrong", None])
 def test_a_capture_keeps_to_what_was_found_before(a_gpu, verdict):
-    a_gpu.setattr(runtime, "_trial", lambda device: verdict)
+    a_gpu.setattr(runtime, "trial", lambda device: verdict)
     assert runtime.why_unavailable(torch.device("cuda")) == verdict
     a_gpu.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
     assert runtime.why_unavailable(torch.device("cuda")) == verdict
@@ -151,6 +151,6 @@ def test_the_trial_compares_a_result(monkeypatch, wrong):
             return h
 
         monkeypatch.setattr(down_projection, "down_projection", off_by_one_bit)
-    assert runtime._trial(torch.device(DEVICE)) == (
+    assert runtime.trial(torch.device(DEVICE)) == (
         "a trial kernel gave a wrong result on it" if wrong else None
     )

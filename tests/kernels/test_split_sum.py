@@ -1,4 +1,4 @@
-"""Sums that programs share. That each is right is tested with its kernel; here: who adds the parts."""
+"""Sums that programs share: what adds the parts. Each sum itself is tested with its kernel."""
 
 import pytest
 import torch
@@ -32,13 +32,13 @@ def grad(dtype, target, dropout_p=0.0):
 @pytest.mark.parametrize("dropout_p", [0.0, 0.3])
 def test_a_second_launch_gives_the_bits_of_the_last_arriver(choose, dtype, dropout_p):
     """Where one launch is not enough the parts are added by another one, in the same order."""
-    found = {}
+    sums = {}
     for target in (ONE, TWO):
         out, launch = choose(dtype, target, dropout_p).bound()
         assert launch.args["num_splits"] == launch.grid[1] > 1
         assert (launch.then is None) == launch.meta["LAST_ADDS"] == last_arriver_adds(target)
-        found[target] = run_guarded(out, launch)
-    assert torch.equal(found[ONE], found[TWO])
+        sums[target] = run_guarded(out, launch)
+    assert torch.equal(sums[ONE], sums[TWO])
 
 
 @pytest.mark.parametrize("choose", [down, grad])

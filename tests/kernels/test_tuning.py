@@ -46,7 +46,7 @@ def test_the_fastest_is_taken_and_kept(table):
 
 def test_another_process_uses_the_file_without_measuring(table, monkeypatch):
     table.parent.mkdir()
-    entry = " | ".join(["op", tuning._machine(HERE), "16"])
+    entry = " | ".join(["op", tuning.machine(HERE), "16"])
     table.write_text(json.dumps({entry: "slow"}))
     monkeypatch.setenv("MICA_TUNE", "0")
     tuning.forget()
@@ -123,9 +123,9 @@ def test_a_tuned_kernel_updates_once(table):
         operand(40, 3, torch.float32),
         operand(3, 24, torch.float32),
     )
-    wanted = base.double() + h.double() @ factor.double()
+    exact = base.double() + h.double() @ factor.double()
     up_projection_(base, h, factor)
-    assert torch.allclose(base.double(), wanted, atol=1e-5)
+    assert torch.allclose(base.double(), exact, atol=1e-5)
     ((entry, config),) = json.loads(table.read_text()).items()
     assert entry.startswith("up_projection | ")
     assert config in {"x".join(map(str, c)) for c in configs.up_projection("sm_90", 40, 16, 4)}

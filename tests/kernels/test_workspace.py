@@ -32,18 +32,18 @@ class OnGpu:
 
 
 def test_one_buffer_a_stream_that_grows(monkeypatch):
-    """A CPU plays the GPU: what is asked of the driver is put in its place."""
+    """A CPU plays the GPU: the driver's answers are replaced."""
     made, capturing, stream = [], False, 7
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: capturing)
-    monkeypatch.setattr(workspace, "_raw_stream", lambda index: stream + index)
-    monkeypatch.setattr(workspace, "_counters", {})
+    monkeypatch.setattr(workspace, "raw_stream", lambda index: stream + index)
+    monkeypatch.setattr(workspace, "kept_counters", {})
     monkeypatch.setattr(workspace, "kept", lambda make, tensor: make())
     tensor = OnGpu(made)
     first = workspace.counters(5, tensor)
     assert workspace.counters(9, tensor) is first
     assert workspace.counters(5000, tensor).shape == (5000,)
     assert made == [4096, 5000]
-    capturing = True  # a graph gets its own: it may be replayed beside another
+    capturing = True  # a graph gets its own: it may be replayed at the same time as another
     assert workspace.counters(5, tensor).shape == (5,)
     assert made == [4096, 5000, 5]
     capturing, stream = False, 2
@@ -121,8 +121,8 @@ def test_an_error_of_the_other_thread_is_raised_here(log):
 
 def test_counters_are_kept_and_those_of_a_capture_are_not(monkeypatch):
     kept = []
-    monkeypatch.setattr(workspace, "_raw_stream", lambda index: 7)
-    monkeypatch.setattr(workspace, "_counters", {})
+    monkeypatch.setattr(workspace, "raw_stream", lambda index: 7)
+    monkeypatch.setattr(workspace, "kept_counters", {})
     monkeypatch.setattr(workspace, "kept", lambda make, tensor: kept.append(1) or make())
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
     workspace.counters(5, OnGpu([]))

@@ -9,7 +9,7 @@ def sixteen_bit_products(request, monkeypatch):
     own = request.param == "PyTorch's own"
     monkeypatch.setattr(products, "has_native", lambda dtype: own)
     if not own:
-        monkeypatch.setattr(products, "_FEW_ROWS", 0)
+        monkeypatch.setattr(products, "FEW_ROWS", 0)
     if request.param == "through fp32 in chunks":
-        monkeypatch.setattr(products, "_CHUNK", 64)
-        monkeypatch.setattr(products, "_SHORTEST", 3)
+        monkeypatch.setattr(products, "CHUNK", 64)
+        monkeypatch.setattr(products, "SHORTEST", 3)

@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from mica import backend
-from mica.kernels import common, runtime
+from mica.kernels import common, limits, runtime
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
 BF16 = torch.bfloat16
@@ -47,12 +47,10 @@ def test_triton_is_forced_or_refused(a_gpu):
         backend.use_kernels(GPU, 16, BF16, torch.float64)
 
 
-@pytest.mark.parametrize("rank", [backend.MAX_RANK, backend.MAX_RANK + 1])
+@pytest.mark.parametrize("rank", [limits.MAX_RANK, limits.MAX_RANK + 1])
 def test_ranks(a_gpu, rank):
     reason = backend.why_not_kernels(GPU, rank, BF16)
     assert reason == (None if rank == 256 else "no Triton kernels for ranks above 256")
-    assert backend.MAX_RANK == common.MAX_RANK
-    assert set(backend.KERNEL_DTYPES) == set(common.TRITON_DTYPES)
 
 
 def test_interpreted_kernels_run_only_on_demand(monkeypatch):
@@ -74,11 +72,11 @@ def test_empty_means_auto(monkeypatch):
 
 
 def test_a_verdict_is_kept_until_the_environment_changes(a_gpu):
-    asked = []
-    a_gpu.setattr(runtime, "why_unavailable", asked.append)
+    queries = []
+    a_gpu.setattr(runtime, "why_unavailable", queries.append)
     for _ in range(3):
         assert backend.use_kernels(GPU, 16, BF16)
-    assert len(asked) == 1
+    assert len(queries) == 1
     a_gpu.setenv("MICA_BACKEND", "reference")
     assert not backend.use_kernels(GPU, 16, BF16)
     a_gpu.delenv("MICA_BACKEND")
@@ -86,7 +84,7 @@ def test_a_verdict_is_kept_until_the_environment_changes(a_gpu):
     assert not backend.use_kernels(GPU, 16, BF16)
     a_gpu.delenv("TRITON_INTERPRET")
     assert backend.use_kernels(GPU, 16, BF16)
-    assert len(asked) == 1
+    assert len(queries) == 1
 
 
 @pytest.mark.parametrize(
@@ -119,15 +117,15 @@ ERROR = common.LaunchError("the kernel grad_a can be launched nowhere: out of re
 
 
 def test_only_what_cannot_be_launched_is_given_up(a_gpu):
-    assert backend.use_kernels(GPU, 16, BF16, function="forward")
-    with pytest.warns(UserWarning, match="forward at rank 16 .bfloat16. on PyTorch's own operators on cuda"):
-        backend.give_up(GPU, "forward", 16, (BF16,), ERROR)
-    assert not backend.use_kernels(GPU, 16, BF16, function="forward")
+    assert backend.use_kernels(GPU, 16, BF16, function="linear")
+    with pytest.warns(UserWarning, match="linear at rank 16 .bfloat16. on PyTorch's own operators on cuda"):
+        backend.give_up(GPU, "linear", 16, (BF16,), ERROR)
+    assert not backend.use_kernels(GPU, 16, BF16, function="linear")
     for device, rank, dtypes, function in (
         (GPU, 16, (BF16,), "linear_backward"),
-        (GPU, 8, (BF16,), "forward"),
-        (GPU, 16, (BF16, BF16), "forward"),
-        (torch.device("cuda", 1), 16, (BF16,), "forward"),
+        (GPU, 8, (BF16,), "linear"),
+        (GPU, 16, (BF16, BF16), "linear"),
+        (torch.device("cuda", 1), 16, (BF16,), "linear"),
     ):
         assert backend.use_kernels(device, rank, *dtypes, function=function)
 
@@ -141,7 +139,7 @@ def test_what_was_given_up_is_told(a_gpu):
         "linear_backward at rank 16 (bfloat16, bfloat16, float32) was given up: the kernel"
     )
     assert backend.why_not_kernels(GPU, 16, *dtypes, function="linear_backward") == reason
-    assert backend.why_not_kernels(GPU, 16, *dtypes, function="forward") is None
+    assert backend.why_not_kernels(GPU, 16, *dtypes, function="linear") is None
     assert backend.why_not_kernels(GPU, 16, torch.float16) is None
     assert backend.why_not_kernels(GPU, 8, BF16) is None
     a_gpu.setenv("MICA_BACKEND", "triton")

@@ -18,7 +18,7 @@ RANK, TOKENS = 64, 40  # the rule's own number of tokens would take the interpre
 @pytest.fixture(autouse=True)
 def on_kernels(monkeypatch):
     monkeypatch.setenv("MICA_BACKEND", "triton")
-    monkeypatch.setattr(kernel_path, "_MANY_TOKENS", TOKENS)
+    monkeypatch.setattr(kernel_path, "MANY_TOKENS", TOKENS)
     backend.forget_verdicts()
     launching.forget()
     yield
@@ -84,19 +84,19 @@ CALLS = {
 @pytest.mark.parametrize("dtype", [BF16, FP16])
 def test_no_bit_differs(monkeypatch, factors, call, dtype):
     """And kernels are launched with what was rounded: at first, and by the plans of the first call."""
-    found = {}
+    results = {}
     for tokens in (TOKENS + 1, TOKENS):
-        monkeypatch.setattr(kernel_path, "_MANY_TOKENS", tokens)
+        monkeypatch.setattr(kernel_path, "MANY_TOKENS", tokens)
         launching.forget()
         for _ in range(2):
             torch.manual_seed(0)
             p = layer(dtype=dtype)
             factors.clear()
-            found.setdefault(tokens, []).append(CALLS[call](p))
+            results.setdefault(tokens, []).append(CALLS[call](p))
             kinds = {kind for _, kind in factors}
             assert (FP32 in kinds) == (tokens > TOKENS)
             assert kinds <= {FP32, dtype}
-    plain, *others = (*found[TOKENS + 1], *found[TOKENS])
+    plain, *others = (*results[TOKENS + 1], *results[TOKENS])
     for other in others:
         assert all(map(torch.equal, plain, other))
 
@@ -109,7 +109,7 @@ def test_no_bit_differs_in_a_form_that_was_tuned(monkeypatch, factors, form):
     p = layer()
     rounded = of_linear(p)
     assert FP32 not in {kind for _, kind in factors}
-    monkeypatch.setattr(kernel_path, "_MANY_TOKENS", TOKENS + 1)
+    monkeypatch.setattr(kernel_path, "MANY_TOKENS", TOKENS + 1)
     assert all(map(torch.equal, rounded, of_linear(p)))
 
 
@@ -141,7 +141,7 @@ def test_a_write_that_no_version_counts_is_seen():
 def test_where_it_is_read_often_enough(monkeypatch, rank, tokens, a_dtype, dtype, is_rounded):
     monkeypatch.undo()
     lora_A = torch.randn(rank, 4).to(a_dtype)
-    operand = kernel_path._operand(lora_A, tokens, dtype)
+    operand = kernel_path.as_operand(lora_A, tokens, dtype)
     assert operand.dtype == (dtype if is_rounded else a_dtype)
     assert (operand is not lora_A) == is_rounded
 

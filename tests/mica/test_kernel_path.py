@@ -1,5 +1,7 @@
 """The operators on Triton kernels (interpreted here): the same numbers, compiled graphs and refusals."""
 
+import inspect
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -13,7 +15,6 @@ from mica.ops import (
     mica_embedding,
     mica_linear,
     mica_linear_group,
-    mica_merge,
     mica_up_projection,
 )
 from tests.support.kernel_cases import DEVICE
@@ -75,29 +76,29 @@ def test_linear_agrees_with_the_dense_oracle(
 
 @pytest.mark.parametrize(("dtype", "adapter_dtype", "compute_dtype"), FEW_DTYPES)
 @pytest.mark.parametrize("dropout_p", [0.0, 0.4])
-def test_factors_beside_a_base_layer(dtype, adapter_dtype, compute_dtype, dropout_p):
+def test_factors_next_to_a_base_layer(dtype, adapter_dtype, compute_dtype, dropout_p):
     p = on_device(problem((70,), 40, 24, 12, dtype, adapter_dtype))
     options = {"dropout_p": dropout_p, "seed": torch.tensor([-3], device=DEVICE)}
 
-    def beside(x, weight, lora_A, lora_B, scaling, bias, **options):
+    def by_factors(x, weight, lora_A, lora_B, scaling, bias, **options):
         h = mica_down_projection(x, lora_A, scaling, **options)
         return mica_up_projection(F.linear(x, weight, bias), h, lora_B)
 
     expected = run(p, compute_dtype, **options)
-    for name, value in run(p, compute_dtype, beside, **options).items():
+    for name, value in run(p, compute_dtype, by_factors, **options).items():
         assert error(value, expected[name]) <= 2 * RELATIVE[dtype], name
 
 
 @pytest.mark.parametrize(("dtype", "adapter_dtype", "compute_dtype"), FEW_DTYPES)
 def test_a_group_agrees_with_the_dense_oracle(dtype, adapter_dtype, compute_dtype):
-    found = [on_device(problem((70,), 40, out, r, dtype, adapter_dtype)) for out, r in ((24, 3), (56, 20))]
-    found[1].x = found[0].x
-    x = found[0].x.detach().requires_grad_()
-    lora_As = [p.lora_A.detach().requires_grad_() for p in found]
-    lists = [[getattr(p, name) for p in found] for name in ("weight", "lora_B", "scaling", "bias")]
+    layers = [on_device(problem((70,), 40, out, r, dtype, adapter_dtype)) for out, r in ((24, 3), (56, 20))]
+    layers[1].x = layers[0].x
+    x = layers[0].x.detach().requires_grad_()
+    lora_As = [p.lora_A.detach().requires_grad_() for p in layers]
+    lists = [[getattr(p, name) for p in layers] for name in ("weight", "lora_B", "scaling", "bias")]
     ys = mica_linear_group(x, lists[0], lora_As, *lists[1:], compute_dtype=compute_dtype)
-    torch.autograd.backward(ys, [p.grad_output for p in found])
-    expected = [solve(p) for p in found]
+    torch.autograd.backward(ys, [p.grad_output for p in layers])
+    expected = [solve(p) for p in layers]
     assert error(x.grad, expected[0]["grad_x"] + expected[1]["grad_x"]) <= RELATIVE[dtype]
     for y, lora_A, e in zip(ys, lora_As, expected, strict=True):
         assert error(y, e["y"]) <= RELATIVE[dtype]
@@ -176,21 +177,12 @@ def test_embedding_and_its_gradient():
         flat, dy = indices.flatten(), grad_output.flatten(0, 1).double()
         expected = 0.5 * lora_A.double()[:, flat].t() @ lora_B.double().t()
         assert error(out.flatten(0, 1), expected) <= RELATIVE[torch.float32]
-        wanted = torch.zeros(3, 11, dtype=torch.float64, device=DEVICE)
-        wanted.index_add_(1, flat, 0.5 * (dy @ lora_B.double()).t())
+        expected_A = torch.zeros(3, 11, dtype=torch.float64, device=DEVICE)
+        expected_A.index_add_(1, flat, 0.5 * (dy @ lora_B.double()).t())
         if padding_idx is not None:
-            wanted[:, padding_idx] = 0
-        assert error(lora_A.grad, wanted) <= RELATIVE[torch.float32]
+            expected_A[:, padding_idx] = 0
+        assert error(lora_A.grad, expected_A) <= RELATIVE[torch.float32]
     assert ops.call_counts["embedding_kernels"] == ops.call_counts["embedding_backward_kernels"] == 2
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_merge(dtype):
-    p = on_device(problem((1,), 40, 30, 4, dtype, torch.float32))
-    merged = mica_merge(p.weight, p.lora_A, p.lora_B, p.scaling)
-    expected = p.weight.double() + p.scaling * (p.lora_B.double() @ p.lora_A.double())
-    assert error(merged, expected) <= RELATIVE[dtype]
-    assert ops.call_counts["merge_kernels"] == 1
 
 
 def test_an_edited_or_loaded_basis_is_used():
@@ -205,8 +197,8 @@ def test_an_edited_or_loaded_basis_is_used():
 
 def test_the_basis_is_prepared_once_for_forward_and_backward(monkeypatch):
     made = []
-    padded = prepared._padded
-    monkeypatch.setattr(prepared, "_padded", lambda *args: made.append(1) or padded(*args))
+    pad = prepared.padded
+    monkeypatch.setattr(prepared, "padded", lambda *args: made.append(1) or pad(*args))
     p = on_device(problem((6,), 10, 12, 3, torch.bfloat16, torch.float32))
     p.lora_B = torch.nn.Parameter(p.lora_B, requires_grad=False)
     for _ in range(3):
@@ -255,7 +247,7 @@ def test_opcheck_linear(dropout_p):
         opcheck(torch.ops.mica.linear_backward.default, (*backward, dropout_p, seed))
 
 
-def test_opcheck_embedding_and_merge():
+def test_opcheck_embedding():
     indices = torch.randint(0, 11, (3, 4), device=DEVICE)
     lora_A, lora_B = torch.randn(2, 11, device=DEVICE), torch.randn(5, 2, device=DEVICE)
     opcheck(
@@ -263,8 +255,6 @@ def test_opcheck_embedding_and_merge():
     )
     grad_output = torch.randn(3, 4, 5, device=DEVICE)
     opcheck(torch.ops.mica.embedding_backward.default, (grad_output, indices, lora_A, lora_B, 0.5, 3))
-    weight = torch.randn(5, 11, device=DEVICE)
-    opcheck(torch.ops.mica.merge.default, (weight, lora_A, lora_B, 0.5))
 
 
 @pytest.mark.parametrize("backend", ["eager", "aot_eager", "inductor"])
@@ -347,15 +337,23 @@ def test_what_kernels_cannot_do_runs_on_the_reference_otherwise(monkeypatch):
     assert ops.call_counts["linear_kernels"] == 0
 
 
-def test_the_reference_and_the_kernels_offer_the_same_functions():
-    for name in ("forward", "linear_backward", "embedding", "embedding_backward", "merge"):
-        assert callable(getattr(kernel_path, name))
-        assert callable(getattr(reference, name))
+OPERATORS = {
+    name.removeprefix("mica::") for name in torch._C._dispatch_get_all_op_names() if "mica::" in name
+}
+
+
+def test_each_operator_has_a_function_on_the_reference_and_on_kernels():
+    """One to one, and with the same parameters: `mica.ops.dispatch.compute` calls either."""
+    assert len(OPERATORS) == 10
+    assert set(kernel_path.__all__) - {"LaunchError"} == OPERATORS
+    for name in OPERATORS:
+        expected = inspect.signature(getattr(reference, name))
+        assert inspect.signature(getattr(kernel_path, name)) == expected, name
 
 
 PARTS = {  # what cannot be launched -> the functions that have it
-    "down_kernel.down_projection": {"forward", "linear_backward"},
-    "up_kernel.up_projection_": {"forward", "linear_backward"},
+    "down_kernel.down_projection": {"linear", "linear_backward"},
+    "up_kernel.up_projection_": {"linear", "linear_backward"},
     "grad_a_kernel.grad_a": {"linear_backward"},
 }
 
@@ -374,7 +372,7 @@ def test_a_kernel_that_cannot_be_launched_is_an_error_where_kernels_are_demanded
 
 @pytest.mark.parametrize("part", PARTS)
 def test_a_kernel_that_cannot_be_launched_gives_way_to_the_reference(monkeypatch, part):
-    """Too much shared memory, say: found before anything ran, so the reference sees the same operands.
+    """For example too much shared memory: raised before anything ran, so the operands are unchanged.
 
     What has other kernels, another rank or other dtypes goes on with kernels.
     """
@@ -395,8 +393,7 @@ def test_a_kernel_that_cannot_be_launched_gives_way_to_the_reference(monkeypatch
     assert len(warned) == len(PARTS[part])
     ops.call_counts.clear()
     run(p)
-    others = {"forward": "linear_kernels", "linear_backward": "linear_backward_kernels"}
-    kernels = {counted for function, counted in others.items() if function not in PARTS[part]}
+    kernels = {f"{name}_kernels" for name in {"linear", "linear_backward"} - PARTS[part]}
     assert {name for name in ops.call_counts if name.endswith("_kernels")} == kernels
     assert "out of resource" in backend.why_not_kernels(p.x.device, 3, torch.bfloat16)
     for other in (problem((6,), 10, 12, 4, torch.bfloat16), problem((6,), 10, 12, 3, torch.float32)):

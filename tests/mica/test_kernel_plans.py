@@ -1,4 +1,4 @@
-"""The plans of all of a layer's launches, found together: never those of another call (interpreted here)."""
+"""The plans of all launches of a layer, looked up together: never another call's (interpreted here)."""
 
 import pytest
 import torch
@@ -72,7 +72,7 @@ def test_the_plans_of_another_call_are_not_taken(name):
     base = on_device(problem((70,), 40, 24, 12, torch.bfloat16))
     run(base)
     run(base)
-    calls = len(kernel_path._forwards), len(kernel_path._backwards)
+    calls = len(kernel_path.forward_plans), len(kernel_path.backward_plans)
     other = on_device(DIFFERENT[name](problem((70,), 40, 24, 12, torch.bfloat16)))
     dtype = torch.float32 if name == "dtype of the products" else None
     actual = run(other, dtype)
@@ -95,11 +95,11 @@ def test_the_setting_for_fp32_products_is_seen():
         run(p)
     finally:
         torch.backends.cuda.matmul.fp32_precision = before
-    assert len(kernel_path._forwards) == len(kernel_path._backwards) == 2
+    assert len(kernel_path.forward_plans) == len(kernel_path.backward_plans) == 2
 
 
 def test_a_layer_s_plans_are_found_together(monkeypatch):
-    """From the second call on none of its kernels is asked for its own plan."""
+    """From the second call on none of its kernels looks up its own plan."""
     p = on_device(problem((5,), 40, 24, 12, torch.float32))
     expected = run(p)
     for kernel in (kernel_path.down_kernel, kernel_path.up_kernel, kernel_path.grad_a_kernel):
@@ -112,5 +112,5 @@ def test_plans_are_not_kept_where_a_kernel_s_own_is_not(monkeypatch):
     launching.forget()
     monkeypatch.setattr(tuning, "is_settled", lambda device: False)
     run(on_device(problem((5,), 40, 24, 12, torch.float32)))
-    assert not len(kernel_path._forwards)
-    assert not len(kernel_path._backwards)
+    assert not len(kernel_path.forward_plans)
+    assert not len(kernel_path.backward_plans)

@@ -57,7 +57,7 @@ def test_degenerate_shapes(rows, columns, inner):
 def test_the_sum_is_rounded_once(monkeypatch, dtype, chunk):
     """Two products that nearly cancel: rounded apart they would leave nothing but their rounding."""
     monkeypatch.setattr(products, "has_native", lambda dtype: False)
-    monkeypatch.setattr(products, "_CHUNK", chunk)
+    monkeypatch.setattr(products, "CHUNK", chunk)
     (left, right), _ = operands(dtype)
     bias = torch.randn(29).to(dtype)
     pairs = [(left, right), (-left, right)]
@@ -70,41 +70,41 @@ def test_the_sum_is_rounded_once(monkeypatch, dtype, chunk):
 class _Largest(TorchDispatchMode):
     """Bytes of the largest fp32 tensor that is made."""
 
-    found = 0
+    most = 0
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         result = function(*args, **(kwargs or {}))
         if isinstance(result, torch.Tensor) and result.dtype == torch.float32:
-            self.found = max(self.found, result.numel())
+            self.most = max(self.most, result.numel())
         return result
 
 
 @pytest.mark.parametrize("transposed", [True, False])
 def test_copies_are_bounded(monkeypatch, transposed):
     monkeypatch.setattr(products, "has_native", lambda dtype: False)
-    monkeypatch.setattr(products, "_CHUNK", 2**13)
+    monkeypatch.setattr(products, "CHUNK", 2**13)
     pairs = operands(torch.bfloat16, 700, (100, 16), 900, transposed)
     with _Largest() as largest:
         result = products.addmm(None, *pairs)
-    assert largest.found <= 2**13
+    assert largest.most <= 2**13
     assert error(result, exact(None, pairs)) <= RELATIVE[torch.bfloat16]
 
 
 @pytest.mark.parametrize("dtype", HALVES)
 def test_few_rows_are_left_to_pytorch_where_its_loop_is_quick(monkeypatch, dtype):
     monkeypatch.setattr(products, "has_native", lambda dtype: False)
-    few, more = (operands(dtype, rows=products._FEW_ROWS + extra)[0] for extra in (0, 1))
+    few, more = (operands(dtype, rows=products.FEW_ROWS + extra)[0] for extra in (0, 1))
     with _Largest() as largest:
         assert torch.equal(products.addmm(None, few), few[0] @ few[1])
-    assert not largest.found  # no copy
+    assert not largest.most  # no copy
     with _Largest() as largest:
         products.addmm(None, more)
-    assert largest.found
+    assert largest.most
 
 
 @pytest.mark.parametrize("dtype", HALVES)
 def test_few_rows_are_multiplied_by_fp32_factors_as_they_are(monkeypatch, dtype):
-    few, more = (torch.zeros(products._FEW_TO_ROUND + extra, 4, dtype=dtype) for extra in (0, 1))
+    few, more = (torch.zeros(products.FEW_TO_ROUND + extra, 4, dtype=dtype) for extra in (0, 1))
     wide, narrow = torch.zeros(2, 4), torch.zeros(2, 4, dtype=dtype)
     monkeypatch.setattr(products, "has_native", lambda dtype: True)
     assert products.product_dtype(few, (wide, wide), dtype) == torch.float32
@@ -148,7 +148,7 @@ def test_compiles_into_one_graph():
 
 
 @pytest.mark.parametrize("dtype", HALVES)
-def test_the_question_is_asked_while_a_graph_is_traced(dtype):
+def test_support_is_known_while_a_graph_is_traced(dtype):
     torch.compiler.reset()
     (left, right), _ = operands(dtype)
     compiled = torch.compile(lambda a, b: products.addmm(None, (a, b)), fullgraph=True, backend="aot_eager")
@@ -163,9 +163,9 @@ def test_what_pytorch_asks_of_the_processor_decides():
 
 @pytest.mark.parametrize(("times", "native"), [((1.0, 3.0), True), ((2.0, 300.0), False)])
 def test_without_an_answer_it_is_measured_once(monkeypatch, times, native):
-    monkeypatch.setattr(products, "_ASKED", {torch.bfloat16: "not there"})
-    monkeypatch.setattr(products, "_ANSWERS", {torch.bfloat16: products._asked(torch.bfloat16)})
-    assert products._ANSWERS[torch.bfloat16] is None
+    monkeypatch.setattr(products, "QUERIES", {torch.bfloat16: "not there"})
+    monkeypatch.setattr(products, "ANSWERS", {torch.bfloat16: products.query(torch.bfloat16)})
+    assert products.ANSWERS[torch.bfloat16] is None
     measured = []
     monkeypatch.setattr(products, "slowdown", lambda dtype: measured.append(dtype) or times)
     assert products.has_native(torch.bfloat16) == products.has_native(torch.bfloat16) == native

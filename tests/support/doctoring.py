@@ -23,7 +23,7 @@ def machine(monkeypatch, tmp_path):
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     monkeypatch.setattr("mica.products.slowdown", RATIOS.get)
     monkeypatch.setattr("mica.products.has_native", lambda dtype: dtype == torch.bfloat16)
-    monkeypatch.setattr(runtime, "_tried", {})
+    monkeypatch.setattr(runtime, "tried", {})
     found_once = (common.target_of, runtime.triton_version)
     for function in found_once:
         function.cache_clear()

@@ -8,6 +8,7 @@ keeps what it has compiled for a device by its number. Tried with Triton 3.5.1, 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import contextmanager
 from types import SimpleNamespace
 
@@ -22,15 +23,16 @@ from mica.kernels import launching, runtime
 launches = 0
 
 
-def _launch(*args) -> None:
+def count(*args) -> None:
     global launches
     launches += 1
 
 
 class NoLaunchDriver:
-    """What Triton 3.5 to 3.9 ask of a driver in order to compile and launch."""
+    """What Triton 3.5 to 3.9 need of a driver to compile and launch."""
 
-    def __init__(self, capability: int = 90):
+    def __init__(self, capability: int, launch: Callable[..., None]):
+        self.launch = launch
         self.target = GPUTarget("cuda", capability, 32)
         self.utils = SimpleNamespace(
             load_binary=lambda name, binary, shared, device: (object(), object(), 64, 0, 1024),
@@ -44,7 +46,7 @@ class NoLaunchDriver:
         )
 
     def launcher_cls(self, source, metadata):
-        return _launch
+        return self.launch
 
     def get_current_target(self) -> GPUTarget:
         return self.target
@@ -65,13 +67,13 @@ class NoLaunchDriver:
 
 
 @contextmanager
-def installed(capability: int = 90):
-    """Kernels "run" on every device, the CPU too, and launch nothing."""
+def installed(capability: int = 90, launch: Callable[..., None] = count):
+    """Kernels "run" on every device, the CPU too, and only call ``launch``."""
     if triton.knobs.runtime.interpret:
-        raise RuntimeError("TRITON_INTERPRET is set: kernels are interpreted and no driver is asked.")
+        raise RuntimeError("TRITON_INTERPRET is set: kernels are interpreted without a driver.")
     why, before = runtime.why_unavailable, driver._active  # None: Triton has not looked for one yet
     runtime.why_unavailable = lambda device: None
-    driver.set_active(NoLaunchDriver(capability))
+    driver.set_active(NoLaunchDriver(capability, launch))
     backend.forget_verdicts()
     launching.forget()
     try:

@@ -1,4 +1,4 @@
-"""Hypothesis, or in its place tests that are skipped: a GPU machine of its own need not have it installed."""
+"""Hypothesis, or skipped tests where it is not installed, as on a separate GPU machine."""
 
 import pytest
 

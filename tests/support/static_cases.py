@@ -1,4 +1,4 @@
-"""What ships: every kernel with every configuration of its table, as the launches that would be made."""
+"""Every kernel with every configuration of its table, as the launches that would be made."""
 
 from __future__ import annotations
 
@@ -14,7 +14,6 @@ from mica.kernels.embedding import plan_embedding, plan_grad_a_embedding
 from mica.kernels.fused_linear import plan_fused_linear
 from mica.kernels.grad_a import plan_grad_a
 from mica.kernels.launching import Launch
-from mica.kernels.merge import plan_merge
 from mica.kernels.up_projection import plan_up_projection
 
 TARGETS = tuple(configs.SHARED_MEMORY)
@@ -37,7 +36,7 @@ class Case:
     is_aligned: bool = True
     has_product: bool = True
     load_bits: int = 128  # the narrowest load that a main loop may have
-    few_loads: int = 4  # how many loads of any width a kernel without a main loop may have (seed, bias, h)
+    few_loads: int = 4  # how many loads of any width a kernel without a main loop may have (seed, h)
 
 
 def empty(*shape: int, dtype: torch.dtype) -> torch.Tensor:
@@ -46,8 +45,8 @@ def empty(*shape: int, dtype: torch.dtype) -> torch.Tensor:
 
 def cases(target: str) -> list[Case]:
     """All of them for one target."""
-    found = [case for rank in RANKS for case in _cases_of_rank(target, rank)]
-    for case in found:
+    launches = [case for rank in RANKS for case in _cases_of_rank(target, rank)]
+    for case in launches:
         # Copies to shared memory are as wide as its layout is contiguous, which the tensor cores choose: four
         # numbers where 16-bit ones become fp32, one where fp32 ones are transposed (g, the small operand).
         if "bf16 in fp32" in case.label:
@@ -56,9 +55,7 @@ def cases(target: str) -> list[Case]:
             case.load_bits = 32
         if case.kernel == "grad_a" and target == "gfx942" and " r=16 " in case.label:
             case.load_bits = min(case.load_bits, 64)  # a tile of g that small is 8 bytes a thread
-        if "bias" in case.label:
-            case.few_loads = 32
-    return found
+    return launches
 
 
 def _cases_of_rank(target: str, rank: int) -> Iterator[Case]:
@@ -69,7 +66,7 @@ def _cases_of_rank(target: str, rank: int) -> Iterator[Case]:
         yield from _linear(target, rank, name, *dtypes, every)
         if name in ("bf16", "fp32"):
             yield from _fused(target, rank, name, *dtypes, every)
-            yield from _merge_and_embedding(target, rank, name, *dtypes)
+            yield from _embedding(target, rank, name, dtypes[-1])
     if rank == RANKS[0]:
         yield from _unaligned(target)
 
@@ -94,11 +91,10 @@ def _linear(target, rank, name, dtype, a_dtype, product, every) -> Iterator[Case
     few = empty(16, width, dtype=dtype)
     launch = plan_down_projection(few, a, **options).bound()[1]
     yield Case("down_projection", f"split {name} r={rank}", launch)
-    if launch.then is not None and rank == RANKS[0]:  # it does not hang on the rank
+    if launch.then is not None and rank == RANKS[0]:  # it does not depend on the rank
         yield Case("add_parts", name, launch.then, has_product=False, few_loads=0)
 
     table = configs.up_projection(target, tokens, block_r, size)
-    bias = empty(width, dtype=dtype)
     for index, config in enumerate(table if every else table[:1]):
         label = f"{name} r={rank} {tuple(config)}"
         for side, factor in (("B", b), ("A", a)):
@@ -107,8 +103,6 @@ def _linear(target, rank, name, dtype, a_dtype, product, every) -> Iterator[Case
         if index == 0:
             launch = plan_up_projection(x, h, a, config=config, **dropped, **options).bound()[1]
             yield Case("up_projection", f"A {label} dropout", launch)
-            launch = plan_up_projection(x, h, b, config=config, bias=bias, **options).bound()[1]
-            yield Case("up_projection", f"B {label} bias", launch)
 
     for index, config in enumerate(configs.grad_a(target, tokens, block_r, size)):
         label = f"{name} r={rank} {tuple(config)}"
@@ -142,12 +136,8 @@ def _fused(target, rank, name, dtype, a_dtype, product, every) -> Iterator[Case]
                 yield Case(kernel, f"backward {label} dropout", launch)
 
 
-def _merge_and_embedding(target, rank, name, dtype, a_dtype, product) -> Iterator[Case]:
-    tokens, width, size = 8192, 4096, 32000
-    weight, label = empty(width, width, dtype=dtype), f"{name} r={rank}"
-    a, b = empty(rank, width, dtype=a_dtype), empty(width, rank, dtype=a_dtype)
-    launch = plan_merge(weight, a, b, target=target).bound()[1]
-    yield Case("merge", label, launch)
+def _embedding(target, rank, name, product) -> Iterator[Case]:
+    tokens, width, size, label = 8192, 4096, 32000, f"{name} r={rank}"
     indices = empty(tokens, dtype=torch.int64)
     factor = empty(width, rank, dtype=product).t()
     launch = plan_embedding(indices, empty(rank, size, dtype=product), factor, target=target).bound()[1]

@@ -124,7 +124,7 @@ def test_the_control_is_what_the_reference_does(monkeypatch):
     )
     cost = roofline.aten(layer(m, n, k, rank))
     with Count() as counted:
-        reference.forward(x, w, a, b, 1.0)
+        reference.linear(x, w, a, b, 1.0)
     assert counted.bytes == traffic(cost.forward)
     with Count() as counted:
         reference.grad_x(dy, w, g := reference.grad_h(dy, b, 1.0, torch.bfloat16), a)

@@ -14,9 +14,9 @@ from bench.suites import layer
 from mica import kernel_path
 
 def planned(x, weight, lora_A, lora_B, scaling, bias, dtype, *dropout):
-    return kernel_path._planned_forward(x, weight, lora_A, lora_B, scaling, bias, dtype)
+    return kernel_path.planned_linear(x, weight, lora_A, lora_B, scaling, bias, dtype)
 
-kernel_path.forward = planned
+kernel_path.linear = planned
 backward = layer.AtenControl.backward
 layer.AtenControl.backward = staticmethod(lambda ctx, dy: backward(ctx, dy * 1.02))
 """

@@ -38,10 +38,13 @@ def test_a_kernel_with_wrong_numbers_fails_its_check(tmp_path):
 
 
 def test_a_kernel_that_writes_beside_its_output_or_not_at_all_fails_its_check(tmp_path):
-    grid = 'launch.grid = (1, 1) if first == ("base_ptr", "out_ptr") else launch.grid'
-    done = dry_run(tmp_path, "check_kernels.py", "-k", "up-B or merge", injected=BROKEN.format(grid))
-    assert done.outcomes["test_kernel[merge-aligned]"] == "failed", done.text
-    assert "the relative error of merge is inf" in done.whys["test_kernel[merge-aligned]"]
+    one_tile = (
+        'launch.grid = (1, 1) if first in [("base_ptr", "out_ptr"), ("index_ptr", "a_ptr")] else plan.grid'
+    )
+    done = dry_run(tmp_path, "check_kernels.py", "-k", "up-B or embedding", injected=BROKEN.format(one_tile))
+    assert done.outcomes["test_kernel[embedding-aligned]"] == "failed", done.text
+    assert "the relative error of embedding is inf" in done.whys["test_kernel[embedding-aligned]"]
+    assert done.outcomes["test_kernel[up-B-fp32]"] == "failed"
     assert done.outcomes["test_kernel[up-B-one token]"] == "passed"  # it has one tile
 
 

@@ -8,7 +8,7 @@ from torch import nn
 
 from bench.results.names import BARE, FAST, STOCK, STOCK_16, SVD
 from bench.suites import bench_adapter, bench_step, bench_subspace, check_profile, harness
-from mica import ops
+from mica.ops.dispatch import compute
 from tests.support import models
 
 
@@ -37,17 +37,15 @@ def test_every_rival_of_a_step_is_there_and_trains(cell):
 
 
 def scaled(factor, part):
-    compute = ops.compute
-
-    def wrong(name, function, *args):
-        result = compute(name, function, *args)
-        return result * factor if function == part else result
+    def wrong(name, *args):
+        result = compute(name, *args)
+        return result * factor if name == part else result
 
     return wrong
 
 
 def test_our_wrong_operator_is_refused_alone(monkeypatch):
-    monkeypatch.setattr(ops, "compute", scaled(1.1, "forward"))
+    monkeypatch.setattr("mica.ops.linear.compute", scaled(1.1, "linear"))
     assert bench_step.setting(STEP).keys() == {BARE, STOCK}
     assert harness.refusals.keys() == {(STEP.name, FAST)}
 

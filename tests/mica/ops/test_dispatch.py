@@ -15,6 +15,9 @@ from mica.ops import (
     mica_linear_group,
     mica_up_projection,
 )
+from mica.ops.embedding import embedding
+from mica.ops.factors import down_projection, up_projection
+from mica.ops.linear import linear
 from tests.support.oracle import problem
 
 P = problem((2, 3), 8, 6, 2, torch.float32)
@@ -67,8 +70,14 @@ def test_an_output_of_a_compiled_call_may_be_changed_in_place():
     assert ops.call_counts["linear"]
 
 
-# front, and the arguments of a call; the operand that is trained comes first among those that can be
 FRONTS = {
+    "linear": linear,
+    "down_projection": down_projection,
+    "up_projection": up_projection,
+    "embedding": embedding,
+}
+# the arguments of a call; the operand that is trained comes first among those that can be
+ARGUMENTS = {
     "linear": lambda A: (P.x, P.weight, A, P.lora_B, 0.5, P.bias, None, 0.0, None),
     "down_projection": lambda A: (P.x, A, 0.5, None, 0.0, None),
     "up_projection": lambda h: (P.grad_output, h, P.lora_B),
@@ -82,9 +91,9 @@ def trained(name):
 
 
 def names_of(call):
-    with profile(activities=[ProfilerActivity.CPU]) as found:
+    with profile(activities=[ProfilerActivity.CPU]) as profiled:
         call()
-    return {event.name for event in found.events()}
+    return {event.name for event in profiled.events()}
 
 
 class Seen(TorchDispatchMode):
@@ -101,12 +110,12 @@ class Seen(TorchDispatchMode):
 @pytest.mark.parametrize("name", FRONTS)
 def test_the_short_way_gives_the_operator_s_bits(name, autocast):
     results = []
-    for function in (getattr(ops, name), getattr(torch.ops.mica, name)):
+    for function in (FRONTS[name], getattr(torch.ops.mica, name)):
         with torch.autocast("cpu", torch.bfloat16) if autocast else nullcontext():
             leaf = trained(name)
-            y = function(*FRONTS[name](leaf))
+            y = function(*ARGUMENTS[name](leaf))
             with torch.no_grad():
-                again = function(*FRONTS[name](leaf))
+                again = function(*ARGUMENTS[name](leaf))
         y.float().square().sum().backward()
         results.append((y.detach(), again, leaf.grad))
     for ours, operators in zip(*results, strict=True):
@@ -122,13 +131,15 @@ def test_an_eager_call_goes_past_the_dispatcher(name, autocast):
 
     def call():
         with torch.autocast("cpu", torch.bfloat16) if autocast else nullcontext():
-            y = getattr(ops, name)(*FRONTS[name](leaf))
+            y = FRONTS[name](*ARGUMENTS[name](leaf))
         y.backward(torch.ones_like(y))
 
-    found = names_of(call)
-    assert not [event for event in found if event.startswith("mica::")]
-    assert [event for event in found if event.startswith("_") and "Backward" not in event]  # the Function
-    assert [e for e in names_of(lambda: torch.ops.mica.linear(*FRONTS["linear"](P.lora_A))) if "mica::" in e]
+    events = names_of(call)
+    assert not [event for event in events if event.startswith("mica::")]
+    assert [event for event in events if event.startswith("_") and "Backward" not in event]  # the Function
+    assert [
+        e for e in names_of(lambda: torch.ops.mica.linear(*ARGUMENTS["linear"](P.lora_A))) if "mica::" in e
+    ]
 
 
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
@@ -136,28 +147,26 @@ def test_an_eager_call_goes_past_the_dispatcher(name, autocast):
 def test_no_function_without_a_gradient(name, mode):
     def call():
         with mode():
-            return getattr(ops, name)(*FRONTS[name](trained(name)))
+            return FRONTS[name](*ARGUMENTS[name](trained(name)))
 
     assert not {event for event in names_of(call) if event.startswith(("_Mica", "_Down", "_Up"))}
     leaf = trained(name).detach()
-    assert not {
-        event for event in names_of(lambda: getattr(ops, name)(*FRONTS[name](leaf))) if "_" in event[:1]
-    }
+    assert not {event for event in names_of(lambda: FRONTS[name](*ARGUMENTS[name](leaf))) if "_" in event[:1]}
 
 
 @pytest.mark.parametrize("name", FRONTS)
-def test_who_looks_on_sees_the_operators(name):
+def test_a_dispatch_mode_sees_the_operators(name):
     leaf = trained(name)
     with Seen() as seen:
-        y = getattr(ops, name)(*FRONTS[name](leaf))
+        y = FRONTS[name](*ARGUMENTS[name](leaf))
         y.backward(torch.ones_like(y))
     assert f"mica::{name}" in seen.operators
     assert f"mica::{name}_backward" in seen.operators
 
 
-def test_a_backward_that_is_looked_at():
+def test_a_dispatch_mode_around_the_backward_sees_the_operator():
     leaf = trained("linear")
-    y = ops.linear(*FRONTS["linear"](leaf))
+    y = linear(*ARGUMENTS["linear"](leaf))
     with Seen() as seen:
         y.backward(torch.ones_like(y))
     assert "mica::linear_backward" in seen.operators
@@ -172,7 +181,7 @@ def test_a_function_mode_sees_the_operator():
             return function(*args, **(kwargs or {}))
 
     with Functions():
-        ops.linear(*FRONTS["linear"](P.lora_A))
+        linear(*ARGUMENTS["linear"](P.lora_A))
     assert any("mica.linear" in name for name in seen)
 
 
@@ -187,15 +196,15 @@ def test_tensors_of_other_classes_are_the_dispatcher_s():
 
     for i in range(4):
         seen.clear()
-        args = list(FRONTS["linear"](P.lora_A))
+        args = list(ARGUMENTS["linear"](P.lora_A))
         args[i] = args[i].as_subclass(Loud)
-        ops.linear(*args)
+        linear(*args)
         assert any("mica.linear" in name for name in seen)
 
 
 def test_a_device_without_a_rule_is_the_dispatcher_s():
-    y = ops.linear(
-        *(arg.to("meta") if isinstance(arg, torch.Tensor) else arg for arg in FRONTS["linear"](P.lora_A))
+    y = linear(
+        *(arg.to("meta") if isinstance(arg, torch.Tensor) else arg for arg in ARGUMENTS["linear"](P.lora_A))
     )
     assert y.device.type == "meta"
     assert y.shape == P.grad_output.shape

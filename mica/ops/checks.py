@@ -1,4 +1,4 @@
-"""What the operators accept, and one sentence for what they do not: argument, found, allowed."""
+"""What the operators accept, and one sentence for what they refuse: argument, what it is, what is allowed."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from mica.dtypes import FLOATING
+from mica.kernels import limits
 
 _INTEGER = (torch.int32, torch.int64)
 
@@ -32,7 +33,7 @@ def check_linear(
     if bias is not None and bias.shape != weight.shape[:1]:
         raise ValueError(f"bias must be ({weight.shape[0]},), but it is {tuple(bias.shape)}.")
     _check_dtypes(FLOATING, x=x, weight=weight, lora_A=lora_A, lora_B=lora_B, bias=bias)
-    _check_one_device(x=x, weight=weight, lora_A=lora_A, lora_B=lora_B, bias=bias, seed=seed)
+    limits.same_device(x=x, weight=weight, lora_A=lora_A, lora_B=lora_B, bias=bias, seed=seed)
     if not _is_autocast(x.device.type):
         for name, tensor in (("weight", weight), ("bias", bias)):
             if tensor is not None and tensor.dtype != x.dtype:
@@ -52,16 +53,11 @@ def check_group(
     biases: Sequence[Tensor | None],
     compute_dtype: torch.dtype | None,
 ) -> None:
-    lists = {
-        "weights": weights,
-        "lora_As": lora_As,
-        "lora_Bs": lora_Bs,
-        "scalings": scalings,
-        "biases": biases,
-    }
+    lists = {"weights": weights, "lora_As": lora_As, "lora_Bs": lora_Bs}
+    lists |= {"scalings": scalings, "biases": biases}
     if not weights or len({len(operands) for operands in lists.values()}) > 1:
-        found = ", ".join(f"{name} has {len(operands)}" for name, operands in lists.items())
-        raise ValueError(f"all lists must have one length, at least 1, but {found}.")
+        lengths = ", ".join(f"{name} has {len(operands)}" for name, operands in lists.items())
+        raise ValueError(f"all lists must have one length, at least 1, but {lengths}.")
     for weight, lora_A, lora_B, bias in zip(weights, lora_As, lora_Bs, biases, strict=True):
         check_linear(x, weight, lora_A, lora_B, bias, compute_dtype, 0.0, None)
 
@@ -77,7 +73,7 @@ def check_down_projection(
     _check_rank(lora_A)
     _check_compute(compute_dtype, dropout_p, seed)
     _check_dtypes(FLOATING, x=x, lora_A=lora_A)
-    _check_one_device(x=x, lora_A=lora_A, seed=seed)
+    limits.same_device(x=x, lora_A=lora_A, seed=seed)
 
 
 def check_up_projection(y: Tensor, h: Tensor, lora_B: Tensor) -> None:
@@ -90,7 +86,7 @@ def check_up_projection(y: Tensor, h: Tensor, lora_B: Tensor) -> None:
     if lora_B.shape[1] == 0:
         raise ValueError(f"the rank must be at least 1, but lora_B is {tuple(lora_B.shape)}.")
     _check_dtypes(FLOATING, y=y, h=h, lora_B=lora_B)
-    _check_one_device(y=y, h=h, lora_B=lora_B)
+    limits.same_device(y=y, h=h, lora_B=lora_B)
     _check_frozen(lora_B=lora_B)
 
 
@@ -103,28 +99,14 @@ def check_embedding(indices: Tensor, lora_A: Tensor, lora_B: Tensor) -> None:
     _check_rank(lora_A)
     _check_dtypes(_INTEGER, indices=indices)
     _check_dtypes(FLOATING, lora_A=lora_A, lora_B=lora_B)
-    _check_one_device(indices=indices, lora_A=lora_A, lora_B=lora_B)
+    limits.same_device(indices=indices, lora_A=lora_A, lora_B=lora_B)
     _check_frozen(lora_B=lora_B)
-
-
-def check_merge(weight: Tensor, lora_A: Tensor, lora_B: Tensor) -> None:
-    if weight.dim() != 2:
-        raise ValueError(f"weight must be (out_features, in_features), but it is {tuple(weight.shape)}.")
-    _check_adapter(weight, lora_A, lora_B)
-    _check_dtypes(FLOATING, weight=weight, lora_A=lora_A, lora_B=lora_B)
-    _check_one_device(weight=weight, lora_A=lora_A, lora_B=lora_B)
 
 
 def _check_compute(compute_dtype: torch.dtype | None, dropout_p: float, seed: Tensor | None) -> None:
     if compute_dtype is not None and compute_dtype not in FLOATING:
         raise TypeError(f"compute_dtype must be a floating dtype, but it is {compute_dtype}.")
-    if not 0.0 <= dropout_p < 1.0:
-        raise ValueError(f"dropout_p must be at least 0 and below 1, but it is {dropout_p}.")
-    if dropout_p > 0.0 and (seed is None or seed.dtype != torch.int64 or seed.shape != (1,)):
-        found = "None" if seed is None else f"{seed.dtype} of shape {tuple(seed.shape)}"
-        raise ValueError(
-            f"seed must be an int64 tensor of shape (1,) where dropout_p > 0, but it is {found}."
-        )
+    limits.dropout(dropout_p, seed)
 
 
 def _is_autocast(device_type: str) -> bool:
@@ -149,15 +131,7 @@ def _check_rank(lora_A: Tensor) -> None:
 def _check_dtypes(allowed: tuple[torch.dtype, ...], **tensors: Tensor | None) -> None:
     for name, tensor in tensors.items():
         if tensor is not None and tensor.dtype not in allowed:
-            names = ", ".join(str(dtype).removeprefix("torch.") for dtype in allowed)
-            raise TypeError(f"{name} must be of dtype {names}, but it is {tensor.dtype}.")
-
-
-def _check_one_device(**tensors: Tensor | None) -> None:
-    present = {name: tensor.device for name, tensor in tensors.items() if tensor is not None}
-    if len(set(present.values())) > 1:
-        found = ", ".join(f"{name} on {device}" for name, device in present.items())
-        raise ValueError(f"all operands must be on one device, but found {found}.")
+            raise TypeError(f"{name} must be of dtype {limits.names_of(allowed)}, but it is {tensor.dtype}.")
 
 
 def _check_frozen(**operands: Tensor | None) -> None:

@@ -1,4 +1,4 @@
-"""The two factors as operators of their own, beside a base layer that has to be called (quantised, hooked).
+"""The two factors as separate operators, for base layers that have to be called (quantised, hooked).
 
     h  = scaling·drop(x) Aᵀ     mica_down_projection
     y' = y + h Bᵀ               mica_up_projection, with y = base_layer(x)
@@ -11,22 +11,18 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from mica.dispatch import (
-    autocast,
+from mica.ops.checks import check_down_projection, check_up_projection
+from mica.ops.dispatch import (
     autocast_to,
     below_autograd,
     compute,
-    define,
-    differentiate,
-    front,
     no_autocast,
+    operator,
     rows,
     run_backward,
     saved,
+    without_none,
 )
-from mica.operands import check_down_projection, check_up_projection
-
-__all__ = ["mica_down_projection", "mica_up_projection"]
 
 
 def mica_down_projection(
@@ -84,7 +80,7 @@ def _down(x, lora_A, scaling, compute_dtype, dropout_p=0.0, seed=None):
     dtype = compute_dtype or x.dtype
     operands = (rows(x), lora_A, scaling, dtype, dropout_p, seed)
     rank = lora_A.shape[0]
-    h = compute("down_projection", "down_projection", x, rank, (x.dtype, dtype, lora_A.dtype), *operands)
+    h = compute("down_projection", x, rank, (x.dtype, dtype, lora_A.dtype), *operands)
     return h.view(*x.shape[:-1], rank)
 
 
@@ -96,19 +92,18 @@ def _down_backward(grad_h, x, lora_A, scaling, x_dtype, output_mask, dropout_p=0
     needs_x, needs_A = output_mask
     g = rows(grad_h)
     operands = (g, rows(x) if needs_A else None, lora_A, scaling, needs_x, dropout_p, seed)
-    name, dtypes = "down_projection_backward", (g.dtype, x_dtype, lora_A.dtype)
+    dtypes = (g.dtype, x_dtype, lora_A.dtype)
     with no_autocast(g):
-        grad_x, grad_A = compute(name, name, g, lora_A.shape[0], dtypes, *operands)
+        grad_x, grad_A = compute("down_projection_backward", g, lora_A.shape[0], dtypes, *operands)
     if needs_x:
         grad_x = grad_x.to(x_dtype).view(*grad_h.shape[:-1], lora_A.shape[1])
-    return tuple(grad_h.new_empty(0) if grad is None else grad for grad in (grad_x, grad_A))
+    return without_none(grad_h, grad_x, grad_A)
 
 
 def _down_backward_fake(grad_h, x, lora_A, scaling, x_dtype, output_mask, dropout_p=0.0, seed=None):
     needs_x, needs_A = output_mask
-    shape = (*grad_h.shape[:-1], lora_A.shape[1])
-    grad_x = grad_h.new_empty(shape, dtype=x_dtype) if needs_x else grad_h.new_empty(0)
-    return grad_x, lora_A.new_empty(lora_A.shape) if needs_A else grad_h.new_empty(0)
+    grad_x = grad_h.new_empty(*grad_h.shape[:-1], lora_A.shape[1], dtype=x_dtype) if needs_x else None
+    return without_none(grad_h, grad_x, lora_A.new_empty(lora_A.shape) if needs_A else None)
 
 
 class _DownProjection(torch.autograd.Function):
@@ -130,13 +125,26 @@ class _DownProjection(torch.autograd.Function):
         return None, grad_x, grad_A, *[None] * 4
 
 
-def _down_under_autocast(device_type):
-    def under_autocast(x, lora_A, scaling, compute_dtype, dropout_p=0.0, seed=None):
-        x = autocast_to(x, device_type)
-        with no_autocast(x):
-            return down_projection(x, lora_A, scaling, None, dropout_p, seed)
+def _down_cast(device_type, x, lora_A, scaling, compute_dtype, *dropout):
+    return autocast_to(x, device_type), lora_A, scaling, None, *dropout
 
-    return under_autocast
+
+down_projection = operator(
+    "down_projection",
+    "(Tensor x, Tensor lora_A, float scaling, ScalarType? compute_dtype, float dropout_p=0.0,"
+    " Tensor? seed=None) -> Tensor",
+    _down,
+    _down_fake,
+    _DownProjection.apply,
+    _down_cast,
+)
+operator(
+    "down_projection_backward",
+    "(Tensor grad_h, Tensor? x, Tensor lora_A, float scaling, ScalarType x_dtype, bool[2] output_mask,"
+    " float dropout_p=0.0, Tensor? seed=None) -> (Tensor, Tensor)",
+    _down_backward,
+    _down_backward_fake,
+)
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -146,7 +154,7 @@ def _down_under_autocast(device_type):
 
 def _up(y, h, lora_B):
     dtypes = (y.dtype, h.dtype, lora_B.dtype)
-    out = compute("up_projection", "up_projection", y, h.shape[-1], dtypes, rows(y), rows(h), lora_B)
+    out = compute("up_projection", y, h.shape[-1], dtypes, rows(y), rows(h), lora_B)
     return out.view(y.shape)
 
 
@@ -156,9 +164,9 @@ def _up_fake(y, h, lora_B):
 
 def _up_backward(grad_output, lora_B, h_dtype):
     dy = rows(grad_output)
-    name, dtypes = "up_projection_backward", (dy.dtype, h_dtype, lora_B.dtype)
+    dtypes = (dy.dtype, h_dtype, lora_B.dtype)
     with no_autocast(dy):
-        grad_h = compute(name, "grad_h", dy, lora_B.shape[1], dtypes, dy, lora_B, 1.0, h_dtype)
+        grad_h = compute("up_projection_backward", dy, lora_B.shape[1], dtypes, dy, lora_B, h_dtype)
     return grad_h.view(*grad_output.shape[:-1], lora_B.shape[1])
 
 
@@ -184,40 +192,17 @@ class _UpProjection(torch.autograd.Function):
         return None, grad_output, grad_h, None
 
 
-def _up_under_autocast(device_type):
-    def under_autocast(y, h, lora_B):
-        with no_autocast(y):
-            return up_projection(y, h, lora_B)
-
-    return under_autocast
-
-
-define(
-    "down_projection",
-    "(Tensor x, Tensor lora_A, float scaling, ScalarType? compute_dtype, float dropout_p=0.0,"
-    " Tensor? seed=None) -> Tensor",
-    _down,
-    _down_fake,
+up_projection = operator(
+    "up_projection",
+    "(Tensor y, Tensor h, Tensor lora_B) -> Tensor",
+    _up,
+    _up_fake,
+    _UpProjection.apply,
+    lambda device_type, *args: args,
 )
-define(
-    "down_projection_backward",
-    "(Tensor grad_h, Tensor? x, Tensor lora_A, float scaling, ScalarType x_dtype, bool[2] output_mask,"
-    " float dropout_p=0.0, Tensor? seed=None) -> (Tensor, Tensor)",
-    _down_backward,
-    _down_backward_fake,
-)
-define("up_projection", "(Tensor y, Tensor h, Tensor lora_B) -> Tensor", _up, _up_fake)
-define(
+operator(
     "up_projection_backward",
     "(Tensor grad_output, Tensor lora_B, ScalarType h_dtype) -> Tensor",
     _up_backward,
     _up_backward_fake,
 )
-differentiate("down_projection", _DownProjection.apply, _down)
-differentiate("up_projection", _UpProjection.apply, _up)
-autocast("down_projection", _down_under_autocast)
-autocast("up_projection", _up_under_autocast)
-
-# What `mica.fast` calls, and the public functions once they have checked their arguments.
-down_projection = front("down_projection", _DownProjection.apply, _down, _down_under_autocast)
-up_projection = front("up_projection", _UpProjection.apply, _up, _up_under_autocast)

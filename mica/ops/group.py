@@ -1,15 +1,15 @@
-"""Several layers that read the same x (q/k/v, gate/up) as one operator: x is read once, not once a layer.
+"""Several layers that read the same x (q/k/v, gate/up) as one operator: x is read once, not once per layer.
 
     h₁…h_g = x [s₁A₁; …; s_gA_g]ᵀ                one down-projection
     y_i    = x W_iᵀ + bias_i + h_i B_iᵀ
     dA     = [g₁, …, g_g]ᵀ x                     one product, g_i = s_i·dy_i B_i
-    dx     = Σ dy_i W_i + [g₁, …, g_g] A         summed in one tensor: no gradient of x a layer
+    dx     = Σ dy_i W_i + [g₁, …, g_g] A         summed in one tensor: no dx per layer
 
 One node of the autograd graph receives all dy_i at once. Definition: `mica.reference.linear_group`.
 
-`start_group` is the form for layers whose calls come one by one. Each saves, at its own call, what
+`start_group` is the form for layers that are called one by one. Each saves, at its own call, what
 `mica.ops.mica_linear` saves there, in its order: under gradient checkpointing a forward and its recomputation
-may group or not, each as it likes, and an edit of a layer that was not called after all stops no backward.
+may group or not, independently, and an edit of a layer that was never called breaks no backward.
 """
 
 from __future__ import annotations
@@ -20,23 +20,20 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from mica.dispatch import (
-    autocast,
+from mica.kernels.limits import padded_columns
+from mica.ops.checks import check_group
+from mica.ops.dispatch import (
     autocast_to,
     below_autograd,
     compute,
-    define,
-    differentiate,
     is_transformed,
     no_autocast,
+    operator,
     plain,
     rows,
     run_backward,
     saved,
 )
-from mica.operands import check_group
-
-__all__ = ["mica_linear_group"]
 
 
 def mica_linear_group(
@@ -76,13 +73,13 @@ def mica_linear_group(
 def _group(x, weights, lora_As, lora_Bs, scalings, biases, compute_dtype):
     dtypes = (x.dtype, compute_dtype or x.dtype, *(A.dtype for A in lora_As), *(B.dtype for B in lora_Bs))
     operands = (rows(x), weights, lora_As, lora_Bs, scalings, biases, compute_dtype)
-    ys = compute("linear_group", "linear_group", x, stacked_rank(lora_As), dtypes, *operands)
+    ys = compute("linear_group", x, stacked_rank(lora_As), dtypes, *operands)
     return ys if x.dim() == 2 else [y.view(*x.shape[:-1], y.shape[-1]) for y in ys]
 
 
 def stacked_rank(lora_As: Sequence[Tensor]) -> int:
-    """The rank of a group: its A's on top of each other, each padded to 16 as the kernels want it."""
-    return sum((lora_A.shape[0] + 15) // 16 * 16 for lora_A in lora_As)
+    """The rank of a group: its A's on top of each other, each padded as the kernels need it."""
+    return sum([padded_columns(lora_A.shape[0]) for lora_A in lora_As])
 
 
 def _group_fake(x, weights, lora_As, lora_Bs, scalings, biases, compute_dtype):
@@ -90,15 +87,14 @@ def _group_fake(x, weights, lora_As, lora_Bs, scalings, biases, compute_dtype):
 
 
 def _group_backward(grad_outputs, x, weights, lora_As, lora_Bs, scalings, compute_dtype):
-    """x is None where no dA is wanted, weights is empty where no dx is; then the result lacks them."""
+    """x is None where no dA is needed, weights is empty where no dx is; the result then lacks them."""
     used = next(dy for dy in grad_outputs if dy is not None)
     dys = [None if dy is None else rows(dy) for dy in grad_outputs]
     flat = None if x is None else rows(x)
     operands = (dys, flat, list(weights) or None, lora_As, lora_Bs, scalings, compute_dtype)
-    name, rank = "linear_group_backward", stacked_rank(lora_As)
     dtypes = (used.dtype, compute_dtype, *(A.dtype for A in lora_As), *(B.dtype for B in lora_Bs))
     with no_autocast(used):
-        grad_x, grad_As = compute(name, name, used, rank, dtypes, *operands)
+        grad_x, grad_As = compute("linear_group_backward", used, stacked_rank(lora_As), dtypes, *operands)
     if grad_x is not None:
         grad_x = grad_x.view(*used.shape[:-1], lora_As[0].shape[1])
     return [*([] if grad_x is None else [grad_x]), *(grad_As or ())]
@@ -111,8 +107,8 @@ def _group_backward_fake(grad_outputs, x, weights, lora_As, lora_Bs, scalings, c
 
 
 class _LinearGroup(torch.autograd.Function):
-    """``handed``: None, and all operands are saved here; or where `_Follower` hands its layer's to the
-    backward, by graph task and layer. Then only the first layer's are saved here."""
+    """``handed``: None, and all operands are saved here; or a dict in which each `_Follower` hands its
+    layer's to the backward, by graph task and layer, and only the first layer's are saved here."""
 
     @staticmethod
     def forward(ctx, run, handed, scalings, compute_dtype, x, count, *tensors):
@@ -133,7 +129,7 @@ class _LinearGroup(torch.autograd.Function):
     @staticmethod
     def backward(ctx, *grad_outputs):
         on_backward = getattr(ctx, "on_backward", None)
-        if on_backward is not None:  # of whoever keeps outputs that may not have been used
+        if on_backward is not None:  # set by a caller that keeps outputs which may not be used
             on_backward()
         count = ctx.count
         used = [i for i, grad in enumerate(grad_outputs) if grad is not None]
@@ -153,12 +149,12 @@ class _LinearGroup(torch.autograd.Function):
 
 
 def _saved_alone(x, weight, lora_A, lora_B):
-    """What `mica.ops.mica_linear` saves of a layer for its backward, in its order."""
+    """What `mica.ops.mica_linear` saves for the backward of a layer, in its order."""
     return x if lora_A.requires_grad else None, weight if x.requires_grad else None, lora_A, lora_B
 
 
 def _operands_of(ctx, used):
-    """x, the weights (empty where no dx is wanted), lora_As and lora_Bs of the layers in ``used``."""
+    """x, the weights (empty where no dx is needed), lora_As and lora_Bs of the layers in ``used``."""
     if ctx.handed is None:
         x, *kept = saved(ctx)
         weights = [kept.pop(0) for _ in range(ctx.count)] if ctx.needs_x else []
@@ -172,14 +168,14 @@ def _operands_of(ctx, used):
 
 
 class _Follower(torch.autograd.Function):
-    """The output of a layer whose values `_LinearGroup` has computed, and what the layer saves."""
+    """The output of a layer, which `_LinearGroup` has computed, and what the layer saves."""
 
     @staticmethod
     def forward(ctx, y, i, handed, operands):
         ctx.set_materialize_grads(False)
         ctx.i, ctx.handed = i, handed
         ctx.save_for_backward(*operands)
-        return y.detach()  # y itself would come out as a view that refuses in-place operations
+        return y.detach()  # y itself would be returned as a view, which refuses in-place operations
 
     @staticmethod
     def backward(ctx, grad_output):
@@ -191,18 +187,19 @@ class _Follower(torch.autograd.Function):
 def start_group(
     x, weights, lora_As, lora_Bs, scalings, biases, compute_dtype
 ) -> list[Tensor | Callable[[], Tensor]]:
-    """As ``torch.ops.mica.linear_group``, eager, but each layer's tensors are saved as its call begins.
+    """``torch.ops.mica.linear_group``, eager, except that each layer's tensors are saved when it is called.
 
     Returns:
-        The first layer's output; then for each other layer a function of no arguments: its call is the
-        layer's, and returns its output.
+        The first layer's output; then for each other layer a function without arguments, whose call is the
+        layer's and returns its output.
     """
-    if torch.is_autocast_enabled(x.device.type):
-        x, weights, biases = _cast(x.device.type, x, weights, biases)
-        compute_dtype = None
+    operands, device_type = (x, weights, lora_As, lora_Bs, scalings, biases, compute_dtype), x.device.type
+    if torch.is_autocast_enabled(device_type):
+        operands = _cast(device_type, *operands)
+        x, weights = operands[:2]
     handed = {}
     with no_autocast(x):
-        ys = _apply(_group, x, weights, lora_As, lora_Bs, scalings, biases, compute_dtype, handed)
+        ys = _apply(_group, *operands, handed)
     kept = [_saved_alone(x, *layer) for layer in zip(weights, lora_As, lora_Bs, strict=True)]
     return [ys[0], *(partial(_Follower.apply, ys[i], i, handed, kept[i]) for i in range(1, len(ys)))]
 
@@ -212,33 +209,24 @@ def _apply(run, x, weights, lora_As, lora_Bs, scalings, biases, compute_dtype, h
     return list(_LinearGroup.apply(run, handed, scalings, compute_dtype, x, len(weights), *tensors))
 
 
-def _cast(device_type, x, weights, biases):
-    x = autocast_to(x, device_type)
-    return x, *([autocast_to(tensor, device_type) for tensor in kind] for kind in (weights, biases))
+def _cast(device_type, x, weights, lora_As, lora_Bs, scalings, biases, compute_dtype):
+    weights, biases = ([autocast_to(tensor, device_type) for tensor in kind] for kind in (weights, biases))
+    return autocast_to(x, device_type), weights, lora_As, lora_Bs, scalings, biases, None
 
 
-def _group_under_autocast(device_type):
-    def linear_group(x, weights, lora_As, lora_Bs, scalings, biases, compute_dtype):
-        x, weights, biases = _cast(device_type, x, weights, biases)
-        with no_autocast(x):
-            return torch.ops.mica.linear_group(x, weights, lora_As, lora_Bs, scalings, biases, None)
-
-    return linear_group
-
-
-define(
+operator(
     "linear_group",
     "(Tensor x, Tensor[] weights, Tensor[] lora_As, Tensor[] lora_Bs, float[] scalings, Tensor?[] biases,"
     " ScalarType? compute_dtype) -> Tensor[]",
     _group,
     _group_fake,
+    _apply,
+    _cast,
 )
-define(
+operator(
     "linear_group_backward",
     "(Tensor?[] grad_outputs, Tensor? x, Tensor[] weights, Tensor[] lora_As, Tensor[] lora_Bs,"
     " float[] scalings, ScalarType compute_dtype) -> Tensor[]",
     _group_backward,
     _group_backward_fake,
 )
-differentiate("linear_group", _apply, _group)
-autocast("linear_group", _group_under_autocast)

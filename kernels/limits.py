@@ -1,0 +1,36 @@
+"""What the kernels take, and the checks that they share with the operators. Importable without Triton."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+
+MAX_RANK = 256
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def padded_columns(rank: int) -> int:
+    """The width of h, g and prepared B in memory: the rank rounded up to 16, so that no load is narrow."""
+    return (rank + 15) // 16 * 16
+
+
+def names_of(dtypes: Iterable[torch.dtype]) -> str:
+    return ", ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
+
+
+def same_device(**tensors: Tensor | None) -> None:
+    devices = {name: tensor.device for name, tensor in tensors.items() if tensor is not None}
+    if len(set(devices.values())) > 1:
+        places = ", ".join(f"{name} on {device}" for name, device in devices.items())
+        raise ValueError(f"all operands must be on one device, but found {places}.")
+
+
+def dropout(dropout_p: float, seed: Tensor | None) -> None:
+    """``seed``: an int64 tensor of shape (1,) where ``dropout_p`` > 0."""
+    if not 0.0 <= dropout_p < 1.0:
+        raise ValueError(f"dropout_p must be at least 0 and below 1, but it is {dropout_p}.")
+    if dropout_p > 0.0 and (seed is None or seed.dtype != torch.int64 or seed.shape != (1,)):
+        kind = "None" if seed is None else f"{seed.dtype} of shape {tuple(seed.shape)}"
+        raise ValueError(f"seed must be an int64 tensor of shape (1,) where dropout_p > 0, but it is {kind}.")

@@ -1,0 +1,110 @@
+"""The low-rank term of an embedding: `mica_embedding`, and what `mica.fast` calls without its checks."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from mica.ops.checks import check_embedding
+from mica.ops.dispatch import below_autograd, compute, no_autocast, operator, run_backward
+
+
+def mica_embedding(
+    indices: Tensor,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    scaling: float = 1.0,
+    *,
+    padding_idx: int | None = None,
+    compute_dtype: torch.dtype | None = None,
+) -> Tensor:
+    """The MiCA term of an embedding, to be added to the base embedding: scaling·A[:, indices]ᵀ Bᵀ.
+
+    Args:
+        indices: (...), int32 or int64, below num_embeddings.
+        lora_A: (rank, num_embeddings), trained.
+        lora_B: (embedding_dim, rank), frozen.
+        padding_idx: the column of lora_A that gets no gradient, as in `torch.nn.functional.embedding`.
+        compute_dtype: dtype of the product; default lora_A's, under autocast autocast's.
+
+    Returns:
+        (..., embedding_dim) in compute_dtype.
+
+    Raises:
+        ValueError, TypeError: as `mica_linear`. RuntimeError: as there.
+    """
+    check_embedding(indices, lora_A, lora_B)
+    return embedding(indices, lora_A, lora_B, scaling, padding_idx, compute_dtype)
+
+
+def _embedding(indices, lora_A, lora_B, scaling, padding_idx, compute_dtype):
+    dtypes = (lora_A.dtype, compute_dtype or lora_A.dtype, lora_B.dtype)
+    operands = (indices.reshape(-1), lora_A, lora_B, scaling, compute_dtype)
+    out = compute("embedding", lora_A, lora_A.shape[0], dtypes, *operands)
+    return out.view(*indices.shape, out.shape[-1])
+
+
+def _embedding_plain(indices, lora_A, lora_B, scaling, padding_idx, compute_dtype):
+    """`_embedding` for transforms to differentiate: column ``padding_idx`` has a tangent but no gradient."""
+    if padding_idx is not None:
+        every = torch.arange(lora_A.shape[1], device=lora_A.device)
+        lora_A = F.embedding(every, lora_A.t(), padding_idx=padding_idx).t()
+    return _embedding(indices, lora_A, lora_B, scaling, padding_idx, compute_dtype)
+
+
+def _embedding_backward(grad_output, indices, lora_A, lora_B, scaling, padding_idx):
+    dy, flat = grad_output.reshape(-1, grad_output.shape[-1]), indices.reshape(-1)
+    dtypes = (dy.dtype, lora_A.dtype, lora_B.dtype)
+    operands = (dy, flat, lora_A, lora_B, scaling, padding_idx)
+    with no_autocast(dy):
+        return compute("embedding_backward", dy, lora_A.shape[0], dtypes, *operands)
+
+
+def _embedding_fake(indices, lora_A, lora_B, scaling, padding_idx, compute_dtype):
+    return lora_A.new_empty(*indices.shape, lora_B.shape[0], dtype=compute_dtype or lora_A.dtype)
+
+
+def _embedding_backward_fake(grad_output, indices, lora_A, lora_B, scaling, padding_idx):
+    return lora_A.new_empty(lora_A.shape)
+
+
+class _MicaEmbedding(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, run, indices, lora_A, lora_B, scaling, padding_idx, compute_dtype):
+        ctx.scaling, ctx.padding_idx = scaling, padding_idx
+        ctx.save_for_backward(indices, lora_A, lora_B)
+        with below_autograd():
+            return run(indices, lora_A, lora_B, scaling, padding_idx, compute_dtype)
+
+    @staticmethod
+    def backward(ctx, grad_output):
+        tensors = grad_output, *ctx.saved_tensors
+        args = *tensors, ctx.scaling, ctx.padding_idx
+        grad_A = run_backward(torch.ops.mica.embedding_backward, _embedding_backward, tensors, *args)
+        return None, None, grad_A, None, None, None, None
+
+
+def _cast(device_type, indices, lora_A, lora_B, scaling, padding_idx, compute_dtype):
+    if torch.float64 not in (lora_A.dtype, lora_B.dtype):  # left as it is, as by `autocast_to`
+        compute_dtype = torch.get_autocast_dtype(device_type)
+    return indices, lora_A, lora_B, scaling, padding_idx, compute_dtype
+
+
+embedding = operator(
+    "embedding",
+    "(Tensor indices, Tensor lora_A, Tensor lora_B, float scaling, int? padding_idx,"
+    " ScalarType? compute_dtype) -> Tensor",
+    _embedding,
+    _embedding_fake,
+    _MicaEmbedding.apply,
+    _cast,
+    _embedding_plain,
+)
+operator(
+    "embedding_backward",
+    "(Tensor grad_output, Tensor indices, Tensor lora_A, Tensor lora_B, float scaling, int? padding_idx)"
+    " -> Tensor",
+    _embedding_backward,
+    _embedding_backward_fake,
+)

@@ -1,0 +1,121 @@
+"""What the operators refuse, and what the message says: argument, what it is, what is allowed."""
+
+import pytest
+import torch
+
+from mica.ops import (
+    mica_down_projection,
+    mica_embedding,
+    mica_linear,
+    mica_linear_group,
+    mica_up_projection,
+)
+from tests.support.oracle import problem
+
+
+@pytest.mark.parametrize("name", ["weight", "lora_B", "bias"])
+def test_frozen_operands_must_be_frozen(name):
+    p = problem((3,), 4, 5, 2, torch.float32)
+    getattr(p, name).requires_grad_()
+    with pytest.raises(ValueError, match=rf"{name} must be frozen"):
+        mica_linear(p.x, p.weight, p.lora_A, p.lora_B, 1.0, p.bias)
+    with torch.no_grad():
+        mica_linear(p.x, p.weight, p.lora_A, p.lora_B, 1.0, p.bias)
+
+
+@pytest.mark.parametrize("backend", ["auto", "triton", "reference"])
+@pytest.mark.parametrize(
+    ("change", "kind", "message"),
+    [
+        ({"x": torch.randn(3, 5)}, ValueError, r"x is \(3, 5\)"),
+        ({"x": torch.randn(())}, ValueError, r"x is \(\)"),
+        ({"x": torch.ones(3, 4, dtype=torch.int64)}, TypeError, "x must be of dtype float64.*is torch.int64"),
+        ({"x": torch.randn(3, 4).bfloat16()}, TypeError, "weight must have the dtype of x.*torch.float32"),
+        ({"x": torch.randn(3, 4).to("meta")}, ValueError, "one device, but found x on meta, weight on cpu"),
+        ({"weight": torch.randn(5, 4, 1)}, ValueError, r"weight \(5, 4, 1\)"),
+        ({"lora_A": torch.randn(2, 5)}, ValueError, r"lora_A must be \(rank, in_features\)"),
+        ({"lora_A": torch.randn(())}, ValueError, r"they are \(\) and \(5, 2\)"),
+        ({"lora_A": torch.randn(0, 4), "lora_B": torch.randn(5, 0)}, ValueError, "rank must be at least 1"),
+        ({"lora_A": torch.ones(2, 4, dtype=torch.int8)}, TypeError, "lora_A must be of dtype"),
+        ({"lora_B": torch.randn(5, 3)}, ValueError, r"they are \(2, 4\) and \(5, 3\)"),
+        ({"bias": torch.randn(4)}, ValueError, r"bias must be \(5,\)"),
+        ({"bias": torch.randn(5).half()}, TypeError, "bias must have the dtype of x"),
+        ({"compute_dtype": torch.int32}, TypeError, "compute_dtype must be a floating dtype"),
+        ({"dropout_p": 1.0}, ValueError, "dropout_p must be at least 0 and below 1, but it is 1.0"),
+        ({"dropout_p": 0.1}, ValueError, "seed must be an int64 tensor.*it is None"),
+        ({"dropout_p": 0.1, "seed": torch.tensor(1)}, ValueError, r"it is torch.int64 of shape \(\)"),
+    ],
+)
+def test_bad_input_of_the_linear_layer_is_named(monkeypatch, backend, change, kind, message):
+    monkeypatch.setenv("MICA_BACKEND", backend)
+    p = problem((3,), 4, 5, 2, torch.float32)
+    operands = {name: getattr(p, name) for name in ("x", "weight", "lora_A", "lora_B", "bias")}
+    with pytest.raises(kind, match=message):
+        mica_linear(**{**operands, **change})
+
+
+@pytest.mark.parametrize(
+    ("change", "kind", "message"),
+    [
+        ({"lora_B": torch.randn(4, 3)}, ValueError, r"lora_A must be \(rank, num_embeddings\)"),
+        ({"lora_A": torch.randn(0, 5), "lora_B": torch.randn(4, 0)}, ValueError, "rank must be at least 1"),
+        ({"indices": torch.tensor([0.0])}, TypeError, "indices must be of dtype int32, int64"),
+        ({"lora_A": torch.randn(2, 5).to("meta")}, ValueError, "lora_A on meta"),
+    ],
+)
+def test_bad_input_of_the_embedding_is_named(change, kind, message):
+    operands = {"indices": torch.tensor([0]), "lora_A": torch.randn(2, 5), "lora_B": torch.randn(4, 2)}
+    with pytest.raises(kind, match=message):
+        mica_embedding(**{**operands, **change})
+
+
+@pytest.mark.parametrize(
+    ("change", "kind", "message"),
+    [
+        ({"x": torch.randn(3, 5)}, ValueError, r"x is \(3, 5\) and lora_A \(2, 4\)"),
+        ({"x": torch.ones(3, 4, dtype=torch.int64)}, TypeError, "x must be of dtype"),
+        ({"lora_A": torch.randn(0, 4)}, ValueError, "rank must be at least 1"),
+        ({"lora_A": torch.randn(2, 4).to("meta")}, ValueError, "one device"),
+        ({"compute_dtype": torch.int8}, TypeError, "compute_dtype must be a floating dtype"),
+        ({"dropout_p": 0.5}, ValueError, "seed must be an int64 tensor"),
+    ],
+)
+def test_bad_input_of_the_down_projection_is_named(change, kind, message):
+    with pytest.raises(kind, match=message):
+        mica_down_projection(**{"x": torch.randn(3, 4), "lora_A": torch.randn(2, 4), **change})
+
+
+@pytest.mark.parametrize(
+    ("change", "kind", "message"),
+    [
+        ({"y": torch.randn(3, 6)}, ValueError, r"they are \(3, 6\), \(3, 2\) and \(5, 2\)"),
+        ({"h": torch.randn(4, 2)}, ValueError, r"\(4, 2\)"),
+        ({"h": torch.randn(3, 0), "lora_B": torch.randn(5, 0)}, ValueError, "rank must be at least 1"),
+        ({"y": torch.ones(3, 5, dtype=torch.int8)}, TypeError, "y must be of dtype"),
+        ({"lora_B": torch.randn(5, 2).requires_grad_()}, ValueError, "lora_B must be frozen"),
+    ],
+)
+def test_bad_input_of_the_up_projection_is_named(change, kind, message):
+    operands = {"y": torch.randn(3, 5), "h": torch.randn(3, 2), "lora_B": torch.randn(5, 2)}
+    with pytest.raises(kind, match=message):
+        mica_up_projection(**{**operands, **change})
+
+
+@pytest.mark.parametrize(
+    ("index", "value", "message"),
+    [
+        (0, [], "all lists must have one length, at least 1, but weights has 0, lora_As has 3"),
+        (3, [1.0, 1.0], "scalings has 2"),
+        (2, [torch.randn(14, 4)] * 3, r"lora_B \(out_features, rank\)"),
+    ],
+)
+def test_bad_input_of_the_group_is_named(index, value, message):
+    layers = [
+        problem((2,), 5, out_features, rank, torch.float32)
+        for out_features, rank in ((14, 3), (8, 8), (20, 16))
+    ]
+    names = ("weight", "lora_A", "lora_B", "scaling", "bias")
+    arguments = [[getattr(layer, name) for layer in layers] for name in names]
+    arguments[index] = value
+    with pytest.raises(ValueError, match=message):
+        mica_linear_group(torch.randn(2, 5), *arguments)

@@ -1,0 +1,70 @@
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.library import opcheck
+
+from mica.ops import mica_embedding
+from tests.support.tolerances import RELATIVE, error
+
+
+@pytest.mark.parametrize("padding_idx", [None, 3])
+def test_opcheck(padding_idx):
+    indices, lora_A, lora_B = torch.randint(0, 11, (3, 4)), torch.randn(2, 11), torch.randn(5, 2)
+    arguments = (indices, lora_A.requires_grad_(), lora_B, 0.5, padding_idx, None)
+    opcheck(torch.ops.mica.embedding.default, arguments)
+    opcheck(
+        torch.ops.mica.embedding_backward.default,
+        (torch.randn(3, 4, 5), indices, lora_A.detach(), lora_B, 0.5, padding_idx),
+    )
+
+
+@pytest.mark.filterwarnings("error:.*autograd kernel was not registered")
+def test_derivatives():
+    indices, lora_B = torch.tensor([[1, 4], [1, 0]]), torch.randn(3, 2, dtype=torch.float64)
+    lora_A = torch.randn(2, 6, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda a: mica_embedding(indices, a, lora_B, 0.5), (lora_A,))
+    assert torch.autograd.gradgradcheck(lambda a: mica_embedding(indices, a, lora_B, 0.5), (lora_A,))
+
+
+@pytest.mark.parametrize("padding_idx", [None, 0, 5])
+def test_agrees_with_torch(padding_idx):
+    indices, lora_B = torch.tensor([[1, 5], [0, 1]]), torch.randn(3, 2, dtype=torch.float64)
+    lora_A = torch.randn(2, 6, dtype=torch.float64, requires_grad=True)
+    grad_output = torch.randn(2, 2, 3, dtype=torch.float64)
+    expected = 0.5 * F.embedding(indices, lora_A.t(), padding_idx=padding_idx) @ lora_B.t()
+    (expected_grad,) = torch.autograd.grad(expected, lora_A, grad_output)
+    actual = mica_embedding(indices, lora_A, lora_B, 0.5, padding_idx=padding_idx)
+    (actual_grad,) = torch.autograd.grad(actual, lora_A, grad_output)
+    assert error(actual, expected) <= RELATIVE[torch.float64]
+    assert error(actual_grad, expected_grad) <= RELATIVE[torch.float64]
+
+
+@pytest.mark.parametrize("padding_idx", [None, 2])
+def test_function_transforms(padding_idx):
+    lora_A, lora_B = torch.randn(2, 6, dtype=torch.float64), torch.randn(5, 2, dtype=torch.float64)
+    indices = torch.tensor([[1, 2, 2], [0, 5, 2]])
+
+    def ours(lora_A, indices):
+        return mica_embedding(indices, lora_A, lora_B, 0.7, padding_idx=padding_idx).square().sum()
+
+    def torchs(lora_A, indices):
+        h = F.embedding(indices, lora_A.t(), padding_idx=padding_idx)
+        return (h @ lora_B.t() * 0.7).square().sum()
+
+    transforms = (
+        torch.func.grad,
+        lambda loss: torch.func.vmap(torch.func.grad(loss), in_dims=(None, 0)),
+        lambda loss: lambda A, i: torch.func.jvp(lambda A: loss(A, i), (A,), (torch.ones_like(A),))[1],
+        lambda loss: lambda A, i: torch.func.hessian(loss)(A, i),
+    )
+    for transform in transforms:
+        actual, expected = transform(ours)(lora_A, indices), transform(torchs)(lora_A, indices)
+        assert error(actual, expected) <= RELATIVE[torch.float64]
+
+
+def test_autocast():
+    lora_A, lora_B = torch.randn(2, 6), torch.randn(5, 2)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert mica_embedding(torch.tensor([1, 2]), lora_A, lora_B).dtype == torch.bfloat16
+        assert mica_embedding(torch.tensor([1, 2]), lora_A.double(), lora_B).dtype == torch.float64
+    assert mica_embedding(torch.tensor([1, 2]), lora_A, lora_B).dtype == torch.float32
