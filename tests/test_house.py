@@ -86,7 +86,7 @@ def test_no_import_circle():
 
 @pytest.mark.parametrize("module", [module for module in MODULES if module.startswith("mica")])
 def test_imports_go_downwards(module):
-    """kernels <- mica.subspace, operators <- mica.fast <- mica.cli; the product knows neither tests nor bench."""
+    """kernels <- solver, operators <- mica.fast <- mica.cli; the product knows neither tests nor bench."""
     layer = _layer(module)
     above = sorted(other for other in imported(module) if _layer(other) > layer)
     assert not above

@@ -59,7 +59,6 @@ KERNELS = [
                 ("P_RANK == BLOCK_R and", ""),
                 ("= start + tl.arange", "= tl.arange"),
             ],
-            "precision": [("and not exact", "")],
             "keep_threshold": [("dropout_p * 2**24", "dropout_p * 2**23")],
         },
     ),
@@ -127,7 +126,7 @@ KERNELS = [
                 ("self.then(*[tensors[place] for place in self._passed_on])", "pass"),
                 ("math.gcd(16, *addresses) == 16", "True"),
                 ("or _is_observed(self.kernel)", ""),
-                ("elif index == _current_device()", "elif index >= 0"),
+                ("elif index == current_device()", "elif index >= 0"),
             ],
             "Plan._launch": [
                 ("bind(tensors).alone()", "bind(tensors)()"),
@@ -191,7 +190,6 @@ KERNELS = [
         edits={
             "_up_projection_kernel": [
                 ("* scale  # fmt: skip", "# fmt: skip"),
-                ("bias.to(tl.float32)[None, :]", "0.0"),
                 ("rows, columns, threshold", "columns, rows, threshold"),
                 ("(columns < out_features)[None", "(columns <= out_features)[None"),
                 ("row_mask = (rows < num_tokens)", "row_mask = (rows <= num_tokens)"),
@@ -203,10 +201,7 @@ KERNELS = [
                 ("out_features % config.block_n == 0", "True"),
             ],
             "plan_up_projection": [("out,) if out.data_ptr() == base.data_ptr() else (", "")],
-            "key_of": [
-                ("layout(out),", ""),
-                ("exact,\n        config", "config"),
-            ],
+            "key_of": [("layout(out),", ""), ("fp32_setting() if", "None if")],
         },
     ),
     FileEdits(
@@ -248,18 +243,6 @@ KERNELS = [
         },
     ),
     FileEdits(
-        "kernels/merge.py",
-        tests=["tests/kernels/test_merge.py"],
-        edits={
-            "_FULL_FP32": [
-                ('"exact": True', '"exact": False'),
-                ('compute_dtype": torch.float32', 'compute_dtype": torch.bfloat16'),
-            ],
-            "plan_merge": [("scale=scale, config", "config")],
-            "merge": [("scale=scale, config", "config")],
-        },
-    ),
-    FileEdits(
         "kernels/checks.py",
         tests=["tests/kernels/test_up_projection.py", "tests/kernels/test_grad_a.py"],
         edits={
@@ -275,19 +258,19 @@ KERNELS = [
                 ("lora_B._version, lora_B", "lora_B"),
                 ("lora_B.data_ptr(),", ""),
                 ("state, lora_B.detach()", "state, lora_B[:0].clone()"),
-                ("workspace.kept(lambda: _padded(lora_B, dtype), lora_B", "_padded(lora_B, dtype"),
+                ("workspace.kept(lambda:", "(lambda make, _: make())(lambda:"),
             ],
             "_is_cacheable": [("and not lora_B.is_inference()", "")],
-            "_padded": [("lora_B.new_zeros", "lora_B.new_empty")],
+            "padded": [("lora_B.new_zeros", "lora_B.new_empty")],
         },
     ),
     FileEdits(
         "kernels/runtime.py",
         tests=["tests/kernels/test_runtime.py"],
         edits={
-            "_trial": [("not torch.equal(down_projection(x, factor), expected)", "False")],
+            "trial": [("not torch.equal(down_projection(x, factor), expected)", "False")],
             "why_unavailable": [("torch.cuda.is_current_stream_capturing()", "False")],
-            "is_settled": [("device in _tried or", "")],
+            "is_settled": [("device in tried or", "")],
         },
     ),
     FileEdits(
@@ -296,7 +279,7 @@ KERNELS = [
         edits={
             "_measure": [("tensor.copy_(saved)", "pass")],
             "pick": [("fastest = min", "fastest = max")],
-            "_write": [("*_load(file), **_read", "*_read")],
+            "_write": [("*load(file), **_read", "*_read")],
             "forget": [("_generation += 1", "")],
             "state": [("(_generation, *(value() for value in _environment))", "_generation")],
         },

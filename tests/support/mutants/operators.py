@@ -9,18 +9,18 @@ OPERATORS = [
             "tests/mica/test_kernel_operands.py",
             "tests/mica/test_kernel_plans.py",
             "tests/mica/test_kernel_path.py",
-            "tests/mica/test_factor_ops.py",
-            "tests/mica/test_group_ops.py",
+            "tests/mica/ops/test_factors.py",
+            "tests/mica/ops/test_group.py",
         ],
         edits={
-            "_operand": [
+            "as_operand": [
                 ("lora_A.to(dtype)", "lora_A"),
                 ("lora_A.to(dtype)", "lora_A.to(torch.float16)"),
-                ("lora_A.shape[0] < _WIDE_RANK or", ""),
-                ("num_tokens < _MANY_TOKENS or", ""),
+                ("lora_A.shape[0] < WIDE_RANK or", ""),
+                ("num_tokens < MANY_TOKENS or", ""),
                 ("or lora_A.dtype.itemsize <= dtype.itemsize", ""),
             ],
-            "_planned_forward": [
+            "planned_linear": [
                 (".to(dtype) if rounded else lora_A", ""),
                 ("x), layout(lora_A", "lora_A"),
                 ("lora_A), layout(lora_B", "lora_B"),
@@ -42,8 +42,8 @@ OPERATORS = [
                 ("_stacked(lora_As, scalings)", "_stacked(lora_As)"),
             ],
             "linear_group_backward": [
-                ("_operand(_stacked(lora_As), len(g), compute_dtype", "_stacked(lora_As"),
-                ("in products[1:]", "in products[2:]"),
+                ("as_operand(_stacked(lora_As), len(g), compute_dtype", "_stacked(lora_As"),
+                ("in others", "in others[1:]"),
             ],
             "down_projection_backward": [
                 ("_operand(lora_A, len(grad_h), grad_h.dtype)", "lora_A"),
@@ -51,7 +51,7 @@ OPERATORS = [
                 ("0], **options) * scaling", "0], **options)"),
             ],
             "down_projection": [("_operand(lora_A, len(x), compute_dtype)", "lora_A")],
-            "_choose": [('backend.requested() == "auto"', "True")],
+            "choose_form": [('backend.requested() == "auto"', "True")],
             "linear_backward": [('"dropout_p": dropout_p, "seed": seed', "")],
             "embedding_backward": [("padding_idx=padding_idx,", "")],
             "up_projection": [("torch.empty_like(y)", "y")],
@@ -74,16 +74,20 @@ OPERATORS = [
         },
     ),
     FileEdits(
-        "mica/ops.py",
-        tests=["tests/mica/test_ops.py", "tests/mica/fast/test_changes.py", "tests/mica/test_kernel_path.py"],
+        "mica/ops/linear.py",
+        tests=[
+            "tests/mica/ops/test_linear.py",
+            "tests/mica/fast/test_changes.py",
+            "tests/mica/test_kernel_path.py",
+        ],
         edits={
             "_MicaLinear.forward": [("if needs_x else None", "")],
             "linear_directly": [("(lora_A.requires_grad or x.requires_grad)", "lora_A.requires_grad")],
         },
     ),
     FileEdits(
-        "mica/dispatch.py",
-        tests=["tests/mica/test_dispatch.py", "tests/mica/test_kernel_path.py"],
+        "mica/ops/dispatch.py",
+        tests=["tests/mica/ops/test_dispatch.py", "tests/mica/test_kernel_path.py"],
         edits={
             "run_backward": [
                 ("return plain(body)", "return body"),
@@ -98,24 +102,24 @@ OPERATORS = [
                 ("or torch._C._len_torch_function_stack()", ""),
                 ("or is_transformed()", ""),
             ],
-            "front.call": [
-                ("device_type not in rules or", ""),
+            "operator.call": [
+                ("device_type not in _AUTOCAST or", ""),
                 ("torch.is_autocast_enabled(device_type)", "False"),
             ],
         },
     ),
     FileEdits(
-        "mica/factor_ops.py",
-        tests=["tests/mica/test_factor_ops.py"],
+        "mica/ops/factors.py",
+        tests=["tests/mica/ops/test_factors.py"],
         edits={
             "_DownProjection.forward": [("if ctx.needs_input_grad[2] else None", "")],
             "_down_backward": [("to(x_dtype).view", "view")],
-            "_down_under_autocast.under_autocast": [("None, dropout_p, seed", "compute_dtype, 0.0, None")],
+            "_down_cast": [("None, *dropout", "compute_dtype, 0.0, None")],
         },
     ),
     FileEdits(
-        "mica/group_ops.py",
-        tests=["tests/mica/test_group_ops.py", "tests/mica/fast/test_grouping_checkpointing.py"],
+        "mica/ops/group.py",
+        tests=["tests/mica/ops/test_group.py", "tests/mica/fast/test_grouping_checkpointing.py"],
         edits={
             "_saved_alone": [
                 ("if lora_A.requires_grad else None", ""),
@@ -128,10 +132,10 @@ OPERATORS = [
     ),
     FileEdits(
         "mica/reference.py",
-        tests=["tests/mica/test_reference.py", "tests/mica/test_group_ops.py"],
+        tests=["tests/mica/test_reference.py", "tests/mica/ops/test_group.py"],
         edits={
             "linear_group_backward": [
-                ("_grad_x(products, g", "_grad_x(products[:2], g"),
+                ("used_pairs(grad_outputs, weights)", "used_pairs(grad_outputs[:2], weights[:2])"),
                 ("product_dtype(used, (*lora_As, *lora_Bs), compute_dtype)", "compute_dtype"),
             ],
             "stacked": [("if s == 1.0 else A * s", "")],
@@ -140,7 +144,7 @@ OPERATORS = [
                 ("g.mul_(scaling)", "pass"),
                 ("product_dtype(grad_output, (lora_A, lora_B), compute_dtype)", "compute_dtype"),
             ],
-            "forward": [
+            "linear": [
                 ("t(), alpha=scaling", "t()"),
                 ("product_dtype(x, (lora_A, lora_B), compute_dtype or x.dtype)", "compute_dtype or x.dtype"),
             ],
@@ -172,19 +176,19 @@ OPERATORS = [
             "addmm": [("right in others", "right in others[1:]")],
             "_in_chunks": [
                 ("these] if base.dim() == 1 else base[some, these", "..., : out[some, these].shape[1]"),
-                ("max(_SHORTEST, _CHUNK // max(longest, column_step))", "rows"),
-                ("min(columns, max(_SHORTEST, _CHUNK // longest))", "columns"),
+                ("max(SHORTEST, CHUNK // max(longest, column_step))", "rows"),
+                ("min(columns, max(SHORTEST, CHUNK // longest))", "columns"),
                 ("torch._C._are_functorch_transforms_active() or", ""),
             ],
             "_rounded": [
                 ("total.to(dtype)", "total.to(torch.bfloat16)"),
                 ("total, left, right)", "total.to(dtype).float(), left, right)"),
             ],
-            "_through_fp32": [("left.shape[0] > _FEW_ROWS or right.stride(0) != 1", "True")],
-            "_asked": [("bool(getattr(torch.ops.mkldnn, _ASKED[dtype])())", "True")],
+            "_through_fp32": [("left.shape[0] > FEW_ROWS or right.stride(0) != 1", "True")],
+            "query": [("bool(getattr(torch.ops.mkldnn, QUERIES[dtype])())", "True")],
             "has_native": [("max(slowdown(dtype", "min(slowdown(dtype")],
             "product_dtype": [
-                ("left.shape[0] > _FEW_TO_ROUND or", ""),
+                ("left.shape[0] > FEW_TO_ROUND or", ""),
                 ("left.is_cpu or not", ""),
                 ("or not has_native(dtype)", ""),
                 ("if factor.dtype != torch.float32:\n            return dtype", "pass"),
