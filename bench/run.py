@@ -24,7 +24,7 @@ NOTHING = "nothing ran"
 # by its exit status: all passed, some failed, three kinds of not getting so far, nothing was selected
 PYTEST_ENDED = {0: "passed", 1: "failed", 2: "failed", 3: "failed", 4: "failed", 5: "passed"}
 STARTS = 4  # of one job at most
-# Seconds. Making the file anew takes a core some 30 ms, which on a CPU the rivals' times would pay for.
+# Seconds. Rewriting the file takes some 30 ms of a core, which on a CPU would be added to measured times.
 POLL, REWRITE = 0.1, 10.0
 
 
@@ -121,7 +121,9 @@ class Run:
         why = "the process died" if state == "died" else f"nothing was heard for {job.silence:.0f} s"
         last, ended = entries[-1], {one["name"] for one in entries if one["kind"] == "test"}
         if last["kind"] == "doing" and "group" in last:
-            whose = {"rival": last["rival"]} if "rival" in last else {}  # else what the cell's rivals share
+            whose = (
+                {"implementation": last["implementation"]} if "implementation" in last else {}
+            )  # else what the cell's implementations share
             journal.write("refused", group=last["group"], **whose, why=why)
         elif last["kind"] != "refused":  # else it has said so itself, and left
             started = dict.fromkeys(one["test"] for one in entries if "test" in one)
@@ -143,5 +145,7 @@ class Run:
         if failed:
             found["first_failed"] = failed[:5]
         if state in ("died", "hung", "over time"):
-            found["was_doing"] = {name: doing[name] for name in ("group", "rival", "test") if name in doing}
+            found["was_doing"] = {
+                name: doing[name] for name in ("group", "implementation", "test") if name in doing
+            }
         return found

@@ -237,8 +237,8 @@ def acceptance(device: Device) -> list[tuple[str, str, float]]:
     """What is asked of a GPU for the layer `ASKED`: (what, asked, modelled)."""
     forms = compare(Layer(*ASKED, device.target), device)["forms"]
     percent, us = forms[SPLIT]["percent"], {name: form["us"]["both"] for name, form in forms.items()}
-    rivals = {STOCK_16: 1.15, STOCK: 1.6, CONTROL: 0.98}
-    ratios = [(f"{name} / split, both", f">= {low}", us[name] / us[SPLIT]) for name, low in rivals.items()]
+    baselines = {STOCK_16: 1.15, STOCK: 1.6, CONTROL: 0.98}
+    ratios = [(f"{name} / split, both", f">= {low}", us[name] / us[SPLIT]) for name, low in baselines.items()]
     return [
         ("split, forward, %", "<= 28", percent["forward"]),
         ("split, backward, %", "<= 35", percent["backward"]),

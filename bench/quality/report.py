@@ -18,8 +18,8 @@ from bench.quality.search import best, is_enclosed
 
 MICA, STOCK = "MiCA, mica.fast", "MiCA, stock PEFT"
 SAME_RANK, SAME_SIZE, FULL = "LoRA, same rank", "LoRA, same size", "full fine-tuning"
-RIVALS = (SAME_RANK, SAME_SIZE, FULL)
-COMPARED = (MICA, *RIVALS)
+BASELINES = (SAME_RANK, SAME_SIZE, FULL)
+COMPARED = (MICA, *BASELINES)
 PAPER = "MiCA Learns More Knowledge Than LoRA and Full Fine-Tuning, arXiv 2604.01694"
 CLAIMS = {
     "knowledge": "up to 5.9x improvement in knowledge acquisition under optimized training hyperparameters",
@@ -175,7 +175,7 @@ def _texts(result: dict) -> str:
 
 
 def compared(ours: Spread, other: Spread) -> str:
-    """MiCA's value beside a rival's, in words that the ranges over the seeds allow; none for one seed."""
+    """MiCA's value beside a baseline's, in words that the ranges over the seeds allow; none for one seed."""
     if min(ours.count, other.count) < 2:
         return ""
     if ours.low > other.high:
@@ -204,7 +204,7 @@ def _changes(result: dict, what: str, measure: Measure, sign: int) -> list[str]:
 def _factors(result: dict, what: str, measure: Measure) -> list[str]:
     """MiCA's fall of a loss ÷ that of the others; no factor where either did not fall."""
     falls, cells = {name: _change(result, name, measure, -1) for name in COMPARED}, [what, ""]
-    for name in RIVALS:
+    for name in BASELINES:
         both = [falls[one].mean if falls[one] else 0.0 for one in (MICA, name)]
         cells.append(f"{both[0] / both[1]:.2f}x" if min(both) > 0 else "no factor")
     return cells
@@ -212,15 +212,15 @@ def _factors(result: dict, what: str, measure: Measure) -> list[str]:
 
 def _claims(result: dict) -> str:
     sizes = {name: facts["trained_parameters"] for name, facts in result["methods"].items()}
-    shares = [f"{100 * sizes[MICA] / sizes[name]:.1f} %" if name in sizes else "" for name in RIVALS]
+    shares = [f"{100 * sizes[MICA] / sizes[name]:.1f} %" if name in sizes else "" for name in BASELINES]
     rows = {
         "knowledge": [
             _changes(result, "fall of the loss on new facts, held-out questions", FACTS, -1),
-            _factors(result, "MiCA's fall ÷ the rival's", FACTS),
+            _factors(result, "MiCA's fall ÷ the baseline's", FACTS),
             _changes(result, "rise of the share answered right, in points", PICKED, 1),
             _changes(result, "fall of the loss on new prose, held-out documents", PROSE, -1),
         ],
-        "size": [["MiCA's trained parameters, in % of the rival's", "", *shares]],
+        "size": [["MiCA's trained parameters, in % of the baseline's", "", *shares]],
         "forgetting": [
             _changes(result, "rise of the loss on the Python reference", REFERENCE, 1),
             _changes(result, "rise of the loss on known facts", KNOWN, 1),

@@ -46,8 +46,8 @@ def answers(result: Result) -> list[str]:
     }
     for clock in (WALL, names.DEVICE_TIME) if clocks(result) else (WALL,):
         part, of = by_clock(result, clock), f", {clock}" if clocks(result) else ""
-        for title, more, rival in SLOWER:
-            found[f"**Where it is not faster than {title}**{of}{more}"] = _slower(part, rival)
+        for title, more, implementation in SLOWER:
+            found[f"**Where it is not faster than {title}**{of}{more}"] = _slower(part, implementation)
         many, few = range(FEW_TOKENS, 2**62), range(FEW_TOKENS)
         found |= {
             f"**Layers with {FEW_TOKENS} tokens or more**{of}, against stock PEFT": _layers(
@@ -78,7 +78,7 @@ def _once(result: Result, suite: str) -> str:
     """Of what happens to an adapter once; seconds."""
     parts = []
     for group in having({FAST, STOCK}, result.select(suite=suite)):
-        seconds = " → ".join(f"{group.rivals[name].median:.3g} s" for name in (STOCK, FAST))
+        seconds = " → ".join(f"{group.timings[name].median:.3g} s" for name in (STOCK, FAST))
         what = group.axes.get("model", group.name)
         parts.append(f"{_inverse(group.ratio(FAST, STOCK))} as fast as stock PEFT for {what} ({seconds})")
     return _told(parts)
@@ -88,7 +88,7 @@ def _step(result: Result) -> str:
     parts = []
     for group in having({FAST, STOCK}, result.select(suite="step")):
         text = f"{group.name}: {_inverse(group.ratio(FAST, STOCK))} as fast"
-        if BARE in group.rivals:
+        if BARE in group.timings:
             ours, stock = (group.ratio(name, BARE).median for name in (FAST, STOCK))
             text += f", {ours:.2f} times the {BARE}, {STOCK} {stock:.2f} times"
         parts.append(text)
@@ -98,7 +98,7 @@ def _step(result: Result) -> str:
 def _memory(result: Result) -> str:
     parts = []
     for group in having({STOCK, FAST, BARE}, result.select(suite="step")):
-        stock, ours, bare = (group.rivals[name].facts.get("saved_mb") for name in (STOCK, FAST, BARE))
+        stock, ours, bare = (group.timings[name].facts.get("saved_mb") for name in (STOCK, FAST, BARE))
         if None not in (stock, ours, bare):
             parts.append(
                 f"{group.name}: {stock - ours:.0f} MB less are saved for the backward "
@@ -107,12 +107,12 @@ def _memory(result: Result) -> str:
     return _told(parts)
 
 
-def _slower(result: Result, rival: str) -> str:
+def _slower(result: Result, implementation: str) -> str:
     cells = [*whole(result), *result.select(**{"pass": names.NO_GRADIENT})]
     found = [
-        (group.ratio(ours, rival), group.name)
+        (group.ratio(ours, implementation), group.name)
         for ours in (FAST, names.UNGROUPED)
-        for group in having({ours, rival}, cells)
+        for group in having({ours, implementation}, cells)
     ]
     slower = sorted((one for one in found if one[0].median >= 1), reverse=True)
     if not slower:
@@ -123,13 +123,15 @@ def _slower(result: Result, rival: str) -> str:
     return f"{len(slower)} of {len(found)} cells (ratios of time): {_told(texts)}"
 
 
-def _layers(result: Result, rival: str, tokens: range = range(2**62)) -> str:
+def _layers(result: Result, implementation: str, tokens: range = range(2**62)) -> str:
     """The range over the cells with so many tokens, and their median."""
     parts = []
     for dtype in ("bfloat16", "float32"):
         faster = [
-            1 / group.ratio(FAST, rival).median
-            for group in having({FAST, rival}, result.select(suite="layer", dtype=dtype, **{"pass": BOTH}))
+            1 / group.ratio(FAST, implementation).median
+            for group in having(
+                {FAST, implementation}, result.select(suite="layer", dtype=dtype, **{"pass": BOTH})
+            )
             if group.axes["tokens"] in tokens
         ]
         if faster:
@@ -147,8 +149,8 @@ def _host(result: Result, suite: str, call: str, forms: tuple[str, ...], most: f
         stock = STOCK if group.axes["dtype"] == "float32" else STOCK_16
         layers = group.axes.get("layers")
         blocks = "" if layers is None else "1 block, " if layers == 1 else f"{layers} blocks, "
-        for name in forms if stock in group.rivals else ():
-            if name not in group.rivals:
+        for name in forms if stock in group.timings else ():
+            if name not in group.timings:
                 continue
             ratio = group.ratio(name, stock)
             met += ratio.median <= most
@@ -160,7 +162,7 @@ def _generate(result: Result) -> str:
     found = []
     for group in having({FAST, STOCK}, result.select(suite="generation")):
         tokens = int(group.axes["new tokens"])
-        shown = [name for name in (FAST, STOCK, names.MERGED, BARE) if name in group.rivals]
-        each = ", ".join(f"{name} {1e3 * group.rivals[name].median / tokens:.3g}" for name in shown)
+        shown = [name for name in (FAST, STOCK, names.MERGED, BARE) if name in group.timings]
+        each = ", ".join(f"{name} {1e3 * group.timings[name].median / tokens:.3g}" for name in shown)
         found.append(f"{group.axes['model']}: {group.ratio(FAST, STOCK)}; ms a token: {each}")
     return _told(found)

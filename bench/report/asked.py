@@ -14,13 +14,13 @@ from bench.results.schema import Group, Ratio, Result
 
 GROUP = {"suite": "group", "tokens": 8192, "in": 4096, "rank": 16, "dtype": "bfloat16"}
 LAYER = {**GROUP, "suite": "layer", "out": 4096}
-# (cell, pass, rival, per cent of the bare model's time that it may add)
+# (cell, pass, implementation, per cent of the bare model's time that it may add)
 EXTRA = (
     (LAYER, names.FORWARD, names.FAST, 28),
     (LAYER, names.BACKWARD, names.FAST, 35),
     (GROUP, names.BOTH, names.GROUPED, 15),
 )
-# (rival, its time ÷ ours at least)
+# (implementation, its time ÷ ours at least)
 AS_FAST = ((names.STOCK_16, 1.15), (names.STOCK, 1.6), (names.ATEN, 0.98), (names.COMPILED, 0.98))
 # Those that are bound by bandwidth, and the share of a copy's that they reach at least, with so many tokens
 KERNELS, SHARE, TOKENS = (names.DOWN_A, names.DOWN_B, names.UP_B, names.GRAD_A), 0.8, 4096
@@ -53,10 +53,10 @@ def demands(result: Result) -> list[Demand]:
     return [*_times(result), *_bandwidths(result), *_errors(result)]
 
 
-def share_of_copy(result: Result, group: Group, rival: str) -> Ratio | None:
+def share_of_copy(result: Result, group: Group, implementation: str) -> Ratio | None:
     """Of a kernel's bandwidth in that of a copy."""
-    times = ratio(group, names.COPY, rival)
-    ours, copied = (facts(result, group, name).get("bytes") for name in (rival, names.COPY))
+    times = ratio(group, names.COPY, implementation)
+    ours, copied = (facts(result, group, name).get("bytes") for name in (implementation, names.COPY))
     if times is None or ours is None:
         return None
     return Ratio(*(one * ours / (copied or ours) for one in times))  # it copies as many unless it says so
@@ -68,17 +68,19 @@ def _timed(result: Result, **axes: str | int) -> Iterator[Group]:
 
 def _times(result: Result) -> Iterator[Demand]:
     nothing = Group("", {})
-    for axes, part, rival, limit in EXTRA:
-        what = (
-            f"{'q, k and v' if axes is GROUP else 'a layer'}, {part}: % that {rival} adds to the {names.BARE}"
-        )
+    for axes, part, implementation, limit in EXTRA:
+        work = "q, k and v" if axes is GROUP else "a layer"
+        what = f"{work}, {part}: % that {implementation} adds to the {names.BARE}"
         for group in [*_timed(result, **axes, **{"pass": part})] or [nothing]:
-            found = ratio(group, rival, names.BARE)
+            found = ratio(group, implementation, names.BARE)
             yield Demand(what, True, limit, found and Ratio(*(100 * (value - 1) for value in found)))
     layer = next(_timed(result, **LAYER, **{"pass": names.BOTH}), nothing)
-    for rival, limit in AS_FAST:
+    for implementation, limit in AS_FAST:
         yield Demand(
-            f"a layer, {names.BOTH}: {rival} ÷ {names.FAST}", False, limit, ratio(layer, rival, names.FAST)
+            f"a layer, {names.BOTH}: {implementation} ÷ {names.FAST}",
+            False,
+            limit,
+            ratio(layer, implementation, names.FAST),
         )
 
 
@@ -87,9 +89,11 @@ def _bandwidths(result: Result) -> Iterator[Demand]:
     for kernel in KERNELS:
         found = []
         for group in _timed(result, suite="kernels"):
-            rival = next((name for name in group.rivals if name != names.COPY), None)
-            if group.axes["kernel"] == kernel and rival and int(group.axes["tokens"]) >= TOKENS:
-                found.append((share_of_copy(result, group, rival), f"{group.name}, {rival}"))
+            implementation = next((name for name in group.timings if name != names.COPY), None)
+            if group.axes["kernel"] == kernel and implementation and int(group.axes["tokens"]) >= TOKENS:
+                found.append(
+                    (share_of_copy(result, group, implementation), f"{group.name}, {implementation}")
+                )
         share, where = min((one for one in found if one[0]), default=(None, f"from {TOKENS} tokens"))
         yield Demand(f"{kernel}: bandwidth ÷ that of a copy; {where}", False, SHARE, share)
 
@@ -98,8 +102,8 @@ def _errors(result: Result) -> Iterator[Demand]:
     layer = next(_timed(result, **LAYER, **{"pass": names.BOTH}), None)
     for what in ("y", "dx", "dA"):
         pair = [
-            facts(result, layer, rival).get(f"error of {what}") if layer else None
-            for rival in (names.FAST, names.STOCK)
+            facts(result, layer, implementation).get(f"error of {what}") if layer else None
+            for implementation in (names.FAST, names.STOCK)
         ]
         measured = None if None in pair else pair[0] / pair[1]
         yield Demand(f"a layer: error of {what} ÷ that of {names.STOCK}", True, ERROR, measured)

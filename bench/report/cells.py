@@ -27,21 +27,23 @@ def whole(result: Result) -> Iterator[Group]:
     return (group for group in result.groups if group.axes.get("pass") in (None, BOTH))
 
 
-def having(rivals: set[str], groups: Iterable[Group]) -> Iterator[Group]:
+def having(implementations: set[str], groups: Iterable[Group]) -> Iterator[Group]:
     """The groups in which all of these have a number."""
-    return (group for group in groups if rivals <= group.rivals.keys())
+    return (group for group in groups if implementations <= group.timings.keys())
 
 
-def ratio(group: Group, rival: str, baseline: str) -> Ratio | None:
-    """rival ÷ baseline; None unless both have a number."""
-    return next((one.ratio(rival, baseline) for one in having({rival, baseline}, [group])), None)
+def ratio(group: Group, implementation: str, baseline: str) -> Ratio | None:
+    """implementation ÷ baseline; None unless both have a number."""
+    return next(
+        (one.ratio(implementation, baseline) for one in having({implementation, baseline}, [group])), None
+    )
 
 
-def facts(result: Result, group: Group, rival: str) -> dict[str, float]:
-    """What was counted beside this rival's time. It is noted once, in the cell of one of the clocks."""
+def facts(result: Result, group: Group, implementation: str) -> dict[str, float]:
+    """What was counted in addition to the time. It is noted once, in the cell of one of the clocks."""
     axes = {name: value for name, value in group.axes.items() if name != "clock"}
     found: dict[str, float] = {}
     for same in result.select(**axes):
-        if same.axes.keys() - {"clock"} == axes.keys() and rival in same.rivals:
-            found |= same.rivals[rival].facts
+        if same.axes.keys() - {"clock"} == axes.keys() and implementation in same.timings:
+            found |= same.timings[implementation].facts
     return found

@@ -1,14 +1,14 @@
 """Two runs of the benchmarks: ``python -m bench.report.compare OLD.json NEW.json`` says what became slower.
 
-Machines drift, and so do their neighbours; what is compared is each rival's ratio to a baseline of its own
-run, round by round, never seconds. A ratio changed if its two intervals do not overlap and the median moved
-by more than the tolerance. Both, because chance separates intervals, too: with equal truth and 5 rounds each
-in 1 of 126 ratios, with 3 rounds in 1 of 10, by about the noise of a round. In simulated runs with noise of
-3 % uniform, 5 % of tolerance called 13 of 1600 unchanged ratios slower with 3 rounds and none with 5: a lone
-regression asks for a second run. A change that disappears in a wide interval is not seen.
+Machines drift, and so does their load, so what is compared is each implementation's ratio to a baseline of
+the same run, round by round, never seconds. A ratio changed if its two intervals do not overlap and the
+median moved by more than the tolerance. Both, because chance separates intervals, too: with equal truth and 5
+rounds each in 1 of 126 ratios, with 3 rounds in 1 of 10, by about the noise of a round. In simulated runs
+with noise of 3 % uniform, 5 % of tolerance called 13 of 1600 unchanged ratios slower with 3 rounds and none
+with 5: a lone regression asks for a second run. A change that disappears in a wide interval is not seen.
 
-What is slower, needs more memory or is refused now, and is ours, is a regression. Ratios of other rivals only
-tell that the baseline or the machine behaves differently.
+What is slower, needs more memory or is refused now, and is ours, is a regression. Ratios of the other
+implementations only show that the baseline or the machine behaves differently.
 
 Exit status: 0 no regression, 1 regressions, 2 there is nothing to compare.
 """
@@ -47,7 +47,7 @@ class Change(NamedTuple):
 
     factor: float
     cell: str
-    rival: str
+    implementation: str
     against: str
     old: str
     new: str
@@ -70,19 +70,19 @@ class Comparison:
         kind.append(change)
 
 
-def is_ours(group: Group, rival: str) -> bool:
+def is_ours(group: Group, implementation: str) -> bool:
     """Beside a copy stand configurations of our kernels."""
-    return rival.startswith(OURS) or (COPY in group.rivals and rival != COPY)
+    return implementation.startswith(OURS) or (COPY in group.timings and implementation != COPY)
 
 
 def ratios(group: Group) -> Iterator[tuple[str, str, Ratio]]:
-    """(rival, baseline, ratio). STOCK ÷ BARE, not the reverse as well."""
-    bases = [name for name in BASELINES if name in group.rivals]
-    bases = bases or [name for name in OTHER_BASELINES if name in group.rivals][:1]
+    """(implementation, baseline, ratio). STOCK ÷ BARE, not the reverse as well."""
+    bases = [name for name in BASELINES if name in group.timings]
+    bases = bases or [name for name in OTHER_BASELINES if name in group.timings][:1]
     for i, base in enumerate(bases):
-        for rival in group.rivals:
-            if rival not in bases[i:]:
-                yield rival, base, group.ratio(rival, base)
+        for implementation in group.timings:
+            if implementation not in bases[i:]:
+                yield implementation, base, group.ratio(implementation, base)
 
 
 def _cells(result: Result) -> dict[tuple, Group]:
@@ -95,12 +95,12 @@ def compare(old: Result, new: Result, tolerance: float) -> Comparison:
     found, later = Comparison(), _cells(new)
     for key, before in _cells(old).items():
         after = later.get(key, Group(before.name, before.axes))
-        for rival in before.rivals:
-            if rival in after.rivals:
-                _memory(found, before, after, rival)
-            elif is_ours(before, rival):
-                whys = [one["why"] for one in new.refused if is_refused(one, before.name, rival)]
-                cell = f"{before.name}, {rival}"
+        for implementation in before.timings:
+            if implementation in after.timings:
+                _memory(found, before, after, implementation)
+            elif is_ours(before, implementation):
+                whys = [one["why"] for one in new.refused if is_refused(one, before.name, implementation)]
+                cell = f"{before.name}, {implementation}"
                 found.refused.append(f"{cell}: {whys[0]}") if whys else found.missing.append(cell)
         _times(found, before, after, tolerance)
     found.faster.sort()
@@ -110,33 +110,33 @@ def compare(old: Result, new: Result, tolerance: float) -> Comparison:
 
 
 def _times(found: Comparison, before: Group, after: Group, tolerance: float) -> None:
-    new_ratios = {(rival, base): ratio for rival, base, ratio in ratios(after)}
-    for rival, base, old in ratios(before):
-        if (new := new_ratios.get((rival, base))) is None:
-            if rival in after.rivals and is_ours(before, rival):
-                found.missing.append(f"{before.name}, {rival} ÷ {base}")
+    new_ratios = {(implementation, base): ratio for implementation, base, ratio in ratios(after)}
+    for implementation, base, old in ratios(before):
+        if (new := new_ratios.get((implementation, base))) is None:
+            if implementation in after.timings and is_ours(before, implementation):
+                found.missing.append(f"{before.name}, {implementation} ÷ {base}")
             continue
         found.ratios += 1
         found.agreeing += old.overlaps(new)
         factor = new.median / old.median
         if not old.overlaps(new) and max(factor, 1 / factor) > 1 + tolerance:
-            change = Change(factor, before.name, rival, f"÷ {base}", str(old), str(new))
-            found.add(change, is_ours(before, rival))
+            change = Change(factor, before.name, implementation, f"÷ {base}", str(old), str(new))
+            found.add(change, is_ours(before, implementation))
 
 
-def _memory(found: Comparison, before: Group, after: Group, rival: str) -> None:
-    old, new = (group.rivals[rival].facts.get(MEMORY) for group in (before, after))
+def _memory(found: Comparison, before: Group, after: Group, implementation: str) -> None:
+    old, new = (group.timings[implementation].facts.get(MEMORY) for group in (before, after))
     if old is not None and new is not None and not old / GROWTH <= new <= old * GROWTH:
         factor = new / old if old else inf
-        change = Change(factor, before.name, rival, MEMORY, f"{old:.4g}", f"{new:.4g}")
-        found.add(change, is_ours(before, rival))
+        change = Change(factor, before.name, implementation, MEMORY, f"{old:.4g}", f"{new:.4g}")
+        found.add(change, is_ours(before, implementation))
 
 
 def load(path: Path) -> Result:
     """Checked as far as `compare` needs it."""
     try:
         result = Result.load(path)
-        rounds = [{len(rival.seconds) for rival in group.rivals.values()} for group in result.groups]
+        rounds = [{len(timing.seconds) for timing in group.timings.values()} for group in result.groups]
         result.machine.get("cpu")
     except OSError as error:
         raise UnusableError(f"{path} cannot be read: {error.strerror}.") from error
@@ -144,7 +144,9 @@ def load(path: Path) -> Result:
         raise UnusableError(f"{path} is no result of a run ({type(error).__name__}: {error}).") from error
     for group, counts in zip(result.groups, rounds, strict=True):
         if len(counts) > 1 or 0 in counts:
-            raise UnusableError(f"{path} has rivals of different numbers of rounds in {group.name!r}.")
+            raise UnusableError(
+                f"{path} has implementations of different numbers of rounds in {group.name!r}."
+            )
     return result
 
 
@@ -155,7 +157,7 @@ def text(found: Comparison, old: Result, new: Result) -> str:
         for key in _CIRCUMSTANCES
         if key in old.machine and old.machine[key] != new.machine.get(key)
     ]
-    header = ["new ÷ old", "cell", "rival", "against", "old", "new"]
+    header = ["new ÷ old", "cell", "implementation", "against", "old", "new"]
     for title, changes in (
         ("Slower, or more memory", found.slower),
         ("Refused now", found.refused),

@@ -1,7 +1,7 @@
 """The report of a result as Markdown. Every figure in it follows from the result.
 
-Ratios are of one and the same round, the rivals having taken turns: median, and in brackets an interval that
-holds the true median with 95 % (`bench.results.schema.interval`).
+Ratios are taken within a round, in which the implementations took turns: the median and, in brackets, its 95
+% confidence interval (`bench.results.schema.interval`).
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ BASELINES = (BARE, STOCK, names.STOCK_16, LORA, UNGROUPED, names.FLOAT32, names.
 OVERHEADS = (LORA, UNGROUPED)
 MACHINE = ("cpu", "bf16 instructions", "instructions limited to", "device", "threads")
 MACHINE += ("torch", "peft", "transformers", "triton", "bitsandbytes", "python")
-# In the tables of layers: (column, rival, baseline)
+# In the tables of layers: (column, implementation, baseline)
 LAYER_RATIOS = (
     ("stock ÷ bare", STOCK, BARE),
     ("mica.fast ÷ bare", FAST, BARE),
@@ -42,17 +42,17 @@ def markdown_table(header: list[str], rows: Iterable[list[str]]) -> str:
 
 
 def group_table(group: Group) -> str:
-    """A row a rival: seconds, ratios to the baselines that are there, what was counted."""
-    present = [name for name in BASELINES if name in group.rivals and len(group.rivals) > 1]
-    overheads = [name for name in OVERHEADS if {name, BARE} <= group.rivals.keys()]
-    counted = list(dict.fromkeys(key for rival in group.rivals.values() for key in rival.facts))
+    """A row an implementation: seconds, ratios to the baselines that are there, what was counted."""
+    present = [name for name in BASELINES if name in group.timings and len(group.timings) > 1]
+    overheads = [name for name in OVERHEADS if {name, BARE} <= group.timings.keys()]
+    counted = list(dict.fromkeys(key for timing in group.timings.values() for key in timing.facts))
     titles = [*(f"÷ {name}" for name in present), *(f"overhead ÷ that of {name}" for name in overheads)]
     rows = []
-    for name, rival in group.rivals.items():
-        row = [name, f"{rival.median:.4g}", *(str(group.ratio(name, base)) for base in present)]
+    for name, timing in group.timings.items():
+        row = [name, f"{timing.median:.4g}", *(str(group.ratio(name, base)) for base in present)]
         row += [str(group.overhead(name, base) or "") for base in overheads]
-        rows.append(row + [f"{rival.facts[key]:.4g}" if key in rival.facts else "" for key in counted])
-    return f"### {group.name}\n\n" + markdown_table(["rival", "median s", *titles, *counted], rows)
+        rows.append(row + [f"{timing.facts[key]:.4g}" if key in timing.facts else "" for key in counted])
+    return f"### {group.name}\n\n" + markdown_table(["implementation", "median s", *titles, *counted], rows)
 
 
 def layer_table(result: Result, dtype: str, clock: str) -> str | None:
@@ -63,13 +63,13 @@ def layer_table(result: Result, dtype: str, clock: str) -> str | None:
     )
     if not groups:
         return None
-    columns = [one for one in LAYER_RATIOS if any({*one[1:]} <= group.rivals.keys() for group in groups)]
+    columns = [one for one in LAYER_RATIOS if any({*one[1:]} <= group.timings.keys() for group in groups)]
     rows = []
     for group in groups:
-        axes, bare = group.axes, group.rivals.get(BARE)
+        axes, bare = group.axes, group.timings.get(BARE)
         row = [str(axes["tokens"]), f"{axes['out']} x {axes['in']}", str(axes["rank"])]
         row += [f"{1e3 * bare.median:.3g}" if bare else ""]
-        row += [str(ratio(group, rival, base) or "") for _, rival, base in columns]
+        row += [str(ratio(group, implementation, base) or "") for _, implementation, base in columns]
         saved = [facts(result, group, name).get("saved_mb") for name in (STOCK, FAST)]
         rows.append([*row, "" if None in saved else f"{saved[0]:.3g} → {saved[1]:.3g}"])
     header = ["tokens", "out x in", "r", "bare ms", *(one[0] for one in columns), "saved MB, stock → mica"]
@@ -83,10 +83,10 @@ def bandwidth_table(result: Result, clock: str) -> str | None:
     for group in by_clock(result, clock).select(suite="kernels"):
         axes = group.axes
         shape = f"{axes['tokens']} x {axes['features']}, r = {axes['rank']}, {axes['dtype']}"
-        for name, rival in group.rivals.items():
+        for name, timing in group.timings.items():
             count = facts(result, group, name).get("bytes")
-            row = [str(axes["kernel"]), shape, name, f"{1e6 * rival.median:.4g}"]
-            row += [f"{count / rival.median / 1e9:.4g}" if count else ""]
+            row = [str(axes["kernel"]), shape, name, f"{1e6 * timing.median:.4g}"]
+            row += [f"{count / timing.median / 1e9:.4g}" if count else ""]
             rows.append([*row, str(share_of_copy(result, group, name) or "")])
     header = ["kernel", "tokens x features", "configuration", "µs", "GB/s", "÷ that of the copy"]
     return f"### {clock.capitalize()}\n\n" + markdown_table(header, rows) if rows else None
@@ -153,8 +153,8 @@ def report(result: Result, pictures: Iterable[tuple[Path, str]] = (), note: str 
         "# What it costs",
         *([DRY] if device == "dry run" else []),
         _head(result.machine),
-        "Ratios are of one round, in which rivals took turns: the median, and an interval that holds the true"
-        " median with 95 %. The overhead of a rival is its ratio to the bare frozen model, less 1.",
+        "Ratios are taken within a round, in which the implementations took turns: the median and its 95 %"
+        " confidence interval. Overhead is the ratio to the bare frozen model, minus 1.",
     ]
     if on_gpu and device != "dry run":
         asked = [one.row for one in demands(result)]
@@ -162,7 +162,7 @@ def report(result: Result, pictures: Iterable[tuple[Path, str]] = (), note: str 
     parts += ["\n".join(answers(result))] if device != "dry run" else []
     if result.refused:
         lines = [
-            f"- {', '.join(one[what] for what in ('group', 'rival') if one.get(what))}: {one['why']}"
+            f"- {', '.join(one[what] for what in ('group', 'implementation') if one.get(what))}: {one['why']}"
             for one in result.refused
         ]
         parts.append("\n".join(["**No number**, and why:\n", *lines]))

@@ -1,4 +1,4 @@
-"""Names that result files hold. One rival has one name, on a CPU and on a GPU, and so has one clock."""
+"""Names that result files hold. An implementation, like a clock, has one name, on a CPU and on a GPU."""
 
 BARE, STOCK, FAST = "bare frozen model", "stock PEFT", "mica.fast"
 STOCK_16 = "stock PEFT, adapters in the base dtype"

@@ -24,7 +24,7 @@ from tests.support import models
 # Stock PEFT's initialisation takes most of a minute with its loading, which runs every SVD, too.
 ROUNDS = pick(quick=1, default=1, full=3, cuda=2)
 MERGE_ROUNDS = pick(quick=2, default=3, full=5)
-RIVALS = {STOCK: mica.fast.disabled, FAST: nullcontext}
+IMPLEMENTATIONS = {STOCK: mica.fast.disabled, FAST: nullcontext}
 LOW_CPU = "stock PEFT, low_cpu_mem_usage"
 SMOLLM2 = "SmolLM2-135M"
 MODEL = pick(quick="Qwen2.5-0.5B", default=SMOLLM2, cuda="Llama-3.1-8B", dry="toy")
@@ -65,51 +65,54 @@ def energy(model) -> float:
 least: dict[str, float] = {}  # energies that stock PEFT has found
 
 
-@pytest.mark.parametrize("rival", RIVALS)
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 @pytest.mark.parametrize("round_", range(ROUNDS))
-def bench_initialisation(once, gated, round_, rival):
+def bench_initialisation(once, gated, round_, implementation):
     group = f"get_peft_model, {NAME}, {DTYPE}"
-    model = gated(group, lambda: copy.deepcopy(base()), rival)
+    model = gated(group, lambda: copy.deepcopy(base()), implementation)
     axes = {"suite": "initialisation", **AXES, "dtype": DTYPE}
-    with RIVALS[rival](), peak_growth() as growth:
-        found = once(lambda: models.wrap(model, rank=RANK, targets="all-linear"), group, rival, axes)
+    with IMPLEMENTATIONS[implementation](), peak_growth() as growth:
+        found = once(lambda: models.wrap(model, rank=RANK, targets="all-linear"), group, implementation, axes)
     if growth() is not None:
         once.note(peak_mb=growth() / 1e6)
-    with RIVALS[rival]():
+    with IMPLEMENTATIONS[implementation]():
         spent = energy(found)
-    if rival == STOCK:
+    if implementation == STOCK:
         least[group] = spent
     assert group in least, "stock PEFT has no result to judge it by"
     assert spent <= 1.01 * least[group], f"‖BᵀW‖² is {spent}, stock PEFT's {least[group]}"
 
 
 @on_a_cpu
-@pytest.mark.parametrize("rival", [*RIVALS, LOW_CPU])
+@pytest.mark.parametrize("implementation", [*IMPLEMENTATIONS, LOW_CPU])
 @pytest.mark.parametrize("round_", range(ROUNDS))
-def bench_loading(once, gated, round_, rival, tmp_path_factory):
+def bench_loading(once, gated, round_, implementation, tmp_path_factory):
     group = f"PeftModel.from_pretrained, {NAME}, float32"
-    adapter = gated(group, lambda: saved_adapter(tmp_path_factory.getbasetemp() / "adapter"), rival)
-    model, low = copy.deepcopy(base()), rival == LOW_CPU
+    adapter = gated(group, lambda: saved_adapter(tmp_path_factory.getbasetemp() / "adapter"), implementation)
+    model, low = copy.deepcopy(base()), implementation == LOW_CPU
     axes = {"suite": "loading", **AXES, "dtype": "float32"}
-    with RIVALS[STOCK if low else rival]():
+    with IMPLEMENTATIONS[STOCK if low else implementation]():
         loaded = once(
-            lambda: PeftModel.from_pretrained(model, adapter, low_cpu_mem_usage=low), group, rival, axes
+            lambda: PeftModel.from_pretrained(model, adapter, low_cpu_mem_usage=low),
+            group,
+            implementation,
+            axes,
         )
     assert all(layer.lora_A["default"].weight.any() for layer in models.adapted_layers(loaded).values())
 
 
 @functools.cache
 def merging(group):
-    """rival -> (model, what was counted)."""
+    """implementation -> (model, what was counted)."""
     unmerged = adapted(copy.deepcopy(base()).to(torch.bfloat16), 0.01)
 
-    def judged(rival):
+    def judged(implementation):
         model, facts = copy.deepcopy(unmerged), {}
         layers = models.adapted_layers(model).values()
         before = [layer.get_base_layer().weight.clone() for layer in layers]
-        with RIVALS[rival]():
+        with IMPLEMENTATIONS[implementation]():
             model.merge_adapter()
-            if rival == FAST:
+            if implementation == FAST:
                 facts["swallowed"] = mica.fast.merge_report(model).swallowed
             assert all(
                 not torch.equal(layer.get_base_layer().weight, weight)
@@ -120,24 +123,29 @@ def merging(group):
             int((layer.get_base_layer().weight != weight).sum())
             for layer, weight in zip(layers, before, strict=True)
         )
-        assert rival != FAST or not changed, f"{changed} weights are not what they were before the merge"
+        assert implementation != FAST or not changed, (
+            f"{changed} weights are not what they were before the merge"
+        )
         facts["weights_changed"] = changed / sum(weight.numel() for weight in before)
         return model, facts
 
-    return each(group, {rival: functools.partial(judged, rival) for rival in RIVALS})
+    return each(
+        group,
+        {implementation: functools.partial(judged, implementation) for implementation in IMPLEMENTATIONS},
+    )
 
 
 @on_a_cpu
-@pytest.mark.parametrize("rival", RIVALS)
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 @pytest.mark.parametrize("round_", range(MERGE_ROUNDS))
-def bench_merge(once, gated, round_, rival):
+def bench_merge(once, gated, round_, implementation):
     group = f"merge + unmerge, {NAME}, bfloat16"
-    model, facts = gated(group, lambda: merging(group), rival)[rival]
+    model, facts = gated(group, lambda: merging(group), implementation)[implementation]
 
     def merge_and_unmerge():
         model.merge_adapter()
         model.unmerge_adapter()
 
     axes = {"suite": "merge", **AXES, "dtype": "bfloat16"}
-    with RIVALS[rival]():
-        once(merge_and_unmerge, group, rival, axes, **facts if round_ == 0 else {})
+    with IMPLEMENTATIONS[implementation]():
+        once(merge_and_unmerge, group, implementation, axes, **facts if round_ == 0 else {})

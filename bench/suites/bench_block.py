@@ -22,7 +22,7 @@ from bench.suites.harness import each, iterations, pick
 from bench.suites.steps import CONTEXTS, Step, judged, promised
 
 ROUNDS = pick(quick=3, default=4, full=6, cuda=10, dry=1)
-RIVALS = (BARE, STOCK, STOCK_16, UNGROUPED, GROUPED)
+IMPLEMENTATIONS = (BARE, STOCK, STOCK_16, UNGROUPED, GROUPED)
 # Relative differences of y, dx and dA from stock PEFT's, whose adapters compute in fp32.
 GATES = {"y": 1e-2, "dx": 2e-2, "dA": 2e-2}
 
@@ -84,33 +84,41 @@ def setting(name: str, group: str) -> Setting:
     # an update of a size that bf16 adapters can carry at width 4096
     work = Work(bare, adapted(bare, 0.02), x, dy)
 
-    def build(rival: str) -> Step:
-        return work.step(rival, CONTEXTS[rival], promised(rival, groups))
+    def build(implementation: str) -> Step:
+        return work.step(implementation, CONTEXTS[implementation], promised(implementation, groups))
 
     stock = build(STOCK)
     expected = stock.results()
 
-    def judged_block(rival: str) -> Step:
-        if rival == STOCK:
+    def judged_block(implementation: str) -> Step:
+        if implementation == STOCK:
             return stock
-        return judged(build(rival), {} if rival == BARE else expected, GATES)
+        return judged(build(implementation), {} if implementation == BARE else expected, GATES)
 
-    steps = each(group, {rival: functools.partial(judged_block, rival) for rival in RIVALS})
+    steps = each(
+        group,
+        {
+            implementation: functools.partial(judged_block, implementation)
+            for implementation in IMPLEMENTATIONS
+        },
+    )
     saved = {}
-    for rival, step in steps.items():
+    for implementation, step in steps.items():
         with step.form.context():
-            saved[rival] = saved_bytes(step.form.forward, [step.form.module]) / 1e6
+            saved[implementation] = saved_bytes(step.form.forward, [step.form.module]) / 1e6
     return Setting(steps, saved, iterations(seconds(steps[BARE])))
 
 
-# the first named parameter is the innermost loop: rivals take turns within a round
-@pytest.mark.parametrize("rival", RIVALS)
+# the first named parameter is the innermost loop: implementations take turns within a round
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 @pytest.mark.parametrize("round_", range(ROUNDS))
 @pytest.mark.parametrize("name", NAMES)
-def bench_block(once, gated, name, round_, rival):
+def bench_block(once, gated, name, round_, implementation):
     batch, sequence = tokens_of(name)
     group = f"block of {name}, {batch} x {sequence} tokens, r = {RANK}, bfloat16, forward + backward"
-    found = gated(group, lambda: setting(name, group), rival)
+    found = gated(group, lambda: setting(name, group), implementation)
     axes = {"suite": "block", "model": name, "tokens": batch * sequence, "rank": RANK, "dtype": "bfloat16"}
-    facts = {"saved_mb": found.saved_mb[rival]} if round_ == 0 else {}
-    found.steps[rival].time(once, group, rival, axes, found.iterations, all_clocks=True, **facts)
+    facts = {"saved_mb": found.saved_mb[implementation]} if round_ == 0 else {}
+    found.steps[implementation].time(
+        once, group, implementation, axes, found.iterations, all_clocks=True, **facts
+    )

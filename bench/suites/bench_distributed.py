@@ -66,9 +66,9 @@ def bench_distributed(once, tmp_path, round_, count):
         for process in processes:
             wait_for(process, "DONE")
 
-    rival = "1 process" if count == 1 else f"{count} processes"
+    implementation = "1 process" if count == 1 else f"{count} processes"
     axes = {"suite": "distributed", "model": "SmolLM2-135M", "rank": 16}
-    once(initialise, "get_peft_model, float32, processes of one thread", rival, axes)
+    once(initialise, "get_peft_model, float32, processes of one thread", implementation, axes)
     digests.update(process.stdout.readline() for process in processes)
     for process in processes:
         process.communicate()

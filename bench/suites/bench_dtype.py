@@ -52,12 +52,20 @@ def setting(shape, group):
     return each(group, {name: functools.partial(judged, shape, dtype) for name, dtype in DTYPES.items()})
 
 
-@pytest.mark.parametrize("rival", DTYPES)
+@pytest.mark.parametrize("implementation", DTYPES)
 @pytest.mark.parametrize("round_", range(ROUNDS))
 @pytest.mark.parametrize("shape", SHAPES, ids=lambda shape: "x".join(map(str, shape)))
-def bench_dtype(once, gated, shape, round_, rival):
+def bench_dtype(once, gated, shape, round_, implementation):
     group = f"forward + backward of a layer, {'x'.join(map(str, shape))}, r = 16"
-    call, count = gated(group, lambda: setting(shape, group), rival)[rival]
+    call, count = gated(group, lambda: setting(shape, group), implementation)[implementation]
     tokens, out, inner = shape
     axes = {"suite": "dtype", "tokens": tokens, "out": out, "in": inner, "rank": 16}
-    once(call, group, rival, axes, count, warm_up=True, native=float(has_native(DTYPES[rival])))
+    once(
+        call,
+        group,
+        implementation,
+        axes,
+        count,
+        warm_up=True,
+        native=float(has_native(DTYPES[implementation])),
+    )

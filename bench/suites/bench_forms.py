@@ -31,9 +31,9 @@ pytestmark = pytest.mark.skipif(not ON_ACCELERATOR, reason="needs a GPU, or a dr
 
 ROUNDS, ITERATIONS = pick(quick=1, default=1, cuda=5), pick(quick=1, default=1, cuda=10)
 DTYPE = torch.bfloat16
-# rival -> how often a forward and its backward call the fused kernel, by whether it is that with descriptors
+# implementation -> how often a forward and its backward call the fused kernel, by whether with descriptors
 LAUNCHED = {FAST: {}, FUSED: {False: 2}, DESCRIPTOR: {True: 2}}
-RIVALS = (BARE, FAST, FUSED, DESCRIPTOR, BORDERED, ATEN)
+IMPLEMENTATIONS = (BARE, FAST, FUSED, DESCRIPTOR, BORDERED, ATEN)
 
 
 SHAPES = (4096, 4096), (14336, 4096), (4096, 14336)
@@ -92,7 +92,7 @@ def counted() -> Iterator[Counter[bool]]:
 
 
 def builds(layer: Layer) -> dict[str, Callable[[], Form]]:
-    """rival -> what makes its `Form`."""
+    """implementation -> what makes its `Form`."""
     x, lora_A = layer.x, layer.lora_A
     operands = x, layer.weight, lora_A, layer.lora_B, layer.scaling
 
@@ -114,7 +114,7 @@ def builds(layer: Layer) -> dict[str, Callable[[], Form]]:
 
 
 def judged(name: str, build: Callable[[], Form], layer: Layer, truth: dict[str, Tensor]):
-    """A rival's form and its errors; raises where its results are wrong, or came from another form."""
+    """The form and its errors; raises where its results are wrong or came from another form."""
     form, before = build(), call_counts["linear_kernels"]
     with form.context(), counted() as launched:
         errors = relative_errors(form.forward, lambda y: form.gradients(y, layer.grad_output), truth)
@@ -129,7 +129,7 @@ def judged(name: str, build: Callable[[], Form], layer: Layer, truth: dict[str, 
 
 @functools.lru_cache(maxsize=1)
 def setting(cell: Cell) -> tuple[dict[str, tuple[Form, dict[str, float]]], Tensor]:
-    """rival -> (form, facts), and the gradient of y."""
+    """implementation -> (form, facts), and the gradient of y."""
     layer = make_layer(cell.tokens, cell.out, cell.inner, cell.rank, DTYPE, DEVICE)
     truth = exact(layer)
     made = {name: functools.partial(judged, name, make, layer, truth) for name, make in builds(layer).items()}
@@ -137,12 +137,12 @@ def setting(cell: Cell) -> tuple[dict[str, tuple[Form, dict[str, float]]], Tenso
 
 
 @pytest.mark.parametrize(
-    ("cell", "round_", "part", "rival"),
-    turns(CELLS, (FORWARD, BACKWARD), lambda cell: ROUNDS, lambda *_: RIVALS),
+    ("cell", "round_", "part", "implementation"),
+    turns(CELLS, (FORWARD, BACKWARD), lambda cell: ROUNDS, lambda *_: IMPLEMENTATIONS),
 )
-def bench_forms(once, gated, cell, round_, part, rival):
+def bench_forms(once, gated, cell, round_, part, implementation):
     group = f"{name_of(cell)}, {part}"
-    forms, grad_output = gated(group, lambda: setting(cell), rival)
-    form, facts = forms[rival]
+    forms, grad_output = gated(group, lambda: setting(cell), implementation)
+    form, facts = forms[implementation]
     axes = {**cell.axes, "suite": "forms", "pass": part}
-    form.time(once, part, grad_output, group, rival, axes, ITERATIONS, **facts)
+    form.time(once, part, grad_output, group, implementation, axes, ITERATIONS, **facts)

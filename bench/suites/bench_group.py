@@ -1,7 +1,7 @@
 """Three layers on one x (q/k/v) as one operator, each alone, as stock PEFT, and the bare products.
 
-Without `mica.fast`, which finds groups by itself: both rivals of ours are the operators that it calls. Every
-y, dx and dA is checked against `mica.reference` in fp64, and that kernels gave them.
+Without `mica.fast`, which finds groups by itself: both of our implementations are the operators that it
+calls. Every y, dx and dA is checked against `mica.reference` in fp64, and that it came from kernels.
 """
 
 import functools
@@ -31,7 +31,7 @@ KERNELS = {  # how often which operator runs on kernels, forward and backward
     UNGROUPED: {"linear_kernels": COUNT, "linear_backward_kernels": COUNT},
     GROUPED: {"linear_group_kernels": 1, "linear_group_backward_kernels": 1},
 }
-RIVALS = (BARE, STOCK_16, UNGROUPED, GROUPED)
+IMPLEMENTATIONS = (BARE, STOCK_16, UNGROUPED, GROUPED)
 CELLS = pick(quick=[Cell(40, 48, 64)], default=[], cuda=[Cell(tokens, 4096, 4096) for tokens in (8192, 512)])
 
 
@@ -55,7 +55,7 @@ def operands(layers: list[Layer]) -> tuple[list, ...]:
 
 
 def builds(layers: list[Layer]) -> dict[str, Callable[[], Form]]:
-    """rival -> what makes its `Form`, whose forward gives a list."""
+    """implementation -> what makes its `Form`, whose forward gives a list."""
     x, (weights, lora_As, lora_Bs, scalings) = layers[0].x, operands(layers)
 
     def stock() -> Form:
@@ -90,7 +90,7 @@ def exact(layers: list[Layer]) -> dict[str, list[Tensor]]:
 def judged(
     name: str, build: Callable[[], Form], layers: list[Layer], truth: dict[str, list[Tensor]]
 ) -> tuple[Form, dict[str, float]]:
-    """A rival's form and its errors, each the largest over the layers; raises where its results are wrong."""
+    """The form and its errors, each the largest over the layers; raises where its results are wrong."""
     form, grad_outputs = build(), [layer.grad_output for layer in layers]
     before = Counter(mica.fast.call_counts)
     with form.context():
@@ -111,7 +111,7 @@ def judged(
 
 @functools.lru_cache(maxsize=1)
 def setting(cell: Cell) -> tuple[dict[str, tuple[Form, dict[str, float]]], list[Tensor]]:
-    """rival -> (form, facts), and the gradients of the outputs."""
+    """implementation -> (form, facts), and the gradients of the outputs."""
     layers = make_layers(cell)
     truth = exact(layers)
     made = {
@@ -121,12 +121,12 @@ def setting(cell: Cell) -> tuple[dict[str, tuple[Form, dict[str, float]]], list[
 
 
 @pytest.mark.parametrize(
-    ("cell", "round_", "part", "rival"),
-    turns(CELLS, (FORWARD, BACKWARD), lambda cell: ROUNDS, lambda *_: RIVALS),
+    ("cell", "round_", "part", "implementation"),
+    turns(CELLS, (FORWARD, BACKWARD), lambda cell: ROUNDS, lambda *_: IMPLEMENTATIONS),
 )
-def bench_group(once, gated, cell, round_, part, rival):
+def bench_group(once, gated, cell, round_, part, implementation):
     group = f"{name_of(cell)}, {part}"
-    forms, grad_outputs = gated(group, lambda: setting(cell), rival)
-    form, facts = forms[rival]
+    forms, grad_outputs = gated(group, lambda: setting(cell), implementation)
+    form, facts = forms[implementation]
     axes = {**cell.axes, "suite": "group", "layers": COUNT, "pass": part}
-    form.time(once, part, grad_outputs, group, rival, axes, ITERATIONS, **facts)
+    form.time(once, part, grad_outputs, group, implementation, axes, ITERATIONS, **facts)

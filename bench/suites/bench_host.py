@@ -4,8 +4,8 @@ decides, and `generate()` on a pretrained model, where that decides on a CPU too
 On a GPU the host decides wherever a layer's kernels take less time than the code that launches them: with few
 tokens, in small models, in decoding. Here kernels are compiled and handed to a driver that launches nothing
 (tests/support/no_launch.py): all of the host's work is timed and none of the device's. Such a result has no
-numbers to check; `mica.fast.call_counts` proves that it came from kernels. All other rivals are checked
-first, the layer's against `mica.reference`. Layer and block run on one thread, `generate()` on all.
+numbers to check; `mica.fast.call_counts` proves that it came from kernels. All other implementations are
+checked first, the layer's against `mica.reference`. Layer and block run on one thread, `generate()` on all.
 """
 
 import copy
@@ -74,27 +74,27 @@ def kernels():
         yield
 
 
-def sample(once, step: Step, part: str, calls: int, group: str, rival: str, axes: dict) -> None:
+def sample(once, step: Step, part: str, calls: int, group: str, implementation: str, axes: dict) -> None:
     """Without a gradient it is the operators' own choice which kernels they launch, if any."""
     launches, has_gradient = no_launch.launches, part == BOTH
     with torch.set_grad_enabled(has_gradient):
         call = None if has_gradient else step.form.forward
-        runs = step.time(once, group, rival, {**axes, "call": part}, calls, call)
+        runs = step.time(once, group, implementation, {**axes, "call": part}, calls, call)
     once.note(launches=(no_launch.launches - launches) / runs)
 
 
-# In all three parts the last named parameter is the innermost loop: rivals take turns within a round.
+# In all three parts the implementation is the innermost loop: implementations take turns within a round.
 # ---------------------------------------------------------------------------------------------------
 # one linear layer
 # ---------------------------------------------------------------------------------------------------
 
 LAYER_ROUNDS = pick(quick=5, default=9, full=15)
-LAYER_CALLS = {NO_GRADIENT: 1000, BOTH: 300}  # in a sample: 10 ms of the quickest rival
+LAYER_CALLS = {NO_GRADIENT: 1000, BOTH: 300}  # in a sample: 10 ms of the quickest implementation
 TOKENS, OUT, IN = 4, 32, 32
 UNSAVED = SimpleNamespace(save_for_backward=lambda *tensors: None)  # the control, without autograd
 
 
-def layer_rivals(dtype):
+def layer_implementations(dtype):
     """name -> (dtype of the adapter, context, whether kernels run or None where it is not mica.fast)."""
     stock, pytorch, on_kernels = (mica.fast.disabled, None), (nullcontext, False), (kernels, True)
     found = {STOCK: (torch.float32, *stock)}
@@ -130,7 +130,7 @@ def layer_builds(dtype, layer):
         BARE: lambda: Step(Form(partial(bare, x), (x,)), dy[None]),
         ATEN: lambda: Step(Form(aten, (flat, lora_A)), dy),
         BY_HAND: lambda: Step(Form(partial(by_hand, flat, *operands), (flat, lora_A)), dy),
-        **{name: partial(module, *how) for name, how in layer_rivals(dtype).items()},
+        **{name: partial(module, *how) for name, how in layer_implementations(dtype).items()},
     }
 
 
@@ -164,16 +164,16 @@ def layer_cases():
     for dtype in DTYPES:
         for part in PARTS:
             for round_ in range(LAYER_ROUNDS):
-                for rival in (BARE, ATEN, BY_HAND, *layer_rivals(dtype)):
-                    yield dtype, part, round_, rival
+                for implementation in (BARE, ATEN, BY_HAND, *layer_implementations(dtype)):
+                    yield dtype, part, round_, implementation
 
 
-@pytest.mark.parametrize(("dtype", "part", "round_", "rival"), layer_cases())
-def bench_host_layer(once, gated, one_thread, dtype, part, round_, rival):
+@pytest.mark.parametrize(("dtype", "part", "round_", "implementation"), layer_cases())
+def bench_host_layer(once, gated, one_thread, dtype, part, round_, implementation):
     cell = f"host time of a layer, {TOKENS} tokens, {OUT} x {IN}, r = {RANK}, {dtype}"
-    step = gated(f"{cell}, {part}", lambda: layer_setting(dtype, cell), rival)[rival]
+    step = gated(f"{cell}, {part}", lambda: layer_setting(dtype, cell), implementation)[implementation]
     axes = {"suite": "host layer", "tokens": TOKENS, "out": OUT, "in": IN, "rank": RANK, "dtype": dtype}
-    sample(once, step, part, LAYER_CALLS[part], f"{cell}, {part}", rival, axes)
+    sample(once, step, part, LAYER_CALLS[part], f"{cell}, {part}", implementation, axes)
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -197,7 +197,7 @@ CONFIG = {
 BLOCK_GATES = {"float32": 1e-5, "bfloat16": 2e-2}
 
 
-def block_rivals(dtype):
+def block_implementations(dtype):
     """name -> (context, operators of one block). Adapters are PEFT's default, fp32, but for `STOCK_16`."""
     found = {BARE: (nullcontext, {}), STOCK: (mica.fast.disabled, {})}
     if dtype != "float32":
@@ -221,7 +221,7 @@ def block_setting(dtype, layers, group):
     work, gate = Work(bare, adapted(bare, 0.02), x, dy), BLOCK_GATES[dtype]
 
     def build(name):
-        context, ran = block_rivals(dtype)[name]
+        context, ran = block_implementations(dtype)[name]
         return work.step(name, context, {operator: layers * count for operator, count in ran.items()})
 
     stock = build(STOCK)
@@ -233,7 +233,7 @@ def block_setting(dtype, layers, group):
         has_numbers = name not in (BARE, KERNELS_UNGROUPED, KERNELS_GROUPED)
         return judged(build(name), expected if has_numbers else {}, dict.fromkeys(expected, gate))
 
-    return each(group, {name: partial(judged_block, name) for name in block_rivals(dtype)})
+    return each(group, {name: partial(judged_block, name) for name in block_implementations(dtype)})
 
 
 def block_cases():
@@ -241,20 +241,22 @@ def block_cases():
         for layers in BLOCKS:
             for part in PARTS:
                 for round_ in range(BLOCK_ROUNDS):
-                    for rival in block_rivals(dtype):
-                        yield dtype, layers, part, round_, rival
+                    for implementation in block_implementations(dtype):
+                        yield dtype, layers, part, round_, implementation
 
 
-@pytest.mark.parametrize(("dtype", "layers", "part", "round_", "rival"), block_cases())
-def bench_host_block(once, gated, one_thread, dtype, layers, part, round_, rival):
+@pytest.mark.parametrize(("dtype", "layers", "part", "round_", "implementation"), block_cases())
+def bench_host_block(once, gated, one_thread, dtype, layers, part, round_, implementation):
     widths = " / ".join(map(str, WIDTHS.values()))
     cell = (
         f"host time of a Llama with {layers} block{'s' if layers > 1 else ''} of {widths}, "
         f"{BLOCK_TOKENS} tokens, r = {RANK}, {dtype}"
     )
-    step = gated(f"{cell}, {part}", lambda: block_setting(dtype, layers, cell), rival)[rival]
+    step = gated(f"{cell}, {part}", lambda: block_setting(dtype, layers, cell), implementation)[
+        implementation
+    ]
     axes = {"suite": "host block", "tokens": BLOCK_TOKENS, "layers": layers, "rank": RANK, "dtype": dtype}
-    sample(once, step, part, BLOCKS[layers], f"{cell}, {part}", rival, axes)
+    sample(once, step, part, BLOCKS[layers], f"{cell}, {part}", implementation, axes)
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -282,11 +284,11 @@ def generate_setting(group):
     model = adapted(
         bare, 0.05
     ).eval()  # with 0.02 some of the tokens are the bare model's, with 0.1 they repeat
-    rivals = {BARE: bare, MERGED: copy.deepcopy(model).merge_and_unload(), STOCK: model, FAST: model}
+    implementations = {BARE: bare, MERGED: copy.deepcopy(model).merge_and_unload(), STOCK: model, FAST: model}
 
     def tokens_of(name):
         with GENERATE[name](), counting() as ran:
-            tokens = generated(rivals[name], NEW_TOKENS)
+            tokens = generated(implementations[name], NEW_TOKENS)
         assert bool(ran) == (name == FAST), f"{name} ran {dict(ran)}"
         assert tokens.shape == (1, NEW_TOKENS), f"{name} stopped after {tokens.shape[1]} tokens"
         return tokens
@@ -297,18 +299,18 @@ def generate_setting(group):
     def judged_model(name):
         if name in (MERGED, FAST):
             assert torch.equal(tokens_of(name), expected), f"{name} generates other tokens than stock PEFT"
-        return rivals[name]
+        return implementations[name]
 
-    return each(group, {name: partial(judged_model, name) for name in rivals})
+    return each(group, {name: partial(judged_model, name) for name in implementations})
 
 
 @pytest.mark.skipif(SIZE != "full", reason="part of --full")  # half a minute to set up
-@pytest.mark.parametrize("rival", GENERATE)
+@pytest.mark.parametrize("implementation", GENERATE)
 @pytest.mark.parametrize("round_", range(GENERATE_ROUNDS))
-def bench_host_generation(once, gated, round_, rival):
+def bench_host_generation(once, gated, round_, implementation):
     group = f"generate() of {NEW_TOKENS} tokens after {PROMPT_TOKENS}, SmolLM2-135M, r = {RANK}, float32"
-    model = gated(group, lambda: generate_setting(group), rival)[rival]
+    model = gated(group, lambda: generate_setting(group), implementation)[implementation]
     axes = {"suite": "generation", "model": "SmolLM2-135M", "new tokens": NEW_TOKENS, "rank": RANK}
-    with GENERATE[rival]():
+    with GENERATE[implementation]():
         generated(model, 2)  # warms up
-        once(partial(generated, model, NEW_TOKENS), group, rival, {**axes, "dtype": "float32"})
+        once(partial(generated, model, NEW_TOKENS), group, implementation, {**axes, "dtype": "float32"})

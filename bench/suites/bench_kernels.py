@@ -113,7 +113,7 @@ EXACT = {  # of the operands in fp64
 
 
 @functools.cache
-def rivals(cell: Cell) -> dict[str, Config | None]:
+def implementations(cell: Cell) -> dict[str, Config | None]:
     """The copy, then every configuration of the kernel's table, the default first."""
     found = work(cell, "meta")
     table = found.plan(*found.operands, **found.options, target=target_of(torch.device(DEVICE))).configs
@@ -149,7 +149,7 @@ def checked(found: Work, config: Config, truth: Tensor) -> Callable[[], Tensor]:
 
 @functools.lru_cache(maxsize=1)
 def setting(cell: Cell) -> tuple[dict[str, Callable], int]:
-    """rival -> its call, and the bytes that each of them moves."""
+    """implementation -> its call, and the bytes that each of them moves."""
     torch.manual_seed(0)
     found = work(cell, DEVICE)
     out, launch = found.plan(*found.operands, **found.options).bound()
@@ -158,24 +158,33 @@ def setting(cell: Cell) -> tuple[dict[str, Callable], int]:
     truth = EXACT[cell.kernel](*wide)
     builds = {
         name: functools.partial(checked, found, config, truth) if config else functools.partial(copy, size)
-        for name, config in rivals(cell).items()
+        for name, config in implementations(cell).items()
     }
     return each(cell.name, builds), size
 
 
-# the first named parameter is the innermost loop: rivals take turns within a round
+# the first named parameter is the innermost loop: implementations take turns within a round
 def cases():
     for cell in CELLS:
         for round_ in range(ROUNDS):
-            for name, config in rivals(cell).items():
+            for name, config in implementations(cell).items():
                 key = "x".join(map(str, config)) if config else COPY
                 yield pytest.param(cell, round_, name, id=f"{cell.key}-{round_}-{key}")
 
 
-@pytest.mark.parametrize(("cell", "round_", "rival"), cases())
-def bench_kernels(once, gated, cell, round_, rival):
-    calls, size = gated(cell.name, lambda: setting(cell), rival)
-    once(calls[rival], cell.name, rival, cell.axes, ITERATIONS, warm_up=True, all_clocks=True, bytes=size)
+@pytest.mark.parametrize(("cell", "round_", "implementation"), cases())
+def bench_kernels(once, gated, cell, round_, implementation):
+    calls, size = gated(cell.name, lambda: setting(cell), implementation)
+    once(
+        calls[implementation],
+        cell.name,
+        implementation,
+        cell.axes,
+        ITERATIONS,
+        warm_up=True,
+        all_clocks=True,
+        bytes=size,
+    )
 
 
 TUNED = "the tuner's table"

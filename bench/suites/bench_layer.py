@@ -4,9 +4,9 @@ From one layer (2048 x 2048, 1024 tokens, r = 16, bf16) one axis varies at a tim
 Beside that stand few tokens by rank, where calls cost as much as products do; a full run has a grid of all
 tokens by rank. On an accelerator the layer has 4096 x 4096, tokens vary by rank, and kernels are demanded.
 
-All rivals of a cell compute with the same x, W, A and B; each of their y, dx and dA is checked against
-`mica.reference` before anything is timed, and one that is wrong is out alone. The forward is timed with a
-gradient to come and without, the backward on a graph that is kept.
+All implementations in a cell compute with the same x, W, A and B; each of their y, dx and dA is checked
+against `mica.reference` before anything is timed, and only the one that is wrong is left out. The forward is
+timed with and without recording a graph, the backward on a graph that is kept.
 """
 
 import functools
@@ -162,7 +162,7 @@ class Setting(NamedTuple):
 
 
 def builds(cell: Cell, layer):
-    """rival -> what makes its `Form`."""
+    """implementation -> what makes its `Form`."""
     x, stock = layer.x, mica.fast.disabled
     operands = x, layer.weight, layer.lora_A, layer.lora_B, layer.scaling
 
@@ -187,18 +187,18 @@ def builds(cell: Cell, layer):
         BY_HAND: lambda: Form(lambda: by_hand(*operands), (x, layer.lora_A)),
         FAST: lambda: adapted(torch.float32, nullcontext),
     }
-    names = dict.fromkeys([*rivals(cell, FORWARD), *rivals(cell, NO_GRADIENT)])
+    names = dict.fromkeys([*implementations(cell, FORWARD), *implementations(cell, NO_GRADIENT)])
     return {name: found[name] for name in names}
 
 
 def judged(cell: Cell, layer, name: str, build, truth) -> tuple[Form, dict[str, float]]:
-    """A rival's form, and what is counted beside its time; raises where its results are wrong."""
+    """An implementation's form, and what is counted beside its time; raises where its results are wrong."""
     form, (limit, _) = build(), GATES[cell.dtype]
     operator = "linear_kernels" if ON_ACCELERATOR else "linear"
     with form.context():
         calls = mica.fast.call_counts[operator]
         errors = relative_errors(form.forward, lambda y: form.gradients(y, layer.grad_output), truth)
-        if name in rivals(cell, NO_GRADIENT):
+        if name in implementations(cell, NO_GRADIENT):
             with torch.no_grad():  # may be another way through the code
                 alone = relative_errors(form.forward, lambda y: (), truth)
             errors["y without gradient"] = alone["y"]
@@ -229,7 +229,7 @@ def setting(cell: Cell) -> Setting:
     return Setting(forms, layer.grad_output, {name: facts for name, (_, facts) in found.items()}, counts)
 
 
-def rivals(cell: Cell, part: str) -> list[str]:
+def implementations(cell: Cell, part: str) -> list[str]:
     """Without a gradient LoRA's layer is the stock one, and `torch.compile` would have to build another."""
     names = [BARE, STOCK, *([STOCK_16] if cell.dtype != "float32" else []), ATEN, BY_HAND, FAST]
     if part != NO_GRADIENT:
@@ -238,12 +238,13 @@ def rivals(cell: Cell, part: str) -> list[str]:
 
 
 @pytest.mark.parametrize(
-    ("cell", "round_", "part", "rival"), turns(CELLS, PASSES, lambda cell: cell.rounds, rivals)
+    ("cell", "round_", "part", "implementation"),
+    turns(CELLS, PASSES, lambda cell: cell.rounds, implementations),
 )
-def bench_layer(once, gated, cell, round_, part, rival):
+def bench_layer(once, gated, cell, round_, part, implementation):
     group = f"{cell.name}, {part}"
-    found = gated(group, lambda: setting(cell), rival)
-    form, count = found.forms[rival], found.iterations[part]
-    facts = found.facts[rival] if round_ == 0 and part != NO_GRADIENT else {}
+    found = gated(group, lambda: setting(cell), implementation)
+    form, count = found.forms[implementation], found.iterations[part]
+    facts = found.facts[implementation] if round_ == 0 and part != NO_GRADIENT else {}
     axes = {**cell.axes, "pass": part}
-    form.time(once, part, found.grad_output, group, rival, axes, count, **facts)
+    form.time(once, part, found.grad_output, group, implementation, axes, count, **facts)

@@ -1,8 +1,8 @@
 """Forward + backward of SmolLM2-135M in nf4, all linear layers adapted, r = 16, 2 x 512 tokens.
 
-Rivals: the bare frozen model, plain PEFT LoRA (MiCA is what stock PEFT cannot do over bitsandbytes) with its
+Implementations: the bare frozen model, plain PEFT LoRA (stock PEFT cannot do MiCA over bitsandbytes) with its
 default fp32 adapters and with bf16 ones, and MiCA on mica.fast. No optimizer: LoRA's would have twice the
-parameters. Asked: at most half the overhead of LoRA, (mica.fast - bare) / (PEFT LoRA - bare) <= 0.5.
+parameters. Target: at most half the overhead of LoRA, (mica.fast - bare) / (PEFT LoRA - bare) <= 0.5.
 """
 
 import copy
@@ -26,7 +26,7 @@ from tests.support import models, quantised_models
 pytestmark = pytest.mark.skipif(SIZE != "full" or ON_ACCELERATOR, reason="part of --full on a CPU")
 ROUNDS, TOKENS = 6, (2, 512)
 LORA_16 = "PEFT LoRA, bf16 adapters"
-RIVALS = (BARE, LORA, LORA_16, FAST)
+IMPLEMENTATIONS = (BARE, LORA, LORA_16, FAST)
 # Relative differences from PEFT's own forward of the same MiCA adapters, which computes them in fp32. Met:
 # 1e-3 and 3e-2, where the adapters change the loss by 12 %.
 GATES = {"y": 5e-3, "dx": 1e-1, "dA": 1e-1}
@@ -71,16 +71,16 @@ def setting(group: str) -> dict[str, Step]:
     return each(group, builds)
 
 
-# the first named parameter is the innermost loop: rivals take turns within a round
-@pytest.mark.parametrize("rival", RIVALS)
+# the first named parameter is the innermost loop: implementations take turns within a round
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 @pytest.mark.parametrize("round_", range(ROUNDS))
-def bench_quantised(once, gated, round_, rival):
+def bench_quantised(once, gated, round_, implementation):
     group = "forward + backward, bfloat16 over nf4"
-    step = gated(group, lambda: setting(group), rival)[rival]
+    step = gated(group, lambda: setting(group), implementation)[implementation]
     axes = {"suite": "quantised", "model": "SmolLM2-135M", "tokens": TOKENS[0] * TOKENS[1], "rank": RANK}
     facts = {}
     if round_ == 0:
         form = step.form
         with form.context():
             facts["saved_mb"] = saved_bytes(form.forward, [form.module]) / 1e6
-    step.time(once, group, rival, axes, **facts)
+    step.time(once, group, implementation, axes, **facts)

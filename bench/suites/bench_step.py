@@ -1,11 +1,11 @@
 """A training step of a whole model, all linear layers adapted, r = 16: bare, stock PEFT, mica.fast.
 
 On a CPU SmolLM2-135M with its own weights, in a quick run a small model with random ones; on an accelerator
-four layers of Llama-3.2-1B's widths, with and without gradient checkpointing. Every rival gets embeddings
-that require a gradient, so that the bare frozen model has a backward too and all do the same base work. The
-adapted ones also run AdamW on A. Before any time they train from one start, and their losses must be stock
-PEFT's. Memory: what is saved for the backward, by how much memory grows within a step, what is trained, and
-AdamW's states.
+four layers of Llama-3.2-1B's widths, with and without gradient checkpointing. Every implementation gets
+embeddings that require a gradient, so that the bare frozen model has a backward too and all do the same base
+work. The adapted ones also run AdamW on A. Before anything is timed they train from the same start, and their
+losses must be stock PEFT's. Memory: what is saved for the backward, by how much memory grows within a step,
+what is trained, and AdamW's states.
 """
 
 import copy
@@ -62,7 +62,7 @@ class Cell(NamedTuple):
         return found | ({"checkpointing": self.checkpointing} if ON_ACCELERATOR else {})
 
     @property
-    def rivals(self) -> tuple[str, ...]:
+    def implementations(self) -> tuple[str, ...]:
         return (BARE, STOCK, *([STOCK_16] if self.dtype != "float32" else []), *OURS)
 
 
@@ -100,10 +100,10 @@ def work_of(cell: Cell) -> Work:
     return Work(bare, adapted(bare, 0.02), x, labels=ids)
 
 
-def build(cell: Cell, work: Work, rival: str) -> Step:
+def build(cell: Cell, work: Work, implementation: str) -> Step:
     groups = LLAMA_GROUPS * work.bare.config.num_hidden_layers
-    ran = promised(rival, groups, forwards=1 + cell.checkpointing)
-    return work.step(rival, CONTEXTS[rival], ran, LEARNING_RATE)
+    ran = promised(implementation, groups, forwards=1 + cell.checkpointing)
+    return work.step(implementation, CONTEXTS[implementation], ran, LEARNING_RATE)
 
 
 def losses(step: Step) -> list[float]:
@@ -120,17 +120,23 @@ def setting(cell: Cell) -> dict[str, Step]:
     lost = losses(stock)
     assert abs(lost[-1] / lost[0] - 1) > 3 * gates["y"], f"the steps make no difference: {lost}"
 
-    def judged_step(rival: str) -> Step:
-        if rival == STOCK:
+    def judged_step(implementation: str) -> Step:
+        if implementation == STOCK:
             return stock
-        step = build(cell, work, rival)
-        if rival != BARE:
+        step = build(cell, work, implementation)
+        if implementation != BARE:
             judged(step, expected, gates)
             for ours, theirs in zip(losses(step), lost, strict=True):
                 assert abs(ours / theirs - 1) <= gates["y"], f"a loss is {ours}, stock PEFT's {theirs}"
         return step
 
-    return each(cell.name, {rival: functools.partial(judged_step, rival) for rival in cell.rivals})
+    return each(
+        cell.name,
+        {
+            implementation: functools.partial(judged_step, implementation)
+            for implementation in cell.implementations
+        },
+    )
 
 
 def memory(step: Step) -> dict[str, float]:
@@ -143,15 +149,20 @@ def memory(step: Step) -> dict[str, float]:
     return facts
 
 
-# the last parameter is the innermost loop: rivals take turns within a round
-CASES = [(cell, round_, rival) for cell in CELLS for round_ in range(cell.rounds) for rival in cell.rivals]
+# the last parameter is the innermost loop: implementations take turns within a round
+CASES = [
+    (cell, round_, implementation)
+    for cell in CELLS
+    for round_ in range(cell.rounds)
+    for implementation in cell.implementations
+]
 
 
-@pytest.mark.parametrize(("cell", "round_", "rival"), CASES)
-def bench_step(once, gated, cell, round_, rival):
-    step = gated(cell.name, lambda: setting(cell), rival)[rival]
+@pytest.mark.parametrize(("cell", "round_", "implementation"), CASES)
+def bench_step(once, gated, cell, round_, implementation):
+    step = gated(cell.name, lambda: setting(cell), implementation)[implementation]
     facts = memory(step) if round_ == 0 else {}
     with peak_growth() as growth:
-        step.time(once, cell.name, rival, cell.axes, **facts)
+        step.time(once, cell.name, implementation, cell.axes, **facts)
     if growth() is not None:
         once.note(peak_mb=growth() / 1e6)

@@ -1,9 +1,9 @@
 """One weight's minor subspace: `mica.minor_subspace` against the full fp32 SVD that stock PEFT takes.
 
 Gaussian weights of the shapes that models have, SmolLM2's embedding, and 16 weights of one shape, solved as
-`mica.fast` solves a model's. Rivals: the SVD as it stands, the SVD of the tall view (a wide weight's ``W.T``:
-what one line would gain), and the solver's methods. No time is reported of a result whose certificate the
-solver could not give. ``peak_extra`` is the growth of memory at its highest point over the fp32 size of the
+`mica.fast` solves a model's. Implementations: the SVD as it stands, the SVD of the tall view (a wide weight's
+``W.T``: what one line would gain), and the solver's methods. No time is reported for a result that the solver
+could not certify. ``peak_extra`` is the growth of memory at its highest point over the fp32 size of the
 weight, for weights of 16 MB and more.
 """
 
@@ -58,7 +58,7 @@ class Cell(NamedTuple):
         return {"suite": "subspaces", "weights": self.weights, **shape}
 
     @property
-    def rivals(self) -> list[str]:
+    def implementations(self) -> list[str]:
         tall = [SVD_TALL] if self.out < self.inner and self.weights == 1 else []
         return [SVD, *tall, *(f"minor_subspace, {name}" for name in self.methods)]
 
@@ -138,19 +138,26 @@ def setting(cell: Cell) -> tuple[dict[str, Callable], int]:
         f"minor_subspace, {name}": functools.partial(certified, weights, *METHODS[name])
         for name in cell.methods
     }
-    found = each(cell.name, {rival: builds[rival] for rival in cell.rivals})
+    found = each(
+        cell.name, {implementation: builds[implementation] for implementation in cell.implementations}
+    )
     *_, last = found.values()  # ours, if any of them has a number
     return found, iterations(seconds(last))
 
 
-CASES = [(cell, round_, rival) for cell in CELLS for round_ in range(cell.rounds) for rival in cell.rivals]
+CASES = [
+    (cell, round_, implementation)
+    for cell in CELLS
+    for round_ in range(cell.rounds)
+    for implementation in cell.implementations
+]
 
 
-@pytest.mark.parametrize(("cell", "round_", "rival"), CASES)
-def bench_subspace(once, gated, cell, round_, rival):
-    calls, count = gated(cell.name, lambda: setting(cell), rival)
+@pytest.mark.parametrize(("cell", "round_", "implementation"), CASES)
+def bench_subspace(once, gated, cell, round_, implementation):
+    calls, count = gated(cell.name, lambda: setting(cell), implementation)
     elements = cell.weights * cell.out * cell.inner
     with peak_growth() as growth:
-        once(calls[rival], cell.name, rival, cell.axes, count)
+        once(calls[implementation], cell.name, implementation, cell.axes, count)
     if growth() is not None and elements >= 2**22:
         once.note(peak_extra=growth() / (4 * elements))

@@ -1,4 +1,4 @@
-"""The kernels of one training step on an accelerator, by their time: a file a rival, beside the journal."""
+"""The kernels of one training step on a GPU by time: one file per implementation, next to the journal."""
 
 import os
 from pathlib import Path
@@ -30,10 +30,10 @@ def work():
     return work_of(CELLS[0])
 
 
-@pytest.mark.parametrize("rival", [STOCK, GROUPED])
-def test_kernels_of_a_step(work, rival, tmp_path):
+@pytest.mark.parametrize("implementation", [STOCK, GROUPED])
+def test_kernels_of_a_step(work, implementation, tmp_path):
     device = DEVICE == "cuda"
-    step = build(CELLS[0], work, rival)
+    step = build(CELLS[0], work, implementation)
     with step.form.context():
         for _ in range(WARM_UP):
             step()
@@ -44,6 +44,6 @@ def test_kernels_of_a_step(work, rival, tmp_path):
     text = table(profiled.key_averages(), device)
     assert len(text.splitlines()) > 1, "the profiler saw nothing"
     beside = Path(os.environ.get(journal.VARIABLE) or tmp_path / "step.jsonl")
-    name = "-".join(rival.replace(",", "").replace(".", " ").lower().split())
+    name = "-".join(implementation.replace(",", "").replace(".", " ").lower().split())
     file = beside.with_name(f"{beside.stem}-kernels-{name}.txt")
-    file.write_text(f"One step of {CELLS[0].name.partition(' of ')[2]}: {rival}\n\n{text}")
+    file.write_text(f"One step of {CELLS[0].name.partition(' of ')[2]}: {implementation}\n\n{text}")

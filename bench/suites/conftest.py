@@ -1,8 +1,8 @@
-"""Shared by the suites: rivals that take turns, and checks before any time.
+"""Shared by the suites: implementations that take turns, and checks before any time.
 
-pytest-benchmark times one test after the other; a machine that slows down in between would favour whoever
-ran first. Each test is therefore one round of one rival, the round number is the outer parameter, and
-`bench.results` pairs the rounds. A round is a line in the journal as soon as its test has passed.
+pytest-benchmark times one test after the other; a machine that slows down in between would favour those that
+ran first. Each test is therefore one round of one implementation, the round number is the outer parameter,
+and `bench.results` pairs the rounds. A round is a line in the journal as soon as its test has passed.
 """
 
 import ctypes
@@ -34,9 +34,9 @@ STREAM = torch.cuda.Stream() if DEVICE == "cuda" else None
 
 
 class Once:
-    """Times one sample: a round of one rival, the mean of ``iterations`` calls.
+    """Times one sample: a round of one implementation, the mean of ``iterations`` calls.
 
-    ``warm_up``: one call before, for caches and for memory that the rival before has given back.
+    ``warm_up``: one call before, for caches and for memory that the implementation before has given back.
     ``axes``: what work it is; ``facts``: what was counted or measured beside the time. ``all_clocks``: on an
     accelerator also its device time and a replay of its graph, each a cell of its own.
     """
@@ -45,14 +45,16 @@ class Once:
 
     def __init__(self, benchmark):
         self.benchmark = benchmark
-        self.cell = self.rival = None
+        self.cell = self.implementation = None
         self.samples: list[dict] = []
 
-    def __call__(self, function, group, rival, axes, iterations=1, warm_up=False, all_clocks=False, **facts):
-        self.cell, self.rival = group, rival
+    def __call__(
+        self, function, group, implementation, axes, iterations=1, warm_up=False, all_clocks=False, **facts
+    ):
+        self.cell, self.implementation = group, implementation
         self.benchmark.group = group
-        self.benchmark.extra_info.update(rival=rival, axes=axes)
-        journal.write("doing", group=group, rival=rival)
+        self.benchmark.extra_info.update(implementation=implementation, axes=axes)
+        journal.write("doing", group=group, implementation=implementation)
         if warm_up:
             function()
         call = clocks.wall(function, iterations)
@@ -77,28 +79,28 @@ class Once:
                 "cell": self.cell,
                 "group": group,
                 "axes": axes,
-                "rival": self.rival,
+                "implementation": self.implementation,
                 "seconds": seconds,
                 "facts": facts,
             }
         )
 
     def _add_clock(self, clock: str, measure: Callable[[], float], axes: dict) -> None:
-        """A rival that cannot be timed so has no such number, and keeps the others."""
+        """An implementation that cannot be timed so has no such number, and keeps the others."""
         group = f"{self.cell}, {clock}"
-        if why_refused(group, self.rival):
+        if why_refused(group, self.implementation):
             return
         try:
             self._add(measure(), axes, {}, clock)
         except Exception as error:
-            refuse(group, sentence(error), self.rival)
+            refuse(group, sentence(error), self.implementation)
             leave_if_crashed()
 
     def _graph(self, function) -> Callable:
         """The replay of its graph, captured once a cell."""
         if not any(cell == self.cell for cell, _ in self.graphs):
             self.graphs.clear()
-        key = self.cell, self.rival
+        key = self.cell, self.implementation
         if key not in self.graphs:
             self.graphs[key] = clocks.captured(function), function  # its operands stay where they are
         return self.graphs[key][0]
@@ -112,14 +114,14 @@ def once(request, benchmark):
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport(item, call):
-    """A round counts once its test has passed; a rival whose test failed has no number."""
+    """A round counts once its test has passed; an implementation whose test failed has no number."""
     report = yield
     found = getattr(item, "once", None)
     if found is not None and call.when == "call":
         for sample in found.samples if report.passed else ():
             journal.write("sample", **sample)
         if report.failed and found.cell is not None:
-            refuse(found.cell, sentence(call.excinfo.value), found.rival)
+            refuse(found.cell, sentence(call.excinfo.value), found.implementation)
             leave_if_crashed()
     return report
 
@@ -146,22 +148,22 @@ def released(request):
 
 @pytest.fixture(scope="session")
 def gated():
-    """``gated(group, check, rival)``: what ``check()`` returns, unless the cell or the rival is refused.
+    """``gated(group, check, implementation)``: what ``check()`` returns; fails if either is refused.
 
-    Once ``check()`` has raised, the cell is refused for good; a rival alone is refused by `harness.each`.
+    Once ``check()`` has raised, the cell is refused for good; `harness.each` refuses single implementations.
     """
 
-    def gated(group: str, check: Callable[[], object], rival: str = "") -> object:
+    def gated(group: str, check: Callable[[], object], implementation: str = "") -> object:
         found = None
-        if why_refused(group, rival) is None:
+        if why_refused(group, implementation) is None:
             journal.write("doing", group=group)
             try:
                 found = check()
             except Exception as error:
                 refuse(group, sentence(error))
                 leave_if_crashed()
-        if why := why_refused(group, rival):
-            pytest.fail(f"no number for {group}, {rival}: {why}", pytrace=False)
+        if why := why_refused(group, implementation):
+            pytest.fail(f"no number for {group}, {implementation}: {why}", pytrace=False)
         return found
 
     return gated

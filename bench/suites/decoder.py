@@ -1,4 +1,4 @@
-"""Decoder models with adapters on all linear layers, of which every rival has a copy of its own."""
+"""Decoder models with adapters on all linear layers, of which every implementation has a copy of its own."""
 
 from __future__ import annotations
 
@@ -57,10 +57,10 @@ def cast(model: nn.Module, dtype: torch.dtype) -> nn.Module:
 
 
 class Work(NamedTuple):
-    """What rivals run: a model without a head gives y of x's shape, one with a head the loss of ``labels``.
+    """What is run: a model without a head gives y of x's shape, one with a head the loss of ``labels``.
 
-    ``bare``: frozen, without adapters; ``masters``: with adapters as PEFT makes them, in fp32, for rivals to
-    copy; ``x``: embeddings (batch, sequence, hidden).
+    ``bare``: frozen, without adapters; ``masters``: with adapters as PEFT makes them, in fp32, for
+    implementations to copy; ``x``: embeddings (batch, sequence, hidden).
     """
 
     bare: nn.Module
@@ -69,10 +69,12 @@ class Work(NamedTuple):
     grad_output: Tensor | None = None
     labels: Tensor | None = None
 
-    def step(self, rival: str, context: Context, operators: dict[str, int], rate: float = 0.0) -> Step:
+    def step(
+        self, implementation: str, context: Context, operators: dict[str, int], rate: float = 0.0
+    ) -> Step:
         """Of the bare model or of a copy of the masters; ``rate``: AdamW's."""
-        model = self.bare if rival == BARE else copy.deepcopy(self.masters)
-        if rival == STOCK_16:
+        model = self.bare if implementation == BARE else copy.deepcopy(self.masters)
+        if implementation == STOCK_16:
             cast(model, self.x.dtype)
         return self.step_of(model, context, operators, rate)
 

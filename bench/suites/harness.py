@@ -1,4 +1,4 @@
-"""What the suites share: how large a run is, rivals that are built and judged one by one, and refusals."""
+"""Shared by the suites: the size of a run, building and checking implementations one by one, refusals."""
 
 from __future__ import annotations
 
@@ -17,10 +17,12 @@ from bench.results.schema import is_refused
 
 T = TypeVar("T")
 
-# Why a cell, or a rival of it, has no number: (group, rival or None) -> a sentence. After a crash the run
-# goes on in a new process, which must not try again what crashed.
+# Why a cell, or an implementation in it, has no number: (group, implementation or None) -> a sentence. After
+# a crash the run goes on in a new process, which must not retry what crashed.
 refusals: dict[tuple[str, str | None], str] = {
-    (one["group"], one.get("rival")): one["why"] for one in journal.read() if one["kind"] == "refused"
+    (one["group"], one.get("implementation")): one["why"]
+    for one in journal.read()
+    if one["kind"] == "refused"
 }
 CRASHED = 86  # exit status of a process whose device does not answer any more
 
@@ -37,7 +39,7 @@ def pick(quick: T, default: T, full: T | None = None, cuda: T | None = None, dry
 def iterations(seconds: float, sample: float = 0.005) -> int:
     """How many calls of this length make one sample of about ``sample`` seconds: 1 to 100.
 
-    The calls are those of the fastest rival, the bare one; the others take up to five times as long.
+    The calls are those of the fastest implementation, the bare one; the others take up to five times as long.
     """
     return 1 if IS_DRY else min(100, max(1, ceil(sample / seconds)))
 
@@ -46,20 +48,25 @@ def turns(
     cells: Iterable[Any],
     parts: Sequence[str],
     rounds: Callable[[Any], int],
-    rivals: Callable[[Any, str], Iterable[str]],
+    implementations: Callable[[Any, str], Iterable[str]],
 ) -> Iterator[object]:
-    """Parameters (cell, round, pass, rival) of a suite's test: the rivals of a pass take turns in a round."""
+    """Parameters (cell, round, pass, implementation) of a test: implementations take turns within a round."""
     for cell in cells:
         for round_, part in product(range(rounds(cell)), parts):
-            for name in rivals(cell, part):
+            for name in implementations(cell, part):
                 yield pytest.param(cell, round_, part, name, id=f"{cell.key}-{part}-{round_}-{name}")
 
 
-def refuse(group: str, why: str, rival: str | None = None) -> None:
-    """The cell for good, or this rival of it."""
-    if why_refused(group, rival or "") is None:
-        refusals[group, rival] = why
-        journal.write("refused", group=group, **({} if rival is None else {"rival": rival}), why=why)
+def refuse(group: str, why: str, implementation: str | None = None) -> None:
+    """The cell for good, or this implementation of it."""
+    if why_refused(group, implementation or "") is None:
+        refusals[group, implementation] = why
+        journal.write(
+            "refused",
+            group=group,
+            **({} if implementation is None else {"implementation": implementation}),
+            why=why,
+        )
 
 
 def sentence(error: BaseException) -> str:
@@ -70,26 +77,26 @@ def sentence(error: BaseException) -> str:
 
 
 def each(group: str, builds: dict[str, Callable[[], T]]) -> dict[str, T]:
-    """What each rival's function returns, which builds it and checks its results.
+    """What each implementation's function returns, which builds it and checks its results.
 
     One that raises is refused, in ``group`` and in all groups whose names go on from there; the others go on.
     """
     found = {}
-    for rival, build in builds.items():
-        if why_refused(group, rival):
+    for implementation, build in builds.items():
+        if why_refused(group, implementation):
             continue
-        journal.write("doing", group=group, rival=rival)
+        journal.write("doing", group=group, implementation=implementation)
         try:
-            found[rival] = build()
+            found[implementation] = build()
         except Exception as error:
-            refuse(group, sentence(error), rival)
+            refuse(group, sentence(error), implementation)
             leave_if_crashed()
     return found
 
 
-def why_refused(group: str, rival: str) -> str | None:
+def why_refused(group: str, implementation: str) -> str | None:
     for (name, whose), why in refusals.items():
-        if is_refused({"group": name, "rival": whose}, group, rival):
+        if is_refused({"group": name, "implementation": whose}, group, implementation):
             return why
     return None
 

@@ -34,7 +34,7 @@ class Layer:
 
 
 class Form(NamedTuple):
-    """A rival. ``forward()`` gives y; ``inputs``: what the backward differentiates by, x first."""
+    """An implementation. ``forward()`` gives y; ``inputs``: what the backward differentiates by, x first."""
 
     forward: Callable[[], Tensor]
     inputs: tuple[Tensor, ...]
@@ -49,7 +49,7 @@ class Form(NamedTuple):
         return partial(self.gradients, self.forward(), grad_output) if part == BACKWARD else self.forward
 
     def time(self, once, part: str, grad_output: Tensor, *sample, **facts) -> None:
-        """One sample of this pass, by every clock; ``sample``: group, rival, axes, number of calls."""
+        """One sample of this pass, by every clock; ``sample``: group, implementation, axes, calls."""
         with self.context(), torch.set_grad_enabled(part != NO_GRADIENT):
             once(self.call(part, grad_output), *sample, warm_up=True, all_clocks=True, **facts)
 
@@ -136,8 +136,8 @@ def relative_errors(
     }
 
 
-def noted(rival: str, errors: dict[str, float]) -> dict[str, float]:
-    """As facts of the rival; the bare layer's say nothing."""
-    if rival == BARE:
+def noted(implementation: str, errors: dict[str, float]) -> dict[str, float]:
+    """As facts of the implementation; the bare layer's say nothing."""
+    if implementation == BARE:
         return {}
     return {f"error of {what}": float(f"{errors[what]:.3g}") for what in ("y", "dx", "dA") if what in errors}

@@ -1,4 +1,4 @@
-"""A rival that takes steps (forward, backward, perhaps an optimizer), and the operators that these run."""
+"""Implementations that take steps (forward, backward, perhaps an optimizer), and the operators they run."""
 
 from __future__ import annotations
 
@@ -51,11 +51,11 @@ def operators(
     return found | ({f"{name}_kernels": times for name, times in found.items()} if on_kernels else {})
 
 
-def promised(rival: str, groups: tuple[int, ...], forwards: int = 1) -> dict[str, int]:
-    """`operators` by what the rival's name says. ``groups``: how many layers read one x, for every x."""
-    if rival in (FAST, UNGROUPED):
+def promised(implementation: str, groups: tuple[int, ...], forwards: int = 1) -> dict[str, int]:
+    """`operators` that the implementation's name implies. ``groups``: how many layers read each x."""
+    if implementation in (FAST, UNGROUPED):
         return operators(sum(groups), forwards=forwards)
-    if rival == GROUPED:
+    if implementation == GROUPED:
         alone = groups.count(1)
         return operators(alone, len(groups) - alone, forwards=forwards)
     return {}
@@ -102,13 +102,13 @@ class Step(NamedTuple):
         self,
         once,
         group: str,
-        rival: str,
+        implementation: str,
         axes: dict,
         calls: int = 1,
         call: Callable | None = None,
         **options,
     ) -> int:
-        """One sample, after which every step must have run the operators that the rival's name promises.
+        """One sample, after which every step must have run the operators that the name implies.
 
         ``call`` in place of a step: whether any has run must be as it is in a step. Returns the number of
         calls, of which more are made than are timed.
@@ -120,11 +120,11 @@ class Step(NamedTuple):
             return (call or self)()
 
         with self.form.context(), counting() as ran:
-            once(counted, group, rival, axes, calls, warm_up=True, **options)
+            once(counted, group, implementation, axes, calls, warm_up=True, **options)
         runs = next(run)
         found = {name: times / runs for name, times in ran.items()}
         right = found == self.operators if call is None else bool(found) == bool(self.operators)
-        assert right, f"{rival} ran {found} a call, not {self.operators}"
+        assert right, f"{implementation} ran {found} a call, not {self.operators}"
         return runs
 
 

@@ -81,7 +81,7 @@ def befallen_by(*faults):
 
 
 def timed(result, stage):
-    """Names of the rivals that have a number, of the groups of a stage."""
+    """Names of the implementations that have a number, of the groups of a stage."""
     suites = {
         "bandwidth": ("kernels",),
         "layers": ("layer", "group"),
@@ -89,7 +89,7 @@ def timed(result, stage):
         "initialisation": ("subspace", "subspaces"),
         "forms": ("forms",),
     }.get(stage, ())
-    return {name for suite in suites for group in result.select(suite=suite) for name in group.rivals}
+    return {name for suite in suites for group in result.select(suite=suite) for name in group.timings}
 
 
 def test_every_stage_is_told_and_has_results(with_faults):
@@ -127,7 +127,7 @@ def test_what_stops_a_process_is_named_and_the_rest_goes_on(with_faults):
 
 def test_rounds_belong_together(with_faults):
     for group in with_faults[1].groups:
-        assert len({len(rival.seconds) for rival in group.rivals.values()}) == 1, group.name
+        assert len({len(timing.seconds) for timing in group.timings.values()}) == 1, group.name
 
 
 def test_it_does_not_claim_to_have_measured(with_faults):

@@ -58,7 +58,7 @@ def test_numbers_worked_out_from_the_json(result):
         step = median(second for one in own for second in one["seconds"])
         assert cost[name][5:7] == [f"{step:.2f}", f"{40 * step:.0f}"]
     factors = [f"{falls[MICA] / falls[name]:.2f}x" for name in (SAME_RANK, SAME_SIZE, FULL)]
-    assert "MiCA's fall ÷ the rival's |  | " + " | ".join(factors) in text
+    assert "MiCA's fall ÷ the baseline's |  | " + " | ".join(factors) in text
     sizes = [result["methods"][name]["trained_parameters"] for name in (MICA, SAME_RANK)]
     assert f"| {100 * sizes[0] / sizes[1]:.1f} % |" in text
 

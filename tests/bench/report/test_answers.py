@@ -108,15 +108,15 @@ def test_a_cell_of_three_clocks_is_one_cell_of_each():
     assert not any(GRAPH in question for question in found)
 
 
-@pytest.mark.parametrize("rival", [BARE, STOCK, FAST])
-def test_a_rival_without_a_number_leaves_the_other_answers(rival, groups):
+@pytest.mark.parametrize("implementation", [BARE, STOCK, FAST])
+def test_an_implementation_without_a_number_leaves_the_other_answers(implementation, groups):
     for group in groups:
-        group.rivals.pop(rival, None)
+        group.timings.pop(implementation, None)
     found = told(groups)
     assert found["Memory"] == "not measured in this run."
     assert "times the" not in found["A training step"]
     slower = found["Where it is not faster than stock PEFT"]
-    assert slower.startswith("2 of 6 cells" if rival == BARE else "not measured")
+    assert slower.startswith("2 of 6 cells" if implementation == BARE else "not measured")
 
 
 def host(suite, call, dtype, medians):
@@ -133,7 +133,7 @@ def test_the_hosts_time_is_told_with_what_is_asked_for():
             host("host layer", BOTH, "float32", {STOCK: 100, **wide}),
             host("host layer", BOTH, "bfloat16", {STOCK: 200, **narrow}),
             host("host layer", NO_GRADIENT, "float32", {STOCK: 100, names.PYTORCH: 100, names.KERNELS: 101}),
-            # its rival is refused; stock's default is in another dtype
+            # its implementation is refused; stock's default is in another dtype
             host("host layer", NO_GRADIENT, "bfloat16", {STOCK: 100, names.PYTORCH: 50}),
             host("host block", BOTH, "float32", block),
             host("host block", NO_GRADIENT, "float32", {STOCK: 100, names.PYTORCH_GROUPED: 1}),

@@ -42,7 +42,7 @@ def cells(suite, passes, clock=DEVICE_TIME, facts=None, factor=1.0, **axes):
         a_group(
             f"{suite}, {axes['tokens']} tokens, {part}",
             {**axes, "pass": part},
-            {rival: factor * seconds for rival, seconds in medians.items()},
+            {implementation: factor * seconds for implementation, seconds in medians.items()},
             facts,
         )
         for part, medians in passes.items()
@@ -52,11 +52,15 @@ def cells(suite, passes, clock=DEVICE_TIME, facts=None, factor=1.0, **axes):
 def kernel(name, tokens, shares, clock=DEVICE_TIME, copied=None):
     """One whose configurations reach these shares of the copy's bandwidth, by device time."""
     axes = {"suite": "kernels", "kernel": name, "tokens": tokens, "features": 64, "rank": 16}
-    medians = {COPY: 1.0, **{rival: 1 / share for rival, share in shares.items()}}
-    facts = {rival: {"bytes": 6e9} for rival in shares} | {COPY: {"bytes": copied} if copied else {}}
+    medians = {COPY: 1.0, **{implementation: 1 / share for implementation, share in shares.items()}}
+    facts = {implementation: {"bytes": 6e9} for implementation in shares} | {
+        COPY: {"bytes": copied} if copied else {}
+    }
     found = []
     for one in (WALL, DEVICE_TIME):  # what was counted stands beside one of them
-        scaled = {rival: (9 if one == WALL else 1) * seconds for rival, seconds in medians.items()}
+        scaled = {
+            implementation: (9 if one == WALL else 1) * seconds for implementation, seconds in medians.items()
+        }
         name_ = f"{name}, {tokens} tokens, {one}"
         found.append(
             a_group(name_, {**axes, "dtype": "bfloat16", "clock": one}, scaled, facts if one == clock else {})
@@ -129,7 +133,7 @@ def test_of_a_kernel_the_slowest_of_large_cells_counts_by_its_first_configuratio
 
 
 @pytest.mark.parametrize(
-    ("rival", "start"),
+    ("implementation", "start"),
     [
         (BARE, "a layer, forward:"),
         (FAST, "a layer"),
@@ -137,11 +141,11 @@ def test_of_a_kernel_the_slowest_of_large_cells_counts_by_its_first_configuratio
         (STOCK, "a layer, forward + backward: stock PEFT ÷"),
     ],
 )
-def test_a_rival_without_a_number_is_not_measured(rival, start):
+def test_an_implementation_without_a_number_is_not_measured(implementation, start):
     groups = cells("layer", LAYER, facts=ERRORS)
     assert "not measured" not in {met for what, (_, met) in table(groups).items() if what.startswith(start)}
     for group in groups:
-        del group.rivals[rival]
+        del group.timings[implementation]
     assert {met for what, (_, met) in table(groups).items() if what.startswith(start)} == {"not measured"}
 
 
@@ -151,7 +155,7 @@ def test_a_kernel_beside_no_copy_or_of_uncounted_bytes_is_not_measured(missing):
     assert "yes" in {met for _, met in table(groups).values()}
     for group in groups:
         if missing == "copy":
-            del group.rivals[COPY]
+            del group.timings[COPY]
         else:
-            group.rivals["a"].facts.clear()
+            group.timings["a"].facts.clear()
     assert {met for _, met in table(groups).values()} == {"not measured"}

@@ -102,11 +102,11 @@ def test_what_the_run_does_not_have_is_not_drawn(tmp_path):
     assert [*drawn(others(), tmp_path)] == [AGAINST_STOCK]
 
 
-def test_a_rival_without_a_number_leaves_the_others(tmp_path):
+def test_an_implementation_without_a_number_leaves_the_others(tmp_path):
     groups = layers([128, 512, 2048]) + others()
     for group in groups:
-        del group.rivals[
-            STOCK if group.axes["suite"] == "merge" else FAST if FAST in group.rivals else GROUPED
+        del group.timings[
+            STOCK if group.axes["suite"] == "merge" else FAST if FAST in group.timings else GROUPED
         ]
     found = drawn(groups, tmp_path)
     assert len(gids(found[BY_TOKENS][0], "series-")) == 4

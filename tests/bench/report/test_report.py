@@ -21,7 +21,7 @@ from bench.results.names import (
     STOCK_16,
     WALL,
 )
-from bench.results.schema import Group, Result, Rival
+from bench.results.schema import Group, Result, Timing
 from tests.support.bench_results import a_group
 
 MACHINE = {"cpu": "A", "device": "cpu", "threads": 2, "torch": "2.9", "commit": "abcdef", "size": "quick"}
@@ -82,7 +82,7 @@ def test_tables_are_by_clock_the_devices_first():
     assert all(row.endswith("| 8 → 4 |") for row in rows)
 
 
-def test_the_table_of_a_group_has_a_row_a_rival():
+def test_the_table_of_a_group_has_a_row_an_implementation():
     facts = {FAST: {"saved_mb": 140.0}}
     found = text([a_group("a step", {"suite": "step"}, {BARE: 4.0, STOCK: 6.0, FAST: 4.5}, facts)])
     assert headings(found)[-2:] == ["## Step", "### a step"]
@@ -91,11 +91,11 @@ def test_the_table_of_a_group_has_a_row_a_rival():
 
 
 def test_the_column_of_overheads_is_there_where_both_are():
-    rivals = {name: Rival([1.0 * i, 2.0 * i]) for i, name in enumerate((BARE, LORA, FAST), 1)}
-    header = group_table(Group("step", {}, rivals)).splitlines()[2]
+    timings = {name: Timing([1.0 * i, 2.0 * i]) for i, name in enumerate((BARE, LORA, FAST), 1)}
+    header = group_table(Group("step", {}, timings)).splitlines()[2]
     assert header.endswith("| overhead ÷ that of PEFT LoRA |")
-    del rivals[BARE]
-    assert "overhead" not in group_table(Group("step", {}, rivals))
+    del timings[BARE]
+    assert "overhead" not in group_table(Group("step", {}, timings))
 
 
 def test_kernels_stand_beside_a_copy():
@@ -121,19 +121,19 @@ def test_kernels_stand_beside_a_copy():
     assert f"| {shape} | 32 x 32 | 200 |  |  |" in device
 
 
-@pytest.mark.parametrize("rival", [BARE, STOCK, FAST])
+@pytest.mark.parametrize("implementation", [BARE, STOCK, FAST])
 @pytest.mark.parametrize("machine", [MACHINE, GPU])
-def test_a_rival_without_a_number_leaves_the_others(rival, machine):
+def test_an_implementation_without_a_number_leaves_the_others(implementation, machine):
     groups = layer(128)
     for group in groups:
-        del group.rivals[rival]
+        del group.timings[implementation]
     found = text(groups, machine)
     assert "| 128 | 64 x 32 | 8 |" in found
-    assert "0.750 (0.75–0.75)" in found or rival == STOCK
+    assert "0.750 (0.75–0.75)" in found or implementation == STOCK
 
 
-def test_what_was_refused_is_told_with_its_rival_and_why():
-    refused = [{"group": "a", "why": "wrong"}, {"group": "b", "rival": FAST, "why": "died"}]
+def test_what_was_refused_is_told_with_its_implementation_and_why():
+    refused = [{"group": "a", "why": "wrong"}, {"group": "b", "implementation": FAST, "why": "died"}]
     found = text([], refused=refused)
     assert "**No number**, and why:\n\n- a: wrong\n- b, mica.fast: died\n" in found
 
@@ -151,7 +151,9 @@ def test_stages_say_how_they_ended_and_skipped_is_not_passed():
         {"stage": f"s{i}", "state": state, "seconds": 1.5, "passed": a, "failed": b, "skipped": c}
         for i, (state, a, b, c, _) in enumerate(counts)
     ]
-    stages.append({"stage": "last", "state": "hung", "was_doing": {"group": "a cell", "rival": FAST}})
+    stages.append(
+        {"stage": "last", "state": "hung", "was_doing": {"group": "a cell", "implementation": FAST}}
+    )
     found = text([], stages=stages)
     for i, (_, a, b, c, state) in enumerate(counts):
         assert f"\n| s{i} | {state} | 1.5 | {a} | {b} | {c} |  |\n" in found
@@ -237,12 +239,23 @@ def test_without_matplotlib_there_is_a_report_without_pictures(file):
 @pytest.mark.parametrize("machine", [MACHINE, None])
 def test_a_journal_is_folded_into_the_result(machine, tmp_path):
     samples = [
-        {"kind": "sample", "cell": group.name, "group": group.name, "axes": group.axes, "rival": rival}
+        {
+            "kind": "sample",
+            "cell": group.name,
+            "group": group.name,
+            "axes": group.axes,
+            "implementation": implementation,
+        }
         | {"seconds": one.median, "facts": {}}
         for group in layer(128)
-        for rival, one in group.rivals.items()
+        for implementation, one in group.timings.items()
     ]
-    died = {"kind": "refused", "group": "layer, 128 tokens", "rival": STOCK_16, "why": "the process died"}
+    died = {
+        "kind": "refused",
+        "group": "layer, 128 tokens",
+        "implementation": STOCK_16,
+        "why": "the process died",
+    }
     file = tmp_path / "run.jsonl"
     file.write_text("\n".join(map(json.dumps, [*samples, died])) + '\n{"kind": "sam')
     if machine:
@@ -254,4 +267,4 @@ def test_a_journal_is_folded_into_the_result(machine, tmp_path):
     assert (tmp_path / "run.md").read_text() == found
     result = Result.load(tmp_path / "run.json")
     assert result.machine == (machine or {})
-    assert [{*group.rivals} for group in result.groups] == [{BARE, STOCK, FAST}] * 2
+    assert [{*group.timings} for group in result.groups] == [{BARE, STOCK, FAST}] * 2

@@ -1,4 +1,4 @@
-"""Rivals that are built and judged one by one, and what is refused."""
+"""Implementations that are built and judged one by one, and what is refused."""
 
 import pytest
 
@@ -22,16 +22,21 @@ def raising():
     raise ValueError("no such shape")
 
 
-def test_a_rival_that_is_wrong_or_raises_is_refused_alone(written):
+def test_an_implementation_that_is_wrong_or_raises_is_refused_alone(written):
     found = harness.each("cell", {"a": lambda: 1, "wrong": wrong, "raising": raising, "b": lambda: 2})
     assert found == {"a": 1, "b": 2}
     assert harness.refusals == {
         ("cell", "wrong"): "the relative error of y is 0.1",
         ("cell", "raising"): "ValueError: no such shape",
     }
-    refused = [(one["group"], one["rival"]) for one in written() if one["kind"] == "refused"]
+    refused = [(one["group"], one["implementation"]) for one in written() if one["kind"] == "refused"]
     assert refused == [("cell", "wrong"), ("cell", "raising")]
-    assert [one["rival"] for one in written() if one["kind"] == "doing"] == ["a", "wrong", "raising", "b"]
+    assert [one["implementation"] for one in written() if one["kind"] == "doing"] == [
+        "a",
+        "wrong",
+        "raising",
+        "b",
+    ]
 
 
 def test_what_was_refused_is_not_built_again():
@@ -40,7 +45,7 @@ def test_what_was_refused_is_not_built_again():
 
 
 @pytest.mark.parametrize(
-    ("group", "rival", "refused"),
+    ("group", "implementation", "refused"),
     [
         ("cell", "a", True),
         ("cell, backward", "a", True),
@@ -50,10 +55,10 @@ def test_what_was_refused_is_not_built_again():
         ("whole, forward", "a", True),
     ],
 )
-def test_what_was_refused_in_a_cell_is_refused_in_each_of_its_passes(group, rival, refused):
+def test_what_was_refused_in_a_cell_is_refused_in_each_of_its_passes(group, implementation, refused):
     harness.refuse("cell", "wrong", "a")
     harness.refuse("whole", "no memory")
-    assert (harness.why_refused(group, rival) is not None) == refused
+    assert (harness.why_refused(group, implementation) is not None) == refused
 
 
 @pytest.mark.parametrize(

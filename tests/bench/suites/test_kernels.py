@@ -60,24 +60,24 @@ def two_broken(tmp_path_factory):
 
 
 def test_a_configuration_is_refused_alone(two_broken):
-    refused = {one["rival"]: one["why"] for one in two_broken.result.refused}
+    refused = {one["implementation"]: one["why"] for one in two_broken.result.refused}
     assert {name.partition(", ")[0] for name in refused} == {
         NAMES[key] for key in ("down-A", "down-B", "up-B")
     }
     for name, why in refused.items():
         word = "out of something" if name.startswith(NAMES["up-B"]) else "the relative error is 5.0"
         assert word in why, (name, why)
-    timed = {rival for group in two_broken.result.groups for rival in group.rivals}
+    timed = {implementation for group in two_broken.result.groups for implementation in group.timings}
     assert not timed & refused.keys()
     for key, kernel in NAMES.items():
         groups = list(two_broken.result.select(suite="kernels", kernel=kernel))
         assert {group.axes["clock"] for group in groups} == {WALL, DEVICE_TIME, GRAPH}
-        assert all({COPY} < group.rivals.keys() for group in groups), key
+        assert all({COPY} < group.timings.keys() for group in groups), key
 
 
 def test_bytes_are_those_of_the_copy(two_broken):
     for group in two_broken.result.select(suite="kernels", clock=WALL):
-        sizes = {rival.facts["bytes"] for rival in group.rivals.values()}
+        sizes = {timing.facts["bytes"] for timing in group.timings.values()}
         assert len(sizes) == 1
         assert sizes.pop() >= 2 * group.axes["tokens"] * group.axes["features"]
 

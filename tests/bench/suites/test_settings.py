@@ -26,9 +26,13 @@ STEP_16 = STEP._replace(dtype="bfloat16", checkpointing=1)
 
 
 @pytest.mark.parametrize("cell", [STEP, STEP_16])
-def test_every_rival_of_a_step_is_there_and_trains(cell):
+def test_every_implementation_of_a_step_is_there_and_trains(cell):
     steps = bench_step.setting(cell)
-    assert list(steps) == list(cell.rivals) == [BARE, STOCK, *([STOCK_16] if cell == STEP_16 else []), FAST]
+    assert (
+        list(steps)
+        == list(cell.implementations)
+        == [BARE, STOCK, *([STOCK_16] if cell == STEP_16 else []), FAST]
+    )
     assert not harness.refusals
     assert bench_step.memory(steps[BARE])["optimizer_mb"] == 0
     facts = bench_step.memory(steps[FAST])
@@ -76,7 +80,7 @@ CELL = bench_subspace.Cell(64, 48, 1, ("auto, r = 16", "gram, r = 16"))
 @pytest.mark.parametrize("cell", [CELL, CELL._replace(methods=("auto, r = 16",), weights=3)])
 def test_all_of_a_cell_are_solved(cell):
     calls, count = bench_subspace.setting(cell)
-    assert list(calls) == cell.rivals
+    assert list(calls) == cell.implementations
     assert 1 <= count <= 100
     results, vectors = calls["minor_subspace, auto, r = 16"](), calls[SVD]()
     assert len(results) == len(vectors) == cell.weights

@@ -1,4 +1,4 @@
-"""What is asked of a rival that takes steps: before it is timed, and after."""
+"""What is asked of an implementation that takes steps: before it is timed, and after."""
 
 from collections import Counter
 from contextlib import nullcontext
@@ -16,7 +16,7 @@ from bench.suites.steps import Step, judged, operators, promised
 class Once:
     """Calls as the suites' fixture does, and keeps the axes; pytest-benchmark adds calls of its own."""
 
-    def __call__(self, function, group, rival, axes, iterations, warm_up):
+    def __call__(self, function, group, implementation, axes, iterations, warm_up):
         for _ in range(iterations + 3):
             function()
         self.axes = axes
@@ -55,7 +55,7 @@ def test_a_sample_holds_calls_of_one_kind(forward_only):
     step, once = layer_step(), Once()
     before = Counter(mica.fast.call_counts)
     call = step.form.forward if forward_only else None
-    assert step.time(once, "group", "rival", {"suite": "host layer"}, 5, call) == 8
+    assert step.time(once, "group", "implementation", {"suite": "host layer"}, 5, call) == 8
     ran = Counter(mica.fast.call_counts) - before
     assert ran["linear"] == 8
     assert ran["linear_backward"] == (0 if forward_only else 8)
@@ -74,10 +74,10 @@ def test_a_sample_holds_calls_of_one_kind(forward_only):
         (False, nullcontext, operators(1, on_kernels=False, forwards=2)),
     ],
 )
-def test_a_rival_under_another_ones_name_gets_no_number(forward_only, context, ran):
+def test_an_implementation_under_another_ones_name_gets_no_number(forward_only, context, ran):
     step = layer_step(context, ran)
-    with pytest.raises(AssertionError, match="rival ran"):
-        step.time(Once(), "group", "rival", {}, 5, step.form.forward if forward_only else None)
+    with pytest.raises(AssertionError, match="implementation ran"):
+        step.time(Once(), "group", "implementation", {}, 5, step.form.forward if forward_only else None)
 
 
 def test_operators_of_a_forward_and_backward():
