@@ -1,11 +1,11 @@
-"""Two runs of the benchmarks: ``python -m bench.report.compare OLD.json NEW.json`` says what became slower.
+"""Compares two runs: ``python -m bench.report.compare OLD.json NEW.json`` reports what became slower.
 
 Machines drift, and so does their load, so what is compared is each implementation's ratio to a baseline of
 the same run, round by round, never seconds. A ratio changed if its two intervals do not overlap and the
 median moved by more than the tolerance. Both, because chance separates intervals, too: with equal truth and 5
 rounds each in 1 of 126 ratios, with 3 rounds in 1 of 10, by about the noise of a round. In simulated runs
 with noise of 3 % uniform, 5 % of tolerance called 13 of 1600 unchanged ratios slower with 3 rounds and none
-with 5: a lone regression asks for a second run. A change that disappears in a wide interval is not seen.
+with 5: confirm a lone regression by a second run. A change within a wide interval is not seen.
 
 What is slower, needs more memory or is refused now, and is ours, is a regression. Ratios of the other
 implementations only show that the baseline or the machine behaves differently.
@@ -27,23 +27,23 @@ from bench.report.markdown import ONE_PROCESS, markdown_table
 from bench.results.names import BARE, COPY, FAST, LORA, STOCK, SVD, SVD_TALL, UNGROUPED
 from bench.results.schema import Group, Ratio, Result, is_refused
 
-# The first two where they are there; else the first of the others that is.
+# The first two where the group has them, else the first of the others that it has
 BASELINES, OTHER_BASELINES = (STOCK, BARE), (SVD, SVD_TALL, LORA, UNGROUPED, ONE_PROCESS, COPY)
 OURS = (FAST, "minor_subspace")
-# Bytes that are counted repeat to the byte, and may grow by this factor. A process's peak does not: that of
-# the bare model's step differed by a factor of 1.9 between two runs.
+# Counted bytes are reproducible, and may grow by this factor. A process's peak is not: that of the bare
+# model's step differed by a factor of 1.9 between two runs.
 MEMORY, GROWTH = "saved_mb", 1.01
-# What must be equal, and what is told where it differs.
+# What must be equal, and what is reported where it differs
 _MACHINE = ("cpu", "device", "threads", "bf16 instructions")
 _CIRCUMSTANCES = (*_MACHINE, "python", "torch", "peft", "transformers", "triton", "size")
 
 
 class UnusableError(Exception):
-    """Nothing can be said of these files; the message is one sentence."""
+    """These files cannot be compared; the message is one sentence."""
 
 
 class Change(NamedTuple):
-    """``factor``: new ÷ old. ``against``: the baseline's name, or what of the memory."""
+    """``factor``: new ÷ old. ``against``: the baseline, or which memory."""
 
     factor: float
     cell: str
@@ -71,7 +71,7 @@ class Comparison:
 
 
 def is_ours(group: Group, implementation: str) -> bool:
-    """Beside a copy stand configurations of our kernels."""
+    """What is compared with a copy are configurations of our kernels."""
     return implementation.startswith(OURS) or (COPY in group.timings and implementation != COPY)
 
 
@@ -86,54 +86,57 @@ def ratios(group: Group) -> Iterator[tuple[str, str, Ratio]]:
 
 
 def _cells(result: Result) -> dict[tuple, Group]:
-    """By their axes, where they have some: names may be reworded."""
+    """By their axes, if they have any: names may be reworded."""
     return {tuple(sorted(group.axes.items())) or (group.name,): group for group in result.groups}
 
 
 def compare(old: Result, new: Result, tolerance: float) -> Comparison:
     """Of the cells that both have; those of ours that only the old one has are listed."""
-    found, later = Comparison(), _cells(new)
+    comparison, later = Comparison(), _cells(new)
     for key, before in _cells(old).items():
         after = later.get(key, Group(before.name, before.axes))
         for implementation in before.timings:
             if implementation in after.timings:
-                _memory(found, before, after, implementation)
+                _memory(comparison, before, after, implementation)
             elif is_ours(before, implementation):
                 whys = [one["why"] for one in new.refused if is_refused(one, before.name, implementation)]
                 cell = f"{before.name}, {implementation}"
-                found.refused.append(f"{cell}: {whys[0]}") if whys else found.missing.append(cell)
-        _times(found, before, after, tolerance)
-    found.faster.sort()
-    found.slower.sort(reverse=True)
-    found.moved.sort(reverse=True)
-    return found
+                if whys:
+                    comparison.refused.append(f"{cell}: {whys[0]}")
+                else:
+                    comparison.missing.append(cell)
+        _times(comparison, before, after, tolerance)
+    comparison.faster.sort()
+    comparison.slower.sort(reverse=True)
+    comparison.moved.sort(reverse=True)
+    return comparison
 
 
-def _times(found: Comparison, before: Group, after: Group, tolerance: float) -> None:
+def _times(comparison: Comparison, before: Group, after: Group, tolerance: float) -> None:
     new_ratios = {(implementation, base): ratio for implementation, base, ratio in ratios(after)}
     for implementation, base, old in ratios(before):
         if (new := new_ratios.get((implementation, base))) is None:
             if implementation in after.timings and is_ours(before, implementation):
-                found.missing.append(f"{before.name}, {implementation} ÷ {base}")
+                comparison.missing.append(f"{before.name}, {implementation} ÷ {base}")
             continue
-        found.ratios += 1
-        found.agreeing += old.overlaps(new)
+        comparison.ratios += 1
+        comparison.agreeing += old.overlaps(new)
         factor = new.median / old.median
         if not old.overlaps(new) and max(factor, 1 / factor) > 1 + tolerance:
             change = Change(factor, before.name, implementation, f"÷ {base}", str(old), str(new))
-            found.add(change, is_ours(before, implementation))
+            comparison.add(change, is_ours(before, implementation))
 
 
-def _memory(found: Comparison, before: Group, after: Group, implementation: str) -> None:
+def _memory(comparison: Comparison, before: Group, after: Group, implementation: str) -> None:
     old, new = (group.timings[implementation].facts.get(MEMORY) for group in (before, after))
     if old is not None and new is not None and not old / GROWTH <= new <= old * GROWTH:
         factor = new / old if old else inf
         change = Change(factor, before.name, implementation, MEMORY, f"{old:.4g}", f"{new:.4g}")
-        found.add(change, is_ours(before, implementation))
+        comparison.add(change, is_ours(before, implementation))
 
 
 def load(path: Path) -> Result:
-    """Checked as far as `compare` needs it."""
+    """Validated as far as `compare` needs it."""
     try:
         result = Result.load(path)
         rounds = [{len(timing.seconds) for timing in group.timings.values()} for group in result.groups]
@@ -141,7 +144,9 @@ def load(path: Path) -> Result:
     except OSError as error:
         raise UnusableError(f"{path} cannot be read: {error.strerror}.") from error
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UnusableError(f"{path} is no result of a run ({type(error).__name__}: {error}).") from error
+        raise UnusableError(
+            f"{path} is not the result of a run ({type(error).__name__}: {error})."
+        ) from error
     for group, counts in zip(result.groups, rounds, strict=True):
         if len(counts) > 1 or 0 in counts:
             raise UnusableError(
@@ -150,7 +155,7 @@ def load(path: Path) -> Result:
     return result
 
 
-def text(found: Comparison, old: Result, new: Result) -> str:
+def text(comparison: Comparison, old: Result, new: Result) -> str:
     """The report, as Markdown: regressions first, the worst on top."""
     parts = [
         f"{key}: {old.machine[key]} before, {new.machine.get(key)} now"
@@ -159,19 +164,21 @@ def text(found: Comparison, old: Result, new: Result) -> str:
     ]
     header = ["new ÷ old", "cell", "implementation", "against", "old", "new"]
     for title, changes in (
-        ("Slower, or more memory", found.slower),
-        ("Refused now", found.refused),
-        ("Faster, or less memory", found.faster),
-        ("Moved: not ours, so the baseline or the machine changed", found.moved),
-        ("Missing now", found.missing),
+        ("Slower, or more memory", comparison.slower),
+        ("Refused now", comparison.refused),
+        ("Faster, or less memory", comparison.faster),
+        ("Moved: not ours, so the baseline or the machine changed", comparison.moved),
+        ("Missing now", comparison.missing),
     ):
         lines = [f"- {one}" for one in changes if isinstance(one, str)]
         rows = [[f"{factor:.3f}", *told] for factor, *told in changes if not lines]
         if changes:
             parts.append(f"### {title}\n\n" + ("\n".join(lines) or markdown_table(header, rows)))
-    count = len(found.slower) + len(found.refused)
+    count = len(comparison.slower) + len(comparison.refused)
     verdict = f"{count} regressions" if count else "no regression"
-    parts.append(f"{found.agreeing} of {found.ratios} ratios agree (their intervals overlap): {verdict}.")
+    parts.append(
+        f"{comparison.agreeing} of {comparison.ratios} ratios agree (their intervals overlap): {verdict}."
+    )
     return "\n\n".join(parts) + "\n"
 
 
@@ -189,14 +196,14 @@ def main(argv: list[str] | None = None) -> int:
         for what in () if args.across_machines else _MACHINE:
             if (was := old.machine.get(what)) != (now := new.machine.get(what)):
                 raise UnusableError(f"{args.new} is of another machine ({what}: {was} before, {now} there).")
-        found = compare(old, new, args.tolerance)
-        if not found.ratios and not found.refused:
+        comparison = compare(old, new, args.tolerance)
+        if not comparison.ratios and not comparison.refused:
             raise UnusableError(f"{args.new} has no ratio that {args.old} has.")
     except UnusableError as error:
         print(f"bench.report.compare: {error}", file=sys.stderr)
         return 2
-    print(text(found, old, new), end="")
-    return int(bool(found.slower or found.refused))
+    print(text(comparison, old, new), end="")
+    return int(bool(comparison.slower or comparison.refused))
 
 
 if __name__ == "__main__":

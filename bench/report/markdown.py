@@ -10,16 +10,16 @@ from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
 
-from bench.report.answers import answers
-from bench.report.asked import demands, share_of_copy
 from bench.report.cells import by_clock, clocks, facts, ratio, whole
+from bench.report.summary import summary
+from bench.report.targets import share_of_copy, targets
 from bench.results import names
 from bench.results.names import BARE, BOTH, FAST, LORA, STOCK, UNGROUPED
 from bench.results.schema import Group, Result
 
 ONE_PROCESS = "1 process"
 BASELINES = (BARE, STOCK, names.STOCK_16, LORA, UNGROUPED, names.FLOAT32, names.SVD, ONE_PROCESS)
-# Whose overhead over the bare model the others' is compared with, too.
+# Baselines whose overhead over the bare model is compared, too
 OVERHEADS = (LORA, UNGROUPED)
 MACHINE = ("cpu", "bf16 instructions", "instructions limited to", "device", "threads")
 MACHINE += ("torch", "peft", "transformers", "triton", "bitsandbytes", "python")
@@ -33,7 +33,7 @@ LAYER_RATIOS = (
     ("LoRA ÷ stock", LORA, STOCK),
     ("control ÷ stock", names.ATEN, STOCK),
 )
-DRY = "**A dry run: tiny shapes, interpreted kernels, the host's clock. Its times are no measurements.**"
+DRY = "**A dry run: tiny shapes, interpreted kernels, the host's clock. Its times are not measurements.**"
 
 
 def markdown_table(header: list[str], rows: Iterable[list[str]]) -> str:
@@ -42,7 +42,7 @@ def markdown_table(header: list[str], rows: Iterable[list[str]]) -> str:
 
 
 def group_table(group: Group) -> str:
-    """A row an implementation: seconds, ratios to the baselines that are there, what was counted."""
+    """One row per implementation: seconds, ratios to the baselines in the group, what was counted."""
     present = [name for name in BASELINES if name in group.timings and len(group.timings) > 1]
     overheads = [name for name in OVERHEADS if {name, BARE} <= group.timings.keys()]
     counted = list(dict.fromkeys(key for timing in group.timings.values() for key in timing.facts))
@@ -56,7 +56,7 @@ def group_table(group: Group) -> str:
 
 
 def layer_table(result: Result, dtype: str, clock: str) -> str | None:
-    """A row a cell, forward and backward summed."""
+    """One row per cell, forward and backward summed."""
     groups = sorted(
         by_clock(result, clock).select(suite="layer", dtype=dtype, **{"pass": BOTH}),
         key=lambda one: (one.axes["out"] * one.axes["in"], one.axes["rank"], one.axes["tokens"]),
@@ -78,7 +78,7 @@ def layer_table(result: Result, dtype: str, clock: str) -> str | None:
 
 
 def bandwidth_table(result: Result, clock: str) -> str | None:
-    """A row a kernel's configuration; its bytes are those that it must read and write."""
+    """One row per configuration of a kernel; bytes are those that it must read and write."""
     rows = []
     for group in by_clock(result, clock).select(suite="kernels"):
         axes = group.axes
@@ -93,7 +93,7 @@ def bandwidth_table(result: Result, clock: str) -> str | None:
 
 
 def stage_table(stages: list[dict]) -> str:
-    """A row a stage. One in which nothing passed has not passed, whatever its tests were skipped for."""
+    """One row per stage. One in which nothing passed has not passed, whatever its tests were skipped for."""
     rows = []
     for stage in stages:
         state, skipped = str(stage["state"]), stage.get("skipped", 0)
@@ -106,43 +106,46 @@ def stage_table(stages: list[dict]) -> str:
     return markdown_table(["stage", "state", "seconds", "passed", "failed", "skipped", "was doing"], rows)
 
 
-def checks_told(checks: list[dict[str, str]]) -> list[str]:
-    """How many did what, then those that did not pass by name, with why."""
+def checks_text(checks: list[dict[str, str]]) -> list[str]:
+    """How many had which outcome, then those that did not pass, with why."""
     counts = Counter(one["outcome"] for one in checks)
     parts = [f"{len(checks)} checks: " + ", ".join(f"{count} {name}" for name, count in counts.items()) + "."]
-    for outcome, title in (("failed", "Failed"), ("skipped", "Skipped, which says nothing of them")):
-        found = [one for one in checks if one["outcome"] == outcome]
-        lines = [f"- {one['stage']}, {one['name']}: {one.get('why', 'no reason given')}" for one in found]
+    for outcome, title in (("failed", "Failed"), ("skipped", "Skipped, so not checked")):
+        lines = [
+            f"- {one['stage']}, {one['name']}: {one.get('why', 'no reason given')}"
+            for one in checks
+            if one["outcome"] == outcome
+        ]
         if lines:
             parts.append(f"**{title}**:\n\n" + "\n".join(lines))
     return parts
 
 
 def _tables(result: Result) -> list[str]:
-    """Suite by suite, by the names that ``-k`` finds them by."""
+    """Suite by suite, under the names that ``-k`` selects them by."""
     parts = []
     for suite in dict.fromkeys(str(group.axes.get("suite", "")) for group in result.groups):
-        found: list[str | None] = []
+        tables: list[str | None] = []
         for clock in clocks(result) or [names.WALL]:
             if suite == "layer":
-                found += [layer_table(result, dtype, clock) for dtype in ("bfloat16", "float32")]
+                tables += [layer_table(result, dtype, clock) for dtype in ("bfloat16", "float32")]
             elif suite == "kernels":
-                found.append(bandwidth_table(result, clock))
+                tables.append(bandwidth_table(result, clock))
             else:
                 cells = whole(by_clock(result, clock))
-                found += [group_table(one) for one in cells if one.axes.get("suite", "") == suite]
-        if tables := [one for one in found if one]:
-            parts += [f"## {suite.capitalize() or 'Suites'}", *tables]
+                tables += [group_table(one) for one in cells if one.axes.get("suite", "") == suite]
+        if any(tables):
+            parts += [f"## {suite.capitalize() or 'Suites'}", *filter(None, tables)]
     return parts
 
 
 def _head(machine: dict) -> str:
     if not machine:
-        return "Of which machine is not known, nor whether these times are measurements."
-    told = ", ".join(f"{name} {machine[name]}" for name in MACHINE if machine.get(name))
-    told += ", no bf16 instructions" if machine.get("bf16 instructions") == "" else ""
+        return "The machine is unknown, and so is whether these times are measurements."
+    text = ", ".join(f"{name} {machine[name]}" for name in MACHINE if machine.get(name))
+    text += ", no bf16 instructions" if machine.get("bf16 instructions") == "" else ""
     commit = str(machine.get("commit"))[:12] + (" with changes" if machine.get("uncommitted_changes") else "")
-    return f"{told}; commit {commit}, {str(machine.get('datetime'))[:16]}, a {machine.get('size')} run."
+    return f"{text}; commit {commit}, {str(machine.get('datetime'))[:16]}, a {machine.get('size')} run."
 
 
 def report(result: Result, pictures: Iterable[tuple[Path, str]] = (), note: str = "") -> str:
@@ -157,9 +160,9 @@ def report(result: Result, pictures: Iterable[tuple[Path, str]] = (), note: str 
         " confidence interval. Overhead is the ratio to the bare frozen model, minus 1.",
     ]
     if on_gpu and device != "dry run":
-        asked = [one.row for one in demands(result)]
-        parts += ["## What is asked", markdown_table(["what", "asked", "measured", "met"], asked)]
-    parts += ["\n".join(answers(result))] if device != "dry run" else []
+        rows = [one.row for one in targets(result)]
+        parts += ["## Targets", markdown_table(["what", "target", "measured", "met"], rows)]
+    parts += ["\n".join(summary(result))] if device != "dry run" else []
     if result.refused:
         lines = [
             f"- {', '.join(one[what] for what in ('group', 'implementation') if one.get(what))}: {one['why']}"
@@ -169,7 +172,7 @@ def report(result: Result, pictures: Iterable[tuple[Path, str]] = (), note: str 
     if result.stages:
         parts += ["## What ran", stage_table(result.stages)]
     if result.checks:
-        parts += ["## Checks", *checks_told(result.checks)]
+        parts += ["## Checks", *checks_text(result.checks)]
     parts += [f"![{caption}]({path.name})\n\n{caption}" for path, caption in pictures]
     parts += [note] if note else []
     return "\n\n".join([*parts, *_tables(result)]) + "\n"

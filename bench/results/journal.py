@@ -1,4 +1,4 @@
-"""A run as it happens: a file of lines that is appended to, so that nothing is lost whatever ends the run.
+"""A run as it happens: lines appended to a file, so that nothing is lost whatever ends the run.
 
 A line is JSON with a ``kind``: "sample" (a round of one implementation), "refused" (a cell, or an
 implementation in it, has no number), "test" (a test has ended), "doing" (what is about to happen: after a
@@ -17,7 +17,7 @@ VARIABLE = "MICA_BENCH_JOURNAL"  # the journal's path, for the processes that a 
 
 
 def write(kind: str, **entry) -> None:
-    """Append a line to the journal of this run, if there is one. Whole lines only, from any process."""
+    """Append one whole line to the journal of this run, if it has one, from any process."""
     if path := os.environ.get(VARIABLE):
         line = json.dumps({"kind": kind, **entry}) + "\n"
         descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
@@ -28,24 +28,24 @@ def write(kind: str, **entry) -> None:
 
 
 def read(path: Path | str | None = None) -> list[dict]:
-    """The entries so far, of the journal of this run by default; a line that was cut off is left out."""
+    """The entries so far, by default of the journal of this run; a truncated line is skipped."""
     path = path or os.environ.get(VARIABLE)
     if path is None or not Path(path).exists():
         return []
-    found = []
+    entries = []
     for line in Path(path).read_text().splitlines():
         try:
-            found.append(json.loads(line))
+            entries.append(json.loads(line))
         except ValueError:
             continue
-    return found
+    return entries
 
 
 def fold(entries: list[dict], machine: dict) -> Result:
-    """The result that these entries are.
+    """The result that these entries describe.
 
-    What was refused at any time has no number, whatever was timed before. Of a run that ended inside a round
-    those rounds count that every implementation has.
+    What was refused at any time has no number, whatever was timed before. If the run ended within a round,
+    only the rounds that every implementation has count.
     """
     refused = [
         {name: value for name, value in entry.items() if name != "kind"}
@@ -72,7 +72,7 @@ def fold(entries: list[dict], machine: dict) -> Result:
 
 
 def _checks(entries: list[dict]) -> list[dict[str, str]]:
-    """The tests that are no timing."""
+    """The tests that time nothing."""
     return [
         {name: entry[name] for name in ("stage", "name", "outcome", "why") if entry.get(name)}
         for entry in entries

@@ -1,4 +1,4 @@
-"""What a run leaves behind: one JSON file a run, and the numbers that follow from it.
+"""What a run leaves behind: one JSON file, and the numbers that follow from it.
 
 Each implementation in a group has a list of seconds, one per round. A ratio is always taken within a round,
 in which the implementations took turns: a machine that slows down slows both.
@@ -20,7 +20,7 @@ from bench.results.names import BACKWARD, BARE, BOTH, FORWARD
 
 
 class Ratio(NamedTuple):
-    """The median over the rounds, and an interval that holds the true one (see `interval`)."""
+    """The median over the rounds and its confidence interval (see `interval`)."""
 
     median: float
     low: float
@@ -42,7 +42,7 @@ def interval(values: list[float]) -> Ratio:
     By order statistics: the k-th smallest and k-th largest enclose the true median unless fewer than k values
     lie on one side of it, whatever the distribution. With fewer than 6 values even the range holds it with
     less than 95 %; then Student's interval, of the logarithms where all are positive, and at least the range.
-    Of one value nothing is known: from 0 to infinity.
+    One value has no interval: from 0 to infinity.
     """
     ordered, n = sorted(values), len(values)
     if n == 1:
@@ -66,7 +66,7 @@ def _students(ordered: list[float]) -> Ratio:
 
 @dataclass
 class Timing:
-    """Seconds of every round, and what was counted or measured beside the time."""
+    """Seconds of every round, and what was counted or measured in addition."""
 
     seconds: list[float] = field(default_factory=list)
     facts: dict[str, float] = field(default_factory=dict)
@@ -93,7 +93,7 @@ class Group:
         """(implementation - bare) in each round ÷ median of (baseline - bare); None if that is not positive.
 
         The divisor is a median: a round in which the baseline happens to be hardly slower than the bare model
-        would blow up a quotient of its own.
+        would blow up a quotient taken within it.
         """
         extra, unit = (
             [a - b for a, b in zip(self.timings[one].seconds, self.timings[bare].seconds, strict=True)]
@@ -134,7 +134,7 @@ class Result:
 
     @classmethod
     def load(cls, path: Path) -> Result:
-        """Of a file that `save` wrote."""
+        """From a file that `save` wrote."""
         raw = json.loads(path.read_text())
         groups = [
             Group(
@@ -147,9 +147,9 @@ class Result:
         return cls(raw["machine"], groups, raw["refused"], raw.get("checks", []), raw.get("stages", []))
 
     def save(self, path: Path) -> None:
-        """As JSON, a line an implementation; the file is whole at every moment."""
+        """As JSON, one line per implementation; the file is complete at every moment."""
         head = {"machine": self.machine, "refused": self.refused}
-        head |= {name: what for name in ("checks", "stages") if (what := getattr(self, name))}
+        head |= {name: entries for name in ("checks", "stages") if (entries := getattr(self, name))}
         lines = json.dumps(head, indent=1)[:-2] + ',\n "groups": [\n'
         blocks = []
         for group in self.groups:
@@ -164,15 +164,15 @@ class Result:
         scratch.replace(path)
 
     def with_both(self) -> Result:
-        """Also the sums of forward and backward of one round, where both were timed and the sum was not."""
-        found = [*self.groups]
+        """With the sums of forward and backward within a round, where both were timed and the sum was not."""
+        groups = [*self.groups]
         for forward in self.select(**{"pass": FORWARD}):
             axes, summed = ({**forward.axes, "pass": which} for which in (BACKWARD, BOTH))
             for backward in self.select(**axes) if not any(self.select(**summed)) else ():
                 both = Group(forward.name.replace(FORWARD, BOTH), summed)
                 for name in (one for one in forward.timings if one in backward.timings):
-                    # of a run that broke off, one may have a round more
+                    # in an interrupted run one may have one round more
                     pairs = zip(forward.timings[name].seconds, backward.timings[name].seconds, strict=False)
                     both.timings[name] = Timing([a + b for a, b in pairs], dict(forward.timings[name].facts))
-                found += [both] if both.timings else []
-        return Result(self.machine, found, self.refused, self.checks, self.stages)
+                groups += [both] if both.timings else []
+        return Result(self.machine, groups, self.refused, self.checks, self.stages)

@@ -18,7 +18,7 @@ from bench.measure.machine import DEVICE, ON_ACCELERATOR
 from bench.measure.memory import peak_growth
 from bench.results.names import FAST, STOCK
 from bench.suites.decoder import RANK, adapted, config_of
-from bench.suites.harness import each, pick
+from bench.suites.harness import build_all, pick
 from tests.support import models
 
 # Stock PEFT's initialisation takes most of a minute with its loading, which runs every SVD, too.
@@ -106,7 +106,7 @@ def merging(group):
     """implementation -> (model, what was counted)."""
     unmerged = adapted(copy.deepcopy(base()).to(torch.bfloat16), 0.01)
 
-    def judged(implementation):
+    def checked(implementation):
         model, facts = copy.deepcopy(unmerged), {}
         layers = models.adapted_layers(model).values()
         before = [layer.get_base_layer().weight.clone() for layer in layers]
@@ -129,9 +129,9 @@ def merging(group):
         facts["weights_changed"] = changed / sum(weight.numel() for weight in before)
         return model, facts
 
-    return each(
+    return build_all(
         group,
-        {implementation: functools.partial(judged, implementation) for implementation in IMPLEMENTATIONS},
+        {implementation: functools.partial(checked, implementation) for implementation in IMPLEMENTATIONS},
     )
 
 

@@ -18,8 +18,8 @@ from bench.measure.machine import DEVICE
 from bench.measure.memory import saved_bytes
 from bench.results.names import BARE, GROUPED, STOCK, STOCK_16, UNGROUPED
 from bench.suites.decoder import LLAMA_GROUPS, RANK, Work, adapted, config_of
-from bench.suites.harness import each, iterations, pick
-from bench.suites.steps import CONTEXTS, Step, judged, promised
+from bench.suites.harness import build_all, iterations, pick
+from bench.suites.steps import CONTEXTS, Step, checked, expected_operators
 
 ROUNDS = pick(quick=3, default=4, full=6, cuda=10, dry=1)
 IMPLEMENTATIONS = (BARE, STOCK, STOCK_16, UNGROUPED, GROUPED)
@@ -85,20 +85,20 @@ def setting(name: str, group: str) -> Setting:
     work = Work(bare, adapted(bare, 0.02), x, dy)
 
     def build(implementation: str) -> Step:
-        return work.step(implementation, CONTEXTS[implementation], promised(implementation, groups))
+        return work.step(implementation, CONTEXTS[implementation], expected_operators(implementation, groups))
 
     stock = build(STOCK)
     expected = stock.results()
 
-    def judged_block(implementation: str) -> Step:
+    def checked_block(implementation: str) -> Step:
         if implementation == STOCK:
             return stock
-        return judged(build(implementation), {} if implementation == BARE else expected, GATES)
+        return checked(build(implementation), {} if implementation == BARE else expected, GATES)
 
-    steps = each(
+    steps = build_all(
         group,
         {
-            implementation: functools.partial(judged_block, implementation)
+            implementation: functools.partial(checked_block, implementation)
             for implementation in IMPLEMENTATIONS
         },
     )

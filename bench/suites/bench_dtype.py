@@ -13,7 +13,7 @@ import torch
 from bench.measure.clocks import seconds
 from bench.measure.machine import DEVICE, ON_ACCELERATOR
 from bench.results.names import FLOAT32
-from bench.suites.harness import each, iterations, pick
+from bench.suites.harness import build_all, iterations, pick
 from bench.suites.layer import exact, make_layer, relative_errors
 from mica.ops import mica_linear
 from mica.products import has_native
@@ -28,7 +28,7 @@ SHAPES = pick(
 DTYPES = {FLOAT32: torch.float32, "mica.fast, bfloat16": torch.bfloat16, "mica.fast, float16": torch.float16}
 
 
-def judged(shape, dtype):
+def checked(shape, dtype):
     """A forward and backward, and how many calls of it make a sample."""
     layer = make_layer(*shape, 16, dtype, DEVICE)
 
@@ -49,7 +49,9 @@ def judged(shape, dtype):
 
 @functools.lru_cache(maxsize=1)
 def setting(shape, group):
-    return each(group, {name: functools.partial(judged, shape, dtype) for name, dtype in DTYPES.items()})
+    return build_all(
+        group, {name: functools.partial(checked, shape, dtype) for name, dtype in DTYPES.items()}
+    )
 
 
 @pytest.mark.parametrize("implementation", DTYPES)

@@ -2,8 +2,8 @@
 
 *Fused*: base product and up-projection in one kernel, by pointers or by tensor descriptors. *Bordered*: W and
 B, both frozen, stored once as [W | B], so that dx's base and g come of one product and one reading of dy. It
-is written here in plain PyTorch, the forward as that of the aten control. Every form is forced, and judged by
-its y, dx and dA against `mica.reference` in fp64, and by what was launched.
+is written here in plain PyTorch, the forward as that of the aten control. Every form is forced, and checked
+by its y, dx and dA against `mica.reference` in fp64, and by what was launched.
 """
 
 import functools
@@ -20,8 +20,8 @@ from torch import Tensor
 from bench.measure.machine import DEVICE, ON_ACCELERATOR
 from bench.results.names import ATEN, BACKWARD, BARE, BORDERED, DESCRIPTOR, FAST, FORWARD, FUSED
 from bench.suites.bench_layer import Cell
-from bench.suites.harness import each, pick, turns
-from bench.suites.layer import AtenControl, Form, Layer, exact, make_layer, noted, relative_errors
+from bench.suites.harness import build_all, pick, turns
+from bench.suites.layer import AtenControl, Form, Layer, error_facts, exact, make_layer, relative_errors
 from mica.ops import call_counts, mica_linear
 from tests.support.tolerances import RELATIVE
 
@@ -113,7 +113,7 @@ def builds(layer: Layer) -> dict[str, Callable[[], Form]]:
     }
 
 
-def judged(name: str, build: Callable[[], Form], layer: Layer, truth: dict[str, Tensor]):
+def checked(name: str, build: Callable[[], Form], layer: Layer, truth: dict[str, Tensor]):
     """The form and its errors; raises where its results are wrong or came from another form."""
     form, before = build(), call_counts["linear_kernels"]
     with form.context(), counted() as launched:
@@ -124,7 +124,7 @@ def judged(name: str, build: Callable[[], Form], layer: Layer, truth: dict[str, 
     limit = 1.0 if name == BARE else RELATIVE[DTYPE]  # the bare layer lacks the adapter's term
     for what, wrong in errors.items():
         assert wrong <= limit, f"the relative error of {what} is {wrong:.2e}, above {limit:.0e}"
-    return form, noted(name, errors)
+    return form, error_facts(name, errors)
 
 
 @functools.lru_cache(maxsize=1)
@@ -132,8 +132,10 @@ def setting(cell: Cell) -> tuple[dict[str, tuple[Form, dict[str, float]]], Tenso
     """implementation -> (form, facts), and the gradient of y."""
     layer = make_layer(cell.tokens, cell.out, cell.inner, cell.rank, DTYPE, DEVICE)
     truth = exact(layer)
-    made = {name: functools.partial(judged, name, make, layer, truth) for name, make in builds(layer).items()}
-    return each(name_of(cell), made), layer.grad_output
+    made = {
+        name: functools.partial(checked, name, make, layer, truth) for name, make in builds(layer).items()
+    }
+    return build_all(name_of(cell), made), layer.grad_output
 
 
 @pytest.mark.parametrize(

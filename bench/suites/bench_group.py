@@ -17,8 +17,8 @@ import mica.fast
 from bench.measure.machine import DEVICE, ON_ACCELERATOR
 from bench.results.names import BACKWARD, BARE, FORWARD, GROUPED, STOCK_16, UNGROUPED
 from bench.suites.bench_layer import Cell
-from bench.suites.harness import each, pick, turns
-from bench.suites.layer import Form, Layer, adapted_module, make_layer, noted
+from bench.suites.harness import build_all, pick, turns
+from bench.suites.layer import Form, Layer, adapted_module, error_facts, make_layer
 from mica import reference
 from mica.ops import mica_linear, mica_linear_group
 from tests.support.tolerances import RELATIVE, error
@@ -87,7 +87,7 @@ def exact(layers: list[Layer]) -> dict[str, list[Tensor]]:
     return {"y": ys, "dx": [dx], "dA": dAs}
 
 
-def judged(
+def checked(
     name: str, build: Callable[[], Form], layers: list[Layer], truth: dict[str, list[Tensor]]
 ) -> tuple[Form, dict[str, float]]:
     """The form and its errors, each the largest over the layers; raises where its results are wrong."""
@@ -106,7 +106,7 @@ def judged(
             assert errors[what] <= limit, (
                 f"the relative error of {what} is {errors[what]:.2e}, above {limit:.0e}"
             )
-    return form, noted(name, errors)
+    return form, error_facts(name, errors)
 
 
 @functools.lru_cache(maxsize=1)
@@ -115,9 +115,9 @@ def setting(cell: Cell) -> tuple[dict[str, tuple[Form, dict[str, float]]], list[
     layers = make_layers(cell)
     truth = exact(layers)
     made = {
-        name: functools.partial(judged, name, make, layers, truth) for name, make in builds(layers).items()
+        name: functools.partial(checked, name, make, layers, truth) for name, make in builds(layers).items()
     }
-    return each(name_of(cell), made), [layer.grad_output for layer in layers]
+    return build_all(name_of(cell), made), [layer.grad_output for layer in layers]
 
 
 @pytest.mark.parametrize(

@@ -40,9 +40,9 @@ from bench.results.names import (
     STOCK_16,
 )
 from bench.suites.decoder import RANK, Work, adapted
-from bench.suites.harness import each, pick
+from bench.suites.harness import build_all, pick
 from bench.suites.layer import AtenControl, Form, adapted_module, by_hand, exact, make_layer, relative_errors
-from bench.suites.steps import Step, counting, grouping, judged, operators
+from bench.suites.steps import Step, checked, counting, grouping, operators
 from mica.products import has_native
 from tests.support import models
 from tests.support.tolerances import RELATIVE
@@ -134,7 +134,7 @@ def layer_builds(dtype, layer):
     }
 
 
-def judged_layer(build, truth, limit):
+def checked_layer(build, truth, limit):
     step = build()
     form = step.form
     if form.context is kernels:
@@ -151,10 +151,10 @@ def judged_layer(build, truth, limit):
 def layer_setting(dtype, group):
     layer = make_layer(TOKENS, OUT, IN, RANK, DTYPES[dtype], "cpu")
     truth, limit = exact(layer), RELATIVE[DTYPES[dtype]]
-    return each(
+    return build_all(
         group,
         {
-            name: partial(judged_layer, build, truth, limit)
+            name: partial(checked_layer, build, truth, limit)
             for name, build in layer_builds(dtype, layer).items()
         },
     )
@@ -227,13 +227,13 @@ def block_setting(dtype, layers, group):
     stock = build(STOCK)
     expected = stock.results()
 
-    def judged_block(name):
+    def checked_block(name):
         if name == STOCK:
             return stock
         has_numbers = name not in (BARE, KERNELS_UNGROUPED, KERNELS_GROUPED)
-        return judged(build(name), expected if has_numbers else {}, dict.fromkeys(expected, gate))
+        return checked(build(name), expected if has_numbers else {}, dict.fromkeys(expected, gate))
 
-    return each(group, {name: partial(judged_block, name) for name in block_implementations(dtype)})
+    return build_all(group, {name: partial(checked_block, name) for name in block_implementations(dtype)})
 
 
 def block_cases():
@@ -296,12 +296,12 @@ def generate_setting(group):
     expected = tokens_of(STOCK)
     assert not torch.equal(tokens_of(BARE), expected), "the adapter makes no difference"
 
-    def judged_model(name):
+    def checked_model(name):
         if name in (MERGED, FAST):
             assert torch.equal(tokens_of(name), expected), f"{name} generates other tokens than stock PEFT"
         return implementations[name]
 
-    return each(group, {name: partial(judged_model, name) for name in implementations})
+    return build_all(group, {name: partial(checked_model, name) for name in implementations})
 
 
 @pytest.mark.skipif(SIZE != "full", reason="part of --full")  # half a minute to set up

@@ -21,7 +21,7 @@ from bench.measure.machine import DEVICE, ON_ACCELERATOR
 from bench.results import journal
 from bench.results.names import COPY, DOWN_A, DOWN_B, GRAD_A, UP_B
 from bench.suites.bench_layer import CELLS as LAYERS
-from bench.suites.harness import each, pick, refusals
+from bench.suites.harness import build_all, pick, refusals
 from bench.suites.layer import make_layer
 from mica import reference
 from mica.ops import call_counts, mica_linear
@@ -160,7 +160,7 @@ def setting(cell: Cell) -> tuple[dict[str, Callable], int]:
         name: functools.partial(checked, found, config, truth) if config else functools.partial(copy, size)
         for name, config in implementations(cell).items()
     }
-    return each(cell.name, builds), size
+    return build_all(cell.name, builds), size
 
 
 # the first named parameter is the innermost loop: implementations take turns within a round
@@ -227,7 +227,7 @@ def tune(cell, monkeypatch) -> None:
 def test_tuning_table(table, monkeypatch):
     """On the layers of rank 16 only: an entry holds for one rank, and every one more takes seconds."""
     layers = {cell.key: functools.partial(tune, cell, monkeypatch) for cell in LAYERS if cell.rank == 16}
-    done = each(TUNED, layers)
+    done = build_all(TUNED, layers)
     assert done.keys() == layers.keys(), f"not tuned: {[*layers.keys() - done.keys()]}"
     entries = json.loads(table.read_text())
     kinds = {entry.partition(" | ")[0] for entry in entries}

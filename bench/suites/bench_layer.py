@@ -35,15 +35,15 @@ from bench.results.names import (
     STOCK,
     STOCK_16,
 )
-from bench.suites.harness import each, iterations, pick, turns
+from bench.suites.harness import build_all, iterations, pick, turns
 from bench.suites.layer import (
     AtenControl,
     Form,
     adapted_module,
     by_hand,
+    error_facts,
     exact,
     make_layer,
-    noted,
     relative_errors,
 )
 from mica.products import has_native
@@ -191,7 +191,7 @@ def builds(cell: Cell, layer):
     return {name: found[name] for name in names}
 
 
-def judged(cell: Cell, layer, name: str, build, truth) -> tuple[Form, dict[str, float]]:
+def checked(cell: Cell, layer, name: str, build, truth) -> tuple[Form, dict[str, float]]:
     """An implementation's form, and what is counted beside its time; raises where its results are wrong."""
     form, (limit, _) = build(), GATES[cell.dtype]
     operator = "linear_kernels" if ON_ACCELERATOR else "linear"
@@ -209,7 +209,7 @@ def judged(cell: Cell, layer, name: str, build, truth) -> tuple[Form, dict[str, 
         assert ran == 2 * (name == FAST), f"{ran} calls of our operator"
         modules = [] if form.module is None else [form.module]
         saved = saved_bytes(form.forward, modules, but=[layer.weight]) / 1e6
-    return form, {"saved_mb": saved, **noted(name, errors)}
+    return form, {"saved_mb": saved, **error_facts(name, errors)}
 
 
 @functools.lru_cache(maxsize=1)
@@ -217,9 +217,9 @@ def setting(cell: Cell) -> Setting:
     layer = make_layer(cell.tokens, cell.out, cell.inner, cell.rank, DTYPES[cell.dtype], DEVICE)
     truth = exact(layer, GATES[cell.dtype][1])
     made = builds(cell, layer)
-    found = each(
+    found = build_all(
         cell.name,
-        {name: functools.partial(judged, cell, layer, name, make, truth) for name, make in made.items()},
+        {name: functools.partial(checked, cell, layer, name, make, truth) for name, make in made.items()},
     )
     forms = {name: form for name, (form, _) in found.items()}
     bare = forms[BARE]

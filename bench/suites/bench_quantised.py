@@ -18,8 +18,8 @@ from bench.measure.machine import ON_ACCELERATOR, SIZE
 from bench.measure.memory import saved_bytes
 from bench.results.names import BARE, FAST, LORA, STOCK
 from bench.suites.decoder import LLAMA_GROUPS, RANK, Work, adapted
-from bench.suites.harness import each
-from bench.suites.steps import Step, judged
+from bench.suites.harness import build_all
+from bench.suites.steps import Step, checked
 from tests.support import models, quantised_models
 
 # A step takes 6 s, unpacking most of it: part of a full run.
@@ -66,9 +66,9 @@ def setting(group: str) -> dict[str, Step]:
         BARE: lambda: alone,
         LORA: lambda: lora(work, torch.float32),
         LORA_16: lambda: lora(work, torch.bfloat16),
-        FAST: lambda: judged(work.step(FAST, nullcontext, ran), expected, GATES),
+        FAST: lambda: checked(work.step(FAST, nullcontext, ran), expected, GATES),
     }
-    return each(group, builds)
+    return build_all(group, builds)
 
 
 # the first named parameter is the innermost loop: implementations take turns within a round

@@ -19,8 +19,8 @@ from bench.measure.machine import DEVICE, ON_ACCELERATOR
 from bench.measure.memory import optimizer_bytes, peak_growth, saved_bytes, trainable_bytes
 from bench.results.names import BARE, FAST, GROUPED, STOCK, STOCK_16, UNGROUPED
 from bench.suites.decoder import LLAMA_GROUPS, RANK, Work, adapted, cast, causal
-from bench.suites.harness import each, pick
-from bench.suites.steps import CONTEXTS, Step, judged, promised
+from bench.suites.harness import build_all, pick
+from bench.suites.steps import CONTEXTS, Step, checked, expected_operators
 from tests.support import models
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
@@ -102,7 +102,7 @@ def work_of(cell: Cell) -> Work:
 
 def build(cell: Cell, work: Work, implementation: str) -> Step:
     groups = LLAMA_GROUPS * work.bare.config.num_hidden_layers
-    ran = promised(implementation, groups, forwards=1 + cell.checkpointing)
+    ran = expected_operators(implementation, groups, forwards=1 + cell.checkpointing)
     return work.step(implementation, CONTEXTS[implementation], ran, LEARNING_RATE)
 
 
@@ -120,20 +120,20 @@ def setting(cell: Cell) -> dict[str, Step]:
     lost = losses(stock)
     assert abs(lost[-1] / lost[0] - 1) > 3 * gates["y"], f"the steps make no difference: {lost}"
 
-    def judged_step(implementation: str) -> Step:
+    def checked_step(implementation: str) -> Step:
         if implementation == STOCK:
             return stock
         step = build(cell, work, implementation)
         if implementation != BARE:
-            judged(step, expected, gates)
+            checked(step, expected, gates)
             for ours, theirs in zip(losses(step), lost, strict=True):
                 assert abs(ours / theirs - 1) <= gates["y"], f"a loss is {ours}, stock PEFT's {theirs}"
         return step
 
-    return each(
+    return build_all(
         cell.name,
         {
-            implementation: functools.partial(judged_step, implementation)
+            implementation: functools.partial(checked_step, implementation)
             for implementation in cell.implementations
         },
     )

@@ -19,7 +19,7 @@ from bench.measure.clocks import seconds
 from bench.measure.machine import DEVICE
 from bench.measure.memory import peak_growth
 from bench.results.names import SVD, SVD_TALL
-from bench.suites.harness import each, iterations, pick
+from bench.suites.harness import build_all, iterations, pick
 from mica import minor_subspace
 from mica.subspace.many import Task, solve_many
 from tests.support import models
@@ -138,7 +138,7 @@ def setting(cell: Cell) -> tuple[dict[str, Callable], int]:
         f"minor_subspace, {name}": functools.partial(certified, weights, *METHODS[name])
         for name in cell.methods
     }
-    found = each(
+    found = build_all(
         cell.name, {implementation: builds[implementation] for implementation in cell.implementations}
     )
     *_, last = found.values()  # ours, if any of them has a number

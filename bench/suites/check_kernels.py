@@ -90,7 +90,7 @@ def layers(count: int) -> list[Problem]:
     return [replace(p, weight=p.weight.roll(n, 0), lora_A=p.lora_A.roll(n, 1)) for n in range(count)]
 
 
-def judged(found: list[Problem], forward: Callable[[Tensor, list[Tensor]], list[Tensor]], name: str) -> None:
+def checked(found: list[Problem], forward: Callable[[Tensor, list[Tensor]], list[Tensor]], name: str) -> None:
     """y, dA and dx against the dense oracle, that kernels gave them, and that they do so again."""
     x, *lora_As = (t.detach().requires_grad_() for t in (found[0].x, *(p.lora_A for p in found)))
     grad_outputs = [p.grad_output for p in found]
@@ -116,7 +116,7 @@ def judged(found: list[Problem], forward: Callable[[Tensor, list[Tensor]], list[
 
 def test_operator():
     (p,) = layers(1)
-    judged([p], lambda x, As: [mica_linear(x, p.weight, *As, p.lora_B, p.scaling, p.bias)], "linear")
+    checked([p], lambda x, As: [mica_linear(x, p.weight, *As, p.lora_B, p.scaling, p.bias)], "linear")
 
 
 def test_operator_of_a_group():
@@ -124,4 +124,4 @@ def test_operator_of_a_group():
     weights, lora_Bs, scalings, biases = (
         [getattr(p, name) for p in found] for name in ("weight", "lora_B", "scaling", "bias")
     )
-    judged(found, lambda x, As: mica_linear_group(x, weights, As, lora_Bs, scalings, biases), "linear_group")
+    checked(found, lambda x, As: mica_linear_group(x, weights, As, lora_Bs, scalings, biases), "linear_group")

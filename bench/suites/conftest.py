@@ -150,7 +150,8 @@ def released(request):
 def gated():
     """``gated(group, check, implementation)``: what ``check()`` returns; fails if either is refused.
 
-    Once ``check()`` has raised, the cell is refused for good; `harness.each` refuses single implementations.
+    Once ``check()`` has raised, the cell is refused for good; `harness.build_all` refuses single
+    implementations.
     """
 
     def gated(group: str, check: Callable[[], object], implementation: str = "") -> object:

@@ -76,7 +76,7 @@ def sentence(error: BaseException) -> str:
     return text if isinstance(error, AssertionError) and text else f"{type(error).__name__}: {text}"
 
 
-def each(group: str, builds: dict[str, Callable[[], T]]) -> dict[str, T]:
+def build_all(group: str, builds: dict[str, Callable[[], T]]) -> dict[str, T]:
     """What each implementation's function returns, which builds it and checks its results.
 
     One that raises is refused, in ``group`` and in all groups whose names go on from there; the others go on.

@@ -136,7 +136,7 @@ def relative_errors(
     }
 
 
-def noted(implementation: str, errors: dict[str, float]) -> dict[str, float]:
+def error_facts(implementation: str, errors: dict[str, float]) -> dict[str, float]:
     """As facts of the implementation; the bare layer's say nothing."""
     if implementation == BARE:
         return {}

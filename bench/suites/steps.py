@@ -51,7 +51,7 @@ def operators(
     return found | ({f"{name}_kernels": times for name, times in found.items()} if on_kernels else {})
 
 
-def promised(implementation: str, groups: tuple[int, ...], forwards: int = 1) -> dict[str, int]:
+def expected_operators(implementation: str, groups: tuple[int, ...], forwards: int = 1) -> dict[str, int]:
     """`operators` that the implementation's name implies. ``groups``: how many layers read each x."""
     if implementation in (FAST, UNGROUPED):
         return operators(sum(groups), forwards=forwards)
@@ -128,7 +128,7 @@ class Step(NamedTuple):
         return runs
 
 
-def judged(step: Step, expected: dict[str, Tensor], gates: dict[str, float]) -> Step:
+def checked(step: Step, expected: dict[str, Tensor], gates: dict[str, float]) -> Step:
     """``step``, whose results may differ from the expected ones so much (Frobenius norms, relative).
 
     Groups are learnt by observation: a forward and backward comes before.

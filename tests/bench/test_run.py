@@ -1,4 +1,4 @@
-"""`bench.run`: what a process found is there, whatever becomes of it; the next one goes on without that."""
+"""`bench.run`: what a process measured is kept, whatever ends it; the next one omits the cause."""
 
 import json
 import os
@@ -32,7 +32,7 @@ def start(tmp_path, monkeypatch):
     monkeypatch.setenv(journal.VARIABLE, "")  # restored afterwards
 
     def start(code, **limits):
-        this = run.Run(tmp_path / "found" / "run.json")
+        this = run.Run(tmp_path / "results" / "run.json")
         summary = this.start(run.Job("stage", [sys.executable, "-c", SCRIPT + code], {}, **limits))
         return summary, Result.load(this.file)
 
@@ -69,10 +69,10 @@ sample("b", "x")
     assert len(result.groups[0].timings["x"].seconds) == 1
 
 
-def test_one_that_dies_again_and_again_is_given_up(start):
+def test_one_that_keeps_dying_is_given_up(start):
     summary, result = start('sample("a", "x"); os.kill(os.getpid(), signal.SIGKILL)')
     assert summary["state"] == "died"
-    # between two tests: nothing is to blame, and it is not started for ever
+    # between two tests: nothing is blamed, and it is not restarted for ever
     assert len(result.refused) <= run.STARTS
     assert result.stages[0]["was_doing"] == {"group": "a", "implementation": "x"}
 
@@ -107,7 +107,7 @@ if not any(one["kind"] == "test" and one["is_check"] for one in journal.read()):
     assert [(one["outcome"], one["why"]) for one in result.checks] == [("failed", "the process died")]
 
 
-def test_of_tests_at_once_the_one_that_has_not_ended_is_blamed(start):
+def test_of_parallel_tests_the_one_that_has_not_ended_is_blamed(start):
     code = """
 if not journal.read():
     for name in ("hangs", "goes on", "goes on after it"):
@@ -124,8 +124,8 @@ if not journal.read():
     }
 
 
-def test_results_are_there_while_it_runs(start, tmp_path):
-    file = tmp_path / "found" / "run.json"
+def test_results_are_written_while_it_runs(start, tmp_path):
+    file = tmp_path / "results" / "run.json"
     code = f"""
 import json, pathlib
 sample("a", "x")

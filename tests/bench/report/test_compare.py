@@ -60,7 +60,7 @@ def test_noise_is_no_regression_nor_is_a_machine_that_slowed_down(rounds, noise,
         assert code == 0, out
 
 
-def test_a_slowed_path_is_caught_where_it_matters_and_worst_first(status):
+def test_a_slower_path_is_caught_where_it_matters_and_worst_first(status):
     code, out, _ = status(a_run(), a_run(1, sleep=0.5e-3))
     assert code == 1
     slower = out[out.index("### Slower") : out.index("121 ratios")]
@@ -73,7 +73,7 @@ def test_a_slowed_path_is_caught_where_it_matters_and_worst_first(status):
     assert status(a_run(), a_run(1, sleep=0.5e-3), "--tolerance", "1")[0] == 0
 
 
-def test_a_slowed_solver_is_caught_and_a_faster_one_is_none(status):
+def test_a_slower_solver_is_a_regression_and_a_faster_one_is_not(status):
     code, out, _ = status(a_run(), a_run(1, factors={SOLVER: 1.2}))
     assert code == 1
     assert f"| subspace | {SOLVER} | ÷ {SVD} | 0.20" in out
@@ -83,13 +83,13 @@ def test_a_slowed_solver_is_caught_and_a_faster_one_is_none(status):
 
 
 def test_other_implementations_move_and_do_not_regress():
-    found = compare.compare(a_run(), a_run(1, factors={STOCK: 1.3}), 0.05)
-    assert not found.slower
-    assert {(change.implementation, change.against) for change in found.moved} == {(STOCK, f"÷ {BARE}")}
-    assert {change.against for change in found.faster} == {f"÷ {STOCK}"}
+    comparison = compare.compare(a_run(), a_run(1, factors={STOCK: 1.3}), 0.05)
+    assert not comparison.slower
+    assert {(change.implementation, change.against) for change in comparison.moved} == {(STOCK, f"÷ {BARE}")}
+    assert {change.against for change in comparison.faster} == {f"÷ {STOCK}"}
 
 
-def test_both_are_asked_intervals_and_tolerance():
+def test_intervals_and_tolerance_both_count():
     def run(*seconds):
         timings = {STOCK: Timing([1.0] * len(seconds)), FAST: Timing(list(seconds))}
         return Result(dict(MACHINE), [Group("x", {}, timings)])
@@ -115,7 +115,7 @@ def test_memory(fact, factor, expected, status):
     assert f"| {STOCK} | {fact} |" not in out[: out.find("### Moved")]
 
 
-def test_refused_is_a_failure_and_missing_is_told(status):
+def test_refused_is_a_failure_and_missing_is_reported(status):
     new = a_run(1)
     del new.groups[0].timings[FAST]
     del new.groups[1]
@@ -155,9 +155,9 @@ def test_each_clock_is_compared_with_itself():
             groups.append(Group(f"layer, {clock}", {"suite": "layer", "clock": clock}, timings))
         return Result(dict(MACHINE), groups)
 
-    found = compare.compare(run(0.9, 0.5), run(0.9, 0.7), 0.05)
-    assert [change.cell for change in found.slower] == [f"layer, {DEVICE_TIME}"]
-    assert (found.ratios, found.agreeing) == (2, 1)
+    comparison = compare.compare(run(0.9, 0.5), run(0.9, 0.7), 0.05)
+    assert [change.cell for change in comparison.slower] == [f"layer, {DEVICE_TIME}"]
+    assert (comparison.ratios, comparison.agreeing) == (2, 1)
 
 
 def test_a_kernel_is_compared_with_a_copy():
@@ -169,7 +169,7 @@ def test_a_kernel_is_compared_with_a_copy():
     assert change[1:4] == ("down", "64 x 64", f"÷ {COPY}")
 
 
-def test_a_ratio_whose_baseline_is_gone_is_told():
+def test_a_ratio_without_its_baseline_is_reported():
     new = a_run(1)
     del new.groups[0].timings[STOCK]
     assert compare.compare(a_run(), new, 0.05).missing == [f"layer, 128 tokens, {FAST} ÷ {STOCK}"]
@@ -210,7 +210,7 @@ def test_what_is_no_result_is_named(content, status):
     assert len(err.splitlines()) == 1
 
 
-def test_rounds_that_do_not_pair_and_files_that_are_not_there(status, tmp_path, capsys):
+def test_rounds_that_do_not_pair_and_missing_files(status, tmp_path, capsys):
     new = a_run(1)
     new.groups[2].timings[FAST].seconds.pop()
     code, _, err = status(a_run(), new)

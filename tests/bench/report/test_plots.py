@@ -47,12 +47,12 @@ def layers(tokens, factor=1.0, **others):
 
 def others(**axes):
     small = {"model": "SmolLM2-135M", "rank": 16, "dtype": "float32", **axes}
-    found = [
+    once = [
         a_group(suite, {"suite": suite, **small}, {STOCK: stock, FAST: fast})
         for suite, stock, fast in (("initialisation", 9, 1.1), ("loading", 60, 0.6), ("merge", 1, 2))
     ]
     block = {"suite": "block", "model": "Llama-3.2-1B", "tokens": 512, "rank": 16, **axes}
-    return [*found, a_group("block", block, {BARE: 1.0, STOCK: 2.2, UNGROUPED: 1.1, GROUPED: 1.0})]
+    return [*once, a_group("block", block, {BARE: 1.0, STOCK: 2.2, UNGROUPED: 1.1, GROUPED: 1.0})]
 
 
 def drawn(groups, folder):
@@ -89,7 +89,7 @@ def test_the_caption_has_the_figures(pictures):
     assert ": mica.fast 33 % at 128 and 23 % at 2048 (bands: " in caption
 
 
-def test_a_second_drawing_gives_the_same_bytes_whatever_the_users_settings(pictures, tmp_path):
+def test_drawing_is_reproducible_whatever_the_users_settings(pictures, tmp_path):
     with matplotlib.rc_context({"font.size": 20, "text.color": "red", "svg.fonttype": "none"}):
         again = drawn(layers([128, 512, 2048]) + others(), tmp_path)
     for name, (path, _) in again.items():
@@ -108,10 +108,10 @@ def test_an_implementation_without_a_number_leaves_the_others(tmp_path):
         del group.timings[
             STOCK if group.axes["suite"] == "merge" else FAST if FAST in group.timings else GROUPED
         ]
-    found = drawn(groups, tmp_path)
-    assert len(gids(found[BY_TOKENS][0], "series-")) == 4
-    assert FAST not in found[BY_TOKENS][1]
-    assert len(gids(found[AGAINST_STOCK][0], "series-")) == 1  # the block, ungrouped
+    pictures = drawn(groups, tmp_path)
+    assert len(gids(pictures[BY_TOKENS][0], "series-")) == 4
+    assert FAST not in pictures[BY_TOKENS][1]
+    assert len(gids(pictures[AGAINST_STOCK][0], "series-")) == 1  # the block, ungrouped
 
 
 def test_the_longest_family_is_drawn_and_by_device_time_where_there_is_one(tmp_path):
@@ -122,10 +122,10 @@ def test_the_longest_family_is_drawn_and_by_device_time_where_there_is_one(tmp_p
     groups = [
         one for clock, factor in by_clock.items() for one in layers([64, 128, 512], factor, clock=clock)
     ]
-    found = drawn(groups + others(clock=WALL) + others(clock=DEVICE_TIME), tmp_path)
-    assert f"rank 16, bfloat16, {DEVICE_TIME}), by tokens" in found[BY_TOKENS][1]
-    assert ": mica.fast 44 % at 64 and 25 % at 512" in found[BY_TOKENS][1]
-    assert len(gids(found[AGAINST_STOCK][0], "series-")) == 4  # what a user waits for
+    pictures = drawn(groups + others(clock=WALL) + others(clock=DEVICE_TIME), tmp_path)
+    assert f"rank 16, bfloat16, {DEVICE_TIME}), by tokens" in pictures[BY_TOKENS][1]
+    assert ": mica.fast 44 % at 64 and 25 % at 512" in pictures[BY_TOKENS][1]
+    assert len(gids(pictures[AGAINST_STOCK][0], "series-")) == 4  # by wall clock
 
 
 def test_names_are_in_the_order_of_the_lines_ends():

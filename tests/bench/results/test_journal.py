@@ -1,4 +1,4 @@
-"""The journal of a run, and the result that is made of it, wherever the run broke off."""
+"""The journal of a run, and the result made from it, wherever the run was interrupted."""
 
 import json
 
@@ -46,7 +46,7 @@ def path(tmp_path, monkeypatch):
     return tmp_path / "run.jsonl"
 
 
-def test_what_is_written_is_read_but_for_a_line_that_was_cut_off(path):
+def test_what_is_written_is_read_except_a_truncated_line(path):
     assert journal.read() == []
     for entry in rounds(1.0):
         journal.write(**entry)
@@ -72,7 +72,7 @@ def test_rounds_become_groups_with_what_was_counted():
     assert group.timings == {FAST: Timing([1.2346, 2.0], {"saved_mb": 3.0})}
 
 
-def test_of_a_round_that_broke_off_nothing_counts():
+def test_an_interrupted_round_does_not_count():
     entries = [*rounds(1.0, 2.0), sample(BARE, 3.0), sample(STOCK, 3.0)]
     (group,) = journal.fold(entries, {}).groups
     assert [timing.seconds for timing in group.timings.values()] == [[1.0, 2.0]] * 3
@@ -103,15 +103,15 @@ def test_an_implementation_that_is_refused_does_not_shorten_the_others():
         (refused(f"{CELL}, with something"), [{BARE, STOCK, FAST}] * 2),
     ],
 )
-def test_a_refusal_is_of_an_implementation_a_cell_or_a_clock(refusal, left, comes):
+def test_a_refusal_names_an_implementation_a_cell_or_a_clock(refusal, left, comes):
     entries = [one for clock in (WALL, DEVICE_TIME) for one in rounds(1.0, 2.0, clock=clock)]
     entries = [refusal, *entries] if comes == "before" else [*entries, refusal]
-    found = folded(entries)
-    assert [found.get(f"{CELL}, {clock}") for clock in (WALL, DEVICE_TIME)] == left
+    groups = folded(entries)
+    assert [groups.get(f"{CELL}, {clock}") for clock in (WALL, DEVICE_TIME)] == left
     assert journal.fold(entries, {}).refused == [{k: v for k, v in refusal.items() if k != "kind"}]
 
 
-def test_checks_and_stages_are_told_and_tests_that_time_are_not(tmp_path):
+def test_checks_and_stages_are_kept_and_tests_that_time_are_not(tmp_path):
     test = {"kind": "test", "stage": "kernels"}
     summary = {"stage": "kernels", "state": "died", "passed": 1, "was_doing": {"test": "c"}}
     entries = [

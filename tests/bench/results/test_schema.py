@@ -21,7 +21,7 @@ def passes(**axes):
     ]
 
 
-def test_a_result_comes_back_from_its_file(tmp_path):
+def test_a_result_round_trips_through_its_file(tmp_path):
     result = Result({"cpu": "A"}, passes(), [{"group": "a", "why": "b"}])
     result.save(tmp_path / "run.json")
     assert Result.load(tmp_path / "run.json") == result
@@ -44,7 +44,7 @@ def test_passes_are_summed_round_by_round_and_once():
     assert summed.with_both() == summed
 
 
-def test_a_sum_is_of_the_implementations_and_rounds_that_both_passes_have():
+def test_a_sum_has_the_implementations_and_rounds_of_both_passes():
     forward, backward = passes()
     forward.timings |= {STOCK: Timing([1.0, 1.0]), FAST: Timing([1.0, 2.0, 3.0])}
     both = Result({}, [forward, backward]).with_both().groups[-1]
@@ -68,11 +68,11 @@ def test_a_sum_is_of_the_implementations_and_rounds_that_both_passes_have():
         ({"group": "a", "implementation": STOCK}, FAST, False),
     ],
 )
-def test_a_refusal_holds_for_groups_that_go_on_from_its_own(refusal, implementation, expected):
+def test_a_refusal_holds_for_groups_whose_names_extend_its_own(refusal, implementation, expected):
     assert schema.is_refused(refusal, "a, b", implementation) == expected
 
 
-def test_a_ratio_is_of_one_round():
+def test_a_ratio_is_taken_within_a_round():
     group = Group("", {}, {BARE: Timing([1.0, 10.0, 3.0]), FAST: Timing([2.0, 10.0, 9.0])})
     ratio = group.ratio(FAST, BARE)
     assert ratio.median == 2.0
@@ -80,7 +80,7 @@ def test_a_ratio_is_of_one_round():
     assert ratio.high >= 3.0
 
 
-def test_an_overhead_is_of_one_round_over_the_median_of_the_baselines():
+def test_an_overhead_is_taken_within_a_round_over_the_baselines_median():
     seconds = {BARE: [1.0, 2.0, 1.0], "LoRA": [2.0, 2.1, 3.0], FAST: [1.5, 2.25, 1.0]}
     group = Group("", {}, {name: Timing(values) for name, values in seconds.items()})
     assert group.overhead(FAST, "LoRA").median == 0.25  # 0.5, 0.25, 0 over the median of 1, 0.1, 2
@@ -92,14 +92,14 @@ def test_intervals_hold_the_median_with_95_percent(count):
     draw, times = random.Random(count), 4000
     held = 0
     for _ in range(times):
-        found = schema.interval([math.exp(draw.gauss(0.0, 0.1)) for _ in range(count)])
-        held += found.low <= 1.0 <= found.high
+        interval = schema.interval([math.exp(draw.gauss(0.0, 0.1)) for _ in range(count)])
+        held += interval.low <= 1.0 <= interval.high
     assert held / times >= 0.94
     if count >= 6:  # and no wider than they need to be: the next narrower one holds less
         assert held / times <= 0.995
 
 
-def test_of_one_round_nothing_is_known():
+def test_one_round_has_no_interval():
     ratio = schema.interval([2.0])
     assert (ratio.low, ratio.high) == (0.0, math.inf)
     assert str(ratio) == "2.000 (one round)"

@@ -1,4 +1,4 @@
-"""Implementations that are built and judged one by one, and what is refused."""
+"""Implementations that are built and checked one by one, and what is refused."""
 
 import pytest
 
@@ -23,7 +23,7 @@ def raising():
 
 
 def test_an_implementation_that_is_wrong_or_raises_is_refused_alone(written):
-    found = harness.each("cell", {"a": lambda: 1, "wrong": wrong, "raising": raising, "b": lambda: 2})
+    found = harness.build_all("cell", {"a": lambda: 1, "wrong": wrong, "raising": raising, "b": lambda: 2})
     assert found == {"a": 1, "b": 2}
     assert harness.refusals == {
         ("cell", "wrong"): "the relative error of y is 0.1",
@@ -41,7 +41,7 @@ def test_an_implementation_that_is_wrong_or_raises_is_refused_alone(written):
 
 def test_what_was_refused_is_not_built_again():
     harness.refuse("cell", "the process died", "a")
-    assert harness.each("cell", {"a": pytest.fail, "b": lambda: 2}) == {"b": 2}
+    assert harness.build_all("cell", {"a": pytest.fail, "b": lambda: 2}) == {"b": 2}
 
 
 @pytest.mark.parametrize(

@@ -57,13 +57,13 @@ def test_our_wrong_operator_is_refused_alone(monkeypatch):
 
 
 def test_losses_that_part_later_are_refused(monkeypatch):
-    judged = bench_step.judged
+    checked = bench_step.checked
 
     def with_another_rate(step, *args):
         step.optimizer.param_groups[0]["lr"] *= 2
-        return judged(step, *args)
+        return checked(step, *args)
 
-    monkeypatch.setattr(bench_step, "judged", with_another_rate)
+    monkeypatch.setattr(bench_step, "checked", with_another_rate)
     assert bench_step.setting(STEP).keys() == {BARE, STOCK}
     assert "a loss is" in harness.refusals[STEP.name, FAST]
 

@@ -10,7 +10,7 @@ from torch import nn
 import mica.fast
 from bench.results.names import BARE, FAST, GROUPED, STOCK, UNGROUPED
 from bench.suites.layer import Form, adapted_module, make_layer
-from bench.suites.steps import Step, judged, operators, promised
+from bench.suites.steps import Step, checked, expected_operators, operators
 
 
 class Once:
@@ -97,15 +97,15 @@ def test_operators_of_a_forward_and_backward():
 
 def test_operators_that_a_name_promises():
     groups = (3, 1, 2, 1)
-    assert promised(FAST, groups) == promised(UNGROUPED, groups) == operators(7)
-    assert promised(GROUPED, groups) == operators(2, groups=2)
-    assert promised(BARE, groups) == promised(STOCK, groups) == {}
+    assert expected_operators(FAST, groups) == expected_operators(UNGROUPED, groups) == operators(7)
+    assert expected_operators(GROUPED, groups) == operators(2, groups=2)
+    assert expected_operators(BARE, groups) == expected_operators(STOCK, groups) == {}
 
 
 def test_results_that_agree_are_taken():
     step = layer_step()
     gates = dict.fromkeys(("y", "dx", "dA"), 1e-5)
-    assert judged(step, layer_step(mica.fast.disabled, {}).results(), gates) is not None
+    assert checked(step, layer_step(mica.fast.disabled, {}).results(), gates) is not None
 
 
 @pytest.mark.parametrize("what", ["y", "dx", "dA"])
@@ -113,13 +113,13 @@ def test_a_wrong_result_is_named(what):
     expected = layer_step(mica.fast.disabled, {}).results()
     expected[what] = 1.1 * expected[what]
     with pytest.raises(AssertionError, match=f"{what} is 9.1e-02 off stock PEFT's"):
-        judged(layer_step(), expected, dict.fromkeys(expected, 1e-2))
+        checked(layer_step(), expected, dict.fromkeys(expected, 1e-2))
 
 
 def test_right_results_of_other_operators_are_not_taken():
     step = layer_step(mica.fast.disabled)
     with pytest.raises(AssertionError, match=r"a step ran {}, not {'linear': 1"):
-        judged(step, step.results(), dict.fromkeys(("y", "dx", "dA"), 1e-5))
+        checked(step, step.results(), dict.fromkeys(("y", "dx", "dA"), 1e-5))
 
 
 def test_a_frozen_model_has_no_gradient_of_adapters():
