@@ -271,16 +271,16 @@ def report(result: dict) -> str:
     parts = [
         "**A quick run. Its numbers mean nothing.**" if quick else "",
         _setting(result),
-        f"### What the paper claims, and what was measured here\n\n{PAPER}. Its models, texts and measures "
-        "are different: this is one small model, and little training. “More” and “less” are reported where the "
-        f"ranges over the seeds do not overlap.\n\n{_claims(result)}",
-        f"### Learned\n\n{_measures(result, LEARNED)}\n\nNew facts are queried in phrasings that "
-        f"training did not have. Among answers: only the {answers} of the attribute are possible, all equally frequent; "
-        f"guessing gives a loss of {math.log(answers):.3f} and {100 / answers:.1f} %. The loss of the answer "
-        "among all words also falls by learning the form of such sentences.\n\nThe task was not "
+        f"### What the paper claims, and what was measured here\n\n{PAPER}. Its models, texts and "
+        "measures are different: this is one small model, and little training. “More” and “less” are "
+        f"reported where the ranges over the seeds do not overlap.\n\n{_claims(result)}",
+        f"### Learned\n\n{_measures(result, LEARNED)}\n\nNew facts are queried in phrasings that training "
+        f"did not have. Among answers: only the {answers} of the attribute are possible, all equally "
+        f"frequent; guessing gives a loss of {math.log(answers):.3f} and {100 / answers:.1f} %. The loss of "
+        "the answer among all words also falls by learning the form of such sentences.\n\nThe task was not "
         "chosen blindly: of five designs that were tried for a few steps, with this test in view, it is the "
-        "first in which any method learned much; in the others MiCA, tried in all of them, and LoRA, tried in "
-        "one, did not.",
+        "first in which any method learned much; in the others MiCA, tried in all of them, and LoRA, tried "
+        "in one, did not.",
         f"### Forgotten\n\n{_measures(result, FORGOTTEN)}",
         f"### Cost\n\n{_cost(result)}\n\n{same}".rstrip(),
         f"### Learning rates\n\n{_tries(result)}",

@@ -1,7 +1,7 @@
 """What happens to an adapter once: initialisation, loading, merging. All linear layers, r = 16.
 
-On a CPU SmolLM2-135M, in a quick run a decoder block of random weights; on an accelerator the initialisation
-alone, of such a block in bf16.
+On a CPU SmolLM2-135M, in a quick run a decoder block of random weights; on an accelerator only the
+initialisation of such a block in bf16.
 """
 
 import copy
@@ -21,8 +21,8 @@ from bench.suites.decoder import RANK, adapted, config_of
 from bench.suites.harness import build_all, pick
 from tests.support import models
 
-# Stock PEFT's initialisation takes most of a minute with its loading, which runs every SVD, too.
-ROUNDS = pick(quick=1, default=1, full=3, cuda=2)
+# Stock PEFT takes most of a minute to initialise and load; loading runs every SVD, too.
+ROUNDS = pick(default=1, full=3, cuda=2)
 MERGE_ROUNDS = pick(quick=2, default=3, full=5)
 IMPLEMENTATIONS = {STOCK: mica.fast.disabled, FAST: nullcontext}
 LOW_CPU = "stock PEFT, low_cpu_mem_usage"
@@ -36,7 +36,7 @@ on_a_cpu = pytest.mark.skipif(ON_ACCELERATOR, reason="measured on a CPU")
 
 @functools.cache
 def base():
-    """The model that adapters are put on. It takes 15 s to read SmolLM2: every test has a copy."""
+    """The model to adapt, which tests copy: it takes 15 s to read SmolLM2."""
     if MODEL == SMOLLM2:
         return models.smollm2()
     torch.manual_seed(0)
@@ -50,7 +50,7 @@ def saved_adapter(folder):
 
 
 def energy(model) -> float:
-    """‖BᵀW‖² of all layers, that of a start from another subspace is larger; and BᵀB has to be 1."""
+    """‖BᵀW‖² of all layers, which is larger for any other subspace; and BᵀB has to be 1."""
     total = 0.0
     for name, layer in models.adapted_layers(model).items():
         basis, weight = models.bases(model)[name].detach(), layer.get_base_layer().weight
@@ -62,7 +62,7 @@ def energy(model) -> float:
     return total
 
 
-least: dict[str, float] = {}  # energies that stock PEFT has found
+least: dict[str, float] = {}  # energies that stock PEFT reaches
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
@@ -72,14 +72,16 @@ def bench_initialisation(once, gated, round_, implementation):
     model = gated(group, lambda: copy.deepcopy(base()), implementation)
     axes = {"suite": "initialisation", **AXES, "dtype": DTYPE}
     with IMPLEMENTATIONS[implementation](), peak_growth() as growth:
-        found = once(lambda: models.wrap(model, rank=RANK, targets="all-linear"), group, implementation, axes)
+        adapted_model = once(
+            lambda: models.wrap(model, rank=RANK, targets="all-linear"), group, implementation, axes
+        )
     if growth() is not None:
         once.note(peak_mb=growth() / 1e6)
     with IMPLEMENTATIONS[implementation]():
-        spent = energy(found)
+        spent = energy(adapted_model)
     if implementation == STOCK:
         least[group] = spent
-    assert group in least, "stock PEFT has no result to judge it by"
+    assert group in least, "stock PEFT has no result to compare it with"
     assert spent <= 1.01 * least[group], f"‖BᵀW‖² is {spent}, stock PEFT's {least[group]}"
 
 
@@ -103,10 +105,10 @@ def bench_loading(once, gated, round_, implementation, tmp_path_factory):
 
 @functools.cache
 def merging(group):
-    """implementation -> (model, what was counted)."""
+    """implementation -> (model, facts)."""
     unmerged = adapted(copy.deepcopy(base()).to(torch.bfloat16), 0.01)
 
-    def checked(implementation):
+    def build(implementation):
         model, facts = copy.deepcopy(unmerged), {}
         layers = models.adapted_layers(model).values()
         before = [layer.get_base_layer().weight.clone() for layer in layers]
@@ -129,10 +131,7 @@ def merging(group):
         facts["weights_changed"] = changed / sum(weight.numel() for weight in before)
         return model, facts
 
-    return build_all(
-        group,
-        {implementation: functools.partial(checked, implementation) for implementation in IMPLEMENTATIONS},
-    )
+    return build_all(group, IMPLEMENTATIONS, build)
 
 
 @on_a_cpu

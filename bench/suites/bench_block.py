@@ -1,8 +1,8 @@
 """A decoder block (attention and MLP) of random weights with real widths: forward + backward, bf16, r = 16.
 
 In Llama's and Qwen's, q/k/v and gate/up read the same input and can be groups; GPT-2's q/k/v are one layer
-already, there is nothing to group, and grouping must not cost anything. All results are checked against stock
-PEFT's before any time, and each timed step has to run the operators that its name says.
+already, so there is nothing to group, and grouping must not cost anything. All results are checked against
+stock PEFT's before anything is timed, and each timed step has to run the operators that its name implies.
 """
 
 import functools
@@ -21,7 +21,7 @@ from bench.suites.decoder import LLAMA_GROUPS, RANK, Work, adapted, config_of
 from bench.suites.harness import build_all, iterations, pick
 from bench.suites.steps import CONTEXTS, Step, checked, expected_operators
 
-ROUNDS = pick(quick=3, default=4, full=6, cuda=10, dry=1)
+ROUNDS = pick(default=4, quick=3, full=6, cuda=10, dry=1)
 IMPLEMENTATIONS = (BARE, STOCK, STOCK_16, UNGROUPED, GROUPED)
 # Relative differences of y, dx and dA from stock PEFT's, whose adapters compute in fp32.
 GATES = {"y": 1e-2, "dx": 2e-2, "dA": 2e-2}
@@ -64,7 +64,7 @@ NAMES = pick(
 
 
 def tokens_of(name: str) -> tuple[int, int]:
-    return pick(quick=BLOCKS[name].tokens, default=BLOCKS[name].tokens, cuda=(4, 2048))
+    return pick(default=BLOCKS[name].tokens, cuda=(4, 2048))
 
 
 class Setting(NamedTuple):
@@ -95,13 +95,7 @@ def setting(name: str, group: str) -> Setting:
             return stock
         return checked(build(implementation), {} if implementation == BARE else expected, GATES)
 
-    steps = build_all(
-        group,
-        {
-            implementation: functools.partial(checked_block, implementation)
-            for implementation in IMPLEMENTATIONS
-        },
-    )
+    steps = build_all(group, IMPLEMENTATIONS, checked_block)
     saved = {}
     for implementation, step in steps.items():
         with step.form.context():
@@ -116,9 +110,9 @@ def setting(name: str, group: str) -> Setting:
 def bench_block(once, gated, name, round_, implementation):
     batch, sequence = tokens_of(name)
     group = f"block of {name}, {batch} x {sequence} tokens, r = {RANK}, bfloat16, forward + backward"
-    found = gated(group, lambda: setting(name, group), implementation)
+    block = gated(group, lambda: setting(name, group), implementation)
     axes = {"suite": "block", "model": name, "tokens": batch * sequence, "rank": RANK, "dtype": "bfloat16"}
-    facts = {"saved_mb": found.saved_mb[implementation]} if round_ == 0 else {}
-    found.steps[implementation].time(
-        once, group, implementation, axes, found.iterations, all_clocks=True, **facts
+    facts = {"saved_mb": block.saved_mb[implementation]} if round_ == 0 else {}
+    block.steps[implementation].time(
+        once, group, implementation, axes, block.iterations, all_clocks=True, **facts
     )

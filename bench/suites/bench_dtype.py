@@ -1,8 +1,8 @@
-"""One layer in 16 bits against the same layer in float32: forward + backward of mica.fast's operator, r = 16.
+"""One layer in 16 bit against the same layer in float32: forward + backward of mica.fast's operator, r = 16.
 
 On processors without such instructions `mica.products` takes 16-bit products through fp32;
-``ONEDNN_MAX_CPU_ISA=AVX2`` lets an x86 processor that has them stand in for one that has not. ``native``:
-whether this processor's own products of the dtype are used.
+``ONEDNN_MAX_CPU_ISA=AVX2`` makes an x86 processor that has them stand in for one that does not. ``native``:
+whether the processor has products of the dtype that are used.
 """
 
 import functools
@@ -12,14 +12,14 @@ import torch
 
 from bench.measure.clocks import seconds
 from bench.measure.machine import DEVICE, ON_ACCELERATOR
-from bench.results.names import FLOAT32
+from bench.results.names import FAST, FLOAT32
 from bench.suites.harness import build_all, iterations, pick
-from bench.suites.layer import exact, make_layer, relative_errors
+from bench.suites.layer import check_errors, exact, make_layer, relative_errors
 from mica.ops import mica_linear
 from mica.products import has_native
 from tests.support.tolerances import RELATIVE
 
-pytestmark = pytest.mark.skipif(ON_ACCELERATOR, reason="it is about a processor's instructions")
+pytestmark = pytest.mark.skipif(ON_ACCELERATOR, reason="it is about CPU instructions")
 ROUNDS = pick(quick=3, default=7)
 SHAPES = pick(
     quick=[(512, 576, 576)],
@@ -29,7 +29,7 @@ DTYPES = {FLOAT32: torch.float32, "mica.fast, bfloat16": torch.bfloat16, "mica.f
 
 
 def checked(shape, dtype):
-    """A forward and backward, and how many calls of it make a sample."""
+    """A forward and backward, and how many calls make a sample."""
     layer = make_layer(*shape, 16, dtype, DEVICE)
 
     def forward():
@@ -38,8 +38,7 @@ def checked(shape, dtype):
     def gradients(y):
         return torch.autograd.grad(y, (layer.x, layer.lora_A), layer.grad_output)
 
-    for what, error in relative_errors(forward, gradients, exact(layer)).items():
-        assert error <= RELATIVE[dtype], f"the relative error of {what} is {error:.2e}"
+    check_errors(FAST, relative_errors(forward, gradients, exact(layer)), RELATIVE[dtype])
 
     def call():
         return gradients(forward())
@@ -49,9 +48,7 @@ def checked(shape, dtype):
 
 @functools.lru_cache(maxsize=1)
 def setting(shape, group):
-    return build_all(
-        group, {name: functools.partial(checked, shape, dtype) for name, dtype in DTYPES.items()}
-    )
+    return build_all(group, DTYPES, lambda name: checked(shape, DTYPES[name]))
 
 
 @pytest.mark.parametrize("implementation", DTYPES)

@@ -12,6 +12,7 @@ import copy
 import functools
 from contextlib import contextmanager, nullcontext
 from functools import partial
+from itertools import product
 from types import SimpleNamespace
 
 import pytest
@@ -41,7 +42,16 @@ from bench.results.names import (
 )
 from bench.suites.decoder import RANK, Work, adapted
 from bench.suites.harness import build_all, pick
-from bench.suites.layer import AtenControl, Form, adapted_module, by_hand, exact, make_layer, relative_errors
+from bench.suites.layer import (
+    AtenControl,
+    Form,
+    adapted_module,
+    by_hand,
+    check_errors,
+    exact,
+    make_layer,
+    relative_errors,
+)
 from bench.suites.steps import Step, checked, counting, grouping, operators
 from mica.products import has_native
 from tests.support import models
@@ -68,14 +78,14 @@ def one_thread():
 
 @contextmanager
 def kernels():
-    """Demanded: one that cannot be had is an error and not the PyTorch form."""
+    """Required: one that is not available is an error, not the PyTorch form."""
     with no_launch.installed(), pytest.MonkeyPatch.context() as patch:
         patch.setenv("MICA_BACKEND", "triton")
         yield
 
 
 def sample(once, step: Step, part: str, calls: int, group: str, implementation: str, axes: dict) -> None:
-    """Without a gradient it is the operators' own choice which kernels they launch, if any."""
+    """Without a gradient the operators choose which kernels they launch, if any."""
     launches, has_gradient = no_launch.launches, part == BOTH
     with torch.set_grad_enabled(has_gradient):
         call = None if has_gradient else step.form.forward
@@ -88,29 +98,25 @@ def sample(once, step: Step, part: str, calls: int, group: str, implementation: 
 # one linear layer
 # ---------------------------------------------------------------------------------------------------
 
-LAYER_ROUNDS = pick(quick=5, default=9, full=15)
+LAYER_ROUNDS = pick(default=9, quick=5, full=15)
 LAYER_CALLS = {NO_GRADIENT: 1000, BOTH: 300}  # in a sample: 10 ms of the quickest implementation
 TOKENS, OUT, IN = 4, 32, 32
 UNSAVED = SimpleNamespace(save_for_backward=lambda *tensors: None)  # the control, without autograd
 
 
 def layer_implementations(dtype):
-    """name -> (dtype of the adapter, context, whether kernels run or None where it is not mica.fast)."""
+    """name -> (dtype of the adapter, context, whether kernels run or None if it is not mica.fast)."""
     stock, pytorch, on_kernels = (mica.fast.disabled, None), (nullcontext, False), (kernels, True)
-    found = {STOCK: (torch.float32, *stock)}
-    found |= {PYTORCH: (torch.float32, *pytorch), KERNELS: (torch.float32, *on_kernels)}
+    ways = {STOCK: stock, PYTORCH: pytorch, KERNELS: on_kernels}
+    wide = {name: (torch.float32, *way) for name, way in ways.items()}
     if dtype == "float32":  # the adapters' default dtype is the base's
-        return found
-    narrow = DTYPES[dtype]
-    return found | {
-        STOCK_16: (narrow, *stock),
-        PYTORCH_16: (narrow, *pytorch),
-        KERNELS_16: (narrow, *on_kernels),
-    }
+        return wide
+    ways = {STOCK_16: stock, PYTORCH_16: pytorch, KERNELS_16: on_kernels}
+    return wide | {name: (DTYPES[dtype], *way) for name, way in ways.items()}
 
 
 def layer_builds(dtype, layer):
-    """name -> what makes its `Step`. A module each, about which things are learnt."""
+    """name -> what makes its `Step`, with separate modules, since `mica.fast` learns about each."""
     flat, dy = layer.x, layer.grad_output
     x = flat.detach()[None].requires_grad_()  # (1, tokens, features), as in a model
     lora_A = layer.lora_A.detach().to(DTYPES[dtype]).requires_grad_()
@@ -121,9 +127,9 @@ def layer_builds(dtype, layer):
         return control(flat, *operands)
 
     def module(adapter_dtype, context, on_kernels):
-        found, trained = adapted_module(layer, adapter_dtype, init="mica")
+        adapted, trained = adapted_module(layer, adapter_dtype, init="mica")
         ran = {} if on_kernels is None else operators(1, on_kernels=on_kernels)
-        return Step(Form(partial(found, x), (x, trained), context, found), dy[None], operators=ran)
+        return Step(Form(partial(adapted, x), (x, trained), context, adapted), dy[None], operators=ran)
 
     bare = adapted_module(layer, DTYPES[dtype])[0].base_layer
     return {
@@ -134,16 +140,14 @@ def layer_builds(dtype, layer):
     }
 
 
-def checked_layer(build, truth, limit):
+def checked_layer(name, build, truth, limit):
     step = build()
     form = step.form
     if form.context is kernels:
         return step  # no numbers
     with form.context():
         errors = relative_errors(form.forward, lambda y: form.gradients(y, step.grad_output), truth)
-    bound = limit if len(form.inputs) > 1 else 1.0  # the bare layer lacks the adapter's term
-    for what, error in errors.items():
-        assert error <= bound, f"the relative error of {what} is {error:.2e}, above {bound:.0e}"
+    check_errors(name, errors, limit)
     return step
 
 
@@ -151,24 +155,18 @@ def checked_layer(build, truth, limit):
 def layer_setting(dtype, group):
     layer = make_layer(TOKENS, OUT, IN, RANK, DTYPES[dtype], "cpu")
     truth, limit = exact(layer), RELATIVE[DTYPES[dtype]]
-    return build_all(
-        group,
-        {
-            name: partial(checked_layer, build, truth, limit)
-            for name, build in layer_builds(dtype, layer).items()
-        },
-    )
+    builds = layer_builds(dtype, layer)
+    return build_all(group, builds, lambda name: checked_layer(name, builds[name], truth, limit))
 
 
-def layer_cases():
-    for dtype in DTYPES:
-        for part in PARTS:
-            for round_ in range(LAYER_ROUNDS):
-                for implementation in (BARE, ATEN, BY_HAND, *layer_implementations(dtype)):
-                    yield dtype, part, round_, implementation
+LAYER_CASES = [
+    (dtype, part, round_, name)
+    for dtype, part, round_ in product(DTYPES, PARTS, range(LAYER_ROUNDS))
+    for name in (BARE, ATEN, BY_HAND, *layer_implementations(dtype))
+]
 
 
-@pytest.mark.parametrize(("dtype", "part", "round_", "implementation"), layer_cases())
+@pytest.mark.parametrize(("dtype", "part", "round_", "implementation"), LAYER_CASES)
 def bench_host_layer(once, gated, one_thread, dtype, part, round_, implementation):
     cell = f"host time of a layer, {TOKENS} tokens, {OUT} x {IN}, r = {RANK}, {dtype}"
     step = gated(f"{cell}, {part}", lambda: layer_setting(dtype, cell), implementation)[implementation]
@@ -180,9 +178,9 @@ def bench_host_layer(once, gated, one_thread, dtype, part, round_, implementatio
 # a decoder block of Llama's shape: q/k/v and gate/up read the same input
 # ---------------------------------------------------------------------------------------------------
 
-BLOCK_ROUNDS = pick(quick=5, default=9)
-# One is timed with all that a model is beside its blocks (masks, rotary embedding, norm, PEFT's wrapper);
-# with four that is a smaller share.
+BLOCK_ROUNDS = pick(default=9, quick=5)
+# One block is timed with the rest of a model (masks, rotary embedding, norm, PEFT's wrapper); with four that
+# is a smaller share.
 BLOCKS = pick(quick={1: 30}, default={1: 50}, full={1: 50, 4: 20})  # number of layers: calls in a sample
 BLOCK_TOKENS, WIDTHS = 4, {"hidden_size": 64, "intermediate_size": 128}
 CONFIG = {
@@ -198,12 +196,12 @@ BLOCK_GATES = {"float32": 1e-5, "bfloat16": 2e-2}
 
 
 def block_implementations(dtype):
-    """name -> (context, operators of one block). Adapters are PEFT's default, fp32, but for `STOCK_16`."""
-    found = {BARE: (nullcontext, {}), STOCK: (mica.fast.disabled, {})}
+    """name -> (context, operators of one block). Adapters are fp32, PEFT's default, except `STOCK_16`'s."""
+    others = {BARE: (nullcontext, {}), STOCK: (mica.fast.disabled, {})}
     if dtype != "float32":
-        found[STOCK_16] = (mica.fast.disabled, {})
+        others[STOCK_16] = (mica.fast.disabled, {})
     alone, grouped = {"linear": 7}, {"linear": 2, "groups": 2}
-    return found | {
+    return others | {
         PYTORCH_UNGROUPED: (partial(grouping, False), operators(**alone)),
         PYTORCH_GROUPED: (partial(grouping, True), operators(**grouped)),
         KERNELS_UNGROUPED: (partial(grouping, False, kernels), operators(**alone, on_kernels=True)),
@@ -213,7 +211,7 @@ def block_implementations(dtype):
 
 @functools.lru_cache(maxsize=1)
 def block_setting(dtype, layers, group):
-    """name -> Step, a model each."""
+    """name -> Step, each with its own model."""
     torch.manual_seed(0)
     config = LlamaConfig(num_hidden_layers=layers, **CONFIG)
     bare = AutoModel.from_config(config, dtype=DTYPES[dtype]).train().requires_grad_(False)
@@ -233,19 +231,17 @@ def block_setting(dtype, layers, group):
         has_numbers = name not in (BARE, KERNELS_UNGROUPED, KERNELS_GROUPED)
         return checked(build(name), expected if has_numbers else {}, dict.fromkeys(expected, gate))
 
-    return build_all(group, {name: partial(checked_block, name) for name in block_implementations(dtype)})
+    return build_all(group, block_implementations(dtype), checked_block)
 
 
-def block_cases():
-    for dtype in DTYPES:
-        for layers in BLOCKS:
-            for part in PARTS:
-                for round_ in range(BLOCK_ROUNDS):
-                    for implementation in block_implementations(dtype):
-                        yield dtype, layers, part, round_, implementation
+BLOCK_CASES = [
+    (dtype, layers, part, round_, name)
+    for dtype, layers, part, round_ in product(DTYPES, BLOCKS, PARTS, range(BLOCK_ROUNDS))
+    for name in block_implementations(dtype)
+]
 
 
-@pytest.mark.parametrize(("dtype", "layers", "part", "round_", "implementation"), block_cases())
+@pytest.mark.parametrize(("dtype", "layers", "part", "round_", "implementation"), BLOCK_CASES)
 def bench_host_block(once, gated, one_thread, dtype, layers, part, round_, implementation):
     widths = " / ".join(map(str, WIDTHS.values()))
     cell = (
@@ -272,8 +268,8 @@ def generated(model, new_tokens):
     """(1, new_tokens), the likeliest ones."""
     ids = models.python_reference_tokens()[None, :PROMPT_TOKENS]
     how = GenerationConfig(max_new_tokens=new_tokens, do_sample=False, use_cache=True, pad_token_id=0)
-    found = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), generation_config=how)
-    return found[:, PROMPT_TOKENS:]
+    tokens = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), generation_config=how)
+    return tokens[:, PROMPT_TOKENS:]
 
 
 @functools.lru_cache(maxsize=1)
@@ -281,9 +277,8 @@ def generate_setting(group):
     """name -> model; stock PEFT and mica.fast have the same one."""
     torch.manual_seed(0)
     bare = models.smollm2().eval().requires_grad_(False)
-    model = adapted(
-        bare, 0.05
-    ).eval()  # with 0.02 some of the tokens are the bare model's, with 0.1 they repeat
+    # with a scale of 0.02 some of the tokens are the bare model's, with 0.1 they repeat
+    model = adapted(bare, 0.05).eval()
     implementations = {BARE: bare, MERGED: copy.deepcopy(model).merge_and_unload(), STOCK: model, FAST: model}
 
     def tokens_of(name):
@@ -301,7 +296,7 @@ def generate_setting(group):
             assert torch.equal(tokens_of(name), expected), f"{name} generates other tokens than stock PEFT"
         return implementations[name]
 
-    return build_all(group, {name: partial(checked_model, name) for name in implementations})
+    return build_all(group, implementations, checked_model)
 
 
 @pytest.mark.skipif(SIZE != "full", reason="part of --full")  # half a minute to set up

@@ -25,15 +25,15 @@ from tests.support import models
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 OURS = (UNGROUPED, GROUPED) if ON_ACCELERATOR else (FAST,)
-STEPS = pick(quick=2, default=2, cuda=6)
-LEARNING_RATE = pick(quick=1e-3, default=1e-3, dry=3e-2)
-# Relative differences from stock PEFT's, whose adapters compute in fp32: of the loss, at every one of the
-# steps, and of its gradients by the embeddings and by A at the start.
+STEPS = pick(default=2, cuda=6)
+LEARNING_RATE = pick(default=1e-3, dry=3e-2)
+# Relative differences from stock PEFT's, whose adapters compute in fp32: of the loss, at each step, and of
+# its gradients with respect to the embeddings and A at the start.
 GATES = {
     "bfloat16": {"y": 1e-2, "dx": 1e-1, "dA": 1e-1},
     "float32": {"y": 1e-5, "dx": 1e-4, "dA": 1e-4},
 }
-DISTINCT = 16  # tokens, of random ones: that the others never come is learnt in a few steps
+DISTINCT = 16  # random tokens: that others never occur is learnt in a few steps
 SMOLLM2 = "SmolLM2-135M"
 
 
@@ -57,9 +57,9 @@ class Cell(NamedTuple):
     @property
     def axes(self) -> dict[str, str | int]:
         batch, sequence = self.tokens
-        found = {"suite": "step", "model": self.model, "tokens": batch * sequence, "sequence": sequence}
-        found |= {"rank": RANK, "dtype": self.dtype}
-        return found | ({"checkpointing": self.checkpointing} if ON_ACCELERATOR else {})
+        axes = {"suite": "step", "model": self.model, "tokens": batch * sequence, "sequence": sequence}
+        axes |= {"rank": RANK, "dtype": self.dtype}
+        return axes | ({"checkpointing": self.checkpointing} if ON_ACCELERATOR else {})
 
     @property
     def implementations(self) -> tuple[str, ...]:
@@ -130,17 +130,11 @@ def setting(cell: Cell) -> dict[str, Step]:
                 assert abs(ours / theirs - 1) <= gates["y"], f"a loss is {ours}, stock PEFT's {theirs}"
         return step
 
-    return build_all(
-        cell.name,
-        {
-            implementation: functools.partial(checked_step, implementation)
-            for implementation in cell.implementations
-        },
-    )
+    return build_all(cell.name, cell.implementations, checked_step)
 
 
 def memory(step: Step) -> dict[str, float]:
-    """Megabytes, of the model's own."""
+    """Megabytes."""
     model, optimizer = step.form.module, step.optimizer
     with step.form.context():
         facts = {"saved_mb": saved_bytes(step.form.forward, [model]) / 1e6}

@@ -114,11 +114,11 @@ def solved(weights: list[Tensor], method: str, rank: int):
     if len(weights) == 1:
         return [minor_subspace(weights[0], rank, method=method)]
     tasks = [Task(str(number), weight, rank) for number, weight in enumerate(weights)]
-    return [found for _, found in solve_many(tasks)]
+    return [subspace for _, subspace in solve_many(tasks)]
 
 
 def certified(weights: list[Tensor], method: str, rank: int) -> Callable:
-    """What computes them, having computed them once."""
+    """The call that computes them, once their results are certified."""
     for result in solved(weights, method, rank):
         assert result.certified, "not certified"
         error = float((result.basis.T @ result.basis - torch.eye(rank, device=DEVICE)).abs().max())
@@ -129,7 +129,7 @@ def certified(weights: list[Tensor], method: str, rank: int) -> Callable:
 @functools.lru_cache(maxsize=1)
 def setting(cell: Cell) -> tuple[dict[str, Callable], int]:
     weights = weights_of(cell)
-    torch.linalg.svd(torch.randn(64, 64, device=DEVICE))  # libraries are there; ours, by the checks
+    torch.linalg.svd(torch.randn(64, 64, device=DEVICE))  # loads libraries; the checks load ours
     builds = {
         SVD: lambda: lambda: [torch.linalg.svd(one, full_matrices=False).U for one in weights],
         SVD_TALL: lambda: lambda: torch.linalg.svd(weights[0].T, full_matrices=False).Vh.T,
@@ -138,11 +138,9 @@ def setting(cell: Cell) -> tuple[dict[str, Callable], int]:
         f"minor_subspace, {name}": functools.partial(certified, weights, *METHODS[name])
         for name in cell.methods
     }
-    found = build_all(
-        cell.name, {implementation: builds[implementation] for implementation in cell.implementations}
-    )
-    *_, last = found.values()  # ours, if any of them has a number
-    return found, iterations(seconds(last))
+    calls = build_all(cell.name, cell.implementations, lambda name: builds[name]())
+    *_, last = calls.values()  # ours, if any of them has a number
+    return calls, iterations(seconds(last))
 
 
 CASES = [

@@ -12,12 +12,12 @@ from bench.results import journal
 from bench.results.names import GROUPED, STOCK
 from bench.suites.bench_step import CELLS, build, work_of
 
-pytestmark = pytest.mark.skipif(not ON_ACCELERATOR, reason="it looks at an accelerator's kernels")
+pytestmark = pytest.mark.skipif(not ON_ACCELERATOR, reason="it profiles an accelerator's kernels")
 ROWS, WARM_UP = 25, 3
 
 
 def table(events, device: bool) -> str:
-    """The longest of them: µs, calls and name. In a dry run PyTorch's operators, by the CPU's time."""
+    """The slowest events: µs, calls and name. In a dry run PyTorch's operators, by CPU time."""
     attribute = "self_device_time_total" if device else "self_cpu_time_total"
     spent = sorted(((getattr(event, attribute), event.count, event.key) for event in events), reverse=True)
     lines = [f"{'us':>12} {'calls':>7}  name"]
@@ -43,7 +43,7 @@ def test_kernels_of_a_step(work, implementation, tmp_path):
                 torch.cuda.synchronize()
     text = table(profiled.key_averages(), device)
     assert len(text.splitlines()) > 1, "the profiler saw nothing"
-    beside = Path(os.environ.get(journal.VARIABLE) or tmp_path / "step.jsonl")
+    journal_file = Path(os.environ.get(journal.VARIABLE) or tmp_path / "step.jsonl")
     name = "-".join(implementation.replace(",", "").replace(".", " ").lower().split())
-    file = beside.with_name(f"{beside.stem}-kernels-{name}.txt")
+    file = journal_file.with_name(f"{journal_file.stem}-kernels-{name}.txt")
     file.write_text(f"One step of {CELLS[0].name.partition(' of ')[2]}: {implementation}\n\n{text}")

@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 import pytest
 import torch
 
-from bench.measure.machine import DEVICE, IS_DRY, SIZE
+from bench.measure.machine import DEVICE, IS_DRY, ON_ACCELERATOR, SIZE
 from bench.results import journal
 from bench.results.schema import is_refused
 
@@ -24,22 +24,27 @@ refusals: dict[tuple[str, str | None], str] = {
     for one in journal.read()
     if one["kind"] == "refused"
 }
-CRASHED = 86  # exit status of a process whose device does not answer any more
+needs_accelerator = pytest.mark.skipif(not ON_ACCELERATOR, reason="needs a GPU, or a dry run")
+CRASHED = 86  # exit status of a process whose device no longer responds
 
 
-def pick(quick: T, default: T, full: T | None = None, cuda: T | None = None, dry: T | None = None) -> T:
-    """What this size of run takes on this device; without something of its own, what comes before it."""
+def pick(
+    default: T, quick: T | None = None, full: T | None = None, cuda: T | None = None, dry: T | None = None
+) -> T:
+    """The value for this size of run on this device, else ``default``; a dry run tries ``dry``, ``quick``."""
     if IS_DRY:
-        return next(one for one in (dry, quick) if one is not None)
-    if DEVICE == "cuda" and cuda is not None:
-        return cuda
-    return {"quick": quick, "default": default, "full": default if full is None else full}[SIZE]
+        choices = dry, quick
+    elif DEVICE == "cuda" and cuda is not None:
+        choices = (cuda,)
+    else:
+        choices = ({"quick": quick, "default": None, "full": full}[SIZE],)
+    return next((one for one in choices if one is not None), default)
 
 
 def iterations(seconds: float, sample: float = 0.005) -> int:
-    """How many calls of this length make one sample of about ``sample`` seconds: 1 to 100.
+    """How many calls of this length make a sample of about ``sample`` seconds: 1 to 100.
 
-    The calls are those of the fastest implementation, the bare one; the others take up to five times as long.
+    The calls are those of the bare layer, the fastest; the others take up to five times as long.
     """
     return 1 if IS_DRY else min(100, max(1, ceil(sample / seconds)))
 
@@ -58,7 +63,7 @@ def turns(
 
 
 def refuse(group: str, why: str, implementation: str | None = None) -> None:
-    """The cell for good, or this implementation of it."""
+    """For good: the cell, or this implementation in it."""
     if why_refused(group, implementation or "") is None:
         refusals[group, implementation] = why
         journal.write(
@@ -70,39 +75,39 @@ def refuse(group: str, why: str, implementation: str | None = None) -> None:
 
 
 def sentence(error: BaseException) -> str:
-    """The first line of what it says, with its kind unless it is a failed check."""
+    """The first line of its message, with its type unless it is a failed check."""
     lines = str(error).strip().splitlines()
     text = lines[0] if lines else ""
     return text if isinstance(error, AssertionError) and text else f"{type(error).__name__}: {text}"
 
 
-def build_all(group: str, builds: dict[str, Callable[[], T]]) -> dict[str, T]:
-    """What each implementation's function returns, which builds it and checks its results.
+def build_all(group: str, implementations: Iterable[str], build: Callable[[str], T]) -> dict[str, T]:
+    """What ``build(implementation)``, which also checks results, returns for each.
 
-    One that raises is refused, in ``group`` and in all groups whose names go on from there; the others go on.
+    One that raises is refused in ``group`` and in all groups whose names begin with it; the others continue.
     """
-    found = {}
-    for implementation, build in builds.items():
-        if why_refused(group, implementation):
+    built = {}
+    for name in implementations:
+        if why_refused(group, name):
             continue
-        journal.write("doing", group=group, implementation=implementation)
+        journal.write("doing", group=group, implementation=name)
         try:
-            found[implementation] = build()
+            built[name] = build(name)
         except Exception as error:
-            refuse(group, sentence(error), implementation)
+            refuse(group, sentence(error), name)
             leave_if_crashed()
-    return found
+    return built
 
 
 def why_refused(group: str, implementation: str) -> str | None:
-    for (name, whose), why in refusals.items():
-        if is_refused({"group": name, "implementation": whose}, group, implementation):
+    for (name, refused), why in refusals.items():
+        if is_refused({"group": name, "implementation": refused}, group, implementation):
             return why
     return None
 
 
 def leave_if_crashed() -> None:
-    """A device error stays: whatever comes after it in this process would fail, and be blamed for it."""
+    """A device error persists: all that follows in this process would fail, and be blamed for it."""
     if DEVICE != "cuda":
         return
     try:

@@ -41,14 +41,14 @@ CONTEXTS = {
 def operators(
     linear: int, groups: int = 0, on_kernels: bool = ON_ACCELERATOR, forwards: int = 1
 ) -> dict[str, int]:
-    """What a forward + backward of so many layers alone, and of so many groups of layers, has to run.
+    """What a forward + backward of so many single layers and groups of layers has to run.
 
-    ``forwards``: 2 where gradient checkpointing runs every forward again.
+    ``forwards``: 2 where gradient checkpointing recomputes every forward.
     """
-    wanted = {name: times for name, times in (("linear", linear), ("linear_group", groups)) if times}
-    found = {name: forwards * times for name, times in wanted.items()}
-    found |= {f"{name}_backward": times for name, times in wanted.items()}
-    return found | ({f"{name}_kernels": times for name, times in found.items()} if on_kernels else {})
+    times = {name: count for name, count in (("linear", linear), ("linear_group", groups)) if count}
+    ran = {name: forwards * count for name, count in times.items()}
+    ran |= {f"{name}_backward": count for name, count in times.items()}
+    return ran | ({f"{name}_kernels": count for name, count in ran.items()} if on_kernels else {})
 
 
 def expected_operators(implementation: str, groups: tuple[int, ...], forwards: int = 1) -> dict[str, int]:
@@ -63,7 +63,7 @@ def expected_operators(implementation: str, groups: tuple[int, ...], forwards: i
 
 @contextmanager
 def counting() -> Iterator[dict[str, int]]:
-    """What is yielded says afterwards how often each operator has run inside, if it has."""
+    """Yields a dict that afterwards has how often each operator ran inside, if it did."""
     ran, before = {}, Counter(mica.fast.call_counts)
     yield ran
     ran.update(Counter(mica.fast.call_counts) - before)
@@ -72,7 +72,7 @@ def counting() -> Iterator[dict[str, int]]:
 class Step(NamedTuple):
     """``grad_output``: what the backward starts from, None where the forward gives a loss.
 
-    ``operators``: of mica.fast, how many of each a step runs.
+    ``operators``: how often a step runs each operator of mica.fast.
     """
 
     form: Form
@@ -81,7 +81,7 @@ class Step(NamedTuple):
     operators: dict[str, int] = {}  # noqa: RUF012
 
     def __call__(self) -> Tensor:
-        """y, or the loss; no gradient is left."""
+        """Returns y, or the loss; leaves no gradient."""
         y = self.form.forward()
         y.backward(self.grad_output)
         if self.optimizer is not None:
@@ -95,8 +95,8 @@ class Step(NamedTuple):
         with self.form.context():
             y = self.form.forward()
             dx, *grads = self.form.gradients(y, self.grad_output)
-        found = {"y": y.detach().float(), "dx": dx.float()}
-        return found | ({"dA": torch.cat([grad.flatten() for grad in grads]).float()} if grads else {})
+        values = {"y": y.detach().float(), "dx": dx.float()}
+        return values | ({"dA": torch.cat([grad.flatten() for grad in grads]).float()} if grads else {})
 
     def time(
         self,
@@ -110,8 +110,8 @@ class Step(NamedTuple):
     ) -> int:
         """One sample, after which every step must have run the operators that the name implies.
 
-        ``call`` in place of a step: whether any has run must be as it is in a step. Returns the number of
-        calls, of which more are made than are timed.
+        ``call``: what is timed instead of a step; it must run operators if and only if a step does. Returns
+        the number of calls, of which more are made than are timed.
         """
         run = count()
 
@@ -122,25 +122,25 @@ class Step(NamedTuple):
         with self.form.context(), counting() as ran:
             once(counted, group, implementation, axes, calls, warm_up=True, **options)
         runs = next(run)
-        found = {name: times / runs for name, times in ran.items()}
-        right = found == self.operators if call is None else bool(found) == bool(self.operators)
-        assert right, f"{implementation} ran {found} a call, not {self.operators}"
+        per_call = {name: times / runs for name, times in ran.items()}
+        right = per_call == self.operators if call is None else bool(per_call) == bool(self.operators)
+        assert right, f"{implementation} ran {per_call} per call, not {self.operators}"
         return runs
 
 
 def checked(step: Step, expected: dict[str, Tensor], gates: dict[str, float]) -> Step:
-    """``step``, whose results may differ from the expected ones so much (Frobenius norms, relative).
+    """``step``, whose results may differ from the expected ones by so much (Frobenius norms, relative).
 
-    Groups are learnt by observation: a forward and backward comes before.
+    Groups are learnt by observation: a forward and backward is run before.
 
     Raises:
-        AssertionError: they differ more, or other operators than ``step.operators`` gave them.
+        AssertionError: they differ more, or came from other operators than ``step.operators``.
     """
     step.results()
     with counting() as ran:
-        found = step.results()
+        results = step.results()
     assert ran == step.operators, f"a step ran {ran}, not {step.operators}"
     for what, value in expected.items():
-        error = float((found[what] - value).norm() / value.norm())
+        error = float((results[what] - value).norm() / value.norm())
         assert error <= gates[what], f"{what} is {error:.1e} off stock PEFT's"
     return step

@@ -8,7 +8,7 @@ from tests.support.dry_run import dry_run
 from tests.support.oracle import problem, solve
 from tests.support.tolerances import RELATIVE, error
 
-# As if plans of the split form were taken whatever was chosen; and another form that is wrong.
+# Plans of the split form are taken whatever is chosen; and another form is wrong.
 BYPASSED = """
 from bench.suites import layer
 from mica import kernel_path

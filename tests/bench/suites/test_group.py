@@ -1,4 +1,4 @@
-"""The suite of three layers on one x: what is wrong, or ran on no kernels, has no number, and it alone."""
+"""The suite of three layers on one x: only what is wrong, or ran on no kernels, has no number."""
 
 from bench.results.names import (
     BACKWARD,

@@ -23,8 +23,8 @@ def raising():
 
 
 def test_an_implementation_that_is_wrong_or_raises_is_refused_alone(written):
-    found = harness.build_all("cell", {"a": lambda: 1, "wrong": wrong, "raising": raising, "b": lambda: 2})
-    assert found == {"a": 1, "b": 2}
+    builds = {"a": lambda: 1, "wrong": wrong, "raising": raising, "b": lambda: 2}
+    assert harness.build_all("cell", builds, lambda name: builds[name]()) == {"a": 1, "b": 2}
     assert harness.refusals == {
         ("cell", "wrong"): "the relative error of y is 0.1",
         ("cell", "raising"): "ValueError: no such shape",
@@ -41,7 +41,8 @@ def test_an_implementation_that_is_wrong_or_raises_is_refused_alone(written):
 
 def test_what_was_refused_is_not_built_again():
     harness.refuse("cell", "the process died", "a")
-    assert harness.build_all("cell", {"a": pytest.fail, "b": lambda: 2}) == {"b": 2}
+    builds = {"a": pytest.fail, "b": lambda: 2}
+    assert harness.build_all("cell", builds, lambda name: builds[name]()) == {"b": 2}
 
 
 @pytest.mark.parametrize(
@@ -71,15 +72,16 @@ def test_what_was_refused_in_a_cell_is_refused_in_each_of_its_passes(group, impl
         ("cpu", "dry", 5),
     ],
 )
-def test_a_size_takes_what_is_its_own(monkeypatch, device, size, expected):
+def test_a_size_takes_its_own_value(monkeypatch, device, size, expected):
     monkeypatch.setattr(harness, "DEVICE", device)
     monkeypatch.setattr(harness, "SIZE", size)
     monkeypatch.setattr(harness, "IS_DRY", size == "dry")
     assert harness.pick(quick=1, default=2, full=3, cuda=4, dry=5) == expected
 
 
-def test_a_size_without_something_of_its_own_takes_what_comes_before_it(monkeypatch):
+def test_a_size_without_its_own_value_falls_back(monkeypatch):
     monkeypatch.setattr(harness, "SIZE", "full")
     assert harness.pick(quick=1, default=2) == 2
     monkeypatch.setattr(harness, "IS_DRY", True)
     assert harness.pick(quick=1, default=2, cuda=4) == 1
+    assert harness.pick(default=2, cuda=4) == 2

@@ -35,7 +35,7 @@ def test_kernels_are_timed_that_are_not_launched(measured):
 
 @pytest.fixture
 def tiny_generation(monkeypatch):
-    """`generate()` of a tiny model; what is learnt of it is forgotten afterwards."""
+    """`generate()` of a tiny model; its cached setting is cleared afterwards."""
     monkeypatch.setattr(
         bench_host.models, "smollm2", lambda: tiny_llama(num_key_value_heads=2).requires_grad_(False)
     )

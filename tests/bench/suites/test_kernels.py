@@ -1,4 +1,4 @@
-"""The kernels' check and their bandwidths: what is wrong with one of them is said of it, and of it alone."""
+"""The kernels' check and their bandwidths: an error in one of them is attributed to it alone."""
 
 import json
 
@@ -11,7 +11,7 @@ from mica.kernels.down_projection import plan_down_projection
 from mica.kernels.up_projection import plan_up_projection
 from tests.support.dry_run import dry_run
 
-# What every launch goes through, by the names of the kernel's first parameters.
+# Patches the binding of every launch; kernels are told apart by the names of their first parameters.
 BROKEN = """
 from mica.kernels import launching
 
@@ -37,7 +37,7 @@ def test_a_kernel_with_wrong_numbers_fails_its_check(tmp_path):
     assert {check["name"].partition("::")[2] for check in done.result.checks} == done.outcomes.keys()
 
 
-def test_a_kernel_that_writes_beside_its_output_or_not_at_all_fails_its_check(tmp_path):
+def test_a_kernel_that_leaves_output_unwritten_fails_its_check(tmp_path):
     grid = 'launch.grid = (1, 1) if first == ("base_ptr", "out_ptr") else launch.grid'
     done = dry_run(tmp_path, "check_kernels.py", "-k", "up-B or merge", injected=BROKEN.format(grid))
     assert done.outcomes["test_kernel[merge-aligned]"] == "failed", done.text
@@ -92,7 +92,7 @@ def test_the_bytes_of_a_launch():
     assert launch_bytes(launch, out) == 4 * (20 * 4096 + 16 * 4096 + 20 * 16)
 
 
-def test_the_tuner_writes_its_table_beside_the_journal(tmp_path):
+def test_the_tuner_writes_its_table_next_to_the_journal(tmp_path):
     (tmp_path / "tuning.json").write_text('{"of an earlier run": "x"}')
     done = dry_run(tmp_path, "bench_kernels.py", "-k", "tuning")
     assert done.outcomes == {"test_tuning_table": "passed"}, done.text

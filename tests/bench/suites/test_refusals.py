@@ -1,4 +1,4 @@
-"""What becomes of an implementation that is wrong, and a dry run: suites as a run starts them."""
+"""What happens to a wrong implementation, and a dry run: suites as a run starts them."""
 
 from bench.results.names import (
     ATEN,

@@ -1,4 +1,4 @@
-"""What is asked of an implementation that takes steps: before it is timed, and after."""
+"""What an implementation that takes steps must fulfil: before it is timed, and after."""
 
 from collections import Counter
 from contextlib import nullcontext
@@ -14,7 +14,7 @@ from bench.suites.steps import Step, checked, expected_operators, operators
 
 
 class Once:
-    """Calls as the suites' fixture does, and keeps the axes; pytest-benchmark adds calls of its own."""
+    """Calls as the suites' fixture does, and keeps the axes; pytest-benchmark adds further calls."""
 
     def __call__(self, function, group, implementation, axes, iterations, warm_up):
         for _ in range(iterations + 3):
@@ -23,14 +23,14 @@ class Once:
 
 
 def layer_step(context=nullcontext, ran=None, optimizer=None):
-    """A step that runs one operator of mica.fast; what it says of that may be wrong."""
+    """A step that runs one operator of mica.fast; what it claims to run may be wrong."""
     layer = make_layer(4, 8, 8, 2, torch.float32, "cpu")
     module, lora_A = adapted_module(layer, torch.float32, init="mica")
     x = layer.x.detach()[None].requires_grad_()
-    wanted = operators(1, on_kernels=False) if ran is None else ran
+    claimed = operators(1, on_kernels=False) if ran is None else ran
     optimizer = optimizer and optimizer([lora_A], lr=1.0)
     form = Form(lambda: module(x), (x, lora_A), context, module)
-    return Step(form, torch.ones(1, 4, 8), optimizer, wanted)
+    return Step(form, torch.ones(1, 4, 8), optimizer, claimed)
 
 
 def test_a_step_leaves_no_gradient():
@@ -95,7 +95,7 @@ def test_operators_of_a_forward_and_backward():
     assert operators(7, on_kernels=False, forwards=2) == {"linear": 14, "linear_backward": 7}
 
 
-def test_operators_that_a_name_promises():
+def test_operators_that_a_name_implies():
     groups = (3, 1, 2, 1)
     assert expected_operators(FAST, groups) == expected_operators(UNGROUPED, groups) == operators(7)
     assert expected_operators(GROUPED, groups) == operators(2, groups=2)
@@ -124,5 +124,5 @@ def test_right_results_of_other_operators_are_not_taken():
 
 def test_a_frozen_model_has_no_gradient_of_adapters():
     x, module = torch.randn(2, 3, requires_grad=True), nn.Linear(3, 3).requires_grad_(False)
-    found = Step(Form(lambda: module(x), (x,)), torch.ones(2, 3)).results()
-    assert found.keys() == {"y", "dx"}
+    results = Step(Form(lambda: module(x), (x,)), torch.ones(2, 3)).results()
+    assert results.keys() == {"y", "dx"}
