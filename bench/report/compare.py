@@ -70,9 +70,9 @@ class Comparison:
         kind.append(change)
 
 
-def is_ours(group: Group, implementation: str) -> bool:
+def is_ours(group: Group, name: str) -> bool:
     """What is compared with a copy are configurations of our kernels."""
-    return implementation.startswith(OURS) or (COPY in group.timings and implementation != COPY)
+    return name.startswith(OURS) or (COPY in group.timings and name != COPY)
 
 
 def ratios(group: Group) -> Iterator[tuple[str, str, Ratio]]:
@@ -80,9 +80,9 @@ def ratios(group: Group) -> Iterator[tuple[str, str, Ratio]]:
     bases = [name for name in BASELINES if name in group.timings]
     bases = bases or [name for name in OTHER_BASELINES if name in group.timings][:1]
     for i, base in enumerate(bases):
-        for implementation in group.timings:
-            if implementation not in bases[i:]:
-                yield implementation, base, group.ratio(implementation, base)
+        for name in group.timings:
+            if name not in bases[i:]:
+                yield name, base, group.ratio(name, base)
 
 
 def _cells(result: Result) -> dict[tuple, Group]:
@@ -95,12 +95,12 @@ def compare(old: Result, new: Result, tolerance: float) -> Comparison:
     comparison, later = Comparison(), _cells(new)
     for key, before in _cells(old).items():
         after = later.get(key, Group(before.name, before.axes))
-        for implementation in before.timings:
-            if implementation in after.timings:
-                _memory(comparison, before, after, implementation)
-            elif is_ours(before, implementation):
-                whys = [one["why"] for one in new.refused if is_refused(one, before.name, implementation)]
-                cell = f"{before.name}, {implementation}"
+        for name in before.timings:
+            if name in after.timings:
+                _memory(comparison, before, after, name)
+            elif is_ours(before, name):
+                whys = [one["why"] for one in new.refused if is_refused(one, before.name, name)]
+                cell = f"{before.name}, {name}"
                 if whys:
                     comparison.refused.append(f"{cell}: {whys[0]}")
                 else:
@@ -113,26 +113,26 @@ def compare(old: Result, new: Result, tolerance: float) -> Comparison:
 
 
 def _times(comparison: Comparison, before: Group, after: Group, tolerance: float) -> None:
-    new_ratios = {(implementation, base): ratio for implementation, base, ratio in ratios(after)}
-    for implementation, base, old in ratios(before):
-        if (new := new_ratios.get((implementation, base))) is None:
-            if implementation in after.timings and is_ours(before, implementation):
-                comparison.missing.append(f"{before.name}, {implementation} ÷ {base}")
+    new_ratios = {(name, base): ratio for name, base, ratio in ratios(after)}
+    for name, base, old in ratios(before):
+        if (new := new_ratios.get((name, base))) is None:
+            if name in after.timings and is_ours(before, name):
+                comparison.missing.append(f"{before.name}, {name} ÷ {base}")
             continue
         comparison.ratios += 1
         comparison.agreeing += old.overlaps(new)
         factor = new.median / old.median
         if not old.overlaps(new) and max(factor, 1 / factor) > 1 + tolerance:
-            change = Change(factor, before.name, implementation, f"÷ {base}", str(old), str(new))
-            comparison.add(change, is_ours(before, implementation))
+            change = Change(factor, before.name, name, f"÷ {base}", str(old), str(new))
+            comparison.add(change, is_ours(before, name))
 
 
-def _memory(comparison: Comparison, before: Group, after: Group, implementation: str) -> None:
-    old, new = (group.timings[implementation].facts.get(MEMORY) for group in (before, after))
+def _memory(comparison: Comparison, before: Group, after: Group, name: str) -> None:
+    old, new = (group.timings[name].facts.get(MEMORY) for group in (before, after))
     if old is not None and new is not None and not old / GROWTH <= new <= old * GROWTH:
         factor = new / old if old else inf
-        change = Change(factor, before.name, implementation, MEMORY, f"{old:.4g}", f"{new:.4g}")
-        comparison.add(change, is_ours(before, implementation))
+        change = Change(factor, before.name, name, MEMORY, f"{old:.4g}", f"{new:.4g}")
+        comparison.add(change, is_ours(before, name))
 
 
 def load(path: Path) -> Result:

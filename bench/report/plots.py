@@ -65,9 +65,9 @@ def _overhead(result: Result, path: Path) -> Picture | None:
     family = max(families(layers), key=len, default={})
     points: dict[str, dict[int, Ratio]] = {}
     for tokens, group in family.items():
-        for implementation in group.timings:
-            percent = Ratio(*(100 * (number - 1) for number in group.ratio(implementation, BARE)))
-            points.setdefault(implementation, {})[tokens] = percent
+        for name in group.timings:
+            percent = Ratio(*(100 * (number - 1) for number in group.ratio(name, BARE)))
+            points.setdefault(name, {})[tokens] = percent
     series = {name: line for name, line in points.items() if len(line) > 1 and name != BARE}
     if len(family) < MIN_POINTS or not series:
         return None

@@ -60,9 +60,9 @@ def fold(entries: list[dict], machine: dict) -> Result:
             timing.seconds.append(float(f"{entry['seconds']:.5g}"))
             timing.facts |= entry["facts"]
     for group in groups.values():
-        for implementation in [*group.timings]:
-            if any(is_refused(one, group.name, implementation) for one in refused):
-                del group.timings[implementation]
+        for name in [*group.timings]:
+            if any(is_refused(one, group.name, name) for one in refused):
+                del group.timings[name]
         rounds = min((len(timing.seconds) for timing in group.timings.values()), default=0)
         for timing in group.timings.values():
             del timing.seconds[rounds:]

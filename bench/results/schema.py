@@ -84,12 +84,12 @@ class Group:
     axes: dict[str, str | int]
     timings: dict[str, Timing] = field(default_factory=dict)
 
-    def ratio(self, implementation: str, baseline: str) -> Ratio:
-        """implementation ÷ baseline."""
-        pairs = zip(self.timings[implementation].seconds, self.timings[baseline].seconds, strict=True)
+    def ratio(self, name: str, baseline: str) -> Ratio:
+        """Of two implementations."""
+        pairs = zip(self.timings[name].seconds, self.timings[baseline].seconds, strict=True)
         return interval([a / b for a, b in pairs])
 
-    def overhead(self, implementation: str, baseline: str, bare: str = BARE) -> Ratio | None:
+    def overhead(self, name: str, baseline: str, bare: str = BARE) -> Ratio | None:
         """(implementation - bare) in each round ÷ median of (baseline - bare); None if that is not positive.
 
         The divisor is a median: a round in which the baseline happens to be hardly slower than the bare model
@@ -97,19 +97,17 @@ class Group:
         """
         extra, unit = (
             [a - b for a, b in zip(self.timings[one].seconds, self.timings[bare].seconds, strict=True)]
-            for one in (implementation, baseline)
+            for one in (name, baseline)
         )
         if median(unit) <= 0:
             return None
         return interval([value / median(unit) for value in extra])
 
 
-def is_refused(refusal: dict[str, str | None], group: str, implementation: str) -> bool:
+def is_refused(refusal: dict[str, str | None], group: str, name: str) -> bool:
     """It names a group, or what names of groups begin with, and an implementation unless it is of all."""
-    return f"{group}, ".startswith(f"{refusal['group']}, ") and refusal.get("implementation") in (
-        None,
-        implementation,
-    )
+    is_of_group = f"{group}, ".startswith(f"{refusal['group']}, ")
+    return is_of_group and refusal.get("implementation") in (None, name)
 
 
 @dataclass

@@ -18,8 +18,8 @@ from bench.measure.machine import DEVICE
 from bench.measure.memory import saved_bytes
 from bench.results.names import BARE, GROUPED, STOCK, STOCK_16, UNGROUPED
 from bench.suites.decoder import LLAMA_GROUPS, RANK, Work, adapted, config_of
-from bench.suites.harness import build_all, iterations, pick
-from bench.suites.steps import CONTEXTS, Step, checked, expected_operators
+from bench.suites.harness import iterations, pick
+from bench.suites.steps import CONTEXTS, Step, check_all, expected_operators
 
 ROUNDS = pick(default=4, quick=3, full=6, cuda=10, dry=1)
 IMPLEMENTATIONS = (BARE, STOCK, STOCK_16, UNGROUPED, GROUPED)
@@ -87,15 +87,7 @@ def setting(name: str, group: str) -> Setting:
     def build(implementation: str) -> Step:
         return work.step(implementation, CONTEXTS[implementation], expected_operators(implementation, groups))
 
-    stock = build(STOCK)
-    expected = stock.results()
-
-    def checked_block(implementation: str) -> Step:
-        if implementation == STOCK:
-            return stock
-        return checked(build(implementation), {} if implementation == BARE else expected, GATES)
-
-    steps = build_all(group, IMPLEMENTATIONS, checked_block)
+    steps = check_all(group, IMPLEMENTATIONS, build, GATES)
     saved = {}
     for implementation, step in steps.items():
         with step.form.context():

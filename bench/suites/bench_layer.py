@@ -22,19 +22,8 @@ import mica.fast
 from bench.measure.clocks import seconds
 from bench.measure.machine import DEVICE, ON_ACCELERATOR
 from bench.measure.memory import saved_bytes
-from bench.results.names import (
-    ATEN,
-    BACKWARD,
-    BARE,
-    BY_HAND,
-    COMPILED,
-    FAST,
-    FORWARD,
-    LORA,
-    NO_GRADIENT,
-    STOCK,
-    STOCK_16,
-)
+from bench.results import names
+from bench.results.names import ATEN, BACKWARD, BARE, BY_HAND, COMPILED, FAST, FORWARD, LORA, NO_GRADIENT
 from bench.suites.harness import build_all, iterations, pick, turns
 from bench.suites.layer import (
     AtenControl,
@@ -179,16 +168,16 @@ def builds(cell: Cell, layer):
 
     makes = {
         BARE: lambda: Form(lambda: F.linear(x, layer.weight), (x,)),
-        STOCK: lambda: adapted(torch.float32, stock),
-        STOCK_16: lambda: adapted(x.dtype, stock),
+        names.STOCK: lambda: adapted(torch.float32, stock),
+        names.STOCK_16: lambda: adapted(x.dtype, stock),
         COMPILED: lambda: adapted(x.dtype, stock, compiled=True),
         LORA: lambda: adapted(torch.float32, stock, init=True),
         ATEN: lambda: Form(lambda: AtenControl.apply(*operands), (x, layer.lora_A)),
         BY_HAND: lambda: Form(lambda: by_hand(*operands), (x, layer.lora_A)),
         FAST: lambda: adapted(torch.float32, nullcontext),
     }
-    names = dict.fromkeys([*implementations(cell, FORWARD), *implementations(cell, NO_GRADIENT)])
-    return {name: makes[name] for name in names}
+    needed = dict.fromkeys([*implementations(cell, FORWARD), *implementations(cell, NO_GRADIENT)])
+    return {name: makes[name] for name in needed}
 
 
 def checked(cell: Cell, layer, name: str, build, truth) -> tuple[Form, dict[str, float]]:
@@ -226,10 +215,10 @@ def setting(cell: Cell) -> Setting:
 
 def implementations(cell: Cell, part: str) -> list[str]:
     """Without a gradient LoRA's layer is the stock one, and `torch.compile` would have to build another."""
-    names = [BARE, STOCK, *([STOCK_16] if cell.dtype != "float32" else []), ATEN, BY_HAND, FAST]
+    chosen = [BARE, names.STOCK, *([names.STOCK_16] if cell.dtype != "float32" else []), ATEN, BY_HAND, FAST]
     if part != NO_GRADIENT:
-        names += [LORA, *([COMPILED] if cell.compiled else [])]
-    return names
+        chosen += [LORA, *([COMPILED] if cell.compiled else [])]
+    return chosen
 
 
 @pytest.mark.parametrize(

@@ -53,25 +53,21 @@ def turns(
     cells: Iterable[Any],
     parts: Sequence[str],
     rounds: Callable[[Any], int],
-    implementations: Callable[[Any, str], Iterable[str]],
+    names: Callable[[Any, str], Iterable[str]],
 ) -> Iterator[object]:
     """Parameters (cell, round, pass, implementation) of a test: implementations take turns within a round."""
     for cell in cells:
         for round_, part in product(range(rounds(cell)), parts):
-            for name in implementations(cell, part):
+            for name in names(cell, part):
                 yield pytest.param(cell, round_, part, name, id=f"{cell.key}-{part}-{round_}-{name}")
 
 
-def refuse(group: str, why: str, implementation: str | None = None) -> None:
+def refuse(group: str, why: str, name: str | None = None) -> None:
     """For good: the cell, or this implementation in it."""
-    if why_refused(group, implementation or "") is None:
-        refusals[group, implementation] = why
-        journal.write(
-            "refused",
-            group=group,
-            **({} if implementation is None else {"implementation": implementation}),
-            why=why,
-        )
+    if why_refused(group, name or "") is None:
+        refusals[group, name] = why
+        whose = {} if name is None else {"implementation": name}
+        journal.write("refused", group=group, **whose, why=why)
 
 
 def sentence(error: BaseException) -> str:

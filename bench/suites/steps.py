@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from functools import partial
 from itertools import count
@@ -15,6 +15,7 @@ from torch import Tensor
 import mica.fast
 from bench.measure.machine import ON_ACCELERATOR
 from bench.results.names import BARE, FAST, GROUPED, STOCK, STOCK_16, UNGROUPED
+from bench.suites.harness import build_all
 from bench.suites.layer import Form
 
 
@@ -144,3 +145,20 @@ def checked(step: Step, expected: dict[str, Tensor], gates: dict[str, float]) ->
         error = float((results[what] - value).norm() / value.norm())
         assert error <= gates[what], f"{what} is {error:.1e} off stock PEFT's"
     return step
+
+
+def check_all(
+    group: str,
+    names: Iterable[str],
+    build: Callable[[str], Step],
+    gates: dict[str, float],
+    unchecked: tuple[str, ...] = (BARE,),
+) -> dict[str, Step]:
+    """`build_all`, with results `checked` against stock PEFT's, except those of the ``unchecked``."""
+    stock = build(STOCK)
+    expected = stock.results()
+
+    def build_checked(name: str) -> Step:
+        return stock if name == STOCK else checked(build(name), {} if name in unchecked else expected, gates)
+
+    return build_all(group, names, build_checked)

@@ -6,28 +6,14 @@ import matplotlib
 import pytest
 
 from bench.report import drawing, plots
-from bench.results.names import (
-    ATEN,
-    BACKWARD,
-    BARE,
-    BY_HAND,
-    DEVICE_TIME,
-    FAST,
-    FORWARD,
-    GRAPH,
-    GROUPED,
-    LORA,
-    STOCK,
-    STOCK_16,
-    UNGROUPED,
-    WALL,
-)
+from bench.results import names
+from bench.results.names import ATEN, BACKWARD, BARE, BY_HAND, DEVICE_TIME, FAST, GROUPED, STOCK, WALL
 from bench.results.schema import Ratio, Result
 from tests.support.bench_results import a_group
 
 PAGES = "#ffffff", "#0d1117"  # GitHub's light and dark
 BASE = {"out": 2048, "in": 2048, "rank": 16, "dtype": "bfloat16"}
-OVERHEADS = {STOCK: 1.3, STOCK_16: 0.6, LORA: 1.25, ATEN: 0.34, FAST: 0.22}
+OVERHEADS = {STOCK: 1.3, names.STOCK_16: 0.6, names.LORA: 1.25, ATEN: 0.34, FAST: 0.22}
 BY_TOKENS, AGAINST_STOCK = "cpu-overhead-by-tokens.svg", "cpu-against-stock.svg"
 
 
@@ -39,7 +25,7 @@ def layers(tokens, factor=1.0, **others):
             BARE: 1.0,
             **{name: 1 + factor * (1 + 64 / count) * one for name, one in OVERHEADS.items()},
         }
-        for part in (FORWARD, BACKWARD):
+        for part in (names.FORWARD, BACKWARD):
             axes = {"suite": "layer", "tokens": count, **BASE, "pass": part, **others}
             groups.append(a_group(f"layer, {count} tokens, {part}", axes, seconds))
     return groups
@@ -52,7 +38,7 @@ def others(**axes):
         for suite, stock, fast in (("initialisation", 9, 1.1), ("loading", 60, 0.6), ("merge", 1, 2))
     ]
     block = {"suite": "block", "model": "Llama-3.2-1B", "tokens": 512, "rank": 16, **axes}
-    return [*once, a_group("block", block, {BARE: 1.0, STOCK: 2.2, UNGROUPED: 1.1, GROUPED: 1.0})]
+    return [*once, a_group("block", block, {BARE: 1.0, STOCK: 2.2, names.UNGROUPED: 1.1, GROUPED: 1.0})]
 
 
 def drawn(groups, folder):
@@ -118,7 +104,7 @@ def test_the_longest_family_is_drawn_and_by_device_time_where_there_is_one(tmp_p
     long, short = [1, 2, 4, 8], [1, 2, 4]
     groups = layers(short, 5.0, rank=8) + layers(long, 1.0) + layers(short, 9.0, rank=64)
     assert "(2048 × 2048, rank 16, bfloat16)" in drawn(groups, tmp_path)[BY_TOKENS][1]
-    by_clock = {WALL: 3.0, DEVICE_TIME: 1.0, GRAPH: 2.0}
+    by_clock = {WALL: 3.0, DEVICE_TIME: 1.0, names.GRAPH: 2.0}
     groups = [
         one for clock, factor in by_clock.items() for one in layers([64, 128, 512], factor, clock=clock)
     ]

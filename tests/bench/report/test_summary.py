@@ -4,19 +4,7 @@ import pytest
 
 from bench.report.summary import summary
 from bench.results import names
-from bench.results.names import (
-    BACKWARD,
-    BARE,
-    BOTH,
-    DEVICE_TIME,
-    FAST,
-    FORWARD,
-    GRAPH,
-    NO_GRADIENT,
-    STOCK,
-    STOCK_16,
-    WALL,
-)
+from bench.results.names import BACKWARD, BARE, BOTH, FAST, FORWARD, GRAPH, NO_GRADIENT, STOCK, STOCK_16
 from bench.results.schema import Result
 from tests.support.bench_results import a_group
 
@@ -88,16 +76,16 @@ def test_a_cell_of_three_clocks_is_one_cell_of_each():
     cells = [
         layer(tokens, part, fast * (1 if tokens == 1 else 0.5), clock=clock)
         for tokens in (1, 512)
-        for clock, fast in ((WALL, 3.0), (DEVICE_TIME, 1.0), (GRAPH, 4.0))
+        for clock, fast in ((names.WALL, 3.0), (names.DEVICE_TIME, 1.0), (GRAPH, 4.0))
         for part in (FORWARD, BACKWARD)
     ]
     once = a_group("get", {"suite": "loading"}, {STOCK: 1.0, FAST: 0.5})
     lines = summarised([*cells, once])
     slower = {title: figures for title, figures in lines.items() if "than stock PEFT," in title}
     assert slower == {
-        f"Where it is not faster than stock PEFT, {WALL}": "1 of 3 cells (ratios of time): "
-        f"layer, 1 tokens, forward + backward, {WALL}: 1.500 (1.50–1.50).",
-        f"Where it is not faster than stock PEFT, {DEVICE_TIME}": "nowhere, in 2 cells.",
+        f"Where it is not faster than stock PEFT, {names.WALL}": "1 of 3 cells (ratios of time): "
+        f"layer, 1 tokens, forward + backward, {names.WALL}: 1.500 (1.50–1.50).",
+        f"Where it is not faster than stock PEFT, {names.DEVICE_TIME}": "nowhere, in 2 cells.",
     }
     few = [figures for title, figures in lines.items() if "fewer" in title]
     assert [figures[:36] for figures in few] == [

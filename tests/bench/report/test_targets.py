@@ -3,25 +3,8 @@
 import pytest
 
 from bench.report import targets
-from bench.results.names import (
-    ATEN,
-    BACKWARD,
-    BARE,
-    COMPILED,
-    COPY,
-    DEVICE_TIME,
-    DOWN_A,
-    DOWN_B,
-    FAST,
-    FORWARD,
-    GRAD_A,
-    GROUPED,
-    STOCK,
-    STOCK_16,
-    UNGROUPED,
-    UP_B,
-    WALL,
-)
+from bench.results import names
+from bench.results.names import ATEN, BARE, COMPILED, COPY, DEVICE_TIME, DOWN_A, FAST, STOCK, STOCK_16, WALL
 from bench.results.schema import Result
 from tests.support.bench_results import a_group
 
@@ -30,10 +13,10 @@ ERRORS = {FAST: {"error of y": 1.1e-3, "error of dx": 2.3e-3, "error of dA": 1e-
 ERRORS[STOCK] = {"error of y": 1e-3, "error of dx": 2e-3, "error of dA": 2e-3}
 # at the limit of every target, forward and backward
 LAYER = {
-    FORWARD: {BARE: 1.0, FAST: 1.279, STOCK: 2.1, STOCK_16: 1.5, ATEN: 1.2, COMPILED: 1.3},
-    BACKWARD: {BARE: 1.0, FAST: 1.351, STOCK: 2.1, STOCK_16: 1.53, ATEN: 1.5, COMPILED: 1.27},
+    names.FORWARD: {BARE: 1.0, FAST: 1.279, STOCK: 2.1, STOCK_16: 1.5, ATEN: 1.2, COMPILED: 1.3},
+    names.BACKWARD: {BARE: 1.0, FAST: 1.351, STOCK: 2.1, STOCK_16: 1.53, ATEN: 1.5, COMPILED: 1.27},
 }
-GROUP = {part: {BARE: 1.0, UNGROUPED: 1.3, GROUPED: 1.14, STOCK_16: 1.6} for part in LAYER}
+GROUP = {part: {BARE: 1.0, names.UNGROUPED: 1.3, names.GROUPED: 1.14, STOCK_16: 1.6} for part in LAYER}
 
 
 def cells(suite, passes, clock=DEVICE_TIME, facts=None, factor=1.0, **axes):
@@ -113,7 +96,7 @@ def test_a_kernel_counts_by_its_slowest_large_cell_in_its_first_configuration():
         *kernel(DOWN_A, 8192, {"64 x 64": 0.9, "32 x 32": 0.1}, clock=WALL),
         *kernel(DOWN_A, 4096, {"64 x 64": 0.85}),
         *kernel(DOWN_A, 2048, {"64 x 64": 0.3}),
-        *kernel(UP_B, 8192, {"a": 0.9, "b": 0.99}, copied=12e9),
+        *kernel(names.UP_B, 8192, {"a": 0.9, "b": 0.99}, copied=12e9),
         *kernel("embedding", 8192, {"a": 0.1}),
     ]
     rows = {what: row for what, row in table(groups).items() if "bandwidth" in what}
@@ -123,12 +106,12 @@ def test_a_kernel_counts_by_its_slowest_large_cell_in_its_first_configuration():
             "0.850 (0.85–0.85)",
             "yes",
         ),
-        f"{UP_B}: {start}; {UP_B}, 8192 tokens, {DEVICE_TIME}, a": (
+        f"{names.UP_B}: {start}; {names.UP_B}, 8192 tokens, {DEVICE_TIME}, a": (
             "0.450 (0.45–0.45)",
             "**NO**",
         ),
-        f"{DOWN_B}: {start}; from 4096 tokens": ("", "not measured"),
-        f"{GRAD_A}: {start}; from 4096 tokens": ("", "not measured"),
+        f"{names.DOWN_B}: {start}; from 4096 tokens": ("", "not measured"),
+        f"{names.GRAD_A}: {start}; from 4096 tokens": ("", "not measured"),
     }
 
 
@@ -151,7 +134,7 @@ def test_an_implementation_without_a_number_is_not_measured(implementation, star
 
 @pytest.mark.parametrize("missing", ["copy", "bytes"])
 def test_a_kernel_without_a_copy_or_counted_bytes_is_not_measured(missing):
-    groups = kernel(GRAD_A, 8192, {"a": 0.9})
+    groups = kernel(names.GRAD_A, 8192, {"a": 0.9})
     assert "yes" in {met for _, met in table(groups).values()}
     for group in groups:
         if missing == "copy":

@@ -6,16 +6,8 @@ import pytest
 import torch
 
 import mica.fast
-from bench.results.names import (
-    BARE,
-    FAST,
-    KERNELS,
-    KERNELS_GROUPED,
-    KERNELS_UNGROUPED,
-    MERGED,
-    PYTORCH,
-    STOCK,
-)
+from bench.results import names
+from bench.results.names import BARE, FAST, KERNELS, KERNELS_GROUPED, KERNELS_UNGROUPED, MERGED, STOCK
 from bench.suites import bench_host, harness
 from tests.support.models import tiny_llama
 
@@ -28,7 +20,7 @@ def test_kernels_are_timed_that_are_not_launched(measured):
     layer, block = result.groups
     launches = {name: timing.facts["launches"] for name, timing in layer.timings.items()}
     assert {name for name, count in launches.items() if count} == {KERNELS}
-    assert {PYTORCH, STOCK} <= launches.keys()
+    assert {names.PYTORCH, STOCK} <= launches.keys()
     grouped, alone = (block.timings[name].facts["launches"] for name in (KERNELS_GROUPED, KERNELS_UNGROUPED))
     assert 0 < grouped < alone
 
