@@ -65,9 +65,9 @@ class Comparison:
     ratios: int = 0
     agreeing: int = 0
 
-    def add(self, change: Change, is_of_ours: bool) -> None:
-        kind = self.moved if not is_of_ours else self.slower if change.factor > 1 else self.faster
-        kind.append(change)
+    def add(self, group: Group, name: str, factor: float, *details: str) -> None:
+        kind = self.moved if not is_ours(group, name) else self.slower if factor > 1 else self.faster
+        kind.append(Change(factor, group.name, name, *details))
 
 
 def is_ours(group: Group, name: str) -> bool:
@@ -123,16 +123,13 @@ def _times(comparison: Comparison, before: Group, after: Group, tolerance: float
         comparison.agreeing += old.overlaps(new)
         factor = new.median / old.median
         if not old.overlaps(new) and max(factor, 1 / factor) > 1 + tolerance:
-            change = Change(factor, before.name, name, f"÷ {base}", str(old), str(new))
-            comparison.add(change, is_ours(before, name))
+            comparison.add(before, name, factor, f"÷ {base}", str(old), str(new))
 
 
 def _memory(comparison: Comparison, before: Group, after: Group, name: str) -> None:
     old, new = (group.timings[name].facts.get(MEMORY) for group in (before, after))
     if old is not None and new is not None and not old / GROWTH <= new <= old * GROWTH:
-        factor = new / old if old else inf
-        change = Change(factor, before.name, name, MEMORY, f"{old:.4g}", f"{new:.4g}")
-        comparison.add(change, is_ours(before, name))
+        comparison.add(before, name, new / old if old else inf, MEMORY, f"{old:.4g}", f"{new:.4g}")
 
 
 def load(path: Path) -> Result:

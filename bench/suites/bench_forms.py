@@ -134,10 +134,7 @@ def setting(cell: Cell) -> tuple[dict[str, tuple[Form, dict[str, float]]], Tenso
     return forms, layer.grad_output
 
 
-@pytest.mark.parametrize(
-    ("cell", "round_", "part", "implementation"),
-    turns(CELLS, (FORWARD, BACKWARD), lambda cell: ROUNDS, lambda *_: IMPLEMENTATIONS),
-)
+@turns(CELLS, (FORWARD, BACKWARD), lambda cell: ROUNDS, lambda *_: IMPLEMENTATIONS)
 def bench_forms(once, gated, cell, round_, part, implementation):
     group = f"{name_of(cell)}, {part}"
     forms, grad_output = gated(group, lambda: setting(cell), implementation)

@@ -8,7 +8,6 @@ import functools
 from collections import Counter
 from collections.abc import Callable
 
-import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -116,10 +115,7 @@ def setting(cell: Cell) -> tuple[dict[str, tuple[Form, dict[str, float]]], list[
     return forms, [layer.grad_output for layer in layers]
 
 
-@pytest.mark.parametrize(
-    ("cell", "round_", "part", "implementation"),
-    turns(CELLS, (FORWARD, BACKWARD), lambda cell: ROUNDS, lambda *_: IMPLEMENTATIONS),
-)
+@turns(CELLS, (FORWARD, BACKWARD), lambda cell: ROUNDS, lambda *_: IMPLEMENTATIONS)
 def bench_group(once, gated, cell, round_, part, implementation):
     group = f"{name_of(cell)}, {part}"
     forms, grad_outputs = gated(group, lambda: setting(cell), implementation)

@@ -139,10 +139,8 @@ def copy(size: int) -> Callable[[], object]:
 def checked(work: Work, config: Config, truth: Tensor) -> Callable[[], Tensor]:
     """The call with this configuration, once its result is right; the first operand may be updated."""
     first, *others = work.operands
-    wrong, limit = (
-        error(work.run(first.clone(), *others, **work.options, config=config), truth),
-        RELATIVE[DTYPE],
-    )
+    result, limit = work.run(first.clone(), *others, **work.options, config=config), RELATIVE[DTYPE]
+    wrong = error(result, truth)
     assert wrong <= limit, f"the relative error is {wrong:.2e}, above {limit:.0e}"
     return functools.partial(work.run, *work.operands, **work.options, config=config)
 

@@ -14,7 +14,6 @@ import itertools
 from contextlib import nullcontext
 from typing import NamedTuple
 
-import pytest
 import torch
 import torch.nn.functional as F
 
@@ -221,10 +220,7 @@ def implementations(cell: Cell, part: str) -> list[str]:
     return chosen
 
 
-@pytest.mark.parametrize(
-    ("cell", "round_", "part", "implementation"),
-    turns(CELLS, PASSES, lambda cell: cell.rounds, implementations),
-)
+@turns(CELLS, PASSES, lambda cell: cell.rounds, implementations)
 def bench_layer(once, gated, cell, round_, part, implementation):
     group = f"{cell.name}, {part}"
     prepared = gated(group, lambda: setting(cell), implementation)

@@ -145,10 +145,7 @@ def memory(step: Step) -> dict[str, float]:
 
 # the last parameter is the innermost loop: implementations take turns within a round
 CASES = [
-    (cell, round_, implementation)
-    for cell in CELLS
-    for round_ in range(cell.rounds)
-    for implementation in cell.implementations
+    (cell, round_, name) for cell in CELLS for round_ in range(cell.rounds) for name in cell.implementations
 ]
 
 

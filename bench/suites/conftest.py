@@ -48,13 +48,11 @@ class Once:
         self.cell = self.implementation = None
         self.samples: list[dict] = []
 
-    def __call__(
-        self, function, group, implementation, axes, iterations=1, warm_up=False, all_clocks=False, **facts
-    ):
-        self.cell, self.implementation = group, implementation
+    def __call__(self, function, group, name, axes, iterations=1, warm_up=False, all_clocks=False, **facts):
+        self.cell, self.implementation = group, name
         self.benchmark.group = group
-        self.benchmark.extra_info.update(implementation=implementation, axes=axes)
-        journal.write("doing", group=group, implementation=implementation)
+        self.benchmark.extra_info.update(implementation=name, axes=axes)
+        journal.write("doing", group=group, implementation=name)
         if warm_up:
             function()
         call = clocks.wall(function, iterations)

@@ -69,12 +69,10 @@ class Work(NamedTuple):
     grad_output: Tensor | None = None
     labels: Tensor | None = None
 
-    def step(
-        self, implementation: str, context: Context, operators: dict[str, int], rate: float = 0.0
-    ) -> Step:
+    def step(self, name: str, context: Context, operators: dict[str, int], rate: float = 0.0) -> Step:
         """A step of the bare model or of a copy of the masters; ``rate``: AdamW's."""
-        model = self.bare if implementation == BARE else copy.deepcopy(self.masters)
-        if implementation == STOCK_16:
+        model = self.bare if name == BARE else copy.deepcopy(self.masters)
+        if name == STOCK_16:
             cast(model, self.x.dtype)
         return self.step_of(model, context, operators, rate)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from itertools import product
 from math import ceil
 from typing import Any, TypeVar
@@ -54,12 +54,15 @@ def turns(
     parts: Sequence[str],
     rounds: Callable[[Any], int],
     names: Callable[[Any, str], Iterable[str]],
-) -> Iterator[object]:
-    """Parameters (cell, round, pass, implementation) of a test: implementations take turns within a round."""
-    for cell in cells:
-        for round_, part in product(range(rounds(cell)), parts):
-            for name in names(cell, part):
-                yield pytest.param(cell, round_, part, name, id=f"{cell.key}-{part}-{round_}-{name}")
+) -> pytest.MarkDecorator:
+    """Parametrises by cell, round_, part and implementation, the innermost: they take turns in a round."""
+    cases = [
+        pytest.param(cell, round_, part, name, id=f"{cell.key}-{part}-{round_}-{name}")
+        for cell in cells
+        for round_, part in product(range(rounds(cell)), parts)
+        for name in names(cell, part)
+    ]
+    return pytest.mark.parametrize(("cell", "round_", "part", "implementation"), cases)
 
 
 def refuse(group: str, why: str, name: str | None = None) -> None:

@@ -52,11 +52,11 @@ def operators(
     return ran | ({f"{name}_kernels": count for name, count in ran.items()} if on_kernels else {})
 
 
-def expected_operators(implementation: str, groups: tuple[int, ...], forwards: int = 1) -> dict[str, int]:
+def expected_operators(name: str, groups: tuple[int, ...], forwards: int = 1) -> dict[str, int]:
     """`operators` that the implementation's name implies. ``groups``: how many layers read each x."""
-    if implementation in (FAST, UNGROUPED):
+    if name in (FAST, UNGROUPED):
         return operators(sum(groups), forwards=forwards)
-    if implementation == GROUPED:
+    if name == GROUPED:
         alone = groups.count(1)
         return operators(alone, len(groups) - alone, forwards=forwards)
     return {}
@@ -103,7 +103,7 @@ class Step(NamedTuple):
         self,
         once,
         group: str,
-        implementation: str,
+        name: str,
         axes: dict,
         calls: int = 1,
         call: Callable | None = None,
@@ -121,11 +121,11 @@ class Step(NamedTuple):
             return (call or self)()
 
         with self.form.context(), counting() as ran:
-            once(counted, group, implementation, axes, calls, warm_up=True, **options)
+            once(counted, group, name, axes, calls, warm_up=True, **options)
         runs = next(run)
         per_call = {name: times / runs for name, times in ran.items()}
         right = per_call == self.operators if call is None else bool(per_call) == bool(self.operators)
-        assert right, f"{implementation} ran {per_call} per call, not {self.operators}"
+        assert right, f"{name} ran {per_call} per call, not {self.operators}"
         return runs
 
 

@@ -25,7 +25,7 @@ def cells(suite, passes, clock=DEVICE_TIME, facts=None, factor=1.0, **axes):
         a_group(
             f"{suite}, {axes['tokens']} tokens, {part}",
             {**axes, "pass": part},
-            {implementation: factor * seconds for implementation, seconds in medians.items()},
+            {name: factor * seconds for name, seconds in medians.items()},
             facts,
         )
         for part, medians in passes.items()

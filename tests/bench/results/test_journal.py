@@ -11,27 +11,25 @@ from bench.results.schema import Result, Timing
 CELL = "layer, 8 tokens, forward"
 
 
-def sample(implementation, seconds, cell=CELL, clock=None, **facts):
+def sample(name, seconds, cell=CELL, clock=None, **facts):
     axes = {"suite": "layer", "pass": "forward", **({"clock": clock} if clock else {})}
     group = f"{cell}, {clock}" if clock else cell
     return {"kind": "sample", "cell": cell, "group": group, "axes": axes} | {
-        "implementation": implementation,
+        "implementation": name,
         "seconds": seconds,
         "facts": facts,
     }
 
 
 def rounds(*seconds, implementations=(BARE, STOCK, FAST), **kwargs):
-    return [
-        sample(implementation, second, **kwargs) for second in seconds for implementation in implementations
-    ]
+    return [sample(name, second, **kwargs) for second in seconds for name in implementations]
 
 
-def refused(group, implementation=None):
+def refused(group, name=None):
     return {
         "kind": "refused",
         "group": group,
-        **({"implementation": implementation} if implementation else {}),
+        **({"implementation": name} if name else {}),
         "why": "dx is wrong",
     }
 
