@@ -105,7 +105,7 @@ def captured(call: Call) -> Call:
     """A replay of ``call`` as a CUDA graph, captured on the current stream, which is not the default one.
 
     Raises:
-        RuntimeError: what PyTorch says of a call that cannot be captured.
+        RuntimeError: PyTorch's, for a call that cannot be captured.
     """
     if IS_DRY:
         return call

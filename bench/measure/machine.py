@@ -57,7 +57,7 @@ def output(name: str | None = None) -> Path:
 
 
 def facts() -> dict[str, str | int | bool]:
-    """What the numbers depend on; no host name. The commit is git's, or what ``MICA_BENCH_COMMIT`` says."""
+    """What the numbers depend on; no host name. The commit is git's, or that in ``MICA_BENCH_COMMIT``."""
     machine: dict[str, str | int | bool] = {
         "cpu": _brand(),
         "python": platform.python_version(),

@@ -1,4 +1,4 @@
-"""MODELLED, not measured: what a MiCA layer would cost on a GPU not at hand.
+"""MODELLED, not measured: what a MiCA layer would cost on a GPU that is not available.
 
 A roofline: a launch takes the longer of its compute and its traffic, and a gap until the next one starts.
 Matrices are bf16 and sums fp32 unless stated otherwise. Assumed, besides the devices' rates:
@@ -52,7 +52,7 @@ class Layer(NamedTuple):
 
 
 class Kernel(NamedTuple):
-    """One launch. ``partials``: bytes of partial sums, written and read again, on top of ``bytes``."""
+    """One launch. ``partials``: bytes of partial sums, written and read again, in addition to ``bytes``."""
 
     bytes: int
     flops: float = 0.0
@@ -84,7 +84,7 @@ def gemm(m: int, n: int, k: int, size: int = BF16, adds: bool = False) -> Kernel
 
 
 def elementwise(numbers: int, *sizes: int) -> Kernel:
-    """Reads and writes one matrix of ``numbers`` numbers for each size (bytes a number)."""
+    """Reads and writes one matrix of ``numbers`` numbers for each size (bytes per number)."""
     return Kernel(numbers * sum(sizes))
 
 
@@ -155,7 +155,7 @@ def aten(layer: Layer) -> Cost:
 
 
 def stock(layer: Layer, size: int) -> Cost:
-    """PEFT's result + lora_B(lora_A(x))·scaling, adapters of ``size`` bytes a number; casts if not bf16."""
+    """PEFT's result + lora_B(lora_A(x))·scaling, adapters of ``size`` bytes per number; casts if not bf16."""
     m, n, k, rank = layer[:4]
 
     def cast(numbers: int) -> list[Kernel]:

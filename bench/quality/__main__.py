@@ -2,7 +2,7 @@
 
 Adapts the model with MiCA (on this backend and on stock PEFT), with LoRA at the same rank and at the same
 number of trained parameters, and by full fine-tuning, on invented facts and on prose newer than the model
-(`bench.quality.texts` says which and why). Measures what was learned (loss on held-out questions and
+(see `bench.quality.texts`). Measures what was learned (loss on held-out questions and
 documents) and what was forgotten (loss on text that the model knew).
 
 All methods see the same batches in the same order, under the same schedule. Each gets its own learning rate,
@@ -65,7 +65,7 @@ def methods(base, rank: int) -> list[Method]:
 def experiment(base, texts: Texts, settings: dict, keep: Callable[[dict], None]) -> dict:
     """Run everything and return the result; ``keep`` gets the partial result after every run.
 
-    ``settings``: rank, steps, tries (learning rates a method), seeds (a number of them).
+    ``settings``: rank, steps, tries (learning rates per method), seeds (how many).
     """
     result = {
         "settings": {
@@ -121,7 +121,7 @@ def _line(run: dict) -> str:
     if run["diverged"]:
         return f"{head}: diverged, {run['diverged']}"
     losses = ", ".join(f"{name} {value:.3f}" for name, value in run["evaluation"].items())
-    return f"{head}, {statistics.median(run['seconds']):.2f} s a step: {losses}"
+    return f"{head}, {statistics.median(run['seconds']):.2f} s per step: {losses}"
 
 
 def save(path: Path, result: dict) -> None:

@@ -199,7 +199,7 @@ def word_runs(text: str) -> set[tuple[str, ...]]:
 def new_prose(folder: Path = MODELS) -> dict[str, str]:
     """Name of a model -> paragraphs of its docstrings, for models added to transformers since 2025.
 
-    ``folder``: that of ``transformers.models``, one folder a model. Paragraphs that describe an argument,
+    ``folder``: that of ``transformers.models``, one folder per model. Paragraphs that describe an argument,
     show code or are short are left out, and those that are copies (see the module).
     """
     seen: set[tuple[str, ...]] = set()

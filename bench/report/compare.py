@@ -168,7 +168,7 @@ def text(comparison: Comparison, old: Result, new: Result) -> str:
         ("Missing now", comparison.missing),
     ):
         lines = [f"- {one}" for one in changes if isinstance(one, str)]
-        rows = [[f"{factor:.3f}", *told] for factor, *told in changes if not lines]
+        rows = [[f"{factor:.3f}", *details] for factor, *details in changes if not lines]
         if changes:
             parts.append(f"### {title}\n\n" + ("\n".join(lines) or markdown_table(header, rows)))
     count = len(comparison.slower) + len(comparison.refused)

@@ -22,7 +22,7 @@ OVERHEADS = (
 )
 # (baseline, its time ÷ ours at least)
 SPEEDUPS = ((names.STOCK_16, 1.15), (names.STOCK, 1.6), (names.ATEN, 0.98), (names.COMPILED, 0.98))
-# Memory-bound kernels, and the share of a copy's bandwidth that each must reach, from so many tokens
+# Memory-bound kernels, and the share of a copy's bandwidth that each must reach, from TOKENS tokens
 KERNELS, SHARE, TOKENS = (names.DOWN_A, names.DOWN_B, names.UP_B, names.GRAD_A), 0.8, 4096
 ERROR = 1.1  # relative errors ÷ those of stock PEFT at most
 

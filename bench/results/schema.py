@@ -85,7 +85,7 @@ class Group:
     timings: dict[str, Timing] = field(default_factory=dict)
 
     def ratio(self, name: str, baseline: str) -> Ratio:
-        """Of two implementations."""
+        """Of the implementations of these names."""
         pairs = zip(self.timings[name].seconds, self.timings[baseline].seconds, strict=True)
         return interval([a / b for a, b in pairs])
 
@@ -105,7 +105,7 @@ class Group:
 
 
 def is_refused(refusal: dict[str, str | None], group: str, name: str) -> bool:
-    """It names a group, or what names of groups begin with, and an implementation unless it is of all."""
+    """Of this implementation, or all of them, in this group, or all whose names begin with that refused."""
     is_of_group = f"{group}, ".startswith(f"{refusal['group']}, ")
     return is_of_group and refusal.get("implementation") in (None, name)
 

@@ -1,9 +1,9 @@
 """Other forms of one layer that could be faster than the split one, which `mica.fast` runs.
 
 *Fused*: base product and up-projection in one kernel, by pointers or by tensor descriptors. *Bordered*: W and
-B, both frozen, stored once as [W | B], so that dx's base and g come of one product and one reading of dy. It
-is written here in plain PyTorch, the forward as that of the aten control. Every form is forced, and checked
-by its y, dx and dA against `mica.reference` in fp64, and by what was launched.
+B, both frozen, stored once as [W | B], so that dx's base and g come from one product and one reading of dy.
+It is written here in plain PyTorch, the forward as that of the aten control. Every form is forced, and
+checked by its y, dx and dA against `mica.reference` in fp64, and by what was launched.
 """
 
 import functools

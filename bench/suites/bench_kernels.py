@@ -131,7 +131,7 @@ def launch_bytes(launch: Launch, out: Tensor) -> int:
 
 
 def copy(size: int) -> Callable[[], object]:
-    """Reads and writes so many bytes together."""
+    """Reads and writes ``size`` bytes in total."""
     source, target = (torch.zeros(size // 2, dtype=torch.uint8, device=DEVICE) for _ in range(2))
     return lambda: target.copy_(source)
 

@@ -18,7 +18,7 @@ from bench.results.schema import is_refused
 T = TypeVar("T")
 
 # Why a cell, or an implementation in it, has no number: (group, implementation or None) -> a sentence. After
-# a crash the run goes on in a new process, which must not retry what crashed.
+# a crash the run continues in a new process, which must not retry what crashed.
 refusals: dict[tuple[str, str | None], str] = {
     (one["group"], one.get("implementation")): one["why"]
     for one in journal.read()

@@ -42,7 +42,7 @@ CONTEXTS = {
 def operators(
     linear: int, groups: int = 0, on_kernels: bool = ON_ACCELERATOR, forwards: int = 1
 ) -> dict[str, int]:
-    """What a forward + backward of so many single layers and groups of layers has to run.
+    """What a forward + backward of these numbers of single layers and of groups has to run.
 
     ``forwards``: 2 where gradient checkpointing recomputes every forward.
     """

@@ -55,7 +55,7 @@ def test_a_slow_operator_is_a_regression(run, usual):
     assert main([str(slow), str(usual[0])]) == 0  # faster
 
 
-def test_a_wrong_operator_gets_no_number_and_its_implementations_do(run, usual):
+def test_a_wrong_operator_gets_no_number_and_the_others_do(run, usual):
     from bench.report.compare import main
     from bench.results.names import FAST, STOCK
     from bench.results.schema import Result

@@ -110,7 +110,7 @@ if not any(one["kind"] == "test" and one["is_check"] for one in journal.read()):
 def test_of_parallel_tests_the_one_that_has_not_ended_is_blamed(start):
     code = """
 if not journal.read():
-    for name in ("hangs", "goes on", "goes on after it"):
+    for name in ("hangs", "continues", "continues after it"):
         journal.write("doing", stage="stage", test=name)
         if name != "hangs":
             journal.write("test", stage="stage", name=name, outcome="passed", is_check=True)
@@ -118,8 +118,8 @@ if not journal.read():
 """
     _, result = start(code, silence=4.0)
     assert {one["name"]: one["outcome"] for one in result.checks} == {
-        "goes on": "passed",
-        "goes on after it": "passed",
+        "continues": "passed",
+        "continues after it": "passed",
         "hangs": "failed",
     }
 

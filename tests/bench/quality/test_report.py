@@ -37,7 +37,7 @@ def test_the_committed_report_follows_from_its_json(result):
 
 
 def test_numbers_worked_out_from_the_json(result):
-    """Of a method: the runs at the rate whose first seed has the least validation loss."""
+    """Each method's runs at the rate whose first seed has the lowest validation loss."""
     text, before = report.report(result), result["base"]
     learned, forgotten, cost = (rows(text, heading) for heading in ("Learned", "Forgotten", "Cost"))
     loss, known = "facts, held_out, among answers", "known facts"

@@ -7,7 +7,7 @@ LAYER = "(bench_layer and 1024x576x576-r16-bfloat16 and backward)"
 HOST = "((bench_host_layer or bench_host_block) and float32 and backward)"
 
 
-def test_a_wrong_operator_gets_no_number_and_its_implementations_do(measured):
+def test_a_wrong_operator_gets_no_number_and_the_others_do(measured):
     code, result, output = measured(["bench_layer.py", "bench_host.py"], f"{LAYER} or {HOST}", "wrong")
     assert code == 1, output
     layer, host_layer, host_block = result.groups
