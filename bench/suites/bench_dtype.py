@@ -14,7 +14,7 @@ from bench.measure.clocks import seconds
 from bench.measure.machine import DEVICE, ON_ACCELERATOR
 from bench.results.names import FAST, FLOAT32
 from bench.suites.harness import build_all, iterations, pick
-from bench.suites.layer import check_errors, exact, make_layer, relative_errors
+from bench.suites.layer import Form, check_errors, exact, make_layer
 from mica.ops import mica_linear
 from mica.products import has_native
 from tests.support.tolerances import RELATIVE
@@ -32,16 +32,12 @@ def checked(shape, dtype):
     """A forward and backward, and how many calls make a sample."""
     layer = make_layer(*shape, 16, dtype, DEVICE)
 
-    def forward():
-        return mica_linear(layer.x, layer.weight, layer.lora_A, layer.lora_B, layer.scaling)
-
-    def gradients(y):
-        return torch.autograd.grad(y, (layer.x, layer.lora_A), layer.grad_output)
-
-    check_errors(FAST, relative_errors(forward, gradients, exact(layer)), RELATIVE[dtype])
+    operands = layer.x, layer.weight, layer.lora_A, layer.lora_B, layer.scaling
+    form = Form(lambda: mica_linear(*operands), (layer.x, layer.lora_A))
+    check_errors(FAST, form.errors(layer.grad_output, exact(layer)), RELATIVE[dtype])
 
     def call():
-        return gradients(forward())
+        return torch.autograd.grad(form.forward(), form.inputs, layer.grad_output)
 
     return call, iterations(seconds(call), sample=0.05)
 

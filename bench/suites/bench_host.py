@@ -25,16 +25,7 @@ from bench.results import names
 from bench.results.names import ATEN, BARE, BOTH, BY_HAND, FAST, KERNELS_GROUPED, MERGED, STOCK
 from bench.suites.decoder import RANK, Work, adapted
 from bench.suites.harness import build_all, pick
-from bench.suites.layer import (
-    AtenControl,
-    Form,
-    adapted_module,
-    by_hand,
-    check_errors,
-    exact,
-    make_layer,
-    relative_errors,
-)
+from bench.suites.layer import AtenControl, Form, adapted_module, by_hand, check_errors, exact, make_layer
 from bench.suites.steps import Step, check_all, counting, grouping, operators
 from mica.products import has_native
 from tests.support import models
@@ -129,7 +120,7 @@ def checked_layer(name, build, truth, limit):
     if form.context is kernels:
         return step  # no numbers
     with form.context():
-        errors = relative_errors(form.forward, lambda y: form.gradients(y, step.grad_output), truth)
+        errors = form.errors(step.grad_output, truth)
     check_errors(name, errors, limit)
     return step
 

@@ -24,16 +24,7 @@ from bench.measure.memory import saved_bytes
 from bench.results import names
 from bench.results.names import ATEN, BACKWARD, BARE, BY_HAND, COMPILED, FAST, FORWARD, LORA, NO_GRADIENT
 from bench.suites.harness import build_all, iterations, pick, turns
-from bench.suites.layer import (
-    AtenControl,
-    Form,
-    adapted_module,
-    by_hand,
-    check_errors,
-    exact,
-    make_layer,
-    relative_errors,
-)
+from bench.suites.layer import AtenControl, Form, adapted_module, by_hand, check_errors, exact, make_layer
 from mica.products import has_native
 
 ROUNDS = pick(default=5, quick=3, cuda=6, dry=1)
@@ -185,11 +176,10 @@ def checked(cell: Cell, layer, name: str, build, truth) -> tuple[Form, dict[str,
     operator = "linear_kernels" if ON_ACCELERATOR else "linear"
     with form.context():
         calls = mica.fast.call_counts[operator]
-        errors = relative_errors(form.forward, lambda y: form.gradients(y, layer.grad_output), truth)
+        errors = form.errors(layer.grad_output, truth)
         if name in implementations(cell, NO_GRADIENT):
             with torch.no_grad():  # may take another path through the code
-                alone = relative_errors(form.forward, lambda y: (), truth)
-            errors["y without gradient"] = alone["y"]
+                errors["y without gradient"] = form.errors(layer.grad_output, truth)["y"]
         facts = check_errors(name, errors, limit)
         ran = mica.fast.call_counts[operator] - calls
         assert ran == 2 * (name == FAST), f"{ran} calls of our operator"

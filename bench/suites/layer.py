@@ -44,6 +44,16 @@ class Form(NamedTuple):
     def gradients(self, y: Tensor, grad_output: Tensor) -> tuple[Tensor, ...]:
         return torch.autograd.grad(y, self.inputs, grad_output, retain_graph=True)
 
+    def errors(self, grad_output: Tensor, truth: dict[str, Tensor]) -> dict[str, float]:
+        """Frobenius norm of the difference over that of the truth, of y and, with gradients, dx and dA."""
+        y = self.forward()
+        gradients = self.gradients(y, grad_output) if torch.is_grad_enabled() else ()
+        values = zip(("y", "dx", "dA"), (y, *gradients), strict=False)
+        return {
+            name: float((value.detach().to(truth[name].dtype) - truth[name]).norm() / truth[name].norm())
+            for name, value in values
+        }
+
     def call(self, part: str, grad_output: Tensor) -> Callable[[], object]:
         """What is timed as this pass; the forward of a backward runs now."""
         return partial(self.gradients, self.forward(), grad_output) if part == BACKWARD else self.forward
@@ -120,20 +130,6 @@ def exact(layer: Layer, dtype: torch.dtype = torch.float64) -> dict[str, Tensor]
     y = reference.forward(*operands, layer.scaling)
     dx, dA = reference.linear_backward(layer.grad_output.to(dtype), *operands, layer.scaling, dtype)
     return {"y": y, "dx": dx, "dA": dA}
-
-
-def relative_errors(
-    forward: Callable[[], Tensor],
-    gradients: Callable[[Tensor], tuple[Tensor, ...]],
-    truth: dict[str, Tensor],
-) -> dict[str, float]:
-    """Frobenius norm of the difference over that of the truth, for y, dx and (where there is one) dA."""
-    y = forward()
-    values = dict(zip(("y", "dx", "dA"), (y, *gradients(y)), strict=False))
-    return {
-        name: float((value.detach().to(truth[name].dtype) - truth[name]).norm() / truth[name].norm())
-        for name, value in values.items()
-    }
 
 
 def check_errors(name: str, errors: dict[str, float], limit: float) -> dict[str, float]:
