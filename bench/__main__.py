@@ -1,6 +1,6 @@
 """``python -m bench``: run the suites, write results, tables and plots to ``bench/results/<machine>/``.
 
-Each suite has a process of its own, so that none works in the memory, or with the threads, that another left.
+Each suite runs in a separate process, so that none inherits another's memory or threads.
 """
 
 from __future__ import annotations
@@ -14,14 +14,13 @@ from pathlib import Path
 
 from bench import run
 from bench.measure.machine import ROOT, output
+from bench.report.__main__ import write
 from bench.results.schema import Result
-
-SUITES = ROOT / "bench" / "suites"
 
 
 def suites(selection: str, environment: dict[str, str]) -> list[str]:
-    """The files of those that ``selection`` (``-k``) takes tests of."""
-    files = sorted(file.name for file in SUITES.glob("bench_*.py"))
+    """The files in which ``selection`` (``-k``) selects tests."""
+    files = sorted(file.name for file in run.SUITES.glob("bench_*.py"))
     if not selection:
         return files
     command = [*run.suite(files, selection), "--collect-only"]
@@ -31,21 +30,22 @@ def suites(selection: str, environment: dict[str, str]) -> list[str]:
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
-    size = parser.add_mutually_exclusive_group()
-    size.add_argument("--quick", dest="size", action="store_const", const="quick", help="a look, 3 minutes")
-    size.add_argument(
-        "--full", dest="size", action="store_const", const="full", help="more shapes, much longer"
-    )
+    sizes = parser.add_mutually_exclusive_group()
+    for size, text in (("quick", "3 minutes"), ("full", "more shapes, much longer")):
+        sizes.add_argument(f"--{size}", dest="size", action="store_const", const=size, help=text)
+    parser.set_defaults(size="default")
     parser.add_argument("-k", default="", help="pytest expression: run only these")
     parser.add_argument("--name", help="of the result files (default: today, and -quick or -full)")
     parser.add_argument("--output", type=Path, help="folder (default: bench/results/<machine>, or $OUT)")
     args = parser.parse_args()
-    size = args.size or "default"
-    name = args.name or "-".join([str(date.today()), *([] if size == "default" else [size])])
-    # Two thread pools that spin (OpenMP's of PyTorch, OpenBLAS's of SciPy) would take turns on the cores.
-    environment = {"OMP_WAIT_POLICY": os.environ.get("OMP_WAIT_POLICY", "passive"), "MICA_BENCH_SIZE": size}
+    name = args.name or f"{date.today()}{'' if args.size == 'default' else f'-{args.size}'}"
+    # Two spinning thread pools (PyTorch's OpenMP, SciPy's OpenBLAS) would compete for the cores.
+    environment = {
+        "OMP_WAIT_POLICY": os.environ.get("OMP_WAIT_POLICY", "passive"),
+        "MICA_BENCH_SIZE": args.size,
+    }
     this = run.Run((args.output or output()) / f"{name}.json")
-    this.machine["size"] = size
+    this.machine["size"] = args.size
     failed = False
     for file in suites(args.k, {**os.environ, **environment}):
         print(file, flush=True)
@@ -57,8 +57,6 @@ def main() -> int:
         this.file.unlink(missing_ok=True)
         print("bench: nothing was timed", file=sys.stderr)
         return 1
-    from bench.report.__main__ import write
-
     print(write(this.file))
     return int(failed)
 

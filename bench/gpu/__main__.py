@@ -1,11 +1,11 @@
-"""``python -m bench.gpu``: on a machine with a CUDA or ROCm GPU, is it right there, and how fast is it?
+"""``python -m bench.gpu``: on a machine with a CUDA or ROCm GPU, is it correct there, and how fast?
 
-Eight stages (`bench.gpu.stages`), the most telling first, each in a process of its own under a watchdog; a
+Eight stages (`bench.gpu.stages`), the most telling first, each in a separate process under a watchdog, with a
 summary line of JSON after each. Results are written as they come: whatever ends the run, what was measured
-before is there. Exit status: 0 all stages passed, 1 some did not, 2 there is nothing to run on.
+before is kept. Exit status: 0 all stages passed, 1 some did not, 2 there is nothing to run on.
 
-``--dry-run`` goes the same way on a CPU, with interpreted kernels and tiny shapes. It shows that the way is
-clear; its times mean nothing, and its report says so.
+``--dry-run`` does the same on a CPU, with interpreted kernels and tiny shapes. It shows that every stage
+works; its times mean nothing, and its report says so.
 """
 
 from __future__ import annotations
@@ -20,46 +20,39 @@ import traceback
 from datetime import date
 from pathlib import Path
 
-NEEDED = (
-    "torch",
-    "triton",
-    "peft",
-    "transformers",
-    "scipy",
-    "threadpoolctl",
-    "pytest",
-    "pytest_benchmark",
-    "xdist",
-)
+REQUIRED = ("torch", "triton", "peft", "transformers", "scipy", "threadpoolctl")
+REQUIRED += ("pytest", "pytest_benchmark", "xdist")
 
 
 def parser() -> argparse.ArgumentParser:
-    found = argparse.ArgumentParser(
+    parser = argparse.ArgumentParser(
         prog="python -m bench.gpu",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    found.add_argument(
+    parser.add_argument(
         "--dry-run", action="store_true", help="without a GPU: interpreted kernels, tiny shapes"
     )
-    found.add_argument("--stages", default="", metavar="1,3,5", help="only these (default: all)")
-    found.add_argument("--budget", type=float, default=540.0, metavar="SECONDS", help="of all (default 540)")
-    found.add_argument(
+    parser.add_argument("--stages", default="", metavar="1,3,5", help="only these (default: all)")
+    parser.add_argument(
+        "--budget", type=float, default=540.0, metavar="SECONDS", help="in total (default 540)"
+    )
+    parser.add_argument(
         "--silence",
         type=float,
         default=75.0,
         metavar="SECONDS",
-        help="a stage that reports nothing for so long is started again without what it was doing (default "
-        "75: a build by torch.compile is the longest)",
+        help="a stage that reports nothing for so long is restarted without what it was doing (default 75: a "
+        "build by torch.compile takes longest)",
     )
-    found.add_argument("--name", default=f"{date.today()}-gpu", help="of the result files")
-    found.add_argument("--output", type=Path, help="folder (default: $OUT, or bench/results/<device>)")
-    return found
+    parser.add_argument("--name", default=f"{date.today()}-gpu", help="of the result files")
+    parser.add_argument("--output", type=Path, help="folder (default: $OUT, or bench/results/<device>)")
+    return parser
 
 
 def report(file: Path, with_pictures: bool = True) -> str:
-    """Written beside the results. What goes wrong with it must not end a run: it can be made again."""
+    """Written next to the results. An error in it must not end the run: it can be made again."""
     try:
         from bench.report.__main__ import write
 
@@ -71,7 +64,7 @@ def report(file: Path, with_pictures: bool = True) -> str:
 def main(argv: list[str] | None = None) -> int:
     command = parser()
     args = command.parse_args(argv)
-    missing = [name for name in NEEDED if importlib.util.find_spec(name) is None]
+    missing = [name for name in REQUIRED if importlib.util.find_spec(name) is None]
     if missing:
         print(f"bench.gpu needs {', '.join(missing)}, which cannot be imported here", file=sys.stderr)
         return 2
@@ -90,25 +83,25 @@ def main(argv: list[str] | None = None) -> int:
     from bench.measure.machine import output
     from bench.run import Run
 
-    known = {str(stage.number): stage for stage in STAGES}
-    wanted = [one.strip() for one in args.stages.split(",") if one.strip()] or list(known)
-    if unknown := [one for one in wanted if one not in known]:
+    known = {str(number): stage for number, stage in enumerate(STAGES, 1)}
+    chosen = [one.strip() for one in args.stages.split(",") if one.strip()] or list(known)
+    if unknown := [one for one in chosen if one not in known]:
         command.error(f"--stages: {', '.join(unknown)} is not one of {', '.join(known)}")
     folder = args.output or output("dry-run" if args.dry_run else None)
     run = Run(folder / f"{args.name}.json")
     folder = run.file.parent
     print(json.dumps(run.machine), flush=True)
     deadline, all_passed = time.monotonic() + args.budget, True
-    for one in wanted:
+    for stage in map(known.get, chosen):
         left = deadline - time.monotonic()
         if left <= 0:
-            summary = run.leave_out(known[one].name, "the budget is spent")
+            summary = run.leave_out(stage.name, "the budget is spent")
         else:
-            summary = run.start(job(known[one], folder, args.name, args.dry_run, left, args.silence))
+            summary = run.start(job(stage, folder, args.name, args.dry_run, left, args.silence))
         print(f"STAGE {json.dumps(summary)}", flush=True)
         all_passed &= summary["state"] == "passed"
         report(run.file, with_pictures=False)
-    run.journal.unlink()  # all of it is in the result file
+    run.journal.unlink()  # the result file has all of it
     print(report(run.file))
     return 0 if all_passed else 1
 

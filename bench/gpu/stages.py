@@ -1,4 +1,4 @@
-"""The stages of a run on a GPU, the most telling first: each a process, a time limit and a question."""
+"""The stages of a run on a GPU, the most telling first: each a process with a time limit, and a question."""
 
 from __future__ import annotations
 
@@ -9,15 +9,14 @@ from typing import NamedTuple
 from bench.measure.machine import ROOT
 from bench.run import Job, pytest, suite
 
-DRY_SECONDS = 120.0  # a stage's limit there
+DRY_SECONDS = 120.0  # a stage's limit in a dry run
+TESTS = ("kernels", "mica/test_kernel_path.py", "mica/test_kernel_operands.py")
 
 
 class Stage(NamedTuple):
     """``seconds``: its limit on a GPU; ``files`` of ``bench/suites`` or, if ``tests``, of ``tests``."""
 
-    number: int
     name: str
-    asks: str
     seconds: float
     files: tuple[str, ...]
     tests: bool = False
@@ -25,40 +24,22 @@ class Stage(NamedTuple):
 
 
 STAGES = (
-    Stage(1, "kernels", "is each kernel right, and twice the same?", 60, ("check_kernels.py",)),
-    Stage(
-        2,
-        "tests",
-        "do the kernels' tests pass, compiled?",
-        180,
-        ("kernels", "mica/test_kernel_path.py", "mica/test_kernel_operands.py"),
-        tests=True,
-    ),
-    Stage(
-        3,
-        "bandwidth",
-        "how near a copy is each kernel, and in which configuration?",
-        90,
-        ("bench_kernels.py",),
-    ),
-    Stage(4, "layers", "what does an adapter cost a layer?", 150, ("bench_layer.py", "bench_group.py")),
-    Stage(
-        5,
-        "model",
-        "what does a model gain in time and memory, with the same losses?",
-        150,
-        ("bench_step.py", "bench_block.py", "check_profile.py"),
-    ),
-    Stage(
-        6,
-        "initialisation",
-        "how fast does an adapter start?",
-        120,
-        ("bench_subspace.py", "bench_adapter.py"),
-        backend="auto",
-    ),
-    Stage(7, "streams", "do graphs, streams and torch.compile give the same?", 60, ("check_streams.py",)),
-    Stage(8, "forms", "is another form of a layer faster?", 90, ("bench_forms.py",)),
+    # is each kernel right, and reproducible?
+    Stage("kernels", 60, ("check_kernels.py",)),
+    # do the kernels' tests pass, compiled?
+    Stage("tests", 180, TESTS, tests=True),
+    # how close to a copy is each kernel, and in which configuration?
+    Stage("bandwidth", 90, ("bench_kernels.py",)),
+    # what does an adapter cost a layer?
+    Stage("layers", 150, ("bench_layer.py", "bench_group.py")),
+    # what does a model gain in time and memory, with the same losses?
+    Stage("model", 150, ("bench_step.py", "bench_block.py", "check_profile.py")),
+    # how fast is the initialisation of an adapter?
+    Stage("initialisation", 120, ("bench_subspace.py", "bench_adapter.py"), backend="auto"),
+    # do graphs, streams and torch.compile give the same results?
+    Stage("streams", 60, ("check_streams.py",)),
+    # is another form of a layer faster?
+    Stage("forms", 90, ("bench_forms.py",)),
 )
 
 
@@ -69,8 +50,7 @@ def job(stage: Stage, folder: Path, name: str, is_dry: bool, seconds: float, sil
     if is_dry:
         environment["MICA_BENCH_SIZE"] = "dry"
     if stage.tests:
-        # the tests themselves say which backend
-        environment["MICA_BACKEND"] = "auto"
+        environment["MICA_BACKEND"] = "auto"  # the tests choose the backend
         environment["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"
         if not is_dry:
             environment["MICA_TEST_DEVICE"] = "cuda"
@@ -86,7 +66,7 @@ def _tests(files: tuple[str, ...], report: Path) -> list[str]:
     """On all cores, so that kernels are compiled in parallel; to the end, whatever fails."""
     workers = min(16, os.cpu_count() or 1)
     distribution = ["-n", workers, "--dist", "worksteal", f"--junitxml={report}", "-o", "junit_family=xunit2"]
-    # what a user's settings would add could double an option or stop at the first failure
+    # what a user's settings add could duplicate an option or stop at the first failure
     options = ["-o", "addopts=--import-mode=importlib --strict-markers -p no:cacheprovider", "--tb=short"]
     return pytest(
         *(ROOT / "tests" / file for file in files), "-p", "bench.measure.watching", *distribution, *options

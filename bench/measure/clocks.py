@@ -1,9 +1,9 @@
-"""What a call is timed by: the host's clock, and on an accelerator also CUDA events and a captured graph.
+"""How a call is timed: by the host's clock, and on an accelerator also by CUDA events and a captured graph.
 
-- *wall clock*: calls one after the other, one wait at the end: the longer of host's and device's time.
-- *device time*: between two events around one call, the host being far ahead, none of the operands in the L2
-  cache. Without the host's time, but with a gap of a microsecond or two between launches.
-- *graph replay*: the same for a captured CUDA graph of the call: without those gaps.
+- *wall clock*: calls back to back, one synchronisation at the end: the longer of host and device time.
+- *device time*: between two events around one call, with the host far ahead and no operand in the L2 cache.
+  Excludes host time, but includes a gap of a microsecond or two between launches.
+- *graph replay*: the same for a captured CUDA graph of the call, without those gaps.
 
 A dry run has none of these clocks; the host's stands in for all of them, and its times mean nothing.
 """
@@ -21,8 +21,8 @@ from bench.measure.machine import IS_DRY
 Call = Callable[[], object]
 
 FLUSH_BYTES = 256 * 2**20  # five times the L2 cache of an H100
-SAMPLES, SECONDS = (3, 9), 0.005  # of one round: so many calls, and about so long
-# The device waits while the host enqueues a call: so many times what that took before, and a little.
+SAMPLES, SECONDS = (3, 9), 0.005  # per round: fewest and most calls, and about how long
+# The device waits while the host enqueues a call: LEAD times what that took before, and a little more.
 LEAD, LEAST_LEAD, LONGEST_LEAD = 3.0, 50e-6, 20e-3
 CLOCK_RATE = 2.0e9  # cycles a second of `_sleep`; a slower clock only lengthens the lead
 
@@ -34,7 +34,7 @@ class HostTooSlowError(RuntimeError):
 
 
 def wall(call: Call, calls: int) -> Call:
-    """``call``, and on an accelerator after every ``calls``-th one the wait until all are done."""
+    """``call``; on an accelerator every ``calls``-th one then waits until all are done."""
     if not torch.cuda.is_available():
         return call
     made = 0
@@ -51,7 +51,7 @@ def wall(call: Call, calls: int) -> Call:
 
 
 def seconds(call: Call) -> float:
-    """Of one call, the wait for the device included: a first look, for how many make a sample."""
+    """Of one call, including the wait for the device: a rough value, to choose how many make a sample."""
     _host_seconds(wall(lambda: None, 1))
     return _host_seconds(wall(call, 1))
 
@@ -66,12 +66,12 @@ def device_seconds(call: Call) -> float:
         if not late:
             return median(spans)
         if lead >= LONGEST_LEAD:
-            raise HostTooSlowError(f"the host takes {lead * 1e3:.0f} ms and more for a call, or waits in it.")
+            raise HostTooSlowError(f"the host takes {lead * 1e3:.0f} ms or more for a call, or waits in it.")
         lead *= 2
 
 
 def _device_spans(call: Call, lead: float) -> tuple[list[float], bool]:
-    """Seconds of some calls, and whether the host was ever slower than the device's wait for it."""
+    """Seconds of some calls, and whether the host ever took longer than the device waited for it."""
     events, late, started = [], False, time.perf_counter()
     while len(events) < SAMPLES[0] or (len(events) < SAMPLES[1] and time.perf_counter() - started < SECONDS):
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
@@ -89,7 +89,7 @@ def _device_spans(call: Call, lead: float) -> tuple[list[float], bool]:
 
 
 def _empty_cache() -> None:
-    """Read what fills the L2 cache. Lines that were written would be written back on the next one's time."""
+    """Read what fills the L2 cache: written lines would be written back while the next call is timed."""
     global _flush
     if _flush is None:
         _flush = torch.zeros(FLUSH_BYTES // 4, dtype=torch.int32, device="cuda")
@@ -105,11 +105,11 @@ def captured(call: Call) -> Call:
     """A replay of ``call`` as a CUDA graph, captured on the current stream, which is not the default one.
 
     Raises:
-        RuntimeError: what PyTorch says of a call that cannot be captured.
+        RuntimeError: PyTorch's, for a call that cannot be captured.
     """
     if IS_DRY:
         return call
-    for _ in range(2):  # what is made once is made before
+    for _ in range(2):  # what is set up once is set up before
         call()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph, stream=torch.cuda.current_stream()):

@@ -1,4 +1,4 @@
-"""Which machine a run is on, how large the run is, and what its numbers depend on."""
+"""Which machine a run is on, the size of the run, and what its numbers depend on."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ import torch
 
 ROOT = Path(__file__).resolve().parents[2]
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-# "quick", "default", "full", or "dry": the way of a run on an accelerator without one, on tiny shapes
+# "quick", "default", "full", or "dry": what a run on an accelerator does, without one, on tiny shapes
 SIZE = os.environ.get("MICA_BENCH_SIZE", "default")
 IS_DRY = SIZE == "dry"
 ON_ACCELERATOR = DEVICE == "cuda" or IS_DRY
@@ -24,7 +24,7 @@ LIBRARIES = ("torch", "peft", "transformers", "triton", "bitsandbytes")
 
 
 def instructions() -> str:
-    """Of matrix products in bf16 on this CPU: they decide what an adapter costs there. "" without any."""
+    """For matrix products in bf16 on this CPU: they decide what an adapter costs there. "" without any."""
     if limit():
         return ""
     flags = cpuinfo.get_cpu_info().get("flags", [])
@@ -51,14 +51,14 @@ def folder() -> str:
 
 
 def output(name: str | None = None) -> Path:
-    """Where results go unless it is said: the folder in ``OUT``, if that is set, else this machine's."""
+    """The default folder of results: ``OUT`` if that is set, else this machine's."""
     out = os.environ.get("OUT")
     return Path(out) if out else ROOT / "bench" / "results" / (name or folder())
 
 
 def facts() -> dict[str, str | int | bool]:
-    """What the numbers depend on; no host name. The commit is git's, or what ``MICA_BENCH_COMMIT`` says."""
-    found: dict[str, str | int | bool] = {
+    """What the numbers depend on; no host name. The commit is git's, or that in ``MICA_BENCH_COMMIT``."""
+    machine: dict[str, str | int | bool] = {
         "cpu": _brand(),
         "python": platform.python_version(),
         "device": torch.cuda.get_device_name() if DEVICE == "cuda" else "dry run" if IS_DRY else "cpu",
@@ -68,9 +68,9 @@ def facts() -> dict[str, str | int | bool]:
     }
     for library in LIBRARIES:
         with suppress(PackageNotFoundError):
-            found[library] = version(library)
+            machine[library] = version(library)
     changes = _git("status", "--porcelain", "--", ".", ":!bench/results")
-    return found | {
+    return machine | {
         "size": SIZE,
         "commit": _git("rev-parse", "HEAD") or os.environ.get("MICA_BENCH_COMMIT", "unknown"),
         "uncommitted_changes": bool(changes),

@@ -1,4 +1,4 @@
-"""Memory: what a forward keeps for its backward, what is trained, and by how much a process grows."""
+"""Memory: what a forward saves for its backward, what is trained, and how much a process grows."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ def saved_bytes(
 ) -> int:
     """Bytes saved for the backward of ``forward()``, by storage, without these models' parameters.
 
-    ``but``: further tensors that are there anyway. Counted through saved-tensor hooks. What a library keeps
-    on its own in an autograd.Function is not seen; with bitsandbytes that is the packed weight, a parameter.
+    ``but``: further tensors that exist anyway. Counted by saved-tensor hooks. What a library keeps on its own
+    in an autograd.Function is not seen; with bitsandbytes that is the packed weight, a parameter.
     """
     known = [*but, *(p for model in without for p in model.parameters())]
     parameters = {tensor.untyped_storage().data_ptr() for tensor in known}
@@ -38,7 +38,7 @@ def saved_bytes(
 
 @contextmanager
 def peak_growth() -> Iterator[Callable[[], float | None]]:
-    """What is yielded gives, afterwards, by how many bytes memory grew at its highest point inside.
+    """Yields a function that afterwards returns by how many bytes memory grew at its peak inside.
 
     Of the device's allocator on CUDA, of the process's resident memory on Linux, None elsewhere.
     """
@@ -49,7 +49,7 @@ def peak_growth() -> Iterator[Callable[[], float | None]]:
 
 
 def _peak(reset: bool = False) -> int:
-    """Highest use since the last reset; directly after a reset, the present use."""
+    """Peak use since the last reset; directly after a reset, the current use."""
     if DEVICE == "cuda":
         if reset:
             torch.cuda.reset_peak_memory_stats()
@@ -65,6 +65,6 @@ def trainable_bytes(model: nn.Module) -> int:
 
 
 def optimizer_bytes(optimizer: torch.optim.Optimizer) -> int:
-    """Of the states, as they are after a step."""
+    """Of the states after a step."""
     values = (value for state in optimizer.state.values() for value in state.values())
     return sum(value.numel() * value.element_size() for value in values if torch.is_tensor(value))

@@ -1,7 +1,7 @@
-"""A pytest plugin: each test that starts and ends is a line in the journal, and none is run twice.
+"""A pytest plugin: each start and end of a test is a line in the journal, and no test runs twice.
 
-A run that goes on after a crash, in a new process, leaves out what has ended. Under pytest-xdist the
-controlling process writes. Tests of bench_*.py are rounds of a timing, all others are checks, whose outcomes
+A run that continues after a crash, in a new process, leaves out what has ended. Under pytest-xdist the
+controlling process writes. Tests in bench_*.py are rounds of a timing; all others are checks, whose outcomes
 are part of the result.
 """
 
@@ -35,7 +35,7 @@ def pytest_runtest_logstart(nodeid: str) -> None:
 
 
 def pytest_runtest_logreport(report: pytest.TestReport) -> None:
-    """Its outcome: of its body, or of its fixtures where these decide."""
+    """The outcome of a test's body, or of its fixtures where these decide."""
     if _IS_WORKER or (report.when != "call" and report.passed):
         return
     entry = {"stage": STAGE, "name": report.nodeid, "outcome": report.outcome}

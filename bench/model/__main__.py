@@ -1,4 +1,4 @@
-"""``python -m bench.model``: the table of modelled figures, of what `bench.model.roofline` assumes."""
+"""``python -m bench.model``: a table of figures modelled by `bench.model.roofline`."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import argparse
 import json
 
 from bench.measure.machine import output
-from bench.model.roofline import ASKED, DEVICES, Layer, acceptance, compare
+from bench.model.roofline import DEVICES, TARGET_LAYER, Layer, compare, targets
 
 SHAPES = ((8192, 4096, 4096), (8192, 14336, 4096), (8192, 4096, 14336), (512, 4096, 4096))  # M, N, K
 RANK = 16
@@ -20,20 +20,20 @@ def modelled(name: str) -> dict:
         "device": name,
         "assumed": device._asdict(),
         "shapes": [compare(Layer(*shape, RANK, device.target), device) for shape in SHAPES],
-        "acceptance": acceptance(device),
+        "targets": targets(device),
     }
 
 
-def table(found: dict) -> str:
-    assumed, ours = found["assumed"], found["shapes"][0]["triton_gemm"]
+def table(model: dict) -> str:
+    assumed, ours = model["assumed"], model["shapes"][0]["triton_gemm"]
     rates = "{tensor:g} TF/s bf16, {fp32:g} TF/s fp32, {bandwidth:g} TB/s".format(
         **{name: assumed[name] / 1e12 for name in ("tensor", "fp32", "bandwidth")}
     )
     lines = [
-        f"{found['label']}: {found['device']}, rank {RANK}, our GEMM {ours} x vendor's",
+        f"{model['label']}: {model['device']}, rank {RANK}, our GEMM {ours} x vendor's",
         f"assumed: {rates}, {assumed['gap'] * 1e6:g} us between launches",
     ]
-    for row in found["shapes"]:
+    for row in model["shapes"]:
         title = "MODELLED {m} x {n} x {k} (M x N x K)".format(**row)
         shares = "h {h:.1f}, g {g:.1f}, dA {dA:.1f}".format(**row["partials_percent"])
         lines += [
@@ -43,9 +43,9 @@ def table(found: dict) -> str:
         for name, form in row["forms"].items():
             numbers = "{forward:>9.1f}{backward:>10.1f}{both:>8.1f}".format(**form["percent"])
             lines.append(f"  {name:<49}{numbers}{form['saved_bytes'] / 1e6:>10.1f}")
-    title = "MODELLED at {} x {} x {}, rank {}".format(*ASKED)
-    lines.append(f"\n{title:<51}{'asked':>9}{'modelled':>10}")
-    lines += [f"  {what:<49}{asked:>9}{value:>10.2f}" for what, asked, value in found["acceptance"]]
+    title = "MODELLED at {} x {} x {}, rank {}".format(*TARGET_LAYER)
+    lines.append(f"\n{title:<51}{'target':>9}{'modelled':>10}")
+    lines += [f"  {what:<49}{target:>9}{value:>10.2f}" for what, target, value in model["targets"]]
     return "\n".join(lines) + "\n"
 
 
@@ -54,13 +54,13 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--device", choices=DEVICES, default="h100")
     parser.add_argument("--write", action="store_true", help="to bench/results/modelled, or to $OUT")
     args = parser.parse_args(argv)
-    found = modelled(args.device)
-    print(table(found), end="")
+    model = modelled(args.device)
+    print(table(model), end="")
     if args.write:
         folder = output("modelled")
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / f"{args.device}.txt").write_text(table(found))
-        (folder / f"{args.device}.json").write_text(json.dumps(found, indent=1) + "\n")
+        (folder / f"{args.device}.txt").write_text(table(model))
+        (folder / f"{args.device}.json").write_text(json.dumps(model, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
-"""MODELLED, not measured: what a MiCA layer would cost on a GPU not at hand.
+"""MODELLED, not measured: what a MiCA layer would cost on a GPU that is not available.
 
 A roofline: a launch takes the longer of its compute and its traffic, and a gap until the next one starts.
-Matrices are bf16 and sums fp32 unless said otherwise. Assumed, besides the devices' rates:
+Matrices are bf16 and sums fp32 unless stated otherwise. Assumed, besides the devices' rates:
 
 - all operands of a launch pass through memory once. Nothing stays in the L2 cache from one launch to the next
   (harsh where M is small and all of it would); what a launch reads again, it reads from there;
@@ -24,7 +24,7 @@ BF16, FP32 = 2, 4  # bytes
 
 
 class Device(NamedTuple):
-    """Assumed rates, as achieved and not as advertised: bf16 and fp32 products (flop/s), bytes/s, s a gap."""
+    """Assumed rates, as achieved rather than advertised: bf16 and fp32 flop/s, bytes/s; gap in s."""
 
     target: str
     tensor: float
@@ -42,7 +42,7 @@ DEVICES = {
 
 
 class Layer(NamedTuple):
-    """x (m×k), W (n×k), A (rank×k), B (n×rank); the share of the vendor's speed that our own GEMM has."""
+    """x (m×k), W (n×k), A (rank×k), B (n×rank); our own GEMM's share of the vendor's speed."""
 
     m: int
     n: int
@@ -53,7 +53,7 @@ class Layer(NamedTuple):
 
 
 class Kernel(NamedTuple):
-    """One launch. ``partials``: bytes of partial sums, written and read again, on top of ``bytes``."""
+    """One launch. ``partials``: bytes of partial sums, written and read again, in addition to ``bytes``."""
 
     bytes: int
     flops: float = 0.0
@@ -79,13 +79,13 @@ class Cost(NamedTuple):
 
 
 def gemm(m: int, n: int, k: int, size: int = BF16, adds: bool = False) -> Kernel:
-    """The vendor's: reads m×k and k×n, writes m×n; where it adds to what is there, it reads that too."""
+    """The vendor's: reads m×k and k×n, writes m×n; where it accumulates, it reads that too."""
     numbers = m * k + k * n + m * n * (2 if adds else 1)
     return Kernel(size * numbers, 2.0 * m * n * k, "tensor" if size == BF16 else "fp32")
 
 
 def elementwise(numbers: int, *sizes: int) -> Kernel:
-    """Reads and writes one matrix of ``numbers`` numbers for each size (bytes a number)."""
+    """Reads and writes one matrix of ``numbers`` numbers for each size (bytes per number)."""
     return Kernel(numbers * sum(sizes))
 
 
@@ -106,7 +106,7 @@ def grad_a(m: int, k: int, rank: int, target: str) -> Kernel:
 
 
 def _partials(length: int, block: int, tiles: int, columns: int, result: int) -> int:
-    """Bytes written and read again by a sum over ``length`` whose result has so many numbers."""
+    """Bytes written and read again by a sum over ``length`` with ``result`` numbers."""
     _, splits = split_evenly(length, block, tiles, columns, BF16)
     return 2 * FP32 * splits * result if splits > 1 else 0
 
@@ -124,7 +124,7 @@ def fused_linear(m: int, n: int, k: int, rows: int, speed: float) -> Kernel:
 
 
 def bare(layer: Layer) -> Cost:
-    """x Wᵀ, and dx = dy W: nothing is kept, W being frozen."""
+    """x Wᵀ, and dx = dy W: nothing is saved, since W is frozen."""
     m, n, k = layer[:3]
     return Cost([gemm(m, n, k)], [gemm(m, k, n)], 0)
 
@@ -156,7 +156,7 @@ def aten(layer: Layer) -> Cost:
 
 
 def stock(layer: Layer, size: int) -> Cost:
-    """PEFT's result + lora_B(lora_A(x))·scaling, adapters of ``size`` bytes a number; casts if not bf16."""
+    """PEFT's result + lora_B(lora_A(x))·scaling, adapters of ``size`` bytes per number; casts if not bf16."""
     m, n, k, rank = layer[:4]
 
     def cast(numbers: int) -> list[Kernel]:
@@ -214,7 +214,7 @@ FORMS: dict[str, Callable[[Layer], Cost]] = {
     STOCK_16: partial(stock, size=BF16),
     STOCK: partial(stock, size=FP32),
 }
-ASKED = (8192, 4096, 4096, 16)  # m, n, k, rank
+TARGET_LAYER = (8192, 4096, 4096, 16)  # m, n, k, rank
 
 
 def compare(layer: Layer, device: Device) -> dict:
@@ -234,12 +234,12 @@ def compare(layer: Layer, device: Device) -> dict:
     return {**layer._asdict(), **shared, "forms": forms}
 
 
-def acceptance(device: Device) -> list[tuple[str, str, float]]:
-    """What is asked of a GPU for the layer `ASKED`: (what, asked, modelled)."""
-    forms = compare(Layer(*ASKED, device.target), device)["forms"]
+def targets(device: Device) -> list[tuple[str, str, float]]:
+    """The targets on a GPU for the layer `TARGET_LAYER`: (what, target, modelled)."""
+    forms = compare(Layer(*TARGET_LAYER, device.target), device)["forms"]
     percent, us = forms[SPLIT]["percent"], {name: form["us"]["both"] for name, form in forms.items()}
-    rivals = {STOCK_16: 1.15, STOCK: 1.6, CONTROL: 0.98}
-    ratios = [(f"{name} / split, both", f">= {low}", us[name] / us[SPLIT]) for name, low in rivals.items()]
+    baselines = {STOCK_16: 1.15, STOCK: 1.6, CONTROL: 0.98}
+    ratios = [(f"{name} / split, both", f">= {low}", us[name] / us[SPLIT]) for name, low in baselines.items()]
     return [
         ("split, forward, %", "<= 28", percent["forward"]),
         ("split, backward, %", "<= 35", percent["backward"]),

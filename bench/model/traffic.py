@@ -52,7 +52,7 @@ BLOCKS = {  # from the models' published configurations
 
 
 def bare(group: Group) -> int:
-    """y_i = x W_iᵀ; dx = dy_i W_i in a tensor a layer, which autograd adds up."""
+    """y_i = x W_iᵀ; dx = dy_i W_i in one tensor per layer, which autograd adds up."""
     m, k, outs, _ = group
     x = BF16 * m * k
     products = sum(2 * (x + BF16 * n * k + BF16 * m * n) for n in outs)
@@ -60,7 +60,7 @@ def bare(group: Group) -> int:
 
 
 def ungrouped(group: Group) -> int:
-    """Layer by layer: every adapter reads x for its h and for its dA, and updates a dx of its own."""
+    """Layer by layer: every adapter reads x for its h and for its dA, and updates its own dx."""
     m, k, outs, rank = group
     x, h, A = BF16 * m * k, BF16 * m * rank, FP32 * rank * k
     total = bare(group)
@@ -72,7 +72,7 @@ def ungrouped(group: Group) -> int:
 
 
 def grouped(group: Group) -> int:
-    """Once a group: one product makes all h, one all dA, one updates dx. The GEMMs sum dx."""
+    """Once per group: one product makes all h, one all dA, one updates dx. The GEMMs sum dx."""
     m, k, outs, rank = group
     count = len(outs)
     x, h, A = BF16 * m * k, BF16 * m * rank, FP32 * rank * k

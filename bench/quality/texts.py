@@ -1,21 +1,21 @@
 """The texts of `bench.quality`: two that SmolLM2 cannot have seen, and two that it knows.
 
 *New facts* are invented here: people who do not exist, each with a home town, a trade, an instrument and an
-animal. Every fact is stated in `STATEMENTS` phrasings for training and asked in others for validation and
-for the test. What counts is how likely the right answer is among all answers of its attribute, each of which
-is right for as many people as any other. That is knowledge and not style: a model that has learned which
-answers there are, and how such sentences go, still guesses. Code invents the facts, so no crawl has them.
+animal. Every fact is stated in `STATEMENTS` phrasings for training and queried in others for validation and
+for the test. What counts is how likely the right answer is among all answers to its attribute, each of which
+is right for equally many people. That is knowledge and not style: a model that has learned the possible
+answers, and the form of such sentences, still guesses. Code invents the facts, so no crawl has them.
 
 *New prose* is what people wrote after SmolLM2's training (it was released in November 2024): paragraphs of
 the docstrings of those models that came into transformers in 2025 or later, by their copyright line. The
-package is there already, its prose is technical English, and new words stand in it. A paragraph stays only
+package is installed anyway, and its prose is technical English with new words. A paragraph stays only
 if it shares no run of `RUN` words with the docstrings of older models or with a paragraph before it; so no
-such run of a held-out document is in training. Documents, one a model, are trained on or held out whole.
+such run in a held-out document is in training. Documents, one per model, are trained on or held out whole.
 
-*Known text*, for what is forgotten: the reference manual of the Python language, in the standard library,
+*Known text*, to measure forgetting: the reference manual of the Python language, in the standard library,
 and `KNOWN`, sentences of general knowledge, measured like the new facts and far from the new prose.
 
-Nothing is downloaded, no text of others is in the repository, and all is a function of the installed
+Nothing is downloaded, no third-party text is in the repository, and everything is a function of the installed
 versions: `bench.quality` records these and a SHA-256 of every text.
 """
 
@@ -36,7 +36,7 @@ from mica.demo import python_reference_text
 from mica.errors import UsageError
 
 MODELS = Path(transformers.models.__path__[0])
-KNOWN_CHARACTERS = 200_000  # of the reference manual: far more than the blocks that are measured
+KNOWN_CHARACTERS = 200_000  # of the reference manual: far more than is measured
 RUN = 8  # words: shorter runs are idiom ("of the same length as the number of ..."), longer ones are copies
 BATCH = {"facts": 3, "prose": 1}  # blocks
 SHARES = {"validation": 0.1, "held_out": 0.25}  # of the documents of new prose
@@ -49,7 +49,7 @@ class Fact(NamedTuple):
 
 
 class Probe(NamedTuple):
-    """What is shown, what must follow, and what else might, each with its leading space."""
+    """A prompt, the answer that must follow, and the other possible ones, with their leading spaces."""
 
     prompt: str
     answer: str
@@ -65,7 +65,7 @@ class Attribute(NamedTuple):
     held_out: tuple[str, str]
 
 
-# The person always comes before the answer: what was learned in the other direction is not found in this one.
+# The person always precedes the answer: what is learned in one direction is not recalled in the other.
 ATTRIBUTES = {
     "home": Attribute(
         ("Lisbon", "Oslo", "Dublin", "Cairo", "Lima", "Kyoto", "Havana", "Prague"),
@@ -113,7 +113,7 @@ ATTRIBUTES = {
     ),
 }
 STATEMENTS, NUM_ANSWERS = 4, 8  # of every attribute
-NAMES = (  # of few tokens: the steps are few, too
+NAMES = (  # of few tokens, since the steps are few, too
     *("Velma", "Quillo", "Corvin", "Sandor", "Brunwald", "Lodric", "Fenwa", "Ignato", "Kasimir", "Ulmer"),
     *("Marta", "Gilda", "Boaz", "Zara", "Magnus", "Enid", "Hilda", "Petra", "Edna", "Silas", "Nils", "Una"),
     *("Mabel", "Theo"),
@@ -144,50 +144,50 @@ Antibiotics are used to treat infections caused by| bacteria; Once upon a| time
 
 
 def known() -> list[Probe]:
-    """The sentences of `KNOWN`, each up to the word that must follow."""
+    """The sentences of `KNOWN`, each split before the word that must follow."""
     return [Probe(*sentence.split("|")) for sentence in re.split(r";\s", KNOWN.strip())]
 
 
 def invent(people: int, seed: int = 0) -> list[Fact]:
-    """One fact an attribute for each of ``people`` invented people."""
+    """One fact per attribute for each of ``people`` invented people."""
     rng = random.Random(seed)
     if people % NUM_ANSWERS or not 0 < people <= len(NAMES):  # every answer as often as any other
         raise UsageError(f"--people {people}: a multiple of {NUM_ANSWERS}, at most {len(NAMES)}")
     persons = rng.sample(NAMES, people)
-    found = []
+    facts = []
     for attribute, (answers, *_) in ATTRIBUTES.items():
         dealt = [*answers] * (people // NUM_ANSWERS)
         rng.shuffle(dealt)
-        found += [Fact(*fact) for fact in zip(persons, [attribute] * people, dealt, strict=True)]
-    return found
+        facts += [Fact(*fact) for fact in zip(persons, [attribute] * people, dealt, strict=True)]
+    return facts
 
 
 def statements(facts: list[Fact], rounds: int) -> list[str]:
     """``rounds`` times every fact, in another phrasing and in another order each time.
 
-    Were one text repeated, a model would learn its order by heart and tell an answer by the sentence before;
-    and were one fact twice in a block, it would copy.
+    If a text were repeated, a model would memorise its order and infer an answer from the preceding sentence;
+    if a fact were in a block twice, it would copy.
     """
-    rng, found = random.Random(0), []
+    rng, lines = random.Random(0), []
     for number in range(rounds):
         if number % STATEMENTS == 0:
             orders = {fact: rng.sample(range(STATEMENTS), STATEMENTS) for fact in facts}
         for fact in rng.sample(facts, len(facts)):
             template = ATTRIBUTES[fact.attribute].statements[orders[fact][number % STATEMENTS]]
-            found.append(template.format(person=fact.person, answer=fact.answer))
-    return found
+            lines.append(template.format(person=fact.person, answer=fact.answer))
+    return lines
 
 
 def probes(facts: list[Fact], part: str) -> list[Probe]:
     """Questions about every fact, in phrasings of ``part`` ("validation": one, "held_out": two) that no
     training text has."""
-    found = []
+    questions = []
     for fact in facts:
         attribute = ATTRIBUTES[fact.attribute]
         others = tuple(f" {other}" for other in attribute.answers if other != fact.answer)
         for template in (attribute.validation,) if part == "validation" else attribute.held_out:
-            found.append(Probe(template.format(person=fact.person), f" {fact.answer}", others))
-    return found
+            questions.append(Probe(template.format(person=fact.person), f" {fact.answer}", others))
+    return questions
 
 
 def word_runs(text: str) -> set[tuple[str, ...]]:
@@ -197,9 +197,9 @@ def word_runs(text: str) -> set[tuple[str, ...]]:
 
 
 def new_prose(folder: Path = MODELS) -> dict[str, str]:
-    """Name of a model -> paragraphs of its docstrings, of those that came to transformers since 2025.
+    """Name of a model -> paragraphs of its docstrings, for models added to transformers since 2025.
 
-    ``folder``: that of ``transformers.models``, one folder a model. Paragraphs that describe an argument,
+    ``folder``: that of ``transformers.models``, one folder per model. Paragraphs that describe an argument,
     show code or are short are left out, and those that are copies (see the module).
     """
     seen: set[tuple[str, ...]] = set()
@@ -267,15 +267,15 @@ def blocks(tokenizer, texts: list[str], length: int, limit: int | None = None) -
     count = len(stream) // length
     if not count:
         raise UsageError(f"{len(stream)} tokens of text, {length} needed for a block")
-    found = torch.tensor(stream[: count * length]).view(count, length)
+    rows = torch.tensor(stream[: count * length]).view(count, length)
     if limit is None or count <= limit:
-        return found
-    return found[torch.linspace(0, count - 1, limit).round().long()]
+        return rows
+    return rows[torch.linspace(0, count - 1, limit).round().long()]
 
 
-class Asked(NamedTuple):
-    """Probes as tokens. ``tokens`` (num_probes, longest) int64, filled up with zeros on the right, where a
-    causal model does not look; ``is_answer`` (num_probes, longest) bool marks what must be predicted.
+class TokenisedProbes(NamedTuple):
+    """``tokens`` (num_probes, longest) int64, padded with zeros on the right, where a causal model does not
+    look; ``is_answer`` (num_probes, longest) bool marks what must be predicted.
     ``candidates`` (num_probes, num_answers) int64: first tokens of the right answer and of all others."""
 
     tokens: torch.Tensor
@@ -283,8 +283,8 @@ class Asked(NamedTuple):
     candidates: torch.Tensor
 
 
-def ask(tokenizer, probes: list[Probe]) -> Asked:
-    """Prompts and answers, tokenised apart, so that an answer's tokens never depend on what is asked.
+def tokenise(tokenizer, probes: list[Probe]) -> TokenisedProbes:
+    """Prompts and answers are tokenised separately, so that an answer's tokens never depend on its prompt.
 
     Raises UsageError if two answers to one question start with the same token.
     """
@@ -304,21 +304,21 @@ def ask(tokenizer, probes: list[Probe]) -> Asked:
         firsts.append([answer[0], *(ids_of(other)[0] for other in probe.others)])
         if len(set(firsts[-1])) < len(firsts[-1]):
             raise UsageError("the tokenizer begins two answers to one question with the same token")
-    return Asked(tokens, is_answer, torch.tensor(firsts))
+    return TokenisedProbes(tokens, is_answer, torch.tensor(firsts))
 
 
 class Texts(NamedTuple):
-    """All tokens of a run. ``train``: a tensor a kind of text, (num_blocks, length) int64, of which a batch
-    has `BATCH` blocks; ``prose``: blocks by name; ``asked``: probes by name. ``about``: size and SHA-256."""
+    """All tokens of a run. ``train``: one tensor per kind of text, (num_blocks, length) int64, of which a
+    batch has `BATCH` blocks; ``prose``: blocks by name; ``probes`` by name; ``about``: size and SHA-256."""
 
     train: dict[str, torch.Tensor]
     prose: dict[str, torch.Tensor]
-    asked: dict[str, Asked]
+    probes: dict[str, TokenisedProbes]
     about: dict[str, dict[str, int | str]]
 
 
 def gather(tokenizer, people: int, length: int, steps: int, eval_blocks: int, folder: Path = MODELS) -> Texts:
-    """Build all texts; the facts are stated as often as ``steps`` steps have room for.
+    """Build all texts; the facts are stated as often as fits in ``steps`` steps.
 
     ``eval_blocks``: blocks of each prose text that is only measured; validation has half.
     """
@@ -331,19 +331,19 @@ def gather(tokenizer, people: int, length: int, steps: int, eval_blocks: int, fo
         "reference": [python_reference_text()[:KNOWN_CHARACTERS]],
     }
     limits = {"prose, validation": max(1, eval_blocks // 2), "prose, train": None, "facts, train": None}
-    prose, asked, about = {}, {}, {}
+    prose, tokenised, about = {}, {}, {}
     for name, texts in sources.items():
         prose[name] = blocks(tokenizer, texts, length, limits.get(name, eval_blocks))
         about[name] = {"tokens": prose[name].numel(), "sha256": _digest(texts)}
     questions = {f"facts, {part}": probes(facts, part) for part in ("validation", "held_out")}
     for name, rows in {**questions, "known facts": known()}.items():
-        asked[name] = ask(tokenizer, rows)
+        tokenised[name] = tokenise(tokenizer, rows)
         texts = [probe.prompt + probe.answer for probe in rows]
-        about[name] = {"tokens": int(asked[name].is_answer.sum()), "sha256": _digest(texts)}
+        about[name] = {"tokens": int(tokenised[name].is_answer.sum()), "sha256": _digest(texts)}
     train = {name: prose.pop(f"{name}, train") for name in BATCH}
-    return Texts(train, prose, asked, about)
+    return Texts(train, prose, tokenised, about)
 
 
 def _digest(texts: list[str]) -> str:
-    """SHA-256 of texts, each ended by a zero byte."""
+    """SHA-256 of texts, each followed by a zero byte."""
     return sha256(b"".join(text.encode() + b"\0" for text in texts)).hexdigest()

@@ -17,7 +17,7 @@ from transformers import get_cosine_schedule_with_warmup
 
 import mica.fast
 from bench.measure.memory import optimizer_bytes, saved_bytes
-from bench.quality.texts import BATCH, Asked, Texts
+from bench.quality.texts import BATCH, Texts, TokenisedProbes
 
 # For all methods. `warm_up`: share of the steps; `scaling`: lora_alpha over the rank, at every rank.
 FIXED = {"weight_decay": 0.0, "warm_up": 0.1, "max_grad_norm": 1.0, "scaling": 1.0}
@@ -36,7 +36,7 @@ class Method:
 
 
 class Candidate:
-    """A method's model, to be trained again and again from the same start.
+    """A method's model, to be trained repeatedly from the same start.
 
     Adapters: a frozen ``base`` in its own dtype under PEFT's default fp32 adapter, scaling 1. Full
     fine-tuning: the same weights in fp32, under bf16 autocast where ``base`` is bf16.
@@ -66,10 +66,10 @@ class Candidate:
         self.model.config.use_cache = False
         self.trained = [p for p in self.model.parameters() if p.requires_grad]
         self._initial = [p.detach().clone() for p in self.trained]
-        self.optimizer_bytes = self.saved_bytes = 0  # known once it was trained
+        self.optimizer_bytes = self.saved_bytes = 0  # known after training
 
     def restart(self, seed: int) -> None:
-        """Back to the start: LoRA's A is drawn anew by ``seed``, all else has the same values as ever."""
+        """Back to the start: LoRA's A is redrawn by ``seed``, everything else has its initial values."""
         if self.method.kind == "lora":
             torch.manual_seed(seed)
             for module in self.model.modules():
@@ -101,14 +101,14 @@ def adapter_sizes(base) -> tuple[int, int]:
 
 def same_size_rank(rank: int, mica_size: int, lora_size: int) -> int:
     """The LoRA rank, at least 1, whose trained parameters are closest to those of MiCA at ``rank``."""
-    wanted = rank * mica_size
-    below = max(1, wanted // lora_size)
-    return min(below, below + 1, key=lambda r: abs(r * lora_size - wanted))
+    size = rank * mica_size
+    below = max(1, size // lora_size)
+    return min(below, below + 1, key=lambda r: abs(r * lora_size - size))
 
 
 def batches(train: dict[str, torch.Tensor], steps: int, seed: int) -> Iterator[torch.Tensor]:
     """``steps`` batches, (sum of `BATCH`, length) int64: `BATCH` blocks of every text, each text in random
-    order and anew once all its blocks were seen."""
+    order and reshuffled once all its blocks were seen."""
     generator = torch.Generator().manual_seed(seed)
     drawn = []
     for name, blocks in train.items():
@@ -123,13 +123,13 @@ def train(candidate: Candidate, texts: Texts, rate: float, steps: int, seed: int
     """One training run: AdamW without weight decay, linear warm-up, cosine decay, gradients clipped.
 
     Returns the loss (nats per token) and the seconds of every step; a loss that is not finite ends the run
-    and is named under "diverged".
+    and is noted under "diverged".
     """
     candidate.restart(seed)
     model = candidate.model.train()
     optimizer = torch.optim.AdamW(candidate.trained, lr=rate, weight_decay=FIXED["weight_decay"])
     schedule = get_cosine_schedule_with_warmup(optimizer, math.ceil(FIXED["warm_up"] * steps), steps)
-    found: dict = {"rate": rate, "seed": seed, "diverged": None, "losses": [], "seconds": []}
+    run: dict = {"rate": rate, "seed": seed, "diverged": None, "losses": [], "seconds": []}
 
     def forward(batch):
         with candidate.autocast():
@@ -142,51 +142,52 @@ def train(candidate: Candidate, texts: Texts, rate: float, steps: int, seed: int
             start = time.perf_counter()
             loss = forward(batch)
             if not math.isfinite(value := loss.item()):
-                found["diverged"] = f"training loss {value} at step {step + 1}"
-                return found
+                run["diverged"] = f"training loss {value} at step {step + 1}"
+                return run
             loss.backward()
             torch.nn.utils.clip_grad_norm_(candidate.trained, FIXED["max_grad_norm"])
             optimizer.step()
             schedule.step()
             optimizer.zero_grad(set_to_none=True)
-            found["seconds"].append(round(time.perf_counter() - start, 4))
-            found["losses"].append(value)
+            run["seconds"].append(round(time.perf_counter() - start, 4))
+            run["losses"].append(value)
     candidate.optimizer_bytes = optimizer_bytes(optimizer)
-    return found
+    return run
 
 
 @torch.no_grad()
 def evaluate(model, texts: Texts, autocast=nullcontext, context=nullcontext) -> dict[str, float]:
-    """Every loss in nats per token. Of probes, "NAME" is the loss of the answer and "NAME, recalled" the
-    share all of whose answer is most likely. Where there are other answers: "NAME, among answers" is the loss
-    of the right one when only these are possible, "NAME, picked" the share where it is the likeliest."""
+    """Every loss in nats per token. For probes, "NAME" is the loss of the answer and "NAME, recalled" the
+    share whose whole answer is the likeliest. With other answers: "NAME, among answers" is the loss of the
+    right one when only these are possible, "NAME, picked" the share where it is the likeliest of them."""
     was_training = model.training
     model.eval()
-    found = {}
+    losses = {}
     with context(), autocast():
         for name, blocks in texts.prose.items():
-            losses = [model(input_ids=b, labels=b).loss.double().item() for b in blocks.split(1)]
-            found[name] = sum(losses) / len(losses)  # blocks are of one length
-        for name, asked in texts.asked.items():
-            found |= {f"{name}{ending}": value for ending, value in _answers(model, asked).items()}
+            each = [model(input_ids=b, labels=b).loss.double().item() for b in blocks.split(1)]
+            losses[name] = sum(each) / len(each)  # all blocks have the same length
+        for name, probes in texts.probes.items():
+            losses |= {f"{name}{ending}": value for ending, value in probe_losses(model, probes).items()}
     model.train(was_training)
-    return found
+    return losses
 
 
-def _answers(model, asked: Asked) -> dict[str, float]:
+def probe_losses(model, probes: TokenisedProbes) -> dict[str, float]:
+    """Ending of the name, see `evaluate` -> value."""
     loss, among = torch.zeros((), dtype=torch.float64), torch.zeros((), dtype=torch.float64)
     recalled = picked = 0
-    for tokens, is_answer, candidates in zip(*(one.split(PROBE_BATCH) for one in asked), strict=True):
+    for tokens, is_answer, candidates in zip(*(one.split(PROBE_BATCH) for one in probes), strict=True):
         logits = model(input_ids=tokens).logits[:, :-1]  # (num_probes, longest - 1, vocab_size)
-        marked, wanted = is_answer[:, 1:], tokens[:, 1:]
-        loss += cross_entropy(logits[marked].float(), wanted[marked], reduction="sum")
-        recalled += ((logits.argmax(-1) == wanted) | ~marked).all(1).sum().item()
+        marked, labels = is_answer[:, 1:], tokens[:, 1:]
+        loss += cross_entropy(logits[marked].float(), labels[marked], reduction="sum")
+        recalled += ((logits.argmax(-1) == labels) | ~marked).all(1).sum().item()
         first = marked.int().argmax(1)  # where the first token of the answer is predicted
         scores = logits[torch.arange(len(tokens)), first].gather(1, candidates).float()
         among += cross_entropy(scores, torch.zeros(len(tokens), dtype=torch.int64), reduction="sum")
         picked += (scores[:, :1] > scores[:, 1:]).all(1).sum().item()
-    count = len(asked.tokens)
-    found = {"": loss.item() / asked.is_answer.sum().item(), ", recalled": recalled / count}
-    if asked.candidates.shape[1] > 1:
-        found |= {", among answers": among.item() / count, ", picked": picked / count}
-    return found
+    count = len(probes.tokens)
+    losses = {"": loss.item() / probes.is_answer.sum().item(), ", recalled": recalled / count}
+    if probes.candidates.shape[1] > 1:
+        losses |= {", among answers": among.item() / count, ", picked": picked / count}
+    return losses

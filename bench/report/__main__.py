@@ -1,4 +1,4 @@
-"""``python -m bench.report FILE``: the report of a result, or of the journal of a run that broke off."""
+"""``python -m bench.report FILE``: the report of a result, or of the journal of an interrupted run."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ NO_MATPLOTLIB = "There are no pictures: matplotlib is not installed."
 
 
 def load(file: Path) -> tuple[Result, Path]:
-    """The result and its file. A journal is folded into one, with the machine of the one that is there."""
+    """The result and its file. A journal is folded into one, with the machine of an existing result file."""
     if file.suffix != ".jsonl":
         return Result.load(file), file
     entries, file = journal.read(file), file.with_suffix(".json")
@@ -23,7 +23,7 @@ def load(file: Path) -> tuple[Result, Path]:
 
 
 def write(file: Path, with_pictures: bool = True) -> str:
-    """Draw the pictures and write the report beside the result file; returns the report."""
+    """Draw the pictures and write the report next to the result file; returns the report."""
     result, file = load(file)
     pictures, note = [], ""
     if with_pictures:

@@ -1,14 +1,14 @@
-"""Two runs of the benchmarks: ``python -m bench.report.compare OLD.json NEW.json`` says what became slower.
+"""Compares two runs: ``python -m bench.report.compare OLD.json NEW.json`` reports what became slower.
 
-Machines drift, and so do their neighbours; what is compared is each rival's ratio to a baseline of its own
-run, round by round, never seconds. A ratio changed if its two intervals do not overlap and the median moved
-by more than the tolerance. Both, because chance separates intervals, too: with equal truth and 5 rounds each
-in 1 of 126 ratios, with 3 rounds in 1 of 10, by about the noise of a round. In simulated runs with noise of
-3 % uniform, 5 % of tolerance called 13 of 1600 unchanged ratios slower with 3 rounds and none with 5: a lone
-regression asks for a second run. A change that disappears in a wide interval is not seen.
+Machines drift, and so does their load, so what is compared is each implementation's ratio to a baseline of
+the same run, round by round, never seconds. A ratio changed if its two intervals do not overlap and the
+median moved by more than the tolerance. Both, because chance separates intervals, too: with equal truth and 5
+rounds each in 1 of 126 ratios, with 3 rounds in 1 of 10, by about the noise of a round. In simulated runs
+with noise of 3 % uniform, 5 % of tolerance called 13 of 1600 unchanged ratios slower with 3 rounds and none
+with 5: confirm a lone regression by a second run. A change within a wide interval is not seen.
 
-What is slower, needs more memory or is refused now, and is ours, is a regression. Ratios of other rivals only
-tell that the baseline or the machine behaves differently.
+What is slower, needs more memory or is refused now, and is ours, is a regression. Ratios of the other
+implementations only show that the baseline or the machine behaves differently.
 
 Exit status: 0 no regression, 1 regressions, 2 there is nothing to compare.
 """
@@ -27,27 +27,27 @@ from bench.report.markdown import ONE_PROCESS, markdown_table
 from bench.results.names import BARE, COPY, FAST, LORA, STOCK, SVD, SVD_TALL, UNGROUPED
 from bench.results.schema import Group, Ratio, Result, is_refused
 
-# The first two where they are there; else the first of the others that is.
+# The first two where the group has them, else the first of the others that it has
 BASELINES, OTHER_BASELINES = (STOCK, BARE), (SVD, SVD_TALL, LORA, UNGROUPED, ONE_PROCESS, COPY)
 OURS = (FAST, "minor_subspace")
-# Bytes that are counted repeat to the byte, and may grow by this factor. A process's peak does not: that of
-# the bare model's step differed by a factor of 1.9 between two runs.
+# Counted bytes are reproducible, and may grow by this factor. A process's peak is not: that of the bare
+# model's step differed by a factor of 1.9 between two runs.
 MEMORY, GROWTH = "saved_mb", 1.01
-# What must be equal, and what is told where it differs.
+# What must be equal, and what is reported where it differs
 _MACHINE = ("cpu", "device", "threads", "bf16 instructions")
 _CIRCUMSTANCES = (*_MACHINE, "python", "torch", "peft", "transformers", "triton", "size")
 
 
 class UnusableError(Exception):
-    """Nothing can be said of these files; the message is one sentence."""
+    """These files cannot be compared; the message is one sentence."""
 
 
 class Change(NamedTuple):
-    """``factor``: new ÷ old. ``against``: the baseline's name, or what of the memory."""
+    """``factor``: new ÷ old. ``against``: the baseline, or which memory."""
 
     factor: float
     cell: str
-    rival: str
+    implementation: str
     against: str
     old: str
     new: str
@@ -65,111 +65,117 @@ class Comparison:
     ratios: int = 0
     agreeing: int = 0
 
-    def add(self, change: Change, is_of_ours: bool) -> None:
-        kind = self.moved if not is_of_ours else self.slower if change.factor > 1 else self.faster
-        kind.append(change)
+    def add(self, group: Group, name: str, factor: float, *details: str) -> None:
+        kind = self.moved if not is_ours(group, name) else self.slower if factor > 1 else self.faster
+        kind.append(Change(factor, group.name, name, *details))
 
 
-def is_ours(group: Group, rival: str) -> bool:
-    """Beside a copy stand configurations of our kernels."""
-    return rival.startswith(OURS) or (COPY in group.rivals and rival != COPY)
+def is_ours(group: Group, name: str) -> bool:
+    """What is compared with a copy are configurations of our kernels."""
+    return name.startswith(OURS) or (COPY in group.timings and name != COPY)
 
 
 def ratios(group: Group) -> Iterator[tuple[str, str, Ratio]]:
-    """(rival, baseline, ratio). STOCK ÷ BARE, not the reverse as well."""
-    bases = [name for name in BASELINES if name in group.rivals]
-    bases = bases or [name for name in OTHER_BASELINES if name in group.rivals][:1]
+    """(implementation, baseline, ratio). STOCK ÷ BARE, not the reverse as well."""
+    bases = [name for name in BASELINES if name in group.timings]
+    bases = bases or [name for name in OTHER_BASELINES if name in group.timings][:1]
     for i, base in enumerate(bases):
-        for rival in group.rivals:
-            if rival not in bases[i:]:
-                yield rival, base, group.ratio(rival, base)
+        for name in group.timings:
+            if name not in bases[i:]:
+                yield name, base, group.ratio(name, base)
 
 
 def _cells(result: Result) -> dict[tuple, Group]:
-    """By their axes, where they have some: names may be reworded."""
+    """By their axes, if they have any: names may be reworded."""
     return {tuple(sorted(group.axes.items())) or (group.name,): group for group in result.groups}
 
 
 def compare(old: Result, new: Result, tolerance: float) -> Comparison:
     """Of the cells that both have; those of ours that only the old one has are listed."""
-    found, later = Comparison(), _cells(new)
+    comparison, later = Comparison(), _cells(new)
     for key, before in _cells(old).items():
         after = later.get(key, Group(before.name, before.axes))
-        for rival in before.rivals:
-            if rival in after.rivals:
-                _memory(found, before, after, rival)
-            elif is_ours(before, rival):
-                whys = [one["why"] for one in new.refused if is_refused(one, before.name, rival)]
-                cell = f"{before.name}, {rival}"
-                found.refused.append(f"{cell}: {whys[0]}") if whys else found.missing.append(cell)
-        _times(found, before, after, tolerance)
-    found.faster.sort()
-    found.slower.sort(reverse=True)
-    found.moved.sort(reverse=True)
-    return found
+        for name in before.timings:
+            if name in after.timings:
+                _memory(comparison, before, after, name)
+            elif is_ours(before, name):
+                whys = [one["why"] for one in new.refused if is_refused(one, before.name, name)]
+                cell = f"{before.name}, {name}"
+                if whys:
+                    comparison.refused.append(f"{cell}: {whys[0]}")
+                else:
+                    comparison.missing.append(cell)
+        _times(comparison, before, after, tolerance)
+    comparison.faster.sort()
+    comparison.slower.sort(reverse=True)
+    comparison.moved.sort(reverse=True)
+    return comparison
 
 
-def _times(found: Comparison, before: Group, after: Group, tolerance: float) -> None:
-    new_ratios = {(rival, base): ratio for rival, base, ratio in ratios(after)}
-    for rival, base, old in ratios(before):
-        if (new := new_ratios.get((rival, base))) is None:
-            if rival in after.rivals and is_ours(before, rival):
-                found.missing.append(f"{before.name}, {rival} ÷ {base}")
+def _times(comparison: Comparison, before: Group, after: Group, tolerance: float) -> None:
+    new_ratios = {(name, base): ratio for name, base, ratio in ratios(after)}
+    for name, base, old in ratios(before):
+        if (new := new_ratios.get((name, base))) is None:
+            if name in after.timings and is_ours(before, name):
+                comparison.missing.append(f"{before.name}, {name} ÷ {base}")
             continue
-        found.ratios += 1
-        found.agreeing += old.overlaps(new)
+        comparison.ratios += 1
+        comparison.agreeing += old.overlaps(new)
         factor = new.median / old.median
         if not old.overlaps(new) and max(factor, 1 / factor) > 1 + tolerance:
-            change = Change(factor, before.name, rival, f"÷ {base}", str(old), str(new))
-            found.add(change, is_ours(before, rival))
+            comparison.add(before, name, factor, f"÷ {base}", str(old), str(new))
 
 
-def _memory(found: Comparison, before: Group, after: Group, rival: str) -> None:
-    old, new = (group.rivals[rival].facts.get(MEMORY) for group in (before, after))
+def _memory(comparison: Comparison, before: Group, after: Group, name: str) -> None:
+    old, new = (group.timings[name].facts.get(MEMORY) for group in (before, after))
     if old is not None and new is not None and not old / GROWTH <= new <= old * GROWTH:
-        factor = new / old if old else inf
-        change = Change(factor, before.name, rival, MEMORY, f"{old:.4g}", f"{new:.4g}")
-        found.add(change, is_ours(before, rival))
+        comparison.add(before, name, new / old if old else inf, MEMORY, f"{old:.4g}", f"{new:.4g}")
 
 
 def load(path: Path) -> Result:
-    """Checked as far as `compare` needs it."""
+    """Validated as far as `compare` needs it."""
     try:
         result = Result.load(path)
-        rounds = [{len(rival.seconds) for rival in group.rivals.values()} for group in result.groups]
+        rounds = [{len(timing.seconds) for timing in group.timings.values()} for group in result.groups]
         result.machine.get("cpu")
     except OSError as error:
         raise UnusableError(f"{path} cannot be read: {error.strerror}.") from error
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UnusableError(f"{path} is no result of a run ({type(error).__name__}: {error}).") from error
+        raise UnusableError(
+            f"{path} is not the result of a run ({type(error).__name__}: {error})."
+        ) from error
     for group, counts in zip(result.groups, rounds, strict=True):
         if len(counts) > 1 or 0 in counts:
-            raise UnusableError(f"{path} has rivals of different numbers of rounds in {group.name!r}.")
+            raise UnusableError(
+                f"{path} has implementations of different numbers of rounds in {group.name!r}."
+            )
     return result
 
 
-def text(found: Comparison, old: Result, new: Result) -> str:
+def text(comparison: Comparison, old: Result, new: Result) -> str:
     """The report, as Markdown: regressions first, the worst on top."""
     parts = [
         f"{key}: {old.machine[key]} before, {new.machine.get(key)} now"
         for key in _CIRCUMSTANCES
         if key in old.machine and old.machine[key] != new.machine.get(key)
     ]
-    header = ["new ÷ old", "cell", "rival", "against", "old", "new"]
+    header = ["new ÷ old", "cell", "implementation", "against", "old", "new"]
     for title, changes in (
-        ("Slower, or more memory", found.slower),
-        ("Refused now", found.refused),
-        ("Faster, or less memory", found.faster),
-        ("Moved: not ours, so the baseline or the machine changed", found.moved),
-        ("Missing now", found.missing),
+        ("Slower, or more memory", comparison.slower),
+        ("Refused now", comparison.refused),
+        ("Faster, or less memory", comparison.faster),
+        ("Moved: not ours, so the baseline or the machine changed", comparison.moved),
+        ("Missing now", comparison.missing),
     ):
         lines = [f"- {one}" for one in changes if isinstance(one, str)]
-        rows = [[f"{factor:.3f}", *told] for factor, *told in changes if not lines]
+        rows = [[f"{factor:.3f}", *details] for factor, *details in changes if not lines]
         if changes:
             parts.append(f"### {title}\n\n" + ("\n".join(lines) or markdown_table(header, rows)))
-    count = len(found.slower) + len(found.refused)
+    count = len(comparison.slower) + len(comparison.refused)
     verdict = f"{count} regressions" if count else "no regression"
-    parts.append(f"{found.agreeing} of {found.ratios} ratios agree (their intervals overlap): {verdict}.")
+    parts.append(
+        f"{comparison.agreeing} of {comparison.ratios} ratios agree (their intervals overlap): {verdict}."
+    )
     return "\n\n".join(parts) + "\n"
 
 
@@ -187,14 +193,14 @@ def main(argv: list[str] | None = None) -> int:
         for what in () if args.across_machines else _MACHINE:
             if (was := old.machine.get(what)) != (now := new.machine.get(what)):
                 raise UnusableError(f"{args.new} is of another machine ({what}: {was} before, {now} there).")
-        found = compare(old, new, args.tolerance)
-        if not found.ratios and not found.refused:
+        comparison = compare(old, new, args.tolerance)
+        if not comparison.ratios and not comparison.refused:
             raise UnusableError(f"{args.new} has no ratio that {args.old} has.")
     except UnusableError as error:
         print(f"bench.report.compare: {error}", file=sys.stderr)
         return 2
-    print(text(found, old, new), end="")
-    return int(bool(found.slower or found.refused))
+    print(text(comparison, old, new), end="")
+    return int(bool(comparison.slower or comparison.refused))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""How the pictures look: SVG that reads on white and on dark pages, and repeats byte by byte.
+"""How the pictures look: SVG that reads on light and dark pages, reproducible byte by byte.
 
 The background is transparent. Text is drawn as paths, since a page's fonts are not known.
 """
@@ -27,8 +27,8 @@ STYLES = {  # colour, dashes, marker
     LORA: (OTHER, "-", "o"),
     ATEN: (VIOLET, "--", "D"),
 }
-SETTINGS = {  # whatever the user's matplotlibrc says
-    "font.family": "DejaVu Sans",  # matplotlib brings it along
+SETTINGS = {  # override the user's matplotlibrc
+    "font.family": "DejaVu Sans",  # comes with matplotlib
     "font.size": 8.5,
     "svg.fonttype": "path",
     "svg.hashsalt": "mica",
@@ -63,12 +63,12 @@ def _plain(axis, values: Iterable[float] | None = None, unit: str = "") -> None:
 
 
 def _finite(ratio: Ratio) -> Ratio:
-    """Of one round no interval is known: none is drawn."""
+    """One round has no interval: none is drawn."""
     return ratio if ratio.high < inf else Ratio(ratio.median, ratio.median, ratio.median)
 
 
 def lines(axes: Axes, series: dict[str, dict[int, Ratio]], unit: str) -> None:
-    """Over a logarithmic axis of the values measured; intervals as bands; names in the order of the ends."""
+    """Over a logarithmic axis of the measured values; intervals as bands; legend ordered by line ends."""
     axes.set_xscale("log")
     series = {
         name: {value: _finite(ratio) for value, ratio in points.items()} for name, points in series.items()
@@ -94,7 +94,7 @@ def lines(axes: Axes, series: dict[str, dict[int, Ratio]], unit: str) -> None:
 
 
 def bars(axes: Axes, factors: dict[str, Ratio]) -> None:
-    """Times faster, over a logarithmic axis: from 1, to the left of it where below, the first on top."""
+    """Speedups on a logarithmic axis: bars start at 1, to the left where below it, the first on top."""
     factors = {name: _finite(ratio) for name, ratio in factors.items()}
     for i, (middle, low, high) in enumerate(factors.values()):
         (bar,) = axes.barh(i, middle - 1, left=1, color=OURS, linewidth=0)
@@ -109,5 +109,5 @@ def bars(axes: Axes, factors: dict[str, Ratio]) -> None:
     axes.set(xscale="log", xlim=(0.8 * ends[0], 1.3 * ends[1]))
     _plain(axes.xaxis)
     axes.axvline(1, color=INK, linewidth=1, zorder=0)
-    axes.grid(visible=False)  # the numbers are written there
+    axes.grid(visible=False)  # the bars are labelled
     axes.spines["bottom"].set_visible(False)

@@ -1,7 +1,7 @@
 """The report of a result as Markdown. Every figure in it follows from the result.
 
-Ratios are of one and the same round, the rivals having taken turns: median, and in brackets an interval that
-holds the true median with 95 % (`bench.results.schema.interval`).
+Ratios are taken within a round, in which the implementations took turns: the median and, in brackets, its 95
+% confidence interval (`bench.results.schema.interval`).
 """
 
 from __future__ import annotations
@@ -10,20 +10,20 @@ from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
 
-from bench.report.answers import answers
-from bench.report.asked import demands, share_of_copy
 from bench.report.cells import by_clock, clocks, facts, ratio, whole
+from bench.report.summary import summary
+from bench.report.targets import share_of_copy, targets
 from bench.results import names
 from bench.results.names import BARE, BOTH, FAST, LORA, STOCK, UNGROUPED
 from bench.results.schema import Group, Result
 
 ONE_PROCESS = "1 process"
 BASELINES = (BARE, STOCK, names.STOCK_16, LORA, UNGROUPED, names.FLOAT32, names.SVD, ONE_PROCESS)
-# Whose overhead over the bare model the others' is compared with, too.
+# Baselines whose overhead over the bare model is compared, too
 OVERHEADS = (LORA, UNGROUPED)
 MACHINE = ("cpu", "bf16 instructions", "instructions limited to", "device", "threads")
 MACHINE += ("torch", "peft", "transformers", "triton", "bitsandbytes", "python")
-# In the tables of layers: (column, rival, baseline)
+# In the tables of layers: (column, implementation, baseline)
 LAYER_RATIOS = (
     ("stock ÷ bare", STOCK, BARE),
     ("mica.fast ÷ bare", FAST, BARE),
@@ -33,7 +33,7 @@ LAYER_RATIOS = (
     ("LoRA ÷ stock", LORA, STOCK),
     ("control ÷ stock", names.ATEN, STOCK),
 )
-DRY = "**A dry run: tiny shapes, interpreted kernels, the host's clock. Its times are no measurements.**"
+DRY = "**A dry run: tiny shapes, interpreted kernels, the host's clock. Its times are not measurements.**"
 
 
 def markdown_table(header: list[str], rows: Iterable[list[str]]) -> str:
@@ -42,34 +42,34 @@ def markdown_table(header: list[str], rows: Iterable[list[str]]) -> str:
 
 
 def group_table(group: Group) -> str:
-    """A row a rival: seconds, ratios to the baselines that are there, what was counted."""
-    present = [name for name in BASELINES if name in group.rivals and len(group.rivals) > 1]
-    overheads = [name for name in OVERHEADS if {name, BARE} <= group.rivals.keys()]
-    counted = list(dict.fromkeys(key for rival in group.rivals.values() for key in rival.facts))
+    """One row per implementation: seconds, ratios to the baselines in the group, what was counted."""
+    present = [name for name in BASELINES if name in group.timings and len(group.timings) > 1]
+    overheads = [name for name in OVERHEADS if {name, BARE} <= group.timings.keys()]
+    counted = list(dict.fromkeys(key for timing in group.timings.values() for key in timing.facts))
     titles = [*(f"÷ {name}" for name in present), *(f"overhead ÷ that of {name}" for name in overheads)]
     rows = []
-    for name, rival in group.rivals.items():
-        row = [name, f"{rival.median:.4g}", *(str(group.ratio(name, base)) for base in present)]
+    for name, timing in group.timings.items():
+        row = [name, f"{timing.median:.4g}", *(str(group.ratio(name, base)) for base in present)]
         row += [str(group.overhead(name, base) or "") for base in overheads]
-        rows.append(row + [f"{rival.facts[key]:.4g}" if key in rival.facts else "" for key in counted])
-    return f"### {group.name}\n\n" + markdown_table(["rival", "median s", *titles, *counted], rows)
+        rows.append(row + [f"{timing.facts[key]:.4g}" if key in timing.facts else "" for key in counted])
+    return f"### {group.name}\n\n" + markdown_table(["implementation", "median s", *titles, *counted], rows)
 
 
 def layer_table(result: Result, dtype: str, clock: str) -> str | None:
-    """A row a cell, forward and backward summed."""
+    """One row per cell, forward and backward summed."""
     groups = sorted(
         by_clock(result, clock).select(suite="layer", dtype=dtype, **{"pass": BOTH}),
         key=lambda one: (one.axes["out"] * one.axes["in"], one.axes["rank"], one.axes["tokens"]),
     )
     if not groups:
         return None
-    columns = [one for one in LAYER_RATIOS if any({*one[1:]} <= group.rivals.keys() for group in groups)]
+    columns = [one for one in LAYER_RATIOS if any({*one[1:]} <= group.timings.keys() for group in groups)]
     rows = []
     for group in groups:
-        axes, bare = group.axes, group.rivals.get(BARE)
+        axes, bare = group.axes, group.timings.get(BARE)
         row = [str(axes["tokens"]), f"{axes['out']} x {axes['in']}", str(axes["rank"])]
         row += [f"{1e3 * bare.median:.3g}" if bare else ""]
-        row += [str(ratio(group, rival, base) or "") for _, rival, base in columns]
+        row += [str(ratio(group, implementation, base) or "") for _, implementation, base in columns]
         saved = [facts(result, group, name).get("saved_mb") for name in (STOCK, FAST)]
         rows.append([*row, "" if None in saved else f"{saved[0]:.3g} → {saved[1]:.3g}"])
     header = ["tokens", "out x in", "r", "bare ms", *(one[0] for one in columns), "saved MB, stock → mica"]
@@ -78,22 +78,22 @@ def layer_table(result: Result, dtype: str, clock: str) -> str | None:
 
 
 def bandwidth_table(result: Result, clock: str) -> str | None:
-    """A row a kernel's configuration; its bytes are those that it must read and write."""
+    """One row per configuration of a kernel; bytes are those that it must read and write."""
     rows = []
     for group in by_clock(result, clock).select(suite="kernels"):
         axes = group.axes
         shape = f"{axes['tokens']} x {axes['features']}, r = {axes['rank']}, {axes['dtype']}"
-        for name, rival in group.rivals.items():
+        for name, timing in group.timings.items():
             count = facts(result, group, name).get("bytes")
-            row = [str(axes["kernel"]), shape, name, f"{1e6 * rival.median:.4g}"]
-            row += [f"{count / rival.median / 1e9:.4g}" if count else ""]
+            row = [str(axes["kernel"]), shape, name, f"{1e6 * timing.median:.4g}"]
+            row += [f"{count / timing.median / 1e9:.4g}" if count else ""]
             rows.append([*row, str(share_of_copy(result, group, name) or "")])
     header = ["kernel", "tokens x features", "configuration", "µs", "GB/s", "÷ that of the copy"]
     return f"### {clock.capitalize()}\n\n" + markdown_table(header, rows) if rows else None
 
 
 def stage_table(stages: list[dict]) -> str:
-    """A row a stage. One in which nothing passed has not passed, whatever its tests were skipped for."""
+    """One row per stage. One in which nothing passed has not passed, whatever its tests were skipped for."""
     rows = []
     for stage in stages:
         state, skipped = str(stage["state"]), stage.get("skipped", 0)
@@ -106,43 +106,46 @@ def stage_table(stages: list[dict]) -> str:
     return markdown_table(["stage", "state", "seconds", "passed", "failed", "skipped", "was doing"], rows)
 
 
-def checks_told(checks: list[dict[str, str]]) -> list[str]:
-    """How many did what, then those that did not pass by name, with why."""
+def checks_text(checks: list[dict[str, str]]) -> list[str]:
+    """How many had which outcome, then those that did not pass, with why."""
     counts = Counter(one["outcome"] for one in checks)
     parts = [f"{len(checks)} checks: " + ", ".join(f"{count} {name}" for name, count in counts.items()) + "."]
-    for outcome, title in (("failed", "Failed"), ("skipped", "Skipped, which says nothing of them")):
-        found = [one for one in checks if one["outcome"] == outcome]
-        lines = [f"- {one['stage']}, {one['name']}: {one.get('why', 'no reason given')}" for one in found]
+    for outcome, title in (("failed", "Failed"), ("skipped", "Skipped, so not checked")):
+        lines = [
+            f"- {one['stage']}, {one['name']}: {one.get('why', 'no reason given')}"
+            for one in checks
+            if one["outcome"] == outcome
+        ]
         if lines:
             parts.append(f"**{title}**:\n\n" + "\n".join(lines))
     return parts
 
 
 def _tables(result: Result) -> list[str]:
-    """Suite by suite, by the names that ``-k`` finds them by."""
+    """Suite by suite, under the names that ``-k`` selects them by."""
     parts = []
     for suite in dict.fromkeys(str(group.axes.get("suite", "")) for group in result.groups):
-        found: list[str | None] = []
+        tables: list[str | None] = []
         for clock in clocks(result) or [names.WALL]:
             if suite == "layer":
-                found += [layer_table(result, dtype, clock) for dtype in ("bfloat16", "float32")]
+                tables += [layer_table(result, dtype, clock) for dtype in ("bfloat16", "float32")]
             elif suite == "kernels":
-                found.append(bandwidth_table(result, clock))
+                tables.append(bandwidth_table(result, clock))
             else:
                 cells = whole(by_clock(result, clock))
-                found += [group_table(one) for one in cells if one.axes.get("suite", "") == suite]
-        if tables := [one for one in found if one]:
-            parts += [f"## {suite.capitalize() or 'Suites'}", *tables]
+                tables += [group_table(one) for one in cells if one.axes.get("suite", "") == suite]
+        if any(tables):
+            parts += [f"## {suite.capitalize() or 'Suites'}", *filter(None, tables)]
     return parts
 
 
 def _head(machine: dict) -> str:
     if not machine:
-        return "Of which machine is not known, nor whether these times are measurements."
-    told = ", ".join(f"{name} {machine[name]}" for name in MACHINE if machine.get(name))
-    told += ", no bf16 instructions" if machine.get("bf16 instructions") == "" else ""
+        return "The machine is unknown, and so is whether these times are measurements."
+    text = ", ".join(f"{name} {machine[name]}" for name in MACHINE if machine.get(name))
+    text += ", no bf16 instructions" if machine.get("bf16 instructions") == "" else ""
     commit = str(machine.get("commit"))[:12] + (" with changes" if machine.get("uncommitted_changes") else "")
-    return f"{told}; commit {commit}, {str(machine.get('datetime'))[:16]}, a {machine.get('size')} run."
+    return f"{text}; commit {commit}, {str(machine.get('datetime'))[:16]}, a {machine.get('size')} run."
 
 
 def report(result: Result, pictures: Iterable[tuple[Path, str]] = (), note: str = "") -> str:
@@ -153,23 +156,23 @@ def report(result: Result, pictures: Iterable[tuple[Path, str]] = (), note: str 
         "# What it costs",
         *([DRY] if device == "dry run" else []),
         _head(result.machine),
-        "Ratios are of one round, in which rivals took turns: the median, and an interval that holds the true"
-        " median with 95 %. The overhead of a rival is its ratio to the bare frozen model, less 1.",
+        "Ratios are taken within a round, in which the implementations took turns: the median and its 95 %"
+        " confidence interval. Overhead is the ratio to the bare frozen model, minus 1.",
     ]
     if on_gpu and device != "dry run":
-        asked = [one.row for one in demands(result)]
-        parts += ["## What is asked", markdown_table(["what", "asked", "measured", "met"], asked)]
-    parts += ["\n".join(answers(result))] if device != "dry run" else []
+        rows = [one.row for one in targets(result)]
+        parts += ["## Targets", markdown_table(["what", "target", "measured", "met"], rows)]
+    parts += ["\n".join(summary(result))] if device != "dry run" else []
     if result.refused:
         lines = [
-            f"- {', '.join(one[what] for what in ('group', 'rival') if one.get(what))}: {one['why']}"
+            f"- {', '.join(one[what] for what in ('group', 'implementation') if one.get(what))}: {one['why']}"
             for one in result.refused
         ]
         parts.append("\n".join(["**No number**, and why:\n", *lines]))
     if result.stages:
         parts += ["## What ran", stage_table(result.stages)]
     if result.checks:
-        parts += ["## Checks", *checks_told(result.checks)]
+        parts += ["## Checks", *checks_text(result.checks)]
     parts += [f"![{caption}]({path.name})\n\n{caption}" for path, caption in pictures]
     parts += [note] if note else []
     return "\n\n".join([*parts, *_tables(result)]) + "\n"

@@ -1,4 +1,4 @@
-"""Pictures of one run, as SVG files: one idea each, and none of a suite that the run does not have."""
+"""Pictures of one run, as SVG files: one idea each, and none for suites that the run does not have."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from bench.results.schema import Group, Ratio, Result
 Picture = tuple[Path, str]
 
 MIN_POINTS = 3  # of a line
-# What is done once, then what every step does; and how a reader calls it.
+# suite -> its name in the picture: what is done once, then what every step does
 _AGAINST_STOCK = {
     "initialisation": "initialisation",
     "loading": "loading an adapter",
@@ -27,7 +27,7 @@ _AGAINST_STOCK = {
 
 
 def draw(result: Result, folder: Path, stem: str) -> list[Picture]:
-    """Writes ``folder/stem-….svg``; each file with a sentence that says what it shows."""
+    """Writes ``folder/stem-….svg``; returns each file with a sentence that says what it shows."""
     result = result.with_both()
     with matplotlib.rc_context(drawing.SETTINGS):
         pictures = (
@@ -39,15 +39,15 @@ def draw(result: Result, folder: Path, stem: str) -> list[Picture]:
 
 def families(groups: Iterable[Group]) -> list[dict[int, Group]]:
     """Groups that differ in the number of tokens alone, by ascending number."""
-    found: dict[tuple, dict[int, Group]] = {}
+    by_axes: dict[tuple, dict[int, Group]] = {}
     for group in sorted(groups, key=lambda one: one.axes["tokens"]):
         others = {name: value for name, value in group.axes.items() if name != "tokens"}
-        found.setdefault(tuple(sorted(others.items())), {})[group.axes["tokens"]] = group
-    return [*found.values()]
+        by_axes.setdefault(tuple(sorted(others.items())), {})[group.axes["tokens"]] = group
+    return [*by_axes.values()]
 
 
 def described(axes: dict[str, str | int]) -> str:
-    """What work it is, without suite and pass."""
+    """The axes in words, without suite and pass."""
     shown = {name: value for name, value in axes.items() if name not in ("suite", "pass")}
     words = [str(shown.pop("model"))] if "model" in shown else []
     if {"out", "in"} <= shown.keys():
@@ -59,15 +59,15 @@ def described(axes: dict[str, str | int]) -> str:
 
 
 def _overhead(result: Result, path: Path) -> Picture | None:
-    """Of the layers that were timed with most numbers of tokens, the first of equals."""
+    """Of the layer that was timed with the most numbers of tokens, the first if several."""
     timed = by_clock(result, DEVICE_TIME if DEVICE_TIME in clocks(result) else WALL)
-    found = families(having({BARE}, timed.select(suite="layer", **{"pass": BOTH})))
-    family = max(found, key=len, default={})
+    layers = having({BARE}, timed.select(suite="layer", **{"pass": BOTH}))
+    family = max(families(layers), key=len, default={})
     points: dict[str, dict[int, Ratio]] = {}
     for tokens, group in family.items():
-        for rival in group.rivals:
-            percent = Ratio(*(100 * (number - 1) for number in group.ratio(rival, BARE)))
-            points.setdefault(rival, {})[tokens] = percent
+        for name in group.timings:
+            percent = Ratio(*(100 * (number - 1) for number in group.ratio(name, BARE)))
+            points.setdefault(name, {})[tokens] = percent
     series = {name: line for name, line in points.items() if len(line) > 1 and name != BARE}
     if len(family) < MIN_POINTS or not series:
         return None

@@ -1,8 +1,8 @@
-"""A run as it happens: a file of lines that is appended to, so that nothing is lost whatever ends the run.
+"""A run as it happens: lines appended to a file, so that nothing is lost whatever ends the run.
 
-A line is JSON with a ``kind``: "sample" (a round of one rival), "refused" (a cell or a rival of it has no
-number), "test" (a test has ended), "doing" (what is about to happen: after a crash, what caused it), "stage".
-`fold` makes a `Result` of them at any time.
+A line is JSON with a ``kind``: "sample" (a round of one implementation), "refused" (a cell, or an
+implementation in it, has no number), "test" (a test has ended), "doing" (what is about to happen: after a
+crash, what caused it), "stage". `fold` makes a `Result` of them at any time.
 """
 
 from __future__ import annotations
@@ -11,13 +11,13 @@ import json
 import os
 from pathlib import Path
 
-from bench.results.schema import Group, Result, Rival, is_refused
+from bench.results.schema import Group, Result, Timing, is_refused
 
 VARIABLE = "MICA_BENCH_JOURNAL"  # the journal's path, for the processes that a run starts
 
 
 def write(kind: str, **entry) -> None:
-    """Append a line to the journal of this run, if there is one. Whole lines only, from any process."""
+    """Append one whole line to the journal of this run, if it has one, from any process."""
     if path := os.environ.get(VARIABLE):
         line = json.dumps({"kind": kind, **entry}) + "\n"
         descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
@@ -28,24 +28,24 @@ def write(kind: str, **entry) -> None:
 
 
 def read(path: Path | str | None = None) -> list[dict]:
-    """The entries so far, of the journal of this run by default; a line that was cut off is left out."""
+    """The entries so far, by default of the journal of this run; a truncated line is skipped."""
     path = path or os.environ.get(VARIABLE)
     if path is None or not Path(path).exists():
         return []
-    found = []
+    entries = []
     for line in Path(path).read_text().splitlines():
         try:
-            found.append(json.loads(line))
+            entries.append(json.loads(line))
         except ValueError:
             continue
-    return found
+    return entries
 
 
 def fold(entries: list[dict], machine: dict) -> Result:
-    """The result that these entries are.
+    """The result that these entries describe.
 
-    What was refused at any time has no number, whatever was timed before. Of a run that ended inside a round
-    those rounds count that every rival has.
+    What was refused at any time has no number, whatever was timed before. If the run ended within a round,
+    only the rounds that every implementation has count.
     """
     refused = [
         {name: value for name, value in entry.items() if name != "kind"}
@@ -56,23 +56,23 @@ def fold(entries: list[dict], machine: dict) -> Result:
     for entry in entries:
         if entry["kind"] == "sample":
             group = groups.setdefault(entry["group"], Group(entry["group"], entry["axes"]))
-            rival = group.rivals.setdefault(entry["rival"], Rival())
-            rival.seconds.append(float(f"{entry['seconds']:.5g}"))
-            rival.facts |= entry["facts"]
+            timing = group.timings.setdefault(entry["implementation"], Timing())
+            timing.seconds.append(float(f"{entry['seconds']:.5g}"))
+            timing.facts |= entry["facts"]
     for group in groups.values():
-        for rival in [*group.rivals]:
-            if any(is_refused(one, group.name, rival) for one in refused):
-                del group.rivals[rival]
-        rounds = min((len(rival.seconds) for rival in group.rivals.values()), default=0)
-        for rival in group.rivals.values():
-            del rival.seconds[rounds:]
-    groups = {name: group for name, group in groups.items() if group.rivals}
+        for name in [*group.timings]:
+            if any(is_refused(one, group.name, name) for one in refused):
+                del group.timings[name]
+        rounds = min((len(timing.seconds) for timing in group.timings.values()), default=0)
+        for timing in group.timings.values():
+            del timing.seconds[rounds:]
+    groups = {name: group for name, group in groups.items() if group.timings}
     stages = [entry["summary"] for entry in entries if entry["kind"] == "stage"]
     return Result(machine, list(groups.values()), refused, _checks(entries), stages)
 
 
 def _checks(entries: list[dict]) -> list[dict[str, str]]:
-    """The tests that are no timing."""
+    """The tests that time nothing."""
     return [
         {name: entry[name] for name in ("stage", "name", "outcome", "why") if entry.get(name)}
         for entry in entries

@@ -1,18 +1,18 @@
-"""Names that result files hold. One rival has one name, on a CPU and on a GPU, and so has one clock."""
+"""Names that result files hold. An implementation, like a clock, has one name, on a CPU and on a GPU."""
 
 BARE, STOCK, FAST = "bare frozen model", "stock PEFT", "mica.fast"
 STOCK_16 = "stock PEFT, adapters in the base dtype"
 UNGROUPED, GROUPED = "mica.fast, ungrouped", "mica.fast, grouped"
 LORA, COMPILED = "PEFT LoRA", "stock PEFT, torch.compile"
-# Plain PyTorch: an autograd.Function that rounds dA to the base dtype; and the lines that anybody would write
+# Plain PyTorch: an autograd.Function that rounds dA to the base dtype; and the obvious few lines
 ATEN, BY_HAND = "aten control", "mm + addmm_ by hand"
-# Forms that are measured and that `mica.fast` takes only where the tuner found them faster, or not at all
+# Forms that are measured and that `mica.fast` takes only where the tuner finds them faster, or not at all
 FUSED, DESCRIPTOR, BORDERED = (
     "mica.fast, fused",
     "mica.fast, fused by tensor descriptors",
     "frozen [W | B] in one product",
 )
-# Of the host's time: the driver returns at once from every launch.
+# Of host time: the driver returns at once from every launch.
 PYTORCH, KERNELS = "mica.fast, PyTorch form", "mica.fast, kernels with a driver that launches nothing"
 PYTORCH_16, KERNELS_16 = (f"{name}, adapters in the base dtype" for name in (PYTORCH, KERNELS))
 PYTORCH_UNGROUPED, PYTORCH_GROUPED, KERNELS_UNGROUPED, KERNELS_GROUPED = (
@@ -22,12 +22,12 @@ MERGED = "adapter merged"
 FLOAT32 = "mica.fast, float32"
 SVD = "torch.linalg.svd"
 SVD_TALL = f"{SVD}, tall"
-COPY = "copy"  # of a kernel's bytes, by PyTorch
+COPY = "copy"  # of as many bytes as a kernel moves, by PyTorch
 # What the memory-bound kernels compute
 DOWN_A, DOWN_B, UP_B, GRAD_A = "h = x Aᵀ", "g = dy B", "y += h Bᵀ", "dA = gᵀ x"
 
 FORWARD, BACKWARD, BOTH = "forward", "backward", "forward + backward"
 NO_GRADIENT = "forward without gradient"
 
-# What a cell on an accelerator was timed by; on a CPU there is one clock, and no axis of that name.
+# What a cell on an accelerator was timed by; a CPU has one clock, and no such axis.
 WALL, DEVICE_TIME, GRAPH = "wall clock", "device time", "graph replay"

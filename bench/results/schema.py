@@ -1,7 +1,7 @@
-"""What a run leaves behind: one JSON file a run, and the numbers that follow from it.
+"""What a run leaves behind: one JSON file, and the numbers that follow from it.
 
-A rival of a group has a list of seconds, one for each round. A ratio is always of one and the same round, in
-which the rivals took turns: a machine that slows down slows both.
+Each implementation in a group has a list of seconds, one per round. A ratio is always taken within a round,
+in which the implementations took turns: a machine that slows down slows both.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from bench.results.names import BACKWARD, BARE, BOTH, FORWARD
 
 
 class Ratio(NamedTuple):
-    """The median over the rounds, and an interval that holds the true one (see `interval`)."""
+    """The median over the rounds and its confidence interval (see `interval`)."""
 
     median: float
     low: float
@@ -42,7 +42,7 @@ def interval(values: list[float]) -> Ratio:
     By order statistics: the k-th smallest and k-th largest enclose the true median unless fewer than k values
     lie on one side of it, whatever the distribution. With fewer than 6 values even the range holds it with
     less than 95 %; then Student's interval, of the logarithms where all are positive, and at least the range.
-    Of one value nothing is known: from 0 to infinity.
+    One value has no interval: from 0 to infinity.
     """
     ordered, n = sorted(values), len(values)
     if n == 1:
@@ -65,8 +65,8 @@ def _students(ordered: list[float]) -> Ratio:
 
 
 @dataclass
-class Rival:
-    """Seconds of every round, and what was counted or measured beside the time."""
+class Timing:
+    """Seconds of every round, and what was counted or measured in addition."""
 
     seconds: list[float] = field(default_factory=list)
     facts: dict[str, float] = field(default_factory=dict)
@@ -78,43 +78,44 @@ class Rival:
 
 @dataclass
 class Group:
-    """Rivals that did the same work in turns. ``axes``: what work (suite, tokens, rank, dtype, …)."""
+    """Implementations that did the same work in turns. ``axes``: its suite, tokens, rank, dtype, …"""
 
     name: str
     axes: dict[str, str | int]
-    rivals: dict[str, Rival] = field(default_factory=dict)
+    timings: dict[str, Timing] = field(default_factory=dict)
 
-    def ratio(self, rival: str, baseline: str) -> Ratio:
-        """rival ÷ baseline."""
-        pairs = zip(self.rivals[rival].seconds, self.rivals[baseline].seconds, strict=True)
+    def ratio(self, name: str, baseline: str) -> Ratio:
+        """Of the implementations of these names."""
+        pairs = zip(self.timings[name].seconds, self.timings[baseline].seconds, strict=True)
         return interval([a / b for a, b in pairs])
 
-    def overhead(self, rival: str, baseline: str, bare: str = BARE) -> Ratio | None:
-        """(rival - bare) of each round ÷ the median of (baseline - bare); None where that is not positive.
+    def overhead(self, name: str, baseline: str, bare: str = BARE) -> Ratio | None:
+        """(implementation - bare) in each round ÷ median of (baseline - bare); None if that is not positive.
 
         The divisor is a median: a round in which the baseline happens to be hardly slower than the bare model
-        would blow up a quotient of its own.
+        would blow up a quotient taken within it.
         """
         extra, unit = (
-            [a - b for a, b in zip(self.rivals[one].seconds, self.rivals[bare].seconds, strict=True)]
-            for one in (rival, baseline)
+            [a - b for a, b in zip(self.timings[one].seconds, self.timings[bare].seconds, strict=True)]
+            for one in (name, baseline)
         )
         if median(unit) <= 0:
             return None
         return interval([value / median(unit) for value in extra])
 
 
-def is_refused(refusal: dict[str, str | None], group: str, rival: str) -> bool:
-    """It names a group, for all whose names go on from there, and a rival unless it holds for every one."""
-    return f"{group}, ".startswith(f"{refusal['group']}, ") and refusal.get("rival") in (None, rival)
+def is_refused(refusal: dict[str, str | None], group: str, name: str) -> bool:
+    """Of this implementation, or all of them, in this group, or all whose names begin with that refused."""
+    is_of_group = f"{group}, ".startswith(f"{refusal['group']}, ")
+    return is_of_group and refusal.get("implementation") in (None, name)
 
 
 @dataclass
 class Result:
     """One run.
 
-    ``refused``: cells, or rivals of them, that have no number, and why. ``checks``: what was tested beside
-    the times: name, outcome, why. ``stages``: of a run on an accelerator, one summary each.
+    ``refused``: cells, or implementations in them, that have no number, and why. ``checks``: what was tested
+    in addition to the times: name, outcome, why. ``stages``: of a run on an accelerator, one summary each.
     """
 
     machine: dict[str, str | int | bool]
@@ -131,40 +132,45 @@ class Result:
 
     @classmethod
     def load(cls, path: Path) -> Result:
-        """Of a file that `save` wrote."""
+        """From a file that `save` wrote."""
         raw = json.loads(path.read_text())
         groups = [
-            Group(one["name"], one["axes"], {name: Rival(**rival) for name, rival in one["rivals"].items()})
+            Group(
+                one["name"],
+                one["axes"],
+                {name: Timing(**timing) for name, timing in one["timings"].items()},
+            )
             for one in raw["groups"]
         ]
         return cls(raw["machine"], groups, raw["refused"], raw.get("checks", []), raw.get("stages", []))
 
     def save(self, path: Path) -> None:
-        """As JSON, a line a rival; the file is whole at every moment."""
+        """As JSON, one line per implementation; the file is complete at every moment."""
         head = {"machine": self.machine, "refused": self.refused}
-        head |= {name: what for name in ("checks", "stages") if (what := getattr(self, name))}
+        head |= {name: entries for name in ("checks", "stages") if (entries := getattr(self, name))}
         lines = json.dumps(head, indent=1)[:-2] + ',\n "groups": [\n'
         blocks = []
         for group in self.groups:
-            rivals = (
-                f"   {json.dumps(name)}: {json.dumps(asdict(rival))}" for name, rival in group.rivals.items()
+            timings = (
+                f"   {json.dumps(name)}: {json.dumps(asdict(timing))}"
+                for name, timing in group.timings.items()
             )
             opening = f'  {{"name": {json.dumps(group.name)}, "axes": {json.dumps(group.axes)},'
-            blocks.append(opening + ' "rivals": {\n' + ",\n".join(rivals) + "\n  }}")
+            blocks.append(opening + ' "timings": {\n' + ",\n".join(timings) + "\n  }}")
         scratch = path.with_suffix(".part")
         scratch.write_text(lines + ",\n".join(blocks) + "\n ]\n}\n")
         scratch.replace(path)
 
     def with_both(self) -> Result:
-        """Also the sums of forward and backward of one round, where both were timed and the sum was not."""
-        found = [*self.groups]
+        """With the sums of forward and backward within a round, where both were timed and the sum was not."""
+        groups = [*self.groups]
         for forward in self.select(**{"pass": FORWARD}):
             axes, summed = ({**forward.axes, "pass": which} for which in (BACKWARD, BOTH))
             for backward in self.select(**axes) if not any(self.select(**summed)) else ():
                 both = Group(forward.name.replace(FORWARD, BOTH), summed)
-                for name in (one for one in forward.rivals if one in backward.rivals):
-                    # of a run that broke off, one may have a round more
-                    pairs = zip(forward.rivals[name].seconds, backward.rivals[name].seconds, strict=False)
-                    both.rivals[name] = Rival([a + b for a, b in pairs], dict(forward.rivals[name].facts))
-                found += [both] if both.rivals else []
-        return Result(self.machine, found, self.refused, self.checks, self.stages)
+                for name in (one for one in forward.timings if one in backward.timings):
+                    # in an interrupted run one may have one round more
+                    pairs = zip(forward.timings[name].seconds, backward.timings[name].seconds, strict=False)
+                    both.timings[name] = Timing([a + b for a, b in pairs], dict(forward.timings[name].facts))
+                groups += [both] if both.timings else []
+        return Result(self.machine, groups, self.refused, self.checks, self.stages)

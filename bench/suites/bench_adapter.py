@@ -1,7 +1,7 @@
 """What happens to an adapter once: initialisation, loading, merging. All linear layers, r = 16.
 
-On a CPU SmolLM2-135M, in a quick run a decoder block of random weights; on an accelerator the initialisation
-alone, of such a block in bf16.
+On a CPU SmolLM2-135M, in a quick run a decoder block of random weights; on an accelerator only the
+initialisation of such a block in bf16.
 """
 
 import copy
@@ -18,13 +18,13 @@ from bench.measure.machine import DEVICE, ON_ACCELERATOR
 from bench.measure.memory import peak_growth
 from bench.results.names import FAST, STOCK
 from bench.suites.decoder import RANK, adapted, config_of
-from bench.suites.harness import each, pick
+from bench.suites.harness import build_all, pick
 from tests.support import models
 
-# Stock PEFT's initialisation takes most of a minute with its loading, which runs every SVD, too.
-ROUNDS = pick(quick=1, default=1, full=3, cuda=2)
+# Stock PEFT takes most of a minute to initialise and load; loading runs every SVD, too.
+ROUNDS = pick(default=1, full=3, cuda=2)
 MERGE_ROUNDS = pick(quick=2, default=3, full=5)
-RIVALS = {STOCK: mica.fast.disabled, FAST: nullcontext}
+IMPLEMENTATIONS = {STOCK: mica.fast.disabled, FAST: nullcontext}
 LOW_CPU = "stock PEFT, low_cpu_mem_usage"
 SMOLLM2 = "SmolLM2-135M"
 MODEL = pick(quick="Qwen2.5-0.5B", default=SMOLLM2, cuda="Llama-3.1-8B", dry="toy")
@@ -36,7 +36,7 @@ on_a_cpu = pytest.mark.skipif(ON_ACCELERATOR, reason="measured on a CPU")
 
 @functools.cache
 def base():
-    """The model that adapters are put on. It takes 15 s to read SmolLM2: every test has a copy."""
+    """The model to adapt, which tests copy: it takes 15 s to read SmolLM2."""
     if MODEL == SMOLLM2:
         return models.smollm2()
     torch.manual_seed(0)
@@ -50,7 +50,7 @@ def saved_adapter(folder):
 
 
 def energy(model) -> float:
-    """‖BᵀW‖² of all layers, that of a start from another subspace is larger; and BᵀB has to be 1."""
+    """‖BᵀW‖² of all layers, which is larger for any other subspace; and BᵀB has to be 1."""
     total = 0.0
     for name, layer in models.adapted_layers(model).items():
         basis, weight = models.bases(model)[name].detach(), layer.get_base_layer().weight
@@ -62,54 +62,59 @@ def energy(model) -> float:
     return total
 
 
-least: dict[str, float] = {}  # energies that stock PEFT has found
+least: dict[str, float] = {}  # energies that stock PEFT reaches
 
 
-@pytest.mark.parametrize("rival", RIVALS)
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 @pytest.mark.parametrize("round_", range(ROUNDS))
-def bench_initialisation(once, gated, round_, rival):
+def bench_initialisation(once, gated, round_, implementation):
     group = f"get_peft_model, {NAME}, {DTYPE}"
-    model = gated(group, lambda: copy.deepcopy(base()), rival)
+    model = gated(group, lambda: copy.deepcopy(base()), implementation)
     axes = {"suite": "initialisation", **AXES, "dtype": DTYPE}
-    with RIVALS[rival](), peak_growth() as growth:
-        found = once(lambda: models.wrap(model, rank=RANK, targets="all-linear"), group, rival, axes)
+    with IMPLEMENTATIONS[implementation](), peak_growth() as growth:
+        adapted_model = once(
+            lambda: models.wrap(model, rank=RANK, targets="all-linear"), group, implementation, axes
+        )
     if growth() is not None:
         once.note(peak_mb=growth() / 1e6)
-    with RIVALS[rival]():
-        spent = energy(found)
-    if rival == STOCK:
+    with IMPLEMENTATIONS[implementation]():
+        spent = energy(adapted_model)
+    if implementation == STOCK:
         least[group] = spent
-    assert group in least, "stock PEFT has no result to judge it by"
+    assert group in least, "stock PEFT has no result to compare it with"
     assert spent <= 1.01 * least[group], f"‖BᵀW‖² is {spent}, stock PEFT's {least[group]}"
 
 
 @on_a_cpu
-@pytest.mark.parametrize("rival", [*RIVALS, LOW_CPU])
+@pytest.mark.parametrize("implementation", [*IMPLEMENTATIONS, LOW_CPU])
 @pytest.mark.parametrize("round_", range(ROUNDS))
-def bench_loading(once, gated, round_, rival, tmp_path_factory):
+def bench_loading(once, gated, round_, implementation, tmp_path_factory):
     group = f"PeftModel.from_pretrained, {NAME}, float32"
-    adapter = gated(group, lambda: saved_adapter(tmp_path_factory.getbasetemp() / "adapter"), rival)
-    model, low = copy.deepcopy(base()), rival == LOW_CPU
+    adapter = gated(group, lambda: saved_adapter(tmp_path_factory.getbasetemp() / "adapter"), implementation)
+    model, low = copy.deepcopy(base()), implementation == LOW_CPU
     axes = {"suite": "loading", **AXES, "dtype": "float32"}
-    with RIVALS[STOCK if low else rival]():
+    with IMPLEMENTATIONS[STOCK if low else implementation]():
         loaded = once(
-            lambda: PeftModel.from_pretrained(model, adapter, low_cpu_mem_usage=low), group, rival, axes
+            lambda: PeftModel.from_pretrained(model, adapter, low_cpu_mem_usage=low),
+            group,
+            implementation,
+            axes,
         )
     assert all(layer.lora_A["default"].weight.any() for layer in models.adapted_layers(loaded).values())
 
 
 @functools.cache
 def merging(group):
-    """rival -> (model, what was counted)."""
+    """implementation -> (model, facts)."""
     unmerged = adapted(copy.deepcopy(base()).to(torch.bfloat16), 0.01)
 
-    def judged(rival):
+    def build(implementation):
         model, facts = copy.deepcopy(unmerged), {}
         layers = models.adapted_layers(model).values()
         before = [layer.get_base_layer().weight.clone() for layer in layers]
-        with RIVALS[rival]():
+        with IMPLEMENTATIONS[implementation]():
             model.merge_adapter()
-            if rival == FAST:
+            if implementation == FAST:
                 facts["swallowed"] = mica.fast.merge_report(model).swallowed
             assert all(
                 not torch.equal(layer.get_base_layer().weight, weight)
@@ -120,24 +125,26 @@ def merging(group):
             int((layer.get_base_layer().weight != weight).sum())
             for layer, weight in zip(layers, before, strict=True)
         )
-        assert rival != FAST or not changed, f"{changed} weights are not what they were before the merge"
+        assert implementation != FAST or not changed, (
+            f"{changed} weights are not what they were before the merge"
+        )
         facts["weights_changed"] = changed / sum(weight.numel() for weight in before)
         return model, facts
 
-    return each(group, {rival: functools.partial(judged, rival) for rival in RIVALS})
+    return build_all(group, IMPLEMENTATIONS, build)
 
 
 @on_a_cpu
-@pytest.mark.parametrize("rival", RIVALS)
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 @pytest.mark.parametrize("round_", range(MERGE_ROUNDS))
-def bench_merge(once, gated, round_, rival):
+def bench_merge(once, gated, round_, implementation):
     group = f"merge + unmerge, {NAME}, bfloat16"
-    model, facts = gated(group, lambda: merging(group), rival)[rival]
+    model, facts = gated(group, lambda: merging(group), implementation)[implementation]
 
     def merge_and_unmerge():
         model.merge_adapter()
         model.unmerge_adapter()
 
     axes = {"suite": "merge", **AXES, "dtype": "bfloat16"}
-    with RIVALS[rival]():
-        once(merge_and_unmerge, group, rival, axes, **facts if round_ == 0 else {})
+    with IMPLEMENTATIONS[implementation]():
+        once(merge_and_unmerge, group, implementation, axes, **facts if round_ == 0 else {})

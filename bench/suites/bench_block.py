@@ -1,8 +1,8 @@
 """A decoder block (attention and MLP) of random weights with real widths: forward + backward, bf16, r = 16.
 
 In Llama's and Qwen's, q/k/v and gate/up read the same input and can be groups; GPT-2's q/k/v are one layer
-already, there is nothing to group, and grouping must not cost anything. All results are checked against stock
-PEFT's before any time, and each timed step has to run the operators that its name says.
+already, so there is nothing to group, and grouping must not cost anything. All results are checked against
+stock PEFT's before anything is timed, and each timed step has to run the operators that its name implies.
 """
 
 import functools
@@ -18,11 +18,11 @@ from bench.measure.machine import DEVICE
 from bench.measure.memory import saved_bytes
 from bench.results.names import BARE, GROUPED, STOCK, STOCK_16, UNGROUPED
 from bench.suites.decoder import LLAMA_GROUPS, RANK, Work, adapted, config_of
-from bench.suites.harness import each, iterations, pick
-from bench.suites.steps import CONTEXTS, Step, judged, promised
+from bench.suites.harness import iterations, pick
+from bench.suites.steps import CONTEXTS, Step, check_all, expected_operators
 
-ROUNDS = pick(quick=3, default=4, full=6, cuda=10, dry=1)
-RIVALS = (BARE, STOCK, STOCK_16, UNGROUPED, GROUPED)
+ROUNDS = pick(default=4, quick=3, full=6, cuda=10, dry=1)
+IMPLEMENTATIONS = (BARE, STOCK, STOCK_16, UNGROUPED, GROUPED)
 # Relative differences of y, dx and dA from stock PEFT's, whose adapters compute in fp32.
 GATES = {"y": 1e-2, "dx": 2e-2, "dA": 2e-2}
 
@@ -64,7 +64,7 @@ NAMES = pick(
 
 
 def tokens_of(name: str) -> tuple[int, int]:
-    return pick(quick=BLOCKS[name].tokens, default=BLOCKS[name].tokens, cuda=(4, 2048))
+    return pick(default=BLOCKS[name].tokens, cuda=(4, 2048))
 
 
 class Setting(NamedTuple):
@@ -84,33 +84,27 @@ def setting(name: str, group: str) -> Setting:
     # an update of a size that bf16 adapters can carry at width 4096
     work = Work(bare, adapted(bare, 0.02), x, dy)
 
-    def build(rival: str) -> Step:
-        return work.step(rival, CONTEXTS[rival], promised(rival, groups))
+    def build(implementation: str) -> Step:
+        return work.step(implementation, CONTEXTS[implementation], expected_operators(implementation, groups))
 
-    stock = build(STOCK)
-    expected = stock.results()
-
-    def judged_block(rival: str) -> Step:
-        if rival == STOCK:
-            return stock
-        return judged(build(rival), {} if rival == BARE else expected, GATES)
-
-    steps = each(group, {rival: functools.partial(judged_block, rival) for rival in RIVALS})
+    steps = check_all(group, IMPLEMENTATIONS, build, GATES)
     saved = {}
-    for rival, step in steps.items():
+    for implementation, step in steps.items():
         with step.form.context():
-            saved[rival] = saved_bytes(step.form.forward, [step.form.module]) / 1e6
+            saved[implementation] = saved_bytes(step.form.forward, [step.form.module]) / 1e6
     return Setting(steps, saved, iterations(seconds(steps[BARE])))
 
 
-# the first named parameter is the innermost loop: rivals take turns within a round
-@pytest.mark.parametrize("rival", RIVALS)
+# the first named parameter is the innermost loop: implementations take turns within a round
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 @pytest.mark.parametrize("round_", range(ROUNDS))
 @pytest.mark.parametrize("name", NAMES)
-def bench_block(once, gated, name, round_, rival):
+def bench_block(once, gated, name, round_, implementation):
     batch, sequence = tokens_of(name)
     group = f"block of {name}, {batch} x {sequence} tokens, r = {RANK}, bfloat16, forward + backward"
-    found = gated(group, lambda: setting(name, group), rival)
+    block = gated(group, lambda: setting(name, group), implementation)
     axes = {"suite": "block", "model": name, "tokens": batch * sequence, "rank": RANK, "dtype": "bfloat16"}
-    facts = {"saved_mb": found.saved_mb[rival]} if round_ == 0 else {}
-    found.steps[rival].time(once, group, rival, axes, found.iterations, all_clocks=True, **facts)
+    facts = {"saved_mb": block.saved_mb[implementation]} if round_ == 0 else {}
+    block.steps[implementation].time(
+        once, group, implementation, axes, block.iterations, all_clocks=True, **facts
+    )

@@ -1,7 +1,7 @@
 """`get_peft_model` of SmolLM2-135M, all linear, r = 16, in one and in two gloo processes of one thread each.
 
-Timed from the moment at which all processes have the model to the one at which all have the adapters. No time
-is reported unless all of them, and the other count of processes, hold the same bits.
+Timed from when all processes have the model until all have the adapters. No time is reported unless all of
+them, and the run with the other number of processes, have the same bits.
 """
 
 import os
@@ -39,7 +39,7 @@ def wait_for(process, word):
     for line in process.stdout:
         if line.strip() == word:
             return
-    raise RuntimeError(f"a process ended before it said {word}")
+    raise RuntimeError(f"a process ended before it printed {word}")
 
 
 @pytest.mark.parametrize("count", [1, 2])
@@ -66,9 +66,9 @@ def bench_distributed(once, tmp_path, round_, count):
         for process in processes:
             wait_for(process, "DONE")
 
-    rival = "1 process" if count == 1 else f"{count} processes"
+    implementation = "1 process" if count == 1 else f"{count} processes"
     axes = {"suite": "distributed", "model": "SmolLM2-135M", "rank": 16}
-    once(initialise, "get_peft_model, float32, processes of one thread", rival, axes)
+    once(initialise, "get_peft_model, float32, processes of one thread", implementation, axes)
     digests.update(process.stdout.readline() for process in processes)
     for process in processes:
         process.communicate()

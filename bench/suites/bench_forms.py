@@ -1,9 +1,9 @@
 """Other forms of one layer that could be faster than the split one, which `mica.fast` runs.
 
 *Fused*: base product and up-projection in one kernel, by pointers or by tensor descriptors. *Bordered*: W and
-B, both frozen, stored once as [W | B], so that dx's base and g come of one product and one reading of dy. It
-is written here in plain PyTorch, the forward as that of the aten control. Every form is forced, and judged by
-its y, dx and dA against `mica.reference` in fp64, and by what was launched.
+B, both frozen, stored once as [W | B], so that dx's base and g come from one product and one reading of dy.
+It is written here in plain PyTorch, the forward as that of the aten control. Every form is forced, and
+checked by its y, dx and dA against `mica.reference` in fp64, and by what was launched.
 """
 
 import functools
@@ -17,23 +17,23 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bench.measure.machine import DEVICE, ON_ACCELERATOR
+from bench.measure.machine import DEVICE
 from bench.results.names import ATEN, BACKWARD, BARE, BORDERED, DESCRIPTOR, FAST, FORWARD, FUSED
 from bench.suites.bench_layer import Cell
-from bench.suites.harness import each, pick, turns
-from bench.suites.layer import AtenControl, Form, Layer, exact, make_layer, noted, relative_errors
+from bench.suites.harness import build_all, needs_accelerator, pick, turns
+from bench.suites.layer import AtenControl, Form, Layer, check_errors, exact, make_layer
 from mica.ops import call_counts, mica_linear
 from tests.support.tolerances import RELATIVE
 
 kernel_path = pytest.importorskip("mica.kernel_path")  # imports Triton
 
-pytestmark = pytest.mark.skipif(not ON_ACCELERATOR, reason="needs a GPU, or a dry run")
+pytestmark = needs_accelerator
 
-ROUNDS, ITERATIONS = pick(quick=1, default=1, cuda=5), pick(quick=1, default=1, cuda=10)
+ROUNDS, ITERATIONS = pick(default=1, cuda=5), pick(default=1, cuda=10)
 DTYPE = torch.bfloat16
-# rival -> how often a forward and its backward call the fused kernel, by whether it is that with descriptors
+# implementation -> how often a forward and its backward call the fused kernel, by whether with descriptors
 LAUNCHED = {FAST: {}, FUSED: {False: 2}, DESCRIPTOR: {True: 2}}
-RIVALS = (BARE, FAST, FUSED, DESCRIPTOR, BORDERED, ATEN)
+IMPLEMENTATIONS = (BARE, FAST, FUSED, DESCRIPTOR, BORDERED, ATEN)
 
 
 SHAPES = (4096, 4096), (14336, 4096), (4096, 14336)
@@ -47,8 +47,8 @@ def name_of(cell: Cell) -> str:
 class Bordered(torch.autograd.Function):
     """y, dx and dA of a layer whose W and B are one matrix, ``stored``: (out_features, in_features + rank).
 
-    dx comes as a view of rows that lie rank numbers apart, and W would be one too: for whoever loads, shards
-    or exports it, that is what this form costs.
+    dx is a view of rows that are ``rank`` numbers apart, and so would W be: that is what this form costs when
+    it is loaded, sharded or exported.
     """
 
     @staticmethod
@@ -71,7 +71,7 @@ class Bordered(torch.autograd.Function):
 def form_of(form: str) -> Iterator[None]:
     """Every call inside takes this form of `mica.kernel_path`, whatever was tuned.
 
-    An idle tuner is not asked: then plans of the split form are taken without any choice.
+    The tuner must not be idle, or plans of the split form are taken without any choice.
     """
     choose = patch.object(kernel_path, "choose_form", lambda *args: form)
     with choose, patch.object(kernel_path.tuning, "is_idle", lambda: False):
@@ -80,7 +80,7 @@ def form_of(form: str) -> Iterator[None]:
 
 @contextmanager
 def counted() -> Iterator[Counter[bool]]:
-    """How often the fused kernel is called, by whether it is that with descriptors."""
+    """How often the fused kernel is called, by whether with descriptors."""
     seen, fused = Counter(), kernel_path.fused_linear
 
     def counting(*args, descriptor: bool = False, **options) -> Tensor:
@@ -92,7 +92,7 @@ def counted() -> Iterator[Counter[bool]]:
 
 
 def builds(layer: Layer) -> dict[str, Callable[[], Form]]:
-    """rival -> what makes its `Form`."""
+    """implementation -> what makes its `Form`."""
     x, lora_A = layer.x, layer.lora_A
     operands = x, layer.weight, lora_A, layer.lora_B, layer.scaling
 
@@ -113,36 +113,31 @@ def builds(layer: Layer) -> dict[str, Callable[[], Form]]:
     }
 
 
-def judged(name: str, build: Callable[[], Form], layer: Layer, truth: dict[str, Tensor]):
-    """A rival's form and its errors; raises where its results are wrong, or came from another form."""
+def checked(name: str, build: Callable[[], Form], layer: Layer, truth: dict[str, Tensor]):
+    """The form and its errors; raises where its results are wrong or came from another form."""
     form, before = build(), call_counts["linear_kernels"]
     with form.context(), counted() as launched:
-        errors = relative_errors(form.forward, lambda y: form.gradients(y, layer.grad_output), truth)
+        errors = form.errors(layer.grad_output, truth)
     assert launched == LAUNCHED.get(name, {}), f"calls of the fused kernel, by descriptors or not: {launched}"
     ran = call_counts["linear_kernels"] - before
     assert ran == (name in LAUNCHED), f"{ran} calls of our operator ran kernels"
-    limit = 1.0 if name == BARE else RELATIVE[DTYPE]  # the bare layer lacks the adapter's term
-    for what, wrong in errors.items():
-        assert wrong <= limit, f"the relative error of {what} is {wrong:.2e}, above {limit:.0e}"
-    return form, noted(name, errors)
+    return form, check_errors(name, errors, RELATIVE[DTYPE])
 
 
 @functools.lru_cache(maxsize=1)
 def setting(cell: Cell) -> tuple[dict[str, tuple[Form, dict[str, float]]], Tensor]:
-    """rival -> (form, facts), and the gradient of y."""
+    """implementation -> (form, facts), and the gradient of y."""
     layer = make_layer(cell.tokens, cell.out, cell.inner, cell.rank, DTYPE, DEVICE)
     truth = exact(layer)
-    made = {name: functools.partial(judged, name, make, layer, truth) for name, make in builds(layer).items()}
-    return each(name_of(cell), made), layer.grad_output
+    makes = builds(layer)
+    forms = build_all(name_of(cell), makes, lambda name: checked(name, makes[name], layer, truth))
+    return forms, layer.grad_output
 
 
-@pytest.mark.parametrize(
-    ("cell", "round_", "part", "rival"),
-    turns(CELLS, (FORWARD, BACKWARD), lambda cell: ROUNDS, lambda *_: RIVALS),
-)
-def bench_forms(once, gated, cell, round_, part, rival):
+@turns(CELLS, (FORWARD, BACKWARD), lambda cell: ROUNDS, lambda *_: IMPLEMENTATIONS)
+def bench_forms(once, gated, cell, round_, part, implementation):
     group = f"{name_of(cell)}, {part}"
-    forms, grad_output = gated(group, lambda: setting(cell), rival)
-    form, facts = forms[rival]
+    forms, grad_output = gated(group, lambda: setting(cell), implementation)
+    form, facts = forms[implementation]
     axes = {**cell.axes, "suite": "forms", "pass": part}
-    form.time(once, part, grad_output, group, rival, axes, ITERATIONS, **facts)
+    form.time(once, part, grad_output, group, implementation, axes, ITERATIONS, **facts)

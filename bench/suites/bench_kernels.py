@@ -1,9 +1,9 @@
-"""Each skinny kernel in every one of its configurations, beside a copy that moves as many bytes.
+"""Each skinny kernel in all its configurations, compared with a copy that moves as many bytes.
 
 All of them are memory-bound, so a kernel is as good as the share of the copy's bandwidth that it reaches:
 ``bytes`` is what a launch must read and write once. Each configuration is checked against `mica.reference` in
-fp64 and refused alone. At the end the product tunes itself on the layers of `bench_layer`, and leaves its
-table beside the results.
+fp64 and refused individually. At the end the library tunes itself on the layers of `bench_layer`, and leaves
+its table next to the results.
 """
 
 import functools
@@ -17,11 +17,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from bench.measure.machine import DEVICE, ON_ACCELERATOR
+from bench.measure.machine import DEVICE
 from bench.results import journal
 from bench.results.names import COPY, DOWN_A, DOWN_B, GRAD_A, UP_B
 from bench.suites.bench_layer import CELLS as LAYERS
-from bench.suites.harness import each, pick, refusals
+from bench.suites.harness import build_all, needs_accelerator, pick, refusals
 from bench.suites.layer import make_layer
 from mica import reference
 from mica.ops import call_counts, mica_linear
@@ -38,9 +38,9 @@ from mica.kernels.launching import Launch
 from mica.kernels.limits import padded_columns
 from mica.kernels.up_projection import plan_up_projection, up_projection_
 
-pytestmark = pytest.mark.skipif(not ON_ACCELERATOR, reason="needs a GPU, or a dry run")
+pytestmark = needs_accelerator
 
-ROUNDS, ITERATIONS = pick(quick=1, default=1, cuda=4), pick(quick=1, default=1, cuda=50)
+ROUNDS, ITERATIONS = pick(default=1, cuda=4), pick(default=1, cuda=50)
 DTYPE = torch.bfloat16
 NAMES = {"down-A": DOWN_A, "down-B": DOWN_B, "up-B": UP_B, "grad_a": GRAD_A}
 
@@ -86,8 +86,8 @@ class Work(NamedTuple):
     options: dict
 
 
-def work(cell: Cell, device: str) -> Work:
-    """With operands as the product hands them on; on the device "meta" without their numbers."""
+def work_of(cell: Cell, device: str) -> Work:
+    """With operands as the library passes them; on the device "meta" without their numbers."""
     rank, columns = cell.rank, padded_columns(cell.rank)
 
     def matrix(rows: int, width: int, dtype: torch.dtype = DTYPE) -> Tensor:
@@ -114,10 +114,10 @@ EXACT = {  # of the operands in fp64
 
 
 @functools.cache
-def rivals(cell: Cell) -> dict[str, Config | None]:
+def implementations(cell: Cell) -> dict[str, Config | None]:
     """The copy, then every configuration of the kernel's table, the default first."""
-    found = work(cell, "meta")
-    table = found.plan(*found.operands, **found.options, target=target_of(torch.device(DEVICE))).configs
+    work = work_of(cell, "meta")
+    table = work.plan(*work.operands, **work.options, target=target_of(torch.device(DEVICE))).configs
     named = {f"{NAMES[cell.kernel]}, {'x'.join(map(str, config))}": config for config in table}
     return {COPY: None, **named}
 
@@ -132,51 +132,59 @@ def launch_bytes(launch: Launch, out: Tensor) -> int:
 
 
 def copy(size: int) -> Callable[[], object]:
-    """Reads and writes so many bytes together."""
+    """Reads and writes ``size`` bytes in total."""
     source, target = (torch.zeros(size // 2, dtype=torch.uint8, device=DEVICE) for _ in range(2))
     return lambda: target.copy_(source)
 
 
-def checked(found: Work, config: Config, truth: Tensor) -> Callable[[], Tensor]:
+def checked(work: Work, config: Config, truth: Tensor) -> Callable[[], Tensor]:
     """The call with this configuration, once its result is right; the first operand may be updated."""
-    first, *others = found.operands
-    wrong, limit = (
-        error(found.run(first.clone(), *others, **found.options, config=config), truth),
-        RELATIVE[DTYPE],
-    )
+    first, *others = work.operands
+    result, limit = work.run(first.clone(), *others, **work.options, config=config), RELATIVE[DTYPE]
+    wrong = error(result, truth)
     assert wrong <= limit, f"the relative error is {wrong:.2e}, above {limit:.0e}"
-    return functools.partial(found.run, *found.operands, **found.options, config=config)
+    return functools.partial(work.run, *work.operands, **work.options, config=config)
 
 
 @functools.lru_cache(maxsize=1)
 def setting(cell: Cell) -> tuple[dict[str, Callable], int]:
-    """rival -> its call, and the bytes that each of them moves."""
+    """implementation -> its call, and the bytes that each of them moves."""
     torch.manual_seed(0)
-    found = work(cell, DEVICE)
-    out, launch = found.plan(*found.operands, **found.options).bound()
+    work = work_of(cell, DEVICE)
+    out, launch = work.plan(*work.operands, **work.options).bound()
     size = launch_bytes(launch, out)
-    wide = [tensor.double() if isinstance(tensor, Tensor) else tensor for tensor in found.operands]
+    wide = [tensor.double() if isinstance(tensor, Tensor) else tensor for tensor in work.operands]
     truth = EXACT[cell.kernel](*wide)
-    builds = {
-        name: functools.partial(checked, found, config, truth) if config else functools.partial(copy, size)
-        for name, config in rivals(cell).items()
-    }
-    return each(cell.name, builds), size
+    configs = implementations(cell)
+
+    def build(name: str) -> Callable[[], object]:
+        return copy(size) if configs[name] is None else checked(work, configs[name], truth)
+
+    return build_all(cell.name, configs, build), size
 
 
-# the first named parameter is the innermost loop: rivals take turns within a round
+# the first named parameter is the innermost loop: implementations take turns within a round
 def cases():
     for cell in CELLS:
         for round_ in range(ROUNDS):
-            for name, config in rivals(cell).items():
+            for name, config in implementations(cell).items():
                 key = "x".join(map(str, config)) if config else COPY
                 yield pytest.param(cell, round_, name, id=f"{cell.key}-{round_}-{key}")
 
 
-@pytest.mark.parametrize(("cell", "round_", "rival"), cases())
-def bench_kernels(once, gated, cell, round_, rival):
-    calls, size = gated(cell.name, lambda: setting(cell), rival)
-    once(calls[rival], cell.name, rival, cell.axes, ITERATIONS, warm_up=True, all_clocks=True, bytes=size)
+@pytest.mark.parametrize(("cell", "round_", "implementation"), cases())
+def bench_kernels(once, gated, cell, round_, implementation):
+    calls, size = gated(cell.name, lambda: setting(cell), implementation)
+    once(
+        calls[implementation],
+        cell.name,
+        implementation,
+        cell.axes,
+        ITERATIONS,
+        warm_up=True,
+        all_clocks=True,
+        bytes=size,
+    )
 
 
 TUNED = "the tuner's table"
@@ -184,7 +192,7 @@ TUNED = "the tuner's table"
 
 @pytest.fixture
 def table(monkeypatch, tmp_path):
-    """Where the product's tuner writes: beside the journal. A process that goes on keeps what is there."""
+    """Where the tuner writes: next to the journal. A process that continues keeps what is there."""
     folder = os.environ.get(journal.VARIABLE)
     file = (Path(folder).parent if folder else tmp_path) / "tuning.json"
     if not any(group == TUNED for group, _ in refusals):
@@ -206,20 +214,20 @@ def results(layer) -> list[Tensor]:
 def tune(cell, monkeypatch) -> None:
     """Untuned and tuned, which measures what has no entry yet: the same numbers."""
     layer = make_layer(cell.tokens, cell.out, cell.inner, cell.rank, DTYPE, DEVICE)
-    found = []
+    outputs = []
     for word in ("0", "1"):
         monkeypatch.setenv("MICA_TUNE", word)
         tuning.forget()
-        found.append(results(layer))
-    for what, default, tuned in zip(("y", "dx", "dA"), *found, strict=True):
+        outputs.append(results(layer))
+    for what, default, tuned in zip(("y", "dx", "dA"), *outputs, strict=True):
         wrong, limit = error(tuned, default), RELATIVE[DTYPE]
         assert wrong <= limit, f"{what} is {wrong:.2e} off the untuned one, above {limit:.0e}"
 
 
 def test_tuning_table(table, monkeypatch):
-    """On the layers of rank 16 only: an entry holds for one rank, and every one more takes seconds."""
-    layers = {cell.key: functools.partial(tune, cell, monkeypatch) for cell in LAYERS if cell.rank == 16}
-    done = each(TUNED, layers)
+    """On the layers of rank 16 only: an entry holds for one rank, and each further one takes seconds."""
+    layers = {cell.key: cell for cell in LAYERS if cell.rank == 16}
+    done = build_all(TUNED, layers, lambda key: tune(layers[key], monkeypatch))
     assert done.keys() == layers.keys(), f"not tuned: {[*layers.keys() - done.keys()]}"
     entries = json.loads(table.read_text())
     kinds = {entry.partition(" | ")[0] for entry in entries}

@@ -1,12 +1,12 @@
 """One adapted linear layer, forward and backward, against everything it can be compared with.
 
 From one layer (2048 x 2048, 1024 tokens, r = 16, bf16) one axis varies at a time: tokens, rank, shape, dtype.
-Beside that stand few tokens by rank, where calls cost as much as products do; a full run has a grid of all
-tokens by rank. On an accelerator the layer has 4096 x 4096, tokens vary by rank, and kernels are demanded.
+In addition few tokens by rank, where calls cost as much as products; a full run has a grid of all tokens by
+rank. On an accelerator the layer is 4096 x 4096, tokens vary by rank, and kernels are required.
 
-All rivals of a cell compute with the same x, W, A and B; each of their y, dx and dA is checked against
-`mica.reference` before anything is timed, and one that is wrong is out alone. The forward is timed with a
-gradient to come and without, the backward on a graph that is kept.
+All implementations in a cell compute with the same x, W, A and B; each of their y, dx and dA is checked
+against `mica.reference` before anything is timed, and only the one that is wrong is left out. The forward is
+timed with and without recording a graph, the backward on a graph that is kept.
 """
 
 import functools
@@ -14,7 +14,6 @@ import itertools
 from contextlib import nullcontext
 from typing import NamedTuple
 
-import pytest
 import torch
 import torch.nn.functional as F
 
@@ -22,33 +21,13 @@ import mica.fast
 from bench.measure.clocks import seconds
 from bench.measure.machine import DEVICE, ON_ACCELERATOR
 from bench.measure.memory import saved_bytes
-from bench.results.names import (
-    ATEN,
-    BACKWARD,
-    BARE,
-    BY_HAND,
-    COMPILED,
-    FAST,
-    FORWARD,
-    LORA,
-    NO_GRADIENT,
-    STOCK,
-    STOCK_16,
-)
-from bench.suites.harness import each, iterations, pick, turns
-from bench.suites.layer import (
-    AtenControl,
-    Form,
-    adapted_module,
-    by_hand,
-    exact,
-    make_layer,
-    noted,
-    relative_errors,
-)
+from bench.results import names
+from bench.results.names import ATEN, BACKWARD, BARE, BY_HAND, COMPILED, FAST, FORWARD, LORA, NO_GRADIENT
+from bench.suites.harness import build_all, iterations, pick, turns
+from bench.suites.layer import AtenControl, Form, adapted_module, by_hand, check_errors, exact, make_layer
 from mica.products import has_native
 
-ROUNDS = pick(quick=3, default=5, cuda=6, dry=1)
+ROUNDS = pick(default=5, quick=3, cuda=6, dry=1)
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 # Relative errors of y, dx and dA that no layer should pass, and the dtype of the truth: on a CPU fp64 takes
 # seconds for a large layer, and fp32 is as good as exact for bf16.
@@ -60,7 +39,7 @@ PASSES = (FORWARD, BACKWARD, NO_GRADIENT)
 
 
 class Cell(NamedTuple):
-    """One layer; ``compiled``: also torch.compile's, which takes some ten seconds to build."""
+    """One layer; ``compiled``: also under torch.compile, which takes some ten seconds to build."""
 
     tokens: int = 1024
     out: int = 2048
@@ -81,7 +60,7 @@ class Cell(NamedTuple):
 
     @property
     def rounds(self) -> int:
-        """Fewer of layers that take a second and more on a CPU, whose times scatter less."""
+        """Fewer for layers that take a second or more on a CPU, whose times vary less."""
         is_small = ON_ACCELERATOR or self.tokens * self.out * self.inner < 2**34
         return ROUNDS if is_small else min(ROUNDS, 3)
 
@@ -99,12 +78,12 @@ def grid(tokens: tuple, shapes: tuple, ranks: tuple) -> list[Cell]:
 
 
 def chosen(cells: list[Cell]) -> list[Cell]:
-    """Each once; no bf16 where the processor has no instructions for it and a product may take a minute."""
-    found: dict[str, Cell] = {}
+    """Each once; no bf16 on processors without instructions for it, where a product may take a minute."""
+    by_key: dict[str, Cell] = {}
     for cell in cells:
         if ON_ACCELERATOR or has_native(DTYPES[cell.dtype]):
-            found.setdefault(cell.key, cell)
-    return [*found.values()]
+            by_key.setdefault(cell.key, cell)
+    return [*by_key.values()]
 
 
 SHAPES, RANKS = ((576, 576), (1536, 576), (2048, 2048)), (4, 16, 64, 128)
@@ -162,7 +141,7 @@ class Setting(NamedTuple):
 
 
 def builds(cell: Cell, layer):
-    """rival -> what makes its `Form`."""
+    """implementation -> what makes its `Form`."""
     x, stock = layer.x, mica.fast.disabled
     operands = x, layer.weight, layer.lora_A, layer.lora_B, layer.scaling
 
@@ -177,73 +156,65 @@ def builds(cell: Cell, layer):
             call = torch.compile(module, dynamic=False)
         return Form(lambda: call(x), (x, *trained), context, module)
 
-    found = {
+    makes = {
         BARE: lambda: Form(lambda: F.linear(x, layer.weight), (x,)),
-        STOCK: lambda: adapted(torch.float32, stock),
-        STOCK_16: lambda: adapted(x.dtype, stock),
+        names.STOCK: lambda: adapted(torch.float32, stock),
+        names.STOCK_16: lambda: adapted(x.dtype, stock),
         COMPILED: lambda: adapted(x.dtype, stock, compiled=True),
         LORA: lambda: adapted(torch.float32, stock, init=True),
         ATEN: lambda: Form(lambda: AtenControl.apply(*operands), (x, layer.lora_A)),
         BY_HAND: lambda: Form(lambda: by_hand(*operands), (x, layer.lora_A)),
         FAST: lambda: adapted(torch.float32, nullcontext),
     }
-    names = dict.fromkeys([*rivals(cell, FORWARD), *rivals(cell, NO_GRADIENT)])
-    return {name: found[name] for name in names}
+    needed = dict.fromkeys([*implementations(cell, FORWARD), *implementations(cell, NO_GRADIENT)])
+    return {name: makes[name] for name in needed}
 
 
-def judged(cell: Cell, layer, name: str, build, truth) -> tuple[Form, dict[str, float]]:
-    """A rival's form, and what is counted beside its time; raises where its results are wrong."""
+def checked(cell: Cell, layer, name: str, build, truth) -> tuple[Form, dict[str, float]]:
+    """The form, and its facts; raises where its results are wrong."""
     form, (limit, _) = build(), GATES[cell.dtype]
     operator = "linear_kernels" if ON_ACCELERATOR else "linear"
     with form.context():
         calls = mica.fast.call_counts[operator]
-        errors = relative_errors(form.forward, lambda y: form.gradients(y, layer.grad_output), truth)
-        if name in rivals(cell, NO_GRADIENT):
-            with torch.no_grad():  # may be another way through the code
-                alone = relative_errors(form.forward, lambda y: (), truth)
-            errors["y without gradient"] = alone["y"]
-        bound = 1.0 if name == BARE else limit  # the bare layer lacks the adapter's term
-        for what, error in errors.items():
-            assert error <= bound, f"the relative error of {what} is {error:.2e}, above {bound:.0e}"
+        errors = form.errors(layer.grad_output, truth)
+        if name in implementations(cell, NO_GRADIENT):
+            with torch.no_grad():  # may take another path through the code
+                errors["y without gradient"] = form.errors(layer.grad_output, truth)["y"]
+        facts = check_errors(name, errors, limit)
         ran = mica.fast.call_counts[operator] - calls
         assert ran == 2 * (name == FAST), f"{ran} calls of our operator"
         modules = [] if form.module is None else [form.module]
         saved = saved_bytes(form.forward, modules, but=[layer.weight]) / 1e6
-    return form, {"saved_mb": saved, **noted(name, errors)}
+    return form, {"saved_mb": saved, **facts}
 
 
 @functools.lru_cache(maxsize=1)
 def setting(cell: Cell) -> Setting:
     layer = make_layer(cell.tokens, cell.out, cell.inner, cell.rank, DTYPES[cell.dtype], DEVICE)
     truth = exact(layer, GATES[cell.dtype][1])
-    made = builds(cell, layer)
-    found = each(
-        cell.name,
-        {name: functools.partial(judged, cell, layer, name, make, truth) for name, make in made.items()},
-    )
-    forms = {name: form for name, (form, _) in found.items()}
+    makes = builds(cell, layer)
+    built = build_all(cell.name, makes, lambda name: checked(cell, layer, name, makes[name], truth))
+    forms = {name: form for name, (form, _) in built.items()}
     bare = forms[BARE]
     back = functools.partial(bare.gradients, bare.forward(), layer.grad_output)
     counts = {FORWARD: iterations(seconds(bare.forward)), BACKWARD: iterations(seconds(back))}
     counts[NO_GRADIENT] = counts[FORWARD]
-    return Setting(forms, layer.grad_output, {name: facts for name, (_, facts) in found.items()}, counts)
+    return Setting(forms, layer.grad_output, {name: facts for name, (_, facts) in built.items()}, counts)
 
 
-def rivals(cell: Cell, part: str) -> list[str]:
+def implementations(cell: Cell, part: str) -> list[str]:
     """Without a gradient LoRA's layer is the stock one, and `torch.compile` would have to build another."""
-    names = [BARE, STOCK, *([STOCK_16] if cell.dtype != "float32" else []), ATEN, BY_HAND, FAST]
+    chosen = [BARE, names.STOCK, *([names.STOCK_16] if cell.dtype != "float32" else []), ATEN, BY_HAND, FAST]
     if part != NO_GRADIENT:
-        names += [LORA, *([COMPILED] if cell.compiled else [])]
-    return names
+        chosen += [LORA, *([COMPILED] if cell.compiled else [])]
+    return chosen
 
 
-@pytest.mark.parametrize(
-    ("cell", "round_", "part", "rival"), turns(CELLS, PASSES, lambda cell: cell.rounds, rivals)
-)
-def bench_layer(once, gated, cell, round_, part, rival):
+@turns(CELLS, PASSES, lambda cell: cell.rounds, implementations)
+def bench_layer(once, gated, cell, round_, part, implementation):
     group = f"{cell.name}, {part}"
-    found = gated(group, lambda: setting(cell), rival)
-    form, count = found.forms[rival], found.iterations[part]
-    facts = found.facts[rival] if round_ == 0 and part != NO_GRADIENT else {}
+    prepared = gated(group, lambda: setting(cell), implementation)
+    form, count = prepared.forms[implementation], prepared.iterations[part]
+    facts = prepared.facts[implementation] if round_ == 0 and part != NO_GRADIENT else {}
     axes = {**cell.axes, "pass": part}
-    form.time(once, part, found.grad_output, group, rival, axes, count, **facts)
+    form.time(once, part, prepared.grad_output, group, implementation, axes, count, **facts)

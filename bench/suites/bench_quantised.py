@@ -1,8 +1,8 @@
 """Forward + backward of SmolLM2-135M in nf4, all linear layers adapted, r = 16, 2 x 512 tokens.
 
-Rivals: the bare frozen model, plain PEFT LoRA (MiCA is what stock PEFT cannot do over bitsandbytes) with its
+Implementations: the bare frozen model, plain PEFT LoRA (stock PEFT cannot do MiCA over bitsandbytes) with its
 default fp32 adapters and with bf16 ones, and MiCA on mica.fast. No optimizer: LoRA's would have twice the
-parameters. Asked: at most half the overhead of LoRA, (mica.fast - bare) / (PEFT LoRA - bare) <= 0.5.
+parameters. Target: at most half the overhead of LoRA, (mica.fast - bare) / (PEFT LoRA - bare) <= 0.5.
 """
 
 import copy
@@ -18,16 +18,16 @@ from bench.measure.machine import ON_ACCELERATOR, SIZE
 from bench.measure.memory import saved_bytes
 from bench.results.names import BARE, FAST, LORA, STOCK
 from bench.suites.decoder import LLAMA_GROUPS, RANK, Work, adapted
-from bench.suites.harness import each
-from bench.suites.steps import Step, judged
+from bench.suites.harness import build_all
+from bench.suites.steps import Step, checked
 from tests.support import models, quantised_models
 
 # A step takes 6 s, unpacking most of it: part of a full run.
 pytestmark = pytest.mark.skipif(SIZE != "full" or ON_ACCELERATOR, reason="part of --full on a CPU")
 ROUNDS, TOKENS = 6, (2, 512)
 LORA_16 = "PEFT LoRA, bf16 adapters"
-RIVALS = (BARE, LORA, LORA_16, FAST)
-# Relative differences from PEFT's own forward of the same MiCA adapters, which computes them in fp32. Met:
+IMPLEMENTATIONS = (BARE, LORA, LORA_16, FAST)
+# Relative differences from PEFT's own forward with the same MiCA adapters, which computes in fp32. Measured:
 # 1e-3 and 3e-2, where the adapters change the loss by 12 %.
 GATES = {"y": 5e-3, "dx": 1e-1, "dA": 1e-1}
 nf4 = functools.partial(quantised_models.bnb_4bit, compute_dtype=torch.bfloat16)
@@ -58,29 +58,29 @@ def setting(group: str) -> dict[str, Step]:
     expected = work.step(STOCK, mica.fast.disabled, {}).results()
     alone = work.step(BARE, nullcontext, {})
     difference = abs(float(expected["y"] / alone.results()["y"]) - 1)
-    assert difference > 10 * GATES["y"], f"the adapters change the loss by {difference:.1e} only"
-    # beside a base layer that is called, since it unpacks the weight
+    assert difference > 10 * GATES["y"], f"the adapters change the loss by only {difference:.1e}"
+    # the base layer is called, since it unpacks the weight
     projections = [f"{name}_projection{part}" for name in ("down", "up") for part in ("", "_backward")]
     ran = dict.fromkeys(projections, sum(LLAMA_GROUPS) * bare.config.num_hidden_layers)
     builds = {
         BARE: lambda: alone,
         LORA: lambda: lora(work, torch.float32),
         LORA_16: lambda: lora(work, torch.bfloat16),
-        FAST: lambda: judged(work.step(FAST, nullcontext, ran), expected, GATES),
+        FAST: lambda: checked(work.step(FAST, nullcontext, ran), expected, GATES),
     }
-    return each(group, builds)
+    return build_all(group, builds, lambda name: builds[name]())
 
 
-# the first named parameter is the innermost loop: rivals take turns within a round
-@pytest.mark.parametrize("rival", RIVALS)
+# the first named parameter is the innermost loop: implementations take turns within a round
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 @pytest.mark.parametrize("round_", range(ROUNDS))
-def bench_quantised(once, gated, round_, rival):
+def bench_quantised(once, gated, round_, implementation):
     group = "forward + backward, bfloat16 over nf4"
-    step = gated(group, lambda: setting(group), rival)[rival]
+    step = gated(group, lambda: setting(group), implementation)[implementation]
     axes = {"suite": "quantised", "model": "SmolLM2-135M", "tokens": TOKENS[0] * TOKENS[1], "rank": RANK}
     facts = {}
     if round_ == 0:
         form = step.form
         with form.context():
             facts["saved_mb"] = saved_bytes(form.forward, [form.module]) / 1e6
-    step.time(once, group, rival, axes, **facts)
+    step.time(once, group, implementation, axes, **facts)

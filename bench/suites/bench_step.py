@@ -1,11 +1,11 @@
 """A training step of a whole model, all linear layers adapted, r = 16: bare, stock PEFT, mica.fast.
 
 On a CPU SmolLM2-135M with its own weights, in a quick run a small model with random ones; on an accelerator
-four layers of Llama-3.2-1B's widths, with and without gradient checkpointing. Every rival gets embeddings
-that require a gradient, so that the bare frozen model has a backward too and all do the same base work. The
-adapted ones also run AdamW on A. Before any time they train from one start, and their losses must be stock
-PEFT's. Memory: what is saved for the backward, by how much memory grows within a step, what is trained, and
-AdamW's states.
+four layers of Llama-3.2-1B's widths, with and without gradient checkpointing. Every implementation gets
+embeddings that require a gradient, so that the bare frozen model has a backward too and all do the same base
+work. The adapted ones also run AdamW on A. Before anything is timed they train from the same start, and their
+losses must be stock PEFT's. Memory: what is saved for the backward, by how much memory grows within a step,
+what is trained, and AdamW's states.
 """
 
 import copy
@@ -19,21 +19,21 @@ from bench.measure.machine import DEVICE, ON_ACCELERATOR
 from bench.measure.memory import optimizer_bytes, peak_growth, saved_bytes, trainable_bytes
 from bench.results.names import BARE, FAST, GROUPED, STOCK, STOCK_16, UNGROUPED
 from bench.suites.decoder import LLAMA_GROUPS, RANK, Work, adapted, cast, causal
-from bench.suites.harness import each, pick
-from bench.suites.steps import CONTEXTS, Step, judged, promised
+from bench.suites.harness import build_all, pick
+from bench.suites.steps import CONTEXTS, Step, checked, expected_operators
 from tests.support import models
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 OURS = (UNGROUPED, GROUPED) if ON_ACCELERATOR else (FAST,)
-STEPS = pick(quick=2, default=2, cuda=6)
-LEARNING_RATE = pick(quick=1e-3, default=1e-3, dry=3e-2)
-# Relative differences from stock PEFT's, whose adapters compute in fp32: of the loss, at every one of the
-# steps, and of its gradients by the embeddings and by A at the start.
+STEPS = pick(default=2, cuda=6)
+LEARNING_RATE = pick(default=1e-3, dry=3e-2)
+# Relative differences from stock PEFT's, whose adapters compute in fp32: of the loss, at each step, and of
+# its gradients with respect to the embeddings and A at the start.
 GATES = {
     "bfloat16": {"y": 1e-2, "dx": 1e-1, "dA": 1e-1},
     "float32": {"y": 1e-5, "dx": 1e-4, "dA": 1e-4},
 }
-DISTINCT = 16  # tokens, of random ones: that the others never come is learnt in a few steps
+DISTINCT = 16  # random tokens: that others never occur is learnt in a few steps
 SMOLLM2 = "SmolLM2-135M"
 
 
@@ -57,12 +57,12 @@ class Cell(NamedTuple):
     @property
     def axes(self) -> dict[str, str | int]:
         batch, sequence = self.tokens
-        found = {"suite": "step", "model": self.model, "tokens": batch * sequence, "sequence": sequence}
-        found |= {"rank": RANK, "dtype": self.dtype}
-        return found | ({"checkpointing": self.checkpointing} if ON_ACCELERATOR else {})
+        axes = {"suite": "step", "model": self.model, "tokens": batch * sequence, "sequence": sequence}
+        axes |= {"rank": RANK, "dtype": self.dtype}
+        return axes | ({"checkpointing": self.checkpointing} if ON_ACCELERATOR else {})
 
     @property
-    def rivals(self) -> tuple[str, ...]:
+    def implementations(self) -> tuple[str, ...]:
         return (BARE, STOCK, *([STOCK_16] if self.dtype != "float32" else []), *OURS)
 
 
@@ -100,10 +100,10 @@ def work_of(cell: Cell) -> Work:
     return Work(bare, adapted(bare, 0.02), x, labels=ids)
 
 
-def build(cell: Cell, work: Work, rival: str) -> Step:
+def build(cell: Cell, work: Work, implementation: str) -> Step:
     groups = LLAMA_GROUPS * work.bare.config.num_hidden_layers
-    ran = promised(rival, groups, forwards=1 + cell.checkpointing)
-    return work.step(rival, CONTEXTS[rival], ran, LEARNING_RATE)
+    ran = expected_operators(implementation, groups, forwards=1 + cell.checkpointing)
+    return work.step(implementation, CONTEXTS[implementation], ran, LEARNING_RATE)
 
 
 def losses(step: Step) -> list[float]:
@@ -120,21 +120,21 @@ def setting(cell: Cell) -> dict[str, Step]:
     lost = losses(stock)
     assert abs(lost[-1] / lost[0] - 1) > 3 * gates["y"], f"the steps make no difference: {lost}"
 
-    def judged_step(rival: str) -> Step:
-        if rival == STOCK:
+    def checked_step(implementation: str) -> Step:
+        if implementation == STOCK:
             return stock
-        step = build(cell, work, rival)
-        if rival != BARE:
-            judged(step, expected, gates)
+        step = build(cell, work, implementation)
+        if implementation != BARE:
+            checked(step, expected, gates)
             for ours, theirs in zip(losses(step), lost, strict=True):
                 assert abs(ours / theirs - 1) <= gates["y"], f"a loss is {ours}, stock PEFT's {theirs}"
         return step
 
-    return each(cell.name, {rival: functools.partial(judged_step, rival) for rival in cell.rivals})
+    return build_all(cell.name, cell.implementations, checked_step)
 
 
 def memory(step: Step) -> dict[str, float]:
-    """Megabytes, of the model's own."""
+    """Megabytes."""
     model, optimizer = step.form.module, step.optimizer
     with step.form.context():
         facts = {"saved_mb": saved_bytes(step.form.forward, [model]) / 1e6}
@@ -143,15 +143,17 @@ def memory(step: Step) -> dict[str, float]:
     return facts
 
 
-# the last parameter is the innermost loop: rivals take turns within a round
-CASES = [(cell, round_, rival) for cell in CELLS for round_ in range(cell.rounds) for rival in cell.rivals]
+# the last parameter is the innermost loop: implementations take turns within a round
+CASES = [
+    (cell, round_, name) for cell in CELLS for round_ in range(cell.rounds) for name in cell.implementations
+]
 
 
-@pytest.mark.parametrize(("cell", "round_", "rival"), CASES)
-def bench_step(once, gated, cell, round_, rival):
-    step = gated(cell.name, lambda: setting(cell), rival)[rival]
+@pytest.mark.parametrize(("cell", "round_", "implementation"), CASES)
+def bench_step(once, gated, cell, round_, implementation):
+    step = gated(cell.name, lambda: setting(cell), implementation)[implementation]
     facts = memory(step) if round_ == 0 else {}
     with peak_growth() as growth:
-        step.time(once, cell.name, rival, cell.axes, **facts)
+        step.time(once, cell.name, implementation, cell.axes, **facts)
     if growth() is not None:
         once.note(peak_mb=growth() / 1e6)

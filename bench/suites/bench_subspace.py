@@ -1,9 +1,9 @@
 """One weight's minor subspace: `mica.minor_subspace` against the full fp32 SVD that stock PEFT takes.
 
 Gaussian weights of the shapes that models have, SmolLM2's embedding, and 16 weights of one shape, solved as
-`mica.fast` solves a model's. Rivals: the SVD as it stands, the SVD of the tall view (a wide weight's ``W.T``:
-what one line would gain), and the solver's methods. No time is reported of a result whose certificate the
-solver could not give. ``peak_extra`` is the growth of memory at its highest point over the fp32 size of the
+`mica.fast` solves a model's. Implementations: the SVD as it stands, the SVD of the tall view (a wide weight's
+``W.T``: what one line would gain), and the solver's methods. No time is reported for a result that the solver
+could not certify. ``peak_extra`` is the growth of memory at its highest point over the fp32 size of the
 weight, for weights of 16 MB and more.
 """
 
@@ -19,7 +19,7 @@ from bench.measure.clocks import seconds
 from bench.measure.machine import DEVICE
 from bench.measure.memory import peak_growth
 from bench.results.names import SVD, SVD_TALL
-from bench.suites.harness import each, iterations, pick
+from bench.suites.harness import build_all, iterations, pick
 from mica import minor_subspace
 from mica.subspace.many import Task, solve_many
 from tests.support import models
@@ -34,6 +34,7 @@ METHODS = {  # method and rank
 }
 AUTO = tuple(METHODS)[:3]
 MANY = "auto, r = 16"  # of several weights at once
+OURS = "minor_subspace"
 
 
 class Cell(NamedTuple):
@@ -58,9 +59,9 @@ class Cell(NamedTuple):
         return {"suite": "subspaces", "weights": self.weights, **shape}
 
     @property
-    def rivals(self) -> list[str]:
+    def implementations(self) -> list[str]:
         tall = [SVD_TALL] if self.out < self.inner and self.weights == 1 else []
-        return [SVD, *tall, *(f"minor_subspace, {name}" for name in self.methods)]
+        return [SVD, *tall, *(f"{OURS}, {name}" for name in self.methods)]
 
 
 def many(rounds: int, size: int = 576, weights: int = 16) -> Cell:
@@ -114,11 +115,11 @@ def solved(weights: list[Tensor], method: str, rank: int):
     if len(weights) == 1:
         return [minor_subspace(weights[0], rank, method=method)]
     tasks = [Task(str(number), weight, rank) for number, weight in enumerate(weights)]
-    return [found for _, found in solve_many(tasks)]
+    return [subspace for _, subspace in solve_many(tasks)]
 
 
 def certified(weights: list[Tensor], method: str, rank: int) -> Callable:
-    """What computes them, having computed them once."""
+    """The call that computes them, once their results are certified."""
     for result in solved(weights, method, rank):
         assert result.certified, "not certified"
         error = float((result.basis.T @ result.basis - torch.eye(rank, device=DEVICE)).abs().max())
@@ -129,28 +130,30 @@ def certified(weights: list[Tensor], method: str, rank: int) -> Callable:
 @functools.lru_cache(maxsize=1)
 def setting(cell: Cell) -> tuple[dict[str, Callable], int]:
     weights = weights_of(cell)
-    torch.linalg.svd(torch.randn(64, 64, device=DEVICE))  # libraries are there; ours, by the checks
-    builds = {
-        SVD: lambda: lambda: [torch.linalg.svd(one, full_matrices=False).U for one in weights],
-        SVD_TALL: lambda: lambda: torch.linalg.svd(weights[0].T, full_matrices=False).Vh.T,
+    torch.linalg.svd(torch.randn(64, 64, device=DEVICE))  # loads libraries; the checks load ours
+    full = {
+        SVD: lambda: [torch.linalg.svd(one, full_matrices=False).U for one in weights],
+        SVD_TALL: lambda: torch.linalg.svd(weights[0].T, full_matrices=False).Vh.T,
     }
-    builds |= {
-        f"minor_subspace, {name}": functools.partial(certified, weights, *METHODS[name])
-        for name in cell.methods
-    }
-    found = each(cell.name, {rival: builds[rival] for rival in cell.rivals})
-    *_, last = found.values()  # ours, if any of them has a number
-    return found, iterations(seconds(last))
+
+    def build(name: str) -> Callable:
+        return full.get(name) or certified(weights, *METHODS[name.removeprefix(f"{OURS}, ")])
+
+    calls = build_all(cell.name, cell.implementations, build)
+    *_, last = calls.values()  # ours, if any of them has a number
+    return calls, iterations(seconds(last))
 
 
-CASES = [(cell, round_, rival) for cell in CELLS for round_ in range(cell.rounds) for rival in cell.rivals]
+CASES = [
+    (cell, round_, name) for cell in CELLS for round_ in range(cell.rounds) for name in cell.implementations
+]
 
 
-@pytest.mark.parametrize(("cell", "round_", "rival"), CASES)
-def bench_subspace(once, gated, cell, round_, rival):
-    calls, count = gated(cell.name, lambda: setting(cell), rival)
+@pytest.mark.parametrize(("cell", "round_", "implementation"), CASES)
+def bench_subspace(once, gated, cell, round_, implementation):
+    calls, count = gated(cell.name, lambda: setting(cell), implementation)
     elements = cell.weights * cell.out * cell.inner
     with peak_growth() as growth:
-        once(calls[rival], cell.name, rival, cell.axes, count)
+        once(calls[implementation], cell.name, implementation, cell.axes, count)
     if growth() is not None and elements >= 2**22:
         once.note(peak_extra=growth() / (4 * elements))

@@ -1,7 +1,7 @@
 """Each kernel on this device: its numbers against fp64, what lies around its buffers, and reruns bit by bit.
 
-The first stage of a run on a GPU, which says within seconds whether the rest is worth its time. Then, once
-each, the masks of dropout and the operators that are made of these kernels.
+The first stage of a run on a GPU, which shows within seconds whether the rest is worth its time. Then, once
+each, the masks of dropout and the operators that consist of these kernels.
 """
 
 from collections.abc import Callable, Iterable
@@ -12,8 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bench.measure.machine import DEVICE, ON_ACCELERATOR
-from bench.suites.harness import leave_if_crashed
+from bench.measure.machine import DEVICE
+from bench.suites.harness import leave_if_crashed, needs_accelerator
 from mica import reference
 from mica.ops import call_counts, mica_linear, mica_linear_group
 from tests.support.guarding import run_guarded
@@ -27,13 +27,13 @@ from mica.kernels.down_projection import down_projection
 from mica.kernels.grad_a import grad_a
 from mica.kernels.up_projection import up_projection_
 
-pytestmark = pytest.mark.skipif(not ON_ACCELERATOR, reason="needs a GPU, or a dry run")
+pytestmark = needs_accelerator
 RERUNS = 3
 
 
 @pytest.fixture(autouse=True)
 def poisoned_memory():
-    """`torch.empty` holds NaN: what a kernel has not written is seen. cuBLAS may do as it always does."""
+    """`torch.empty` holds NaN, so that what a kernel has not written is seen. cuBLAS may do as always."""
     torch.use_deterministic_algorithms(True, warn_only=True)
     yield
     torch.use_deterministic_algorithms(False)
@@ -55,10 +55,10 @@ def same_bits(run: Callable[[], Iterable[Tensor]], first: Iterable[Tensor]) -> N
 )
 def test_kernel(name, shape):
     make, _ = KERNELS[name]
-    found = make(operands(shape))
-    result = run_guarded(*found.choice.bound())
-    close(name, result, found.expected, found.dtype)
-    same_bits(lambda: [found.call()], [result])
+    case = make(operands(shape))
+    result = run_guarded(*case.choice.bound())
+    close(name, result, case.expected, case.dtype)
+    same_bits(lambda: [case.call()], [result])
 
 
 def test_masks_of_dropout_are_those_of_pytorchs_form():
@@ -85,22 +85,24 @@ def test_masks_of_dropout_are_those_of_pytorchs_form():
 
 
 def layers(count: int) -> list[Problem]:
-    """Different ones of one scale, on one x."""
+    """Different ones of the same scale, on one x."""
     p = operands("aligned")
     return [replace(p, weight=p.weight.roll(n, 0), lora_A=p.lora_A.roll(n, 1)) for n in range(count)]
 
 
-def judged(found: list[Problem], forward: Callable[[Tensor, list[Tensor]], list[Tensor]], name: str) -> None:
-    """y, dA and dx against the dense oracle, that kernels gave them, and that they do so again."""
-    x, *lora_As = (t.detach().requires_grad_() for t in (found[0].x, *(p.lora_A for p in found)))
-    grad_outputs = [p.grad_output for p in found]
+def check(
+    problems: list[Problem], forward: Callable[[Tensor, list[Tensor]], list[Tensor]], name: str
+) -> None:
+    """y, dA and dx against the dense oracle; that they came from kernels, and do so again bit by bit."""
+    x, *lora_As = (t.detach().requires_grad_() for t in (problems[0].x, *(p.lora_A for p in problems)))
+    grad_outputs = [p.grad_output for p in problems]
 
     def run() -> list[Tensor]:
         ys = forward(x, lora_As)
         return [*ys, *torch.autograd.grad(ys, [*lora_As, x], grad_outputs)]
 
     call_counts.clear()
-    results, exact = run(), [solve(p) for p in found]
+    results, exact = run(), [solve(p) for p in problems]
     ran = {key for key in call_counts if key.endswith("_kernels")}
     assert ran == {f"{name}_kernels", f"{name}_backward_kernels"}, f"on kernels ran {ran or 'nothing'}"
     expected = [
@@ -108,7 +110,7 @@ def judged(found: list[Problem], forward: Callable[[Tensor, list[Tensor]], list[
         *(one["grad_A"] for one in exact),
         sum(e["grad_x"] for e in exact),
     ]
-    whats = [*["y"] * len(found), *["dA"] * len(found), "dx"]
+    whats = [*["y"] * len(problems), *["dA"] * len(problems), "dx"]
     for what, value, truth in zip(whats, results, expected, strict=True):
         close(what, value, truth, x.dtype)
     same_bits(run, results)
@@ -116,12 +118,14 @@ def judged(found: list[Problem], forward: Callable[[Tensor, list[Tensor]], list[
 
 def test_operator():
     (p,) = layers(1)
-    judged([p], lambda x, As: [mica_linear(x, p.weight, *As, p.lora_B, p.scaling, p.bias)], "linear")
+    check([p], lambda x, As: [mica_linear(x, p.weight, *As, p.lora_B, p.scaling, p.bias)], "linear")
 
 
 def test_operator_of_a_group():
-    found = layers(3)
+    problems = layers(3)
     weights, lora_Bs, scalings, biases = (
-        [getattr(p, name) for p in found] for name in ("weight", "lora_B", "scaling", "bias")
+        [getattr(p, name) for p in problems] for name in ("weight", "lora_B", "scaling", "bias")
     )
-    judged(found, lambda x, As: mica_linear_group(x, weights, As, lora_Bs, scalings, biases), "linear_group")
+    check(
+        problems, lambda x, As: mica_linear_group(x, weights, As, lora_Bs, scalings, biases), "linear_group"
+    )

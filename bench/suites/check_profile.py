@@ -1,4 +1,4 @@
-"""The kernels of one training step on an accelerator, by their time: a file a rival, beside the journal."""
+"""The kernels of one training step on a GPU by time: one file per implementation, next to the journal."""
 
 import os
 from pathlib import Path
@@ -12,12 +12,12 @@ from bench.results import journal
 from bench.results.names import GROUPED, STOCK
 from bench.suites.bench_step import CELLS, build, work_of
 
-pytestmark = pytest.mark.skipif(not ON_ACCELERATOR, reason="it looks at an accelerator's kernels")
+pytestmark = pytest.mark.skipif(not ON_ACCELERATOR, reason="it profiles an accelerator's kernels")
 ROWS, WARM_UP = 25, 3
 
 
 def table(events, device: bool) -> str:
-    """The longest of them: µs, calls and name. In a dry run PyTorch's operators, by the CPU's time."""
+    """The slowest events: µs, calls and name. In a dry run PyTorch's operators, by CPU time."""
     attribute = "self_device_time_total" if device else "self_cpu_time_total"
     spent = sorted(((getattr(event, attribute), event.count, event.key) for event in events), reverse=True)
     lines = [f"{'us':>12} {'calls':>7}  name"]
@@ -30,10 +30,10 @@ def work():
     return work_of(CELLS[0])
 
 
-@pytest.mark.parametrize("rival", [STOCK, GROUPED])
-def test_kernels_of_a_step(work, rival, tmp_path):
+@pytest.mark.parametrize("implementation", [STOCK, GROUPED])
+def test_kernels_of_a_step(work, implementation, tmp_path):
     device = DEVICE == "cuda"
-    step = build(CELLS[0], work, rival)
+    step = build(CELLS[0], work, implementation)
     with step.form.context():
         for _ in range(WARM_UP):
             step()
@@ -43,7 +43,7 @@ def test_kernels_of_a_step(work, rival, tmp_path):
                 torch.cuda.synchronize()
     text = table(profiled.key_averages(), device)
     assert len(text.splitlines()) > 1, "the profiler saw nothing"
-    beside = Path(os.environ.get(journal.VARIABLE) or tmp_path / "step.jsonl")
-    name = "-".join(rival.replace(",", "").replace(".", " ").lower().split())
-    file = beside.with_name(f"{beside.stem}-kernels-{name}.txt")
-    file.write_text(f"One step of {CELLS[0].name.partition(' of ')[2]}: {rival}\n\n{text}")
+    journal_file = Path(os.environ.get(journal.VARIABLE) or tmp_path / "step.jsonl")
+    name = "-".join(implementation.replace(",", "").replace(".", " ").lower().split())
+    file = journal_file.with_name(f"{journal_file.stem}-kernels-{name}.txt")
+    file.write_text(f"One step of {CELLS[0].name.partition(' of ')[2]}: {implementation}\n\n{text}")

@@ -1,7 +1,7 @@
 """CUDA graphs, streams, `torch.compile`, checkpoints: an adapted layer gives what it gives eagerly, alone.
 
-What of it a CPU can show (who allocates what is kept, and when a device is tried) is in `tests/kernels`; a
-dry run has the compilers that generate no code, and checkpoints.
+What a CPU can show of it (where kept memory is allocated, and when a device is tried) is in `tests/kernels`;
+a dry run has the compilers that generate no code, and checkpoints.
 """
 
 from collections.abc import Callable
@@ -14,8 +14,8 @@ from torch.utils.checkpoint import checkpoint
 
 import mica.fast
 from bench.measure.clocks import CLOCK_RATE, captured
-from bench.measure.machine import DEVICE, ON_ACCELERATOR
-from bench.suites.harness import leave_if_crashed, pick
+from bench.measure.machine import DEVICE
+from bench.suites.harness import leave_if_crashed, needs_accelerator, pick
 from bench.suites.layer import adapted_module, make_layer
 from mica.ops import mica_linear
 from tests.support import models
@@ -23,18 +23,18 @@ from tests.support.tolerances import RELATIVE, error
 
 prepared = pytest.importorskip("mica.kernels.prepared")  # imports Triton
 
-pytestmark = pytest.mark.skipif(not ON_ACCELERATOR, reason="needs a GPU, or a dry run")
+pytestmark = needs_accelerator
 needs_gpu = pytest.mark.skipif(DEVICE != "cuda", reason="needs a GPU")
 both_ranks = pytest.mark.parametrize("rank", [4, 16])  # B is copied and padded, and cast alone
 
 DTYPE = torch.bfloat16
 # tokens, out_features, in_features: on a GPU both of the sums over a long side are split
-SIZES = pick(quick=(40, 48, 64), default=(40, 48, 64), cuda=(512, 1024, 2048))
-REPEATS, SLEEP = 50, 0.05  # of the calls on two streams, and the seconds that these wait for the host
+SIZES = pick(default=(40, 48, 64), cuda=(512, 1024, 2048))
+REPEATS, SLEEP = 50, 0.05  # of the calls on two streams; seconds that these wait for the host
 
 
 class Adapted(NamedTuple):
-    """A layer of PEFT's on `mica.fast`."""
+    """A PEFT layer on `mica.fast`."""
 
     module: nn.Module
     x: Tensor
@@ -47,7 +47,7 @@ class Adapted(NamedTuple):
         return [y.detach(), *torch.autograd.grad(y, (self.x, self.lora_A), self.grad_output)]
 
     def alone(self) -> list[Tensor]:
-        """y without a gradient to come."""
+        """y, without recording a graph."""
         with torch.no_grad():
             return [self.module(self.x)]
 
@@ -67,9 +67,9 @@ def adapted(rank: int = 16) -> Adapted:
     return Adapted(module, layer.x, lora_A, layer.grad_output)
 
 
-def same_bits(found: list[Tensor], expected: list[Tensor], where: str) -> None:
+def same_bits(values: list[Tensor], expected: list[Tensor], where: str) -> None:
     names = ("y", "dx", "dA")[: len(expected)]
-    different = [name for name, *pair in zip(names, found, expected, strict=True) if not torch.equal(*pair)]
+    different = [name for name, *pair in zip(names, values, expected, strict=True) if not torch.equal(*pair)]
     assert not different, f"{where}: other bits of {', '.join(different)}"
 
 
@@ -103,7 +103,7 @@ def test_graphed_callables(rank):
 
 @needs_gpu
 def test_two_streams_share_nothing():
-    """The same launches on other data, at the same time: parts of sums and counters are each stream's own."""
+    """The same launches on other data, concurrently: each stream has its own partial sums and counters."""
 
     def step(layer) -> list[Tensor]:
         y = mica_linear(layer.x, layer.weight, layer.lora_A, layer.lora_B, layer.scaling)
@@ -113,15 +113,15 @@ def test_two_streams_share_nothing():
     layers[1].x = layers[1].x.detach().roll(1, 0).requires_grad_()
     expected, streams = [step(layer) for layer in layers], [torch.cuda.Stream() for _ in layers]
     torch.cuda.synchronize()
-    found = [[], []]
+    outputs = [[], []]
     for repeat in range(REPEATS):
-        for layer, stream, results in zip(layers, streams, found, strict=True):
+        for layer, stream, results in zip(layers, streams, outputs, strict=True):
             with torch.cuda.stream(stream):
-                if repeat == 1:  # what is made once a stream is there, so nothing waits for the other one
+                if repeat == 1:  # what is set up once per stream exists, so neither waits for the other
                     torch.cuda._sleep(int(SLEEP * CLOCK_RATE))
                 results.append(step(layer))
     torch.cuda.synchronize()
-    for number, results in enumerate(found):
+    for number, results in enumerate(outputs):
         for repeat, result in enumerate(results):
             same_bits(result, expected[number], f"stream {number}, repeat {repeat}")
 
@@ -161,8 +161,8 @@ def test_compile_fullgraph(how, rank):
     compiled = torch.compile(layer.module, fullgraph=True, dynamic=False, **how)
     for number in range(4):
         torch.compiler.cudagraph_mark_step_begin()
-        found = [tensor.clone() for tensor in layer.step(compiled)]  # the next call overwrites a graph's
-        for what, value, eager in zip(("y", "dx", "dA"), found, expected, strict=True):
+        values = [tensor.clone() for tensor in layer.step(compiled)]  # the next call overwrites a graph's
+        for what, value, eager in zip(("y", "dx", "dA"), values, expected, strict=True):
             wrong, limit = error(value, eager), RELATIVE[DTYPE]
             assert wrong <= limit, (
                 f"call {number}: {what} is {wrong:.2e} off the eager one, above {limit:.0e}"
@@ -171,7 +171,7 @@ def test_compile_fullgraph(how, rank):
 
 @needs_gpu
 def test_a_model_under_reduce_overhead():
-    """Layers that take turns with the same counters and prepared B, in the graphs of a whole model."""
+    """Layers that share counters and prepared B, in the graphs of a whole model."""
     torch.compiler.reset()
     prepared.forget()
     model = models.randomise(models.wrap(models.tiny_llama().to(DTYPE), rank=16, targets="all-linear"))
@@ -194,7 +194,7 @@ def test_a_model_under_reduce_overhead():
 
 
 def test_a_checkpoint_draws_the_same_mask():
-    """The seed is drawn by torch's generator, whose state the recomputation finds again."""
+    """The seed is drawn by torch's generator, whose state is restored for the recomputation."""
     layer = adapted()
     without = layer.step()
     layer.module.lora_dropout["default"] = nn.Dropout(0.5)

@@ -1,8 +1,8 @@
-"""Shared by the suites: rivals that take turns, and checks before any time.
+"""Shared by the suites: implementations that take turns, and checks before any timing.
 
-pytest-benchmark times one test after the other; a machine that slows down in between would favour whoever
-ran first. Each test is therefore one round of one rival, the round number is the outer parameter, and
-`bench.results` pairs the rounds. A round is a line in the journal as soon as its test has passed.
+pytest-benchmark times one test after the other; a machine that slows down in between would favour those that
+ran first. Each test is therefore one round of one implementation, the round number is the outer parameter,
+and `bench.results` pairs the rounds. A round is a line in the journal as soon as its test has passed.
 """
 
 import ctypes
@@ -15,7 +15,7 @@ import pytest
 import torch
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
-os.environ["MICA_CACHE"] = "0"  # solved, not found
+os.environ["MICA_CACHE"] = "0"  # solve, not look up
 
 from transformers.utils import logging
 
@@ -29,30 +29,30 @@ pytest_plugins = ["bench.measure.watching"]
 logging.set_verbosity_error()
 logging.disable_progress_bar()
 
-gc.freeze()  # what is imported by now: a capture collects garbage, and would look through it each time
+gc.freeze()  # what is imported by now: a capture collects garbage, and would traverse it each time
 STREAM = torch.cuda.Stream() if DEVICE == "cuda" else None
 
 
 class Once:
-    """Times one sample: a round of one rival, the mean of ``iterations`` calls.
+    """Times one sample: a round of one implementation, the mean of ``iterations`` calls.
 
-    ``warm_up``: one call before, for caches and for memory that the rival before has given back.
-    ``axes``: what work it is; ``facts``: what was counted or measured beside the time. ``all_clocks``: on an
-    accelerator also its device time and a replay of its graph, each a cell of its own.
+    ``warm_up``: one call before, for caches and for memory that the previous implementation released.
+    ``axes``: which work it is; ``facts``: what was counted or measured in addition to the time.
+    ``all_clocks``: on an accelerator also its device time and a replay of its graph, each a separate cell.
     """
 
     graphs: dict[tuple[str, str], Callable] = {}  # noqa: RUF012 (of the cell that is being timed)
 
     def __init__(self, benchmark):
         self.benchmark = benchmark
-        self.cell = self.rival = None
+        self.cell = self.implementation = None
         self.samples: list[dict] = []
 
-    def __call__(self, function, group, rival, axes, iterations=1, warm_up=False, all_clocks=False, **facts):
-        self.cell, self.rival = group, rival
+    def __call__(self, function, group, name, axes, iterations=1, warm_up=False, all_clocks=False, **facts):
+        self.cell, self.implementation = group, name
         self.benchmark.group = group
-        self.benchmark.extra_info.update(rival=rival, axes=axes)
-        journal.write("doing", group=group, rival=rival)
+        self.benchmark.extra_info.update(implementation=name, axes=axes)
+        journal.write("doing", group=group, implementation=name)
         if warm_up:
             function()
         call = clocks.wall(function, iterations)
@@ -64,7 +64,7 @@ class Once:
         return result
 
     def note(self, **facts):
-        """What was found out after the timing."""
+        """Facts that are known only after the timing."""
         for sample in self.samples[:1]:
             sample["facts"] |= facts
 
@@ -72,35 +72,27 @@ class Once:
         group = self.cell
         if ON_ACCELERATOR:
             group, axes = f"{group}, {clock}", {**axes, "clock": clock}
-        self.samples.append(
-            {
-                "cell": self.cell,
-                "group": group,
-                "axes": axes,
-                "rival": self.rival,
-                "seconds": seconds,
-                "facts": facts,
-            }
-        )
+        sample = {"cell": self.cell, "group": group, "axes": axes, "implementation": self.implementation}
+        self.samples.append({**sample, "seconds": seconds, "facts": facts})
 
     def _add_clock(self, clock: str, measure: Callable[[], float], axes: dict) -> None:
-        """A rival that cannot be timed so has no such number, and keeps the others."""
+        """One that cannot be timed by this clock has no such number, and keeps the others."""
         group = f"{self.cell}, {clock}"
-        if why_refused(group, self.rival):
+        if why_refused(group, self.implementation):
             return
         try:
             self._add(measure(), axes, {}, clock)
         except Exception as error:
-            refuse(group, sentence(error), self.rival)
+            refuse(group, sentence(error), self.implementation)
             leave_if_crashed()
 
     def _graph(self, function) -> Callable:
-        """The replay of its graph, captured once a cell."""
+        """The replay of its graph, captured once per cell."""
         if not any(cell == self.cell for cell, _ in self.graphs):
             self.graphs.clear()
-        key = self.cell, self.rival
+        key = self.cell, self.implementation
         if key not in self.graphs:
-            self.graphs[key] = clocks.captured(function), function  # its operands stay where they are
+            self.graphs[key] = clocks.captured(function), function  # keeps its operands alive
         return self.graphs[key][0]
 
 
@@ -112,28 +104,28 @@ def once(request, benchmark):
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport(item, call):
-    """A round counts once its test has passed; a rival whose test failed has no number."""
+    """A round counts once its test has passed; an implementation whose test failed has no number."""
     report = yield
-    found = getattr(item, "once", None)
-    if found is not None and call.when == "call":
-        for sample in found.samples if report.passed else ():
+    once = getattr(item, "once", None)
+    if once is not None and call.when == "call":
+        for sample in once.samples if report.passed else ():
             journal.write("sample", **sample)
-        if report.failed and found.cell is not None:
-            refuse(found.cell, sentence(call.excinfo.value), found.rival)
+        if report.failed and once.cell is not None:
+            refuse(once.cell, sentence(call.excinfo.value), once.implementation)
             leave_if_crashed()
     return report
 
 
 @pytest.fixture(autouse=True)
 def one_stream():
-    """Not the default one, on which nothing can be captured, and a backward runs where its forward did."""
+    """Not the default one, on which nothing can be captured; a backward runs on its forward's stream."""
     with torch.cuda.stream(STREAM) if STREAM is not None else nullcontext():
         yield
 
 
 @pytest.fixture(scope="module", autouse=True)
 def released(request):
-    """A suite leaves neither its models nor a fragmented heap to the next one, whose steps would pay."""
+    """A suite leaves neither models nor a fragmented heap, which would slow down the next one."""
     yield
     Once.graphs.clear()
     for value in vars(request.module).values():
@@ -146,22 +138,23 @@ def released(request):
 
 @pytest.fixture(scope="session")
 def gated():
-    """``gated(group, check, rival)``: what ``check()`` returns, unless the cell or the rival is refused.
+    """``gated(group, check, implementation)``: what ``check()`` returns; fails if either is refused.
 
-    Once ``check()`` has raised, the cell is refused for good; a rival alone is refused by `harness.each`.
+    Once ``check()`` has raised, the cell is refused for good; `harness.build_all` refuses single
+    implementations.
     """
 
-    def gated(group: str, check: Callable[[], object], rival: str = "") -> object:
-        found = None
-        if why_refused(group, rival) is None:
+    def gated(group: str, check: Callable[[], object], implementation: str = "") -> object:
+        checked = None
+        if why_refused(group, implementation) is None:
             journal.write("doing", group=group)
             try:
-                found = check()
+                checked = check()
             except Exception as error:
                 refuse(group, sentence(error))
                 leave_if_crashed()
-        if why := why_refused(group, rival):
-            pytest.fail(f"no number for {group}, {rival}: {why}", pytrace=False)
-        return found
+        if why := why_refused(group, implementation):
+            pytest.fail(f"no number for {group}, {implementation}: {why}", pytrace=False)
+        return checked
 
     return gated

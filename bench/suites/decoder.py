@@ -1,4 +1,4 @@
-"""Decoder models with adapters on all linear layers, of which every rival has a copy of its own."""
+"""Decoder models with adapters on all linear layers, of which every implementation has its own copy."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from tests.support import models
 Context = Callable[[], AbstractContextManager]
 
 RANK = 16
-LLAMA_GROUPS = (3, 1, 2, 1)  # how many layers of a block read one x, in the order of their calls: q/k/v first
+LLAMA_GROUPS = (3, 1, 2, 1)  # how many layers of a block read each x, in call order: q/k/v first
 _WIDTHS = {  # hidden, intermediate, heads, heads of k and v
     "Llama-3.2-1B": (LlamaConfig, 2048, 8192, 32, 8),
     "Llama-3.1-8B": (LlamaConfig, 4096, 14336, 32, 8),
@@ -30,7 +30,7 @@ _WIDTHS = {  # hidden, intermediate, heads, heads of k and v
 
 
 def config_of(name: str, layers: int = 1, vocabulary: int = 8) -> PretrainedConfig:
-    """Of a model with these widths. The vocabulary may be small where no tokens go in."""
+    """A model with these widths. The vocabulary may be small where no tokens are embedded."""
     kind, hidden, intermediate, heads, kv_heads = _WIDTHS[name]
     return kind(
         hidden_size=hidden,
@@ -50,17 +50,17 @@ def causal(name: str, layers: int, vocabulary: int, dtype: torch.dtype) -> nn.Mo
 
 
 def cast(model: nn.Module, dtype: torch.dtype) -> nn.Module:
-    """In place; not the rotary embedding's fp32 frequencies, which are a buffer."""
+    """In place; except the rotary embedding's fp32 frequencies, which are a buffer."""
     for parameter in model.parameters():
         parameter.data = parameter.data.to(dtype)
     return model
 
 
 class Work(NamedTuple):
-    """What rivals run: a model without a head gives y of x's shape, one with a head the loss of ``labels``.
+    """What is run: a model without a head gives y of x's shape, one with a head the loss of ``labels``.
 
-    ``bare``: frozen, without adapters; ``masters``: with adapters as PEFT makes them, in fp32, for rivals to
-    copy; ``x``: embeddings (batch, sequence, hidden).
+    ``bare``: frozen, without adapters; ``masters``: with adapters as PEFT makes them, in fp32, for
+    implementations to copy; ``x``: embeddings (batch, sequence, hidden).
     """
 
     bare: nn.Module
@@ -69,10 +69,10 @@ class Work(NamedTuple):
     grad_output: Tensor | None = None
     labels: Tensor | None = None
 
-    def step(self, rival: str, context: Context, operators: dict[str, int], rate: float = 0.0) -> Step:
-        """Of the bare model or of a copy of the masters; ``rate``: AdamW's."""
-        model = self.bare if rival == BARE else copy.deepcopy(self.masters)
-        if rival == STOCK_16:
+    def step(self, name: str, context: Context, operators: dict[str, int], rate: float = 0.0) -> Step:
+        """A step of the bare model or of a copy of the masters; ``rate``: AdamW's."""
+        model = self.bare if name == BARE else copy.deepcopy(self.masters)
+        if name == STOCK_16:
             cast(model, self.x.dtype)
         return self.step_of(model, context, operators, rate)
 

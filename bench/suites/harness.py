@@ -1,9 +1,9 @@
-"""What the suites share: how large a run is, rivals that are built and judged one by one, and refusals."""
+"""Shared by the suites: the size of a run, building and checking implementations one by one, refusals."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from itertools import product
 from math import ceil
 from typing import Any, TypeVar
@@ -11,33 +11,40 @@ from typing import Any, TypeVar
 import pytest
 import torch
 
-from bench.measure.machine import DEVICE, IS_DRY, SIZE
+from bench.measure.machine import DEVICE, IS_DRY, ON_ACCELERATOR, SIZE
 from bench.results import journal
 from bench.results.schema import is_refused
 
 T = TypeVar("T")
 
-# Why a cell, or a rival of it, has no number: (group, rival or None) -> a sentence. After a crash the run
-# goes on in a new process, which must not try again what crashed.
+# Why a cell, or an implementation in it, has no number: (group, implementation or None) -> a sentence. After
+# a crash the run continues in a new process, which must not retry what crashed.
 refusals: dict[tuple[str, str | None], str] = {
-    (one["group"], one.get("rival")): one["why"] for one in journal.read() if one["kind"] == "refused"
+    (one["group"], one.get("implementation")): one["why"]
+    for one in journal.read()
+    if one["kind"] == "refused"
 }
-CRASHED = 86  # exit status of a process whose device does not answer any more
+needs_accelerator = pytest.mark.skipif(not ON_ACCELERATOR, reason="needs a GPU, or a dry run")
+CRASHED = 86  # exit status of a process whose device no longer responds
 
 
-def pick(quick: T, default: T, full: T | None = None, cuda: T | None = None, dry: T | None = None) -> T:
-    """What this size of run takes on this device; without something of its own, what comes before it."""
+def pick(
+    default: T, quick: T | None = None, full: T | None = None, cuda: T | None = None, dry: T | None = None
+) -> T:
+    """The value for this size of run on this device, else ``default``; a dry run tries ``dry``, ``quick``."""
     if IS_DRY:
-        return next(one for one in (dry, quick) if one is not None)
-    if DEVICE == "cuda" and cuda is not None:
-        return cuda
-    return {"quick": quick, "default": default, "full": default if full is None else full}[SIZE]
+        choices = dry, quick
+    elif DEVICE == "cuda" and cuda is not None:
+        choices = (cuda,)
+    else:
+        choices = ({"quick": quick, "default": None, "full": full}[SIZE],)
+    return next((one for one in choices if one is not None), default)
 
 
 def iterations(seconds: float, sample: float = 0.005) -> int:
-    """How many calls of this length make one sample of about ``sample`` seconds: 1 to 100.
+    """How many calls of this length make a sample of about ``sample`` seconds: 1 to 100.
 
-    The calls are those of the fastest rival, the bare one; the others take up to five times as long.
+    The calls are those of the bare layer, the fastest; the others take up to five times as long.
     """
     return 1 if IS_DRY else min(100, max(1, ceil(sample / seconds)))
 
@@ -46,56 +53,60 @@ def turns(
     cells: Iterable[Any],
     parts: Sequence[str],
     rounds: Callable[[Any], int],
-    rivals: Callable[[Any, str], Iterable[str]],
-) -> Iterator[object]:
-    """Parameters (cell, round, pass, rival) of a suite's test: the rivals of a pass take turns in a round."""
-    for cell in cells:
-        for round_, part in product(range(rounds(cell)), parts):
-            for name in rivals(cell, part):
-                yield pytest.param(cell, round_, part, name, id=f"{cell.key}-{part}-{round_}-{name}")
+    names: Callable[[Any, str], Iterable[str]],
+) -> pytest.MarkDecorator:
+    """Parametrises by cell, round_, part and implementation, the innermost: they take turns in a round."""
+    cases = [
+        pytest.param(cell, round_, part, name, id=f"{cell.key}-{part}-{round_}-{name}")
+        for cell in cells
+        for round_, part in product(range(rounds(cell)), parts)
+        for name in names(cell, part)
+    ]
+    return pytest.mark.parametrize(("cell", "round_", "part", "implementation"), cases)
 
 
-def refuse(group: str, why: str, rival: str | None = None) -> None:
-    """The cell for good, or this rival of it."""
-    if why_refused(group, rival or "") is None:
-        refusals[group, rival] = why
-        journal.write("refused", group=group, **({} if rival is None else {"rival": rival}), why=why)
+def refuse(group: str, why: str, name: str | None = None) -> None:
+    """For good: the cell, or this implementation in it."""
+    if why_refused(group, name or "") is None:
+        refusals[group, name] = why
+        whose = {} if name is None else {"implementation": name}
+        journal.write("refused", group=group, **whose, why=why)
 
 
 def sentence(error: BaseException) -> str:
-    """The first line of what it says, with its kind unless it is a failed check."""
+    """The first line of its message, with its type unless it is a failed check."""
     lines = str(error).strip().splitlines()
     text = lines[0] if lines else ""
     return text if isinstance(error, AssertionError) and text else f"{type(error).__name__}: {text}"
 
 
-def each(group: str, builds: dict[str, Callable[[], T]]) -> dict[str, T]:
-    """What each rival's function returns, which builds it and checks its results.
+def build_all(group: str, implementations: Iterable[str], build: Callable[[str], T]) -> dict[str, T]:
+    """What ``build(implementation)``, which also checks results, returns for each.
 
-    One that raises is refused, in ``group`` and in all groups whose names go on from there; the others go on.
+    One that raises is refused in ``group`` and in all groups whose names begin with it; the others continue.
     """
-    found = {}
-    for rival, build in builds.items():
-        if why_refused(group, rival):
+    built = {}
+    for name in implementations:
+        if why_refused(group, name):
             continue
-        journal.write("doing", group=group, rival=rival)
+        journal.write("doing", group=group, implementation=name)
         try:
-            found[rival] = build()
+            built[name] = build(name)
         except Exception as error:
-            refuse(group, sentence(error), rival)
+            refuse(group, sentence(error), name)
             leave_if_crashed()
-    return found
+    return built
 
 
-def why_refused(group: str, rival: str) -> str | None:
-    for (name, whose), why in refusals.items():
-        if is_refused({"group": name, "rival": whose}, group, rival):
+def why_refused(group: str, implementation: str) -> str | None:
+    for (name, refused), why in refusals.items():
+        if is_refused({"group": name, "implementation": refused}, group, implementation):
             return why
     return None
 
 
 def leave_if_crashed() -> None:
-    """A device error stays: whatever comes after it in this process would fail, and be blamed for it."""
+    """A device error persists: all that follows in this process would fail, and be blamed for it."""
     if DEVICE != "cuda":
         return
     try:

@@ -1,7 +1,7 @@
 """One MiCA linear layer: operands, its forms in PEFT, the controls in plain PyTorch, and what is exact.
 
-A module of stock PEFT here is MiCA's, whose forward is
-that of plain LoRA with B frozen; B is set, so that no initialisation (an SVD of every weight) is run.
+A module of stock PEFT here is MiCA's, whose forward is that of plain LoRA with B frozen; B is set, so that no
+initialisation (an SVD of every weight) is run.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from mica import reference
 
 @dataclass
 class Layer:
-    """Operands: x (tokens×in), weight (out×in), fp32 masters of A and B, all of one scale."""
+    """Operands: x (tokens×in), weight (out×in), fp32 masters of A and B, all of the same scale."""
 
     x: Tensor
     weight: Tensor
@@ -34,7 +34,7 @@ class Layer:
 
 
 class Form(NamedTuple):
-    """A rival. ``forward()`` gives y; ``inputs``: what the backward differentiates by, x first."""
+    """An implementation. ``forward()`` gives y; ``inputs``: what the backward differentiates by, x first."""
 
     forward: Callable[[], Tensor]
     inputs: tuple[Tensor, ...]
@@ -44,12 +44,22 @@ class Form(NamedTuple):
     def gradients(self, y: Tensor, grad_output: Tensor) -> tuple[Tensor, ...]:
         return torch.autograd.grad(y, self.inputs, grad_output, retain_graph=True)
 
+    def errors(self, grad_output: Tensor, truth: dict[str, Tensor]) -> dict[str, float]:
+        """Frobenius norm of the difference over that of the truth, of y and, with gradients, dx and dA."""
+        y = self.forward()
+        gradients = self.gradients(y, grad_output) if torch.is_grad_enabled() else ()
+        values = zip(("y", "dx", "dA"), (y, *gradients), strict=False)
+        return {
+            name: float((value.detach().to(truth[name].dtype) - truth[name]).norm() / truth[name].norm())
+            for name, value in values
+        }
+
     def call(self, part: str, grad_output: Tensor) -> Callable[[], object]:
-        """What is timed as this pass; of a backward the forward is run now."""
+        """What is timed as this pass; the forward of a backward runs now."""
         return partial(self.gradients, self.forward(), grad_output) if part == BACKWARD else self.forward
 
     def time(self, once, part: str, grad_output: Tensor, *sample, **facts) -> None:
-        """One sample of this pass, by every clock; ``sample``: group, rival, axes, number of calls."""
+        """One sample of this pass, by every clock; ``sample``: group, implementation, axes, calls."""
         with self.context(), torch.set_grad_enabled(part != NO_GRADIENT):
             once(self.call(part, grad_output), *sample, warm_up=True, all_clocks=True, **facts)
 
@@ -92,7 +102,7 @@ def adapted_module(
 
 
 class AtenControl(torch.autograd.Function):
-    """The most that plain PyTorch can do: products that add in place, one product for dA, x kept alone."""
+    """The most that plain PyTorch can do: products that add in place, one product for dA, only x saved."""
 
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float) -> Tensor:
@@ -109,7 +119,7 @@ class AtenControl(torch.autograd.Function):
 
 
 def by_hand(x: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float) -> Tensor:
-    """What many write by hand: two products and one that adds in place, with autograd's own backward."""
+    """What many write by hand: two products and one that adds in place, with autograd's backward."""
     A, B = lora_A.to(x.dtype), lora_B.to(x.dtype)
     return (x @ weight.t()).addmm_(x @ A.t(), B.t(), alpha=scaling)
 
@@ -122,22 +132,15 @@ def exact(layer: Layer, dtype: torch.dtype = torch.float64) -> dict[str, Tensor]
     return {"y": y, "dx": dx, "dA": dA}
 
 
-def relative_errors(
-    forward: Callable[[], Tensor],
-    gradients: Callable[[Tensor], tuple[Tensor, ...]],
-    truth: dict[str, Tensor],
-) -> dict[str, float]:
-    """Frobenius norm of the difference over that of the truth, for y, dx and (where there is one) dA."""
-    y = forward()
-    values = dict(zip(("y", "dx", "dA"), (y, *gradients(y)), strict=False))
-    return {
-        name: float((value.detach().to(truth[name].dtype) - truth[name]).norm() / truth[name].norm())
-        for name, value in values.items()
-    }
+def check_errors(name: str, errors: dict[str, float], limit: float) -> dict[str, float]:
+    """The errors of an implementation as facts, once all are within the limit; the bare layer's say nothing.
 
-
-def noted(rival: str, errors: dict[str, float]) -> dict[str, float]:
-    """As facts of the rival; the bare layer's say nothing."""
-    if rival == BARE:
+    Raises:
+        AssertionError: one of them is larger.
+    """
+    limit = 1.0 if name == BARE else limit  # the bare layer lacks the adapter's term
+    for what, error in errors.items():
+        assert error <= limit, f"the relative error of {what} is {error:.2e}, above {limit:.0e}"
+    if name == BARE:
         return {}
     return {f"error of {what}": float(f"{errors[what]:.3g}") for what in ("y", "dx", "dA") if what in errors}

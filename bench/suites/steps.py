@@ -1,9 +1,9 @@
-"""A rival that takes steps (forward, backward, perhaps an optimizer), and the operators that these run."""
+"""Implementations that take steps (forward, backward, perhaps an optimizer), and the operators they run."""
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from functools import partial
 from itertools import count
@@ -15,6 +15,7 @@ from torch import Tensor
 import mica.fast
 from bench.measure.machine import ON_ACCELERATOR
 from bench.results.names import BARE, FAST, GROUPED, STOCK, STOCK_16, UNGROUPED
+from bench.suites.harness import build_all
 from bench.suites.layer import Form
 
 
@@ -41,21 +42,21 @@ CONTEXTS = {
 def operators(
     linear: int, groups: int = 0, on_kernels: bool = ON_ACCELERATOR, forwards: int = 1
 ) -> dict[str, int]:
-    """What a forward + backward of so many layers alone, and of so many groups of layers, has to run.
+    """What a forward + backward of these numbers of single layers and of groups has to run.
 
-    ``forwards``: 2 where gradient checkpointing runs every forward again.
+    ``forwards``: 2 where gradient checkpointing recomputes every forward.
     """
-    wanted = {name: times for name, times in (("linear", linear), ("linear_group", groups)) if times}
-    found = {name: forwards * times for name, times in wanted.items()}
-    found |= {f"{name}_backward": times for name, times in wanted.items()}
-    return found | ({f"{name}_kernels": times for name, times in found.items()} if on_kernels else {})
+    times = {name: count for name, count in (("linear", linear), ("linear_group", groups)) if count}
+    ran = {name: forwards * count for name, count in times.items()}
+    ran |= {f"{name}_backward": count for name, count in times.items()}
+    return ran | ({f"{name}_kernels": count for name, count in ran.items()} if on_kernels else {})
 
 
-def promised(rival: str, groups: tuple[int, ...], forwards: int = 1) -> dict[str, int]:
-    """`operators` by what the rival's name says. ``groups``: how many layers read one x, for every x."""
-    if rival in (FAST, UNGROUPED):
+def expected_operators(name: str, groups: tuple[int, ...], forwards: int = 1) -> dict[str, int]:
+    """`operators` that the implementation's name implies. ``groups``: how many layers read each x."""
+    if name in (FAST, UNGROUPED):
         return operators(sum(groups), forwards=forwards)
-    if rival == GROUPED:
+    if name == GROUPED:
         alone = groups.count(1)
         return operators(alone, len(groups) - alone, forwards=forwards)
     return {}
@@ -63,7 +64,7 @@ def promised(rival: str, groups: tuple[int, ...], forwards: int = 1) -> dict[str
 
 @contextmanager
 def counting() -> Iterator[dict[str, int]]:
-    """What is yielded says afterwards how often each operator has run inside, if it has."""
+    """Yields a dict that afterwards has how often each operator ran inside, if it did."""
     ran, before = {}, Counter(mica.fast.call_counts)
     yield ran
     ran.update(Counter(mica.fast.call_counts) - before)
@@ -72,7 +73,7 @@ def counting() -> Iterator[dict[str, int]]:
 class Step(NamedTuple):
     """``grad_output``: what the backward starts from, None where the forward gives a loss.
 
-    ``operators``: of mica.fast, how many of each a step runs.
+    ``operators``: how often a step runs each operator of mica.fast.
     """
 
     form: Form
@@ -81,7 +82,7 @@ class Step(NamedTuple):
     operators: dict[str, int] = {}  # noqa: RUF012
 
     def __call__(self) -> Tensor:
-        """y, or the loss; no gradient is left."""
+        """Returns y, or the loss; leaves no gradient."""
         y = self.form.forward()
         y.backward(self.grad_output)
         if self.optimizer is not None:
@@ -95,23 +96,23 @@ class Step(NamedTuple):
         with self.form.context():
             y = self.form.forward()
             dx, *grads = self.form.gradients(y, self.grad_output)
-        found = {"y": y.detach().float(), "dx": dx.float()}
-        return found | ({"dA": torch.cat([grad.flatten() for grad in grads]).float()} if grads else {})
+        values = {"y": y.detach().float(), "dx": dx.float()}
+        return values | ({"dA": torch.cat([grad.flatten() for grad in grads]).float()} if grads else {})
 
     def time(
         self,
         once,
         group: str,
-        rival: str,
+        name: str,
         axes: dict,
         calls: int = 1,
         call: Callable | None = None,
         **options,
     ) -> int:
-        """One sample, after which every step must have run the operators that the rival's name promises.
+        """One sample, after which every step must have run the operators that the name implies.
 
-        ``call`` in place of a step: whether any has run must be as it is in a step. Returns the number of
-        calls, of which more are made than are timed.
+        ``call``: what is timed instead of a step; it must run operators if and only if a step does. Returns
+        the number of calls, of which more are made than are timed.
         """
         run = count()
 
@@ -120,27 +121,44 @@ class Step(NamedTuple):
             return (call or self)()
 
         with self.form.context(), counting() as ran:
-            once(counted, group, rival, axes, calls, warm_up=True, **options)
+            once(counted, group, name, axes, calls, warm_up=True, **options)
         runs = next(run)
-        found = {name: times / runs for name, times in ran.items()}
-        right = found == self.operators if call is None else bool(found) == bool(self.operators)
-        assert right, f"{rival} ran {found} a call, not {self.operators}"
+        per_call = {name: times / runs for name, times in ran.items()}
+        right = per_call == self.operators if call is None else bool(per_call) == bool(self.operators)
+        assert right, f"{name} ran {per_call} per call, not {self.operators}"
         return runs
 
 
-def judged(step: Step, expected: dict[str, Tensor], gates: dict[str, float]) -> Step:
-    """``step``, whose results may differ from the expected ones so much (Frobenius norms, relative).
+def checked(step: Step, expected: dict[str, Tensor], gates: dict[str, float]) -> Step:
+    """``step``, whose results may differ from the expected ones by so much (Frobenius norms, relative).
 
-    Groups are learnt by observation: a forward and backward comes before.
+    Groups are learnt by observation: a forward and backward is run before.
 
     Raises:
-        AssertionError: they differ more, or other operators than ``step.operators`` gave them.
+        AssertionError: they differ more, or came from other operators than ``step.operators``.
     """
     step.results()
     with counting() as ran:
-        found = step.results()
+        results = step.results()
     assert ran == step.operators, f"a step ran {ran}, not {step.operators}"
     for what, value in expected.items():
-        error = float((found[what] - value).norm() / value.norm())
+        error = float((results[what] - value).norm() / value.norm())
         assert error <= gates[what], f"{what} is {error:.1e} off stock PEFT's"
     return step
+
+
+def check_all(
+    group: str,
+    names: Iterable[str],
+    build: Callable[[str], Step],
+    gates: dict[str, float],
+    unchecked: tuple[str, ...] = (BARE,),
+) -> dict[str, Step]:
+    """`build_all`, with results `checked` against stock PEFT's, except those of the ``unchecked``."""
+    stock = build(STOCK)
+    expected = stock.results()
+
+    def build_checked(name: str) -> Step:
+        return stock if name == STOCK else checked(build(name), {} if name in unchecked else expected, gates)
+
+    return build_all(group, names, build_checked)

@@ -37,8 +37,8 @@ def test_it_writes_a_result_and_its_report(usual):
     result = Result.load(file)
     assert [group.axes["pass"] for group in result.groups] == [FORWARD, BACKWARD, NO_GRADIENT]
     for group in result.groups:
-        assert {BARE, STOCK, FAST} <= group.rivals.keys()
-        assert {len(rival.seconds) for rival in group.rivals.values()} == {3}
+        assert {BARE, STOCK, FAST} <= group.timings.keys()
+        assert {len(timing.seconds) for timing in group.timings.values()} == {3}
     assert not result.refused
     assert result.machine["size"] == "quick"
     text = file.with_suffix(".md").read_text()
@@ -55,7 +55,7 @@ def test_a_slow_operator_is_a_regression(run, usual):
     assert main([str(slow), str(usual[0])]) == 0  # faster
 
 
-def test_a_wrong_operator_gets_no_number_and_its_rivals_do(run, usual):
+def test_a_wrong_operator_gets_no_number_and_the_others_do(run, usual):
     from bench.report.compare import main
     from bench.results.names import FAST, STOCK
     from bench.results.schema import Result
@@ -63,8 +63,8 @@ def test_a_wrong_operator_gets_no_number_and_its_rivals_do(run, usual):
     code, file, output = run("wrong", "wrong")
     assert code == 1, output
     result = Result.load(file)
-    assert {one["rival"] for one in result.refused} == {FAST}
-    assert all(STOCK in group.rivals and FAST not in group.rivals for group in result.groups)
+    assert {one["implementation"] for one in result.refused} == {FAST}
+    assert all(STOCK in group.timings and FAST not in group.timings for group in result.groups)
     assert "**No number**" in file.with_suffix(".md").read_text()
     assert main([str(usual[0]), str(file)]) == 1
 

@@ -1,4 +1,4 @@
-"""`bench.run`: what a process found is there, whatever becomes of it; the next one goes on without that."""
+"""`bench.run`: what a process measured is kept, whatever ends it; the next one omits the cause."""
 
 import json
 import os
@@ -15,14 +15,14 @@ SCRIPT = """
 import os, signal, sys, time
 from bench.results import journal
 
-def sample(cell, rival, seconds=1.0):
-    journal.write("doing", group=cell, rival=rival)
-    about = {"cell": cell, "group": cell, "rival": rival, "axes": {"cell": cell}, "facts": {}}
-    journal.write("sample", seconds=seconds, **about)
-    journal.write("test", stage="stage", name=f"{cell}, {rival}", outcome="passed", is_check=False)
+def sample(cell, implementation, seconds=1.0):
+    journal.write("doing", group=cell, implementation=implementation)
+    about = {"cell": cell, "group": cell, "implementation": implementation}
+    journal.write("sample", seconds=seconds, axes={"cell": cell}, facts={}, **about)
+    journal.write("test", stage="stage", name=f"{cell}, {implementation}", outcome="passed", is_check=False)
 
-refused = {(one["group"], one.get("rival")) for one in journal.read() if one["kind"] == "refused"}
-done = {(one["cell"], one["rival"]) for one in journal.read() if one["kind"] == "sample"}
+refused = {(one["group"], one.get("implementation")) for one in journal.read() if one["kind"] == "refused"}
+done = {(one["cell"], one["implementation"]) for one in journal.read() if one["kind"] == "sample"}
 """
 
 
@@ -32,7 +32,7 @@ def start(tmp_path, monkeypatch):
     monkeypatch.setenv(journal.VARIABLE, "")  # restored afterwards
 
     def start(code, **limits):
-        this = run.Run(tmp_path / "found" / "run.json")
+        this = run.Run(tmp_path / "results" / "run.json")
         summary = this.start(run.Job("stage", [sys.executable, "-c", SCRIPT + code], {}, **limits))
         return summary, Result.load(this.file)
 
@@ -43,7 +43,7 @@ def test_a_process_that_ends(start):
     summary, result = start('sample("a", "x"); sample("a", "y"); sys.exit(1)')
     assert summary["state"] == "failed"
     assert result.stages == [summary]
-    assert [*result.groups[0].rivals] == ["x", "y"]
+    assert [*result.groups[0].timings] == ["x", "y"]
     assert not result.refused
 
 
@@ -58,30 +58,30 @@ def test_what_stops_a_process_is_left_out_by_the_next(start, fault):
     code = f"""
 sample("a", "x") if ("a", "x") not in done else None
 if ("a", "y") not in refused:
-    journal.write("doing", group="a", rival="y")
+    journal.write("doing", group="a", implementation="y")
     {fault}
 sample("b", "x")
 """
     summary, result = start(code, silence=4.0)
     assert summary["state"] == "passed"
-    assert result.refused == [{"group": "a", "rival": "y", "why": FAULTS[fault]}]
-    assert {group.name: [*group.rivals] for group in result.groups} == {"a": ["x"], "b": ["x"]}
-    assert len(result.groups[0].rivals["x"].seconds) == 1
+    assert result.refused == [{"group": "a", "implementation": "y", "why": FAULTS[fault]}]
+    assert {group.name: [*group.timings] for group in result.groups} == {"a": ["x"], "b": ["x"]}
+    assert len(result.groups[0].timings["x"].seconds) == 1
 
 
-def test_one_that_dies_again_and_again_is_given_up(start):
+def test_one_that_keeps_dying_is_given_up(start):
     summary, result = start('sample("a", "x"); os.kill(os.getpid(), signal.SIGKILL)')
     assert summary["state"] == "died"
-    # between two tests: nothing is to blame, and it is not started for ever
+    # between two tests: nothing is blamed, and it is not restarted for ever
     assert len(result.refused) <= run.STARTS
-    assert result.stages[0]["was_doing"] == {"group": "a", "rival": "x"}
+    assert result.stages[0]["was_doing"] == {"group": "a", "implementation": "x"}
 
 
 def test_over_time(start):
     summary, result = start('sample("a", "x"); time.sleep(60)', seconds=6.0)
     assert summary["state"] == "over time"
     assert summary["seconds"] < 30
-    assert result.groups[0].rivals["x"].seconds == [1.0]
+    assert result.groups[0].timings["x"].seconds == [1.0]
 
 
 def test_its_children_end_with_it(start, tmp_path):
@@ -107,10 +107,10 @@ if not any(one["kind"] == "test" and one["is_check"] for one in journal.read()):
     assert [(one["outcome"], one["why"]) for one in result.checks] == [("failed", "the process died")]
 
 
-def test_of_tests_at_once_the_one_that_has_not_ended_is_blamed(start):
+def test_of_parallel_tests_the_one_that_has_not_ended_is_blamed(start):
     code = """
 if not journal.read():
-    for name in ("hangs", "goes on", "goes on after it"):
+    for name in ("hangs", "continues", "continues after it"):
         journal.write("doing", stage="stage", test=name)
         if name != "hangs":
             journal.write("test", stage="stage", name=name, outcome="passed", is_check=True)
@@ -118,14 +118,14 @@ if not journal.read():
 """
     _, result = start(code, silence=4.0)
     assert {one["name"]: one["outcome"] for one in result.checks} == {
-        "goes on": "passed",
-        "goes on after it": "passed",
+        "continues": "passed",
+        "continues after it": "passed",
         "hangs": "failed",
     }
 
 
-def test_results_are_there_while_it_runs(start, tmp_path):
-    file = tmp_path / "found" / "run.json"
+def test_results_are_written_while_it_runs(start, tmp_path):
+    file = tmp_path / "results" / "run.json"
     code = f"""
 import json, pathlib
 sample("a", "x")
@@ -134,7 +134,7 @@ while not pathlib.Path({str(file)!r}).exists() and time.monotonic() < deadline:
     time.sleep(0.1)
     sample("a", "x")
 written = json.loads(pathlib.Path({str(file)!r}).read_text())
-assert written["groups"][0]["rivals"]["x"]["seconds"]
+assert written["groups"][0]["timings"]["x"]["seconds"]
 """
     assert start(code)[0]["state"] == "passed"
 

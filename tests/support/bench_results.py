@@ -1,15 +1,16 @@
-"""Groups of a benchmark's result, of times that are given: for tests of what is made of them."""
+"""Groups of a benchmark's result with given times, for tests of what is made of them."""
 
-from bench.results.schema import Group, Rival
+from bench.results.schema import Group, Timing
 
 
 def a_group(name, axes, medians, facts=None):
-    """Rivals with nine rounds within half a per cent of their medians, the same ones for all.
+    """Implementations with nine rounds within half a per cent of their medians, the same spread for all.
 
-    ``facts``: rival -> what was counted of it.
+    ``facts``: implementation -> what was counted for it.
     """
-    rivals = {
-        rival: Rival([seconds * (1 + i / 1000) for i in range(-4, 5)], dict((facts or {}).get(rival, {})))
-        for rival, seconds in medians.items()
+    spread = [1 + i / 1000 for i in range(-4, 5)]
+    timings = {
+        one: Timing([seconds * factor for factor in spread], dict((facts or {}).get(one, {})))
+        for one, seconds in medians.items()
     }
-    return Group(name, axes, rivals)
+    return Group(name, axes, timings)

@@ -1,6 +1,6 @@
-"""A pytest plugin for dry runs of `bench.gpu`: something goes wrong in the stages MICA_TEST_FAULTS names.
+"""A pytest plugin for dry runs of `bench.gpu`: faults in the stages that MICA_TEST_FAULTS names.
 
-Like "kernels:raise,layers:kill". *raise*, *wrong*: in every launch of a kernel and every call of the solver.
+For example "kernels:raise,layers:kill". *raise*, *wrong*: in every launch of a kernel and call of the solver.
 *hang*, *kill*: in the first one, and not again in the process that is started next.
 """
 
@@ -19,7 +19,7 @@ STAGE = os.environ.get("MICA_BENCH_STAGE", "")
 
 
 def _is_first() -> bool:
-    """Whether nobody was here before, in any process of this stage."""
+    """Whether this is the first call in any process of this stage."""
     try:
         Path(f"{os.environ['MICA_BENCH_JOURNAL']}.{STAGE}").touch(exist_ok=False)
     except FileExistsError:
@@ -50,8 +50,8 @@ def _break(fault: str) -> None:
     @wraps(solve)
     def solved(*args, **kwargs):
         _go_wrong(fault)
-        found = solve(*args, **kwargs)
-        return found if fault != "wrong" else dataclasses.replace(found, basis=found.basis * 1.5)
+        subspace = solve(*args, **kwargs)
+        return subspace if fault != "wrong" else dataclasses.replace(subspace, basis=subspace.basis * 1.5)
 
     launching.Plan.__call__, mica.minor_subspace = launched, solved
 

@@ -11,12 +11,12 @@ from tests.support.processes import ROOT, start
 class DryRun(NamedTuple):
     text: str
     result: Result
-    outcomes: dict[str, str]  # of each test, by its name without the file's
-    whys: dict[str, str]  # of those that did not pass
+    outcomes: dict[str, str]  # test, without its file's name -> outcome
+    whys: dict[str, str]  # the same for those that did not pass -> why
 
 
 def dry_run(folder: Path, file: str, *arguments: str, injected: str = "") -> DryRun:
-    """Run it in a process of its own; ``injected``: Python that breaks something there first."""
+    """Run it in a separate process; ``injected``: Python that breaks something there first."""
     (folder / "injected.py").write_text(injected)
     suites = ROOT / "bench" / "suites"
     settings = {"MICA_BENCH_SIZE": "dry", "TRITON_INTERPRET": "1", "MICA_BACKEND": "triton"}

@@ -1,7 +1,7 @@
-"""Compiled on a device, a test of every shape with every dtype takes half a second a variant: fewer of them.
+"""Thins out tests of shapes × dtypes on a device, where compiling takes half a second per variant.
 
-The interpreter's run is complete: a combination costs milliseconds there, and kernels compute the same. What
-only a device shows (instructions, layouts of registers, narrow accesses) hangs on the shape and on the dtype,
+The interpreter runs all of them: a combination costs milliseconds there, and kernels compute the same. What
+only a device shows (instructions, register layouts, narrow accesses) depends on the shape and on the dtype,
 hardly on the pair.
 """
 
@@ -13,9 +13,9 @@ ON_DEVICE = "MICA_TEST_DEVICE" in os.environ
 
 
 def off_the_diagonal(items: list[pytest.Item]) -> set[pytest.Item]:
-    """What a device need not run: of each test parametrised by dtypes and by more, all but a diagonal.
+    """What a device need not run: all but a diagonal of each test parametrised by dtypes and others.
 
-    Each combination of dtypes is left, and each combination of the other parameters.
+    Each combination of dtypes remains, and each combination of the other parameters.
     """
     tests: dict[str, list[pytest.Item]] = {}
     for item in items:
@@ -24,7 +24,7 @@ def off_the_diagonal(items: list[pytest.Item]) -> set[pytest.Item]:
 
 
 def _off_the_diagonal(items: list[pytest.Item]) -> list[pytest.Item]:
-    taken = [_taken(item) for item in items]
+    taken = [_parameters(item) for item in items]
     rows, columns = (
         {key: n for n, key in enumerate(dict.fromkeys(keys))} for keys in zip(*taken, strict=True)
     )
@@ -33,8 +33,8 @@ def _off_the_diagonal(items: list[pytest.Item]) -> list[pytest.Item]:
     return [item for item, (row, column) in placed if rows[row] % count != columns[column] % count]
 
 
-def _taken(item: pytest.Item) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """Which dtypes a test takes, and what of everything else; by their words, for not all can be hashed."""
+def _parameters(item: pytest.Item) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """A test's dtypes, and its other parameters; by repr, since not all can be hashed."""
     params = item.callspec.params if hasattr(item, "callspec") else {}
     dtypes = tuple(repr(value) for name, value in params.items() if name.endswith("dtype"))
     return dtypes, tuple(repr(value) for name, value in params.items() if not name.endswith("dtype"))

@@ -31,57 +31,57 @@ def test_without_a_gpu_it_says_so(capsys):
 
 
 def test_what_is_missing_is_named(capsys, monkeypatch):
-    monkeypatch.setattr(gpu, "NEEDED", ("torch", "no_such_package"))
+    monkeypatch.setattr(gpu, "REQUIRED", ("torch", "no_such_package"))
     assert gpu.main(["--dry-run"]) == 2
     assert "needs no_such_package" in capsys.readouterr().err
 
 
-def test_what_a_stage_runs_is_there():
+def test_what_a_stage_runs_exists():
     for stage in STAGES:
         folder = ROOT / "tests" if stage.tests else ROOT / "bench" / "suites"
         assert all((folder / file).exists() for file in stage.files), stage.name
 
 
-def test_kernels_are_demanded_where_they_are_timed(tmp_path):
+def test_kernels_are_required_where_they_are_timed(tmp_path):
     """On "auto", a kernel that fails would be replaced by PyTorch, and timed under our name."""
     for stage in STAGES:
-        found = job(stage, tmp_path, "run", False, 1e9, 60.0)
+        process = job(stage, tmp_path, "run", False, 1e9, 60.0)
         timed = not stage.tests and stage.name != "initialisation"  # there are no kernels in a solver
-        assert (found.environment["MICA_BACKEND"] == "triton") == timed, stage.name
-        assert found.seconds <= stage.seconds
+        assert (process.environment["MICA_BACKEND"] == "triton") == timed, stage.name
+        assert process.seconds <= stage.seconds
 
 
 def test_device_tests_run_to_the_end_on_all_cores(tmp_path):
     (stage,) = (one for one in STAGES if one.tests)
-    found = job(stage, tmp_path, "run", False, 1e9, 60.0)
-    assert "-x" not in found.command
-    assert "-q" not in found.command
-    assert found.command[found.command.index("--dist") + 1] == "worksteal"
-    assert found.environment["MICA_TEST_DEVICE"] == "cuda"
-    assert found.environment["TRITON_INTERPRET"] == "0"  # whatever is set outside
+    process = job(stage, tmp_path, "run", False, 1e9, 60.0)
+    assert "-x" not in process.command
+    assert "-q" not in process.command
+    assert process.command[process.command.index("--dist") + 1] == "worksteal"
+    assert process.environment["MICA_TEST_DEVICE"] == "cuda"
+    assert process.environment["TRITON_INTERPRET"] == "0"  # whatever the environment says
 
 
 FAULTS = ("wrong", "raise", "kill", "hang")
 # In four runs every stage meets every fault: the tests make one, MICA_TEST_ROTATION=1 to 3 the others.
 ROTATION = int(os.environ.get("MICA_TEST_ROTATION", "0"))
-BEFALLS = {stage.name: FAULTS[(number + ROTATION) % len(FAULTS)] for number, stage in enumerate(STAGES)}
-FAULTLESS = (BARE, STOCK, STOCK_16, COPY, SVD)
+FAULT_OF = {stage.name: FAULTS[(number + ROTATION) % len(FAULTS)] for number, stage in enumerate(STAGES)}
+BASELINES = (BARE, STOCK, STOCK_16, COPY, SVD)
 OURS = (FAST, UNGROUPED, GROUPED)
 
 
 @pytest.fixture(scope="module")
 def with_faults(tmp_path_factory):
-    """One run in which a fault befalls every stage."""
-    faults = ",".join(f"{stage}:{fault}" for stage, fault in BEFALLS.items())
+    """One run with a fault in every stage."""
+    faults = ",".join(f"{stage}:{fault}" for stage, fault in FAULT_OF.items())
     return rehearse(tmp_path_factory.mktemp("faults"), "--silence", "40", faults=faults)
 
 
-def befallen_by(*faults):
-    return [stage for stage, fault in BEFALLS.items() if fault in faults]
+def stages_with(*faults):
+    return [stage for stage, fault in FAULT_OF.items() if fault in faults]
 
 
 def timed(result, stage):
-    """Names of the rivals that have a number, of the groups of a stage."""
+    """Names of the implementations that have a number in a stage."""
     suites = {
         "bandwidth": ("kernels",),
         "layers": ("layer", "group"),
@@ -89,48 +89,48 @@ def timed(result, stage):
         "initialisation": ("subspace", "subspaces"),
         "forms": ("forms",),
     }.get(stage, ())
-    return {name for suite in suites for group in result.select(suite=suite) for name in group.rivals}
+    return {name for suite in suites for group in result.select(suite=suite) for name in group.timings}
 
 
-def test_every_stage_is_told_and_has_results(with_faults):
+def test_every_stage_is_reported_and_has_results(with_faults):
     code, result, stages, output = with_faults
     assert code == 1, output
     assert [*stages] == [stage.name for stage in STAGES]
     assert result.stages == [*stages.values()]
     for name, one in stages.items():  # of tests that all run kernels, none passes where these raise
-        assert one["passed"] or (BEFALLS[name] == "raise" and one["failed"]), one
+        assert one["passed"] or (FAULT_OF[name] == "raise" and one["failed"]), one
     assert {one["state"] for one in stages.values()} <= {"passed", "failed"}, stages
     for stage in ("bandwidth", "layers", "model", "initialisation", "forms"):
-        assert timed(result, stage) & {*FAULTLESS}, stage
+        assert timed(result, stage) & {*BASELINES}, stage
 
 
-def test_what_goes_wrong_has_no_number_and_is_named(with_faults):
+def test_what_is_wrong_has_no_number_and_is_named(with_faults):
     _, result, stages, _ = with_faults
-    for stage in befallen_by("wrong", "raise"):
-        if BEFALLS[stage] == "wrong" and stage == "streams":
+    for stage in stages_with("wrong", "raise"):
+        if FAULT_OF[stage] == "wrong" and stage == "streams":
             continue  # it compares a layer with itself, which is always as wrong
         assert stages[stage]["state"] == "failed", stages[stage]
         assert not timed(result, stage) & {*OURS}, stage
-    said = [one["why"] for one in (*result.refused, *result.checks) if "why" in one]
-    if befallen_by("raise"):
-        assert any("injected" in why for why in said)
+    whys = [one["why"] for one in (*result.refused, *result.checks) if "why" in one]
+    if stages_with("raise"):
+        assert any("injected" in why for why in whys)
 
 
 def test_what_stops_a_process_is_named_and_the_rest_goes_on(with_faults):
     _, result, _, _ = with_faults
-    said = [one.get("why", "") for one in (*result.refused, *result.checks)]
-    assert said.count("the process died") == len(befallen_by("kill")) - ("tests" in befallen_by("kill"))
-    assert said.count("nothing was heard for 40 s") == len(befallen_by("hang"))
-    if "layers" in befallen_by("kill", "hang"):  # in the other cell
+    whys = [one.get("why", "") for one in (*result.refused, *result.checks)]
+    assert whys.count("the process died") == len(stages_with("kill")) - ("tests" in stages_with("kill"))
+    assert whys.count("nothing was heard for 40 s") == len(stages_with("hang"))
+    if "layers" in stages_with("kill", "hang"):  # in the other cell
         assert timed(result, "layers") & {*OURS}
 
 
-def test_rounds_belong_together(with_faults):
+def test_rounds_are_complete(with_faults):
     for group in with_faults[1].groups:
-        assert len({len(rival.seconds) for rival in group.rivals.values()}) == 1, group.name
+        assert len({len(timing.seconds) for timing in group.timings.values()}) == 1, group.name
 
 
 def test_it_does_not_claim_to_have_measured(with_faults):
     _, result, _, output = with_faults
     assert result.machine["device"] == "dry run"
-    assert "Its times are no measurements" in output
+    assert "Its times are not measurements" in output

@@ -1,4 +1,4 @@
-"""The clocks of an accelerator, with a device that is played: which time is whose?"""
+"""The clocks of an accelerator, on a simulated device: which time is whose?"""
 
 from itertools import count
 
@@ -8,7 +8,7 @@ from bench.measure import clocks
 
 
 class Device:
-    """Runs what was enqueued after what came before; the host's clock moves by what calls cost it."""
+    """Runs what is enqueued in order; the host's clock advances by what its calls cost."""
 
     def __init__(self):
         self.host = self.free = 0.0
@@ -23,31 +23,31 @@ class Device:
 
 @pytest.fixture
 def device(monkeypatch):
-    found = Device()
+    simulated = Device()
 
     class Event:
         def __init__(self, enable_timing):
             self.at = None
 
         def record(self):
-            self.at = max(found.free, found.host)
+            self.at = max(simulated.free, simulated.host)
 
         def synchronize(self):
-            found.synchronize()
+            simulated.synchronize()
 
         def elapsed_time(self, end):
             return 1e3 * (end.at - self.at)
 
     cuda = clocks.torch.cuda
     monkeypatch.setattr(cuda, "Event", Event)
-    monkeypatch.setattr(cuda, "synchronize", found.synchronize)
+    monkeypatch.setattr(cuda, "synchronize", simulated.synchronize)
     monkeypatch.setattr(cuda, "is_available", lambda: True)
     monkeypatch.setattr(
-        cuda, "_sleep", lambda cycles: found.enqueue(cycles / clocks.CLOCK_RATE), raising=False
+        cuda, "_sleep", lambda cycles: simulated.enqueue(cycles / clocks.CLOCK_RATE), raising=False
     )
-    monkeypatch.setattr(clocks, "_empty_cache", lambda: found.enqueue(1e-4))
-    monkeypatch.setattr(clocks.time, "perf_counter", lambda: found.host)
-    return found
+    monkeypatch.setattr(clocks, "_empty_cache", lambda: simulated.enqueue(1e-4))
+    monkeypatch.setattr(clocks.time, "perf_counter", lambda: simulated.host)
+    return simulated
 
 
 @pytest.mark.parametrize("host", [1e-5, 4e-4, 3e-3])

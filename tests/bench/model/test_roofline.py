@@ -1,4 +1,4 @@
-"""A layer's modelled cost: its bytes are those of the kernels' plans, and of what PyTorch really does."""
+"""A layer's modelled cost: its bytes are those of the kernels' plans, and those that PyTorch really moves."""
 
 import json
 
@@ -136,10 +136,10 @@ def test_what_the_forms_cost_in_comparison():
     order = [roofline.STOCK, roofline.STOCK_16, roofline.SPLIT, roofline.FUSED, roofline.BARE]
     for device in roofline.DEVICES.values():
         for part in ("forward", "backward"):
-            found = {name: value[part] for name, value in percent(device).items()}
-            assert sorted(order, key=found.get, reverse=True) == order
-            assert found[roofline.BARE] == 0
-            assert found[roofline.SPLIT] > found[roofline.GROUPED]
+            over = {name: value[part] for name, value in percent(device).items()}
+            assert sorted(order, key=over.get, reverse=True) == order
+            assert over[roofline.BARE] == 0
+            assert over[roofline.SPLIT] > over[roofline.GROUPED]
     slow = roofline.compare(layer(triton_gemm=0.7), H100)["forms"]  # the GEMM's loss eats what fusing saves
     assert slow[roofline.FUSED]["us"]["both"] > slow[roofline.SPLIT]["us"]["both"]
 
@@ -156,9 +156,9 @@ def test_grouped_reads_x_once():
     assert roofline.GROUPED not in percent(rank=128)  # wider than a kernel takes
 
 
-def test_the_model_meets_what_is_asked_of_a_gpu():
-    for _, asked, value in roofline.acceptance(H100):
-        sign, bound = asked.split()
+def test_the_model_meets_the_targets():
+    for _, target, value in roofline.targets(H100):
+        sign, bound = target.split()
         assert value <= float(bound) if sign == "<=" else value >= float(bound)
 
 
@@ -167,7 +167,7 @@ def test_the_table(monkeypatch, capsys, tmp_path):
     command.main(["--device", "a100", "--write"])
     text = (tmp_path / "a100.txt").read_text()
     assert capsys.readouterr().out == text
-    first, *tables, asked = text.split("\n\n")
+    first, *tables, last = text.split("\n\n")
     assert first.startswith("MODELLED, not measured: a100, rank 16")
     written = json.loads((tmp_path / "a100.json").read_text())
     assert written["label"].startswith("MODELLED")
@@ -179,12 +179,12 @@ def test_the_table(monkeypatch, capsys, tmp_path):
         for name, form in row["forms"].items():
             values = [*form["percent"].values(), form["saved_bytes"] / 1e6]
             assert lines[name] == [f"{value:.1f}" for value in values]
-    assert [line.split()[-1] for line in asked.splitlines()[1:]] == [
-        f"{value:.2f}" for *_, value in written["acceptance"]
+    assert [line.split()[-1] for line in last.splitlines()[1:]] == [
+        f"{value:.2f}" for *_, value in written["targets"]
     ]
 
 
 def test_the_committed_table_is_that_of_these_kernels():
-    """`python -m bench.model --write` makes it anew after a change of configurations or splits."""
+    """`python -m bench.model --write` regenerates it after a change of configurations or splits."""
     committed = ROOT / "bench" / "results" / "modelled" / "h100.txt"
     assert committed.read_text() == command.table(command.modelled("h100"))

@@ -19,7 +19,7 @@ def prose(name):
 
 @pytest.fixture(scope="session")
 def models_folder(tmp_path_factory):
-    """Like ``transformers.models``: one old model and eight new ones, some with what must be left out."""
+    """Like ``transformers.models``: one old model and eight new ones, some with text to leave out."""
     folder = tmp_path_factory.mktemp("models")
     for model in ("old", *(f"new{number}" for number in range(8))):
         (folder / model).mkdir()
@@ -36,16 +36,16 @@ def models_folder(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def tokenizer(models_folder):
-    """A token a word: all answers are one token, as they are in SmolLM2's tokenizer."""
+    """One token per word: every answer is one token, as it is in SmolLM2's tokenizer."""
     facts = sources.invent(8)
     probes = [one for part in ("validation", "held_out") for one in sources.probes(facts, part)]
     lines = [*sources.statements(facts, 4), *sources.new_prose(models_folder).values()]
     lines += [probe.prompt + probe.answer for probe in [*probes, *sources.known()]]
     words = [word for line in lines for word, _ in Whitespace().pre_tokenize_str(line)]
     vocab = {word: number for number, word in enumerate(dict.fromkeys(["<unk>", "<eos>", *words]))}
-    found = Tokenizer(WordLevel(vocab, unk_token="<unk>"))
-    found.pre_tokenizer = Whitespace()
-    return PreTrainedTokenizerFast(tokenizer_object=found, unk_token="<unk>", eos_token="<eos>")
+    tokenizer = Tokenizer(WordLevel(vocab, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = Whitespace()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>", eos_token="<eos>")
 
 
 @pytest.fixture(scope="session")

@@ -15,17 +15,17 @@ SETTINGS = {"rank": 4, "steps": 4, "tries": 2, "seeds": 2, "length": 32, "people
 
 
 def run(base, texts, keep=lambda result: None, **settings):
-    found = quality.experiment(base, texts, SETTINGS | settings, keep)
-    return {"machine": {"cpu": "a machine", "limit": ""}, "model": "tiny", "seconds": 1, **found}
+    measured = quality.experiment(base, texts, SETTINGS | settings, keep)
+    return {"machine": {"cpu": "a machine", "limit": ""}, "model": "tiny", "seconds": 1, **measured}
 
 
 @pytest.fixture(scope="module")
 def result(base, texts):
     before = {name: value.clone() for name, value in base.state_dict().items()}
-    found = run(base, texts)
+    result = run(base, texts)
     for name, value in base.state_dict().items():  # every method starts from the same model
         assert torch.equal(value, before[name])
-    return found
+    return result
 
 
 def runs(result, method):
@@ -49,13 +49,13 @@ def test_both_backends_train_alike(result):
 
 
 def test_sizes_of_the_methods(base, result):
-    found = result["methods"]
-    rank, wanted = found[SAME_SIZE]["rank"], found[MICA]["trained_parameters"]
-    at_rank_1 = found[SAME_RANK]["trained_parameters"] // found[SAME_RANK]["rank"]
-    assert found[SAME_SIZE]["trained_parameters"] == rank * at_rank_1
-    assert all(abs(rank * at_rank_1 - wanted) <= abs(r * at_rank_1 - wanted) for r in range(1, 9))
-    assert found[FULL]["trained_parameters"] == sum(p.numel() for p in base.parameters())
-    for facts in found.values():  # two fp32 moments a parameter, and the steps of each tensor
+    methods = result["methods"]
+    rank, size = methods[SAME_SIZE]["rank"], methods[MICA]["trained_parameters"]
+    at_rank_1 = methods[SAME_RANK]["trained_parameters"] // methods[SAME_RANK]["rank"]
+    assert methods[SAME_SIZE]["trained_parameters"] == rank * at_rank_1
+    assert all(abs(rank * at_rank_1 - size) <= abs(r * at_rank_1 - size) for r in range(1, 9))
+    assert methods[FULL]["trained_parameters"] == sum(p.numel() for p in base.parameters())
+    for facts in methods.values():  # two fp32 moments a parameter, and the steps of each tensor
         assert 8 * facts["trained_parameters"] < facts["optimizer_bytes"] < 8.2 * facts["trained_parameters"]
         assert facts["saved_bytes"] > 0
 
@@ -65,19 +65,19 @@ def test_a_diverged_run_is_named_and_not_chosen(base, texts, monkeypatch):
     monkeypatch.setattr(quality, "methods", lambda *args: wild)
     result = run(base, texts)
     json.dumps(result, allow_nan=False)
-    found = runs(result, SAME_RANK)
-    assert len(found) == 2  # both tries, no further seed
-    assert all("nan" in one["diverged"] and one["evaluation"] is None for one in found)
+    diverged = runs(result, SAME_RANK)
+    assert len(diverged) == 2  # both tries, no further seed
+    assert all("nan" in one["diverged"] and one["evaluation"] is None for one in diverged)
     text = report.report(result)
     assert f"{SAME_RANK} | 3.3e+29: diverged, 1e+30: diverged | none converged" in text
     assert f"- {SAME_RANK}, learning rate 1e+30, seed 0: training loss nan at step" in text
 
 
-def test_there_is_a_whole_file_after_every_run(base, texts, tmp_path):
+def test_the_file_is_complete_after_every_run(base, texts, tmp_path):
     path, counts = tmp_path / "run.json", []
 
     def keep(result):
-        quality._save(path, {"machine": {"cpu": "a machine", "limit": ""}, "model": "tiny", **result})
+        quality.save(path, {"machine": {"cpu": "a machine", "limit": ""}, "model": "tiny", **result})
         text = report.write(path)
         assert path.with_suffix(".md").read_text() == text
         assert text.startswith("tiny; cpu a machine.\n")

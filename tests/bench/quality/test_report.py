@@ -1,4 +1,4 @@
-"""What is said of a committed result of `bench.quality` follows from its JSON."""
+"""The report of a committed result of `bench.quality` follows from its JSON."""
 
 import json
 from statistics import mean, median
@@ -32,12 +32,12 @@ def rows(text, heading):
     return {name: cells for name, *cells in lines}
 
 
-def test_the_committed_report_is_that_of_its_json(result):
+def test_the_committed_report_follows_from_its_json(result):
     assert report.report(result) == FILE.with_suffix(".md").read_text()
 
 
 def test_numbers_worked_out_from_the_json(result):
-    """Of a method: the runs at the rate whose first seed has the least validation loss."""
+    """Each method's runs at the rate whose first seed has the lowest validation loss."""
     text, before = report.report(result), result["base"]
     learned, forgotten, cost = (rows(text, heading) for heading in ("Learned", "Forgotten", "Cost"))
     loss, known = "facts, held_out, among answers", "known facts"
@@ -58,7 +58,7 @@ def test_numbers_worked_out_from_the_json(result):
         step = median(second for one in own for second in one["seconds"])
         assert cost[name][5:7] == [f"{step:.2f}", f"{40 * step:.0f}"]
     factors = [f"{falls[MICA] / falls[name]:.2f}x" for name in (SAME_RANK, SAME_SIZE, FULL)]
-    assert "MiCA's fall ÷ the rival's |  | " + " | ".join(factors) in text
+    assert "MiCA's decrease ÷ the baseline's |  | " + " | ".join(factors) in text
     sizes = [result["methods"][name]["trained_parameters"] for name in (MICA, SAME_RANK)]
     assert f"| {100 * sizes[0] / sizes[1]:.1f} % |" in text
 
@@ -72,7 +72,7 @@ def test_the_difference_of_both_backends(result):
     assert report.curve_difference(result) is None
 
 
-def test_a_try_that_diverged_is_not_the_choice(result):
+def test_a_diverged_try_is_not_chosen(result):
     rate = report.chosen_rate(result, FULL)
     for one in runs(result, FULL):
         if one["rate"] == rate:
@@ -88,23 +88,23 @@ def test_a_try_that_diverged_is_not_the_choice(result):
     assert rows(text, "Learning rates")[MICA] == ["0.006: diverged, 0.018: diverged", "none converged"]
 
 
-def test_more_and_less_need_ranges_that_do_not_meet():
+def test_more_and_less_need_ranges_that_do_not_overlap():
     for ours, other, words in [
         (Spread(2, 1.5, 2.5, 2), Spread(1, 0.5, 1.4, 2), "MiCA: more"),
         (Spread(1, 0.5, 1.4, 2), Spread(2, 1.5, 2.5, 2), "MiCA: less"),
-        (Spread(2, 1.4, 2.5, 2), Spread(1, 0.5, 1.5, 2), "not told apart"),
+        (Spread(2, 1.4, 2.5, 2), Spread(1, 0.5, 1.5, 2), "no clear difference"),
         (Spread(2, 2, 2, 1), Spread(1, 1, 1, 1), ""),
     ]:
         assert report.compared(ours, other) == words
 
 
-def test_what_did_not_fall_has_no_factor(result):
+def test_what_did_not_decrease_has_no_factor(result):
     assert "no factor" not in report.report(result)
     for one in runs(result, FULL):
         one["evaluation"]["facts, held_out, among answers"] = 9.0
     assert "no factor" in report.report(result)
 
 
-def test_a_quick_walk_says_so(result):
+def test_a_quick_run_says_so(result):
     result["settings"]["quick"] = True
-    assert report.report(result).startswith("**A quick walk through all of it. Its numbers mean nothing.**")
+    assert report.report(result).startswith("**A quick run. Its numbers mean nothing.**")

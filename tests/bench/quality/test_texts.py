@@ -1,4 +1,4 @@
-"""What `bench.quality` trains on, and that nothing of it is in what is held out."""
+"""What `bench.quality` trains on, and that none of it is in what is held out."""
 
 import re
 
@@ -22,11 +22,11 @@ def test_facts_are_a_function_of_the_seed_and_consistent():
     assert stated == sources.statements(facts, 8)[: len(stated)]
     assert len(set(stated)) == len(stated) == len(facts) * sources.STATEMENTS
     for start in range(0, len(stated), len(facts)):  # a round has each once
-        found = {(fact.person, fact.answer) for fact in facts}
+        left = {(fact.person, fact.answer) for fact in facts}
         for line in stated[start : start + len(facts)]:
-            (one,) = [pair for pair in found if all(word in line for word in pair)]
-            found.remove(one)
-        assert not found
+            (one,) = [pair for pair in left if all(word in line for word in pair)]
+            left.remove(one)
+        assert not left
     for fact in facts:
         answers = sources.ATTRIBUTES[fact.attribute].answers
         about = [line for line in stated if fact.person in line and any(a in line for a in answers)]
@@ -60,10 +60,10 @@ def test_new_prose_has_no_copies(models_folder):
     assert text.count("shared1 ") == 1  # the first of two
     parts = sources.split(documents)
     assert sorted(text for part in parts.values() for text in part) == sorted(documents.values())
-    found = {name: {r for text in part for r in sources.word_runs(text)} for name, part in parts.items()}
+    word_runs = {name: {r for text in part for r in sources.word_runs(text)} for name, part in parts.items()}
     for one, other in (("train", "validation"), ("train", "held_out"), ("validation", "held_out")):
-        assert found[one]
-        assert not found[one] & found[other]
+        assert word_runs[one]
+        assert not word_runs[one] & word_runs[other]
     with pytest.raises(UsageError, match="2 documents"):
         sources.split(dict(list(documents.items())[:2]))
 
@@ -95,4 +95,4 @@ def test_blocks_of_training_and_held_out_text_differ(texts):
 
 def test_answers_that_begin_alike_are_refused(tokenizer):
     with pytest.raises(UsageError, match="begins two answers"):
-        sources.ask(tokenizer, [sources.Probe("A", " wolf", (" wolf-like",))])
+        sources.tokenise(tokenizer, [sources.Probe("A", " wolf", (" wolf-like",))])

@@ -8,10 +8,10 @@ import torch
 import mica.fast
 from bench.quality import __main__ as quality
 from bench.quality import texts as sources
-from bench.quality.train import Candidate, _answers, batches, evaluate, same_size_rank, train
+from bench.quality.train import Candidate, batches, evaluate, probe_losses, same_size_rank, train
 
 
-def test_what_is_said_of_answers(base, tokenizer):
+def test_losses_of_probes(base, tokenizer):
     prompts = ("The pet of Velma is a", "By trade, Velma is a")
 
     def token(word):
@@ -30,16 +30,18 @@ def test_what_is_said_of_answers(base, tokenizer):
     rows = [[token(word) for word in one] for one in answers]
     right = [score[row[0]].item() for score, row in zip(scores, rows, strict=True)]
     among = [score[row].log_softmax(0)[0].item() for score, row in zip(scores, rows, strict=True)]
-    found = _answers(base, sources.ask(tokenizer, probes))
-    assert found[""] == pytest.approx(-mean(right), rel=1e-5)
-    assert found[", among answers"] == pytest.approx(-mean(among), rel=1e-5)
-    assert found[", recalled"] == 0
-    picked = [_answers(base, sources.ask(tokenizer, some))[", picked"] for some in (probes[:1], probes[1:])]
-    assert [*picked, found[", picked"]] == [1, 0, 0.5]
+    losses = probe_losses(base, sources.tokenise(tokenizer, probes))
+    assert losses[""] == pytest.approx(-mean(right), rel=1e-5)
+    assert losses[", among answers"] == pytest.approx(-mean(among), rel=1e-5)
+    assert losses[", recalled"] == 0
+    picked = [
+        probe_losses(base, sources.tokenise(tokenizer, some))[", picked"] for some in (probes[:1], probes[1:])
+    ]
+    assert [*picked, losses[", picked"]] == [1, 0, 0.5]
     likeliest = tokenizer.convert_ids_to_tokens(int(scores[0].argmax()))
-    known = sources.ask(tokenizer, [sources.Probe(prompts[0], f" {likeliest}")])
-    assert _answers(base, known)[", recalled"] == 1
-    assert ", picked" not in _answers(base, known)
+    known = sources.tokenise(tokenizer, [sources.Probe(prompts[0], f" {likeliest}")])
+    assert probe_losses(base, known)[", recalled"] == 1
+    assert ", picked" not in probe_losses(base, known)
 
 
 def test_batches_are_the_same_for_all_and_have_a_block_of_each(texts):
@@ -60,7 +62,7 @@ def test_same_size_is_the_closest_rank():
     assert same_size_rank(16, 60, 100) == 10  # 9.6
 
 
-def test_a_run_starts_anew_and_stock_is_stock(base, texts):
+def test_a_run_restarts_and_stock_is_stock(base, texts):
     for method in quality.methods(base, 4):
         before = mica.fast.call_counts.total()
         candidate = Candidate(method, base)

@@ -6,28 +6,14 @@ import matplotlib
 import pytest
 
 from bench.report import drawing, plots
-from bench.results.names import (
-    ATEN,
-    BACKWARD,
-    BARE,
-    BY_HAND,
-    DEVICE_TIME,
-    FAST,
-    FORWARD,
-    GRAPH,
-    GROUPED,
-    LORA,
-    STOCK,
-    STOCK_16,
-    UNGROUPED,
-    WALL,
-)
+from bench.results import names
+from bench.results.names import ATEN, BACKWARD, BARE, BY_HAND, DEVICE_TIME, FAST, GROUPED, STOCK, WALL
 from bench.results.schema import Ratio, Result
 from tests.support.bench_results import a_group
 
 PAGES = "#ffffff", "#0d1117"  # GitHub's light and dark
 BASE = {"out": 2048, "in": 2048, "rank": 16, "dtype": "bfloat16"}
-OVERHEADS = {STOCK: 1.3, STOCK_16: 0.6, LORA: 1.25, ATEN: 0.34, FAST: 0.22}
+OVERHEADS = {STOCK: 1.3, names.STOCK_16: 0.6, names.LORA: 1.25, ATEN: 0.34, FAST: 0.22}
 BY_TOKENS, AGAINST_STOCK = "cpu-overhead-by-tokens.svg", "cpu-against-stock.svg"
 
 
@@ -39,7 +25,7 @@ def layers(tokens, factor=1.0, **others):
             BARE: 1.0,
             **{name: 1 + factor * (1 + 64 / count) * one for name, one in OVERHEADS.items()},
         }
-        for part in (FORWARD, BACKWARD):
+        for part in (names.FORWARD, BACKWARD):
             axes = {"suite": "layer", "tokens": count, **BASE, "pass": part, **others}
             groups.append(a_group(f"layer, {count} tokens, {part}", axes, seconds))
     return groups
@@ -47,12 +33,12 @@ def layers(tokens, factor=1.0, **others):
 
 def others(**axes):
     small = {"model": "SmolLM2-135M", "rank": 16, "dtype": "float32", **axes}
-    found = [
+    once = [
         a_group(suite, {"suite": suite, **small}, {STOCK: stock, FAST: fast})
         for suite, stock, fast in (("initialisation", 9, 1.1), ("loading", 60, 0.6), ("merge", 1, 2))
     ]
     block = {"suite": "block", "model": "Llama-3.2-1B", "tokens": 512, "rank": 16, **axes}
-    return [*found, a_group("block", block, {BARE: 1.0, STOCK: 2.2, UNGROUPED: 1.1, GROUPED: 1.0})]
+    return [*once, a_group("block", block, {BARE: 1.0, STOCK: 2.2, names.UNGROUPED: 1.1, GROUPED: 1.0})]
 
 
 def drawn(groups, folder):
@@ -89,7 +75,7 @@ def test_the_caption_has_the_figures(pictures):
     assert ": mica.fast 33 % at 128 and 23 % at 2048 (bands: " in caption
 
 
-def test_a_second_drawing_gives_the_same_bytes_whatever_the_users_settings(pictures, tmp_path):
+def test_drawing_is_reproducible_whatever_the_users_settings(pictures, tmp_path):
     with matplotlib.rc_context({"font.size": 20, "text.color": "red", "svg.fonttype": "none"}):
         again = drawn(layers([128, 512, 2048]) + others(), tmp_path)
     for name, (path, _) in again.items():
@@ -102,30 +88,30 @@ def test_what_the_run_does_not_have_is_not_drawn(tmp_path):
     assert [*drawn(others(), tmp_path)] == [AGAINST_STOCK]
 
 
-def test_a_rival_without_a_number_leaves_the_others(tmp_path):
+def test_an_implementation_without_a_number_leaves_the_others(tmp_path):
     groups = layers([128, 512, 2048]) + others()
     for group in groups:
-        del group.rivals[
-            STOCK if group.axes["suite"] == "merge" else FAST if FAST in group.rivals else GROUPED
+        del group.timings[
+            STOCK if group.axes["suite"] == "merge" else FAST if FAST in group.timings else GROUPED
         ]
-    found = drawn(groups, tmp_path)
-    assert len(gids(found[BY_TOKENS][0], "series-")) == 4
-    assert FAST not in found[BY_TOKENS][1]
-    assert len(gids(found[AGAINST_STOCK][0], "series-")) == 1  # the block, ungrouped
+    pictures = drawn(groups, tmp_path)
+    assert len(gids(pictures[BY_TOKENS][0], "series-")) == 4
+    assert FAST not in pictures[BY_TOKENS][1]
+    assert len(gids(pictures[AGAINST_STOCK][0], "series-")) == 1  # the block, ungrouped
 
 
 def test_the_longest_family_is_drawn_and_by_device_time_where_there_is_one(tmp_path):
     long, short = [1, 2, 4, 8], [1, 2, 4]
     groups = layers(short, 5.0, rank=8) + layers(long, 1.0) + layers(short, 9.0, rank=64)
     assert "(2048 × 2048, rank 16, bfloat16)" in drawn(groups, tmp_path)[BY_TOKENS][1]
-    by_clock = {WALL: 3.0, DEVICE_TIME: 1.0, GRAPH: 2.0}
+    by_clock = {WALL: 3.0, DEVICE_TIME: 1.0, names.GRAPH: 2.0}
     groups = [
         one for clock, factor in by_clock.items() for one in layers([64, 128, 512], factor, clock=clock)
     ]
-    found = drawn(groups + others(clock=WALL) + others(clock=DEVICE_TIME), tmp_path)
-    assert f"rank 16, bfloat16, {DEVICE_TIME}), by tokens" in found[BY_TOKENS][1]
-    assert ": mica.fast 44 % at 64 and 25 % at 512" in found[BY_TOKENS][1]
-    assert len(gids(found[AGAINST_STOCK][0], "series-")) == 4  # what a user waits for
+    pictures = drawn(groups + others(clock=WALL) + others(clock=DEVICE_TIME), tmp_path)
+    assert f"rank 16, bfloat16, {DEVICE_TIME}), by tokens" in pictures[BY_TOKENS][1]
+    assert ": mica.fast 44 % at 64 and 25 % at 512" in pictures[BY_TOKENS][1]
+    assert len(gids(pictures[AGAINST_STOCK][0], "series-")) == 4  # by wall clock
 
 
 def test_names_are_in_the_order_of_the_lines_ends():

@@ -1,4 +1,4 @@
-"""The journal of a run, and the result that is made of it, wherever the run broke off."""
+"""The journal of a run, and the result made from it, wherever the run was interrupted."""
 
 import json
 
@@ -6,31 +6,36 @@ import pytest
 
 from bench.results import journal
 from bench.results.names import BARE, DEVICE_TIME, FAST, STOCK, WALL
-from bench.results.schema import Result, Rival
+from bench.results.schema import Result, Timing
 
 CELL = "layer, 8 tokens, forward"
 
 
-def sample(rival, seconds, cell=CELL, clock=None, **facts):
+def sample(name, seconds, cell=CELL, clock=None, **facts):
     axes = {"suite": "layer", "pass": "forward", **({"clock": clock} if clock else {})}
     group = f"{cell}, {clock}" if clock else cell
     return {"kind": "sample", "cell": cell, "group": group, "axes": axes} | {
-        "rival": rival,
+        "implementation": name,
         "seconds": seconds,
         "facts": facts,
     }
 
 
-def rounds(*seconds, rivals=(BARE, STOCK, FAST), **kwargs):
-    return [sample(rival, second, **kwargs) for second in seconds for rival in rivals]
+def rounds(*seconds, implementations=(BARE, STOCK, FAST), **kwargs):
+    return [sample(name, second, **kwargs) for second in seconds for name in implementations]
 
 
-def refused(group, rival=None):
-    return {"kind": "refused", "group": group, **({"rival": rival} if rival else {}), "why": "dx is wrong"}
+def refused(group, name=None):
+    return {
+        "kind": "refused",
+        "group": group,
+        **({"implementation": name} if name else {}),
+        "why": "dx is wrong",
+    }
 
 
 def folded(entries):
-    return {group.name: {*group.rivals} for group in journal.fold(entries, {}).groups}
+    return {group.name: {*group.timings} for group in journal.fold(entries, {}).groups}
 
 
 @pytest.fixture
@@ -39,7 +44,7 @@ def path(tmp_path, monkeypatch):
     return tmp_path / "run.jsonl"
 
 
-def test_what_is_written_is_read_but_for_a_line_that_was_cut_off(path):
+def test_what_is_written_is_read_except_a_truncated_line(path):
     assert journal.read() == []
     for entry in rounds(1.0):
         journal.write(**entry)
@@ -62,21 +67,25 @@ def test_rounds_become_groups_with_what_was_counted():
     assert result.machine == {"cpu": "A"}
     (group,) = result.groups
     assert (group.name, group.axes) == (CELL, {"suite": "layer", "pass": "forward"})
-    assert group.rivals == {FAST: Rival([1.2346, 2.0], {"saved_mb": 3.0})}
+    assert group.timings == {FAST: Timing([1.2346, 2.0], {"saved_mb": 3.0})}
 
 
-def test_of_a_round_that_broke_off_nothing_counts():
+def test_an_interrupted_round_does_not_count():
     entries = [*rounds(1.0, 2.0), sample(BARE, 3.0), sample(STOCK, 3.0)]
     (group,) = journal.fold(entries, {}).groups
-    assert [rival.seconds for rival in group.rivals.values()] == [[1.0, 2.0]] * 3
+    assert [timing.seconds for timing in group.timings.values()] == [[1.0, 2.0]] * 3
     other = rounds(1.0, 2.0, 3.0, cell="another")
-    assert [len(one.rivals[BARE].seconds) for one in journal.fold(entries + other, {}).groups] == [2, 3]
+    assert [len(one.timings[BARE].seconds) for one in journal.fold(entries + other, {}).groups] == [2, 3]
 
 
-def test_a_rival_that_is_refused_does_not_shorten_the_others():
-    entries = rounds(1.0, rivals=(BARE, FAST)) + rounds(1.0, 2.0, rivals=(STOCK,)) + [sample(BARE, 2.0)]
+def test_an_implementation_that_is_refused_does_not_shorten_the_others():
+    entries = (
+        rounds(1.0, implementations=(BARE, FAST))
+        + rounds(1.0, 2.0, implementations=(STOCK,))
+        + [sample(BARE, 2.0)]
+    )
     (group,) = journal.fold([*entries, refused(CELL, FAST)], {}).groups
-    assert {name: len(rival.seconds) for name, rival in group.rivals.items()} == {BARE: 2, STOCK: 2}
+    assert {name: len(timing.seconds) for name, timing in group.timings.items()} == {BARE: 2, STOCK: 2}
 
 
 @pytest.mark.parametrize("comes", ["before", "after"])
@@ -92,15 +101,15 @@ def test_a_rival_that_is_refused_does_not_shorten_the_others():
         (refused(f"{CELL}, with something"), [{BARE, STOCK, FAST}] * 2),
     ],
 )
-def test_a_refusal_is_of_a_rival_a_cell_or_a_clock(refusal, left, comes):
+def test_a_refusal_names_an_implementation_a_cell_or_a_clock(refusal, left, comes):
     entries = [one for clock in (WALL, DEVICE_TIME) for one in rounds(1.0, 2.0, clock=clock)]
     entries = [refusal, *entries] if comes == "before" else [*entries, refusal]
-    found = folded(entries)
-    assert [found.get(f"{CELL}, {clock}") for clock in (WALL, DEVICE_TIME)] == left
+    groups = folded(entries)
+    assert [groups.get(f"{CELL}, {clock}") for clock in (WALL, DEVICE_TIME)] == left
     assert journal.fold(entries, {}).refused == [{k: v for k, v in refusal.items() if k != "kind"}]
 
 
-def test_checks_and_stages_are_told_and_tests_that_time_are_not(tmp_path):
+def test_checks_and_stages_are_kept_and_tests_that_time_are_not(tmp_path):
     test = {"kind": "test", "stage": "kernels"}
     summary = {"stage": "kernels", "state": "died", "passed": 1, "was_doing": {"test": "c"}}
     entries = [

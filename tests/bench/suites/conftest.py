@@ -1,4 +1,4 @@
-"""Suites in processes of their own, as a run starts them."""
+"""Suites in separate processes, as a run starts them."""
 
 import pytest
 

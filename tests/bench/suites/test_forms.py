@@ -8,7 +8,7 @@ from tests.support.dry_run import dry_run
 from tests.support.oracle import problem, solve
 from tests.support.tolerances import RELATIVE, error
 
-# As if plans of the split form were taken whatever was chosen; and another form that is wrong.
+# Plans of the split form are taken whatever is chosen; and another form is wrong.
 BYPASSED = """
 from bench.suites import layer
 from mica import kernel_path
@@ -24,12 +24,12 @@ layer.AtenControl.backward = staticmethod(lambda ctx, dy: backward(ctx, dy * 1.0
 
 def test_a_form_that_was_not_taken_is_refused(tmp_path):
     done = dry_run(tmp_path, "bench_forms.py", injected=BYPASSED)
-    refused = {one["rival"]: one["why"] for one in done.result.refused}
+    refused = {one["implementation"]: one["why"] for one in done.result.refused}
     assert refused.keys() == {FUSED, DESCRIPTOR, ATEN}, done.text
     assert "calls of the fused kernel, by descriptors or not: Counter({False: 1})" in refused[FUSED]
     assert "Counter({True: 1})" in refused[DESCRIPTOR]
     assert "the relative error of dx is 2.0" in refused[ATEN]
-    assert all(group.rivals.keys() == {BARE, FAST, BORDERED} for group in done.result.groups)
+    assert all(group.timings.keys() == {BARE, FAST, BORDERED} for group in done.result.groups)
 
 
 def test_all_forms_run(tmp_path):
@@ -37,7 +37,7 @@ def test_all_forms_run(tmp_path):
     assert not done.result.refused
     assert len(done.result.groups) == 6  # two passes, three clocks
     for group in done.result.groups:
-        assert group.rivals.keys() == {BARE, FAST, FUSED, DESCRIPTOR, BORDERED, ATEN}
+        assert group.timings.keys() == {BARE, FAST, FUSED, DESCRIPTOR, BORDERED, ATEN}
 
 
 def test_the_bordered_form_is_the_same_layer():

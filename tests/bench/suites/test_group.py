@@ -1,16 +1,7 @@
-"""The suite of three layers on one x: what is wrong, or ran on no kernels, has no number, and it alone."""
+"""The suite of three layers on one x: only what is wrong, or ran on no kernels, has no number."""
 
-from bench.results.names import (
-    BACKWARD,
-    BARE,
-    DEVICE_TIME,
-    FORWARD,
-    GRAPH,
-    GROUPED,
-    STOCK_16,
-    UNGROUPED,
-    WALL,
-)
+from bench.results import names
+from bench.results.names import BACKWARD, BARE, DEVICE_TIME, FORWARD, GROUPED, STOCK_16, UNGROUPED, WALL
 from tests.support.dry_run import dry_run
 
 WRONG = """
@@ -27,7 +18,7 @@ ops.mica_linear_group = wrong
 
 
 def refused(done):
-    return {one["rival"]: one["why"] for one in done.result.refused}
+    return {one["implementation"]: one["why"] for one in done.result.refused}
 
 
 def test_a_wrong_group_is_refused_alone(tmp_path):
@@ -36,15 +27,15 @@ def test_a_wrong_group_is_refused_alone(tmp_path):
     assert "the relative error of y is 2.0" in refused(done)[GROUPED]
     groups = [*done.result.select(suite="group", layers=3)]
     assert {(group.axes["pass"], group.axes["clock"]) for group in groups} == {
-        (part, clock) for part in (FORWARD, BACKWARD) for clock in (WALL, DEVICE_TIME, GRAPH)
+        (part, clock) for part in (FORWARD, BACKWARD) for clock in (WALL, DEVICE_TIME, names.GRAPH)
     }
     for group in groups:
-        assert group.rivals.keys() == {BARE, STOCK_16, UNGROUPED}
+        assert group.timings.keys() == {BARE, STOCK_16, UNGROUPED}
         if group.axes["clock"] == WALL:
-            assert group.rivals[UNGROUPED].facts.keys() == {f"error of {what}" for what in ("y", "dx", "dA")}
+            assert group.timings[UNGROUPED].facts.keys() == {f"error of {what}" for what in ("y", "dx", "dA")}
 
 
 def test_without_kernels_ours_have_no_number(tmp_path):
     done = dry_run(tmp_path, "bench_group.py", injected='import os\nos.environ["MICA_BACKEND"] = "reference"')
     assert refused(done) == dict.fromkeys([UNGROUPED, GROUPED], "on kernels ran nothing")
-    assert all(group.rivals.keys() == {BARE, STOCK_16} for group in done.result.groups)
+    assert all(group.timings.keys() == {BARE, STOCK_16} for group in done.result.groups)

@@ -6,16 +6,8 @@ import pytest
 import torch
 
 import mica.fast
-from bench.results.names import (
-    BARE,
-    FAST,
-    KERNELS,
-    KERNELS_GROUPED,
-    KERNELS_UNGROUPED,
-    MERGED,
-    PYTORCH,
-    STOCK,
-)
+from bench.results import names
+from bench.results.names import BARE, FAST, KERNELS, KERNELS_GROUPED, KERNELS_UNGROUPED, MERGED, STOCK
 from bench.suites import bench_host, harness
 from tests.support.models import tiny_llama
 
@@ -26,16 +18,16 @@ def test_kernels_are_timed_that_are_not_launched(measured):
     code, result, output = measured(["bench_host.py"], CELLS)
     assert code == 0, output
     layer, block = result.groups
-    launches = {name: rival.facts["launches"] for name, rival in layer.rivals.items()}
+    launches = {name: timing.facts["launches"] for name, timing in layer.timings.items()}
     assert {name for name, count in launches.items() if count} == {KERNELS}
-    assert {PYTORCH, STOCK} <= launches.keys()
-    grouped, alone = (block.rivals[name].facts["launches"] for name in (KERNELS_GROUPED, KERNELS_UNGROUPED))
+    assert {names.PYTORCH, STOCK} <= launches.keys()
+    grouped, alone = (block.timings[name].facts["launches"] for name in (KERNELS_GROUPED, KERNELS_UNGROUPED))
     assert 0 < grouped < alone
 
 
 @pytest.fixture
 def tiny_generation(monkeypatch):
-    """`generate()` of a tiny model; what is learnt of it is forgotten afterwards."""
+    """`generate()` of a tiny model; its cached setting is cleared afterwards."""
     monkeypatch.setattr(
         bench_host.models, "smollm2", lambda: tiny_llama(num_key_value_heads=2).requires_grad_(False)
     )
@@ -46,10 +38,10 @@ def tiny_generation(monkeypatch):
 
 
 def test_generating_is_timed_where_all_give_the_same_tokens(tiny_generation):
-    rivals = bench_host.generate_setting("cell")
-    assert list(rivals) == list(bench_host.GENERATE)
-    assert rivals[FAST] is rivals[STOCK]
-    assert bench_host.generated(rivals[BARE], 3).shape == (1, 3)
+    implementations = bench_host.generate_setting("cell")
+    assert list(implementations) == list(bench_host.GENERATE)
+    assert implementations[FAST] is implementations[STOCK]
+    assert bench_host.generated(implementations[BARE], 3).shape == (1, 3)
 
 
 def test_stock_peft_under_our_name_is_refused_alone(tiny_generation, monkeypatch):
@@ -64,16 +56,18 @@ def test_without_stock_peft_there_is_nothing_to_compare_with(tiny_generation, mo
         bench_host.generate_setting("cell")
 
 
-@pytest.mark.parametrize("rival", [MERGED, FAST])
-def test_generating_other_tokens_than_stock_is_refused(tiny_generation, monkeypatch, rival):
+@pytest.mark.parametrize("implementation", [MERGED, FAST])
+def test_generating_other_tokens_than_stock_is_refused(tiny_generation, monkeypatch, implementation):
     order, generated = iter((STOCK, BARE, MERGED, FAST)), bench_host.generated
 
     def one_wrong(model, new_tokens):
-        return generated(model, new_tokens) + (next(order) == rival)
+        return generated(model, new_tokens) + (next(order) == implementation)
 
     monkeypatch.setattr(bench_host, "generated", one_wrong)
-    assert bench_host.generate_setting("cell").keys() == {*bench_host.GENERATE} - {rival}
-    assert harness.refusals == {("cell", rival): f"{rival} generates other tokens than stock PEFT"}
+    assert bench_host.generate_setting("cell").keys() == {*bench_host.GENERATE} - {implementation}
+    assert harness.refusals == {
+        ("cell", implementation): f"{implementation} generates other tokens than stock PEFT"
+    }
 
 
 def test_generating_as_the_bare_model_does_is_refused(tiny_generation, monkeypatch):

@@ -1,4 +1,4 @@
-"""The kernels' check and their bandwidths: what is wrong with one of them is said of it, and of it alone."""
+"""The kernels' check and their bandwidths: an error in one of them is attributed to it alone."""
 
 import json
 
@@ -11,7 +11,7 @@ from mica.kernels.down_projection import plan_down_projection
 from mica.kernels.up_projection import plan_up_projection
 from tests.support.dry_run import dry_run
 
-# What every launch goes through, by the names of the kernel's first parameters.
+# Patches the binding of every launch; kernels are told apart by the names of their first parameters.
 BROKEN = """
 from mica.kernels import launching
 
@@ -37,11 +37,11 @@ def test_a_kernel_with_wrong_numbers_fails_its_check(tmp_path):
     assert {check["name"].partition("::")[2] for check in done.result.checks} == done.outcomes.keys()
 
 
-def test_a_kernel_that_writes_beside_its_output_or_not_at_all_fails_its_check(tmp_path):
-    one_tile = (
+def test_a_kernel_that_leaves_output_unwritten_fails_its_check(tmp_path):
+    grid = (
         'launch.grid = (1, 1) if first in [("base_ptr", "out_ptr"), ("index_ptr", "a_ptr")] else plan.grid'
     )
-    done = dry_run(tmp_path, "check_kernels.py", "-k", "up-B or embedding", injected=BROKEN.format(one_tile))
+    done = dry_run(tmp_path, "check_kernels.py", "-k", "up-B or embedding", injected=BROKEN.format(grid))
     assert done.outcomes["test_kernel[embedding-aligned]"] == "failed", done.text
     assert "the relative error of embedding is inf" in done.whys["test_kernel[embedding-aligned]"]
     assert done.outcomes["test_kernel[up-B-fp32]"] == "failed"
@@ -63,24 +63,24 @@ def two_broken(tmp_path_factory):
 
 
 def test_a_configuration_is_refused_alone(two_broken):
-    refused = {one["rival"]: one["why"] for one in two_broken.result.refused}
+    refused = {one["implementation"]: one["why"] for one in two_broken.result.refused}
     assert {name.partition(", ")[0] for name in refused} == {
         NAMES[key] for key in ("down-A", "down-B", "up-B")
     }
     for name, why in refused.items():
         word = "out of something" if name.startswith(NAMES["up-B"]) else "the relative error is 5.0"
         assert word in why, (name, why)
-    timed = {rival for group in two_broken.result.groups for rival in group.rivals}
+    timed = {implementation for group in two_broken.result.groups for implementation in group.timings}
     assert not timed & refused.keys()
     for key, kernel in NAMES.items():
         groups = list(two_broken.result.select(suite="kernels", kernel=kernel))
         assert {group.axes["clock"] for group in groups} == {WALL, DEVICE_TIME, GRAPH}
-        assert all({COPY} < group.rivals.keys() for group in groups), key
+        assert all({COPY} < group.timings.keys() for group in groups), key
 
 
 def test_bytes_are_those_of_the_copy(two_broken):
     for group in two_broken.result.select(suite="kernels", clock=WALL):
-        sizes = {rival.facts["bytes"] for rival in group.rivals.values()}
+        sizes = {timing.facts["bytes"] for timing in group.timings.values()}
         assert len(sizes) == 1
         assert sizes.pop() >= 2 * group.axes["tokens"] * group.axes["features"]
 
@@ -95,7 +95,7 @@ def test_the_bytes_of_a_launch():
     assert launch_bytes(launch, out) == 4 * (20 * 4096 + 16 * 4096 + 20 * 16)
 
 
-def test_the_tuner_writes_its_table_beside_the_journal(tmp_path):
+def test_the_tuner_writes_its_table_next_to_the_journal(tmp_path):
     (tmp_path / "tuning.json").write_text('{"of an earlier run": "x"}')
     done = dry_run(tmp_path, "bench_kernels.py", "-k", "tuning")
     assert done.outcomes == {"test_tuning_table": "passed"}, done.text

@@ -1,4 +1,4 @@
-"""What suites ask of results before they time them: tiny cells, in this process."""
+"""What suites check before they time anything: tiny cells, in this process."""
 
 from types import SimpleNamespace
 
@@ -26,9 +26,13 @@ STEP_16 = STEP._replace(dtype="bfloat16", checkpointing=1)
 
 
 @pytest.mark.parametrize("cell", [STEP, STEP_16])
-def test_every_rival_of_a_step_is_there_and_trains(cell):
+def test_every_implementation_of_a_step_is_built_and_trains(cell):
     steps = bench_step.setting(cell)
-    assert list(steps) == list(cell.rivals) == [BARE, STOCK, *([STOCK_16] if cell == STEP_16 else []), FAST]
+    assert (
+        list(steps)
+        == list(cell.implementations)
+        == [BARE, STOCK, *([STOCK_16] if cell == STEP_16 else []), FAST]
+    )
     assert not harness.refusals
     assert bench_step.memory(steps[BARE])["optimizer_mb"] == 0
     facts = bench_step.memory(steps[FAST])
@@ -50,14 +54,14 @@ def test_our_wrong_operator_is_refused_alone(monkeypatch):
     assert harness.refusals.keys() == {(STEP.name, FAST)}
 
 
-def test_losses_that_part_later_are_refused(monkeypatch):
-    judged = bench_step.judged
+def test_losses_that_diverge_later_are_refused(monkeypatch):
+    checked = bench_step.checked
 
     def with_another_rate(step, *args):
         step.optimizer.param_groups[0]["lr"] *= 2
-        return judged(step, *args)
+        return checked(step, *args)
 
-    monkeypatch.setattr(bench_step, "judged", with_another_rate)
+    monkeypatch.setattr(bench_step, "checked", with_another_rate)
     assert bench_step.setting(STEP).keys() == {BARE, STOCK}
     assert "a loss is" in harness.refusals[STEP.name, FAST]
 
@@ -72,9 +76,9 @@ CELL = bench_subspace.Cell(64, 48, 1, ("auto, r = 16", "gram, r = 16"))
 
 
 @pytest.mark.parametrize("cell", [CELL, CELL._replace(methods=("auto, r = 16",), weights=3)])
-def test_all_of_a_cell_are_solved(cell):
+def test_all_weights_of_a_cell_are_solved(cell):
     calls, count = bench_subspace.setting(cell)
-    assert list(calls) == cell.rivals
+    assert list(calls) == cell.implementations
     assert 1 <= count <= 100
     results, vectors = calls["minor_subspace, auto, r = 16"](), calls[SVD]()
     assert len(results) == len(vectors) == cell.weights
@@ -86,8 +90,8 @@ def test_a_method_without_a_certificate_is_refused_alone(monkeypatch):
     solved = bench_subspace.solved
 
     def uncertified(weights, method, rank):
-        found = solved(weights, method, rank)
-        return [SimpleNamespace(certified=False)] if method == "gram" else found
+        results = solved(weights, method, rank)
+        return [SimpleNamespace(certified=False)] if method == "gram" else results
 
     monkeypatch.setattr(bench_subspace, "solved", uncertified)
     calls, _ = bench_subspace.setting(CELL)

@@ -1,4 +1,4 @@
-"""The check of graphs, streams, compilers and checkpoints, as far as a CPU goes: what is wrong is said."""
+"""The check of graphs, streams, compilers and checkpoints, as far as a CPU goes: errors are reported."""
 
 import pytest
 
@@ -54,7 +54,7 @@ def test_what_needs_a_gpu_says_so(broken):
     assert all("needs a GPU" in why for why in skipped.values())
 
 
-def test_what_is_wrong_is_said(broken):
+def test_what_is_wrong_is_reported(broken):
     failed = {name for name, outcome in broken.outcomes.items() if outcome == "failed"}
     compiled = {f"test_compile_fullgraph[{how}-{rank}]" for how in ("eager", "aot_eager") for rank in (4, 16)}
     assert failed == compiled | {"test_a_checkpoint_draws_the_same_mask"}

@@ -1,39 +1,22 @@
-"""What is asked of a GPU: met, not met or not measured, by device time, from what the result holds."""
+"""The targets on a GPU: met, not met or not measured, by device time, from what the result holds."""
 
 import pytest
 
-from bench.report import asked
-from bench.results.names import (
-    ATEN,
-    BACKWARD,
-    BARE,
-    COMPILED,
-    COPY,
-    DEVICE_TIME,
-    DOWN_A,
-    DOWN_B,
-    FAST,
-    FORWARD,
-    GRAD_A,
-    GROUPED,
-    STOCK,
-    STOCK_16,
-    UNGROUPED,
-    UP_B,
-    WALL,
-)
+from bench.report import targets
+from bench.results import names
+from bench.results.names import ATEN, BARE, COMPILED, COPY, DEVICE_TIME, DOWN_A, FAST, STOCK, STOCK_16, WALL
 from bench.results.schema import Result
 from tests.support.bench_results import a_group
 
 SHAPE = {"tokens": 8192, "out": 4096, "in": 4096, "rank": 16, "dtype": "bfloat16"}
 ERRORS = {FAST: {"error of y": 1.1e-3, "error of dx": 2.3e-3, "error of dA": 1e-3}}
 ERRORS[STOCK] = {"error of y": 1e-3, "error of dx": 2e-3, "error of dA": 2e-3}
-# at the limit of every demand, forward and backward
+# at the limit of every target, forward and backward
 LAYER = {
-    FORWARD: {BARE: 1.0, FAST: 1.279, STOCK: 2.1, STOCK_16: 1.5, ATEN: 1.2, COMPILED: 1.3},
-    BACKWARD: {BARE: 1.0, FAST: 1.351, STOCK: 2.1, STOCK_16: 1.53, ATEN: 1.5, COMPILED: 1.27},
+    names.FORWARD: {BARE: 1.0, FAST: 1.279, STOCK: 2.1, STOCK_16: 1.5, ATEN: 1.2, COMPILED: 1.3},
+    names.BACKWARD: {BARE: 1.0, FAST: 1.351, STOCK: 2.1, STOCK_16: 1.53, ATEN: 1.5, COMPILED: 1.27},
 }
-GROUP = {part: {BARE: 1.0, UNGROUPED: 1.3, GROUPED: 1.14, STOCK_16: 1.6} for part in LAYER}
+GROUP = {part: {BARE: 1.0, names.UNGROUPED: 1.3, names.GROUPED: 1.14, STOCK_16: 1.6} for part in LAYER}
 
 
 def cells(suite, passes, clock=DEVICE_TIME, facts=None, factor=1.0, **axes):
@@ -42,7 +25,7 @@ def cells(suite, passes, clock=DEVICE_TIME, facts=None, factor=1.0, **axes):
         a_group(
             f"{suite}, {axes['tokens']} tokens, {part}",
             {**axes, "pass": part},
-            {rival: factor * seconds for rival, seconds in medians.items()},
+            {name: factor * seconds for name, seconds in medians.items()},
             facts,
         )
         for part, medians in passes.items()
@@ -50,23 +33,27 @@ def cells(suite, passes, clock=DEVICE_TIME, facts=None, factor=1.0, **axes):
 
 
 def kernel(name, tokens, shares, clock=DEVICE_TIME, copied=None):
-    """One whose configurations reach these shares of the copy's bandwidth, by device time."""
+    """A kernel whose configurations reach these shares of a copy's bandwidth, by device time."""
     axes = {"suite": "kernels", "kernel": name, "tokens": tokens, "features": 64, "rank": 16}
-    medians = {COPY: 1.0, **{rival: 1 / share for rival, share in shares.items()}}
-    facts = {rival: {"bytes": 6e9} for rival in shares} | {COPY: {"bytes": copied} if copied else {}}
-    found = []
-    for one in (WALL, DEVICE_TIME):  # what was counted stands beside one of them
-        scaled = {rival: (9 if one == WALL else 1) * seconds for rival, seconds in medians.items()}
+    medians = {COPY: 1.0, **{implementation: 1 / share for implementation, share in shares.items()}}
+    facts = {implementation: {"bytes": 6e9} for implementation in shares} | {
+        COPY: {"bytes": copied} if copied else {}
+    }
+    groups = []
+    for one in (WALL, DEVICE_TIME):  # facts are noted in the cell of one of them
+        scaled = {
+            implementation: (9 if one == WALL else 1) * seconds for implementation, seconds in medians.items()
+        }
         name_ = f"{name}, {tokens} tokens, {one}"
-        found.append(
+        groups.append(
             a_group(name_, {**axes, "dtype": "bfloat16", "clock": one}, scaled, facts if one == clock else {})
         )
-    return found
+    return groups
 
 
 def table(groups):
     """what -> (measured, met)"""
-    rows = [one.row for one in asked.demands(Result({}, groups).with_both())]
+    rows = [one.row for one in targets.targets(Result({}, groups).with_both())]
     assert all(len(row) == 4 for row in rows)
     assert len({what for what, *_ in rows}) == len(rows)
     return {what: (measured, met) for what, _, measured, met in rows}
@@ -80,8 +67,8 @@ def test_times_are_of_this_layer_by_device_time():
         *cells("layer", {part: {**one, FAST: 9.0} for part, one in LAYER.items()}, rank=64),
     ]
     assert {met for _, met in table(wrong).values()} == {"not measured"}
-    found = table([*wrong, *cells("layer", LAYER), *cells("group", GROUP, out=12288)])
-    assert [*found.values()][:7] == [
+    rows = table([*wrong, *cells("layer", LAYER), *cells("group", GROUP, out=12288)])
+    assert [*rows.values()][:7] == [
         ("27.900 (27.90–27.90)", "yes"),
         ("35.100 (35.10–35.10)", "**NO**"),
         ("14.000 (14.00–14.00)", "yes"),
@@ -90,46 +77,46 @@ def test_times_are_of_this_layer_by_device_time():
         ("1.027 (1.03–1.03)", "yes"),
         ("0.977 (0.98–0.98)", "**NO**"),
     ]
-    assert "q, k and v, forward + backward: % that mica.fast, grouped adds" in [*found][2]
-    assert [*found][3] == "a layer, forward + backward: stock PEFT, adapters in the base dtype ÷ mica.fast"
+    assert "q, k and v, forward + backward: % that mica.fast, grouped adds" in [*rows][2]
+    assert [*rows][3] == "a layer, forward + backward: stock PEFT, adapters in the base dtype ÷ mica.fast"
 
 
-def test_errors_are_noted_beside_another_clock():
+def test_errors_are_noted_in_the_cell_of_another_clock():
     groups = [*cells("layer", LAYER), *cells("layer", LAYER, clock=WALL, facts=ERRORS)]
-    found = table(groups)
-    assert [found[f"a layer: error of {what} ÷ that of stock PEFT"] for what in ("y", "dx", "dA")] == [
+    rows = table(groups)
+    assert [rows[f"a layer: error of {what} ÷ that of stock PEFT"] for what in ("y", "dx", "dA")] == [
         ("1.100", "yes"),
         ("1.150", "**NO**"),
         ("0.500", "yes"),
     ]
 
 
-def test_of_a_kernel_the_slowest_of_large_cells_counts_by_its_first_configuration():
+def test_a_kernel_counts_by_its_slowest_large_cell_in_its_first_configuration():
     groups = [
         *kernel(DOWN_A, 8192, {"64 x 64": 0.9, "32 x 32": 0.1}, clock=WALL),
         *kernel(DOWN_A, 4096, {"64 x 64": 0.85}),
         *kernel(DOWN_A, 2048, {"64 x 64": 0.3}),
-        *kernel(UP_B, 8192, {"a": 0.9, "b": 0.99}, copied=12e9),
+        *kernel(names.UP_B, 8192, {"a": 0.9, "b": 0.99}, copied=12e9),
         *kernel("embedding", 8192, {"a": 0.1}),
     ]
-    found = {what: row for what, row in table(groups).items() if "bandwidth" in what}
+    rows = {what: row for what, row in table(groups).items() if "bandwidth" in what}
     start = "bandwidth ÷ that of a copy"
-    assert found == {
+    assert rows == {
         f"{DOWN_A}: {start}; {DOWN_A}, 4096 tokens, {DEVICE_TIME}, 64 x 64": (
             "0.850 (0.85–0.85)",
             "yes",
         ),
-        f"{UP_B}: {start}; {UP_B}, 8192 tokens, {DEVICE_TIME}, a": (
+        f"{names.UP_B}: {start}; {names.UP_B}, 8192 tokens, {DEVICE_TIME}, a": (
             "0.450 (0.45–0.45)",
             "**NO**",
         ),
-        f"{DOWN_B}: {start}; from 4096 tokens": ("", "not measured"),
-        f"{GRAD_A}: {start}; from 4096 tokens": ("", "not measured"),
+        f"{names.DOWN_B}: {start}; from 4096 tokens": ("", "not measured"),
+        f"{names.GRAD_A}: {start}; from 4096 tokens": ("", "not measured"),
     }
 
 
 @pytest.mark.parametrize(
-    ("rival", "start"),
+    ("implementation", "start"),
     [
         (BARE, "a layer, forward:"),
         (FAST, "a layer"),
@@ -137,21 +124,21 @@ def test_of_a_kernel_the_slowest_of_large_cells_counts_by_its_first_configuratio
         (STOCK, "a layer, forward + backward: stock PEFT ÷"),
     ],
 )
-def test_a_rival_without_a_number_is_not_measured(rival, start):
+def test_an_implementation_without_a_number_is_not_measured(implementation, start):
     groups = cells("layer", LAYER, facts=ERRORS)
     assert "not measured" not in {met for what, (_, met) in table(groups).items() if what.startswith(start)}
     for group in groups:
-        del group.rivals[rival]
+        del group.timings[implementation]
     assert {met for what, (_, met) in table(groups).items() if what.startswith(start)} == {"not measured"}
 
 
 @pytest.mark.parametrize("missing", ["copy", "bytes"])
-def test_a_kernel_beside_no_copy_or_of_uncounted_bytes_is_not_measured(missing):
-    groups = kernel(GRAD_A, 8192, {"a": 0.9})
+def test_a_kernel_without_a_copy_or_counted_bytes_is_not_measured(missing):
+    groups = kernel(names.GRAD_A, 8192, {"a": 0.9})
     assert "yes" in {met for _, met in table(groups).values()}
     for group in groups:
         if missing == "copy":
-            del group.rivals[COPY]
+            del group.timings[COPY]
         else:
-            group.rivals["a"].facts.clear()
+            group.timings["a"].facts.clear()
     assert {met for _, met in table(groups).values()} == {"not measured"}
