@@ -1,8 +1,10 @@
 """The README files: links lead somewhere, examples run, and the table of set-ups is the tested one."""
 
 import ast
+import importlib.util
 import os
 import re
+import sys
 import urllib.parse
 from collections import Counter
 from functools import cache
@@ -86,11 +88,8 @@ def test_examples_run(page, monkeypatch):
     assert examples(page)
     for example in examples(page):
         names = {}
-        try:
-            exec(example, names)
-            assert mica.fast.explain(names["model"]).counts() == {"reference": 14}
-        finally:
-            mica.fast.enable()
+        exec(example, names)
+        assert mica.fast.explain(names["model"]).counts() == {"reference": 14}
 
 
 def test_the_solver_example_runs(capsys):
@@ -98,6 +97,20 @@ def test_the_solver_example_runs(capsys):
     torch.manual_seed(0)
     exec(example, {})
     assert f"# {capsys.readouterr().out.strip()}" in example
+
+
+def test_the_kernel_example_passes_the_test_example(tmp_path, monkeypatch):
+    kernel, test = examples("CONTRIBUTING.md")
+    file = tmp_path / "scaled.py"  # Triton reads the source
+    file.write_text(kernel, encoding="utf-8")
+    spec = importlib.util.spec_from_file_location("mica.kernels.scaled", file)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    monkeypatch.setitem(sys.modules, spec.name, module)
+    names = {}
+    exec(test, names)
+    for dtype in (torch.float32, torch.bfloat16):
+        names["test_scaled"](dtype)
 
 
 @pytest.mark.parametrize("file", sorted({setup.test.partition("::")[0] for setup in SETUPS}))

@@ -1,4 +1,4 @@
-"""The ways MiCA adapters are trained and used, whether they work, and the test: mica/fast/README.md's table."""
+"""The ways to train and use MiCA adapters, and the test of each: the table in mica/fast/README.md."""
 
 from typing import NamedTuple
 
