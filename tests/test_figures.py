@@ -130,6 +130,18 @@ def test_every_headline_figure_is_checked():
     assert found == [INITIALISED, LOADED, BLOCK, LAYERS, SAVED]
 
 
+def test_where_readme_says_that_it_is_not_faster():
+    page, narrow = text("README.md"), measured()["5 linear layers, fp32, 256 to 4096 tokens"][-1]
+    assert f"fp32 layers gain {narrow} and save no memory" in page
+    assert f"Merge + unmerge is {only(XEON, suite='merge').ratio(FAST, STOCK).median:.1f}× slower" in page
+    blocks = [
+        group.ratio(form, STOCK if group.axes["dtype"] == "float32" else STOCK_16).median
+        for group in result(EPYC).select(suite="host block")
+        for form in (names.PYTORCH_UNGROUPED, names.KERNELS_UNGROUPED)
+    ]
+    assert f"Blocks of tiny tensors are up to {max(blocks):.2f}× slower" in page
+
+
 @pytest.mark.parametrize("name", [f"{XEON}-step", f"{XEON}-before", XEON])
 def test_whole_steps(name):
     ratio = only(name, suite="step", dtype="bfloat16").ratio(FAST, STOCK)
