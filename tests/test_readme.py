@@ -1,49 +1,136 @@
-"""README's table of set-ups is that of tests/support/setups.py, and every row names a test that exists."""
+"""The README files: links lead somewhere, examples run, and the table of set-ups is the tested one."""
 
 import ast
+import importlib.util
+import os
 import re
+import sys
+import urllib.parse
+from collections import Counter
+from functools import cache
 from pathlib import Path
 
 import pytest
+import torch
 
 import mica.fast
 from tests.support.models import tiny_llama
 from tests.support.setups import SETUPS, table
 
 ROOT = Path(__file__).parents[1]
+SETUPS_PAGE = "mica/fast/README.md"
+FENCED = re.compile(r"^```(\w*)\n(.*?)^```", re.DOTALL | re.MULTILINE)
+LINK = re.compile(r"\]\(([^()\s]+)\)")
+
+
+def pages() -> list[str]:
+    """Every Markdown file, relative to the root. `os.walk` does not follow the link mica/kernels."""
+    found = []
+    for folder, folders, files in os.walk(ROOT):
+        folders[:] = [name for name in folders if not name.startswith(".") and name != "build"]
+        found += [os.path.relpath(Path(folder, name), ROOT) for name in files if name.endswith(".md")]
+    return sorted(found)
+
+
+def read(page: str | Path) -> str:
+    return (ROOT / page).read_text(encoding="utf-8")
+
+
+@cache
+def anchors(page: Path) -> set[str]:
+    """The ids that GitHub gives to the headings of a page."""
+    seen: Counter[str] = Counter()
+    found = set()
+    for title in re.findall(r"^#+ +(.*)$", FENCED.sub("", read(page)), re.MULTILINE):
+        slug = re.sub(r"[^\w\- ]", "", LINK.sub("]", title).lower()).replace(" ", "-")
+        found.add(f"{slug}-{seen[slug]}" if seen[slug] else slug)
+        seen[slug] += 1
+    return found
+
+
+def broken_links(page: str) -> list[str]:
+    """Relative links and images whose file or heading does not exist."""
+    prose = re.sub(r"`[^`\n]*`", "", FENCED.sub("", read(page)))
+    broken = []
+    for link in LINK.findall(prose):
+        path, _, anchor = urllib.parse.unquote(link).partition("#")
+        if re.match(r"[a-z]+:", path):
+            continue
+        target = (ROOT / page).parent / path if path else ROOT / page
+        if not target.exists() or (anchor and anchor not in anchors(target)):
+            broken.append(link)
+    return broken
+
+
+@pytest.mark.parametrize("page", pages())
+def test_links(page):
+    assert broken_links(page) == []
+
+
+def test_a_broken_link_is_seen(tmp_path, monkeypatch):
+    page = tmp_path / "page.md"
+    page.write_text(
+        "# A [b](page.md), `c`\n[1](page.md#a-b-c) ![2](none.svg) [3](#d) `[4](none)` [5](http://none)\n"
+    )
+    monkeypatch.setattr("tests.test_readme.ROOT", tmp_path)
+    assert broken_links("page.md") == ["none.svg", "#d"]
+
+
+def examples(page: str) -> list[str]:
+    return [code for language, code in FENCED.findall(read(page)) if language == "python"]
+
+
+@pytest.mark.parametrize("page", ["README.md", SETUPS_PAGE])
+def test_examples_run(page, monkeypatch):
+    """As they stand, but for the model's size."""
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_key_value_heads": 2}
+    monkeypatch.setattr("transformers.AutoModelForCausalLM.from_pretrained", lambda name: tiny_llama(**sizes))
+    assert examples(page)
+    for example in examples(page):
+        names = {}
+        exec(example, names)
+        assert mica.fast.explain(names["model"]).counts() == {"reference": 14}
+
+
+def test_the_solver_example_runs(capsys):
+    (example,) = examples("mica/subspace/README.md")
+    torch.manual_seed(0)
+    exec(example, {})
+    assert f"# {capsys.readouterr().out.strip()}" in example
+
+
+def test_the_kernel_example_passes_the_test_example(tmp_path, monkeypatch):
+    kernel, test = examples("CONTRIBUTING.md")
+    file = tmp_path / "scaled.py"  # Triton reads the source
+    file.write_text(kernel, encoding="utf-8")
+    spec = importlib.util.spec_from_file_location("mica.kernels.scaled", file)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    monkeypatch.setitem(sys.modules, spec.name, module)
+    names = {}
+    exec(test, names)
+    for dtype in (torch.float32, torch.bfloat16):
+        names["test_scaled"](dtype)
 
 
 @pytest.mark.parametrize("file", sorted({setup.test.partition("::")[0] for setup in SETUPS}))
 def test_every_named_test_exists(file):
-    tree = ast.parse((ROOT / file).read_text(encoding="utf-8"))
+    tree = ast.parse(read(file))
     functions = {node.name for node in tree.body if isinstance(node, ast.FunctionDef)}
     named = {setup.test.partition("::")[2] for setup in SETUPS if setup.test.startswith(f"{file}::")}
     assert named <= functions
     assert all(name.startswith("test_") for name in named)
 
 
-def test_rows_say_what_they_may():
+def test_rows_have_known_values():
     assert {setup.works for setup in SETUPS} <= {"yes", "refused", "no"}
     assert {setup.fast for setup in SETUPS} <= {"yes", "partly", "no"}
     assert len({setup.name for setup in SETUPS}) == len(SETUPS)
 
 
-def test_the_examples_run(monkeypatch):
-    """As they stand, but for the model's size."""
-    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_key_value_heads": 2}
-    monkeypatch.setattr("transformers.AutoModelForCausalLM.from_pretrained", lambda name: tiny_llama(**sizes))
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    examples = re.findall(r"^```python\n(.*?)^```", readme, re.DOTALL | re.MULTILINE)
-    assert examples
-    for example in examples:
-        names = {}
-        exec(example, names)
-        assert mica.fast.explain(names["model"]).counts() == {"reference": 14}
-
-
-def test_readme_holds_the_table():
+def test_the_table_of_set_ups():
     """`python -m tests.support.setups` prints what belongs between the markers."""
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    assert readme.count("<!-- setups -->") == readme.count("<!-- /setups -->") == 1
-    between = readme.partition("<!-- setups -->")[2].partition("<!-- /setups -->")[0]
+    page = read(SETUPS_PAGE)
+    assert page.count("<!-- setups -->") == page.count("<!-- /setups -->") == 1
+    between = page.partition("<!-- setups -->")[2].partition("<!-- /setups -->")[0]
     assert between.strip() == table()

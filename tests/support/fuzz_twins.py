@@ -1,7 +1,7 @@
 """One small model twice: adapted by the backend, and by stock PEFT. What is done to both must come out equal.
 
 Rounding must not pile up over a long run, so after every comparison the twin takes over the values of the
-backend's model. Where stock has one of the faults that README lists, the twin is put right the same way:
+backend's model. Where stock has one of the bugs in mica/fast/README.md, the twin is put right the same way:
 
 | stock's fault | what is done |
 | --- | --- |

@@ -1,12 +1,12 @@
-"""How people train and use MiCA adapters, what is known of it, and the test that knows: README's table."""
+"""The ways to train and use MiCA adapters, and the test of each: the table in mica/fast/README.md."""
 
 from typing import NamedTuple
 
 
 class Setup(NamedTuple):
     name: str
-    works: str  # "yes", "refused" (an error in one clear sentence) or "no"
-    fast: str  # whether it runs on the fast path: "yes", "partly" or "no"
+    works: str  # "yes", "refused" (an error that says why in one sentence) or "no"
+    fast: str  # runs on this backend: "yes", "partly" or "no" (PEFT's own code)
     test: str  # path::function
 
 
@@ -23,7 +23,7 @@ SETUPS = [
     Setup("bitsandbytes 8-bit", "yes", "yes", FOLLOWS),
     Setup("HQQ", "yes", "yes", FOLLOWS),
     Setup("torchao int8", "yes", "yes", FOLLOWS),
-    Setup("GPTQ, AWQ (on a stub of gptqmodel's layers)", "yes", "yes", FOLLOWS),
+    Setup("GPTQ, AWQ (tested with stubs of gptqmodel's layers)", "yes", "yes", FOLLOWS),
     Setup(
         "torchao `Int4Tensor`, AQLM, EETQ, Intel Neural Compressor",
         "refused",
@@ -31,7 +31,7 @@ SETUPS = [
         "tests/mica/fast/test_quantised_refusals.py::test_a_library_that_is_not_covered_is_named",
     ),
     Setup(
-        "an adapter of a quantised base on the unquantised one, and back",
+        "an adapter trained on a quantised base, loaded on the unquantised one, and vice versa",
         "yes",
         "yes",
         f"{QUANTISED}::test_to_the_unquantised_base_and_back",
@@ -43,22 +43,22 @@ SETUPS = [
         "tests/mica/fast/test_grouping.py::test_from_the_second_step_on",
     ),
     Setup(
-        "groups with checkpointing of any part, several losses of one forward, switched on later",
+        "groups with any part checkpointed, several losses from one forward, enabled mid-training",
         "yes",
         "yes",
         "tests/mica/fast/test_grouping_checkpointing.py::test_random_programs_and_regions",
     ),
     Setup("`torch.compile(fullgraph=True)`", "yes", "yes", f"{TRAINING}::test_compile_fullgraph"),
     Setup(
-        'graphed: `torch.compile(mode="reduce-overhead")`, `make_graphed_callables` (on stubs of streams and'
-        " captures; its tests with graphs wait for a GPU)",
+        'CUDA graphs: `torch.compile(mode="reduce-overhead")`, `make_graphed_callables` (tested with stubs of'
+        " streams and captures; the tests with real graphs need a GPU)",
         "yes",
         "yes",
         "tests/kernels/test_workspace.py::test_what_is_kept_is_made_by_another_thread_on_the_default_stream",
     ),
     Setup("autocast, bf16", "yes", "yes", f"{TRAINING}::test_autocast_bf16"),
     Setup(
-        "autocast around a whole loop",
+        "one autocast context around the whole training loop",
         "yes",
         "yes",
         f"{TRAINING}::test_autocast_around_the_whole_loop",
@@ -99,7 +99,7 @@ SETUPS = [
     ),
     Setup('`bias="lora_only"`', "yes", "yes", f"{TRAINING}::test_trainable_biases"),
     Setup(
-        "hooks, offloading or trained weights on the base layer, subclasses of `nn.Linear`",
+        "base layers with hooks, offloading or trained weights, subclasses of `nn.Linear`",
         "yes",
         "yes",
         "tests/mica/fast/test_eligibility.py::test_base_layer_is_called_and_the_adapter_is_ours",
@@ -107,47 +107,52 @@ SETUPS = [
     Setup("`lora_bias=True`", "refused", "no", f"{TRAINING}::test_lora_bias_is_refused_as_by_stock"),
     Setup("`lora_dropout > 0` while training", "yes", "yes", f"{ADAPTERS}::test_lora_dropout"),
     Setup(
-        "`lora_dropout > 0`, its mask, and checkpointing it",
+        "`lora_dropout > 0`: the mask comes from torch's generator, also when checkpointed",
         "yes",
         "yes",
         "tests/mica/fast/test_layers.py::test_dropout_is_drawn_from_torch_s_generator",
     ),
     Setup("switching adapters", "yes", "yes", f"{ADAPTERS}::test_switching"),
     Setup(
-        "deleting an adapter, adding its name again",
+        "deleting an adapter and adding another with the same name",
         "yes",
         "yes",
         f"{ADAPTERS}::test_deleting_and_adding_the_same_name_again",
     ),
-    Setup("`add_weighted_adapter`, all combinations", "yes", "yes", f"{ADAPTERS}::test_add_weighted_adapter"),
+    Setup(
+        "`add_weighted_adapter`, all combination types",
+        "yes",
+        "yes",
+        f"{ADAPTERS}::test_add_weighted_adapter",
+    ),
     Setup("two active adapters", "yes", "yes", f"{ADAPTERS}::test_two_active_adapters"),
     Setup("mixed batches (`adapter_names`)", "yes", "yes", f"{ADAPTERS}::test_mixed_batches"),
     Setup(
-        "mixed batches of adapters that share `B`: one up-projection",
+        "mixed batches whose adapters share `B` (one up-projection)",
         "yes",
         "yes",
         "tests/mica/fast/test_mixed_batch.py::test_adapters_that_share_b_share_one_up_projection",
     ),
     Setup(
-        "saved adapters, loaded here and without this package",
+        "saving an adapter, loading it with and without this package",
         "yes",
         "yes",
         f"{ADAPTERS}::test_a_saved_adapter_is_a_plain_peft_adapter",
     ),
     Setup(
-        "`torch.export`: our operators with `strict=True`, else PyTorch's",
+        "`torch.export` (this package's operators with `strict=True`, otherwise PyTorch's)",
         "yes",
         "partly",
         f"{ADAPTERS}::test_export_for_inference",
     ),
     Setup(
-        "`torch.jit.trace`, and ONNX export by it",
+        "`torch.jit.trace`, and ONNX export through it",
         "yes",
         "no",
         "tests/mica/fast/test_eligibility.py::test_what_is_traced_runs_without_this_package",
     ),
     Setup(
-        "merging, unmerging to the bit, deep copies of merged models",
+        "merging, bit-exact unmerging, deep copies of merged models",
         "yes",
         "yes",
         "tests/mica/fast/test_merging.py::test_a_deep_copy_of_a_merged_model_unmerges_to_the_bit",
@@ -182,31 +187,31 @@ SETUPS = [
         f"{DISTRIBUTED}::test_fsdp2_saves_resumes_and_leaves_a_plain_adapter",
     ),
     Setup(
-        "FSDP2 by accelerate, `cpu_ram_efficient_loading`",
+        "FSDP2 through accelerate, `cpu_ram_efficient_loading`",
         "yes",
         "yes",
         f"{DISTRIBUTED}::test_fsdp2_by_accelerate_with_weights_in_the_first_process_only",
     ),
     Setup(
-        "FSDP2, `lora_A` in units of its own",
+        "FSDP2 with `lora_A` as its own unit",
         "yes",
         "no",
         f"{DISTRIBUTED}::test_fsdp2_with_units_of_lora_a_takes_pefts_path",
     ),
     Setup(
-        "FSDP2, an adapted embedding as a unit (accelerate): that layer",
+        "FSDP2 with an adapted embedding as its own unit (accelerate): that layer only",
         "yes",
         "no",
         f"{DISTRIBUTED}::test_fsdp2_with_a_unit_of_the_embedding_takes_pefts_path_there",
     ),
     Setup(
-        "an adapter created after FSDP2 has sharded the model",
+        "creating an adapter after FSDP2 has sharded the model",
         "refused",
         "no",
         f"{DISTRIBUTED}::test_an_adapter_after_sharding_is_refused",
     ),
     Setup(
-        "an adapter on a weight that is on the meta device",
+        "creating an adapter on a weight on the meta device",
         "refused",
         "no",
         f"{DISTRIBUTED}::test_a_weight_that_is_not_there_is_refused",
@@ -217,11 +222,13 @@ SETUPS = [
 
 
 def table() -> str:
-    """The Markdown table of README.md."""
+    """The Markdown table of mica/fast/README.md."""
     rows = [("set-up", "works", "fast path", "test"), ("---",) * 4]
     for setup in SETUPS:
         file, _, function = setup.test.partition("::")
-        rows.append((setup.name, setup.works, setup.fast, f"[{function.removeprefix('test_')}]({file})"))
+        rows.append(
+            (setup.name, setup.works, setup.fast, f"[{function.removeprefix('test_')}](../../{file})")
+        )
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
 
