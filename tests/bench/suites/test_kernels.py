@@ -38,9 +38,7 @@ def test_a_kernel_with_wrong_numbers_fails_its_check(tmp_path):
 
 
 def test_a_kernel_that_leaves_output_unwritten_fails_its_check(tmp_path):
-    grid = (
-        'launch.grid = (1, 1) if first in [("base_ptr", "out_ptr"), ("index_ptr", "a_ptr")] else plan.grid'
-    )
+    grid = 'launch.grid = (1, 1) if first in [("base_ptr", "out_ptr"), ("index_ptr", "a_ptr")] else plan.grid'
     done = dry_run(tmp_path, "check_kernels.py", "-k", "up-B or embedding", injected=BROKEN.format(grid))
     assert done.outcomes["test_kernel[embedding-aligned]"] == "failed", done.text
     assert "the relative error of embedding is inf" in done.whys["test_kernel[embedding-aligned]"]
