@@ -10,14 +10,9 @@ from torch.library import opcheck
 
 from mica import backend, kernel_path, ops, reference
 from mica.kernels import launching, prepared, tuning
-from mica.ops import (
-    mica_down_projection,
-    mica_embedding,
-    mica_linear,
-    mica_linear_group,
-    mica_up_projection,
-)
+from mica.ops import mica_down_projection, mica_embedding, mica_linear, mica_linear_group, mica_up_projection
 from tests.support.kernel_cases import DEVICE
+from tests.support.linear_calls import on_device, run
 from tests.support.oracle import problem, solve
 from tests.support.thinning import ON_DEVICE
 from tests.support.tolerances import RELATIVE, error
@@ -41,21 +36,6 @@ def on_kernels(monkeypatch):
     ops.call_counts.clear()
     yield
     backend.forget_verdicts()
-
-
-def on_device(p):
-    for name in ("x", "weight", "lora_A", "lora_B", "bias", "grad_output"):
-        value = getattr(p, name)
-        if value is not None and DEVICE != "cpu":
-            setattr(p, name, value.to(DEVICE))
-    return p
-
-
-def run(p, compute_dtype=None, function=mica_linear, **options):
-    x, lora_A = p.x.detach().requires_grad_(), p.lora_A.detach().requires_grad_()
-    y = function(x, p.weight, lora_A, p.lora_B, p.scaling, p.bias, compute_dtype=compute_dtype, **options)
-    y.backward(p.grad_output)
-    return {"y": y, "grad_x": x.grad, "grad_A": lora_A.grad}
 
 
 @pytest.mark.parametrize(("dtype", "adapter_dtype", "compute_dtype"), DTYPES)

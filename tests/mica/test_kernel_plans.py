@@ -5,8 +5,7 @@ import torch
 
 from mica import backend, kernel_path
 from mica.kernels import launching, tuning
-from mica.ops import mica_linear
-from tests.support.kernel_cases import DEVICE
+from tests.support.linear_calls import on_device, run
 from tests.support.oracle import problem, solve
 from tests.support.tolerances import RELATIVE, error
 
@@ -17,21 +16,6 @@ def on_kernels(monkeypatch):
     backend.forget_verdicts()
     yield
     backend.forget_verdicts()
-
-
-def on_device(p):
-    for name in ("x", "weight", "lora_A", "lora_B", "bias", "grad_output"):
-        value = getattr(p, name)
-        if value is not None:
-            setattr(p, name, value.to(DEVICE))
-    return p
-
-
-def run(p, compute_dtype=None):
-    x, lora_A = p.x.detach().requires_grad_(), p.lora_A.detach().requires_grad_()
-    y = mica_linear(x, p.weight, lora_A, p.lora_B, p.scaling, p.bias, compute_dtype=compute_dtype)
-    y.backward(p.grad_output)
-    return {"y": y, "grad_x": x.grad, "grad_A": lora_A.grad}
 
 
 def strided(tensor, dim):

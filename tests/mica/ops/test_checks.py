@@ -3,13 +3,7 @@
 import pytest
 import torch
 
-from mica.ops import (
-    mica_down_projection,
-    mica_embedding,
-    mica_linear,
-    mica_linear_group,
-    mica_up_projection,
-)
+from mica.ops import mica_down_projection, mica_embedding, mica_linear, mica_linear_group, mica_up_projection
 from tests.support.oracle import problem
 
 

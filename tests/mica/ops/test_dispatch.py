@@ -8,13 +8,7 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from mica import ops
-from mica.ops import (
-    mica_down_projection,
-    mica_embedding,
-    mica_linear,
-    mica_linear_group,
-    mica_up_projection,
-)
+from mica.ops import mica_down_projection, mica_embedding, mica_linear, mica_linear_group, mica_up_projection
 from mica.ops.embedding import embedding
 from mica.ops.factors import down_projection, up_projection
 from mica.ops.linear import linear

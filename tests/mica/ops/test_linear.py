@@ -7,18 +7,12 @@ from torch.library import opcheck
 
 from mica import ops
 from mica.ops import mica_linear
+from tests.support.linear_calls import run
 from tests.support.oracle import DTYPES, problem, solve
 from tests.support.tolerances import RELATIVE, error
 
 FP32 = (torch.float32, torch.float32, None)
 FP32_MASTER = (torch.bfloat16, torch.float32, None)
-
-
-def run(p, compute_dtype=None, function=mica_linear):
-    x, lora_A = p.x.detach().requires_grad_(), p.lora_A.detach().requires_grad_()
-    y = function(x, p.weight, lora_A, p.lora_B, p.scaling, p.bias, compute_dtype=compute_dtype)
-    y.backward(p.grad_output)
-    return {"y": y, "grad_x": x.grad, "grad_A": lora_A.grad}
 
 
 @pytest.mark.usefixtures("sixteen_bit_products")
