@@ -136,9 +136,7 @@ class Result:
         raw = json.loads(path.read_text())
         groups = [
             Group(
-                one["name"],
-                one["axes"],
-                {name: Timing(**timing) for name, timing in one["timings"].items()},
+                one["name"], one["axes"], {name: Timing(**timing) for name, timing in one["timings"].items()}
             )
             for one in raw["groups"]
         ]

@@ -100,14 +100,7 @@ class Step(NamedTuple):
         return values | ({"dA": torch.cat([grad.flatten() for grad in grads]).float()} if grads else {})
 
     def time(
-        self,
-        once,
-        group: str,
-        name: str,
-        axes: dict,
-        calls: int = 1,
-        call: Callable | None = None,
-        **options,
+        self, once, group: str, name: str, axes: dict, calls: int = 1, call: Callable | None = None, **options
     ) -> int:
         """One sample, after which every step must have run the operators that the name implies.
 

@@ -96,10 +96,7 @@ def test_kernels_are_compared_with_a_copy():
             {COPY: 1e-4, "64 x 64": 1.25e-4, "32 x 32": 2e-4},
             facts,
         )
-        for clock, facts in (
-            (WALL, {COPY: {"bytes": 2e8}, "64 x 64": {"bytes": 1e8}}),
-            (DEVICE_TIME, {}),
-        )
+        for clock, facts in ((WALL, {COPY: {"bytes": 2e8}, "64 x 64": {"bytes": 1e8}}), (DEVICE_TIME, {}))
     ]
     markdown = text(groups, GPU)
     assert headings(markdown)[-3:] == ["## Kernels", "### Device time", "### Wall clock"]

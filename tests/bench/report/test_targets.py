@@ -102,10 +102,7 @@ def test_a_kernel_counts_by_its_slowest_large_cell_in_its_first_configuration():
     rows = {what: row for what, row in table(groups).items() if "bandwidth" in what}
     start = "bandwidth ÷ that of a copy"
     assert rows == {
-        f"{DOWN_A}: {start}; {DOWN_A}, 4096 tokens, {DEVICE_TIME}, 64 x 64": (
-            "0.850 (0.85–0.85)",
-            "yes",
-        ),
+        f"{DOWN_A}: {start}; {DOWN_A}, 4096 tokens, {DEVICE_TIME}, 64 x 64": ("0.850 (0.85–0.85)", "yes"),
         f"{names.UP_B}: {start}; {names.UP_B}, 8192 tokens, {DEVICE_TIME}, a": (
             "0.450 (0.45–0.45)",
             "**NO**",
