@@ -176,11 +176,11 @@ def _time(run: Callable[[], object], device: torch.device) -> float:
 def _read() -> dict[str, str]:
     global _table, _table_path
     if _table is None or _table_path != path():
-        _table, _table_path = _load(path()), path()
+        _table, _table_path = load(path()), path()
     return _table
 
 
-def _load(file: Path) -> dict[str, str]:
+def load(file: Path) -> dict[str, str]:
     try:
         table = json.loads(file.read_text())
         if isinstance(table, dict) and all(isinstance(value, str) for value in table.values()):
@@ -197,7 +197,7 @@ def _write(entry: str, choice: str) -> None:
     """Put the file in place whole, with what others have added since; trouble costs a line in the log."""
     global _table
     file = path()
-    _table = {**_load(file), **_read(), entry: choice}
+    _table = {**load(file), **_read(), entry: choice}
     scratch = file.with_name(f".{file.name}.{uuid.uuid4().hex}")
     try:
         file.parent.mkdir(parents=True, exist_ok=True)

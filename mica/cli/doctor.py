@@ -1,7 +1,6 @@
 """``mica doctor``: what this machine has, which path MiCA layers take on it, and what is broken."""
 
 import argparse
-import json
 import os
 import platform
 import sys
@@ -14,7 +13,7 @@ from pathlib import Path
 
 import mica
 from mica import __version__
-from mica.cli.inspect import _check_file, _Output, _write
+from mica.cli.output import Output, check_file, dtype_name, one_line, write_json
 from mica.errors import UsageError
 
 _DISTRIBUTION = "mica-fast"
@@ -38,7 +37,7 @@ def add_parser(commands) -> None:
 
 def _told(error: Exception) -> str:
     """An error's type and message on one line."""
-    return f"{type(error).__name__}: {' '.join(str(error).split())}"
+    return f"{type(error).__name__}: {one_line(error)}"
 
 
 def _can_import(name: str, problems: list[str]) -> bool:
@@ -123,7 +122,7 @@ def _devices(problems: list[str], has_triton: bool) -> list[dict]:
     with warnings.catch_warnings(record=True) as warned:  # of a driver that is too old, for one
         warnings.simplefilter("always")
         count = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    problems.extend(f"torch warns of its GPU: {' '.join(str(w.message).split())}" for w in warned)
+    problems.extend(f"torch warns of its GPU: {one_line(w.message)}" for w in warned)
     rows = []
     for device in (torch.device("cpu"), *(torch.device("cuda", index) for index in range(count))):
         row = {"device": str(device)}
@@ -150,7 +149,7 @@ def _peft(problems: list[str]) -> dict:
     except Exception as error:  # whatever an unknown version of PEFT can cause
         problems.append(f"mica.fast cannot be imported: {_told(error)}")
         return {"patched": 0, "mismatches": []}
-    found = [(patch, patching._mismatch(patch)) for patch in patching.PATCHES]
+    found = [(patch, patching.mismatch_of(patch)) for patch in patching.PATCHES]
     required = [text for patch, text in found if text and patch.required]
     optional = [f"{text} (optional)" for patch, text in found if text and not patch.required]
     if not is_patched:
@@ -181,7 +180,7 @@ def _caches(has_triton: bool) -> dict:
     if has_triton:
         from mica.kernels import tuning
 
-        facts |= {"tuning_file": str(tuning.path()), "tuning_entries": len(tuning._load(tuning.path()))}
+        facts |= {"tuning_file": str(tuning.path()), "tuning_entries": len(tuning.load(tuning.path()))}
     return facts
 
 
@@ -230,7 +229,7 @@ def _products() -> dict[str, dict]:
     for dtype in SIXTEEN_BIT:
         forward, backward = slowdown(dtype)
         row = {"x Wᵀ": forward, "dy W": backward, "native": has_native(dtype)}
-        found[str(dtype).removeprefix("torch.")] = row
+        found[dtype_name(dtype)] = row
     return found
 
 
@@ -285,12 +284,11 @@ def run(args: argparse.Namespace) -> int:
     ``--json`` is what `_examine` returns. Raises UsageError.
     """
     if args.json:
-        _check_file("--json", args.json)
+        check_file("--json", args.json)
     report = _examine()
     if args.json:
-        text = json.dumps(report, indent=2, allow_nan=False) + "\n"
-        _write("--json", args.json, lambda path: path.write_text(text, encoding="utf-8"))
-    output = _Output()
+        write_json("--json", args.json, report)
+    output = Output()
     for label, text in _lines(report):
         output.line(f"{label:16}  {text}")
     broken = "; ".join(report["problems"])

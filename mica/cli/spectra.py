@@ -12,13 +12,12 @@ from dataclasses import dataclass
 
 import torch
 from peft import LoraConfig, inject_adapter_in_model
-from peft.tuners.tuners_utils import _maybe_include_all_linear_layers, check_target_module_exists
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from mica import minor_subspace
 from mica.dtypes import FLOATING
-from mica.errors import UnsuitableLayerError, UsageError
+from mica.errors import UnsuitableLayerError
 from mica.fast import initialisation, quantised
 from mica.subspace.result import narrowed
 
@@ -67,29 +66,6 @@ class Row:
     method: str | None = None
     proven: bool | None = None
     energy_excess: float | None = None
-
-
-def find_targets(model: nn.Module, rank: int, names: str) -> dict[str, nn.Module]:
-    """The modules, by name, that PEFT would adapt for ``names``: "all-linear" or a list with commas.
-
-    The model is not changed. Modules that PEFT or MiCA refuses are among them.
-
-    Raises UsageError if a name matches nothing.
-    """
-    targets = names if names == "all-linear" else [name.strip() for name in names.split(",") if name.strip()]
-    config = LoraConfig(init_lora_weights="mica", r=rank, target_modules=targets, task_type="CAUSAL_LM")
-    config = _maybe_include_all_linear_layers(config, model)
-    modules = {
-        name: module
-        for name, module in model.named_modules()
-        if name and check_target_module_exists(config, name)
-    }
-    if not modules:
-        raise UsageError(f"--target-modules {names}: no layer of the model has such a name")
-    for target in targets if targets != "all-linear" else ():
-        if not any(name == target or name.endswith(f".{target}") for name in modules):
-            raise UsageError(f"--target-modules {names}: no layer of the model is called '{target}'")
-    return modules
 
 
 def effective_weight(module: nn.Module) -> Tensor:

@@ -10,8 +10,8 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 from transformers.pytorch_utils import Conv1D
 
 import mica.fast
-from mica.cli.loading import find_source, load_model
 from mica.cli.demo import smollm2_gguf
+from mica.cli.loading import find_source, load_model
 
 
 class Net(nn.Module):

@@ -194,7 +194,7 @@ def test_cache_that_may_not_be_written(run, monkeypatch, tmp_path):
     monkeypatch.setenv("MICA_CACHE", str(tmp_path / "cache"))
     access = os.access
     monkeypatch.setattr(os, "access", lambda path, mode: not mode & os.W_OK and access(path, mode))
-    monkeypatch.setattr(doctor, "_check_file", lambda *_: None)  # it asks the same of the JSON's folder
+    monkeypatch.setattr(doctor, "check_file", lambda *_: None)  # it asks the same of the JSON's folder
     assert run()[1]["caches"]["is_writable"] is False
 
 

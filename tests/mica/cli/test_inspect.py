@@ -11,8 +11,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
-from mica.cli import inspect, main, spectra
-from mica.errors import UsageError
+from mica.cli import main, spectra
 from mica.subspace import MinorSubspace
 from tests.support import models
 from tests.support.quantised_models import dequantised
@@ -190,34 +189,6 @@ def test_plot_is_a_png(gpt2_dir, run, tmp_path):
     assert sorted(file.name for file in tmp_path.iterdir()) == ["plot.png", "table.json"]
 
 
-def test_figure_marks_the_adapted_part():
-    from mica.cli.plot import figure
-
-    names = [f"h.{block}.{kind}" for block in range(3) for kind in ("attn.c_proj", "mlp.c_proj", "mlp.c_fc")]
-    values = {name: torch.logspace(0, -3, 16, dtype=torch.float64) for name in ["wte", *names]}
-    drawn = figure(values, 4, "tiny")
-    panels = [axes for axes in drawn.axes if axes.get_label() == "panel"]
-    titles = [axes.get_title(loc="left") for axes in panels]
-    assert titles == ["wte", "attn.c_proj", "mlp.c_proj", "c_fc"]
-    for axes, count in zip(panels, (1, 3, 3, 3), strict=True):
-        whole = [line for line in axes.lines if line.get_gid() == "spectrum"]
-        adapted = [line for line in axes.lines if line.get_gid() == "adapted"]
-        assert (len(whole), len(adapted)) == (count, count)
-        assert len({line.get_color() for line in whole}) == count
-        for line, part in zip(whole, adapted, strict=True):
-            assert list(line.get_xdata()) == [*range(16, 0, -1)]
-            assert list(part.get_xdata()) == [4, 3, 2, 1]
-            assert list(part.get_ydata()) == list(line.get_ydata())[-4:]
-            assert part.get_linewidth() > line.get_linewidth()
-        shading = [patch for patch in axes.patches if patch.get_gid() == "adapted"]
-        assert [(patch.get_x(), patch.get_width()) for patch in shading] == [(1, 3)]
-        assert axes.get_yscale() == "log"
-        assert axes.get_xlim() == (16, 1)
-    assert "tiny" in drawn.get_suptitle()
-    assert "r = 4" in drawn.get_suptitle()
-    assert "the 4 smallest" in drawn.legends[0].get_texts()[1].get_text()
-
-
 def test_plot_shows_the_chosen_values_exactly(model_dir, run, tmp_path, monkeypatch):
     """Also where the rest comes from a Gram matrix, which resolves less."""
     shown = {}
@@ -301,20 +272,6 @@ def test_bad_options(options, message, model_dir, run):
 def test_model_not_found(run):
     status, _, captured = run("./nowhere")
     assert (status, captured.err) == (2, "mica inspect: error: ./nowhere: no such file or folder\n")
-
-
-def test_a_file_is_written_whole_or_not_at_all(tmp_path):
-    path = tmp_path / "table.json"
-    path.write_text("old")
-
-    def full_disk(scratch):
-        scratch.write_text("half")
-        raise OSError(28, "No space left on device")
-
-    with pytest.raises(UsageError, match=r"--json .*table.json: cannot be written: No space"):
-        inspect._write("--json", path, full_disk)
-    assert path.read_text() == "old"
-    assert list(tmp_path.iterdir()) == [path]
 
 
 @pytest.mark.parametrize("with_json", [True, False])

@@ -13,21 +13,6 @@ from tests.support import models, quantised_models
 MEASURED = [field.name for field in fields(spectra.Row) if field.default is None]
 
 
-@pytest.mark.parametrize("make", [models.tiny_gpt2, models.tiny_llama])
-@pytest.mark.parametrize(
-    "names", ["all-linear", "embed_tokens,down_proj,wte,attn.c_proj", "0.mlp.c_fc,q_proj"]
-)
-def test_targets_are_those_of_peft(make, names):
-    model = make()
-    known = [name for name in names.split(",") if any(key.endswith(name) for key, _ in model.named_modules())]
-    names = ",".join(known) or "all-linear"
-    before = {name: type(module) for name, module in model.named_modules()}
-    found = spectra.find_targets(model, 4, names)
-    assert {name: type(module) for name, module in model.named_modules()} == before
-    wrapped = models.wrap(model, targets=names if names == "all-linear" else known, task_type="CAUSAL_LM")
-    assert list(found) == wrapped.base_model.targeted_module_names
-
-
 # Layers that cannot be adapted
 
 
