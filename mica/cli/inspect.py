@@ -130,7 +130,8 @@ def run(args: argparse.Namespace) -> int:
 
     model = _load(args)
     from mica.cli.loading import find_targets
-    from mica.cli.spectra import measure, spectrum, weight_of
+    from mica.cli.spectra import measure, weight_of
+    from mica.subspace.spectrum import spectrum
 
     targets = find_targets(model, args.target_modules)
     width = max(len(name) for name in targets)

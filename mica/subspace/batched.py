@@ -93,6 +93,9 @@ class BatchGram:
         found = [partial_eigenvectors(matrix.cpu().numpy().T, count) for matrix in self._gram]
         return torch.stack([torch.from_numpy(vectors) for vectors in found]).to(self.device)
 
+    def eigenvalues(self) -> torch.Tensor:
+        return torch.linalg.eigvalsh(self._gram)
+
     def inner(self, left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
         return left.mT @ right
 

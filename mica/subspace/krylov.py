@@ -49,7 +49,7 @@ def fits(size: int, rank: int) -> bool:
     return 2 * block_size(rank) * (FIRST_CHECK + 3) <= size
 
 
-def norm(gram, seed: int) -> torch.Tensor:
+def norm(gram, seed: int, steps: int = NORM_STEPS) -> torch.Tensor:
     """‖C‖, or up to a quarter less, (batch) on the host: plain Lanczos, without any reorthogonalisation.
 
     What rounding does to it brings copies of Ritz values that have converged, and none above the spectrum
@@ -58,7 +58,7 @@ def norm(gram, seed: int) -> torch.Tensor:
     """
     vector = previous = _random(gram, 1, seed)
     diagonal, below = [], []
-    for _ in range(min(NORM_STEPS, gram.size)):
+    for _ in range(min(steps, gram.size)):
         following = gram.apply(vector)
         if below:
             following -= previous * below[-1]

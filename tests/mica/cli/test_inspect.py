@@ -152,7 +152,7 @@ def test_rank_beyond_every_layer(model_dir, run, tmp_path):
     status, found, captured = run(model_dir, "--rank", 99, "--plot", tmp_path / "plot.png")
     assert found["layers_unsuitable"] == found["layers_found"] == 14
     assert found["worst_energy_excess"] is None
-    assert captured.out.count("rank 99 > min(out, in)") == 14
+    assert captured.out.count("but got r=99 for this layer") == 14
     assert status == 2  # for the plot: there is nothing to draw
     assert "no layer can be adapted" in captured.err
     assert not (tmp_path / "plot.png").exists()
@@ -198,7 +198,9 @@ def test_plot_shows_the_chosen_values_exactly(model_dir, run, tmp_path, monkeypa
         return SimpleNamespace(savefig=lambda path, format: path.write_bytes(b""))
 
     monkeypatch.setattr("mica.cli.plot.figure", figure)
-    monkeypatch.setattr(spectra, "spectrum", lambda weight: torch.full((min(weight.shape),), 9.0).double())
+    monkeypatch.setattr(
+        "mica.subspace.spectrum.spectrum", lambda weight: torch.full((min(weight.shape),), 9.0).double()
+    )
     _, found, _ = run(model_dir, "--plot", tmp_path / "plot.svg")
     for row in found["layers"]:
         values = shown[row["name"]]
