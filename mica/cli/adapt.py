@@ -37,8 +37,8 @@ def add_parser(commands) -> None:
     )
     add("--alpha", type=count, help="lora_alpha; None: the rank, a scaling of 1")
     add("--steps", type=count, default=100, help="optimiser steps")
-    add("--sequence-length", type=number(int, 2, low_allowed=True), default=512, help="tokens in a block")
-    add("--batch-size", type=count, default=2, help="blocks a step")
+    add("--sequence-length", type=number(int, 2, low_allowed=True), default=512, help="tokens per block")
+    add("--batch-size", type=count, default=2, help="blocks per step")
     add("--learning-rate", type=number(float, 0), default=1e-3, help="peak learning rate of AdamW")
     add(
         "--warmup-ratio",

@@ -35,7 +35,7 @@ def python_reference_text() -> str:
 
 
 def _dtype() -> str:
-    """bfloat16 where an accelerator or the processor has instructions for it; else float32, in words."""
+    """bfloat16 where an accelerator or the processor has instructions for it; else float32, with a note."""
     import torch
 
     from mica.products import has_native

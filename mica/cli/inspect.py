@@ -99,7 +99,7 @@ def _closing(s: dict) -> str:
 
 
 def _load(args):
-    """The model, by the loader of ``mica adapt``; its errors name an option that is an argument here."""
+    """The model, loaded as by ``mica adapt``, whose errors name an option that is an argument here."""
     from mica.cli.loading import find_source, load_model, quieten_libraries
 
     quieten_libraries()
@@ -118,7 +118,7 @@ def run(args: argparse.Namespace) -> int:
     `mica.cli.spectra.Row` in the order of the table: name, kind (the class), shape [out, in], dtype,
     reason (null, or why the layer cannot be adapted), seconds, quantised (null, or the kind: then numbers and
     dtype are of the dequantised weight), sigma_max, sigma_above, sigma_largest, sigma_smallest, gap,
-    energy_share, method, proven, energy_excess. What is not known is null.
+    energy_share, method, proven, energy_excess. Unknown values are null.
 
     Raises UsageError; also where ``--plot`` is given and no layer can be adapted, after everything else.
     """

@@ -49,7 +49,7 @@ class Source:
 
 
 def quieten_libraries() -> None:
-    """The Hub client's retries and advice to programmers would hide the one line that an error is."""
+    """No log lines of libraries: retries and advice to programmers would hide a one-line error."""
     transformers.logging.set_verbosity_error()
     huggingface_hub.logging.set_verbosity_error()
     warnings.simplefilter("ignore", FutureWarning)
@@ -57,7 +57,7 @@ def quieten_libraries() -> None:
 
 def find_source(model: str, trust_remote_code: bool) -> Source:
     """Turn ``--model`` into a Source. Raises UsageError where the path alone shows that it cannot work."""
-    # False and not None: None makes transformers ask on the terminal whether to run the code.
+    # False and not None: with None transformers prompts whether to run the code.
     options = {"trust_remote_code": trust_remote_code}
     path = Path(model).expanduser()
     if path.is_file():
@@ -79,7 +79,7 @@ def _refuse_adapter(source: Source) -> None:
         return
     try:
         file = find_adapter_config_file(source.location)
-    except OSError:  # not found or not reachable: said by whatever reads the model
+    except OSError:  # not found or not reachable: reported when the model is read
         return
     if file is None:
         return
@@ -109,7 +109,7 @@ def load_tokenizer(source: Source):
 
 def _check_causal(source: Source, config) -> None:
     has_own_class = "AutoModelForCausalLM" in getattr(config, "auto_map", {})
-    # BERT and its like are in the mapping too, as decoders, but a masked model sees the token it predicts.
+    # BERT and the like are in the mapping too, as decoders, but a masked model sees the token it predicts.
     is_masked = any(name.endswith("ForMaskedLM") for name in config.architectures or ())
     if is_masked or not (has_own_class or type(config) in MODEL_FOR_CAUSAL_LM_MAPPING):
         raise source.error(f"model type '{config.model_type}' is not a causal language model")
@@ -172,14 +172,14 @@ def find_targets(model: nn.Module, names: str) -> dict[str, nn.Module]:
     }
     if not modules:
         raise UsageError(f"--target-modules {names}: no layer of the model has such a name")
-    for target in targets if targets != "all-linear" else ():  # PEFT complains only if none is found
+    for target in targets if targets != "all-linear" else ():  # PEFT raises only if none matches
         if not any(name == target or name.endswith(f".{target}") for name in modules):
             raise UsageError(f"--target-modules {names}: no layer of the model is called '{target}'")
     return modules
 
 
 def check_backend(rank: int) -> None:
-    """Raise UsageError if ``MICA_BACKEND`` is no backend, or demands kernels that are not here."""
+    """Raise UsageError if ``MICA_BACKEND`` is invalid, or demands kernels that cannot run here."""
     try:
         backend.use_kernels(_device(), rank, torch.float32)
     except (ValueError, RuntimeError) as error:
@@ -187,10 +187,10 @@ def check_backend(rank: int) -> None:
 
 
 def suit_processor(model, dtype: str) -> str | None:
-    """Where the model is 16-bit on a CPU without such instructions: the line to print about it, else None.
+    """The line to print where the model is 16-bit on a CPU without such instructions, else None.
 
-    ``dtype`` is what `load_model` was asked for. "auto" becomes float32, in place; another one is obeyed, and
-    so is a quantised checkpoint's, and the line says what it costs.
+    ``dtype`` is what `load_model` got. "auto" becomes float32, in place; any other, and that of a quantised
+    checkpoint, is kept, and the line says what it costs.
     """
     if model.device.type != "cpu" or has_native(model.dtype):
         return None

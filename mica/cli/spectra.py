@@ -128,16 +128,16 @@ def _checked_weight(layer: nn.Module) -> Tensor:
 def _measured(weight: Tensor, rank: int) -> tuple[Tensor, dict]:
     count = min(weight.shape)
     subspace = _solve(weight, min(rank + 1, count))
-    found = subspace.singular_values.double().cpu()
-    values = found[-rank:]
+    singular_values = subspace.singular_values.double().cpu()
+    values = singular_values[-rank:]
     proven, excess = subspace.certified, subspace.energy_excess
-    if len(found) > rank:
+    if len(singular_values) > rank:
         chosen = narrowed(subspace, rank)
-        if chosen is None:  # alone they may be proven, where the value above the cut is far above it
+        if chosen is None:  # alone they may be proven, if the value above the cut is much larger
             chosen = _solve(weight, rank)
         values = chosen.singular_values.double().cpu()
         proven, excess = chosen.certified, chosen.energy_excess
-    above = found[0].item() if len(found) > rank else None
+    above = singular_values[0].item() if len(singular_values) > rank else None
     energy = squared_norm(weight)
     largest = values[0].item()
     return values, {

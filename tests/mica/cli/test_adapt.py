@@ -61,7 +61,7 @@ def test_printed_summary(model_dir, text_file, tmp_path, capsys, monkeypatch):
     assert not list((tmp_path / "elsewhere").iterdir())  # nothing is written outside --output
 
 
-def test_layers_that_something_goes_past_are_said(model_dir, text_file, tmp_path, capsys, monkeypatch):
+def test_layers_that_are_not_called_are_listed(model_dir, text_file, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr("mica.fast.calls._is_traced", False)
     monkeypatch.setattr("transformers.models.llama.modeling_llama.LlamaMLP.forward", lambda self, x: x)
     assert adapt(model_dir, text_file, tmp_path / "out", "--steps", 1) == 0
@@ -144,17 +144,17 @@ def test_auto_is_float32_where_the_processor_has_no_such_instructions(
     folder, dtype = narrow_dir
     assert adapt(folder, text_file, tmp_path / "out", "--steps", "2", "--merge") == 0
     summary = json.loads((tmp_path / "out" / "summary.json").read_text(encoding="utf-8"))
-    said = capsys.readouterr().err
+    printed = capsys.readouterr().err
     assert summary["dtype"] == (dtype if native else "float32")
     assert load_file(tmp_path / "out" / "merged" / "model.safetensors")["model.norm.weight"].dtype == getattr(
         torch, summary["dtype"]
     )
     assert (
-        f"float32 and not the checkpoint's {dtype}: this processor has no {dtype} instr" in said
+        f"float32 and not the checkpoint's {dtype}: this processor has no {dtype} instr" in printed
     ) != native
 
 
-def test_an_explicit_dtype_is_obeyed_and_its_cost_said(monkeypatch, model_dir, text_file, tmp_path, capsys):
+def test_an_explicit_dtype_is_kept_and_its_cost_printed(monkeypatch, model_dir, text_file, tmp_path, capsys):
     monkeypatch.setattr("mica.cli.loading.has_native", lambda dtype: dtype == torch.float32)
     monkeypatch.setattr("mica.cli.loading.slowdown", lambda dtype: (12.2, 398.0))
     assert adapt(model_dir, text_file, tmp_path / "out", "--steps", "2", "--dtype", "bfloat16") == 0

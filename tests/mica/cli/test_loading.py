@@ -17,10 +17,10 @@ def test_targets_are_those_of_peft(make, names):
     known = [name for name in names.split(",") if any(key.endswith(name) for key, _ in model.named_modules())]
     names = ",".join(known) or "all-linear"
     before = {name: type(module) for name, module in model.named_modules()}
-    found = find_targets(model, names)
+    modules = find_targets(model, names)
     assert {name: type(module) for name, module in model.named_modules()} == before
     wrapped = models.wrap(model, targets=names if names == "all-linear" else known, task_type="CAUSAL_LM")
-    assert list(found) == wrapped.base_model.targeted_module_names
+    assert list(modules) == wrapped.base_model.targeted_module_names
 
 
 def test_a_quantised_checkpoint_keeps_its_dtype(monkeypatch):
