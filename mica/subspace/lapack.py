@@ -1,7 +1,7 @@
-"""SciPy's BLAS and LAPACK without the interpreter lock: fp64, column-major, in place where said.
+"""SciPy's BLAS and LAPACK without the interpreter lock: fp64, column-major, in place where documented.
 
 SciPy's own Python wrappers hold the lock while they compute, so that threads take turns: two solved the 210
-layers of SmolLM2-135M in 5.6 s where one took 5.1. ``ctypes`` lets go of it. The pointers are those that
+layers of SmolLM2-135M in 5.6 s where one took 5.1. ``ctypes`` releases it. The pointers are those that
 SciPy publishes for Cython (``scipy.linalg.cython_blas``, ``cython_lapack``).
 
 A matrix is a NumPy array whose columns are contiguous (a column-major array or some columns of one). What is
@@ -204,11 +204,11 @@ def smallest_eigenvectors(matrix: np.ndarray, count: int) -> np.ndarray | None:
     """
     work_matrix = np.array(matrix, dtype=np.float64, order="F")  # overwritten
     size = len(work_matrix)
-    found, values, vectors = _Integer(0), np.empty(size), _empty(size, count)
+    number, values, vectors = _Integer(0), np.empty(size), _empty(size, count)
     support = np.zeros(2 * max(1, count), _NUMPY_INTEGER)
     which = (b"V", b"I", _LOWER, size, work_matrix, 0.0, 0.0, 1, count, 0.0)
-    code = _with_workspace(dsyevr, *which, found, values, vectors, support)
-    return vectors if code == 0 and found.value & 0xFFFFFFFF == count else None
+    code = _with_workspace(dsyevr, *which, number, values, vectors, support)
+    return vectors if code == 0 and number.value & 0xFFFFFFFF == count else None
 
 
 def all_eigenvectors(matrix: np.ndarray) -> np.ndarray:

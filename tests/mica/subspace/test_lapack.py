@@ -1,4 +1,4 @@
-"""BLAS and LAPACK by pointer: every layout, nothing read or written beside the operands, no lock held."""
+"""BLAS and LAPACK by pointer: every layout, nothing read or written next to the operands, no lock held."""
 
 import ctypes
 import threading
@@ -167,14 +167,14 @@ def test_eigenvectors_that_cannot_be_found():
         lapack.all_eigenvectors(broken)
 
 
-def test_fewer_eigenvectors_than_asked_for_are_none(monkeypatch):
+def test_fewer_eigenvectors_than_requested_are_none(monkeypatch):
     """Inside a cluster LAPACK may find fewer, and call that a success."""
-    found = 10  # the position of the argument
+    position = 10  # of the argument
     plain = lapack.dsyevr
 
     def loses_one(*arguments):
         plain(*arguments)
-        arguments[found].value -= 1
+        arguments[position].value -= 1
 
     matrix = symmetric(20)
     assert lapack.smallest_eigenvectors(matrix, 3).shape == (20, 3)
