@@ -17,7 +17,7 @@ $(READY): pyproject.toml
 
 # Passive waiting: where other work shares the machine, spinning OpenMP threads cost a factor of ten
 demo: $(READY)
-	OMP_WAIT_POLICY=passive $(RUN) -m mica.demo
+	OMP_WAIT_POLICY=passive $(RUN) -m mica.cli.demo
 
 test: $(READY)
 	OMP_WAIT_POLICY=passive $(RUN) -m pytest -n 2 --dist loadfile --no-loadscope-reorder

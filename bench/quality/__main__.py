@@ -35,8 +35,8 @@ from bench.quality.report import FULL, MICA, SAME_RANK, SAME_SIZE, STOCK, chosen
 from bench.quality.search import next_rate
 from bench.quality.texts import BATCH, Texts, gather
 from bench.quality.train import FIXED, Candidate, Method, adapter_sizes, evaluate, same_size_rank, train
+from mica.cli.demo import smollm2_gguf
 from mica.cli.loading import find_source, load_model, load_tokenizer
-from mica.demo import smollm2_gguf
 from mica.errors import UsageError
 
 OPTIONS = {  # name -> default, help

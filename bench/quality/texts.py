@@ -32,7 +32,7 @@ from typing import NamedTuple
 import torch
 import transformers.models
 
-from mica.demo import python_reference_text
+from mica.cli.demo import python_reference_text
 from mica.errors import UsageError
 
 MODELS = Path(transformers.models.__path__[0])

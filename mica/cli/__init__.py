@@ -10,6 +10,7 @@ import sys
 
 from mica import __version__
 from mica.cli import adapt, doctor, inspect
+from mica.cli.output import one_line
 from mica.errors import UnsuitableLayerError, UsageError
 
 _COMMANDS = (adapt, inspect, doctor)
@@ -43,6 +44,5 @@ def main(argv: list[str] | None = None) -> int:
     try:
         return args.run(args)
     except (UsageError, UnsuitableLayerError) as error:
-        line = " ".join(str(error).split())  # libraries' messages may span several lines
-        print(f"mica {args.command}: error: {line}", file=sys.stderr)
+        print(f"mica {args.command}: error: {one_line(error)}", file=sys.stderr)
         return 2

@@ -5,10 +5,10 @@ import importlib.util
 import json
 import sys
 import time
-import warnings
 from pathlib import Path
 
-from mica.cli.arguments import number
+from mica.cli.arguments import add_model_options, number, target_names
+from mica.cli.output import dtype_name
 from mica.errors import UsageError
 
 MAX_HELD_OUT_BLOCKS = 32  # enough for a perplexity to two digits, a few seconds of work for a small model
@@ -29,30 +29,22 @@ def add_parser(commands) -> None:
     add("--model", required=True, help="Hub id, checkpoint folder or GGUF file")
     add("--text", required=True, nargs="+", type=Path, metavar="FILE", help="UTF-8 text files to learn from")
     add("--output", required=True, type=Path, metavar="DIR", help="folder for the adapter, made if needed")
-    add("--rank", type=count, default=16, help="rank of the adapter")
-    add("--alpha", type=count, help="lora_alpha; None: the rank, a scaling of 1")
-    add(
-        "--target-modules",
-        default="all-linear",
-        metavar="NAMES",
-        help="layers to adapt: all-linear (all but the output layer) or names, like q_proj,v_proj",
+    add_model_options(
+        parser,
+        layers="layers to adapt: all-linear (all but the output layer) or names, like q_proj,v_proj",
+        dtype="dtype of the frozen weights; auto: that of the checkpoint where the processor has "
+        "instructions for it, else float32, and float32 for GGUF. The adapter is always trained in float32",
     )
+    add("--alpha", type=count, help="lora_alpha; None: the rank, a scaling of 1")
     add("--steps", type=count, default=100, help="optimiser steps")
-    add("--sequence-length", type=number(int, 2, low_allowed=True), default=512, help="tokens in a block")
-    add("--batch-size", type=count, default=2, help="blocks a step")
+    add("--sequence-length", type=number(int, 2, low_allowed=True), default=512, help="tokens per block")
+    add("--batch-size", type=count, default=2, help="blocks per step")
     add("--learning-rate", type=number(float, 0), default=1e-3, help="peak learning rate of AdamW")
     add(
         "--warmup-ratio",
         type=number(float, 0, 1, low_allowed=True),
         default=0.05,
         help="share of the steps in which the learning rate rises to its peak",
-    )
-    add(
-        "--dtype",
-        choices=("auto", "float32", "bfloat16", "float16"),
-        default="auto",
-        help="dtype of the frozen weights; auto: that of the checkpoint where the processor has instructions "
-        "for it, else float32, and float32 for GGUF. The adapter is always trained in float32",
     )
     add(
         "--held-out",
@@ -66,38 +58,29 @@ def add_parser(commands) -> None:
     seed = number(int, 0, 2**32, low_allowed=True)
     add("--seed", type=seed, default=0, help="fixes the order of the training blocks")
     add("--merge", action="store_true", help="also write the model with the adapter merged to OUTPUT/merged")
-    add("--trust-remote-code", action="store_true", help="run Python code that comes with the model")
     parser.set_defaults(run=run)
 
 
 def _add_adapter(model, args):
     """Return the PEFT model. Raises UsageError if --target-modules names no layer that can be adapted."""
     from peft import LoraConfig, get_peft_model
-    from peft.utils import NoMatchingPeftModuleError
 
-    names = args.target_modules
-    targets = names if names == "all-linear" else [name.strip() for name in names.split(",") if name.strip()]
+    from mica.cli.loading import find_targets
+
+    find_targets(model, args.target_modules)
     config = LoraConfig(
         init_lora_weights="mica",
         r=args.rank,
         lora_alpha=args.alpha or args.rank,
-        target_modules=targets,
+        target_modules=target_names(args.target_modules),
         task_type="CAUSAL_LM",
     )
     try:
-        model = get_peft_model(model, config)
-    except NoMatchingPeftModuleError as error:
-        raise UsageError(f"--target-modules {names}: no layer of the model has such a name") from error
+        return get_peft_model(model, config)
     except ValueError as error:
         if str(error).startswith("Target module"):  # "... is not supported": a norm, an activation
-            raise UsageError(f"--target-modules {names}: {error}") from error
+            raise UsageError(f"--target-modules {args.target_modules}: {error}") from error
         raise
-    if targets != "all-linear":  # PEFT only complains if none of the names is found
-        found = model.base_model.targeted_module_names
-        for target in targets:
-            if not any(name == target or name.endswith(f".{target}") for name in found):
-                raise UsageError(f"--target-modules {names}: no layer of the model is called '{target}'")
-    return model
 
 
 def _tokenize(tokenizer, texts: list[str]) -> list[list[int]]:
@@ -123,9 +106,7 @@ def run(args: argparse.Namespace) -> int:
 
     texts = read_texts(args.text)
 
-    import huggingface_hub
     import torch
-    import transformers
 
     import mica.fast
     from mica.cli.evaluate import perplexity
@@ -136,16 +117,13 @@ def run(args: argparse.Namespace) -> int:
         find_source,
         load_model,
         load_tokenizer,
+        quieten_libraries,
         suit_processor,
     )
     from mica.cli.summary import as_text, peak_memory
     from mica.cli.train import train
 
-    # The Hub client's retries and advice to programmers would hide the one line that an error is.
-    transformers.logging.set_verbosity_error()
-    huggingface_hub.logging.set_verbosity_error()
-    warnings.simplefilter("ignore", FutureWarning)
-
+    quieten_libraries()
     source = find_source(args.model, args.trust_remote_code)
     check_output(args.output, source)
     check_backend(args.rank)
@@ -192,7 +170,7 @@ def run(args: argparse.Namespace) -> int:
     summary = {
         "model": args.model,
         "text": [str(path) for path in args.text],
-        "dtype": str(dtype).removeprefix("torch."),
+        "dtype": dtype_name(dtype),
         "device": str(device),
         "rank": args.rank,
         "alpha": args.alpha or args.rank,

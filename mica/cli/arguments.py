@@ -20,3 +20,17 @@ def number(kind: type, low: float, high: float = math.inf, *, low_allowed: bool 
         raise argparse.ArgumentTypeError(f"must be {noun} {bounds}, not '{text}'")
 
     return parse
+
+
+def add_model_options(parser: argparse.ArgumentParser, layers: str, dtype: str) -> None:
+    """Declare the options of all commands that load a model; ``layers`` and ``dtype`` are two help texts."""
+    add = parser.add_argument
+    add("--rank", type=number(int, 1, low_allowed=True), default=16, help="rank of the adapter")
+    add("--target-modules", default="all-linear", metavar="NAMES", help=layers)
+    add("--dtype", choices=("auto", "float32", "bfloat16", "float16"), default="auto", help=dtype)
+    add("--trust-remote-code", action="store_true", help="run Python code that comes with the model")
+
+
+def target_names(names: str) -> str | list[str]:
+    """``--target-modules`` as PEFT takes it: "all-linear" or a list of names."""
+    return names if names == "all-linear" else [name.strip() for name in names.split(",") if name.strip()]

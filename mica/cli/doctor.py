@@ -1,7 +1,6 @@
 """``mica doctor``: what this machine has, which path MiCA layers take on it, and what is broken."""
 
 import argparse
-import json
 import os
 import platform
 import sys
@@ -14,7 +13,7 @@ from pathlib import Path
 
 import mica
 from mica import __version__
-from mica.cli.inspect import _check_file, _Output, _write
+from mica.cli.output import Output, check_file, dtype_name, one_line, write_json
 from mica.errors import UsageError
 
 _DISTRIBUTION = "mica-fast"
@@ -36,16 +35,16 @@ def add_parser(commands) -> None:
     parser.set_defaults(run=run)
 
 
-def _told(error: Exception) -> str:
+def _described(error: Exception) -> str:
     """An error's type and message on one line."""
-    return f"{type(error).__name__}: {' '.join(str(error).split())}"
+    return f"{type(error).__name__}: {one_line(error)}"
 
 
 def _can_import(name: str, problems: list[str]) -> bool:
     try:
         import_module(name)
-    except Exception as error:  # a library that is not there, one of another version, …
-        problems.append(f"{name} cannot be imported: {_told(error)}")
+    except Exception as error:  # a library that is missing, one of another version, …
+        problems.append(f"{name} cannot be imported: {_described(error)}")
         return False
     return True
 
@@ -61,7 +60,7 @@ def _installed(name: str) -> str | None:
 
 
 def _versions() -> list[dict]:
-    """Of MiCA, Python and what it requires: name, version (None: not installed), problem, note (None: ok)."""
+    """MiCA, Python and requirements: name, version (None: not installed), problem, note (None: ok)."""
     from packaging.requirements import Requirement
 
     rows = [{"name": "mica", "version": __version__, "problem": None, "note": None}]
@@ -74,25 +73,26 @@ def _versions() -> list[dict]:
     for need in needs:
         if "extra" in str(need.marker):
             continue
-        found, problem = _installed(need.name), None
-        if found is None and (need.marker is None or need.marker.evaluate()):
+        installed, problem = _installed(need.name), None
+        if installed is None and (need.marker is None or need.marker.evaluate()):
             problem = f"{need.name} is not installed, and MiCA needs {need.specifier}"
-        elif found is not None and not need.specifier.contains(found, prereleases=True):
-            problem = f"{need.name} {found} is not among the supported versions, {need.specifier}"
-        rows.append({"name": need.name, "version": found, "problem": problem, "note": None})
+        elif installed is not None and not need.specifier.contains(installed, prereleases=True):
+            problem = f"{need.name} {installed} is not among the supported versions, {need.specifier}"
+        rows.append({"name": need.name, "version": installed, "problem": problem, "note": None})
     return rows
 
 
 def _hardware(device, has_triton: bool) -> dict:
-    """A GPU's name, memory_gib, architecture, target (None: nothing compiles); the CPU's name and threads."""
+    """A GPU's name, memory_gib, architecture, target (None: none compiled); a CPU's name and threads."""
     import torch
 
     if device.type == "cpu":
         return {"name": platform.machine(), "threads": torch.get_num_threads()}
-    found = torch.cuda.get_device_properties(device)
-    row = {"name": found.name, "memory_gib": round(found.total_memory / 2**30, 1), "target": None}
+    properties = torch.cuda.get_device_properties(device)
+    memory_gib = round(properties.total_memory / 2**30, 1)
+    row = {"name": properties.name, "memory_gib": memory_gib, "target": None}
     capability = "compute capability {}.{}".format(*torch.cuda.get_device_capability(device))
-    row["architecture"] = found.gcnArchName if torch.version.hip else capability
+    row["architecture"] = properties.gcnArchName if torch.version.hip else capability
     if has_triton:
         from mica.kernels.common import INTERPRETED, target_of
 
@@ -123,16 +123,16 @@ def _devices(problems: list[str], has_triton: bool) -> list[dict]:
     with warnings.catch_warnings(record=True) as warned:  # of a driver that is too old, for one
         warnings.simplefilter("always")
         count = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    problems.extend(f"torch warns of its GPU: {' '.join(str(w.message).split())}" for w in warned)
+    problems.extend(f"torch warns of its GPU: {one_line(w.message)}" for w in warned)
     rows = []
     for device in (torch.device("cpu"), *(torch.device("cuda", index) for index in range(count))):
         row = {"device": str(device)}
         try:
             row |= _hardware(device, has_triton)
             row |= _path(device, row.get("target"))
-        except Exception as error:  # whatever it is (driver, installation, …), a MiCA layer meets it too
-            row |= {"path": "error", "reason": _told(error), "trial": "not tried"}
-            problems.append(f"MiCA layers cannot run on {device}: {_told(error)}")
+        except Exception as error:  # whatever it is (driver, installation, …), a MiCA layer would meet it too
+            row |= {"path": "error", "reason": _described(error), "trial": "not tried"}
+            problems.append(f"MiCA layers cannot run on {device}: {_described(error)}")
         if row["trial"] == "failed":
             problems.append(f"the kernels do not run on {device}: {row['reason']}")
         rows.append(row)
@@ -148,18 +148,21 @@ def _peft(problems: list[str]) -> dict:
 
             is_patched = patching.install()
     except Exception as error:  # whatever an unknown version of PEFT can cause
-        problems.append(f"mica.fast cannot be imported: {_told(error)}")
+        problems.append(f"mica.fast cannot be imported: {_described(error)}")
         return {"patched": 0, "mismatches": []}
-    found = [(patch, patching._mismatch(patch)) for patch in patching.PATCHES]
-    required = [text for patch, text in found if text and patch.required]
-    optional = [f"{text} (optional)" for patch, text in found if text and not patch.required]
+    mismatches = [(patch, patching.mismatch_of(patch)) for patch in patching.PATCHES]
+    required = [text for patch, text in mismatches if text and patch.required]
+    optional = [f"{text} (optional)" for patch, text in mismatches if text and not patch.required]
     if not is_patched:
         problems.append(f"mica.fast leaves this PEFT as it is: {', '.join(required)}")
-    return {"patched": len(found) - len(optional) if is_patched else 0, "mismatches": required + optional}
+    return {
+        "patched": len(mismatches) - len(optional) if is_patched else 0,
+        "mismatches": required + optional,
+    }
 
 
 def _excuse_peft(report: dict) -> None:
-    """A PEFT outside of the range whose functions are all as expected is not broken, only not tested."""
+    """A PEFT outside the supported range is not broken, only untested, if its functions are as expected."""
     for row in report["versions"]:
         if row["name"] == "peft" and row["problem"] and report["peft"]["patched"]:
             report["problems"].remove(row["problem"])
@@ -175,8 +178,8 @@ def _caches(has_triton: bool) -> dict:
     cache = default_cache()
     facts = {"folder": str(cache.folder) if cache else None, "is_writable": None, "distrusted": None}
     if cache:
-        there = next(path for path in (cache.folder, *cache.folder.parents) if os.path.exists(path))
-        facts["is_writable"] = there.is_dir() and os.access(there, os.W_OK | os.X_OK)
+        nearest = next(path for path in (cache.folder, *cache.folder.parents) if os.path.exists(path))
+        facts["is_writable"] = nearest.is_dir() and os.access(nearest, os.W_OK | os.X_OK)
         facts["distrusted"] = distrusted(cache.folder)
     if has_triton:
         from mica.kernels import tuning
@@ -185,10 +188,10 @@ def _caches(has_triton: bool) -> dict:
     return facts
 
 
-def _examine() -> dict:
+def examine() -> dict:
     """All facts; ``problems`` says what is broken. Without torch, or another package, versions only.
 
-    Raises UsageError for a value of ``MICA_BACKEND`` that is none.
+    Raises UsageError if ``MICA_BACKEND`` has no valid value.
     """
     report = {"versions": _versions(), "settings": {name: os.environ.get(name) for name in _SETTINGS}}
     problems = report["problems"] = [row["problem"] for row in report["versions"] if row["problem"]]
@@ -216,25 +219,25 @@ def _examine() -> dict:
 
 
 def _is_checkout() -> bool:
-    """Whether there is a Makefile to speak of: a wheel brings none."""
+    """Whether this is a checkout, with a Makefile: a wheel has none."""
     return (Path(mica.__file__).parents[1] / "tests" / "static_gate.py").is_file()
 
 
 def _products() -> dict[str, dict]:
-    """Of bf16 and fp16: what a frozen layer's products take here over fp32's, and whether MiCA uses them."""
+    """For bf16 and fp16: the time of a frozen layer's products over fp32's, and whether MiCA uses them."""
 
     from mica.dtypes import SIXTEEN_BIT
     from mica.products import has_native, slowdown
 
-    found = {}
+    rows = {}
     for dtype in SIXTEEN_BIT:
         forward, backward = slowdown(dtype)
         row = {"x Wᵀ": forward, "dy W": backward, "native": has_native(dtype)}
-        found[str(dtype).removeprefix("torch.")] = row
-    return found
+        rows[dtype_name(dtype)] = row
+    return rows
 
 
-def _took(row: dict) -> str:
+def _times(row: dict) -> str:
     times = ", ".join(
         f"{name} takes {row[name]:.{2 if row[name] < 10 else 3}g} times float32's time"
         for name in ("x Wᵀ", "dy W")
@@ -245,7 +248,7 @@ def _took(row: dict) -> str:
 
 
 def _lines(report: dict) -> Iterator[tuple[str, str]]:
-    """The report as text: a label and what is said of it, line by line."""
+    """The report as text: lines of a label and its text."""
     for row in report["versions"]:
         note = row["problem"] or row["note"] or ("ok" if row["version"] else "not needed on this system")
         build = f", {report['torch_build']}" if row["name"] == "torch" and "torch_build" in report else ""
@@ -263,7 +266,7 @@ def _lines(report: dict) -> Iterator[tuple[str, str]]:
             yield "  trial kernel", row["trial"]
         else:
             for dtype, ratios in report["products"].items():
-                yield f"  {_SHORT[dtype]} products", _took(ratios)
+                yield f"  {_SHORT[dtype]} products", _times(ratios)
     if len(report["devices"]) == 1:
         static = " (`make static` compiles them ahead of time, for any GPU)" if _is_checkout() else ""
         yield "kernels", f"none compiled: no GPU here{static}"
@@ -282,15 +285,14 @@ def _lines(report: dict) -> Iterator[tuple[str, str]]:
 def run(args: argparse.Namespace) -> int:
     """Run the command: 0 if all that this machine can do works, 1 if something is broken.
 
-    ``--json`` is what `_examine` returns. Raises UsageError.
+    ``--json`` is what `examine` returns. Raises UsageError.
     """
     if args.json:
-        _check_file("--json", args.json)
-    report = _examine()
+        check_file("--json", args.json)
+    report = examine()
     if args.json:
-        text = json.dumps(report, indent=2, allow_nan=False) + "\n"
-        _write("--json", args.json, lambda path: path.write_text(text, encoding="utf-8"))
-    output = _Output()
+        write_json("--json", args.json, report)
+    output = Output()
     for label, text in _lines(report):
         output.line(f"{label:16}  {text}")
     broken = "; ".join(report["problems"])

@@ -1,16 +1,13 @@
 """``mica inspect``: what MiCA would adapt in a model, layer by layer, without adapting it."""
 
 import argparse
-import json
-import os
-import sys
 import time
-import warnings
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 
-from mica.cli.arguments import number
+from mica.cli.arguments import add_model_options
+from mica.cli.output import Output, check_file, dtype_name, write_file, write_json
 from mica.errors import UsageError
 
 PLOT_SUFFIXES = (".png", ".pdf", ".svg")
@@ -29,50 +26,14 @@ def add_parser(commands) -> None:
     )
     add = parser.add_argument
     add("model", metavar="MODEL", help="Hub id, checkpoint folder or GGUF file")
-    add("--rank", type=number(int, 1, low_allowed=True), default=16, help="rank of the adapter")
-    add(
-        "--target-modules",
-        default="all-linear",
-        metavar="NAMES",
-        help="layers to look at: all-linear (all but the output layer) or names, like q_proj,embed_tokens",
-    )
-    add(
-        "--dtype",
-        choices=("auto", "float32", "bfloat16", "float16"),
-        default="auto",
-        help="dtype of the weights; auto: that of the checkpoint, float32 for GGUF",
+    add_model_options(
+        parser,
+        layers="layers to look at: all-linear (all but the output layer) or names, like q_proj,embed_tokens",
+        dtype="dtype of the weights; auto: that of the checkpoint, float32 for GGUF",
     )
     add("--plot", type=Path, metavar="FILE", help="also draw the whole spectra: .png, .pdf or .svg")
     add("--json", type=Path, metavar="FILE", help="also write the table as JSON")
-    add("--trust-remote-code", action="store_true", help="run Python code that comes with the model")
     parser.set_defaults(run=run)
-
-
-def _check_file(option: str, path: Path, suffixes: tuple[str, ...] = ()) -> None:
-    """Raise UsageError if no file can be written at ``path``, or its suffix is not in ``suffixes``."""
-    if suffixes and path.suffix.lower() not in suffixes:
-        raise UsageError(f"{option} {path}: must end in {', '.join(suffixes[:-1])} or {suffixes[-1]}")
-    if path.exists() and not path.is_file():
-        raise UsageError(f"{option} {path}: exists and is not a file")
-    if not path.parent.is_dir():
-        raise UsageError(f"{option} {path}: {path.parent} is not a folder")
-    if not os.access(path.parent, os.W_OK):
-        raise UsageError(f"{option} {path}: {path.parent} is not writable")
-
-
-def _write(option: str, path: Path, write: Callable[[Path], None]) -> None:
-    """Have ``write`` fill a scratch file beside ``path``, then put it there: never half a file.
-
-    Raises UsageError if that fails (the disk is full, the folder has gone).
-    """
-    scratch = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        write(scratch)
-        os.replace(scratch, path)
-    except OSError as error:
-        raise UsageError(f"{option} {path}: cannot be written: {error.strerror or error}") from error
-    finally:
-        scratch.unlink(missing_ok=True)
 
 
 def _figure_maker() -> Callable:
@@ -137,33 +98,11 @@ def _closing(s: dict) -> str:
     )
 
 
-class _Output:
-    """Standard output, line by line, each seen at once; ``is_gone`` once its reader (head, less) has left."""
-
-    is_gone = False
-
-    def line(self, text: str) -> None:
-        if self.is_gone:
-            return
-        try:
-            print(text, flush=True)
-        except BrokenPipeError:
-            # Python flushes once more at exit, and would complain then.
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            self.is_gone = True
-
-
 def _load(args):
-    """The model, by the loader of ``mica adapt``; its errors name an option that is an argument here."""
-    import huggingface_hub
-    import transformers
+    """The model, loaded as by ``mica adapt``, whose errors name an option that is an argument here."""
+    from mica.cli.loading import find_source, load_model, quieten_libraries
 
-    from mica.cli.loading import find_source, load_model
-
-    # The Hub client's retries and advice to programmers would hide the one line that an error is.
-    transformers.logging.set_verbosity_error()
-    huggingface_hub.logging.set_verbosity_error()
-    warnings.simplefilter("ignore", FutureWarning)
+    quieten_libraries()
     try:
         return load_model(find_source(args.model, args.trust_remote_code), args.dtype)
     except UsageError as error:
@@ -179,22 +118,24 @@ def run(args: argparse.Namespace) -> int:
     `mica.cli.spectra.Row` in the order of the table: name, kind (the class), shape [out, in], dtype,
     reason (null, or why the layer cannot be adapted), seconds, quantised (null, or the kind: then numbers and
     dtype are of the dequantised weight), sigma_max, sigma_above, sigma_largest, sigma_smallest, gap,
-    energy_share, method, proven, energy_excess. What is not known is null.
+    energy_share, method, proven, energy_excess. Unknown values are null.
 
     Raises UsageError; also where ``--plot`` is given and no layer can be adapted, after everything else.
     """
     if args.json:
-        _check_file("--json", args.json)
+        check_file("--json", args.json)
     if args.plot:
-        _check_file("--plot", args.plot, PLOT_SUFFIXES)
+        check_file("--plot", args.plot, PLOT_SUFFIXES)
         figure = _figure_maker()
 
     model = _load(args)
-    from mica.cli.spectra import find_targets, measure, spectrum, weight_of
+    from mica.cli.loading import find_targets
+    from mica.cli.spectra import measure, weight_of
+    from mica.subspace.spectrum import spectrum
 
-    targets = find_targets(model, args.rank, args.target_modules)
+    targets = find_targets(model, args.target_modules)
     width = max(len(name) for name in targets)
-    output, rows, spectra = _Output(), [], {}
+    output, rows, spectra = Output(), [], {}
     start = time.perf_counter()
     r = args.rank
     output.line(f"{args.model}, r = {r}: chosen are sigma_{r} to sigma_1, gap = sigma_{r + 1} / sigma_{r}")
@@ -214,19 +155,18 @@ def run(args: argparse.Namespace) -> int:
     if args.json:
         report = {
             "model": args.model,
-            "dtype": str(model.dtype).removeprefix("torch."),
+            "dtype": dtype_name(model.dtype),
             "device": str(model.device),
             "rank": r,
             "target_modules": args.target_modules,
             **totals,
             "layers": [asdict(row) for row in rows],
         }
-        text = json.dumps(report, indent=2, allow_nan=False) + "\n"
-        _write("--json", args.json, lambda path: path.write_text(text, encoding="utf-8"))
+        write_json("--json", args.json, report)
     if args.plot:
         if not spectra:
             raise UsageError(f"--plot {args.plot}: nothing to draw, no layer can be adapted")
         drawn = figure(spectra, r, Path(args.model).name)
         kind = args.plot.suffix[1:].lower()
-        _write("--plot", args.plot, lambda path: drawn.savefig(path, format=kind))
+        write_file("--plot", args.plot, lambda path: drawn.savefig(path, format=kind))
     return 0

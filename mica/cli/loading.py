@@ -2,18 +2,24 @@
 
 import importlib.util
 import json
-import os
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
+import huggingface_hub
 import torch
 import transformers
+from peft import LoraConfig
+from peft.tuners.tuners_utils import _maybe_include_all_linear_layers, check_target_module_exists
 from safetensors import SafetensorError
+from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 from transformers.utils import find_adapter_config_file
 
 from mica import backend
+from mica.cli.arguments import target_names
+from mica.cli.output import check_writable, dtype_name
 from mica.errors import UsageError
 from mica.products import has_native, slowdown
 
@@ -42,9 +48,16 @@ class Source:
         return UsageError(f"--model {self.given}: {text.strip().partition(chr(10))[0]}")
 
 
+def quieten_libraries() -> None:
+    """No log lines of libraries: retries and advice to programmers would hide a one-line error."""
+    transformers.logging.set_verbosity_error()
+    huggingface_hub.logging.set_verbosity_error()
+    warnings.simplefilter("ignore", FutureWarning)
+
+
 def find_source(model: str, trust_remote_code: bool) -> Source:
     """Turn ``--model`` into a Source. Raises UsageError where the path alone shows that it cannot work."""
-    # False and not None: None makes transformers ask on the terminal whether to run the code.
+    # False and not None: with None transformers prompts whether to run the code.
     options = {"trust_remote_code": trust_remote_code}
     path = Path(model).expanduser()
     if path.is_file():
@@ -66,7 +79,7 @@ def _refuse_adapter(source: Source) -> None:
         return
     try:
         file = find_adapter_config_file(source.location)
-    except OSError:  # not found or not reachable: said by whatever reads the model
+    except OSError:  # not found or not reachable: reported when the model is read
         return
     if file is None:
         return
@@ -96,7 +109,7 @@ def load_tokenizer(source: Source):
 
 def _check_causal(source: Source, config) -> None:
     has_own_class = "AutoModelForCausalLM" in getattr(config, "auto_map", {})
-    # BERT and its like are in the mapping too, as decoders, but a masked model sees the token it predicts.
+    # BERT and the like are in the mapping too, as decoders, but a masked model sees the token it predicts.
     is_masked = any(name.endswith("ForMaskedLM") for name in config.architectures or ())
     if is_masked or not (has_own_class or type(config) in MODEL_FOR_CAUSAL_LM_MAPPING):
         raise source.error(f"model type '{config.model_type}' is not a causal language model")
@@ -142,8 +155,31 @@ def _device() -> torch.device:
     return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
 
 
+def find_targets(model: nn.Module, names: str) -> dict[str, nn.Module]:
+    """The modules, by name, that PEFT would adapt for ``names``: "all-linear" or a list with commas.
+
+    The model is not changed. Modules that PEFT or MiCA refuses are among them.
+
+    Raises UsageError if a name matches nothing.
+    """
+    targets = target_names(names)
+    config = LoraConfig(target_modules=targets, task_type="CAUSAL_LM")
+    config = _maybe_include_all_linear_layers(config, model)
+    modules = {
+        name: module
+        for name, module in model.named_modules()
+        if name and check_target_module_exists(config, name)
+    }
+    if not modules:
+        raise UsageError(f"--target-modules {names}: no layer of the model has such a name")
+    for target in targets if targets != "all-linear" else ():  # PEFT raises only if none matches
+        if not any(name == target or name.endswith(f".{target}") for name in modules):
+            raise UsageError(f"--target-modules {names}: no layer of the model is called '{target}'")
+    return modules
+
+
 def check_backend(rank: int) -> None:
-    """Raise UsageError if ``MICA_BACKEND`` is no backend, or demands kernels that are not here."""
+    """Raise UsageError if ``MICA_BACKEND`` is invalid, or demands kernels that cannot run here."""
     try:
         backend.use_kernels(_device(), rank, torch.float32)
     except (ValueError, RuntimeError) as error:
@@ -151,16 +187,15 @@ def check_backend(rank: int) -> None:
 
 
 def suit_processor(model, dtype: str) -> str | None:
-    """Where the model is 16-bit on a CPU without such instructions: the line to print about it, else None.
+    """The line to print where the model is 16-bit on a CPU without such instructions, else None.
 
-    ``dtype`` is what `load_model` was asked for. "auto" becomes float32, in place; another one is obeyed, and
-    so is a quantised checkpoint's, and the line says what it costs.
+    ``dtype`` is what `load_model` got. "auto" becomes float32, in place; any other, and that of a quantised
+    checkpoint, is kept, and the line says what it costs.
     """
-    found = model.dtype
-    if model.device.type != "cpu" or has_native(found):
+    if model.device.type != "cpu" or has_native(model.dtype):
         return None
-    name = str(found).removeprefix("torch.")
-    forward, backward = (f"{factor:.0f}" for factor in slowdown(found))
+    name = dtype_name(model.dtype)
+    forward, backward = (f"{factor:.0f}" for factor in slowdown(model.dtype))
     cost = (
         f"this processor has no {name} instructions, even a small product of matrices takes {forward} times "
         f"float32's time in a forward and {backward} times in a backward"
@@ -192,7 +227,4 @@ def check_output(output: Path, source: Source) -> None:
     if not source.is_gguf and output.resolve() == Path(source.location).resolve():
         raise UsageError(f"--output {output}: is the folder of the model itself")
     nearest = next(folder for folder in (output, *output.resolve().parents) if folder.exists())
-    if not nearest.is_dir():
-        raise UsageError(f"--output {output}: {nearest} is not a folder")
-    if not os.access(nearest, os.W_OK):
-        raise UsageError(f"--output {output}: {nearest} is not writable")
+    check_writable("--output", output, nearest)

@@ -13,7 +13,7 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from matplotlib.ticker import FuncFormatter, MaxNLocator, NullLocator
 
-_MARK = "#D55E00"  # vermilion: apart from every viridis for all common kinds of colour blindness
+_MARK = "#D55E00"  # vermilion: distinct from all of viridis for all common kinds of colour blindness
 _INK, _FAINT = "#333333", "#D9D9D9"
 _DEPTHS = ListedColormap(colormaps["viridis"].resampled(256)(torch.linspace(0, 0.9, 256).numpy()))
 
@@ -43,7 +43,7 @@ def panels(names: list[str]) -> dict[str, list[str]]:
 
 
 def figure(spectra: dict[str, torch.Tensor], rank: int, model: str) -> Figure:
-    """One panel a kind of layer (see `panels`), one line a layer, coloured by the number of its block.
+    """One panel per kind of layer (see `panels`), one line per layer, coloured by the number of its block.
 
     ``spectra``: module name -> all its singular values, (min(out, in),), descending. They are drawn over
     their index counted from the smallest, 1, on a logarithmic axis that runs to it from the left: MiCA's

@@ -46,7 +46,7 @@ def pack(
     """Pack token ids into blocks of ``sequence_length`` and hold out the end of every document.
 
     ``documents`` holds the token ids of one file each; ``held_out`` is a fraction in (0, 1). A document
-    of n whole blocks gives its last ``int(n * held_out)`` blocks to the held-out set; what is left of
+    of n whole blocks gives its last ``int(n * held_out)`` blocks to the held-out set; the rest of
     the documents is joined, with the token ``separator`` in between, and cut into training blocks. The
     unfilled last block is dropped. Where every document is too short to give a block, the joined
     documents count as one and give at least one block.

@@ -56,10 +56,10 @@ def train(
     """Train the adapter of ``model`` in place on ``blocks``, (num_blocks, sequence_length) token ids.
 
     AdamW without weight decay, linear warm-up and decay. Blocks are drawn in random order, ``batch_size``
-    a step, and anew once all were seen. Writes nothing to disk.
+    per step, and again once all were seen. Writes nothing to disk.
 
-    Raises UsageError if the loss becomes NaN or infinite (looked at every tenth step; what happens after
-    the last look shows in the perplexity).
+    Raises UsageError if the loss becomes NaN or infinite (checked every tenth step; what happens after
+    the last check shows in the perplexity).
     """
     if gradient_checkpointing:
         _checkpoint_activations(model.get_base_model())

@@ -163,7 +163,7 @@ def _cover(layer_type: type) -> None:
     patch = Patch(
         f"{layer_type.__module__}:{layer_type.__name__}", "forward", "self x", layers.linear_forward
     )
-    mismatch = _mismatch(patch)
+    mismatch = mismatch_of(patch)
     if mismatch:
         warnings.warn(f"{layer_type.__name__} runs PEFT's own forward: {mismatch}.", stacklevel=4)
         return
@@ -182,7 +182,7 @@ def _owner(path: str):
     return getattr(module, name) if name else module
 
 
-def _mismatch(patch: Patch) -> str | None:
+def mismatch_of(patch: Patch) -> str | None:
     try:
         function = inspect.getattr_static(_owner(patch.owner), patch.name)
     except (ImportError, AttributeError):
@@ -204,7 +204,7 @@ def install() -> bool:
     """Replace the functions. False, with a warning and nothing touched, if PEFT is not as expected."""
     if _installed:
         return True
-    mismatches = {patch: _mismatch(patch) for patch in PATCHES}
+    mismatches = {patch: mismatch_of(patch) for patch in PATCHES}
     required = [text for patch, text in mismatches.items() if text and patch.required]
     if required:
         warnings.warn(

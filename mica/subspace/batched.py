@@ -1,8 +1,8 @@
 """Gram matrices of a batch on an accelerator: few, large matrix products instead of many small kernels.
 
-Thin triangular solves wait for latency there, so each factor is inverted once and applied by products;
-CholeskyQR stands in for Householder's; whatever is a few hundred numbers wide is solved on the host. The
-same code runs on the CPU, which is how it is tested.
+Thin triangular solves are bound by latency there, so each factor is inverted once and applied by products;
+CholeskyQR replaces Householder's; problems of a few hundred numbers are solved on the host. The same code
+runs on the CPU, where it is tested.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ class BatchGram:
         self._inverse: torch.Tensor | None = None
         self.error = torch.zeros(self.batch_shape, dtype=torch.float64, device="cpu")
         if mixed:
-            self.error = _error_bound(tall, self._gram)
+            self.error = error_bound(tall, self._gram)
 
     def empty(self, count: int) -> torch.Tensor:
         shape = (*self.batch_shape, self.size, count)
@@ -90,8 +90,11 @@ class BatchGram:
         return torch.linalg.cholesky_ex(shifted).info.cpu() == 0
 
     def smallest(self, count: int) -> torch.Tensor:
-        found = [partial_eigenvectors(matrix.cpu().numpy().T, count) for matrix in self._gram]
-        return torch.stack([torch.from_numpy(vectors) for vectors in found]).to(self.device)
+        each = [partial_eigenvectors(matrix.cpu().numpy().T, count) for matrix in self._gram]
+        return torch.stack([torch.from_numpy(vectors) for vectors in each]).to(self.device)
+
+    def eigenvalues(self) -> torch.Tensor:
+        return torch.linalg.eigvalsh(self._gram)
 
     def inner(self, left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
         return left.mT @ right
@@ -141,7 +144,7 @@ def _gram(tall: torch.Tensor, product_dtype: torch.dtype) -> torch.Tensor:
     return total
 
 
-def _error_bound(tall: torch.Tensor, gram: torch.Tensor) -> torch.Tensor:
+def error_bound(tall: torch.Tensor, gram: torch.Tensor) -> torch.Tensor:
     """A bound on ‖E‖₂ for E = tallᵀ tall − gram, (batch) on the host, from products with random vectors.
 
     ‖M‖ ≤ 10 √(2/π) maxᵢ ‖M ωᵢ‖ for k Gaussian ωᵢ, except with probability 10^−k (Halko, Martinsson, Tropp

@@ -1,18 +1,16 @@
 """Minor subspaces kept on disk, for sweeps that initialise the same model again and again.
 
-A result is found by the content of its weight, ``fingerprint``, so that a renamed, copied or quietly changed
-checkpoint is told apart by what it holds, and by its rank: the last columns of a larger rank's basis span
-the same subspace, but their bits are others. One file holds one result. Only certified results are kept.
-What is read is checked against the weight: columns orthonormal, with the stored singular values. That it is
-the minor subspace only a solution proves, so nothing is read where somebody else could have written it. No
-trouble with the disk reaches the caller: it costs a recomputation and one line in the log. The folder may
-be deleted at any time.
+The key of a result is the content of its weight, ``fingerprint``, whatever a checkpoint is called, and its
+rank: the last columns of a larger rank's basis span the same subspace, but in other bits. One file holds one
+result. Only certified results are kept. What is read is checked against the weight: columns orthonormal, with
+the stored singular values. Only a solution proves that it is the minor subspace, so nothing is read that
+another user could have written. Disk errors never reach the caller: they cost a recomputation and one line in
+the log. The folder may be deleted at any time.
 """
 
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import hashlib
 import json
 import logging
@@ -33,9 +31,9 @@ from mica.subspace.device import is_on_host
 from mica.subspace.fingerprint import fingerprint, is_weight
 from mica.subspace.gram import image, transposed_image
 from mica.subspace.krylov import resolution
-from mica.subspace.result import CERTIFIED_EXCESS, MinorSubspace
+from mica.subspace.result import CERTIFIED_EXCESS, MinorSubspace, moved
 
-# To be raised whenever the solver's results, ``fingerprint`` or the files change.
+# Raise it whenever the solver's results, ``fingerprint`` or the files change.
 VERSION = 2
 
 ABANDONED_AFTER = 24 * 3600.0  # seconds, for the temporary file of a writer that was killed
@@ -54,7 +52,7 @@ _ON = ("1", "on", "true", "yes")
 _POWERS = {"": 0, "k": 1, "m": 2, "g": 3, "t": 4}
 
 _logger = logging.getLogger("mica")
-# Nobody else's files are swept or evicted; those of earlier versions are.
+# Only the cache's own files are swept or evicted, those of earlier versions included.
 _TEMPORARY_NAME = re.compile(r"[0-9a-f]{40,64}(\.\d+)?\.[0-9a-f]{32}\.tmp")
 _STORED_NAME = re.compile(r"[0-9a-f]{40,64}(\.\d+)?\.safetensors")
 _warned: set[Path] = set()
@@ -83,19 +81,19 @@ def default_cache() -> SubspaceCache | None:
 def _bytes(setting: str) -> int:
     if not setting.strip():
         return SIZE
-    found = re.fullmatch(r"(\d+(?:\.\d+)?) *([kmgt]?)(i?)b?", setting.strip().lower())
-    if not found:
+    match = re.fullmatch(r"(\d+(?:\.\d+)?) *([kmgt]?)(i?)b?", setting.strip().lower())
+    if not match:
         raise ValueError(
             f"MICA_CACHE_SIZE must be a number of bytes, as 500000000, 500MB or 2GiB, but it is {setting!r}."
         )
-    number, prefix, binary = found.groups()
+    number, prefix, binary = match.groups()
     return int(float(number) * (1024 if binary else 1000) ** _POWERS[prefix])
 
 
 def distrusted(folder: str | os.PathLike[str]) -> str | None:
-    """Why a folder could hold what anybody wrote, as "belongs to ..."; None: it cannot, or does not exist.
+    """Why other users may have written to a folder, as "belongs to ..."; None: they cannot, or it is absent.
 
-    Asked on POSIX systems only.
+    Checked on POSIX systems only.
     """
     try:
         return _foreign(os.stat(folder))
@@ -119,9 +117,9 @@ class SubspaceCache:
     Any number of threads and processes may use one folder. No method raises because of the disk.
 
     Args:
-        folder: not used, with one warning, where others than this user and root can write.
-        size: bytes that its files take at most; beyond it, those used last the longest ago are deleted. What
-            other processes write at the same time is counted the next time that one begins to write.
+        folder: not used, with one warning, if users other than this one and root can write to it.
+        size: bytes that its files take at most; beyond it, the least recently used are deleted. What other
+            processes write at the same time is counted when the next process begins to write.
     """
 
     def __init__(self, folder: str | os.PathLike[str], size: int = SIZE) -> None:
@@ -134,38 +132,32 @@ class SubspaceCache:
         """The minor subspace of ``weight`` (out_features, in_features) of that rank, or None: recompute.
 
         Its tensors own their memory and are on the weight's device. It is what was stored, bit for bit, and
-        certified. Whichever ``method`` the caller has in mind, a stored result of any method answers.
+        certified. A stored result of any ``method`` is returned.
 
         Args:
-            weight: as ``minor_subspace`` takes it; a stack of matrices is never found.
+            weight: as ``minor_subspace`` takes it; a stack of matrices is always a miss.
             rank: of any size; one that was not stored is a miss.
             key: ``fingerprint(weight)``, where the caller has it.
         """
         if not is_weight(weight) or not self._is_trusted():
             return None
-        found = self._read(key or fingerprint(weight), weight, rank)
-        if found is None:
-            return None
-        return dataclasses.replace(
-            found,
-            basis=found.basis.to(weight.device),
-            singular_values=found.singular_values.to(weight.device),
-        )
+        stored = self._read(key or fingerprint(weight), weight, rank)
+        return None if stored is None else moved(stored, weight.device)
 
     def put(self, weight: torch.Tensor, subspace: MinorSubspace, *, key: str | None = None) -> None:
         """Keep ``subspace``, in place of one that is stored for ``weight`` and its rank.
 
-        Left out without a word: what is not certified, stacks of matrices, what is larger than the whole
+        Silently left out: what is not certified, stacks of matrices, what is larger than the whole
         cache may be, fp64 weights whose squares leave the range, and what holds numerically null directions
         of a tall weight, which are arbitrary: the solver warns of them, each time.
         """
         if is_weight(weight) and _is_worth_keeping(weight, subspace):
             key = key or fingerprint(weight)
-            content = _encoded(key, subspace)
+            content = encoded(key, subspace)
             if len(content) <= self.size:
-                self._write(self._path(key, subspace.basis.shape[1]), content)
+                self._write(self.path(key, subspace.basis.shape[1]), content)
 
-    def _path(self, key: str, rank: int) -> Path:
+    def path(self, key: str, rank: int) -> Path:
         return self.folder / f"{key}.{rank}.safetensors"
 
     def _is_trusted(self) -> bool:
@@ -179,7 +171,7 @@ class SubspaceCache:
         return why is None
 
     def _read(self, key: str, weight: torch.Tensor, rank: int) -> MinorSubspace | None:
-        path = self._path(key, rank)
+        path = self.path(key, rank)
         try:
             # Read whole, not mapped: another process may replace or truncate the file at any time.
             subspace = _decoded(_content(path, rank * (weight.shape[0] + 1) * 8), key, weight, rank)
@@ -194,10 +186,9 @@ class SubspaceCache:
         return subspace
 
     def _write(self, path: Path, content: bytes) -> None:
-        """Whole or not at all: a temporary file of its own that takes the name when it is complete.
+        """Whole or not at all: a temporary file, renamed when it is complete.
 
-        Not forced to the disk, which takes up to 10 ms a layer: what a power failure leaves behind fails the
-        checksum.
+        No fsync, which takes up to 10 ms per layer: what a power failure leaves fails the checksum.
         """
         temporary = path.with_name(f"{path.stem}.{uuid.uuid4().hex}.tmp")
         try:
@@ -236,13 +227,13 @@ class SubspaceCache:
 
     def _stored(self) -> list[tuple[float, int, Path]]:
         """When each of the files was last used, its bytes and path, the oldest first."""
-        found = []
+        files = []
         for path in self.folder.iterdir():
             if _STORED_NAME.fullmatch(path.name):
                 with contextlib.suppress(OSError):  # another process evicted it
                     status = path.lstat()
-                    found.append((status.st_mtime, status.st_size, path))
-        return sorted(found)
+                    files.append((status.st_mtime, status.st_size, path))
+        return sorted(files)
 
     def _evict(self) -> None:
         stored = self._stored()
@@ -274,7 +265,7 @@ def _fits(weight: torch.Tensor, subspace: MinorSubspace) -> bool:
     )
 
 
-def _encoded(key: str, subspace: MinorSubspace) -> bytes:
+def encoded(key: str, subspace: MinorSubspace) -> bytes:
     """The file: a safetensors file of the two tensors, the rest as strings in its metadata."""
     tensors = {
         name: getattr(subspace, name).detach().cpu().contiguous() for name in ("basis", "singular_values")
@@ -294,7 +285,7 @@ def _encoded(key: str, subspace: MinorSubspace) -> bytes:
 
 def _content(path: Path, data_bytes: int) -> bytes:
     """Of a regular file that this user or root wrote, and that holds about as much as it has to."""
-    # Non-blocking: a FIFO would keep its reader waiting for somebody to write.
+    # Non-blocking: opening a FIFO would wait for a writer.
     handle = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
     try:
         status = os.fstat(handle)

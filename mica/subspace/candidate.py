@@ -13,7 +13,7 @@ import torch
 from mica.subspace.certificate import ROUNDING, certify
 from mica.subspace.gram import image, transposed_image
 from mica.subspace.krylov import Bounds, bounds, norm, resolution
-from mica.subspace.result import NULL_RESOLUTIONS, is_certified
+from mica.subspace.result import NULL_RESOLUTIONS, MinorSubspace, is_certified
 
 
 @dataclass
@@ -24,7 +24,7 @@ class Problem:
     gram: object  # HostGram or BatchGram
     limits: Bounds
     rank: int
-    basis_is_long: bool  # out_features > in_features: the wanted vectors live on the long side
+    basis_is_long: bool  # out_features > in_features: the requested vectors are on the long side
     dtype: torch.dtype  # of the result
     seed: int
 
@@ -34,7 +34,7 @@ class Problem:
 
 
 class Candidate(NamedTuple):
-    """Wanted vectors, the same triplets' vectors (batch, short, rank) on the short side, singular values.
+    """Requested vectors, the same triplets' vectors (batch, short, rank) on the short side, singular values.
 
     fp64. ``resolved``: the Gram alone shows energies as precisely as the result's dtype.
     """
@@ -53,10 +53,23 @@ class Judged(NamedTuple):
     singular_values: torch.Tensor
     certified: torch.Tensor
     energy_excess: torch.Tensor
+    null_count: int
+
+    def result(self, method: str, resolution: float, index=...) -> MinorSubspace:
+        """That of the matrix at ``index`` of the batch."""
+        return MinorSubspace(
+            basis=self.basis[index],
+            singular_values=self.singular_values[index].to(self.basis.dtype),
+            method=method,
+            certified=bool(self.certified[index]),
+            energy_excess=self.energy_excess[index].item(),
+            resolution=resolution,
+            null_count=self.null_count,
+        )
 
 
 def problem(tall: torch.Tensor, gram, rank: int, basis_is_long: bool, seed: int, method: str) -> Problem:
-    """``method`` is the one that is tried first: only "krylov" needs more than the norm."""
+    """``method`` is the first to be tried: only "krylov" needs more than the norm."""
     dtype = torch.float64 if tall.dtype == torch.float64 else torch.float32
     limits = bounds(gram, seed) if method == "krylov" else Bounds(norm(gram, seed), ())
     return Problem(tall, gram, limits, rank, basis_is_long, dtype, seed)
@@ -67,10 +80,10 @@ def candidate(problem: Problem, vectors: torch.Tensor) -> Candidate | None:
 
     With A the tall view and X the vectors, A X = P S Qᵀ: the columns of X Q and of P are the singular vectors
     on the short and on the long side. P is orthonormal however ill-conditioned A X is, and S keeps the digits
-    that the square roots of the Gram's eigenvalues have lost. Where none are lost and P is not wanted, the
+    that the square roots of the Gram's eigenvalues have lost. Where none are lost and P is not needed, the
     pass over the weight is left out.
 
-    None where a wanted singular value of a tall weight is numerically null: the Gram does not show its
+    None where a requested singular value of a tall weight is numerically null: the Gram does not show its
     vector.
     """
     gram = problem.gram
@@ -93,31 +106,34 @@ def candidate(problem: Problem, vectors: torch.Tensor) -> Candidate | None:
     )
 
 
-def judged(problem: Problem, found: Candidate, strict: bool) -> Judged:
+def judged(problem: Problem, triplets: Candidate, strict: bool) -> Judged:
     """Cast, fix the signs, and judge the basis as it is returned, rounding to its dtype included."""
-    rounded = found.basis.to(problem.dtype)
-    signs = _signs(rounded)
+    rounded = triplets.basis.to(problem.dtype)
+    signs = signs_of(rounded)
     basis = (rounded * signs).contiguous()
     rank, floor = problem.rank, problem.resolution
-    certificate = certify(problem.gram, found.short_vectors, problem.limits.norm, strict)
-    energy = _energy(problem, found, basis, signs).cpu()
+    certificate = certify(problem.gram, triplets.short_vectors, problem.limits.norm, strict)
+    energy = energy_of(problem, triplets, basis, signs).cpu()
     least = (certificate.ritz_sum - certificate.deficit).clamp_min(0)  # proven: Σσ² is at least this
     excess = (energy - least).clamp_min(0)
     reference = torch.maximum(least, rank * floor)
     return Judged(
         basis=basis,
-        singular_values=found.singular_values,
+        singular_values=triplets.singular_values,
         certified=certificate.passed & is_certified(excess, least, rank, floor),
         energy_excess=torch.where(reference > 0, excess / reference, 0.0),
+        null_count=triplets.null_count,
     )
 
 
-def _signs(basis: torch.Tensor) -> torch.Tensor:
+def signs_of(basis: torch.Tensor) -> torch.Tensor:
     """(batch, 1, r): that of each column's entry of largest magnitude, the first one where several are."""
     return basis.gather(-2, basis.abs().argmax(dim=-2, keepdim=True)).sign()
 
 
-def _energy(problem: Problem, found: Candidate, basis: torch.Tensor, signs: torch.Tensor) -> torch.Tensor:
+def energy_of(
+    problem: Problem, triplets: Candidate, basis: torch.Tensor, signs: torch.Tensor
+) -> torch.Tensor:
     """‖weightᵀ basis‖², (batch); an upper bound where it comes from the Gram."""
     if problem.basis_is_long:
         return transposed_image(problem.tall, basis).square().sum((-2, -1))
@@ -125,12 +141,12 @@ def _energy(problem: Problem, found: Candidate, basis: torch.Tensor, signs: torc
     rounded = gram.empty(problem.rank)
     rounded.copy_(basis)
     unseen = (ROUNDING * problem.resolution + gram.error).to(gram.device)
-    if found.resolved:
+    if triplets.resolved:
         return (rounded * gram.apply(rounded)).sum((-2, -1)) + problem.rank * unseen
-    # Before rounding, X, it is Σσ². The Gram is asked only for what rounding to Z has changed,
+    # Before rounding, X, it is Σσ². The Gram only gives what rounding to Z has changed,
     # tr (Z + X)ᵀ C (Z − X), of which it misses no more than ‖Z + X‖ ‖Z − X‖ times what it misses.
-    exact = found.basis * signs
+    exact = triplets.basis * signs
     change, total = rounded - exact, rounded + exact
     size = torch.linalg.matrix_norm(change) * torch.linalg.matrix_norm(total)
     difference = (total * gram.apply(change)).sum((-2, -1))
-    return found.singular_values.square().sum(-1) + difference + size * unseen
+    return triplets.singular_values.square().sum(-1) + difference + size * unseen

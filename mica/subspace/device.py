@@ -18,7 +18,7 @@ ON_HOST = ("cpu", "mps")
 # Memory that a batch may use, in bytes, where 3 times the largest fp32 matrix is less.
 MEMORY_AT_LEAST = 256 << 20
 
-# (n, n) fp64 matrices that exist at a time: the Gram, a shifted copy and its factor, then that and its
+# (n, n) fp64 matrices that exist at once: the Gram, a shifted copy and its factor, then that and its
 # inverse; and the basis of the Krylov subspaces, which is no larger. n = 2600, 16 vectors: 3.6.
 _MATRICES_AT_A_TIME = 4
 
@@ -57,28 +57,18 @@ def _solved(
     basis_is_long = chosen.shape[-2] > chosen.shape[-1]
     tall = chosen if basis_is_long else chosen.mT
     state = problem(tall, BatchGram(tall, mixed), rank, basis_is_long, seed, name)
-    found = (by_krylov if name == "krylov" else by_gram)(state)
+    triplets = (by_krylov if name == "krylov" else by_gram)(state)
     failed = indices
-    if found is not None:
-        judgement = judged(state, found, strict)
+    if triplets is not None:
+        judgement = judged(state, triplets, strict)
         done = judgement.certified if strict else torch.ones_like(judgement.certified)
         failed = [index for index, good in zip(indices, done.tolist(), strict=True) if not good]
         for position, index in enumerate(indices):
             if done[position]:
-                yield (
-                    index,
-                    MinorSubspace(
-                        basis=judgement.basis[position],
-                        singular_values=found.singular_values[position].to(state.dtype),
-                        method=name,
-                        certified=bool(judgement.certified[position]),
-                        energy_excess=judgement.energy_excess[position].item(),
-                        resolution=state.resolution[position].item(),
-                    ),
-                )
-    del state, found
+                yield index, judgement.result(name, state.resolution[position].item(), position)
+    del state, triplets
     if failed and mixed:
         yield from _solved(matrices, failed, rank, name, strict, seed, mixed=False)
-    elif failed and len(indices) > 1:  # one of them may have stood in the way of the others
+    elif failed and len(indices) > 1:  # one of them may have made the others fail
         for index in failed:
             yield from _solved(matrices, [index], rank, name, strict, seed, mixed=False)

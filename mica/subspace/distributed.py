@@ -1,9 +1,9 @@
 """The work of ``solve_many`` shared among the processes of ``torch.distributed``.
 
-Every process solves a share and all of them hold the same bits afterwards. Nothing is taken on trust:
-processes share only if all of them ask for the same layers, and only those layers whose weights have the same
+Every process solves a share and all of them hold the same bits afterwards. Nothing is assumed:
+processes share only if all of them request the same layers, and only those layers whose weights have the same
 content everywhere (the ranks of an expert-parallel model have different weights of one name). A process that
-calls alone, say under ``if rank == 0``, works alone after a while instead of waiting for ever.
+calls alone, say under ``if rank == 0``, works alone after a while instead of waiting forever.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ from __future__ import annotations
 import hashlib
 import logging
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
 from datetime import timedelta
 
 import torch
@@ -20,11 +19,11 @@ import torch.distributed as dist
 from mica.subspace.cache import SubspaceCache
 from mica.subspace.fingerprint import fingerprint
 from mica.subspace.many import Task, cost, solve_many
-from mica.subspace.result import MinorSubspace
+from mica.subspace.result import MinorSubspace, moved
 
 _logger = logging.getLogger("mica")
 
-# How long a process waits for the others to ask for the same layers.
+# How long a process waits for the others to request the same layers.
 PATIENCE = timedelta(seconds=60)
 
 _MISSED = b"missed"  # the decision of a meeting where some have waited in vain
@@ -33,7 +32,7 @@ _MISSED = b"missed"  # the decision of a meeting where some have waited in vain
 def solve_shared(
     tasks: Sequence[Task], *, device: str | torch.device = "auto", cache: SubspaceCache | None = None
 ) -> Iterator[tuple[int, MinorSubspace]]:
-    """``solve_many``, with the work shared where several processes ask for the same at the same time.
+    """``solve_many``, with the work shared where several processes request the same at the same time.
 
     Raises:
         ValueError: as ``solve_many``, in every process if it is raised in one.
@@ -64,7 +63,7 @@ def solve_shared(
     except ValueError as error:
         failure = error
     gathered: list = [None] * dist.get_world_size()
-    shared = {index: _moved(results[index], "cpu") for index in mine if index in results}
+    shared = {index: moved(results[index], "cpu") for index in mine if index in results}
     dist.all_gather_object(gathered, (shared, str(failure) if failure else None))
     if failure:
         raise failure
@@ -74,7 +73,7 @@ def solve_shared(
     for theirs, _ in gathered:
         for index, result in theirs.items():
             if index not in results:
-                yield index, _moved(result, tasks[index].weight.device)
+                yield index, moved(result, tasks[index].weight.device)
 
 
 def shares(costs: Sequence[float], count: int) -> list[list[int]]:
@@ -92,7 +91,7 @@ def _several_processes() -> bool:
 
 
 def decline(tasks: Sequence[Task]) -> None:
-    """Tell the processes that ask for these layers not to wait for this one, which has no weights."""
+    """Tell the processes that request these layers not to wait for this one, which has no weights."""
     meetings = _meetings(tasks) if tasks and _several_processes() else ()
     for store, meeting in meetings:
         if store.compare_set(f"{meeting}/decision", "", "declined") != _MISSED:
@@ -102,10 +101,10 @@ def decline(tasks: Sequence[Task]) -> None:
 def _all_agree(tasks: Sequence[Task]) -> bool:
     """Whether all processes are here with the same layers, within ``PATIENCE``.
 
-    The last one to come decides for sharing, the first one that has waited long enough or has no weights
-    against it; whichever is first at the store decides for all. A process that comes to a meeting where
+    The last one to arrive decides for sharing, the first one that has waited long enough or has no weights
+    against it; the first decision in the store is that of all. A process that arrives at a meeting where
     others have waited for it in vain goes on to the next one: whether it is late, or they had called alone
-    before, cannot be told, and after that all are at the same meeting again.
+    before, is unknown, and after that all are at the same meeting again.
     """
     for store, meeting in _meetings(tasks):
         decision = f"{meeting}/decision"
@@ -130,19 +129,15 @@ def _all_agree(tasks: Sequence[Task]) -> bool:
 
 
 def _meetings(tasks: Sequence[Task]) -> Iterator[tuple[dist.Store, str]]:
-    """Where processes that ask for these layers find each other: this process's next meeting, then others.
+    """Where processes that request these layers find each other: this process's next meeting, then others.
 
-    The store counts, for each process and the same layers, the meetings that it has come to.
+    The store counts, for each process and the same layers, the meetings at which it has arrived.
     """
     find_store = getattr(dist.distributed_c10d, "_get_default_store", None)
     if find_store is None:  # it is not public
         return
     store = find_store()
-    wanted = [(task.name, tuple(task.weight.shape), str(task.weight.dtype), task.rank) for task in tasks]
-    prefix = f"mica/{hashlib.blake2b(repr(wanted).encode(), digest_size=16).hexdigest()}"
+    layers = [(task.name, tuple(task.weight.shape), str(task.weight.dtype), task.rank) for task in tasks]
+    prefix = f"mica/{hashlib.blake2b(repr(layers).encode(), digest_size=16).hexdigest()}"
     while True:
         yield store, f"{prefix}/{store.add(f'{prefix}/process {dist.get_rank()}', 1)}"
-
-
-def _moved(result: MinorSubspace, device: str | torch.device) -> MinorSubspace:
-    return replace(result, basis=result.basis.to(device), singular_values=result.singular_values.to(device))

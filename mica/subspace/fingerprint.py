@@ -17,7 +17,7 @@ _BITS = {
     torch.float16: torch.int16,
 }
 
-# Of whole rows, hashed on their own, so that several threads can; of another length another key comes out.
+# Whole rows, hashed block by block so that several threads can; another length gives other keys.
 CHUNK_BYTES = 1 << 20
 
 _DIGEST_BYTES = 32
@@ -33,9 +33,9 @@ def fingerprint(weight: torch.Tensor) -> str:
     """64 hexadecimal digits for the bits of ``weight`` (out_features, in_features), its shape and dtype.
 
     A hash of the hashes of blocks of rows of 1 MiB, by as many threads as PyTorch has; the temporary memory
-    is one such block a thread. The same on every device, from which the weight is copied block by block. It
+    is one such block per thread. The same on every device, from which the weight is copied block by block. It
     goes along the memory, so that a column-major weight (an embedding's ``weight.T``) differs from its
-    row-major copy; otherwise strides, offset and padding are of no account.
+    row-major copy; otherwise strides, offset and padding do not matter.
 
     Bits are bits: 0.0 and -0.0 differ, and so do NaNs of different payloads. With one thread of an EPYC:
     0.85 GB/s for fp32 and bf16 and for the transposed view of an embedding; 4096 x 4096 in fp32 takes 80 ms,

@@ -39,15 +39,15 @@ def row_blocks(
 
 
 def extremes(matrix: torch.Tensor) -> torch.Tensor:
-    """The smallest and the largest entry of a matrix, (2,) in its dtype: NaN if there is one anywhere.
+    """The smallest and the largest entry of a matrix, (2,) in its dtype: NaN if any entry is.
 
     The cheapest way to see that all is finite: ``isfinite().all()`` takes 2.3 ms for 1536 x 576, this 0.24.
     """
-    found = matrix.new_empty(2)  # no torch.stack: under autocast it refuses 16-bit tensors of the other kind
+    result = matrix.new_empty(2)  # no torch.stack: under autocast it refuses 16-bit tensors of the other kind
     # Of a transposed view aminmax is slow: 100 against 2 ms for 576 x 49152
     rows = matrix.detach() if matrix.is_contiguous() else matrix.detach().mT
-    torch.aminmax(rows, out=(found[0], found[1]))
-    return found
+    torch.aminmax(rows, out=(result[0], result[1]))
+    return result
 
 
 def image(tall: torch.Tensor, short_vectors: torch.Tensor) -> torch.Tensor:

@@ -96,6 +96,11 @@ class HostGram:
         self._show(self._diagonal)
         return torch.from_numpy(partial_eigenvectors(self._buffer, count))
 
+    def eigenvalues(self) -> torch.Tensor:
+        """All of C's, (n), ascending."""
+        self._show(self._diagonal)
+        return torch.linalg.eigvalsh(torch.from_numpy(self._buffer))  # which reads the lower triangle
+
     def inner(self, left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
         """leftᵀ @ right."""
         return torch.from_numpy(lapack.gemm(left.numpy(), right.numpy(), transposed=True))

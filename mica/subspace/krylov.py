@@ -3,7 +3,7 @@
 Subspace iteration on C⁻¹ is fast only if C's smallest eigenvalues are far below the others. Those of a
 square weight are (they go down to zero as j²), those of a rectangular one are not: they stop at the edge of
 the Marchenko-Pastur law, where neighbours differ by per cents. Two measures, together about ten
-times as accurate a step as C⁻¹ without them (Gaussian 4096 × 11008, 16 vectors, blocks of 24):
+times as accurate per step as C⁻¹ without them (Gaussian 4096 × 11008, 16 vectors, blocks of 24):
 
 - the shift: 40 steps of plain Lanczos show where the spectrum begins, and the operator is (C − σI)⁻¹ with σ
   just below. A Cholesky factor of C − σI proves that σ was not too high; if there is none, σ is lowered;
@@ -49,16 +49,16 @@ def fits(size: int, rank: int) -> bool:
     return 2 * block_size(rank) * (FIRST_CHECK + 3) <= size
 
 
-def norm(gram, seed: int) -> torch.Tensor:
+def norm(gram, seed: int, steps: int = NORM_STEPS) -> torch.Tensor:
     """‖C‖, or up to a quarter less, (batch) on the host: plain Lanczos, without any reorthogonalisation.
 
     What rounding does to it brings copies of Ritz values that have converged, and none above the spectrum
     (Paige 1980). A step is a quarter of one of ``bounds``, which matters to small matrices: n = 192 takes
     0.5 ms in place of 2 to 3, of 9 for the whole solution, and n = 576 1.0 in place of 2.5, of 31.
     """
-    vector = previous = _random(gram, 1, seed)
+    vector = previous = random_block(gram, 1, seed)
     diagonal, below = [], []
-    for _ in range(min(NORM_STEPS, gram.size)):
+    for _ in range(min(steps, gram.size)):
         following = gram.apply(vector)
         if below:
             following -= previous * below[-1]
@@ -89,7 +89,7 @@ def bounds(gram, seed: int, steps: int = LANCZOS_STEPS) -> Bounds:
         # Ritz values come down to the edge as 1/steps²: a third of the last move is still to go.
         return 0 if (least - move / 3 < 0.25 * least).all() else steps - taken
 
-    _extended(gram, gram.apply, _random(gram, 1, seed), steps, min(NORM_STEPS, steps), look)
+    block_lanczos(gram, gram.apply, random_block(gram, 1, seed), steps, min(NORM_STEPS, steps), look)
     floor = resolution(gram.size, largest)
     candidates = (least - 0.6 * move, least - 2 * move, torch.zeros_like(least))
     return Bounds(largest, tuple(torch.where(c > 16 * floor, c, -floor) for c in candidates))
@@ -117,27 +117,27 @@ def smallest_eigenvectors(gram, rank: int, limits: Bounds, eps: float, seed: int
     width = block_size(rank)
     most = max(1, min(MOST_STEPS, gram.size // width))
     history: list[float] = []
-    found = None
+    ritz = None
 
     def judge(basis: torch.Tensor, projected: torch.Tensor) -> int:
         """Rayleigh-Ritz; the number of further steps that seem to be needed, 0 to stop."""
-        nonlocal found
+        nonlocal ritz
         vectors = gram.combine(basis, _largest_eigenvectors(projected.cpu(), rank).to(gram.device))
         vectors, _, _ = gram.orthonormal(vectors)
-        excess = _relative_residual(gram, vectors, limits.norm, eps)
-        found = Ritz(vectors, excess <= 1)
+        excess = relative_residual(gram, vectors, limits.norm, eps)
+        ritz = Ritz(vectors, excess <= 1)
         stalled = bool(history) and excess > 0.5 * history[-1]
         history.append(excess)
-        if found.converged or stalled:
+        if ritz.converged or stalled:
             return 0
         # a step gains a factor of 8 on Gaussian spectra
         return max(1, min(4, math.ceil(math.log(excess, 8)))) if math.isfinite(excess) else 1
 
-    _extended(gram, gram.solve, _random(gram, width, seed), most, min(FIRST_CHECK, most), judge)
-    return found
+    block_lanczos(gram, gram.solve, random_block(gram, width, seed), most, min(FIRST_CHECK, most), judge)
+    return ritz
 
 
-def _relative_residual(gram, vectors: torch.Tensor, norm: torch.Tensor, eps: float) -> float:
+def relative_residual(gram, vectors: torch.Tensor, norm: torch.Tensor, eps: float) -> float:
     """The worst residual ‖C X − X H‖ of a batch over the one that is small enough."""
     rank = vectors.shape[-1]
     products = gram.apply(vectors)
@@ -150,7 +150,7 @@ def _relative_residual(gram, vectors: torch.Tensor, norm: torch.Tensor, eps: flo
     return torch.where(residual == 0, 0.0, residual / allowed).max().item()
 
 
-def _random(gram, count: int, seed: int) -> torch.Tensor:
+def random_block(gram, count: int, seed: int) -> torch.Tensor:
     """Orthonormal (batch, n, count), the same for every matrix of a batch and on every device."""
     generator = torch.Generator(device="cpu").manual_seed(seed)
     start = torch.randn(count, gram.size, dtype=torch.float64, generator=generator, device="cpu")
@@ -159,7 +159,7 @@ def _random(gram, count: int, seed: int) -> torch.Tensor:
     return gram.orthonormal(block)[0]
 
 
-def _extended(
+def block_lanczos(
     gram,
     operation: Callable[[torch.Tensor], torch.Tensor],
     block: torch.Tensor,
@@ -211,6 +211,6 @@ def _orthogonalised(gram, block: torch.Tensor, basis: torch.Tensor) -> tuple[tor
 def _largest_eigenvectors(matrices: torch.Tensor, count: int) -> torch.Tensor:
     """(batch, m, count) of symmetric matrices by descending eigenvalue; the lower triangle is read."""
     size = matrices.shape[-1]
-    found = [partial_eigenvectors(-matrix.numpy(), count) for matrix in matrices.reshape(-1, size, size)]
-    vectors = torch.stack([torch.from_numpy(vectors) for vectors in found])
+    each = [partial_eigenvectors(-matrix.numpy(), count) for matrix in matrices.reshape(-1, size, size)]
+    vectors = torch.stack([torch.from_numpy(vectors) for vectors in each])
     return vectors.reshape(*matrices.shape[:-2], size, count)

@@ -1,7 +1,7 @@
-"""SciPy's BLAS and LAPACK without the interpreter lock: fp64, column-major, in place where said.
+"""SciPy's BLAS and LAPACK without the interpreter lock: fp64, column-major, in place where documented.
 
 SciPy's own Python wrappers hold the lock while they compute, so that threads take turns: two solved the 210
-layers of SmolLM2-135M in 5.6 s where one took 5.1. ``ctypes`` lets go of it. The pointers are those that
+layers of SmolLM2-135M in 5.6 s where one took 5.1. ``ctypes`` releases it. The pointers are those that
 SciPy publishes for Cython (``scipy.linalg.cython_blas``, ``cython_lapack``).
 
 A matrix is a NumPy array whose columns are contiguous (a column-major array or some columns of one). What is
@@ -28,30 +28,6 @@ _UPPER, _LOWER = b"U", b"L"
 _PLAIN, _TRANSPOSED = b"N", b"T"
 
 
-def _routine(module, name: str, count: int):
-    """The routine of ``count`` arguments behind one of SciPy's capsules."""
-    capsule = module.__pyx_capi__[name]
-    api = ctypes.pythonapi
-    api.PyCapsule_GetName.restype, api.PyCapsule_GetName.argtypes = ctypes.c_char_p, [ctypes.py_object]
-    api.PyCapsule_GetPointer.restype = ctypes.c_void_p
-    api.PyCapsule_GetPointer.argtypes = [ctypes.py_object, ctypes.c_char_p]
-    signature = api.PyCapsule_GetName(capsule)
-    if signature.count(b",") + 1 != count:
-        raise ImportError(f"SciPy's {name} takes other arguments than LAPACK's: {signature.decode()}")
-    address = api.PyCapsule_GetPointer(capsule, signature)
-    return ctypes.CFUNCTYPE(None, *[ctypes.c_void_p] * count)(address)
-
-
-_dgemm = _routine(cython_blas, "dgemm", 13)
-_dsyrk = _routine(cython_blas, "dsyrk", 10)
-_dsymm = _routine(cython_blas, "dsymm", 12)
-_dsymv = _routine(cython_blas, "dsymv", 10)
-_dtrsm = _routine(cython_blas, "dtrsm", 11)
-_dpotrf = _routine(cython_lapack, "dpotrf", 5)
-_dsyevr = _routine(cython_lapack, "dsyevr", 21)
-_dsyevd = _routine(cython_lapack, "dsyevd", 11)
-
-
 # Arguments that are only read, made once: a routine takes ten of them, and small matrices some 60 routines.
 @functools.lru_cache(1024)
 def _int(value: int):
@@ -63,16 +39,15 @@ def _double(value: float):
     return ctypes.byref(ctypes.c_double(value))
 
 
+_POINTER_TO = {int: _int, float: _double, bytes: bytes}
+
+
 def _success(info) -> int:
     """LAPACK's ``info``, of which only the first 32 bits are sure to have been written."""
     code = ctypes.c_int32.from_buffer(info).value if sys.byteorder == "little" else info.value
     if code < 0:
         raise ValueError(f"LAPACK's argument {-code} had an illegal value")
     return code
-
-
-def _address(array: np.ndarray) -> int:
-    return array.__array_interface__["data"][0]
 
 
 def _has_contiguous_columns(matrix: np.ndarray) -> bool:
@@ -82,10 +57,36 @@ def _has_contiguous_columns(matrix: np.ndarray) -> bool:
     return step == 8 and stride >= 8 * len(matrix) and stride % 8 == 0
 
 
-def _leading(matrix: np.ndarray):
-    """The distance of two columns, in numbers."""
-    rows = len(matrix)
-    return _int(max(1, rows) if matrix.flags.f_contiguous else matrix.strides[1] // 8)
+def routine(module, name: str, count: int):
+    """The routine of ``count`` arguments behind one of SciPy's capsules.
+
+    To be called with numbers, vectors, and matrices, each of which stands for two arguments: its address and
+    the distance of two columns, in numbers.
+    """
+    capsule = module.__pyx_capi__[name]
+    api = ctypes.pythonapi
+    api.PyCapsule_GetName.restype, api.PyCapsule_GetName.argtypes = ctypes.c_char_p, [ctypes.py_object]
+    api.PyCapsule_GetPointer.restype = ctypes.c_void_p
+    api.PyCapsule_GetPointer.argtypes = [ctypes.py_object, ctypes.c_char_p]
+    signature = api.PyCapsule_GetName(capsule)
+    if signature.count(b",") + 1 != count:
+        raise ImportError(f"SciPy's {name} takes other arguments than LAPACK's: {signature.decode()}")
+    address = api.PyCapsule_GetPointer(capsule, signature)
+    function = ctypes.CFUNCTYPE(None, *[ctypes.c_void_p] * count)(address)
+
+    def call(*arguments) -> None:
+        pointers = []
+        for argument in arguments:
+            if isinstance(argument, np.ndarray):
+                pointers.append(argument.__array_interface__["data"][0])
+                if argument.ndim == 2:
+                    contiguous = argument.flags.f_contiguous
+                    pointers.append(_int(max(1, len(argument)) if contiguous else argument.strides[1] // 8))
+            else:
+                pointers.append(_POINTER_TO.get(type(argument), ctypes.byref)(argument))
+        function(*pointers)
+
+    return call
 
 
 def _read(matrix: np.ndarray) -> np.ndarray:
@@ -100,7 +101,17 @@ def _written(matrix: np.ndarray) -> np.ndarray:
     return matrix
 
 
-def empty(rows: int, columns: int) -> np.ndarray:
+_dgemm = routine(cython_blas, "dgemm", 13)
+_dsyrk = routine(cython_blas, "dsyrk", 10)
+_dsymm = routine(cython_blas, "dsymm", 12)
+_dsymv = routine(cython_blas, "dsymv", 10)
+_dtrsm = routine(cython_blas, "dtrsm", 11)
+_dpotrf = routine(cython_lapack, "dpotrf", 5)
+dsyevr = routine(cython_lapack, "dsyevr", 21)
+_dsyevd = routine(cython_lapack, "dsyevd", 11)
+
+
+def _empty(rows: int, columns: int) -> np.ndarray:
     return np.empty((rows, columns), order="F")
 
 
@@ -116,22 +127,9 @@ def gemm(
     left, right = _read(left), _read(right)
     rows, inner = left.shape[::-1] if transposed else left.shape
     columns = right.shape[1]
-    target = empty(rows, columns) if into is None else _written(into)
-    _dgemm(
-        _TRANSPOSED if transposed else _PLAIN,
-        _PLAIN,
-        _int(rows),
-        _int(columns),
-        _int(inner),
-        _double(alpha),
-        _address(left),
-        _leading(left),
-        _address(right),
-        _leading(right),
-        _double(0.0 if into is None else 1.0),
-        _address(target),
-        _leading(target),
-    )
+    target = _empty(rows, columns) if into is None else _written(into)
+    operation, beta = _TRANSPOSED if transposed else _PLAIN, 0.0 if into is None else 1.0
+    _dgemm(operation, _PLAIN, rows, columns, inner, alpha, left, right, beta, target)
     return target
 
 
@@ -150,18 +148,8 @@ def syrk(
     factor = _read(factor)
     size, inner = factor.shape[::-1] if transposed else factor.shape
     target = np.zeros((size, size), order="F") if into is None else _written(into)
-    _dsyrk(
-        _LOWER if lower else _UPPER,
-        _TRANSPOSED if transposed else _PLAIN,
-        _int(size),
-        _int(inner),
-        _double(alpha),
-        _address(factor),
-        _leading(factor),
-        _double(1.0),
-        _address(target),
-        _leading(target),
-    )
+    triangle, operation = _LOWER if lower else _UPPER, _TRANSPOSED if transposed else _PLAIN
+    _dsyrk(triangle, operation, size, inner, alpha, factor, 1.0, target)
     return target
 
 
@@ -169,36 +157,12 @@ def symm(symmetric: np.ndarray, right: np.ndarray) -> np.ndarray:
     """symmetric @ right; of ``symmetric`` the lower triangle is read."""
     symmetric, right = _read(symmetric), _read(right)
     size, columns = right.shape
-    target = empty(size, columns)
+    target = _empty(size, columns)
     if columns == 1:
         # dsymm takes 5 times as long for one column (n = 576: 0.21 against 0.04 ms)
-        _dsymv(
-            _LOWER,
-            _int(size),
-            _double(1.0),
-            _address(symmetric),
-            _leading(symmetric),
-            _address(right),
-            _int(1),
-            _double(0.0),
-            _address(target),
-            _int(1),
-        )
-        return target
-    _dsymm(
-        b"L",
-        _LOWER,
-        _int(size),
-        _int(columns),
-        _double(1.0),
-        _address(symmetric),
-        _leading(symmetric),
-        _address(right),
-        _leading(right),
-        _double(0.0),
-        _address(target),
-        _leading(target),
-    )
+        _dsymv(_LOWER, size, 1.0, symmetric, right[:, 0], 1, 0.0, target[:, 0], 1)
+    else:
+        _dsymm(b"L", _LOWER, size, columns, 1.0, symmetric, right, 0.0, target)
     return target
 
 
@@ -208,19 +172,8 @@ def trsm(
     """Solve triangle · x = right (triangleᵀ · x, or x · triangle) for x, in place; upper triangle."""
     triangle, target = _read(triangle), _written(right)
     rows, columns = target.shape
-    _dtrsm(
-        b"R" if on_the_right else b"L",
-        _UPPER,
-        _TRANSPOSED if transposed else _PLAIN,
-        b"N",
-        _int(rows),
-        _int(columns),
-        _double(1.0),
-        _address(triangle),
-        _leading(triangle),
-        _address(target),
-        _leading(target),
-    )
+    side, operation = b"R" if on_the_right else b"L", _TRANSPOSED if transposed else _PLAIN
+    _dtrsm(side, _UPPER, operation, b"N", rows, columns, 1.0, triangle, target)
     return target
 
 
@@ -235,7 +188,7 @@ def potrf(matrix: np.ndarray) -> bool:
         end = start + _PANEL
         corner, row, rest = matrix[start:end, start:end], matrix[start:end, end:], matrix[end:, end:]
         info = _Integer(0)
-        _dpotrf(_UPPER, _int(len(corner)), _address(corner), _leading(matrix), ctypes.byref(info))
+        _dpotrf(_UPPER, len(corner), corner, info)
         if _success(info):
             return False
         if row.size:
@@ -251,69 +204,27 @@ def smallest_eigenvectors(matrix: np.ndarray, count: int) -> np.ndarray | None:
     """
     work_matrix = np.array(matrix, dtype=np.float64, order="F")  # overwritten
     size = len(work_matrix)
-    found, info = _Integer(0), _Integer(0)
-    values, vectors = np.empty(size), empty(size, count)
+    number, values, vectors = _Integer(0), np.empty(size), _empty(size, count)
     support = np.zeros(2 * max(1, count), _NUMPY_INTEGER)
-
-    def call(work: np.ndarray, integers: np.ndarray, query: bool) -> None:
-        _dsyevr(
-            b"V",
-            b"I",
-            _LOWER,
-            _int(size),
-            _address(work_matrix),
-            _leading(work_matrix),
-            _double(0.0),
-            _double(0.0),
-            _int(1),
-            _int(count),
-            _double(0.0),
-            ctypes.byref(found),
-            _address(values),
-            _address(vectors),
-            _leading(vectors),
-            _address(support),
-            _address(work),
-            _int(-1 if query else len(work)),
-            _address(integers),
-            _int(-1 if query else len(integers)),
-            ctypes.byref(info),
-        )
-
-    _with_workspace(call)
-    return vectors if _success(info) == 0 and found.value & 0xFFFFFFFF == count else None
+    which = (b"V", b"I", _LOWER, size, work_matrix, 0.0, 0.0, 1, count, 0.0)
+    code = _with_workspace(dsyevr, *which, number, values, vectors, support)
+    return vectors if code == 0 and number.value & 0xFFFFFFFF == count else None
 
 
 def all_eigenvectors(matrix: np.ndarray) -> np.ndarray:
     """(n, n), ascending, by divide and conquer; the lower triangle is read. LinAlgError if it fails."""
     vectors = np.array(matrix, dtype=np.float64, order="F")
-    size, info = len(vectors), _Integer(0)
-    values = np.empty(size)
-
-    def call(work: np.ndarray, integers: np.ndarray, query: bool) -> None:
-        _dsyevd(
-            b"V",
-            _LOWER,
-            _int(size),
-            _address(vectors),
-            _leading(vectors),
-            _address(values),
-            _address(work),
-            _int(-1 if query else len(work)),
-            _address(integers),
-            _int(-1 if query else len(integers)),
-            ctypes.byref(info),
-        )
-
-    _with_workspace(call)
-    if _success(info):
+    size = len(vectors)
+    if _with_workspace(_dsyevd, b"V", _LOWER, size, vectors, np.empty(size)):
         raise LinAlgError(f"dsyevd did not converge on a matrix of size {size}")
     return vectors
 
 
-def _with_workspace(call) -> None:
-    """``call`` with no workspace, which asks for its size, and with that."""
-    work, integers = np.zeros(1), np.zeros(1, _NUMPY_INTEGER)
-    call(work, integers, True)
+def _with_workspace(function, *arguments) -> int:
+    """Call with no workspace, which returns its size, and then with that; LAPACK's ``info``."""
+    work, integers, info = np.zeros(1), np.zeros(1, _NUMPY_INTEGER), _Integer(0)
+    function(*arguments, work, -1, integers, -1, info)
     count = int(integers.view(np.int32)[0]) if sys.byteorder == "little" else int(integers[0])
-    call(np.empty(max(1, int(work[0]))), np.zeros(max(1, count), _NUMPY_INTEGER), False)
+    work, integers = np.empty(max(1, int(work[0]))), np.zeros(max(1, count), _NUMPY_INTEGER)
+    function(*arguments, work, len(work), integers, len(integers), info)
+    return _success(info)

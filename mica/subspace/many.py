@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -14,14 +13,14 @@ from mica.subspace import workers
 from mica.subspace.cache import SubspaceCache
 from mica.subspace.device import MEMORY_AT_LEAST, batch_size, is_on_host
 from mica.subspace.fingerprint import fingerprint
-from mica.subspace.result import MinorSubspace
+from mica.subspace.result import MinorSubspace, moved
 from mica.subspace.solver import solve_each, without_autocast
 
 _logger = logging.getLogger("mica")
 
 
 class Task(NamedTuple):
-    """``weight`` (out_features, in_features), its wanted ``rank``, and the name that messages call it by."""
+    """``weight`` (out_features, in_features), the ``rank`` to solve for, and its name in messages."""
 
     name: str
     weight: torch.Tensor
@@ -47,7 +46,7 @@ def solve_many(
     cache: SubspaceCache | None = None,
     keys: Sequence[str] | None = None,
 ) -> Iterator[tuple[int, MinorSubspace]]:
-    """The minor subspace of every task with its index, each as soon as it is there, in no particular order.
+    """The minor subspace of every task with its index, each as soon as it is known, in no particular order.
 
     Results lie on the device of their weight. On an accelerator layers of one shape are solved together, as
     many as fit in 3 times the largest weight in fp32, or 256 MiB; the CPU takes over where that is too much.
@@ -56,7 +55,7 @@ def solve_many(
         tasks: weights may lie on different devices.
         device: where weights that lie on the CPU are solved: "auto" (on an accelerator, if there is one),
             or a device.
-        cache: asked before and told after; None for none.
+        cache: read before and written after; None for none.
         keys: the ``fingerprint`` of every weight, where the caller has them.
 
     Raises:
@@ -65,7 +64,7 @@ def solve_many(
     target = accelerator() if device == "auto" else torch.device(device)
     memory = max((3 * 4 * task.weight.numel() for task in tasks), default=0)
     memory = max(memory, MEMORY_AT_LEAST)
-    solver = _Solver(tasks, cache, keys, memory)
+    solver = Solver(tasks, cache, keys, memory)
     groups: dict[tuple, list[int]] = defaultdict(list)
     on_host: list[int] = []
     for index, (_, weight, rank) in enumerate(tasks):
@@ -77,7 +76,7 @@ def solve_many(
 
     for (where, shape, _, rank), indices in groups.items():
         missing = [index for index in indices if not solver.look_up(index)]
-        yield from solver.found(indices)
+        yield from solver.pop(indices)
         size = batch_size(*shape, memory)
         for start in range(0, len(missing), size):
             chunk = missing[start : start + size]
@@ -86,13 +85,13 @@ def solve_many(
             except torch.OutOfMemoryError:
                 _logger.warning("%s is out of memory: %d layers are solved on the CPU.", where, len(chunk))
                 on_host.extend(chunk)
-            yield from solver.found(chunk)
+            yield from solver.pop(chunk)
     for index in workers.run(solver.solve, on_host, lambda index: workers.is_small(tasks[index].weight)):
-        yield from solver.found([index])
+        yield from solver.pop([index])
 
 
-class _Solver:
-    """The tasks by index, and the results that are there and not yet handed out."""
+class Solver:
+    """The tasks by index, and the results that have not been handed out yet."""
 
     def __init__(
         self, tasks: Sequence[Task], cache: SubspaceCache | None, keys: Sequence[str] | None, memory: int
@@ -103,7 +102,7 @@ class _Solver:
         self._keys = dict(enumerate(keys or ()))
         self._results: dict[int, MinorSubspace] = {}
 
-    def found(self, indices: Sequence[int]) -> Iterator[tuple[int, MinorSubspace]]:
+    def pop(self, indices: Sequence[int]) -> Iterator[tuple[int, MinorSubspace]]:
         for index in indices:
             if index in self._results:
                 yield index, self._results.pop(index)
@@ -124,13 +123,13 @@ class _Solver:
         """One task, from the cache or where its weight lies."""
         if not self.look_up(index):
             name, weight, rank = self._tasks[index]
-            # An accelerator's weight comes here when the accelerator had no memory for it.
+            # An accelerator's weight is solved here if the accelerator had no memory for it.
             self._keep(index, _solved(name, weight.cpu(), rank)[0])
 
     def solve_together(self, indices: Sequence[int], device: torch.device, rank: int) -> None:
         """Tasks of one shape, in one batch on ``device``."""
         weights = [self._tasks[index].weight.to(device) for index in indices]
-        with without_autocast(device.type):  # torch.stack refuses there what `extremes` says
+        with without_autocast(device.type):  # under which torch.stack refuses 16-bit tensors, see `extremes`
             stacked = torch.stack(weights) if len(weights) > 1 else weights[0].unsqueeze(0)
         del weights
         names = " or ".join(self._tasks[index].name for index in indices)
@@ -141,11 +140,7 @@ class _Solver:
         weight = self._tasks[index].weight
         if self._cache is not None:
             self._cache.put(weight, result, key=self._keys[index])
-        self._results[index] = replace(
-            result,
-            basis=result.basis.to(weight.device),
-            singular_values=result.singular_values.to(weight.device),
-        )
+        self._results[index] = moved(result, weight.device)
 
 
 def _solved(name: str, weights: torch.Tensor, rank: int, memory: int | None = None) -> list[MinorSubspace]:

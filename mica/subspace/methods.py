@@ -25,8 +25,8 @@ def by_krylov(problem: Problem) -> Candidate | None:
     if not krylov.fits(problem.gram.size, problem.rank):
         return None
     eps = torch.finfo(problem.dtype).eps
-    found = krylov.smallest_eigenvectors(problem.gram, problem.rank, problem.limits, eps, problem.seed)
-    return candidate(problem, found.vectors) if found is not None and found.converged else None
+    ritz = krylov.smallest_eigenvectors(problem.gram, problem.rank, problem.limits, eps, problem.seed)
+    return candidate(problem, ritz.vectors) if ritz is not None and ritz.converged else None
 
 
 @one_pool()
@@ -61,7 +61,7 @@ METHODS = ("auto", *BY)
 
 def route(size: int, rank: int) -> str:
     """What "auto" means on the host for a Gram matrix (size, size)."""
-    # Almost all vectors wanted: the Gram's way ends in an SVD as large as the weight's own. 576 x 576,
+    # Almost all vectors requested: the Gram's method ends in an SVD as large as the weight's own. 576 x 576,
     # 288 / 576 vectors: 65 / 124 against 84 ms.
     if 4 * rank > 3 * size:
         return "svd"

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-# A result is certified when its proven energy excess is at most this share of the wanted energy, plus
+# A result is certified when its proven energy excess is at most this share of the smallest energy, plus
 # one resolution for each vector.
 CERTIFIED_EXCESS = 1e-5
 
@@ -44,6 +44,11 @@ class MinorSubspace:
     energy_excess: float
     resolution: float
     null_count: int = 0
+
+
+def moved(result: MinorSubspace, device: str | torch.device) -> MinorSubspace:
+    """``result`` with its tensors on ``device``."""
+    return replace(result, basis=result.basis.to(device), singular_values=result.singular_values.to(device))
 
 
 def is_certified(excess, energy, rank: int, resolution):

@@ -49,7 +49,7 @@ def minor_subspace(
             out of range; method is unknown.
 
     Warns:
-        UserWarning: singular values of a tall weight among the wanted ones are zero; their vectors are an
+        UserWarning: singular values of a tall weight among the requested ones are zero; their vectors are an
             orthonormal completion, which the weight does not determine. Or: strict, and no method's result
             could be proven.
     """
@@ -60,7 +60,7 @@ def minor_subspace(
 
 
 def warnings_about(result: MinorSubspace, name: str, strict: bool = True) -> list[str]:
-    """What a user has to be told of a result, in sentences that call the weight ``name``."""
+    """Warnings about a result, in sentences that call the weight ``name``."""
     rank = result.basis.shape[-1]
     messages = []
     if result.null_count:
@@ -162,10 +162,10 @@ def _check_rank(weight: torch.Tensor, rank: int) -> None:
 
 def _exponents(matrices: torch.Tensor) -> list[int]:
     """Of each matrix the least e with all entries below 2^e in magnitude."""
-    found = torch.stack([extremes(matrix) for matrix in matrices]).double()
-    if not torch.isfinite(found).all():
+    limits = torch.stack([extremes(matrix) for matrix in matrices]).double()
+    if not torch.isfinite(limits).all():
         raise _NotFiniteError
-    return [math.frexp(largest)[1] for largest in found.abs().amax(-1).tolist()]
+    return [math.frexp(largest)[1] for largest in limits.abs().amax(-1).tolist()]
 
 
 def _solve_on_host(weight: torch.Tensor, rank: int, method: str, strict: bool, seed: int) -> MinorSubspace:
@@ -186,22 +186,15 @@ def _solve_on_host(weight: torch.Tensor, rank: int, method: str, strict: bool, s
                 gram = HostGram(tall)
         state = problem(tall, gram, rank, basis_is_long, seed, names[0])
     for name in names:
-        found = BY[name](state)
-        if found is None:
+        triplets = BY[name](state)
+        if triplets is None:
             continue
         with one_pool():
-            judgement = judged(state, found, strict)
+            judgement = judged(state, triplets, strict)
         if judgement.certified or not strict:
             break
-    return MinorSubspace(
-        basis=judgement.basis,
-        singular_values=(found.singular_values / scale).to(state.dtype),
-        method=name,
-        certified=bool(judgement.certified),
-        energy_excess=judgement.energy_excess.item(),
-        resolution=_unscaled(state.resolution.item(), scale),
-        null_count=found.null_count,
-    )
+    judgement = judgement._replace(singular_values=judgement.singular_values / scale)
+    return judgement.result(name, _unscaled(state.resolution.item(), scale))
 
 
 def _unscaled(resolution: float, scale: float) -> float:

@@ -1,11 +1,11 @@
 """How many threads PyTorch and BLAS have while something is solved, and that they have their own again later.
 
-BLAS's count is the whole process's, and several threads may solve at a time: each that saved it and put it
-back would sooner or later put back what another one had set for a while. So the first to come notes it, all
-that are there share the least of what they ask for, and the last to go restores it.
+BLAS's count is that of the whole process, and several threads may solve at once: if each saved and restored
+it, one would sooner or later restore what another had set temporarily. So the first to enter saves it, all
+that are inside share the smallest count that any of them requests, and the last to leave restores it.
 
 PyTorch's count (OpenMP's) is each thread's own, but ``torch.set_num_threads`` also sets what threads that
-have not asked for theirs yet begin with, for good.
+have not used theirs yet begin with, permanently.
 """
 
 import ctypes
@@ -18,25 +18,25 @@ from threadpoolctl import ThreadpoolController
 
 from mica.subspace import lapack  # noqa: F401  (SciPy's library has to be loaded before the next line)
 
-# Looking for the loaded libraries takes milliseconds. OpenBLAS built on OpenMP has a count a thread.
+# Looking for the loaded libraries takes milliseconds. OpenBLAS built on OpenMP has one count per thread.
 _blas = ThreadpoolController().select(user_api="blas").lib_controllers
 _own = [library for library in _blas if getattr(library, "threading_layer", None) == "openmp"]
 _shared = [library for library in _blas if library not in _own]
 
 _lock = threading.Lock()
-_wanted: list[int] = []  # by everyone who is within ``blas_threads`` now
-_before: list[int] = []  # of each of ``_shared``, when nobody was
+_requested: list[int] = []  # by all that are within ``blas_threads`` now
+_before: list[int] = []  # of each of ``_shared``, when none was
 _here = threading.local()
 
 
 @contextmanager
 def blas_threads(count: int) -> Iterator[None]:
-    """At most ``count`` threads for BLAS; fewer while another thread wants fewer."""
+    """At most ``count`` threads for BLAS; fewer while another thread requests fewer."""
     own = [library.num_threads for library in _own]
     with _lock:
-        if not _wanted:
+        if not _requested:
             _before[:] = [library.num_threads for library in _shared]
-        _wanted.append(count)
+        _requested.append(count)
         _apply()
     try:
         for library in _own:
@@ -46,16 +46,16 @@ def blas_threads(count: int) -> Iterator[None]:
         for library, before in zip(_own, own, strict=True):
             library.set_num_threads(before)
         with _lock:
-            _wanted.remove(count)
+            _requested.remove(count)
             _apply()
 
 
 def _apply() -> None:
     for library, before in zip(_shared, _before, strict=True):
-        count = min(_wanted, default=before)
+        count = min(_requested, default=before)
         if library.num_threads != count:
-            # threadpoolctl 3.8 obeys the first thread that sets OpenBLAS's count and nobody else, until that
-            # one lets go. Whoever comes is to be obeyed here, and whoever sets it elsewhere afterwards.
+            # threadpoolctl 3.8 lets only the first thread that sets OpenBLAS's count do so, until that one
+            # releases it. Here every thread may set it, and elsewhere afterwards.
             release = getattr(library, "clear_controlling_thread", lambda force: None)
             release(force=True)
             library.set_num_threads(count)
@@ -88,8 +88,8 @@ def set_torch_threads(count: int) -> int:
 def one_pool() -> Iterator[None]:
     """As many threads as PyTorch has, all of them BLAS's; within itself it changes nothing.
 
-    PyTorch's threads and BLAS's wait by spinning and would fight for the cores (measured: 7 ms lost at every
-    change from one to the other).
+    PyTorch's threads and BLAS's wait by spinning and would compete for the cores (measured: 7 ms
+    lost at every change from one to the other).
     """
     if getattr(_here, "is_one_pool", False):
         yield

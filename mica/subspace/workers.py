@@ -1,7 +1,7 @@
 """Many small matrices at once: one thread each, instead of all threads on one after another.
 
 Up to about n = 1000 a partial eigenproblem spends its time in short loops whose threads wait for each
-other, and SciPy's BLAS and PyTorch's each bring a pool of their own. With one thread a matrix nothing
+other, and SciPy's BLAS and PyTorch's each have their own pool. With one thread per matrix nothing
 waits, not for the interpreter either (``lapack``): the 210 layers of SmolLM2-135M take 5.2 s on one core
 and 2.9 s on two.
 """
@@ -21,7 +21,7 @@ Item = TypeVar("Item")
 # min(out_features, in_features) up to which a matrix gets one thread.
 SMALL = 1024
 
-# At a time: each holds an (n, n) fp64 matrix, a block of rows (8 MiB both at most) and one of the buffers of
+# At once: each holds an (n, n) fp64 matrix, a block of rows (8 MiB both at most) and one of the buffers of
 # OpenBLAS, of which there is a fixed number.
 MOST_WORKERS = 32
 

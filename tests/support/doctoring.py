@@ -37,7 +37,7 @@ def gpu(monkeypatch):
     """Pretend that there is a GPU of this compute capability (or ROCm architecture) and verdict."""
 
     def pretend(capability=(9, 0), why=None, rocm=None):
-        found = SimpleNamespace(name="Some GPU", total_memory=80 << 30, gcnArchName=rocm)
+        properties = SimpleNamespace(name="Some GPU", total_memory=80 << 30, gcnArchName=rocm)
         monkeypatch.delenv("TRITON_INTERPRET")
         monkeypatch.setattr(common, "INTERPRETED", tl.constexpr(False))
         monkeypatch.setattr(torch.version, "hip", "6.4" if rocm else None)
@@ -47,7 +47,7 @@ def gpu(monkeypatch):
             ("get_device_capability", capability),
         ):
             monkeypatch.setattr(torch.cuda, name, lambda *_, value=value: value)
-        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: found)
+        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
         no_kernels = "no Triton kernels for devices of type 'cpu'"
         monkeypatch.setattr(
             runtime, "why_unavailable", lambda device: why if device.type == "cuda" else no_kernels
@@ -66,16 +66,16 @@ def run(machine, tmp_path, capsys):
         captured = capsys.readouterr()
         assert captured.err == ""
         lines = captured.out.splitlines()
-        found = json.loads(file.read_text(encoding="utf-8"))
-        assert (status, lines[-1] == WORKS) == ((1, False) if found["problems"] else (0, True))
+        report = json.loads(file.read_text(encoding="utf-8"))
+        assert (status, lines[-1] == WORKS) == ((1, False) if report["problems"] else (0, True))
         if status:
-            assert lines[-1] == "broken: " + "; ".join(found["problems"])
-        return status, found, lines
+            assert lines[-1] == "broken: " + "; ".join(report["problems"])
+        return status, report, lines
 
     return run
 
 
-def said(lines, label) -> str:
+def text_under(lines, label) -> str:
     """What the text says under a label that it has once."""
     (text,) = [line[16:].strip() for line in lines if line[:16].strip() == label]
     return text

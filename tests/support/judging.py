@@ -45,7 +45,7 @@ def judge(
     basis, rank = result.basis, result.basis.shape[1]
     vectors, squares = exact or truth(matrix)
     floor = resolution(len(squares), squares[0].item())
-    wanted = squares[-rank:].sum().item()
+    least = squares[-rank:].sum().item()
 
     assert basis.shape == (matrix.shape[0], rank)
     assert basis.is_contiguous()
@@ -54,10 +54,10 @@ def judge(
     assert (basis.double().T @ basis.double() - identity).abs().max() <= 1e-6
 
     energies = energy(matrix, basis)
-    excess = energies.sum().item() - wanted
-    assert excess <= 1e-5 * wanted + rank * floor
+    excess = energies.sum().item() - least
+    assert excess <= 1e-5 * least + rank * floor
     # The reported figure bounds the true one, up to the rounding of this very comparison.
-    assert excess <= result.energy_excess * max(wanted, rank * floor) + 0.05 * rank * floor
+    assert excess <= result.energy_excess * max(least, rank * floor) + 0.05 * rank * floor
     assert 0.75 * floor <= result.resolution <= (1 + 1e-6) * floor
 
     count = min(rank + 16, len(squares))

@@ -10,8 +10,8 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 from transformers.pytorch_utils import Conv1D
 
 import mica.fast
+from mica.cli.demo import smollm2_gguf
 from mica.cli.loading import find_source, load_model
-from mica.demo import smollm2_gguf
 
 
 class Net(nn.Module):
@@ -114,7 +114,7 @@ def python_reference_tokens():
     """(n,) token ids of Python's language reference under SmolLM2's tokenizer."""
     from transformers import AutoTokenizer
 
-    from mica.demo import python_reference_text
+    from mica.cli.demo import python_reference_text
 
     path = smollm2_gguf()
     tokenizer = AutoTokenizer.from_pretrained(str(path.parent), gguf_file=path.name)

@@ -131,7 +131,7 @@ SPECTRA: dict[str, Callable[[int, int, torch.Generator], torch.Tensor]] = {
     "times 1e-4": _scaled(1e-4),
 }
 
-# With exactly null singular values among the wanted ones: a tall weight leaves those vectors open.
+# With exactly null singular values among the smallest: a tall weight leaves those vectors open.
 NULL = {
     "rank deficient by 3",
     "rank deficient by most",

@@ -1,7 +1,6 @@
 """``mica adapt`` end to end on a tiny Llama, in process."""
 
 import json
-import math
 import subprocess
 import sys
 from pathlib import Path
@@ -15,10 +14,6 @@ from transformers import (
     AutoTokenizer,
 )
 
-from mica.cli.evaluate import perplexity
-from mica.cli.loading import suit_processor
-from mica.cli.text import pack, spread
-from mica.errors import UsageError
 from tests.support.tiny_cli import TEXT, adapt, byte_tokenizer, logits, tiny_llama
 
 
@@ -66,7 +61,7 @@ def test_printed_summary(model_dir, text_file, tmp_path, capsys, monkeypatch):
     assert not list((tmp_path / "elsewhere").iterdir())  # nothing is written outside --output
 
 
-def test_layers_that_something_goes_past_are_said(model_dir, text_file, tmp_path, capsys, monkeypatch):
+def test_layers_that_are_not_called_are_listed(model_dir, text_file, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr("mica.fast.calls._is_traced", False)
     monkeypatch.setattr("transformers.models.llama.modeling_llama.LlamaMLP.forward", lambda self, x: x)
     assert adapt(model_dir, text_file, tmp_path / "out", "--steps", 1) == 0
@@ -133,64 +128,6 @@ def test_help_needs_no_transformers():
     assert "float32 for GGUF" in " ".join(result.stdout.split())
 
 
-# Blocks and perplexity
-
-
-def test_held_out_tokens_are_never_trained_on():
-    first, second = list(range(1000)), list(range(2000, 2505))
-    train, held_out = pack([first, second], 10, 0.1, separator=-1)
-    assert held_out.flatten().tolist() == [*range(900, 1000), *range(2455, 2505)]
-    assert train.flatten().tolist() == [*range(900), -1, *range(2000, 2449)]
-    assert not set(train.flatten().tolist()) & set(held_out.flatten().tolist())
-
-
-def test_short_files_are_split_as_one():
-    documents = [list(range(start, start + 7)) for start in range(0, 70, 7)]
-    train, held_out = pack(documents, 10, 0.2)
-    assert train.flatten().tolist() == list(range(60))
-    assert held_out.tolist() == [list(range(60, 70))]
-
-
-def test_least_text_gives_one_block_each():
-    train, held_out = pack([list(range(20))], 10, 0.01)
-    assert (train.tolist(), held_out.tolist()) == ([list(range(10))], [list(range(10, 20))])
-    with pytest.raises(UsageError, match="19 tokens found, 20 needed"):
-        pack([list(range(19))], 10, 0.01)
-
-
-def test_spread_keeps_first_and_last():
-    blocks = torch.arange(100).view(50, 2)
-    assert spread(blocks, 50) is blocks
-    assert spread(blocks, 3)[:, 0].tolist() == [0, 48, 98]
-
-
-@pytest.mark.parametrize("batch_size", [1, 2, 5])
-def test_perplexity_by_hand(batch_size):
-    model = tiny_llama()
-    blocks = torch.randint(0, 257, (3, 16), generator=torch.Generator().manual_seed(0))
-    total = 0.0
-    for block in blocks:  # token by token: p(token | those before it in the block)
-        for position in range(1, 16):
-            scores = logits_of(model, block[None, :position])[0, -1].double()
-            total -= (scores - scores.logsumexp(0))[block[position]].item()
-    model.train()
-    assert perplexity(model, blocks, batch_size) == pytest.approx(math.exp(total / 45), rel=1e-5)
-    assert model.training
-
-
-def logits_of(model, ids):
-    with torch.no_grad():
-        return model(ids).logits
-
-
-def test_perplexity_takes_the_loss_in_fp32():
-    model = tiny_llama().bfloat16()
-    blocks = torch.arange(64).view(2, 32)
-    scores = logits_of(model, blocks)[:, :-1].double().log_softmax(-1)
-    expected = -scores.gather(-1, blocks[:, 1:, None]).mean()
-    assert perplexity(model, blocks, 2) == pytest.approx(expected.exp().item(), rel=1e-6)
-
-
 @pytest.fixture(params=[torch.bfloat16, torch.float16])
 def narrow_dir(request, tmp_path):
     """A checkpoint in 16 bits."""
@@ -207,17 +144,17 @@ def test_auto_is_float32_where_the_processor_has_no_such_instructions(
     folder, dtype = narrow_dir
     assert adapt(folder, text_file, tmp_path / "out", "--steps", "2", "--merge") == 0
     summary = json.loads((tmp_path / "out" / "summary.json").read_text(encoding="utf-8"))
-    said = capsys.readouterr().err
+    printed = capsys.readouterr().err
     assert summary["dtype"] == (dtype if native else "float32")
     assert load_file(tmp_path / "out" / "merged" / "model.safetensors")["model.norm.weight"].dtype == getattr(
         torch, summary["dtype"]
     )
     assert (
-        f"float32 and not the checkpoint's {dtype}: this processor has no {dtype} instr" in said
+        f"float32 and not the checkpoint's {dtype}: this processor has no {dtype} instr" in printed
     ) != native
 
 
-def test_an_explicit_dtype_is_obeyed_and_its_cost_said(monkeypatch, model_dir, text_file, tmp_path, capsys):
+def test_an_explicit_dtype_is_kept_and_its_cost_printed(monkeypatch, model_dir, text_file, tmp_path, capsys):
     monkeypatch.setattr("mica.cli.loading.has_native", lambda dtype: dtype == torch.float32)
     monkeypatch.setattr("mica.cli.loading.slowdown", lambda dtype: (12.2, 398.0))
     assert adapt(model_dir, text_file, tmp_path / "out", "--steps", "2", "--dtype", "bfloat16") == 0
@@ -226,11 +163,3 @@ def test_an_explicit_dtype_is_obeyed_and_its_cost_said(monkeypatch, model_dir, t
     (line,) = [line for line in capsys.readouterr().err.splitlines() if "note" in line]
     assert "12 times float32's time in a forward and 398 times in a backward" in line
     assert "--dtype float32 is quicker" in line
-
-
-def test_a_quantised_checkpoint_keeps_its_dtype(monkeypatch):
-    monkeypatch.setattr("mica.cli.loading.has_native", lambda dtype: False)
-    model = tiny_llama().bfloat16()
-    model.is_quantized = True
-    assert "quantised and computes in bfloat16" in suit_processor(model, "auto")
-    assert model.dtype == torch.bfloat16

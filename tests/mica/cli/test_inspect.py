@@ -11,8 +11,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
-from mica.cli import inspect, main, spectra
-from mica.errors import UsageError
+from mica.cli import main, spectra
 from mica.subspace import MinorSubspace
 from tests.support import models
 from tests.support.quantised_models import dequantised
@@ -36,8 +35,8 @@ def run(tmp_path, capsys):
     def run(model, *options, json_file=tmp_path / "table.json"):
         capsys.readouterr()
         status = main(["inspect", str(model), "--rank", "4", "--json", str(json_file), *map(str, options)])
-        found = json.loads(json_file.read_text(encoding="utf-8")) if json_file.is_file() else None
-        return status, found, capsys.readouterr()
+        table = json.loads(json_file.read_text(encoding="utf-8")) if json_file.is_file() else None
+        return status, table, capsys.readouterr()
 
     return run
 
@@ -61,11 +60,11 @@ def oracle(weight, rank):
     ("dtype", "rank"), [("float32", 4), ("bfloat16", 4), ("float32", 1), ("float32", 16)]
 )
 def test_rows_are_those_of_the_svd(dtype, rank, gpt2_dir, run):
-    status, found, _ = run(gpt2_dir, "--target-modules", EVERY_KIND, "--dtype", dtype, "--rank", rank)
+    status, table, _ = run(gpt2_dir, "--target-modules", EVERY_KIND, "--dtype", dtype, "--rank", rank)
     assert status == 0
-    assert (found["rank"], found["dtype"], found["layers_found"]) == (rank, dtype, 9)
+    assert (table["rank"], table["dtype"], table["layers_found"]) == (rank, dtype, 9)
     model = AutoModelForCausalLM.from_pretrained(gpt2_dir, dtype=getattr(torch, dtype))
-    for row in found["layers"]:
+    for row in table["layers"]:
         weight = model.get_submodule(row["name"]).weight.T  # both kinds are kept transposed
         assert row["shape"] == list(weight.shape)
         assert (row["dtype"], row["reason"], row["proven"]) == (dtype, None, True)
@@ -73,21 +72,21 @@ def test_rows_are_those_of_the_svd(dtype, rank, gpt2_dir, run):
         for number, value in expected.items():
             assert row[number] == (value if value is None else pytest.approx(value, rel=1e-5)), number
         assert 0 <= row["energy_excess"] <= 1e-5
-    assert {row["kind"] for row in found["layers"]} == {"Embedding", "Conv1D"}
-    assert found["layers_proven"] == 9
-    assert found["worst_energy_excess"] == max(row["energy_excess"] for row in found["layers"])
+    assert {row["kind"] for row in table["layers"]} == {"Embedding", "Conv1D"}
+    assert table["layers_proven"] == 9
+    assert table["worst_energy_excess"] == max(row["energy_excess"] for row in table["layers"])
 
 
 def test_table_says_what_the_json_says(model_dir, run):
-    status, found, captured = run(model_dir, "--target-modules", "q_proj,input_layernorm,embed_tokens")
+    status, table, captured = run(model_dir, "--target-modules", "q_proj,input_layernorm,embed_tokens")
     assert status == 0
     lines = captured.out.splitlines()
     assert str(model_dir) in lines[0]
     assert lines[1].split()[4:9] == ["dtype", "sigma_max", "sigma_5", "sigma_4", "sigma_1"]
-    assert len(lines) == 3 + len(found["layers"]) == 8
-    unsuitable = [row for row in found["layers"] if row["reason"]]
+    assert len(lines) == 3 + len(table["layers"]) == 8
+    unsuitable = [row for row in table["layers"] if row["reason"]]
     assert [row["kind"] for row in unsuitable] == ["LlamaRMSNorm"] * 2
-    for line, row in zip(lines[2:], found["layers"], strict=False):
+    for line, row in zip(lines[2:], table["layers"], strict=False):
         name, *cells = re.split("  +", line)
         assert name == row["name"]
         if row["reason"]:
@@ -125,10 +124,10 @@ def test_broken_weight_in_a_checkpoint_is_a_row(tmp_path, run):
     model = tiny_llama()
     model.model.layers[1].mlp.up_proj.weight.data[0, 0] = torch.inf
     model.save_pretrained(tmp_path / "model")
-    status, found, captured = run(tmp_path / "model")
+    status, table, captured = run(tmp_path / "model")
     assert status == 0
-    assert [row["name"] for row in found["layers"] if row["reason"]] == ["model.layers.1.mlp.up_proj"]
-    assert (found["layers_proven"], found["layers_unsuitable"]) == (13, 1)
+    assert [row["name"] for row in table["layers"] if row["reason"]] == ["model.layers.1.mlp.up_proj"]
+    assert (table["layers_proven"], table["layers_unsuitable"]) == (13, 1)
     assert "model.layers.1.mlp.up_proj" in captured.out
 
 
@@ -137,23 +136,23 @@ def test_nf4_checkpoint_can_be_adapted(model_dir, tmp_path, run):
     nf4 = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")
     model = AutoModelForCausalLM.from_pretrained(model_dir, quantization_config=nf4)
     model.save_pretrained(tmp_path / "model")
-    status, found, captured = run(tmp_path / "model", "--plot", tmp_path / "plot.png")
-    assert (status, found["layers_proven"], found["layers_unsuitable"]) == (0, 14, 0)
-    assert {(row["kind"], row["quantised"]) for row in found["layers"]} == {
+    status, table, captured = run(tmp_path / "model", "--plot", tmp_path / "plot.png")
+    assert (status, table["layers_proven"], table["layers_unsuitable"]) == (0, 14, 0)
+    assert {(row["kind"], row["quantised"]) for row in table["layers"]} == {
         ("Linear4bit", "bitsandbytes 4-bit")
     }
     assert captured.out.count("  bitsandbytes 4-bit, dequantised\n") == 14
-    (row,) = [row for row in found["layers"] if row["name"] == "model.layers.1.mlp.up_proj"]
+    (row,) = [row for row in table["layers"] if row["name"] == "model.layers.1.mlp.up_proj"]
     expected = oracle(dequantised(model.model.layers[1].mlp.up_proj), 4)
     for number, value in expected.items():
         assert row[number] == pytest.approx(value, rel=1e-3), number
 
 
 def test_rank_beyond_every_layer(model_dir, run, tmp_path):
-    status, found, captured = run(model_dir, "--rank", 99, "--plot", tmp_path / "plot.png")
-    assert found["layers_unsuitable"] == found["layers_found"] == 14
-    assert found["worst_energy_excess"] is None
-    assert captured.out.count("rank 99 > min(out, in)") == 14
+    status, table, captured = run(model_dir, "--rank", 99, "--plot", tmp_path / "plot.png")
+    assert table["layers_unsuitable"] == table["layers_found"] == 14
+    assert table["worst_energy_excess"] is None
+    assert captured.out.count("but got r=99 for this layer") == 14
     assert status == 2  # for the plot: there is nothing to draw
     assert "no layer can be adapted" in captured.err
     assert not (tmp_path / "plot.png").exists()
@@ -166,13 +165,13 @@ def test_what_is_not_proven_is_said(model_dir, run, monkeypatch):
         return MinorSubspace(basis, values, "svd", False, float("inf"), resolution=0.0)
 
     monkeypatch.setattr(spectra, "minor_subspace", solver)
-    status, found, captured = run(model_dir, "--target-modules", "q_proj")
+    status, table, captured = run(model_dir, "--target-modules", "q_proj")
     assert status == 0
     assert captured.out.count("  not proven  ") == 2
     assert captured.out.splitlines()[-1].endswith(
         "0 proven (worst energy excess -), 2 not proven, 0 cannot be adapted"
     )
-    assert [(row["proven"], row["energy_excess"]) for row in found["layers"]] == [(False, None)] * 2
+    assert [(row["proven"], row["energy_excess"]) for row in table["layers"]] == [(False, None)] * 2
 
 
 # The plot
@@ -190,34 +189,6 @@ def test_plot_is_a_png(gpt2_dir, run, tmp_path):
     assert sorted(file.name for file in tmp_path.iterdir()) == ["plot.png", "table.json"]
 
 
-def test_figure_marks_the_adapted_part():
-    from mica.cli.plot import figure
-
-    names = [f"h.{block}.{kind}" for block in range(3) for kind in ("attn.c_proj", "mlp.c_proj", "mlp.c_fc")]
-    values = {name: torch.logspace(0, -3, 16, dtype=torch.float64) for name in ["wte", *names]}
-    drawn = figure(values, 4, "tiny")
-    panels = [axes for axes in drawn.axes if axes.get_label() == "panel"]
-    titles = [axes.get_title(loc="left") for axes in panels]
-    assert titles == ["wte", "attn.c_proj", "mlp.c_proj", "c_fc"]
-    for axes, count in zip(panels, (1, 3, 3, 3), strict=True):
-        whole = [line for line in axes.lines if line.get_gid() == "spectrum"]
-        adapted = [line for line in axes.lines if line.get_gid() == "adapted"]
-        assert (len(whole), len(adapted)) == (count, count)
-        assert len({line.get_color() for line in whole}) == count
-        for line, part in zip(whole, adapted, strict=True):
-            assert list(line.get_xdata()) == [*range(16, 0, -1)]
-            assert list(part.get_xdata()) == [4, 3, 2, 1]
-            assert list(part.get_ydata()) == list(line.get_ydata())[-4:]
-            assert part.get_linewidth() > line.get_linewidth()
-        shading = [patch for patch in axes.patches if patch.get_gid() == "adapted"]
-        assert [(patch.get_x(), patch.get_width()) for patch in shading] == [(1, 3)]
-        assert axes.get_yscale() == "log"
-        assert axes.get_xlim() == (16, 1)
-    assert "tiny" in drawn.get_suptitle()
-    assert "r = 4" in drawn.get_suptitle()
-    assert "the 4 smallest" in drawn.legends[0].get_texts()[1].get_text()
-
-
 def test_plot_shows_the_chosen_values_exactly(model_dir, run, tmp_path, monkeypatch):
     """Also where the rest comes from a Gram matrix, which resolves less."""
     shown = {}
@@ -227,9 +198,11 @@ def test_plot_shows_the_chosen_values_exactly(model_dir, run, tmp_path, monkeypa
         return SimpleNamespace(savefig=lambda path, format: path.write_bytes(b""))
 
     monkeypatch.setattr("mica.cli.plot.figure", figure)
-    monkeypatch.setattr(spectra, "spectrum", lambda weight: torch.full((min(weight.shape),), 9.0).double())
-    _, found, _ = run(model_dir, "--plot", tmp_path / "plot.svg")
-    for row in found["layers"]:
+    monkeypatch.setattr(
+        "mica.subspace.spectrum.spectrum", lambda weight: torch.full((min(weight.shape),), 9.0).double()
+    )
+    _, table, _ = run(model_dir, "--plot", tmp_path / "plot.svg")
+    for row in table["layers"]:
         values = shown[row["name"]]
         assert (values[-5], values[-4], values[-1]) == (9, row["sigma_largest"], row["sigma_smallest"])
 
@@ -250,7 +223,7 @@ def error_of(captured) -> str:
 
 
 @pytest.mark.usefixtures("nothing_is_loaded")
-def test_missing_matplotlib_is_said_before_loading(model_dir, run, tmp_path, monkeypatch):
+def test_missing_matplotlib_is_reported_before_loading(model_dir, run, tmp_path, monkeypatch):
     for name in [name for name in sys.modules if name.split(".")[0] == "matplotlib"]:
         monkeypatch.setitem(sys.modules, name, None)
     monkeypatch.setitem(sys.modules, "matplotlib", None)
@@ -264,7 +237,7 @@ def test_missing_matplotlib_is_said_before_loading(model_dir, run, tmp_path, mon
 
 @pytest.mark.usefixtures("nothing_is_loaded")
 @pytest.mark.parametrize("option", ["--plot", "--json"])
-def test_bad_path_is_said_before_loading(option, model_dir, run, tmp_path, monkeypatch):
+def test_bad_path_is_reported_before_loading(option, model_dir, run, tmp_path, monkeypatch):
     folder = tmp_path / "folder.png"
     folder.mkdir()
     cases = [(folder, "not a file"), (tmp_path / "nowhere" / "x.png", "not a folder")]
@@ -293,28 +266,14 @@ def test_bad_path_is_said_before_loading(option, model_dir, run, tmp_path, monke
     ],
 )
 def test_bad_options(options, message, model_dir, run):
-    status, found, captured = run(model_dir, *options)
-    assert (status, found, captured.out) == (2, None, "")
+    status, table, captured = run(model_dir, *options)
+    assert (status, table, captured.out) == (2, None, "")
     assert message in error_of(captured)
 
 
 def test_model_not_found(run):
     status, _, captured = run("./nowhere")
     assert (status, captured.err) == (2, "mica inspect: error: ./nowhere: no such file or folder\n")
-
-
-def test_a_file_is_written_whole_or_not_at_all(tmp_path):
-    path = tmp_path / "table.json"
-    path.write_text("old")
-
-    def full_disk(scratch):
-        scratch.write_text("half")
-        raise OSError(28, "No space left on device")
-
-    with pytest.raises(UsageError, match=r"--json .*table.json: cannot be written: No space"):
-        inspect._write("--json", path, full_disk)
-    assert path.read_text() == "old"
-    assert list(tmp_path.iterdir()) == [path]
 
 
 @pytest.mark.parametrize("with_json", [True, False])

@@ -88,7 +88,7 @@ def test_version(capsys):
     ],
 )
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-def test_backend_that_cannot_be_had(backend, message, capsys, tmp_path, text_file, model_dir, monkeypatch):
+def test_backend_that_is_not_available(backend, message, capsys, tmp_path, text_file, model_dir, monkeypatch):
     monkeypatch.setenv("MICA_BACKEND", backend)
     monkeypatch.delenv("TRITON_INTERPRET")
     refused(capsys, adapt(model_dir, text_file, tmp_path / "out"), tmp_path / "out", message)
@@ -215,7 +215,7 @@ def remote_code_dir(tmp_path):
 
 def test_remote_code_only_with_the_flag(remote_code_dir, capsys, tmp_path, text_file, monkeypatch):
     monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
-    monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("asked on the terminal"))
+    monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("prompted on the terminal"))
     status = adapt(remote_code_dir, text_file, tmp_path / "out")
     refused(capsys, status, tmp_path / "out", "custom code", "--trust-remote-code")
     assert not (tmp_path / "mark").exists()

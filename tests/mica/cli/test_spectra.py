@@ -4,28 +4,18 @@ from dataclasses import fields
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from torch import nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
+from transformers.pytorch_utils import Conv1D
 
 from mica.cli import spectra
+from mica.fast.eligibility import adapter_weights
 from mica.subspace import MinorSubspace
+from mica.subspace.spectrum import spectrum
 from tests.support import models, quantised_models
 
 MEASURED = [field.name for field in fields(spectra.Row) if field.default is None]
-
-
-@pytest.mark.parametrize("make", [models.tiny_gpt2, models.tiny_llama])
-@pytest.mark.parametrize(
-    "names", ["all-linear", "embed_tokens,down_proj,wte,attn.c_proj", "0.mlp.c_fc,q_proj"]
-)
-def test_targets_are_those_of_peft(make, names):
-    model = make()
-    known = [name for name in names.split(",") if any(key.endswith(name) for key, _ in model.named_modules())]
-    names = ",".join(known) or "all-linear"
-    before = {name: type(module) for name, module in model.named_modules()}
-    found = spectra.find_targets(model, 4, names)
-    assert {name: type(module) for name, module in model.named_modules()} == before
-    wrapped = models.wrap(model, targets=names if names == "all-linear" else known, task_type="CAUSAL_LM")
-    assert list(found) == wrapped.base_model.targeted_module_names
 
 
 # Layers that cannot be adapted
@@ -50,12 +40,16 @@ def quantised():
 @pytest.mark.parametrize(
     ("layer", "shape", "reason"),
     [
-        (linear(torch.eye(8).fill_(torch.nan)), (8, 8), "must be finite, but got 64 NaN or infinite"),
-        (linear(torch.ones(8, 9, dtype=torch.int8)), (8, 9), "the weight has dtype int8"),
-        (linear(torch.ones(8, 3)), (8, 3), "rank 4 > min(out, in) = 3"),
-        (nn.Embedding(3, 8), (8, 3), "rank 4 > min(out, in) = 3"),
+        (
+            linear(torch.eye(8).fill_(torch.nan)),
+            (8, 8),
+            "but this layer has 64 NaN or Inf of 64",
+        ),
+        (linear(torch.ones(8, 9, dtype=torch.int8)), (8, 9), "this layer has a weight of dtype torch.int8"),
+        (linear(torch.ones(8, 3)), (8, 3), "with weight shape (8, 3) (max usable r is 3)"),
+        (nn.Embedding(3, 8), (8, 3), "with weight shape (3, 8) (max usable r is 3)"),
         (linear(torch.ones(8, 8, device="meta")), (8, 8), "not loaded"),
-        (quantised(), (8, 8), "a Packed, not a plain tensor"),
+        (quantised(), (8, 8), "this layer has a weight of dtype torch.uint8"),
         (nn.Conv2d(8, 8, 1), None, "a layer of type Conv2d"),
         (nn.Identity(), None, "a layer of type Identity"),
     ],
@@ -85,12 +79,12 @@ def test_quantised_layers_are_those_of_the_backend(kind, monkeypatch):
     expected = torch.linalg.svdvals(quantised_models.dequantised(layer))
     torch.testing.assert_close(values, expected[-4:], rtol=2e-2, atol=0)
     assert row.sigma_max == pytest.approx(expected[0].item(), rel=1e-2)
-    torch.testing.assert_close(spectra.spectrum(spectra.weight_of(layer, 4))[-4:], values, rtol=1e-5, atol=0)
+    torch.testing.assert_close(spectrum(spectra.weight_of(layer, 4))[-4:], values, rtol=1e-5, atol=0)
     assert [(name, parameter.requires_grad) for name, parameter in layer.named_parameters()] == trained
     assert type(model.model.layers[0].mlp.up_proj) is type(layer)
     adapted = quantised_models.adapted(kind)
     assert type(adapted.base_model.model.model.layers[0].mlp.up_proj.base_layer) is type(layer)
-    assert spectra.measure("layer", layer, 33)[0].reason == "rank 33 > min(out, in) = 32"
+    assert "max usable r is 32" in spectra.measure("layer", layer, 33)[0].reason
 
 
 def test_a_quantised_layer_that_the_backend_refuses():
@@ -101,36 +95,88 @@ def test_a_quantised_layer_that_the_backend_refuses():
     assert (row.quantised, values) == ("bitsandbytes 4-bit", None)
 
 
+# Both kinds: numbers exactly where get_peft_model adapts
+
+
+def unquantised_4bit():
+    return pytest.importorskip("bitsandbytes").nn.Linear4bit(16, 12)
+
+
+def with_weight(weight):
+    return lambda: linear(weight)
+
+
+def subclassed():
+    layer = nn.Linear(16, 12)
+    layer.weight = Packed(layer.weight.detach())
+    return layer
+
+
+def sharded():
+    layer = nn.Linear(16, 12)
+    layer.weight.device_mesh = "a mesh"
+    return layer
+
+
+def made_in_inference_mode():
+    with torch.inference_mode():
+        return linear(torch.randn(12, 16))
+
+
+LAYERS = {
+    "plain": (lambda: nn.Linear(16, 12), True),
+    "bf16": (lambda: nn.Linear(16, 12).bfloat16(), True),
+    "fp64": (lambda: nn.Linear(16, 12).double(), True),
+    "Conv1D": (lambda: Conv1D(12, 16), True),
+    "embedding": (lambda: nn.Embedding(16, 12), True),
+    "another class of linear layer": (lambda: NonDynamicallyQuantizableLinear(16, 12), True),
+    "weight of another class": (subclassed, True),
+    "weight norm": (lambda: nn.utils.parametrizations.weight_norm(nn.Linear(16, 12)), True),
+    "inference tensor": (made_in_inference_mode, True),
+    **dict.fromkeys(quantised_models.KINDS, (lambda: nn.Linear(16, 12), True)),
+    "not quantised yet": (unquantised_4bit, False),
+    "rank too large": (lambda: nn.Linear(16, 3), False),
+    "rank too large, embedding": (lambda: nn.Embedding(3, 16), False),
+    "NaN": (with_weight(torch.eye(12).fill_(torch.nan)), False),
+    "infinity": (with_weight(torch.eye(12) / 0), False),
+    "meta": (lambda: nn.Linear(16, 12, device="meta"), False),
+    "integers": (with_weight(torch.ones(12, 16, dtype=torch.int8)), False),
+    "packed": (quantised, False),
+    "sharded": (sharded, False),
+    "norm": (lambda: nn.LayerNorm(12), False),
+    "convolution": (lambda: nn.Conv2d(12, 12, 1), False),
+    "attention": (lambda: nn.MultiheadAttention(12, 2), False),
+    "container": (lambda: nn.Sequential(nn.Linear(16, 12)), False),
+}
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_numbers_exactly_where_the_backend_adapts(name, monkeypatch):
+    if "stub" in name:
+        quantised_models.stub_gptqmodel(monkeypatch)
+    make, can_be_adapted = LAYERS[name]
+    model = nn.Module()
+    model.layer, model.lm_head = make(), nn.Linear(4, 4)
+    model.is_loaded_in_4bit = name == "not quantised yet"  # as transformers does
+    if name in quantised_models.KINDS:
+        quantised_models.quantise(model, name)
+    row, values = spectra.measure("layer", model.layer, 4)
+    assert (row.reason is None) == (values is not None) == (row.sigma_max is not None) == can_be_adapted
+    config = LoraConfig(init_lora_weights="mica", r=4, target_modules=["layer"])
+    if not can_be_adapted:
+        with pytest.raises((ValueError, TypeError)):
+            get_peft_model(model, config)
+        return
+    adapted = get_peft_model(model, config).base_model.model.layer
+    _, lora_B = adapter_weights(adapted, "default")
+    assert lora_B.shape == (row.shape[0], 4)
+    assert not lora_B.requires_grad
+    weight = spectra.weight_of(adapted.base_layer, 4).double()
+    reached = torch.linalg.svdvals(lora_B.double().T @ weight)
+    torch.testing.assert_close(reached, values, rtol=2e-2, atol=1e-6)
+
+
 # Numbers
-
-
-@pytest.mark.parametrize("shape", [(64, 64), (40, 7), (7, 40), (1, 9), (9, 1)])
-@pytest.mark.parametrize("block", [16, 1 << 22])
-def test_largest_singular_value(shape, block, monkeypatch):
-    monkeypatch.setattr(spectra, "CONVERTED_ELEMENTS", block)
-    for weight in (torch.randn(shape), torch.ones(shape), torch.zeros(shape), torch.randn(shape).bfloat16()):
-        expected = torch.linalg.svdvals(weight.double())[0].item()
-        assert spectra.largest_singular_value(weight) == pytest.approx(expected, rel=1e-6, abs=1e-12)
-
-
-def graded(out_features, in_features, smallest):
-    count = min(out_features, in_features)
-    left = torch.linalg.qr(torch.randn(out_features, count, dtype=torch.float64)).Q
-    right = torch.linalg.qr(torch.randn(in_features, count, dtype=torch.float64)).Q
-    return left * torch.logspace(0, smallest, count, dtype=torch.float64) @ right.T
-
-
-@pytest.mark.parametrize("shape", [(20, 24), (24, 20), (100, 20), (20, 100)])  # the last two: streamed QR
-def test_spectrum(shape, monkeypatch):
-    weight = graded(*shape, -12)
-    expected = torch.linalg.svdvals(weight)
-    torch.testing.assert_close(spectra.spectrum(weight), expected, rtol=1e-9, atol=1e-15)
-    monkeypatch.setattr(spectra, "LARGEST_SVD", 19)
-    monkeypatch.setattr(spectra, "CONVERTED_ELEMENTS", 64)
-    by_gram = spectra.spectrum(weight)  # clipped where a Gram matrix shows nothing
-    floor = 2 * (20**0.5 * torch.finfo(torch.float64).eps) ** 0.5
-    torch.testing.assert_close(by_gram, expected.clamp_min(floor), rtol=0.3, atol=0)
-    torch.testing.assert_close(by_gram[:6], expected[:6], rtol=1e-6, atol=0)
 
 
 @pytest.mark.parametrize(("name", "shape"), [("embed", (12, 29)), ("up", (20, 12)), ("conv", (16, 20))])
@@ -153,14 +199,13 @@ def test_the_solver_sees_the_effective_weight(name, shape, monkeypatch):
 )
 def test_the_bound_is_for_the_chosen_rank(values, excess, ranks, reported, monkeypatch):
     """An excess of the three vectors may be one of the chosen two: more of their smaller energy."""
-    asked = []
+    ranks_solved = []
 
     def solver(weight, rank):
-        asked.append(rank)
-        found = torch.tensor(values[-rank:], dtype=torch.float64)
+        ranks_solved.append(rank)
         return MinorSubspace(
             basis=torch.eye(6, dtype=torch.float64)[:, -rank:],
-            singular_values=found,
+            singular_values=torch.tensor(values[-rank:], dtype=torch.float64),
             method="gram",
             certified=True,
             energy_excess=excess if rank == 3 else 7e-9,
@@ -169,7 +214,7 @@ def test_the_bound_is_for_the_chosen_rank(values, excess, ranks, reported, monke
 
     monkeypatch.setattr(spectra, "minor_subspace", solver)
     row, _ = spectra.measure("layer", linear(torch.randn(6, 6)), 2)
-    assert asked == ranks
+    assert ranks_solved == ranks
     assert row.proven
     assert row.energy_excess == pytest.approx(reported)
 

@@ -73,7 +73,7 @@ def test_twenty_steps_follow_stock_and_stock_loads_the_adapter(dtype, tmp_path):
 
 
 def check_logits_without_mica(model, folder):
-    from mica.demo import smollm2_gguf
+    from mica.cli.demo import smollm2_gguf
 
     model.save_pretrained(folder / "adapter")
     ids = python_reference_tokens()[:64].view(1, 64)

@@ -50,9 +50,9 @@ def test_every_method_is_that_of_the_single_matrices(dtype, transposed):
     assert all(gram.factor(s) for gram, s in zip(singles, shift, strict=True))
     same(batch.solve(vectors), [gram.solve(c) for gram, c in zip(singles, columns, strict=True)], 1e-9)
     smallest = batch.smallest(5)
-    for found, single, each in zip(smallest, singles, exact, strict=True):
-        assert error(found @ found.T, single.smallest(5) @ single.smallest(5).T) <= 1e-9
-        assert error(found.T @ each @ found, torch.linalg.eigvalsh(each)[:5].diag()) <= 1e-9
+    for basis, single, each in zip(smallest, singles, exact, strict=True):
+        assert error(basis @ basis.T, single.smallest(5) @ single.smallest(5).T) <= 1e-9
+        assert error(basis.T @ each @ basis, torch.linalg.eigvalsh(each)[:5].diag()) <= 1e-9
     raised = torch.linalg.eigh(exact).eigenvectors[..., :2].contiguous()
     for share, expected in ((0.999, True), (1.001, False)):
         bound = share * values[:, 2]
@@ -91,9 +91,9 @@ def test_orthonormal_vectors_of_all_or_none(kind, count, scale):
         vectors[1, :, -1] = 0
     elif kind == "dependent":
         vectors[1, :, -1] = 1e-9 * vectors[1, :, -1] + vectors[1, :, 0] * (count > 1)
-    found, triangle, safe = gram.orthonormal(vectors)
+    basis, triangle, safe = gram.orthonormal(vectors)
     assert safe == (kind == "independent" or (kind, count) == ("dependent", 1))
-    for each, factor, before in zip(found, triangle, vectors, strict=True):
+    for each, factor, before in zip(basis, triangle, vectors, strict=True):
         assert error(each.T @ each, torch.eye(count, dtype=torch.float64)) <= 1e-13
         assert error(each @ factor, before) <= 1e-13
         assert torch.equal(factor, factor.triu())
@@ -132,7 +132,7 @@ def test_the_error_bound_sees_one_wrong_entry():
     wrong = dense(talls())
     wrong[1, 3, 5] += 1e-3
     wrong[1, 5, 3] += 1e-3
-    bounds = batched._error_bound(talls(), wrong)
+    bounds = batched.error_bound(talls(), wrong)
     assert 1e-3 <= bounds[1] <= 2e-2
     assert bounds[0] <= gram.error[0]
 

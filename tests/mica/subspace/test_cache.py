@@ -28,11 +28,11 @@ def test_round_trip(cache, shape, dtype):
     assert cache.get(weight, rank) is None
     cache.put(weight, subspace)
     for reader in (cache, SubspaceCache(str(cache.folder))):
-        found = reader.get(weight.clone(), rank)
-        assert found is not subspace
-        assert found.basis.dtype == found.singular_values.dtype == subspace.basis.dtype
-        assert found.basis.is_contiguous()
-        assert same(found, subspace)
+        loaded = reader.get(weight.clone(), rank)
+        assert loaded is not subspace
+        assert loaded.basis.dtype == loaded.singular_values.dtype == subspace.basis.dtype
+        assert loaded.basis.is_contiguous()
+        assert same(loaded, subspace)
     assert cache.get(torch.randn(shape).to(dtype), rank) is None
 
 
@@ -47,12 +47,12 @@ def test_of_a_parameter_and_of_a_view_of_an_embedding(cache):
 def test_results_outlive_their_file(cache, weight):
     subspace = solved(weight, 4)
     cache.put(weight, subspace)
-    found = cache.get(weight, 4)
+    loaded = cache.get(weight, 4)
     path = only_file(cache.folder)
     path.write_bytes(bytes(path.stat().st_size))
     path.unlink()
-    found.basis.mul_(1)  # writable
-    assert same(found, subspace)
+    loaded.basis.mul_(1)  # writable
+    assert same(loaded, subspace)
 
 
 def test_a_key_computed_once_is_enough(cache, weight, monkeypatch):
@@ -111,7 +111,7 @@ def forged(cache, weight, **changes):
     subspace = dataclasses.replace(minor_subspace(weight, 4), **changes)
     key = fingerprint(weight)
     cache.put(weight, minor_subspace(weight, 4))
-    only_file(cache.folder).write_bytes(cache_module._encoded(key, subspace))
+    only_file(cache.folder).write_bytes(cache_module.encoded(key, subspace))
     return cache.get(weight, 4)
 
 
@@ -227,7 +227,7 @@ def test_turned_off(monkeypatch, setting):
 
 
 @pytest.mark.parametrize("setting", [None, "1", "on", "True", "YES"])
-def test_beside_the_hub_by_default(monkeypatch, tmp_path, setting):
+def test_next_to_the_hub_by_default(monkeypatch, tmp_path, setting):
     if setting is None:
         monkeypatch.delenv("MICA_CACHE", raising=False)
     else:
@@ -237,7 +237,7 @@ def test_beside_the_hub_by_default(monkeypatch, tmp_path, setting):
     assert not (tmp_path / "hub").exists()
 
 
-def test_a_folder_of_ones_own_read_at_call_time(monkeypatch, tmp_path, weight):
+def test_another_folder_is_read_at_call_time(monkeypatch, tmp_path, weight):
     monkeypatch.setenv("HOME", str(tmp_path))
     for setting, folder in ((str(tmp_path / "a b"), tmp_path / "a b"), ("~/c", tmp_path / "c")):
         monkeypatch.setenv("MICA_CACHE", setting)

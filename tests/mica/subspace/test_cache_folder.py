@@ -83,17 +83,17 @@ def test_the_longest_unused_go_first(tmp_path, weight):
     cache.put(weights[0], solved(weights[0], 4))
     each = only_file(tmp_path).stat().st_size
     cache = SubspaceCache(tmp_path, 3 * each + each // 2)
-    (tmp_path / "thesis.safetensors").write_bytes(bytes(10 * each))  # somebody else's
+    (tmp_path / "thesis.safetensors").write_bytes(bytes(10 * each))  # not the cache's
     of_version_1 = tmp_path / f"{'0a' * 20}.safetensors"
     of_version_1.write_bytes(bytes(each))
     os.utime(of_version_1, (1, 1))
 
     def held():
-        return [i for i in range(6) if cache._path(fingerprint(weights[i]), 4).exists()]
+        return [i for i in range(6) if cache.path(fingerprint(weights[i]), 4).exists()]
 
     for i, expected in ((1, [0, 1]), (2, [0, 1, 2]), (3, [0, 2, 3]), (4, [0, 3, 4])):
         for index in held():
-            os.utime(cache._path(fingerprint(weights[index]), 4), (index + 2, index + 2))
+            os.utime(cache.path(fingerprint(weights[index]), 4), (index + 2, index + 2))
         assert cache.get(weights[0], 4) is not None  # used: not the first to go
         cache.put(weights[i], solved(weights[i], 4))
         assert held() == expected

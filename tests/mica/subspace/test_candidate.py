@@ -26,7 +26,7 @@ def stated(matrix: torch.Tensor, method: str = "gram") -> Problem:
     return problem(tall, gram, RANK, basis_is_long, 0, method)
 
 
-def wanted(state: Problem, extra: int = 0) -> torch.Tensor:
+def exact_vectors(state: Problem, extra: int = 0) -> torch.Tensor:
     """The exact short vectors, in another basis; ``extra`` places above the smallest."""
     _, _, right = torch.linalg.svd(state.tall.double(), full_matrices=False)
     last = right.shape[-2] - extra
@@ -43,14 +43,14 @@ def test_triplets_of_a_span(name, shape, batch, monkeypatch):
     matrix = torch.stack([matrix, matrix.flip(0)]) if batch else matrix
     state = stated(matrix)
     left, values, right = torch.linalg.svd(matrix.double(), full_matrices=False)
-    found = candidate(state, wanted(state))
-    assert error(found.singular_values, values[..., -RANK:]) <= 1e-9
+    triplets = candidate(state, exact_vectors(state))
+    assert error(triplets.singular_values, values[..., -RANK:]) <= 1e-9
     short = right.mT if state.basis_is_long else left
-    for vectors, exact in ((found.basis, left[..., -RANK:]), (found.short_vectors, short[..., -RANK:])):
+    for vectors, exact in ((triplets.basis, left[..., -RANK:]), (triplets.short_vectors, short[..., -RANK:])):
         cosines = (exact.mT @ vectors).abs()
         assert error(cosines, torch.eye(RANK, dtype=torch.float64).expand_as(cosines)) <= 1e-7
     if name == "graded to 1.6e-6":
-        assert not found.resolved
+        assert not triplets.resolved
 
 
 def test_the_weight_is_passed_over_only_where_it_has_to_be(monkeypatch):
@@ -65,11 +65,11 @@ def test_the_weight_is_passed_over_only_where_it_has_to_be(monkeypatch):
     ):
         calls.clear()
         state = stated(weight(name, *shape))
-        found = candidate(state, wanted(state))
+        triplets = candidate(state, exact_vectors(state))
         assert len(calls) == passes
-        assert found.resolved == (name != "graded to 1.6e-6")
+        assert triplets.resolved == (name != "graded to 1.6e-6")
     fine = stated(weight("gaussian", 40, 60).double())  # fp64 results want what the Gram has lost
-    assert not candidate(fine, wanted(fine)).resolved
+    assert not candidate(fine, exact_vectors(fine)).resolved
 
 
 @pytest.mark.parametrize("batch", [False, True])
@@ -79,7 +79,7 @@ def test_null_vectors_of_a_tall_weight_are_not_in_the_gram(name, batch):
         matrix = weight(name, *shape)
         matrix = torch.stack([weight("gaussian", *shape), matrix]) if batch else matrix
         state = stated(matrix)
-        assert (candidate(state, wanted(state)) is None) == expected
+        assert (candidate(state, exact_vectors(state)) is None) == expected
 
 
 def test_an_error_of_the_gram_makes_small_values_null_and_unresolved():
@@ -87,10 +87,10 @@ def test_an_error_of_the_gram_makes_small_values_null_and_unresolved():
         state = stated(weight("gaussian", *shape))
         least = truth(weight("gaussian", *shape)).squares[-1]
         state.gram.error = 0.9 * least
-        assert candidate(state, wanted(state)) is not None
-        assert not candidate(state, wanted(state)).resolved
+        assert candidate(state, exact_vectors(state)) is not None
+        assert not candidate(state, exact_vectors(state)).resolved
         state.gram.error = 1.1 * least
-        assert (candidate(state, wanted(state)) is None) == matters
+        assert (candidate(state, exact_vectors(state)) is None) == matters
 
 
 @pytest.mark.parametrize("batch", [False, True])
@@ -102,7 +102,7 @@ def test_the_judgement_on_right_and_wrong_vectors(shape, name, batch, strict):
     matrix = torch.stack([matrix, 2 * matrix]) if batch else matrix
     state = stated(matrix)
     for extra in (0, 1):
-        judgement = judged(state, candidate(state, wanted(state, extra)), strict)
+        judgement = judged(state, candidate(state, exact_vectors(state, extra)), strict)
         assert judgement.basis.dtype == torch.float32
         assert judgement.certified.tolist() == ([strict and not extra] * 2 if batch else strict and not extra)
         singles = zip(judgement.basis, matrix, strict=True) if batch else [(judgement.basis, matrix)]
@@ -120,27 +120,27 @@ def test_the_judgement_on_right_and_wrong_vectors(shape, name, batch, strict):
 
 def test_what_the_gram_does_not_see_counts_as_energy():
     state = stated(weight("gaussian", 40, 60))
-    found = candidate(state, wanted(state))
-    assert found.resolved
-    plain = judged(state, found, True)
+    triplets = candidate(state, exact_vectors(state))
+    assert triplets.resolved
+    plain = judged(state, triplets, True)
     least = truth(weight("gaussian", 40, 60)).squares[-RANK:].sum()
     state.gram.error = 1e-8 * least
-    with_error = judged(state, found, True)
+    with_error = judged(state, triplets, True)
     # once for the energy of the basis, once for the deficit
     assert with_error.energy_excess - plain.energy_excess == pytest.approx(2 * RANK * 1e-8, rel=1e-3)
     state.gram.error = 1e-5 * least
-    assert not judged(state, found, True).certified
+    assert not judged(state, triplets, True).certified
 
 
 def test_the_energy_from_the_gram_is_an_upper_bound():
     """By the share of the resolution that the certificate allows for rounding."""
     state = stated(weight("gaussian", 40, 60))
-    found = candidate(state, wanted(state))
-    basis = found.basis.float()
+    triplets = candidate(state, exact_vectors(state))
+    basis = triplets.basis.float()
     exact = energy(weight("gaussian", 40, 60), basis).sum()
     allowance = RANK * ROUNDING * state.resolution
-    found_energy = module._energy(state, found, basis, torch.ones(1, RANK))
-    assert found_energy - exact == pytest.approx(allowance.item(), rel=0.2)
+    energy_by_gram = module.energy_of(state, triplets, basis, torch.ones(1, RANK))
+    assert energy_by_gram - exact == pytest.approx(allowance.item(), rel=0.2)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -151,10 +151,10 @@ def test_the_energy_where_the_gram_does_not_resolve_it(name, shape, batch, dtype
     """To the digits of a product with the weight itself, from the Gram of what rounding has changed alone."""
     matrix = weight(name, *shape)
     state = stated(torch.stack([matrix, 2 * matrix]) if batch else matrix)
-    found = candidate(state, wanted(state))._replace(resolved=False)
-    basis = found.basis.to(dtype)
-    signs = module._signs(basis)
-    values = module._energy(state, found, basis * signs, signs).reshape(-1)
+    triplets = candidate(state, exact_vectors(state))._replace(resolved=False)
+    basis = triplets.basis.to(dtype)
+    signs = module.signs_of(basis)
+    values = module.energy_of(state, triplets, basis * signs, signs).reshape(-1)
     floor = RANK * state.resolution.reshape(-1)
     for position, value in enumerate(values):
         single = (basis * signs)[position] if batch else basis
@@ -164,9 +164,9 @@ def test_the_energy_where_the_gram_does_not_resolve_it(name, shape, batch, dtype
 
 def test_rounding_to_the_dtype_is_judged_too():
     state = stated(weight("graded to 1.6e-6", 50, 50))
-    found = candidate(state, wanted(state))
+    triplets = candidate(state, exact_vectors(state))
     state.dtype = torch.bfloat16
-    judgement = judged(state, found, True)
+    judgement = judged(state, triplets, True)
     assert judgement.energy_excess > CERTIFIED_EXCESS
     assert not judgement.certified
 
@@ -178,17 +178,17 @@ def test_signs(batch):
     if batch:
         columns, expected = torch.stack([columns, -columns]), torch.stack([expected, expected])
     for given in (columns, -columns, columns.mT.contiguous().mT):
-        assert torch.equal(given * module._signs(given), expected)
+        assert torch.equal(given * module.signs_of(given), expected)
 
 
 def test_only_krylov_pays_for_shifts(monkeypatch):
-    asked = []
+    seeds = []
     bounds = module.bounds
-    monkeypatch.setattr(module, "bounds", lambda gram, seed: asked.append(seed) or bounds(gram, seed))
+    monkeypatch.setattr(module, "bounds", lambda gram, seed: seeds.append(seed) or bounds(gram, seed))
     norms = [
         stated(weight("gaussian", 40, 60), method).limits.norm.item() for method in ("krylov", "gram", "svd")
     ]
-    assert asked == [0]
+    assert seeds == [0]
     assert norms[1] == norms[2] == pytest.approx(norms[0], rel=1e-2)
 
 

@@ -71,8 +71,8 @@ def test_so_have_many_and_the_cache(path, foreign_default, tmp_path):
     expected = dict(solve_many(tasks))
     cache = SubspaceCache(tmp_path)
     for _ in range(2):
-        found = foreign_default(lambda: dict(solve_many(tasks, cache=cache)))
-        assert all(same(found[index], expected[index]) for index in expected)
+        results = foreign_default(lambda: dict(solve_many(tasks, cache=cache)))
+        assert all(same(results[index], expected[index]) for index in expected)
     key = fingerprint(tasks[0].weight)
     assert foreign_default(lambda: fingerprint(tasks[0].weight)) == key
 
@@ -94,6 +94,6 @@ def test_so_have_the_layers_of_a_model(path, foreign_default, monkeypatch):
     expected = adapted()
     fill = initialisation.fill
     monkeypatch.setattr(initialisation, "fill", lambda waiting: foreign_default(lambda: fill(waiting)))
-    found = adapted()
-    assert len(found) == len(expected) == 2
-    assert all(torch.equal(*pair) for pair in zip(found, expected, strict=True))
+    results = adapted()
+    assert len(results) == len(expected) == 2
+    assert all(torch.equal(*pair) for pair in zip(results, expected, strict=True))

@@ -27,12 +27,12 @@ torch.save([(r.basis, r.singular_values, r.energy_excess, r.method) for r in res
 def runs(tmp_path_factory):
     folder = tmp_path_factory.mktemp("determinism")
     torch.save([(weight("gaussian", *shape), RANK, method) for shape, method in CASES], folder / "cases")
-    found = []
+    results = []
     for index, threads in enumerate((1, 1, 2)):
         arguments = [str(threads), str(folder / "cases"), str(folder / str(index))]
         subprocess.run([sys.executable, "-c", PROGRAM, *arguments], check=True)
-        found.append(torch.load(folder / str(index)))
-    return found
+        results.append(torch.load(folder / str(index)))
+    return results
 
 
 @pytest.mark.parametrize("case", range(len(CASES)), ids=str)

@@ -52,21 +52,21 @@ def recorded(monkeypatch):
 def test_every_spectrum(name, shape, method, weak, monkeypatch):
     monkeypatch.setattr(batched, "has_weak_fp64", lambda device: weak)
     matrices = stack([name, "gaussian"], shape)
-    found = solved(matrices, method)
+    results = solved(matrices, method)
     tall, room = shape[0] > shape[1], krylov.fits(min(shape), RANK)
     if method == "krylov" and not room:
-        assert not found
+        assert not results
         return
-    assert found[1].method in ("krylov", "gram")
-    for index, result in found.items():
+    assert results[1].method in ("krylov", "gram")
+    for index, result in results.items():
         judge(matrices[index], result)
         assert result.certified
         assert result.null_count == 0
         assert result.method == ("krylov" if method != "gram" and room else "gram")
     if tall and name in NULL:
-        assert 0 not in found
+        assert 0 not in results
     if method == "gram" and not (tall and (name in NULL or name.startswith("graded"))):
-        assert 0 in found
+        assert 0 in results
 
 
 @pytest.mark.parametrize("shape", [(200, 140), (140, 200), (60, 40)], ids=str)
@@ -78,9 +78,9 @@ def test_a_matrix_in_trouble_leaves_the_others_alone(shape, trouble, position, w
     names = ["gaussian", "row scales"]
     names.insert(position, trouble)
     matrices = stack(names, shape)
-    found = solved(matrices)
-    assert found.keys() >= set(range(3)) - {position}
-    for index, result in found.items():
+    results = solved(matrices)
+    assert results.keys() >= set(range(3)) - {position}
+    for index, result in results.items():
         judge(matrices[index], result)
         assert result.certified
 
@@ -89,9 +89,9 @@ def test_a_matrix_in_trouble_leaves_the_others_alone(shape, trouble, position, w
 def test_what_is_not_certified_is_tried_alone_and_then_left_out(shape, recorded, monkeypatch):
     judged = device.judged
 
-    def refusing(problem, found, strict):
+    def refusing(problem, triplets, strict):
         """The matrix of small numbers is never certified."""
-        judgement = judged(problem, found, strict)
+        judgement = judged(problem, triplets, strict)
         small = judgement.singular_values[..., 0] < 1e-1
         return judgement._replace(certified=judgement.certified & ~small)
 
@@ -106,9 +106,9 @@ def test_what_is_not_certified_is_tried_alone_and_then_left_out(shape, recorded,
 def test_mixed_products_where_they_suffice_else_fp64(shape, method, weak_fp64, recorded):
     """fp32 products lose σ² below 1e-7 ‖W‖², and what loses it is solved again."""
     matrices = stack(["gaussian", "tail x 1e-6", "times 1e4"], shape)
-    found = solved(matrices, method)
-    assert found.keys() >= {0, 2}
-    for index, result in found.items():
+    results = solved(matrices, method)
+    assert results.keys() >= {0, 2}
+    for index, result in results.items():
         judge(matrices[index], result)
     assert recorded[0] == (3, True)
     assert len(recorded) > 1
@@ -125,27 +125,27 @@ def test_a_users_autocast_does_not_reach_mixed_products(weak_fp64, recorded, mon
     matrices = stack(["gaussian", "hard edge"], (300, 140))
     expected = solver.solve_each(matrices, RANK)
     with torch.autocast("cpu", torch.bfloat16):
-        found = solver.solve_each(matrices, RANK)
+        results = solver.solve_each(matrices, RANK)
     assert recorded[0] == (2, True)
-    assert all(torch.equal(one.basis, other.basis) for one, other in zip(found, expected, strict=True))
+    assert all(torch.equal(one.basis, other.basis) for one, other in zip(results, expected, strict=True))
 
 
 @pytest.mark.parametrize("count", [1, 2])
 def test_what_mixed_products_do_not_settle_is_next_a_batch_in_fp64(count, weak_fp64, recorded):
     matrices = stack(["tail x 1e-6", "graded to 1.6e-6"][:count], (140, 300))
-    found = solved(matrices, "gram")
-    assert found.keys() == set(range(count))
+    results = solved(matrices, "gram")
+    assert results.keys() == set(range(count))
     assert recorded == [(count, True), (count, False)]
-    for index, result in found.items():
+    for index, result in results.items():
         judge(matrices[index], result)
 
 
 @pytest.mark.parametrize("scale", [1e-30, 1e-18, 1e18, 1e30])
 def test_mixed_products_that_overflow_or_underflow(scale, weak_fp64):
     matrices = stack(["gaussian", "hard edge"], (40, 100)) * scale
-    found = solved(matrices)
-    assert found.keys() == {0, 1}
-    for index, result in found.items():
+    results = solved(matrices)
+    assert results.keys() == {0, 1}
+    for index, result in results.items():
         judge(matrices[index], result)
 
 
@@ -172,9 +172,9 @@ def test_what_is_the_host_s_from_the_start(shape, recorded):
 def test_without_strict_all_but_the_null_are_returned(shape, method, monkeypatch):
     monkeypatch.setattr(batched.BatchGram, "exceeds", None)  # no factorisation for a proof
     matrices = stack([*EASY, "rank 5"], shape)
-    found = solved(matrices, method, strict=False)
-    assert found.keys() == set(range(4 if shape[0] > shape[1] else 5))
-    for index, result in found.items():
+    results = solved(matrices, method, strict=False)
+    assert results.keys() == set(range(4 if shape[0] > shape[1] else 5))
+    for index, result in results.items():
         judge(matrices[index], result)
         assert not result.certified
         assert 0 <= result.energy_excess <= 1 + 1e-5

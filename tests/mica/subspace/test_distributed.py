@@ -1,4 +1,4 @@
-"""Shared among processes: the same bits everywhere, each its own weights, and nobody waits for ever."""
+"""Shared among processes: the same bits everywhere, each its own weights, and none waits forever."""
 
 import time
 from datetime import timedelta
@@ -31,11 +31,11 @@ def solve(tasks, cache=None):
 
     many.solve_each = counting
     try:
-        found = list(solve_shared(tasks, cache=cache))
+        subspaces = list(solve_shared(tasks, cache=cache))
     finally:
         many.solve_each = solver
-    assert len({index for index, _ in found}) == len(found) == len(tasks)
-    return {index: result.basis for index, result in found}, own
+    assert len({index for index, _ in subspaces}) == len(subspaces) == len(tasks)
+    return {index: result.basis for index, result in subspaces}, own
 
 
 def alone(tasks):
@@ -105,7 +105,7 @@ def _one_has_no_weights(rank):
     return first, time.perf_counter() - start, solve(make_tasks())
 
 
-def test_nobody_waits_for_a_process_without_weights():
+def test_no_process_waits_for_a_process_without_weights():
     (first, seconds, (bases, own)), (_, _, (others, theirs)) = gloo.run(_one_has_no_weights)
     assert_same(first[0], alone(make_tasks()))
     assert len(first[1]) == len(SHAPES)
@@ -118,11 +118,11 @@ def _meet_again(calls):
     """What each of ``calls`` gives, and then what a joint call gives, and how long it takes."""
     patience = distributed.PATIENCE
     distributed.PATIENCE = timedelta(seconds=0.5)
-    found = [call() for call in calls]
+    subspaces = [call() for call in calls]
     dist.barrier()
     distributed.PATIENCE = patience
     start = time.perf_counter()
-    return found, solve(make_tasks()), time.perf_counter() - start
+    return subspaces, solve(make_tasks()), time.perf_counter() - start
 
 
 def assert_met(results):
@@ -142,9 +142,9 @@ def test_processes_that_have_called_alone_meet_again():
     calls = (2, 0, 1)
     results = gloo.run(_some_have_called_alone, calls, count=len(calls))
     assert_met(results)
-    for (found, _, _), count in zip(results, calls, strict=True):
-        assert len(found) == count
-        assert all(len(own) == len(SHAPES) for _, own in found)
+    for (subspaces, _, _), count in zip(results, calls, strict=True):
+        assert len(subspaces) == count
+        assert all(len(own) == len(SHAPES) for _, own in subspaces)
 
 
 def _one_comes_too_late(rank):

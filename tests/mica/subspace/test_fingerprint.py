@@ -136,7 +136,7 @@ def test_expanded_and_flipped_weights_have_keys():
 def linear_digest(words):
     """(digest, forged): Σ b_j mix(a_j x_j) mod 2^64 of a row x of int64, with mix(y) = y xor (y >> 32) and
 
-    known a, b; and a function that gives a row the wanted one by changing its last word.
+    known a, b; and a function that gives a row the target one by changing its last word.
     """
 
     def numbers(count, seed):
@@ -151,13 +151,13 @@ def linear_digest(words):
         product = row.numpy()[0].view(np.uint64) * first
         return ((product ^ (product >> np.uint64(32))) * second).sum()
 
-    def forged(row, wanted):
+    def forged(row, target):
         row = row.clone()
         row[0, -1] = 0
-        rest = (int(wanted) - int(digest(row))) * pow(int(second[-1]), -1, 2**64) % 2**64
+        rest = (int(target) - int(digest(row))) * pow(int(second[-1]), -1, 2**64) % 2**64
         word = (rest ^ (rest >> 32)) * pow(int(first[-1]), -1, 2**64) % 2**64
         row[0, -1] = torch.from_numpy(np.array([word], dtype=np.uint64).view(np.int64))[0]
-        assert digest(row) == wanted
+        assert digest(row) == target
         return row
 
     return digest, forged
@@ -210,10 +210,10 @@ def test_on_cuda(cache, dtype):
         assert fingerprint(view) == fingerprint(view.cuda())
     subspace = solved(weight, 4)
     cache.put(weight.cuda(), subspace)
-    found = cache.get(weight.cuda(), 4)
-    assert found.basis.is_cuda
-    assert found.singular_values.is_cuda
-    assert torch.equal(found.basis.cpu(), subspace.basis)
+    loaded = cache.get(weight.cuda(), 4)
+    assert loaded.basis.is_cuda
+    assert loaded.singular_values.is_cuda
+    assert torch.equal(loaded.basis.cpu(), subspace.basis)
 
 
 @pytest.mark.parametrize(

@@ -92,9 +92,9 @@ class Checked:
 
     def smallest(self):
         for count in {1, self.gram.size}:
-            found = self.gram.smallest(count)
-            assert error(self.dense @ found, found * self.values[:count]) <= 1e-12
-            assert error(found.T @ found, self.unit[:count, :count]) <= 1e-13
+            basis = self.gram.smallest(count)
+            assert error(self.dense @ basis, basis * self.values[:count]) <= 1e-12
+            assert error(basis.T @ basis, self.unit[:count, :count]) <= 1e-13
 
 
 CALLS = [
@@ -184,10 +184,10 @@ def test_orthonormal_vectors_however_dependent(kind, scale):
     gram = HostGram(weight("gaussian", 50, 40))
     vectors = scale * with_last_column(kind)
     before = vectors.clone()
-    found, triangle, safe = gram.orthonormal(vectors)
+    basis, triangle, safe = gram.orthonormal(vectors)
     assert safe == (kind == "independent")
-    assert error(found.T @ found, torch.eye(6, dtype=torch.float64)) <= 1e-13
-    assert error(found @ triangle, before) <= 1e-13
+    assert error(basis.T @ basis, torch.eye(6, dtype=torch.float64)) <= 1e-13
+    assert error(basis @ triangle, before) <= 1e-13
     assert torch.equal(triangle, triangle.triu())
     assert torch.equal(vectors, before)
 
@@ -212,13 +212,13 @@ def test_partial_eigenvectors_read_the_lower_triangle(size, count):
 
 def test_partial_eigenvectors_fall_back_to_all(monkeypatch):
     """LAPACK's inverse iteration may fail to converge, or lose a vector of a cluster."""
-    asked = []
+    counts = []
     monkeypatch.setattr(
-        "mica.subspace.lapack.smallest_eigenvectors", lambda matrix, count: asked.append(count)
+        "mica.subspace.lapack.smallest_eigenvectors", lambda matrix, count: counts.append(count)
     )
     tall = weight("gaussian", 40, 30).double()
     dense = tall.T @ tall
     vectors = torch.from_numpy(partial_eigenvectors(np.asfortranarray(dense.numpy()), 3))
-    assert asked == [3]
+    assert counts == [3]
     values = torch.linalg.eigvalsh(dense)[:3]
     assert error(dense @ vectors, vectors * values) <= 1e-12

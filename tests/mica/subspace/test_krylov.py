@@ -100,8 +100,8 @@ def test_a_basis_is_orthonormal_where_the_space_is_exhausted(kind, columns, fill
         tall[:, :columns] = weight("gaussian" if filling == "gaussian" else "rank 5", 140, columns)
     gram, exact = kind(tall), dense(tall)
     for width, steps in ((1, 40), (16, 6)):
-        start = krylov._random(gram, width, 0)
-        basis, projected = krylov._extended(gram, gram.apply, start, steps)
+        start = krylov.random_block(gram, width, 0)
+        basis, projected = krylov.block_lanczos(gram, gram.apply, start, steps)
         basis, projected = basis.reshape(100, -1), projected.reshape(width * steps, -1)
         assert error(basis.T @ basis, torch.eye(width * steps, dtype=torch.float64)) <= 1e-13
         assert torch.equal(basis[:, :width], start.reshape(100, width))
@@ -110,16 +110,16 @@ def test_a_basis_is_orthonormal_where_the_space_is_exhausted(kind, columns, fill
         norm = torch.linalg.matrix_norm(exact, 2).item()
         assert torch.linalg.eigvalsh(projected)[-1].item() == pytest.approx(norm, rel=1e-9)
     exhausted = columns < krylov.NORM_STEPS
-    for found in (krylov.bounds(gram, 0).norm.item(), krylov.norm(gram, 0).item()):
-        assert (1 - 1e-9 if exhausted else 0.75) * norm <= found <= (1 + 1e-9) * norm
+    for estimate in (krylov.bounds(gram, 0).norm.item(), krylov.norm(gram, 0).item()):
+        assert (1 - 1e-9 if exhausted else 0.75) * norm <= estimate <= (1 + 1e-9) * norm
 
 
 def test_the_norm_of_each_of_a_batch_and_of_zero():
     weights = torch.stack([weight("gaussian", 60, 40), weight("rank 5", 60, 40), torch.zeros(60, 40)])
-    found = krylov.norm(BatchGram(weights), 0)
-    assert found.shape == (3,)
-    assert found[2] == 0
-    for matrix, batched in zip(weights, found, strict=True):
+    norms = krylov.norm(BatchGram(weights), 0)
+    assert norms.shape == (3,)
+    assert norms[2] == 0
+    for matrix, batched in zip(weights, norms, strict=True):
         assert krylov.norm(HostGram(matrix), 0).item() == pytest.approx(batched.item(), rel=1e-9)
 
 
@@ -132,8 +132,8 @@ def test_a_basis_holds_the_powers():
         seen.append((basis.shape, projected.shape))
         return 2
 
-    basis, _ = krylov._extended(gram, gram.apply, krylov._random(gram, 4, 0), 6, 2, judge)
-    power = krylov._random(gram, 4, 0)
+    basis, _ = krylov.block_lanczos(gram, gram.apply, krylov.random_block(gram, 4, 0), 6, 2, judge)
+    power = krylov.random_block(gram, 4, 0)
     for step in range(6):
         part = basis[:, : 4 * (step + 1)]
         assert error(part @ (part.T @ power), power) <= 1e-10
@@ -150,7 +150,7 @@ def test_the_judge_ends_it_and_has_the_last_word(further):
         calls.append(basis.shape[1])
         return further
 
-    krylov._extended(gram, gram.apply, krylov._random(gram, 3, 0), 5, 2, judge)
+    krylov.block_lanczos(gram, gram.apply, krylov.random_block(gram, 3, 0), 5, 2, judge)
     assert calls == {0: [6], 1: [6, 9, 12, 15], 9: [6, 15]}[further]
 
 
@@ -161,26 +161,26 @@ def test_converged_means_small_residuals(name, shape, eps):
     tall = weight(name, *shape)
     gram, exact = HostGram(tall), dense(tall)
     limits = krylov.bounds(gram, 0)
-    found = krylov.smallest_eigenvectors(gram, RANK, limits, eps, 0)
+    ritz = krylov.smallest_eigenvectors(gram, RANK, limits, eps, 0)
     if name == "zero":
-        assert found is None
+        assert ritz is None
         return
-    vectors = found.vectors
+    vectors = ritz.vectors
     assert vectors.shape == (gram.size, RANK)
     assert error(vectors.T @ vectors, torch.eye(RANK, dtype=torch.float64)) <= 1e-13
     values = torch.linalg.eigvalsh(exact)
     floor = krylov.resolution(gram.size, values[-1])
     ritz_values = (vectors.T @ exact @ vectors).diagonal()
-    wanted = values[:RANK].clamp_min(0).sum() + RANK * floor
-    allowed = min(1e-6 * wanted / RANK**0.5, 0.5 * eps * (values[-1] * (values[RANK - 1] + floor)).sqrt())
+    energy = values[:RANK].clamp_min(0).sum() + RANK * floor
+    allowed = min(1e-6 * energy / RANK**0.5, 0.5 * eps * (values[-1] * (values[RANK - 1] + floor)).sqrt())
     residual = deepest(exact, vectors)
-    if found.converged:
+    if ritz.converged:
         assert residual <= max(1.02 * allowed, 1.1 * floor)
-        assert (ritz_values.diff() >= -1e-6 * wanted - floor).all()  # ascending
+        assert (ritz_values.diff() >= -1e-6 * energy - floor).all()  # ascending
     else:
         assert residual >= 0.98 * max(allowed, 0.75 * floor) - 0.3 * floor
     if name in CONVERGING and eps == EPS and shape[0] > 149:
-        assert found.converged
+        assert ritz.converged
 
 
 def test_no_convergence_in_one_step_is_admitted(monkeypatch):
@@ -191,13 +191,13 @@ def test_no_convergence_in_one_step_is_admitted(monkeypatch):
 
 def test_the_space_is_never_more_than_whole(monkeypatch):
     gram, widths = HostGram(weight("gaussian", 60, 50)), []
-    extended = krylov._extended
+    extended = krylov.block_lanczos
 
     def recorded(gram, operation, block, steps, *rest):
         widths.append(block.shape[1] * steps)
         return extended(gram, operation, block, steps, *rest)
 
-    monkeypatch.setattr(krylov, "_extended", recorded)
+    monkeypatch.setattr(krylov, "block_lanczos", recorded)
     for rank in (1, 8, 20):
         krylov.smallest_eigenvectors(gram, rank, krylov.bounds(gram, 0), 1e-300, 0)
     assert max(widths) <= 50
@@ -211,9 +211,9 @@ def test_a_shift_that_is_too_high_is_lowered(guesses, monkeypatch):
     limits = krylov.Bounds(values[-1], tuple(guess * values[0] for guess in guesses))
     tried, factor = [], gram.factor
     monkeypatch.setattr(gram, "factor", lambda shift: tried.append(shift.item()) or factor(shift))
-    found = krylov.smallest_eigenvectors(gram, RANK, limits, EPS, 0)
-    assert found.converged
-    assert error(found.vectors @ found.vectors.T, vectors[:, :RANK] @ vectors[:, :RANK].T) <= 1e-4
+    ritz = krylov.smallest_eigenvectors(gram, RANK, limits, EPS, 0)
+    assert ritz.converged
+    assert error(ritz.vectors @ ritz.vectors.T, vectors[:, :RANK] @ vectors[:, :RANK].T) <= 1e-4
     first_good = next(index for index, guess in enumerate(guesses) if guess < 1)
     assert tried == [shift.item() for shift in limits.shifts[: first_good + 1]]
 
@@ -233,11 +233,11 @@ def test_in_a_batch_only_those_are_lowered_that_have_to_be(monkeypatch):
     limits = krylov.Bounds(values[:, -1], (least * torch.tensor([1.5, 0.9]), least * 0.8, least * 0))
     tried, factor = [], gram.factor
     monkeypatch.setattr(gram, "factor", lambda shift: tried.append(shift / least) or factor(shift))
-    found = krylov.smallest_eigenvectors(gram, RANK, limits, EPS, 0)
-    assert found.converged
+    ritz = krylov.smallest_eigenvectors(gram, RANK, limits, EPS, 0)
+    assert ritz.converged
     torch.testing.assert_close(torch.stack(tried), torch.tensor([[1.5, 0.9], [0.8, 0.9]]).double())
-    wanted = vectors[..., :RANK]
-    assert error(found.vectors @ found.vectors.mT, wanted @ wanted.mT) <= 1e-4
+    exact_vectors = vectors[..., :RANK]
+    assert error(ritz.vectors @ ritz.vectors.mT, exact_vectors @ exact_vectors.mT) <= 1e-4
 
 
 def test_a_batch_has_converged_when_its_last_matrix_has():
@@ -245,11 +245,11 @@ def test_a_batch_has_converged_when_its_last_matrix_has():
     excess = []
     for index in range(2):
         gram = HostGram(tall[index])
-        vectors = krylov._random(gram, RANK, 0)
-        excess.append(krylov._relative_residual(gram, vectors, krylov.bounds(gram, 0).norm, EPS))
+        vectors = krylov.random_block(gram, RANK, 0)
+        excess.append(krylov.relative_residual(gram, vectors, krylov.bounds(gram, 0).norm, EPS))
     gram = BatchGram(tall)
-    vectors = krylov._random(gram, RANK, 0)
-    assert krylov._relative_residual(gram, vectors, krylov.bounds(gram, 0).norm, EPS) == pytest.approx(
+    vectors = krylov.random_block(gram, RANK, 0)
+    assert krylov.relative_residual(gram, vectors, krylov.bounds(gram, 0).norm, EPS) == pytest.approx(
         max(excess)
     )
 
@@ -263,12 +263,12 @@ def test_breakdown(name, size):
         limits = krylov.bounds(gram, 0)
         assert torch.isfinite(limits.norm).all()
         rank = min(RANK, size)
-        found = krylov.smallest_eigenvectors(gram, rank, limits, EPS, 0)
-        if found is not None:
+        ritz = krylov.smallest_eigenvectors(gram, rank, limits, EPS, 0)
+        if ritz is not None:
             unit = torch.eye(rank, dtype=torch.float64)
-            assert (found.vectors.mT @ found.vectors - unit).abs().max() <= 1e-12
+            assert (ritz.vectors.mT @ ritz.vectors - unit).abs().max() <= 1e-12
         if name == "identity" and size == 140:
-            assert found.converged
+            assert ritz.converged
 
 
 @pytest.mark.parametrize(
@@ -282,18 +282,18 @@ def test_block_sizes_and_where_they_fit(rank, width, room, monkeypatch):
     assert not krylov.fits(room - 1, rank)
 
 
-def test_the_smallest_are_wanted_from_blocks_that_hold_them():
+def test_blocks_hold_the_smallest():
     assert all(krylov.block_size(rank) >= rank for rank in range(1, 33))
 
 
 def test_random_blocks_are_the_same_everywhere():
     tall = weight("gaussian", 60, 50)
     host, batch = HostGram(tall), BatchGram(torch.stack([tall, 2 * tall]))
-    block = krylov._random(host, 5, 3)
+    block = krylov.random_block(host, 5, 3)
     assert error(block.T @ block, torch.eye(5, dtype=torch.float64)) <= 1e-14
-    for each in krylov._random(batch, 5, 3):
+    for each in krylov.random_block(batch, 5, 3):
         assert error(each, block) <= 1e-14
-    assert error(krylov._random(host, 5, 4), block) > 0.5
+    assert error(krylov.random_block(host, 5, 4), block) > 0.5
 
 
 def test_largest_eigenvectors_read_the_lower_triangle():

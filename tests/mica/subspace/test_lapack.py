@@ -1,4 +1,4 @@
-"""BLAS and LAPACK by pointer: every layout, nothing read or written beside the operands, no lock held."""
+"""BLAS and LAPACK by pointer: every layout, nothing read or written next to the operands, no lock held."""
 
 import ctypes
 import threading
@@ -167,18 +167,18 @@ def test_eigenvectors_that_cannot_be_found():
         lapack.all_eigenvectors(broken)
 
 
-def test_fewer_eigenvectors_than_asked_for_are_none(monkeypatch):
+def test_fewer_eigenvectors_than_requested_are_none(monkeypatch):
     """Inside a cluster LAPACK may find fewer, and call that a success."""
-    found = 11  # the position of the argument
-    plain = lapack._dsyevr
+    position = 10  # of the argument
+    plain = lapack.dsyevr
 
     def loses_one(*arguments):
         plain(*arguments)
-        arguments[found]._obj.value -= 1
+        arguments[position].value -= 1
 
     matrix = symmetric(20)
     assert lapack.smallest_eigenvectors(matrix, 3).shape == (20, 3)
-    monkeypatch.setattr(lapack, "_dsyevr", loses_one)
+    monkeypatch.setattr(lapack, "dsyevr", loses_one)
     assert lapack.smallest_eigenvectors(matrix, 3) is None
 
 
@@ -220,7 +220,7 @@ def test_integers_of_either_width(integer, monkeypatch):
 
 def test_a_routine_of_other_arguments_is_refused():
     with pytest.raises(ImportError, match="dgemm takes other arguments"):
-        lapack._routine(lapack.cython_blas, "dgemm", 12)
+        lapack.routine(lapack.cython_blas, "dgemm", 12)
 
 
 # A call of tens of milliseconds, with the size that it takes for that.

@@ -37,9 +37,9 @@ def solved(monkeypatch):
 
 
 def solved_once(tasks, **kwargs):
-    found = list(solve_many(tasks, **kwargs))
-    assert sorted(index for index, _ in found) == list(range(len(tasks)))
-    return dict(found)
+    pairs = list(solve_many(tasks, **kwargs))
+    assert sorted(index for index, _ in pairs) == list(range(len(tasks)))
+    return dict(pairs)
 
 
 @pytest.mark.parametrize("largest_small", [0, 35, 1000])
@@ -71,7 +71,7 @@ def test_the_cpu_takes_over_where_an_accelerator_has_no_memory(tasks, accelerate
     def too_much(self, indices, device, rank):
         raise torch.OutOfMemoryError("no")
 
-    monkeypatch.setattr(many._Solver, "solve_together", too_much)
+    monkeypatch.setattr(many.Solver, "solve_together", too_much)
     results = solved_once(tasks)
     assert "out of memory" in caplog.text
     for index, result in results.items():
@@ -81,7 +81,7 @@ def test_the_cpu_takes_over_where_an_accelerator_has_no_memory(tasks, accelerate
 
 @pytest.mark.parametrize("where", ["host", "accelerator"])
 @pytest.mark.parametrize("with_keys", [True, False])
-def test_the_cache_is_asked_and_told(tasks, where, with_keys, monkeypatch, tmp_path, solved):
+def test_the_cache_is_read_and_written(tasks, where, with_keys, monkeypatch, tmp_path, solved):
     if where == "accelerator":
         monkeypatch.setattr(device, "ON_HOST", ())
     keys = [fingerprint(task.weight) for task in tasks] if with_keys else None

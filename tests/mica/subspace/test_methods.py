@@ -44,13 +44,13 @@ def test_what_each_method_falls_back_to():
 @pytest.mark.parametrize("method", methods.BY)
 def test_each_finds_the_triplets(shape, method):
     matrix = weight("gaussian", *shape)
-    found = methods.BY[method](stated(matrix))
+    triplets = methods.BY[method](stated(matrix))
     left, values, right = torch.linalg.svd(matrix.double(), full_matrices=False)
     short = right[-RANK:].T if shape[0] > shape[1] else left[:, -RANK:]
-    assert sine(left[:, -RANK:], found.basis) <= 1e-4
-    assert sine(short, found.short_vectors) <= 1e-4
-    assert error(found.singular_values, values[-RANK:]) <= 1e-7
-    assert found.null_count == 0
+    assert sine(left[:, -RANK:], triplets.basis) <= 1e-4
+    assert sine(short, triplets.short_vectors) <= 1e-4
+    assert error(triplets.singular_values, values[-RANK:]) <= 1e-7
+    assert triplets.null_count == 0
 
 
 def test_krylov_needs_room_and_convergence(monkeypatch):
@@ -60,19 +60,19 @@ def test_krylov_needs_room_and_convergence(monkeypatch):
     ritz = krylov.smallest_eigenvectors(
         stated(matrix).gram, RANK, stated(matrix).limits, torch.finfo(torch.float32).eps, 0
     )
-    for found in (None, ritz._replace(converged=False)):
-        monkeypatch.setattr(krylov, "smallest_eigenvectors", lambda *arguments, found=found: found)
+    for outcome in (None, ritz._replace(converged=False)):
+        monkeypatch.setattr(krylov, "smallest_eigenvectors", lambda *arguments, outcome=outcome: outcome)
         assert methods.by_krylov(stated(matrix)) is None
 
 
 def test_krylov_is_as_precise_as_the_dtype_of_the_result(monkeypatch):
-    asked = []
-    monkeypatch.setattr(krylov, "smallest_eigenvectors", lambda *arguments: asked.append(arguments[1:]))
+    calls = []
+    monkeypatch.setattr(krylov, "smallest_eigenvectors", lambda *arguments: calls.append(arguments[1:]))
     for dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
         state = stated(weight("gaussian", 200, 140).to(dtype))
         assert methods.by_krylov(state) is None
         eps = torch.finfo(torch.float64 if dtype == torch.float64 else torch.float32).eps
-        assert asked.pop() == (RANK, state.limits, eps, 0)
+        assert calls.pop() == (RANK, state.limits, eps, 0)
 
 
 @pytest.mark.parametrize("shape", [(50, 30), (30, 50), (40, 40)], ids=str)
@@ -80,10 +80,10 @@ def test_krylov_is_as_precise_as_the_dtype_of_the_result(monkeypatch):
 def test_the_svd_counts_the_null_values_of_a_tall_weight(shape, lost):
     left, values, right = torch.linalg.svd(weight("gaussian", *shape).double(), full_matrices=False)
     values[len(values) - lost :] = 0
-    found = methods.by_svd(stated(left * values @ right, method="svd"))
-    assert found.null_count == (min(lost, RANK) if shape[0] > shape[1] else 0)
+    triplets = methods.by_svd(stated(left * values @ right, method="svd"))
+    assert triplets.null_count == (min(lost, RANK) if shape[0] > shape[1] else 0)
     unit = torch.eye(RANK, dtype=torch.float64)
-    assert error(found.basis.T @ found.basis, unit) <= 1e-13
-    assert error(found.short_vectors.T @ found.short_vectors, unit) <= 1e-13
+    assert error(triplets.basis.T @ triplets.basis, unit) <= 1e-13
+    assert error(triplets.short_vectors.T @ triplets.short_vectors, unit) <= 1e-13
     if not lost:
-        assert sine(truth(left * values @ right).vectors[:, -RANK:], found.basis) <= 1e-12
+        assert sine(truth(left * values @ right).vectors[:, -RANK:], triplets.basis) <= 1e-12

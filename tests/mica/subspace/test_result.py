@@ -16,10 +16,10 @@ def stored():
 
 @pytest.mark.parametrize("rank", [3, 8])
 def test_the_last_columns(stored, rank):
-    found = narrowed(stored, rank)
-    assert torch.equal(found.basis, stored.basis[:, -rank:])
-    assert torch.equal(found.singular_values, stored.singular_values[-rank:])
-    assert found.certified
+    kept = narrowed(stored, rank)
+    assert torch.equal(kept.basis, stored.basis[:, -rank:])
+    assert torch.equal(kept.singular_values, stored.singular_values[-rank:])
+    assert kept.certified
 
 
 def test_what_was_not_proven_or_not_determined_proves_nothing(stored):

@@ -259,7 +259,7 @@ def test_falls_back_to_the_svd_from_wrong_eigenvectors(shape, monkeypatch):
 @pytest.mark.parametrize("shape", SHAPES[3:], ids=str)
 @pytest.mark.parametrize("fault", ["wrong vectors", "no factor", "not converged"])
 def test_falls_back_to_the_gram_from_krylov(shape, fault, monkeypatch):
-    def found(gram, rank, limits, eps, seed):
+    def faulty(gram, rank, limits, eps, seed):
         if fault == "no factor":
             return None
         right = smallest_eigenvectors(gram, rank + 1, limits, eps, seed).vectors
@@ -268,7 +268,7 @@ def test_falls_back_to_the_gram_from_krylov(shape, fault, monkeypatch):
         return krylov.Ritz(right[:, :-1], False)
 
     smallest_eigenvectors = krylov.smallest_eigenvectors
-    monkeypatch.setattr(krylov, "smallest_eigenvectors", found)
+    monkeypatch.setattr(krylov, "smallest_eigenvectors", faulty)
     matrix = weight("gaussian", *shape)
     result = solve(matrix, RANK, "krylov")
     assert result.method == "gram"
@@ -281,18 +281,20 @@ def test_falls_back_to_the_gram_from_krylov(shape, fault, monkeypatch):
 def test_a_start_orthogonal_to_the_answer(name, shape, monkeypatch):
     """Rounding and further steps bring the answer in, or it is not proven and another method finds it."""
     matrix = weight(name, *shape)
-    wanted = torch.linalg.svd(matrix.double() if shape[0] < shape[1] else matrix.double().T).U[:, -RANK:]
+    exact_vectors = torch.linalg.svd(matrix.double() if shape[0] < shape[1] else matrix.double().T).U[
+        :, -RANK:
+    ]
     starts = []
 
     def orthogonal(gram, count, seed):
         block = random(gram, count, seed)
         for _ in range(2):
-            block = gram.orthonormal(block - wanted @ (wanted.T @ block))[0]
-        starts.append(torch.linalg.matrix_norm(wanted.T @ block).item())
+            block = gram.orthonormal(block - exact_vectors @ (exact_vectors.T @ block))[0]
+        starts.append(torch.linalg.matrix_norm(exact_vectors.T @ block).item())
         return block
 
-    random = krylov._random
-    monkeypatch.setattr(krylov, "_random", orthogonal)
+    random = krylov.random_block
+    monkeypatch.setattr(krylov, "random_block", orthogonal)
     result = solve(matrix, RANK, "krylov")
     judge(matrix, result, determined=not (name in NULL and shape[0] > shape[1]))
     assert result.certified
@@ -377,8 +379,8 @@ def test_the_figures_of_a_batch_are_the_worst_ones(position, monkeypatch):
     refused = iter(index == position for index in range(3))
     judged = solver.judged
 
-    def one_refused(problem, found, strict):
-        judgement = judged(problem, found, strict)
+    def one_refused(problem, triplets, strict):
+        judgement = judged(problem, triplets, strict)
         return judgement._replace(certified=judgement.certified & (not next(refused)))
 
     monkeypatch.setattr(solver, "judged", one_refused)

@@ -20,7 +20,7 @@ def pools():
 
 
 def of_a_new_thread():
-    """PyTorch's count there: what ``torch.set_num_threads`` was last told, anywhere."""
+    """PyTorch's count there: what ``torch.set_num_threads`` last got, anywhere."""
     with ThreadPoolExecutor(1) as pool:
         return pool.submit(torch.get_num_threads).result()
 
@@ -86,15 +86,18 @@ def test_workers_leave_new_threads_alone():
 
 
 @pytest.mark.parametrize("first_out", [0, 1])
-@pytest.mark.parametrize("wanted", [(1, 2), (2, 1)])
-def test_the_least_wanted_holds_and_the_last_to_leave_restores(wanted, first_out):
+@pytest.mark.parametrize("requested", [(1, 2), (2, 1)])
+def test_the_smallest_request_holds_and_the_last_to_leave_restores(requested, first_out):
     before = pools()
     with ThreadPoolExecutor(1) as one, ThreadPoolExecutor(1) as other:
-        sections = [(pool, blas_threads(count)) for pool, count in zip((one, other), wanted, strict=True)]
+        sections = [(pool, blas_threads(count)) for pool, count in zip((one, other), requested, strict=True)]
         for pool, section in sections:
             pool.submit(section.__enter__).result(60)
         assert set(pools().values()) == {1}
-        for index, remaining in ((first_out, {wanted[1 - first_out]}), (1 - first_out, set(before.values()))):
+        for index, remaining in (
+            (first_out, {requested[1 - first_out]}),
+            (1 - first_out, set(before.values())),
+        ):
             pool, section = sections[index]
             pool.submit(section.__exit__, None, None, None).result(60)
             assert set(pools().values()) == remaining

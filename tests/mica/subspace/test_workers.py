@@ -19,14 +19,16 @@ def _two_threads():
 
 def test_the_same_bits_as_one_after_another_with_one_thread():
     weights = [torch.randn(shape) for shape in ((40, 30), (30, 40), (64, 64), (200, 20)) * 3]
-    found = {}
+    subspaces = {}
     done = list(
-        workers.run(lambda i: found.__setitem__(i, minor_subspace(weights[i], 5)), range(12), lambda i: True)
+        workers.run(
+            lambda i: subspaces.__setitem__(i, minor_subspace(weights[i], 5)), range(12), lambda i: True
+        )
     )
     assert sorted(done) == list(range(12))
     torch.set_num_threads(1)
     for i, weight in enumerate(weights):
-        assert torch.equal(found[i].basis, minor_subspace(weight, 5).basis)
+        assert torch.equal(subspaces[i].basis, minor_subspace(weight, 5).basis)
 
 
 def test_small_ones_first_and_in_workers_and_thread_counts_stay():

