@@ -54,7 +54,7 @@ def job(stage: Stage, folder: Path, name: str, is_dry: bool, seconds: float, sil
         environment["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"
         if not is_dry:
             environment["MICA_TEST_DEVICE"] = "cuda"
-        files = ("kernels/test_split_sum.py",) if is_dry else stage.files
+        files = ("kernels/test_up_projection.py",) if is_dry else stage.files
         command = _tests(files, folder / f"{name}-tests.xml")
     else:
         command = suite(list(stage.files))
