@@ -19,7 +19,7 @@ from transformers.pytorch_utils import Conv1D
 from mica import minor_subspace
 from mica.dtypes import FLOATING
 from mica.errors import UnsuitableLayerError, UsageError
-from mica.fast import initialisation, quantised
+from mica.fast import loading, quantised
 from mica.subspace.result import narrowed
 
 CONVERTED_ELEMENTS = 1 << 22  # fp64: 32 MiB, and every layer of a small model at once
@@ -173,9 +173,9 @@ def _quantised_layer(module: nn.Module, rank: int) -> nn.Module | None:
     model.is_loaded_in_4bit = model.is_loaded_in_8bit = True  # then PEFT looks at the layer's own type
     trained = [(parameter, parameter.requires_grad) for parameter in module.parameters()]
     config = LoraConfig(init_lora_weights="mica", r=rank, target_modules=["layer"])
-    token = initialisation.unfilled.set([])  # no solver: it will be run with rank + 1
     try:
-        with warnings.catch_warnings():
+        # no solver: it will be run with rank + 1
+        with loading.without_solver(), warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)  # of merging, which is not done here
             inject_adapter_in_model(config, model)
     except UnsuitableLayerError:
@@ -183,7 +183,6 @@ def _quantised_layer(module: nn.Module, rank: int) -> nn.Module | None:
     except ValueError:  # PEFT does not know this kind of layer
         return None
     finally:
-        initialisation.unfilled.reset(token)
         for parameter, requires_grad in trained:
             parameter.requires_grad_(requires_grad)
     return model.layer if quantised.kind_of(model.layer) else None

@@ -16,8 +16,8 @@ import torch
 
 from mica.fast import patching
 from mica.fast import settings as _settings
+from mica.fast.explain import Explanation, explain
 from mica.fast.merging import MergeReport, merge_report
-from mica.fast.paths import Explanation, explain
 from mica.ops import call_counts
 
 __all__ = [

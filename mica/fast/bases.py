@@ -35,11 +35,11 @@ _DEQUANTISED_ELEMENTS = 2**28
 # the layer itself, and gone with it. PEFT's models take it out again in `cast_adapter_dtype`, which uses it
 # only where B still is its rounding. After `inject_adapter_in_model`, which casts nothing, it stays for a
 # later call of that public function: 4·rank·out_features bytes a layer.
-exact: WeakKeyDictionary[nn.Module, dict[str, Tensor]] = WeakKeyDictionary()
+_exact: WeakKeyDictionary[nn.Module, dict[str, Tensor]] = WeakKeyDictionary()
 
 
 @dataclass(frozen=True, eq=False)
-class Wanted:
+class NewAdapter:
     """One adapter of one layer that waits for its B; ``name`` is how messages call the layer."""
 
     name: str
@@ -71,32 +71,32 @@ class Wanted:
         return self.layer.r[self.adapter_name]
 
 
-def check(wanted: Wanted) -> None:
+def check(new: NewAdapter) -> None:
     """Errors that need no solver, so that a hopeless configuration fails before any work.
 
     Raises:
         TypeError: the weight is not of a floating dtype.
         UnsuitableLayerError: MiCA cannot start from this layer's weight.
     """
-    name, layer = wanted.name, wanted.layer
+    name, layer = new.name, new.layer
     base_layer = layer.get_base_layer()
     if _is_sharded(base_layer):
         raise UnsuitableLayerError(
             f"MiCA needs the whole weight, but {name} holds one shard of it (tensor parallelism or FSDP). "
             "Create the adapter before the model is sharded, or load one that was."
         )
-    weight = wanted.weight
+    weight = new.weight
     if weight.dtype not in FLOATING:
         raise TypeError(
             f"Please initialize MiCA under float32, float16, bfloat16 or float64: {name} has a weight of "
             f"dtype {weight.dtype}."
         )
-    if wanted.rank > min(weight.shape):
+    if new.rank > min(weight.shape):
         embedding = isinstance(layer, lora.Embedding)
         sides = "num_embeddings, embedding_dim" if embedding else "in_features, out_features"
-        shape = tuple(weight.shape if wanted.is_quantised else base_layer.weight.shape)
+        shape = tuple(weight.shape if new.is_quantised else base_layer.weight.shape)
         raise UnsuitableLayerError(
-            f"MiCA requires `r` <= min({sides}) but got r={wanted.rank} for {name} with weight shape {shape} "
+            f"MiCA requires `r` <= min({sides}) but got r={new.rank} for {name} with weight shape {shape} "
             f"(max usable r is {min(shape)})."
         )
     if weight.is_meta:
@@ -118,7 +118,7 @@ def _is_sharded(base_layer: nn.Module) -> bool:
     return hasattr(weight, "device_mesh") or getattr(base_layer, "_hf_tp_plan", None) is not None
 
 
-def fill(waiting: Sequence[Wanted]) -> None:
+def initialise(waiting: Sequence[NewAdapter]) -> None:
     """B = the minor subspace for all of them, in the dtype that it has now; A is left as it is.
 
     One progress bar for everything that takes more than 2 s. Quantised layers are dequantised and solved a
@@ -135,48 +135,48 @@ def fill(waiting: Sequence[Wanted]) -> None:
         leave=False,
         disable=are_progress_bars_disabled() or None,
     )
-    absent = [wanted for wanted in waiting if wanted.is_absent]
-    decline([Task(wanted.name, wanted.weight, wanted.rank) for wanted in absent])
-    waiting = [wanted for wanted in waiting if not wanted.is_absent]
+    absent = [new for new in waiting if new.is_absent]
+    decline([Task(new.name, new.weight, new.rank) for new in absent])
+    waiting = [new for new in waiting if not new.is_absent]
     with bar:
-        whole = [wanted for wanted in waiting if not _is_partitioned(wanted)]
+        whole = [new for new in waiting if not _is_partitioned(new)]
         for chunk in _chunks(whole):
             for index, subspace in _solved(chunk):
                 _assign(chunk[index], subspace)
                 bar.update()
-        for wanted in waiting:
-            if _is_partitioned(wanted):
-                with gather_params_ctx(wanted.layer.get_base_layer().weight):
-                    for _, subspace in _solved([wanted]):
-                        _assign(wanted, subspace)
+        for new in waiting:
+            if _is_partitioned(new):
+                with gather_params_ctx(new.layer.get_base_layer().weight):
+                    for _, subspace in _solved([new]):
+                        _assign(new, subspace)
                 bar.update()
 
 
-def _chunks(waiting: Sequence[Wanted]) -> Iterator[list[Wanted]]:
+def _chunks(waiting: Sequence[NewAdapter]) -> Iterator[list[NewAdapter]]:
     """All that are not quantised, whose weights are there anyway, then the others by `_DEQUANTISED_ELEMENTS`.
 
     The same in every process: they share the work chunk by chunk.
     """
-    yield [wanted for wanted in waiting if not wanted.is_quantised]
+    yield [new for new in waiting if not new.is_quantised]
     chunk, elements = [], 0
-    for wanted in waiting:
-        if not wanted.is_quantised:
+    for new in waiting:
+        if not new.is_quantised:
             continue
-        size = wanted.layer.out_features * wanted.layer.in_features
+        size = new.layer.out_features * new.layer.in_features
         if chunk and elements + size > _DEQUANTISED_ELEMENTS:
             yield chunk
             chunk, elements = [], 0
-        chunk.append(wanted)
+        chunk.append(new)
         elements += size
     yield chunk
 
 
-def _is_partitioned(wanted: Wanted) -> bool:
-    return hasattr(getattr(wanted.layer.get_base_layer(), "weight", None), "ds_id")
+def _is_partitioned(new: NewAdapter) -> bool:
+    return hasattr(getattr(new.layer.get_base_layer(), "weight", None), "ds_id")
 
 
-def _solved(waiting: Sequence[Wanted]):
-    tasks = [Task(wanted.name, wanted.weight, wanted.rank) for wanted in waiting]
+def _solved(waiting: Sequence[NewAdapter]):
+    tasks = [Task(new.name, new.weight, new.rank) for new in waiting]
     cache = default_cache()  # whose ValueError is not about a weight
     try:
         yield from solve_shared(tasks, device=settings.device, cache=cache)
@@ -185,14 +185,25 @@ def _solved(waiting: Sequence[Wanted]):
 
 
 @torch.no_grad()
-def _assign(wanted: Wanted, subspace: MinorSubspace) -> None:
-    for message in warnings_about(subspace, wanted.name):
+def _assign(new: NewAdapter, subspace: MinorSubspace) -> None:
+    for message in warnings_about(subspace, new.name):
         warnings.warn(message, stacklevel=2)
-    _, lora_B = adapter_weights(wanted.layer, wanted.adapter_name)
+    _, lora_B = adapter_weights(new.layer, new.adapter_name)
     basis = subspace.basis.to(device=lora_B.device, dtype=lora_B.dtype)
     if basis.is_inference() != lora_B.is_inference():  # the mode is a thread's, and the solver has its own
         with torch.inference_mode(lora_B.is_inference()):
             basis = basis.clone()
     lora_B.data = basis
     if lora_B.dtype in SIXTEEN_BIT:
-        exact.setdefault(wanted.layer, {})[wanted.adapter_name] = subspace.basis
+        _exact.setdefault(new.layer, {})[new.adapter_name] = subspace.basis
+
+
+def restore_exact(layer: nn.Module, adapter_name: str, lora_B: Tensor) -> None:
+    """The exact basis in the place of its rounding, once B is in fp32."""
+    basis = _exact.get(layer, {}).pop(adapter_name, None)
+    if basis is None or lora_B.dtype != torch.float32 or basis.shape != lora_B.shape:
+        return
+    basis = basis.to(lora_B.device)
+    rounded = (basis.to(dtype).float() for dtype in SIXTEEN_BIT)
+    if any(torch.equal(lora_B, candidate) for candidate in rounded):  # else somebody has set another B
+        lora_B.data = basis

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import threading
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import NamedTuple
 from weakref import ReferenceType, WeakKeyDictionary, ref
 
@@ -51,39 +53,22 @@ def _note_trace() -> None:
     _is_traced = True
 
 
-def whole_forward(stock):
-    """Of PEFT's model or its tuner, as `mica.fast.grouping.whole_forward`."""
-
-    def forward(self, *args, **kwargs):
-        global _number
-        if torch.compiler.is_compiling():
-            return stock(self, *args, **kwargs)
-        if torch._C._current_graph_task_id() != -1:
-            return stock(self, *args, **kwargs)
-        _number = number = _number + 1
-        around = _state.calls
-        calls = _state.calls = [] if around is None else around
-        start = len(calls)
-        try:
-            result = stock(self, *args, **kwargs)
-        finally:
-            _state.calls = around
-        _forwards[self] = _Forward(number, [ref(layer) for layer in calls[start:]])
-        return result
-
-    return forward
-
-
-def injection(stock):
-    """Of adapters: layers that are new were in no forward yet."""
-
-    def inject_adapter(self, *args, **kwargs):
-        try:
-            return stock(self, *args, **kwargs)
-        finally:
-            forget()
-
-    return inject_adapter
+@contextmanager
+def counting(model: nn.Module) -> Iterator[None]:
+    """Around a forward of PEFT's model or its tuner."""
+    global _number
+    if torch._C._current_graph_task_id() != -1:
+        yield
+        return
+    _number = number = _number + 1
+    outer = _state.calls
+    calls = _state.calls = [] if outer is None else outer
+    start = len(calls)
+    try:
+        yield
+    finally:
+        _state.calls = outer
+    _forwards[model] = _Forward(number, [ref(layer) for layer in calls[start:]])
 
 
 def forget() -> None:

@@ -25,6 +25,7 @@ from mica.dtypes import SIXTEEN_BIT
 # None in a PEFT that has moved them: `patching` then says so and nothing here is reached.
 MiCALinearVariant = getattr(variants, "MiCALinearVariant", None)
 MiCAEmbeddingVariant = getattr(variants, "MiCAEmbeddingVariant", None)
+_VARIANTS = (MiCALinearVariant, MiCAEmbeddingVariant)
 
 
 def _own_forward(cls: type[nn.Module]) -> Callable | None:
@@ -39,6 +40,17 @@ FORWARDS = {cls: _own_forward(cls) for cls in (nn.Linear, Conv1D, nn.Identity, n
 # PEFT's layer classes over quantised weights: entered when one is first met, for they need their libraries.
 # Empty again once PEFT has its functions back.
 quantised_layers: set[type] = set()
+
+
+def requests_mica(config) -> bool:
+    """Whether new adapters of PEFT's configuration are MiCA, however it spells that."""
+    kind = getattr(config, "init_lora_weights", None)
+    return isinstance(kind, str) and kind.lower() == "mica"
+
+
+def is_mica(layer: nn.Module, name: str) -> bool:
+    """Whether the adapter of this name is MiCA on this layer; False where it is no layer of LoRA."""
+    return isinstance(layer, lora.LoraLayer) and type(layer.lora_variant.get(name)) in _VARIANTS
 
 
 def adapters_of(layer) -> list[str]:
@@ -92,9 +104,9 @@ def read(layer, names: Sequence[str] | None = None) -> list[Adapter] | str:
     """
     kind = type(layer)
     if kind is lora.Linear or kind in quantised_layers:
-        variant, read_one = MiCALinearVariant, _read_linear
+        read_one = _read_linear
     elif kind is lora.Embedding:
-        variant, read_one = MiCAEmbeddingVariant, _read_embedding
+        read_one = _read_embedding
     else:
         return f"layers of type {kind.__module__}.{kind.__name__} are not covered"
     if layer.disable_adapters:
@@ -111,9 +123,9 @@ def read(layer, names: Sequence[str] | None = None) -> list[Adapter] | str:
     names = adapters_of(layer) if names is None else names
     if not names:
         return f"none of the active adapters {list(layer.active_adapters)} is on this layer"
-    adapters, variants, scalings = [], layer.lora_variant, layer.scaling
+    adapters, scalings = [], layer.scaling
     for name in names:
-        if type(variants.get(name)) is not variant:
+        if not is_mica(layer, name):
             return f"adapter {name!r} is not MiCA"
         scaling = scalings[name]
         reason = None if type(scaling) is float else _why_not_scaling(scaling)

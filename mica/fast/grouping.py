@@ -227,17 +227,3 @@ def forget_pending() -> None:
     if _state.pending is not None:
         _state.pending.outputs.clear()
         _state.pending = None
-
-
-def whole_forward(stock):
-    """Of PEFT's model or its tuner: one of them is around every forward of the whole model."""
-
-    def forward(self, *args, **kwargs):
-        if torch.compiler.is_compiling():
-            return stock(self, *args, **kwargs)
-        try:
-            return stock(self, *args, **kwargs)
-        finally:
-            forget_pending()
-
-    return forward

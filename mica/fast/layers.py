@@ -153,6 +153,21 @@ def _dropout(p: float, x: torch.Tensor) -> tuple[float, torch.Tensor | None]:
     return p, torch.randint(0, 2**63 - 1, (1,), device=x.device)
 
 
+def whole_forward(stock):
+    """Of PEFT's model or its tuner: one of them is around every forward of the whole model."""
+
+    def forward(self, *args, **kwargs):
+        if torch.compiler.is_compiling():
+            return stock(self, *args, **kwargs)
+        try:
+            with calls.counting(self):
+                return stock(self, *args, **kwargs)
+        finally:
+            grouping.forget_pending()
+
+    return forward
+
+
 def embedding_forward(stock):
     def forward(self, x: torch.Tensor, *args, **kwargs) -> torch.Tensor:
         calls.note(self)

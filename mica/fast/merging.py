@@ -20,11 +20,12 @@ from peft.tuners import lora
 from torch import Tensor, nn
 
 from mica import reference
-from mica.dispatch import no_autocast
+from mica.dispatch import PLAIN, no_autocast
 from mica.fast import quantised
 from mica.fast.eligibility import adapter_weights, is_stored_transposed
 from mica.fast.refusals import check_weight
 from mica.fast.settings import settings
+from mica.fast.wrapping import around
 
 logger = logging.getLogger(__name__)
 
@@ -173,7 +174,7 @@ def _operands(layer, adapter: str) -> tuple[Tensor, Tensor, bool]:
 
 
 def _covered(layer, weight: Tensor) -> bool:
-    plain = type(weight) in (Tensor, nn.Parameter) and weight.is_floating_point() and not weight.is_meta
+    plain = type(weight) in PLAIN and weight.is_floating_point() and not weight.is_meta
     return plain and weight.is_contiguous() and type(layer) in (lora.Linear, lora.Embedding)
 
 
@@ -299,7 +300,7 @@ def _unmerge_from(layer, adapter: str, weight: Tensor, undo: _Undo | None) -> No
         warnings.warn(
             f"adapter {adapter!r} was unmerged by subtracting {its} update in fp32, not to the exact base "
             f"weight, because {why}.",
-            stacklevel=5,
+            stacklevel=6,
         )
 
 
@@ -312,52 +313,39 @@ def _dequantised(layer, adapter: str, weight: Tensor, sign: int) -> Tensor:
     return weight + sign * layer.get_delta_weight(adapter).to(weight.device)
 
 
-def merge_safe(stock):
-    def merge(module, active_adapter: str, orig_weight: Tensor) -> Tensor:
-        if settings.enabled:
-            check_weight(module)
-            if quantised.kind_of(module) is not None:
-                return _dequantised(module, active_adapter, orig_weight, 1)
-        if not settings.enabled or not _covered(module, orig_weight):
-            _forget(module, active_adapter)
-            return stock(module, active_adapter, orig_weight)
-        merged = torch.empty_like(orig_weight)
-        _merge_into(module, active_adapter, orig_weight.detach(), merged, safe=True)
-        return merged
-
-    return merge
+def _merge(stock, module, active_adapter: str, orig_weight: Tensor, safe: bool) -> Tensor | None:
+    """The merged weight if ``safe``, else in the place of the one that was there."""
+    if settings.enabled:
+        check_weight(module)
+        if safe and quantised.kind_of(module) is not None:
+            return _dequantised(module, active_adapter, orig_weight, 1)
+    if not settings.enabled or not _covered(module, orig_weight):
+        _forget(module, active_adapter)
+        return stock(module, active_adapter, orig_weight)
+    merged = torch.empty_like(orig_weight) if safe else orig_weight.data
+    _merge_into(module, active_adapter, orig_weight.detach(), merged, safe)
+    return merged if safe else None
 
 
-def merge_unsafe(stock):
-    def merge(module, active_adapter: str, orig_weight: Tensor) -> None:
-        if settings.enabled:
-            check_weight(module)
-        if not settings.enabled or not _covered(module, orig_weight):
-            _forget(module, active_adapter)
-            stock(module, active_adapter, orig_weight)
-        else:
-            _merge_into(module, active_adapter, orig_weight.detach(), orig_weight.data, safe=False)
-
-    return merge
+merge_safe = around(functools.partial(_merge, safe=True))
+merge_unsafe = around(functools.partial(_merge, safe=False))
 
 
-def unmerge(stock):
-    def unmerge(module, active_adapter: str, orig_weight: Tensor) -> Tensor:
-        if settings.enabled:
-            try:
-                check_weight(module, verb="unmerged from")
-            except ValueError:
-                module.merged_adapters.append(active_adapter)  # PEFT has taken it off already
-                raise
-            if quantised.kind_of(module) is not None:
-                return _dequantised(module, active_adapter, orig_weight, -1)
-        # What this backend merged it also unmerges, even if it has been disabled since.
-        undo = _forget(module, active_adapter)
-        if (undo is None and not settings.enabled) or not _covered(module, orig_weight):
-            return stock(module, active_adapter, orig_weight)
-        _unmerge_from(module, active_adapter, orig_weight.data, undo)
-        if not module.merged_adapters:
-            _stats.pop(module.get_base_layer(), None)
-        return orig_weight.data
-
-    return unmerge
+@around
+def unmerge(stock, module, active_adapter: str, orig_weight: Tensor) -> Tensor:
+    if settings.enabled:
+        try:
+            check_weight(module, verb="unmerged from")
+        except ValueError:
+            module.merged_adapters.append(active_adapter)  # PEFT has taken it off already
+            raise
+        if quantised.kind_of(module) is not None:
+            return _dequantised(module, active_adapter, orig_weight, -1)
+    # What this backend merged it also unmerges, even if it has been disabled since.
+    undo = _forget(module, active_adapter)
+    if (undo is None and not settings.enabled) or not _covered(module, orig_weight):
+        return stock(module, active_adapter, orig_weight)
+    _unmerge_from(module, active_adapter, orig_weight.data, undo)
+    if not module.merged_adapters:
+        _stats.pop(module.get_base_layer(), None)
+    return orig_weight.data

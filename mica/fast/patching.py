@@ -16,7 +16,7 @@ from typing import NamedTuple
 import peft
 
 from mica.backend import forget_prepared
-from mica.fast import calls, grouping, hotswap, initialisation, layers, merging, quantised, refusals
+from mica.fast import calls, initialisation, layers, loading, merging, quantised, refusals
 from mica.fast.eligibility import quantised_layers
 
 
@@ -58,20 +58,20 @@ PATCHES = (
         "peft.tuners.lora.model:LoraModel",
         "inject_adapter",
         "self model adapter_name",
-        lambda stock: calls.injection(initialisation.inject_adapter(stock)),
+        initialisation.inject_adapter,
     ),
     Patch(
         "peft.tuners.lora.model:LoraModel",
         "add_weighted_adapter",
         "self adapters weights adapter_name",
-        initialisation.add_weighted_adapter,
+        loading.add_weighted_adapter,
     ),
     *(
         Patch(
             owner,
             "forward",
             "self *args **kwargs",
-            lambda stock: calls.whole_forward(grouping.whole_forward(stock)),
+            layers.whole_forward,
         )
         for owner in ("peft.tuners.tuners_utils:BaseTuner", "peft.peft_model:PeftModel")
     ),
@@ -84,23 +84,19 @@ PATCHES = (
         )
         for module in ("peft.tuners.tuners_utils", "peft.functional")
     ),
-    Patch(
-        "peft.peft_model:PeftModel", "from_pretrained", "cls model model_id", initialisation.without_solver
-    ),
-    Patch(
-        "peft.peft_model:PeftModel", "load_adapter", "self model_id adapter_name", initialisation.load_adapter
-    ),
+    Patch("peft.peft_model:PeftModel", "from_pretrained", "cls model model_id", loading.load),
+    Patch("peft.peft_model:PeftModel", "load_adapter", "self model_id adapter_name", loading.load),
     Patch(
         "peft.utils.hotswap",
         "hotswap_adapter_from_state_dict",
         "model state_dict adapter_name config",
-        hotswap.hotswap_adapter_from_state_dict,
+        loading.hotswap_adapter_from_state_dict,
     ),
     Patch(
         "transformers.integrations.peft:PeftAdapterMixin",
         "load_adapter",
         "self peft_model_id adapter_name",
-        initialisation.load_adapter,
+        loading.load,
         required=False,
     ),
     Patch(

@@ -4,7 +4,7 @@ import functools
 from contextlib import nullcontext
 
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 from transformers.pytorch_utils import Conv1D
@@ -44,6 +44,11 @@ def wrap(
             adapter_name=adapter_name,
             autocast_adapter_dtype=autocast_adapter_dtype,
         )
+
+
+def stock_load(model, path, **kwargs):
+    with mica.fast.disabled():
+        return PeftModel.from_pretrained(model, path, **kwargs)
 
 
 def net(dtype=torch.float32, seed=0, **kwargs):
