@@ -7,8 +7,6 @@ with a reason. Nothing is kept between calls: what could change is read again at
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 from peft.tuners import lora
 from torch import Tensor, nn
@@ -16,19 +14,9 @@ from torch.nn.modules import module as nn_module
 
 from mica.dispatch import PLAIN, is_direct
 from mica.dtypes import FLOATING, SIXTEEN_BIT
-from mica.fast.eligibility import FORWARDS, MiCALinearVariant
+from mica.fast.eligibility import FORWARDS, MiCALinearVariant, Operands
 
 _LINEAR, _IDENTITY = nn.Linear, nn.Identity
-
-
-class Operands(NamedTuple):
-    """As the layer has them: Conv1D's weight is (in_features, out_features), a scaling may be a tensor."""
-
-    weight: Tensor
-    bias: Tensor | None
-    lora_A: Tensor
-    lora_B: Tensor
-    scaling: float | Tensor
 
 
 def operands(layer, x: Tensor) -> Operands | None:
@@ -110,4 +98,4 @@ def operands(layer, x: Tensor) -> Operands | None:
         adapter_dtype is torch.float32 and dtype in SIXTEEN_BIT and layer.cast_input_dtype_enabled
     ):
         return None
-    return Operands(weight, bias, A, B, scaling)
+    return Operands(weight, A, B, scaling, bias)

@@ -89,6 +89,27 @@ class Adapter(NamedTuple):
     dropout_p: float  # the probability that holds now: 0 in eval mode
 
 
+class Operands(NamedTuple):
+    """Of `mica.ops.linear`, as the layer has them."""
+
+    weight: torch.Tensor  # (out_features, in_features), a Conv1D's (in_features, out_features)
+    lora_A: torch.Tensor
+    lora_B: torch.Tensor
+    scaling: float | torch.Tensor
+    bias: torch.Tensor | None
+
+
+def scaled(factor: torch.Tensor, scaling) -> tuple[torch.Tensor, float]:
+    """lora_B (or lora_A) and the scaling, as the operators take them: a number.
+
+    PEFT's compiled hotswap makes the scaling a tensor so that a new value needs no new graph: then it goes
+    into the factor.
+    """
+    if isinstance(scaling, torch.Tensor):
+        return factor * scaling.to(factor.dtype), 1.0
+    return factor, float(scaling)
+
+
 def why_not(layer, names: Sequence[str] | None = None) -> str | None:
     """None if the layer may run on this backend with these adapters (the active ones), else the reason."""
     found = read(layer, names)
@@ -281,7 +302,7 @@ def _is_plain(x: torch.Tensor) -> bool:
     return type(x) in PLAIN and x.layout is torch.strided and not x.is_nested
 
 
-def dtypes_fit(layer, x: torch.Tensor, lora_A: torch.Tensor, lora_B: torch.Tensor) -> bool:
+def _dtypes_fit(layer, x: torch.Tensor, lora_A: torch.Tensor, lora_B: torch.Tensor) -> bool:
     """Whether PEFT would compute this call's adapter in a dtype that the operators have too.
 
     Without autocast: adapters in the dtype of the activations, or fp32 masters of 16-bit activations (that
@@ -298,17 +319,35 @@ def dtypes_fit(layer, x: torch.Tensor, lora_A: torch.Tensor, lora_B: torch.Tenso
     return lora_A.dtype == torch.float32 and x.dtype in SIXTEEN_BIT and layer.cast_input_dtype_enabled
 
 
+def adapters_for(layer, x: torch.Tensor, names: Sequence[str] | None = None) -> list[Adapter] | None:
+    """`read` of a linear layer; None if the layer may not run on this backend, or not on this x."""
+    adapters = read(layer, names)
+    if type(adapters) is str:
+        return None
+    for adapter in adapters:
+        if not _dtypes_fit(layer, x, adapter.lora_A, adapter.lora_B):
+            return None
+    return adapters
+
+
+def fused_operands(layer, x: torch.Tensor, adapter: Adapter) -> Operands | None:
+    """Of base product and adapter in one operator; None where the base layer has to be called."""
+    base = layer._modules["base_layer"]
+    if why_called(layer) is not None:
+        return None
+    weight = weight_of(base)
+    if torch.is_autocast_enabled(x.device.type):  # which gives x and the weight one dtype
+        fuses = weight.dtype != torch.float64
+    else:
+        fuses = x.dtype == weight.dtype
+    _, lora_A, lora_B, scaling, _ = adapter
+    return Operands(weight, lora_A, lora_B, scaling, weight_of(base, "bias")) if fuses else None
+
+
 def embedding_fits(x: torch.Tensor, lora_A: torch.Tensor, lora_B: torch.Tensor) -> bool:
-    """`dtypes_fit` of an embedding, whose adapter PEFT computes in the adapter's own dtype or autocast's."""
+    """`_dtypes_fit` of an embedding, whose adapter PEFT computes in the adapter's own dtype or autocast's."""
     if not _is_plain(x):
         return False
     if torch.is_autocast_enabled(x.device.type):
         return torch.float64 not in (lora_A.dtype, lora_B.dtype)
     return lora_A.dtype == lora_B.dtype
-
-
-def fuses(x: torch.Tensor, weight: torch.Tensor) -> bool:
-    """Whether x and the base weight have one dtype, or autocast gives them one."""
-    if torch.is_autocast_enabled(x.device.type):
-        return weight.dtype != torch.float64
-    return x.dtype == weight.dtype

@@ -25,8 +25,10 @@ from torch.utils.weak import TensorWeakRef
 
 from mica import backend
 from mica.dispatch import is_transformed
-from mica.fast.common_case import Operands
+from mica.fast import common_case
+from mica.fast.eligibility import Operands, adapters_for, fused_operands, hangs_on_call
 from mica.fast.settings import settings
+from mica.group_ops import stacked_rank
 
 # Tokens x in_features² from which "auto" groups. Below, the host decides how long a step takes, and there
 # layers cost more in a group than alone (a whole decoder block of tiny tensors 1.2 times). MODELLED: an H100
@@ -118,8 +120,33 @@ def _region() -> int | None:
     return None if hooks is None else id(hooks[0])
 
 
-def fetch(layer: nn.Module, operands: Operands, x: Tensor) -> Tensor | None:
-    """This layer's output, if the first of its group has computed just this one from this very x."""
+def output(
+    layer: nn.Module,
+    x: Tensor,
+    operands: Operands,
+    alone: Callable[[nn.Module, Tensor, Operands], Tensor],
+    together: Callable[[list[nn.Module], Tensor, list[Operands]], list],
+) -> Tensor:
+    """Of a layer that runs fused on x, without dropout; ``alone`` computes it.
+
+    ``together`` computes those of several layers that read x, and returns what `group_ops.start_group` does.
+    """
+    call = _fetch(layer, x, operands)
+    if call is None:
+        members = _members(layer, x, operands)
+        if members is None:
+            result = alone(layer, x, operands)
+            _observe(layer, x, result)
+            return result
+        result, *calls = together(list(members), x, list(members.values()))
+        _keep(members, x, result, calls)
+        return result
+    # The last thing done: the end of a recomputation is an exception that saving a tensor raises.
+    return call()
+
+
+def _fetch(layer: nn.Module, x: Tensor, operands: Operands) -> Callable[[], Tensor] | None:
+    """The call of this layer, if the first of its group has computed just this one from this very x."""
     pending = _state.pending
     if pending is None:
         return None
@@ -138,8 +165,7 @@ def fetch(layer: nn.Module, operands: Operands, x: Tensor) -> Tensor | None:
     if not pending.outputs:
         _state.pending = None
         pending.group.misses = 0
-    # The last thing done: the end of a recomputation is an exception that saving a tensor raises.
-    return output.call()
+    return output.call
 
 
 def _surroundings(x: Tensor) -> tuple:
@@ -166,31 +192,52 @@ def _versions(operands: tuple) -> tuple:
     )
 
 
-def members(layer: nn.Module) -> list[nn.Module] | None:
-    """The layers to be computed with this one, which comes first; None where it runs alone."""
+def _members(layer: nn.Module, x: Tensor, operands: Operands) -> dict[nn.Module, Operands] | None:
+    """The layers of the group that this one leads, and their operands; None where it runs alone.
+
+    Each must run fused on x, with one adapter and no dropout, and nothing may depend on its being called.
+    """
     group = _groups.get(layer)
     if group is None or len(group.layers) == 1:
         return None
-    layers = [reference() for reference in group.layers]
-    return None if None in layers else layers
+    members = {}
+    for reference in group.layers:
+        member = reference()
+        if member is None or hangs_on_call(member):
+            return None
+        if members:
+            operands = common_case.operands(member, x) or _operands_in_general(member, x)
+        if operands is None or operands.lora_A.device != x.device:
+            return None
+        if not operands.lora_A.requires_grad:  # its output need not require a gradient, but a group's would
+            return None
+        members[member] = operands
+    rank = stacked_rank([operands.lora_A for operands in members.values()])
+    return members if rank <= backend.MAX_RANK else None
 
 
-def lead(
-    layers: list[nn.Module], together: list[Operands], x: Tensor, outputs: list[Tensor | Callable[[], Tensor]]
-) -> Tensor:
-    """Keep what `group_ops.start_group` gave for the calls to come; the first layer's output is returned."""
-    others = {}
-    for layer, operands, call in zip(layers[1:], together[1:], outputs[1:], strict=True):
-        others[layer] = _Output(call, operands, _versions(operands))
-    pending = _Pending(TensorWeakRef(x), _surroundings(x), _groups[layers[0]], others)
+def _operands_in_general(layer: nn.Module, x: Tensor) -> Operands | None:
+    adapters = adapters_for(layer, x)
+    if adapters is None or len(adapters) > 1 or adapters[0].dropout_p:
+        return None
+    return fused_operands(layer, x, adapters[0])
+
+
+def _keep(members: dict[nn.Module, Operands], x: Tensor, first: Tensor, calls: list) -> None:
+    """``calls`` of the layers after the first, whose output is ``first``, until they are called."""
+    (leader, _), *others = members.items()
+    outputs = {
+        layer: _Output(call, operands, _versions(operands))
+        for (layer, operands), call in zip(others, calls, strict=True)
+    }
+    pending = _Pending(TensorWeakRef(x), _surroundings(x), _groups[leader], outputs)
     # Outputs that nobody fetched hold the graph; at the latest its backward lets go of them, or the backward
     # for which this is a recomputation.
     release = _releasing(ref(pending))
-    outputs[0].grad_fn.on_backward = release
+    first.grad_fn.on_backward = release
     if torch._C._current_graph_task_id() != -1:
         torch.autograd.Variable._execution_engine.queue_callback(release)
     _state.run, _state.pending = None, pending
-    return outputs[0]
 
 
 def _releasing(pending: ReferenceType[_Pending]):
@@ -202,7 +249,7 @@ def _releasing(pending: ReferenceType[_Pending]):
     return release
 
 
-def observe(layer: nn.Module, x: Tensor, output: Tensor) -> None:
+def _observe(layer: nn.Module, x: Tensor, output: Tensor) -> None:
     """A call that ran alone: does it go on reading what the calls before it have read?"""
     if output.grad_fn is None:
         return

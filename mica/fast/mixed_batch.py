@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from mica import ops
-from mica.fast.eligibility import adapter_weights, dtypes_fit, why_not
+from mica.fast.eligibility import Adapter, adapters_for, scaled
 from mica.fast.settings import compute_dtype
 
 BASE = "__base__"  # PEFT's name for "no adapter"
@@ -47,35 +47,32 @@ def forward(layer, x: Tensor, adapter_names: list[str]) -> Tensor | None:
     names = [name for name in dict.fromkeys(adapter_names) if name != BASE and name in layer.lora_A]
     if not names or len(x) != len(adapter_names) or torch.compiler.is_compiling():
         return None
-    if why_not(layer, names) is not None or any(layer.lora_dropout[name].training for name in names):
+    adapters = adapters_for(layer, x, names)
+    if adapters is None or any(layer.lora_dropout[name].training for name in names):
         return None
-    if not all(dtypes_fit(layer, x, *adapter_weights(layer, name)) for name in names):
-        return None
+    adapters = {adapter.name: adapter for adapter in adapters}
     result = layer.base_layer(x)
-    for group in _groups(layer, names):
+    for group in _groups(layer, {name: adapter.lora_B.detach() for name, adapter in adapters.items()}):
         rows = [row for row, name in enumerate(adapter_names) if name in group.names]
         if len(rows) == len(x):
-            result = ops.up_projection(result, _h(layer, x, adapter_names, group), group.lora_B)
+            result = ops.up_projection(result, _h(x, adapter_names, group, adapters), group.lora_B)
         else:
             index = torch.tensor(rows, device=x.device)
-            h = _h(layer, x[index], [adapter_names[row] for row in rows], group)
+            h = _h(x[index], [adapter_names[row] for row in rows], group, adapters)
             update = ops.up_projection(result[index], h, group.lora_B)
             result = result.index_copy(0, index, update)
     return result
 
 
-def _h(layer, x: Tensor, adapter_names: list[str], group: _Shared) -> Tensor:
+def _h(x: Tensor, adapter_names: list[str], group: _Shared, adapters: dict[str, Adapter]) -> Tensor:
     """(batch, ..., rank of the widest B): each sample's h in the columns that belong to its adapter."""
     h = None
     for name in group.names:
         index = torch.tensor(
             [row for row, other in enumerate(adapter_names) if other == name], device=x.device
         )
-        lora_A, _ = adapter_weights(layer, name)
-        scaling = layer.scaling[name]
-        if isinstance(scaling, Tensor):
-            lora_A, scaling = lora_A * scaling.to(lora_A.dtype), 1.0
-        part = ops.down_projection(x[index], lora_A, float(scaling), compute_dtype(x), 0.0, None)
+        lora_A, scaling = scaled(adapters[name].lora_A, adapters[name].scaling)  # B is that of others too
+        part = ops.down_projection(x[index], lora_A, scaling, compute_dtype(x), 0.0, None)
         if h is None:
             h = part.new_zeros(*x.shape[:-1], group.lora_B.shape[1])
         h[index, ..., h.shape[-1] - part.shape[-1] :] = part
@@ -87,9 +84,8 @@ def forget() -> None:
     _comparisons.clear()
 
 
-def _groups(layer, names: list[str]) -> list[_Shared]:
+def _groups(layer, weights: dict[str, Tensor]) -> list[_Shared]:
     """The adapters by the B that they share, widest first. Compared once, and again when a B has changed."""
-    weights = {name: adapter_weights(layer, name)[1].detach() for name in names}
     if not all(_is_tracked(B) for B in weights.values()):
         return _compare(weights)
     state = tuple(
