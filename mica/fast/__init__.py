@@ -61,10 +61,7 @@ def enable(
     Raises:
         ValueError: a value that is not one of these.
     """
-    _settings.check(compute_dtype, on_unsuitable, device, group_projections)
-    settings = _settings.settings
-    settings.compute_dtype, settings.on_unsuitable, settings.device = compute_dtype, on_unsuitable, device
-    settings.group_projections = group_projections
+    _settings.change(compute_dtype, on_unsuitable, device, group_projections)
     _settings.switch(patching.install())
 
 

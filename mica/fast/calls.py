@@ -31,7 +31,7 @@ _state = _State()
 _forwards: WeakKeyDictionary[nn.Module, _Forward] = WeakKeyDictionary()
 _number = 0  # of the forward that began last
 _outside: dict[int, int] = {}  # id(layer) -> the number at its last call outside of any; a reused id silences
-_is_traced = False
+is_traced = False
 
 
 def note(layer: nn.Module) -> None:
@@ -49,8 +49,8 @@ def note(layer: nn.Module) -> None:
 @torch.compiler.assume_constant_result
 def _note_trace() -> None:
     """Runs while a graph is traced, and leaves nothing in it: calls of compiled code are not seen."""
-    global _is_traced
-    _is_traced = True
+    global is_traced
+    is_traced = True
 
 
 @contextmanager
@@ -83,7 +83,7 @@ def counts() -> dict[nn.Module, int]:
     Empty once a MiCA layer has been traced by torch.compile.
     """
     found: dict[nn.Module, int] = {}
-    if _is_traced:
+    if is_traced:
         return found
     for model, forward in sorted(_forwards.items(), key=lambda item: item[1].number):
         called = Counter(reference() for reference in forward.calls)

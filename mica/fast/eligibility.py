@@ -28,14 +28,14 @@ MiCAEmbeddingVariant = getattr(variants, "MiCAEmbeddingVariant", None)
 _VARIANTS = (MiCALinearVariant, MiCAEmbeddingVariant)
 
 
-def _own_forward(cls: type[nn.Module]) -> Callable | None:
+def own_forward(cls: type[nn.Module]) -> Callable | None:
     """The forward that the class came with; None where somebody has replaced it before this import."""
     known = getattr(cls.forward, "__globals__", None) is vars(sys.modules[cls.__module__])
     return cls.forward if known else None
 
 
 # What the operators stand for. Code that replaces one of these for all modules wants its own to run.
-FORWARDS = {cls: _own_forward(cls) for cls in (nn.Linear, Conv1D, nn.Identity, nn.Dropout)}
+FORWARDS = {cls: own_forward(cls) for cls in (nn.Linear, Conv1D, nn.Identity, nn.Dropout)}
 
 # PEFT's layer classes over quantised weights: entered when one is first met, for they need their libraries.
 # Empty again once PEFT has its functions back.

@@ -89,8 +89,8 @@ class _State(threading.local):
     pending: _Pending | None = None
 
 
-_state = _State()
-_groups: WeakKeyDictionary[nn.Module, _Group] = WeakKeyDictionary()
+state = _State()
+groups: WeakKeyDictionary[nn.Module, _Group] = WeakKeyDictionary()
 
 
 def is_on(x: Tensor, lora_A: Tensor) -> bool:
@@ -147,14 +147,14 @@ def output(
 
 def _fetch(layer: nn.Module, x: Tensor, operands: Operands) -> Callable[[], Tensor] | None:
     """The call of this layer, if the first of its group has computed just this one from this very x."""
-    pending = _state.pending
+    pending = state.pending
     if pending is None:
         return None
     output = pending.outputs.get(layer)
     if (
         output is None
         or pending.x() is not x
-        or pending.surroundings != _surroundings(x)
+        or pending.surroundings != surroundings(x)
         or not all(map(is_, output.operands, operands))
         or output.versions != _versions(output.operands)
     ):
@@ -163,12 +163,12 @@ def _fetch(layer: nn.Module, x: Tensor, operands: Operands) -> Callable[[], Tens
         return None
     del pending.outputs[layer]
     if not pending.outputs:
-        _state.pending = None
+        state.pending = None
         pending.group.misses = 0
     return output.call
 
 
-def _surroundings(x: Tensor) -> tuple:
+def surroundings(x: Tensor) -> tuple:
     """What the result of a layer depends on beside its operands."""
     device = x.device
     kind = device.type
@@ -197,7 +197,7 @@ def _members(layer: nn.Module, x: Tensor, operands: Operands) -> dict[nn.Module,
 
     Each must run fused on x, with one adapter and no dropout, and nothing may depend on its being called.
     """
-    group = _groups.get(layer)
+    group = groups.get(layer)
     if group is None or len(group.layers) == 1:
         return None
     members = {}
@@ -230,14 +230,14 @@ def _keep(members: dict[nn.Module, Operands], x: Tensor, first: Tensor, calls: l
         layer: _Output(call, operands, _versions(operands))
         for (layer, operands), call in zip(others, calls, strict=True)
     }
-    pending = _Pending(TensorWeakRef(x), _surroundings(x), _groups[leader], outputs)
+    pending = _Pending(TensorWeakRef(x), surroundings(x), groups[leader], outputs)
     # Outputs that nobody fetched hold the graph; at the latest its backward lets go of them, or the backward
     # for which this is a recomputation.
     release = _releasing(ref(pending))
     first.grad_fn.on_backward = release
     if torch._C._current_graph_task_id() != -1:
         torch.autograd.Variable._execution_engine.queue_callback(release)
-    _state.run, _state.pending = None, pending
+    state.run, state.pending = None, pending
 
 
 def _releasing(pending: ReferenceType[_Pending]):
@@ -253,24 +253,24 @@ def _observe(layer: nn.Module, x: Tensor, output: Tensor) -> None:
     """A call that ran alone: does it go on reading what the calls before it have read?"""
     if output.grad_fn is None:
         return
-    run, here = _state.run, _region()
+    run, here = state.run, _region()
     if run is not None and run.x() is x and run.version == x._version and run.region == here:
         run.is_simple = run.is_simple and all(reference() is not layer for reference in run.layers)
         run.layers.append(ref(layer))
         return
     if run is not None:
         _learn(run)
-    _state.run = _Run(TensorWeakRef(x), x._version, here, [ref(layer)])
+    state.run = _Run(TensorWeakRef(x), x._version, here, [ref(layer)])
 
 
 def _learn(run: _Run) -> None:
     leader = run.layers[0]()
-    if leader is not None and leader not in _groups and run.is_simple and len(run.layers) > 1:
-        _groups[leader] = _Group(run.layers)
+    if leader is not None and leader not in groups and run.is_simple and len(run.layers) > 1:
+        groups[leader] = _Group(run.layers)
 
 
 def forget_pending() -> None:
     """Let go of outputs that were computed ahead: after a forward, also one that ended in an exception."""
-    if _state.pending is not None:
-        _state.pending.outputs.clear()
-        _state.pending = None
+    if state.pending is not None:
+        state.pending.outputs.clear()
+        state.pending = None

@@ -60,13 +60,13 @@ def _in_general(layer, x: torch.Tensor) -> torch.Tensor | None:
             result = grouping.output(layer, x, operands, _fused, _together)
     for adapter in adapters:
         lora_B, scaling = scaled(adapter.lora_B, adapter.scaling)
-        h = ops.down_projection(x, adapter.lora_A, scaling, compute_dtype(x), *_dropout(adapter.dropout_p, x))
+        h = ops.down_projection(x, adapter.lora_A, scaling, compute_dtype(x), *dropout(adapter.dropout_p, x))
         result = ops.up_projection(result, h, lora_B)
     return result
 
 
 def _fused(layer, x: torch.Tensor, operands: Operands, dropout_p: float = 0.0) -> torch.Tensor:
-    return ops.linear(x, *_ready(layer, operands), compute_dtype(x), *_dropout(dropout_p, x))
+    return ops.linear(x, *_ready(layer, operands), compute_dtype(x), *dropout(dropout_p, x))
 
 
 def _together(layers: list, x: torch.Tensor, operands: list[Operands]) -> list:
@@ -82,7 +82,7 @@ def _ready(layer, operands: Operands) -> tuple:
     return weight, lora_A, *scaled(lora_B, scaling), bias
 
 
-def _dropout(p: float, x: torch.Tensor) -> tuple[float, torch.Tensor | None]:
+def dropout(p: float, x: torch.Tensor) -> tuple[float, torch.Tensor | None]:
     """Its probability, and a seed of torch's generator: checkpointing restores that, and so the mask."""
     if p == 0.0:
         return 0.0, None

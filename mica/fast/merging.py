@@ -119,7 +119,7 @@ class MergeReport:
         )
 
 
-_RECORDS = "_mica_merges"  # in the __dict__ of a layer, while it is merged
+RECORDS = "_mica_merges"  # in the __dict__ of a layer, while it is merged
 
 # Of base layers, which outlive PEFT's around them. Keyed by the module itself, and gone with it.
 _stats: WeakKeyDictionary[nn.Module, MergeStats] = WeakKeyDictionary()
@@ -140,7 +140,7 @@ def merge_report(model: nn.Module) -> MergeReport:
     for name, module in model.named_modules():
         if isinstance(module, lora.LoraLayer):
             wrapped.add(module.get_base_layer())
-            records = vars(module).get(_RECORDS, {})
+            records = vars(module).get(RECORDS, {})
             merged = [records[adapter] for adapter in module.merged_adapters if adapter in records]
             merged = [record.stats for record in merged if record.period == _period]
             if merged:
@@ -158,12 +158,12 @@ def _sum(parts: list[MergeStats]) -> MergeStats:
 
 
 def _forget(layer, adapter: str) -> _Undo | None:
-    records = vars(layer).get(_RECORDS)
+    records = vars(layer).get(RECORDS)
     if records is None:
         return None
     undo = records.pop(adapter, None)
     if not records:
-        del layer.__dict__[_RECORDS]
+        del layer.__dict__[RECORDS]
     return undo
 
 
@@ -200,7 +200,7 @@ def _bits(tensor: Tensor) -> Tensor:
     return tensor.view(_BITS[tensor.element_size()])
 
 
-def _fingerprint(weight: Tensor) -> Tensor:
+def fingerprint(weight: Tensor) -> Tensor:
     """One int64 a row: the sum of its words of 8 bytes, each times an odd number of its place, modulo 2^64.
 
     An edit of the weight between merge and unmerge must not go unseen. That of one word never does, for odd
@@ -241,7 +241,7 @@ def _merge_into(layer, adapter: str, weight: Tensor, out: Tensor, safe: bool) ->
     """
     lora_A, lora_B, transposed = _operands(layer, adapter)
     scaling = float(layer.scaling[adapter])
-    original_rows = _fingerprint(weight)
+    original_rows = fingerprint(weight)
     stats, indices, values = MergeStats(weight.dtype), [], []
     for rows, update in _chunks(weight, lora_A, lora_B, scaling, transposed):
         old = weight[rows].clone()
@@ -260,14 +260,14 @@ def _merge_into(layer, adapter: str, weight: Tensor, out: Tensor, safe: bool) ->
     finite = math.isfinite(stats.update_squared + stats.error_squared)
     if safe and not finite and not torch.isfinite(out).all():
         return
-    records = layer.__dict__[_RECORDS] = _Records(vars(layer).get(_RECORDS, ()))
+    records = layer.__dict__[RECORDS] = _Records(vars(layer).get(RECORDS, ()))
     records[adapter] = _Undo(
         lora_A.clone(),
         lora_B.clone(),
         scaling,
         torch.cat(indices),
         torch.cat(values),
-        _fingerprint(out),
+        fingerprint(out),
         original_rows,
         stats,
         _period,
@@ -281,7 +281,7 @@ def _merge_into(layer, adapter: str, weight: Tensor, out: Tensor, safe: bool) ->
 @_in_any_mode
 def _unmerge_from(layer, adapter: str, weight: Tensor, undo: _Undo | None) -> None:
     """In place: the bits from before the merge, or W' - s·B·A in fp32 with a warning why not."""
-    exact = undo is not None and torch.equal(_fingerprint(weight), undo.merged_rows.to(weight.device))
+    exact = undo is not None and torch.equal(fingerprint(weight), undo.merged_rows.to(weight.device))
     why = "the weight was edited, cast or moved to another device while it was merged"
     if undo is None or (not exact and undo.period != _period):
         undo, why = None, "there is no record of its merge: stock PEFT merged it, or the model was pickled"
@@ -294,7 +294,7 @@ def _unmerge_from(layer, adapter: str, weight: Tensor, undo: _Undo | None) -> No
         weight[rows] = (weight[rows].to(update.dtype) - update).to(weight.dtype)
     if exact:
         weight.view(-1)[undo.indices.to(weight.device)] = undo.values.to(weight.device)
-        exact = torch.equal(_fingerprint(weight), undo.original_rows.to(weight.device))
+        exact = torch.equal(fingerprint(weight), undo.original_rows.to(weight.device))
     if not exact:
         its = "its" if undo else "its present"
         warnings.warn(

@@ -64,12 +64,13 @@ def compute_dtype(x: torch.Tensor) -> torch.dtype | None:
     return None if dtype is None else torch.promote_types(dtype, x.dtype)
 
 
-def check(
+def change(
     compute_dtype: torch.dtype | None,
     on_unsuitable: str,
     device: str | torch.device,
     group_projections: str | bool,
 ) -> None:
+    """All of the user's settings, or a ValueError and none."""
     if group_projections not in ("auto", True, False):
         raise ValueError(f"group_projections must be 'auto', True or False, but it is {group_projections!r}.")
     if compute_dtype not in COMPUTE_DTYPES:
@@ -84,3 +85,5 @@ def check(
             torch.device(device)
         except (RuntimeError, TypeError) as error:
             raise ValueError(f"device must be 'auto' or a torch device, but it is {device!r}.") from error
+    settings.compute_dtype, settings.on_unsuitable = compute_dtype, on_unsuitable
+    settings.device, settings.group_projections = device, group_projections

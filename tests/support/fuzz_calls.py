@@ -160,8 +160,14 @@ class Calls(Base):
         found = {n: m for n, m in layers(self.twins.ours).items() if isinstance(m, lora.Linear)}
         first = list(found)[layer * 5 % len(found)]
         width = found[first].in_features
-        known = grouping.members(found[first]) or found.values()
-        others = [n for n, m in found.items() if n != first and m.in_features == width and m in known]
+        group = grouping.groups.get(found[first])
+        known = [member() for member in group.layers[1:]] if group else ()
+        known = known or found.values()
+        others = [
+            n
+            for n, m in found.items()
+            if n != first and m.in_features == width and m in (known or found.values())
+        ]
         if self.twins.is_merged or self.twins.has_dropout or not others:
             return False
         second, name = others[seed % len(others)], self.pick(seed)

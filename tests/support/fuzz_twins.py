@@ -99,7 +99,7 @@ class Twins:
         A good result is as near to fp64's as stock's are, from its weights or others within their rounding.
         """
         try:
-            self._same(ours, stock, **tolerances)
+            self.same(ours, stock, **tolerances)
         except AssertionError as error:
             try:
                 exact = oracle(nn.Module.double)
@@ -132,7 +132,7 @@ class Twins:
             self.ours, self.stock = made[True], made[False]
         return outcome.error is None
 
-    def _same(self, ours, stock, what="result", factor=OUTPUTS, scale=0.0) -> None:
+    def same(self, ours, stock, what="result", factor=OUTPUTS, scale=0.0) -> None:
         if isinstance(ours, Tensor):
             assert ours.dtype == stock.dtype, f"{what}: {ours.dtype}, stock {stock.dtype}"
             found = distance(ours, stock, max(scale, 1e-6))
@@ -142,11 +142,11 @@ class Twins:
         elif isinstance(ours, dict):
             assert ours.keys() == stock.keys(), f"{what}: {set(ours) ^ set(stock)}"
             for name in ours:
-                self._same(ours[name], stock[name], f"{what} {name}", factor, scale)
+                self.same(ours[name], stock[name], f"{what} {name}", factor, scale)
         elif isinstance(ours, (tuple, list)):
             assert len(ours) == len(stock), what
             for index, pair in enumerate(zip(ours, stock, strict=True)):
-                self._same(*pair, f"{what}[{index}]", factor, scale)
+                self.same(*pair, f"{what}[{index}]", factor, scale)
         elif isinstance(ours, (str, int, float, bool, type(None))):
             assert ours == stock, f"{what}: {ours}, stock {stock}"
 
@@ -246,9 +246,9 @@ class Twins:
             if not (self.edited and is_base(name)):
                 # stock rounds what it merges and unmerges within autocast
                 factor = 4 * WEIGHTS if self.autocast and is_base(name) else WEIGHTS
-                self._same(parameter.detach(), other.detach(), name, factor)
+                self.same(parameter.detach(), other.detach(), name, factor)
         assert self.ours.state_dict().keys() == self.stock.state_dict().keys()
-        self._same(self._attributes(self.ours), self._attributes(self.stock), "attributes")
+        self.same(self._attributes(self.ours), self._attributes(self.stock), "attributes")
         for (name, adapter), before in self.frozen.items():
             layer = layers(self.ours)[name]
             pair = factors(layer, adapter)
@@ -265,7 +265,7 @@ class Twins:
                 assert torch.equal(weight, before), f"{name}: not the weight from before merging"
         elif self.base and not (self.is_lost and self.edited):  # plain LoRA is unmerged by its present values
             for name, before in self.base.items():
-                self._same(
+                self.same(
                     self.ours.get_parameter(name).detach(), before.to(self.ours.get_parameter(name)), name
                 )
         self.exact, self.edited, self.is_lost = True, False, False

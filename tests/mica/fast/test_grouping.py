@@ -162,7 +162,7 @@ def test_an_exception_in_the_middle_leaves_nothing_behind():
     x = X.clone().requires_grad_()
     with pytest.raises(RuntimeError, match="in the middle"):
         model(x)
-    assert grouping._state.pending is None
+    assert grouping.state.pending is None
     alive = weakref.ref(x)
     del x
     gc.collect()
@@ -189,9 +189,9 @@ def test_backward_lets_go_of_what_was_not_fetched():
     model = learned()
     x = X.clone().requires_grad_()
     out = model.base_model.model.a(x)
-    assert len(grouping._state.pending.outputs) == 2
+    assert len(grouping.state.pending.outputs) == 2
     out.sum().backward()
-    assert not any(grouping._state.pending.outputs.values())
+    assert not any(grouping.state.pending.outputs.values())
     alive = weakref.ref(x)
     del x, out
     gc.collect()

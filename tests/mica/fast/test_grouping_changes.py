@@ -232,8 +232,8 @@ def test_disabled_in_the_middle():
 def test_another_stream(monkeypatch):
     """What the leader's stream computes may not be there when another stream, that waited for x, reads it."""
     model = learned()
-    surroundings, stream = grouping._surroundings, [0]
-    monkeypatch.setattr(grouping, "_surroundings", lambda x: (*surroundings(x), stream[0]))
+    surroundings, stream = grouping.surroundings, [0]
+    monkeypatch.setattr(grouping, "surroundings", lambda x: (*surroundings(x), stream[0]))
 
     def change(layer, x):
         stream[0] = 1
