@@ -1,8 +1,8 @@
 """How often each layer was called in the last forward of its model, for `mica.fast.explain`.
 
-A forward is one of PEFT's model or tuner that came to its end. One in a backward is a recomputation and does
-not count. Calls outside of any (`generate`, a part of the model alone, recomputations) do not count, but a
-layer that had one since is not said to be uncalled.
+A forward is one of PEFT's model or tuner that ended without an exception. One within a backward is a
+recomputation and does not count. Calls outside of any forward (`generate`, a part of the model alone,
+recomputations) do not count either, but a layer that has had one since is not reported as uncalled.
 """
 
 from __future__ import annotations
@@ -24,18 +24,18 @@ class _Forward(NamedTuple):
 
 
 class _State(threading.local):
-    calls: list[nn.Module] | None = None  # of the forward that this thread is in
+    calls: list[nn.Module] | None = None  # in this thread's current forward
 
 
 _state = _State()
 _forwards: WeakKeyDictionary[nn.Module, _Forward] = WeakKeyDictionary()
-_number = 0  # of the forward that began last
-_outside: dict[int, int] = {}  # id(layer) -> the number at its last call outside of any; a reused id silences
+_number = 0  # of the latest forward
+_outside: dict[int, int] = {}  # id(layer) -> number at its last call outside of any; a reused id hides a 0
 is_traced = False
 
 
 def note(layer: nn.Module) -> None:
-    """The layer's forward begins: 0.2 µs, once a call."""
+    """At the beginning of a layer's forward: 0.2 µs per call."""
     if torch.compiler.is_compiling():
         _note_trace()
         return
@@ -48,7 +48,7 @@ def note(layer: nn.Module) -> None:
 
 @torch.compiler.assume_constant_result
 def _note_trace() -> None:
-    """Runs while a graph is traced, and leaves nothing in it: calls of compiled code are not seen."""
+    """Runs while a graph is traced and leaves nothing in it: compiled calls are not counted."""
     global is_traced
     is_traced = True
 
@@ -72,23 +72,23 @@ def counting(model: nn.Module) -> Iterator[None]:
 
 
 def forget() -> None:
-    """Nothing is known before the next forward."""
+    """Until the next forward nothing is known."""
     _forwards.clear()
     _outside.clear()
 
 
 def counts() -> dict[nn.Module, int]:
-    """Every module of every model that had a forward -> its calls in the last one, as far as they are known.
+    """Each module of each model that has run a forward -> its calls in the last one, where they are known.
 
     Empty once a MiCA layer has been traced by torch.compile.
     """
-    found: dict[nn.Module, int] = {}
+    counts_of: dict[nn.Module, int] = {}
     if is_traced:
-        return found
+        return counts_of
     for model, forward in sorted(_forwards.items(), key=lambda item: item[1].number):
         called = Counter(reference() for reference in forward.calls)
         for module in model.modules():
-            found[module] = called[module]
-            if not found[module] and _outside.get(id(module), -1) >= forward.number:
-                del found[module]
-    return found
+            counts_of[module] = called[module]
+            if not counts_of[module] and _outside.get(id(module), -1) >= forward.number:
+                del counts_of[module]
+    return counts_of

@@ -1,8 +1,8 @@
-"""A linear layer as nearly every call finds it, recognised in 3 µs: `eligibility` takes 8 to say the same.
+"""The common case of a linear layer, recognised in 3 µs: `eligibility` takes 8 for the same answer.
 
 One active MiCA adapter on a plain nn.Linear, without dropout, hooks, patches, autocast, modes or tracing, and
-operands of which nothing is out of the ordinary. Whatever differs gives None, and then `eligibility` decides,
-with a reason. Nothing is kept between calls: what could change is read again at each.
+ordinary operands. Anything else gives None, and then `eligibility` decides, with a reason. Nothing is cached
+between calls: what could change is read again at each.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ def operands(layer, x: Tensor) -> Operands | None:
         or nn_module._global_backward_pre_hooks
     ):
         return None
-    for module in (base, lora_A, lora_B, dropout):  # would a call of it do more than its class's forward?
+    for module in (base, lora_A, lora_B, dropout):  # would calling it do more than its class's forward?
         if (
             module._forward_hooks
             or module._forward_pre_hooks

@@ -1,14 +1,14 @@
 """Layers that read one tensor one after the other (q/k/v, gate/up) run as one operator, `mica.group_ops`.
 
-Which ones do is not known from their names but seen: a run of calls with one x makes a group, and from then
-on the first call computes the outputs of all. The others fetch theirs where everything that their result
-depends on is as it was then, and else compute as if there were no group: an order of calls that changes
-costs time and is never wrong. (An edit that autograd would not see, through ``.data``, is not seen here.)
+Groups are not recognised by names but observed: consecutive calls with one x make a group, and from then on
+the first call computes the outputs of all. The others fetch theirs if nothing that their result depends on
+has changed, and otherwise compute as if there were no group: a changed order of calls costs time but is never
+wrong. (An edit that autograd would not notice, through ``.data``, is not noticed here.)
 
 Gradient checkpointing compares what a forward saved with what its recomputation saves. A layer saves the same
-at its own call, whether it is grouped or not (`group_ops.start_group`). So that may be decided anew at each
-call, whatever was learnt or has changed between a forward and its recomputation. A group does not reach over
-the edge of a checkpointed region: a recomputation would compute for layers that it does not call.
+at its own call, whether it is grouped or not (`group_ops.start_group`). So each call may decide anew,
+whatever was learnt or has changed between a forward and its recomputation. A group does not cross the
+boundary of a checkpointed region: a recomputation would compute for layers that it does not call.
 """
 
 from __future__ import annotations
@@ -30,13 +30,13 @@ from mica.fast.eligibility import Operands, adapters_for, fused_operands, hangs_
 from mica.fast.settings import settings
 from mica.group_ops import stacked_rank
 
-# Tokens x in_features² from which "auto" groups. Below, the host decides how long a step takes, and there
+# Tokens x in_features² from which "auto" groups. Below, a step takes as long as the host needs, and there
 # layers cost more in a group than alone (a whole decoder block of tiny tensors 1.2 times). MODELLED: an H100
 # needs 170 µs for the two products of a square layer of this size, as long as the host for all of a layer. It
-# hangs on x alone, for all that read it have to agree.
+# depends on x alone, since all layers that read x have to agree.
 _WORTH_GROUPING = 2**35
 
-# Calls in a row whose outputs were not all fetched: the group shrinks to the layers that did fetch theirs.
+# After this many consecutive calls whose outputs were not all fetched, the group keeps the layers that did.
 _MISSES = 2
 
 
@@ -56,7 +56,7 @@ class _Group:
 
 @dataclass
 class _Run:
-    """Calls of layers with one x, as they are being seen."""
+    """Consecutive calls of layers with one x, as observed so far."""
 
     x: TensorWeakRef
     version: int
@@ -67,7 +67,7 @@ class _Run:
 
 @dataclass(eq=False)
 class _Output:
-    """Of one layer, computed ahead, and the operands that it was computed from."""
+    """One layer's output, computed ahead, and the operands that it was computed from."""
 
     call: Callable[[], Tensor]
     operands: Operands
@@ -76,7 +76,7 @@ class _Output:
 
 @dataclass(eq=False)
 class _Pending:
-    """Outputs that the first call of a group has computed for the others; None where one is let go of."""
+    """Outputs that the first call of a group has computed for the others; None where one was released."""
 
     x: TensorWeakRef
     surroundings: tuple
@@ -94,7 +94,7 @@ groups: WeakKeyDictionary[nn.Module, _Group] = WeakKeyDictionary()
 
 
 def is_on(x: Tensor, lora_A: Tensor) -> bool:
-    """Whether calls with this x are watched and grouped: in training, where the setting says so.
+    """Whether calls with this x are observed and grouped: in training, where the setting says so.
 
     "auto": where the operators run on kernels and x is large. On the CPU the gain of 1 to 4 % of a
     block lies within the spread of the measurement (bench_block).
@@ -108,14 +108,14 @@ def is_on(x: Tensor, lora_A: Tensor) -> bool:
         return False
     if is_transformed():
         return False
-    # Selective checkpointing, a dispatch mode, looks for the operators of a forward in its recomputation.
+    # Selective checkpointing, a dispatch mode, expects a recomputation to run the operators of its forward.
     if torch._C._len_torch_dispatch_stack() or torch._C._get_tracing_state() is not None:
         return False
     return choice != "auto" or backend.use_kernels(x.device, lora_A.shape[0], x.dtype, lora_A.dtype)
 
 
 def _region() -> int | None:
-    """Of what hooks the tensors that are saved now: of a checkpointed region, or offloading; None outside."""
+    """Identifies the hooks on tensors saved now (a checkpointed region, offloading); None outside of any."""
     hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
     return None if hooks is None else id(hooks[0])
 
@@ -127,9 +127,9 @@ def output(
     alone: Callable[[nn.Module, Tensor, Operands], Tensor],
     together: Callable[[list[nn.Module], Tensor, list[Operands]], list],
 ) -> Tensor:
-    """Of a layer that runs fused on x, without dropout; ``alone`` computes it.
+    """The output of a layer that runs fused on x, without dropout: fetched, or computed in a group or alone.
 
-    ``together`` computes those of several layers that read x, and returns what `group_ops.start_group` does.
+    ``together`` computes for several layers that read x, and returns what `group_ops.start_group` does.
     """
     call = _fetch(layer, x, operands)
     if call is None:
@@ -141,12 +141,12 @@ def output(
         result, *calls = together(list(members), x, list(members.values()))
         _keep(members, x, result, calls)
         return result
-    # The last thing done: the end of a recomputation is an exception that saving a tensor raises.
+    # Last of all: a recomputation ends with an exception, raised where a tensor is saved.
     return call()
 
 
 def _fetch(layer: nn.Module, x: Tensor, operands: Operands) -> Callable[[], Tensor] | None:
-    """The call of this layer, if the first of its group has computed just this one from this very x."""
+    """This layer's call, if the first of its group has computed exactly this one from this very x."""
     pending = state.pending
     if pending is None:
         return None
@@ -169,7 +169,7 @@ def _fetch(layer: nn.Module, x: Tensor, operands: Operands) -> Callable[[], Tens
 
 
 def surroundings(x: Tensor) -> tuple:
-    """What the result of a layer depends on beside its operands."""
+    """What the result of a layer depends on in addition to its operands."""
     device = x.device
     kind = device.type
     return (
@@ -179,7 +179,7 @@ def surroundings(x: Tensor) -> tuple:
         torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None,
         settings.compute_dtype,
         _region(),
-        # values of another stream may not be there yet
+        # another stream's values may not have been computed yet
         torch._C._cuda_getCurrentRawStream(device.index) if kind == "cuda" else None,
     )
 
@@ -231,8 +231,8 @@ def _keep(members: dict[nn.Module, Operands], x: Tensor, first: Tensor, calls: l
         for (layer, operands), call in zip(others, calls, strict=True)
     }
     pending = _Pending(TensorWeakRef(x), surroundings(x), groups[leader], outputs)
-    # Outputs that nobody fetched hold the graph; at the latest its backward lets go of them, or the backward
-    # for which this is a recomputation.
+    # Outputs that are never fetched keep the graph alive; its backward releases them at the latest, or the
+    # backward for which this is a recomputation.
     release = _releasing(ref(pending))
     first.grad_fn.on_backward = release
     if torch._C._current_graph_task_id() != -1:
@@ -242,15 +242,15 @@ def _keep(members: dict[nn.Module, Operands], x: Tensor, first: Tensor, calls: l
 
 def _releasing(pending: ReferenceType[_Pending]):
     def release() -> None:
-        found = pending()
-        if found is not None:
-            found.outputs = dict.fromkeys(found.outputs)
+        waiting = pending()
+        if waiting is not None:
+            waiting.outputs = dict.fromkeys(waiting.outputs)
 
     return release
 
 
 def _observe(layer: nn.Module, x: Tensor, output: Tensor) -> None:
-    """A call that ran alone: does it go on reading what the calls before it have read?"""
+    """After a call that ran alone: has it read the same x as the calls before it?"""
     if output.grad_fn is None:
         return
     run, here = state.run, _region()
@@ -270,7 +270,7 @@ def _learn(run: _Run) -> None:
 
 
 def forget_pending() -> None:
-    """Let go of outputs that were computed ahead: after a forward, also one that ended in an exception."""
+    """Release outputs that were computed ahead: after a forward, also one that raised."""
     if state.pending is not None:
         state.pending.outputs.clear()
         state.pending = None

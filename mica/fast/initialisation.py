@@ -2,7 +2,7 @@
 
 `get_peft_model` creates layer after layer. Each is checked as it is created (rank, dtype, finite weight),
 so that a hopeless configuration fails before any work; the solver then runs over all of them under one
-progress bar. If anything goes wrong the model is put back as it was: no layer stays half adapted.
+progress bar. If anything fails the model is restored: no layer stays half adapted.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ _injection: ContextVar[_Injection | None] = ContextVar("mica_injection", default
 
 @while_enabled
 def resolve_lora_variant(stock, self, *, config, **kwargs):
-    """Any spelling of "mica" is MiCA. Stock initialises for "MICA" too but then trains B, silently."""
+    """Any spelling of "mica" is MiCA. Stock initialises for "MICA" too, but then silently trains B."""
     if requests_mica(config):
         config.init_lora_weights = "mica"  # in the saved configuration too, for whatever loads it
     return stock(self, config=config, **kwargs)
@@ -116,12 +116,12 @@ def mica_init(stock, self, adapter_name: str) -> None:
 
 
 def _prepare(layer, adapter_name: str) -> bool:
-    """A = 0, and B initialised, or noted as one that has to be. False if this is no layer of ours."""
+    """A = 0, and B initialised now or with the others. False if stock has to do it."""
     lora_A, lora_B = adapter_weights(layer, adapter_name)
     if lora_B.is_meta:
         return False
     if quantised.kind_of(layer) is not None:
-        # The dtype is plain LoRA's: the packed weight's says nothing.
+        # The dtype is plain LoRA's: the packed weight's means nothing.
         lora_A.data.zero_()
         if quantised.stored(layer).is_meta:  # another process has the weight, and will provide B
             return True
@@ -154,7 +154,7 @@ def _prepare(layer, adapter_name: str) -> bool:
 def cast_adapter_dtype(
     stock, model: nn.Module, adapter_name: str, autocast_adapter_dtype: bool = True
 ) -> None:
-    """PEFT's cast to fp32, then what it loses: the exact basis, and an embedding's frozen B."""
+    """PEFT's cast to fp32, then what it loses: the exact basis, and that an embedding's B is frozen."""
     layers = [layer for layer in model.modules() if is_mica(layer, adapter_name)]
     trainable = [
         [weight.requires_grad for weight in adapter_weights(layer, adapter_name)] for layer in layers
@@ -193,7 +193,7 @@ def create_and_replace(
 
 @around
 def inject_adapter(stock, self, model: nn.Module, adapter_name: str, *args, **kwargs) -> None:
-    calls.forget()  # layers that are new were in no forward yet
+    calls.forget()  # new layers have been in no forward yet
     config = self.peft_config[adapter_name]
     if not settings.enabled or not requests_mica(config):
         return stock(self, model, adapter_name, *args, **kwargs)
@@ -226,7 +226,7 @@ def inject_adapter(stock, self, model: nn.Module, adapter_name: str, *args, **kw
 
 
 def _exclude(config, names: list[str]) -> None:
-    """So that the saved adapter matches the layers that have one, for stock PEFT too."""
+    """Makes the saved adapter match the layers that have one, for stock PEFT too."""
     if isinstance(config.exclude_modules, str):
         config.exclude_modules = f"({config.exclude_modules})|" + "|".join(re.escape(name) for name in names)
     else:

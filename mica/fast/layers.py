@@ -1,7 +1,7 @@
 """The forwards of PEFT's LoRA layers over linear layers and embeddings, on the operators of `mica.ops`.
 
-Three forms of a linear layer's: fused (base product and adapter in one operator, on the base weight itself),
-beside (the base layer is called, then the adapter's two products), and PEFT's own where `why_not` says so.
+A linear layer has three forms: fused (base product and adapter in one operator, on the base weight itself),
+called (the base layer is called, then the adapter's two products run), and PEFT's own (`why_not`).
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def linear_forward(stock):
 
 
 def _linear(layer, x: torch.Tensor) -> torch.Tensor | None:
-    """The output with all active adapters, or None where the layer is PEFT's."""
+    """The output with all active adapters, or None where PEFT's own code runs."""
     operands = common_case.operands(layer, x)
     if operands is None:
         return _in_general(layer, x)
@@ -83,14 +83,14 @@ def _ready(layer, operands: Operands) -> tuple:
 
 
 def dropout(p: float, x: torch.Tensor) -> tuple[float, torch.Tensor | None]:
-    """Its probability, and a seed of torch's generator: checkpointing restores that, and so the mask."""
+    """Probability and a seed from torch's generator: checkpointing restores that, and so the mask."""
     if p == 0.0:
         return 0.0, None
     return p, torch.randint(0, 2**63 - 1, (1,), device=x.device)
 
 
 def whole_forward(stock):
-    """Of PEFT's model or its tuner: one of them is around every forward of the whole model."""
+    """For PEFT's model and its tuner: one of them is around every forward of the whole model."""
 
     def forward(self, *args, **kwargs):
         if torch.compiler.is_compiling():
@@ -117,7 +117,7 @@ def embedding_forward(stock):
 
 
 def _embedding(layer, x: torch.Tensor) -> torch.Tensor | None:
-    """The output with the active adapter, or None where the layer is PEFT's."""
+    """The output with the active adapter, or None where PEFT's own code runs."""
     adapters = read(layer)
     if type(adapters) is str:
         return None

@@ -1,4 +1,4 @@
-"""Adapters whose weights come from a file or from other adapters: no solver runs for them."""
+"""Adapters whose weights come from a file or from other adapters: the solver does not run."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from mica.fast import mixed_batch
 from mica.fast.bases import NewAdapter, check, initialise
 from mica.fast.wrapping import around, while_enabled
 
-# The adapters that were created within `without_solver`, whose B is 0, each with the key of its layer.
+# Adapters created within `without_solver`, whose B is still 0, each with its layer's key in the model.
 Uninitialised = list[tuple[str, NewAdapter]]
 _uninitialised: ContextVar[Uninitialised | None] = ContextVar("mica_uninitialised", default=None)
 
 
 @contextmanager
 def without_solver() -> Iterator[Uninitialised]:
-    """New adapters are left with B = 0 and listed, by the key of their layer in the model."""
+    """Within it new adapters keep B = 0 and are listed."""
     outer = _uninitialised.get()
     if outer is not None:
         yield outer
@@ -37,28 +37,28 @@ def uninitialised() -> Uninitialised | None:
 
 @while_enabled
 def load(stock, *args, **kwargs):
-    """`load_adapter`, and `from_pretrained`, which calls it."""
-    with without_solver() as waiting:
+    """In place of `load_adapter`, and of `from_pretrained`, which calls it."""
+    with without_solver() as adapters:
         result = stock(*args, **kwargs)
-    _initialise_missing(waiting, getattr(result, "missing_keys", ()))
+    _initialise_missing(adapters, getattr(result, "missing_keys", ()))
     return result
 
 
-def _initialise_missing(waiting: Uninitialised, missing_keys) -> None:
-    """A checkpoint without this layer's B (PEFT has warned): it gets the basis it would have had."""
+def _initialise_missing(adapters: Uninitialised, missing_keys) -> None:
+    """A layer whose B the checkpoint lacks (PEFT has warned) gets the basis of a new adapter."""
     missing = []
-    for key, new in waiting:
-        names = (f"{key}.lora_B.{new.adapter_name}", f"{key}.lora_embedding_B.{new.adapter_name}")
+    for key, adapter in adapters:
+        names = (f"{key}.lora_B.{adapter.adapter_name}", f"{key}.lora_embedding_B.{adapter.adapter_name}")
         if any(name in missing_key for missing_key in missing_keys for name in names):
-            check(new)
-            missing.append(new)
-    waiting.clear()
+            check(adapter)
+            missing.append(adapter)
+    adapters.clear()
     initialise(missing)
 
 
 @while_enabled
 def add_weighted_adapter(stock, self, adapters, weights, adapter_name, *args, **kwargs) -> None:
-    """An error after the adapter has been created would leave one whose B is 0: nothing could train it."""
+    """An error after the adapter's creation would leave one with B = 0, which nothing could train."""
     is_new = adapter_name not in self.peft_config
     try:
         with without_solver():
@@ -73,7 +73,7 @@ def add_weighted_adapter(stock, self, adapters, weights, adapter_name, *args, **
 def hotswap_adapter_from_state_dict(stock, *args, **kwargs):
     """PEFT writes the new adapter through ``.data``, which PyTorch does not count as a change of a tensor.
 
-    So whatever was made from the old B (`mica.kernels.prepared`, `mica.fast.mixed_batch`) is made again.
+    So whatever was derived from the old B (`mica.kernels.prepared`, `mica.fast.mixed_batch`) is dropped.
     """
     try:
         return stock(*args, **kwargs)

@@ -1,8 +1,8 @@
-"""Merging in fp32 with one rounding, and unmerging to the very bits that were there.
+"""Merging in fp32 with one rounding, and unmerging to the original bits.
 
 Stock PEFT rounds s·B·A to the base dtype and then adds in that dtype: in bf16 41 % of the weights of a
 small update do not move at all, and merge + unmerge changes 0.9 % of W. Here W' = round(W + s·B·A), and
-where round(W' - s·B·A) is not W again, the old value is kept beside the layer: a sparse correction.
+where round(W' - s·B·A) is not W again, the old value is kept with the layer: a sparse correction.
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ from mica.fast.wrapping import around
 
 logger = logging.getLogger(__name__)
 
-# Elements of the update that exist at a time. On a CPU what matters is that the fp32 temporaries of 1 MB are
-# reused in the cache: 40 layers of 1536 x 576 merge in 0.12 s, but in 0.42 s with 2**20, page faults above
-# all. On a device it is the number of launches; 2**24 are 64 MB.
+# Elements of the update that exist at a time. On a CPU the fp32 temporaries of 1 MB should be reused in the
+# cache: 40 layers of 1536 x 576 merge in 0.12 s, but in 0.42 s with 2**20, mostly page faults. On a device
+# the number of launches matters; 2**24 are 64 MB.
 _CHUNK = 2**18
 _DEVICE_CHUNK = 2**24
 _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -61,10 +61,10 @@ class MergeStats:
 
 @dataclass
 class _Undo:
-    """What unmerging needs: the update as it was merged and the weights that rounding does not give back.
+    """What unmerging needs: the merged update, and the weights that rounding does not give back.
 
-    A is cloned because training may go on, or another adapter be loaded, before the unmerge. The fingerprints
-    keep it honest: only over the very bits that the merge has left does it promise those from before.
+    A is cloned because training may continue, or another adapter be loaded, before the unmerge. The unmerge
+    is exact only if the fingerprints show that the weight still has the bits that the merge left.
     """
 
     lora_A: Tensor
@@ -72,16 +72,16 @@ class _Undo:
     scaling: float
     indices: Tensor  # flat positions in the stored weight, int64
     values: Tensor  # the weights that were there
-    merged_rows: Tensor  # fingerprints before the unmerge is allowed to be exact, and after it
+    merged_rows: Tensor  # fingerprints after the merge, and before it
     original_rows: Tensor
     stats: MergeStats
     period: int  # `_period` of the merge
 
 
 class _Records(dict[str, _Undo]):
-    """The records of a layer's merged adapters, in the layer itself: a deep copy of the model has them too.
+    """The records of a layer's merged adapters, stored in the layer: a deep copy of the model has them too.
 
-    In a pickle it is an empty dict: nothing of this package gets into one. No tensor of a record is ever
+    Pickled as an empty dict: nothing of this package gets into a pickle. No tensor of a record is ever
     written to, so copies share them.
     """
 
@@ -94,7 +94,7 @@ class _Records(dict[str, _Undo]):
 
 @dataclass
 class MergeReport:
-    """Per merged layer, and over all of them, the share of the update that rounding swallowed."""
+    """The share of the update that rounding swallowed, per merged layer and over all of them."""
 
     layers: dict[str, MergeStats] = field(default_factory=dict)
 
@@ -121,15 +121,15 @@ class MergeReport:
 
 RECORDS = "_mica_merges"  # in the __dict__ of a layer, while it is merged
 
-# Of base layers, which outlive PEFT's around them. Keyed by the module itself, and gone with it.
+# Of base layers, which outlive the PEFT layers around them. Keyed by the module, and gone with it.
 _stats: WeakKeyDictionary[nn.Module, MergeStats] = WeakKeyDictionary()
 
-# Counted up whenever PEFT gets its own functions back: what these merge and unmerge is not seen here.
+# Incremented whenever PEFT gets its own functions back: what those merge and unmerge is not recorded here.
 _period = 0
 
 
 def end_period() -> None:
-    """Trust the records made so far only where the weights still have the bits that were merged."""
+    """From now on earlier records are valid only where the weights still have the merged bits."""
     global _period
     _period += 1
 
@@ -201,28 +201,28 @@ def _bits(tensor: Tensor) -> Tensor:
 
 
 def fingerprint(weight: Tensor) -> Tensor:
-    """One int64 a row: the sum of its words of 8 bytes, each times an odd number of its place, modulo 2^64.
+    """One int64 per row: the sum of its 8-byte words, each times an odd number for its position, modulo 2^64.
 
-    An edit of the weight between merge and unmerge must not go unseen. That of one word never does, for odd
-    numbers have an inverse; words at other places do not, where a plain sum is blind to them, unless they
-    differ in their uppermost bits alone. 0.1 ms for 1536 x 576 in bf16 on one core (the plain sum: 0.03).
+    An edit of the weight between merge and unmerge must be noticed. A change of one word always is, since odd
+    numbers have an inverse; so are words that moved, which a plain sum does not notice, unless they differ
+    only in their uppermost bits. 0.1 ms for 1536 x 576 in bf16 on one core (the plain sum: 0.03).
     """
     weight = weight.detach()
-    whole = weight.shape[1] * weight.element_size() % 8 == 0  # 8 bytes at a time: five times as fast for bf16
+    whole = weight.shape[1] * weight.element_size() % 8 == 0  # 8-byte words: five times as fast for bf16
     words = weight.view(torch.int64) if whole else _bits(weight)
     generator = torch.Generator().manual_seed(0)
     odd = torch.randint(-(2**63), 2**63 - 1, words.shape[1:], generator=generator, device="cpu") | 1
     odd = odd.to(weight.device)
     parts = (part.to(torch.int64) for part in words.split(_rows_at_a_time(weight)))
-    # on a device integers have no matrix product; on the CPU it is five times as fast as the two
+    # on a device integers have no matrix product; on the CPU it is five times as fast
     on_cpu = weight.device.type == "cpu"
     return torch.cat([part @ odd if on_cpu else (part * odd).sum(dim=1) for part in parts])
 
 
 def _in_any_mode(function):
-    """An evaluation within autocast merges and unmerges too: `disable_adapter` does. The update is fp32's.
+    """For calls within autocast too (`disable_adapter` merges and unmerges in evaluations): in fp32.
 
-    A weight made in inference mode, as a safe merge there leaves one, can only be written to in that mode.
+    A weight created in inference mode, as by a safe merge there, can only be written to in that mode.
     """
 
     @functools.wraps(function)
@@ -237,7 +237,7 @@ def _in_any_mode(function):
 def _merge_into(layer, adapter: str, weight: Tensor, out: Tensor, safe: bool) -> None:
     """out = W + s·B·A, rounded once; ``out`` may be the weight itself.
 
-    No record is kept of what PEFT will refuse: with ``safe`` an ``out`` that is not finite.
+    No record is kept of what PEFT will refuse: with ``safe``, an ``out`` that is not finite.
     """
     lora_A, lora_B, transposed = _operands(layer, adapter)
     scaling = float(layer.scaling[adapter])
@@ -280,7 +280,7 @@ def _merge_into(layer, adapter: str, weight: Tensor, out: Tensor, safe: bool) ->
 
 @_in_any_mode
 def _unmerge_from(layer, adapter: str, weight: Tensor, undo: _Undo | None) -> None:
-    """In place: the bits from before the merge, or W' - s·B·A in fp32 with a warning why not."""
+    """In place: the bits from before the merge, or W' - s·B·A in fp32 and a warning with the reason."""
     exact = undo is not None and torch.equal(fingerprint(weight), undo.merged_rows.to(weight.device))
     why = "the weight was edited, cast or moved to another device while it was merged"
     if undo is None or (not exact and undo.period != _period):
@@ -314,7 +314,7 @@ def _dequantised(layer, adapter: str, weight: Tensor, sign: int) -> Tensor:
 
 
 def _merge(stock, module, active_adapter: str, orig_weight: Tensor, safe: bool) -> Tensor | None:
-    """The merged weight if ``safe``, else in the place of the one that was there."""
+    """The merged weight if ``safe``, else in place."""
     if settings.enabled:
         check_weight(module)
         if safe and quantised.kind_of(module) is not None:
@@ -337,7 +337,7 @@ def unmerge(stock, module, active_adapter: str, orig_weight: Tensor) -> Tensor:
         try:
             check_weight(module, verb="unmerged from")
         except ValueError:
-            module.merged_adapters.append(active_adapter)  # PEFT has taken it off already
+            module.merged_adapters.append(active_adapter)  # PEFT has already removed it
             raise
         if quantised.kind_of(module) is not None:
             return _dequantised(module, active_adapter, orig_weight, -1)

@@ -1,13 +1,13 @@
-"""One batch, another adapter for each of its samples: PEFT's ``adapter_names``, for inference.
+"""One batch, a different adapter for each sample: PEFT's ``adapter_names``, for inference.
 
-MiCA adapters made on one base share B: the basis of rank 8 is the last 8 columns of that of rank 16. Where
-they really do, bit for bit, every sample's h goes into the columns of the widest B, and one up-projection
+MiCA adapters created on one base share B: the basis of rank 8 is the last 8 columns of that of rank 16. Where
+they are equal bit for bit, every sample's h goes into the columns of the widest B, and one up-projection
 serves the whole batch. The others each get their own, on their samples.
 
-Which adapters share is found out once a layer and kept. What keeps it honest: of each B that was compared the
-address and the count of in-place writes are noted, and its storage stays alive (`_Comparison.compared`), for
-an adapter loaded later under the same name can get the same address and count. PyTorch does not count writes
-through ``.data``: whoever makes some calls `forget`, as `mica.fast.hotswap` does.
+Which adapters share is determined once per layer and cached. The cache is valid while each compared B has the
+same address and count of in-place writes; its storage is kept alive (`_Comparison.compared`), since an
+adapter loaded later under the same name could get the same address and count. PyTorch does not count writes
+through ``.data``: code that makes some calls `forget`, as `mica.fast.loading` does for hotswapping.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ class _Shared(NamedTuple):
 
 class _Comparison(NamedTuple):
     state: tuple  # of each B, in the order of the names
-    compared: list[Tensor]  # every B: its address must not come back
+    compared: list[Tensor]  # every B: its address must not be reused
     groups: list[_Shared]
 
 
@@ -42,7 +42,7 @@ _comparisons: WeakKeyDictionary[nn.Module, _Comparison] = WeakKeyDictionary()
 def forward(layer, x: Tensor, adapter_names: list[str]) -> Tensor | None:
     """The output of a linear layer for x (batch, ..., in_features), or None where the call is PEFT's.
 
-    adapter_names: one for each of the batch; "__base__", and adapters that this layer has not, add nothing.
+    adapter_names: one per sample; "__base__", and adapters that this layer does not have, add nothing.
     """
     names = [name for name in dict.fromkeys(adapter_names) if name != BASE and name in layer.lora_A]
     if not names or len(x) != len(adapter_names) or torch.compiler.is_compiling():
@@ -71,7 +71,7 @@ def _h(x: Tensor, adapter_names: list[str], group: _Shared, adapters: dict[str, 
         index = torch.tensor(
             [row for row, other in enumerate(adapter_names) if other == name], device=x.device
         )
-        lora_A, scaling = scaled(adapters[name].lora_A, adapters[name].scaling)  # B is that of others too
+        lora_A, scaling = scaled(adapters[name].lora_A, adapters[name].scaling)  # not into the shared B
         part = ops.down_projection(x[index], lora_A, scaling, compute_dtype(x), 0.0, None)
         if h is None:
             h = part.new_zeros(*x.shape[:-1], group.lora_B.shape[1])
@@ -80,12 +80,12 @@ def _h(x: Tensor, adapter_names: list[str], group: _Shared, adapters: dict[str, 
 
 
 def forget() -> None:
-    """Compare every B again at its next use."""
+    """Compare every B anew at its next use."""
     _comparisons.clear()
 
 
 def _groups(layer, weights: dict[str, Tensor]) -> list[_Shared]:
-    """The adapters by the B that they share, widest first. Compared once, and again when a B has changed."""
+    """The adapters grouped by the B that they share, widest first; compared again once a B has changed."""
     if not all(_is_tracked(B) for B in weights.values()):
         return _compare(weights)
     state = tuple(
@@ -98,7 +98,7 @@ def _groups(layer, weights: dict[str, Tensor]) -> list[_Shared]:
 
 
 def _is_tracked(lora_B: Tensor) -> bool:
-    """Whether a change would be seen: inference tensors have no version, and FSDP hides writes from it."""
+    """Whether a change is noticed: inference tensors have no version, and FSDP's writes are not counted."""
     return not lora_B.is_inference() and not (
         torch.distributed.is_available() and torch.distributed.is_initialized()
     )

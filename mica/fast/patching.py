@@ -1,7 +1,7 @@
-"""Where PEFT is told: one table of the functions that are replaced, checked before any is touched.
+"""The table of PEFT's functions that are replaced, all of them checked before the first is touched.
 
-The functions of PEFT's own classes are replaced, not its classes: that reaches models wrapped before the
-import, leaves nothing of this package in a pickle, and is undone by putting the old functions back.
+Functions of PEFT's own classes are replaced, not the classes: that reaches models wrapped before the import,
+leaves nothing of this package in a pickle, and is undone by putting the old functions back.
 """
 
 from __future__ import annotations
@@ -92,7 +92,7 @@ PATCHES = (
     Patch(_MODEL, "merge_adapter", "self adapter_names", refusals.merge_adapter),
     Patch(_MODEL, *_UNLOAD),
     Patch("peft.tuners.mixed.model:MixedModel", *_UNLOAD),
-    # a script that has imported the function before this package keeps stock's
+    # a script that imported the function before this package keeps stock's
     Patch("peft.optimizers.lorafa", *_LORAFA),
     Patch("peft.optimizers", *_LORAFA),
     *(
@@ -109,7 +109,7 @@ PATCHES = (
 
 
 def _covering(update_layer):
-    """The forward of a class over quantised weights is replaced when its first adapter is MiCA's.
+    """Replaces the forward of a class over quantised weights when it gets its first adapter.
 
     Not at import: PEFT's modules of these classes would import the quantisation libraries.
     """
@@ -182,7 +182,7 @@ def install() -> bool:
     for patch, text in mismatches.items():
         if text is None:
             _replace(owner_of(patch), patch)
-    forget_prepared()  # PEFT may have edited B while nothing here was told
+    forget_prepared()  # stock PEFT may have edited B unnoticed
     return True
 
 
@@ -199,7 +199,7 @@ def _replace(owner, patch: Patch) -> None:
 def uninstall() -> None:
     """Stock PEFT again: every replaced attribute is the very object that was there."""
     quantised_layers.clear()
-    calls.forget()  # of what follows nothing is seen
+    calls.forget()  # from here on nothing is counted
     merging.end_period()
     while _installed:
         owner, name, held = _installed.pop()

@@ -1,4 +1,4 @@
-"""What cannot be done with MiCA, said before anything has changed; stock PEFT goes on, and silently wrong."""
+"""What cannot be done with MiCA is refused before anything has changed; stock PEFT is silently wrong."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from mica.fast import loading
 from mica.fast.eligibility import is_mica, requests_mica
 from mica.fast.wrapping import while_enabled
 
-# Forward pre-hooks of torch.nn.utils that write the weight anew before every forward: where they keep its
-# name, and the call that ends it. By name, because torch has deprecated two of the three.
+# Forward pre-hooks of torch.nn.utils that recompute the weight before every forward: the attribute with its
+# name, and the call that removes them. By name, because torch has deprecated two of the three.
 _WEIGHT_HOOKS = {
     "WeightNorm": ("name", "torch.nn.utils.remove_weight_norm(layer.base_layer)"),
     "SpectralNorm": ("name", "torch.nn.utils.remove_spectral_norm(layer.base_layer)"),
@@ -28,13 +28,13 @@ _WEIGHT_HOOKS = {
 
 @while_enabled
 def add_targets_to_tie(stock, self, peft_config, tied_weight_keys) -> None:
-    """PEFT asks for tied adapters on tied embeddings: MiCA has none, so it refuses.
+    """PEFT requests tied adapters on tied embeddings. MiCA has none, and refuses.
 
     One update of the shared weight E (num_embeddings x embedding_dim) is s·AᵀBᵀ, with the embedding's A
-    and frozen B. At the head, whose update is s·B'·A', that asks for B' = Aᵀ and A' = Bᵀ: B' trained and
-    A' frozen, where MiCA freezes B' and takes it from the other side of E. Nor would PEFT hold the tie:
-    it makes two parameters over one memory, each with a gradient and an optimiser state of its own, and
-    those of plain LoRA (0.21.2) are apart after the fp32 cast over a 16-bit base, or `model.to(dtype)`.
+    and frozen B. At the head, whose update is s·B'·A', that requires B' = Aᵀ and A' = Bᵀ: B' trained and A'
+    frozen, whereas MiCA freezes B' and takes it from the other side of E. Nor would PEFT keep the tie: it
+    creates two parameters on one memory, each with its own gradient and optimiser state, and plain LoRA's
+    (0.21.2) separate at the fp32 cast over a 16-bit base, or at `model.to(dtype)`.
     """
     if requests_mica(peft_config):
         source = self.model.get_input_embeddings()
@@ -47,7 +47,7 @@ def add_targets_to_tie(stock, self, peft_config, tied_weight_keys) -> None:
                 f"ensure_weight_tying off for independent adapters, or name {embedding!r} in "
                 "modules_to_save, and neither in target_modules, to train the shared weight itself."
             )
-        warnings.warn(  # a file that stock wrote: what it holds is independent, and computes what it did
+        warnings.warn(  # a file from stock: its adapters are independent, and compute what they did
             f"the adapter was saved with ensure_weight_tying=True, but its MiCA adapters of {tied} are "
             "independent of each other, and so they are loaded.",
             stacklevel=3,
@@ -61,7 +61,7 @@ def add_targets_to_tie(stock, self, peft_config, tied_weight_keys) -> None:
 
 
 def _how_to_keep(base_layer: nn.Module) -> str | None:
-    """None if the weight is kept as it is; else the call that stops it from being computed anew."""
+    """None if the weight is stored as such; else the call that stops its recomputation."""
     if parametrize.is_parametrized(base_layer, "weight"):
         return "torch.nn.utils.parametrize.remove_parametrizations(layer.base_layer, 'weight')"
     for hook in base_layer._forward_pre_hooks.values():
@@ -76,7 +76,8 @@ def _how_to_keep(base_layer: nn.Module) -> str | None:
 def check_weight(layer: nn.Module, name: str | None = None, verb: str = "merged into") -> None:
     """
     Raises:
-        ValueError: the base layer's weight is computed from other parameters, so that a change of it is lost.
+        ValueError: the base layer's weight is computed from other parameters, so a change of it would be
+        lost.
     """
     remover = _how_to_keep(layer.get_base_layer())
     if remover is not None:
@@ -97,7 +98,7 @@ def _check_weights(model: nn.Module, adapter_names) -> None:
 
 @while_enabled
 def merge_adapter(stock, self, adapter_names=None, *args, **kwargs) -> None:
-    """All layers are looked at before the first is merged: no model is left half merged."""
+    """All layers are checked before the first is merged: no model is left half merged."""
     _check_weights(self.model, adapter_names)
     return stock(self, adapter_names, *args, **kwargs)
 

@@ -1,4 +1,4 @@
-"""How a function takes the place of one of PEFT's, which is its first argument."""
+"""Functions that replace one of PEFT's and get it as their first argument."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from mica.fast.settings import settings
 
 
 def around(function: Callable) -> Callable:
-    """``function(stock, *args, **kwargs)`` as a patch: stock -> what takes its place."""
+    """``function(stock, *args, **kwargs)`` as a patch: stock -> its replacement."""
 
     def patch(stock):
         def replacement(*args, **kwargs):
@@ -20,7 +20,7 @@ def around(function: Callable) -> Callable:
 
 
 def while_enabled(function: Callable) -> Callable:
-    """`around`, and stock alone while the backend is disabled."""
+    """`around`, but stock alone while the backend is disabled."""
 
     def patch(stock):
         def replacement(*args, **kwargs):
