@@ -35,7 +35,7 @@ TARGETS = ["embed", "up", "conv", "down"]
 def wrap(
     model, rank=4, targets=None, stock=False, autocast_adapter_dtype=True, adapter_name="default", **config
 ):
-    """`get_peft_model` with MiCA, on stock PEFT if asked for."""
+    """`get_peft_model` with MiCA, on stock PEFT if requested."""
     config = {"init_lora_weights": "mica", "lora_alpha": 8, "fan_in_fan_out": False, **config}
     with mica.fast.disabled() if stock else nullcontext():
         return get_peft_model(
@@ -81,7 +81,7 @@ def bases(model, adapter="default"):
 
 
 def snapshot(model):
-    """What must not change when an adapter cannot be had: modules and what is trained."""
+    """What must not change when an adapter cannot be created: modules and what is trained."""
     flags = [(name, p.requires_grad) for name, p in model.named_parameters()]
     return flags, [(name, type(m)) for name, m in model.named_modules()]
 

@@ -1,4 +1,4 @@
-"""How often layers were called in the last forward: what `explain` says of those that something goes past."""
+"""How often layers were called in the last forward: what `explain` reports of layers that are bypassed."""
 
 import copy
 import pickle
@@ -33,7 +33,7 @@ def llama():
 
 
 @pytest.mark.parametrize("stock", [False, True])
-def test_layers_that_a_framework_goes_past_are_named(stock):
+def test_layers_that_a_framework_bypasses_are_named(stock):
     model = without_mlps(llama())
     explanation = mica.fast.explain(model)
     assert {row.calls for row in explanation.rows} == {None}

@@ -16,7 +16,7 @@ from tests.support.quantised_models import adapted
 from tests.support.quantised_models import logits as quantised_logits
 
 
-def test_a_row_a_layer():
+def test_one_row_per_layer():
     explanation = mica.fast.explain(net())
     assert [row.name.rsplit(".", 1)[1] for row in explanation.rows] == TARGETS
     assert [row.layer for row in explanation.rows] == ["Embedding", "Linear", "Conv1D", "Linear"]
@@ -118,7 +118,7 @@ def test_a_forward_kept_from_before_the_import_is_seen():
 def test_equal_rows_are_one_line():
     model = wrap(tiny_llama(num_hidden_layers=30), targets="all-linear")
     explanation = mica.fast.explain(model)
-    assert len(explanation.rows) == 210  # for programs, a row a layer
+    assert len(explanation.rows) == 210  # for programs, one row per layer
     lines = str(explanation).splitlines()
     assert len(lines) == 9
     assert lines[1].startswith("base_model.model.model.layers.{0-29}.self_attn.q_proj  ×30  Linear  default")

@@ -161,7 +161,7 @@ def test_rank_too_large_names_the_layer_and_leaves_the_model_as_it_was(solved):
     with pytest.raises(ValueError, match=r"MiCA requires `r` <= min.*r=11 for layer 'down'.*\(10, 16\)"):
         wrap(model, rank=11)
     assert snapshot(model) == before
-    assert not solved  # found out before any work
+    assert not solved  # detected before any work
 
 
 def test_second_adapter_that_fails_leaves_the_first():

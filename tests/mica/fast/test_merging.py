@@ -29,7 +29,7 @@ def exact_merge(layer, weight, adapter="default"):
     return weight.double() + (update if weight.shape == update.shape else update.t())
 
 
-@pytest.fixture(params=[None, 1], ids=["one chunk", "a row a chunk"])
+@pytest.fixture(params=[None, 1], ids=["one chunk", "one row per chunk"])
 def _chunked(request, monkeypatch):
     if request.param:
         monkeypatch.setattr(merging, "_CHUNK", request.param)
