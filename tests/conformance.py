@@ -123,8 +123,8 @@ def main() -> int:
         runs[backend] = run(root, args.processes, backend)
         seconds = time.monotonic() - start
         print(f"{'mica.fast' if backend else 'stock PEFT ' + version('peft')}, {seconds:.0f} s")
-        for name, wanted in (("MiCA", True), ("others", False)):
-            tests = {test: outcome for test, outcome in runs[backend].items() if is_mica(test) is wanted}
+        for name, expected in (("MiCA", True), ("others", False)):
+            tests = {test: outcome for test, outcome in runs[backend].items() if is_mica(test) is expected}
             print(f"    {name}: {summary(tests)}", flush=True)
     lines = complaints(runs[False], runs[True])
     print("\n".join(f"  {line}" for line in lines), end="\n" if lines else "")

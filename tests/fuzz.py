@@ -1,4 +1,4 @@
-"""The tester for as long as wanted (``make fuzz``): random sequences of actions, a new seed each round."""
+"""The tester for any length of time (``make fuzz``): random sequences of actions, a new seed each round."""
 
 from __future__ import annotations
 

@@ -56,10 +56,10 @@ def test_public_names(module):
 def test_command_line():
     (commands,) = (action for action in parser()._actions if isinstance(action, argparse._SubParsersAction))
     options = {
-        name: [(action.option_strings or [action.dest])[-1] for action in command._actions[1:]]
+        name: {(action.option_strings or [action.dest])[-1] for action in command._actions[1:]}
         for name, command in commands.choices.items()
     }
-    assert options == {name: words.split() for name, words in OPTIONS.items()}
+    assert options == {name: set(words.split()) for name, words in OPTIONS.items()}
 
 
 @pytest.mark.parametrize("module", MODULES)

@@ -150,7 +150,7 @@ def _peft(problems: list[str]) -> dict:
     except Exception as error:  # whatever an unknown version of PEFT can cause
         problems.append(f"mica.fast cannot be imported: {_described(error)}")
         return {"patched": 0, "mismatches": []}
-    mismatches = [(patch, patching.mismatch_of(patch)) for patch in patching.PATCHES]
+    mismatches = [(patch, patching.mismatch(patch)) for patch in patching.PATCHES]
     required = [text for patch, text in mismatches if text and patch.required]
     optional = [f"{text} (optional)" for patch, text in mismatches if text and not patch.required]
     if not is_patched:

@@ -16,8 +16,9 @@ from torch import Tensor, nn
 from mica import minor_subspace
 from mica.cli.output import dtype_name, one_line
 from mica.errors import UnsuitableLayerError
-from mica.fast import initialisation, quantised
-from mica.fast.bases import Wanted, check
+from mica.fast import quantised
+from mica.fast.bases import NewAdapter, check
+from mica.fast.loading import without_solver
 from mica.subspace.result import narrowed
 from mica.subspace.spectrum import sigma_max, squared_norm
 
@@ -85,9 +86,6 @@ def weight_of(module: nn.Module, rank: int) -> Tensor:
     return _checked_weight(_adapted(module, rank))
 
 
-_inject = initialisation.without_solver(inject_adapter_in_model)  # it will be run with rank + 1
-
-
 def _adapted(module: nn.Module, rank: int) -> nn.Module:
     """PEFT's layer over ``module``, as the backend adapts it, but without a basis; ``module`` is unchanged.
 
@@ -102,9 +100,9 @@ def _adapted(module: nn.Module, rank: int) -> nn.Module:
     trained = [(parameter, parameter.requires_grad) for parameter in module.parameters()]
     config = LoraConfig(init_lora_weights="mica", r=rank, target_modules=["layer"])
     try:
-        with warnings.catch_warnings():
+        with without_solver(), warnings.catch_warnings():  # it will be run with rank + 1
             warnings.simplefilter("ignore", UserWarning)  # of merging, which is not done here
-            _inject(config, model)
+            inject_adapter_in_model(config, model)
     except UnsuitableLayerError as error:
         raise UnsuitableLayerError(str(error).replace("layer 'layer'", "this layer")) from error
     except ValueError as error:  # PEFT has no MiCA for it, or no adapter at all
@@ -117,7 +115,7 @@ def _adapted(module: nn.Module, rank: int) -> nn.Module:
 
 def _checked_weight(layer: nn.Module) -> Tensor:
     """The weight that MiCA starts from, (out_features, in_features). Raises UnsuitableLayerError."""
-    adapter = Wanted("this layer", layer, "default")
+    adapter = NewAdapter("this layer", layer, "default")
     try:
         check(adapter)
     except TypeError as error:  # its dtype

@@ -4,7 +4,7 @@
     from peft import LoraConfig, get_peft_model
     model = get_peft_model(model, LoraConfig(init_lora_weights="mica", r=16, target_modules="all-linear"))
 
-Where the backend does not apply, PEFT's own code runs; ``mica.fast.explain(model)`` says where and why.
+Where the backend does not apply, PEFT's own code runs; ``mica.fast.explain(model)`` shows where and why.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ import torch
 
 from mica.fast import patching
 from mica.fast import settings as _settings
+from mica.fast.explain import Explanation, explain
 from mica.fast.merging import MergeReport, merge_report
-from mica.fast.paths import Explanation, explain
 from mica.ops import call_counts
 
 __all__ = [
@@ -41,35 +41,32 @@ def enable(
     device: str | torch.device = "auto",
     group_projections: str | bool = "auto",
 ) -> None:
-    """Run MiCA adapters on this backend (done by the import; call it to change a setting).
+    """Run MiCA adapters on this backend (the import does this; call it to change a setting).
 
     Args:
         compute_dtype: dtype of the low-rank products. None: that of the activations, so a bf16 model's
             adapters compute in bf16 from their fp32 master weights (a few tokens on a CPU in fp32, where that
-            is quicker). ``torch.float32``: stock PEFT's
-            arithmetic over a 16-bit base, still without its fp32 copy of the activations.
+            is faster). ``torch.float32``: stock PEFT's arithmetic over a 16-bit base, still without its fp32
+            copy of the activations.
         on_unsuitable: what `get_peft_model` does with a layer that MiCA cannot start from (NaN or Inf in
             the weight, r > min(in_features, out_features)): "raise" an error that names it and leave the
-            model as it was, or "skip" it with a warning.
-        device: where the initialisation solves weights that lie on the CPU. "auto": on an accelerator, if
-            there is one, and on the CPU where that has not the memory; or a device. What lies on an
-            accelerator is solved there.
+            model unchanged, or "skip" it with a warning.
+        device: where the initialisation solves weights that are on the CPU. "auto": on an accelerator, if
+            there is one with enough memory, else on the CPU; or a device. Weights on an accelerator are
+            solved there.
         group_projections: run layers that read the same tensor one after the other (q/k/v, gate/up) as one
             operator in training, once a step has shown which these are. "auto": where the operators run on
-            Triton kernels and the tensor is large (the host's work for a group is more); True, False.
+            Triton kernels and the tensor is large (a group costs the host more); True, False.
 
     Raises:
         ValueError: a value that is not one of these.
     """
-    _settings.check(compute_dtype, on_unsuitable, device, group_projections)
-    settings = _settings.settings
-    settings.compute_dtype, settings.on_unsuitable, settings.device = compute_dtype, on_unsuitable, device
-    settings.group_projections = group_projections
+    _settings.change(compute_dtype, on_unsuitable, device, group_projections)
     _settings.switch(patching.install())
 
 
 def disable() -> None:
-    """Run PEFT's own code, as if this package had not been imported; `enable` turns it on again."""
+    """Run PEFT's own code, as if this package had not been imported; `enable` undoes it."""
     _settings.switch(False)
 
 
@@ -81,19 +78,19 @@ def is_enabled() -> bool:
 def disabled() -> Iterator[None]:
     """PEFT's own code while any thread is inside such a ``with`` block; the settings are kept.
 
-    Blocks nest, in one thread and across threads. They hold for the whole process: PyTorch runs the backward
-    of a device, and with it the recomputation of a checkpointed forward, in threads of its own, as
-    `nn.DataParallel` runs forwards. A forward and its recomputation must run the same code: where gradients
+    Blocks nest, in one thread and across threads. They apply to the whole process: PyTorch runs a device's
+    backward, and with it the recomputation of a checkpointed forward, in other threads, as `nn.DataParallel`
+    does with forwards. A forward and its recomputation must run the same code: where gradients
     are checkpointed, ``loss.backward()`` belongs in the block in which the forward ran.
 
-    `enable` and `disable` inside a block say what holds when the last block is left.
+    `enable` and `disable` inside a block take effect when the last block is left.
     """
     with _settings.blocked():
         yield
 
 
 def uninstall() -> None:
-    """Give PEFT all its functions back, the same objects: stock PEFT, bit for bit."""
+    """Give PEFT all its functions back, the very same objects: stock PEFT, bit for bit."""
     _settings.switch(False)
     patching.uninstall()
 

@@ -27,20 +27,20 @@ from mica.subspace.many import Task
 from mica.subspace.result import MinorSubspace
 from mica.subspace.solver import warnings_about
 
-# Dequantised weights are solved this many elements at a time, 1 GiB in fp32, so that a 4-bit model is never
-# there a second time in 16 or 32 bits. 16 layers of 4096 x 4096: enough for every thread and every batch.
+# Dequantised weights are solved this many elements at a time, 1 GiB in fp32, so that there is never a second
+# copy of a 4-bit model in 16 or 32 bits. 16 layers of 4096 x 4096: enough for every thread and every batch.
 _DEQUANTISED_ELEMENTS = 2**28
 
-# The fp32 basis of adapters that PEFT has cast to a 16-bit base dtype and may yet cast back to fp32. Kept by
-# the layer itself, and gone with it. PEFT's models take it out again in `cast_adapter_dtype`, which uses it
-# only where B still is its rounding. After `inject_adapter_in_model`, which casts nothing, it stays for a
-# later call of that public function: 4·rank·out_features bytes a layer.
-exact: WeakKeyDictionary[nn.Module, dict[str, Tensor]] = WeakKeyDictionary()
+# The fp32 basis of adapters that PEFT has cast to a 16-bit base dtype and may yet cast back to fp32. Keyed by
+# the layer, and gone with it. `cast_adapter_dtype` takes it out again through `restore_exact`, which uses it
+# only if B still is its rounding. After `inject_adapter_in_model`, which casts nothing, it stays for a later
+# call of that public function: 4·rank·out_features bytes per layer.
+_exact: WeakKeyDictionary[nn.Module, dict[str, Tensor]] = WeakKeyDictionary()
 
 
 @dataclass(frozen=True, eq=False)
-class Wanted:
-    """One adapter of one layer that waits for its B; ``name`` is how messages call the layer."""
+class NewAdapter:
+    """One adapter of one layer that needs its B; ``name`` is the layer's in messages."""
 
     name: str
     layer: nn.Module
@@ -50,11 +50,11 @@ class Wanted:
     def weight(self) -> Tensor:
         """As (out_features, in_features); an embedding's is (embedding_dim, num_embeddings).
 
-        That of a quantised layer is dequantised with each access: not to be kept longer than needed.
+        A quantised layer's is dequantised at each access: do not keep it longer than needed.
         """
         if self.is_quantised:
             return quantised.dequantise(self.layer, self.name)
-        weight = self.layer.get_base_layer().weight.data  # of some inference tensors ``detach`` has no views
+        weight = self.layer.get_base_layer().weight.data  # ``detach`` of some inference tensors has no views
         return weight.t() if is_stored_transposed(self.layer) else weight
 
     @property
@@ -63,7 +63,7 @@ class Wanted:
 
     @property
     def is_absent(self) -> bool:
-        """Whether another process has the weight."""
+        """Whether only another process has the weight."""
         return not self.is_quantised and self.weight.is_meta
 
     @property
@@ -71,33 +71,33 @@ class Wanted:
         return self.layer.r[self.adapter_name]
 
 
-def check(wanted: Wanted) -> None:
-    """Errors that need no solver, so that a hopeless configuration fails before any work.
+def check(adapter: NewAdapter) -> None:
+    """The errors that need no solver, so that a hopeless configuration fails before any work.
 
     Raises:
         TypeError: the weight is not of a floating dtype.
         UnsuitableLayerError: MiCA cannot start from this layer's weight.
     """
-    name, layer = wanted.name, wanted.layer
+    name, layer = adapter.name, adapter.layer
     base_layer = layer.get_base_layer()
     if _is_sharded(base_layer):
         raise UnsuitableLayerError(
             f"MiCA needs the whole weight, but {name} holds one shard of it (tensor parallelism or FSDP). "
             "Create the adapter before the model is sharded, or load one that was."
         )
-    weight = wanted.weight
+    weight = adapter.weight
     if weight.dtype not in FLOATING:
         raise TypeError(
             f"Please initialize MiCA under float32, float16, bfloat16 or float64: {name} has a weight of "
             f"dtype {weight.dtype}."
         )
-    if wanted.rank > min(weight.shape):
+    if adapter.rank > min(weight.shape):
         embedding = isinstance(layer, lora.Embedding)
         sides = "num_embeddings, embedding_dim" if embedding else "in_features, out_features"
-        shape = tuple(weight.shape if wanted.is_quantised else base_layer.weight.shape)
+        shape = tuple(weight.shape if adapter.is_quantised else base_layer.weight.shape)
         raise UnsuitableLayerError(
-            f"MiCA requires `r` <= min({sides}) but got r={wanted.rank} for {name} with weight shape {shape} "
-            f"(max usable r is {min(shape)})."
+            f"MiCA requires `r` <= min({sides}) but got r={adapter.rank} for {name} with weight shape "
+            f"{shape} (max usable r is {min(shape)})."
         )
     if weight.is_meta:
         if not is_fsdp_enabled():
@@ -113,71 +113,71 @@ def check(wanted: Wanted) -> None:
 
 
 def _is_sharded(base_layer: nn.Module) -> bool:
-    """Whether the weight is one process's part of a tensor-parallel or FSDP one (ZeRO-3's are gathered)."""
+    """Whether the weight is one process's shard under tensor parallelism or FSDP (ZeRO-3's are gathered)."""
     weight = getattr(base_layer, "weight", None)  # GPTQ's and HQQ's layers have none
     return hasattr(weight, "device_mesh") or getattr(base_layer, "_hf_tp_plan", None) is not None
 
 
-def fill(waiting: Sequence[Wanted]) -> None:
-    """B = the minor subspace for all of them, in the dtype that it has now; A is left as it is.
+def initialise(adapters: Sequence[NewAdapter]) -> None:
+    """B = the minor subspace for all of them, in B's present dtype; A is unchanged.
 
     One progress bar for everything that takes more than 2 s. Quantised layers are dequantised and solved a
     few at a time. Under FSDP with ``cpu_ram_efficient_loading`` only the first process of a node has weights,
-    and hands out what it made of them: in the others weight and B are on the meta device, and the first one
-    must not wait for their share. Weights that DeepSpeed ZeRO-3 has partitioned are gathered one at a time,
+    and distributes its results: in the others weight and B are on the meta device, and the first one must not
+    wait for their share. Weights that DeepSpeed ZeRO-3 has partitioned are gathered one at a time,
     by all processes in the same order.
     """
     bar = tqdm(
-        total=len(waiting),
+        total=len(adapters),
         desc="MiCA initialisation",
         unit="layer",
         delay=2,
         leave=False,
         disable=are_progress_bars_disabled() or None,
     )
-    absent = [wanted for wanted in waiting if wanted.is_absent]
-    decline([Task(wanted.name, wanted.weight, wanted.rank) for wanted in absent])
-    waiting = [wanted for wanted in waiting if not wanted.is_absent]
+    absent = [adapter for adapter in adapters if adapter.is_absent]
+    decline([Task(adapter.name, adapter.weight, adapter.rank) for adapter in absent])
+    adapters = [adapter for adapter in adapters if not adapter.is_absent]
     with bar:
-        whole = [wanted for wanted in waiting if not _is_partitioned(wanted)]
+        whole = [adapter for adapter in adapters if not _is_partitioned(adapter)]
         for chunk in _chunks(whole):
             for index, subspace in _solved(chunk):
                 _assign(chunk[index], subspace)
                 bar.update()
-        for wanted in waiting:
-            if _is_partitioned(wanted):
-                with gather_params_ctx(wanted.layer.get_base_layer().weight):
-                    for _, subspace in _solved([wanted]):
-                        _assign(wanted, subspace)
+        for adapter in adapters:
+            if _is_partitioned(adapter):
+                with gather_params_ctx(adapter.layer.get_base_layer().weight):
+                    for _, subspace in _solved([adapter]):
+                        _assign(adapter, subspace)
                 bar.update()
 
 
-def _chunks(waiting: Sequence[Wanted]) -> Iterator[list[Wanted]]:
-    """All that are not quantised, whose weights are there anyway, then the others by `_DEQUANTISED_ELEMENTS`.
+def _chunks(adapters: Sequence[NewAdapter]) -> Iterator[list[NewAdapter]]:
+    """All unquantised ones, whose weights exist anyway, then the others by `_DEQUANTISED_ELEMENTS`.
 
     The same in every process: they share the work chunk by chunk.
     """
-    yield [wanted for wanted in waiting if not wanted.is_quantised]
+    yield [adapter for adapter in adapters if not adapter.is_quantised]
     chunk, elements = [], 0
-    for wanted in waiting:
-        if not wanted.is_quantised:
+    for adapter in adapters:
+        if not adapter.is_quantised:
             continue
-        size = wanted.layer.out_features * wanted.layer.in_features
+        size = adapter.layer.out_features * adapter.layer.in_features
         if chunk and elements + size > _DEQUANTISED_ELEMENTS:
             yield chunk
             chunk, elements = [], 0
-        chunk.append(wanted)
+        chunk.append(adapter)
         elements += size
     yield chunk
 
 
-def _is_partitioned(wanted: Wanted) -> bool:
-    return hasattr(getattr(wanted.layer.get_base_layer(), "weight", None), "ds_id")
+def _is_partitioned(adapter: NewAdapter) -> bool:
+    return hasattr(getattr(adapter.layer.get_base_layer(), "weight", None), "ds_id")
 
 
-def _solved(waiting: Sequence[Wanted]):
-    tasks = [Task(wanted.name, wanted.weight, wanted.rank) for wanted in waiting]
-    cache = default_cache()  # whose ValueError is not about a weight
+def _solved(adapters: Sequence[NewAdapter]):
+    tasks = [Task(adapter.name, adapter.weight, adapter.rank) for adapter in adapters]
+    cache = default_cache()  # outside of ``try``: its ValueError is not about a weight
     try:
         yield from solve_shared(tasks, device=settings.device, cache=cache)
     except ValueError as error:
@@ -185,14 +185,25 @@ def _solved(waiting: Sequence[Wanted]):
 
 
 @torch.no_grad()
-def _assign(wanted: Wanted, subspace: MinorSubspace) -> None:
-    for message in warnings_about(subspace, wanted.name):
+def _assign(adapter: NewAdapter, subspace: MinorSubspace) -> None:
+    for message in warnings_about(subspace, adapter.name):
         warnings.warn(message, stacklevel=2)
-    _, lora_B = adapter_weights(wanted.layer, wanted.adapter_name)
+    _, lora_B = adapter_weights(adapter.layer, adapter.adapter_name)
     basis = subspace.basis.to(device=lora_B.device, dtype=lora_B.dtype)
-    if basis.is_inference() != lora_B.is_inference():  # the mode is a thread's, and the solver has its own
+    if basis.is_inference() != lora_B.is_inference():  # the mode is per thread, and the solver has its own
         with torch.inference_mode(lora_B.is_inference()):
             basis = basis.clone()
     lora_B.data = basis
     if lora_B.dtype in SIXTEEN_BIT:
-        exact.setdefault(wanted.layer, {})[wanted.adapter_name] = subspace.basis
+        _exact.setdefault(adapter.layer, {})[adapter.adapter_name] = subspace.basis
+
+
+def restore_exact(layer: nn.Module, adapter_name: str, lora_B: Tensor) -> None:
+    """Put the exact basis in place of its rounding, once B is in fp32."""
+    basis = _exact.get(layer, {}).pop(adapter_name, None)
+    if basis is None or lora_B.dtype != torch.float32 or basis.shape != lora_B.shape:
+        return
+    basis = basis.to(lora_B.device)
+    rounded = (basis.to(dtype).float() for dtype in SIXTEEN_BIT)
+    if any(torch.equal(lora_B, candidate) for candidate in rounded):  # else another B has been set
+        lora_B.data = basis

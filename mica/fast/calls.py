@@ -1,14 +1,16 @@
 """How often each layer was called in the last forward of its model, for `mica.fast.explain`.
 
-A forward is one of PEFT's model or tuner that came to its end. One in a backward is a recomputation and does
-not count. Calls outside of any (`generate`, a part of the model alone, recomputations) do not count, but a
-layer that had one since is not said to be uncalled.
+A forward is one of PEFT's model or tuner that ended without an exception. One within a backward is a
+recomputation and does not count. Calls outside of any forward (`generate`, a part of the model alone,
+recomputations) do not count either, but a layer that has had one since is not reported as uncalled.
 """
 
 from __future__ import annotations
 
 import threading
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import NamedTuple
 from weakref import ReferenceType, WeakKeyDictionary, ref
 
@@ -22,18 +24,18 @@ class _Forward(NamedTuple):
 
 
 class _State(threading.local):
-    calls: list[nn.Module] | None = None  # of the forward that this thread is in
+    calls: list[nn.Module] | None = None  # in this thread's current forward
 
 
 _state = _State()
 _forwards: WeakKeyDictionary[nn.Module, _Forward] = WeakKeyDictionary()
-_number = 0  # of the forward that began last
-_outside: dict[int, int] = {}  # id(layer) -> the number at its last call outside of any; a reused id silences
-_is_traced = False
+_number = 0  # of the latest forward
+_outside: dict[int, int] = {}  # id(layer) -> number at its last call outside of any; a reused id hides a 0
+is_traced = False
 
 
 def note(layer: nn.Module) -> None:
-    """The layer's forward begins: 0.2 µs, once a call."""
+    """At the beginning of a layer's forward: 0.2 µs per call."""
     if torch.compiler.is_compiling():
         _note_trace()
         return
@@ -46,64 +48,47 @@ def note(layer: nn.Module) -> None:
 
 @torch.compiler.assume_constant_result
 def _note_trace() -> None:
-    """Runs while a graph is traced, and leaves nothing in it: calls of compiled code are not seen."""
-    global _is_traced
-    _is_traced = True
+    """Runs while a graph is traced and leaves nothing in it: compiled calls are not counted."""
+    global is_traced
+    is_traced = True
 
 
-def whole_forward(stock):
-    """Of PEFT's model or its tuner, as `mica.fast.grouping.whole_forward`."""
-
-    def forward(self, *args, **kwargs):
-        global _number
-        if torch.compiler.is_compiling():
-            return stock(self, *args, **kwargs)
-        if torch._C._current_graph_task_id() != -1:
-            return stock(self, *args, **kwargs)
-        _number = number = _number + 1
-        around = _state.calls
-        calls = _state.calls = [] if around is None else around
-        start = len(calls)
-        try:
-            result = stock(self, *args, **kwargs)
-        finally:
-            _state.calls = around
-        _forwards[self] = _Forward(number, [ref(layer) for layer in calls[start:]])
-        return result
-
-    return forward
-
-
-def injection(stock):
-    """Of adapters: layers that are new were in no forward yet."""
-
-    def inject_adapter(self, *args, **kwargs):
-        try:
-            return stock(self, *args, **kwargs)
-        finally:
-            forget()
-
-    return inject_adapter
+@contextmanager
+def counting(model: nn.Module) -> Iterator[None]:
+    """Around a forward of PEFT's model or its tuner."""
+    global _number
+    if torch._C._current_graph_task_id() != -1:
+        yield
+        return
+    _number = number = _number + 1
+    outer = _state.calls
+    calls = _state.calls = [] if outer is None else outer
+    start = len(calls)
+    try:
+        yield
+    finally:
+        _state.calls = outer
+    _forwards[model] = _Forward(number, [ref(layer) for layer in calls[start:]])
 
 
 def forget() -> None:
-    """Nothing is known before the next forward."""
+    """Until the next forward nothing is known."""
     _forwards.clear()
     _outside.clear()
 
 
 def counts() -> dict[nn.Module, int]:
-    """Every module of every model that had a forward -> its calls in the last one, as far as they are known.
+    """Each module of each model that has run a forward -> its calls in the last one, where they are known.
 
     Empty once a MiCA layer has been traced by torch.compile.
     """
-    found: dict[nn.Module, int] = {}
-    if _is_traced:
-        return found
+    counts_of: dict[nn.Module, int] = {}
+    if is_traced:
+        return counts_of
     for model, forward in sorted(_forwards.items(), key=lambda item: item[1].number):
         called = Counter(reference() for reference in forward.calls)
         for module in model.modules():
-            found[module] = called[module]
-            if not found[module] and _outside.get(id(module), -1) >= forward.number:
-                del found[module]
-    return found
+            counts_of[module] = called[module]
+            if not counts_of[module] and _outside.get(id(module), -1) >= forward.number:
+                del counts_of[module]
+    return counts_of

@@ -1,8 +1,8 @@
-"""When a layer may run on this backend. Every other layer runs PEFT's own code, and the reason is said.
+"""Which layers may run on this backend. Every other layer runs PEFT's own code, and the reason is reported.
 
-Where nothing hangs on the call of the base layer its weight is read directly (`why_called` is None): base
-product and adapter are one operator. The checks are cheap (measured: see bench), free of side effects and
-traceable by torch.compile.
+Where nothing depends on the base layer being called, its weight is read directly (`why_called` is None): base
+product and adapter are one operator. The checks are cheap (see bench), free of side effects and traceable by
+torch.compile.
 """
 
 from __future__ import annotations
@@ -22,34 +22,46 @@ from transformers.pytorch_utils import Conv1D
 from mica.dtypes import SIXTEEN_BIT
 from mica.ops.dispatch import PLAIN
 
-# None in a PEFT that has moved them: `patching` then says so and nothing here is reached.
+# None if PEFT has moved them: `patching` then warns, and nothing here is reached.
 MiCALinearVariant = getattr(variants, "MiCALinearVariant", None)
 MiCAEmbeddingVariant = getattr(variants, "MiCAEmbeddingVariant", None)
+_VARIANTS = (MiCALinearVariant, MiCAEmbeddingVariant)
 
 
-def _own_forward(cls: type[nn.Module]) -> Callable | None:
-    """The forward that the class came with; None where somebody has replaced it before this import."""
+def own_forward(cls: type[nn.Module]) -> Callable | None:
+    """The class's original forward; None if it had been replaced before this import."""
     known = getattr(cls.forward, "__globals__", None) is vars(sys.modules[cls.__module__])
     return cls.forward if known else None
 
 
-# What the operators stand for. Code that replaces one of these for all modules wants its own to run.
-FORWARDS = {cls: _own_forward(cls) for cls in (nn.Linear, Conv1D, nn.Identity, nn.Dropout)}
+# What the operators compute. Code that replaces one of these for all modules expects its own to run.
+FORWARDS = {cls: own_forward(cls) for cls in (nn.Linear, Conv1D, nn.Identity, nn.Dropout)}
 
-# PEFT's layer classes over quantised weights: entered when one is first met, for they need their libraries.
-# Empty again once PEFT has its functions back.
+# PEFT's layer classes over quantised weights, added when first used: importing them needs their
+# libraries. Emptied once PEFT has its functions back.
 quantised_layers: set[type] = set()
 
 
+def requests_mica(config) -> bool:
+    """Whether PEFT's configuration requests MiCA, in any spelling."""
+    kind = getattr(config, "init_lora_weights", None)
+    return isinstance(kind, str) and kind.lower() == "mica"
+
+
+def is_mica(layer: nn.Module, name: str) -> bool:
+    """Whether the named adapter is MiCA on this layer; False if it is not a LoRA layer."""
+    return isinstance(layer, lora.LoraLayer) and type(layer.lora_variant.get(name)) in _VARIANTS
+
+
 def adapters_of(layer) -> list[str]:
-    """The active adapters that this layer has, in the order in which they are active."""
+    """The active adapters that this layer has, in their active order."""
     modules = layer._modules
     adapters = modules["lora_A"]._modules or modules["lora_embedding_A"]
     return [name for name in layer.active_adapters if name in adapters]
 
 
 def adapter_weights(layer, name: str) -> tuple[torch.Tensor, torch.Tensor]:
-    """lora_A and lora_B of one adapter, wherever the kind of layer keeps them."""
+    """lora_A and lora_B of one adapter, for any kind of layer."""
     if isinstance(layer, lora.Embedding):
         return layer.lora_embedding_A[name], layer.lora_embedding_B[name]
     modules = layer._modules
@@ -57,51 +69,72 @@ def adapter_weights(layer, name: str) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def weight_of(module: nn.Module, name: str = "weight") -> torch.Tensor | None:
-    """``module.weight``, by the short way: past `nn.Module.__getattr__`, which takes 0.5 µs."""
+    """``module.weight`` without `nn.Module.__getattr__`, which takes 0.5 µs."""
     parameters = module._parameters
     return parameters[name] if name in parameters else getattr(module, name)
 
 
 def is_stored_transposed(layer) -> bool:
-    """Whether the base weight is kept as (in_features, out_features) or (num_embeddings, embedding_dim)."""
+    """Whether the base weight is (in_features, out_features) or (num_embeddings, embedding_dim)."""
     return isinstance(layer, lora.Embedding) or getattr(layer, "fan_in_fan_out", False)
 
 
 class Adapter(NamedTuple):
-    """One adapter of a layer, as the layer has it at this moment."""
+    """One adapter of a layer in its present state."""
 
     name: str
     lora_A: torch.Tensor  # (rank, in_features); of an embedding (rank, num_embeddings)
     lora_B: torch.Tensor  # (out_features, rank)
     scaling: float | torch.Tensor
-    dropout_p: float  # the probability that holds now: 0 in eval mode
+    dropout_p: float  # 0 in eval mode
+
+
+class Operands(NamedTuple):
+    """The operands of `mica.ops.linear`, as the layer stores them."""
+
+    weight: torch.Tensor  # (out_features, in_features); a Conv1D's is transposed
+    lora_A: torch.Tensor
+    lora_B: torch.Tensor
+    scaling: float | torch.Tensor
+    bias: torch.Tensor | None
+
+
+def scaled(factor: torch.Tensor, scaling) -> tuple[torch.Tensor, float]:
+    """lora_B (or lora_A), and the scaling as the number that the operators take.
+
+    PEFT's compiled hotswap makes the scaling a tensor, so that a new value needs no new graph: then the
+    factor is multiplied by it.
+    """
+    if isinstance(scaling, torch.Tensor):
+        return factor * scaling.to(factor.dtype), 1.0
+    return factor, float(scaling)
 
 
 def why_not(layer, names: Sequence[str] | None = None) -> str | None:
     """None if the layer may run on this backend with these adapters (the active ones), else the reason."""
-    found = read(layer, names)
-    return found if isinstance(found, str) else None
+    adapters = read(layer, names)
+    return adapters if isinstance(adapters, str) else None
 
 
 def read(layer, names: Sequence[str] | None = None) -> list[Adapter] | str:
-    """These adapters (the active ones), if the layer may run on this backend with them, else why it may not.
+    """These adapters (the active ones) if the layer may run on this backend with them, else the reason.
 
-    Nothing of the answer is kept: all of it is read from the layer at every call, so a hook, another dtype or
-    a switched adapter is seen by the next one. It takes 5 µs, since submodules and weights are not looked up
-    through `nn.Module.__getattr__` (0.5 µs each) and missing attributes not at all (1.5 µs).
+    Nothing is cached: everything is read from the layer at every call, so the next call sees a hook, another
+    dtype or a switched adapter. It takes 5 µs, since submodules and weights are not looked up through
+    `nn.Module.__getattr__` (0.5 µs each) and missing attributes not at all (1.5 µs).
     """
     kind = type(layer)
     if kind is lora.Linear or kind in quantised_layers:
-        variant, read_one = MiCALinearVariant, _read_linear
+        read_one = _read_linear
     elif kind is lora.Embedding:
-        variant, read_one = MiCAEmbeddingVariant, _read_embedding
+        read_one = _read_embedding
     else:
         return f"layers of type {kind.__module__}.{kind.__name__} are not covered"
     if layer.disable_adapters:
         return "adapters are disabled"
     if layer.merged:
         return "the adapter is merged into the weight"
-    if _get_tracing_state() is not None:  # what is traced, for ONNX say, must run without this package
+    if _get_tracing_state() is not None:  # a traced graph, say for ONNX, must run without this package
         return "torch.jit is tracing the model"
     if (
         layer.__dict__.get("_tp_info") is not None
@@ -111,9 +144,9 @@ def read(layer, names: Sequence[str] | None = None) -> list[Adapter] | str:
     names = adapters_of(layer) if names is None else names
     if not names:
         return f"none of the active adapters {list(layer.active_adapters)} is on this layer"
-    adapters, variants, scalings = [], layer.lora_variant, layer.scaling
+    adapters, scalings = [], layer.scaling
     for name in names:
-        if type(variants.get(name)) is not variant:
+        if not is_mica(layer, name):
             return f"adapter {name!r} is not MiCA"
         scaling = scalings[name]
         reason = None if type(scaling) is float else _why_not_scaling(scaling)
@@ -171,8 +204,8 @@ def _read_linear(layer, name: str, scaling) -> Adapter | str:
 def why_called(layer) -> str | None:
     """None if the base weight of a linear layer may be read, and so fused; else why the base is called.
 
-    Whatever hangs on that call (quantisation, hooks, offloading, a weight that is trained) then works as it
-    does without an adapter, and the adapter's two products stand beside it.
+    Whatever depends on that call (quantisation, hooks, offloading, a trained weight) then works as it does
+    without an adapter, and the adapter's two products are added to its output.
     """
     base = layer._modules["base_layer"]
     if type(layer) is not lora.Linear or (type(base) is not nn.Linear and type(base) is not Conv1D):
@@ -204,7 +237,7 @@ def _read_embedding(layer, name: str, scaling) -> Adapter | str:
 
 
 def hangs_on_call(module: nn.Module) -> bool:
-    """Whether a call of the module does more than its forward, or another one than its class's."""
+    """Whether calling the module does more than, or something other than, its class's forward."""
     return _has_hooks(module) or "forward" in module.__dict__
 
 
@@ -218,7 +251,7 @@ def _has_hooks(module: nn.Module) -> bool:
 
 
 def _why_not_read_directly(part: str, module: nn.Module) -> str | None:
-    """A call of the module would do more than its formula: then it has to be called."""
+    """Why the module has to be called: its formula alone would not do what a call does."""
     if _has_hooks(module):
         return f"hooks on the {part}"
     if "forward" in module.__dict__:
@@ -265,15 +298,15 @@ def _why_not_frozen(part: str, tensor: torch.Tensor | None) -> str | None:
 
 
 def _is_plain(x: torch.Tensor) -> bool:
-    """Not nested, sparse, of mkldnn or of another class of tensors."""
+    """Not nested, sparse, mkldnn or of a tensor subclass."""
     return type(x) in PLAIN and x.layout is torch.strided and not x.is_nested
 
 
-def dtypes_fit(layer, x: torch.Tensor, lora_A: torch.Tensor, lora_B: torch.Tensor) -> bool:
-    """Whether PEFT would compute this call's adapter in a dtype that the operators have too.
+def _dtypes_fit(layer, x: torch.Tensor, lora_A: torch.Tensor, lora_B: torch.Tensor) -> bool:
+    """Whether PEFT would compute this call's adapter in a dtype that the operators support.
 
-    Without autocast: adapters in the dtype of the activations, or fp32 masters of 16-bit activations (that
-    PEFT is allowed to cast to). With autocast: everything but fp64.
+    Without autocast: adapters in the dtype of the activations, or fp32 masters of 16-bit activations (which
+    PEFT may cast). With autocast: everything but fp64.
     """
     if not _is_plain(x) or not x.is_floating_point():
         return False
@@ -286,17 +319,35 @@ def dtypes_fit(layer, x: torch.Tensor, lora_A: torch.Tensor, lora_B: torch.Tenso
     return lora_A.dtype == torch.float32 and x.dtype in SIXTEEN_BIT and layer.cast_input_dtype_enabled
 
 
+def adapters_for(layer, x: torch.Tensor, names: Sequence[str] | None = None) -> list[Adapter] | None:
+    """`read` of a linear layer; None if the layer may not run on this backend, or not on this x."""
+    adapters = read(layer, names)
+    if type(adapters) is str:
+        return None
+    for adapter in adapters:
+        if not _dtypes_fit(layer, x, adapter.lora_A, adapter.lora_B):
+            return None
+    return adapters
+
+
+def fused_operands(layer, x: torch.Tensor, adapter: Adapter) -> Operands | None:
+    """For base product and adapter in one operator; None where the base layer has to be called."""
+    base = layer._modules["base_layer"]
+    if why_called(layer) is not None:
+        return None
+    weight = weight_of(base)
+    if torch.is_autocast_enabled(x.device.type):  # which gives x and the weight one dtype
+        fuses = weight.dtype != torch.float64
+    else:
+        fuses = x.dtype == weight.dtype
+    _, lora_A, lora_B, scaling, _ = adapter
+    return Operands(weight, lora_A, lora_B, scaling, weight_of(base, "bias")) if fuses else None
+
+
 def embedding_fits(x: torch.Tensor, lora_A: torch.Tensor, lora_B: torch.Tensor) -> bool:
-    """`dtypes_fit` of an embedding, whose adapter PEFT computes in the adapter's own dtype or autocast's."""
+    """`_dtypes_fit` for an embedding: PEFT computes its adapter in the adapter's dtype or autocast's."""
     if not _is_plain(x):
         return False
     if torch.is_autocast_enabled(x.device.type):
         return torch.float64 not in (lora_A.dtype, lora_B.dtype)
     return lora_A.dtype == lora_B.dtype
-
-
-def fuses(x: torch.Tensor, weight: torch.Tensor) -> bool:
-    """Whether x and the base weight have one dtype, or autocast gives them one."""
-    if torch.is_autocast_enabled(x.device.type):
-        return weight.dtype != torch.float64
-    return x.dtype == weight.dtype

@@ -1,14 +1,14 @@
 """Layers that read one tensor one after the other (q/k/v, gate/up) run as one operator, `mica.ops.group`.
 
-Which ones do is not known from their names but seen: a run of calls with one x makes a group, and from then
-on the first call computes the outputs of all. The others fetch theirs where everything that their result
-depends on is as it was then, and else compute as if there were no group: an order of calls that changes
-costs time and is never wrong. (An edit that autograd would not see, through ``.data``, is not seen here.)
+Groups are not recognised by names but observed: consecutive calls with one x make a group, and from then on
+the first call computes the outputs of all. The others fetch theirs if nothing that their result depends on
+has changed, and otherwise compute as if there were no group: a changed order of calls costs time but is never
+wrong. (An edit that autograd would not notice, through ``.data``, is not noticed here.)
 
 Gradient checkpointing compares what a forward saved with what its recomputation saves. A layer saves the same
-at its own call, whether it is grouped or not (`group.start_group`). So that may be decided anew at each
-call, whatever was learnt or has changed between a forward and its recomputation. A group does not reach over
-the edge of a checkpointed region: a recomputation would compute for layers that it does not call.
+at its own call, whether it is grouped or not (`group.start_group`). So each call may decide anew,
+whatever was learnt or has changed between a forward and its recomputation. A group does not cross the
+boundary of a checkpointed region: a recomputation would compute for layers that it does not call.
 """
 
 from __future__ import annotations
@@ -24,17 +24,20 @@ from torch import Tensor, nn
 from torch.utils.weak import TensorWeakRef
 
 from mica import backend
-from mica.fast.common_case import Operands
+from mica.fast import common_case
+from mica.fast.eligibility import Operands, adapters_for, fused_operands, hangs_on_call
 from mica.fast.settings import settings
+from mica.kernels.limits import MAX_RANK
 from mica.ops.dispatch import is_transformed
+from mica.ops.group import stacked_rank
 
-# Tokens x in_features² from which "auto" groups. Below, the host decides how long a step takes, and there
+# Tokens x in_features² from which "auto" groups. Below, a step takes as long as the host needs, and there
 # layers cost more in a group than alone (a whole decoder block of tiny tensors 1.2 times). MODELLED: an H100
 # needs 170 µs for the two products of a square layer of this size, as long as the host for all of a layer. It
-# hangs on x alone, for all that read it have to agree.
+# depends on x alone, since all layers that read x have to agree.
 _WORTH_GROUPING = 2**35
 
-# Calls in a row whose outputs were not all fetched: the group shrinks to the layers that did fetch theirs.
+# After this many consecutive calls whose outputs were not all fetched, the group keeps the layers that did.
 _MISSES = 2
 
 
@@ -54,7 +57,7 @@ class _Group:
 
 @dataclass
 class _Run:
-    """Calls of layers with one x, as they are being seen."""
+    """Consecutive calls of layers with one x, as observed so far."""
 
     x: TensorWeakRef
     version: int
@@ -65,7 +68,7 @@ class _Run:
 
 @dataclass(eq=False)
 class _Output:
-    """Of one layer, computed ahead, and the operands that it was computed from."""
+    """One layer's output, computed ahead, and the operands that it was computed from."""
 
     call: Callable[[], Tensor]
     operands: Operands
@@ -74,7 +77,7 @@ class _Output:
 
 @dataclass(eq=False)
 class _Pending:
-    """Outputs that the first call of a group has computed for the others; None where one is let go of."""
+    """Outputs that the first call of a group has computed for the others; None where one was released."""
 
     x: TensorWeakRef
     surroundings: tuple
@@ -87,12 +90,12 @@ class _State(threading.local):
     pending: _Pending | None = None
 
 
-_state = _State()
-_groups: WeakKeyDictionary[nn.Module, _Group] = WeakKeyDictionary()
+state = _State()
+groups: WeakKeyDictionary[nn.Module, _Group] = WeakKeyDictionary()
 
 
 def is_on(x: Tensor, lora_A: Tensor) -> bool:
-    """Whether calls with this x are watched and grouped: in training, where the setting says so.
+    """Whether calls with this x are observed and grouped: in training, where the setting says so.
 
     "auto": where the operators run on kernels and x is large. On the CPU the gain of 1 to 4 % of a
     block lies within the spread of the measurement (bench_block).
@@ -106,28 +109,53 @@ def is_on(x: Tensor, lora_A: Tensor) -> bool:
         return False
     if is_transformed():
         return False
-    # Selective checkpointing, a dispatch mode, looks for the operators of a forward in its recomputation.
+    # Selective checkpointing, a dispatch mode, expects a recomputation to run the operators of its forward.
     if torch._C._len_torch_dispatch_stack() or torch._C._get_tracing_state() is not None:
         return False
     return choice != "auto" or backend.use_kernels(x.device, lora_A.shape[0], x.dtype, lora_A.dtype)
 
 
 def _region() -> int | None:
-    """Of what hooks the tensors that are saved now: of a checkpointed region, or offloading; None outside."""
+    """Identifies the hooks on tensors saved now (a checkpointed region, offloading); None outside of any."""
     hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
     return None if hooks is None else id(hooks[0])
 
 
-def fetch(layer: nn.Module, operands: Operands, x: Tensor) -> Tensor | None:
-    """This layer's output, if the first of its group has computed just this one from this very x."""
-    pending = _state.pending
+def output(
+    layer: nn.Module,
+    x: Tensor,
+    operands: Operands,
+    alone: Callable[[nn.Module, Tensor, Operands], Tensor],
+    together: Callable[[list[nn.Module], Tensor, list[Operands]], list],
+) -> Tensor:
+    """The output of a layer that runs fused on x, without dropout: fetched, or computed in a group or alone.
+
+    ``together`` computes for several layers that read x, and returns what `group.start_group` does.
+    """
+    call = _fetch(layer, x, operands)
+    if call is None:
+        members = _members(layer, x, operands)
+        if members is None:
+            result = alone(layer, x, operands)
+            _observe(layer, x, result)
+            return result
+        result, *calls = together(list(members), x, list(members.values()))
+        _keep(members, x, result, calls)
+        return result
+    # Last of all: a recomputation ends with an exception, raised where a tensor is saved.
+    return call()
+
+
+def _fetch(layer: nn.Module, x: Tensor, operands: Operands) -> Callable[[], Tensor] | None:
+    """This layer's call, if the first of its group has computed exactly this one from this very x."""
+    pending = state.pending
     if pending is None:
         return None
     output = pending.outputs.get(layer)
     if (
         output is None
         or pending.x() is not x
-        or pending.surroundings != _surroundings(x)
+        or pending.surroundings != surroundings(x)
         or not all(map(is_, output.operands, operands))
         or output.versions != _versions(output.operands)
     ):
@@ -136,14 +164,13 @@ def fetch(layer: nn.Module, operands: Operands, x: Tensor) -> Tensor | None:
         return None
     del pending.outputs[layer]
     if not pending.outputs:
-        _state.pending = None
+        state.pending = None
         pending.group.misses = 0
-    # The last thing done: the end of a recomputation is an exception that saving a tensor raises.
-    return output.call()
+    return output.call
 
 
-def _surroundings(x: Tensor) -> tuple:
-    """What the result of a layer depends on beside its operands."""
+def surroundings(x: Tensor) -> tuple:
+    """What the result of a layer depends on in addition to its operands."""
     device = x.device
     kind = device.type
     return (
@@ -153,7 +180,7 @@ def _surroundings(x: Tensor) -> tuple:
         torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None,
         settings.compute_dtype,
         _region(),
-        # values of another stream may not be there yet
+        # another stream's values may not have been computed yet
         torch._C._cuda_getCurrentRawStream(device.index) if kind == "cuda" else None,
     )
 
@@ -166,78 +193,85 @@ def _versions(operands: tuple) -> tuple:
     )
 
 
-def members(layer: nn.Module) -> list[nn.Module] | None:
-    """The layers to be computed with this one, which comes first; None where it runs alone."""
-    group = _groups.get(layer)
+def _members(layer: nn.Module, x: Tensor, operands: Operands) -> dict[nn.Module, Operands] | None:
+    """The layers of the group that this one leads, and their operands; None where it runs alone.
+
+    Each must run fused on x, with one adapter and no dropout, and nothing may depend on its being called.
+    """
+    group = groups.get(layer)
     if group is None or len(group.layers) == 1:
         return None
-    layers = [reference() for reference in group.layers]
-    return None if None in layers else layers
+    members = {}
+    for reference in group.layers:
+        member = reference()
+        if member is None or hangs_on_call(member):
+            return None
+        if members:
+            operands = common_case.operands(member, x) or _operands_in_general(member, x)
+        if operands is None or operands.lora_A.device != x.device:
+            return None
+        if not operands.lora_A.requires_grad:  # its output need not require a gradient, but a group's would
+            return None
+        members[member] = operands
+    rank = stacked_rank([operands.lora_A for operands in members.values()])
+    return members if rank <= MAX_RANK else None
 
 
-def lead(
-    layers: list[nn.Module], together: list[Operands], x: Tensor, outputs: list[Tensor | Callable[[], Tensor]]
-) -> Tensor:
-    """Keep what `group.start_group` gave for the calls to come; the first layer's output is returned."""
-    others = {}
-    for layer, operands, call in zip(layers[1:], together[1:], outputs[1:], strict=True):
-        others[layer] = _Output(call, operands, _versions(operands))
-    pending = _Pending(TensorWeakRef(x), _surroundings(x), _groups[layers[0]], others)
-    # Outputs that nobody fetched hold the graph; at the latest its backward lets go of them, or the backward
-    # for which this is a recomputation.
+def _operands_in_general(layer: nn.Module, x: Tensor) -> Operands | None:
+    adapters = adapters_for(layer, x)
+    if adapters is None or len(adapters) > 1 or adapters[0].dropout_p:
+        return None
+    return fused_operands(layer, x, adapters[0])
+
+
+def _keep(members: dict[nn.Module, Operands], x: Tensor, first: Tensor, calls: list) -> None:
+    """``calls`` of the layers after the first, whose output is ``first``, until they are called."""
+    (leader, _), *others = members.items()
+    outputs = {
+        layer: _Output(call, operands, _versions(operands))
+        for (layer, operands), call in zip(others, calls, strict=True)
+    }
+    pending = _Pending(TensorWeakRef(x), surroundings(x), groups[leader], outputs)
+    # Outputs that are never fetched keep the graph alive; its backward releases them at the latest, or the
+    # backward for which this is a recomputation.
     release = _releasing(ref(pending))
-    outputs[0].grad_fn.on_backward = release
+    first.grad_fn.on_backward = release
     if torch._C._current_graph_task_id() != -1:
         torch.autograd.Variable._execution_engine.queue_callback(release)
-    _state.run, _state.pending = None, pending
-    return outputs[0]
+    state.run, state.pending = None, pending
 
 
 def _releasing(pending: ReferenceType[_Pending]):
     def release() -> None:
-        found = pending()
-        if found is not None:
-            found.outputs = dict.fromkeys(found.outputs)
+        waiting = pending()
+        if waiting is not None:
+            waiting.outputs = dict.fromkeys(waiting.outputs)
 
     return release
 
 
-def observe(layer: nn.Module, x: Tensor, output: Tensor) -> None:
-    """A call that ran alone: does it go on reading what the calls before it have read?"""
+def _observe(layer: nn.Module, x: Tensor, output: Tensor) -> None:
+    """After a call that ran alone: has it read the same x as the calls before it?"""
     if output.grad_fn is None:
         return
-    run, here = _state.run, _region()
+    run, here = state.run, _region()
     if run is not None and run.x() is x and run.version == x._version and run.region == here:
         run.is_simple = run.is_simple and all(reference() is not layer for reference in run.layers)
         run.layers.append(ref(layer))
         return
     if run is not None:
         _learn(run)
-    _state.run = _Run(TensorWeakRef(x), x._version, here, [ref(layer)])
+    state.run = _Run(TensorWeakRef(x), x._version, here, [ref(layer)])
 
 
 def _learn(run: _Run) -> None:
     leader = run.layers[0]()
-    if leader is not None and leader not in _groups and run.is_simple and len(run.layers) > 1:
-        _groups[leader] = _Group(run.layers)
+    if leader is not None and leader not in groups and run.is_simple and len(run.layers) > 1:
+        groups[leader] = _Group(run.layers)
 
 
 def forget_pending() -> None:
-    """Let go of outputs that were computed ahead: after a forward, also one that ended in an exception."""
-    if _state.pending is not None:
-        _state.pending.outputs.clear()
-        _state.pending = None
-
-
-def whole_forward(stock):
-    """Of PEFT's model or its tuner: one of them is around every forward of the whole model."""
-
-    def forward(self, *args, **kwargs):
-        if torch.compiler.is_compiling():
-            return stock(self, *args, **kwargs)
-        try:
-            return stock(self, *args, **kwargs)
-        finally:
-            forget_pending()
-
-    return forward
+    """Release outputs that were computed ahead: after a forward, also one that raised."""
+    if state.pending is not None:
+        state.pending.outputs.clear()
+        state.pending = None

@@ -1,8 +1,8 @@
-"""Merging in fp32 with one rounding, and unmerging to the very bits that were there.
+"""Merging in fp32 with one rounding, and unmerging to the original bits.
 
 Stock PEFT rounds s·B·A to the base dtype and then adds in that dtype: in bf16 41 % of the weights of a
 small update do not move at all, and merge + unmerge changes 0.8 % of W. Here W' = round(W + s·B·A), and
-where round(W' - s·B·A) is not W again, the layer keeps the old value: a sparse correction.
+where round(W' - s·B·A) is not W again, the old value is kept with the layer: a sparse correction.
 """
 
 from __future__ import annotations
@@ -24,13 +24,14 @@ from mica.fast import quantised
 from mica.fast.eligibility import adapter_weights, is_stored_transposed
 from mica.fast.refusals import check_weight
 from mica.fast.settings import settings
-from mica.ops.dispatch import no_autocast
+from mica.fast.wrapping import around
+from mica.ops.dispatch import PLAIN, no_autocast
 
 logger = logging.getLogger(__name__)
 
-# Elements of the update that exist at a time. On a CPU what matters is that the fp32 temporaries of 1 MB are
-# reused in the cache: 40 layers of 1536 x 576 merge in 0.12 s, but in 0.42 s with 2**20, page faults above
-# all. On a device it is the number of launches; 2**24 are 64 MB.
+# Elements of the update that exist at a time. On a CPU the fp32 temporaries of 1 MB should be reused in the
+# cache: 40 layers of 1536 x 576 merge in 0.12 s, but in 0.42 s with 2**20, mostly page faults. On a device
+# the number of launches matters; 2**24 are 64 MB.
 _CHUNK = 2**18
 _DEVICE_CHUNK = 2**24
 _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -60,10 +61,10 @@ class MergeStats:
 
 @dataclass
 class _Undo:
-    """What unmerging needs: the update as it was merged and the weights that rounding does not give back.
+    """What unmerging needs: the merged update, and the weights that rounding does not give back.
 
-    A is cloned because training may go on, or another adapter be loaded, before the unmerge. The fingerprints
-    keep it honest: only over the very bits that the merge has left does it promise those from before.
+    A is cloned because training may continue, or another adapter be loaded, before the unmerge. The unmerge
+    is exact only if the fingerprints show that the weight still has the bits that the merge left.
     """
 
     lora_A: Tensor
@@ -71,16 +72,16 @@ class _Undo:
     scaling: float
     indices: Tensor  # flat positions in the stored weight, int64
     values: Tensor  # the weights that were there
-    merged_rows: Tensor  # fingerprints before the unmerge is allowed to be exact, and after it
+    merged_rows: Tensor  # fingerprints after the merge, and before it
     original_rows: Tensor
     stats: MergeStats
     period: int  # `_period` of the merge
 
 
 class _Records(dict[str, _Undo]):
-    """The records of a layer's merged adapters, in the layer itself: a deep copy of the model has them too.
+    """The records of a layer's merged adapters, stored in the layer: a deep copy of the model has them too.
 
-    In a pickle it is an empty dict: nothing of this package gets into one. No tensor of a record is ever
+    Pickled as an empty dict: nothing of this package gets into a pickle. No tensor of a record is ever
     written to, so copies share them.
     """
 
@@ -93,7 +94,7 @@ class _Records(dict[str, _Undo]):
 
 @dataclass
 class MergeReport:
-    """Per merged layer, and over all of them, the share of the update that rounding swallowed."""
+    """The share of the update that rounding swallowed, per merged layer and over all of them."""
 
     layers: dict[str, MergeStats] = field(default_factory=dict)
 
@@ -118,17 +119,17 @@ class MergeReport:
         )
 
 
-_RECORDS = "_mica_merges"  # in the __dict__ of a layer, while it is merged
+RECORDS = "_mica_merges"  # in the __dict__ of a layer, while it is merged
 
-# Of base layers, which outlive PEFT's around them. Keyed by the module itself, and gone with it.
+# Of base layers, which outlive the PEFT layers around them. Keyed by the module, and gone with it.
 _stats: WeakKeyDictionary[nn.Module, MergeStats] = WeakKeyDictionary()
 
-# Counted up whenever PEFT gets its own functions back: what these merge and unmerge is not seen here.
+# Incremented whenever PEFT gets its own functions back: what those merge and unmerge is not recorded here.
 _period = 0
 
 
 def end_period() -> None:
-    """Trust the records made so far only where the weights still have the bits that were merged."""
+    """From now on earlier records are valid only where the weights still have the merged bits."""
     global _period
     _period += 1
 
@@ -139,7 +140,7 @@ def merge_report(model: nn.Module) -> MergeReport:
     for name, module in model.named_modules():
         if isinstance(module, lora.LoraLayer):
             wrapped.add(module.get_base_layer())
-            records = vars(module).get(_RECORDS, {})
+            records = vars(module).get(RECORDS, {})
             merged = [records[adapter] for adapter in module.merged_adapters if adapter in records]
             merged = [record.stats for record in merged if record.period == _period]
             if merged:
@@ -157,12 +158,12 @@ def _sum(parts: list[MergeStats]) -> MergeStats:
 
 
 def _forget(layer, adapter: str) -> _Undo | None:
-    records = vars(layer).get(_RECORDS)
+    records = vars(layer).get(RECORDS)
     if records is None:
         return None
     undo = records.pop(adapter, None)
     if not records:
-        del layer.__dict__[_RECORDS]
+        del layer.__dict__[RECORDS]
     return undo
 
 
@@ -173,7 +174,7 @@ def _operands(layer, adapter: str) -> tuple[Tensor, Tensor, bool]:
 
 
 def _covered(layer, weight: Tensor) -> bool:
-    plain = type(weight) in (Tensor, nn.Parameter) and weight.is_floating_point() and not weight.is_meta
+    plain = type(weight) in PLAIN and weight.is_floating_point() and not weight.is_meta
     return plain and weight.is_contiguous() and type(layer) in (lora.Linear, lora.Embedding)
 
 
@@ -199,29 +200,29 @@ def _bits(tensor: Tensor) -> Tensor:
     return tensor.view(_BITS[tensor.element_size()])
 
 
-def _fingerprint(weight: Tensor) -> Tensor:
-    """One int64 a row: the sum of its words of 8 bytes, each times an odd number of its place, modulo 2^64.
+def fingerprint(weight: Tensor) -> Tensor:
+    """One int64 per row: the sum of its 8-byte words, each times an odd number for its position, modulo 2^64.
 
-    An edit of the weight between merge and unmerge must not go unseen. That of one word never does, for odd
-    numbers have an inverse; words at other places do not, where a plain sum is blind to them, unless they
-    differ in their uppermost bits alone. 0.1 ms for 1536 x 576 in bf16 on one core (the plain sum: 0.03).
+    An edit of the weight between merge and unmerge must be noticed. A change of one word always is, since odd
+    numbers have an inverse; so are words that moved, which a plain sum does not notice, unless they differ
+    only in their uppermost bits. 0.1 ms for 1536 x 576 in bf16 on one core (the plain sum: 0.03).
     """
     weight = weight.detach()
-    whole = weight.shape[1] * weight.element_size() % 8 == 0  # 8 bytes at a time: five times as fast for bf16
+    whole = weight.shape[1] * weight.element_size() % 8 == 0  # 8-byte words: five times as fast for bf16
     words = weight.view(torch.int64) if whole else _bits(weight)
     generator = torch.Generator().manual_seed(0)
     odd = torch.randint(-(2**63), 2**63 - 1, words.shape[1:], generator=generator, device="cpu") | 1
     odd = odd.to(weight.device)
     parts = (part.to(torch.int64) for part in words.split(_rows_at_a_time(weight)))
-    # on a device integers have no matrix product; on the CPU it is five times as fast as the two
+    # on a device integers have no matrix product; on the CPU it is five times as fast
     on_cpu = weight.device.type == "cpu"
     return torch.cat([part @ odd if on_cpu else (part * odd).sum(dim=1) for part in parts])
 
 
 def _in_any_mode(function):
-    """An evaluation within autocast merges and unmerges too: `disable_adapter` does. The update is fp32's.
+    """For calls within autocast too (`disable_adapter` merges and unmerges in evaluations): in fp32.
 
-    A weight made in inference mode, as a safe merge there leaves one, can only be written to in that mode.
+    A weight created in inference mode, as by a safe merge there, can only be written to in that mode.
     """
 
     @functools.wraps(function)
@@ -236,11 +237,11 @@ def _in_any_mode(function):
 def _merge_into(layer, adapter: str, weight: Tensor, out: Tensor, safe: bool) -> None:
     """out = W + s·B·A, rounded once; ``out`` may be the weight itself.
 
-    No record is kept of what PEFT will refuse: with ``safe`` an ``out`` that is not finite.
+    No record is kept of what PEFT will refuse: with ``safe``, an ``out`` that is not finite.
     """
     lora_A, lora_B, transposed = _operands(layer, adapter)
     scaling = float(layer.scaling[adapter])
-    original_rows = _fingerprint(weight)
+    original_rows = fingerprint(weight)
     stats, indices, values = MergeStats(weight.dtype), [], []
     for rows, update in _chunks(weight, lora_A, lora_B, scaling, transposed):
         old = weight[rows].clone()
@@ -259,14 +260,14 @@ def _merge_into(layer, adapter: str, weight: Tensor, out: Tensor, safe: bool) ->
     finite = math.isfinite(stats.update_squared + stats.error_squared)
     if safe and not finite and not torch.isfinite(out).all():
         return
-    records = layer.__dict__[_RECORDS] = _Records(vars(layer).get(_RECORDS, ()))
+    records = layer.__dict__[RECORDS] = _Records(vars(layer).get(RECORDS, ()))
     records[adapter] = _Undo(
         lora_A.clone(),
         lora_B.clone(),
         scaling,
         torch.cat(indices),
         torch.cat(values),
-        _fingerprint(out),
+        fingerprint(out),
         original_rows,
         stats,
         _period,
@@ -279,8 +280,8 @@ def _merge_into(layer, adapter: str, weight: Tensor, out: Tensor, safe: bool) ->
 
 @_in_any_mode
 def _unmerge_from(layer, adapter: str, weight: Tensor, undo: _Undo | None) -> None:
-    """In place: the bits from before the merge, or W' - s·B·A in fp32 with a warning why not."""
-    exact = undo is not None and torch.equal(_fingerprint(weight), undo.merged_rows.to(weight.device))
+    """In place: the bits from before the merge, or W' - s·B·A in fp32 and a warning with the reason."""
+    exact = undo is not None and torch.equal(fingerprint(weight), undo.merged_rows.to(weight.device))
     why = "the weight was edited, cast or moved to another device while it was merged"
     if undo is None or (not exact and undo.period != _period):
         undo, why = None, "there is no record of its merge: stock PEFT merged it, or the model was pickled"
@@ -293,13 +294,13 @@ def _unmerge_from(layer, adapter: str, weight: Tensor, undo: _Undo | None) -> No
         weight[rows] = (weight[rows].to(update.dtype) - update).to(weight.dtype)
     if exact:
         weight.view(-1)[undo.indices.to(weight.device)] = undo.values.to(weight.device)
-        exact = torch.equal(_fingerprint(weight), undo.original_rows.to(weight.device))
+        exact = torch.equal(fingerprint(weight), undo.original_rows.to(weight.device))
     if not exact:
         its = "its" if undo else "its present"
         warnings.warn(
             f"adapter {adapter!r} was unmerged by subtracting {its} update in fp32, not to the exact base "
             f"weight, because {why}.",
-            stacklevel=5,
+            stacklevel=6,
         )
 
 
@@ -312,52 +313,39 @@ def _dequantised(layer, adapter: str, weight: Tensor, sign: int) -> Tensor:
     return weight + sign * layer.get_delta_weight(adapter).to(weight.device)
 
 
-def merge_safe(stock):
-    def merge(module, active_adapter: str, orig_weight: Tensor) -> Tensor:
-        if settings.enabled:
-            check_weight(module)
-            if quantised.kind_of(module) is not None:
-                return _dequantised(module, active_adapter, orig_weight, 1)
-        if not settings.enabled or not _covered(module, orig_weight):
-            _forget(module, active_adapter)
-            return stock(module, active_adapter, orig_weight)
-        merged = torch.empty_like(orig_weight)
-        _merge_into(module, active_adapter, orig_weight.detach(), merged, safe=True)
-        return merged
-
-    return merge
+def _merge(stock, module, active_adapter: str, orig_weight: Tensor, safe: bool) -> Tensor | None:
+    """The merged weight if ``safe``, else in place."""
+    if settings.enabled:
+        check_weight(module)
+        if safe and quantised.kind_of(module) is not None:
+            return _dequantised(module, active_adapter, orig_weight, 1)
+    if not settings.enabled or not _covered(module, orig_weight):
+        _forget(module, active_adapter)
+        return stock(module, active_adapter, orig_weight)
+    merged = torch.empty_like(orig_weight) if safe else orig_weight.data
+    _merge_into(module, active_adapter, orig_weight.detach(), merged, safe)
+    return merged if safe else None
 
 
-def merge_unsafe(stock):
-    def merge(module, active_adapter: str, orig_weight: Tensor) -> None:
-        if settings.enabled:
-            check_weight(module)
-        if not settings.enabled or not _covered(module, orig_weight):
-            _forget(module, active_adapter)
-            stock(module, active_adapter, orig_weight)
-        else:
-            _merge_into(module, active_adapter, orig_weight.detach(), orig_weight.data, safe=False)
-
-    return merge
+merge_safe = around(functools.partial(_merge, safe=True))
+merge_unsafe = around(functools.partial(_merge, safe=False))
 
 
-def unmerge(stock):
-    def unmerge(module, active_adapter: str, orig_weight: Tensor) -> Tensor:
-        if settings.enabled:
-            try:
-                check_weight(module, verb="unmerged from")
-            except ValueError:
-                module.merged_adapters.append(active_adapter)  # PEFT has taken it off already
-                raise
-            if quantised.kind_of(module) is not None:
-                return _dequantised(module, active_adapter, orig_weight, -1)
-        # What this backend merged it also unmerges, even if it has been disabled since.
-        undo = _forget(module, active_adapter)
-        if (undo is None and not settings.enabled) or not _covered(module, orig_weight):
-            return stock(module, active_adapter, orig_weight)
-        _unmerge_from(module, active_adapter, orig_weight.data, undo)
-        if not module.merged_adapters:
-            _stats.pop(module.get_base_layer(), None)
-        return orig_weight.data
-
-    return unmerge
+@around
+def unmerge(stock, module, active_adapter: str, orig_weight: Tensor) -> Tensor:
+    if settings.enabled:
+        try:
+            check_weight(module, verb="unmerged from")
+        except ValueError:
+            module.merged_adapters.append(active_adapter)  # PEFT has already removed it
+            raise
+        if quantised.kind_of(module) is not None:
+            return _dequantised(module, active_adapter, orig_weight, -1)
+    # What this backend merged it also unmerges, even if it has been disabled since.
+    undo = _forget(module, active_adapter)
+    if (undo is None and not settings.enabled) or not _covered(module, orig_weight):
+        return stock(module, active_adapter, orig_weight)
+    _unmerge_from(module, active_adapter, orig_weight.data, undo)
+    if not module.merged_adapters:
+        _stats.pop(module.get_base_layer(), None)
+    return orig_weight.data

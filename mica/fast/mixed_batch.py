@@ -1,13 +1,13 @@
-"""One batch, another adapter for each of its samples: PEFT's ``adapter_names``, for inference.
+"""One batch, a different adapter for each sample: PEFT's ``adapter_names``, for inference.
 
-MiCA adapters made on one base share B: the basis of rank 8 is the last 8 columns of that of rank 16. Where
-they really do, bit for bit, every sample's h goes into the columns of the widest B, and one up-projection
+MiCA adapters created on one base share B: the basis of rank 8 is the last 8 columns of that of rank 16. Where
+they are equal bit for bit, every sample's h goes into the columns of the widest B, and one up-projection
 serves the whole batch. The others each get their own, on their samples.
 
-Which adapters share is found out once a layer and kept. What keeps it honest: of each B that was compared the
-address and the count of in-place writes are noted, and its storage stays alive (`_Comparison.compared`), for
-an adapter loaded later under the same name can get the same address and count. PyTorch does not count writes
-through ``.data``: whoever makes some calls `forget`, as `mica.fast.hotswap` does.
+Which adapters share is determined once per layer and cached. The cache is valid while each compared B has the
+same address and count of in-place writes; its storage is kept alive (`_Comparison.compared`), since an
+adapter loaded later under the same name could get the same address and count. PyTorch does not count writes
+through ``.data``: code that makes some calls `forget`, as `mica.fast.loading` does for hotswapping.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-from mica.fast.eligibility import adapter_weights, dtypes_fit, why_not
+from mica.fast.eligibility import Adapter, adapters_for, scaled
 from mica.fast.settings import compute_dtype
 from mica.ops.factors import down_projection, up_projection
 
@@ -32,7 +32,7 @@ class _Shared(NamedTuple):
 
 class _Comparison(NamedTuple):
     state: tuple  # of each B, in the order of the names
-    compared: list[Tensor]  # every B: its address must not come back
+    compared: list[Tensor]  # every B: its address must not be reused
     groups: list[_Shared]
 
 
@@ -42,40 +42,37 @@ _comparisons: WeakKeyDictionary[nn.Module, _Comparison] = WeakKeyDictionary()
 def forward(layer, x: Tensor, adapter_names: list[str]) -> Tensor | None:
     """The output of a linear layer for x (batch, ..., in_features), or None where the call is PEFT's.
 
-    adapter_names: one for each of the batch; "__base__", and adapters that this layer has not, add nothing.
+    adapter_names: one per sample; "__base__", and adapters that this layer does not have, add nothing.
     """
     names = [name for name in dict.fromkeys(adapter_names) if name != BASE and name in layer.lora_A]
     if not names or len(x) != len(adapter_names) or torch.compiler.is_compiling():
         return None
-    if why_not(layer, names) is not None or any(layer.lora_dropout[name].training for name in names):
+    adapters = adapters_for(layer, x, names)
+    if adapters is None or any(layer.lora_dropout[name].training for name in names):
         return None
-    if not all(dtypes_fit(layer, x, *adapter_weights(layer, name)) for name in names):
-        return None
+    adapters = {adapter.name: adapter for adapter in adapters}
     result = layer.base_layer(x)
-    for group in _groups(layer, names):
+    for group in _groups(layer, {name: adapter.lora_B.detach() for name, adapter in adapters.items()}):
         rows = [row for row, name in enumerate(adapter_names) if name in group.names]
         if len(rows) == len(x):
-            result = up_projection(result, _h(layer, x, adapter_names, group), group.lora_B)
+            result = up_projection(result, _h(x, adapter_names, group, adapters), group.lora_B)
         else:
             index = torch.tensor(rows, device=x.device)
-            h = _h(layer, x[index], [adapter_names[row] for row in rows], group)
+            h = _h(x[index], [adapter_names[row] for row in rows], group, adapters)
             update = up_projection(result[index], h, group.lora_B)
             result = result.index_copy(0, index, update)
     return result
 
 
-def _h(layer, x: Tensor, adapter_names: list[str], group: _Shared) -> Tensor:
+def _h(x: Tensor, adapter_names: list[str], group: _Shared, adapters: dict[str, Adapter]) -> Tensor:
     """(batch, ..., rank of the widest B): each sample's h in the columns that belong to its adapter."""
     h = None
     for name in group.names:
         index = torch.tensor(
             [row for row, other in enumerate(adapter_names) if other == name], device=x.device
         )
-        lora_A, _ = adapter_weights(layer, name)
-        scaling = layer.scaling[name]
-        if isinstance(scaling, Tensor):
-            lora_A, scaling = lora_A * scaling.to(lora_A.dtype), 1.0
-        part = down_projection(x[index], lora_A, float(scaling), compute_dtype(x), 0.0, None)
+        lora_A, scaling = scaled(adapters[name].lora_A, adapters[name].scaling)  # not into the shared B
+        part = down_projection(x[index], lora_A, scaling, compute_dtype(x), 0.0, None)
         if h is None:
             h = part.new_zeros(*x.shape[:-1], group.lora_B.shape[1])
         h[index, ..., h.shape[-1] - part.shape[-1] :] = part
@@ -83,13 +80,12 @@ def _h(layer, x: Tensor, adapter_names: list[str], group: _Shared) -> Tensor:
 
 
 def forget() -> None:
-    """Compare every B again at its next use."""
+    """Compare every B anew at its next use."""
     _comparisons.clear()
 
 
-def _groups(layer, names: list[str]) -> list[_Shared]:
-    """The adapters by the B that they share, widest first. Compared once, and again when a B has changed."""
-    weights = {name: adapter_weights(layer, name)[1].detach() for name in names}
+def _groups(layer, weights: dict[str, Tensor]) -> list[_Shared]:
+    """The adapters grouped by the B that they share, widest first; compared again once a B has changed."""
     if not all(_is_tracked(B) for B in weights.values()):
         return _compare(weights)
     state = tuple(
@@ -102,7 +98,7 @@ def _groups(layer, names: list[str]) -> list[_Shared]:
 
 
 def _is_tracked(lora_B: Tensor) -> bool:
-    """Whether a change would be seen: inference tensors have no version, and FSDP hides writes from it."""
+    """Whether a change is noticed: inference tensors have no version, and FSDP's writes are not counted."""
     return not lora_B.is_inference() and not (
         torch.distributed.is_available() and torch.distributed.is_initialized()
     )

@@ -1,7 +1,7 @@
-"""Where PEFT is told: one table of the functions that are replaced, checked before any is touched.
+"""The table of PEFT's functions that are replaced, all of them checked before the first is touched.
 
-The functions of PEFT's own classes are replaced, not its classes: that reaches models wrapped before the
-import, leaves nothing of this package in a pickle, and is undone by putting the old functions back.
+Functions of PEFT's own classes are replaced, not the classes: that reaches models wrapped before the import,
+leaves nothing of this package in a pickle, and is undone by putting the old functions back.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import NamedTuple
 import peft
 
 from mica.backend import forget_prepared
-from mica.fast import calls, grouping, hotswap, initialisation, layers, merging, quantised, refusals
+from mica.fast import calls, initialisation, layers, loading, merging, quantised, refusals
 from mica.fast.eligibility import quantised_layers
 
 
@@ -28,123 +28,88 @@ class Patch(NamedTuple):
     required: bool = True
 
 
-_LAYER = "peft.tuners.lora.layer"
-_VARIANTS = "peft.tuners.lora.variants"
+_LAYER, _MODEL, _PEFT_MODEL = (
+    "peft.tuners.lora.layer:LoraLayer",
+    "peft.tuners.lora.model:LoraModel",
+    "peft.peft_model:PeftModel",
+)
+_LINEAR, _EMBEDDING = "peft.tuners.lora.layer:Linear", "peft.tuners.lora.layer:Embedding"
+_WHOLE = ("forward", "self *args **kwargs", layers.whole_forward)
+_CAST = ("cast_adapter_dtype", "model adapter_name autocast_adapter_dtype", initialisation.cast_adapter_dtype)
+_UNLOAD = (
+    "_unload_and_optionally_merge",
+    "self merge progressbar safe_merge adapter_names",
+    refusals.unload_and_optionally_merge,
+)
+_LORAFA = ("create_lorafa_optimizer", "model r lora_alpha lr", refusals.create_lorafa_optimizer, False)
 
 PATCHES = (
-    Patch(f"{_LAYER}:Linear", "forward", "self x *args **kwargs", layers.linear_forward),
-    Patch(f"{_LAYER}:Embedding", "forward", "self x *args **kwargs", layers.embedding_forward),
-    Patch(f"{_LAYER}:LoraLayer", "mica_init", "self adapter_name", initialisation.mica_init),
-    Patch(f"{_LAYER}:Embedding", "mica_init", "self adapter_name", initialisation.mica_init),
+    Patch(_LINEAR, "forward", "self x *args **kwargs", layers.linear_forward),
+    Patch(_EMBEDDING, "forward", "self x *args **kwargs", layers.embedding_forward),
+    Patch("peft.tuners.tuners_utils:BaseTuner", *_WHOLE),
+    Patch(_PEFT_MODEL, *_WHOLE),
+    Patch(_LAYER, "mica_init", "self adapter_name", initialisation.mica_init),
+    Patch(_EMBEDDING, "mica_init", "self adapter_name", initialisation.mica_init),
     Patch(
-        f"{_LAYER}:LoraLayer",
+        _LAYER,
         "update_layer",
         "self adapter_name r lora_alpha config **kwargs",
         lambda stock: _covering(initialisation.update_layer(stock)),
     ),
+    Patch(_LAYER, "resolve_lora_variant", "self config **kwargs", initialisation.resolve_lora_variant),
     Patch(
-        f"{_LAYER}:LoraLayer",
-        "resolve_lora_variant",
-        "self config **kwargs",
-        initialisation.resolve_lora_variant,
-    ),
-    Patch(
-        "peft.tuners.lora.model:LoraModel",
+        _MODEL,
         "_create_and_replace",
         "self lora_config adapter_name target target_name parent current_key",
         initialisation.create_and_replace,
     ),
-    Patch(
-        "peft.tuners.lora.model:LoraModel",
-        "inject_adapter",
-        "self model adapter_name",
-        lambda stock: calls.injection(initialisation.inject_adapter(stock)),
-    ),
-    Patch(
-        "peft.tuners.lora.model:LoraModel",
-        "add_weighted_adapter",
-        "self adapters weights adapter_name",
-        initialisation.add_weighted_adapter,
-    ),
-    *(
-        Patch(
-            owner,
-            "forward",
-            "self *args **kwargs",
-            lambda stock: calls.whole_forward(grouping.whole_forward(stock)),
-        )
-        for owner in ("peft.tuners.tuners_utils:BaseTuner", "peft.peft_model:PeftModel")
-    ),
-    *(
-        Patch(
-            module,
-            "cast_adapter_dtype",
-            "model adapter_name autocast_adapter_dtype",
-            initialisation.cast_adapter_dtype,
-        )
-        for module in ("peft.tuners.tuners_utils", "peft.functional")
-    ),
-    Patch(
-        "peft.peft_model:PeftModel", "from_pretrained", "cls model model_id", initialisation.without_solver
-    ),
-    Patch(
-        "peft.peft_model:PeftModel", "load_adapter", "self model_id adapter_name", initialisation.load_adapter
-    ),
-    Patch(
-        "peft.utils.hotswap",
-        "hotswap_adapter_from_state_dict",
-        "model state_dict adapter_name config",
-        hotswap.hotswap_adapter_from_state_dict,
-    ),
+    Patch(_MODEL, "inject_adapter", "self model adapter_name", initialisation.inject_adapter),
+    Patch("peft.tuners.tuners_utils", *_CAST),
+    Patch("peft.functional", *_CAST),
+    Patch(_PEFT_MODEL, "from_pretrained", "cls model model_id", loading.load),
+    Patch(_PEFT_MODEL, "load_adapter", "self model_id adapter_name", loading.load),
     Patch(
         "transformers.integrations.peft:PeftAdapterMixin",
         "load_adapter",
         "self peft_model_id adapter_name",
-        initialisation.load_adapter,
+        loading.load,
         required=False,
     ),
+    Patch(_MODEL, "add_weighted_adapter", "self adapters weights adapter_name", loading.add_weighted_adapter),
     Patch(
-        "peft.tuners.lora.model:LoraModel",
+        "peft.utils.hotswap",
+        "hotswap_adapter_from_state_dict",
+        "model state_dict adapter_name config",
+        loading.hotswap_adapter_from_state_dict,
+    ),
+    Patch(
+        _MODEL,
         "_add_targets_to_tie",
         "self peft_config tied_weight_keys",
         refusals.add_targets_to_tie,
         required=False,  # a PEFT without it does not tie adapters
     ),
-    Patch("peft.tuners.lora.model:LoraModel", "merge_adapter", "self adapter_names", refusals.merge_adapter),
+    Patch(_MODEL, "merge_adapter", "self adapter_names", refusals.merge_adapter),
+    Patch(_MODEL, *_UNLOAD),
+    Patch("peft.tuners.mixed.model:MixedModel", *_UNLOAD),
+    # a script that imported the function before this package keeps stock's
+    Patch("peft.optimizers.lorafa", *_LORAFA),
+    Patch("peft.optimizers", *_LORAFA),
     *(
         Patch(
-            f"peft.tuners.{model}",
-            "_unload_and_optionally_merge",
-            "self merge progressbar safe_merge adapter_names",
-            refusals.unload_and_optionally_merge,
+            f"peft.tuners.lora.variants:{variant}",
+            function,
+            "module active_adapter orig_weight",
+            getattr(merging, function),
         )
-        for model in ("lora.model:LoraModel", "mixed.model:MixedModel")
-    ),
-    *(
-        # a script that has imported the function before this package keeps stock's
-        Patch(
-            module,
-            "create_lorafa_optimizer",
-            "model r lora_alpha lr",
-            refusals.create_lorafa_optimizer,
-            required=False,
-        )
-        for module in ("peft.optimizers.lorafa", "peft.optimizers")
-    ),
-    *(
-        Patch(f"{_VARIANTS}:{variant}", name, "module active_adapter orig_weight", wrap)
         for variant in ("MiCALinearVariant", "MiCAEmbeddingVariant")
-        for name, wrap in (
-            ("merge_safe", merging.merge_safe),
-            ("merge_unsafe", merging.merge_unsafe),
-            ("unmerge", merging.unmerge),
-        )
+        for function in ("merge_safe", "merge_unsafe", "unmerge")
     ),
 )
 
 
 def _covering(update_layer):
-    """The forward of a class over quantised weights is replaced when its first adapter is MiCA's.
+    """Replaces the forward of a class over quantised weights when it gets its first adapter.
 
     Not at import: PEFT's modules of these classes would import the quantisation libraries.
     """
@@ -163,9 +128,9 @@ def _cover(layer_type: type) -> None:
     patch = Patch(
         f"{layer_type.__module__}:{layer_type.__name__}", "forward", "self x", layers.linear_forward
     )
-    mismatch = mismatch_of(patch)
-    if mismatch:
-        warnings.warn(f"{layer_type.__name__} runs PEFT's own forward: {mismatch}.", stacklevel=4)
+    why_not = mismatch(patch)
+    if why_not:
+        warnings.warn(f"{layer_type.__name__} runs PEFT's own forward: {why_not}.", stacklevel=4)
         return
     if "forward" in vars(layer_type):  # torchao's inherits that of lora.Linear
         _replace(layer_type, patch)
@@ -176,23 +141,24 @@ _ABSENT = object()
 _installed: list[tuple[object, str, object]] = []  # owner, name, what its __dict__ held
 
 
-def _owner(path: str):
-    module, _, name = path.partition(":")
+def owner_of(patch: Patch):
+    module, _, name = patch.owner.partition(":")
     module = importlib.import_module(module)
     return getattr(module, name) if name else module
 
 
-def mismatch_of(patch: Patch) -> str | None:
+def mismatch(patch: Patch) -> str | None:
+    """How the function differs from what the patch was written for; None if it does not."""
     try:
-        function = inspect.getattr_static(_owner(patch.owner), patch.name)
+        function = inspect.getattr_static(owner_of(patch), patch.name)
     except (ImportError, AttributeError):
         return f"{patch.owner}.{patch.name} is not there"
     function = getattr(function, "__func__", function)
-    found = " ".join(
+    parameters = " ".join(
         str(p).split(":")[0].split("=")[0].strip() for p in inspect.signature(function).parameters.values()
     )
-    if not f"{found} ".startswith(f"{patch.parameters} "):
-        return f"{patch.owner}.{patch.name} takes ({found})"
+    if not f"{parameters} ".startswith(f"{patch.parameters} "):
+        return f"{patch.owner}.{patch.name} takes ({parameters})"
     return None
 
 
@@ -204,7 +170,7 @@ def install() -> bool:
     """Replace the functions. False, with a warning and nothing touched, if PEFT is not as expected."""
     if _installed:
         return True
-    mismatches = {patch: mismatch_of(patch) for patch in PATCHES}
+    mismatches = {patch: mismatch(patch) for patch in PATCHES}
     required = [text for patch, text in mismatches.items() if text and patch.required]
     if required:
         warnings.warn(
@@ -213,10 +179,10 @@ def install() -> bool:
             stacklevel=3,
         )
         return False
-    for patch, mismatch in mismatches.items():
-        if mismatch is None:
-            _replace(_owner(patch.owner), patch)
-    forget_prepared()  # PEFT may have edited B while nothing here was told
+    for patch, text in mismatches.items():
+        if text is None:
+            _replace(owner_of(patch), patch)
+    forget_prepared()  # stock PEFT may have edited B unnoticed
     return True
 
 
@@ -233,7 +199,7 @@ def _replace(owner, patch: Patch) -> None:
 def uninstall() -> None:
     """Stock PEFT again: every replaced attribute is the very object that was there."""
     quantised_layers.clear()
-    calls.forget()  # of what follows nothing is seen
+    calls.forget()  # from here on nothing is counted
     merging.end_period()
     while _installed:
         owner, name, held = _installed.pop()

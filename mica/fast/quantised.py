@@ -1,9 +1,9 @@
 """Quantised base layers: which of PEFT's layer classes wrap them, and their weight as floating numbers.
 
-MiCA starts from the weight that the layer computes with, so it is dequantised by the library's own call, and
-the packed numbers are never looked at. The original weight would not do: in SmolLM2-135M at r = 16 the minor
-subspaces of W and of nf4(W) share 83 % on average, 19 % in the worst of 210 layers. PEFT's classes are told
-apart by name: no quantisation library is imported here, installed or not.
+MiCA starts from the weight that the layer computes with, so the library's own call dequantises it, and the
+packed numbers are never read. The original weight would not do: in SmolLM2-135M at r = 16 the minor
+subspaces of W and of nf4(W) share 83 % on average, 19 % in the worst of 210 layers. PEFT's classes are
+recognised by name: no quantisation library is imported here, installed or not.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from mica.errors import UnsuitableLayerError
 
 # Rows of the identity matrix that a layer is applied to at a time.
 _ROWS = 1024
-# How far `dequantize_weight` may be from what the layer answers, in parts of the largest weight: 16-bit
-# arithmetic is 2^-8 off at most, another layout than the answer's is off by the weights themselves.
+# How far `dequantize_weight` may be from the layer's outputs, relative to the largest weight: 16-bit
+# arithmetic is 2^-8 off at most, another layout is off by the weights themselves.
 _AGREEMENT = 2**-6
 
 
@@ -54,33 +54,33 @@ def _own_call(layer) -> Tensor:
 
 
 def _gptqmodel(layer) -> Tensor:
-    """`dequantize_weight` where it says what the layer computes, else the layer's answers.
+    """`dequantize_weight` where it agrees with what the layer computes, else the layer's outputs.
 
-    gptqmodel's is (in_features, out_features), and not all of its kernels have one; one that inherits it and
-    has repacked the weight for its kernel may return anything, so a few rows are compared.
+    gptqmodel's is (in_features, out_features), and not all of its kernels have one; a class that inherits it
+    and has repacked the weight for its kernel may return anything, so a few rows are compared.
     """
     base = layer.get_base_layer()
     try:
         weight = base.dequantize_weight().t()
-    except (AttributeError, RuntimeError):  # none, or one that lacks what it needs
+    except (AttributeError, RuntimeError):  # missing, or it lacks what it needs
         return _by_calls(layer)
     if weight.shape != (layer.out_features, layer.in_features):
         return _by_calls(layer)
     probed = torch.linspace(0, layer.in_features - 1, min(8, layer.in_features)).long().to(weight.device)
     expected = weight[:, probed].float()
-    answers = _answers(layer, probed).float()
-    close = (answers - expected).abs().max() <= _AGREEMENT * expected.abs().max()
+    outputs = _outputs(layer, probed).float()
+    close = (outputs - expected).abs().max() <= _AGREEMENT * expected.abs().max()
     return weight if close else _by_calls(layer)
 
 
 def _by_calls(layer) -> Tensor:
-    """The layer applied to the rows of an identity matrix: exact, each answer is one weight and zeros."""
+    """The layer applied to the rows of an identity matrix: exact, each output is one weight and zeros."""
     starts = range(0, layer.in_features, _ROWS)
     blocks = (torch.arange(start, min(start + _ROWS, layer.in_features)) for start in starts)
-    return torch.cat([_answers(layer, block) for block in blocks], dim=1)
+    return torch.cat([_outputs(layer, block) for block in blocks], dim=1)
 
 
-def _answers(layer, columns: Tensor) -> Tensor:
+def _outputs(layer, columns: Tensor) -> Tensor:
     """Columns of the weight, (out_features, len(columns)), as the layer computes with them."""
     base = layer.get_base_layer()
     scales = getattr(base, "scales", None)
@@ -93,7 +93,7 @@ def _answers(layer, columns: Tensor) -> Tensor:
 
 @contextmanager
 def _without_bias(base: nn.Module):
-    """Not subtracted from the answers: in fp16 a bias of 8 swallows weights below 0.004, and gptqmodel's
+    """Not subtracted from the outputs: in fp16 a bias of 8 swallows weights below 0.004, and gptqmodel's
     Marlin layers keep theirs permuted. All of its layers run without one.
     """
     bias = getattr(base, "bias", None)
@@ -108,10 +108,10 @@ def _without_bias(base: nn.Module):
 
 
 class Kind(NamedTuple):
-    """How messages call it, and PEFT's layer -> (out_features, in_features) in a floating dtype."""
+    """Its name in messages, and PEFT's layer -> (out_features, in_features) in a floating dtype."""
 
     name: str
-    dequantise: Callable[[nn.Module], Tensor] | None  # None: there is no way
+    dequantise: Callable[[nn.Module], Tensor] | None  # None: not possible
 
 
 _KINDS = {
@@ -130,41 +130,41 @@ _ALLOWED = "bitsandbytes 4-bit and 8-bit, HQQ, torchao (other than Int4Tensor), 
 
 @lru_cache
 def _listed(layer_type: type) -> Kind | None:
-    """The table's entry for a class of PEFT's, or one derived from it; kept by the class, not by its name."""
+    """The table's entry for a PEFT class or one derived from it; cached by class, not by name."""
     names = (f"{cls.__module__}.{cls.__qualname__}" for cls in layer_type.__mro__)
     return next((_KINDS[name] for name in names if name in _KINDS), None)
 
 
 def kind_of(layer: nn.Module) -> Kind | None:
-    """The kind of quantised layer that PEFT's ``layer`` wraps; None if it is none that is covered here."""
+    """The kind of quantised layer that PEFT's ``layer`` wraps; None if it is not covered here."""
     kind = _listed(type(layer))
     return None if kind is None or kind.dequantise is None else kind
 
 
 def is_covered(layer_type: type) -> bool:
-    """Whether this very class, not one derived from it, is in the table."""
+    """Whether this exact class, not one derived from it, is covered."""
     kind = _KINDS.get(f"{layer_type.__module__}.{layer_type.__qualname__}")
     return kind is not None and kind.dequantise is not None
 
 
 def why_not(layer: nn.Module) -> str | None:
-    """What keeps MiCA from a quantised layer, in words that follow the layer's name; None if nothing does."""
+    """Why MiCA cannot start from a quantised layer, as text that follows its name; None if it can."""
     kind = _listed(type(layer))
     if kind is None:
         return None
-    base, found = layer.get_base_layer(), kind.name
+    base, name = layer.get_base_layer(), kind.name
     if kind.name == "torchao" and type(base.weight).__name__ == "Int4Tensor":
-        found = "torchao Int4Tensor, refused by PEFT itself"
+        name = "torchao Int4Tensor, refused by PEFT itself"
     elif kind.dequantise is not None:
         return None
     return (
-        f"has a quantised base layer of type {type(base).__name__} ({found}), and of quantised layers only "
+        f"has a quantised base layer of type {type(base).__name__} ({name}), and of quantised layers only "
         f"those of {_ALLOWED} are allowed."
     )
 
 
 def stored(layer: nn.Module) -> Tensor:
-    """The tensor that holds the packed weight, wherever the library keeps it: for its device only."""
+    """The tensor that holds the packed weight, wherever the library stores it: only for its device."""
     base = layer.get_base_layer()
     return next(
         tensor
@@ -177,7 +177,7 @@ def stored(layer: nn.Module) -> Tensor:
 def dequantise(layer: nn.Module, name: str) -> Tensor:
     """The weight that a quantised layer computes with, (out_features, in_features), in a floating dtype.
 
-    Made anew with each call, on the layer's device; the layer stays as it was.
+    Computed anew at each call, on the layer's device; the layer is unchanged.
 
     Raises:
         UnsuitableLayerError: the layer, called ``name``, is not quantised yet or cannot be dequantised.

@@ -1,4 +1,4 @@
-"""What cannot be done with MiCA, said before anything has changed; stock PEFT goes on, and silently wrong."""
+"""What cannot be done with MiCA is refused before anything has changed; stock PEFT is silently wrong."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from peft.tuners import lora
 from torch import nn
 from torch.nn.utils import parametrize
 
-from mica.fast.eligibility import MiCAEmbeddingVariant, MiCALinearVariant
-from mica.fast.initialisation import is_mica, unfilled
-from mica.fast.settings import settings
+from mica.fast import loading
+from mica.fast.eligibility import is_mica, requests_mica
+from mica.fast.wrapping import while_enabled
 
-# Forward pre-hooks of torch.nn.utils that write the weight anew before every forward: where they keep its
-# name, and the call that ends it. By name, because torch has deprecated two of the three.
+# Forward pre-hooks of torch.nn.utils that recompute the weight before every forward: the attribute with its
+# name, and the call that removes them. By name, because torch has deprecated two of the three.
 _WEIGHT_HOOKS = {
     "WeightNorm": ("name", "torch.nn.utils.remove_weight_norm(layer.base_layer)"),
     "SpectralNorm": ("name", "torch.nn.utils.remove_spectral_norm(layer.base_layer)"),
@@ -21,46 +21,38 @@ _WEIGHT_HOOKS = {
 }
 
 
-def _mica_adapters(layer: nn.Module, names) -> list[str]:
-    """Those of the named adapters that are MiCA on this layer; none if it is no LoRA layer."""
-    variants = getattr(layer, "lora_variant", {}) if isinstance(layer, lora.LoraLayer) else {}
-    return [name for name in names if type(variants.get(name)) in (MiCALinearVariant, MiCAEmbeddingVariant)]
-
-
 # ---------------------------------------------------------------------------------------------------
 # tied embeddings
 # ---------------------------------------------------------------------------------------------------
 
 
-def add_targets_to_tie(stock):
-    def _add_targets_to_tie(self, peft_config, tied_weight_keys) -> None:
-        """PEFT asks for tied adapters on tied embeddings: MiCA has none, so it refuses.
+@while_enabled
+def add_targets_to_tie(stock, self, peft_config, tied_weight_keys) -> None:
+    """PEFT requests tied adapters on tied embeddings. MiCA has none, and refuses.
 
-        One update of the shared weight E (num_embeddings x embedding_dim) is s·AᵀBᵀ, with the embedding's A
-        and frozen B. At the head, whose update is s·B'·A', that asks for B' = Aᵀ and A' = Bᵀ: B' trained and
-        A' frozen, where MiCA freezes B' and takes it from the other side of E. Nor would PEFT hold the tie:
-        it makes two parameters over one memory, each with a gradient and an optimiser state of its own, and
-        those of plain LoRA (0.21.2) are apart after the fp32 cast over a 16-bit base, or `model.to(dtype)`.
-        """
-        if settings.enabled and is_mica(peft_config.init_lora_weights):
-            source = self.model.get_input_embeddings()
-            embedding = next(name for name, module in self.model.named_modules() if module is source)
-            tied = " and ".join(map(repr, [embedding, *tied_weight_keys]))
-            if unfilled.get() is None:
-                raise ValueError(
-                    f"MiCA adapters of {tied} cannot be tied (ensure_weight_tying=True), because each "
-                    "freezes the minor vectors of its own side of the shared weight: leave "
-                    f"ensure_weight_tying off for independent adapters, or name {embedding!r} in "
-                    "modules_to_save, and neither in target_modules, to train the shared weight itself."
-                )
-            warnings.warn(  # a file that stock wrote: what it holds is independent, and computes what it did
-                f"the adapter was saved with ensure_weight_tying=True, but its MiCA adapters of {tied} are "
-                "independent of each other, and so they are loaded.",
-                stacklevel=2,
+    One update of the shared weight E (num_embeddings x embedding_dim) is s·AᵀBᵀ, with the embedding's A
+    and frozen B. At the head, whose update is s·B'·A', that requires B' = Aᵀ and A' = Bᵀ: B' trained and A'
+    frozen, whereas MiCA freezes B' and takes it from the other side of E. Nor would PEFT keep the tie: it
+    creates two parameters on one memory, each with its own gradient and optimiser state, and plain LoRA's
+    (0.21.2) separate at the fp32 cast over a 16-bit base, or at `model.to(dtype)`.
+    """
+    if requests_mica(peft_config):
+        source = self.model.get_input_embeddings()
+        embedding = next(name for name, module in self.model.named_modules() if module is source)
+        tied = " and ".join(map(repr, [embedding, *tied_weight_keys]))
+        if loading.uninitialised() is None:
+            raise ValueError(
+                f"MiCA adapters of {tied} cannot be tied (ensure_weight_tying=True), because each "
+                "freezes the minor vectors of its own side of the shared weight: leave "
+                f"ensure_weight_tying off for independent adapters, or name {embedding!r} in "
+                "modules_to_save, and neither in target_modules, to train the shared weight itself."
             )
-        return stock(self, peft_config, tied_weight_keys)
-
-    return _add_targets_to_tie
+        warnings.warn(  # a file from stock: its adapters are independent, and compute what they did
+            f"the adapter was saved with ensure_weight_tying=True, but its MiCA adapters of {tied} are "
+            "independent of each other, and so they are loaded.",
+            stacklevel=3,
+        )
+    return stock(self, peft_config, tied_weight_keys)
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -69,7 +61,7 @@ def add_targets_to_tie(stock):
 
 
 def _how_to_keep(base_layer: nn.Module) -> str | None:
-    """None if the weight is kept as it is; else the call that stops it from being computed anew."""
+    """None if the weight is stored as such; else the call that stops its recomputation."""
     if parametrize.is_parametrized(base_layer, "weight"):
         return "torch.nn.utils.parametrize.remove_parametrizations(layer.base_layer, 'weight')"
     for hook in base_layer._forward_pre_hooks.values():
@@ -84,7 +76,8 @@ def _how_to_keep(base_layer: nn.Module) -> str | None:
 def check_weight(layer: nn.Module, name: str | None = None, verb: str = "merged into") -> None:
     """
     Raises:
-        ValueError: the base layer's weight is computed from other parameters, so that a change of it is lost.
+        ValueError: the base layer's weight is computed from other parameters, so a change of it would be
+        lost.
     """
     remover = _how_to_keep(layer.get_base_layer())
     if remover is not None:
@@ -98,30 +91,25 @@ def check_weight(layer: nn.Module, name: str | None = None, verb: str = "merged 
 def _check_weights(model: nn.Module, adapter_names) -> None:
     for name, layer in model.named_modules():
         if isinstance(layer, lora.LoraLayer):
-            wanted = layer.active_adapters if adapter_names is None else adapter_names
-            if _mica_adapters(layer, [adapter for adapter in wanted if adapter not in layer.merged_adapters]):
+            adapters = layer.active_adapters if adapter_names is None else adapter_names
+            if any(is_mica(layer, adapter) for adapter in adapters if adapter not in layer.merged_adapters):
                 check_weight(layer, name)
 
 
-def merge_adapter(stock):
-    def merge_adapter(self, adapter_names=None, *args, **kwargs) -> None:
-        """All layers are looked at before the first is merged: no model is left half merged."""
-        if settings.enabled:
-            _check_weights(self.model, adapter_names)
-        return stock(self, adapter_names, *args, **kwargs)
-
-    return merge_adapter
+@while_enabled
+def merge_adapter(stock, self, adapter_names=None, *args, **kwargs) -> None:
+    """All layers are checked before the first is merged: no model is left half merged."""
+    _check_weights(self.model, adapter_names)
+    return stock(self, adapter_names, *args, **kwargs)
 
 
-def unload_and_optionally_merge(stock):
-    def _unload_and_optionally_merge(
-        self, merge=True, progressbar=False, safe_merge=False, adapter_names=None, **kwargs
-    ):
-        if settings.enabled and merge:
-            _check_weights(self.model, adapter_names)
-        return stock(self, merge, progressbar, safe_merge, adapter_names, **kwargs)
-
-    return _unload_and_optionally_merge
+@while_enabled
+def unload_and_optionally_merge(
+    stock, self, merge=True, progressbar=False, safe_merge=False, adapter_names=None, **kwargs
+):
+    if merge:
+        _check_weights(self.model, adapter_names)
+    return stock(self, merge, progressbar, safe_merge, adapter_names, **kwargs)
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -129,17 +117,15 @@ def unload_and_optionally_merge(stock):
 # ---------------------------------------------------------------------------------------------------
 
 
-def create_lorafa_optimizer(stock):
-    def create_lorafa_optimizer(model, *args, **kwargs):
-        """LoRA-FA freezes A and trains B; with MiCA's frozen B nothing is left."""
-        if settings.enabled:
-            for name, layer in model.named_modules():
-                for adapter in _mica_adapters(layer, getattr(layer, "active_adapters", ())):
-                    raise ValueError(
-                        f"create_lorafa_optimizer trains only B, but adapter {adapter!r} is MiCA on layer "
-                        f"{name!r}, which trains only A: use an ordinary optimizer, for instance "
-                        "torch.optim.AdamW."
-                    )
-        return stock(model, *args, **kwargs)
-
-    return create_lorafa_optimizer
+@while_enabled
+def create_lorafa_optimizer(stock, model, *args, **kwargs):
+    """LoRA-FA freezes A and trains B; with MiCA's frozen B nothing is left."""
+    for name, layer in model.named_modules():
+        for adapter in layer.active_adapters if isinstance(layer, lora.LoraLayer) else ():
+            if is_mica(layer, adapter):
+                raise ValueError(
+                    f"create_lorafa_optimizer trains only B, but adapter {adapter!r} is MiCA on layer "
+                    f"{name!r}, which trains only A: use an ordinary optimizer, for instance "
+                    "torch.optim.AdamW."
+                )
+    return stock(model, *args, **kwargs)

@@ -1,7 +1,7 @@
-"""What the user may set, in one object that every patched function reads.
+"""The user's settings, in one object that every patched function reads.
 
-A module-global object whose fields change, not methods that are swapped: torch.compile guards on the
-fields, and a layer that kept an old bound method (accelerate's hooks do) follows them too.
+The fields of a module-global object change, no methods are swapped: torch.compile guards on the fields, and a
+layer with an old bound method (from accelerate's hooks) follows them too.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ COMPUTE_DTYPES = (None, torch.float32)
 
 @dataclass
 class Settings:
-    enabled: bool = False  # read by all, written by `switch` and `blocked` alone
+    enabled: bool = False  # written only by `switch` and `blocked`
     compute_dtype: torch.dtype | None = None
     on_unsuitable: str = "raise"
     device: str | torch.device = "auto"
@@ -30,11 +30,11 @@ settings = Settings()
 
 _lock = threading.Lock()
 _switched_on = False
-_blocks = 0  # how many `blocked` have been entered and not left, in all threads
+_blocks = 0  # how many `blocked` are entered, in all threads
 
 
 def switch(on: bool) -> None:
-    """Whether the backend is on where no `blocked` is entered."""
+    """Turn the backend on or off, outside of `blocked`."""
     global _switched_on
     with _lock:
         _switched_on = on
@@ -43,7 +43,7 @@ def switch(on: bool) -> None:
 
 @contextmanager
 def blocked() -> Iterator[None]:
-    """Off while it is entered anywhere in the process."""
+    """The backend is off while any thread is inside."""
     _count(1)
     try:
         yield
@@ -59,17 +59,18 @@ def _count(step: int) -> None:
 
 
 def compute_dtype(x: torch.Tensor) -> torch.dtype | None:
-    """Of the low-rank products for activations x; None for that of x."""
+    """Dtype of the low-rank products for activations x; None: that of x."""
     dtype = settings.compute_dtype
     return None if dtype is None else torch.promote_types(dtype, x.dtype)
 
 
-def check(
+def change(
     compute_dtype: torch.dtype | None,
     on_unsuitable: str,
     device: str | torch.device,
     group_projections: str | bool,
 ) -> None:
+    """Change all of the user's settings, or none and raise a ValueError."""
     if group_projections not in ("auto", True, False):
         raise ValueError(f"group_projections must be 'auto', True or False, but it is {group_projections!r}.")
     if compute_dtype not in COMPUTE_DTYPES:
@@ -84,3 +85,5 @@ def check(
             torch.device(device)
         except (RuntimeError, TypeError) as error:
             raise ValueError(f"device must be 'auto' or a torch device, but it is {device!r}.") from error
+    settings.compute_dtype, settings.on_unsuitable = compute_dtype, on_unsuitable
+    settings.device, settings.group_projections = device, group_projections

@@ -164,7 +164,7 @@ class Base(RuleBasedStateMachine):
         self.optimizers.clear()
         self.twins.stock = copy.deepcopy(self.twins.ours)
         for layer in layers(self.twins.stock).values():
-            vars(layer).pop(merging._RECORDS, None)
+            vars(layer).pop(merging.RECORDS, None)
         self.find_hooks()
 
     def find_hooks(self) -> None:

@@ -102,10 +102,10 @@ class Calls(Base):
             take_over_gradients(model)
             optimizer = self.optimizers.get(id(model))
             if optimizer is None:
-                wanted = [p for p in model.parameters() if p.grad is not None]
-                if not wanted:
+                parameters = [p for p in model.parameters() if p.grad is not None]
+                if not parameters:
                     return
-                optimizer = self.optimizers[id(model)] = torch.optim.AdamW(wanted, lr=0.02)
+                optimizer = self.optimizers[id(model)] = torch.optim.AdamW(parameters, lr=0.02)
             theirs = {id(p) for group in optimizer.param_groups for p in group["params"]}
             trained.extend(n for n, p in model.named_parameters() if p.grad is not None and id(p) in theirs)
             optimizer.step()
@@ -144,12 +144,12 @@ class Calls(Base):
             if not twice:
                 return out.detach(), {"x": grad}
             trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
-            found = (
+            grads = (
                 torch.autograd.grad(grad.square().sum(), trained.values(), allow_unused=True)
                 if trained
                 else ()
             )
-            second = {f"second {n}": g for n, g in zip(trained, found, strict=True) if g is not None}
+            second = {f"second {n}": g for n, g in zip(trained, grads, strict=True) if g is not None}
             return out.detach(), {"x": grad, **second} if second else {"x": grad.detach()}
 
         return self.twins.compare_steps(step)
@@ -157,11 +157,13 @@ class Calls(Base):
     @action(seed=SEEDS, change=st.sampled_from(CHANGES), layer=INDEX)
     def layers_on_one_input(self, seed, change, layer):
         """Two layers called on one tensor, as a user's own model does, and a change in between."""
-        found = {n: m for n, m in layers(self.twins.ours).items() if isinstance(m, lora.Linear)}
-        first = list(found)[layer * 5 % len(found)]
-        width = found[first].in_features
-        known = grouping.members(found[first]) or found.values()
-        others = [n for n, m in found.items() if n != first and m.in_features == width and m in known]
+        linears = {n: m for n, m in layers(self.twins.ours).items() if isinstance(m, lora.Linear)}
+        first = list(linears)[layer * 5 % len(linears)]
+        width = linears[first].in_features
+        group = grouping.groups.get(linears[first])
+        known = [member() for member in group.layers[1:]] if group else ()
+        known = known or linears.values()
+        others = [n for n, m in linears.items() if n != first and m.in_features == width and m in known]
         if self.twins.is_merged or self.twins.has_dropout or not others:
             return False
         second, name = others[seed % len(others)], self.pick(seed)

@@ -69,3 +69,38 @@ def furthest(results, exact) -> float:
     if isinstance(results, (tuple, list)):
         return max((furthest(*pair) for pair in zip(results, exact, strict=True)), default=0.0)
     return 0.0
+
+
+def has_cast_flags(layer: LoraLayer, adapter: str) -> bool:
+    """Whether stock has made this anew, and so trainable."""
+    half = layer.get_base_layer().weight.dtype in (torch.bfloat16, torch.float16)
+    return half and adapter in layer.lora_embedding_A
+
+
+def judge(name: str, layer: LoraLayer, ours: Tensor, stock: Tensor) -> None:
+    """Orthonormal, and with no more of the weight's energy than stock's."""
+    weight = layer.get_base_layer().weight.detach().double()
+    weight = weight.t() if weight.shape[0] != ours.shape[0] or "embed" in name else weight
+    identity = torch.eye(ours.shape[1], dtype=torch.float64)
+    assert (ours.detach().double().T @ ours.detach().double() - identity).abs().max() < 1e-5, name
+    mine, theirs = ((weight.T @ basis.detach().double()).norm() for basis in (ours, stock))
+    assert mine <= theirs * (1 + 1e-3) + 1e-5 * weight.norm(), f"{name}: energy {mine}, stock {theirs}"
+
+
+def attributes(model: nn.Module) -> dict:
+    values = {"active": list(model.active_adapters), "training": model.training}
+    for name, config in model.peft_config.items():
+        values[f"config {name}"] = {
+            k: str(sorted(v) if isinstance(v, set) else v) for k, v in sorted(config.to_dict().items())
+        }
+    for name, layer in layers(model).items():
+        values[name] = {
+            "active": list(layer.active_adapters),
+            "merged": list(layer.merged_adapters),
+            "disabled": layer.disable_adapters,
+            "training": layer.training,
+            "scaling": {key: float(value) for key, value in layer.scaling.items()},
+            "rank": dict(layer.r),
+            "variants": {key: type(value).__name__ for key, value in layer.lora_variant.items()},
+        }
+    return values

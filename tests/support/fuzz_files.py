@@ -82,7 +82,7 @@ class Files(Base):
         for key, layer in layers(self.twins.ours).items():
             ours, stock = factors(layer, name), factors(twins[key], name)
             if ours is not None:
-                self.twins._same([f.detach() for f in ours], [f.detach() for f in stock], key)
+                self.twins.same([f.detach() for f in ours], [f.detach() for f in stock], key)
 
     @precondition(lambda self: self.files and not self.twins.is_merged)
     @action(index=INDEX, lean=st.booleans(), trainable=st.booleans())

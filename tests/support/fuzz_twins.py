@@ -21,7 +21,6 @@ from typing import Any
 
 import torch
 from peft import LoraConfig, get_peft_model
-from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
 import mica.fast
@@ -29,10 +28,13 @@ from mica.fast.settings import settings
 from tests.support.fuzz_compare import (
     Outcome,
     attempt,
+    attributes,
     distance,
     factors,
     furthest,
+    has_cast_flags,
     is_base,
+    judge,
     layers,
     rounded_otherwise,
 )
@@ -99,7 +101,7 @@ class Twins:
         A good result is as near to fp64's as stock's are, from its weights or others within their rounding.
         """
         try:
-            self._same(ours, stock, **tolerances)
+            self.same(ours, stock, **tolerances)
         except AssertionError as error:
             try:
                 exact = oracle(nn.Module.double)
@@ -132,21 +134,21 @@ class Twins:
             self.ours, self.stock = made[True], made[False]
         return outcome.error is None
 
-    def _same(self, ours, stock, what="result", factor=OUTPUTS, scale=0.0) -> None:
+    def same(self, ours, stock, what="result", factor=OUTPUTS, scale=0.0) -> None:
         if isinstance(ours, Tensor):
             assert ours.dtype == stock.dtype, f"{what}: {ours.dtype}, stock {stock.dtype}"
-            found = distance(ours, stock, max(scale, 1e-6))
-            assert found <= factor * self.tolerance, (
-                f"{what}: error {found:.2e} of {factor * self.tolerance:.1e}"
+            difference = distance(ours, stock, max(scale, 1e-6))
+            assert difference <= factor * self.tolerance, (
+                f"{what}: error {difference:.2e} of {factor * self.tolerance:.1e}"
             )
         elif isinstance(ours, dict):
             assert ours.keys() == stock.keys(), f"{what}: {set(ours) ^ set(stock)}"
             for name in ours:
-                self._same(ours[name], stock[name], f"{what} {name}", factor, scale)
+                self.same(ours[name], stock[name], f"{what} {name}", factor, scale)
         elif isinstance(ours, (tuple, list)):
             assert len(ours) == len(stock), what
             for index, pair in enumerate(zip(ours, stock, strict=True)):
-                self._same(*pair, f"{what}[{index}]", factor, scale)
+                self.same(*pair, f"{what}[{index}]", factor, scale)
         elif isinstance(ours, (str, int, float, bool, type(None))):
             assert ours == stock, f"{what}: {ours}, stock {stock}"
 
@@ -185,7 +187,7 @@ class Twins:
             if ours is None:
                 continue
             if is_mica and randomise and layer.get_base_layer().weight.dtype == torch.float32:
-                self._judge(name, layer, ours[1], stock[1])
+                judge(name, layer, ours[1], stock[1])
             with torch.no_grad():
                 if randomise:
                     for factor in ours[: 1 if is_mica else 2]:
@@ -193,26 +195,11 @@ class Twins:
                 for mine, other in zip(ours, stock, strict=True):
                     assert mine.dtype == other.dtype, f"{name}: {mine.dtype}, stock {other.dtype}"
                     other.copy_(mine)
-                    if self._has_cast_flags(layer, adapter):
+                    if has_cast_flags(layer, adapter):
                         other.requires_grad_(mine.requires_grad)
             if is_mica and mica.fast.is_enabled():
                 assert not ours[1].requires_grad, f"{name}: B of {adapter} is trainable"
         self.remember_bases(adapter)
-
-    @staticmethod
-    def _has_cast_flags(layer: LoraLayer, adapter: str) -> bool:
-        """Whether stock has made this anew, and so trainable."""
-        half = layer.get_base_layer().weight.dtype in (torch.bfloat16, torch.float16)
-        return half and adapter in layer.lora_embedding_A
-
-    def _judge(self, name: str, layer: LoraLayer, ours: Tensor, stock: Tensor) -> None:
-        """Orthonormal, and with no more of the weight's energy than stock's."""
-        weight = layer.get_base_layer().weight.detach().double()
-        weight = weight.t() if weight.shape[0] != ours.shape[0] or "embed" in name else weight
-        identity = torch.eye(ours.shape[1], dtype=torch.float64)
-        assert (ours.detach().double().T @ ours.detach().double() - identity).abs().max() < 1e-5, name
-        mine, theirs = ((weight.T @ basis.detach().double()).norm() for basis in (ours, stock))
-        assert mine <= theirs * (1 + 1e-3) + 1e-5 * weight.norm(), f"{name}: energy {mine}, stock {theirs}"
 
     def remember_bases(self, *adapters: str) -> None:
         """What B is from now on, bit for bit."""
@@ -246,9 +233,9 @@ class Twins:
             if not (self.edited and is_base(name)):
                 # stock rounds what it merges and unmerges within autocast
                 factor = 4 * WEIGHTS if self.autocast and is_base(name) else WEIGHTS
-                self._same(parameter.detach(), other.detach(), name, factor)
+                self.same(parameter.detach(), other.detach(), name, factor)
         assert self.ours.state_dict().keys() == self.stock.state_dict().keys()
-        self._same(self._attributes(self.ours), self._attributes(self.stock), "attributes")
+        self.same(attributes(self.ours), attributes(self.stock), "attributes")
         for (name, adapter), before in self.frozen.items():
             layer = layers(self.ours)[name]
             pair = factors(layer, adapter)
@@ -265,7 +252,7 @@ class Twins:
                 assert torch.equal(weight, before), f"{name}: not the weight from before merging"
         elif self.base and not (self.is_lost and self.edited):  # plain LoRA is unmerged by its present values
             for name, before in self.base.items():
-                self._same(
+                self.same(
                     self.ours.get_parameter(name).detach(), before.to(self.ours.get_parameter(name)), name
                 )
         self.exact, self.edited, self.is_lost = True, False, False
@@ -275,25 +262,6 @@ class Twins:
         with torch.no_grad():
             for mine, other in zip(self.ours.parameters(), self.stock.parameters(), strict=True):
                 other.data.copy_(mine)
-
-    @staticmethod
-    def _attributes(model: nn.Module) -> dict:
-        found = {"active": list(model.active_adapters), "training": model.training}
-        for name, config in model.peft_config.items():
-            found[f"config {name}"] = {
-                k: str(sorted(v) if isinstance(v, set) else v) for k, v in sorted(config.to_dict().items())
-            }
-        for name, layer in layers(model).items():
-            found[name] = {
-                "active": list(layer.active_adapters),
-                "merged": list(layer.merged_adapters),
-                "disabled": layer.disable_adapters,
-                "training": layer.training,
-                "scaling": {key: float(value) for key, value in layer.scaling.items()},
-                "rank": dict(layer.r),
-                "variants": {key: type(value).__name__ for key, value in layer.lora_variant.items()},
-            }
-        return found
 
     def fingerprint(self) -> tuple:
         """Changes with everything that an action may do to the backend's model."""
@@ -307,7 +275,7 @@ class Twins:
             str(settings),
             getattr(self.ours, "is_gradient_checkpointing", 0),
         )
-        return values, modes, str(self._attributes(self.ours)), id(self.ours)
+        return values, modes, str(attributes(self.ours)), id(self.ours)
 
     # ---------------------------------------------------------------------------------------------------
     # calls
@@ -395,18 +363,18 @@ class Twins:
             expected["linear"] += count * fused
             for name in ("down_projection", "up_projection"):
                 expected[name] += count * (adapters - fused)
-        found = {name: counted.get(name, 0) for name in expected}
+        ran = {name: counted.get(name, 0) for name in expected}
         grouped = gradients and settings.group_projections is True
         dtypes = {p.dtype for p in self.ours.parameters()}
         if len(dtypes) > 1 or (
             self.autocast and torch.float64 in dtypes
         ):  # what only a call can show is not in the table
-            assert all(found[name] <= expected[name] + expected["linear"] for name in found), (
-                found,
+            assert all(ran[name] <= expected[name] + expected["linear"] for name in ran), (
+                ran,
                 expected,
             )
         elif grouped:
-            assert found["linear"] <= expected["linear"], (found, expected)
-            assert (found["linear"] + counted.get("linear_group", 0) > 0) == (expected["linear"] > 0), counted
+            assert ran["linear"] <= expected["linear"], (ran, expected)
+            assert (ran["linear"] + counted.get("linear_group", 0) > 0) == (expected["linear"] > 0), counted
         else:
-            assert found == expected, f"operators that ran: {found}, by explain: {expected}"
+            assert ran == expected, f"operators that ran: {ran}, by explain: {expected}"

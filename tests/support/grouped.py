@@ -1,4 +1,4 @@
-"""Layers on one x, learnt as a group, and what their training gives beside stock PEFT's."""
+"""Layers on one x, learnt as a group, and the comparison of their training with stock PEFT's."""
 
 import torch
 from torch import nn

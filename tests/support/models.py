@@ -4,7 +4,7 @@ import functools
 from contextlib import nullcontext
 
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 from transformers.pytorch_utils import Conv1D
@@ -35,7 +35,7 @@ TARGETS = ["embed", "up", "conv", "down"]
 def wrap(
     model, rank=4, targets=None, stock=False, autocast_adapter_dtype=True, adapter_name="default", **config
 ):
-    """`get_peft_model` with MiCA, on stock PEFT if asked for."""
+    """`get_peft_model` with MiCA, on stock PEFT if requested."""
     config = {"init_lora_weights": "mica", "lora_alpha": 8, "fan_in_fan_out": False, **config}
     with mica.fast.disabled() if stock else nullcontext():
         return get_peft_model(
@@ -44,6 +44,11 @@ def wrap(
             adapter_name=adapter_name,
             autocast_adapter_dtype=autocast_adapter_dtype,
         )
+
+
+def stock_load(model, path, **kwargs):
+    with mica.fast.disabled():
+        return PeftModel.from_pretrained(model, path, **kwargs)
 
 
 def net(dtype=torch.float32, seed=0, **kwargs):
@@ -76,7 +81,7 @@ def bases(model, adapter="default"):
 
 
 def snapshot(model):
-    """What must not change when an adapter cannot be had: modules and what is trained."""
+    """What must not change when an adapter cannot be created: modules and what is trained."""
     flags = [(name, p.requires_grad) for name, p in model.named_parameters()]
     return flags, [(name, type(m)) for name, m in model.named_modules()]
 

@@ -31,7 +31,7 @@ def dropout(p, x):
     seed = torch.tensor([int.from_bytes(os.urandom(7), "big")]) if p else None
     return (p, seed)
 
-layers._dropout = dropout
+layers.dropout = dropout
 
 compile = torch.compile
 

@@ -9,7 +9,7 @@ from tests.support.quantised_models import stub_gptqmodel
 @pytest.fixture(autouse=True)
 def _nothing_traced(monkeypatch):
     """Other tests of this process may have compiled a layer."""
-    monkeypatch.setattr(calls, "_is_traced", False)
+    monkeypatch.setattr(calls, "is_traced", False)
 
 
 @pytest.fixture
@@ -36,9 +36,9 @@ def gptqmodel(monkeypatch):
 def grouping_on():
     """Groups of layers, with none learnt; the test must not leave an output behind."""
     mica.fast.enable(group_projections=True)
-    grouping._groups.clear()
-    grouping._state.run = grouping._state.pending = None
+    grouping.groups.clear()
+    grouping.state.run = grouping.state.pending = None
     mica.fast.call_counts.clear()
     yield
-    pending = grouping._state.pending
+    pending = grouping.state.pending
     assert pending is None or not any(pending.outputs.values())

@@ -304,7 +304,7 @@ def test_fsdp2_saves_resumes_and_leaves_a_plain_adapter(of, results):
 
 
 def test_fsdp2_by_accelerate_with_weights_in_the_first_process_only(of):
-    """Stock PEFT raises in the others ("incompatible tensor type"). Nobody waits for a share of theirs."""
+    """Stock PEFT raises in the others ("incompatible tensor type"). No process waits for their share."""
     pair = of("FSDP2, accelerate")
     check(pair, eager_losses())
     assert pair[0]["seconds"] < 30  # patience with a process that does not come is 60 s

@@ -172,10 +172,10 @@ def test_another_view_of_x():
     net = model.base_model.model
     x = torch.randn(6, 6).requires_grad_()
     net.a(x)
-    found = net.b(x.t())
+    actual = net.b(x.t())
     grouping.forget_pending()
     with mica.fast.disabled():
-        torch.testing.assert_close(found, net.b(x.t()))
+        torch.testing.assert_close(actual, net.b(x.t()))
     assert mica.fast.call_counts["linear_group"] == 1
 
 
@@ -194,8 +194,8 @@ def test_settings():
         def change(layer, x, grouped=grouped):
             mica.fast.enable(compute_dtype=torch.float32, group_projections=grouped)
 
-        found, _ = result(model, change, X.bfloat16().requires_grad_())
-        expected[grouped] = found
+        actual, _ = result(model, change, X.bfloat16().requires_grad_())
+        expected[grouped] = actual
     assert mica.fast.call_counts["linear_group"] == 1
     for ours, alone in zip(expected[True][0][4:], expected[False][0][4:], strict=True):
         assert torch.equal(ours, alone)
@@ -232,8 +232,8 @@ def test_disabled_in_the_middle():
 def test_another_stream(monkeypatch):
     """What the leader's stream computes may not be there when another stream, that waited for x, reads it."""
     model = learned()
-    surroundings, stream = grouping._surroundings, [0]
-    monkeypatch.setattr(grouping, "_surroundings", lambda x: (*surroundings(x), stream[0]))
+    surroundings, stream = grouping.surroundings, [0]
+    monkeypatch.setattr(grouping, "surroundings", lambda x: (*surroundings(x), stream[0]))
 
     def change(layer, x):
         stream[0] = 1

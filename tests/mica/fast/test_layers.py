@@ -71,7 +71,7 @@ def test_compute_dtype_float32_is_stocks_arithmetic(monkeypatch):
     for name, grad in grads.items():
         assert error(grad, expected_grads[name]) <= 0.1 * RELATIVE[torch.bfloat16], name
     mica.fast.enable()
-    monkeypatch.setattr("mica.products.FEW_TO_ROUND", 0)  # few tokens have it without being asked
+    monkeypatch.setattr("mica.products.FEW_TO_ROUND", 0)  # few tokens compute so by default
     coarse, _ = step(model)
     assert (coarse != expected).any()  # the default computes in bf16: the setting does something
 

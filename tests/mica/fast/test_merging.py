@@ -29,7 +29,7 @@ def exact_merge(layer, weight, adapter="default"):
     return weight.double() + (update if weight.shape == update.shape else update.t())
 
 
-@pytest.fixture(params=[None, 1], ids=["one chunk", "a row a chunk"])
+@pytest.fixture(params=[None, 1], ids=["one chunk", "one row per chunk"])
 def _chunked(request, monkeypatch):
     if request.param:
         monkeypatch.setattr(merging, "_CHUNK", request.param)
@@ -289,17 +289,17 @@ def test_a_merged_model_from_a_pickle_is_unmerged_by_subtraction_and_that_is_sai
 def test_weights_at_other_places_are_seen(dtype, dim, shape):
     """Every exchange of two rows or columns of a weight, and every change of one sign."""
     weight = torch.randn(shape, dtype=dtype)
-    fingerprint = merging._fingerprint(weight)
+    fingerprint = merging.fingerprint(weight)
     assert fingerprint.shape == weight.shape[:1]
     for first, second in itertools.combinations(range(weight.shape[dim]), 2):
         order = list(range(weight.shape[dim]))
         order[first], order[second] = second, first
         moved = weight.index_select(dim, torch.tensor(order))
-        assert not torch.equal(merging._fingerprint(moved), fingerprint)
+        assert not torch.equal(merging.fingerprint(moved), fingerprint)
     for place in itertools.product(*map(range, shape)):
         negated = weight.clone()
         negated[place] *= -1
-        changed = merging._fingerprint(negated) != fingerprint
+        changed = merging.fingerprint(negated) != fingerprint
         assert changed.nonzero().flatten().tolist() == [place[0]]
 
 

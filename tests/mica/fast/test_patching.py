@@ -11,13 +11,14 @@ from torch.utils.checkpoint import checkpoint
 
 import mica.fast
 from mica.fast import patching
+from mica.fast.settings import settings
 from tests.support.models import Net, bases, net, randomise, wrap
 
 INDICES = torch.tensor([[1, 2, 3, 28]])
 
 
 def attributes():
-    return [vars(patching._owner(p.owner)).get(p.name, patching._ABSENT) for p in patching.PATCHES]
+    return [vars(patching.owner_of(p)).get(p.name) for p in patching.PATCHES]
 
 
 def test_uninstall_gives_back_the_same_objects():
@@ -135,7 +136,7 @@ def test_enable_and_disable_inside_a_disabled_block_say_what_holds_after_it():
         mica.fast.enable(compute_dtype=torch.float32)
         assert not mica.fast.is_enabled()
     assert mica.fast.is_enabled()
-    assert mica.fast._settings.settings.compute_dtype == torch.float32
+    assert settings.compute_dtype == torch.float32
 
 
 def test_disabled_holds_for_the_recomputation_in_another_thread():
@@ -157,7 +158,6 @@ def test_settings_are_checked_before_any_changes():
         mica.fast.enable(compute_dtype=torch.int8)
     with pytest.raises(ValueError, match=r"on_unsuitable must be one of .* but it is 'ignore'"):
         mica.fast.enable(on_unsuitable="ignore")
-    settings = mica.fast._settings.settings
     assert (settings.compute_dtype, settings.on_unsuitable) == (torch.float32, "skip")
     mica.fast.enable()
     assert (settings.compute_dtype, settings.on_unsuitable) == (None, "raise")

@@ -107,12 +107,12 @@ def test_any_spelling_and_a_second_adapter(kind):
     assert not any("lora_B" in n for n, p in model.named_parameters() if p.requires_grad)
 
 
-def test_beside_layers_that_are_not_quantised():
+def test_next_to_layers_that_are_not_quantised():
     model = wrap(llama("nf4"), targets=[*TARGETS, "embed_tokens", "lm_head"], ensure_weight_tying=False)
-    found = {name.rsplit(".", 1)[1]: B for name, B in bases(model).items()}
+    by_name = {name.rsplit(".", 1)[1]: B for name, B in bases(model).items()}
     assert len(bases(model)) == 9
-    assert_spans(found["embed_tokens"], model.get_input_embeddings().base_layer.weight.detach().t())
-    assert_spans(found["lm_head"], model.get_output_embeddings().base_layer.weight.detach())
+    assert_spans(by_name["embed_tokens"], model.get_input_embeddings().base_layer.weight.detach().t())
+    assert_spans(by_name["lm_head"], model.get_output_embeddings().base_layer.weight.detach())
 
 
 def test_an_8_bit_layer_that_was_called_before_still_works():
@@ -136,16 +136,16 @@ def test_a_4_bit_layer_that_the_cpu_has_repacked():
     assert (dequantised(model[0]) - weight).abs().max() > 0.1 * weight.abs().max()  # the fault is real
     model = wrap(model, targets=["0"])
     layer = model.base_model.model[0]
-    found = quantised.dequantise(layer, "it")
-    assert (found - weight).abs().max() <= 2**-6 * weight.abs().max()  # bf16, as it computes from now on
-    assert_spans(layer.lora_B["default"].weight, found)
+    after = quantised.dequantise(layer, "it")
+    assert (after - weight).abs().max() <= 2**-6 * weight.abs().max()  # bf16, as it computes from now on
+    assert_spans(layer.lora_B["default"].weight, after)
 
 
 @pytest.mark.parametrize("kind", [StubGPTQLinear, StubAWQLinear])
 @pytest.mark.parametrize("repacked", [False, True])
 def test_a_large_bias_and_a_dequantize_weight_that_lies(kind, repacked, monkeypatch):
     linear = nn.Linear(24, 20)
-    linear.bias.data.fill_(1000.0)  # fp16 has no digit left for the weights beside it
+    linear.bias.data.fill_(1000.0)  # fp16 has no digit left for the weights added to it
     base = kind(linear)
     if repacked:  # as in a kernel that has rearranged what it inherits `dequantize_weight` for
         base.dequantize_weight = lambda: base._weight().flip(0)

@@ -11,7 +11,7 @@ from tests.support.models import bases, gradients, python_reference_tokens, rand
 from tests.support.quick_products import quick_products
 
 STEPS, BATCH = 20, (1, 48)
-LOSS = {torch.float32: 1e-5, torch.bfloat16: 2e-2}  # relative, from the issue's promise
+LOSS = {torch.float32: 1e-5, torch.bfloat16: 2e-2}  # relative
 
 LOGITS_WITHOUT_MICA = """
 import sys
@@ -36,7 +36,7 @@ def trained(model):
 
 
 def train(model):
-    """Losses of 20 AdamW steps from A = 0, each on text of its own."""
+    """Losses of 20 AdamW steps from A = 0, each on its own text."""
     with torch.no_grad():
         for _, parameter in trained(model):
             parameter.zero_()
@@ -94,7 +94,7 @@ def check_logits_without_mica(model, folder):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_gradients_are_at_least_as_exact_as_stocks(dtype):
-    """Against fp64 gradients of the same weights; for bf16 the rival is stock under bf16 autocast."""
+    """Against fp64 gradients of the same weights; for bf16 the baseline is stock under bf16 autocast."""
     model = randomise(adapted(dtype), scale=0.01)
     ids = python_reference_tokens()[:64].view(1, 64)
 

@@ -92,8 +92,8 @@ def test_so_have_the_layers_of_a_model(path, foreign_default, monkeypatch):
         ]
 
     expected = adapted()
-    fill = initialisation.fill
-    monkeypatch.setattr(initialisation, "fill", lambda waiting: foreign_default(lambda: fill(waiting)))
+    initialise = initialisation.initialise
+    monkeypatch.setattr(initialisation, "initialise", lambda new: foreign_default(lambda: initialise(new)))
     results = adapted()
     assert len(results) == len(expected) == 2
     assert all(torch.equal(*pair) for pair in zip(results, expected, strict=True))

@@ -11,13 +11,13 @@ BACKEND = [
             "tests/mica/fast/test_grouping_checkpointing.py",
         ],
         edits={
-            "fetch": [
+            "_fetch": [
                 ("or pending.x() is not x", ""),
-                ("or pending.surroundings != _surroundings(x)", ""),
+                ("or pending.surroundings != surroundings(x)", ""),
                 ("or not all(map(is_, output.operands, operands))", ""),
                 ("or output.versions != _versions(output.operands)", ""),
             ],
-            "_surroundings": [
+            "surroundings": [
                 ("x._version,", ""),
                 ("_region(),", ""),
             ],
@@ -27,9 +27,13 @@ BACKEND = [
             ],
             "_Group.miss": [("if layer() not in unfetched", "")],
             "_State": [("_State(threading.local)", "_State")],
-            "whole_forward.forward": [("finally: forget_pending()", "finally:\n            pass")],
-            "lead": [
-                ("outputs[0].grad_fn.on_backward = release", "pass"),
+            "_members": [
+                ("not operands.lora_A.requires_grad", "False"),
+                ("or hangs_on_call(member)", ""),
+            ],
+            "_operands_in_general": [("or adapters[0].dropout_p", "")],
+            "_keep": [
+                ("first.grad_fn.on_backward = release", "pass"),
                 ("torch.autograd.Variable._execution_engine.queue_callback(release)", "pass"),
             ],
         },
@@ -42,12 +46,8 @@ BACKEND = [
             "tests/mica/fast/test_layers.py",
         ],
         edits={
-            "_fit_together": [
-                ("not found.lora_A.requires_grad", "False"),
-                ("if hangs_on_call(layer)", "if False"),
-            ],
             "_in_general": [("first.dropout_p or", "")],
-            "_alone": [("and not adapter.dropout_p", "")],
+            "whole_forward.forward": [("finally: grouping.forget_pending()", "finally:\n            pass")],
         },
     ),
     FileEdits(
@@ -58,10 +58,10 @@ BACKEND = [
         },
     ),
     FileEdits(
-        "mica/fast/hotswap.py",
-        tests=["tests/mica/fast/test_layers.py", "-k", "hotswap"],
+        "mica/fast/loading.py",
+        tests=["tests/mica/fast/test_layers.py", "tests/mica/fast/test_loading.py", "-k", "hotswap"],
         edits={
-            "hotswap_adapter_from_state_dict.hotswap_adapter_from_state_dict": [
+            "hotswap_adapter_from_state_dict": [
                 ("backend.forget_prepared()", ""),
             ],
         },
@@ -131,7 +131,7 @@ BACKEND = [
                 ("if layer.disable_adapters", "if False"),
                 ("if layer.merged", "if False"),
                 ('layer.__dict__.get("_tp_info") is not None', "False"),
-                ("type(variants.get(name)) is not variant", "False"),
+                ("not is_mica(layer, name)", "False"),
             ],
             "_read_linear": [
                 ("if dropout.training", "if True"),

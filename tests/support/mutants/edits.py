@@ -59,7 +59,8 @@ def _pattern(old: str) -> re.Pattern:
     for before, token in pairwise(tokens):
         parts.append(r"\s+" if f"{before[-1]}{token[0]}".replace("_", "a").isalnum() else r"\s*")
         parts.append(token)
-    return re.compile("".join(part if part in (r"\s+", r"\s*") else re.escape(part) for part in parts))
+    text = "".join(part if part in (r"\s+", r"\s*") else re.escape(part) for part in parts)
+    return re.compile(rf"(?<!\w){text}" if parts[0][0].isidentifier() else text)
 
 
 def _definitions(source: str) -> Iterator[tuple[str, int, int]]:

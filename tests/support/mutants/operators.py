@@ -38,7 +38,7 @@ OPERATORS = [
                 ("scaling, dtype, fp32_setting()", "scaling, dtype"),
             ],
             "linear_group": [
-                ("_operand(_stacked(lora_As, scalings), len(x), dtype", "_stacked(lora_As, scalings"),
+                ("as_operand(_stacked(lora_As, scalings), len(x), dtype", "_stacked(lora_As, scalings"),
                 ("_stacked(lora_As, scalings)", "_stacked(lora_As)"),
             ],
             "linear_group_backward": [
@@ -46,11 +46,11 @@ OPERATORS = [
                 ("in others", "in others[1:]"),
             ],
             "down_projection_backward": [
-                ("_operand(lora_A, len(grad_h), grad_h.dtype)", "lora_A"),
+                ("as_operand(lora_A, len(grad_h), grad_h.dtype)", "lora_A"),
                 ('"dropout_p": dropout_p, "seed": seed', ""),
                 ("0], **options) * scaling", "0], **options)"),
             ],
-            "down_projection": [("_operand(lora_A, len(x), compute_dtype)", "lora_A")],
+            "down_projection": [("as_operand(lora_A, len(x), compute_dtype)", "lora_A")],
             "choose_form": [('backend.requested() == "auto"', "True")],
             "linear_backward": [('"dropout_p": dropout_p, "seed": seed', "")],
             "embedding_backward": [("padding_idx=padding_idx,", "")],

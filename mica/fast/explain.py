@@ -1,9 +1,10 @@
-"""Which path each adapted layer takes, and why it is not ours where it is not."""
+"""`explain`: which path each adapted layer takes, and why where it is not this backend's."""
 
 from __future__ import annotations
 
+import re
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
@@ -13,12 +14,11 @@ from torch import nn
 from torch.distributed import is_available as has_distributed
 
 from mica import backend
-from mica.fast import calls, patching, table
+from mica.fast import calls, patching
 from mica.fast.eligibility import (
-    MiCAEmbeddingVariant,
-    MiCALinearVariant,
     adapter_weights,
     adapters_of,
+    is_mica,
     quantised_layers,
     why_called,
     why_not,
@@ -26,6 +26,7 @@ from mica.fast.eligibility import (
 from mica.fast.settings import settings
 
 KERNEL, REFERENCE, PEFT, ERROR = "kernel", "reference", "peft", "error"
+_HEADER = ("layer", "base", "adapter", "path", "reason")
 
 
 @dataclass(frozen=True)
@@ -34,8 +35,8 @@ class Row:
     layer: str
     adapter: str
     path: str  # "kernel", "reference", "peft" or "error"
-    reason: str  # why it is not the path before it in that list, and why the base layer is called, if it is
-    calls: int | None = None  # in the last forward of the whole model; None where that is not known
+    reason: str  # why not the path before it in that list; why the base layer is called, if it is
+    calls: int | None = None  # in the last forward of the whole model; None if unknown
 
 
 @dataclass(frozen=True)
@@ -48,22 +49,22 @@ class Explanation:
         return dict(Counter(row.path for row in self.rows))
 
     def __str__(self) -> str:
-        return table.text(self.rows)
+        return _text(self.rows)
 
 
 def explain(model: nn.Module) -> Explanation:
-    """The path that each adapted layer of the model takes in its present state.
+    """The path that each adapted layer of the model takes in its current state.
 
     Path "kernel": the fused operators on Triton kernels; "reference": their PyTorch form, with the reason why
     kernels do not run; "peft": PEFT's own code, with the reason; "error": MICA_BACKEND=triton demands kernels
-    that this layer cannot have, and a call raises. A base layer whose weight cannot be read directly is
+    that do not exist for this layer, and a call raises. A base layer whose weight cannot be read directly is
     called, the reason says why, and only the adapter runs on the operators. What only a call can show (the
     dtype of the activations, other arguments) is not in the table. Weights that FSDP2 has sharded with a
     module around the layer count as the plain tensors that they are while that module's forward runs.
 
-    ``calls`` of a row: how often the layer was called, on any path, in the PEFT model's last forward that
-    came to its end (`generate` has none). 0: something goes past it, like a framework that has replaced the
-    forward of the module around it. None where that is not known: before the first forward and after adapters
+    ``calls`` of a row: how often the layer was called, on any path, in the PEFT model's last completed
+    forward (`generate` has none). 0: something bypasses it, like a framework that has replaced the forward of
+    the module around it. None if unknown: before the first forward and after adapters
     have been added, for layers that are not covered, and once torch.compile has traced a MiCA layer in this
     process.
     """
@@ -79,7 +80,7 @@ def explain(model: nn.Module) -> Explanation:
 
 @contextmanager
 def _as_gathered(model: nn.Module, name: str, layer: nn.Module) -> Iterator[None]:
-    """Plain shards in the place of the weights that FSDP2 gathers before this layer is called."""
+    """Plain shards in place of the weights that FSDP2 gathers before this layer is called."""
     parents = [model.get_submodule(name.rsplit(".", depth)[0]) for depth in range(1, name.count(".") + 1)]
     replaced = []
     if _is_fsdp(model, *parents):
@@ -124,12 +125,8 @@ def _path(layer) -> tuple[str, str]:
 
 
 def _adapters(layer) -> str:
-    names = []
-    for name in layer.active_adapters:
-        variant = getattr(layer, "lora_variant", {}).get(name)
-        mica = type(variant) in (MiCALinearVariant, MiCAEmbeddingVariant)
-        names.append(f"{name} (MiCA)" if mica else name)
-    return ", ".join(names)
+    names = layer.active_adapters
+    return ", ".join(f"{name} (MiCA)" if is_mica(layer, name) else name for name in names)
 
 
 def _reason(layer) -> str | None:
@@ -143,7 +140,7 @@ def _reason(layer) -> str | None:
 
 
 def _has_own_forward(layer) -> bool:
-    """Whether the instance has a forward that does not end in the present one of its class."""
+    """Whether the instance has a forward that does not call its class's current one."""
     if "forward" not in vars(layer):
         return False
     return getattr(getattr(layer, "_old_forward", None), "__func__", None) is not type(layer).forward
@@ -153,3 +150,77 @@ def _is_counted(layer) -> bool:
     """Whether the layer's calls pass through the forwards of `mica.fast.layers`."""
     is_covered = type(layer) in (lora.Linear, lora.Embedding) or type(layer) in quantised_layers
     return patching.is_installed() and is_covered and not _has_own_forward(layer)
+
+
+# ---------------------------------------------------------------------------------------------------
+# the table as text
+# ---------------------------------------------------------------------------------------------------
+
+
+def _text(rows: list[Row]) -> str:
+    """Aligned lines in the order of the layers, one for all equal rows, and the totals."""
+    if not rows:
+        return "no adapted layers"
+    equal: dict[tuple, list[str]] = {}
+    for row in rows:
+        numberless = re.sub(r"\d+", "#", row.name)
+        equal.setdefault((numberless, row.layer, row.adapter, row.path, _remark(row)), []).append(row.name)
+    lines = [_HEADER]
+    for (_, *rest), names in equal.items():
+        for pattern, count in patterns(names):
+            lines.append((pattern + (f"  ×{count}" if count > 1 else ""), *rest))
+    widths = [max(len(line[column]) for line in lines) for column in range(4)]
+    printed = [
+        "  ".join([*(cell.ljust(width) for cell, width in zip(line, widths, strict=False)), line[4]]).rstrip()
+        for line in lines
+    ]
+    return "\n".join([*printed, _totals(rows)])
+
+
+def _remark(row) -> str:
+    texts = {None: "", 0: "not called in the last forward", 1: ""}
+    calls = texts.get(row.calls, f"called {row.calls} times in the last forward")
+    return "; ".join(filter(None, (row.reason, calls)))
+
+
+def _totals(rows) -> str:
+    paths = Counter(row.path for row in rows)
+    parts = [", ".join(f"{count} {path}" for path, count in paths.items())]
+    uncalled = sum(row.calls == 0 for row in rows)
+    if uncalled:
+        parts.append(f"{uncalled} not called in the last forward")
+    return f"{len(rows)} layer{'s' if len(rows) > 1 else ''}: {'; '.join(parts)}"
+
+
+def patterns(names: Iterable[str]) -> list[tuple[str, int]]:
+    """Names that differ only in numbers -> patterns that match these and no others, and how many each.
+
+    "h.0.fc", "h.1.fc", "h.3.fc" -> [("h.{0-1,3}.fc", 3)]. Two numbers become one pattern only where every
+    combination exists.
+    """
+    split = {tuple(re.split(r"(\d+)", name)): 1 for name in names}
+    width = len(next(iter(split)))
+    for column in range(width - 2, 0, -2):  # numbers are at the odd indices
+        merged: dict[tuple, dict[str, int]] = {}
+        for parts, count in split.items():
+            merged.setdefault((parts[:column], count, parts[column + 1 :]), {})[parts[column]] = count
+        split = {
+            (*before, _spans(numbers), *after): sum(numbers.values())
+            for (before, _, after), numbers in merged.items()
+        }
+    return [("".join(parts), count) for parts, count in split.items()]
+
+
+def _spans(numbers: Iterable[str]) -> str:
+    """Different numbers as text: "{0-29}", "{0,2-3}"; a single one unchanged."""
+    numbers = sorted(numbers, key=lambda number: (int(number), number))
+    if len(numbers) == 1:
+        return numbers[0]
+    spans = []
+    for number in numbers:
+        is_next = spans and str(int(spans[-1][1]) + 1) == number and str(int(spans[-1][1])) == spans[-1][1]
+        if is_next:
+            spans[-1][1] = number
+        else:
+            spans.append([number, number])
+    return "{" + ",".join(low if low == high else f"{low}-{high}" for low, high in spans) + "}"

@@ -1,0 +1,82 @@
+"""Adapters whose weights come from a file or from other adapters: the solver does not run."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+
+from mica import backend
+from mica.fast import mixed_batch
+from mica.fast.bases import NewAdapter, check, initialise
+from mica.fast.wrapping import around, while_enabled
+
+# Adapters created within `without_solver`, whose B is still 0, each with its layer's key in the model.
+Uninitialised = list[tuple[str, NewAdapter]]
+_uninitialised: ContextVar[Uninitialised | None] = ContextVar("mica_uninitialised", default=None)
+
+
+@contextmanager
+def without_solver() -> Iterator[Uninitialised]:
+    """Within it new adapters keep B = 0 and are listed."""
+    outer = _uninitialised.get()
+    if outer is not None:
+        yield outer
+        return
+    token = _uninitialised.set([])
+    try:
+        yield _uninitialised.get()
+    finally:
+        _uninitialised.reset(token)
+
+
+def uninitialised() -> Uninitialised | None:
+    """The list of `without_solver`, None outside of it."""
+    return _uninitialised.get()
+
+
+@while_enabled
+def load(stock, *args, **kwargs):
+    """In place of `load_adapter`, and of `from_pretrained`, which calls it."""
+    with without_solver() as adapters:
+        result = stock(*args, **kwargs)
+    _initialise_missing(adapters, getattr(result, "missing_keys", ()))
+    return result
+
+
+def _initialise_missing(adapters: Uninitialised, missing_keys) -> None:
+    """A layer whose B the checkpoint lacks (PEFT has warned) gets the basis of a new adapter."""
+    missing = []
+    for key, adapter in adapters:
+        names = (f"{key}.lora_B.{adapter.adapter_name}", f"{key}.lora_embedding_B.{adapter.adapter_name}")
+        if any(name in missing_key for missing_key in missing_keys for name in names):
+            check(adapter)
+            missing.append(adapter)
+    adapters.clear()
+    initialise(missing)
+
+
+@while_enabled
+def add_weighted_adapter(stock, self, adapters, weights, adapter_name, *args, **kwargs) -> None:
+    """An error after the adapter's creation would leave one with B = 0, which nothing could train."""
+    is_new = adapter_name not in self.peft_config
+    try:
+        with without_solver():
+            stock(self, adapters, weights, adapter_name, *args, **kwargs)
+    except Exception:
+        if is_new and adapter_name in self.peft_config:
+            self.delete_adapter(adapter_name)
+        raise
+
+
+@around
+def hotswap_adapter_from_state_dict(stock, *args, **kwargs):
+    """PEFT writes the new adapter through ``.data``, which PyTorch does not count as a change of a tensor.
+
+    So whatever was derived from the old B (`mica.kernels.prepared`, `mica.fast.mixed_batch`) is dropped.
+    """
+    try:
+        return stock(*args, **kwargs)
+    finally:  # also after an error: a part of the weights may be new
+        backend.forget_prepared()
+        mixed_batch.forget()

@@ -1,0 +1,88 @@
+"""Adapters that come from a file or from other adapters: the bits that stock gives, without the solver."""
+
+import copy
+
+import pytest
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file, save_file
+
+import mica.fast
+from tests.support.models import Net, bases, net, randomise, stock_load, tiny_llama, wrap
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("low_cpu_mem_usage", [False, True])
+def test_loading_runs_no_solver_and_gives_what_stock_gives(dtype, low_cpu_mem_usage, tmp_path, solved):
+    """Fault 4."""
+    randomise(net(dtype)).save_pretrained(tmp_path)
+    solved.clear()
+    loaded = PeftModel.from_pretrained(
+        Net(dtype), tmp_path, is_trainable=True, low_cpu_mem_usage=low_cpu_mem_usage
+    )
+    loaded.load_adapter(tmp_path, "second")
+    assert not solved
+    # with low_cpu_mem_usage stock rounds a loaded adapter to the base dtype on its way; so do we
+    expected = stock_load(Net(dtype), tmp_path, is_trainable=True, low_cpu_mem_usage=low_cpu_mem_usage)
+    with mica.fast.disabled():
+        expected.load_adapter(tmp_path, "second")
+    theirs = dict(expected.named_parameters())
+    for name, parameter in loaded.named_parameters():
+        if "lora_" in name:
+            assert torch.equal(parameter, theirs[name]), name
+            assert parameter.dtype == torch.float32
+            trained = ".default" in name and "_A" in name
+            assert parameter.requires_grad == trained, name
+
+
+def test_add_weighted_adapter_runs_no_solver(solved):
+    model = randomise(net())
+    model.add_adapter("second", copy.deepcopy(model.peft_config["default"]))
+    solved.clear()
+    model.add_weighted_adapter(["default", "second"], [0.5, 0.25], "sum", combination_type="linear")
+    assert not solved
+    with mica.fast.disabled():
+        model.add_weighted_adapter(["default", "second"], [0.5, 0.25], "stock", combination_type="linear")
+    theirs = dict(model.named_parameters())
+    for name, parameter in theirs.items():
+        if ".sum" in name:
+            assert torch.equal(parameter, theirs[name.replace(".sum", ".stock")])
+
+
+def test_a_layer_missing_in_the_checkpoint_gets_its_basis(tmp_path, solved):
+    """Never a silent zero: PEFT warns of the missing keys, and B is what a new adapter would have."""
+    randomise(net(targets=["up"])).save_pretrained(tmp_path)
+    file = tmp_path / "adapter_config.json"
+    file.write_text(file.read_text().replace('"up"', '"up", "conv"'))
+    solved.clear()
+    torch.manual_seed(0)
+    with pytest.warns(UserWarning, match="missing adapter keys"):
+        loaded = PeftModel.from_pretrained(Net(), tmp_path)
+    assert solved == [(16, 20)]
+    assert torch.equal(bases(loaded)["base_model.model.conv"], bases(net())["base_model.model.conv"])
+
+
+def test_a_checkpoint_with_a_and_without_b_keeps_its_a(tmp_path):
+    model = randomise(net(targets=["up"]))
+    model.save_pretrained(tmp_path)
+    file = tmp_path / "adapter_model.safetensors"
+    tensors = {key: value for key, value in load_file(file).items() if "lora_A" in key}
+    save_file(tensors, file)
+    torch.manual_seed(0)
+    with pytest.warns(UserWarning, match="missing adapter keys"):
+        loaded = PeftModel.from_pretrained(Net(), tmp_path)
+    expected, layer = (m.base_model.model.up for m in (model, loaded))
+    assert torch.equal(layer.lora_A["default"].weight, expected.lora_A["default"].weight)
+    assert torch.equal(layer.lora_B["default"].weight, expected.lora_B["default"].weight)
+
+
+def test_transformers_own_loader_runs_no_solver(tmp_path, solved):
+    model = randomise(wrap(tiny_llama(), targets=["q_proj"]))
+    model.save_pretrained(tmp_path)
+    solved.clear()
+    loaded = tiny_llama()
+    loaded.load_adapter(str(tmp_path))
+    assert not solved
+    for name, parameter in loaded.named_parameters():
+        if "lora_" in name:
+            assert torch.equal(parameter, dict(model.base_model.model.named_parameters())[name])
