@@ -45,15 +45,24 @@ def load(stock, *args, **kwargs):
 
 
 def _initialise_missing(adapters: Uninitialised, missing_keys) -> None:
-    """A layer whose B the checkpoint lacks (PEFT has warned) gets the basis of a new adapter."""
-    missing = []
-    for key, adapter in adapters:
-        names = (f"{key}.lora_B.{adapter.adapter_name}", f"{key}.lora_embedding_B.{adapter.adapter_name}")
-        if any(name in missing_key for missing_key in missing_keys for name in names):
+    """A layer whose B the checkpoint lacks (PEFT has warned) gets the basis of a new adapter.
+
+    PEFT's keys have a prefix before the layer's: of the layers whose key ends one, the longest is meant.
+    """
+    missing = {}
+    for missing_key in missing_keys:
+        matches = [(key, adapter) for key, adapter in adapters if _is_B(f".{missing_key}", key, adapter)]
+        if matches:
+            key, adapter = max(matches, key=lambda match: len(match[0]))
             check(adapter)
-            missing.append(adapter)
+            missing[key] = adapter
     adapters.clear()
-    initialise(missing)
+    initialise(list(missing.values()))
+
+
+def _is_B(missing_key: str, key: str, adapter: NewAdapter) -> bool:
+    names = (f".{key}.{factor}.{adapter.adapter_name}" for factor in ("lora_B", "lora_embedding_B"))
+    return missing_key.removesuffix(".weight").endswith(tuple(names))
 
 
 @while_enabled

@@ -6,6 +6,7 @@ import pytest
 import torch
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
+from torch import nn
 
 import mica.fast
 from tests.support.models import Net, bases, net, randomise, stock_load, tiny_llama, wrap
@@ -74,6 +75,27 @@ def test_a_checkpoint_with_a_and_without_b_keeps_its_a(tmp_path):
     expected, layer = (m.base_model.model.up for m in (model, loaded))
     assert torch.equal(layer.lora_A["default"].weight, expected.lora_A["default"].weight)
     assert torch.equal(layer.lora_B["default"].weight, expected.lora_B["default"].weight)
+
+
+def test_only_the_missing_layer_gets_a_basis_where_names_end_alike(tmp_path, solved):
+    """The B of ``proj``, which the checkpoint has, is not touched because that of ``vision.proj`` is missing."""
+
+    def nested():
+        return nn.ModuleDict(
+            {"proj": nn.Linear(20, 16), "vision": nn.ModuleDict({"proj": nn.Linear(24, 12)})}
+        )
+
+    torch.manual_seed(0)
+    randomise(wrap(nested(), targets=["proj"])).save_pretrained(tmp_path)
+    file = tmp_path / "adapter_model.safetensors"
+    tensors = {key: -value for key, value in load_file(file).items() if "vision" not in key}
+    save_file(tensors, file)
+    solved.clear()
+    with pytest.warns(UserWarning, match="missing adapter keys"):
+        loaded = PeftModel.from_pretrained(nested(), tmp_path)
+    assert solved == [(12, 24)]
+    (B,) = (value for key, value in tensors.items() if "lora_B" in key)
+    assert torch.equal(loaded.base_model.model["proj"].lora_B["default"].weight, B)
 
 
 def test_transformers_own_loader_runs_no_solver(tmp_path, solved):
