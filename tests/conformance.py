@@ -98,7 +98,7 @@ def summary(tests: dict[str, Outcome]) -> str:
     return ", ".join(f"{count} {kind}" for kind, count in sorted(kinds.items())) + f"; operators ran in {ran}"
 
 
-def complaints(stock: dict[str, Outcome], ours: dict[str, Outcome]) -> list[str]:
+def differences(stock: dict[str, Outcome], ours: dict[str, Outcome]) -> list[str]:
     """What is not as it should be, a line each."""
     lines = []
     for test in sorted(stock.keys() | ours.keys()):
@@ -126,7 +126,7 @@ def main() -> int:
         for name, expected in (("MiCA", True), ("others", False)):
             tests = {test: outcome for test, outcome in runs[backend].items() if is_mica(test) is expected}
             print(f"    {name}: {summary(tests)}", flush=True)
-    lines = complaints(runs[False], runs[True])
+    lines = differences(runs[False], runs[True])
     print("\n".join(f"  {line}" for line in lines), end="\n" if lines else "")
     print("conformance: " + ("FAILED" if lines else "the same outcomes with the backend as without"))
     return 1 if lines else 0

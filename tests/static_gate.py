@@ -108,8 +108,8 @@ def _inspect_nvidia(case: Case, cubin: bytes, finding: Finding) -> None:
     finding.registers, stack, local = (int(number) for number in usage.groups())
     if stack or local or re.search(r"\b(LDL|STL)\b", text):
         finding.faults.append(f"spills or a stack ({stack} + {local} bytes)")
-    found = re.search(r"\b(HMMA|HGMMA|UTC\w*MMA)\b", text)
-    finding.tensor_core = found.group(1) if found else ""
+    match = re.search(r"\b(HMMA|HGMMA|UTC\w*MMA)\b", text)
+    finding.tensor_core = match.group(1) if match else ""
     lines = re.findall(r"/\*([0-9a-f]{4,})\*/\s+([^;]*);", text)
     code = [(int(address, 16), instruction) for address, instruction in lines]
     jumps = []
@@ -239,14 +239,14 @@ def main() -> int:
 
     print(f"{'kernel':18} {'target':8} {'compiled':>8} {'registers':>9} {'shared KiB':>10}  tensor cores")
     faults = []
-    for (kernel, target), found in sorted(rows.items()):
-        good = [finding for _, finding in found if not finding.faults]
-        most = max((finding.registers for _, finding in found), default=0)
-        shared = max((finding.shared for _, finding in found), default=0) / 1024
-        cores = "/".join(sorted({finding.tensor_core for _, finding in found} - {""})) or "-"
-        print(f"{kernel:18} {target:8} {len(good):>4}/{len(found):<3} {most:>9} {shared:>10.0f}  {cores}")
-        faults += [f"{target} {kernel} {label}: {'; '.join(f.faults)}" for label, f in found if f.faults]
-    total = sum(len(found) for found in rows.values())
+    for (kernel, target), findings in sorted(rows.items()):
+        good = [finding for _, finding in findings if not finding.faults]
+        most = max((finding.registers for _, finding in findings), default=0)
+        shared = max((finding.shared for _, finding in findings), default=0) / 1024
+        cores = "/".join(sorted({finding.tensor_core for _, finding in findings} - {""})) or "-"
+        print(f"{kernel:18} {target:8} {len(good):>4}/{len(findings):<3} {most:>9} {shared:>10.0f}  {cores}")
+        faults += [f"{target} {kernel} {label}: {'; '.join(f.faults)}" for label, f in findings if f.faults]
+    total = sum(map(len, rows.values()))
     seconds = time.monotonic() - start
     print(f"{total} compilations, {len(faults)} at fault, {seconds:.0f} s, triton {triton.__version__}")
     print("\n".join(faults))

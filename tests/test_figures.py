@@ -124,10 +124,10 @@ def test_headline_figures(label):
 
 
 def test_every_headline_figure_is_checked():
-    found = [
+    rows = [
         label for label, cells in tables("README.md").items() if re.search(r"\d+ MB|\d×", " ".join(cells))
     ]
-    assert found == [INITIALISED, LOADED, BLOCK, LAYERS, SAVED]
+    assert rows == [INITIALISED, LOADED, BLOCK, LAYERS, SAVED]
 
 
 def test_where_readme_says_that_it_is_not_faster():

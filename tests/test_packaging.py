@@ -61,25 +61,25 @@ def test_wheel(wheel, inside, tmp_path):
     site = tmp_path / "site"
     install = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--target", site, wheel]
     subprocess.run(install, check=True, capture_output=True)
-    found = probe(ROOT if inside else tmp_path, site)
+    probed = probe(ROOT if inside else tmp_path, site)
     # `python -c` puts the working directory first: inside the checkout its own source is what runs
     home = ROOT if inside else site
-    assert Path(found["mica"]).is_relative_to(home)
-    assert Path(found["runtime"]) == home / "mica/kernels/runtime.py"
-    assert_kernels_is_hugging_faces(found)
+    assert Path(probed["mica"]).is_relative_to(home)
+    assert Path(probed["runtime"]) == home / "mica/kernels/runtime.py"
+    assert_kernels_is_hugging_faces(probed)
 
 
 @pytest.mark.parametrize("inside", [False, True], ids=["outside the checkout", "inside the checkout"])
 def test_editable_install(inside, tmp_path):
-    found = probe(ROOT if inside else tmp_path)
-    assert Path(found["mica"]) == ROOT / "mica/__init__.py"
-    assert Path(found["runtime"]).resolve() == ROOT / "kernels/runtime.py"
-    assert_kernels_is_hugging_faces(found)
+    probed = probe(ROOT if inside else tmp_path)
+    assert Path(probed["mica"]) == ROOT / "mica/__init__.py"
+    assert Path(probed["runtime"]).resolve() == ROOT / "kernels/runtime.py"
+    assert_kernels_is_hugging_faces(probed)
 
 
-def assert_kernels_is_hugging_faces(found):
-    assert "site-packages" in found["kernels"]
-    assert found["enabled"]
+def assert_kernels_is_hugging_faces(probed):
+    assert "site-packages" in probed["kernels"]
+    assert probed["enabled"]
 
 
 def test_runs_where_triton_is_not_installed(tmp_path):

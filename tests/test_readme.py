@@ -25,11 +25,11 @@ LINK = re.compile(r"\]\(([^()\s]+)\)")
 
 def pages() -> list[str]:
     """Every Markdown file, relative to the root. `os.walk` does not follow the link mica/kernels."""
-    found = []
+    names = []
     for folder, folders, files in os.walk(ROOT):
         folders[:] = [name for name in folders if not name.startswith(".") and name != "build"]
-        found += [os.path.relpath(Path(folder, name), ROOT) for name in files if name.endswith(".md")]
-    return sorted(found)
+        names += [os.path.relpath(Path(folder, name), ROOT) for name in files if name.endswith(".md")]
+    return sorted(names)
 
 
 def read(page: str | Path) -> str:
@@ -40,12 +40,12 @@ def read(page: str | Path) -> str:
 def anchors(page: Path) -> set[str]:
     """The ids that GitHub gives to the headings of a page."""
     seen: Counter[str] = Counter()
-    found = set()
+    ids = set()
     for title in re.findall(r"^#+ +(.*)$", FENCED.sub("", read(page)), re.MULTILINE):
         slug = re.sub(r"[^\w\- ]", "", LINK.sub("]", title).lower()).replace(" ", "-")
-        found.add(f"{slug}-{seen[slug]}" if seen[slug] else slug)
+        ids.add(f"{slug}-{seen[slug]}" if seen[slug] else slug)
         seen[slug] += 1
-    return found
+    return ids
 
 
 def broken_links(page: str) -> list[str]:

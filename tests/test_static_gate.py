@@ -41,11 +41,11 @@ cases = {
     "no product": ("sm_90", scatter),
     "does not compile": ("sm_90", broken),
 }
-found = {}
+faults = {}
 for name, (target, launch) in cases.items():
     aligned = name != "no product"
-    found[name] = static_gate.examine(target, Case(name, name, launch, is_aligned=aligned), {})[1].faults
-print(json.dumps(found))
+    faults[name] = static_gate.examine(target, Case(name, name, launch, is_aligned=aligned), {})[1].faults
+print(json.dumps(faults))
 """
 
 
@@ -72,7 +72,7 @@ def faults():
     ],
 )
 def test_a_bad_launch_is_refused(faults, case, fault):
-    assert any(fault in found for found in faults[case]), faults[case]
+    assert any(fault in text for text in faults[case]), faults[case]
 
 
 @pytest.mark.parametrize("case", ["good", "good on AMD"])
@@ -81,8 +81,8 @@ def test_a_good_launch_passes(faults, case):
 
 
 def test_a_launch_that_follows_another_is_seen_where_it_is_made():
-    found = {target for target in TARGETS for case in cases(target) if case.kernel == "add_parts"}
-    assert found == {"gfx942"}
+    targets = {target for target in TARGETS for case in cases(target) if case.kernel == "add_parts"}
+    assert targets == {"gfx942"}
 
 
 def test_it_does_not_pretend_to_compile_interpreted_kernels():
