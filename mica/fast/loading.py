@@ -51,7 +51,7 @@ def _initialise_missing(adapters: Uninitialised, missing_keys) -> None:
     """
     missing = {}
     for missing_key in missing_keys:
-        matches = [(key, adapter) for key, adapter in adapters if _is_B(f".{missing_key}", key, adapter)]
+        matches = [(key, adapter) for key, adapter in adapters if _is_lora_b(f".{missing_key}", key, adapter)]
         if matches:
             key, adapter = max(matches, key=lambda match: len(match[0]))
             check(adapter)
@@ -60,7 +60,7 @@ def _initialise_missing(adapters: Uninitialised, missing_keys) -> None:
     initialise(list(missing.values()))
 
 
-def _is_B(missing_key: str, key: str, adapter: NewAdapter) -> bool:
+def _is_lora_b(missing_key: str, key: str, adapter: NewAdapter) -> bool:
     names = (f".{key}.{factor}.{adapter.adapter_name}" for factor in ("lora_B", "lora_embedding_B"))
     return missing_key.removesuffix(".weight").endswith(tuple(names))
 

@@ -78,7 +78,7 @@ def test_a_checkpoint_with_a_and_without_b_keeps_its_a(tmp_path):
 
 
 def test_only_the_missing_layer_gets_a_basis_where_names_end_alike(tmp_path, solved):
-    """The B of ``proj``, which the checkpoint has, is not touched because that of ``vision.proj`` is missing."""
+    """The B of ``proj`` is in the checkpoint, and stays although that of ``vision.proj`` is missing."""
 
     def nested():
         return nn.ModuleDict(
