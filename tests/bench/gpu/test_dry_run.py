@@ -73,7 +73,7 @@ OURS = (FAST, UNGROUPED, GROUPED)
 def with_faults(tmp_path_factory):
     """One run with a fault in every stage."""
     faults = ",".join(f"{stage}:{fault}" for stage, fault in FAULT_OF.items())
-    return rehearse(tmp_path_factory.mktemp("faults"), "--silence", "40", faults=faults)
+    return rehearse(tmp_path_factory.mktemp("faults"), "--silence", "60", faults=faults)
 
 
 def stages_with(*faults):

@@ -237,7 +237,7 @@ def test_a_layer_that_has_changed(change):
 
 
 def test_ranks_too_wide_for_the_kernels_stay_alone(monkeypatch):
-    monkeypatch.setattr("mica.backend.MAX_RANK", 40)
+    monkeypatch.setattr("mica.fast.grouping.MAX_RANK", 40)
     model = three()
     for _ in range(3):
         check(model, X)
