@@ -59,8 +59,14 @@ BACKEND = [
     ),
     FileEdits(
         "mica/fast/loading.py",
-        tests=["tests/mica/fast/test_layers.py", "tests/mica/fast/test_loading.py", "-k", "hotswap"],
+        tests=[
+            "tests/mica/fast/test_loading.py",
+            "tests/mica/fast/test_layers.py",
+            "-k",
+            "hotswap or missing",
+        ],
         edits={
+            "_initialise_missing": [("max(matches, key=lambda match: len(match[0]))", "matches[0]")],
             "hotswap_adapter_from_state_dict": [
                 ("backend.forget_prepared()", ""),
             ],

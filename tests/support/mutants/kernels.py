@@ -251,6 +251,15 @@ KERNELS = [
         },
     ),
     FileEdits(
+        "kernels/limits.py",
+        tests=["tests/mica/ops/test_checks.py", "tests/kernels/test_prepared.py"],
+        edits={
+            "padded_columns": [("(rank + 15)", "rank")],
+            "same_device": [("> 1", "> 2")],
+            "dropout": [("or seed.shape != (1,)", ""), ("<= dropout_p < 1.0", "<= dropout_p <= 1.0")],
+        },
+    ),
+    FileEdits(
         "kernels/prepared.py",
         tests=["tests/kernels/test_prepared.py"],
         edits={
