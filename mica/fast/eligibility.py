@@ -236,7 +236,7 @@ def _read_embedding(layer, name: str, scaling) -> Adapter | str:
     )
 
 
-def hangs_on_call(module: nn.Module) -> bool:
+def depends_on_call(module: nn.Module) -> bool:
     """Whether calling the module does more than, or something other than, its class's forward."""
     return _has_hooks(module) or "forward" in module.__dict__
 

@@ -25,7 +25,7 @@ from torch.utils.weak import TensorWeakRef
 
 from mica import backend
 from mica.fast import common_case
-from mica.fast.eligibility import Operands, adapters_for, fused_operands, hangs_on_call
+from mica.fast.eligibility import Operands, adapters_for, depends_on_call, fused_operands
 from mica.fast.settings import settings
 from mica.kernels.limits import MAX_RANK
 from mica.ops.dispatch import is_transformed
@@ -204,7 +204,7 @@ def _members(layer: nn.Module, x: Tensor, operands: Operands) -> dict[nn.Module,
     members = {}
     for reference in group.layers:
         member = reference()
-        if member is None or hangs_on_call(member):
+        if member is None or depends_on_call(member):
             return None
         if members:
             operands = common_case.operands(member, x) or _operands_in_general(member, x)

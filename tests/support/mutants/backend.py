@@ -29,7 +29,7 @@ BACKEND = [
             "_State": [("_State(threading.local)", "_State")],
             "_members": [
                 ("not operands.lora_A.requires_grad", "False"),
-                ("or hangs_on_call(member)", ""),
+                ("or depends_on_call(member)", ""),
             ],
             "_operands_in_general": [("or adapters[0].dropout_p", "")],
             "_keep": [
