@@ -22,6 +22,8 @@ def _name(package: str, path: Path) -> str:
     return ".".join((package, *(parts[:-1] if parts[-1] == "__init__" else parts)))
 
 
+_PACKAGES = ("mica", "bench", "tests")
+
 # "mica.fast.grouping" -> its file, of all Python files of the checkout
 MODULES: dict[str, Path] = {
     _name(package, file.relative_to(folder)): file
@@ -31,61 +33,54 @@ MODULES: dict[str, Path] = {
 }
 
 
-def imports(module: str, *, at_import: bool = False) -> Iterator[tuple[str, str | None]]:
-    """(imported module, imported name or None), of this checkout alone.
-
-    at_import: only what runs when the module is imported, neither within functions nor for type checkers.
-    """
-    for node in _nodes(ast.parse(MODULES[module].read_text(encoding="utf-8")), at_import):
-        if isinstance(node, ast.Import):
-            yield from ((alias.name, None) for alias in node.names if alias.name in MODULES)
-        elif isinstance(node, ast.ImportFrom) and node.module:
-            for alias in node.names:
-                submodule = f"{node.module}.{alias.name}"
-                if submodule in MODULES:
-                    yield submodule, None
-                elif node.module in MODULES:
-                    yield node.module, alias.name
-
-
 def imported(module: str, *, at_import: bool = False) -> set[str]:
-    """The modules of `imports`."""
-    return {name for name, _ in imports(module, at_import=at_import)}
+    """The modules of this checkout that a module imports; ``at_import``: without imports in functions."""
+    modules = set()
+    for node in _nodes(tree(module), at_import):
+        if isinstance(node, ast.Import):
+            modules |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            submodules = {f"{node.module}.{alias.name}" for alias in node.names}
+            modules |= submodules & MODULES.keys() or {node.module}
+    return modules & MODULES.keys()
 
 
-def _nodes(tree: ast.AST, at_import: bool) -> Iterator[ast.AST]:
-    for node in ast.iter_child_nodes(tree):
-        if at_import and isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda)):
-            continue
-        yield node
-        yield from _nodes(node, at_import)
+def tree(module: str) -> ast.Module:
+    return ast.parse(MODULES[module].read_text(encoding="utf-8"))
 
 
-def private_uses(module: str) -> Iterator[str]:
-    """Private names of other modules of the checkout that the module uses, imported or as an attribute.
+def _nodes(node: ast.AST, at_import: bool) -> Iterator[ast.AST]:
+    for child in ast.iter_child_nodes(node):
+        if not (at_import and isinstance(child, (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda))):
+            yield child
+            yield from _nodes(child, at_import)
 
-    A test may look into the module that it mirrors: tests.mica.test_x_y into mica.x_y or mica.x.
-    """
-    mirrored = module.removeprefix("tests.").replace("test_", "")
-    mirrored = f"mica.{mirrored}" if mirrored.startswith("kernels.") else mirrored
-    aliases = {}
-    tree = ast.parse(MODULES[module].read_text(encoding="utf-8"))
-    for node in ast.walk(tree):
-        if isinstance(node, ast.ImportFrom) and node.module:
+
+def mirrored(module: str) -> str:
+    """What a test module tests, by its name: tests.kernels.test_x -> mica.kernels.x."""
+    name = module.removeprefix("tests.").replace("test_", "")
+    return f"mica.{name}" if name.startswith("kernels.") else name
+
+
+def private_uses(code: ast.Module) -> list[str]:
+    """Private names of other modules of the checkout, imported or looked up in an imported module."""
+    uses, bound = [], {}
+    for node in ast.walk(code):
+        if isinstance(node, ast.ImportFrom) and node.module and node.module.partition(".")[0] in _PACKAGES:
             for alias in node.names:
-                if f"{node.module}.{alias.name}" in MODULES:
-                    aliases[alias.asname or alias.name] = f"{node.module}.{alias.name}"
-                elif node.module in MODULES and _is_private(alias.name):
-                    yield f"{node.module}.{alias.name}"
+                bound[alias.asname or alias.name] = f"{node.module}.{alias.name}"
+                if _is_private(alias.name):
+                    uses.append(f"{node.module}.{alias.name}")
         elif isinstance(node, ast.Import):
             for alias in node.names:
-                if alias.name in MODULES and alias.asname:
-                    aliases[alias.asname] = alias.name
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and _is_private(node.attr):
-            other = aliases.get(node.value.id)
-            if other is not None and not mirrored.startswith(other):
-                yield f"{other}.{node.attr}"
+                if alias.name.partition(".")[0] in _PACKAGES:
+                    bound[alias.asname or alias.name] = alias.name
+    for node in ast.walk(code):
+        if isinstance(node, ast.Attribute) and _is_private(node.attr):
+            owner = bound.get(ast.unparse(node.value))
+            if owner in MODULES:
+                uses.append(f"{owner}.{node.attr}")
+    return uses
 
 
 def _is_private(name: str) -> bool:
