@@ -12,7 +12,7 @@ import mica.fast
 import mica.ops
 import mica.subspace
 from mica.cli import parser
-from tests.support.imports import MODULES, ROOT, imported, mirrored, private_uses, tree
+from tests.support.imports import MODULES, ROOT, circular, imported, mirrored, private_uses, tree
 
 # What a user's script may rest on. A name that goes is a breaking change, a new one a promise.
 PUBLIC = {
@@ -94,11 +94,7 @@ def test_private_names_are_seen(code, names):
 
 
 def test_no_import_circle():
-    waiting = {module: imported(module, at_import=True) - {module} for module in MODULES}
-    while ready := {module for module, needs in waiting.items() if not needs & waiting.keys()}:
-        for module in ready:
-            del waiting[module]
-    assert not waiting
+    assert not circular(MODULES, at_import=True)
 
 
 @pytest.mark.parametrize("module", [module for module in MODULES if module.startswith("mica")])

@@ -2,7 +2,7 @@
 
 import pytest
 
-from tests.support.imports import MODULES, imported
+from tests.support.imports import MODULES, circular, imported
 
 # As bench/README.md has it.
 MAY_IMPORT = {
@@ -30,8 +30,4 @@ def test_a_folder_imports_what_lies_below_it(module):
 
 
 def test_there_is_no_circle():
-    waiting = {module: imported(module) for module in BENCH}
-    while ready := {module for module, needs in waiting.items() if not needs & waiting.keys()}:
-        for module in ready:
-            del waiting[module]
-    assert not waiting
+    assert not circular(BENCH)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ast
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -43,6 +43,15 @@ def imported(module: str, *, at_import: bool = False) -> set[str]:
             submodules = {f"{node.module}.{alias.name}" for alias in node.names}
             modules |= submodules & MODULES.keys() or {node.module}
     return modules & MODULES.keys()
+
+
+def circular(modules: Iterable[str], *, at_import: bool = False) -> set[str]:
+    """Those of the modules that import each other in a circle, or import one that does."""
+    waiting = {module: imported(module, at_import=at_import) - {module} for module in modules}
+    while ready := {module for module, needs in waiting.items() if not needs & waiting.keys()}:
+        for module in ready:
+            del waiting[module]
+    return set(waiting)
 
 
 def tree(module: str) -> ast.Module:
