@@ -113,6 +113,15 @@ def test_the_kernel_example_passes_the_test_example(tmp_path, monkeypatch):
         names["test_scaled"](dtype)
 
 
+def test_the_benchmark_example_builds_and_checks_its_implementations():
+    (example,) = examples("bench/README.md")
+    names = {"__name__": "bench_forward"}
+    exec(example, names)
+    calls = names["setting"]()
+    assert list(calls) == [names["BARE"], names["FAST"]]
+    assert {call().shape for call in calls.values()} == {(256, 1024)}
+
+
 @pytest.mark.parametrize("file", sorted({setup.test.partition("::")[0] for setup in SETUPS}))
 def test_every_named_test_exists(file):
     tree = ast.parse(read(file))
