@@ -115,12 +115,10 @@ def _adapted(module: nn.Module, rank: int) -> nn.Module:
 
 def _checked_weight(layer: nn.Module) -> Tensor:
     """The weight that MiCA starts from, (out_features, in_features). Raises UnsuitableLayerError."""
-    adapter = NewAdapter("this layer", layer, "default")
     try:
-        check(adapter)
+        return check(NewAdapter("this layer", layer, "default"))
     except TypeError as error:  # its dtype
         raise UnsuitableLayerError(str(error)) from error
-    return adapter.weight
 
 
 def _measured(weight: Tensor, rank: int) -> tuple[Tensor, dict]:

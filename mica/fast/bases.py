@@ -71,8 +71,11 @@ class NewAdapter:
         return self.layer.r[self.adapter_name]
 
 
-def check(adapter: NewAdapter) -> None:
+def check(adapter: NewAdapter) -> Tensor:
     """The errors that need no solver, so that a hopeless configuration fails before any work.
+
+    Returns:
+        `NewAdapter.weight`, which of a quantised layer takes a dequantisation.
 
     Raises:
         TypeError: the weight is not of a floating dtype.
@@ -110,6 +113,7 @@ def check(adapter: NewAdapter) -> None:
         raise UnsuitableLayerError(
             f"MiCA requires finite weights, but {name} has {broken} NaN or Inf of {weight.numel()}."
         )
+    return weight
 
 
 def _is_sharded(base_layer: nn.Module) -> bool:
