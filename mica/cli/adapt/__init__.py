@@ -102,14 +102,14 @@ def run(args: argparse.Namespace) -> int:
     """Run the command: cheap checks first, nothing on disk before the training has succeeded."""
     if importlib.util.find_spec("accelerate") is None:
         raise UsageError("training needs accelerate: pip install 'mica-fast[cli]'")
-    from mica.cli.text import pack, read_texts, spread
+    from mica.cli.adapt.text import pack, read_texts, spread
 
     texts = read_texts(args.text)
 
     import torch
 
     import mica.fast
-    from mica.cli.evaluate import perplexity
+    from mica.cli.adapt.evaluation import perplexity
     from mica.cli.loading import (
         check_backend,
         check_limits,
@@ -120,8 +120,8 @@ def run(args: argparse.Namespace) -> int:
         quieten_libraries,
         suit_processor,
     )
-    from mica.cli.summary import as_text, peak_memory
-    from mica.cli.train import train
+    from mica.cli.adapt.summary import as_text, peak_memory
+    from mica.cli.adapt.training import train
 
     quieten_libraries()
     source = find_source(args.model, args.trust_remote_code)

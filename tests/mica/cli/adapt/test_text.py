@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from mica.cli.text import pack, spread
+from mica.cli.adapt.text import pack, spread
 from mica.errors import UsageError
 
 

@@ -276,7 +276,7 @@ def test_divergence_after_the_last_log_saves_nothing(capsys, tmp_path, text_file
     def diverge(model, blocks, **options):
         next(p for p in model.parameters() if p.requires_grad).data.fill_(torch.nan)
 
-    monkeypatch.setattr("mica.cli.train.train", diverge)
+    monkeypatch.setattr("mica.cli.adapt.training.train", diverge)
     status = adapt(model_dir, text_file, tmp_path / "out")
     refused(capsys, status, tmp_path / "out", "perplexity is not finite", quiet=False)
 
@@ -285,6 +285,6 @@ def test_bugs_keep_their_traceback(monkeypatch, tmp_path, text_file, model_dir):
     def broken(*args, **kwargs):
         raise ValueError("a bug")
 
-    monkeypatch.setattr("mica.cli.train.train", broken)
+    monkeypatch.setattr("mica.cli.adapt.training.train", broken)
     with pytest.raises(ValueError, match="a bug"):
         adapt(model_dir, text_file, tmp_path / "out")

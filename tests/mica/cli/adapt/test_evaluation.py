@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from mica.cli.evaluate import perplexity
+from mica.cli.adapt.evaluation import perplexity
 from tests.support.tiny_cli import tiny_llama
 
 
