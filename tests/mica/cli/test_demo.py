@@ -1,6 +1,7 @@
 """The demo's two inputs; the demo itself is run by ``make demo``."""
 
 import importlib.metadata
+import json
 import sys
 
 import pytest
@@ -46,16 +47,18 @@ def test_topics_are_sorted_whatever_their_order(monkeypatch):
     assert demo.python_reference_text() == "first\n\nsecond\n"
 
 
-def test_main_writes_the_text_and_runs_adapt(monkeypatch, tmp_path):
+def test_main_writes_the_text_and_runs_adapt(monkeypatch, tmp_path, capsys):
     calls = []
     monkeypatch.setattr("mica.cli.main", lambda argv: calls.append(argv) or 0)
     assert demo.main(["--output", str(tmp_path / "out"), "--steps", "3", "--rank=8"]) == 0
-    text = tmp_path / "out" / "python-reference.txt"
-    assert text.read_text(encoding="utf-8") == demo.python_reference_text()
+    text = tmp_path / "out" / "python-reference.jsonl"
+    documents = [json.loads(line) for line in text.read_text(encoding="utf-8").splitlines()]
+    assert {one["topic"]: one["text"] for one in documents} == demo.python_reference_topics()
     (argv,) = calls
     assert argv[0] == "adapt"
     assert argv[-1] == "--rank=8"
-    assert {f"--text={text}", f"--model={demo.smollm2_gguf()}", "--steps=3"} < set(argv)
+    assert {f"--text={text}", f"--model={demo.smollm2_gguf()}", "--steps=3", "--overwrite"} < set(argv)
+    assert f"mica adapt --model={demo.smollm2_gguf()}" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("native", [True, False])

@@ -1,0 +1,57 @@
+"""The output folder: what may be in it before a run, and what a new run removes from it."""
+
+import shutil
+from pathlib import Path
+
+from mica.cli.output import check_writable
+from mica.errors import UsageError
+
+# What `mica adapt` and the tokenizers write. Anything else in the folder is not ours and stays.
+PRODUCTS = (
+    *(
+        "adapter_*",
+        "checkpoint-*",
+        "base",
+        "merged",
+        "runs",
+        "README.md",
+        "summary.json",
+        "run.yaml",
+        "curve.*",
+    ),
+    *(
+        "tokenizer*",
+        "special_tokens_map.json",
+        "added_tokens.json",
+        "chat_template*",
+        "vocab.*",
+        "merges.txt",
+    ),
+)
+
+
+def check(output: Path, *, resume: bool, overwrite: bool, model: str) -> None:
+    """Raise UsageError if a run must not or cannot write to ``output``; makes and removes nothing."""
+    if output.exists() and not output.is_dir():
+        raise UsageError(f"--output {output}: exists and is not a folder")
+    if output.is_dir() and Path(model).is_dir() and output.samefile(model):
+        raise UsageError(f"--output {output}: is the folder of the model itself")
+    nearest = next(folder for folder in (output, *output.resolve().parents) if folder.exists())
+    check_writable("--output", output, nearest)
+    if output.is_dir() and any(output.iterdir()) and not (resume or overwrite):
+        raise UsageError(
+            f"--output {output}: has something in it: go on with that run by --resume, replace it by "
+            "--overwrite, or choose another folder"
+        )
+
+
+def clear(output: Path, keep: str = "") -> None:
+    """Remove what an earlier run left in ``output`` but ``keep``, so that nothing of two runs is mixed."""
+    for pattern in PRODUCTS:
+        for path in output.glob(pattern):
+            if path.name == keep:
+                continue
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path)
+            else:
+                path.unlink()

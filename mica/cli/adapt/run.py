@@ -1,0 +1,205 @@
+"""The order of ``mica adapt``: checks, data, base, adapter, training, and what is written at the end."""
+
+import sys
+import time
+from contextlib import contextmanager
+
+import torch
+from accelerate import PartialState
+
+import mica.fast
+from mica.cli.adapt import (
+    base,
+    card,
+    config,
+    curve,
+    folder,
+    hub,
+    processes,
+    result,
+    signals,
+    summary,
+    training,
+)
+from mica.cli.adapt.adapter import start
+from mica.cli.adapt.config import Settings
+from mica.cli.adapt.corpus import Corpus, gather
+from mica.cli.adapt.packing import keeps_documents_apart
+from mica.cli.loading import (
+    check_backend,
+    check_limits,
+    find_source,
+    load_tokenizer,
+    quieten_libraries,
+    suit_processor,
+)
+from mica.cli.output import dtype_name
+from mica.errors import UsageError
+
+
+def adapt(settings: Settings) -> int:
+    """Train and write what the settings say; returns the exit status. Every process calls this.
+
+    Raises UsageError for bad input, in one of the processes only.
+    """
+    quieten_libraries()
+    processes.start()
+    try:
+        with processes.errors_once(), signals.at_once():
+            return _adapt(settings)
+    finally:
+        processes.finish()
+
+
+def _say(text: str) -> None:
+    if PartialState().is_main_process:
+        print(text, flush=True)
+
+
+def _note(text: str) -> None:
+    if PartialState().is_main_process:
+        print(f"mica adapt: note: {text}", file=sys.stderr, flush=True)
+
+
+def _adapt(settings: Settings) -> int:
+    args = settings.args
+    source = find_source(args.model, args.trust_remote_code)
+    check_backend(args.rank)
+    training.check(args)
+    if args.push_to_hub:
+        hub.check(args.push_to_hub)
+    checkpoint = training.find_checkpoint(args)
+    if args.resume and checkpoint is None:
+        _note(f"{args.output} has no complete checkpoint yet: the run starts from its beginning")
+
+    tokenizer = load_tokenizer(source)
+    corpus = gather(args, tokenizer)
+    _say(corpus.describe(args, PartialState().num_processes))
+    model = base.load(args, source)
+    note = suit_processor(model, args.dtype)
+    if note:
+        _note(note)
+    check_limits(source, model, args.sequence_length, corpus.largest_token_id)
+    _check_packing(settings, model)
+    dtype, device = dtype_name(model.dtype), str(model.device)
+
+    begin = time.perf_counter()
+    model = start(model, args, checkpoint)
+    if model.device.type == "cuda":
+        torch.cuda.synchronize()
+    initialisation_seconds = time.perf_counter() - begin
+    with _main_first():
+        if PartialState().is_main_process:
+            _prepare(settings)
+    _say(config.describe(settings))
+
+    done = training.train(model, corpus, args, checkpoint)
+    if done.interrupted:
+        _say(f"Stopped at step {done.steps:,}. To go on: mica adapt --output {args.output} --resume")
+        return signals.status(done.interrupted)
+    result.save(model, tokenizer, args.output)
+    report = _report(settings, corpus, model, done) | {
+        "dtype": dtype,
+        "device": device,
+        "initialisation_seconds": initialisation_seconds,
+    }
+    if PartialState().is_main_process:
+        _finish(settings, model, tokenizer, report, done.history)
+    processes.wait()
+    return 0
+
+
+def _check_packing(settings: Settings, model) -> None:
+    """Attention across documents is another training than the one that was asked for, or shown as default."""
+    args = settings.args
+    if args.packing == "documents" and not keeps_documents_apart(model):
+        raise UsageError(
+            f"--packing documents: the attention of this {type(model).__name__} does not stay within the "
+            "documents of a block; --packing stream lets it cross them"
+        )
+
+
+@contextmanager
+def _main_first():
+    """The other processes wait until the main one is through; all raise if it raises."""
+    error = None
+    try:
+        yield
+    except UsageError as caught:
+        error = caught
+    processes.agree(error)
+
+
+def _prepare(settings: Settings) -> None:
+    """Make the output folder, without what an earlier run left there, and write run.yaml."""
+    args = settings.args
+    if args.overwrite:
+        folder.clear(args.output, keep=base.FOLDER if args.model.endswith(".gguf") else "")
+    args.output.mkdir(parents=True, exist_ok=True)
+    config.write(settings, args.output)
+
+
+def _report(settings: Settings, corpus: Corpus, model, done: training.Training) -> dict:
+    """What summary.json holds: the settings, the data, and what was measured."""
+    args = settings.args
+    num_processes = PartialState().num_processes
+    before, after = summary.perplexities(done.history, "held_out")
+    retain_before, retain_after = summary.perplexities(done.history, "retain")
+    peak_bytes, peak_of = summary.peak_memory()
+    trained, total = model.get_nb_trainable_parameters()
+    explanation = mica.fast.explain(model)
+    return {
+        "model": args.model,
+        "recipe": args.recipe,
+        "settings": config.values(settings),
+        "origins": settings.origins,
+        "sources": [
+            {"name": part.name, "documents": part.documents, "tokens": part.tokens} for part in corpus.parts
+        ],
+        "blocks": len(corpus.train),
+        "steps": done.steps,
+        "epochs": corpus.epochs(args, num_processes),
+        "processes": num_processes,
+        "trained_parameters": trained,
+        "total_parameters": total,
+        "training_seconds": done.seconds,
+        "training_tokens": done.tokens,
+        "tokens_per_second": done.tokens / done.seconds,
+        "training_loss": done.loss,
+        "peak_memory_bytes": peak_bytes,
+        "peak_memory_of": peak_of,
+        "perplexity_before": before,
+        "perplexity_after": after,
+        "held_out_tokens": summary.predicted_tokens(corpus.held_out),
+        "retain_before": retain_before,
+        "retain_after": retain_after,
+        "paths": dict(explanation.counts()),
+        "layers_on_peft_path": [
+            {"name": row.name, "reason": row.reason} for row in explanation.rows if row.path == "peft"
+        ],
+        "layers_not_called": [row.name for row in explanation.rows if row.calls == 0],
+        "adapter": str(args.output),
+        "merged": None,
+        "merge_swallowed": None,
+        "merge_report": None,
+        "versions": summary.versions(),
+    }
+
+
+def _finish(settings: Settings, model, tokenizer, report: dict, history: list[dict]) -> None:
+    """Write summary, curve and model card; then what may fail without any loss: the merge and the upload."""
+    args = settings.args
+    summary.write(report, args.output)
+    curve.write_curve(history, args.output)
+    card.write_card(card.card(report), args.output)
+    if args.merge:
+        merged = result.merge(model, tokenizer, args)
+        report |= {
+            "merged": str(args.output / result.MERGED),
+            "merge_swallowed": merged.swallowed,
+            "merge_report": str(merged),
+        }
+        summary.write(report, args.output)
+    _say(summary.as_text(report))
+    if args.push_to_hub:
+        _say(f"uploaded to {hub.push(args.output, args.push_to_hub)}")

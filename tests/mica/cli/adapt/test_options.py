@@ -1,0 +1,110 @@
+"""The options themselves: help, bad values, and that the Trainer knows the names that are offered."""
+
+import argparse
+
+import pytest
+from transformers import SchedulerType
+
+from mica.cli import main, parser
+from mica.cli.adapt.options import GROUPS, HELP_WIDTH, OPTIONS, SCHEDULERS
+from mica.cli.adapt.recipes import RECIPES
+
+# Values that the parser refuses. The other options take any string: test_refusals.py has theirs.
+BAD = {
+    "dtype": ["int4", ""],
+    "quantize": ["nf3", "4"],
+    "text_weights": ["0", "-1", "two", "inf"],
+    "held_out": ["0", "1", "-0.1", "nan"],
+    "sequence_length": ["1", "512.5"],
+    "packing": ["padding"],
+    "workers": ["0", "all"],
+    "eval_blocks": ["0"],
+    "recipe": ["papers"],
+    "rank": ["0", "four"],
+    "alpha": ["0", "1.5"],
+    "dropout": ["-0.1", "1"],
+    "steps": ["0", "1.5"],
+    "epochs": ["0", "-1", "nan"],
+    "batch_size": ["-1", "0"],
+    "gradient_accumulation_steps": ["0"],
+    "learning_rate": ["0", "nan", "inf"],
+    "scheduler": ["cosine_with_min_lr"],
+    "warmup_ratio": ["1", "-0.1"],
+    "weight_decay": ["-1"],
+    "max_grad_norm": ["-0.3"],
+    "seed": ["-1", "4294967296"],
+    "eval_steps": ["0"],
+    "log_steps": ["0"],
+    "save_steps": ["0"],
+    **{name: ["3"] for name, option in OPTIONS.items() if option.parse is bool},
+}
+TAKE_ANY_STRING = {
+    *(
+        "model",
+        "adapter",
+        "text",
+        "text_field",
+        "dataset_config",
+        "held_out_text",
+        "retain",
+        "target_modules",
+    ),
+    *("optimizer", "report_to", "output", "push_to_hub", "config"),
+}
+
+
+@pytest.mark.parametrize(("name", "value"), [(name, value) for name in BAD for value in BAD[name]])
+def test_bad_value(name, value, capsys):
+    flag = OPTIONS[name].flag
+    assert main(["adapt", "--model=x", "--text=x", "--output=x", f"{flag}={value}"]) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err.count("\n") == 1
+    assert captured.err.startswith("mica adapt: error: argument ")
+    assert flag in captured.err or flag.replace("--", "--[no-]") in captured.err
+    assert value in captured.err
+
+
+def test_every_option_has_a_bad_value():
+    assert BAD.keys() | TAKE_ANY_STRING == OPTIONS.keys()
+    assert not BAD.keys() & TAKE_ANY_STRING
+
+
+def test_schedulers_are_the_trainers():
+    assert set(SCHEDULERS) <= {kind.value for kind in SchedulerType}
+
+
+@pytest.mark.parametrize("recipe", RECIPES.values())
+def test_recipes_set_options_to_values_that_the_parser_takes(recipe):
+    for name, value in recipe.values.items():
+        assert OPTIONS[name].parse(str(value)) == value
+        assert not OPTIONS[name].choices or value in OPTIONS[name].choices
+        assert OPTIONS[name].default is None  # else the recipe's value would be shown as the default
+    assert ("steps" in recipe.values) != ("epochs" in recipe.values)
+
+
+def test_help_fits_on_two_screens(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", str(HELP_WIDTH + 2))
+    assert main(["adapt", "--help"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) <= 80
+    assert max(map(len, lines)) <= HELP_WIDTH
+    assert [line[:-1] for line in lines if line.endswith(":") and line[0] != " "] == [
+        *("options", *GROUPS, "recipes"),
+    ]
+    text = " ".join(" ".join(lines).split())
+    for option in OPTIONS.values():
+        assert (
+            f"[no-]{option.flag[2:]}" if option.parse is bool and not option.by_run else option.flag
+        ) in text
+        assert option.help in text
+    assert "learning_rate 0.0005 0.001" in text
+
+
+def test_only_what_was_given_is_in_the_namespace():
+    args = parser().parse_args(
+        ["adapt", "--model=x", "--no-merge", "--text", "a", "b", "--text-weights", "1", "2"]
+    )
+    given = {name: value for name, value in vars(args).items() if name in OPTIONS}
+    assert given == {"model": "x", "merge": False, "text": ["a", "b"], "text_weights": [1.0, 2.0]}
+    assert isinstance(args, argparse.Namespace)
