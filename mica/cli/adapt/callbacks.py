@@ -101,6 +101,8 @@ class Progress(TrainerCallback):
     def on_train_begin(self, args, state, control, **kwargs):
         if not state.is_world_process_zero:
             return
+        for entry in state.log_history:  # of the sessions before
+            self._perplexity = entry.get("eval_held_out_perplexity", self._perplexity)
         self._begun = self._last = (time.perf_counter(), state.num_input_tokens_seen, state.global_step)
         if sys.stderr.isatty():
             self._bar = tqdm(total=state.max_steps, initial=state.global_step, desc="Training", dynamic_ncols=True)

@@ -69,7 +69,7 @@ def facts(checkpoint: Path) -> dict[str, Any] | None:
         marker = json.loads((checkpoint / MARKER).read_text(encoding="utf-8"))
         sizes = marker.pop("files")
         whole = all((checkpoint / name).stat().st_size == size for name, size in sizes.items())
-    except (OSError, ValueError, KeyError, AttributeError):
+    except (OSError, ValueError, KeyError, AttributeError, TypeError):
         return None
     return marker if whole else None
 
@@ -105,6 +105,16 @@ def check(checkpoint: Path, **settings: Any) -> None:
                 f"{value}: the batches would be others. Go on with the same, or start anew from the checkpoint "
                 f"by --adapter {checkpoint}"
             )
+
+
+def rotate(output: Path, keep: int) -> None:
+    """Remove all but the last ``keep`` complete checkpoints. One process only; raises nothing.
+
+    Not left to the Trainer: it removes the oldest by time of modification, and before the newest is known to be whole.
+    """
+    complete = [path for path in folders(output) if facts(path) is not None]
+    for path in complete[:-keep]:
+        shutil.rmtree(path, ignore_errors=True)
 
 
 def discard_incomplete(output: Path) -> None:

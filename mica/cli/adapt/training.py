@@ -24,6 +24,7 @@ from mica.cli.output import one_line
 from mica.errors import UsageError
 
 _STATE = "trainer_state.json"  # the Trainer's name
+_KEPT = 2  # checkpoints
 _SAMPLED_BLOCKS = 64  # that stand for the data when a run is resumed
 
 
@@ -122,7 +123,7 @@ def _arguments(args, *, total_steps: int, global_batch: int, blocks: int, **more
         metric_for_best_model="eval_held_out_loss" if args.scheduler == "reduce_lr_on_plateau" else None,
         save_strategy="steps",
         save_steps=args.save_steps,
-        save_total_limit=2,
+        save_total_limit=None,  # see checkpoints.rotate
         report_to=args.report_to or "none",
         remove_unused_columns=False,
         use_cpu=processes.use_cpu(),
@@ -292,6 +293,7 @@ def train(model, corpus, args: argparse.Namespace, checkpoint: Path | None) -> T
             processes.wait()
             if main:
                 checkpoints.mark(args.output / f"checkpoint-{step}", step=step, seconds=seconds(), **settings)
+                checkpoints.rotate(args.output, _KEPT)
 
     finite = FiniteOnly(lambda: saved(args.output))
     for callback in (stopping, Milestones(), finite, Marking(mark), progress):
@@ -310,7 +312,8 @@ def train(model, corpus, args: argparse.Namespace, checkpoint: Path | None) -> T
         if not stopped:
             with _written(args.output, "the adapter"):
                 trainer.save_model(str(args.output))
-    history = list(trainer.state.log_history)
+    # without the Trainer's own summary at the end, which knows this session only
+    history = [entry for entry in trainer.state.log_history if "train_loss" not in entry]
     return Training(
         history=history,
         steps=trainer.state.global_step,
@@ -341,7 +344,6 @@ def _build(model, corpus, args, checkpoint) -> _Trainer:
         blocks=blocks,
         eval_on_start=checkpoint is None,
         ddp_find_unused_parameters=_is_mixture(model),
-        ddp_broadcast_buffers=False,  # none of them changes
     )
     if arguments.n_gpu > 1:
         arguments._n_gpu = 1  # or one process would train on all GPUs by DataParallel; there is no public way
