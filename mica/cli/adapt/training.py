@@ -52,13 +52,13 @@ def check(args: argparse.Namespace) -> None:
     Needs no model: what else the Trainer would find out after the model was loaded and solved.
     """
     try:
-        Trainer.get_optimizer_cls_and_kwargs(_arguments(args, total_steps=1, global_batch=1, blocks=1))
-    except (ValueError, ImportError, RuntimeError) as error:
-        raise UsageError(f"--optimizer {args.optimizer}: {one_line(error)}") from error
-    try:
         get_scheduler(args.scheduler, torch.optim.SGD([torch.zeros(1)]), 0, 1)
     except (ValueError, TypeError) as error:
         raise UsageError(f"--scheduler {args.scheduler}: {one_line(error)}") from error
+    try:
+        Trainer.get_optimizer_cls_and_kwargs(_arguments(args, total_steps=1, global_batch=1, blocks=1))
+    except (ValueError, ImportError, RuntimeError) as error:
+        raise UsageError(f"--optimizer {args.optimizer}: {one_line(error)}") from error
     for name in args.report_to:
         try:
             for callback in get_reporting_integration_callbacks([name]):
@@ -279,6 +279,8 @@ def train(model, corpus, args: argparse.Namespace, checkpoint: Path | None) -> T
 
     request = signals.Request(repeats_stop=not processes.several(), announce=_announce if main else _ignore)
     stopping, progress = Stopping(request), Progress()
+    config = model.get_base_model().config
+    use_cache, config.use_cache = getattr(config, "use_cache", True), False  # a cache hides where documents begin
     trainer = _build(model, corpus, args, checkpoint)
     settings["engine"] = trainer.accelerator.distributed_type.value
     if checkpoint is not None:
@@ -308,6 +310,7 @@ def train(model, corpus, args: argparse.Namespace, checkpoint: Path | None) -> T
                 trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint))
             finally:
                 progress.close()
+                config.use_cache = use_cache
         stopped = processes.largest(stopping.agreed or request.signum)
         if not stopped:
             with _written(args.output, "the adapter"):
