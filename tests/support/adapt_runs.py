@@ -7,10 +7,10 @@ import multiprocessing
 import multiprocessing.connection
 import os
 import signal
-import socket
 import sys
 import threading
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -18,6 +18,7 @@ from unittest.mock import patch
 
 import accelerate.state
 import torch
+import torch.distributed as dist
 from accelerate.utils import DistributedType
 from peft import LoraConfig, PeftModel, get_peft_model
 
@@ -139,8 +140,9 @@ class Process:
     """One or several processes that call ``function(*arguments)``; each must be a module's function."""
 
     def __init__(self, function: Callable[..., Any], *arguments: Any, count: int = 1, folder: Path | None = None):
-        port = _free_port()
         self.folder = folder
+        self._store = dist.TCPStore("localhost", 0, is_master=True, wait_for_workers=False)  # as torchrun has one
+        port = self._store.port
         self.processes = [
             SERVER.Process(target=_enter, args=(function, arguments, rank, count, port, folder))
             for rank in range(count)
@@ -150,7 +152,8 @@ class Process:
 
     def kill(self, signum: int = signal.SIGKILL, rank: int | None = None) -> None:
         for process in self.processes if rank is None else [self.processes[rank]]:
-            os.kill(process.pid, signum)
+            with suppress(ProcessLookupError):
+                os.kill(process.pid, signum)
 
     def wait_for_one(self) -> None:
         """Until one of the processes has ended."""
@@ -174,18 +177,13 @@ class Process:
         return "".join((self.folder / f"stderr-{i}").read_text() for i in range(len(self.processes)))
 
 
-def _free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("localhost", 0))
-        return listener.getsockname()[1]
-
-
 def _enter(function, arguments, rank, count, port, folder):
     torch.set_num_threads(1)
     if count > 1:
         names = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count}
         os.environ.update({name: str(value) for name, value in names.items()})
         os.environ.update(MASTER_ADDR="localhost", MASTER_PORT=str(port), OMP_NUM_THREADS="1")
+        os.environ.update(TORCHELASTIC_USE_AGENT_STORE="True", TORCHELASTIC_RESTART_COUNT="0")
     if folder is not None:
         sys.stderr = open(folder / f"stderr-{rank}", "w", buffering=1, encoding="utf-8")  # noqa: SIM115
         os.dup2(sys.stderr.fileno(), 2)

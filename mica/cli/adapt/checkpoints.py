@@ -7,11 +7,17 @@ marker ``complete.json``, which is written last, after all files have reached th
 import json
 import os
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from accelerate import PartialState
+from safetensors import SafetensorError
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
+from mica.cli.adapt import processes
+from mica.cli.output import one_line
 from mica.errors import UsageError
 
 MARKER = "complete.json"
@@ -122,3 +128,45 @@ def discard_incomplete(output: Path) -> None:
     for path in folders(output):
         if facts(path) is None:
             shutil.rmtree(path, ignore_errors=True)
+
+
+@contextmanager
+def written(output: Path, name: str) -> Iterator[None]:
+    """Turn failures to write ``output/name`` into one UsageError in all processes, and remove what is half done."""
+    failed = None
+    try:
+        yield
+    except (OSError, SafetensorError, RuntimeError) as error:
+        failed = _cannot_write(output, error)
+        if failed is None:
+            raise
+    try:
+        processes.agree(failed)
+    except UsageError as error:
+        if PartialState().is_main_process and name.startswith("checkpoint-"):
+            shutil.rmtree(output / name, ignore_errors=True)
+        raise UsageError(f"--output {output}: {name} cannot be written: {error}; {saved(output)}") from failed
+
+
+def _cannot_write(output: Path, error: Exception) -> UsageError | None:
+    """The reason in a few words; None for an error of another kind."""
+    if isinstance(error, OSError):
+        return UsageError(error.strerror or one_line(error))
+    text = one_line(error)
+    # torch.save's writer says what it did, not why the system refused it
+    writer = ("PytorchStreamWriter", "inline_container", "Parent directory", "file write failed", "unexpected pos")
+    if not isinstance(error, SafetensorError) and not any(part in text for part in writer):
+        return None
+    try:
+        full = shutil.disk_usage(output).free < 2**20
+    except OSError:  # the folder has gone
+        full = False
+    return UsageError("No space left on device" if full or "os error 28" in text else text)
+
+
+def saved(output: Path) -> str:
+    """Half a sentence: what a run in ``output`` can be gone on from."""
+    checkpoint = latest(output)
+    if checkpoint is None:
+        return "nothing was saved"
+    return f"the last complete checkpoint is {checkpoint} (--resume goes on from it)"

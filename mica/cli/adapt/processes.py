@@ -140,5 +140,5 @@ def _is_first(message: str) -> bool:
     try:
         key = hashlib.blake2b(message.encode(), digest_size=16).hexdigest()
         return find_store().add(f"mica/error/{key}", 1) == 1
-    except (RuntimeError, TypeError, dist.DistError):  # the store has gone with the main process, or is unknown
-        return PartialState().is_main_process
+    except (RuntimeError, TypeError):  # the store has gone with the process that had it, or is unknown
+        return True  # rather twice than never

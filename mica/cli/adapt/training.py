@@ -3,16 +3,12 @@
 import argparse
 import hashlib
 import math
-import shutil
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from accelerate import PartialState
-from safetensors import SafetensorError
 from torch.utils.data import Dataset
 from transformers import Trainer, TrainerState, TrainingArguments, get_scheduler, set_seed
 from transformers.integrations import get_reporting_integration_callbacks
@@ -183,7 +179,7 @@ class _Trainer(Trainer):
     def _save_checkpoint(self, *args, **kwargs) -> None:
         # Private to the Trainer. Should a version not call it, a full disk ends in a traceback, and nothing else
         # changes: the marker is written by a callback.
-        with _written(self.output, f"checkpoint-{self.state.global_step}"):
+        with checkpoints.written(self.output, f"checkpoint-{self.state.global_step}"):
             super()._save_checkpoint(*args, **kwargs)
 
 
@@ -195,48 +191,6 @@ def _gathered(model) -> dict[str, torch.Tensor]:
             whole = getattr(parameter, "full_tensor", lambda parameter=parameter: parameter)()
             state[name.replace("_checkpoint_wrapped_module.", "")] = whole.detach().cpu()
     return state
-
-
-@contextmanager
-def _written(output: Path, name: str) -> Iterator[None]:
-    """Turn failures to write ``output/name`` into one UsageError in all processes, and remove what is half done."""
-    failed = None
-    try:
-        yield
-    except (OSError, SafetensorError, RuntimeError) as error:
-        failed = _cannot_write(output, error)
-        if failed is None:
-            raise
-    try:
-        processes.agree(failed)
-    except UsageError as error:
-        if PartialState().is_main_process and name.startswith("checkpoint-"):
-            shutil.rmtree(output / name, ignore_errors=True)
-        raise UsageError(f"--output {output}: {name} cannot be written: {error}; {saved(output)}") from failed
-
-
-def _cannot_write(output: Path, error: Exception) -> UsageError | None:
-    """The reason in a few words; None for an error of another kind."""
-    if isinstance(error, OSError):
-        return UsageError(error.strerror or one_line(error))
-    text = one_line(error)
-    # torch.save's writer says what it did, not why the system refused it
-    writer = ("PytorchStreamWriter", "inline_container", "Parent directory", "file write failed", "unexpected pos")
-    if not isinstance(error, SafetensorError) and not any(part in text for part in writer):
-        return None
-    try:
-        full = shutil.disk_usage(output).free < 2**20
-    except OSError:  # the folder has gone
-        full = False
-    return UsageError("No space left on device" if full or "os error 28" in text else text)
-
-
-def saved(output: Path) -> str:
-    """Half a sentence: what a run in ``output`` can be gone on from."""
-    checkpoint = checkpoints.latest(output)
-    if checkpoint is None:
-        return "nothing was saved"
-    return f"the last complete checkpoint is {checkpoint} (--resume goes on from it)"
 
 
 def _checkpoint_activations(model) -> None:
@@ -291,13 +245,13 @@ def train(model, corpus, args: argparse.Namespace, checkpoint: Path | None) -> T
         return earlier.get("seconds", 0.0) + time.perf_counter() - begin - trainer.paused
 
     def mark(step):
-        with _written(args.output, f"checkpoint-{step}"):
+        with checkpoints.written(args.output, f"checkpoint-{step}"):
             processes.wait()
             if main:
                 checkpoints.mark(args.output / f"checkpoint-{step}", step=step, seconds=seconds(), **settings)
                 checkpoints.rotate(args.output, _KEPT)
 
-    finite = FiniteOnly(lambda: saved(args.output))
+    finite = FiniteOnly(lambda: checkpoints.saved(args.output))
     for callback in (stopping, Milestones(), finite, Marking(mark), progress):
         trainer.add_callback(callback)
 
@@ -313,7 +267,7 @@ def train(model, corpus, args: argparse.Namespace, checkpoint: Path | None) -> T
                 config.use_cache = use_cache
         stopped = processes.largest(stopping.agreed or request.signum)
         if not stopped:
-            with _written(args.output, "the adapter"):
+            with checkpoints.written(args.output, "the adapter"):
                 trainer.save_model(str(args.output))
     # without the Trainer's own summary at the end, which knows this session only
     history = [entry for entry in trainer.state.log_history if "train_loss" not in entry]

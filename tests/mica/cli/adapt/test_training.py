@@ -367,14 +367,3 @@ def test_a_checkpoint_holds_no_base_weights(tmp_path):
     assert all("lora_" in name for name in weights(result.checkpoint))
     assert json.loads((result.checkpoint / "complete.json").read_text())["processes"] == 1
     assert "training_args.bin" not in files(result.checkpoint)
-
-
-def test_tensorboard_gets_the_perplexities(tmp_path):
-    pytest.importorskip("tensorboard")
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    run(settings(tmp_path, report_to=["tensorboard"]))
-    (events,) = tmp_path.rglob("events.out.tfevents*")
-    accumulator = EventAccumulator(str(events.parent))
-    accumulator.Reload()
-    assert any("held_out_perplexity" in tag for tag in accumulator.Tags()["scalars"])
