@@ -139,9 +139,13 @@ def run_sharded(kind: str, args) -> Training:
 class Process:
     """One or several processes that call ``function(*arguments)``; each must be a module's function."""
 
-    def __init__(self, function: Callable[..., Any], *arguments: Any, count: int = 1, folder: Path | None = None):
+    def __init__(
+        self, function: Callable[..., Any], *arguments: Any, count: int = 1, folder: Path | None = None
+    ):
         self.folder = folder
-        self._store = dist.TCPStore("localhost", 0, is_master=True, wait_for_workers=False)  # as torchrun has one
+        self._store = dist.TCPStore(
+            "localhost", 0, is_master=True, wait_for_workers=False
+        )  # as torchrun has one
         port = self._store.port
         self.processes = [
             SERVER.Process(target=_enter, args=(function, arguments, rank, count, port, folder))
@@ -170,7 +174,9 @@ class Process:
 
     def results(self) -> list[Any]:
         """What each process returned."""
-        return [torch.load(self.folder / f"result-{i}", weights_only=False) for i in range(len(self.processes))]
+        return [
+            torch.load(self.folder / f"result-{i}", weights_only=False) for i in range(len(self.processes))
+        ]
 
     def errors(self) -> str:
         """What all processes wrote to standard error."""

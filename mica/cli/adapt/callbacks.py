@@ -105,7 +105,9 @@ class Progress(TrainerCallback):
             self._perplexity = entry.get("eval_held_out_perplexity", self._perplexity)
         self._begun = self._last = (time.perf_counter(), state.num_input_tokens_seen, state.global_step)
         if sys.stderr.isatty():
-            self._bar = tqdm(total=state.max_steps, initial=state.global_step, desc="Training", dynamic_ncols=True)
+            self._bar = tqdm(
+                total=state.max_steps, initial=state.global_step, desc="Training", dynamic_ncols=True
+            )
 
     def on_step_end(self, args, state, control, **kwargs):
         if self._bar is not None:

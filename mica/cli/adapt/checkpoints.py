@@ -94,7 +94,9 @@ def to_resume(output: Path) -> Path:
     if checkpoint is None:
         half = folders(output)
         found = f"{half[-1].name} is incomplete" if half else "it has no checkpoint"
-        raise UsageError(f"--resume: nothing to go on from in {output}: {found}; leave out --resume to start anew")
+        raise UsageError(
+            f"--resume: nothing to go on from in {output}: {found}; leave out --resume to start anew"
+        )
     return checkpoint
 
 
@@ -154,7 +156,13 @@ def _cannot_write(output: Path, error: Exception) -> UsageError | None:
         return UsageError(error.strerror or one_line(error))
     text = one_line(error)
     # torch.save's writer says what it did, not why the system refused it
-    writer = ("PytorchStreamWriter", "inline_container", "Parent directory", "file write failed", "unexpected pos")
+    writer = (
+        "PytorchStreamWriter",
+        "inline_container",
+        "Parent directory",
+        "iostream error",
+        "unexpected pos",
+    )
     if not isinstance(error, SafetensorError) and not any(part in text for part in writer):
         return None
     try:

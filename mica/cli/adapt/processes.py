@@ -54,7 +54,9 @@ def _silence() -> None:
     os.environ["TQDM_DISABLE"] = "1"  # for tqdm ≥ 4.66 in modules that are imported later
     for name in ("datasets", "transformers.utils.logging", "huggingface_hub.utils"):
         module = sys.modules.get(name)
-        disable = getattr(module, "disable_progress_bars", None) or getattr(module, "disable_progress_bar", None)
+        disable = getattr(module, "disable_progress_bars", None) or getattr(
+            module, "disable_progress_bar", None
+        )
         if disable is not None:
             disable()
 
@@ -119,6 +121,14 @@ def on_main(function: Callable[..., Any], *arguments: Any) -> Any:
     results = [result]
     broadcast_object_list(results)
     return results[0]
+
+
+def is_lost_peer(error: Exception) -> bool:
+    """Whether ``error`` says that another process has ended while this one waited for it (gloo, NCCL)."""
+    text = str(error)
+    return (
+        several() and isinstance(error, RuntimeError) and ("gloo" in text or "remote process exited" in text)
+    )
 
 
 @contextmanager

@@ -88,7 +88,9 @@ def _settings(args) -> dict[str, int]:
 def _content(blocks: Dataset) -> str:
     """A hash of the number of blocks and of some of them: other data is other batches."""
     digest = hashlib.blake2b(str(len(blocks)).encode(), digest_size=8)
-    for index in torch.linspace(0, len(blocks) - 1, min(len(blocks), _SAMPLED_BLOCKS)).round().long().tolist():
+    for index in (
+        torch.linspace(0, len(blocks) - 1, min(len(blocks), _SAMPLED_BLOCKS)).round().long().tolist()
+    ):
         digest.update(blocks[index]["input_ids"].numpy().tobytes())
     return f"{len(blocks)} blocks ({digest.hexdigest()})"
 
@@ -152,7 +154,9 @@ class _Trainer(Trainer):
         metrics = {}
         for name, blocks in self.sets.items():
             score = evaluation.finite(
-                evaluation.likelihood(model, blocks, self.args.per_device_train_batch_size, device=self.args.device)
+                evaluation.likelihood(
+                    model, blocks, self.args.per_device_train_batch_size, device=self.args.device
+                )
             )
             metrics[f"{metric_key_prefix}_{name}_loss"] = score.loss
             metrics[f"{metric_key_prefix}_{name}_perplexity"] = score.perplexity
@@ -174,7 +178,9 @@ class _Trainer(Trainer):
         if self.args.should_save:
             # "auto", the default, would look for the base's config.json to find out whether it was resized
             options = {"state_dict": state, "save_embedding_layers": False}
-            self.accelerator.unwrap_model(self.model).save_pretrained(output_dir or self.args.output_dir, **options)
+            self.accelerator.unwrap_model(self.model).save_pretrained(
+                output_dir or self.args.output_dir, **options
+            )
 
     def _save_checkpoint(self, *args, **kwargs) -> None:
         # Private to the Trainer. Should a version not call it, a full disk ends in a traceback, and nothing else
@@ -234,7 +240,10 @@ def train(model, corpus, args: argparse.Namespace, checkpoint: Path | None) -> T
     request = signals.Request(repeats_stop=not processes.several(), announce=_announce if main else _ignore)
     stopping, progress = Stopping(request), Progress()
     config = model.get_base_model().config
-    use_cache, config.use_cache = getattr(config, "use_cache", True), False  # a cache hides where documents begin
+    use_cache, config.use_cache = (
+        getattr(config, "use_cache", True),
+        False,
+    )  # a cache hides where documents begin
     trainer = _build(model, corpus, args, checkpoint)
     settings["engine"] = trainer.accelerator.distributed_type.value
     if checkpoint is not None:
@@ -262,6 +271,10 @@ def train(model, corpus, args: argparse.Namespace, checkpoint: Path | None) -> T
         else:
             try:
                 trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint))
+            except RuntimeError as error:
+                if not processes.is_lost_peer(error):
+                    raise
+                raise UsageError(f"another process has ended; {checkpoints.saved(args.output)}") from error
             finally:
                 progress.close()
                 config.use_cache = use_cache

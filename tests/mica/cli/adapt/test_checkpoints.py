@@ -77,7 +77,9 @@ def test_no_marker_where_the_disk_is_full(tmp_path, monkeypatch, stage):
 def test_every_file_is_on_the_disk_before_the_marker(tmp_path, monkeypatch):
     folder = make(tmp_path, 1, marked=False)
     flushed = []
-    monkeypatch.setattr(checkpoints, "_flush", lambda path: flushed.append((path.name, (folder / "complete.json").exists())))
+    monkeypatch.setattr(
+        checkpoints, "_flush", lambda path: flushed.append((path.name, (folder / "complete.json").exists()))
+    )
     checkpoints.mark(folder)
     before = {name for name, marked in flushed if not marked}
     assert before == {"adapter_model.safetensors", "shard.distcp", ".complete.json"}
@@ -93,7 +95,9 @@ def test_the_last_complete_ones_are_kept(tmp_path):
 
 
 def test_resume_without_a_checkpoint_is_refused(tmp_path):
-    with pytest.raises(UsageError, match=r"--resume: nothing to go on from in .*it has no checkpoint; leave out --resume"):
+    with pytest.raises(
+        UsageError, match=r"--resume: nothing to go on from in .*it has no checkpoint; leave out --resume"
+    ):
         checkpoints.to_resume(tmp_path)
     make(tmp_path, 3, marked=False)
     with pytest.raises(UsageError, match="checkpoint-3 is incomplete"):
@@ -103,5 +107,7 @@ def test_resume_without_a_checkpoint_is_refused(tmp_path):
 def test_other_settings_are_refused(tmp_path):
     folder = make(tmp_path, 3, processes=2, batch_size=4)
     checkpoints.check(folder, processes=2, batch_size=4, data="not in the marker")
-    with pytest.raises(UsageError, match="checkpoint-3 was written with batch size 4, and now it is 8: the batches"):
+    with pytest.raises(
+        UsageError, match="checkpoint-3 was written with batch size 4, and now it is 8: the batches"
+    ):
         checkpoints.check(folder, processes=2, batch_size=8)

@@ -104,7 +104,9 @@ def test_two_processes_learn_as_one_with_twice_the_batch(tmp_path):
     options = {"dropout": 0.0, "steps": 12, "eval_steps": 6}
     data = corpus(30, retain=3)  # of an epoch's 30 blocks, 28 make whole batches
     alone = run(settings(tmp_path / "one", **options), data)
-    first, second = two(run, settings(tmp_path / "two", batch_size=2, **options), data, folder=tmp_path).results()
+    first, second = two(
+        run, settings(tmp_path / "two", batch_size=2, **options), data, folder=tmp_path
+    ).results()
     assert first.history[:1] == second.history[:1]
     assert losses(first.history) == losses(second.history)
     assert losses(first.history) == pytest.approx(losses(alone.history), rel=1e-6)
@@ -176,6 +178,34 @@ def test_what_one_process_cannot_write_stops_both(tmp_path):
     (line,) = [line for line in errors.splitlines() if "error" in line]
     assert "checkpoint-10 cannot be written: No space left on device; the last complete checkpoint is" in line
     assert [path.name for path in checkpoints.folders(args.output)] == ["checkpoint-5"]
+
+
+def die_at(args, step):
+    data = corpus()
+    if os.environ["RANK"] == "0":
+        return run(args, data)
+
+    class Blocks(list):
+        count = 0
+
+        def __getitem__(self, index):
+            self.count += 1
+            if self.count == len(self) + step * args.batch_size:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return super().__getitem__(index)
+
+    data.train = Blocks(data.train)
+    return run(args, data)
+
+
+def test_a_lost_process_is_one_line(tmp_path):
+    args = settings(tmp_path / "out", batch_size=2)
+    errors = two(die_at, args, 8, folder=tmp_path, statuses=(2, -9)).errors()
+    assert errors.splitlines()[-1] == (
+        f"error: another process has ended; the last complete checkpoint is {args.output}/checkpoint-5 "
+        "(--resume goes on from it)"
+    )
+    assert "Traceback" not in errors
 
 
 @pytest.mark.parametrize("kind", ["FULL_STATE_DICT", "SHARDED_STATE_DICT"])
