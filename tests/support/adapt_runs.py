@@ -22,7 +22,7 @@ import torch.distributed as dist
 from accelerate.utils import DistributedType
 from peft import LoraConfig, PeftModel, get_peft_model
 
-import mica.fast
+import mica.fast  # noqa: F401 (from here on PEFT's MiCA is this backend's)
 from mica.cli.adapt import processes, signals, training
 from mica.cli.adapt.training import Training
 from mica.errors import UsageError
@@ -33,7 +33,7 @@ SERVER.set_forkserver_preload(["tests.support.adapt_runs"])
 
 
 def blocks(count: int, seed: int, documents: bool = True, length: int = 32) -> list[dict[str, torch.Tensor]]:
-    """Random tokens with a regularity to learn; with ``documents``, two a block: their starts are not predicted."""
+    """Random tokens with a regularity to learn. ``documents``: two a block, starts are not predicted."""
     generator = torch.Generator().manual_seed(seed)
     made = []
     for _ in range(count):

@@ -1,7 +1,8 @@
 """Checkpoints that are whole, or do not count.
 
 The Trainer writes a checkpoint file by file. Whatever happens in between, a checkpoint counts only with the
-marker ``complete.json``, which is written last, after all files have reached the disk, and names each with its size.
+marker ``complete.json``, which is written last, after all files have reached the disk, and names each with
+its size.
 """
 
 import json
@@ -109,16 +110,17 @@ def check(checkpoint: Path, **settings: Any) -> None:
     for name, value in settings.items():
         if found.get(name, value) != value:
             raise UsageError(
-                f"--resume: {checkpoint.name} was written with {name.replace('_', ' ')} {found[name]}, and now it is "
-                f"{value}: the batches would be others. Go on with the same, or start anew from the checkpoint "
-                f"by --adapter {checkpoint}"
+                f"--resume: {checkpoint.name} was written with {name.replace('_', ' ')} {found[name]}, and "
+                f"now it is {value}: the batches would be others. Go on with the same, or start anew from "
+                f"the checkpoint by --adapter {checkpoint}"
             )
 
 
 def rotate(output: Path, keep: int) -> None:
     """Remove all but the last ``keep`` complete checkpoints. One process only; raises nothing.
 
-    Not left to the Trainer: it removes the oldest by time of modification, and before the newest is known to be whole.
+    Not left to the Trainer: it removes the oldest by time of modification, and before the newest is known to
+    be whole.
     """
     complete = [path for path in folders(output) if facts(path) is not None]
     for path in complete[:-keep]:
@@ -134,7 +136,10 @@ def discard_incomplete(output: Path) -> None:
 
 @contextmanager
 def written(output: Path, name: str) -> Iterator[None]:
-    """Turn failures to write ``output/name`` into one UsageError in all processes, and remove what is half done."""
+    """Turn a failure to write ``output/name`` into one UsageError in all processes; remove what is half done.
+
+    Every process must enter it. An error of another kind is raised as it is.
+    """
     failed = None
     try:
         yield

@@ -67,12 +67,12 @@ def likelihood(
     desc: str = "",
     device: torch.device | None = None,
 ) -> Likelihood:
-    """Score ``blocks``: items with input_ids, labels and maybe position_ids, int64 of shape (sequence_length,).
+    """Score ``blocks``: items with input_ids, labels and maybe position_ids, int64, (sequence_length,) each.
 
     A token counts if its label is not -100 and it is not the first of its block. The loss is taken in fp32
-    whatever the dtype of the logits, and summed in fp64. Each process scores a share of the blocks and all return
-    the same; every one does as many forwards, as FSDP needs. ``desc`` labels the progress bar; without it there is
-    none. ``device``: that of the inputs, by default that of the first parameter.
+    whatever the dtype of the logits, and summed in fp64. Each process scores a share of the blocks and all
+    return the same; every one does as many forwards, as FSDP needs. ``desc`` labels the progress bar; without
+    it there is none. ``device``: that of the inputs, by default that of the first parameter.
     """
     state = PartialState()
     device = device or next(model.parameters()).device

@@ -10,7 +10,7 @@ import os
 import sys
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from typing import Any
 
@@ -64,10 +64,8 @@ def _silence() -> None:
 def finish() -> None:
     """Leave the group, if there is one. Does not wait for the others, and raises nothing."""
     if dist.is_available() and dist.is_initialized():
-        try:
+        with suppress(RuntimeError, ValueError):  # another process has gone already
             dist.destroy_process_group()
-        except (RuntimeError, ValueError):  # another process has gone already
-            pass
 
 
 def several() -> bool:
@@ -106,8 +104,8 @@ def agree(error: Exception | None) -> None:
 def on_main(function: Callable[..., Any], *arguments: Any) -> Any:
     """``function(*arguments)`` in the main process, while the others wait; all return its result.
 
-    The result must be picklable. Raises in every process what is raised in the main one: there the error itself,
-    elsewhere a UsageError with its message.
+    The result must be picklable. Raises in every process what is raised in the main one: there the error
+    itself, elsewhere a UsageError with its message.
     """
     if not several():
         return function(*arguments)

@@ -4,7 +4,7 @@ import os
 import signal
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from types import FrameType
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
@@ -74,10 +74,8 @@ class Request:
 
 def say(text: str) -> None:
     """Write a line to standard error from a signal handler, where Python's own buffers may be in use."""
-    try:
+    with suppress(OSError):  # closed: the terminal has gone
         os.write(2, f"\n{text}\n".encode())
-    except OSError:  # closed: the terminal has gone
-        pass
 
 
 @contextmanager

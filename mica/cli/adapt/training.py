@@ -1,4 +1,4 @@
-"""Continued pretraining of a model with an adapter: a layer over ``transformers.Trainer`` that loses nothing."""
+"""Continued pretraining of a model with an adapter: a layer over ``transformers.Trainer``."""
 
 import argparse
 import hashlib
@@ -29,8 +29,9 @@ class Training(NamedTuple):
 
     ``history``: the Trainer's ``log_history``: a dictionary per log, with "step" and "loss" or "eval_…".
     ``steps``, ``tokens``: optimiser steps done, tokens read. ``seconds``: wall time of training, checkpoints
-    included, evaluations not. ``loss``: mean training loss over all steps, nats per token. ``interrupted``: the name of
-    the signal that ended it, as "SIGINT"; then nothing but a checkpoint was written. ``checkpoint``: the last one.
+    included, evaluations not. ``loss``: mean training loss over all steps, nats per token. ``interrupted``:
+    the name of the signal that ended it, as "SIGINT"; then nothing but a checkpoint was written.
+    ``checkpoint``: the last one.
     """
 
     history: list[dict[str, Any]]
@@ -66,8 +67,9 @@ def check(args: argparse.Namespace) -> None:
 def find_checkpoint(args: argparse.Namespace) -> Path | None:
     """The checkpoint to go on from; None without ``--resume``.
 
-    Raises UsageError if there is none, or it was written by a run with other batches: the same sum of blocks over
-    another number of processes is refused too, because dropout draws from one generator a process.
+    Raises UsageError if there is none, or it was written by a run with other batches. The same sum of blocks
+    over another number of processes is refused too: dropout draws from one generator a process, and with
+    accumulation an epoch's last step is another.
     """
     if not args.resume:
         return None
@@ -183,8 +185,8 @@ class _Trainer(Trainer):
             )
 
     def _save_checkpoint(self, *args, **kwargs) -> None:
-        # Private to the Trainer. Should a version not call it, a full disk ends in a traceback, and nothing else
-        # changes: the marker is written by a callback.
+        # Private to the Trainer. Should a version not call it, a full disk ends in a traceback, and nothing
+        # else changes: the marker is written by a callback.
         with checkpoints.written(self.output, f"checkpoint-{self.state.global_step}"):
             super()._save_checkpoint(*args, **kwargs)
 
@@ -215,15 +217,16 @@ def _is_mixture(model) -> bool:
 def train(model, corpus, args: argparse.Namespace, checkpoint: Path | None) -> Training:
     """Train the adapter of ``model`` in place, and write it to ``args.output``. Every process must call this.
 
-    ``model``: the PeftModel, on this process's device; with ``checkpoint`` its adapter must be that of the checkpoint.
-    ``corpus``: ``train``, ``held_out`` and ``retain`` (or None), each a map-style dataset of ``input_ids``,
-    ``labels`` and maybe ``position_ids``, int64 of shape (sequence_length,). Blocks are drawn in random order, each once
-    an epoch; the last few of an epoch that give no whole batch are left out.
+    ``model``: the PeftModel, on this process's device; with ``checkpoint`` its adapter must be that of the
+    checkpoint. ``corpus``: ``train``, ``held_out`` and ``retain`` (or None), each a map-style dataset of
+    ``input_ids``, ``labels`` and maybe ``position_ids``, int64 of shape (sequence_length,). Blocks are drawn
+    in random order, each once an epoch; the last few of an epoch that give no whole batch are left out.
 
-    After a signal (see `signals`) it returns with ``interrupted`` and a checkpoint, but no adapter in ``args.output``.
+    After a signal (see `signals`) it returns with ``interrupted`` and a checkpoint, but no adapter in
+    ``args.output``.
 
-    Raises UsageError if a loss or weight is not finite, something cannot be written, or the checkpoint was written with
-    other batches or data; signals.Stopped at a second Ctrl-C.
+    Raises UsageError if a loss or weight is not finite, something cannot be written, or the checkpoint was
+    written with other batches or data; signals.Stopped at a second Ctrl-C.
     """
     main = PartialState().is_main_process
     settings = {**_settings(args), "data": _content(corpus.train)}

@@ -5,8 +5,10 @@ import json
 import os
 import shutil
 import signal
+from importlib import import_module
 from pathlib import Path
 
+import peft.peft_model
 import pytest
 import torch
 from peft import PeftModel
@@ -182,9 +184,10 @@ def test_a_signal_ends_the_run_with_a_checkpoint(tmp_path, monkeypatch, capfd, s
 
 
 def test_a_second_ctrl_c_ends_it_at_once(tmp_path, monkeypatch):
-    with monkeypatch.context() as patch, pytest.raises(training.signals.Stopped) as stopped:
+    with monkeypatch.context() as patch:
         interrupted(patch, _Interrupt(7, signal.SIGINT, signal.SIGINT))
-        run(settings(tmp_path))
+        with pytest.raises(training.signals.Stopped) as stopped:
+            run(settings(tmp_path))
     assert stopped.value.status == 130
     assert checkpoints.latest(tmp_path) == tmp_path / "checkpoint-5"
     assert run(settings(tmp_path, resume=True)).steps == 10
@@ -254,18 +257,15 @@ def test_a_finished_run_can_be_resumed(tmp_path):
     assert all(torch.equal(tensor, before[name]) for name, tensor in weights(tmp_path).items())
 
 
-def test_other_batches_are_refused(tmp_path):
+def test_other_batches_are_refused(tmp_path, monkeypatch):
     run(settings(tmp_path, steps=5))
     args = settings(tmp_path, resume=True)
     with pytest.raises(UsageError, match="with batch size 4, and now it is 2"):
         training.find_checkpoint(settings(tmp_path, resume=True, batch_size=2, gradient_accumulation_steps=2))
-    with pytest.raises(UsageError, match="with processes 1, and now it is 2"):
-        monkey = training.PartialState()
-        monkey.num_processes = 2
-        try:
+    with monkeypatch.context() as patch:
+        patch.setitem(training.PartialState._shared_state, "num_processes", 2)
+        with pytest.raises(UsageError, match="with processes 1, and now it is 2"):
             training.find_checkpoint(args)
-        finally:
-            monkey.num_processes = 1
     assert training.find_checkpoint(args) == tmp_path / "checkpoint-5"
     assert training.find_checkpoint(settings(tmp_path)) is None
     with pytest.raises(UsageError, match=r"with data 64 blocks \(.*\), and now it is 63 blocks"):
@@ -315,9 +315,7 @@ def failing(original, error, part="", after=2):
     ids=["adapter", "optimizer", "scheduler", "rng", "state", "marker", "permission"],
 )
 def test_what_cannot_be_written_leaves_the_checkpoint_before(tmp_path, monkeypatch, where, name, error, part):
-    import importlib
-
-    where = importlib.import_module(where) if isinstance(where, str) else where
+    where = import_module(where) if isinstance(where, str) else where
     full = type("usage", (), {"free": 0})
     with monkeypatch.context() as patch:
         patch.setattr("shutil.disk_usage", lambda path: full)
@@ -335,8 +333,6 @@ def test_what_cannot_be_written_leaves_the_checkpoint_before(tmp_path, monkeypat
 
 def test_the_final_adapter_cannot_be_written(tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
-        import peft.peft_model
-
         patch.setattr(
             peft.peft_model, "safe_save_file", failing(peft.peft_model.safe_save_file, FULL, after=3)
         )
