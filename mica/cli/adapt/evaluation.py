@@ -1,35 +1,116 @@
-"""Held-out perplexity of a causal language model."""
+"""Perplexity of a causal language model, exact over any number of processes."""
 
 import math
+from typing import Any, NamedTuple
 
 import torch
-from torch.nn.functional import cross_entropy
+from accelerate import PartialState
+from accelerate.utils import reduce
+from torch.nn.functional import cross_entropy, pad
+from torch.utils.data import Dataset, default_collate
 from tqdm import tqdm
 
 from mica.errors import UsageError
 
+IGNORED = -100  # the label of a token that is not predicted, as everywhere in transformers
+
+# The fp32 copy of the logits is made in slices of this many numbers (128 MiB): training holds more than that.
+_SLICE = 2**25
+
+
+class Likelihood(NamedTuple):
+    """``nll``: the sum of negative log-likelihoods, in nats, of ``tokens`` predicted tokens."""
+
+    nll: float
+    tokens: int
+
+    @property
+    def loss(self) -> float:
+        """Nats per predicted token."""
+        return self.nll / self.tokens
+
+    @property
+    def perplexity(self) -> float:
+        """exp(loss); infinite where that overflows."""
+        return math.exp(self.loss) if self.loss < 700 else math.inf
+
+
+def collate(items: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+    """Blocks to a batch, (batch_size, sequence_length) each.
+
+    The first label of a block becomes -100: nothing comes before it, so it is never predicted. Versions of
+    transformers differ in whether they count it; this way all of them divide by the same number.
+    """
+    batch = default_collate(items)
+    labels = batch["labels"].clone()
+    labels[:, 0] = IGNORED
+    return {**batch, "labels": labels}
+
+
+def _nll(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """The sum over all predicted tokens, fp64 on the CPU; logits (batch, length, vocabulary) of any dtype."""
+    targets = pad(labels[:, 1:], (0, 1), value=IGNORED).flatten()  # so that the logits are not copied
+    scores = logits.flatten(0, 1)
+    rows = max(1, _SLICE // scores.shape[-1])
+    sums = [
+        cross_entropy(some.float(), theirs, ignore_index=IGNORED, reduction="sum")
+        for some, theirs in zip(scores.split(rows), targets.split(rows), strict=True)
+    ]
+    return torch.stack(sums).cpu().double().sum()
+
 
 @torch.no_grad()
-def perplexity(model: torch.nn.Module, blocks: torch.Tensor, batch_size: int, desc: str = "") -> float:
-    """Return exp(mean negative log-likelihood per predicted token) of ``blocks``.
+def likelihood(
+    model: torch.nn.Module,
+    blocks: Dataset[dict[str, torch.Tensor]],
+    batch_size: int,
+    desc: str = "",
+    device: torch.device | None = None,
+) -> Likelihood:
+    """Score ``blocks``: items with input_ids, labels and maybe position_ids, int64, (sequence_length,) each.
 
-    ``blocks``: (num_blocks, sequence_length) token ids. The first token of a block predicts and is not
-    predicted: num_blocks * (sequence_length - 1) tokens count. The loss is taken in fp32 whatever the
-    dtype of the logits, and summed in fp64. ``desc`` labels the progress bar; without it there is none.
+    A token counts if its label is not -100 and it is not the first of its block. The loss is taken in fp32
+    whatever the dtype of the logits, and summed in fp64. Each process scores a share of the blocks and all
+    return the same; every one does as many forwards, as FSDP needs. ``desc`` labels the progress bar; without
+    it there is none. ``device``: that of the inputs, by default that of the first parameter.
+    """
+    state = PartialState()
+    device = device or next(model.parameters()).device
+    mine = range(state.process_index, len(blocks), state.num_processes)
+    rounds = math.ceil(math.ceil(len(blocks) / state.num_processes) / batch_size)
+    totals = torch.zeros(2, dtype=torch.float64)
+    was_training = model.training
+    model.eval()
+    for turn in tqdm(range(rounds), desc=desc, leave=False, disable=not desc or not state.is_main_process):
+        chosen = mine[turn * batch_size : (turn + 1) * batch_size]
+        batch = collate([blocks[index] for index in chosen or (0,)])  # without a share: only to take part
+        inputs: dict[str, Any] = {name: tensor.to(device) for name, tensor in batch.items()}
+        labels = inputs.pop("labels")
+        logits = model(**inputs, use_cache=False).logits
+        if chosen:
+            totals += torch.stack([_nll(logits, labels), (batch["labels"] != IGNORED).sum().double()])
+    model.train(was_training)
+    if state.num_processes > 1:
+        totals = reduce(totals.to(state.device), "sum").cpu()
+    return Likelihood(totals[0].item(), int(totals[1]))
+
+
+def perplexity(
+    model: torch.nn.Module, blocks: Dataset[dict[str, torch.Tensor]], batch_size: int, desc: str = ""
+) -> float:
+    """exp(mean negative log-likelihood per predicted token) of ``blocks``; see `likelihood`.
 
     Raises UsageError if the result is not a finite number.
     """
-    was_training = model.training
-    model.eval()
-    device = next(model.parameters()).device
-    total = torch.zeros((), dtype=torch.float64)
-    for batch in tqdm(blocks.split(batch_size), desc=desc, disable=not desc):
-        batch = batch.to(device)
-        logits = model(input_ids=batch).logits[:, :-1]  # (batch_size, sequence_length - 1, vocab_size)
-        loss = cross_entropy(logits.float().flatten(0, 1), batch[:, 1:].flatten(), reduction="sum")
-        total += loss.double().cpu()
-    model.train(was_training)
-    result = total.div(blocks[:, 1:].numel()).exp().item()
-    if not math.isfinite(result):
-        raise UsageError(f"the held-out perplexity is not finite ({result}): the model is broken or diverged")
-    return result
+    return finite(likelihood(model, blocks, batch_size, desc)).perplexity
+
+
+def finite(score: Likelihood) -> Likelihood:
+    """``score`` itself. Raises UsageError if its perplexity is not finite, or nothing was predicted."""
+    if not score.tokens:
+        raise UsageError("no token of the held-out text is predicted: every document in it is one token long")
+    if not math.isfinite(score.perplexity):
+        raise UsageError(
+            f"the held-out perplexity is not finite ({score.perplexity}): the model is broken or diverged"
+        )
+    return score

@@ -1,38 +1,204 @@
-"""Continued pretraining of a model with an adapter: a thin layer over ``transformers.Trainer``."""
+"""Continued pretraining of a model with an adapter: a layer over ``transformers.Trainer``."""
 
+import argparse
+import hashlib
 import math
-import tempfile
-from typing import NamedTuple
+import time
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
-from transformers import Trainer, TrainingArguments
-from transformers.trainer_callback import ProgressCallback
+from accelerate import PartialState
+from torch.utils.data import Dataset
+from transformers import Trainer, TrainerState, TrainingArguments, get_scheduler, set_seed
+from transformers.integrations import get_reporting_integration_callbacks
+from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
+from mica.cli.adapt import checkpoints, evaluation, processes, signals
+from mica.cli.adapt.callbacks import FiniteOnly, Marking, Milestones, Progress, Stopping
+from mica.cli.output import one_line
 from mica.errors import UsageError
+
+_STATE = "trainer_state.json"  # the Trainer's name
+_KEPT = 2  # checkpoints
+_SAMPLED_BLOCKS = 64  # that stand for the data when a run is resumed
 
 
 class Training(NamedTuple):
-    """Wall time of the training loop in seconds, tokens it read, mean training loss (nats per token)."""
+    """What a run did, all its sessions together.
 
-    seconds: float
+    ``history``: the Trainer's ``log_history``: a dictionary per log, with "step" and "loss" or "eval_…".
+    ``steps``, ``tokens``: optimiser steps done, tokens read. ``seconds``: wall time of training, checkpoints
+    included, evaluations not. ``loss``: mean training loss over all steps, nats per token. ``interrupted``:
+    the name of the signal that ended it, as "SIGINT"; then nothing but a checkpoint was written.
+    ``checkpoint``: the last one.
+    """
+
+    history: list[dict[str, Any]]
+    steps: int
     tokens: int
+    seconds: float
     loss: float
+    interrupted: str | None
+    checkpoint: Path | None
 
 
-class _LossOnBar(ProgressCallback):
-    """The Trainer's progress bar with the loss on it; a loss that is not finite ends the training."""
+def check(args: argparse.Namespace) -> None:
+    """Raise UsageError for an ``--optimizer``, ``--scheduler`` or ``--report-to`` that cannot be used here.
 
-    def on_log(self, args, state, control, logs=None, **kwargs):
-        loss = (logs or {}).get("loss")
-        if loss is None:
-            return
-        if not math.isfinite(loss):
-            self.training_bar.close()
-            raise UsageError(
-                f"the training loss is not finite ({loss}) at or before step {state.global_step}; nothing "
-                f"was saved. Try a lower --learning-rate (now {args.learning_rate:g}) or --dtype float32"
+    Needs no model: what else the Trainer would find out after the model was loaded and solved.
+    """
+    try:
+        get_scheduler(args.scheduler, torch.optim.SGD([torch.zeros(1)]), 0, 1)
+    except (ValueError, TypeError) as error:
+        raise UsageError(f"--scheduler {args.scheduler}: {one_line(error)}") from error
+    try:
+        Trainer.get_optimizer_cls_and_kwargs(_arguments(args, total_steps=1, global_batch=1, blocks=1))
+    except (ValueError, ImportError, RuntimeError) as error:
+        raise UsageError(f"--optimizer {args.optimizer}: {one_line(error)}") from error
+    for name in args.report_to:
+        try:
+            for callback in get_reporting_integration_callbacks([name]):
+                callback()
+        except (ValueError, ImportError, RuntimeError) as error:
+            raise UsageError(f"--report-to {name}: {one_line(error)}") from error
+
+
+def find_checkpoint(args: argparse.Namespace) -> Path | None:
+    """The checkpoint to go on from; None without ``--resume``.
+
+    Raises UsageError if there is none, or it was written by a run with other batches. The same sum of blocks
+    over another number of processes is refused too: dropout draws from one generator a process, and with
+    accumulation an epoch's last step is another.
+    """
+    if not args.resume:
+        return None
+    checkpoint = checkpoints.to_resume(args.output)
+    checkpoints.check(checkpoint, **_settings(args))
+    return checkpoint
+
+
+def _settings(args) -> dict[str, int]:
+    """What decides the batches, by the names that `checkpoints.check` shows."""
+    return {
+        "processes": PartialState().num_processes,
+        "batch_size": args.batch_size,
+        "gradient_accumulation_steps": args.gradient_accumulation_steps,
+    }
+
+
+def _content(blocks: Dataset) -> str:
+    """A hash of the number of blocks and of some of them: other data is other batches."""
+    digest = hashlib.blake2b(str(len(blocks)).encode(), digest_size=8)
+    for index in (
+        torch.linspace(0, len(blocks) - 1, min(len(blocks), _SAMPLED_BLOCKS)).round().long().tolist()
+    ):
+        digest.update(blocks[index]["input_ids"].numpy().tobytes())
+    return f"{len(blocks)} blocks ({digest.hexdigest()})"
+
+
+def _arguments(args, *, total_steps: int, global_batch: int, blocks: int, **more) -> TrainingArguments:
+    return TrainingArguments(
+        output_dir=str(args.output),
+        max_steps=-1 if args.steps is None else args.steps,
+        num_train_epochs=args.epochs or 1,
+        per_device_train_batch_size=args.batch_size,
+        gradient_accumulation_steps=args.gradient_accumulation_steps,
+        # With a last batch that is smaller, N processes fill theirs up with blocks from the epoch's start.
+        dataloader_drop_last=blocks >= global_batch,
+        dataloader_pin_memory=not processes.use_cpu(),
+        learning_rate=args.learning_rate,
+        lr_scheduler_type=args.scheduler,
+        warmup_steps=math.ceil(args.warmup_ratio * total_steps),
+        weight_decay=args.weight_decay,
+        max_grad_norm=args.max_grad_norm,
+        optim=args.optimizer,
+        seed=args.seed,
+        data_seed=args.seed,
+        logging_steps=args.log_steps,
+        logging_nan_inf_filter=False,  # or the loss that is shown skips the bad steps
+        include_num_input_tokens_seen="all",
+        eval_strategy="steps",
+        eval_steps=args.eval_steps or 2**31,  # without it: at the start and at the end only
+        metric_for_best_model="eval_held_out_loss" if args.scheduler == "reduce_lr_on_plateau" else None,
+        save_strategy="steps",
+        save_steps=args.save_steps,
+        save_total_limit=None,  # see checkpoints.rotate
+        report_to=args.report_to or "none",
+        remove_unused_columns=False,
+        use_cpu=processes.use_cpu(),
+        disable_tqdm=True,
+        **more,
+    )
+
+
+def _total_steps(args, blocks: int, processes_: int) -> int:
+    """The number of optimiser steps, as the Trainer will count them."""
+    if args.steps is not None:
+        return args.steps
+    batches = max(1, blocks // (args.batch_size * processes_))
+    return math.ceil(args.epochs * math.ceil(batches / args.gradient_accumulation_steps))
+
+
+class _Trainer(Trainer):
+    """With exact perplexities, adapters without base weights, and one line for what cannot be written."""
+
+    def __init__(self, *, sets: dict[str, Dataset], output: Path, **options):
+        super().__init__(**options)
+        self.sets = sets
+        self.output = output
+        self.paused = 0.0  # seconds spent in evaluation
+
+    def evaluate(self, *args, metric_key_prefix: str = "eval", **kwargs) -> dict[str, float]:
+        """Perplexity and loss of every set, logged. Raises UsageError if one is not finite."""
+        begin = time.perf_counter()
+        model = self.model_wrapped if self.is_deepspeed_enabled else self.model
+        metrics = {}
+        for name, blocks in self.sets.items():
+            score = evaluation.finite(
+                evaluation.likelihood(
+                    model, blocks, self.args.per_device_train_batch_size, device=self.args.device
+                )
             )
-        self.training_bar.set_postfix(loss=f"{loss:.3f}")
+            metrics[f"{metric_key_prefix}_{name}_loss"] = score.loss
+            metrics[f"{metric_key_prefix}_{name}_perplexity"] = score.perplexity
+        self.log(metrics)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        self.paused += time.perf_counter() - begin
+        return metrics
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Write the adapter. Every process must call it: under FSDP2 it is gathered.
+
+        Not by the Trainer's own: that adds a pickle of its arguments, embeddings of the base, and under
+        FSDP2 the whole model in the main process's memory (or nothing, with sharded checkpoints).
+        """
+        if self.is_deepspeed_enabled:
+            super().save_model(output_dir, _internal_call)
+            return
+        state = _gathered(self.model) if self.is_fsdp_enabled else None
+        if self.args.should_save:
+            # "auto", the default, would look for the base's config.json to find out whether it was resized
+            options = {"state_dict": state, "save_embedding_layers": False}
+            self.accelerator.unwrap_model(self.model).save_pretrained(
+                output_dir or self.args.output_dir, **options
+            )
+
+    def _save_checkpoint(self, *args, **kwargs) -> None:
+        # Private to the Trainer. Should a version not call it, a full disk ends in a traceback, and nothing
+        # else changes: the marker is written by a callback.
+        with checkpoints.written(self.output, f"checkpoint-{self.state.global_step}"):
+            super()._save_checkpoint(*args, **kwargs)
+
+
+def _gathered(model) -> dict[str, torch.Tensor]:
+    """The adapter's weights in full, on the CPU; a collective."""
+    state = {}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad or "lora_" in name or "modules_to_save" in name:
+            whole = getattr(parameter, "full_tensor", lambda parameter=parameter: parameter)()
+            state[name.replace("_checkpoint_wrapped_module.", "")] = whole.detach().cpu()
+    return state
 
 
 def _checkpoint_activations(model) -> None:
@@ -42,53 +208,150 @@ def _checkpoint_activations(model) -> None:
     enable({"use_reentrant": False})
 
 
-def train(
-    model,
-    blocks: torch.Tensor,
-    *,
-    steps: int,
-    batch_size: int,
-    learning_rate: float,
-    warmup_ratio: float,
-    gradient_checkpointing: bool,
-    seed: int,
-) -> Training:
-    """Train the adapter of ``model`` in place on ``blocks``, (num_blocks, sequence_length) token ids.
+def _is_mixture(model) -> bool:
+    """Whether a step may leave adapters unused: those of experts."""
+    config = getattr(model, "config", None)
+    return any("expert" in name for name in (config.to_dict() if hasattr(config, "to_dict") else {}))
 
-    AdamW without weight decay, linear warm-up and decay. Blocks are drawn in random order, ``batch_size``
-    per step, and again once all were seen. Writes nothing to disk.
 
-    Raises UsageError if the loss becomes NaN or infinite (checked every tenth step; what happens after
-    the last check shows in the perplexity).
+def train(model, corpus, args: argparse.Namespace, checkpoint: Path | None) -> Training:
+    """Train the adapter of ``model`` in place, and write it to ``args.output``. Every process must call this.
+
+    ``model``: the PeftModel, on this process's device; with ``checkpoint`` its adapter must be that of the
+    checkpoint. ``corpus``: ``train``, ``held_out`` and ``retain`` (or None), each a map-style dataset of
+    ``input_ids``, ``labels`` and maybe ``position_ids``, int64 of shape (sequence_length,). Blocks are drawn
+    in random order, each once an epoch; the last few of an epoch that give no whole batch are left out.
+
+    After a signal (see `signals`) it returns with ``interrupted`` and a checkpoint, but no adapter in
+    ``args.output``.
+
+    Raises UsageError if a loss or weight is not finite, something cannot be written, or the checkpoint was
+    written with other batches or data; signals.Stopped at a second Ctrl-C.
     """
-    if gradient_checkpointing:
+    main = PartialState().is_main_process
+    settings = {**_settings(args), "data": _content(corpus.train)}
+    earlier = {}
+    if checkpoint is not None:
+        checkpoints.check(checkpoint, **settings)
+        earlier = checkpoints.facts(checkpoint)
+        if main:
+            checkpoints.discard_incomplete(args.output)
+        processes.wait()
+    if args.gradient_checkpointing:
         _checkpoint_activations(model.get_base_model())
-    with tempfile.TemporaryDirectory() as scratch:  # the Trainer creates its output folder in any case
-        trainer = Trainer(
-            model=model,
-            args=TrainingArguments(
-                output_dir=scratch,
-                max_steps=steps,
-                per_device_train_batch_size=batch_size,
-                learning_rate=learning_rate,
-                warmup_steps=math.ceil(steps * warmup_ratio),
-                seed=seed,
-                logging_steps=min(10, steps),
-                logging_nan_inf_filter=False,  # or the loss that is shown skips the bad steps
-                include_num_input_tokens_seen="all",
-                remove_unused_columns=False,
-                save_strategy="no",
-                report_to="none",
-                disable_tqdm=False,
-                dataloader_pin_memory=torch.cuda.is_available(),
-            ),
-            train_dataset=[{"input_ids": block, "labels": block} for block in blocks],
-        )
-        trainer.remove_callback(ProgressCallback)
-        trainer.add_callback(_LossOnBar())
-        result = trainer.train()
+
+    request = signals.Request(repeats_stop=not processes.several(), announce=_announce if main else _ignore)
+    stopping, progress = Stopping(request), Progress()
+    config = model.get_base_model().config
+    use_cache, config.use_cache = (
+        getattr(config, "use_cache", True),
+        False,
+    )  # a cache hides where documents begin
+    trainer = _build(model, corpus, args, checkpoint)
+    settings["engine"] = trainer.accelerator.distributed_type.value
+    if checkpoint is not None:
+        checkpoints.check(checkpoint, engine=settings["engine"])
+    begin = time.perf_counter()
+
+    def seconds():
+        return earlier.get("seconds", 0.0) + time.perf_counter() - begin - trainer.paused
+
+    def mark(step):
+        with checkpoints.written(args.output, f"checkpoint-{step}"):
+            processes.wait()
+            if main:
+                checkpoints.mark(args.output / f"checkpoint-{step}", step=step, seconds=seconds(), **settings)
+                checkpoints.rotate(args.output, _KEPT)
+
+    finite = FiniteOnly(lambda: checkpoints.saved(args.output))
+    for callback in (stopping, Milestones(), finite, Marking(mark), progress):
+        trainer.add_callback(callback)
+
+    with request.heeded():
+        finished = checkpoint is not None and _state_if_finished(checkpoint, args)
+        if finished:
+            trainer.state = finished
+        else:
+            try:
+                trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint))
+            except RuntimeError as error:
+                if not processes.is_lost_peer(error):
+                    raise
+                raise UsageError(f"another process has ended; {checkpoints.saved(args.output)}") from error
+            finally:
+                progress.close()
+                config.use_cache = use_cache
+        stopped = processes.largest(stopping.agreed or request.signum)
+        if not stopped:
+            with checkpoints.written(args.output, "the adapter"):
+                trainer.save_model(str(args.output))
+    # without the Trainer's own summary at the end, which knows this session only
+    history = [entry for entry in trainer.state.log_history if "train_loss" not in entry]
     return Training(
-        seconds=result.metrics["train_runtime"],
+        history=history,
+        steps=trainer.state.global_step,
         tokens=int(trainer.state.num_input_tokens_seen),
-        loss=result.training_loss,
+        seconds=earlier["seconds"] if finished else seconds(),
+        loss=_mean_loss(history),
+        interrupted=signals.name_of(stopped),
+        checkpoint=checkpoints.latest(args.output),
     )
+
+
+def _announce(name: str) -> None:
+    again = "" if processes.several() or name != "SIGINT" else "; Ctrl-C again stops at once"
+    signals.say(f"mica adapt: {name}: finishing this step and saving a checkpoint{again}")
+
+
+def _ignore(name: str) -> None:
+    """What processes other than the main one say."""
+
+
+def _build(model, corpus, args, checkpoint) -> _Trainer:
+    count = PartialState().num_processes
+    blocks = len(corpus.train)
+    arguments = _arguments(
+        args,
+        total_steps=_total_steps(args, blocks, count),
+        global_batch=args.batch_size * count,
+        blocks=blocks,
+        eval_on_start=checkpoint is None,
+        ddp_find_unused_parameters=_is_mixture(model),
+    )
+    if arguments.n_gpu > 1:
+        arguments._n_gpu = 1  # or one process would train on all GPUs by DataParallel; there is no public way
+    sets = {"held_out": corpus.held_out}
+    if corpus.retain is not None:
+        sets["retain"] = corpus.retain
+    trainer = _Trainer(
+        sets=sets,
+        output=args.output,
+        model=model,
+        args=arguments,
+        train_dataset=corpus.train,
+        eval_dataset=corpus.held_out,
+        data_collator=evaluation.collate,
+    )
+    for callback in (PrinterCallback, ProgressCallback):
+        trainer.remove_callback(callback)
+    if trainer.is_fsdp_enabled and getattr(trainer.accelerator.state.fsdp_plugin, "fsdp_version", 1) < 2:
+        raise UsageError("FSDP version 1 shards trained and frozen weights together: set fsdp_version: 2")
+    if count > 1:
+        set_seed(args.seed + PartialState().process_index)  # dropout: other masks for other blocks
+    return trainer
+
+
+def _state_if_finished(checkpoint: Path, args) -> TrainerState | None:
+    """The state of a run that had done its last step. The Trainer would do one more if an epoch has more."""
+    state = TrainerState.load_from_json(str(checkpoint / _STATE))
+    return state if state.global_step >= (args.steps or state.max_steps) else None
+
+
+def _mean_loss(history: list[dict[str, Any]]) -> float:
+    """Over all steps: a logged loss is the mean since the log before. NaN where nothing was logged."""
+    total, last = 0.0, 0
+    for entry in history:
+        if "loss" in entry:
+            total += entry["loss"] * (entry["step"] - last)
+            last = entry["step"]
+    return total / last if last else math.nan

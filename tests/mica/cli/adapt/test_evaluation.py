@@ -5,32 +5,71 @@ import math
 import pytest
 import torch
 
-from mica.cli.adapt.evaluation import perplexity
+from mica.cli.adapt import evaluation
+from mica.cli.adapt.evaluation import Likelihood, collate, finite, likelihood, perplexity
+from mica.errors import UsageError
+from tests.support.adapt_runs import blocks
 from tests.support.tiny_cli import tiny_llama
 
 
+def logits_of(model, ids, **more):
+    with torch.no_grad():
+        return model(ids, **more).logits
+
+
+def by_hand(model, documents):
+    """Token by token: p(token | those before it in the document)."""
+    total, count = 0.0, 0
+    for document in documents:
+        for position in range(1, len(document)):
+            scores = logits_of(model, document[None, :position])[0, -1].double()
+            total -= (scores - scores.logsumexp(0))[document[position]].item()
+            count += 1
+    return total, count
+
+
 @pytest.mark.parametrize("batch_size", [1, 2, 5])
-def test_perplexity_by_hand(batch_size):
+def test_perplexity_by_hand(batch_size, monkeypatch):
+    monkeypatch.setattr(evaluation, "_SLICE", 257 * 7)  # 7 rows of logits at a time, and a rest
     model = tiny_llama()
-    blocks = torch.randint(0, 257, (3, 16), generator=torch.Generator().manual_seed(0))
-    total = 0.0
-    for block in blocks:  # token by token: p(token | those before it in the block)
-        for position in range(1, 16):
-            scores = logits_of(model, block[None, :position])[0, -1].double()
-            total -= (scores - scores.logsumexp(0))[block[position]].item()
+    data = blocks(3, 0, documents=False, length=16)
+    total, count = by_hand(model, [block["input_ids"] for block in data])
     model.train()
-    assert perplexity(model, blocks, batch_size) == pytest.approx(math.exp(total / 45), rel=1e-5)
+    assert perplexity(model, data, batch_size) == pytest.approx(math.exp(total / count), rel=1e-5)
+    assert likelihood(model, data, batch_size).tokens == count == 45
     assert model.training
 
 
-def logits_of(model, ids):
-    with torch.no_grad():
-        return model(ids).logits
+def test_the_first_token_of_a_document_is_not_predicted():
+    model = tiny_llama()
+    data = blocks(4, 0, documents=True, length=16)
+    cuts = [int((block["labels"] == -100).nonzero()[-1]) for block in data]
+    ids = [block["input_ids"] for block in data]
+    documents = [part for row, cut in zip(ids, cuts, strict=True) for part in (row[:cut], row[cut:])]
+    total, count = by_hand(model, documents)  # with position_ids attention stays within a document
+    score = likelihood(model, data, 3)
+    assert score.tokens == count == 4 * 14
+    assert score.nll == pytest.approx(total, rel=1e-6)
 
 
 def test_perplexity_takes_the_loss_in_fp32():
     model = tiny_llama().bfloat16()
-    blocks = torch.arange(64).view(2, 32)
-    scores = logits_of(model, blocks)[:, :-1].double().log_softmax(-1)
-    expected = -scores.gather(-1, blocks[:, 1:, None]).mean()
-    assert perplexity(model, blocks, 2) == pytest.approx(expected.exp().item(), rel=1e-6)
+    ids = torch.arange(64).view(2, 32)
+    scores = logits_of(model, ids)[:, :-1].double().log_softmax(-1)
+    expected = -scores.gather(-1, ids[:, 1:, None]).mean()
+    data = [{"input_ids": row, "labels": row} for row in ids]
+    assert perplexity(model, data, 2) == pytest.approx(expected.exp().item(), rel=1e-6)
+
+
+def test_collate_leaves_the_blocks_alone():
+    data = blocks(2, 0, documents=False)
+    batch = collate(data)
+    assert batch["labels"][:, 0].tolist() == [-100, -100]
+    assert batch["labels"][:, 1:].equal(batch["input_ids"][:, 1:])
+    assert data[0]["labels"][0] != -100
+
+
+@pytest.mark.parametrize(("nll", "tokens"), [(math.nan, 3), (math.inf, 3), (1e6, 3), (0.0, 0)])
+def test_a_perplexity_that_is_not_finite_is_refused(nll, tokens):
+    with pytest.raises(UsageError, match=r"not finite|no token"):
+        finite(Likelihood(nll, tokens))

@@ -1,0 +1,230 @@
+"""Two gloo processes as torchrun would start them: what one does, all know, and one speaks."""
+
+import os
+import signal
+import sys
+import time
+
+import pytest
+import torch
+import torch.distributed as dist
+from peft import PeftModel
+from safetensors.torch import load_file
+
+from mica.cli.adapt import checkpoints, processes
+from mica.cli.adapt.evaluation import likelihood
+from mica.errors import UsageError
+from tests.support.adapt_runs import Process, blocks, corpus, fresh_state, run, run_sharded
+from tests.support.adapt_settings import settings
+from tests.support.tiny_cli import logits, tiny_llama
+
+
+@pytest.fixture(autouse=True)
+def _fresh_state():
+    yield
+    fresh_state()
+
+
+def two(function, *arguments, folder, statuses=(0, 0)):
+    started = Process(function, *arguments, count=2, folder=folder)
+    assert started.join() == list(statuses), started.errors()
+    return started
+
+
+def meet(data):
+    state = processes.start()
+    print(f"from {state.process_index}")
+    print(f"error from {state.process_index}", file=sys.stderr)
+    found = {
+        "backend": dist.get_backend(),
+        "device": state.device.type,
+        "largest": processes.largest(state.process_index * 7),
+        "from main": processes.on_main(lambda: ["a", state.process_index]),
+        "printed": sys.stdout.name,
+        "score": likelihood(tiny_llama(), data, 2),
+    }
+    processes.agree(None)
+    for name, failing in (("agree", 1), ("on_main", 0)):
+        error = UsageError(f"of {failing}") if state.process_index == failing else None
+
+        def fail(error=error):
+            raise error
+
+        try:
+            processes.agree(error) if name == "agree" else processes.on_main(fail)
+        except UsageError as raised:
+            found[name] = str(raised)
+    processes.wait()
+    return found
+
+
+def test_two_processes(tmp_path):
+    data = blocks(5, 0)  # three rounds for one process, and two for the other with one twice as empty
+    first, second = two(meet, data, folder=tmp_path).results()
+    assert first["printed"] != os.devnull == second["printed"]
+    for found in (first, second):
+        assert (found["backend"], found["device"], found["largest"]) == ("gloo", "cpu", 7)
+        assert found["from main"] == ["a", 0]
+        assert (found["agree"], found["on_main"]) == ("of 1", "of 0")
+        alone = likelihood(tiny_llama(), data, 2)
+        assert found["score"].tokens == alone.tokens
+        assert found["score"].nll == pytest.approx(alone.nll, rel=1e-6)
+
+
+def test_one_process_is_not_a_group(monkeypatch):
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    state = processes.start()
+    assert (state.num_processes, state.is_main_process) == (1, True)
+    assert not dist.is_initialized()
+    assert processes.largest(3) == 3
+    assert processes.on_main(lambda: 4) == 4
+    with pytest.raises(UsageError, match="x"), processes.errors_once():
+        processes.agree(UsageError("x"))
+    processes.finish()
+
+
+def fail_alike(different):
+    state = processes.start()
+    processes.wait()
+    time.sleep(0.2 * state.process_index)
+    raise UsageError(f"--text x.csv: no{state.process_index if different else ''}")
+
+
+@pytest.mark.parametrize(("different", "lines"), [(False, ["no"]), (True, ["no0", "no1"])])
+def test_an_error_of_all_is_printed_once(tmp_path, different, lines):
+    errors = two(fail_alike, different, folder=tmp_path, statuses=(2, 2)).errors()
+    assert errors.splitlines() == [f"error: --text x.csv: {line}" for line in lines]
+
+
+def losses(history):
+    return [entry["loss"] for entry in history if "loss" in entry]
+
+
+def test_two_processes_learn_as_one_with_twice_the_batch(tmp_path):
+    options = {"dropout": 0.0, "steps": 12, "eval_steps": 6}
+    data = corpus(30, retain=3)  # of an epoch's 30 blocks, 28 make whole batches
+    alone = run(settings(tmp_path / "one", **options), data)
+    first, second = two(
+        run, settings(tmp_path / "two", batch_size=2, **options), data, folder=tmp_path
+    ).results()
+    assert first.history[:1] == second.history[:1]
+    assert losses(first.history) == losses(second.history)
+    assert losses(first.history) == pytest.approx(losses(alone.history), rel=1e-6)
+    for name in ("eval_held_out_perplexity", "eval_retain_perplexity"):
+        expected = [entry[name] for entry in alone.history if name in entry]
+        assert [entry[name] for entry in first.history if name in entry] == pytest.approx(expected, rel=1e-6)
+        assert len(expected) == 3
+    assert first.tokens == second.tokens == alone.tokens
+    one, other = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("one", "two"))
+    for name, weight in one.items():
+        assert (weight - other[name]).abs().max() <= 1e-6 * weight.abs().max()
+        assert "lora_A" in name or torch.equal(weight, other[name])
+    assert sorted(path.name for path in (tmp_path / "two").iterdir()) == sorted(
+        path.name for path in (tmp_path / "one").iterdir()
+    )
+    errors = (tmp_path / "stderr-1").read_text()
+    assert not [line for line in errors.splitlines() if "step" in line or "warn" in line.lower()]
+
+
+def signalled(args, name, step):
+    """`run`, where this rank gets a signal in another step than the others, and torchrun repeats it."""
+    rank = int(os.environ["RANK"])
+    data = corpus()
+    reads = args.batch_size * (step + rank) + len(data.train)
+
+    class Blocks(list):
+        count = 0
+
+        def __getitem__(self, index):
+            self.count += 1
+            if self.count in (reads, reads + 1):
+                os.kill(os.getpid(), getattr(signal, name))
+            return super().__getitem__(index)
+
+    data.train = Blocks(data.train)
+    return run(args, data)
+
+
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM"])
+def test_a_signal_stops_both_at_one_step(tmp_path, name):
+    args = settings(tmp_path / "out", batch_size=2, save_steps=100)
+    started = two(signalled, args, name, 4, folder=tmp_path)
+    first, second = started.results()
+    assert first.interrupted == second.interrupted == name
+    assert first.steps == second.steps < 8
+    assert first.checkpoint == args.output / f"checkpoint-{first.steps}"
+    assert started.errors().count("finishing this step") == 1
+    args.resume = True
+    assert [result.steps for result in two(run, args, folder=tmp_path).results()] == [10, 10]
+
+
+def full_disk(args):
+    """`run`, where the optimiser's or another process's state cannot be written."""
+    rank = int(os.environ["RANK"])
+    save = torch.save
+
+    def failing(value, path, *more, **options):
+        if str(path).endswith("checkpoint-10/rng_state_1.pth") and rank == 1:
+            raise OSError(28, "No space left on device")
+        return save(value, path, *more, **options)
+
+    torch.save = failing
+    return run(args)
+
+
+def test_what_one_process_cannot_write_stops_both(tmp_path):
+    args = settings(tmp_path / "out", batch_size=2)
+    errors = two(full_disk, args, folder=tmp_path, statuses=(2, 2)).errors()
+    (line,) = [line for line in errors.splitlines() if "error" in line]
+    assert "checkpoint-10 cannot be written: No space left on device; the last complete checkpoint is" in line
+    assert [path.name for path in checkpoints.folders(args.output)] == ["checkpoint-5"]
+
+
+def die_at(args, step):
+    data = corpus()
+    if os.environ["RANK"] == "0":
+        return run(args, data)
+
+    class Blocks(list):
+        count = 0
+
+        def __getitem__(self, index):
+            self.count += 1
+            if self.count == len(self) + step * args.batch_size:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return super().__getitem__(index)
+
+    data.train = Blocks(data.train)
+    return run(args, data)
+
+
+def test_a_lost_process_is_one_line(tmp_path):
+    args = settings(tmp_path / "out", batch_size=2)
+    errors = two(die_at, args, 8, folder=tmp_path, statuses=(2, -9)).errors()
+    assert errors.splitlines()[-1] == (
+        f"error: another process has ended; the last complete checkpoint is {args.output}/checkpoint-5 "
+        "(--resume goes on from it)"
+    )
+    assert "Traceback" not in errors
+
+
+@pytest.mark.parametrize("kind", ["FULL_STATE_DICT", "SHARDED_STATE_DICT"])
+def test_fsdp2(tmp_path, kind):
+    args = settings(tmp_path / "out", batch_size=2, dropout=0.0)
+    whole = two(run_sharded, kind, args, folder=tmp_path).results()[0]
+    alone = run(settings(tmp_path / "one", dropout=0.0))
+    assert losses(whole.history) == pytest.approx(losses(alone.history), rel=1e-6)
+    adapter = load_file(args.output / "adapter_model.safetensors")
+    expected = load_file(tmp_path / "one" / "adapter_model.safetensors")
+    assert {name: tuple(weight.shape) for name, weight in adapter.items()} == {
+        name: tuple(weight.shape) for name, weight in expected.items()
+    }
+    loaded = logits(PeftModel.from_pretrained(tiny_llama(), args.output))
+    torch.testing.assert_close(loaded, logits(PeftModel.from_pretrained(tiny_llama(), tmp_path / "one")))
+
+    (args.output / "checkpoint-10" / "complete.json").unlink()
+    args.resume = True
+    resumed = two(run_sharded, kind, args, folder=tmp_path).results()[0]
+    assert losses(resumed.history) == losses(whole.history)
+    again = load_file(args.output / "adapter_model.safetensors")
+    assert all(torch.equal(weight, again[name]) for name, weight in adapter.items())
