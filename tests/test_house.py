@@ -109,7 +109,7 @@ def _layer(module: str) -> int:
     if not module.startswith("mica"):
         return 4
     part = f"{module}.".split(".")[1]
-    return {"kernels": 0, "fast": 2, "cli": 3}.get(part, 1)
+    return {"kernels": 0, "fast": 2, "cli": 3, "__main__": 3}.get(part, 1)
 
 
 def test_the_solver_needs_neither_peft_nor_triton():
