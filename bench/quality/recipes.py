@@ -55,7 +55,7 @@ def methods(rank: int) -> list[Method]:
 
     By the paper's recipe LoRA has twice the rank and half the rates of MiCA, whose range is 5e-4 to 4e-3. On
     all linear layers the ranks are the same, and the ranges higher by 4, since alpha is half of that and the
-    best of the rates 6e-3 and 1.8e-2 was 6e-3 for MiCA in an earlier run, that of 3e-3 and 9e-3 for LoRA 3e-3.
+    best rate of two in an earlier run was 6e-3 for MiCA, and 3e-3 for LoRA.
     Full fine-tuning is last in `bench.quality.schedule`, and has one seed: it takes longest.
     """
     return [

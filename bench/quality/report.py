@@ -178,13 +178,13 @@ def _setting(result: dict) -> str:
     machine = ", ".join(f"{name} {value}" for name, value in result["machine"].items() if value != "")
     return (
         f"{result['model']}; {machine}; commit {result['starts'][0]['commit']}.\n\n"
-        f"A run is {s['epochs']} epochs of {s['steps'] // s['epochs']} steps, each of {s['facts_blocks']} blocks "
-        f"of new facts and {s['prose_blocks']} of new prose, {s['length']} tokens per block: the same batches in "
-        f"the same order for all methods. {s['people']} invented people have four facts each, and the training "
-        f"text states each fact {s['rounds']} times. AdamW in float32. Learning rates: those of the recipe's "
-        f"range, then beyond the best one while that is at an edge, at most {s['tries']}, with the first seed, "
-        f"chosen on validation text. Of several seeds, the mean and, in brackets, the range. Losses are nats per "
-        "token."
+        f"A run is {s['epochs']} epochs of {s['steps'] // s['epochs']} steps, each of {s['facts_blocks']} "
+        f"blocks of new facts and {s['prose_blocks']} of new prose, {s['length']} tokens per block: the same "
+        f"batches in the same order for all methods. {s['people']} invented people have four facts each, and "
+        f"the training text states each fact {s['rounds']} times. AdamW in float32. Learning rates: those of "
+        "the recipe's range, then beyond the best one while that is at an edge, at most "
+        f"{s['tries']}, with the first seed, chosen on validation text. Of several seeds, the mean and, in "
+        "brackets, the range. Losses are nats per token."
     )
 
 

@@ -1,4 +1,4 @@
-"""Which run comes next, and what is missing: both follow from a result, so that a run can go on after a stop."""
+"""Which run comes next, and what is missing: both follow from a result, so a run can go on after a stop."""
 
 from __future__ import annotations
 

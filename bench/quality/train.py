@@ -50,7 +50,7 @@ class Candidate:
         self.optimizer_bytes = self.saved_bytes = 0  # known after training
 
     def restart(self, seed: int) -> None:
-        """Back to the start: ``seed`` redraws LoRA's A and decides the dropout; the rest as it was at first."""
+        """Back to the start: ``seed`` redraws LoRA's A and decides the dropout; the rest as at first."""
         with torch.no_grad():
             for parameter, value in zip(self.trained, self._initial, strict=True):
                 parameter.copy_(value)
