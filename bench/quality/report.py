@@ -1,4 +1,5 @@
-"""Tables of a result of `bench.quality`: ``python -m bench.quality.report FILE.json`` prints them.
+"""Tables of a result of `bench.quality`: ``python -m bench.quality.report FILE.json`` prints them, and
+with ``--page`` before FILE.json the table of `bench/README.md`.
 
 All that is printed follows from the file, but for what others found, which stands beside it with its source.
 "More" and "less" are reported only where the ranges over the seeds do not overlap.
@@ -28,7 +29,9 @@ from bench.quality.measures import (
     step_seconds,
     trained_methods,
 )
+from bench.quality.others import HEADER, OTHERS
 from bench.quality.schedule import chosen_rate, missing, tried, verdict
+from bench.quality.search import is_enclosed
 
 PAPER = "MiCA Learns More Knowledge Than LoRA and Full Fine-Tuning, arXiv 2604.01694"
 CLAIMS = {
@@ -36,6 +39,13 @@ CLAIMS = {
     "size": "a minimal parameter footprint of 6-60% compared to LoRA",
     "forgetting": "a more efficient and stable mechanism for integrating new knowledge",
 }
+
+JUDGED = [  # verb, measure, sign of the change that it means
+    ("learned", FACTS, -1),
+    ("learned", PROSE, -1),
+    ("forgot", REFERENCE, 1),
+    ("forgot", KNOWN, 1),
+]
 
 
 def table(header: list[str], rows: list[list[str]]) -> str:
@@ -159,6 +169,39 @@ def _claims(result: dict) -> str:
     return table(["the paper", "here", *result["methods"]], flat)
 
 
+def in_short(result: dict) -> str:
+    """For each recipe: where MiCA's range over the seeds is apart from LoRA's, and where not."""
+    lines = []
+    for name, facts in result["methods"].items():
+        mica = mica_of(result, facts["recipe"])
+        if facts["kind"] != "lora" or mica is None:
+            continue
+        found: dict[str, list[str]] = {}
+        for verb, measure, sign in JUDGED:
+            words = compared(*(change(result, one, measure, sign) for one in (mica, name)))
+            found.setdefault(words or "not compared, one seed", []).append(f"{verb} ({measure.title})")
+        said = "; ".join(f"{words}: {', '.join(what)}" for words, what in found.items())
+        lines.append(f"- {mica} against {name}, r = {facts['rank']}: {said}.")
+    return "\n".join(lines)
+
+
+def page_table(result: dict) -> str:
+    """The table of `bench/README.md`; a method without a result has no row."""
+    shown = (PICKED, FACTS, PROSE, REFERENCE, KNOWN)
+    header = ["", "trained", "learning rate", "enclosed"]
+    header += [f"{m.title} (before: {m.of(result['base']):.{m.digits}f})" for m in shown]
+    rows = []
+    for name in trained_methods(result):
+        facts, rates = result["methods"][name], tried(result, name)
+        label = name if facts["rank"] is None else f"{name}, r = {facts['rank']}"
+        cells = [f"{facts['trained_parameters'] / 1e6:.1f} M", f"{chosen_rate(result, name):g}"]
+        cells.append("yes" if is_enclosed(rates) else "no")
+        cells += [after(result, name, m).text(m.digits).replace(" to ", "–") for m in shown]
+        rows.append([label, *cells])
+    lines = table(header, rows).splitlines()
+    return "\n".join(f"| {line.strip()} |" for line in lines).replace("|  |", "| |")
+
+
 def _diverged(result: dict) -> str:
     lines = [
         f"- {run['method']}, learning rate {run['rate']:g}, seed {run['seed']}: {run['diverged']}"
@@ -199,6 +242,8 @@ def report(result: dict) -> str:
         f"### What the paper claims, and what was measured here\n\n{PAPER}. Its models, texts and "
         "measures are different: this is one small model, and little training. “More” and “less” are "
         f"reported where the ranges over the seeds do not overlap.\n\n{_claims(result)}",
+        f"### In short\n\n{in_short(result)}",
+        f"### What others found\n\n{table(HEADER, OTHERS)}",
         f"### Learned\n\n{_measures(result, LEARNED)}\n\nNew facts are queried in phrasings that training "
         f"did not have. Among answers: only the {answers} of the attribute are possible, all equally "
         f"frequent; guessing gives a loss of {math.log(answers):.3f} and {100 / answers:.1f} %. The loss of "
@@ -220,4 +265,5 @@ def write(path: Path) -> str:
 
 
 if __name__ == "__main__":
-    print(report(json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))), end="")
+    form = page_table if "--page" in sys.argv else report
+    print(form(json.loads(Path(sys.argv[-1]).read_text(encoding="utf-8"))))
