@@ -29,7 +29,7 @@ os.environ["MICA_CACHE"] = "0"  # solve, not look up: the time of the initialisa
 from transformers.utils import logging
 
 from bench.measure.machine import facts, output
-from bench.quality.recipes import Method, methods
+from bench.quality.recipes import OPTIONS, QUICK, Method, methods
 from bench.quality.report import write
 from bench.quality.schedule import Planned, missing, next_run
 from bench.quality.store import resume, save
@@ -38,18 +38,6 @@ from bench.quality.train import Candidate, evaluate, recipe_facts, steps_per_epo
 from mica.cli.demo import smollm2_gguf
 from mica.cli.loading import find_source, load_model, load_tokenizer
 from mica.errors import UsageError
-
-OPTIONS = {  # name -> default, help
-    "rank": (16, "of MiCA"),
-    "epochs": (8, "over the training text"),
-    "rounds": (8, "how often the training text states every fact"),
-    "length": (96, "tokens in a block, four blocks a step"),
-    "people": (8, "invented people, four facts each"),
-    "tries": (7, "learning rates tried by a method, at most"),
-    "seeds": (3, "runs at the chosen rate: order of batches, dropout, LoRA's start"),
-    "eval_blocks": (16, "blocks of each prose text that is measured"),
-}
-QUICK = {"epochs": 1, "rounds": 2, "tries": 2, "seeds": 1, "eval_blocks": 1, "length": 32}
 
 
 def start(texts: Texts, settings: dict, compared: list[Method], **head) -> dict:

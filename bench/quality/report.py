@@ -193,7 +193,7 @@ def page_table(result: dict) -> str:
     rows = []
     for name in trained_methods(result):
         facts, rates = result["methods"][name], tried(result, name)
-        label = name if facts["rank"] is None else f"{name}, r = {facts['rank']}"
+        label = f"{name}, " + (f"r = {facts['rank']}" if facts["rank"] else "all weights")
         cells = [f"{facts['trained_parameters'] / 1e6:.1f} M", f"{chosen_rate(result, name):g}"]
         cells.append("yes" if is_enclosed(rates) else "no")
         cells += [after(result, name, m).text(m.digits).replace(" to ", "–") for m in shown]

@@ -134,7 +134,7 @@ def test_the_table_of_the_page(result):
     learned = rows(report.report(result), "Learned")[LORA_PAPER]
     rate, right = f"{chosen_rate(result, LORA_PAPER):g}", learned[2].replace(" to ", "–")
     assert cells[2:5] == [rate, "no", right]
-    assert lines[-1].startswith(f"| {FULL} | ")
+    assert lines[-1].startswith(f"| {FULL}, all weights | ")
     assert len({line.count("|") for line in lines}) == 1
 
 
