@@ -219,8 +219,9 @@ def _missing(result: dict) -> str:
 def _setting(result: dict) -> str:
     s = result["settings"]
     machine = ", ".join(f"{name} {value}" for name, value in result["machine"].items() if value != "")
+    commits = ", ".join(dict.fromkeys(start["commit"] for start in result["starts"]))  # of every start
     return (
-        f"{result['model']}; {machine}; commit {result['starts'][0]['commit']}.\n\n"
+        f"{result['model']}; {machine}; commit {commits}.\n\n"
         f"A run is {s['epochs']} epochs of {s['steps'] // s['epochs']} steps, each of {s['facts_blocks']} "
         f"blocks of new facts and {s['prose_blocks']} of new prose, {s['length']} tokens per block: the same "
         f"batches in the same order for all methods. {s['people']} invented people have four facts each, and "

@@ -148,6 +148,11 @@ def test_a_result_without_runs_has_a_report(begin, finished):
     assert rows(text, "Learning rates")[FULL] == ["", "not tried"]
 
 
+def test_every_commit_that_made_runs_is_named(result):
+    result["starts"] = [{"commit": name} for name in ("abc", "def", "abc")]
+    assert report.report(result).startswith("tiny; cpu a machine, threads 2; commit abc, def.\n")
+
+
 def test_what_others_found_stands_beside_it(result):
     assert all(" | ".join(row) in report.report(result) for row in OTHERS)
 
