@@ -8,6 +8,9 @@ from statistics import median
 
 import pytest
 
+from bench.quality.others import OTHERS
+from bench.quality.recipes import OPTIONS, RECIPES
+from bench.quality.report import page_table
 from bench.results import names
 from bench.results.names import BARE, BOTH, FAST, NO_GRADIENT, STOCK, STOCK_16
 from bench.results.schema import Group, Ratio, Result
@@ -302,3 +305,37 @@ def test_model_quality(label):
     assert (prose, known) == tuple(cell.replace(" to ", "–") for cell in (learned[4], forgotten[2]))
     rounded = re.sub(r"\d+\.\d", lambda number: f"{float(number[0]):.0f}", learned[2]).split(" ", 1)
     assert facts == " ".join([rounded[0], "%", *rounded[1:]]).replace(" to ", "–")
+
+
+@pytest.mark.parametrize("path", sorted(RESULTS.glob("*/*-quality-paper.json")), ids=lambda path: path.stem)
+def test_model_quality_by_the_papers_recipe(path):
+    """The table is `bench.quality.report`'s, and the page links to the report and the raw result."""
+    page = (ROOT / "bench/README.md").read_text(encoding="utf-8")
+    assert page_table(json.loads(path.read_text(encoding="utf-8"))) in page
+    for file in (path, path.with_suffix(".md")):
+        assert f"({file.relative_to(ROOT / 'bench')})" in page
+
+
+def test_settings_of_model_quality():
+    """What the page says of the run are the defaults of the command, and the recipes those of the code."""
+    page = text("bench/README.md")
+    epochs, tries = OPTIONS["epochs"][0], OPTIONS["tries"][0]
+    assert (epochs, tries, OPTIONS["seeds"][0], OPTIONS["rank"][0]) == (8, 7, 3, 16)
+    assert "Eight epochs of eight steps." in page
+    assert "(at most seven), and three seeds there" in page
+    for label, name in (("`paper` (arXiv 2604.01694)", "paper"), ("`all-linear`", "all-linear")):
+        layers, _, alpha, schedule, *numbers = tables("bench/README.md")[label]
+        recipe = RECIPES[name]
+        targets = recipe.target_modules
+        assert layers == ("all linear" if targets == "all-linear" else ", ".join(targets))
+        assert alpha == {1: "r", 2: "2r"}[recipe.scaling]
+        assert schedule == recipe.scheduler
+        expected = (recipe.weight_decay, recipe.dropout, recipe.max_grad_norm)
+        assert numbers == [f"{number:g}" for number in expected]
+
+
+def test_what_others_measured():
+    said = " ".join(" ".join(row) for row in OTHERS)
+    for figure in ("5.9", "43.1", "47.8", "3.7"):
+        assert figure in said
+        assert figure in text("bench/README.md").partition("What others measured")[2]

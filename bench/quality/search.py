@@ -3,28 +3,29 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
-FACTOR = 3.0  # between neighbours of the grid
+FACTOR = 2.0  # from the best rate to one beyond what was tried
 
 
-def next_rate(tried: dict[float, float], start: float) -> float:
+def next_rate(tried: dict[float, float], rates: Sequence[float], limit: int) -> float | None:
     """The learning rate to try after ``tried``: rate -> validation loss, infinite where it diverged.
 
-    First ``start`` and its upper neighbour; then beyond the best one while that is at an edge of what was
-    tried; with worse ones on both sides, halfway (in the logarithm) to the better of these. So every method
-    gets the same number of tries, and spends them where it is good, wherever its ``start`` was.
+    First all of ``rates``, then beyond the best one while that is at an edge of what was tried. None when the
+    best one is enclosed, or when there are ``limit`` tries.
     """
-    if not tried:
-        return start
+    if len(tried) >= limit:
+        return None
+    for rate in rates:
+        if rate not in tried:
+            return rate
     rate = best(tried)
     if rate is None:
         return _rounded(min(tried) / FACTOR)
     below, above = _neighbours(tried, rate)
     if above is None:
         return _rounded(rate * FACTOR)
-    if below is None:
-        return _rounded(rate / FACTOR)
-    return _rounded(math.sqrt(rate * min(below, above, key=tried.__getitem__)))
+    return _rounded(rate / FACTOR) if below is None else None
 
 
 def best(tried: dict[float, float]) -> float | None:

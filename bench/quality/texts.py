@@ -317,20 +317,25 @@ class Texts(NamedTuple):
     about: dict[str, dict[str, int | str]]
 
 
-def gather(tokenizer, people: int, length: int, steps: int, eval_blocks: int, folder: Path = MODELS) -> Texts:
-    """Build all texts; the facts are stated as often as fits in ``steps`` steps.
+def gather(
+    tokenizer, people: int, rounds: int, length: int, eval_blocks: int, folder: Path = MODELS
+) -> Texts:
+    """Build all texts. ``rounds``: how often every fact is stated; there is as much prose as batches need.
 
     ``eval_blocks``: blocks of each prose text that is only measured; validation has half.
+    Raises UsageError if there is not enough text.
     """
-    facts, rounds = invent(people), STATEMENTS
-    while blocks(tokenizer, statements(facts, rounds), 1).numel() < steps * BATCH["facts"] * length:
-        rounds += STATEMENTS
+    facts = invent(people)
     sources = {
         "facts, train": statements(facts, rounds),
         **{f"prose, {part}": texts for part, texts in split(new_prose(folder)).items()},
         "reference": [python_reference_text()[:KNOWN_CHARACTERS]],
     }
-    limits = {"prose, validation": max(1, eval_blocks // 2), "prose, train": None, "facts, train": None}
+    steps = len(blocks(tokenizer, sources["facts, train"], length)) // BATCH["facts"]
+    if len(blocks(tokenizer, sources["prose, train"], length)) < steps * BATCH["prose"] or not steps:
+        raise UsageError(f"--rounds {rounds}: too much or too little for blocks of {length} tokens")
+    limits = {"prose, validation": max(1, eval_blocks // 2)}
+    limits |= {f"{name}, train": steps * count for name, count in BATCH.items()}
     prose, tokenised, about = {}, {}, {}
     for name, texts in sources.items():
         prose[name] = blocks(tokenizer, texts, length, limits.get(name, eval_blocks))

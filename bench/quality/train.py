@@ -1,4 +1,4 @@
-"""The methods that `bench.quality` compares: their models, a training run, and what is measured after it."""
+"""The models that `bench.quality` compares, a training run, and what is measured after it."""
 
 from __future__ import annotations
 
@@ -6,62 +6,43 @@ import copy
 import math
 import time
 from collections.abc import Iterator
-from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import asdict
 
 import torch
 from peft import LoraConfig, get_peft_model
 from peft.tuners.lora import LoraLayer
 from torch.nn.functional import cross_entropy
-from transformers import get_cosine_schedule_with_warmup
+from transformers import get_scheduler
 
 import mica.fast
 from bench.measure.memory import optimizer_bytes, saved_bytes
+from bench.quality.recipes import RECIPES, Method
 from bench.quality.texts import BATCH, Texts, TokenisedProbes
 
-# For all methods. `warm_up`: share of the steps; `scaling`: lora_alpha over the rank, at every rank.
-FIXED = {"weight_decay": 0.0, "warm_up": 0.1, "max_grad_norm": 1.0, "scaling": 1.0}
 PROBE_BATCH = 16
 
 
-@dataclass(frozen=True)
-class Method:
-    """``kind``: "mica", "lora" or "full"; ``start``: first rate tried; ``stock``: on PEFT's own code."""
-
-    name: str
-    kind: str
-    start: float
-    rank: int | None = None
-    stock: bool = False
-
-
 class Candidate:
-    """A method's model, to be trained repeatedly from the same start.
-
-    Adapters: a frozen ``base`` in its own dtype under PEFT's default fp32 adapter, scaling 1. Full
-    fine-tuning: the same weights in fp32, under bf16 autocast where ``base`` is bf16.
-    """
+    """A method's model, to be trained repeatedly from the same start: a copy of ``base``, in its dtype, under
+    PEFT's adapter by the method's recipe, or with all weights trained."""
 
     def __init__(self, method: Method, base):
-        self.method = method
-        self.autocast = nullcontext
-        self.context = mica.fast.disabled if method.stock else nullcontext
+        self.method, self.recipe = method, RECIPES[method.recipe]
         model = copy.deepcopy(base)
         start = time.perf_counter()
         if method.kind == "full":
-            self.model = model.float().requires_grad_(True)
-            if base.dtype != torch.float32:
-                self.autocast = lambda: torch.autocast(self.model.device.type, base.dtype)
+            self.model = model.requires_grad_(True)
         else:
+            targets = self.recipe.target_modules
             config = LoraConfig(
                 r=method.rank,
-                lora_alpha=int(FIXED["scaling"] * method.rank),
-                target_modules="all-linear",
+                lora_alpha=self.recipe.scaling * method.rank,
+                target_modules=targets if isinstance(targets, str) else [*targets],
+                lora_dropout=self.recipe.dropout,
                 init_lora_weights="mica" if method.kind == "mica" else True,
                 task_type="CAUSAL_LM",
             )
-            with self.context():
-                self.model = get_peft_model(model, config)
+            self.model = get_peft_model(model, config)
         self.initialisation_seconds = time.perf_counter() - start
         self.model.config.use_cache = False
         self.trained = [p for p in self.model.parameters() if p.requires_grad]
@@ -69,41 +50,34 @@ class Candidate:
         self.optimizer_bytes = self.saved_bytes = 0  # known after training
 
     def restart(self, seed: int) -> None:
-        """Back to the start: LoRA's A is redrawn by ``seed``, everything else has its initial values."""
-        if self.method.kind == "lora":
-            torch.manual_seed(seed)
-            for module in self.model.modules():
-                if isinstance(module, LoraLayer):
-                    module.reset_lora_parameters("default", True)
-            return
+        """Back to the start: ``seed`` redraws LoRA's A and decides the dropout; the rest as at first."""
         with torch.no_grad():
             for parameter, value in zip(self.trained, self._initial, strict=True):
                 parameter.copy_(value)
+        torch.manual_seed(seed)
+        if self.method.kind == "lora":
+            for module in self.model.modules():
+                if isinstance(module, LoraLayer):
+                    module.reset_lora_parameters("default", True)
 
     def facts(self) -> dict:
-        return {
-            "kind": self.method.kind,
-            "rank": self.method.rank,
+        return self.method.facts() | {
             "trained_parameters": sum(p.numel() for p in self.trained),
             "optimizer_bytes": self.optimizer_bytes,
             "saved_bytes": self.saved_bytes,
             "initialisation_seconds": round(self.initialisation_seconds, 3),
+            "on_fast_path": self.method.kind == "mica" and mica.fast.is_enabled(),
         }
 
 
-def adapter_sizes(base) -> tuple[int, int]:
-    """Trained parameters at rank 1 of MiCA and of LoRA, on the layers that PEFT adapts in ``base``."""
-    config = LoraConfig(r=1, target_modules="all-linear", task_type="CAUSAL_LM")
-    named = [*get_peft_model(copy.deepcopy(base), config).named_parameters()]
-    a, b = (sum(p.numel() for name, p in named if part in name) for part in ("lora_A", "lora_B"))
-    return a, a + b
+def recipe_facts() -> dict[str, dict]:
+    """All recipes, as JSON."""
+    return {name: asdict(recipe) for name, recipe in RECIPES.items()}
 
 
-def same_size_rank(rank: int, mica_size: int, lora_size: int) -> int:
-    """The LoRA rank, at least 1, whose trained parameters are closest to those of MiCA at ``rank``."""
-    size = rank * mica_size
-    below = max(1, size // lora_size)
-    return min(below, below + 1, key=lambda r: abs(r * lora_size - size))
+def steps_per_epoch(train: dict[str, torch.Tensor]) -> int:
+    (steps,) = {len(blocks) // BATCH[name] for name, blocks in train.items()}
+    return steps
 
 
 def batches(train: dict[str, torch.Tensor], steps: int, seed: int) -> Iterator[torch.Tensor]:
@@ -119,56 +93,56 @@ def batches(train: dict[str, torch.Tensor], steps: int, seed: int) -> Iterator[t
         yield torch.cat(parts)
 
 
-def train(candidate: Candidate, texts: Texts, rate: float, steps: int, seed: int) -> dict:
-    """One training run: AdamW without weight decay, linear warm-up, cosine decay, gradients clipped.
+def train(candidate: Candidate, texts: Texts, rate: float, epochs: int, seed: int) -> dict:
+    """One training run by the method's recipe: AdamW, warm-up, decay, gradients clipped.
 
     Returns the loss (nats per token) and the seconds of every step; a loss that is not finite ends the run
     and is noted under "diverged".
     """
     candidate.restart(seed)
-    model = candidate.model.train()
-    optimizer = torch.optim.AdamW(candidate.trained, lr=rate, weight_decay=FIXED["weight_decay"])
-    schedule = get_cosine_schedule_with_warmup(optimizer, math.ceil(FIXED["warm_up"] * steps), steps)
+    model, recipe = candidate.model.train(), candidate.recipe
+    steps = epochs * steps_per_epoch(texts.train)
+    optimizer = torch.optim.AdamW(candidate.trained, lr=rate, weight_decay=recipe.weight_decay)
+    schedule = get_scheduler(recipe.scheduler, optimizer, math.ceil(recipe.warm_up * steps), steps)
     run: dict = {"rate": rate, "seed": seed, "diverged": None, "losses": [], "seconds": []}
 
     def forward(batch):
-        with candidate.autocast():
-            return model(input_ids=batch, labels=batch).loss
+        return model(input_ids=batch, labels=batch).loss
 
-    with candidate.context():
-        for step, batch in enumerate(batches(texts.train, steps, seed)):
-            if not candidate.saved_bytes:
-                candidate.saved_bytes = saved_bytes(lambda b=batch: forward(b), (model,))
-            start = time.perf_counter()
-            loss = forward(batch)
-            if not math.isfinite(value := loss.item()):
-                run["diverged"] = f"training loss {value} at step {step + 1}"
-                return run
-            loss.backward()
-            torch.nn.utils.clip_grad_norm_(candidate.trained, FIXED["max_grad_norm"])
-            optimizer.step()
-            schedule.step()
-            optimizer.zero_grad(set_to_none=True)
-            run["seconds"].append(round(time.perf_counter() - start, 4))
-            run["losses"].append(value)
+    for step, batch in enumerate(batches(texts.train, steps, seed)):
+        if step == 1:  # after the first, which may allocate
+            state = torch.get_rng_state()
+            candidate.saved_bytes = saved_bytes(lambda b=batch: forward(b), (model,))
+            torch.set_rng_state(state)
+        start = time.perf_counter()
+        loss = forward(batch)
+        if not math.isfinite(value := loss.item()):
+            run["diverged"] = f"training loss {value} at step {step + 1}"
+            return run
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(candidate.trained, recipe.max_grad_norm)
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad(set_to_none=True)
+        run["seconds"].append(round(time.perf_counter() - start, 4))
+        run["losses"].append(value)
     candidate.optimizer_bytes = optimizer_bytes(optimizer)
     return run
 
 
 @torch.no_grad()
-def evaluate(model, texts: Texts, autocast=nullcontext, context=nullcontext) -> dict[str, float]:
+def evaluate(model, texts: Texts) -> dict[str, float]:
     """Every loss in nats per token. For probes, "NAME" is the loss of the answer and "NAME, recalled" the
     share whose whole answer is the likeliest. With other answers: "NAME, among answers" is the loss of the
     right one when only these are possible, "NAME, picked" the share where it is the likeliest of them."""
     was_training = model.training
     model.eval()
     losses = {}
-    with context(), autocast():
-        for name, blocks in texts.prose.items():
-            each = [model(input_ids=b, labels=b).loss.double().item() for b in blocks.split(1)]
-            losses[name] = sum(each) / len(each)  # all blocks have the same length
-        for name, probes in texts.probes.items():
-            losses |= {f"{name}{ending}": value for ending, value in probe_losses(model, probes).items()}
+    for name, blocks in texts.prose.items():
+        each = [model(input_ids=b, labels=b).loss.double().item() for b in blocks.split(1)]
+        losses[name] = sum(each) / len(each)  # all blocks have the same length
+    for name, probes in texts.probes.items():
+        losses |= {f"{name}{ending}": value for ending, value in probe_losses(model, probes).items()}
     model.train(was_training)
     return losses
 

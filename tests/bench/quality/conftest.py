@@ -6,7 +6,9 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
 from transformers import PreTrainedTokenizerFast
 
+from bench.quality import __main__ as quality
 from bench.quality import texts as sources
+from bench.quality.recipes import methods
 from tests.support import models
 
 NEW, OLD = "# Copyright 2025 The Somebody Team.\n", "# Copyright 2023 The Somebody Team.\n"
@@ -52,9 +54,32 @@ def tokenizer(models_folder):
 def texts(models_folder, tokenizer):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sources, "KNOWN_CHARACTERS", 2000)
-        return sources.gather(tokenizer, 8, 32, 4, 2, models_folder)
+        return sources.gather(tokenizer, people=8, rounds=2, length=32, eval_blocks=2, folder=models_folder)
 
 
 @pytest.fixture(scope="session")
 def base(tokenizer):
     return models.tiny_llama(vocab_size=len(tokenizer)).requires_grad_(False)
+
+
+SETTINGS = {"rank": 4, "epochs": 1, "rounds": 2, "tries": 2, "seeds": 2, "length": 32, "people": 8}
+
+
+@pytest.fixture(scope="session")
+def begin(texts):
+    """() -> a result without runs, like that of the command."""
+
+    def build(**settings):
+        head = {"machine": {"cpu": "a machine", "threads": 2, "limit": ""}, "starts": [{"commit": "abc"}]}
+        chosen = SETTINGS | {"eval_blocks": 2} | settings
+        return quality.start(texts, chosen, methods(chosen["rank"]), model="tiny", **head)
+
+    return build
+
+
+@pytest.fixture(scope="session")
+def finished(base, texts, begin):
+    """A whole experiment; not to be changed."""
+    result = begin()
+    quality.experiment(base, texts, result, lambda result: None)
+    return result

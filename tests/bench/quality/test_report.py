@@ -1,5 +1,6 @@
-"""The report of a committed result of `bench.quality` follows from its JSON."""
+"""The tables of a result: of a tiny one, and of those that are committed."""
 
+import copy
 import json
 from statistics import mean, median
 
@@ -7,14 +8,17 @@ import pytest
 
 from bench.measure.machine import ROOT
 from bench.quality import report
-from bench.quality.report import FULL, MICA, SAME_RANK, SAME_SIZE, STOCK, Spread
+from bench.quality.measures import Spread, compared
+from bench.quality.others import OTHERS
+from bench.quality.recipes import FULL, LORA_ALL, LORA_PAPER, MICA_ALL, MICA_PAPER
+from bench.quality.schedule import chosen_rate
 
-FILE = ROOT / "bench/results/intel-xeon-processor-amx-2-threads/2026-11-25-quality.json"
+COMMITTED = sorted((ROOT / "bench/results").glob("*/*-quality-paper.json"))
 
 
 @pytest.fixture
-def result():
-    return json.loads(FILE.read_text())
+def result(finished):
+    return copy.deepcopy(finished)
 
 
 def runs(result, method):
@@ -32,8 +36,9 @@ def rows(text, heading):
     return {name: cells for name, *cells in lines}
 
 
-def test_the_committed_report_follows_from_its_json(result):
-    assert report.report(result) == FILE.with_suffix(".md").read_text()
+@pytest.mark.parametrize("path", COMMITTED, ids=lambda path: path.stem)
+def test_a_committed_report_follows_from_its_json(path):
+    assert report.report(json.loads(path.read_text())) == path.with_suffix(".md").read_text()
 
 
 def test_numbers_worked_out_from_the_json(result):
@@ -42,7 +47,7 @@ def test_numbers_worked_out_from_the_json(result):
     learned, forgotten, cost = (rows(text, heading) for heading in ("Learned", "Forgotten", "Cost"))
     loss, known = "facts, held_out, among answers", "known facts"
     falls = {}
-    for name in (MICA, SAME_RANK, SAME_SIZE, FULL):
+    for name in (MICA_PAPER, LORA_PAPER, MICA_ALL, LORA_ALL):
         own = runs(result, name)
         scores = [
             (e["facts, validation, among answers"] + e["prose, validation"], one["rate"])
@@ -50,42 +55,37 @@ def test_numbers_worked_out_from_the_json(result):
             if one["seed"] == 0 and (e := one["evaluation"])
         ]
         after = [one["evaluation"] for one in own if one["rate"] == min(scores)[1]]
-        assert len(after) == 2
-        for cell, what in ((learned[name][0], loss), (forgotten[name][1], known)):
+        assert len(after) == int(learned[name][0]) == 2
+        for cell, what in ((learned[name][1], loss), (forgotten[name][2], known)):
             values = sorted(e[what] for e in after)
-            assert cell == f"{mean(values):.3f} ({values[0]:.3f} to {values[1]:.3f})"
+            low, high = (f"{value:.3f}" for value in values)
+            assert cell == (f"{mean(values):.3f} ({low} to {high})" if low != high else low)
         falls[name] = before[loss] - mean(e[loss] for e in after)
         step = median(second for one in own for second in one["seconds"])
-        assert cost[name][5:7] == [f"{step:.2f}", f"{40 * step:.0f}"]
-    factors = [f"{falls[MICA] / falls[name]:.2f}x" for name in (SAME_RANK, SAME_SIZE, FULL)]
-    assert "MiCA's decrease ÷ the baseline's |  | " + " | ".join(factors) in text
-    sizes = [result["methods"][name]["trained_parameters"] for name in (MICA, SAME_RANK)]
-    assert f"| {100 * sizes[0] / sizes[1]:.1f} % |" in text
-
-
-def test_the_difference_of_both_backends(result):
-    stock = runs(result, STOCK)[0]
-    ours = next(o for o in runs(result, MICA) if (o["rate"], o["seed"]) == (stock["rate"], stock["seed"]))
-    pairs = list(zip(ours["losses"], stock["losses"], strict=True))
-    assert report.curve_difference(result) == (max(abs(a - b) for a, b in pairs), 40)
-    diverge(stock)
-    assert report.curve_difference(result) is None
+        assert cost[name][5] == f"{step:.2f}"
+    factors = []
+    for mica, lora in ((MICA_PAPER, LORA_PAPER), (MICA_ALL, LORA_ALL)):
+        both = falls[mica], falls[lora]
+        factors += ["", f"{both[0] / both[1]:.2f}x" if min(both) > 0 else "no factor"]
+        sizes = [result["methods"][name]["trained_parameters"] for name in (mica, lora)]
+        assert f"| {100 * sizes[0] / sizes[1]:.1f} % |" in text
+    assert " | ".join(["MiCA's decrease ÷ the baseline's", *factors]) in text
 
 
 def test_a_diverged_try_is_not_chosen(result):
-    rate = report.chosen_rate(result, FULL)
-    for one in runs(result, FULL):
+    rate = chosen_rate(result, LORA_ALL)
+    for one in runs(result, LORA_ALL):
         if one["rate"] == rate:
             diverge(one)
-    assert report.chosen_rate(result, FULL) not in (rate, None)
+    assert chosen_rate(result, LORA_ALL) not in (rate, None)
     text = report.report(result)
-    assert f"- {FULL}, learning rate {rate:g}, seed 0: training loss nan at step 3" in text
-    for one in (*runs(result, MICA), *runs(result, STOCK)):
+    assert f"- {LORA_ALL}, learning rate {rate:g}, seed 0: training loss nan at step 3" in text
+    for one in runs(result, MICA_PAPER):
         diverge(one)
     text = report.report(result)
     assert "| none converged |" in text
-    assert MICA not in rows(text, "Learned")
-    assert rows(text, "Learning rates")[MICA] == ["0.006: diverged, 0.018: diverged", "none converged"]
+    assert MICA_PAPER not in rows(text, "Learned")
+    assert rows(text, "Learning rates")[MICA_PAPER][-1] == "none converged"
 
 
 def test_more_and_less_need_ranges_that_do_not_overlap():
@@ -94,17 +94,70 @@ def test_more_and_less_need_ranges_that_do_not_overlap():
         (Spread(1, 0.5, 1.4, 2), Spread(2, 1.5, 2.5, 2), "MiCA: less"),
         (Spread(2, 1.4, 2.5, 2), Spread(1, 0.5, 1.5, 2), "no clear difference"),
         (Spread(2, 2, 2, 1), Spread(1, 1, 1, 1), ""),
+        (None, Spread(1, 1, 1, 2), ""),
     ]:
-        assert report.compared(ours, other) == words
+        assert compared(ours, other) == words
+
+
+def set_all(result, method, what, value):
+    for one in runs(result, method):
+        one["evaluation"][what] = value
+
+
+def test_in_short(result):
+    """Less loss is more learned, and more loss more forgotten."""
+    for method, value in ((MICA_PAPER, 1.0), (LORA_PAPER, 2.0)):
+        for what in ("facts, held_out, among answers", "prose, held_out", "reference", "known facts"):
+            set_all(result, method, what, value)
+    head = f"- {MICA_PAPER} against {LORA_PAPER}, r = 8: "
+    assert report.in_short(result).splitlines()[0] == (
+        f"{head}MiCA: more: learned (new facts, loss among answers), learned (new prose, loss); "
+        "MiCA: less: forgot (Python reference, loss), forgot (known facts, loss)."
+    )
+    for what in ("facts, held_out, among answers", "known facts"):
+        set_all(result, LORA_PAPER, what, 1.0)
+    assert report.in_short(result).splitlines()[0] == (
+        f"{head}no clear difference: learned (new facts, loss among answers), forgot (known facts, loss); "
+        "MiCA: more: learned (new prose, loss); MiCA: less: forgot (Python reference, loss)."
+    )
 
 
 def test_what_did_not_decrease_has_no_factor(result):
+    for method in (MICA_PAPER, LORA_PAPER, MICA_ALL, LORA_ALL):
+        set_all(result, method, "facts, held_out, among answers", 0.5)
     assert "no factor" not in report.report(result)
-    for one in runs(result, FULL):
-        one["evaluation"]["facts, held_out, among answers"] = 9.0
+    set_all(result, LORA_ALL, "facts, held_out, among answers", 99.0)
     assert "no factor" in report.report(result)
 
 
+def test_the_table_of_the_page(result):
+    lines = report.page_table(result).splitlines()
+    assert len(lines) == 2 + len(result["methods"])
+    (line,) = (line for line in lines if line.startswith(f"| {LORA_PAPER}, r = 8 | "))
+    cells = [cell.strip() for cell in line.strip("|").split("|")]
+    learned = rows(report.report(result), "Learned")[LORA_PAPER]
+    rate, right = f"{chosen_rate(result, LORA_PAPER):g}", learned[2].replace(" to ", "–")
+    assert cells[2:5] == [rate, "no", right]
+    assert lines[-1].startswith(f"| {FULL}, all weights | ")
+    assert len({line.count("|") for line in lines}) == 1
+
+
+def test_a_result_without_runs_has_a_report(begin, finished):
+    text = report.report(begin() | {"base": finished["base"]})
+    assert "**This run is not finished.**" in text
+    assert rows(text, "Learning rates")[FULL] == ["", "not tried"]
+
+
+def test_every_commit_that_made_runs_is_named(result):
+    result["starts"] = [{"commit": name} for name in ("abc", "def", "abc")]
+    assert report.report(result).startswith("tiny; cpu a machine, threads 2; commit abc, def.\n")
+
+
+def test_what_others_found_stands_beside_it(result):
+    assert all(" | ".join(row) in report.report(result) for row in OTHERS)
+
+
 def test_a_quick_run_says_so(result):
+    assert "quick run" not in report.report(result)
     result["settings"]["quick"] = True
     assert report.report(result).startswith("**A quick run. Its numbers mean nothing.**")

@@ -93,6 +93,16 @@ def test_blocks_of_training_and_held_out_text_differ(texts):
     assert len(texts.prose["prose, held_out"]) == 2
 
 
+def test_every_batch_has_its_share_of_blocks(texts):
+    assert {name: len(rows) for name, rows in texts.train.items()} == {"facts": 15, "prose": 5}
+
+
+@pytest.mark.parametrize(("rounds", "length"), [(1, 100), (200, 32)])
+def test_facts_that_fill_no_step_or_want_more_prose(tokenizer, models_folder, rounds, length):
+    with pytest.raises(UsageError, match=f"--rounds {rounds}: too "):
+        sources.gather(tokenizer, 8, rounds, length, 1, models_folder)
+
+
 def test_answers_that_begin_alike_are_refused(tokenizer):
     with pytest.raises(UsageError, match="begins two answers"):
         sources.tokenise(tokenizer, [sources.Probe("A", " wolf", (" wolf-like",))])

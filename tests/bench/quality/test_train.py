@@ -1,14 +1,16 @@
 """A training run of every method on a tiny Llama, and what is measured after it."""
 
+import math
 from statistics import mean
 
 import pytest
 import torch
+from peft.tuners.lora import LoraLayer
 
 import mica.fast
-from bench.quality import __main__ as quality
 from bench.quality import texts as sources
-from bench.quality.train import Candidate, batches, evaluate, probe_losses, same_size_rank, train
+from bench.quality.recipes import RECIPES, methods
+from bench.quality.train import Candidate, batches, probe_losses, train
 
 
 def test_losses_of_probes(base, tokenizer):
@@ -57,17 +59,53 @@ def test_batches_are_the_same_for_all_and_have_a_block_of_each(texts):
         start += count
 
 
-def test_same_size_is_the_closest_rank():
-    assert [same_size_rank(r, 49, 100) for r in (1, 2, 3, 16)] == [1, 1, 1, 8]
-    assert same_size_rank(16, 60, 100) == 10  # 9.6
-
-
-def test_a_run_restarts_and_stock_is_stock(base, texts):
-    for method in quality.methods(base, 4):
+def test_a_run_restarts(base, texts):
+    """Dropout, LoRA's A and the order of the batches follow from the seed alone."""
+    for method in methods(4):
         before = mica.fast.call_counts.total()
         candidate = Candidate(method, base)
-        first, _, again = (train(candidate, texts, 1e-2, 3, seed) for seed in (0, 1, 0))
-        assert first["losses"] == again["losses"], method.name
-        evaluate(candidate.model, texts, candidate.autocast, candidate.context)
-        ran = mica.fast.call_counts.total() > before
-        assert ran == (method.kind == "mica" and not method.stock), method.name
+        first, other, again = (train(candidate, texts, 1e-3, 1, seed) for seed in (0, 1, 0))
+        assert first["losses"] == again["losses"] != other["losses"], method.name
+        assert (mica.fast.call_counts.total() > before) == (method.kind == "mica"), method.name
+
+
+def test_adapters_are_those_of_the_recipe(base):
+    for method in methods(4)[:4]:
+        candidate, recipe = Candidate(method, base), RECIPES[method.recipe]
+        layers = {name: one for name, one in candidate.model.named_modules() if isinstance(one, LoraLayer)}
+        ends = {name.rpartition(".")[2] for name in layers}
+        assert ends == {"q_proj", "v_proj"} or (method.recipe == "all-linear" and len(ends) == 7)
+        for layer in layers.values():
+            assert layer.scaling["default"] == recipe.scaling
+            assert layer.r["default"] == method.rank
+            dropout = layer.lora_dropout["default"]
+            assert (dropout.p if isinstance(dropout, torch.nn.Dropout) else 0.0) == recipe.dropout
+        frozen = any("lora_B" in name for name, p in candidate.model.named_parameters() if p.requires_grad)
+        assert frozen == (method.kind == "lora")
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_training_follows_the_recipe(base, texts, monkeypatch, name):
+    (method, *_) = (one for one in methods(4) if one.recipe == name)
+    norms, rates, decay = [], [], set()
+    clip, step = torch.nn.utils.clip_grad_norm_, torch.optim.AdamW.step
+
+    def clipped(parameters, norm):
+        norms.append(norm)
+        return clip(parameters, norm)
+
+    def stepped(self, *args, **kwargs):
+        rates.append(self.param_groups[0]["lr"])
+        decay.add(self.param_groups[0]["weight_decay"])
+        return step(self, *args, **kwargs)
+
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", clipped)
+    monkeypatch.setattr(torch.optim.AdamW, "step", stepped)
+    train(Candidate(method, base), texts, 1e-3, 4, 0)  # 20 steps, 2 of them warm-up
+    recipe = RECIPES[name]
+    assert norms == [recipe.max_grad_norm] * 20
+    assert decay == {recipe.weight_decay}
+    left = [(20 - step) / 18 for step in range(2, 20)]
+    if recipe.scheduler == "cosine":
+        left = [(1 - math.cos(math.pi * share)) / 2 for share in left]
+    assert rates == pytest.approx([0.0, 5e-4, *(1e-3 * share for share in left)])
