@@ -44,7 +44,7 @@ class Source:
         return "gguf_file" in self.options
 
     def error(self, reason: Exception | str) -> UsageError:
-        """The error to raise for ``reason``: a library's message up to the first line that ends a sentence."""
+        """The error to raise for ``reason``; of a library's message only the first lines are kept."""
         text = str(reason)
         if "trust_remote_code" in text:
             text = "it contains custom code; pass --trust-remote-code to run it"

@@ -99,7 +99,7 @@ def one_line(error: Exception | str) -> str:
 
 
 def first_sentences(message: str) -> str:
-    """The lines of a library's message up to the first that ends a sentence, on one line: the rest is advice."""
+    """A library's message up to the first line that ends a sentence, on one line; the rest is advice."""
     kept = []
     for line in message.strip().splitlines():
         kept.append(line.strip())

@@ -14,9 +14,9 @@ def add_parser(commands) -> None:
     parser = commands.add_parser(
         "transfer",
         help="merge an adapter into the chat model of its base",
-        description="Merge the update s·B·A of a MiCA adapter, trained on a base model, into another model made "
-        "from the same base, like its instruction-tuned one. Trains and computes nothing anew: B stays the "
-        "base's. Writes a plain model with MODEL's tokenizer and chat template.",
+        description="Merge the update s·B·A of a MiCA adapter, trained on a base model, into another model "
+        "made from the same base, like its instruction-tuned one. Trains and computes nothing anew: B stays "
+        "that of the base. Writes a plain model with MODEL's tokenizer and chat template.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
         allow_abbrev=False,
     )
@@ -45,8 +45,8 @@ def run(args: argparse.Namespace) -> int:
     config = adapter.read_adapter_config(args.adapter)
     if config.get("modules_to_save"):
         raise UsageError(
-            f"--adapter {args.adapter}: replaces whole modules, {', '.join(config['modules_to_save'])}: that is "
-            "no update that another model could take"
+            f"--adapter {args.adapter}: replaces whole modules, {', '.join(config['modules_to_save'])}: "
+            "that is no update that another model could take"
         )
     layers = adapter.adapted_layers(args.adapter)
     try:
@@ -124,6 +124,7 @@ def _tokenizer(args: argparse.Namespace, source, config: dict):
             f"tokens have other ids{first}"
         )
     return theirs, (
-        f"tokenizers    {len(common):,} tokens in common, with the same ids; {len(vocabulary) - len(common):,} "
-        f"only in {args.to}, {len(ours) - len(common):,} only in that of the adapter"
+        f"tokenizers    {len(common):,} tokens in common, with the same ids; "
+        f"{len(vocabulary) - len(common):,} only in {args.to}, "
+        f"{len(ours) - len(common):,} only in that of the adapter"
     )

@@ -147,7 +147,8 @@ def check_fit(model: nn.Module, folder: Path, option: str, model_option: str = "
         found = features(modules[name])
         if found != shape:
             raise UsageError(
-                f"{option} {folder}: adapts {name} as a layer of {shape[0]} x {shape[1]}, but in {model_option} "
+                f"{option} {folder}: adapts {name} as a layer of {shape[0]} x {shape[1]}, but in "
+                + f"{model_option} "
                 + (f"it has {found[0]} x {found[1]}" if found else f"it is a {type(modules[name]).__name__}")
             )
 

@@ -48,9 +48,10 @@ def load(args: argparse.Namespace, source: Source, device: torch.device | None =
                 _convert(args, source, dtype)
         source = converted(args)
     if args.quantize is None:
-        return load_model(source, dtype, device)
+        return _without_repacking(load_model(source, dtype, device))
+    quantization = _quantization(args.quantize, getattr(torch, dtype))
     try:
-        return load_model(source, dtype, device, _quantization(args.quantize, getattr(torch, dtype)))
+        return _without_repacking(load_model(source, dtype, device, quantization))
     except (ImportError, RuntimeError, NotImplementedError) as error:  # bitsandbytes does not run there
         if isinstance(error, torch.OutOfMemoryError):
             raise
@@ -97,6 +98,19 @@ def _quantization(kind: str, compute_dtype: torch.dtype) -> BitsAndBytesConfig:
         bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=compute_dtype,
     )
+
+
+def _without_repacking(model):
+    """Keep bitsandbytes from repacking 4-bit weights for inference, which breaks the training after it.
+
+    On a CPU with AVX512-BF16 the first call in eval mode repacks a weight for good (bitsandbytes 0.50). From
+    then on the layer passes no gradient on, in train mode too: after one evaluation the adapters below it
+    would learn only what bypasses it. Layers without the flag are other versions', or on another device.
+    """
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
+    return model
 
 
 def _convert(args: argparse.Namespace, source: Source, dtype: str) -> None:

@@ -64,8 +64,8 @@ def card(summary: dict) -> ModelCard:
     sections = [
         f"# {name}",
         f"An adapter for `{public_name(s['model'])}`, made by continued pretraining on "
-        f"{s['training_tokens']:,} tokens with [MiCA]({PAPER}). MiCA adds `s·B·A` to an adapted weight `W`: `B` "
-        f"holds the {s['rank']} left singular vectors of `W` with the smallest singular values and stays "
+        f"{s['training_tokens']:,} tokens with [MiCA]({PAPER}). MiCA adds `s·B·A` to an adapted weight `W`: "
+        f"`B` holds the {s['rank']} left singular vectors of `W` with the smallest singular values and stays "
         f"frozen, `A` starts at zero and is trained. {s['trained_parameters']:,} of "
         f"{s['total_parameters']:,} parameters were trained.",
         *_results(s),
@@ -91,11 +91,11 @@ def transfer_card(facts: dict) -> ModelCard:
         pipeline_tag="text-generation",
         tags=_TAGS,
     )
-    of = f", trained on `{public_name(f['base'])}`," if f["base"] else ""
+    of = f", trained on `{hub_name(f['base'])}`," if hub_name(f["base"]) else ""
     sections = [
         f"# {f['name']}",
-        f"`{public_name(f['model'])}` with the update of a [MiCA]({PAPER}) adapter merged into its weights: the "
-        f"`s·B·A` of `{public_name(f['adapter'])}`{of} with rank {f['rank']} and alpha {f['alpha']}, in "
+        f"`{public_name(f['model'])}` with the update of a [MiCA]({PAPER}) adapter merged into its weights: "
+        f"the `s·B·A` of `{public_name(f['adapter'])}`{of} with rank {f['rank']} and alpha {f['alpha']}, in "
         f"{f['layers']} layers. The update was trained on that model and not on this one. Tokenizer and "
         "chat template are this one's.",
         f"In {f['dtype']}: {f['merge_report']}.",

@@ -42,8 +42,8 @@ def check(repository: str) -> None:
 def push(output: Path, repository: str) -> str:
     """Upload ``output`` without checkpoints, ``base/`` and ``merged/``; return the repository's address.
 
-    A repository that does not exist is made, and is private: what was trained on may be so too, and to publish
-    it later is one click. One that exists stays as it is. Only on the main process.
+    A repository that does not exist is made, and is private: what was trained on may be so too, and it can
+    be published later. One that exists stays as it is. Only on the main process.
 
     Raises UsageError if the upload fails; it says how to repeat it, and ``output`` is unchanged.
     """
