@@ -52,7 +52,7 @@ def run(args: argparse.Namespace) -> int:
     try:
         source = find_source(args.to, args.trust_remote_code)
         check_output(args.output, source)
-        _check_free(args.output, args.overwrite, source.location)
+        _check_free(args.output, args.overwrite, {"--to": source.location, "--adapter": args.adapter})
         if not source.is_gguf and getattr(load_config(source), "quantization_config", None) is not None:
             raise source.error("is quantised: give the checkpoint that it was made of")
         tokenizer, agreement = _tokenizer(args, source, config)
@@ -84,9 +84,12 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _check_free(output: Path, overwrite: bool, model: str) -> None:
-    if overwrite and output.resolve() in Path(model).resolve().parents:
-        raise UsageError(f"--output {output}: --overwrite would delete the model of --to in it")
+def _check_free(output: Path, overwrite: bool, inputs: dict[str, str | Path]) -> None:
+    """Refuse an output with something in it without --overwrite, and to write over an input in any case."""
+    for option, path in inputs.items():
+        place = Path(path).resolve()
+        if output.resolve() in (place, *place.parents):
+            raise UsageError(f"--output {output}: is the folder of {option}, or contains it")
     if output.is_dir() and any(output.iterdir()) and not overwrite:
         raise UsageError(f"--output {output}: is not empty: --overwrite replaces what is in it")
 

@@ -54,10 +54,8 @@ def write_tiny_gguf(path: Path) -> None:
         heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}
         for projection, count in heads.items():
             if projection in name:
-                rows, columns = weight.shape
-                weight = (
-                    weight.view(count, 2, rows // count // 2, columns).transpose(1, 2).reshape(rows, columns)
-                )
+                halves = weight.view(count, 2, -1, weight.shape[1])
+                weight = halves.transpose(1, 2).reshape(weight.shape)
         for ours, theirs in _NAMES.items():
             name = name.replace(ours, theirs)
         writer.add_tensor(name, weight.to(torch.float32).contiguous().numpy())

@@ -96,10 +96,8 @@ def figure(rows: list[dict], name: str) -> Figure:
 
 
 def _line(axes, rows: list[dict], key: str, label: str | None) -> None:
-    steps, values = zip(*((row["step"], row[key]) for row in rows if row[key] is not None), strict=True) or (
-        (),
-        (),
-    )
+    points = [(row["step"], row[key]) for row in rows if row[key] is not None]
+    steps, values = [step for step, _ in points], [value for _, value in points]
     marker = "o" if len(steps) <= 40 else None
     axes.plot(
         steps, values, color=_COLOURS[key], linewidth=1.2, marker=marker, markersize=3, label=label, gid=key

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from huggingface_hub import HfApi, constants, get_token
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
+from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
 from mica.cli.output import first_sentences
@@ -11,8 +11,6 @@ from mica.errors import UsageError
 
 # What only goes on with the run, what belongs to a repository of its own, and what is half written.
 IGNORED = ["checkpoint-*/**", "base/**", "merged/**", "runs/**", "logs/**", ".*", ".*/**", "*.tmp"]
-# No internet, a proxy that refuses, a timeout: httpx's errors or, in older clients, OSErrors of requests.
-_UNREACHABLE = (OSError, HfHubHTTPError, OfflineModeIsEnabled)
 
 
 def check(repository: str) -> None:
@@ -32,7 +30,7 @@ def check(repository: str) -> None:
         raise UsageError(f"{option}: no token: run `hf auth login` or set HF_TOKEN")
     try:
         user = HfApi().whoami()
-    except Exception as error:
+    except Exception as error:  # its HTTP library's own, another one in each major version of the client
         raise UsageError(f"{option}: {_reason(error)}") from error
     role = ((user.get("auth") or {}).get("accessToken") or {}).get("role")
     if role == "read":
@@ -54,10 +52,10 @@ def push(output: Path, repository: str) -> str:
             repo_id=name, folder_path=output, ignore_patterns=IGNORED, commit_message="MiCA adapter"
         )
     except Exception as error:
-        skipped = " ".join(f"'{pattern}'" for pattern in IGNORED)
+        skipped = " ".join(f"--exclude '{pattern}'" for pattern in IGNORED)
         raise UsageError(
-            f"--push-to-hub {repository}: not uploaded: {_reason(error)}; everything is in {output}, and "
-            f"uploaded by: hf upload --private --exclude {skipped} -- {repository} {output}"
+            f"--push-to-hub {repository}: not uploaded: {_reason(error)}; everything is in {output}, to be "
+            f"uploaded by: hf upload {repository} {output} . --private {skipped}"
         ) from error
     return getattr(done, "repo_url", None) or f"{constants.ENDPOINT}/{name}"
 
