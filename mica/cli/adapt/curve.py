@@ -36,7 +36,7 @@ def write_curve(history: list[dict], output: Path) -> None:
         if not rows:
             return
         write_file("--output", output / "curve.csv", lambda path: _write_csv(rows, path))
-        drawn = figure(rows, output.name)
+        drawn = figure(rows, output.resolve().name)
         write_file("--output", output / "curve.png", lambda path: drawn.savefig(path, format="png"))
     except Exception as error:  # the training is worth more than its picture
         _warn(f"mica adapt: warning: no curve: {one_line(error)}")
