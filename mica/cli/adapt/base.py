@@ -16,8 +16,10 @@ from mica.products import has_native
 FOLDER = "base"  # in OUTPUT: a GGUF base as a checkpoint
 
 
-def load(args: argparse.Namespace, source: Source, device: torch.device | None = None):
+def load(args: argparse.Namespace, source: Source, device: torch.device | None = None, tokenizer=None):
     """Return the base model on ``device`` (default: this process's), and quantised by ``--quantize``.
+
+    ``tokenizer``: the source's, where it is at hand: to read one from a GGUF file takes seconds.
 
     A GGUF file is converted to OUTPUT/base first, once, by the main process, and loaded from there: what an
     adapter says about its base is one name, without the file in a folder, so that neither
@@ -45,7 +47,7 @@ def load(args: argparse.Namespace, source: Source, device: torch.device | None =
         # Not the GGUF file's reader on resume: B belongs to the weights as they were converted.
         with PartialState().main_process_first():
             if PartialState().is_main_process and not (args.resume and (args.output / FOLDER).is_dir()):
-                _convert(args, source, dtype)
+                _convert(args, source, dtype, tokenizer)
         source = converted(args)
     if args.quantize is None:
         return _without_repacking(load_model(source, dtype, device))
@@ -113,9 +115,10 @@ def _without_repacking(model):
     return model
 
 
-def _convert(args: argparse.Namespace, source: Source, dtype: str) -> None:
+def _convert(args: argparse.Namespace, source: Source, dtype: str, tokenizer) -> None:
     """Write OUTPUT/base: model and tokenizer of a GGUF file, dequantised, in the run's dtype."""
-    model, tokenizer = load_model(source, dtype, torch.device("cpu")), load_tokenizer(source)
+    model = load_model(source, dtype, torch.device("cpu"))
+    tokenizer = tokenizer or load_tokenizer(source)
 
     def write(folder):
         model.save_pretrained(folder)
