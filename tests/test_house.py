@@ -40,9 +40,14 @@ PUBLIC = {
     ],
 }
 OPTIONS = {
-    "adapt": "--model --text --output --rank --alpha --target-modules --steps --sequence-length --batch-size "
-    "--learning-rate --warmup-ratio --dtype --held-out --gradient-checkpointing --seed --merge "
-    "--trust-remote-code",
+    "adapt": "--model --adapter --dtype --quantize --trust-remote-code "
+    "--text --text-field --text-weights --dataset-config --held-out --held-out-text --retain --sequence-length "
+    "--packing --workers --recipe --rank --alpha --target-modules --dropout "
+    "--steps --epochs --batch-size --gradient-accumulation-steps --learning-rate --scheduler --warmup-ratio "
+    "--weight-decay --max-grad-norm --optimizer --gradient-checkpointing --seed "
+    "--eval-steps --eval-blocks --log-steps --report-to "
+    "--output --save-steps --resume --overwrite --merge --push-to-hub --config",
+    "transfer": "--adapter --to --output --overwrite --dtype --trust-remote-code",
     "inspect": "model --rank --target-modules --dtype --plot --json --trust-remote-code",
     "doctor": "--json",
 }
@@ -57,7 +62,7 @@ def test_public_names(module):
 def test_command_line():
     (commands,) = (action for action in parser()._actions if isinstance(action, argparse._SubParsersAction))
     options = {
-        name: {(action.option_strings or [action.dest])[-1] for action in command._actions[1:]}
+        name: {(action.option_strings or [action.dest])[0] for action in command._actions[1:]}
         for name, command in commands.choices.items()
     }
     assert options == {name: set(words.split()) for name, words in OPTIONS.items()}

@@ -6,14 +6,19 @@ A command is a module with ``add_parser(subparsers)``, which declares its argume
 """
 
 import argparse
+import logging
 import sys
 
 from mica import __version__
-from mica.cli import adapt, doctor, inspect
+from mica.cli import adapt, doctor, inspect, transfer
 from mica.cli.output import one_line
 from mica.errors import UnsuitableLayerError, UsageError
 
-_COMMANDS = (adapt, inspect, doctor)
+_COMMANDS = (adapt, transfer, inspect, doctor)
+# They log as they are imported, which PEFT does where they are installed: torchao and bitsandbytes which of
+# their kernels cannot be loaded, torch that torchao uses a deprecated call. None of it concerns a user here,
+# and a one-line error would stand below ten such lines.
+_NOISY = ("bitsandbytes", "kernels", "torch.utils._pytree", "torchao")
 
 
 class _Parser(argparse.ArgumentParser):
@@ -35,14 +40,20 @@ def parser() -> argparse.ArgumentParser:
 def main(argv: list[str] | None = None) -> int:
     """Run ``mica`` on ``argv`` (default: ``sys.argv[1:]``) and return its exit status.
 
-    0 on success, 2 on bad input (one line on stderr). Anything else is a bug and keeps its traceback.
+    0 on success, 2 on bad input (one line on stderr), 130 after Ctrl-C and 143 after SIGTERM. Anything else is
+    a bug and keeps its traceback.
     """
     try:
         args = parser().parse_args(argv)
     except SystemExit as stop:  # argparse: --help (0) or an error (2)
         return stop.code
+    for name in _NOISY:
+        logging.getLogger(name).setLevel(logging.ERROR)
     try:
         return args.run(args)
     except (UsageError, UnsuitableLayerError) as error:
         print(f"mica {args.command}: error: {one_line(error)}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt as stop:
+        print(f"\nmica {args.command}: stopped", file=sys.stderr)
+        return getattr(stop, "status", 130)

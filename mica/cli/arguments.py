@@ -29,6 +29,12 @@ def add_model_options(parser: argparse.ArgumentParser, layers: str, dtype: str) 
     add = parser.add_argument
     add("--rank", type=number(int, 1, low_allowed=True), default=16, help="rank of the adapter")
     add("--target-modules", default="all-linear", metavar="NAMES", help=layers)
+    add_dtype_options(parser, dtype)
+
+
+def add_dtype_options(parser: argparse.ArgumentParser, dtype: str) -> None:
+    """Declare ``--dtype``, with its help text, and ``--trust-remote-code``."""
+    add = parser.add_argument
     add("--dtype", choices=DTYPES, default="auto", help=dtype)
     add("--trust-remote-code", action="store_true", help="run Python code that comes with the model")
 

@@ -15,13 +15,16 @@ from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
-from transformers.utils import find_adapter_config_file
+from transformers.utils import find_adapter_config_file, is_accelerate_available
 
 from mica import backend
 from mica.cli.arguments import target_names
-from mica.cli.output import check_writable, dtype_name
+from mica.cli.output import check_writable, dtype_name, first_sentences, one_line
 from mica.errors import UsageError
 from mica.products import has_native, slowdown
+
+if is_accelerate_available():  # in the extra `cli`: `mica inspect` works without it
+    from accelerate import PartialState
 
 # Raised by from_pretrained for what the user gave: OSError for files that are missing, unreachable or not
 # JSON, ValueError for contents that name no known architecture or that need custom code.
@@ -41,11 +44,11 @@ class Source:
         return "gguf_file" in self.options
 
     def error(self, reason: Exception | str) -> UsageError:
-        """The error to raise for ``reason``; only the first line of a library's message is kept."""
+        """The error to raise for ``reason``; of a library's message only the first lines are kept."""
         text = str(reason)
         if "trust_remote_code" in text:
             text = "it contains custom code; pass --trust-remote-code to run it"
-        return UsageError(f"--model {self.given}: {text.strip().partition(chr(10))[0]}")
+        return UsageError(f"--model {self.given}: {first_sentences(text)}")
 
 
 def quieten_libraries() -> None:
@@ -65,9 +68,10 @@ def find_source(model: str, trust_remote_code: bool) -> Source:
             raise UsageError(f"--model {model}: a file must end in .gguf; otherwise give the folder")
         if importlib.util.find_spec("gguf") is None:
             raise UsageError(f"--model {model}: GGUF files need gguf: pip install 'mica-fast[cli]'")
-        return Source(model, str(path.parent), {**options, "gguf_file": path.name})
+        return Source(model, str(path.parent.absolute()), {**options, "gguf_file": path.name})
     if path.is_dir():
-        return Source(model, str(path), options)
+        # Absolute: the adapter names this folder, and is loaded from other working directories too.
+        return Source(model, str(path.absolute()), options)
     if model.endswith(".gguf") or model.startswith((".", "~")) or path.is_absolute() or len(path.parts) > 2:
         raise UsageError(f"--model {model}: no such file or folder")
     return Source(model, model, options)
@@ -99,10 +103,23 @@ def load_tokenizer(source: Source):
     _refuse_adapter(source)
     try:
         if not source.is_gguf:  # GGUF files name their architecture only; from_pretrained checks it
-            _check_causal(source, AutoConfig.from_pretrained(source.location, **source.options))
+            _check_causal(source, load_config(source))
         return AutoTokenizer.from_pretrained(source.location, **source.options)
     except UsageError:
         raise
+    except _BAD_SOURCE as error:
+        if "instantiate the backend tokenizer" in str(error):  # no file of a tokenizer, or one it cannot read
+            raise source.error(f"its tokenizer cannot be loaded: {one_line(error)}") from error
+        raise source.error(error) from error
+
+
+def load_config(source: Source):
+    """The configuration of a checkpoint other than GGUF; no weights are read.
+
+    Raises UsageError if there is none, or if it needs custom code.
+    """
+    try:
+        return AutoConfig.from_pretrained(source.location, **source.options)
     except _BAD_SOURCE as error:
         raise source.error(error) from error
 
@@ -115,16 +132,21 @@ def _check_causal(source: Source, config) -> None:
         raise source.error(f"model type '{config.model_type}' is not a causal language model")
 
 
-def load_model(source: Source, dtype: str):
-    """Return the causal language model on the accelerator, or on the CPU where there is none.
+def load_model(source: Source, dtype: str, device: torch.device | None = None, quantization=None):
+    """Return the causal language model on ``device`` (default: `find_device`).
 
     ``dtype``: "float32", ... or "auto", the dtype of the checkpoint (float32 for GGUF, whose weights are
     dequantised). Checkpoints other than GGUF must be safetensors: pickles are never opened.
+    ``quantization``: a configuration of transformers by which the weights are quantised as they are read,
+    on ``device``; not for GGUF.
 
     Raises UsageError if weights are missing, unreadable or those of another kind of model or of an adapter.
     """
     _refuse_adapter(source)
+    device = device or find_device()
     options = dict(source.options)
+    if quantization is not None:
+        options |= {"quantization_config": quantization, "device_map": {"": device}}
     if source.is_gguf:
         options["dtype"] = torch.float32 if dtype == "auto" else getattr(torch, dtype)
         if hasattr(transformers, "GgufConfig"):  # versions without it always dequantise
@@ -147,11 +169,14 @@ def load_model(source: Source, dtype: str):
         quantizer = getattr(model, "hf_quantizer", None)
         if quantizer is not None:
             quantizer.remove_quantization_config(model)
-    return model.to(_device())
+    # Not a quantised one: it is there already, and bitsandbytes refuses to move 8-bit weights.
+    return model if quantization is not None else model.to(device)
 
 
-def _device() -> torch.device:
-    """The accelerator, or the CPU where there is none."""
+def find_device() -> torch.device:
+    """This process's device among several processes; else the accelerator, or the CPU without one."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized() and is_accelerate_available():
+        return PartialState().device
     return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
 
 
@@ -181,7 +206,7 @@ def find_targets(model: nn.Module, names: str) -> dict[str, nn.Module]:
 def check_backend(rank: int) -> None:
     """Raise UsageError if ``MICA_BACKEND`` is invalid, or demands kernels that cannot run here."""
     try:
-        backend.use_kernels(_device(), rank, torch.float32)
+        backend.use_kernels(find_device(), rank, torch.float32)
     except (ValueError, RuntimeError) as error:
         raise UsageError(str(error)) from error
 

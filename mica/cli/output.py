@@ -2,9 +2,12 @@
 
 import json
 import os
+import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
+
+from safetensors import SafetensorError
 
 from mica.errors import UsageError
 
@@ -57,6 +60,33 @@ def write_file(option: str, path: Path, write: Callable[[Path], None]) -> None:
         scratch.unlink(missing_ok=True)
 
 
+def write_folder(option: str, path: Path, write: Callable[[Path], None], kept: str = "") -> None:
+    """Let ``write`` fill a temporary folder next to ``path``, then rename it: never half a folder.
+
+    A folder that is at ``path`` is replaced. ``kept`` follows the message of an error: what is not lost.
+
+    Raises UsageError if that fails (the disk is full, the folder has gone).
+    """
+    # Fixed names, so that the next run clears what a killed one has left.
+    scratch, old = (path.with_name(f".{path.name}.{end}") for end in ("partial", "old"))
+    try:
+        for folder in (scratch, old):
+            shutil.rmtree(folder, ignore_errors=True)
+        scratch.mkdir(parents=True)
+        write(scratch)
+        if path.exists():
+            path.rename(old)
+        scratch.rename(path)
+    except (OSError, SafetensorError) as error:  # the latter: safetensors' own for a full disk
+        reason = getattr(error, "strerror", None) or one_line(error)
+        raise UsageError(f"{option} {path}: cannot be written: {reason}{kept}") from error
+    finally:
+        if old.exists() and not path.exists():  # the second of the two renames has failed
+            old.rename(path)
+        for folder in (scratch, old):
+            shutil.rmtree(folder, ignore_errors=True)
+
+
 def write_json(option: str, path: Path, report: dict) -> None:
     """`write_file` of ``report`` as JSON. Raises ValueError if it holds NaN or an infinity."""
     text = json.dumps(report, indent=2, allow_nan=False) + "\n"
@@ -66,6 +96,16 @@ def write_json(option: str, path: Path, report: dict) -> None:
 def one_line(error: Exception | str) -> str:
     """A message on one line: those of libraries may span several."""
     return " ".join(str(error).split())
+
+
+def first_sentences(message: str) -> str:
+    """A library's message up to the first line that ends a sentence, on one line; the rest is advice."""
+    kept = []
+    for line in message.strip().splitlines():
+        kept.append(line.strip())
+        if kept[-1].endswith((".", "!", "?")):
+            break
+    return " ".join(filter(None, kept))
 
 
 def dtype_name(dtype) -> str:

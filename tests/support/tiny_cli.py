@@ -23,7 +23,7 @@ def tiny_llama(**options) -> LlamaForCausalLM:
     torch.manual_seed(0)
     sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
     heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 128}
-    return LlamaForCausalLM(LlamaConfig(vocab_size=257, **sizes, **heads, **options))
+    return LlamaForCausalLM(LlamaConfig(**{"vocab_size": 257, **sizes, **heads, **options}))
 
 
 def adapt(model, text, output, *options) -> int:

@@ -1,10 +1,25 @@
-"""Which layers are targets, and the dtype in which a model is loaded."""
+"""Where a model is loaded from and to, in which dtype, which layers are targets, and what is printed."""
+
+import os
+import subprocess
+import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-from mica.cli.loading import find_targets, suit_processor
+from mica.cli.loading import (
+    find_device,
+    find_source,
+    find_targets,
+    load_model,
+    load_tokenizer,
+    suit_processor,
+)
+from mica.errors import UsageError
 from tests.support import models
+from tests.support.adapt_results import working_in
+from tests.support.processes import ROOT
 from tests.support.tiny_cli import tiny_llama
 
 
@@ -29,3 +44,41 @@ def test_a_quantised_checkpoint_keeps_its_dtype(monkeypatch):
     model.is_quantized = True
     assert "quantised and computes in bfloat16" in suit_processor(model, "auto")
     assert model.dtype == torch.bfloat16
+
+
+def test_message_of_a_missing_tokenizer_is_whole(tmp_path):
+    tiny_llama().save_pretrained(tmp_path)
+    with pytest.raises(UsageError) as error:
+        load_tokenizer(find_source(str(tmp_path), False))
+    message = str(error.value)
+    assert message.startswith(f"--model {tmp_path}: its tokenizer cannot be loaded: ")
+    assert message.endswith(".")
+    assert "\n" not in message
+
+
+def test_a_relative_folder_becomes_absolute(tmp_path):
+    tiny_llama().save_pretrained(tmp_path / "model")
+    with working_in(tmp_path):
+        source = find_source("model", False)
+        model = load_model(source, "float32")
+    assert source.given == "model"
+    assert source.location == model.name_or_path == str(tmp_path / "model")
+
+
+def test_among_several_processes_the_device_is_this_ones(monkeypatch):
+    here = find_device()
+    monkeypatch.setattr("mica.cli.loading.PartialState", lambda: SimpleNamespace(device=torch.device("meta")))
+    assert find_device() == here
+    monkeypatch.setattr("torch.distributed.is_initialized", lambda: True)
+    assert find_device() == torch.device("meta")
+
+
+def test_libraries_say_nothing_on_the_terminal(tmp_path):
+    """What torchao, bitsandbytes and torch log as they are imported would hide the one line of an error."""
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
+    command = [sys.executable, "-m", "mica", "inspect", str(tmp_path)]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert done.stderr.startswith("mica inspect: error: ")
+    assert len(done.stderr.splitlines()) == 1
+    assert done.stdout == ""

@@ -1,6 +1,7 @@
 """Files that are written whole; what else the commands print is tested with them."""
 
 import pytest
+from safetensors import SafetensorError
 
 from mica.cli import output
 from mica.errors import UsageError
@@ -18,3 +19,46 @@ def test_a_file_is_written_whole_or_not_at_all(tmp_path):
         output.write_file("--json", path, full_disk)
     assert path.read_text() == "old"
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_folder_is_replaced_whole_or_not_at_all(tmp_path, monkeypatch):
+    path = tmp_path / "a" / "merged"
+    output.write_folder("--merge", path, lambda scratch: (scratch / "old").touch())
+    (tmp_path / "a" / ".merged.partial").mkdir()  # of a run that was killed
+
+    def full_disk(scratch):
+        (scratch / "half").touch()
+        raise SafetensorError("I/O error: No space left on device (os error 28)")
+
+    with pytest.raises(UsageError, match=r"--merge .*merged: cannot be written: I/O .*; the rest is there$"):
+        output.write_folder("--merge", path, full_disk, "; the rest is there")
+    assert [file.name for file in path.iterdir()] == ["old"]
+
+    def gone(self, target):
+        if self.name == ".merged.partial":
+            raise OSError(5, "Input/output error")
+        return rename(self, target)
+
+    rename = type(path).rename
+    monkeypatch.setattr(type(path), "rename", gone)
+    with pytest.raises(UsageError, match="Input/output error"):
+        output.write_folder("--merge", path, lambda scratch: (scratch / "new").touch())
+    assert [file.name for file in path.iterdir()] == ["old"]
+    monkeypatch.undo()
+
+    output.write_folder("--merge", path, lambda scratch: (scratch / "new").touch())
+    assert [file.name for file in path.iterdir()] == ["new"]
+    assert [folder.name for folder in path.parent.iterdir()] == ["merged"]
+
+
+@pytest.mark.parametrize(
+    ("message", "kept"),
+    [
+        ("One line", "One line"),
+        ("First.\nAdvice.", "First."),
+        ("One of:\n (1) a,\n (2) b.\nAdvice.", "One of: (1) a, (2) b."),
+        ("\n\n", ""),
+    ],
+)
+def test_first_sentences(message, kept):
+    assert output.first_sentences(message) == kept

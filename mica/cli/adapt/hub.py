@@ -1,0 +1,64 @@
+"""``--push-to-hub``: the output folder to a repository of the Hugging Face Hub, by its own client."""
+
+from pathlib import Path
+
+from huggingface_hub import HfApi, constants, get_token
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id
+
+from mica.cli.output import first_sentences
+from mica.errors import UsageError
+
+# What only goes on with the run, what belongs to a repository of its own, and what is half written.
+IGNORED = ["checkpoint-*/**", "base/**", "merged/**", "runs/**", "logs/**", ".*", ".*/**", "*.tmp"]
+
+
+def check(repository: str) -> None:
+    """Ask the hub, before any work, who the token belongs to; creates nothing.
+
+    Raises UsageError if the name is none of a repository, if there is no token, or if the hub does not accept
+    it or cannot be reached.
+    """
+    option = f"--push-to-hub {repository}"
+    try:
+        validate_repo_id(repository)
+    except HFValidationError as error:
+        raise UsageError(f"{option}: must be NAME or OWNER/NAME: {first_sentences(str(error))}") from error
+    if constants.HF_HUB_OFFLINE:
+        raise UsageError(f"{option}: not possible while HF_HUB_OFFLINE is set")
+    if get_token() is None:
+        raise UsageError(f"{option}: no token: run `hf auth login` or set HF_TOKEN")
+    try:
+        user = HfApi().whoami()
+    except Exception as error:  # its HTTP library's own, another one in each major version of the client
+        raise UsageError(f"{option}: {_reason(error)}") from error
+    role = ((user.get("auth") or {}).get("accessToken") or {}).get("role")
+    if role == "read":
+        raise UsageError(f"{option}: the token of {user.get('name')} can only read: give one that can write")
+
+
+def push(output: Path, repository: str) -> str:
+    """Upload ``output`` without checkpoints, ``base/`` and ``merged/``; return the repository's address.
+
+    A repository that does not exist is made, and is private: what was trained on may be so too, and it can
+    be published later. One that exists stays as it is. Only on the main process.
+
+    Raises UsageError if the upload fails; it says how to repeat it, and ``output`` is unchanged.
+    """
+    try:
+        api = HfApi()
+        name = api.create_repo(repository, private=True, exist_ok=True).repo_id
+        done = api.upload_folder(
+            repo_id=name, folder_path=output, ignore_patterns=IGNORED, commit_message="MiCA adapter"
+        )
+    except Exception as error:
+        skipped = " ".join(f"--exclude '{pattern}'" for pattern in IGNORED)
+        raise UsageError(
+            f"--push-to-hub {repository}: not uploaded: {_reason(error)}; everything is in {output}, to be "
+            f"uploaded by: hf upload {repository} {output} . --private {skipped}"
+        ) from error
+    return getattr(done, "repo_url", None) or f"{constants.ENDPOINT}/{name}"
+
+
+def _reason(error: Exception) -> str:
+    return first_sentences(str(error)) or type(error).__name__

@@ -1,0 +1,122 @@
+"""What is left of a run: the adapter with its tokenizer, and the merged model."""
+
+import argparse
+import os
+import shutil
+from pathlib import Path
+
+import torch
+from accelerate import PartialState
+from peft import PeftModel
+from safetensors import SafetensorError
+from torch import nn
+from torch.distributed.tensor import DTensor
+
+import mica.fast
+from mica.cli.adapt.card import write_card
+from mica.cli.loading import Source, load_model
+from mica.cli.output import dtype_name, one_line, write_folder
+from mica.errors import UsageError
+
+MERGED = "merged"
+
+
+def save(model: PeftModel, tokenizer, output: Path) -> None:
+    """Write the adapter and its tokenizer to ``output``; PEFT's blank model card is left out.
+
+    All processes must call this: a sharded adapter (FSDP2) is gathered. The main process writes to a
+    temporary folder, and then moves file by file into ``output``; what else is there stays.
+
+    Raises UsageError if the files cannot be written.
+    """
+    state = _gathered(model)
+    if not PartialState().is_main_process:
+        return
+    scratch = output / ".saving"
+    try:
+        shutil.rmtree(scratch, ignore_errors=True)
+        scratch.mkdir(parents=True)
+        # No base embeddings in the adapter: nothing resized them. "auto", the default, would ask the hub.
+        model.save_pretrained(scratch, save_embedding_layers=False, state_dict=state)
+        tokenizer.save_pretrained(scratch)
+        (scratch / "README.md").unlink(missing_ok=True)
+        for file in sorted(scratch.iterdir()):
+            os.replace(file, output / file.name)
+    except (OSError, SafetensorError) as error:
+        reason = getattr(error, "strerror", None) or one_line(error)
+        raise UsageError(
+            f"--output {output}: the adapter cannot be written: {reason}; the last checkpoint is intact, "
+            "--resume goes on from there"
+        ) from error
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _gathered(model: nn.Module) -> dict[str, torch.Tensor] | None:
+    """The adapter's weights, whole, where they are sharded; else None: PEFT takes them from the model."""
+    parameters = {name: weight for name, weight in model.named_parameters() if "lora_" in name}
+    if not any(isinstance(weight, DTensor) for weight in parameters.values()):
+        return None
+    return {
+        name: (weight.full_tensor() if isinstance(weight, DTensor) else weight).detach().cpu()
+        for name, weight in parameters.items()
+    }
+
+
+def can_merge_in_place(model: nn.Module) -> bool:
+    """Whether the base is dense and whole in this process, so that it can be merged where it is."""
+    return not getattr(model, "is_quantized", False) and not any(
+        isinstance(weight, DTensor) for weight in model.parameters()
+    )
+
+
+def merge(model: PeftModel, tokenizer, args: argparse.Namespace) -> mica.fast.MergeReport:
+    """Write OUTPUT/merged: the model with the adapter merged, in the run's dtype. Changes ``model``.
+
+    On the main process, after `save`. A base that is dense here is merged in place. One that
+    ``--quantize`` has quantised, or that is sharded, is loaded anew from where it came from, on the CPU: the
+    device still holds the model that was trained. The update was then trained for the quantised
+    weights, and is merged into the ones that they were made of, as usual for QLoRA.
+
+    Raises UsageError if the folder cannot be written, or the merged weights are not finite; everything that
+    was written before is kept.
+    """
+    folder = args.output / MERGED
+    kept = f"; the adapter is in {args.output}"
+    if not can_merge_in_place(model):
+        base = model.get_base_model()
+        source = Source(args.model, base.name_or_path, {"trust_remote_code": args.trust_remote_code})
+        dense = load_model(source, dtype_name(base.dtype), torch.device("cpu"))
+        model = PeftModel.from_pretrained(dense, args.output)
+    merged, report = merged_model(model, f"--merge {folder}", kept)
+    save_model(merged, tokenizer, "--merge", folder, kept)
+    return report
+
+
+def merged_model(model: PeftModel, option: str, kept: str = "") -> tuple[nn.Module, mica.fast.MergeReport]:
+    """The plain model with the adapter merged into its weights, in place, and what rounding did to it.
+
+    Raises UsageError if a merged weight is not finite; ``option`` begins its message and ``kept`` ends it.
+    """
+    try:
+        merged = model.merge_and_unload(safe_merge=True)
+    except ValueError as error:
+        if "NaN" not in str(error):
+            raise
+        raise UsageError(f"{option}: {one_line(error)}{kept}") from error
+    return merged, mica.fast.merge_report(merged)
+
+
+def save_model(model, tokenizer, option: str, folder: Path, kept: str = "", card=None) -> None:
+    """Write a plain model with its tokenizer, and its ModelCard if given, to ``folder``, whole or not at all.
+
+    Raises UsageError if it cannot be written; ``option`` begins its message and ``kept`` ends it.
+    """
+
+    def write(scratch):
+        model.save_pretrained(scratch)
+        tokenizer.save_pretrained(scratch)
+        if card is not None:
+            write_card(card, scratch)
+
+    write_folder(option, folder, write, kept)

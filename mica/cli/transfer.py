@@ -1,0 +1,133 @@
+"""``mica transfer``: merge the update of an adapter into a sibling of the model that it was trained on."""
+
+import argparse
+from importlib.metadata import version
+from pathlib import Path
+
+from mica.cli.arguments import add_dtype_options
+from mica.cli.output import dtype_name
+from mica.errors import UsageError
+
+
+def add_parser(commands) -> None:
+    """Declare ``mica transfer`` on an argparse subparsers object."""
+    parser = commands.add_parser(
+        "transfer",
+        help="merge an adapter into the chat model of its base",
+        description="Merge the update s·B·A of a MiCA adapter, trained on a base model, into another model "
+        "made from the same base, like its instruction-tuned one. Trains and computes nothing anew: B stays "
+        "that of the base. Writes a plain model with MODEL's tokenizer and chat template.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        allow_abbrev=False,
+    )
+    add = parser.add_argument
+    add("--adapter", required=True, type=Path, metavar="DIR", help="output folder of mica adapt")
+    add("--to", required=True, metavar="MODEL", help="Hub id, checkpoint folder or GGUF file; not quantised")
+    add("--output", required=True, type=Path, metavar="DIR", help="folder for the model, made if needed")
+    add("--overwrite", action="store_true", help="replace what is in the folder of --output")
+    add_dtype_options(parser, dtype="dtype of the merged weights; auto: that of MODEL, float32 for GGUF")
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Run the command: all checks before the weights are read, the output whole or not at all.
+
+    Raises UsageError if --adapter is no MiCA adapter, if MODEL lacks one of its layers or has it in another
+    shape, is quantised, or gives a common token another id, and if the output cannot be written.
+    """
+    import torch
+    from peft import PeftConfig, PeftModel
+
+    from mica.cli.adapt import adapter, card, result
+    from mica.cli.loading import check_output, find_source, load_config, load_model, quieten_libraries
+
+    quieten_libraries()
+    config = adapter.read_adapter_config(args.adapter)
+    if config.get("modules_to_save"):
+        raise UsageError(
+            f"--adapter {args.adapter}: replaces whole modules, {', '.join(config['modules_to_save'])}: "
+            "that is no update that another model could take"
+        )
+    layers = adapter.adapted_layers(args.adapter)
+    try:
+        source = find_source(args.to, args.trust_remote_code)
+        check_output(args.output, source)
+        _check_free(args.output, args.overwrite, {"--to": source.location, "--adapter": args.adapter})
+        if not source.is_gguf and getattr(load_config(source), "quantization_config", None) is not None:
+            raise source.error("is quantised: give the checkpoint that it was made of")
+        tokenizer, agreement = _tokenizer(args, source, config)
+        print(agreement)
+        # On the CPU: one sum per weight, which is not worth a way to the device and back.
+        model = load_model(source, args.dtype, torch.device("cpu"))
+    except UsageError as error:
+        raise UsageError(str(error).replace(f"--model {args.to}: ", f"--to {args.to}: ", 1)) from error
+    adapter.check_fit(model, args.adapter, "--adapter", f"--to {args.to}")
+
+    peft_model = PeftModel.from_pretrained(
+        model, args.adapter, config=PeftConfig.from_pretrained(args.adapter)
+    )
+    merged, report = result.merged_model(peft_model, f"--adapter {args.adapter}")
+    facts = {
+        "name": args.output.resolve().name,
+        "model": args.to,
+        "adapter": str(args.adapter),
+        "base": config.get("base_model_name_or_path"),
+        "rank": config["r"],
+        "alpha": config["lora_alpha"],
+        "layers": len(layers),
+        "dtype": dtype_name(merged.dtype),
+        "merge_report": str(report),
+        "versions": {name: version(name) for name in ("torch", "transformers", "peft")},
+    }
+    result.save_model(merged, tokenizer, "--output", args.output, card=card.transfer_card(facts))
+    print(f"merged model  {args.output}\n              {report}")
+    return 0
+
+
+def _check_free(output: Path, overwrite: bool, inputs: dict[str, str | Path]) -> None:
+    """Refuse an output with something in it without --overwrite, and to write over an input in any case."""
+    for option, path in inputs.items():
+        place = Path(path).resolve()
+        if output.resolve() in (place, *place.parents):
+            raise UsageError(f"--output {output}: is the folder of {option}, or contains it")
+    if output.is_dir() and any(output.iterdir()) and not overwrite:
+        raise UsageError(f"--output {output}: is not empty: --overwrite replaces what is in it")
+
+
+def _tokenizer(args: argparse.Namespace, source, config: dict):
+    """MODEL's tokenizer, and a line on how it agrees with that of the adapter.
+
+    A chat model may have tokens of its own, but what the adapter was trained on must have the same ids.
+    """
+    from transformers import AutoTokenizer
+
+    from mica.cli.loading import load_tokenizer
+
+    theirs = load_tokenizer(source)
+    given = config.get("base_model_name_or_path")
+    options = {"trust_remote_code": args.trust_remote_code}
+    for place in filter(None, (str(args.adapter), given)):
+        try:
+            ours = AutoTokenizer.from_pretrained(place, **options).get_vocab()
+            break
+        except (OSError, ValueError):
+            continue
+    else:
+        raise UsageError(
+            f"--adapter {args.adapter}: has no tokenizer, and neither has its base {given}: put the base's "
+            "tokenizer into the folder, so that it can be compared with that of --to"
+        )
+    vocabulary = theirs.get_vocab()
+    common = ours.keys() & vocabulary.keys()
+    moved = sorted((token for token in common if ours[token] != vocabulary[token]), key=ours.get)
+    if moved or not common:
+        first = f": {moved[0]!r} is {ours[moved[0]]} there and {vocabulary[moved[0]]} here" if moved else ""
+        raise UsageError(
+            f"--to {args.to}: its tokenizer is not that of the adapter: {len(moved)} of {len(common)} common "
+            f"tokens have other ids{first}"
+        )
+    return theirs, (
+        f"tokenizers    {len(common):,} tokens in common, with the same ids; "
+        f"{len(vocabulary) - len(common):,} only in {args.to}, "
+        f"{len(ours) - len(common):,} only in that of the adapter"
+    )

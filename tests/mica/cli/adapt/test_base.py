@@ -1,0 +1,156 @@
+"""The base model: quantised as it is read, or converted from a GGUF file."""
+
+import json
+
+import pytest
+import torch
+import transformers
+from peft import AutoPeftModelForCausalLM
+from transformers import AutoTokenizer
+
+from mica.cli.adapt import adapter, base, result
+from mica.cli.loading import find_source
+from mica.errors import UsageError
+from tests.support.adapt_results import move, settings, working_in
+from tests.support.tiny_cli import byte_tokenizer, logits, tiny_llama
+from tests.support.tiny_gguf import write_tiny_gguf
+
+
+@pytest.fixture(autouse=True)
+def _not_poisoned():
+    """bitsandbytes has operators without a deterministic version."""
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture(scope="module")
+def gguf_file(tmp_path_factory):
+    pytest.importorskip("gguf")
+    path = tmp_path_factory.mktemp("gguf") / "tiny.gguf"
+    write_tiny_gguf(path)
+    return path
+
+
+def load(model, **options):
+    return base.load(settings(model=str(model), **options), find_source(str(model), False))
+
+
+@pytest.mark.parametrize(("kind", "layer"), [("nf4", "Linear4bit"), ("int8", "Linear8bitLt")])
+def test_quantised_base_can_be_evaluated_and_then_trained(kind, layer, model_dir):
+    pytest.importorskip("bitsandbytes")
+    model = load(model_dir, quantize=kind, dtype="float32")
+    up = model.model.layers[0].mlp.up_proj
+    assert type(up).__name__ == layer
+    assert type(model.lm_head) is torch.nn.Linear
+    assert model.dtype == torch.float32
+    assert (model.name_or_path, model.device.type) == (str(model_dir), "cpu")
+    if kind == "nf4":
+        assert up.weight.quant_state.nested
+        assert up.compute_dtype == torch.float32
+    tuned = adapter.start(model, settings(target_modules="all-linear"))
+    before = logits(tuned)  # in eval mode, where bitsandbytes repacks 4-bit weights
+    assert (before - logits(tiny_llama())).abs().max() < 0.5
+    tuned.train()
+    ids = torch.arange(64).view(2, 32)
+    tuned(input_ids=ids, labels=ids).loss.backward()
+    gradients = {name: w.grad for name, w in tuned.named_parameters() if w.requires_grad}
+    assert len(gradients) == 14
+    assert all(gradient.abs().max() > 0 for gradient in gradients.values())
+    again = {name: gradient.clone() for name, gradient in gradients.items()}
+    tuned.zero_grad()
+    logits(tuned)
+    tuned.train()
+    tuned(input_ids=ids, labels=ids).loss.backward()
+    for name, weight in tuned.named_parameters():
+        if weight.requires_grad:
+            assert torch.equal(weight.grad, again[name]), name
+
+
+@pytest.mark.parametrize("native", [True, False])
+def test_auto_computes_in_the_dtype_of_the_checkpoint(native, tmp_path, monkeypatch):
+    pytest.importorskip("bitsandbytes")
+    monkeypatch.setattr("mica.cli.adapt.base.has_native", lambda dtype: native or dtype == torch.float32)
+    tiny_llama().bfloat16().save_pretrained(tmp_path)
+    model = load(tmp_path, quantize="nf4")
+    expected = torch.bfloat16 if native else torch.float32
+    assert model.dtype == model.model.layers[0].mlp.up_proj.compute_dtype == expected
+
+
+def test_bitsandbytes_is_missing(model_dir, monkeypatch):
+    monkeypatch.setattr("mica.cli.adapt.base.is_bitsandbytes_available", lambda: False)
+    with pytest.raises(UsageError, match=r"^--quantize int8: needs bitsandbytes and accelerate: pip install"):
+        load(model_dir, quantize="int8")
+
+
+def test_bitsandbytes_does_not_run_on_the_device(model_dir, monkeypatch):
+    def refuse(**_):
+        raise RuntimeError("None of the available devices are supported\nby bitsandbytes.\nInstall it.")
+
+    monkeypatch.setattr("transformers.integrations.validate_bnb_backend_availability", refuse)
+    message = r"^--quantize nf4: not possible on cpu: None of .* are supported by bitsandbytes\.$"
+    with pytest.raises(UsageError, match=message):
+        load(model_dir, quantize="nf4")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"quantize": "nf4"}, "^--quantize nf4: .* is quantised already"),
+        ({"merge": True}, "^--merge: .* is quan"),
+    ],
+)
+def test_quantised_checkpoint_is_refused_before_its_weights_are_read(options, message, tmp_path):
+    tiny_llama().config.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "gptq", "bits": 4}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UsageError, match=message):
+        load(tmp_path, **options)
+
+
+def test_adapter_of_a_gguf_base_finds_it_from_anywhere(gguf_file, tmp_path, monkeypatch):
+    (tmp_path / "elsewhere").mkdir()
+    with working_in(gguf_file.parent):
+        args = settings(model="tiny.gguf", output=tmp_path / "out", dtype="float32")
+        with working_in(tmp_path):  # OUTPUT as a relative path
+            args.output = (tmp_path / "out").relative_to(tmp_path)
+            model = base.load(args, find_source(str(gguf_file), False))
+        assert torch.equal(logits(model), logits(tiny_llama()))
+    tuned = adapter.start(model, args)
+    move(tuned)
+    result.save(tuned, byte_tokenizer(), tmp_path / "out")
+    expected = logits(tuned)
+    with working_in(tmp_path / "elsewhere"):
+        loaded = AutoPeftModelForCausalLM.from_pretrained(tmp_path / "out")
+        torch.testing.assert_close(logits(loaded), expected)
+        pipe = transformers.pipeline("text-generation", model=str(tmp_path / "out"), device="cpu")
+        torch.testing.assert_close(logits(pipe.model), expected)
+        assert len(pipe("2 times 2 is", max_new_tokens=2)[0]["generated_text"]) >= len("2 times 2 is")
+    ids = AutoTokenizer.from_pretrained(tmp_path / "out" / "base")("déjà vu")["input_ids"]
+    assert ids == byte_tokenizer()("déjà vu")["input_ids"]
+
+
+@pytest.mark.parametrize(("options", "dtype"), [({}, torch.float32), ({"dtype": "bfloat16"}, torch.bfloat16)])
+def test_gguf_base_is_converted_in_the_dtype_of_the_run_and_once(
+    gguf_file, tmp_path, monkeypatch, options, dtype
+):
+    options = {"output": tmp_path / "out", **options}
+    assert load(gguf_file, **options).dtype == dtype
+    monkeypatch.setattr("mica.cli.adapt.base._convert", lambda *_: pytest.fail("converted again"))
+    assert load(gguf_file, **options, resume=True).dtype == dtype
+    if dtype == torch.float32:
+        pytest.importorskip("bitsandbytes")
+        quantised = load(gguf_file, **options, resume=True, quantize="nf4")
+        assert type(quantised.model.layers[1].mlp.up_proj).__name__ == "Linear4bit"
+
+
+def test_full_disk_leaves_no_half_of_a_base(gguf_file, tmp_path, monkeypatch):
+    def full(self, folder, **_):
+        (folder / "model.safetensors").write_bytes(b"half")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("transformers.LlamaForCausalLM.save_pretrained", full)
+    with pytest.raises(
+        UsageError, match=r"^--output .*/out/base: cannot be written: No space left on device$"
+    ):
+        load(gguf_file, output=tmp_path / "out")
+    assert not list((tmp_path / "out").iterdir())

@@ -1,0 +1,145 @@
+"""What a run leaves behind: adapter, tokenizer, merged model."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from peft import PeftModel
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from mica.cli.adapt import adapter, base, result
+from mica.cli.loading import find_source
+from mica.errors import UsageError
+from tests.support.adapt_results import factors, move, settings, write_adapter
+from tests.support.tiny_cli import byte_tokenizer, logits, tiny_llama
+
+
+@pytest.fixture
+def tuned():
+    model = adapter.start(tiny_llama(), settings())
+    move(model)
+    return model
+
+
+def test_saved_adapter_replaces_an_older_one_and_nothing_else(tuned, tmp_path):
+    write_adapter(tmp_path, rank=2)
+    (tmp_path / "checkpoint-1").mkdir()
+    (tmp_path / "README.md").write_text("ours")
+    result.save(tuned, byte_tokenizer(), tmp_path)
+    names = {path.name for path in tmp_path.iterdir()}
+    assert names == {
+        "README.md", "adapter_config.json", "adapter_model.safetensors", "checkpoint-1", "tokenizer.json",
+        "tokenizer_config.json",
+    }  # fmt: skip
+    assert (tmp_path / "README.md").read_text() == "ours"
+    again = logits(PeftModel.from_pretrained(tiny_llama(), tmp_path))
+    assert torch.equal(again, logits(tuned))
+    assert AutoTokenizer.from_pretrained(tmp_path)("a")["input_ids"] == byte_tokenizer()("a")["input_ids"]
+
+
+def test_full_disk_keeps_the_older_adapter(tuned, tmp_path, monkeypatch):
+    write_adapter(tmp_path, rank=2)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+
+    def full(*_, **__):
+        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr("peft.peft_model.safe_save_file", full)
+    with pytest.raises(
+        UsageError, match=r"^--output .*No space left on device.* the last checkpoint is intact"
+    ):
+        result.save(tuned, byte_tokenizer(), tmp_path)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+def test_merge_in_place(tuned, tmp_path):
+    expected = logits(tuned)
+    result.save(tuned, byte_tokenizer(), tmp_path)
+    (tmp_path / "merged").mkdir()
+    (tmp_path / "merged" / "old").touch()
+    report = result.merge(tuned, byte_tokenizer(), settings(output=tmp_path))
+    assert len(report.layers) == 4
+    assert 0 < report.swallowed < 1e-5
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    torch.testing.assert_close(logits(merged), expected, rtol=1e-4, atol=1e-4)
+    assert "tokenizer.json" in {path.name for path in (tmp_path / "merged").iterdir()}
+    assert not (tmp_path / "merged" / "old").exists()
+    assert not list(tmp_path.glob(".*"))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_merge_of_a_quantised_run_is_into_the_base_as_it_was(dtype, model_dir, tmp_path):
+    pytest.importorskip("bitsandbytes")
+    torch.use_deterministic_algorithms(False)  # bitsandbytes has no such version of its operators
+    args = settings(model=str(model_dir), output=tmp_path, quantize="nf4", dtype=dtype)
+    model = adapter.start(base.load(args, find_source(args.model, False)), args)
+    move(model)
+    result.save(model, byte_tokenizer(), tmp_path)
+    result.merge(model, byte_tokenizer(), args)
+    merged = load_file(tmp_path / "merged" / "model.safetensors")
+    exact = adapter_sums(model)
+    assert len(exact) == 4
+    for name, weight in tiny_llama().to(getattr(torch, dtype)).state_dict().items():
+        update = exact.get(name.removesuffix(".weight"), 0)
+        torch.testing.assert_close(merged[name], (weight.double() + update).to(weight.dtype))
+    assert "quantization_config" not in json.loads((tmp_path / "merged" / "config.json").read_text())
+
+
+def adapter_sums(model) -> dict[str, torch.Tensor]:
+    """s·B·A by the name of the layer, in float64."""
+    a, b = factors(model, "A"), factors(model, "B")
+    sums = {name: 2.0 * b[name.replace("lora_A", "lora_B")].double() @ a[name].double() for name in a}
+    return {
+        re.sub(r"^base_model\.model\.(.*)\.lora_A\..*", r"\1", name): delta for name, delta in sums.items()
+    }
+
+
+def test_full_disk_while_merging_loses_nothing_else(tuned, tmp_path, monkeypatch):
+    result.save(tuned, byte_tokenizer(), tmp_path)
+    before = {path.name for path in tmp_path.iterdir()}
+
+    def full(self, folder, **_):
+        (Path(folder) / "half").touch()
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("transformers.LlamaForCausalLM.save_pretrained", full)
+    with pytest.raises(
+        UsageError, match=r"^--merge .*/merged: .*No space left on device; the adapter is in "
+    ):
+        result.merge(tuned, byte_tokenizer(), settings(output=tmp_path))
+    assert {path.name for path in tmp_path.iterdir()} == before
+
+
+def test_adapter_that_is_not_finite_is_not_merged(tuned, tmp_path):
+    next(w for name, w in tuned.named_parameters() if "lora_A" in name).data[0, 0] = torch.nan
+    with pytest.raises(
+        UsageError, match=r"^--merge .*NaNs detected in the merged weights.*the adapter is in"
+    ):
+        result.merge(tuned, byte_tokenizer(), settings(output=tmp_path))
+    assert not list(tmp_path.iterdir())
+
+
+def test_sharded_model_is_saved_and_merged_whole(model_dir, tmp_path):
+    """FSDP2 in a group of one: all weights are DTensors, as in a larger one."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        model = adapter.start(AutoModelForCausalLM.from_pretrained(model_dir), settings())
+        move(model)
+        expected = logits(model)
+        for layer in [*model.get_base_model().model.layers, model]:
+            fully_shard(layer, mesh=init_device_mesh("cpu", (1,)))
+        result.save(model, byte_tokenizer(), tmp_path)
+        result.merge(model, byte_tokenizer(), settings(model=str(model_dir), output=tmp_path))
+        assert not result.can_merge_in_place(model)
+    finally:
+        dist.destroy_process_group()
+    assert torch.equal(logits(PeftModel.from_pretrained(tiny_llama(), tmp_path)), expected)
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    torch.testing.assert_close(logits(merged), expected, rtol=1e-4, atol=1e-4)

@@ -1,0 +1,235 @@
+"""``mica transfer``: the update of an adapter in the weights of a sibling, and all that is refused."""
+
+import json
+import re
+import shutil
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file
+from tokenizers import AddedToken
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from mica.cli import main
+from tests.support.adapt_results import factors, poison_solver, working_in, write_adapter
+from tests.support.tiny_cli import byte_tokenizer, logits, tiny_llama
+
+CHAT = "{% for message in messages %}{{ message.content }}{% endfor %}"
+ALL = "q_proj,down_proj"
+
+
+def sibling_model(**options):
+    """Of the shapes of the tiny Llama, with weights of its own."""
+    model = tiny_llama(**options)
+    torch.manual_seed(5)
+    for weight in model.parameters():
+        weight.data += 0.02 * torch.randn_like(weight)
+    return model
+
+
+def chat_tokenizer():
+    """The byte tokenizer with a token of its own at the end, and a chat template."""
+    tokenizer = byte_tokenizer()
+    tokenizer.add_tokens([AddedToken("<user>", special=True)])
+    tokenizer.chat_template = CHAT
+    return tokenizer
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """An adapter of rank 4 and alpha 8, the model with it, and the folder of a sibling."""
+    folder = tmp_path_factory.mktemp("made")
+    tuned = write_adapter(folder / "adapter")
+    sibling_model(vocab_size=258).save_pretrained(folder / "chat")
+    chat_tokenizer().save_pretrained(folder / "chat")
+    return folder / "adapter", tuned, folder / "chat"
+
+
+@pytest.fixture
+def copies(made, tmp_path):
+    """Folders of adapter and sibling that a test may break."""
+    adapter, chat = tmp_path / "adapter", tmp_path / "chat"
+    shutil.copytree(made[0], adapter)
+    shutil.copytree(made[2], chat)
+    return adapter, chat
+
+
+def transfer(adapter, to, output, *options) -> int:
+    argv = ["transfer", "--adapter", adapter, "--to", to, "--output", output, *options]
+    return main([str(word) for word in argv])
+
+
+def refused(capsys, status, output, *parts) -> None:
+    """Status 2, one error line with all ``parts`` in it, no output."""
+    lines = [line for line in re.split(r"[\r\n]", capsys.readouterr().err) if "error: " in line]
+    assert status == 2
+    assert len(lines) == 1
+    assert lines[0].startswith("mica transfer: error: ")
+    for part in parts:
+        assert str(part) in lines[0]
+    assert not output.exists()
+
+
+def test_the_same_update_is_in_the_sibling(made, tmp_path, monkeypatch, capsys):
+    adapter, tuned, chat = made
+    poison_solver(monkeypatch)
+    assert transfer(adapter, chat, tmp_path / "out") == 0
+    printed = capsys.readouterr().out
+    assert "257 tokens in common, with the same ids; 1 only in " in printed
+    assert "4 layers merged into float32" in printed
+
+    a, b = factors(tuned, "A"), factors(tuned, "B")
+    merged, before = load_file(tmp_path / "out" / "model.safetensors"), load_file(chat / "model.safetensors")
+    assert merged.keys() == before.keys()
+    moved = 0
+    for name, weight in before.items():
+        key = f"base_model.model.{name.removesuffix('.weight')}.lora_A.default.weight"
+        expected = weight
+        if key in a:
+            update = 2.0 * b[key.replace("lora_A", "lora_B")].double() @ a[key].double()
+            expected, moved = (weight.double() + update).float(), moved + 1
+        torch.testing.assert_close(merged[name], expected, rtol=0, atol=1e-7)
+    assert moved == 4
+
+    with_update = sibling_model(vocab_size=258).double()
+    for name, weight in with_update.named_parameters():
+        weight.data = merged[name].double()
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    torch.testing.assert_close(logits(model).double(), logits(with_update), rtol=1e-4, atol=1e-4)
+
+
+def test_what_is_written(made, tmp_path):
+    adapter, _, chat = made
+    out = tmp_path / "out"
+    assert transfer(adapter, chat, out, "--dtype", "bfloat16") == 0
+    assert {path.name for path in out.iterdir()} == {
+        "README.md", "chat_template.jinja", "config.json", "generation_config.json", "model.safetensors",
+        "tokenizer.json", "tokenizer_config.json",
+    }  # fmt: skip
+    assert load_file(out / "model.safetensors")["model.norm.weight"].dtype == torch.bfloat16
+    tokenizer = AutoTokenizer.from_pretrained(out)
+    assert tokenizer.chat_template == CHAT
+    assert len(tokenizer) == 258
+    card = (out / "README.md").read_text()
+    assert "merged into bfloat16: rounding swallowed" in card
+    assert "rank 4 and alpha 8, in 4 layers" in card
+    names = {}
+    (code,) = re.findall(r"```python\n(.*?)```", card, re.DOTALL)
+    with working_in(tmp_path):
+        exec(code, names)
+    assert torch.equal(logits(names["model"]), logits(AutoModelForCausalLM.from_pretrained(out)))
+
+
+def test_output_with_something_in_it(made, tmp_path, capsys):
+    adapter, _, chat = made
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "old").touch()
+    assert transfer(adapter, chat, tmp_path / "out") == 2
+    assert "is not empty: --overwrite replaces what is in it" in capsys.readouterr().err
+    assert (tmp_path / "out" / "old").exists()
+    assert transfer(adapter, chat, tmp_path / "out", "--overwrite") == 0
+    assert not (tmp_path / "out" / "old").exists()
+
+
+def test_overwrite_deletes_neither_model_nor_adapter(copies, capsys):
+    adapter, chat = copies
+    for output in (chat, chat.parent, adapter):
+        assert transfer(adapter, chat, output, "--overwrite") == 2
+        assert f"--output {output}: " in capsys.readouterr().err
+    assert (chat / "model.safetensors").exists()
+    assert (adapter / "adapter_model.safetensors").exists()
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [["--adapter", "a", "--to", "b"], ["--adapter", "a", "--output", "b"], ["--to", "a", "--output", "b"],
+     ["--adapter", "a", "--to", "b", "--output", "c", "--dtype", "int4"]],
+)  # fmt: skip
+def test_arguments(argv, capsys):
+    assert main(["transfer", *argv]) == 2
+    assert capsys.readouterr().err.startswith("mica transfer: error: ")
+
+
+def test_no_mica_adapter(made, tmp_path, capsys):
+    chat = made[2]
+    refused(capsys, transfer(tmp_path / "no", chat, tmp_path / "out"), tmp_path / "out", "no such folder")
+    get_peft_model(tiny_llama(), LoraConfig(target_modules=["q_proj"])).save_pretrained(tmp_path / "lora")
+    status = transfer(tmp_path / "lora", chat, tmp_path / "out")
+    refused(capsys, status, tmp_path / "out", f"--adapter {tmp_path / 'lora'}: must be a MiCA adapter")
+
+
+def test_adapter_that_replaces_modules(copies, tmp_path, capsys):
+    adapter, chat = copies
+    path = adapter / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"modules_to_save": ["lm_head"]}))
+    refused(
+        capsys, transfer(adapter, chat, tmp_path / "out"), tmp_path / "out", "replaces whole modules, lm_head"
+    )
+
+
+def test_model_that_is_not_there(made, tmp_path, capsys):
+    status = transfer(made[0], "./nowhere", tmp_path / "out")
+    refused(capsys, status, tmp_path / "out", "--to ./nowhere: no such file or folder")
+    (tmp_path / "empty").mkdir()
+    status = transfer(made[0], tmp_path / "empty", tmp_path / "out")
+    refused(capsys, status, tmp_path / "out", f"--to {tmp_path / 'empty'}: ")
+
+
+def test_model_of_other_layers_or_shapes(made, tmp_path, capsys):
+    for sizes, message in (
+        ({"num_hidden_layers": 1}, "which --to "),
+        ({"intermediate_size": 64}, "as a layer of 32 x 48, but in --to "),
+    ):
+        folder = tmp_path / message[:3].strip()
+        tiny_llama(**sizes).save_pretrained(folder)
+        byte_tokenizer().save_pretrained(folder)
+        refused(capsys, transfer(made[0], folder, tmp_path / "out"), tmp_path / "out", message, folder)
+
+
+def test_quantised_model(copies, tmp_path, capsys):
+    adapter, chat = copies
+    config = json.loads((chat / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "gptq", "bits": 4}
+    (chat / "config.json").write_text(json.dumps(config))
+    refused(capsys, transfer(adapter, chat, tmp_path / "out"), tmp_path / "out", f"--to {chat}: is quantised")
+
+
+def test_tokenizer_of_another_model(copies, tmp_path, capsys):
+    adapter, chat = copies
+    path = chat / "tokenizer.json"
+    contents = json.loads(path.read_text())
+    vocabulary = contents["model"]["vocab"]
+    vocabulary["a"], vocabulary["b"] = vocabulary["b"], vocabulary["a"]
+    path.write_text(json.dumps(contents))
+    status = transfer(adapter, chat, tmp_path / "out")
+    refused(
+        capsys,
+        status,
+        tmp_path / "out",
+        f"--to {chat}: its tokenizer is not that",
+        "2 of 257 common",
+        "'a' is",
+    )
+
+
+def test_adapter_without_a_tokenizer(copies, tmp_path, capsys, model_dir):
+    adapter, chat = copies
+    for file in adapter.glob("tokenizer*"):
+        file.unlink()
+    status = transfer(adapter, chat, tmp_path / "out")
+    refused(capsys, status, tmp_path / "out", "has no tokenizer, and neither has its base")
+    path = adapter / "adapter_config.json"
+    base = {"base_model_name_or_path": str(model_dir)}  # whose tokenizer counts then
+    path.write_text(json.dumps(json.loads(path.read_text()) | base))
+    assert transfer(adapter, chat, tmp_path / "out") == 0
+
+
+def test_full_disk_leaves_nothing(made, tmp_path, capsys, monkeypatch):
+    def full(self, folder, **_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("transformers.LlamaForCausalLM.save_pretrained", full)
+    status = transfer(made[0], made[2], tmp_path / "out")
+    refused(capsys, status, tmp_path / "out", "--output ", "cannot be written: No space left on device")
+    assert not list(tmp_path.iterdir())

@@ -1,0 +1,73 @@
+"""Settings, and adapters without a training, for the tests of what stands before and after it."""
+
+import contextlib
+import os
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from mica.cli.adapt import adapter, result
+from tests.support.tiny_cli import byte_tokenizer, tiny_llama
+
+_DEFAULTS = {
+    "model": "unused",
+    "adapter": None,
+    "dtype": "auto",
+    "quantize": None,
+    "trust_remote_code": False,
+    "merge": False,
+    "output": None,
+    "resume": False,
+    "rank": 4,
+    "alpha": 8,
+    "dropout": 0.0,
+    "target_modules": "q_proj,down_proj",
+}
+
+
+def settings(**changes) -> SimpleNamespace:
+    """The options of a run that base, adapter and result read."""
+    return SimpleNamespace(**_DEFAULTS | changes)
+
+
+def move(model) -> None:
+    """As if trained: A is no longer zero."""
+    torch.manual_seed(1)
+    for name, weight in model.named_parameters():
+        if "lora_A" in name:
+            weight.data.normal_(std=0.2)
+
+
+def factors(model, factor: str) -> dict[str, torch.Tensor]:
+    return {name: w.detach().clone() for name, w in model.named_parameters() if f"lora_{factor}" in name}
+
+
+def write_adapter(folder: Path, model=None, **changes):
+    """A saved MiCA adapter that has learned; returns the model with it. Default: on the tiny Llama."""
+    wrapped = adapter.start(model or tiny_llama(), settings(**changes))
+    move(wrapped)
+    result.save(wrapped, byte_tokenizer(), folder)
+    return wrapped
+
+
+@contextlib.contextmanager
+def working_in(folder: Path):
+    before = Path.cwd()
+    os.chdir(folder)
+    try:
+        yield
+    finally:
+        os.chdir(before)
+
+
+def poison_solver(monkeypatch) -> None:
+    """Any solver that runs fails the test: this package's, and the SVD that PEFT calls."""
+
+    def solve(tasks, **_):
+        assert not tasks, "the solver ran"
+        return iter(())
+
+    monkeypatch.setattr("mica.fast.bases.solve_shared", solve)
+    monkeypatch.setattr("torch.linalg.svd", lambda *_, **__: pytest.fail("PEFT's solver ran"))
