@@ -4,11 +4,11 @@ Writes that much real text as JSON Lines, one document a file: the sources and d
 Python packages, again with a mark in front where they are too few. Then measures in processes of their own:
 
 - *tokenise*: `mica.cli.adapt.tokens` alone, with nothing in the cache, and again with the cache;
-- *adapt* (``--adapt``): ``python -m mica adapt --steps 1`` on SmolLM2-135M in float32, both ways too. Its whole time,
-  with evaluation and saving, is an upper bound of the time to the first step.
+- *adapt* (``--adapt``): ``python -m mica adapt --steps 1`` on SmolLM2-135M in float32, both ways too. Its
+  whole time, with evaluation and saving, is an upper bound of the time to the first step.
 
-Peaks are of resident memory: of the process, by the kernel's count, and the sum over its children, looked at five
-times a second; pages of mapped files count.
+Peaks are of resident memory, looked at five times a second, of the process and of the sum of its children;
+pages of mapped files count.
 """
 
 from __future__ import annotations
@@ -123,11 +123,10 @@ def main() -> None:
                 output = ["--output", str(scratch / which)] if name == "adapt" else []
                 result = measure([*command, *output], scratch / f"cache-{name}")
                 results[f"{name}, {which} start"] = result
+                own, children = (result[key] / 2**30 for key in ("peak_bytes", "peak_bytes_of_children"))
+                print(f"{name}, {which} start: {result['seconds']:.1f} s, status {result['status']}")
                 print(
-                    f"{name}, {which} start: {result['seconds']:.1f} s, peak {result['peak_bytes'] / 2**30:.2f} GiB, "
-                    f"children {result['peak_bytes_of_children'] / 2**30:.2f} GiB, status {result['status']}\n"
-                    f"{result['output']}",
-                    flush=True,
+                    f"peak {own:.2f} GiB, of its children {children:.2f} GiB\n{result['output']}", flush=True
                 )
     finally:
         shutil.rmtree(scratch, ignore_errors=True)

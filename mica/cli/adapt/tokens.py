@@ -195,24 +195,26 @@ def _build(source: Source, tokenizer, field: str | None, workers: int, folder: P
     scratch.mkdir()
     empty, characters = _write_pieces(source, field, scratch / "pieces.arrow")
     pieces = datasets.Dataset.from_file(str(scratch / "pieces.arrow"))
-    dtype = np.dtype(np.uint16 if len(tokenizer) <= 2**16 else np.uint32)
+    dtype = np.dtype(np.uint16 if max(tokenizer.get_vocab().values()) < 2**16 else np.uint32)
     is_small = characters <= SMALL
     ids = datasets.List(datasets.Value(dtype.name))
-    num_proc = None if is_small or workers == 1 else workers
-    with _settings(is_quiet=is_small):
-        tokens = pieces.map(
-            _ids,
-            batched=True,
-            batch_size=BATCH,
-            fn_kwargs={"tokenizer": tokenizer, "dtype": dtype},
-            remove_columns="text",
-            features=datasets.Features(ids=ids, is_last=datasets.Value("bool")),
-            num_proc=num_proc,
-            load_from_cache_file=False,
-            cache_file_name=str(scratch / "tokens.arrow"),
-            new_fingerprint="tokens",  # not asked for; else `datasets` would pickle the tokenizer for one
-            desc=f"Tokenising {source.name}",
-        )
+    try:
+        with _settings(is_quiet=is_small):
+            tokens = pieces.map(
+                _ids,
+                batched=True,
+                batch_size=BATCH,
+                fn_kwargs={"tokenizer": tokenizer, "dtype": dtype},
+                remove_columns="text",
+                features=datasets.Features(ids=ids, is_last=datasets.Value("bool")),
+                num_proc=None if is_small or workers == 1 else workers,
+                load_from_cache_file=False,
+                cache_file_name=str(scratch / "tokens.arrow"),
+                new_fingerprint="tokens",  # not asked for; else `datasets` would pickle the tokenizer for one
+                desc=f"Tokenising {source.name}",
+            )
+    except RuntimeError as error:  # a process was killed, as a rule for want of memory
+        raise source.error(f"tokenising in {workers} processes failed: {error}") from error
     facts = _write_arrays(tokens, tokenizer.eos_token_id, dtype, folder)
     if not (folder / "tokens.bin").stat().st_size:
         raise source.error(f"no text in it ({empty:,} empty documents)" if empty else "no text in it")
