@@ -153,8 +153,8 @@ def gather(args: argparse.Namespace, tokenizer) -> Corpus:
         dropped += part.dropped + len(part.train) - len(kept)
         if kept.num_tokens < args.sequence_length:
             raise UsageError(
-                f"{names[index]}: {kept.num_tokens:,} tokens are not held out, "
-                f"{args.sequence_length:,} needed: one training block of --sequence-length {args.sequence_length}"
+                f"{names[index]}: {kept.num_tokens:,} tokens are not held out, {args.sequence_length:,} "
+                f"needed: one training block of --sequence-length {args.sequence_length}"
             )
         train.append(_blocks(groups[index], kept, args))
 
