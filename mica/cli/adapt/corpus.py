@@ -1,0 +1,213 @@
+"""The data of a run: what is trained on, what is held out and never trained on, and what must be retained."""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import logging
+import math
+from dataclasses import dataclass
+
+import datasets
+import numpy as np
+from torch.utils.data import ConcatDataset, Dataset
+
+from mica.cli.adapt import sources
+from mica.cli.adapt.packing import Blocks, Spans, mix, spread
+from mica.cli.adapt.splitting import Split, split
+from mica.cli.adapt.tokens import Tokens, tokenize
+from mica.errors import UsageError
+
+
+@dataclass(frozen=True)
+class Part:
+    """What one item of ``--text`` holds; ``skipped``: files of a folder that are of no kind that is read."""
+
+    name: str
+    tokens: int
+    documents: int
+    empty: int
+    skipped: int
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """Datasets of blocks (see `mica.cli.adapt.packing.Blocks`) and what they are made of.
+
+    ``retain``: None without ``--retain``. ``parts``: one for each ``--text``. ``dropped``: documents that
+    are left out of the training because they are held out as well. ``held_out_by``: "--held-out-text" or
+    `Split.how`. ``largest_token_id``: of all texts. ``cached``: nothing had to be tokenised.
+    ``fingerprint``: a hash of all tokens of all blocks of training and held-out text and of their order.
+    """
+
+    train: Dataset
+    held_out: Dataset
+    retain: Dataset | None
+    parts: tuple[Part, ...]
+    dropped: int
+    held_out_by: str
+    largest_token_id: int
+    cached: bool
+    fingerprint: str
+    sequence_length: int
+
+    @property
+    def tokens(self) -> int:
+        """Of all of ``--text``, with what is held out."""
+        return sum(part.tokens for part in self.parts)
+
+    @property
+    def documents(self) -> int:
+        return sum(part.documents for part in self.parts)
+
+    def epochs(self, args: argparse.Namespace, num_processes: int = 1) -> float:
+        """How often a run sees the training blocks, by ``args.steps`` or ``args.epochs``."""
+        if args.steps is None:
+            return args.epochs
+        blocks = args.steps * args.batch_size * args.gradient_accumulation_steps * num_processes
+        return blocks / len(self.train)
+
+    def describe(self, args: argparse.Namespace, num_processes: int = 1) -> str:
+        """What the run trains on, for a terminal; more lines only for what is left out."""
+        epochs = self.epochs(args, num_processes)
+        share = f"{epochs:.3g} epochs" if epochs > 1 else f"{100 * epochs:.2g} % of an epoch"
+        lines = [
+            f"{_count(self.tokens, 'token')} in {_count(self.documents, 'document')}"
+            f"{' (tokenised before)' if self.cached else ''}, {_count(len(self.train), 'training block')} "
+            f"of {self.sequence_length}; this run sees {share}",
+            f"held out: {_count(len(self.held_out), 'block')} ({self.held_out_by})",
+        ]
+        if self.retain is not None:
+            lines[-1] += f"; to be retained: {_count(len(self.retain), 'block')}"
+        if self.dropped:
+            lines.append(f"left out of training: {_count(self.dropped, 'copy')} of held-out documents")
+        for part in self.parts:
+            if part.empty:
+                lines.append(f"left out of {part.name}: {_count(part.empty, 'document')} without text")
+            if part.skipped:
+                lines.append(f"left out of {part.name}: {_count(part.skipped, 'file')} of other kinds")
+        return "\n".join(lines)
+
+
+def _count(number: int, noun: str) -> str:
+    if number != 1:
+        noun = f"{noun[:-1]}ies" if noun.endswith("y") else f"{noun}s"
+    return f"{number:,} {noun}"
+
+
+def check(args: argparse.Namespace) -> None:
+    """Refuse what the names alone show to be wrong, before anything slow. Raises UsageError."""
+    _find(args)
+    weights = args.text_weights
+    if weights is None:
+        return
+    if len(weights) != len(args.text):
+        raise UsageError(
+            f"--text-weights: {len(weights)} given, {len(args.text)} needed: one for each --text"
+        )
+    if not all(0 < weight < math.inf for weight in weights):
+        raise UsageError(f"--text-weights {' '.join(map(str, weights))}: each must be a number above 0")
+
+
+def _find(args: argparse.Namespace) -> list[list[sources.Source]]:
+    given = {"--text": args.text, "--held-out-text": args.held_out_text, "--retain": args.retain}
+    return [sources.find(option, items or [], args.dataset_config) for option, items in given.items()]
+
+
+def gather(args: argparse.Namespace, tokenizer) -> Corpus:
+    """Read, tokenise and pack all texts of a run; every process of it calls this.
+
+    Held out is ``--held-out-text``, of which no document is trained on, or what `split` takes: of each
+    source if there are weights, else of all joined. ``eval_blocks`` blocks of it are measured, evenly
+    spread, and as many of ``--retain``.
+
+    Raises UsageError for what cannot be read, and if there is not one training and one held-out block.
+    """
+    check(args)
+    datasets.logging.set_verbosity(logging.CRITICAL)  # its errors come as exceptions as well
+    found = _find(args)
+    text, held_out, retain = (
+        tokenize(each, tokenizer, args.text_field, args.workers) if each else [] for each in found
+    )
+    every = [*text, *held_out, *retain]
+
+    weights = args.text_weights
+    groups = [text] if weights is None else [[store] for store in text]
+    names = ["--text"] if weights is None else [f"--text {name}" for name in args.text]
+    if held_out:
+        splits = [Split(Spans.of(group), Spans.of(held_out)[:0], "--held-out-text") for group in groups]
+        held_out_blocks = _measured("--held-out-text", held_out, args)
+    else:
+        splits = _splits(groups, names, args)
+        held_out_blocks = ConcatDataset(
+            [_blocks(group, part.held_out, args) for group, part in zip(groups, splits, strict=True)]
+        )
+        held_out_blocks = spread(held_out_blocks, args.eval_blocks)
+    train, dropped = [], 0
+    for index, part in enumerate(splits):
+        # What another source holds out, or a set of its own; `split` has seen to this source's own copies.
+        others = [other.held_out.digest for other in splits[:index] + splits[index + 1 :]]
+        others += [store.digests for store in held_out]
+        kept = part.train.without(np.concatenate(others)) if others else part.train
+        dropped += part.dropped + len(part.train) - len(kept)
+        if kept.num_tokens < args.sequence_length:
+            raise UsageError(
+                f"{names[index]}: {kept.num_tokens:,} tokens are not held out, {args.sequence_length:,} "
+                f"needed: one training block of --sequence-length {args.sequence_length}"
+            )
+        train.append(_blocks(groups[index], kept, args))
+
+    return Corpus(
+        train=train[0] if weights is None else mix(train, weights, args.seed),
+        held_out=held_out_blocks,
+        retain=_measured("--retain", retain, args) if retain else None,
+        parts=tuple(
+            Part(source.given, int(store.lengths.sum()), len(store.lengths), store.empty, source.skipped)
+            for source, store in zip(found[0], text, strict=True)
+        ),
+        dropped=dropped,
+        held_out_by=" and ".join(dict.fromkeys(part.how for part in splits)),
+        largest_token_id=max(store.largest for store in every),
+        cached=all(store.cached for store in every),
+        fingerprint=_fingerprint(train, splits, held_out, args),
+        sequence_length=args.sequence_length,
+    )
+
+
+def _splits(groups: list[list[Tokens]], names: list[str], args: argparse.Namespace) -> list[Split]:
+    shares = np.array(args.text_weights or [1.0])
+    limits = np.maximum(1, np.rint(args.eval_blocks * shares / shares.sum())).astype(int).tolist()
+    return [
+        split(Spans.of(group), args.held_out, args.sequence_length, limit, name)
+        for group, name, limit in zip(groups, names, limits, strict=True)
+    ]
+
+
+def _blocks(stores: list[Tokens], spans: Spans, args: argparse.Namespace) -> Blocks:
+    return Blocks(stores, spans, args.sequence_length, args.packing)
+
+
+def _measured(option: str, stores: list[Tokens], args: argparse.Namespace) -> Dataset:
+    """Blocks of a text that is only measured. Raises UsageError if it is shorter than one."""
+    blocks = _blocks(stores, Spans.of(stores), args)
+    if not len(blocks):
+        raise UsageError(
+            f"{option}: {blocks.spans.num_tokens:,} tokens found, {args.sequence_length:,} needed: one block "
+            f"of --sequence-length {args.sequence_length}"
+        )
+    return spread(blocks, args.eval_blocks)
+
+
+def _fingerprint(train: list[Blocks], splits: list[Split], held_out: list[Tokens], args) -> str:
+    total = hashlib.blake2b(digest_size=16)
+    mixing = None if args.text_weights is None else [*args.text_weights, args.seed]
+    total.update(json.dumps([args.sequence_length, args.packing, mixing]).encode())
+    for spans in [
+        *(blocks.spans for blocks in train),
+        *(part.held_out for part in splits),
+        *([Spans.of(held_out)] if held_out else []),
+    ]:
+        for column in (spans.store, spans.start, spans.length, spans.digest):
+            total.update(np.ascontiguousarray(column))
+    return total.hexdigest()

@@ -1,0 +1,168 @@
+"""The data of a run as a whole: sources, weights, held-out and retained text, and what is said about them."""
+
+import re
+
+import datasets
+import pytest
+from torch.utils.data import ConcatDataset
+
+from mica.cli.adapt.corpus import check, gather
+from mica.errors import UsageError
+from tests.support.adapt_texts import ROWS, settings, write
+from tests.support.tiny_cli import byte_tokenizer
+
+TOKENIZER = byte_tokenizer()
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+
+
+def rows(*numbers: int, word: str = "row") -> list[dict]:
+    return [{"text": f"{word} {number:03} {number * number}"} for number in numbers]
+
+
+def texts(blocks) -> str:
+    """All text of a set of blocks, documents separated by |."""
+    ids = [token for block in blocks for token in block["input_ids"].tolist()]
+    return TOKENIZER.decode(ids).replace("<eos>", "|")
+
+
+def test_one_source(tmp_path):
+    args = settings(write(tmp_path / "a.jsonl", [*ROWS, {"text": ""}]))
+    corpus = gather(args, TOKENIZER)
+    total = sum(len(row["text"].encode()) + 1 for row in ROWS)
+    assert (corpus.tokens, corpus.documents, corpus.held_out_by) == (total, 30, "documents")
+    assert (len(corpus.held_out), corpus.retain, corpus.largest_token_id, corpus.cached) == (
+        4,
+        None,
+        256,
+        False,
+    )
+    assert 0 <= total // 32 - len(corpus.train) - len(corpus.held_out) <= 5
+    [part] = corpus.parts
+    assert (part.name, part.tokens, part.documents, part.empty, part.skipped) == (
+        args.text[0],
+        total,
+        30,
+        1,
+        0,
+    )
+    assert "position_ids" in corpus.train[0]
+    again = gather(args, TOKENIZER)
+    assert (again.cached, again.fingerprint) == (True, corpus.fingerprint)
+
+
+def test_small_sources_are_joined(tmp_path):
+    files = [write(tmp_path / f"{n}.jsonl", rows(n)) for n in range(20)]
+    corpus = gather(settings(files, packing="stream", eval_blocks=1), TOKENIZER)
+    assert len(corpus.parts) == corpus.documents == 20
+    joined = "".join(f"{row['text']}|" for row in rows(*range(20)))
+    for line in joined.split("|")[:-1]:
+        assert (f"{line}|" in texts(corpus.train)) + (f"{line}|" in texts(corpus.held_out)) <= 1
+    assert len(texts(corpus.train)) + len(texts(corpus.held_out)) > len(joined) - 2 * 32
+
+
+def test_weights(tmp_path):
+    large, small = (
+        write(tmp_path / "a.jsonl", rows(*range(400))),
+        write(tmp_path / "b.jsonl", rows(*range(80), word="few")),
+    )
+    corpus = gather(
+        settings([large, small], text_weights=[1, 3], held_out=0.4, packing="stream", eval_blocks=8),
+        TOKENIZER,
+    )
+    shares = [sum(word in texts([block]) for block in corpus.train) for word in ("row", "few")]
+    assert 2.9 < shares[1] / shares[0] < 3.1
+    assert all("row" not in texts([block]) or "few" not in texts([block]) for block in corpus.train)
+    held_out = [sum(word in texts([block]) for block in corpus.held_out) for word in ("row", "few")]
+    assert held_out[0] >= 2
+    assert held_out[1] >= 4
+    assert len(corpus.held_out) == 8
+    assert gather(settings([large, small], eval_blocks=8), TOKENIZER).fingerprint != corpus.fingerprint
+
+
+def test_a_document_of_two_sources_is_on_one_side(tmp_path):
+    first = write(tmp_path / "a.jsonl", rows(*range(200)))
+    second = write(tmp_path / "b.jsonl", rows(*range(150, 300)))
+    for weights in (None, [1, 1]):
+        args = settings(
+            [first, second], text_weights=weights, packing="stream", eval_blocks=1000, held_out=0.3
+        )
+        corpus = gather(args, TOKENIZER)
+        held_out = set(re.findall(r"row [^|]+(?=\|)", texts(corpus.held_out)))
+        assert len(held_out) > 50
+        assert not held_out & set(re.findall(r"row [^|]+(?=\|)", texts(corpus.train)))
+        assert corpus.dropped > 0
+
+
+def test_a_held_out_set_of_its_own(tmp_path):
+    text = write(tmp_path / "a.jsonl", rows(*range(100)))
+    held_out = write(tmp_path / "b.csv", rows(*range(90, 130)))
+    retain = write(tmp_path / "c.parquet", rows(*range(50), word="keep"))
+    args = settings(text, held_out_text=[str(held_out)], retain=[str(retain)], packing="stream")
+    corpus = gather(args, TOKENIZER)
+    assert (corpus.documents, corpus.dropped, corpus.held_out_by) == (100, 10, "--held-out-text")
+    expected = "".join(f"{row['text']}|" for row in rows(*range(90)))
+    assert texts(corpus.train) == expected[: len(corpus.train) * 32]
+    assert len(corpus.train) == len(expected) // 32
+    assert texts(corpus.held_out)[:32] == "".join(f"{row['text']}|" for row in rows(*range(90, 130)))[:32]
+    assert (len(corpus.held_out), len(corpus.retain)) == (4, 4)
+    assert "keep 000" in texts(corpus.retain)
+    assert corpus.fingerprint != gather(settings(text, packing="stream"), TOKENIZER).fingerprint
+
+
+def test_what_is_said(tmp_path):
+    (tmp_path / "texts").mkdir()
+    write(tmp_path / "texts" / "a.jsonl", [*rows(*range(100)), {"text": " "}, *rows(7, 7)])
+    (tmp_path / "texts" / "x.png").write_bytes(b"x")
+    args = settings(tmp_path / "texts", held_out_text=[str(write(tmp_path / "b.jsonl", rows(*range(1, 9))))])
+    corpus = gather(args, TOKENIZER)
+    blocks = len(corpus.train)
+    percent = f"{100 * 10 * 2 * 3 * 2 / blocks:.3g}"
+    assert corpus.describe(settings("a"), 2).splitlines() == [
+        f"{corpus.tokens:,} tokens in 102 documents, {blocks} training blocks of 32; this run sees "
+        f"{float(percent) / 100:.3g} epochs",
+        "held out: 2 blocks (--held-out-text)",
+        "left out of training: 10 copies of held-out documents",
+        f"left out of {args.text[0]}: 1 document without text",
+        f"left out of {args.text[0]}: 1 file of other kinds",
+    ]
+    assert "this run sees 2.5 epochs" in corpus.describe(settings("a", steps=None, epochs=2.5))
+    share = 100 * 2 / blocks
+    one = settings("a", steps=1, gradient_accumulation_steps=1)
+    assert f"this run sees {share:.2g} % of an epoch" in corpus.describe(one)
+    assert "(tokenised before)" in gather(args, TOKENIZER).describe(args)
+
+
+def test_refusals(tmp_path):
+    text, short = write(tmp_path / "a.jsonl", ROWS), write(tmp_path / "b.jsonl", rows(1))
+    missing = str(tmp_path / "missing.txt")
+    for changes, message in [
+        ({"text_weights": [1.0]}, "--text-weights: 1 given, 2 needed: one for each --text"),
+        ({"text_weights": [1.0, 0.0]}, "--text-weights 1.0 0.0: each must be a number above 0"),
+        ({"text_weights": [1.0, float("nan")]}, "each must be a number above 0"),
+        ({"held_out_text": [missing]}, f"--held-out-text {missing}: no such file"),
+        ({"retain": [missing]}, f"--retain {missing}: no such file"),
+    ]:
+        with pytest.raises(UsageError, match=re.escape(message)):
+            check(settings([text, short], **changes))
+    for changes, message in [
+        ({"text": [str(short)]}, "--text: 10 tokens found, 64 needed: one training and one held-out block"),
+        ({"text_weights": [1.0, 1.0]}, f"--text {short}: 10 tokens found, 64 needed"),
+        ({"held_out_text": [str(short)]}, "--held-out-text: 10 tokens found, 32 needed: one block of"),
+        ({"retain": [str(short)]}, "--retain: 10 tokens found, 32 needed: one block of"),
+        ({"held_out_text": [str(text)]}, "--text: 10 tokens are not held out, 32 needed: one training block"),
+    ]:
+        with pytest.raises(UsageError, match=re.escape(message)):
+            gather(settings(**{"text": [text, short], **changes}), TOKENIZER)
+
+
+def test_the_split_does_not_depend_on_the_order_of_documents(tmp_path):
+    numbers = list(range(100))
+    one = gather(settings(write(tmp_path / "a.jsonl", rows(*numbers))), TOKENIZER)
+    two = gather(settings(write(tmp_path / "b.jsonl", rows(*numbers[::-1]))), TOKENIZER)
+    found = [set(re.findall(r"row [^|]+(?=\|)", texts(corpus.held_out))) for corpus in (one, two)]
+    assert len(found[0] & found[1]) >= len(found[0]) - 2  # but for the documents at the ends of blocks
+    assert isinstance(one.held_out, ConcatDataset)

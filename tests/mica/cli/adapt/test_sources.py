@@ -1,0 +1,192 @@
+"""Every kind of text gives the same documents, and what is none is refused in one line."""
+
+import gzip
+import json
+import re
+
+import datasets
+import pandas as pd
+import pytest
+
+from mica.cli.adapt.sources import find
+from mica.errors import UsageError
+from tests.support.adapt_texts import ROWS, write
+
+
+def read(item, field=None, config=None) -> list[str]:
+    [source] = find("--text", [item], config)
+    return ["".join(document) for document in source.documents(field)]
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "a.jsonl",
+        "a.ndjson",
+        "a.json",
+        "a.csv",
+        "a.tsv",
+        "a.parquet",
+        "a.jsonl.gz",
+        "a.json.xz",
+        "a.csv.bz2",
+        "a.tsv.gz",
+        "[a]*.csv",
+        "A.JSONL",
+    ],
+)
+def test_rows_are_documents(tmp_path, name):
+    assert read(write(tmp_path / name, ROWS)) == [row["text"] for row in ROWS]
+
+
+@pytest.mark.parametrize("name", ["a.txt", "a.md", "README", "a.txt.gz"])
+def test_a_text_file_is_one_document(tmp_path, name):
+    text = (
+        "".join(row["text"] for row in ROWS) * 2000
+    )  # several chunks; characters of several bytes at their ends
+    data = b"\xef\xbb\xbf" + text.encode()
+    (tmp_path / name).write_bytes(gzip.compress(data, 1) if name.endswith("gz") else data)
+    assert read(tmp_path / name) == [text.replace("\r\n", "\n")]
+
+
+def test_a_folder_is_read_in_order(tmp_path):
+    (tmp_path / "b").mkdir()
+    write(tmp_path / "b" / "rows.jsonl", ROWS[:2])
+    write(tmp_path / "c.csv", ROWS[2:4])
+    (tmp_path / "a.txt").write_text("first", encoding="utf-8")
+    (tmp_path / "picture.png").write_bytes(b"\x89PNG")
+    (tmp_path / ".hidden.txt").write_text("hidden", encoding="utf-8")
+    [source] = find("--text", [tmp_path])
+    assert ["".join(each) for each in source.documents(None)] == ["first", *(row["text"] for row in ROWS[:4])]
+    assert source.skipped == 1
+
+
+@pytest.mark.parametrize(
+    "wrap", [lambda it: it, lambda it: datasets.DatasetDict(train=it, test=it.select([0]))]
+)
+def test_a_saved_dataset(tmp_path, wrap):
+    wrap(datasets.Dataset.from_list(ROWS)).save_to_disk(tmp_path / "saved")
+    assert read(tmp_path / "saved") == [row["text"] for row in ROWS]
+    [source] = find("--text", [tmp_path / "saved"])
+    [again] = find("--text", [tmp_path / "saved"])
+    assert source.digest() == again.digest()
+
+
+def test_a_dataset_of_the_hub(monkeypatch):
+    asked = []
+    monkeypatch.setattr(
+        datasets,
+        "load_dataset",
+        lambda *args, **options: asked.append((args, options)) or datasets.Dataset.from_list(ROWS),
+    )
+    assert read("someone/texts", config="de") == [row["text"] for row in ROWS]
+    assert asked == [(("someone/texts", "de"), {"split": "train"})]
+
+
+@pytest.mark.parametrize(
+    ("row", "field", "expected"),
+    [
+        ({"a": "x", "text": "y"}, None, "y"),
+        ({"content": "y", "a": "x"}, None, "y"),
+        ({"n": 1, "only": "y"}, None, "y"),
+        ({"a": "x", "text": "y"}, "a", "x"),
+        ({"text": None, "a": "x"}, None, ""),
+    ],
+)
+def test_the_column(tmp_path, row, field, expected):
+    assert read(write(tmp_path / "a.jsonl", [row, row]), field) == [expected] * 2
+    if expected:  # a column of nothing but nulls is no column of strings
+        assert read(write(tmp_path / "a.parquet", [row, row]), field) == [expected] * 2
+
+
+def test_all_of_csv_is_text(tmp_path):
+    (tmp_path / "a.csv").write_text("text,n\n007,1\nNA,2\n,3\n1.50,4\n", encoding="utf-8")
+    assert read(tmp_path / "a.csv") == ["007", "NA", "", "1.50"]
+
+
+def test_other_columns_may_change_their_type(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_text(
+        '{"text": "a", "m": null}\n\n{"m": {"x": [1]}, "text": "b"}\n{"n": 1}\n', encoding="utf-8"
+    )
+    assert read(path) == ["a", "b", ""]
+
+
+CONTENTS = [  # name, bytes, column, what the line says
+    ("a.jsonl", b'{"text": "a"}\n{"text": "b"\n', None, "line 2 is not JSON"),
+    ("a.jsonl", b'{"text": "a"}\n{"text": 3}\n', None, "line 2: 'text' is int, and no string"),
+    ("a.jsonl", b'{"text": "a"}\n["b"]\n', None, "line 2: list, but every row must be an object"),
+    ("a.jsonl", b'{"text": "a"}\n{"text": "\xff"}\n', None, "not UTF-8 text (at byte 24, line 2)"),
+    ("a.jsonl", b'{"text": "\\ud800"}\n', None, "line 1: 'text' holds half a character"),
+    ("a.jsonl", b'{"messages": []}\n', None, "holds chats (column 'messages'), and this trains on text"),
+    (
+        "a.jsonl",
+        b'{"title": "a", "body": "b"}\n',
+        None,
+        "has no column 'text', but title, body: name one by --text-field",
+    ),
+    ("a.jsonl", b'{"title": "a"}\n', "body", "has no column 'body', but title: name one by --text-field"),
+    ("a.json", b'[{"text": "a"}, {"text": 1}]', None, "row 2: 'text' is int"),
+    ("a.json", b'[{"text": "a"}', None, "not JSON"),
+    ("a.csv", b"title,body\na,b\n", None, "has no column 'text', but title, body"),
+    ("a.csv", b"text,n\na,1\nb,2,3,4\n", None, "cannot be read: Error tokenizing data"),
+    ("a.csv", b"text,n\na,1\n\xff,2\n", None, "not UTF-8 text (at byte 11)"),
+    ("a.txt", b"abc\xff", None, "not UTF-8 text (at byte 3)"),
+    ("a.txt", b"abc" * 2**19 + "ä".encode()[:1], None, f"not UTF-8 text (at byte {3 * 2**19})"),
+    ("a.txt", b"abc\0", None, "not text: byte 3 is NUL"),
+    ("a.txt.gz", b"abc", None, "cannot be read: Not a gzipped file"),
+    ("a.jsonl.xz", b"abc", None, "cannot be read"),
+    ("a.csv.gz", b"abc", None, "cannot be read"),
+    ("a.parquet", b"abc", None, "cannot be read"),
+]
+
+
+@pytest.mark.parametrize(("name", "data", "field", "message"), CONTENTS)
+def test_bad_contents_are_refused(tmp_path, name, data, field, message):
+    (tmp_path / name).write_bytes(data)
+    with pytest.raises(UsageError, match=re.escape(message)) as caught:
+        read(tmp_path / name, field)
+    assert str(caught.value).startswith(f"--text {tmp_path / name}: ")
+    assert "\n" not in str(caught.value)
+
+
+def test_numbers_in_a_table_are_refused(tmp_path):
+    pd.DataFrame({"text": [1, 2]}).to_parquet(tmp_path / "a.parquet")
+    with pytest.raises(UsageError, match="column 'text' holds no strings"):
+        read(tmp_path / "a.parquet")
+
+
+def test_bad_names_are_refused(tmp_path, monkeypatch):
+    (tmp_path / "empty.txt").touch()
+    (tmp_path / "a.docx").write_bytes(b"x")
+    (tmp_path / "a.gz").write_bytes(b"x")
+    (tmp_path / "a.txt.zst").write_bytes(b"x")
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / "a.png").write_bytes(b"x")
+    monkeypatch.setattr("fsspec.compression.available_compressions", lambda: [None, "gzip"])
+    for name, message in {
+        "missing.txt": "no such file or folder",
+        "missing": "no such file or folder",
+        "empty.txt": "the file is empty",
+        "a.docx": "'.docx' is no kind of file that is read: .txt",
+        "a.gz": "'.gz' is no kind of file that is read",
+        "a.txt.zst": "needs zstandard: pip install zstandard",
+        "folder": "no file with text in this folder",
+    }.items():
+        with pytest.raises(UsageError, match=re.escape(message)):
+            find("--retain", [tmp_path / name])
+
+
+def test_datasets_that_cannot_be_had(tmp_path, monkeypatch):
+    monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UsageError, match="--text nobody/nothing: cannot be loaded: ") as caught:
+        read("nobody/nothing")
+    assert "\n" not in str(caught.value)
+    datasets.DatasetDict(test=datasets.Dataset.from_list(ROWS)).save_to_disk("saved")
+    with pytest.raises(UsageError, match="--text saved: has no split 'train', but test"):
+        read("saved")
+    (tmp_path / "saved" / "dataset_dict.json").write_text(json.dumps({"splits": ["train"]}), encoding="utf-8")
+    with pytest.raises(UsageError, match="--text saved: cannot be loaded"):
+        read("saved")
