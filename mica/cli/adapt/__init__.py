@@ -37,7 +37,7 @@ def run(given: argparse.Namespace) -> int:
     args = settings.args
     folder.check(args.output, resume=args.resume, overwrite=args.overwrite, model=args.model)
 
-    from mica.cli.adapt.run import adapt
+    from mica.cli.adapt.session import adapt
 
     return adapt(settings)
 

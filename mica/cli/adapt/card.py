@@ -39,7 +39,7 @@ def public_name(name: str) -> str:
 
 
 def card(summary: dict) -> ModelCard:
-    """The card of an adapter; ``summary`` is that of ``summary.json`` (see ``mica.cli.adapt.run``).
+    """The card of an adapter; ``summary`` is that of ``summary.json`` (see ``mica.cli.adapt.session``).
 
     Its metadata has what the hub reads: base_model and datasets only where these are names of the hub, which
     refuses others; the measured perplexities as model-index.
@@ -65,7 +65,7 @@ def card(summary: dict) -> ModelCard:
         f"# {name}",
         f"An adapter for `{public_name(s['model'])}`, made by continued pretraining on "
         f"{s['training_tokens']:,} tokens with [MiCA]({PAPER}). MiCA adds `s·B·A` to an adapted weight `W`: "
-        f"`B` holds the {s['rank']} left singular vectors of `W` with the smallest singular values and stays "
+        f"`B` holds the {s['settings']['rank']} left singular vectors of `W` with the smallest singular values and stays "
         f"frozen, `A` starts at zero and is trained. {s['trained_parameters']:,} of "
         f"{s['total_parameters']:,} parameters were trained.",
         *_results(s),

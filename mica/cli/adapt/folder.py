@@ -38,7 +38,8 @@ def check(output: Path, *, resume: bool, overwrite: bool, model: str) -> None:
         raise UsageError(f"--output {output}: is the folder of the model itself")
     nearest = next(folder for folder in (output, *output.resolve().parents) if folder.exists())
     check_writable("--output", output, nearest)
-    if output.is_dir() and any(output.iterdir()) and not (resume or overwrite):
+    # A GGUF file is converted to base/ before the adapter is made, which may fail
+    if output.is_dir() and {path.name for path in output.iterdir()} - {"base"} and not (resume or overwrite):
         raise UsageError(
             f"--output {output}: has something in it: go on with that run by --resume, replace it by "
             "--overwrite, or choose another folder"

@@ -47,7 +47,7 @@ def write(summary: dict, output: Path) -> None:
 
 
 def as_text(summary: dict) -> str:
-    """Return ``summary`` (see ``mica.cli.adapt.run``) as aligned lines for a terminal."""
+    """Return ``summary`` (see `mica.cli.adapt.session`) as aligned lines for a terminal."""
     s = summary
     peak = s["peak_memory_bytes"]
     uncalled = s["layers_not_called"]

@@ -27,3 +27,14 @@ def _one_thread(one_thread):
 @pytest.fixture(autouse=True)
 def offline(monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+
+
+@pytest.fixture(scope="session")
+def cache_of_tokens(tmp_path_factory):
+    return tmp_path_factory.mktemp("datasets")
+
+
+@pytest.fixture(autouse=True)
+def own_cache(monkeypatch, cache_of_tokens):
+    """Tokens are kept for this run of the tests only."""
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", cache_of_tokens)

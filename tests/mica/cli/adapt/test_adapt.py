@@ -40,7 +40,14 @@ def test_summary(adapted):
     assert sum(summary["paths"].values()) == 14
     assert len(summary["layers_on_peft_path"]) == summary["paths"].get("peft", 0)
     assert summary["layers_not_called"] == []
-    assert summary["held_out_tokens"] == 32 * 31  # capped at 32 blocks, 31 predicted tokens each
+    # 5 % of two files with the same content; 31 predicted tokens a block
+    assert summary["held_out_tokens"] == 14 * 31
+    assert summary["sources"] == [
+        {"name": str(adapted.parents[1] / f"{name}.txt"), "documents": 1, "tokens": 9318}
+        for name in ("one", "two")
+    ]
+    assert summary["epochs"] == 12 * 2 / summary["blocks"]
+    assert (summary["settings"]["rank"], summary["origins"]["rank"]) == (4, "command line")
     assert summary["initialisation_seconds"] > 0
     assert summary["peak_memory_bytes"] is None or summary["peak_memory_bytes"] > 2**20
     assert 0 <= summary["merge_swallowed"] <= 1
@@ -54,7 +61,13 @@ def test_printed_summary(model_dir, text_file, tmp_path, capsys, monkeypatch):
     printed = capsys.readouterr().out
     summary = json.loads((tmp_path / "out" / "summary.json").read_text(encoding="utf-8"))
     assert f"{summary['perplexity_before']:.2f} -> {summary['perplexity_after']:.2f}" in printed
-    for part in ("initialisation", "12 steps, 768 tokens", "peak memory", "1,920 of", str(tmp_path / "out")):
+    for part in (
+        "initialisation",
+        "12 steps, 0.0867 epochs, 768 tokens",
+        "peak memory",
+        "1,920 of",
+        str(tmp_path / "out"),
+    ):
         assert part in printed
     assert summary["merged"] is None
     assert not (tmp_path / "out" / "merged").exists()
@@ -93,9 +106,14 @@ def test_adapted_embedding_is_saved_without_its_base(model_dir, text_file, tmp_p
 
 
 def test_weights_are_safetensors_only(adapted):
+    """But in the checkpoints, which hold the optimizer's state too."""
     files = {path.relative_to(adapted).as_posix() for path in adapted.rglob("*") if path.is_file()}
+    files = {name for name in files if not name.startswith("checkpoint-12/")}
     assert {"adapter_model.safetensors", "merged/model.safetensors", "summary.json"} <= files
-    assert {Path(name).suffix for name in files} <= {".safetensors", ".json", ".md", ".jinja"}
+    assert {"run.yaml", "curve.csv", "curve.png", "README.md", "tokenizer.json"} <= files
+    assert {Path(name).suffix for name in files} <= {
+        *(".safetensors", ".json", ".md", ".jinja", ".yaml", ".csv", ".png"),
+    }
     assert not any("checkpoint" in name or "training_args" in name for name in files)
 
 
@@ -125,7 +143,7 @@ def test_help_needs_no_transformers():
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert result.stdout.splitlines()[-1] == "0 []"
-    assert "float32 for GGUF" in " ".join(result.stdout.split())
+    assert "frozen weights: auto, float32, bfloat16 or float16" in " ".join(result.stdout.split())
 
 
 @pytest.fixture(params=[torch.bfloat16, torch.float16])

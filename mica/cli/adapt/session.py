@@ -2,7 +2,6 @@
 
 import sys
 import time
-from contextlib import contextmanager
 
 import torch
 from accelerate import PartialState
@@ -23,7 +22,7 @@ from mica.cli.adapt import (
 )
 from mica.cli.adapt.adapter import start
 from mica.cli.adapt.config import Settings
-from mica.cli.adapt.corpus import Corpus, gather
+from mica.cli.adapt.corpus import Corpus, check, gather
 from mica.cli.adapt.packing import keeps_documents_apart
 from mica.cli.loading import (
     check_backend,
@@ -72,10 +71,11 @@ def _adapt(settings: Settings) -> int:
     if args.resume and checkpoint is None:
         _note(f"{args.output} has no complete checkpoint yet: the run starts from its beginning")
 
+    check(args)  # the texts: cheap, before the tokenizer
     tokenizer = load_tokenizer(source)
     corpus = gather(args, tokenizer)
     _say(corpus.describe(args, PartialState().num_processes))
-    model = base.load(args, source)
+    model = base.load(args, source, PartialState().device, tokenizer)
     note = suit_processor(model, args.dtype)
     if note:
         _note(note)
@@ -88,9 +88,7 @@ def _adapt(settings: Settings) -> int:
     if model.device.type == "cuda":
         torch.cuda.synchronize()
     initialisation_seconds = time.perf_counter() - begin
-    with _main_first():
-        if PartialState().is_main_process:
-            _prepare(settings)
+    processes.on_main(_prepare, settings)
     _say(config.describe(settings))
 
     done = training.train(model, corpus, args, checkpoint)
@@ -103,9 +101,7 @@ def _adapt(settings: Settings) -> int:
         "device": device,
         "initialisation_seconds": initialisation_seconds,
     }
-    if PartialState().is_main_process:
-        _finish(settings, model, tokenizer, report, done.history)
-    processes.wait()
+    processes.on_main(_finish, settings, model, tokenizer, report, done.history)
     return 0
 
 
@@ -117,17 +113,6 @@ def _check_packing(settings: Settings, model) -> None:
             f"--packing documents: the attention of this {type(model).__name__} does not stay within the "
             "documents of a block; --packing stream lets it cross them"
         )
-
-
-@contextmanager
-def _main_first():
-    """The other processes wait until the main one is through; all raise if it raises."""
-    error = None
-    try:
-        yield
-    except UsageError as caught:
-        error = caught
-    processes.agree(error)
 
 
 def _prepare(settings: Settings) -> None:
