@@ -72,6 +72,15 @@ def test_a_saved_dataset(tmp_path, wrap):
     assert source.digest() == again.digest()
 
 
+def test_the_digest_is_of_content_and_kind(tmp_path):
+    names = ("a.csv", "b.csv", "a.tsv", "a.jsonl")
+    for name in names:
+        (tmp_path / name).write_text('{"text": "a"}\n', encoding="utf-8")
+    digests = [source.digest() for source in find("--text", [tmp_path / name for name in names])]
+    assert digests[0] == digests[1]
+    assert len(set(digests)) == 3
+
+
 def test_a_dataset_of_the_hub(monkeypatch):
     asked = []
     monkeypatch.setattr(

@@ -49,12 +49,12 @@ def test_tokens_are_those_of_the_text(tmp_path, monkeypatch, workers):
     monkeypatch.setattr(tokens, "BATCH", 7)
     monkeypatch.setattr(tokens, "SMALL", 0)
     monkeypatch.setattr(tokens, "_CHARACTERS", 101)
-    rows = [*ROWS, {"text": " \n "}, ROWS[3], {"text": ""}]
+    rows = [*ROWS, {"text": " \n "}, ROWS[3], {"text": ""}, {"text": "x" * 23 + " " * 30}]
     result = tokenized(write(tmp_path / "a.jsonl", rows), workers=workers)
-    assert documents(result) == oracle([*TEXTS, TEXTS[3]], byte_tokenizer())
+    assert documents(result) == oracle([*TEXTS, TEXTS[3], "x" * 23 + " " * 30], byte_tokenizer())
     assert (result.empty, result.largest, result.cached, result.ids.dtype) == (2, 256, False, np.uint16)
     assert result.digests.dtype == np.uint64
-    assert len(set(result.digests.tolist())) == 30
+    assert len(set(result.digests.tolist())) == 31
     assert result.digests[3] == result.digests[30]
     assert sorted(file.name for file in result.folder.iterdir()) == [
         "digests.npy",
