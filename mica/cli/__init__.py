@@ -40,8 +40,8 @@ def parser() -> argparse.ArgumentParser:
 def main(argv: list[str] | None = None) -> int:
     """Run ``mica`` on ``argv`` (default: ``sys.argv[1:]``) and return its exit status.
 
-    0 on success, 2 on bad input (one line on stderr), 130 after Ctrl-C and 143 after SIGTERM. Anything else is
-    a bug and keeps its traceback.
+    0 on success, 2 on bad input (one line on stderr), 130 after Ctrl-C and 143 after SIGTERM. Anything else
+    is a bug and keeps its traceback.
     """
     try:
         args = parser().parse_args(argv)

@@ -89,6 +89,17 @@ class Marking(TrainerCallback):
         self._mark(state.global_step)
 
 
+class Watching(TrainerCallback):
+    """Calls ``watch(history)`` in the main process after each evaluation."""
+
+    def __init__(self, watch: Callable[[list[dict]], None]):
+        self._watch = watch
+
+    def on_evaluate(self, args, state, control, **kwargs):
+        if state.is_world_process_zero:
+            self._watch(state.log_history)
+
+
 class Progress(TrainerCallback):
     """A bar in a terminal, elsewhere one line per log, on standard error and in the main process only."""
 

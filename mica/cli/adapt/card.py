@@ -65,8 +65,8 @@ def card(summary: dict) -> ModelCard:
         f"# {name}",
         f"An adapter for `{public_name(s['model'])}`, made by continued pretraining on "
         f"{s['training_tokens']:,} tokens with [MiCA]({PAPER}). MiCA adds `s·B·A` to an adapted weight `W`: "
-        f"`B` holds the {s['settings']['rank']} left singular vectors of `W` with the smallest singular values and stays "
-        f"frozen, `A` starts at zero and is trained. {s['trained_parameters']:,} of "
+        f"`B` holds the {s['settings']['rank']} left singular vectors of `W` with the smallest singular "
+        f"values and stays frozen, `A` starts at zero and is trained. {s['trained_parameters']:,} of "
         f"{s['total_parameters']:,} parameters were trained.",
         *_results(s),
         *_data(s),

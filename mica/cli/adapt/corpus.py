@@ -6,7 +6,6 @@ import argparse
 import hashlib
 import json
 import logging
-import math
 from dataclasses import dataclass
 
 import datasets
@@ -98,16 +97,9 @@ def _count(number: int, noun: str) -> str:
 
 def check(args: argparse.Namespace) -> None:
     """Refuse what the names alone show to be wrong, before anything slow. Raises UsageError."""
-    _find(args)
-    weights = args.text_weights
-    if weights is None:
-        return
-    if len(weights) != len(args.text):
-        raise UsageError(
-            f"--text-weights: {len(weights)} given, {len(args.text)} needed: one for each --text"
-        )
-    if not all(0 < weight < math.inf for weight in weights):
-        raise UsageError(f"--text-weights {' '.join(map(str, weights))}: each must be a number above 0")
+    found = [source for group in _find(args) for source in group]
+    if args.dataset_config is not None and not any(source.is_on_hub for source in found):
+        raise UsageError(f"--dataset-config {args.dataset_config}: no source is a dataset on the Hub")
 
 
 def _find(args: argparse.Namespace) -> list[list[sources.Source]]:

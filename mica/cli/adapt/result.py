@@ -8,11 +8,11 @@ from pathlib import Path
 import torch
 from accelerate import PartialState
 from peft import PeftModel
-from safetensors import SafetensorError
 from torch import nn
 from torch.distributed.tensor import DTensor
 
 import mica.fast
+from mica.cli.adapt import checkpoints
 from mica.cli.adapt.card import write_card
 from mica.cli.loading import Source, load_model
 from mica.cli.output import dtype_name, one_line, write_folder
@@ -22,44 +22,49 @@ MERGED = "merged"
 
 
 def save(model: PeftModel, tokenizer, output: Path) -> None:
-    """Write the adapter and its tokenizer to ``output``; PEFT's blank model card is left out.
+    """Write the adapter and its tokenizer, if not None, to ``output``; PEFT's blank model card is left out.
 
     All processes must call this: a sharded adapter (FSDP2) is gathered. The main process writes to a
     temporary folder, and then moves file by file into ``output``; what else is there stays.
 
     Raises UsageError if the files cannot be written.
     """
-    state = _gathered(model)
-    if not PartialState().is_main_process:
-        return
+    with checkpoints.written(output, "the adapter"):
+        state = gathered(model)
+        if PartialState().is_main_process:
+            _save(model, tokenizer, output, state)
+
+
+def _save(model, tokenizer, output: Path, state: dict | None) -> None:
     scratch = output / ".saving"
     try:
         shutil.rmtree(scratch, ignore_errors=True)
         scratch.mkdir(parents=True)
         # No base embeddings in the adapter: nothing resized them. "auto", the default, would ask the hub.
         model.save_pretrained(scratch, save_embedding_layers=False, state_dict=state)
-        tokenizer.save_pretrained(scratch)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(scratch)
         (scratch / "README.md").unlink(missing_ok=True)
         for file in sorted(scratch.iterdir()):
             os.replace(file, output / file.name)
-    except (OSError, SafetensorError) as error:
-        reason = getattr(error, "strerror", None) or one_line(error)
-        raise UsageError(
-            f"--output {output}: the adapter cannot be written: {reason}; the last checkpoint is intact, "
-            "--resume goes on from there"
-        ) from error
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
 
 
-def _gathered(model: nn.Module) -> dict[str, torch.Tensor] | None:
-    """The adapter's weights, whole, where they are sharded; else None: PEFT takes them from the model."""
-    parameters = {name: weight for name, weight in model.named_parameters() if "lora_" in name}
+def gathered(model: nn.Module) -> dict[str, torch.Tensor] | None:
+    """The adapter's weights, whole and on the CPU, where they are sharded; a collective.
+
+    None where nothing is sharded: PEFT takes them from the model.
+    """
+    parameters = dict(model.named_parameters())
     if not any(isinstance(weight, DTensor) for weight in parameters.values()):
         return None
     return {
-        name: (weight.full_tensor() if isinstance(weight, DTensor) else weight).detach().cpu()
+        name.replace("_checkpoint_wrapped_module.", ""): (
+            (weight.full_tensor() if isinstance(weight, DTensor) else weight).detach().cpu()
+        )
         for name, weight in parameters.items()
+        if weight.requires_grad or "lora_" in name or "modules_to_save" in name
     }
 
 

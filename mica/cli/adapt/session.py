@@ -80,7 +80,7 @@ def _adapt(settings: Settings) -> int:
     if note:
         _note(note)
     check_limits(source, model, args.sequence_length, corpus.largest_token_id)
-    _check_packing(settings, model)
+    corpus = _with_packing(settings, corpus, model, tokenizer)
     dtype, device = dtype_name(model.dtype), str(model.device)
 
     begin = time.perf_counter()
@@ -91,28 +91,36 @@ def _adapt(settings: Settings) -> int:
     processes.on_main(_prepare, settings)
     _say(config.describe(settings))
 
-    done = training.train(model, corpus, args, checkpoint)
+    def watch(history):
+        curve.write_curve(history, args.output)
+
+    done = training.train(model, corpus, args, checkpoint, tokenizer, watch)
     if done.interrupted:
         _say(f"Stopped at step {done.steps:,}. To go on: mica adapt --output {args.output} --resume")
         return signals.status(done.interrupted)
-    result.save(model, tokenizer, args.output)
     report = _report(settings, corpus, model, done) | {
         "dtype": dtype,
         "device": device,
         "initialisation_seconds": initialisation_seconds,
     }
-    processes.on_main(_finish, settings, model, tokenizer, report, done.history)
+    processes.on_main(_finish, settings, model, tokenizer, report)
     return 0
 
 
-def _check_packing(settings: Settings, model) -> None:
-    """Attention across documents is another training than the one that was asked for, or shown as default."""
+def _with_packing(settings: Settings, corpus: Corpus, model, tokenizer) -> Corpus:
+    """``corpus``, or one in stream packing where the model cannot keep documents apart.
+
+    Raises UsageError if the option was given: attention across documents is another training.
+    """
     args = settings.args
-    if args.packing == "documents" and not keeps_documents_apart(model):
-        raise UsageError(
-            f"--packing documents: the attention of this {type(model).__name__} does not stay within the "
-            "documents of a block; --packing stream lets it cross them"
-        )
+    if args.packing == "stream" or keeps_documents_apart(model):
+        return corpus
+    reason = f"the attention of {type(model).__name__} does not stay within a document of a block"
+    if settings.origins["packing"] != "default":
+        raise UsageError(f"--packing documents: {reason}; --packing stream lets it cross them")
+    _note(f"packing is stream: {reason}")
+    args.packing, settings.origins["packing"] = "stream", "the model"
+    return gather(args, tokenizer)
 
 
 def _prepare(settings: Settings) -> None:
@@ -171,11 +179,10 @@ def _report(settings: Settings, corpus: Corpus, model, done: training.Training) 
     }
 
 
-def _finish(settings: Settings, model, tokenizer, report: dict, history: list[dict]) -> None:
-    """Write summary, curve and model card; then what may fail without any loss: the merge and the upload."""
+def _finish(settings: Settings, model, tokenizer, report: dict) -> None:
+    """Write summary and model card; then what may fail without any loss: the merge and the upload."""
     args = settings.args
     summary.write(report, args.output)
-    curve.write_curve(history, args.output)
     card.write_card(card.card(report), args.output)
     if args.merge:
         merged = result.merge(model, tokenizer, args)

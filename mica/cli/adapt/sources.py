@@ -66,6 +66,10 @@ class Source:
     config: str | None = None
 
     @property
+    def is_on_hub(self) -> bool:
+        return self.folder is None and not self.files
+
+    @property
     def name(self) -> str:
         """For progress bars."""
         return Path(self.given).name or self.given

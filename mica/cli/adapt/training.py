@@ -4,6 +4,7 @@ import argparse
 import hashlib
 import math
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,8 +15,8 @@ from transformers import Trainer, TrainerState, TrainingArguments, get_scheduler
 from transformers.integrations import get_reporting_integration_callbacks
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
-from mica.cli.adapt import checkpoints, evaluation, processes, signals
-from mica.cli.adapt.callbacks import FiniteOnly, Marking, Milestones, Progress, Stopping
+from mica.cli.adapt import checkpoints, evaluation, processes, result, signals
+from mica.cli.adapt.callbacks import FiniteOnly, Marking, Milestones, Progress, Stopping, Watching
 from mica.cli.output import one_line
 from mica.errors import UsageError
 
@@ -176,7 +177,7 @@ class _Trainer(Trainer):
         if self.is_deepspeed_enabled:
             super().save_model(output_dir, _internal_call)
             return
-        state = _gathered(self.model) if self.is_fsdp_enabled else None
+        state = result.gathered(self.model)
         if self.args.should_save:
             # "auto", the default, would look for the base's config.json to find out whether it was resized
             options = {"state_dict": state, "save_embedding_layers": False}
@@ -189,16 +190,6 @@ class _Trainer(Trainer):
         # else changes: the marker is written by a callback.
         with checkpoints.written(self.output, f"checkpoint-{self.state.global_step}"):
             super()._save_checkpoint(*args, **kwargs)
-
-
-def _gathered(model) -> dict[str, torch.Tensor]:
-    """The adapter's weights in full, on the CPU; a collective."""
-    state = {}
-    for name, parameter in model.named_parameters():
-        if parameter.requires_grad or "lora_" in name or "modules_to_save" in name:
-            whole = getattr(parameter, "full_tensor", lambda parameter=parameter: parameter)()
-            state[name.replace("_checkpoint_wrapped_module.", "")] = whole.detach().cpu()
-    return state
 
 
 def _checkpoint_activations(model) -> None:
@@ -214,13 +205,22 @@ def _is_mixture(model) -> bool:
     return any("expert" in name for name in (config.to_dict() if hasattr(config, "to_dict") else {}))
 
 
-def train(model, corpus, args: argparse.Namespace, checkpoint: Path | None) -> Training:
+def train(
+    model,
+    corpus,
+    args: argparse.Namespace,
+    checkpoint: Path | None,
+    tokenizer=None,
+    watch: Callable[[list[dict]], None] = lambda history: None,
+) -> Training:
     """Train the adapter of ``model`` in place, and write it to ``args.output``. Every process must call this.
 
     ``model``: the PeftModel, on this process's device; with ``checkpoint`` its adapter must be that of the
     checkpoint. ``corpus``: ``train``, ``held_out`` and ``retain`` (or None), each a map-style dataset of
     ``input_ids``, ``labels`` and maybe ``position_ids``, int64 of shape (sequence_length,). Blocks are drawn
     in random order, each once an epoch; the last few of an epoch that give no whole batch are left out.
+    ``tokenizer`` is written beside the adapter. The main process calls ``watch(history)`` after each
+    evaluation.
 
     After a signal (see `signals`) it returns with ``interrupted`` and a checkpoint, but no adapter in
     ``args.output``.
@@ -264,7 +264,7 @@ def train(model, corpus, args: argparse.Namespace, checkpoint: Path | None) -> T
                 checkpoints.rotate(args.output, _KEPT)
 
     finite = FiniteOnly(lambda: checkpoints.saved(args.output))
-    for callback in (stopping, Milestones(), finite, Marking(mark), progress):
+    for callback in (stopping, Milestones(), finite, Marking(mark), progress, Watching(watch)):
         trainer.add_callback(callback)
 
     with request.heeded():
@@ -283,8 +283,7 @@ def train(model, corpus, args: argparse.Namespace, checkpoint: Path | None) -> T
                 config.use_cache = use_cache
         stopped = processes.largest(stopping.agreed or request.signum)
         if not stopped:
-            with checkpoints.written(args.output, "the adapter"):
-                trainer.save_model(str(args.output))
+            result.save(trainer.accelerator.unwrap_model(trainer.model), tokenizer, args.output)
     # without the Trainer's own summary at the end, which knows this session only
     history = [entry for entry in trainer.state.log_history if "train_loss" not in entry]
     return Training(

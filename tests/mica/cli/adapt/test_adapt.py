@@ -63,7 +63,7 @@ def test_printed_summary(model_dir, text_file, tmp_path, capsys, monkeypatch):
     assert f"{summary['perplexity_before']:.2f} -> {summary['perplexity_after']:.2f}" in printed
     for part in (
         "initialisation",
-        "12 steps, 0.0867 epochs, 768 tokens",
+        "12 steps, 0.0866 epochs, 768 tokens",
         "peak memory",
         "1,920 of",
         str(tmp_path / "out"),

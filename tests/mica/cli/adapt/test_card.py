@@ -91,7 +91,7 @@ def test_what_was_not_measured_is_left_out():
         retain_after=None,
         perplexity_after=float("nan"),
         sources=[],
-        settings={},
+        settings={"rank": 16},
         versions={},
     )
     made = card(bare)
@@ -99,8 +99,7 @@ def test_what_was_not_measured_is_left_out():
     assert made.data.datasets is None
     assert "retained" not in made.text
     assert "## Data" not in made.text
-    assert "## Recipe" not in made.text
-    quantised = card(summary(settings={"quantize": "nf4"})).text
+    quantised = card(summary(settings={"rank": 16, "quantize": "nf4"})).text
     assert "with the base quantised to nf4" in quantised
 
 
@@ -134,7 +133,10 @@ def test_code_of_the_card_runs(model_dir, tmp_path):
         exec(code, names)
     assert (logits(names["model"]) - logits(tuned)).abs().max() == 0
     assert names["tokenizer"]("a")["input_ids"]
-    assert 'from_pretrained("me/adapter")\n' in card(summary(settings={"push_to_hub": "me/adapter"})).text
+    assert (
+        'from_pretrained("me/adapter")\n'
+        in card(summary(settings={"rank": 16, "push_to_hub": "me/adapter"})).text
+    )
 
 
 def test_code_of_a_gguf_base_runs(tmp_path):

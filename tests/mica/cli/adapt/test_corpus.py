@@ -140,9 +140,6 @@ def test_refusals(tmp_path):
     text, short = write(tmp_path / "a.jsonl", ROWS), write(tmp_path / "b.jsonl", rows(1))
     missing = str(tmp_path / "missing.txt")
     for changes, message in [
-        ({"text_weights": [1.0]}, "--text-weights: 1 given, 2 needed: one for each --text"),
-        ({"text_weights": [1.0, 0.0]}, "--text-weights 1.0 0.0: each must be a number above 0"),
-        ({"text_weights": [1.0, float("nan")]}, "each must be a number above 0"),
         ({"held_out_text": [missing]}, f"--held-out-text {missing}: no such file"),
         ({"retain": [missing]}, f"--retain {missing}: no such file"),
     ]:

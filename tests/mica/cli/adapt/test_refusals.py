@@ -1,6 +1,7 @@
 """Every way in which ``mica adapt`` refuses its input: one clear line, status 2, nothing written."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,7 @@ from transformers import (
 
 import mica
 from mica.cli import main
+from mica.cli.adapt.options import OPTIONS
 from tests.support.tiny_cli import TEXT, adapt, byte_tokenizer, tiny_llama
 
 
@@ -33,37 +35,12 @@ def refused(capsys, status: int, output: Path, *parts, quiet: bool = True) -> No
     assert errors == lines[-1:]
     assert errors[0].startswith("mica adapt: error: ")
     assert "Traceback" not in captured.err
-    assert captured.out == ""
-    if quiet:
+    if quiet:  # else the lines about the data came before it
+        assert captured.out == ""
         assert lines == errors
     for part in parts:
         assert str(part) in errors[0]
     assert not output.is_dir()
-
-
-@pytest.mark.parametrize(
-    ("option", "value"),
-    [
-        ("--rank", "0"),
-        ("--rank", "four"),
-        ("--steps", "0"),
-        ("--steps", "1.5"),
-        ("--batch-size", "-1"),
-        ("--sequence-length", "1"),
-        ("--learning-rate", "0"),
-        ("--learning-rate", "nan"),
-        ("--learning-rate", "inf"),
-        ("--held-out", "0"),
-        ("--held-out", "1"),
-        ("--warmup-ratio", "1"),
-        ("--seed", "-1"),
-        ("--dtype", "int4"),
-        ("--alpha", "0"),
-    ],
-)
-def test_bad_value(option, value, capsys, tmp_path):
-    status = adapt("unused", "unused", tmp_path / "out", f"{option}={value}")
-    refused(capsys, status, tmp_path / "out", option, value)
 
 
 def test_missing_argument_and_unknown_command(capsys, tmp_path):
@@ -97,10 +74,10 @@ def test_backend_that_is_not_available(backend, message, capsys, tmp_path, text_
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (None, "No such file"),
-        ("folder", "directory"),
+        (None, "no such file or folder"),
+        ("folder", "no file"),
         (b"", "is empty"),
-        (b" \n\t\n", "is empty"),
+        (b" \n\t\n", "no text in it"),
         (b"caf\xe9 au lait", "not UTF-8 text (at byte 3)"),
     ],
 )
@@ -115,7 +92,7 @@ def test_bad_text(content, message, capsys, tmp_path, model_dir):
 
 def test_too_little_text(capsys, tmp_path, model_dir):
     path = tmp_path / "short.txt"
-    path.write_text("x" * 63)
+    path.write_text("x" * 62)  # and the end of the document
     refused(
         capsys, adapt(model_dir, path, tmp_path / "out"), tmp_path / "out", "63 tokens found", "64 needed"
     )
@@ -264,21 +241,71 @@ def test_tokenizer_of_another_model(capsys, tmp_path, text_file):
     refused(capsys, status, tmp_path / "out", "40 entries", quiet=False)
 
 
-@pytest.mark.parametrize(("steps", "seen_at"), [(3, 3), (12, 10)])
-def test_divergence_saves_nothing(steps, seen_at, capsys, tmp_path, text_file, model_dir):
-    status = adapt(model_dir, text_file, tmp_path / "out", "--learning-rate", "1e38", "--steps", steps)
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--steps", 3], "a trained weight is not finite after step 3; nothing was saved"),
+        (["--steps", 12, "--log-steps", 2], "not finite (nan) at or before step 4; nothing was saved"),
+        (
+            ["--steps", 12, "--save-steps", 3],
+            "a trained weight is not finite after step 3; nothing was saved",
+        ),
+    ],
+)
+def test_divergence_leaves_no_adapter(options, message, capsys, tmp_path, text_file, model_dir):
+    status = adapt(model_dir, text_file, tmp_path / "out", "--learning-rate", "1e30", *options)
+    assert not list((tmp_path / "out").glob("adapter*"))
+    assert not list((tmp_path / "out").glob("checkpoint-*/complete.json"))
+    shutil.rmtree(tmp_path / "out")
+    refused(capsys, status, tmp_path / "out", message, "(now 1e+30)", quiet=False)
+
+
+# A bad value of each option that takes any string, and what the message has besides the option and the value.
+BAD_STRINGS = {
+    "model": ("./nowhere", "no such file or folder"),
+    "adapter": ("nowhere", "no such folder"),
+    "text": ("./nowhere.txt", "no such file or folder"),
+    "text_field": ("body", "has no column 'body', but text: name one by"),
+    "dataset_config": ("small", "no source is a dataset on the Hub"),
+    "held_out_text": ("./nowhere.csv", "no such file or folder"),
+    "retain": ("./nowhere.parquet", "no such file or folder"),
+    "target_modules": ("nope", "no layer of the model has such a name"),
+    "optimizer": ("adam_w", "adam_w"),
+    "report_to": ("tensorbord", "tensorbord"),
+    "output": (__file__, "exists and is not a folder"),
+    "push_to_hub": ("a/b/c", "a/b/c"),
+    "config": ("nowhere.yaml", "cannot be read"),
+}
+
+
+def test_every_option_that_takes_any_string_is_here():
+    strings = {name for name, option in OPTIONS.items() if option.parse in (str, Path) and not option.choices}
+    assert strings == BAD_STRINGS.keys()
+
+
+@pytest.mark.parametrize("name", BAD_STRINGS)
+def test_bad_string(name, capsys, tmp_path, model_dir):
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text(
+        "".join(json.dumps({"text": TEXT[index:]}) + "\n" for index in range(20)), encoding="utf-8"
+    )
+    value, message = BAD_STRINGS[name]
+    status = adapt(model_dir, rows, tmp_path / "out", OPTIONS[name].flag, value)
     refused(
-        capsys, status, tmp_path / "out", "loss is not finite", f"at or before step {seen_at};", quiet=False
+        capsys, status, tmp_path / "out", OPTIONS[name].flag, value, message, quiet=name != "target_modules"
     )
 
 
-def test_divergence_after_the_last_log_saves_nothing(capsys, tmp_path, text_file, model_dir, monkeypatch):
-    def diverge(model, blocks, **options):
-        next(p for p in model.parameters() if p.requires_grad).data.fill_(torch.nan)
-
-    monkeypatch.setattr("mica.cli.adapt.training.train", diverge)
-    status = adapt(model_dir, text_file, tmp_path / "out")
-    refused(capsys, status, tmp_path / "out", "perplexity is not finite", quiet=False)
+def test_an_output_with_something_in_it(capsys, tmp_path, model_dir, text_file):
+    output = tmp_path / "out"
+    output.mkdir()
+    (output / "adapter_config.json").write_text("{}")
+    assert adapt(model_dir, text_file, output) == 2
+    assert (
+        "has something in it: go on with that run by --resume, replace it by --overwrite"
+        in capsys.readouterr().err
+    )
+    assert [path.name for path in output.iterdir()] == ["adapter_config.json"]
 
 
 def test_bugs_keep_their_traceback(monkeypatch, tmp_path, text_file, model_dir):

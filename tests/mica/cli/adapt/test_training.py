@@ -53,7 +53,7 @@ def test_a_run(tmp_path, capsys):
     assert 0 < result.seconds < 60
     assert result.checkpoint == tmp_path / "checkpoint-10"
     top = {name for name in files(tmp_path) if "/" not in name}
-    assert top == {"adapter_config.json", "adapter_model.safetensors", "README.md"}
+    assert top == {"adapter_config.json", "adapter_model.safetensors"}
     lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("step ")]
     assert [line.partition(":")[0] for line in lines] == ["step 5/10", "step 10/10"]
     for part in ("loss 5.", "lr ", "tokens/s ", "held-out perplexity ", " left"):
