@@ -5,7 +5,7 @@ Python packages, again with a mark in front where they are too few. Then measure
 
 - *tokenise*: `mica.cli.adapt.tokens` alone, with nothing in the cache, and again with the cache;
 - *adapt* (``--adapt``): ``python -m mica adapt --steps 1`` on SmolLM2-135M in float32, both ways too. Its
-  whole time, with evaluation and saving, is an upper bound of the time to the first step.
+  whole time, with two evaluations of two blocks and saving, is an upper bound of the time to the first step.
 
 Peaks are of resident memory, looked at five times a second, of the process and of the sum of its children;
 pages of mapped files count.
@@ -27,6 +27,7 @@ from pathlib import Path
 
 import psutil
 
+from bench.measure.machine import facts
 from mica.cli.demo import smollm2_gguf
 
 SUFFIXES = (".py", ".md", ".rst", ".txt")
@@ -109,7 +110,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="where to write the raw results")
     args = parser.parse_args()
     scratch = Path(tempfile.mkdtemp(prefix="mica-corpus-"))
-    results = {"megabytes": args.megabytes}
+    results = {"machine": facts(), "megabytes": args.megabytes}
     try:
         text = scratch / "text.jsonl"
         results["documents"] = write(text, args.megabytes)
@@ -117,6 +118,7 @@ def main() -> None:
         runs = {"tokenise": [sys.executable, "-c", TOKENISE, str(text)]}
         if args.adapt:
             options = ["--model", smollm2_gguf(), "--dtype", "float32", "--steps", "1", "--text", text]
+            options += ["--eval-blocks", "2"]
             runs["adapt"] = [sys.executable, "-m", "mica", "adapt", *map(str, options)]
         for name, command in runs.items():
             for which in ("first", "second"):
