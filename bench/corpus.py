@@ -74,7 +74,7 @@ def write(path: Path, megabytes: float) -> int:
 
 
 def measure(command: list[str], cache: Path) -> dict:
-    """Run a command; its seconds, peaks in bytes, exit status and what it printed."""
+    """Run a command; its seconds, peaks in bytes, exit status and the first line that it printed."""
     start = time.perf_counter()
     environment = {**os.environ, "HF_DATASETS_CACHE": str(cache)}
     process = psutil.Popen(command, env=environment, stdout=subprocess.PIPE, text=True)
@@ -86,7 +86,7 @@ def measure(command: list[str], cache: Path) -> dict:
         except psutil.NoSuchProcess:
             break
         time.sleep(0.2)
-    output = process.communicate()[0]
+    output = process.communicate()[0].partition("\n")[0]
     return {
         "seconds": time.perf_counter() - start,
         "peak_bytes": own,

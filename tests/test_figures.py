@@ -307,6 +307,23 @@ def test_model_quality(label):
     assert facts == " ".join([rounded[0], "%", *rounded[1:]]).replace(" to ", "–")
 
 
+def test_half_a_gigabyte_of_text():
+    path = RESULTS / "amd-epyc-avx512-bf16-2-threads/2026-11-26-corpus.json"
+    result = json.loads(path.read_text(encoding="utf-8"))
+    page = tables("bench/README.md")
+    for label, name in (
+        ("tokenisation alone", "tokenise, first start"),
+        ("the whole command, with one step, two perplexities and saving", "adapt, first start"),
+        ("the whole command again: the tokens are cached", "adapt, second start"),
+    ):
+        run = result[name]
+        assert run["status"] == 0
+        peaks = [f"{run[key] / 2**30:.2f} GiB" for key in ("peak_bytes", "peak_bytes_of_children")]
+        assert page[label] == [f"{run['seconds']:.0f} s", peaks[0], peaks[1] if peaks[1][0] != "0" else ""]
+    assert f"({result['documents']:,} documents, 146 M tokens" in text("bench/README.md")
+    assert "146,496,256 tokens" in result["adapt, first start"]["output"]
+
+
 @pytest.mark.parametrize("path", sorted(RESULTS.glob("*/*-quality-paper.json")), ids=lambda path: path.stem)
 def test_model_quality_by_the_papers_recipe(path):
     """The table is `bench.quality.report`'s, and the page links to the report and the raw result."""

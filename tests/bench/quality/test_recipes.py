@@ -19,3 +19,21 @@ def test_ranges_and_ranks():
         assert (mica.rank, lora.rank) == (16, 16 * ratio)
         assert lora.rates == tuple(rate / 2 for rate in mica.rates)
     assert (compared[FULL].rank, compared[FULL].seeds) == (None, 1)
+
+
+"""The paper's recipe is that of `mica adapt --recipe paper`."""
+
+from bench.quality.recipes import RECIPES
+from mica.cli.adapt import recipes
+
+
+def test_the_papers_recipe_is_that_of_mica_adapt():
+    ours, theirs = RECIPES["paper"], recipes.RECIPES["paper"]
+    assert ours.scaling == theirs.alpha_per_rank
+    assert ",".join(ours.target_modules) == theirs.values["target_modules"]
+    for name, option in (
+        ("scheduler",) * 2,
+        ("warm_up", "warmup_ratio"),
+        *((name, name) for name in ("weight_decay", "dropout", "max_grad_norm")),
+    ):
+        assert getattr(ours, name) == theirs.values[option]
