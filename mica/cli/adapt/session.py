@@ -1,7 +1,9 @@
 """The order of ``mica adapt``: checks, data, base, adapter, training, and what is written at the end."""
 
+import argparse
 import sys
 import time
+from pathlib import Path
 
 import torch
 from accelerate import PartialState
@@ -10,6 +12,7 @@ import mica.fast
 from mica.cli.adapt import (
     base,
     card,
+    checkpoints,
     config,
     curve,
     folder,
@@ -65,11 +68,9 @@ def _adapt(settings: Settings) -> int:
     source = find_source(args.model, args.trust_remote_code)
     check_backend(args.rank)
     training.check(args)
-    if args.push_to_hub:
+    if args.push_to_hub is not None:
         hub.check(args.push_to_hub)
-    checkpoint = training.find_checkpoint(args)
-    if args.resume and checkpoint is None:
-        _note(f"{args.output} has no complete checkpoint yet: the run starts from its beginning")
+    checkpoint = _find_checkpoint(args)
 
     check(args)  # the texts: cheap, before the tokenizer
     tokenizer = load_tokenizer(source)
@@ -107,6 +108,14 @@ def _adapt(settings: Settings) -> int:
     return 0
 
 
+def _find_checkpoint(args: argparse.Namespace) -> Path | None:
+    """`training.find_checkpoint`; None too for a run that ended before its first checkpoint."""
+    if args.resume and checkpoints.latest(args.output) is None and (args.output / config.FILE).is_file():
+        _note(f"{args.output} has no complete checkpoint yet: the run starts from its beginning")
+        return None
+    return training.find_checkpoint(args)
+
+
 def _with_packing(settings: Settings, corpus: Corpus, model, tokenizer) -> Corpus:
     """``corpus``, or one in stream packing where the model cannot keep documents apart.
 
@@ -129,6 +138,7 @@ def _prepare(settings: Settings) -> None:
     if args.overwrite:
         folder.clear(args.output, keep=base.FOLDER if args.model.endswith(".gguf") else "")
     args.output.mkdir(parents=True, exist_ok=True)
+    checkpoints.discard_incomplete(args.output)
     config.write(settings, args.output)
 
 
@@ -193,5 +203,5 @@ def _finish(settings: Settings, model, tokenizer, report: dict) -> None:
         }
         summary.write(report, args.output)
     _say(summary.as_text(report))
-    if args.push_to_hub:
+    if args.push_to_hub is not None:
         _say(f"uploaded to {hub.push(args.output, args.push_to_hub)}")

@@ -1,6 +1,7 @@
 """The recipes that are compared."""
 
 from bench.quality.recipes import FULL, LORA_ALL, LORA_PAPER, MICA_ALL, MICA_PAPER, RECIPES, Recipe, methods
+from mica.cli.adapt import recipes
 
 
 def test_the_published_recipe():
@@ -19,12 +20,6 @@ def test_ranges_and_ranks():
         assert (mica.rank, lora.rank) == (16, 16 * ratio)
         assert lora.rates == tuple(rate / 2 for rate in mica.rates)
     assert (compared[FULL].rank, compared[FULL].seeds) == (None, 1)
-
-
-"""The paper's recipe is that of `mica adapt --recipe paper`."""
-
-from bench.quality.recipes import RECIPES
-from mica.cli.adapt import recipes
 
 
 def test_the_papers_recipe_is_that_of_mica_adapt():
