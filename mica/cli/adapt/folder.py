@@ -1,6 +1,8 @@
 """The output folder: what may be in it before a run, and what a new run removes from it."""
 
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from mica.cli.output import check_writable
@@ -30,6 +32,9 @@ PRODUCTS = (
 )
 
 
+_LOCK = ".lock"
+
+
 def check(output: Path, *, resume: bool, overwrite: bool, model: str) -> None:
     """Raise UsageError if a run must not or cannot write to ``output``; makes and removes nothing."""
     if output.exists() and not output.is_dir():
@@ -39,7 +44,8 @@ def check(output: Path, *, resume: bool, overwrite: bool, model: str) -> None:
     nearest = next(folder for folder in (output, *output.resolve().parents) if folder.exists())
     check_writable("--output", output, nearest)
     # A GGUF file is converted to base/ before the adapter is made, which may fail
-    if output.is_dir() and {path.name for path in output.iterdir()} - {"base"} and not (resume or overwrite):
+    harmless = {"base", _LOCK}
+    if output.is_dir() and {path.name for path in output.iterdir()} - harmless and not (resume or overwrite):
         raise UsageError(
             f"--output {output}: has something in it: go on with that run by --resume, replace it by "
             "--overwrite, or choose another folder"
@@ -56,3 +62,31 @@ def clear(output: Path, keep: str = "") -> None:
                 shutil.rmtree(path)
             else:
                 path.unlink()
+
+
+@contextmanager
+def held(output: Path) -> Iterator[None]:
+    """Make ``output`` and keep other runs out of it; the system releases the lock of a killed process.
+
+    A torchrun that is killed with -9, for one, leaves its workers, which go on training.
+
+    Raises UsageError if another run holds it.
+    """
+    import filelock
+
+    output.mkdir(parents=True, exist_ok=True)
+    lock = filelock.FileLock(output / _LOCK, timeout=0)
+    try:
+        lock.acquire()
+    except filelock.Timeout as error:
+        raise UsageError(f"--output {output}: another run writes to it; wait for it or stop it") from error
+    except (OSError, NotImplementedError):  # a file system without locks
+        yield
+        return
+    try:
+        yield
+    finally:
+        lock.release()
+        (output / _LOCK).unlink(missing_ok=True)
+        if not any(output.iterdir()):  # refused before anything was written
+            output.rmdir()

@@ -3,6 +3,7 @@
 import argparse
 import sys
 import time
+from contextlib import ExitStack
 from pathlib import Path
 
 import torch
@@ -28,6 +29,7 @@ from mica.cli.adapt.config import Settings
 from mica.cli.adapt.corpus import Corpus, check, gather
 from mica.cli.adapt.packing import keeps_documents_apart
 from mica.cli.loading import (
+    Source,
     check_backend,
     check_limits,
     find_source,
@@ -76,6 +78,14 @@ def _adapt(settings: Settings) -> int:
     tokenizer = load_tokenizer(source)
     corpus = gather(args, tokenizer)
     _say(corpus.describe(args, PartialState().num_processes))
+    with ExitStack() as stack:
+        processes.on_main(stack.enter_context, folder.held(args.output))
+        return _run(settings, source, tokenizer, corpus, checkpoint)
+
+
+def _run(settings: Settings, source: Source, tokenizer, corpus: Corpus, checkpoint: Path | None) -> int:
+    """From the base model to the adapter; nothing else writes to the output folder meanwhile."""
+    args = settings.args
     model = base.load(args, source, PartialState().device, tokenizer)
     note = suit_processor(model, args.dtype)
     if note:
@@ -133,11 +143,10 @@ def _with_packing(settings: Settings, corpus: Corpus, model, tokenizer) -> Corpu
 
 
 def _prepare(settings: Settings) -> None:
-    """Make the output folder, without what an earlier run left there, and write run.yaml."""
+    """Empty the output folder of what an earlier run left there, and write run.yaml."""
     args = settings.args
     if args.overwrite:
         folder.clear(args.output, keep=base.FOLDER if args.model.endswith(".gguf") else "")
-    args.output.mkdir(parents=True, exist_ok=True)
     checkpoints.discard_incomplete(args.output)
     config.write(settings, args.output)
 

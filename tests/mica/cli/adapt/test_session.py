@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, OPTConfig, OPTForCausalLM
 
 from mica.cli import main
-from mica.cli.adapt import checkpoints, training
+from mica.cli.adapt import checkpoints, folder, training
 from tests.support.adapt_results import poison_solver
 from tests.support.tiny_cli import TEXT, adapt, byte_tokenizer, logits
 
@@ -53,12 +53,12 @@ def paper(model_dir, rows, retained, tmp_path_factory):
     return output
 
 
-def weights(folder: Path) -> dict[str, torch.Tensor]:
-    return load_file(folder / "adapter_model.safetensors")
+def weights(output: Path) -> dict[str, torch.Tensor]:
+    return load_file(output / "adapter_model.safetensors")
 
 
-def summary(folder: Path) -> dict:
-    return json.loads((folder / "summary.json").read_text(encoding="utf-8"))
+def summary(output: Path) -> dict:
+    return json.loads((output / "summary.json").read_text(encoding="utf-8"))
 
 
 def same(one: dict, other: dict) -> bool:
@@ -163,6 +163,15 @@ def test_a_refused_run_leaves_the_one_before(model_dir, rows, tmp_path):
     before = weights(output)
     assert adapt(model_dir, rows, output, "--overwrite", "--rank", 17) == 2
     assert same(before, weights(output))
+
+
+def test_two_runs_do_not_share_a_folder(model_dir, rows, tmp_path, capsys):
+    output = tmp_path / "out"
+    with folder.held(output):
+        assert adapt(model_dir, rows, output) == 2
+        assert f"--output {output}: another run writes to it" in capsys.readouterr().err
+        assert [path.name for path in output.iterdir()] == [".lock"]
+    assert not output.exists()
 
 
 def test_from_an_adapter(paper, model_dir, rows, tmp_path, monkeypatch):
