@@ -2,34 +2,21 @@
 
 import contextlib
 import os
+from argparse import Namespace
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
 
 from mica.cli.adapt import adapter, result
+from tests.support import adapt_settings
 from tests.support.tiny_cli import byte_tokenizer, tiny_llama
 
-_DEFAULTS = {
-    "model": "unused",
-    "adapter": None,
-    "dtype": "auto",
-    "quantize": None,
-    "trust_remote_code": False,
-    "merge": False,
-    "output": None,
-    "resume": False,
-    "rank": 4,
-    "alpha": 8,
-    "dropout": 0.0,
-    "target_modules": "q_proj,down_proj",
-}
 
-
-def settings(**changes) -> SimpleNamespace:
-    """The options of a run that base, adapter and result read."""
-    return SimpleNamespace(**_DEFAULTS | changes)
+def settings(**changes) -> Namespace:
+    """The settings of a run of which base, adapter and result are tested."""
+    own = {"model": "unused", "dtype": "auto", "dropout": 0.0, "target_modules": "q_proj,down_proj"}
+    return adapt_settings.settings(**own | changes)
 
 
 def move(model) -> None:

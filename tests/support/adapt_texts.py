@@ -4,11 +4,14 @@ import bz2
 import gzip
 import json
 import lzma
+from argparse import Namespace
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
+
+from tests.support import adapt_settings
 
 ROWS = [
     {"title": f"Nr {n}", "text": f"{n} mal {n} ist {n * n}; schön, 漢字.\r\n" * (n % 4 + 1)}
@@ -16,27 +19,11 @@ ROWS = [
 ]
 
 
-def settings(text, **changes) -> SimpleNamespace:
-    """The options that `mica.cli.adapt.corpus` reads."""
-    args = {
-        "text": [str(item) for item in (text if isinstance(text, list) else [text])],
-        "text_field": None,
-        "text_weights": None,
-        "dataset_config": None,
-        "held_out": 0.1,
-        "held_out_text": None,
-        "retain": None,
-        "sequence_length": 32,
-        "packing": "documents",
-        "workers": 1,
-        "eval_blocks": 4,
-        "seed": 0,
-        "steps": 10,
-        "epochs": None,
-        "batch_size": 2,
-        "gradient_accumulation_steps": 3,
-    }
-    return SimpleNamespace(**{**args, **changes})
+def settings(text, **changes) -> Namespace:
+    """Settings of a run on ``text``, one source or a list; three times two blocks a step."""
+    items = [str(item) for item in (text if isinstance(text, list) else [text])]
+    own = {"text": items, "workers": 1, "eval_blocks": 4, "batch_size": 2, "gradient_accumulation_steps": 3}
+    return adapt_settings.settings(**own | changes)
 
 
 def write(path: Path, rows: list[dict]) -> Path:
