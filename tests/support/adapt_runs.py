@@ -50,8 +50,10 @@ def blocks(count: int, seed: int, documents: bool = True, length: int = 32) -> l
 
 def corpus(count: int = 64, held_out: int = 5, retain: int = 0, **options) -> SimpleNamespace:
     """As ``corpus.gather`` gives it."""
+    train = blocks(count, 1, **options)
     return SimpleNamespace(
-        train=blocks(count, 1, **options),
+        train=train,
+        fingerprint=f"{count} {options}",
         held_out=blocks(held_out, 2, **options),
         retain=blocks(retain, 3, **options) or None,
     )
@@ -107,9 +109,7 @@ def run_and_die(args, step: int, delay: float, rank: int) -> None:
     done = training.checkpoints.step(checkpoint) if checkpoint else 0
     data = corpus()
     if state.process_index == rank:
-        # the check of the data reads some before the training does
-        reads = (step - done) * args.batch_size + len(data.train)
-        data.train = _Deadly(data.train, reads, delay)
+        data.train = _Deadly(data.train, (step - done) * args.batch_size, delay)
     training.train(model(args, checkpoint), data, args, checkpoint)
     raise AssertionError("it has not died")
 

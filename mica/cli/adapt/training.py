@@ -1,7 +1,6 @@
 """Continued pretraining of a model with an adapter: a layer over ``transformers.Trainer``."""
 
 import argparse
-import hashlib
 import math
 import time
 from collections.abc import Callable
@@ -22,7 +21,6 @@ from mica.errors import UsageError
 
 _STATE = "trainer_state.json"  # the Trainer's name
 _KEPT = 2  # checkpoints
-_SAMPLED_BLOCKS = 64  # that stand for the data when a run is resumed
 
 
 class Training(NamedTuple):
@@ -86,16 +84,6 @@ def _settings(args) -> dict[str, int]:
         "batch_size": args.batch_size,
         "gradient_accumulation_steps": args.gradient_accumulation_steps,
     }
-
-
-def _content(blocks: Dataset) -> str:
-    """A hash of the number of blocks and of some of them: other data is other batches."""
-    digest = hashlib.blake2b(str(len(blocks)).encode(), digest_size=8)
-    for index in (
-        torch.linspace(0, len(blocks) - 1, min(len(blocks), _SAMPLED_BLOCKS)).round().long().tolist()
-    ):
-        digest.update(blocks[index]["input_ids"].numpy().tobytes())
-    return f"{len(blocks)} blocks ({digest.hexdigest()})"
 
 
 def _arguments(args, *, total_steps: int, global_batch: int, blocks: int, **more) -> TrainingArguments:
@@ -216,9 +204,10 @@ def train(
     """Train the adapter of ``model`` in place, and write it to ``args.output``. Every process must call this.
 
     ``model``: the PeftModel, on this process's device; with ``checkpoint`` its adapter must be that of the
-    checkpoint. ``corpus``: ``train``, ``held_out`` and ``retain`` (or None), each a map-style dataset of
-    ``input_ids``, ``labels`` and maybe ``position_ids``, int64 of shape (sequence_length,). Blocks are drawn
-    in random order, each once an epoch; the last few of an epoch that give no whole batch are left out.
+    checkpoint. ``corpus``: ``fingerprint``, and ``train``, ``held_out`` and ``retain`` (or None), map-style
+    datasets of ``input_ids``, ``labels`` and maybe ``position_ids``, int64 of shape (sequence_length,). Blocks
+    are drawn in random order, each once an epoch; the last few of an epoch that give no whole batch are left
+    out.
     ``tokenizer`` is written beside the adapter. The main process calls ``watch(history)`` after each
     evaluation.
 
@@ -229,7 +218,7 @@ def train(
     written with other batches or data; signals.Stopped at a second Ctrl-C.
     """
     main = PartialState().is_main_process
-    settings = {**_settings(args), "data": _content(corpus.train)}
+    settings = {**_settings(args), "data": f"{len(corpus.train)} blocks ({corpus.fingerprint[:16]})"}
     earlier = {}
     if checkpoint is not None:
         checkpoints.check(checkpoint, **settings)
