@@ -205,9 +205,9 @@ def train(
 
     ``model``: the PeftModel, on this process's device; with ``checkpoint`` its adapter must be that of the
     checkpoint. ``corpus``: ``fingerprint``, and ``train``, ``held_out`` and ``retain`` (or None), map-style
-    datasets of ``input_ids``, ``labels`` and maybe ``position_ids``, int64 of shape (sequence_length,). Blocks
-    are drawn in random order, each once an epoch; the last few of an epoch that give no whole batch are left
-    out.
+    datasets of ``input_ids``, ``labels`` and maybe ``position_ids``, int64 of shape (sequence_length,).
+    Blocks are drawn in random order, each once an epoch; the last few of an epoch that give no whole batch
+    are left out.
     ``tokenizer`` is written beside the adapter. The main process calls ``watch(history)`` after each
     evaluation.
 
