@@ -19,9 +19,10 @@ def raw_variable(name: str) -> Callable[[], object]:
 
     `os.environ.get` takes 0.7 µs, most of it for decoding.
     """
-    values = getattr(os.environ, "_data", None)
-    if isinstance(values, dict):
-        return functools.partial(values.get, os.environ.encodekey(name))
+    if isinstance(getattr(os.environ, "_data", None), dict):
+        key = os.environ.encodekey(name)
+        # Not that dictionary itself: `datasets` leaves another os.environ behind after a map by processes
+        return lambda: os.environ._data.get(key)
     return functools.partial(os.environ.get, name)
 
 

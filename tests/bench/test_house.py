@@ -13,6 +13,7 @@ MAY_IMPORT = {
     "run": {"measure", "results"},
     "report": {"results"},
     "quality": {"measure"},
+    "corpus": {"measure"},
     "gpu": {"run", "measure", "report"},
     "__main__": {"run", "measure", "report", "results"},
 }

@@ -1,3 +1,4 @@
+import copy
 import importlib.util
 import os
 from contextlib import nullcontext
@@ -154,3 +155,11 @@ def test_the_trial_compares_a_result(monkeypatch, wrong):
     assert runtime.trial(torch.device(DEVICE)) == (
         "a trial kernel gave a wrong result on it" if wrong else None
     )
+
+
+def test_a_raw_variable_follows_another_environment(monkeypatch):
+    """`datasets` puts a copy in place of os.environ after a map by several processes."""
+    value = runtime.raw_variable("MICA_A_VARIABLE")
+    monkeypatch.setattr(os, "environ", copy.deepcopy(os.environ))
+    monkeypatch.setenv("MICA_A_VARIABLE", "1")
+    assert value() == os.environ.encodevalue("1")
