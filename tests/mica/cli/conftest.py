@@ -1,3 +1,5 @@
+import signal
+
 import pytest
 
 from tests.support.doctoring import gpu, machine, run  # noqa: F401  (fixtures)
@@ -38,3 +40,11 @@ def cache_of_tokens(tmp_path_factory):
 def own_cache(monkeypatch, cache_of_tokens):
     """Tokens are kept for this run of the tests only."""
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", cache_of_tokens)
+
+
+@pytest.fixture(autouse=True)
+def ctrl_c():
+    """A shell's background jobs ignore SIGINT, and the tests may be run by one."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
