@@ -19,7 +19,7 @@ from transformers.utils import find_adapter_config_file, is_accelerate_available
 
 from mica import backend
 from mica.cli.arguments import target_names
-from mica.cli.output import check_writable, dtype_name, first_sentences, one_line
+from mica.cli.output import dtype_name, first_sentences, one_line
 from mica.errors import UsageError
 from mica.products import has_native, slowdown
 
@@ -243,13 +243,3 @@ def check_limits(source: Source, model, sequence_length: int, largest_token_id: 
         raise source.error(
             f"its tokenizer gives token {largest_token_id}, its embedding has {num_embeddings} entries"
         )
-
-
-def check_output(output: Path, source: Source) -> None:
-    """Raise UsageError if no folder can be made or written at ``output``; makes nothing."""
-    if output.exists() and not output.is_dir():
-        raise UsageError(f"--output {output}: exists and is not a folder")
-    if not source.is_gguf and output.resolve() == Path(source.location).resolve():
-        raise UsageError(f"--output {output}: is the folder of the model itself")
-    nearest = next(folder for folder in (output, *output.resolve().parents) if folder.exists())
-    check_writable("--output", output, nearest)

@@ -45,6 +45,20 @@ def check_writable(option: str, path: Path, folder: Path) -> None:
         raise UsageError(f"{option} {path}: {folder} is not writable")
 
 
+def check_folder(option: str, path: Path, model: str) -> None:
+    """Raise UsageError if no folder can be made or written at ``path``, or it is that of ``model``.
+
+    ``model``: a folder, or anything else. Makes nothing.
+    """
+    if path.exists() and not path.is_dir():
+        raise UsageError(f"{option} {path}: exists and is not a folder")
+    folder = Path(model).expanduser()
+    if folder.is_dir() and path.resolve() == folder.resolve():
+        raise UsageError(f"{option} {path}: is the folder of the model itself")
+    nearest = next(folder for folder in (path, *path.resolve().parents) if folder.exists())
+    check_writable(option, path, nearest)
+
+
 def write_file(option: str, path: Path, write: Callable[[Path], None]) -> None:
     """Let ``write`` fill a temporary file next to ``path``, then rename it: never half a file.
 

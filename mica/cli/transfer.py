@@ -5,7 +5,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 from mica.cli.arguments import add_dtype_options
-from mica.cli.output import dtype_name
+from mica.cli.output import check_folder, dtype_name
 from mica.errors import UsageError
 
 
@@ -39,7 +39,7 @@ def run(args: argparse.Namespace) -> int:
     from peft import PeftConfig, PeftModel
 
     from mica.cli.adapt import adapter, card, result
-    from mica.cli.loading import check_output, find_source, load_config, load_model, quieten_libraries
+    from mica.cli.loading import find_source, load_config, load_model, quieten_libraries
 
     quieten_libraries()
     config = adapter.read_adapter_config(args.adapter)
@@ -51,7 +51,7 @@ def run(args: argparse.Namespace) -> int:
     layers = adapter.adapted_layers(args.adapter)
     try:
         source = find_source(args.to, args.trust_remote_code)
-        check_output(args.output, source)
+        check_folder("--output", args.output, args.to)
         _check_free(args.output, args.overwrite, {"--to": source.location, "--adapter": args.adapter})
         if not source.is_gguf and getattr(load_config(source), "quantization_config", None) is not None:
             raise source.error("is quantised: give the checkpoint that it was made of")

@@ -95,16 +95,16 @@ def _count(number: int, noun: str) -> str:
     return f"{number:,} {noun}"
 
 
-def check(args: argparse.Namespace) -> None:
-    """Refuse what the names alone show to be wrong, before anything slow. Raises UsageError."""
-    found = [source for group in _find(args) for source in group]
-    if args.dataset_config is not None and not any(source.is_on_hub for source in found):
-        raise UsageError(f"--dataset-config {args.dataset_config}: no source is a dataset on the Hub")
+def check(args: argparse.Namespace) -> list[list[sources.Source]]:
+    """The sources of --text, --held-out-text and --retain, by their names alone: nothing is read.
 
-
-def _find(args: argparse.Namespace) -> list[list[sources.Source]]:
+    Raises UsageError for what that shows to be wrong.
+    """
     given = {"--text": args.text, "--held-out-text": args.held_out_text, "--retain": args.retain}
-    return [sources.find(option, items or [], args.dataset_config) for option, items in given.items()]
+    found = [sources.find(option, items or [], args.dataset_config) for option, items in given.items()]
+    if args.dataset_config is not None and not any(source.is_on_hub for group in found for source in group):
+        raise UsageError(f"--dataset-config {args.dataset_config}: no source is a dataset on the Hub")
+    return found
 
 
 def gather(args: argparse.Namespace, tokenizer) -> Corpus:
@@ -116,9 +116,8 @@ def gather(args: argparse.Namespace, tokenizer) -> Corpus:
 
     Raises UsageError for what cannot be read, and if there is not one training and one held-out block.
     """
-    check(args)
+    found = check(args)
     datasets.logging.set_verbosity(logging.CRITICAL)  # its errors come as exceptions as well
-    found = _find(args)
     text, held_out, retain = (
         tokenize(each, tokenizer, args.text_field, args.workers) if each else [] for each in found
     )

@@ -8,7 +8,6 @@ from accelerate import PartialState
 from accelerate.utils import reduce
 from torch.nn.functional import cross_entropy, pad
 from torch.utils.data import Dataset, default_collate
-from tqdm import tqdm
 
 from mica.errors import UsageError
 
@@ -47,6 +46,15 @@ def collate(items: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
     return {**batch, "labels": labels}
 
 
+def predicted_tokens(blocks: Dataset[dict[str, torch.Tensor]]) -> int:
+    """How many tokens of ``blocks`` `likelihood` scores."""
+    return sum(_num_predicted(collate([blocks[index]])) for index in range(len(blocks)))
+
+
+def _num_predicted(batch: dict[str, torch.Tensor]) -> int:
+    return int((batch["labels"] != IGNORED).sum())
+
+
 def _nll(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     """The sum over all predicted tokens, fp64 on the CPU; logits (batch, length, vocabulary) of any dtype."""
     targets = pad(labels[:, 1:], (0, 1), value=IGNORED).flatten()  # so that the logits are not copied
@@ -64,15 +72,14 @@ def likelihood(
     model: torch.nn.Module,
     blocks: Dataset[dict[str, torch.Tensor]],
     batch_size: int,
-    desc: str = "",
     device: torch.device | None = None,
 ) -> Likelihood:
     """Score ``blocks``: items with input_ids, labels and maybe position_ids, int64, (sequence_length,) each.
 
     A token counts if its label is not -100 and it is not the first of its block. The loss is taken in fp32
     whatever the dtype of the logits, and summed in fp64. Each process scores a share of the blocks and all
-    return the same; every one does as many forwards, as FSDP needs. ``desc`` labels the progress bar; without
-    it there is none. ``device``: that of the inputs, by default that of the first parameter.
+    return the same; every one does as many forwards, as FSDP needs. ``device``: that of the inputs, by
+    default that of the first parameter.
     """
     state = PartialState()
     device = device or next(model.parameters()).device
@@ -81,28 +88,18 @@ def likelihood(
     totals = torch.zeros(2, dtype=torch.float64)
     was_training = model.training
     model.eval()
-    for turn in tqdm(range(rounds), desc=desc, leave=False, disable=not desc or not state.is_main_process):
+    for turn in range(rounds):
         chosen = mine[turn * batch_size : (turn + 1) * batch_size]
         batch = collate([blocks[index] for index in chosen or (0,)])  # without a share: only to take part
         inputs: dict[str, Any] = {name: tensor.to(device) for name, tensor in batch.items()}
         labels = inputs.pop("labels")
         logits = model(**inputs, use_cache=False).logits
         if chosen:
-            totals += torch.stack([_nll(logits, labels), (batch["labels"] != IGNORED).sum().double()])
+            totals += torch.stack([_nll(logits, labels), totals.new_tensor(_num_predicted(batch))])
     model.train(was_training)
     if state.num_processes > 1:
         totals = reduce(totals.to(state.device), "sum").cpu()
     return Likelihood(totals[0].item(), int(totals[1]))
-
-
-def perplexity(
-    model: torch.nn.Module, blocks: Dataset[dict[str, torch.Tensor]], batch_size: int, desc: str = ""
-) -> float:
-    """exp(mean negative log-likelihood per predicted token) of ``blocks``; see `likelihood`.
-
-    Raises UsageError if the result is not a finite number.
-    """
-    return finite(likelihood(model, blocks, batch_size, desc)).perplexity
 
 
 def finite(score: Likelihood) -> Likelihood:

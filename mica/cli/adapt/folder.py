@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from mica.cli.output import check_writable
+from mica.cli.output import check_folder
 from mica.errors import UsageError
 
 # What `mica adapt` and the tokenizers write. Anything else in the folder is not ours and stays.
@@ -37,12 +37,7 @@ _LOCK = ".lock"
 
 def check(output: Path, *, resume: bool, overwrite: bool, model: str) -> None:
     """Raise UsageError if a run must not or cannot write to ``output``; makes and removes nothing."""
-    if output.exists() and not output.is_dir():
-        raise UsageError(f"--output {output}: exists and is not a folder")
-    if output.is_dir() and Path(model).is_dir() and output.samefile(model):
-        raise UsageError(f"--output {output}: is the folder of the model itself")
-    nearest = next(folder for folder in (output, *output.resolve().parents) if folder.exists())
-    check_writable("--output", output, nearest)
+    check_folder("--output", output, model)
     # A GGUF file is converted to base/ before the adapter is made, which may fail
     harmless = {"base", _LOCK}
     if output.is_dir() and {path.name for path in output.iterdir()} - harmless and not (resume or overwrite):

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch.utils.data import ConcatDataset, Dataset, Subset
 
+from mica.cli.adapt.evaluation import IGNORED
 from mica.cli.adapt.tokens import Tokens
 
 
@@ -104,7 +105,7 @@ class Blocks(Dataset):
             at, span = at + size, span + 1
         item = {"input_ids": torch.from_numpy(ids), "labels": torch.from_numpy(ids.copy())}
         if self.packing == "documents":
-            item["labels"][firsts] = -100
+            item["labels"][firsts] = IGNORED
             item["position_ids"] = torch.from_numpy(positions)
         return item
 

@@ -16,6 +16,7 @@ from mica.cli.adapt import (
     checkpoints,
     config,
     curve,
+    evaluation,
     folder,
     hub,
     processes,
@@ -147,7 +148,6 @@ def _prepare(settings: Settings) -> None:
     args = settings.args
     if args.overwrite:
         folder.clear(args.output, keep=base.FOLDER if args.model.endswith(".gguf") else "")
-    checkpoints.discard_incomplete(args.output)
     config.write(settings, args.output)
 
 
@@ -182,7 +182,7 @@ def _report(settings: Settings, corpus: Corpus, model, done: training.Training) 
         "peak_memory_of": peak_of,
         "perplexity_before": before,
         "perplexity_after": after,
-        "held_out_tokens": summary.predicted_tokens(corpus.held_out),
+        "held_out_tokens": evaluation.predicted_tokens(corpus.held_out),
         "retain_before": retain_before,
         "retain_after": retain_after,
         "paths": dict(explanation.counts()),

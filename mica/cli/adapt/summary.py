@@ -32,11 +32,6 @@ def perplexities(history: Iterable[dict], name: str) -> tuple[float | None, floa
     return (values[0], values[-1]) if values else (None, None)
 
 
-def predicted_tokens(blocks) -> int:
-    """Tokens of ``blocks`` (see `mica.cli.adapt.packing.Blocks`) that a model predicts."""
-    return sum(int((block["labels"][1:] != -100).sum()) for block in blocks)
-
-
 def versions() -> dict[str, str]:
     """Of the libraries that made the adapter."""
     return {name: version(name) for name in _LIBRARIES}

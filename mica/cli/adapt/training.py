@@ -223,19 +223,17 @@ def train(
     if checkpoint is not None:
         checkpoints.check(checkpoint, **settings)
         earlier = checkpoints.facts(checkpoint)
-        if main:
-            checkpoints.discard_incomplete(args.output)
-        processes.wait()
+    if main:
+        checkpoints.discard_incomplete(args.output)
+    processes.wait()
     if args.gradient_checkpointing:
         _checkpoint_activations(model.get_base_model())
 
     request = signals.Request(repeats_stop=not processes.several(), announce=_announce if main else _ignore)
     stopping, progress = Stopping(request), Progress()
     config = model.get_base_model().config
-    use_cache, config.use_cache = (
-        getattr(config, "use_cache", True),
-        False,
-    )  # a cache hides where documents begin
+    use_cache = getattr(config, "use_cache", True)
+    config.use_cache = False  # a cache hides where documents begin
     trainer = _build(model, corpus, args, checkpoint)
     settings["engine"] = trainer.accelerator.distributed_type.value
     if checkpoint is not None:

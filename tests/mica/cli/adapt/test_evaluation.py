@@ -6,10 +6,14 @@ import pytest
 import torch
 
 from mica.cli.adapt import evaluation
-from mica.cli.adapt.evaluation import Likelihood, collate, finite, likelihood, perplexity
+from mica.cli.adapt.evaluation import Likelihood, collate, finite, likelihood
 from mica.errors import UsageError
 from tests.support.adapt_runs import blocks
 from tests.support.tiny_cli import tiny_llama
+
+
+def perplexity(model, data, batch_size):
+    return finite(likelihood(model, data, batch_size)).perplexity
 
 
 def logits_of(model, ids, **more):
