@@ -1,0 +1,87 @@
+"""The definition of MiCA on a stack of experts, in plain PyTorch: `mica.reference.linear`, expert by expert.
+
+    y_e  = x_e W_eᵀ + bias_e + s·(x_e A_eᵀ) B_eᵀ    W (E×N×K) and B (E×N×r) frozen, A (E×r×K) trained
+    g_e  = s·dy_e B_e
+    dA_e = g_eᵀ x_e                                 0 for an expert without tokens
+    dx_e = dy_e W_e + g_e A_e
+
+The rows of x (S×K) are sorted by expert: x_e are those from offsets[e-1] to offsets[e] (offsets: E ends, int32
+or int64). A token that k experts process has k rows. Neither W + s·B·A nor its gradient (both E×N×K) is
+formed, which is what PEFT's path costs (`lora.ParamWrapper`), and no expert without tokens is read. Source:
+MiCA, arXiv 2604.01694.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from mica import reference
+
+
+def experts_linear(
+    x: Tensor,
+    offsets: Tensor,
+    weight: Tensor,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    scaling: float = 1.0,
+    bias: Tensor | None = None,
+    compute_dtype: torch.dtype | None = None,
+) -> Tensor:
+    """y (S×N) in the dtype of x, from x (S×K), weight (E×N×K), lora_A (E×r×K), lora_B (E×N×r), bias (E×N).
+
+    Rows after the last offset, which belong to no expert, are 0.
+    """
+    y = x.new_empty(x.shape[0], weight.shape[1])
+    end = 0
+    for expert, rows in hit(offsets):
+        own_bias = None if bias is None else bias[expert]
+        factors = lora_A[expert], lora_B[expert].contiguous()
+        y[rows] = reference.linear(x[rows], weight[expert], *factors, scaling, own_bias, compute_dtype)
+        end = rows.stop
+    y[end:] = 0
+    return y
+
+
+def experts_linear_backward(
+    grad_output: Tensor,
+    x: Tensor | None,
+    offsets: Tensor,
+    weight: Tensor | None,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    scaling: float,
+    compute_dtype: torch.dtype,
+) -> tuple[Tensor | None, Tensor | None]:
+    """(dx (S×K), dA (E×r×K) in the dtype of lora_A); None where the weight or x that it takes is None."""
+    dx = None if weight is None else grad_output.new_empty(grad_output.shape[0], lora_A.shape[2])
+    dA = None if x is None else torch.zeros_like(lora_A)
+    end = 0
+    for expert, rows in hit(offsets):
+        operands = (
+            None if x is None else x[rows],
+            None if weight is None else weight[expert],
+            lora_A[expert],
+            lora_B[expert].contiguous(),  # a stack's is strided: PEFT stores (N×r·E), the expert fastest
+        )
+        part, own = reference.linear_backward(grad_output[rows], *operands, scaling, compute_dtype)
+        if dx is not None:
+            dx[rows] = part
+        if dA is not None:
+            dA[expert] = own
+        end = rows.stop
+    if dx is not None:
+        dx[end:] = 0
+    return dx, dA
+
+
+def hit(offsets: Tensor) -> Iterator[tuple[int, slice]]:
+    """The experts with tokens and their rows, in order; waits for the device once."""
+    start = 0
+    for expert, end in enumerate(offsets.tolist()):
+        if end > start:
+            yield expert, slice(start, end)
+        start = max(start, end)
