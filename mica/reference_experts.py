@@ -5,10 +5,10 @@
     dA_e = g_eᵀ x_e                                 0 for an expert without tokens
     dx_e = dy_e W_e + g_e A_e
 
-The rows of x (S×K) are sorted by expert: x_e are those from offsets[e-1] to offsets[e] (offsets: E ends, int32
-or int64). A token that k experts process has k rows. Neither W + s·B·A nor its gradient (both E×N×K) is
-formed, which is what PEFT's path costs (`lora.ParamWrapper`), and no expert without tokens is read. Source:
-MiCA, arXiv 2604.01694.
+The rows of x (S×K) are sorted by expert: x_e are those from offsets[e-1] to offsets[e] (E ends, int32 or
+int64). A token that k experts process has k rows. Neither W + s·B·A nor its gradient (both E×N×K) is formed,
+which is what PEFT's path costs (`lora.ParamWrapper`), and no expert without tokens is read. Source: MiCA,
+arXiv 2604.01694.
 """
 
 from __future__ import annotations
