@@ -1,0 +1,90 @@
+"""Tiny mixture-of-experts language models in fp32, one of each layout that transformers has.
+
+``qwen3_moe`` and ``mixtral`` store a stack as (experts, out, in), with gate and up one after the other;
+``gpt_oss`` stores (experts, in, out), gate and up interleaved, with biases.
+"""
+
+from contextlib import nullcontext
+
+import torch
+from peft import LoraConfig, get_peft_model
+from transformers import (
+    GptOssConfig,
+    GptOssForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
+)
+
+import mica.fast
+
+STACKS = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
+ROUTER = {"qwen3_moe": "mlp.gate.weight", "mixtral": "mlp.gate.weight", "gpt_oss": "mlp.router.weight"}
+
+_SHARED = {
+    "vocab_size": 61,
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "head_dim": 16,
+    "max_position_embeddings": 64,
+    "num_experts_per_tok": 2,
+}
+
+
+def _filled(model, seed):
+    """Normal weights in every stack and router (transformers leaves some of them 0 or NaN), in eval mode."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if ".mlp." in name:
+                parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.1)
+    return model.eval()
+
+
+def qwen3_moe(experts=6, seed=0, **config):
+    """gate_up_proj (experts, 48, 32), down_proj (experts, 32, 24)."""
+    torch.manual_seed(seed)
+    sizes = {"intermediate_size": 48, "moe_intermediate_size": 24, "num_experts": experts}
+    return _filled(Qwen3MoeForCausalLM(Qwen3MoeConfig(**{**_SHARED, **sizes, **config})), seed)
+
+
+def mixtral(experts=4, seed=0, **config):
+    """gate_up_proj (experts, 80, 32), down_proj (experts, 32, 40)."""
+    torch.manual_seed(seed)
+    sizes = {"intermediate_size": 40, "num_local_experts": experts}
+    return _filled(MixtralForCausalLM(MixtralConfig(**{**_SHARED, **sizes, **config})), seed)
+
+
+def gpt_oss(experts=4, seed=0, **config):
+    """gate_up_proj (experts, 32, 56), down_proj (experts, 28, 32): (experts, in, out)."""
+    torch.manual_seed(seed)
+    sizes = {"intermediate_size": 28, "num_local_experts": experts, "attention_dropout": 0.0}
+    return _filled(GptOssForCausalLM(GptOssConfig(**{**_SHARED, **sizes, **config})), seed)
+
+
+BUILDERS = {"qwen3_moe": qwen3_moe, "mixtral": mixtral, "gpt_oss": gpt_oss}
+
+
+def wrap_experts(model, rank=4, target_parameters=None, stock=False, autocast_adapter_dtype=True, **config):
+    """`get_peft_model` with MiCA on the stacks (or ``target_parameters``), and no target modules.
+
+    ``stock``: on stock PEFT, which has plain LoRA only there.
+    """
+    kind = True if stock else "mica"
+    config = {"init_lora_weights": kind, "lora_alpha": 8, "target_modules": [], **config}
+    adapter_name = config.pop("adapter_name", "default")
+    config = LoraConfig(r=rank, target_parameters=target_parameters or STACKS, **config)
+    with mica.fast.disabled() if stock else nullcontext():
+        return get_peft_model(
+            model, config, adapter_name=adapter_name, autocast_adapter_dtype=autocast_adapter_dtype
+        )
+
+
+def tokens(batch=2, length=7, seed=0):
+    """Token ids (batch, length)."""
+    return torch.randint(
+        0, _SHARED["vocab_size"], (batch, length), generator=torch.Generator().manual_seed(seed)
+    )
