@@ -22,6 +22,7 @@ PUBLIC = {
         "call_counts",
         "mica_down_projection",
         "mica_embedding",
+        "mica_experts_linear",
         "mica_linear",
         "mica_linear_group",
         "mica_up_projection",

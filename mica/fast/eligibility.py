@@ -143,7 +143,7 @@ def read(layer, names: Sequence[str] | None = None) -> list[Adapter] | str:
         return "tensor parallelism"
     names = adapters_of(layer) if names is None else names
     if not names:
-        return f"none of the active adapters {list(layer.active_adapters)} is on this layer"
+        return why_not_active(layer)
     adapters, scalings = [], layer.scaling
     for name in names:
         if not is_mica(layer, name):
@@ -157,6 +157,10 @@ def read(layer, names: Sequence[str] | None = None) -> list[Adapter] | str:
     if kind is lora.Embedding and len(names) > 1:
         return f"an embedding with several active adapters, {names}"
     return adapters
+
+
+def why_not_active(layer) -> str:
+    return f"none of the active adapters {list(layer.active_adapters)} is on this layer"
 
 
 def _why_not_scaling(scaling) -> str | None:
@@ -188,15 +192,15 @@ def _read_linear(layer, name: str, scaling) -> Adapter | str:
         return "lora_bias=True"
     if weight_of(lora_A, "bias") is not None:
         return "a bias on the lora_A"
-    if _global_hooks():
+    if global_hooks():
         return "global module hooks are registered"
     A, B = weight_of(lora_A), weight_of(lora_B)
     return (
         _why_not_read_directly("lora_A", lora_A)
         or _why_not_read_directly("lora_B", lora_B)
         or _why_not_read_directly("lora_dropout", dropout)
-        or _why_not_trained(A)
-        or _why_not_frozen("lora_B", B)
+        or why_not_trained(A)
+        or why_not_frozen("lora_B", B)
         or Adapter(name, A, B, scaling, dropout_p)
     )
 
@@ -212,8 +216,8 @@ def why_called(layer) -> str | None:
         return f"a base layer of type {type(base).__name__}"
     return (
         _why_not_read_directly("base layer", base)
-        or _why_not_frozen("base weight", weight_of(base))
-        or _why_not_frozen("base bias", weight_of(base, "bias"))
+        or why_not_frozen("base weight", weight_of(base))
+        or why_not_frozen("base bias", weight_of(base, "bias"))
     )
 
 
@@ -230,8 +234,8 @@ def _read_embedding(layer, name: str, scaling) -> Adapter | str:
     lora_A, lora_B = adapter_weights(layer, name)
     return (
         _why_not_plain("base weight", base.weight)
-        or _why_not_trained(lora_A)
-        or _why_not_frozen("lora_B", lora_B)
+        or why_not_trained(lora_A)
+        or why_not_frozen("lora_B", lora_B)
         or Adapter(name, lora_A, lora_B, scaling, 0.0)
     )
 
@@ -262,7 +266,7 @@ def _why_not_read_directly(part: str, module: nn.Module) -> str | None:
     return None
 
 
-def _global_hooks() -> bool:
+def global_hooks() -> bool:
     return bool(
         nn_module._global_forward_hooks
         or nn_module._global_forward_pre_hooks
@@ -283,21 +287,21 @@ def _why_not_plain(part: str, tensor: torch.Tensor) -> str | None:
     return None
 
 
-def _why_not_trained(lora_A: torch.Tensor) -> str | None:
+def why_not_trained(lora_A: torch.Tensor) -> str | None:
     reason = _why_not_plain("lora_A", lora_A)
     if reason is not None or not torch.is_grad_enabled() or torch.compiler.is_compiling():
         return reason
     return "the lora_A was made in inference mode" if lora_A.is_inference() else None  # it gets no gradient
 
 
-def _why_not_frozen(part: str, tensor: torch.Tensor | None) -> str | None:
+def why_not_frozen(part: str, tensor: torch.Tensor | None) -> str | None:
     if tensor is None:
         return None
     reason = _why_not_plain(part, tensor)
     return f"the {part} is trainable" if reason is None and tensor.requires_grad else reason
 
 
-def _is_plain(x: torch.Tensor) -> bool:
+def is_plain(x: torch.Tensor) -> bool:
     """Not nested, sparse, mkldnn or of a tensor subclass."""
     return type(x) in PLAIN and x.layout is torch.strided and not x.is_nested
 
@@ -308,7 +312,7 @@ def _dtypes_fit(layer, x: torch.Tensor, lora_A: torch.Tensor, lora_B: torch.Tens
     Without autocast: adapters in the dtype of the activations, or fp32 masters of 16-bit activations (which
     PEFT may cast). With autocast: everything but fp64.
     """
-    if not _is_plain(x) or not x.is_floating_point():
+    if not is_plain(x) or not x.is_floating_point():
         return False
     if torch.is_autocast_enabled(x.device.type):
         return torch.float64 not in (x.dtype, lora_A.dtype, lora_B.dtype)
@@ -346,7 +350,7 @@ def fused_operands(layer, x: torch.Tensor, adapter: Adapter) -> Operands | None:
 
 def embedding_fits(x: torch.Tensor, lora_A: torch.Tensor, lora_B: torch.Tensor) -> bool:
     """`_dtypes_fit` for an embedding: PEFT computes its adapter in the adapter's dtype or autocast's."""
-    if not _is_plain(x):
+    if not is_plain(x):
         return False
     if torch.is_autocast_enabled(x.device.type):
         return torch.float64 not in (lora_A.dtype, lora_B.dtype)

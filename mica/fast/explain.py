@@ -14,7 +14,7 @@ from torch import nn
 from torch.distributed import is_available as has_distributed
 
 from mica import backend
-from mica.fast import calls, patching
+from mica.fast import calls, expert_stacks, experts, patching
 from mica.fast.eligibility import (
     adapter_weights,
     adapters_of,
@@ -22,6 +22,7 @@ from mica.fast.eligibility import (
     quantised_layers,
     why_called,
     why_not,
+    why_not_active,
 )
 from mica.fast.settings import settings
 
@@ -74,8 +75,22 @@ def explain(model: nn.Module) -> Explanation:
             base = type(module.get_base_layer()).__name__
             with _as_gathered(model, name, module):
                 count = counts.get(module) if _is_counted(module) else None
-                rows.append(Row(name, base, _adapters(module), *_path(module), count))
+                row = Row(_shown(name, module), base, _adapters(module), *_path(module, name, model), count)
+                rows.append(row)
     return Explanation(rows)
+
+
+def _shown(name: str, layer) -> str:
+    """The layer's name; of an adapter of one parameter, which may be nested in another, the parameter's."""
+    if not expert_stacks.is_wrapper(layer):
+        return name
+    return f"{_outermost_name(name)}.{layer.parameter_name}"
+
+
+def _outermost_name(name: str) -> str:
+    while name.endswith(".base_layer"):
+        name = name.removesuffix(".base_layer")
+    return name
 
 
 @contextmanager
@@ -105,19 +120,21 @@ def _is_fsdp(*modules: nn.Module) -> bool:
     return any(isinstance(module, FSDPModule) for module in modules)
 
 
-def _path(layer) -> tuple[str, str]:
+def _path(layer, name: str, model: nn.Module) -> tuple[str, str]:
     """(path, reason) of one layer."""
-    reason = _reason(layer)
+    of_stack = expert_stacks.is_wrapper(layer)
+    reason = _reason(layer, model.get_submodule(_outermost_name(name)) if of_stack else None)
     if reason:
         return PEFT, reason
-    called = None if isinstance(layer, lora.Embedding) else why_called(layer)
+    called = None if of_stack or isinstance(layer, lora.Embedding) else why_called(layer)
     reasons = [f"base layer called: {called}"] if called else []
     for name in adapters_of(layer):
         lora_A, lora_B = adapter_weights(layer, name)
         dtypes = (lora_A.dtype, lora_B.dtype)
         if not called:
-            dtypes = (layer.get_base_layer().weight.dtype, *dtypes)
-        refused = backend.why_not_kernels(lora_A.device, lora_A.shape[0], *dtypes)
+            weight = expert_stacks.parameter_of(layer) if of_stack else layer.get_base_layer().weight
+            dtypes = (weight.dtype, *dtypes)
+        refused = backend.why_not_kernels(lora_A.device, layer.r[name], *dtypes)
         if refused:
             path = ERROR if backend.requested() == "triton" else REFERENCE
             return path, "; ".join([refused, *reasons])
@@ -129,14 +146,19 @@ def _adapters(layer) -> str:
     return ", ".join(f"{name} (MiCA)" if is_mica(layer, name) else name for name in names)
 
 
-def _reason(layer) -> str | None:
+def _reason(layer, outermost=None) -> str | None:
+    """Why PEFT's own code runs; ``outermost``: of the wrappers around one module, if the layer is one."""
     if not patching.is_installed():
         return "mica.fast is not installed"
     if not settings.enabled:
         return "mica.fast is disabled"
     if _has_own_forward(layer):
         return "the layer has a forward of its own, set before mica.fast was imported"
-    return why_not(layer)
+    if outermost is None:
+        return why_not(layer)
+    if not adapters_of(layer):
+        return why_not_active(layer)
+    return experts.why_not(outermost)
 
 
 def _has_own_forward(layer) -> bool:
@@ -148,7 +170,8 @@ def _has_own_forward(layer) -> bool:
 
 def _is_counted(layer) -> bool:
     """Whether the layer's calls pass through the forwards of `mica.fast.layers`."""
-    is_covered = type(layer) in (lora.Linear, lora.Embedding) or type(layer) in quantised_layers
+    covered = (lora.Linear, lora.Embedding, expert_stacks.ParamWrapper)
+    is_covered = type(layer) in covered or type(layer) in quantised_layers
     return patching.is_installed() and is_covered and not _has_own_forward(layer)
 
 

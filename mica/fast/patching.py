@@ -16,7 +16,7 @@ from typing import NamedTuple
 import peft
 
 from mica.backend import forget_prepared
-from mica.fast import calls, initialisation, layers, loading, merging, quantised, refusals
+from mica.fast import calls, experts, initialisation, layers, loading, merging, quantised, refusals
 from mica.fast.eligibility import quantised_layers
 
 
@@ -46,6 +46,7 @@ _LORAFA = ("create_lorafa_optimizer", "model r lora_alpha lr", refusals.create_l
 PATCHES = (
     Patch(_LINEAR, "forward", "self x *args **kwargs", layers.linear_forward),
     Patch(_EMBEDDING, "forward", "self x *args **kwargs", layers.embedding_forward),
+    Patch("peft.tuners.lora.layer:ParamWrapper", "forward", "self x *args **kwargs", experts.forward),
     Patch("peft.tuners.tuners_utils:BaseTuner", *_WHOLE),
     Patch(_PEFT_MODEL, *_WHOLE),
     Patch(_LAYER, "mica_init", "self adapter_name", initialisation.mica_init),

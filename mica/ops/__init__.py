@@ -1,10 +1,12 @@
 """The operators ``torch.ops.mica.*`` and their checked functions; importing this registers all of them.
 
-Each takes Triton kernels (`mica.kernel_path`) or plain PyTorch (`mica.reference`), as `mica.backend` decides.
+Each takes Triton kernels (`mica.kernel_path`) or plain PyTorch (`mica.reference`), as `mica.backend` decides;
+those of the one on a stack of experts are in `mica.kernel_path_experts` and `mica.reference_experts`.
 """
 
 from mica.ops.dispatch import call_counts
 from mica.ops.embedding import mica_embedding
+from mica.ops.experts import mica_experts_linear
 from mica.ops.factors import mica_down_projection, mica_up_projection
 from mica.ops.group import mica_linear_group
 from mica.ops.linear import mica_linear
@@ -13,6 +15,7 @@ __all__ = [
     "call_counts",
     "mica_down_projection",
     "mica_embedding",
+    "mica_experts_linear",
     "mica_linear",
     "mica_linear_group",
     "mica_up_projection",

@@ -34,13 +34,7 @@ def check_linear(
         raise ValueError(f"bias must be ({weight.shape[0]},), but it is {tuple(bias.shape)}.")
     _check_dtypes(FLOATING, x=x, weight=weight, lora_A=lora_A, lora_B=lora_B, bias=bias)
     limits.same_device(x=x, weight=weight, lora_A=lora_A, lora_B=lora_B, bias=bias, seed=seed)
-    if not _is_autocast(x.device.type):
-        for name, tensor in (("weight", weight), ("bias", bias)):
-            if tensor is not None and tensor.dtype != x.dtype:
-                raise TypeError(
-                    f"{name} must have the dtype of x outside autocast, but {name} is {tensor.dtype} and x "
-                    f"{x.dtype}."
-                )
+    _check_same_dtype(x, weight=weight, bias=bias)
     _check_frozen(weight=weight, lora_B=lora_B, bias=bias)
 
 
@@ -60,6 +54,45 @@ def check_group(
         raise ValueError(f"all lists must have one length, at least 1, but {lengths}.")
     for weight, lora_A, lora_B, bias in zip(weights, lora_As, lora_Bs, biases, strict=True):
         check_linear(x, weight, lora_A, lora_B, bias, compute_dtype, 0.0, None)
+
+
+def check_experts_linear(
+    x: Tensor,
+    offsets: Tensor,
+    weight: Tensor,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    bias: Tensor | None,
+    compute_dtype: torch.dtype | None,
+) -> None:
+    if weight.dim() != 3 or x.dim() != 2 or x.shape[1] != weight.shape[2]:
+        raise ValueError(
+            "x must be (rows, in_features) and weight (num_experts, out_features, in_features), but x is "
+            f"{tuple(x.shape)} and weight {tuple(weight.shape)}."
+        )
+    num_experts, out_features, in_features = weight.shape
+    rank = lora_A.shape[1] if lora_A.dim() == 3 else 0
+    if (tuple(lora_A.shape), tuple(lora_B.shape)) != (
+        (num_experts, rank, in_features),
+        (num_experts, out_features, rank),
+    ):
+        raise ValueError(
+            f"for a weight of shape {tuple(weight.shape)} lora_A must be (num_experts, rank, in_features) "
+            "and lora_B (num_experts, out_features, rank), but they are "
+            f"{tuple(lora_A.shape)} and {tuple(lora_B.shape)}."
+        )
+    if rank == 0:
+        raise ValueError(f"the rank must be at least 1, but lora_A is {tuple(lora_A.shape)}.")
+    if offsets.shape != (num_experts,):
+        raise ValueError(f"offsets must be ({num_experts},), but it is {tuple(offsets.shape)}.")
+    if bias is not None and bias.shape != weight.shape[:2]:
+        raise ValueError(f"bias must be {tuple(weight.shape[:2])}, but it is {tuple(bias.shape)}.")
+    _check_compute(compute_dtype, 0.0, None)
+    _check_dtypes(_INTEGER, offsets=offsets)
+    _check_dtypes(FLOATING, x=x, weight=weight, lora_A=lora_A, lora_B=lora_B, bias=bias)
+    limits.same_device(x=x, offsets=offsets, weight=weight, lora_A=lora_A, lora_B=lora_B, bias=bias)
+    _check_same_dtype(x, weight=weight, bias=bias)
+    _check_frozen(weight=weight, lora_B=lora_B, bias=bias)
 
 
 def check_down_projection(
@@ -111,6 +144,17 @@ def _check_compute(compute_dtype: torch.dtype | None, dropout_p: float, seed: Te
 
 def _is_autocast(device_type: str) -> bool:
     return torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
+
+
+def _check_same_dtype(x: Tensor, **tensors: Tensor | None) -> None:
+    if _is_autocast(x.device.type):
+        return
+    for name, tensor in tensors.items():
+        if tensor is not None and tensor.dtype != x.dtype:
+            raise TypeError(
+                f"{name} must have the dtype of x outside autocast, but {name} is {tensor.dtype} and x "
+                f"{x.dtype}."
+            )
 
 
 def _check_adapter(weight: Tensor, lora_A: Tensor, lora_B: Tensor) -> None:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from mica import backend, reference
+from mica import backend, reference, reference_experts
 
 # How often each operator's body ran, eager or compiled, which shows that a path was taken. Counted in the
 # bodies, which torch.compile never traces. "linear" counts every call, "linear_kernels" those on Triton.
@@ -37,15 +37,20 @@ _force_plain = contextvars.ContextVar("mica_force_plain", default=False)
 
 
 def compute(name: str, tensor: Tensor, rank: int, dtypes: tuple, *args):
-    """Call ``name`` of `mica.kernel_path` where kernels run for these operands, else of `mica.reference`."""
+    """Call ``name`` of `mica.kernel_path` where kernels run for these operands, else of `mica.reference`.
+
+    A name that begins with "experts_" is of `mica.kernel_path_experts` or `mica.reference_experts`.
+    """
     call_counts[name] += 1
-    formula = getattr(reference, name)
+    of_experts = name.startswith("experts_")
+    formula = getattr(reference_experts if of_experts else reference, name)
     if _force_plain.get() or not backend.use_kernels(tensor.device, rank, *dtypes, function=name):
         return formula(*args)
-    from mica import kernel_path  # imports Triton
+    from mica import kernel_path, kernel_path_experts  # import Triton
 
+    kernels = kernel_path_experts if of_experts else kernel_path
     try:
-        result = getattr(kernel_path, name)(*args)
+        result = getattr(kernels, name)(*args)
     except kernel_path.LaunchError as error:  # before anything ran: no operand has changed
         if backend.requested() == "triton":
             raise

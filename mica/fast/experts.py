@@ -1,0 +1,238 @@
+"""The forward of a layer of experts whose stacks have MiCA adapters, without forming W + s·B·A.
+
+PEFT wraps the module of experts in one `lora.ParamWrapper` for each adapted parameter. Where that module is
+one of transformers' (it dispatches through the registry of experts functions), the outermost wrapper's
+forward is that of the registry's grouped function, on `mica.ops.experts`. Anything else is PEFT's path, which
+forms the whole stack in every forward; `why_not` says why.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch._C import _get_tracing_state
+from transformers.integrations import moe
+
+from mica.dtypes import FLOATING, SIXTEEN_BIT
+from mica.fast import calls, expert_stacks
+from mica.fast.eligibility import (
+    adapter_weights,
+    adapters_of,
+    depends_on_call,
+    global_hooks,
+    is_mica,
+    is_plain,
+    why_not_active,
+    why_not_frozen,
+    why_not_trained,
+)
+from mica.fast.settings import compute_dtype, settings
+from mica.ops.experts import experts_linear
+from mica.ops.routing import from_experts, route, to_experts
+
+
+class _Stack(NamedTuple):
+    """One adapted stack of experts in its present state."""
+
+    lora_A: Tensor  # (E, rank, in_features)
+    lora_B: Tensor  # (E, out_features, rank)
+    scaling: float
+
+
+class Experts(NamedTuple):
+    """A module of experts and its adapted stacks by the names of their parameters."""
+
+    module: nn.Module
+    stacks: dict[str, _Stack]
+
+
+@moe.use_experts_implementation
+class _Probe(nn.Module):
+    """What transformers' decorator makes of a class: every forward that dispatches has this one's code."""
+
+    def __init__(self, config):
+        super().__init__()
+
+    def forward(self):
+        raise NotImplementedError
+
+
+_DISPATCHING = _Probe.forward.__code__
+# The registry's functions whose formula `_forward` is, as they are at import.
+_KNOWN = (moe.grouped_mm_experts_forward, moe.batched_mm_experts_forward)
+
+
+def forward(stock):
+    def forward(self, x: Tensor, *args, **kwargs) -> Tensor:
+        if settings.enabled and len(args) == 2 and not kwargs:
+            experts = read(self)
+            if type(experts) is Experts and _fits(experts, x, args[1]):
+                return _forward(self, experts, x, *args)
+        calls.note(self)
+        return stock(self, x, *args, **kwargs)
+
+    return forward
+
+
+def _forward(outermost, experts: Experts, x: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+    """As transformers' grouped_mm_experts_forward.
+
+    x (num_tokens, hidden), top_k_index and top_k_weights (num_tokens, top_k) -> (num_tokens, hidden).
+    """
+    for wrapper in wrappers(outermost):
+        calls.note(wrapper)
+    module = experts.module
+    routing = route(top_k_index, module.num_experts)
+    hidden = to_experts(x, routing)
+    hidden = _project("gate_up_proj" if module.has_gate else "up_proj", experts, hidden, routing)
+    hidden = module._apply_gate(hidden) if module.has_gate else module.act_fn(hidden)
+    hidden = _project("down_proj", experts, hidden, routing)
+    if getattr(module, "has_post_expert_norm", False):
+        hidden = module.post_expert_norm(hidden)
+    return from_experts(hidden, top_k_weights, routing).to(x.dtype)
+
+
+def _project(name: str, experts: Experts, rows: Tensor, routing) -> Tensor:
+    module, stack = experts.module, experts.stacks.get(name)
+    weight = module._parameters[name]
+    bias = module._parameters[f"{name}_bias"] if module.has_bias else None
+    rows = rows.to(weight.dtype)
+    if module.is_transposed:
+        weight = weight.transpose(1, 2)
+    if stack is None:  # not adapted: an adapter of rank 0
+        num_experts, out_features, in_features = weight.shape
+        sizes = (num_experts, 0, in_features), (num_experts, out_features, 0)
+        stack = _Stack(*map(weight.new_empty, sizes), 1.0)
+    operands = rows, routing.offsets, weight, *stack, bias, compute_dtype(rows)
+    return experts_linear(*operands)
+
+
+def wrappers(outermost) -> list[nn.Module]:
+    """The wrappers around one module, from the outermost on."""
+    found = []
+    while expert_stacks.is_wrapper(outermost):
+        found.append(outermost)
+        outermost = outermost._modules["base_layer"]
+    return found
+
+
+def why_not(outermost) -> str | None:
+    """None if the experts may run on this backend, else the reason; of all wrappers around the module."""
+    experts = read(outermost)
+    return experts if isinstance(experts, str) else None
+
+
+def read(outermost) -> Experts | str:
+    """The module of experts and its adapters if it may run on this backend, else the reason.
+
+    Read again at every call, as `mica.fast.eligibility.read`.
+    """
+    if _get_tracing_state() is not None:
+        return "torch.jit is tracing the model"
+    if global_hooks():
+        return "hooks on all modules"
+    stacks: dict[str, _Stack] = {}
+    chain = wrappers(outermost)
+    for wrapper in chain:
+        stack = _read_wrapper(wrapper)
+        if type(stack) is str:
+            return stack
+        if stack is not None:
+            stacks[wrapper.parameter_name] = stack
+    if not stacks:
+        return why_not_active(outermost)
+    module = chain[-1]._modules["base_layer"]
+    if any(depends_on_call(inner) for inner in (*chain[1:], module)):
+        return "hooks on the experts, or a forward of their own (offloading or another patch)"
+    return _why_not_module(module, stacks) or Experts(module, stacks)
+
+
+def _read_wrapper(wrapper) -> _Stack | str | None:
+    """The wrapper's one active adapter, None if it has none, or why it cannot run."""
+    if wrapper.disable_adapters:
+        return "adapters are disabled"
+    if wrapper.merged:
+        return "the adapter is merged into the weight"
+    names = adapters_of(wrapper)
+    if not names:
+        return None
+    if len(names) > 1:
+        return f"experts with several active adapters, {names}"
+    (name,) = names
+    if not is_mica(wrapper, name):
+        return f"adapter {name!r} is not MiCA"
+    if not expert_stacks.is_stack(wrapper):
+        return f"{wrapper.parameter_name} is not a stack of experts: PEFT adds s·B·A to it"
+    scaling = wrapper.scaling[name]
+    if type(scaling) is not float:
+        return "its scaling is not a number"
+    lora_A, lora_B = adapter_weights(wrapper, name)
+    if lora_A.dtype != lora_B.dtype:
+        return "lora_A and lora_B differ in dtype"
+    return (
+        why_not_trained(lora_A)
+        or why_not_frozen("lora_B", lora_B)
+        or _Stack(expert_stacks.lora_A_of(wrapper, name), expert_stacks.lora_B_of(wrapper, name), scaling)
+    )
+
+
+def _why_not_module(module: nn.Module, stacks: dict[str, _Stack]) -> str | None:
+    function = type(module).forward
+    if getattr(function, "__code__", None) is not _DISPATCHING:
+        return f"{type(module).__name__} does not use transformers' experts interface"
+    if module.__dict__.get("_hf_tp_plan") is not None:
+        return "tensor parallelism"
+    if getattr(module, "_is_expert_parallel", False):
+        return "expert parallelism"
+    chosen = _implementation(module)
+    if chosen is not None and chosen not in _KNOWN:
+        return f"experts_implementation={module.config._experts_implementation!r}"
+    first = "gate_up_proj" if module.has_gate else "up_proj"
+    for name in stacks.keys() - {first, "down_proj"}:
+        return f"an adapter on {name}"
+    for name in (first, "down_proj"):
+        if name not in module._parameters:
+            return f"{name} is not a plain parameter"
+        reason = _why_not_parameters(module, name)
+        if reason:
+            return reason
+    return None
+
+
+def _why_not_parameters(module: nn.Module, name: str) -> str | None:
+    weight = module._parameters[name]
+    reason = why_not_frozen(name, weight)
+    if reason is None and weight.dtype not in FLOATING:
+        reason = f"{name} has dtype {weight.dtype}"
+    if reason is None and module.has_bias:
+        reason = why_not_frozen(f"{name}_bias", module._parameters.get(f"{name}_bias"))
+    return reason
+
+
+def _implementation(module: nn.Module):
+    """The registry's function that transformers would run; None for the class's own forward."""
+    cells = dict(
+        zip(type(module).forward.__code__.co_freevars, type(module).forward.__closure__, strict=True)
+    )
+    return cells["experts_interface"].cell_contents.get(module.config._experts_implementation, None)
+
+
+def _fits(experts: Experts, x: Tensor, top_k_weights: Tensor) -> bool:
+    """Whether transformers would compute this call in dtypes that the operators support."""
+    if not is_plain(x) or x.dim() != 2 or not x.is_floating_point():
+        return False
+    is_grouped = _implementation(experts.module) is moe.grouped_mm_experts_forward
+    autocast = torch.is_autocast_enabled(x.device.type)
+    for name, stack in experts.stacks.items():
+        weight = experts.module._parameters[name]
+        if not is_grouped:  # there autocast, and a mixture of dtypes, are F.linear's
+            expected = torch.get_autocast_dtype(x.device.type) if autocast else x.dtype
+            if weight.dtype != expected:
+                return False
+        if stack.lora_A.dtype != weight.dtype and not (
+            stack.lora_A.dtype == torch.float32 and weight.dtype in SIXTEEN_BIT
+        ):
+            return False
+    return True
