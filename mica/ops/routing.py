@@ -60,7 +60,7 @@ class _ToExperts(torch.autograd.Function):
 
 
 class _FromExperts(torch.autograd.Function):
-    """Keeps y alone: autograd would also keep it in the tokens' order, and the weighted rows for an instant."""
+    """Keeps y as it came; autograd would keep it in the order of the tokens as well."""
 
     @staticmethod
     def forward(ctx, y, weights, order, inverse, top_k):

@@ -3,7 +3,15 @@
 import pytest
 import torch
 
-from mica.ops import mica_down_projection, mica_embedding, mica_linear, mica_linear_group, mica_up_projection
+from mica.ops import (
+    mica_down_projection,
+    mica_embedding,
+    mica_experts_linear,
+    mica_linear,
+    mica_linear_group,
+    mica_up_projection,
+)
+from tests.support.experts_oracle import problem as experts_problem
 from tests.support.oracle import problem
 
 
@@ -113,3 +121,35 @@ def test_bad_input_of_the_group_is_named(index, value, message):
     arguments[index] = value
     with pytest.raises(ValueError, match=message):
         mica_linear_group(torch.randn(2, 5), *arguments)
+
+
+@pytest.mark.parametrize(
+    ("change", "kind", "message"),
+    [
+        ({"x": torch.randn(4, 3, 5)}, ValueError, r"x must be \(rows, in_features\).*x is \(4, 3, 5\)"),
+        ({"x": torch.randn(4, 6)}, ValueError, r"x is \(4, 6\) and weight \(4, 4, 5\)"),
+        ({"weight": torch.randn(4, 5)}, ValueError, r"weight \(4, 5\)"),
+        ({"offsets": torch.tensor([4])}, ValueError, r"offsets must be \(4,\), but it is \(1,\)"),
+        ({"offsets": torch.rand(4)}, TypeError, "offsets must be of dtype int32, int64"),
+        ({"lora_A": torch.randn(3, 2, 5)}, ValueError, r"they are \(3, 2, 5\) and \(4, 4, 2\)"),
+        ({"lora_A": torch.randn(8, 5)}, ValueError, r"they are \(8, 5\)"),
+        ({"lora_B": torch.randn(4, 2, 4)}, ValueError, r"they are \(4, 2, 5\) and \(4, 2, 4\)"),
+        (
+            {"lora_A": torch.randn(4, 0, 5), "lora_B": torch.randn(4, 4, 0)},
+            ValueError,
+            "rank must be at least 1",
+        ),
+        ({"bias": torch.randn(4)}, ValueError, r"bias must be \(4, 4\)"),
+        ({"x": torch.randn(4, 5).half()}, TypeError, "weight must have the dtype of x"),
+        ({"compute_dtype": torch.int32}, TypeError, "compute_dtype must be a floating dtype"),
+        ({"offsets": torch.zeros(4, dtype=torch.int32).to("meta")}, ValueError, "offsets on meta"),
+        ({"weight": torch.randn(4, 4, 5).requires_grad_()}, ValueError, "weight must be frozen"),
+        ({"lora_B": torch.randn(4, 4, 2).requires_grad_()}, ValueError, "lora_B must be frozen"),
+        ({"bias": torch.randn(4, 4).requires_grad_()}, ValueError, "bias must be frozen"),
+    ],
+)
+def test_bad_input_of_the_experts_is_named(change, kind, message):
+    p = experts_problem("one each", 5, 4, 2, torch.float32)
+    names = ("x", "offsets", "weight", "lora_A", "lora_B", "bias")
+    with pytest.raises(kind, match=message):
+        mica_experts_linear(**{**{name: getattr(p, name) for name in names}, **change})

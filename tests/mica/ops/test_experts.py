@@ -1,0 +1,107 @@
+import pytest
+import torch
+from torch.library import opcheck
+
+from mica import ops
+from mica.ops import mica_experts_linear
+from tests.support.experts_oracle import ROUTES, problem, run, solve
+from tests.support.oracle import DTYPES
+from tests.support.tolerances import RELATIVE, error
+
+FP32_MASTER = (torch.bfloat16, torch.float32)
+
+
+@pytest.mark.usefixtures("sixteen_bit_products")
+@pytest.mark.parametrize(("dtype", "adapter_dtype", "compute_dtype"), DTYPES)
+@pytest.mark.parametrize("route", ROUTES)
+def test_agrees_with_the_dense_oracle(dtype, adapter_dtype, compute_dtype, route):
+    p = problem(route, 9, 14, 3, dtype, adapter_dtype)
+    expected, actual = solve(p), run(p, mica_experts_linear, compute_dtype=compute_dtype)
+    for name, value in actual.items():
+        assert error(value, expected[name]) <= RELATIVE[dtype], name
+    assert actual["y"].dtype == actual["grad_x"].dtype == dtype
+    assert actual["grad_A"].dtype == adapter_dtype
+
+
+@pytest.mark.parametrize("needs", [(True, True), (False, True), (True, False), (False, False)])
+def test_computes_and_saves_only_what_a_gradient_needs(needs):
+    p = problem("idle ones", 8, 6, 2, *FP32_MASTER)
+    x, lora_A = p.x.detach().clone().requires_grad_(needs[0]), p.lora_A.clone().requires_grad_(needs[1])
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+        y = mica_experts_linear(x, p.offsets, p.weight, lora_A, p.lora_B, p.scaling, p.bias)
+    if not any(needs):
+        assert not y.requires_grad
+        assert not saved
+        return
+    pointers = {t.data_ptr() for t in saved if t is not None}
+    assert (x.data_ptr() in pointers) == needs[1]  # x as it came, or not at all
+    assert (p.weight.data_ptr() in pointers) == needs[0]
+    assert pointers <= {t.data_ptr() for t in (x, p.offsets, p.weight, lora_A, p.lora_B)}  # no copies
+    y.backward(p.grad_output)
+    assert (x.grad is not None, lora_A.grad is not None) == needs
+
+
+def test_gradcheck_and_second_derivatives():
+    p = problem("rows of none", 4, 3, 2, torch.float64)
+
+    def function(x, lora_A):
+        return mica_experts_linear(x, p.offsets, p.weight, lora_A, p.lora_B, p.scaling, p.bias)
+
+    inputs = p.x.detach().clone().requires_grad_(), p.lora_A.detach().clone().requires_grad_()
+    assert torch.autograd.gradcheck(function, inputs)
+    assert torch.autograd.gradgradcheck(function, inputs)
+
+
+def test_operators_pass_opcheck():
+    p = problem("idle ones", 5, 4, 2, torch.float32)
+    x, lora_A = p.x.detach().requires_grad_(), p.lora_A.detach().requires_grad_()
+    arguments = (x, p.offsets, p.weight, lora_A, p.lora_B, p.scaling, p.bias, None)
+    opcheck(torch.ops.mica.experts_linear.default, arguments)
+    operands = (p.grad_output, p.x, p.offsets, p.weight, p.lora_A, p.lora_B, p.scaling, torch.float32)
+    for mask in ([True, True], [True, False], [False, True]):
+        opcheck(torch.ops.mica.experts_linear_backward.default, (*operands, mask))
+
+
+@pytest.mark.parametrize("through", ["compiled", "eager"])
+def test_calls_are_counted(through):
+    torch.compiler.reset()
+    p = problem("idle ones", 5, 4, 2, torch.float32)
+    function = mica_experts_linear
+    if through == "compiled":
+        function = torch.compile(function, fullgraph=True, backend="aot_eager")
+    before = dict(ops.call_counts)
+    actual, expected = run(p, function), solve(p)
+    for name in ("experts_linear", "experts_linear_backward"):
+        assert ops.call_counts[name] == before.get(name, 0) + 1
+    assert all(error(actual[name], expected[name]) <= RELATIVE[torch.float32] for name in actual)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_under_autocast_the_products_run_in_the_dtype_of_the_weight(dtype):
+    """As transformers' grouped experts do, whose products autocast does not reach."""
+    p = problem("idle ones", 8, 6, 2, dtype, torch.float32)
+    x = p.x.float().requires_grad_()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        y = mica_experts_linear(x, p.offsets, p.weight, p.lora_A, p.lora_B, p.scaling, p.bias)
+        y.backward(p.grad_output.to(y.dtype))
+    expected = solve(p)
+    assert y.dtype == dtype
+    assert x.grad.dtype == torch.float32
+    assert error(y, expected["y"]) <= RELATIVE[dtype]
+    assert error(x.grad, expected["grad_x"]) <= RELATIVE[dtype]
+
+
+def test_an_edit_of_x_before_the_backward_is_refused():
+    p = problem("idle ones", 5, 4, 2, torch.float32)
+    x, lora_A = p.x.clone(), p.lora_A.clone().requires_grad_()
+    y = mica_experts_linear(x, p.offsets, p.weight, lora_A, p.lora_B, p.scaling, p.bias)
+    x += 1
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.sum().backward()
+
+
+def test_reruns_are_bitwise_equal():
+    p = problem("all to the second", 65, 33, 7, *FP32_MASTER)
+    first, second = run(p, mica_experts_linear), run(p, mica_experts_linear)
+    assert all(torch.equal(first[name], second[name]) for name in first)
