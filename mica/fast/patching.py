@@ -33,6 +33,7 @@ _LAYER, _MODEL, _PEFT_MODEL = (
     "peft.tuners.lora.model:LoraModel",
     "peft.peft_model:PeftModel",
 )
+_PARAMETER = "peft.tuners.lora.layer:ParamWrapper"
 _LINEAR, _EMBEDDING = "peft.tuners.lora.layer:Linear", "peft.tuners.lora.layer:Embedding"
 _WHOLE = ("forward", "self *args **kwargs", layers.whole_forward)
 _CAST = ("cast_adapter_dtype", "model adapter_name autocast_adapter_dtype", initialisation.cast_adapter_dtype)
@@ -55,6 +56,13 @@ PATCHES = (
         "update_layer",
         "self adapter_name r lora_alpha config **kwargs",
         lambda stock: _covering(initialisation.update_layer(stock)),
+    ),
+    Patch(
+        _PARAMETER,
+        "update_layer",
+        "self adapter_name r lora_alpha config **kwargs",
+        initialisation.update_parameter,
+        required=False,  # without it PEFT refuses MiCA on `target_parameters`
     ),
     Patch(_LAYER, "resolve_lora_variant", "self config **kwargs", initialisation.resolve_lora_variant),
     Patch(
