@@ -142,8 +142,8 @@ def _is_elsewhere(adapter: NewAdapter) -> bool:
     """
     if adapter.is_absent and not is_fsdp_enabled():
         raise UnsuitableLayerError(
-            f"MiCA needs the weight, but that of {adapter.name} is on the meta device: it is offloaded or not "
-            "loaded yet."
+            f"MiCA needs the weight, but that of {adapter.name} is on the meta device: it is offloaded or "
+            "not loaded yet."
         )
     return adapter.is_absent
 

@@ -19,7 +19,7 @@ GATE_UP = "gate_up_proj"
 
 
 class Place(NamedTuple):
-    """Where the basis of one matrix goes in lora_B, as PEFT stores it for ``num_experts``; zeros elsewhere."""
+    """Where the basis of one matrix goes in a lora_B that is 0, as PEFT stores it for ``num_experts``."""
 
     num_experts: int
     expert: int
@@ -90,9 +90,9 @@ def check(layer, name: str, rank: int) -> None:
     parameter = parameter_of(layer)
     if parameter.dtype not in FLOATING:
         raise TypeError(
-            f"Please initialize MiCA under float32, float16, bfloat16 or float64: {name} has a weight of dtype "
-            f"{parameter.dtype}. Experts in 8 or 4 bits (fp8, mxfp4) have to be dequantised when the model is "
-            "loaded."
+            f"Please initialize MiCA under float32, float16, bfloat16 or float64: {name} has a weight of "
+            f"dtype {parameter.dtype}. Experts in 8 or 4 bits (fp8, mxfp4) have to be dequantised when the "
+            "model is loaded."
         )
     if is_stack(layer) and layer.num_experts == 1 and not layer._did_swap_in_out_features:
         raise UnsuitableLayerError(
@@ -139,5 +139,6 @@ def check_finite(layer, name: str) -> None:
     where += f" and {len(broken) - 5} more" if len(broken) > 5 else ""
     where = f", in {where}" if is_stack(layer) else ""
     raise UnsuitableLayerError(
-        f"MiCA requires finite weights, but {name} has {sum(counts)} NaN or Inf of {parameter.numel()}{where}."
+        f"MiCA requires finite weights, but {name} has {sum(counts)} NaN or Inf of {parameter.numel()}"
+        f"{where}."
     )

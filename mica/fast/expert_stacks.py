@@ -39,6 +39,11 @@ def module_of(layer) -> nn.Module:
     return layer
 
 
+def weight_name(layer) -> str:
+    """The name of the parameter that a LoRA layer of any kind adapts, in its base layer."""
+    return layer.parameter_name if type(layer) is ParamWrapper else "weight"
+
+
 def parameter_of(layer) -> Tensor:
     """The adapted parameter as stored."""
     return weight_of(module_of(layer), layer.parameter_name)

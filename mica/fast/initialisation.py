@@ -237,8 +237,8 @@ def create_and_replace(
             raise
         if entry.is_parameter and entry.is_adapted:
             raise UnsuitableLayerError(
-                f"{error} A further adapter cannot skip it (on_unsuitable='skip'): PEFT finds the adapters of "
-                "nested parameters by their depth, so each must have all of them."
+                f"{error} A further adapter cannot skip it (on_unsuitable='skip'): PEFT finds the adapters "
+                "of nested parameters by their depth, so each must have all of them."
             ) from error
         injection.entries.pop().undo(adapter_name)
         injection.skipped.append(entry)

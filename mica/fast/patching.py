@@ -16,7 +16,17 @@ from typing import NamedTuple
 import peft
 
 from mica.backend import forget_prepared
-from mica.fast import calls, initialisation, layers, loading, merging, quantised, refusals
+from mica.fast import (
+    calls,
+    expert_merging,
+    initialisation,
+    layers,
+    loading,
+    merging,
+    quantised,
+    refusals,
+    saving,
+)
 from mica.fast.eligibility import quantised_layers
 
 
@@ -64,6 +74,8 @@ PATCHES = (
         initialisation.update_parameter,
         required=False,  # without it PEFT refuses MiCA on `target_parameters`
     ),
+    Patch(_PARAMETER, "merge", "self safe_merge adapter_names", expert_merging.merge, required=False),
+    Patch(_PARAMETER, "unmerge", "self", expert_merging.unmerge, required=False),
     Patch(_LAYER, "resolve_lora_variant", "self config **kwargs", initialisation.resolve_lora_variant),
     Patch(
         _MODEL,
@@ -75,6 +87,10 @@ PATCHES = (
     Patch("peft.tuners.tuners_utils", *_CAST),
     Patch("peft.functional", *_CAST),
     Patch(_PEFT_MODEL, "from_pretrained", "cls model model_id", loading.load),
+    Patch(
+        "peft.config:PeftConfigMixin", "save_pretrained", "self save_directory **kwargs", saving.save_config
+    ),
+    Patch("peft.tuners.lora.config:LoraConfig", "__post_init__", "self", saving.read_config),
     Patch(_PEFT_MODEL, "load_adapter", "self model_id adapter_name", loading.load),
     Patch(
         "transformers.integrations.peft:PeftAdapterMixin",
