@@ -32,7 +32,7 @@ def save_config(stock, self, save_directory: str, **kwargs) -> None:
 @while_enabled
 def read_config(stock, self, *args, **kwargs) -> None:
     """In place of ``LoraConfig.__post_init__``: a configuration that was saved so is MiCA's again."""
-    if isinstance(self.auto_mapping, dict) and MARK in self.auto_mapping:
-        self.init_lora_weights = self.auto_mapping[MARK]
+    if isinstance(self.auto_mapping, dict) and self.auto_mapping.get(MARK) == "mica":
+        self.init_lora_weights = "mica"
         self.auto_mapping = {key: value for key, value in self.auto_mapping.items() if key != MARK} or None
     stock(self, *args, **kwargs)
