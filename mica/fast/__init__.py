@@ -40,6 +40,7 @@ def enable(
     on_unsuitable: str = "raise",
     device: str | torch.device = "auto",
     group_projections: str | bool = "auto",
+    gate_up: str = "fused",
 ) -> None:
     """Run MiCA adapters on this backend (the import does this; call it to change a setting).
 
@@ -57,11 +58,17 @@ def enable(
         group_projections: run layers that read the same tensor one after the other (q/k/v, gate/up) as one
             operator in training, once a step has shown which these are. "auto": where the operators run on
             Triton kernels and the tensor is large (a group costs the host more); True, False.
+        gate_up: what an adapter starts from on the fused projections of experts, parameters named
+            ``gate_up_proj`` of `target_parameters`. "fused": the parameter as it is stored, one matrix per
+            expert, so that the rank means there what it means for LoRA, and B is the one that a linear
+            layer with this weight would get. "halves": gate and up apart, as for models that store two
+            matrices: half of the rank each, which must be even, and B has zeros between the halves. The
+            format of the adapter is the same.
 
     Raises:
         ValueError: a value that is not one of these.
     """
-    _settings.change(compute_dtype, on_unsuitable, device, group_projections)
+    _settings.change(compute_dtype, on_unsuitable, device, group_projections, gate_up)
     _settings.switch(patching.install())
 
 

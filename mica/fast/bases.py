@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from weakref import WeakKeyDictionary
@@ -17,8 +18,10 @@ from transformers.integrations import is_fsdp_enabled
 
 from mica.dtypes import FLOATING, SIXTEEN_BIT
 from mica.errors import UnsuitableLayerError
-from mica.fast import quantised
+from mica.fast import expert_bases, quantised
 from mica.fast.eligibility import adapter_weights, is_stored_transposed
+from mica.fast.expert_bases import Part, Place
+from mica.fast.expert_stacks import is_wrapper, parameter_of
 from mica.fast.settings import settings
 from mica.subspace.cache import default_cache
 from mica.subspace.distributed import decline, solve_shared
@@ -54,8 +57,22 @@ class NewAdapter:
         """
         if self.is_quantised:
             return quantised.dequantise(self.layer, self.name)
-        weight = self.layer.get_base_layer().weight.data  # ``detach`` of some inference tensors has no views
+        weight = self.stored.data  # ``detach`` of some inference tensors has no views
         return weight.t() if is_stored_transposed(self.layer) else weight
+
+    @property
+    def stored(self) -> Tensor | None:
+        """The parameter as the base layer holds it; GPTQ's and HQQ's layers have none."""
+        if is_wrapper(self.layer):
+            return parameter_of(self.layer)
+        return getattr(self.layer.get_base_layer(), "weight", None)
+
+    @property
+    def parts(self) -> list[Part]:
+        """The matrices to solve: one with the whole B, of a stack of experts one each."""
+        if is_wrapper(self.layer):
+            return expert_bases.parts(self.layer, self.name, self.rank)
+        return [Part(Task(self.name, self.weight, self.rank), None)]
 
     @property
     def is_quantised(self) -> bool:
@@ -64,31 +81,39 @@ class NewAdapter:
     @property
     def is_absent(self) -> bool:
         """Whether only another process has the weight."""
-        return not self.is_quantised and self.weight.is_meta
+        return not self.is_quantised and self.stored.is_meta
 
     @property
     def rank(self) -> int:
         return self.layer.r[self.adapter_name]
 
 
-def check(adapter: NewAdapter) -> Tensor:
+def check(adapter: NewAdapter) -> None:
     """The errors that need no solver, so that a hopeless configuration fails before any work.
-
-    Returns:
-        `NewAdapter.weight`, which of a quantised layer takes a dequantisation.
 
     Raises:
         TypeError: the weight is not of a floating dtype.
+        ValueError: a rank that the settings do not allow.
         UnsuitableLayerError: MiCA cannot start from this layer's weight.
     """
-    name, layer = adapter.name, adapter.layer
-    base_layer = layer.get_base_layer()
-    if _is_sharded(base_layer):
+    name, layer, stored = adapter.name, adapter.layer, adapter.stored
+    why = expert_bases.why_not_whole(layer.get_base_layer(), stored)
+    if why:
         raise UnsuitableLayerError(
-            f"MiCA needs the whole weight, but {name} holds one shard of it (tensor parallelism or FSDP). "
-            "Create the adapter before the model is sharded, or load one that was."
+            f"MiCA needs the whole weight, but {name} {why}. Create the adapter before the model is sharded, "
+            "or load one that was."
         )
-    weight = adapter.weight
+    if is_wrapper(layer):
+        expert_bases.check(layer, name, adapter.rank)
+        if not _is_elsewhere(adapter):
+            expert_bases.check_finite(layer, name)
+        return
+    _check_weight(adapter)
+
+
+def _check_weight(adapter: NewAdapter) -> None:
+    """`check` of a layer with one weight, which of a quantised layer takes a dequantisation."""
+    name, layer, weight = adapter.name, adapter.layer, adapter.weight
     if weight.dtype not in FLOATING:
         raise TypeError(
             f"Please initialize MiCA under float32, float16, bfloat16 or float64: {name} has a weight of "
@@ -97,29 +122,30 @@ def check(adapter: NewAdapter) -> Tensor:
     if adapter.rank > min(weight.shape):
         embedding = isinstance(layer, lora.Embedding)
         sides = "num_embeddings, embedding_dim" if embedding else "in_features, out_features"
-        shape = tuple(weight.shape if adapter.is_quantised else base_layer.weight.shape)
+        shape = tuple(weight.shape if adapter.is_quantised else adapter.stored.shape)
         raise UnsuitableLayerError(
             f"MiCA requires `r` <= min({sides}) but got r={adapter.rank} for {name} with weight shape "
             f"{shape} (max usable r is {min(shape)})."
         )
-    if weight.is_meta:
-        if not is_fsdp_enabled():
-            raise UnsuitableLayerError(
-                f"MiCA needs the weight, but that of {name} is on the meta device: it is offloaded or not "
-                "loaded yet."
-            )
-    elif not torch.isfinite(extremes(weight)).all():
+    if not _is_elsewhere(adapter) and not torch.isfinite(extremes(weight)).all():
         broken = int((~torch.isfinite(weight)).sum())
         raise UnsuitableLayerError(
             f"MiCA requires finite weights, but {name} has {broken} NaN or Inf of {weight.numel()}."
         )
-    return weight
 
 
-def _is_sharded(base_layer: nn.Module) -> bool:
-    """Whether the weight is one process's shard under tensor parallelism or FSDP (ZeRO-3's are gathered)."""
-    weight = getattr(base_layer, "weight", None)  # GPTQ's and HQQ's layers have none
-    return hasattr(weight, "device_mesh") or getattr(base_layer, "_hf_tp_plan", None) is not None
+def _is_elsewhere(adapter: NewAdapter) -> bool:
+    """Whether FSDP's first process has the weight, and will provide B.
+
+    Raises:
+        UnsuitableLayerError: no process has it.
+    """
+    if adapter.is_absent and not is_fsdp_enabled():
+        raise UnsuitableLayerError(
+            f"MiCA needs the weight, but that of {adapter.name} is on the meta device: it is offloaded or "
+            "not loaded yet."
+        )
+    return adapter.is_absent
 
 
 def initialise(adapters: Sequence[NewAdapter]) -> None:
@@ -131,29 +157,25 @@ def initialise(adapters: Sequence[NewAdapter]) -> None:
     wait for their share. Weights that DeepSpeed ZeRO-3 has partitioned are gathered one at a time,
     by all processes in the same order.
     """
+    absent = [adapter for adapter in adapters if adapter.is_absent]
+    decline([part.task for adapter in absent for part in adapter.parts])
+    adapters = [adapter for adapter in adapters if not adapter.is_absent]
     bar = tqdm(
-        total=len(adapters),
+        total=sum(map(_count, adapters)),
         desc="MiCA initialisation",
-        unit="layer",
+        unit="expert" if any(is_wrapper(adapter.layer) for adapter in adapters) else "layer",
         delay=2,
         leave=False,
         disable=are_progress_bars_disabled() or None,
     )
-    absent = [adapter for adapter in adapters if adapter.is_absent]
-    decline([Task(adapter.name, adapter.weight, adapter.rank) for adapter in absent])
-    adapters = [adapter for adapter in adapters if not adapter.is_absent]
     with bar:
         whole = [adapter for adapter in adapters if not _is_partitioned(adapter)]
         for chunk in _chunks(whole):
-            for index, subspace in _solved(chunk):
-                _assign(chunk[index], subspace)
-                bar.update()
+            _solve(chunk, bar)
         for adapter in adapters:
             if _is_partitioned(adapter):
-                with gather_params_ctx(adapter.layer.get_base_layer().weight):
-                    for _, subspace in _solved([adapter]):
-                        _assign(adapter, subspace)
-                bar.update()
+                with gather_params_ctx(adapter.stored):
+                    _solve([adapter], bar)
 
 
 def _chunks(adapters: Sequence[NewAdapter]) -> Iterator[list[NewAdapter]]:
@@ -176,23 +198,42 @@ def _chunks(adapters: Sequence[NewAdapter]) -> Iterator[list[NewAdapter]]:
 
 
 def _is_partitioned(adapter: NewAdapter) -> bool:
-    return hasattr(getattr(adapter.layer.get_base_layer(), "weight", None), "ds_id")
+    return hasattr(adapter.stored, "ds_id")
 
 
-def _solved(adapters: Sequence[NewAdapter]):
-    tasks = [Task(adapter.name, adapter.weight, adapter.rank) for adapter in adapters]
+def _count(adapter: NewAdapter) -> int:
+    """How many matrices are solved, where the weight may not be there yet (`NewAdapter.parts` needs it)."""
+    if not is_wrapper(adapter.layer):
+        return 1
+    return adapter.layer.num_experts * (2 if expert_bases.is_halved(adapter.layer) else 1)
+
+
+def _solve(adapters: Sequence[NewAdapter], bar: tqdm) -> None:
+    """B of all of them, each written as soon as it is known."""
+    parts = [(adapter, part) for adapter in adapters for part in adapter.parts]
+    tasks = [part.task for _, part in parts]
     cache = default_cache()  # outside of ``try``: its ValueError is not about a weight
+    warned: dict[NewAdapter, list[str]] = defaultdict(list)  # one warning for all experts of a layer
     try:
-        yield from solve_shared(tasks, device=settings.device, cache=cache)
+        for index, subspace in solve_shared(tasks, device=settings.device, cache=cache):
+            adapter, part = parts[index]
+            _assign(adapter, part, subspace)
+            for message in warnings_about(subspace, part.task.name):
+                warned[adapter].append(message)
+            bar.update()
     except ValueError as error:
         raise UnsuitableLayerError(f"MiCA cannot be initialised from {error}") from error
+    for first, *others in warned.values():
+        more = f" So it is for {len(others)} more of this layer's experts." if others else ""
+        warnings.warn(first + more, stacklevel=2)
 
 
 @torch.no_grad()
-def _assign(adapter: NewAdapter, subspace: MinorSubspace) -> None:
-    for message in warnings_about(subspace, adapter.name):
-        warnings.warn(message, stacklevel=2)
+def _assign(adapter: NewAdapter, part: Part, subspace: MinorSubspace) -> None:
     _, lora_B = adapter_weights(adapter.layer, adapter.adapter_name)
+    if part.place is not None:
+        _place(adapter, part.place, lora_B, subspace.basis)
+        return
     basis = subspace.basis.to(device=lora_B.device, dtype=lora_B.dtype)
     if basis.is_inference() != lora_B.is_inference():  # the mode is per thread, and the solver has its own
         with torch.inference_mode(lora_B.is_inference()):
@@ -200,6 +241,17 @@ def _assign(adapter: NewAdapter, subspace: MinorSubspace) -> None:
     lora_B.data = basis
     if lora_B.dtype in SIXTEEN_BIT:
         _exact.setdefault(adapter.layer, {})[adapter.adapter_name] = subspace.basis
+
+
+def _place(adapter: NewAdapter, place: Place, lora_B: Tensor, basis: Tensor) -> None:
+    """One expert's share of B, which was 0."""
+    with torch.inference_mode(lora_B.is_inference()):
+        place.fill(lora_B.data, basis.to(lora_B.device))
+    if lora_B.dtype in SIXTEEN_BIT:
+        exact = _exact.setdefault(adapter.layer, {})
+        if adapter.adapter_name not in exact:
+            exact[adapter.adapter_name] = torch.zeros(lora_B.shape, device=lora_B.device)
+        place.fill(exact[adapter.adapter_name], basis.to(lora_B.device))
 
 
 def restore_exact(layer: nn.Module, adapter_name: str, lora_B: Tensor) -> None:

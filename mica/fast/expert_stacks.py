@@ -2,8 +2,8 @@
 
 A stack of experts is a 3-d parameter, (E, out_features, in_features) or, where the module around it says
 ``is_transposed``, (E, in_features, out_features). PEFT stores its lora_A as (E·r, in_features), expert by
-expert, and its lora_B as (out_features, r·E), in which the expert runs fastest. A 2-d parameter (a router, the
-weight of a linear layer) is a stack of one matrix, (out_features, in_features).
+expert, and its lora_B as (out_features, r·E), in which the expert runs fastest. A 2-d parameter (a router,
+the weight of a linear layer) is a stack of one matrix, (out_features, in_features).
 """
 
 from __future__ import annotations
@@ -39,6 +39,11 @@ def module_of(layer) -> nn.Module:
     return layer
 
 
+def weight_name(layer) -> str:
+    """The name of the parameter that a LoRA layer of any kind adapts, in its base layer."""
+    return layer.parameter_name if type(layer) is ParamWrapper else "weight"
+
+
 def parameter_of(layer) -> Tensor:
     """The adapted parameter as stored."""
     return weight_of(module_of(layer), layer.parameter_name)
@@ -52,21 +57,21 @@ def weight_of_stack(layer) -> Tensor:
     return parameter if layer._did_swap_in_out_features else parameter.transpose(1, 2)
 
 
-def as_lora_A(weight: Tensor, num_experts: int) -> Tensor:
+def as_lora_A(weight: Tensor, num_experts: int) -> Tensor:  # noqa: N802
     """A view (E, r, in_features) of lora_A.weight (E·r, in_features)."""
     return weight.view(num_experts, -1, weight.shape[1])
 
 
-def as_lora_B(weight: Tensor, num_experts: int) -> Tensor:
+def as_lora_B(weight: Tensor, num_experts: int) -> Tensor:  # noqa: N802
     """A view (E, out_features, r) of lora_B.weight (out_features, r·E), with strides (1, r·E, E)."""
     return weight.view(weight.shape[0], -1, num_experts).permute(2, 0, 1)
 
 
-def lora_A_of(layer, name: str) -> Tensor:
+def lora_A_of(layer, name: str) -> Tensor:  # noqa: N802
     """A view (E, r, in_features) of the named adapter's lora_A."""
     return as_lora_A(weight_of(layer._modules["lora_A"]._modules[name]), layer.num_experts)
 
 
-def lora_B_of(layer, name: str) -> Tensor:
+def lora_B_of(layer, name: str) -> Tensor:  # noqa: N802
     """A view (E, out_features, r) of the named adapter's lora_B; writing to it writes to the adapter."""
     return as_lora_B(weight_of(layer._modules["lora_B"]._modules[name]), layer.num_experts)

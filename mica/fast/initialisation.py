@@ -23,6 +23,7 @@ from mica.errors import UnsuitableLayerError
 from mica.fast import calls, loading, quantised
 from mica.fast.bases import NewAdapter, check, initialise, restore_exact
 from mica.fast.eligibility import MiCALinearVariant, adapter_weights, is_mica, requests_mica
+from mica.fast.expert_stacks import is_wrapper, parameter_of
 from mica.fast.settings import settings
 from mica.fast.wrapping import around, while_enabled
 
@@ -35,20 +36,25 @@ class _Entry:
     parent: nn.Module
     child_name: str
     original: nn.Module
+    is_adapted: bool  # ``original`` is a LoRA layer that gets one more adapter; else it is wrapped
+    is_parameter: bool  # of `target_parameters`: the key is the parameter's
     adapter: NewAdapter | None = None  # set once `mica_init` has requested a basis
 
     def undo(self, adapter_name: str) -> None:
-        if getattr(self.parent, self.child_name) is not self.original:
-            setattr(self.parent, self.child_name, self.original)
-        elif isinstance(self.original, lora.LoraLayer):
+        if self.is_adapted:
             self.original.delete_adapter(adapter_name)
+        elif getattr(self.parent, self.child_name) is not self.original:
+            setattr(self.parent, self.child_name, self.original)
 
 
 @dataclass
 class _Injection:
     entries: list[_Entry] = field(default_factory=list)
-    skipped: list[str] = field(default_factory=list)
+    skipped: list[_Entry] = field(default_factory=list)
 
+
+# The tuner's records of what it has adapted; older versions of PEFT have the first only.
+_TARGETED = ("targeted_module_names", "targeted_parameter_names")
 
 _injection: ContextVar[_Injection | None] = ContextVar("mica_injection", default=None)
 
@@ -104,9 +110,55 @@ def update_layer(stock, self, adapter_name: str, r: int, lora_alpha: int, config
     packed = getattr(self.get_base_layer(), "weight", None)
     with nullcontext() if packed is None else gather_params_ctx(packed):
         self.mica_init(adapter_name)
-    self.lora_variant[adapter_name] = MiCALinearVariant()
-    MiCALinearVariant.init(self, adapter_name=adapter_name, config=config, **kwargs)
+    _mark(self, adapter_name, config, **kwargs)
     return None
+
+
+def _mark(layer, adapter_name: str, config, **kwargs) -> None:
+    """The adapter is MiCA from here on, by PEFT's own means: B is frozen, and stays so."""
+    layer.lora_variant[adapter_name] = MiCALinearVariant()
+    MiCALinearVariant.init(layer, adapter_name=adapter_name, config=config, **kwargs)
+
+
+@while_enabled
+def update_parameter(stock, self, adapter_name: str, r: int, lora_alpha: int, config, **kwargs) -> None:
+    """An adapter of a single parameter, mostly a stack of experts: plain LoRA's, then MiCA's.
+
+    Stock refuses every variant there. What it refuses in plain LoRA (dropout, DoRA, ...) it still does.
+    """
+    if not requests_mica(config):
+        return stock(self, adapter_name, r, lora_alpha, config, **kwargs)
+    config.init_lora_weights = "mica"
+    plain = copy.copy(config)
+    plain.init_lora_weights = False
+    stock(self, adapter_name, r, lora_alpha, plain, **kwargs)
+    with gather_params_ctx(parameter_of(self)):
+        _prepare_parameter(self, adapter_name)
+    _mark(self, adapter_name, config, **kwargs)
+    return None
+
+
+def _prepare_parameter(layer, adapter_name: str) -> None:
+    """A = 0 and B = 0, and then B now or with the others."""
+    lora_A, lora_B = adapter_weights(layer, adapter_name)
+    if lora_B.is_meta and not parameter_of(layer).is_meta:  # low_cpu_mem_usage: the values come later
+        return
+    lora_A.data.zero_()
+    lora_B.data.zero_()
+    _request(NewAdapter(_name_of(layer), layer, adapter_name))
+
+
+def _request(adapter: NewAdapter) -> None:
+    """B comes from a file, from the solver with all others at the end of the injection, or from it now."""
+    entry, loaded = _current_entry(), loading.uninitialised()
+    if loaded is not None:
+        loaded.append((entry.key if entry else "", adapter))
+        return
+    check(adapter)
+    if entry:
+        entry.adapter = adapter
+    else:
+        initialise([adapter])
 
 
 @while_enabled
@@ -135,18 +187,11 @@ def _prepare(layer, adapter_name: str) -> bool:
             "dtype": weight.dtype if weight.is_floating_point() else None,
         }
         lora_A.data = torch.zeros(lora_A.shape, **empty)
-    entry, adapter = _current_entry(), NewAdapter(_name_of(layer), layer, adapter_name)
-    loaded = loading.uninitialised()
-    if loaded is not None:
+    if loading.uninitialised() is not None:
         lora_B.data = torch.zeros(lora_B.shape, **empty)
-        loaded.append((entry.key if entry else "", adapter))
-        return True
-    check(adapter)
-    if entry:
-        entry.adapter = adapter  # solved with all the others, at the end of the injection
-    else:
+    elif _current_entry() is None:
         lora_B.data = lora_B.data.to(**empty)
-        initialise([adapter])
+    _request(NewAdapter(_name_of(layer), layer, adapter_name))
     return True
 
 
@@ -179,14 +224,24 @@ def create_and_replace(
 ):
     injection = _injection.get()
     if injection is not None:
-        injection.entries.append(_Entry(current_key, parent, target_name, target))
+        # a wrapper that has this adapter already is nested in one for another parameter of its module
+        is_nested = is_wrapper(target) and adapter_name in target.lora_A
+        is_adapted = isinstance(target, lora.LoraLayer) and not is_nested
+        is_parameter = kwargs.get("parameter_name") is not None
+        entry = _Entry(current_key, parent, target_name, target, is_adapted, is_parameter)
+        injection.entries.append(entry)
     try:
         return stock(self, lora_config, adapter_name, target, target_name, parent, current_key, **kwargs)
     except UnsuitableLayerError as error:
         if injection is None or settings.on_unsuitable != "skip":
             raise
+        if entry.is_parameter and entry.is_adapted:
+            raise UnsuitableLayerError(
+                f"{error} A further adapter cannot skip it (on_unsuitable='skip'): PEFT finds the adapters "
+                "of nested parameters by their depth, so each must have all of them."
+            ) from error
         injection.entries.pop().undo(adapter_name)
-        injection.skipped.append(current_key)
+        injection.skipped.append(entry)
         warnings.warn(f"{error} The layer is left without an adapter (on_unsuitable='skip').", stacklevel=3)
         return None
 
@@ -199,13 +254,14 @@ def inject_adapter(stock, self, model: nn.Module, adapter_name: str, *args, **kw
         return stock(self, model, adapter_name, *args, **kwargs)
     injection = _Injection()
     trainable = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
-    targeted = list(self.targeted_module_names)
+    targeted = {name: list(getattr(self, name)) for name in _TARGETED if hasattr(self, name)}
     token = _injection.set(injection)
     try:
         stock(self, model, adapter_name, *args, **kwargs)
         if injection.skipped and not injection.entries:
+            kind = "parameters" if all(entry.is_parameter for entry in injection.skipped) else "modules"
             raise UnsuitableLayerError(
-                f"none of the {len(injection.skipped)} target modules is suitable for MiCA with "
+                f"none of the {len(injection.skipped)} target {kind} is suitable for MiCA with "
                 f"r={config.r}; the warnings above name them."
             )
         initialise([entry.adapter for entry in injection.entries if entry.adapter is not None])
@@ -214,19 +270,26 @@ def inject_adapter(stock, self, model: nn.Module, adapter_name: str, *args, **kw
             entry.undo(adapter_name)
         for parameter, requires_grad in trainable:
             parameter.requires_grad_(requires_grad)
-        self.targeted_module_names = targeted
+        for name, names in targeted.items():
+            setattr(self, name, names)
         raise
     finally:
         _injection.reset(token)
     if injection.skipped:
-        skipped = set(injection.skipped)
-        self.targeted_module_names = [name for name in self.targeted_module_names if name not in skipped]
-        _exclude(config, injection.skipped)
+        skipped = {entry.key for entry in injection.skipped}
+        for name in targeted:
+            setattr(self, name, [key for key in getattr(self, name) if key not in skipped])
+        _exclude(config, injection)
     return None
 
 
-def _exclude(config, names: list[str]) -> None:
+def _exclude(config, injection: _Injection) -> None:
     """Makes the saved adapter match the layers that have one, for stock PEFT too."""
+    if any(entry.is_parameter for entry in injection.skipped):  # PEFT excludes modules only
+        config.target_parameters = [entry.key for entry in injection.entries if entry.is_parameter]
+    names = [entry.key for entry in injection.skipped if not entry.is_parameter]
+    if not names:
+        return
     if isinstance(config.exclude_modules, str):
         config.exclude_modules = f"({config.exclude_modules})|" + "|".join(re.escape(name) for name in names)
     else:

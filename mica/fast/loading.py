@@ -6,9 +6,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 
+from torch import nn
+
 from mica import backend
 from mica.fast import mixed_batch
 from mica.fast.bases import NewAdapter, check, initialise
+from mica.fast.expert_stacks import is_wrapper
 from mica.fast.wrapping import around, while_enabled
 
 # Adapters created within `without_solver`, whose B is still 0, each with its layer's key in the model.
@@ -40,8 +43,16 @@ def load(stock, *args, **kwargs):
     """In place of `load_adapter`, and of `from_pretrained`, which calls it."""
     with without_solver() as adapters:
         result = stock(*args, **kwargs)
-    _initialise_missing(adapters, getattr(result, "missing_keys", ()))
+    missing_keys = getattr(result, "missing_keys", ())
+    _initialise_missing(_by_module(adapters, args[0]) if missing_keys else adapters, missing_keys)
+    adapters.clear()
     return result
+
+
+def _by_module(adapters: Uninitialised, model: nn.Module) -> Uninitialised:
+    """With the keys of wrappers of parameters, nested ones too: PEFT creates them by the parameter's name."""
+    names = {module: name for name, module in model.named_modules() if is_wrapper(module)}
+    return [(names.get(adapter.layer, key), adapter) for key, adapter in adapters]
 
 
 def _initialise_missing(adapters: Uninitialised, missing_keys) -> None:
@@ -56,7 +67,6 @@ def _initialise_missing(adapters: Uninitialised, missing_keys) -> None:
             key, adapter = max(matches, key=lambda match: len(match[0]))
             check(adapter)
             missing[key] = adapter
-    adapters.clear()
     initialise(list(missing.values()))
 
 

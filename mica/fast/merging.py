@@ -20,8 +20,10 @@ from peft.tuners import lora
 from torch import Tensor, nn
 
 from mica import reference
+from mica.dtypes import FLOATING
 from mica.fast import quantised
 from mica.fast.eligibility import adapter_weights, is_stored_transposed
+from mica.fast.expert_stacks import is_stored_as_in_out, is_wrapper, lora_A_of, lora_B_of, weight_name
 from mica.fast.refusals import check_weight
 from mica.fast.settings import settings
 from mica.fast.wrapping import around
@@ -60,16 +62,43 @@ class MergeStats:
 
 
 @dataclass
-class _Undo:
+class Update:
+    """s·B·A of every matrix of a weight: E experts, or E = 1."""
+
+    lora_A: Tensor  # (E, r, in_features)
+    lora_B: Tensor  # (E, out_features, r)
+    scaling: float
+    transposed: bool  # the weight is stored as (..., in_features, out_features)
+
+    def clone(self) -> Update:
+        return Update(self.lora_A.clone(), self.lora_B.clone(), self.scaling, self.transposed)
+
+    def to(self, device: torch.device) -> Update:
+        return Update(self.lora_A.to(device), self.lora_B.to(device), self.scaling, self.transposed)
+
+    def chunks(self, weight: Tensor) -> Iterator[tuple[slice, Tensor]]:
+        """Row slices of the stored weight, experts one below the other, with their updates in fp32 (fp64)."""
+        count = len(weight) // len(self.lora_A)
+        step = _rows_at_a_time(weight)
+        for expert, (lora_A, lora_B) in enumerate(zip(self.lora_A, self.lora_B, strict=True)):
+            for start in range(0, count, step):
+                rows = slice(start, min(start + step, count))
+                if self.transposed:
+                    update = reference.delta(lora_A[:, rows], lora_B, self.scaling).t()
+                else:
+                    update = reference.delta(lora_A, lora_B[rows], self.scaling)
+                yield slice(expert * count + rows.start, expert * count + rows.stop), update
+
+
+@dataclass
+class Undo:
     """What unmerging needs: the merged update, and the weights that rounding does not give back.
 
     A is cloned because training may continue, or another adapter be loaded, before the unmerge. The unmerge
     is exact only if the fingerprints show that the weight still has the bits that the merge left.
     """
 
-    lora_A: Tensor
-    lora_B: Tensor
-    scaling: float
+    update: Update
     indices: Tensor  # flat positions in the stored weight, int64
     values: Tensor  # the weights that were there
     merged_rows: Tensor  # fingerprints after the merge, and before it
@@ -78,7 +107,7 @@ class _Undo:
     period: int  # `_period` of the merge
 
 
-class _Records(dict[str, _Undo]):
+class _Records(dict[str, Undo]):
     """The records of a layer's merged adapters, stored in the layer: a deep copy of the model has them too.
 
     Pickled as an empty dict: nothing of this package gets into a pickle. No tensor of a record is ever
@@ -121,8 +150,9 @@ class MergeReport:
 
 RECORDS = "_mica_merges"  # in the __dict__ of a layer, while it is merged
 
-# Of base layers, which outlive the PEFT layers around them. Keyed by the module, and gone with it.
-_stats: WeakKeyDictionary[nn.Module, MergeStats] = WeakKeyDictionary()
+# Of base layers, which outlive the PEFT layers around them, by the names of their weights. Keyed by the
+# module, and gone with it.
+_stats: WeakKeyDictionary[nn.Module, dict[str, MergeStats]] = WeakKeyDictionary()
 
 # Incremented whenever PEFT gets its own functions back: what those merge and unmerge is not recorded here.
 _period = 0
@@ -144,10 +174,15 @@ def merge_report(model: nn.Module) -> MergeReport:
             merged = [records[adapter] for adapter in module.merged_adapters if adapter in records]
             merged = [record.stats for record in merged if record.period == _period]
             if merged:
-                layers[name] = _sum(merged)
+                layers[_named(name, weight_name(module))] = _sum(merged)
         elif module in _stats and module not in wrapped:
-            layers[name] = _stats[module]
+            layers.update({_named(name, weight): stats for weight, stats in _stats[module].items()})
     return MergeReport(layers)
+
+
+def _named(layer: str, weight: str) -> str:
+    """The layer's name, with that of the weight where it may have several that are adapted."""
+    return layer if weight == "weight" else f"{layer.replace('.base_layer', '')}.{weight}"
 
 
 def _sum(parts: list[MergeStats]) -> MergeStats:
@@ -157,7 +192,8 @@ def _sum(parts: list[MergeStats]) -> MergeStats:
     return total
 
 
-def _forget(layer, adapter: str) -> _Undo | None:
+def forget(layer, adapter: str) -> Undo | None:
+    """Take out the record of a merge; None if there is none."""
     records = vars(layer).get(RECORDS)
     if records is None:
         return None
@@ -167,28 +203,25 @@ def _forget(layer, adapter: str) -> _Undo | None:
     return undo
 
 
-def _operands(layer, adapter: str) -> tuple[Tensor, Tensor, bool]:
-    """lora_A and lora_B without their graph, and whether the weight is stored transposed."""
-    lora_A, lora_B = adapter_weights(layer, adapter)
-    return lora_A.detach(), lora_B.detach(), is_stored_transposed(layer)
+def _update_of(layer, adapter: str) -> Update:
+    """The adapter's present update, without its graph."""
+    scaling = float(layer.scaling[adapter])
+    if is_wrapper(layer):
+        lora_A, lora_B = lora_A_of(layer, adapter), lora_B_of(layer, adapter)
+        return Update(lora_A.detach(), lora_B.detach(), scaling, is_stored_as_in_out(layer))
+    lora_A, lora_B = (weight.detach().unsqueeze(0) for weight in adapter_weights(layer, adapter))
+    return Update(lora_A, lora_B, scaling, is_stored_transposed(layer))
 
 
-def _covered(layer, weight: Tensor) -> bool:
+def is_covered(layer, weight: Tensor) -> bool:
     plain = type(weight) in PLAIN and weight.is_floating_point() and not weight.is_meta
-    return plain and weight.is_contiguous() and type(layer) in (lora.Linear, lora.Embedding)
+    known = type(layer) in (lora.Linear, lora.Embedding) or (is_wrapper(layer) and weight.dtype in FLOATING)
+    return plain and weight.is_contiguous() and known
 
 
-def _chunks(
-    weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float, transposed: bool
-) -> Iterator[tuple[slice, Tensor]]:
-    """Row slices of the stored weight, each with its part of the update in fp32 (fp64)."""
-    step = _rows_at_a_time(weight)
-    for start in range(0, weight.shape[0], step):
-        rows = slice(start, start + step)
-        if transposed:
-            yield rows, reference.delta(lora_A[:, rows], lora_B, scaling).t()
-        else:
-            yield rows, reference.delta(lora_A, lora_B[rows], scaling)
+def _as_matrix(weight: Tensor) -> Tensor:
+    """The stored weight as one matrix, experts one below the other."""
+    return weight.view(-1, weight.shape[-1])
 
 
 def _rows_at_a_time(weight: Tensor) -> int:
@@ -234,16 +267,16 @@ def _in_any_mode(function):
 
 
 @_in_any_mode
-def _merge_into(layer, adapter: str, weight: Tensor, out: Tensor, safe: bool) -> None:
-    """out = W + s·B·A, rounded once; ``out`` may be the weight itself.
+def merge_into(layer, adapter: str, weight: Tensor, out: Tensor, safe: bool) -> None:
+    """out = W + s·B·A, rounded once; ``out`` may be the weight itself. Both as stored, contiguous.
 
     No record is kept of what PEFT will refuse: with ``safe``, an ``out`` that is not finite.
     """
-    lora_A, lora_B, transposed = _operands(layer, adapter)
-    scaling = float(layer.scaling[adapter])
+    merged = _update_of(layer, adapter)
+    weight, out = _as_matrix(weight), _as_matrix(out)
     original_rows = fingerprint(weight)
     stats, indices, values = MergeStats(weight.dtype), [], []
-    for rows, update in _chunks(weight, lora_A, lora_B, scaling, transposed):
+    for rows, update in merged.chunks(weight):
         old = weight[rows].clone()
         wide = old.to(update.dtype)
         new = (wide + update).to(weight.dtype)
@@ -261,10 +294,8 @@ def _merge_into(layer, adapter: str, weight: Tensor, out: Tensor, safe: bool) ->
     if safe and not finite and not torch.isfinite(out).all():
         return
     records = layer.__dict__[RECORDS] = _Records(vars(layer).get(RECORDS, ()))
-    records[adapter] = _Undo(
-        lora_A.clone(),
-        lora_B.clone(),
-        scaling,
+    records[adapter] = Undo(
+        merged.clone(),
         torch.cat(indices),
         torch.cat(values),
         fingerprint(out),
@@ -273,24 +304,22 @@ def _merge_into(layer, adapter: str, weight: Tensor, out: Tensor, safe: bool) ->
         _period,
     )
     base = layer.get_base_layer()
-    before = [_stats[base]] if len(layer.merged_adapters) and base in _stats else []
-    _stats[base] = _sum([*before, stats])
+    of_base, name = _stats.setdefault(base, {}), weight_name(layer)
+    before = [of_base[name]] if len(layer.merged_adapters) and name in of_base else []
+    of_base[name] = _sum([*before, stats])
     logger.debug("merged adapter %r into %s: swallowed %.2f %%", adapter, base, 100 * stats.swallowed)
 
 
 @_in_any_mode
-def _unmerge_from(layer, adapter: str, weight: Tensor, undo: _Undo | None) -> None:
+def unmerge_from(layer, adapter: str, weight: Tensor, undo: Undo | None) -> None:
     """In place: the bits from before the merge, or W' - s·B·A in fp32 and a warning with the reason."""
+    weight = _as_matrix(weight)
     exact = undo is not None and torch.equal(fingerprint(weight), undo.merged_rows.to(weight.device))
     why = "the weight was edited, cast or moved to another device while it was merged"
     if undo is None or (not exact and undo.period != _period):
         undo, why = None, "there is no record of its merge: stock PEFT merged it, or the model was pickled"
-    lora_A, lora_B, transposed = _operands(layer, adapter)
-    scaling = float(layer.scaling[adapter])
-    if undo is not None:
-        lora_A, lora_B, scaling = undo.lora_A, undo.lora_B, undo.scaling
-    lora_A, lora_B = lora_A.to(weight.device), lora_B.to(weight.device)
-    for rows, update in _chunks(weight, lora_A, lora_B, scaling, transposed):
+    merged = undo.update if undo is not None else _update_of(layer, adapter)
+    for rows, update in merged.to(weight.device).chunks(weight):
         weight[rows] = (weight[rows].to(update.dtype) - update).to(weight.dtype)
     if exact:
         weight.view(-1)[undo.indices.to(weight.device)] = undo.values.to(weight.device)
@@ -302,6 +331,8 @@ def _unmerge_from(layer, adapter: str, weight: Tensor, undo: _Undo | None) -> No
             f"weight, because {why}.",
             stacklevel=6,
         )
+    if not layer.merged_adapters:
+        _stats.get(layer.get_base_layer(), {}).pop(weight_name(layer), None)
 
 
 @_in_any_mode
@@ -319,11 +350,11 @@ def _merge(stock, module, active_adapter: str, orig_weight: Tensor, safe: bool) 
         check_weight(module)
         if safe and quantised.kind_of(module) is not None:
             return _dequantised(module, active_adapter, orig_weight, 1)
-    if not settings.enabled or not _covered(module, orig_weight):
-        _forget(module, active_adapter)
+    if not settings.enabled or not is_covered(module, orig_weight):
+        forget(module, active_adapter)
         return stock(module, active_adapter, orig_weight)
     merged = torch.empty_like(orig_weight) if safe else orig_weight.data
-    _merge_into(module, active_adapter, orig_weight.detach(), merged, safe)
+    merge_into(module, active_adapter, orig_weight.detach(), merged, safe)
     return merged if safe else None
 
 
@@ -342,10 +373,8 @@ def unmerge(stock, module, active_adapter: str, orig_weight: Tensor) -> Tensor:
         if quantised.kind_of(module) is not None:
             return _dequantised(module, active_adapter, orig_weight, -1)
     # What this backend merged it also unmerges, even if it has been disabled since.
-    undo = _forget(module, active_adapter)
-    if (undo is None and not settings.enabled) or not _covered(module, orig_weight):
+    undo = forget(module, active_adapter)
+    if (undo is None and not settings.enabled) or not is_covered(module, orig_weight):
         return stock(module, active_adapter, orig_weight)
-    _unmerge_from(module, active_adapter, orig_weight.data, undo)
-    if not module.merged_adapters:
-        _stats.pop(module.get_base_layer(), None)
+    unmerge_from(module, active_adapter, orig_weight.data, undo)
     return orig_weight.data

@@ -16,7 +16,18 @@ from typing import NamedTuple
 import peft
 
 from mica.backend import forget_prepared
-from mica.fast import calls, experts, initialisation, layers, loading, merging, quantised, refusals
+from mica.fast import (
+    calls,
+    expert_merging,
+    experts,
+    initialisation,
+    layers,
+    loading,
+    merging,
+    quantised,
+    refusals,
+    saving,
+)
 from mica.fast.eligibility import quantised_layers
 
 
@@ -33,6 +44,7 @@ _LAYER, _MODEL, _PEFT_MODEL = (
     "peft.tuners.lora.model:LoraModel",
     "peft.peft_model:PeftModel",
 )
+_PARAMETER = "peft.tuners.lora.layer:ParamWrapper"
 _LINEAR, _EMBEDDING = "peft.tuners.lora.layer:Linear", "peft.tuners.lora.layer:Embedding"
 _WHOLE = ("forward", "self *args **kwargs", layers.whole_forward)
 _CAST = ("cast_adapter_dtype", "model adapter_name autocast_adapter_dtype", initialisation.cast_adapter_dtype)
@@ -46,7 +58,7 @@ _LORAFA = ("create_lorafa_optimizer", "model r lora_alpha lr", refusals.create_l
 PATCHES = (
     Patch(_LINEAR, "forward", "self x *args **kwargs", layers.linear_forward),
     Patch(_EMBEDDING, "forward", "self x *args **kwargs", layers.embedding_forward),
-    Patch("peft.tuners.lora.layer:ParamWrapper", "forward", "self x *args **kwargs", experts.forward),
+    Patch(_PARAMETER, "forward", "self x *args **kwargs", experts.forward),
     Patch("peft.tuners.tuners_utils:BaseTuner", *_WHOLE),
     Patch(_PEFT_MODEL, *_WHOLE),
     Patch(_LAYER, "mica_init", "self adapter_name", initialisation.mica_init),
@@ -57,6 +69,15 @@ PATCHES = (
         "self adapter_name r lora_alpha config **kwargs",
         lambda stock: _covering(initialisation.update_layer(stock)),
     ),
+    Patch(
+        _PARAMETER,
+        "update_layer",
+        "self adapter_name r lora_alpha config **kwargs",
+        initialisation.update_parameter,
+        required=False,  # without it PEFT refuses MiCA on `target_parameters`
+    ),
+    Patch(_PARAMETER, "merge", "self safe_merge adapter_names", expert_merging.merge, required=False),
+    Patch(_PARAMETER, "unmerge", "self", expert_merging.unmerge, required=False),
     Patch(_LAYER, "resolve_lora_variant", "self config **kwargs", initialisation.resolve_lora_variant),
     Patch(
         _MODEL,
@@ -68,6 +89,10 @@ PATCHES = (
     Patch("peft.tuners.tuners_utils", *_CAST),
     Patch("peft.functional", *_CAST),
     Patch(_PEFT_MODEL, "from_pretrained", "cls model model_id", loading.load),
+    Patch(
+        "peft.config:PeftConfigMixin", "save_pretrained", "self save_directory **kwargs", saving.save_config
+    ),
+    Patch("peft.tuners.lora.config:LoraConfig", "__post_init__", "self", saving.read_config),
     Patch(_PEFT_MODEL, "load_adapter", "self model_id adapter_name", loading.load),
     Patch(
         "transformers.integrations.peft:PeftAdapterMixin",

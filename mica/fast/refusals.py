@@ -10,6 +10,7 @@ from torch.nn.utils import parametrize
 
 from mica.fast import loading
 from mica.fast.eligibility import is_mica, requests_mica
+from mica.fast.expert_stacks import weight_name
 from mica.fast.wrapping import while_enabled
 
 # Forward pre-hooks of torch.nn.utils that recompute the weight before every forward: the attribute with its
@@ -60,15 +61,15 @@ def add_targets_to_tie(stock, self, peft_config, tied_weight_keys) -> None:
 # ---------------------------------------------------------------------------------------------------
 
 
-def _how_to_keep(base_layer: nn.Module) -> str | None:
-    """None if the weight is stored as such; else the call that stops its recomputation."""
-    if parametrize.is_parametrized(base_layer, "weight"):
-        return "torch.nn.utils.parametrize.remove_parametrizations(layer.base_layer, 'weight')"
+def _how_to_keep(base_layer: nn.Module, weight: str) -> str | None:
+    """None if the weight of this name is stored as such; else the call that stops its recomputation."""
+    if parametrize.is_parametrized(base_layer, weight):
+        return f"torch.nn.utils.parametrize.remove_parametrizations(layer.base_layer, {weight!r})"
     for hook in base_layer._forward_pre_hooks.values():
         for kind in type(hook).__mro__:
             if kind.__module__.startswith("torch.nn.utils.") and kind.__name__ in _WEIGHT_HOOKS:
                 attribute, remover = _WEIGHT_HOOKS[kind.__name__]
-                if getattr(hook, attribute) == "weight":
+                if getattr(hook, attribute) == weight:
                     return remover
     return None
 
@@ -79,7 +80,7 @@ def check_weight(layer: nn.Module, name: str | None = None, verb: str = "merged 
         ValueError: the base layer's weight is computed from other parameters, so a change of it would be
         lost.
     """
-    remover = _how_to_keep(layer.get_base_layer())
+    remover = _how_to_keep(layer.get_base_layer(), weight_name(layer))
     if remover is not None:
         called = f"layer {name!r}" if name else f"this {type(layer.get_base_layer()).__name__} layer"
         raise ValueError(

@@ -15,6 +15,7 @@ import torch
 
 ON_UNSUITABLE = ("raise", "skip")
 COMPUTE_DTYPES = (None, torch.float32)
+GATE_UP = ("fused", "halves")
 
 
 @dataclass
@@ -24,6 +25,7 @@ class Settings:
     on_unsuitable: str = "raise"
     device: str | torch.device = "auto"
     group_projections: str | bool = "auto"
+    gate_up: str = "fused"
 
 
 settings = Settings()
@@ -69,6 +71,7 @@ def change(
     on_unsuitable: str,
     device: str | torch.device,
     group_projections: str | bool,
+    gate_up: str,
 ) -> None:
     """Change all of the user's settings, or none and raise a ValueError."""
     if group_projections not in ("auto", True, False):
@@ -80,10 +83,12 @@ def change(
         )
     if on_unsuitable not in ON_UNSUITABLE:
         raise ValueError(f"on_unsuitable must be one of {ON_UNSUITABLE}, but it is {on_unsuitable!r}.")
+    if gate_up not in GATE_UP:
+        raise ValueError(f"gate_up must be one of {GATE_UP}, but it is {gate_up!r}.")
     if device != "auto":
         try:
             torch.device(device)
         except (RuntimeError, TypeError) as error:
             raise ValueError(f"device must be 'auto' or a torch device, but it is {device!r}.") from error
     settings.compute_dtype, settings.on_unsuitable = compute_dtype, on_unsuitable
-    settings.device, settings.group_projections = device, group_projections
+    settings.device, settings.group_projections, settings.gate_up = device, group_projections, gate_up

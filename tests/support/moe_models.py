@@ -1,5 +1,7 @@
 """Tiny mixture-of-experts language models in fp32, one of each layout that transformers has.
 
+In bf16 they run too: PyTorch's grouped products want rows of a multiple of 16 bytes.
+
 ``qwen3_moe`` and ``mixtral`` store a stack as (experts, out, in), with gate and up one after the other;
 ``gpt_oss`` stores (experts, in, out), gate and up interleaved, with biases.
 """
@@ -59,9 +61,9 @@ def mixtral(experts=4, seed=0, **config):
 
 
 def gpt_oss(experts=4, seed=0, **config):
-    """gate_up_proj (experts, 32, 56), down_proj (experts, 28, 32): (experts, in, out)."""
+    """gate_up_proj (experts, 32, 80), down_proj (experts, 40, 32): (experts, in, out)."""
     torch.manual_seed(seed)
-    sizes = {"intermediate_size": 28, "num_local_experts": experts, "attention_dropout": 0.0}
+    sizes = {"intermediate_size": 40, "num_local_experts": experts, "attention_dropout": 0.0}
     return _filled(GptOssForCausalLM(GptOssConfig(**{**_SHARED, **sizes, **config})), seed)
 
 

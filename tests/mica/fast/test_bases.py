@@ -14,6 +14,7 @@ from mica.fast import bases as module
 from mica.subspace import device, many
 from tests.support import gloo
 from tests.support.models import Net, adapted_layers, bases, net, tiny_llama, wrap
+from tests.support.moe_models import qwen3_moe, wrap_experts
 
 
 def assert_same_bases(model, expected):
@@ -117,12 +118,13 @@ def test_a_device_that_is_none(wrong):
 
 
 def _wrapped(rank):
-    return {name: basis.detach() for name, basis in bases(net()).items()}
+    models = [net(), wrap_experts(qwen3_moe())]  # layers, and stacks of experts
+    return {name: basis.detach() for model in models for name, basis in bases(model).items()}
 
 
 def test_two_processes_hold_the_same_bits():
     first, second = gloo.run(_wrapped)
-    for name, basis in bases(net()).items():
+    for name, basis in _wrapped(0).items():
         assert torch.equal(first[name], basis)
         assert torch.equal(second[name], basis)
 

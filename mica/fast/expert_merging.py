@@ -1,0 +1,85 @@
+"""Merging adapters of single parameters, stacks of experts above all: `mica.fast.merging` for them.
+
+PEFT's wrapper of a parameter merges without asking the adapter's variant, so its own methods are replaced.
+Stock rounds s·B·A of the whole stack to the dtype of the weight, a second stack in memory, and adds that.
+"""
+
+from __future__ import annotations
+
+import torch
+from peft.tuners.tuners_utils import check_adapters_to_merge
+
+from mica.fast.eligibility import is_mica
+from mica.fast.expert_stacks import parameter_of
+from mica.fast.merging import forget, is_covered, merge_into, unmerge_from
+from mica.fast.refusals import check_weight
+from mica.fast.settings import settings
+from mica.fast.wrapping import around
+
+
+@around
+def merge(stock, self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+    """MiCA adapters by this backend, after the others by stock."""
+    requested = self.active_adapters if adapter_names is None else adapter_names
+    if not settings.enabled or not any(is_mica(self, name) for name in requested):
+        for name in set(requested) - set(self.merged_adapters):
+            forget(self, name)
+        return stock(self, safe_merge, adapter_names)
+    check_weight(self)
+    names = [name for name in check_adapters_to_merge(self, adapter_names) if name in self.lora_A]
+    covered = is_covered(self, parameter_of(self).data)
+    ours = [name for name in names if covered and is_mica(self, name)]
+    others = [name for name in names if name not in ours]
+    if others:
+        stock(self, safe_merge, others)
+    for name in ours:
+        _merge(self, name, safe_merge)
+        self.merged_adapters.append(name)
+    return None
+
+
+def _merge(layer, adapter: str, safe: bool) -> None:
+    parameter = parameter_of(layer)
+    weight = parameter.data
+    if not safe:
+        merge_into(layer, adapter, weight, weight, safe=False)
+        return
+    merged = torch.empty_like(weight)
+    merge_into(layer, adapter, weight, merged, safe=True)
+    if not torch.isfinite(merged).all():
+        raise ValueError(
+            f"NaNs detected in the merged weights. The adapter {adapter} seems to be broken"  # PEFT's words
+        )
+    parameter.data = merged
+
+
+@around
+def unmerge(stock, self) -> None:
+    """In the order opposite to that of the merge; what was merged here to the bits from before."""
+    if settings.enabled and any(is_mica(self, name) for name in self.merged_adapters):
+        check_weight(self, verb="unmerged from")
+    if not self.merged_adapters:
+        return stock(self)  # it warns
+    while self.merged_adapters:
+        adapter = self.merged_adapters.pop()
+        if adapter not in self.lora_A:
+            continue
+        # What this backend merged it also unmerges, even if it has been disabled since.
+        undo = forget(self, adapter)
+        ours = undo is not None or (settings.enabled and is_mica(self, adapter))
+        weight = parameter_of(self).data
+        if ours and is_covered(self, weight):
+            unmerge_from(self, adapter, weight, undo)
+        else:
+            _by_stock(stock, self, adapter)
+    return None
+
+
+def _by_stock(stock, layer, adapter: str) -> None:
+    """Stock unmerges all that are merged: for a moment that is one."""
+    others = layer.merged_adapters
+    layer.merged_adapters = [adapter]
+    try:
+        stock(layer)
+    finally:
+        layer.merged_adapters = others

@@ -1,0 +1,236 @@
+"""A saved MiCA adapter of experts: stock PEFT loads it as it is, and with this package it is MiCA again."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+from peft import AutoPeftModel, AutoPeftModelForCausalLM, LoraConfig, PeftConfig, PeftModel
+from safetensors.torch import load_file, save_file
+
+import mica.fast
+from mica.fast.expert_stacks import is_wrapper, lora_A_of, lora_B_of
+from tests.support.models import randomise, stock_load
+from tests.support.moe_models import BUILDERS, ROUTER, STACKS, gpt_oss, qwen3_moe, tokens, wrap_experts
+from tests.support.tolerances import RELATIVE, error
+
+CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+
+# For each "base adapter how": load without this package, without a warning of PEFT's, and save the logits.
+WITHOUT_MICA = """
+import sys, warnings
+import torch, transformers, peft
+assert peft.__version__.startswith(sys.argv[1]), peft.__version__
+from transformers import AutoModelForCausalLM
+ids = torch.load(sys.argv[2])
+for base, adapter, how, logits in zip(*[iter(sys.argv[3:])] * 4):
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        if how == "auto":
+            model = peft.AutoPeftModel.from_pretrained(adapter)
+        elif how == "auto for a task":
+            model = peft.AutoPeftModelForCausalLM.from_pretrained(adapter)
+        else:
+            model = AutoModelForCausalLM.from_pretrained(base)
+            if how == "transformers":
+                model.load_adapter(adapter)
+            else:
+                model = peft.PeftModel.from_pretrained(model, adapter)
+    texts = [str(w.message) for w in caught if "deprecated" not in str(w.message)]
+    assert not texts, texts
+    with torch.no_grad():
+        torch.save(model.eval()(input_ids=ids).logits, logits)
+assert "mica" not in sys.modules
+"""
+
+
+def wrappers(model):
+    return {name: module for name, module in model.named_modules() if is_wrapper(module)}
+
+
+def trained(kind="qwen3_moe", base=None, **config):
+    model = base or BUILDERS[kind]()
+    return randomise(wrap_experts(model, target_parameters=[*STACKS, ROUTER[kind]], **config), scale=0.5)
+
+
+def logits(model):
+    with torch.no_grad():
+        return model.eval()(input_ids=tokens()).logits
+
+
+def saved_config(folder):
+    return json.loads((folder / CONFIG).read_text())
+
+
+def assert_same_adapter(loaded, model, adapter="default"):
+    expected = wrappers(model)
+    assert len(wrappers(loaded)) == len(expected)
+    for name, layer in wrappers(loaded).items():
+        assert torch.equal(lora_B_of(layer, adapter), lora_B_of(expected[name], "default"))
+        assert torch.equal(lora_A_of(layer, adapter), lora_A_of(expected[name], "default"))
+
+
+def test_stock_peft_loads_it_and_gives_the_same_logits(tmp_path):
+    """In a process without this package, in each of the ways that PEFT and transformers have."""
+    torch.save(tokens(), tmp_path / "ids.pt")
+    arguments, expected = [], []
+    cases = [("qwen3_moe", "peft", None), ("gpt_oss", "peft", None), ("mixtral", "transformers", None)]
+    cases += [("qwen3_moe", "auto", None), ("qwen3_moe", "auto for a task", "CAUSAL_LM")]
+    for number, (kind, how, task_type) in enumerate(cases):
+        base, adapter = tmp_path / f"{kind} base", tmp_path / f"adapter {number}"
+        BUILDERS[kind]().save_pretrained(base)
+        model = trained(kind, type(BUILDERS[kind]()).from_pretrained(base), task_type=task_type)
+        model.save_pretrained(adapter)
+        assert {file.name for file in adapter.iterdir()} == {CONFIG, WEIGHTS, "README.md"}
+        expected.append(logits(model))
+        arguments += [base, adapter, how, tmp_path / f"{number}.pt"]
+    command = [sys.executable, "-c", WITHOUT_MICA, "0.", tmp_path / "ids.pt", *arguments]
+    done = subprocess.run(list(map(str, command)), capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    for number, ours in enumerate(expected):
+        theirs = torch.load(tmp_path / f"{number}.pt")
+        assert error(theirs, ours) <= 5 * RELATIVE[torch.float32], cases[number]
+        assert error(theirs, logits(BUILDERS[cases[number][0]]())) > 0.05  # the adapter does something
+
+
+@pytest.mark.parametrize("task_type", [None, "CAUSAL_LM"])
+def test_the_file_says_plain_lora_and_what_it_is(tmp_path, task_type):
+    model = trained(task_type=task_type)
+    model.save_pretrained(tmp_path)
+    config = saved_config(tmp_path)
+    assert config["init_lora_weights"] is True
+    mapping = {"init_lora_weights": "mica"}
+    if task_type is None:  # what PEFT writes for its auto classes
+        mapping |= {
+            "base_model_class": "Qwen3MoeForCausalLM",
+            "parent_library": "transformers.models.qwen3_moe.modeling_qwen3_moe",
+        }
+    assert config["auto_mapping"] == mapping
+    assert model.peft_config["default"].init_lora_weights == "mica"
+    assert not model.peft_config["default"].auto_mapping
+
+
+def test_a_disabled_backend_saves_what_stock_loads(tmp_path):
+    model = trained()
+    with mica.fast.disabled():
+        model.save_pretrained(tmp_path)
+    assert saved_config(tmp_path)["init_lora_weights"] is True
+    assert error(logits(stock_load(qwen3_moe(), tmp_path)), logits(model)) <= RELATIVE[torch.float32]
+
+
+def test_other_adapters_are_saved_as_before(tmp_path):
+    LoraConfig(init_lora_weights="mica", target_modules=["q_proj"]).save_pretrained(tmp_path)
+    assert saved_config(tmp_path)["init_lora_weights"] == "mica"
+    assert saved_config(tmp_path)["auto_mapping"] is None
+    LoraConfig(target_parameters=STACKS).save_pretrained(tmp_path)
+    assert saved_config(tmp_path)["auto_mapping"] is None
+    assert PeftConfig.from_pretrained(tmp_path).init_lora_weights is True
+
+
+@pytest.mark.parametrize("mapping", [None, {"base_model_class": "X", "parent_library": "y"}])
+def test_a_configuration_comes_back_as_it_was(tmp_path, mapping):
+    config = LoraConfig(
+        init_lora_weights="mica", target_parameters=STACKS, target_modules=[], auto_mapping=mapping
+    )
+    before = config.to_dict()
+    config.save_pretrained(tmp_path)
+    assert config.to_dict() == before
+    again = PeftConfig.from_pretrained(tmp_path)
+    assert (again.init_lora_weights, again.auto_mapping) == ("mica", mapping)
+    again.save_pretrained(tmp_path)
+    assert saved_config(tmp_path)["auto_mapping"] == {**(mapping or {}), "init_lora_weights": "mica"}
+
+
+def test_a_mapping_with_something_else_is_no_mark(tmp_path):
+    config = LoraConfig(target_parameters=STACKS, auto_mapping={"init_lora_weights": "pissa"})
+    assert config.init_lora_weights is True
+    assert config.auto_mapping == {"init_lora_weights": "pissa"}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("is_trainable", [False, True])
+@pytest.mark.parametrize("low_cpu_mem_usage", [False, True])
+def test_loading_here_is_mica_again_without_the_solver(
+    tmp_path, solved, dtype, is_trainable, low_cpu_mem_usage
+):
+    model = trained(base=qwen3_moe().to(dtype))
+    model.save_pretrained(tmp_path)
+    solved.clear()
+    options = {"is_trainable": is_trainable, "low_cpu_mem_usage": low_cpu_mem_usage}
+    loaded = PeftModel.from_pretrained(qwen3_moe().to(dtype), tmp_path, **options)
+    loaded.load_adapter(tmp_path, "second", is_trainable=is_trainable)
+    assert not solved
+    assert loaded.peft_config["default"].init_lora_weights == "mica"
+    if dtype == torch.float32 or not low_cpu_mem_usage:  # with that option stock rounds to the base dtype
+        assert_same_adapter(loaded, model)
+    assert_same_adapter(loaded, model, "second")
+    for layer in wrappers(loaded).values():
+        for adapter in ("default", "second"):
+            assert layer.frozen_peft_weight_names[adapter] == ("lora_B",)
+            assert not layer.lora_B[adapter].weight.requires_grad
+        assert layer.lora_A["default"].weight.requires_grad == is_trainable
+
+
+def test_a_resumed_adapter_trains_a_only(tmp_path):
+    model = trained()
+    model.save_pretrained(tmp_path)
+    resumed = PeftModel.from_pretrained(qwen3_moe(), tmp_path, is_trainable=True).train()
+    optimizer = torch.optim.SGD([p for p in resumed.parameters() if p.requires_grad], lr=1.0)
+    resumed(input_ids=tokens()).logits.square().mean().backward()
+    optimizer.step()
+    for name, layer in wrappers(resumed).items():
+        assert torch.equal(lora_B_of(layer, "default"), lora_B_of(wrappers(model)[name], "default"))
+        assert not torch.equal(lora_A_of(layer, "default"), lora_A_of(wrappers(model)[name], "default"))
+    resumed.save_pretrained(tmp_path)
+    assert saved_config(tmp_path)["auto_mapping"]["init_lora_weights"] == "mica"
+
+
+def test_transformers_own_loader(tmp_path, solved):
+    model = trained("gpt_oss")
+    model.save_pretrained(tmp_path)
+    solved.clear()
+    loaded = gpt_oss()
+    loaded.load_adapter(str(tmp_path))
+    assert not solved
+    assert not any("lora_B" in name and p.requires_grad for name, p in loaded.named_parameters())
+    expected = {name.removeprefix("base_model.model."): layer for name, layer in wrappers(model).items()}
+    for name, layer in wrappers(loaded).items():
+        assert layer.lora_variant
+        assert torch.equal(lora_B_of(layer, "default"), lora_B_of(expected[name], "default"))
+
+
+@pytest.mark.parametrize("task_type", [None, "CAUSAL_LM"])
+def test_auto_classes(tmp_path, task_type):
+    qwen3_moe().save_pretrained(tmp_path / "base")
+    model = trained(base=type(qwen3_moe()).from_pretrained(tmp_path / "base"), task_type=task_type)
+    model.save_pretrained(tmp_path / "adapter")
+    auto = AutoPeftModel if task_type is None else AutoPeftModelForCausalLM
+    loaded = auto.from_pretrained(tmp_path / "adapter")
+    assert_same_adapter(loaded, model)
+    assert all(layer.lora_variant for layer in wrappers(loaded).values())
+
+
+def test_the_mark_is_left_alone_while_the_backend_is_disabled(tmp_path):
+    """Stock would refuse what it says; saved again it is still there."""
+    trained().save_pretrained(tmp_path / "first")
+    loaded = stock_load(qwen3_moe(), tmp_path / "first")
+    assert loaded.peft_config["default"].init_lora_weights is True
+    assert not any(layer.lora_variant for layer in wrappers(loaded).values())
+    config = loaded.peft_config["default"]
+    config.save_pretrained(tmp_path / "again")
+    assert PeftConfig.from_pretrained(tmp_path / "again").init_lora_weights == "mica"
+
+
+def test_a_parameter_missing_in_the_checkpoint_gets_its_bases(tmp_path, solved):
+    """Of nested wrappers too, whose keys in the file have another form than their names."""
+    model = trained()
+    model.save_pretrained(tmp_path)
+    missing = "base_model.model.model.layers.1.mlp.experts.base_layer.lora_B.weight"
+    weights = load_file(tmp_path / WEIGHTS)
+    save_file({name: weight for name, weight in weights.items() if name != missing}, tmp_path / WEIGHTS)
+    solved.clear()
+    with pytest.warns(UserWarning, match="missing adapter keys"):
+        loaded = PeftModel.from_pretrained(qwen3_moe(), tmp_path)
+    assert solved == [(48, 32)] * 6
+    assert_same_adapter(loaded, model)
