@@ -1,0 +1,203 @@
+"""The forward of experts with MiCA adapters: against a plain autograd formulation and PEFT's own path."""
+
+import copy
+
+import pytest
+import torch
+
+import mica.fast
+from tests.support import moe_models
+from tests.support.moe_models import BUILDERS, tokens, wrap_experts
+from tests.support.moe_steps import adapted, filled, gradients, loss_of, outermost, ran, wrappers
+from tests.support.tolerances import RELATIVE, error
+
+# ---------------------------------------------------------------------------------------------------
+# training
+# ---------------------------------------------------------------------------------------------------
+
+
+class Plain:
+    """The same model as plain autograd: every stack replaced by W + s·B·A, differentiated by A."""
+
+    def __init__(self, base, model, dtype):
+        self.base, self.stacks = copy.deepcopy(base).to(dtype).requires_grad_(False), {}
+        self.base.set_experts_implementation("eager")
+        for name, layer in wrappers(model).items():
+            module = name.removeprefix("base_model.model.").replace(".base_layer", "")
+            lora_A = layer.lora_A["default"].weight.detach().to(dtype).clone().requires_grad_()
+            self.stacks[name] = (f"{module}.{layer.parameter_name}", layer, lora_A)
+        self.dtype = dtype
+
+    def loss(self, ids):
+        weights = {}
+        for key, layer, lora_A in self.stacks.values():
+            experts_, rank = layer.num_experts, layer.r["default"]
+            lora_B = layer.lora_B["default"].weight.to(self.dtype).view(-1, rank, experts_)
+            delta = torch.einsum("ore,eri->eoi", lora_B, lora_A.view(experts_, rank, -1))
+            stored = self.base.get_parameter(key)
+            delta = delta if stored.shape == delta.shape else delta.transpose(1, 2)
+            weights[key] = stored + layer.scaling["default"] * delta
+        return torch.func.functional_call(self.base, weights, (ids,), {"labels": ids}).loss
+
+    def trained(self):
+        return [lora_A for _, _, lora_A in self.stacks.values()]
+
+
+@pytest.mark.parametrize("kind", BUILDERS)
+def test_training_gives_the_losses_of_plain_autograd(kind):
+    """Losses and gradients of some steps; B is frozen to the bit."""
+    base = BUILDERS[kind]()
+    model = wrap_experts(copy.deepcopy(base))
+    plain = Plain(base, model, torch.float64)
+    frozen = {name: w.clone() for name, w in model.named_parameters() if not w.requires_grad}
+    trained = [w for w in model.parameters() if w.requires_grad]
+    assert len(trained) == 4
+    optimizers = [torch.optim.AdamW(group, lr=0.02) for group in (trained, plain.trained())]
+    ids, losses = tokens(), []
+    for _ in range(4):
+        expected = plain.loss(ids)
+        expected.backward()
+        loss, grads, counts = gradients(model, ids)
+        assert counts == (4, 4)
+        assert error(loss, expected) <= RELATIVE[torch.float32]
+        for name, (_, _, lora_A) in plain.stacks.items():
+            # gradients pass through the whole model: a few times the rounding of one product
+            assert error(grads[f"{name}.lora_A.default.weight"], lora_A.grad) <= 10 * RELATIVE[torch.float32]
+        losses.append(loss)
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+    assert losses[-1] < losses[0] - 0.01
+    for name, weight in model.named_parameters():
+        if name in frozen:
+            assert torch.equal(weight, frozen[name]), name
+    assert all((weight != 0).any() for weight in trained)
+
+
+@pytest.mark.parametrize("implementation", ["grouped_mm", "eager", "batched_mm"])
+@pytest.mark.parametrize("kind", BUILDERS)
+def test_equals_every_implementation_of_transformers(kind, implementation):
+    model, ids = adapted(kind), tokens()
+    model.base_model.model.set_experts_implementation(implementation)
+    loss, grads, counts = gradients(model, ids)
+    assert counts == (4, 4)
+    with mica.fast.disabled():
+        expected_loss, expected, none = gradients(model, ids)
+    assert none == (0, 0)
+    assert error(loss, expected_loss) <= RELATIVE[torch.float32]
+    assert grads.keys() == expected.keys()
+    for name, grad in grads.items():
+        assert error(grad, expected[name]) <= 10 * RELATIVE[torch.float32], name
+
+
+@pytest.mark.parametrize("kind", BUILDERS)
+@pytest.mark.parametrize("target", moe_models.STACKS)
+def test_one_of_the_stacks_alone(kind, target):
+    model, ids = adapted(kind, target_parameters=[target]), tokens()
+    loss, grads, counts = gradients(model, ids)
+    assert counts[0] == 4  # the other one runs as an adapter of rank 0
+    with mica.fast.disabled():
+        expected_loss, expected, _ = gradients(model, ids)
+    assert error(loss, expected_loss) <= RELATIVE[torch.float32]
+    for name, grad in grads.items():
+        assert error(grad, expected[name]) <= 10 * RELATIVE[torch.float32], name
+
+
+@pytest.mark.parametrize("use_reentrant", [True, False])
+def test_gradient_checkpointing_changes_no_bit(use_reentrant):
+    model, ids = adapted().train(), tokens()
+    loss, grads, _ = gradients(model, ids)
+    model.gradient_checkpointing_enable({"use_reentrant": use_reentrant})
+    model.enable_input_require_grads()
+    again, grads_again, counts = gradients(model, ids)
+    assert counts == (8, 4)
+    assert torch.equal(loss, again)
+    assert all(torch.equal(grads[name], grads_again[name]) for name in grads)
+
+
+def test_fp32_masters_over_bf16():
+    model, ids = adapted(dtype=torch.bfloat16), tokens()
+    assert {w.dtype for w in model.parameters() if w.requires_grad} == {torch.float32}
+    loss, grads, counts = gradients(model, ids)
+    assert counts == (4, 4)
+    plain = Plain(BUILDERS["mixtral"]().to(torch.bfloat16), model, torch.float64)
+    expected = plain.loss(ids)
+    assert error(loss, expected) <= RELATIVE[torch.bfloat16]
+    assert {grad.dtype for grad in grads.values()} == {torch.float32}
+
+
+@pytest.mark.parametrize(("implementation", "fuses"), [("grouped_mm", True), ("eager", False)])
+def test_autocast(implementation, fuses):
+    """The grouped products of transformers run in the weight's dtype; F.linear, in eager, in autocast's."""
+    model, ids = adapted(), tokens()
+    model.base_model.model.set_experts_implementation(implementation)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        loss, counts = ran(lambda: loss_of(model, ids))
+        with mica.fast.disabled():
+            expected = loss_of(model, ids)
+    assert counts == ((4, 0) if fuses else (0, 0))
+    assert error(loss, expected) <= RELATIVE[torch.bfloat16]
+
+
+@pytest.mark.parametrize("kind", BUILDERS)
+def test_generation(kind):
+    model, ids = adapted(kind), tokens(1, 3)
+    options = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0}
+    made, counts = ran(lambda: model.generate(ids, **options))
+    assert counts[0] >= 4 * 6
+    with mica.fast.disabled():
+        assert torch.equal(made, model.generate(ids, **options))
+
+
+def test_compiled_without_a_graph_break():
+    torch.compiler.reset()
+    layer = outermost(adapted("gpt_oss"))
+    x, index, weights = torch.randn(9, 32), torch.randint(0, 4, (9, 2)), torch.rand(9, 2)
+    expected = layer(x, index, weights)
+    compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)
+    y, counts = ran(lambda: compiled(x, index, weights))
+    assert counts[0] == 2
+    assert error(y, expected) <= RELATIVE[torch.float32]
+    y.sum().backward()
+    assert all(w.grad is not None for w in layer.parameters() if w.requires_grad)
+
+
+def test_tokens_without_an_expert():
+    """An index of num_experts, which transformers' experts skip: its part is 0, whatever its weight."""
+    layer = outermost(adapted())
+    layer.get_base_layer().config._experts_implementation = "eager"
+    x, weights = torch.randn(7, 32), torch.rand(7, 2)
+    index = torch.stack([torch.randperm(4)[:2] for _ in range(7)])
+    index[::2, 1] = 4
+    y, counts = ran(lambda: layer(x, index, weights))
+    assert counts[0] == 2
+    with mica.fast.disabled():
+        assert error(y, layer(x, index, weights)) <= RELATIVE[torch.float32]
+
+
+def test_a_layer_without_tokens():
+    layer = outermost(adapted())
+    empty = torch.empty(0, 32), torch.empty(0, 2, dtype=torch.int64), torch.empty(0, 2)
+    assert layer(*empty).shape == (0, 32)
+
+
+def test_what_is_saved_for_the_backward_does_not_grow_with_the_experts():
+    """Nothing of the stacks' size: PEFT's path keeps W + s·B·A of all experts."""
+
+    def saved(count):
+        layer = outermost(filled(wrap_experts(moe_models.mixtral(experts=count))))
+        known = {w.untyped_storage().data_ptr() for w in layer.parameters()}
+        sizes = {}
+
+        def pack(tensor):
+            storage = tensor.untyped_storage()
+            if storage.data_ptr() not in known:
+                sizes[storage.data_ptr()] = (storage.nbytes(), tensor)
+            return tensor
+
+        index = torch.arange(10).view(5, 2) % 4
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            layer(torch.randn(5, 32, requires_grad=True), index, torch.rand(5, 2))
+        return sum(size for size, _ in sizes.values())
+
+    assert saved(32) - saved(4) == 28 * 4  # the offsets, one tensor for both stacks

@@ -1,0 +1,214 @@
+"""When PEFT's own forward of experts runs, and the reason that is given."""
+
+import pytest
+import torch
+from torch import nn
+from transformers.integrations import moe
+
+import mica.fast
+from mica.fast import expert_stacks, experts
+from tests.support import moe_models
+from tests.support.moe_models import tokens, wrap_experts
+from tests.support.moe_steps import adapted, filled, gradients, loss_of, outermost, ran
+from tests.support.tolerances import RELATIVE, error
+
+
+def base_of(model):
+    return outermost(model).get_base_layer()
+
+
+def disable_adapters(model):
+    model.base_model.disable_adapter_layers()
+
+
+def merge(model):
+    model.merge_adapter()
+
+
+def train_weight(model):
+    base_of(model).down_proj.requires_grad_(True)
+
+
+def train_bias(model):
+    base_of(model).down_proj_bias.requires_grad_(True)
+
+
+def train_lora_b(model):
+    outermost(model).lora_B["default"].weight.requires_grad_(True)
+
+
+def hook(model):
+    base_of(model).register_forward_hook(lambda *args: None)
+
+
+def hook_inner(model):
+    outermost(model).base_layer.register_forward_pre_hook(lambda *args: None)
+
+
+def own_forward(model):
+    base = base_of(model)
+    base.forward = type(base).forward.__get__(base)
+
+
+def expert_parallel(model):
+    base_of(model)._is_expert_parallel = True
+
+
+def tensor_parallel(model):
+    base_of(model)._hf_tp_plan = "moe_tp_experts"
+
+
+def other_implementation(model):
+    base_of(model).config._experts_implementation = "sonicmoe"
+
+
+def replaced_class_forward(model):
+    base = base_of(model)
+    base.__class__ = type("Replaced", (type(base),), {"forward": type(base).forward.__wrapped__})
+
+
+def scaled_by_a_tensor(model):
+    outermost(model).scaling["default"] = torch.tensor(2.0)
+
+
+def adapter_dtypes(model):
+    layer = outermost(model)
+    layer.lora_A["default"].weight.data = layer.lora_A["default"].weight.data.double()
+
+
+REASONS = {
+    disable_adapters: "adapters are disabled",
+    merge: "the adapter is merged",
+    train_weight: "the down_proj is trainable",
+    train_bias: "the down_proj_bias is trainable",
+    train_lora_b: "the lora_B is trainable",
+    hook: "hooks on the experts",
+    hook_inner: "hooks on the experts",
+    own_forward: "hooks on the experts, or a forward of their own",
+    expert_parallel: "expert parallelism",
+    tensor_parallel: "tensor parallelism",
+    other_implementation: "experts_implementation='sonicmoe'",
+    replaced_class_forward: "Replaced does not use transformers' experts interface",
+    scaled_by_a_tensor: "its scaling is not a number",
+    adapter_dtypes: "lora_A and lora_B differ in dtype",
+}
+
+
+@pytest.mark.parametrize("change", REASONS, ids=lambda change: change.__name__)
+def test_why_not(change):
+    model = adapted("gpt_oss")
+    assert experts.why_not(outermost(model)) is None
+    change(model)
+    assert REASONS[change] in experts.why_not(outermost(model))
+
+
+RUNNABLE = (disable_adapters, merge, train_weight, train_bias, train_lora_b, hook, hook_inner, own_forward)
+
+
+@pytest.mark.parametrize("change", [*RUNNABLE, replaced_class_forward], ids=lambda change: change.__name__)
+def test_pefts_own_forward_runs_then(change):
+    model, ids = adapted("gpt_oss"), tokens()
+    change(model)
+    loss, counts = ran(lambda: loss_of(model, ids))
+    assert counts[0] == (0 if change in (disable_adapters, merge) else 2)  # the second layer is not changed
+    with mica.fast.disabled():
+        assert error(loss, loss_of(model, ids)) <= RELATIVE[torch.float32]
+
+
+def test_lora_without_mica_is_pefts():
+    model = filled(wrap_experts(moe_models.mixtral(), stock=True))
+    assert "is not MiCA" in experts.why_not(outermost(model))
+    assert ran(lambda: loss_of(model, tokens()))[1] == (0, 0)
+
+
+def test_several_active_adapters_are_pefts():
+    model = adapted()
+    model.add_adapter("other", model.peft_config["default"])
+    model.base_model.set_adapter(["default", "other"])
+    assert "several active adapters" in experts.why_not(outermost(model))
+
+
+def test_switching_the_adapter_is_seen_at_the_next_call():
+    model, ids = adapted(), tokens()
+    first = loss_of(model, ids)
+    model.add_adapter("other", model.peft_config["default"])
+    model.set_adapter("other")
+    second, counts = ran(lambda: loss_of(model, ids))
+    with model.disable_adapter():
+        bare = loss_of(model, ids)
+    assert counts[0] == 4
+    assert error(second, bare) <= RELATIVE[torch.float32]  # its A is 0
+    assert first != second
+    model.set_adapter("default")
+    assert torch.equal(loss_of(model, ids), first)
+
+
+def test_a_router_keeps_peft_s_path_and_does_not_stop_the_experts():
+    model = adapted("qwen3_moe", target_parameters=[*moe_models.STACKS, moe_models.ROUTER["qwen3_moe"]])
+    loss, _, counts = gradients(model, tokens())
+    assert counts == (4, 4)
+    with mica.fast.disabled():
+        assert error(loss, loss_of(model, tokens())) <= RELATIVE[torch.float32]
+    rows = {row.name.rsplit("mlp.")[1]: row for row in mica.fast.explain(model).rows}
+    assert rows["gate.weight"].path == "peft"
+    assert "not a stack of experts" in rows["gate.weight"].reason
+    assert rows["experts.down_proj"].path == "reference"
+
+
+def test_explain_has_a_row_for_each_stack():
+    model = adapted()
+    rows = mica.fast.explain(model).rows
+    assert [row.name.rsplit("layers.")[1] for row in rows] == [
+        f"{layer}.mlp.experts.{name}" for layer in (0, 1) for name in ("down_proj", "gate_up_proj")
+    ]
+    assert {(row.path, row.layer, row.calls) for row in rows} == {("reference", "MixtralExperts", None)}
+    loss_of(model, tokens())
+    assert {row.calls for row in mica.fast.explain(model).rows} == {1}
+    hook(model)
+    loss_of(model, tokens())
+    rows = mica.fast.explain(model).rows
+    assert [row.path for row in rows] == ["peft", "peft", "reference", "reference"]
+    assert {row.calls for row in rows} == {1}
+    assert "hooks on the experts" in rows[1].reason
+
+
+def test_a_module_that_is_none_of_transformers_is_pefts():
+    class Own(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = nn.Parameter(torch.randn(3, 6, 4))
+
+        def forward(self, x, index, weights):
+            return torch.einsum("ti,eoi,te->to", x, self.weight, weights)
+
+    class Around(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.experts = Own()
+
+        def forward(self, *args):
+            return self.experts(*args)
+
+    model = filled(wrap_experts(Around(), target_parameters=["experts.weight"], rank=2))
+    assert "does not use transformers' experts interface" in experts.why_not(outermost(model))
+    x, index, weights = torch.randn(5, 4), torch.zeros(5, 1, dtype=torch.int64), torch.rand(5, 3)
+    y = model(x, index, weights)
+    layer = outermost(model)
+    lora_A, lora_B = expert_stacks.lora_A_of(layer, "default"), expert_stacks.lora_B_of(layer, "default")
+    dense = layer.get_base_layer().weight + layer.scaling["default"] * lora_B @ lora_A
+    assert error(y, torch.einsum("ti,eoi,te->to", x, dense, weights)) <= RELATIVE[torch.float32]
+
+
+def test_the_registry_is_read_at_every_call(monkeypatch):
+    """Whoever registers a function under a known name expects it to run."""
+    model, calls = adapted(), []
+    stock = moe.ALL_EXPERTS_FUNCTIONS["grouped_mm"]
+
+    def own(*args):
+        calls.append(1)
+        return stock(*args)
+
+    monkeypatch.setitem(moe.ALL_EXPERTS_FUNCTIONS._global_mapping, "grouped_mm", own)
+    assert "experts_implementation='grouped_mm'" in experts.why_not(outermost(model))
+    loss_of(model, tokens())
+    assert len(calls) == 2
