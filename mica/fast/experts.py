@@ -30,7 +30,7 @@ from mica.fast.eligibility import (
 )
 from mica.fast.settings import compute_dtype, settings
 from mica.ops.experts import experts_linear
-from mica.ops.routing import from_experts, route, to_experts
+from mica.ops.routing import from_experts, route
 
 
 class _Stack(NamedTuple):
@@ -85,28 +85,27 @@ def _forward(outermost, experts: Experts, x: Tensor, top_k_index: Tensor, top_k_
         calls.note(wrapper)
     module = experts.module
     routing = route(top_k_index, module.num_experts)
-    hidden = to_experts(x, routing)
-    hidden = _project("gate_up_proj" if module.has_gate else "up_proj", experts, hidden, routing)
+    first = "gate_up_proj" if module.has_gate else "up_proj"
+    hidden = _project(first, experts, x, routing.offsets, routing.tokens, routing.inverse)
     hidden = module._apply_gate(hidden) if module.has_gate else module.act_fn(hidden)
-    hidden = _project("down_proj", experts, hidden, routing)
+    hidden = _project("down_proj", experts, hidden, routing.offsets)
     if getattr(module, "has_post_expert_norm", False):
         hidden = module.post_expert_norm(hidden)
     return from_experts(hidden, top_k_weights, routing).to(x.dtype)
 
 
-def _project(name: str, experts: Experts, rows: Tensor, routing) -> Tensor:
+def _project(name: str, experts: Experts, x: Tensor, offsets: Tensor, *tokens_and_inverse: Tensor) -> Tensor:
     module, stack = experts.module, experts.stacks.get(name)
     weight = module._parameters[name]
     bias = module._parameters[f"{name}_bias"] if module.has_bias else None
-    rows = rows.to(weight.dtype)
+    x = x.to(weight.dtype)
     if module.is_transposed:
         weight = weight.transpose(1, 2)
     if stack is None:  # not adapted: an adapter of rank 0
         num_experts, out_features, in_features = weight.shape
         sizes = (num_experts, 0, in_features), (num_experts, out_features, 0)
         stack = _Stack(*map(weight.new_empty, sizes), 1.0)
-    operands = rows, routing.offsets, weight, *stack, bias, compute_dtype(rows)
-    return experts_linear(*operands)
+    return experts_linear(x, offsets, weight, *stack, bias, compute_dtype(x), *tokens_and_inverse)
 
 
 def wrappers(outermost) -> list[nn.Module]:

@@ -1,6 +1,8 @@
 """A linear layer of a stack of experts: `mica_experts_linear`, on rows that are sorted by expert.
 
-The maths is `mica.reference_experts`'; the operators state none of it.
+The maths is `mica.reference_experts`'; the operators state none of it. They can also take the tokens with
+the order of their rows (`mica.ops.routing`): then the rows, top_k times as large, are gathered in the forward
+and again in the backward, and not kept in between.
 """
 
 from __future__ import annotations
@@ -18,6 +20,7 @@ from mica.ops.dispatch import (
     saved,
     without_none,
 )
+from mica.ops.routing import summed, to_experts
 
 
 def mica_experts_linear(
@@ -61,37 +64,63 @@ def mica_experts_linear(
     return experts_linear(x, offsets, weight, lora_A, lora_B, scaling, bias, compute_dtype)
 
 
-def _experts(x, offsets, weight, lora_A, lora_B, scaling, bias, compute_dtype):
+def _experts(x, offsets, weight, lora_A, lora_B, scaling, bias, compute_dtype, tokens=None, inverse=None):
+    """tokens, inverse: those of a `Routing`, where x is (num_tokens, in_features)."""
+    rows = x if tokens is None else to_experts(x, tokens)
     dtypes = (x.dtype, compute_dtype or x.dtype, lora_A.dtype, lora_B.dtype)
-    operands = (x, offsets, weight, lora_A, lora_B, scaling, bias, compute_dtype)
+    operands = (rows, offsets, weight, lora_A, lora_B, scaling, bias, compute_dtype)
     return compute("experts_linear", x, lora_A.shape[1], dtypes, *operands)
 
 
-def _experts_fake(x, offsets, weight, lora_A, lora_B, scaling, bias, compute_dtype):
-    return x.new_empty(x.shape[0], weight.shape[1])
+def _experts_fake(
+    x, offsets, weight, lora_A, lora_B, scaling, bias, compute_dtype, tokens=None, inverse=None
+):
+    return x.new_empty((x if tokens is None else tokens).shape[0], weight.shape[1])
 
 
-def _backward(grad_output, x, offsets, weight, lora_A, lora_B, scaling, compute_dtype, output_mask):
+def _backward(
+    grad_output,
+    x,
+    offsets,
+    weight,
+    lora_A,
+    lora_B,
+    scaling,
+    compute_dtype,
+    output_mask,
+    tokens=None,
+    inverse=None,
+    num_tokens=0,
+):
     needs_x, needs_A = output_mask
     dtypes = (grad_output.dtype, compute_dtype, lora_A.dtype, lora_B.dtype)
-    operands = (x if needs_A else None, offsets, weight if needs_x else None, lora_A, lora_B)
+    rows = x if not needs_A or tokens is None else to_experts(x, tokens)
+    operands = (rows if needs_A else None, offsets, weight if needs_x else None, lora_A, lora_B)
     with no_autocast(grad_output):
-        grads = compute(
-            "experts_linear_backward",
-            grad_output,
-            lora_A.shape[1],
-            dtypes,
-            grad_output,
-            *operands,
-            scaling,
-            compute_dtype,
-        )
-    return without_none(grad_output, *grads)
+        arguments = grad_output, *operands, scaling, compute_dtype
+        grad_x, grad_A = compute("experts_linear_backward", grad_output, lora_A.shape[1], dtypes, *arguments)
+    if needs_x and inverse is not None:
+        grad_x = summed(grad_x, inverse, num_tokens)
+    return without_none(grad_output, grad_x, grad_A)
 
 
-def _backward_fake(grad_output, x, offsets, weight, lora_A, lora_B, scaling, compute_dtype, output_mask):
+def _backward_fake(
+    grad_output,
+    x,
+    offsets,
+    weight,
+    lora_A,
+    lora_B,
+    scaling,
+    compute_dtype,
+    output_mask,
+    tokens=None,
+    inverse=None,
+    num_tokens=0,
+):
     needs_x, needs_A = output_mask
-    grad_x = grad_output.new_empty(grad_output.shape[0], lora_A.shape[2]) if needs_x else None
+    rows = grad_output.shape[0] if inverse is None else num_tokens
+    grad_x = grad_output.new_empty(rows, lora_A.shape[2]) if needs_x else None
     return without_none(grad_output, grad_x, lora_A.new_empty(lora_A.shape) if needs_A else None)
 
 
@@ -99,34 +128,47 @@ class _ExpertsLinear(torch.autograd.Function):
     """``run`` computes y: `_experts` or the operator (`mica.ops.dispatch.operator`)."""
 
     @staticmethod
-    def forward(ctx, run, x, offsets, weight, lora_A, lora_B, scaling, bias, compute_dtype):
+    def forward(
+        ctx,
+        run,
+        x,
+        offsets,
+        weight,
+        lora_A,
+        lora_B,
+        scaling,
+        bias,
+        compute_dtype,
+        tokens=None,
+        inverse=None,
+    ):
         _, needs_x, _, _, needs_A = ctx.needs_input_grad[:5]
-        ctx.scaling, ctx.compute_dtype = scaling, compute_dtype or x.dtype
-        ctx.save_for_backward(
-            x if needs_A else None, offsets, weight if needs_x else None, lora_A, lora_B
-        )  # x as it came, and nothing that no gradient needs
+        ctx.scaling, ctx.compute_dtype, ctx.num_tokens = scaling, compute_dtype or x.dtype, x.shape[0]
+        # x as it came, and nothing that no gradient needs
+        kept = x if needs_A else None, offsets, weight if needs_x else None, lora_A, lora_B
+        ctx.save_for_backward(*kept, tokens if needs_A else None, inverse if needs_x else None)
         with below_autograd():
-            return run(x, offsets, weight, lora_A, lora_B, scaling, bias, compute_dtype)
+            return run(x, offsets, weight, lora_A, lora_B, scaling, bias, compute_dtype, tokens, inverse)
 
     @staticmethod
     def backward(ctx, grad_output):
-        x, offsets, weight, lora_A, lora_B = saved(ctx)
+        x, offsets, weight, lora_A, lora_B, tokens, inverse = saved(ctx)
         mask = [weight is not None, x is not None]
         tensors = grad_output, x, offsets, weight, lora_A, lora_B
-        args = *tensors, ctx.scaling, ctx.compute_dtype, mask
+        args = *tensors, ctx.scaling, ctx.compute_dtype, mask, tokens, inverse, ctx.num_tokens
         grads = run_backward(torch.ops.mica.experts_linear_backward, _backward, tensors, *args)
         grad_x, grad_A = (grad if needed else None for grad, needed in zip(grads, mask, strict=True))
-        return None, grad_x, None, None, grad_A, *[None] * 4
+        return None, grad_x, None, None, grad_A, *[None] * 6
 
 
-def _cast(device_type, x, offsets, weight, lora_A, lora_B, scaling, bias, compute_dtype):
-    return x.to(weight.dtype), offsets, weight, lora_A, lora_B, scaling, bias, None
+def _cast(device_type, x, offsets, weight, lora_A, lora_B, scaling, bias, compute_dtype, *routing):
+    return x.to(weight.dtype), offsets, weight, lora_A, lora_B, scaling, bias, None, *routing
 
 
 experts_linear = operator(
     "experts_linear",
     "(Tensor x, Tensor offsets, Tensor weight, Tensor lora_A, Tensor lora_B, float scaling, Tensor? bias,"
-    " ScalarType? compute_dtype) -> Tensor",
+    " ScalarType? compute_dtype, Tensor? tokens=None, Tensor? inverse=None) -> Tensor",
     _experts,
     _experts_fake,
     _ExpertsLinear.apply,
@@ -135,7 +177,8 @@ experts_linear = operator(
 operator(
     "experts_linear_backward",
     "(Tensor grad_output, Tensor? x, Tensor offsets, Tensor? weight, Tensor lora_A, Tensor lora_B,"
-    " float scaling, ScalarType compute_dtype, bool[2] output_mask) -> (Tensor, Tensor)",
+    " float scaling, ScalarType compute_dtype, bool[2] output_mask, Tensor? tokens=None,"
+    " Tensor? inverse=None, SymInt num_tokens=0) -> (Tensor, Tensor)",
     _backward,
     _backward_fake,
 )

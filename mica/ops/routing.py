@@ -17,6 +17,7 @@ class Routing(NamedTuple):
 
     order: Tensor  # (S) int64: which pair a row is, token·top_k + its place among the token's experts
     inverse: Tensor  # (S) int64: in which row a pair is
+    tokens: Tensor  # (S) int64: the token of a row
     offsets: Tensor  # (num_experts) int32: the end of each expert's rows
     top_k: int
 
@@ -29,12 +30,21 @@ def route(top_k_index: Tensor, num_experts: int) -> Routing:
     inverse[order] = torch.arange(order.shape[0], device=order.device)
     all_experts = torch.arange(num_experts, dtype=ids.dtype, device=ids.device)
     offsets = torch.searchsorted(ids, all_experts, right=True, out_int32=True)
-    return Routing(order, inverse, offsets, top_k_index.shape[-1])
+    top_k = top_k_index.shape[-1]
+    return Routing(order, inverse, order // top_k, offsets, top_k)
 
 
-def to_experts(x: Tensor, routing: Routing) -> Tensor:
-    """The rows (S, features) of tokens x (num_tokens, features), sorted by expert."""
-    return _ToExperts.apply(x, routing.order, routing.inverse, routing.top_k)
+def to_experts(x: Tensor, tokens: Tensor) -> Tensor:
+    """The rows (S, features), sorted by expert, of x (num_tokens, features); tokens: `Routing.tokens`."""
+    return x.index_select(0, tokens)
+
+
+def summed(grad_rows: Tensor, inverse: Tensor, num_tokens: int) -> Tensor:
+    """The gradient of `to_experts`, (num_tokens, features), from that of the rows (S, features)."""
+    if not num_tokens:
+        return grad_rows.new_empty(0, grad_rows.shape[1])
+    pairs = grad_rows.index_select(0, inverse)
+    return pairs.view(num_tokens, -1, grad_rows.shape[1]).sum(dim=1)
 
 
 def from_experts(y: Tensor, weights: Tensor, routing: Routing) -> Tensor:
@@ -42,44 +52,30 @@ def from_experts(y: Tensor, weights: Tensor, routing: Routing) -> Tensor:
 
     y: (S, features) sorted by expert; weights: (num_tokens, top_k).
     """
-    return _FromExperts.apply(y, weights, routing.order, routing.inverse, routing.top_k)
-
-
-class _ToExperts(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x, order, inverse, top_k):
-        ctx.save_for_backward(inverse)
-        ctx.top_k = top_k
-        return x.index_select(0, order // top_k)
-
-    @staticmethod
-    def backward(ctx, grad_rows):
-        (inverse,) = ctx.saved_tensors
-        pairs = grad_rows.index_select(0, inverse)
-        return pairs.view(-1, ctx.top_k, grad_rows.shape[1]).sum(dim=1), None, None, None
+    return _FromExperts.apply(y, weights, *routing[:3], routing.top_k)
 
 
 class _FromExperts(torch.autograd.Function):
     """Keeps y as it came; autograd would keep it in the order of the tokens as well."""
 
     @staticmethod
-    def forward(ctx, y, weights, order, inverse, top_k):
-        ctx.save_for_backward(y if ctx.needs_input_grad[1] else None, weights, order, inverse)
+    def forward(ctx, y, weights, order, inverse, tokens, top_k):
+        ctx.save_for_backward(y if ctx.needs_input_grad[1] else None, weights, order, inverse, tokens)
         ctx.top_k = top_k
         pairs = y.index_select(0, inverse).view(-1, top_k, y.shape[1])
         return _weighted(pairs, weights).sum(dim=1)
 
     @staticmethod
     def backward(ctx, grad_output):
-        y, weights, order, inverse = ctx.saved_tensors
+        y, weights, order, inverse, tokens = ctx.saved_tensors
         grad_y = grad_weights = None
         if ctx.needs_input_grad[0]:
-            rows = grad_output.index_select(0, order // ctx.top_k)
+            rows = grad_output.index_select(0, tokens)
             grad_y = _weighted(rows, weights.reshape(-1).index_select(0, order))
         if y is not None:
             pairs = y.index_select(0, inverse).view(-1, ctx.top_k, y.shape[1])
             grad_weights = (pairs * grad_output.unsqueeze(1)).sum(dim=-1).to(weights.dtype)
-        return grad_y, grad_weights, None, None, None
+        return grad_y, grad_weights, *[None] * 4
 
 
 def _weighted(rows: Tensor, weights: Tensor) -> Tensor:

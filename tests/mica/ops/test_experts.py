@@ -4,6 +4,8 @@ from torch.library import opcheck
 
 from mica import ops
 from mica.ops import mica_experts_linear
+from mica.ops.experts import experts_linear
+from mica.ops.routing import route, summed, to_experts
 from tests.support.experts_oracle import ROUTES, problem, run, solve
 from tests.support.oracle import DTYPES
 from tests.support.tolerances import RELATIVE, error
@@ -105,3 +107,81 @@ def test_reruns_are_bitwise_equal():
     p = problem("all to the second", 65, 33, 7, *FP32_MASTER)
     first, second = run(p, mica_experts_linear), run(p, mica_experts_linear)
     assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+# ---------------------------------------------------------------------------------------------------
+# tokens instead of rows
+# ---------------------------------------------------------------------------------------------------
+
+
+def routed(dtype=torch.float32, adapter_dtype=None):
+    """The operands of 6 tokens with 2 of 6 experts each, and their routing."""
+    chosen = torch.stack([torch.randperm(6)[:2] for _ in range(6)])
+    chosen[3, 0] = 6  # none of them
+    routing = route(chosen, 6)
+    p = problem("idle ones", 8, 6, 2, dtype, adapter_dtype)
+    p.offsets, p.x = routing.offsets, p.x[:6]
+    return p, routing
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_tokens_give_the_bits_of_their_rows(dtype):
+    p, routing = routed(dtype, torch.promote_types(dtype, torch.float32))
+    rest = p.offsets, p.weight, p.lora_A, p.lora_B, p.scaling, p.bias, None
+
+    def both(x, *order):
+        x, lora_A = x.detach().clone().requires_grad_(), p.lora_A.clone().requires_grad_()
+        y = experts_linear(x, *rest[:2], lora_A, *rest[3:], *order)
+        y.backward(p.grad_output)
+        return y, x.grad, lora_A.grad
+
+    rows = both(to_experts(p.x, routing.tokens))
+    y, grad_x, grad_A = both(p.x, routing.tokens, routing.inverse)
+    assert torch.equal(y, rows[0])
+    assert torch.equal(grad_x, summed(rows[1], routing.inverse, 6))
+    assert torch.equal(grad_A, rows[2])
+
+
+def test_tokens_are_saved_and_not_their_rows():
+    p, routing = routed()
+    x, lora_A = p.x.detach().clone().requires_grad_(), p.lora_A.clone().requires_grad_()
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+        y = experts_linear(
+            x, p.offsets, p.weight, lora_A, p.lora_B, 1.0, None, None, routing.tokens, routing.inverse
+        )
+    known = {t.data_ptr() for t in (x, p.weight, lora_A, p.lora_B, *routing[:4])}
+    assert {t.data_ptr() for t in saved if t is not None} <= known
+    y.sum().backward()
+
+
+def test_tokens_compiled_and_twice_differentiated():
+    p, routing = routed(torch.float64)
+
+    def function(x, lora_A):
+        rest = p.lora_B, p.scaling, p.bias, None, routing.tokens, routing.inverse
+        return experts_linear(x, p.offsets, p.weight, lora_A, *rest)
+
+    inputs = p.x.detach().clone().requires_grad_(), p.lora_A.detach().clone().requires_grad_()
+    assert torch.autograd.gradcheck(function, inputs)
+    assert torch.autograd.gradgradcheck(function, inputs)
+    torch.compiler.reset()
+    compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
+    assert torch.equal(compiled(*inputs), function(*inputs))
+    opcheck(
+        torch.ops.mica.experts_linear.default,
+        (
+            inputs[0],
+            p.offsets,
+            p.weight,
+            inputs[1],
+            p.lora_B,
+            1.0,
+            None,
+            None,
+            routing.tokens,
+            routing.inverse,
+        ),
+    )
+    operands = (p.grad_output, p.x, p.offsets, p.weight, p.lora_A, p.lora_B, 1.0, torch.float64, [True, True])
+    opcheck(torch.ops.mica.experts_linear_backward.default, (*operands, routing.tokens, routing.inverse, 6))

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from mica.ops.routing import from_experts, route, to_experts
+from mica.ops.routing import from_experts, route, summed, to_experts
 from tests.support.tolerances import RELATIVE, error
 
 EXPERTS = 5
@@ -36,8 +36,8 @@ def test_a_token_of_equal_experts_keeps_its_order():
 
 def test_without_tokens():
     routing = route(torch.empty(0, 2, dtype=torch.int64), EXPERTS)
-    rows = to_experts(torch.empty(0, 4), routing)
-    assert rows.shape == (0, 4)
+    rows = to_experts(torch.empty(0, 4), routing.tokens)
+    assert rows.shape == summed(rows, routing.inverse, 0).shape == (0, 4)
     assert from_experts(rows, torch.empty(0, 2), routing).shape == (0, 4)
     assert torch.equal(routing.offsets, torch.zeros(EXPERTS, dtype=torch.int32))
 
@@ -46,20 +46,31 @@ def test_without_tokens():
 def test_to_and_from_experts(dtype):
     """With its derivatives, against sums token by token in fp64."""
     chosen = tokens()
-    x = torch.randn(9, 4).to(dtype).requires_grad_()
+    x = torch.randn(9, 4).to(dtype)
     weights = torch.rand(9, 3).to(dtype).requires_grad_()
     grad = torch.randn(9, 4).to(dtype)
     routing = route(chosen, EXPERTS)
-    rows = to_experts(x, routing)
+    rows = to_experts(x, routing.tokens).requires_grad_()
     assert torch.equal(rows, x[routing.order // 3])
     out = from_experts(rows * 2, weights, routing)
     out.backward(grad)
     total = weights.detach().double().sum(dim=1, keepdim=True)
     assert error(out, 2 * total * x.double()) <= RELATIVE[dtype]
-    assert error(x.grad, 2 * total * grad.double()) <= RELATIVE[dtype]
-    dot = 2 * (x.detach().double() * grad.double()).sum(dim=1, keepdim=True)
+    pairs = 2 * weights.detach().double().unsqueeze(2) * grad.double().unsqueeze(1)
+    assert error(rows.grad, pairs.flatten(0, 1)[routing.order]) <= RELATIVE[dtype]
+    dot = 2 * (x.double() * grad.double()).sum(dim=1, keepdim=True)
     assert error(weights.grad, dot.expand(9, 3)) <= RELATIVE[dtype] * 4  # the dot product cancels
-    assert x.grad.dtype == weights.grad.dtype == dtype
+    assert rows.grad.dtype == weights.grad.dtype == dtype
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_the_gradient_of_to_experts_is_rounded_once(dtype):
+    routing = route(tokens(), EXPERTS)
+    grad = torch.randn(27, 4).to(dtype)
+    exact = torch.zeros(9, 4).double().index_add(0, routing.tokens, grad.double())
+    actual = summed(grad, routing.inverse, 9)
+    assert actual.dtype == dtype
+    assert error(actual, exact) <= RELATIVE[dtype] / 2
 
 
 def test_weights_wider_than_the_rows_are_not_rounded():
@@ -75,7 +86,10 @@ def test_weights_wider_than_the_rows_are_not_rounded():
 def test_gradcheck():
     routing = route(tokens(4, 2), EXPERTS)
     x, weights = torch.randn(4, 3).double().requires_grad_(), torch.rand(4, 2).double().requires_grad_()
-    function = lambda x, w: from_experts(to_experts(x, routing).sin(), w, routing)  # noqa: E731
+
+    def function(x, weights):
+        return from_experts(to_experts(x, routing.tokens).sin(), weights, routing)
+
     assert torch.autograd.gradcheck(function, (x, weights))
     assert torch.autograd.gradgradcheck(function, (x, weights))
 

@@ -141,14 +141,14 @@ BACKEND = [
             ],
             "_read_linear": [
                 ("if dropout.training", "if True"),
-                ("if _global_hooks()", "if False"),
+                ("if global_hooks()", "if False"),
             ],
             "_why_not_read_directly": [
                 ('"forward" in module.__dict__', "False"),
                 ("kind.forward is not FORWARDS[kind]", "False"),
             ],
             "_has_hooks": [("or module._backward_hooks\n        or module._backward_pre_hooks", "")],
-            "_why_not_frozen": [("reason is None and tensor.requires_grad", "False")],
+            "why_not_frozen": [("reason is None and tensor.requires_grad", "False")],
         },
     ),
 ]  # fmt: skip

@@ -1,0 +1,103 @@
+"""Wrong edits of the path of a stack of experts, from the formulas to PEFT's wrapper; not of its kernels."""
+
+from tests.support.mutants.edits import FileEdits
+
+EXPERTS = [
+    FileEdits(
+        "mica/reference_experts.py",
+        tests=["tests/mica/test_reference_experts.py"],
+        edits={
+            "experts_linear": [
+                ("y[end:] = 0", ""),
+                ("None if bias is None else bias[expert]", "None"),
+                ("weight[expert]", "weight[0]"),
+            ],
+            "experts_linear_backward": [
+                ("dx[end:] = 0", "pass"),
+                ("torch.zeros_like", "torch.empty_like"),
+                ("lora_A[expert],", "lora_A[0],"),
+                ("end = rows.stop", ""),
+            ],
+            "hit": [("start = max(start, end)", "")],
+        },
+    ),
+    FileEdits(
+        "mica/ops/experts.py",
+        tests=["tests/mica/ops/test_experts.py"],
+        edits={
+            "_ExpertsLinear.forward": [
+                ("x if needs_A else None", "x"),
+                ("tokens if needs_A else None", "None"),
+                ("inverse if needs_x else None", "None"),
+                ("weight if needs_x else None", "weight"),
+                ("compute_dtype or x.dtype", "x.dtype"),
+                ("_, needs_x, _, _, needs_A", "_, needs_A, _, _, needs_x"),
+            ],
+            "_ExpertsLinear.backward": [("weight is not None, x is not None", "True, True")],
+            "_backward": [("rows if needs_A else None", "rows"), ("weight if needs_x else None", "weight")],
+            "_cast": [("x.to(weight.dtype)", "x.bfloat16()")],
+        },
+    ),
+    FileEdits(
+        "mica/ops/routing.py",
+        tests=["tests/mica/ops/test_routing.py"],
+        edits={
+            "route": [("order // top_k", "order % top_k"), ("right=True", "right=False")],
+            "to_experts": [("x.index_select(0, tokens)", "x")],
+            "summed": [
+                ("grad_rows.index_select(0, inverse)", "grad_rows"),
+                ("if not num_tokens", "if False"),
+            ],
+            "_FromExperts.forward": [
+                ("y if ctx.needs_input_grad[1] else None", "y"),
+                ("y.index_select(0, inverse)", "y"),
+            ],
+            "_FromExperts.backward": [
+                ("grad_output.index_select(0, tokens)", "grad_output.index_select(0, order // 2)"),
+                ("weights.reshape(-1).index_select(0, order)", "weights.reshape(-1)"),
+                ("y.index_select(0, inverse)", "y"),
+            ],
+        },
+    ),
+    FileEdits(
+        "mica/fast/experts.py",
+        tests=["tests/mica/fast/test_experts_eligibility.py", "tests/mica/fast/test_experts.py"],
+        edits={
+            "_forward": [
+                ("if module.has_gate else module.act_fn(hidden)", ""),
+                ('"gate_up_proj" if module.has_gate else "up_proj"', '"gate_up_proj"'),
+                ("calls.note(wrapper)", "pass"),
+            ],
+            "_project": [
+                ("if module.is_transposed", "if False"),
+                (' if module.has_bias else None', " if False else None"),
+            ],
+            "read": [
+                ("(*chain[1:], module)", "(module,)"),
+                ("(*chain[1:], module)", "chain[1:]"),
+                ("if stack is not None", "if True"),
+            ],
+            "_read_wrapper": [
+                ("if wrapper.disable_adapters", "if False"),
+                ("if wrapper.merged", "if False"),
+                ("len(names) > 1", "False"),
+                ("not is_mica(wrapper, name)", "False"),
+                ("not expert_stacks.is_stack(wrapper)", "False"),
+                ("type(scaling) is not float", "False"),
+                ("lora_A.dtype != lora_B.dtype", "False"),
+                ('or why_not_frozen("lora_B", lora_B)', ""),
+            ],
+            "_why_not_module": [
+                ("is not _DISPATCHING", "is None"),
+                ('module.__dict__.get("_hf_tp_plan") is not None', "False"),
+                ('getattr(module, "_is_expert_parallel", False)', "False"),
+                ("chosen is not None and chosen not in _KNOWN", "False"),
+            ],
+            "_why_not_parameters": [("reason is None and module.has_bias", "False")],
+            "_fits": [
+                ("if not is_grouped", "if False"),
+                ("if weight.dtype != expected", "if False"),
+            ],
+        },
+    ),
+]  # fmt: skip
