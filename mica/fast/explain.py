@@ -73,24 +73,15 @@ def explain(model: nn.Module) -> Explanation:
     for name, module in model.named_modules():
         if isinstance(module, BaseTunerLayer):
             base = type(module.get_base_layer()).__name__
-            with _as_gathered(model, name, module):
+            outermost, shown = module, name
+            if expert_stacks.is_wrapper(module):  # adapters of parameters of one module are nested
+                while name.endswith(".base_layer"):
+                    name = name.removesuffix(".base_layer")
+                outermost, shown = model.get_submodule(name), f"{name}.{module.parameter_name}"
+            with _as_gathered(model, name, outermost):
                 count = counts.get(module) if _is_counted(module) else None
-                row = Row(_shown(name, module), base, _adapters(module), *_path(module, name, model), count)
-                rows.append(row)
+                rows.append(Row(shown, base, _adapters(module), *_path(module, outermost), count))
     return Explanation(rows)
-
-
-def _shown(name: str, layer) -> str:
-    """The layer's name; of an adapter of one parameter, which may be nested in another, the parameter's."""
-    if not expert_stacks.is_wrapper(layer):
-        return name
-    return f"{_outermost_name(name)}.{layer.parameter_name}"
-
-
-def _outermost_name(name: str) -> str:
-    while name.endswith(".base_layer"):
-        name = name.removesuffix(".base_layer")
-    return name
 
 
 @contextmanager
@@ -120,10 +111,10 @@ def _is_fsdp(*modules: nn.Module) -> bool:
     return any(isinstance(module, FSDPModule) for module in modules)
 
 
-def _path(layer, name: str, model: nn.Module) -> tuple[str, str]:
-    """(path, reason) of one layer."""
+def _path(layer, outermost) -> tuple[str, str]:
+    """(path, reason) of one layer; ``outermost``: of those nested around one module, else the layer."""
     of_stack = expert_stacks.is_wrapper(layer)
-    reason = _reason(layer, model.get_submodule(_outermost_name(name)) if of_stack else None)
+    reason = _reason(layer, outermost)
     if reason:
         return PEFT, reason
     called = None if of_stack or isinstance(layer, lora.Embedding) else why_called(layer)
@@ -146,19 +137,16 @@ def _adapters(layer) -> str:
     return ", ".join(f"{name} (MiCA)" if is_mica(layer, name) else name for name in names)
 
 
-def _reason(layer, outermost=None) -> str | None:
-    """Why PEFT's own code runs; ``outermost``: of the wrappers around one module, if the layer is one."""
+def _reason(layer, outermost) -> str | None:
     if not patching.is_installed():
         return "mica.fast is not installed"
     if not settings.enabled:
         return "mica.fast is disabled"
     if _has_own_forward(layer):
         return "the layer has a forward of its own, set before mica.fast was imported"
-    if outermost is None:
+    if not expert_stacks.is_wrapper(layer):
         return why_not(layer)
-    if not adapters_of(layer):
-        return why_not_active(layer)
-    return experts.why_not(outermost)
+    return experts.why_not(outermost) if adapters_of(layer) else why_not_active(layer)
 
 
 def _has_own_forward(layer) -> bool:
