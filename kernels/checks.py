@@ -74,6 +74,22 @@ def indices(tensor: Tensor) -> None:
         raise ValueError(f"indices must be (num_tokens,), but their shape is {tuple(tensor.shape)}.")
 
 
+def offsets(tensor: Tensor, name: str | None = None, stack: Tensor | None = None) -> None:
+    """Ends of experts' rows. ``stack``: a tensor with one entry per expert, of this name."""
+    if tensor.dtype not in (torch.int32, torch.int64):
+        raise TypeError(f"offsets must be int32 or int64, but they are {tensor.dtype}.")
+    if tensor.dim() != 1 or not tensor.numel() or not tensor.is_contiguous():
+        raise ValueError(
+            "offsets must be (num_experts,), contiguous and not empty, but their shape is "
+            f"{tuple(tensor.shape)} with strides {tensor.stride()}."
+        )
+    if stack is not None and tensor.shape[0] != stack.shape[0]:
+        raise ValueError(
+            f"offsets and {name} must have one entry per expert, but their shapes are {tuple(tensor.shape)} "
+            f"and {tuple(stack.shape)}."
+        )
+
+
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
     if dtype not in DTYPES:
         raise TypeError(f"compute_dtype must be {names_of(DTYPES)} for the kernels, but it is {dtype}.")

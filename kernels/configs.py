@@ -22,6 +22,7 @@ SHARED_MEMORY = {
 # Programs that keep every multiprocessor of a large GPU busy (132 on an H100, 304 CUs on an MI300X). A
 # constant, not the device's own number: splits depend on shapes only, and so do results.
 PROGRAMS = 264
+MANY_TOKENS = 8192  # more than any configuration asks for
 # Their tensor cores read from shared memory and multiply for four warps: registers suffice for larger tiles.
 _HOPPER_ON = ("sm_90", "sm_100")
 
@@ -104,6 +105,28 @@ def grad_a(target: str, num_tokens: int, block_r: int, itemsize: int) -> tuple[C
     else:
         table = [Config(block_m, 0, 64 if itemsize == 2 else 32, 8, 3)]
     return tuple(_fits(c, (c.block_k + block_r) * block_m * itemsize, target) for c in table)
+
+
+# Rows of an expert, on average, up to which its tiles are small: most of a large one would be empty.
+FEW_ROWS = 32
+
+
+@functools.lru_cache(maxsize=1024)
+def experts_down(target: str, rows_each: int, block_r: int, itemsize: int) -> tuple[Config, ...]:
+    """`down_projection`'s tiles, by the average number of rows of an expert."""
+    return down_projection(target, 1 if rows_each <= FEW_ROWS else MANY_TOKENS, block_r, itemsize)
+
+
+@functools.lru_cache(maxsize=1024)
+def experts_up(target: str, rows_each: int, block_r: int, itemsize: int) -> tuple[Config, ...]:
+    """`up_projection`'s tiles, by the average number of rows of an expert."""
+    return up_projection(target, 1 if rows_each <= FEW_ROWS else MANY_TOKENS, block_r, itemsize)
+
+
+@functools.lru_cache(maxsize=1024)
+def experts_grad_a(target: str, columns: int, block_r: int, itemsize: int) -> tuple[Config, ...]:
+    """`grad_a`'s tiles: wide ones where the ``columns`` of all experts together give enough programs."""
+    return grad_a(target, MANY_TOKENS if columns >= 128 * PROGRAMS else 1, block_r, itemsize)
 
 
 @functools.lru_cache(maxsize=1024)

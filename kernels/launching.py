@@ -84,7 +84,7 @@ class Plan:
     numbers: dict
     meta: dict
     config: Config
-    shape: tuple[int, int] = (0, 0)
+    shape: tuple[int, ...] = (0, 0)
     dtype: torch.dtype = torch.float32
     parts: int = 0
     then: Plan | None = None

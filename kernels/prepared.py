@@ -5,6 +5,9 @@ A tensor that is already in that form is used directly. Of others a copy is kept
 reports that the contents may have changed: another storage (``data_ptr``; the old one is kept alive, so its
 address cannot be reused) or an in-place write (``_version``). PyTorch does not count writes through
 ``tensor.data``: after such an edit of B call `forget`.
+
+The B of a stack of experts is a view, made again for every call, of the parameter that PEFT stores: its copy
+belongs to that parameter, whose version a view shares.
 """
 
 from __future__ import annotations
@@ -21,13 +24,14 @@ from mica.kernels.limits import padded_columns
 
 
 class _Entry(NamedTuple):
-    of_B: weakref.ref[Tensor]  # drops the entry when B is freed, before another tensor can have its id
+    of_owner: weakref.ref[Tensor]  # drops the entry when it is freed, before another tensor can have its id
     state: tuple
     source: Tensor  # shares B's storage: what it points to cannot be freed and reused
     factor: Tensor
 
 
-# By the id of B. torch's weak keys, which compare tensors by identity, take ten times as long.
+# By the id of B, or of the parameter that it is a view of. torch's weak keys, which compare tensors by
+# identity, take ten times as long.
 entries: dict[int, _Entry] = {}
 
 
@@ -38,14 +42,30 @@ def prepare(lora_B: Tensor, dtype: torch.dtype) -> Tensor:
     """
     if lora_B.dtype is dtype and not lora_B.shape[1] % 16 and lora_B.is_contiguous():
         return (lora_B.detach() if lora_B.requires_grad else lora_B).t()
-    if not _is_cacheable(lora_B):
-        return padded(lora_B, dtype).t()
-    key, state = id(lora_B), (lora_B._version, lora_B.data_ptr(), layout(lora_B), dtype)
+    return _kept(lora_B, lora_B, dtype)
+
+
+def prepare_experts(lora_B: Tensor, dtype: torch.dtype) -> Tensor:
+    """Bᵀ of each expert, (num_experts, padded_columns(rank), out_features), as `prepare` gives it.
+
+    lora_B is (num_experts, out_features, rank), any strides. A view of which PyTorch knows no base, as
+    ``detach()`` gives it, has a copy of its own, for as long as the view lives.
+    """
+    if lora_B.dtype is dtype and not lora_B.shape[2] % 16 and lora_B.is_contiguous():
+        return lora_B.detach().transpose(1, 2)
+    return _kept(lora_B, lora_B if lora_B._base is None else lora_B._base, dtype)
+
+
+def _kept(lora_B: Tensor, owner: Tensor, dtype: torch.dtype) -> Tensor:
+    """`padded` with the last two dimensions transposed, kept as long as ``owner`` lives."""
+    if not _is_cacheable(lora_B) or not (owner is lora_B or _is_cacheable(owner)):
+        return padded(lora_B, dtype).transpose(-1, -2)
+    key, state = id(owner), (lora_B._version, lora_B.data_ptr(), layout(lora_B), dtype)
     entry = entries.get(key)
     if entry is None or entry.state != state:
-        of_B = weakref.ref(lora_B, lambda _: entries.pop(key, None))
-        factor = workspace.kept(lambda: padded(lora_B, dtype), lora_B).t()
-        entry = entries[key] = _Entry(of_B, state, lora_B.detach(), factor)
+        of_owner = weakref.ref(owner, lambda _: entries.pop(key, None))
+        factor = workspace.kept(lambda: padded(lora_B, dtype), lora_B).transpose(-1, -2)
+        entry = entries[key] = _Entry(of_owner, state, lora_B.detach(), factor)
     return entry.factor
 
 
@@ -55,11 +75,11 @@ def forget() -> None:
 
 
 def padded(lora_B: Tensor, dtype: torch.dtype) -> Tensor:
-    columns = padded_columns(lora_B.shape[1])
-    if columns == lora_B.shape[1]:
+    rank = lora_B.shape[-1]
+    if rank == padded_columns(rank):
         return lora_B.detach().to(dtype).contiguous()
-    prepared = lora_B.new_zeros(lora_B.shape[0], columns, dtype=dtype)
-    prepared[:, : lora_B.shape[1]] = lora_B.detach()
+    prepared = lora_B.new_zeros(*lora_B.shape[:-1], padded_columns(rank), dtype=dtype)
+    prepared[..., :rank] = lora_B.detach()
     return prepared
 
 

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from mica.kernels import prepared
-from mica.kernels.prepared import forget, prepare
+from mica.kernels.prepared import forget, prepare, prepare_experts
 
 
 @pytest.fixture(autouse=True)
@@ -117,3 +117,84 @@ def test_a_copy_is_kept_where_no_graph_owns_the_memory(monkeypatch):
     prepare(lora_B, torch.bfloat16)
     prepare(lora_B, torch.bfloat16)
     assert kept == [1]
+
+
+@pytest.fixture
+def stored():
+    """lora_B as PEFT stores it for 4 experts: (9 out_features, rank 3 · 4)."""
+    return torch.nn.Parameter(torch.randn(9, 12), requires_grad=False)
+
+
+def view(stored):
+    return stored.view(9, 3, 4).permute(2, 0, 1)
+
+
+@pytest.mark.parametrize(("rank", "columns"), [(3, 16), (16, 16), (20, 32)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_stack_is_cast_padded_and_contiguous(rank, columns, dtype):
+    lora_B = torch.randn(9, rank, 4).permute(2, 0, 1)
+    result = prepare_experts(lora_B, dtype).transpose(1, 2)
+    assert result.shape == (4, 9, columns)
+    assert result.dtype == dtype
+    assert result.is_contiguous()
+    assert torch.equal(result[..., :rank], lora_B.to(dtype))
+    assert not result[..., rank:].any()
+
+
+def test_a_stack_that_fits_already_is_not_copied():
+    lora_B = torch.randn(4, 9, 16)
+    assert prepare_experts(lora_B, torch.float32).data_ptr() == lora_B.data_ptr()
+
+
+def test_views_of_one_parameter_share_a_copy(stored):
+    first = prepare_experts(view(stored), torch.bfloat16)
+    assert prepare_experts(view(stored), torch.bfloat16) is first
+    with torch.no_grad():
+        assert prepare_experts(view(stored), torch.bfloat16) is first
+    assert len(prepared.entries) == 1
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_change_of_a_stack_is_seen(stored, change):
+    prepare_experts(view(stored), torch.bfloat16)
+    with torch.no_grad():
+        CHANGES[change](stored)
+    result = prepare_experts(view(stored), torch.bfloat16)[:, :3]
+    assert torch.equal(result, view(stored).bfloat16().transpose(1, 2))
+
+
+def test_forget_drops_stacks_too(stored):
+    prepare_experts(view(stored), torch.bfloat16)
+    stored.data.mul_(2.0)
+    forget()
+    result = prepare_experts(view(stored), torch.bfloat16)[:, :3]
+    assert torch.equal(result, view(stored).bfloat16().transpose(1, 2))
+
+
+def test_a_copy_of_a_stack_lives_as_long_as_the_parameter():
+    stored = torch.nn.Parameter(torch.randn(9, 12), requires_grad=False)
+    copy = weakref.ref(prepare_experts(view(stored), torch.bfloat16))
+    gc.collect()
+    assert copy() is not None
+    del stored
+    gc.collect()
+    assert copy() is None
+    assert len(prepared.entries) == 0
+
+
+def test_a_stack_is_not_kept_where_a_change_could_be_hidden(stored, monkeypatch):
+    prepare_experts(view(stored.detach().requires_grad_()), torch.bfloat16)
+    with torch.inference_mode():
+        inferred = torch.randn(9, 12)
+    prepare_experts(view(inferred), torch.bfloat16)
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    prepare_experts(view(stored), torch.bfloat16)
+    assert len(prepared.entries) == 0
+
+
+def test_a_stack_of_unknown_base_has_a_copy_of_its_own(stored):
+    lora_B = view(stored).detach()
+    prepare_experts(lora_B, torch.bfloat16)
+    del lora_B
+    gc.collect()
+    assert len(prepared.entries) == 0

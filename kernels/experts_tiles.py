@@ -1,0 +1,47 @@
+"""Which rows of x a program has where x's rows are sorted by expert, without asking the host.
+
+The ends of the experts' rows are on the device, and reading them would make the host wait. So as many
+programs are launched as there can be tiles, and each finds its own. Expert e has the numbers from
+start // BLOCK_M + e to end // BLOCK_M + e (both included), at least as many as it has tiles; the next
+expert's begin after them. The expert of a program is then a count of ends: no sum over the experts before it
+is needed, and no map in memory. At most num_experts programs have no rows, and end at once.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from mica.kernels.common import power_of_two
+
+
+@triton.jit
+def tile_of(offsets_ptr, tile, num_rows, num_experts, BLOCK_E: tl.constexpr, BLOCK_M: tl.constexpr):
+    """(expert, first row, end of the expert's rows) of a tile; no rows are left where first ≥ end.
+
+    The rows after the last expert's have the number num_experts.
+    """
+    experts = tl.arange(0, BLOCK_E)
+    is_expert = experts < num_experts
+    ends = tl.load(offsets_ptr + experts, mask=is_expert, other=0).to(tl.int32)
+    is_before = is_expert & (ends // BLOCK_M + experts < tile)
+    expert = tl.sum(is_before.to(tl.int32), axis=0)
+    start, end = rows_of(offsets_ptr, expert, num_rows, num_experts)
+    return expert, start + (tile - start // BLOCK_M - expert) * BLOCK_M, end
+
+
+@triton.jit
+def rows_of(offsets_ptr, expert, num_rows, num_experts):
+    """(first row, end) of an expert, or of the rows after the last one's."""
+    start = tl.load(offsets_ptr + expert - 1, mask=expert > 0, other=0).to(tl.int32)
+    end = tl.load(offsets_ptr + expert, mask=expert < num_experts, other=num_rows).to(tl.int32)
+    return start, end
+
+
+def most_tiles(num_rows: int, num_experts: int, block_m: int, tail: bool) -> int:
+    """How many numbers there are, with those for the rows after the last expert's if ``tail``."""
+    return num_rows // block_m + num_experts + tail if num_rows else 0
+
+
+def block_e(num_experts: int) -> int:
+    return max(16, power_of_two(num_experts))
