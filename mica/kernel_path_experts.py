@@ -45,6 +45,9 @@ def experts_linear(
     compute_dtype: torch.dtype | None = None,
 ) -> Tensor:
     """As `mica.reference_experts.experts_linear`."""
+    if not lora_A.shape[1]:
+        y = _none_beyond(base_product(x, offsets, weight.transpose(1, 2)), offsets)
+        return y if bias is None else _add_biases(y, offsets, bias)
     dtype = compute_dtype or x.dtype
     h = experts_down(x, offsets, lora_A, scale=scaling, compute_dtype=dtype)
     factor = prepare_experts(lora_B, dtype)
@@ -63,6 +66,9 @@ def experts_linear_backward(
 ) -> tuple[Tensor | None, Tensor | None]:
     """As `mica.reference_experts.experts_linear_backward`."""
     grad_x = grad_A = None
+    if not lora_A.shape[1]:
+        dx = None if weight is None else _none_beyond(base_product(grad_output, offsets, weight), offsets)
+        return dx, None if x is None else torch.zeros_like(lora_A)
     factor = prepare_experts(lora_B, compute_dtype)
     g = experts_down(grad_output, offsets, factor, scale=scaling, compute_dtype=compute_dtype)
     if x is not None:
@@ -70,6 +76,24 @@ def experts_linear_backward(
     if weight is not None:
         grad_x = experts_up_(base_product(grad_output, offsets, weight), g, offsets, lora_A)
     return grad_x, grad_A
+
+
+# ---------------------------------------------------------------------------------------------------
+# the base weights
+# ---------------------------------------------------------------------------------------------------
+
+
+def _none_beyond(y: Tensor, offsets: Tensor) -> Tensor:
+    """y, with 0 in the rows after the last offset; for a stack without an adapter (rank 0)."""
+    beyond = torch.arange(len(y), device=y.device) >= offsets[-1]
+    return y.masked_fill_(beyond.unsqueeze(1), 0)
+
+
+def _add_biases(y: Tensor, offsets: Tensor, bias: Tensor) -> Tensor:
+    rows = torch.arange(len(y), dtype=offsets.dtype, device=y.device)
+    experts = torch.searchsorted(offsets, rows, right=True)
+    padded = torch.cat([bias, bias.new_zeros(1, bias.shape[1])])  # for the rows of no expert
+    return y.add_(padded.index_select(0, experts))
 
 
 def base_product(x: Tensor, offsets: Tensor, weight: Tensor) -> Tensor:

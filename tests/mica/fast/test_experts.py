@@ -201,3 +201,17 @@ def test_what_is_saved_for_the_backward_does_not_grow_with_the_experts():
         return sum(size for size, _ in sizes.values())
 
     assert saved(32) - saved(4) == 28 * 4  # the offsets, one tensor for both stacks
+
+
+@pytest.mark.parametrize("kind", BUILDERS)
+def test_on_kernels(monkeypatch, kind):
+    """Interpreted: a step of the whole model, its losses and gradients."""
+    model, ids = adapted(kind), tokens(1, 4)
+    loss, grads, _ = gradients(model, ids)
+    monkeypatch.setenv("MICA_BACKEND", "triton")
+    before = mica.fast.call_counts["experts_linear_backward_kernels"]
+    again, grads_again, _ = gradients(model, ids)
+    assert mica.fast.call_counts["experts_linear_backward_kernels"] == before + 4
+    assert error(again, loss) <= RELATIVE[torch.float32]
+    for name, grad in grads.items():
+        assert error(grads_again[name], grad) <= 10 * RELATIVE[torch.float32], name

@@ -7,6 +7,7 @@ from mica.ops import mica_experts_linear
 from mica.ops.experts import experts_linear
 from mica.ops.routing import route, summed, to_experts
 from tests.support.experts_oracle import ROUTES, problem, run, solve
+from tests.support.kernel_cases import DEVICE
 from tests.support.oracle import DTYPES
 from tests.support.tolerances import RELATIVE, error
 
@@ -185,3 +186,34 @@ def test_tokens_compiled_and_twice_differentiated():
     )
     operands = (p.grad_output, p.x, p.offsets, p.weight, p.lora_A, p.lora_B, 1.0, torch.float64, [True, True])
     opcheck(torch.ops.mica.experts_linear_backward.default, (*operands, routing.tokens, routing.inverse, 6))
+
+
+# ---------------------------------------------------------------------------------------------------
+# on Triton kernels (interpreted where there is no GPU)
+# ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("rank", [3, 0])
+@pytest.mark.parametrize("route", ["rows of none", "idle ones", "no rows"])
+@pytest.mark.parametrize("bias", [True, False])
+def test_on_kernels(monkeypatch, rank, route, bias):
+    """Rank 0, a stack without an adapter, too."""
+    monkeypatch.setenv("MICA_BACKEND", "triton")
+    p = problem(route, 8, 12, 3, torch.float32, bias=bias)
+    if not rank:
+        p.lora_A, p.lora_B = p.lora_A[:, :0], p.lora_B[:, :, :0]
+    expected = solve(p)
+    operands = ("x", "offsets", "weight", "lora_A", "lora_B", "bias", "grad_output")
+    for name in operands:
+        value = getattr(p, name)
+        setattr(p, name, None if value is None else value.to(DEVICE))
+    before = ops.call_counts["experts_linear_kernels"]
+    actual = run(p, unchecked)
+    assert ops.call_counts["experts_linear_kernels"] == before + 1
+    for name, value in actual.items():
+        assert error(value.cpu(), expected[name]) <= RELATIVE[torch.float32], name
+
+
+def unchecked(*operands):
+    """`mica_experts_linear` without its checks, which refuse rank 0."""
+    return experts_linear(*operands, None)
