@@ -11,16 +11,21 @@ from torch.nn.utils import parametrize
 
 import mica.fast
 from mica.fast import merging
-from mica.fast.expert_stacks import is_stored_as_in_out, is_wrapper, lora_A_of, lora_B_of, parameter_of
+from mica.fast.expert_stacks import is_stored_as_in_out, lora_A_of, lora_B_of, parameter_of
 from tests.support.models import randomise
-from tests.support.moe_models import BUILDERS, ROUTER, STACKS, gpt_oss, qwen3_moe, tokens, wrap_experts
+from tests.support.moe_models import (
+    BUILDERS,
+    ROUTER,
+    STACKS,
+    gpt_oss,
+    qwen3_moe,
+    tokens,
+    wrap_experts,
+    wrappers,
+)
 from tests.support.tolerances import RELATIVE, error
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-
-
-def wrappers(model):
-    return {name: module for name, module in model.named_modules() if is_wrapper(module)}
 
 
 def trained(kind="qwen3_moe", dtype=torch.float32, scale=0.3, **config):
