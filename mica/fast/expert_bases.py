@@ -94,6 +94,13 @@ def check(layer, name: str, rank: int) -> None:
             f"dtype {parameter.dtype}. Experts in 8 or 4 bits (fp8, mxfp4) have to be dequantised when the "
             "model is loaded."
         )
+    if _is_mislabelled(layer):
+        raise UnsuitableLayerError(
+            f"MiCA cannot start from {name}, because its experts are stored as (in_features, out_features) "
+            f"and their {type(module_of(layer)).__name__} has no attribute `is_transposed`, so that PEFT "
+            "takes in for out: set is_transposed = True on these modules before an adapter is created or "
+            "loaded."
+        )
     if is_stack(layer) and layer.num_experts == 1 and not layer._did_swap_in_out_features:
         raise UnsuitableLayerError(
             f"MiCA cannot start from {name}, a single expert of shape {tuple(parameter.shape)} stored as "
@@ -122,6 +129,19 @@ def check(layer, name: str, rank: int) -> None:
             f"MiCA requires `r` <= min(in_features, out_features) but got r={rank} for {name} with weight "
             f"shape {tuple(parameter.shape)} (max usable r is {min(out_features, in_features)})."
         )
+
+
+def _is_mislabelled(layer) -> bool:
+    """Whether gate_up_proj and down_proj show that a module that says nothing stores them transposed.
+
+    With hidden size H and intermediate size I they are (2I, H) and (H, I), transposed (H, 2I) and (I, H).
+    """
+    module = module_of(layer)
+    stacks = [getattr(module, name, None) for name in (GATE_UP, "down_proj")]
+    if hasattr(module, "is_transposed") or any(getattr(stack, "ndim", 0) != 3 for stack in stacks):
+        return False
+    gate_up, down = (stack.shape[1:] for stack in stacks)
+    return gate_up == (down[1], 2 * down[0])
 
 
 def check_finite(layer, name: str) -> None:

@@ -6,10 +6,12 @@ In bf16 they run too: PyTorch's grouped products want rows of a multiple of 16 b
 ``gpt_oss`` stores (experts, in, out), gate and up interleaved, with biases.
 """
 
+import copy
 from contextlib import nullcontext
 
 import torch
 from peft import LoraConfig, get_peft_model
+from torch import nn
 from transformers import (
     GptOssConfig,
     GptOssForCausalLM,
@@ -20,6 +22,7 @@ from transformers import (
 )
 
 import mica.fast
+from mica.fast.expert_stacks import is_wrapper
 
 STACKS = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
 ROUTER = {"qwen3_moe": "mlp.gate.weight", "mixtral": "mlp.gate.weight", "gpt_oss": "mlp.router.weight"}
@@ -90,3 +93,48 @@ def tokens(batch=2, length=7, seed=0):
     return torch.randint(
         0, _SHARED["vocab_size"], (batch, length), generator=torch.Generator().manual_seed(seed)
     )
+
+
+def second(model, **changes):
+    """A second adapter with the first one's configuration, but for the changes."""
+    config = copy.deepcopy(model.peft_config["default"])
+    for name, value in changes.items():
+        setattr(config, name, value)
+    model.add_adapter("second", config)
+    return model
+
+
+def wrappers(model):
+    """name -> PEFT's wrapper, of every adapted parameter."""
+    return {name: module for name, module in model.named_modules() if is_wrapper(module)}
+
+
+class Stack(nn.Module):
+    """A module with one parameter of the given weight, as a layer ``experts`` of ``Holder``."""
+
+    def __init__(self, weight, name="down_proj", **attributes):
+        super().__init__()
+        setattr(self, name, nn.Parameter(weight, requires_grad=weight.is_floating_point()))
+        vars(self).update(attributes)
+
+    def forward(self, x):
+        return x
+
+
+def holder(weight, name="down_proj", **attributes):
+    return nn.ModuleDict({"experts": Stack(weight, name, **attributes)})
+
+
+def wrap_holder(model, rank=2, name="down_proj", **kwargs):
+    return wrap_experts(model, rank, [f"experts.{name}"], **kwargs)
+
+
+def exact_basis(weight, rank):
+    """By the definition, in fp64: (..., out, rank)."""
+    return torch.linalg.svd(weight.detach().double(), full_matrices=False).U[..., -rank:]
+
+
+def assert_same_vectors(basis, exact):
+    """Vector by vector and in the same order, up to signs: the singular values of these weights differ."""
+    overlap = (basis.detach().double() * exact).sum(-2).abs()
+    assert (overlap > 1 - 1e-6).all()

@@ -16,17 +16,13 @@ from mica.fast.expert_stacks import (
     weight_of_stack,
 )
 from tests.support.models import net
-from tests.support.moe_models import BUILDERS, ROUTER, STACKS, wrap_experts
-
-
-def wrappers(model):
-    return [module for module in model.modules() if is_wrapper(module)]
+from tests.support.moe_models import BUILDERS, ROUTER, STACKS, wrap_experts, wrappers
 
 
 @pytest.mark.parametrize("kind", BUILDERS)
 def test_views_give_the_update_that_peft_adds(kind):
     model = wrap_experts(BUILDERS[kind](), stock=True, target_parameters=[*STACKS, ROUTER[kind]])
-    layers = wrappers(model)
+    layers = wrappers(model).values()
     assert sorted(map(weight_name, layers)) == sorted(2 * ["gate_up_proj", "down_proj", "weight"])
     for layer in layers:
         normal_(layer.lora_B["default"].weight)
@@ -43,7 +39,7 @@ def test_views_give_the_update_that_peft_adds(kind):
 
 @pytest.mark.parametrize("kind", BUILDERS)
 def test_views_share_the_memory(kind):
-    for layer in wrappers(wrap_experts(BUILDERS[kind](), stock=True)):
+    for layer in wrappers(wrap_experts(BUILDERS[kind](), stock=True)).values():
         pairs = [
             (lora_A_of(layer, "default"), layer.lora_A["default"].weight),
             (lora_B_of(layer, "default"), layer.lora_B["default"].weight),

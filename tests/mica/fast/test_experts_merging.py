@@ -11,16 +11,21 @@ from torch.nn.utils import parametrize
 
 import mica.fast
 from mica.fast import merging
-from mica.fast.expert_stacks import is_stored_as_in_out, is_wrapper, lora_A_of, lora_B_of, parameter_of
+from mica.fast.expert_stacks import is_stored_as_in_out, lora_A_of, lora_B_of, parameter_of
 from tests.support.models import randomise
-from tests.support.moe_models import BUILDERS, ROUTER, STACKS, gpt_oss, qwen3_moe, tokens, wrap_experts
+from tests.support.moe_models import (
+    BUILDERS,
+    ROUTER,
+    STACKS,
+    gpt_oss,
+    qwen3_moe,
+    tokens,
+    wrap_experts,
+    wrappers,
+)
 from tests.support.tolerances import RELATIVE, error
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-
-
-def wrappers(model):
-    return {name: module for name, module in model.named_modules() if is_wrapper(module)}
 
 
 def trained(kind="qwen3_moe", dtype=torch.float32, scale=0.3, **config):
@@ -94,17 +99,17 @@ def test_stock_loses_what_this_keeps():
 @pytest.mark.parametrize("kind", BUILDERS)
 def test_outputs_merged_disabled_and_unloaded(kind, dtype):
     """All layers of nested wrappers; within `disable_adapter` a merged model is unmerged."""
-    model = trained(kind, dtype)
+    model, tolerance = trained(kind, dtype), 10 * RELATIVE[dtype]  # stock's forward rounds W + s·B·A twice
     before, expected = stacks(model), logits(model)
     base = logits(BUILDERS[kind]().to(dtype))
     model.merge_adapter()
-    assert error(logits(model), expected) <= 5 * RELATIVE[dtype]
+    assert error(logits(model), expected) <= tolerance
     with model.disable_adapter():
         assert torch.equal(logits(model), base)
     assert_same_bits(model, before)
     unloaded = model.merge_and_unload()
     assert not wrappers(unloaded)
-    assert error(logits(unloaded), expected) <= 5 * RELATIVE[dtype]
+    assert error(logits(unloaded), expected) <= tolerance
     assert len(mica.fast.merge_report(unloaded).layers) == 6
 
 
@@ -230,7 +235,7 @@ def test_broken_adapter_is_refused_by_safe_merge():
     layer = list(wrappers(model).values())[1]
     with torch.no_grad():
         layer.lora_A["default"].weight[0, 0] = float("nan")
-    with pytest.raises(ValueError, match="NaNs detected in the merged weights. The adapter default"):
+    with pytest.raises(ValueError, match="NaNs detected in the merged weights"):
         layer.merge(safe_merge=True)
     assert_same_bits(model, before)
     assert not layer.merged_adapters
@@ -307,8 +312,8 @@ def test_within_autocast_and_inference_mode():
     assert_same_bits(model, before)
 
 
-def test_a_single_expert_and_a_single_row():
-    model = randomise(wrap_experts(gpt_oss(experts=4, num_experts_per_tok=1), rank=1))
+def test_rank_1():
+    model = randomise(wrap_experts(gpt_oss(), rank=1))
     before = stacks(model)
     model.merge_adapter(safe_merge=True)
     model.unmerge_adapter()

@@ -10,9 +10,18 @@ from peft import AutoPeftModel, AutoPeftModelForCausalLM, LoraConfig, PeftConfig
 from safetensors.torch import load_file, save_file
 
 import mica.fast
-from mica.fast.expert_stacks import is_wrapper, lora_A_of, lora_B_of
+from mica.fast.expert_stacks import lora_A_of, lora_B_of
 from tests.support.models import randomise, stock_load
-from tests.support.moe_models import BUILDERS, ROUTER, STACKS, gpt_oss, qwen3_moe, tokens, wrap_experts
+from tests.support.moe_models import (
+    BUILDERS,
+    ROUTER,
+    STACKS,
+    gpt_oss,
+    qwen3_moe,
+    tokens,
+    wrap_experts,
+    wrappers,
+)
 from tests.support.tolerances import RELATIVE, error
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -43,10 +52,6 @@ for base, adapter, how, logits in zip(*[iter(sys.argv[3:])] * 4):
         torch.save(model.eval()(input_ids=ids).logits, logits)
 assert "mica" not in sys.modules
 """
-
-
-def wrappers(model):
-    return {name: module for name, module in model.named_modules() if is_wrapper(module)}
 
 
 def trained(kind="qwen3_moe", base=None, **config):
