@@ -18,6 +18,7 @@ from mica.fast import calls, patching
 from mica.fast.eligibility import (
     adapter_weights,
     adapters_of,
+    class_of,
     is_mica,
     quantised_layers,
     why_called,
@@ -83,7 +84,7 @@ def _as_gathered(model: nn.Module, name: str, layer: nn.Module) -> Iterator[None
     """Plain shards in place of the weights that FSDP2 gathers before this layer is called."""
     parents = [model.get_submodule(name.rsplit(".", depth)[0]) for depth in range(1, name.count(".") + 1)]
     replaced = []
-    if _is_fsdp(model, *parents):
+    if _is_fsdp(model, layer, *parents):
         for module in layer.modules():
             for key, parameter in module._parameters.items():
                 if hasattr(parameter, "to_local"):
@@ -148,7 +149,8 @@ def _has_own_forward(layer) -> bool:
 
 def _is_counted(layer) -> bool:
     """Whether the layer's calls pass through the forwards of `mica.fast.layers`."""
-    is_covered = type(layer) in (lora.Linear, lora.Embedding) or type(layer) in quantised_layers
+    kind = class_of(layer)
+    is_covered = kind in (lora.Linear, lora.Embedding) or kind in quantised_layers
     return patching.is_installed() and is_covered and not _has_own_forward(layer)
 
 
