@@ -132,10 +132,10 @@ def _is_sharded(base_layer: nn.Module) -> bool:
 def initialise(adapters: Sequence[NewAdapter]) -> None:
     """B = the minor subspace for all of them, in B's present dtype; A is unchanged.
 
-    One progress bar for everything that takes more than 2 s. Quantised layers are dequantised, those under
-    tensor parallelism gathered, all a few at a time. Under FSDP with ``cpu_ram_efficient_loading`` only the first
-    process of a node has weights, and distributes its results: in the others weight and B are on the meta
-    device, and the first one must not wait for their share. Weights that DeepSpeed ZeRO-3 has partitioned are
+    One progress bar for everything that takes more than 2 s. Quantised layers are dequantised, and layers
+    under tensor parallelism gathered, a few at a time. Under FSDP with ``cpu_ram_efficient_loading`` only the
+    first process of a node has weights, and distributes its results: in the others weight and B are on the
+    meta device, and the first one must not wait for their share. Weights that ZeRO-3 has partitioned are
     gathered one at a time, by all processes in the same order.
     """
     bar = tqdm(

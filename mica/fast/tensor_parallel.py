@@ -120,7 +120,6 @@ def is_styled(module: nn.Module, forward) -> bool:
 class _Summed(torch.autograd.Function):
     @staticmethod
     def forward(ctx, tensor, group):
-        tensor = tensor.contiguous()
         ctx.mark_dirty(tensor)
         dist.all_reduce(tensor, group=group)
         return tensor

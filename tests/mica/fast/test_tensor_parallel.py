@@ -74,8 +74,11 @@ def dropped_out(base):
     return after_training(model)
 
 
-def stepped(base, hooked=False, twice=False, stock=False, **config):
-    """`one_step`, on PEFT's code if ``stock``; with hooks on every base layer, or two active adapters."""
+def stepped(base, hooked=False, patched=False, twice=False, stock=False, **config):
+    """`one_step`, on PEFT's code if ``stock``; with hooks on every base layer, or two active adapters.
+
+    patched: both factors of every adapter have another forward, over that of the plan where there is one.
+    """
     model = randomise(adapted(base, **config))
     if twice:
         model.add_adapter("other", model.peft_config["default"])
@@ -84,10 +87,24 @@ def stepped(base, hooked=False, twice=False, stock=False, **config):
     if hooked:
         for layer in adapted_layers(model).values():
             layer.base_layer.register_forward_hook(lambda module, args, output: output * 1.5)
+    for layer in adapted_layers(model).values() if patched else ():
+        for factor in (layer.lora_A["default"], layer.lora_B["default"]):
+            factor.forward = doubled(factor.forward)
     before = mica.fast.call_counts.copy()
     with mica.fast.disabled() if stock else nullcontext():
         result = one_step(model)
     return {**result, "counts": dict(mica.fast.call_counts - before), "text": str(mica.fast.explain(model))}
+
+
+def doubled(forward):
+    return lambda x: 2 * forward(x)
+
+
+def mixed(base):
+    """The logits of a batch of which one sample has no adapter."""
+    model = randomise(adapted(base)).eval()
+    with torch.no_grad():
+        return model(input_ids=IDS, adapter_names=["default", "__base__", "default", "default"]).logits
 
 
 def embedded(base):
@@ -109,8 +126,10 @@ ALONE_TOO = {
     "a step": stepped,
     "a step of uneven parts": stepped,
     "a step with hooks": lambda base: stepped(base, hooked=True),
+    "a step with patched factors": lambda base: stepped(base, patched=True),
     "a step with two adapters": lambda base: stepped(base, twice=True),
     "a step on PEFT's code": lambda base: stepped(base, stock=True),
+    "a mixed batch": mixed,
     "an embedding": embedded,
 }
 
@@ -151,12 +170,26 @@ def plain_lora(folder):
     return True
 
 
+def merged(folder):
+    """The message, and whether the weights are as they were."""
+    model = randomise(adapted(split(folder)))
+    before = {name: part(layer.base_layer.weight) for name, layer in adapted_layers(model).items()}
+    with pytest.raises(ValueError, match="save the adapter") as caught:
+        model.merge_adapter()
+    layers = adapted_layers(model)
+    return str(caught.value), all(
+        torch.equal(part(layers[name].base_layer.weight), weight) and not layers[name].merged
+        for name, weight in before.items()
+    )
+
+
 TOGETHER = {
     "saved": saved,
     "loaded": lambda folder: loaded(folder, "of_one_process"),
     "loaded without a B": lambda folder: loaded(folder, "without_a_B"),
     "too large a rank": lambda folder: refused(folder, rank=17),
     "the head": lambda folder: refused(folder, targets=["lm_head"]),
+    "merged": merged,
     "plain LoRA": plain_lora,
 }
 
@@ -285,6 +318,17 @@ def test_the_operators_give_what_peft_s_own_path_does(of):
         assert pefts["counts"] == {}
 
 
+def test_a_factor_with_another_forward_takes_peft_s_path(of):
+    for result in of("a step with patched factors"):
+        assert result["counts"] == {}
+
+
+def test_a_mixed_batch_takes_peft_s_path(of, alone):
+    expected = alone("a mixed batch")
+    for logits in of("a mixed batch"):
+        assert error(logits, expected) <= RELATIVE[torch.float32]
+
+
 def test_a_base_layer_with_hooks_is_called(of):
     for result in of("a step with hooks"):
         assert "base layer called: hooks on the base layer" in result["text"]
@@ -330,6 +374,12 @@ def test_a_rank_that_is_too_large_is_refused_in_all(of):
 def test_another_plan_is_refused(of):
     for message, unchanged in of("the head"):
         assert "'lm_head' holds one shard of it" in message
+        assert unchanged
+
+
+def test_a_merge_is_refused(of):
+    for message, unchanged in of("merged"):
+        assert "merged into layer 'model.layers.0.self_attn.q_proj' under tensor parallelism" in message
         assert unchanged
 
 
