@@ -18,7 +18,7 @@ from transformers.integrations import is_fsdp_enabled
 
 from mica.dtypes import FLOATING, SIXTEEN_BIT
 from mica.errors import UnsuitableLayerError
-from mica.fast import expert_bases, quantised
+from mica.fast import expert_bases, quantised, tensor_parallel
 from mica.fast.eligibility import adapter_weights, is_stored_transposed
 from mica.fast.expert_bases import Part, Place
 from mica.fast.expert_stacks import is_wrapper, parameter_of
@@ -30,8 +30,9 @@ from mica.subspace.many import Task
 from mica.subspace.result import MinorSubspace
 from mica.subspace.solver import warnings_about
 
-# Dequantised weights are solved this many elements at a time, 1 GiB in fp32, so that there is never a second
-# copy of a 4-bit model in 16 or 32 bits. 16 layers of 4096 x 4096: enough for every thread and every batch.
+# Dequantised and gathered weights are solved this many elements at a time, 1 GiB in fp32, so that there is
+# never a second copy of a 4-bit model in 16 or 32 bits, nor the whole of a sharded one. 16 layers of
+# 4096 x 4096: enough for every thread and every batch.
 _DEQUANTISED_ELEMENTS = 2**28
 
 # The fp32 basis of adapters that PEFT has cast to a 16-bit base dtype and may yet cast back to fp32. Keyed by
@@ -53,11 +54,12 @@ class NewAdapter:
     def weight(self) -> Tensor:
         """As (out_features, in_features); an embedding's is (embedding_dim, num_embeddings).
 
-        A quantised layer's is dequantised at each access: do not keep it longer than needed.
+        A quantised layer's is dequantised at each access, one under tensor parallelism is gathered, which all
+        processes must do together: do not keep it longer than needed.
         """
         if self.is_quantised:
             return quantised.dequantise(self.layer, self.name)
-        weight = self.stored.data  # ``detach`` of some inference tensors has no views
+        weight = tensor_parallel.gathered(self.layer.get_base_layer())
         return weight.t() if is_stored_transposed(self.layer) else weight
 
     @property
@@ -79,6 +81,11 @@ class NewAdapter:
         return quantised.kind_of(self.layer) is not None
 
     @property
+    def is_temporary(self) -> bool:
+        """Whether each access to ``weight`` makes a copy."""
+        return self.is_quantised or tensor_parallel.is_gathered(self.layer.get_base_layer())
+
+    @property
     def is_absent(self) -> bool:
         """Whether only another process has the weight."""
         return not self.is_quantised and self.stored.is_meta
@@ -97,8 +104,9 @@ def check(adapter: NewAdapter) -> None:
         UnsuitableLayerError: MiCA cannot start from this layer's weight.
     """
     name, layer, stored = adapter.name, adapter.layer, adapter.stored
-    why = expert_bases.why_not_whole(layer.get_base_layer(), stored)
-    if why:
+    base_layer = layer.get_base_layer()
+    why = expert_bases.why_not_whole(base_layer, stored)
+    if why and not tensor_parallel.is_gathered(base_layer):
         raise UnsuitableLayerError(
             f"MiCA needs the whole weight, but {name} {why}. Create the adapter before the model is sharded, "
             "or load one that was."
@@ -151,11 +159,11 @@ def _is_elsewhere(adapter: NewAdapter) -> bool:
 def initialise(adapters: Sequence[NewAdapter]) -> None:
     """B = the minor subspace for all of them, in B's present dtype; A is unchanged.
 
-    One progress bar for everything that takes more than 2 s. Quantised layers are dequantised and solved a
-    few at a time. Under FSDP with ``cpu_ram_efficient_loading`` only the first process of a node has weights,
-    and distributes its results: in the others weight and B are on the meta device, and the first one must not
-    wait for their share. Weights that DeepSpeed ZeRO-3 has partitioned are gathered one at a time,
-    by all processes in the same order.
+    One progress bar for everything that takes more than 2 s. Quantised layers are dequantised, and layers
+    under tensor parallelism gathered, a few at a time. Under FSDP with ``cpu_ram_efficient_loading`` only the
+    first process of a node has weights, and distributes its results: in the others weight and B are on the
+    meta device, and the first one must not wait for their share. Weights that ZeRO-3 has partitioned are
+    gathered one at a time, by all processes in the same order.
     """
     absent = [adapter for adapter in adapters if adapter.is_absent]
     decline([part.task for adapter in absent for part in adapter.parts])
@@ -179,16 +187,18 @@ def initialise(adapters: Sequence[NewAdapter]) -> None:
 
 
 def _chunks(adapters: Sequence[NewAdapter]) -> Iterator[list[NewAdapter]]:
-    """All unquantised ones, whose weights exist anyway, then the others by `_DEQUANTISED_ELEMENTS`.
+    """All whose weights exist anyway, then the others by `_DEQUANTISED_ELEMENTS`.
 
     The same in every process: they share the work chunk by chunk.
     """
-    yield [adapter for adapter in adapters if not adapter.is_quantised]
+    yield [adapter for adapter in adapters if not adapter.is_temporary]
     chunk, elements = [], 0
     for adapter in adapters:
-        if not adapter.is_quantised:
+        if not adapter.is_temporary:
             continue
         size = adapter.layer.out_features * adapter.layer.in_features
+        if not adapter.is_quantised:  # there PEFT counts this process's part
+            size = adapter.layer.get_base_layer().weight.numel()
         if chunk and elements + size > _DEQUANTISED_ELEMENTS:
             yield chunk
             chunk, elements = [], 0
@@ -238,7 +248,7 @@ def _assign(adapter: NewAdapter, part: Part, subspace: MinorSubspace) -> None:
     if basis.is_inference() != lora_B.is_inference():  # the mode is per thread, and the solver has its own
         with torch.inference_mode(lora_B.is_inference()):
             basis = basis.clone()
-    lora_B.data = basis
+    tensor_parallel.replace(lora_B, tensor_parallel.part_of(basis, lora_B))
     if lora_B.dtype in SIXTEEN_BIT:
         _exact.setdefault(adapter.layer, {})[adapter.adapter_name] = subspace.basis
 
@@ -259,7 +269,7 @@ def restore_exact(layer: nn.Module, adapter_name: str, lora_B: Tensor) -> None:
     basis = _exact.get(layer, {}).pop(adapter_name, None)
     if basis is None or lora_B.dtype != torch.float32 or basis.shape != lora_B.shape:
         return
-    basis = basis.to(lora_B.device)
+    basis, held = tensor_parallel.part_of(basis.to(lora_B.device), lora_B), tensor_parallel.held(lora_B)
     rounded = (basis.to(dtype).float() for dtype in SIXTEEN_BIT)
-    if any(torch.equal(lora_B, candidate) for candidate in rounded):  # else another B has been set
-        lora_B.data = basis
+    if any(torch.equal(held, candidate) for candidate in rounded):  # else another B has been set
+        tensor_parallel.replace(lora_B, basis)

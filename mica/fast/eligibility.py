@@ -20,6 +20,8 @@ from torch.nn.modules import module as nn_module
 from transformers.pytorch_utils import Conv1D
 
 from mica.dtypes import SIXTEEN_BIT
+from mica.fast import tensor_parallel
+from mica.fast.tensor_parallel import local
 from mica.ops.dispatch import PLAIN
 
 # None if PEFT has moved them: `patching` then warns, and nothing here is reached.
@@ -51,6 +53,20 @@ def requests_mica(config) -> bool:
 def is_mica(layer: nn.Module, name: str) -> bool:
     """Whether the named adapter is MiCA on this layer; False if it is not a LoRA layer."""
     return isinstance(layer, lora.LoraLayer) and type(layer.lora_variant.get(name)) in _VARIANTS
+
+
+def class_of(layer: nn.Module) -> type[nn.Module]:
+    """The layer's class; of one that is an FSDP2 unit, the class that `fully_shard` has derived its own from.
+
+    While the forward of such a unit runs, its weights are gathered, plain tensors.
+    """
+    kind = type(layer)
+    if kind.__name__.startswith("FSDP"):  # looked at first, because the import takes a second
+        from torch.distributed.fsdp import FSDPModule
+
+        if kind.__bases__[0] is FSDPModule:
+            return kind.__bases__[1]
+    return kind
 
 
 def adapters_of(layer) -> list[str]:
@@ -123,7 +139,7 @@ def read(layer, names: Sequence[str] | None = None) -> list[Adapter] | str:
     dtype or a switched adapter. It takes 5 µs, since submodules and weights are not looked up through
     `nn.Module.__getattr__` (0.5 µs each) and missing attributes not at all (1.5 µs).
     """
-    kind = type(layer)
+    kind = class_of(layer)
     if kind is lora.Linear or kind in quantised_layers:
         read_one = _read_linear
     elif kind is lora.Embedding:
@@ -136,11 +152,11 @@ def read(layer, names: Sequence[str] | None = None) -> list[Adapter] | str:
         return "the adapter is merged into the weight"
     if _get_tracing_state() is not None:  # a traced graph, say for ONNX, must run without this package
         return "torch.jit is tracing the model"
-    if (
-        layer.__dict__.get("_tp_info") is not None
-        or layer._modules["base_layer"].__dict__.get("_hf_tp_plan") is not None
-    ):
-        return "tensor parallelism"
+    if layer.__dict__.get("_tp_info") is not None:
+        return "tensor parallelism of transformers before 5.17"
+    reason = tensor_parallel.why_not(layer._modules["base_layer"])
+    if reason is not None:
+        return reason
     names = adapters_of(layer) if names is None else names
     if not names:
         return why_not_active(layer)
@@ -172,14 +188,16 @@ def _why_not_scaling(scaling) -> str | None:
 
 
 def _read_linear(layer, name: str, scaling) -> Adapter | str:
-    modules = layer._modules
+    modules, base = layer._modules, layer._modules["base_layer"]
     lora_A, lora_B, dropout = (
         modules["lora_A"]._modules[name],
         modules["lora_B"]._modules[name],
         modules["lora_dropout"]._modules[name],
     )
-    if type(lora_A) is not nn.Linear or type(lora_B) is not nn.Linear:
-        return "the adapter's modules are not plain nn.Linear"
+    for factor in (lora_A, lora_B):
+        if type(factor) is not nn.Linear:
+            is_unit = class_of(factor) is not type(factor)  # its weight is gathered at its own call only
+            return f"the adapter's modules are {'FSDP units' if is_unit else 'not plain nn.Linear'}"
     dropout_p = 0.0
     if type(dropout) is not nn.Identity:
         if type(dropout) is not nn.Dropout:
@@ -194,10 +212,11 @@ def _read_linear(layer, name: str, scaling) -> Adapter | str:
         return "a bias on the lora_A"
     if global_hooks():
         return "global module hooks are registered"
-    A, B = weight_of(lora_A), weight_of(lora_B)
+    A, B = local(base, weight_of(lora_A)), local(base, weight_of(lora_B))
+    plan = tensor_parallel.plan_of(base)
     return (
-        _why_not_read_directly("lora_A", lora_A)
-        or _why_not_read_directly("lora_B", lora_B)
+        _why_not_read_directly("lora_A", lora_A, plan == "rowwise")
+        or _why_not_read_directly("lora_B", lora_B, plan == "colwise")
         or _why_not_read_directly("lora_dropout", dropout)
         or why_not_trained(A)
         or why_not_frozen("lora_B", B)
@@ -212,12 +231,12 @@ def why_called(layer) -> str | None:
     without an adapter, and the adapter's two products are added to its output.
     """
     base = layer._modules["base_layer"]
-    if type(layer) is not lora.Linear or (type(base) is not nn.Linear and type(base) is not Conv1D):
+    if class_of(layer) is not lora.Linear or (type(base) is not nn.Linear and type(base) is not Conv1D):
         return f"a base layer of type {type(base).__name__}"
     return (
-        _why_not_read_directly("base layer", base)
-        or why_not_frozen("base weight", weight_of(base))
-        or why_not_frozen("base bias", weight_of(base, "bias"))
+        _why_not_read_directly("base layer", base, tensor_parallel.plan_of(base) is not None)
+        or why_not_frozen("base weight", local(base, weight_of(base)))
+        or why_not_frozen("base bias", local(base, weight_of(base, "bias")))
     )
 
 
@@ -254,13 +273,18 @@ def _has_hooks(module: nn.Module) -> bool:
     )
 
 
-def _why_not_read_directly(part: str, module: nn.Module) -> str | None:
-    """Why the module has to be called: its formula alone would not do what a call does."""
+def _why_not_read_directly(part: str, module: nn.Module, is_sharded: bool = False) -> str | None:
+    """Why the module has to be called: its formula alone would not do what a call does.
+
+    is_sharded: tensor parallelism has put a style in the place of its forward.
+    """
+    kind = type(module)
     if _has_hooks(module):
         return f"hooks on the {part}"
-    if "forward" in module.__dict__:
+    if is_sharded and not tensor_parallel.is_styled(module, kind.forward):
+        return f"the {part} has another forward than that of its tensor-parallel plan"
+    if "forward" in module.__dict__ and not is_sharded:
         return f"the {part} has a forward of its own (offloading or another patch)"
-    kind = type(module)
     if kind.forward is not FORWARDS[kind]:
         return f"somebody has replaced {kind.__name__}.forward"
     return None
@@ -339,13 +363,13 @@ def fused_operands(layer, x: torch.Tensor, adapter: Adapter) -> Operands | None:
     base = layer._modules["base_layer"]
     if why_called(layer) is not None:
         return None
-    weight = weight_of(base)
+    weight = local(base, weight_of(base))
     if torch.is_autocast_enabled(x.device.type):  # which gives x and the weight one dtype
         fuses = weight.dtype != torch.float64
     else:
         fuses = x.dtype == weight.dtype
     _, lora_A, lora_B, scaling, _ = adapter
-    return Operands(weight, lora_A, lora_B, scaling, weight_of(base, "bias")) if fuses else None
+    return Operands(weight, lora_A, lora_B, scaling, local(base, weight_of(base, "bias"))) if fuses else None
 
 
 def embedding_fits(x: torch.Tensor, lora_A: torch.Tensor, lora_B: torch.Tensor) -> bool:

@@ -18,6 +18,7 @@ from mica.fast import calls, expert_stacks, experts, patching
 from mica.fast.eligibility import (
     adapter_weights,
     adapters_of,
+    class_of,
     is_mica,
     quantised_layers,
     why_called,
@@ -89,7 +90,7 @@ def _as_gathered(model: nn.Module, name: str, layer: nn.Module) -> Iterator[None
     """Plain shards in place of the weights that FSDP2 gathers before this layer is called."""
     parents = [model.get_submodule(name.rsplit(".", depth)[0]) for depth in range(1, name.count(".") + 1)]
     replaced = []
-    if _is_fsdp(model, *parents):
+    if _is_fsdp(model, layer, *parents):
         for module in layer.modules():
             for key, parameter in module._parameters.items():
                 if hasattr(parameter, "to_local"):
@@ -158,8 +159,8 @@ def _has_own_forward(layer) -> bool:
 
 def _is_counted(layer) -> bool:
     """Whether the layer's calls pass through the forwards of `mica.fast.layers`."""
-    covered = (lora.Linear, lora.Embedding, expert_stacks.ParamWrapper)
-    is_covered = type(layer) in covered or type(layer) in quantised_layers
+    kind, covered = class_of(layer), (lora.Linear, lora.Embedding, expert_stacks.ParamWrapper)
+    is_covered = kind in covered or kind in quantised_layers
     return patching.is_installed() and is_covered and not _has_own_forward(layer)
 
 

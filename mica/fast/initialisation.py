@@ -20,7 +20,7 @@ from peft.utils.integrations import gather_params_ctx
 from torch import Tensor, nn
 
 from mica.errors import UnsuitableLayerError
-from mica.fast import calls, loading, quantised
+from mica.fast import calls, loading, quantised, tensor_parallel
 from mica.fast.bases import NewAdapter, check, initialise, restore_exact
 from mica.fast.eligibility import MiCALinearVariant, adapter_weights, is_mica, requests_mica
 from mica.fast.expert_stacks import is_wrapper, parameter_of
@@ -231,7 +231,10 @@ def create_and_replace(
         entry = _Entry(current_key, parent, target_name, target, is_adapted, is_parameter)
         injection.entries.append(entry)
     try:
-        return stock(self, lora_config, adapter_name, target, target_name, parent, current_key, **kwargs)
+        result = stock(self, lora_config, adapter_name, target, target_name, parent, current_key, **kwargs)
+        if injection is not None:
+            tensor_parallel.widen(getattr(parent, target_name), adapter_name)
+        return result
     except UnsuitableLayerError as error:
         if injection is None or settings.on_unsuitable != "skip":
             raise

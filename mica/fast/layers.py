@@ -9,8 +9,16 @@ from __future__ import annotations
 import torch
 from transformers.pytorch_utils import Conv1D
 
-from mica.fast import calls, common_case, grouping, mixed_batch
-from mica.fast.eligibility import Operands, adapters_for, embedding_fits, fused_operands, read, scaled
+from mica.fast import calls, common_case, grouping, mixed_batch, tensor_parallel
+from mica.fast.eligibility import (
+    Adapter,
+    Operands,
+    adapters_for,
+    embedding_fits,
+    fused_operands,
+    read,
+    scaled,
+)
 from mica.fast.settings import compute_dtype, settings
 from mica.ops.embedding import embedding
 from mica.ops.factors import down_projection, up_projection
@@ -51,6 +59,8 @@ def _in_general(layer, x: torch.Tensor) -> torch.Tensor | None:
     adapters = adapters_for(layer, x)
     if adapters is None:
         return None
+    if tensor_parallel.plan_of(layer._modules["base_layer"]) is not None:
+        return _sharded(layer, x, adapters)
     operands = fused_operands(layer, x, adapters[0])
     if operands is None:
         result = layer._modules["base_layer"](x)
@@ -61,10 +71,41 @@ def _in_general(layer, x: torch.Tensor) -> torch.Tensor | None:
         else:
             result = grouping.output(layer, x, operands, _fused, _together)
     for adapter in adapters:
-        lora_B, scaling = scaled(adapter.lora_B, adapter.scaling)
-        h = down_projection(x, adapter.lora_A, scaling, compute_dtype(x), *dropout(adapter.dropout_p, x))
+        result = up_projection(result, *_projected(x, adapter))
+    return result
+
+
+def _sharded(layer, x: torch.Tensor, adapters: list[Adapter]) -> torch.Tensor:
+    """`_in_general` on the parts that this process has under tensor parallelism."""
+    base = layer._modules["base_layer"]
+    plan, group = tensor_parallel.sharding(base)
+    is_colwise = plan == "colwise"
+    operands = fused_operands(layer, x, adapters[0])
+    if operands is None:
+        result = base(x)
+    else:
+        first, *adapters = adapters
+        if is_colwise:
+            operands = operands._replace(lora_A=tensor_parallel.summed_gradient(operands.lora_A, group))
+            result = _fused(layer, tensor_parallel.summed_gradient(x, group), operands, first.dropout_p)
+        else:
+            bias = operands.bias
+            result = _fused(layer, x, operands._replace(bias=None), first.dropout_p)
+            result = tensor_parallel.summed(result, group)
+            if bias is not None:
+                result = result + bias.to(result.dtype)
+    for adapter in adapters:
+        h, lora_B = _projected(x, adapter)
+        h = (tensor_parallel.summed_gradient if is_colwise else tensor_parallel.summed)(h, group)
         result = up_projection(result, h, lora_B)
     return result
+
+
+def _projected(x: torch.Tensor, adapter: Adapter) -> tuple[torch.Tensor, torch.Tensor]:
+    """h = s·drop(x) Aᵀ, and the lora_B that it is for."""
+    lora_B, scaling = scaled(adapter.lora_B, adapter.scaling)
+    h = down_projection(x, adapter.lora_A, scaling, compute_dtype(x), *dropout(adapter.dropout_p, x))
+    return h, lora_B
 
 
 def _fused(layer, x: torch.Tensor, operands: Operands, dropout_p: float = 0.0) -> torch.Tensor:

@@ -18,6 +18,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
+from mica.fast import tensor_parallel
 from mica.fast.eligibility import Adapter, adapters_for, scaled
 from mica.fast.settings import compute_dtype
 from mica.ops.factors import down_projection, up_projection
@@ -46,6 +47,8 @@ def forward(layer, x: Tensor, adapter_names: list[str]) -> Tensor | None:
     """
     names = [name for name in dict.fromkeys(adapter_names) if name != BASE and name in layer.lora_A]
     if not names or len(x) != len(adapter_names) or torch.compiler.is_compiling():
+        return None
+    if tensor_parallel.plan_of(layer.get_base_layer()) is not None:
         return None
     adapters = adapters_for(layer, x, names)
     if adapters is None or any(layer.lora_dropout[name].training for name in names):

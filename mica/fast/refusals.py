@@ -8,7 +8,7 @@ from peft.tuners import lora
 from torch import nn
 from torch.nn.utils import parametrize
 
-from mica.fast import loading
+from mica.fast import loading, tensor_parallel
 from mica.fast.eligibility import is_mica, requests_mica
 from mica.fast.expert_stacks import weight_name
 from mica.fast.wrapping import while_enabled
@@ -78,11 +78,17 @@ def check_weight(layer: nn.Module, name: str | None = None, verb: str = "merged 
     """
     Raises:
         ValueError: the base layer's weight is computed from other parameters, so a change of it would be
-        lost.
+        lost; or it is split among processes, where PEFT multiplies parts with whole tensors.
     """
-    remover = _how_to_keep(layer.get_base_layer(), weight_name(layer))
+    base_layer = layer.get_base_layer()
+    called = f"layer {name!r}" if name else f"this {type(base_layer).__name__} layer"
+    if tensor_parallel.plan_of(base_layer) is not None:
+        raise ValueError(
+            f"MiCA cannot be {verb} {called} under tensor parallelism: save the adapter, and merge it in a "
+            "process that holds the whole model."
+        )
+    remover = _how_to_keep(base_layer, weight_name(layer))
     if remover is not None:
-        called = f"layer {name!r}" if name else f"this {type(layer.get_base_layer()).__name__} layer"
         raise ValueError(
             f"MiCA cannot be {verb} {called}, because its weight is computed from other parameters "
             f"(weight_norm, parametrization, pruning) and the change would be lost: call {remover} first."

@@ -12,6 +12,7 @@ class Setup(NamedTuple):
 
 TRAINING = "tests/mica/fast/test_training.py"
 DISTRIBUTED = "tests/mica/fast/test_distributed_training.py"
+TENSOR_PARALLEL = "tests/mica/fast/test_tensor_parallel.py"
 DEEPSPEED = "tests/mica/fast/test_deepspeed.py"
 ADAPTERS = "tests/mica/fast/test_adapters.py"
 
@@ -199,10 +200,16 @@ SETUPS = [
         f"{DISTRIBUTED}::test_fsdp2_with_units_of_lora_a_takes_pefts_path",
     ),
     Setup(
-        "FSDP2 with an adapted embedding as its own unit (accelerate): that layer only",
+        "FSDP2 with adapted layers, or their base layers, as units",
         "yes",
-        "no",
-        f"{DISTRIBUTED}::test_fsdp2_with_a_unit_of_the_embedding_takes_pefts_path_there",
+        "yes",
+        f"{DISTRIBUTED}::test_fsdp2_with_units_of_layers_and_of_base_layers",
+    ),
+    Setup(
+        "FSDP2 with an adapted embedding as its own unit (accelerate)",
+        "yes",
+        "yes",
+        f"{DISTRIBUTED}::test_fsdp2_with_a_unit_of_the_embedding",
     ),
     Setup(
         "creating an adapter after FSDP2 has sharded the model",
@@ -215,6 +222,48 @@ SETUPS = [
         "refused",
         "no",
         f"{DISTRIBUTED}::test_a_weight_that_is_not_there_is_refused",
+    ),
+    Setup(
+        "tensor parallelism of transformers, with autocast, checkpointing, dropout or a bf16 base",
+        "yes",
+        "yes",
+        f"{TENSOR_PARALLEL}::test_training_follows_one_process_on_the_operators",
+    ),
+    Setup(
+        "tensor parallelism, two active adapters, base layers with hooks, parts of unequal size, biases",
+        "yes",
+        "yes",
+        f"{TENSOR_PARALLEL}::test_gradients_are_those_of_one_process",
+    ),
+    Setup(
+        "tensor parallelism, saving an adapter and loading it in one process",
+        "yes",
+        "yes",
+        f"{TENSOR_PARALLEL}::test_an_adapter_saved_by_two_processes_is_one_process_s",
+    ),
+    Setup(
+        "tensor parallelism, loading an adapter of one process",
+        "yes",
+        "yes",
+        f"{TENSOR_PARALLEL}::test_an_adapter_of_one_process_is_loaded_by_two",
+    ),
+    Setup(
+        "tensor parallelism, an adapted embedding: that layer only",
+        "yes",
+        "no",
+        f"{TENSOR_PARALLEL}::test_an_embedding_takes_peft_s_path",
+    ),
+    Setup(
+        "tensor parallelism, merging",
+        "refused",
+        "no",
+        f"{TENSOR_PARALLEL}::test_a_merge_is_refused",
+    ),
+    Setup(
+        "tensor parallelism, layers with another plan, like the head",
+        "refused",
+        "no",
+        f"{TENSOR_PARALLEL}::test_another_plan_is_refused",
     ),
     Setup("DeepSpeed ZeRO-2", "yes", "yes", f"{DEEPSPEED}::test_zero_2_is_on_the_fast_path"),
     Setup("DeepSpeed ZeRO-3", "yes", "no", f"{DEEPSPEED}::test_zero_3_runs_on_pefts_path"),

@@ -22,7 +22,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import mica.fast
 from tests.support import gloo
-from tests.support.models import bases, tiny_llama, wrap
+from tests.support.models import adapted_layers, bases, tiny_llama, wrap
 from tests.support.training import (
     STEPS,
     batches,
@@ -115,6 +115,14 @@ def fsdp_unit_of_the_embedding(rank):
     return run(shard(model), rank)
 
 
+def fsdp_units_of_layers(rank):
+    """Every adapted layer a unit; of the other kind, every base layer in it."""
+    model, mesh = llama(), init_device_mesh("cpu", (dist.get_world_size(),))
+    for number, layer in enumerate(adapted_layers(model).values()):
+        fully_shard(layer.base_layer if number % 2 else layer, mesh=mesh)
+    return {**run(shard(model), rank), "text": str(mica.fast.explain(model))}
+
+
 def fsdp_resumed(rank, folder):
     """Two steps, a full state dict of model and optimizer, a new model, two more steps; a saved adapter."""
     model = shard(llama())
@@ -181,6 +189,7 @@ SCENARIOS = {
     "FSDP2, mixed precision": lambda rank, _: fsdp(rank, MixedPrecisionPolicy(param_dtype=BF16)),
     "FSDP2, checkpoints": lambda rank, _: fsdp_checkpointed(rank),
     "FSDP2, units of lora_A": lambda rank, _: fsdp_own_units(rank),
+    "FSDP2, units of layers": lambda rank, _: fsdp_units_of_layers(rank),
     "FSDP2, unit of the embedding": lambda rank, _: fsdp_unit_of_the_embedding(rank),
     "FSDP2, resumed": fsdp_resumed,
     "FSDP2, accelerate": lambda rank, _: accelerate(rank),
@@ -286,11 +295,25 @@ def test_fsdp2_with_units_of_lora_a_takes_pefts_path(of):
     check(of("FSDP2, units of lora_A"), eager_losses(), fast=False)
 
 
-def test_fsdp2_with_a_unit_of_the_embedding_takes_pefts_path_there(of):
+def test_fsdp2_with_units_of_layers_and_of_base_layers(of):
+    """A unit's weights are gathered where its own forward runs; a base layer that is one is called."""
+    pair = of("FSDP2, units of layers")
+    follows(pair[0]["losses"], eager_losses())
+    for result in pair:
+        assert result["paths"] == {"reference": 14}
+        assert result["text"].count("base layer called: a base layer of type FSDPLinear") == 7
+        forwards = ("linear", "down_projection", "up_projection")
+        names = [*forwards, *(f"{name}_backward" for name in forwards)]
+        assert result["counts"] == dict.fromkeys(names, 7 * STEPS)
+        assert result["moved"] == []
+
+
+def test_fsdp2_with_a_unit_of_the_embedding(of):
     first, _ = of("FSDP2, unit of the embedding")
     follows(first["losses"], eager_losses(targets=["q_proj", "embed_tokens"]))
-    assert first["paths"] == {"peft": 1, "reference": 2}
-    assert first["counts"] == {"linear": 2 * STEPS, "linear_backward": 2 * STEPS}
+    assert first["paths"] == {"reference": 3}
+    counts = {"linear": 2, "linear_backward": 2, "embedding": 1, "embedding_backward": 1}
+    assert first["counts"] == {name: count * STEPS for name, count in counts.items()}
     assert first["moved"] == []
 
 

@@ -1,0 +1,388 @@
+"""Two gloo processes, each with a part of every layer, against one process with all of it."""
+
+from contextlib import nullcontext
+
+import pytest
+import torch
+import torch.distributed as dist
+from peft import PeftModel
+from safetensors.torch import load_file, save_file
+
+import mica.fast
+from mica.errors import UnsuitableLayerError
+from tests.support import gloo
+from tests.support.models import adapted_layers, bases, wrap
+from tests.support.tolerances import RELATIVE, error
+from tests.support.tp_models import full, part, randomise, save_models, split, whole
+from tests.support.training import STEPS, batches, follows, train, trainable
+
+BF16 = torch.bfloat16
+IDS = batches(1)[0]
+
+
+def adapted(base, targets="all-linear", **config):
+    return wrap(base, targets=targets, **config).train()
+
+
+def after_training(model, prepare=None, **options):
+    """Losses of a few steps, and what they have left."""
+    first_B = {name: part(B) for name, B in bases(model).items()}
+    before = mica.fast.call_counts.copy()
+    losses = train(model, **options)
+    return {
+        "losses": losses,
+        "counts": dict(mica.fast.call_counts - before),
+        "paths": mica.fast.explain(model).counts(),
+        "moved": [name for name, B in bases(model).items() if not torch.equal(part(B), first_B[name])],
+        "trainable": {name.split(".")[-3] for name in trainable(model)},
+        "A": {name: full(A) for name, A in trainable(model).items()},
+    }
+
+
+def one_step(model, ids=IDS):
+    """Loss, gradients of A and, without gradients, logits of a model whose A are not 0."""
+    model.zero_grad()
+    loss = model(input_ids=ids, labels=ids).loss
+    loss.backward()
+    with torch.no_grad():
+        logits = model(input_ids=ids).logits
+    gradients = {name: full(A.grad) for name, A in trainable(model).items()}
+    return {"loss": loss.detach(), "logits": logits, "gradients": gradients}
+
+
+# ---------------------------------------------------------------------------------------------------
+# what each of the two does, and what one process does alone
+# ---------------------------------------------------------------------------------------------------
+
+
+def bases_of(base, **config):
+    model = adapted(base, **config)
+    return {name: (part(B), full(B)) for name, B in bases(model).items()}
+
+
+def checkpointed(base):
+    model = adapted(base)
+    model.enable_input_require_grads()
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    return after_training(model)
+
+
+def dropped_out(base):
+    """Only layers that read all of x, so that one process has the same masks."""
+    model = adapted(base, targets=["q_proj", "up_proj"], lora_dropout=0.5)
+    torch.manual_seed(5)
+    return after_training(model)
+
+
+def stepped(base, hooked=False, patched=False, twice=False, stock=False, **config):
+    """`one_step`, on PEFT's code if ``stock``; with hooks on every base layer, or two active adapters.
+
+    patched: both factors of every adapter have another forward, over that of the plan where there is one.
+    """
+    model = randomise(adapted(base, **config))
+    if twice:
+        model.add_adapter("other", model.peft_config["default"])
+        randomise(model, seed=3)
+        model.base_model.set_adapter(["default", "other"])
+    if hooked:
+        for layer in adapted_layers(model).values():
+            layer.base_layer.register_forward_hook(lambda module, args, output: output * 1.5)
+    for layer in adapted_layers(model).values() if patched else ():
+        for factor in (layer.lora_A["default"], layer.lora_B["default"]):
+            factor.forward = doubled(factor.forward)
+    before = mica.fast.call_counts.copy()
+    with mica.fast.disabled() if stock else nullcontext():
+        result = one_step(model)
+    return {**result, "counts": dict(mica.fast.call_counts - before), "text": str(mica.fast.explain(model))}
+
+
+def doubled(forward):
+    return lambda x: 2 * forward(x)
+
+
+def mixed(base):
+    """The logits of a batch of which one sample has no adapter."""
+    model = randomise(adapted(base)).eval()
+    with torch.no_grad():
+        return model(input_ids=IDS, adapter_names=["default", "__base__", "default", "default"]).logits
+
+
+def embedded(base):
+    """An adapter on the embedding as well, which is split along the vocabulary."""
+    model = randomise(adapted(base, targets=["embed_tokens", "q_proj"]))
+    return {"B": {name: full(B) for name, B in bases(model).items()}, "text": str(mica.fast.explain(model))}
+
+
+ALONE_TOO = {
+    "B": bases_of,
+    "B of uneven parts": bases_of,
+    "B over a bf16 base": bases_of,
+    "B in bf16": lambda base: bases_of(base, autocast_adapter_dtype=False),
+    "trained": lambda base: after_training(adapted(base)),
+    "trained with autocast": lambda base: after_training(adapted(base), autocast=BF16),
+    "trained over a bf16 base": lambda base: after_training(adapted(base)),
+    "trained with checkpoints": checkpointed,
+    "trained with dropout": dropped_out,
+    "a step": stepped,
+    "a step of uneven parts": stepped,
+    "a step with hooks": lambda base: stepped(base, hooked=True),
+    "a step with patched factors": lambda base: stepped(base, patched=True),
+    "a step with two adapters": lambda base: stepped(base, twice=True),
+    "a step on PEFT's code": lambda base: stepped(base, stock=True),
+    "a mixed batch": mixed,
+    "an embedding": embedded,
+}
+
+
+def base_of(name, load, folder):
+    dtype = {"dtype": BF16} if "bf16" in name else {}
+    return load(folder, "uneven" if "uneven" in name else "even", **dtype)
+
+
+def saved(folder):
+    """An adapter saved by both, and the logits before."""
+    model = randomise(adapted(split(folder)))
+    model.save_pretrained(f"{folder}/adapter")
+    dist.barrier()
+    return one_step(model)
+
+
+def loaded(folder, name):
+    model = PeftModel.from_pretrained(split(folder), f"{folder}/{name}", is_trainable=True)
+    return {**one_step(model), "B": {name: full(B) for name, B in bases(model).items()}}
+
+
+def refused(folder, **config):
+    """The message, and whether the model is as it was."""
+    base = split(folder)
+    modules = [(name, type(module)) for name, module in base.named_modules()]
+    with pytest.raises(UnsuitableLayerError) as caught:
+        adapted(base, **config)
+    return str(caught.value), [(name, type(module)) for name, module in base.named_modules()] == modules
+
+
+def plain_lora(folder):
+    """Stock PEFT's own adapters on rowwise layers."""
+    with mica.fast.disabled():
+        model = adapted(split(folder), targets=["o_proj"], init_lora_weights=True)
+        with pytest.raises(RuntimeError, match="is invalid for input of size"):
+            one_step(model)
+    return True
+
+
+def merged(folder):
+    """The message, and whether the weights are as they were."""
+    model = randomise(adapted(split(folder)))
+    before = {name: part(layer.base_layer.weight) for name, layer in adapted_layers(model).items()}
+    with pytest.raises(ValueError, match="save the adapter") as caught:
+        model.merge_adapter()
+    layers = adapted_layers(model)
+    return str(caught.value), all(
+        torch.equal(part(layers[name].base_layer.weight), weight) and not layers[name].merged
+        for name, weight in before.items()
+    )
+
+
+TOGETHER = {
+    "saved": saved,
+    "loaded": lambda folder: loaded(folder, "of_one_process"),
+    "loaded without a B": lambda folder: loaded(folder, "without_a_B"),
+    "too large a rank": lambda folder: refused(folder, rank=17),
+    "the head": lambda folder: refused(folder, targets=["lm_head"]),
+    "merged": merged,
+    "plain LoRA": plain_lora,
+}
+
+
+def caught(scenario, *args):
+    try:
+        return scenario(*args)
+    except Exception as error:
+        return error
+
+
+def scenarios(rank, folder):
+    """All in one launch, which takes longer than they do."""
+    results = {name: caught(scenario, base_of(name, split, folder)) for name, scenario in ALONE_TOO.items()}
+    return {**results, **{name: caught(scenario, folder) for name, scenario in TOGETHER.items()}}
+
+
+# ---------------------------------------------------------------------------------------------------
+# what must hold
+# ---------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("tensor_parallel")
+    save_models(folder)
+    randomise(adapted(whole(folder))).save_pretrained(folder / "of_one_process")
+    weights = load_file(folder / "of_one_process" / "adapter_model.safetensors")
+    missing = [name for name in weights if "layers.0" in name and "lora_B" in name]
+    (folder / "without_a_B").mkdir()
+    save_file(
+        {name: weight for name, weight in weights.items() if name not in missing},
+        folder / "without_a_B" / "adapter_model.safetensors",
+    )
+    config = (folder / "of_one_process" / "adapter_config.json").read_text()
+    (folder / "without_a_B" / "adapter_config.json").write_text(config)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def results(folder):
+    return gloo.run(scenarios, str(folder))
+
+
+@pytest.fixture
+def of(results, one_thread):
+    def both(name):
+        pair = [result[name] for result in results]
+        for result in pair:
+            if isinstance(result, Exception):
+                raise result
+        return pair
+
+    return both
+
+
+@pytest.fixture
+def alone(folder, one_thread):
+    return lambda name: ALONE_TOO[name](base_of(name, whole, folder))
+
+
+@pytest.mark.parametrize("name", ["B", "B of uneven parts", "B over a bf16 base", "B in bf16"])
+def test_each_process_has_its_part_of_one_process_s_basis(of, alone, name):
+    """To the bit, fp32 masters over a bf16 base too."""
+    expected = alone(name)
+    for rank, result in enumerate(of(name)):
+        assert result.keys() == expected.keys()
+        for layer, (mine, gathered) in result.items():
+            B, _ = expected[layer]
+            assert B.dtype == mine.dtype == (BF16 if name == "B in bf16" else torch.float32)
+            assert torch.equal(gathered, B)
+            if layer.endswith(("o_proj", "down_proj")):
+                assert torch.equal(mine, B)
+            else:
+                assert torch.equal(mine, B.chunk(2)[rank])
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [
+        ("trained", torch.float32),
+        ("trained with autocast", BF16),
+        ("trained over a bf16 base", BF16),
+        ("trained with checkpoints", torch.float32),
+        ("trained with dropout", torch.float32),
+    ],
+)
+def test_training_follows_one_process_on_the_operators(of, alone, name, dtype):
+    expected, pair = alone(name), of(name)
+    layers = sum(expected["paths"].values())
+    forwards = 2 * STEPS if "checkpoints" in name else STEPS
+    for result in pair:
+        follows(result["losses"], expected["losses"], dtype)
+        assert result["counts"] == {"linear": layers * forwards, "linear_backward": layers * STEPS}
+        assert result["paths"] == {"reference": layers}
+        assert result["moved"] == []
+        assert result["trainable"] == {"lora_A"}
+    for name, A in pair[0]["A"].items():
+        assert torch.equal(A, pair[1]["A"][name]), name
+
+
+STEPPED = [name for name in ALONE_TOO if name.startswith("a step")]
+
+
+@pytest.mark.parametrize("name", STEPPED)
+def test_gradients_are_those_of_one_process(of, alone, name):
+    expected = alone(name)
+    for result in of(name):
+        same(result, expected)
+
+
+def same(result, expected):
+    """Within a few rounding errors; gradients have come through two decoder layers."""
+    tolerance = RELATIVE[torch.float32]
+    assert error(result["loss"], expected["loss"]) <= tolerance
+    assert error(result["logits"], expected["logits"]) <= tolerance
+    assert result["gradients"].keys() == expected["gradients"].keys()
+    for name, gradient in expected["gradients"].items():
+        assert error(result["gradients"][name], gradient) <= 5 * tolerance, name
+
+
+def test_the_operators_give_what_peft_s_own_path_does(of):
+    for ours, pefts in zip(of("a step"), of("a step on PEFT's code"), strict=True):
+        same(ours, pefts)
+        assert ours["counts"] == {"linear": 28, "linear_backward": 14}
+        assert pefts["counts"] == {}
+
+
+def test_a_factor_with_another_forward_takes_peft_s_path(of):
+    for result in of("a step with patched factors"):
+        assert result["counts"] == {}
+
+
+def test_a_mixed_batch_takes_peft_s_path(of, alone):
+    expected = alone("a mixed batch")
+    for logits in of("a mixed batch"):
+        assert error(logits, expected) <= RELATIVE[torch.float32]
+
+
+def test_a_base_layer_with_hooks_is_called(of):
+    for result in of("a step with hooks"):
+        assert "base layer called: hooks on the base layer" in result["text"]
+        assert result["counts"]["down_projection"] == result["counts"]["up_projection"] == 28
+
+
+def test_an_adapter_saved_by_two_processes_is_one_process_s(of, folder):
+    pair = of("saved")
+    model = PeftModel.from_pretrained(whole(folder), folder / "adapter", is_trainable=True).train()
+    for result in pair:
+        same(result, one_step(model))
+    written = load_file(folder / "adapter" / "adapter_model.safetensors")
+    expected = load_file(folder / "of_one_process" / "adapter_model.safetensors")
+    assert written.keys() == expected.keys()
+    for name, weight in expected.items():
+        assert torch.equal(written[name], weight), name
+
+
+@pytest.mark.parametrize("name", ["loaded", "loaded without a B"])
+def test_an_adapter_of_one_process_is_loaded_by_two(of, folder, name):
+    model = PeftModel.from_pretrained(whole(folder), folder / "of_one_process", is_trainable=True).train()
+    for result in of(name):
+        same(result, one_step(model))
+        for layer, B in bases(model).items():
+            assert torch.equal(result["B"][layer], B), layer
+
+
+def test_an_embedding_takes_peft_s_path(of, alone):
+    expected = alone("an embedding")
+    for result in of("an embedding"):
+        for name, B in expected["B"].items():
+            assert torch.equal(result["B"][name], B), name
+        assert "tensor parallelism with plan 'embedding_rowwise'" in result["text"]
+
+
+def test_a_rank_that_is_too_large_is_refused_in_all(of):
+    for message, unchanged in of("too large a rank"):
+        assert "but got r=17" in message
+        assert "(16, 16)" in message
+        assert unchanged
+
+
+def test_another_plan_is_refused(of):
+    for message, unchanged in of("the head"):
+        assert "'lm_head' holds one shard of it" in message
+        assert unchanged
+
+
+def test_a_merge_is_refused(of):
+    for message, unchanged in of("merged"):
+        assert "merged into layer 'model.layers.0.self_attn.q_proj' under tensor parallelism" in message
+        assert unchanged
+
+
+def test_stock_peft_cannot_train_rowwise_layers(of):
+    """It creates lora_A as wide as one part, and transformers takes that for the whole width."""
+    assert of("plain LoRA") == [True, True]

@@ -1,0 +1,73 @@
+"""A tiny Llama under tensor parallelism in gloo processes, loaded as transformers wants it."""
+
+import os
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch.distributed.tensor import DTensor, distribute_tensor
+from transformers import AutoModelForCausalLM
+from transformers.distributed import DistributedConfig
+
+from tests.support.models import tiny_llama
+
+# Two heads for two processes, weights large enough that a few steps learn something. The uneven one has an
+# intermediate size that two processes cannot split evenly, and biases.
+MODELS = {
+    "even": {"num_key_value_heads": 2, "initializer_range": 0.3},
+    "uneven": {
+        "num_key_value_heads": 2,
+        "initializer_range": 0.3,
+        "intermediate_size": 25,
+        "attention_bias": True,
+        "mlp_bias": True,
+    },
+}
+
+
+def save_models(folder: Path) -> None:
+    for name, config in MODELS.items():
+        model = tiny_llama(**config)
+        for key, parameter in model.named_parameters():
+            if key.endswith("bias"):  # transformers starts them at 0
+                torch.nn.init.normal_(parameter, std=0.3)
+        model.save_pretrained(folder / name)
+
+
+def whole(folder, name="even", **kwargs):
+    """In one process."""
+    return AutoModelForCausalLM.from_pretrained(Path(folder) / name, **kwargs)
+
+
+def split(folder, name="even", **kwargs):
+    """Over all processes, by the model's own plan."""
+    rank, count = dist.get_rank(), dist.get_world_size()
+    # what torchrun sets, and transformers reads
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(count))
+    config = DistributedConfig(tp_size=count, tp_plan="auto")
+    return whole(folder, name, distributed_config=config, **kwargs)
+
+
+def full(tensor):
+    """A DTensor gathered, by all processes; a copy of any other."""
+    return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).detach().clone()
+
+
+def part(tensor):
+    """What this process holds."""
+    return (tensor.to_local() if isinstance(tensor, DTensor) else tensor).detach().clone()
+
+
+def randomise(model, scale=0.1, seed=1):
+    """The same values of every lora_A in one process and in several; returns the model."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_A" not in name:
+                continue
+            values = scale * torch.randn(parameter.shape, generator=generator)
+            if isinstance(parameter, DTensor):
+                mesh, placements = parameter.device_mesh, parameter.placements
+                values = distribute_tensor(values, mesh, placements, src_data_rank=None)
+            parameter.copy_(values)
+    return model
