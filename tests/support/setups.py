@@ -16,6 +16,8 @@ TENSOR_PARALLEL = "tests/mica/fast/test_tensor_parallel.py"
 DEEPSPEED = "tests/mica/fast/test_deepspeed.py"
 ADAPTERS = "tests/mica/fast/test_adapters.py"
 
+EXPERTS = "tests/mica/fast/test_experts.py"
+
 QUANTISED = "tests/mica/fast/test_quantised.py"
 FOLLOWS = f"{QUANTISED}::test_training_runs_on_the_operators_and_follows_peft"
 
@@ -160,6 +162,60 @@ SETUPS = [
     ),
     Setup("hotswapping", "yes", "yes", f"{ADAPTERS}::test_hotswap"),
     Setup("hotswapping in a compiled model", "yes", "yes", f"{ADAPTERS}::test_hotswap_of_a_compiled_model"),
+    Setup(
+        "experts (`target_parameters`): Qwen3-MoE, Mixtral, gpt-oss, every `experts_implementation`",
+        "yes",
+        "yes",
+        f"{EXPERTS}::test_training_gives_the_losses_of_plain_autograd",
+    ),
+    Setup(
+        "experts, `torch.compile(fullgraph=True)`",
+        "yes",
+        "yes",
+        f"{EXPERTS}::test_compiled_without_a_graph_break",
+    ),
+    Setup(
+        "experts, gradient checkpointing, reentrant or not",
+        "yes",
+        "yes",
+        f"{EXPERTS}::test_gradient_checkpointing_changes_no_bit",
+    ),
+    Setup(
+        "experts, DDP and FSDP2",
+        "yes",
+        "yes",
+        "tests/mica/fast/test_experts_training.py::test_two_processes_follow_one",
+    ),
+    Setup(
+        "experts, `transformers.Trainer`, saving and resuming",
+        "yes",
+        "yes",
+        "tests/mica/fast/test_experts_training.py::test_trainer_saves_and_resumes",
+    ),
+    Setup(
+        "experts, saving, loading in stock PEFT (as LoRA) and here, resuming with `B` frozen",
+        "yes",
+        "yes",
+        "tests/mica/fast/test_experts_saving.py::test_stock_peft_loads_it_and_gives_the_same_logits",
+    ),
+    Setup(
+        "experts, merging and bit-exact unmerging",
+        "yes",
+        "yes",
+        "tests/mica/fast/test_experts_merging.py::test_merges_in_fp32_and_rounds_once_and_unmerges_to_the_bit",
+    ),
+    Setup(
+        "experts in 8 or 4 bits, Llama 4's experts, expert parallelism",
+        "refused",
+        "no",
+        "tests/mica/fast/test_experts_refusals.py::test_packed_experts_are_refused",
+    ),
+    Setup(
+        "routers and other 2-d `target_parameters`",
+        "yes",
+        "no",
+        "tests/mica/fast/test_experts_eligibility.py::test_a_router_keeps_peft_s_path_and_does_not_stop_the_experts",
+    ),
     Setup("DDP", "yes", "yes", f"{DISTRIBUTED}::test_ddp"),
     Setup(
         "DDP with gradient checkpointing",

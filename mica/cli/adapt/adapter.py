@@ -82,6 +82,11 @@ def read_adapter_config(folder: Path, option: str = "--adapter") -> dict:
         raise UsageError(f"{option} {folder}: {CONFIG} cannot be read: {error.strerror}") from error
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UsageError(f"{option} {folder}: {CONFIG} is not that of a PEFT adapter") from error
+    if config.get("target_parameters"):
+        raise UsageError(
+            f"{option} {folder}: adapts single parameters (target_parameters), mostly experts, which these "
+            "commands do not support: load and merge it with PEFT"
+        )
     if kind != "LORA" or str(start).lower() != "mica":
         found = kind if kind != "LORA" else f"LoRA with init_lora_weights={start!r}"
         raise UsageError(f"{option} {folder}: must be a MiCA adapter, but is {found}")

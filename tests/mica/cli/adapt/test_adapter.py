@@ -127,6 +127,7 @@ def test_shapes_of_all_kinds_of_layers(tmp_path):
         ("[]", "is not that of a PEFT adapter"),
         ("{}", "is not that of a PEFT adapter"),
         ('{"peft_type": "IA3"}', "must be a MiCA adapter, but is IA3"),
+        ('{"peft_type": "LORA", "target_parameters": ["e.w"]}', "adapts single parameters"),
         ('{"peft_type": "LORA", "init_lora_weights": true}', "but is LoRA with init_lora_weights=True"),
     ],
 )

@@ -2,7 +2,7 @@
 
 from tests.support.mutants.edits import FileEdits
 
-EXPERTS = [
+EXPERTS_PATH = [
     FileEdits(
         "mica/reference_experts.py",
         tests=["tests/mica/test_reference_experts.py"],
