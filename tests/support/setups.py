@@ -15,6 +15,7 @@ DISTRIBUTED = "tests/mica/fast/test_distributed_training.py"
 TENSOR_PARALLEL = "tests/mica/fast/test_tensor_parallel.py"
 DEEPSPEED = "tests/mica/fast/test_deepspeed.py"
 ADAPTERS = "tests/mica/fast/test_adapters.py"
+RECIPES = "tests/mica/fast/test_recipes.py"
 
 EXPERTS = "tests/mica/fast/test_experts.py"
 
@@ -93,6 +94,24 @@ SETUPS = [
         "yes",
         "yes",
         f"{TRAINING}::test_sft_trainer_with_peft_config",
+    ),
+    Setup(
+        "axolotl, by a plugin (tested with a stand-in, and with axolotl 0.19.0 where it is installed)",
+        "yes",
+        "yes",
+        f"{RECIPES}::test_a_trainer_s_recipe_runs_on_the_fast_path",
+    ),
+    Setup(
+        "axolotl's own LoRA kernels (they bypass the layers; the plugin says so)",
+        "refused",
+        "no",
+        f"{RECIPES}::test_axolotl_s_own_kernels_are_refused",
+    ),
+    Setup(
+        "Liger's RMSNorm, rotary embedding, SwiGLU and fused linear cross-entropy",
+        "yes",
+        "yes",
+        "tests/mica/fast/test_liger.py::test_the_losses_of_neither",
     ),
     Setup(
         "rsLoRA, `rank_pattern`, `alpha_pattern`, `modules_to_save`",
@@ -248,6 +267,12 @@ SETUPS = [
         "yes",
         "yes",
         f"{DISTRIBUTED}::test_fsdp2_by_accelerate_with_weights_in_the_first_process_only",
+    ),
+    Setup(
+        "FSDP2 by `transformers.Trainer` and `torchrun`",
+        "yes",
+        "yes",
+        f"{RECIPES}::test_fsdp2_has_the_losses_of_one_process",
     ),
     Setup(
         "FSDP2 with `lora_A` as its own unit",

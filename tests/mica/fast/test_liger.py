@@ -1,0 +1,109 @@
+"""Beside Liger's kernels: the losses of a model with neither Liger nor this backend.
+
+Liger's kernels run in Triton's interpreter here, compiled with MICA_TEST_DEVICE=cuda.
+"""
+
+import pytest
+import torch
+from transformers.integrations.liger import apply_liger_kernel
+from transformers.models.llama import modeling_llama
+
+import mica.fast
+from tests.support.kernel_cases import DEVICE
+from tests.support.models import bases
+from tests.support.training import STEPS, batches, eager_losses, follows, llama, train
+
+pytest.importorskip("triton")
+pytest.importorskip("liger_kernel", reason="liger-kernel is not installed")
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+KERNELS = {
+    "LigerFusedLinearCrossEntropyFunctionBackward",
+    "LigerRMSNormFunctionBackward",
+    "LigerRopeFunctionBackward",
+    "LigerSiLUMulFunctionBackward",
+}
+
+
+class _Scalar(float):
+    """What a kernel's `float` argument is when compiled: it has a dtype, fp32, and can be cast."""
+
+    def to(self, dtype):
+        return self
+
+
+@pytest.fixture(autouse=True)
+def _patched_back(monkeypatch):
+    """Liger replaces names of transformers' module. And the interpreter lacks two things that Liger uses."""
+    for name in ("apply_rotary_pos_emb", "LlamaRMSNorm", "LlamaMLP"):
+        monkeypatch.setattr(modeling_llama, name, getattr(modeling_llama, name))
+    if DEVICE == "cpu":
+        import triton.language as tl
+        from liger_kernel.ops import rms_norm
+        from triton.runtime import interpreter
+
+        convert = interpreter._implicit_cvt
+        monkeypatch.setattr(
+            interpreter,
+            "_implicit_cvt",
+            lambda argument: _Scalar(argument) if type(argument) is float else convert(argument),
+        )
+        # libdevice is a library for GPUs, whose functions return None here
+        monkeypatch.setattr(rms_norm, "rsqrt", lambda x: tl.math.rsqrt(x))
+
+
+def with_liger(**config):
+    model = llama(num_hidden_layers=1, **config).to(DEVICE)
+    apply_liger_kernel(model, None)  # what `use_liger_kernel=True` calls
+    return model
+
+
+def data():
+    return batches(size=1, length=6).to(DEVICE)
+
+
+def nodes(tensor):
+    """The names of all steps of its backward pass."""
+    names, waiting = set(), [tensor.grad_fn]
+    while waiting:
+        node = waiting.pop()
+        names.add(node.name())
+        waiting += [other for other, _ in node.next_functions if other is not None]
+    return names
+
+
+@pytest.mark.parametrize("path", ["reference", "kernel"])
+def test_the_losses_of_neither(monkeypatch, path):
+    """RMSNorm, rotary embedding, SwiGLU and fused linear cross-entropy of Liger, around MiCA's layers."""
+    if DEVICE == "cpu" and path == "kernel":
+        monkeypatch.setenv("MICA_BACKEND", "triton")
+    elif DEVICE != "cpu" and path == "reference":
+        monkeypatch.setenv("MICA_BACKEND", "reference")
+    model = with_liger()
+    assert mica.fast.explain(model).counts() == {path: 7}, str(mica.fast.explain(model))
+    first_B = {name: B.detach().clone() for name, B in bases(model).items()}
+    before = mica.fast.call_counts.copy()
+    losses = train(model, data())
+    counted = mica.fast.call_counts - before
+    assert counted["linear"] == counted["linear_backward"] == 7 * STEPS
+    assert all(row.calls == 1 for row in mica.fast.explain(model).rows)
+    follows(losses, eager_losses(num_hidden_layers=1, data=batches(size=1, length=6)))
+    for name, B in bases(model).items():
+        assert not B.requires_grad, name
+        assert torch.equal(B, first_B[name]), name
+
+
+def test_all_four_kernels_take_part():
+    ids = data()[0]
+    assert nodes(with_liger()(input_ids=ids, labels=ids).loss) >= KERNELS
+
+
+def test_an_adapter_on_the_output_layer_is_bypassed_and_explain_says_so():
+    """Liger's fused loss reads `lm_head.weight`. ("all-linear" leaves the output layer out.)"""
+    model = with_liger(targets=["q_proj", "lm_head"])
+    ids = data()[0]
+    model(input_ids=ids, labels=ids).loss.backward()
+    calls = {row.name.rpartition(".")[2]: row.calls for row in mica.fast.explain(model).rows}
+    assert calls == {"q_proj": 1, "lm_head": 0}
+    assert "not called in the last forward" in str(mica.fast.explain(model))

@@ -1,0 +1,235 @@
+"""The recipes in recipes/: the page shows the files, and the files run as they stand, on a tiny model."""
+
+import json
+import re
+import runpy
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+import yaml
+from peft import PeftModel
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+import mica.fast
+from tests.support import axolotl_style
+from tests.support.models import bases, wrap
+from tests.support.processes import start
+from tests.support.tiny_cli import byte_tokenizer, logits, tiny_llama
+from tests.support.tolerances import RELATIVE, error
+
+RECIPES = Path(__file__).parents[3] / "recipes"
+STEPS = 4
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+def test_the_page_shows_the_files():
+    page = (RECIPES / "README.md").read_text(encoding="utf-8")
+    shown = re.findall(r"^```(?:python|yaml)\n(.*?)^```", page, re.DOTALL | re.MULTILINE)
+    files = [path for path in RECIPES.iterdir() if path.suffix in (".py", ".yaml")]
+    assert sorted(shown) == sorted(path.read_text(encoding="utf-8") for path in files)
+
+
+# ---------------------------------------------------------------------------------------------------
+# the recipes, run
+# ---------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def given(tmp_path_factory):
+    """A tiny Llama in fp32 and texts of ``STEPS`` batches of 8 blocks of 512 tokens."""
+    folder = tmp_path_factory.mktemp("recipes")
+    model = tiny_llama(initializer_range=0.3, hidden_size=64, max_position_embeddings=512)
+    model.save_pretrained(folder / "model")
+    byte_tokenizer().save_pretrained(folder / "model")
+    text = "".join(f"{n} times {n} is {n * n}; " for n in range(2000))
+    pieces = [text[start : start + 511] for start in range(0, 511 * 8 * STEPS, 511)]  # and an EOS
+    lines = [json.dumps({"text": piece}) for piece in pieces]
+    (folder / "texts.jsonl").write_text("\n".join(lines), encoding="utf-8")
+    return SimpleNamespace(folder=folder, model=str(folder / "model"), texts=str(folder / "texts.jsonl"))
+
+
+def in_this_process(recipe, given):
+    """What ``recipe()``, which returns its trainer, has done; its adapter is in ``folder``."""
+    before = mica.fast.call_counts.copy()
+    trainer = recipe()
+    return SimpleNamespace(
+        losses=losses_of(trainer),
+        calls=dict(mica.fast.call_counts - before),
+        explanation=mica.fast.explain(trainer.model),
+        folder=Path(trainer.args.output_dir),
+    )
+
+
+def losses_of(trainer):
+    return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+
+
+@pytest.fixture(scope="module")
+def sft(given):
+    def recipe():
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(sys, "argv", ["", given.model, given.texts, str(given.folder / "sft")])
+            return runpy.run_path(str(RECIPES / "sft_trainer.py"), run_name="__main__")["trainer"]
+
+    return in_this_process(recipe, given)
+
+
+def axolotl_yaml(given, **changes):
+    """The recipe, with the names that a user would change too."""
+    config = yaml.safe_load((RECIPES / "axolotl.yaml").read_text(encoding="utf-8"))
+    config["datasets"][0]["path"] = given.texts
+    tiny = {"base_model": given.model, "special_tokens": {"pad_token": "<eos>"}}
+    return {**config, **tiny, "output_dir": str(given.folder / "axolotl"), **changes}
+
+
+@pytest.fixture
+def plugin_path(monkeypatch):
+    monkeypatch.syspath_prepend(str(RECIPES))
+    yield
+    sys.modules.pop("mica_axolotl", None)
+
+
+@pytest.fixture(scope="module")
+def axolotl(given):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(RECIPES))
+        done = in_this_process(lambda: axolotl_style.train(axolotl_yaml(given)), given)
+    sys.modules.pop("mica_axolotl", None)
+    return done
+
+
+@pytest.fixture(scope="module")
+def fsdp2(given):
+    """What two processes of torchrun have done."""
+    report, output = given.folder / "report", given.folder / "fsdp2"
+    done = start(
+        *("torch.distributed.run", "--standalone", "--nproc-per-node", 2, "-m", "tests.support.on_gloo"),
+        *(RECIPES / "fsdp2.py", report, given.model, given.texts, output),
+        ACCELERATE_TORCH_DEVICE="cpu",
+        OMP_NUM_THREADS="1",
+    )
+    assert done.returncode == 0, done.stderr
+    processes = [json.loads(Path(f"{report}-{rank}").read_text(encoding="utf-8")) for rank in range(2)]
+    return SimpleNamespace(processes=processes, stdout=done.stdout, folder=output)
+
+
+def learned(losses):
+    assert len(losses) == STEPS
+    assert losses[0] - losses[-1] > 0.05, losses
+
+
+@pytest.mark.parametrize("name", ["sft", "axolotl"])
+def test_a_trainer_s_recipe_runs_on_the_fast_path(name, request):
+    done = request.getfixturevalue(name)
+    learned(done.losses)
+    assert done.explanation.counts() == {"reference": 14}
+    assert all(row.calls for row in done.explanation.rows)
+    forwards = 2 if name == "sft" else 1  # trl checkpoints by default: each forward runs again
+    assert done.calls == {"linear": forwards * 14 * STEPS, "linear_backward": 14 * STEPS}
+
+
+def test_fsdp2_has_the_losses_of_one_process(fsdp2, given):
+    """Of one with PEFT's own code and the same batches of 8; a step logs the mean over both processes."""
+    recipe = runpy.run_path(str(RECIPES / "fsdp2.py"))
+    alone = recipe["trainer_of"](
+        given.model, given.texts, str(given.folder / "alone"), per_device_train_batch_size=8
+    )
+    with mica.fast.disabled():
+        alone.train()
+    expected = losses_of(alone)
+    learned(expected)
+    for process in fsdp2.processes:
+        assert process["losses"] == pytest.approx(expected, rel=RELATIVE[torch.float32])
+        assert process["paths"] == {"reference": 14}
+        assert process["calls"] == {"linear": 14 * STEPS, "linear_backward": 14 * STEPS}
+        assert process["sharded"]
+    assert fsdp2.stdout.count("14 layers: 14 reference") == 1
+
+
+# ---------------------------------------------------------------------------------------------------
+# what they leave behind
+# ---------------------------------------------------------------------------------------------------
+
+STOCK = """
+import sys, torch
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+base, *adapters = sys.argv[1:]
+for adapter in adapters:
+    model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), adapter).eval()
+    with torch.no_grad():
+        torch.save(model(torch.arange(64).view(2, 32)).logits, f"{adapter}/logits")
+assert "mica" not in sys.modules
+"""
+
+
+@pytest.fixture(scope="module")
+def adapters(sft, axolotl, fsdp2, given):
+    """Folders, with the logits that PEFT without this package gives."""
+    folders = [done.folder for done in (sft, axolotl, fsdp2)]
+    command = [sys.executable, "-c", STOCK, given.model, *map(str, folders)]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=given.folder)
+    assert done.returncode == 0, done.stderr
+    return dict(zip(("sft", "axolotl", "fsdp2"), folders, strict=True))
+
+
+@pytest.mark.parametrize("name", ["sft", "axolotl", "fsdp2"])
+def test_the_saved_adapter(name, adapters, given):
+    """B is the initial one to the bit, A is not; PEFT alone loads it, and its logits are ours."""
+    base = AutoModelForCausalLM.from_pretrained(given.model)
+    plain = logits(base)
+    loaded = PeftModel.from_pretrained(base, adapters[name])
+    ours = logits(loaded)
+    assert error(ours, plain) > 0.01
+    assert error(torch.load(adapters[name] / "logits"), ours) <= RELATIVE[torch.float32]
+
+    new = wrap(
+        AutoModelForCausalLM.from_pretrained(given.model), rank=16, lora_alpha=32, targets="all-linear"
+    )
+    saved = load_file(adapters[name] / "adapter_model.safetensors")
+    assert len(saved) == 2 * 14
+    for layer, B in bases(new).items():
+        assert torch.equal(saved[f"{layer}.lora_B.weight"], B), layer
+        assert saved[f"{layer}.lora_A.weight"].abs().max() > 0, layer
+
+
+# ---------------------------------------------------------------------------------------------------
+# axolotl's plugin
+# ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.usefixtures("plugin_path")
+@pytest.mark.parametrize("left", ["none", "one"])
+def test_axolotl_s_own_kernels_are_refused(left, given):
+    """axolotl sets all four to true if the file names none of them."""
+    config = axolotl_yaml(given)
+    for kernel in axolotl_style.KERNELS:
+        del config[kernel]
+    config |= {"one": {"lora_o_kernel": True}, "none": {}}[left]
+    with pytest.raises(ValueError, match=r"lora_o_kernel.* would bypass the adapted layers"):
+        axolotl_style.train(config)
+
+
+def test_axolotl_itself(given, tmp_path):
+    """Where it is installed (its pins exclude this package's other tests)."""
+    pytest.importorskip("axolotl", reason="axolotl is not installed")
+    config = axolotl_yaml(given, output_dir=str(tmp_path / "adapter"), dataset_prepared_path=str(tmp_path))
+    (tmp_path / "axolotl.yaml").write_text(yaml.safe_dump(config), encoding="utf-8")
+    done = start(
+        "axolotl.cli.train",
+        tmp_path / "axolotl.yaml",
+        path=RECIPES,
+        AXOLOTL_DO_NOT_TRACK="1",
+        WANDB_MODE="disabled",
+    )
+    assert done.returncode == 0, done.stderr
+    assert "14 layers: 14 reference" in done.stdout
+    assert "not called" not in done.stdout
+    learned([float(loss) for loss in re.findall(r"'loss': '?([\d.]+)", done.stdout + done.stderr)])
+    PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(given.model), tmp_path / "adapter")
