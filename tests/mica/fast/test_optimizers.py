@@ -7,11 +7,12 @@ from contextlib import nullcontext
 import peft.optimizers
 import pytest
 import torch
-from peft.optimizers import create_loraplus_optimizer, create_riemannian_optimizer, lorafa
+from peft.optimizers import create_loraplus_optimizer, lorafa
 
 import mica.fast
 from mica.fast.eligibility import adapter_weights
 from tests.support.models import adapted_layers, bases, net, tiny_llama, wrap
+from tests.support.peft_versions import needs_peft
 from tests.support.unchanged import assert_unchanged, snapshot
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -109,9 +110,10 @@ def test_lora_plus_trains_a_alone(stock):
         assert torch.equal(lora_B, before[name])
 
 
+@needs_peft("0.21", "no such optimizer")
 def test_riemannian_is_refused_by_stock_itself():
     """It wants A and B to be trainable; over an orthonormal B it would only scale the gradient of A."""
     model = net(targets=["up"])
     with pytest.raises(ValueError, match="did not find any trainable lora_A/lora_B parameter pairs"):
-        create_riemannian_optimizer(model, torch.optim.AdamW, lr=1e-2)
+        peft.optimizers.create_riemannian_optimizer(model, torch.optim.AdamW, lr=1e-2)
     assert trainable(model) == ["base_model.model.up.lora_A.default.weight"]
