@@ -190,6 +190,56 @@ def test_unknown_code_is_named_by_its_module():
     assert str(mica.fast.explain(model)).splitlines()[-1] == "their_patches.mlp bypasses 3 layers"
 
 
+class Block(nn.Module):
+    """One that leaves a part to a function that it holds, as fused models of frameworks do."""
+
+    def __init__(self):
+        super().__init__()
+        self.up, self.down = nn.Linear(8, 8), nn.Linear(8, 8)
+        self.apply_up = self.up.forward
+
+    def forward(self, x):
+        return self.down(self.apply_up(x))
+
+
+@pytest.mark.parametrize(
+    ("module", "who"),
+    [
+        ("axolotl.kernels.lora", "axolotl"),
+        ("unsloth_compiled_module_llama", "unsloth"),
+        ("unsloth_zoo.patches", "unsloth"),
+        ("theirs", "theirs"),
+        ("accelerate.hooks", None),
+    ],
+)
+def test_functions_that_a_forward_calls(module, who):
+    model = wrap(Block(), targets=["up", "down"])
+    model.base_model.model.apply_up = module_of(module, "def apply_up(x):\n    return x").apply_up
+    model(torch.ones(2, 8))
+    up, down = mica.fast.explain(model).rows
+    assert (up.calls, up.bypassed_by, down.calls, down.bypassed_by) == (0, who, 1, None)
+
+
+@pytest.mark.parametrize(
+    "module", ["accelerate.hooks", "peft.helpers", "transformers.utils", "mica.fast.layers"]
+)
+def test_libraries_whose_forwards_call_the_layers_are_not_named(module):
+    linear = nn.Linear(2, 2)
+    linear.forward = types.MethodType(
+        module_of(module, "def forward(self, x):\n    return x").forward, linear
+    )
+    assert replaced_by(linear) is None
+
+
+def test_a_decorated_forward_is_still_the_module_s_own(monkeypatch):
+    code = "import functools\ndef logged(f):\n    return functools.wraps(f)(lambda *args: f(*args))"
+    logged = module_of("their_logs", code).logged
+    block = Block()
+    block.forward = logged(block.forward)
+    monkeypatch.setattr(nn.Linear, "forward", logged(nn.Linear.forward))
+    assert [replaced_by(module) for module in block.modules()] == [None, None, None]
+
+
 def test_what_is_around_layers_that_ran_is_not_to_blame():
     """A whole model's replaced forward does not explain one layer of a block that was skipped."""
     model = llama()
