@@ -38,7 +38,7 @@ mutants: $(READY)
 fuzz: $(READY)
 	OMP_WAIT_POLICY=passive $(RUN) -m tests.fuzz $(ARGS)
 
-# PEFT's own tests with the backend and without
+# PEFT's own tests with the backend and without, of the installed PEFT and of the oldest supported
 conformance: $(READY)
 	$(RUN) -m pip install -q -e ".[conformance]"
 	$(RUN) -m tests.conformance

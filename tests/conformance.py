@@ -1,9 +1,13 @@
-"""PEFT's own tests, from the source distribution of the installed version, with the backend and without.
+"""PEFT's own tests, from a version's source distribution, with the backend and without.
 
-    python -m tests.conformance [--work DIR] [--processes N]
+    python -m tests.conformance [--versions VERSION ...] [--work DIR] [--processes N]
 
-Exactly the tests that fail without the backend (those that need the hub) may fail with it. The backend's
-operators must have run in PEFT's MiCA tests and in no other. Exit status 0 if so.
+Both ends of the supported range by default: the installed PEFT, and the oldest that pyproject.toml allows. A
+version that is not the installed one is installed into the work folder, over the same other packages.
+
+Exactly the tests that fail without the backend may fail with it: those that need the hub, and those of an old
+PEFT that newer packages break. The backend's operators must have run in PEFT's MiCA tests and in no other.
+Exit status 0 if so.
 """
 
 from __future__ import annotations
@@ -21,7 +25,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import NamedTuple
 
-SUPPORT = Path(__file__).resolve().parent / "support"
+ROOT = Path(__file__).resolve().parent.parent
+SUPPORT = ROOT / "tests" / "support"
 FILES = (
     "test_custom_models.py",
     "test_initialization.py",
@@ -40,8 +45,11 @@ EXPRESSION = "(-LoraConfig-) or (not Config-)"
 # again: a run took 19 minutes and computed for two and a half. Without it the same tests fail, at once.
 CONFTEST = """from contextlib import nullcontext
 
+import peft
+
 from . import testing_utils
 
+assert peft.__version__ == {version!r}, peft
 testing_utils.hub_online_once = lambda model_id: nullcontext()
 """
 
@@ -51,29 +59,49 @@ class Outcome(NamedTuple):
     calls: int  # of the backend's operators
 
 
-def peft_tests(work: Path) -> Path:
-    """The `tests` folder of the installed PEFT's source distribution, made importable as a package."""
-    name = f"peft-{version('peft')}"
-    if not (work / name).exists():
+def oldest_supported() -> str:
+    """The lower bound of pyproject.toml's range, as a release: "0.20.0"."""
+    (bound,) = re.findall(r'"peft>=([\d.]+)"', (ROOT / "pyproject.toml").read_text())
+    return ".".join([*bound.split("."), "0", "0"][:3])
+
+
+def pip(*arguments: str) -> None:
+    subprocess.run([sys.executable, "-m", "pip", *arguments, "-q", "--no-deps"], check=True)
+
+
+def peft_tests(work: Path, peft: str) -> Path:
+    """The folder of that PEFT's source distribution, with `tests` in it made importable as a package."""
+    root = work / f"peft-{peft}"
+    if not root.exists():
         work.mkdir(parents=True, exist_ok=True)
-        download = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "--no-binary", ":all:"]
-        subprocess.run([*download, "-d", str(work), name.replace("-", "==")], check=True)
-        with tarfile.open(work / f"{name}.tar.gz") as archive:
+        pip("download", "--no-binary", ":all:", "-d", str(work), f"peft=={peft}")
+        with tarfile.open(f"{root}.tar.gz") as archive:
             archive.extractall(work, filter="data")
     # the source distribution leaves both out
-    (work / name / "tests" / "__init__.py").touch()
-    (work / name / "tests" / "conftest.py").write_text(CONFTEST)
-    return work / name
+    (root / "tests" / "__init__.py").touch()
+    (root / "tests" / "conftest.py").write_text(CONFTEST.format(version=peft))
+    return root
 
 
-def run(root: Path, processes: int, backend: bool) -> dict[str, Outcome]:
+def peft_package(work: Path, peft: str) -> Path | None:
+    """A folder for the Python path with that PEFT in it; None for the installed one."""
+    if peft == version("peft"):
+        return None
+    folder = work / f"peft-{peft}-installed"
+    if not (folder / f"peft-{peft}.dist-info").exists():
+        pip("install", "--upgrade", "--target", str(folder), f"peft=={peft}")
+    return folder
+
+
+def run(root: Path, package: Path | None, processes: int, backend: bool) -> dict[str, Outcome]:
     report = root / f"report-{'mica' if backend else 'stock'}.xml"
     report.unlink(missing_ok=True)
     command = [sys.executable, "-m", "pytest", "-q", "--tb=no", "-p", "no:cacheprovider", "-W", "ignore"]
     command += ["-o", "addopts=", "-n", str(processes), f"--junitxml={report}", "-k", EXPRESSION]
     command += ["-p", "peft_plugin"] if backend else []
-    command += [f"tests/{file}" for file in FILES]
-    path = os.pathsep.join(filter(None, (str(SUPPORT), os.environ.get("PYTHONPATH"))))
+    command += [f"tests/{file}" for file in FILES if (root / "tests" / file).exists()]
+    folders = (package, SUPPORT, os.environ.get("PYTHONPATH"))
+    path = os.pathsep.join(str(folder) for folder in folders if folder)
     environment = {**os.environ, "PYTHONPATH": path, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True)
     if not report.exists():
@@ -112,24 +140,32 @@ def differences(stock: dict[str, Outcome], ours: dict[str, Outcome]) -> list[str
     return lines
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--work", type=Path, default=Path("build/conformance"))
-    parser.add_argument("--processes", type=int, default=min(os.cpu_count() or 1, 8))
-    args = parser.parse_args()
-    root, runs = peft_tests(args.work.resolve()), {}
+def conform(work: Path, peft: str, processes: int) -> bool:
+    """Both runs of one version and their summary, printed. Whether they agree."""
+    root, package, runs = peft_tests(work, peft), peft_package(work, peft), {}
     for backend in (False, True):
         start = time.monotonic()
-        runs[backend] = run(root, args.processes, backend)
+        runs[backend] = run(root, package, processes, backend)
         seconds = time.monotonic() - start
-        print(f"{'mica.fast' if backend else 'stock PEFT ' + version('peft')}, {seconds:.0f} s")
+        print(f"PEFT {peft} {'with mica.fast' if backend else 'alone'}, {seconds:.0f} s")
         for name, expected in (("MiCA", True), ("others", False)):
             tests = {test: outcome for test, outcome in runs[backend].items() if is_mica(test) is expected}
             print(f"    {name}: {summary(tests)}", flush=True)
     lines = differences(runs[False], runs[True])
     print("\n".join(f"  {line}" for line in lines), end="\n" if lines else "")
-    print("conformance: " + ("FAILED" if lines else "the same outcomes with the backend as without"))
-    return 1 if lines else 0
+    outcome = "FAILED" if lines else "the same outcomes with the backend as without"
+    print(f"conformance, PEFT {peft}: {outcome}", flush=True)
+    return not lines
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--versions", nargs="+", default=[version("peft"), oldest_supported()])
+    parser.add_argument("--work", type=Path, default=Path("build/conformance"))
+    parser.add_argument("--processes", type=int, default=min(os.cpu_count() or 1, 8))
+    args = parser.parse_args()
+    agree = [conform(args.work.resolve(), peft, args.processes) for peft in dict.fromkeys(args.versions)]
+    return 0 if all(agree) else 1
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ import platform
 import sys
 import warnings
 from collections.abc import Iterator
+from contextlib import suppress
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, metadata, packages_distributions, requires, version
 from importlib.util import find_spec
@@ -170,6 +171,19 @@ def _excuse_peft(report: dict) -> None:
             row["problem"] = None
 
 
+def _bypassing(report: dict) -> list[dict]:
+    """Installed frameworks that can compute adapted layers themselves: name, version, remedy."""
+    if not report["peft"]["patched"]:
+        return []
+    from mica.fast.bypassed import REMEDIES
+
+    rows = []
+    for name, remedy in REMEDIES.items():
+        with suppress(PackageNotFoundError):
+            rows.append({"name": name, "version": version(name), "remedy": remedy})
+    return rows
+
+
 def _caches(has_triton: bool) -> dict:
     """The initialisation cache's folder (None: off), is_writable, distrusted (why it is not used, or None);
     tuning_file and tuning_entries."""
@@ -214,6 +228,7 @@ def examine() -> dict:
     report["products"] = _products()
     report["peft"] = _peft(problems)
     _excuse_peft(report)
+    report["bypassing"] = _bypassing(report)
     report["caches"] = _caches(has_triton)
     return report
 
@@ -273,6 +288,12 @@ def _lines(report: dict) -> Iterator[tuple[str, str]]:
     yield "PEFT", f"mica.fast replaces {report['peft']['patched']} of its functions"
     for mismatch in report["peft"]["mismatches"]:
         yield "  mismatch", mismatch
+    for row in report["bypassing"]:
+        yield (
+            row["name"],
+            f"{row['version']:14}  can compute adapted layers without MiCA's code (mica.fast.explain counts "
+            f"them); against it: {row['remedy']}",
+        )
     caches = report["caches"]
     state = "writable" if caches["is_writable"] else "not writable, so nothing new is kept"
     if caches["distrusted"]:

@@ -14,7 +14,7 @@ from torch import nn
 from torch.distributed import is_available as has_distributed
 
 from mica import backend
-from mica.fast import calls, expert_stacks, experts, patching
+from mica.fast import bypassed, calls, expert_stacks, experts, patching
 from mica.fast.eligibility import (
     adapter_weights,
     adapters_of,
@@ -39,6 +39,7 @@ class Row:
     path: str  # "kernel", "reference", "peft" or "error"
     reason: str  # why not the path before it in that list; why the base layer is called, if it is
     calls: int | None = None  # in the last forward of the whole model; None if unknown
+    bypassed_by: str | None = None  # the framework or module whose code runs instead of the layer's
 
 
 @dataclass(frozen=True)
@@ -69,9 +70,14 @@ def explain(model: nn.Module) -> Explanation:
     the module around it. None if unknown: before the first forward and after adapters
     have been added, for layers that are not covered, and once torch.compile has traced a MiCA layer in this
     process.
+
+    ``bypassed_by``: where other code runs instead of the layer, the framework's name (axolotl, unsloth) or
+    that of the module with the code; ``str()`` says how to switch it off (see `mica.fast.bypassed`).
     """
     rows, counts = [], calls.counts()
-    for name, module in model.named_modules():
+    modules = dict(model.named_modules())
+    entered = bypassed.around([name for name, module in modules.items() if counts.get(module)])
+    for name, module in modules.items():
         if isinstance(module, BaseTunerLayer):
             base = type(module.get_base_layer()).__name__
             outermost, shown = module, name
@@ -81,7 +87,9 @@ def explain(model: nn.Module) -> Explanation:
                 outermost, shown = model.get_submodule(name), f"{name}.{module.parameter_name}"
             with _as_gathered(model, name, outermost):
                 count = counts.get(module) if _is_counted(module) else None
-                rows.append(Row(shown, base, _adapters(module), *_path(module, outermost), count))
+                around = count == 0 and bypassed.bypassed_by(modules, name, entered)
+                by = around or bypassed.replaced_by(module)
+                rows.append(Row(shown, base, _adapters(module), *_path(module, outermost), count, by))
     return Explanation(rows)
 
 
@@ -143,6 +151,8 @@ def _reason(layer, outermost) -> str | None:
         return "mica.fast is not installed"
     if not settings.enabled:
         return "mica.fast is disabled"
+    if who := bypassed.replaced_by(layer):
+        return f"{who} has replaced the layer's forward"
     if _has_own_forward(layer):
         return "the layer has a forward of its own, set before mica.fast was imported"
     if not expert_stacks.is_wrapper(layer):
@@ -161,7 +171,8 @@ def _is_counted(layer) -> bool:
     """Whether the layer's calls pass through the forwards of `mica.fast.layers`."""
     kind, covered = class_of(layer), (lora.Linear, lora.Embedding, expert_stacks.ParamWrapper)
     is_covered = kind in covered or kind in quantised_layers
-    return patching.is_installed() and is_covered and not _has_own_forward(layer)
+    is_ours = patching.is_installed() and not bypassed.replaced_by(layer)
+    return is_ours and is_covered and not _has_own_forward(layer)
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -186,11 +197,12 @@ def _text(rows: list[Row]) -> str:
         "  ".join([*(cell.ljust(width) for cell, width in zip(line, widths, strict=False)), line[4]]).rstrip()
         for line in lines
     ]
-    return "\n".join([*printed, _totals(rows)])
+    return "\n".join([*printed, _totals(rows), *_bypasses(rows)])
 
 
 def _remark(row) -> str:
-    texts = {None: "", 0: "not called in the last forward", 1: ""}
+    by = f", bypassed by {row.bypassed_by}" if row.bypassed_by else ""
+    texts = {None: "", 0: f"not called in the last forward{by}", 1: ""}
     calls = texts.get(row.calls, f"called {row.calls} times in the last forward")
     return "; ".join(filter(None, (row.reason, calls)))
 
@@ -202,6 +214,13 @@ def _totals(rows) -> str:
     if uncalled:
         parts.append(f"{uncalled} not called in the last forward")
     return f"{len(rows)} layer{'s' if len(rows) > 1 else ''}: {'; '.join(parts)}"
+
+
+def _bypasses(rows) -> Iterator[str]:
+    """A line for each framework, or other module, whose code runs instead of layers."""
+    for who, count in Counter(row.bypassed_by for row in rows if row.bypassed_by).items():
+        remedy = f": {bypassed.REMEDIES[who]}" if who in bypassed.REMEDIES else ""
+        yield f"{who} bypasses {count} layer{'s' if count > 1 else ''}{remedy}"
 
 
 def patterns(names: Iterable[str]) -> list[tuple[str, int]]:

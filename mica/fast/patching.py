@@ -34,7 +34,7 @@ from mica.fast.eligibility import quantised_layers
 class Patch(NamedTuple):
     owner: str  # module, or module:Class
     name: str
-    parameters: str  # what stock's signature must begin with
+    parameters: str  # what stock's signature must begin with; "a|b": either name
     wrap: Callable  # stock function -> the function that takes its place
     required: bool = True
 
@@ -82,7 +82,8 @@ PATCHES = (
     Patch(
         _MODEL,
         "_create_and_replace",
-        "self lora_config adapter_name target target_name parent current_key",
+        # the other name is that of axolotl's wrapper for Gemma 4, which may be there first
+        "self lora_config|peft_config adapter_name target target_name parent current_key",
         initialisation.create_and_replace,
     ),
     Patch(_MODEL, "inject_adapter", "self model adapter_name", initialisation.inject_adapter),
@@ -180,11 +181,15 @@ def mismatch(patch: Patch) -> str | None:
     except (ImportError, AttributeError):
         return f"{patch.owner}.{patch.name} is not there"
     function = getattr(function, "__func__", function)
-    parameters = " ".join(
+    parameters = [
         str(p).split(":")[0].split("=")[0].strip() for p in inspect.signature(function).parameters.values()
+    ]
+    expected = [names.split("|") for names in patch.parameters.split()]
+    fits = len(parameters) >= len(expected) and all(
+        name in names for name, names in zip(parameters, expected, strict=False)
     )
-    if not f"{parameters} ".startswith(f"{patch.parameters} "):
-        return f"{patch.owner}.{patch.name} takes ({parameters})"
+    if not fits:
+        return f"{patch.owner}.{patch.name} takes ({' '.join(parameters)})"
     return None
 
 

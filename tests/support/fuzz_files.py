@@ -117,6 +117,8 @@ class Files(Base):
     def hotswap(self, index, file):
         name, folder = self.pick(index), str(self.files[file % len(self.files)])
         outcome = self.twins.each(lambda model: hotswap_adapter(model, folder, name))
+        if outcome.error is None and self.twins.is_merged_adapter(name):
+            self.edited()  # PEFT before 0.21 does not refuse it
         self._compare_factors(name)
         self.twins.remember_bases(name)
         self.twins.remember_biases()

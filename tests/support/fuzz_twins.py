@@ -170,6 +170,9 @@ class Twins:
     def is_merged(self) -> bool:
         return any(layer.merged for layer in layers(self.ours).values())
 
+    def is_merged_adapter(self, name: str) -> bool:
+        return any(name in layer.merged_adapters for layer in layers(self.ours).values())
+
     @property
     def has_dropout(self) -> bool:
         return any(

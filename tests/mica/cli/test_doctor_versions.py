@@ -2,15 +2,16 @@
 
 import sys
 import warnings
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import PackageNotFoundError, requires, version
 
 import pytest
 import torch
 import triton
+from packaging.requirements import Requirement
 
 import mica.fast
 from mica.cli import doctor
-from mica.fast import patching
+from mica.fast import bypassed, patching
 from tests.support.doctoring import text_under
 
 
@@ -56,15 +57,16 @@ def test_version_out_of_range(package, run, versions):
 
 
 def test_peft_out_of_range_that_works_is_not_broken(run, versions):
-    """As 0.20.0 is, which has MiCA and all that is patched."""
-    versions(peft="0.20.0")
+    """As one between releases can be: all that is patched is there."""
+    (supported,) = [need.specifier for need in map(Requirement, requires("mica-fast")) if need.name == "peft"]
+    versions(peft="0.19.5")
     status, report, lines = run()
     assert (status, report["problems"]) == (0, [])
     (row,) = [row for row in report["versions"] if row["note"]]
-    assert (row["name"], row["version"], row["problem"]) == ("peft", "0.20.0", None)
+    assert (row["name"], row["version"], row["problem"]) == ("peft", "0.19.5", None)
     assert text_under(lines, "peft") == (
-        "0.20.0          peft 0.20.0 is not among the supported versions, >=0.21: not tested, but all that "
-        "mica.fast replaces is there"
+        f"0.19.5          peft 0.19.5 is not among the supported versions, {supported}: not tested, but all "
+        "that mica.fast replaces is there"
     )
 
 
@@ -189,3 +191,20 @@ def test_peft_that_mica_fast_cannot_read(run, monkeypatch):
     status, report, _ = run()
     assert (status, report["peft"]["patched"]) == (1, 0)
     assert report["problems"] == ["mica.fast cannot be imported: AttributeError: no LoraLayer"]
+
+
+def test_frameworks_that_compute_lora_layers_themselves_are_named(run, versions):
+    versions(axolotl="0.19.0", unsloth=None, liger_kernel=None)
+    status, report, lines = run()
+    assert status == 0
+    assert report["bypassing"] == [
+        {"name": "axolotl", "version": "0.19.0", "remedy": bypassed.REMEDIES["axolotl"]}
+    ]
+    assert text_under(lines, "axolotl") == (
+        "0.19.0          can compute adapted layers without MiCA's code (mica.fast.explain counts them); "
+        f"against it: {bypassed.REMEDIES['axolotl']}"
+    )
+    versions(axolotl=None, unsloth=None, liger_kernel=None)
+    _, report, lines = run()
+    assert report["bypassing"] == []
+    assert "axolotl" not in "".join(lines)

@@ -1,5 +1,6 @@
 """What `mica.fast.explain` reports, and its table in print: equal rows as one line, and the totals."""
 
+import functools
 import itertools
 import re
 from collections import Counter
@@ -108,7 +109,7 @@ def test_a_forward_kept_from_before_the_import_is_seen():
     mica.fast.uninstall()
     layer._old_forward = layer.forward
     mica.fast.enable()
-    layer.forward = lambda x: layer._old_forward(x)
+    layer.forward = functools.wraps(layer._old_forward)(lambda x: layer._old_forward(x))
     assert "before mica.fast" in mica.fast.explain(model).rows[0].reason
     before = mica.fast.call_counts["linear"]
     layer(torch.randn(2, 4))

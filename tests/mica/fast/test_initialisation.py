@@ -12,6 +12,7 @@ from mica.errors import UnsuitableLayerError
 from mica.fast.bases import NewAdapter
 from mica.subspace import many
 from tests.support.models import Net, adapted_layers, bases, net, randomise, snapshot, stock_load, wrap
+from tests.support.peft_versions import is_at_least
 
 INDICES = torch.tensor([[1, 2, 3, 28], [0, 7, 7, 3]])
 
@@ -86,7 +87,7 @@ def test_b_of_a_16_bit_embedding_stays_frozen(dtype):
         assert torch.equal(B, before[name])
     assert any(p.any() for name, p in model.named_parameters() if "lora_embedding_A" in name)
     stock = net(dtype, targets=["embed"], stock=True)
-    assert any(B.requires_grad for B in bases(stock).values())  # the fault is real
+    assert any(B.requires_grad for B in bases(stock).values()) == is_at_least("0.21")  # the fault is real
 
 
 def test_an_embedding_loaded_for_inference_is_not_trainable(tmp_path):

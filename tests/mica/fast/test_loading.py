@@ -10,6 +10,7 @@ from torch import nn
 
 import mica.fast
 from tests.support.models import Net, bases, net, randomise, stock_load, tiny_llama, wrap
+from tests.support.peft_versions import is_at_least
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -32,7 +33,8 @@ def test_loading_runs_no_solver_and_gives_what_stock_gives(dtype, low_cpu_mem_us
         if "lora_" in name:
             assert torch.equal(parameter, theirs[name]), name
             assert parameter.dtype == torch.float32
-            trained = ".default" in name and "_A" in name
+            # loading a second adapter for inference freezes the first one too before 0.21
+            trained = ".default" in name and "_A" in name and is_at_least("0.21")
             assert parameter.requires_grad == trained, name
 
 
