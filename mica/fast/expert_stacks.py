@@ -24,12 +24,17 @@ def is_wrapper(layer) -> bool:
 
 def is_stack(layer) -> bool:
     """Whether the layer adapts a stack of experts, a 3-d parameter."""
-    return type(layer) is ParamWrapper and layer._param_ndim == 3
+    return type(layer) is ParamWrapper and _dimensions(layer) == 3
+
+
+def _dimensions(layer) -> int:
+    known = layer.__dict__.get("_param_ndim")  # PEFT 0.20 has none
+    return parameter_of(layer).dim() if known is None else known
 
 
 def is_stored_as_in_out(layer) -> bool:
     """Whether the stack is stored as (E, in_features, out_features)."""
-    return layer._param_ndim == 3 and not layer._did_swap_in_out_features
+    return _dimensions(layer) == 3 and not layer._did_swap_in_out_features
 
 
 def module_of(layer) -> nn.Module:
@@ -52,7 +57,7 @@ def parameter_of(layer) -> Tensor:
 def weight_of_stack(layer) -> Tensor:
     """A view (E, out_features, in_features) of the adapted parameter."""
     parameter = parameter_of(layer)
-    if layer._param_ndim == 2:
+    if _dimensions(layer) == 2:
         return parameter.unsqueeze(0)
     return parameter if layer._did_swap_in_out_features else parameter.transpose(1, 2)
 
