@@ -18,6 +18,9 @@ def test_at_most_three_and_all_of_them_tiles(target, tokens, block_r, itemsize):
         configs.down_projection(target, tokens, block_r, itemsize),
         configs.up_projection(target, tokens, block_r, itemsize),
         configs.grad_a(target, tokens, block_r, itemsize),
+        configs.experts_down(target, tokens, block_r, itemsize),
+        configs.experts_up(target, tokens, block_r, itemsize),
+        configs.experts_grad_a(target, tokens * 128, block_r, itemsize),
         configs.embedding(target, tokens, block_r, itemsize),
         configs.fused_linear(target, tokens, 14336, block_r, tokens > 1, itemsize, False, False),
         configs.fused_linear(target, tokens, 4096, block_r, True, itemsize, True, False),
@@ -36,6 +39,23 @@ def test_the_default_depends_on_the_tokens_only_where_it_is_the_other_candidate(
         few, many = function("sm_90", 1, 16, 2), function("sm_90", 8192, 16, 2)
         assert few == many[::-1]
         assert few[0] < many[0]  # the same tile but for one side, which is smaller
+
+
+def test_tiles_of_experts_follow_their_rows_and_columns():
+    for function in (configs.experts_down, configs.experts_up):
+        few, many = function("sm_90", 32, 16, 2), function("sm_90", 33, 16, 2)
+        assert few == many[::-1]
+        assert few[0].block_m == 16
+    narrow, wide = (configs.experts_grad_a("sm_90", 128 * count, 16, 2) for count in (263, 264))
+    assert narrow == wide[::-1]
+    assert narrow[0].block_k < wide[0].block_k
+
+
+def test_less_of_the_rank_at_a_time_where_experts_would_spill():
+    for target in TARGETS:
+        dense, experts = (f(target, 8192, 64, 4)[0] for f in (configs.up_projection, configs.experts_up))
+        less = target in ("sm_80", "sm_89", "sm_120")
+        assert experts == dense._replace(block_k=dense.block_k // 2 if less else dense.block_k)
 
 
 def test_the_square_tile_of_the_wide_product():
