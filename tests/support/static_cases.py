@@ -58,8 +58,8 @@ def cases(target: str) -> list[Case]:
             case.load_bits = 32
         if case.kernel in ("grad_a", "experts_grad_a") and target == "gfx942" and " r=16 " in case.label:
             case.load_bits = min(case.load_bits, 64)  # a tile of g that small is 8 bytes a thread
-        if case.kernel == "experts_up" and target == "gfx942" and case.label[2:].startswith("fp32"):
-            case.few_loads = 10  # one of h more
+        if case.kernel == "experts_up" and target == "gfx942" and case.label[2:].startswith("fp32 r=16 "):
+            case.load_bits = 64  # and so is one of h
     return launches
 
 
