@@ -45,8 +45,6 @@ EXPERTS = [
                 ("row_mask = (rows < end)", "row_mask = (rows < num_rows)"),
                 ("p_ptr + expert.to(tl.int64) * stride_pe", "p_ptr"),
                 ("bias_ptr + expert.to(tl.int64) * stride_be", "bias_ptr"),
-                ("rows, columns, end, out_features", "rows, columns, num_rows, out_features"),
-                ("if first_row < end:", "if True:"),
                 ("if expert < num_experts:", "if True:"),
                 ("mask=columns < out_features", "mask=columns <= out_features"),
                 ("cast(base + acc, y", "cast(cast(base, y_ptr.dtype.element_ty).to(tl.float32) + acc, y"),
