@@ -40,7 +40,7 @@ class Stack:
         stored = torch.randn(out_features, rank * experts, device=DEVICE).to(lora_dtype)
         self.stored_B = torch.nn.Parameter(stored, requires_grad=False)
         self.bias = operand(experts, out_features, dtype)
-        self.offsets = offsets_of(self.ends)
+        self.offsets = offsets_of(self.ends, torch.int64)
 
     def lora_b(self):
         return self.stored_B.view(len(self.stored_B), -1, len(self.ends)).permute(2, 0, 1)

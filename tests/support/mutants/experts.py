@@ -46,7 +46,6 @@ EXPERTS = [
                 ("p_ptr + expert.to(tl.int64) * stride_pe", "p_ptr"),
                 ("bias_ptr + expert.to(tl.int64) * stride_be", "bias_ptr"),
                 ("if expert < num_experts:", "if True:"),
-                ("mask=columns < out_features", "mask=columns <= out_features"),
                 ("cast(base + acc, y", "cast(cast(base, y_ptr.dtype.element_ty).to(tl.float32) + acc, y"),
             ],
             "plan_experts_up.plan": [("tail=True", "tail=False")],
