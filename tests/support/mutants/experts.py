@@ -85,9 +85,6 @@ EXPERTS = [
     FileEdits(
         "kernels/prepared.py",
         tests=["tests/kernels/test_prepared.py"],
-        edits={
-            "prepare_experts": [("lora_B if lora_B._base is None else lora_B._base", "lora_B")],
-            "_kept": [("or not (owner is lora_B or _is_cacheable(owner))", "")],
-        },
+        edits={"prepare_experts": [("lora_B if lora_B._base is None else lora_B._base", "lora_B")]},
     ),
 ]
