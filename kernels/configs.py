@@ -119,8 +119,20 @@ def experts_down(target: str, rows_each: int, block_r: int, itemsize: int) -> tu
 
 @functools.lru_cache(maxsize=1024)
 def experts_up(target: str, rows_each: int, block_r: int, itemsize: int) -> tuple[Config, ...]:
-    """`up_projection`'s tiles, by the average number of rows of an expert."""
-    return up_projection(target, 1 if rows_each <= FEW_ROWS else MANY_TOKENS, block_r, itemsize)
+    """`up_projection`'s tiles, by the average number of rows of an expert.
+
+    The expert's rows and bias take registers. Before Hopper, and on sm_120, fp32 spills in the wide tile from
+    rank 64 on unless a step takes half of the rank (178 registers instead of 255 on sm_80), and 16-bit
+    numbers in the narrow one at rank 256. On sm_100 the square one does at rank 16.
+    """
+    table = up_projection(target, 1 if rows_each <= FEW_ROWS else MANY_TOKENS, block_r, itemsize)
+    if target == "sm_100":
+        return tuple(c for c in table if c.block_n > 64)
+    if target in _HOPPER_ON or _is_amd(target):
+        return table
+    if itemsize == 4:
+        return tuple(c._replace(block_k=min(c.block_k, 16)) if c.block_m > 16 else c for c in table)
+    return tuple(c for c in table if c.block_m > 16) if block_r == 256 else table
 
 
 @functools.lru_cache(maxsize=1024)

@@ -58,7 +58,7 @@ def prepare_experts(lora_B: Tensor, dtype: torch.dtype) -> Tensor:
 
 def _kept(lora_B: Tensor, owner: Tensor, dtype: torch.dtype) -> Tensor:
     """`padded` with the last two dimensions transposed, kept as long as ``owner`` lives."""
-    if not _is_cacheable(lora_B) or not (owner is lora_B or _is_cacheable(owner)):
+    if not _is_cacheable(lora_B):
         return padded(lora_B, dtype).transpose(-1, -2)
     key, state = id(owner), (lora_B._version, lora_B.data_ptr(), layout(lora_B), dtype)
     entry = entries.get(key)

@@ -18,6 +18,9 @@ def test_at_most_three_and_all_of_them_tiles(target, tokens, block_r, itemsize):
         configs.down_projection(target, tokens, block_r, itemsize),
         configs.up_projection(target, tokens, block_r, itemsize),
         configs.grad_a(target, tokens, block_r, itemsize),
+        configs.experts_down(target, tokens, block_r, itemsize),
+        configs.experts_up(target, tokens, block_r, itemsize),
+        configs.experts_grad_a(target, tokens * 128, block_r, itemsize),
         configs.embedding(target, tokens, block_r, itemsize),
         configs.fused_linear(target, tokens, 14336, block_r, tokens > 1, itemsize, False, False),
         configs.fused_linear(target, tokens, 4096, block_r, True, itemsize, True, False),
@@ -36,6 +39,34 @@ def test_the_default_depends_on_the_tokens_only_where_it_is_the_other_candidate(
         few, many = function("sm_90", 1, 16, 2), function("sm_90", 8192, 16, 2)
         assert few == many[::-1]
         assert few[0] < many[0]  # the same tile but for one side, which is smaller
+
+
+def test_tiles_of_experts_follow_their_rows_and_columns():
+    for function in (configs.experts_down, configs.experts_up):
+        few, many = function("sm_90", 32, 16, 2), function("sm_90", 33, 16, 2)
+        assert few == many[::-1]
+        assert few[0].block_m == 16
+    narrow, wide = (configs.experts_grad_a("sm_90", 128 * count, 16, 2) for count in (263, 264))
+    assert narrow == wide[::-1]
+    assert narrow[0].block_k < wide[0].block_k
+
+
+def test_where_experts_would_spill():
+    """Less of the rank at a time in the wide tile in fp32; no narrow tile for 16-bit numbers at rank 256.
+
+    On sm_100 no square tile.
+    """
+    for target in TARGETS:
+        is_tight = target in ("sm_80", "sm_89", "sm_120")
+        for itemsize in (2, 4):
+            dense, experts = (
+                f(target, 8192, 256, itemsize) for f in (configs.up_projection, configs.experts_up)
+            )
+            if is_tight and itemsize == 4:
+                assert experts == (dense[0]._replace(block_k=16), dense[1])
+            else:
+                kept = dense[:1] if is_tight else dense[::2] if target == "sm_100" else dense
+                assert experts == kept
 
 
 def test_the_square_tile_of_the_wide_product():

@@ -30,6 +30,7 @@ def check(x, ends, factor, dtype, scale=0.75, index=torch.int32, **options):
     assert h.dtype == dtype
     assert h.shape == (x.shape[0], padded_columns(rank))
     assert not h[:used, rank:].any()
+    assert h[used:].isnan().all()  # not written: no factor is read for these rows
     exact = scale * by_expert(x, ends, factor.transpose(1, 2))
     assert error(h[:used, :rank], exact[:used]) <= RELATIVE[dtype]
 
@@ -73,6 +74,16 @@ def test_rows_of_other_experts(target, length):
         mine[slices(ends)[expert]] = True
         assert h[mine][:, :5].isnan().all()
         assert h[~mine].isfinite().all()
+
+
+@pytest.mark.parametrize("target", ["sm_90", "gfx942"])
+@pytest.mark.parametrize("length", [64, 150])
+def test_rows_beyond_the_last(target, length):
+    """Far apart, so that one row too many is outside the mapped memory."""
+    x, factor = far_apart(3, length, torch.bfloat16), stack(2, 5, length, torch.float32, scale=length**-0.5)
+    h, launch = plan_experts_down(x, offsets_of([2, 3]), factor, target=target).bound()
+    launch()
+    assert error(h[:, :5], by_expert(x, [2, 3], factor.transpose(1, 2))) <= RELATIVE[torch.bfloat16]
 
 
 @pytest.mark.parametrize("target", ["sm_90", "gfx942"])

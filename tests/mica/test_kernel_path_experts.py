@@ -40,13 +40,13 @@ class Stack:
         stored = torch.randn(out_features, rank * experts, device=DEVICE).to(lora_dtype)
         self.stored_B = torch.nn.Parameter(stored, requires_grad=False)
         self.bias = operand(experts, out_features, dtype)
-        self.offsets = offsets_of(self.ends)
+        self.offsets = offsets_of(self.ends, torch.int64)
 
-    def view_of_B(self):
+    def lora_b(self):
         return self.stored_B.view(len(self.stored_B), -1, len(self.ends)).permute(2, 0, 1)
 
     def run(self, compute_dtype=None, bias=True, module=path, cast=lambda tensor: tensor):
-        weight, lora_A, lora_B = (cast(t) for t in (self.weight, self.lora_A, self.view_of_B()))
+        weight, lora_A, lora_B = (cast(t) for t in (self.weight, self.lora_A, self.lora_b()))
         x, grad_output, own_bias = cast(self.x), cast(self.grad_output), cast(self.bias) if bias else None
         factors = self.offsets, weight, lora_A, lora_B, SCALING
         y = module.experts_linear(x, *factors, own_bias, compute_dtype)
@@ -138,7 +138,7 @@ def test_where_the_grouped_product_is_taken(monkeypatch, device, version, capabi
 def test_a_gradient_that_nobody_needs(missing):
     operands = Stack("first and last idle", torch.float32)
     x, weight = (None if missing == name else getattr(operands, name) for name in ("x", "weight"))
-    factors = operands.lora_A, operands.view_of_B(), SCALING, torch.float32
+    factors = operands.lora_A, operands.lora_b(), SCALING, torch.float32
     gradients = path.experts_linear_backward(operands.grad_output, x, operands.offsets, weight, *factors)
     expected = operands.solved()
     for part, value in zip(("dx", "dA"), gradients, strict=True):

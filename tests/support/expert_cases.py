@@ -12,7 +12,7 @@ from tests.support.oracle import guard
 from tests.support.properties import st
 
 # number of rows, ends: without rows at the start, in the middle and at the end, all rows to one expert, rows
-# that belong to none, one row each, more than one tile of 64
+# that belong to none, one row each, more than one tile of 64, and more than one of rows that belong to none
 ROUTES = {
     "first and last idle": (12, [0, 3, 3, 9, 12, 12]),
     "one expert": (7, [7]),
@@ -20,7 +20,7 @@ ROUTES = {
     "rows of none": (15, [4, 4, 10]),
     "none at all": (5, [0, 0]),
     "one each": (4, [1, 2, 3, 4]),
-    "tiles": (205, [70, 70, 71, 199]),
+    "tiles": (261, [70, 70, 71, 199]),
 }
 
 

@@ -11,6 +11,9 @@ from mica.kernels import configs
 from mica.kernels.common import padded_rank
 from mica.kernels.down_projection import plan_down_projection
 from mica.kernels.embedding import plan_embedding, plan_grad_a_embedding
+from mica.kernels.experts_down import plan_experts_down
+from mica.kernels.experts_grad_a import plan_experts_grad_a
+from mica.kernels.experts_up import plan_experts_up
 from mica.kernels.fused_linear import plan_fused_linear
 from mica.kernels.grad_a import plan_grad_a
 from mica.kernels.launching import Launch
@@ -51,10 +54,12 @@ def cases(target: str) -> list[Case]:
         # numbers where 16-bit ones become fp32, one where fp32 ones are transposed (g, the small operand).
         if "bf16 in fp32" in case.label:
             case.load_bits = 64
-        if case.kernel == "grad_a" and "fp32" in case.label:
+        if case.kernel in ("grad_a", "experts_grad_a") and "fp32" in case.label:
             case.load_bits = 32
-        if case.kernel == "grad_a" and target == "gfx942" and " r=16 " in case.label:
+        if case.kernel in ("grad_a", "experts_grad_a") and target == "gfx942" and " r=16 " in case.label:
             case.load_bits = min(case.load_bits, 64)  # a tile of g that small is 8 bytes a thread
+        if case.kernel == "experts_up" and target == "gfx942" and case.label[2:].startswith("fp32 r=16 "):
+            case.load_bits = 64  # and so is one of h
     return launches
 
 
@@ -64,6 +69,7 @@ def _cases_of_rank(target: str, rank: int) -> Iterator[Case]:
             continue  # the same code as bf16 but for one conversion
         every = name == "bf16"  # the other dtypes with the default configuration only
         yield from _linear(target, rank, name, *dtypes, every)
+        yield from _experts(target, rank, name, *dtypes, every)
         if name in ("bf16", "fp32"):
             yield from _fused(target, rank, name, *dtypes, every)
             yield from _embedding(target, rank, name, dtypes[-1])
@@ -113,6 +119,40 @@ def _linear(target, rank, name, dtype, a_dtype, product, every) -> Iterator[Case
             yield Case("grad_a", f"{label} dropout", launch)
 
 
+def _experts(target, rank, name, dtype, a_dtype, product, every) -> Iterator[Case]:
+    """128 experts of 256 rows on average."""
+    rows, experts, width = 32768, 128, 2048
+    x, a = empty(rows, width, dtype=dtype), empty(experts, rank, width, dtype=a_dtype)
+    b = empty(experts, width, rank, dtype=product).transpose(1, 2)
+    h, bias = empty(rows, rank, dtype=product), empty(experts, width, dtype=dtype)
+    offsets, options = empty(experts, dtype=torch.int32), {"target": target}
+    block_r, size, each = padded_rank(rank), product.itemsize, rows // experts
+
+    table = configs.experts_down(target, each, block_r, size)
+    for config in table if every else table[:1]:
+        label = f"{name} r={rank} {tuple(config)}"
+        for side, factor in (("A", a), ("B", b)):
+            made = {"config": config, "compute_dtype": product, **options}
+            launch = plan_experts_down(x, offsets, factor, **made).bound()[1]
+            yield Case("experts_down", f"{side} {label}", launch)
+    few = empty(16, width, dtype=dtype), empty(8, dtype=torch.int64)
+    launch = plan_experts_down(*few, a[:8], compute_dtype=product, **options).bound()[1]
+    yield Case("experts_down", f"split {name} r={rank}", launch)
+
+    table = configs.experts_up(target, each, block_r, size)
+    for config in table if every else table[:1]:
+        label = f"{name} r={rank} {tuple(config)}"
+        for side, factor, own in (("B", b, bias), ("A", a, None)):
+            made = {"config": config, "bias": own, "compute_dtype": product, **options}
+            launch = plan_experts_up(x, h, offsets, factor, **made).bound()[1]
+            yield Case("experts_up", f"{side} {label}", launch, few_loads=8)  # of the ends of rows, too
+
+    for config in configs.experts_grad_a(target, experts * width, block_r, size):
+        label = f"{name} r={rank} {tuple(config)}"
+        launch = plan_experts_grad_a(h, x, offsets, rank, config=config, **options).bound()[1]
+        yield Case("experts_grad_a", label, launch)
+
+
 def _fused(target, rank, name, dtype, a_dtype, product, every) -> Iterator[Case]:
     tokens, width = 8192, 4096
     x, weight = empty(tokens, width, dtype=dtype), empty(width, width, dtype=dtype)
@@ -151,11 +191,15 @@ def _unaligned(target) -> Iterator[Case]:
     x, a = empty(333, 1001, dtype=BF16), empty(13, 1001, dtype=FP32)
     y, b = empty(333, 777, dtype=BF16), empty(777, 13, dtype=BF16).t()
     h, weight = empty(333, 16, dtype=BF16), empty(777, 1001, dtype=BF16)
+    offsets, stack = empty(5, dtype=torch.int64), empty(5, 777, 13, dtype=BF16).transpose(1, 2)
     choices = {
         "down_projection": plan_down_projection(x, a, target=target),
         "up_projection": plan_up_projection(y, h, b, target=target),
         "grad_a": plan_grad_a(h, x, 13, target=target),
         "fused_linear": plan_fused_linear(x, weight.t(), h, b, target=target),
+        "experts_down": plan_experts_down(x, offsets, empty(5, 13, 1001, dtype=FP32), target=target),
+        "experts_up": plan_experts_up(y, h, offsets, stack, target=target),
+        "experts_grad_a": plan_experts_grad_a(h, x, offsets, 13, target=target),
     }
     for kernel, choice in choices.items():
         yield Case(kernel, "odd", choice.bound()[1], is_aligned=False)

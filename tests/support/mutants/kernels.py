@@ -263,7 +263,7 @@ KERNELS = [
         "kernels/prepared.py",
         tests=["tests/kernels/test_prepared.py"],
         edits={
-            "prepare": [
+            "_kept": [
                 ("lora_B._version, lora_B", "lora_B"),
                 ("lora_B.data_ptr(),", ""),
                 ("state, lora_B.detach()", "state, lora_B[:0].clone()"),

@@ -1,0 +1,97 @@
+"""Bytes counted by hand and those of the kernels' plans; the README's figures."""
+
+import sys
+
+import pytest
+import torch
+
+from bench.measure.machine import ROOT
+from bench.model import experts
+from bench.model.roofline import BF16, DEVICES, FP32
+from mica.kernels.experts_down import plan_experts_down
+from mica.kernels.experts_grad_a import plan_experts_grad_a
+from mica.kernels.experts_up import plan_experts_up
+from tests.support.static_cases import empty
+
+# 6 rows, 2 experts, K 5, N 3, r 1. Bytes: x and dx 60; y and dy 36; W, W' and dW' 60; A and dA 20, in fp32
+# 40; B 12, prepared (16 columns) 192; h and g (16 columns) 192.
+SMALL = experts.Stack(6, 2, 5, 3, 1)
+BASE = 60 + 60 + 36
+
+
+def bytes_of(kernels):
+    return [kernel.bytes for kernel in kernels]
+
+
+def test_bare():
+    cost = experts.bare(SMALL)
+    assert bytes_of(cost.forward) == bytes_of(cost.backward) == [BASE]
+
+
+@pytest.mark.parametrize(("adapter", "A"), [(BF16, 20), (FP32, 40)])
+def test_ours(adapter, A):
+    cost = experts.ours(SMALL, adapter)
+    # x A h | x W y | y h B y
+    assert bytes_of(cost.forward) == [60 + A + 192, BASE, 36 + 192 + 192 + 36]
+    # dy B g | g x dA | dy W dx | dx g A dx
+    assert bytes_of(cost.backward) == [36 + 192 + 192, 192 + 60 + A, BASE, 60 + 192 + A + 60]
+    assert cost.saved == 60
+
+
+def test_stock():
+    # W A B W' | x W' y; dy W' dx | dy x dW' | dW' B dA
+    cost = experts.stock(SMALL, BF16)
+    assert bytes_of(cost.forward) == [60 + 20 + 12 + 60, BASE]
+    assert bytes_of(cost.backward) == [BASE, BASE, 60 + 12 + 20]
+    assert cost.saved == 60 + 60
+    wide = experts.stock(SMALL, FP32)
+    assert bytes_of(wide.forward) == [40 + 20, 24 + 12, *bytes_of(cost.forward)]
+    assert bytes_of(wide.backward) == [*bytes_of(cost.backward), 20 + 40]
+
+
+@pytest.mark.parametrize("stack", experts.BLOCK)
+def test_bytes_are_those_of_the_plans(stack):
+    """Each tensor of a launch once, y and dx twice; no sum is split, whose parts would be more."""
+    x, y = (
+        empty(stack.rows, width, dtype=torch.bfloat16) for width in (stack.in_features, stack.out_features)
+    )
+    A = empty(stack.experts, stack.rank, stack.in_features, dtype=torch.float32)
+    B = empty(stack.experts, stack.out_features, stack.rank, dtype=torch.bfloat16).transpose(1, 2)
+    h, offsets = empty(stack.rows, stack.rank, dtype=torch.bfloat16), empty(stack.experts, dtype=torch.int32)
+    cost, target = experts.ours(stack, FP32), {"target": "sm_90"}
+    down = plan_experts_down(x, offsets, A, **target)
+    launches = {
+        cost.forward[0]: (down, []),
+        cost.forward[2]: (plan_experts_up(y, h, offsets, B, **target), [y]),
+        cost.backward[0]: (plan_experts_down(y, offsets, B, **target), []),
+        cost.backward[1]: (plan_experts_grad_a(h, x, offsets, stack.rank, **target), []),
+        cost.backward[3]: (plan_experts_up(x, h, offsets, A, **target), [x]),
+    }
+    for kernel, (choice, again) in launches.items():
+        launch = choice.bound()[1]
+        assert not launch.meta.get("SPLIT", False)
+        operands = {id(one): one for one in launch.args.values() if isinstance(one, torch.Tensor)}
+        moved = sum(one.nbytes for one in (*operands.values(), *again) if one is not offsets)
+        assert kernel.bytes == moved, choice.name
+
+
+def test_the_folding_moves_most_and_keeps_most():
+    def both(form):
+        costs = [experts.FORMS[form](stack) for stack in experts.BLOCK]
+        moved = sum(kernel.bytes for cost in costs for kernel in (*cost.forward, *cost.backward))
+        return moved, sum(cost.saved for cost in costs)
+
+    bare, ours, stock = map(both, ("bare experts", "mica, fp32 adapters", "stock PEFT, fp32 adapters"))
+    assert bare[0] < ours[0] < stock[0]
+    assert stock[1] - ours[1] == sum(BF16 * stack.w_numbers for stack in experts.BLOCK)
+
+
+def test_the_readme_has_these_figures(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["experts"])
+    experts.main()
+    label, *rows = capsys.readouterr().out.splitlines()
+    assert label.startswith("COUNTED and MODELLED, not measured")
+    readme = (ROOT / "kernels/README.md").read_text()
+    assert len(rows) == len(experts.FORMS)
+    assert not [row for row in rows if row not in readme]
+    assert rows[0] == experts.row("bare experts", experts.BLOCK, DEVICES["h100"])
