@@ -7,13 +7,15 @@ the first failure. An edit that stays green is a hole in the tests; one whose pl
 from __future__ import annotations
 
 import argparse
+import importlib
+import multiprocessing
 import os
 import shutil
-import subprocess
+import signal
 import sys
 import tempfile
 import time
-from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 
 from tests.support.mutants import MUTANTS
@@ -22,39 +24,80 @@ from tests.support.mutants.edits import Mutant
 ROOT = Path(__file__).resolve().parent.parent
 COPIED = ("kernels", "mica", "tests", "bench", "pyproject.toml")
 TIMEOUT = 300  # seconds: a mutant may loop
+# Imported once, before the first fork: they take 6 s of the 12 that the tests of a mutant otherwise do.
+LIBRARIES = ("pytest", "hypothesis", "numpy", "torch", "triton.language", "transformers.integrations", "peft")
+OWN = ("bench", "mica", "tests")
+# Without an edit these must pass: where the copy or the fork breaks the tests, every mutant would look red.
+CONTROL = [
+    "tests/kernels/test_split_sum.py",
+    "tests/mica/ops/test_routing.py",
+    "tests/mica/fast/test_calls.py",
+]
+
+_folder: tempfile.TemporaryDirectory  # of this worker: a copy of the tree, with one mutant at a time
+
+
+def _prepare() -> None:
+    """Runs once in each worker."""
+    global _folder
+    _folder = tempfile.TemporaryDirectory()
+    for name in COPIED:
+        source, copy = ROOT / name, Path(_folder.name) / name
+        if source.is_dir():
+            ignored = shutil.ignore_patterns("__pycache__", "results")
+            shutil.copytree(source, copy, symlinks=True, ignore=ignored)
+        else:
+            shutil.copy(source, copy)
 
 
 def run(mutant: Mutant) -> tuple[str, float]:
     """("red", "GREEN" or what is wrong with the entry, seconds)."""
-    start = time.monotonic()
-    with tempfile.TemporaryDirectory() as folder:
-        tree = Path(folder)
-        for name in COPIED:
-            source = ROOT / name
-            if source.is_dir():
-                ignored = shutil.ignore_patterns("__pycache__", "results")
-                shutil.copytree(source, tree / name, symlinks=True, ignore=ignored)
-            else:
-                shutil.copy(source, tree / name)
-        file = tree / mutant.file
-        try:
-            file.write_text(mutant.applied(file.read_text()))
-        except (LookupError, OSError) as error:
-            return str(error), 0.0
-        command = [sys.executable, "-m", "pytest", "-x", "-q", "--no-header", *mutant.tests]
-        environment = {**os.environ, "PYTHONPATH": folder, "PYTHONDONTWRITEBYTECODE": "1"}
-        environment |= {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive"}
-        try:
-            done = subprocess.run(command, cwd=tree, env=environment, capture_output=True, timeout=TIMEOUT)
-        except subprocess.TimeoutExpired:
-            return "red", time.monotonic() - start
-    # 1: tests failed; 2: an import failed; below 0: it crashed, as an access far outside does. Anything else
-    # (no tests, a usage error) proves nothing.
-    if done.returncode in (1, 2) or done.returncode < 0:
+    start, file = time.monotonic(), Path(_folder.name) / mutant.file
+    try:
+        before = file.read_text()
+        file.write_text(mutant.applied(before))
+    except (LookupError, OSError) as error:
+        return str(error), 0.0
+    try:
+        status = outcome(mutant.tests)
+    finally:
+        file.write_text(before)
+    # 1: tests failed; 2: an import failed; below 0: it crashed, as an access far outside does, or looped.
+    # Anything else (no tests, a usage error) proves nothing.
+    if status in (1, 2) or status < 0:
         state = "red"
     else:
-        state = "GREEN" if done.returncode == 0 else f"pytest exits with {done.returncode}"
+        state = "GREEN" if status == 0 else f"pytest exits with {status}"
     return state, time.monotonic() - start
+
+
+def outcome(tests: list[str]) -> int:
+    """pytest's exit status in this worker's copy of the tree, below 0 where a signal ended it."""
+    child = os.fork()
+    if not child:
+        _test(tests)
+    status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    with suppress(ProcessLookupError):
+        os.killpg(child, signal.SIGKILL)  # what its tests have started
+    return status
+
+
+def _test(tests: list[str]) -> None:
+    """In a forked process, which it ends: pytest's exit status is its own."""
+    os.setsid()
+    signal.alarm(TIMEOUT)
+    for name in [name for name in sys.modules if name.partition(".")[0] in OWN]:
+        del sys.modules[name]
+    sys.path[:] = [_folder.name, *(path for path in sys.path if Path(path or ".").resolve() != ROOT)]
+    sys.dont_write_bytecode = True
+    os.chdir(_folder.name)
+    os.environ["PYTHONPATH"] = _folder.name
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 1)
+    os.dup2(nowhere, 2)
+    import pytest
+
+    os._exit(int(pytest.main(["-x", "-q", "--no-header", "-p", "no:cacheprovider", *tests])))
 
 
 def main() -> int:
@@ -63,9 +106,16 @@ def main() -> int:
     parser.add_argument("--processes", type=int, default=os.cpu_count())
     args = parser.parse_args()
     chosen = [m for m in MUTANTS if not args.words or any(w in " ".join(m[:4]) for w in args.words)]
+    # as tests/conftest.py has it, before Triton is imported
+    os.environ |= {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive"}
+    for library in LIBRARIES:
+        importlib.import_module(library)
     bad = []
-    with ThreadPoolExecutor(args.processes) as pool:
-        for mutant, (state, seconds) in zip(chosen, pool.map(run, chosen), strict=True):
+    with multiprocessing.get_context("fork").Pool(args.processes, _prepare) as pool:
+        if pool.apply(outcome, (CONTROL,)) != 0:
+            print(f"the tests of {', '.join(CONTROL)} fail without any edit")
+            return 1
+        for mutant, (state, seconds) in zip(chosen, pool.imap(run, chosen), strict=True):
             edit = " -> ".join(" ".join(text.split()) or "nothing" for text in (mutant.old, mutant.new))
             print(f"{state:6} {seconds:4.0f} s  {mutant.file}: {mutant.function}: {edit[:100]}", flush=True)
             if state != "red":
