@@ -108,6 +108,7 @@ def main() -> int:
     chosen = [m for m in MUTANTS if not args.words or any(w in " ".join(m[:4]) for w in args.words)]
     # as tests/conftest.py has it, before Triton is imported
     os.environ |= {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive"}
+    os.environ["MICA_TESTS_SHRINK"] = "0"
     for library in LIBRARIES:
         importlib.import_module(library)
     bad = []

@@ -10,7 +10,12 @@ from bench.measure.machine import ROOT
 from bench.run import Job, pytest, suite
 
 DRY_SECONDS = 120.0  # a stage's limit in a dry run
-TESTS = ("kernels", "mica/test_kernel_path.py", "mica/test_kernel_operands.py")
+TESTS = (
+    "kernels",
+    "mica/test_kernel_path.py",
+    "mica/test_kernel_path_experts.py",
+    "mica/test_kernel_operands.py",
+)
 
 
 class Stage(NamedTuple):
@@ -33,7 +38,7 @@ STAGES = (
     # what does an adapter cost a layer?
     Stage("layers", 150, ("bench_layer.py", "bench_group.py")),
     # what does a model gain in time and memory, with the same losses?
-    Stage("model", 150, ("bench_step.py", "bench_block.py", "check_profile.py")),
+    Stage("model", 150, ("bench_step.py", "bench_block.py", "bench_experts.py", "check_profile.py")),
     # how fast is the initialisation of an adapter?
     Stage("initialisation", 120, ("bench_subspace.py", "bench_adapter.py"), backend="auto"),
     # do graphs, streams and torch.compile give the same results?

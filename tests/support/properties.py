@@ -1,5 +1,7 @@
 """Hypothesis, or skipped tests where it is not installed, as on a separate GPU machine."""
 
+import os
+
 import pytest
 
 from tests.support.thinning import ON_DEVICE
@@ -7,12 +9,15 @@ from tests.support.thinning import ON_DEVICE
 EXAMPLES = 3 if ON_DEVICE else 20  # nearly each is a variant of a kernel to compile
 
 try:
-    from hypothesis import given, settings
+    from hypothesis import Phase, given, settings
     from hypothesis import strategies as st
 
     # No deadline: the first example compiles or warms up. Derandomised: a red run is red again.
+    # A mutant needs no smallest example, and the search for one takes minutes of interpreted kernels.
+    unread = {Phase.shrink, Phase.explain} if os.environ.get("MICA_TESTS_SHRINK") == "0" else set()
+    phases = [phase for phase in Phase if phase not in unread]
     settings.register_profile(
-        "kernels", deadline=None, derandomize=True, max_examples=EXAMPLES, database=None
+        "kernels", deadline=None, derandomize=True, max_examples=EXAMPLES, database=None, phases=phases
     )
     settings.load_profile("kernels")
 except ImportError:
