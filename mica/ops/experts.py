@@ -129,26 +129,15 @@ class _ExpertsLinear(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx,
-        run,
-        x,
-        offsets,
-        weight,
-        lora_A,
-        lora_B,
-        scaling,
-        bias,
-        compute_dtype,
-        tokens=None,
-        inverse=None,
+        ctx, run, x, offsets, weight, lora_A, lora_B, scaling, bias, dtype, tokens=None, inverse=None
     ):
         _, needs_x, _, _, needs_A = ctx.needs_input_grad[:5]
-        ctx.scaling, ctx.compute_dtype, ctx.num_tokens = scaling, compute_dtype or x.dtype, x.shape[0]
+        ctx.scaling, ctx.compute_dtype, ctx.num_tokens = scaling, dtype or x.dtype, x.shape[0]
         # x as it came, and nothing that no gradient needs
         kept = x if needs_A else None, offsets, weight if needs_x else None, lora_A, lora_B
         ctx.save_for_backward(*kept, tokens if needs_A else None, inverse if needs_x else None)
         with below_autograd():
-            return run(x, offsets, weight, lora_A, lora_B, scaling, bias, compute_dtype, tokens, inverse)
+            return run(x, offsets, weight, lora_A, lora_B, scaling, bias, dtype, tokens, inverse)
 
     @staticmethod
     def backward(ctx, grad_output):

@@ -30,7 +30,7 @@ EXPERTS_PATH = [
                 ("tokens if needs_A else None", "None"),
                 ("inverse if needs_x else None", "None"),
                 ("weight if needs_x else None", "weight"),
-                ("compute_dtype or x.dtype", "x.dtype"),
+                ("dtype or x.dtype", "x.dtype"),
                 ("_, needs_x, _, _, needs_A", "_, needs_A, _, _, needs_x"),
             ],
             "_ExpertsLinear.backward": [("weight is not None, x is not None", "True, True")],
