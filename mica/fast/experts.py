@@ -68,7 +68,7 @@ def forward(stock):
     def forward(self, x: Tensor, *args, **kwargs) -> Tensor:
         if settings.enabled and len(args) == 2 and not kwargs:
             experts = read(self)
-            if type(experts) is Experts and _fits(experts, x, args[1]):
+            if type(experts) is Experts and _fits(experts, x, *args):
                 return _forward(self, experts, x, *args)
         calls.note(self)
         return stock(self, x, *args, **kwargs)
@@ -84,14 +84,21 @@ def _forward(outermost, experts: Experts, x: Tensor, top_k_index: Tensor, top_k_
     for wrapper in wrappers(outermost):
         calls.note(wrapper)
     module = experts.module
-    routing = route(top_k_index, module.num_experts)
-    first = "gate_up_proj" if module.has_gate else "up_proj"
-    hidden = _project(first, experts, x, routing.offsets, routing.tokens, routing.inverse)
-    hidden = module._apply_gate(hidden) if module.has_gate else module.act_fn(hidden)
+    routing = route(top_k_index, module._parameters["down_proj"].shape[0])
+    hidden = _project(_first_of(module), experts, x, routing.offsets, routing.tokens, routing.inverse)
+    hidden = module._apply_gate(hidden) if _has_gate(module) else module.act_fn(hidden)
     hidden = _project("down_proj", experts, hidden, routing.offsets)
     if getattr(module, "has_post_expert_norm", False):
         hidden = module.post_expert_norm(hidden)
     return from_experts(hidden, top_k_weights, routing).to(x.dtype)
+
+
+def _has_gate(module: nn.Module) -> bool:
+    return getattr(module, "has_gate", True)  # before transformers 5.4 all had one
+
+
+def _first_of(module: nn.Module) -> str:
+    return "gate_up_proj" if _has_gate(module) else "up_proj"
 
 
 def _project(name: str, experts: Experts, x: Tensor, offsets: Tensor, *tokens_and_inverse: Tensor) -> Tensor:
@@ -188,10 +195,10 @@ def _why_not_module(module: nn.Module, stacks: dict[str, _Stack]) -> str | None:
     chosen = _implementation(module)
     if chosen is not None and chosen not in _KNOWN:
         return f"experts_implementation={module.config._experts_implementation!r}"
-    first = "gate_up_proj" if module.has_gate else "up_proj"
-    for name in stacks.keys() - {first, "down_proj"}:
+    projections = (_first_of(module), "down_proj")
+    for name in stacks.keys() - set(projections):
         return f"an adapter on {name}"
-    for name in (first, "down_proj"):
+    for name in projections:
         if name not in module._parameters:
             return f"{name} is not a plain parameter"
         reason = _why_not_parameters(module, name)
@@ -211,18 +218,26 @@ def _why_not_parameters(module: nn.Module, name: str) -> str | None:
 
 
 def _implementation(module: nn.Module):
-    """The registry's function that transformers would run; None for the class's own forward."""
-    cells = dict(
-        zip(type(module).forward.__code__.co_freevars, type(module).forward.__closure__, strict=True)
-    )
-    return cells["experts_interface"].cell_contents.get(module.config._experts_implementation, None)
+    """The function that transformers would run; None for the class's own forward, or the unknown name."""
+    name = module.config._experts_implementation
+    if name is None or name == "eager":
+        return None
+    function = type(module).forward
+    cells = dict(zip(function.__code__.co_freevars, function.__closure__, strict=True))
+    interface = cells["experts_interface"].cell_contents if "experts_interface" in cells else None
+    return (interface or moe.ALL_EXPERTS_FUNCTIONS).get(name, name)  # before 5.4 there was one interface
 
 
-def _fits(experts: Experts, x: Tensor, top_k_weights: Tensor) -> bool:
-    """Whether transformers would compute this call in dtypes that the operators support."""
+def _fits(experts: Experts, x: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> bool:
+    """Whether transformers would compute this call in shapes and dtypes that the operators support."""
     if not is_plain(x) or x.dim() != 2 or not x.is_floating_point():
         return False
-    is_grouped = _implementation(experts.module) is moe.grouped_mm_experts_forward
+    if top_k_weights.shape != top_k_index.shape:  # some had weights of all experts, before 5.4
+        return False
+    implementation = _implementation(experts.module)
+    if implementation is None and top_k_weights.dtype != x.dtype:  # the result's dtype is the class's matter
+        return False
+    is_grouped = implementation is moe.grouped_mm_experts_forward
     autocast = torch.is_autocast_enabled(x.device.type)
     for name, stack in experts.stacks.items():
         weight = experts.module._parameters[name]

@@ -3,7 +3,11 @@
 import pytest
 import torch
 from torch import nn
+from transformers import NemotronHConfig
 from transformers.integrations import moe
+from transformers.models.muse_spark.configuration_muse_spark import MuseSparkTextConfig
+from transformers.models.muse_spark.modeling_muse_spark import MuseSparkExperts
+from transformers.models.nemotron_h.modeling_nemotron_h import NemotronHExperts
 
 import mica.fast
 from mica.fast import expert_stacks, experts
@@ -212,3 +216,97 @@ def test_the_registry_is_read_at_every_call(monkeypatch):
     assert "experts_implementation='grouped_mm'" in experts.why_not(outermost(model))
     loss_of(model, tokens())
     assert len(calls) == 2
+
+
+# ---------------------------------------------------------------------------------------------------
+# other classes of transformers, alone
+# ---------------------------------------------------------------------------------------------------
+
+
+class _Block(nn.Module):
+    def __init__(self, experts):
+        super().__init__()
+        self.experts = experts
+
+    def forward(self, *args):
+        return self.experts(*args)
+
+
+def nemotron_h():
+    """Up and down projections only, and a squared ReLU."""
+    config = NemotronHConfig(
+        n_routed_experts=4, hidden_size=16, moe_intermediate_size=24, moe_latent_size=None
+    )
+    return NemotronHExperts(config)
+
+
+def muse_spark():
+    """A norm after each expert."""
+    config = MuseSparkTextConfig(num_local_experts=4, moe_hidden_size=16, moe_intermediate_size=24)
+    return MuseSparkExperts(config)
+
+
+def block(build, implementation):
+    base = build()
+    for weight in base.parameters():
+        nn.init.normal_(weight, std=0.3)
+    base.config._experts_implementation = implementation
+    first = "up_proj" if build is nemotron_h else "gate_up_proj"
+    return filled(wrap_experts(_Block(base), target_parameters=[f"experts.{first}", "experts.down_proj"]))
+
+
+def call_of(dtype=torch.float32):
+    index = torch.stack([torch.randperm(4)[:2] for _ in range(7)])
+    return torch.randn(7, 16).to(dtype), index, torch.rand(7, 2).to(dtype)
+
+
+@pytest.mark.parametrize("implementation", ["grouped_mm", "batched_mm", "eager"])
+@pytest.mark.parametrize("build", [nemotron_h, muse_spark])
+def test_experts_without_a_gate_and_with_a_norm(build, implementation):
+    model, call = block(build, implementation), call_of()
+    y, counts = ran(lambda: model(*call))
+    assert counts[0] == 2
+    with mica.fast.disabled():
+        assert error(y, model(*call)) <= RELATIVE[torch.float32]
+
+
+@pytest.mark.parametrize(("implementation", "fuses"), [("grouped_mm", True), ("eager", False)])
+def test_weights_in_fp32_over_16_bit_experts(implementation, fuses):
+    """In eager the dtype of the result is the class's: this one's is that of the weights."""
+    model = block(nemotron_h, implementation).bfloat16()
+    x, index, weights = call_of(torch.bfloat16)
+    y, counts = ran(lambda: model(x, index, weights.float()))
+    assert counts[0] == (2 if fuses else 0)
+    with mica.fast.disabled():
+        expected = model(x, index, weights.float())
+    assert y.dtype == expected.dtype
+    assert error(y, expected) <= RELATIVE[torch.bfloat16]
+
+
+def test_weights_of_all_experts_are_pefts():
+    """As some models passed them to transformers before 5.4."""
+    model = block(muse_spark, "eager")
+    x, index, _ = call_of()
+    _, counts = ran(lambda: model(x, index, torch.rand(7, 4)))
+    assert counts == (0, 0)
+
+
+def test_one_registry_as_before_transformers_5_4(monkeypatch):
+    """Then a class's forward has no registry in its closure, and experts have no ``has_gate``."""
+    model, call = block(muse_spark, "grouped_mm"), call_of()
+    base = outermost(model).get_base_layer()
+    original = type(base).forward.__wrapped__
+
+    def dispatching(self, *args):
+        if self.config._experts_implementation != "eager":
+            return moe.ALL_EXPERTS_FUNCTIONS[self.config._experts_implementation](self, *args)
+        return original(self, *args)
+
+    monkeypatch.setattr(experts, "_DISPATCHING", dispatching.__code__)
+    monkeypatch.setattr(type(base), "forward", dispatching)
+    del base.has_gate
+    y, counts = ran(lambda: model(*call))
+    assert counts[0] == 2
+    base.has_gate = True
+    with mica.fast.disabled():
+        assert error(y, model(*call)) <= RELATIVE[torch.float32]

@@ -64,10 +64,10 @@ EXPERTS_PATH = [
         tests=["tests/mica/fast/test_experts_eligibility.py", "tests/mica/fast/test_experts.py"],
         edits={
             "_forward": [
-                ("if module.has_gate else module.act_fn(hidden)", ""),
-                ('"gate_up_proj" if module.has_gate else "up_proj"', '"gate_up_proj"'),
+                ("if _has_gate(module) else module.act_fn(hidden)", ""),
                 ("calls.note(wrapper)", "pass"),
             ],
+            "_first_of": [('"gate_up_proj" if _has_gate(module) else "up_proj"', '"gate_up_proj"')],
             "_project": [
                 ("if module.is_transposed", "if False"),
                 (' if module.has_bias else None', " if False else None"),
