@@ -58,7 +58,7 @@ _LORAFA = ("create_lorafa_optimizer", "model r lora_alpha lr", refusals.create_l
 PATCHES = (
     Patch(_LINEAR, "forward", "self x *args **kwargs", layers.linear_forward),
     Patch(_EMBEDDING, "forward", "self x *args **kwargs", layers.embedding_forward),
-    Patch(_PARAMETER, "forward", "self x *args **kwargs", experts.forward),
+    Patch(_PARAMETER, "forward", "self x *args **kwargs", experts.forward, required=False),
     Patch("peft.tuners.tuners_utils:BaseTuner", *_WHOLE),
     Patch(_PEFT_MODEL, *_WHOLE),
     Patch(_LAYER, "mica_init", "self adapter_name", initialisation.mica_init),
