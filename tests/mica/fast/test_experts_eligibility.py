@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from peft import LoraConfig
 from torch import nn
 from transformers import NemotronHConfig
 from transformers.integrations import moe
@@ -130,6 +131,17 @@ def test_several_active_adapters_are_pefts():
     model.add_adapter("other", model.peft_config["default"])
     model.base_model.set_adapter(["default", "other"])
     assert "several active adapters" in experts.why_not(outermost(model))
+
+
+def test_an_active_adapter_that_is_not_on_the_experts():
+    model, ids = adapted(), tokens()
+    model.add_adapter("other", LoraConfig(init_lora_weights="mica", r=2, target_modules=["q_proj"]))
+    model.set_adapter("other")
+    assert "none of the active adapters ['other'] is on this layer" in experts.why_not(outermost(model))
+    assert ran(lambda: loss_of(model, ids))[1] == (0, 0)
+    rows = [row for row in mica.fast.explain(model).rows if ".experts." in row.name]
+    assert len(rows) == 4
+    assert {row.path for row in rows} == {"peft"}
 
 
 def test_switching_the_adapter_is_seen_at_the_next_call():

@@ -26,6 +26,13 @@ def test_agrees_with_the_dense_oracle(dtype, adapter_dtype, compute_dtype, route
     assert actual["grad_A"].dtype == adapter_dtype
 
 
+def test_fp32_products_over_bf16_round_no_gradient_of_a():
+    """In the backward too: x and dy are exact in fp32, and g is not rounded. Few rows never round it."""
+    p = problem("all to the second", 40, 30, 3, *FP32_MASTER)
+    expected, actual = solve(p), run(p, mica_experts_linear, compute_dtype=torch.float32)
+    assert error(actual["grad_A"], expected["grad_A"]) <= RELATIVE[torch.float32]
+
+
 @pytest.mark.parametrize("needs", [(True, True), (False, True), (True, False), (False, False)])
 def test_computes_and_saves_only_what_a_gradient_needs(needs):
     p = problem("idle ones", 8, 6, 2, *FP32_MASTER)

@@ -33,7 +33,6 @@ EXPERTS_PATH = [
                 ("dtype or x.dtype", "x.dtype"),
                 ("_, needs_x, _, _, needs_A", "_, needs_A, _, _, needs_x"),
             ],
-            "_ExpertsLinear.backward": [("weight is not None, x is not None", "True, True")],
             "_backward": [("rows if needs_A else None", "rows"), ("weight if needs_x else None", "weight")],
             "_cast": [("x.to(weight.dtype)", "x.bfloat16()")],
         },
