@@ -20,6 +20,7 @@ RESULTS = ROOT / "bench" / "results"
 XEON = "intel-xeon-processor-amx-2-threads/2026-11-25"
 OLD = "intel-xeon-processor-2-threads/2026-11-25"
 EPYC = "amd-epyc-avx512-bf16-2-threads/2026-11-26-host"
+EXPERTS = "amd-epyc-avx512-bf16-2-threads/2026-11-26-experts"
 
 
 @cache
@@ -257,6 +258,38 @@ def test_initialisation_in_other_runs(name):
     page = text("mica/subspace/README.md")
     assert len(speedups) == 6
     assert ", ".join(speedups) in page or f"{', '.join(speedups[:-1])} and {speedups[-1]}" in page
+
+
+def experts_rows() -> dict[str, list[str]]:
+    def row(group, other, times="{:.2f} s", fast="{:.2f} s"):
+        medians = [group.timings[name].median for name in (other, FAST)]
+        ratio = group.ratio(FAST, other)
+        shown = f"{ratio.median:.2f} ({ratio.low:.2f}–{ratio.high:.2f})"
+        return [times.format(medians[0]), fast.format(medians[1]), shown]
+
+    def memory(group, fact):
+        values = [group.timings[name].facts[fact] for name in (names.LORA, FAST)]
+        return [*(f"{value:.0f} MB" for value in values), f"{values[1] / values[0]:.2f}"]
+
+    wide, narrow = (only(EXPERTS, suite="experts", out=out) for out in (2048, 1024))
+    return {
+        "step, experts of 2048 and 1024": row(wide, names.LORA),
+        "memory it adds at its peak, 2048 and 1024": memory(wide, "peak_mb"),
+        "saved for its backward pass, 2048 and 1024": memory(wide, "saved_mb"),
+        "step, experts of 1024 and 512": row(narrow, names.LORA),
+        "memory it adds at its peak, 1024 and 512": memory(narrow, "peak_mb"),
+        "initialisation": row(only(EXPERTS, suite="experts init"), names.SVD, "{:.1f} s", "{:.1f} s"),
+    }
+
+
+@pytest.mark.parametrize("label", experts_rows())
+def test_experts(label):
+    assert tables("bench/README.md")[label] == experts_rows()[label]
+
+
+def test_bare_experts():
+    bare = [only(EXPERTS, suite="experts", out=out).timings[BARE].median for out in (2048, 1024)]
+    assert f"take {bare[0]:.2f} and {bare[1]:.2f} s" in text("bench/README.md")
 
 
 def test_other_processors():
