@@ -290,6 +290,8 @@ def test_experts(label):
 def test_bare_experts():
     bare = [only(EXPERTS, suite="experts", out=out).timings[BARE].median for out in (2048, 1024)]
     assert f"take {bare[0]:.2f} and {bare[1]:.2f} s" in text("bench/README.md")
+    ratio = only(EXPERTS, suite="experts", out=2048).ratio(FAST, names.LORA).median
+    assert f"[{ratio:.2f} times the time](bench/README.md#experts)" in text("README.md")
 
 
 def test_other_processors():
