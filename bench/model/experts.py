@@ -26,6 +26,7 @@ class Stack(NamedTuple):
     in_features: int
     out_features: int
     rank: int
+    top_k: int = 1  # x are tokens, each in so many rows
 
     @property
     def w_numbers(self) -> int:
@@ -41,12 +42,12 @@ class Stack(NamedTuple):
 
 
 ROWS = 4096 * 8  # tokens, experts of each
-BLOCK = [Stack(ROWS, 128, 2048, 2 * 768, 16), Stack(ROWS, 128, 768, 2048, 16)]  # gate_up, down
+BLOCK = [Stack(ROWS, 128, 2048, 2 * 768, 16, 8), Stack(ROWS, 128, 768, 2048, 16)]  # gate_up, down
 
 
 def grouped(stack: Stack) -> Kernel:
     """x_e W_eᵀ, or dy_e W_e, or dy_eᵀ x_e: three operands and results of the same sizes."""
-    rows, _, k, n, _ = stack
+    rows, _, k, n, *_ = stack
     return Kernel(BF16 * (rows * (k + n) + stack.w_numbers), 2.0 * rows * k * n)
 
 
@@ -55,8 +56,11 @@ def bare(stack: Stack) -> Cost:
 
 
 def ours(stack: Stack, adapter: int) -> Cost:
-    """Adapters of ``adapter`` bytes per number; nothing but x is kept for the backward."""
-    rows, experts, k, n, rank = stack
+    """Adapters of ``adapter`` bytes per number; only x is kept for the backward, tokens rather than rows.
+
+    All forms gather the rows of tokens in the forward, which is not counted. This one does so again.
+    """
+    rows, experts, k, n, rank, top_k = stack
     x, y, h = BF16 * rows * k, BF16 * rows * n, BF16 * rows * padded_columns(rank)
     A, B = adapter * stack.a_numbers, BF16 * experts * n * padded_columns(rank)
 
@@ -65,7 +69,9 @@ def ours(stack: Stack, adapter: int) -> Cost:
 
     forward = [skinny(k, x + A + h), grouped(stack), skinny(n, 2 * y + h + B)]
     backward = [skinny(n, y + B + h), skinny(k, h + x + A), grouped(stack), skinny(k, 2 * x + h + A)]
-    return Cost(forward, backward, x)
+    if top_k > 1:
+        backward.append(Kernel(x // top_k + x))
+    return Cost(forward, backward, x // top_k)
 
 
 def stock(stack: Stack, adapter: int) -> Cost:

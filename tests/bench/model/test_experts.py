@@ -38,6 +38,14 @@ def test_ours(adapter, A):
     assert cost.saved == 60
 
 
+def test_rows_of_tokens_are_gathered_again():
+    """6 rows of 3 tokens: 30 bytes are read and 60 written, and 30 kept."""
+    cost, rows = (experts.ours(stack, BF16) for stack in (SMALL._replace(top_k=2), SMALL))
+    assert bytes_of(cost.backward) == [*bytes_of(rows.backward), 30 + 60]
+    assert cost.saved == 30
+    assert bytes_of(experts.stock(SMALL._replace(top_k=2), BF16).backward)[-1] != 30 + 60
+
+
 def test_stock():
     # W A B W' | x W' y; dy W' dx | dy x dW' | dW' B dA
     cost = experts.stock(SMALL, BF16)
