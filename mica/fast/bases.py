@@ -95,8 +95,11 @@ class NewAdapter:
         return self.layer.r[self.adapter_name]
 
 
-def check(adapter: NewAdapter) -> None:
+def check(adapter: NewAdapter) -> Tensor | None:
     """The errors that need no solver, so that a hopeless configuration fails before any work.
+
+    Returns:
+        `NewAdapter.weight`, which of a quantised layer takes a dequantisation; None for an adapted parameter.
 
     Raises:
         TypeError: the weight is not of a floating dtype.
@@ -115,12 +118,12 @@ def check(adapter: NewAdapter) -> None:
         expert_bases.check(layer, name, adapter.rank)
         if not _is_elsewhere(adapter):
             expert_bases.check_finite(layer, name)
-        return
-    _check_weight(adapter)
+        return None
+    return _checked_weight(adapter)
 
 
-def _check_weight(adapter: NewAdapter) -> None:
-    """`check` of a layer with one weight, which of a quantised layer takes a dequantisation."""
+def _checked_weight(adapter: NewAdapter) -> Tensor:
+    """`check` of a layer with one weight."""
     name, layer, weight = adapter.name, adapter.layer, adapter.weight
     if weight.dtype not in FLOATING:
         raise TypeError(
@@ -140,6 +143,7 @@ def _check_weight(adapter: NewAdapter) -> None:
         raise UnsuitableLayerError(
             f"MiCA requires finite weights, but {name} has {broken} NaN or Inf of {weight.numel()}."
         )
+    return weight
 
 
 def _is_elsewhere(adapter: NewAdapter) -> bool:
@@ -223,17 +227,17 @@ def _solve(adapters: Sequence[NewAdapter], bar: tqdm) -> None:
     parts = [(adapter, part) for adapter in adapters for part in adapter.parts]
     tasks = [part.task for _, part in parts]
     cache = default_cache()  # outside of ``try``: its ValueError is not about a weight
-    warned: dict[NewAdapter, list[str]] = defaultdict(list)  # one warning for all experts of a layer
+    warned: dict[NewAdapter, list[tuple[int, str]]] = defaultdict(list)  # results come in any order
     try:
         for index, subspace in solve_shared(tasks, device=settings.device, cache=cache):
             adapter, part = parts[index]
             _assign(adapter, part, subspace)
             for message in warnings_about(subspace, part.task.name):
-                warned[adapter].append(message)
+                warned[adapter].append((index, message))
             bar.update()
     except ValueError as error:
         raise UnsuitableLayerError(f"MiCA cannot be initialised from {error}") from error
-    for first, *others in warned.values():
+    for (_, first), *others in map(sorted, warned.values()):  # one warning for all experts of a layer
         more = f" So it is for {len(others)} more of this layer's experts." if others else ""
         warnings.warn(first + more, stacklevel=2)
 
