@@ -27,7 +27,8 @@ from bench.suites.layer import Form
 from bench.suites.steps import Step, checked
 from mica.fast.loading import without_solver
 
-RANK, EXPERTS, TOP_K = 16, 64, 8
+RANK = 16
+EXPERTS, TOP_K = pick(default=(64, 8), dry=(4, 2))
 ROUNDS = pick(default=4, quick=3, full=6, cuda=10, dry=1)
 IMPLEMENTATIONS = (BARE, LORA, FAST)
 TARGETS = ["experts.gate_up_proj", "experts.down_proj"]
