@@ -8,7 +8,7 @@ import torch.nn.functional as F
 import triton
 from torch.library import opcheck
 
-from mica import backend, kernel_path, kernel_path_experts, ops, reference, reference_experts
+from mica import backend, kernel_path, kernel_path_experts, ops, reference
 from mica.kernels import launching, prepared, tuning
 from mica.ops import mica_down_projection, mica_embedding, mica_linear, mica_linear_group, mica_up_projection
 from tests.support.kernel_cases import DEVICE
@@ -324,16 +324,11 @@ OPERATORS = {
 
 def test_each_operator_has_a_function_on_the_reference_and_on_kernels():
     """One to one, and with the same parameters: `mica.ops.dispatch.compute` calls either."""
-    assert len(OPERATORS) == 12
-    of_experts = {name for name in OPERATORS if name.startswith("experts_")}
-    for names, formulas, kernels in (
-        (OPERATORS - of_experts, reference, kernel_path),
-        (of_experts, reference_experts, kernel_path_experts),
-    ):
-        assert set(kernels.__all__) - {"LaunchError"} == names
-        for name in names:
-            expected = inspect.signature(getattr(formulas, name))
-            assert inspect.signature(getattr(kernels, name)) == expected, name
+    both = kernel_path.__all__ + kernel_path_experts.__all__  # those of experts: test_kernel_path_experts
+    assert {name for name in both if name != "LaunchError"} == OPERATORS
+    for name in set(kernel_path.__all__) - {"LaunchError"}:
+        expected = inspect.signature(getattr(reference, name))
+        assert inspect.signature(getattr(kernel_path, name)) == expected, name
 
 
 PARTS = {  # what cannot be launched -> the functions that have it
