@@ -8,6 +8,7 @@ forms the whole stack in every forward; `why_not` says why.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -46,6 +47,8 @@ class Experts(NamedTuple):
 
     module: nn.Module
     stacks: dict[str, _Stack]
+    wrappers: list[nn.Module]  # around the module, from the outermost on
+    implementation: Callable | None  # transformers' function for them; None: the class's own forward
 
 
 @moe.use_experts_implementation
@@ -69,19 +72,19 @@ def forward(stock):
         if settings.enabled and len(args) == 2 and not kwargs:
             experts = read(self)
             if type(experts) is Experts and _fits(experts, x, *args):
-                return _forward(self, experts, x, *args)
+                return _forward(experts, x, *args)
         calls.note(self)
         return stock(self, x, *args, **kwargs)
 
     return forward
 
 
-def _forward(outermost, experts: Experts, x: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+def _forward(experts: Experts, x: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
     """As transformers' grouped_mm_experts_forward.
 
     x (num_tokens, hidden), top_k_index and top_k_weights (num_tokens, top_k) -> (num_tokens, hidden).
     """
-    for wrapper in wrappers(outermost):
+    for wrapper in experts.wrappers:
         calls.note(wrapper)
     module = experts.module
     routing = route(top_k_index, module._parameters["down_proj"].shape[0])
@@ -115,8 +118,8 @@ def _project(name: str, experts: Experts, x: Tensor, offsets: Tensor, *tokens_an
     return experts_linear(x, offsets, weight, *stack, bias, compute_dtype(x), *tokens_and_inverse)
 
 
-def wrappers(outermost) -> list[nn.Module]:
-    """The wrappers around one module, from the outermost on."""
+def _wrappers(outermost) -> list[nn.Module]:
+    """Those around one module, from the outermost on."""
     found = []
     while expert_stacks.is_wrapper(outermost):
         found.append(outermost)
@@ -140,7 +143,7 @@ def read(outermost) -> Experts | str:
     if global_hooks():
         return "hooks on all modules"
     stacks: dict[str, _Stack] = {}
-    chain = wrappers(outermost)
+    chain = _wrappers(outermost)
     for wrapper in chain:
         stack = _read_wrapper(wrapper)
         if type(stack) is str:
@@ -152,7 +155,13 @@ def read(outermost) -> Experts | str:
     module = chain[-1]._modules["base_layer"]
     if any(depends_on_call(inner) for inner in (*chain[1:], module)):
         return "hooks on the experts, or a forward of their own (offloading or another patch)"
-    return _why_not_module(module, stacks) or Experts(module, stacks)
+    reason = _why_not_module(module, stacks)
+    if reason is not None:
+        return reason
+    chosen = _implementation(module)
+    if chosen is not None and chosen not in _KNOWN:
+        return f"experts_implementation={module.config._experts_implementation!r}"
+    return Experts(module, stacks, chain, chosen)
 
 
 def _read_wrapper(wrapper) -> _Stack | str | None:
@@ -192,9 +201,6 @@ def _why_not_module(module: nn.Module, stacks: dict[str, _Stack]) -> str | None:
         return "tensor parallelism"
     if getattr(module, "_is_expert_parallel", False):
         return "expert parallelism"
-    chosen = _implementation(module)
-    if chosen is not None and chosen not in _KNOWN:
-        return f"experts_implementation={module.config._experts_implementation!r}"
     projections = (_first_of(module), "down_proj")
     for name in stacks.keys() - set(projections):
         return f"an adapter on {name}"
@@ -234,10 +240,11 @@ def _fits(experts: Experts, x: Tensor, top_k_index: Tensor, top_k_weights: Tenso
         return False
     if top_k_weights.shape != top_k_index.shape:  # some had weights of all experts, before 5.4
         return False
-    implementation = _implementation(experts.module)
-    if implementation is None and top_k_weights.dtype != x.dtype:  # the result's dtype is the class's matter
+    if (
+        experts.implementation is None and top_k_weights.dtype != x.dtype
+    ):  # the result's dtype is the class's matter
         return False
-    is_grouped = implementation is moe.grouped_mm_experts_forward
+    is_grouped = experts.implementation is moe.grouped_mm_experts_forward
     autocast = torch.is_autocast_enabled(x.device.type)
     for name, stack in experts.stacks.items():
         weight = experts.module._parameters[name]

@@ -75,6 +75,7 @@ EXPERTS_PATH = [
                 ("(*chain[1:], module)", "(module,)"),
                 ("(*chain[1:], module)", "chain[1:]"),
                 ("if stack is not None", "if True"),
+                ("chosen is not None and chosen not in _KNOWN", "False"),
             ],
             "_read_wrapper": [
                 ("if wrapper.disable_adapters", "if False"),
@@ -90,7 +91,6 @@ EXPERTS_PATH = [
                 ("is not _DISPATCHING", "is None"),
                 ('module.__dict__.get("_hf_tp_plan") is not None', "False"),
                 ('getattr(module, "_is_expert_parallel", False)', "False"),
-                ("chosen is not None and chosen not in _KNOWN", "False"),
             ],
             "_why_not_parameters": [("reason is None and module.has_bias", "False")],
             "_fits": [
