@@ -240,10 +240,8 @@ def _fits(experts: Experts, x: Tensor, top_k_index: Tensor, top_k_weights: Tenso
         return False
     if top_k_weights.shape != top_k_index.shape:  # some had weights of all experts, before 5.4
         return False
-    if (
-        experts.implementation is None and top_k_weights.dtype != x.dtype
-    ):  # the result's dtype is the class's matter
-        return False
+    if experts.implementation is None and top_k_weights.dtype != x.dtype:
+        return False  # the dtype of the result is the class's matter
     is_grouped = experts.implementation is moe.grouped_mm_experts_forward
     autocast = torch.is_autocast_enabled(x.device.type)
     for name, stack in experts.stacks.items():
