@@ -28,7 +28,8 @@ def add_parser(commands) -> None:
     add("model", metavar="MODEL", help="Hub id, checkpoint folder or GGUF file")
     add_model_options(
         parser,
-        layers="layers to look at: all-linear (all but the output layer) or names, like q_proj,embed_tokens",
+        layers="what to look at: all-linear (all but output layer and routers, with experts) or names, like "
+        "q_proj,embed_tokens",
         dtype="dtype of the weights; auto: that of the checkpoint, float32 for GGUF",
     )
     add("--plot", type=Path, metavar="FILE", help="also draw the whole spectra: .png, .pdf or .svg")
@@ -48,7 +49,7 @@ def _figure_maker() -> Callable:
 def _header(rank: int, width: int) -> str:
     sigmas = ("sigma_max", f"sigma_{rank + 1}", f"sigma_{rank}", "sigma_1")
     return (
-        f"{'layer':{width}}  {'out x in':>13}  {'dtype':8}  "
+        f"{'layer':{width}}  {'out x in':>18}  {'dtype':8}  "
         + "  ".join(f"{sigma:>9}" for sigma in sigmas)
         + f"  {'gap':>7}  {'energy':>8}  {'method':6}  {'proven, excess':15}  {'s':>6}"
     )
@@ -60,8 +61,8 @@ def _line(row, width: int) -> str:
     def formatted(value, spec, empty="-"):
         return empty if value is None else format(value, spec)
 
-    shape = f"{row.shape[0]} x {row.shape[1]}" if row.shape else "-"
-    start = f"{row.name:{width}}  {shape:>13}  {row.dtype or '-':8}  "
+    shape = " x ".join(map(str, row.shape)) if row.shape else "-"
+    start = f"{row.name:{width}}  {shape:>18}  {row.dtype or '-':8}  "
     if row.reason:
         return f"{start}cannot be adapted: {row.reason}"
     sigmas = (row.sigma_max, row.sigma_above, row.sigma_largest, row.sigma_smallest)
@@ -73,6 +74,7 @@ def _line(row, width: int) -> str:
         + f"  {formatted(row.gap, '.4g'):>7}  {formatted(share, '.2g') + '%':>8}  {row.method:6}  "
         + f"{certificate:15}  {row.seconds:6.2f}"
         + (f"  {row.quantised}, dequantised" if row.quantised else "")
+        + (f"  of expert {row.expert}" if row.expert is not None else "")
     )
 
 
@@ -115,10 +117,11 @@ def run(args: argparse.Namespace) -> int:
     ``--json`` is one object: model, dtype, device, rank, target_modules (as given), what
     `summary` returns (layers_found, layers_proven, layers_not_proven, layers_unsuitable,
     worst_energy_excess, seconds), and layers, a list of objects with the fields of
-    `mica.cli.spectra.Row` in the order of the table: name, kind (the class), shape [out, in], dtype,
+    `mica.cli.spectra.Row` in the order of the table: name, kind (the class), shape [out, in] or
+    [experts, out, in], dtype,
     reason (null, or why the layer cannot be adapted), seconds, quantised (null, or the kind: then numbers and
     dtype are of the dequantised weight), sigma_max, sigma_above, sigma_largest, sigma_smallest, gap,
-    energy_share, method, proven, energy_excess. Unknown values are null.
+    energy_share, method, proven, energy_excess, expert. Unknown values are null.
 
     Raises UsageError; also where ``--plot`` is given and no layer can be adapted, after everything else.
     """
@@ -129,25 +132,27 @@ def run(args: argparse.Namespace) -> int:
         figure = _figure_maker()
 
     model = _load(args)
-    from mica.cli.loading import find_targets
     from mica.cli.spectra import measure, weight_of
+    from mica.cli.targets import ALL_LINEAR, find_targets
     from mica.subspace.spectrum import spectrum
 
-    targets = find_targets(model, args.target_modules)
+    found = find_targets(model, args.target_modules, experts=args.target_modules == ALL_LINEAR or None)
+    targets = {name: (module, None) for name, module in found.modules.items()}
+    targets |= {name: (module, name.rpartition(".")[2]) for name, module in found.parameters.items()}
     width = max(len(name) for name in targets)
     output, rows, spectra = Output(), [], {}
     start = time.perf_counter()
     r = args.rank
     output.line(f"{args.model}, r = {r}: chosen are sigma_{r} to sigma_1, gap = sigma_{r + 1} / sigma_{r}")
     output.line(_header(r, width))
-    for name, module in targets.items():
-        row, chosen = measure(name, module, r)
+    for name, (module, parameter) in targets.items():
+        row, chosen = measure(name, module, r, parameter)
         rows.append(row)
         output.line(_line(row, width))
         if output.is_gone and not (args.json or args.plot):
             return 0
         if args.plot and chosen is not None:
-            spectra[name] = spectrum(weight_of(module, r))
+            spectra[name] = spectrum(weight_of(module, r, parameter, row.expert))
             spectra[name][-r:] = chosen  # exact where the Gram matrix of a large weight is not
     totals = summary(rows, time.perf_counter() - start)
     output.line(_closing(totals))

@@ -9,16 +9,12 @@ from pathlib import Path
 import huggingface_hub
 import torch
 import transformers
-from peft import LoraConfig
-from peft.tuners.tuners_utils import _maybe_include_all_linear_layers, check_target_module_exists
 from safetensors import SafetensorError
-from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 from transformers.utils import find_adapter_config_file, is_accelerate_available
 
 from mica import backend
-from mica.cli.arguments import target_names
 from mica.cli.output import dtype_name, first_sentences, one_line
 from mica.errors import UsageError
 from mica.products import has_native, slowdown
@@ -178,29 +174,6 @@ def find_device() -> torch.device:
     if torch.distributed.is_available() and torch.distributed.is_initialized() and is_accelerate_available():
         return PartialState().device
     return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
-
-
-def find_targets(model: nn.Module, names: str) -> dict[str, nn.Module]:
-    """The modules, by name, that PEFT would adapt for ``names``: "all-linear" or a list with commas.
-
-    The model is not changed. Modules that PEFT or MiCA refuses are among them.
-
-    Raises UsageError if a name matches nothing.
-    """
-    targets = target_names(names)
-    config = LoraConfig(target_modules=targets, task_type="CAUSAL_LM")
-    config = _maybe_include_all_linear_layers(config, model)
-    modules = {
-        name: module
-        for name, module in model.named_modules()
-        if name and check_target_module_exists(config, name)
-    }
-    if not modules:
-        raise UsageError(f"--target-modules {names}: no layer of the model has such a name")
-    for target in targets if targets != "all-linear" else ():  # PEFT raises only if none matches
-        if not any(name == target or name.endswith(f".{target}") for name in modules):
-            raise UsageError(f"--target-modules {names}: no layer of the model is called '{target}'")
-    return modules
 
 
 def check_backend(rank: int) -> None:

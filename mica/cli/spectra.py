@@ -5,6 +5,7 @@ The backend decides: each layer is wrapped as PEFT would wrap it, and goes throu
 """
 
 import math
+import re
 import time
 import warnings
 from dataclasses import dataclass
@@ -18,6 +19,8 @@ from mica.cli.output import dtype_name, one_line
 from mica.errors import UnsuitableLayerError
 from mica.fast import quantised
 from mica.fast.bases import NewAdapter, check
+from mica.fast.expert_bases import parts
+from mica.fast.expert_stacks import is_stack, is_wrapper
 from mica.fast.loading import without_solver
 from mica.subspace.result import narrowed
 from mica.subspace.spectrum import sigma_max, squared_norm
@@ -25,10 +28,11 @@ from mica.subspace.spectrum import sigma_max, squared_norm
 
 @dataclass(frozen=True)
 class Row:
-    """One layer. ``reason`` says why it cannot be adapted; then everything after ``seconds`` is None.
+    """One layer or stack. ``reason``: why it cannot be adapted; then everything after ``seconds`` is None.
 
-    shape: effective (out_features, in_features), (embedding_dim, num_embeddings) of an embedding; None for
-        a type of layer that MiCA has no adapter for. dtype: of the weight, like "float32", None without one.
+    shape: effective (out_features, in_features), (embedding_dim, num_embeddings) of an embedding, with their
+        number in front for a stack of experts; None for a type of layer that MiCA has no adapter for.
+    dtype: of the weight, like "float32", None without one.
     quantised: the kind of quantised layer, like "bitsandbytes 4-bit", else None. Then all numbers are of the
         dequantised weight, which MiCA starts from, and dtype is that weight's.
     sigma_max, sigma_above, sigma_largest, sigma_smallest: the largest singular value; the one just above
@@ -37,11 +41,13 @@ class Row:
         denominator is zero.
     method, proven, energy_excess: how the solver found the subspace, whether it is proven to be the minor
         one, and the bound on its energy above the smallest possible, relative as in `MinorSubspace`.
+    expert: of a stack, the one with the smallest gap, whose numbers these are; but proven is said of all, and
+        energy_excess is the largest.
     """
 
     name: str
     kind: str
-    shape: tuple[int, int] | None
+    shape: tuple[int, ...] | None
     dtype: str | None
     reason: str | None
     seconds: float
@@ -55,24 +61,32 @@ class Row:
     method: str | None = None
     proven: bool | None = None
     energy_excess: float | None = None
+    expert: int | None = None
 
 
 @torch.no_grad()
-def measure(name: str, module: nn.Module, rank: int) -> tuple[Row, Tensor | None]:
+def measure(
+    name: str, module: nn.Module, rank: int, parameter: str | None = None
+) -> tuple[Row, Tensor | None]:
     """The row of one layer, and its chosen singular values: (rank,) fp64 on the CPU, descending, or None.
+
+    ``parameter``: measure this one of ``module``, like a stack of experts, and not its weight as a layer.
 
     Where there is a singular value above the cut, the solver runs once, with rank + 1: the last ``rank`` of
     its columns are the result for ``rank``.
     """
     start = time.perf_counter()
-    weight = getattr(module, "weight", None)
+    weight = getattr(module, parameter or "weight", None)
     shape = kind = reason = values = None
     numbers = {}
     try:
-        layer = _adapted(module, rank)
+        layer = _adapted(module, rank, parameter)
         shape, kind = (layer.out_features, layer.in_features), quantised.kind_of(layer)
-        weight = _checked_weight(layer)
-        values, numbers = _measured(weight, rank)
+        weights = _checked_weights(layer, rank)
+        weight = weights[0]
+        if is_stack(layer):
+            shape = (len(weights), *shape)
+        values, numbers = _measured(weight, rank) if not is_stack(layer) else _weakest(weights, rank)
     except (ValueError, torch.linalg.LinAlgError) as error:  # UnsuitableLayerError; an SVD that fails
         reason = one_line(error).rstrip(".")
     dtype = dtype_name(weight.dtype) if isinstance(weight, Tensor) else None
@@ -81,12 +95,14 @@ def measure(name: str, module: nn.Module, rank: int) -> tuple[Row, Tensor | None
     return Row(name, type(module).__name__, shape, dtype, reason, seconds, kind, **numbers), values
 
 
-def weight_of(module: nn.Module, rank: int) -> Tensor:
+def weight_of(
+    module: nn.Module, rank: int, parameter: str | None = None, expert: int | None = None
+) -> Tensor:
     """The weight of a layer that `measure` had no ``reason`` against, (out_features, in_features)."""
-    return _checked_weight(_adapted(module, rank))
+    return _checked_weights(_adapted(module, rank, parameter), rank)[expert or 0]
 
 
-def _adapted(module: nn.Module, rank: int) -> nn.Module:
+def _adapted(module: nn.Module, rank: int, parameter: str | None) -> nn.Module:
     """PEFT's layer over ``module``, as the backend adapts it, but without a basis; ``module`` is unchanged.
 
     Raises UnsuitableLayerError where PEFT or the backend refuses this type of layer.
@@ -97,28 +113,52 @@ def _adapted(module: nn.Module, rank: int) -> nn.Module:
     # PEFT looks for a parameter of the model, to know its device
     model.anchor = nn.Parameter(torch.empty(0, device=tensors[0].device if tensors else "cpu"))
     model.is_loaded_in_4bit = model.is_loaded_in_8bit = True  # then PEFT looks at the layer's own type
-    trained = [(parameter, parameter.requires_grad) for parameter in module.parameters()]
-    config = LoraConfig(init_lora_weights="mica", r=rank, target_modules=["layer"])
+    trained = [(weight, weight.requires_grad) for weight in module.parameters()]
+    config = LoraConfig(
+        init_lora_weights="mica",
+        r=rank,
+        target_modules=[] if parameter else ["layer"],
+        target_parameters=[f"layer.{parameter}"] if parameter else None,
+    )
     try:
         with without_solver(), warnings.catch_warnings():  # it will be run with rank + 1
             warnings.simplefilter("ignore", UserWarning)  # of merging, which is not done here
             inject_adapter_in_model(config, model)
     except UnsuitableLayerError as error:
-        raise UnsuitableLayerError(str(error).replace("layer 'layer'", "this layer")) from error
+        raise UnsuitableLayerError(re.sub(r"layer 'layer[^']*'", "this layer", str(error))) from error
     except ValueError as error:  # PEFT has no MiCA for it, or no adapter at all
         raise UnsuitableLayerError(f"a layer of type {type(module).__name__}") from error
     finally:
-        for parameter, requires_grad in trained:
-            parameter.requires_grad_(requires_grad)
+        for weight, requires_grad in trained:
+            weight.requires_grad_(requires_grad)
     return model.layer
 
 
-def _checked_weight(layer: nn.Module) -> Tensor:
-    """The weight that MiCA starts from, (out_features, in_features). Raises UnsuitableLayerError."""
+def _checked_weights(layer: nn.Module, rank: int) -> list[Tensor]:
+    """The weight that MiCA starts from, (out_features, in_features); of a stack, every expert's.
+
+    Raises UnsuitableLayerError.
+    """
     try:
-        return check(NewAdapter("this layer", layer, "default"))
+        weight = check(NewAdapter("this layer", layer, "default"))
     except TypeError as error:  # its dtype
         raise UnsuitableLayerError(str(error)) from error
+    if not is_wrapper(layer):
+        return [weight]
+    return [part.task.weight for part in parts(layer, "this layer", rank)]
+
+
+def _weakest(weights: list[Tensor], rank: int) -> tuple[Tensor, dict]:
+    """`_measured` of the expert with the smallest gap, but proven, and the excess, as of the worst."""
+    measured = [_measured(weight, rank) for weight in weights]
+    expert = min(range(len(weights)), key=lambda index: measured[index][1]["gap"] or math.inf)
+    values, numbers = measured[expert]
+    excesses = [of["energy_excess"] for _, of in measured]
+    return values, numbers | {
+        "proven": all(of["proven"] for _, of in measured),
+        "energy_excess": None if None in excesses else max(excesses),
+        "expert": expert,
+    }
 
 
 def _measured(weight: Tensor, rank: int) -> tuple[Tensor, dict]:

@@ -61,7 +61,7 @@ def run(args: argparse.Namespace) -> int:
         model = load_model(source, args.dtype, torch.device("cpu"))
     except UsageError as error:
         raise UsageError(str(error).replace(f"--model {args.to}: ", f"--to {args.to}: ", 1)) from error
-    adapter.check_fit(model, args.adapter, "--adapter", f"--to {args.to}")
+    adapter.check_fit(model, config, args.adapter, "--adapter", f"--to {args.to}")
 
     peft_model = PeftModel.from_pretrained(
         model, args.adapter, config=PeftConfig.from_pretrained(args.adapter)

@@ -5,12 +5,14 @@ import json
 from pathlib import Path
 
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
+from peft.utils.other import get_pattern_key
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
-from mica.cli.arguments import target_names
-from mica.cli.loading import find_targets
-from mica.errors import UsageError
+import mica.fast  # noqa: F401 (reads the configuration of an adapter of experts as MiCA's)
+from mica.cli.output import one_line
+from mica.cli.targets import Targets, features, find_targets, saved_parameters
+from mica.errors import UnsuitableLayerError, UsageError
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 
@@ -22,40 +24,57 @@ def start(model, args: argparse.Namespace, checkpoint: Path | None = None) -> Pe
     solver, and B of the others keeps its bits. ``args.dropout`` counts in all three. All processes
     must call this; they share the work of a new one.
 
-    Raises UsageError if ``--target-modules`` names no layer that can be adapted, or if the adapter of
-    ``checkpoint`` or ``args.adapter`` is none of MiCA, does not fit the model, or has another rank, alpha or
-    other layers than ``args`` says.
+    Raises UsageError if ``--target-modules`` names no layer that can be adapted, a rank is too large, experts
+    are to have dropout, or if the adapter of ``checkpoint`` or ``args.adapter`` is none of MiCA, does not
+    fit the model, or has another rank, alpha or other layers than ``args`` says.
     """
-    targets = find_targets(model, args.target_modules)
+    targets = find_targets(model, args.target_modules, args.experts)
     if checkpoint is not None:
         return _load(model, args, "--resume", checkpoint, targets)
     if args.adapter is not None:
         return _load(model, args, "--adapter", args.adapter, targets)
+    if targets.parameters and args.dropout:
+        raise UsageError(
+            f"--dropout {args.dropout:g}: PEFT has no dropout for parameters, as {min(targets.parameters)}: "
+            "--dropout 0, or --no-experts"
+        )
     config = LoraConfig(
         init_lora_weights="mica",
         r=args.rank,
         lora_alpha=args.alpha,
         lora_dropout=args.dropout,
-        target_modules=target_names(args.target_modules),
         task_type="CAUSAL_LM",
+        **targets.config,
     )
     try:
         return get_peft_model(model, config)
+    except UnsuitableLayerError as error:
+        raise UsageError(
+            f"--rank {args.rank}: {one_line(error)} A lower --rank, or --target-modules without this one"
+        ) from error
     except ValueError as error:
         if str(error).startswith("Target module"):  # "... is not supported": a norm, an activation
             raise UsageError(f"--target-modules {args.target_modules}: {error}") from error
         raise
 
 
-def _load(model, args, option: str, folder: Path, targets: dict[str, nn.Module]) -> PeftModel:
-    own = settings(read_adapter_config(folder, option), folder, option)
+def _load(model, args, option: str, folder: Path, targets: Targets) -> PeftModel:
+    found = read_adapter_config(folder, option)
+    own = settings(found, folder, option)
     for name, given in (("rank", args.rank), ("alpha", args.alpha)):
         if own[name] != given:
             raise UsageError(f"--{name} {given}: the adapter of {option} {folder} has {own[name]}")
-    check_fit(model, folder, option)
+    check_fit(model, found, folder, option)
+    if args.experts and not own["experts"]:
+        raise UsageError(f"--experts: {option} {folder} has adapted none")
     adapted = set(adapted_layers(folder, option))
-    if adapted != set(targets):
-        only = sorted(adapted ^ set(targets))
+    parameters = saved_parameters(model, targets.parameters)
+    expected = set(targets.modules) | set(parameters)
+    if args.experts:  # all that the adapter has, be it some stacks only
+        adapted, expected = (names - set(_stacks(found, folder, option)) for names in (adapted, expected))
+        expected -= {name for name, (_, shape) in parameters.items() if len(shape) == 3}
+    if adapted != expected:
+        only = sorted(adapted ^ expected)
         where = "only in the adapter" if only[0] in adapted else "not in the adapter"
         raise UsageError(
             f"--target-modules {args.target_modules}: {option} {folder} has adapted other layers: "
@@ -75,6 +94,8 @@ def read_adapter_config(folder: Path, option: str = "--adapter") -> dict:
     try:
         config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
         kind, start = config["peft_type"], config.get("init_lora_weights")
+        if config.get("target_parameters"):  # the file says plain LoRA, for stock PEFT
+            start = PeftConfig.from_pretrained(folder).init_lora_weights
     except FileNotFoundError as error:
         what = f"has no {CONFIG}" if folder.is_dir() else "no such folder"
         raise UsageError(f"{option} {folder}: {what}, and must be a folder with a PEFT adapter") from error
@@ -82,11 +103,6 @@ def read_adapter_config(folder: Path, option: str = "--adapter") -> dict:
         raise UsageError(f"{option} {folder}: {CONFIG} cannot be read: {error.strerror}") from error
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UsageError(f"{option} {folder}: {CONFIG} is not that of a PEFT adapter") from error
-    if config.get("target_parameters"):
-        raise UsageError(
-            f"{option} {folder}: adapts single parameters (target_parameters), mostly experts, which these "
-            "commands do not support: load and merge it with PEFT"
-        )
     if kind != "LORA" or str(start).lower() != "mica":
         found = kind if kind != "LORA" else f"LoRA with init_lora_weights={start!r}"
         raise UsageError(f"{option} {folder}: must be a MiCA adapter, but is {found}")
@@ -99,7 +115,7 @@ def settings(config: dict, folder: Path, option: str = "--adapter") -> dict:
     """The options that the adapter in ``folder`` fixes, from its ``config`` (see `read_adapter_config`).
 
     ``rank``, ``alpha``: int. ``target_modules``: names with commas; where PEFT got a pattern, the layers
-    themselves. ``dropout``: float, a proposal.
+    themselves. ``experts``: True if it has stacks of experts, else None. ``dropout``: float, a proposal.
 
     Raises UsageError if ranks or alphas differ between layers: no option says that.
     """
@@ -107,24 +123,40 @@ def settings(config: dict, folder: Path, option: str = "--adapter") -> dict:
         raise UsageError(
             f"{option} {folder}: its layers have different ranks or alphas, which is not supported"
         )
-    names = config.get("target_modules")
+    names, parameters = config.get("target_modules"), config.get("target_parameters") or []
     if not isinstance(names, list):
         names = adapted_layers(folder, option)
+    stacks = _stacks(config, folder, option)
+    matrices = adapted_layers(folder, option).keys() - stacks  # and of these the names of parameters:
+    modules = [name.removesuffix(".base_layer") for name in matrices]
+    named = [name for name in parameters if any(one.endswith(name.rpartition(".")[0]) for one in modules)]
     return {
         "rank": config["r"],
         "alpha": config["lora_alpha"],
-        "target_modules": ",".join(sorted(names)),
+        "target_modules": ",".join(sorted([*names, *named])),
+        "experts": True if stacks else None,
         "dropout": config.get("lora_dropout", 0.0),
     }
+
+
+def _stacks(config: dict, folder: Path, option: str) -> list[str]:
+    """Those of `adapted_layers` that are stacks of experts: A has the rows of all of them."""
+    return [name for name, (_, rows, _) in _factors(folder, option).items() if rows > config["r"]]
 
 
 def adapted_layers(folder: Path, option: str = "--adapter") -> dict[str, tuple[int, int]]:
     """The layers that the adapter in ``folder`` has weights for: name -> (out_features, in_features).
 
-    Only headers are read. For an embedding that is (embedding_dim, num_embeddings).
+    Only headers are read. For an embedding that is (embedding_dim, num_embeddings). Several parameters of one
+    module have its name, and once or more ".base_layer".
 
     Raises UsageError if the weights cannot be read, or a layer has only one of its two.
     """
+    return {name: (out, in_) for name, (out, _, in_) in _factors(folder, option).items()}
+
+
+def _factors(folder: Path, option: str) -> dict[str, tuple[int, int, int]]:
+    """Layer -> (rows of B, rows of A, columns of A)."""
     sizes: dict[str, dict[str, tuple]] = {}
     try:
         with safe_open(folder / WEIGHTS, framework="pt") as file:
@@ -140,30 +172,35 @@ def adapted_layers(folder: Path, option: str = "--adapter") -> dict[str, tuple[i
     if not whole or len(whole) < len(sizes):
         missing = f": {min(sizes.keys() - whole.keys())} has only A or only B" if sizes else ""
         raise UsageError(f"{option} {folder}: {WEIGHTS} is not that of a whole adapter{missing}")
-    return {name: (found["lora_B"][0], found["lora_A"][1]) for name, found in whole.items()}
+    return {name: (found["lora_B"][0], *found["lora_A"]) for name, found in whole.items()}
 
 
-def check_fit(model: nn.Module, folder: Path, option: str, model_option: str = "--model") -> None:
-    """Raise UsageError unless each layer of the adapter in ``folder`` is in ``model``, in the same shape."""
+def check_fit(
+    model: nn.Module, config: dict, folder: Path, option: str, model_option: str = "--model"
+) -> None:
+    """Raise UsageError unless ``model`` has, in the same shape, all that the adapter in ``folder`` adapts.
+
+    ``config``: see `read_adapter_config`.
+    """
     modules = dict(model.named_modules())
-    for name, shape in adapted_layers(folder, option).items():
-        if name not in modules:
+    parameters = saved_parameters(model, config.get("target_parameters") or ())
+    for name, (out_features, rows, in_features) in _factors(folder, option).items():
+        shape, what = (out_features, in_features), "a layer"
+        if name in parameters:
+            parameter, found = parameters[name]
+            pattern = get_pattern_key((config.get("rank_pattern") or {}).keys(), parameter)
+            experts = rows // (config.get("rank_pattern") or {}).get(pattern, config["r"])
+            shape, what = (experts, *shape) if len(found) == 3 or experts > 1 else shape, "a parameter"
+        elif name not in modules:
             raise UsageError(f"{option} {folder}: adapts {name}, which {model_option} does not have")
-        found = features(modules[name])
+        else:
+            found = features(modules[name])
         if found != shape:
             raise UsageError(
-                f"{option} {folder}: adapts {name} as a layer of {shape[0]} x {shape[1]}, but in "
-                + f"{model_option} "
-                + (f"it has {found[0]} x {found[1]}" if found else f"it is a {type(modules[name]).__name__}")
+                f"{option} {folder}: adapts {name} as {what} of {_by(shape)}, but in {model_option} "
+                + (f"it has {_by(found)}" if found else f"it is a {type(modules[name]).__name__}")
             )
 
 
-def features(module: nn.Module) -> tuple[int, int] | None:
-    """(out_features, in_features) of a layer, quantised or not; None for what PEFT cannot adapt.
-
-    The shape of the weight would not do: it may be packed, and Conv1D's is transposed.
-    """
-    for names in (("out_features", "in_features"), ("nf", "nx"), ("embedding_dim", "num_embeddings")):
-        if all(isinstance(getattr(module, name, None), int) for name in names):
-            return tuple(getattr(module, name) for name in names)
-    return None
+def _by(shape: tuple[int, ...]) -> str:
+    return " x ".join(map(str, shape))

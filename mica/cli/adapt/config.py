@@ -107,6 +107,8 @@ def resolve(
     if line.get("resume") and output is not None and (output / FILE).is_file():
         running, recorded = read(output / FILE, "--resume"), _recorded_origins(output / FILE)
         running.pop("output", None)  # the folder may have been moved
+        running.setdefault("experts", None)  # not written for a model without them
+        recorded.setdefault("experts", "default")
     adapter = _first("adapter", layers)
     if running:
         layers.append((FILE, running))  # with what the adapter said then; its folder need not exist any more

@@ -53,8 +53,7 @@ GROUPS: dict[str, tuple[Option, ...]] = {
         ),
         Option(
             "dtype",
-            "of the frozen weights: auto, float32, bfloat16 or float16; auto: the checkpoint's where the "
-            "processor has instructions for it",
+            "of the frozen weights: float32, bfloat16, float16, or the checkpoint's",
             default="auto",
             metavar="NAME",
             choices=DTYPES,
@@ -96,7 +95,7 @@ GROUPS: dict[str, tuple[Option, ...]] = {
         Option("sequence_length", "tokens per block", number(int, 2, low_allowed=True), 512, "TOKENS"),
         Option(
             "packing",
-            "attention within documents, or within the whole block of a stream",
+            "attention within documents, or within a whole block",
             default="documents",
             metavar="documents|stream",
             choices=("documents", "stream"),
@@ -119,8 +118,11 @@ GROUPS: dict[str, tuple[Option, ...]] = {
         Option("rank", "rank", _count, metavar="R"),
         Option("alpha", "lora_alpha; the scaling is alpha / rank", _count, metavar="ALPHA"),
         Option(
-            "target_modules", "all-linear (all but the output layer), or names with commas", metavar="NAMES"
+            "target_modules",
+            "all-linear (all but output layer and routers), or names with commas",
+            metavar="NAMES",
         ),
+        Option("experts", "the experts of a mixture; its routers only by --target-modules", bool),
         Option("dropout", "lora_dropout", number(float, 0, 1, low_allowed=True), metavar="P"),
     ),
     "training": (

@@ -35,6 +35,7 @@ RECIPES = {
         1,
         {
             "target_modules": "all-linear",
+            "experts": True,  # of a mixture
             "rank": 16,
             "dropout": 0.0,
             "steps": 100,

@@ -39,6 +39,7 @@ from mica.cli.loading import (
     suit_processor,
 )
 from mica.cli.output import dtype_name
+from mica.cli.targets import has_experts
 from mica.errors import UsageError
 
 
@@ -93,6 +94,7 @@ def _run(settings: Settings, source: Source, tokenizer, corpus: Corpus, checkpoi
         _note(note)
     check_limits(source, model, args.sequence_length, corpus.largest_token_id)
     corpus = _with_packing(settings, corpus, model, tokenizer)
+    _with_experts(settings, model)
     dtype, device = dtype_name(model.dtype), str(model.device)
 
     begin = time.perf_counter()
@@ -141,6 +143,22 @@ def _with_packing(settings: Settings, corpus: Corpus, model, tokenizer) -> Corpu
     _note(f"packing is stream: {reason}")
     args.packing, settings.origins["packing"] = "stream", "the model"
     return gather(args, tokenizer)
+
+
+def _with_experts(settings: Settings, model) -> None:
+    """Take back a recipe's ``experts`` where there are none, and say where experts stay as they are.
+
+    Raises UsageError if the option was given.
+    """
+    args = settings.args
+    if not has_experts(model):
+        if args.experts is not None and not settings.origins["experts"].startswith("recipe"):
+            raise UsageError(
+                f"--{'' if args.experts else 'no-'}experts: {type(model).__name__} has no experts"
+            )
+        args.experts = None
+    elif not args.experts:
+        _note("the experts are not adapted, unless --target-modules names them; --experts adapts all")
 
 
 def _prepare(settings: Settings) -> None:

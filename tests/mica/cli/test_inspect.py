@@ -108,9 +108,9 @@ def test_table_says_what_the_json_says(model_dir, run):
 def test_lines_appear_as_layers_are_measured(model_dir, capsys, monkeypatch):
     seen, measure = [], spectra.measure
 
-    def spying(name, module, rank):
+    def spying(name, module, rank, *parameter):
         seen.append(len(capsys.readouterr().out.splitlines()))
-        return measure(name, module, rank)
+        return measure(name, module, rank, *parameter)
 
     monkeypatch.setattr(spectra, "measure", spying)
     assert main(["inspect", str(model_dir), "--rank", "4", "--target-modules", "q_proj,k_proj"]) == 0
@@ -258,7 +258,7 @@ def test_bad_path_is_reported_before_loading(option, model_dir, run, tmp_path, m
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--target-modules", "nope"], "no layer of the model has such a name"),
+        (["--target-modules", "nope"], "no layer of the model is called"),
         (["--target-modules", "q_proj,nope"], "is called 'nope'"),
         (["--target-modules", ","], "--target-modules ,: "),
         (["--rank", "0"], "--rank"),

@@ -11,31 +11,14 @@ import torch
 from mica.cli.loading import (
     find_device,
     find_source,
-    find_targets,
     load_model,
     load_tokenizer,
     suit_processor,
 )
 from mica.errors import UsageError
-from tests.support import models
 from tests.support.adapt_results import working_in
 from tests.support.processes import ROOT
 from tests.support.tiny_cli import tiny_llama
-
-
-@pytest.mark.parametrize("make", [models.tiny_gpt2, models.tiny_llama])
-@pytest.mark.parametrize(
-    "names", ["all-linear", "embed_tokens,down_proj,wte,attn.c_proj", "0.mlp.c_fc,q_proj"]
-)
-def test_targets_are_those_of_peft(make, names):
-    model = make()
-    known = [name for name in names.split(",") if any(key.endswith(name) for key, _ in model.named_modules())]
-    names = ",".join(known) or "all-linear"
-    before = {name: type(module) for name, module in model.named_modules()}
-    modules = find_targets(model, names)
-    assert {name: type(module) for name, module in model.named_modules()} == before
-    wrapped = models.wrap(model, targets=names if names == "all-linear" else known, task_type="CAUSAL_LM")
-    assert list(modules) == wrapped.base_model.targeted_module_names
 
 
 def test_a_quantised_checkpoint_keeps_its_dtype(monkeypatch):

@@ -75,6 +75,7 @@ def test_settings_of_an_adapter(folder):
         "rank": 4,
         "alpha": 8,
         "target_modules": "down_proj,q_proj",
+        "experts": None,
         "dropout": 0.0,
     }
     change(folder, target_modules=r".*layers\.1.*(q_proj|down_proj)")
@@ -113,9 +114,11 @@ def test_shapes_of_all_kinds_of_layers(tmp_path):
     """Embeddings, and GPT-2's Conv1D, whose weight is transposed."""
     names = "wte,c_attn"
     write_adapter(tmp_path / "gpt2", tiny_gpt2(), target_modules=names)
-    adapter.check_fit(tiny_gpt2(), tmp_path / "gpt2", "--adapter")
+    folder = tmp_path / "gpt2"
+    adapter.check_fit(tiny_gpt2(), adapter.read_adapter_config(folder), folder, "--adapter")
     write_adapter(tmp_path / "llama", target_modules="embed_tokens")
-    adapter.check_fit(tiny_llama(), tmp_path / "llama", "--adapter")
+    folder = tmp_path / "llama"
+    adapter.check_fit(tiny_llama(), adapter.read_adapter_config(folder), folder, "--adapter")
     assert list(adapter.adapted_layers(tmp_path / "llama").values()) == [(32, 257)]
 
 
@@ -127,7 +130,7 @@ def test_shapes_of_all_kinds_of_layers(tmp_path):
         ("[]", "is not that of a PEFT adapter"),
         ("{}", "is not that of a PEFT adapter"),
         ('{"peft_type": "IA3"}', "must be a MiCA adapter, but is IA3"),
-        ('{"peft_type": "LORA", "target_parameters": ["e.w"]}', "adapts single parameters"),
+        ('{"peft_type": "LORA", "target_parameters": ["e.w"]}', "but is LoRA with init_lora_weights=True"),
         ('{"peft_type": "LORA", "init_lora_weights": true}', "but is LoRA with init_lora_weights=True"),
     ],
 )

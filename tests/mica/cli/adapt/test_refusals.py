@@ -269,7 +269,7 @@ BAD_STRINGS = {
     "dataset_config": ("small", "no source is a dataset on the Hub"),
     "held_out_text": ("./nowhere.csv", "no such file or folder"),
     "retain": ("./nowhere.parquet", "no such file or folder"),
-    "target_modules": ("nope", "no layer of the model has such a name"),
+    "target_modules": ("nope", "no layer of the model is called"),
     "optimizer": ("adam_w", "adam_w"),
     "report_to": ("tensorbord", "tensorbord"),
     "output": (__file__, "exists and is not a folder"),

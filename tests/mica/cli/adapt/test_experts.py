@@ -1,0 +1,234 @@
+"""``mica adapt``, ``transfer`` and ``inspect`` on mixtures of experts: what is adapted, and that nothing is lost."""
+
+import json
+import re
+import shutil
+import signal
+import time
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+from mica.cli import main
+from tests.support.adapt_results import poison_solver
+from tests.support.adapt_runs import Process
+from tests.support.moe_models import BUILDERS
+from tests.support.tiny_cli import TEXT, adapt, byte_tokenizer, tiny_llama
+
+KINDS = ["qwen3_moe", "mixtral", "gpt_oss"]
+SAVED = ("adapter_model.safetensors", "adapter_config.json", "summary.json", "README.md")
+
+
+def write_model(folder, kind, seed=0, **options):
+    model = BUILDERS[kind](seed=seed, vocab_size=257, max_position_embeddings=128, **options)
+    model.save_pretrained(folder)
+    byte_tokenizer().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory):
+    path = tmp_path_factory.mktemp("text") / "text.txt"
+    path.write_text(TEXT)
+    return path
+
+
+@pytest.fixture(scope="module", params=KINDS)
+def made(request, text, tmp_path_factory):
+    """A model and the folder of its whole run: 12 steps, a checkpoint every 4, the merged model."""
+    folder = tmp_path_factory.mktemp(request.param)
+    write_model(folder / "base", request.param)
+    assert adapt(folder / "base", text, folder / "run", "--save-steps", 4, "--workers", 1, "--merge") == 0
+    return request.param, folder / "base", folder / "run"
+
+
+def weights(folder, name="adapter_model"):
+    return load_file(folder / f"{name}.safetensors")
+
+
+def same(one, other):
+    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
+def routers(folder):
+    whole = weights(folder, "model")
+    return {name: weight for name, weight in whole.items() if ".gate." in name or "router" in name}
+
+
+def resumed(output):
+    assert main(["adapt", "--output", str(output), "--resume"]) == 0
+    return output
+
+
+def test_experts_are_adapted_and_the_router_is_not(made):
+    kind, base, run = made
+    adapted = weights(run)
+    assert sum("experts" in name for name in adapted) == 2 * 2 * 2  # layers, stacks, factors
+    assert not any("router" in name or ".gate." in name for name in adapted)
+    before, after = routers(base), routers(run / "merged")
+    assert len(before) >= 2
+    assert same(before, after)
+    stacks = [weights(folder, "model") for folder in (base, run / "merged")]
+    moved = {name for name in stacks[0] if "experts" in name and not torch.equal(*(s[name] for s in stacks))}
+    assert moved == {name for name in stacks[0] if "experts" in name and "bias" not in name}
+    summary = json.loads((run / "summary.json").read_text())
+    assert (summary["settings"]["experts"], summary["origins"]["experts"]) == (True, "recipe all-linear")
+    assert summary["perplexity_after"] < summary["perplexity_before"]
+    assert summary["layers_on_peft_path"] == []
+    assert yaml.safe_load((run / "run.yaml").read_text())["experts"] is True
+    assert "| experts | yes | recipe all-linear |" in (run / "README.md").read_text()
+
+
+def test_resumed_from_a_checkpoint_it_ends_the_same(made, tmp_path, monkeypatch):
+    _, _, run = made
+    output = shutil.copytree(run, tmp_path / "out")
+    shutil.rmtree(output / "checkpoint-12")
+    for name in SAVED:
+        (output / name).unlink()
+    poison_solver(monkeypatch)
+    assert same(weights(resumed(output)), weights(run))
+    assert (output / "curve.csv").read_text() == (run / "curve.csv").read_text()
+
+
+def test_ctrl_c_and_resumed(made, text, tmp_path, monkeypatch):
+    _, base, run = made
+
+    def interrupted(self, args, state, control, **_):
+        if state.global_step == 5:
+            signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.setattr("mica.cli.adapt.callbacks.Watching.on_step_begin", interrupted, raising=False)
+    assert adapt(base, text, tmp_path / "out", "--save-steps", 4, "--workers", 1) == 130
+    monkeypatch.undo()
+    assert same(weights(resumed(tmp_path / "out")), weights(run))
+
+
+@pytest.mark.parametrize("kind", KINDS[:2])
+def test_killed_and_resumed(kind, text, tmp_path):
+    """With -9, behind its first checkpoint, wherever it is then."""
+    base = write_model(tmp_path / "base", kind)
+    steps = ["--rank", "4", "--steps", "60", "--sequence-length", "32", "--save-steps", "4", "--workers", "1"]
+    argv = ["adapt", "--model", str(base), "--text", str(text), *steps, "--learning-rate", "0.02", "--output"]
+    killed = Process(main, [*argv, str(tmp_path / "killed")], folder=tmp_path)
+    while not list(tmp_path.glob("killed/checkpoint-*/complete.json")):
+        assert killed.processes[0].is_alive(), killed.errors()
+        time.sleep(0.01)
+    killed.kill()
+    assert killed.join() == [-signal.SIGKILL]
+    assert main([*argv, str(tmp_path / "whole")]) == 0
+    assert same(weights(resumed(tmp_path / "killed")), weights(tmp_path / "whole"))
+
+
+def test_from_an_adapter(made, text, tmp_path, monkeypatch):
+    _, base, run = made
+    poison_solver(monkeypatch)
+    argv = ["adapt", "--model", base, "--text", text, "--output", tmp_path / "out", "--adapter", run]
+    assert main([*map(str, argv), "--sequence-length", "32", "--steps", "2", "--workers", "1"]) == 0
+    before, after = weights(run), weights(tmp_path / "out")
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[name], after[name]) == ("lora_B" in name) for name in before)
+
+
+def test_transfer_to_a_sibling(made, tmp_path, capsys):
+    kind, base, run = made
+    sibling = write_model(tmp_path / "chat", kind, seed=5)
+    argv = ["transfer", "--adapter", str(run), "--to", str(sibling), "--output", str(tmp_path / "out")]
+    assert main(argv) == 0
+    merged, there = weights(tmp_path / "out", "model"), weights(sibling, "model")
+    trained, here = weights(run / "merged", "model"), weights(base, "model")
+    assert merged.keys() == there.keys()
+    for name, weight in merged.items():  # the same update, up to the rounding of the sums
+        torch.testing.assert_close(weight - there[name], trained[name] - here[name], rtol=0, atol=1e-6)
+    other = write_model(tmp_path / "other", kind, experts=8)
+    argv = ["transfer", "--adapter", str(run), "--to", str(other), "--output", str(tmp_path / "none")]
+    assert main(argv) == 2
+    assert "but in --to" in (error := capsys.readouterr().err)
+    assert "it has 8 x " in error
+
+
+def test_inspect_lists_stacks_and_no_router(made, capsys, tmp_path):
+    kind, base, _ = made
+    assert main(["inspect", str(base), "--rank", "4", "--json", str(tmp_path / "table.json")]) == 0
+    layers = {layer["name"]: layer for layer in json.loads((tmp_path / "table.json").read_text())["layers"]}
+    model = AutoModelForCausalLM.from_pretrained(base)
+    stacks = [name for name in layers if "experts" in name]
+    assert len(stacks) == 4
+    assert not any("router" in name or name.endswith(".gate") for name in layers)
+    for name in stacks:
+        stack = model.get_parameter(name).detach().double()
+        stack = stack.transpose(1, 2) if kind == "gpt_oss" else stack
+        values = torch.linalg.svdvals(stack)
+        gaps = values[:, -5] / values[:, -4]
+        row, expert = layers[name], int(gaps.argmin())
+        assert row["shape"] == list(stack.shape)
+        assert (row["expert"], row["proven"], row["reason"]) == (expert, True, None)
+        assert row["gap"] == pytest.approx(float(gaps.min()), rel=1e-4)
+        assert row["sigma_smallest"] == pytest.approx(float(values[expert, -1]), rel=1e-4)
+    assert "of expert " in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("kind", ["nf4", "int8"])
+def test_over_a_quantised_base(kind, text, tmp_path):
+    """Quantised are the layers; stacks of experts stay as they are, and all is merged into what it was."""
+    base = write_model(tmp_path / "base", "qwen3_moe")
+    output = tmp_path / "out"
+    options = ["--quantize", kind, "--dtype", "float32", "--merge", "--workers", 1]
+    assert adapt(base, text, output, *options) == 0
+    assert same(routers(base), routers(output / "merged"))
+    stack = "model.layers.0.mlp.experts"
+    factors = {key.partition(f"{stack}.")[2]: w for key, w in weights(output).items() if f"{stack}.l" in key}
+    before, after = (AutoModelForCausalLM.from_pretrained(at) for at in (base, output / "merged"))
+    down, merged = (model.get_parameter(f"{stack}.down_proj") for model in (before, after))
+    lora_A = factors["lora_A.weight"].view(len(down), 4, -1)
+    lora_B = factors["lora_B.weight"].view(down.shape[1], 4, -1).permute(2, 0, 1)
+    torch.testing.assert_close(merged, down + lora_B @ lora_A, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (
+            ["--dropout", "0.1"],
+            "--dropout 0.1: PEFT has no dropout for parameters, as model.layers.0.mlp.experts",
+        ),
+        (
+            ["--target-modules", "q_proj,gate", "--rank", "7"],
+            "--rank 7: .*gate.weight.*max usable r is 6.*lower",
+        ),
+        (["--target-modules", "q_proj,experts.up_proj"], "no layer of the model is called 'experts.up_proj'"),
+    ],
+)
+def test_refused_before_training(options, message, text, tmp_path, capsys):
+    base = write_model(tmp_path / "base", "qwen3_moe")
+    assert adapt(base, text, tmp_path / "out", "--workers", 1, *options) == 2
+    assert re.search(message, capsys.readouterr().err)
+    assert not (tmp_path / "out").exists()
+
+
+def test_without_experts_and_by_name(text, tmp_path, capsys):
+    base = write_model(tmp_path / "base", "qwen3_moe")
+    options = ["--workers", 1, "--steps", 2]
+    assert adapt(base, text, tmp_path / "none", *options, "--no-experts") == 0
+    assert "note: the experts are not adapted" in capsys.readouterr().err
+    assert not any("experts" in name for name in weights(tmp_path / "none"))
+    names = "q_proj,gate,experts.down_proj"
+    options += ["--recipe", "paper", "--dropout", 0, "--target-modules", names]
+    assert adapt(base, text, tmp_path / "named", *options) == 0
+    found = {name.removeprefix("base_model.model.model.layers.0.") for name in weights(tmp_path / "named")}
+    assert {"mlp.gate.lora_A.weight", "mlp.experts.lora_A.weight", "self_attn.q_proj.lora_A.weight"} <= found
+    argv = ["adapt", "--model", base, "--text", text, "--output", tmp_path / "on"]
+    argv += ["--adapter", tmp_path / "named", "--sequence-length", 32, "--steps", 1, "--workers", 1]
+    assert main([*map(str, argv)]) == 0
+    assert weights(tmp_path / "on").keys() == weights(tmp_path / "named").keys()
+
+
+def test_a_dense_model_has_none(text, tmp_path, capsys):
+    tiny_llama().save_pretrained(tmp_path / "base")
+    byte_tokenizer().save_pretrained(tmp_path / "base")
+    assert adapt(tmp_path / "base", text, tmp_path / "out", "--experts") == 2
+    assert "--experts: LlamaForCausalLM has no experts" in capsys.readouterr().err
+    assert adapt(tmp_path / "base", text, tmp_path / "out", "--steps", 1) == 0
+    assert "experts" not in yaml.safe_load((tmp_path / "out" / "run.yaml").read_text())

@@ -1,0 +1,139 @@
+"""Which layers and stacks of experts are adapted, against what PEFT makes of its configuration."""
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from transformers import DeepseekV3Config, DeepseekV3ForCausalLM, Qwen2MoeConfig, Qwen2MoeForCausalLM
+
+import mica.fast  # noqa: F401 (MiCA on parameters)
+from mica.cli.targets import features, find_targets, has_experts, saved_parameters
+from mica.errors import UsageError
+from tests.support import models, moe_models
+
+
+@pytest.mark.parametrize("make", [models.tiny_gpt2, models.tiny_llama])
+@pytest.mark.parametrize(
+    "names", ["all-linear", "embed_tokens,down_proj,wte,attn.c_proj", "0.mlp.c_fc,q_proj"]
+)
+def test_targets_are_those_of_peft(make, names):
+    model = make()
+    known = [name for name in names.split(",") if any(key.endswith(name) for key, _ in model.named_modules())]
+    names = ",".join(known) or "all-linear"
+    before = {name: type(module) for name, module in model.named_modules()}
+    targets = find_targets(model, names)
+    assert {name: type(module) for name, module in model.named_modules()} == before
+    wrapped = models.wrap(model, targets=names if names == "all-linear" else known, task_type="CAUSAL_LM")
+    assert list(targets.modules) == wrapped.base_model.targeted_module_names
+
+
+def qwen2_moe():
+    """Shared experts, with a gate that is a layer of one output."""
+    sizes = {"intermediate_size": 48, "moe_intermediate_size": 24, "shared_expert_intermediate_size": 24}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 2, "vocab_size": 61, "num_experts": 4}
+    return Qwen2MoeForCausalLM(Qwen2MoeConfig(hidden_size=32, num_hidden_layers=2, **sizes, **heads))
+
+
+def deepseek_v3():
+    """A dense layer, shared experts, and a family whose gate_proj, up_proj and down_proj PEFT renames."""
+    sizes = {"intermediate_size": 48, "moe_intermediate_size": 24, "first_k_dense_replace": 1}
+    ranks = {
+        "q_lora_rank": 8,
+        "kv_lora_rank": 8,
+        "qk_rope_head_dim": 4,
+        "qk_nope_head_dim": 4,
+        "v_head_dim": 8,
+    }
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 2, "vocab_size": 61, "n_routed_experts": 8}
+    groups = {"n_group": 2, "topk_group": 1}
+    config = DeepseekV3Config(hidden_size=32, num_hidden_layers=2, **sizes, **ranks, **heads, **groups)
+    return DeepseekV3ForCausalLM(config)
+
+
+STACKS, ATTENTION = (
+    ["mlp.experts.down_proj", "mlp.experts.gate_up_proj"],
+    ["k_proj", "o_proj", "q_proj", "v_proj"],
+)
+SELF = [f"self_attn.{name}" for name in ATTENTION]
+SHARED = [f"mlp.shared_expert.{name}" for name in ("down_proj", "gate_proj", "up_proj")]
+LOW_RANK = [f"self_attn.{n}" for n in ("kv_a_proj_with_mqa", "kv_b_proj", "o_proj", "q_a_proj", "q_b_proj")]
+MLP = [f"mlp.{name}.weight" for name in ("down_proj", "gate_proj", "up_proj")]
+DENSE = sorted(MLP + [name.replace("mlp.", "mlp.shared_experts.") for name in MLP])
+MODELS = {**moe_models.BUILDERS, "qwen2_moe": qwen2_moe, "deepseek_v3": deepseek_v3}
+
+
+@pytest.mark.parametrize(
+    ("kind", "names", "experts", "modules", "parameters"),
+    [
+        ("qwen3_moe", "all-linear", True, SELF, STACKS),
+        ("mixtral", "all-linear", True, SELF, STACKS),
+        ("gpt_oss", "all-linear", True, SELF, STACKS),
+        ("gpt_oss", "all-linear", False, SELF, None),
+        ("qwen2_moe", "all-linear", True, SHARED + SELF, STACKS),
+        ("qwen2_moe", "all-linear", False, SHARED + SELF, None),
+        ("qwen2_moe", "shared_expert_gate", None, ["shared_expert_gate"], None),
+        ("deepseek_v3", "all-linear", True, LOW_RANK, sorted(DENSE + STACKS)),
+        ("deepseek_v3", "all-linear", False, LOW_RANK, DENSE),
+        ("mixtral", "q_proj,v_proj", True, ["q_proj", "v_proj"], STACKS),
+        ("mixtral", "q_proj,v_proj", None, ["q_proj", "v_proj"], None),
+        ("mixtral", "q_proj,down_proj", None, ["q_proj"], STACKS[:1]),
+        ("mixtral", "gate", None, [], ["mlp.gate.weight"]),
+        ("gpt_oss", "router", None, [], ["mlp.router.weight"]),
+        ("gpt_oss", "0.mlp.experts.down_proj", None, [], ["model.layers.0.mlp.experts.down_proj"]),
+    ],
+)
+def test_targets_in_a_mixture(kind, names, experts, modules, parameters):
+    """PEFT adapts these and nothing else, and saves them under the names that `saved_parameters` gives."""
+    model = MODELS[kind]()
+    targets = find_targets(model, names, experts)
+    assert targets.config == {"target_modules": modules, "target_parameters": parameters}
+    saved = saved_parameters(model, targets.parameters)
+    shapes = {name: features(module) for name, module in targets.modules.items()}
+    shapes |= {name: shape[-2:] for name, (_, shape) in saved.items()}
+    assert {name for name, _ in saved.values()} == set(targets.parameters)
+    before = {name: weight.shape for name, weight in model.named_parameters()}
+    config = LoraConfig(init_lora_weights="mica", r=1, task_type="CAUSAL_LM", **targets.config)
+    wrapped = get_peft_model(model, config)
+    found = {}
+    for name, weight in wrapped.named_parameters():
+        if ".lora_B." in name:
+            layer = name.removeprefix("base_model.model.").partition(".lora_B.")[0]
+            lora_A = wrapped.get_parameter(name.replace("lora_B", "lora_A"))
+            found[layer] = (weight.shape[0], lora_A.shape[1])
+            experts = saved[layer][1][0] if len(saved.get(layer, (0, ()))[1]) == 3 else 1
+            assert lora_A.shape[0] == experts
+    assert found == shapes
+    assert before == {name: weight.shape for name, weight in MODELS[kind]().named_parameters()}
+
+
+def test_names_that_match_nothing():
+    with pytest.raises(
+        UsageError, match=r"no layer of the model is called 'qproj', did you mean 'q_proj'\?$"
+    ):
+        find_targets(models.tiny_llama(), "v_proj,qproj")
+    with pytest.raises(UsageError, match="no layer of the model is called 'experts.w1'"):
+        find_targets(MODELS["mixtral"](), "experts.w1")
+
+
+def test_dense_models_have_no_experts():
+    assert not has_experts(models.tiny_llama())
+    assert all(has_experts(make()) for make in MODELS.values())
+
+
+class Routed(torch.nn.Module):
+    """A mixture as other code has it: every expert a module, the router a layer."""
+
+    def __init__(self):
+        super().__init__()
+        self.gate = torch.nn.Linear(8, 3)
+        self.experts = torch.nn.ModuleList(models.Net() for _ in range(3))
+        self.gate_proj = torch.nn.Linear(8, 8)
+
+
+def test_experts_that_are_modules():
+    model = torch.nn.ModuleDict({"layers": torch.nn.ModuleList([torch.nn.ModuleDict({"mlp": Routed()})])})
+    names = {experts: set(find_targets(model, "all-linear", experts).modules) for experts in (True, False)}
+    assert names[False] == {"layers.0.mlp.gate_proj"}
+    assert {name for name in names[True] if "experts" not in name} == names[False]
+    assert sum(".experts." in name for name in names[True]) == sum(
+        isinstance(module, torch.nn.Linear) for module in model.layers[0].mlp.experts.modules()
+    )
