@@ -4,6 +4,7 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from transformers import DeepseekV3Config, DeepseekV3ForCausalLM, Qwen2MoeConfig, Qwen2MoeForCausalLM
+from transformers.pytorch_utils import Conv1D
 
 import mica.fast  # noqa: F401 (MiCA on parameters)
 from mica.cli.targets import features, find_targets, has_experts, saved_parameters
@@ -110,7 +111,7 @@ def test_names_that_match_nothing():
         UsageError, match=r"no layer of the model is called 'qproj', did you mean 'q_proj'\?$"
     ):
         find_targets(models.tiny_llama(), "v_proj,qproj")
-    with pytest.raises(UsageError, match="no layer of the model is called 'experts.w1'"):
+    with pytest.raises(UsageError, match=r"no layer of the model is called 'experts\.w1'"):
         find_targets(MODELS["mixtral"](), "experts.w1")
 
 
@@ -135,5 +136,5 @@ def test_experts_that_are_modules():
     assert names[False] == {"layers.0.mlp.gate_proj"}
     assert {name for name in names[True] if "experts" not in name} == names[False]
     assert sum(".experts." in name for name in names[True]) == sum(
-        isinstance(module, torch.nn.Linear) for module in model.layers[0].mlp.experts.modules()
+        isinstance(module, (torch.nn.Linear, Conv1D)) for module in model.layers[0].mlp.experts.modules()
     )

@@ -1,4 +1,4 @@
-"""``mica adapt``, ``transfer`` and ``inspect`` on mixtures of experts: what is adapted, and that nothing is lost."""
+"""``mica adapt``, ``transfer`` and ``inspect`` on mixtures: what is adapted, and that nothing is lost."""
 
 import json
 import re
@@ -64,7 +64,7 @@ def resumed(output):
 
 
 def test_experts_are_adapted_and_the_router_is_not(made):
-    kind, base, run = made
+    _, base, run = made
     adapted = weights(run)
     assert sum("experts" in name for name in adapted) == 2 * 2 * 2  # layers, stacks, factors
     assert not any("router" in name or ".gate." in name for name in adapted)
