@@ -53,7 +53,7 @@ GROUPS: dict[str, tuple[Option, ...]] = {
         ),
         Option(
             "dtype",
-            "of the frozen weights: float32, bfloat16, float16, or the checkpoint's",
+            "of the frozen weights: auto, float32, bfloat16 or float16",
             default="auto",
             metavar="NAME",
             choices=DTYPES,
