@@ -29,15 +29,15 @@ def start(model, args: argparse.Namespace, checkpoint: Path | None = None) -> Pe
     fit the model, or has another rank, alpha or other layers than ``args`` says.
     """
     targets = find_targets(model, args.target_modules, args.experts)
-    if checkpoint is not None:
-        return _load(model, args, "--resume", checkpoint, targets)
-    if args.adapter is not None:
-        return _load(model, args, "--adapter", args.adapter, targets)
     if targets.parameters and args.dropout:
         raise UsageError(
             f"--dropout {args.dropout:g}: PEFT has no dropout for parameters, as {min(targets.parameters)}: "
             "--dropout 0, or --no-experts"
         )
+    if checkpoint is not None:
+        return _load(model, args, "--resume", checkpoint, targets)
+    if args.adapter is not None:
+        return _load(model, args, "--adapter", args.adapter, targets)
     config = LoraConfig(
         init_lora_weights="mica",
         r=args.rank,
@@ -48,13 +48,12 @@ def start(model, args: argparse.Namespace, checkpoint: Path | None = None) -> Pe
     )
     try:
         return get_peft_model(model, config)
-    except UnsuitableLayerError as error:
-        raise UsageError(
-            f"--rank {args.rank}: {one_line(error)} A lower --rank, or --target-modules without this one"
-        ) from error
     except ValueError as error:
         if str(error).startswith("Target module"):  # "... is not supported": a norm, an activation
             raise UsageError(f"--target-modules {args.target_modules}: {error}") from error
+        if isinstance(error, UnsuitableLayerError) and "max usable r" in str(error):
+            remedy = "A lower --rank, or --target-modules without this one"
+            raise UsageError(f"--rank {args.rank}: {one_line(error)} {remedy}") from error
         raise
 
 
