@@ -5,6 +5,7 @@ import json
 import os
 import shutil
 import signal
+from contextlib import suppress
 from importlib import import_module
 from pathlib import Path
 
@@ -259,21 +260,24 @@ def test_a_finished_run_can_be_resumed(tmp_path):
 
 def test_other_batches_are_refused(tmp_path, monkeypatch):
     run(settings(tmp_path, steps=5))
-    args = settings(tmp_path, resume=True)
-    with pytest.raises(UsageError, match="with batch size 4, and now it is 2"):
-        training.find_checkpoint(settings(tmp_path, resume=True, batch_size=2, gradient_accumulation_steps=2))
+    args = settings(tmp_path, resume=True, steps=5)
+    changed = {"batch_size": 2, "learning_rate": 0.5, "save_steps": 3}  # the last one may
+    with pytest.raises(UsageError, match=r"with batch_size 4 \(now 2\), learning_rate 0.005 \(now 0.5\): it"):
+        training.find_checkpoint(settings(tmp_path, resume=True, steps=5, **changed))
     with monkeypatch.context() as patch:
         patch.setitem(training.PartialState._shared_state, "num_processes", 2)
-        with pytest.raises(UsageError, match="with processes 1, and now it is 2"):
+        with pytest.raises(UsageError, match=r"with processes 1 \(now 2\): it"):
             training.find_checkpoint(args)
     assert training.find_checkpoint(args) == tmp_path / "checkpoint-5"
     assert training.find_checkpoint(settings(tmp_path)) is None
-    with pytest.raises(UsageError, match=r"with data 64 blocks \(.*\), and now it is 63 blocks"):
+    with pytest.raises(UsageError, match=r"with data 64 blocks \(.*\) \(now 63 blocks"):
         run(args, corpus(63))
     data = corpus()
     data.fingerprint = "other tokens"
     with pytest.raises(UsageError, match="checkpoint-5 was written with data"):
         run(args, data)
+    with pytest.raises(UsageError, match=r"with retain None \(now 3 "):
+        run(args, corpus(retain=3))
 
 
 FULL = OSError(errno.ENOSPC, "No space left on device")
@@ -329,6 +333,29 @@ def test_what_cannot_be_written_leaves_the_checkpoint_before(tmp_path, monkeypat
     )
     assert [path.name for path in checkpoints.folders(tmp_path)] == ["checkpoint-5"]
     assert run(settings(tmp_path, resume=True)).steps == 10
+
+
+def test_a_checkpoint_is_not_lost_while_older_ones_are_removed(tmp_path, monkeypatch):
+    """As rmtree of Python 3.11 fails where a second Ctrl-C comes between its lines."""
+    close, closed = os.close, []
+
+    def interrupted_close(descriptor):
+        close(descriptor)
+        if (tmp_path / "checkpoint-15" / checkpoints.MARKER).exists() and not closed:
+            closed.append(descriptor)
+            raise KeyboardInterrupt
+
+    def remove(folder, **options):
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "close", interrupted_close)
+            rmtree(folder, **options)
+
+    rmtree = shutil.rmtree
+    monkeypatch.setattr(shutil, "rmtree", remove)
+    with suppress(KeyboardInterrupt):
+        run(settings(tmp_path, steps=15))
+    assert closed
+    assert checkpoints.latest(tmp_path) == tmp_path / "checkpoint-15"
 
 
 def test_the_final_adapter_cannot_be_written(tmp_path, monkeypatch):
