@@ -227,10 +227,7 @@ def recorded_processes(path: Path) -> int | None:
 
 def write(settings: Settings, folder: Path, processes: int = 1) -> None:
     """Write the settings to ``folder``/run.yaml: ``--config`` of that file repeats the run from anywhere."""
-    text = "".join(
-        f"{line}\n"
-        for line in [*_yaml(settings), f"\n{_PROCESSES}: {processes}  # of this run, set by its launcher"]
-    )
+    text = "".join(f"{line}\n" for line in _yaml(settings, processes))
     write_file("--output", folder / FILE, lambda scratch: scratch.write_text(text, encoding="utf-8"))
 
 
@@ -243,12 +240,12 @@ def fixed(args: argparse.Namespace) -> dict[str, object]:
 
     Without those of which the contents are compared.
     """
-    fixed = {
+    given = {
         option.name: getattr(args, option.name)
         for option in OPTIONS.values()
         if not (option.by_run or option.may_change or option.name in _BY_CONTENT)
     }
-    return fixed | {"adapter": fixed["adapter"] and absolute(fixed["adapter"])}
+    return given | {"adapter": args.adapter and absolute(args.adapter)}
 
 
 def values(settings: Settings) -> dict[str, object]:
@@ -264,7 +261,7 @@ def values(settings: Settings) -> dict[str, object]:
     return result
 
 
-def _yaml(settings: Settings) -> Iterable[str]:
+def _yaml(settings: Settings, processes: int) -> Iterable[str]:
     given = values(settings)
     yield f"# mica adapt {__version__}. Again into another folder: mica adapt --config FILE --output DIR"
     for title, options in GROUPS.items():
@@ -272,6 +269,7 @@ def _yaml(settings: Settings) -> Iterable[str]:
         for name in (option.name for option in options if option.name in given):
             # JSON is YAML; a float without a dot (1e-05) is a string there, which the option's parser takes
             yield f"{name}: {json.dumps(given[name], ensure_ascii=False)}  # {settings.origins[name]}"
+    yield f"\n{_PROCESSES}: {processes}  # the launcher"
 
 
 def describe(settings: Settings) -> str:

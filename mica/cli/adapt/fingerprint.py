@@ -31,40 +31,39 @@ def facts(location: str) -> dict[str, str]:
 
 
 def of(location: str) -> str | None:
-    """A hash of the configuration and of names, dtypes, shapes and some bytes of the weights of a model.
+    """A hash of the configuration, of names, dtypes and shapes of the weights, and of some of their bytes.
 
     ``location``: a folder, or a name on the Hub, of which the copy in the cache counts. None where the
     safetensors and the configuration are not all there. Names and times of files do not matter.
     """
-    if not location:
-        return None
-    if not Path(location).is_dir():
-        cached = try_to_load_from_cache(location, CONFIG_NAME)
-        if not isinstance(cached, str):
-            return None
-        location = str(Path(cached).parent)
     try:
-        return _of(Path(location))
+        if Path(location).is_dir():
+            return _of(Path(location)) if location else None
+        config = try_to_load_from_cache(location, CONFIG_NAME)
+        return _of(Path(config).parent) if isinstance(config, str) else None
     except (OSError, ValueError, KeyError, TypeError, AttributeError, struct.error):
         return None  # who loads the model says what is wrong
 
 
 def _of(folder: Path) -> str:
     config = json.loads((folder / CONFIG_NAME).read_text(encoding="utf-8"))
-    total = hashlib.blake2b(digest_size=8)
     kept = {key: value for key, value in config.items() if key not in _VOLATILE}
-    total.update(json.dumps(kept, sort_keys=True).encode())
-    files = {path: _tensors(path) for path in _weights(folder)}
-    every = -(-sum(map(len, files.values())) // TENSORS)
-    number = 0
-    for path, tensors in files.items():
+    total = hashlib.blake2b(json.dumps(kept, sort_keys=True).encode(), digest_size=8)
+    places = []
+    for path in _weights(folder):
+        header = _header(path)
+        total.update(header)
+        tensors = json.loads(header)
+        tensors.pop("__metadata__", None)
+        begin = 8 + len(header)
+        offsets = sorted(tensor["data_offsets"] for tensor in tensors.values())
+        places.append((path, [(begin + first, begin + last) for first, last in offsets]))
+    every = -(-sum(len(spans) for _, spans in places) // TENSORS) or 1
+    for path, spans in places:
         with path.open("rb") as file:
-            for name, dtype, shape, begin, end in tensors:
-                total.update(json.dumps([name, dtype, shape]).encode())
-                if number % every == 0:
-                    for piece in _pieces(file, begin, end):
-                        total.update(piece)
-                number += 1
+            for first, last in spans[::every]:
+                for piece in _pieces(file, first, last):
+                    total.update(piece)
     return total.hexdigest()
 
 
@@ -76,22 +75,16 @@ def _weights(folder: Path) -> list[Path]:
     return [folder / name for name in sorted(set(index["weight_map"].values()))]
 
 
-def _tensors(path: Path) -> list[tuple[str, str, list[int], int, int]]:
-    """Name, dtype, shape, begin and end in the file, in the order of the file (safetensors' format)."""
+def _header(path: Path) -> bytes:
+    """JSON of safetensors' format: tensor -> dtype, shape, and where it is behind the header."""
     with path.open("rb") as file:
         (size,) = struct.unpack("<Q", file.read(8))
-        header = json.loads(file.read(min(size, 10**8)))  # the format's limit
-    header.pop("__metadata__", None)
-    found = (
-        (name, entry["dtype"], entry["shape"], *(8 + size + at for at in entry["data_offsets"]))
-        for name, entry in header.items()
-    )
-    return sorted(found, key=lambda tensor: tensor[3:])
+        return file.read(min(size, 10**8))  # the format's limit
 
 
-def _pieces(file: BinaryIO, begin: int, end: int) -> Iterator[bytes]:
+def _pieces(file: BinaryIO, first: int, last: int) -> Iterator[bytes]:
     """From the middle and the end of a tensor; all of a small one."""
-    middle = begin if end - begin <= 2 * PIECE else (begin + end - PIECE) // 2
-    for at in (middle, max(middle + PIECE, end - PIECE)):
+    middle = first if last - first <= 2 * PIECE else (first + last - PIECE) // 2
+    for at in (middle, max(middle + PIECE, last - PIECE)):
         file.seek(at)
-        yield file.read(min(PIECE, max(0, end - at)))
+        yield file.read(min(PIECE, max(0, last - at)))

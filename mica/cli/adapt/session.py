@@ -81,9 +81,7 @@ def _adapt(settings: Settings) -> int:
 
     check(args)  # the texts: cheap, before the tokenizer
     tokenizer = load_tokenizer(source)
-    if (
-        checkpoint is not None
-    ):  # before the texts and the weights are read; a base that is not here yet: in `train`
+    if checkpoint is not None:  # before texts and weights are read; one that is not here yet: in `train`
         location = base.converted(args).location if source.is_gguf else source.location
         checkpoints.check(checkpoint, **fingerprint.facts(location))
     corpus = gather(args, tokenizer)
@@ -131,7 +129,7 @@ def _run(settings: Settings, source: Source, tokenizer, corpus: Corpus, checkpoi
 
 def _note_what_is_odd(args: argparse.Namespace) -> None:
     if args.learning_rate > _HIGH:
-        _note(f"--learning-rate {args.learning_rate:g}: above {_HIGH:g}; for MiCA 5e-4 to 2e-3 are published")
+        _note(f"--learning-rate {args.learning_rate:g}: very high; published for MiCA are 5e-4 to 2e-3")
     recorded = args.config and config.recorded_processes(args.config)
     number = PartialState().num_processes
     if recorded and recorded != number:

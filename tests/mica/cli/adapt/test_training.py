@@ -5,7 +5,6 @@ import json
 import os
 import shutil
 import signal
-from contextlib import suppress
 from importlib import import_module
 from pathlib import Path
 
@@ -333,29 +332,6 @@ def test_what_cannot_be_written_leaves_the_checkpoint_before(tmp_path, monkeypat
     )
     assert [path.name for path in checkpoints.folders(tmp_path)] == ["checkpoint-5"]
     assert run(settings(tmp_path, resume=True)).steps == 10
-
-
-def test_a_checkpoint_is_not_lost_while_older_ones_are_removed(tmp_path, monkeypatch):
-    """As rmtree of Python 3.11 fails where a second Ctrl-C comes between its lines."""
-    close, closed = os.close, []
-
-    def interrupted_close(descriptor):
-        close(descriptor)
-        if (tmp_path / "checkpoint-15" / checkpoints.MARKER).exists() and not closed:
-            closed.append(descriptor)
-            raise KeyboardInterrupt
-
-    def remove(folder, **options):
-        with monkeypatch.context() as patch:
-            patch.setattr(os, "close", interrupted_close)
-            rmtree(folder, **options)
-
-    rmtree = shutil.rmtree
-    monkeypatch.setattr(shutil, "rmtree", remove)
-    with suppress(KeyboardInterrupt):
-        run(settings(tmp_path, steps=15))
-    assert closed
-    assert checkpoints.latest(tmp_path) == tmp_path / "checkpoint-15"
 
 
 def test_the_final_adapter_cannot_be_written(tmp_path, monkeypatch):
