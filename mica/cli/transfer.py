@@ -1,6 +1,8 @@
 """``mica transfer``: merge the update of an adapter into a sibling of the model that it was trained on."""
 
 import argparse
+import json
+from contextlib import suppress
 from importlib.metadata import version
 from pathlib import Path
 
@@ -32,8 +34,9 @@ def add_parser(commands) -> None:
 def run(args: argparse.Namespace) -> int:
     """Run the command: all checks before the weights are read, the output whole or not at all.
 
-    Raises UsageError if --adapter is no MiCA adapter, if MODEL lacks one of its layers or has it in another
-    shape, is quantised, or gives a common token another id, and if the output cannot be written.
+    Raises UsageError if --adapter is no MiCA adapter, if MODEL is of another architecture than its base,
+    lacks one of its layers or has it in another shape, is quantised, or gives a common token another id, and
+    if the output cannot be written.
     """
     import torch
     from peft import PeftConfig, PeftModel
@@ -53,14 +56,18 @@ def run(args: argparse.Namespace) -> int:
         source = find_source(args.to, args.trust_remote_code)
         check_folder("--output", args.output, args.to)
         _check_free(args.output, args.overwrite, {"--to": source.location, "--adapter": args.adapter})
-        if not source.is_gguf and getattr(load_config(source), "quantization_config", None) is not None:
-            raise source.error("is quantised: give the checkpoint that it was made of")
+        if not source.is_gguf:
+            their_config = load_config(source)
+            if getattr(their_config, "quantization_config", None) is not None:
+                raise source.error("is quantised: give the checkpoint that it was made of")
+            _check_architecture(args, config, their_config.model_type)
         tokenizer, agreement = _tokenizer(args, source, config)
         print(agreement)
         # On the CPU: one sum per weight, which is not worth a way to the device and back.
         model = load_model(source, args.dtype, torch.device("cpu"))
     except UsageError as error:
         raise UsageError(str(error).replace(f"--model {args.to}: ", f"--to {args.to}: ", 1)) from error
+    print(_check_architecture(args, config, model.config.model_type))
     adapter.check_fit(model, config, args.adapter, "--adapter", f"--to {args.to}")
 
     peft_model = PeftModel.from_pretrained(
@@ -92,6 +99,30 @@ def _check_free(output: Path, overwrite: bool, inputs: dict[str, str | Path]) ->
             raise UsageError(f"--output {output}: is the folder of {option}, or contains it")
     if output.is_dir() and any(output.iterdir()) and not overwrite:
         raise UsageError(f"--output {output}: is not empty: --overwrite replaces what is in it")
+
+
+def _check_architecture(args: argparse.Namespace, config: dict, theirs: str) -> str:
+    """Compare MODEL's ``model_type`` with that of the adapter's base; a line on the outcome.
+
+    That is in summary.json, which `mica adapt` writes, else in the base's configuration. Layers of the same
+    names and shapes are no kinship.
+    """
+    from mica.cli.loading import Source, load_config
+
+    base = config.get("base_model_name_or_path")
+    try:
+        ours = json.loads((args.adapter / "summary.json").read_text(encoding="utf-8")).get("model_type")
+    except (OSError, ValueError, AttributeError):
+        ours = None
+    if ours is None and base:
+        with suppress(UsageError):  # it is not here any more
+            ours = load_config(Source(base, base, {"trust_remote_code": args.trust_remote_code})).model_type
+    if ours is not None and ours != theirs:
+        raise UsageError(
+            f"--to {args.to}: its model type is {theirs}, that of the adapter's base is {ours}: the update "
+            "fits only models made from the same base"
+        )
+    return f"architecture  {theirs}, " + ("as the adapter's base" if ours else "not compared: no base found")
 
 
 def _tokenizer(args: argparse.Namespace, source, config: dict):

@@ -54,6 +54,7 @@ def corpus(count: int = 64, held_out: int = 5, retain: int = 0, **options) -> Si
     return SimpleNamespace(
         train=train,
         fingerprint=f"{count} {options}",
+        retain_fingerprint=f"{retain} {options}" if retain else None,
         held_out=blocks(held_out, 2, **options),
         retain=blocks(retain, 3, **options) or None,
     )

@@ -1,5 +1,6 @@
 """The model card of a run: README.md of OUTPUT, from its summary and nothing else."""
 
+import json
 import math
 import re
 from pathlib import Path
@@ -63,7 +64,7 @@ def card(summary: dict) -> ModelCard:
     )
     sections = [
         f"# {name}",
-        f"An adapter for `{public_name(s['model'])}`, made by continued pretraining on "
+        f"An adapter for {_code(public_name(s['model']))}, made by continued pretraining on "
         f"{s['training_tokens']:,} tokens with [MiCA]({PAPER}). MiCA adds `s·B·A` to an adapted weight `W`: "
         f"`B` holds the {s['settings']['rank']} left singular vectors of `W` with the smallest singular "
         f"values and stays frozen, `A` starts at zero and is trained. {s['trained_parameters']:,} of "
@@ -94,15 +95,15 @@ def transfer_card(facts: dict) -> ModelCard:
     of = f", trained on `{hub_name(f['base'])}`," if hub_name(f["base"]) else ""
     sections = [
         f"# {f['name']}",
-        f"`{public_name(f['model'])}` with the update of a [MiCA]({PAPER}) adapter merged into its weights: "
-        f"the `s·B·A` of `{public_name(f['adapter'])}`{of} with rank {f['rank']} and alpha {f['alpha']}, in "
-        f"{f['layers']} layers. The update was trained on that model and not on this one. Tokenizer and "
-        "chat template are this one's.",
+        f"{_code(public_name(f['model']))} with the update of a [MiCA]({PAPER}) adapter merged into its "
+        f"weights: the `s·B·A` of {_code(public_name(f['adapter']))}{of} with rank {f['rank']} and alpha "
+        f"{f['alpha']}, in {f['layers']} layers. The update was trained on that model and not on this one. "
+        "Tokenizer and chat template are this one's.",
         f"In {f['dtype']}: {f['merge_report']}.",
         "## How to load",
         "```python\nfrom transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
-        f'model = AutoModelForCausalLM.from_pretrained("{f["name"]}")  # the path of this folder\n'
-        f'tokenizer = AutoTokenizer.from_pretrained("{f["name"]}")\n```',
+        f"model = AutoModelForCausalLM.from_pretrained({_string(f['name'])})  # the path of this folder\n"
+        f"tokenizer = AutoTokenizer.from_pretrained({_string(f['name'])})\n```",
         *_making(f),
     ]
     return _assembled(data, sections)
@@ -127,6 +128,18 @@ def _result(text: str, when: str, value: float) -> EvalResult:
         metric_name=f"perplexity {when} training",
         metric_value=round(value, 4),
     )
+
+
+def _string(text: str) -> str:
+    """A literal of Python that stays on its line: JSON's strings are such."""
+    return json.dumps(text, ensure_ascii=False)
+
+
+def _code(text: str) -> str:
+    """``text`` as code within a line, in more backticks than it holds in a row."""
+    text = " ".join(text.split())
+    fence = "`" * (1 + max(map(len, re.findall("`+", text)), default=0))
+    return f"{fence} {text} {fence}" if "`" in text else f"`{text}`"
 
 
 def _table(header: tuple, rows: list[tuple]) -> str:
@@ -162,7 +175,7 @@ def _data(s: dict) -> list[str]:
         return "" if source.get(key) is None else f"{source[key]:,}"
 
     rows = [
-        (f"`{public_name(source['name'])}`", count(source, "documents"), count(source, "tokens"))
+        (_code(public_name(source["name"])), count(source, "documents"), count(source, "tokens"))
         for source in s["sources"]
     ]
     return ["## Data", _table(("source", "documents", "tokens"), rows)]
@@ -185,21 +198,21 @@ def _recipe(s: dict) -> list[str]:
 
 def _loading(s: dict) -> str:
     repository = (s.get("settings") or {}).get("push_to_hub")
-    where = repository or Path(s["adapter"]).name
+    where = _string(repository or Path(s["adapter"]).name)
     what = "" if repository else "  # the path of this folder"
     text = (
         "```python\nfrom peft import AutoPeftModelForCausalLM\nfrom transformers import AutoTokenizer\n\n"
-        f'model = AutoPeftModelForCausalLM.from_pretrained("{where}"){what}\n'
-        f'tokenizer = AutoTokenizer.from_pretrained("{where}")\n```'
+        f"model = AutoPeftModelForCausalLM.from_pretrained({where}){what}\n"
+        f"tokenizer = AutoTokenizer.from_pretrained({where})\n```"
     )
     if s["model"].lower().endswith(".gguf"):
-        file = Path(s["model"]).name
+        file = _string(Path(s["model"]).name)
         text += (
             "\n\nThat finds the base, dequantised, in the subfolder `base` where the adapter was made. "
             "Elsewhere, with the GGUF file in this folder:\n\n"
             "```python\nfrom peft import PeftModel\nfrom transformers import AutoModelForCausalLM\n\n"
-            f'base = AutoModelForCausalLM.from_pretrained(".", gguf_file="{file}", dtype="{s["dtype"]}")\n'
-            f'model = PeftModel.from_pretrained(base, "{where}")\n```'
+            f'base = AutoModelForCausalLM.from_pretrained(".", gguf_file={file}, dtype="{s["dtype"]}")\n'
+            f"model = PeftModel.from_pretrained(base, {where})\n```"
         )
     return text
 

@@ -2,14 +2,16 @@
 
 The Trainer writes a checkpoint file by file. Whatever happens in between, a checkpoint counts only with the
 marker ``complete.json``, which is written last, after all files have reached the disk, and names each with
-its size.
+its size and a hash of its contents. Sizes are compared wherever a checkpoint is looked for, hashes once,
+before one is resumed.
 """
 
+import hashlib
 import json
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +24,7 @@ from mica.cli.output import one_line
 from mica.errors import UsageError
 
 MARKER = "complete.json"
+BASE = "base_weights"  # the fact that holds `fingerprint.of` the base
 
 
 def folders(output: Path) -> list[Path]:
@@ -46,10 +49,13 @@ def mark(checkpoint: Path, **facts: Any) -> None:
     paths = sorted(path for path in checkpoint.rglob("*") if path.is_file())
     for path in paths:
         _flush(path)
-    sizes = {path.relative_to(checkpoint).as_posix(): path.stat().st_size for path in paths}
+    names = [path.relative_to(checkpoint).as_posix() for path in paths]
+    sizes = dict(zip(names, (path.stat().st_size for path in paths), strict=True))
+    hashes = dict(zip(names, map(_hash, paths), strict=True))
     scratch = checkpoint / f".{MARKER}"
     try:
-        scratch.write_text(json.dumps({**facts, "files": sizes}, indent=1) + "\n", encoding="utf-8")
+        marker = {**facts, "files": sizes, "hashes": hashes}
+        scratch.write_text(json.dumps(marker, indent=1) + "\n", encoding="utf-8")
         _flush(scratch)
         os.replace(scratch, checkpoint / MARKER)
     except OSError:
@@ -70,15 +76,46 @@ def _flush(path: Path) -> None:
         os.close(descriptor)
 
 
+def _hash(path: Path) -> str:
+    """Of a file's contents. Those of A and its optimiser: some MB, at 1 GB/s."""
+    total = hashlib.blake2b(digest_size=16)
+    with path.open("rb") as file:
+        while chunk := file.read(2**20):
+            total.update(chunk)
+    return total.hexdigest()
+
+
 def facts(checkpoint: Path) -> dict[str, Any] | None:
     """What `mark` was given; None where ``checkpoint`` is not complete (no marker, a file missing or cut)."""
+    found = _read(checkpoint)
+    return None if found is None else found[0]
+
+
+def _read(checkpoint: Path) -> tuple[dict[str, Any], dict[str, str]] | None:
+    """`facts`, and the hash of each file; an earlier version's marker has none."""
     try:
         marker = json.loads((checkpoint / MARKER).read_text(encoding="utf-8"))
-        sizes = marker.pop("files")
+        sizes, hashes = marker.pop("files"), marker.pop("hashes", {})
         whole = all((checkpoint / name).stat().st_size == size for name, size in sizes.items())
+        whole = whole and hashes.keys() <= sizes.keys()
     except (OSError, ValueError, KeyError, AttributeError, TypeError):
         return None
-    return marker if whole else None
+    return (marker, hashes) if whole else None
+
+
+def damaged(checkpoint: Path) -> str | None:
+    """The first file of a complete ``checkpoint`` that does not hold what was marked; None if all do.
+
+    Reads every file. Without hashes in the marker nothing is compared.
+    """
+    _, hashes = _read(checkpoint) or (None, {})
+    for name, expected in hashes.items():
+        try:
+            if _hash(checkpoint / name) != expected:
+                return name
+        except OSError:  # the disk cannot read it
+            return name
+    return None
 
 
 def latest(output: Path) -> Path | None:
@@ -87,14 +124,17 @@ def latest(output: Path) -> Path | None:
 
 
 def to_resume(output: Path) -> Path:
-    """The checkpoint that ``--resume`` goes on from. Changes nothing.
+    """The checkpoint that ``--resume`` goes on from: the newest complete one without damage. Changes nothing.
 
-    Raises UsageError if there is no complete one.
+    Raises UsageError if there is none.
     """
-    checkpoint = latest(output)
+    complete = [path for path in reversed(folders(output)) if facts(path) is not None]
+    checkpoint = next((path for path in complete if damaged(path) is None), None)
     if checkpoint is None:
         half = folders(output)
         found = f"{half[-1].name} is incomplete" if half else "it has no checkpoint"
+        if complete:
+            found = " and ".join(f"{path.name} is damaged ({damaged(path)})" for path in complete)
         raise UsageError(
             f"--resume: nothing to go on from in {output}: {found}; leave out --resume to start anew"
         )
@@ -102,18 +142,20 @@ def to_resume(output: Path) -> Path:
 
 
 def check(checkpoint: Path, **settings: Any) -> None:
-    """Raise UsageError if ``checkpoint`` was marked with another value of one of ``settings``.
+    """Raise UsageError if ``checkpoint`` was marked with another value of any of ``settings`` (JSON).
 
-    Their names are shown, with spaces for underscores. One that the marker does not have is not compared.
+    One that the marker does not have is not compared.
     """
     found = facts(checkpoint) or {}
-    for name, value in settings.items():
-        if found.get(name, value) != value:
-            raise UsageError(
-                f"--resume: {checkpoint.name} was written with {name.replace('_', ' ')} {found[name]}, and "
-                f"now it is {value}: the batches would be others. Go on with the same, or start anew from "
-                f"the checkpoint by --adapter {checkpoint}"
-            )
+    changed = {name: value for name, value in settings.items() if found.get(name, value) != value}
+    if changed:
+        values = ", ".join(f"{name} {found[name]} (now {value})" for name, value in changed.items())
+        remedy = f"Go on with the same, or start anew from the checkpoint by --adapter {checkpoint}"
+        if BASE in changed:  # what B belongs to
+            remedy = "Put the base of the run back where --model is, or start anew"
+        raise UsageError(
+            f"--resume: {checkpoint.name} was written with {values}: it would be another training. {remedy}"
+        )
 
 
 def rotate(output: Path, keep: int) -> None:
@@ -124,14 +166,24 @@ def rotate(output: Path, keep: int) -> None:
     """
     complete = [path for path in folders(output) if facts(path) is not None]
     for path in complete[:-keep]:
-        shutil.rmtree(path, ignore_errors=True)
+        _remove(path)
 
 
-def discard_incomplete(output: Path) -> None:
-    """Remove the checkpoints in ``output`` that are not complete. One process only; raises nothing."""
+def discard(output: Path, resumed: Path | None = None) -> None:
+    """Remove the checkpoints in ``output`` that are not complete. One process only; raises nothing.
+
+    Those after the one that is ``resumed`` too: they are damaged, or it would not have been chosen.
+    """
     for path in folders(output):
-        if facts(path) is None:
-            shutil.rmtree(path, ignore_errors=True)
+        if facts(path) is None or (resumed is not None and step(path) > step(resumed)):
+            _remove(path)
+
+
+def _remove(folder: Path) -> None:
+    # A Ctrl-C between two lines of Python 3.11's rmtree makes it close a folder twice, and raise the error of
+    # that in spite of ignore_errors
+    with suppress(OSError):
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 @contextmanager

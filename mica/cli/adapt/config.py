@@ -14,6 +14,7 @@ from mica.cli.output import write_file
 from mica.errors import UsageError
 
 FILE = "run.yaml"  # in the output folder: the settings of its run
+_PROCESSES = "processes"  # in it, though no option: how many the run had
 
 
 class Settings(NamedTuple):
@@ -62,6 +63,8 @@ def read(path: Path, option: str = "--config") -> dict[str, object]:
 def _tokens(where: str, key: object, value: object) -> list[str]:
     """One entry of a YAML file as on the command line."""
     name = str(key).replace("-", "_")
+    if name == _PROCESSES:
+        return []
     option = OPTIONS.get(name)
     if option is None:
         near = difflib.get_close_matches(name, OPTIONS, n=1)
@@ -168,7 +171,13 @@ def _overlay(layers: list[tuple[str, dict]]) -> tuple[dict[str, object], dict[st
 def _check(values: dict[str, object]) -> None:
     missing = [option.flag for option in OPTIONS.values() if option.required and values[option.name] is None]
     if missing:
-        raise UsageError(f"the following arguments are required: {', '.join(missing)}")
+        output, found = values["output"], ""
+        if values["resume"] and output is not None and not (output / FILE).is_file():
+            if not output.is_dir() or not any(output.iterdir()):
+                found = "it is empty" if output.is_dir() else "no such folder"
+                raise UsageError(f"--resume: nothing to go on from in {output}: {found}")
+            found = f" ({output} has no {FILE})"
+        raise UsageError(f"the following arguments are required: {', '.join(missing)}{found}")
     weights = values["text_weights"]
     if weights is not None and len(weights) != len(values["text"]):
         raise UsageError(
@@ -210,13 +219,35 @@ def _shown(value: object) -> str:
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 
-def write(settings: Settings, folder: Path) -> None:
+def recorded_processes(path: Path) -> int | None:
+    """How many processes the run had whose run.yaml ``path`` is; None where it does not say. See `read`."""
+    import yaml
+
+    number = yaml.safe_load(path.read_text(encoding="utf-8")).get(_PROCESSES)
+    return number if isinstance(number, int) else None
+
+
+def write(settings: Settings, folder: Path, processes: int = 1) -> None:
     """Write the settings to ``folder``/run.yaml: ``--config`` of that file repeats the run from anywhere."""
-    text = "".join(f"{line}\n" for line in _yaml(settings))
+    text = "".join(f"{line}\n" for line in _yaml(settings, processes))
     write_file("--output", folder / FILE, lambda scratch: scratch.write_text(text, encoding="utf-8"))
 
 
 _PATHS = ("model", "adapter", "text", "held_out_text", "retain", "output")
+_BY_CONTENT = ("model", "text", "held_out_text", "retain")  # may be moved: the run compares what is in them
+
+
+def fixed(args: argparse.Namespace) -> dict[str, object]:
+    """Option -> value, as JSON has it, of those that must be the same in a run and after ``--resume``.
+
+    Without those of which the contents are compared.
+    """
+    given = {
+        option.name: getattr(args, option.name)
+        for option in OPTIONS.values()
+        if not (option.by_run or option.may_change or option.name in _BY_CONTENT)
+    }
+    return given | {"adapter": args.adapter and absolute(args.adapter)}
 
 
 def values(settings: Settings) -> dict[str, object]:
@@ -232,7 +263,7 @@ def values(settings: Settings) -> dict[str, object]:
     return result
 
 
-def _yaml(settings: Settings) -> Iterable[str]:
+def _yaml(settings: Settings, processes: int) -> Iterable[str]:
     given = values(settings)
     yield f"# mica adapt {__version__}. Again into another folder: mica adapt --config FILE --output DIR"
     for title, options in GROUPS.items():
@@ -240,6 +271,7 @@ def _yaml(settings: Settings) -> Iterable[str]:
         for name in (option.name for option in options if option.name in given):
             # JSON is YAML; a float without a dot (1e-05) is a string there, which the option's parser takes
             yield f"{name}: {json.dumps(given[name], ensure_ascii=False)}  # {settings.origins[name]}"
+    yield f"\n{_PROCESSES}: {processes}  # the launcher"
 
 
 def describe(settings: Settings) -> str:

@@ -37,7 +37,8 @@ class Corpus:
     ``retain``: None without ``--retain``. ``parts``: one for each ``--text``. ``dropped``: documents that
     are left out of the training because they are held out as well. ``held_out_by``: "--held-out-text" or
     `Split.how`. ``largest_token_id``: of all texts. ``cached``: nothing had to be tokenised.
-    ``fingerprint``: a hash of all tokens of all blocks of training and held-out text and of their order.
+    ``fingerprint``: a hash of all tokens of all blocks of training and held-out text and of their order;
+    ``retain_fingerprint``: of ``retain``, or None.
     """
 
     train: Dataset
@@ -49,6 +50,7 @@ class Corpus:
     largest_token_id: int
     cached: bool
     fingerprint: str
+    retain_fingerprint: str | None
     sequence_length: int
 
     @property
@@ -162,6 +164,7 @@ def gather(args: argparse.Namespace, tokenizer) -> Corpus:
         largest_token_id=max(store.largest for store in every),
         cached=all(store.cached for store in every),
         fingerprint=_fingerprint(train, splits, held_out, args),
+        retain_fingerprint=_fingerprint([], [], retain, args) if retain else None,
         sequence_length=args.sequence_length,
     )
 

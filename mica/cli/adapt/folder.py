@@ -65,11 +65,14 @@ def held(output: Path) -> Iterator[None]:
 
     A torchrun that is killed with -9, for one, leaves its workers, which go on training.
 
-    Raises UsageError if another run holds it.
+    Raises UsageError if another run holds it, or it cannot be made.
     """
     import filelock
 
-    output.mkdir(parents=True, exist_ok=True)
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+    except OSError as error:  # /proc, for one, looks writable
+        raise UsageError(f"--output {output}: cannot be made: {error.strerror or error}") from error
     lock = filelock.FileLock(output / _LOCK, timeout=0)
     try:
         lock.acquire()

@@ -121,6 +121,13 @@ def on_main(function: Callable[..., Any], *arguments: Any) -> Any:
     return results[0]
 
 
+def alike(value: Any, what: str) -> Any:
+    """``value`` (hashable). Every process must call this; all raise UsageError if theirs are not the same."""
+    if several() and len(set(gather_object([value]))) > 1:
+        raise UsageError(f"{what}: not the same for all processes")
+    return value
+
+
 def is_lost_peer(error: Exception) -> bool:
     """Whether ``error`` says that another process has ended while this one waited for it (gloo, NCCL)."""
     text = str(error)

@@ -17,6 +17,7 @@ from mica.cli.adapt import (
     config,
     curve,
     evaluation,
+    fingerprint,
     folder,
     hub,
     processes,
@@ -41,6 +42,8 @@ from mica.cli.loading import (
 from mica.cli.output import dtype_name
 from mica.cli.targets import has_experts
 from mica.errors import UsageError
+
+_HIGH = 0.1  # a learning rate
 
 
 def adapt(settings: Settings) -> int:
@@ -70,6 +73,7 @@ def _note(text: str) -> None:
 def _adapt(settings: Settings) -> int:
     args = settings.args
     source = find_source(args.model, args.trust_remote_code)
+    _note_what_is_odd(args)
     check_backend(args.rank)
     training.check(args)
     if args.push_to_hub is not None:
@@ -78,6 +82,9 @@ def _adapt(settings: Settings) -> int:
 
     check(args)  # the texts: cheap, before the tokenizer
     tokenizer = load_tokenizer(source)
+    if checkpoint is not None:  # before texts and weights are read; one that is not here yet: in `train`
+        location = base.converted(args).location if source.is_gguf else source.location
+        checkpoints.check(checkpoint, **fingerprint.facts(location))
     corpus = gather(args, tokenizer)
     _say(corpus.describe(args, PartialState().num_processes))
     with ExitStack() as stack:
@@ -95,7 +102,11 @@ def _run(settings: Settings, source: Source, tokenizer, corpus: Corpus, checkpoi
     check_limits(source, model, args.sequence_length, corpus.largest_token_id)
     corpus = _with_packing(settings, corpus, model, tokenizer)
     _with_experts(settings, model)
-    dtype, device = dtype_name(model.dtype), str(model.device)
+    facts = {
+        "model_type": model.config.model_type,
+        "dtype": dtype_name(model.dtype),
+        "device": str(model.device),
+    }
 
     begin = time.perf_counter()
     model = start(model, args, checkpoint)
@@ -112,21 +123,37 @@ def _run(settings: Settings, source: Source, tokenizer, corpus: Corpus, checkpoi
     if done.interrupted:
         _say(f"Stopped at step {done.steps:,}. To go on: mica adapt --output {args.output} --resume")
         return signals.status(done.interrupted)
-    report = _report(settings, corpus, model, done) | {
-        "dtype": dtype,
-        "device": device,
-        "initialisation_seconds": initialisation_seconds,
-    }
+    facts["initialisation_seconds"] = initialisation_seconds
+    report = _report(settings, corpus, model, done) | facts
     processes.on_main(_finish, settings, model, tokenizer, report)
     return 0
 
 
+def _note_what_is_odd(args: argparse.Namespace) -> None:
+    if args.learning_rate > _HIGH:
+        _note(f"--learning-rate {args.learning_rate:g}: very high; published for MiCA are 5e-4 to 2e-3")
+    recorded = args.config and config.recorded_processes(args.config)
+    number = PartialState().num_processes
+    if recorded and recorded != number:
+        _note(
+            f"{args.config} is of a run on {recorded} processes, and this one has {number}: its batches of "
+            f"{args.batch_size} blocks a process are others, and so are its losses"
+        )
+
+
 def _find_checkpoint(args: argparse.Namespace) -> Path | None:
     """`training.find_checkpoint`; None too for a run that ended before its first checkpoint."""
-    if args.resume and checkpoints.latest(args.output) is None and (args.output / config.FILE).is_file():
+    newest = checkpoints.latest(args.output) if args.resume else None
+    if args.resume and newest is None and (args.output / config.FILE).is_file():
         _note(f"{args.output} has no complete checkpoint yet: the run starts from its beginning")
         return None
-    return training.find_checkpoint(args)
+    checkpoint = training.find_checkpoint(args)
+    if checkpoint != newest:
+        _note(
+            f"{newest.name} is damaged ({checkpoints.damaged(newest)} is not what was written): the run goes "
+            f"on from {checkpoint.name}"
+        )
+    return checkpoint
 
 
 def _with_packing(settings: Settings, corpus: Corpus, model, tokenizer) -> Corpus:
@@ -166,7 +193,7 @@ def _prepare(settings: Settings) -> None:
     args = settings.args
     if args.overwrite:
         folder.clear(args.output, keep=base.FOLDER if args.model.endswith(".gguf") else "")
-    config.write(settings, args.output)
+    config.write(settings, args.output, PartialState().num_processes)
 
 
 def _report(settings: Settings, corpus: Corpus, model, done: training.Training) -> dict:

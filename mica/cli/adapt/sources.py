@@ -54,8 +54,8 @@ class Source:
     """One item of ``--text``, ``--held-out-text`` or ``--retain``.
 
     ``files``: what is read, in this order; none for a dataset. ``skipped``: files of a folder that are of no
-    kind that is read. ``folder``: made by ``Dataset.save_to_disk``. Neither files nor folder: a Hub name, of
-    which ``config`` is the configuration.
+    kind that is read, pipes and devices too. ``folder``: made by ``Dataset.save_to_disk``. Neither files nor
+    folder: a Hub name, of which ``config`` is the configuration.
     """
 
     option: str
@@ -304,14 +304,18 @@ def _find(option: str, given: str, config: str | None) -> Source:
     if path.is_dir():
         if any((path / name).is_file() for name in ("state.json", "dataset_dict.json")):
             return Source(option, given, folder=path)
-        every = sorted(file for file in path.rglob("*") if file.is_file() and not _is_hidden(file, path))
-        files = tuple(file for file in every if _kind(file) and file.stat().st_size)
+        every = sorted(file for file in path.rglob("*") if not (file.is_dir() or _is_hidden(file, path)))
+        files = tuple(file for file in every if file.is_file() and _kind(file) and file.stat().st_size)
         if not files:
             raise source.error(f"no file with text in this folder: {_allowed()}")
         for file in files:
             _check_file(source, file)
         return Source(option, given, files, len(every) - len(files))
     if path.exists():
+        if not path.is_file():  # it would wait for ever, or never end
+            raise source.error(
+                "a pipe or device, and texts are read more than once: write it to a file first"
+            )
         if path.suffix and _kind(path) is None:
             raise source.error(f"'{path.suffix}' is no kind of file that is read: {_allowed()}")
         _check_file(source, path)

@@ -14,7 +14,7 @@ from transformers import Trainer, TrainerState, TrainingArguments, get_scheduler
 from transformers.integrations import get_reporting_integration_callbacks
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
-from mica.cli.adapt import checkpoints, evaluation, processes, result, signals
+from mica.cli.adapt import checkpoints, config, evaluation, fingerprint, processes, result, signals
 from mica.cli.adapt.callbacks import FiniteOnly, Marking, Milestones, Progress, Stopping, Watching
 from mica.cli.output import one_line
 from mica.errors import UsageError
@@ -66,24 +66,22 @@ def check(args: argparse.Namespace) -> None:
 def find_checkpoint(args: argparse.Namespace) -> Path | None:
     """The checkpoint to go on from; None without ``--resume``.
 
-    Raises UsageError if there is none, or it was written by a run with other batches. The same sum of blocks
-    over another number of processes is refused too: dropout draws from one generator a process, and with
+    Every process must call this; the main one chooses, as it reads all files of the checkpoint.
+
+    Raises UsageError if there is none, or it was written with other options. The same sum of blocks over
+    another number of processes is refused too: dropout draws from one generator a process, and with
     accumulation an epoch's last step is another.
     """
     if not args.resume:
         return None
-    checkpoint = checkpoints.to_resume(args.output)
+    checkpoint = processes.on_main(checkpoints.to_resume, args.output)
     checkpoints.check(checkpoint, **_settings(args))
     return checkpoint
 
 
-def _settings(args) -> dict[str, int]:
-    """What decides the batches, by the names that `checkpoints.check` shows."""
-    return {
-        "processes": PartialState().num_processes,
-        "batch_size": args.batch_size,
-        "gradient_accumulation_steps": args.gradient_accumulation_steps,
-    }
+def _settings(args) -> dict[str, Any]:
+    """What the marker of a checkpoint holds of the options, by the names that `checkpoints.check` shows."""
+    return {"processes": PartialState().num_processes, **config.fixed(args)}
 
 
 def _arguments(args, *, total_steps: int, global_batch: int, blocks: int, **more) -> TrainingArguments:
@@ -204,8 +202,9 @@ def train(
     """Train the adapter of ``model`` in place, and write it to ``args.output``. Every process must call this.
 
     ``model``: the PeftModel, on this process's device; with ``checkpoint`` its adapter must be that of the
-    checkpoint. ``corpus``: ``fingerprint``, and ``train``, ``held_out`` and ``retain`` (or None), map-style
-    datasets of ``input_ids``, ``labels`` and maybe ``position_ids``, int64 of shape (sequence_length,).
+    checkpoint. ``corpus``: ``fingerprint``, ``retain_fingerprint``, and ``train``, ``held_out`` and
+    ``retain`` (or None), map-style datasets of ``input_ids``, ``labels`` and maybe ``position_ids``, int64 of
+    shape (sequence_length,).
     Blocks are drawn in random order, each once an epoch; the last few of an epoch that give no whole batch
     are left out.
     ``tokenizer`` is written beside the adapter. The main process calls ``watch(history)`` after each
@@ -215,25 +214,30 @@ def train(
     ``args.output``.
 
     Raises UsageError if a loss or weight is not finite, something cannot be written, or the checkpoint was
-    written with other batches or data; signals.Stopped at a second Ctrl-C.
+    written with other options, data or base weights; signals.Stopped at a second Ctrl-C.
     """
     main = PartialState().is_main_process
-    settings = {**_settings(args), "data": f"{len(corpus.train)} blocks ({corpus.fingerprint[:16]})"}
+    settings = {
+        **_settings(args),
+        "data": f"{len(corpus.train)} blocks ({corpus.fingerprint[:16]})",
+        "retain": corpus.retain_fingerprint,
+        **fingerprint.facts(model.get_base_model().name_or_path),
+    }
     earlier = {}
     if checkpoint is not None:
         checkpoints.check(checkpoint, **settings)
         earlier = checkpoints.facts(checkpoint)
     if main:
-        checkpoints.discard_incomplete(args.output)
+        checkpoints.discard(args.output, checkpoint)
     processes.wait()
     if args.gradient_checkpointing:
         _checkpoint_activations(model.get_base_model())
 
     request = signals.Request(repeats_stop=not processes.several(), announce=_announce if main else _ignore)
     stopping, progress = Stopping(request), Progress()
-    config = model.get_base_model().config
-    use_cache = getattr(config, "use_cache", True)
-    config.use_cache = False  # a cache hides where documents begin
+    base_config = model.get_base_model().config
+    use_cache = getattr(base_config, "use_cache", True)
+    base_config.use_cache = False  # a cache hides where documents begin
     trainer = _build(model, corpus, args, checkpoint)
     settings["engine"] = trainer.accelerator.distributed_type.value
     if checkpoint is not None:
@@ -248,7 +252,8 @@ def train(
             processes.wait()
             if main:
                 checkpoints.mark(args.output / f"checkpoint-{step}", step=step, seconds=seconds(), **settings)
-                checkpoints.rotate(args.output, _KEPT)
+        if main:  # with the new one safe: what goes wrong here must not remove it
+            checkpoints.rotate(args.output, _KEPT)
 
     finite = FiniteOnly(lambda: checkpoints.saved(args.output))
     for callback in (stopping, Milestones(), finite, Marking(mark), progress, Watching(watch)):
@@ -267,7 +272,7 @@ def train(
                 raise UsageError(f"another process has ended; {checkpoints.saved(args.output)}") from error
             finally:
                 progress.close()
-                config.use_cache = use_cache
+                base_config.use_cache = use_cache
         stopped = processes.largest(stopping.agreed or request.signum)
         if not stopped:
             result.save(trainer.accelerator.unwrap_model(trainer.model), tokenizer, args.output)

@@ -9,7 +9,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 from tokenizers import AddedToken
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, MistralConfig, MistralForCausalLM
 
 from mica.cli import main
 from tests.support.adapt_results import factors, poison_solver, working_in, write_adapter
@@ -17,6 +17,10 @@ from tests.support.tiny_cli import byte_tokenizer, logits, tiny_llama
 
 CHAT = "{% for message in messages %}{{ message.content }}{% endfor %}"
 ALL = "q_proj,down_proj"
+SIZES = (
+    *("hidden_size", "intermediate_size", "num_hidden_layers"),
+    *("num_attention_heads", "num_key_value_heads", "max_position_embeddings"),
+)
 
 
 def sibling_model(**options):
@@ -185,6 +189,28 @@ def test_model_of_other_layers_or_shapes(made, tmp_path, capsys):
         tiny_llama(**sizes).save_pretrained(folder)
         byte_tokenizer().save_pretrained(folder)
         refused(capsys, transfer(made[0], folder, tmp_path / "out"), tmp_path / "out", message, folder)
+
+
+@pytest.mark.parametrize("known_by", ["summary", "base", "nothing"])
+def test_model_of_another_architecture(copies, tmp_path, capsys, known_by, model_dir):
+    """Of the same names and shapes, as Mistral's are Llama's."""
+    adapter, chat = copies
+    if known_by == "summary":
+        (adapter / "summary.json").write_text('{"model_type": "llama"}')
+    elif known_by == "base":
+        path = adapter / "adapter_config.json"
+        path.write_text(
+            json.dumps(json.loads(path.read_text()) | {"base_model_name_or_path": str(model_dir)})
+        )
+    assert transfer(adapter, chat, tmp_path / "sibling") == 0
+    told = "not compared: no base found" if known_by == "nothing" else "as the adapter's base"
+    assert f"architecture  llama, {told}" in capsys.readouterr().out
+    sizes = {name: getattr(sibling_model().config, name) for name in SIZES}
+    MistralForCausalLM(MistralConfig(**sizes, vocab_size=258, sliding_window=None)).save_pretrained(chat)
+    status = transfer(adapter, chat, tmp_path / "out")
+    if known_by != "nothing":
+        told = "its model type is mistral, that of the adapter's base is llama"
+        refused(capsys, status, tmp_path / "out", f"--to {chat}: {told}")
 
 
 def test_quantised_model(copies, tmp_path, capsys):

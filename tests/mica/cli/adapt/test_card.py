@@ -120,14 +120,23 @@ def test_an_existing_folder_is_not_on_the_hub(tmp_path):
 
 
 def code_of(text: str) -> list[str]:
-    return re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    return re.findall(r"^```python\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
 
 
-def test_code_of_the_card_runs(model_dir, tmp_path):
+def test_backticks_in_a_name_end_no_code():
+    text = card(
+        summary(model="/home/a`b``c/d`e``", sources=[{"name": "`x", "documents": 1, "tokens": 1}])
+    ).text
+    assert "An adapter for ``` d`e`` ```, made" in text
+    assert "| `` `x `` | 1 | 1 |" in text
+
+
+@pytest.mark.parametrize("name", ["out", 'a "quote", ```\n```\n and \\n'], ids=["plain", "odd"])
+def test_code_of_the_card_runs(model_dir, tmp_path, name):
     base_model = tiny_llama().from_pretrained(model_dir)
-    tuned = write_adapter(tmp_path / "out", base_model)
-    write_card(card(summary(model=str(model_dir), adapter=str(tmp_path / "out"))), tmp_path / "out")
-    (code,) = code_of((tmp_path / "out" / "README.md").read_text())
+    tuned = write_adapter(tmp_path / name, base_model)
+    write_card(card(summary(model=str(model_dir), adapter=str(tmp_path / name))), tmp_path / name)
+    (code,) = code_of((tmp_path / name / "README.md").read_text())
     names = {}
     with working_in(tmp_path):
         exec(code, names)

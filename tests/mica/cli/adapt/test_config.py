@@ -146,6 +146,15 @@ def test_run_yaml_gives_the_same_settings(run_folder, tmp_path, monkeypatch):
     assert config.resolve(given("--output", output, "--resume", "--text", "corpus.txt")).args.seed == 5
 
 
+def test_run_yaml_tells_the_number_of_processes(run_folder, yaml_file):
+    output, settings = run_folder
+    assert config.recorded_processes(output / "run.yaml") == 1
+    config.write(settings, output, processes=4)
+    assert config.recorded_processes(output / "run.yaml") == 4
+    assert config.resolve(given("--config", output / "run.yaml")).args.seed == 5
+    assert config.recorded_processes(yaml_file("rank: 3\n")) is None
+
+
 def test_run_yaml_names_origins_and_nothing_of_one_start(run_folder):
     lines = (run_folder[0] / "run.yaml").read_text(encoding="utf-8").splitlines()
     assert "dropout: 0.05  # recipe paper" in lines

@@ -44,6 +44,9 @@ def meet(data):
         "score": likelihood(tiny_llama(), data, 2),
     }
     processes.agree(None)
+    assert processes.alike("a", "folder") == "a"
+    with pytest.raises(UsageError, match="folder: not the same"):
+        processes.alike(state.process_index, "folder")
     for name, failing in (("agree", 1), ("on_main", 0)):
         error = UsageError(f"of {failing}") if state.process_index == failing else None
 
@@ -156,6 +159,18 @@ def test_a_signal_stops_both_at_one_step(tmp_path, name):
     assert started.errors().count("finishing this step") == 1
     args.resume = True
     assert [result.steps for result in two(run, args, folder=tmp_path).results()] == [10, 10]
+
+
+def test_both_go_on_from_the_checkpoint_before_a_damaged_one(tmp_path):
+    args = settings(tmp_path / "out", batch_size=2)
+    whole = two(run, args, folder=tmp_path).results()[0]
+    before = (args.output / "adapter_model.safetensors").read_bytes()
+    path = args.output / "checkpoint-10" / "rng_state_1.pth"
+    path.write_bytes(bytes(path.stat().st_size))
+    args.resume = True
+    resumed = two(run, args, folder=tmp_path).results()
+    assert [losses(result.history) for result in resumed] == [losses(whole.history)] * 2
+    assert (args.output / "adapter_model.safetensors").read_bytes() == before
 
 
 def full_disk(args):

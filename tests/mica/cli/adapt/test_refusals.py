@@ -207,6 +207,15 @@ def test_output_cannot_be_a_folder(capsys, tmp_path, text_file, model_dir):
     assert text_file.read_text(encoding="utf-8") == TEXT
 
 
+@pytest.mark.skipif(not Path("/proc/self").exists(), reason="there is no /proc")
+def test_output_that_cannot_be_made(capsys, tmp_path, text_file, model_dir):
+    """Though its folder looks writable."""
+    status = adapt(model_dir, text_file, "/proc/mica")
+    refused(
+        capsys, status, Path("/proc/mica"), "--output /proc/mica: ", "cannot be made: No such", quiet=False
+    )
+
+
 def test_rank_too_large_names_layer(capsys, tmp_path, text_file, model_dir):
     status = adapt(model_dir, text_file, tmp_path / "out", "--rank", 17)  # k_proj and v_proj: 16 x 32
     refused(capsys, status, tmp_path / "out", "17", "_proj", quiet=False)

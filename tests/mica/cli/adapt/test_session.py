@@ -2,19 +2,22 @@
 
 import csv
 import json
+import random
+import shutil
 import signal
 from pathlib import Path
 
 import pytest
 import torch
 from peft import AutoPeftModelForCausalLM
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, OPTConfig, OPTForCausalLM
 
 from mica.cli import main
 from mica.cli.adapt import checkpoints, folder, training
 from tests.support.adapt_results import poison_solver
 from tests.support.tiny_cli import TEXT, adapt, byte_tokenizer, logits
+from tests.support.tiny_gguf import write_tiny_gguf
 
 
 @pytest.fixture(scope="module")
@@ -80,17 +83,133 @@ def test_what_is_measured_is_written(paper):
     assert "recipe paper" in card
 
 
-def test_run_yaml_repeats_the_run(paper, tmp_path):
-    assert main(["adapt", "--config", str(paper / "run.yaml"), "--output", str(tmp_path / "again")]) == 0
+def test_run_yaml_repeats_the_run(paper, tmp_path, capsys):
+    again = ["adapt", "--config", str(paper / "run.yaml"), "--output"]
+    assert main([*again, str(tmp_path / "again")]) == 0
     assert same(weights(paper), weights(tmp_path / "again"))
+    assert "note: " not in capsys.readouterr().err
+
+
+def test_odd_settings_are_noted(paper, tmp_path, capsys):
+    shutil.copy(paper / "run.yaml", tmp_path)
+    edit(tmp_path / "run.yaml", "processes: 1  #", "processes: 4  #")
+    argv = ["adapt", "--config", tmp_path / "run.yaml", "--output", tmp_path / "out", "--steps", 1]
+    assert main([*map(str, argv), "--learning-rate", "0.2"]) == 0
+    notes = [line for line in capsys.readouterr().err.splitlines() if "note: " in line]
+    assert len(notes) == 2
+    assert "note: --learning-rate 0.2: very high" in notes[0]
+    assert "run.yaml is of a run on 4 processes, and this one has 1: its batches of 2 blocks" in notes[1]
+
+
+def unfinished(run: Path, output: Path, last: int = 8) -> Path:
+    """A copy of ``run`` as kill -9 leaves it after the checkpoint of step ``last``."""
+    shutil.copytree(run, output)
+    for name in ("adapter_model.safetensors", "adapter_config.json", "summary.json", "README.md"):
+        (output / name).unlink()
+    if last == 8:
+        shutil.rmtree(output / "checkpoint-12")
+    return output
+
+
+def refused(capsys, output: Path, *parts: object) -> None:
+    """``--resume`` ends with one line before the weights are read, and the checkpoints stay."""
+    before = [path.name for path in checkpoints.folders(output)]
+    capsys.readouterr()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("mica.cli.adapt.base.load", lambda *_: pytest.fail("the model is loaded"))
+        assert main(["adapt", "--output", str(output), "--resume"]) == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith("mica adapt: error: --resume: ")
+    for part in parts:
+        assert str(part) in error
+    assert [path.name for path in checkpoints.folders(output)] == before
+
+
+def edit(path: Path, old: str, new: str) -> None:
+    text = path.read_text(encoding="utf-8")
+    assert old in text
+    path.write_text(text.replace(old, new), encoding="utf-8")
+
+
+def test_resume_over_other_base_weights_is_refused(paper, model_dir, tmp_path, capsys):
+    """A base that has only been moved goes on, wherever run.yaml says that it is now."""
+    base = shutil.copytree(model_dir, tmp_path / "base")
+    output = unfinished(paper, tmp_path / "out")
+    edit(output / "run.yaml", str(model_dir), str(base))
+    file = base / "model.safetensors"
+    save_file({name: weight + 1e-3 for name, weight in load_file(file).items()}, file, {"format": "pt"})
+    refused(capsys, output, "checkpoint-8 was written with base_weights ", "(now ", "Put the base of the run")
+    shutil.copy(model_dir / "model.safetensors", file)
+    assert main(["adapt", "--output", str(output), "--resume"]) == 0
+    assert same(weights(paper), weights(output))
+
+
+def test_resume_compares_the_converted_base_of_a_gguf_file(rows, tmp_path, capsys):
+    pytest.importorskip("gguf")
+    write_tiny_gguf(tmp_path / "tiny.gguf")
+    output = tmp_path / "out"
+    assert adapt(tmp_path / "tiny.gguf", rows, output, "--steps", 1) == 0
+    file = output / "base" / "model.safetensors"
+    save_file({name: weight * 2 for name, weight in load_file(file).items()}, file, {"format": "pt"})
+    refused(capsys, output, "checkpoint-1 was written with base_weights ")
+    shutil.rmtree(output / "base")  # converted again, to the same weights
+    assert main(["adapt", "--output", str(output), "--resume"]) == 0
+
+
+def test_resume_after_run_yaml_was_edited_is_refused(paper, tmp_path, capsys):
+    output = unfinished(paper, tmp_path / "out")
+    edit(output / "run.yaml", "learning_rate: 0.02", "learning_rate: 0.5")
+    edit(output / "run.yaml", "seed: 0", "seed: 1")
+    edit(output / "run.yaml", "log_steps: 3", "log_steps: 4")  # which may change
+    refused(capsys, output, "with learning_rate 0.02 (now 0.5), seed 0 (now 1): it would be another training")
+    edit(output / "run.yaml", "learning_rate: 0.5", "learning_rate: 0.02")
+    edit(output / "run.yaml", "seed: 1", "seed: 0")
+    assert main(["adapt", "--output", str(output), "--resume"]) == 0
+    assert same(weights(paper), weights(output))
+
+
+@pytest.mark.parametrize(
+    "file",
+    ["adapter_model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json"],
+)
+def test_resume_takes_the_checkpoint_before_a_damaged_one(paper, tmp_path, capsys, file):
+    output = unfinished(paper, tmp_path / "out", last=12)
+    path = output / "checkpoint-12" / file
+    path.write_bytes(random.Random(0).randbytes(path.stat().st_size))
+    assert main(["adapt", "--output", str(output), "--resume"]) == 0
+    said = f"checkpoint-12 is damaged ({file} is not what was written): the run goes on from checkpoint-8"
+    assert said in capsys.readouterr().err
+    assert same(weights(paper), weights(output))
+    assert checkpoints.damaged(output / "checkpoint-12") is None  # written anew
+    for checkpoint in checkpoints.folders(output):
+        path = checkpoint / file
+        path.write_bytes(random.Random(0).randbytes(path.stat().st_size))
+    refused(capsys, output, f"checkpoint-12 is damaged ({file}) and checkpoint-8 is damaged ({file})")
+
+
+def test_resume_of_a_checkpoint_of_an_earlier_version(paper, tmp_path):
+    output = unfinished(paper, tmp_path / "out")
+    marker = json.loads((output / "checkpoint-8" / checkpoints.MARKER).read_text(encoding="utf-8"))
+    known = (
+        "step",
+        "seconds",
+        "processes",
+        "batch_size",
+        "gradient_accumulation_steps",
+        "data",
+        "engine",
+        "files",
+    )
+    (output / "checkpoint-8" / checkpoints.MARKER).write_text(
+        json.dumps({name: marker[name] for name in known}), encoding="utf-8"
+    )
+    assert main(["adapt", "--output", str(output), "--resume"]) == 0
+    assert same(weights(paper), weights(output))
 
 
 def test_resumed_from_a_checkpoint_it_ends_the_same(paper, tmp_path, monkeypatch):
     """As kill -9 leaves it: a checkpoint that is whole, one that is not, and nothing of the run's end."""
-    output = tmp_path / "moved"
-    main(["adapt", "--config", str(paper / "run.yaml"), "--output", str(output)])
-    for name in ("adapter_model.safetensors", "adapter_config.json", "summary.json", "README.md"):
-        (output / name).unlink()
+    output = unfinished(paper, tmp_path / "moved", last=12)
     (output / "checkpoint-12" / checkpoints.MARKER).unlink()
     poison_solver(monkeypatch)
     assert main(["adapt", "--output", str(output), "--resume"]) == 0
@@ -121,6 +240,14 @@ def test_resume_of_nothing_is_refused(model_dir, rows, tmp_path, capsys):
     assert adapt(model_dir, rows, tmp_path / "none", "--resume") == 2
     assert f"--resume: nothing to go on from in {tmp_path / 'none'}" in capsys.readouterr().err
     assert not (tmp_path / "none").exists()
+    for found in ("no such folder", "it is empty"):
+        assert main(["adapt", "--output", str(tmp_path / "none"), "--resume"]) == 2
+        said = f"mica adapt: error: --resume: nothing to go on from in {tmp_path / 'none'}: {found}"
+        assert capsys.readouterr().err.splitlines() == [said]
+        (tmp_path / "none").mkdir(exist_ok=True)
+    (tmp_path / "none" / "notes.txt").touch()
+    assert main(["adapt", "--output", str(tmp_path / "none"), "--resume"]) == 2
+    assert f"required: --model, --text ({tmp_path / 'none'} has no run.yaml)" in capsys.readouterr().err
 
 
 def test_a_signal_says_how_to_go_on(model_dir, rows, tmp_path, capsys, monkeypatch):

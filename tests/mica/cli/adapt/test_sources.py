@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import os
 import re
 
 import datasets
@@ -163,6 +164,22 @@ def test_numbers_in_a_table_are_refused(tmp_path):
     pd.DataFrame({"text": [1, 2]}).to_parquet(tmp_path / "a.parquet")
     with pytest.raises(UsageError, match="column 'text' holds no strings"):
         read(tmp_path / "a.parquet")
+
+
+def test_pipes_and_devices_are_refused_and_not_read(tmp_path):
+    write(tmp_path / "a.jsonl", ROWS)
+    for name in ("pipe.txt", "pipe"):
+        os.mkfifo(tmp_path / name)
+    reader, writer = os.pipe()  # as of `--text <(zcat corpus.gz)`
+    for path in (tmp_path / "pipe.txt", tmp_path / "pipe", "/dev/zero", f"/dev/fd/{reader}"):
+        for option in ("--text", "--held-out-text", "--retain"):
+            with pytest.raises(
+                UsageError, match=f"^{option} {path}: a pipe or device, and texts are read more"
+            ):
+                find(option, [path])
+    os.close(reader), os.close(writer)
+    [source] = find("--text", [tmp_path])
+    assert ([path.name for path in source.files], source.skipped) == (["a.jsonl"], 2)  # which the run prints
 
 
 def test_bad_names_are_refused(tmp_path, monkeypatch):

@@ -259,21 +259,24 @@ def test_a_finished_run_can_be_resumed(tmp_path):
 
 def test_other_batches_are_refused(tmp_path, monkeypatch):
     run(settings(tmp_path, steps=5))
-    args = settings(tmp_path, resume=True)
-    with pytest.raises(UsageError, match="with batch size 4, and now it is 2"):
-        training.find_checkpoint(settings(tmp_path, resume=True, batch_size=2, gradient_accumulation_steps=2))
+    args = settings(tmp_path, resume=True, steps=5)
+    changed = {"batch_size": 2, "learning_rate": 0.5, "save_steps": 3}  # the last one may
+    with pytest.raises(UsageError, match=r"with batch_size 4 \(now 2\), learning_rate 0.005 \(now 0.5\): it"):
+        training.find_checkpoint(settings(tmp_path, resume=True, steps=5, **changed))
     with monkeypatch.context() as patch:
         patch.setitem(training.PartialState._shared_state, "num_processes", 2)
-        with pytest.raises(UsageError, match="with processes 1, and now it is 2"):
+        with pytest.raises(UsageError, match=r"with processes 1 \(now 2\): it"):
             training.find_checkpoint(args)
     assert training.find_checkpoint(args) == tmp_path / "checkpoint-5"
     assert training.find_checkpoint(settings(tmp_path)) is None
-    with pytest.raises(UsageError, match=r"with data 64 blocks \(.*\), and now it is 63 blocks"):
+    with pytest.raises(UsageError, match=r"with data 64 blocks \(.*\) \(now 63 blocks"):
         run(args, corpus(63))
     data = corpus()
     data.fingerprint = "other tokens"
     with pytest.raises(UsageError, match="checkpoint-5 was written with data"):
         run(args, data)
+    with pytest.raises(UsageError, match=r"with retain None \(now 3 "):
+        run(args, corpus(retain=3))
 
 
 FULL = OSError(errno.ENOSPC, "No space left on device")
