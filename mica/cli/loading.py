@@ -220,11 +220,11 @@ def suit_processor(model, dtype: str) -> str | None:
     if model.device.type != "cpu" or has_native(model.dtype):
         return None
     name = dtype_name(model.dtype)
-    forward, backward = (f"{factor:.0f}" for factor in slowdown(model.dtype))
-    cost = (
-        f"this processor has no {name} instructions, even a small product of matrices takes {forward} times "
-        f"float32's time in a forward and {backward} times in a backward"
-    )
+    forward, backward, is_busy = slowdown(model.dtype)
+    times = "many times float32's time"
+    if not is_busy:
+        times = f"{forward:.0f} times float32's time in a forward and {backward:.0f} times in a backward"
+    cost = f"this processor has no {name} instructions, even a small product of matrices takes {times}"
     if dtype != "auto":
         return f"--dtype {dtype}: {cost} (adapted layers run through float32); --dtype float32 is quicker"
     if getattr(model, "is_quantized", False):
