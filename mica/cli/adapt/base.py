@@ -11,9 +11,8 @@ from transformers.utils import is_bitsandbytes_available
 from mica.cli.loading import Source, load_config, load_model, load_tokenizer
 from mica.cli.output import first_sentences, write_folder
 from mica.errors import UsageError
+from mica.fast.loading import BASE as FOLDER
 from mica.products import has_native
-
-FOLDER = "base"  # in OUTPUT: a GGUF base as a checkpoint
 
 
 def load(args: argparse.Namespace, source: Source, device: torch.device | None = None, tokenizer=None):
@@ -24,7 +23,8 @@ def load(args: argparse.Namespace, source: Source, device: torch.device | None =
     A GGUF file is converted to OUTPUT/base first, once, by the main process, and loaded from there: what an
     adapter says about its base is one name, without the file in a folder, so that neither
     ``AutoPeftModelForCausalLM.from_pretrained(OUTPUT)`` nor ``pipeline(model=OUTPUT)`` could find a
-    GGUF file. The checkpoint that a GGUF file may name as its origin has other weights.
+    GGUF file. That name is an absolute path: once OUTPUT has been moved, `mica.fast` finds it there. The
+    checkpoint that a GGUF file may name as its origin has other weights.
 
     All processes must call this. Nothing is computed or written before the checks of the configuration.
 
