@@ -22,15 +22,11 @@ def start(model, args: argparse.Namespace, checkpoint: Path | None = None) -> Pe
     solver, and B of the others keeps its bits. ``args.dropout`` counts in all three. All processes
     must call this; they share the work of a new one.
 
-    Raises UsageError if ``--target-modules`` names no layer that can be adapted, or if the adapter of
-    ``checkpoint`` or ``args.adapter`` is none of MiCA, does not fit the model, or has another rank, alpha or
-    other layers than ``args`` says.
+    Raises UsageError as `check`.
     """
-    targets = find_targets(model, args.target_modules)
-    if checkpoint is not None:
-        return _load(model, args, "--resume", checkpoint, targets)
-    if args.adapter is not None:
-        return _load(model, args, "--adapter", args.adapter, targets)
+    check(model, args, checkpoint)
+    if checkpoint is not None or args.adapter is not None:
+        return _load(model, args, checkpoint or args.adapter)
     config = LoraConfig(
         init_lora_weights="mica",
         r=args.rank,
@@ -42,12 +38,39 @@ def start(model, args: argparse.Namespace, checkpoint: Path | None = None) -> Pe
     try:
         return get_peft_model(model, config)
     except ValueError as error:
-        if str(error).startswith("Target module"):  # "... is not supported": a norm, an activation
+        if str(error).startswith("Target module"):  # "... is not supported": PEFT's own list of types
             raise UsageError(f"--target-modules {args.target_modules}: {error}") from error
         raise
 
 
-def _load(model, args, option: str, folder: Path, targets: dict[str, nn.Module]) -> PeftModel:
+def check(model: nn.Module, args: argparse.Namespace, checkpoint: Path | None = None) -> None:
+    """What `start` refuses, as far as it needs no weights: those of ``model`` may be on the meta device.
+
+    Raises UsageError if ``--target-modules`` names no layer that can be adapted, if one is too small for the
+    rank, or if the adapter of ``checkpoint`` or ``args.adapter`` is none of MiCA, does not fit the model, or
+    has another rank, alpha or other layers than ``args`` says.
+    """
+    targets = find_targets(model, args.target_modules)
+    for name, module in targets.items():
+        if features(module) is None:  # a norm, an activation
+            raise UsageError(
+                f"--target-modules {args.target_modules}: {name} is a {type(module).__name__}, which cannot "
+                "be adapted"
+            )
+    smallest = min(targets, key=lambda name: min(features(targets[name])))
+    if args.rank > min(features(targets[smallest])):
+        out_features, in_features = features(targets[smallest])
+        raise UsageError(
+            f"--rank {args.rank}: {smallest} has {out_features} x {in_features} weights, so at most "
+            f"{min(out_features, in_features)} fits; --target-modules can leave it out"
+        )
+    if checkpoint is not None:
+        _check_saved(model, args, "--resume", checkpoint, targets)
+    elif args.adapter is not None:
+        _check_saved(model, args, "--adapter", args.adapter, targets)
+
+
+def _check_saved(model, args, option: str, folder: Path, targets: dict[str, nn.Module]) -> None:
     own = settings(read_adapter_config(folder, option), folder, option)
     for name, given in (("rank", args.rank), ("alpha", args.alpha)):
         if own[name] != given:
@@ -61,6 +84,9 @@ def _load(model, args, option: str, folder: Path, targets: dict[str, nn.Module])
             f"--target-modules {args.target_modules}: {option} {folder} has adapted other layers: "
             f"{', '.join(only[:3])} {where}"
         )
+
+
+def _load(model, args, folder: Path) -> PeftModel:
     config = PeftConfig.from_pretrained(folder)
     config.lora_dropout = args.dropout
     config.base_model_name_or_path = model.name_or_path  # this model, wherever the adapter comes from

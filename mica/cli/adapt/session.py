@@ -25,6 +25,7 @@ from mica.cli.adapt import (
     summary,
     training,
 )
+from mica.cli.adapt.adapter import check as check_adapter
 from mica.cli.adapt.adapter import start
 from mica.cli.adapt.config import Settings
 from mica.cli.adapt.corpus import Corpus, check, gather
@@ -36,6 +37,7 @@ from mica.cli.loading import (
     find_source,
     load_tokenizer,
     quieten_libraries,
+    skeleton,
     suit_processor,
 )
 from mica.cli.output import dtype_name
@@ -77,6 +79,11 @@ def _adapt(settings: Settings) -> int:
 
     check(args)  # the texts: cheap, before the tokenizer
     tokenizer = load_tokenizer(source)
+    base.check(args, source)
+    model = skeleton(source)
+    if model is not None:  # else the same is checked once the model is loaded
+        check_limits(source, model, args.sequence_length)
+        check_adapter(model, args, checkpoint)
     corpus = gather(args, tokenizer)
     _say(corpus.describe(args, PartialState().num_processes))
     with ExitStack() as stack:

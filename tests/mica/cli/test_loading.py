@@ -14,6 +14,7 @@ from mica.cli.loading import (
     find_targets,
     load_model,
     load_tokenizer,
+    skeleton,
     suit_processor,
 )
 from mica.errors import UsageError
@@ -36,6 +37,16 @@ def test_targets_are_those_of_peft(make, names):
     assert {name: type(module) for name, module in model.named_modules()} == before
     wrapped = models.wrap(model, targets=names if names == "all-linear" else known, task_type="CAUSAL_LM")
     assert list(modules) == wrapped.base_model.targeted_module_names
+
+
+@pytest.mark.parametrize("make", [models.tiny_gpt2, models.tiny_llama])
+def test_a_skeleton_has_the_modules_of_the_model_and_no_weights(make, tmp_path):
+    make().save_pretrained(tmp_path)
+    before = torch.get_rng_state()
+    model = skeleton(find_source(str(tmp_path), False))
+    assert torch.equal(torch.get_rng_state(), before)
+    assert str(model) == str(make())
+    assert all(parameter.is_meta for parameter in model.parameters())
 
 
 def test_a_quantised_checkpoint_keeps_its_dtype(monkeypatch):
