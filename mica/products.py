@@ -7,8 +7,11 @@ cast to fp32 in chunks, multiplied, summed, and rounded once at the end.
 
 from __future__ import annotations
 
+import math
+import sys
 import time
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -28,6 +31,7 @@ FEW_ROWS = 8
 FEW_TO_ROUND = 16
 
 SHORTEST = 64  # smallest side of a chunk, however long the sum
+ROUNDS = 8  # of `slowdown`
 
 QUERIES = {torch.bfloat16: "_is_mkldnn_bf16_supported", torch.float16: "_is_mkldnn_fp16_supported"}
 
@@ -130,36 +134,62 @@ def has_native(dtype: torch.dtype) -> bool:
     """
     answer = ANSWERS.get(dtype, True)
     if answer is None:
-        answer = ANSWERS[dtype] = max(slowdown(dtype)) < 4.0
+        answer = ANSWERS[dtype] = max(slowdown(dtype)[:2]) < 4.0
     return answer
 
 
-def slowdown(dtype: torch.dtype) -> tuple[float, float]:
-    """The time of PyTorch's own x Wᵀ and dy W in this dtype on the CPU relative to fp32, measured.
+class Slowdown(NamedTuple):
+    """Times of PyTorch's own x Wᵀ and dy W in a 16-bit dtype on this CPU, relative to fp32's.
 
-    64 tokens, 512 features, below half a second; larger ones fare worse where there are no instructions for
-    it (dy W 40 times as long, with 1024 x 2048 x 2048 400 times). One thread: on a busy machine several wait
-    for each other longer than the products take.
+    ``is_busy``: not known, because other processes held the CPU during every call of one of the products.
+    """
+
+    forward: float
+    backward: float
+    is_busy: bool = False
+
+
+def slowdown(dtype: torch.dtype) -> Slowdown:
+    """Measure it: 64 tokens, 512 features, mostly below a quarter of a second, at most about one.
+
+    Larger products fare worse where there are no instructions for the dtype (dy W 40 times as long, with
+    1024 x 2048 x 2048 400 times). One thread: on a busy machine several wait for each other longer than the
+    products take. All products take turns, at least `ROUNDS` times and until each has had a call that
+    nothing interrupted, and the best calls count.
     """
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        wide, narrow = _seconds(torch.float32), _seconds(dtype)
+        best = _best_calls(dtype)
     finally:
         torch.set_num_threads(threads)
-    return narrow[0] / wide[0], narrow[1] / wide[1]
+    (forward, _), (backward, _), (narrow_forward, _), (narrow_backward, _) = best
+    return Slowdown(narrow_forward / forward, narrow_backward / backward, not all(map(_is_undisturbed, best)))
 
 
-def _seconds(dtype: torch.dtype) -> list[float]:
-    """x Wᵀ and dy W, the best of some calls each."""
+def _best_calls(dtype: torch.dtype) -> list[tuple[float, float]]:
+    """(wall time, CPU time) of the quickest x Wᵀ and dy W in fp32 and in ``dtype``, in this order."""
     generator = torch.Generator().manual_seed(0)
-    x, weight = (torch.randn(rows, 512, generator=generator, device="cpu").to(dtype) for rows in (64, 512))
-    best = []
-    for factor in (weight.t(), weight):
-        calls: list[float] = []
-        while sum(calls) < 0.05 and len(calls) < 20:
-            start = time.perf_counter()
-            x @ factor
-            calls.append(time.perf_counter() - start)
-        best.append(min(calls))
+    x, weight = (torch.randn(rows, 512, generator=generator, device="cpu") for rows in (64, 512))
+    x16, weight16 = x.to(dtype), weight.to(dtype)
+    products = ((x, weight.t()), (x, weight), (x16, weight16.t()), (x16, weight16))
+    best = [(math.inf, 0.0)] * len(products)
+    begin, rounds = time.perf_counter(), 0
+    while rounds < ROUNDS or (time.perf_counter() - begin < 1.0 and not all(map(_is_undisturbed, best))):
+        for index, (left, right) in enumerate(products):
+            wall, cpu = time.perf_counter(), _cpu_time()
+            left @ right
+            cpu, wall = _cpu_time() - cpu, time.perf_counter() - wall
+            best[index] = min(best[index], (wall, cpu))
+        rounds += 1
     return best
+
+
+def _is_undisturbed(call: tuple[float, float]) -> bool:
+    wall, cpu = call
+    return cpu > 0.8 * wall
+
+
+def _cpu_time() -> float:
+    # Windows counts in ticks of 16 ms, far longer than a product: there no call counts as interrupted
+    return time.perf_counter() if sys.platform == "win32" else time.process_time()

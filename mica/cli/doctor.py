@@ -239,16 +239,16 @@ def _is_checkout() -> bool:
 
 
 def _products() -> dict[str, dict]:
-    """For bf16 and fp16: the time of a frozen layer's products over fp32's, and whether MiCA uses them."""
-
+    """For bf16 and fp16: the time of a frozen layer's products over fp32's, whether the machine is too busy
+    for that, and whether MiCA uses them."""
     from mica.dtypes import SIXTEEN_BIT
     from mica.products import has_native, slowdown
 
     rows = {}
     for dtype in SIXTEEN_BIT:
-        forward, backward = slowdown(dtype)
-        row = {"x Wᵀ": forward, "dy W": backward, "native": has_native(dtype)}
-        rows[dtype_name(dtype)] = row
+        times = slowdown(dtype)
+        row = {"x Wᵀ": times.forward, "dy W": times.backward, "busy": times.is_busy}
+        rows[dtype_name(dtype)] = row | {"native": has_native(dtype)}
     return rows
 
 
@@ -257,6 +257,8 @@ def _times(row: dict) -> str:
         f"{name} takes {row[name]:.{2 if row[name] < 10 else 3}g} times float32's time"
         for name in ("x Wᵀ", "dy W")
     )
+    if row["busy"]:
+        times = "not measured, because other processes keep this machine busy"
     if row["native"]:
         return f"small ones: {times}"
     return f"small ones: {times}; adapted layers go through float32, which --dtype auto takes"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -13,6 +14,9 @@ from mica.fast import mixed_batch
 from mica.fast.bases import NewAdapter, check, initialise
 from mica.fast.expert_stacks import is_wrapper
 from mica.fast.wrapping import around, while_enabled
+
+# Beside an adapter on a GGUF file: the folder of the checkpoint that `mica adapt` has made of that file.
+BASE = "base"
 
 # Adapters created within `without_solver`, whose B is still 0, each with its layer's key in the model.
 Uninitialised = list[tuple[str, NewAdapter]]
@@ -73,6 +77,24 @@ def _initialise_missing(adapters: Uninitialised, missing_keys) -> None:
 def _is_lora_b(missing_key: str, key: str, adapter: NewAdapter) -> bool:
     names = (f".{key}.{factor}.{adapter.adapter_name}" for factor in ("lora_B", "lora_embedding_B"))
     return missing_key.removesuffix(".weight").endswith(tuple(names))
+
+
+@while_enabled
+def find_base(stock, cls, folder, subfolder=None, **kwargs):
+    """In place of ``PeftConfig.from_pretrained``: a base that lies beside the adapter is found there.
+
+    PEFT takes a relative path from the working directory, so the adapter names its base by the absolute path
+    that it had; since then the folder of both may have been moved, and another run's be in its place.
+    """
+    config = stock(cls, folder, subfolder, **kwargs)
+    recorded = config.base_model_name_or_path
+    if recorded and os.path.isabs(recorded) and os.path.basename(recorded) == BASE:
+        own = os.path.abspath(os.path.join(folder, subfolder or ""))
+        if os.path.basename(own).startswith("checkpoint-"):
+            own = os.path.dirname(own)
+        if os.path.isfile(os.path.join(own, BASE, "config.json")):
+            config.base_model_name_or_path = os.path.join(own, BASE)
+    return config
 
 
 @while_enabled

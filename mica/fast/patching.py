@@ -93,6 +93,13 @@ PATCHES = (
     Patch(
         "peft.config:PeftConfigMixin", "save_pretrained", "self save_directory **kwargs", saving.save_config
     ),
+    Patch(
+        "peft.config:PeftConfigMixin",
+        "from_pretrained",
+        "cls pretrained_model_name_or_path subfolder **kwargs",
+        loading.find_base,
+        required=False,
+    ),
     Patch("peft.tuners.lora.config:LoraConfig", "__post_init__", "self", saving.read_config),
     Patch(_PEFT_MODEL, "load_adapter", "self model_id adapter_name", loading.load),
     Patch(

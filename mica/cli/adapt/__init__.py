@@ -10,7 +10,7 @@ from mica.errors import UsageError
 _DESCRIPTION = """\
 Continued pretraining of a causal language model with MiCA. Several processes: torchrun --nproc-per-node N
 -m mica adapt ..., or accelerate launch -m mica adapt ... What it writes to DIR: mica/cli/README.md."""
-NEEDED = ("accelerate", "datasets", "yaml")
+NEEDED = ("accelerate", "datasets", "matplotlib", "yaml")
 
 
 def add_parser(commands) -> None:

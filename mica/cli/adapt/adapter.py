@@ -10,9 +10,8 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 
 import mica.fast  # noqa: F401 (reads the configuration of an adapter of experts as MiCA's)
-from mica.cli.output import one_line
 from mica.cli.targets import Targets, features, find_targets, saved_parameters
-from mica.errors import UnsuitableLayerError, UsageError
+from mica.errors import UsageError
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 
@@ -24,20 +23,11 @@ def start(model, args: argparse.Namespace, checkpoint: Path | None = None) -> Pe
     solver, and B of the others keeps its bits. ``args.dropout`` counts in all three. All processes
     must call this; they share the work of a new one.
 
-    Raises UsageError if ``--target-modules`` names no layer that can be adapted, a rank is too large, experts
-    are to have dropout, or if the adapter of ``checkpoint`` or ``args.adapter`` is none of MiCA, does not
-    fit the model, or has another rank, alpha or other layers than ``args`` says.
+    Raises UsageError as `check`.
     """
-    targets = find_targets(model, args.target_modules, args.experts)
-    if targets.parameters and args.dropout:
-        raise UsageError(
-            f"--dropout {args.dropout:g}: PEFT has no dropout for parameters, as {min(targets.parameters)}: "
-            "--dropout 0, or --no-experts"
-        )
-    if checkpoint is not None:
-        return _load(model, args, "--resume", checkpoint, targets)
-    if args.adapter is not None:
-        return _load(model, args, "--adapter", args.adapter, targets)
+    targets = check(model, args, checkpoint)
+    if checkpoint is not None or args.adapter is not None:
+        return _load(model, args, checkpoint or args.adapter)
     config = LoraConfig(
         init_lora_weights="mica",
         r=args.rank,
@@ -49,15 +39,49 @@ def start(model, args: argparse.Namespace, checkpoint: Path | None = None) -> Pe
     try:
         return get_peft_model(model, config)
     except ValueError as error:
-        if str(error).startswith("Target module"):  # "... is not supported": a norm, an activation
+        if str(error).startswith("Target module"):  # "... is not supported": PEFT's own list of types
             raise UsageError(f"--target-modules {args.target_modules}: {error}") from error
-        if isinstance(error, UnsuitableLayerError) and "max usable r" in str(error):
-            remedy = "A lower --rank, or --target-modules without this one"
-            raise UsageError(f"--rank {args.rank}: {one_line(error)} {remedy}") from error
         raise
 
 
-def _load(model, args, option: str, folder: Path, targets: Targets) -> PeftModel:
+def check(model: nn.Module, args: argparse.Namespace, checkpoint: Path | None = None) -> Targets:
+    """What `start` refuses, as far as it needs no weights: those of ``model`` may be on the meta device.
+
+    Returns what will be adapted.
+
+    Raises UsageError if ``--target-modules`` names no layer that can be adapted, if one is too small for the
+    rank, if parameters (experts) are to have dropout, or if the adapter of ``checkpoint`` or ``args.adapter``
+    is none of MiCA, does not fit the model, or has another rank, alpha or other layers than ``args`` says.
+    """
+    targets = find_targets(model, args.target_modules, args.experts)
+    if targets.parameters and args.dropout:
+        raise UsageError(
+            f"--dropout {args.dropout:g}: PEFT has no dropout for parameters, as {min(targets.parameters)}: "
+            "--dropout 0, or --no-experts"
+        )
+    sizes = {name: features(module) for name, module in targets.modules.items()}
+    for name, module in targets.modules.items():
+        if sizes[name] is None:  # a norm, an activation
+            raise UsageError(
+                f"--target-modules {args.target_modules}: {name} is a {type(module).__name__}, which cannot "
+                "be adapted"
+            )
+    parameters = saved_parameters(model, targets.parameters)
+    sizes |= {name: shape[-2:] for name, shape in parameters.values()}
+    smallest = min(sizes, key=lambda name: min(sizes[name]))
+    if args.rank > min(sizes[smallest]):
+        raise UsageError(
+            f"--rank {args.rank}: {smallest} has {_by(sizes[smallest])} weights, so at most "
+            f"{min(sizes[smallest])} fits; --target-modules can leave it out"
+        )
+    if checkpoint is not None:
+        _check_saved(model, args, "--resume", checkpoint, targets)
+    elif args.adapter is not None:
+        _check_saved(model, args, "--adapter", args.adapter, targets)
+    return targets
+
+
+def _check_saved(model, args, option: str, folder: Path, targets: Targets) -> None:
     found = read_adapter_config(folder, option)
     own = settings(found, folder, option)
     for name, given in (("rank", args.rank), ("alpha", args.alpha)):
@@ -79,6 +103,9 @@ def _load(model, args, option: str, folder: Path, targets: Targets) -> PeftModel
             f"--target-modules {args.target_modules}: {option} {folder} has adapted other layers: "
             f"{', '.join(only[:3])} {where}"
         )
+
+
+def _load(model, args, folder: Path) -> PeftModel:
     config = PeftConfig.from_pretrained(folder)
     config.lora_dropout = args.dropout
     config.base_model_name_or_path = model.name_or_path  # this model, wherever the adapter comes from

@@ -5,15 +5,14 @@ import os
 
 import torch
 from accelerate import PartialState
-from transformers import BitsAndBytesConfig
+from transformers import BitsAndBytesConfig, PreTrainedConfig
 from transformers.utils import is_bitsandbytes_available
 
 from mica.cli.loading import Source, load_config, load_model, load_tokenizer
 from mica.cli.output import first_sentences, write_folder
 from mica.errors import UsageError
+from mica.fast.loading import BASE as FOLDER
 from mica.products import has_native
-
-FOLDER = "base"  # in OUTPUT: a GGUF base as a checkpoint
 
 
 def load(args: argparse.Namespace, source: Source, device: torch.device | None = None, tokenizer=None):
@@ -24,24 +23,18 @@ def load(args: argparse.Namespace, source: Source, device: torch.device | None =
     A GGUF file is converted to OUTPUT/base first, once, by the main process, and loaded from there: what an
     adapter says about its base is one name, without the file in a folder, so that neither
     ``AutoPeftModelForCausalLM.from_pretrained(OUTPUT)`` nor ``pipeline(model=OUTPUT)`` could find a
-    GGUF file. The checkpoint that a GGUF file may name as its origin has other weights.
+    GGUF file. That name is an absolute path: once OUTPUT has been moved, `mica.fast` finds it there. The
+    checkpoint that a GGUF file may name as its origin has other weights.
 
     All processes must call this. Nothing is computed or written before the checks of the configuration.
 
-    Raises UsageError if the checkpoint is quantised and ``--quantize`` or ``--merge`` is given, if
-    bitsandbytes is missing or does not run on ``device``, if OUTPUT/base cannot be written, and as
-    `loading.load_model`.
+    Raises UsageError as `check`, if bitsandbytes does not run on ``device``, if OUTPUT/base cannot be
+    written, and as `loading.load_model`.
     """
     device = device or PartialState().device
-    config = None if source.is_gguf else load_config(source)
-    if getattr(config, "quantization_config", None) is not None:
-        _refuse_quantised(args, source)
+    config = check(args, source)
     dtype = args.dtype
     if args.quantize is not None:
-        if not is_bitsandbytes_available():
-            raise UsageError(
-                f"--quantize {args.quantize}: needs bitsandbytes and accelerate: pip install bitsandbytes"
-            )
         dtype = _compute_dtype(args.dtype, config, device)
     if source.is_gguf:
         # Not the GGUF file's reader on resume: B belongs to the weights as they were converted.
@@ -60,6 +53,22 @@ def load(args: argparse.Namespace, source: Source, device: torch.device | None =
         raise UsageError(
             f"--quantize {args.quantize}: not possible on {device}: {first_sentences(str(error))}"
         ) from error
+
+
+def check(args: argparse.Namespace, source: Source) -> PreTrainedConfig | None:
+    """The base's configuration, None for GGUF; reads nothing else.
+
+    Raises UsageError if the checkpoint is quantised and ``--quantize`` or ``--merge`` is given, or if
+    bitsandbytes is missing.
+    """
+    config = None if source.is_gguf else load_config(source)
+    if getattr(config, "quantization_config", None) is not None:
+        _refuse_quantised(args, source)
+    if args.quantize is not None and not is_bitsandbytes_available():
+        raise UsageError(
+            f"--quantize {args.quantize}: needs bitsandbytes and accelerate: pip install bitsandbytes"
+        )
+    return config
 
 
 def converted(args: argparse.Namespace) -> Source:

@@ -101,19 +101,21 @@ class Watching(TrainerCallback):
 
 
 class Progress(TrainerCallback):
-    """A bar in a terminal, elsewhere one line per log, on standard error and in the main process only."""
+    """A bar in a terminal, elsewhere one line per log, on standard error and in the main process only.
+
+    Perplexities come with the step that they were measured at: the Trainer logs a step's loss before it
+    evaluates there.
+    """
 
     def __init__(self):
         self._bar = None
-        self._perplexity = None
+        self._loss = self._perplexities = ""  # what the bar shows
         self._last = None  # (time, tokens, step) at the last log
         self._begun = None
 
     def on_train_begin(self, args, state, control, **kwargs):
         if not state.is_world_process_zero:
             return
-        for entry in state.log_history:  # of the sessions before
-            self._perplexity = entry.get("eval_held_out_perplexity", self._perplexity)
         self._begun = self._last = (time.perf_counter(), state.num_input_tokens_seen, state.global_step)
         if sys.stderr.isatty():
             self._bar = tqdm(
@@ -127,31 +129,35 @@ class Progress(TrainerCallback):
     def on_log(self, args, state, control, logs=None, **kwargs):
         if not state.is_world_process_zero or not logs:
             return
-        self._perplexity = logs.get("eval_held_out_perplexity", self._perplexity)
         if "loss" in logs:
-            self._show(state, logs)
+            self._loss, left = self._since_last(state, logs)
+            self._show(state, f"{self._loss}, {left} left")
+        measured = _perplexities(logs)
+        if measured:
+            self._perplexities = f"; step {state.global_step}: {measured}"
+            self._show(state, measured)
 
-    def _show(self, state, logs):
+    def _show(self, state, text):
+        if self._bar is not None:
+            self._bar.set_postfix_str(self._loss + self._perplexities)
+        else:
+            print(f"step {state.global_step}/{state.max_steps}: {text}", file=sys.stderr, flush=True)
+
+    def _since_last(self, state, logs) -> tuple[str, str]:
+        """What is known since the last log, and the time that is left."""
         now = (time.perf_counter(), state.num_input_tokens_seen, state.global_step)
         seconds = max(now[0] - self._last[0], 1e-9)
-        shown = {
-            "loss": f"{logs['loss']:.3f}",
-            "lr": f"{logs.get('learning_rate', 0):.2e}",
-            "tokens/s": f"{(now[1] - self._last[1]) / seconds:,.0f}",
-        }
+        shown = [
+            f"loss {logs['loss']:.3f}",
+            f"lr {logs.get('learning_rate', 0):.2e}",
+            f"tokens/s {(now[1] - self._last[1]) / seconds:,.0f}",
+        ]
         peak, _ = peak_memory()
         if peak:
-            shown["peak"] = f"{peak / 2**30:.2f} GiB"
-        if self._perplexity is not None:
-            shown["held-out perplexity"] = f"{self._perplexity:.2f}"
+            shown.append(f"peak {peak / 2**30:.2f} GiB")
         self._last = now
-        text = ", ".join(f"{name} {value}" for name, value in shown.items())
-        if self._bar is not None:
-            self._bar.set_postfix_str(text)
-            return
         pace = (now[0] - self._begun[0]) / max(1, now[2] - self._begun[2])
-        left = tqdm.format_interval(pace * (state.max_steps - now[2]))
-        print(f"step {state.global_step}/{state.max_steps}: {text}, {left} left", file=sys.stderr, flush=True)
+        return ", ".join(shown), tqdm.format_interval(pace * (state.max_steps - now[2]))
 
     def on_train_end(self, args, state, control, **kwargs):
         self.close()
@@ -161,3 +167,8 @@ class Progress(TrainerCallback):
         if self._bar is not None:
             self._bar.close()
             self._bar = None
+
+
+def _perplexities(logs: dict) -> str:
+    names = {"held-out": "eval_held_out_perplexity", "retained": "eval_retain_perplexity"}
+    return ", ".join(f"{name} perplexity {logs[key]:.2f}" for name, key in names.items() if key in logs)

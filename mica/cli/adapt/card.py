@@ -207,13 +207,22 @@ def _loading(s: dict) -> str:
     )
     if s["model"].lower().endswith(".gguf"):
         file = _string(Path(s["model"]).name)
-        text += (
-            "\n\nThat finds the base, dequantised, in the subfolder `base` where the adapter was made. "
-            "Elsewhere, with the GGUF file in this folder:\n\n"
-            "```python\nfrom peft import PeftModel\nfrom transformers import AutoModelForCausalLM\n\n"
-            f'base = AutoModelForCausalLM.from_pretrained(".", gguf_file={file}, dtype="{s["dtype"]}")\n'
-            f"model = PeftModel.from_pretrained(base, {where})\n```"
-        )
+        bases = {
+            "Elsewhere, with the GGUF file in the working directory": (
+                f'".", gguf_file={file}, dtype="{s["dtype"]}"'
+            )
+        }
+        text += "\n\nThat finds the base, dequantised, in the subfolder `base` where the adapter was made."
+        if not repository:  # which has no such subfolder
+            text += " Where this folder was moved to, only after `import mica.fast`."
+            bases = {"There without it": _string(f"{Path(s['adapter']).name}/base")} | bases
+        for when, base in bases.items():
+            text += (
+                f"\n\n{when}:\n\n"
+                "```python\nfrom peft import PeftModel\nfrom transformers import AutoModelForCausalLM\n\n"
+                f"base = AutoModelForCausalLM.from_pretrained({base})\n"
+                f"model = PeftModel.from_pretrained(base, {where})\n```"
+            )
     return text
 
 

@@ -26,6 +26,7 @@ from mica.cli.adapt import (
     summary,
     training,
 )
+from mica.cli.adapt.adapter import check as check_adapter
 from mica.cli.adapt.adapter import start
 from mica.cli.adapt.config import Settings
 from mica.cli.adapt.corpus import Corpus, check, gather
@@ -37,6 +38,7 @@ from mica.cli.loading import (
     find_source,
     load_tokenizer,
     quieten_libraries,
+    skeleton,
     suit_processor,
 )
 from mica.cli.output import dtype_name
@@ -85,6 +87,12 @@ def _adapt(settings: Settings) -> int:
     if checkpoint is not None:  # before texts and weights are read; one that is not here yet: in `train`
         location = base.converted(args).location if source.is_gguf else source.location
         checkpoints.check(checkpoint, **fingerprint.facts(location))
+    base.check(args, source)
+    model = skeleton(source)
+    if model is not None:  # else the same is checked once the model is loaded
+        check_limits(source, model, args.sequence_length)
+        _with_experts(settings, model)
+        check_adapter(model, args, checkpoint)
     corpus = gather(args, tokenizer)
     _say(corpus.describe(args, PartialState().num_processes))
     with ExitStack() as stack:
@@ -102,6 +110,8 @@ def _run(settings: Settings, source: Source, tokenizer, corpus: Corpus, checkpoi
     check_limits(source, model, args.sequence_length, corpus.largest_token_id)
     corpus = _with_packing(settings, corpus, model, tokenizer)
     _with_experts(settings, model)
+    if has_experts(model) and not args.experts:
+        _note("the experts are not adapted, unless --target-modules names them; --experts adapts all")
     facts = {
         "model_type": model.config.model_type,
         "dtype": dtype_name(model.dtype),
@@ -173,7 +183,7 @@ def _with_packing(settings: Settings, corpus: Corpus, model, tokenizer) -> Corpu
 
 
 def _with_experts(settings: Settings, model) -> None:
-    """Take back a recipe's ``experts`` where there are none, and say where experts stay as they are.
+    """Take back a recipe's ``experts`` where there are none.
 
     Raises UsageError if the option was given.
     """
@@ -184,8 +194,6 @@ def _with_experts(settings: Settings, model) -> None:
                 f"--{'' if args.experts else 'no-'}experts: {type(model).__name__} has no experts"
             )
         args.experts = None
-    elif not args.experts:
-        _note("the experts are not adapted, unless --target-modules names them; --experts adapts all")
 
 
 def _prepare(settings: Settings) -> None:

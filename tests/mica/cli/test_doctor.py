@@ -11,6 +11,7 @@ import triton.language as tl
 from mica.cli import doctor, main
 from mica.fast import patching
 from mica.kernels import common, runtime
+from mica.products import Slowdown
 from tests.support.doctoring import text_under
 
 pytestmark = pytest.mark.usefixtures("machine")
@@ -39,12 +40,21 @@ def test_what_only_a_checkout_has_is_not_advised_elsewhere(run, monkeypatch, tmp
 
 def test_products_of_the_cpu_are_in_words(run):
     _, report, lines = run()
-    assert report["products"]["float16"] == {"x Wᵀ": 1.27, "dy W": 160.4, "native": False}
+    assert report["products"]["float16"] == {"x Wᵀ": 1.27, "dy W": 160.4, "busy": False, "native": False}
     took = "small ones: x Wᵀ takes {} times float32's time, dy W takes {} times float32's time"
     assert text_under(lines, "bf16 products") == took.format("0.5", "0.44")
     assert text_under(lines, "fp16 products") == (
         took.format("1.3", "160") + "; adapted layers go through float32, which --dtype auto takes"
     )
+
+
+def test_products_that_a_busy_machine_hides(run, monkeypatch):
+    monkeypatch.setattr("mica.products.slowdown", lambda dtype: Slowdown(188.0, 188.0, is_busy=True))
+    status, report, lines = run()
+    assert (status, report["products"]["bfloat16"]["busy"]) == (0, True)
+    hidden = "small ones: not measured, because other processes keep this machine busy"
+    assert text_under(lines, "bf16 products") == hidden
+    assert text_under(lines, "fp16 products").startswith(f"{hidden}; adapted layers go through float32")
 
 
 def test_text_says_what_the_json_says(run, gpu, monkeypatch):

@@ -258,7 +258,7 @@ def test_bad_path_is_reported_before_loading(option, model_dir, run, tmp_path, m
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--target-modules", "nope"], "no layer of the model is called"),
+        (["--target-modules", "nope"], "no layer of the model is called 'nope'"),
         (["--target-modules", "q_proj,nope"], "is called 'nope'"),
         (["--target-modules", ","], "--target-modules ,: "),
         (["--rank", "0"], "--rank"),

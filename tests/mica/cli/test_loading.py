@@ -13,12 +13,24 @@ from mica.cli.loading import (
     find_source,
     load_model,
     load_tokenizer,
+    skeleton,
     suit_processor,
 )
 from mica.errors import UsageError
+from tests.support import models
 from tests.support.adapt_results import working_in
 from tests.support.processes import ROOT
 from tests.support.tiny_cli import tiny_llama
+
+
+@pytest.mark.parametrize("make", [models.tiny_gpt2, models.tiny_llama])
+def test_a_skeleton_has_the_modules_of_the_model_and_no_weights(make, tmp_path):
+    make().save_pretrained(tmp_path)
+    before = torch.get_rng_state()
+    model = skeleton(find_source(str(tmp_path), False))
+    assert torch.equal(torch.get_rng_state(), before)
+    assert str(model) == str(make())
+    assert all(parameter.is_meta for parameter in model.parameters())
 
 
 def test_a_quantised_checkpoint_keeps_its_dtype(monkeypatch):

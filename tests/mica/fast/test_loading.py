@@ -4,9 +4,10 @@ import copy
 
 import pytest
 import torch
-from peft import PeftModel
+from peft import AutoPeftModelForCausalLM, LoraConfig, PeftConfig, PeftModel
 from safetensors.torch import load_file, save_file
 from torch import nn
+from transformers import AutoModelForCausalLM
 
 import mica.fast
 from tests.support.models import Net, bases, net, randomise, stock_load, tiny_llama, wrap
@@ -110,3 +111,35 @@ def test_transformers_own_loader_runs_no_solver(tmp_path, solved):
     for name, parameter in loaded.named_parameters():
         if "lora_" in name:
             assert torch.equal(parameter, dict(model.base_model.model.named_parameters())[name])
+
+
+@pytest.mark.parametrize("checkpoint", [False, True])
+def test_a_base_beside_the_adapter_is_found_where_both_have_moved(checkpoint, tmp_path, monkeypatch):
+    """Not that of another run, which has taken the old place; stock finds nothing else."""
+    base = randomise(wrap(tiny_llama(), targets=["q_proj"])).merge_and_unload()
+    base.save_pretrained(tmp_path / "out" / "base")
+    folder = "out/checkpoint-3" if checkpoint else "out"
+    model = randomise(
+        wrap(AutoModelForCausalLM.from_pretrained(tmp_path / "out" / "base"), targets=["up_proj"])
+    )
+    model.peft_config["default"].task_type = "CAUSAL_LM"
+    model.save_pretrained(tmp_path / folder)
+    (tmp_path / "moved").mkdir()
+    (tmp_path / "out").rename(tmp_path / "moved" / "out")
+    tiny_llama().save_pretrained(tmp_path / "out" / "base")
+    ids = torch.arange(8)[None]
+    monkeypatch.chdir(tmp_path / "moved")
+    for place in (folder, tmp_path / "moved" / folder):
+        loaded = AutoPeftModelForCausalLM.from_pretrained(place)
+        assert torch.equal(loaded(ids).logits, model(ids).logits)
+        with mica.fast.disabled():
+            recorded = PeftConfig.from_pretrained(place).base_model_name_or_path
+        assert recorded == str(tmp_path / "out" / "base")
+
+
+@pytest.mark.parametrize("name", ["owner/base", "base", "/elsewhere/base-1B", "", None])
+def test_any_other_name_of_a_base_stays(name, tmp_path):
+    LoraConfig(base_model_name_or_path=name).save_pretrained(tmp_path)
+    (tmp_path / "base").mkdir()
+    (tmp_path / "base" / "config.json").touch()
+    assert PeftConfig.from_pretrained(tmp_path).base_model_name_or_path == name

@@ -14,6 +14,7 @@ from transformers import (
     AutoTokenizer,
 )
 
+from mica.products import Slowdown
 from tests.support.tiny_cli import TEXT, adapt, byte_tokenizer, logits, tiny_llama
 
 
@@ -172,12 +173,21 @@ def test_auto_is_float32_where_the_processor_has_no_such_instructions(
     ) != native
 
 
-def test_an_explicit_dtype_is_kept_and_its_cost_printed(monkeypatch, model_dir, text_file, tmp_path, capsys):
+@pytest.mark.parametrize(
+    ("is_busy", "cost"),
+    [
+        (False, "12 times float32's time in a forward and 398 times in a backward"),
+        (True, "a small product of matrices takes many times float32's time"),
+    ],
+)
+def test_an_explicit_dtype_is_kept_and_its_cost_printed(
+    is_busy, cost, monkeypatch, model_dir, text_file, tmp_path, capsys
+):
     monkeypatch.setattr("mica.cli.loading.has_native", lambda dtype: dtype == torch.float32)
-    monkeypatch.setattr("mica.cli.loading.slowdown", lambda dtype: (12.2, 398.0))
+    monkeypatch.setattr("mica.cli.loading.slowdown", lambda dtype: Slowdown(12.2, 398.0, is_busy))
     assert adapt(model_dir, text_file, tmp_path / "out", "--steps", "2", "--dtype", "bfloat16") == 0
     summary = json.loads((tmp_path / "out" / "summary.json").read_text(encoding="utf-8"))
     assert summary["dtype"] == "bfloat16"
     (line,) = [line for line in capsys.readouterr().err.splitlines() if "note" in line]
-    assert "12 times float32's time in a forward and 398 times in a backward" in line
+    assert cost in line
     assert "--dtype float32 is quicker" in line

@@ -1,18 +1,21 @@
 """The base model: quantised as it is read, or converted from a GGUF file."""
 
 import json
+import shutil
 
 import pytest
 import torch
 import transformers
 from peft import AutoPeftModelForCausalLM
-from transformers import AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
+import mica.fast
+from mica.cli import main
 from mica.cli.adapt import adapter, base, result
 from mica.cli.loading import find_source
 from mica.errors import UsageError
 from tests.support.adapt_results import move, settings, working_in
-from tests.support.tiny_cli import byte_tokenizer, logits, tiny_llama
+from tests.support.tiny_cli import adapt, byte_tokenizer, logits, tiny_llama
 from tests.support.tiny_gguf import write_tiny_gguf
 
 
@@ -127,6 +130,27 @@ def test_adapter_of_a_gguf_base_finds_it_from_anywhere(gguf_file, tmp_path, monk
         assert len(pipe("2 times 2 is", max_new_tokens=2)[0]["generated_text"]) >= len("2 times 2 is")
     ids = AutoTokenizer.from_pretrained(tmp_path / "out" / "base")("déjà vu")["input_ids"]
     assert ids == byte_tokenizer()("déjà vu")["input_ids"]
+
+
+def test_a_run_on_a_gguf_file_goes_on_where_its_folder_was_moved(gguf_file, model_dir, tmp_path, text_file):
+    """With --resume, --adapter and mica transfer; after --resume stock PEFT finds the base again."""
+    out, moved = tmp_path / "out", tmp_path / "moved" / "out"
+    assert adapt(gguf_file, text_file, out, "--steps", 4, "--save-steps", 2) == 0
+    weights = (out / adapter.WEIGHTS).read_bytes()
+    moved.parent.mkdir()
+    out.rename(moved)
+    shutil.rmtree(moved / "checkpoint-4")
+    (moved / adapter.WEIGHTS).unlink()
+    assert main(["adapt", "--resume", "--output", str(moved)]) == 0
+    assert (moved / adapter.WEIGHTS).read_bytes() == weights
+    with mica.fast.disabled():
+        loaded = AutoPeftModelForCausalLM.from_pretrained(moved)
+    assert adapt(gguf_file, text_file, tmp_path / "on", "--adapter", moved, "--steps", 2) == 0
+    argv = ["transfer", "--adapter", moved, "--to", model_dir, "--output", tmp_path / "chat"]
+    assert main([str(word) for word in argv]) == 0
+    chat = AutoModelForCausalLM.from_pretrained(tmp_path / "chat")
+    vocabulary = chat.config.vocab_size  # the file has two tokens more
+    torch.testing.assert_close(logits(chat), logits(loaded)[..., :vocabulary])
 
 
 @pytest.mark.parametrize(("options", "dtype"), [({}, torch.float32), ({"dtype": "bfloat16"}, torch.bfloat16)])

@@ -47,12 +47,13 @@ def test_progress(monkeypatch, screen, main):
     screen.truncate()
     monkeypatch.setattr(sys, "stderr", screen)
     monkeypatch.setattr("mica.cli.adapt.callbacks.peak_memory", lambda: (3 * 2**30, "measured"))
-    progress, at = Progress(), state(main=main, log_history=[{"eval_held_out_perplexity": 7.77, "step": 5}])
+    progress, at = Progress(), state(0, main=main, log_history=[])
     progress.on_train_begin(ARGS, at, None)
-    for step in (20, 30):
+    log(progress, at, eval_held_out_perplexity=7.77)
+    for step, perplexity in ((20, 6.25), (40, 5.75)):
         at.global_step = step
-        log(progress, at, loss=2.5)
-        log(progress, at, eval_held_out_perplexity=6.25)
+        log(progress, at, loss=2.5)  # the Trainer logs a step's loss first, and then evaluates
+        log(progress, at, eval_held_out_perplexity=perplexity, eval_retain_perplexity=9.5)
     progress.on_train_end(ARGS, at, None)
     progress.close()  # twice is once
     shown = screen.getvalue()
@@ -61,12 +62,23 @@ def test_progress(monkeypatch, screen, main):
         return
     assert "loss 2.500, lr 1.00e-03, tokens/s " in shown
     assert "peak 3.00 GiB" in shown
-    assert shown.index("held-out perplexity 7.77") < shown.index("held-out perplexity 6.25")
     if screen.isatty():
-        assert "30/40" in shown
-    else:
-        assert [line.split(":")[0] for line in shown.splitlines()] == ["step 20/40", "step 30/40"]
-        assert shown.splitlines()[-1].endswith(" left")
+        assert "step 0: held-out perplexity 7.77" in shown
+        assert shown.rstrip().endswith(
+            "peak 3.00 GiB; step 40: held-out perplexity 5.75, retained perplexity 9.50]"
+        )
+        return
+    lines = [line.partition(": ") for line in shown.splitlines()]
+    assert [(step, text) for step, _, text in lines if "loss" not in text] == [
+        ("step 0/40", "held-out perplexity 7.77"),
+        ("step 20/40", "held-out perplexity 6.25, retained perplexity 9.50"),
+        ("step 40/40", "held-out perplexity 5.75, retained perplexity 9.50"),
+    ]
+    assert [step for step, _, text in lines if text.startswith("loss ") and text.endswith(" left")] == [
+        "step 20/40",
+        "step 40/40",
+    ]
+    assert len(lines) == 5
 
 
 def decide(*callbacks, step=10, **control):

@@ -1,11 +1,13 @@
 """The model card: valid metadata, only what was measured, and code that runs."""
 
+import contextlib
 import re
 
 import pytest
 import yaml
 from huggingface_hub import ModelCard, ModelCardData
 
+import mica.fast
 from mica.cli.adapt import base
 from mica.cli.adapt.card import card, hub_name, write_card
 from mica.cli.loading import find_source
@@ -154,9 +156,16 @@ def test_code_of_a_gguf_base_runs(tmp_path):
     args = settings(model=str(tmp_path / "tiny.gguf"), output=tmp_path / "out", dtype="float32")
     tuned = write_adapter(tmp_path / "out", base.load(args, find_source(args.model, False)))
     text = card(summary(model=args.model, adapter=str(tmp_path / "out"))).text
-    with working_in(tmp_path):
-        for code in code_of(text):
+    auto, base_beside, gguf = code_of(text)
+    for place, codes in ((tmp_path, (auto, base_beside, gguf)), (tmp_path / "moved", (auto, base_beside))):
+        for code in codes:
             names = {}
-            exec(code, names)
+            with working_in(place), mica.fast.disabled() if code != auto else contextlib.nullcontext():
+                exec(code, names)
             assert (logits(names["model"]) - logits(tuned)).abs().max() < 1e-5
-    assert len(code_of(text)) == 2
+        if place == tmp_path:
+            (tmp_path / "moved").mkdir()
+            (tmp_path / "out").rename(tmp_path / "moved" / "out")
+    pushed = card(summary(model=args.model, settings={"rank": 4, "push_to_hub": "me/adapter"})).text
+    assert len(code_of(pushed)) == 2  # base/ is not uploaded
+    assert "/base" not in pushed

@@ -1,5 +1,6 @@
 """Every way in which ``mica adapt`` refuses its input: one clear line, status 2, nothing written."""
 
+import importlib.util
 import json
 import shutil
 from pathlib import Path
@@ -19,6 +20,7 @@ from transformers import (
 import mica
 from mica.cli import main
 from mica.cli.adapt.options import OPTIONS
+from tests.support.adapt_results import write_adapter
 from tests.support.tiny_cli import TEXT, adapt, byte_tokenizer, tiny_llama
 
 
@@ -200,6 +202,24 @@ def test_remote_code_only_with_the_flag(remote_code_dir, capsys, tmp_path, text_
     assert (tmp_path / "mark").exists()
 
 
+def test_custom_code_that_needs_weights_is_checked_once_they_are_there(
+    remote_code_dir, capsys, tmp_path, text_file, monkeypatch
+):
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+    code = (remote_code_dir / "own.py").read_text()
+    code += (
+        "    def __init__(self, config):\n"
+        "        super().__init__(config)\n"
+        "        self.scale = float(self.lm_head.weight.sum())\n"
+        "    @classmethod\n"
+        "    def from_pretrained(cls, *args, **kwargs):\n"
+        "        return LlamaForCausalLM.from_pretrained(*args, **kwargs)\n"
+    )
+    (remote_code_dir / "own.py").write_text(code)
+    status = adapt(remote_code_dir, text_file, tmp_path / "out", "--trust-remote-code", "--rank", 17)
+    refused(capsys, status, tmp_path / "out", "--rank 17: ", "at most 16", quiet=False)
+
+
 def test_output_cannot_be_a_folder(capsys, tmp_path, text_file, model_dir):
     for output in (text_file, text_file / "below", model_dir):
         status = adapt(model_dir, text_file, output)
@@ -218,7 +238,8 @@ def test_output_that_cannot_be_made(capsys, tmp_path, text_file, model_dir):
 
 def test_rank_too_large_names_layer(capsys, tmp_path, text_file, model_dir):
     status = adapt(model_dir, text_file, tmp_path / "out", "--rank", 17)  # k_proj and v_proj: 16 x 32
-    refused(capsys, status, tmp_path / "out", "17", "_proj", quiet=False)
+    parts = ("--rank 17: model.layers.0.self_attn.k_proj has 16 x 32 weights", "at most 16")
+    refused(capsys, status, tmp_path / "out", *parts)
 
 
 def test_weight_with_nan_names_layer(capsys, tmp_path, text_file):
@@ -230,15 +251,44 @@ def test_weight_with_nan_names_layer(capsys, tmp_path, text_file):
     refused(capsys, status, tmp_path / "out", "layers.1.mlp.up_proj", quiet=False)
 
 
-@pytest.mark.parametrize("names", ["nope", "q_proj,nope", "input_layernorm", ","])
-def test_target_modules_not_found(names, capsys, tmp_path, text_file, model_dir):
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        ("nope", "no layer of the model is called 'nope'"),
+        ("q_proj,v_porj", "no layer of the model is called 'v_porj', did you mean 'v_proj'?"),
+        ("input_layernorm", "model.layers.0.input_layernorm is a LlamaRMSNorm, which cannot be adapted"),
+        (",", ""),
+    ],
+)
+def test_target_modules_not_found(names, message, capsys, tmp_path, text_file, model_dir):
     status = adapt(model_dir, text_file, tmp_path / "out", "--target-modules", names)
-    refused(capsys, status, tmp_path / "out", f"--target-modules {names}: ", quiet=False)
+    refused(capsys, status, tmp_path / "out", f"--target-modules {names}: {message}")
+
+
+@pytest.mark.parametrize("module", ["accelerate", "datasets", "matplotlib", "yaml"])
+def test_missing_library(module, capsys, tmp_path, text_file, model_dir, monkeypatch):
+    find = importlib.util.find_spec
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name == module else find(name))
+    status = adapt(model_dir, text_file, tmp_path / "out")
+    refused(capsys, status, tmp_path / "out", f"training needs {module}: pip install 'mica-fast[cli]'")
+
+
+def test_missing_bitsandbytes(capsys, tmp_path, text_file, model_dir, monkeypatch):
+    monkeypatch.setattr("mica.cli.adapt.base.is_bitsandbytes_available", lambda: False)
+    status = adapt(model_dir, text_file, tmp_path / "out", "--quantize", "nf4")
+    refused(capsys, status, tmp_path / "out", "--quantize nf4: needs bitsandbytes")
+
+
+def test_adapter_of_another_model(capsys, tmp_path, text_file, model_dir):
+    write_adapter(tmp_path / "adapter", tiny_llama(intermediate_size=40))
+    status = adapt(model_dir, text_file, tmp_path / "out", "--adapter", tmp_path / "adapter")
+    parts = ("adapts model.layers.0.mlp.down_proj as a layer of 32 x 40", "it has 32 x 48")
+    refused(capsys, status, tmp_path / "out", f"--adapter {tmp_path / 'adapter'}: ", *parts)
 
 
 def test_blocks_longer_than_the_model_takes(capsys, tmp_path, text_file, model_dir):
     status = adapt(model_dir, text_file, tmp_path / "out", "--sequence-length", 129)
-    refused(capsys, status, tmp_path / "out", "--sequence-length 129", "128", quiet=False)
+    refused(capsys, status, tmp_path / "out", "--sequence-length 129", "128")
 
 
 def test_tokenizer_of_another_model(capsys, tmp_path, text_file):
@@ -278,7 +328,7 @@ BAD_STRINGS = {
     "dataset_config": ("small", "no source is a dataset on the Hub"),
     "held_out_text": ("./nowhere.csv", "no such file or folder"),
     "retain": ("./nowhere.parquet", "no such file or folder"),
-    "target_modules": ("nope", "no layer of the model is called"),
+    "target_modules": ("nope", "no layer of the model is called 'nope'"),
     "optimizer": ("adam_w", "adam_w"),
     "report_to": ("tensorbord", "tensorbord"),
     "output": (__file__, "exists and is not a folder"),
@@ -300,9 +350,7 @@ def test_bad_string(name, capsys, tmp_path, model_dir):
     )
     value, message = BAD_STRINGS[name]
     status = adapt(model_dir, rows, tmp_path / "out", OPTIONS[name].flag, value)
-    refused(
-        capsys, status, tmp_path / "out", OPTIONS[name].flag, value, message, quiet=name != "target_modules"
-    )
+    refused(capsys, status, tmp_path / "out", OPTIONS[name].flag, value, message)
 
 
 def test_an_output_with_something_in_it(capsys, tmp_path, model_dir, text_file):

@@ -55,9 +55,14 @@ def test_a_run(tmp_path, capsys):
     top = {name for name in files(tmp_path) if "/" not in name}
     assert top == {"adapter_config.json", "adapter_model.safetensors"}
     lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("step ")]
-    assert [line.partition(":")[0] for line in lines] == ["step 5/10", "step 10/10"]
-    for part in ("loss 5.", "lr ", "tokens/s ", "held-out perplexity ", " left"):
-        assert part in lines[0]
+    assert [line.split(": ")[0].split()[1] for line in lines if "loss " in line] == ["5/10", "10/10"]
+    assert [line for line in lines if "loss " not in line] == [
+        f"step {entry['step']}/10: held-out perplexity {entry['eval_held_out_perplexity']:.2f}, "
+        f"retained perplexity {entry['eval_retain_perplexity']:.2f}"
+        for entry in evaluated
+    ]
+    for part in ("loss 5.", "lr ", "tokens/s ", " left"):
+        assert part in lines[2]
 
 
 def test_the_written_adapter_is_that_of_the_trained_model(tmp_path):
