@@ -196,7 +196,7 @@ def test_over_a_quantised_base(kind, text, tmp_path):
         ),
         (
             ["--target-modules", "q_proj,gate", "--rank", "7"],
-            "--rank 7: .*gate.weight.*max usable r is 6.*lower",
+            "--rank 7: .*gate.weight has 6 x 32 weights, so at most 6",
         ),
         (["--target-modules", "q_proj,experts.up_proj"], "no layer of the model is called 'experts.up_proj'"),
     ],
