@@ -1,5 +1,6 @@
 """For every test: `torch.empty` holds NaN, so that a result that was never written is seen."""
 
+import logging
 import os
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing may be fetched, not even by mistake
@@ -15,8 +16,13 @@ os.environ.pop("MICA_BACKEND", None)
 import pytest
 import torch
 
-import mica.fast
-from tests.support.thinning import ON_DEVICE, off_the_diagonal
+from mica.cli import NOISY
+
+for name in NOISY:  # or the end of a run shows what they log as PEFT imports them
+    logging.getLogger(name).setLevel(logging.ERROR)
+
+import mica.fast  # noqa: E402
+from tests.support.thinning import ON_DEVICE, off_the_diagonal  # noqa: E402
 
 
 def pytest_collection_modifyitems(config, items):

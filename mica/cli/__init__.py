@@ -18,7 +18,7 @@ _COMMANDS = (adapt, transfer, inspect, doctor)
 # They log as they are imported, which PEFT does where they are installed: torchao and bitsandbytes which of
 # their kernels cannot be loaded, torch that torchao uses a deprecated call. None of it concerns a user here,
 # and a one-line error would stand below ten such lines.
-_NOISY = ("bitsandbytes", "kernels", "torch.utils._pytree", "torchao")
+NOISY = ("bitsandbytes", "kernels", "torch.utils._pytree", "torchao")
 
 
 class _Parser(argparse.ArgumentParser):
@@ -47,7 +47,7 @@ def main(argv: list[str] | None = None) -> int:
         args = parser().parse_args(argv)
     except SystemExit as stop:  # argparse: --help (0) or an error (2)
         return stop.code
-    for name in _NOISY:
+    for name in NOISY:
         logging.getLogger(name).setLevel(logging.ERROR)
     try:
         return args.run(args)

@@ -150,6 +150,7 @@ LAYERS = {
 }
 
 
+@pytest.mark.filterwarnings("ignore:.*a model with PEFT for a second time")  # its rest of one it refused
 @pytest.mark.parametrize("name", LAYERS)
 def test_numbers_exactly_where_the_backend_adapts(name, monkeypatch):
     if "stub" in name:

@@ -263,6 +263,7 @@ def test_a_saved_adapter_is_a_plain_peft_adapter(tmp_path):
     assert error(torch.load(tmp_path / "logits.pt"), expected) <= 5 * RELATIVE[torch.float32]
 
 
+@pytest.mark.filterwarnings("ignore:While compiling, we found certain side effects")
 @pytest.mark.parametrize("strict", [False, True])
 def test_export_for_inference(tmp_path, strict):
     """By default the program holds PyTorch's own operators and runs where this package is not.

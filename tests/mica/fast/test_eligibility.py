@@ -248,6 +248,7 @@ def _dense_parts(out):
     return [out.to_dense() if out.layout != torch.strided else out]
 
 
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
 def test_what_is_traced_runs_without_this_package():
     """And so does what torch.onnx exports by tracing."""
     model = randomise(net())

@@ -181,6 +181,7 @@ def test_tied_weights_stay_tied():
     )
 
 
+@pytest.mark.filterwarnings("ignore:All adapters are already merged")
 def test_report_says_what_rounding_swallowed():
     model = randomise(net(torch.bfloat16, targets=["up", "down"]), scale=0.02)
     before = base_weights(model)

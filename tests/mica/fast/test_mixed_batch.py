@@ -143,8 +143,8 @@ def test_what_peft_refuses_is_refused():
 
 def test_embeddings_and_other_adapters_are_peft_s():
     model = net(adapter_name="wide")
-    model.add_adapter("lora", LoraConfig(r=2, target_modules=TARGETS, init_lora_weights=False))
-    names = ["wide", "lora", "__base__", "wide", "lora"]
+    model.add_adapter("plain", LoraConfig(r=2, target_modules=TARGETS, init_lora_weights=False))
+    names = ["wide", "plain", "__base__", "wide", "plain"]
     mica.fast.call_counts.clear()
     compare(randomise(model).eval(), names, 3 * RELATIVE[torch.float32])
     assert not mica.fast.call_counts["up_projection"]

@@ -121,6 +121,7 @@ def test_way_out_of_independent_adapters():
         assert torch.equal(B, before[name])
 
 
+@pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers` to `True`")
 def test_what_stock_saved_as_tied_loads_as_what_it_is(tmp_path):
     model = randomise(wrap_tied(["q_proj", "embed_tokens", "lm_head"], stock=True))
     model.save_pretrained(tmp_path)
@@ -244,6 +245,7 @@ def test_stock_loses_the_merge_without_a_word(computed):
     assert torch.equal(layer.base_layer.weight, weight)  # nothing of the adapter is left
 
 
+@pytest.mark.filterwarnings("ignore:All adapters are already merged")
 def test_way_out_of_a_computed_weight(computed, kind):
     expected = computed(INDICES)
     KINDS[kind][1](computed.base_model.model.down.base_layer)
