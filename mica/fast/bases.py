@@ -108,6 +108,9 @@ def check(adapter: NewAdapter) -> Tensor | None:
     """
     name, layer, stored = adapter.name, adapter.layer, adapter.stored
     base_layer = layer.get_base_layer()
+    why = quantised.why_not_read(layer)
+    if why:
+        raise UnsuitableLayerError(f"MiCA cannot be initialised: {name} {why}")
     why = expert_bases.why_not_whole(base_layer, stored)
     if why and not tensor_parallel.is_gathered(base_layer):
         raise UnsuitableLayerError(

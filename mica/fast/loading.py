@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -12,6 +13,7 @@ from mica import backend
 from mica.fast import mixed_batch
 from mica.fast.bases import NewAdapter, check, initialise
 from mica.fast.expert_stacks import is_wrapper
+from mica.fast.saving import warn_of_a_lost_mark
 from mica.fast.wrapping import around, while_enabled
 
 # Adapters created within `without_solver`, whose B is still 0, each with its layer's key in the model.
@@ -46,6 +48,9 @@ def load(stock, *args, **kwargs):
     missing_keys = getattr(result, "missing_keys", ())
     _initialise_missing(_by_module(adapters, args[0]) if missing_keys else adapters, missing_keys)
     adapters.clear()
+    if isinstance(args[0], nn.Module):  # `from_pretrained` has the class, and calls `load_adapter`
+        name = inspect.signature(stock).bind(*args, **kwargs).arguments.get("adapter_name")
+        warn_of_a_lost_mark(args[0], name or "default")
     return result
 
 
