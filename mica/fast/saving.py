@@ -60,7 +60,7 @@ def warn_of_a_lost_mark(model: nn.Module, adapter: str) -> None:
         )
 
 
-def _is_orthonormal(lora_B: Tensor) -> bool:  # noqa: N803
+def _is_orthonormal(lora_B: Tensor) -> bool:
     """Whether B of three of the experts (E, out_features, r) is, within the rounding of bf16."""
     if not is_plain(lora_B) or lora_B.is_meta:
         return False
