@@ -43,7 +43,7 @@ def read_config(stock, self, *args, **kwargs) -> None:
         self.init_lora_weights, self.peft_version = "mica", version.removesuffix(_MARK)
     elif isinstance(mapping, dict) and _OLD_MARK.items() <= mapping.items():
         self.init_lora_weights = "mica"
-        self.auto_mapping = {key: mapping[key] for key in mapping.keys() - _OLD_MARK.keys()} or None
+        self.auto_mapping = {key: value for key, value in mapping.items() if key not in _OLD_MARK} or None
     stock(self, *args, **kwargs)
 
 
