@@ -124,7 +124,11 @@ def check(adapter: NewAdapter) -> Tensor | None:
 
 def _checked_weight(adapter: NewAdapter) -> Tensor:
     """`check` of a layer with one weight."""
-    name, layer, weight = adapter.name, adapter.layer, adapter.weight
+    name, layer = adapter.name, adapter.layer
+    why = quantised.why_not_read(layer)
+    if why:
+        raise UnsuitableLayerError(f"MiCA cannot be initialised: {name} {why}")
+    weight = adapter.weight
     if weight.dtype not in FLOATING:
         raise TypeError(
             f"Please initialize MiCA under float32, float16, bfloat16 or float64: {name} has a weight of "

@@ -10,10 +10,11 @@ from __future__ import annotations
 import torch
 from peft.tuners import lora
 from torch import Tensor, nn
+from torch.nn import functional
 from torch.nn.modules import module as nn_module
 
 from mica.dtypes import FLOATING, SIXTEEN_BIT
-from mica.fast.eligibility import FORWARDS, MiCALinearVariant, Operands
+from mica.fast.eligibility import CALL, FORWARDS, LINEAR, MiCALinearVariant, Operands
 from mica.ops.dispatch import PLAIN, is_direct
 
 _LINEAR, _IDENTITY = nn.Linear, nn.Identity
@@ -50,6 +51,9 @@ def operands(layer, x: Tensor) -> Operands | None:
         or not (type(base) is type(lora_A) is type(lora_B) is _LINEAR and type(dropout) is _IDENTITY)
         or _LINEAR.forward is not FORWARDS[_LINEAR]
         or _IDENTITY.forward is not FORWARDS[_IDENTITY]
+        or _LINEAR.__call__ is not CALL
+        or _IDENTITY.__call__ is not CALL
+        or functional.linear is not LINEAR
         or nn_module._global_forward_hooks
         or nn_module._global_forward_pre_hooks
         or nn_module._global_backward_hooks

@@ -16,6 +16,8 @@ from peft.tuners import lora
 from peft.tuners.lora import variants
 from torch import nn
 from torch._C import _get_tracing_state
+from torch.fx._symbolic_trace import is_fx_tracing
+from torch.nn import functional
 from torch.nn.modules import module as nn_module
 from transformers.pytorch_utils import Conv1D
 
@@ -30,14 +32,17 @@ MiCAEmbeddingVariant = getattr(variants, "MiCAEmbeddingVariant", None)
 _VARIANTS = (MiCALinearVariant, MiCAEmbeddingVariant)
 
 
-def own_forward(cls: type[nn.Module]) -> Callable | None:
-    """The class's original forward; None if it had been replaced before this import."""
-    known = getattr(cls.forward, "__globals__", None) is vars(sys.modules[cls.__module__])
-    return cls.forward if known else None
+def own(cls: type[nn.Module], name: str = "forward") -> Callable | None:
+    """The method as its class defines it; None if it had been replaced before this import."""
+    method = getattr(cls, name)
+    known = getattr(method, "__globals__", None) is vars(sys.modules[cls.__module__])
+    return method if known else None
 
 
 # What the operators compute. Code that replaces one of these for all modules expects its own to run.
-FORWARDS = {cls: own_forward(cls) for cls in (nn.Linear, Conv1D, nn.Identity, nn.Dropout)}
+FORWARDS = {cls: own(cls) for cls in (nn.Linear, Conv1D, nn.Identity, nn.Dropout)}
+CALL = own(nn.Module, "__call__")  # the classes inherit it
+LINEAR = torch._C._nn.linear  # functional.linear
 
 # PEFT's layer classes over quantised weights, added when first used: importing them needs their
 # libraries. Emptied once PEFT has its functions back.
@@ -212,6 +217,8 @@ def _read_linear(layer, name: str, scaling) -> Adapter | str:
         return "a bias on the lora_A"
     if global_hooks():
         return "global module hooks are registered"
+    if functional.linear is not LINEAR:
+        return "somebody has replaced torch.nn.functional.linear"
     A, B = local(base, weight_of(lora_A)), local(base, weight_of(lora_B))
     plan = tensor_parallel.plan_of(base)
     return (
@@ -287,6 +294,9 @@ def _why_not_read_directly(part: str, module: nn.Module, is_sharded: bool = Fals
         return f"the {part} has a forward of its own (offloading or another patch)"
     if kind.forward is not FORWARDS[kind]:
         return f"somebody has replaced {kind.__name__}.forward"
+    if kind.__call__ is not CALL and not is_fx_tracing():  # which replaces it meanwhile, `make_fx` too
+        owner = kind if nn.Module.__call__ is CALL else nn.Module
+        return f"somebody has replaced {owner.__name__}.__call__"
     return None
 
 

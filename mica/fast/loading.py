@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,6 +14,7 @@ from mica import backend
 from mica.fast import mixed_batch
 from mica.fast.bases import NewAdapter, check, initialise
 from mica.fast.expert_stacks import is_wrapper
+from mica.fast.saving import warn_of_a_lost_mark
 from mica.fast.wrapping import around, while_enabled
 
 # Beside an adapter on a GGUF file: the folder of the checkpoint that `mica adapt` has made of that file.
@@ -50,6 +52,9 @@ def load(stock, *args, **kwargs):
     missing_keys = getattr(result, "missing_keys", ())
     _initialise_missing(_by_module(adapters, args[0]) if missing_keys else adapters, missing_keys)
     adapters.clear()
+    if isinstance(args[0], nn.Module):  # `from_pretrained` has the class, and calls `load_adapter`
+        name = inspect.signature(stock).bind(*args, **kwargs).arguments.get("adapter_name")
+        warn_of_a_lost_mark(args[0], name or "default")
     return result
 
 

@@ -125,6 +125,8 @@ _KINDS = {
     "peft.tuners.lora.eetq.EetqLoraLinear": Kind("EETQ", None),
     "peft.tuners.lora.inc.IncLoraLinear": Kind("Intel Neural Compressor", None),
 }
+# bitsandbytes' layers -> the attribute of the model without which PEFT takes them for a plain nn.Linear.
+_FLAGS = {"Linear4bit": "is_loaded_in_4bit", "Linear8bitLt": "is_loaded_in_8bit"}
 _ALLOWED = "bitsandbytes 4-bit and 8-bit, HQQ, torchao (other than Int4Tensor), GPTQ and AWQ"
 
 
@@ -160,6 +162,23 @@ def why_not(layer: nn.Module) -> str | None:
     return (
         f"has a quantised base layer of type {type(base).__name__} ({name}), and of quantised layers only "
         f"those of {_ALLOWED} are allowed."
+    )
+
+
+def why_not_read(layer: nn.Module) -> str | None:
+    """Why the weight of a layer that PEFT takes for a plain one is no matrix, as text that follows its name.
+
+    An adapter with a B of its own, from a file, runs there all the same.
+    """
+    base = layer.get_base_layer()
+    of_bnb = {cls.__name__ for cls in type(base).__mro__ if cls.__module__.startswith("bitsandbytes.")}
+    flag = next((_FLAGS[name] for name in _FLAGS if name in of_bnb), None)
+    holds_floats = getattr(getattr(base, "state", None), "has_fp16_weights", False)  # an 8-bit layer may
+    if flag is None or holds_floats or kind_of(layer) is not None:
+        return None
+    return (
+        f"is a {type(base).__name__} of bitsandbytes in a model without `{flag}`, from which PEFT knows that "
+        f"the weight is quantised: set model.{flag} = True before the adapter is created."
     )
 
 

@@ -189,8 +189,9 @@ class Twins:
             assert (ours is None) == (stock is None), f"{name}: adapter {adapter} on one model only"
             if ours is None:
                 continue
-            if is_mica and randomise and layer.get_base_layer().weight.dtype == torch.float32:
-                judge(name, layer, ours[1], stock[1])
+            of_ours = is_mica and randomise and mica.fast.is_enabled()
+            if of_ours and layer.get_base_layer().weight.dtype == torch.float32:
+                judge(name, layer, adapter)
             with torch.no_grad():
                 if randomise:
                     for factor in ours[: 1 if is_mica else 2]:

@@ -64,11 +64,13 @@ def _own_forward(part):
     return change
 
 
-def _class_forward(kind):
+def _for_all(owner, name):
+    """As profilers and emulators of other arithmetic replace a function."""
+
     def change(layer):
-        stock = kind.forward
-        kind.forward = lambda self, x: 2 * stock(self, x)
-        return lambda: setattr(kind, "forward", stock)
+        held, stock = vars(owner).get(name), getattr(owner, name)
+        setattr(owner, name, lambda *args: 2 * stock(*args))
+        return lambda: setattr(owner, name, held) if held else delattr(owner, name)
 
     return change
 
@@ -204,8 +206,12 @@ CHANGES = {
     "a forward of lora_A's own": (_own_forward("lora_A"), PEFT),
     "a forward of lora_B's own": (_own_forward("lora_B"), PEFT),
     "a forward of lora_dropout's own": (_own_forward("lora_dropout"), PEFT),
-    "another nn.Linear.forward": (_class_forward(nn.Linear), PEFT),
-    "another nn.Identity.forward": (_class_forward(nn.Identity), PEFT),
+    "another nn.Linear.forward": (_for_all(nn.Linear, "forward"), PEFT),
+    "another nn.Identity.forward": (_for_all(nn.Identity, "forward"), PEFT),
+    "another nn.Linear.__call__": (_for_all(nn.Linear, "__call__"), PEFT),
+    "another nn.Identity.__call__": (_for_all(nn.Identity, "__call__"), PEFT),
+    "another nn.Module.__call__": (_for_all(nn.Module, "__call__"), PEFT),
+    "another functional.linear": (_for_all(nn.functional, "linear"), PEFT),
     "a base weight that is trained": (_trained("base_layer"), CALLED),
     "a base bias that is trained": (_trained("base_layer", "bias"), CALLED),
     "a lora_B that is trained": (_trained("lora_B"), PEFT),

@@ -6,6 +6,7 @@ import types
 import pytest
 import torch
 from torch import nn
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn.modules.module import register_module_forward_hook
 from torch.nn.utils import parametrizations
 from transformers.pytorch_utils import Conv1D
@@ -212,11 +213,45 @@ def test_a_replaced_forward_of_conv1d_has_the_base_layer_called(monkeypatch):
         assert error(out, model.base_model.model.conv(x)) <= RELATIVE[torch.float32]
 
 
+@pytest.mark.parametrize(
+    ("owner", "name", "called"),
+    [
+        (nn.Module, "__call__", "Module.__call__"),
+        (nn.Linear, "__call__", "Linear.__call__"),
+        (nn.functional, "linear", "torch.nn.functional.linear"),
+    ],
+)
+def test_a_call_that_is_replaced_for_all_modules_runs(monkeypatch, owner, name, called):
+    """Also where a compiled graph from before is called."""
+    torch.compiler.reset()
+    model = randomise(net(targets=["up"]))
+    compiled = torch.compile(up(model), backend="aot_eager", fullgraph=True)
+    expected = compiled(X)
+    stock = getattr(owner, name)
+    monkeypatch.setattr(owner, name, lambda *args: 2 * stock(*args), raising=False)
+    (row,) = mica.fast.explain(model).rows
+    assert (row.path, row.reason) == ("peft", f"somebody has replaced {called}")
+    assert_peft_runs(model)
+    with mica.fast.disabled():
+        doubled = up(model)(X)
+    assert error(compiled(X), doubled) <= RELATIVE[torch.float32]
+    monkeypatch.undo()
+    assert torch.equal(compiled(X), expected)
+    assert mica.fast.explain(model).counts() == {"reference": 1}
+
+
+def test_fx_s_own_call_while_it_traces_is_no_reason():
+    layer = up(randomise(net(targets=["up"])))
+    graph = make_fx(layer)(X)
+    assert "mica.linear" in graph.code
+    assert error(graph(X), layer(X)) <= RELATIVE[torch.float32]
+
+
 def test_a_forward_that_was_replaced_before_the_import_is_known(monkeypatch):
     assert set(eligibility.FORWARDS.values()) == {kind.forward for kind in eligibility.FORWARDS}
     stock = nn.Linear.forward
     monkeypatch.setattr(nn.Linear, "forward", functools.wraps(stock)(lambda self, x: stock(self, x)))
-    assert eligibility.own_forward(nn.Linear) is None
+    assert eligibility.own(nn.Linear) is None
 
 
 INPUTS = {

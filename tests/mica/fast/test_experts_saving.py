@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 
+import peft
 import pytest
 import torch
 from peft import AutoPeftModel, AutoPeftModelForCausalLM, LoraConfig, PeftConfig, PeftModel
@@ -105,15 +106,16 @@ def test_the_file_says_plain_lora_and_what_it_is(tmp_path, task_type):
     model.save_pretrained(tmp_path)
     config = saved_config(tmp_path)
     assert config["init_lora_weights"] is True
-    mapping = {"init_lora_weights": "mica"}
+    assert config["peft_version"] == f"{peft.__version__}+mica"
+    mapping = None
     if task_type is None:  # what PEFT writes for its auto classes
-        mapping |= {
+        mapping = {
             "base_model_class": "Qwen3MoeForCausalLM",
             "parent_library": "transformers.models.qwen3_moe.modeling_qwen3_moe",
         }
     assert config["auto_mapping"] == mapping
     assert model.peft_config["default"].init_lora_weights == "mica"
-    assert not model.peft_config["default"].auto_mapping
+    assert model.peft_config["default"].peft_version == peft.__version__
 
 
 def test_a_disabled_backend_saves_what_stock_loads(tmp_path):
@@ -142,9 +144,16 @@ def test_a_configuration_comes_back_as_it_was(tmp_path, mapping):
     config.save_pretrained(tmp_path)
     assert config.to_dict() == before
     again = PeftConfig.from_pretrained(tmp_path)
-    assert (again.init_lora_weights, again.auto_mapping) == ("mica", mapping)
+    assert again.to_dict() == {**before, "inference_mode": again.inference_mode}
     again.save_pretrained(tmp_path)
-    assert saved_config(tmp_path)["auto_mapping"] == {**(mapping or {}), "init_lora_weights": "mica"}
+    assert saved_config(tmp_path)["peft_version"] == f"{peft.__version__}+mica"
+
+
+@pytest.mark.parametrize("mapping", [None, {"base_model_class": "X", "parent_library": "y"}])
+def test_the_mark_of_earlier_versions_is_read(mapping):
+    old = {**(mapping or {}), "init_lora_weights": "mica"}
+    config = LoraConfig(target_parameters=STACKS, target_modules=[], auto_mapping=old)
+    assert (config.init_lora_weights, config.auto_mapping) == ("mica", mapping)
 
 
 def test_a_mapping_with_something_else_is_no_mark(tmp_path):
@@ -188,7 +197,7 @@ def test_a_resumed_adapter_trains_a_only(tmp_path):
         assert torch.equal(lora_B_of(layer, "default"), lora_B_of(wrappers(model)[name], "default"))
         assert not torch.equal(lora_A_of(layer, "default"), lora_A_of(wrappers(model)[name], "default"))
     resumed.save_pretrained(tmp_path)
-    assert saved_config(tmp_path)["auto_mapping"]["init_lora_weights"] == "mica"
+    assert saved_config(tmp_path)["peft_version"].endswith("+mica")
 
 
 def test_transformers_own_loader(tmp_path, solved):
@@ -225,6 +234,47 @@ def test_the_mark_is_left_alone_while_the_backend_is_disabled(tmp_path):
     config = loaded.peft_config["default"]
     config.save_pretrained(tmp_path / "again")
     assert PeftConfig.from_pretrained(tmp_path / "again").init_lora_weights == "mica"
+
+
+@pytest.mark.parametrize("task_type", [None, "CAUSAL_LM"])
+def test_the_mark_survives_stock_s_load_and_save(tmp_path, task_type):
+    model = trained(task_type=task_type)
+    model.save_pretrained(tmp_path / "first")
+    with mica.fast.disabled():
+        stock_load(qwen3_moe(), tmp_path / "first").save_pretrained(tmp_path / "again")
+    loaded = PeftModel.from_pretrained(qwen3_moe(), tmp_path / "again", is_trainable=True)
+    assert_same_adapter(loaded, model)
+    assert {n.split(".")[-3] for n, p in loaded.named_parameters() if p.requires_grad} == {"lora_A"}
+
+
+def lose_the_mark(folder):
+    config = saved_config(folder)
+    config["peft_version"] = config["peft_version"].removesuffix("+mica")
+    (folder / CONFIG).write_text(json.dumps(config))
+
+
+@pytest.mark.parametrize("gate_up", ["fused", "halves"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_lost_mark_is_noticed(tmp_path, dtype, gate_up):
+    mica.fast.enable(gate_up=gate_up)
+    model = trained(base=qwen3_moe().to(dtype), autocast_adapter_dtype=False)  # in bf16, B is rounded to it
+    model.save_pretrained(tmp_path)
+    lose_the_mark(tmp_path)
+    with pytest.warns(UserWarning, match=r"adapter 'default' was loaded as LoRA, .*append '\+mica' to the"):
+        loaded = PeftModel.from_pretrained(qwen3_moe().to(dtype), tmp_path)
+    with pytest.warns(UserWarning, match=r"adapter 'second' was loaded as LoRA"):
+        loaded.load_adapter(tmp_path, "second")
+    with pytest.warns(UserWarning, match=r"adapter 'default' was loaded as LoRA"):
+        qwen3_moe().to(dtype).load_adapter(str(tmp_path))
+
+
+@pytest.mark.filterwarnings("error:.*loaded as LoRA")
+def test_trained_lora_has_lost_no_mark(tmp_path):
+    model = wrap_experts(qwen3_moe(), stock=True)
+    for layer in wrappers(model).values():
+        torch.nn.init.normal_(layer.lora_B["default"].weight, std=0.1)
+    model.save_pretrained(tmp_path)
+    PeftModel.from_pretrained(qwen3_moe(), tmp_path)
 
 
 def test_a_parameter_missing_in_the_checkpoint_gets_its_bases(tmp_path, solved):

@@ -5,14 +5,24 @@ from functools import partial
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
+from peft.tuners import lora
 from peft.tuners.lora.aqlm import AqlmLoraLinear
 from torch import nn
 
 import mica.fast
 from mica.errors import UnsuitableLayerError
 from tests.support.models import adapted_layers, randomise, snapshot, wrap
-from tests.support.quantised_models import TARGETS, adapted, assert_spans, llama, logits
+from tests.support.quantised_models import (
+    TARGETS,
+    adapted,
+    assert_spans,
+    bnb_4bit,
+    bnb_8bit,
+    llama,
+    logits,
+)
+from tests.support.tolerances import RELATIVE, error
 
 pytestmark = pytest.mark.usefixtures("one_thread", "gptqmodel")
 
@@ -65,6 +75,33 @@ def test_not_quantised_yet():
         with pytest.raises(UnsuitableLayerError, match=r"but layer '0' \(.* .-bit\) is not quantised yet"):
             wrap(model, targets=["0"])
         assert model[0] is layer
+
+
+@pytest.mark.parametrize(
+    ("make", "flag"),
+    [
+        (bnb_4bit, "is_loaded_in_4bit"),
+        (partial(bnb_4bit, quant_storage=torch.bfloat16), "is_loaded_in_4bit"),  # r = 1 fits the packed bytes
+        (bnb_8bit, "is_loaded_in_8bit"),
+    ],
+)
+def test_a_model_that_does_not_say_that_it_is_quantised(make, flag, tmp_path):
+    """PEFT takes its layers for plain ones; an adapter from a file runs there all the same."""
+    model = nn.Sequential(make(nn.Linear(32, 16)))
+    before = snapshot(model)
+    message = rf"layer '0' is a Linear\w+ of bitsandbytes .*: set model.{flag} = True before"
+    with pytest.raises(UnsuitableLayerError, match=message):
+        wrap(model, rank=1, targets=["0"])
+    assert snapshot(model) == before
+    setattr(model, flag, True)
+    adapter = randomise(wrap(model, rank=1, targets=["0"]))
+    adapter.save_pretrained(tmp_path)
+    x = torch.randn(3, 32, requires_grad=True)
+    expected = adapter(x)
+    delattr(adapter.unload(), flag)
+    loaded = PeftModel.from_pretrained(model, tmp_path, is_trainable=True)
+    assert type(loaded.base_model.model[0]) is lora.Linear
+    assert error(loaded(x), expected) <= RELATIVE[torch.float32]
 
 
 def test_8_bit_layer_with_16_bit_weights():

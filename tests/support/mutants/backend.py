@@ -103,6 +103,9 @@ BACKEND = [
                 ("and type(dropout) is _IDENTITY", ""),
                 ("or _LINEAR.forward is not FORWARDS[_LINEAR]", ""),
                 ("or _IDENTITY.forward is not FORWARDS[_IDENTITY]", ""),
+                ("or _LINEAR.__call__ is not CALL", ""),
+                ("or _IDENTITY.__call__ is not CALL", ""),
+                ("or functional.linear is not LINEAR", ""),
                 ("in (base, lora_A", "in (lora_A"),
                 ("base, lora_A, lora_B", "base, lora_B"),
                 ("lora_A, lora_B, dropout", "lora_A, dropout"),
@@ -142,10 +145,13 @@ BACKEND = [
             "_read_linear": [
                 ("if dropout.training", "if True"),
                 ("if global_hooks()", "if False"),
+                ("if functional.linear is not LINEAR", "if False"),
             ],
             "_why_not_read_directly": [
                 ('"forward" in module.__dict__', "False"),
                 ("kind.forward is not FORWARDS[kind]", "False"),
+                ("kind.__call__ is not CALL", "False"),
+                ("and not is_fx_tracing()", ""),
             ],
             "_has_hooks": [("or module._backward_hooks\n        or module._backward_pre_hooks", "")],
             "why_not_frozen": [("reason is None and tensor.requires_grad", "False")],
