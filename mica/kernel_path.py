@@ -263,7 +263,7 @@ def down_projection(
 def up_projection(y: Tensor, h: Tensor, lora_B: Tensor) -> Tensor:
     """As `mica.reference.up_projection`."""
     dtype = torch.promote_types(y.dtype, h.dtype)
-    out = torch.empty_like(y)
+    out = y.new_empty(y.shape)  # contiguous, as torch.compile is told; empty_like would keep y's strides
     return up_kernel.up_projection_(y, h, prepare(lora_B, dtype), out=out, compute_dtype=dtype)
 
 

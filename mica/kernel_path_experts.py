@@ -68,7 +68,7 @@ def experts_linear_backward(
     grad_x = grad_A = None
     if not lora_A.shape[1]:
         dx = None if weight is None else _none_beyond(base_product(grad_output, offsets, weight), offsets)
-        return dx, None if x is None else torch.zeros_like(lora_A)
+        return dx, None if x is None else lora_A.new_zeros(lora_A.shape)
     factor = prepare_experts(lora_B, compute_dtype)
     g = experts_down(grad_output, offsets, factor, scale=scaling, compute_dtype=compute_dtype)
     if x is not None:

@@ -54,7 +54,7 @@ OPERATORS = [
             "choose_form": [('backend.requested() == "auto"', "True")],
             "linear_backward": [('"dropout_p": dropout_p, "seed": seed', "")],
             "embedding_backward": [("padding_idx=padding_idx,", "")],
-            "up_projection": [("torch.empty_like(y)", "y")],
+            "up_projection": [("y.new_empty(y.shape)", "y"), ("y.new_empty(y.shape)", "torch.empty_like(y)")],
             "_stacked": [("F.pad(A, (0, 0, 0, rows)) if rows else", "")],
         },
     ),
