@@ -79,6 +79,8 @@ class Plan:
     tensors whose parameters have the same names.
     """
 
+    launch_class = Launch
+
     kernel: Callable
     grid: tuple[int, int]
     numbers: dict
@@ -105,7 +107,7 @@ class Plan:
         args = dict(zip(self.kernel.arg_names, tensors, strict=False)) | self.numbers
         then = self.then and self.then.bind([tensors[place] for place in self._passed_on])
         options = self.config.num_warps, self.config.num_stages
-        return Launch(self.kernel, self.grid, args, self.meta, *options, then)
+        return self.launch_class(self.kernel, self.grid, args, self.meta, *options, then)
 
     def __call__(self, *tensors: Tensor) -> None:
         addresses = tuple(map(_addresses, tensors))

@@ -240,6 +240,10 @@ KERNELS = [
             "_fused_linear_descriptor_kernel": [("load([row, start])", "load([row, 0])")],
             "why_not_descriptor": [("row_bytes % 16 or", "")],
             "fused_linear": [("and (x.data_ptr() % 16, w.data_ptr() % 16)", "")],
+            "_DescriptorPlan": [
+                ("launch_class = _DescriptorLaunch", "pass"),
+                ("contextvars.copy_context().run(_with_scratch, ", "_with_scratch("),
+            ],
         },
     ),
     FileEdits(
