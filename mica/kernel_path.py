@@ -22,7 +22,7 @@ from mica.kernels import down_projection as down_kernel
 from mica.kernels import grad_a as grad_a_kernel
 from mica.kernels import tuning
 from mica.kernels import up_projection as up_kernel
-from mica.kernels.common import LaunchError, fp32_setting, target_of
+from mica.kernels.common import LaunchError, NotLoadedError, fp32_setting, target_of
 from mica.kernels.embedding import embedding as embedding_kernel
 from mica.kernels.embedding import grad_a_embedding
 from mica.kernels.fused_linear import fused_linear, why_not_descriptor
@@ -32,6 +32,7 @@ from mica.kernels.prepared import prepare
 
 __all__ = [
     "LaunchError",
+    "NotLoadedError",
     "down_projection",
     "down_projection_backward",
     "embedding",

@@ -66,6 +66,12 @@ def test_descriptors_get_memory_and_a_users_allocator_stays(report):
     assert report["own allocators"] == [True] * 5
 
 
+def test_only_what_is_loaded_is_launched_in_a_capture(report):
+    launches = report["in a capture"]
+    assert [name for name in launches if not launches[name]] == ["met first", "again"]
+    assert len(launches) == 5
+
+
 def test_this_triton_can_be_run_directly():
     assert launching.can_run_directly(CompiledKernel)
 

@@ -18,6 +18,7 @@ from triton.compiler import CompiledKernel
 from triton.runtime import _allocation
 
 from mica.kernels import configs, launching, tuning
+from mica.kernels.common import NotLoadedError
 from mica.kernels.configs import Config
 from mica.kernels.down_projection import down_projection, plan_down_projection
 from mica.kernels.embedding import embedding, grad_a_embedding
@@ -355,6 +356,20 @@ def own_allocators() -> list[bool]:
     return [*own, _allocation._allocator.get() is users]
 
 
+def in_a_capture() -> dict[str, bool]:
+    """Which calls launch, in order; but for "eager" while a CUDA graph is captured."""
+    calls = {"met first": 8, "again": 8, "eager": 8, "planned": 8, "another plan, of a loaded kernel": 7}
+    is_capturing, launches = launching.is_capturing, {}
+    launching.forget()
+    for name, tokens in calls.items():
+        launching.is_capturing = lambda device, name=name: name != "eager"
+        with contextlib.suppress(NotLoadedError):
+            launched((grad_a, (matrix(tokens, 24, FP16), matrix(tokens, 80, FP16), 24), {}))
+        launches[name] = bool(_seen)
+    launching.is_capturing = is_capturing
+    return launches
+
+
 def main() -> None:
     with no_launch.installed(launch=record):
         wrong = {name: differences(*case) for name, case in cases().items()}
@@ -370,6 +385,7 @@ def main() -> None:
             "observers": observers(),
             "other interfaces": other_interfaces(),
             "own allocators": own_allocators(),
+            "in a capture": in_a_capture(),
             "triton": triton.__version__,
         }
     print(json.dumps({"cases": wrong, **rest}))

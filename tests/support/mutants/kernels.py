@@ -132,6 +132,7 @@ KERNELS = [
                 ("bind(tensors).alone()", "bind(tensors)()"),
                 ("not is_observed and", ""),
             ],
+            "Launch.alone": [("is_capturing(device) and", ""), ("and not self._is_loaded()", "")],
             "_is_observed": [("or runtime.debug", "")],
             "can_run_directly": [('hooks, "x", "y"', "hooks, *seen[9:]")],
             "Plan.__post_init__": [("self.kernel.arg_names[-len(values) :]", "values")],

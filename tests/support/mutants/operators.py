@@ -87,8 +87,16 @@ OPERATORS = [
     ),
     FileEdits(
         "mica/ops/dispatch.py",
-        tests=["tests/mica/ops/test_dispatch.py", "tests/mica/test_kernel_path.py"],
+        tests=[
+            "tests/mica/ops/test_dispatch.py",
+            "tests/mica/test_kernel_path.py",
+            "tests/mica/test_kernel_plans.py",
+        ],
         edits={
+            "compute": [
+                ("or (in_capture and of_experts)", ""),
+                ("backend.note_missed if in_capture else", ""),
+            ],
             "run_backward": [
                 ("return plain(body)", "return body"),
                 ("if not is_direct(*tensors):\n        return operator(*args)", ""),
