@@ -18,6 +18,11 @@ from mica.kernels.limits import DTYPES, names_of
 # What Triton raises where a kernel cannot be compiled, or needs more than the device has.
 LaunchError = triton.runtime.errors.TritonError
 
+
+class NotLoadedError(LaunchError):
+    """A kernel would have to be loaded while a CUDA graph is captured, where CUDA permits no loading."""
+
+
 TRITON_DTYPES = {dtype: getattr(tl, names_of([dtype])) for dtype in DTYPES}
 
 # Read once, when the kernels are decorated, as Triton does.

@@ -8,6 +8,7 @@ rounding where the others have two. Formulas: `mica.reference.linear` and `mica.
 
 from __future__ import annotations
 
+import contextvars
 import functools
 
 import torch
@@ -29,7 +30,7 @@ from mica.kernels.common import (
     target_of,
     wide_product,
 )
-from mica.kernels.launching import Choice, Plan, Plans, layout, strides
+from mica.kernels.launching import Choice, Launch, Plan, Plans, layout, strides
 
 GROUP_M = 8  # rows of tiles that are processed together: their part of w stays in the L2 cache
 
@@ -280,8 +281,8 @@ def plan_fused_linear(
             "PRECISION": precision(torch.promote_types(x.dtype, h.dtype), target),
         }
         kernel = _fused_linear_descriptor_kernel if descriptor else _fused_linear_kernel
-        shape = (num_tokens, out_features)
-        return Plan(kernel, (grid, 1), numbers, meta | form, config, shape, x.dtype)
+        kind, shape = _DescriptorPlan if descriptor else Plan, (num_tokens, out_features)
+        return kind(kernel, (grid, 1), numbers, meta | form, config, shape, x.dtype)
 
     sizes = (tuning.bucket(num_tokens), in_features, out_features)
     kind = (block_r, _is_aligned(x, w), x.element_size(), descriptor, dropout_p > 0)
@@ -322,8 +323,23 @@ def _multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
-def _scratch(size: int, alignment: int, stream: int | None) -> Tensor:
-    return torch.empty(size, dtype=torch.int8, device="cuda")
+def _with_scratch(launch, *args):
+    """``launch(*args)`` with memory for the descriptors that the kernel makes."""
+    triton.set_allocator(lambda size, alignment, stream: torch.empty(size, dtype=torch.int8, device="cuda"))
+    return launch(*args)
+
+
+# Triton's allocator is a variable of the context, perhaps set by the user: ours is set in a copy of that.
+class _DescriptorLaunch(Launch):
+    def alone(self):
+        return contextvars.copy_context().run(_with_scratch, super().alone)
+
+
+class _DescriptorPlan(Plan):
+    launch_class = _DescriptorLaunch
+
+    def __call__(self, *tensors: Tensor) -> None:
+        contextvars.copy_context().run(_with_scratch, super().__call__, *tensors)
 
 
 def fused_linear(
@@ -358,8 +374,6 @@ def fused_linear(
         ValueError, TypeError: an argument that is not as above.
         LaunchError: no configuration can be launched here.
     """
-    if descriptor:
-        triton.set_allocator(_scratch)  # for the descriptors that the kernel makes
     key = (
         tuning.state(),
         layout(x),

@@ -24,7 +24,7 @@ from triton import knobs
 from triton.runtime.driver import driver
 
 from mica.kernels import tuning
-from mica.kernels.common import INTERPRETED, LaunchError, raw_stream
+from mica.kernels.common import INTERPRETED, LaunchError, NotLoadedError, raw_stream
 from mica.kernels.configs import Config
 
 # Plans in a table before it is emptied: a varying number of tokens must not fill the memory. One is 2 KB.
@@ -56,13 +56,27 @@ class Launch:
             self.then()
 
     def alone(self):
-        """Make only this launch. Returns the compiled kernel, or None (interpreted, or nothing to do)."""
+        """Make only this launch. Returns the compiled kernel, or None (interpreted, or nothing to do).
+
+        Raises:
+            NotLoadedError: a CUDA graph is captured, and Triton has not launched such a kernel before.
+        """
         if 0 in self.grid:  # no tokens
             return None
         device = next(iter(self.args.values())).device
         # Triton launches on the current device, wherever the tensors are
         with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
+            if is_capturing(device) and not self._is_loaded():
+                raise NotLoadedError(
+                    "a kernel for this kind of call is not loaded, which it cannot be while a CUDA graph is "
+                    "captured: make the call once before the capture."
+                )
             return self.kernel[self.grid](*self.args.values(), **self.meta, **self.options())
+
+    def _is_loaded(self) -> bool:
+        """Compiles what has to be, which calls no driver."""
+        compiled = self.kernel.warmup(*self.args.values(), grid=self.grid, **self.meta, **self.options())
+        return getattr(compiled, "module", None) is not None
 
     def options(self) -> dict:
         # explicit, because the default of fused multiply-adds changes with Triton 3.10
@@ -78,6 +92,8 @@ class Plan:
     parts of a split sum have together, 0 where nothing is split. ``then``: the launch that follows it, on the
     tensors whose parameters have the same names.
     """
+
+    launch_class = Launch
 
     kernel: Callable
     grid: tuple[int, int]
@@ -105,7 +121,7 @@ class Plan:
         args = dict(zip(self.kernel.arg_names, tensors, strict=False)) | self.numbers
         then = self.then and self.then.bind([tensors[place] for place in self._passed_on])
         options = self.config.num_warps, self.config.num_stages
-        return Launch(self.kernel, self.grid, args, self.meta, *options, then)
+        return self.launch_class(self.kernel, self.grid, args, self.meta, *options, then)
 
     def __call__(self, *tensors: Tensor) -> None:
         addresses = tuple(map(_addresses, tensors))
@@ -156,6 +172,7 @@ class Choice(NamedTuple):
 
         Raises:
             LaunchError: none can be compiled and launched. It names the kernel and the reason of the last.
+            NotLoadedError: see `Launch.alone`.
         """
         best, reason = self._best(), None
         for config in (best, *(other for other in self.configs if other != best)):
@@ -165,6 +182,8 @@ class Choice(NamedTuple):
             if form not in plans.refused:
                 try:
                     plan(*tensors)
+                except NotLoadedError:
+                    raise
                 except Exception as error:
                     if not _is_refusal(error):
                         raise
@@ -232,6 +251,11 @@ def layout(tensor: Tensor | None) -> tuple | None:
     if tensor is None:
         return None
     return tensor.shape, tensor.stride(), tensor.dtype, tensor.get_device()
+
+
+def is_capturing(device: torch.device) -> bool:
+    """Whether a CUDA graph is captured on the current stream of this device, the current one."""
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
 def _is_observed(kernel) -> bool:

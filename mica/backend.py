@@ -25,6 +25,7 @@ class Refused(NamedTuple):
 
 
 _given_up: dict[Refused, str] = {}
+_missed: set[Refused] = set()
 
 # The raw value of ``MICA_BACKEND``, None where it is unset, in 0.1 µs; only for comparisons.
 setting = runtime.raw_variable("MICA_BACKEND")
@@ -47,9 +48,23 @@ def give_up(
     )
 
 
+def note_missed(
+    device: torch.device, function: str, rank: int, dtypes: tuple[torch.dtype, ...], error: Exception
+) -> None:
+    """Warn, once, that this function with such operands runs without kernels in a CUDA graph."""
+    missed = Refused(device, function, rank, dtypes)
+    if missed not in _missed:
+        _missed.add(missed)
+        what = f"{function} at rank {rank} ({names_of(dtypes)})"
+        warnings.warn(
+            f"MiCA runs {what} on PyTorch's own operators in a CUDA graph on {device}: {error}", stacklevel=2
+        )
+
+
 def forget_verdicts() -> None:
     """Decide again which path calls take, and retry what was given up: after a change of driver."""
     _given_up.clear()
+    _missed.clear()
     _verdicts.clear()
 
 

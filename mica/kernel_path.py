@@ -22,7 +22,7 @@ from mica.kernels import down_projection as down_kernel
 from mica.kernels import grad_a as grad_a_kernel
 from mica.kernels import tuning
 from mica.kernels import up_projection as up_kernel
-from mica.kernels.common import LaunchError, fp32_setting, target_of
+from mica.kernels.common import LaunchError, NotLoadedError, fp32_setting, target_of
 from mica.kernels.embedding import embedding as embedding_kernel
 from mica.kernels.embedding import grad_a_embedding
 from mica.kernels.fused_linear import fused_linear, why_not_descriptor
@@ -32,6 +32,7 @@ from mica.kernels.prepared import prepare
 
 __all__ = [
     "LaunchError",
+    "NotLoadedError",
     "down_projection",
     "down_projection_backward",
     "embedding",
@@ -263,7 +264,7 @@ def down_projection(
 def up_projection(y: Tensor, h: Tensor, lora_B: Tensor) -> Tensor:
     """As `mica.reference.up_projection`."""
     dtype = torch.promote_types(y.dtype, h.dtype)
-    out = torch.empty_like(y)
+    out = y.new_empty(y.shape)  # contiguous, as torch.compile is told; empty_like would keep y's strides
     return up_kernel.up_projection_(y, h, prepare(lora_B, dtype), out=out, compute_dtype=dtype)
 
 

@@ -32,6 +32,7 @@ _before_2_10 = _grouped_mm is None
 if _before_2_10:
     _grouped_mm = getattr(torch, "_grouped_mm", None)
 _MOST_GROUPS = 1023  # of its CUDA kernel
+_MOST_ELEMENTS = 2**31 - 1  # of x, and of y: with more, an illegal access was reported (torchtitan#1932)
 
 
 def experts_linear(
@@ -68,7 +69,7 @@ def experts_linear_backward(
     grad_x = grad_A = None
     if not lora_A.shape[1]:
         dx = None if weight is None else _none_beyond(base_product(grad_output, offsets, weight), offsets)
-        return dx, None if x is None else torch.zeros_like(lora_A)
+        return dx, None if x is None else lora_A.new_zeros(lora_A.shape)
     factor = prepare_experts(lora_B, compute_dtype)
     g = experts_down(grad_output, offsets, factor, scale=scaling, compute_dtype=compute_dtype)
     if x is not None:
@@ -101,7 +102,9 @@ def base_product(x: Tensor, offsets: Tensor, weight: Tensor) -> Tensor:
 
     x (num_rows, in), weight (num_experts, in, out): a view of the frozen weights, transposed or not.
     """
-    if _is_grouped(x.device, x.dtype, len(offsets)) and _is_aligned(weight):
+    longest = max(x.stride(0), x.shape[1], weight.shape[2])
+    is_small = len(x) * longest <= _MOST_ELEMENTS
+    if is_small and _is_grouped(x.device, x.dtype, len(offsets)) and _is_aligned(weight):
         if not _is_aligned(x):
             x = x.clone(memory_format=torch.contiguous_format)
         return _grouped_mm(x, weight, offs=offsets.to(torch.int32))

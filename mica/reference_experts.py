@@ -58,7 +58,7 @@ def experts_linear_backward(
 ) -> tuple[Tensor | None, Tensor | None]:
     """(dx (S×K), dA (E×r×K) in the dtype of lora_A); None where the weight or x that it takes is None."""
     dx = None if weight is None else grad_output.new_empty(grad_output.shape[0], lora_A.shape[2])
-    dA = None if x is None else torch.zeros_like(lora_A)
+    dA = None if x is None else lora_A.new_zeros(lora_A.shape)
     end = 0
     for expert, rows in hit(offsets):
         operands = (

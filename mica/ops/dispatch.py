@@ -52,9 +52,12 @@ def compute(name: str, tensor: Tensor, rank: int, dtypes: tuple, *args):
     try:
         result = getattr(kernels, name)(*args)
     except kernel_path.LaunchError as error:  # before anything ran: no operand has changed
-        if backend.requested() == "triton":
+        in_capture = isinstance(error, kernel_path.NotLoadedError)
+        # no capture permits the formulas of experts either: they wait for the device
+        if backend.requested() == "triton" or (in_capture and of_experts):
             raise
-        backend.give_up(tensor.device, name, rank, dtypes, error)
+        note = backend.note_missed if in_capture else backend.give_up
+        note(tensor.device, name, rank, dtypes, error)
         return formula(*args)
     call_counts[f"{name}_kernels"] += 1
     return result

@@ -61,6 +61,17 @@ def test_another_interface_of_triton_is_not_used(report):
     assert report["other interfaces"] == [True, True]
 
 
+def test_descriptors_get_memory_and_a_users_allocator_stays(report):
+    """Of two calls and two launches that were bound without a call."""
+    assert report["own allocators"] == [True] * 5
+
+
+def test_only_what_is_loaded_is_launched_in_a_capture(report):
+    launches = report["in a capture"]
+    assert [name for name in launches if not launches[name]] == ["met first", "again"]
+    assert len(launches) == 5
+
+
 def test_this_triton_can_be_run_directly():
     assert launching.can_run_directly(CompiledKernel)
 

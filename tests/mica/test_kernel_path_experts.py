@@ -109,6 +109,25 @@ def test_unaligned_sizes_are_not_grouped(monkeypatch, in_features, out_features)
     assert not calls
 
 
+@pytest.mark.parametrize(("in_features", "out_features"), [(48, 32), (32, 48)])
+@pytest.mark.parametrize("beyond", [0, 1])
+def test_sizes_at_which_the_grouped_product_faults_are_not_grouped(
+    monkeypatch, in_features, out_features, beyond
+):
+    """As many elements of x, or of y, as it takes; and one more."""
+    if not path._is_grouped(torch.device(DEVICE), torch.bfloat16, 3):
+        pytest.skip("no grouped product here")
+    calls = grouped(monkeypatch, True)
+    operands = Stack("tiles", torch.bfloat16, None, in_features, out_features, 16)
+    operands.weight, operands.x = operands.weight.clone(), operands.x.contiguous()
+    operands.grad_output = operands.grad_output.contiguous()
+    monkeypatch.setattr(path, "_MOST_ELEMENTS", len(operands.x) * 48 - beyond)
+    expected = operands.solved()
+    for part, value in operands.run().items():
+        assert error(value, expected[part]) <= RELATIVE[torch.bfloat16], part
+    assert len(calls) == (0 if beyond else 2)
+
+
 @pytest.mark.parametrize(
     ("device", "version", "capability", "hip", "answers"),
     [

@@ -1,9 +1,11 @@
 """The plans of all launches of a layer, looked up together: never another call's (interpreted here)."""
 
+import warnings
+
 import pytest
 import torch
 
-from mica import backend, kernel_path
+from mica import backend, kernel_path, ops
 from mica.kernels import launching, tuning
 from tests.support.linear_calls import on_device, run
 from tests.support.oracle import problem, solve
@@ -98,3 +100,52 @@ def test_plans_are_not_kept_where_a_kernel_s_own_is_not(monkeypatch):
     run(on_device(problem((5,), 40, 24, 12, torch.float32)))
     assert not len(kernel_path.forward_plans)
     assert not len(kernel_path.backward_plans)
+
+
+# The kernels of a layer, as they are met; the operators that run on the reference where they are not loaded
+KERNELS = {"_down_projection_kernel": 2, "_up_projection_kernel": 2, "_grad_a_kernel": 1}
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_a_kernel_that_a_capture_cannot_load_is_missed_once(monkeypatch, kernel):
+    """The first of a formula's kernels or a later one: that call alone runs on the reference; one warning."""
+    p = on_device(problem((70,), 40, 24, 12, torch.bfloat16))
+    monkeypatch.setenv("MICA_BACKEND", "reference")
+    expected = run(p)
+    monkeypatch.setenv("MICA_BACKEND", "auto")
+    monkeypatch.setattr(backend.runtime, "is_interpreting", lambda: False)
+    monkeypatch.setattr(backend.runtime, "why_unavailable", lambda device: None)
+    launching.forget()
+    ops.call_counts.clear()
+    with monkeypatch.context() as capture, warnings.catch_warnings(record=True) as warned:
+        warnings.simplefilter("always")
+        capture.setattr(launching, "is_capturing", lambda device: True)
+        capture.setattr(launching.Launch, "_is_loaded", lambda launch: launch.kernel.__name__ != kernel)
+        for _ in range(2):
+            for name, value in run(p).items():
+                assert error(value, expected[name].double()) <= RELATIVE[torch.bfloat16], name
+    assert len(warned) == KERNELS[kernel]
+    assert all("in a CUDA graph on cpu: a kernel for this kind" in str(each.message) for each in warned)
+    kernels = ("linear_kernels", "linear_backward_kernels")
+    assert sum(ops.call_counts[name] for name in kernels) == 2 * (2 - KERNELS[kernel])
+    assert backend.why_not_kernels(p.x.device, 12, torch.bfloat16) is None
+    ops.call_counts.clear()
+    run(p)  # after the capture
+    assert all(ops.call_counts[name] == 1 for name in kernels)
+
+
+@pytest.mark.parametrize("demanded", ["triton", "auto"])
+def test_where_a_capture_cannot_run_the_reference_the_reason_is_raised(monkeypatch, demanded):
+    """Where kernels are demanded; and of experts, because the reference waits for the device."""
+    monkeypatch.setattr(backend, "use_kernels", lambda *args, **kwargs: True)
+    monkeypatch.setenv("MICA_BACKEND", demanded)
+    monkeypatch.setattr(launching, "is_capturing", lambda device: True)
+    launching.forget()
+    p = on_device(problem((6,), 16, 24, 4, torch.float32))
+    stacks = [tensor.unsqueeze(0) for tensor in (p.weight, p.lora_A, p.lora_B)]
+    calls = {
+        "triton": lambda: run(p),
+        "auto": lambda: ops.mica_experts_linear(p.x, torch.tensor([6], device=p.x.device), *stacks),
+    }
+    with pytest.raises(kernel_path.NotLoadedError, match="make the call once before the capture"):
+        calls[demanded]()

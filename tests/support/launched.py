@@ -15,23 +15,27 @@ import torch
 import triton
 from triton import knobs
 from triton.compiler import CompiledKernel
+from triton.runtime import _allocation
 
 from mica.kernels import configs, launching, tuning
+from mica.kernels.common import NotLoadedError
 from mica.kernels.configs import Config
 from mica.kernels.down_projection import down_projection, plan_down_projection
 from mica.kernels.embedding import embedding, grad_a_embedding
-from mica.kernels.fused_linear import fused_linear
+from mica.kernels.fused_linear import fused_linear, plan_fused_linear
 from mica.kernels.grad_a import grad_a
 from mica.kernels.up_projection import up_projection_
 from tests.support import no_launch
 
 FP32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
 _seen: list[tuple] = []
+_allocators: list = []  # Triton's, at each launch
 _HOOKS, _FIRST_ARGUMENT = slice(6, 9), 9
 
 
 def record(*args) -> None:
     _seen.append(args)
+    _allocators.append(_allocation._allocator.get())
 
 
 def matrix(rows: int, columns: int, dtype=BF16, stride: int | None = None, offset: int = 0) -> torch.Tensor:
@@ -334,6 +338,38 @@ def other_interfaces() -> list[bool]:
     return noticed
 
 
+def own_allocators() -> list[bool]:
+    """Whether the launch has an allocator of its own, first and planned; and the user's is there after it."""
+
+    def users(size, alignment, stream):
+        raise AssertionError("it is for the user's kernels")
+
+    operands = matrix(4, 32), matrix(32, 64), matrix(4, 16), matrix(16, 64)
+    launching.forget()
+    before = _allocation._allocator.get()
+    triton.set_allocator(users)
+    _allocators.clear()
+    for _ in range(2):
+        launched((fused_linear, operands, {"descriptor": True}))
+        plan_fused_linear(*operands, descriptor=True).bound()[1]()
+    own = [allocator not in (users, before) for allocator in _allocators]
+    return [*own, _allocation._allocator.get() is users]
+
+
+def in_a_capture() -> dict[str, bool]:
+    """Which calls launch, in order; but for "eager" while a CUDA graph is captured."""
+    calls = {"met first": 8, "again": 8, "eager": 8, "planned": 8, "another plan, of a loaded kernel": 7}
+    is_capturing, launches = launching.is_capturing, {}
+    launching.forget()
+    for name, tokens in calls.items():
+        launching.is_capturing = lambda device, name=name: name != "eager"
+        with contextlib.suppress(NotLoadedError):
+            launched((grad_a, (matrix(tokens, 24, FP16), matrix(tokens, 80, FP16), 24), {}))
+        launches[name] = bool(_seen)
+    launching.is_capturing = is_capturing
+    return launches
+
+
 def main() -> None:
     with no_launch.installed(launch=record):
         wrong = {name: differences(*case) for name, case in cases().items()}
@@ -348,6 +384,8 @@ def main() -> None:
             },
             "observers": observers(),
             "other interfaces": other_interfaces(),
+            "own allocators": own_allocators(),
+            "in a capture": in_a_capture(),
             "triton": triton.__version__,
         }
     print(json.dumps({"cases": wrong, **rest}))

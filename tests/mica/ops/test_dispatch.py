@@ -4,8 +4,10 @@ from contextlib import nullcontext
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from mica import ops
 from mica.ops import mica_down_projection, mica_embedding, mica_linear, mica_linear_group, mica_up_projection
@@ -202,3 +204,59 @@ def test_a_device_without_a_rule_is_the_dispatcher_s():
     )
     assert y.device.type == "meta"
     assert y.shape == P.grad_output.shape
+
+
+def arguments() -> dict[str, tuple]:
+    """Those of every operator, all matrices contiguous."""
+    x, W, A, B, b = (torch.randn(*shape) for shape in ((6, 16), (24, 16), (4, 16), (24, 4), (24,)))
+    dy, h, indices = torch.randn(6, 24), torch.randn(6, 4), torch.randint(0, 16, (6,))
+    experts, offsets = [torch.randn(2, *t.shape) for t in (W, A, B, b)], torch.tensor([2, 5])
+    layers, scalings = ([W, W], [A, A], [B, B], [0.5, 0.3]), [0.5, 0.3]
+    both, fp32 = [True, True], torch.float32
+    return {
+        "linear": (x, W, A, B, 0.5, b, None),
+        "linear_backward": (dy, x, W, A, B, 0.5, fp32, both),
+        "linear_group": (x, *layers[:3], scalings, [b, None], None),
+        "linear_group_backward": ([dy, dy], x, *layers, fp32),
+        "down_projection": (x, A, 0.5, None),
+        "down_projection_backward": (h, x, A, 0.5, fp32, both),
+        "up_projection": (dy, h, B),
+        "up_projection_backward": (dy, B, fp32),
+        "embedding": (indices, A, B, 0.5, None, None),
+        "embedding_backward": (dy, indices, A, B, 0.5, 3),
+        "experts_linear": (x, offsets, *experts[:3], 0.5, experts[3], None),
+        "experts_linear_backward": (dy, x, offsets, *experts[:3], 0.5, fp32, both),
+    }
+
+
+LAYOUTS = {
+    "transposed": lambda t: t.mT.contiguous().mT,
+    "gaps": lambda t: torch.cat([t, t], -1)[..., : t.shape[-1]],
+    "one row": lambda t: t[..., :1, :].expand(t.shape),
+    "one number": lambda t: t[..., :1, :1].expand(t.shape),
+}
+
+
+def in_other_layouts(operands: tuple):
+    """The operands, each tensor of two or more dimensions in turn in each of ``LAYOUTS``."""
+    for place, operand in enumerate(operands):
+        those = operand if isinstance(operand, list) else [operand]
+        for name, layout in LAYOUTS.items():
+            if isinstance(those[0], torch.Tensor) and those[0].dim() >= 2:
+                changed = [layout(tensor) for tensor in those]
+                changed = changed if isinstance(operand, list) else changed[0]
+                yield f"{name} {place}", (*operands[:place], changed, *operands[place + 1 :])
+
+
+@pytest.mark.parametrize("backend", ["reference", "triton"])
+@pytest.mark.parametrize("name", arguments())
+def test_the_strides_of_results_are_those_that_a_compiler_is_told(monkeypatch, backend, name):
+    """Inductor compiles what follows for the fake's strides, and stops at others."""
+    monkeypatch.setenv("MICA_BACKEND", backend)
+    operator = getattr(torch.ops.mica, name).default
+    for case, operands in in_other_layouts(arguments()[name]):
+        results = operator(*operands)
+        with FakeTensorMode() as mode:
+            fakes = operator(*tree_map_only(torch.Tensor, mode.from_tensor, operands))
+        told, actual = ([result.stride() for result in tree_leaves(some)] for some in (fakes, results))
+        assert actual == told, case

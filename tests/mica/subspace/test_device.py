@@ -130,6 +130,19 @@ def test_a_users_autocast_does_not_reach_mixed_products(weak_fp64, recorded, mon
     assert all(torch.equal(one.basis, other.basis) for one, other in zip(results, expected, strict=True))
 
 
+def test_a_users_precision_does_not_reach_mixed_products(weak_fp64, recorded, request):
+    matrices = stack(["gaussian", "gaussian"], (600, 300))
+    expected = solved(matrices)
+    request.addfinalizer(lambda: torch.set_float32_matmul_precision("highest"))
+    torch.set_float32_matmul_precision("medium")  # with which some processors, too, multiply in bf16
+    results = solved(matrices)
+    assert recorded == [(2, True)] * 2
+    for index, result in results.items():
+        assert result.certified
+        assert torch.equal(result.basis, expected[index].basis)
+        assert result.energy_excess == expected[index].energy_excess
+
+
 @pytest.mark.parametrize("count", [1, 2])
 def test_what_mixed_products_do_not_settle_is_next_a_batch_in_fp64(count, weak_fp64, recorded):
     matrices = stack(["tail x 1e-6", "graded to 1.6e-6"][:count], (140, 300))

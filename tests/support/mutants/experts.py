@@ -76,6 +76,9 @@ EXPERTS = [
             "base_product": [
                 ("if not _is_aligned(x):", "if False:"),
                 (" and _is_aligned(weight)", ""),
+                ("is_small and ", ""),
+                ("x.shape[1], weight.shape[2]", "x.shape[1]"),
+                ("x.stride(0), x.shape[1], weight.shape[2]", "weight.shape[2]"),
                 ("offsets.to(torch.int32)", "offsets"),
             ],
             "_is_grouped": [("or num_experts > _MOST_GROUPS", ""), (">= (8, 0)", ">= (7, 0)")],

@@ -14,7 +14,7 @@ EXPERTS_PATH = [
             ],
             "experts_linear_backward": [
                 ("dx[end:] = 0", "pass"),
-                ("torch.zeros_like", "torch.empty_like"),
+                ("lora_A.new_zeros", "lora_A.new_empty"),
                 ("lora_A[expert],", "lora_A[0],"),
                 ("end = rows.stop", ""),
             ],

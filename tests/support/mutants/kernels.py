@@ -132,6 +132,7 @@ KERNELS = [
                 ("bind(tensors).alone()", "bind(tensors)()"),
                 ("not is_observed and", ""),
             ],
+            "Launch.alone": [("is_capturing(device) and", ""), ("and not self._is_loaded()", "")],
             "_is_observed": [("or runtime.debug", "")],
             "can_run_directly": [('hooks, "x", "y"', "hooks, *seen[9:]")],
             "Plan.__post_init__": [("self.kernel.arg_names[-len(values) :]", "values")],
@@ -240,6 +241,10 @@ KERNELS = [
             "_fused_linear_descriptor_kernel": [("load([row, start])", "load([row, 0])")],
             "why_not_descriptor": [("row_bytes % 16 or", "")],
             "fused_linear": [("and (x.data_ptr() % 16, w.data_ptr() % 16)", "")],
+            "_DescriptorPlan": [
+                ("launch_class = _DescriptorLaunch", "pass"),
+                ("contextvars.copy_context().run(_with_scratch, ", "_with_scratch("),
+            ],
         },
     ),
     FileEdits(

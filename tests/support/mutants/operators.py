@@ -54,7 +54,7 @@ OPERATORS = [
             "choose_form": [('backend.requested() == "auto"', "True")],
             "linear_backward": [('"dropout_p": dropout_p, "seed": seed', "")],
             "embedding_backward": [("padding_idx=padding_idx,", "")],
-            "up_projection": [("torch.empty_like(y)", "y")],
+            "up_projection": [("y.new_empty(y.shape)", "y"), ("y.new_empty(y.shape)", "torch.empty_like(y)")],
             "_stacked": [("F.pad(A, (0, 0, 0, rows)) if rows else", "")],
         },
     ),
@@ -87,8 +87,16 @@ OPERATORS = [
     ),
     FileEdits(
         "mica/ops/dispatch.py",
-        tests=["tests/mica/ops/test_dispatch.py", "tests/mica/test_kernel_path.py"],
+        tests=[
+            "tests/mica/ops/test_dispatch.py",
+            "tests/mica/test_kernel_path.py",
+            "tests/mica/test_kernel_plans.py",
+        ],
         edits={
+            "compute": [
+                ("or (in_capture and of_experts)", ""),
+                ("backend.note_missed if in_capture else", ""),
+            ],
             "run_backward": [
                 ("return plain(body)", "return body"),
                 ("if not is_direct(*tensors):\n        return operator(*args)", ""),
