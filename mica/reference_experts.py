@@ -33,14 +33,16 @@ def experts_linear(
 ) -> Tensor:
     """y (S×N) in the dtype of x, from x (S×K), weight (E×N×K), lora_A (E×r×K), lora_B (E×N×r), bias (E×N).
 
-    Rows after the last offset, which belong to no expert, are 0.
+    Rows after the last offset, which belong to no expert, are 0. A weight or bias of another dtype (under
+    autocast) is cast to that of x, expert by expert.
     """
     y = x.new_empty(x.shape[0], weight.shape[1])
     end = 0
     for expert, rows in hit(offsets):
-        own_bias = None if bias is None else bias[expert]
-        factors = lora_A[expert], lora_B[expert].contiguous()
-        y[rows] = reference.linear(x[rows], weight[expert], *factors, scaling, own_bias, compute_dtype)
+        own_bias = None if bias is None else bias[expert].to(x.dtype)
+        operands = weight[expert].to(x.dtype), lora_A[expert], lora_B[expert].contiguous()
+        own = reference.linear(x[rows], *operands, scaling, own_bias, compute_dtype)
+        y = _with(y, rows, own)
         end = rows.stop
     y[end:] = 0
     return y
@@ -63,19 +65,27 @@ def experts_linear_backward(
     for expert, rows in hit(offsets):
         operands = (
             None if x is None else x[rows],
-            None if weight is None else weight[expert],
+            None if weight is None else weight[expert].to(grad_output.dtype),
             lora_A[expert],
             lora_B[expert].contiguous(),  # a stack's is strided: PEFT stores (N×r·E), the expert fastest
         )
         part, own = reference.linear_backward(grad_output[rows], *operands, scaling, compute_dtype)
         if dx is not None:
-            dx[rows] = part
+            dx = _with(dx, rows, part)
         if dA is not None:
-            dA[expert] = own
+            dA = _with(dA, slice(expert, expert + 1), own.unsqueeze(0))
         end = rows.stop
     if dx is not None:
         dx[end:] = 0
     return dx, dA
+
+
+def _with(whole: Tensor, rows: slice, part: Tensor) -> Tensor:
+    """``whole`` with these rows: itself, or a copy under vmap, which may have a batch of the part alone."""
+    if torch._C._are_functorch_transforms_active() or torch._C._functorch.is_legacy_batchedtensor(part):
+        return torch.cat([whole[: rows.start], part, whole[rows.stop :]])
+    whole[rows] = part
+    return whole
 
 
 def hit(offsets: Tensor) -> Iterator[tuple[int, slice]]:

@@ -62,7 +62,10 @@ def explain(model: nn.Module) -> Explanation:
     kernels do not run; "peft": PEFT's own code, with the reason; "error": MICA_BACKEND=triton demands kernels
     that do not exist for this layer, and a call raises. A base layer whose weight cannot be read directly is
     called, the reason says why, and only the adapter runs on the operators. What only a call can show (the
-    dtype of the activations, other arguments) is not in the table. Weights that FSDP2 has sharded with a
+    dtype of the activations, autocast, other arguments) is known from the PEFT model's last completed forward:
+    where PEFT's code ran a layer's adapter in it, its path is "peft", with that call's reason. Before the
+    first forward, and for whatever else has no ``calls`` below, the table is about the layers' state alone.
+    Forwards with the backend or the adapters switched off, or merged, leave it so. Weights that FSDP2 has sharded with a
     module around the layer count as the plain tensors that they are while that module's forward runs.
 
     ``calls`` of a row: how often the layer was called, on any path, in the PEFT model's last completed
@@ -74,7 +77,7 @@ def explain(model: nn.Module) -> Explanation:
     ``bypassed_by``: where other code runs instead of the layer, the framework's name (axolotl, unsloth) or
     that of the module with the code; ``str()`` says how to switch it off (see `mica.fast.bypassed`).
     """
-    rows, counts = [], calls.counts()
+    rows, counts, by_peft = [], calls.counts(), calls.peft_reasons()
     modules = dict(model.named_modules())
     entered = bypassed.around([name for name, module in modules.items() if counts.get(module)])
     for name, module in modules.items():
@@ -89,7 +92,10 @@ def explain(model: nn.Module) -> Explanation:
                 count = counts.get(module) if _is_counted(module) else None
                 around = count == 0 and bypassed.bypassed_by(modules, name, entered)
                 by = around or bypassed.replaced_by(module)
-                rows.append(Row(shown, base, _adapters(module), *_path(module, outermost), count, by))
+                path, reason = _path(module, outermost)
+                if path != PEFT and outermost in by_peft:
+                    path, reason = PEFT, _in_the_last_forward(by_peft[outermost], count)
+                rows.append(Row(shown, base, _adapters(module), path, reason, count, by))
     return Explanation(rows)
 
 
@@ -139,6 +145,11 @@ def _path(layer, outermost) -> tuple[str, str]:
             path = ERROR if backend.requested() == "triton" else REFERENCE
             return path, "; ".join([refused, *reasons])
     return KERNEL, "; ".join(reasons)
+
+
+def _in_the_last_forward(reasons: list[str], calls: int | None) -> str:
+    part = "" if calls in (None, len(reasons)) else f"{len(reasons)} of {calls} calls of "
+    return f"in {part}the last forward: {'; '.join(dict.fromkeys(reasons))}"
 
 
 def _adapters(layer) -> str:
