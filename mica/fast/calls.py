@@ -1,4 +1,4 @@
-"""How often each layer was called in the last forward of its model, and where PEFT ran, for `mica.fast.explain`.
+"""How often each layer was called in the last forward of its model, and where PEFT ran: for `explain`.
 
 A forward is one of PEFT's model or tuner that ended without an exception. One within a backward is a
 recomputation and does not count. Calls outside of any forward (`generate`, a part of the model alone,
@@ -17,11 +17,13 @@ from weakref import ReferenceType, WeakKeyDictionary, ref
 import torch
 from torch import nn
 
+from mica.fast.settings import settings
+
 
 class _Forward(NamedTuple):
     number: int
     calls: list[ReferenceType[nn.Module]]
-    peft: list[tuple[ReferenceType[nn.Module], str]]
+    peft: list[tuple[ReferenceType[nn.Module], str]]  # of the last forward with the backend on
 
 
 class _State(threading.local):
@@ -79,6 +81,8 @@ def counting(model: nn.Module) -> Iterator[None]:
     finally:
         _state.calls, _state.peft = outer
     by_peft = [(ref(layer), reason) for layer, reason in peft[first_peft:]]
+    if not settings.enabled and model in _forwards:  # it shows nothing about calls with the backend on
+        by_peft = _forwards[model].peft
     _forwards[model] = _Forward(number, [ref(layer) for layer in calls[first:]], by_peft)
 
 
@@ -104,7 +108,7 @@ def counts() -> dict[nn.Module, int]:
 
 
 def peft_reasons() -> dict[nn.Module, list[str]]:
-    """Each module whose adapter PEFT's code ran in the last forward -> why, once for each such call."""
+    """Each module whose adapter PEFT's code ran in the last forward with the backend on -> why, by call."""
     reasons: dict[nn.Module, list[str]] = {}
     for model, forward in _in_order():
         for module in model.modules():

@@ -340,11 +340,13 @@ def _why_not_call(layer, x: torch.Tensor, lora_A: torch.Tensor, lora_B: torch.Te
         return _why_not_plain("input", x) or "the input is nested"
     if torch.is_autocast_enabled(x.device.type):
         fits = torch.float64 not in (x.dtype, lora_A.dtype, lora_B.dtype)
-    elif lora_A.dtype != lora_B.dtype or lora_A.dtype == x.dtype:
-        fits = lora_A.dtype == lora_B.dtype
     else:
-        fits = lora_A.dtype == torch.float32 and x.dtype in SIXTEEN_BIT and layer.cast_input_dtype_enabled
-    return None if fits else f"an input of {x.dtype} with lora_A of {lora_A.dtype} and lora_B of {lora_B.dtype}"
+        is_master = lora_A.dtype == torch.float32 and x.dtype in SIXTEEN_BIT
+        fits = lora_A.dtype == x.dtype or (is_master and layer.cast_input_dtype_enabled)
+        fits = fits and lora_A.dtype == lora_B.dtype
+    if fits:
+        return None
+    return f"an input of {x.dtype} with lora_A of {lora_A.dtype} and lora_B of {lora_B.dtype}"
 
 
 def adapters_for(layer, x: torch.Tensor, names: Sequence[str] | None = None) -> list[Adapter] | str:

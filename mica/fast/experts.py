@@ -259,9 +259,9 @@ def _implementation(module: nn.Module) -> Callable | str | None:
     own = cells["original_forward"].cell_contents
     if not _home(own).startswith("transformers.models."):
         return f"{type(module).__name__}, none of transformers' classes, has a forward of its own"
-    if "_apply_gate" not in own.__code__.co_names and _has_gate(module):
-        if not _home(module._apply_gate).startswith("transformers."):
-            return f"an _apply_gate that the forward of {type(module).__name__} does not call"
+    if _has_gate(module) and "_apply_gate" not in own.__code__.co_names:
+        is_known = _home(module._apply_gate).startswith("transformers.")
+        return None if is_known else f"an _apply_gate that {type(module).__name__}'s forward does not call"
     return None
 
 
@@ -291,7 +291,7 @@ def _why_not_call(experts: Experts, x: Tensor, args: tuple, kwargs: dict) -> str
         if not is_grouped and not fits:  # there a mixture of dtypes is cast to the weight's
             return f"an input of {x.dtype} with {name} of {weight.dtype}"
         dtype = _product_dtype(experts, x, weight)
-        if stack is not None and stack.lora_A.dtype != dtype:
-            if stack.lora_A.dtype != torch.float32 or dtype not in SIXTEEN_BIT:
-                return f"products in {dtype} with lora_A of {stack.lora_A.dtype}"
+        masters = (dtype, torch.float32) if dtype in SIXTEEN_BIT else (dtype,)
+        if stack is not None and stack.lora_A.dtype not in masters:
+            return f"products in {dtype} with lora_A of {stack.lora_A.dtype}"
     return None

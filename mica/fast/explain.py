@@ -61,12 +61,13 @@ def explain(model: nn.Module) -> Explanation:
     Path "kernel": the fused operators on Triton kernels; "reference": their PyTorch form, with the reason why
     kernels do not run; "peft": PEFT's own code, with the reason; "error": MICA_BACKEND=triton demands kernels
     that do not exist for this layer, and a call raises. A base layer whose weight cannot be read directly is
-    called, the reason says why, and only the adapter runs on the operators. What only a call can show (the
-    dtype of the activations, autocast, other arguments) is known from the PEFT model's last completed forward:
-    where PEFT's code ran a layer's adapter in it, its path is "peft", with that call's reason. Before the
-    first forward, and for whatever else has no ``calls`` below, the table is about the layers' state alone.
-    Forwards with the backend or the adapters switched off, or merged, leave it so. Weights that FSDP2 has sharded with a
-    module around the layer count as the plain tensors that they are while that module's forward runs.
+    called, the reason says why, and only the adapter runs on the operators. Weights that FSDP2 has sharded
+    with a module around the layer count as the plain tensors that they are while that module's forward runs.
+
+    What only a call can show (dtype of the activations, autocast, other arguments) comes from the PEFT
+    model's last completed forward with the backend on: a layer whose adapter PEFT's code ran there has the
+    path "peft", and its reason names that forward. Where ``calls`` is unknown, so is that, and the table is
+    about the state of the layers alone.
 
     ``calls`` of a row: how often the layer was called, on any path, in the PEFT model's last completed
     forward (`generate` has none). 0: something bypasses it, like a framework that has replaced the forward of
@@ -93,7 +94,7 @@ def explain(model: nn.Module) -> Explanation:
                 around = count == 0 and bypassed.bypassed_by(modules, name, entered)
                 by = around or bypassed.replaced_by(module)
                 path, reason = _path(module, outermost)
-                if path != PEFT and outermost in by_peft:
+                if path in (KERNEL, REFERENCE) and outermost in by_peft:
                     path, reason = PEFT, _in_the_last_forward(by_peft[outermost], count)
                 rows.append(Row(shown, base, _adapters(module), path, reason, count, by))
     return Explanation(rows)

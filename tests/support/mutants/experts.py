@@ -75,7 +75,7 @@ EXPERTS = [
             ],
             "base_product": [
                 ("if not _is_aligned(x):", "if False:"),
-                (" and _is_aligned(weight)", ""),
+                (" and _is_aligned(weight := weight.to(x.dtype))", ""),
                 ("offsets.to(torch.int32)", "offsets"),
             ],
             "_is_grouped": [("or num_experts > _MOST_GROUPS", ""), (">= (8, 0)", ">= (7, 0)")],
