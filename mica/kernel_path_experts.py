@@ -50,6 +50,7 @@ def experts_linear(
         y = _none_beyond(base_product(x, offsets, weight.transpose(1, 2)), offsets)
         return y if bias is None else _add_biases(y, offsets, bias)
     dtype = compute_dtype or x.dtype
+    bias = None if bias is None else bias.to(x.dtype)
     h = experts_down(x, offsets, lora_A, scale=scaling, compute_dtype=dtype)
     factor = prepare_experts(lora_B, dtype)
     return experts_up_(base_product(x, offsets, weight.transpose(1, 2)), h, offsets, factor, bias=bias)
@@ -100,17 +101,22 @@ def _add_biases(y: Tensor, offsets: Tensor, bias: Tensor) -> Tensor:
 def base_product(x: Tensor, offsets: Tensor, weight: Tensor) -> Tensor:
     """x_e weight_e, (num_rows, out) contiguous; rows after the last offset hold anything.
 
-    x (num_rows, in), weight (num_experts, in, out): a view of the frozen weights, transposed or not.
+    x (num_rows, in), weight (num_experts, in, out): a view of the frozen weights, transposed or not, cast to
+    the dtype of x where theirs is another (under autocast).
     """
     longest = max(x.stride(0), x.shape[1], weight.shape[2])
     is_small = len(x) * longest <= _MOST_ELEMENTS
-    if is_small and _is_grouped(x.device, x.dtype, len(offsets)) and _is_aligned(weight):
+    if (
+        is_small
+        and _is_grouped(x.device, x.dtype, len(offsets))
+        and _is_aligned(weight := weight.to(x.dtype))
+    ):
         if not _is_aligned(x):
             x = x.clone(memory_format=torch.contiguous_format)
         return _grouped_mm(x, weight, offs=offsets.to(torch.int32))
     y = x.new_empty(x.shape[0], weight.shape[2])
     for expert, rows in reference_experts.hit(offsets):
-        torch.mm(x[rows], weight[expert], out=y[rows])
+        torch.mm(x[rows], weight[expert].to(x.dtype), out=y[rows])
     return y
 
 

@@ -1,4 +1,4 @@
-"""How often each layer was called in the last forward of its model, for `mica.fast.explain`.
+"""How often each layer was called in the last forward of its model, and where PEFT ran: for `explain`.
 
 A forward is one of PEFT's model or tuner that ended without an exception. One within a backward is a
 recomputation and does not count. Calls outside of any forward (`generate`, a part of the model alone,
@@ -17,14 +17,18 @@ from weakref import ReferenceType, WeakKeyDictionary, ref
 import torch
 from torch import nn
 
+from mica.fast.settings import settings
+
 
 class _Forward(NamedTuple):
     number: int
     calls: list[ReferenceType[nn.Module]]
+    peft: list[tuple[ReferenceType[nn.Module], str]]  # of the last forward with the backend on
 
 
 class _State(threading.local):
     calls: list[nn.Module] | None = None  # in this thread's current forward
+    peft: list[tuple[nn.Module, str]] | None = None  # those that PEFT's code ran, and why
 
 
 _state = _State()
@@ -46,6 +50,12 @@ def note(layer: nn.Module) -> None:
         calls.append(layer)
 
 
+def note_peft(layer: nn.Module, reason: str) -> None:
+    """Where PEFT's code runs an adapter although the backend is on; the layer's call has been noted."""
+    if not torch.compiler.is_compiling() and _state.peft is not None:
+        _state.peft.append((layer, reason))
+
+
 @torch.compiler.assume_constant_result
 def _note_trace() -> None:
     """Runs while a graph is traced and leaves nothing in it: compiled calls are not counted."""
@@ -61,14 +71,19 @@ def counting(model: nn.Module) -> Iterator[None]:
         yield
         return
     _number = number = _number + 1
-    outer = _state.calls
-    calls = _state.calls = [] if outer is None else outer
-    start = len(calls)
+    outer = _state.calls, _state.peft
+    if _state.calls is None:
+        _state.calls, _state.peft = [], []
+    calls, peft = _state.calls, _state.peft
+    first, first_peft = len(calls), len(peft)
     try:
         yield
     finally:
-        _state.calls = outer
-    _forwards[model] = _Forward(number, [ref(layer) for layer in calls[start:]])
+        _state.calls, _state.peft = outer
+    by_peft = [(ref(layer), reason) for layer, reason in peft[first_peft:]]
+    if not settings.enabled and model in _forwards:  # it shows nothing about calls with the backend on
+        by_peft = _forwards[model].peft
+    _forwards[model] = _Forward(number, [ref(layer) for layer in calls[first:]], by_peft)
 
 
 def forget() -> None:
@@ -83,12 +98,26 @@ def counts() -> dict[nn.Module, int]:
     Empty once a MiCA layer has been traced by torch.compile.
     """
     counts_of: dict[nn.Module, int] = {}
-    if is_traced:
-        return counts_of
-    for model, forward in sorted(_forwards.items(), key=lambda item: item[1].number):
+    for model, forward in _in_order():
         called = Counter(reference() for reference in forward.calls)
         for module in model.modules():
             counts_of[module] = called[module]
             if not counts_of[module] and _outside.get(id(module), -1) >= forward.number:
                 del counts_of[module]
     return counts_of
+
+
+def peft_reasons() -> dict[nn.Module, list[str]]:
+    """Each module whose adapter PEFT's code ran in the last forward with the backend on -> why, by call."""
+    reasons: dict[nn.Module, list[str]] = {}
+    for model, forward in _in_order():
+        for module in model.modules():
+            reasons.pop(module, None)
+        for reference, reason in forward.peft:
+            if (layer := reference()) is not None:
+                reasons.setdefault(layer, []).append(reason)
+    return reasons
+
+
+def _in_order() -> list[tuple[nn.Module, _Forward]]:
+    return [] if is_traced else sorted(_forwards.items(), key=lambda item: item[1].number)

@@ -340,32 +340,39 @@ def is_plain(x: torch.Tensor) -> bool:
     return type(x) in PLAIN and x.layout is torch.strided and not x.is_nested
 
 
-def _dtypes_fit(layer, x: torch.Tensor, lora_A: torch.Tensor, lora_B: torch.Tensor) -> bool:
-    """Whether PEFT would compute this call's adapter in a dtype that the operators support.
+def _why_not_call(layer, x: torch.Tensor, lora_A: torch.Tensor, lora_B: torch.Tensor) -> str | None:
+    """None if PEFT would compute this call's adapter in a dtype that the operators support, else the reason.
 
     Without autocast: adapters in the dtype of the activations, or fp32 masters of 16-bit activations (which
     PEFT may cast). With autocast: everything but fp64.
     """
     if not is_plain(x) or not x.is_floating_point():
-        return False
+        return _why_not_plain("input", x) or "the input is nested"
     if torch.is_autocast_enabled(x.device.type):
-        return torch.float64 not in (x.dtype, lora_A.dtype, lora_B.dtype)
-    if lora_A.dtype != lora_B.dtype:
-        return False
-    if lora_A.dtype == x.dtype:
-        return True
-    return lora_A.dtype == torch.float32 and x.dtype in SIXTEEN_BIT and layer.cast_input_dtype_enabled
-
-
-def adapters_for(layer, x: torch.Tensor, names: Sequence[str] | None = None) -> list[Adapter] | None:
-    """`read` of a linear layer; None if the layer may not run on this backend, or not on this x."""
-    adapters = read(layer, names)
-    if type(adapters) is str:
+        fits = torch.float64 not in (x.dtype, lora_A.dtype, lora_B.dtype)
+    else:
+        is_master = lora_A.dtype == torch.float32 and x.dtype in SIXTEEN_BIT
+        fits = lora_A.dtype == x.dtype or (is_master and layer.cast_input_dtype_enabled)
+        fits = fits and lora_A.dtype == lora_B.dtype
+    if fits:
         return None
-    for adapter in adapters:
-        if not _dtypes_fit(layer, x, adapter.lora_A, adapter.lora_B):
-            return None
+    return f"an input of {x.dtype} with lora_A of {lora_A.dtype} and lora_B of {lora_B.dtype}"
+
+
+def adapters_for(layer, x: torch.Tensor, names: Sequence[str] | None = None) -> list[Adapter] | str:
+    """`read` of a linear layer; the reason also if it may not run on this backend on this x."""
+    adapters = read(layer, names)
+    if type(adapters) is not str:
+        for adapter in adapters:
+            reason = _why_not_call(layer, x, adapter.lora_A, adapter.lora_B)
+            if reason is not None:
+                return reason
     return adapters
+
+
+def runs_adapter(layer) -> bool:
+    """Whether PEFT's own code runs an adapter here: one is active, and not merged."""
+    return not layer.disable_adapters and not layer.merged and bool(adapters_of(layer))
 
 
 def fused_operands(layer, x: torch.Tensor, adapter: Adapter) -> Operands | None:
@@ -382,10 +389,12 @@ def fused_operands(layer, x: torch.Tensor, adapter: Adapter) -> Operands | None:
     return Operands(weight, lora_A, lora_B, scaling, local(base, weight_of(base, "bias"))) if fuses else None
 
 
-def embedding_fits(x: torch.Tensor, lora_A: torch.Tensor, lora_B: torch.Tensor) -> bool:
-    """`_dtypes_fit` for an embedding: PEFT computes its adapter in the adapter's dtype or autocast's."""
+def why_not_embedding(x: torch.Tensor, lora_A: torch.Tensor, lora_B: torch.Tensor) -> str | None:
+    """`_why_not_call` for an embedding: PEFT computes its adapter in the adapter's dtype or autocast's."""
     if not is_plain(x):
-        return False
+        return "indices that are not a plain tensor"
     if torch.is_autocast_enabled(x.device.type):
-        return torch.float64 not in (lora_A.dtype, lora_B.dtype)
-    return lora_A.dtype == lora_B.dtype
+        fits = torch.float64 not in (lora_A.dtype, lora_B.dtype)
+    else:
+        fits = lora_A.dtype == lora_B.dtype
+    return None if fits else f"lora_A of {lora_A.dtype} and lora_B of {lora_B.dtype}"

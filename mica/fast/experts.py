@@ -3,7 +3,7 @@
 PEFT wraps the module of experts in one `lora.ParamWrapper` for each adapted parameter. Where that module is
 one of transformers' (it dispatches through the registry of experts functions), the outermost wrapper's
 forward is that of the registry's grouped function, on `mica.ops.experts`. Anything else is PEFT's path, which
-forms the whole stack in every forward; `why_not` says why.
+forms the whole stack in every forward; `why_not` says why, or the call does (`calls.note_peft`).
 """
 
 from __future__ import annotations
@@ -25,11 +25,13 @@ from mica.fast.eligibility import (
     global_hooks,
     is_mica,
     is_plain,
+    runs_adapter,
     why_not_active,
     why_not_frozen,
     why_not_trained,
 )
 from mica.fast.settings import compute_dtype, settings
+from mica.ops.dispatch import is_transformed
 from mica.ops.experts import experts_linear
 from mica.ops.routing import from_experts, route
 
@@ -69,11 +71,15 @@ _KNOWN = (moe.grouped_mm_experts_forward, moe.batched_mm_experts_forward)
 
 def forward(stock):
     def forward(self, x: Tensor, *args, **kwargs) -> Tensor:
-        if settings.enabled and len(args) == 2 and not kwargs:
+        reason = None
+        if settings.enabled:
             experts = read(self)
-            if type(experts) is Experts and _fits(experts, x, *args):
+            reason = experts if type(experts) is str else _why_not_call(experts, x, args, kwargs)
+            if reason is None:
                 return _forward(experts, x, *args)
         calls.note(self)
+        if reason is not None and any(runs_adapter(wrapper) for wrapper in _wrappers(self)):
+            calls.note_peft(self, reason)
         return stock(self, x, *args, **kwargs)
 
     return forward
@@ -108,14 +114,27 @@ def _project(name: str, experts: Experts, x: Tensor, offsets: Tensor, *tokens_an
     module, stack = experts.module, experts.stacks.get(name)
     weight = module._parameters[name]
     bias = module._parameters[f"{name}_bias"] if module.has_bias else None
-    x = x.to(weight.dtype)
+    dtype = _product_dtype(experts, x, weight)
+    x = x.to(dtype)
     if module.is_transposed:
         weight = weight.transpose(1, 2)
     if stack is None:  # not adapted: an adapter of rank 0
         num_experts, out_features, in_features = weight.shape
         sizes = (num_experts, 0, in_features), (num_experts, out_features, 0)
         stack = _Stack(*map(weight.new_empty, sizes), 1.0)
-    return experts_linear(x, offsets, weight, *stack, bias, compute_dtype(x), *tokens_and_inverse)
+    operands = x, offsets, weight, *stack, bias
+    if dtype is weight.dtype:
+        return experts_linear(*operands, compute_dtype(x), *tokens_and_inverse)
+    with torch.autocast(x.device.type, enabled=False):  # the operator's own rule is the grouped function's
+        return experts_linear(*operands, None, *tokens_and_inverse)
+
+
+def _product_dtype(experts: Experts, x: Tensor, weight: Tensor) -> torch.dtype:
+    """In which transformers multiplies x by the stack: only F.linear and bmm follow autocast."""
+    if experts.implementation is moe.grouped_mm_experts_forward:
+        return weight.dtype
+    is_on = torch.is_autocast_enabled(x.device.type)
+    return torch.get_autocast_dtype(x.device.type) if is_on else weight.dtype
 
 
 def _wrappers(outermost) -> list[nn.Module]:
@@ -159,8 +178,8 @@ def read(outermost) -> Experts | str:
     if reason is not None:
         return reason
     chosen = _implementation(module)
-    if chosen is not None and chosen not in _KNOWN:
-        return f"experts_implementation={module.config._experts_implementation!r}"
+    if type(chosen) is str:
+        return chosen
     return Experts(module, stacks, chain, chosen)
 
 
@@ -223,35 +242,56 @@ def _why_not_parameters(module: nn.Module, name: str) -> str | None:
     return reason
 
 
-def _implementation(module: nn.Module):
-    """The function that transformers would run; None for the class's own forward, or the unknown name."""
-    name = module.config._experts_implementation
-    if name is None or name == "eager":
-        return None
-    function = type(module).forward
+def _implementation(module: nn.Module) -> Callable | str | None:
+    """The function that transformers would run; None for the class's own forward, or why neither is known.
+
+    Of the classes' own forwards only those of transformers are taken for `_forward`'s formula: nobody else's
+    need be. Most of them state the gate instead of calling ``_apply_gate``, which may have been replaced.
+    """
+    name, function = module.config._experts_implementation, type(module).forward
     cells = dict(zip(function.__code__.co_freevars, function.__closure__, strict=True))
     interface = cells["experts_interface"].cell_contents if "experts_interface" in cells else None
-    return (interface or moe.ALL_EXPERTS_FUNCTIONS).get(name, name)  # before 5.4 there was one interface
+    chosen = (interface or moe.ALL_EXPERTS_FUNCTIONS).get(name)  # before 5.4 there was one interface
+    if chosen in _KNOWN:
+        return chosen
+    if chosen is not None or name not in (None, "eager"):
+        return f"experts_implementation={name!r}"
+    own = cells["original_forward"].cell_contents
+    if not _home(own).startswith("transformers.models."):
+        return f"{type(module).__name__}, none of transformers' classes, has a forward of its own"
+    if _has_gate(module) and "_apply_gate" not in own.__code__.co_names:
+        is_known = _home(module._apply_gate).startswith("transformers.")
+        return None if is_known else f"an _apply_gate that {type(module).__name__}'s forward does not call"
+    return None
 
 
-def _fits(experts: Experts, x: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> bool:
-    """Whether transformers would compute this call in shapes and dtypes that the operators support."""
+def _home(function: Callable) -> str:
+    """The name of the module in which a function or a method was defined."""
+    return getattr(function, "__globals__", {}).get("__name__", "")
+
+
+def _why_not_call(experts: Experts, x: Tensor, args: tuple, kwargs: dict) -> str | None:
+    """Why this call is PEFT's: arguments, shapes or dtypes that the operators do not support."""
+    if len(args) != 2 or kwargs:
+        return "a call with other arguments than x, the experts and their weights"
+    top_k_index, top_k_weights = args
     if not is_plain(x) or x.dim() != 2 or not x.is_floating_point():
-        return False
+        return "an input that is no plain matrix of floating-point numbers"
     if top_k_weights.shape != top_k_index.shape:  # some had weights of all experts, before 5.4
-        return False
-    if experts.implementation is None and top_k_weights.dtype != x.dtype:
-        return False  # the dtype of the result is the class's matter
-    is_grouped = experts.implementation is moe.grouped_mm_experts_forward
-    autocast = torch.is_autocast_enabled(x.device.type)
-    for name, stack in experts.stacks.items():
-        weight = experts.module._parameters[name]
-        if not is_grouped:  # there autocast, and a mixture of dtypes, are F.linear's
-            expected = torch.get_autocast_dtype(x.device.type) if autocast else x.dtype
-            if weight.dtype != expected:
-                return False
-        if stack.lora_A.dtype != weight.dtype and not (
-            stack.lora_A.dtype == torch.float32 and weight.dtype in SIXTEEN_BIT
-        ):
-            return False
-    return True
+        return "router weights that are not one for each expert of a token"
+    if not torch.compiler.is_compiling() and is_transformed():
+        return "torch.func or forward-mode differentiation"
+    module, is_grouped = experts.module, experts.implementation is moe.grouped_mm_experts_forward
+    autocast = torch.is_autocast_enabled(x.device.type) and not is_grouped
+    if autocast and experts.implementation is None and module.has_bias:
+        return "biases under autocast, which transformers' eager forward adds in fp32"
+    for name in (_first_of(module), "down_proj"):
+        weight, stack = module._parameters[name], experts.stacks.get(name)
+        fits = torch.float64 not in (x.dtype, weight.dtype) if autocast else x.dtype == weight.dtype
+        if not is_grouped and not fits:  # there a mixture of dtypes is cast to the weight's
+            return f"an input of {x.dtype} with {name} of {weight.dtype}"
+        dtype = _product_dtype(experts, x, weight)
+        masters = (dtype, torch.float32) if dtype in SIXTEEN_BIT else (dtype,)
+        if stack is not None and stack.lora_A.dtype not in masters:
+            return f"products in {dtype} with lora_A of {stack.lora_A.dtype}"
+    return None

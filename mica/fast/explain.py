@@ -61,9 +61,13 @@ def explain(model: nn.Module) -> Explanation:
     Path "kernel": the fused operators on Triton kernels; "reference": their PyTorch form, with the reason why
     kernels do not run; "peft": PEFT's own code, with the reason; "error": MICA_BACKEND=triton demands kernels
     that do not exist for this layer, and a call raises. A base layer whose weight cannot be read directly is
-    called, the reason says why, and only the adapter runs on the operators. What only a call can show (the
-    dtype of the activations, other arguments) is not in the table. Weights that FSDP2 has sharded with a
-    module around the layer count as the plain tensors that they are while that module's forward runs.
+    called, the reason says why, and only the adapter runs on the operators. Weights that FSDP2 has sharded
+    with a module around the layer count as the plain tensors that they are while that module's forward runs.
+
+    What only a call can show (dtype of the activations, autocast, other arguments) comes from the PEFT
+    model's last completed forward with the backend on: a layer whose adapter PEFT's code ran there has the
+    path "peft", and its reason names that forward. Where ``calls`` is unknown, so is that, and the table is
+    about the state of the layers alone.
 
     ``calls`` of a row: how often the layer was called, on any path, in the PEFT model's last completed
     forward (`generate` has none). 0: something bypasses it, like a framework that has replaced the forward of
@@ -74,7 +78,7 @@ def explain(model: nn.Module) -> Explanation:
     ``bypassed_by``: where other code runs instead of the layer, the framework's name (axolotl, unsloth) or
     that of the module with the code; ``str()`` says how to switch it off (see `mica.fast.bypassed`).
     """
-    rows, counts = [], calls.counts()
+    rows, counts, by_peft = [], calls.counts(), calls.peft_reasons()
     modules = dict(model.named_modules())
     entered = bypassed.around([name for name, module in modules.items() if counts.get(module)])
     for name, module in modules.items():
@@ -89,7 +93,10 @@ def explain(model: nn.Module) -> Explanation:
                 count = counts.get(module) if _is_counted(module) else None
                 around = count == 0 and bypassed.bypassed_by(modules, name, entered)
                 by = around or bypassed.replaced_by(module)
-                rows.append(Row(shown, base, _adapters(module), *_path(module, outermost), count, by))
+                path, reason = _path(module, outermost)
+                if path in (KERNEL, REFERENCE) and outermost in by_peft:
+                    path, reason = PEFT, _in_the_last_forward(by_peft[outermost], count)
+                rows.append(Row(shown, base, _adapters(module), path, reason, count, by))
     return Explanation(rows)
 
 
@@ -139,6 +146,11 @@ def _path(layer, outermost) -> tuple[str, str]:
             path = ERROR if backend.requested() == "triton" else REFERENCE
             return path, "; ".join([refused, *reasons])
     return KERNEL, "; ".join(reasons)
+
+
+def _in_the_last_forward(reasons: list[str], calls: int | None) -> str:
+    part = "" if calls in (None, len(reasons)) else f"{len(reasons)} of {calls} calls of "
+    return f"in {part}the last forward: {'; '.join(dict.fromkeys(reasons))}"
 
 
 def _adapters(layer) -> str:

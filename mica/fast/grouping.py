@@ -219,7 +219,7 @@ def _members(layer: nn.Module, x: Tensor, operands: Operands) -> dict[nn.Module,
 
 def _operands_in_general(layer: nn.Module, x: Tensor) -> Operands | None:
     adapters = adapters_for(layer, x)
-    if adapters is None or len(adapters) > 1 or adapters[0].dropout_p:
+    if type(adapters) is str or len(adapters) > 1 or adapters[0].dropout_p:
         return None
     return fused_operands(layer, x, adapters[0])
 

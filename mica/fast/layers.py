@@ -14,10 +14,11 @@ from mica.fast.eligibility import (
     Adapter,
     Operands,
     adapters_for,
-    embedding_fits,
     fused_operands,
     read,
+    runs_adapter,
     scaled,
+    why_not_embedding,
 )
 from mica.fast.settings import compute_dtype, settings
 from mica.ops.embedding import embedding
@@ -29,22 +30,28 @@ from mica.ops.linear import linear, linear_directly
 def linear_forward(stock):
     def forward(self, x: torch.Tensor, *args, **kwargs) -> torch.Tensor:
         calls.note(self)
-        if settings.enabled and not args:
-            if not kwargs:
+        if settings.enabled:
+            if not args and not kwargs:
                 result = _linear(self, x)
-            elif kwargs.keys() == {"adapter_names"} and kwargs["adapter_names"] is not None:
+            elif not args and kwargs.keys() == {"adapter_names"} and kwargs["adapter_names"] is not None:
                 result = mixed_batch.forward(self, x, kwargs["adapter_names"])
             else:
-                result = None
-            if result is not None:
+                result = "a call with further arguments"
+            if type(result) is not str:
                 return result
+            _note_peft(self, result)
         return stock(self, x, *args, **kwargs)
 
     return forward
 
 
-def _linear(layer, x: torch.Tensor) -> torch.Tensor | None:
-    """The output with all active adapters, or None where PEFT's own code runs."""
+def _note_peft(layer, reason: str) -> None:
+    if runs_adapter(layer):
+        calls.note_peft(layer, reason)
+
+
+def _linear(layer, x: torch.Tensor) -> torch.Tensor | str:
+    """The output with all active adapters, or why PEFT's own code runs."""
     operands = common_case.operands(layer, x)
     if operands is None:
         return _in_general(layer, x)
@@ -54,11 +61,11 @@ def _linear(layer, x: torch.Tensor) -> torch.Tensor | None:
     return linear_directly(x, weight, lora_A, lora_B, scaling, bias, compute_dtype(x))
 
 
-def _in_general(layer, x: torch.Tensor) -> torch.Tensor | None:
+def _in_general(layer, x: torch.Tensor) -> torch.Tensor | str:
     """`_linear` of any layer."""
     adapters = adapters_for(layer, x)
-    if adapters is None:
-        return None
+    if type(adapters) is str:
+        return adapters
     if tensor_parallel.plan_of(layer._modules["base_layer"]) is not None:
         return _sharded(layer, x, adapters)
     operands = fused_operands(layer, x, adapters[0])
@@ -150,24 +157,26 @@ def whole_forward(stock):
 def embedding_forward(stock):
     def forward(self, x: torch.Tensor, *args, **kwargs) -> torch.Tensor:
         calls.note(self)
-        if settings.enabled and not args and not kwargs:
-            result = _embedding(self, x)
-            if result is not None:
+        if settings.enabled:
+            result = "a call with further arguments" if args or kwargs else _embedding(self, x)
+            if type(result) is not str:
                 return result
+            _note_peft(self, result)
         return stock(self, x, *args, **kwargs)
 
     return forward
 
 
-def _embedding(layer, x: torch.Tensor) -> torch.Tensor | None:
-    """The output with the active adapter, or None where PEFT's own code runs."""
+def _embedding(layer, x: torch.Tensor) -> torch.Tensor | str:
+    """The output with the active adapter, or why PEFT's own code runs."""
     adapters = read(layer)
     if type(adapters) is str:
-        return None
+        return adapters
     (adapter,) = adapters
     lora_A, (lora_B, scaling) = adapter.lora_A, scaled(adapter.lora_B, adapter.scaling)
-    if not embedding_fits(x, lora_A, lora_B):
-        return None
+    reason = why_not_embedding(x, lora_A, lora_B)
+    if reason is not None:
+        return reason
     result = layer.base_layer(x)
     update = embedding(x, lora_A, lora_B, scaling, layer.base_layer.padding_idx, None)
     embed_scale = layer._get_embed_scale()  # Gemma's embeddings scale their output

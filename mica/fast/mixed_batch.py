@@ -40,19 +40,23 @@ class _Comparison(NamedTuple):
 _comparisons: WeakKeyDictionary[nn.Module, _Comparison] = WeakKeyDictionary()
 
 
-def forward(layer, x: Tensor, adapter_names: list[str]) -> Tensor | None:
-    """The output of a linear layer for x (batch, ..., in_features), or None where the call is PEFT's.
+def forward(layer, x: Tensor, adapter_names: list[str]) -> Tensor | str:
+    """The output of a linear layer for x (batch, ..., in_features), or why the call is PEFT's.
 
     adapter_names: one per sample; "__base__", and adapters that this layer does not have, add nothing.
     """
     names = [name for name in dict.fromkeys(adapter_names) if name != BASE and name in layer.lora_A]
-    if not names or len(x) != len(adapter_names) or torch.compiler.is_compiling():
-        return None
+    if not names or len(x) != len(adapter_names):
+        return "a mixed batch without an adapter of this layer"
+    if torch.compiler.is_compiling():
+        return "a compiled mixed batch"
     if tensor_parallel.plan_of(layer.get_base_layer()) is not None:
-        return None
+        return "a mixed batch under tensor parallelism"
     adapters = adapters_for(layer, x, names)
-    if adapters is None or any(layer.lora_dropout[name].training for name in names):
-        return None
+    if type(adapters) is str:
+        return adapters
+    if any(layer.lora_dropout[name].training for name in names):
+        return "a mixed batch with dropout in training mode"
     adapters = {adapter.name: adapter for adapter in adapters}
     result = layer.base_layer(x)
     for group in _groups(layer, {name: adapter.lora_B.detach() for name, adapter in adapters.items()}):

@@ -46,6 +46,8 @@ def compute(name: str, tensor: Tensor, rank: int, dtypes: tuple, *args):
     formula = getattr(reference_experts if of_experts else reference, name)
     if _force_plain.get() or not backend.use_kernels(tensor.device, rank, *dtypes, function=name):
         return formula(*args)
+    if torch._C._functorch.is_legacy_batchedtensor(tensor):  # a backward under `is_grads_batched`
+        return formula(*args)
     from mica import kernel_path, kernel_path_experts  # import Triton
 
     kernels = kernel_path_experts if of_experts else kernel_path
@@ -122,14 +124,14 @@ def saved(ctx) -> tuple[Tensor | None, ...]:
 
 
 def run_backward(operator: Callable, body: Callable, tensors: Sequence[Tensor | None], *args):
-    """Run a backward; with ``create_graph=True`` by the plain formulas, so that higher derivatives hold.
+    """Run a backward; under vmap and with ``create_graph=True``, for higher derivatives, by plain formulas.
 
     The body runs below autograd although gradients are disabled there: PyTorch's calls take 1 µs less each.
     """
     if torch.is_grad_enabled():
         return plain(body)(*args)
     if not is_direct(*tensors):
-        return operator(*args)
+        return plain(body)(*args) if is_transformed() else operator(*args)
     with below_autograd():
         return body(*args)
 

@@ -23,13 +23,26 @@ class Routing(NamedTuple):
 
 
 def route(top_k_index: Tensor, num_experts: int) -> Routing:
-    """top_k_index: (num_tokens, top_k) integers; num_experts or more is no expert, and sorted to the end."""
-    experts = top_k_index.reshape(-1)
-    ids, order = torch.sort(experts, stable=True)
+    """top_k_index: (num_tokens, top_k) integers; num_experts is no expert, and sorted to the end.
+
+    Raises:
+        IndexError: another index. On a GPU, where nothing waits for the indices, a device-side assertion.
+    """
+    experts = top_k_index.reshape(-1).long()
+    order = torch.argsort(experts, stable=True)
     inverse = torch.empty_like(order)
     inverse[order] = torch.arange(order.shape[0], device=order.device)
-    all_experts = torch.arange(num_experts, dtype=ids.dtype, device=ids.device)
-    offsets = torch.searchsorted(ids, all_experts, right=True, out_int32=True)
+    counts = experts.new_zeros(num_experts + 1)
+    try:
+        counts.scatter_add_(0, experts, torch.ones_like(experts))
+    except RuntimeError as error:
+        if "out of bounds" not in str(error):
+            raise
+        raise IndexError(
+            f"top_k_index must hold experts from 0 to {num_experts - 1}, or {num_experts} for none, but it "
+            f"holds {experts.min().item()} to {experts.max().item()}."
+        ) from error
+    offsets = torch.cumsum(counts[:-1], dim=0, dtype=torch.int32)
     top_k = top_k_index.shape[-1]
     return Routing(order, inverse, order // top_k, offsets, top_k)
 

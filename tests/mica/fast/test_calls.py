@@ -197,3 +197,93 @@ def test_compiled_calls_are_not_seen_and_never_denied(regional):
     for _ in range(2):
         torch.testing.assert_close(run(torch.ones(2, 8)), expected)
         assert set(called(model).values()) == {None}
+
+
+# ---------------------------------------------------------------------------------------------------
+# the path that a call took
+# ---------------------------------------------------------------------------------------------------
+
+
+def said(model) -> dict[str, tuple[str, str]]:
+    return {row.name.rpartition("model.")[2]: (row.path, row.reason) for row in mica.fast.explain(model).rows}
+
+
+DTYPES = "an input of torch.float64 with lora_A of torch.float64 and lora_B of torch.float64"
+
+
+def autocast():
+    """Which leaves fp64 alone, so that PEFT's code runs: a call shows it, and no layer does."""
+    return torch.autocast("cpu", torch.bfloat16)
+
+
+@pytest.fixture
+def wide():
+    return wrap(Twice(), targets=["up", "down"]).double()
+
+
+X = torch.randn(2, 8, dtype=torch.float64)
+
+
+def test_a_call_of_peft_s_code_is_said_until_a_forward_without(wide):
+    before = said(wide)
+    assert {path for path, _ in before.values()} == {"reference"}
+    ran = mica.fast.call_counts["linear"]
+    with autocast():
+        wide(X)
+    assert mica.fast.call_counts["linear"] == ran
+    peft = dict.fromkeys(before, ("peft", f"in the last forward: {DTYPES}"))
+    assert said(wide) == peft
+    with mica.fast.disabled():
+        wide(X)  # says nothing about calls with the backend on
+    assert said(wide) == peft
+    wide(X)
+    assert said(wide) == before
+
+
+def test_embeddings_too():
+    model = net(torch.float64)
+    with autocast():
+        model(INDICES)
+    assert {path for path, _ in said(model).values()} == {"peft"}
+
+
+def test_some_of_the_calls_of_a_layer(wide):
+    inner = wide.base_model.model
+
+    def forward(x):
+        with autocast():
+            x = inner.up(x)
+        return inner.down(inner.up(x))
+
+    inner.forward = forward
+    wide(X)
+    assert said(wide)["up"] == ("peft", f"in 1 of 2 calls of the last forward: {DTYPES}")
+    assert said(wide)["down"][0] == "reference"
+
+
+def test_further_arguments_are_none_of_ours():
+    model = wrap(Twice(), targets=["up", "down"])
+    inner = model.base_model.model
+    inner.forward = lambda x: inner.down(inner.up(x, adapter_names=None))
+    model(torch.randn(2, 8))
+    assert said(model)["up"] == ("peft", "in the last forward: a call with further arguments")
+    assert said(model)["down"][0] == "reference"
+
+
+@pytest.mark.parametrize("off", ["disabled", "merged"])
+def test_calls_without_an_adapter_took_no_path(wide, off):
+    before = said(wide)
+    wide.merge_adapter() if off == "merged" else wide.base_model.disable_adapter_layers()
+    with autocast():
+        wide(X)
+    wide.unmerge_adapter() if off == "merged" else wide.base_model.enable_adapter_layers()
+    assert said(wide) == before
+
+
+def test_what_a_forward_that_raised_or_a_call_outside_did_is_not_said(wide):
+    before = said(wide)
+    with autocast():
+        with pytest.raises(RuntimeError):
+            wide(torch.randn(2, 9, dtype=torch.float64))
+        wide.base_model.model.up(X)
+    assert said(wide) == before

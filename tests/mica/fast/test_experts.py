@@ -1,9 +1,11 @@
 """The forward of experts with MiCA adapters: against a plain autograd formulation and PEFT's own path."""
 
 import copy
+from functools import partial
 
 import pytest
 import torch
+from torch.autograd import forward_ad
 
 import mica.fast
 from tests.support import moe_models
@@ -126,17 +128,93 @@ def test_fp32_masters_over_bf16():
     assert {grad.dtype for grad in grads.values()} == {torch.float32}
 
 
-@pytest.mark.parametrize(("implementation", "fuses"), [("grouped_mm", True), ("eager", False)])
-def test_autocast(implementation, fuses):
-    """The grouped products of transformers run in the weight's dtype; F.linear, in eager, in autocast's."""
-    model, ids = adapted(), tokens()
+@pytest.mark.parametrize("implementation", ["grouped_mm", "batched_mm", "eager"])
+@pytest.mark.parametrize("kind", BUILDERS)
+def test_autocast(kind, implementation):
+    """The grouped products of transformers run in the weight's dtype; F.linear and bmm in autocast's."""
+    model, ids = adapted(kind), tokens()
     model.base_model.model.set_experts_implementation(implementation)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        loss, counts = ran(lambda: loss_of(model, ids))
+        loss, grads, counts = gradients(model, ids)
         with mica.fast.disabled():
-            expected = loss_of(model, ids)
-    assert counts == ((4, 0) if fuses else (0, 0))
-    assert error(loss, expected) <= RELATIVE[torch.bfloat16]
+            expected_loss, expected, _ = gradients(model, ids)
+    rows = mica.fast.explain(model).rows  # of the forward before the disabled one
+    is_ours = kind != "gpt_oss" or implementation != "eager"  # that one adds its biases in fp32
+    assert counts == ((4, 4) if is_ours else (0, 0))
+    assert {row.path for row in rows} == {"reference" if is_ours else "peft"}
+    assert is_ours or "eager forward adds in fp32" in rows[0].reason
+    assert error(loss, expected_loss) <= RELATIVE[torch.bfloat16]
+    for name, grad in grads.items():
+        assert grad.dtype == torch.float32
+        assert error(grad, expected[name]) <= 10 * RELATIVE[torch.bfloat16], name
+
+
+@pytest.mark.parametrize("implementation", ["batched_mm", "eager"])
+def test_under_autocast_nothing_of_a_stack_is_kept(implementation):
+    """The cast stack is an operator's own; x is kept in autocast's dtype, and the result has that of x."""
+    layer = outermost(adapted("qwen3_moe"))
+    layer.get_base_layer().config._experts_implementation = implementation
+    x = torch.randn(5, 32, requires_grad=True)
+    kept = []
+    keep = torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t)
+    with keep, torch.autocast("cpu", dtype=torch.bfloat16):
+        y = layer(x, torch.arange(10).view(5, 2) % 6, torch.rand(5, 2))
+    stacks = {w.untyped_storage().data_ptr() for w in layer.parameters()}
+    assert all(t.dim() < 3 for t in kept if t is not None and t.untyped_storage().data_ptr() not in stacks)
+    assert y.dtype == torch.float32
+    y.sum().backward()
+    assert x.grad.dtype == torch.float32
+
+
+def derivatives(layer, x, *routing):
+    """By every way that PyTorch has, each as a function without arguments."""
+    vectors = torch.randn(3, *x.shape, generator=torch.Generator().manual_seed(1))
+    lora_A = layer.lora_A["default"].weight
+
+    def dual():
+        with forward_ad.dual_level():
+            y = layer(forward_ad.make_dual(x, vectors[0]), *routing)
+            return forward_ad.unpack_dual(y).tangent.detach()
+
+    def batched():
+        leaf = x.clone().requires_grad_()
+        return torch.autograd.grad(layer(leaf, *routing), (leaf, lora_A), vectors, is_grads_batched=True)
+
+    def mapped():
+        leaf = x.clone().requires_grad_()
+        y = layer(leaf, *routing)
+        grads = partial(torch.autograd.grad, y, (leaf, lora_A), retain_graph=True)
+        return torch.func.vmap(grads)(vectors)
+
+    def jacobian():
+        return torch.autograd.functional.jacobian(lambda v: layer(v, *routing), x, vectorize=True)
+
+    return dual, batched, mapped, jacobian
+
+
+@pytest.mark.parametrize("backend", ["reference", "triton"])
+@pytest.mark.parametrize("implementation", ["eager", "batched_mm"])
+@pytest.mark.parametrize("way", range(4), ids=["dual", "batched", "mapped", "jacobian"])
+def test_derivatives_of_every_kind(monkeypatch, way, implementation, backend):
+    monkeypatch.setenv("MICA_BACKEND", backend)
+    layer = outermost(adapted())
+    layer.get_base_layer().config._experts_implementation = implementation
+    call = torch.randn(5, 32), torch.tensor([[0, 1], [2, 1], [0, 2], [2, 0], [1, 2]]), torch.rand(5, 2)
+    actual = derivatives(layer, *call)[way]()
+    with mica.fast.disabled():
+        expected = derivatives(layer, *call)[way]()
+    for ours, stock in zip(*(t if type(t) is tuple else [t] for t in (actual, expected)), strict=True):
+        assert error(ours, stock) <= 3 * RELATIVE[torch.float32]
+
+
+def test_forward_mode_is_pefts_and_said():
+    model = wrap_experts(moe_models.mixtral())
+    with forward_ad.dual_level():
+        _, counts = ran(lambda: loss_of(model, tokens()))
+    assert counts == (0, 0)
+    assert {row.reason for row in mica.fast.explain(model).rows} == {
+        "in the last forward: torch.func or forward-mode differentiation"
+    }
 
 
 @pytest.mark.parametrize("kind", BUILDERS)
@@ -173,6 +251,20 @@ def test_tokens_without_an_expert():
     assert counts[0] == 2
     with mica.fast.disabled():
         assert error(y, layer(x, index, weights)) <= RELATIVE[torch.float32]
+
+
+@pytest.mark.parametrize("index", [-1, 5])
+@pytest.mark.parametrize("implementation", ["eager", "grouped_mm"])
+def test_an_index_of_no_expert_is_refused(implementation, index):
+    """Stock's eager raises too. Its grouped products would shift every row and compute something."""
+    layer = outermost(adapted())
+    layer.get_base_layer().config._experts_implementation = implementation
+    call = torch.randn(3, 32), torch.tensor([[0, 1], [2, index], [3, 0]]), torch.rand(3, 2)
+    with pytest.raises(IndexError, match=f"top_k_index must hold experts from 0 to 3, .* {index}"):
+        layer(*call)
+    if implementation == "eager":
+        with mica.fast.disabled(), pytest.raises(RuntimeError, match="Class values"):
+            layer(*call)
 
 
 def test_a_layer_without_tokens():

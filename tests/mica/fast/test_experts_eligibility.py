@@ -282,16 +282,17 @@ def test_experts_without_a_gate_and_with_a_norm(build, implementation):
         assert error(y, model(*call)) <= RELATIVE[torch.float32]
 
 
-@pytest.mark.parametrize(("implementation", "fuses"), [("grouped_mm", True), ("eager", False)])
-def test_weights_in_fp32_over_16_bit_experts(implementation, fuses):
-    """In eager the dtype of the result is the class's: this one's is that of the weights."""
-    model = block(nemotron_h, implementation).bfloat16()
+@pytest.mark.parametrize("implementation", ["grouped_mm", "batched_mm", "eager"])
+@pytest.mark.parametrize("build", [nemotron_h, muse_spark])
+def test_weights_in_fp32_over_16_bit_experts(build, implementation):
+    """Their sums are in fp32, and the result in the dtype of the input."""
+    model = block(build, implementation).bfloat16()
     x, index, weights = call_of(torch.bfloat16)
     y, counts = ran(lambda: model(x, index, weights.float()))
-    assert counts[0] == (2 if fuses else 0)
+    assert counts[0] == 2
     with mica.fast.disabled():
         expected = model(x, index, weights.float())
-    assert y.dtype == expected.dtype
+    assert y.dtype == expected.dtype == torch.bfloat16
     assert error(y, expected) <= RELATIVE[torch.bfloat16]
 
 
@@ -301,6 +302,16 @@ def test_weights_of_all_experts_are_pefts():
     x, index, _ = call_of()
     _, counts = ran(lambda: model(x, index, torch.rand(7, 4)))
     assert counts == (0, 0)
+    reason = "in the last forward: router weights that are not one for each expert of a token"
+    assert [(row.path, row.reason) for row in mica.fast.explain(model).rows] == [("peft", reason)] * 2
+
+
+def test_an_input_of_another_dtype_is_cast_by_grouped_products_alone():
+    model, call = block(muse_spark, "grouped_mm").double(), call_of()
+    assert ran(lambda: model(*call))[1][0] == 2
+    outermost(model).get_base_layer().config._experts_implementation = "batched_mm"
+    with pytest.raises(RuntimeError, match="expected scalar type"):  # as from stock
+        model(*call)
 
 
 def test_one_registry_as_before_transformers_5_4(monkeypatch):

@@ -102,6 +102,58 @@ def test_under_autocast_the_products_run_in_the_dtype_of_the_weight(dtype):
     assert error(x.grad, expected["grad_x"]) <= RELATIVE[dtype]
 
 
+@pytest.mark.parametrize("backend", ["reference", "triton"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_weight_in_fp32_is_cast_to_the_input_s_dtype(monkeypatch, backend, dtype):
+    """Which `mica.fast` passes under autocast; the public operator refuses it."""
+    monkeypatch.setenv("MICA_BACKEND", backend)
+    p = problem("rows of none", 16, 24, 3, dtype, torch.float32)
+    expected = run(p, unchecked)
+    p.weight, p.bias = p.weight.float(), p.bias.float()
+    for name, value in run(p, unchecked).items():
+        assert torch.equal(value, expected[name]), name
+    with pytest.raises(TypeError, match="weight"):
+        run(p, mica_experts_linear)
+
+
+def test_function_transforms():
+    """Of the rows, of A, and of both: what is mapped may be any of them."""
+    p = problem("rows of none", 5, 4, 2, torch.float64)
+    xs, lora_As = torch.stack([p.x, 2 * p.x]), torch.stack([p.lora_A, p.lora_A * 3])
+
+    def loss(x, lora_A):
+        y = mica_experts_linear(x, p.offsets, p.weight, lora_A, p.lora_B, p.scaling)
+        return (y * p.grad_output).sum()
+
+    grad = torch.func.grad(loss, argnums=(0, 1))
+    for axes, arguments, pairs in (
+        ((0, None), (xs, lora_As[0]), [(xs[0], lora_As[0]), (xs[1], lora_As[0])]),
+        ((None, 0), (xs[0], lora_As), [(xs[0], lora_As[0]), (xs[0], lora_As[1])]),
+        ((0, 0), (xs, lora_As), zip(xs, lora_As, strict=True)),
+    ):
+        mapped, expected = torch.func.vmap(grad, axes)(*arguments), [grad(*pair) for pair in pairs]
+        for actual, each in zip(mapped, zip(*expected, strict=True), strict=True):
+            assert error(actual, torch.stack(each)) <= RELATIVE[torch.float64]
+
+
+@pytest.mark.parametrize("backend", ["reference", "triton"])
+def test_batches_of_gradients(monkeypatch, backend):
+    """In the backward alone: by `is_grads_batched`, which is none of torch.func's, and by vmap."""
+    monkeypatch.setenv("MICA_BACKEND", backend)
+    p = problem("rows of none", 5, 4, 2, torch.float32)
+    x, lora_A = p.x.detach().requires_grad_(), p.lora_A.detach().requires_grad_()
+    y = mica_experts_linear(x, p.offsets, p.weight, lora_A, p.lora_B, p.scaling)
+    vectors = torch.stack([p.grad_output, -2 * p.grad_output])
+
+    def grads(vector, **options):
+        return torch.autograd.grad(y, (x, lora_A), vector, retain_graph=True, **options)
+
+    expected = [torch.stack(pair) for pair in zip(*map(grads, vectors), strict=True)]
+    for actual in (grads(vectors, is_grads_batched=True), torch.func.vmap(grads)(vectors)):
+        for ours, exact in zip(actual, expected, strict=True):
+            assert error(ours, exact) <= RELATIVE[torch.float32]
+
+
 def test_an_edit_of_x_before_the_backward_is_refused():
     p = problem("idle ones", 5, 4, 2, torch.float32)
     x, lora_A = p.x.clone(), p.lora_A.clone().requires_grad_()

@@ -147,6 +147,24 @@ def test_function_transforms():
     )
 
 
+@pytest.mark.parametrize("backend", ["reference", "triton"])
+def test_batches_of_gradients(monkeypatch, backend):
+    """Kernels take no batches of tensors, of vmap's or of the older kind of `is_grads_batched`."""
+    monkeypatch.setenv("MICA_BACKEND", backend)
+    p = problem((3,), 5, 4, 2, torch.float32)
+    x, lora_A = p.x.detach().requires_grad_(), p.lora_A.detach().requires_grad_()
+    y = mica_linear(x, p.weight, lora_A, p.lora_B, p.scaling, p.bias)
+    vectors = torch.stack([p.grad_output, -2 * p.grad_output])
+
+    def grads(vector, **options):
+        return torch.autograd.grad(y, (x, lora_A), vector, retain_graph=True, **options)
+
+    expected = [torch.stack(pair) for pair in zip(*map(grads, vectors), strict=True)]
+    for actual in (grads(vectors, is_grads_batched=True), torch.func.vmap(grads)(vectors)):
+        for ours, exact in zip(actual, expected, strict=True):
+            assert error(ours, exact) <= RELATIVE[torch.float32]
+
+
 @pytest.mark.parametrize("name", ["x", "lora_A"])
 @pytest.mark.parametrize("dropout", [False, True])
 def test_forward_mode_with_dual_tensors(name, dropout):

@@ -34,6 +34,14 @@ def test_a_token_of_equal_experts_keeps_its_order():
     assert torch.equal(routing.order, torch.arange(12))
 
 
+@pytest.mark.parametrize("index", [-1, EXPERTS + 1])
+def test_what_is_no_expert_is_refused(index):
+    chosen = tokens()
+    chosen[4, 1] = index
+    with pytest.raises(IndexError, match=f"from 0 to {EXPERTS - 1}, or {EXPERTS} for none, .* {index}"):
+        route(chosen, EXPERTS)
+
+
 def test_without_tokens():
     routing = route(torch.empty(0, 2, dtype=torch.int64), EXPERTS)
     rows = to_experts(torch.empty(0, 4), routing.tokens)

@@ -75,7 +75,7 @@ EXPERTS = [
             ],
             "base_product": [
                 ("if not _is_aligned(x):", "if False:"),
-                (" and _is_aligned(weight)", ""),
+                (" and _is_aligned(weight := weight.to(x.dtype))", ""),
                 ("is_small and ", ""),
                 ("x.shape[1], weight.shape[2]", "x.shape[1]"),
                 ("x.stride(0), x.shape[1], weight.shape[2]", "weight.shape[2]"),

@@ -5,11 +5,11 @@ from tests.support.mutants.edits import FileEdits
 EXPERTS_PATH = [
     FileEdits(
         "mica/reference_experts.py",
-        tests=["tests/mica/test_reference_experts.py"],
+        tests=["tests/mica/test_reference_experts.py", "tests/mica/ops/test_experts.py"],
         edits={
             "experts_linear": [
                 ("y[end:] = 0", ""),
-                ("None if bias is None else bias[expert]", "None"),
+                ("None if bias is None else _cast(bias[expert], x)", "None"),
                 ("weight[expert]", "weight[0]"),
             ],
             "experts_linear_backward": [
@@ -19,6 +19,7 @@ EXPERTS_PATH = [
                 ("end = rows.stop", ""),
             ],
             "hit": [("start = max(start, end)", "")],
+            "_filling": [("or torch._C._functorch.is_legacy_batchedtensor(tensor)", "")],
         },
     ),
     FileEdits(
@@ -41,7 +42,7 @@ EXPERTS_PATH = [
         "mica/ops/routing.py",
         tests=["tests/mica/ops/test_routing.py"],
         edits={
-            "route": [("order // top_k", "order % top_k"), ("right=True", "right=False")],
+            "route": [("order // top_k", "order % top_k"), ("counts[:-1]", "counts[1:]")],
             "to_experts": [("x.index_select(0, tokens)", "x")],
             "summed": [
                 ("grad_rows.index_select(0, inverse)", "grad_rows"),
@@ -60,7 +61,11 @@ EXPERTS_PATH = [
     ),
     FileEdits(
         "mica/fast/experts.py",
-        tests=["tests/mica/fast/test_experts_eligibility.py", "tests/mica/fast/test_experts.py"],
+        tests=[
+            "tests/mica/fast/test_experts_classes.py",
+            "tests/mica/fast/test_experts_eligibility.py",
+            "tests/mica/fast/test_experts.py",
+        ],
         edits={
             "_forward": [
                 ("if _has_gate(module) else module.act_fn(hidden)", ""),
@@ -75,7 +80,12 @@ EXPERTS_PATH = [
                 ("(*chain[1:], module)", "(module,)"),
                 ("(*chain[1:], module)", "chain[1:]"),
                 ("if stack is not None", "if True"),
-                ("chosen is not None and chosen not in _KNOWN", "False"),
+                ("type(chosen) is str", "False"),
+            ],
+            "_implementation": [
+                ("chosen is not None or name", "name"),
+                ('not _home(own).startswith("transformers.models.")', "False"),
+                ('_home(module._apply_gate).startswith("transformers.")', "True"),
             ],
             "_read_wrapper": [
                 ("if wrapper.disable_adapters", "if False"),
@@ -93,9 +103,12 @@ EXPERTS_PATH = [
                 ('getattr(module, "_is_expert_parallel", False)', "False"),
             ],
             "_why_not_parameters": [("reason is None and module.has_bias", "False")],
-            "_fits": [
-                ("if not is_grouped", "if False"),
-                ("if weight.dtype != expected", "if False"),
+            "_product_dtype": [("is_on else weight.dtype", "False else weight.dtype")],
+            "_why_not_call": [
+                ("is_transformed()", "False"),
+                ("and experts.implementation is None and module.has_bias", "and False"),
+                ("not is_grouped and not fits", "False"),
+                ("torch.float64 not in (x.dtype, weight.dtype)", "True"),
             ],
         },
     ),

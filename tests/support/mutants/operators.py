@@ -98,9 +98,11 @@ OPERATORS = [
                 ("backend.note_missed if in_capture else", ""),
             ],
             "run_backward": [
-                ("return plain(body)", "return body"),
-                ("if not is_direct(*tensors):\n        return operator(*args)", ""),
+                ("():\n        return plain(body)", "():\n        return body"),
+                ("plain(body)(*args) if is_transformed() else operator(*args)", "operator(*args)"),
+                ("if not is_direct(*tensors)", "if False"),
             ],
+            "compute": [("torch._C._functorch.is_legacy_batchedtensor(tensor)", "False")],
             "below_autograd": [
                 ("torch._C._AutoDispatchBelowADInplaceOrView", "torch._C._AutoDispatchBelowAutograd"),
             ],
