@@ -96,13 +96,13 @@ OPERATORS = [
             "compute": [
                 ("or (in_capture and of_experts)", ""),
                 ("backend.note_missed if in_capture else", ""),
+                ("torch._C._functorch.is_legacy_batchedtensor(tensor)", "False"),
             ],
             "run_backward": [
                 ("():\n        return plain(body)", "():\n        return body"),
                 ("plain(body)(*args) if is_transformed() else operator(*args)", "operator(*args)"),
                 ("if not is_direct(*tensors)", "if False"),
             ],
-            "compute": [("torch._C._functorch.is_legacy_batchedtensor(tensor)", "False")],
             "below_autograd": [
                 ("torch._C._AutoDispatchBelowADInplaceOrView", "torch._C._AutoDispatchBelowAutograd"),
             ],
