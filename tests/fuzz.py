@@ -37,7 +37,6 @@ def main() -> int:
     warnings.simplefilter("ignore")
     attributes = {"KIND_NAMES": [args.kind]} if args.kind else {}
     models = machine("Fuzzed", **attributes, GROUPS=True if args.groups else "auto")
-    phases = [Phase.generate] if args.no_shrink else [Phase.generate, Phase.shrink]
     begin, failed, rounds = time.monotonic(), [], 0
     spent = {"adapt": 0.0, "models": 0.0}
     while args.seed is not None or time.monotonic() < begin + 60 * args.minutes:
@@ -50,7 +49,7 @@ def main() -> int:
             stateful_step_count=steps,
             deadline=None,
             database=None,
-            phases=phases,
+            phases=[Phase.generate] if args.no_shrink or is_run else [Phase.generate, Phase.shrink],
             suppress_health_check=list(HealthCheck),
         )
         start, fuzzed = time.monotonic(), type("Fuzzed", (Runs if is_run else models,), {})

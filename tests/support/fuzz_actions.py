@@ -28,6 +28,7 @@ SEEDS = st.integers(0, 99)
 
 # rule -> how often it was tried, how often it did something: dead rules are seen
 TALLY: dict[str, Counter] = {}
+SEQUENCES = Counter()  # of models, and of runs of `mica adapt`
 
 
 class RaisedInForwardError(Exception):
@@ -124,6 +125,7 @@ class Base(RuleBasedStateMachine):
 
     @initialize(data=st.data())
     def start(self, data):
+        SEQUENCES["models"] += 1
         mica.fast.enable(group_projections=self.GROUPS)
         kind = data.draw(st.sampled_from(self.KIND_NAMES))
         dtype = data.draw(st.sampled_from(self.DTYPES))

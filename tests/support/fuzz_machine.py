@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import precondition
 
 import mica.fast
-from tests.support.fuzz_actions import INDEX, TALLY, action, pass_on
+from tests.support.fuzz_actions import INDEX, SEQUENCES, TALLY, action, pass_on
 from tests.support.fuzz_adapters import Adapters
 from tests.support.fuzz_calls import Calls
 from tests.support.fuzz_files import Files
@@ -133,4 +133,6 @@ def machine(name: str, **attributes) -> type[Machine]:
 def tally() -> str:
     rows = [f"{'action':32} {'tried':>6} {'effective':>9}"]
     rows += [f"{name:32} {count['tried']:6} {count['effective']:9}" for name, count in sorted(TALLY.items())]
+    counts = ", ".join(f"{count} of {what}" for what, count in SEQUENCES.items())
+    rows.append(f"sequences: {counts}; actions: {sum(count['tried'] for count in TALLY.values())}")
     return "\n".join(rows)
