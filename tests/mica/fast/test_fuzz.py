@@ -53,7 +53,7 @@ def test_interpreted_kernels_do_what_peft_does(monkeypatch):
 
 
 def test_a_run_of_mica_adapt_that_is_broken_off_ends_as_the_unbroken_one():
-    drive(Runs, 3, 4)
+    drive(Runs, 2, 4)
 
 
 def test_no_action_is_dead():
