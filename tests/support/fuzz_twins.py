@@ -29,6 +29,7 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 
 import mica.fast
+from mica.fast.expert_stacks import weight_name
 from mica.fast.settings import settings
 from tests.support.fuzz_compare import (
     Outcome,
@@ -212,7 +213,8 @@ class Twins:
             assert (ours is None) == (stock is None), f"{name}: adapter {adapter} on one model only"
             if ours is None:
                 continue
-            if is_mica and randomise and ours[1].dtype == torch.float32:
+            of_ours = is_mica and randomise and mica.fast.is_enabled()
+            if of_ours and getattr(layer.get_base_layer(), weight_name(layer)).dtype == torch.float32:
                 judge(name, layer, adapter)
             with torch.no_grad():
                 if randomise:

@@ -1,5 +1,6 @@
 import copy
 import warnings
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -49,6 +50,22 @@ def test_fp32_adapters_over_a_16_bit_base_are_orthonormal(dtype):
         assert (B.T @ B - torch.eye(4)).abs().max() <= 1e-6
     stock = bases(net(dtype, stock=True)).values()
     assert max((B.T @ B - torch.eye(4)).abs().max() for B in stock) > 1e-5  # the fault is real
+
+
+def test_an_adapter_added_to_a_merged_model_has_the_b_of_the_weight_it_is_added_to():
+    """PEFT unmerges the model as it adds one, but stock's B is that of the merged weight."""
+    shares = {}
+    for stock in (False, True):
+        model = randomise(net(stock=stock), scale=0.5)
+        with mica.fast.disabled() if stock else nullcontext(), pytest.warns(UserWarning, match="Unmerging"):
+            model.merge_adapter()
+            model.add_adapter("second", model.peft_config["default"])
+        basis = bases(model, "second")
+        for name, weight in effective_weights(model):
+            exact = torch.linalg.svd(weight, full_matrices=False).U[:, -4:]
+            shares[stock, name] = (basis[name].double().T @ exact).square().sum().item() / 4
+    assert all(share > 1 - 1e-6 for (stock, _), share in shares.items() if not stock)
+    assert all(share < 0.9 for (stock, _), share in shares.items() if stock)  # the fault is real
 
 
 def test_exact_basis_is_not_put_over_another_b():
