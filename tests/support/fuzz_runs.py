@@ -144,7 +144,8 @@ class Runs(RuleBasedStateMachine):
         self.output = self.folder / "broken"
         self.options: list[str] = []
         self.is_sound = self.was_stopped = False
-        self.step = 0  # of the last complete checkpoint
+        self.step = 0  # of the last complete checkpoint, at least
+        self.accumulation = self.save_steps = 1
 
     @initialize(data=st.data())
     def start(self, data):
@@ -152,11 +153,18 @@ class Runs(RuleBasedStateMachine):
         model = data.draw(st.sampled_from(MODELS))
         base, self.model = f"{self.folder.name}/{model}", self.folder / model
         shutil.copytree(self.inputs / model, self.model)
-        steps, save_steps = data.draw(st.integers(2, 8)), data.draw(st.integers(1, 4))
-        options = {"model": base, "text": "rows.jsonl", "steps": steps, "save-steps": save_steps, **FIXED}
+        steps, self.save_steps = data.draw(st.integers(2, 8)), data.draw(st.integers(1, 4))
+        options = {
+            "model": base,
+            "text": "rows.jsonl",
+            "steps": steps,
+            "save-steps": self.save_steps,
+            **FIXED,
+        }
         for name, values in OPTIONS.items():
             value = data.draw(st.sampled_from([None] * 2 + values))
             options |= {name: value} if value is not None else {}
+        self.accumulation = options.get("gradient-accumulation-steps", 1)
         self.options = [text for name, value in options.items() for text in (f"--{name}", str(value))]
         if data.draw(st.booleans()):
             self.options.append("--gradient-checkpointing")
@@ -209,10 +217,11 @@ class Runs(RuleBasedStateMachine):
         at = at % 6 if where == "step" else at
         status = self.go_on((where, at + 1, what, moment))
         assert status in (0, STATUS[what]), f"{status}: {self.errors}"
-        if status in (130, 143):
-            self.was_stopped = True
-            trains = where == "step" and not moment
-            assert not trains or checkpoints.latest(self.output), "no checkpoint of the step of the signal"
+        is_stopped = status in (130, 143)
+        self.was_stopped |= is_stopped
+        if where == "step" and status:
+            done = self.step + at // self.accumulation
+            self.step = done + 1 if is_stopped else max(self.step, done - done % self.save_steps)
         return status != 0
 
     @precondition(lambda self: self.step)
