@@ -254,13 +254,15 @@ class Runs(RuleBasedStateMachine):
         """Resuming with something else than the run had; it is put right afterwards."""
         before, settings = self.fingerprint(), (self.output / "run.yaml").read_bytes()
         if what == "run.yaml":
-            (self.output / "run.yaml").write_bytes(re.sub(rb"(?m)^alpha: .*", b"alpha: 77", settings))
+            (self.output / "run.yaml").write_bytes(
+                re.sub(rb"(?m)^learning_rate: .*", b"learning_rate: 0.5", settings)
+            )
         elif what == "the base":
             weights = load_file(self.model / "model.safetensors")
             weights["lm_head.weight"][0] += 1
             save_file(weights, self.model / "model.safetensors", {"format": "pt"})
         try:
-            options = ["--alpha", "77"] if what == "an option" else []
+            options = ["--learning-rate", "0.5"] if what == "an option" else []
             assert self.adapt("broken", "--resume", *options) == 2, f"{what} is not refused"
         finally:
             if what == "run.yaml":
