@@ -19,52 +19,56 @@ from hypothesis import HealthCheck, Phase, seed, settings
 from hypothesis.stateful import run_state_machine_as_test
 
 from tests.support.fuzz_machine import KINDS, machine, tally
+from tests.support.fuzz_runs import Runs
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--minutes", type=float, default=10)
     parser.add_argument("--seed", type=int, help="one round with this seed: a failure again")
-    parser.add_argument("--kind", choices=KINDS, help="only models of this kind")
+    parser.add_argument("--kind", choices=[*KINDS, "adapt"], help="only models of this kind, or `mica adapt`")
     parser.add_argument("--groups", action="store_true", help="with group_projections=True from the start")
-    parser.add_argument("--examples", type=int, default=20, help="sequences a round")
-    parser.add_argument("--steps", type=int, default=25, help="actions a sequence")
+    parser.add_argument("--examples", type=int, help="sequences a round [20; of mica adapt: 4]")
+    parser.add_argument("--steps", type=int, help="actions a sequence [25; of mica adapt: 4]")
     parser.add_argument("--no-shrink", action="store_true")
     args = parser.parse_args()
     torch.set_num_threads(1)
     torch.use_deterministic_algorithms(True)  # with it, NaN in every torch.empty
     warnings.simplefilter("ignore")
     attributes = {"KIND_NAMES": [args.kind]} if args.kind else {}
-    variant = machine("Fuzzed", **attributes, GROUPS=True if args.groups else "auto")
-    phases = [Phase.generate] if args.no_shrink else [Phase.generate, Phase.shrink]
-    options = settings(
-        max_examples=args.examples,
-        stateful_step_count=args.steps,
-        deadline=None,
-        database=None,
-        phases=phases,
-        suppress_health_check=list(HealthCheck),
-    )
-    end, failed, rounds = time.monotonic() + 60 * args.minutes, [], 0
-    while args.seed is not None or time.monotonic() < end:
+    models = machine("Fuzzed", **attributes, GROUPS=True if args.groups else "auto")
+    begin, failed, rounds = time.monotonic(), [], 0
+    spent = {"adapt": 0.0, "models": 0.0}
+    while args.seed is not None or time.monotonic() < begin + 60 * args.minutes:
         number = random.randrange(2**31) if args.seed is None else args.seed
         rounds += 1
+        is_run = args.kind == "adapt" or (args.kind is None and 3 * spent["adapt"] < spent["models"])
+        examples, steps = args.examples or (4 if is_run else 20), args.steps or (4 if is_run else 25)
+        options = settings(
+            max_examples=examples,
+            stateful_step_count=steps,
+            deadline=None,
+            database=None,
+            phases=[Phase.generate] if args.no_shrink or is_run else [Phase.generate, Phase.shrink],
+            suppress_health_check=list(HealthCheck),
+        )
+        start, fuzzed = time.monotonic(), type("Fuzzed", (Runs if is_run else models,), {})
         try:
-            run_state_machine_as_test(seed(number)(type("Fuzzed", (variant,), {})), settings=options)
+            run_state_machine_as_test(seed(number)(fuzzed), settings=options)
         except Exception:
             traceback.print_exc()
-            kind = f" --kind {args.kind}" if args.kind else ""
-            groups = " --groups" if args.groups else ""
+            kind = "adapt" if is_run else args.kind
             print(
-                f"again: make fuzz ARGS='--seed {number} --examples {args.examples} --steps {args.steps}"
-                f"{kind}{groups}'",
+                f"again: make fuzz ARGS='--seed {number} --examples {examples} --steps {steps}"
+                f"{f' --kind {kind}' if kind else ''}{' --groups' if args.groups else ''}'",
                 flush=True,
             )
             failed.append(number)
+        spent["adapt" if is_run else "models"] += time.monotonic() - start
         if args.seed is not None:
             break
     print(tally())
-    print(f"{rounds} rounds of {args.examples} sequences, {len(failed)} failed: {failed}")
+    print(f"{rounds} rounds, {len(failed)} failed: {failed}")
     return 1 if failed else 0
 
 

@@ -14,12 +14,11 @@ from pathlib import Path
 import torch
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, rule
-from peft import LoraConfig
 from safetensors.torch import load_file, save_file
 
 import mica.fast
 from mica.fast import merging
-from tests.support.fuzz_models import KINDS
+from tests.support.fuzz_models import KINDS, MIXTURES, targeting
 from tests.support.fuzz_twins import Twins, is_base, layers
 
 NAMES = ["one", "two", "three"]
@@ -29,6 +28,7 @@ SEEDS = st.integers(0, 99)
 
 # rule -> how often it was tried, how often it did something: dead rules are seen
 TALLY: dict[str, Counter] = {}
+SEQUENCES = Counter()  # of models, and of runs of `mica adapt`
 
 
 class RaisedInForwardError(Exception):
@@ -83,14 +83,15 @@ def configs(draw, kind: str, saves: bool = False):
     saved = KINDS[kind].saved
     targets = [name for name in draw(st.sampled_from(KINDS[kind].targets)) if not (saves and name == saved)]
     embeds = any(name in ("embed", "embed_tokens", "wte", "shared") for name in targets)
+    mixture = kind in MIXTURES
     config = {
         "init_lora_weights": draw(st.sampled_from(["mica", "mica", "mica", "gaussian"])),
         "r": draw(st.sampled_from([1, 2, 3, 5])),
         "lora_alpha": draw(st.sampled_from([1, 4, 7])),
         "use_rslora": draw(st.booleans()),
-        "target_modules": list(targets),
+        **targeting(targets),
         "fan_in_fan_out": False,
-        "lora_dropout": draw(st.sampled_from([0.0, 0.0, 0.0, 0.3])) if not embeds else 0.0,
+        "lora_dropout": draw(st.sampled_from([0.0, 0.0, 0.0, 0.3])) if not embeds and not mixture else 0.0,
     }
     if draw(st.booleans()):
         config["rank_pattern"] = {targets[-1]: draw(st.sampled_from([1, 4]))}
@@ -124,6 +125,7 @@ class Base(RuleBasedStateMachine):
 
     @initialize(data=st.data())
     def start(self, data):
+        SEQUENCES["models"] += 1
         mica.fast.enable(group_projections=self.GROUPS)
         kind = data.draw(st.sampled_from(self.KIND_NAMES))
         dtype = data.draw(st.sampled_from(self.DTYPES))
@@ -142,10 +144,12 @@ class Base(RuleBasedStateMachine):
     def create(self, name: str, config: dict, seed: int, cast: bool) -> None:
         if self.is_double:  # MiCA's SVD is refused there by stock
             config = {**config, "init_lora_weights": "gaussian"}
+        ours, stock = self.twins.configs(config)
 
         def added(model):
             with self.twins.casting():
-                model.add_adapter(name, LoraConfig(**config), autocast_adapter_dtype=cast)
+                chosen = ours if model is self.twins.ours else stock
+                model.add_adapter(name, chosen, autocast_adapter_dtype=cast)
 
         outcome = self.twins.each(added)
         if outcome.error is None:

@@ -10,7 +10,7 @@ from peft import LoraConfig
 
 import mica.fast
 from tests.support.fuzz_actions import INDEX, NAMES, SEEDS, Base, action, configs
-from tests.support.fuzz_models import KINDS
+from tests.support.fuzz_models import KINDS, targeting
 from tests.support.fuzz_twins import factors, layers
 from tests.support.peft_versions import is_at_least
 
@@ -30,7 +30,7 @@ class Adapters(Base):
         """Of a rank that no layer has: the backend leaves its model as it was (stock, half wrapped)."""
         name = next(name for name in NAMES if name not in self.twins.adapters)
         targets = KINDS[self.twins.kind].targets[0]
-        config = LoraConfig(r=999, target_modules=targets, init_lora_weights="mica")
+        config = LoraConfig(r=999, **targeting(targets), init_lora_weights="mica")
         before = self.twins.fingerprint()
         if not mica.fast.is_enabled():
             return False

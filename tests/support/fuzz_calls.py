@@ -158,6 +158,8 @@ class Calls(Base):
     def layers_on_one_input(self, seed, change, layer):
         """Two layers called on one tensor, as a user's own model does, and a change in between."""
         linears = {n: m for n, m in layers(self.twins.ours).items() if isinstance(m, lora.Linear)}
+        if not linears:
+            return False
         first = list(linears)[layer * 5 % len(linears)]
         width = linears[first].in_features
         group = grouping.groups.get(linears[first])

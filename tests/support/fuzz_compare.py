@@ -7,9 +7,14 @@ from typing import Any, NamedTuple
 
 import torch
 from peft.tuners.lora import LoraLayer
+from peft.tuners.lora.variants import MiCALinearVariant
 from torch import Tensor, nn
 
+import mica.fast
+from mica.dtypes import SIXTEEN_BIT
 from mica.fast.eligibility import is_stored_transposed
+from mica.fast.expert_stacks import is_wrapper, lora_B_of, weight_of_stack
+from mica.fast.settings import settings
 from tests.support.judging import energy, sine, truth
 
 
@@ -76,24 +81,42 @@ def furthest(results, exact) -> float:
 
 def has_cast_flags(layer: LoraLayer, adapter: str) -> bool:
     """Whether stock has made this anew, and so trainable."""
-    half = layer.get_base_layer().weight.dtype in (torch.bfloat16, torch.float16)
-    return half and adapter in layer.lora_embedding_A
+    return adapter in layer.lora_embedding_A and layer.get_base_layer().weight.dtype in SIXTEEN_BIT
 
 
 def judge(name: str, layer: LoraLayer, adapter: str) -> None:
     """Orthonormal, of the span of the weight's left singular vectors, and with the energy of the last ones.
 
     Not compared with stock's B: PEFT unmerges the model that it adds an adapter to, but its B is that of
-    the merged weight, which may have less energy in the present one (outside of its span).
+    the merged weight, which may have less energy in the present one (outside of its span). Of experts, each.
     """
-    weight, basis = layer.get_base_layer().weight.detach(), factors(layer, adapter)[1].detach().double()
-    weight = weight.t() if is_stored_transposed(layer) else weight
-    vectors, squares = truth(weight)
-    rank = basis.shape[1]
-    assert (basis.T @ basis - torch.eye(rank, dtype=torch.float64)).abs().max() < 1e-5, name
-    found, least = energy(weight, basis).sum().sqrt(), squares[-rank:].sum().sqrt()
-    assert found <= least * (1 + 1e-3) + 1e-5 * weight.norm(), f"{name}: energy {found}, the least is {least}"
-    assert sine(vectors, basis) < 1e-4, f"{name}: B has directions that the weight has not"
+    if is_wrapper(layer):
+        weights, bases = weight_of_stack(layer).detach(), lora_B_of(layer, adapter).detach().double()
+    else:
+        weight = layer.get_base_layer().weight.detach()
+        weights = [weight.t() if is_stored_transposed(layer) else weight]
+        bases = [factors(layer, adapter)[1].detach().double()]
+    for weight, basis in zip(weights, bases, strict=True):
+        vectors, squares = truth(weight)
+        rank = basis.shape[1]
+        assert (basis.T @ basis - torch.eye(rank, dtype=torch.float64)).abs().max() < 1e-5, name
+        found, least = energy(weight, basis).sum().sqrt(), squares[-rank:].sum().sqrt()
+        assert found <= least * (1 + 1e-3) + 1e-5 * weight.norm(), (
+            f"{name}: energy {found}, the least is {least}"
+        )
+        assert sine(vectors, basis) < 1e-4, f"{name}: B has directions that the weight has not"
+
+
+def take_for_mica(adapter: str, stock: nn.Module, ours: nn.Module) -> None:
+    """The twin's adapter, which is plain LoRA where stock refuses MiCA, is frozen where ours is."""
+    config, mine = stock.peft_config[adapter], ours.peft_config[adapter]
+    if not mine.target_parameters or mine.init_lora_weights != "mica":
+        return
+    config.init_lora_weights, config.auto_mapping = mine.init_lora_weights, mine.auto_mapping
+    for layer, other in zip(layers(ours).values(), layers(stock).values(), strict=True):
+        if adapter in layer.lora_variant and adapter not in other.lora_variant:
+            other.lora_variant[adapter] = MiCALinearVariant()
+            MiCALinearVariant.init(other, adapter)
 
 
 def attributes(model: nn.Module) -> dict:
@@ -113,3 +136,50 @@ def attributes(model: nn.Module) -> dict:
             "variants": {key: type(value).__name__ for key, value in layer.lora_variant.items()},
         }
     return values
+
+
+def check_experts(model: nn.Module, calls: dict[str, int], found: int, of_stacks: set[str], autocast) -> None:
+    """Two products in each call of a module of experts that ``explain`` has on the fast path."""
+    wrappers = {name: layer for name, layer in layers(model).items() if is_wrapper(layer)}
+    expected, most = (2 * sum(calls.get(name, 0) for name in names) for names in (of_stacks, wrappers))
+    only_a_call_shows = autocast or {p.dtype for p in model.parameters()} != {torch.float32}
+    is_half_merged = len({layer.merged for layer in wrappers.values()}) > 1  # the inner one may run alone
+    at_least, at_most = 0 if only_a_call_shows else expected, most if is_half_merged else expected
+    assert at_least <= found <= at_most, f"products of experts: {found}, by explain: {expected}"
+
+
+def check_counts(
+    model: nn.Module, calls: dict[str, int], counted: dict[str, int], autocast, gradients: bool
+) -> None:
+    """The operators that ran are those that `explain` says: ``calls`` of each layer in the forward."""
+    expected = dict.fromkeys(("linear", "embedding", "down_projection", "up_projection"), 0)
+    rows = [row for row in mica.fast.explain(model).rows if row.path != "peft"]
+    of_stacks = {row.name.rpartition(".")[0] for row in rows if row.name not in calls}
+    check_experts(model, calls, counted.get("experts_linear", 0), of_stacks, autocast)
+    for row in rows:
+        if row.name.rpartition(".")[0] in of_stacks:
+            continue
+        layer, count = model.get_submodule(row.name), calls.get(row.name, 0)
+        adapters = sum(factors(layer, name) is not None for name in layer.active_adapters)
+        if "Embedding" in type(layer).__name__:
+            expected["embedding"] += count
+            continue
+        fused = "base layer called" not in row.reason
+        expected["linear"] += count * fused
+        for name in ("down_projection", "up_projection"):
+            expected[name] += count * (adapters - fused)
+    ran = {name: counted.get(name, 0) for name in expected}
+    grouped = gradients and settings.group_projections is True
+    dtypes = {p.dtype for p in model.parameters()}
+    if len(dtypes) > 1 or (
+        autocast and torch.float64 in dtypes
+    ):  # what only a call can show is not in the table
+        assert all(ran[name] <= expected[name] + expected["linear"] for name in ran), (
+            ran,
+            expected,
+        )
+    elif grouped:
+        assert ran["linear"] <= expected["linear"], (ran, expected)
+        assert (ran["linear"] + counted.get("linear_group", 0) > 0) == (expected["linear"] > 0), counted
+    else:
+        assert ran == expected, f"operators that ran: {ran}, by explain: {expected}"

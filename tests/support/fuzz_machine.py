@@ -5,9 +5,10 @@ from __future__ import annotations
 import torch
 from hypothesis import assume
 from hypothesis import strategies as st
+from hypothesis.stateful import precondition
 
 import mica.fast
-from tests.support.fuzz_actions import INDEX, TALLY, action, pass_on
+from tests.support.fuzz_actions import INDEX, SEQUENCES, TALLY, action, pass_on
 from tests.support.fuzz_adapters import Adapters
 from tests.support.fuzz_calls import Calls
 from tests.support.fuzz_files import Files
@@ -20,6 +21,12 @@ __all__ = ["KINDS", "TALLY", "Machine", "machine", "tally"]
 class Machine(Adapters, Calls, Files):
     """All rules: those of the three, and the modes."""
 
+    @precondition(lambda self: self.twins.is_mixture)
+    @action(name=st.sampled_from(["eager", "grouped_mm", "batched_mm"]))
+    def experts_implementation(self, name):
+        assume(not (self.is_double and name == "grouped_mm"))
+        self.twins.each(lambda model: model.set_experts_implementation(name))
+
     @action(on=st.booleans())
     def training(self, on):
         self.twins.each(lambda model: model.train(on) and None)
@@ -29,6 +36,8 @@ class Machine(Adapters, Calls, Files):
         """Also while an adapter is merged: what unmerging gives is then as near as stock's."""
         is_merged = self.twins.is_merged
         assume(not self.twins.of_inference)  # PyTorch leaves tensors that stock cannot train with
+        if self.twins.is_mixture and dtype == torch.float64:
+            self.twins.each(lambda model: model.set_experts_implementation("eager"))
         self.twins.each(lambda model: model.to(dtype) and None)
         self.optimizers.clear()
         self.twins.pristine.to(dtype)
@@ -124,4 +133,6 @@ def machine(name: str, **attributes) -> type[Machine]:
 def tally() -> str:
     rows = [f"{'action':32} {'tried':>6} {'effective':>9}"]
     rows += [f"{name:32} {count['tried']:6} {count['effective']:9}" for name, count in sorted(TALLY.items())]
+    counts = ", ".join(f"{count} of {what}" for what, count in SEQUENCES.items())
+    rows.append(f"sequences: {counts}; actions: {sum(count['tried'] for count in TALLY.values())}")
     return "\n".join(rows)

@@ -16,7 +16,12 @@ from transformers import (
     T5Config,
     T5ForConditionalGeneration,
 )
+from transformers.models.gpt_oss.modeling_gpt_oss import GptOssTopKRouter
+from transformers.models.mixtral.modeling_mixtral import MixtralTopKRouter
+from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeTopKRouter
 from transformers.pytorch_utils import Conv1D
+
+from tests.support import moe_models
 
 VOCABULARY = 29
 _COMMON = {"vocab_size": VOCABULARY, "initializer_range": 0.3, "attn_implementation": "eager"}
@@ -123,8 +128,46 @@ def _t5():
     )
 
 
+class _ByPlace:
+    """A token's experts follow from its place, some have none: rounding must not choose between near ties."""
+
+    def forward(self, hidden_states):
+        logits, scores, indices = super().forward(hidden_states)
+        first = torch.arange(len(logits)).square() % logits.shape[-1]
+        indices = torch.stack((first, (first + 1) % logits.shape[-1]), -1)
+        return logits, logits.gather(-1, indices).softmax(-1).to(scores.dtype), indices
+
+
+class _Qwen3Router(_ByPlace, Qwen3MoeTopKRouter):
+    pass
+
+
+class _MixtralRouter(_ByPlace, MixtralTopKRouter):
+    pass
+
+
+class _GptOssRouter(_ByPlace, GptOssTopKRouter):
+    pass
+
+
+def _mixture(builder, router):
+    """One of `moe_models`, with a router that chooses by place."""
+
+    def build():
+        model = builder(**_COMMON).train()
+        for module in model.modules():
+            if isinstance(module, router.__mro__[2]):
+                module.__class__ = router
+        return model
+
+    return build
+
+
 class Kind(NamedTuple):
-    """How a model is made, and what adapters may target: the first is the widest choice."""
+    """How a model is made, and what adapters may target: the first is the widest choice.
+
+    Names with a dot are parameters. All adapters on a model's parameters name the same ones, as PEFT demands.
+    """
 
     build: Callable[[], nn.Module]
     targets: list[list[str]]
@@ -133,6 +176,7 @@ class Kind(NamedTuple):
 
 
 _ATTENTION, _MLP = ["q_proj", "k_proj", "v_proj", "o_proj"], ["gate_proj", "up_proj", "down_proj"]
+_STACKS, _DOWN = moe_models.STACKS, ["mlp.gate.weight", "mlp.experts.down_proj"]
 
 KINDS = {
     "llama": Kind(_llama, [_ATTENTION + _MLP, ["q_proj", "v_proj"], _MLP]),
@@ -156,7 +200,20 @@ KINDS = {
         "plain",
         "conv",
     ),
+    "qwen3_moe": Kind(_mixture(moe_models.qwen3_moe, _Qwen3Router), [["q_proj", *_DOWN], _DOWN, ["q_proj"]]),
+    "mixtral": Kind(
+        _mixture(moe_models.mixtral, _MixtralRouter), [["q_proj", "v_proj", *_STACKS], _STACKS, _ATTENTION]
+    ),
+    "gpt_oss": Kind(_mixture(moe_models.gpt_oss, _GptOssRouter), [["k_proj", *_STACKS], _STACKS]),
 }
+MIXTURES = ("qwen3_moe", "mixtral", "gpt_oss")
+
+
+def targeting(names: list[str]) -> dict[str, list[str]]:
+    """As `LoraConfig` names them: modules, and parameters if there are any."""
+    parameters = [name for name in names if "." in name]
+    modules = {"target_modules": [name for name in names if "." not in name]}
+    return {**modules, "target_parameters": parameters} if parameters else modules
 
 
 def build(kind: str, seed: int = 0) -> nn.Module:

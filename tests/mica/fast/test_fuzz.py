@@ -7,6 +7,8 @@ from hypothesis.stateful import run_state_machine_as_test
 from peft import LoraConfig
 
 from tests.support.fuzz_machine import TALLY, machine, tally
+from tests.support.fuzz_models import MIXTURES
+from tests.support.fuzz_runs import Runs
 from tests.support.fuzz_twins import Twins
 
 pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.filterwarnings("ignore")]
@@ -20,14 +22,15 @@ VARIANTS = {
     "gemma": ({"KIND_NAMES": ["gemma"]}, 8, 25),
     "t5": ({"KIND_NAMES": ["t5"]}, 7, 25),
     "shared": ({"KIND_NAMES": ["shared", "inplace"]}, 14, 30),
+    "experts": ({"KIND_NAMES": MIXTURES}, 8, 20),
     "groups": ({"KIND_NAMES": ["llama", "shared"], "GROUPS": True}, 8, 25),
 }
 
 
-def drive(name: str, attributes: dict, examples: int, steps: int) -> None:
+def drive(fuzzed: type, examples: int, steps: int) -> None:
     """The same sequences in every run. A failure is not shrunk, which takes minutes: `make fuzz` does."""
     run_state_machine_as_test(
-        machine(name, **attributes),
+        fuzzed,
         settings=settings(
             max_examples=examples,
             stateful_step_count=steps,
@@ -42,12 +45,17 @@ def drive(name: str, attributes: dict, examples: int, steps: int) -> None:
 
 @pytest.mark.parametrize("name", VARIANTS)
 def test_the_backend_does_what_peft_does(name):
-    drive(name, *VARIANTS[name])
+    attributes, examples, steps = VARIANTS[name]
+    drive(machine(name, **attributes), examples, steps)
 
 
 def test_interpreted_kernels_do_what_peft_does(monkeypatch):
     monkeypatch.setenv("MICA_BACKEND", "triton")
-    drive("kernels", {"KIND_NAMES": ["small"], "DTYPES": FP32}, 3, 8)
+    drive(machine("kernels", KIND_NAMES=["small"], DTYPES=FP32), 3, 8)
+
+
+def test_a_run_of_mica_adapt_that_is_broken_off_ends_as_the_unbroken_one():
+    drive(Runs, 2, 4)
 
 
 def test_an_adapter_added_while_another_is_merged():

@@ -58,7 +58,7 @@ def test_an_adapter_added_to_a_merged_model_has_the_b_of_the_weight_it_is_added_
     for stock in (False, True):
         model = randomise(net(stock=stock), scale=0.5)
         model.merge_adapter()
-        with mica.fast.disabled() if stock else nullcontext():
+        with mica.fast.disabled() if stock else nullcontext(), pytest.warns(UserWarning, match="Unmerging"):
             model.add_adapter("second", model.peft_config["default"])
         assert not any(layer.merged for layer in adapted_layers(model).values())
         basis = bases(model, "second")

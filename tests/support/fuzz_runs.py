@@ -1,0 +1,326 @@
+"""Rules of `fuzz_machine` for ``mica adapt``: broken off, damaged, resumed, it ends as the unbroken run.
+
+To the bit, all on one thread. What may differ is a logged loss after a signal, the mean since the log before:
+the sum of the losses up to a step is compared then.
+
+| what is done | what it must come to |
+| --- | --- |
+| a signal, at a step or at a write | 130 or 143, from the first step on with a checkpoint of it |
+| SIGKILL | no checkpoint is lost |
+| a full disk | one line, or only the curve is missing; no checkpoint is lost |
+| a damaged checkpoint | the one before is gone on from |
+| another option, run.yaml or base | one line, nothing has changed |
+"""
+
+from __future__ import annotations
+
+import csv
+import errno
+import gc
+import json
+import os
+import re
+import shutil
+import signal
+import sys
+import tempfile
+import threading
+from functools import cache
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition
+from safetensors.torch import load_file, save_file
+from transformers import Trainer
+
+from mica.cli import main
+from mica.cli.adapt import checkpoints, curve, session  # noqa: F401 (imported before the fork)
+from tests.support import moe_models
+from tests.support.adapt_runs import SERVER, Process
+from tests.support.fuzz_actions import SEQUENCES, action
+from tests.support.tiny_cli import TEXT, byte_tokenizer, tiny_llama
+
+SERVER.set_forkserver_preload([__name__])
+MODELS = ["llama"]  # and "mixture", once --resume takes what it adapts there, a router too
+DAMAGES = ["cut", "emptied", "deleted"]  # and "flipped", once a checkpoint's hashes are compared
+CHANGES = ["an option"]  # and "run.yaml" and "the base", once resuming compares them
+STATUS = {"SIGINT": 130, "SIGTERM": 143, "SIGKILL": -9, "full disk": 2}
+WRITES = {"os.rename", "os.remove", "os.mkdir", "os.rmdir", "shutil.rmtree"}  # audit events, besides "open"
+
+WEIGHTS = "adapter_model.safetensors"
+FIXED = {"rank": 4, "sequence-length": 16, "eval-blocks": 3, "workers": 1}
+OPTIONS = {  # each is given with one of these values, or left out
+    "rank": [1],
+    "dropout": [0.2],
+    "batch-size": [1],
+    "gradient-accumulation-steps": [2],
+    "learning-rate": [0.02],
+    "scheduler": ["cosine", "constant_with_warmup"],
+    "optimizer": ["sgd", "adafactor"],
+    "warmup-ratio": [0.3],
+    "weight-decay": [0.1],
+    "max-grad-norm": [0],
+    "dtype": ["bfloat16"],
+    "packing": ["stream"],
+    "recipe": ["paper"],
+    "seed": [7],
+    "eval-steps": [2, 3],
+    "log-steps": [1, 3],
+    "retain": ["retain.txt"],
+    "held-out-text": ["retain.txt"],
+}
+
+
+@cache
+def inputs() -> tempfile.TemporaryDirectory:
+    """Models, texts and the cache of tokens, for all runs of this process."""
+    made = tempfile.TemporaryDirectory()
+    folder, sizes = Path(made.name), {"vocab_size": 257, "max_position_embeddings": 128}
+    for name, model in (("llama", tiny_llama()), ("mixture", moe_models.qwen3_moe(**sizes))):
+        model.save_pretrained(folder / name)
+        byte_tokenizer().save_pretrained(folder / name)
+    rows = (json.dumps({"text": TEXT[31 * n : 91 + 32 * n]}) for n in range(60))
+    (folder / "rows.jsonl").write_text("\n".join(rows), encoding="utf-8")
+    (folder / "retain.txt").write_text("The quick brown fox jumps over the lazy dog. " * 8, encoding="utf-8")
+    return made
+
+
+def run(folder: Path, argv: list[str], breaking: tuple[str, int, str, float] | None) -> None:
+    """``mica adapt`` in a process of its own, in ``folder``, and broken off where ``breaking`` says."""
+    import datasets.config
+
+    os.chdir(folder)
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+    # a third of the time each: Trainer's collection of all that was imported, and the picture
+    gc.freeze()
+    curve.figure = lambda *_: SimpleNamespace(savefig=lambda path, **_: path.write_bytes(b"a picture"))
+    datasets.config.HF_DATASETS_CACHE = folder / "cache"
+    if breaking:
+        _arm(argv[argv.index("--output") + 1], *breaking)
+    raise SystemExit(main(argv))
+
+
+def _arm(output: str, where: str, at: int, what: str, moment: float) -> None:
+    """At the ``at``-th step of this process, or write to ``output``, and ``moment`` seconds later."""
+    left, is_full, step = at, False, Trainer.training_step
+
+    def count(kind):
+        nonlocal left, is_full
+        left -= kind == where
+        if left or kind != where:
+            return
+        if what == "full disk":
+            is_full = True
+        else:
+            threading.Timer(moment, os.kill, (os.getpid(), signal.Signals[what])).start()
+
+    def counted(*args, **kwargs):
+        count("step")
+        return step(*args, **kwargs)
+
+    def audit(event, args):
+        is_write = event in WRITES or (event == "open" and set(args[1] or "") & set("wax+"))
+        if is_write and output in str(args[0]):
+            count("write")
+            if is_full and event in ("open", "os.mkdir"):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(args[0]))
+
+    Trainer.training_step = counted
+    sys.addaudithook(audit)
+
+
+class Runs(RuleBasedStateMachine):
+    """One run unbroken, in ``whole``, and one in ``broken``, which the rules are done to."""
+
+    def __init__(self):
+        super().__init__()
+        self.twins = self  # what `action` compares
+        self.inputs = Path(inputs().name)
+        self.scratch = tempfile.TemporaryDirectory(dir=self.inputs)
+        self.folder = Path(self.scratch.name)
+        self.output = self.folder / "broken"
+        self.options: list[str] = []
+        self.is_sound = self.was_stopped = False
+        self.step = 0  # of the last complete checkpoint, at least
+        self.accumulation = self.save_steps = 1
+
+    @initialize(data=st.data())
+    def start(self, data):
+        model = data.draw(st.sampled_from(MODELS))
+        base, self.model = f"{self.folder.name}/{model}", self.folder / model
+        shutil.copytree(self.inputs / model, self.model)
+        steps, self.save_steps = data.draw(st.integers(2, 8)), data.draw(st.sampled_from([1, 1, 2, 3]))
+        options = {
+            "model": base,
+            "text": "rows.jsonl",
+            "steps": steps,
+            "save-steps": self.save_steps,
+            **FIXED,
+        }
+        for name, values in OPTIONS.items():
+            value = data.draw(st.sampled_from([None] * 2 + values))
+            options |= {name: value} if value is not None else {}
+        self.accumulation = options.get("gradient-accumulation-steps", 1)
+        self.options = [text for name, value in options.items() for text in (f"--{name}", str(value))]
+        if data.draw(st.booleans()):
+            self.options.append("--gradient-checkpointing")
+
+    def unbroken(self) -> None:
+        """Not before a rule needs it: hypothesis draws starts that nothing follows."""
+        SEQUENCES["runs"] += 1
+        assert self.adapt("whole", *self.options) == 0, self.errors
+        self.base = (self.model / "model.safetensors").read_bytes()
+        self.adapter = load_file(self.folder / "whole" / WEIGHTS)
+        self.is_sound = True
+
+    def adapt(self, name: str, *options: str, breaking: tuple | None = None) -> int:
+        """The exit status of a run; one that failed has said so in one line."""
+        argv = ["adapt", "--output", f"{self.folder.name}/{name}", *options]
+        process = Process(run, self.inputs, argv, breaking, folder=self.folder)
+        (status,) = process.join()
+        self.errors = process.errors()
+        assert "Traceback" not in self.errors, self.errors
+        lines = [line for line in self.errors.splitlines() if " error: " in line]
+        assert len(lines) == (status == 2), self.errors
+        return status
+
+    def go_on(self, breaking: tuple | None = None) -> int:
+        """As a user would: resume what can be resumed, else begin."""
+        resumes = (self.output / "run.yaml").is_file()
+        options = ["--resume"] if resumes else [*self.options, "--overwrite"]
+        return self.adapt("broken", *options, breaking=breaking)
+
+    def fingerprint(self) -> list:
+        files = [path for path in self.output.rglob("*") if path.is_file() and path.name != ".lock"]
+        return sorted((path, path.stat().st_size, path.stat().st_mtime_ns) for path in files)
+
+    def compare(self) -> None:
+        """No checkpoint is lost, and B is the unbroken run's in each."""
+        latest = checkpoints.latest(self.output)
+        step = checkpoints.step(latest) if latest else 0
+        assert step >= self.step, f"checkpoint {self.step} is lost, the last is {step}"
+        self.step = step
+        if latest:
+            for name, weight in load_file(latest / WEIGHTS).items():
+                assert "lora_A" in name or torch.equal(weight, self.adapter[name]), f"step {step}: {name}"
+
+    def probe(self, gradients: bool) -> None:
+        """Nothing more: every comparison is cheap."""
+
+    @action(
+        where=st.sampled_from(["step", "write"]),
+        at=st.integers(0, 59),
+        what=st.sampled_from(list(STATUS)),
+        moment=st.sampled_from([0.0, 0.003, 0.01, 0.03]),
+    )
+    def broken_off(self, where, at, what, moment):
+        if not self.is_sound:
+            self.unbroken()
+        at = at % 8 if where == "step" else at
+        status = self.go_on((where, at + 1, what, moment))
+        assert status in (0, STATUS[what]), f"{status}: {self.errors}"
+        is_stopped = status in (130, 143)
+        self.was_stopped |= is_stopped
+        if where == "step" and status:
+            done = self.step + at // self.accumulation
+            self.step = done + 1 if is_stopped else max(self.step, done - done % self.save_steps)
+        return status != 0
+
+    @precondition(lambda self: self.step)
+    @action(
+        how=st.sampled_from(DAMAGES),
+        file=st.integers(0, 9),
+        at=st.integers(0, 999),
+    )
+    def damaged(self, how, file, at):
+        """The newest checkpoint."""
+        latest = checkpoints.latest(self.output)
+        files = sorted(
+            path for path in latest.iterdir() if how != "flipped" or path.name != checkpoints.MARKER
+        )
+        path = files[file % len(files)]
+        content = bytearray(path.read_bytes())
+        at %= len(content)
+        content[at] ^= 1 << at % 8
+        if how == "deleted":
+            path.unlink()
+        else:
+            path.write_bytes({"cut": content[:at], "emptied": b"", "flipped": content}[how])
+        latest = checkpoints.latest(self.output)
+        self.step = checkpoints.step(latest) if latest else 0
+        return True
+
+    @precondition(lambda self: self.step)
+    @action(what=st.sampled_from(CHANGES))
+    def refused(self, what):
+        """Resuming with something else than the run had; it is put right afterwards."""
+        before, settings = self.fingerprint(), (self.output / "run.yaml").read_bytes()
+        if what == "run.yaml":
+            (self.output / "run.yaml").write_bytes(
+                re.sub(rb"(?m)^learning_rate: .*", b"learning_rate: 0.5", settings)
+            )
+        elif what == "the base":
+            weights = load_file(self.model / "model.safetensors")
+            weights["lm_head.weight"][0] += 1
+            save_file(weights, self.model / "model.safetensors", {"format": "pt"})
+        try:
+            options = ["--learning-rate", "0.5"] if what == "an option" else []
+            assert self.adapt("broken", "--resume", *options) == 2, f"{what} is not refused"
+        finally:
+            if what == "run.yaml":
+                (self.output / "run.yaml").write_bytes(settings)
+            (self.model / "model.safetensors").write_bytes(self.base)
+        assert what == "run.yaml" or self.fingerprint() == before, "a refused run has changed the folder"
+        return True
+
+    def teardown(self):
+        """Undisturbed to the end; only a run of which nothing has failed yet."""
+        try:
+            if self.is_sound:
+                assert self.go_on() == 0, self.errors
+                self._compare_results()
+        finally:
+            self.scratch.cleanup()
+
+    def _compare_results(self):
+        whole, broken = self.folder / "whole", self.output
+        assert (whole / WEIGHTS).read_bytes() == (broken / WEIGHTS).read_bytes(), "another adapter"
+        assert (self.model / "model.safetensors").read_bytes() == self.base, "the base has changed"
+        reports = [json.loads((folder / "summary.json").read_text()) for folder in (whole, broken)]
+        for name in (
+            "steps",
+            "training_tokens",
+            "perplexity_before",
+            "perplexity_after",
+            "retain_after",
+            "blocks",
+        ):
+            assert reports[0][name] == reports[1][name], (
+                f"{name}: {reports[1][name]}, unbroken {reports[0][name]}"
+            )
+        curves = [(folder / "curve.csv").read_text() for folder in (whole, broken)]
+        if not self.was_stopped:
+            assert curves[0] == curves[1], f"curve.csv: {curves[1]}, unbroken: {curves[0]}"
+            return
+        expected, found = (
+            {row["step"]: row for row in csv.DictReader(curve.splitlines())} for curve in curves
+        )
+        totals = sums_of_losses(found)
+        for step, total in sums_of_losses(expected).items():
+            assert totals[step] == pytest.approx(total, rel=1e-5), f"loss up to step {step}"
+        for step, row in expected.items():
+            others = {name: value for name, value in row.items() if name != "loss"}
+            assert others.items() <= found[step].items(), f"curve.csv: {found[step]}, unbroken: {row}"
+
+
+def sums_of_losses(rows: dict[str, dict[str, str]]) -> dict[str, float]:
+    """Step -> the sum of the losses of all steps up to it."""
+    sums, total, last = {}, 0.0, 0
+    for step, row in rows.items():
+        if row["loss"]:
+            total += float(row["loss"]) * (int(step) - last)
+            sums[step], last = total, int(step)
+    return sums
