@@ -104,17 +104,14 @@ def base_product(x: Tensor, offsets: Tensor, weight: Tensor) -> Tensor:
     x (num_rows, in), weight (num_experts, in, out): a view of the frozen weights, transposed or not, cast to
     the dtype of x where theirs is another (under autocast).
     """
-    longest = max(x.stride(0), x.shape[1], weight.shape[2])
-    is_small = len(x) * longest <= _MOST_ELEMENTS
-    if (
-        is_small
-        and _is_grouped(x.device, x.dtype, len(offsets))
-        and _is_aligned(weight := weight.to(x.dtype))
-    ):
+    count, features = x.shape
+    is_small = count * max(x.stride(0), features, weight.shape[2]) <= _MOST_ELEMENTS
+    groups = is_small and _is_grouped(x.device, x.dtype, len(offsets))
+    if groups and _is_aligned(weight := weight.to(x.dtype)):
         if not _is_aligned(x):
             x = x.clone(memory_format=torch.contiguous_format)
         return _grouped_mm(x, weight, offs=offsets.to(torch.int32))
-    y = x.new_empty(x.shape[0], weight.shape[2])
+    y = x.new_empty(count, weight.shape[2])
     for expert, rows in reference_experts.hit(offsets):
         torch.mm(x[rows], weight[expert].to(x.dtype), out=y[rows])
     return y
