@@ -149,13 +149,16 @@ def settings(config: dict, folder: Path, option: str = "--adapter") -> dict:
         raise UsageError(
             f"{option} {folder}: its layers have different ranks or alphas, which is not supported"
         )
-    names, parameters = config.get("target_modules"), config.get("target_parameters") or []
-    if not isinstance(names, list):
-        names = adapted_layers(folder, option)
     stacks = _stacks(config, folder, option)
-    matrices = adapted_layers(folder, option).keys() - stacks  # and of these the names of parameters:
-    modules = [name.removesuffix(".base_layer") for name in matrices]
-    named = [name for name in parameters if any(one.endswith(name.rpartition(".")[0]) for one in modules)]
+    layers = set(adapted_layers(folder, option)) - set(stacks)
+    named = []  # parameters that are no stacks
+    for parameter in config.get("target_parameters") or ():
+        holders = {name for name in layers if f".{name}".endswith(f".{parameter.rpartition('.')[0]}")}
+        layers -= holders
+        named += [parameter] if holders else []
+    names = config.get("target_modules")
+    if not isinstance(names, list):
+        names = layers
     return {
         "rank": config["r"],
         "alpha": config["lora_alpha"],
