@@ -89,6 +89,8 @@ def explain(model: nn.Module) -> Explanation:
                 while name.endswith(".base_layer"):
                     name = name.removesuffix(".base_layer")
                 outermost, shown = model.get_submodule(name), f"{name}.{module.parameter_name}"
+                while outermost is not module and outermost.merged:  # it only calls the next
+                    outermost = outermost.base_layer
             with _as_gathered(model, name, outermost):
                 count = counts.get(module) if _is_counted(module) else None
                 around = count == 0 and bypassed.bypassed_by(modules, name, entered)

@@ -140,12 +140,10 @@ def attributes(model: nn.Module) -> dict:
 
 def check_experts(model: nn.Module, calls: dict[str, int], found: int, of_stacks: set[str], autocast) -> None:
     """Two products in each call of a module of experts that ``explain`` has on the fast path."""
-    wrappers = {name: layer for name, layer in layers(model).items() if is_wrapper(layer)}
-    expected, most = (2 * sum(calls.get(name, 0) for name in names) for names in (of_stacks, wrappers))
+    expected = 2 * sum(calls.get(name, 0) for name in of_stacks)
     only_a_call_shows = autocast or {p.dtype for p in model.parameters()} != {torch.float32}
-    is_half_merged = len({layer.merged for layer in wrappers.values()}) > 1  # the inner one may run alone
-    at_least, at_most = 0 if only_a_call_shows else expected, most if is_half_merged else expected
-    assert at_least <= found <= at_most, f"products of experts: {found}, by explain: {expected}"
+    at_least = 0 if only_a_call_shows else expected
+    assert at_least <= found <= expected, f"products of experts: {found}, by explain: {expected}"
 
 
 def check_counts(

@@ -44,9 +44,9 @@ from tests.support.fuzz_actions import SEQUENCES, action
 from tests.support.tiny_cli import TEXT, byte_tokenizer, tiny_llama
 
 SERVER.set_forkserver_preload([__name__])
-MODELS = ["llama"]  # and "mixture", once --resume takes what it adapts there, a router too
-DAMAGES = ["cut", "emptied", "deleted"]  # and "flipped", once a checkpoint's hashes are compared
-CHANGES = ["an option"]  # and "run.yaml" and "the base", once resuming compares them
+MODELS = ["llama", "mixture"]
+DAMAGES = ["cut", "emptied", "deleted", "flipped"]
+CHANGES = ["an option", "run.yaml", "the base"]
 STATUS = {"SIGINT": 130, "SIGTERM": 143, "SIGKILL": -9, "full disk": 2}
 WRITES = {"os.rename", "os.remove", "os.mkdir", "os.rmdir", "shutil.rmtree"}  # audit events, besides "open"
 
@@ -163,10 +163,14 @@ class Runs(RuleBasedStateMachine):
         for name, values in OPTIONS.items():
             value = data.draw(st.sampled_from([None] * 2 + values))
             options |= {name: value} if value is not None else {}
+        if model == "mixture":  # PEFT has no dropout for parameters
+            options.pop("dropout", None)
         self.accumulation = options.get("gradient-accumulation-steps", 1)
         self.options = [text for name, value in options.items() for text in (f"--{name}", str(value))]
         if data.draw(st.booleans()):
             self.options.append("--gradient-checkpointing")
+        if model == "mixture" and data.draw(st.booleans()):
+            self.options.append("--no-experts")
 
     def unbroken(self) -> None:
         """Not before a rule needs it: hypothesis draws starts that nothing follows."""
@@ -189,9 +193,16 @@ class Runs(RuleBasedStateMachine):
 
     def go_on(self, breaking: tuple | None = None) -> int:
         """As a user would: resume what can be resumed, else begin."""
-        resumes = (self.output / "run.yaml").is_file()
+        _, is_lost = self.newest()
+        resumes = (self.output / "run.yaml").is_file() and not is_lost
         options = ["--resume"] if resumes else [*self.options, "--overwrite"]
         return self.adapt("broken", *options, breaking=breaking)
+
+    def newest(self) -> tuple[Path | None, bool]:
+        """The newest checkpoint that is whole, and whether all that seem complete are damaged."""
+        found = [path for path in checkpoints.folders(self.output) if checkpoints.facts(path) is not None]
+        sound = [path for path in found if checkpoints.damaged(path) is None]
+        return (sound[-1] if sound else None), bool(found and not sound)
 
     def fingerprint(self) -> list:
         files = [path for path in self.output.rglob("*") if path.is_file() and path.name != ".lock"]
@@ -199,7 +210,7 @@ class Runs(RuleBasedStateMachine):
 
     def compare(self) -> None:
         """No checkpoint is lost, and B is the unbroken run's in each."""
-        latest = checkpoints.latest(self.output)
+        latest, _ = self.newest()
         step = checkpoints.step(latest) if latest else 0
         assert step >= self.step, f"checkpoint {self.step} is lost, the last is {step}"
         self.step = step
@@ -237,7 +248,7 @@ class Runs(RuleBasedStateMachine):
     )
     def damaged(self, how, file, at):
         """The newest checkpoint."""
-        latest = checkpoints.latest(self.output)
+        latest, _ = self.newest()
         files = sorted(
             path for path in latest.iterdir() if how != "flipped" or path.name != checkpoints.MARKER
         )
@@ -249,7 +260,7 @@ class Runs(RuleBasedStateMachine):
             path.unlink()
         else:
             path.write_bytes({"cut": content[:at], "emptied": b"", "flipped": content}[how])
-        latest = checkpoints.latest(self.output)
+        latest, _ = self.newest()
         self.step = checkpoints.step(latest) if latest else 0
         return True
 
@@ -264,7 +275,7 @@ class Runs(RuleBasedStateMachine):
             )
         elif what == "the base":
             weights = load_file(self.model / "model.safetensors")
-            weights["lm_head.weight"][0] += 1
+            weights["lm_head.weight"] += 1
             save_file(weights, self.model / "model.safetensors", {"format": "pt"})
         try:
             options = ["--learning-rate", "0.5"] if what == "an option" else []

@@ -77,6 +77,7 @@ MODELS = {**moe_models.BUILDERS, "qwen2_moe": qwen2_moe, "deepseek_v3": deepseek
         ("mixtral", "q_proj,v_proj", True, ["q_proj", "v_proj"], STACKS),
         ("mixtral", "q_proj,v_proj", None, ["q_proj", "v_proj"], None),
         ("mixtral", "q_proj,down_proj", None, ["q_proj"], STACKS[:1]),
+        ("mixtral", "q_proj,down_proj", False, ["q_proj"], None),
         ("mixtral", "gate", None, [], ["mlp.gate.weight"]),
         ("gpt_oss", "router", None, [], ["mlp.router.weight"]),
         ("gpt_oss", "0.mlp.experts.down_proj", None, [], ["model.layers.0.mlp.experts.down_proj"]),

@@ -188,6 +188,17 @@ def test_explain_has_a_row_for_each_stack():
     assert "hooks on the experts" in rows[1].reason
 
 
+def test_a_stack_within_a_merged_one_runs_alone_and_is_said_to():
+    """As a refused safe_merge leaves them: the outer wrapper is PEFT's, and calls the inner one."""
+    model = adapted().eval()
+    outermost(model).merge()
+    with torch.no_grad():
+        _, counts = ran(lambda: model(input_ids=tokens()))
+    assert counts[0] == 4  # of the adapted and the other stack, in two layers
+    paths = [row.path for row in mica.fast.explain(model).rows if "layers.0" in row.name]
+    assert paths == ["peft", "reference"]
+
+
 def test_a_module_that_is_none_of_transformers_is_pefts():
     class Own(nn.Module):
         def __init__(self):
