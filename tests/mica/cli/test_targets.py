@@ -3,7 +3,14 @@
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from transformers import DeepseekV3Config, DeepseekV3ForCausalLM, Qwen2MoeConfig, Qwen2MoeForCausalLM
+from transformers import (
+    DeepseekV3Config,
+    DeepseekV3ForCausalLM,
+    OlmoeConfig,
+    OlmoeForCausalLM,
+    Qwen2MoeConfig,
+    Qwen2MoeForCausalLM,
+)
 from transformers.pytorch_utils import Conv1D
 
 import mica.fast  # noqa: F401 (MiCA on parameters)
@@ -34,6 +41,11 @@ def qwen2_moe():
     return Qwen2MoeForCausalLM(Qwen2MoeConfig(hidden_size=32, num_hidden_layers=2, **sizes, **heads))
 
 
+def olmoe():
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 2, "vocab_size": 61, "num_experts": 4}
+    return OlmoeForCausalLM(OlmoeConfig(hidden_size=32, num_hidden_layers=2, intermediate_size=24, **heads))
+
+
 def deepseek_v3():
     """A dense layer, shared experts, and a family whose gate_proj, up_proj and down_proj PEFT renames."""
     sizes = {"intermediate_size": 48, "moe_intermediate_size": 24, "first_k_dense_replace": 1}
@@ -59,7 +71,7 @@ SHARED = [f"mlp.shared_expert.{name}" for name in ("down_proj", "gate_proj", "up
 LOW_RANK = [f"self_attn.{n}" for n in ("kv_a_proj_with_mqa", "kv_b_proj", "o_proj", "q_a_proj", "q_b_proj")]
 MLP = [f"mlp.{name}.weight" for name in ("down_proj", "gate_proj", "up_proj")]
 DENSE = sorted(MLP + [name.replace("mlp.", "mlp.shared_experts.") for name in MLP])
-MODELS = {**moe_models.BUILDERS, "qwen2_moe": qwen2_moe, "deepseek_v3": deepseek_v3}
+MODELS = {**moe_models.BUILDERS, "qwen2_moe": qwen2_moe, "olmoe": olmoe, "deepseek_v3": deepseek_v3}
 
 
 @pytest.mark.parametrize(
@@ -69,6 +81,7 @@ MODELS = {**moe_models.BUILDERS, "qwen2_moe": qwen2_moe, "deepseek_v3": deepseek
         ("mixtral", "all-linear", True, SELF, STACKS),
         ("gpt_oss", "all-linear", True, SELF, STACKS),
         ("gpt_oss", "all-linear", False, SELF, None),
+        ("olmoe", "all-linear", True, SELF, STACKS),
         ("qwen2_moe", "all-linear", True, SHARED + SELF, STACKS),
         ("qwen2_moe", "all-linear", False, SHARED + SELF, None),
         ("qwen2_moe", "shared_expert_gate", None, ["shared_expert_gate"], None),
