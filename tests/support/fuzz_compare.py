@@ -112,7 +112,7 @@ def take_for_mica(adapter: str, stock: nn.Module, ours: nn.Module) -> None:
     config, mine = stock.peft_config[adapter], ours.peft_config[adapter]
     if not mine.target_parameters or mine.init_lora_weights != "mica":
         return
-    config.init_lora_weights, config.auto_mapping = mine.init_lora_weights, mine.auto_mapping
+    config.init_lora_weights, config.peft_version = mine.init_lora_weights, mine.peft_version
     for layer, other in zip(layers(ours).values(), layers(stock).values(), strict=True):
         if adapter in layer.lora_variant and adapter not in other.lora_variant:
             other.lora_variant[adapter] = MiCALinearVariant()

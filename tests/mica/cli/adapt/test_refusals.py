@@ -210,7 +210,7 @@ def test_custom_code_that_needs_weights_is_checked_once_they_are_there(
     code += (
         "    def __init__(self, config):\n"
         "        super().__init__(config)\n"
-        "        self.scale = float(self.lm_head.weight.sum())\n"
+        "        self.scale = float(self.lm_head.weight.detach().sum())\n"
         "    @classmethod\n"
         "    def from_pretrained(cls, *args, **kwargs):\n"
         "        return LlamaForCausalLM.from_pretrained(*args, **kwargs)\n"
