@@ -34,8 +34,9 @@ class Machine(Adapters, Calls, Files):
     @action(dtype=st.sampled_from([torch.bfloat16, torch.float32, torch.float64]))
     def to_dtype(self, dtype):
         """Also while an adapter is merged: what unmerging gives is then as near as stock's."""
-        is_merged = self.twins.is_merged
         assume(not self.twins.of_inference)  # PyTorch leaves tensors that stock cannot train with
+        self.twins.compare()  # the last probe may have unmerged, with the rounding of the present dtype
+        is_merged = self.twins.is_merged
         if self.twins.is_mixture and dtype == torch.float64:
             self.twins.each(lambda model: model.set_experts_implementation("eager"))
         self.twins.each(lambda model: model.to(dtype) and None)
