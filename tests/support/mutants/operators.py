@@ -11,6 +11,7 @@ OPERATORS = [
             "tests/mica/test_kernel_path.py",
             "tests/mica/ops/test_factors.py",
             "tests/mica/ops/test_group.py",
+            "tests/mica/ops/test_dispatch.py",
         ],
         edits={
             "as_operand": [
@@ -89,6 +90,7 @@ OPERATORS = [
         "mica/ops/dispatch.py",
         tests=[
             "tests/mica/ops/test_dispatch.py",
+            "tests/mica/ops/test_linear.py",
             "tests/mica/test_kernel_path.py",
             "tests/mica/test_kernel_plans.py",
         ],
