@@ -161,6 +161,7 @@ def test_under_autocast_nothing_of_a_stack_is_kept(implementation):
         y = layer(x, torch.arange(10).view(5, 2) % 6, torch.rand(5, 2))
     stacks = {w.untyped_storage().data_ptr() for w in layer.parameters()}
     assert all(t.dim() < 3 for t in kept if t is not None and t.untyped_storage().data_ptr() not in stacks)
+    assert {t.dtype for t in kept if t is not None and t.shape == x.shape} == {torch.bfloat16}
     assert y.dtype == torch.float32
     y.sum().backward()
     assert x.grad.dtype == torch.float32
