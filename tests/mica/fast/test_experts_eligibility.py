@@ -325,6 +325,16 @@ def test_an_input_of_another_dtype_is_cast_by_grouped_products_alone():
         model(*call)
 
 
+@pytest.mark.parametrize("implementation", ["batched_mm", "eager"])
+def test_fp64_within_autocast_is_pefts_and_fails_there(implementation):
+    """Autocast leaves fp64 alone, and casts the weights."""
+    layer = outermost(adapted("qwen3_moe"))
+    layer.get_base_layer().config._experts_implementation = implementation
+    x, index, weights = torch.randn(5, 32).double(), torch.arange(10).view(5, 2) % 6, torch.rand(5, 2)
+    with torch.autocast("cpu", dtype=torch.bfloat16), pytest.raises(RuntimeError, match=r"(?i)double"):
+        layer(x, index, weights)
+
+
 def test_one_registry_as_before_transformers_5_4(monkeypatch):
     """Then a class's forward has no registry in its closure, and experts have no ``has_gate``."""
     model, call = block(muse_spark, "grouped_mm"), call_of()
