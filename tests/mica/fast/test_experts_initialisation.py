@@ -32,6 +32,7 @@ from tests.support.moe_models import (
     wrap_holder,
     wrappers,
 )
+from tests.support.peft_versions import needs_peft
 
 
 def assert_frozen(model, adapter="default", trained=True):
@@ -242,6 +243,7 @@ def test_null_directions_of_many_experts_are_one_warning():
     assert text.endswith("So it is for 2 more of this layer's experts.")
 
 
+@needs_peft("0.21", "it takes the shape of a partitioned parameter for empty")
 def test_partitioned_stacks_are_gathered_one_at_a_time(monkeypatch):
     """As DeepSpeed's ZeRO-3 does it: outside of a gathering context a parameter is empty."""
     model, weight, gathered = holder(torch.randn(3, 8, 12)), torch.randn(3, 8, 12), []

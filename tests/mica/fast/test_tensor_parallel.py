@@ -12,9 +12,12 @@ import mica.fast
 from mica.errors import UnsuitableLayerError
 from tests.support import gloo
 from tests.support.models import adapted_layers, bases, wrap
+from tests.support.peft_versions import needs_peft
 from tests.support.tolerances import RELATIVE, error
 from tests.support.tp_models import full, part, randomise, save_models, split, whole
 from tests.support.training import STEPS, batches, follows, train, trainable
+
+pytestmark = needs_peft("0.21", "a layer that is split is refused, as a shard")
 
 BF16 = torch.bfloat16
 IDS = batches(1)[0]
