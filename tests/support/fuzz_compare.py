@@ -11,7 +11,6 @@ from peft.tuners.lora.variants import MiCALinearVariant
 from torch import Tensor, nn
 
 import mica.fast
-from mica.dtypes import SIXTEEN_BIT
 from mica.fast.eligibility import is_stored_transposed
 from mica.fast.expert_stacks import is_wrapper, lora_B_of, weight_of_stack
 from mica.fast.settings import settings
@@ -80,8 +79,8 @@ def furthest(results, exact) -> float:
 
 
 def has_cast_flags(layer: LoraLayer, adapter: str) -> bool:
-    """Whether stock has made this anew, and so trainable."""
-    return adapter in layer.lora_embedding_A and layer.get_base_layer().weight.dtype in SIXTEEN_BIT
+    """Whether stock may have made this anew, and so trainable: over a 16-bit base, or from a 16-bit file."""
+    return adapter in layer.lora_embedding_A
 
 
 def judge(name: str, layer: LoraLayer, adapter: str) -> None:

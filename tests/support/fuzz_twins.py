@@ -266,8 +266,9 @@ class Twins:
             )
             assert (parameter.grad is None) == (other.grad is None), f"{name}: only one has a gradient"
             if not (self.edited and is_base(name)):
-                # stock rounds what it merges and unmerges within autocast
-                factor = 4 * WEIGHTS if self.autocast and is_base(name) else WEIGHTS
+                # stock rounds what it merges and unmerges within autocast, and twice what it has unmerged
+                is_rounded = is_base(name) and (self.autocast or not self.is_merged)
+                factor = 4 * WEIGHTS if is_rounded else WEIGHTS
                 self.same(parameter.detach(), other.detach(), name, factor)
         assert self.ours.state_dict().keys() == self.stock.state_dict().keys()
         self.same(attributes(self.ours), attributes(self.stock), "attributes")
