@@ -136,6 +136,7 @@ def test_function_transforms():
             assert error(actual, torch.stack(each)) <= RELATIVE[torch.float64]
 
 
+@pytest.mark.filterwarnings("error:There is a performance drop")
 @pytest.mark.parametrize("backend", ["reference", "triton"])
 def test_batches_of_gradients(monkeypatch, backend):
     """In the backward alone: by `is_grads_batched`, which is none of torch.func's, and by vmap."""

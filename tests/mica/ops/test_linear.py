@@ -147,6 +147,7 @@ def test_function_transforms():
     )
 
 
+@pytest.mark.filterwarnings("error:There is a performance drop")
 @pytest.mark.parametrize("backend", ["reference", "triton"])
 def test_batches_of_gradients(monkeypatch, backend):
     """Kernels take no batches of tensors, of vmap's or of the older kind of `is_grads_batched`."""

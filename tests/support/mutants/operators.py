@@ -102,6 +102,7 @@ OPERATORS = [
             ],
             "run_backward": [
                 ("():\n        return plain(body)", "():\n        return body"),
+                ("plain(body)(*args) if is_transformed() else operator(*args)", "operator(*args)"),
                 ("if not is_direct(*tensors)", "if False"),
             ],
             "below_autograd": [
