@@ -86,7 +86,9 @@ def measure(
         weight = weights[0]
         if is_stack(layer):
             shape = (len(weights), *shape)
-        values, numbers = _measured(weight, rank) if not is_stack(layer) else _weakest(weights, rank)
+            values, numbers = _weakest(weights, rank)
+        else:
+            values, numbers = _measured(weight, rank)
     except (ValueError, torch.linalg.LinAlgError) as error:  # UnsuitableLayerError; an SVD that fails
         reason = one_line(error).rstrip(".")
     dtype = dtype_name(weight.dtype) if isinstance(weight, Tensor) else None

@@ -43,13 +43,13 @@ def find_targets(model: nn.Module, names: str, experts: bool | None = None) -> T
     """
     modules, stacks, blocks = dict(model.named_modules()), stacks_of(model), _blocks(model)
     wanted = target_names(names)
-    matched = dict(found := _matched(model, wanted))
+    matched, every = dict(found := _matched(model, wanted)), _parameters(model)
     parameters = dict(stacks) if experts else {}
     if wanted == ALL_LINEAR:
         matched = {name: module for name, module in found.items() if not _is_router(name, module, blocks)}
     else:
         for name in wanted:  # PEFT raises only if none matches
-            ending = {key for key in _parameters(model) if _ends(key, [name])}
+            ending = {key for key in every if _ends(key, [name])}
             parameters |= {key: modules[key.rpartition(".")[0]] for key in ending}
             if not ending and not any(_ends(key, [name]) for key in found):
                 raise UsageError(f"--target-modules {names}: {_unknown(name, modules)}")
@@ -72,7 +72,7 @@ def find_targets(model: nn.Module, names: str, experts: bool | None = None) -> T
         wanted = [name for name in wanted if any(_ends(key, [name]) for key in matched)]
     config = {
         "target_modules": wanted,
-        "target_parameters": _shortened(parameters, _parameters(model)) or None,
+        "target_parameters": _shortened(parameters, every) or None,
     }
     return Targets(matched, parameters, config)
 

@@ -213,12 +213,12 @@ def check_fit(
     """
     modules = dict(model.named_modules())
     parameters = saved_parameters(model, config.get("target_parameters") or ())
+    ranks = config.get("rank_pattern") or {}
     for name, (out_features, rows, in_features) in _factors(folder, option).items():
         shape, what = (out_features, in_features), "a layer"
         if name in parameters:
             parameter, found = parameters[name]
-            pattern = get_pattern_key((config.get("rank_pattern") or {}).keys(), parameter)
-            experts = rows // (config.get("rank_pattern") or {}).get(pattern, config["r"])
+            experts = rows // ranks.get(get_pattern_key(ranks.keys(), parameter), config["r"])
             shape, what = (experts, *shape) if len(found) == 3 or experts > 1 else shape, "a parameter"
         elif name not in modules:
             raise UsageError(f"{option} {folder}: adapts {name}, which {model_option} does not have")
