@@ -18,7 +18,7 @@ import mica.fast  # noqa: F401  (so that PEFT initialises experts)
 from bench.measure.machine import DEVICE
 from bench.results.names import FAST, SVD
 from bench.suites.harness import build_all, pick
-from mica.fast.expert_stacks import lora_B_of
+from mica.fast.forward.expert_params import lora_B_of
 
 OUT, INNER, RANK = pick(default=(768, 2048, 16), dry=(48, 64, 4))
 EXPERTS = pick(default=32, quick=8, full=128, cuda=128, dry=3)

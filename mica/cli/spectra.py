@@ -17,10 +17,10 @@ from torch import Tensor, nn
 from mica import minor_subspace
 from mica.cli.output import dtype_name, one_line
 from mica.errors import UnsuitableLayerError
-from mica.fast import quantised
-from mica.fast.bases import NewAdapter, check
-from mica.fast.expert_bases import parts
-from mica.fast.expert_stacks import is_stack, is_wrapper
+from mica.fast.create import quantised
+from mica.fast.create.experts import parts
+from mica.fast.create.solving import NewAdapter, check
+from mica.fast.forward.expert_params import is_stack, is_wrapper
 from mica.fast.loading import without_solver
 from mica.subspace.result import narrowed
 from mica.subspace.spectrum import sigma_max, squared_norm

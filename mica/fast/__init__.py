@@ -17,7 +17,7 @@ import torch
 from mica.fast import patching
 from mica.fast import settings as _settings
 from mica.fast.explain import Explanation, explain
-from mica.fast.merging import MergeReport, merge_report
+from mica.fast.merge.merging import MergeReport, merge_report
 from mica.ops import call_counts
 
 __all__ = [

@@ -14,8 +14,9 @@ from torch import nn
 from torch.distributed import is_available as has_distributed
 
 from mica import backend
-from mica.fast import bypassed, calls, expert_stacks, experts, patching
-from mica.fast.eligibility import (
+from mica.fast import bypassed, patching
+from mica.fast.forward import call_counts, expert_params, experts
+from mica.fast.forward.eligibility import (
     adapter_weights,
     adapters_of,
     class_of,
@@ -78,14 +79,14 @@ def explain(model: nn.Module) -> Explanation:
     ``bypassed_by``: where other code runs instead of the layer, the framework's name (axolotl, unsloth) or
     that of the module with the code; ``str()`` says how to switch it off (see `mica.fast.bypassed`).
     """
-    rows, counts, by_peft = [], calls.counts(), calls.peft_reasons()
+    rows, counts, by_peft = [], call_counts.counts(), call_counts.peft_reasons()
     modules = dict(model.named_modules())
     entered = bypassed.around([name for name, module in modules.items() if counts.get(module)])
     for name, module in modules.items():
         if isinstance(module, BaseTunerLayer):
             base = type(module.get_base_layer()).__name__
             outermost, shown = module, name
-            if expert_stacks.is_wrapper(module):  # adapters of parameters of one module are nested
+            if expert_params.is_wrapper(module):  # adapters of parameters of one module are nested
                 while name.endswith(".base_layer"):
                     name = name.removesuffix(".base_layer")
                 outermost, shown = model.get_submodule(name), f"{name}.{module.parameter_name}"
@@ -131,7 +132,7 @@ def _is_fsdp(*modules: nn.Module) -> bool:
 
 def _path(layer, outermost) -> tuple[str, str]:
     """(path, reason) of one layer; ``outermost``: of those nested around one module, else the layer."""
-    of_stack = expert_stacks.is_wrapper(layer)
+    of_stack = expert_params.is_wrapper(layer)
     reason = _reason(layer, outermost)
     if reason:
         return PEFT, reason
@@ -141,7 +142,7 @@ def _path(layer, outermost) -> tuple[str, str]:
         lora_A, lora_B = adapter_weights(layer, name)
         dtypes = (lora_A.dtype, lora_B.dtype)
         if not called:
-            weight = expert_stacks.parameter_of(layer) if of_stack else layer.get_base_layer().weight
+            weight = expert_params.parameter_of(layer) if of_stack else layer.get_base_layer().weight
             dtypes = (weight.dtype, *dtypes)
         refused = backend.why_not_kernels(lora_A.device, layer.r[name], *dtypes)
         if refused:
@@ -169,7 +170,7 @@ def _reason(layer, outermost) -> str | None:
         return f"{who} has replaced the layer's forward"
     if _has_own_forward(layer):
         return "the layer has a forward of its own, set before mica.fast was imported"
-    if not expert_stacks.is_wrapper(layer):
+    if not expert_params.is_wrapper(layer):
         return why_not(layer)
     return experts.why_not(outermost) if adapters_of(layer) else why_not_active(layer)
 
@@ -182,8 +183,8 @@ def _has_own_forward(layer) -> bool:
 
 
 def _is_counted(layer) -> bool:
-    """Whether the layer's calls pass through the forwards of `mica.fast.layers`."""
-    kind, covered = class_of(layer), (lora.Linear, lora.Embedding, expert_stacks.ParamWrapper)
+    """Whether the layer's calls pass through the forwards of `mica.fast.forward.decide`."""
+    kind, covered = class_of(layer), (lora.Linear, lora.Embedding, expert_params.ParamWrapper)
     is_covered = kind in covered or kind in quantised_layers
     is_ours = patching.is_installed() and not bypassed.replaced_by(layer)
     return is_ours and is_covered and not _has_own_forward(layer)

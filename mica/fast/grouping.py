@@ -24,8 +24,8 @@ from torch import Tensor, nn
 from torch.utils.weak import TensorWeakRef
 
 from mica import backend
-from mica.fast import common_case
-from mica.fast.eligibility import Operands, adapters_for, depends_on_call, fused_operands
+from mica.fast.forward import fast_check
+from mica.fast.forward.eligibility import Operands, adapters_for, depends_on_call, fused_operands
 from mica.fast.settings import settings
 from mica.kernels.limits import MAX_RANK
 from mica.ops.dispatch import is_transformed
@@ -207,7 +207,7 @@ def _members(layer: nn.Module, x: Tensor, operands: Operands) -> dict[nn.Module,
         if member is None or depends_on_call(member):
             return None
         if members:
-            operands = common_case.operands(member, x) or _operands_in_general(member, x)
+            operands = fast_check.operands(member, x) or _operands_in_general(member, x)
         if operands is None or operands.lora_A.device != x.device:
             return None
         if not operands.lora_A.requires_grad:  # its output need not require a gradient, but a group's would

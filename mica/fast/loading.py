@@ -11,9 +11,9 @@ from contextvars import ContextVar
 from torch import nn
 
 from mica import backend
-from mica.fast import mixed_batch
-from mica.fast.bases import NewAdapter, check, initialise
-from mica.fast.expert_stacks import is_wrapper
+from mica.fast.create.solving import NewAdapter, check, initialise
+from mica.fast.forward import mixed_batch
+from mica.fast.forward.expert_params import is_wrapper
 from mica.fast.saving import warn_of_a_lost_mark
 from mica.fast.wrapping import around, while_enabled
 
@@ -119,7 +119,7 @@ def add_weighted_adapter(stock, self, adapters, weights, adapter_name, *args, **
 def hotswap_adapter_from_state_dict(stock, *args, **kwargs):
     """PEFT writes the new adapter through ``.data``, which PyTorch does not count as a change of a tensor.
 
-    So whatever was derived from the old B (`mica.kernels.prepared`, `mica.fast.mixed_batch`) is dropped.
+    So whatever was derived from the old B (`mica.kernels.prepared`, `forward.mixed_batch`) is dropped.
     """
     try:
         return stock(*args, **kwargs)

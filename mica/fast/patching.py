@@ -16,19 +16,12 @@ from typing import NamedTuple
 import peft
 
 from mica.backend import forget_prepared
-from mica.fast import (
-    calls,
-    expert_merging,
-    experts,
-    initialisation,
-    layers,
-    loading,
-    merging,
-    quantised,
-    refusals,
-    saving,
-)
-from mica.fast.eligibility import quantised_layers
+from mica.fast import loading, refusals, saving
+from mica.fast.create import initialisation, quantised
+from mica.fast.forward import call_counts, decide, experts
+from mica.fast.forward.eligibility import quantised_layers
+from mica.fast.merge import experts as merging_of_experts
+from mica.fast.merge import merging
 
 
 class Patch(NamedTuple):
@@ -46,7 +39,7 @@ _LAYER, _MODEL, _PEFT_MODEL = (
 )
 _PARAMETER = "peft.tuners.lora.layer:ParamWrapper"
 _LINEAR, _EMBEDDING = "peft.tuners.lora.layer:Linear", "peft.tuners.lora.layer:Embedding"
-_WHOLE = ("forward", "self *args **kwargs", layers.whole_forward)
+_WHOLE = ("forward", "self *args **kwargs", decide.whole_forward)
 _CAST = ("cast_adapter_dtype", "model adapter_name autocast_adapter_dtype", initialisation.cast_adapter_dtype)
 _UNLOAD = (
     "_unload_and_optionally_merge",
@@ -56,8 +49,8 @@ _UNLOAD = (
 _LORAFA = ("create_lorafa_optimizer", "model r lora_alpha lr", refusals.create_lorafa_optimizer, False)
 
 PATCHES = (
-    Patch(_LINEAR, "forward", "self x *args **kwargs", layers.linear_forward),
-    Patch(_EMBEDDING, "forward", "self x *args **kwargs", layers.embedding_forward),
+    Patch(_LINEAR, "forward", "self x *args **kwargs", decide.linear_forward),
+    Patch(_EMBEDDING, "forward", "self x *args **kwargs", decide.embedding_forward),
     Patch(_PARAMETER, "forward", "self x *args **kwargs", experts.forward, required=False),
     Patch("peft.tuners.tuners_utils:BaseTuner", *_WHOLE),
     Patch(_PEFT_MODEL, *_WHOLE),
@@ -76,8 +69,8 @@ PATCHES = (
         initialisation.update_parameter,
         required=False,  # without it PEFT refuses MiCA on `target_parameters`
     ),
-    Patch(_PARAMETER, "merge", "self safe_merge adapter_names", expert_merging.merge, required=False),
-    Patch(_PARAMETER, "unmerge", "self", expert_merging.unmerge, required=False),
+    Patch(_PARAMETER, "merge", "self safe_merge adapter_names", merging_of_experts.merge, required=False),
+    Patch(_PARAMETER, "unmerge", "self", merging_of_experts.unmerge, required=False),
     Patch(_LAYER, "resolve_lora_variant", "self config **kwargs", initialisation.resolve_lora_variant),
     Patch(
         _MODEL,
@@ -160,7 +153,7 @@ def _cover(layer_type: type) -> None:
     if layer_type in quantised_layers:
         return
     patch = Patch(
-        f"{layer_type.__module__}:{layer_type.__name__}", "forward", "self x", layers.linear_forward
+        f"{layer_type.__module__}:{layer_type.__name__}", "forward", "self x", decide.linear_forward
     )
     why_not = mismatch(patch)
     if why_not:
@@ -237,7 +230,7 @@ def _replace(owner, patch: Patch) -> None:
 def uninstall() -> None:
     """Stock PEFT again: every replaced attribute is the very object that was there."""
     quantised_layers.clear()
-    calls.forget()  # from here on nothing is counted
+    call_counts.forget()  # from here on nothing is counted
     merging.end_period()
     while _installed:
         owner, name, held = _installed.pop()

@@ -8,9 +8,10 @@ from peft.tuners import lora
 from torch import nn
 from torch.nn.utils import parametrize
 
-from mica.fast import loading, tensor_parallel
-from mica.fast.eligibility import is_mica, requests_mica
-from mica.fast.expert_stacks import weight_name
+from mica.fast import loading
+from mica.fast.forward import tensor_parallel
+from mica.fast.forward.eligibility import is_mica, requests_mica
+from mica.fast.forward.expert_params import weight_name
 from mica.fast.wrapping import while_enabled
 
 # Forward pre-hooks of torch.nn.utils that recompute the weight before every forward: the attribute with its

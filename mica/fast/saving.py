@@ -15,8 +15,8 @@ import warnings
 import torch
 from torch import Tensor, nn
 
-from mica.fast.eligibility import is_mica, is_plain, requests_mica
-from mica.fast.expert_stacks import is_wrapper, lora_B_of
+from mica.fast.forward.eligibility import is_mica, is_plain, requests_mica
+from mica.fast.forward.expert_params import is_wrapper, lora_B_of
 from mica.fast.wrapping import around, while_enabled
 
 _MARK = "+mica"  # at the end of `peft_version`

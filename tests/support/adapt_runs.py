@@ -64,7 +64,7 @@ def model(args, checkpoint: Path | None = None, **options):
     """The PeftModel, new or from ``checkpoint``; with the latter the solver must not run."""
     base = tiny_llama(**options).to(getattr(torch, args.dtype))
     if checkpoint is not None:
-        with patch("mica.fast.bases.solve_shared", _solve_nothing):
+        with patch("mica.fast.create.solving.solve_shared", _solve_nothing):
             return PeftModel.from_pretrained(base, checkpoint, is_trainable=True)
     config = LoraConfig(
         init_lora_weights="mica",

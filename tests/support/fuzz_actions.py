@@ -17,7 +17,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, rule
 from safetensors.torch import load_file, save_file
 
 import mica.fast
-from mica.fast import merging
+from mica.fast.merge import merging
 from tests.support.fuzz_models import KINDS, MIXTURES, targeting
 from tests.support.fuzz_twins import Twins, is_base, layers
 

@@ -11,8 +11,8 @@ from peft.tuners.lora.variants import MiCALinearVariant
 from torch import Tensor, nn
 
 import mica.fast
-from mica.fast.eligibility import is_stored_transposed
-from mica.fast.expert_stacks import is_wrapper, lora_B_of, weight_of_stack
+from mica.fast.forward.eligibility import is_stored_transposed
+from mica.fast.forward.expert_params import is_wrapper, lora_B_of, weight_of_stack
 from mica.fast.settings import settings
 from tests.support.judging import energy, sine, truth
 

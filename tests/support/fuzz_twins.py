@@ -29,7 +29,7 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 
 import mica.fast
-from mica.fast.expert_stacks import weight_name
+from mica.fast.forward.expert_params import weight_name
 from mica.fast.settings import settings
 from tests.support.fuzz_compare import (
     Outcome,

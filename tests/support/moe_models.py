@@ -22,7 +22,7 @@ from transformers import (
 )
 
 import mica.fast
-from mica.fast.expert_stacks import is_wrapper
+from mica.fast.forward.expert_params import is_wrapper
 
 STACKS = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
 ROUTER = {"qwen3_moe": "mlp.gate.weight", "mixtral": "mlp.gate.weight", "gpt_oss": "mlp.router.weight"}

@@ -3,7 +3,7 @@
 import torch
 
 import mica.fast
-from mica.fast import expert_stacks
+from mica.fast.forward import expert_params
 from tests.support.moe_models import BUILDERS, wrap_experts
 
 STEP = ("experts_linear", "experts_linear_backward")
@@ -23,11 +23,11 @@ def adapted(kind="mixtral", dtype=torch.float32, **options):
 
 
 def outermost(model):
-    return next(layer for layer in model.modules() if expert_stacks.is_wrapper(layer))
+    return next(layer for layer in model.modules() if expert_params.is_wrapper(layer))
 
 
 def wrappers(model):
-    return {name: layer for name, layer in model.named_modules() if expert_stacks.is_wrapper(layer)}
+    return {name: layer for name, layer in model.named_modules() if expert_params.is_wrapper(layer)}
 
 
 def ran(function):

@@ -10,7 +10,7 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from transformers.pytorch_utils import Conv1D
 
 from mica.cli import spectra
-from mica.fast.eligibility import adapter_weights
+from mica.fast.forward.eligibility import adapter_weights
 from mica.subspace import MinorSubspace
 from mica.subspace.spectrum import spectrum
 from tests.support import models, quantised_models

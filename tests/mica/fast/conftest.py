@@ -1,7 +1,7 @@
 import pytest
 
 import mica.fast
-from mica.fast import calls, grouping
+from mica.fast import grouping
 from mica.subspace import many
 from tests.support.quantised_models import stub_gptqmodel
 
@@ -9,7 +9,7 @@ from tests.support.quantised_models import stub_gptqmodel
 @pytest.fixture(autouse=True)
 def _nothing_traced(monkeypatch):
     """Other tests of this process may have compiled a layer."""
-    monkeypatch.setattr(calls, "is_traced", False)
+    monkeypatch.setattr(call_counts, "is_traced", False)
 
 
 @pytest.fixture

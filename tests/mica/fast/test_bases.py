@@ -10,7 +10,7 @@ from torch import nn
 
 import mica.fast
 from mica.errors import UnsuitableLayerError
-from mica.fast import bases as module
+from mica.fast.create import solving as module
 from mica.subspace import device, many
 from tests.support import gloo
 from tests.support.models import Net, adapted_layers, bases, net, tiny_llama, wrap

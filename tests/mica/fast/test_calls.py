@@ -10,7 +10,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import mica.fast
-from mica.fast import calls
+from mica.fast.forward import call_counts
 from tests.support.models import net, tiny_llama, wrap
 
 TOKENS = torch.tensor([[1, 2, 3]])
@@ -178,9 +178,9 @@ def test_nothing_is_left_in_the_model():
     for again in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
         assert set(called(again).values()) == {None}
     assert set(called(model).values()) == {1}
-    known = len(calls.counts())
+    known = len(call_counts.counts())
     del model
-    assert len(calls.counts()) < known
+    assert len(call_counts.counts()) < known
 
 
 @pytest.mark.parametrize("regional", [False, True])

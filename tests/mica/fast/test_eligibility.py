@@ -12,7 +12,7 @@ from torch.nn.utils import parametrizations
 from transformers.pytorch_utils import Conv1D
 
 import mica.fast
-from mica.fast import eligibility
+from mica.fast.forward import eligibility
 from tests.support.models import net, randomise
 from tests.support.tolerances import RELATIVE, error
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.nn.init import normal_
 
-from mica.fast.expert_stacks import (
+from mica.fast.forward.expert_params import (
     is_stack,
     is_stored_as_in_out,
     is_wrapper,

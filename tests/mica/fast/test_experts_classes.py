@@ -12,7 +12,7 @@ from transformers.integrations import moe
 from transformers.models.mixtral.modeling_mixtral import MixtralExperts
 
 import mica.fast
-from mica.fast import experts
+from mica.fast.forward import experts
 from tests.support.moe_models import wrap_experts
 from tests.support.moe_steps import filled, outermost, ran
 from tests.support.tolerances import RELATIVE, error

@@ -11,7 +11,7 @@ from transformers.models.muse_spark.modeling_muse_spark import MuseSparkExperts
 from transformers.models.nemotron_h.modeling_nemotron_h import NemotronHExperts
 
 import mica.fast
-from mica.fast import expert_stacks, experts
+from mica.fast.forward import expert_params, experts
 from tests.support import moe_models
 from tests.support.moe_models import tokens, wrap_experts
 from tests.support.moe_steps import adapted, filled, gradients, loss_of, outermost, ran
@@ -221,7 +221,7 @@ def test_a_module_that_is_none_of_transformers_is_pefts():
     x, index, weights = torch.randn(5, 4), torch.zeros(5, 1, dtype=torch.int64), torch.rand(5, 3)
     y = model(x, index, weights)
     layer = outermost(model)
-    lora_A, lora_B = expert_stacks.lora_A_of(layer, "default"), expert_stacks.lora_B_of(layer, "default")
+    lora_A, lora_B = expert_params.lora_A_of(layer, "default"), expert_params.lora_B_of(layer, "default")
     dense = layer.get_base_layer().weight + layer.scaling["default"] * lora_B @ lora_A
     assert error(y, torch.einsum("ti,eoi,te->to", x, dense, weights)) <= RELATIVE[torch.float32]
 

@@ -9,8 +9,8 @@ from peft import LoraConfig, get_peft_model, inject_adapter_in_model
 from peft.functional import cast_adapter_dtype
 
 import mica.fast
-from mica.fast import bases, initialisation
-from mica.fast.expert_stacks import (
+from mica.fast.create import initialisation, solving
+from mica.fast.forward.expert_params import (
     is_stack,
     lora_A_of,
     lora_B_of,
@@ -200,7 +200,7 @@ def test_plain_lora_is_left_alone(solved):
 def test_one_bar_counts_the_experts(monkeypatch):
     seen, updates = [], []
 
-    class Bar(bases.tqdm):
+    class Bar(solving.tqdm):
         def __init__(self, *args, **kwargs):
             seen.append(kwargs)
             super().__init__(*args, **kwargs)
@@ -209,7 +209,7 @@ def test_one_bar_counts_the_experts(monkeypatch):
             updates.append(n)
             return super().update(n)
 
-    monkeypatch.setattr(bases, "tqdm", Bar)
+    monkeypatch.setattr(solving, "tqdm", Bar)
     wrap_experts(qwen3_moe())
     ((kwargs,),) = [seen]
     assert (kwargs["total"], kwargs["unit"], sum(updates)) == (24, "expert", 24)
@@ -259,7 +259,7 @@ def test_partitioned_stacks_are_gathered_one_at_a_time(monkeypatch):
         finally:
             parameter.data = weight.new_empty(0)
 
-    for module in (bases, initialisation):
+    for module in (solving, initialisation):
         monkeypatch.setattr(module, "gather_params_ctx", gather)
     (layer,) = wrappers(wrap_holder(model)).values()
     assert len(gathered) == 2  # checked, then solved
@@ -269,8 +269,8 @@ def test_partitioned_stacks_are_gathered_one_at_a_time(monkeypatch):
 
 def test_the_process_without_weights_gets_its_bases_from_the_others(monkeypatch):
     """FSDP with cpu_ram_efficient_loading: it declines the very matrices that the first process solves."""
-    monkeypatch.setattr(bases, "is_fsdp_enabled", lambda: True)
-    declined, requested, share = [], [], bases.solve_shared
+    monkeypatch.setattr(solving, "is_fsdp_enabled", lambda: True)
+    declined, requested, share = [], [], solving.solve_shared
 
     def described(tasks):
         return [(task.name, task.weight.shape, task.weight.dtype, task.rank) for task in tasks]
@@ -279,8 +279,8 @@ def test_the_process_without_weights_gets_its_bases_from_the_others(monkeypatch)
         requested.extend(described(tasks))
         return share(tasks, **kwargs)
 
-    monkeypatch.setattr(bases, "decline", lambda tasks: declined.extend(described(tasks)))
-    monkeypatch.setattr(bases, "solve_shared", sharing)
+    monkeypatch.setattr(solving, "decline", lambda tasks: declined.extend(described(tasks)))
+    monkeypatch.setattr(solving, "solve_shared", sharing)
     with torch.device("meta"):
         absent = holder(torch.randn(3, 8, 12))
     (layer,) = wrappers(wrap_holder(absent)).values()

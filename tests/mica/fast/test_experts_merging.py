@@ -10,8 +10,8 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 import mica.fast
-from mica.fast import merging
-from mica.fast.expert_stacks import is_stored_as_in_out, lora_A_of, lora_B_of, parameter_of
+from mica.fast.forward.expert_params import is_stored_as_in_out, lora_A_of, lora_B_of, parameter_of
+from mica.fast.merge import merging
 from tests.support.models import randomise
 from tests.support.moe_models import (
     BUILDERS,

@@ -6,7 +6,7 @@ from torch import nn
 
 import mica.fast
 from mica.errors import UnsuitableLayerError
-from mica.fast.expert_stacks import lora_B_of, parameter_of
+from mica.fast.forward.expert_params import lora_B_of, parameter_of
 from mica.subspace import many
 from tests.support.models import snapshot
 from tests.support.moe_models import (

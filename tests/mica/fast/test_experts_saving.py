@@ -11,7 +11,7 @@ from peft import AutoPeftModel, AutoPeftModelForCausalLM, LoraConfig, PeftConfig
 from safetensors.torch import load_file, save_file
 
 import mica.fast
-from mica.fast.expert_stacks import lora_A_of, lora_B_of
+from mica.fast.forward.expert_params import lora_A_of, lora_B_of
 from tests.support.models import randomise, stock_load
 from tests.support.moe_models import (
     BUILDERS,

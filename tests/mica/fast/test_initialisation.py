@@ -10,7 +10,7 @@ from torch import nn
 
 import mica.fast
 from mica.errors import UnsuitableLayerError
-from mica.fast.bases import NewAdapter
+from mica.fast.create.solving import NewAdapter
 from mica.subspace import many
 from tests.support.models import Net, adapted_layers, bases, net, randomise, snapshot, stock_load, wrap
 from tests.support.peft_versions import is_at_least

@@ -8,8 +8,8 @@ import torch
 from transformers.pytorch_utils import Conv1D
 
 import mica.fast
-from mica.fast import merging
-from mica.fast.eligibility import adapter_weights
+from mica.fast.forward.eligibility import adapter_weights
+from mica.fast.merge import merging
 from tests.support.models import Net, adapted_layers, net, randomise, wrap
 from tests.support.tolerances import RELATIVE, error
 

@@ -10,7 +10,7 @@ import torch
 from peft.optimizers import create_loraplus_optimizer, lorafa
 
 import mica.fast
-from mica.fast.eligibility import adapter_weights
+from mica.fast.forward.eligibility import adapter_weights
 from tests.support.models import adapted_layers, bases, net, tiny_llama, wrap
 from tests.support.peft_versions import is_at_least, needs_peft
 from tests.support.unchanged import assert_unchanged, snapshot

@@ -8,8 +8,8 @@ from peft.tuners.lora.variants import MiCALinearVariant
 from torch import nn
 
 import mica.fast
-from mica.fast import bases as bases_module
-from mica.fast import quantised
+from mica.fast.create import quantised
+from mica.fast.create import solving as bases_module
 from tests.support.models import adapted_layers, bases, gradients, randomise, wrap
 from tests.support.quantised_models import (
     KINDS,

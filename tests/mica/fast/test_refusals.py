@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn.utils import parametrizations, parametrize, prune
 
 import mica.fast
-from mica.fast.eligibility import adapter_weights
+from mica.fast.forward.eligibility import adapter_weights
 from tests.support.models import Net, adapted_layers, bases, net, randomise, tiny_llama, wrap
 from tests.support.tolerances import RELATIVE, error
 from tests.support.unchanged import assert_unchanged, snapshot

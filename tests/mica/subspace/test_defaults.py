@@ -7,7 +7,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 
 from mica import minor_subspace
-from mica.fast import initialisation
+from mica.fast.create import initialisation
 from mica.subspace import batched, device, many
 from mica.subspace.cache import SubspaceCache
 from mica.subspace.fingerprint import fingerprint

@@ -39,7 +39,7 @@ BACKEND = [
         },
     ),
     FileEdits(
-        "mica/fast/layers.py",
+        "mica/fast/forward/decide.py",
         tests=[
             "tests/mica/fast/test_grouping.py",
             "tests/mica/fast/test_grouping_changes.py",
@@ -73,7 +73,7 @@ BACKEND = [
         },
     ),
     FileEdits(
-        "mica/fast/mixed_batch.py",
+        "mica/fast/forward/mixed_batch.py",
         tests=["tests/mica/fast/test_mixed_batch.py"],
         edits={
             "_h": [("h.shape[-1] - part.shape[-1] :", ": part.shape[-1]")],
@@ -85,7 +85,7 @@ BACKEND = [
         },
     ),
     FileEdits(
-        "mica/fast/common_case.py",
+        "mica/fast/forward/fast_check.py",
         tests=["tests/mica/fast/test_changes.py", "tests/mica/fast/test_eligibility.py"],
         edits={
             "operands": [
@@ -133,7 +133,7 @@ BACKEND = [
         },
     ),
     FileEdits(
-        "mica/fast/eligibility.py",
+        "mica/fast/forward/eligibility.py",
         tests=["tests/mica/fast/test_changes.py", "tests/mica/fast/test_eligibility.py"],
         edits={
             "read": [

@@ -60,7 +60,7 @@ EXPERTS_PATH = [
         },
     ),
     FileEdits(
-        "mica/fast/experts.py",
+        "mica/fast/forward/experts.py",
         tests=[
             "tests/mica/fast/test_experts_classes.py",
             "tests/mica/fast/test_experts_eligibility.py",
@@ -92,7 +92,7 @@ EXPERTS_PATH = [
                 ("if wrapper.merged", "if False"),
                 ("len(names) > 1", "False"),
                 ("not is_mica(wrapper, name)", "False"),
-                ("not expert_stacks.is_stack(wrapper)", "False"),
+                ("not expert_params.is_stack(wrapper)", "False"),
                 ("type(scaling) is not float", "False"),
                 ("lora_A.dtype != lora_B.dtype", "False"),
                 ('or why_not_frozen("lora_B", lora_B)', ""),

@@ -76,7 +76,7 @@ def test_printed_summary(model_dir, text_file, tmp_path, capsys, monkeypatch):
 
 
 def test_layers_that_are_not_called_are_listed(model_dir, text_file, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("mica.fast.calls.is_traced", False)
+    monkeypatch.setattr("mica.fast.forward.call_counts.is_traced", False)
     monkeypatch.setattr("transformers.models.llama.modeling_llama.LlamaMLP.forward", lambda self, x: x)
     assert adapt(model_dir, text_file, tmp_path / "out", "--steps", 1) == 0
     assert "not called in the last forward: 6" in capsys.readouterr().out

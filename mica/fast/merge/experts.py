@@ -1,4 +1,4 @@
-"""Merging adapters of single parameters, stacks of experts above all: `mica.fast.merging` for them.
+"""Merging adapters of single parameters, stacks of experts above all: `mica.fast.merge.merging` for them.
 
 PEFT's wrapper of a parameter merges without asking the adapter's variant, so its own methods are replaced.
 Stock rounds s·B·A of the whole stack to the dtype of the weight, a second stack in memory, and adds that.
@@ -9,9 +9,9 @@ from __future__ import annotations
 import torch
 from peft.tuners.tuners_utils import check_adapters_to_merge
 
-from mica.fast.eligibility import is_mica
-from mica.fast.expert_stacks import parameter_of
-from mica.fast.merging import forget, is_covered, merge_into, unmerge_from
+from mica.fast.forward.eligibility import is_mica
+from mica.fast.forward.expert_params import parameter_of
+from mica.fast.merge.merging import forget, is_covered, merge_into, unmerge_from
 from mica.fast.refusals import check_weight
 from mica.fast.settings import settings
 from mica.fast.wrapping import around

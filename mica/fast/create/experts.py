@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from mica.dtypes import FLOATING
 from mica.errors import UnsuitableLayerError
-from mica.fast.expert_stacks import as_lora_B, is_stack, module_of, parameter_of, weight_of_stack
+from mica.fast.forward.expert_params import as_lora_B, is_stack, module_of, parameter_of, weight_of_stack
 from mica.fast.settings import settings
 from mica.subspace.gram import extremes
 from mica.subspace.many import Task

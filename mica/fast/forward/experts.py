@@ -17,8 +17,8 @@ from torch._C import _get_tracing_state
 from transformers.integrations import moe
 
 from mica.dtypes import FLOATING, SIXTEEN_BIT
-from mica.fast import calls, expert_stacks
-from mica.fast.eligibility import (
+from mica.fast.forward import call_counts, expert_params
+from mica.fast.forward.eligibility import (
     adapter_weights,
     adapters_of,
     depends_on_call,
@@ -77,9 +77,9 @@ def forward(stock):
             reason = experts if type(experts) is str else _why_not_call(experts, x, args, kwargs)
             if reason is None:
                 return _forward(experts, x, *args)
-        calls.note(self)
+        call_counts.note(self)
         if reason is not None and any(runs_adapter(wrapper) for wrapper in _wrappers(self)):
-            calls.note_peft(self, reason)
+            call_counts.note_peft(self, reason)
         return stock(self, x, *args, **kwargs)
 
     return forward
@@ -91,7 +91,7 @@ def _forward(experts: Experts, x: Tensor, top_k_index: Tensor, top_k_weights: Te
     x (num_tokens, hidden), top_k_index and top_k_weights (num_tokens, top_k) -> (num_tokens, hidden).
     """
     for wrapper in experts.wrappers:
-        calls.note(wrapper)
+        call_counts.note(wrapper)
     module = experts.module
     routing = route(top_k_index, module._parameters["down_proj"].shape[0])
     hidden = _project(_first_of(module), experts, x, routing.offsets, routing.tokens, routing.inverse)
@@ -140,7 +140,7 @@ def _product_dtype(experts: Experts, x: Tensor, weight: Tensor) -> torch.dtype:
 def _wrappers(outermost) -> list[nn.Module]:
     """Those around one module, from the outermost on."""
     found = []
-    while expert_stacks.is_wrapper(outermost):
+    while expert_params.is_wrapper(outermost):
         found.append(outermost)
         outermost = outermost._modules["base_layer"]
     return found
@@ -155,7 +155,7 @@ def why_not(outermost) -> str | None:
 def read(outermost) -> Experts | str:
     """The module of experts and its adapters if it may run on this backend, else the reason.
 
-    Read again at every call, as `mica.fast.eligibility.read`.
+    Read again at every call, as `mica.fast.forward.eligibility.read`.
     """
     if _get_tracing_state() is not None:
         return "torch.jit is tracing the model"
@@ -197,7 +197,7 @@ def _read_wrapper(wrapper) -> _Stack | str | None:
     (name,) = names
     if not is_mica(wrapper, name):
         return f"adapter {name!r} is not MiCA"
-    if not expert_stacks.is_stack(wrapper):
+    if not expert_params.is_stack(wrapper):
         return f"{wrapper.parameter_name} is not a stack of experts: PEFT adds s·B·A to it"
     scaling = wrapper.scaling[name]
     if type(scaling) is not float:
@@ -208,7 +208,7 @@ def _read_wrapper(wrapper) -> _Stack | str | None:
     return (
         why_not_trained(lora_A)
         or why_not_frozen("lora_B", lora_B)
-        or _Stack(expert_stacks.lora_A_of(wrapper, name), expert_stacks.lora_B_of(wrapper, name), scaling)
+        or _Stack(expert_params.lora_A_of(wrapper, name), expert_params.lora_B_of(wrapper, name), scaling)
     )
 
 

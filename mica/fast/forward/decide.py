@@ -9,8 +9,9 @@ from __future__ import annotations
 import torch
 from transformers.pytorch_utils import Conv1D
 
-from mica.fast import calls, common_case, grouping, mixed_batch, tensor_parallel
-from mica.fast.eligibility import (
+from mica.fast import grouping
+from mica.fast.forward import call_counts, fast_check, mixed_batch, tensor_parallel
+from mica.fast.forward.eligibility import (
     Adapter,
     Operands,
     adapters_for,
@@ -29,7 +30,7 @@ from mica.ops.linear import linear, linear_directly
 
 def linear_forward(stock):
     def forward(self, x: torch.Tensor, *args, **kwargs) -> torch.Tensor:
-        calls.note(self)
+        call_counts.note(self)
         if settings.enabled:
             if not args and not kwargs:
                 result = _linear(self, x)
@@ -47,12 +48,12 @@ def linear_forward(stock):
 
 def _note_peft(layer, reason: str) -> None:
     if runs_adapter(layer):
-        calls.note_peft(layer, reason)
+        call_counts.note_peft(layer, reason)
 
 
 def _linear(layer, x: torch.Tensor) -> torch.Tensor | str:
     """The output with all active adapters, or why PEFT's own code runs."""
-    operands = common_case.operands(layer, x)
+    operands = fast_check.operands(layer, x)
     if operands is None:
         return _in_general(layer, x)
     if grouping.is_on(x, operands.lora_A):
@@ -146,7 +147,7 @@ def whole_forward(stock):
         if torch.compiler.is_compiling():
             return stock(self, *args, **kwargs)
         try:
-            with calls.counting(self):
+            with call_counts.counting(self):
                 return stock(self, *args, **kwargs)
         finally:
             grouping.forget_pending()
@@ -156,7 +157,7 @@ def whole_forward(stock):
 
 def embedding_forward(stock):
     def forward(self, x: torch.Tensor, *args, **kwargs) -> torch.Tensor:
-        calls.note(self)
+        call_counts.note(self)
         if settings.enabled:
             result = "a call with further arguments" if args or kwargs else _embedding(self, x)
             if type(result) is not str:

@@ -22,8 +22,8 @@ from torch.nn.modules import module as nn_module
 from transformers.pytorch_utils import Conv1D
 
 from mica.dtypes import SIXTEEN_BIT
-from mica.fast import tensor_parallel
-from mica.fast.tensor_parallel import local
+from mica.fast.forward import tensor_parallel
+from mica.fast.forward.tensor_parallel import local
 from mica.ops.dispatch import PLAIN
 
 # None if PEFT has moved them: `patching` then warns, and nothing here is reached.

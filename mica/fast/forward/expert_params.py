@@ -11,7 +11,7 @@ from __future__ import annotations
 from peft.tuners import lora
 from torch import Tensor, nn
 
-from mica.fast.eligibility import weight_of
+from mica.fast.forward.eligibility import weight_of
 
 # None if PEFT has none: `patching` then warns, and nothing here is reached.
 ParamWrapper = getattr(lora.layer, "ParamWrapper", None)

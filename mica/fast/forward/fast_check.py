@@ -14,7 +14,7 @@ from torch.nn import functional
 from torch.nn.modules import module as nn_module
 
 from mica.dtypes import FLOATING, SIXTEEN_BIT
-from mica.fast.eligibility import CALL, FORWARDS, LINEAR, MiCALinearVariant, Operands
+from mica.fast.forward.eligibility import CALL, FORWARDS, LINEAR, MiCALinearVariant, Operands
 from mica.ops.dispatch import PLAIN, is_direct
 
 _LINEAR, _IDENTITY = nn.Linear, nn.Identity

@@ -20,10 +20,12 @@ from peft.utils.integrations import gather_params_ctx
 from torch import Tensor, nn
 
 from mica.errors import UnsuitableLayerError
-from mica.fast import calls, loading, quantised, tensor_parallel
-from mica.fast.bases import NewAdapter, check, initialise, restore_exact
-from mica.fast.eligibility import MiCALinearVariant, adapter_weights, is_mica, requests_mica
-from mica.fast.expert_stacks import is_wrapper, parameter_of
+from mica.fast import loading
+from mica.fast.create import quantised
+from mica.fast.create.solving import NewAdapter, check, initialise, restore_exact
+from mica.fast.forward import call_counts, tensor_parallel
+from mica.fast.forward.eligibility import MiCALinearVariant, adapter_weights, is_mica, requests_mica
+from mica.fast.forward.expert_params import is_wrapper, parameter_of
 from mica.fast.settings import settings
 from mica.fast.wrapping import around, while_enabled
 
@@ -251,7 +253,7 @@ def create_and_replace(
 
 @around
 def inject_adapter(stock, self, model: nn.Module, adapter_name: str, *args, **kwargs) -> None:
-    calls.forget()  # new layers have been in no forward yet
+    call_counts.forget()  # new layers have been in no forward yet
     config = self.peft_config[adapter_name]
     if not settings.enabled or not requests_mica(config):
         return stock(self, model, adapter_name, *args, **kwargs)

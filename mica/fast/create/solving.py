@@ -18,10 +18,11 @@ from transformers.integrations import is_fsdp_enabled
 
 from mica.dtypes import FLOATING, SIXTEEN_BIT
 from mica.errors import UnsuitableLayerError
-from mica.fast import expert_bases, quantised, tensor_parallel
-from mica.fast.eligibility import adapter_weights, is_stored_transposed
-from mica.fast.expert_bases import Part, Place
-from mica.fast.expert_stacks import is_wrapper, parameter_of
+from mica.fast.create import experts, quantised
+from mica.fast.create.experts import Part, Place
+from mica.fast.forward import tensor_parallel
+from mica.fast.forward.eligibility import adapter_weights, is_stored_transposed
+from mica.fast.forward.expert_params import is_wrapper, parameter_of
 from mica.fast.settings import settings
 from mica.subspace.cache import default_cache
 from mica.subspace.distributed import decline, solve_shared
@@ -73,7 +74,7 @@ class NewAdapter:
     def parts(self) -> list[Part]:
         """The matrices to solve: one with the whole B, of a stack of experts one each."""
         if is_wrapper(self.layer):
-            return expert_bases.parts(self.layer, self.name, self.rank)
+            return experts.parts(self.layer, self.name, self.rank)
         return [Part(Task(self.name, self.weight, self.rank), None)]
 
     @property
@@ -108,16 +109,16 @@ def check(adapter: NewAdapter) -> Tensor | None:
     """
     name, layer, stored = adapter.name, adapter.layer, adapter.stored
     base_layer = layer.get_base_layer()
-    why = expert_bases.why_not_whole(base_layer, stored)
+    why = experts.why_not_whole(base_layer, stored)
     if why and not tensor_parallel.is_gathered(base_layer):
         raise UnsuitableLayerError(
             f"MiCA needs the whole weight, but {name} {why}. Create the adapter before the model is sharded, "
             "or load one that was."
         )
     if is_wrapper(layer):
-        expert_bases.check(layer, name, adapter.rank)
+        experts.check(layer, name, adapter.rank)
         if not _is_elsewhere(adapter):
-            expert_bases.check_finite(layer, name)
+            experts.check_finite(layer, name)
         return None
     return _checked_weight(adapter)
 
@@ -223,7 +224,7 @@ def _count(adapter: NewAdapter) -> int:
     """How many matrices are solved, where the weight may not be there yet (`NewAdapter.parts` needs it)."""
     if not is_wrapper(adapter.layer):
         return 1
-    return adapter.layer.num_experts * (2 if expert_bases.is_halved(adapter.layer) else 1)
+    return adapter.layer.num_experts * (2 if experts.is_halved(adapter.layer) else 1)
 
 
 def _solve(adapters: Sequence[NewAdapter], bar: tqdm) -> None:

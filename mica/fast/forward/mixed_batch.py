@@ -18,8 +18,8 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-from mica.fast import tensor_parallel
-from mica.fast.eligibility import Adapter, adapters_for, scaled
+from mica.fast.forward import tensor_parallel
+from mica.fast.forward.eligibility import Adapter, adapters_for, scaled
 from mica.fast.settings import compute_dtype
 from mica.ops.factors import down_projection, up_projection
 

@@ -1,0 +1,1 @@
+"""Creating an adapter: every B from the subspace solver, for a whole model at once."""

@@ -1,0 +1,1 @@
+"""The forwards of adapted layers: decided first, then computed."""

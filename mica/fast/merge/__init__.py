@@ -1,0 +1,1 @@
+"""Merging adapters into the weights, and unmerging to the original bits."""
