@@ -111,7 +111,7 @@ class Machine(Adapters, Calls, Files):
             self.hooks.append(module.register_forward_hook(pass_on))
         return True
 
-    @action(what=st.sampled_from(["groups", "no groups", "fp32", "off", "on", "uninstall"]))
+    @action(what=st.sampled_from(["fp32", "off", "on", "uninstall"]))
     def setting(self, what):
         if what in ("off", "on"):
             mica.fast.disable() if what == "off" else mica.fast.enable()
@@ -119,15 +119,13 @@ class Machine(Adapters, Calls, Files):
             mica.fast.uninstall()
             self.twins.probe(True)
             mica.fast.enable()
-        elif what == "fp32":
-            mica.fast.enable(compute_dtype=torch.float32)
         else:
-            mica.fast.enable(group_projections=what == "groups")
+            mica.fast.enable(compute_dtype=torch.float32)
         return None
 
 
 def machine(name: str, **attributes) -> type[Machine]:
-    """A variant: other kinds, dtypes, groups from the start."""
+    """A variant: other kinds or dtypes."""
     return type(name, (Machine,), attributes)
 
 

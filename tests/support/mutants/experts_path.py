@@ -69,7 +69,7 @@ EXPERTS_PATH = [
         edits={
             "_forward": [
                 ("if _has_gate(module) else module.act_fn(hidden)", ""),
-                ("calls.note(wrapper)", "pass"),
+                ("call_counts.note(wrapper)", "pass"),
             ],
             "_first_of": [('"gate_up_proj" if _has_gate(module) else "up_proj"', '"gate_up_proj"')],
             "_project": [
