@@ -6,6 +6,8 @@ import subprocess
 import sys
 
 import pytest
+import torch
+from peft import LoraConfig
 
 import mica
 import mica.fast
@@ -13,6 +15,7 @@ import mica.ops
 import mica.subspace
 from mica.cli import parser
 from tests.support.imports import MODULES, ROOT, circular, imported, mirrored, private_uses, tree
+from tests.support.models import wrap
 
 # What a user's script may rest on. A name that goes is a breaking change, a new one a promise.
 PUBLIC = {
@@ -128,3 +131,46 @@ print(minor_subspace(torch.randn(8, 8), 2).certified)
 """
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.stdout.strip() == "True", done.stderr
+
+
+# ---------------------------------------------------------------------------------------------------
+# how far a layer's x walks
+# ---------------------------------------------------------------------------------------------------
+
+
+def _hook(layer):
+    layer.base_layer.register_forward_hook(lambda *_: None)
+
+
+def _second_adapter(layer):
+    layer.update_layer("other", 4, 4, LoraConfig(init_lora_weights="mica"))
+    layer.set_adapter(["default", "other"])
+
+
+@pytest.mark.parametrize(
+    ("lora_dropout", "change"), [(0.0, None), (0.5, None), (0.0, _hook), (0.0, _second_adapter)]
+)
+def test_x_is_not_passed_to_and_fro(lora_dropout, change):
+    """Which files the functions are in that get x, one after the other: few, and hardly one twice."""
+    layer = wrap(torch.nn.Sequential(torch.nn.Linear(32, 32)), targets=["0"], lora_dropout=lora_dropout)
+    layer, x = layer.base_model.model[0].train(), torch.randn(4, 32)
+    if change:
+        change(layer)
+    layer(x)
+    files = []
+
+    def note(frame, event, _):
+        file = frame.f_code.co_filename
+        if event == "call" and file.startswith(f"{ROOT}/mica/") and files[-1:] != [file]:
+            values = [*frame.f_locals.values(), *frame.f_locals.get("args", ())]
+            if any(isinstance(value, torch.Tensor) and value.data_ptr() == x.data_ptr() for value in values):
+                files.append(file)
+
+    sys.setprofile(note)
+    try:
+        layer(x)
+    finally:
+        sys.setprofile(None)
+    entered, returned = len(files) - 1, len(files) - len(set(files))
+    assert 0 < entered <= 12, files
+    assert returned <= 6, files

@@ -13,22 +13,12 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from torch.distributed import is_available as has_distributed
 
-from mica import backend
 from mica.fast import bypassed, patching
-from mica.fast.forward import call_counts, expert_params, experts
-from mica.fast.forward.eligibility import (
-    adapter_weights,
-    adapters_of,
-    class_of,
-    is_mica,
-    quantised_layers,
-    why_called,
-    why_not,
-    why_not_active,
-)
+from mica.fast.forward import call_counts, decide, embedding, expert_params, experts
+from mica.fast.forward.decision import KERNEL, PEFT, REFERENCE, OnOperators, OnPeft
+from mica.fast.forward.eligibility import class_of, is_mica, quantised_layers
 from mica.fast.settings import settings
 
-KERNEL, REFERENCE, PEFT, ERROR = "kernel", "reference", "peft", "error"
 _HEADER = ("layer", "base", "adapter", "path", "reason")
 
 
@@ -96,7 +86,7 @@ def explain(model: nn.Module) -> Explanation:
                 count = counts.get(module) if _is_counted(module) else None
                 around = count == 0 and bypassed.bypassed_by(modules, name, entered)
                 by = around or bypassed.replaced_by(module)
-                path, reason = _path(module, outermost)
+                path, reason = _decided(module, outermost).explained()
                 if path in (KERNEL, REFERENCE) and outermost in by_peft:
                     path, reason = PEFT, _in_the_last_forward(by_peft[outermost], count)
                 rows.append(Row(shown, base, _adapters(module), path, reason, count, by))
@@ -130,27 +120,6 @@ def _is_fsdp(*modules: nn.Module) -> bool:
     return any(isinstance(module, FSDPModule) for module in modules)
 
 
-def _path(layer, outermost) -> tuple[str, str]:
-    """(path, reason) of one layer; ``outermost``: of those nested around one module, else the layer."""
-    of_stack = expert_params.is_wrapper(layer)
-    reason = _reason(layer, outermost)
-    if reason:
-        return PEFT, reason
-    called = None if of_stack or isinstance(layer, lora.Embedding) else why_called(layer)
-    reasons = [f"base layer called: {called}"] if called else []
-    for name in adapters_of(layer):
-        lora_A, lora_B = adapter_weights(layer, name)
-        dtypes = (lora_A.dtype, lora_B.dtype)
-        if not called:
-            weight = expert_params.parameter_of(layer) if of_stack else layer.get_base_layer().weight
-            dtypes = (weight.dtype, *dtypes)
-        refused = backend.why_not_kernels(lora_A.device, layer.r[name], *dtypes)
-        if refused:
-            path = ERROR if backend.requested() == "triton" else REFERENCE
-            return path, "; ".join([refused, *reasons])
-    return KERNEL, "; ".join(reasons)
-
-
 def _in_the_last_forward(reasons: list[str], calls: int | None) -> str:
     part = "" if calls in (None, len(reasons)) else f"{len(reasons)} of {calls} calls of "
     return f"in {part}the last forward: {'; '.join(dict.fromkeys(reasons))}"
@@ -161,18 +130,19 @@ def _adapters(layer) -> str:
     return ", ".join(f"{name} (MiCA)" if is_mica(layer, name) else name for name in names)
 
 
-def _reason(layer, outermost) -> str | None:
+def _decided(layer, outermost) -> OnPeft | OnOperators:
+    """What decides about a call; ``outermost``: of wrappers nested around one module, else the layer."""
     if not patching.is_installed():
-        return "mica.fast is not installed"
+        return OnPeft("mica.fast is not installed")
     if not settings.enabled:
-        return "mica.fast is disabled"
+        return OnPeft("mica.fast is disabled")
     if who := bypassed.replaced_by(layer):
-        return f"{who} has replaced the layer's forward"
+        return OnPeft(f"{who} has replaced the layer's forward")
     if _has_own_forward(layer):
-        return "the layer has a forward of its own, set before mica.fast was imported"
-    if not expert_params.is_wrapper(layer):
-        return why_not(layer)
-    return experts.why_not(outermost) if adapters_of(layer) else why_not_active(layer)
+        return OnPeft("the layer has a forward of its own, set before mica.fast was imported")
+    if expert_params.is_wrapper(layer):
+        return experts.decide_one(layer, outermost)
+    return (embedding if class_of(layer) is lora.Embedding else decide).decide(layer)
 
 
 def _has_own_forward(layer) -> bool:

@@ -125,4 +125,4 @@ def hotswap_adapter_from_state_dict(stock, *args, **kwargs):
         return stock(*args, **kwargs)
     finally:  # also after an error: a part of the weights may be new
         backend.forget_prepared()
-        mixed_batch.forget()
+        mixed_batch.clear()

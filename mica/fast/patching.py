@@ -18,7 +18,7 @@ import peft
 from mica.backend import forget_prepared
 from mica.fast import loading, refusals, saving
 from mica.fast.create import initialisation, quantised
-from mica.fast.forward import call_counts, decide, experts
+from mica.fast.forward import call_counts, decide, embedding, experts
 from mica.fast.forward.eligibility import quantised_layers
 from mica.fast.merge import experts as merging_of_experts
 from mica.fast.merge import merging
@@ -39,7 +39,7 @@ _LAYER, _MODEL, _PEFT_MODEL = (
 )
 _PARAMETER = "peft.tuners.lora.layer:ParamWrapper"
 _LINEAR, _EMBEDDING = "peft.tuners.lora.layer:Linear", "peft.tuners.lora.layer:Embedding"
-_WHOLE = ("forward", "self *args **kwargs", decide.whole_forward)
+_WHOLE = ("forward", "self *args **kwargs", call_counts.whole_forward)
 _CAST = ("cast_adapter_dtype", "model adapter_name autocast_adapter_dtype", initialisation.cast_adapter_dtype)
 _UNLOAD = (
     "_unload_and_optionally_merge",
@@ -50,8 +50,8 @@ _LORAFA = ("create_lorafa_optimizer", "model r lora_alpha lr", refusals.create_l
 
 PATCHES = (
     Patch(_LINEAR, "forward", "self x *args **kwargs", decide.linear_forward),
-    Patch(_EMBEDDING, "forward", "self x *args **kwargs", decide.embedding_forward),
-    Patch(_PARAMETER, "forward", "self x *args **kwargs", experts.forward, required=False),
+    Patch(_EMBEDDING, "forward", "self x *args **kwargs", embedding.embedding_forward),
+    Patch(_PARAMETER, "forward", "self x *args **kwargs", experts.experts_forward, required=False),
     Patch("peft.tuners.tuners_utils:BaseTuner", *_WHOLE),
     Patch(_PEFT_MODEL, *_WHOLE),
     Patch(_LAYER, "mica_init", "self adapter_name", initialisation.mica_init),
@@ -230,7 +230,7 @@ def _replace(owner, patch: Patch) -> None:
 def uninstall() -> None:
     """Stock PEFT again: every replaced attribute is the very object that was there."""
     quantised_layers.clear()
-    call_counts.forget()  # from here on nothing is counted
+    call_counts.clear()  # from here on nothing is counted
     merging.end_period()
     while _installed:
         owner, name, held = _installed.pop()

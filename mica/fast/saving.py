@@ -15,7 +15,8 @@ import warnings
 import torch
 from torch import Tensor, nn
 
-from mica.fast.forward.eligibility import is_mica, is_plain, requests_mica
+from mica.fast.forward.decide import is_dense
+from mica.fast.forward.eligibility import is_mica, requests_mica
 from mica.fast.forward.expert_params import is_wrapper, lora_B_of
 from mica.fast.wrapping import around, while_enabled
 
@@ -62,7 +63,7 @@ def warn_of_a_lost_mark(model: nn.Module, adapter: str) -> None:
 
 def _is_orthonormal(lora_B: Tensor) -> bool:
     """Whether B of three of the experts (E, out_features, r) is, within the rounding of bf16."""
-    if not is_plain(lora_B) or lora_B.is_meta:
+    if not is_dense(lora_B) or lora_B.is_meta:
         return False
     some = lora_B.detach()[[0, len(lora_B) // 2, -1]].float()
     gram = some.mT @ some

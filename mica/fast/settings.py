@@ -59,10 +59,9 @@ def _count(step: int) -> None:
         settings.enabled = _switched_on and not _blocks
 
 
-def compute_dtype(x: torch.Tensor) -> torch.dtype | None:
-    """Dtype of the low-rank products for activations x; None: that of x."""
-    dtype = settings.compute_dtype
-    return None if dtype is None else torch.promote_types(dtype, x.dtype)
+def compute_dtype(dtype: torch.dtype) -> torch.dtype | None:
+    """Dtype of the low-rank products for activations of this dtype; None: the same."""
+    return None if settings.compute_dtype is None else torch.promote_types(settings.compute_dtype, dtype)
 
 
 def change(

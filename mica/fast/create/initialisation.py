@@ -253,7 +253,7 @@ def create_and_replace(
 
 @around
 def inject_adapter(stock, self, model: nn.Module, adapter_name: str, *args, **kwargs) -> None:
-    call_counts.forget()  # new layers have been in no forward yet
+    call_counts.clear()  # new layers have been in no forward yet
     config = self.peft_config[adapter_name]
     if not settings.enabled or not requests_mica(config):
         return stock(self, model, adapter_name, *args, **kwargs)

@@ -278,7 +278,10 @@ def restore_exact(layer: nn.Module, adapter_name: str, lora_B: Tensor) -> None:
     basis = _exact.get(layer, {}).pop(adapter_name, None)
     if basis is None or lora_B.dtype != torch.float32 or basis.shape != lora_B.shape:
         return
-    basis, held = tensor_parallel.part_of(basis.to(lora_B.device), lora_B), tensor_parallel.held(lora_B)
+    basis, shard = (
+        tensor_parallel.part_of(basis.to(lora_B.device), lora_B),
+        tensor_parallel.local_shard(lora_B),
+    )
     rounded = (basis.to(dtype).float() for dtype in SIXTEEN_BIT)
-    if any(torch.equal(held, candidate) for candidate in rounded):  # else another B has been set
+    if any(torch.equal(shard, candidate) for candidate in rounded):  # else another B has been set
         tensor_parallel.replace(lora_B, basis)

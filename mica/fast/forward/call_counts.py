@@ -17,6 +17,7 @@ from weakref import ReferenceType, WeakKeyDictionary, ref
 import torch
 from torch import nn
 
+from mica.fast.forward.eligibility import runs_adapter
 from mica.fast.settings import settings
 
 
@@ -51,8 +52,8 @@ def note(layer: nn.Module) -> None:
 
 
 def note_peft(layer: nn.Module, reason: str) -> None:
-    """Where PEFT's code runs an adapter although the backend is on; the layer's call has been noted."""
-    if not torch.compiler.is_compiling() and _state.peft is not None:
+    """Where PEFT's code runs although the backend is on; the layer's call has been noted."""
+    if not torch.compiler.is_compiling() and _state.peft is not None and runs_adapter(layer):
         _state.peft.append((layer, reason))
 
 
@@ -64,8 +65,7 @@ def _note_trace() -> None:
 
 
 @contextmanager
-def counting(model: nn.Module) -> Iterator[None]:
-    """Around a forward of PEFT's model or its tuner."""
+def _counting(model: nn.Module) -> Iterator[None]:
     global _number
     if torch._C._current_graph_task_id() != -1:
         yield
@@ -86,7 +86,19 @@ def counting(model: nn.Module) -> Iterator[None]:
     _forwards[model] = _Forward(number, [ref(layer) for layer in calls[first:]], by_peft)
 
 
-def forget() -> None:
+def whole_forward(stock):
+    """For PEFT's model and its tuner: one of them is around every forward of the whole model."""
+
+    def forward(self, *args, **kwargs):
+        if torch.compiler.is_compiling():
+            return stock(self, *args, **kwargs)
+        with _counting(self):
+            return stock(self, *args, **kwargs)
+
+    return forward
+
+
+def clear() -> None:
     """Until the next forward nothing is known."""
     _forwards.clear()
     _outside.clear()

@@ -1,166 +1,172 @@
-"""The forwards of PEFT's LoRA layers over linear layers and embeddings, on the operators of `mica.ops`.
+"""The forward of PEFT's LoRA layers over linear layers: first `decide`, then compute.
 
-A linear layer has three forms: fused (base product and adapter in one operator, on the base weight itself),
-called (the base layer is called, then the adapter's two products run), and PEFT's own (`why_not`).
+Base product and adapter are one operator on the base weight itself (`Fused`), or the base layer is called and
+the adapter's two products run (`Added`), or PEFT's own code runs.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
+
 import torch
-from transformers.pytorch_utils import Conv1D
+from torch import Tensor, nn
 
+from mica.dtypes import SIXTEEN_BIT
 from mica.fast.forward import call_counts, fast_check, mixed_batch, tensor_parallel
-from mica.fast.forward.eligibility import (
-    Adapter,
-    Operands,
-    adapters_for,
-    fused_operands,
-    read,
-    runs_adapter,
-    scaled,
-    why_not_embedding,
-)
+from mica.fast.forward.decision import OnOperators, OnPeft
+from mica.fast.forward.eligibility import Adapter, read_adapters, read_base, why_not_dense
 from mica.fast.settings import compute_dtype, settings
-from mica.ops.embedding import embedding
+from mica.ops.dispatch import PLAIN
 from mica.ops.factors import down_projection, up_projection
-from mica.ops.linear import linear, linear_directly
+from mica.ops.linear import linear
 
 
-def linear_forward(stock):
-    def forward(self, x: torch.Tensor, *args, **kwargs) -> torch.Tensor:
-        call_counts.note(self)
-        if settings.enabled:
-            if not args and not kwargs:
-                result = _linear(self, x)
-            elif not args and kwargs.keys() == {"adapter_names"} and kwargs["adapter_names"] is not None:
-                result = mixed_batch.forward(self, x, kwargs["adapter_names"])
-            else:
-                result = "a call with further arguments"
-            if type(result) is not str:
-                return result
-            _note_peft(self, result)
-        return stock(self, x, *args, **kwargs)
+def decided(decide: Callable) -> Callable:
+    """A patch of a layer's forward: what ``decide(layer, x, *args, **kwargs)`` returns computes.
 
-    return forward
+    Called with the layer alone, ``decide`` leaves out what only a call shows.
+    """
 
+    def patch(stock):
+        def forward(self, x: Tensor, *args, **kwargs) -> Tensor:
+            call_counts.note(self)
+            if settings.enabled:
+                how = decide(self, x, *args, **kwargs)
+                if type(how) is not OnPeft:
+                    return how(x)
+                call_counts.note_peft(self, how.reason)
+            return stock(self, x, *args, **kwargs)
 
-def _note_peft(layer, reason: str) -> None:
-    if runs_adapter(layer):
-        call_counts.note_peft(layer, reason)
+        return forward
+
+    return patch
 
 
-def _linear(layer, x: torch.Tensor) -> torch.Tensor | str:
-    """The output with all active adapters, or why PEFT's own code runs."""
-    operands = fast_check.operands(layer, x)
-    if operands is None:
-        return _in_general(layer, x)
-    return linear_directly(x, *operands, compute_dtype(x))
+@dataclass
+class Fused(OnOperators):
+    """Base product and one adapter in one operator."""
+
+    weight: Tensor  # (out_features, in_features)
+    bias: Tensor | None
+    adapter: Adapter
+    dtype: torch.dtype | None  # of the low-rank products; None: that of x
+
+    def __call__(self, x: Tensor) -> Tensor:
+        lora_A, lora_B, scaling, dropout_p = self.adapter
+        operands = self.weight, lora_A, lora_B, scaling, self.bias
+        return linear(x, *operands, self.dtype, *dropout(dropout_p, x.device))
+
+    def products(self) -> list[tuple[Tensor, ...]]:
+        return [(self.adapter.lora_A, self.adapter.lora_B, self.weight)]
 
 
-def _in_general(layer, x: torch.Tensor) -> torch.Tensor | str:
-    """`_linear` of any layer."""
-    adapters = adapters_for(layer, x)
-    if type(adapters) is str:
-        return adapters
-    if tensor_parallel.plan_of(layer._modules["base_layer"]) is not None:
-        return _sharded(layer, x, adapters)
-    operands = fused_operands(layer, x, adapters[0])
-    if operands is None:
-        result = layer._modules["base_layer"](x)
-    else:
-        first, *adapters = adapters
-        result = _fused(layer, x, operands, first.dropout_p)
-    for adapter in adapters:
-        result = up_projection(result, *_projected(x, adapter))
-    return result
+@dataclass
+class Sharded(Fused):
+    """`Fused` on the parts that this process has under tensor parallelism."""
+
+    sharding: tensor_parallel.Sharding
+
+    def __call__(self, x: Tensor) -> Tensor:
+        if self.sharding.plan == "colwise":
+            lora_A, x = map(self.sharding.sum_gradient, (self.adapter.lora_A, x))
+            return Fused(self.weight, self.bias, self.adapter._replace(lora_A=lora_A), self.dtype)(x)
+        y = self.sharding.sum(Fused(self.weight, None, self.adapter, self.dtype)(x))
+        return y if self.bias is None else y + self.bias.to(y.dtype)
 
 
-def _sharded(layer, x: torch.Tensor, adapters: list[Adapter]) -> torch.Tensor:
-    """`_in_general` on the parts that this process has under tensor parallelism."""
-    base = layer._modules["base_layer"]
-    plan, group = tensor_parallel.sharding(base)
-    is_colwise = plan == "colwise"
-    operands = fused_operands(layer, x, adapters[0])
-    if operands is None:
-        result = base(x)
-    else:
-        first, *adapters = adapters
-        if is_colwise:
-            operands = operands._replace(lora_A=tensor_parallel.summed_gradient(operands.lora_A, group))
-            result = _fused(layer, tensor_parallel.summed_gradient(x, group), operands, first.dropout_p)
-        else:
-            bias = operands.bias
-            result = _fused(layer, x, operands._replace(bias=None), first.dropout_p)
-            result = tensor_parallel.summed(result, group)
-            if bias is not None:
-                result = result + bias.to(result.dtype)
-    for adapter in adapters:
-        h, lora_B = _projected(x, adapter)
-        h = (tensor_parallel.summed_gradient if is_colwise else tensor_parallel.summed)(h, group)
-        result = up_projection(result, h, lora_B)
-    return result
+@dataclass
+class Added(OnOperators):
+    """Two products of each adapter, added to what ``base`` computes: the base layer, or `Fused`."""
+
+    base: nn.Module | Fused
+    adapters: list[Adapter]
+    dtype: torch.dtype | None
+    sharding: tensor_parallel.Sharding | None
+    why_called: str | None
+
+    def __call__(self, x: Tensor) -> Tensor:
+        y = self.base(x)
+        for lora_A, lora_B, scaling, dropout_p in self.adapters:
+            h = down_projection(x, lora_A, scaling, self.dtype, *dropout(dropout_p, x.device))
+            if self.sharding is not None:
+                h = self.sharding.sum_gradient(h) if self.sharding.plan == "colwise" else self.sharding.sum(h)
+            y = up_projection(y, h, lora_B)
+        return y
+
+    def products(self) -> list[tuple[Tensor, ...]]:
+        of_base = [] if self.why_called else self.base.products()
+        return [*of_base, *((adapter.lora_A, adapter.lora_B) for adapter in self.adapters)]
 
 
-def _projected(x: torch.Tensor, adapter: Adapter) -> tuple[torch.Tensor, torch.Tensor]:
-    """h = s·drop(x) Aᵀ, and the lora_B that it is for."""
-    lora_B, scaling = scaled(adapter.lora_B, adapter.scaling)
-    h = down_projection(x, adapter.lora_A, scaling, compute_dtype(x), *dropout(adapter.dropout_p, x))
-    return h, lora_B
-
-
-def _fused(layer, x: torch.Tensor, operands: Operands, dropout_p: float) -> torch.Tensor:
-    weight, lora_A, lora_B, scaling, bias = operands
-    if type(layer._modules["base_layer"]) is Conv1D:
-        weight = weight.t()  # a view, no copy
-    lora_B, scaling = scaled(lora_B, scaling)
-    return linear(x, weight, lora_A, lora_B, scaling, bias, compute_dtype(x), *dropout(dropout_p, x))
-
-
-def dropout(p: float, x: torch.Tensor) -> tuple[float, torch.Tensor | None]:
+def dropout(p: float, device: torch.device) -> tuple[float, Tensor | None]:
     """Probability and a seed from torch's generator: checkpointing restores that, and so the mask."""
-    if p == 0.0:
-        return 0.0, None
-    return p, torch.randint(0, 2**63 - 1, (1,), device=x.device)
+    return p, None if p == 0.0 else torch.randint(0, 2**63 - 1, (1,), device=device)
 
 
-def whole_forward(stock):
-    """For PEFT's model and its tuner: one of them is around every forward of the whole model."""
-
-    def forward(self, *args, **kwargs):
-        if torch.compiler.is_compiling():
-            return stock(self, *args, **kwargs)
-        with call_counts.counting(self):
-            return stock(self, *args, **kwargs)
-
-    return forward
-
-
-def embedding_forward(stock):
-    def forward(self, x: torch.Tensor, *args, **kwargs) -> torch.Tensor:
-        call_counts.note(self)
-        if settings.enabled:
-            result = "a call with further arguments" if args or kwargs else _embedding(self, x)
-            if type(result) is not str:
-                return result
-            _note_peft(self, result)
-        return stock(self, x, *args, **kwargs)
-
-    return forward
-
-
-def _embedding(layer, x: torch.Tensor) -> torch.Tensor | str:
-    """The output with the active adapter, or why PEFT's own code runs."""
-    adapters = read(layer)
+def decide(layer, x: Tensor | None = None, *args, **kwargs) -> OnOperators | fast_check.Direct | OnPeft:
+    """How a linear layer runs, with all of its active adapters."""
+    names = adapter_names = None
+    if args or kwargs:
+        adapter_names = kwargs.get("adapter_names") if not args and len(kwargs) == 1 else None
+        if adapter_names is None:
+            return OnPeft("a call with further arguments")
+        names = mixed_batch.names_on(layer, x, adapter_names)
+        if type(names) is str:
+            return OnPeft(names)
+    elif x is not None and (direct := fast_check.direct(layer, x)) is not None:
+        return direct
+    adapters = read_adapters(layer, names)
     if type(adapters) is str:
-        return adapters
-    (adapter,) = adapters
-    lora_A, (lora_B, scaling) = adapter.lora_A, scaled(adapter.lora_B, adapter.scaling)
-    reason = why_not_embedding(x, lora_A, lora_B)
-    if reason is not None:
-        return reason
-    result = layer.base_layer(x)
-    update = embedding(x, lora_A, lora_B, scaling, layer.base_layer.padding_idx, None)
-    embed_scale = layer._get_embed_scale()  # Gemma's embeddings scale their output
-    if embed_scale is not None:
-        update = update * embed_scale.to(update.dtype)
-    return (result + update).to(result.dtype)
+        return OnPeft(adapters)
+    if x is not None and (reason := _why_not_call(layer, x, adapters)) is not None:
+        return OnPeft(reason)
+    if names is not None:
+        return mixed_batch.MixedBatch(layer, adapter_names, dict(zip(names, adapters, strict=True)))
+    base, dtype = layer._modules["base_layer"], None if x is None else compute_dtype(x.dtype)
+    sharding, operands = tensor_parallel.sharding(base), read_base(layer)
+    if type(operands) is not str and x is not None and not _multiplies(x, operands[0]):
+        operands = f"an input of {x.dtype} with a base weight of {operands[0].dtype}"
+    if type(operands) is str:
+        return Added(base, adapters, dtype, sharding, operands)
+    first, *others = adapters
+    fused = Fused(*operands, first, dtype)
+    if sharding is not None:
+        fused = Sharded(*operands, first, dtype, sharding)
+    return Added(fused, others, dtype, sharding, None) if others else fused
+
+
+def _multiplies(x: Tensor, weight: Tensor) -> bool:
+    """Whether the operators multiply x by this weight; autocast gives the two one dtype."""
+    if torch.is_autocast_enabled(x.device.type):
+        return weight.dtype != torch.float64
+    return x.dtype == weight.dtype
+
+
+def is_dense(x: Tensor) -> bool:
+    """Not nested, sparse, mkldnn or of a tensor subclass."""
+    return type(x) in PLAIN and x.layout is torch.strided and not x.is_nested
+
+
+def _why_not_call(layer, x: Tensor, adapters: list[Adapter]) -> str | None:
+    """None if PEFT would compute this call's adapters in dtypes that the operators support, else the reason.
+
+    Without autocast: adapters in the dtype of the activations, or fp32 masters of 16-bit activations (which
+    PEFT may cast). With autocast: everything but fp64.
+    """
+    if not is_dense(x) or not x.is_floating_point():
+        return why_not_dense("input", x) or "the input is nested"
+    autocast = torch.is_autocast_enabled(x.device.type)
+    for lora_A, lora_B, *_ in adapters:
+        if autocast:
+            fits = torch.float64 not in (x.dtype, lora_A.dtype, lora_B.dtype)
+        else:
+            is_master = lora_A.dtype == torch.float32 and x.dtype in SIXTEEN_BIT
+            fits = lora_A.dtype == x.dtype or (is_master and layer.cast_input_dtype_enabled)
+            fits = fits and lora_A.dtype == lora_B.dtype
+        if not fits:
+            return f"an input of {x.dtype} with lora_A of {lora_A.dtype} and lora_B of {lora_B.dtype}"
+    return None
+
+
+linear_forward = decided(decide)

@@ -1,7 +1,7 @@
 """Which layers may run on this backend. Every other layer runs PEFT's own code, and the reason is reported.
 
-Where nothing depends on the base layer being called, its weight is read directly (`why_called` is None): base
-product and adapter are one operator. The checks are cheap (see bench), free of side effects and traceable by
+Where nothing depends on the base layer being called, its weight is read directly (`read_base`): base product
+and adapter are one operator. The checks are cheap (see bench), free of side effects and traceable by
 torch.compile.
 """
 
@@ -14,14 +14,13 @@ from typing import NamedTuple
 import torch
 from peft.tuners import lora
 from peft.tuners.lora import variants
-from torch import nn
+from torch import Tensor, nn
 from torch._C import _get_tracing_state
 from torch.fx._symbolic_trace import is_fx_tracing
 from torch.nn import functional
 from torch.nn.modules import module as nn_module
 from transformers.pytorch_utils import Conv1D
 
-from mica.dtypes import SIXTEEN_BIT
 from mica.fast.forward import tensor_parallel
 from mica.fast.forward.tensor_parallel import local
 from mica.ops.dispatch import PLAIN
@@ -81,7 +80,7 @@ def adapters_of(layer) -> list[str]:
     return [name for name in layer.active_adapters if name in adapters]
 
 
-def adapter_weights(layer, name: str) -> tuple[torch.Tensor, torch.Tensor]:
+def adapter_weights(layer, name: str) -> tuple[Tensor, Tensor]:
     """lora_A and lora_B of one adapter, for any kind of layer."""
     if isinstance(layer, lora.Embedding):
         return layer.lora_embedding_A[name], layer.lora_embedding_B[name]
@@ -89,7 +88,7 @@ def adapter_weights(layer, name: str) -> tuple[torch.Tensor, torch.Tensor]:
     return weight_of(modules["lora_A"]._modules[name]), weight_of(modules["lora_B"]._modules[name])
 
 
-def weight_of(module: nn.Module, name: str = "weight") -> torch.Tensor | None:
+def weight_of(module: nn.Module, name: str = "weight") -> Tensor | None:
     """``module.weight`` without `nn.Module.__getattr__`, which takes 0.5 µs."""
     parameters = module._parameters
     return parameters[name] if name in parameters else getattr(module, name)
@@ -103,41 +102,22 @@ def is_stored_transposed(layer) -> bool:
 class Adapter(NamedTuple):
     """One adapter of a layer in its present state."""
 
-    name: str
-    lora_A: torch.Tensor  # (rank, in_features); of an embedding (rank, num_embeddings)
-    lora_B: torch.Tensor  # (out_features, rank)
-    scaling: float | torch.Tensor
+    lora_A: Tensor  # (rank, in_features); of an embedding (rank, num_embeddings)
+    lora_B: Tensor  # (out_features, rank)
+    scaling: float
     dropout_p: float  # 0 in eval mode
 
 
-class Operands(NamedTuple):
-    """The operands of `mica.ops.linear`, as the layer stores them."""
-
-    weight: torch.Tensor  # (out_features, in_features); a Conv1D's is transposed
-    lora_A: torch.Tensor
-    lora_B: torch.Tensor
-    scaling: float | torch.Tensor
-    bias: torch.Tensor | None
-
-
-def scaled(factor: torch.Tensor, scaling) -> tuple[torch.Tensor, float]:
-    """lora_B (or lora_A), and the scaling as the number that the operators take.
-
-    PEFT's compiled hotswap makes the scaling a tensor, so that a new value needs no new graph: then the
-    factor is multiplied by it.
+def _adapter(lora_A: Tensor, lora_B: Tensor, scaling, dropout_p: float) -> Adapter:
+    """PEFT's compiled hotswap makes the scaling a tensor, so that a new value needs no new graph: then lora_A
+    is multiplied by it. The B that several adapters share stays as it is.
     """
-    if isinstance(scaling, torch.Tensor):
-        return factor * scaling.to(factor.dtype), 1.0
-    return factor, float(scaling)
+    if isinstance(scaling, Tensor):
+        lora_A, scaling = lora_A * scaling.to(lora_A.dtype), 1.0
+    return Adapter(lora_A, lora_B, float(scaling), dropout_p)
 
 
-def why_not(layer, names: Sequence[str] | None = None) -> str | None:
-    """None if the layer may run on this backend with these adapters (the active ones), else the reason."""
-    adapters = read(layer, names)
-    return adapters if isinstance(adapters, str) else None
-
-
-def read(layer, names: Sequence[str] | None = None) -> list[Adapter] | str:
+def read_adapters(layer, names: Sequence[str] | None = None) -> list[Adapter] | str:
     """These adapters (the active ones) if the layer may run on this backend with them, else the reason.
 
     Nothing is cached: everything is read from the layer at every call, so the next call sees a hook, another
@@ -185,7 +165,7 @@ def why_not_active(layer) -> str:
 
 
 def _why_not_scaling(scaling) -> str | None:
-    if isinstance(scaling, torch.Tensor):
+    if isinstance(scaling, Tensor):
         if scaling.requires_grad:
             return "its scaling is trained"
         return None if scaling.dim() <= 1 and scaling.numel() == 1 else "its scaling is more than one number"
@@ -218,7 +198,7 @@ def _read_linear(layer, name: str, scaling) -> Adapter | str:
     if global_hooks():
         return "global module hooks are registered"
     if functional.linear is not LINEAR:
-        return "somebody has replaced torch.nn.functional.linear"
+        return "torch.nn.functional.linear has been monkey-patched"
     A, B = local(base, weight_of(lora_A)), local(base, weight_of(lora_B))
     plan = tensor_parallel.plan_of(base)
     return (
@@ -227,12 +207,12 @@ def _read_linear(layer, name: str, scaling) -> Adapter | str:
         or _why_not_read_directly("lora_dropout", dropout)
         or why_not_trained(A)
         or why_not_frozen("lora_B", B)
-        or Adapter(name, A, B, scaling, dropout_p)
+        or _adapter(A, B, scaling, dropout_p)
     )
 
 
-def why_called(layer) -> str | None:
-    """None if the base weight of a linear layer may be read, and so fused; else why the base is called.
+def read_base(layer) -> tuple[Tensor, Tensor | None] | str:
+    """(weight as (out_features, in_features), bias) of a linear layer, or why the base layer is called.
 
     Whatever depends on that call (quantisation, hooks, offloading, a trained weight) then works as it does
     without an adapter, and the adapter's two products are added to its output.
@@ -240,10 +220,12 @@ def why_called(layer) -> str | None:
     base = layer._modules["base_layer"]
     if class_of(layer) is not lora.Linear or (type(base) is not nn.Linear and type(base) is not Conv1D):
         return f"a base layer of type {type(base).__name__}"
+    weight, bias = (local(base, weight_of(base, name)) for name in ("weight", "bias"))
     return (
         _why_not_read_directly("base layer", base, tensor_parallel.plan_of(base) is not None)
-        or why_not_frozen("base weight", local(base, weight_of(base)))
-        or why_not_frozen("base bias", local(base, weight_of(base, "bias")))
+        or why_not_frozen("base weight", weight)
+        or why_not_frozen("base bias", bias)
+        or (weight.t() if type(base) is Conv1D else weight, bias)  # a view, no copy
     )
 
 
@@ -259,10 +241,10 @@ def _read_embedding(layer, name: str, scaling) -> Adapter | str:
         return "tensor parallelism"
     lora_A, lora_B = adapter_weights(layer, name)
     return (
-        _why_not_plain("base weight", base.weight)
+        why_not_dense("base weight", base.weight)
         or why_not_trained(lora_A)
         or why_not_frozen("lora_B", lora_B)
-        or Adapter(name, lora_A, lora_B, scaling, 0.0)
+        or _adapter(lora_A, lora_B, scaling, 0.0)
     )
 
 
@@ -293,10 +275,10 @@ def _why_not_read_directly(part: str, module: nn.Module, is_sharded: bool = Fals
     if "forward" in module.__dict__ and not is_sharded:
         return f"the {part} has a forward of its own (offloading or another patch)"
     if kind.forward is not FORWARDS[kind]:
-        return f"somebody has replaced {kind.__name__}.forward"
+        return f"{kind.__name__}.forward has been monkey-patched"
     if kind.__call__ is not CALL and not is_fx_tracing():  # which replaces it meanwhile, `make_fx` too
         owner = kind if nn.Module.__call__ is CALL else nn.Module
-        return f"somebody has replaced {owner.__name__}.__call__"
+        return f"{owner.__name__}.__call__ has been monkey-patched"
     return None
 
 
@@ -309,7 +291,7 @@ def global_hooks() -> bool:
     )
 
 
-def _why_not_plain(part: str, tensor: torch.Tensor) -> str | None:
+def why_not_dense(part: str, tensor: Tensor) -> str | None:
     if type(tensor) not in PLAIN:
         return f"the {part} is a {type(tensor).__name__}, not a plain tensor"
     if tensor.is_meta or hasattr(tensor, "ds_id"):
@@ -321,80 +303,27 @@ def _why_not_plain(part: str, tensor: torch.Tensor) -> str | None:
     return None
 
 
-def why_not_trained(lora_A: torch.Tensor) -> str | None:
-    reason = _why_not_plain("lora_A", lora_A)
+def why_not_trained(lora_A: Tensor) -> str | None:
+    reason = why_not_dense("lora_A", lora_A)
     if reason is not None or not torch.is_grad_enabled() or torch.compiler.is_compiling():
         return reason
     return "the lora_A was made in inference mode" if lora_A.is_inference() else None  # it gets no gradient
 
 
-def why_not_frozen(part: str, tensor: torch.Tensor | None) -> str | None:
+def why_not_frozen(part: str, tensor: Tensor | None) -> str | None:
     if tensor is None:
         return None
-    reason = _why_not_plain(part, tensor)
+    reason = why_not_dense(part, tensor)
     return f"the {part} is trainable" if reason is None and tensor.requires_grad else reason
 
 
-def is_plain(x: torch.Tensor) -> bool:
-    """Not nested, sparse, mkldnn or of a tensor subclass."""
-    return type(x) in PLAIN and x.layout is torch.strided and not x.is_nested
-
-
-def _why_not_call(layer, x: torch.Tensor, lora_A: torch.Tensor, lora_B: torch.Tensor) -> str | None:
-    """None if PEFT would compute this call's adapter in a dtype that the operators support, else the reason.
-
-    Without autocast: adapters in the dtype of the activations, or fp32 masters of 16-bit activations (which
-    PEFT may cast). With autocast: everything but fp64.
-    """
-    if not is_plain(x) or not x.is_floating_point():
-        return _why_not_plain("input", x) or "the input is nested"
-    if torch.is_autocast_enabled(x.device.type):
-        fits = torch.float64 not in (x.dtype, lora_A.dtype, lora_B.dtype)
-    else:
-        is_master = lora_A.dtype == torch.float32 and x.dtype in SIXTEEN_BIT
-        fits = lora_A.dtype == x.dtype or (is_master and layer.cast_input_dtype_enabled)
-        fits = fits and lora_A.dtype == lora_B.dtype
-    if fits:
-        return None
-    return f"an input of {x.dtype} with lora_A of {lora_A.dtype} and lora_B of {lora_B.dtype}"
-
-
-def adapters_for(layer, x: torch.Tensor, names: Sequence[str] | None = None) -> list[Adapter] | str:
-    """`read` of a linear layer; the reason also if it may not run on this backend on this x."""
-    adapters = read(layer, names)
-    if type(adapters) is not str:
-        for adapter in adapters:
-            reason = _why_not_call(layer, x, adapter.lora_A, adapter.lora_B)
-            if reason is not None:
-                return reason
-    return adapters
-
-
 def runs_adapter(layer) -> bool:
-    """Whether PEFT's own code runs an adapter here: one is active, and not merged."""
-    return not layer.disable_adapters and not layer.merged and bool(adapters_of(layer))
+    """Whether PEFT's own code runs an adapter in this forward: one is active, and not merged.
 
-
-def fused_operands(layer, x: torch.Tensor, adapter: Adapter) -> Operands | None:
-    """For base product and adapter in one operator; None where the base layer has to be called."""
-    base = layer._modules["base_layer"]
-    if why_called(layer) is not None:
-        return None
-    weight = local(base, weight_of(base))
-    if torch.is_autocast_enabled(x.device.type):  # which gives x and the weight one dtype
-        fuses = weight.dtype != torch.float64
-    else:
-        fuses = x.dtype == weight.dtype
-    _, lora_A, lora_B, scaling, _ = adapter
-    return Operands(weight, lora_A, lora_B, scaling, local(base, weight_of(base, "bias"))) if fuses else None
-
-
-def why_not_embedding(x: torch.Tensor, lora_A: torch.Tensor, lora_B: torch.Tensor) -> str | None:
-    """`_why_not_call` for an embedding: PEFT computes its adapter in the adapter's dtype or autocast's."""
-    if not is_plain(x):
-        return "indices that are not a plain tensor"
-    if torch.is_autocast_enabled(x.device.type):
-        fits = torch.float64 not in (lora_A.dtype, lora_B.dtype)
-    else:
-        fits = lora_A.dtype == lora_B.dtype
-    return None if fits else f"lora_A of {lora_A.dtype} and lora_B of {lora_B.dtype}"
+    Of wrappers of parameters, which are nested, in any of them.
+    """
+    while isinstance(layer, lora.LoraLayer):
+        if not layer.disable_adapters and not layer.merged and adapters_of(layer):
+            return True
+        layer = layer._modules["base_layer"]
+    return False

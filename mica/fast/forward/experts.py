@@ -1,15 +1,15 @@
-"""The forward of a layer of experts whose stacks have MiCA adapters, without forming W + s·B·A.
+"""The forward of a layer of experts whose parameters have MiCA adapters, without forming W + s·B·A.
 
 PEFT wraps the module of experts in one `lora.ParamWrapper` for each adapted parameter. Where that module is
 one of transformers' (it dispatches through the registry of experts functions), the outermost wrapper's
 forward is that of the registry's grouped function, on `mica.ops.experts`. Anything else is PEFT's path, which
-forms the whole stack in every forward; `why_not` says why, or the call does (`calls.note_peft`).
+forms the whole stack in every forward.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -18,39 +18,74 @@ from transformers.integrations import moe
 
 from mica.dtypes import FLOATING, SIXTEEN_BIT
 from mica.fast.forward import call_counts, expert_params
+from mica.fast.forward.decide import decided, is_dense
+from mica.fast.forward.decision import OnOperators, OnPeft
 from mica.fast.forward.eligibility import (
+    Adapter,
     adapter_weights,
     adapters_of,
     depends_on_call,
     global_hooks,
     is_mica,
-    is_plain,
-    runs_adapter,
     why_not_active,
     why_not_frozen,
     why_not_trained,
 )
-from mica.fast.settings import compute_dtype, settings
+from mica.fast.settings import compute_dtype
 from mica.ops.dispatch import is_transformed
 from mica.ops.experts import experts_linear
 from mica.ops.routing import from_experts, route
 
 
-class _Stack(NamedTuple):
-    """One adapted stack of experts in its present state."""
+@dataclass
+class Projection(OnOperators):
+    """One projection of all experts."""
 
-    lora_A: Tensor  # (E, rank, in_features)
-    lora_B: Tensor  # (E, out_features, rank)
-    scaling: float
+    name: str  # of the module's parameter
+    weight: Tensor  # (E, out_features, in_features)
+    bias: Tensor | None  # (E, out_features)
+    adapter: Adapter | None  # lora_A (E, rank, in_features), lora_B (E, out_features, rank)
+    dtype: torch.dtype  # in which transformers multiplies x by the weight
+
+    def __call__(self, x: Tensor, offsets: Tensor, *tokens_and_inverse: Tensor) -> Tensor:
+        lora_A, lora_B, scaling, _ = self.adapter or _no_adapter(self.weight)
+        operands = x.to(self.dtype), offsets, self.weight, lora_A, lora_B, scaling, self.bias
+        if self.dtype is self.weight.dtype:
+            return experts_linear(*operands, compute_dtype(self.dtype), *tokens_and_inverse)
+        with torch.autocast(x.device.type, enabled=False):  # the operator's rule is the grouped function's
+            return experts_linear(*operands, None, *tokens_and_inverse)
+
+    def products(self) -> list[tuple[Tensor, ...]]:
+        return [(self.adapter.lora_A, self.adapter.lora_B, self.weight)]
 
 
-class Experts(NamedTuple):
-    """A module of experts and its adapted stacks by the names of their parameters."""
+def _no_adapter(weight: Tensor) -> Adapter:
+    num_experts, out_features, in_features = weight.shape
+    sizes = (num_experts, 0, in_features), (num_experts, out_features, 0)
+    return Adapter(*map(weight.new_empty, sizes), 1.0, 0.0)
+
+
+@dataclass
+class Experts(OnOperators):
+    """A module of experts: transformers' grouped_mm_experts_forward."""
 
     module: nn.Module
-    stacks: dict[str, _Stack]
     wrappers: list[nn.Module]  # around the module, from the outermost on
-    implementation: Callable | None  # transformers' function for them; None: the class's own forward
+    projections: list[Projection]  # into the experts' hidden features, and out of them
+    routing: tuple[Tensor, ...]  # top_k_index and top_k_weights, (num_tokens, top_k)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """x (num_tokens, hidden) -> (num_tokens, hidden)."""
+        for wrapper in self.wrappers[1:]:
+            call_counts.note(wrapper)
+        module, (first, down), (top_k_index, top_k_weights) = self.module, self.projections, self.routing
+        routing = route(top_k_index, down.weight.shape[0])
+        hidden = first(x, routing.offsets, routing.tokens, routing.inverse)
+        hidden = module._apply_gate(hidden) if _has_gate(module) else module.act_fn(hidden)
+        hidden = down(hidden, routing.offsets)
+        if getattr(module, "has_post_expert_norm", False):
+            hidden = module.post_expert_norm(hidden)
+        return from_experts(hidden, top_k_weights, routing).to(x.dtype)
 
 
 @moe.use_experts_implementation
@@ -69,121 +104,66 @@ _DISPATCHING = _Probe.forward.__code__
 _KNOWN = (moe.grouped_mm_experts_forward, moe.batched_mm_experts_forward)
 
 
-def forward(stock):
-    def forward(self, x: Tensor, *args, **kwargs) -> Tensor:
-        reason = None
-        if settings.enabled:
-            experts = read(self)
-            reason = experts if type(experts) is str else _why_not_call(experts, x, args, kwargs)
-            if reason is None:
-                return _forward(experts, x, *args)
-        call_counts.note(self)
-        if reason is not None and any(runs_adapter(wrapper) for wrapper in _wrappers(self)):
-            call_counts.note_peft(self, reason)
-        return stock(self, x, *args, **kwargs)
-
-    return forward
-
-
-def _forward(experts: Experts, x: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-    """As transformers' grouped_mm_experts_forward.
-
-    x (num_tokens, hidden), top_k_index and top_k_weights (num_tokens, top_k) -> (num_tokens, hidden).
-    """
-    for wrapper in experts.wrappers:
-        call_counts.note(wrapper)
-    module = experts.module
-    routing = route(top_k_index, module._parameters["down_proj"].shape[0])
-    hidden = _project(_first_of(module), experts, x, routing.offsets, routing.tokens, routing.inverse)
-    hidden = module._apply_gate(hidden) if _has_gate(module) else module.act_fn(hidden)
-    hidden = _project("down_proj", experts, hidden, routing.offsets)
-    if getattr(module, "has_post_expert_norm", False):
-        hidden = module.post_expert_norm(hidden)
-    return from_experts(hidden, top_k_weights, routing).to(x.dtype)
-
-
 def _has_gate(module: nn.Module) -> bool:
     return getattr(module, "has_gate", True)  # before transformers 5.4 all had one
 
 
-def _first_of(module: nn.Module) -> str:
-    return "gate_up_proj" if _has_gate(module) else "up_proj"
+def _names(module: nn.Module) -> tuple[str, str]:
+    """Of the projections into the experts' hidden features and out of them."""
+    return "gate_up_proj" if _has_gate(module) else "up_proj", "down_proj"
 
 
-def _project(name: str, experts: Experts, x: Tensor, offsets: Tensor, *tokens_and_inverse: Tensor) -> Tensor:
-    module, stack = experts.module, experts.stacks.get(name)
-    weight = module._parameters[name]
-    bias = module._parameters[f"{name}_bias"] if module.has_bias else None
-    dtype = _product_dtype(experts, x, weight)
-    x = x.to(dtype)
-    if module.is_transposed:
-        weight = weight.transpose(1, 2)
-    if stack is None:  # not adapted: an adapter of rank 0
-        num_experts, out_features, in_features = weight.shape
-        sizes = (num_experts, 0, in_features), (num_experts, out_features, 0)
-        stack = _Stack(*map(weight.new_empty, sizes), 1.0)
-    operands = x, offsets, weight, *stack, bias
-    if dtype is weight.dtype:
-        return experts_linear(*operands, compute_dtype(x), *tokens_and_inverse)
-    with torch.autocast(x.device.type, enabled=False):  # the operator's own rule is the grouped function's
-        return experts_linear(*operands, None, *tokens_and_inverse)
-
-
-def _product_dtype(experts: Experts, x: Tensor, weight: Tensor) -> torch.dtype:
-    """In which transformers multiplies x by the stack: only F.linear and bmm follow autocast."""
-    if experts.implementation is moe.grouped_mm_experts_forward:
-        return weight.dtype
-    is_on = torch.is_autocast_enabled(x.device.type)
-    return torch.get_autocast_dtype(x.device.type) if is_on else weight.dtype
-
-
-def _wrappers(outermost) -> list[nn.Module]:
-    """Those around one module, from the outermost on."""
-    found = []
-    while expert_params.is_wrapper(outermost):
-        found.append(outermost)
-        outermost = outermost._modules["base_layer"]
-    return found
-
-
-def why_not(outermost) -> str | None:
-    """None if the experts may run on this backend, else the reason; of all wrappers around the module."""
-    experts = read(outermost)
-    return experts if isinstance(experts, str) else None
-
-
-def read(outermost) -> Experts | str:
-    """The module of experts and its adapters if it may run on this backend, else the reason.
-
-    Read again at every call, as `mica.fast.forward.eligibility.read`.
-    """
+def decide(outermost, x: Tensor | None = None, *args, **kwargs) -> Experts | OnPeft:
+    """How the experts inside nested wrappers run; read anew at every call, as `eligibility.read_adapters`."""
     if _get_tracing_state() is not None:
-        return "torch.jit is tracing the model"
+        return OnPeft("torch.jit is tracing the model")
     if global_hooks():
-        return "hooks on all modules"
-    stacks: dict[str, _Stack] = {}
-    chain = _wrappers(outermost)
-    for wrapper in chain:
-        stack = _read_wrapper(wrapper)
-        if type(stack) is str:
-            return stack
-        if stack is not None:
-            stacks[wrapper.parameter_name] = stack
-    if not stacks:
-        return why_not_active(outermost)
-    module = chain[-1]._modules["base_layer"]
-    if any(depends_on_call(inner) for inner in (*chain[1:], module)):
-        return "hooks on the experts, or a forward of their own (offloading or another patch)"
-    reason = _why_not_module(module, stacks)
+        return OnPeft("hooks on all modules")
+    module, wrappers, adapters = outermost, [], {}
+    while expert_params.is_wrapper(module):
+        adapter = _read_wrapper(module)
+        if type(adapter) is str:
+            return OnPeft(adapter)
+        if adapter is not None:
+            adapters[module.parameter_name] = adapter
+        wrappers.append(module)
+        module = module._modules["base_layer"]
+    if not adapters:
+        return OnPeft(why_not_active(outermost))
+    if any(depends_on_call(inner) for inner in (*wrappers[1:], module)):
+        return OnPeft("hooks on the experts, or a forward of their own (offloading or another patch)")
+    reason = _why_not_module(module, adapters)
     if reason is not None:
-        return reason
+        return OnPeft(reason)
     chosen = _implementation(module)
     if type(chosen) is str:
-        return chosen
-    return Experts(module, stacks, chain, chosen)
+        return OnPeft(chosen)
+    projections = [_projection(module, name, adapters.get(name), chosen) for name in _names(module)]
+    if x is not None:
+        reason = _why_not_call(module, projections, chosen, x, args, kwargs)
+    return OnPeft(reason) if reason else Experts(module, wrappers, projections, args)
 
 
-def _read_wrapper(wrapper) -> _Stack | str | None:
+def decide_one(wrapper, outermost) -> Projection | OnPeft:
+    """`decide` for the parameter that one of the wrappers adapts, for `mica.fast.explain`."""
+    if not adapters_of(wrapper):
+        return OnPeft(why_not_active(wrapper))
+    how = decide(outermost)
+    if type(how) is OnPeft:
+        return how
+    return next(one for one in how.projections if one.name == wrapper.parameter_name)
+
+
+def _projection(module: nn.Module, name: str, adapter: Adapter | None, implementation) -> Projection:
+    weight = module._parameters[name]
+    dtype, device_type = weight.dtype, weight.device.type
+    if implementation is not moe.grouped_mm_experts_forward and torch.is_autocast_enabled(device_type):
+        dtype = torch.get_autocast_dtype(device_type)  # F.linear and bmm follow it
+    bias = module._parameters[f"{name}_bias"] if module.has_bias else None
+    return Projection(name, weight.transpose(1, 2) if module.is_transposed else weight, bias, adapter, dtype)
+
+
+def _read_wrapper(wrapper) -> Adapter | str | None:
     """The wrapper's one active adapter, None if it has none, or why it cannot run."""
     if wrapper.disable_adapters:
         return "adapters are disabled"
@@ -208,11 +188,13 @@ def _read_wrapper(wrapper) -> _Stack | str | None:
     return (
         why_not_trained(lora_A)
         or why_not_frozen("lora_B", lora_B)
-        or _Stack(expert_params.lora_A_of(wrapper, name), expert_params.lora_B_of(wrapper, name), scaling)
+        or Adapter(
+            expert_params.lora_A_of(wrapper, name), expert_params.lora_B_of(wrapper, name), scaling, 0.0
+        )
     )
 
 
-def _why_not_module(module: nn.Module, stacks: dict[str, _Stack]) -> str | None:
+def _why_not_module(module: nn.Module, adapters: dict[str, Adapter]) -> str | None:
     function = type(module).forward
     if getattr(function, "__code__", None) is not _DISPATCHING:
         return f"{type(module).__name__} does not use transformers' experts interface"
@@ -220,10 +202,9 @@ def _why_not_module(module: nn.Module, stacks: dict[str, _Stack]) -> str | None:
         return "tensor parallelism"
     if getattr(module, "_is_expert_parallel", False):
         return "expert parallelism"
-    projections = (_first_of(module), "down_proj")
-    for name in stacks.keys() - set(projections):
+    for name in adapters.keys() - set(_names(module)):
         return f"an adapter on {name}"
-    for name in projections:
+    for name in _names(module):
         if name not in module._parameters:
             return f"{name} is not a plain parameter"
         reason = _why_not_parameters(module, name)
@@ -270,28 +251,32 @@ def _home(function: Callable) -> str:
     return getattr(function, "__globals__", {}).get("__name__", "")
 
 
-def _why_not_call(experts: Experts, x: Tensor, args: tuple, kwargs: dict) -> str | None:
+def _why_not_call(
+    module: nn.Module, projections: list[Projection], implementation, x: Tensor, args: tuple, kwargs: dict
+) -> str | None:
     """Why this call is PEFT's: arguments, shapes or dtypes that the operators do not support."""
     if len(args) != 2 or kwargs:
         return "a call with other arguments than x, the experts and their weights"
     top_k_index, top_k_weights = args
-    if not is_plain(x) or x.dim() != 2 or not x.is_floating_point():
+    if not is_dense(x) or x.dim() != 2 or not x.is_floating_point():
         return "an input that is no plain matrix of floating-point numbers"
     if top_k_weights.shape != top_k_index.shape:  # some had weights of all experts, before 5.4
         return "router weights that are not one for each expert of a token"
     if not torch.compiler.is_compiling() and is_transformed():
         return "torch.func or forward-mode differentiation"
-    module, is_grouped = experts.module, experts.implementation is moe.grouped_mm_experts_forward
+    is_grouped = implementation is moe.grouped_mm_experts_forward
     autocast = torch.is_autocast_enabled(x.device.type) and not is_grouped
-    if autocast and experts.implementation is None and module.has_bias:
+    if autocast and implementation is None and module.has_bias:
         return "biases under autocast, which transformers' eager forward adds in fp32"
-    for name in (_first_of(module), "down_proj"):
-        weight, stack = module._parameters[name], experts.stacks.get(name)
-        fits = torch.float64 not in (x.dtype, weight.dtype) if autocast else x.dtype == weight.dtype
+    for one in projections:
+        weight_dtype = one.weight.dtype
+        fits = torch.float64 not in (x.dtype, weight_dtype) if autocast else x.dtype == weight_dtype
         if not is_grouped and not fits:  # there a mixture of dtypes is cast to the weight's
-            return f"an input of {x.dtype} with {name} of {weight.dtype}"
-        dtype = _product_dtype(experts, x, weight)
-        masters = (dtype, torch.float32) if dtype in SIXTEEN_BIT else (dtype,)
-        if stack is not None and stack.lora_A.dtype not in masters:
-            return f"products in {dtype} with lora_A of {stack.lora_A.dtype}"
+            return f"an input of {x.dtype} with {one.name} of {weight_dtype}"
+        masters = (one.dtype, torch.float32) if one.dtype in SIXTEEN_BIT else (one.dtype,)
+        if one.adapter is not None and one.adapter.lora_A.dtype not in masters:
+            return f"products in {one.dtype} with lora_A of {one.adapter.lora_A.dtype}"
     return None
+
+
+experts_forward = decided(decide)

@@ -7,7 +7,7 @@ serves the whole batch. The others each get their own, on their samples.
 Which adapters share is determined once per layer and cached. The cache is valid while each compared B has the
 same address and count of in-place writes; its storage is kept alive (`_Comparison.compared`), since an
 adapter loaded later under the same name could get the same address and count. PyTorch does not count writes
-through ``.data``: code that makes some calls `forget`, as `mica.fast.loading` does for hotswapping.
+through ``.data``: code that makes some calls `clear`, as `mica.fast.loading` does for hotswapping.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from mica.fast.forward import tensor_parallel
-from mica.fast.forward.eligibility import Adapter, adapters_for, scaled
+from mica.fast.forward.eligibility import Adapter
 from mica.fast.settings import compute_dtype
 from mica.ops.factors import down_projection, up_projection
 
@@ -40,11 +40,8 @@ class _Comparison(NamedTuple):
 _comparisons: WeakKeyDictionary[nn.Module, _Comparison] = WeakKeyDictionary()
 
 
-def forward(layer, x: Tensor, adapter_names: list[str]) -> Tensor | str:
-    """The output of a linear layer for x (batch, ..., in_features), or why the call is PEFT's.
-
-    adapter_names: one per sample; "__base__", and adapters that this layer does not have, add nothing.
-    """
+def names_on(layer, x: Tensor, adapter_names: list[str]) -> list[str] | str:
+    """The adapters of this layer that the samples have, or why the call is PEFT's."""
     names = [name for name in dict.fromkeys(adapter_names) if name != BASE and name in layer.lora_A]
     if not names or len(x) != len(adapter_names):
         return "a mixed batch without an adapter of this layer"
@@ -52,41 +49,41 @@ def forward(layer, x: Tensor, adapter_names: list[str]) -> Tensor | str:
         return "a compiled mixed batch"
     if tensor_parallel.plan_of(layer.get_base_layer()) is not None:
         return "a mixed batch under tensor parallelism"
-    adapters = adapters_for(layer, x, names)
-    if type(adapters) is str:
-        return adapters
     if any(layer.lora_dropout[name].training for name in names):
         return "a mixed batch with dropout in training mode"
-    adapters = {adapter.name: adapter for adapter in adapters}
-    result = layer.base_layer(x)
-    for group in _groups(layer, {name: adapter.lora_B.detach() for name, adapter in adapters.items()}):
-        rows = [row for row, name in enumerate(adapter_names) if name in group.names]
-        if len(rows) == len(x):
-            result = up_projection(result, _h(x, adapter_names, group, adapters), group.lora_B)
-        else:
+    return names
+
+
+class MixedBatch(NamedTuple):
+    """A linear layer on x (batch, ..., in_features), with a different adapter for each sample."""
+
+    layer: nn.Module
+    adapter_names: list[
+        str
+    ]  # one per sample; "__base__", and those that this layer does not have, add nothing
+    adapters: dict[str, Adapter]
+
+    def __call__(self, x: Tensor) -> Tensor:
+        y = self.layer.base_layer(x)
+        for group in _groups(self.layer, {name: of.lora_B.detach() for name, of in self.adapters.items()}):
+            y = up_projection(y, self._h(x, group), group.lora_B)
+        return y
+
+    def _h(self, x: Tensor, group: _Shared) -> Tensor:
+        """(batch, ..., rank of the widest B): each sample's h in the columns of its adapter, else 0."""
+        rank, h = group.lora_B.shape[1], None
+        for name in group.names:
+            rows = [row for row, other in enumerate(self.adapter_names) if other == name]
             index = torch.tensor(rows, device=x.device)
-            h = _h(x[index], [adapter_names[row] for row in rows], group, adapters)
-            update = up_projection(result[index], h, group.lora_B)
-            result = result.index_copy(0, index, update)
-    return result
+            lora_A, _, scaling, _ = self.adapters[name]
+            part = down_projection(x[index], lora_A, scaling, compute_dtype(x.dtype), 0.0, None)
+            if h is None:
+                h = part.new_zeros(*x.shape[:-1], rank)
+            h[index, ..., rank - part.shape[-1] :] = part
+        return h
 
 
-def _h(x: Tensor, adapter_names: list[str], group: _Shared, adapters: dict[str, Adapter]) -> Tensor:
-    """(batch, ..., rank of the widest B): each sample's h in the columns that belong to its adapter."""
-    h = None
-    for name in group.names:
-        index = torch.tensor(
-            [row for row, other in enumerate(adapter_names) if other == name], device=x.device
-        )
-        lora_A, scaling = scaled(adapters[name].lora_A, adapters[name].scaling)  # not into the shared B
-        part = down_projection(x[index], lora_A, scaling, compute_dtype(x), 0.0, None)
-        if h is None:
-            h = part.new_zeros(*x.shape[:-1], group.lora_B.shape[1])
-        h[index, ..., h.shape[-1] - part.shape[-1] :] = part
-    return h
-
-
-def forget() -> None:
+def clear() -> None:
     """Compare every B anew at its next use."""
     _comparisons.clear()
 
@@ -98,10 +95,10 @@ def _groups(layer, weights: dict[str, Tensor]) -> list[_Shared]:
     state = tuple(
         (name, B.data_ptr(), B._version, B.dtype, B.shape, B.stride()) for name, B in weights.items()
     )
-    known = _comparisons.get(layer)
-    if known is None or known.state != state:
-        known = _comparisons[layer] = _Comparison(state, list(weights.values()), _compare(weights))
-    return known.groups
+    cached = _comparisons.get(layer)
+    if cached is None or cached.state != state:
+        cached = _comparisons[layer] = _Comparison(state, list(weights.values()), _compare(weights))
+    return cached.groups
 
 
 def _is_tracked(lora_B: Tensor) -> bool:

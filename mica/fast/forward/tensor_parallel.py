@@ -30,11 +30,6 @@ except ImportError:  # PyTorch without torch.distributed, or transformers before
 _SPLIT = {"colwise": 0, "rowwise": 1}
 
 
-class Sharding(NamedTuple):
-    plan: str  # "colwise" or "rowwise"
-    group: dist.ProcessGroup  # of the processes with the other parts
-
-
 def plan_of(base_layer: nn.Module) -> str | None:
     """The name of its plan, None without tensor parallelism. PEFT marks a base layer that gets an adapter."""
     return base_layer.__dict__.get("_hf_tp_plan")
@@ -57,11 +52,6 @@ def _is_split(weight: Tensor, dim: int | None) -> bool:
     return tuple(weight.placements) in ((Shard(dim),), (Shard(dim - 2),))
 
 
-def sharding(base_layer: nn.Module) -> Sharding:
-    """Of a layer that `why_not` covers."""
-    return Sharding(plan_of(base_layer), base_layer.weight.device_mesh.get_group())
-
-
 def local(base_layer: nn.Module, tensor: Tensor | None) -> Tensor | None:
     """This process's part of a weight of the layer or of its adapter; without tensor parallelism itself.
 
@@ -72,7 +62,7 @@ def local(base_layer: nn.Module, tensor: Tensor | None) -> Tensor | None:
         return tensor
     if tensor.requires_grad and isinstance(tensor, DTensor):
         return tensor.to_local()
-    return held(tensor)
+    return local_shard(tensor)
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -144,16 +134,27 @@ class _SummedGradient(torch.autograd.Function):
         return grad, None
 
 
-def summed(tensor: Tensor, group: dist.ProcessGroup) -> Tensor:
-    """The sum over the processes, in place; the gradient, the same in all of them, passes through."""
-    return _Summed.apply(tensor, group)
+class Sharding(NamedTuple):
+    """How a layer that `why_not` covers is split, and among which processes."""
+
+    plan: str  # "colwise" or "rowwise"
+    group: dist.ProcessGroup
+
+    def sum(self, tensor: Tensor) -> Tensor:
+        """The sum over the processes, in place; the gradient, the same in all of them, passes through."""
+        return _Summed.apply(tensor, self.group)
+
+    def sum_gradient(self, tensor: Tensor) -> Tensor:
+        """The tensor, the same in all processes; each has a part of its gradient, and all get the sum."""
+        if torch.is_grad_enabled() and tensor.requires_grad:
+            return _SummedGradient.apply(tensor, self.group)
+        return tensor
 
 
-def summed_gradient(tensor: Tensor, group: dist.ProcessGroup) -> Tensor:
-    """The tensor, the same in all processes; each has a part of its gradient, and all get the sum."""
-    if torch.is_grad_enabled() and tensor.requires_grad:
-        return _SummedGradient.apply(tensor, group)
-    return tensor
+def sharding(base_layer: nn.Module) -> Sharding | None:
+    """None without tensor parallelism."""
+    plan = plan_of(base_layer)
+    return None if plan is None else Sharding(plan, base_layer.weight.device_mesh.get_group())
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -191,7 +192,7 @@ def replace(parameter: Tensor, part: Tensor) -> None:
         parameter.data = part
 
 
-def held(parameter: Tensor) -> Tensor:
+def local_shard(parameter: Tensor) -> Tensor:
     """The part of a parameter that this process holds."""
     with torch.no_grad():
         return parameter.to_local() if DTensor is not None and isinstance(parameter, DTensor) else parameter

@@ -195,7 +195,7 @@ def test_a_forward_that_is_replaced_for_all_modules_runs(monkeypatch, part):
     stock = part.forward
     monkeypatch.setattr(part, "forward", lambda self, x: 2 * stock(self, x))
     (row,) = mica.fast.explain(model).rows
-    assert (row.path, row.reason) == ("peft", f"somebody has replaced {part.__name__}.forward")
+    assert (row.path, row.reason) == ("peft", f"{part.__name__}.forward has been monkey-patched")
     assert_peft_runs(model)
     monkeypatch.undo()
     assert mica.fast.explain(model).counts() == {"reference": 1}
@@ -207,7 +207,7 @@ def test_a_replaced_forward_of_conv1d_has_the_base_layer_called(monkeypatch):
     stock, x = Conv1D.forward, torch.randn(3, 20)
     monkeypatch.setattr(Conv1D, "forward", lambda self, x: 2 * stock(self, x))
     (row,) = mica.fast.explain(model).rows
-    assert "base layer called: somebody has replaced Conv1D.forward" in row.reason
+    assert "base layer called: Conv1D.forward has been monkey-patched" in row.reason
     out = model.base_model.model.conv(x)
     with mica.fast.disabled():
         assert error(out, model.base_model.model.conv(x)) <= RELATIVE[torch.float32]
@@ -230,7 +230,7 @@ def test_a_call_that_is_replaced_for_all_modules_runs(monkeypatch, owner, name, 
     stock = getattr(owner, name)
     monkeypatch.setattr(owner, name, lambda *args: 2 * stock(*args), raising=False)
     (row,) = mica.fast.explain(model).rows
-    assert (row.path, row.reason) == ("peft", f"somebody has replaced {called}")
+    assert (row.path, row.reason) == ("peft", f"{called} has been monkey-patched")
     assert_peft_runs(model)
     with mica.fast.disabled():
         doubled = up(model)(X)

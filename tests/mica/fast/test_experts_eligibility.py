@@ -102,9 +102,9 @@ REASONS = {
 @pytest.mark.parametrize("change", REASONS, ids=lambda change: change.__name__)
 def test_why_not(change):
     model = adapted("gpt_oss")
-    assert experts.why_not(outermost(model)) is None
+    assert type(experts.decide(outermost(model))) is experts.Experts
     change(model)
-    assert REASONS[change] in experts.why_not(outermost(model))
+    assert REASONS[change] in experts.decide(outermost(model)).reason
 
 
 RUNNABLE = (disable_adapters, merge, train_weight, train_bias, train_lora_b, hook, hook_inner, own_forward)
@@ -122,7 +122,7 @@ def test_pefts_own_forward_runs_then(change):
 
 def test_lora_without_mica_is_pefts():
     model = filled(wrap_experts(moe_models.mixtral(), stock=True))
-    assert "is not MiCA" in experts.why_not(outermost(model))
+    assert "is not MiCA" in experts.decide(outermost(model)).reason
     assert ran(lambda: loss_of(model, tokens()))[1] == (0, 0)
 
 
@@ -130,14 +130,14 @@ def test_several_active_adapters_are_pefts():
     model = adapted()
     model.add_adapter("other", model.peft_config["default"])
     model.base_model.set_adapter(["default", "other"])
-    assert "several active adapters" in experts.why_not(outermost(model))
+    assert "several active adapters" in experts.decide(outermost(model)).reason
 
 
 def test_an_active_adapter_that_is_not_on_the_experts():
     model, ids = adapted(), tokens()
     model.add_adapter("other", LoraConfig(init_lora_weights="mica", r=2, target_modules=["q_proj"]))
     model.set_adapter("other")
-    assert "none of the active adapters ['other'] is on this layer" in experts.why_not(outermost(model))
+    assert "none of the active adapters ['other'] is on this layer" in experts.decide(outermost(model)).reason
     assert ran(lambda: loss_of(model, ids))[1] == (0, 0)
     rows = [row for row in mica.fast.explain(model).rows if ".experts." in row.name]
     assert len(rows) == 4
@@ -217,7 +217,7 @@ def test_a_module_that_is_none_of_transformers_is_pefts():
             return self.experts(*args)
 
     model = filled(wrap_experts(Around(), target_parameters=["experts.weight"], rank=2))
-    assert "does not use transformers' experts interface" in experts.why_not(outermost(model))
+    assert "does not use transformers' experts interface" in experts.decide(outermost(model)).reason
     x, index, weights = torch.randn(5, 4), torch.zeros(5, 1, dtype=torch.int64), torch.rand(5, 3)
     y = model(x, index, weights)
     layer = outermost(model)
@@ -236,7 +236,7 @@ def test_the_registry_is_read_at_every_call(monkeypatch):
         return stock(*args)
 
     monkeypatch.setitem(moe.ALL_EXPERTS_FUNCTIONS._global_mapping, "grouped_mm", own)
-    assert "experts_implementation='grouped_mm'" in experts.why_not(outermost(model))
+    assert "experts_implementation='grouped_mm'" in experts.decide(outermost(model)).reason
     loss_of(model, tokens())
     assert len(calls) == 2
 

@@ -29,7 +29,7 @@ BACKEND = [
         "mica/fast/forward/mixed_batch.py",
         tests=["tests/mica/fast/test_mixed_batch.py"],
         edits={
-            "_h": [("h.shape[-1] - part.shape[-1] :", ": part.shape[-1]")],
+            "MixedBatch._h": [("rank - part.shape[-1] :", ": part.shape[-1]")],
             "_compare": [("torch.equal(group.lora_B[:, -rank:], lora_B)", "True")],
             "_groups": [
                 ("B.data_ptr(), B._version,", ""),
@@ -38,12 +38,22 @@ BACKEND = [
         },
     ),
     FileEdits(
+        "mica/fast/forward/decide.py",
+        tests=["tests/mica/fast/test_layers.py", "tests/mica/fast/test_changes.py"],
+        edits={
+            "_multiplies": [("return x.dtype == weight.dtype", "return True")],
+            "Added.products": [("[] if self.why_called else self.base.products()", "self.base.products()")],
+            "Added.__call__": [("in self.adapters", "in self.adapters[:1]")],
+        },
+    ),
+    FileEdits(
         "mica/fast/forward/fast_check.py",
         tests=["tests/mica/fast/test_changes.py", "tests/mica/fast/test_eligibility.py"],
         edits={
-            "operands": [
+            "direct": [
                 ("type(layer) is not lora.Linear", "not isinstance(layer, lora.Linear)"),
-                ("or not is_direct(x)", ""),
+                ("or type(x) not in PLAIN", ""),
+                ("or not is_direct()", ""),
                 ("or torch.is_autocast_enabled(kind)", ""),
                 ("len(name) != 1", "not name"),
                 ("disable_adapters\n        or layer.", ""),
@@ -89,7 +99,7 @@ BACKEND = [
         "mica/fast/forward/eligibility.py",
         tests=["tests/mica/fast/test_changes.py", "tests/mica/fast/test_eligibility.py"],
         edits={
-            "read": [
+            "read_adapters": [
                 ("if layer.disable_adapters", "if False"),
                 ("if layer.merged", "if False"),
                 ('layer.__dict__.get("_tp_info") is not None', "False"),

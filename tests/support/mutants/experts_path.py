@@ -67,19 +67,20 @@ EXPERTS_PATH = [
             "tests/mica/fast/test_experts.py",
         ],
         edits={
-            "_forward": [
+            "Experts.__call__": [
                 ("if _has_gate(module) else module.act_fn(hidden)", ""),
                 ("call_counts.note(wrapper)", "pass"),
             ],
-            "_first_of": [('"gate_up_proj" if _has_gate(module) else "up_proj"', '"gate_up_proj"')],
-            "_project": [
-                ("if module.is_transposed", "if False"),
+            "_names": [('"gate_up_proj" if _has_gate(module) else "up_proj"', '"gate_up_proj"')],
+            "_projection": [
+                ("if module.is_transposed else", "if False else"),
                 (' if module.has_bias else None', " if False else None"),
+                ("dtype = torch.get_autocast_dtype(device_type)", "pass"),
             ],
-            "read": [
-                ("(*chain[1:], module)", "(module,)"),
-                ("(*chain[1:], module)", "chain[1:]"),
-                ("if stack is not None", "if True"),
+            "decide": [
+                ("(*wrappers[1:], module)", "(module,)"),
+                ("(*wrappers[1:], module)", "wrappers[1:]"),
+                ("if adapter is not None", "if True"),
                 ("type(chosen) is str", "False"),
             ],
             "_implementation": [
@@ -103,12 +104,11 @@ EXPERTS_PATH = [
                 ('getattr(module, "_is_expert_parallel", False)', "False"),
             ],
             "_why_not_parameters": [("reason is None and module.has_bias", "False")],
-            "_product_dtype": [("is_on else weight.dtype", "False else weight.dtype")],
             "_why_not_call": [
                 ("is_transformed()", "False"),
-                ("and experts.implementation is None and module.has_bias", "and False"),
+                ("and implementation is None and module.has_bias", "and False"),
                 ("not is_grouped and not fits", "False"),
-                ("torch.float64 not in (x.dtype, weight.dtype)", "True"),
+                ("torch.float64 not in (x.dtype, weight_dtype)", "True"),
             ],
         },
     ),
