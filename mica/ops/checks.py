@@ -26,14 +26,8 @@ def check_linear(
             f"x must be (..., in_features) and weight (out_features, in_features), but x is "
             f"{tuple(x.shape)} and weight {tuple(weight.shape)}."
         )
-    _check_adapter(weight, lora_A, lora_B)
+    _check_operands(x, weight, lora_A, lora_B, bias, seed=seed)
     _check_compute(compute_dtype, dropout_p, seed)
-    if bias is not None and bias.shape != weight.shape[:1]:
-        raise ValueError(f"bias must be ({weight.shape[0]},), but it is {tuple(bias.shape)}.")
-    _check_dtypes(FLOATING, x=x, weight=weight, lora_A=lora_A, lora_B=lora_B, bias=bias)
-    limits.same_device(x=x, weight=weight, lora_A=lora_A, lora_B=lora_B, bias=bias, seed=seed)
-    _check_same_dtype(x, weight=weight, bias=bias)
-    _check_frozen(weight=weight, lora_B=lora_B, bias=bias)
 
 
 def check_experts_linear(
@@ -50,28 +44,38 @@ def check_experts_linear(
             "x must be (rows, in_features) and weight (num_experts, out_features, in_features), but x is "
             f"{tuple(x.shape)} and weight {tuple(weight.shape)}."
         )
-    num_experts, out_features, in_features = weight.shape
-    rank = lora_A.shape[1] if lora_A.dim() == 3 else 0
-    if (tuple(lora_A.shape), tuple(lora_B.shape)) != (
-        (num_experts, rank, in_features),
-        (num_experts, out_features, rank),
-    ):
-        raise ValueError(
-            f"for a weight of shape {tuple(weight.shape)} lora_A must be (num_experts, rank, in_features) "
-            "and lora_B (num_experts, out_features, rank), but they are "
-            f"{tuple(lora_A.shape)} and {tuple(lora_B.shape)}."
-        )
-    if rank == 0:
-        raise ValueError(f"the rank must be at least 1, but lora_A is {tuple(lora_A.shape)}.")
-    if offsets.shape != (num_experts,):
-        raise ValueError(f"offsets must be ({num_experts},), but it is {tuple(offsets.shape)}.")
-    if bias is not None and bias.shape != weight.shape[:2]:
-        raise ValueError(f"bias must be {tuple(weight.shape[:2])}, but it is {tuple(bias.shape)}.")
-    _check_compute(compute_dtype, 0.0, None)
+    if offsets.shape != weight.shape[:1]:
+        raise ValueError(f"offsets must be ({weight.shape[0]},), but it is {tuple(offsets.shape)}.")
     _check_dtypes(_INTEGER, offsets=offsets)
+    _check_operands(x, weight, lora_A, lora_B, bias, offsets=offsets)
+    _check_compute(compute_dtype, 0.0, None)
+
+
+def _check_operands(
+    x: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor, bias: Tensor | None, **others: Tensor | None
+) -> None:
+    """weight (..., out_features, in_features) with its adapter; leading dimensions: those of experts."""
+    *experts, out_features, in_features = weight.shape
+    rank = lora_A.shape[-2] if lora_A.dim() == weight.dim() else 0
+    shapes = (*experts, rank, in_features), (*experts, out_features, rank)
+    if (tuple(lora_A.shape), tuple(lora_B.shape)) != shapes:
+        first = "num_experts, " if experts else ""
+        raise ValueError(
+            f"for a weight of shape {tuple(weight.shape)} lora_A must be ({first}rank, in_features) and "
+            f"lora_B ({first}out_features, rank), but they are {tuple(lora_A.shape)} and "
+            f"{tuple(lora_B.shape)}."
+        )
+    _check_rank("lora_A", lora_A, rank)
+    if bias is not None and bias.shape != weight.shape[:-1]:
+        raise ValueError(f"bias must be {tuple(weight.shape[:-1])}, but it is {tuple(bias.shape)}.")
     _check_dtypes(FLOATING, x=x, weight=weight, lora_A=lora_A, lora_B=lora_B, bias=bias)
-    limits.same_device(x=x, offsets=offsets, weight=weight, lora_A=lora_A, lora_B=lora_B, bias=bias)
-    _check_same_dtype(x, weight=weight, bias=bias)
+    limits.same_device(x=x, weight=weight, lora_A=lora_A, lora_B=lora_B, bias=bias, **others)
+    for name, tensor in {"weight": weight, "bias": bias}.items():
+        if tensor is not None and tensor.dtype != x.dtype and not _is_autocast(x.device.type):
+            raise TypeError(
+                f"{name} must have the dtype of x outside autocast, but {name} is {tensor.dtype} and x "
+                f"{x.dtype}."
+            )
     _check_frozen(weight=weight, lora_B=lora_B, bias=bias)
 
 
@@ -83,7 +87,7 @@ def check_down_projection(
             f"x must be (..., in_features) and lora_A (rank, in_features), but x is {tuple(x.shape)} and "
             f"lora_A {tuple(lora_A.shape)}."
         )
-    _check_rank(lora_A)
+    _check_rank("lora_A", lora_A, lora_A.shape[0])
     _check_compute(compute_dtype, dropout_p, seed)
     _check_dtypes(FLOATING, x=x, lora_A=lora_A)
     limits.same_device(x=x, lora_A=lora_A, seed=seed)
@@ -96,8 +100,7 @@ def check_up_projection(y: Tensor, h: Tensor, lora_B: Tensor) -> None:
             "y must be (..., out_features), h (..., rank) and lora_B (out_features, rank), but they are "
             f"{tuple(y.shape)}, {tuple(h.shape)} and {tuple(lora_B.shape)}."
         )
-    if lora_B.shape[1] == 0:
-        raise ValueError(f"the rank must be at least 1, but lora_B is {tuple(lora_B.shape)}.")
+    _check_rank("lora_B", lora_B, lora_B.shape[1])
     _check_dtypes(FLOATING, y=y, h=h, lora_B=lora_B)
     limits.same_device(y=y, h=h, lora_B=lora_B)
     _check_frozen(lora_B=lora_B)
@@ -109,7 +112,7 @@ def check_embedding(indices: Tensor, lora_A: Tensor, lora_B: Tensor) -> None:
             "lora_A must be (rank, num_embeddings) and lora_B (embedding_dim, rank), but they are "
             f"{tuple(lora_A.shape)} and {tuple(lora_B.shape)}."
         )
-    _check_rank(lora_A)
+    _check_rank("lora_A", lora_A, lora_A.shape[0])
     _check_dtypes(_INTEGER, indices=indices)
     _check_dtypes(FLOATING, lora_A=lora_A, lora_B=lora_B)
     limits.same_device(indices=indices, lora_A=lora_A, lora_B=lora_B)
@@ -126,30 +129,9 @@ def _is_autocast(device_type: str) -> bool:
     return torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
 
 
-def _check_same_dtype(x: Tensor, **tensors: Tensor | None) -> None:
-    if _is_autocast(x.device.type):
-        return
-    for name, tensor in tensors.items():
-        if tensor is not None and tensor.dtype != x.dtype:
-            raise TypeError(
-                f"{name} must have the dtype of x outside autocast, but {name} is {tensor.dtype} and x "
-                f"{x.dtype}."
-            )
-
-
-def _check_adapter(weight: Tensor, lora_A: Tensor, lora_B: Tensor) -> None:
-    rank = lora_A.shape[0] if lora_A.dim() else 0
-    if lora_A.shape != (rank, weight.shape[1]) or lora_B.shape != (weight.shape[0], rank):
-        raise ValueError(
-            f"for a weight of shape {tuple(weight.shape)} lora_A must be (rank, in_features) and lora_B "
-            f"(out_features, rank), but they are {tuple(lora_A.shape)} and {tuple(lora_B.shape)}."
-        )
-    _check_rank(lora_A)
-
-
-def _check_rank(lora_A: Tensor) -> None:
-    if lora_A.shape[0] == 0:
-        raise ValueError(f"the rank must be at least 1, but lora_A is {tuple(lora_A.shape)}.")
+def _check_rank(name: str, factor: Tensor, rank: int) -> None:
+    if rank == 0:
+        raise ValueError(f"the rank must be at least 1, but {name} is {tuple(factor.shape)}.")
 
 
 def _check_dtypes(allowed: tuple[torch.dtype, ...], **tensors: Tensor | None) -> None:

@@ -64,6 +64,9 @@ def mica_experts_linear(
     return experts_linear(x, offsets, weight, lora_A, lora_B, scaling, bias, compute_dtype)
 
 
+_SORTED = (None, None, 0)  # in place of a routing where the rows of x are sorted by expert already
+
+
 def _experts(x, offsets, weight, lora_A, lora_B, scaling, bias, compute_dtype, tokens=None, inverse=None):
     """tokens, inverse: those of a `Routing`, where x is (num_tokens, in_features)."""
     rows = x if tokens is None else to_experts(x, tokens)
@@ -72,26 +75,13 @@ def _experts(x, offsets, weight, lora_A, lora_B, scaling, bias, compute_dtype, t
     return compute("experts_linear", x, lora_A.shape[1], dtypes, *operands)
 
 
-def _experts_fake(
-    x, offsets, weight, lora_A, lora_B, scaling, bias, compute_dtype, tokens=None, inverse=None
-):
+def _experts_fake(x, offsets, weight, lora_A, lora_B, scaling, bias, compute_dtype, tokens=None, *inverse):
     return x.new_empty((x if tokens is None else tokens).shape[0], weight.shape[1])
 
 
-def _backward(
-    grad_output,
-    x,
-    offsets,
-    weight,
-    lora_A,
-    lora_B,
-    scaling,
-    compute_dtype,
-    output_mask,
-    tokens=None,
-    inverse=None,
-    num_tokens=0,
-):
+def _backward(grad_output, x, offsets, weight, lora_A, lora_B, scaling, compute_dtype, output_mask, *routing):
+    """routing: tokens and inverse as for `_experts`, and the number of tokens."""
+    tokens, inverse, num_tokens = (*routing, *_SORTED[len(routing) :])
     needs_x, needs_A = output_mask
     dtypes = (grad_output.dtype, compute_dtype, lora_A.dtype, lora_B.dtype)
     rows = x if not needs_A or tokens is None else to_experts(x, tokens)
@@ -105,19 +95,9 @@ def _backward(
 
 
 def _backward_fake(
-    grad_output,
-    x,
-    offsets,
-    weight,
-    lora_A,
-    lora_B,
-    scaling,
-    compute_dtype,
-    output_mask,
-    tokens=None,
-    inverse=None,
-    num_tokens=0,
+    grad_output, x, offsets, weight, lora_A, lora_B, scaling, compute_dtype, output_mask, *routing
 ):
+    _, inverse, num_tokens = (*routing, *_SORTED[len(routing) :])
     needs_x, needs_A = output_mask
     rows = grad_output.shape[0] if inverse is None else num_tokens
     grad_x = grad_output.new_empty(rows, lora_A.shape[2]) if needs_x else None
@@ -128,16 +108,15 @@ class _ExpertsLinear(torch.autograd.Function):
     """``run`` computes y: `_experts` or the operator (`mica.ops.dispatch.operator`)."""
 
     @staticmethod
-    def forward(
-        ctx, run, x, offsets, weight, lora_A, lora_B, scaling, bias, dtype, tokens=None, inverse=None
-    ):
+    def forward(ctx, run, x, offsets, weight, lora_A, lora_B, scaling, bias, dtype, *routing):
+        tokens, inverse, _ = (*routing, *_SORTED[len(routing) :])
         _, needs_x, _, _, needs_A = ctx.needs_input_grad[:5]
         ctx.scaling, ctx.compute_dtype, ctx.num_tokens = scaling, dtype or x.dtype, x.shape[0]
         # x as it came, and nothing that no gradient needs
         kept = x if needs_A else None, offsets, weight if needs_x else None, lora_A, lora_B
         ctx.save_for_backward(*kept, tokens if needs_A else None, inverse if needs_x else None)
         with below_autograd():
-            return run(x, offsets, weight, lora_A, lora_B, scaling, bias, dtype, tokens, inverse)
+            return run(x, offsets, weight, lora_A, lora_B, scaling, bias, dtype, *routing)
 
     @staticmethod
     def backward(ctx, grad_output):
