@@ -1,0 +1,174 @@
+"""The kernels' cases, as tables: what `make emulate` runs, and what it runs with ``--all``."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+from mica.kernels.common import padded_rank
+from tests.emulator import embedding_checks, kernel_checks, planned
+from tests.emulator.judging import BF16, LAYOUTS
+from tests.support.expert_cases import ROUTES
+from tests.support.static_cases import DTYPES
+from tests.support.static_cases import TARGETS as EVERY_TARGET
+
+TARGETS = ("sm_80", "sm_90")
+ALL_DTYPES = DTYPES | {"bf16, 16-bit A": (BF16, BF16, BF16)}
+MAIN = ("bf16", "fp32")  # the others are the same code but for conversions
+# kernel -> its check and what it always gets
+KERNELS: dict[str, tuple[Callable[..., float], dict]] = {
+    "down": (kernel_checks.down, {}),
+    "up": (kernel_checks.up, {}),
+    "grad_a": (kernel_checks.grad_a, {}),
+    "experts_down": (kernel_checks.down, {"route": "rows of none"}),
+    "experts_up": (kernel_checks.up, {"route": "rows of none", "bias": True}),
+    "experts_grad_a": (kernel_checks.grad_a, {"route": "tiles"}),
+    "fused": (kernel_checks.fused, {}),
+    "fused_descriptor": (kernel_checks.fused, {"descriptor": True}),
+    "embedding": (embedding_checks.embedding, {}),
+    "scatter": (embedding_checks.scatter, {}),
+}
+DENSE, EXPERTS = ("down", "up", "grad_a"), ("experts_down", "experts_up", "experts_grad_a")
+RANKS = (16, 24, 64, 128, 256)  # one of each row of the tables of configurations
+
+
+@dataclass
+class Case:
+    kernel: str
+    dtypes: str
+    options: dict
+    is_quick: bool
+    is_foreign: bool = False  # a configuration of another target: it may ask for too much shared memory
+
+    @property
+    def label(self) -> str:
+        options = {name: tuple(v) if name == "config" else v for name, v in self.options.items()}
+        return f"{self.kernel} {self.dtypes}: " + " ".join(f"{name}={v}" for name, v in options.items())
+
+    def run(self) -> float:
+        """The largest error in units of what is allowed."""
+        check, always = KERNELS[self.kernel]
+        return check(ALL_DTYPES[self.dtypes], **(always | self.options))
+
+
+def cases(target: str) -> Iterator[Case]:
+    """All of them for one target."""
+    for case in (*_layouts(), *_routes(), *_splits(), *_far(), *_configurations(target)):
+        if case.kernel != "fused_descriptor" or target in planned.COPY_ENGINE:
+            yield case
+
+
+def _layouts() -> Iterator[Case]:
+    """Sizes that fill no tile and such that do; strides and addresses that are aligned or not; dropout."""
+    for name in ALL_DTYPES:
+        is_main = name in MAIN
+        for layout in LAYOUTS if is_main or name == "fp16" else ("contiguous", "odd", "shifted"):
+            is_quick = name == "bf16" or (is_main and layout == "shifted")
+            for tokens, width, rank in ((33, 65, 5), (70, 128, 24)):
+                for dropout in (0.0, 0.4):
+                    quick = is_quick and (width == 65) == bool(dropout)
+                    own = {
+                        "tokens": tokens,
+                        "width": width,
+                        "rank": rank,
+                        "layout": layout,
+                        "dropout": dropout,
+                    }
+                    for kernel in DENSE:
+                        side = {"side": "A"} if kernel == "up" else {}
+                        yield Case(kernel, name, own | side, quick)
+                    if name in MAIN or name == "fp16":
+                        own |= {"side": "backward" if dropout else "forward"}
+                        yield Case("fused", name, own | {"out_features": 96 if rank == 24 else 37}, quick)
+                        if layout in ("contiguous", "wide") and width == 128:
+                            yield Case("fused_descriptor", name, own | {"out_features": 96}, is_quick)
+            own = {"tokens": 33, "width": 72, "rank": 20, "layout": layout}
+            yield Case("up", name, own | {"out": True}, is_quick)
+            yield Case("down", name, own | {"side": "B"}, is_quick)
+            own = {"width": 70, "rank": 20, "layout": layout}
+            yield Case("embedding", name, own, is_quick and layout in ("contiguous", "shifted"))
+        for rank in (5, 24, 64, 130):
+            for tokens in (5, 150):
+                own = {"tokens": tokens, "size": 9, "rank": rank, "padding": 3}
+                yield Case("scatter", name, own, is_main and rank == 24)
+        yield Case("scatter", name, {"tokens": 60, "size": 40, "rank": 16, "out_dtype": BF16}, False)
+
+
+def _routes() -> Iterator[Case]:
+    """Experts with and without rows; how their factors lie."""
+    for name in ALL_DTYPES:
+        for route in ROUTES:
+            wide = route in ("tiles", "rows of none", "first and last idle")
+            layouts = ("contiguous", "odd", "shifted", "columns") if wide else ("contiguous",)
+            for layout in layouts:
+                own = {"route": route, "width": 65, "rank": 20, "layout": layout}
+                shown = layout == "contiguous" or route == "rows of none"
+                for kernel in EXPERTS:
+                    yield Case(kernel, name, own, name == "bf16" and shown)
+
+
+def _splits() -> Iterator[Case]:
+    """Sums that several programs share."""
+    for name in ALL_DTYPES:
+        for long in (1024, 1500):
+            quick = name in MAIN and long == 1500
+            for dropout in (0.0, 0.4):
+                own = {"rank": 6, "dropout": dropout}
+                yield Case("down", name, own | {"tokens": 40, "width": long}, quick)
+                yield Case("grad_a", name, own | {"tokens": long, "width": 40}, quick)
+            own = {"route": "first and last idle", "width": long, "rank": 6}
+            yield Case("experts_down", name, own, quick)
+        yield Case(
+            "grad_a", name, {"tokens": 700, "width": 72, "rank": 12, "out_dtype": BF16}, name == "bf16"
+        )
+
+
+def _far() -> Iterator[Case]:
+    """Offsets beyond 32 bits."""
+    for width in (64, 70):
+        own = {"tokens": 3, "width": width, "rank": 5, "layout": "far"}
+        for kernel in DENSE:
+            side = {"side": "B"} if kernel != "grad_a" else {}
+            yield Case(kernel, "bf16", own | side, width == 70)
+        yield Case("fused", "bf16", own | {"out_features": 3}, width == 70)
+        yield Case(
+            "embedding", "bf16, 16-bit A", {"width": 40, "rank": 3, "size": width, "layout": "far"}, False
+        )
+
+
+def _configurations(target: str) -> Iterator[Case]:
+    """Every configuration of every target, at a rank of each row of the tables."""
+    sizes = {"width": 128, "tokens": 70}
+    own = {
+        "down": sizes | {"width": 256},
+        "grad_a": sizes | {"tokens": 150},
+        "experts_down": {"width": 160},
+        "experts_up": {"width": 128},
+        "experts_grad_a": {"width": 136},
+        "fused": sizes | {"width": 192, "out_features": 136},
+        "fused_descriptor": sizes | {"width": 192, "out_features": 136},
+        "embedding": {"width": 128},
+    }
+    others = {  # other sizes, layout, side and dropout
+        "down": {"width": 257, "layout": "odd", "side": "B"},
+        "up": {"width": 136, "layout": "wide", "side": "A", "dropout": 0.3},
+        "grad_a": {"width": 136, "tokens": 1100, "layout": "wide", "dropout": 0.3},
+        "fused": {"layout": "wide", "side": "backward", "dropout": 0.3},
+        "fused_descriptor": {"layout": "wide", "side": "backward", "dropout": 0.3},
+    }
+    for name, dtypes in ALL_DTYPES.items():
+        for rank in RANKS if name in MAIN else (16, 128):
+            for kernel in (*DENSE, *EXPERTS, "fused", "fused_descriptor", "embedding"):
+                if kernel.startswith("fused") and dtypes[0] is not dtypes[2]:
+                    continue
+                found: dict = {}
+                arguments = padded_rank(rank), dtypes[2].itemsize
+                for other in (target, *EVERY_TARGET):
+                    for config, is_default in planned.configurations(kernel, other, *arguments).items():
+                        found.setdefault(config, (is_default, other != target))
+                for config, (is_default, is_foreign) in found.items():
+                    quick = is_default and not is_foreign and (name in MAIN or rank == 16)
+                    options = {"rank": rank, "config": config, **own.get(kernel, sizes)}
+                    yield Case(kernel, name, options, quick, is_foreign)
+                    if kernel in others:
+                        yield Case(kernel, name, options | others[kernel], False, is_foreign)

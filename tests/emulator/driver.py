@@ -1,0 +1,170 @@
+"""A Triton driver that "launches" on the emulator: kernels are compiled and launched by Triton's own code.
+
+`installed` makes Triton compile for a target and hands the PTX, in place of the machine code that ptxas would
+make of it, to `running`. Tensors are on the CPU. Only the tensors that a launch is given may be touched,
+element by element, and only those of parameters that are named as outputs may be written. Not in a process
+that launches kernels otherwise: Triton keeps what it has compiled for a device by its number.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import struct
+import time
+from collections.abc import Sequence
+from contextlib import contextmanager
+from types import SimpleNamespace
+
+import torch
+from triton import knobs
+from triton.backends.compiler import GPUTarget
+from triton.backends.nvidia.compiler import CUDABackend
+from triton.runtime.driver import driver
+
+from tests.emulator import running
+from tests.emulator.instructions import decode
+from tests.emulator.memory import Buffer, Memory
+from tests.emulator.program import FaultError, Program, parse
+
+FAR = 2**28  # bytes of a storage from which on only its rows are mapped
+settings = SimpleNamespace(order="forward", seed=0)
+statistics = SimpleNamespace(launches=0, direct=0, instructions=0, seconds=0.0)
+programs: dict[str, Program] = {}  # by the hash of their PTX
+given: list[Sequence[torch.Tensor]] = []  # the tensors of launches whose arguments are addresses
+
+
+def memory_of(named: dict[str, torch.Tensor], outputs: Sequence[str]) -> Memory:
+    """What a launch may read, and write, of the storages of its tensors."""
+    memory, buffers = Memory(), {}
+    for name, tensor in named.items():
+        storage, size = tensor.untyped_storage(), tensor.element_size()
+        if storage.nbytes() > FAR and tensor.dim() > 1:
+            for row in tensor if tensor.stride(-1) == 1 else tensor.transpose(-1, -2):
+                place = row.data_ptr()
+                if place not in buffers:
+                    buffers[place] = Buffer(name, place, row.numel() * size)
+                    buffers[place].readable[:] = True
+                assert row.is_contiguous()
+                buffers[place].writable |= name in outputs
+            continue
+        if storage.data_ptr() not in buffers:
+            buffers[storage.data_ptr()] = Buffer(name, storage.data_ptr(), storage.nbytes())
+        if not tensor.numel():
+            continue
+        buffer, start = buffers[storage.data_ptr()], tensor.data_ptr() - storage.data_ptr()
+        for allowed in (buffer.readable, buffer.writable) if name in outputs else (buffer.readable,):
+            strides = tuple(stride * size for stride in tensor.stride())
+            torch.from_numpy(allowed)[start:].as_strided((*tensor.shape, size), (*strides, 1)).fill_(True)
+    memory.buffers = list(buffers.values())
+    return memory
+
+
+def as_bits(value, kind: str) -> int:
+    """An argument as an unsigned integer."""
+    if kind.startswith("*"):
+        return value.data_ptr()
+    if kind == "fp32":
+        return struct.unpack("<I", struct.pack("<f", value))[0]
+    bits = int(kind[1:])
+    if not -(1 << bits - 1) <= value < 1 << bits - (kind[0] == "i"):
+        raise FaultError(f"{value} is no {kind}")
+    return value % (1 << bits)
+
+
+class Driver:
+    """What Triton 3.9 needs of one. ``outputs``, ``left_at_zero``: names of parameters."""
+
+    def __init__(self, capability: int, outputs: Sequence[str], left_at_zero: Sequence[str]):
+        self.outputs, self.left_at_zero = outputs, left_at_zero
+        self.target = GPUTarget("cuda", capability, 32)
+        properties = {
+            "max_shared_mem": (227 if capability >= 90 else 163) * 1024,
+            "multiprocessor_count": 108,
+            "max_num_regs": 65536,
+            "warpSize": 32,
+        }
+        self.utils = SimpleNamespace(
+            load_binary=self.load_binary,
+            unload_module=lambda module: None,
+            get_device_properties=lambda device: properties,
+        )
+
+    @staticmethod
+    def load_binary(name, binary: bytes, shared: int, device):
+        key = hashlib.sha256(binary).hexdigest()
+        if key not in programs:
+            programs[key] = decode(parse(binary.decode()))
+        return object(), (programs[key], shared), 64, 0, 1024
+
+    def launcher_cls(self, source, metadata):
+        kinds = source.signature.items()
+
+        def run(x, y, z, stream, function, packed, launch_metadata, enter, leave, *arguments):
+            program, shared = function
+            if isinstance(arguments[0], int):  # a kept plan's, without Triton's front end
+                pointers = given[-1]
+                if arguments[: len(pointers)] != tuple(tensor.data_ptr() for tensor in pointers):
+                    raise FaultError("launched with addresses of other tensors")
+                arguments = (*pointers, *arguments[len(pointers) :])
+                statistics.direct += 1
+            named = {
+                name: value
+                for (name, kind), value in zip(kinds, arguments, strict=True)
+                if kind.startswith("*")
+            }
+            values = [
+                as_bits(value, kind)
+                for (_, kind), value in zip(kinds, arguments, strict=True)
+                if kind != "constexpr"
+            ]
+            # for descriptors that the kernel makes; and for a profiler, which is not there
+            scratch = torch.empty(x * y * z * metadata.global_scratch_size + 128, dtype=torch.uint8)
+            scratch = scratch[-scratch.data_ptr() % 128 :]
+            values += [scratch.data_ptr(), 0]
+            memory = memory_of(named | {"scratch": scratch}, (*self.outputs, "scratch"))
+            start = time.perf_counter()
+            statistics.instructions += running.launch(
+                program, (x, y, z), values, shared, memory, settings.order, settings.seed
+            )
+            statistics.seconds += time.perf_counter() - start
+            statistics.launches += 1
+            for name in self.left_at_zero:
+                is_own = name in named and named[name].dtype is torch.int32  # else one that stands in for it
+                if is_own and named[name].any():
+                    raise FaultError(f"{name} is not 0 after the launch")
+
+        return run
+
+    def get_current_target(self) -> GPUTarget:
+        return self.target
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+    def set_current_device(self, device: int) -> None: ...
+
+    def get_active_torch_device(self) -> torch.device:
+        return torch.device("cpu")
+
+    def is_active(self) -> bool:
+        return True
+
+
+@contextmanager
+def installed(capability: int, outputs: Sequence[str], left_at_zero: Sequence[str] = ()):
+    """Kernels are compiled for this target, and every launch of one is emulated."""
+    if knobs.runtime.interpret:
+        raise RuntimeError("TRITON_INTERPRET is set: kernels are interpreted without a driver.")
+    active, make_cubin = driver._active, CUDABackend.make_cubin
+    driver.set_active(Driver(capability, outputs, left_at_zero))
+    CUDABackend.make_cubin = lambda self, source, metadata, options, capability: source.encode()
+    try:
+        with knobs.cache.scope():
+            # what is kept as machine code is PTX: real compilations must not find it
+            knobs.cache.dir = f"{knobs.cache.dir}-emulated"
+            yield
+    finally:
+        driver._active, CUDABackend.make_cubin = active, make_cubin

@@ -1,0 +1,151 @@
+"""One call of a kernel against fp64, each returning its largest error in units of what is allowed.
+
+``dtypes``: of x and y, of lora_A, of the product. ``route``: the name of one of `expert_cases.ROUTES`, whose
+rows are sorted by expert; without it the kernel is dense, which is to say that there is one expert.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from mica.kernels.limits import padded_columns
+from mica.kernels.prepared import padded as prepared
+from tests.emulator import planned
+from tests.emulator.judging import F32, WrongError, in_all_orders, judged, keep_of, matrix, stack
+from tests.support.expert_cases import ROUTES, by_expert, idle, offsets_of, slices
+from tests.support.guarding import guarded
+
+SEED = 12345678901
+
+
+def _rows(route, tokens):
+    """(number of rows, ends of the experts' rows, the same on the device or None)."""
+    if route is None:
+        return tokens, [tokens], None
+    rows, ends = ROUTES[route]
+    return rows, ends, offsets_of(ends, torch.int64 if route == "tiles" else torch.int32)
+
+
+def _factor(side, experts, rank, width, dtypes, layout, scale, is_dense):
+    """(experts, rows, width): "A", or "B" transposed as it is prepared for the kernels."""
+    if side == "B":
+        b = torch.randn(width, rank).mul(scale).to(dtypes[1])
+        return guarded(prepared(b, dtypes[2])).t()[None]
+    if is_dense:
+        return matrix(rank, width, dtypes[1], layout, scale)[None]
+    return stack(experts, rank, width, dtypes[1], layout, scale)
+
+
+def _dropout(p):
+    seed = torch.tensor([SEED], dtype=torch.int64)
+    return seed, {"dropout_p": p, "seed": seed} if p else {}
+
+
+def _narrow(layout):
+    """h and g come from a kernel: their rows lie as it wrote them, but their address may be any."""
+    return layout if layout in ("odd", "shifted") else "contiguous"
+
+
+def down(dtypes, rank, width, tokens=70, layout="contiguous", dropout=0.0, config=None, side="A", route=None):
+    scale, (x_dtype, _, dtype) = 0.75, dtypes
+    rows, ends, offsets = _rows(route, tokens)
+    x = matrix(rows, width, x_dtype, layout)
+    factor = _factor(side, len(ends), rank, width, dtypes, layout, width**-0.5, route is None)
+    if route:
+        factor[idle(ends)] = float("nan")  # not to be read
+    seed, dropped = _dropout(dropout)
+    options = {"scale": scale, "compute_dtype": dtype, "config": config, **dropped}
+    given = factor if route else factor[0]
+    h = in_all_orders(lambda: planned.down(x, given, offsets, **options))[: ends[-1]]
+    rank = factor.shape[1]
+    if h[:, rank:].any():
+        raise WrongError("padding is not 0")
+    wide = x.to(dtype).double().where(keep_of(seed, x.shape, dropout), 0.0)[: ends[-1]] / (1 - dropout)
+    right = factor.nan_to_num().to(dtype).double().transpose(1, 2)
+    exact, size = (scale * by_expert(w, ends, r) for w, r in ((wide, right), (wide.abs(), right.abs())))
+    return judged(h[:, :rank], exact, size, dtype, dtype)
+
+
+def up(
+    dtypes, rank, width, tokens=70, layout="contiguous", dropout=0.0, config=None, side="B", route=None,
+    out=False, bias=False,
+):  # fmt: skip
+    y_dtype, _, dtype = dtypes
+    rows, ends, offsets = _rows(route, tokens)
+    base = matrix(rows, width, y_dtype, layout)
+    kept = base.clone()
+    h = matrix(rows, padded_columns(rank), dtype, _narrow(layout))
+    side = "A" if route else side
+    if side == "A":  # of B the padding is 0
+        h[:, rank:] = 0
+    factor = _factor(side, len(ends), rank, width, dtypes, layout, rank**-0.5, route is None)
+    seed, dropped = _dropout(dropout)
+    options, scale = {"compute_dtype": dtype, "config": config, **dropped}, 1.0
+    if route:
+        own = stack(1, len(ends), width, y_dtype)[0] if bias else None
+        options |= {"bias": own}
+    else:
+        scale = 0.75
+        own, other = None, torch.full((rows, width), float("nan"), dtype=y_dtype) if out else None
+        options |= {"scale": scale, "out": other}
+    given = factor if route else factor[0]
+    y = in_all_orders(lambda: planned.up_(base, h, given, offsets, **options), lambda: base.copy_(kept))
+    if y[ends[-1] :].any():
+        raise WrongError("rows of no expert are not 0")
+    exact, size = kept.double(), kept.double().abs()
+    for expert, part in enumerate(slices(ends)):
+        if own is not None:
+            exact[part] += own[expert].double()
+            size[part] += own[expert].double().abs()
+    exact[ends[-1] :] = size[ends[-1] :] = 0
+    keep, scale = keep_of(seed, (rows, width), dropout), scale / (1 - dropout)
+    right = factor.to(dtype).double()
+    exact += scale * by_expert(h.double(), ends, right).where(keep, 0.0)
+    size += scale * by_expert(h.double().abs(), ends, right.abs())
+    return judged(y, exact, size, y_dtype, dtype)
+
+
+def grad_a(
+    dtypes, rank, width, tokens=70, layout="contiguous", dropout=0.0, config=None, route=None, out_dtype=F32
+):
+    rows, ends, offsets = _rows(route, tokens)
+    g = matrix(rows, padded_columns(rank), dtypes[2], _narrow(layout))
+    x = matrix(rows, width, dtypes[0], layout)
+    seed, dropped = _dropout(dropout)
+    options = {"config": config, "out_dtype": out_dtype, **dropped}
+    dA = in_all_orders(lambda: planned.grad(g, x, rank, offsets, **options))
+    wide = x.double().where(keep_of(seed, x.shape, dropout), 0.0) / (1 - dropout)
+    narrow, parts = g[:, :rank].double(), slices(ends)
+    exact = torch.stack([narrow[part].t() @ wide[part] for part in parts])
+    size = torch.stack([narrow[part].abs().t() @ wide[part].abs() for part in parts])
+    products = torch.promote_types(g.dtype, x.dtype)
+    return judged(dA if route else dA[None], exact, size, out_dtype, products)
+
+
+def fused(
+    dtypes, rank, width, out_features, tokens=70, layout="contiguous", dropout=0.0, config=None,
+    side="forward", descriptor=False,
+):  # fmt: skip
+    """side: "forward", or "backward", where the weight lies the other way round."""
+    x_dtype, _, dtype = dtypes
+    is_forward = side == "forward"
+    x, h = (
+        matrix(tokens, width, x_dtype, layout),
+        matrix(tokens, padded_columns(rank), dtype, _narrow(layout)),
+    )
+    if not is_forward:
+        h[:, rank:] = 0
+    shape = (out_features, width) if is_forward else (width, out_features)
+    w = matrix(*shape, x_dtype, layout, width**-0.5)
+    w = w.t() if is_forward else w
+    factor = _factor("BA"[not is_forward], 1, rank, out_features, dtypes, layout, rank**-0.5, True)[0]
+    bias = matrix(1, out_features, x_dtype, _narrow(layout))[0] if is_forward else None
+    seed, dropped = _dropout(dropout)
+    options = {"bias": bias, "config": config, "descriptor": descriptor, **dropped}
+    y = in_all_orders(lambda: planned.fused_linear(x, w, h, factor, **options))
+    rows = min(h.shape[1], factor.shape[0])
+    left, right = h[:, :rows].double(), factor[:rows].to(dtype).double()
+    low = (left @ right / (1 - dropout)).where(keep_of(seed, y.shape, dropout), 0.0)
+    own = bias.double() if is_forward else torch.zeros((), dtype=torch.float64)
+    size = x.double().abs() @ w.double().abs() + left.abs() @ right.abs() / (1 - dropout) + own.abs()
+    return judged(y, x.double() @ w.double() + low + own, size, x_dtype, torch.promote_types(x_dtype, dtype))

@@ -1,0 +1,123 @@
+"""Where the emulator meets the project's planning: kernels, configurations, and how they are launched."""
+
+from __future__ import annotations
+
+import sys
+from contextlib import contextmanager
+from itertools import product
+
+import mica.kernel_path
+import mica.kernel_path_experts  # noqa: F401  (its target_of is replaced)
+from mica import backend
+from mica.kernels import configs, launching, runtime
+from mica.kernels.down_projection import down_projection
+from mica.kernels.experts_down import experts_down
+from mica.kernels.experts_grad_a import experts_grad_a
+from mica.kernels.experts_up import experts_up_
+from mica.kernels.fused_linear import fused_linear  # noqa: F401
+from mica.kernels.grad_a import grad_a
+from mica.kernels.launching import Plan
+from mica.kernels.up_projection import up_projection_
+from tests.emulator import driver
+
+# Parameters that a launch may write; those that it must leave at 0
+OUTPUTS = ("out_ptr", "partial_ptr", "counter_ptr", "y_ptr", "grad_ptr")
+LEFT_AT_ZERO = ("counter_ptr",)
+TOKENS = (9999, 1)  # many and few, of an expert too: tables differ
+COPY_ENGINE = ("sm_90",)  # targets of the emulator with tensor descriptors
+
+
+def down(x, factor, offsets=None, **options):
+    return (
+        down_projection(x, factor, **options)
+        if offsets is None
+        else experts_down(x, offsets, factor, **options)
+    )
+
+
+def up_(y, h, factor, offsets=None, **options):
+    return (
+        up_projection_(y, h, factor, **options)
+        if offsets is None
+        else experts_up_(y, h, offsets, factor, **options)
+    )
+
+
+def grad(g, x, rank, offsets=None, **options):
+    return (
+        grad_a(g, x, rank, **options) if offsets is None else experts_grad_a(g, x, offsets, rank, **options)
+    )
+
+
+def _fused_forms(descriptor: bool):
+    sides = product((64, 9999), (True,) if descriptor else (True, False), (False, True))
+    return [(out, aligned, dropout) for out, aligned, dropout in sides]
+
+
+def _fused(descriptor: bool):
+    def tables(target, tokens, block_r, size):
+        for out, aligned, dropout in _fused_forms(descriptor):
+            yield configs.fused_linear(target, tokens, out, block_r, aligned, size, descriptor, dropout)
+
+    return tables
+
+
+def _one(table):
+    return lambda *arguments: [table(*arguments)]
+
+
+_TABLES = {
+    "down": _one(configs.down_projection),
+    "up": _one(configs.up_projection),
+    "grad_a": _one(configs.grad_a),
+    "experts_down": _one(configs.experts_down),
+    "experts_up": _one(configs.experts_up),
+    "experts_grad_a": _one(
+        lambda target, tokens, *rest: configs.experts_grad_a(target, 2**20 * tokens, *rest)
+    ),
+    "fused": _fused(False),
+    "fused_descriptor": _fused(True),
+    "embedding": _one(configs.embedding),
+}
+
+
+def configurations(kernel: str, target: str, block_r: int, itemsize: int) -> dict[configs.Config, bool]:
+    """All of a target -> whether one is the default of some call."""
+    found: dict[configs.Config, bool] = {}
+    for tokens in TOKENS:
+        for table in _TABLES[kernel](target, tokens, block_r, itemsize):
+            for place, config in enumerate(table):
+                found[config] = found.get(config, False) or not place
+    return found
+
+
+@contextmanager
+def emulated(target: str):
+    """The project's kernels are available for CPU tensors, planned for this target and emulated."""
+    modules = [
+        m for name, m in sys.modules.items() if name.startswith("mica.kernels") and hasattr(m, "target_of")
+    ]
+    kept = [(module, module.target_of) for module in modules]
+    why, call = runtime.why_unavailable, Plan.__call__
+
+    def recorded(plan, *tensors):
+        driver.given.append(tensors)
+        try:
+            call(plan, *tensors)
+        finally:
+            driver.given.pop()
+
+    try:
+        for module in modules:
+            module.target_of = lambda device: target
+        runtime.why_unavailable, Plan.__call__ = (lambda device: None), recorded
+        backend.forget_verdicts()
+        launching.forget()
+        with driver.installed(int(target[3:]), OUTPUTS, LEFT_AT_ZERO):
+            yield
+    finally:
+        for module, function in kept:
+            module.target_of = function
+        runtime.why_unavailable, Plan.__call__ = why, call
+        backend.forget_verdicts()
+        launching.forget()

@@ -1,0 +1,235 @@
+"""The emulator on small kernels: results that are known, and faulty launches that it must refuse.
+
+``python -m tests.emulator.self_checks 90`` prints {check: what is wrong, or ""} as JSON.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import sys
+
+import pytest
+import torch
+import triton
+
+from tests.emulator import small_kernels as kernels
+from tests.emulator.driver import given, installed, settings
+from tests.emulator.program import FaultError
+from tests.emulator.removal import removed
+
+OUTPUTS = ("out_ptr", "partial_ptr", "counter_ptr")
+ORDERS = ("forward", "backward", "random", "interleaved")
+I32, BF16, F16, F32 = torch.int32, torch.bfloat16, torch.float16, torch.float32
+
+
+def expect(actual, wanted, tolerance=0.0):
+    error = (actual.double() - wanted.double()).abs().max().item()
+    assert error <= tolerance, f"error {error}"
+
+
+def refuses(pattern, function):
+    with pytest.raises(FaultError, match=pattern):
+        function()
+
+
+def additions(capability):
+    for n, offset in ((1000, 0), (1000, 1), (5, 3)):
+        x, y, out = torch.randn(n + offset)[offset:], torch.randn(n), torch.zeros(n)
+        kernels.add[(triton.cdiv(n, 256),)](x, y, out, n, B=256)
+        expect(out, x + y)
+
+
+def sums(capability):
+    for dtype in (I32, F32):
+        for axis in (0, 1):
+            for warps in (1, 4):
+                x = torch.randint(-50, 50, (64, 32)).to(dtype)
+                out = torch.zeros(32 if axis == 0 else 64, dtype=dtype)
+                kernels.sums[(1,)](x, out, 64, 32, axis, num_warps=warps)
+                expect(out, x.sum(axis))
+
+
+def transpositions(capability):
+    for dtype in (F32, BF16, torch.int64):
+        x, out = torch.randint(-99, 99, (32, 64)).to(dtype), torch.zeros(64, 32, dtype=dtype)
+        kernels.transpose[(1,)](x, out, 32, 64)
+        expect(out, x.t())
+
+
+def product(a, b, block_m=64, precision="ieee", stages=3):
+    (m, k), n = a.shape, b.shape[1]
+    out, grid = torch.full((m, n), float("nan")), (triton.cdiv(m, block_m), triton.cdiv(n, 64))
+    strides = *a.stride(), *b.stride()
+    compiled = kernels.dot[grid](a, b, out, m, n, k, *strides, block_m, 64, 32, precision, stages)
+    return out, compiled
+
+
+def products(capability):
+    """mma.sync and wgmma, operands from registers and from shared memory, both ways round."""
+    kinds = [(BF16, "ieee", 2e-5), (F16, "ieee", 2e-5), (F32, "tf32", 5e-2), (F32, "tf32x3", 3e-5)]
+    for dtype, precision, tolerance in kinds:
+        m, n, k = (64, 64, 96) if dtype is BF16 else (33, 50, 77)
+        for transposed in (0, 1, 2, 3) if dtype is not F16 else (0,):
+            a = torch.randn(k, m).t() if transposed & 1 else torch.randn(m, k)
+            b = torch.randn(n, k).t() if transposed & 2 else torch.randn(k, n)
+            a, b = a.to(dtype), b.to(dtype)
+            for block_m, stages in ((32, 3), (64, 1), (64, 3)):
+                out, _ = product(a, b, block_m, precision, stages)
+                expect(out, a.double() @ b.double(), tolerance)
+
+
+def atomics(capability):
+    x = torch.randint(0, 9, (1000,), dtype=I32)
+    for settings.order in ORDERS[1:]:
+        counter, out = torch.zeros(1, dtype=I32), torch.zeros(4, dtype=I32)
+        kernels.count[(4,)](x, out, counter, 1000, B=256)
+        expect(counter, x.sum())
+        expect(out, torch.full((4,), 256))
+
+
+def integers(capability):
+    n = 256
+    x = torch.randint(-(2**31), 2**31 - 1, (n,), dtype=I32)
+    y = torch.randint(1, 1000, (n,), dtype=I32) * torch.randint(0, 2, (n,), dtype=I32).mul(2).sub(1)
+    out = torch.zeros(4, n, dtype=I32)
+    kernels.integers[(1,)](x, y, out, n, B=256)
+    a, b = x.long(), y.long()
+    quotient = torch.div(a, b, rounding_mode="trunc")
+    z = a % 2**32
+    z = (z ^ (z >> 16)) * 0x21F0AAAD % 2**32
+    wanted = torch.stack([quotient, a - quotient * b, z >> 1, torch.minimum(a, b) + (a * b >> 20)])
+    expect(out, (wanted + 2**31) % 2**32 - 2**31)
+
+
+def roundings(capability):
+    special = [0.0, -0.0, 1e-40, 3e38, 3.4e38, float("inf"), float("nan"), 65519.0, 65520.0, 1e-7, 6e-8]
+    rest = 256 - len(special)
+    x = torch.cat([torch.tensor(special), torch.randn(rest) * torch.logspace(-9, 9, rest)])
+    for dtype in (BF16, F16):
+        out = torch.zeros(256, dtype=dtype)
+        kernels.rounding[(1,)](x, out, B=256)
+        assert torch.equal(out.isnan(), x.isnan())
+        expect(out.nan_to_num(), x.to(dtype).nan_to_num())
+
+
+def branches(capability):
+    x = torch.randint(0, 50, (512,), dtype=I32)
+    for place in (5, 200, 511):
+        y, out, end = x.clone(), torch.zeros(2, dtype=I32), (place // 128 + 1) * 128
+        y[place] = 99
+        kernels.branch[(1,)](y, out, 512, B=128)
+        total = y[:end].sum()
+        expect(out, torch.stack([total if total % 2 == 0 else -total, torch.tensor(end)]))
+
+
+def split_sum(sem="acq_rel", barrier=True):
+    out, partial, counter = torch.zeros(256), torch.full((5, 256), float("nan")), torch.zeros(1, dtype=I32)
+    compiled = kernels.parts[(5,)](out, partial, counter, 5, 256, barrier, sem)
+    expect(out, 5 * torch.arange(256) + 10)
+    return compiled
+
+
+def split_sums(capability):
+    for settings.order in ORDERS:
+        for settings.seed in range(3):
+            split_sum()
+
+
+def refused_accesses(capability):
+    x, out = torch.randn(1000), torch.zeros(1000)
+    refuses("outside all tensors|is read", lambda: kernels.add[(4,)](x, x.clone()[:990], out, 1000, B=256))
+    refuses("is written", lambda: kernels.add[(4,)](x, x, out[:-4], 1000, B=256))
+    gaps = torch.randn(500, 3)
+    refuses("is read", lambda: kernels.add[(4,)](gaps[:, :2], x, out, 1000, B=256))
+    wide, x, out = torch.randn(2048), torch.randn(1024), torch.zeros(1024)
+    # shifted where Triton was told that 16 divides the address
+    compiled = kernels.add[(4,)](wide[:1024], x, out, 1024, B=256)
+    given.append((wide[1:1025], x, out))
+    addresses = [tensor.data_ptr() for tensor in given[-1]]
+    parts = 4, 1, 1, 0, compiled.function, None, None, None, None
+    refuses("not a multiple of 8", lambda: compiled.run(*parts, *addresses, 1024, 256))
+    given.clear()
+
+
+def refused_instructions(capability):
+    x = torch.zeros(256, dtype=BF16)
+    refuses("no arithmetic for bf16|unknown", lambda: kernels.halves[(1,)](x, x.clone(), 256))
+
+
+def refused_protocols(capability):
+    """A split sum without the order that it rests on."""
+    refuses("race in partial_ptr", lambda: split_sum("relaxed", False))
+    program = split_sum(barrier=False).function[0]
+    with removed(program, "bar.sync", range(9)):
+        refuses("race in (partial|shared)", split_sum_without_barrier)
+
+
+split_sum_without_barrier = functools.partial(split_sum, barrier=False)
+
+
+def refused_products(capability):
+    """A pipelined product with one synchronisation taken out."""
+    a, b = torch.randn(33, 96).bfloat16(), torch.randn(96, 50).bfloat16()
+    _, compiled = product(a, b)
+    taken = {"cp.async.wait_group": "being copied to", "bar.sync": "race"}
+    if capability >= 90:
+        taken |= {"wgmma.wait_group": "unwritten|read by a product", "wgmma.fence": "no wgmma.fence"}
+        taken |= {"fence.proxy.async": "no fence.proxy.async"}
+    for op, pattern in taken.items():
+        with removed(compiled.function[0], op, range(9)):
+            refuses(pattern, lambda: product(a, b))
+
+
+def boxes(capability):
+    """The copy engine: boxes that reach over the edge, and its barriers and fences taken out."""
+    if capability < 90:
+        return
+
+    def copied():
+        x, out = torch.randn(70, 72), torch.zeros(70, 72)
+        compiled = kernels.boxes[(3, 3)](x, out, 70, 72, 72, 32, 32)
+        expect(out, x + 1)
+        return compiled.function[0]
+
+    program = copied()
+    taken = {
+        "mbarrier.try_wait": "being copied to",
+        "mbarrier.arrive": "waits forever",
+        "fence.proxy.async": "no fence.proxy.async",
+        "fence.proxy.tensormap": "without an acquiring fence",
+        "cp.async.bulk.commit_group": "ends before a copy does",
+        "cp.async.bulk.wait_group": "ends before a copy does",
+    }
+    for op, pattern in taken.items():
+        with removed(program, op, range(9)):
+            refuses(pattern, copied)
+    shifted = torch.randn(70, 73)[:, 1:]
+    refuses("not aligned to 16", lambda: kernels.boxes[(3, 3)](shifted, shifted, 70, 72, 73, 32, 32))
+
+
+CHECKS = (
+    *(additions, sums, transpositions, products, atomics, integers, roundings, branches, split_sums, boxes),
+    *(refused_accesses, refused_instructions, refused_protocols, refused_products),
+)
+
+
+def outcome(check, capability) -> str:
+    torch.manual_seed(0)
+    settings.order, settings.seed = "forward", 0
+    try:
+        check(capability)
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+    return ""
+
+
+def main() -> None:
+    capability = int(sys.argv[1])
+    triton.set_allocator(lambda size, alignment, stream: None)
+    with installed(capability, OUTPUTS):
+        print(json.dumps({check.__name__: outcome(check, capability) for check in CHECKS}))
+
+
+if __name__ == "__main__":
+    main()

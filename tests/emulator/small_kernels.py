@@ -1,0 +1,123 @@
+"""Small kernels whose results are known, for the checks of the emulator itself."""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def add(x_ptr, y_ptr, out_ptr, n, B: tl.constexpr):
+    i = tl.program_id(0) * B + tl.arange(0, B)
+    mask = i < n
+    tl.store(out_ptr + i, tl.load(x_ptr + i, mask=mask) + tl.load(y_ptr + i, mask=mask), mask=mask)
+
+
+@triton.jit
+def sums(x_ptr, out_ptr, R: tl.constexpr, C: tl.constexpr, AXIS: tl.constexpr):
+    i, j = tl.arange(0, R)[:, None], tl.arange(0, C)[None, :]
+    total = tl.sum(tl.load(x_ptr + i * C + j), axis=AXIS)
+    tl.store(out_ptr + tl.arange(0, C if AXIS == 0 else R), total)
+
+
+@triton.jit
+def dot(
+    a_ptr, b_ptr, out_ptr, M, N, K, sam, sak, sbk, sbn,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    m, n, k = (
+        tl.program_id(0) * BM + tl.arange(0, BM),
+        tl.program_id(1) * BN + tl.arange(0, BN),
+        tl.arange(0, BK),
+    )
+    acc = tl.zeros((BM, BN), tl.float32)
+    for start in tl.range(0, K, BK, num_stages=STAGES):
+        kk = start + k
+        a = tl.load(
+            a_ptr + m[:, None] * sam + kk[None, :] * sak, mask=(m < M)[:, None] & (kk < K)[None, :], other=0.0
+        )
+        b = tl.load(
+            b_ptr + kk[:, None] * sbk + n[None, :] * sbn, mask=(kk < K)[:, None] & (n < N)[None, :], other=0.0
+        )
+        acc = tl.dot(a, b, acc, input_precision=PRECISION)
+    tl.store(out_ptr + m[:, None] * N + n[None, :], acc, mask=(m < M)[:, None] & (n < N)[None, :])
+
+
+@triton.jit
+def transpose(x_ptr, out_ptr, R: tl.constexpr, C: tl.constexpr):
+    i, j = tl.arange(0, R), tl.arange(0, C)
+    x = tl.load(x_ptr + i[:, None] * C + j[None, :])
+    tl.store(out_ptr + j[:, None] * R + i[None, :], tl.trans(x))
+
+
+@triton.jit
+def count(x_ptr, out_ptr, counter_ptr, n, B: tl.constexpr):
+    i = tl.program_id(0) * B + tl.arange(0, B)
+    total = tl.sum(tl.load(x_ptr + i, mask=i < n, other=0))
+    tl.atomic_add(counter_ptr, total, sem="acq_rel")
+    tl.atomic_add(out_ptr + i % 4, 1, sem="relaxed")
+
+
+@triton.jit
+def integers(x_ptr, y_ptr, out_ptr, n, B: tl.constexpr):
+    i = tl.arange(0, B)
+    x, y = tl.load(x_ptr + i), tl.load(y_ptr + i)
+    q, r = x // y, x % y
+    z = x.to(tl.uint32)
+    z ^= z >> 16
+    z *= 0x21F0AAAD
+    tl.store(out_ptr + i, q)
+    tl.store(out_ptr + n + i, r)
+    tl.store(out_ptr + 2 * n + i, (z >> 1).to(tl.int32))
+    tl.store(out_ptr + 3 * n + i, tl.minimum(x, y) + (x.to(tl.int64) * y.to(tl.int64) >> 20).to(tl.int32))
+
+
+@triton.jit
+def rounding(x_ptr, out_ptr, B: tl.constexpr):
+    i = tl.arange(0, B)
+    tl.store(out_ptr + i, tl.load(x_ptr + i).to(out_ptr.dtype.element_ty))
+
+
+@triton.jit
+def branch(x_ptr, out_ptr, n, B: tl.constexpr):
+    more, place, total = True, 0, 0
+    while more:
+        x = tl.load(x_ptr + place + tl.arange(0, B))
+        total += tl.sum(x)
+        place += B
+        more = (tl.max(x) < 90) & (place < n)
+    if total % 2 == 0:
+        tl.store(out_ptr, total)
+    else:
+        tl.store(out_ptr, -total)
+    tl.store(out_ptr + 1, place)
+
+
+@triton.jit
+def parts(
+    out_ptr, partial_ptr, counter_ptr, splits, B: tl.constexpr, BARRIER: tl.constexpr, SEM: tl.constexpr
+):
+    """The protocol of `split_sum`; without its barrier, or relaxed, it is wrong."""
+    i, split = tl.arange(0, B), tl.program_id(0)
+    tl.store(partial_ptr + split * B + i, (i + split).to(tl.float32))
+    if BARRIER:
+        tl.debug_barrier()
+    if tl.atomic_add(counter_ptr, 1, sem=SEM) == splits - 1:
+        total = tl.zeros((B,), tl.float32)
+        for s in range(splits):
+            total += tl.load(partial_ptr + s * B + i, cache_modifier=".cg")
+        tl.store(out_ptr + i, total)
+
+
+@triton.jit
+def halves(x_ptr, out_ptr, B: tl.constexpr):
+    """Arithmetic in bf16, which no kernel here has, and the emulator has not."""
+    i = tl.arange(0, B)
+    tl.store(out_ptr + i, tl.load(x_ptr + i) + 1)
+
+
+@triton.jit
+def boxes(x_ptr, out_ptr, m, n, stride, BM: tl.constexpr, BN: tl.constexpr):
+    """out = x + 1 by the copy engine."""
+    x = tl.make_tensor_descriptor(x_ptr, [m, n], [stride, 1], [BM, BN])
+    out = tl.make_tensor_descriptor(out_ptr, [m, n], [n, 1], [BM, BN])
+    place = [tl.program_id(0) * BM, tl.program_id(1) * BN]
+    out.store(place, x.load(place) + 1)
