@@ -135,7 +135,9 @@ def _path(layer, outermost) -> tuple[str, str]:
     reason = _reason(layer, outermost)
     if reason:
         return PEFT, reason
-    called = None if of_stack or isinstance(layer, lora.Embedding) else why_called(layer)
+    if isinstance(layer, lora.Embedding):
+        return REFERENCE, "embeddings have no kernels"
+    called = None if of_stack else why_called(layer)
     reasons = [f"base layer called: {called}"] if called else []
     for name in adapters_of(layer):
         lora_A, lora_B = adapter_weights(layer, name)
