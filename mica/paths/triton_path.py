@@ -196,7 +196,9 @@ def down_projection_backward(
     seed = seed if dropout_p else None
     if x is not None:
         # scaled before it is rounded to the dtype of A
-        grad_A = (grad_a(grad_h, x, seed, rank=lora_A.shape[0], dropout_p=dropout_p) * scaling).to(lora_A.dtype)
+        grad_A = (grad_a(grad_h, x, seed, rank=lora_A.shape[0], dropout_p=dropout_p) * scaling).to(
+            lora_A.dtype
+        )
     if needs_x and dropout_p:
         grad_x = grad_h.new_zeros(len(grad_h), lora_A.shape[1])
         operand = as_operand(lora_A, grad_h.shape[0], grad_h.dtype)
