@@ -16,7 +16,7 @@ BACKENDS = ("auto", "triton", "reference")
 
 
 class Refused(NamedTuple):
-    """What runs on the reference from some call on: a function of `mica.paths.triton_path` with such operands."""
+    """What runs on the reference from some call on: a function of `mica.paths.triton_path`, its operands."""
 
     device: torch.device
     function: str

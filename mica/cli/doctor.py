@@ -185,7 +185,7 @@ def _bypassing(report: dict) -> list[dict]:
 
 
 def _caches() -> dict:
-    """The initialisation cache's folder (None: off), is_writable, distrusted (why it is not used, or None)."""
+    """The initialisation cache's folder (None: off), is_writable, distrusted (why it is not used) or None."""
     from mica.subspace.cache import default_cache, distrusted
 
     cache = default_cache()

@@ -37,7 +37,7 @@ _force_plain = contextvars.ContextVar("mica_force_plain", default=False)
 
 
 def compute(name: str, tensor: Tensor, rank: int, dtypes: tuple, *args):
-    """Call ``name`` of `mica.paths.triton_path` where kernels run for these operands, else of `mica.reference`.
+    """Call ``name`` of `mica.paths.triton_path` where kernels run for them, else of `mica.reference`.
 
     A name that begins with "experts_" is of `mica.reference_experts`.
     """

@@ -1,6 +1,6 @@
 """The low-rank term of an embedding: `mica_embedding`, and what `mica.fast` calls without its checks.
 
-In PyTorch's form on every device: a few rows of A are gathered, and there is no base product to save a pass over.
+In PyTorch's form on every device: it gathers a few columns of A, and has no base product to be fused with.
 """
 
 from __future__ import annotations

@@ -4,13 +4,12 @@ from tests.support.mutants.edits import FileEdits
 
 OPERATORS = [
     FileEdits(
-        "mica/kernel_path.py",
+        "mica/paths/triton_path.py",
         tests=[
-            "tests/mica/test_kernel_operands.py",
-            "tests/mica/test_kernel_plans.py",
-            "tests/mica/test_kernel_path.py",
+            "tests/mica/paths/test_triton_path_operands.py",
+            "tests/mica/paths/test_triton_path_plans.py",
+            "tests/mica/paths/test_triton_path.py",
             "tests/mica/ops/test_factors.py",
-            "tests/mica/ops/test_group.py",
             "tests/mica/ops/test_dispatch.py",
         ],
         edits={
@@ -21,42 +20,37 @@ OPERATORS = [
                 ("num_tokens < MANY_TOKENS or", ""),
                 ("or lora_A.dtype.itemsize <= dtype.itemsize", ""),
             ],
-            "planned_linear": [
-                (".to(dtype) if rounded else lora_A", ""),
-                ("x), layout(lora_A", "lora_A"),
-                ("lora_A), layout(lora_B", "lora_B"),
-                ("layout(lora_B), scaling", "scaling"),
-                ("scaling, compute_dtype, fp32_setting", "compute_dtype, fp32_setting"),
-                ("scaling, compute_dtype, fp32_setting", "scaling, fp32_setting"),
-                ("compute_dtype, fp32_setting()", "compute_dtype"),
+            "linear": [
+                ("as_operand(lora_A, x.shape[0], dtype)", "lora_A"),
+                ("layout(x), layout(lora_A)", "layout(lora_A)"),
+                ("layout(lora_A), lora_B", "lora_B"),
+                ("layout(lora_A), lora_B.shape[0],", "layout(lora_A),"),
+                ("lora_B.shape[0], scaling,", "lora_B.shape[0],"),
+                ("scaling, dtype, dropout_p, fp32", "scaling, dropout_p, fp32"),
+                ("scaling, dtype, dropout_p, fp32", "scaling, dtype, fp32"),
+                ("dropout_p, fp32_setting()", "dropout_p"),
+                ("seed if dropout_p else None", "None"),
             ],
-            "_planned_backward": [
-                (".to(dtype) if rounded else lora_A", ""),
-                ("dy), layout(x", "x"),
-                ("x), layout(lora_A", "x"),
-                ("tensors, scaling, dtype", "tensors, dtype"),
-                ("scaling, dtype, fp32_setting", "scaling, fp32_setting"),
-                ("scaling, dtype, fp32_setting()", "scaling, dtype"),
+            "linear_backward": [
+                ("as_operand(lora_A, g.shape[0], compute_dtype)", "lora_A"),
+                ("layout(grad_output), layout(x)", "layout(x)"),
+                ("layout(x), layout(lora_A)", "layout(x)"),
+                ("layout(lora_A), scaling, compute_dtype", "layout(lora_A), compute_dtype"),
+                ("scaling, compute_dtype, dropout_p, fp32", "scaling, dropout_p, fp32"),
+                ("dropout_p, fp32_setting()", "dropout_p"),
+                ("shaped | dropped, dropped", "shaped, dropped"),
+                ("shaped | dropped, dropped", "shaped | dropped, {}"),
+                ("None, seed, dropout_p)", "None)"),
             ],
-            "linear_group": [
-                ("as_operand(_stacked(lora_As, scalings), len(x), dtype", "_stacked(lora_As, scalings"),
-                ("_stacked(lora_As, scalings)", "_stacked(lora_As)"),
-            ],
-            "linear_group_backward": [
-                ("as_operand(_stacked(lora_As), len(g), compute_dtype", "_stacked(lora_As"),
-                ("in others", "in others[1:]"),
-            ],
+            "_form": [('form == "aten" and backend.requested() == "triton"', "False")],
+            "_fused": [("and why_not_descriptor(x, w, target_of(x.device)) is None", "")],
             "down_projection_backward": [
-                ("as_operand(lora_A, len(grad_h), grad_h.dtype)", "lora_A"),
-                ('"dropout_p": dropout_p, "seed": seed', ""),
-                ("0], **options) * scaling", "0], **options)"),
+                ("as_operand(lora_A, grad_h.shape[0], grad_h.dtype)", "lora_A"),
+                ("seed, scale=scaling, dropout_p=dropout_p)", "seed, scale=scaling)"),
+                (", dropout_p=dropout_p) * scaling", ", dropout_p=dropout_p)"),
             ],
-            "down_projection": [("as_operand(lora_A, len(x), compute_dtype)", "lora_A")],
-            "choose_form": [('backend.requested() == "auto"', "True")],
-            "linear_backward": [('"dropout_p": dropout_p, "seed": seed', "")],
-            "embedding_backward": [("padding_idx=padding_idx,", "")],
+            "down_projection": [("as_operand(lora_A, x.shape[0], compute_dtype)", "lora_A")],
             "up_projection": [("y.new_empty(y.shape)", "y"), ("y.new_empty(y.shape)", "torch.empty_like(y)")],
-            "_stacked": [("F.pad(A, (0, 0, 0, rows)) if rows else", "")],
         },
     ),
     FileEdits(
@@ -79,7 +73,7 @@ OPERATORS = [
         tests=[
             "tests/mica/ops/test_linear.py",
             "tests/mica/fast/test_changes.py",
-            "tests/mica/test_kernel_path.py",
+            "tests/mica/paths/test_triton_path.py",
         ],
         edits={
             "_MicaLinear.forward": [("if needs_x else None", "")],
@@ -91,8 +85,8 @@ OPERATORS = [
         tests=[
             "tests/mica/ops/test_dispatch.py",
             "tests/mica/ops/test_linear.py",
-            "tests/mica/test_kernel_path.py",
-            "tests/mica/test_kernel_plans.py",
+            "tests/mica/paths/test_triton_path.py",
+            "tests/mica/paths/test_triton_path_plans.py",
         ],
         edits={
             "compute": [
