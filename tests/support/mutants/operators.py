@@ -124,27 +124,9 @@ OPERATORS = [
         },
     ),
     FileEdits(
-        "mica/ops/group.py",
-        tests=["tests/mica/ops/test_group.py", "tests/mica/fast/test_grouping_checkpointing.py"],
-        edits={
-            "_saved_alone": [
-                ("if lora_A.requires_grad else None", ""),
-                ("if x.requires_grad else None", ""),
-            ],
-            "_LinearGroup.backward": [("[ctx.scalings[i] for i in used", "ctx.scalings[: len(used)")],
-            "_Follower.forward": [("return y.detach()", "return y")],
-            "_LinearGroup.forward": [("if ctx.needs_x else []", "")],
-        },
-    ),
-    FileEdits(
         "mica/reference.py",
-        tests=["tests/mica/test_reference.py", "tests/mica/ops/test_group.py"],
+        tests=["tests/mica/test_reference.py"],
         edits={
-            "linear_group_backward": [
-                ("used_pairs(grad_outputs, weights)", "used_pairs(grad_outputs[:2], weights[:2])"),
-                ("product_dtype(used, (*lora_As, *lora_Bs), compute_dtype)", "compute_dtype"),
-            ],
-            "stacked": [("if s == 1.0 else A * s", "")],
             "_scaled_product": [("dtype))).mul_(scaling", "dtype))")],
             "linear_backward": [
                 ("g.mul_(scaling)", "pass"),
@@ -163,9 +145,6 @@ OPERATORS = [
                 ("dtype != torch.float16 and", ""),
                 ("frexp(scaling)[0] in (0.5, -0.5)", "True"),
                 ("frexp(scaling)[0] in (0.5, -0.5)", "False"),
-            ],
-            "linear_group": [
-                ("product_dtype(x, (*lora_As, *lora_Bs), compute_dtype or x.dtype)", "compute_dtype"),
             ],
             "dropout_keep": [("arange(first_row, first_row +", "arange(0,")],
             "grad_a": [
