@@ -135,14 +135,12 @@ def ceil_div(a: int, b: int) -> int:
 
 @functools.cache
 def target_of(device: torch.device) -> str:
-    """The compilation target of a device: "sm_90", "gfx942", … The interpreter stands in for "sm_90".
+    """The compilation target of a device: "sm_90", … The interpreter stands in for "sm_90".
 
     Cached by the device's index, which refers to one device for the life of the process.
     """
     if device.type != "cuda" or INTERPRETED.value:
         return "sm_90"
-    if torch.version.hip is not None:
-        return torch.cuda.get_device_properties(device).gcnArchName.split(":")[0]
     major, minor = torch.cuda.get_device_capability(device)
     return f"sm_{major}{minor}"
 
@@ -151,13 +149,13 @@ def target_of(device: torch.device) -> str:
 raw_stream = getattr(torch._C, "_cuda_getCurrentRawStream", None)
 
 
-def precision(dtype: torch.dtype, target: str) -> str:
+def precision(dtype: torch.dtype) -> str:
     """How kernels multiply numbers of a dtype: fp32 as torch would, `torch.set_float32_matmul_precision`.
 
-    Where torch demands full fp32 ("highest"): three TF32 products on NVIDIA, whose error is
-    fp32's and which tensor cores run; AMD's have fp32 itself (and Triton no tf32x3 there).
+    Where torch demands full fp32 ("highest"): three TF32 products, whose error is fp32's and which tensor
+    cores run.
     """
-    if dtype != torch.float32 or not target.startswith("sm_"):
+    if dtype != torch.float32:
         return "ieee"  # 16-bit products are exact anyway
     return "tf32" if fp32_setting() == "tf32" else "tf32x3"
 

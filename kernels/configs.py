@@ -1,8 +1,8 @@
 """Launch configurations: at most three per kernel and target, chosen by shape, the first one by default.
 
 All of them are compiled ahead of time for every target by `make static`. None has been timed: they follow
-from the arithmetic of `bench.model.roofline` and from what compiles without spills. `mica.kernels.tuning`
-measures them if it is switched on. Block sizes along the rank are `padded_rank`, not part of a configuration.
+from the arithmetic of `bench.model.roofline` and from what compiles without spills. Block sizes along the
+rank are `padded_rank`, not part of a configuration. `FORMS` says which kernels a layer's formula consists of.
 """
 
 from __future__ import annotations
@@ -10,17 +10,16 @@ from __future__ import annotations
 import functools
 from typing import NamedTuple
 
-# Shared memory per program in bytes: NVIDIA's limit per block less what the driver reserves; AMD's LDS.
+# Shared memory per program in bytes: the limit per block less what the driver reserves.
 SHARED_MEMORY = {
     "sm_80": 163 * 1024,
     "sm_89": 99 * 1024,
     "sm_90": 227 * 1024,
     "sm_100": 227 * 1024,
     "sm_120": 99 * 1024,
-    "gfx942": 64 * 1024,
 }
-# Programs that keep every multiprocessor of a large GPU busy (132 on an H100, 304 CUs on an MI300X). A
-# constant, not the device's own number: splits depend on shapes only, and so do results.
+# Programs that keep every multiprocessor of a large GPU busy (132 on an H100). A constant, not the
+# device's own number: splits depend on shapes only, and so do results.
 PROGRAMS = 264
 MANY_TOKENS = 8192  # more than any configuration asks for
 # Their tensor cores read from shared memory and multiply for four warps: registers suffice for larger tiles.
@@ -37,8 +36,30 @@ class Config(NamedTuple):
     num_stages: int
 
 
-def _is_amd(target: str) -> bool:
-    return not target.startswith("sm_")
+class Forms(NamedTuple):
+    """What `mica.paths.triton_path` runs from so many tokens on, up to such a rank: one of four words each.
+
+    split       the skinny product, then the base product by the vendor's library, then an update in place
+    fused       base product and update in one kernel, by pointers
+    descriptor  the same, persistent and with tensor descriptors, where the operands allow them; else fused
+    aten        none of these kernels: PyTorch's own operators
+    """
+
+    tokens: int
+    rank: int
+    forward: str
+    backward: str
+
+
+# By the name of the device what was fastest there: the first row that fits. ``make gpu`` prints its own rows.
+FORMS: dict[str, tuple[Forms, ...]] = {}
+UNMEASURED = Forms(0, 256, "split", "split")
+
+
+def forms_of(name: str, tokens: int, rank: int) -> Forms:
+    """``name``: `torch.cuda.get_device_name` of the device."""
+    rows = FORMS.get(name, ())
+    return next((row for row in rows if tokens >= row.tokens and rank <= row.rank), UNMEASURED)
 
 
 def rank_at_a_time(itemsize: int) -> int:
@@ -48,10 +69,8 @@ def rank_at_a_time(itemsize: int) -> int:
 
 def _fits(config: Config, bytes_per_stage: int, target: str) -> Config:
     """The configuration with as many stages as the shared memory of the target holds (90 % of it)."""
-    smallest = SHARED_MEMORY["gfx942" if _is_amd(target) else "sm_89"]  # for targets not in the table
-    limit = SHARED_MEMORY.get(target, smallest) * 9 // 10
-    stages = min(config.num_stages, 2 if _is_amd(target) else config.num_stages)
-    return config._replace(num_stages=max(1, min(stages, limit // bytes_per_stage)))
+    limit = SHARED_MEMORY.get(target, min(SHARED_MEMORY.values())) * 9 // 10
+    return config._replace(num_stages=max(1, min(config.num_stages, limit // bytes_per_stage)))
 
 
 # Pure functions of their arguments, so cached results cannot become wrong.
@@ -128,7 +147,7 @@ def experts_up(target: str, rows_each: int, block_r: int, itemsize: int) -> tupl
     table = up_projection(target, 1 if rows_each <= FEW_ROWS else MANY_TOKENS, block_r, itemsize)
     if target == "sm_100":
         return tuple(c for c in table if c.block_n > 64)
-    if target in _HOPPER_ON or _is_amd(target):
+    if target in _HOPPER_ON:
         return table
     if itemsize == 4:
         return tuple(c._replace(block_k=min(c.block_k, 16)) if c.block_m > 16 else c for c in table)
@@ -139,15 +158,6 @@ def experts_up(target: str, rows_each: int, block_r: int, itemsize: int) -> tupl
 def experts_grad_a(target: str, columns: int, block_r: int, itemsize: int) -> tuple[Config, ...]:
     """`grad_a`'s tiles: wide ones where the ``columns`` of all experts together give enough programs."""
     return grad_a(target, MANY_TOKENS if columns >= 128 * PROGRAMS else 1, block_r, itemsize)
-
-
-@functools.lru_cache(maxsize=1024)
-def embedding(target: str, num_tokens: int, block_r: int, itemsize: int) -> tuple[Config, ...]:
-    """For s·A[:, indices]ᵀ Bᵀ: block_m tokens are gathered once, their output is written block by block."""
-    row_bytes = block_r * itemsize
-    if row_bytes <= 256:
-        return (Config(32, 128, 0, 4, 1),)
-    return (Config(32 if row_bytes <= 512 else 16, 64, 0, 8, 1),)
 
 
 @functools.lru_cache(maxsize=1024)

@@ -2,35 +2,33 @@
 
 Forward: w = Wᵀ, P = Bᵀ; backward: x = dy, w = W, h = g, P = A, with dropout's mask on the low-rank term. The
 fewest bytes of all forms (y is written once and never read), but the base product is Triton's instead of
-cuBLAS's: it pays only if that is at most 2 to 5 % slower, so only a measurement on the device selects it. One
+cuBLAS's: it pays only if that is at most 2 to 5 % slower, so it runs only where `configs.FORMS` says so. One
 rounding where the others have two. Formulas: `mica.reference.linear` and `mica.reference.grad_x`.
 """
 
 from __future__ import annotations
 
 import contextvars
-import functools
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from mica.kernels import checks, configs, limits, tuning
+from mica.kernels import configs
 from mica.kernels.common import (
     TRITON_DTYPES,
     cast,
     ceil_div,
     dot,
     dropout_keep,
-    fp32_setting,
     keep_threshold,
     padded_rank,
     precision,
     target_of,
     wide_product,
 )
-from mica.kernels.launching import Choice, Launch, Plan, Plans, layout, strides
+from mica.kernels.launching import Launch, Plan, Planned, launcher, strides
 
 GROUP_M = 8  # rows of tiles that are processed together: their part of w stays in the L2 cache
 
@@ -51,17 +49,16 @@ def _low_rank(
     h_ptr, p_ptr, bias_ptr, seed_ptr, rows, columns, num_tokens, out_features,
     stride_hm, stride_hr, stride_pr, stride_pn, scale, threshold,
     H_RANK: tl.constexpr, P_RANK: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_L: tl.constexpr,
-    EVEN_N: tl.constexpr, BIAS: tl.constexpr, DROPOUT: tl.constexpr, LOW: tl.constexpr,
-    PRECISION: tl.constexpr,
+    EVEN_N: tl.constexpr, LOW: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """The tile that the main loop starts from: bias + scale·keep⊙(h P)."""
     acc = wide_product(
         h_ptr, p_ptr, rows, columns, num_tokens, out_features, stride_hm, stride_hr, stride_pr, stride_pn,
         H_RANK, P_RANK, BLOCK_R, BLOCK_L, EVEN_N, LOW, PRECISION,
     ) * scale  # fmt: skip
-    if DROPOUT:
+    if seed_ptr is not None:
         acc = tl.where(dropout_keep(tl.load(seed_ptr), rows, columns, threshold), acc, 0.0)
-    if BIAS:
+    if bias_ptr is not None:
         bias = tl.load(bias_ptr + columns, mask=columns < out_features, other=0.0)
         acc += bias.to(tl.float32)[None, :]
     return acc
@@ -73,9 +70,9 @@ def _fused_linear_kernel(
     w_ptr,  # (K, N)
     h_ptr,  # (M, H_RANK columns)
     p_ptr,  # (P_RANK, N)
-    bias_ptr,  # (N)
     out_ptr,  # (M, N), contiguous
-    seed_ptr,  # (1) int64
+    bias_ptr,  # (N), or None
+    seed_ptr,  # (1) int64; None: no dropout
     num_tokens,
     in_features,
     out_features,
@@ -99,8 +96,6 @@ def _fused_linear_kernel(
     GROUP: tl.constexpr,
     EVEN_K: tl.constexpr,
     EVEN_N: tl.constexpr,
-    BIAS: tl.constexpr,
-    DROPOUT: tl.constexpr,
     LOW: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
@@ -110,7 +105,7 @@ def _fused_linear_kernel(
     acc = _low_rank(
         h_ptr, p_ptr, bias_ptr, seed_ptr, rows, columns, num_tokens, out_features,
         stride_hm, stride_hr, stride_pr, stride_pn, scale, threshold,
-        H_RANK, P_RANK, BLOCK_R, BLOCK_L, EVEN_N, BIAS, DROPOUT, LOW, PRECISION,
+        H_RANK, P_RANK, BLOCK_R, BLOCK_L, EVEN_N, LOW, PRECISION,
     )  # fmt: skip
     inner = tl.arange(0, BLOCK_K)
     x_ptrs = x_ptr + rows.to(tl.int64)[:, None] * stride_xm + inner.to(tl.int64)[None, :] * stride_xk
@@ -139,18 +134,20 @@ def _fused_linear_kernel(
 
 @triton.jit(do_not_specialize=["num_tokens", "threshold"])
 def _fused_linear_descriptor_kernel(
-    x_ptr,  # (M, K), rows of stride_x numbers
-    w_ptr,  # (N, K) if TRANSPOSED, else (K, N); rows of stride_w numbers
+    x_ptr,  # (M, K)
+    w_ptr,  # (K, N); the transposed of contiguous rows if TRANSPOSED
     h_ptr,
     p_ptr,
-    bias_ptr,
     out_ptr,  # (M, N), contiguous
+    bias_ptr,
     seed_ptr,
     num_tokens,
     in_features,
     out_features,
-    stride_x,
-    stride_w,
+    stride_xm,
+    stride_xk,
+    stride_wk,
+    stride_wn,
     stride_hm,
     stride_hr,
     stride_pr,
@@ -167,20 +164,18 @@ def _fused_linear_descriptor_kernel(
     GROUP: tl.constexpr,
     TRANSPOSED: tl.constexpr,
     EVEN_N: tl.constexpr,
-    BIAS: tl.constexpr,
-    DROPOUT: tl.constexpr,
     LOW: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """The same by the copy engine: one program per multiprocessor loops over the tiles."""
-    x_desc = tl.make_tensor_descriptor(x_ptr, [num_tokens, in_features], [stride_x, 1], [BLOCK_M, BLOCK_K])
+    x_desc = tl.make_tensor_descriptor(x_ptr, [num_tokens, in_features], [stride_xm, 1], [BLOCK_M, BLOCK_K])
     if TRANSPOSED:
         w_desc = tl.make_tensor_descriptor(
-            w_ptr, [out_features, in_features], [stride_w, 1], [BLOCK_N, BLOCK_K]
+            w_ptr, [out_features, in_features], [stride_wn, 1], [BLOCK_N, BLOCK_K]
         )
     else:
         w_desc = tl.make_tensor_descriptor(
-            w_ptr, [in_features, out_features], [stride_w, 1], [BLOCK_K, BLOCK_N]
+            w_ptr, [in_features, out_features], [stride_wk, 1], [BLOCK_K, BLOCK_N]
         )
     out_desc = tl.make_tensor_descriptor(
         out_ptr, [num_tokens, out_features], [out_features, 1], [BLOCK_M, BLOCK_N]
@@ -193,7 +188,7 @@ def _fused_linear_descriptor_kernel(
             h_ptr, p_ptr, bias_ptr, seed_ptr,
             row + tl.arange(0, BLOCK_M), column + tl.arange(0, BLOCK_N), num_tokens, out_features,
             stride_hm, stride_hr, stride_pr, stride_pn, scale, threshold,
-            H_RANK, P_RANK, BLOCK_R, BLOCK_L, EVEN_N, BIAS, DROPOUT, LOW, PRECISION,
+            H_RANK, P_RANK, BLOCK_R, BLOCK_L, EVEN_N, LOW, PRECISION,
         )  # fmt: skip
         for start in range(0, in_features, BLOCK_K):
             x = x_desc.load([row, start])  # elements outside the matrix are 0
@@ -207,7 +202,7 @@ def _fused_linear_descriptor_kernel(
 
 def why_not_descriptor(x: Tensor, w: Tensor, target: str) -> str | None:
     """None if the form with tensor descriptors can run, else the reason in words. w is (K, N)."""
-    if not target.startswith("sm_") or int(target[3:]) < 90:
+    if int(target[3:]) < 90:
         return f"{target} has no copy engine for tiles"
     for name, matrix in (("x", x), ("w", w if w.stride(1) == 1 else w.t())):
         row_bytes = matrix.stride(0) * matrix.element_size()
@@ -218,97 +213,6 @@ def why_not_descriptor(x: Tensor, w: Tensor, target: str) -> str | None:
     return None
 
 
-def plan_fused_linear(
-    x: Tensor,
-    w: Tensor,
-    h: Tensor,
-    factor: Tensor,
-    *,
-    bias: Tensor | None = None,
-    dropout_p: float = 0.0,
-    seed: Tensor | None = None,
-    descriptor: bool = False,
-    config: configs.Config | None = None,
-    target: str | None = None,
-) -> Choice:
-    """The launches that `fused_linear` chooses from; ``target`` overrides the device's."""
-    for name, tensor in (("x", x), ("w", w), ("h", h), ("factor", factor)):
-        checks.matrix(name, tensor)
-    (num_tokens, in_features), out_features = x.shape, w.shape[1]
-    limits.same_device(x=x, w=w, h=h, factor=factor, bias=bias)
-    checks.contracted("x", x, 1, "w", w, 0)
-    checks.contracted("x", x, 0, "h", h, 0)
-    checks.contracted("w", w, 1, "factor", factor, 1)
-    checks.same_dtype("x", x, "w", w)
-    checks.rank("factor", factor.shape[0])
-    checks.ranks_fit(h, factor)
-    limits.dropout(dropout_p, seed)
-    if bias is not None:
-        checks.matrix("bias", bias, dims=1)
-        checks.shape("bias", bias, (out_features,), "(out_features,)")
-    target = target or target_of(x.device)
-    reason = why_not_descriptor(x, w, target) if descriptor else None
-    if reason:
-        raise ValueError(f"descriptor=True is not possible: {reason}.")
-    block_r, transposed = padded_rank(factor.shape[0]), w.stride(1) != 1
-
-    def plan(config: configs.Config) -> Plan:
-        tiles = ceil_div(num_tokens, config.block_m) * ceil_div(out_features, config.block_n)
-        numbers = {"num_tokens": num_tokens, "in_features": in_features, "out_features": out_features}
-        if descriptor:
-            grid = min(tiles, _multiprocessors(x.device))
-            numbers |= {"stride_x": x.stride(0), "stride_w": w.stride(1) if transposed else w.stride(0)}
-            form = {"TRANSPOSED": transposed}
-        else:
-            grid = tiles
-            numbers |= strides(xm_xk=x, wk_wn=w)
-            form = {"EVEN_K": in_features % config.block_k == 0}
-        numbers |= strides(hm_hr=h, pr_pn=factor)
-        numbers |= {"scale": 1.0 / (1.0 - dropout_p), "threshold": keep_threshold(dropout_p)}
-        meta = {
-            "H_RANK": h.shape[1],
-            "P_RANK": factor.shape[0],
-            "BLOCK_M": config.block_m,
-            "BLOCK_N": config.block_n,
-            "BLOCK_K": config.block_k,
-            "BLOCK_R": block_r,
-            "BLOCK_L": min(configs.rank_at_a_time(h.element_size()), block_r),
-            "GROUP": GROUP_M,
-            "EVEN_N": out_features % config.block_n == 0,
-            "BIAS": bias is not None,
-            "DROPOUT": dropout_p > 0,
-            "LOW": TRITON_DTYPES[h.dtype],
-            "PRECISION": precision(torch.promote_types(x.dtype, h.dtype), target),
-        }
-        kernel = _fused_linear_descriptor_kernel if descriptor else _fused_linear_kernel
-        kind, shape = _DescriptorPlan if descriptor else Plan, (num_tokens, out_features)
-        return kind(kernel, (grid, 1), numbers, meta | form, config, shape, x.dtype)
-
-    sizes = (tuning.bucket(num_tokens), in_features, out_features)
-    kind = (block_r, _is_aligned(x, w), x.element_size(), descriptor, dropout_p > 0)
-    operands = {"x": x, "w": w, "h": h, "factor": factor, "bias": bias}
-    return Choice(
-        "fused_linear",
-        x.device,
-        (*sizes, factor.shape[0], x.dtype, h.dtype, dropout_p > 0, w.stride(0) == 1, descriptor),
-        (config,) if config else configs.fused_linear(target, num_tokens, out_features, *kind),
-        plan,
-        functools.partial(_operands, seed=seed if dropout_p > 0 else None, **operands),
-    )
-
-
-def _operands(
-    plan: Plan, x: Tensor, w: Tensor, h: Tensor, factor: Tensor, bias: Tensor | None, seed: Tensor | None
-) -> tuple[Tensor, tuple[Tensor, ...]]:
-    rows, columns = plan.shape
-    out = x.new_empty(rows, columns)
-    bias, seed = x if bias is None else bias.contiguous(), x if seed is None else seed
-    return out, (x, w, h, factor, bias, out, seed)
-
-
-_plans = Plans()
-
-
 def _is_aligned(*matrices: Tensor) -> bool:
     """Whether every line in memory starts at a multiple of 16 bytes, so that loads can be 128 bits wide."""
     return all(
@@ -317,7 +221,8 @@ def _is_aligned(*matrices: Tensor) -> bool:
 
 
 def _multiprocessors(device: torch.device) -> int:
-    """How many programs of the persistent form run at a time. Which one computes a tile changes no bit."""
+    """How many programs of the persistent form run at a time. The result does not depend on which one
+    computes a tile."""
     if device.type != "cuda":
         return 4
     return torch.cuda.get_device_properties(device).multi_processor_count
@@ -331,29 +236,38 @@ def _with_scratch(launch, *args):
 
 # Triton's allocator is a variable of the context, perhaps set by the user: ours is set in a copy of that.
 class _DescriptorLaunch(Launch):
-    def alone(self):
-        return contextvars.copy_context().run(_with_scratch, super().alone)
+    def __call__(self):
+        return contextvars.copy_context().run(_with_scratch, super().__call__)
 
 
 class _DescriptorPlan(Plan):
     launch_class = _DescriptorLaunch
 
-    def __call__(self, *tensors: Tensor) -> None:
+    def __call__(self, *tensors: Tensor | None) -> None:
         contextvars.copy_context().run(_with_scratch, super().__call__, *tensors)
 
 
+def _run(launch, plan, x, w, h, factor, bias=None, seed=None):
+    if isinstance(plan, _DescriptorPlan) and (x.data_ptr() % 16 or w.data_ptr() % 16):
+        raise ValueError("descriptor=True is not possible: x or w is not aligned to 16 bytes.")
+    out = x.new_empty(*plan.shape)
+    launch(x, w, h, factor, out, bias if bias is None else bias.contiguous(), seed)
+    return out
+
+
+@launcher(_run)
 def fused_linear(
     x: Tensor,
     w: Tensor,
     h: Tensor,
     factor: Tensor,
-    *,
     bias: Tensor | None = None,
-    dropout_p: float = 0.0,
     seed: Tensor | None = None,
+    *,
+    dropout_p: float = 0.0,
     descriptor: bool = False,
-    config: configs.Config | None = None,
-) -> Tensor:
+    target: str | None = None,
+) -> Planned:
     """x w + bias + keep⊙(h factor) / (1 − p), all of it summed in fp32 and rounded once.
 
     Args:
@@ -363,35 +277,54 @@ def fused_linear(
         h: (num_tokens, rank) or as wide as `padded_columns(rank)`; its dtype is that of the low-rank product.
         factor: (rank, out_features), any strides; its rows may be padded.
         bias: (out_features).
-        dropout_p, seed: zero the elements of the low-rank term that dropout dropped.
+        seed, dropout_p: zero the elements of the low-rank term that dropout dropped.
         descriptor: the persistent form by tensor descriptors; see `why_not_descriptor`.
-        config: a launch configuration; default the first of `configs.fused_linear`.
+        target: to plan for; default the device's.
 
     Returns:
         (num_tokens, out_features) in the dtype of x, contiguous.
 
     Raises:
-        ValueError, TypeError: an argument that is not as above.
+        ValueError: descriptors are not possible.
         LaunchError: no configuration can be launched here.
     """
-    key = (
-        tuning.state(),
-        layout(x),
-        layout(w),
-        layout(h),
-        layout(factor),
-        layout(bias),
-        dropout_p,
-        layout(seed) if dropout_p else None,
-        descriptor and (x.data_ptr() % 16, w.data_ptr() % 16),
-        config,
-        fp32_setting() if torch.float32 in (x.dtype, h.dtype) else None,
-    )
-    plan = _plans.get(key)
-    if plan is None:
-        options = {"bias": bias, "dropout_p": dropout_p, "seed": seed}
-        options |= {"descriptor": descriptor, "config": config}
-        return plan_fused_linear(x, w, h, factor, **options).first(_plans, key)
-    out, tensors = _operands(plan, x, w, h, factor, bias, seed if dropout_p else None)
-    plan(*tensors)
-    return out
+    target = target or target_of(x.device)
+    reason = why_not_descriptor(x, w, target) if descriptor else None
+    if reason:
+        raise ValueError(f"descriptor=True is not possible: {reason}.")
+    (num_tokens, in_features), out_features = x.shape, w.shape[1]
+    block_r, dropout = padded_rank(factor.shape[0]), dropout_p > 0
+
+    def plan(config: configs.Config) -> Plan:
+        tiles = ceil_div(num_tokens, config.block_m) * ceil_div(out_features, config.block_n)
+        numbers = {
+            "num_tokens": num_tokens,
+            "in_features": in_features,
+            "out_features": out_features,
+            **strides(xm_xk=x, wk_wn=w, hm_hr=h, pr_pn=factor),
+            "scale": 1.0 / (1.0 - dropout_p),
+            "threshold": keep_threshold(dropout_p),
+        }
+        meta = {
+            "H_RANK": h.shape[1],
+            "P_RANK": factor.shape[0],
+            "BLOCK_M": config.block_m,
+            "BLOCK_N": config.block_n,
+            "BLOCK_K": config.block_k,
+            "BLOCK_R": block_r,
+            "BLOCK_L": min(configs.rank_at_a_time(h.element_size()), block_r),
+            "GROUP": GROUP_M,
+            "EVEN_N": out_features % config.block_n == 0,
+            "LOW": TRITON_DTYPES[h.dtype],
+            "PRECISION": precision(torch.promote_types(x.dtype, h.dtype)),
+        }
+        shape = num_tokens, out_features
+        if descriptor:
+            meta["TRANSPOSED"], grid = w.stride(1) != 1, min(tiles, _multiprocessors(x.device))
+            kernel = _fused_linear_descriptor_kernel
+            return _DescriptorPlan(kernel, (grid, 1), numbers, meta, config, shape, x.dtype)
+        meta["EVEN_K"] = in_features % config.block_k == 0
+        return Plan(_fused_linear_kernel, (tiles, 1), numbers, meta, config, shape, x.dtype)
+
+    kind = block_r, _is_aligned(x, w), x.element_size(), descriptor, dropout
+    return configs.fused_linear(target, num_tokens, out_features, *kind), plan

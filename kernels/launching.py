@@ -1,10 +1,10 @@
 """How kernels are launched: planned once per kind of call, after that only pointers are filled in.
 
-`plan_x` of a kernel checks the arguments and returns a `Choice`: one `Plan` per configuration, and the
-tensors of the call. The first call of a kind tries the plans in order, through Triton's own front end, and
-the kernel's table keeps the one that ran. Later calls look it up by all that the checks, the configuration
-and the arithmetic depend on, and launch the compiled kernel itself. Binding 25 arguments in Triton costs 15
-µs per launch and planning another 15 µs; this way both together take 3 µs.
+A kernel's public function is a `Launcher`. The first call of a kind tries the plans of its configurations in
+order, through Triton's own front end, and the launcher's cache keeps the one that ran. Later calls look it up
+by all that the configuration and the arithmetic depend on, and launch the compiled kernel itself. Binding 25
+arguments in Triton costs 15 µs per launch and planning another 15 µs; this way both together take 3 µs.
+`RecordedLaunches` looks the launches of a whole formula up at once.
 """
 
 from __future__ import annotations
@@ -23,8 +23,7 @@ from torch import Tensor
 from triton import knobs
 from triton.runtime.driver import driver
 
-from mica.kernels import tuning
-from mica.kernels.common import INTERPRETED, LaunchError, NotLoadedError, raw_stream
+from mica.kernels.common import INTERPRETED, LaunchError, NotLoadedError, fp32_setting, raw_stream
 from mica.kernels.configs import Config
 
 # Plans in a table before it is emptied: a varying number of tokens must not fill the memory. One is 2 KB.
@@ -32,14 +31,14 @@ MOST_PLANS = 4096
 
 # `_cuda_getDevice` is missing in builds without CUDA.
 current_device = getattr(torch._C, "_cuda_getDevice", torch.cuda.current_device)
-_addresses = torch.Tensor.data_ptr
+_address = torch.Tensor.data_ptr
 
 
 @dataclass
 class Launch:
     """A kernel launch that is ready but not yet made: the static gate compiles it, a call runs it.
 
-    ``args`` in the order of the kernel's parameters; ``then``: the launch that follows it, if any.
+    ``args`` in the order of the kernel's parameters.
     """
 
     kernel: Callable
@@ -48,15 +47,9 @@ class Launch:
     meta: dict
     num_warps: int
     num_stages: int
-    then: Launch | None = None
 
-    def __call__(self) -> None:
-        self.alone()
-        if self.then is not None:
-            self.then()
-
-    def alone(self):
-        """Make only this launch. Returns the compiled kernel, or None (interpreted, or nothing to do).
+    def __call__(self):
+        """Returns the compiled kernel, or None (interpreted, or nothing to do).
 
         Raises:
             NotLoadedError: a CUDA graph is captured, and Triton has not launched such a kernel before.
@@ -89,8 +82,7 @@ class Plan:
     """A launch without its tensors, which are the first parameters of every kernel here, before the numbers.
 
     ``shape``, ``dtype``: of the output, where the call allocates it. ``parts``: how many fp32 numbers the
-    parts of a split sum have together, 0 where nothing is split. ``then``: the launch that follows it, on the
-    tensors whose parameters have the same names.
+    parts of a split sum have together, 0 where nothing is split.
     """
 
     launch_class = Launch
@@ -103,28 +95,22 @@ class Plan:
     shape: tuple[int, ...] = (0, 0)
     dtype: torch.dtype = torch.float32
     parts: int = 0
-    then: Plan | None = None
     # which pointers are aligned (True: all) -> how to launch the kernel that Triton compiled for that
     _compiled: dict = field(default_factory=dict)
     _tail: tuple = field(init=False)
-    _passed_on: tuple[int, ...] = field(init=False, default=())
 
     def __post_init__(self):
         values = self.numbers | self.meta
         self._tail = tuple(values[name] for name in self.kernel.arg_names[-len(values) :])
-        if self.then is not None:
-            names = self.then.kernel.arg_names[: -len(self.then._tail)]
-            self._passed_on = tuple(map(self.kernel.arg_names.index, names))
 
-    def bind(self, tensors: Sequence[Tensor]) -> Launch:
-        """The launch with these tensors, in the order of the kernel's parameters."""
+    def bind(self, tensors: Sequence[Tensor | None]) -> Launch:
+        """The launch with these tensors, in the order of the kernel's parameters, None if not used."""
         args = dict(zip(self.kernel.arg_names, tensors, strict=False)) | self.numbers
-        then = self.then and self.then.bind([tensors[place] for place in self._passed_on])
         options = self.config.num_warps, self.config.num_stages
-        return self.launch_class(self.kernel, self.grid, args, self.meta, *options, then)
+        return self.launch_class(self.kernel, self.grid, args, self.meta, *options)
 
-    def __call__(self, *tensors: Tensor) -> None:
-        addresses = tuple(map(_addresses, tensors))
+    def __call__(self, *tensors: Tensor | None) -> None:
+        addresses = [0 if tensor is None else _address(tensor) for tensor in tensors]
         # Triton compiles for pointers that are divisible by 16 and for others; nearly always all of them are
         aligned = math.gcd(16, *addresses) == 16 or tuple(address % 16 == 0 for address in addresses)
         direct, index = self._compiled.get(aligned), tensors[0].get_device()
@@ -137,113 +123,176 @@ class Plan:
         else:
             with torch.cuda.device(index):
                 self._run(direct, raw_stream(index), addresses)
-        if self.then is not None:
-            self.then(*[tensors[place] for place in self._passed_on])
 
-    def _launch(self, tensors: Sequence[Tensor], aligned: bool | tuple[bool, ...]) -> None:
+    def _launch(self, tensors: Sequence[Tensor | None], aligned: bool | tuple[bool, ...]) -> None:
         """Through Triton's own front end, which compiles and calls the hooks."""
         is_observed = _is_observed(self.kernel)
-        compiled = self.bind(tensors).alone()
+        compiled = self.bind(tensors)()
         if compiled is not None and not is_observed and can_run_directly(type(compiled)):
             self._compiled[aligned] = (compiled, compiled.run, compiled.function, compiled.packed_metadata)
 
-    def _run(self, direct: tuple, stream: int, addresses: tuple[int, ...]) -> None:
+    def _run(self, direct: tuple, stream: int, addresses: list[int]) -> None:
         _, run, function, metadata = direct  # the first keeps the others alive
         run(*self.grid, 1, stream, function, metadata, None, None, None, *addresses, *self._tail)
 
 
-class Choice(NamedTuple):
-    """The plans of one call, one per configuration, and the tensors that they are launched with."""
+class PlannedCall(NamedTuple):
+    """A call of a kernel that is not yet made: its plan for each configuration, and its tensors."""
 
-    name: str
-    device: torch.device
-    depends_on: tuple  # what determines the fastest configuration, spelled the same in every run
+    launcher: Launcher
+    tensors: tuple[Tensor | None, ...]
     configs: Sequence[Config]  # the default first
     plan: Callable[[Config], Plan]
-    operands: Callable[[Plan], tuple[Tensor, tuple[Tensor, ...]]]  # the output, and all tensors in order
-    updates: tuple[Tensor, ...] = ()  # tensors that a launch reads and writes: the tuner restores them
 
-    def bound(self) -> tuple[Tensor, Launch]:
+    def bind(self, config: Config | None = None) -> tuple[Tensor, Launch]:
         """The output, not yet written, and the launch that writes it."""
-        return self._bound(self._best())
+        plan, bound = self.plan(config or self.configs[0]), []
+        out = self.launcher.run(lambda *tensors: bound.extend(tensors), plan, *self.tensors)
+        return out, plan.bind(bound)
 
-    def first(self, plans: Plans, key: Hashable) -> Tensor:
-        """The output, by the first plan that can be launched; ``plans`` keeps it for calls with this key.
+    def launch_first(self, key: Hashable) -> Tensor:
+        """The output, by the first plan that can be launched, which is kept for calls with this key.
 
         Raises:
             LaunchError: none can be compiled and launched. It names the kernel and the reason of the last.
-            NotLoadedError: see `Launch.alone`.
+            NotLoadedError: see `Launch`.
         """
-        best, reason = self._best(), None
-        for config in (best, *(other for other in self.configs if other != best)):
+        cache, reason = self.launcher.cache, None
+        dtypes = [tensor if tensor is None else tensor.dtype for tensor in self.tensors]
+        for config in self.configs:
             plan = self.plan(config)
-            out, tensors = self.operands(plan)
-            form = (self.device, config, *plan.meta.values(), *(tensor.dtype for tensor in tensors))
-            if form not in plans.refused:
+            form = (self.tensors[0].device, config, *plan.meta.values(), plan.dtype, *dtypes)
+            if form not in cache.refused:
                 try:
-                    plan(*tensors)
+                    out = self.launcher.run(plan, plan, *self.tensors)
                 except NotLoadedError:
                     raise
                 except Exception as error:
                     if not _is_refusal(error):
                         raise
-                    plans.refused[form] = str(error).strip() or type(error).__name__
+                    cache.refused[form] = str(error).strip() or type(error).__name__
                 else:
-                    if tuning.is_settled(self.device):
-                        plans.keep(key, plan)
+                    cache.keep(key, plan)
                     return out
-            reason = plans.refused[form]
-        raise LaunchError(f"the kernel {self.name} can be launched in none of its configurations: {reason}")
-
-    def _best(self) -> Config:
-        return tuning.pick_config(
-            self.name, self.device, self.depends_on, self.configs, lambda c: self._bound(c)[1], self.updates
-        )
-
-    def _bound(self, config: Config) -> tuple[Tensor, Launch]:
-        plan = self.plan(config)
-        out, tensors = self.operands(plan)
-        return out, plan.bind(tensors)
+            reason = cache.refused[form]
+        name = self.launcher.__name__
+        raise LaunchError(f"the kernel {name} can be launched in none of its configurations: {reason}")
 
 
-class Plans:
-    """A kernel's table of plans, and of configurations that cannot be launched."""
+Planned = tuple[Sequence[Config], Callable[[Config], Plan]]
+
+
+class Launcher:
+    """A kernel as a function of its tensors and, as keywords, of numbers.
+
+    ``planned(*tensors, **numbers)`` gives the configurations, the default first, and the plan for each.
+    ``run(launch, plan, *tensors)`` allocates the output, hands all tensors to ``launch`` in the order of the
+    kernel's parameters, and returns the output. Tensors that are None, or left out, are no pointers there.
+    """
+
+    def __init__(self, planned: Callable[..., Planned], run: Callable[..., Tensor]):
+        self.planned, self.run, self.cache = planned, run, PlanCache()
+        functools.update_wrapper(self, planned)
+
+    def __call__(self, *tensors: Tensor | None, **numbers: Hashable) -> Tensor:
+        key = self.key(*tensors, **numbers)
+        plan = self.cache.get(key)
+        if plan is None:
+            return self.plan(*tensors, **numbers).launch_first(key)
+        return self.run(plan, plan, *tensors)
+
+    def key(self, *tensors: Tensor | None, **numbers: Hashable) -> tuple:
+        """All that the plan may depend on."""
+        return fp32_setting(), *map(layout, tensors), *numbers.items()
+
+    def plan(self, *tensors: Tensor | None, config: Config | None = None, **numbers: Hashable) -> PlannedCall:
+        """``config``: this configuration only."""
+        configs, plan = self.planned(*tensors, **numbers)
+        return PlannedCall(self, tensors, (config,) if config else configs, plan)
+
+
+def launcher(run: Callable[..., Tensor]) -> Callable[[Callable[..., Planned]], Launcher]:
+    return functools.partial(Launcher, run=run)
+
+
+class PlanCache:
+    """A kernel's plans, and what cannot be launched of it."""
 
     def __init__(self):
-        self._kept: dict[Hashable, Plan] = {}
-        self.get = self._kept.get
+        self._plans: dict[Hashable, Plan] = {}
+        self.get = self._plans.get
         self.refused: dict[Hashable, str] = {}  # compiling one again would take seconds each time
-        _tables.append(self)
+        _caches.append(self)
 
     def __len__(self) -> int:
-        return len(self._kept)
+        return len(self._plans)
 
     def keep(self, key: Hashable, plan: Plan) -> None:
-        if len(self._kept) >= MOST_PLANS:
-            self._kept.clear()
-        self._kept[key] = plan
+        if len(self._plans) >= MOST_PLANS:
+            self._plans.clear()
+        self._plans[key] = plan
 
-    def forget(self) -> None:
-        self._kept.clear()
+    def clear(self) -> None:
+        self._plans.clear()
         self.refused.clear()
 
 
-_tables: list[Plans] = []
+class RecordedLaunches:
+    """The launches of one formula, whose plans follow from one key: a layer looks up one entry, not three."""
+
+    def __init__(self, *launchers: Launcher):
+        self.launchers = launchers
+        self._steps: dict[Hashable, list[Callable[..., Tensor]]] = {}
+        self.get = self._steps.get
+        _caches.append(self)
+
+    def __len__(self) -> int:
+        return len(self._steps)
+
+    def record(self, key: Hashable, *numbers: dict[str, Hashable]) -> list[Callable[..., Tensor]]:
+        """What ``get(key)`` gives from now on: for each launcher a function of its tensors.
+
+        With the ``numbers`` of that launcher. It is planned when it is called first.
+        """
+        if len(self._steps) >= MOST_PLANS:
+            self._steps.clear()
+        steps = self._steps[key] = []
+        for place, (launcher, own) in enumerate(zip(self.launchers, numbers, strict=True)):
+            steps.append(functools.partial(_recorded, steps, place, launcher, own))
+        return steps
+
+    def clear(self) -> None:
+        self._steps.clear()
 
 
-def forget() -> None:
+def _recorded(steps: list, place: int, launcher: Launcher, numbers: dict, *tensors: Tensor | None) -> Tensor:
+    out = launcher(*tensors, **numbers)
+    plan = launcher.cache.get(launcher.key(*tensors, **numbers))
+    steps[place] = functools.partial(launcher.run, plan, plan)
+    return out
+
+
+_caches: list[PlanCache | RecordedLaunches] = []
+
+
+def clear() -> None:
     """Plan every kind of call again, and retry what could not be launched: after a change of driver."""
-    for table in _tables:
-        table.forget()
+    for cache in _caches:
+        cache.clear()
 
 
-def strides(**matrices: Tensor) -> dict[str, int]:
-    """By the names of kernels' parameters: ``strides(xm_xk=x)`` gives stride_xm and stride_xk."""
-    return {
-        f"stride_{name}": matrix.stride(dim)
-        for names, matrix in matrices.items()
-        for dim, name in enumerate(names.split("_"))
-    }
+def strides(**tensors: Tensor | None) -> dict[str, int]:
+    """By the names of kernels' parameters: ``strides(xm_xk=x)`` gives stride_xm and stride_xk.
+
+    0 along the dimensions that a tensor lacks in front, and of None.
+    """
+    numbers = {}
+    for names, tensor in tensors.items():
+        names = names.split("_")
+        own = () if tensor is None else tensor.stride()
+        for name, stride in zip(names, (0,) * (len(names) - len(own)) + own, strict=True):
+            numbers[f"stride_{name}"] = stride
+    return numbers
 
 
 def layout(tensor: Tensor | None) -> tuple | None:
@@ -275,8 +324,6 @@ def _is_observed(kernel) -> bool:
 @functools.cache
 def can_run_directly(kind: type) -> bool:
     """Whether this Triton launches compiled kernels as `Plan` does: a probe sees what its launcher passes."""
-    if torch.version.hip is not None:
-        return False  # for AMD, variants also depend on the sizes of storages, which are slow to query
     seen: list = []
     probe = SimpleNamespace(
         function=object(),
@@ -294,10 +341,7 @@ def can_run_directly(kind: type) -> bool:
 
 
 def _is_refusal(error: Exception) -> bool:
-    """Whether it means that a kernel cannot be compiled or launched. Then no operand has changed.
-
-    Nothing ran; or, where the second of two launches is refused, only the first, which writes scratch only.
-    """
+    """Whether it means that a kernel cannot be compiled or launched. Then no operand has changed."""
     if isinstance(error, LaunchError):
         return not isinstance(error, triton.runtime.errors.InterpreterError)  # an error of the kernel's own
     return isinstance(error, RuntimeError) and "PassManager::run failed" in str(error)

@@ -77,7 +77,9 @@ tried: dict[torch.device, str | None] = {}
 
 def _why_not_device(device: torch.device) -> str | None:
     """None if a small kernel compiles, runs and is right on this device."""
-    if torch.version.hip is None and torch.cuda.get_device_capability(device) < MINIMUM_CAPABILITY:
+    if torch.version.hip is not None:
+        return "no Triton kernels for ROCm"
+    if torch.cuda.get_device_capability(device) < MINIMUM_CAPABILITY:
         return f"{torch.cuda.get_device_name(device)} is older than compute capability 8.0"
     try:
         return trial(device)

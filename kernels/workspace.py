@@ -1,6 +1,6 @@
 """Memory of split sums: their parts, and arrival counters, integers that are 0 between launches.
 
-Also `kept`, which allocates memory that outlives a call.
+Also `allocate_persistent`, for memory that outlives a call.
 """
 
 from __future__ import annotations
@@ -20,16 +20,12 @@ if TYPE_CHECKING:
 # One buffer per (device index, stream): launches on one stream follow each other, and each leaves 0 behind.
 # PyTorch's own streams are never destroyed; one that reuses the handle of another library's stream, destroyed
 # after its last launch ended, finds zeros too.
-kept_counters: dict[tuple[int, int], Tensor] = {}
+_counters: dict[tuple[int, int], Tensor] = {}
 
 
 def of_split(plan: Plan, tensor: Tensor) -> tuple[Tensor, Tensor]:
-    """(parts, counters) for a launch on the device of ``tensor``; a counter for each column of the grid.
-
-    Where another launch adds the parts nothing is counted, and the parts are passed in place of the counters.
-    """
-    parts = tensor.new_empty(plan.parts, dtype=torch.float32)
-    return parts, counters(plan.grid[0], tensor) if plan.then is None else parts
+    """(parts, counters) for a launch on the device of ``tensor``; a counter for each column of the grid."""
+    return tensor.new_empty(plan.parts, dtype=torch.float32), counters(plan.grid[0], tensor)
 
 
 def counters(count: int, tensor: Tensor) -> Tensor:
@@ -42,14 +38,14 @@ def counters(count: int, tensor: Tensor) -> Tensor:
         return tensor.new_zeros(count, dtype=torch.int32)
     index = tensor.get_device()
     key = (index, raw_stream(index))
-    zeros = kept_counters.get(key)
+    zeros = _counters.get(key)
     if zeros is None or zeros.numel() < count:
-        zeros = kept(lambda: tensor.new_zeros(max(count, 4096), dtype=torch.int32), tensor)
-        kept_counters[key] = zeros
+        zeros = allocate_persistent(lambda: tensor.new_zeros(max(count, 4096), dtype=torch.int32), tensor)
+        _counters[key] = zeros
     return zeros
 
 
-def kept(make: Callable[[], Tensor], tensor: Tensor) -> Tensor:
+def allocate_persistent(make: Callable[[], Tensor], tensor: Tensor) -> Tensor:
     """The result of ``make``, on the device of ``tensor``, in memory that may outlive this call.
 
     ``torch.compile(mode="reduce-overhead")`` warms up inside the memory pool of its CUDA graphs, without

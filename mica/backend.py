@@ -16,7 +16,7 @@ BACKENDS = ("auto", "triton", "reference")
 
 
 class Refused(NamedTuple):
-    """What runs on the reference from some call on: a function of `mica.kernel_path` with such operands."""
+    """What runs on the reference from some call on: a function of `mica.paths.triton_path`, its operands."""
 
     device: torch.device
     function: str
@@ -69,10 +69,10 @@ def forget_verdicts() -> None:
 
 
 def forget_prepared() -> None:
-    """`mica.kernels.prepared.forget` if it has been imported: after an edit of B through ``.data``."""
-    prepared = sys.modules.get("mica.kernels.prepared")
+    """`mica.kernels.prepared_b.clear` if it has been imported: after an edit of B through ``.data``."""
+    prepared = sys.modules.get("mica.kernels.prepared_b")
     if prepared is not None:
-        prepared.forget()
+        prepared.clear()
 
 
 def requested() -> str:
@@ -96,7 +96,7 @@ def why_not_kernels(
 ) -> str | None:
     """None if a call with such operands runs on Triton kernels, else the reason in words.
 
-    ``function``: of `mica.kernel_path`; if None, the reason why any of them was given up counts too.
+    ``function``: of `mica.paths.triton_path`; if None, the reason why any of them was given up counts too.
     """
     backend = backend or requested()
     if backend == "reference":
@@ -122,7 +122,7 @@ def _concerns(refused: Refused, device: torch.device, rank: int, dtypes: tuple[t
 
 
 def use_kernels(device: torch.device, rank: int, *dtypes: torch.dtype, function: str | None = None) -> bool:
-    """Whether this call, of a function of `mica.kernel_path`, runs on the kernels.
+    """Whether this call, of a function of `mica.paths.triton_path`, runs on the kernels.
 
     Raises:
         RuntimeError: ``MICA_BACKEND=triton`` demands kernels that this call cannot have.

@@ -2,9 +2,8 @@
 
 For each one: it compiles; no spills and no stack; tensor-core instructions are there; fewer than 255
 registers; shared memory under the target's limit; no narrow global access in a main loop, which is one with
-tensor-core instructions and no loop inside. Narrow is below 128 bits; below 64 for what AMD stores (in the
-layout of the product) and where a case says so. A kernel without a main loop is one tile: all of its stores
-count, and all but a few of its loads (bias, seed, h).
+tensor-core instructions and no loop inside. Narrow is below 128 bits, less where a case says so. A kernel
+without a main loop is one tile: all of its stores count, and all but a few of its loads (bias, seed, h).
 
 One table, a line a kernel and target. The launches are those that the launchers plan, on tensors without
 memory. Compiled kernels are kept in Triton's own cache, findings beside them: only a first run is slow.
@@ -36,7 +35,7 @@ from triton.compiler import ASTSource
 from mica.kernels import configs
 from tests.support.static_cases import TARGETS, Case, cases
 
-VERSION = 3  # of what is looked for: raise it, and kept findings are made anew
+VERSION = 4  # of what is looked for: raise it, and kept findings are made anew
 _NAMES = {
     torch.float32: "fp32",
     torch.bfloat16: "bf16",
@@ -55,8 +54,11 @@ class Finding:
     faults: list[str] = field(default_factory=list)
 
 
-def source(launch) -> ASTSource:
-    """What Triton's own launcher would compile for these arguments: 1 is a constant, 16 divides is marked."""
+def source(launch, by_16: bool = True) -> ASTSource:
+    """What Triton's own launcher would compile: None and 1 are constants, what 16 divides is marked.
+
+    ``by_16``: whether it divides the pointers.
+    """
     signature, constants, attributes = {}, {}, {}
     unspecialised = launch.kernel.do_not_specialize or ()
     for index, name in enumerate(launch.kernel.arg_names):
@@ -64,32 +66,30 @@ def source(launch) -> ASTSource:
             signature[name], constants[name] = "constexpr", launch.meta[name]
             continue
         value = launch.args[name]
+        is_divided = by_16
         if isinstance(value, torch.Tensor):
             signature[name] = "*" + _NAMES[value.dtype]
-            attributes[(index,)] = [["tt.divisibility", 16]]
         elif isinstance(value, float):
-            signature[name] = "fp32"
-        elif value == 1 and name not in unspecialised:
-            signature[name], constants[name] = "constexpr", 1
+            signature[name], is_divided = "fp32", False
+        elif value is None or (value == 1 and name not in unspecialised):
+            signature[name], constants[name], is_divided = "constexpr", value, False
         else:
             signature[name] = "i32" if value < 2**31 else "i64"
-            if value % 16 == 0 and name not in unspecialised:
-                attributes[(index,)] = [["tt.divisibility", 16]]
+            is_divided = value % 16 == 0 and name not in unspecialised
+        if is_divided:
+            attributes[(index,)] = [["tt.divisibility", 16]]
     return ASTSource(launch.kernel, signature, constants, attributes)
 
 
-def compile_for(target: str, launch):
-    gpu = GPUTarget("cuda", int(target[3:]), 32) if target.startswith("sm_") else GPUTarget("hip", target, 64)
-    return triton.compile(source(launch), target=gpu, options=launch.options())
+def compile_for(target: str, case: Case):
+    gpu = GPUTarget("cuda", int(target[3:]), 32)
+    return triton.compile(source(case.launch, case.by_16), target=gpu, options=case.launch.options())
 
 
 def inspect(target: str, case: Case, kernel) -> Finding:
     finding = Finding(shared=kernel.metadata.shared)
-    if target.startswith("sm_"):
-        _inspect_nvidia(case, kernel.asm["cubin"], finding)
-    else:
-        _inspect_amd(case, kernel.asm["amdgcn"], finding)
-    if not finding.tensor_core and case.has_product:
+    _inspect_code(case, kernel.asm["cubin"], finding)
+    if not finding.tensor_core:
         finding.faults.append("no tensor-core instruction")
     if finding.registers >= 255:
         finding.faults.append(f"{finding.registers} registers")
@@ -98,7 +98,7 @@ def inspect(target: str, case: Case, kernel) -> Finding:
     return finding
 
 
-def _inspect_nvidia(case: Case, cubin: bytes, finding: Finding) -> None:
+def _inspect_code(case: Case, cubin: bytes, finding: Finding) -> None:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
@@ -126,39 +126,10 @@ def _inspect_nvidia(case: Case, cubin: bytes, finding: Finding) -> None:
             size = int(width.group(1).lstrip("US")) if width else 32
             accesses.append((address, access.group(1) == "STG", size, instruction))
     products = [address for address, instruction in code if re.search(r"MMA\b", instruction)]
-    _judge_widths(case, jumps, products, accesses, 128, finding)
+    _judge_widths(case, jumps, products, accesses, finding)
 
 
-def _inspect_amd(case: Case, text: str, finding: Finding) -> None:
-    def number(name: str) -> int:
-        return int(re.search(rf"\.{name}:\s+(\d+)", text).group(1))
-
-    finding.registers = number("vgpr_count")
-    spilled = [
-        number(name) for name in ("vgpr_spill_count", "sgpr_spill_count", "private_segment_fixed_size")
-    ]
-    # Scalars go to lanes of vector registers, not to memory: unaligned launches may do that.
-    if any(spilled if case.is_aligned else spilled[::2]):
-        finding.faults.append(f"spills or a stack ({spilled} vector, scalar, bytes)")
-    finding.tensor_core = "MFMA" if "v_mfma" in text else ""
-    lines = [line.strip() for line in text.splitlines()]
-    labels = {line.split(":")[0]: index for index, line in enumerate(lines) if re.match(r"\.LBB\w+:", line)}
-    jumps = []
-    for index, line in enumerate(lines):
-        jump = re.match(r"s_c?branch\w*\s+(\.LBB\w+)", line)
-        if jump and labels.get(jump.group(1), index) < index:
-            jumps.append((labels[jump.group(1)], index))
-    sizes = {"dwordx4": 128, "b128": 128, "dwordx3": 96, "dwordx2": 64, "b64": 64, "dword": 32, "b32": 32}
-    accesses = []
-    for index, line in enumerate(lines):
-        access = re.match(r"(?:global|buffer|flat)_(load|store)_(\w+)", line)
-        if access:
-            accesses.append((index, access.group(1) == "store", sizes.get(access.group(2), 16), line))
-    products = [index for index, line in enumerate(lines) if line.startswith("v_mfma")]
-    _judge_widths(case, jumps, products, accesses, 64, finding)
-
-
-def _judge_widths(case: Case, jumps, products, accesses, store_bits: int, finding: Finding) -> None:
+def _judge_widths(case: Case, jumps, products, accesses, finding: Finding) -> None:
     """jumps: (first, last) place of every loop; accesses: (place, is a store, bits, instruction)."""
     if not case.is_aligned:
         return
@@ -170,7 +141,7 @@ def _judge_widths(case: Case, jumps, products, accesses, store_bits: int, findin
     ]
 
     def is_narrow(is_store: bool, size: int) -> bool:
-        return size < (min(store_bits, case.load_bits) if is_store else case.load_bits)
+        return size < case.load_bits
 
     if main:
         narrow = [
@@ -189,7 +160,7 @@ def _judge_widths(case: Case, jumps, products, accesses, store_bits: int, findin
 def examine(target: str, case: Case, kept: dict[str, dict]) -> tuple[str, Finding]:
     """(key of the finding, finding) of one case; a compiler's error is a finding too."""
     try:
-        kernel = compile_for(target, case.launch)
+        kernel = compile_for(target, case)
         key = f"{VERSION} {kernel.hash} {case.is_aligned} {case.load_bits} {case.few_loads}"
         return key, Finding(**kept[key]) if key in kept else inspect(target, case, kernel)
     except Exception as error:

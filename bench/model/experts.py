@@ -4,7 +4,7 @@ The two stacks of a block of Qwen3-30B-A3B in bf16, the sizes of PEFT's pull req
 counted from shapes, the time by `bench.model.roofline` for an H100. All experts have tokens. PEFT folds
 W' = W + s·B·A of the whole stack in every forward, keeps it for the backward, and forms dW' to get dA. It is
 counted in its favour: a product reads each operand once and writes its result once; copies of B that its
-layout needs are left out, as is a gradient of B, which MiCA has frozen. Ours is `mica.kernel_path_experts`, B
+layout needs are left out, as is a gradient of B, which MiCA has frozen. Ours is `mica.paths.triton_path`, B
 prepared once. A grouped product of the base is one launch in both.
 """
 

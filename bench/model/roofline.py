@@ -18,7 +18,7 @@ from typing import NamedTuple
 from mica.kernels import configs
 from mica.kernels.common import ceil_div, padded_rank
 from mica.kernels.limits import padded_columns
-from mica.kernels.split_sum import split_evenly
+from mica.kernels.split_k import split_evenly
 
 BF16, FP32 = 2, 4  # bytes
 
@@ -37,7 +37,6 @@ DEVICES = {
     "h100": Device("sm_90", 790e12, 45e12, 3.0e12),
     "a100": Device("sm_80", 280e12, 17e12, 1.8e12),
     "rtx4090": Device("sm_89", 160e12, 70e12, 0.9e12),
-    "mi300x": Device("gfx942", 600e12, 100e12, 4.0e12),
 }
 
 
@@ -130,7 +129,7 @@ def bare(layer: Layer) -> Cost:
 
 
 def ours(layer: Layer, fused: bool) -> Cost:
-    """`mica.kernel_path`, split or fused. B is prepared once, its rows padded; g and dA are the same."""
+    """`mica.paths.triton_path`, split or fused. B is prepared once, its rows padded; g and dA are the same."""
     m, n, k, rank, target, speed = layer
     columns = padded_columns(rank)
 

@@ -21,7 +21,7 @@ from mica.ops import mica_linear
 from tests.support import models
 from tests.support.tolerances import RELATIVE, error
 
-prepared = pytest.importorskip("mica.kernels.prepared")  # imports Triton
+prepared_b = pytest.importorskip("mica.kernels.prepared_b")  # imports Triton
 
 pytestmark = needs_accelerator
 needs_gpu = pytest.mark.skipif(DEVICE != "cuda", reason="needs a GPU")
@@ -157,7 +157,7 @@ def test_compile_fullgraph(how, rank):
     torch.compiler.reset()
     layer = adapted(rank)
     expected = layer.step()
-    prepared.forget()
+    prepared_b.clear()
     compiled = torch.compile(layer.module, fullgraph=True, dynamic=False, **how)
     for number in range(4):
         torch.compiler.cudagraph_mark_step_begin()
@@ -173,7 +173,7 @@ def test_compile_fullgraph(how, rank):
 def test_a_model_under_reduce_overhead():
     """Layers that share counters and prepared B, in the graphs of a whole model."""
     torch.compiler.reset()
-    prepared.forget()
+    prepared_b.clear()
     model = models.randomise(models.wrap(models.tiny_llama().to(DTYPE), rank=16, targets="all-linear"))
     model, tokens = model.to(DEVICE), torch.randint(0, 61, (2, 16), device=DEVICE)
     compiled = torch.compile(model, mode="reduce-overhead")

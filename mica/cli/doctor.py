@@ -18,7 +18,7 @@ from mica.cli.output import Output, check_file, dtype_name, one_line, write_json
 from mica.errors import UsageError
 
 _DISTRIBUTION = "mica-fast"
-_SETTINGS = {"MICA_BACKEND": "auto", "TRITON_INTERPRET": "0", "MICA_TUNE": "0"}  # and their defaults
+_SETTINGS = {"MICA_BACKEND": "auto", "TRITON_INTERPRET": "0"}  # and their defaults
 
 _SHORT = {"bfloat16": "bf16", "float16": "fp16"}
 
@@ -94,7 +94,7 @@ def _hardware(device, has_triton: bool) -> dict:
     row = {"name": properties.name, "memory_gib": memory_gib, "target": None}
     capability = "compute capability {}.{}".format(*torch.cuda.get_device_capability(device))
     row["architecture"] = properties.gcnArchName if torch.version.hip else capability
-    if has_triton:
+    if has_triton and not torch.version.hip:
         from mica.kernels.common import INTERPRETED, target_of
 
         row["target"] = None if INTERPRETED.value else target_of(device)
@@ -110,7 +110,7 @@ def _path(device, target: str | None) -> dict:
 
     reason = backend.why_not_kernels(device, 16, torch.bfloat16)
     compiles = target is not None and backend.requested() != "reference"
-    if compiles and torch.version.hip is None:
+    if compiles:
         compiles = torch.cuda.get_device_capability(device) >= runtime.MINIMUM_CAPABILITY
     trial = "not tried" if not compiles else "failed" if reason else "passed"
     without_kernels = "error" if backend.requested() == "triton" else "reference"
@@ -184,9 +184,8 @@ def _bypassing(report: dict) -> list[dict]:
     return rows
 
 
-def _caches(has_triton: bool) -> dict:
-    """The initialisation cache's folder (None: off), is_writable, distrusted (why it is not used, or None);
-    tuning_file and tuning_entries."""
+def _caches() -> dict:
+    """The initialisation cache's folder (None: off), is_writable, distrusted (why it is not used) or None."""
     from mica.subspace.cache import default_cache, distrusted
 
     cache = default_cache()
@@ -195,10 +194,6 @@ def _caches(has_triton: bool) -> dict:
         nearest = next(path for path in (cache.folder, *cache.folder.parents) if os.path.exists(path))
         facts["is_writable"] = nearest.is_dir() and os.access(nearest, os.W_OK | os.X_OK)
         facts["distrusted"] = distrusted(cache.folder)
-    if has_triton:
-        from mica.kernels import tuning
-
-        facts |= {"tuning_file": str(tuning.path()), "tuning_entries": len(tuning.load(tuning.path()))}
     return facts
 
 
@@ -229,7 +224,7 @@ def examine() -> dict:
     report["peft"] = _peft(problems)
     _excuse_peft(report)
     report["bypassing"] = _bypassing(report)
-    report["caches"] = _caches(has_triton)
+    report["caches"] = _caches()
     return report
 
 
@@ -301,8 +296,6 @@ def _lines(report: dict) -> Iterator[tuple[str, str]]:
     if caches["distrusted"]:
         state = f"not used, because it {caches['distrusted']}"
     yield "cache", f"{caches['folder']}, {state}" if caches["folder"] else "off"
-    if "tuning_file" in caches:
-        yield "tuning file", f"{caches['tuning_file']}, {caches['tuning_entries']} entries"
 
 
 def run(args: argparse.Namespace) -> int:

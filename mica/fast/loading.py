@@ -119,7 +119,7 @@ def add_weighted_adapter(stock, self, adapters, weights, adapter_name, *args, **
 def hotswap_adapter_from_state_dict(stock, *args, **kwargs):
     """PEFT writes the new adapter through ``.data``, which PyTorch does not count as a change of a tensor.
 
-    So whatever was derived from the old B (`mica.kernels.prepared`, `forward.mixed_batch`) is dropped.
+    So whatever was derived from the old B (`mica.kernels.prepared_b`, `forward.mixed_batch`) is dropped.
     """
     try:
         return stock(*args, **kwargs)

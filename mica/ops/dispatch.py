@@ -37,9 +37,9 @@ _force_plain = contextvars.ContextVar("mica_force_plain", default=False)
 
 
 def compute(name: str, tensor: Tensor, rank: int, dtypes: tuple, *args):
-    """Call ``name`` of `mica.kernel_path` where kernels run for these operands, else of `mica.reference`.
+    """Call ``name`` of `mica.paths.triton_path` where kernels run for them, else of `mica.reference`.
 
-    A name that begins with "experts_" is of `mica.kernel_path_experts` or `mica.reference_experts`.
+    A name that begins with "experts_" is of `mica.reference_experts`.
     """
     call_counts[name] += 1
     of_experts = name.startswith("experts_")
@@ -48,13 +48,12 @@ def compute(name: str, tensor: Tensor, rank: int, dtypes: tuple, *args):
         return formula(*args)
     if torch._C._functorch.is_legacy_batchedtensor(tensor):  # a backward under `is_grads_batched`
         return formula(*args)
-    from mica import kernel_path, kernel_path_experts  # import Triton
+    from mica.paths import triton_path  # imports Triton
 
-    kernels = kernel_path_experts if of_experts else kernel_path
     try:
-        result = getattr(kernels, name)(*args)
-    except kernel_path.LaunchError as error:  # before anything ran: no operand has changed
-        in_capture = isinstance(error, kernel_path.NotLoadedError)
+        result = getattr(triton_path, name)(*args)
+    except triton_path.LaunchError as error:  # before anything ran: no operand has changed
+        in_capture = isinstance(error, triton_path.NotLoadedError)
         # no capture permits the formulas of experts either: they wait for the device
         if backend.requested() == "triton" or (in_capture and of_experts):
             raise

@@ -1,4 +1,7 @@
-"""The low-rank term of an embedding: `mica_embedding`, and what `mica.fast` calls without its checks."""
+"""The low-rank term of an embedding: `mica_embedding`, and what `mica.fast` calls without its checks.
+
+In PyTorch's form on every device: it gathers a few columns of A, and has no base product to be fused with.
+"""
 
 from __future__ import annotations
 
@@ -6,8 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from mica import reference
 from mica.ops.checks import check_embedding
-from mica.ops.dispatch import below_autograd, compute, no_autocast, operator, run_backward
+from mica.ops.dispatch import below_autograd, call_counts, no_autocast, operator, run_backward
 
 
 def mica_embedding(
@@ -39,9 +43,8 @@ def mica_embedding(
 
 
 def _embedding(indices, lora_A, lora_B, scaling, padding_idx, compute_dtype):
-    dtypes = (lora_A.dtype, compute_dtype or lora_A.dtype, lora_B.dtype)
-    operands = (indices.reshape(-1), lora_A, lora_B, scaling, compute_dtype)
-    out = compute("embedding", lora_A, lora_A.shape[0], dtypes, *operands)
+    call_counts["embedding"] += 1
+    out = reference.embedding(indices.reshape(-1), lora_A, lora_B, scaling, compute_dtype)
     return out.view(*indices.shape, out.shape[-1])
 
 
@@ -55,10 +58,9 @@ def _embedding_plain(indices, lora_A, lora_B, scaling, padding_idx, compute_dtyp
 
 def _embedding_backward(grad_output, indices, lora_A, lora_B, scaling, padding_idx):
     dy, flat = grad_output.reshape(-1, grad_output.shape[-1]), indices.reshape(-1)
-    dtypes = (dy.dtype, lora_A.dtype, lora_B.dtype)
-    operands = (dy, flat, lora_A, lora_B, scaling, padding_idx)
+    call_counts["embedding_backward"] += 1
     with no_autocast(dy):
-        return compute("embedding_backward", dy, lora_A.shape[0], dtypes, *operands)
+        return reference.embedding_backward(dy, flat, lora_A, lora_B, scaling, padding_idx)
 
 
 def _embedding_fake(indices, lora_A, lora_B, scaling, padding_idx, compute_dtype):

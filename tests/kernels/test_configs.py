@@ -11,7 +11,7 @@ SIZES = [
 ]
 
 
-@pytest.mark.parametrize("target", [*TARGETS, "sm_86", "gfx90a"])
+@pytest.mark.parametrize("target", [*TARGETS, "sm_86"])
 @pytest.mark.parametrize(("tokens", "block_r", "itemsize"), SIZES)
 def test_at_most_three_and_all_of_them_tiles(target, tokens, block_r, itemsize):
     tables = [
@@ -21,7 +21,6 @@ def test_at_most_three_and_all_of_them_tiles(target, tokens, block_r, itemsize):
         configs.experts_down(target, tokens, block_r, itemsize),
         configs.experts_up(target, tokens, block_r, itemsize),
         configs.experts_grad_a(target, tokens * 128, block_r, itemsize),
-        configs.embedding(target, tokens, block_r, itemsize),
         configs.fused_linear(target, tokens, 14336, block_r, tokens > 1, itemsize, False, False),
         configs.fused_linear(target, tokens, 4096, block_r, True, itemsize, True, False),
     ]
@@ -96,10 +95,20 @@ def test_the_large_tile_of_the_fused_product(descriptor):
         assert 256 not in columns(target, 8192, 14336, itemsize=4)
         assert 256 not in columns(target, 8192, 14336, dropout=True)
         assert 256 not in columns(target, 8192, 14336, block_r=128)
-    for target in ("sm_80", "sm_89", "sm_120", "gfx942"):
+    for target in ("sm_80", "sm_89", "sm_120"):
         assert 256 not in columns(target, 8192, 14336)
 
 
 def test_stages_follow_the_shared_memory():
     large, small = (configs.down_projection(t, 8192, 256, 4)[0].num_stages for t in ("sm_90", "sm_89"))
     assert small < large
+
+
+def test_what_nobody_has_measured_is_split(monkeypatch):
+    """And of the rows of a device the first that has as many tokens and as small a rank."""
+    fast, slow = configs.Forms(4096, 64, "fused", "split"), configs.Forms(1024, 16, "aten", "aten")
+    monkeypatch.setitem(configs.FORMS, "a card", (fast, slow))
+    expected = {(4096, 64): fast, (9999, 1): fast, (9999, 65): None, (4095, 16): slow, (4095, 17): None}
+    for (tokens, rank), row in expected.items():
+        assert configs.forms_of("a card", tokens, rank) == (row or configs.UNMEASURED)
+        assert configs.forms_of("another", tokens, rank) == (0, 256, "split", "split")

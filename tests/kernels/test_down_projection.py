@@ -1,13 +1,29 @@
+"""Dense, and on a stack of experts: there ``ends`` says where each expert's rows end."""
+
 import pytest
 import torch
 
 from mica import reference
 from mica.kernels import configs
-from mica.kernels.down_projection import down_projection, plan_down_projection
+from mica.kernels.down_projection import down_projection
 from mica.kernels.limits import padded_columns
+from tests.support.expert_cases import (
+    ROUTES,
+    by_expert,
+    counts,
+    idle,
+    leftovers,
+    offsets_of,
+    route,
+    slices,
+    stack,
+)
 from tests.support.guarding import run_guarded
 from tests.support.kernel_cases import (
+    BF16,
     DTYPES,
+    FP16,
+    FP32,
     SHAPES,
     dtypes,
     far_apart,
@@ -22,111 +38,126 @@ from tests.support.properties import given, st
 from tests.support.tolerances import RELATIVE, error
 
 
-def expected(x, factor, scale, dropout_p=0.0, seed=None):
+def planned(x, factor, ends=None, seed=None, index=torch.int32, **options):
+    return down_projection.plan(x, factor, seed, ends and offsets_of(ends, index), **options)
+
+
+def exact(x, factor, ends, scale=1.0, dropout_p=0.0, seed=None):
     x = x.double()
     if dropout_p:
         x = x.where(reference.dropout_keep(seed, *x.shape, dropout_p), 0) / (1 - dropout_p)
-    return scale * (x @ factor.double().t())
+    return scale * (by_expert(x, ends, factor.transpose(1, 2)) if ends else x @ factor.double().t())
 
 
-def check(x, factor, dtype, scale=0.75, dropout_p=0.0, seed=None, **options):
-    options |= {"scale": scale, "compute_dtype": dtype, "dropout_p": dropout_p, "seed": seed}
-    h = run_guarded(*plan_down_projection(x, factor, **options).bound())
-    rank = factor.shape[0]
-    assert h.dtype == dtype
-    assert h.shape == (x.shape[0], padded_columns(rank))
-    assert not h[:, rank:].any()
-    assert error(h[:, :rank], expected(x, factor, scale, dropout_p, seed)) <= RELATIVE[dtype]
+def check(x, factor, dtype, ends=None, index=torch.int32, config=None, **options):
+    options = {"scale": 0.75, **options}
+    h = run_guarded(*planned(x, factor, ends, index=index, compute_dtype=dtype, **options).bind(config))
+    rank, used = factor.shape[-2], ends[-1] if ends else len(x)
+    assert (h.dtype, h.shape) == (dtype, (len(x), padded_columns(rank)))
+    assert not h[:used, rank:].any()
+    assert h[used:].isnan().all()  # rows of no expert are not written
+    assert error(h[:used, :rank], exact(x, factor, ends, **options)[:used]) <= RELATIVE[dtype]
 
 
 @pytest.mark.parametrize(("dtype", "factor_dtype", "compute_dtype"), DTYPES)
-@pytest.mark.parametrize(("tokens", "in_features", "out_features", "rank"), SHAPES)
+@pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("dropout_p", [0.0, 0.4])
-def test_agrees_with_fp64(
-    dtype, factor_dtype, compute_dtype, tokens, in_features, out_features, rank, dropout_p
-):
-    x = operand(tokens, in_features, dtype)
-    factor = operand(rank, in_features, factor_dtype, scale=in_features**-0.5)
-    check(x, factor, compute_dtype, dropout_p=dropout_p, seed=seed_of(-5))
+def test_agrees_with_fp64(dtype, factor_dtype, compute_dtype, shape, dropout_p):
+    tokens, length, _, rank = shape
+    factor, seed = operand(rank, length, factor_dtype, scale=length**-0.5), seed_of(-5) if dropout_p else None
+    check(operand(tokens, length, dtype), factor, compute_dtype, dropout_p=dropout_p, seed=seed)
 
 
-@pytest.mark.parametrize("length", [64, 150])
-@pytest.mark.parametrize("target", ["sm_90", "gfx942"])
-def test_rows_beyond_the_last(length, target):
-    """Masked on AMD, clamped elsewhere; far apart, so that one row too many is outside the mapped memory."""
-    x, factor = operand(33, length, torch.bfloat16), operand(5, length, torch.float32, scale=length**-0.5)
-    check(x, factor, torch.bfloat16, target=target)
-    x = far_apart(3, length, torch.bfloat16)
-    h, launch = plan_down_projection(x, factor, target=target).bound()
-    launch()
-    assert error(h[:, :5], expected(x, factor, 1.0)) <= RELATIVE[torch.bfloat16]
+@pytest.mark.parametrize(("dtype", "factor_dtype", "compute_dtype"), DTYPES)
+@pytest.mark.parametrize("name", ROUTES)
+def test_agrees_with_fp64_on_experts(dtype, factor_dtype, compute_dtype, name):
+    (rows, ends), length, rank = ROUTES[name], 150, 20
+    factor = stack(len(ends), rank, length, factor_dtype, "gaps", length**-0.5)
+    factor[idle(ends)] = float("nan")  # not read
+    check(operand(rows, length, dtype), factor, compute_dtype, ends)
 
 
 @given(
+    experts=st.one_of(st.none(), counts),
+    leftover=leftovers,
     tokens=sizes,
     length=st.integers(1, 400),
     rank=ranks,
     kinds=dtypes,
     x=layouts,
-    p=layouts,
+    p=st.sampled_from(["contiguous", "gaps", "peft"]),
     drop=probabilities,
 )
-def test_any_shape_and_layout(tokens, length, rank, kinds, x, p, drop):
-    factor = operand(rank, length, kinds[1], p, scale=length**-0.5)
-    check(operand(tokens, length, kinds[0], x), factor, kinds[2], dropout_p=drop, seed=seed_of(length))
+def test_any_shape_and_layout(experts, leftover, tokens, length, rank, kinds, x, p, drop):
+    tokens, ends = route(experts, leftover) if experts else (tokens, None)
+    factor = stack(len(ends) if ends else 1, rank, length, kinds[1], p, length**-0.5)
+    x, factor = operand(tokens, length, kinds[0], x), factor if ends else factor[0]
+    seed = seed_of(length) if drop else None
+    check(x, factor, kinds[2], ends, torch.int64, dropout_p=drop, seed=seed)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("length", [64, 150])
+def test_rows_of_others(length):
+    """One row too many is outside the mapped memory, or NaN of another expert's, and stays there."""
+    x, dense = far_apart(3, length, BF16), operand(5, length, FP32, scale=length**-0.5)
+    for factor, ends in ((dense, None), (stack(2, 5, length, FP32, scale=length**-0.5), [2, 3])):
+        h, launch = planned(x, factor, ends).bind()
+        launch()
+        assert error(h[:, :5], exact(x, factor, ends)) <= RELATIVE[BF16]
+    rows, ends = ROUTES["tiles"]
+    for expert in (0, 2):
+        others = operand(rows, length, BF16)
+        others[mine := slices(ends)[expert]] = float("nan")
+        h = run_guarded(*planned(others, stack(len(ends), 5, length, FP32), ends).bind())
+        is_nan = h[: ends[-1], :5].isnan()
+        assert is_nan[mine].all()
+        assert is_nan.sum() == is_nan[mine].sum()
+
+
+@pytest.mark.parametrize("dtype", [FP32, BF16])
 @pytest.mark.parametrize("length", [1024, 1500, 2049])
 def test_splits_are_summed_in_order(dtype, length):
     """More than one split, the last of them shorter; a rerun has the same bits."""
-    x, factor = operand(40, length, dtype), operand(6, length, torch.float32, scale=length**-0.5)
-    _, launch = plan_down_projection(x, factor).bound()
-    assert launch.meta["SPLIT"]
-    assert launch.args["num_splits"] == launch.grid[1] > 1
-    check(x, factor, dtype)
-    check(x, factor, dtype, dropout_p=0.2, seed=seed_of(3))
-    assert torch.equal(down_projection(x, factor), down_projection(x, factor))
+    rows, ends = ROUTES["first and last idle"]
+    dense, stacked = operand(6, length, FP32, scale=length**-0.5), stack(len(ends), 6, length, FP32)
+    for tokens, factor, of_experts in ((40, dense, None), (rows, stacked, ends)):
+        x = operand(tokens, length, dtype)
+        _, launch = planned(x, factor, of_experts).bind()
+        assert launch.args["num_splits"] == launch.grid[1] > 1
+        for p, seed in ((0.0, None), (0.2, seed_of(3))):
+            check(x, factor, dtype, of_experts, dropout_p=p, seed=seed)
+        offsets = of_experts and offsets_of(of_experts)
+        assert torch.equal(*(down_projection(x, factor, None, offsets) for _ in range(2)))
 
 
 def test_every_configuration():
-    x, factor = operand(150, 200, torch.bfloat16), operand(9, 200, torch.float32, scale=0.07)
-    for target in configs.SHARED_MEMORY:
-        for tokens in (1, 10_000):
-            for config in configs.down_projection(target, tokens, 16, 2):
-                check(x, factor, torch.bfloat16, config=config)
+    (rows, ends), x, factor = ROUTES["tiles"], operand(150, 200, BF16), operand(9, 200, FP32, scale=0.07)
+    for config in {
+        c for t in configs.SHARED_MEMORY for n in (1, 10_000) for c in configs.down_projection(t, n, 16, 2)
+    }:
+        check(x, factor, BF16, config=config)
+        stacked = stack(len(ends), 9, 130, FP32, scale=0.07)
+        check(operand(rows, 130, BF16), stacked, BF16, ends, config=config)
 
 
 def test_offsets_beyond_32_bit():
-    x, factor = far_apart(3, 70, torch.float16), operand(4, 70, torch.float32)
-    h = down_projection(x, factor)
-    assert error(h[:, :4], expected(x, factor, 1.0)) <= RELATIVE[torch.float16]
-    h = down_projection(x.t().contiguous().t(), factor)
-    assert error(h[:, :4], expected(x, factor, 1.0)) <= RELATIVE[torch.float16]
+    """Of the rows and columns of x, and of the third expert."""
+    far, near, ends = far_apart(3, 70, FP16), operand(4, 70, FP32), [1, 2, 3]
+    third = far_apart(3, 4 * 70, FP16).unflatten(1, (4, 70))
+    columns = far.t().contiguous().t()
+    for x, factor in ((far, near), (columns, near), (far, stack(3, 4, 70, FP32)), (far.contiguous(), third)):
+        of_experts = ends if factor.dim() == 3 else None
+        h = down_projection(x, factor, None, of_experts and offsets_of(of_experts))
+        assert error(h[:, :4], exact(x, factor, of_experts)) <= RELATIVE[FP16]
 
 
-def test_no_tokens():
-    h = down_projection(operand(0, 8, torch.float32, "contiguous"), operand(2, 8, torch.float32))
-    assert h.shape == (0, 16)
+def test_many_experts_with_few_rows():
+    ends = [min(expert // 12, 30) for expert in range(512)]
+    check(operand(30, 40, FP32), stack(512, 3, 40, FP32), FP32, ends)
 
 
-@pytest.mark.parametrize(
-    ("change", "kind", "message"),
-    [
-        ({"x": torch.randn(3)}, ValueError, r"x must have 2 dimension\(s\), but its shape is \(3,\)"),
-        ({"x": torch.randn(3, 5)}, ValueError, r"dimension 1 of x and dimension 1 of factor must be equal"),
-        ({"x": torch.ones(3, 4, dtype=torch.int32)}, TypeError, "x must be of dtype float32.*torch.int32"),
-        ({"factor": torch.randn(2, 4).double()}, TypeError, "factor must be of dtype"),
-        ({"factor": torch.randn(0, 4)}, ValueError, "factor must have a rank from 1 to 256.*is 0"),
-        ({"factor": torch.randn(257, 4)}, ValueError, "it is 257"),
-        ({"factor": torch.randn(2, 4).to("meta")}, ValueError, "x on cpu, factor on meta"),
-        ({"compute_dtype": torch.float64}, TypeError, "compute_dtype must be float32"),
-        ({"dropout_p": 1.0}, ValueError, "dropout_p must be at least 0 and below 1"),
-        ({"dropout_p": 0.5}, ValueError, "seed must be an int64 tensor.*it is None"),
-        ({"dropout_p": 0.5, "seed": torch.tensor([1.0])}, ValueError, "it is torch.float32"),
-    ],
-)
-def test_bad_input_is_named(change, kind, message):
-    arguments = {"x": torch.randn(3, 4), "factor": torch.randn(2, 4), **change}
-    with pytest.raises(kind, match=message):
-        down_projection(**arguments)
+@pytest.mark.parametrize("ends", [None, [0, 0]])
+def test_no_rows(ends):
+    factor = stack(2, 2, 8, FP32)
+    x, factor = operand(0, 8, FP32, "contiguous"), factor if ends else factor[0]
+    assert down_projection(x, factor, None, ends and offsets_of(ends)).shape == (0, 16)

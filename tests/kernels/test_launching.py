@@ -16,8 +16,8 @@ from triton.compiler import CompiledKernel
 from mica.kernels import launching
 from mica.kernels.common import LaunchError
 from mica.kernels.configs import Config
-from mica.kernels.launching import Choice, Plan, Plans
-from tests.support.launched import cases, refusals
+from mica.kernels.launching import Launcher, Plan, PlanCache, RecordedLaunches
+from tests.support.launched import cases
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -36,11 +36,6 @@ def report():
 def test_no_other_plan_is_taken(report, case):
     """Whatever differs between two calls: the second is launched as if it were the first of all."""
     assert report["cases"][case] == ""
-
-
-@pytest.mark.parametrize("case", refusals())
-def test_a_plan_does_not_hide_a_wrong_argument(report, case):
-    assert report["cases"][f"refused: {case}"] == ""
 
 
 @pytest.mark.parametrize(("kernel", "most"), [("down", 2), ("up", 2), ("grad", 3)])
@@ -121,12 +116,12 @@ def test_numbers_and_constants_go_in_the_order_of_the_parameters():
 
 def test_a_table_is_bounded(monkeypatch):
     monkeypatch.setattr(launching, "MOST_PLANS", 3)
-    table = Plans()
+    table = PlanCache()
     for key in range(10):
         table.keep(key, plan())
         assert table.get(key) is not None
         assert len(table) <= 3
-    launching.forget()
+    launching.clear()
     assert len(table) == 0
 
 
@@ -161,15 +156,17 @@ class Refusing:
             raise self.error
 
 
-def choice(kernel, tensor):
-    return Choice(
-        "skinny",
-        tensor.device,
-        (),
-        CONFIGS,
-        lambda config: Plan(kernel, (1, 1), {}, {"BLOCK_M": config.block_m}, config),
-        lambda plan: (tensor, (tensor,)),
-    )
+def skinny(kernel):
+    """A launcher of it; its output is its only tensor."""
+
+    def planned(tensor):
+        return CONFIGS, lambda config: Plan(kernel, (1, 1), {}, {"BLOCK_M": config.block_m}, config)
+
+    def run(launch, plan, tensor):
+        launch(tensor)
+        return tensor
+
+    return Launcher(planned, run)
 
 
 REFUSALS = [
@@ -181,23 +178,25 @@ REFUSALS = [
 @pytest.mark.parametrize("error", REFUSALS, ids=["resources", "compiler"])
 def test_the_next_configuration_is_tried(error):
     """And what was refused is not tried again, whatever the key: compiling it takes seconds."""
-    kernel, tensor, table = Refusing(32, error), torch.zeros(4), Plans()
-    assert choice(kernel, tensor).first(table, "a") is tensor
-    assert choice(kernel, tensor).first(table, "b") is tensor
+    kernel = Refusing(32, error)
+    launcher = skinny(kernel)
+    for tensor in (torch.zeros(4), torch.zeros(5)):
+        assert launcher(tensor) is tensor
+        assert launcher.cache.get(launcher.key(tensor)).config == CONFIGS[1]
     assert kernel.tried == [64, 32, 32]
-    assert table.get("a").config == table.get("b").config == CONFIGS[1]
-    choice(kernel, tensor.double()).first(table, "c")  # another dtype may fit
+    launcher(torch.zeros(4).double())  # another dtype may fit
     assert kernel.tried[3:] == [64, 32]
 
 
 @pytest.mark.parametrize("error", REFUSALS, ids=["resources", "compiler"])
 def test_where_none_can_be_launched_the_kernel_is_named(error):
-    kernel, table = Refusing(8, error), Plans()
+    kernel = Refusing(8, error)
+    launcher = skinny(kernel)
     for _ in range(2):
-        with pytest.raises(LaunchError, match=f"kernel skinny can be .* configurations: {str(error)[:12]}"):
-            choice(kernel, torch.zeros(4)).first(table, "a")
+        with pytest.raises(LaunchError, match=f"kernel planned can be .* configurations: {str(error)[:12]}"):
+            launcher(torch.zeros(4))
     assert kernel.tried == [64, 32, 16]
-    assert table.get("a") is None
+    assert not len(launcher.cache)
 
 
 @pytest.mark.parametrize(
@@ -206,15 +205,50 @@ def test_where_none_can_be_launched_the_kernel_is_named(error):
 )
 def test_any_other_error_is_raised(error):
     """Something may have run already."""
-    kernel, table = Refusing(32, error), Plans()
+    kernel = Refusing(32, error)
+    launcher = skinny(kernel)
     with pytest.raises(type(error)):
-        choice(kernel, torch.zeros(4)).first(table, "a")
+        launcher(torch.zeros(4))
     assert kernel.tried == [64]
-    assert not table.refused
+    assert not launcher.cache.refused
 
 
-def test_what_a_capture_could_not_measure_is_not_kept(monkeypatch):
-    monkeypatch.setattr(launching.tuning, "is_settled", lambda device: False)
-    table = Plans()
-    choice(Refusing(64, None), torch.zeros(4)).first(table, "a")
-    assert table.get("a") is None
+# ---------------------------------------------------------------------------------------------------
+# the launches of a formula
+# ---------------------------------------------------------------------------------------------------
+
+
+def test_what_was_recorded_is_not_looked_up_again(monkeypatch):
+    kernel = Refusing(32, REFUSALS[0])
+    launcher, tensor = skinny(kernel), torch.zeros(4)
+    recorded = RecordedLaunches(launcher, launcher)
+    assert recorded.get("a") is None
+    first, second = recorded.record("a", {}, {})
+    assert first(tensor) is tensor
+    first, unused = recorded.get("a")
+    monkeypatch.setattr(Launcher, "key", None)
+    assert first(tensor) is tensor
+    assert kernel.tried == [64, 32, 32]
+    with pytest.raises(TypeError):  # it has not been called yet
+        unused(tensor)
+    assert unused is second
+
+
+def test_what_failed_is_planned_again():
+    kernel, tensor = Refusing(8, REFUSALS[0]), torch.zeros(4)
+    recorded = RecordedLaunches(skinny(kernel))
+    for steps in (recorded.record("a", {}), recorded.get("a")):
+        with pytest.raises(LaunchError):
+            steps[0](tensor)
+    launching.clear()
+    assert not len(recorded)
+    kernel.most = 64
+    assert recorded.record("a", {})[0](tensor) is tensor
+
+
+def test_records_are_bounded(monkeypatch):
+    monkeypatch.setattr(launching, "MOST_PLANS", 3)
+    recorded = RecordedLaunches()
+    for key in range(10):
+        recorded.record(key)
+        assert len(recorded) <= 3

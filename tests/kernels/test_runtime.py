@@ -73,13 +73,18 @@ def a_gpu(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("capability", "hip", "usable"), [((7, 5), None, False), ((9, 0), None, True), ((9, 4), "6.4", True)]
+    ("capability", "hip", "expected"),
+    [
+        ((7, 5), None, "a card is older than compute capability 8.0"),
+        ((9, 0), None, None),
+        ((9, 4), "6.4", "no Triton kernels for ROCm"),
+    ],
 )
-def test_devices(a_gpu, capability, hip, usable):
+def test_devices(a_gpu, capability, hip, expected):
     a_gpu.setattr(torch.version, "hip", hip)
     a_gpu.setattr(torch.cuda, "get_device_capability", lambda device: capability)
-    reason = runtime.why_unavailable(torch.device("cuda"))
-    assert reason == (None if usable else "a card is older than compute capability 8.0")
+    assert runtime.why_unavailable(torch.device("cuda")) == expected
+    assert runtime.is_settled(torch.device("cuda"))
 
 
 def test_a_trial_kernel_that_fails_is_a_reason_and_is_run_once(a_gpu):

@@ -36,8 +36,8 @@ def test_one_buffer_a_stream_that_grows(monkeypatch):
     made, capturing, stream = [], False, 7
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: capturing)
     monkeypatch.setattr(workspace, "raw_stream", lambda index: stream + index)
-    monkeypatch.setattr(workspace, "kept_counters", {})
-    monkeypatch.setattr(workspace, "kept", lambda make, tensor: make())
+    monkeypatch.setattr(workspace, "_counters", {})
+    monkeypatch.setattr(workspace, "allocate_persistent", lambda make, tensor: make())
     tensor = OnGpu(made)
     first = workspace.counters(5, tensor)
     assert workspace.counters(9, tensor) is first
@@ -99,7 +99,7 @@ def test_what_is_kept_is_made_by_another_thread_on_the_default_stream(log):
 
     gpu = OnGpu([])
     gpu.device = None
-    assert isinstance(workspace.kept(make, gpu), Made)
+    assert isinstance(workspace.allocate_persistent(make, gpu), Made)
     assert threads != [threading.get_ident()]
     assert log == [
         "the default waits for the caller's",
@@ -116,14 +116,14 @@ def test_an_error_of_the_other_thread_is_raised_here(log):
     gpu = OnGpu([])
     gpu.device = None
     with pytest.raises(MemoryError, match="none left"):
-        workspace.kept(make, gpu)
+        workspace.allocate_persistent(make, gpu)
 
 
 def test_counters_are_kept_and_those_of_a_capture_are_not(monkeypatch):
     kept = []
     monkeypatch.setattr(workspace, "raw_stream", lambda index: 7)
-    monkeypatch.setattr(workspace, "kept_counters", {})
-    monkeypatch.setattr(workspace, "kept", lambda make, tensor: kept.append(1) or make())
+    monkeypatch.setattr(workspace, "_counters", {})
+    monkeypatch.setattr(workspace, "allocate_persistent", lambda make, tensor: kept.append(1) or make())
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
     workspace.counters(5, OnGpu([]))
     assert not kept

@@ -43,13 +43,11 @@ def run_guarded(out: torch.Tensor, launch) -> torch.Tensor:
     Outputs were NaN before (`torch.empty` is, in tests), arrival counters must be 0 again afterwards.
     """
     copies = {}
-    launches = [launch] if launch.then is None else [launch, launch.then]
-    for args in (one.args for one in launches):
-        for name, value in args.items():
-            if isinstance(value, torch.Tensor):
-                key = (value.data_ptr(), value.shape, value.stride())
-                copies.setdefault(key, guarded(value))
-                args[name] = copies[key]
+    for name, value in launch.args.items():
+        if isinstance(value, torch.Tensor):
+            key = (value.data_ptr(), value.shape, value.stride())
+            copies.setdefault(key, guarded(value))
+            launch.args[name] = copies[key]
     key = (out.data_ptr(), out.shape, out.stride())
     launch()
     for name, value in launch.args.items():

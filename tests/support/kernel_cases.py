@@ -10,6 +10,7 @@ from tests.support.oracle import padded
 from tests.support.properties import st
 
 DEVICE = os.environ.get("MICA_TEST_DEVICE", "cpu")
+FP32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
 
 # tokens, in_features, out_features, rank: ones, odd sizes, more than one tile each way, padded ranks
 SHAPES = [
@@ -22,13 +23,7 @@ SHAPES = [
 ]
 
 # dtype of x and y, of the adapter, of the product
-DTYPES = [
-    (torch.float32, torch.float32, torch.float32),
-    (torch.bfloat16, torch.float32, torch.bfloat16),
-    (torch.bfloat16, torch.bfloat16, torch.bfloat16),
-    (torch.float16, torch.float32, torch.float16),
-    (torch.bfloat16, torch.float32, torch.float32),
-]
+DTYPES = [(FP32, FP32, FP32), (BF16, FP32, BF16), (BF16, BF16, BF16), (FP16, FP32, FP16), (BF16, FP32, FP32)]
 
 sizes = st.integers(1, 90)
 ranks = st.one_of(st.integers(1, 40), st.sampled_from([64, 100, 256]))

@@ -75,11 +75,11 @@ def installed(capability: int = 90, launch: Callable[..., None] = count):
     runtime.why_unavailable = lambda device: None
     driver.set_active(NoLaunchDriver(capability, launch))
     backend.forget_verdicts()
-    launching.forget()
+    launching.clear()
     try:
         yield
     finally:
         runtime.why_unavailable = why
         backend.forget_verdicts()
-        launching.forget()
+        launching.clear()
         driver._active = before

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from mica.fast.forward.decide import decided, is_dense
-from mica.fast.forward.decision import OnOperators, OnPeft
+from mica.fast.forward.decision import REFERENCE, OnOperators, OnPeft
 from mica.fast.forward.eligibility import Adapter, read_adapters
 from mica.ops.embedding import embedding
 
@@ -29,8 +29,8 @@ class Embedded(OnOperators):
             update = update * embed_scale.to(update.dtype)
         return (result + update).to(result.dtype)
 
-    def products(self) -> list[tuple[Tensor, ...]]:
-        return [(self.adapter.lora_A, self.adapter.lora_B)]
+    def explained(self) -> tuple[str, str]:
+        return REFERENCE, "embeddings have no kernels"
 
 
 def decide(layer, x: Tensor | None = None, *args, **kwargs) -> Embedded | OnPeft:

@@ -4,8 +4,8 @@ from tests.support.mutants.edits import FileEdits
 
 EXPERTS = [
     FileEdits(
-        "kernels/experts_tiles.py",
-        tests=["tests/kernels/test_experts_tiles.py"],
+        "kernels/expert_tiles.py",
+        tests=["tests/kernels/test_expert_tiles.py"],
         edits={
             "tile_of": [
                 ("+ experts < tile", "+ experts <= tile"),
@@ -17,61 +17,22 @@ EXPERTS = [
         },
     ),
     FileEdits(
-        "kernels/experts_down.py",
-        tests=["tests/kernels/test_experts_down.py"],
+        "mica/paths/triton_path.py",
+        tests=["tests/mica/paths/test_triton_path_experts.py"],
         edits={
-            "_experts_down_kernel": [
-                ("(expert < num_experts) & (first_row < end)", "first_row < end"),
-                ("p_ptr + expert.to(tl.int64) * stride_pe", "p_ptr"),
-                ("expert.to(tl.int64)", "expert"),
-                ("tl.minimum(rows, end - 1) if CLAMPED else", ""),
-                ("mask = (rows < end)[:, None] &", "mask = (rows < num_rows)[:, None] &"),
-                ("x_mask = (rows < end)", "x_mask = (rows < end + 9)"),
-                ("first = split * k_per_split", "first = split * (k_per_split - 1)"),
-                ("(ranks < RANK)[None", "(ranks <= RANK)[None"),
-                ("acc, scale, out_ptr", "acc * scale, scale, out_ptr"),
+            "experts_linear": [
+                ('"scale": scaling,', '"scale": 1.0,'),
+                ("None, None, bias, offsets)", "None, None, None, offsets)"),
+                ("dtype, offsets.contiguous()", "dtype, offsets"),
+                ("layout(offsets),", ""),
+                ("layout(bias),", ""),
+                ("layout(bias), lora_B.shape[1]", "layout(bias)"),
+                ("*tensors, scaling,", "*tensors,"),
             ],
-            "plan_experts_down.plan": [
-                ("in_features % config.block_k == 0", "True"),
-                ("then is None", "True"),
-            ],
-        },
-    ),
-    FileEdits(
-        "kernels/experts_up.py",
-        tests=["tests/kernels/test_experts_up.py"],
-        edits={
-            "_experts_up_kernel": [
-                ("row_mask = (rows < end)", "row_mask = (rows < num_rows)"),
-                ("p_ptr + expert.to(tl.int64) * stride_pe", "p_ptr"),
-                ("bias_ptr + expert.to(tl.int64) * stride_be", "bias_ptr"),
-                ("if expert < num_experts:", "if True:"),
-                ("cast(base + acc, y", "cast(cast(base, y_ptr.dtype.element_ty).to(tl.float32) + acc, y"),
-            ],
-            "plan_experts_up.plan": [("tail=True", "tail=False")],
-        },
-    ),
-    FileEdits(
-        "kernels/experts_grad_a.py",
-        tests=["tests/kernels/test_experts_grad_a.py"],
-        edits={
-            "_experts_grad_a_kernel": [
-                ("0, BLOCK_M) < last", "0, BLOCK_M) <= last"),
-                ("rows = (first + tl", "rows = (tl"),
-                ("expert.to(tl.int64) * RANK + ranks", "expert.to(tl.int64) * BLOCK_R + ranks"),
-                ("(ranks < RANK)[:, None]", "(ranks <= RANK)[:, None]"),
-                ("g_ptrs += step * stride_gm", "g_ptrs += step"),
-            ],
-        },
-    ),
-    FileEdits(
-        "mica/kernel_path_experts.py",
-        tests=["tests/mica/test_kernel_path_experts.py"],
-        edits={
-            "experts_linear": [("scale=scaling,", "scale=1.0,"), (", bias=bias)", ")")],
             "experts_linear_backward": [
-                ("scale=scaling,", "scale=scaling * scaling,"),
-                ("lora_A.shape[1], out_dtype=lora_A.dtype", "lora_A.shape[1]"),
+                ('"scale": scaling,', '"scale": scaling * scaling,'),
+                (', "out_dtype": lora_A.dtype', ""),
+                ("layout(offsets), layout(lora_A)", "layout(offsets)"),
             ],
             "base_product": [
                 ("if not _is_aligned(x):", "if False:"),
@@ -86,8 +47,8 @@ EXPERTS = [
         },
     ),
     FileEdits(
-        "kernels/prepared.py",
-        tests=["tests/kernels/test_prepared.py"],
+        "kernels/prepared_b.py",
+        tests=["tests/kernels/test_prepared_b.py"],
         edits={"prepare_experts": [("lora_B if lora_B._base is None else lora_B._base", "lora_B")]},
     ),
 ]

@@ -5,37 +5,30 @@ from tests.support.mutants.edits import FileEdits
 KERNELS = [
     FileEdits(
         "kernels/down_projection.py",
-        tests=[
-            "tests/kernels/test_down_projection.py",
-            "tests/kernels/test_launching.py",
-            "tests/kernels/test_split_sum.py",
-        ],
+        tests=["tests/kernels/test_down_projection.py", "tests/kernels/test_split_k.py"],
         edits={
             "_down_projection_kernel": [
-                ("mask = (rows < num_tokens)[:, None] &", "mask = (rows <= num_tokens)[:, None] &"),
+                ("(expert >= num_experts) | (first_row >= end)", "first_row >= end"),
+                ("p_ptr += expert.to(tl.int64) * stride_pe", "pass"),
+                ("expert.to(tl.int64)", "expert"),
+                ("mask = (rows < end)[:, None] &", "mask = (rows <= end)[:, None] &"),
+                ("mask = (rows < end)[:, None] &", "mask = (rows < num_rows)[:, None] &"),
                 ("(ranks < RANK)[None", "(ranks <= RANK)[None"),
                 ("0, BLOCK_K) < last", "0, BLOCK_K) <= last"),
-                ("x, 0.0", "0.0, x"),
+                ("x, 0.0)", "0.0, x)"),
                 ("rows, start + tl", "rows, tl"),
-                ("near.to(tl.int64)", "near"),
-                ("tl.minimum(rows, num_tokens - 1) if CLAMPED else", ""),
-                ("[None, :] if CLAMPED else x_mask & inside", ""),
+                ("tl.minimum(rows, end - 1).to(tl.int64)", "tl.minimum(rows, end - 1)"),
+                ("tl.minimum(rows, end - 1)", "rows"),
                 ("x_ptrs += step * stride_xk", "x_ptrs += step"),
                 ("p_ptrs += step * stride_pk", "p_ptrs += step * stride_xk"),
-                ("first = split * k_per_split", "first = split * (k_per_split - 1)"),
-                ("first + k_per_split, in_features", "first + k_per_split + 1, in_features"),
+                ("first = split * per_split", "first = split * (per_split - 1)"),
+                ("first + per_split, in_features", "first + per_split + 1, in_features"),
                 ("ranks < COLUMNS)[None", "ranks < RANK)[None"),
+                ("acc, scale, out_ptr", "acc * scale, scale, out_ptr"),
             ],
-            "plan_down_projection.plan": [
+            "down_projection.plan": [
                 ("in_features % config.block_k == 0", "True"),
-                ("then is None", "True"),
-                ("then,", ""),
-            ],
-            "plan_down_projection": [("/ (1.0 - dropout_p)", "")],
-            "key_of": [
-                ("layout(factor),", ""),
-                ("tuning.state(),", ""),
-                ("fp32_setting() if (compute_dtype", "0 if (compute_dtype"),
+                ("/ (1.0 - dropout_p)", ""),
             ],
         },
     ),
@@ -63,26 +56,19 @@ KERNELS = [
         },
     ),
     FileEdits(
-        "kernels/split_sum.py",
-        tests=["tests/kernels/test_split_sum.py", "tests/kernels/test_down_projection.py"],
+        "kernels/split_k.py",
+        tests=["tests/kernels/test_split_k.py", "tests/kernels/test_down_projection.py"],
         edits={
             "store_sum": [
                 ("cast(total * scale", "cast(total"),
                 ("cast(acc * scale", "cast(acc"),
                 ("== num_splits - 1", "== num_splits - 2"),
-                ("tl.store(counter_ptr, 0)", ""),
-                ("tl.int64) * stride_split", "tl.int64)"),
-            ],
-            "_add_parts_kernel": [
-                ("cast(total * scale", "cast(total"),
-                ("mask = offsets < size", "mask = offsets <= size"),
-            ],
-            "_sum_of_parts": [
+                ("tl.store(counter_ptr + tile, 0)", ""),
+                ("split.to(tl.int64) * stride_split", "split.to(tl.int64)"),
                 ("total += tl.load", "total = tl.load"),
                 ("in range(num_splits)", "in range(num_splits - 1)"),
-                ("tl.cast(split", "tl.cast(num_splits - 1 - split"),
+                ("tl.cast(part,", "tl.cast(num_splits - 1 - part,"),
             ],
-            "last_arriver_adds": [('target.startswith("sm_")', "True")],
             "split_evenly": [
                 ("ceil_div(length, per_split", "max(1, length // per_split"),
                 ("(8 if is_small else 32)", "8"),
@@ -93,55 +79,51 @@ KERNELS = [
     ),
     FileEdits(
         "kernels/grad_a.py",
-        tests=[
-            "tests/kernels/test_grad_a.py",
-            "tests/kernels/test_launching.py",
-            "tests/kernels/test_split_sum.py",
-        ],
+        tests=["tests/kernels/test_grad_a.py", "tests/kernels/test_split_k.py"],
         edits={
-            "plan_grad_a.plan": [
-                ("then is None", "True"),
-                ("then,", ""),
-            ],
             "_grad_a_kernel": [
                 ("0, BLOCK_M) < last", "0, BLOCK_M) <= last"),
                 ("start + tl.arange(0, BLOCK_M),", "rows,"),
+                ("rows = (first + tl", "rows = (tl"),
                 ("mask = (ranks < RANK)", "mask = (ranks <= RANK)"),
                 ("g_ptrs += step * stride_gm", "g_ptrs += step * stride_gr"),
                 ("(columns < in_features)[None, :] size", "(columns <= in_features)[None, :]\n    size"),
-                ("first + tokens_per_split, num_tokens", "first + tokens_per_split - 1, num_tokens"),
+                ("first + per_split, num_rows", "first + per_split - 1, num_rows"),
+                ("split.to(tl.int64) * RANK * in_features", "split.to(tl.int64) * BLOCK_R * in_features"),
             ],
-            "plan_grad_a": [("/ (1.0 - dropout_p)", "")],
-            "key_of": [
-                ("out_dtype,\n        dropout_p", "dropout_p"),
-                ("layout(seed) if dropout_p else", ""),
-            ],
+            "grad_a.plan": [("/ (1.0 - dropout_p)", "")],
         },
     ),
     FileEdits(
         "kernels/launching.py",
-        tests=["tests/kernels/test_launching.py", "tests/kernels/test_split_sum.py"],
+        tests=[
+            "tests/kernels/test_launching.py",
+            "tests/kernels/test_split_k.py",
+            "tests/mica/paths/test_triton_path_plans.py",
+        ],
         edits={
             "Plan.__call__": [
-                ("self.then(*[tensors[place] for place in self._passed_on])", "pass"),
                 ("math.gcd(16, *addresses) == 16", "True"),
                 ("or _is_observed(self.kernel)", ""),
                 ("elif index == current_device()", "elif index >= 0"),
             ],
-            "Plan._launch": [
-                ("bind(tensors).alone()", "bind(tensors)()"),
-                ("not is_observed and", ""),
-            ],
-            "Launch.alone": [("is_capturing(device) and", ""), ("and not self._is_loaded()", "")],
+            "Plan._launch": [("not is_observed and", "")],
+            "Launch.__call__": [("is_capturing(device) and", ""), ("and not self._is_loaded()", "")],
             "_is_observed": [("or runtime.debug", "")],
             "can_run_directly": [('hooks, "x", "y"', "hooks, *seen[9:]")],
             "Plan.__post_init__": [("self.kernel.arg_names[-len(values) :]", "values")],
             "layout": [("dtype, tensor.get_device()", "dtype")],
-            "Plans.keep": [("len(self._kept) >= MOST_PLANS", "False")],
-            "Choice.first": [
-                ("form not in plans.refused", "True"),
-                (", *(tensor.dtype for tensor in tensors)", ""),
-                ("tuning.is_settled(self.device)", "True"),
+            "PlanCache.keep": [("len(self._plans) >= MOST_PLANS", "False")],
+            "PlannedCall.launch_first": [("form not in cache.refused", "True"), (", *dtypes)", ")")],
+            "Launcher.key": [
+                ("fp32_setting(), *map", "*map"),
+                ("*map(layout, tensors),", ""),
+                (", *numbers.items()", ""),
+            ],
+            "RecordedLaunches.record": [("len(self._steps) >= MOST_PLANS", "False")],
+            "_recorded": [
+                ("steps[place] = functools.partial(launcher.run, plan, plan)", "pass"),
+                ("steps[place] =", "steps[0] ="),
             ],
             "_is_refusal": [
                 ("not isinstance(error, triton.runtime.errors.InterpreterError)", "True"),
@@ -151,14 +133,14 @@ KERNELS = [
     ),
     FileEdits(
         "kernels/workspace.py",
-        tests=["tests/kernels/test_workspace.py", "tests/kernels/test_split_sum.py"],
+        tests=["tests/kernels/test_workspace.py", "tests/kernels/test_split_k.py"],
         edits={
-            "of_split": [("if plan.then is None else parts", "")],
+            "of_split": [("plan.grid[0]", "1")],
             "counters": [
                 ("or torch.cuda.is_current_stream_capturing()", ""),
-                ("kept(lambda:", "(lambda make, _: make())(lambda:"),
+                ("allocate_persistent(lambda:", "(lambda make, _: make())(lambda:"),
             ],
-            "kept": [
+            "allocate_persistent": [
                 ("own.wait_stream(caller)", "pass"),
                 ("caller.wait_stream(own)", ""),
                 ("made.record_stream(caller)", ""),
@@ -168,7 +150,7 @@ KERNELS = [
     ),
     FileEdits(
         "kernels/configs.py",
-        tests=["tests/kernels/test_configs.py", "tests/kernels/test_split_sum.py"],
+        tests=["tests/kernels/test_configs.py", "tests/kernels/test_split_k.py"],
         edits={
             "down_projection": [("<= (512 if block_r", "<= (256 if block_r")],
             "grad_a": [("narrow, wide] if num_tokens <= 512 else [", "")],
@@ -179,48 +161,32 @@ KERNELS = [
                 ("and not dropout", ""),
             ],
             "_fits": [("limit // bytes_per_stage", "config.num_stages")],
+            "forms_of": [("tokens >= row.tokens and", ""), ("and rank <= row.rank", "")],
         },
     ),
     FileEdits(
         "kernels/up_projection.py",
-        tests=[
-            "tests/kernels/test_up_projection.py",
-            "tests/kernels/test_tuning.py",
-            "tests/kernels/test_launching.py",
-        ],
+        tests=["tests/kernels/test_up_projection.py"],
         edits={
             "_up_projection_kernel": [
                 ("* scale  # fmt: skip", "# fmt: skip"),
                 ("rows, columns, threshold", "columns, rows, threshold"),
                 ("(columns < out_features)[None", "(columns <= out_features)[None"),
-                ("row_mask = (rows < num_tokens)", "row_mask = (rows <= num_tokens)"),
-                ("base.to(tl.float32) +", ""),
+                ("mask = (rows < end)", "mask = (rows <= end)"),
+                ("mask = (rows < end)", "mask = (rows < num_rows)"),
+                ("cast(base + acc,", "cast(acc,"),
+                ("cast(base + acc,", "cast(cast(base, out_ptr.dtype.element_ty).to(tl.float32) + acc,"),
                 ("rows_64 * stride_om", "rows_64 * stride_bm"),
+                ("p_ptr += expert.to(tl.int64) * stride_pe", "pass"),
+                ("bias_ptr + expert.to(tl.int64) * stride_ce", "bias_ptr"),
+                ("if expert >= num_experts:", "if False:"),
             ],
-            "plan_up_projection.plan": [
+            "up_projection_.plan": [
                 ("/ (1.0 - dropout_p)", ""),
                 ("out_features % config.block_n == 0", "True"),
+                ("tail=True", "tail=False"),
+                ("om_on=base if out is None else out", "om_on=base"),
             ],
-            "plan_up_projection": [("out,) if out.data_ptr() == base.data_ptr() else (", "")],
-            "key_of": [("layout(out),", ""), ("fp32_setting() if", "None if")],
-        },
-    ),
-    FileEdits(
-        "kernels/embedding.py",
-        tests=["tests/kernels/test_embedding.py", "tests/kernels/test_launching.py"],
-        edits={
-            "_embedding_kernel": [
-                ("(index >= 0) & (index < num_embeddings)", "index >= 0"),
-                ("acc, PRECISION) * scale", "acc, PRECISION)"),
-            ],
-            "_scatter_kernel": [
-                ("(index != skipped) &", ""),
-                ("(place == 0) | (before != index)", "before != index"),
-                ("tl.sum(same.to(tl.int32), axis=0) == BLOCK_M", "False"),
-                ("total += tl.sum", "total = tl.sum"),
-                ("mask=ranks < RANK", "mask=ranks < COLUMNS"),
-            ],
-            "grad_a_embedding": [("num_embeddings, padding_idx, out_dtype", "num_embeddings, out_dtype")],
         },
     ),
     FileEdits(
@@ -237,10 +203,9 @@ KERNELS = [
                 ("bias.to(tl.float32)[None, :]", "0.0"),
                 ("acc, 0.0", "0.0, acc"),
             ],
-            "plan_fused_linear.plan": [("1) if transposed else w.stride(", "")],
             "_fused_linear_descriptor_kernel": [("load([row, start])", "load([row, 0])")],
             "why_not_descriptor": [("row_bytes % 16 or", "")],
-            "fused_linear": [("and (x.data_ptr() % 16, w.data_ptr() % 16)", "")],
+            "_run": [("(x.data_ptr() % 16 or w.data_ptr() % 16)", "False")],
             "_DescriptorPlan": [
                 ("launch_class = _DescriptorLaunch", "pass"),
                 ("contextvars.copy_context().run(_with_scratch, ", "_with_scratch("),
@@ -248,16 +213,8 @@ KERNELS = [
         },
     ),
     FileEdits(
-        "kernels/checks.py",
-        tests=["tests/kernels/test_up_projection.py", "tests/kernels/test_grad_a.py"],
-        edits={
-            "ranks_fit": [("max(rank, rows) != padded_columns(min(rank, rows))", "False")],
-            "rank": [("if not 1 <=", "if not 0 <=")],
-        },
-    ),
-    FileEdits(
         "kernels/limits.py",
-        tests=["tests/mica/ops/test_checks.py", "tests/kernels/test_prepared.py"],
+        tests=["tests/mica/ops/test_checks.py", "tests/kernels/test_prepared_b.py"],
         edits={
             "padded_columns": [("(rank + 15)", "rank")],
             "same_device": [("> 1", "> 2")],
@@ -265,14 +222,14 @@ KERNELS = [
         },
     ),
     FileEdits(
-        "kernels/prepared.py",
-        tests=["tests/kernels/test_prepared.py"],
+        "kernels/prepared_b.py",
+        tests=["tests/kernels/test_prepared_b.py"],
         edits={
-            "_kept": [
+            "_cached": [
                 ("lora_B._version, lora_B", "lora_B"),
                 ("lora_B.data_ptr(),", ""),
                 ("state, lora_B.detach()", "state, lora_B[:0].clone()"),
-                ("workspace.kept(lambda:", "(lambda make, _: make())(lambda:"),
+                ("workspace.allocate_persistent(lambda:", "(lambda make, _: make())(lambda:"),
             ],
             "_is_cacheable": [("and not lora_B.is_inference()", "")],
             "padded": [("lora_B.new_zeros", "lora_B.new_empty")],
@@ -285,17 +242,6 @@ KERNELS = [
             "trial": [("not torch.equal(down_projection(x, factor), expected)", "False")],
             "why_unavailable": [("torch.cuda.is_current_stream_capturing()", "False")],
             "is_settled": [("device in tried or", "")],
-        },
-    ),
-    FileEdits(
-        "kernels/tuning.py",
-        tests=["tests/kernels/test_tuning.py"],
-        edits={
-            "_measure": [("tensor.copy_(saved)", "pass")],
-            "pick": [("fastest = min", "fastest = max")],
-            "_write": [("*load(file), **_read", "*_read")],
-            "forget": [("_generation += 1", "")],
-            "state": [("(_generation, *(value() for value in _environment))", "_generation")],
         },
     ),
 ]  # fmt: skip

@@ -8,9 +8,11 @@ import torch.nn.functional as F
 import triton
 from torch.library import opcheck
 
-from mica import backend, kernel_path, kernel_path_experts, ops, reference
-from mica.kernels import launching, prepared, tuning
-from mica.ops import mica_down_projection, mica_embedding, mica_linear, mica_up_projection
+from mica import backend, ops, reference, reference_experts
+from mica.kernels import configs, launching, prepared_b
+from mica.kernels.launching import Plan
+from mica.ops import mica_down_projection, mica_linear, mica_up_projection
+from mica.paths import triton_path
 from tests.support.kernel_cases import DEVICE
 from tests.support.linear_calls import on_device, run
 from tests.support.oracle import problem, solve
@@ -26,7 +28,14 @@ DTYPES = [
 ]
 # Five to eight variants to compile each; what the others have, a layer's own test and tests/kernels have too
 FEW_DTYPES = [DTYPES[1], DTYPES[4]] if ON_DEVICE else DTYPES
-FORMS = ["split", "fused", "descriptor", "aten"]
+# form -> the kernels of a forward and its backward
+OTHERS = ["_down_projection_kernel", "_grad_a_kernel"]
+FORMS = {
+    "split": [*OTHERS, "_up_projection_kernel"],
+    "fused": [*OTHERS, "_fused_linear_kernel"],
+    "descriptor": [*OTHERS, "_fused_linear_descriptor_kernel"],
+    "aten": [],
+}
 
 
 @pytest.fixture(autouse=True)
@@ -69,21 +78,30 @@ def test_factors_next_to_a_base_layer(dtype, adapter_dtype, compute_dtype, dropo
         assert error(value, expected[name]) <= 2 * RELATIVE[dtype], name
 
 
+def choose(monkeypatch, forward, backward=None):
+    """As if these forms had been measured to be the fastest on the tested device."""
+    row = configs.Forms(0, 256, forward, backward or forward)
+    monkeypatch.setitem(configs.FORMS, triton_path.device_name(torch.device(DEVICE)), (row,))
+
+
+@pytest.fixture
+def launched(monkeypatch):
+    """The names of the kernels that are launched."""
+    names, launch = set(), Plan.__call__
+    monkeypatch.setattr(
+        Plan, "__call__", lambda plan, *args: (names.add(plan.kernel.__name__), launch(plan, *args))
+    )
+    return names
+
+
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize(("dtype", "adapter_dtype", "compute_dtype"), FEW_DTYPES)
 @pytest.mark.parametrize("dropout_p", [0.0, 0.4])
 def test_every_form_agrees_with_the_dense_oracle(
-    monkeypatch, form, dtype, adapter_dtype, compute_dtype, dropout_p
+    monkeypatch, launched, form, dtype, adapter_dtype, compute_dtype, dropout_p
 ):
     """Contiguous and aligned, so that descriptors apply; with dropout against the reference in fp64."""
-    picked = []
-
-    def pick(name, device, key, choices, updates=()):
-        picked.append(name)
-        return form if form in choices else next(iter(choices))
-
-    monkeypatch.setattr(tuning, "pick", pick)
-    monkeypatch.setattr(tuning, "is_idle", lambda: False)
+    choose(monkeypatch, form)
     monkeypatch.setenv("MICA_BACKEND", "auto" if form == "aten" else "triton")
     monkeypatch.setattr(backend, "use_kernels", lambda *args, **kwargs: True)
     p = problem((3, 20), 48, 72, 5, dtype, adapter_dtype)
@@ -91,9 +109,31 @@ def test_every_form_agrees_with_the_dense_oracle(
         setattr(p, name, getattr(p, name).contiguous())
     p, seed = on_device(p), torch.tensor([77], device=DEVICE)
     expected = dropped_oracle(p, dropout_p, seed)
-    for name, value in run(p, compute_dtype, dropout_p=dropout_p, seed=seed).items():
-        assert error(value, expected[name]) <= RELATIVE[dtype], name
-    assert picked.count("linear") == picked.count("linear_backward") == 1
+    for _ in range(2):  # planned, and as planned
+        for name, value in run(p, compute_dtype, dropout_p=dropout_p, seed=seed).items():
+            assert error(value, expected[name]) <= RELATIVE[dtype], name
+    assert sorted(launched) == sorted(FORMS[form])
+
+
+@pytest.mark.parametrize(
+    ("form", "kernels"),
+    [
+        ("aten", FORMS["split"]),  # kernels are demanded
+        ("descriptor", FORMS["fused"]),  # rows that lie apart are not what descriptors take
+    ],
+)
+def test_a_form_that_cannot_be(monkeypatch, launched, form, kernels):
+    choose(monkeypatch, form)
+    p = on_device(problem((8,), 17, 24, 2, torch.bfloat16))
+    for name, value in run(p).items():
+        assert error(value, solve(p)[name]) <= RELATIVE[torch.bfloat16], name
+    assert sorted(launched) == sorted(kernels)
+
+
+def test_forward_and_backward_have_a_form_each(monkeypatch, launched):
+    choose(monkeypatch, "fused", "split")
+    run(on_device(problem((8,), 16, 24, 2, torch.bfloat16)))
+    assert launched == {*FORMS["fused"], *FORMS["split"]}
 
 
 def dropped_oracle(p, dropout_p, seed):
@@ -105,48 +145,6 @@ def dropped_oracle(p, dropout_p, seed):
     y = y + p.bias.double()
     grad_x, grad_A = torch.autograd.grad(y, (x, lora_A), p.grad_output.double())
     return {"y": y.detach(), "grad_x": grad_x, "grad_A": grad_A}
-
-
-def test_all_forms_are_offered(monkeypatch):
-    offered = {}
-
-    def pick(name, device, key, choices, updates=()):
-        offered[name] = list(choices)
-        return next(iter(choices))
-
-    monkeypatch.setattr(tuning, "pick", pick)
-    monkeypatch.setattr(tuning, "is_idle", lambda: False)
-    p = on_device(problem((8,), 16, 24, 2, torch.bfloat16))
-    for name in ("x", "weight", "grad_output"):
-        setattr(p, name, getattr(p, name).contiguous())
-    run(p)
-    assert offered["linear"][:2] == ["split", "fused"]
-    assert "aten" not in offered["linear"]  # triton is forced
-    monkeypatch.setenv("MICA_BACKEND", "auto")
-    monkeypatch.setattr(backend, "use_kernels", lambda *args, **kwargs: True)
-    run(p)
-    assert offered["linear"][-1] == offered["linear_backward"][-1] == "aten"
-    if DEVICE == "cpu":  # the interpreter stands in for a GPU with the copy engine
-        assert offered["linear"][2] == "descriptor"
-
-
-def test_embedding_and_its_gradient():
-    indices = torch.randint(0, 11, (3, 7), device=DEVICE)
-    lora_A = torch.randn(3, 11, device=DEVICE, requires_grad=True)
-    lora_B, grad_output = torch.randn(20, 3, device=DEVICE), torch.randn(3, 7, 20, device=DEVICE)
-    for padding_idx in (None, 4):
-        lora_A.grad = None
-        out = mica_embedding(indices, lora_A, lora_B, 0.5, padding_idx=padding_idx)
-        out.backward(grad_output)
-        flat, dy = indices.flatten(), grad_output.flatten(0, 1).double()
-        expected = 0.5 * lora_A.double()[:, flat].t() @ lora_B.double().t()
-        assert error(out.flatten(0, 1), expected) <= RELATIVE[torch.float32]
-        expected_A = torch.zeros(3, 11, dtype=torch.float64, device=DEVICE)
-        expected_A.index_add_(1, flat, 0.5 * (dy @ lora_B.double()).t())
-        if padding_idx is not None:
-            expected_A[:, padding_idx] = 0
-        assert error(lora_A.grad, expected_A) <= RELATIVE[torch.float32]
-    assert ops.call_counts["embedding_kernels"] == ops.call_counts["embedding_backward_kernels"] == 2
 
 
 def test_an_edited_or_loaded_basis_is_used():
@@ -161,8 +159,8 @@ def test_an_edited_or_loaded_basis_is_used():
 
 def test_the_basis_is_prepared_once_for_forward_and_backward(monkeypatch):
     made = []
-    pad = prepared.padded
-    monkeypatch.setattr(prepared, "padded", lambda *args: made.append(1) or pad(*args))
+    pad = prepared_b.padded
+    monkeypatch.setattr(prepared_b, "padded", lambda *args: made.append(1) or pad(*args))
     p = on_device(problem((6,), 10, 12, 3, torch.bfloat16, torch.float32))
     p.lora_B = torch.nn.Parameter(p.lora_B, requires_grad=False)
     for _ in range(3):
@@ -209,16 +207,6 @@ def test_opcheck_linear(dropout_p):
     for mask in ([True, True], [True, False], [False, True]):
         backward = (p.grad_output, p.x, p.weight, p.lora_A, p.lora_B, p.scaling, torch.bfloat16, mask)
         opcheck(torch.ops.mica.linear_backward.default, (*backward, dropout_p, seed))
-
-
-def test_opcheck_embedding():
-    indices = torch.randint(0, 11, (3, 4), device=DEVICE)
-    lora_A, lora_B = torch.randn(2, 11, device=DEVICE), torch.randn(5, 2, device=DEVICE)
-    opcheck(
-        torch.ops.mica.embedding.default, (indices, lora_A.clone().requires_grad_(), lora_B, 0.5, 3, None)
-    )
-    grad_output = torch.randn(3, 4, 5, device=DEVICE)
-    opcheck(torch.ops.mica.embedding_backward.default, (grad_output, indices, lora_A, lora_B, 0.5, 3))
 
 
 @pytest.mark.parametrize("backend", ["eager", "aot_eager", "inductor"])
@@ -308,17 +296,18 @@ OPERATORS = {
 
 def test_each_operator_has_a_function_on_the_reference_and_on_kernels():
     """One to one, and with the same parameters: `mica.ops.dispatch.compute` calls either."""
-    both = kernel_path.__all__ + kernel_path_experts.__all__  # those of experts: test_kernel_path_experts
-    assert {name for name in both if not name.endswith("Error")} == OPERATORS
-    for name in set(kernel_path.__all__) & OPERATORS:
-        expected = inspect.signature(getattr(reference, name))
-        assert inspect.signature(getattr(kernel_path, name)) == expected, name
+    names = {name for name in triton_path.__all__ if not name.endswith("Error")}
+    assert names == {name for name in OPERATORS if not name.startswith("embedding")}
+    for name in names:
+        module = reference_experts if name.startswith("experts_") else reference
+        expected = inspect.signature(getattr(module, name))
+        assert inspect.signature(getattr(triton_path, name)) == expected, name
 
 
 PARTS = {  # what cannot be launched -> the functions that have it
-    "down_kernel.down_projection": {"linear", "linear_backward"},
-    "up_kernel.up_projection_": {"linear", "linear_backward"},
-    "grad_a_kernel.grad_a": {"linear_backward"},
+    "down": {"linear", "linear_backward"},
+    "up_projection_": {"linear", "linear_backward"},
+    "grad_a": {"linear_backward"},
 }
 
 
@@ -328,8 +317,8 @@ def fails(*args, **kwargs):
 
 @pytest.mark.parametrize("part", PARTS)
 def test_a_kernel_that_cannot_be_launched_is_an_error_where_kernels_are_demanded(monkeypatch, part):
-    launching.forget()
-    monkeypatch.setattr(f"mica.kernel_path.{part}", fails)
+    launching.clear()
+    monkeypatch.setattr(getattr(triton_path, part), "planned", fails)
     with pytest.raises(triton.runtime.errors.OutOfResources):
         run(on_device(problem((6,), 10, 12, 3, torch.bfloat16, torch.float32)))
 
@@ -347,9 +336,9 @@ def test_a_kernel_that_cannot_be_launched_gives_way_to_the_reference(monkeypatch
     monkeypatch.setattr(backend.runtime, "is_interpreting", lambda: False)
     monkeypatch.setattr(backend.runtime, "why_unavailable", lambda device: None)
     backend.forget_verdicts()
-    launching.forget()
+    launching.clear()
     with monkeypatch.context() as patch:
-        patch.setattr(f"mica.kernel_path.{part}", fails)
+        patch.setattr(getattr(triton_path, part), "planned", fails)
         with pytest.warns(UserWarning, match="from here on: out of resource") as warned:
             result = run(p)
     for name, value in result.items():

@@ -5,6 +5,8 @@ programs are launched as there can be tiles, and each finds its own. Expert e ha
 start // BLOCK_M + e to end // BLOCK_M + e (both included), at least as many as it has tiles; the next
 expert's begin after them. The expert of a program is then a count of ends: no sum over the experts before it
 is needed, and no map in memory. At most num_experts programs have no rows, and end at once.
+
+Without experts (BLOCK_E = 0) a dense matrix is one expert that has all the rows.
 """
 
 from __future__ import annotations
@@ -12,7 +14,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from mica.kernels.common import power_of_two
+from mica.kernels.common import ceil_div, power_of_two
 
 
 @triton.jit
@@ -21,13 +23,16 @@ def tile_of(offsets_ptr, tile, num_rows, num_experts, BLOCK_E: tl.constexpr, BLO
 
     The rows after the last expert's have the number num_experts.
     """
-    experts = tl.arange(0, BLOCK_E)
-    is_expert = experts < num_experts
-    ends = tl.load(offsets_ptr + experts, mask=is_expert, other=0).to(tl.int32)
-    is_before = is_expert & (ends // BLOCK_M + experts < tile)
-    expert = tl.sum(is_before.to(tl.int32), axis=0)
-    start, end = rows_of(offsets_ptr, expert, num_rows, num_experts)
-    return expert, start + (tile - start // BLOCK_M - expert) * BLOCK_M, end
+    if BLOCK_E == 0:
+        return 0, tile * BLOCK_M, num_rows
+    else:
+        experts = tl.arange(0, BLOCK_E)
+        is_expert = experts < num_experts
+        ends = tl.load(offsets_ptr + experts, mask=is_expert, other=0).to(tl.int32)
+        is_before = is_expert & (ends // BLOCK_M + experts < tile)
+        expert = tl.sum(is_before.to(tl.int32), axis=0)
+        start, end = rows_of(offsets_ptr, expert, num_rows, num_experts)
+        return expert, start + (tile - start // BLOCK_M - expert) * BLOCK_M, end
 
 
 @triton.jit
@@ -38,10 +43,12 @@ def rows_of(offsets_ptr, expert, num_rows, num_experts):
     return start, end
 
 
-def most_tiles(num_rows: int, num_experts: int, block_m: int, tail: bool) -> int:
+def most_tiles(num_rows: int, num_experts: int, block_m: int, tail: bool = False) -> int:
     """How many numbers there are, with those for the rows after the last expert's if ``tail``."""
+    if not num_experts:
+        return ceil_div(num_rows, block_m)
     return num_rows // block_m + num_experts + tail if num_rows else 0
 
 
 def block_e(num_experts: int) -> int:
-    return max(16, power_of_two(num_experts))
+    return max(16, power_of_two(num_experts)) if num_experts else 0

@@ -3,10 +3,11 @@
 import pytest
 import torch
 
-from mica import backend, kernel_path
-from mica.kernels import launching, tuning
+from mica import backend
+from mica.kernels import configs, launching
 from mica.kernels.launching import Plan
 from mica.ops import mica_down_projection, mica_linear
+from mica.paths import triton_path
 from tests.support.kernel_cases import DEVICE
 from tests.support.oracle import problem, solve
 from tests.support.tolerances import RELATIVE, error
@@ -18,9 +19,9 @@ RANK, TOKENS = 64, 40  # the rule's own number of tokens would take the interpre
 @pytest.fixture(autouse=True)
 def on_kernels(monkeypatch):
     monkeypatch.setenv("MICA_BACKEND", "triton")
-    monkeypatch.setattr(kernel_path, "MANY_TOKENS", TOKENS)
+    monkeypatch.setattr(triton_path, "MANY_TOKENS", TOKENS)
     backend.forget_verdicts()
-    launching.forget()
+    launching.clear()
     yield
     backend.forget_verdicts()
 
@@ -75,8 +76,8 @@ def test_no_bit_differs(monkeypatch, factors, call, dtype):
     """And kernels are launched with what was rounded: at first, and by the plans of the first call."""
     results = {}
     for tokens in (TOKENS + 1, TOKENS):
-        monkeypatch.setattr(kernel_path, "MANY_TOKENS", tokens)
-        launching.forget()
+        monkeypatch.setattr(triton_path, "MANY_TOKENS", tokens)
+        launching.clear()
         for _ in range(2):
             torch.manual_seed(0)
             p = layer(dtype=dtype)
@@ -91,14 +92,13 @@ def test_no_bit_differs(monkeypatch, factors, call, dtype):
 
 
 @pytest.mark.parametrize("form", ["split", "fused", "descriptor"])
-def test_no_bit_differs_in_a_form_that_was_tuned(monkeypatch, factors, form):
-    monkeypatch.setattr(tuning, "is_idle", lambda: False)
-    monkeypatch.setattr(tuning, "pick", lambda name, device, key, choices, updates=(): form)
-    monkeypatch.setattr(tuning, "pick_config", lambda name, device, key, configs, *rest: configs[0])
+def test_no_bit_differs_in_another_form(monkeypatch, factors, form):
+    row = configs.Forms(0, 256, form, form)
+    monkeypatch.setitem(configs.FORMS, triton_path.device_name(torch.device(DEVICE)), (row,))
     p = layer()
     rounded = of_linear(p)
     assert FP32 not in {kind for _, kind in factors}
-    monkeypatch.setattr(kernel_path, "MANY_TOKENS", TOKENS + 1)
+    monkeypatch.setattr(triton_path, "MANY_TOKENS", TOKENS + 1)
     assert all(map(torch.equal, rounded, of_linear(p)))
 
 
@@ -130,7 +130,7 @@ def test_a_write_that_no_version_counts_is_seen():
 def test_where_it_is_read_often_enough(monkeypatch, rank, tokens, a_dtype, dtype, is_rounded):
     monkeypatch.undo()
     lora_A = torch.randn(rank, 4).to(a_dtype)
-    operand = kernel_path.as_operand(lora_A, tokens, dtype)
+    operand = triton_path.as_operand(lora_A, tokens, dtype)
     assert operand.dtype == (dtype if is_rounded else a_dtype)
     assert (operand is not lora_A) == is_rounded
 

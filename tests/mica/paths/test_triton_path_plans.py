@@ -5,8 +5,9 @@ import warnings
 import pytest
 import torch
 
-from mica import backend, kernel_path, ops
-from mica.kernels import launching, tuning
+from mica import backend, ops
+from mica.kernels import launching
+from mica.paths import triton_path
 from tests.support.linear_calls import on_device, run
 from tests.support.oracle import problem, solve
 from tests.support.tolerances import RELATIVE, error
@@ -58,11 +59,11 @@ def test_the_plans_of_another_call_are_not_taken(name):
     base = on_device(problem((70,), 40, 24, 12, torch.bfloat16))
     run(base)
     run(base)
-    calls = len(kernel_path.forward_plans), len(kernel_path.backward_plans)
+    calls = len(triton_path.recorded_forward), len(triton_path.recorded_backward)
     other = on_device(DIFFERENT[name](problem((70,), 40, 24, 12, torch.bfloat16)))
     dtype = torch.float32 if name == "dtype of the products" else None
     actual = run(other, dtype)
-    launching.forget()
+    launching.clear()
     alone = run(other, dtype)
     expected = solve(other)
     for what in actual:
@@ -73,7 +74,7 @@ def test_the_plans_of_another_call_are_not_taken(name):
 
 def test_the_setting_for_fp32_products_is_seen():
     p = on_device(problem((5,), 40, 24, 12, torch.float32))
-    launching.forget()
+    launching.clear()
     run(p)
     before = torch.backends.cuda.matmul.fp32_precision
     torch.backends.cuda.matmul.fp32_precision = "ieee" if before == "tf32" else "tf32"
@@ -81,25 +82,18 @@ def test_the_setting_for_fp32_products_is_seen():
         run(p)
     finally:
         torch.backends.cuda.matmul.fp32_precision = before
-    assert len(kernel_path.forward_plans) == len(kernel_path.backward_plans) == 2
+    assert len(triton_path.recorded_forward) == len(triton_path.recorded_backward) == 2
 
 
-def test_a_layer_s_plans_are_found_together(monkeypatch):
+@pytest.mark.parametrize("dropout_p", [0.0, 0.3])
+def test_a_layer_s_plans_are_found_together(monkeypatch, dropout_p):
     """From the second call on none of its kernels looks up its own plan."""
-    p = on_device(problem((5,), 40, 24, 12, torch.float32))
-    expected = run(p)
-    for kernel in (kernel_path.down_kernel, kernel_path.up_kernel, kernel_path.grad_a_kernel):
-        monkeypatch.delattr(kernel, "key_of")
-    for name, value in run(p).items():
+    p, options = on_device(problem((5,), 40, 24, 12, torch.float32)), {"dropout_p": dropout_p}
+    options["seed"] = torch.tensor([3], device=p.x.device) if dropout_p else None
+    expected = run(p, **options)
+    monkeypatch.setattr(launching.Launcher, "key", None)
+    for name, value in run(p, **options).items():
         assert torch.equal(value, expected[name])
-
-
-def test_plans_are_not_kept_where_a_kernel_s_own_is_not(monkeypatch):
-    launching.forget()
-    monkeypatch.setattr(tuning, "is_settled", lambda device: False)
-    run(on_device(problem((5,), 40, 24, 12, torch.float32)))
-    assert not len(kernel_path.forward_plans)
-    assert not len(kernel_path.backward_plans)
 
 
 # The kernels of a layer, as they are met; the operators that run on the reference where they are not loaded
@@ -115,7 +109,7 @@ def test_a_kernel_that_a_capture_cannot_load_is_missed_once(monkeypatch, kernel)
     monkeypatch.setenv("MICA_BACKEND", "auto")
     monkeypatch.setattr(backend.runtime, "is_interpreting", lambda: False)
     monkeypatch.setattr(backend.runtime, "why_unavailable", lambda device: None)
-    launching.forget()
+    launching.clear()
     ops.call_counts.clear()
     with monkeypatch.context() as capture, warnings.catch_warnings(record=True) as warned:
         warnings.simplefilter("always")
@@ -140,12 +134,12 @@ def test_where_a_capture_cannot_run_the_reference_the_reason_is_raised(monkeypat
     monkeypatch.setattr(backend, "use_kernels", lambda *args, **kwargs: True)
     monkeypatch.setenv("MICA_BACKEND", demanded)
     monkeypatch.setattr(launching, "is_capturing", lambda device: True)
-    launching.forget()
+    launching.clear()
     p = on_device(problem((6,), 16, 24, 4, torch.float32))
     stacks = [tensor.unsqueeze(0) for tensor in (p.weight, p.lora_A, p.lora_B)]
     calls = {
         "triton": lambda: run(p),
         "auto": lambda: ops.mica_experts_linear(p.x, torch.tensor([6], device=p.x.device), *stacks),
     }
-    with pytest.raises(kernel_path.NotLoadedError, match="make the call once before the capture"):
+    with pytest.raises(triton_path.NotLoadedError, match="make the call once before the capture"):
         calls[demanded]()

@@ -4,7 +4,7 @@ A tensor that is already in that form is used directly. Of others a copy is kept
 (by a weak reference: a tensor at the address of a deleted one has no entry), and made again when PyTorch
 reports that the contents may have changed: another storage (``data_ptr``; the old one is kept alive, so its
 address cannot be reused) or an in-place write (``_version``). PyTorch does not count writes through
-``tensor.data``: after such an edit of B call `forget`.
+``tensor.data``: after such an edit of B call `clear`.
 
 The B of a stack of experts is a view, made again for every call, of the parameter that PEFT stores: its copy
 belongs to that parameter, whose version a view shares.
@@ -42,7 +42,7 @@ def prepare(lora_B: Tensor, dtype: torch.dtype) -> Tensor:
     """
     if lora_B.dtype is dtype and not lora_B.shape[1] % 16 and lora_B.is_contiguous():
         return (lora_B.detach() if lora_B.requires_grad else lora_B).t()
-    return _kept(lora_B, lora_B, dtype)
+    return _cached(lora_B, lora_B, dtype)
 
 
 def prepare_experts(lora_B: Tensor, dtype: torch.dtype) -> Tensor:
@@ -53,10 +53,10 @@ def prepare_experts(lora_B: Tensor, dtype: torch.dtype) -> Tensor:
     """
     if lora_B.dtype is dtype and not lora_B.shape[2] % 16 and lora_B.is_contiguous():
         return lora_B.detach().transpose(1, 2)
-    return _kept(lora_B, lora_B if lora_B._base is None else lora_B._base, dtype)
+    return _cached(lora_B, lora_B if lora_B._base is None else lora_B._base, dtype)
 
 
-def _kept(lora_B: Tensor, owner: Tensor, dtype: torch.dtype) -> Tensor:
+def _cached(lora_B: Tensor, owner: Tensor, dtype: torch.dtype) -> Tensor:
     """`padded` with the last two dimensions transposed, kept as long as ``owner`` lives."""
     if not _is_cacheable(lora_B):
         return padded(lora_B, dtype).transpose(-1, -2)
@@ -64,12 +64,12 @@ def _kept(lora_B: Tensor, owner: Tensor, dtype: torch.dtype) -> Tensor:
     entry = entries.get(key)
     if entry is None or entry.state != state:
         of_owner = weakref.ref(owner, lambda _: entries.pop(key, None))
-        factor = workspace.kept(lambda: padded(lora_B, dtype), lora_B).transpose(-1, -2)
+        factor = workspace.allocate_persistent(lambda: padded(lora_B, dtype), lora_B).transpose(-1, -2)
         entry = entries[key] = _Entry(of_owner, state, lora_B.detach(), factor)
     return entry.factor
 
 
-def forget() -> None:
+def clear() -> None:
     """Prepare each B again at its next use: after an edit through ``.data``."""
     entries.clear()
 

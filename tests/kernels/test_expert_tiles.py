@@ -3,7 +3,7 @@ import torch
 import triton
 import triton.language as tl
 
-from mica.kernels.experts_tiles import block_e, most_tiles, tile_of
+from mica.kernels.expert_tiles import block_e, most_tiles, tile_of
 from tests.support.expert_cases import ROUTES, counts, leftovers, offsets_of, route, slices
 from tests.support.kernel_cases import DEVICE
 from tests.support.properties import given, st

@@ -4,15 +4,15 @@ import weakref
 import pytest
 import torch
 
-from mica.kernels import prepared
-from mica.kernels.prepared import forget, prepare, prepare_experts
+from mica.kernels import prepared_b
+from mica.kernels.prepared_b import clear, prepare, prepare_experts
 
 
 @pytest.fixture(autouse=True)
 def nothing_kept():
-    forget()
+    clear()
     yield
-    forget()
+    clear()
 
 
 @pytest.mark.parametrize(("rank", "columns"), [(1, 16), (15, 16), (16, 16), (20, 32)])
@@ -80,13 +80,13 @@ def test_a_loaded_state_is_seen():
     assert torch.equal(prepare(layer.weight, torch.bfloat16)[:3].t(), layer.weight.bfloat16())
 
 
-def test_an_edit_through_data_needs_forget():
+def test_an_edit_through_data_needs_clear():
     """The one write that PyTorch does not count, as the docstring says."""
     lora_B = torch.randn(9, 3)
     prepare(lora_B, torch.bfloat16)
     lora_B.data.mul_(2.0)
     assert not torch.equal(prepare(lora_B, torch.bfloat16)[:3].t(), lora_B.bfloat16())
-    forget()
+    clear()
     assert torch.equal(prepare(lora_B, torch.bfloat16)[:3].t(), lora_B.bfloat16())
 
 
@@ -96,7 +96,7 @@ def test_nothing_outlives_the_parameter():
     del lora_B
     gc.collect()
     assert storage() is None
-    assert len(prepared.entries) == 0
+    assert len(prepared_b.entries) == 0
 
 
 def test_not_kept_where_a_change_could_be_hidden(monkeypatch):
@@ -107,12 +107,14 @@ def test_not_kept_where_a_change_could_be_hidden(monkeypatch):
     prepare((lora_B.requires_grad_() * 2.0), torch.bfloat16)
     monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
     prepare(lora_B.detach(), torch.bfloat16)
-    assert len(prepared.entries) == 0
+    assert len(prepared_b.entries) == 0
 
 
 def test_a_copy_is_kept_where_no_graph_owns_the_memory(monkeypatch):
     kept = []
-    monkeypatch.setattr(prepared.workspace, "kept", lambda make, tensor: kept.append(1) or make())
+    monkeypatch.setattr(
+        prepared_b.workspace, "allocate_persistent", lambda make, tensor: kept.append(1) or make()
+    )
     lora_B = torch.randn(9, 3)
     prepare(lora_B, torch.bfloat16)
     prepare(lora_B, torch.bfloat16)
@@ -151,7 +153,7 @@ def test_views_of_one_parameter_share_a_copy(stored):
     assert prepare_experts(view(stored), torch.bfloat16) is first
     with torch.no_grad():
         assert prepare_experts(view(stored), torch.bfloat16) is first
-    assert len(prepared.entries) == 1
+    assert len(prepared_b.entries) == 1
 
 
 @pytest.mark.parametrize("change", CHANGES)
@@ -163,10 +165,10 @@ def test_a_change_of_a_stack_is_seen(stored, change):
     assert torch.equal(result, view(stored).bfloat16().transpose(1, 2))
 
 
-def test_forget_drops_stacks_too(stored):
+def test_clear_drops_stacks_too(stored):
     prepare_experts(view(stored), torch.bfloat16)
     stored.data.mul_(2.0)
-    forget()
+    clear()
     result = prepare_experts(view(stored), torch.bfloat16)[:, :3]
     assert torch.equal(result, view(stored).bfloat16().transpose(1, 2))
 
@@ -179,7 +181,7 @@ def test_a_copy_of_a_stack_lives_as_long_as_the_parameter():
     del stored
     gc.collect()
     assert copy() is None
-    assert len(prepared.entries) == 0
+    assert len(prepared_b.entries) == 0
 
 
 def test_a_stack_is_not_kept_where_a_change_could_be_hidden(stored, monkeypatch):
@@ -189,7 +191,7 @@ def test_a_stack_is_not_kept_where_a_change_could_be_hidden(stored, monkeypatch)
     prepare_experts(view(inferred), torch.bfloat16)
     monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
     prepare_experts(view(stored), torch.bfloat16)
-    assert len(prepared.entries) == 0
+    assert len(prepared_b.entries) == 0
 
 
 def test_a_stack_of_unknown_base_has_a_copy_of_its_own(stored):
@@ -197,4 +199,4 @@ def test_a_stack_of_unknown_base_has_a_copy_of_its_own(stored):
     prepare_experts(lora_B, torch.bfloat16)
     del lora_B
     gc.collect()
-    assert len(prepared.entries) == 0
+    assert len(prepared_b.entries) == 0

@@ -1,0 +1,1 @@
+"""How a formula is computed: `mica.paths.triton_path`, on the kernels of `mica.kernels`."""

@@ -1,0 +1,339 @@
+"""The operators' bodies on Triton kernels: which kernels make up a formula of `mica.reference`.
+
+    h  = down(x, A); y = x Wᵀ + bias by the vendor's library; y += h Bᵀ in place
+    g  = down(dy, Bᵀ); dA = grad_a(g, x); dx = dy W by the vendor's library; dx += g A in place
+
+`mica.kernels.configs.FORMS` says where base product and update are one kernel, or none of this is used.
+
+On a stack of experts the same, expert by expert: the kernels read the ends of the experts' rows on the
+device. So does PyTorch's grouped product where there is a kernel for it (bf16 on sm_90 and sm_100).
+Elsewhere the host waits once for these ends and multiplies expert by expert.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from mica import backend, reference, reference_experts
+from mica.kernels import configs
+from mica.kernels.common import LaunchError, NotLoadedError, fp32_setting, target_of
+from mica.kernels.down_projection import down_projection as down
+from mica.kernels.fused_linear import fused_linear, why_not_descriptor
+from mica.kernels.grad_a import grad_a
+from mica.kernels.launching import RecordedLaunches, layout
+from mica.kernels.prepared_b import prepare, prepare_experts
+from mica.kernels.up_projection import up_projection_
+
+__all__ = [
+    "LaunchError",
+    "NotLoadedError",
+    "down_projection",
+    "down_projection_backward",
+    "experts_linear",
+    "experts_linear_backward",
+    "linear",
+    "linear_backward",
+    "up_projection",
+    "up_projection_backward",
+]
+
+# Dense and of experts: the layouts of the operands tell them apart.
+recorded_forward = RecordedLaunches(down, up_projection_)
+recorded_backward = RecordedLaunches(down, grad_a, up_projection_)
+
+# From these sizes on an A that is wider than the products' dtype is rounded before the launches. Each row of
+# tiles reads all of it through the L2 cache: 8192 tokens read 134 MB of an fp32 A (64 x 4096), 67 MB of x.
+# Rounding is one more launch, and with fewer tokens the host, not the device, determines a layer's time.
+WIDE_RANK, MANY_TOKENS = 64, 2048
+
+
+def as_operand(lora_A: Tensor, num_tokens: int, dtype: torch.dtype) -> Tensor:
+    """lora_A as kernels read it fastest, for products in ``dtype``: they round to that, so no bit differs.
+
+    The rounded copy is not kept for the next call: a write through ``lora_A.data`` changes no version.
+    """
+    if lora_A.shape[0] < WIDE_RANK or num_tokens < MANY_TOKENS or lora_A.dtype.itemsize <= dtype.itemsize:
+        return lora_A
+    return lora_A.to(dtype)
+
+
+# ---------------------------------------------------------------------------------------------------
+# a layer
+# ---------------------------------------------------------------------------------------------------
+
+
+def linear(
+    x: Tensor,
+    weight: Tensor,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    scaling: float = 1.0,
+    bias: Tensor | None = None,
+    compute_dtype: torch.dtype | None = None,
+    dropout_p: float = 0.0,
+    seed: Tensor | None = None,
+) -> Tensor:
+    """As `mica.reference.linear`."""
+    form = _form("forward", x, lora_A)
+    if form == "aten":
+        return reference.linear(x, weight, lora_A, lora_B, scaling, bias, compute_dtype, dropout_p, seed)
+    dtype, seed = compute_dtype or x.dtype, seed if dropout_p else None
+    key = layout(x), layout(lora_A), lora_B.shape[0], scaling, dtype, dropout_p, fp32_setting()
+    steps = recorded_forward.get(key)
+    if steps is None:
+        numbers = {"scale": scaling, "compute_dtype": dtype, "dropout_p": dropout_p}
+        steps = recorded_forward.record(key, numbers, {})
+    down, update = steps
+    h, factor = down(x, as_operand(lora_A, x.shape[0], dtype), seed), prepare(lora_B, dtype)
+    if form == "split":
+        return update(F.linear(x, weight, bias), h, factor)
+    return _fused(form, x, weight.t(), h, factor, bias)
+
+
+def linear_backward(
+    grad_output: Tensor,
+    x: Tensor | None,
+    weight: Tensor | None,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    scaling: float,
+    compute_dtype: torch.dtype,
+    dropout_p: float = 0.0,
+    seed: Tensor | None = None,
+) -> tuple[Tensor | None, Tensor | None]:
+    """(dx, dA) as `mica.reference.grad_x` and `grad_a` give them; None where weight or x is None."""
+    form = _form("backward", grad_output, lora_A)
+    if form == "aten":
+        return reference.linear_backward(
+            grad_output, x, weight, lora_A, lora_B, scaling, compute_dtype, dropout_p, seed
+        )
+    seed = seed if dropout_p else None
+    key = layout(grad_output), layout(x), layout(lora_A), scaling, compute_dtype, dropout_p, fp32_setting()
+    steps = recorded_backward.get(key)
+    if steps is None:
+        scaled, dropped = {"scale": scaling, "compute_dtype": compute_dtype}, {"dropout_p": dropout_p}
+        shaped = {"rank": lora_A.shape[0], "out_dtype": lora_A.dtype}
+        steps = recorded_backward.record(key, scaled, shaped | dropped, dropped)
+    down, grad, update = steps
+    grad_x = grad_A = None
+    g = down(grad_output, prepare(lora_B, compute_dtype))
+    if x is not None:
+        grad_A = grad(g, x, seed)
+    if weight is not None:
+        operand = as_operand(lora_A, g.shape[0], compute_dtype)
+        if form == "split":
+            grad_x = update(torch.mm(grad_output, weight), g, operand, seed)
+        else:
+            grad_x = _fused(form, grad_output, weight, g, operand, None, seed, dropout_p)
+    return grad_x, grad_A
+
+
+def _form(part: str, x: Tensor, lora_A: Tensor) -> str:
+    if not configs.FORMS:
+        return "split"
+    form = getattr(configs.forms_of(device_name(x.device), len(x), lora_A.shape[0]), part)
+    return "split" if form == "aten" and backend.requested() == "triton" else form
+
+
+@functools.cache
+def device_name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+
+
+def _fused(form: str, x, w, h, factor, bias=None, seed=None, dropout_p=0.0) -> Tensor:
+    descriptor = form == "descriptor" and why_not_descriptor(x, w, target_of(x.device)) is None
+    return fused_linear(x, w, h, factor, bias, seed, dropout_p=dropout_p, descriptor=descriptor)
+
+
+# ---------------------------------------------------------------------------------------------------
+# the two factors alone, next to a base layer that is called
+# ---------------------------------------------------------------------------------------------------
+
+
+def down_projection(
+    x: Tensor,
+    lora_A: Tensor,
+    scaling: float,
+    compute_dtype: torch.dtype,
+    dropout_p: float = 0.0,
+    seed: Tensor | None = None,
+) -> Tensor:
+    """As `mica.reference.down_projection`."""
+    numbers = {"scale": scaling, "compute_dtype": compute_dtype, "dropout_p": dropout_p}
+    operand = as_operand(lora_A, x.shape[0], compute_dtype)
+    h = down(x, operand, seed if dropout_p else None, **numbers)
+    return h[:, : lora_A.shape[0]].contiguous()
+
+
+def up_projection(y: Tensor, h: Tensor, lora_B: Tensor) -> Tensor:
+    """As `mica.reference.up_projection`."""
+    dtype = torch.promote_types(y.dtype, h.dtype)
+    out = y.new_empty(y.shape)  # contiguous, as torch.compile is told; empty_like would keep y's strides
+    return up_projection_(y, h, prepare(lora_B, dtype), None, out, compute_dtype=dtype)
+
+
+def up_projection_backward(grad_output: Tensor, lora_B: Tensor, compute_dtype: torch.dtype) -> Tensor:
+    """As `mica.reference.up_projection_backward`."""
+    g = down(grad_output, prepare(lora_B, compute_dtype), compute_dtype=compute_dtype)
+    return g[:, : lora_B.shape[1]].contiguous()
+
+
+def down_projection_backward(
+    grad_h: Tensor,
+    x: Tensor | None,
+    lora_A: Tensor,
+    scaling: float,
+    needs_x: bool,
+    dropout_p: float = 0.0,
+    seed: Tensor | None = None,
+) -> tuple[Tensor | None, Tensor | None]:
+    """As `mica.reference.down_projection_backward`."""
+    grad_x = grad_A = None
+    seed = seed if dropout_p else None
+    if x is not None:
+        # scaled before it is rounded to the dtype of A
+        grad_A = (grad_a(grad_h, x, seed, rank=lora_A.shape[0], dropout_p=dropout_p) * scaling).to(
+            lora_A.dtype
+        )
+    if needs_x and dropout_p:
+        grad_x = grad_h.new_zeros(len(grad_h), lora_A.shape[1])
+        operand = as_operand(lora_A, grad_h.shape[0], grad_h.dtype)
+        up_projection_(grad_x, grad_h, operand, seed, scale=scaling, dropout_p=dropout_p)
+    elif needs_x:  # nothing to add to: the vendor's product writes what the kernel would
+        grad_x = reference.grad_x_update(grad_h, lora_A * scaling)
+    return grad_x, grad_A
+
+
+# ---------------------------------------------------------------------------------------------------
+# a stack of experts
+# ---------------------------------------------------------------------------------------------------
+
+# `grouped_mm` is public from PyTorch 2.10 on. What it is from then on: bf16 from sm_80 on, where before sm_90
+# it waits for the device itself; any dtype on a CPU. Before: bf16 on sm_90 only.
+_grouped_mm = getattr(F, "grouped_mm", None)
+_before_2_10 = _grouped_mm is None
+if _before_2_10:
+    _grouped_mm = getattr(torch, "_grouped_mm", None)
+_MOST_GROUPS = 1023  # of its CUDA kernel
+_MOST_ELEMENTS = 2**31 - 1  # of x, and of y: with more, an illegal access was reported (torchtitan#1932)
+
+
+def experts_linear(
+    x: Tensor,
+    offsets: Tensor,
+    weight: Tensor,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    scaling: float = 1.0,
+    bias: Tensor | None = None,
+    compute_dtype: torch.dtype | None = None,
+) -> Tensor:
+    """As `mica.reference_experts.experts_linear`."""
+    if not lora_A.shape[1]:
+        y = _none_beyond(base_product(x, offsets, weight.transpose(1, 2)), offsets)
+        return y if bias is None else _add_biases(y, offsets, bias)
+    dtype, offsets = compute_dtype or x.dtype, offsets.contiguous()
+    bias = None if bias is None else bias.to(x.dtype)
+    tensors = layout(x), layout(offsets), layout(lora_A), layout(bias), lora_B.shape[1]
+    key = *tensors, scaling, dtype, fp32_setting()
+    numbers = {"scale": scaling, "compute_dtype": dtype}
+    down, update = recorded_forward.get(key) or recorded_forward.record(key, numbers, {})
+    h = down(x, lora_A, None, offsets)
+    y = base_product(x, offsets, weight.transpose(1, 2))
+    return update(y, h, prepare_experts(lora_B, dtype), None, None, bias, offsets)
+
+
+def experts_linear_backward(
+    grad_output: Tensor,
+    x: Tensor | None,
+    offsets: Tensor,
+    weight: Tensor | None,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    scaling: float,
+    compute_dtype: torch.dtype,
+) -> tuple[Tensor | None, Tensor | None]:
+    """As `mica.reference_experts.experts_linear_backward`."""
+    grad_x = grad_A = None
+    if not lora_A.shape[1]:
+        dx = None if weight is None else _none_beyond(base_product(grad_output, offsets, weight), offsets)
+        return dx, None if x is None else lora_A.new_zeros(lora_A.shape)
+    offsets = offsets.contiguous()
+    tensors = layout(grad_output), layout(x), layout(offsets), layout(lora_A)
+    key = *tensors, scaling, compute_dtype, fp32_setting()
+    scaled = {"scale": scaling, "compute_dtype": compute_dtype}
+    shaped = {"rank": lora_A.shape[1], "out_dtype": lora_A.dtype}
+    down, grad, update = recorded_backward.get(key) or recorded_backward.record(key, scaled, shaped, {})
+    g = down(grad_output, prepare_experts(lora_B, compute_dtype), None, offsets)
+    if x is not None:
+        grad_A = grad(g, x, None, offsets)
+    if weight is not None:
+        grad_x = update(base_product(grad_output, offsets, weight), g, lora_A, None, None, None, offsets)
+    return grad_x, grad_A
+
+
+def _none_beyond(y: Tensor, offsets: Tensor) -> Tensor:
+    """y, with 0 in the rows after the last offset; for a stack without an adapter (rank 0)."""
+    beyond = torch.arange(len(y), device=y.device) >= offsets[-1]
+    return y.masked_fill_(beyond.unsqueeze(1), 0)
+
+
+def _add_biases(y: Tensor, offsets: Tensor, bias: Tensor) -> Tensor:
+    rows = torch.arange(len(y), dtype=offsets.dtype, device=y.device)
+    experts = torch.searchsorted(offsets, rows, right=True)
+    padded = torch.cat([bias, bias.new_zeros(1, bias.shape[1])])  # for the rows of no expert
+    return y.add_(padded.index_select(0, experts))
+
+
+def base_product(x: Tensor, offsets: Tensor, weight: Tensor) -> Tensor:
+    """x_e weight_e, (num_rows, out) contiguous; rows after the last offset hold anything.
+
+    x (num_rows, in), weight (num_experts, in, out): a view of the frozen weights, transposed or not, cast to
+    the dtype of x where theirs is another (under autocast).
+    """
+    count, features = x.shape
+    is_small = count * max(x.stride(0), features, weight.shape[2]) <= _MOST_ELEMENTS
+    groups = is_small and _is_grouped(x.device, x.dtype, len(offsets))
+    if groups and _is_aligned(weight := weight.to(x.dtype)):
+        if not _is_aligned(x):
+            x = x.clone(memory_format=torch.contiguous_format)
+        return _grouped_mm(x, weight, offs=offsets.to(torch.int32))
+    y = x.new_empty(count, weight.shape[2])
+    for expert, rows in reference_experts.hit(offsets):
+        torch.mm(x[rows], weight[expert].to(x.dtype), out=y[rows])
+    return y
+
+
+@functools.cache
+def _is_grouped(device: torch.device, dtype: torch.dtype, num_experts: int) -> bool:
+    """Whether `grouped_mm` takes this dtype and number of experts on this device."""
+    if _grouped_mm is None or num_experts > _MOST_GROUPS:
+        return False
+    if device.type == "cpu":
+        return not _before_2_10
+    if device.type != "cuda" or dtype is not torch.bfloat16:
+        return False
+    capability = torch.cuda.get_device_capability(device)
+    return capability[0] == 9 if _before_2_10 else capability >= (8, 0)
+
+
+def _is_aligned(tensor: Tensor) -> bool:
+    """As `grouped_mm` demands: of the last two strides one is 1, the rest and the address are whole 16 bytes.
+
+    So are features (all sizes of a stack but the first, the last of a matrix): otherwise its result has gaps
+    between the rows.
+    """
+    *outer, rows, columns = tensor.stride()
+    short, long = (tensor.shape[-1], rows) if columns == 1 else (tensor.shape[-2], columns)
+    numbers = 16 // tensor.element_size()
+    sizes = (*outer, long, *tensor.shape[1:])
+    return (
+        1 in (rows, columns)
+        and long >= max(1, short)
+        and not tensor.data_ptr() % 16
+        and not any(size % numbers for size in sizes)
+    )
