@@ -4,8 +4,8 @@
 ``methods`` lists the ways to a ``candidate``, which a ``certificate`` judges as it is returned. ``krylov`` is
 the iteration, written once for the two kinds of Gram matrix: ``host`` (one matrix, SciPy's BLAS, by
 ``lapack``) and ``batched`` (many, on an accelerator; ``device`` feeds it). ``gram`` streams products with the
-weight, ``workers`` solves many small layers at once (``threads`` limits those of BLAS and PyTorch meanwhile),
-``cache`` keeps results on disk by the ``fingerprint`` of a weight. ``spectrum`` is for ``mica inspect`` only.
+weight, ``threads`` limits those of BLAS and PyTorch and solves many small layers at once, ``cache`` keeps
+results on disk by the ``fingerprint`` of a weight. ``spectrum`` is for ``mica inspect`` only.
 """
 
 from mica.subspace.result import MinorSubspace

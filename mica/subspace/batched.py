@@ -8,12 +8,14 @@ runs on the CPU, where it is tested.
 from __future__ import annotations
 
 import math
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 
 from mica.subspace.gram import image, row_blocks, transposed_image
 from mica.subspace.host import SAFE_PIVOTS, partial_eigenvectors
-from mica.subspace.precision import full_fp32
 
 # CUDA compute capabilities with fp64 at half the rate of fp32, or better. All others have 1/32 or 1/64.
 _STRONG_FP64 = {(6, 0), (7, 0), (8, 0), (9, 0), (10, 0)}
@@ -26,6 +28,17 @@ _LARGEST_MIXED = 2.0**50
 
 _ERROR_VECTORS = 8
 _ERROR_POWER = 6
+
+# Of (backend, operation), each after those that it inherits from. All of PyTorch's ways to set a precision,
+# `torch.set_float32_matmul_precision` too, write these, and its products (from 2.9 on) read nothing else.
+_SETTINGS = (("generic", "all"), ("cuda", "all"), ("cuda", "matmul"), ("mkldnn", "all"), ("mkldnn", "matmul"))
+_REDUCED = ("tf32", "bf16")
+
+# The public properties lack one: that of `torch.backends.mkldnn` sets another's. Without these functions
+# products may be reduced, which the error that is measured of a Gram shows.
+_get_precision = getattr(torch._C, "_get_fp32_precision_getter", lambda *setting: "none")
+_set_precision = getattr(torch._C, "_set_fp32_precision_setter", None)
+_precision_lock = threading.Lock()
 
 
 def has_weak_fp64(device: torch.device) -> bool:
@@ -145,6 +158,27 @@ def _gram(tall: torch.Tensor, product_dtype: torch.dtype) -> torch.Tensor:
         columns = slice(start - panel, start)
         total[..., columns, start:] = total[..., start:, columns].mT
     return total
+
+
+@contextmanager
+def full_fp32() -> Iterator[None]:
+    """No fp32 product in it is made of fewer bits; afterwards every setting is what it was.
+
+    They are the whole process's, so one thread at a time is within. A setting that is not set reads as the
+    one above it: these go first, and what is still reduced then is a setting's own.
+    """
+    with _precision_lock:
+        changed = []
+        try:
+            for setting in _SETTINGS:
+                before = _get_precision(*setting)
+                if before in _REDUCED:
+                    _set_precision(*setting, "ieee")
+                    changed.append((setting, before))
+            yield
+        finally:
+            for setting, before in changed:
+                _set_precision(*setting, before)
 
 
 def error_bound(tall: torch.Tensor, gram: torch.Tensor) -> torch.Tensor:

@@ -34,7 +34,7 @@ from mica.subspace.krylov import resolution
 from mica.subspace.result import CERTIFIED_EXCESS, MinorSubspace, moved
 
 # Raise it whenever the solver's results, ``fingerprint`` or the files change.
-VERSION = 2
+VERSION = 3
 
 ABANDONED_AFTER = 24 * 3600.0  # seconds, for the temporary file of a writer that was killed
 
@@ -44,17 +44,16 @@ SIZE = 10 << 30
 # max |BᵀB − I| of a result as returned stays below half of it.
 _ORTHONORMAL = 2e-6
 
-_HEADER_BYTES = 1 << 16  # of a file, at most
+_HEADER_BYTES = 1 << 16  # at most, of a file's header and checksum
+_CHECKSUM_BYTES = 20
 
 _OFF = ("", "0", "off", "false", "no")
 _ON = ("1", "on", "true", "yes")
 
-_POWERS = {"": 0, "k": 1, "m": 2, "g": 3, "t": 4}
-
 _logger = logging.getLogger("mica")
 # Only the cache's own files are swept or evicted, those of earlier versions included.
 _TEMPORARY_NAME = re.compile(r"[0-9a-f]{40,64}(\.\d+)?\.[0-9a-f]{32}\.tmp")
-_STORED_NAME = re.compile(r"[0-9a-f]{40,64}(\.\d+)?\.safetensors")
+_STORED_NAME = re.compile(r"[0-9a-f]{40,64}(\.\d+)?\.(safetensors|subspace)")
 _warned: set[Path] = set()
 _warned_lock = threading.Lock()
 
@@ -87,7 +86,7 @@ def _bytes(setting: str) -> int:
             f"MICA_CACHE_SIZE must be a number of bytes, as 500000000, 500MB or 2GiB, but it is {setting!r}."
         )
     number, prefix, binary = match.groups()
-    return int(float(number) * (1024 if binary else 1000) ** _POWERS[prefix])
+    return int(float(number) * (1024 if binary else 1000) ** " kmgt".index(prefix or " "))
 
 
 def distrusted(folder: str | os.PathLike[str]) -> str | None:
@@ -126,7 +125,7 @@ class SubspaceCache:
         self.folder = Path(folder)
         self.size = size
         self._lock = threading.Lock()
-        self._held: int | None = None  # bytes, as far as known; None before the first ``put``
+        self._held = math.inf  # bytes, as far as known: the first ``put`` counts them
 
     def get(self, weight: torch.Tensor, rank: int, *, key: str | None = None) -> MinorSubspace | None:
         """The minor subspace of ``weight`` (out_features, in_features) of that rank, or None: recompute.
@@ -158,7 +157,7 @@ class SubspaceCache:
                 self._write(self.path(key, subspace.basis.shape[1]), content)
 
     def path(self, key: str, rank: int) -> Path:
-        return self.folder / f"{key}.{rank}.safetensors"
+        return self.folder / f"{key}.{rank}.subspace"
 
     def _is_trusted(self) -> bool:
         why = distrusted(self.folder)
@@ -174,7 +173,8 @@ class SubspaceCache:
         path = self.path(key, rank)
         try:
             # Read whole, not mapped: another process may replace or truncate the file at any time.
-            subspace = _decoded(_content(path, rank * (weight.shape[0] + 1) * 8), key, weight, rank)
+            most_bytes = rank * (weight.shape[0] + 1) * 8 + _HEADER_BYTES
+            subspace = _decoded(_content(path, most_bytes), key, weight, rank)
             _verify(weight, subspace)
         except (FileNotFoundError, NotADirectoryError):
             return None
@@ -196,10 +196,6 @@ class SubspaceCache:
             self.folder.mkdir(mode=0o755, exist_ok=True)  # whatever the umask lets others do
             if not self._is_trusted():
                 return
-            with self._lock:
-                if self._held is None:
-                    self._sweep()
-                    self._held = sum(size for _, size, _ in self._stored())
             try:
                 temporary.touch(mode=0o644, exist_ok=False)
                 temporary.write_bytes(content)
@@ -217,28 +213,18 @@ class SubspaceCache:
             with _warned_lock:
                 _warned.discard(path)
 
-    def _sweep(self) -> None:
-        oldest = time.time() - ABANDONED_AFTER
-        for path in self.folder.iterdir():
-            if _TEMPORARY_NAME.fullmatch(path.name):
-                with contextlib.suppress(OSError):  # another process swept it
-                    if path.stat().st_mtime < oldest:
-                        path.unlink()
-
-    def _stored(self) -> list[tuple[float, int, Path]]:
-        """When each of the files was last used, its bytes and path, the oldest first."""
-        files = []
-        for path in self.folder.iterdir():
-            if _STORED_NAME.fullmatch(path.name):
-                with contextlib.suppress(OSError):  # another process evicted it
-                    status = path.lstat()
-                    files.append((status.st_mtime, status.st_size, path))
-        return sorted(files)
-
     def _evict(self) -> None:
-        stored = self._stored()
+        """Delete what killed writers left, and the least recently used results beyond ``size``."""
+        abandoned, stored = time.time() - ABANDONED_AFTER, []
+        for path in self.folder.iterdir():
+            with contextlib.suppress(OSError):  # another process evicted it
+                status = path.lstat()
+                if _STORED_NAME.fullmatch(path.name):
+                    stored.append((status.st_mtime, status.st_size, path))
+                elif _TEMPORARY_NAME.fullmatch(path.name) and status.st_mtime < abandoned:
+                    path.unlink()
         self._held = sum(size for _, size, _ in stored)
-        for _, size, path in stored:
+        for _, size, path in sorted(stored):
             if self._held <= self.size:
                 return
             with contextlib.suppress(OSError):
@@ -247,68 +233,55 @@ class SubspaceCache:
 
 
 def _is_worth_keeping(weight: torch.Tensor, subspace: MinorSubspace) -> bool:
-    if not subspace.certified or subspace.null_count or not _fits(weight, subspace):
-        return False
-    energy = subspace.singular_values.double().square().sum().item()  # infinite for an fp64 weight of 1e200
-    is_normal = subspace.resolution == 0 or subspace.resolution > torch.finfo(torch.float64).tiny
-    return is_normal and math.isfinite(energy + subspace.energy_excess + subspace.resolution)
-
-
-def _fits(weight: torch.Tensor, subspace: MinorSubspace) -> bool:
     rank = subspace.singular_values.numel()
     dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
+    energy = subspace.singular_values.double().square().sum().item()  # infinite for an fp64 weight of 1e200
     return (
-        1 <= rank <= min(weight.shape)
+        subspace.certified
+        and not subspace.null_count
+        and 1 <= rank <= min(weight.shape)
         and subspace.singular_values.shape == (rank,)
         and subspace.basis.shape == (weight.shape[0], rank)
         and subspace.basis.dtype == subspace.singular_values.dtype == dtype
+        and (subspace.resolution == 0 or subspace.resolution > torch.finfo(torch.float64).tiny)
+        and math.isfinite(energy + subspace.energy_excess + subspace.resolution)
     )
 
 
 def encoded(key: str, subspace: MinorSubspace) -> bytes:
-    """The file: a safetensors file of the two tensors, the rest as strings in its metadata."""
+    """A safetensors file of the two tensors, the rest as strings in its metadata, and then its checksum."""
     tensors = {
         name: getattr(subspace, name).detach().cpu().contiguous() for name in ("basis", "singular_values")
     }
     metadata = {
         "version": str(VERSION),
         "key": key,
-        "rank": str(subspace.basis.shape[1]),
         "method": subspace.method,
-        "certified": str(subspace.certified),
         "energy_excess": repr(float(subspace.energy_excess)),
         "resolution": repr(float(subspace.resolution)),
     }
-    metadata["checksum"] = _checksum(*_parted(safetensors.torch.save(tensors, metadata)))
-    return safetensors.torch.save(tensors, metadata)
+    content = safetensors.torch.save(tensors, metadata)
+    return content + _checksum(content)
 
 
-def _content(path: Path, data_bytes: int) -> bytes:
-    """Of a regular file that this user or root wrote, and that holds about as much as it has to."""
-    # Non-blocking: opening a FIFO would wait for a writer.
-    handle = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
-    try:
-        status = os.fstat(handle)
-        why = _foreign(status)
-        if not stat.S_ISREG(status.st_mode):
-            raise ValueError("it is not a regular file")
+def _content(path: Path, most_bytes: int) -> bytes:
+    """Of a file that this user or root wrote, whatever it is, up to what a result may take."""
+    at_once = getattr(os, "O_NONBLOCK", 0)  # or opening a FIFO would wait for a writer
+    with open(path, "rb", opener=lambda name, flags: os.open(name, flags | at_once)) as file:
+        why = _foreign(os.fstat(file.fileno()))
         if why:
             raise ValueError(f"it {why}")
-        if status.st_size > data_bytes + _HEADER_BYTES:
-            raise ValueError(f"it is larger than a result of its weight: {status.st_size} bytes")
-        with open(handle, "rb", closefd=False) as file:
-            return file.read(data_bytes + _HEADER_BYTES)
-    finally:
-        os.close(handle)
+        return file.read(most_bytes)
 
 
 def _decoded(content: bytes, key: str, weight: torch.Tensor, rank: int) -> MinorSubspace:
     """The result, on the CPU, from the bytes of its file; an exception of any kind where they are not it."""
-    header, data = _parted(content)
-    metadata = header["__metadata__"]
-    if metadata["checksum"] != _checksum(header, data):
+    content, checksum = content[:-_CHECKSUM_BYTES], content[-_CHECKSUM_BYTES:]
+    if checksum != _checksum(content):
         raise ValueError("the checksum is wrong")
-    if metadata["version"] != str(VERSION) or metadata["key"] != key or metadata["certified"] != "True":
+    header_end = 8 + int.from_bytes(content[:8], "little")
+    metadata = json.loads(content[8:header_end])["__metadata__"]  # which safetensors.torch.load leaves out
+    if metadata["version"] != str(VERSION) or metadata["key"] != key:
         raise ValueError("it is of another version or of another weight")
     subspace = MinorSubspace(
         **safetensors.torch.load(content),
@@ -350,17 +323,8 @@ def _verify(weight: torch.Tensor, subspace: MinorSubspace) -> None:
         raise ValueError("its singular values are not the weight's")
 
 
-def _parted(content: bytes) -> tuple[dict, bytes]:
-    """The header and the data of a safetensors file."""
-    end = 8 + int.from_bytes(content[:8], "little")
-    return json.loads(content[8:end]), content[end:]
-
-
-def _checksum(header: dict, data: bytes) -> str:
-    """Of names, shapes, dtypes and metadata, the checksum itself left out, and of all data."""
-    metadata = {name: value for name, value in header["__metadata__"].items() if name != "checksum"}
-    described = json.dumps({**header, "__metadata__": metadata}, sort_keys=True).encode()
-    return hashlib.blake2b(described + b"\n" + data, digest_size=20).hexdigest()
+def _checksum(content: bytes) -> bytes:
+    return hashlib.blake2b(content, digest_size=_CHECKSUM_BYTES).digest()
 
 
 def _warn_once(path: Path, message: str) -> None:

@@ -17,7 +17,6 @@ import torch
 import torch.distributed as dist
 
 from mica.subspace.cache import SubspaceCache
-from mica.subspace.fingerprint import fingerprint
 from mica.subspace.many import Task, cost, solve_many
 from mica.subspace.result import MinorSubspace, moved
 
@@ -40,9 +39,8 @@ def solve_shared(
     if not (tasks and _several_processes() and _all_agree(tasks)):
         yield from solve_many(tasks, device=device, cache=cache)
         return
-    keys = [fingerprint(task.weight) for task in tasks]
     everywhere: list[list[str]] = [[] for _ in range(dist.get_world_size())]
-    dist.all_gather_object(everywhere, keys)
+    dist.all_gather_object(everywhere, [task.key for task in tasks])
     common = [index for index in range(len(tasks)) if len({theirs[index] for theirs in everywhere}) == 1]
     mine = shares([cost(tasks[index]) for index in common], dist.get_world_size())[dist.get_rank()]
     mine = [common[position] for position in mine]
@@ -52,12 +50,7 @@ def solve_shared(
     failure: ValueError | None = None
     chosen = mine + private
     try:
-        for position, result in solve_many(
-            [tasks[index] for index in chosen],
-            device=device,
-            cache=cache,
-            keys=[keys[index] for index in chosen],
-        ):
+        for position, result in solve_many([tasks[index] for index in chosen], device=device, cache=cache):
             results[chosen[position]] = result
             yield chosen[position], result
     except ValueError as error:

@@ -8,14 +8,10 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import torch
 
+from mica.dtypes import FLOATING
 from mica.subspace.threads import set_torch_threads
 
-_BITS = {
-    torch.float64: torch.int64,
-    torch.float32: torch.int32,
-    torch.bfloat16: torch.int16,
-    torch.float16: torch.int16,
-}
+_BITS = {8: torch.int64, 4: torch.int32, 2: torch.int16}
 
 # Whole rows, hashed block by block so that several threads can; another length gives other keys.
 CHUNK_BYTES = 1 << 20
@@ -25,7 +21,7 @@ _DIGEST_BYTES = 32
 
 def is_weight(weight: torch.Tensor) -> bool:
     """Whether it can have a key: a non-empty matrix of fp64, fp32, bf16 or fp16 that holds data."""
-    return weight.ndim == 2 and weight.numel() > 0 and weight.dtype in _BITS and weight.device.type != "meta"
+    return weight.ndim == 2 and weight.numel() > 0 and weight.dtype in FLOATING and not weight.is_meta
 
 
 @torch.no_grad()
@@ -50,7 +46,7 @@ def fingerprint(weight: torch.Tensor) -> str:
             f"{weight.dtype} of shape {tuple(weight.shape)} on {weight.device}."
         )
     column_major = not weight.is_contiguous() and weight.stride(0) < weight.stride(1)
-    bits = weight.detach().view(_BITS[weight.dtype])
+    bits = weight.detach().view(_BITS[weight.itemsize])
     rows = bits.T if column_major else bits
     blocks = rows.split(max(1, CHUNK_BYTES // (rows.shape[1] * rows.element_size())))
     threads = min(torch.get_num_threads(), len(blocks))

@@ -5,11 +5,12 @@ from __future__ import annotations
 import logging
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 
-from mica.subspace import workers
+from mica.subspace import threads
 from mica.subspace.cache import SubspaceCache
 from mica.subspace.device import MEMORY_AT_LEAST, batch_size, is_on_host
 from mica.subspace.fingerprint import fingerprint
@@ -19,12 +20,17 @@ from mica.subspace.solver import solve_each, without_autocast
 _logger = logging.getLogger("mica")
 
 
-class Task(NamedTuple):
+@dataclass(frozen=True, eq=False)
+class Task:
     """``weight`` (out_features, in_features), the ``rank`` to solve for, and its name in messages."""
 
     name: str
     weight: torch.Tensor
     rank: int
+
+    @cached_property
+    def key(self) -> str:
+        return fingerprint(self.weight)
 
 
 def cost(task: Task) -> float:
@@ -40,11 +46,7 @@ def accelerator() -> torch.device | None:
 
 
 def solve_many(
-    tasks: Sequence[Task],
-    *,
-    device: str | torch.device = "auto",
-    cache: SubspaceCache | None = None,
-    keys: Sequence[str] | None = None,
+    tasks: Sequence[Task], *, device: str | torch.device = "auto", cache: SubspaceCache | None = None
 ) -> Iterator[tuple[int, MinorSubspace]]:
     """The minor subspace of every task with its index, each as soon as it is known, in no particular order.
 
@@ -56,7 +58,6 @@ def solve_many(
         device: where weights that lie on the CPU are solved: "auto" (on an accelerator, if there is one),
             or a device.
         cache: read before and written after; None for none.
-        keys: the ``fingerprint`` of every weight, where the caller has them.
 
     Raises:
         ValueError: a weight or rank that ``minor_subspace`` refuses; the message begins with the task's name.
@@ -64,83 +65,63 @@ def solve_many(
     target = accelerator() if device == "auto" else torch.device(device)
     memory = max((3 * 4 * task.weight.numel() for task in tasks), default=0)
     memory = max(memory, MEMORY_AT_LEAST)
-    solver = Solver(tasks, cache, keys, memory)
     groups: dict[tuple, list[int]] = defaultdict(list)
     on_host: list[int] = []
-    for index, (_, weight, rank) in enumerate(tasks):
-        where = target if weight.device.type == "cpu" and target is not None else weight.device
+    for index, task in enumerate(tasks):
+        where = target if task.weight.device.type == "cpu" and target is not None else task.weight.device
         if is_on_host(where):
             on_host.append(index)
         else:
-            groups[where, weight.shape, weight.dtype, rank].append(index)
+            groups[where, task.weight.shape, task.weight.dtype, task.rank].append(index)
 
-    for (where, shape, _, rank), indices in groups.items():
-        missing = [index for index in indices if not solver.look_up(index)]
-        yield from solver.pop(indices)
+    for (where, shape, *_), indices in groups.items():
+        stored = {index: _look_up(tasks[index], cache) for index in indices}
+        missing = [index for index in indices if stored[index] is None]
+        yield from ((index, result) for index, result in stored.items() if result is not None)
         size = batch_size(*shape, memory)
         for start in range(0, len(missing), size):
             chunk = missing[start : start + size]
             try:
-                solver.solve_together(chunk, where, rank)
+                results = solve_together([tasks[index] for index in chunk], where, cache, memory)
             except torch.OutOfMemoryError:
                 _logger.warning("%s is out of memory: %d layers are solved on the CPU.", where, len(chunk))
                 on_host.extend(chunk)
-            yield from solver.pop(chunk)
-    for index in workers.run(solver.solve, on_host, lambda index: workers.is_small(tasks[index].weight)):
-        yield from solver.pop([index])
+            else:
+                yield from zip(chunk, results, strict=True)
+    yield from threads.run(
+        lambda index: _solve(tasks[index], cache),
+        on_host,
+        lambda index: threads.is_small(tasks[index].weight),
+    )
 
 
-class Solver:
-    """The tasks by index, and the results that have not been handed out yet."""
+def solve_together(
+    tasks: Sequence[Task], device: torch.device, cache: SubspaceCache | None, memory: int
+) -> list[MinorSubspace]:
+    """Tasks of one shape and rank, in one batch on ``device``."""
+    weights = [task.weight.to(device) for task in tasks]
+    with without_autocast(device.type):  # under which torch.stack refuses 16-bit tensors, see `extremes`
+        stacked = torch.stack(weights) if len(weights) > 1 else weights[0].unsqueeze(0)
+    del weights
+    results = _solved(" or ".join(task.name for task in tasks), stacked, tasks[0].rank, memory)
+    return [_kept(task, result, cache) for task, result in zip(tasks, results, strict=True)]
 
-    def __init__(
-        self, tasks: Sequence[Task], cache: SubspaceCache | None, keys: Sequence[str] | None, memory: int
-    ):
-        self._tasks = tasks
-        self._cache = cache
-        self._memory = memory
-        self._keys = dict(enumerate(keys or ()))
-        self._results: dict[int, MinorSubspace] = {}
 
-    def pop(self, indices: Sequence[int]) -> Iterator[tuple[int, MinorSubspace]]:
-        for index in indices:
-            if index in self._results:
-                yield index, self._results.pop(index)
+def _solve(task: Task, cache: SubspaceCache | None) -> MinorSubspace:
+    """From the cache or where its weight lies."""
+    # An accelerator's weight is solved here if the accelerator had no memory for it.
+    return _look_up(task, cache) or _kept(task, _solved(task.name, task.weight.cpu(), task.rank)[0], cache)
 
-    def look_up(self, index: int) -> bool:
-        """Whether the cache has it."""
-        if self._cache is None:
-            return False
-        _, weight, rank = self._tasks[index]
-        if index not in self._keys:
-            self._keys[index] = fingerprint(weight)
-        result = self._cache.get(weight, rank, key=self._keys[index])
-        if result is not None:
-            self._results[index] = result
-        return result is not None
 
-    def solve(self, index: int) -> None:
-        """One task, from the cache or where its weight lies."""
-        if not self.look_up(index):
-            name, weight, rank = self._tasks[index]
-            # An accelerator's weight is solved here if the accelerator had no memory for it.
-            self._keep(index, _solved(name, weight.cpu(), rank)[0])
+def _look_up(task: Task, cache: SubspaceCache | None) -> MinorSubspace | None:
+    return None if cache is None else cache.get(task.weight, task.rank, key=task.key)
 
-    def solve_together(self, indices: Sequence[int], device: torch.device, rank: int) -> None:
-        """Tasks of one shape, in one batch on ``device``."""
-        weights = [self._tasks[index].weight.to(device) for index in indices]
-        with without_autocast(device.type):  # under which torch.stack refuses 16-bit tensors, see `extremes`
-            stacked = torch.stack(weights) if len(weights) > 1 else weights[0].unsqueeze(0)
-        del weights
-        names = " or ".join(self._tasks[index].name for index in indices)
-        for index, result in zip(indices, _solved(names, stacked, rank, self._memory), strict=True):
-            self._keep(index, result)
 
-    def _keep(self, index: int, result: MinorSubspace) -> None:
-        weight = self._tasks[index].weight
-        if self._cache is not None:
-            self._cache.put(weight, result, key=self._keys[index])
-        self._results[index] = moved(result, weight.device)
+def _kept(task: Task, result: MinorSubspace, cache: SubspaceCache | None) -> MinorSubspace:
+    """``result`` in the cache, and on the weight's device."""
+    if cache is not None:
+        cache.put(task.weight, result, key=task.key)
+    return moved(result, task.weight.device)
 
 
 def _solved(name: str, weights: torch.Tensor, rank: int, memory: int | None = None) -> list[MinorSubspace]:

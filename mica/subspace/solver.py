@@ -208,15 +208,12 @@ def _unscaled(resolution: float, scale: float) -> float:
 
 def _assembled(results: list[MinorSubspace], weight: torch.Tensor) -> MinorSubspace:
     """The results of a weight's matrices as one, in its shape and on its device; the worst of the rest."""
-    if weight.ndim == 2:
-        basis, singular_values = results[0].basis, results[0].singular_values
-    else:
-        basis = torch.stack([result.basis.to(weight.device) for result in results])
-        singular_values = torch.stack([result.singular_values.to(weight.device) for result in results])
+    basis = torch.stack([result.basis.to(weight.device) for result in results])
+    singular_values = torch.stack([result.singular_values.to(weight.device) for result in results])
     names = list(BY)
     return MinorSubspace(
-        basis=basis.to(weight.device).reshape(*weight.shape[:-1], -1),
-        singular_values=singular_values.to(weight.device).reshape(*weight.shape[:-2], -1),
+        basis=basis.reshape(*weight.shape[:-1], -1),
+        singular_values=singular_values.reshape(*weight.shape[:-2], -1),
         method=max((result.method for result in results), key=names.index),
         certified=all(result.certified for result in results),
         energy_excess=max(result.energy_excess for result in results),

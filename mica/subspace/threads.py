@@ -6,17 +6,36 @@ that are inside share the smallest count that any of them requests, and the last
 
 PyTorch's count (OpenMP's) is each thread's own, but ``torch.set_num_threads`` also sets what threads that
 have not used theirs yet begin with, permanently.
+
+``run`` gives many small matrices one thread each, instead of all threads to one after another. Up to about
+n = 1000 a partial eigenproblem spends its time in short loops whose threads wait for each other, and SciPy's
+BLAS and PyTorch's each have their own pool. With one thread per matrix nothing waits, not for the interpreter
+either (``lapack``): the 210 layers of SmolLM2-135M take 5.2 s on one core and 2.9 s on two.
 """
+
+from __future__ import annotations
 
 import ctypes
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import contextmanager
+from typing import TypeVar
 
 import torch
 from threadpoolctl import ThreadpoolController
 
 from mica.subspace import lapack  # noqa: F401  (SciPy's library has to be loaded before the next line)
+
+# min(out_features, in_features) up to which a matrix gets one thread.
+SMALL = 1024
+
+# At once: each holds an (n, n) fp64 matrix, a block of rows (8 MiB both at most) and one of the buffers of
+# OpenBLAS, of which there is a fixed number.
+MOST_WORKERS = 32
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
 
 # Looking for the loaded libraries takes milliseconds. OpenBLAS built on OpenMP has one count per thread.
 _blas = ThreadpoolController().select(user_api="blas").lib_controllers
@@ -102,3 +121,35 @@ def one_pool() -> Iterator[None]:
     finally:
         _here.is_one_pool = False
         set_torch_threads(threads)
+
+
+def is_small(weight: torch.Tensor) -> bool:
+    return weight.device.type == "cpu" and min(weight.shape) <= SMALL
+
+
+def run(
+    function: Callable[[Item], Result], items: Sequence[Item], small: Callable[[Item], bool]
+) -> Iterator[tuple[Item, Result]]:
+    """Every item and what ``function`` returns for it, when it is done; the small ones in parallel first.
+
+    The first exception ends it: what has not begun is cancelled, what runs is waited for. The thread counts
+    of the caller are as before, afterwards.
+    """
+    parallel = [item for item in items if small(item)]
+    rest = [item for item in items if not small(item)]
+    workers = min(torch.get_num_threads(), len(parallel), MOST_WORKERS)
+    if workers > 1:
+        with (
+            blas_threads(1),
+            ThreadPoolExecutor(workers, "mica-subspace", set_torch_threads, (1,)) as pool,
+        ):
+            futures = {pool.submit(function, item): item for item in parallel}
+            try:
+                for future in as_completed(futures):
+                    yield futures.pop(future), future.result()  # and keep no result
+            finally:
+                pool.shutdown(cancel_futures=True)
+    else:
+        rest = parallel + rest
+    for item in rest:
+        yield item, function(item)

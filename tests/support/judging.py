@@ -5,6 +5,7 @@ from typing import NamedTuple
 import torch
 
 from mica.subspace import MinorSubspace
+from tests.support.tolerances import error
 
 
 class Truth(NamedTuple):
@@ -12,6 +13,29 @@ class Truth(NamedTuple):
 
     vectors: torch.Tensor
     squares: torch.Tensor
+
+
+def random(*shape: int, seed: int = 0) -> torch.Tensor:
+    """fp64, column-major as the vectors of a ``HostGram`` are."""
+    generator = torch.Generator().manual_seed(seed)
+    shape = (*shape[:-2], shape[-1], shape[-2])
+    return torch.randn(shape, dtype=torch.float64, generator=generator).mT
+
+
+def columns(matrix: torch.Tensor) -> torch.Tensor:
+    """The same, column-major."""
+    return matrix.mT.contiguous().mT
+
+
+def gram_of(tall: torch.Tensor) -> torch.Tensor:
+    return tall.double().mT @ tall.double()
+
+
+def assert_orthonormal(basis: torch.Tensor, tolerance: float = 1e-13) -> None:
+    """By the relative Frobenius error of each matrix of a batch."""
+    unit = torch.eye(basis.shape[-1], dtype=torch.float64)
+    for each in basis.double().reshape(-1, *basis.shape[-2:]):
+        assert error(each.T @ each, unit) <= tolerance
 
 
 def truth(matrix: torch.Tensor) -> Truth:

@@ -2,10 +2,11 @@
 
 import dataclasses
 import math
+import warnings
 
 import torch
 
-from mica.subspace.result import MinorSubspace
+from mica.subspace import MinorSubspace, minor_subspace
 
 
 def solved(weight, rank, **changes):
@@ -27,6 +28,20 @@ def solved(weight, rank, **changes):
         resolution=resolution,
     )
     return dataclasses.replace(result, **changes)
+
+
+def quietly_solved(weight, rank, **options):
+    """The solver's result, without its warnings."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)
+        return minor_subspace(weight, rank, **options)
+
+
+def put(cache, weight, rank=4, key=None, **changes):
+    """``solved`` kept by a cache."""
+    subspace = solved(weight, rank, **changes)
+    cache.put(weight, subspace, key=key)
+    return subspace
 
 
 def same(first, second):

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from mica.subspace import krylov
+from mica.subspace import batched, krylov
 from mica.subspace.cache import SubspaceCache
 
 
@@ -26,3 +26,26 @@ def weight():
 @pytest.fixture
 def cache(tmp_path):
     return SubspaceCache(tmp_path / "not" / "there yet")
+
+
+@pytest.fixture
+def weak_fp64(monkeypatch):
+    """Of every device: fp32 products are tried."""
+    monkeypatch.setattr(batched, "has_weak_fp64", lambda device: True)
+
+
+@pytest.fixture
+def calls_of(monkeypatch):
+    """calls_of(owner, name): the positional arguments of each call of that function from now on."""
+
+    def recorded(owner, name):
+        calls, function = [], getattr(owner, name)
+
+        def recording(*arguments, **options):
+            calls.append(arguments)
+            return function(*arguments, **options)
+
+        monkeypatch.setattr(owner, name, recording)
+        return calls
+
+    return recorded

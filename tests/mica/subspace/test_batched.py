@@ -1,68 +1,62 @@
-"""``BatchGram`` is every matrix's ``HostGram``, and bounds the error of its fp32 products."""
+"""``BatchGram`` is every matrix's ``HostGram``; its fp32 products are whole, and it bounds their error."""
 
 import math
+import threading
+import warnings
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from mica.dtypes import FLOATING
 from mica.subspace import batched
 from mica.subspace import gram as products
-from mica.subspace.batched import BatchGram
+from mica.subspace.batched import BatchGram, full_fp32
 from mica.subspace.host import HostGram
-from tests.support.spectra import weight
+from tests.support.judging import assert_orthonormal, columns, gram_of, random
+from tests.support.spectra import stack, weight
 from tests.support.tolerances import error
 
 UNIT = torch.eye(30, dtype=torch.float64)
 
 
 def talls(dtype=torch.float32) -> torch.Tensor:
-    names = ["gaussian", "row scales", "times 1e-4"]
-    return torch.stack([weight(name, 70, 30) for name in names]).to(dtype)
+    return stack(["gaussian", "row scales", "times 1e-4"], (70, 30)).to(dtype)
 
 
-def random(*shape: int, seed: int = 0) -> torch.Tensor:
-    return torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
-
-
-def dense(matrices: torch.Tensor) -> torch.Tensor:
-    return matrices.double().mT @ matrices.double()
-
-
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("dtype", FLOATING)
 @pytest.mark.parametrize("transposed", [False, True])
 def test_every_method_is_that_of_the_single_matrices(dtype, transposed):
-    tall = talls(dtype).mT.contiguous().mT if transposed else talls(dtype)
-    batch, singles, exact = BatchGram(tall), [HostGram(t) for t in tall], dense(tall)
+    tall = columns(talls(dtype)) if transposed else talls(dtype)
+    batch, singles, exact = BatchGram(tall), [HostGram(t) for t in tall], gram_of(tall)
     assert (batch.size, batch.batch_shape, batch.device) == (30, (3,), torch.device("cpu"))
     assert torch.equal(batch.error, torch.zeros(3, dtype=torch.float64))
     values = torch.linalg.eigvalsh(exact)
     vectors = random(3, 30, 4)
-    columns = [v.T.contiguous().T for v in vectors]
 
     def same(actual, expected, tolerance=1e-12):
         for each, single in zip(actual, expected, strict=True):
             assert error(each, single) <= tolerance
 
     same(batch.apply(UNIT), exact, 1e-14)
-    same(batch.apply(vectors), [gram.apply(c) for gram, c in zip(singles, columns, strict=True)])
+    same(batch.apply(vectors), [gram.apply(each) for gram, each in zip(singles, vectors, strict=True)])
     shift = values[:, 0] * 0.5
     assert batch.factor(shift).tolist() == [True] * 3
     assert all(gram.factor(s) for gram, s in zip(singles, shift, strict=True))
-    same(batch.solve(vectors), [gram.solve(c) for gram, c in zip(singles, columns, strict=True)], 1e-9)
+    same(batch.solve(vectors), [gram.solve(each) for gram, each in zip(singles, vectors, strict=True)], 1e-9)
     smallest = batch.smallest(5)
     for basis, single, each in zip(smallest, singles, exact, strict=True):
         assert error(basis @ basis.T, single.smallest(5) @ single.smallest(5).T) <= 1e-9
         assert error(basis.T @ each @ basis, torch.linalg.eigvalsh(each)[:5].diag()) <= 1e-9
-    raised = torch.linalg.eigh(exact).eigenvectors[..., :2].contiguous()
+    raised = columns(torch.linalg.eigh(exact).eigenvectors[..., :2])
     for share, expected in ((0.999, True), (1.001, False)):
         bound = share * values[:, 2]
         assert batch.exceeds(raised, 2 * values[:, -1], bound).tolist() == [expected] * 3
         for index, gram in enumerate(singles):
-            minor = raised[index].T.contiguous().T
-            assert gram.exceeds(minor, 2 * values[index, -1], bound[index]) == expected
+            assert gram.exceeds(raised[index], 2 * values[index, -1], bound[index]) == expected
     same(batch.apply(UNIT), exact, 1e-14)
 
-    left, right, coefficients = random(3, 30, 4), random(3, 30, 2, seed=1), random(3, 4, 2, seed=2)
+    left, right, coefficients = vectors, random(3, 30, 2, seed=1), random(3, 4, 2, seed=2)
     same(batch.inner(left, right), left.mT @ right)
     same(batch.combine(left, coefficients), left @ coefficients)
     same(batch.subtract(right.clone(), left, coefficients), right - left @ coefficients)
@@ -72,7 +66,7 @@ def test_every_method_is_that_of_the_single_matrices(dtype, transposed):
 
 def test_a_factor_and_a_proof_say_which_matrix_failed():
     tall = talls()
-    gram, (values, vectors) = BatchGram(tall), torch.linalg.eigh(dense(tall))
+    gram, (values, vectors) = BatchGram(tall), torch.linalg.eigh(gram_of(tall))
     for failing in ([0], [1], [2], [0, 2], [0, 1, 2]):
         good = torch.tensor([index not in failing for index in range(3)])
         share = torch.where(good, 0.9, 1.1)
@@ -85,16 +79,15 @@ def test_a_factor_and_a_proof_say_which_matrix_failed():
 @pytest.mark.parametrize("kind", ["independent", "dependent", "zero"])
 @pytest.mark.parametrize("scale", [1.0, 1e-30, 1e30])
 def test_orthonormal_vectors_of_all_or_none(kind, count, scale):
-    gram = BatchGram(talls())
     vectors = scale * random(3, 30, count)
     if kind == "zero":
         vectors[1, :, -1] = 0
     elif kind == "dependent":
         vectors[1, :, -1] = 1e-9 * vectors[1, :, -1] + vectors[1, :, 0] * (count > 1)
-    basis, triangle, safe = gram.orthonormal(vectors)
+    basis, triangle, safe = BatchGram(talls()).orthonormal(vectors)
     assert safe == (kind == "independent" or (kind, count) == ("dependent", 1))
+    assert_orthonormal(basis)
     for each, factor, before in zip(basis, triangle, vectors, strict=True):
-        assert error(each.T @ each, torch.eye(count, dtype=torch.float64)) <= 1e-13
         assert error(each @ factor, before) <= 1e-13
         assert torch.equal(factor, factor.triu())
 
@@ -108,8 +101,8 @@ def test_panels_and_blocks(size, mixed, monkeypatch):
     tall = torch.stack([weight("gaussian", 2 * size + 5, size)] * 2)
     tall[1] *= 3
     gram = BatchGram(tall, mixed).apply(torch.eye(size, dtype=torch.float64))
-    assert error(gram, dense(tall)) <= (1e-6 if mixed else 1e-14)
-    assert mixed == (error(gram, dense(tall)) > 1e-12) or size == 1
+    assert error(gram, gram_of(tall)) <= (1e-6 if mixed else 1e-14)
+    assert mixed == (error(gram, gram_of(tall)) > 1e-12) or size == 1
     assert error(gram, gram.mT) <= 1e-14
 
 
@@ -118,18 +111,17 @@ def test_panels_and_blocks(size, mixed, monkeypatch):
 @pytest.mark.parametrize("scale", [1.0, 1e-15, 1e12, 1e-30])
 def test_the_error_bound_of_mixed_products(name, dtype, scale):
     """Above the exact norm and below 20 times it; with underflow, the norm of the whole matrix."""
-    tall = (torch.stack([weight(name, 900, 80), weight("gaussian", 900, 80)]).double() * scale).to(dtype)
-    gram = BatchGram(tall, mixed=True)
-    differences = dense(tall) - gram.apply(torch.eye(80, dtype=torch.float64))
-    norms = torch.linalg.matrix_norm(differences, 2)
+    tall = (stack([name, "gaussian"], (900, 80)).double() * scale).to(dtype)
+    gram, exact = BatchGram(tall, mixed=True), gram_of(tall)
+    norms = torch.linalg.matrix_norm(exact - gram.apply(torch.eye(80, dtype=torch.float64)), 2)
     assert gram.error.dtype == torch.float64
     assert (gram.error >= norms).all()
-    assert (gram.error <= 20 * norms + 1e-14 * torch.linalg.matrix_norm(dense(tall), 2)).all()
+    assert (gram.error <= 20 * norms + 1e-14 * torch.linalg.matrix_norm(exact, 2)).all()
 
 
 def test_the_error_bound_sees_one_wrong_entry():
     gram = BatchGram(talls(), mixed=True)
-    wrong = dense(talls())
+    wrong = gram_of(talls())
     wrong[1, 3, 5] += 1e-3
     wrong[1, 5, 3] += 1e-3
     bounds = batched.error_bound(talls(), wrong)
@@ -153,10 +145,10 @@ def test_cuda_devices_with_weak_fp64(capability, weak, monkeypatch):
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
-def test_mixed_products_where_they_are_precise_and_finite(dtype, monkeypatch):
+def test_mixed_products_where_they_are_precise_and_finite(dtype, request):
     wide = torch.ones(2, 10, 20, dtype=dtype)
     assert not batched.may_be_mixed(wide)
-    monkeypatch.setattr(batched, "has_weak_fp64", lambda device: True)
+    request.getfixturevalue("weak_fp64")
     assert batched.may_be_mixed(wide)
     assert batched.may_be_mixed(wide.mT)
     assert not batched.may_be_mixed(torch.ones(2, 11, 20, dtype=dtype))
@@ -167,3 +159,109 @@ def test_mixed_products_where_they_are_precise_and_finite(dtype, monkeypatch):
         wide[1, 2, 3] = sign * 2.0**51
         assert not batched.may_be_mixed(wide)
     assert math.isfinite(wide.double().square().sum())
+
+
+# A user's setting for fp32 products does not reach the solver's, and is there again afterwards
+
+get, put = torch._C._get_fp32_precision_getter, torch._C._set_fp32_precision_setter
+SETTINGS = [("generic", "all"), ("cuda", "all"), ("cuda", "matmul"), ("mkldnn", "all"), ("mkldnn", "matmul")]
+REDUCED = {"tf32", "bf16"}
+WAYS = {
+    "high": lambda: torch.set_float32_matmul_precision("high"),
+    "medium": lambda: torch.set_float32_matmul_precision("medium"),
+    "allow_tf32": lambda: setattr(torch.backends.cuda.matmul, "allow_tf32", True),
+    "cuda": lambda: setattr(torch.backends.cuda.matmul, "fp32_precision", "tf32"),
+    "cuda's all": lambda: setattr(torch.backends.cudnn, "fp32_precision", "tf32"),
+    "oneDNN": lambda: setattr(torch.backends.mkldnn.matmul, "fp32_precision", "bf16"),
+    "all": lambda: setattr(torch.backends, "fp32_precision", "tf32"),
+    "all, bf16": lambda: setattr(torch.backends, "fp32_precision", "bf16"),
+    "each": lambda: [put(*setting, "tf32") for setting in SETTINGS],
+    "none": lambda: None,
+}
+
+
+@pytest.fixture
+def reset():
+    """As in a new process, but for a word: "ieee" where the older switch has been used."""
+
+    def reset():
+        torch.set_float32_matmul_precision("highest")
+        for setting in SETTINGS:
+            put(*setting, "none")
+
+    reset()
+    yield reset
+    reset()
+
+
+def effective() -> list[str]:
+    return [get(*setting) for setting in SETTINGS]
+
+
+def own() -> list[list[str]]:
+    """The settings without what they inherit: what is left as one after the other is taken away."""
+    return [effective()] + [put(*setting, "none") or effective() for setting in SETTINGS]
+
+
+class Watch(TorchDispatchMode):
+    """The settings at each product of fp32 matrices."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        is_product = function.overloadpacket in (torch.ops.aten.mm, torch.ops.aten.bmm)
+        if is_product and args[0].dtype == torch.float32:
+            self.seen += effective()
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_products_are_whole_and_the_settings_stay(way, reset):
+    """Those that were inherited still are."""
+    tall, unit = torch.randn(2, 600, 300), torch.eye(300, dtype=torch.float64)
+    expected = BatchGram(tall, mixed=True)
+    WAYS[way]()
+    before = effective()
+    with warnings.catch_warnings(), Watch() as watch:
+        warnings.simplefilter("error")
+        gram = BatchGram(tall, mixed=True)
+    assert watch.seen
+    assert not REDUCED & set(watch.seen)
+    assert torch.equal(gram.apply(unit), expected.apply(unit))
+    assert torch.equal(gram.error, expected.error)
+    assert effective() == before
+
+    owned = own()
+    reset()
+    WAYS[way]()
+    with full_fp32():
+        assert not REDUCED & set(effective())
+    assert own() == owned
+
+
+def test_an_error_leaves_the_settings_as_they_were(reset):
+    WAYS["medium"]()
+    before = effective()
+    with pytest.raises(ZeroDivisionError), full_fp32():
+        raise ZeroDivisionError
+    assert effective() == before
+
+
+def test_one_thread_at_a_time(reset):
+    """Or the second would take the first one's settings for the user's, and leave them behind."""
+    WAYS["high"]()
+    before, inside = effective(), threading.Event()
+
+    def enter():
+        with full_fp32():
+            inside.set()
+
+    thread = threading.Thread(target=enter)
+    with full_fp32():
+        thread.start()
+        assert not inside.wait(0.2)
+    thread.join()
+    assert inside.is_set()
+    assert effective() == before

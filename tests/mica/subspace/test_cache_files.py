@@ -1,4 +1,4 @@
-"""Of the cache: damaged files, bad disks, several processes at once."""
+"""Of the cache: damaged files, bad disks, several processes at once; whom it trusts, how much it keeps."""
 
 import logging
 import multiprocessing
@@ -18,51 +18,43 @@ import torch
 from mica.subspace import cache as cache_module
 from mica.subspace.cache import SubspaceCache
 from mica.subspace.fingerprint import fingerprint
-from tests.support.subspaces import only_file, same, solved
+from tests.support.subspaces import only_file, put, same, solved
 
 # Damage
 
 
-@pytest.fixture
-def stored():
+def flipped(mask):
+    return lambda content: (
+        content[:place] + bytes([content[place] ^ mask]) + content[place + 1 :]
+        for place in range(len(content))
+    )
+
+
+OF_ANOTHER_USER = {"basis": torch.eye(3, 2), "singular_values": torch.ones(2)}
+DAMAGED = {
+    "truncated": lambda content: [*(content[:length] for length in range(len(content))), content + b"\0"],
+    **{f"flipped by {mask:x}": flipped(mask) for mask in (0x01, 0x20, 0x80, 0xFF)},
+    "garbage": lambda _: [b"\0" * 8, b"\xff" * 64, b"\2" + b"\0" * 7 + b"[]", b"[" * 100_000],
+    "well-formed": lambda _: [safetensors.torch.save(OF_ANOTHER_USER)],
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGED)
+def test_any_damage_is_a_miss_and_the_next_put_repairs(cache, damage):
     weight = torch.randn(3, 4)
-    return weight, solved(weight, 2)
-
-
-def check_damaged(cache, path, content, weight, subspace):
-    path.write_bytes(content)
-    loaded = cache.get(weight, 2)
-    assert loaded is None or same(loaded, subspace)
-    return loaded is None
-
-
-def test_every_truncation_is_a_miss(cache, stored):
-    cache.put(*stored)
+    subspace = put(cache, weight, 2)
     path = only_file(cache.folder)
     content = path.read_bytes()
-    for length in range(len(content)):
-        assert check_damaged(cache, path, content[:length], *stored), length
-    assert check_damaged(cache, path, content + b"\0", *stored)
-    assert not check_damaged(cache, path, content, *stored)
+    for place, damaged in enumerate(DAMAGED[damage](content)):
+        path.write_bytes(damaged)
+        assert cache.get(weight, 2) is None, place
+    cache.put(weight, subspace)
+    assert same(cache.get(weight, 2), subspace)
 
 
-@pytest.mark.parametrize("mask", [0x01, 0x20, 0x80, 0xFF])
-def test_no_flipped_bits_give_other_numbers(cache, stored, mask):
-    cache.put(*stored)
-    path = only_file(cache.folder)
-    content = path.read_bytes()
-    missed = 0
-    for position in range(len(content)):
-        flipped = bytearray(content)
-        flipped[position] ^= mask
-        missed += check_damaged(cache, path, bytes(flipped), *stored)
-    assert missed >= len(content) - 8  # the padding of the header may turn into other white space
-
-
-def test_a_warning_a_file_and_the_next_put_repairs(cache, weight, caplog):
-    subspace = solved(weight, 4)
+def test_a_warning_a_file(cache, weight, caplog):
     for _ in range(2):
-        cache.put(weight, subspace)
+        subspace = put(cache, weight)
         path = only_file(cache.folder)
         path.write_bytes(b"nonsense")
         caplog.clear()
@@ -79,20 +71,17 @@ def test_a_warning_a_file_and_the_next_put_repairs(cache, weight, caplog):
 
 def test_a_miss_is_not_worth_a_warning(cache, weight, caplog):
     assert cache.get(weight, 4) is None
-    cache.put(weight, solved(weight, 4))
+    put(cache, weight)
     assert cache.get(weight, 5) is None
     assert not caplog.records
 
 
 def test_a_file_of_another_version_or_weight_is_a_miss(cache, weight, monkeypatch):
-    key = fingerprint(weight)
-    subspace = solved(weight, 4)
     with monkeypatch.context() as patch:
         patch.setattr(cache_module, "VERSION", cache_module.VERSION + 1)
-        cache.put(weight, subspace, key=key)
+        put(cache, weight)
     assert cache.get(weight, 4) is None
-    cache.put(weight, subspace)
-    assert same(cache.get(weight, 4), subspace)
+    assert same(put(cache, weight), cache.get(weight, 4))
     other = torch.randn(24, 30)
     only_file(cache.folder).rename(cache.path(fingerprint(other), 4))
     assert cache.get(other, 4) is None
@@ -101,25 +90,8 @@ def test_a_file_of_another_version_or_weight_is_a_miss(cache, weight, monkeypatc
 @pytest.mark.parametrize("fitting", [torch.randn(25, 30), torch.randn(24, 30).double(), torch.randn(24, 3)])
 def test_a_file_that_does_not_fit_the_weight_is_a_miss(cache, weight, fitting):
     key = fingerprint(weight)
-    cache.put(weight, solved(weight, 4), key=key)
+    put(cache, weight, key=key)
     assert cache.get(fitting, 2, key=key) is None
-
-
-def test_a_well_formed_file_of_another_user_is_a_miss(cache, weight):
-    subspace = solved(weight, 4)
-    cache.put(weight, subspace)
-    path = only_file(cache.folder)
-    safetensors.torch.save_file({"basis": torch.eye(24, 4), "singular_values": torch.ones(4)}, path)
-    assert cache.get(weight, 4) is None
-
-
-@pytest.mark.parametrize("content", [b"", b"\0" * 8, b"\xff" * 64, b"\2" + b"\0" * 7 + b"[]", b"[" * 100_000])
-def test_garbage_is_a_miss(cache, weight, content):
-    cache.folder.mkdir(parents=True)
-    cache.path(fingerprint(weight), 4).write_bytes(content)
-    assert cache.get(weight, 4) is None
-    cache.put(weight, solved(weight, 4))
-    assert cache.get(weight, 4) is not None
 
 
 # Disks
@@ -132,7 +104,7 @@ def test_a_folder_that_cannot_be_is_said_once(tmp_path, weight, caplog):
         with caplog.at_level(logging.WARNING, "mica"):
             for cache in (SubspaceCache(folder), SubspaceCache(folder)):
                 assert cache.get(weight, 4) is None
-                cache.put(weight, solved(weight, 4))
+                put(cache, weight)
                 assert cache.get(weight, 4) is None
         (record,) = caplog.records
         assert str(folder) in record.getMessage()
@@ -142,8 +114,7 @@ def test_a_folder_that_cannot_be_is_said_once(tmp_path, weight, caplog):
 
 @pytest.mark.parametrize("failing", ["write", "replace"])
 def test_a_full_disk_leaves_nothing_behind(cache, weight, monkeypatch, failing):
-    old, new = solved(weight, 4, method="gram"), solved(weight, 4)
-    cache.put(weight, old)
+    old = put(cache, weight, method="gram")
 
     def fail(path, content):
         if failing == "write":
@@ -153,19 +124,37 @@ def test_a_full_disk_leaves_nothing_behind(cache, weight, monkeypatch, failing):
 
     with monkeypatch.context() as patch:
         patch.setattr(*((Path, "write_bytes") if failing == "write" else (os, "replace")), fail)
-        cache.put(weight, new)
+        put(cache, weight)
     only_file(cache.folder)
     assert same(cache.get(weight, 4), old)
-    cache.put(weight, new)
+    new = put(cache, weight)
     assert same(cache.get(weight, 4), new)
 
 
-def test_a_file_that_cannot_be_read_or_replaced(cache, weight):
-    cache.path(fingerprint(weight), 4).mkdir(parents=True)
-    assert cache.get(weight, 4) is None
-    cache.put(weight, solved(weight, 4))
-    assert cache.get(weight, 4) is None
-    assert only_file(cache.folder).is_dir()
+UNREADABLE = {
+    "directory": Path.mkdir,
+    "fifo": lambda path: os.mkfifo(path),
+    "device": lambda path: path.symlink_to("/dev/zero"),
+    "far too large": lambda path: path.touch() or os.truncate(path, 1 << 40),  # sparse; beyond any memory
+}
+
+
+@pytest.mark.parametrize("kind", UNREADABLE)
+def test_what_is_no_file_or_far_too_large_is_a_miss(cache, weight, kind):
+    cache.folder.mkdir(parents=True)
+    path = cache.path(fingerprint(weight), 4)
+    UNREADABLE[kind](path)
+    with ThreadPoolExecutor(1) as pool:
+        reading = pool.submit(cache.get, weight, 4)
+        try:
+            assert reading.result(timeout=20) is None
+        finally:
+            if not reading.done():
+                path.write_bytes(b"")  # lets the reader of a FIFO go
+    subspace = put(cache, weight)
+    assert only_file(cache.folder).is_dir() == (kind == "directory")  # which cannot be replaced
+    loaded = cache.get(weight, 4)
+    assert loaded is None if kind == "directory" else same(loaded, subspace)
 
 
 def test_old_temporary_files_are_swept_and_no_others(cache, weight):
@@ -181,35 +170,9 @@ def test_old_temporary_files_are_swept_and_no_others(cache, weight):
         (cache.folder / name).write_bytes(b"")
         age = cache_module.ABANDONED_AFTER + (-60 if kind == "new" else 60)
         os.utime(cache.folder / name, (now - age, now - age))
-    cache.put(weight, solved(weight, 4))
+    put(cache, weight)
     left = {path.name for path in cache.folder.iterdir()}
     assert left == {*kinds.values(), cache.path(fingerprint(weight), 4).name} - {kinds["old"]}
-
-
-def test_a_fifo_does_not_hang(cache, weight):
-    cache.folder.mkdir(parents=True)
-    path = cache.path(fingerprint(weight), 4)
-    os.mkfifo(path)
-    with ThreadPoolExecutor(1) as pool:
-        reading = pool.submit(cache.get, weight, 4)
-        try:
-            assert reading.result(timeout=20) is None
-        finally:
-            if not reading.done():
-                path.write_bytes(b"")  # lets the reader go
-    cache.put(weight, solved(weight, 4))
-    assert same(cache.get(weight, 4), solved(weight, 4))
-
-
-def test_what_is_no_file_or_far_too_large_is_a_miss(cache, weight, tmp_path):
-    cache.folder.mkdir(parents=True)
-    path = cache.path(fingerprint(weight), 4)
-    path.symlink_to("/dev/zero")
-    assert cache.get(weight, 4) is None
-    path.unlink()
-    with open(path, "wb") as file:
-        file.truncate(1 << 40)  # sparse; larger than any memory
-    assert cache.get(weight, 4) is None
 
 
 # Several at once
@@ -252,7 +215,7 @@ def test_a_killed_writer_is_harmless(cache, weight, tmp_path, step):
     assert same(cache.get(weight, 4), subspace)
     assert left.exists()
     os.utime(left, (0, 0))
-    SubspaceCache(cache.folder).put(weight, solved(weight, 6))
+    put(SubspaceCache(cache.folder), weight, 6)
     assert not left.exists()
 
 
@@ -269,27 +232,119 @@ def _put_again_and_again(folder, weight, key, subspaces, until):
 @pytest.mark.parametrize("kind", ["processes", "threads"])
 def test_writers_and_readers_at_once(cache, kind, caplog):
     weight = torch.randn(200, 220)
-    subspaces = [solved(weight, rank) for rank in (20, 40)]
+    subspaces = {rank: solved(weight, rank) for rank in (20, 40)}
     key = fingerprint(weight)
     worker = multiprocessing.get_context("fork").Process if kind == "processes" else threading.Thread
     until = time.time() + 1.5
+    orders = list(subspaces.values()), list(subspaces.values())[::-1]
     writers = [
-        worker(target=_put_again_and_again, args=(cache.folder, weight, key, subspaces[::step], until))
-        for step in (1, -1)
+        worker(target=_put_again_and_again, args=(cache.folder, weight, key, order, until))
+        for order in orders
     ]
     for writer in writers:
         writer.start()
     outcomes = set()
     while any(writer.is_alive() for writer in writers):
-        for subspace in subspaces:
-            rank = subspace.basis.shape[1]
+        for rank, subspace in subspaces.items():
             loaded = cache.get(weight, rank, key=key)
             outcomes.add((rank, loaded is not None))
-            if loaded is not None:
-                assert same(loaded, subspace)
+            assert loaded is None or same(loaded, subspace)
     for writer in writers:
         writer.join()
         assert kind == "threads" or writer.exitcode == 0
     assert {(20, True), (40, True)} <= outcomes
     assert not [path for path in cache.folder.iterdir() if path.suffix == ".tmp"]
     assert not caplog.records  # nothing was ever seen half written
+
+
+# Whom it trusts
+
+on_posix = pytest.mark.skipif(os.name != "posix", reason="POSIX permissions")
+
+
+@on_posix
+@pytest.mark.parametrize("mode", [0o775, 0o757, 0o777, 0o1777])
+def test_a_folder_that_others_can_write_is_not_used_and_said_once(cache, weight, caplog, mode):
+    subspace = put(cache, weight)
+    cache.folder.chmod(mode)
+    for reader in (cache, SubspaceCache(cache.folder)):
+        assert reader.get(weight, 4) is None
+        put(reader, weight, 5)
+    (message,) = caplog.messages
+    assert str(cache.folder) in message
+    assert f"written by others (mode {mode:o})" in message
+    assert "MICA_CACHE" in message
+    only_file(cache.folder)
+    cache.folder.chmod(0o755)
+    assert same(cache.get(weight, 4), subspace)
+
+
+@on_posix
+def test_nor_is_one_of_another_user(cache, weight, caplog, monkeypatch):
+    put(cache, weight)
+    owner = other = os.stat(cache.folder).st_uid
+    monkeypatch.setattr(os, "geteuid", lambda: owner + 1)
+    if not owner:  # root's is everybody's friend
+        assert cache.get(weight, 4) is not None
+        other = 12345
+        os.chown(cache.folder, other, -1)
+        monkeypatch.undo()
+    assert cache.get(weight, 4) is None
+    (message,) = caplog.messages
+    assert f"belongs to another user ({other})" in message
+    os.chown(cache.folder, owner, -1)
+
+
+@on_posix
+def test_a_file_that_others_can_write_is_a_miss(cache, weight):
+    put(cache, weight)
+    only_file(cache.folder).chmod(0o664)
+    assert cache.get(weight, 4) is None
+    put(cache, weight)
+    assert cache.get(weight, 4) is not None
+
+
+@on_posix
+@pytest.mark.parametrize("umask", [0, 0o002, 0o077])
+def test_what_it_makes_it_trusts(cache, weight, umask):
+    before = os.umask(umask)
+    try:
+        subspace = put(cache, weight)
+    finally:
+        os.umask(before)
+    assert not only_file(cache.folder).stat().st_mode & 0o022
+    assert not cache.folder.stat().st_mode & 0o022
+    assert same(cache.get(weight, 4), subspace)
+
+
+# How much it holds
+
+
+def test_the_longest_unused_go_first(tmp_path, weight):
+    weights = [torch.randn(24, 30) for _ in range(6)]
+    put(SubspaceCache(tmp_path), weights[0])
+    each = only_file(tmp_path).stat().st_size
+    cache = SubspaceCache(tmp_path, 3 * each + each // 2)
+    (tmp_path / "thesis.safetensors").write_bytes(bytes(10 * each))  # not the cache's
+    of_version_1 = tmp_path / f"{'0a' * 20}.safetensors"
+    of_version_1.write_bytes(bytes(each))
+    os.utime(of_version_1, (1, 1))
+
+    def held():
+        return [i for i in range(6) if cache.path(fingerprint(weights[i]), 4).exists()]
+
+    for i, expected in ((1, [0, 1]), (2, [0, 1, 2]), (3, [0, 2, 3]), (4, [0, 3, 4])):
+        for index in held():
+            os.utime(cache.path(fingerprint(weights[index]), 4), (index + 2, index + 2))
+        assert cache.get(weights[0], 4) is not None  # used: not the first to go
+        put(cache, weights[i])
+        assert held() == expected
+        assert of_version_1.exists() == (i == 1)
+    assert (tmp_path / "thesis.safetensors").exists()
+    put(SubspaceCache(tmp_path, each), weights[5])  # a new one counts what it finds
+    assert held() == [5]
+
+
+def test_what_is_larger_than_the_whole_cache_is_not_kept(cache, weight):
+    put(SubspaceCache(cache.folder, 0), weight)
+    assert not cache.folder.exists()

@@ -1,6 +1,7 @@
-"""Thread counts are as before, however many threads solve at a time."""
+"""Thread counts are as before, however many threads solve at a time; small items have one each, the first."""
 
 import random
+import threading
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -9,8 +10,8 @@ import torch
 from threadpoolctl import threadpool_info, threadpool_limits
 
 from mica import minor_subspace
-from mica.subspace import threads, workers
-from mica.subspace.threads import blas_threads, one_pool, set_torch_threads
+from mica.subspace import threads
+from mica.subspace.threads import blas_threads, one_pool, run, set_torch_threads
 
 scipy.linalg.eigh(torch.eye(4).numpy())  # its library is loaded
 
@@ -44,23 +45,22 @@ def test_one_pool_holds_all_threads_and_gives_them_back(count):
     before = counts()
     assert before[2]
 
+    def check_inside():
+        assert torch.get_num_threads() == 1
+        assert set(pools().values()) == {count}
+
     @one_pool()
     def inside(depth: int) -> None:
-        assert torch.get_num_threads() == 1
-        if depth:
-            inside(depth - 1)
-            assert torch.get_num_threads() == 1
-        else:
+        check_inside()
+        if not depth:
             raise KeyError
+        inside(depth - 1)
 
     with one_pool():
-        assert torch.get_num_threads() == 1
-        assert set(pools().values()) == {count}
+        check_inside()
         with one_pool():
-            assert torch.get_num_threads() == 1
-            assert set(pools().values()) == {count}
-        assert torch.get_num_threads() == 1
-        assert set(pools().values()) == {count}
+            check_inside()
+        check_inside()
     for depth in range(3):
         with pytest.raises(KeyError):
             inside(depth)
@@ -78,11 +78,6 @@ def test_a_thread_that_begins_meanwhile_begins_with_what_the_caller_set():
         assert pool.submit(set_torch_threads, 1).result() == 3
         assert pool.submit(torch.get_num_threads).result() == 1
     assert counts()[:2] == (3, 3)
-
-
-def test_workers_leave_new_threads_alone():
-    assert len(list(workers.run(lambda item: None, range(4), lambda item: True))) == 4
-    assert counts()[:2] == (2, 2)
 
 
 @pytest.mark.parametrize("first_out", [0, 1])
@@ -123,7 +118,7 @@ def test_solving_in_several_threads_at_once(round_):
                 basis = minor_subspace(weights[index], 4).basis
                 torch.testing.assert_close(basis, expected[index], rtol=0, atol=1e-6)
             elif kind == 1:
-                list(workers.run(lambda i: minor_subspace(weights[i], 4), range(4), lambda i: True))
+                in_parallel(lambda i: minor_subspace(weights[i], 4), range(4))
             else:
                 with pytest.raises(ValueError, match="finite"):
                     minor_subspace(broken, 2)
@@ -149,3 +144,66 @@ def test_a_section_that_cannot_begin_ends(monkeypatch):
     with one_pool():
         assert torch.get_num_threads() == 1
     assert counts() == before
+
+
+# Small ones at once
+
+
+def in_parallel(function, items):
+    return dict(run(function, items, lambda item: True))
+
+
+def test_the_same_bits_as_one_after_another_with_one_thread():
+    weights = [torch.randn(shape) for shape in ((40, 30), (30, 40), (64, 64), (200, 20)) * 3]
+    subspaces = in_parallel(lambda i: minor_subspace(weights[i], 5), range(12))
+    assert sorted(subspaces) == list(range(12))
+    torch.set_num_threads(1)
+    for i, weight in enumerate(weights):
+        assert torch.equal(subspaces[i].basis, minor_subspace(weight, 5).basis)
+
+
+def test_small_ones_first_and_in_workers_and_thread_counts_stay():
+    def where(item):
+        return threading.current_thread().name, torch.get_num_threads(), set(pools().values())
+
+    places = dict(run(where, [900, 1, 800, 2, 3], lambda item: item < 10))
+    order = list(places)
+    assert set(order[:3]) == {1, 2, 3}
+    assert order[3:] == [900, 800]
+    for name, count, of_blas in (places[i] for i in (1, 2, 3)):
+        assert name.startswith("mica-subspace")
+        assert (count, of_blas) == (1, {1})
+    assert places[900] == places[800] == (threading.current_thread().name, 2, {2})
+    assert counts()[:2] == (2, 2)
+
+
+def test_no_more_workers_than_blas_has_room_for(monkeypatch):
+    monkeypatch.setattr(threads, "MOST_WORKERS", 3)
+    torch.set_num_threads(8)
+    together = threading.Barrier(3)
+
+    def note(item):
+        if item < 3:
+            together.wait(timeout=60)  # three do run at a time
+        return threading.current_thread().name
+
+    assert len(set(in_parallel(note, range(40)).values())) == 3
+
+
+def test_the_first_error_ends_it():
+    called = []
+
+    def fail(item):
+        called.append(item)
+        if item == 1:
+            raise ValueError("this one")
+
+    with pytest.raises(ValueError, match="this one"):
+        in_parallel(fail, range(200))
+    assert len(called) < 200
+
+
+def test_only_small_cpu_matrices_share():
+    assert threads.is_small(torch.empty(threads.SMALL, 50_000, device="cpu"))
+    assert not threads.is_small(torch.empty(threads.SMALL + 1, threads.SMALL + 1))
+    assert not threads.is_small(torch.empty(4, 4, device="meta"))
