@@ -175,7 +175,7 @@ def _bypassing(report: dict) -> list[dict]:
     """Installed frameworks that can compute adapted layers themselves: name, version, remedy."""
     if not report["peft"]["patched"]:
         return []
-    from mica.fast.bypassed import REMEDIES
+    from mica.fast.explain import REMEDIES
 
     rows = []
     for name, remedy in REMEDIES.items():

@@ -70,7 +70,7 @@ def enable(
         gone = ": groups are gone, commit afecc55 is the last that has them"
         said = gone if name == "group_projections" else ""
         raise TypeError(f"enable() got an unexpected keyword argument {name!r}{said}")
-    _settings.change(compute_dtype, on_unsuitable, device, gate_up)
+    _settings.change(compute_dtype=compute_dtype, on_unsuitable=on_unsuitable, device=device, gate_up=gate_up)
     _settings.switch(patching.install())
 
 
@@ -94,8 +94,11 @@ def disabled() -> Iterator[None]:
 
     `enable` and `disable` inside a block take effect when the last block is left.
     """
-    with _settings.blocked():
+    _settings.switch(blocks=1)
+    try:
         yield
+    finally:
+        _settings.switch(blocks=-1)
 
 
 def uninstall() -> None:

@@ -2,24 +2,39 @@
 
 from __future__ import annotations
 
+import functools
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from itertools import groupby
 
 from peft.tuners import lora
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from torch.distributed import is_available as has_distributed
 
-from mica.fast import bypassed, patching
+from mica.fast import patching
 from mica.fast.forward import call_counts, decide, embedding, expert_params, experts
 from mica.fast.forward.decision import KERNEL, PEFT, REFERENCE, OnOperators, OnPeft
 from mica.fast.forward.eligibility import class_of, is_mica, quantised_layers
 from mica.fast.settings import settings
 
 _HEADER = ("layer", "base", "adapter", "path", "reason")
+
+# package -> how its layers come back to PEFT. From the sources of axolotl 0.19.0 (utils/schemas/config.py and
+# monkeypatch/lora_kernels.py), unsloth at 015bdef0d (models/llama.py), unsloth_zoo at ce232d6ce (compiler.py)
+# and liger_kernel (transformers/model/llama.py, whose loss reads lm_head.weight).
+REMEDIES = {
+    "axolotl": "its configuration needs lora_qkv_kernel, lora_o_kernel, lora_mlp_kernel and "
+    "lora_embedding_kernel: false (axolotl turns all four on where none is set)",
+    "unsloth": "make the adapter by peft.get_peft_model instead of FastLanguageModel.get_peft_model, or with "
+    "lora_dropout > 0, and set UNSLOTH_COMPILE_DISABLE=1 before unsloth is imported",
+    "liger_kernel": "apply it with fused_linear_cross_entropy=False, or leave lm_head without an adapter",
+}
+# Their forwards call the layers: hooks, offloading, gradient checkpointing, compilation.
+_ORDINARY = {"accelerate", "mica", "peft", "torch", "transformers"}
 
 
 @dataclass(frozen=True)
@@ -67,29 +82,29 @@ def explain(model: nn.Module) -> Explanation:
     process.
 
     ``bypassed_by``: where other code runs instead of the layer, the framework's name (axolotl, unsloth) or
-    that of the module with the code; ``str()`` says how to switch it off (see `mica.fast.bypassed`).
+    that of the module with the code; ``str()`` says how to switch it off.
     """
     rows, counts, by_peft = [], call_counts.counts(), call_counts.peft_reasons()
     modules = dict(model.named_modules())
-    entered = bypassed.around([name for name, module in modules.items() if counts.get(module)])
+    called = [name for name, module in modules.items() if counts.get(module)]
     for name, module in modules.items():
-        if isinstance(module, BaseTunerLayer):
-            base = type(module.get_base_layer()).__name__
-            outermost, shown = module, name
-            if expert_params.is_wrapper(module):  # adapters of parameters of one module are nested
-                while name.endswith(".base_layer"):
-                    name = name.removesuffix(".base_layer")
-                outermost, shown = model.get_submodule(name), f"{name}.{module.parameter_name}"
-                while outermost is not module and outermost.merged:  # it only calls the next
-                    outermost = outermost.base_layer
-            with _as_gathered(model, name, outermost):
-                count = counts.get(module) if _is_counted(module) else None
-                around = count == 0 and bypassed.bypassed_by(modules, name, entered)
-                by = around or bypassed.replaced_by(module)
-                path, reason = _decided(module, outermost).explained()
-                if path in (KERNEL, REFERENCE) and outermost in by_peft:
-                    path, reason = PEFT, _in_the_last_forward(by_peft[outermost], count)
-                rows.append(Row(shown, base, _adapters(module), path, reason, count, by))
+        if not isinstance(module, BaseTunerLayer):
+            continue
+        outermost, shown = module, name
+        if expert_params.is_wrapper(module):  # adapters of parameters of one module are nested
+            while name.endswith(".base_layer"):
+                name = name.removesuffix(".base_layer")
+            outermost, shown = modules[name], f"{name}.{module.parameter_name}"
+            while outermost is not module and outermost.merged:  # it only calls the next
+                outermost = outermost.base_layer
+        with _as_gathered(model, name, outermost):
+            count = counts.get(module) if _is_counted(module) else None
+            by = (_bypassed_by(modules, name, called) if count == 0 else None) or replaced_by(module)
+            path, reason = _decided(module, outermost).explained()
+        if path in (KERNEL, REFERENCE) and outermost in by_peft:
+            path, reason = PEFT, _in_the_last_forward(by_peft[outermost], count)
+        base = type(module.get_base_layer()).__name__
+        rows.append(Row(shown, base, _adapters(module), path, reason, count, by))
     return Explanation(rows)
 
 
@@ -136,7 +151,7 @@ def _decided(layer, outermost) -> OnPeft | OnOperators:
         return OnPeft("mica.fast is not installed")
     if not settings.enabled:
         return OnPeft("mica.fast is disabled")
-    if who := bypassed.replaced_by(layer):
+    if who := replaced_by(layer):
         return OnPeft(f"{who} has replaced the layer's forward")
     if _has_own_forward(layer):
         return OnPeft("the layer has a forward of its own, set before mica.fast was imported")
@@ -156,8 +171,73 @@ def _is_counted(layer) -> bool:
     """Whether the layer's calls pass through the forwards of `mica.fast.forward.decide`."""
     kind, covered = class_of(layer), (lora.Linear, lora.Embedding, expert_params.ParamWrapper)
     is_covered = kind in covered or kind in quantised_layers
-    is_ours = patching.is_installed() and not bypassed.replaced_by(layer)
+    is_ours = patching.is_installed() and not replaced_by(layer)
     return is_ours and is_covered and not _has_own_forward(layer)
+
+
+# ---------------------------------------------------------------------------------------------------
+# who computes a layer's result without calling the layer
+# ---------------------------------------------------------------------------------------------------
+
+# Frameworks fuse LoRA layers by replacing a forward: that of the attention or MLP around them (on the
+# instance or on its class), functions that it calls (``self_attn.apply_qkv``), or the layer's own. The
+# replacement reads the adapter's weights, PEFT's layer is never called, and the backend has no part in it.
+# Nothing here raises: what cannot be read is no finding.
+
+
+def _bypassed_by(modules: Mapping[str, nn.Module], name: str, called: list[str]) -> str | None:
+    """Who replaced a forward around the layer ``name``, which was not called; None if nobody is found.
+
+    A module around a layer that was ``called`` has been entered. What is around that one cannot be why.
+    """
+    while True:
+        if name in modules and (who := replaced_by(modules[name])):
+            return who
+        if not name or any(other.startswith(f"{name}.") for other in called):
+            return None
+        name = name.rpartition(".")[0]
+
+
+def replaced_by(module: nn.Module) -> str | None:
+    """Whose function is the module's forward, or one that its forward is to call; None if its own.
+
+    Wrapped in a decorator of anybody's, a module's own forward remains its own.
+    """
+    with suppress(Exception):  # attributes of foreign objects can do anything
+        own = {cls.__module__.partition(".")[0] for cls in type(module).__mro__} | _ORDINARY
+        held = vars(module)
+        calls = [held["forward"]] if "forward" in held else [type(module).forward]
+        calls += [value for name, value in held.items() if name.startswith("apply_") and callable(value)]
+        for call in calls:
+            function = _innermost(call)
+            home = _home(function)
+            if home.partition(".")[0] not in own:
+                return _framework(home, function) or home
+    return None
+
+
+def _innermost(call):
+    """The function in a bound method, a partial or a decorator's wrapper."""
+    for _ in range(32):
+        of_partial = call.func if isinstance(call, functools.partial) else call
+        call = getattr(call, "__wrapped__", getattr(call, "__func__", of_partial))
+    return call
+
+
+def _home(function) -> str:
+    """The name of the module that the function was defined or compiled in."""
+    scope = getattr(function, "__globals__", None)
+    if scope is None:  # an object that can be called, or one of C's functions
+        return getattr(function, "__module__", None) or type(function).__module__
+    return scope.get("__name__") or function.__code__.co_filename
+
+
+def _framework(home: str, function) -> str | None:
+    package = home.partition(".")[0]
+    # unsloth_zoo compiles PEFT's forwards into modules named after the layer, "Linear_peft_forward"
+    if package.startswith("unsloth") or getattr(function, "__name__", "") == "unsloth_forward":
+        return "unsloth"
+    return package if package in REMEDIES else None
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -204,7 +284,7 @@ def _totals(rows) -> str:
 def _bypasses(rows) -> Iterator[str]:
     """A line for each framework, or other module, whose code runs instead of layers."""
     for who, count in Counter(row.bypassed_by for row in rows if row.bypassed_by).items():
-        remedy = f": {bypassed.REMEDIES[who]}" if who in bypassed.REMEDIES else ""
+        remedy = f": {REMEDIES[who]}" if who in REMEDIES else ""
         yield f"{who} bypasses {count} layer{'s' if count > 1 else ''}{remedy}"
 
 
@@ -229,14 +309,10 @@ def patterns(names: Iterable[str]) -> list[tuple[str, int]]:
 
 def _spans(numbers: Iterable[str]) -> str:
     """Different numbers as text: "{0-29}", "{0,2-3}"; a single one unchanged."""
-    numbers = sorted(numbers, key=lambda number: (int(number), number))
-    if len(numbers) == 1:
-        return numbers[0]
-    spans = []
-    for number in numbers:
-        is_next = spans and str(int(spans[-1][1]) + 1) == number and str(int(spans[-1][1])) == spans[-1][1]
-        if is_next:
-            spans[-1][1] = number
-        else:
-            spans.append([number, number])
-    return "{" + ",".join(low if low == high else f"{low}-{high}" for low, high in spans) + "}"
+    ordered = sorted(numbers, key=lambda number: (int(number), number))
+    if len(ordered) == 1:
+        return ordered[0]
+    # numbers that follow one another differ from their places by the same; "00" follows none
+    runs = groupby(enumerate(ordered), lambda item: (int(item[1]) - item[0], str(int(item[1])) == item[1]))
+    spans = [[number for _, number in run] for _, run in runs]
+    return "{" + ",".join(span[0] if len(span) == 1 else f"{span[0]}-{span[-1]}" for span in spans) + "}"

@@ -15,7 +15,7 @@ from mica.fast.create.solving import NewAdapter, check, initialise
 from mica.fast.forward import mixed_batch
 from mica.fast.forward.expert_params import is_wrapper
 from mica.fast.saving import warn_of_a_lost_mark
-from mica.fast.wrapping import around, while_enabled
+from mica.fast.settings import around, while_enabled
 
 # Beside an adapter on a GGUF file: the folder of the checkpoint that `mica adapt` has made of that file.
 BASE = "base"

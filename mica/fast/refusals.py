@@ -12,7 +12,7 @@ from mica.fast import loading
 from mica.fast.forward import tensor_parallel
 from mica.fast.forward.eligibility import is_mica, requests_mica
 from mica.fast.forward.expert_params import weight_name
-from mica.fast.wrapping import while_enabled
+from mica.fast.settings import while_enabled
 
 # Forward pre-hooks of torch.nn.utils that recompute the weight before every forward: the attribute with its
 # name, and the call that removes them. By name, because torch has deprecated two of the three.

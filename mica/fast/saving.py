@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from mica.fast.forward.decide import is_dense
 from mica.fast.forward.eligibility import is_mica, requests_mica
 from mica.fast.forward.expert_params import is_wrapper, lora_B_of
-from mica.fast.wrapping import around, while_enabled
+from mica.fast.settings import around, while_enabled
 
 _MARK = "+mica"  # at the end of `peft_version`
 # Of older files, in `auto_mapping`, which stock writes anew where there is no task_type.

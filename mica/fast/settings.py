@@ -7,20 +7,21 @@ layer with an old bound method (from accelerate's hooks) follows them too.
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 
-ON_UNSUITABLE = ("raise", "skip")
-COMPUTE_DTYPES = (None, torch.float32)
-GATE_UP = ("fused", "halves")
+ALLOWED = {
+    "compute_dtype": (None, torch.float32),
+    "on_unsuitable": ("raise", "skip"),
+    "gate_up": ("fused", "halves"),
+}
 
 
 @dataclass
 class Settings:
-    enabled: bool = False  # written only by `switch` and `blocked`
+    enabled: bool = False  # written only by `switch`
     compute_dtype: torch.dtype | None = None
     on_unsuitable: str = "raise"
     device: str | torch.device = "auto"
@@ -31,31 +32,14 @@ settings = Settings()
 
 _lock = threading.Lock()
 _switched_on = False
-_blocks = 0  # how many `blocked` are entered, in all threads
+_blocks = 0  # how many `mica.fast.disabled` are entered, in all threads
 
 
-def switch(on: bool) -> None:
-    """Turn the backend on or off, outside of `blocked`."""
-    global _switched_on
+def switch(on: bool | None = None, *, blocks: int = 0) -> None:
+    """Turn the backend on or off. ``blocks``: 1 or -1 where a block is entered or left in which it is off."""
+    global _switched_on, _blocks
     with _lock:
-        _switched_on = on
-        settings.enabled = on and not _blocks
-
-
-@contextmanager
-def blocked() -> Iterator[None]:
-    """The backend is off while any thread is inside."""
-    _count(1)
-    try:
-        yield
-    finally:
-        _count(-1)
-
-
-def _count(step: int) -> None:
-    global _blocks
-    with _lock:
-        _blocks += step
+        _switched_on, _blocks = _switched_on if on is None else on, _blocks + blocks
         settings.enabled = _switched_on and not _blocks
 
 
@@ -64,26 +48,36 @@ def compute_dtype(dtype: torch.dtype) -> torch.dtype | None:
     return None if settings.compute_dtype is None else torch.promote_types(settings.compute_dtype, dtype)
 
 
-def change(
-    compute_dtype: torch.dtype | None,
-    on_unsuitable: str,
-    device: str | torch.device,
-    gate_up: str,
-) -> None:
+def change(**values) -> None:
     """Change all of the user's settings, or none and raise a ValueError."""
-    if compute_dtype not in COMPUTE_DTYPES:
-        raise ValueError(
-            "compute_dtype must be None (adapters compute in the dtype of the activations) or torch.float32 "
-            f"(stock PEFT's arithmetic), but it is {compute_dtype!r}."
-        )
-    if on_unsuitable not in ON_UNSUITABLE:
-        raise ValueError(f"on_unsuitable must be one of {ON_UNSUITABLE}, but it is {on_unsuitable!r}.")
-    if gate_up not in GATE_UP:
-        raise ValueError(f"gate_up must be one of {GATE_UP}, but it is {gate_up!r}.")
-    if device != "auto":
+    for name, allowed in ALLOWED.items():
+        if values[name] not in allowed:
+            raise ValueError(f"{name} must be one of {allowed}, but it is {values[name]!r}.")
+    if (device := values["device"]) != "auto":
         try:
             torch.device(device)
         except (RuntimeError, TypeError) as error:
             raise ValueError(f"device must be 'auto' or a torch device, but it is {device!r}.") from error
-    settings.compute_dtype, settings.on_unsuitable = compute_dtype, on_unsuitable
-    settings.device, settings.gate_up = device, gate_up
+    vars(settings).update(values)
+
+
+# ---------------------------------------------------------------------------------------------------
+# functions that replace one of PEFT's, and get it as their first argument
+# ---------------------------------------------------------------------------------------------------
+
+
+def around(function: Callable, is_on: Callable[[], bool] = lambda: True) -> Callable:
+    """``function(stock, *args, **kwargs)`` as a patch: stock -> its replacement."""
+
+    def patch(stock):
+        def replacement(*args, **kwargs):
+            return function(stock, *args, **kwargs) if is_on() else stock(*args, **kwargs)
+
+        return replacement
+
+    return patch
+
+
+def while_enabled(function: Callable) -> Callable:
+    """`around`, but stock alone while the backend is disabled."""
+    return around(function, lambda: settings.enabled)

@@ -26,8 +26,7 @@ from mica.fast.create.solving import NewAdapter, check, initialise, restore_exac
 from mica.fast.forward import call_counts, tensor_parallel
 from mica.fast.forward.eligibility import MiCALinearVariant, adapter_weights, is_mica, requests_mica
 from mica.fast.forward.expert_params import is_wrapper, parameter_of
-from mica.fast.settings import settings
-from mica.fast.wrapping import around, while_enabled
+from mica.fast.settings import around, settings, while_enabled
 
 
 @dataclass

@@ -13,8 +13,7 @@ from mica.fast.forward.eligibility import is_mica
 from mica.fast.forward.expert_params import parameter_of
 from mica.fast.merge.merging import forget, is_covered, merge_into, unmerge_from
 from mica.fast.refusals import check_weight
-from mica.fast.settings import settings
-from mica.fast.wrapping import around
+from mica.fast.settings import around, settings
 
 
 @around

@@ -25,8 +25,7 @@ from mica.fast.create import quantised
 from mica.fast.forward.eligibility import adapter_weights, is_stored_transposed
 from mica.fast.forward.expert_params import is_stored_as_in_out, is_wrapper, lora_A_of, lora_B_of, weight_name
 from mica.fast.refusals import check_weight
-from mica.fast.settings import settings
-from mica.fast.wrapping import around
+from mica.fast.settings import around, settings
 from mica.ops.dispatch import PLAIN, no_autocast
 
 logger = logging.getLogger(__name__)

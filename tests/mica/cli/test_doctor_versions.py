@@ -11,7 +11,8 @@ from packaging.requirements import Requirement
 
 import mica.fast
 from mica.cli import doctor
-from mica.fast import bypassed, patching
+from mica.fast import patching
+from mica.fast.explain import REMEDIES
 from tests.support.doctoring import text_under
 
 
@@ -197,12 +198,10 @@ def test_frameworks_that_compute_lora_layers_themselves_are_named(run, versions)
     versions(axolotl="0.19.0", unsloth=None, liger_kernel=None)
     status, report, lines = run()
     assert status == 0
-    assert report["bypassing"] == [
-        {"name": "axolotl", "version": "0.19.0", "remedy": bypassed.REMEDIES["axolotl"]}
-    ]
+    assert report["bypassing"] == [{"name": "axolotl", "version": "0.19.0", "remedy": REMEDIES["axolotl"]}]
     assert text_under(lines, "axolotl") == (
         "0.19.0          can compute adapted layers without MiCA's code (mica.fast.explain counts them); "
-        f"against it: {bypassed.REMEDIES['axolotl']}"
+        f"against it: {REMEDIES['axolotl']}"
     )
     versions(axolotl=None, unsloth=None, liger_kernel=None)
     _, report, lines = run()

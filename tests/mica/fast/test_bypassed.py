@@ -9,7 +9,7 @@ from peft.tuners import lora
 from torch import nn
 
 import mica.fast
-from mica.fast.bypassed import REMEDIES, replaced_by
+from mica.fast.explain import REMEDIES, replaced_by
 from tests.support.models import tiny_llama, wrap
 
 TOKENS = torch.tensor([[1, 2, 3]])

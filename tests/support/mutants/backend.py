@@ -7,7 +7,7 @@ BACKEND = [
         "mica/fast/settings.py",
         tests=["tests/mica/fast/test_patching.py"],
         edits={
-            "_count": [("and not _blocks", "")],
+            "switch": [("and not _blocks", "")],
         },
     ),
     FileEdits(
