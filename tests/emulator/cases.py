@@ -80,13 +80,16 @@ def _layouts() -> Iterator[Case]:
                     if name in MAIN or name == "fp16":
                         own |= {"side": "backward" if dropout else "forward"}
                         yield Case("fused", name, own | {"out_features": 96 if rank == 24 else 37}, quick)
-                        if layout in ("contiguous", "wide") and width == 128:
+                        if layout in ("contiguous", "wide") and width == 128:  # rows that 16 bytes divide
                             yield Case("fused_descriptor", name, own | {"out_features": 96}, is_quick)
             own = {"tokens": 33, "width": 72, "rank": 20, "layout": layout}
             yield Case("up", name, own | {"out": True}, is_quick)
             yield Case("down", name, own | {"side": "B"}, is_quick)
             own = {"width": 70, "rank": 20, "layout": layout}
             yield Case("embedding", name, own, is_quick and layout in ("contiguous", "shifted"))
+        own = {"tokens": 300, "width": 128, "rank": 24, "out_features": 264}  # more tiles than programs
+        if name in MAIN:
+            yield Case("fused_descriptor", name, own, True)
         for rank in (5, 24, 64, 130):
             for tokens in (5, 150):
                 own = {"tokens": tokens, "size": 9, "rank": rank, "padding": 3}
@@ -159,15 +162,17 @@ def _configurations(target: str) -> Iterator[Case]:
     for name, dtypes in ALL_DTYPES.items():
         for rank in RANKS if name in MAIN else (16, 128):
             for kernel in (*DENSE, *EXPERTS, "fused", "fused_descriptor", "embedding"):
-                if kernel.startswith("fused") and dtypes[0] is not dtypes[2]:
+                is_fused = kernel.startswith("fused")
+                if is_fused and dtypes[0] is not dtypes[2]:
                     continue
+                is_shown = rank == 16 or (name in MAIN and (name == "bf16" or rank == 256 or not is_fused))
                 found: dict = {}
                 arguments = padded_rank(rank), dtypes[2].itemsize
                 for other in (target, *EVERY_TARGET):
                     for config, is_default in planned.configurations(kernel, other, *arguments).items():
                         found.setdefault(config, (is_default, other != target))
                 for config, (is_default, is_foreign) in found.items():
-                    quick = is_default and not is_foreign and (name in MAIN or rank == 16)
+                    quick = is_default and is_shown and not is_foreign
                     options = {"rank": rank, "config": config, **own.get(kernel, sizes)}
                     yield Case(kernel, name, options, quick, is_foreign)
                     if kernel in others:
