@@ -26,13 +26,15 @@ from tests.emulator.judging import WrongError
 from tests.emulator.program import FaultError, Program
 
 CASES = {
-    "down": Case("down", "bf16", {"tokens": 40, "width": 512, "rank": 128}, True),
-    "down, split": Case("down", "bf16", {"tokens": 20, "width": 600, "rank": 6}, True),
-    "up": Case("up", "bf16", {"tokens": 70, "width": 136, "rank": 24}, True),
+    "down": Case("down_projection", "bf16", {"tokens": 40, "width": 512, "rank": 128}, True),
+    "down, split": Case("down_projection", "bf16", {"tokens": 20, "width": 600, "rank": 6}, True),
+    "up": Case("up_projection", "bf16", {"tokens": 70, "width": 136, "rank": 24}, True),
     "grad_a": Case("grad_a", "bf16", {"tokens": 300, "width": 128, "rank": 128}, True),
     "experts_down": Case("experts_down", "bf16", {"width": 136, "rank": 20}, True),
     "experts_up": Case("experts_up", "bf16", {"width": 136, "rank": 20}, True),
-    "fused": Case("fused", "bf16", {"tokens": 70, "width": 256, "rank": 24, "out_features": 128}, True),
+    "fused": Case(
+        "fused_linear", "bf16", {"tokens": 70, "width": 256, "rank": 24, "out_features": 128}, True
+    ),
     "fused_descriptor": Case(
         "fused_descriptor", "bf16", {"tokens": 600, "width": 264, "rank": 24, "out_features": 72}, True
     ),

@@ -67,15 +67,15 @@ def _one(table):
 
 
 _TABLES = {
-    "down": _one(configs.down_projection),
-    "up": _one(configs.up_projection),
+    "down_projection": _one(configs.down_projection),
+    "up_projection": _one(configs.up_projection),
     "grad_a": _one(configs.grad_a),
     "experts_down": _one(configs.experts_down),
     "experts_up": _one(configs.experts_up),
     "experts_grad_a": _one(
         lambda target, tokens, *rest: configs.experts_grad_a(target, 2**20 * tokens, *rest)
     ),
-    "fused": _fused(False),
+    "fused_linear": _fused(False),
     "fused_descriptor": _fused(True),
     "embedding": _one(configs.embedding),
 }
