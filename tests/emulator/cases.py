@@ -7,13 +7,18 @@ from dataclasses import dataclass
 
 from mica.kernels.common import padded_rank
 from tests.emulator import embedding_checks, kernel_checks, planned
-from tests.emulator.judging import BF16, LAYOUTS
+from tests.emulator.judging import BF16, F16, F32, LAYOUTS
 from tests.support.expert_cases import ROUTES
-from tests.support.static_cases import DTYPES
 from tests.support.static_cases import TARGETS as EVERY_TARGET
 
 TARGETS = ("sm_80", "sm_90")
-ALL_DTYPES = DTYPES | {"bf16, 16-bit A": (BF16, BF16, BF16)}
+DTYPES = {  # of x, of lora_A, of the product
+    "bf16": (BF16, F32, BF16),
+    "fp16": (F16, F32, F16),
+    "fp32": (F32, F32, F32),
+    "bf16 in fp32": (BF16, F32, F32),
+    "bf16, 16-bit A": (BF16, BF16, BF16),
+}
 MAIN = ("bf16", "fp32")  # the others are the same code but for conversions
 # kernel -> its check and what it always gets
 KERNELS: dict[str, tuple[Callable[..., float], dict]] = {
@@ -51,7 +56,7 @@ class Case:
     def run(self) -> float:
         """The largest error in units of what is allowed."""
         check, always = KERNELS[self.kernel]
-        return check(ALL_DTYPES[self.dtypes], **(always | self.options))
+        return check(DTYPES[self.dtypes], **(always | self.options))
 
 
 def cases(target: str) -> Iterator[Case]:
@@ -63,7 +68,7 @@ def cases(target: str) -> Iterator[Case]:
 
 def _layouts() -> Iterator[Case]:
     """Sizes that fill no tile and such that do; strides and addresses that are aligned or not; dropout."""
-    for name in ALL_DTYPES:
+    for name in DTYPES:
         is_main = name in MAIN
         for layout in LAYOUTS if is_main or name == "fp16" else ("contiguous", "odd", "shifted"):
             is_quick = name == "bf16" or (is_main and layout == "shifted")
@@ -104,7 +109,7 @@ def _layouts() -> Iterator[Case]:
 
 def _routes() -> Iterator[Case]:
     """Experts with and without rows; how their factors lie."""
-    for name in ALL_DTYPES:
+    for name in DTYPES:
         for route in ROUTES:
             wide = route in ("tiles", "rows of none", "first and last idle")
             layouts = ("contiguous", "odd", "shifted", "columns") if wide else ("contiguous",)
@@ -117,7 +122,7 @@ def _routes() -> Iterator[Case]:
 
 def _splits() -> Iterator[Case]:
     """Sums that several programs share."""
-    for name in ALL_DTYPES:
+    for name in DTYPES:
         for long in (1024, 1500):
             quick = name in MAIN and long == 1500
             for dropout in (0.0, 0.4):
@@ -164,7 +169,7 @@ def _configurations(target: str) -> Iterator[Case]:
         "fused_linear": {"layout": "wide", "side": "backward", "dropout": 0.3},
         "fused_descriptor": {"layout": "wide", "side": "backward", "dropout": 0.3},
     }
-    for name, dtypes in ALL_DTYPES.items():
+    for name, dtypes in DTYPES.items():
         for rank in RANKS if name in MAIN else (16, 128):
             for kernel in (*DENSE, *EXPERTS, "fused_linear", "fused_descriptor", "embedding"):
                 is_fused = kernel.startswith("fused")
