@@ -6,7 +6,7 @@ VENV   := .venv
 RUN    := $(VENV)/bin/python
 READY  := $(VENV)/.installed
 
-.PHONY: demo test lint static mutants fuzz conformance bench bench-compare bench-quality gpu gpu-dry-run clean
+.PHONY: demo test lint static emulate mutants fuzz conformance bench bench-compare bench-quality gpu gpu-dry-run clean
 
 $(READY): pyproject.toml
 	test -x $(RUN) || $(PYTHON) -m venv $(VENV)
@@ -29,6 +29,10 @@ lint: $(READY)
 # Every kernel configuration, compiled for every GPU target without a GPU
 static: $(READY)
 	$(RUN) -m tests.static_gate
+
+# What is compiled for sm_80 and sm_90, run on numpy (5 minutes); ARGS=--all: all configurations, layouts, training
+emulate: $(READY)
+	OMP_WAIT_POLICY=passive $(RUN) -m tests.emulator $(ARGS)
 
 # Small wrong edits of the kernels: each must turn the tests red
 mutants: $(READY)

@@ -35,7 +35,7 @@ def main() -> int:
     parser.add_argument("--verbose", action="store_true", help="a line for every case")
     args = parser.parse_args()
     start, targets = time.monotonic(), args.target or list(TARGETS)
-    parts = max(1, args.processes // len(targets))
+    parts = max(2, args.processes)  # shorter jobs, so that the processes end together
     # Triton keeps what it compiled for a target in the process: each job has its own
     spawned = multiprocessing.get_context("spawn")
     results = []
@@ -52,14 +52,14 @@ def main() -> int:
         print(f"{kernel:18} {target:8} {counts[0]:>6} {counts[1]:>8} {counts[2]:>7}  {error:.2f}")
     faults = [fault for result in results for fault in result.faults]
     total = sum(sum(counts) for result in results for counts in result.counts.values())
-    launches, direct, number, instructions = (
+    launches, direct, number, instructions, seconds = (
         sum(getattr(result, name) for result in results)
-        for name in ("launches", "direct", "programs", "instructions")
+        for name in ("launches", "direct", "programs", "instructions", "seconds")
     )
     print(
         f"{total} cases, {len(faults)} at fault; {launches} launches ({direct} by kept plans) of {number} "
-        f"programs, {instructions / 1e6:.1f} M instructions; {time.monotonic() - start:.0f} s, "
-        f"triton {triton.__version__}"
+        f"programs, {instructions / 1e6:.1f} M instructions; {time.monotonic() - start:.0f} s "
+        f"({seconds:.0f} of CPU), triton {triton.__version__}"
     )
     print("\n".join(faults))
     return 1 if faults or not total else 0

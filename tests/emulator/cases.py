@@ -7,28 +7,36 @@ from dataclasses import dataclass
 
 from mica.kernels.common import padded_rank
 from tests.emulator import embedding_checks, kernel_checks, planned
-from tests.emulator.judging import BF16, LAYOUTS
+from tests.emulator.judging import BF16, F16, F32, LAYOUTS
 from tests.support.expert_cases import ROUTES
-from tests.support.static_cases import DTYPES
 from tests.support.static_cases import TARGETS as EVERY_TARGET
 
 TARGETS = ("sm_80", "sm_90")
-ALL_DTYPES = DTYPES | {"bf16, 16-bit A": (BF16, BF16, BF16)}
+DTYPES = {  # of x, of lora_A, of the product
+    "bf16": (BF16, F32, BF16),
+    "fp16": (F16, F32, F16),
+    "fp32": (F32, F32, F32),
+    "bf16 in fp32": (BF16, F32, F32),
+    "bf16, 16-bit A": (BF16, BF16, BF16),
+}
 MAIN = ("bf16", "fp32")  # the others are the same code but for conversions
 # kernel -> its check and what it always gets
 KERNELS: dict[str, tuple[Callable[..., float], dict]] = {
-    "down": (kernel_checks.down, {}),
-    "up": (kernel_checks.up, {}),
+    "down_projection": (kernel_checks.down, {}),
+    "up_projection": (kernel_checks.up, {}),
     "grad_a": (kernel_checks.grad_a, {}),
     "experts_down": (kernel_checks.down, {"route": "rows of none"}),
     "experts_up": (kernel_checks.up, {"route": "rows of none", "bias": True}),
     "experts_grad_a": (kernel_checks.grad_a, {"route": "tiles"}),
-    "fused": (kernel_checks.fused, {}),
+    "fused_linear": (kernel_checks.fused, {}),
     "fused_descriptor": (kernel_checks.fused, {"descriptor": True}),
     "embedding": (embedding_checks.embedding, {}),
     "scatter": (embedding_checks.scatter, {}),
 }
-DENSE, EXPERTS = ("down", "up", "grad_a"), ("experts_down", "experts_up", "experts_grad_a")
+DENSE, EXPERTS = (
+    ("down_projection", "up_projection", "grad_a"),
+    ("experts_down", "experts_up", "experts_grad_a"),
+)
 RANKS = (16, 24, 64, 128, 256)  # one of each row of the tables of configurations
 
 
@@ -48,7 +56,7 @@ class Case:
     def run(self) -> float:
         """The largest error in units of what is allowed."""
         check, always = KERNELS[self.kernel]
-        return check(ALL_DTYPES[self.dtypes], **(always | self.options))
+        return check(DTYPES[self.dtypes], **(always | self.options))
 
 
 def cases(target: str) -> Iterator[Case]:
@@ -60,7 +68,7 @@ def cases(target: str) -> Iterator[Case]:
 
 def _layouts() -> Iterator[Case]:
     """Sizes that fill no tile and such that do; strides and addresses that are aligned or not; dropout."""
-    for name in ALL_DTYPES:
+    for name in DTYPES:
         is_main = name in MAIN
         for layout in LAYOUTS if is_main or name == "fp16" else ("contiguous", "odd", "shifted"):
             is_quick = name == "bf16" or (is_main and layout == "shifted")
@@ -75,18 +83,23 @@ def _layouts() -> Iterator[Case]:
                         "dropout": dropout,
                     }
                     for kernel in DENSE:
-                        side = {"side": "A"} if kernel == "up" else {}
+                        side = {"side": "A"} if kernel == "up_projection" else {}
                         yield Case(kernel, name, own | side, quick)
                     if name in MAIN or name == "fp16":
                         own |= {"side": "backward" if dropout else "forward"}
-                        yield Case("fused", name, own | {"out_features": 96 if rank == 24 else 37}, quick)
-                        if layout in ("contiguous", "wide") and width == 128:
+                        yield Case(
+                            "fused_linear", name, own | {"out_features": 96 if rank == 24 else 37}, quick
+                        )
+                        if layout in ("contiguous", "wide") and width == 128:  # rows that 16 bytes divide
                             yield Case("fused_descriptor", name, own | {"out_features": 96}, is_quick)
             own = {"tokens": 33, "width": 72, "rank": 20, "layout": layout}
-            yield Case("up", name, own | {"out": True}, is_quick)
-            yield Case("down", name, own | {"side": "B"}, is_quick)
+            yield Case("up_projection", name, own | {"out": True}, is_quick)
+            yield Case("down_projection", name, own | {"side": "B"}, is_quick)
             own = {"width": 70, "rank": 20, "layout": layout}
             yield Case("embedding", name, own, is_quick and layout in ("contiguous", "shifted"))
+        own = {"tokens": 300, "width": 128, "rank": 24, "out_features": 264}  # more tiles than programs
+        if name in MAIN:
+            yield Case("fused_descriptor", name, own, True)
         for rank in (5, 24, 64, 130):
             for tokens in (5, 150):
                 own = {"tokens": tokens, "size": 9, "rank": rank, "padding": 3}
@@ -96,7 +109,7 @@ def _layouts() -> Iterator[Case]:
 
 def _routes() -> Iterator[Case]:
     """Experts with and without rows; how their factors lie."""
-    for name in ALL_DTYPES:
+    for name in DTYPES:
         for route in ROUTES:
             wide = route in ("tiles", "rows of none", "first and last idle")
             layouts = ("contiguous", "odd", "shifted", "columns") if wide else ("contiguous",)
@@ -109,12 +122,12 @@ def _routes() -> Iterator[Case]:
 
 def _splits() -> Iterator[Case]:
     """Sums that several programs share."""
-    for name in ALL_DTYPES:
+    for name in DTYPES:
         for long in (1024, 1500):
             quick = name in MAIN and long == 1500
             for dropout in (0.0, 0.4):
                 own = {"rank": 6, "dropout": dropout}
-                yield Case("down", name, own | {"tokens": 40, "width": long}, quick)
+                yield Case("down_projection", name, own | {"tokens": 40, "width": long}, quick)
                 yield Case("grad_a", name, own | {"tokens": long, "width": 40}, quick)
             own = {"route": "first and last idle", "width": long, "rank": 6}
             yield Case("experts_down", name, own, quick)
@@ -130,7 +143,7 @@ def _far() -> Iterator[Case]:
         for kernel in DENSE:
             side = {"side": "B"} if kernel != "grad_a" else {}
             yield Case(kernel, "bf16", own | side, width == 70)
-        yield Case("fused", "bf16", own | {"out_features": 3}, width == 70)
+        yield Case("fused_linear", "bf16", own | {"out_features": 3}, width == 70)
         yield Case(
             "embedding", "bf16, 16-bit A", {"width": 40, "rank": 3, "size": width, "layout": "far"}, False
         )
@@ -140,34 +153,36 @@ def _configurations(target: str) -> Iterator[Case]:
     """Every configuration of every target, at a rank of each row of the tables."""
     sizes = {"width": 128, "tokens": 70}
     own = {
-        "down": sizes | {"width": 256},
+        "down_projection": sizes | {"width": 256},
         "grad_a": sizes | {"tokens": 150},
         "experts_down": {"width": 160},
         "experts_up": {"width": 128},
         "experts_grad_a": {"width": 136},
-        "fused": sizes | {"width": 192, "out_features": 136},
+        "fused_linear": sizes | {"width": 192, "out_features": 136},
         "fused_descriptor": sizes | {"width": 192, "out_features": 136},
         "embedding": {"width": 128},
     }
     others = {  # other sizes, layout, side and dropout
-        "down": {"width": 257, "layout": "odd", "side": "B"},
-        "up": {"width": 136, "layout": "wide", "side": "A", "dropout": 0.3},
+        "down_projection": {"width": 257, "layout": "odd", "side": "B"},
+        "up_projection": {"width": 136, "layout": "wide", "side": "A", "dropout": 0.3},
         "grad_a": {"width": 136, "tokens": 1100, "layout": "wide", "dropout": 0.3},
-        "fused": {"layout": "wide", "side": "backward", "dropout": 0.3},
+        "fused_linear": {"layout": "wide", "side": "backward", "dropout": 0.3},
         "fused_descriptor": {"layout": "wide", "side": "backward", "dropout": 0.3},
     }
-    for name, dtypes in ALL_DTYPES.items():
+    for name, dtypes in DTYPES.items():
         for rank in RANKS if name in MAIN else (16, 128):
-            for kernel in (*DENSE, *EXPERTS, "fused", "fused_descriptor", "embedding"):
-                if kernel.startswith("fused") and dtypes[0] is not dtypes[2]:
+            for kernel in (*DENSE, *EXPERTS, "fused_linear", "fused_descriptor", "embedding"):
+                is_fused = kernel.startswith("fused")
+                if is_fused and dtypes[0] is not dtypes[2]:
                     continue
+                is_shown = rank == 16 or (name in MAIN and (name == "bf16" or rank == 256 or not is_fused))
                 found: dict = {}
                 arguments = padded_rank(rank), dtypes[2].itemsize
                 for other in (target, *EVERY_TARGET):
                     for config, is_default in planned.configurations(kernel, other, *arguments).items():
                         found.setdefault(config, (is_default, other != target))
                 for config, (is_default, is_foreign) in found.items():
-                    quick = is_default and not is_foreign and (name in MAIN or rank == 16)
+                    quick = is_default and is_shown and not is_foreign
                     options = {"rank": rank, "config": config, **own.get(kernel, sizes)}
                     yield Case(kernel, name, options, quick, is_foreign)
                     if kernel in others:

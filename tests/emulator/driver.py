@@ -30,7 +30,7 @@ FAR = 2**28  # bytes of a storage from which on only its rows are mapped
 settings = SimpleNamespace(order="forward", seed=0)
 statistics = SimpleNamespace(launches=0, direct=0, instructions=0, seconds=0.0)
 programs: dict[str, Program] = {}  # by the hash of their PTX
-given: list[Sequence[torch.Tensor]] = []  # the tensors of launches whose arguments are addresses
+given: list[Sequence[torch.Tensor | None]] = []  # the tensors of launches whose arguments are addresses
 
 
 def memory_of(named: dict[str, torch.Tensor], outputs: Sequence[str]) -> Memory:
@@ -103,7 +103,8 @@ class Driver:
             program, shared = function
             if isinstance(arguments[0], int):  # a kept plan's, without Triton's front end
                 pointers = given[-1]
-                if arguments[: len(pointers)] != tuple(tensor.data_ptr() for tensor in pointers):
+                addresses = (0 if tensor is None else tensor.data_ptr() for tensor in pointers)
+                if arguments[: len(pointers)] != tuple(addresses):
                     raise FaultError("launched with addresses of other tensors")
                 arguments = (*pointers, *arguments[len(pointers) :])
                 statistics.direct += 1

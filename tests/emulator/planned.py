@@ -28,35 +28,28 @@ COPY_ENGINE = ("sm_90",)  # targets of the emulator with tensor descriptors
 
 
 def down(x, factor, offsets=None, **options):
-    return (
-        down_projection(x, factor, **options)
-        if offsets is None
-        else experts_down(x, offsets, factor, **options)
-    )
+    if offsets is None:
+        return down_projection(x, factor, **options)
+    return experts_down(x, offsets, factor, **options)
 
 
 def up_(y, h, factor, offsets=None, **options):
-    return (
-        up_projection_(y, h, factor, **options)
-        if offsets is None
-        else experts_up_(y, h, offsets, factor, **options)
-    )
+    if offsets is None:
+        return up_projection_(y, h, factor, **options)
+    return experts_up_(y, h, offsets, factor, **options)
 
 
 def grad(g, x, rank, offsets=None, **options):
-    return (
-        grad_a(g, x, rank, **options) if offsets is None else experts_grad_a(g, x, offsets, rank, **options)
-    )
-
-
-def _fused_forms(descriptor: bool):
-    sides = product((64, 9999), (True,) if descriptor else (True, False), (False, True))
-    return [(out, aligned, dropout) for out, aligned, dropout in sides]
+    if offsets is None:
+        return grad_a(g, x, rank, **options)
+    return experts_grad_a(g, x, offsets, rank, **options)
 
 
 def _fused(descriptor: bool):
+    forms = list(product((64, 9999), (True,) if descriptor else (True, False), (False, True)))
+
     def tables(target, tokens, block_r, size):
-        for out, aligned, dropout in _fused_forms(descriptor):
+        for out, aligned, dropout in forms:
             yield configs.fused_linear(target, tokens, out, block_r, aligned, size, descriptor, dropout)
 
     return tables
@@ -67,15 +60,15 @@ def _one(table):
 
 
 _TABLES = {
-    "down": _one(configs.down_projection),
-    "up": _one(configs.up_projection),
+    "down_projection": _one(configs.down_projection),
+    "up_projection": _one(configs.up_projection),
     "grad_a": _one(configs.grad_a),
     "experts_down": _one(configs.experts_down),
     "experts_up": _one(configs.experts_up),
     "experts_grad_a": _one(
         lambda target, tokens, *rest: configs.experts_grad_a(target, 2**20 * tokens, *rest)
     ),
-    "fused": _fused(False),
+    "fused_linear": _fused(False),
     "fused_descriptor": _fused(True),
     "embedding": _one(configs.embedding),
 }

@@ -31,11 +31,12 @@ class Result:
     direct: int = 0
     programs: int = 0
     instructions: int = 0
+    seconds: float = 0.0  # of CPU
 
     def finished(self) -> Result:
         self.counts, self.errors = dict(self.counts), dict(self.errors)  # to be pickled
         self.launches, self.direct, self.programs = statistics.launches, statistics.direct, len(programs)
-        self.instructions = statistics.instructions
+        self.instructions, self.seconds = statistics.instructions, time.process_time()
         return self
 
     def add(self, kernel: str, label: str, function, may_be_refused: bool, verbose: bool) -> None:

@@ -1,0 +1,149 @@
+"""The kernels with one synchronisation taken out of their PTX: each must be noticed (``python -m``).
+
+A row is a case and an instruction, every occurrence of which is taken out, one at a time. ``spare``: how many
+of them nothing depends on in this case, and why.
+"""
+
+from __future__ import annotations
+
+import argparse
+import multiprocessing
+import os
+import sys
+import warnings
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+
+os.environ |= {"MICA_CACHE": "0", "MICA_TUNE": "0", "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+
+import torch
+
+from tests.emulator import planned
+from tests.emulator.cases import TARGETS, Case
+from tests.emulator.changes import changed, found
+from tests.emulator.driver import programs, settings
+from tests.emulator.judging import WrongError
+from tests.emulator.program import FaultError, Program
+
+CASES = {
+    "down": Case("down_projection", "bf16", {"tokens": 40, "width": 512, "rank": 128}, True),
+    "down, split": Case("down_projection", "bf16", {"tokens": 20, "width": 600, "rank": 6}, True),
+    "up": Case("up_projection", "bf16", {"tokens": 70, "width": 136, "rank": 24}, True),
+    "grad_a": Case("grad_a", "bf16", {"tokens": 300, "width": 128, "rank": 128}, True),
+    "experts_down": Case("experts_down", "bf16", {"width": 136, "rank": 20}, True),
+    "experts_up": Case("experts_up", "bf16", {"width": 136, "rank": 20}, True),
+    "fused": Case(
+        "fused_linear", "bf16", {"tokens": 70, "width": 256, "rank": 24, "out_features": 128}, True
+    ),
+    "fused_descriptor": Case(
+        "fused_descriptor", "bf16", {"tokens": 600, "width": 264, "rank": 24, "out_features": 72}, True
+    ),
+}
+
+
+@dataclass
+class Row:
+    target: str
+    case: str
+    op: str
+    spare: int = 0
+    reason: str = ""
+    words: tuple[str, str] | None = None  # what becomes what, instead of leaving the instruction out
+
+
+AGAIN = "the loop waits again for what it has waited for"
+MERGED = "two groups become one, which is waited for as a whole"
+TWICE = "two stand before the atomic, either is enough"
+OTHER = "another of the loop orders the same accesses"
+LAST = "nothing is left to be copied after the loop"
+APART = "before a store to a buffer that lies apart"
+ROWS = [
+    Row("sm_80", "down", "cp.async.wait_group", 3, AGAIN),
+    Row("sm_80", "down", "cp.async.commit_group", 1, MERGED),
+    Row("sm_80", "down", "bar.sync", 1, AGAIN),
+    Row("sm_80", "down, split", "bar.sync", 2, TWICE),
+    Row("sm_80", "down, split", "atom", words=("acq_rel", "relaxed")),
+    Row("sm_80", "up", "bar.sync", 1, APART),
+    Row("sm_80", "grad_a", "cp.async.wait_group"),
+    Row("sm_80", "grad_a", "bar.sync", 1, OTHER),
+    Row("sm_80", "experts_down", "bar.sync"),
+    Row("sm_80", "experts_up", "bar.sync"),
+    Row("sm_80", "fused", "cp.async.wait_group", 4, f"{AGAIN}; {LAST}"),
+    Row("sm_80", "fused", "bar.sync", 1, AGAIN),
+    Row("sm_90", "fused", "cp.async.wait_group", 1, LAST),
+    Row("sm_90", "fused", "wgmma.wait_group"),
+    Row("sm_90", "fused", "wgmma.commit_group"),
+    Row("sm_90", "fused", "wgmma.fence", 1, "the first product has no sum to read"),
+    Row("sm_90", "fused", "fence.proxy.async"),
+    Row("sm_90", "fused", "bar.sync"),
+    Row("sm_90", "fused_descriptor", "mbarrier.try_wait"),
+    Row("sm_90", "fused_descriptor", "mbarrier.arrive"),
+    Row("sm_90", "fused_descriptor", "fence.proxy.async"),
+    Row("sm_90", "fused_descriptor", "fence.proxy.tensormap"),
+    Row("sm_90", "fused_descriptor", "cp.async.bulk.commit_group", 3, "of descriptors, no copies"),
+    Row("sm_90", "fused_descriptor", "cp.async.bulk.wait_group", 3, "of descriptors, no copies"),
+    Row("sm_90", "fused_descriptor", "wgmma.wait_group"),
+]
+
+
+def _outcome(case: Case) -> str:
+    """How it is noticed, or ""."""
+    torch.manual_seed(0)
+    try:
+        case.run()
+    except (FaultError, WrongError) as error:
+        return f"{error}"
+    return ""
+
+
+def run(target: str, verbose: bool) -> list[tuple[Row, int, list[str]]]:
+    """(row, number of occurrences, those that are missed) of each."""
+    warnings.simplefilter("ignore")
+    torch.set_num_threads(1)
+    torch.use_deterministic_algorithms(True)
+    results, settings.orders = [], ("forward",)
+    own: dict[str, list[Program]] = {}
+    with planned.emulated(target):
+        for row in (row for row in ROWS if row.target == target):
+            case, before = CASES[row.case], set(programs)
+            if wrong := _outcome(case):
+                raise RuntimeError(f"{case.label} is wrong without a change: {wrong}")
+            own.setdefault(row.case, [programs[key] for key in programs.keys() - before])
+            number, missed = 0, []
+            for program in own[row.case]:
+                for instruction in found(program, row.op):
+                    with changed(program, row.op, instruction, row.words):
+                        outcome = _outcome(case)
+                    number += 1
+                    if not outcome:
+                        missed.append(f"{instruction.text} ({instruction.where})")
+                    if verbose:
+                        print(f"{row.case} {instruction.text} ({instruction.where}): {outcome}", flush=True)
+            results.append((row, number, missed))
+    return results
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="tests.emulator.mutants", description=__doc__.split("\n\n")[0])
+    parser.add_argument("--processes", type=int, default=2)
+    parser.add_argument("--verbose", action="store_true", help="how each is noticed")
+    args = parser.parse_args()
+    spawned = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(args.processes, spawned, max_tasks_per_child=1) as pool:
+        jobs = [pool.submit(run, target, args.verbose) for target in TARGETS]
+        results = [result for job in jobs for result in job.result()]
+    bad = 0
+    for row, number, missed in results:
+        good = number and len(missed) <= row.spare
+        bad += not good
+        spare = f" ({row.reason})" if row.spare else ""
+        shown = "ok" if good else "MISSED"
+        print(f"{shown:8} {row.target} {row.case}: {row.op}, {number - len(missed)} of {number}{spare}")
+        for line in () if good else missed:
+            print(f"    {line}")
+    print(f"{sum(number for _, number, _ in results)} synchronisations taken out, {bad} rows at fault")
+    return 1 if bad else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
