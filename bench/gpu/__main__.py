@@ -1,4 +1,4 @@
-"""``python -m bench.gpu``: on a machine with a CUDA or ROCm GPU, is it correct there, and how fast?
+"""``python -m bench.gpu``: on a machine with a CUDA GPU, is it correct there, and how fast?
 
 Eight stages (`bench.gpu.stages`), the most telling first, each in a separate process under a watchdog, with a
 summary line of JSON after each. Results are written as they come: whatever ends the run, what was measured
@@ -74,13 +74,15 @@ def main(argv: list[str] | None = None) -> int:
 
     if not args.dry_run and not torch.cuda.is_available():
         print(
-            "bench.gpu needs a CUDA or ROCm GPU, and torch sees none here (--dry-run goes without)",
+            "bench.gpu needs a CUDA GPU, and torch sees none here (--dry-run goes without)",
             file=sys.stderr,
         )
         return 2
 
+    from bench.gpu.forms import table
     from bench.gpu.stages import STAGES, job
     from bench.measure.machine import output
+    from bench.results.schema import Result
     from bench.run import Run
 
     known = {str(number): stage for number, stage in enumerate(STAGES, 1)}
@@ -103,6 +105,8 @@ def main(argv: list[str] | None = None) -> int:
         report(run.file, with_pictures=False)
     run.journal.unlink()  # the result file has all of it
     print(report(run.file))
+    if rows := table(Result.load(run.file)):
+        print(f"what FORMS of kernels/configs.py would hold:\n{rows}")
     return 0 if all_passed else 1
 
 

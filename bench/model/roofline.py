@@ -129,7 +129,7 @@ def bare(layer: Layer) -> Cost:
 
 
 def ours(layer: Layer, fused: bool) -> Cost:
-    """`mica.paths.triton_path`, split or fused. B is prepared once, its rows padded; g and dA are the same."""
+    """`mica.paths.triton_path`, split or fused. B is prepared once and padded; g and dA are the same."""
     m, n, k, rank, target, speed = layer
     columns = padded_columns(rank)
 

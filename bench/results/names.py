@@ -5,7 +5,7 @@ STOCK_16 = "stock PEFT, adapters in the base dtype"
 LORA, COMPILED = "PEFT LoRA", "stock PEFT, torch.compile"
 # Plain PyTorch: an autograd.Function that rounds dA to the base dtype; and the obvious few lines
 ATEN, BY_HAND = "aten control", "mm + addmm_ by hand"
-# Forms that are measured and that `mica.fast` takes only where the tuner finds them faster, or not at all
+# Forms that are measured and that `mica.fast` takes only where a table has them as faster, or not at all
 FUSED, DESCRIPTOR, BORDERED = (
     "mica.fast, fused",
     "mica.fast, fused by tensor descriptors",

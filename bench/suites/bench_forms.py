@@ -9,7 +9,7 @@ checked by its y, dx and dA against `mica.reference` in fp64, and by what was la
 import functools
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from unittest.mock import patch
 
 import pytest
@@ -18,22 +18,24 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bench.measure.machine import DEVICE
-from bench.results.names import ATEN, BACKWARD, BARE, BORDERED, DESCRIPTOR, FAST, FORWARD, FUSED
+from bench.results.names import ATEN, BACKWARD, BARE, BORDERED, DESCRIPTOR, FAST, FORWARD, FUSED, PYTORCH
 from bench.suites.bench_layer import Cell
 from bench.suites.harness import build_all, needs_accelerator, pick, turns
 from bench.suites.layer import AtenControl, Form, Layer, check_errors, exact, make_layer
+from mica import backend
+from mica.kernels import configs
 from mica.ops import call_counts, mica_linear
 from tests.support.tolerances import RELATIVE
 
-kernel_path = pytest.importorskip("mica.kernel_path")  # imports Triton
+triton_path = pytest.importorskip("mica.paths.triton_path")  # imports Triton
 
 pytestmark = needs_accelerator
 
 ROUNDS, ITERATIONS = pick(default=1, cuda=5), pick(default=1, cuda=10)
 DTYPE = torch.bfloat16
 # implementation -> how often a forward and its backward call the fused kernel, by whether with descriptors
-LAUNCHED = {FAST: {}, FUSED: {False: 2}, DESCRIPTOR: {True: 2}}
-IMPLEMENTATIONS = (BARE, FAST, FUSED, DESCRIPTOR, BORDERED, ATEN)
+LAUNCHED = {FAST: {}, FUSED: {False: 2}, DESCRIPTOR: {True: 2}, PYTORCH: {}}
+IMPLEMENTATIONS = (BARE, FAST, FUSED, DESCRIPTOR, PYTORCH, BORDERED, ATEN)
 
 
 SHAPES = (4096, 4096), (14336, 4096), (4096, 14336)
@@ -69,25 +71,22 @@ class Bordered(torch.autograd.Function):
 
 @contextmanager
 def form_of(form: str) -> Iterator[None]:
-    """Every call inside takes this form of `mica.kernel_path`, whatever was tuned.
-
-    The tuner must not be idle, or plans of the split form are taken without any choice.
-    """
-    choose = patch.object(kernel_path, "choose_form", lambda *args: form)
-    with choose, patch.object(kernel_path.tuning, "is_idle", lambda: False):
+    """Every call inside takes this form, whatever the table says; "aten" even where kernels are demanded."""
+    rows = {triton_path.device_name(torch.device(DEVICE, 0)): (configs.Forms(0, 256, form, form),)}
+    with patch.dict(configs.FORMS, rows), patch.object(backend, "requested", lambda: "auto"):
         yield
 
 
 @contextmanager
 def counted() -> Iterator[Counter[bool]]:
     """How often the fused kernel is called, by whether with descriptors."""
-    seen, fused = Counter(), kernel_path.fused_linear
+    seen, fused = Counter(), triton_path.fused_linear
 
     def counting(*args, descriptor: bool = False, **options) -> Tensor:
         seen[descriptor] += 1
         return fused(*args, descriptor=descriptor, **options)
 
-    with patch.object(kernel_path, "fused_linear", counting):
+    with patch.object(triton_path, "fused_linear", counting):
         yield seen
 
 
@@ -96,8 +95,8 @@ def builds(layer: Layer) -> dict[str, Callable[[], Form]]:
     x, lora_A = layer.x, layer.lora_A
     operands = x, layer.weight, lora_A, layer.lora_B, layer.scaling
 
-    def ours(context: Callable[[], AbstractContextManager] = nullcontext) -> Form:
-        return Form(lambda: mica_linear(*operands), (x, lora_A), context)
+    def ours(form: str) -> Callable[[], Form]:
+        return lambda: Form(lambda: mica_linear(*operands), (x, lora_A), lambda: form_of(form))
 
     def bordered() -> Form:
         stored = torch.cat([layer.weight, layer.lora_B.to(DTYPE)], dim=1)
@@ -105,9 +104,10 @@ def builds(layer: Layer) -> dict[str, Callable[[], Form]]:
 
     return {
         BARE: lambda: Form(lambda: F.linear(x, layer.weight), (x,)),
-        FAST: ours,
-        FUSED: lambda: ours(lambda: form_of("fused")),
-        DESCRIPTOR: lambda: ours(lambda: form_of("descriptor")),
+        FAST: ours("split"),
+        FUSED: ours("fused"),
+        DESCRIPTOR: ours("descriptor"),
+        PYTORCH: ours("aten"),
         BORDERED: bordered,
         ATEN: lambda: Form(lambda: AtenControl.apply(*operands), (x, lora_A)),
     }

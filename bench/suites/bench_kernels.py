@@ -2,15 +2,11 @@
 
 All of them are memory-bound, so a kernel is as good as the share of the copy's bandwidth that it reaches:
 ``bytes`` is what a launch must read and write once. Each configuration is checked against `mica.reference` in
-fp64 and refused individually. At the end the library tunes itself on the layers of `bench_layer`, and leaves
-its table next to the results.
+fp64 and refused individually.
 """
 
 import functools
-import json
-import os
 from collections.abc import Callable
-from pathlib import Path
 from typing import NamedTuple
 
 import pytest
@@ -18,25 +14,20 @@ import torch
 from torch import Tensor
 
 from bench.measure.machine import DEVICE
-from bench.results import journal
 from bench.results.names import COPY, DOWN_A, DOWN_B, GRAD_A, UP_B
-from bench.suites.bench_layer import CELLS as LAYERS
-from bench.suites.harness import build_all, needs_accelerator, pick, refusals
-from bench.suites.layer import make_layer
+from bench.suites.harness import build_all, needs_accelerator, pick
 from mica import reference
-from mica.ops import call_counts, mica_linear
 from tests.support.tolerances import RELATIVE, error
 
 pytest.importorskip("triton")
 
-from mica.kernels import tuning
 from mica.kernels.common import target_of
 from mica.kernels.configs import Config
-from mica.kernels.down_projection import down_projection, plan_down_projection
-from mica.kernels.grad_a import grad_a, plan_grad_a
-from mica.kernels.launching import Launch
+from mica.kernels.down_projection import down_projection
+from mica.kernels.grad_a import grad_a
+from mica.kernels.launching import Launch, Launcher
 from mica.kernels.limits import padded_columns
-from mica.kernels.up_projection import plan_up_projection, up_projection_
+from mica.kernels.up_projection import up_projection_
 
 pytestmark = needs_accelerator
 
@@ -78,12 +69,11 @@ CELLS = [Cell(kernel, *sizes) for sizes in SIZES for kernel in NAMES]
 
 
 class Work(NamedTuple):
-    """What is launched: ``run(*operands, **options)``, by the ``plan`` of the same arguments."""
+    """What is launched: ``kernel(*operands, **numbers)``."""
 
-    plan: Callable
-    run: Callable[..., Tensor]
-    operands: tuple
-    options: dict
+    kernel: Launcher
+    operands: tuple[Tensor, ...]
+    numbers: dict
 
 
 def work_of(cell: Cell, device: str) -> Work:
@@ -95,21 +85,21 @@ def work_of(cell: Cell, device: str) -> Work:
 
     wide, low = matrix(cell.tokens, cell.features), matrix(cell.tokens, columns)
     if cell.kernel == "grad_a":
-        return Work(plan_grad_a, grad_a, (low, wide, rank), {})
+        return Work(grad_a, (low, wide), {"rank": rank})
     if cell.kernel == "down-A":
         factor = matrix(rank, cell.features, torch.float32)
     else:
         factor = matrix(cell.features, columns).t()
     if cell.kernel == "up-B":
-        return Work(plan_up_projection, up_projection_, (wide, low, factor), {})
-    return Work(plan_down_projection, down_projection, (wide, factor), {"compute_dtype": DTYPE})
+        return Work(up_projection_, (wide, low, factor), {})
+    return Work(down_projection, (wide, factor), {"compute_dtype": DTYPE})
 
 
 EXACT = {  # of the operands in fp64
     "down-A": lambda x, A: reference.down_projection(x, A, 1.0, x.dtype),
     "down-B": lambda dy, B_t: reference.down_projection(dy, B_t, 1.0, dy.dtype),
     "up-B": lambda y, h, B_t: reference.up_projection(y, h, B_t.t()),
-    "grad_a": lambda g, x, rank: reference.grad_a(g, x),
+    "grad_a": reference.grad_a,
 }
 
 
@@ -117,7 +107,8 @@ EXACT = {  # of the operands in fp64
 def implementations(cell: Cell) -> dict[str, Config | None]:
     """The copy, then every configuration of the kernel's table, the default first."""
     work = work_of(cell, "meta")
-    table = work.plan(*work.operands, **work.options, target=target_of(torch.device(DEVICE))).configs
+    target = target_of(torch.device(DEVICE))
+    table = work.kernel.plan(*work.operands, **work.numbers, target=target).configs
     named = {f"{NAMES[cell.kernel]}, {'x'.join(map(str, config))}": config for config in table}
     return {COPY: None, **named}
 
@@ -140,10 +131,11 @@ def copy(size: int) -> Callable[[], object]:
 def checked(work: Work, config: Config, truth: Tensor) -> Callable[[], Tensor]:
     """The call with this configuration, once its result is right; the first operand may be updated."""
     first, *others = work.operands
-    result, limit = work.run(first.clone(), *others, **work.options, config=config), RELATIVE[DTYPE]
+    call = functools.partial(work.kernel, **work.numbers, config=config)
+    result, limit = call(first.clone(), *others), RELATIVE[DTYPE]
     wrong = error(result, truth)
     assert wrong <= limit, f"the relative error is {wrong:.2e}, above {limit:.0e}"
-    return functools.partial(work.run, *work.operands, **work.options, config=config)
+    return functools.partial(call, *work.operands)
 
 
 @functools.lru_cache(maxsize=1)
@@ -151,10 +143,9 @@ def setting(cell: Cell) -> tuple[dict[str, Callable], int]:
     """implementation -> its call, and the bytes that each of them moves."""
     torch.manual_seed(0)
     work = work_of(cell, DEVICE)
-    out, launch = work.plan(*work.operands, **work.options).bound()
+    out, launch = work.kernel.plan(*work.operands, **work.numbers).bind()
     size = launch_bytes(launch, out)
-    wide = [tensor.double() if isinstance(tensor, Tensor) else tensor for tensor in work.operands]
-    truth = EXACT[cell.kernel](*wide)
+    truth = EXACT[cell.kernel](*(tensor.double() for tensor in work.operands))
     configs = implementations(cell)
 
     def build(name: str) -> Callable[[], object]:
@@ -184,53 +175,4 @@ def bench_kernels(once, gated, cell, round_, implementation):
         warm_up=True,
         all_clocks=True,
         bytes=size,
-    )
-
-
-TUNED = "the tuner's table"
-
-
-@pytest.fixture
-def table(monkeypatch, tmp_path):
-    """Where the tuner writes: next to the journal. A process that continues keeps what is there."""
-    folder = os.environ.get(journal.VARIABLE)
-    file = (Path(folder).parent if folder else tmp_path) / "tuning.json"
-    if not any(group == TUNED for group, _ in refusals):
-        file.unlink(missing_ok=True)
-    monkeypatch.setenv("MICA_TUNE_FILE", str(file))
-    yield file
-    monkeypatch.undo()
-    tuning.forget()
-
-
-def results(layer) -> list[Tensor]:
-    operands = layer.x, layer.weight, layer.lora_A, layer.lora_B, layer.scaling
-    before = call_counts["linear_kernels"]
-    y = mica_linear(*operands)
-    assert call_counts["linear_kernels"] == before + 1, "no kernels ran"
-    return [y.detach(), *torch.autograd.grad(y, (layer.x, layer.lora_A), layer.grad_output)]
-
-
-def tune(cell, monkeypatch) -> None:
-    """Untuned and tuned, which measures what has no entry yet: the same numbers."""
-    layer = make_layer(cell.tokens, cell.out, cell.inner, cell.rank, DTYPE, DEVICE)
-    outputs = []
-    for word in ("0", "1"):
-        monkeypatch.setenv("MICA_TUNE", word)
-        tuning.forget()
-        outputs.append(results(layer))
-    for what, default, tuned in zip(("y", "dx", "dA"), *outputs, strict=True):
-        wrong, limit = error(tuned, default), RELATIVE[DTYPE]
-        assert wrong <= limit, f"{what} is {wrong:.2e} off the untuned one, above {limit:.0e}"
-
-
-def test_tuning_table(table, monkeypatch):
-    """On the layers of rank 16 only: an entry holds for one rank, and each further one takes seconds."""
-    layers = {cell.key: cell for cell in LAYERS if cell.rank == 16}
-    done = build_all(TUNED, layers, lambda key: tune(layers[key], monkeypatch))
-    assert done.keys() == layers.keys(), f"not tuned: {[*layers.keys() - done.keys()]}"
-    entries = json.loads(table.read_text())
-    kinds = {entry.partition(" | ")[0] for entry in entries}
-    assert {"linear", "linear_backward", "down_projection", "up_projection"} <= kinds, (
-        f"entries for {kinds} only"
     )

@@ -55,7 +55,7 @@ def same_bits(run: Callable[[], Iterable[Tensor]], first: Iterable[Tensor]) -> N
 def test_kernel(name, shape):
     make, _ = KERNELS[name]
     case = make(operands(shape))
-    result = run_guarded(*case.choice.bound())
+    result = run_guarded(*case.planned.bind())
     close(name, result, case.expected, case.dtype)
     same_bits(lambda: [case.call()], [result])
 
@@ -64,7 +64,7 @@ def test_masks_of_dropout_are_those_of_pytorchs_form():
     """Rows and columns of the identity show the forward's and dA's mask, bit for bit, and ones dx's."""
     tokens, inner, _, rank, dtype = SHAPES["aligned"]
     seed, p = torch.tensor([-5], device=DEVICE), 0.4
-    keep, dropped = reference.dropout_keep(seed, tokens, inner, p), {"dropout_p": p, "seed": seed}
+    keep, dropped = reference.dropout_keep(seed, tokens, inner, p), {"dropout_p": p}
 
     def ones(*shape: int) -> Tensor:
         return torch.ones(shape, dtype=dtype, device=DEVICE)
@@ -74,12 +74,12 @@ def test_masks_of_dropout_are_those_of_pytorchs_form():
         return places, F.one_hot(places, size).to(dtype)
 
     columns, of_columns = picked(inner)
-    h = down_projection(ones(tokens, inner), of_columns, **dropped)
+    h = down_projection(ones(tokens, inner), of_columns, seed, **dropped)
     assert torch.equal(h != 0, keep[:, columns]), "the forward drops other elements"
     rows, of_rows = picked(tokens)
-    gradient = grad_a(of_rows.t().contiguous(), ones(tokens, inner), rank, **dropped)
+    gradient = grad_a(of_rows.t().contiguous(), ones(tokens, inner), seed, rank=rank, **dropped)
     assert torch.equal(gradient != 0, keep[rows]), "dA drops other elements"
-    dx = up_projection_(ones(tokens, inner) * 0, ones(tokens, rank), ones(rank, inner), **dropped)
+    dx = up_projection_(ones(tokens, inner) * 0, ones(tokens, rank), ones(rank, inner), seed, **dropped)
     assert torch.equal(dx != 0, keep), "dx drops other elements"
 
 

@@ -18,14 +18,13 @@ from bench.measure.machine import DEVICE
 from bench.suites.harness import pick
 from mica import reference
 from mica.kernels.common import target_of
-from mica.kernels.down_projection import down_projection, plan_down_projection
-from mica.kernels.embedding import embedding, grad_a_embedding, plan_embedding, plan_grad_a_embedding
-from mica.kernels.fused_linear import fused_linear, plan_fused_linear, why_not_descriptor
-from mica.kernels.grad_a import grad_a, plan_grad_a
-from mica.kernels.launching import Choice
+from mica.kernels.down_projection import down_projection
+from mica.kernels.fused_linear import fused_linear, why_not_descriptor
+from mica.kernels.grad_a import grad_a
+from mica.kernels.launching import Launcher, PlannedCall
 from mica.kernels.limits import padded_columns
-from mica.kernels.prepared import prepare
-from mica.kernels.up_projection import plan_up_projection, up_projection_
+from mica.kernels.prepared_b import prepare
+from mica.kernels.up_projection import up_projection_
 from tests.support.guarding import guarded
 from tests.support.oracle import Problem, problem
 
@@ -67,14 +66,15 @@ def packed(tensor: Tensor) -> Tensor:
 class Case(NamedTuple):
     """A kernel's launch, the call that makes it in the product, and what its result must be, in fp64."""
 
-    choice: Choice
+    planned: PlannedCall
     call: Callable[[], Tensor]
     expected: Tensor
     dtype: torch.dtype  # whose tolerance holds
 
 
-def case(plan, run, *tensors, expected: Tensor, dtype: torch.dtype, **options) -> Case:
-    return Case(plan(*tensors, **options), functools.partial(run, *tensors, **options), expected, dtype)
+def case(kernel: Launcher, *tensors, expected: Tensor, dtype: torch.dtype, **numbers) -> Case:
+    planned = kernel.plan(*tensors, **numbers)
+    return Case(planned, functools.partial(kernel, *tensors, **numbers), expected, dtype)
 
 
 def low_rank(product: Tensor) -> Tensor:
@@ -90,7 +90,7 @@ def down(p: Problem, by: str) -> Case:
     else:
         x, factor = p.grad_output, prepare(p.lora_B, dtype)
         h = reference.grad_h(x.double(), p.lora_B.double(), p.scaling, FP64)
-    return case(plan_down_projection, down_projection, x, factor, expected=low_rank(h), dtype=dtype, **scaled)
+    return case(down_projection, x, factor, expected=low_rank(h), dtype=dtype, **scaled)
 
 
 def up(p: Problem, by: str) -> Case:
@@ -105,7 +105,7 @@ def up(p: Problem, by: str) -> Case:
     def call() -> Tensor:
         return up_projection_(base.clone(), h, factor)
 
-    return Case(plan_up_projection(base, h, factor), call, exact, dtype)
+    return Case(up_projection_.plan(base, h, factor), call, exact, dtype)
 
 
 def h_of(p: Problem) -> Tensor:
@@ -120,28 +120,7 @@ def gradient_of_a(p: Problem) -> Case:
     """Products of 16-bit factors are exact in fp32, so fp32's tolerance holds."""
     g, rank = g_of(p), p.lora_A.shape[0]
     exact = reference.grad_a(g[:, :rank].double(), p.x.double())
-    return case(plan_grad_a, grad_a, g, p.x, rank, expected=exact, dtype=FP32)
-
-
-def embedded(p: Problem) -> Case:
-    """lora_A is that of an embedding with as many tokens as the layer has features."""
-    indices = indices_of(p)
-    tensors = indices, p.lora_A, prepare(p.lora_B, p.x.dtype)
-    exact = reference.embedding(indices, p.lora_A.double(), p.lora_B.double(), p.scaling)
-    options = {"scale": p.scaling, "compute_dtype": p.x.dtype}
-    return case(plan_embedding, embedding, *tensors, expected=exact, dtype=p.x.dtype, **options)
-
-
-def gradient_of_embedding(p: Problem) -> Case:
-    g, indices, (rank, size) = g_of(p).float(), indices_of(p), p.lora_A.shape
-    exact = g.new_zeros(rank, size, dtype=FP64).index_add_(1, indices, g[:, :rank].double().t())
-    arguments = g, indices, rank, size
-    return case(plan_grad_a_embedding, grad_a_embedding, *arguments, expected=exact, dtype=FP32)
-
-
-def indices_of(p: Problem) -> Tensor:
-    """Some of them many times."""
-    return torch.arange(len(p.x), device=DEVICE).square() % p.lora_A.shape[1]
+    return case(grad_a, g, p.x, rank=rank, expected=exact, dtype=FP32)
 
 
 def fused(p: Problem, side: str, descriptor: bool) -> Case:
@@ -158,8 +137,7 @@ def fused(p: Problem, side: str, descriptor: bool) -> Case:
     reason = why_not_descriptor(*tensors[:2], target_of(p.x.device)) if descriptor else None
     if reason:
         pytest.skip(reason)
-    options = {"bias": bias, "descriptor": descriptor}
-    return case(plan_fused_linear, fused_linear, *tensors, expected=exact, dtype=dtype, **options)
+    return case(fused_linear, *tensors, bias, expected=exact, dtype=dtype, descriptor=descriptor)
 
 
 KERNELS = {  # name -> (case, shapes): a variant to compile each, as few as there must be
@@ -168,8 +146,6 @@ KERNELS = {  # name -> (case, shapes): a variant to compile each, as few as ther
     "up-B": (functools.partial(up, by="B"), ("aligned", "odd", "one token", "fp32")),
     "up-A": (functools.partial(up, by="A"), ("aligned",)),
     "grad_a": (gradient_of_a, ("aligned", "odd", "fp32")),
-    "embedding": (embedded, ("aligned",)),
-    "grad_a_embedding": (gradient_of_embedding, ("aligned",)),
     "fused-forward": (functools.partial(fused, side="forward", descriptor=False), ("aligned", "odd")),
     "fused-backward": (functools.partial(fused, side="backward", descriptor=False), ("aligned",)),
     "descriptor-forward": (functools.partial(fused, side="forward", descriptor=True), ("aligned",)),

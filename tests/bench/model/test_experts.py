@@ -8,9 +8,9 @@ import torch
 from bench.measure.machine import ROOT
 from bench.model import experts
 from bench.model.roofline import BF16, DEVICES, FP32
-from mica.kernels.experts_down import plan_experts_down
-from mica.kernels.experts_grad_a import plan_experts_grad_a
-from mica.kernels.experts_up import plan_experts_up
+from mica.kernels.down_projection import down_projection
+from mica.kernels.grad_a import grad_a
+from mica.kernels.up_projection import up_projection_
 from tests.support.static_cases import empty
 
 # 6 rows, 2 experts, K 5, N 3, r 1. Bytes: x and dx 60; y and dy 36; W, W' and dW' 60; A and dA 20, in fp32
@@ -67,20 +67,20 @@ def test_bytes_are_those_of_the_plans(stack):
     B = empty(stack.experts, stack.out_features, stack.rank, dtype=torch.bfloat16).transpose(1, 2)
     h, offsets = empty(stack.rows, stack.rank, dtype=torch.bfloat16), empty(stack.experts, dtype=torch.int32)
     cost, target = experts.ours(stack, FP32), {"target": "sm_90"}
-    down = plan_experts_down(x, offsets, A, **target)
+    down = down_projection.plan(x, A, None, offsets, **target)
     launches = {
         cost.forward[0]: (down, []),
-        cost.forward[2]: (plan_experts_up(y, h, offsets, B, **target), [y]),
-        cost.backward[0]: (plan_experts_down(y, offsets, B, **target), []),
-        cost.backward[1]: (plan_experts_grad_a(h, x, offsets, stack.rank, **target), []),
-        cost.backward[3]: (plan_experts_up(x, h, offsets, A, **target), [x]),
+        cost.forward[2]: (up_projection_.plan(y, h, B, None, None, None, offsets, **target), [y]),
+        cost.backward[0]: (down_projection.plan(y, B, None, offsets, **target), []),
+        cost.backward[1]: (grad_a.plan(h, x, None, offsets, rank=stack.rank, **target), []),
+        cost.backward[3]: (up_projection_.plan(x, h, A, None, None, None, offsets, **target), [x]),
     }
-    for kernel, (choice, again) in launches.items():
-        launch = choice.bound()[1]
-        assert not launch.meta.get("SPLIT", False)
+    for kernel, (call, again) in launches.items():
+        launch = call.bind()[1]
+        assert launch.args.get("partial_ptr") is None
         operands = {id(one): one for one in launch.args.values() if isinstance(one, torch.Tensor)}
         moved = sum(one.nbytes for one in (*operands.values(), *again) if one is not offsets)
-        assert kernel.bytes == moved, choice.name
+        assert kernel.bytes == moved, launch.kernel.__name__
 
 
 def test_the_folding_moves_most_and_keeps_most():

@@ -2,21 +2,19 @@
 
 import torch
 
-from bench.results.names import ATEN, BARE, BORDERED, DESCRIPTOR, FAST, FUSED
+from bench.results.names import ATEN, BARE, BORDERED, DESCRIPTOR, FAST, FUSED, PYTORCH
 from bench.suites.bench_forms import Bordered
 from tests.support.dry_run import dry_run
 from tests.support.oracle import problem, solve
 from tests.support.tolerances import RELATIVE, error
 
-# Plans of the split form are taken whatever is chosen; and another form is wrong.
+# The forward takes the split form whatever is chosen; and another form is wrong.
 BYPASSED = """
 from bench.suites import layer
-from mica import kernel_path
+from mica.kernels import configs
 
-def planned(x, weight, lora_A, lora_B, scaling, bias, dtype, *dropout):
-    return kernel_path.planned_linear(x, weight, lora_A, lora_B, scaling, bias, dtype)
-
-kernel_path.linear = planned
+forms_of = configs.forms_of
+configs.forms_of = lambda *args: forms_of(*args)._replace(forward="split")
 backward = layer.AtenControl.backward
 layer.AtenControl.backward = staticmethod(lambda ctx, dy: backward(ctx, dy * 1.02))
 """
@@ -29,7 +27,7 @@ def test_a_form_that_was_not_taken_is_refused(tmp_path):
     assert "calls of the fused kernel, by descriptors or not: Counter({False: 1})" in refused[FUSED]
     assert "Counter({True: 1})" in refused[DESCRIPTOR]
     assert "the relative error of dx is 2.0" in refused[ATEN]
-    assert all(group.timings.keys() == {BARE, FAST, BORDERED} for group in done.result.groups)
+    assert all(group.timings.keys() == {BARE, FAST, PYTORCH, BORDERED} for group in done.result.groups)
 
 
 def test_all_forms_run(tmp_path):
@@ -37,7 +35,7 @@ def test_all_forms_run(tmp_path):
     assert not done.result.refused
     assert len(done.result.groups) == 6  # two passes, three clocks
     for group in done.result.groups:
-        assert group.timings.keys() == {BARE, FAST, FUSED, DESCRIPTOR, BORDERED, ATEN}
+        assert group.timings.keys() == {BARE, FAST, FUSED, DESCRIPTOR, PYTORCH, BORDERED, ATEN}
 
 
 def test_the_bordered_form_is_the_same_layer():

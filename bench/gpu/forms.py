@@ -1,0 +1,34 @@
+"""The rows of `mica.kernels.configs.FORMS` that a run on a GPU has measured."""
+
+from __future__ import annotations
+
+from bench.report.cells import by_clock
+from bench.results import names
+from bench.results.names import BACKWARD, DEVICE_TIME, FORWARD
+from bench.results.schema import Result
+
+FORMS = {
+    names.FAST: "split",
+    names.FUSED: "fused",
+    names.DESCRIPTOR: "descriptor",
+    names.PYTORCH: "aten",
+}
+
+
+def fastest(result: Result, tokens: int, rank: int, part: str) -> str:
+    """The form that takes least of the device's time for all layers of this size together."""
+    groups = list(result.select(suite="forms", tokens=tokens, rank=rank, **{"pass": part}))
+    timed = [name for name in FORMS if all(name in group.timings for group in groups)]
+    return FORMS[min(timed, key=lambda name: sum(group.timings[name].median for group in groups))]
+
+
+def table(result: Result) -> str:
+    """As Python, to be put there; empty where the forms were not timed."""
+    result = by_clock(result, DEVICE_TIME)
+    sizes = {(group.axes["tokens"], group.axes["rank"]) for group in result.select(suite="forms")}
+    rows = [
+        (tokens, rank, *(fastest(result, tokens, rank, part) for part in (FORWARD, BACKWARD)))
+        for tokens, rank in sorted(sizes, key=lambda size: (-size[0], size[1]))
+    ]
+    lines = ['    Forms({}, {}, "{}", "{}"),'.format(*row) for row in rows]
+    return "\n".join([f'"{result.machine["device"]}": (', *lines, "),"]) if lines else ""
