@@ -30,3 +30,7 @@ def test_what_was_not_proven_or_not_determined_proves_nothing(stored):
 def test_the_allowance_is_a_share_of_the_energy_and_a_resolution_a_vector():
     assert is_certified(1e-5 * 7 + 3 * 0.1, 7, 3, 0.1)
     assert not is_certified(1.01e-5 * 7 + 3 * 0.1, 7, 3, 0.1)
+    assert is_certified(8e-3, 0.0, 8, 1e-3)
+    assert not is_certified(8.01e-3, 0.0, 8, 1e-3)
+    excess, energies = torch.tensor([2e-5, 2e-5]), torch.tensor([1.0, 3.0])
+    assert is_certified(excess, energies, 1, torch.tensor([0.0, 0.0])).tolist() == [False, True]
