@@ -18,7 +18,7 @@ from mica import minor_subspace
 from mica.cli.output import dtype_name, one_line
 from mica.errors import UnsuitableLayerError
 from mica.fast.create import quantised
-from mica.fast.create.experts import parts
+from mica.fast.create.experts import tasks
 from mica.fast.create.solving import NewAdapter, check
 from mica.fast.forward.expert_params import is_stack, is_wrapper
 from mica.fast.loading import without_solver
@@ -147,7 +147,7 @@ def _checked_weights(layer: nn.Module, rank: int) -> list[Tensor]:
         raise UnsuitableLayerError(str(error)) from error
     if not is_wrapper(layer):
         return [weight]
-    return [part.task.weight for part in parts(layer, "this layer", rank)]
+    return [part.task.weight for part in tasks(layer, "this layer", rank)]
 
 
 def _weakest(weights: list[Tensor], rank: int) -> tuple[Tensor, dict]:

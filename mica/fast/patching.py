@@ -66,7 +66,7 @@ PATCHES = (
         _PARAMETER,
         "update_layer",
         "self adapter_name r lora_alpha config **kwargs",
-        initialisation.update_parameter,
+        initialisation.update_layer,
         required=False,  # without it PEFT refuses MiCA on `target_parameters`
     ),
     Patch(_PARAMETER, "merge", "self safe_merge adapter_names", merging_of_experts.merge, required=False),

@@ -4,21 +4,18 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-import torch
 from peft.tuners import lora
-from torch import Tensor, nn
+from torch import Tensor
 
-from mica.dtypes import FLOATING
 from mica.errors import UnsuitableLayerError
 from mica.fast.forward.expert_params import as_lora_B, is_stack, module_of, parameter_of, weight_of_stack
 from mica.fast.settings import settings
-from mica.subspace.gram import extremes
 from mica.subspace.many import Task
 
 GATE_UP = "gate_up_proj"
 
 
-class Place(NamedTuple):
+class SliceOfB(NamedTuple):
     """Where the basis of one matrix goes in a lora_B that is 0, as PEFT stores it for ``num_experts``."""
 
     num_experts: int
@@ -31,27 +28,23 @@ class Place(NamedTuple):
         as_lora_B(lora_B, self.num_experts)[self.expert, self.rows, self.columns] = basis
 
 
-class Part(NamedTuple):
+class ExpertTask(NamedTuple):
     """What to solve, and where its basis goes; None: it is the whole B."""
 
     task: Task
-    place: Place | None
+    slice: SliceOfB | None
 
 
-def parts(layer: lora.LoraLayer, name: str, rank: int) -> list[Part]:
+def tasks(layer: lora.LoraLayer, name: str, rank: int) -> list[ExpertTask]:
     """One per matrix to be solved; the weights are views of the parameter."""
     stack = weight_of_stack(layer).detach()
-    of_experts = is_stack(layer)
+    halves = _halves(layer, rank) if is_halved(layer) else [("", slice(None), slice(None))]
     result = []
     for expert, weight in enumerate(stack):
-        of_expert = f"{name} expert {expert}" if of_experts else name
-        if is_halved(layer):
-            for half, rows, columns in _halves(layer, rank):
-                place = Place(len(stack), expert, rows, columns)
-                result.append(Part(Task(f"{of_expert} ({half} half)", weight[rows], rank // 2), place))
-        else:
-            place = Place(len(stack), expert, slice(None), slice(None))
-            result.append(Part(Task(of_expert, weight, rank), place))
+        for half, rows, columns in halves:
+            of_expert = f"{name} expert {expert}{half}" if is_stack(layer) else name
+            task = Task(of_expert, weight[rows], rank // len(halves))
+            result.append(ExpertTask(task, SliceOfB(len(stack), expert, rows, columns)))
     return result
 
 
@@ -67,33 +60,15 @@ def _halves(layer, rank: int) -> tuple[tuple[str, slice, slice], ...]:
         gate, up = slice(0, half), slice(half, None)
     else:
         gate, up = slice(0, None, 2), slice(1, None, 2)
-    return ("gate", gate, slice(0, rank // 2)), ("up", up, slice(rank // 2, None))
-
-
-def why_not_whole(module: nn.Module, weight) -> str | None:
-    """Why the weight is only a part of it, as text that follows the layer's name; None if it is whole."""
-    if getattr(module, "_is_expert_parallel", False):
-        return "holds the experts of one process only (expert parallelism)"
-    if hasattr(weight, "device_mesh") or getattr(module, "_hf_tp_plan", None) is not None:
-        return "holds one shard of it (tensor parallelism or FSDP)"
-    return None
+    return (" (gate half)", gate, slice(0, rank // 2)), (" (up half)", up, slice(rank // 2, None))
 
 
 def check(layer, name: str, rank: int) -> None:
-    """What must hold before anything is solved, except that the weights are there.
-
-    Raises:
-        TypeError: the parameter is not of a floating dtype with 16 bits or more.
-        ValueError: an odd rank where gate and up get half of it each.
-        UnsuitableLayerError: MiCA cannot start from this parameter.
     """
-    parameter = parameter_of(layer)
-    if parameter.dtype not in FLOATING:
-        raise TypeError(
-            f"Please initialize MiCA under float32, float16, bfloat16 or float64: {name} has a weight of "
-            f"dtype {parameter.dtype}. Experts in 8 or 4 bits (fp8, mxfp4) have to be dequantised when the "
-            "model is loaded."
-        )
+    Raises:
+        ValueError: an odd rank where gate and up get half of it each.
+        UnsuitableLayerError: MiCA cannot start from a parameter that is stored like this one.
+    """
     if _is_mislabelled(layer):
         raise UnsuitableLayerError(
             f"MiCA cannot start from {name}, because its experts are stored as (in_features, out_features) "
@@ -103,31 +78,19 @@ def check(layer, name: str, rank: int) -> None:
         )
     if is_stack(layer) and layer.num_experts == 1 and not layer._did_swap_in_out_features:
         raise UnsuitableLayerError(
-            f"MiCA cannot start from {name}, a single expert of shape {tuple(parameter.shape)} stored as "
-            "(1, in_features, out_features), because PEFT's update of such a parameter has the wrong shape."
+            f"MiCA cannot start from {name}, a single expert of shape {tuple(parameter_of(layer).shape)} "
+            "stored as (1, in_features, out_features), because PEFT's update of such a parameter has the "
+            "wrong shape."
         )
-    _, out_features, in_features = weight_of_stack(layer).shape
-    if is_halved(layer):
-        if rank % 2:
-            raise ValueError(
-                f"gate_up='halves' gives gate and up half of the rank each, so r must be even, but it is "
-                f"{rank} for {name}."
-            )
-        if out_features % 2:
-            raise UnsuitableLayerError(
-                f"gate_up='halves' needs a gate and an up half of one size, but {name} has {out_features} "
-                "out_features."
-            )
-        if rank // 2 > min(out_features // 2, in_features):
-            limit = 2 * min(out_features // 2, in_features)
-            raise UnsuitableLayerError(
-                f"MiCA requires `r` / 2 <= min(in_features, out_features / 2) for gate_up='halves' but got "
-                f"r={rank} for {name} with weight shape {tuple(parameter.shape)} (max usable r is {limit})."
-            )
-    elif rank > min(out_features, in_features):
+    if is_halved(layer) and rank % 2:
+        raise ValueError(
+            f"gate_up='halves' gives gate and up half of the rank each, so r must be even, but it is {rank} "
+            f"for {name}."
+        )
+    if is_halved(layer) and layer.out_features % 2:
         raise UnsuitableLayerError(
-            f"MiCA requires `r` <= min(in_features, out_features) but got r={rank} for {name} with weight "
-            f"shape {tuple(parameter.shape)} (max usable r is {min(out_features, in_features)})."
+            f"gate_up='halves' needs a gate and an up half of one size, but {name} has {layer.out_features} "
+            "out_features."
         )
 
 
@@ -144,21 +107,8 @@ def _is_mislabelled(layer) -> bool:
     return gate_up == (down[1], 2 * down[0])
 
 
-def check_finite(layer, name: str) -> None:
-    """
-    Raises:
-        UnsuitableLayerError: NaN or Inf in the parameter; names the experts.
-    """
-    parameter = parameter_of(layer).detach()
-    if torch.isfinite(extremes(parameter)).all():
-        return
-    stack = weight_of_stack(layer).detach()
-    counts = [int((~torch.isfinite(weight)).sum()) for weight in stack]
-    broken = [expert for expert, count in enumerate(counts) if count]
-    where = f"expert{'s' if len(broken) > 1 else ''} {', '.join(map(str, broken[:5]))}"
-    where += f" and {len(broken) - 5} more" if len(broken) > 5 else ""
-    where = f", in {where}" if is_stack(layer) else ""
-    raise UnsuitableLayerError(
-        f"MiCA requires finite weights, but {name} has {sum(counts)} NaN or Inf of {parameter.numel()}"
-        f"{where}."
-    )
+def listed(experts: list[int], layer) -> str:
+    """ ", in experts 1, 3" for messages; nothing where the layer has none."""
+    more = f" and {len(experts) - 5} more" if len(experts) > 5 else ""
+    named = f", in expert{'s' if len(experts) > 1 else ''} {', '.join(map(str, experts[:5]))}{more}"
+    return named if is_stack(layer) else ""

@@ -20,12 +20,12 @@ from peft.utils.integrations import gather_params_ctx
 from torch import Tensor, nn
 
 from mica.errors import UnsuitableLayerError
-from mica.fast import loading
 from mica.fast.create import quantised
 from mica.fast.create.solving import NewAdapter, check, initialise, restore_exact
 from mica.fast.forward import call_counts, tensor_parallel
 from mica.fast.forward.eligibility import MiCALinearVariant, adapter_weights, is_mica, requests_mica
-from mica.fast.forward.expert_params import is_wrapper, parameter_of
+from mica.fast.forward.expert_params import is_wrapper
+from mica.fast.loading import uninitialised
 from mica.fast.settings import around, settings, while_enabled
 
 
@@ -85,17 +85,16 @@ def _name_of(layer) -> str:
 
 @while_enabled
 def update_layer(stock, self, adapter_name: str, r: int, lora_alpha: int, config, **kwargs) -> None:
-    """An adapter on a quantised base: plain LoRA's, then MiCA's A and B and its variant.
+    """An adapter on a quantised base, or of a single parameter: plain LoRA's, then MiCA's A, B and variant.
 
-    Stock has no MiCA there: it reads the packed ``weight`` (GPTQ's and HQQ's layers have none), and most
-    of these classes resolve no variant for it, so that B would be trained.
+    Stock has no MiCA on a quantised base: it reads the packed ``weight`` (GPTQ's and HQQ's layers have none),
+    and most of these classes resolve no variant for it, so that B would be trained. Of a parameter, mostly a
+    stack of experts, it refuses every variant, and still does what it refuses in plain LoRA (dropout, ...).
     """
-    if not requests_mica(config):
-        return stock(self, adapter_name, r, lora_alpha, config, **kwargs)
-    refusal = quantised.why_not(self)
+    refusal = quantised.why_not(self) if requests_mica(config) else None
     if refusal:
         raise UnsuitableLayerError(f"MiCA cannot be initialised: {_name_of(self)} {refusal}")
-    if quantised.kind_of(self) is None:
+    if not requests_mica(config) or (quantised.kind_of(self) is None and not is_wrapper(self)):
         return stock(self, adapter_name, r, lora_alpha, config, **kwargs)
     config.init_lora_weights = "mica"
     plain = copy.copy(config)
@@ -108,91 +107,49 @@ def update_layer(stock, self, adapter_name: str, r: int, lora_alpha: int, config
         )
     plain.init_lora_weights = False
     stock(self, adapter_name, r, lora_alpha, plain, **kwargs)
-    packed = getattr(self.get_base_layer(), "weight", None)
-    with nullcontext() if packed is None else gather_params_ctx(packed):
+    stored = NewAdapter("", self, adapter_name).stored
+    with nullcontext() if stored is None else gather_params_ctx(stored):
         self.mica_init(adapter_name)
-    _mark(self, adapter_name, config, **kwargs)
+    # MiCA from here on, by PEFT's own means: B is frozen, and stays so
+    self.lora_variant[adapter_name] = MiCALinearVariant()
+    MiCALinearVariant.init(self, adapter_name=adapter_name, config=config, **kwargs)
     return None
-
-
-def _mark(layer, adapter_name: str, config, **kwargs) -> None:
-    """The adapter is MiCA from here on, by PEFT's own means: B is frozen, and stays so."""
-    layer.lora_variant[adapter_name] = MiCALinearVariant()
-    MiCALinearVariant.init(layer, adapter_name=adapter_name, config=config, **kwargs)
-
-
-@while_enabled
-def update_parameter(stock, self, adapter_name: str, r: int, lora_alpha: int, config, **kwargs) -> None:
-    """An adapter of a single parameter, mostly a stack of experts: plain LoRA's, then MiCA's.
-
-    Stock refuses every variant there. What it refuses in plain LoRA (dropout, DoRA, ...) it still does.
-    """
-    if not requests_mica(config):
-        return stock(self, adapter_name, r, lora_alpha, config, **kwargs)
-    config.init_lora_weights = "mica"
-    plain = copy.copy(config)
-    plain.init_lora_weights = False
-    stock(self, adapter_name, r, lora_alpha, plain, **kwargs)
-    with gather_params_ctx(parameter_of(self)):
-        _prepare_parameter(self, adapter_name)
-    _mark(self, adapter_name, config, **kwargs)
-    return None
-
-
-def _prepare_parameter(layer, adapter_name: str) -> None:
-    """A = 0 and B = 0, and then B now or with the others."""
-    lora_A, lora_B = adapter_weights(layer, adapter_name)
-    if lora_B.is_meta and not parameter_of(layer).is_meta:  # low_cpu_mem_usage: the values come later
-        return
-    lora_A.data.zero_()
-    lora_B.data.zero_()
-    _request(NewAdapter(_name_of(layer), layer, adapter_name))
-
-
-def _request(adapter: NewAdapter) -> None:
-    """B comes from a file, from the solver with all others at the end of the injection, or from it now."""
-    entry, loaded = _current_entry(), loading.uninitialised()
-    if loaded is not None:
-        loaded.append((entry.key if entry else "", adapter))
-        return
-    check(adapter)
-    if entry:
-        entry.adapter = adapter
-    else:
-        initialise([adapter])
 
 
 @while_enabled
 def mica_init(stock, self, adapter_name: str) -> None:
-    if not _prepare(self, adapter_name):
+    """A = 0, and B from a file, from the solver with all others at the injection's end, or from it now."""
+    adapter, entry, loaded = NewAdapter(_name_of(self), self, adapter_name), _current_entry(), uninitialised()
+    if not _set_to_zero(adapter):
         stock(self, adapter_name)
-
-
-def _prepare(layer, adapter_name: str) -> bool:
-    """A = 0, and B initialised now or with the others. False if stock has to do it."""
-    lora_A, lora_B = adapter_weights(layer, adapter_name)
-    if lora_B.is_meta:
-        return False
-    if quantised.kind_of(layer) is not None:
-        # The dtype is plain LoRA's: the packed weight's means nothing.
-        lora_A.data.zero_()
-        if quantised.stored(layer).is_meta:  # another process has the weight, and will provide B
-            return True
-        empty = {"device": lora_B.device, "dtype": lora_B.dtype}
+    elif adapter.is_quantised and quantised.stored(self).is_meta:
+        pass  # another process has the weight, and will provide B
+    elif loaded is not None:
+        loaded.append((entry.key if entry else "", adapter))
     else:
-        weight = getattr(layer.get_base_layer(), "weight", None)
-        if not isinstance(weight, Tensor) or type(layer) not in (lora.Linear, lora.Embedding):
-            return False
-        empty = {
-            "device": lora_A.device if weight.is_meta else weight.device,
-            "dtype": weight.dtype if weight.is_floating_point() else None,
-        }
-        lora_A.data = torch.zeros(lora_A.shape, **empty)
-    if loading.uninitialised() is not None:
-        lora_B.data = torch.zeros(lora_B.shape, **empty)
-    elif _current_entry() is None:
-        lora_B.data = lora_B.data.to(**empty)
-    _request(NewAdapter(_name_of(layer), layer, adapter_name))
+        check(adapter)
+        if entry:
+            entry.adapter = adapter
+        else:
+            initialise([adapter])
+
+
+def _set_to_zero(adapter: NewAdapter) -> bool:
+    """A and B, on the weight's device and in its dtype. False if stock has to initialise this layer."""
+    layer, weight = adapter.layer, adapter.stored
+    lora_A, lora_B = adapter_weights(layer, adapter.adapter_name)
+    if lora_B.is_meta and not (is_wrapper(layer) and weight.is_meta):  # low_cpu_mem_usage: values come later
+        return False
+    if adapter.is_quantised or is_wrapper(layer):  # as plain LoRA's: a packed weight's dtype means nothing
+        lora_A.data.zero_()
+        lora_B.data.zero_()
+        return True
+    if not isinstance(weight, Tensor) or type(layer) not in (lora.Linear, lora.Embedding):
+        return False
+    device = lora_A.device if weight.is_meta else weight.device
+    for factor in (lora_A, lora_B):
+        dtype = weight.dtype if weight.is_floating_point() else None
+        factor.data = torch.zeros(factor.shape, device=device, dtype=dtype)
     return True
 
 

@@ -19,16 +19,15 @@ from transformers.integrations import is_fsdp_enabled
 from mica.dtypes import FLOATING, SIXTEEN_BIT
 from mica.errors import UnsuitableLayerError
 from mica.fast.create import experts, quantised
-from mica.fast.create.experts import Part, Place
+from mica.fast.create.experts import ExpertTask, SliceOfB
 from mica.fast.forward import tensor_parallel
 from mica.fast.forward.eligibility import adapter_weights, is_stored_transposed
-from mica.fast.forward.expert_params import is_wrapper, parameter_of
+from mica.fast.forward.expert_params import is_stack, is_wrapper, parameter_of, weight_of_stack
 from mica.fast.settings import settings
 from mica.subspace.cache import default_cache
 from mica.subspace.distributed import decline, solve_shared
 from mica.subspace.gram import extremes
 from mica.subspace.many import Task
-from mica.subspace.result import MinorSubspace
 from mica.subspace.solver import warnings_about
 
 # Dequantised and gathered weights are solved this many elements at a time, 1 GiB in fp32, so that there is
@@ -53,11 +52,14 @@ class NewAdapter:
 
     @property
     def weight(self) -> Tensor:
-        """As (out_features, in_features); an embedding's is (embedding_dim, num_embeddings).
+        """As (out_features, in_features); an embedding's is (embedding_dim, num_embeddings), of an adapted
+        parameter it is (E, out_features, in_features).
 
         A quantised layer's is dequantised at each access, one under tensor parallelism is gathered, which all
         processes must do together: do not keep it longer than needed.
         """
+        if is_wrapper(self.layer):
+            return weight_of_stack(self.layer).detach()
         if self.is_quantised:
             return quantised.dequantise(self.layer, self.name)
         weight = tensor_parallel.gathered(self.layer.get_base_layer())
@@ -71,11 +73,11 @@ class NewAdapter:
         return getattr(self.layer.get_base_layer(), "weight", None)
 
     @property
-    def parts(self) -> list[Part]:
+    def tasks(self) -> list[ExpertTask]:
         """The matrices to solve: one with the whole B, of a stack of experts one each."""
         if is_wrapper(self.layer):
-            return experts.parts(self.layer, self.name, self.rank)
-        return [Part(Task(self.name, self.weight, self.rank), None)]
+            return experts.tasks(self.layer, self.name, self.rank)
+        return [ExpertTask(Task(self.name, self.weight, self.rank), None)]
 
     @property
     def is_quantised(self) -> bool:
@@ -96,59 +98,64 @@ class NewAdapter:
         return self.layer.r[self.adapter_name]
 
 
-def check(adapter: NewAdapter) -> Tensor | None:
+def check(adapter: NewAdapter) -> Tensor:
     """The errors that need no solver, so that a hopeless configuration fails before any work.
 
     Returns:
-        `NewAdapter.weight`, which of a quantised layer takes a dequantisation; None for an adapted parameter.
+        `NewAdapter.weight`, which of a quantised layer takes a dequantisation.
 
     Raises:
-        TypeError: the weight is not of a floating dtype.
+        TypeError: the weight is not of a floating dtype with 16 bits or more.
         ValueError: a rank that the settings do not allow.
         UnsuitableLayerError: MiCA cannot start from this layer's weight.
     """
-    name, layer, stored = adapter.name, adapter.layer, adapter.stored
+    name, layer, stored, rank = adapter.name, adapter.layer, adapter.stored, adapter.rank
     base_layer = layer.get_base_layer()
-    why = experts.why_not_whole(base_layer, stored)
+    why = _why_not_whole(base_layer, stored)
     if why and not tensor_parallel.is_gathered(base_layer):
         raise UnsuitableLayerError(
             f"MiCA needs the whole weight, but {name} {why}. Create the adapter before the model is sharded, "
             "or load one that was."
         )
-    if is_wrapper(layer):
-        experts.check(layer, name, adapter.rank)
-        if not _is_elsewhere(adapter):
-            experts.check_finite(layer, name)
-        return None
-    return _checked_weight(adapter)
-
-
-def _checked_weight(adapter: NewAdapter) -> Tensor:
-    """`check` of a layer with one weight."""
-    name, layer = adapter.name, adapter.layer
-    why = quantised.why_not_read(layer)
-    if why:
+    if why := quantised.why_not_read(layer):
         raise UnsuitableLayerError(f"MiCA cannot be initialised: {name} {why}")
     weight = adapter.weight
     if weight.dtype not in FLOATING:
+        hint = " Experts in 8 or 4 bits (fp8, mxfp4) have to be dequantised when the model is loaded."
         raise TypeError(
             f"Please initialize MiCA under float32, float16, bfloat16 or float64: {name} has a weight of "
-            f"dtype {weight.dtype}."
+            f"dtype {weight.dtype}.{hint if is_wrapper(layer) else ''}"
         )
-    if adapter.rank > min(weight.shape):
-        embedding = isinstance(layer, lora.Embedding)
-        sides = "num_embeddings, embedding_dim" if embedding else "in_features, out_features"
-        shape = tuple(weight.shape if adapter.is_quantised else adapter.stored.shape)
+    if is_wrapper(layer):
+        experts.check(layer, name, rank)
+    out_features, in_features = weight.shape[-2:]
+    sides, most = "`r` <= min(in_features, out_features)", min(out_features, in_features)
+    if experts.is_halved(layer):
+        sides = "`r` / 2 <= min(in_features, out_features / 2) for gate_up='halves'"
+        most = 2 * min(out_features // 2, in_features)
+    elif isinstance(layer, lora.Embedding):
+        sides = "`r` <= min(num_embeddings, embedding_dim)"
+    if rank > most:
+        shape = tuple(weight.shape if adapter.is_quantised else stored.shape)
         raise UnsuitableLayerError(
-            f"MiCA requires `r` <= min({sides}) but got r={adapter.rank} for {name} with weight shape "
-            f"{shape} (max usable r is {min(shape)})."
+            f"MiCA requires {sides} but got r={rank} for {name} with weight shape {shape} (max usable r is "
+            f"{most})."
         )
     if not _is_elsewhere(adapter) and not torch.isfinite(extremes(weight)).all():
-        broken = int((~torch.isfinite(weight)).sum())
-        raise UnsuitableLayerError(
-            f"MiCA requires finite weights, but {name} has {broken} NaN or Inf of {weight.numel()}."
-        )
+        counts = [int((~torch.isfinite(one)).sum()) for one in (weight if is_stack(layer) else [weight])]
+        where = experts.listed([expert for expert, count in enumerate(counts) if count], layer)
+        broken = f"{sum(counts)} NaN or Inf of {weight.numel()}{where}"
+        raise UnsuitableLayerError(f"MiCA requires finite weights, but {name} has {broken}.")
     return weight
+
+
+def _why_not_whole(module: nn.Module, weight: Tensor | None) -> str | None:
+    """Why the weight is only a part of it, as text that follows the layer's name; None if it is whole."""
+    if getattr(module, "_is_expert_parallel", False):
+        return "holds the experts of one process only (expert parallelism)"
+    if hasattr(weight, "device_mesh") or getattr(module, "_hf_tp_plan", None) is not None:
+        return "holds one shard of it (tensor parallelism or FSDP)"
+    return None
 
 
 def _is_elsewhere(adapter: NewAdapter) -> bool:
@@ -175,7 +182,7 @@ def initialise(adapters: Sequence[NewAdapter]) -> None:
     gathered one at a time, by all processes in the same order.
     """
     absent = [adapter for adapter in adapters if adapter.is_absent]
-    decline([part.task for adapter in absent for part in adapter.parts])
+    decline([part.task for adapter in absent for part in adapter.tasks])
     adapters = [adapter for adapter in adapters if not adapter.is_absent]
     bar = tqdm(
         total=sum(map(_count, adapters)),
@@ -229,14 +236,14 @@ def _count(adapter: NewAdapter) -> int:
 
 def _solve(adapters: Sequence[NewAdapter], bar: tqdm) -> None:
     """B of all of them, each written as soon as it is known."""
-    parts = [(adapter, part) for adapter in adapters for part in adapter.parts]
+    parts = [(adapter, part) for adapter in adapters for part in adapter.tasks]
     tasks = [part.task for _, part in parts]
     cache = default_cache()  # outside of ``try``: its ValueError is not about a weight
     warned: dict[NewAdapter, list[tuple[int, str]]] = defaultdict(list)  # results come in any order
     try:
         for index, subspace in solve_shared(tasks, device=settings.device, cache=cache):
             adapter, part = parts[index]
-            _assign(adapter, part, subspace)
+            _assign(adapter, part.slice, subspace.basis)
             for message in warnings_about(subspace, part.task.name):
                 warned[adapter].append((index, message))
             bar.update()
@@ -248,29 +255,22 @@ def _solve(adapters: Sequence[NewAdapter], bar: tqdm) -> None:
 
 
 @torch.no_grad()
-def _assign(adapter: NewAdapter, part: Part, subspace: MinorSubspace) -> None:
+def _assign(adapter: NewAdapter, place: SliceOfB | None, basis: Tensor) -> None:
+    """The whole B, or one expert's share of a B that was 0."""
     _, lora_B = adapter_weights(adapter.layer, adapter.adapter_name)
-    if part.place is not None:
-        _place(adapter, part.place, lora_B, subspace.basis)
-        return
-    basis = subspace.basis.to(device=lora_B.device, dtype=lora_B.dtype)
-    if basis.is_inference() != lora_B.is_inference():  # the mode is per thread, and the solver has its own
-        with torch.inference_mode(lora_B.is_inference()):
-            basis = basis.clone()
-    tensor_parallel.replace(lora_B, tensor_parallel.part_of(basis, lora_B))
-    if lora_B.dtype in SIXTEEN_BIT:
-        _exact.setdefault(adapter.layer, {})[adapter.adapter_name] = subspace.basis
-
-
-def _place(adapter: NewAdapter, place: Place, lora_B: Tensor, basis: Tensor) -> None:
-    """One expert's share of B, which was 0."""
-    with torch.inference_mode(lora_B.is_inference()):
-        place.fill(lora_B.data, basis.to(lora_B.device))
+    with torch.inference_mode(lora_B.is_inference()):  # the mode is per thread, and the solver has its own
+        if place is None:
+            tensor_parallel.write(lora_B, basis)
+        else:
+            place.fill(lora_B.data, basis)
     if lora_B.dtype in SIXTEEN_BIT:
         exact = _exact.setdefault(adapter.layer, {})
+        if place is None:
+            exact[adapter.adapter_name] = basis
+            return
         if adapter.adapter_name not in exact:
             exact[adapter.adapter_name] = torch.zeros(lora_B.shape, device=lora_B.device)
-        place.fill(exact[adapter.adapter_name], basis.to(lora_B.device))
+        place.fill(exact[adapter.adapter_name], basis)
 
 
 def restore_exact(layer: nn.Module, adapter_name: str, lora_B: Tensor) -> None:
@@ -278,10 +278,7 @@ def restore_exact(layer: nn.Module, adapter_name: str, lora_B: Tensor) -> None:
     basis = _exact.get(layer, {}).pop(adapter_name, None)
     if basis is None or lora_B.dtype != torch.float32 or basis.shape != lora_B.shape:
         return
-    basis, shard = (
-        tensor_parallel.part_of(basis.to(lora_B.device), lora_B),
-        tensor_parallel.local_shard(lora_B),
-    )
-    rounded = (basis.to(dtype).float() for dtype in SIXTEEN_BIT)
+    basis, shard = basis.to(lora_B.device), tensor_parallel.local_shard(lora_B)
+    rounded = (tensor_parallel.part_of(basis.to(dtype).float(), lora_B) for dtype in SIXTEEN_BIT)
     if any(torch.equal(shard, candidate) for candidate in rounded):  # else another B has been set
-        tensor_parallel.replace(lora_B, basis)
+        tensor_parallel.write(lora_B, basis)

@@ -184,12 +184,10 @@ def part_of(whole: Tensor, like: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def replace(parameter: Tensor, part: Tensor) -> None:
+def write(parameter: Tensor, whole: Tensor) -> None:
     """Give the parameter this process's part, in the dtype and on the device that it has."""
-    if DTensor is not None and isinstance(parameter, DTensor):
-        parameter.to_local().copy_(part)  # ``.data`` of a DTensor would leave its local tensor
-    else:
-        parameter.data = part
+    # ``.data`` of a DTensor would leave its local tensor
+    local_shard(parameter).data.copy_(part_of(whole.to(parameter.device), parameter))
 
 
 def local_shard(parameter: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ from peft.tuners.tuners_utils import check_adapters_to_merge
 
 from mica.fast.forward.eligibility import is_mica
 from mica.fast.forward.expert_params import parameter_of
-from mica.fast.merge.merging import forget, is_covered, merge_into, unmerge_from
+from mica.fast.merge.merging import is_covered, merge_into, pop_undo, unmerge_from
 from mica.fast.refusals import check_weight
 from mica.fast.settings import around, settings
 
@@ -22,34 +22,24 @@ def merge(stock, self, safe_merge: bool = False, adapter_names: list[str] | None
     requested = self.active_adapters if adapter_names is None else adapter_names
     if not settings.enabled or not any(is_mica(self, name) for name in requested):
         for name in set(requested) - set(self.merged_adapters):
-            forget(self, name)
+            pop_undo(self, name)
         return stock(self, safe_merge, adapter_names)
     check_weight(self)
     names = [name for name in check_adapters_to_merge(self, adapter_names) if name in self.lora_A]
-    covered = is_covered(self, parameter_of(self).data)
-    ours = [name for name in names if covered and is_mica(self, name)]
+    parameter = parameter_of(self)
+    ours = [name for name in names if is_covered(self, parameter.data) and is_mica(self, name)]
     others = [name for name in names if name not in ours]
     if others:
         stock(self, safe_merge, others)
     for name in ours:
-        _merge(self, name, safe_merge)
+        merged = merge_into(self, name, parameter.data, safe_merge)
+        if safe_merge and not torch.isfinite(merged).all():
+            raise ValueError(
+                f"NaNs detected in the merged weights. The adapter {name} seems to be broken"  # PEFT's words
+            )
+        parameter.data = merged
         self.merged_adapters.append(name)
     return None
-
-
-def _merge(layer, adapter: str, safe: bool) -> None:
-    parameter = parameter_of(layer)
-    weight = parameter.data
-    if not safe:
-        merge_into(layer, adapter, weight, weight, safe=False)
-        return
-    merged = torch.empty_like(weight)
-    merge_into(layer, adapter, weight, merged, safe=True)
-    if not torch.isfinite(merged).all():
-        raise ValueError(
-            f"NaNs detected in the merged weights. The adapter {adapter} seems to be broken"  # PEFT's words
-        )
-    parameter.data = merged
 
 
 @around
@@ -64,21 +54,15 @@ def unmerge(stock, self) -> None:
         if adapter not in self.lora_A:
             continue
         # What this backend merged it also unmerges, even if it has been disabled since.
-        undo = forget(self, adapter)
+        undo = pop_undo(self, adapter)
         ours = undo is not None or (settings.enabled and is_mica(self, adapter))
         weight = parameter_of(self).data
         if ours and is_covered(self, weight):
             unmerge_from(self, adapter, weight, undo)
         else:
-            _by_stock(stock, self, adapter)
+            others, self.merged_adapters = self.merged_adapters, [adapter]
+            try:
+                stock(self)  # unmerges all that are merged: for a moment that is one
+            finally:
+                self.merged_adapters = others
     return None
-
-
-def _by_stock(stock, layer, adapter: str) -> None:
-    """Stock unmerges all that are merged: for a moment that is one."""
-    others = layer.merged_adapters
-    layer.merged_adapters = [adapter]
-    try:
-        stock(layer)
-    finally:
-        layer.merged_adapters = others

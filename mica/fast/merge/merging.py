@@ -12,7 +12,7 @@ import logging
 import math
 import warnings
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import astuple, dataclass, field
 from weakref import WeakKeyDictionary
 
 import torch
@@ -53,12 +53,6 @@ class MergeStats:
         """‖(W' - W) - s·B·A‖ / ‖s·B·A‖ in the Frobenius norm: 0 nothing lost, 1 all of it."""
         return math.sqrt(self.error_squared / self.update_squared) if self.update_squared else 0.0
 
-    def add(self, other: MergeStats) -> None:
-        self.update_squared += other.update_squared
-        self.error_squared += other.error_squared
-        self.weights += other.weights
-        self.unchanged += other.unchanged
-
 
 @dataclass
 class Update:
@@ -69,11 +63,9 @@ class Update:
     scaling: float
     transposed: bool  # the weight is stored as (..., in_features, out_features)
 
-    def clone(self) -> Update:
-        return Update(self.lora_A.clone(), self.lora_B.clone(), self.scaling, self.transposed)
-
-    def to(self, device: torch.device) -> Update:
-        return Update(self.lora_A.to(device), self.lora_B.to(device), self.scaling, self.transposed)
+    def copied(self, device: torch.device) -> Update:
+        factors = (factor.to(device, copy=True) for factor in (self.lora_A, self.lora_B))
+        return Update(*factors, self.scaling, self.transposed)
 
     def chunks(self, weight: Tensor) -> Iterator[tuple[slice, Tensor]]:
         """Row slices of the stored weight, experts one below the other, with their updates in fp32 (fp64)."""
@@ -185,20 +177,16 @@ def _named(layer: str, weight: str) -> str:
 
 
 def _sum(parts: list[MergeStats]) -> MergeStats:
-    total = MergeStats(parts[0].dtype)
-    for stats in parts:
-        total.add(stats)
-    return total
+    columns = zip(*(astuple(stats)[1:] for stats in parts), strict=True)
+    return MergeStats(parts[0].dtype, *map(sum, columns))
 
 
-def forget(layer, adapter: str) -> Undo | None:
+def pop_undo(layer, adapter: str) -> Undo | None:
     """Take out the record of a merge; None if there is none."""
-    records = vars(layer).get(RECORDS)
-    if records is None:
-        return None
+    records = vars(layer).pop(RECORDS, {})
     undo = records.pop(adapter, None)
-    if not records:
-        del layer.__dict__[RECORDS]
+    if records:
+        vars(layer)[RECORDS] = records
     return undo
 
 
@@ -213,9 +201,9 @@ def _update_of(layer, adapter: str) -> Update:
 
 
 def is_covered(layer, weight: Tensor) -> bool:
-    plain = type(weight) in PLAIN and weight.is_floating_point() and not weight.is_meta
     known = type(layer) in (lora.Linear, lora.Embedding) or (is_wrapper(layer) and weight.dtype in FLOATING)
-    return plain and weight.is_contiguous() and known
+    is_dense = type(weight) in PLAIN and weight.is_floating_point() and not weight.is_meta
+    return known and is_dense and weight.is_contiguous()
 
 
 def _as_matrix(weight: Tensor) -> Tensor:
@@ -266,13 +254,13 @@ def _in_any_mode(function):
 
 
 @_in_any_mode
-def merge_into(layer, adapter: str, weight: Tensor, out: Tensor, safe: bool) -> None:
-    """out = W + s·B·A, rounded once; ``out`` may be the weight itself. Both as stored, contiguous.
+def merge_into(layer, adapter: str, stored: Tensor, safe: bool) -> Tensor:
+    """W + s·B·A of the stored, contiguous W, rounded once: in place, or with ``safe`` a new tensor.
 
-    No record is kept of what PEFT will refuse: with ``safe``, an ``out`` that is not finite.
+    No record is kept of what PEFT will refuse: with ``safe``, a sum that is not finite.
     """
-    merged = _update_of(layer, adapter)
-    weight, out = _as_matrix(weight), _as_matrix(out)
+    merged, result = _update_of(layer, adapter), torch.empty_like(stored) if safe else stored.data
+    weight, out = _as_matrix(stored), _as_matrix(result)
     original_rows = fingerprint(weight)
     stats, indices, values = MergeStats(weight.dtype), [], []
     for rows, update in merged.chunks(weight):
@@ -291,22 +279,17 @@ def merge_into(layer, adapter: str, weight: Tensor, out: Tensor, safe: bool) -> 
         out[rows] = new
     finite = math.isfinite(stats.update_squared + stats.error_squared)
     if safe and not finite and not torch.isfinite(out).all():
-        return
+        return result
     records = layer.__dict__[RECORDS] = _Records(vars(layer).get(RECORDS, ()))
-    records[adapter] = Undo(
-        merged.clone(),
-        torch.cat(indices),
-        torch.cat(values),
-        fingerprint(out),
-        original_rows,
-        stats,
-        _period,
-    )
+    lost = torch.cat(indices), torch.cat(values)
+    rows = fingerprint(out), original_rows
+    records[adapter] = Undo(merged.copied(weight.device), *lost, *rows, stats, _period)
     base = layer.get_base_layer()
     of_base, name = _stats.setdefault(base, {}), weight_name(layer)
     before = [of_base[name]] if len(layer.merged_adapters) and name in of_base else []
     of_base[name] = _sum([*before, stats])
     logger.debug("merged adapter %r into %s: swallowed %.2f %%", adapter, base, 100 * stats.swallowed)
+    return result
 
 
 @_in_any_mode
@@ -318,7 +301,7 @@ def unmerge_from(layer, adapter: str, weight: Tensor, undo: Undo | None) -> None
     if undo is None or (not exact and undo.period != _period):
         undo, why = None, "there is no record of its merge: stock PEFT merged it, or the model was pickled"
     merged = undo.update if undo is not None else _update_of(layer, adapter)
-    for rows, update in merged.to(weight.device).chunks(weight):
+    for rows, update in merged.copied(weight.device).chunks(weight):
         weight[rows] = (weight[rows].to(update.dtype) - update).to(weight.dtype)
     if exact:
         weight.view(-1)[undo.indices.to(weight.device)] = undo.values.to(weight.device)
@@ -350,10 +333,9 @@ def _merge(stock, module, active_adapter: str, orig_weight: Tensor, safe: bool) 
         if safe and quantised.kind_of(module) is not None:
             return _dequantised(module, active_adapter, orig_weight, 1)
     if not settings.enabled or not is_covered(module, orig_weight):
-        forget(module, active_adapter)
+        pop_undo(module, active_adapter)
         return stock(module, active_adapter, orig_weight)
-    merged = torch.empty_like(orig_weight) if safe else orig_weight.data
-    merge_into(module, active_adapter, orig_weight.detach(), merged, safe)
+    merged = merge_into(module, active_adapter, orig_weight.detach(), safe)
     return merged if safe else None
 
 
@@ -372,7 +354,7 @@ def unmerge(stock, module, active_adapter: str, orig_weight: Tensor) -> Tensor:
         if quantised.kind_of(module) is not None:
             return _dequantised(module, active_adapter, orig_weight, -1)
     # What this backend merged it also unmerges, even if it has been disabled since.
-    undo = forget(module, active_adapter)
+    undo = pop_undo(module, active_adapter)
     if (undo is None and not settings.enabled) or not is_covered(module, orig_weight):
         return stock(module, active_adapter, orig_weight)
     unmerge_from(module, active_adapter, orig_weight.data, undo)
