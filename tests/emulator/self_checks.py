@@ -219,7 +219,7 @@ def outcome(check, capability) -> str:
     settings.order, settings.seed = "forward", 0
     try:
         check(capability)
-    except Exception as error:
+    except (Exception, pytest.fail.Exception) as error:
         return f"{type(error).__name__}: {error}"
     return ""
 
