@@ -135,9 +135,8 @@ def _path(layer, outermost) -> tuple[str, str]:
     reason = _reason(layer, outermost)
     if reason:
         return PEFT, reason
-    if isinstance(layer, lora.Embedding):
-        return REFERENCE, "embeddings have no kernels"
-    called = None if of_stack else why_called(layer)
+    has_kernels = not isinstance(layer, lora.Embedding)
+    called = None if of_stack or not has_kernels else why_called(layer)
     reasons = [f"base layer called: {called}"] if called else []
     for name in adapters_of(layer):
         lora_A, lora_B = adapter_weights(layer, name)
@@ -146,6 +145,8 @@ def _path(layer, outermost) -> tuple[str, str]:
             weight = expert_stacks.parameter_of(layer) if of_stack else layer.get_base_layer().weight
             dtypes = (weight.dtype, *dtypes)
         refused = backend.why_not_kernels(lora_A.device, layer.r[name], *dtypes)
+        if not has_kernels:
+            return REFERENCE, refused or "embeddings have no kernels"
         if refused:
             path = ERROR if backend.requested() == "triton" else REFERENCE
             return path, "; ".join([refused, *reasons])
