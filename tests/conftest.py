@@ -10,7 +10,6 @@ if "MICA_TEST_DEVICE" not in os.environ:
     os.environ["TRITON_INTERPRET"] = (
         "1"  # before Triton is imported; kernels run with MICA_BACKEND=triton only
     )
-os.environ["MICA_TUNE_FILE"] = "no such folder/tuning.json"
 os.environ.pop("MICA_BACKEND", None)
 
 import pytest

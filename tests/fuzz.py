@@ -13,7 +13,6 @@ import warnings
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("MICA_CACHE", "0")
 os.environ.setdefault("TRITON_INTERPRET", "1")
-os.environ.setdefault("MICA_TUNE_FILE", "no such folder/tuning.json")
 import torch
 from hypothesis import HealthCheck, Phase, seed, settings
 from hypothesis.stateful import run_state_machine_as_test

@@ -29,7 +29,7 @@ LIBRARIES = ("pytest", "hypothesis", "numpy", "torch", "triton.language", "trans
 OWN = ("bench", "mica", "tests")
 # Without an edit these must pass: where the copy or the fork breaks the tests, every mutant would look red.
 CONTROL = [
-    "tests/kernels/test_split_sum.py",
+    "tests/kernels/test_split_k.py",
     "tests/mica/ops/test_routing.py",
     "tests/mica/fast/test_calls.py",
 ]

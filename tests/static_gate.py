@@ -54,10 +54,10 @@ class Finding:
     faults: list[str] = field(default_factory=list)
 
 
-def source(launch, by_16: bool = True) -> ASTSource:
+def source(launch, shifted: tuple[str, ...] = ()) -> ASTSource:
     """What Triton's own launcher would compile: None and 1 are constants, what 16 divides is marked.
 
-    ``by_16``: whether it divides the pointers.
+    ``shifted``: the pointers that it does not divide.
     """
     signature, constants, attributes = {}, {}, {}
     unspecialised = launch.kernel.do_not_specialize or ()
@@ -66,7 +66,7 @@ def source(launch, by_16: bool = True) -> ASTSource:
             signature[name], constants[name] = "constexpr", launch.meta[name]
             continue
         value = launch.args[name]
-        is_divided = by_16
+        is_divided = name not in shifted
         if isinstance(value, torch.Tensor):
             signature[name] = "*" + _NAMES[value.dtype]
         elif isinstance(value, float):
@@ -83,7 +83,7 @@ def source(launch, by_16: bool = True) -> ASTSource:
 
 def compile_for(target: str, case: Case):
     gpu = GPUTarget("cuda", int(target[3:]), 32)
-    return triton.compile(source(case.launch, case.by_16), target=gpu, options=case.launch.options())
+    return triton.compile(source(case.launch, case.shifted), target=gpu, options=case.launch.options())
 
 
 def inspect(target: str, case: Case, kernel) -> Finding:

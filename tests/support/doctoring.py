@@ -16,11 +16,10 @@ WORKS = "everything that this machine can do works"
 
 
 @pytest.fixture
-def machine(monkeypatch, tmp_path):
+def machine(monkeypatch):
     """A machine without a GPU, whose caches are the test's own."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(torch.version, "hip", None)
-    monkeypatch.setenv("MICA_TUNE_FILE", str(tmp_path / "tuning.json"))
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     monkeypatch.setattr("mica.products.slowdown", RATIOS.get)
     monkeypatch.setattr("mica.products.has_native", lambda dtype: dtype == torch.bfloat16)

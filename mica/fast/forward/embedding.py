@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from mica import backend
 from mica.fast.forward.decide import decided, is_dense
 from mica.fast.forward.decision import REFERENCE, OnOperators, OnPeft
 from mica.fast.forward.eligibility import Adapter, read_adapters
@@ -30,7 +31,9 @@ class Embedded(OnOperators):
         return (result + update).to(result.dtype)
 
     def explained(self) -> tuple[str, str]:
-        return REFERENCE, "embeddings have no kernels"
+        lora_A, lora_B, *_ = self.adapter
+        refused = backend.why_not_kernels(lora_A.device, lora_A.shape[0], lora_A.dtype, lora_B.dtype)
+        return REFERENCE, refused or "embeddings have no kernels"
 
 
 def decide(layer, x: Tensor | None = None, *args, **kwargs) -> Embedded | OnPeft:
