@@ -6,6 +6,7 @@ from contextlib import nullcontext
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
+from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 from transformers.pytorch_utils import Conv1D
 
@@ -57,12 +58,16 @@ def net(dtype=torch.float32, seed=0, **kwargs):
 
 
 def randomise(model, scale=0.1, seed=1):
-    """Give every lora_A values, as after training; B stays."""
+    """Give every lora_A values, as after training, the same in one process as in several; B stays."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "lora_A" in name or "lora_embedding_A" in name:
-                parameter.copy_(torch.randn(parameter.shape, generator=generator) * scale)
+                values = torch.randn(parameter.shape, generator=generator) * scale
+                if isinstance(parameter, DTensor):
+                    mesh, placements = parameter.device_mesh, parameter.placements
+                    values = distribute_tensor(values, mesh, placements, src_data_rank=None)
+                parameter.copy_(values)
     return model
 
 

@@ -3,31 +3,18 @@
 import torch
 
 import mica.fast
-from mica.fast import expert_stacks
-from tests.support.moe_models import BUILDERS, wrap_experts
+from tests.support.models import randomise
+from tests.support.moe_models import BUILDERS, wrap_experts, wrappers
 
 STEP = ("experts_linear", "experts_linear_backward")
 
 
-def filled(model, seed=1):
-    """The adapted model with an A that is not 0."""
-    generator = torch.Generator().manual_seed(seed)
-    for name, weight in model.named_parameters():
-        if ".lora_A." in name:
-            weight.data.copy_(torch.randn(weight.shape, generator=generator) * 0.1)
-    return model
-
-
 def adapted(kind="mixtral", dtype=torch.float32, **options):
-    return filled(wrap_experts(BUILDERS[kind]().to(dtype), **options))
+    return randomise(wrap_experts(BUILDERS[kind]().to(dtype), **options))
 
 
 def outermost(model):
-    return next(layer for layer in model.modules() if expert_stacks.is_wrapper(layer))
-
-
-def wrappers(model):
-    return {name: layer for name, layer in model.named_modules() if expert_stacks.is_wrapper(layer)}
+    return next(iter(wrappers(model).values()))
 
 
 def ran(function):

@@ -9,8 +9,9 @@ from torch.autograd import forward_ad
 
 import mica.fast
 from tests.support import moe_models
-from tests.support.moe_models import BUILDERS, tokens, wrap_experts
-from tests.support.moe_steps import adapted, filled, gradients, loss_of, outermost, ran, wrappers
+from tests.support.models import randomise
+from tests.support.moe_models import BUILDERS, tokens, wrap_experts, wrappers
+from tests.support.moe_steps import adapted, gradients, loss_of, outermost, ran
 from tests.support.tolerances import RELATIVE, error
 
 # ---------------------------------------------------------------------------------------------------
@@ -278,7 +279,7 @@ def test_what_is_saved_for_the_backward_does_not_grow_with_the_experts():
     """Nothing of the stacks' size: PEFT's path keeps W + s·B·A of all experts."""
 
     def saved(count):
-        layer = outermost(filled(wrap_experts(moe_models.mixtral(experts=count))))
+        layer = outermost(randomise(wrap_experts(moe_models.mixtral(experts=count))))
         known = {w.untyped_storage().data_ptr() for w in layer.parameters()}
         sizes = {}
 

@@ -13,8 +13,9 @@ from transformers.models.mixtral.modeling_mixtral import MixtralExperts
 
 import mica.fast
 from mica.fast import experts
+from tests.support.models import randomise
 from tests.support.moe_models import wrap_experts
-from tests.support.moe_steps import filled, outermost, ran
+from tests.support.moe_steps import outermost, ran
 from tests.support.tolerances import RELATIVE, error
 
 EXPERTS, HIDDEN, INNER = 4, 16, 12
@@ -33,7 +34,7 @@ def wrapped(base, implementation):
     """Around experts of any class, in small sizes, with an A that is not 0."""
     base.config._experts_implementation = implementation
     first = "gate_up_proj" if base.has_gate else "up_proj"
-    return filled(wrap_experts(_Block(base), target_parameters=[f"experts.{first}", "experts.down_proj"]))
+    return randomise(wrap_experts(_Block(base), target_parameters=[f"experts.{first}", "experts.down_proj"]))
 
 
 def call():

@@ -13,8 +13,9 @@ from transformers.models.nemotron_h.modeling_nemotron_h import NemotronHExperts
 import mica.fast
 from mica.fast import expert_stacks, experts
 from tests.support import moe_models
+from tests.support.models import randomise
 from tests.support.moe_models import tokens, wrap_experts
-from tests.support.moe_steps import adapted, filled, gradients, loss_of, outermost, ran
+from tests.support.moe_steps import adapted, gradients, loss_of, outermost, ran
 from tests.support.tolerances import RELATIVE, error
 
 
@@ -121,7 +122,7 @@ def test_pefts_own_forward_runs_then(change):
 
 
 def test_lora_without_mica_is_pefts():
-    model = filled(wrap_experts(moe_models.mixtral(), stock=True))
+    model = randomise(wrap_experts(moe_models.mixtral(), stock=True))
     assert "is not MiCA" in experts.why_not(outermost(model))
     assert ran(lambda: loss_of(model, tokens()))[1] == (0, 0)
 
@@ -216,7 +217,7 @@ def test_a_module_that_is_none_of_transformers_is_pefts():
         def forward(self, *args):
             return self.experts(*args)
 
-    model = filled(wrap_experts(Around(), target_parameters=["experts.weight"], rank=2))
+    model = randomise(wrap_experts(Around(), target_parameters=["experts.weight"], rank=2))
     assert "does not use transformers' experts interface" in experts.why_not(outermost(model))
     x, index, weights = torch.randn(5, 4), torch.zeros(5, 1, dtype=torch.int64), torch.rand(5, 3)
     y = model(x, index, weights)
@@ -275,7 +276,7 @@ def block(build, implementation):
         nn.init.normal_(weight, std=0.3)
     base.config._experts_implementation = implementation
     first = "up_proj" if build is nemotron_h else "gate_up_proj"
-    return filled(wrap_experts(_Block(base), target_parameters=[f"experts.{first}", "experts.down_proj"]))
+    return randomise(wrap_experts(_Block(base), target_parameters=[f"experts.{first}", "experts.down_proj"]))
 
 
 def call_of(dtype=torch.float32):
