@@ -40,7 +40,8 @@ def attempt(function, *arguments):
 
 def pair(results, name):
     """What each process has under this name; an exception is raised."""
-    for result in results:
-        if isinstance(result[name], Exception):
-            raise result[name]
-    return [result[name] for result in results]
+    outcomes = [result if isinstance(result, Exception) else result[name] for result in results]
+    for outcome in outcomes:
+        if isinstance(outcome, Exception):
+            raise outcome
+    return outcomes

@@ -114,11 +114,11 @@ def report(model, losses: Callable) -> dict:
     """What ``losses()``, which trains the adapted model, has done to it; `check` may be elsewhere."""
     before, counts = gathered(bases(model)), mica.fast.call_counts.copy()
     seen = losses()
-    after, rows = gathered(bases(model)), mica.fast.explain(model).rows
+    after = gathered(bases(model))
     return {
         "losses": torch.as_tensor(seen),
         "counts": dict(mica.fast.call_counts - counts),
-        "rows": [(row.path, row.reason) for row in rows],
+        "rows": mica.fast.explain(model).rows,
         "moved": [name for name, B in after.items() if not torch.equal(B, before[name])],
         "trained": {name: p.dtype for name, p in trainable(model).items()},
         "A": gathered(trainable(model)),
@@ -127,25 +127,34 @@ def report(model, losses: Callable) -> dict:
 
 
 def gathered(tensors):
-    """Copies; of DTensors gathered ones, by all processes."""
-    return {
-        name: (tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor).detach().clone()
-        for name, tensor in tensors.items()
-    }
+    """Copies on the CPU; of DTensors and of what ZeRO-3 has partitioned gathered ones, by all processes."""
+    return {name: _gathered(tensor).detach().to("cpu", copy=True) for name, tensor in tensors.items()}
 
 
-def check(done, expected, run=Run(), steps=STEPS, is_fast=True):
-    """A `report`: the losses of the reference, by the operators (or by PEFT's code), and B as it was."""
+def _gathered(tensor):
+    if hasattr(tensor, "ds_id"):
+        import deepspeed
+
+        with deepspeed.zero.GatheredParameters([tensor]):
+            return tensor.clone()
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+
+
+def check(done, expected, run=None, steps=STEPS, path="reference"):
+    """A `report`: the losses of the reference, by what ``path`` says (of `explain`), and B as it was."""
+    run = run or Run()
     follows(done["losses"], expected, run.dtype)
     layers = len(done["B"])
     counts = run.counts
     if counts is None:
         counts = {"linear": layers * (1 if run.use_reentrant is None else 2), "linear_backward": layers}
-    assert done["counts"] == ({name: count * steps for name, count in counts.items()} if is_fast else {})
-    assert {path for path, _ in done["rows"]} == {"reference" if is_fast else "peft"}
+    counts = {} if path == "peft" else {name: count * steps for name, count in counts.items()}
+    kernels = {f"{name}_kernels": count for name, count in counts.items() if path == "kernel"}
+    assert done["counts"] == counts | kernels
+    assert {row.path for row in done["rows"]} == {path}
     assert len(done["rows"]) == layers
     for text, count in run.said.items():
-        assert sum(text in reason for _, reason in done["rows"]) == count
+        assert sum(text in row.reason for row in done["rows"]) == count, done["rows"]
     assert done["moved"] == []
     assert set(done["trained"].values()) == {run.adapter_dtype}
     assert all(re.search(run.trained, name) for name in done["trained"])

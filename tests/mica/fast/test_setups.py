@@ -37,6 +37,7 @@ from tests.support.setups import (
 from tests.support.training import Run, batches, check, llama, optimizer_of, report, train
 
 pytestmark = pytest.mark.usefixtures("one_thread")
+PATHS = {"yes": "reference", "no": "peft"}  # of `explain`, by the column "fast path"
 FULL = StateDictOptions(full_state_dict=True)  # in every process
 
 
@@ -57,7 +58,7 @@ def _fresh_accelerate():
 @pytest.mark.parametrize(("name", "number"), runs(ONE_PROCESS))
 def test_in_one_process(name, number):
     run = ONE_PROCESS[name][number]
-    check(run.done(), run.expected(), run, is_fast=setups()[name].fast == "yes")
+    check(run.done(), run.expected(), run, path=PATHS[setups()[name].fast])
 
 
 @pytest.mark.parametrize("run", ONE_PROCESS[CONFIGURATIONS], ids=lambda run: ",".join(run.config))
@@ -251,7 +252,7 @@ def test_in_two_processes(of, name, number):
     run = TWO_PROCESSES[name][number]
     if run.make is tensor_parallel and not is_at_least("0.21"):
         pytest.skip("PEFT < 0.21: a layer that is split is refused, as a shard")
-    check_both(of((name, number)), run.expected(), run, is_fast=setups()[name].fast == "yes")
+    check_both(of((name, number)), run.expected(), run, path=PATHS[setups()[name].fast])
 
 
 def test_fsdp2_saves_resumes_and_leaves_a_plain_adapter(of, results):
