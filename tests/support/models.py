@@ -75,8 +75,34 @@ def adapted_layers(model):
     return {name: module for name, module in model.named_modules() if hasattr(module, "lora_variant")}
 
 
+def factors(layer, adapter="default"):
+    """A (rank, in) and B (out, rank) of any adapted layer; of a parameter (experts, ...), as views."""
+    if len(layer.lora_embedding_A):
+        return layer.lora_embedding_A[adapter], layer.lora_embedding_B[adapter]
+    A, B = layer.lora_A[adapter].weight, layer.lora_B[adapter].weight
+    if not hasattr(layer, "num_experts"):
+        return A, B
+    stacked = A.view(layer.num_experts, -1, A.shape[1])
+    return stacked, B.view(B.shape[0], -1, layer.num_experts).permute(2, 0, 1)
+
+
+def stored(layer):
+    """The adapted weight as it is stored."""
+    return layer.get_param() if hasattr(layer, "get_param") else layer.get_base_layer().weight
+
+
+def is_stored_as_in_out(layer):
+    base = layer.get_base_layer()
+    return isinstance(base, nn.Embedding | Conv1D) or getattr(base, "is_transposed", False)
+
+
+def oriented(layer):
+    """The adapted weight, (out, in) or (experts, out, in)."""
+    return stored(layer).mT if is_stored_as_in_out(layer) else stored(layer)
+
+
 def bases(model, adapter="default"):
-    """name -> B (out_features, rank) of every adapted layer."""
+    """name -> B (out_features, rank) of every adapted layer, as PEFT stores it."""
     return {
         name: (
             layer.lora_embedding_B[adapter] if len(layer.lora_embedding_B) else layer.lora_B[adapter].weight

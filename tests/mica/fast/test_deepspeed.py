@@ -107,6 +107,6 @@ def test_zero_2_is_on_the_fast_path(results):
 
 @pytest.mark.parametrize("name", ["stage 3", "stage 3, partitioned"])
 def test_zero_3_runs_on_pefts_path(results, name):
-    """It gathers weights in hooks of the very modules whose weights the backend would read, and in `linear`."""
+    """It gathers weights in hooks of the modules whose weights the backend would read, and in linear."""
     check_both(results, name, "peft")
     assert results[0][name]["losses"].tolist() == results[0]["stock"]["losses"].tolist()
