@@ -5,6 +5,8 @@ import torch
 import mica.fast
 from tests.support.models import randomise
 from tests.support.moe_models import BUILDERS, wrap_experts, wrappers
+from tests.support.stock import as_stock, step
+from tests.support.tolerances import RELATIVE
 
 STEP = ("experts_linear", "experts_linear_backward")
 
@@ -30,13 +32,11 @@ def loss_of(model, ids):
 
 def gradients(model, ids):
     """The loss and each A's gradient, and how often the operators ran."""
-    model.zero_grad()
+    (loss, grads), counts = ran(lambda: step(model, ids, labels=ids))
+    return loss, grads, counts
 
-    def step():
-        loss = loss_of(model, ids)
-        loss.backward()
-        return loss
 
-    loss, counts = ran(step)
-    grads = {name: w.grad.clone() for name, w in model.named_parameters() if w.grad is not None}
-    return loss.detach(), grads, counts
+def as_stock_s(model, ids, dtype=torch.float32):
+    """How often the operators ran in a step, whose loss and gradients are stock's."""
+    tolerances = RELATIVE[dtype], 10 * RELATIVE[dtype]  # gradients have come through the whole model
+    return ran(lambda: as_stock(lambda: step(model, ids, labels=ids), *tolerances))[1]
