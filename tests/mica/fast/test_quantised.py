@@ -319,15 +319,15 @@ def test_merging_is_that_of_plain_lora(kind, safe_merge):
     model = randomise(adapted(kind), scale=0.3)
     plain = plain_lora_like(model, kind)
     original = base_weights(model)
-    for step in ("merge_adapter", "unmerge_adapter"):
-        arguments = {"safe_merge": safe_merge} if step == "merge_adapter" else {}
-        getattr(model, step)(**arguments)
+    for call in ("merge_adapter", "unmerge_adapter"):
+        arguments = {"safe_merge": safe_merge} if call == "merge_adapter" else {}
+        getattr(model, call)(**arguments)
         with mica.fast.disabled():
-            getattr(plain, step)(**arguments)
+            getattr(plain, call)(**arguments)
         ours, theirs = base_weights(model), base_weights(plain)
         for name in ours:
-            assert torch.equal(ours[name], theirs[name]), (step, name)
-        if step == "merge_adapter":
+            assert torch.equal(ours[name], theirs[name]), (call, name)
+        if call == "merge_adapter":
             assert any((ours[name] - original[name]).abs().max() > 0.1 for name in ours)
             assert torch.equal(logits(model), logits(plain))
     unloaded = [merged.merge_and_unload(safe_merge=safe_merge) for merged in (model, plain)]

@@ -20,48 +20,10 @@ from tests.support.quantised_models import (
     bnb_4bit,
     bnb_8bit,
     llama,
-    logits,
 )
 from tests.support.tolerances import RELATIVE, error
 
 pytestmark = pytest.mark.usefixtures("one_thread", "gptqmodel")
-
-
-def broken(kind="hqq"):
-    model = llama(kind)
-    model.model.layers[0].mlp.up_proj.meta["scale"][0] = float("nan")
-    return model
-
-
-def test_nan_names_the_layer_and_leaves_the_model_as_it_was():
-    model = broken()
-    before = snapshot(model)
-    with pytest.raises(UnsuitableLayerError, match=r"layer '.*mlp.up_proj' has 8 NaN or Inf of 1536"):
-        wrap(model, targets=TARGETS)
-    assert snapshot(model) == before
-    mica.fast.enable(on_unsuitable="skip")
-    with pytest.warns(UserWarning, match="up_proj.*left without an adapter"):
-        model = wrap(model, targets=TARGETS)
-    assert len(adapted_layers(model)) == 6
-
-
-@pytest.mark.parametrize("kind", ["nf4 double, bf16 storage", "int8", "hqq", "torchao int8", "gptq stub"])
-def test_rank_too_large_names_the_layer_and_its_real_shape(kind, solved):
-    model = llama(kind)
-    before = snapshot(model)
-    with pytest.raises(UnsuitableLayerError, match=r"r=17 for layer '.*k_proj' with weight shape \(16, 32\)"):
-        wrap(model, rank=17, targets=TARGETS)
-    assert snapshot(model) == before
-    assert not solved
-
-
-def test_a_second_adapter_that_fails_leaves_the_first():
-    model = randomise(adapted("nf4"))
-    expected, before = logits(model), snapshot(model)
-    with pytest.raises(UnsuitableLayerError, match="r=17"):
-        model.add_adapter("second", LoraConfig(r=17, init_lora_weights="mica", target_modules=TARGETS))
-    assert snapshot(model) == before
-    assert torch.equal(logits(model), expected)
 
 
 def test_not_quantised_yet():
