@@ -111,12 +111,6 @@ def bases(model, adapter="default"):
     }
 
 
-def snapshot(model):
-    """What must not change when an adapter cannot be created: modules and what is trained."""
-    flags = [(name, p.requires_grad) for name, p in model.named_parameters()]
-    return flags, [(name, type(m)) for name, m in model.named_modules()]
-
-
 def gradients(model):
     return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 

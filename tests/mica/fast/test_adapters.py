@@ -1,8 +1,6 @@
 """Several adapters at once, mixed batches, and adapters as files: the results of PEFT's own code."""
 
 import copy
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -15,6 +13,7 @@ from tests.support.models import TARGETS, adapted_layers, bases, gradients, net,
 from tests.support.stock import as_stock, counted, step
 from tests.support.tolerances import RELATIVE, error
 from tests.support.training import batches, llama, report, train
+from tests.support.without_mica import logits_without_mica
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -205,18 +204,6 @@ def test_lora_dropout(p):
 # files
 # ---------------------------------------------------------------------------------------------------
 
-WITHOUT_MICA = """
-import sys
-sys.modules["mica"] = None  # an import of it would fail
-import torch
-from peft import PeftModel
-from transformers import AutoModelForCausalLM
-base, adapter, ids, out = sys.argv[1:]
-model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), adapter)
-with torch.no_grad():
-    torch.save(model(torch.load(ids)).logits, out)
-"""
-
 
 def test_a_saved_adapter_is_a_plain_peft_adapter(tmp_path):
     """The folder that `push_to_hub` uploads, loaded with this package and in a process without it."""
@@ -246,13 +233,9 @@ def test_a_saved_adapter_is_a_plain_peft_adapter(tmp_path):
     assert done["losses"][-1] < done["losses"][0]
 
     tiny_llama(initializer_range=0.3).save_pretrained(tmp_path / "base")
-    torch.save(ids, tmp_path / "ids.pt")
-    arguments = [tmp_path / name for name in ("base", "adapter", "ids.pt", "logits.pt")]
-    done = subprocess.run(
-        [sys.executable, "-c", WITHOUT_MICA, *map(str, arguments)], capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr
-    assert error(torch.load(tmp_path / "logits.pt"), expected) <= 5 * RELATIVE[torch.float32]
+    load = tmp_path / "base", tmp_path / "adapter", "peft"
+    (theirs,) = logits_without_mica(tmp_path, ids, load)
+    assert error(theirs, expected) <= 5 * RELATIVE[torch.float32]
 
 
 @pytest.mark.filterwarnings("ignore:While compiling, we found certain side effects")
