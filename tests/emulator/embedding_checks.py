@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import torch
-
 from mica.kernels.embedding import embedding as run_embedding
 from mica.kernels.embedding import grad_a_embedding
-from mica.kernels.limits import padded_columns
 from mica.kernels.prepared import padded as prepared
+
+from mica.kernels.limits import padded_columns
 from tests.emulator.judging import F32, WrongError, in_all_orders, judged, matrix
 from tests.support.guarding import guarded
 

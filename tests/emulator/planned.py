@@ -8,12 +8,13 @@ from itertools import product
 
 import mica.kernel_path
 import mica.kernel_path_experts  # noqa: F401  (its target_of is replaced)
-from mica import backend
-from mica.kernels import configs, launching, runtime
-from mica.kernels.down_projection import down_projection
 from mica.kernels.experts_down import experts_down
 from mica.kernels.experts_grad_a import experts_grad_a
 from mica.kernels.experts_up import experts_up_
+
+from mica import backend
+from mica.kernels import configs, launching, runtime
+from mica.kernels.down_projection import down_projection
 from mica.kernels.fused_linear import fused_linear  # noqa: F401
 from mica.kernels.grad_a import grad_a
 from mica.kernels.launching import Plan

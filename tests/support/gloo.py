@@ -25,10 +25,23 @@ def _process(rank, count, folder, function, arguments):
         world_size=count,
         timeout=timedelta(seconds=60),
     )
-    try:
-        result = function(rank, *arguments)
-    except Exception as error:
-        result = error
-    torch.save(result, Path(folder) / str(rank))
+    torch.save(attempt(function, rank, *arguments), Path(folder) / str(rank))
     dist.barrier()
     dist.destroy_process_group()
+
+
+def attempt(function, *arguments):
+    """Its result, or the exception that it raises."""
+    try:
+        return function(*arguments)
+    except Exception as error:
+        return error
+
+
+def pair(results, name):
+    """What each process has under this name; an exception is raised."""
+    outcomes = [result if isinstance(result, Exception) else result[name] for result in results]
+    for outcome in outcomes:
+        if isinstance(outcome, Exception):
+            raise outcome
+    return outcomes

@@ -1,70 +1,60 @@
-"""What may change about a layer between two of its calls, and the operators that run then."""
+"""What may change about a layer between two of its calls: the operators that run then, and what is said."""
 
-import types
+import functools
+import inspect
+import operator
 
 import torch
 from torch import nn
+from torch.nn.modules.module import register_module_forward_hook
+from torch.nn.utils import parametrizations, parametrize
 
 FUSED, CALLED, PEFT = {"linear": 1}, {"down_projection": 1, "up_projection": 1}, {}
 
 
-def _attribute(owner, name, value):
-    before = getattr(owner, name)
-    setattr(owner, name, value)
-    return lambda: setattr(owner, name, before)
-
-
-def _entry(table, key, value):
-    before = table[key]
-    table[key] = value
-
-    def undo():
-        table[key] = before
-
-    return undo
-
-
-def _hook(part):
+def _hook(part, kind="forward", function=lambda module, args, out: out * 2):
     def change(layer):
-        return _part(layer, part).register_forward_hook(lambda module, args, out: out * 2).remove
+        return getattr(operator.attrgetter(part)(layer), f"register_{kind}_hook")(function).remove
 
     return change
 
 
-def _hook_before(part):
+def changed(path, value):
+    """``value(what was there)`` as the attribute to which the path leads from a layer or module."""
+    *way, name = path.split(".")
+
     def change(layer):
-        return _part(layer, part).register_forward_pre_hook(lambda module, args: (args[0] * 2,)).remove
+        owner = functools.reduce(getattr, way, layer)
+        before = getattr(owner, name, None)
+        was_there = hasattr(owner, name) and not inspect.ismethod(before)
+        setattr(owner, name, value(before))
+        return lambda: setattr(owner, name, before) if was_there else delattr(owner, name)
 
     return change
 
 
-def _backward_hook(part):
+def _doubled(before):
+    return lambda x: 2 * before(x)
+
+
+def _subclass(kind):
+    return type("Other", (kind,), {"forward": lambda self, x: 2 * kind.forward(self, x)})
+
+
+def _renamed(kind):
+    return type("Other", (kind,), {})
+
+
+def _entry(table, value):
     def change(layer):
-        hook = _part(layer, part).register_full_backward_hook(lambda module, grads, out: (grads[0] * 2,))
-        return hook.remove
+        held = getattr(layer, table)
+        before, held["default"] = held["default"], value
+        return lambda: operator.setitem(held, "default", before)
 
     return change
 
 
-def _hook_before_backward(part):
-    def change(layer):
-        return (
-            _part(layer, part).register_full_backward_pre_hook(lambda module, grads: (grads[0] * 2,)).remove
-        )
-
-    return change
-
-
-def _own_forward(part):
-    def change(layer):
-        module = _part(layer, part)
-        module.forward = types.MethodType(lambda self, x: type(self).forward(self, x) * 2, module)
-        return lambda: delattr(module, "forward")
-
-    return change
-
-
-def _for_all(owner, name):
+def for_all(owner, name):
     """As profilers and emulators of other arithmetic replace a function."""
 
     def change(layer):
@@ -75,45 +65,43 @@ def _for_all(owner, name):
     return change
 
 
-def _part(layer, part):
-    return layer.base_layer if part == "base_layer" else getattr(layer, part)["default"]
+def _trained(path):
+    return changed(f"{path}.requires_grad", lambda before: True)
 
 
-def _trained(part, name="weight"):
-    def change(layer):
-        tensor = getattr(_part(layer, part), name)
-        tensor.requires_grad_()
-        return lambda: tensor.requires_grad_(False)
-
-    return change
-
-
-def _frozen(layer):
-    weight = layer.lora_A["default"].weight
-    weight.requires_grad_(False)
-    return weight.requires_grad_
-
-
-def _values(part):
+def _tripled(path):
     """Other numbers through ``.data``, in other memory: the tensor is the same object."""
-
-    def change(layer):
-        weight = _part(layer, part).weight
-        before = weight.data
-        weight.data = before * 3
-        return lambda: setattr(weight, "data", before)
-
-    return change
+    return changed(f"{path}.data", lambda before: before * 3)
 
 
-def _other_parameter(part):
-    def change(layer):
-        module = _part(layer, part)
-        before = module.weight
-        module.weight = nn.Parameter(before.detach() * 3, requires_grad=before.requires_grad)
-        return lambda: setattr(module, "weight", before)
+def _other_parameter(path):
+    return changed(path, lambda before: nn.Parameter(before.detach() * 3, before.requires_grad))
 
-    return change
+
+def _sparse(before):
+    return nn.Parameter(before.detach().to_sparse())
+
+
+def _biased(path, size):
+    return changed(f"{path}.bias", lambda before: nn.Parameter(torch.ones(size)))
+
+
+def _partitioned(path):
+    return changed(f"{path}.ds_id", lambda before: 0)
+
+
+def rounded(path):
+    """Adapter weights of two dtypes: an error of PEFT's."""
+    return changed(f"{path}.data", lambda before: before.bfloat16())
+
+
+def _weight_norm(layer):
+    parametrizations.weight_norm(layer.base_layer)
+    return lambda: parametrize.remove_parametrizations(layer.base_layer, "weight")
+
+
+def _global_hook(layer):
+    return register_module_forward_hook(lambda module, args, out: None).remove
 
 
 def _merged(layer):
@@ -126,43 +114,27 @@ def _disabled(layer):
     return lambda: layer.enable_adapters(True)
 
 
-def _second_adapter(layer):
-    add(layer, "second")
-    layer.set_adapter("second")
+def _activated(names, adds=False):
+    def change(layer):
+        if adds:
+            add(layer, "second")
+        layer.set_adapter(names)
 
-    def undo():
-        layer.set_adapter("default")
-        layer.delete_adapter("second")
+        def undo():
+            layer.set_adapter("default")
+            if adds:
+                layer.delete_adapter("second")
 
-    return undo
+        return undo
 
-
-def _two_adapters(layer):
-    add(layer, "second")
-    layer.set_adapter(["default", "second"])
-
-    def undo():
-        layer.delete_adapter("second")
-        layer.set_adapter("default")
-
-    return undo
+    return change
 
 
 def add(layer, name):
-    config = add.config
-    layer.update_layer(name, r=3, lora_alpha=5, config=config)
+    layer.update_layer(name, r=3, lora_alpha=5, config=add.config)
     with torch.no_grad():
         layer.lora_A[name].weight.normal_(generator=torch.Generator().manual_seed(3))
     layer.lora_B[name].weight.requires_grad_(False)
-
-
-def _activated(layer, names):
-    layer.set_adapter(names)
-    return lambda: layer.set_adapter("default")
-
-
-def _without_bias(layer):
-    return _attribute(layer.base_layer, "bias", None)
 
 
 def _without_variant(layer):
@@ -170,97 +142,100 @@ def _without_variant(layer):
     return lambda: layer.lora_variant.update(default=variant)
 
 
-def _partitioned(part):
-    def change(layer):
-        weight = _part(layer, part).weight
-        weight.ds_id = 0
-        return lambda: delattr(weight, "ds_id")
-
-    return change
-
-
-def rounded(part):
-    """Adapter weights of two dtypes: an error of PEFT's."""
-
-    def change(layer):
-        weight = _part(layer, part).weight
-        before = weight.data
-        weight.data = before.bfloat16()
-        return lambda: setattr(weight, "data", before)
-
-    return change
-
-
+BASE, A, B, DROPOUT = "base_layer", "lora_A.default", "lora_B.default", "lora_dropout.default"
+HOOKED, REPLACED = "hooks on the ", "somebody has replaced "
+OWN, PARTITIONED = "has a forward of its own", "is offloaded or partitioned"
+TWICE_BEFORE = {"kind": "forward_pre", "function": lambda module, args: (args[0] * 2,)}
+TWICE_BACK = {"kind": "full_backward", "function": lambda module, grads, out: (grads[0] * 2,)}
+TWICE_BEFORE_BACK = {"kind": "full_backward_pre", "function": lambda module, grads: (grads[0] * 2,)}
 CHANGES = {
-    # name: (change of the layer, which gives its undoing; the operators that run then)
-    "a hook on the base": (_hook("base_layer"), CALLED),
-    "a hook on lora_A": (_hook("lora_A"), PEFT),
-    "a hook on lora_B": (_hook("lora_B"), PEFT),
-    "a hook on lora_dropout": (_hook("lora_dropout"), PEFT),
-    "a hook before the base": (_hook_before("base_layer"), CALLED),
-    "a hook before lora_B": (_hook_before("lora_B"), PEFT),
-    "a hook before its backward": (_hook_before_backward("base_layer"), CALLED),
-    "a backward hook on the base": (_backward_hook("base_layer"), CALLED),
-    "a backward hook on lora_A": (_backward_hook("lora_A"), PEFT),
-    "a forward of the base's own": (_own_forward("base_layer"), CALLED),
-    "a forward of lora_A's own": (_own_forward("lora_A"), PEFT),
-    "a forward of lora_B's own": (_own_forward("lora_B"), PEFT),
-    "a forward of lora_dropout's own": (_own_forward("lora_dropout"), PEFT),
-    "another nn.Linear.forward": (_for_all(nn.Linear, "forward"), PEFT),
-    "another nn.Identity.forward": (_for_all(nn.Identity, "forward"), PEFT),
-    "another nn.Linear.__call__": (_for_all(nn.Linear, "__call__"), PEFT),
-    "another nn.Identity.__call__": (_for_all(nn.Identity, "__call__"), PEFT),
-    "another nn.Module.__call__": (_for_all(nn.Module, "__call__"), PEFT),
-    "another functional.linear": (_for_all(nn.functional, "linear"), PEFT),
-    "a base weight that is trained": (_trained("base_layer"), CALLED),
-    "a base bias that is trained": (_trained("base_layer", "bias"), CALLED),
-    "a lora_B that is trained": (_trained("lora_B"), PEFT),
-    "a lora_A that is not": (_frozen, FUSED),
-    "other numbers in the base": (_values("base_layer"), FUSED),
-    "other numbers in lora_A": (_values("lora_A"), FUSED),
-    "other numbers in lora_B": (_values("lora_B"), FUSED),
-    "another base weight": (_other_parameter("base_layer"), FUSED),
-    "another lora_A": (_other_parameter("lora_A"), FUSED),
-    "another lora_B": (_other_parameter("lora_B"), FUSED),
-    "merged": (_merged, PEFT),
-    "disabled": (_disabled, PEFT),
-    "another adapter": (_second_adapter, FUSED),
-    "two adapters": (_two_adapters, {"linear": 1, **CALLED}),
-    "a list of one adapter": (lambda layer: _activated(layer, ["default"]), FUSED),
-    "no adapter": (lambda layer: _activated(layer, "absent"), PEFT),
-    "another scaling": (lambda layer: _entry(layer.scaling, "default", 0.25), FUSED),
-    "a scaling that is a tensor": (lambda layer: _entry(layer.scaling, "default", torch.tensor(0.5)), FUSED),
-    "dropout": (lambda layer: _entry(layer.lora_dropout, "default", nn.Dropout(0.5)), FUSED),
-    "another kind of dropout": (
-        lambda layer: _entry(layer.lora_dropout, "default", nn.AlphaDropout(0.5)),
-        PEFT,
-    ),
-    "no variant": (_without_variant, PEFT),
-    "another kind of base": (
-        lambda layer: _attribute(layer.base_layer, "__class__", type("Other", (nn.Linear,), {})),
+    # name: (change of the layer, which returns what undoes it; operators that run then; reason in `explain`)
+    "a hook on the base": (_hook(BASE), CALLED, f"{HOOKED}base layer"),
+    "a hook on lora_A": (_hook(A), PEFT, f"{HOOKED}lora_A"),
+    "a hook on lora_B": (_hook(B), PEFT, f"{HOOKED}lora_B"),
+    "a hook on lora_dropout": (_hook(DROPOUT), PEFT, f"{HOOKED}lora_dropout"),
+    "a hook before the base": (_hook(BASE, **TWICE_BEFORE), CALLED, f"{HOOKED}base layer"),
+    "a hook before lora_B": (_hook(B, **TWICE_BEFORE), PEFT, f"{HOOKED}lora_B"),
+    "a hook before its backward": (_hook(BASE, **TWICE_BEFORE_BACK), CALLED, f"{HOOKED}base layer"),
+    "a backward hook on the base": (_hook(BASE, **TWICE_BACK), CALLED, f"{HOOKED}base layer"),
+    "a backward hook on lora_A": (_hook(A, **TWICE_BACK), PEFT, f"{HOOKED}lora_A"),
+    "a forward of the base's own": (
+        changed(f"{BASE}.forward", _doubled),
         CALLED,
+        f"the base layer {OWN} (offloading or another patch)",
     ),
+    "a forward of lora_A's own": (changed(f"{A}.forward", _doubled), PEFT, f"the lora_A {OWN}"),
+    "a forward of lora_B's own": (changed(f"{B}.forward", _doubled), PEFT, f"the lora_B {OWN}"),
+    "a forward of lora_dropout's own": (
+        changed(f"{DROPOUT}.forward", _doubled),
+        PEFT,
+        f"the lora_dropout {OWN}",
+    ),
+    "another nn.Linear.forward": (for_all(nn.Linear, "forward"), PEFT, f"{REPLACED}Linear.forward"),
+    "another nn.Identity.forward": (for_all(nn.Identity, "forward"), PEFT, f"{REPLACED}Identity.forward"),
+    "another nn.Linear.__call__": (for_all(nn.Linear, "__call__"), PEFT, f"{REPLACED}Linear.__call__"),
+    "another nn.Identity.__call__": (for_all(nn.Identity, "__call__"), PEFT, f"{REPLACED}Identity.__call__"),
+    "another nn.Module.__call__": (for_all(nn.Module, "__call__"), PEFT, f"{REPLACED}Module.__call__"),
+    "another functional.linear": (
+        for_all(nn.functional, "linear"),
+        PEFT,
+        f"{REPLACED}torch.nn.functional.linear",
+    ),
+    "a base weight that is trained": (_trained(f"{BASE}.weight"), CALLED, "the base weight is trainable"),
+    "a base bias that is trained": (_trained(f"{BASE}.bias"), CALLED, "the base bias is trainable"),
+    "a lora_B that is trained": (_trained(f"{B}.weight"), PEFT, "the lora_B is trainable"),
+    "a lora_A that is not": (changed(f"{A}.weight.requires_grad", lambda before: False), FUSED, ""),
+    "other numbers in the base": (_tripled(f"{BASE}.weight"), FUSED, ""),
+    "other numbers in lora_A": (_tripled(f"{A}.weight"), FUSED, ""),
+    "other numbers in lora_B": (_tripled(f"{B}.weight"), FUSED, ""),
+    "another base weight": (_other_parameter(f"{BASE}.weight"), FUSED, ""),
+    "another lora_A": (_other_parameter(f"{A}.weight"), FUSED, ""),
+    "another lora_B": (_other_parameter(f"{B}.weight"), FUSED, ""),
+    "a sparse lora_A": (changed(f"{A}.weight", _sparse), PEFT, "the lora_A has layout torch.sparse_coo"),
+    "merged": (_merged, PEFT, "the adapter is merged into the weight"),
+    "disabled": (_disabled, PEFT, "adapters are disabled"),
+    "another adapter": (_activated("second", adds=True), FUSED, ""),
+    "two adapters": (_activated(["default", "second"], adds=True), {"linear": 1, **CALLED}, ""),
+    "a list of one adapter": (_activated(["default"]), FUSED, ""),
+    "no adapter": (_activated("absent"), PEFT, "none of the active adapters ['absent'] is on this layer"),
+    "another scaling": (_entry("scaling", 0.25), FUSED, ""),
+    "a scaling that is a tensor": (_entry("scaling", torch.tensor(0.5)), FUSED, ""),
+    "a scaling that is trained": (
+        _entry("scaling", torch.tensor(2.0, requires_grad=True)),
+        PEFT,
+        "its scaling is trained",
+    ),
+    "many scalings": (_entry("scaling", torch.rand(20)), PEFT, "its scaling is more than one number"),
+    "dropout": (_entry("lora_dropout", nn.Dropout(0.5)), FUSED, ""),
+    "dropout of all": (_entry("lora_dropout", nn.Dropout(1.0)), PEFT, "lora_dropout of 1"),
+    "another kind of dropout": (
+        _entry("lora_dropout", nn.AlphaDropout(0.5)),
+        PEFT,
+        "dropout of type AlphaDropout",
+    ),
+    "a global hook": (_global_hook, PEFT, "global module hooks are registered"),
+    "no variant": (_without_variant, PEFT, "adapter 'default' is not MiCA"),
+    "another kind of base": (changed(f"{BASE}.__class__", _subclass), CALLED, "a base layer of type Other"),
+    "a parametrized base": (_weight_norm, CALLED, "a base layer of type ParametrizedLinear"),
     "another kind of layer": (
-        lambda layer: _attribute(layer, "__class__", type("Other", (type(layer),), {})),
+        changed("__class__", _renamed),
         PEFT,
+        "layers of type",
     ),
-    "no bias": (_without_bias, FUSED),
-    "a bias on lora_A": (
-        lambda layer: _attribute(layer.lora_A["default"], "bias", nn.Parameter(torch.ones(4))),
+    "no bias": (changed(f"{BASE}.bias", lambda before: None), FUSED, ""),
+    "a bias on lora_A": (_biased(A, 4), PEFT, "a bias on the lora_A"),
+    "a bias on lora_B": (_biased(B, 20), PEFT, "lora_bias=True"),
+    "a partitioned base": (_partitioned(f"{BASE}.weight"), CALLED, f"the base weight {PARTITIONED}"),
+    "a partitioned lora_A": (_partitioned(f"{A}.weight"), PEFT, f"the lora_A {PARTITIONED}"),
+    "a partitioned lora_B": (_partitioned(f"{B}.weight"), PEFT, f"the lora_B {PARTITIONED}"),
+    "tensor parallelism": (
+        changed("_tp_info", lambda before: object()),
         PEFT,
+        "tensor parallelism of transformers before 5.17",
     ),
-    "a bias on lora_B": (
-        lambda layer: _attribute(layer.lora_B["default"], "bias", nn.Parameter(torch.ones(20))),
+    "tensor parallelism of the base": (
+        changed(f"{BASE}._hf_tp_plan", lambda before: "colwise"),
         PEFT,
+        "tensor parallelism with plan 'colwise'",
     ),
-    "a partitioned base": (_partitioned("base_layer"), CALLED),
-    "a partitioned lora_A": (_partitioned("lora_A"), PEFT),
-    "a partitioned lora_B": (_partitioned("lora_B"), PEFT),
-    "tensor parallelism": (lambda layer: _set(layer, "_tp_info", object()), PEFT),
-    "tensor parallelism of the base": (lambda layer: _set(layer.base_layer, "_hf_tp_plan", "colwise"), PEFT),
 }
-
-
-def _set(owner, name, value):
-    setattr(owner, name, value)
-    return lambda: delattr(owner, name)

@@ -6,6 +6,7 @@ from contextlib import nullcontext
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
+from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 from transformers.pytorch_utils import Conv1D
 
@@ -57,12 +58,16 @@ def net(dtype=torch.float32, seed=0, **kwargs):
 
 
 def randomise(model, scale=0.1, seed=1):
-    """Give every lora_A values, as after training; B stays."""
+    """Give every lora_A values, as after training, the same in one process as in several; B stays."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "lora_A" in name or "lora_embedding_A" in name:
-                parameter.copy_(torch.randn(parameter.shape, generator=generator) * scale)
+                values = torch.randn(parameter.shape, generator=generator) * scale
+                if isinstance(parameter, DTensor):
+                    mesh, placements = parameter.device_mesh, parameter.placements
+                    values = distribute_tensor(values, mesh, placements, src_data_rank=None)
+                parameter.copy_(values)
     return model
 
 
@@ -70,20 +75,40 @@ def adapted_layers(model):
     return {name: module for name, module in model.named_modules() if hasattr(module, "lora_variant")}
 
 
+def factors(layer, adapter="default"):
+    """A (rank, in) and B (out, rank) of any adapted layer; of a parameter (experts, ...), as views."""
+    if len(layer.lora_embedding_A):
+        return layer.lora_embedding_A[adapter], layer.lora_embedding_B[adapter]
+    A, B = layer.lora_A[adapter].weight, layer.lora_B[adapter].weight
+    if not hasattr(layer, "num_experts"):
+        return A, B
+    stacked = A.view(layer.num_experts, -1, A.shape[1])
+    return stacked, B.view(B.shape[0], -1, layer.num_experts).permute(2, 0, 1)
+
+
+def stored(layer):
+    """The adapted weight as it is stored."""
+    return layer.get_param() if hasattr(layer, "get_param") else layer.get_base_layer().weight
+
+
+def is_stored_as_in_out(layer):
+    base = layer.get_base_layer()
+    return isinstance(base, nn.Embedding | Conv1D) or getattr(base, "is_transposed", False)
+
+
+def oriented(layer):
+    """The adapted weight, (out, in) or (experts, out, in)."""
+    return stored(layer).mT if is_stored_as_in_out(layer) else stored(layer)
+
+
 def bases(model, adapter="default"):
-    """name -> B (out_features, rank) of every adapted layer."""
+    """name -> B (out_features, rank) of every adapted layer, as PEFT stores it."""
     return {
         name: (
             layer.lora_embedding_B[adapter] if len(layer.lora_embedding_B) else layer.lora_B[adapter].weight
         )
         for name, layer in adapted_layers(model).items()
     }
-
-
-def snapshot(model):
-    """What must not change when an adapter cannot be created: modules and what is trained."""
-    flags = [(name, p.requires_grad) for name, p in model.named_parameters()]
-    return flags, [(name, type(m)) for name, m in model.named_modules()]
 
 
 def gradients(model):

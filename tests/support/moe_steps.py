@@ -3,31 +3,20 @@
 import torch
 
 import mica.fast
-from mica.fast.forward import expert_params
-from tests.support.moe_models import BUILDERS, wrap_experts
+from tests.support.models import randomise
+from tests.support.moe_models import BUILDERS, wrap_experts, wrappers
+from tests.support.stock import as_stock, step
+from tests.support.tolerances import RELATIVE
 
 STEP = ("experts_linear", "experts_linear_backward")
 
 
-def filled(model, seed=1):
-    """The adapted model with an A that is not 0."""
-    generator = torch.Generator().manual_seed(seed)
-    for name, weight in model.named_parameters():
-        if ".lora_A." in name:
-            weight.data.copy_(torch.randn(weight.shape, generator=generator) * 0.1)
-    return model
-
-
 def adapted(kind="mixtral", dtype=torch.float32, **options):
-    return filled(wrap_experts(BUILDERS[kind]().to(dtype), **options))
+    return randomise(wrap_experts(BUILDERS[kind]().to(dtype), **options))
 
 
 def outermost(model):
-    return next(layer for layer in model.modules() if expert_params.is_wrapper(layer))
-
-
-def wrappers(model):
-    return {name: layer for name, layer in model.named_modules() if expert_params.is_wrapper(layer)}
+    return next(iter(wrappers(model).values()))
 
 
 def ran(function):
@@ -43,13 +32,11 @@ def loss_of(model, ids):
 
 def gradients(model, ids):
     """The loss and each A's gradient, and how often the operators ran."""
-    model.zero_grad()
+    (loss, grads), counts = ran(lambda: step(model, ids, labels=ids))
+    return loss, grads, counts
 
-    def step():
-        loss = loss_of(model, ids)
-        loss.backward()
-        return loss
 
-    loss, counts = ran(step)
-    grads = {name: w.grad.clone() for name, w in model.named_parameters() if w.grad is not None}
-    return loss.detach(), grads, counts
+def as_stock_s(model, ids, dtype=torch.float32):
+    """How often the operators ran in a step, whose loss and gradients are stock's."""
+    tolerances = RELATIVE[dtype], 10 * RELATIVE[dtype]  # gradients have come through the whole model
+    return ran(lambda: as_stock(lambda: step(model, ids, labels=ids), *tolerances))[1]

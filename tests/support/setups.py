@@ -1,354 +1,276 @@
-"""The ways to train and use MiCA adapters, and the test of each: the table in mica/fast/README.md."""
+"""The set-ups in mica/fast/README.md, and for the ways of training among them the runs that test them."""
 
+import os
+import re
+import time
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from types import SimpleNamespace
 from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+from accelerate import Accelerator, FullyShardedDataParallelPlugin
+from accelerate.utils.fsdp_utils import fsdp2_prepare_model
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.nn.parallel import DistributedDataParallel
+
+from tests.support import tp_models
+from tests.support.models import adapted_layers, tiny_llama, wrap
+from tests.support.moe_models import BUILDERS, STACKS, wrap_experts
+from tests.support.training import FACTOR_A, STEPS, Run, batches, optimizer_of, train
+
+ROOT = Path(__file__).resolve().parents[2]
+PAGE = "mica/fast/README.md"
+BF16 = torch.bfloat16
 
 
 class Setup(NamedTuple):
+    """A row of the table."""
+
     name: str
     works: str  # "yes", "refused" (an error that says why in one sentence) or "no"
     fast: str  # runs on this backend: "yes", "partly" or "no" (PEFT's own code)
     test: str  # path::function
 
 
-TRAINING = "tests/mica/fast/test_training.py"
-DISTRIBUTED = "tests/mica/fast/test_distributed_training.py"
-TENSOR_PARALLEL = "tests/mica/fast/test_tensor_parallel.py"
-DEEPSPEED = "tests/mica/fast/test_deepspeed.py"
-ADAPTERS = "tests/mica/fast/test_adapters.py"
-RECIPES = "tests/mica/fast/test_recipes.py"
-
-EXPERTS = "tests/mica/fast/test_experts.py"
-
-QUANTISED = "tests/mica/fast/test_quantised.py"
-FOLLOWS = f"{QUANTISED}::test_training_runs_on_the_operators_and_follows_peft"
-
-SETUPS = [
-    Setup("bitsandbytes 4-bit: nf4, fp4, double quantisation, any `quant_storage`", "yes", "yes", FOLLOWS),
-    Setup("bitsandbytes 8-bit", "yes", "yes", FOLLOWS),
-    Setup("HQQ", "yes", "yes", FOLLOWS),
-    Setup("torchao int8", "yes", "yes", FOLLOWS),
-    Setup("GPTQ, AWQ (tested with stubs of gptqmodel's layers)", "yes", "yes", FOLLOWS),
-    Setup(
-        "torchao `Int4Tensor`, AQLM, EETQ, Intel Neural Compressor",
-        "refused",
-        "no",
-        "tests/mica/fast/test_quantised_refusals.py::test_a_library_that_is_not_covered_is_named",
-    ),
-    Setup(
-        "an adapter trained on a quantised base, loaded on the unquantised one, and vice versa",
-        "yes",
-        "yes",
-        f"{QUANTISED}::test_to_the_unquantised_base_and_back",
-    ),
-    Setup("`torch.compile(fullgraph=True)`", "yes", "yes", f"{TRAINING}::test_compile_fullgraph"),
-    Setup(
-        'CUDA graphs: `torch.compile(mode="reduce-overhead")`, `make_graphed_callables` (tested with stubs of'
-        " streams and captures; the tests with real graphs need a GPU)",
-        "yes",
-        "yes",
-        "tests/kernels/test_workspace.py::test_what_is_kept_is_made_by_another_thread_on_the_default_stream",
-    ),
-    Setup("autocast, bf16", "yes", "yes", f"{TRAINING}::test_autocast_bf16"),
-    Setup(
-        "one autocast context around the whole training loop",
-        "yes",
-        "yes",
-        f"{TRAINING}::test_autocast_around_the_whole_loop",
-    ),
-    Setup(
-        "autocast, fp16, with `GradScaler`",
-        "yes",
-        "yes",
-        f"{TRAINING}::test_autocast_fp16_with_a_gradient_scaler",
-    ),
-    Setup("bf16 base, fp32 adapters", "yes", "yes", f"{TRAINING}::test_bf16_base_with_fp32_masters"),
-    Setup(
-        "gradient checkpointing, reentrant or not", "yes", "yes", f"{TRAINING}::test_gradient_checkpointing"
-    ),
-    Setup(
-        "accelerate: bf16, gradient accumulation",
-        "yes",
-        "yes",
-        f"{TRAINING}::test_accelerate_with_gradient_accumulation",
-    ),
-    Setup(
-        "`transformers.Trainer`, saving and resuming",
-        "yes",
-        "yes",
-        f"{TRAINING}::test_trainer_saves_and_resumes",
-    ),
-    Setup(
-        "trl's `SFTTrainer` with `peft_config`",
-        "yes",
-        "yes",
-        f"{TRAINING}::test_sft_trainer_with_peft_config",
-    ),
-    Setup(
-        "axolotl, by a plugin (tested with a stand-in, and with axolotl 0.19.0 where it is installed)",
-        "yes",
-        "yes",
-        f"{RECIPES}::test_a_trainer_s_recipe_runs_on_the_fast_path",
-    ),
-    Setup(
-        "axolotl's own LoRA kernels (they bypass the layers; the plugin says so)",
-        "refused",
-        "no",
-        f"{RECIPES}::test_axolotl_s_own_kernels_are_refused",
-    ),
-    Setup(
-        "Liger's RMSNorm, rotary embedding, SwiGLU and fused linear cross-entropy",
-        "yes",
-        "yes",
-        "tests/mica/fast/test_liger.py::test_the_losses_of_neither",
-    ),
-    Setup(
-        "rsLoRA, `rank_pattern`, `alpha_pattern`, `modules_to_save`",
-        "yes",
-        "yes",
-        f"{TRAINING}::test_configurations",
-    ),
-    Setup('`bias="lora_only"`', "yes", "yes", f"{TRAINING}::test_trainable_biases"),
-    Setup(
-        "base layers with hooks, offloading or trained weights, subclasses of `nn.Linear`",
-        "yes",
-        "yes",
-        "tests/mica/fast/test_eligibility.py::test_base_layer_is_called_and_the_adapter_is_ours",
-    ),
-    Setup("`lora_bias=True`", "refused", "no", f"{TRAINING}::test_lora_bias_is_refused_as_by_stock"),
-    Setup("`lora_dropout > 0` while training", "yes", "yes", f"{ADAPTERS}::test_lora_dropout"),
-    Setup(
-        "`lora_dropout > 0`: the mask comes from torch's generator, also when checkpointed",
-        "yes",
-        "yes",
-        "tests/mica/fast/test_layers.py::test_dropout_is_drawn_from_torch_s_generator",
-    ),
-    Setup("switching adapters", "yes", "yes", f"{ADAPTERS}::test_switching"),
-    Setup(
-        "deleting an adapter and adding another with the same name",
-        "yes",
-        "yes",
-        f"{ADAPTERS}::test_deleting_and_adding_the_same_name_again",
-    ),
-    Setup(
-        "`add_weighted_adapter`, all combination types",
-        "yes",
-        "yes",
-        f"{ADAPTERS}::test_add_weighted_adapter",
-    ),
-    Setup("two active adapters", "yes", "yes", f"{ADAPTERS}::test_two_active_adapters"),
-    Setup("mixed batches (`adapter_names`)", "yes", "yes", f"{ADAPTERS}::test_mixed_batches"),
-    Setup(
-        "mixed batches whose adapters share `B` (one up-projection)",
-        "yes",
-        "yes",
-        "tests/mica/fast/test_mixed_batch.py::test_adapters_that_share_b_share_one_up_projection",
-    ),
-    Setup(
-        "saving an adapter, loading it with and without this package",
-        "yes",
-        "yes",
-        f"{ADAPTERS}::test_a_saved_adapter_is_a_plain_peft_adapter",
-    ),
-    Setup(
-        "`torch.export` (this package's operators with `strict=True`, otherwise PyTorch's)",
-        "yes",
-        "partly",
-        f"{ADAPTERS}::test_export_for_inference",
-    ),
-    Setup(
-        "`torch.jit.trace`, and ONNX export through it",
-        "yes",
-        "no",
-        "tests/mica/fast/test_eligibility.py::test_what_is_traced_runs_without_this_package",
-    ),
-    Setup(
-        "merging, bit-exact unmerging, deep copies of merged models",
-        "yes",
-        "yes",
-        "tests/mica/fast/test_merging.py::test_a_deep_copy_of_a_merged_model_unmerges_to_the_bit",
-    ),
-    Setup("hotswapping", "yes", "yes", f"{ADAPTERS}::test_hotswap"),
-    Setup("hotswapping in a compiled model", "yes", "yes", f"{ADAPTERS}::test_hotswap_of_a_compiled_model"),
-    Setup(
-        "experts (`target_parameters`): Qwen3-MoE, Mixtral, gpt-oss, every `experts_implementation`",
-        "yes",
-        "yes",
-        f"{EXPERTS}::test_training_gives_the_losses_of_plain_autograd",
-    ),
-    Setup(
-        "experts, `torch.compile(fullgraph=True)`",
-        "yes",
-        "yes",
-        f"{EXPERTS}::test_compiled_without_a_graph_break",
-    ),
-    Setup(
-        "experts, gradient checkpointing, reentrant or not",
-        "yes",
-        "yes",
-        f"{EXPERTS}::test_gradient_checkpointing_changes_no_bit",
-    ),
-    Setup(
-        "experts, DDP and FSDP2",
-        "yes",
-        "yes",
-        "tests/mica/fast/test_experts_training.py::test_two_processes_follow_one",
-    ),
-    Setup(
-        "experts, `transformers.Trainer`, saving and resuming",
-        "yes",
-        "yes",
-        "tests/mica/fast/test_experts_training.py::test_trainer_saves_and_resumes",
-    ),
-    Setup(
-        "experts, saving, loading in stock PEFT (as LoRA) and here, resuming with `B` frozen",
-        "yes",
-        "yes",
-        "tests/mica/fast/test_experts_saving.py::test_stock_peft_loads_it_and_gives_the_same_logits",
-    ),
-    Setup(
-        "experts, merging and bit-exact unmerging",
-        "yes",
-        "yes",
-        "tests/mica/fast/test_experts_merging.py::test_merges_in_fp32_and_rounds_once_and_unmerges_to_the_bit",
-    ),
-    Setup(
-        "experts in 8 or 4 bits, Llama 4's experts, expert parallelism",
-        "refused",
-        "no",
-        "tests/mica/fast/test_experts_refusals.py::test_packed_experts_are_refused",
-    ),
-    Setup(
-        "routers and other 2-d `target_parameters`",
-        "yes",
-        "no",
-        "tests/mica/fast/test_experts_eligibility.py::test_a_router_keeps_peft_s_path_and_does_not_stop_the_experts",
-    ),
-    Setup("DDP", "yes", "yes", f"{DISTRIBUTED}::test_ddp"),
-    Setup(
-        "DDP with gradient checkpointing",
-        "yes",
-        "yes",
-        f"{DISTRIBUTED}::test_ddp_with_gradient_checkpointing",
-    ),
-    Setup("FSDP2", "yes", "yes", f"{DISTRIBUTED}::test_fsdp2"),
-    Setup(
-        "FSDP2, fp32 adapters over a bf16 base",
-        "yes",
-        "yes",
-        f"{DISTRIBUTED}::test_fsdp2_with_fp32_adapters_over_a_bf16_base",
-    ),
-    Setup("FSDP2, mixed precision", "yes", "yes", f"{DISTRIBUTED}::test_fsdp2_with_mixed_precision"),
-    Setup(
-        "FSDP2 with gradient checkpointing",
-        "yes",
-        "yes",
-        f"{DISTRIBUTED}::test_fsdp2_with_gradient_checkpointing",
-    ),
-    Setup(
-        "FSDP2, saving and resuming",
-        "yes",
-        "yes",
-        f"{DISTRIBUTED}::test_fsdp2_saves_resumes_and_leaves_a_plain_adapter",
-    ),
-    Setup(
-        "FSDP2 through accelerate, `cpu_ram_efficient_loading`",
-        "yes",
-        "yes",
-        f"{DISTRIBUTED}::test_fsdp2_by_accelerate_with_weights_in_the_first_process_only",
-    ),
-    Setup(
-        "FSDP2 by `transformers.Trainer` and `torchrun`",
-        "yes",
-        "yes",
-        f"{RECIPES}::test_fsdp2_has_the_losses_of_one_process",
-    ),
-    Setup(
-        "FSDP2 with `lora_A` as its own unit",
-        "yes",
-        "no",
-        f"{DISTRIBUTED}::test_fsdp2_with_units_of_lora_a_takes_pefts_path",
-    ),
-    Setup(
-        "FSDP2 with adapted layers, or their base layers, as units",
-        "yes",
-        "yes",
-        f"{DISTRIBUTED}::test_fsdp2_with_units_of_layers_and_of_base_layers",
-    ),
-    Setup(
-        "FSDP2 with an adapted embedding as its own unit (accelerate)",
-        "yes",
-        "yes",
-        f"{DISTRIBUTED}::test_fsdp2_with_a_unit_of_the_embedding",
-    ),
-    Setup(
-        "creating an adapter after FSDP2 has sharded the model",
-        "refused",
-        "no",
-        f"{DISTRIBUTED}::test_an_adapter_after_sharding_is_refused",
-    ),
-    Setup(
-        "creating an adapter on a weight on the meta device",
-        "refused",
-        "no",
-        f"{DISTRIBUTED}::test_a_weight_that_is_not_there_is_refused",
-    ),
-    Setup(
-        "tensor parallelism of transformers, with autocast, checkpointing, dropout or a bf16 base",
-        "yes",
-        "yes",
-        f"{TENSOR_PARALLEL}::test_training_follows_one_process_on_the_operators",
-    ),
-    Setup(
-        "tensor parallelism, two active adapters, base layers with hooks, parts of unequal size, biases",
-        "yes",
-        "yes",
-        f"{TENSOR_PARALLEL}::test_gradients_are_those_of_one_process",
-    ),
-    Setup(
-        "tensor parallelism, saving an adapter and loading it in one process",
-        "yes",
-        "yes",
-        f"{TENSOR_PARALLEL}::test_an_adapter_saved_by_two_processes_is_one_process_s",
-    ),
-    Setup(
-        "tensor parallelism, loading an adapter of one process",
-        "yes",
-        "yes",
-        f"{TENSOR_PARALLEL}::test_an_adapter_of_one_process_is_loaded_by_two",
-    ),
-    Setup(
-        "tensor parallelism, an adapted embedding: that layer only",
-        "yes",
-        "no",
-        f"{TENSOR_PARALLEL}::test_an_embedding_takes_peft_s_path",
-    ),
-    Setup(
-        "tensor parallelism, merging",
-        "refused",
-        "no",
-        f"{TENSOR_PARALLEL}::test_a_merge_is_refused",
-    ),
-    Setup(
-        "tensor parallelism, layers with another plan, like the head",
-        "refused",
-        "no",
-        f"{TENSOR_PARALLEL}::test_another_plan_is_refused",
-    ),
-    Setup("DeepSpeed ZeRO-2", "yes", "yes", f"{DEEPSPEED}::test_zero_2_is_on_the_fast_path"),
-    Setup("DeepSpeed ZeRO-3", "yes", "no", f"{DEEPSPEED}::test_zero_3_runs_on_pefts_path"),
-]
+def setups() -> dict[str, Setup]:
+    """The table, by name."""
+    page = (ROOT / PAGE).read_text(encoding="utf-8")
+    between = page.partition("<!-- setups -->")[2].partition("<!-- /setups -->")[0]
+    rows = re.findall(r"^\| (.*) \| (\w+) \| (\w+) \| \[(\w+)\]\(\.\./\.\./(.*)\) \|$", between, re.MULTILINE)
+    assert len(rows) == len(between.strip().splitlines()) - 2  # but for the head
+    return {name: Setup(name, works, fast, f"{file}::test_{test}") for name, works, fast, test, file in rows}
 
 
-def table() -> str:
-    """The Markdown table of mica/fast/README.md."""
-    rows = [("set-up", "works", "fast path", "test"), ("---",) * 4]
-    for setup in SETUPS:
-        file, _, function = setup.test.partition("::")
-        rows.append(
-            (setup.name, setup.works, setup.fast, f"[{function.removeprefix('test_')}](../../{file})")
+# ---------------------------------------------------------------------------------------------------
+# one process
+# ---------------------------------------------------------------------------------------------------
+
+
+def scaled(model):
+    """Within fp16's autocast, with a gradient scaler that skips no step for an Inf."""
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+
+    def step(loss, optimizer):
+        scaler.scale(loss).backward()
+        scaler.step(optimizer)
+        scaler.update()
+
+    losses = train(model, step=step, autocast=torch.float16)
+    assert scaler.get_scale() == 1024.0
+    return losses
+
+
+def within_autocast(model):
+    with torch.autocast("cpu", BF16):
+        return train(model)
+
+
+def accumulated(model, mixed_precision):
+    """By accelerate: two half batches a step are one whole one."""
+    accelerator = Accelerator(mixed_precision=mixed_precision, gradient_accumulation_steps=2, cpu=True)
+    prepared, optimizer = accelerator.prepare(model, optimizer_of(model))
+    losses = []
+    for half in batches().flatten(0, 1).split(2):
+        with accelerator.accumulate(prepared):
+            loss = prepared(input_ids=half, labels=half).loss
+            accelerator.backward(loss)
+            optimizer.step()
+            optimizer.zero_grad()
+        losses.append(loss.item())
+    return torch.tensor(losses).view(STEPS, 2).mean(1)
+
+
+def compiled(backend):
+    return partial(torch.compile, fullgraph=True, backend=backend)
+
+
+AUTOCAST = partial(train, autocast=BF16)
+BF16_BASE = Run({"dtype": BF16}, dtype=BF16)
+TWICE = {"linear": 28, "linear_backward": 28}
+CONFIGURATIONS = "rsLoRA, `rank_pattern`, `alpha_pattern`, `modules_to_save`"
+
+ONE_PROCESS: dict[str, list[Run]] = {
+    "`torch.compile(fullgraph=True)`": [
+        Run({"num_hidden_layers": 1}, around=compiled("inductor")),  # C++ for one layer takes half a minute
+        Run(around=compiled("aot_eager")),
+    ],
+    "autocast, bf16": [Run(train=AUTOCAST, dtype=BF16)],
+    "one autocast context around the whole training loop": [
+        Run(train=within_autocast, reference=AUTOCAST, dtype=BF16)
+    ],
+    "autocast, fp16, with `GradScaler`": [Run(train=scaled, dtype=torch.float16)],
+    "bf16 base, fp32 adapters": [BF16_BASE],
+    "gradient checkpointing, reentrant or not": [Run(use_reentrant=True), Run(use_reentrant=False)],
+    "accelerate: bf16, gradient accumulation": [
+        Run(train=partial(accumulated, mixed_precision="no"), reference=train, counts=TWICE),
+        Run(train=partial(accumulated, mixed_precision="bf16"), reference=AUTOCAST, dtype=BF16, counts=TWICE),
+    ],
+    CONFIGURATIONS: [
+        Run({"use_rslora": True}),
+        Run({"rank_pattern": {"q_proj": 7, "layers.1.mlp.down_proj": 2}}),
+        Run({"alpha_pattern": {"q_proj": 3, "layers.1.mlp.down_proj": 32}}),
+        Run({"rank_pattern": {"up_proj": 3}, "alpha_pattern": {"up_proj": 5}, "use_rslora": True}),
+        Run({"modules_to_save": ["lm_head"]}, trained=rf"{FACTOR_A}|lm_head\.modules_to_save\."),
+        Run({"targets": ["q_proj", "up_proj"], "layers_to_transform": [1]}),
+    ],
+    '`bias="lora_only"`': [
+        Run(
+            {"bias": "lora_only", "base": {"attention_bias": True}},
+            trained=rf"{FACTOR_A}|_proj\.base_layer\.bias$",
+            said={"base layer called: the base bias is trainable": 8},  # q, k, v, o
+            counts={
+                **dict.fromkeys(("linear", "linear_backward"), 6),
+                **dict.fromkeys(("down_projection", "up_projection"), 8),
+                **dict.fromkeys(("down_projection_backward", "up_projection_backward"), 8),
+            },
         )
-    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+    ],
+}
+
+# ---------------------------------------------------------------------------------------------------
+# two processes
+# ---------------------------------------------------------------------------------------------------
 
 
-if __name__ == "__main__":
-    print(table())
+def mesh(**options):
+    return init_device_mesh("cpu", (dist.get_world_size(),), **options)
+
+
+def shard(model, **options):
+    for layer in model.get_base_model().model.layers:
+        fully_shard(layer, mesh=mesh(), **options)
+    return fully_shard(model, mesh=mesh(), **options)
+
+
+def units_of_lora_a(model):
+    """lora_A alone in a unit, as PEFT's own FSDP policy has it: the layer cannot read its weight."""
+    for name, module in model.named_modules():
+        if name.endswith("lora_A.default"):
+            fully_shard(module, mesh=mesh())
+    return shard(model)
+
+
+def unit_of_the_embedding(model):
+    """As accelerate has it. The layer itself is the unit, and of another class from then on."""
+    fully_shard(model.get_input_embeddings(), mesh=mesh())
+    return shard(model)
+
+
+def units_of_layers(model):
+    """Every adapted layer a unit; of the other kind, every base layer in it."""
+    for number, layer in enumerate(adapted_layers(model).values()):
+        fully_shard(layer.base_layer if number % 2 else layer, mesh=mesh())
+    return shard(model)
+
+
+def loaded_by_the_first():
+    """A model whose weights are in the first process only; no process waits for the others' share.
+
+    Stock PEFT raises in the others ("incompatible tensor type").
+    """
+    os.environ.update(ACCELERATE_USE_FSDP="true", FSDP_CPU_RAM_EFFICIENT_LOADING="true")
+    try:
+        start = time.perf_counter()
+        base = tiny_llama(initializer_range=0.3)
+        for module in base.modules() if dist.is_initialized() and dist.get_rank() else ():
+            for name, p in module._parameters.items():
+                if p is not None:
+                    module._parameters[name] = torch.nn.Parameter(p.to("meta"), requires_grad=False)
+        model = wrap(base, targets="all-linear").train()
+        assert time.perf_counter() - start < 30  # patience with a process that does not come is 60 s
+        return model
+    finally:
+        del os.environ["ACCELERATE_USE_FSDP"], os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"]
+
+
+def prepared(model):
+    """What `Accelerator.prepare` does under FSDP2. Called by itself: on CPUs it ignores its FSDP plugin."""
+    plugin = FullyShardedDataParallelPlugin(
+        fsdp_version=2, auto_wrap_policy="transformer_based_wrap", cpu_ram_efficient_loading=True
+    )
+    accelerator = SimpleNamespace(
+        state=SimpleNamespace(fsdp_plugin=plugin),
+        torch_device_mesh=mesh(mesh_dim_names=("dp",)),
+        parallelism_config=SimpleNamespace(fsdp_dim_names=["dp"]),
+        mixed_precision="no",
+        is_main_process=dist.get_rank() == 0,
+        device=torch.device("cpu"),
+    )
+    return fsdp2_prepare_model(accelerator, model)
+
+
+def moe(kind):
+    targets = {"target_parameters": STACKS, "target_modules": ["q_proj", "o_proj"]}
+    return wrap_experts(BUILDERS[kind](), **targets).train()
+
+
+def tensor_parallel(dtype=torch.float32, targets="all-linear", **config):
+    return wrap(tp_models.made(dtype=dtype), targets=targets, **config).train()
+
+
+DDP = Run(around=DistributedDataParallel)
+FSDP = Run(around=shard)
+TP = Run(make=tensor_parallel, is_stock=False, is_shared=False)
+BASE_CALLED = ("linear", "down_projection", "up_projection")
+EXPERTS = {f"{name}{way}": 4 for name in ("linear", "experts_linear") for way in ("", "_backward")}
+
+TWO_PROCESSES: dict[str, list[Run]] = {
+    "DDP": [DDP, replace(DDP, config={"dtype": BF16}, dtype=BF16)],
+    "DDP with gradient checkpointing": [replace(DDP, use_reentrant=True), replace(DDP, use_reentrant=False)],
+    "FSDP2": [
+        FSDP,
+        replace(
+            FSDP, config={"dtype": BF16, "autocast_adapter_dtype": False}, dtype=BF16, adapter_dtype=BF16
+        ),
+    ],
+    # FSDP2 wants one dtype of what is trained in a unit, not of all that is in it
+    "FSDP2, fp32 adapters over a bf16 base": [replace(FSDP, config={"dtype": BF16}, dtype=BF16)],
+    "FSDP2, mixed precision": [
+        Run(
+            around=partial(shard, mp_policy=MixedPrecisionPolicy(param_dtype=BF16)),
+            reference=AUTOCAST,
+            dtype=BF16,
+        )
+    ],
+    "FSDP2 with gradient checkpointing": [replace(FSDP, use_reentrant=False)],
+    "FSDP2 through accelerate, `cpu_ram_efficient_loading`": [Run(make=loaded_by_the_first, around=prepared)],
+    "FSDP2 with `lora_A` as its own unit": [Run(around=units_of_lora_a)],
+    # a unit's weights are gathered where its own forward runs; a base layer that is one is called
+    "FSDP2 with adapted layers, or their base layers, as units": [
+        Run(
+            around=units_of_layers,
+            counts={f"{name}{way}": 7 for name in BASE_CALLED for way in ("", "_backward")},
+            said={"base layer called: a base layer of type FSDPLinear": 7},
+        )
+    ],
+    "FSDP2 with an adapted embedding as its own unit (accelerate)": [
+        Run(
+            {"targets": ["q_proj", "embed_tokens"]},
+            around=unit_of_the_embedding,
+            counts={"linear": 2, "linear_backward": 2, "embedding": 1, "embedding_backward": 1},
+        )
+    ],
+    "experts, DDP and FSDP2": [
+        replace(DDP, make=moe, config={"kind": "qwen3_moe"}, counts=EXPERTS),
+        replace(FSDP, make=moe, config={"kind": "mixtral"}, counts=EXPERTS),
+        replace(
+            FSDP,
+            make=moe,
+            config={"kind": "gpt_oss"},
+            use_reentrant=False,
+            counts={**EXPERTS, "linear": 8, "experts_linear": 8},
+        ),
+    ],
+    "tensor parallelism of transformers, with autocast, checkpointing, dropout or a bf16 base": [
+        TP,
+        replace(TP, train=AUTOCAST, dtype=BF16),
+        replace(TP, config={"dtype": BF16}, dtype=BF16),
+        replace(TP, use_reentrant=False),
+        # layers that read all of x, so that one process has the same masks
+        replace(TP, config={"targets": ["q_proj", "up_proj"], "lora_dropout": 0.5}),
+    ],
+}

@@ -1,11 +1,12 @@
 """A tiny Llama under tensor parallelism in gloo processes, loaded as transformers wants it."""
 
 import os
+import tempfile
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM
 from transformers.distributed import DistributedConfig
 
@@ -48,26 +49,21 @@ def split(folder, name="even", **kwargs):
     return whole(folder, name, distributed_config=config, **kwargs)
 
 
-def full(tensor):
-    """A DTensor gathered, by all processes; a copy of any other."""
-    return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).detach().clone()
+def made(name="even", **kwargs):
+    """Saved, and loaded again over all processes; whole where there is one alone."""
+    with tempfile.TemporaryDirectory() as folder:
+        if not dist.is_initialized():
+            save_models(Path(folder))
+            return whole(folder, name, **kwargs)
+        folders = [folder]
+        dist.broadcast_object_list(folders)
+        save_models(Path(folders[0]))  # of which transformers does nothing but in the first process
+        dist.barrier()
+        model = split(folders[0], name, **kwargs)
+        dist.barrier()
+        return model
 
 
 def part(tensor):
     """What this process holds."""
     return (tensor.to_local() if isinstance(tensor, DTensor) else tensor).detach().clone()
-
-
-def randomise(model, scale=0.1, seed=1):
-    """The same values of every lora_A in one process and in several; returns the model."""
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if "lora_A" not in name:
-                continue
-            values = scale * torch.randn(parameter.shape, generator=generator)
-            if isinstance(parameter, DTensor):
-                mesh, placements = parameter.device_mesh, parameter.placements
-                values = distribute_tensor(values, mesh, placements, src_data_rank=None)
-            parameter.copy_(values)
-    return model

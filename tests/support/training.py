@@ -1,24 +1,30 @@
-"""A few steps of training on a tiny Llama, the losses, and the proof of which path they took."""
+"""A few steps of training on a tiny Llama, what they do, and the plain run that they are held against."""
 
-from contextlib import contextmanager, nullcontext
+import re
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import dataclass, field
 
 import torch
+import torch.distributed as dist
+from torch import nn
 
 import mica.fast
 from tests.support.models import bases, tiny_llama, wrap
 from tests.support.tolerances import RELATIVE
 
 STEPS = 3
+FACTOR_A = r"\.lora_(embedding_)?A\."
 
 
-def llama(seed=0, dtype=torch.float32, num_hidden_layers=2, targets="all-linear", **config):
+def llama(seed=0, dtype=torch.float32, num_hidden_layers=2, targets="all-linear", base=None, **config):
     """A tiny Llama with a MiCA adapter on its linear layers, 7 a decoder layer.
 
     Its weights are large enough that three steps at the rate below take the loss from 4.7 to 4.0, far beyond
-    the rounding of any dtype: 2e-4 in bf16, 5e-5 in fp16, nothing in fp32.
+    the rounding of any dtype: 2e-4 in bf16, 5e-5 in fp16, nothing in fp32. base: options of the Llama.
     """
-    base = tiny_llama(seed, initializer_range=0.3, num_hidden_layers=num_hidden_layers)
-    return wrap(base.to(dtype), targets=targets, **config).train()
+    model = tiny_llama(seed, initializer_range=0.3, num_hidden_layers=num_hidden_layers, **(base or {}))
+    return wrap(model.to(dtype), targets=targets, **config).train()
 
 
 def batches(count=STEPS, size=4, length=12, seed=2):
@@ -52,11 +58,111 @@ def train(model, data=None, step=None, optimizer=None, autocast=None):
     return torch.tensor(losses)
 
 
-def eager_losses(autocast=None, data=None, **config):
-    """What every way of training is held against: stock PEFT, one process, nothing around the model."""
-    model = llama(**config)  # the same B: initialised by the backend
-    with mica.fast.disabled():
-        return train(model, data, autocast=autocast)
+def checkpointed(model, use_reentrant):
+    model.enable_input_require_grads()
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": use_reentrant})
+    return model
+
+
+@dataclass(frozen=True)
+class Run:
+    """Training in one process, or in each of two, and what must hold of it."""
+
+    config: dict = field(default_factory=dict)  # options of `make`
+    make: Callable[..., nn.Module] = llama  # the adapted model, whose B are the same with every option below
+    use_reentrant: bool | None = None  # of gradient checkpointing; None: without
+    around: Callable[[nn.Module], nn.Module] = lambda model: model  # what is called in the model's place
+    train: Callable[..., torch.Tensor] = train
+    reference: Callable[..., torch.Tensor] | None = None  # on the bare model; None: ``train``
+    is_stock: bool = True  # the reference is stock PEFT's, otherwise this backend's in one process
+    is_shared: bool = True  # of two processes each has half of the batch, otherwise the whole one
+    dtype: torch.dtype = torch.float32  # the losses' rounding
+    counts: dict[str, int] | None = None  # operators a step; None: each layer's forward and backward, fused
+    adapter_dtype: torch.dtype = torch.float32
+    trained: str = FACTOR_A  # in the names of all trained parameters
+    said: dict[str, int] = field(default_factory=dict)  # text in a row of `explain` -> in how many
+
+    def done(self, rank: int = 0) -> dict:
+        """`report` of it in this process."""
+        torch.compiler.reset()
+        model = self.make(**self.config)
+        if self.use_reentrant is not None:
+            checkpointed(model, self.use_reentrant)
+        called, share = self.around(model), {}
+        if dist.is_initialized() and self.is_shared:
+            share = {"data": batches()[:, 2 * rank : 2 * rank + 2]}
+
+        def losses():
+            torch.manual_seed(5)  # of dropout
+            losses = self.train(called, **share)
+            if share:
+                dist.all_reduce(losses)
+                losses /= 2
+            return losses
+
+        return report(model, losses)
+
+    def expected(self) -> torch.Tensor:
+        """The losses that it must have: of one process, with nothing around the model."""
+        model = self.make(**self.config)
+        torch.manual_seed(5)
+        with mica.fast.disabled() if self.is_stock else nullcontext():
+            return (self.reference or self.train)(model)
+
+
+def report(model, losses: Callable) -> dict:
+    """What ``losses()``, which trains the adapted model, has done to it; `check` may be elsewhere."""
+    before, counts = gathered(bases(model)), mica.fast.call_counts.copy()
+    seen = losses()
+    after = gathered(bases(model))
+    return {
+        "losses": torch.as_tensor(seen),
+        "counts": dict(mica.fast.call_counts - counts),
+        "rows": mica.fast.explain(model).rows,
+        "moved": [name for name, B in after.items() if not torch.equal(B, before[name])],
+        "trained": {name: p.dtype for name, p in trainable(model).items()},
+        "A": gathered(trainable(model)),
+        "B": after,
+    }
+
+
+def gathered(tensors):
+    """Copies on the CPU; of DTensors and of what ZeRO-3 has partitioned gathered ones, by all processes."""
+    return {name: _gathered(tensor).detach().to("cpu", copy=True) for name, tensor in tensors.items()}
+
+
+def _gathered(tensor):
+    if hasattr(tensor, "ds_id"):
+        import deepspeed
+
+        with deepspeed.zero.GatheredParameters([tensor]):
+            return tensor.clone()
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+
+
+def check(done, expected, run=None, steps=STEPS, path="reference"):
+    """A `report`: the losses of the reference, by what ``path`` says (of `explain`), and B as it was."""
+    run = run or Run()
+    follows(done["losses"], expected, run.dtype)
+    layers = len(done["B"])
+    counts = run.counts
+    if counts is None:
+        counts = {"linear": layers * (1 if run.use_reentrant is None else 2), "linear_backward": layers}
+    counts = {} if path == "peft" else {name: count * steps for name, count in counts.items()}
+    kernels = {f"{name}_kernels": count for name, count in counts.items() if path == "kernel"}
+    assert done["counts"] == counts | kernels
+    assert {row.path for row in done["rows"]} == {path}
+    assert len(done["rows"]) == layers
+    for text, count in run.said.items():
+        assert sum(text in row.reason for row in done["rows"]) == count, done["rows"]
+    assert done["moved"] == []
+    assert set(done["trained"].values()) == {run.adapter_dtype}
+    assert all(re.search(run.trained, name) for name in done["trained"])
+    assert len(done["A"]) >= layers
+    for name, B in done["B"].items():
+        if ".experts" not in name:  # of those every expert's is
+            off = (B.T.float() @ B.float() - torch.eye(B.shape[1])).abs().max()
+            assert off <= (1e-6 if B.dtype == torch.float32 else 2e-2), name
 
 
 def follows(losses, expected, dtype=torch.float32):
@@ -65,19 +171,3 @@ def follows(losses, expected, dtype=torch.float32):
     assert losses.shape == expected.shape
     assert losses[0] - losses[-1] > 8 * RELATIVE[dtype] * losses[0], losses
     assert ((losses - expected).abs() / expected).max() <= RELATIVE[dtype], (losses, expected)
-
-
-@contextmanager
-def on_the_fast_path(model, forwards, backwards=None):
-    """In the block every adapted linear layer runs on the backend, that often; B stays as it is, frozen."""
-    before_B = {name: B.detach().clone() for name, B in bases(model).items()}
-    before = mica.fast.call_counts.copy()
-    layers = len(before_B)
-    assert mica.fast.explain(model).counts() == {"reference": layers}, str(mica.fast.explain(model))
-    yield
-    counted = mica.fast.call_counts - before
-    assert counted["linear"] == forwards * layers
-    assert counted["linear_backward"] == (forwards if backwards is None else backwards) * layers
-    for name, B in bases(model).items():
-        assert not B.requires_grad, name
-        assert torch.equal(B, before_B[name]), name

@@ -1,17 +1,27 @@
 """That a call which raised has left a model as it was."""
 
+from contextlib import contextmanager
+
 import torch
 
 
-def snapshot(model):
-    state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+@contextmanager
+def unchanged(model):
+    """After the block its modules are of the same types, and its tensors have the same bits and flags."""
+    before = _state(model)
+    yield
+    after = _state(model)
+    assert after[1:] == before[1:]
+    assert after[0].keys() == before[0].keys()
+    for name, bits in after[0].items():
+        assert torch.equal(bits, before[0][name]), name
+
+
+def _state(model):
+    bits = {
+        name: tensor.detach().clone().reshape(-1).view(torch.uint8)
+        for name, tensor in model.state_dict().items()
+        if type(tensor) is torch.Tensor and not tensor.is_meta
+    }
     flags = [(name, p.requires_grad) for name, p in model.named_parameters()]
-    return state, flags, [(name, type(m)) for name, m in model.named_modules()]
-
-
-def assert_unchanged(model, before):
-    state, flags, modules = snapshot(model)
-    assert (flags, modules) == before[1:]
-    assert state.keys() == before[0].keys()
-    for name, tensor in state.items():
-        assert torch.equal(tensor, before[0][name]), name
+    return bits, flags, [(name, type(module)) for name, module in model.named_modules()]

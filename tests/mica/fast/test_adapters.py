@@ -1,8 +1,6 @@
 """Several adapters at once, mixed batches, and adapters as files: the results of PEFT's own code."""
 
 import copy
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -12,8 +10,10 @@ from safetensors.torch import load_file
 
 import mica.fast
 from tests.support.models import TARGETS, adapted_layers, bases, gradients, net, randomise, tiny_llama
+from tests.support.stock import as_stock, counted, step
 from tests.support.tolerances import RELATIVE, error
-from tests.support.training import batches, llama, on_the_fast_path, train
+from tests.support.training import batches, llama, report, train
+from tests.support.without_mica import logits_without_mica
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -34,14 +34,6 @@ def activate(model, *names):
     model.base_model.set_adapter(list(names))
 
 
-def output_and_gradients(model, **kwargs):
-    model.zero_grad(set_to_none=True)
-    out = model(INDICES, **kwargs)
-    if out.requires_grad:
-        out.float().square().mean().backward()
-    return out.detach(), gradients(model)
-
-
 class Logits(torch.nn.Module):
     """A model for `torch.export`: tensors in, one tensor out."""
 
@@ -53,17 +45,10 @@ class Logits(torch.nn.Module):
         return self.model(input_ids=input_ids, use_cache=False).logits
 
 
-def as_stock(model, tolerance=FP32, **kwargs):
+def compare(model, tolerance=FP32, **kwargs):
     """Output and gradients with the backend on and off are the same; returns the output."""
-    out, grads = output_and_gradients(model, **kwargs)
-    with mica.fast.disabled():
-        expected, expected_grads = output_and_gradients(model, **kwargs)
-    assert error(out, expected) <= tolerance
-    assert grads.keys() == expected_grads.keys()
-    for name, grad in grads.items():
-        assert "lora_B" not in name
-        assert "lora_embedding_B" not in name
-        assert error(grad, expected_grads[name]) <= tolerance, name
+    out, grads = as_stock(lambda: step(model, INDICES, **kwargs), tolerance)
+    assert not any("lora_B" in name or "lora_embedding_B" in name for name in grads)
     return out
 
 
@@ -78,36 +63,40 @@ def path(model):
 
 def test_switching():
     model = several(second_rank=3)
-    first = as_stock(model)
+    first = compare(model)
     model.set_adapter("second")
     assert path(model) == {"reference": 4}
-    second = as_stock(model)
+    second = compare(model)
     assert error(second, first) > 0.01
     assert {name for name in gradients(model) if "default" in name} == set()
     with model.disable_adapter():
-        base = as_stock(model)
+        base = compare(model)
     assert error(base, first) > 0.01
     model.set_adapter("default")
-    assert torch.equal(as_stock(model), first)
+    assert torch.equal(compare(model), first)
+    model.set_adapter("second")
+    model.delete_adapter("default")
+    assert torch.equal(compare(model), second)
 
 
 def test_deleting_and_adding_the_same_name_again():
     model = several()
     first_B = bases(model)
     config = copy.deepcopy(model.peft_config["second"])
-    before = as_stock(model)
+    before = compare(model)
     model.delete_adapter("second")
     model.add_adapter("second", config)
+    assert torch.equal(compare(model), before)
     model.set_adapter("second")
     assert path(model) == {"reference": 4}
     with model.disable_adapter():
         base = model(INDICES)
-    assert error(as_stock(model), base) <= FP32  # a new adapter: A = 0
+    assert error(compare(model), base) <= FP32  # a new adapter: A = 0
     for name, B in bases(model, "second").items():
         assert not B.requires_grad
         assert error(B, first_B[name]) <= FP32  # the same weights, the same subspace
     model.delete_adapter("second")
-    assert torch.equal(as_stock(model), before)
+    assert torch.equal(compare(model), before)
 
 
 COMBINATIONS = ["linear", "cat", "svd", "ties", "dare_linear", "dare_ties", "magnitude_prune"]
@@ -137,7 +126,7 @@ def test_add_weighted_adapter(combination, dtype):
         assert ours.norm() > 0
         assert error(ours, theirs) <= 30 * RELATIVE[torch.float32]
     assert path(model) == {"reference": 4}
-    as_stock(model.eval(), 3 * RELATIVE[dtype])
+    compare(model.eval(), 3 * RELATIVE[dtype])
     assert not any(B.requires_grad for B in bases(model, "both").values())
 
 
@@ -163,9 +152,9 @@ def test_add_weighted_adapter_that_fails_leaves_no_adapter(monkeypatch):
 
 def test_two_active_adapters():
     model = several(second_rank=3)
-    first = as_stock(model)
+    first = compare(model)
     activate(model, "default", "second")
-    both = as_stock(model)
+    both = compare(model)
     assert error(both, first) > 0.01
     assert len([name for name in gradients(model) if "second" in name]) == 4
 
@@ -182,7 +171,7 @@ def test_two_active_adapters():
 )
 def test_mixed_batches(names, dtype):
     model = several(second_rank=3, dtype=dtype).eval()
-    mixed = as_stock(model, 3 * RELATIVE[dtype], adapter_names=names)
+    mixed = compare(model, 3 * RELATIVE[dtype], adapter_names=names)
     for row, name in enumerate(names):
         if name == "__base__":
             with model.disable_adapter():
@@ -215,18 +204,6 @@ def test_lora_dropout(p):
 # files
 # ---------------------------------------------------------------------------------------------------
 
-WITHOUT_MICA = """
-import sys
-sys.modules["mica"] = None  # an import of it would fail
-import torch
-from peft import PeftModel
-from transformers import AutoModelForCausalLM
-base, adapter, ids, out = sys.argv[1:]
-model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), adapter)
-with torch.no_grad():
-    torch.save(model(torch.load(ids)).logits, out)
-"""
-
 
 def test_a_saved_adapter_is_a_plain_peft_adapter(tmp_path):
     """The folder that `push_to_hub` uploads, loaded with this package and in a process without it."""
@@ -249,18 +226,16 @@ def test_a_saved_adapter_is_a_plain_peft_adapter(tmp_path):
     resumed = PeftModel.from_pretrained(
         tiny_llama(initializer_range=0.3), tmp_path / "adapter", is_trainable=True
     )
-    with on_the_fast_path(resumed, 3):
-        losses = train(resumed)
-    assert losses[-1] < losses[0]
+    done = report(resumed, lambda: train(resumed))
+    assert done["counts"] == {"linear": 14 * 3, "linear_backward": 14 * 3}
+    assert not done["moved"]
+    assert all("lora_A" in name for name in done["trained"])
+    assert done["losses"][-1] < done["losses"][0]
 
     tiny_llama(initializer_range=0.3).save_pretrained(tmp_path / "base")
-    torch.save(ids, tmp_path / "ids.pt")
-    arguments = [tmp_path / name for name in ("base", "adapter", "ids.pt", "logits.pt")]
-    done = subprocess.run(
-        [sys.executable, "-c", WITHOUT_MICA, *map(str, arguments)], capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr
-    assert error(torch.load(tmp_path / "logits.pt"), expected) <= 5 * RELATIVE[torch.float32]
+    load = tmp_path / "base", tmp_path / "adapter", "peft"
+    (theirs,) = logits_without_mica(tmp_path, ids, load)
+    assert error(theirs, expected) <= 5 * RELATIVE[torch.float32]
 
 
 @pytest.mark.filterwarnings("ignore:While compiling, we found certain side effects")
@@ -289,9 +264,8 @@ def test_export_for_inference(tmp_path, strict):
     again = torch.export.load(tmp_path / "program.pt2").module()
     with torch.no_grad():
         for part in (ids, ids[:2, :5]):
-            before = mica.fast.call_counts["linear"]
-            out = again(input_ids=part)
-            assert mica.fast.call_counts["linear"] == before + len(operators(program))
+            out, counts = counted(lambda part=part: again(input_ids=part))
+            assert counts.get("linear", 0) == len(operators(program))
             assert error(out, model(part).logits) <= 5 * RELATIVE[torch.float32]
     if strict:
         with mica.fast.disabled():
@@ -320,9 +294,9 @@ def test_hotswap(monkeypatch, tmp_path, backend, dtype, rank):
     monkeypatch.setenv("MICA_BACKEND", backend)
     model = randomise(net(dtype, targets=TARGETS[1:])).eval()
     folder = saved(tmp_path, 5, rank, lora_alpha=3)
-    before = as_stock(model, 3 * RELATIVE[dtype])
+    before = compare(model, 3 * RELATIVE[dtype])
     hotswap_adapter(model, str(folder), "default")
-    after = as_stock(model, 3 * RELATIVE[dtype])
+    after = compare(model, 3 * RELATIVE[dtype])
     assert error(after, before) > 0.01
     loaded = PeftModel.from_pretrained(net(dtype, targets=TARGETS[1:]).unload(), folder)
     assert error(after, loaded(INDICES)) <= 3 * RELATIVE[dtype]
@@ -341,9 +315,8 @@ def test_hotswap_of_a_compiled_model(tmp_path):
             for seed, rank in ((5, 6), (6, 2)):
                 folder = saved(tmp_path / str(seed), seed, rank, lora_alpha=3)
                 hotswap_adapter(model, str(folder), "default")
-                counted = mica.fast.call_counts["linear"]
-                out = compiled(INDICES)
-                assert mica.fast.call_counts["linear"] == counted + 3
+                out, counts = counted(lambda: compiled(INDICES))
+                assert counts["linear"] == 3
                 loaded = PeftModel.from_pretrained(net(targets=TARGETS[1:]).unload(), folder)
                 assert error(out, loaded(INDICES)) <= FP32
                 assert error(out, before) > 0.01

@@ -8,17 +8,21 @@ from contextlib import contextmanager
 import pytest
 import torch
 from torch import nn
-from torch.nn.modules.module import register_module_forward_hook
 
 import mica.fast
-from tests.support.layer_changes import CHANGES, FUSED, PEFT, add, rounded
+from tests.support.layer_changes import CALLED, CHANGES, FUSED, PEFT, add, rounded
 from tests.support.models import adapted_layers, net, randomise
+from tests.support.stock import assert_same, both, counted
 from tests.support.tolerances import RELATIVE, error
 
 
 @pytest.fixture
 def layer():
-    model = randomise(net(targets=["up"]))
+    return layer_of()
+
+
+def layer_of(dtype=torch.float32):
+    model = randomise(net(dtype, targets=["up"]))
     add.config = model.peft_config["default"]
     (layer,) = adapted_layers(model).values()
     return layer
@@ -28,46 +32,45 @@ X = torch.randn(2, 3, 12, generator=torch.Generator().manual_seed(0))
 
 
 def assert_runs(layer, operators, x=X, tolerance=3 * RELATIVE[torch.float32]):
-    """These operators and no others, once each, with stock PEFT's output and gradients."""
+    """These operators and no others, once each, with stock PEFT's output and gradients; those by kernels."""
     trained = [parameter for parameter in layer.parameters() if parameter.requires_grad]
     x = x.detach().clone().requires_grad_()
 
     def step():
-        torch.manual_seed(11)
         out = layer(x)
         return out, *torch.autograd.grad(out.float().square().sum(), [x, *trained], allow_unused=True)
 
-    mica.fast.call_counts.clear()
-    actual = step()
-    forward = {
-        name: count
-        for name, count in mica.fast.call_counts.items()
-        if count and name in ("linear", "down_projection", "up_projection")
-    }
-    assert forward == operators
-    with mica.fast.disabled():
-        expected = step()
-    masked = any(type(module) is nn.Dropout for module in layer.lora_dropout.values()) and operators
-    for ours, stock in zip(actual, expected, strict=True):
-        assert (ours is None) == (stock is None)
-        if ours is not None and not masked:  # the masks are not PEFT's
-            assert ours.dtype == stock.dtype
-            assert error(ours, stock) <= tolerance
+    _, counts = counted(step)
+    kernels = {name: counts.pop(name) for name in list(counts) if name.endswith("_kernels")}
+    assert counts == operators | {f"{name}_backward": count for name, count in operators.items()}
+    if operators and any(type(module) is nn.Dropout for module in layer.lora_dropout.values()):
+        return kernels  # the masks are not PEFT's
+    assert_same(*both(step), tolerance if operators else 0.0)
+    return kernels
 
 
-@pytest.mark.parametrize("name", CHANGES)
-def test_the_next_call_sees_it(layer, name):
-    change, operators = CHANGES[name]
-    assert_runs(layer, FUSED)
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [(name, torch.float32) for name in CHANGES]
+    + [(name, torch.bfloat16) for name, (_, operators, _) in CHANGES.items() if operators == CALLED],
+)
+def test_the_next_call_sees_it_and_explain_says_it(name, dtype):
+    change, operators, reason = CHANGES[name]
+    layer, x = layer_of(dtype), X.to(dtype)
+    assert_runs(layer, FUSED, x, 3 * RELATIVE[dtype])
     undo = change(layer)
     try:
-        assert_runs(layer, operators)
+        assert_runs(layer, operators, x, 3 * RELATIVE[dtype])
+        for row in mica.fast.explain(layer).rows:
+            assert row.path == ("reference" if operators else "peft")
+            said = row.reason.partition("base layer called: ")[2] if operators == CALLED else row.reason
+            assert said.startswith(reason)
     finally:
         undo()
-    assert_runs(layer, FUSED)
+    assert_runs(layer, FUSED, x, 3 * RELATIVE[dtype])
 
 
-@pytest.mark.parametrize("part", ["base_layer", "lora_A", "lora_B"])
+@pytest.mark.parametrize("part", ["base_layer.weight", "lora_A.default.weight", "lora_B.default.weight"])
 def test_one_weight_of_another_dtype_is_peft_s_error(layer, part):
     assert_runs(layer, FUSED)
     undo = rounded(part)(layer)
@@ -88,16 +91,6 @@ def test_dropout_follows_train_and_eval():
     assert torch.equal(without_dropout, layer(X))
     layer.lora_dropout["default"].train()
     assert not torch.equal(without_dropout, layer(X))
-
-
-def test_a_global_hook(layer):
-    assert_runs(layer, FUSED)
-    handle = register_module_forward_hook(lambda module, args, out: None)
-    try:
-        assert_runs(layer, PEFT)
-    finally:
-        handle.remove()
-    assert_runs(layer, FUSED)
 
 
 @contextmanager
@@ -147,14 +140,11 @@ def test_switched_off_and_on(layer):
 
 
 def test_the_backend_s_variable(layer, monkeypatch):
-    assert_runs(layer, FUSED)
-    assert not mica.fast.call_counts["linear_kernels"]
+    assert not assert_runs(layer, FUSED)
     monkeypatch.setenv("MICA_BACKEND", "triton")
-    assert_runs(layer, FUSED)
-    assert mica.fast.call_counts["linear_kernels"] == 1
+    assert assert_runs(layer, FUSED) == {"linear_kernels": 1, "linear_backward_kernels": 1}
     monkeypatch.setenv("MICA_BACKEND", "reference")
-    assert_runs(layer, FUSED)
-    assert not mica.fast.call_counts["linear_kernels"]
+    assert not assert_runs(layer, FUSED)
     monkeypatch.setenv("MICA_BACKEND", "cuda")
     with pytest.raises(ValueError, match="MICA_BACKEND"):
         layer(X)

@@ -1,6 +1,7 @@
 """DeepSpeed's ZeRO in two gloo processes on the CPU, where it is installed; it builds an operator first."""
 
 import os
+from functools import partial
 
 import pytest
 import torch
@@ -8,12 +9,13 @@ import torch.distributed as dist
 
 import mica.fast
 from tests.support import gloo
-from tests.support.models import bases, tiny_llama, wrap
-from tests.support.training import STEPS, batches, eager_losses, llama, optimizer_of, trainable
+from tests.support.models import tiny_llama, wrap
+from tests.support.training import Run, check, optimizer_of, train
 
 pytest.importorskip("deepspeed")
 
-FP32 = 1e-3  # of a loss, relative; with stock PEFT, too, the third loss is 2e-4 off the plain run's
+# Its losses are 1e-3 off at most, relative; with stock PEFT, too, the third is 2e-4 off the plain run's
+LOOSE = {"reference": train, "dtype": torch.float16}
 
 
 def partitioned():
@@ -21,8 +23,10 @@ def partitioned():
     import deepspeed
     from transformers.integrations import HfDeepSpeedConfig
 
-    settings = HfDeepSpeedConfig(config(3))  # PEFT gathers weights as long as this lives
     whole = tiny_llama(initializer_range=0.3)
+    if not dist.is_initialized():
+        return wrap(whole, targets="all-linear").train()
+    settings = HfDeepSpeedConfig(config(3))  # PEFT gathers weights as long as this lives
     with deepspeed.zero.Init(config_dict_or_path=config(3)):
         base = tiny_llama(initializer_range=0.3)
     for name, parameter in base.named_parameters():
@@ -43,40 +47,26 @@ def config(stage):
     }
 
 
-def whole_bases(model):
+def by_engine(model, data, stage):
     import deepspeed
 
-    with deepspeed.zero.GatheredParameters(list(bases(model).values())):
-        return {name: B.detach().clone() for name, B in bases(model).items()}
-
-
-def run(rank, build, stage, enabled=True):
-    import deepspeed
-
-    model = build()
-    first_B = whole_bases(model)
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer_of(model), config=config(stage))
-    before, losses = mica.fast.call_counts.copy(), []
-    if not enabled:
-        mica.fast.disable()
-    for ids in batches()[:, 2 * rank : 2 * rank + 2]:
+    losses = []
+    for ids in data:
         loss = engine(input_ids=ids, labels=ids).loss
         engine.backward(loss)
         engine.step()
         losses.append(loss.item())
-    losses = torch.tensor(losses)
-    dist.all_reduce(losses)
-    rows = mica.fast.explain(model).rows
-    mica.fast.enable()
-    last_B = whole_bases(model)
-    return {
-        "losses": losses / 2,
-        "counts": dict(mica.fast.call_counts - before),
-        "reasons": {(row.path, row.reason) for row in rows},
-        "moved": [name for name in first_B if not torch.equal(first_B[name], last_B[name])],
-        "B": last_B,
-        "trainable": {name.split(".")[-3] for name in trainable(model)},
-    }
+    return torch.tensor(losses)
+
+
+STAGE_2, STAGE_3 = (partial(by_engine, stage=stage) for stage in (2, 3))
+REPLACED = {"said": {"somebody has replaced torch.nn.functional.linear": 14}}  # ZeRO-3 has, for good
+RUNS = {
+    "stage 2": Run(train=STAGE_2, **LOOSE),
+    "stage 3": Run(train=STAGE_3, **LOOSE, **REPLACED),
+    "stage 3, partitioned": Run(make=partitioned, train=STAGE_3, **LOOSE, **REPLACED),
+}
 
 
 def scenarios(rank):
@@ -92,12 +82,9 @@ def scenarios(rank):
     import deepspeed
 
     deepspeed.init_distributed("gloo", auto_mpi_discovery=False)
-    return {
-        "stage 2": run(rank, llama, 2),
-        "stage 3": run(rank, llama, 3),
-        "stage 3, stock": run(rank, llama, 3, enabled=False),
-        "stage 3, partitioned": run(rank, partitioned, 3),
-    }
+    results = {name: run.done(rank) for name, run in RUNS.items()}
+    with mica.fast.disabled():
+        return {**results, "stock": RUNS["stage 3"].done(rank)}
 
 
 @pytest.fixture(scope="module")
@@ -105,27 +92,21 @@ def results():
     return gloo.run(scenarios)
 
 
-def check(results, name, expected):
-    pair = [result[name] for result in results]
-    assert ((pair[0]["losses"] - expected).abs() / expected).max() <= FP32
-    for result in pair:
-        assert result["trainable"] == {"lora_A"}
-        assert result["moved"] == []
-        for layer, B in result["B"].items():
+def check_both(results, name, path):
+    pair, expected = gloo.pair(results, name), RUNS[name].expected()
+    for done in pair:
+        check(done, expected, RUNS[name], path=path)
+        assert ((done["losses"] - expected).abs() / expected).max() <= 1e-3
+        for layer, B in done["B"].items():
             assert torch.equal(B, pair[0]["B"][layer])
-            assert (B.T @ B - torch.eye(4)).abs().max() <= 1e-6
-    return pair[0]
 
 
 def test_zero_2_is_on_the_fast_path(results):
-    result = check(results, "stage 2", eager_losses())
-    assert result["counts"] == {"linear": 14 * STEPS, "linear_backward": 14 * STEPS}
+    check_both(results, "stage 2", "reference")
 
 
 @pytest.mark.parametrize("name", ["stage 3", "stage 3, partitioned"])
 def test_zero_3_runs_on_pefts_path(results, name):
-    """It gathers weights in hooks of the very modules whose weights the backend would read."""
-    result = check(results, name, eager_losses())
-    assert result["counts"] == {}
-    assert result["reasons"] == {("peft", "hooks on the base layer")}
-    assert result["losses"].tolist() == results[0]["stage 3, stock"]["losses"].tolist()
+    """It gathers weights in hooks of the modules whose weights the backend would read, and in linear."""
+    check_both(results, name, "peft")
+    assert results[0][name]["losses"].tolist() == results[0]["stock"]["losses"].tolist()

@@ -13,37 +13,22 @@ from transformers.models.nemotron_h.modeling_nemotron_h import NemotronHExperts
 import mica.fast
 from mica.fast.forward import expert_params, experts
 from tests.support import moe_models
+from tests.support.layer_changes import changed
+from tests.support.models import randomise
 from tests.support.moe_models import tokens, wrap_experts
-from tests.support.moe_steps import adapted, filled, gradients, loss_of, outermost, ran
+from tests.support.moe_steps import adapted, as_stock_s, loss_of, outermost, ran
+from tests.support.stock import as_stock
 from tests.support.tolerances import RELATIVE, error
 
 
-def base_of(model):
-    return outermost(model).get_base_layer()
-
-
-def disable_adapters(model):
-    model.base_model.disable_adapter_layers()
-
-
-def merge(model):
-    model.merge_adapter()
-
-
-def train_weight(model):
-    base_of(model).down_proj.requires_grad_(True)
-
-
-def train_bias(model):
-    base_of(model).down_proj_bias.requires_grad_(True)
-
-
-def train_lora_b(model):
-    outermost(model).lora_B["default"].weight.requires_grad_(True)
+def reason(model):
+    """Why PEFT's code runs the first layer's experts; "" if it does not."""
+    row = mica.fast.explain(outermost(model)).rows[0]
+    return row.reason if row.path == "peft" else ""
 
 
 def hook(model):
-    base_of(model).register_forward_hook(lambda *args: None)
+    outermost(model).get_base_layer().register_forward_hook(lambda *args: None)
 
 
 def hook_inner(model):
@@ -51,78 +36,74 @@ def hook_inner(model):
 
 
 def own_forward(model):
-    base = base_of(model)
+    base = outermost(model).get_base_layer()
     base.forward = type(base).forward.__get__(base)
 
 
-def expert_parallel(model):
-    base_of(model)._is_expert_parallel = True
+def base_with(path, value):
+    """``value(what was there)`` as an attribute of the experts."""
+    return lambda model: changed(path, value)(outermost(model).get_base_layer())
 
 
-def tensor_parallel(model):
-    base_of(model)._hf_tp_plan = "moe_tp_experts"
+def layer_with(path, value):
+    return lambda model: changed(path, value)(outermost(model))
 
 
-def other_implementation(model):
-    base_of(model).config._experts_implementation = "sonicmoe"
+def undecorated(kind):
+    return type("Replaced", (kind,), {"forward": kind.forward.__wrapped__})
 
 
-def replaced_class_forward(model):
-    base = base_of(model)
-    base.__class__ = type("Replaced", (type(base),), {"forward": type(base).forward.__wrapped__})
-
-
-def scaled_by_a_tensor(model):
-    outermost(model).scaling["default"] = torch.tensor(2.0)
-
-
-def adapter_dtypes(model):
-    layer = outermost(model)
-    layer.lora_A["default"].weight.data = layer.lora_A["default"].weight.data.double()
-
-
+TRAINED = {"value": lambda before: True}
+# name: (change of the model, reason, operators of a forward then; None for what cannot run here)
 REASONS = {
-    disable_adapters: "adapters are disabled",
-    merge: "the adapter is merged",
-    train_weight: "the down_proj is trainable",
-    train_bias: "the down_proj_bias is trainable",
-    train_lora_b: "the lora_B is trainable",
-    hook: "hooks on the experts",
-    hook_inner: "hooks on the experts",
-    own_forward: "hooks on the experts, or a forward of their own",
-    expert_parallel: "expert parallelism",
-    tensor_parallel: "tensor parallelism",
-    other_implementation: "experts_implementation='sonicmoe'",
-    replaced_class_forward: "Replaced does not use transformers' experts interface",
-    scaled_by_a_tensor: "its scaling is not a number",
-    adapter_dtypes: "lora_A and lora_B differ in dtype",
+    "disabled": (lambda model: model.base_model.disable_adapter_layers(), "adapters are disabled", 0),
+    "merged": (lambda model: model.merge_adapter(), "the adapter is merged", 0),
+    "weight": (base_with("down_proj.requires_grad", **TRAINED), "the down_proj is trainable", 2),
+    "bias": (base_with("down_proj_bias.requires_grad", **TRAINED), "the down_proj_bias is trainable", 2),
+    "lora_B": (layer_with("lora_B.default.weight.requires_grad", **TRAINED), "the lora_B is trainable", 2),
+    "hook": (hook, "hooks on the experts", 2),
+    "inner hook": (hook_inner, "hooks on the experts", 2),
+    "own forward": (own_forward, "hooks on the experts, or a forward of their own", 2),
+    "class": (
+        base_with("__class__", undecorated),
+        "does not use transformers' experts interface",
+        2,
+    ),
+    "one process's": (base_with("_is_expert_parallel", lambda _: True), "expert parallelism", None),
+    "a shard": (base_with("_hf_tp_plan", lambda _: "moe_tp_experts"), "tensor parallelism", None),
+    "sonicmoe": (
+        base_with("config._experts_implementation", lambda _: "sonicmoe"),
+        "experts_implementation='sonicmoe'",
+        None,
+    ),
+    "scaling": (
+        layer_with("scaling", lambda _: {"default": torch.tensor(2.0)}),
+        "its scaling is not a number",
+        None,
+    ),
+    "dtype": (
+        layer_with("lora_A.default.weight.data", torch.Tensor.double),
+        "lora_A and lora_B differ",
+        None,
+    ),
 }
 
 
-@pytest.mark.parametrize("change", REASONS, ids=lambda change: change.__name__)
-def test_why_not(change):
-    model = adapted("gpt_oss")
-    assert type(experts.decide(outermost(model))) is experts.Experts
-    change(model)
-    assert REASONS[change] in experts.decide(outermost(model)).reason
-
-
-RUNNABLE = (disable_adapters, merge, train_weight, train_bias, train_lora_b, hook, hook_inner, own_forward)
-
-
-@pytest.mark.parametrize("change", [*RUNNABLE, replaced_class_forward], ids=lambda change: change.__name__)
-def test_pefts_own_forward_runs_then(change):
+@pytest.mark.parametrize("name", REASONS)
+def test_pefts_own_forward_runs_and_the_reason_is_said(name):
+    change, said, operators = REASONS[name]
     model, ids = adapted("gpt_oss"), tokens()
+    assert not reason(model)
     change(model)
-    loss, counts = ran(lambda: loss_of(model, ids))
-    assert counts[0] == (0 if change in (disable_adapters, merge) else 2)  # the second layer is not changed
-    with mica.fast.disabled():
-        assert error(loss, loss_of(model, ids)) <= RELATIVE[torch.float32]
+    assert said in reason(model)
+    if operators is not None:  # those of the second layer, which is not changed
+        _, counts = ran(lambda: as_stock(lambda: loss_of(model, ids), RELATIVE[torch.float32]))
+        assert counts[0] == operators
 
 
 def test_lora_without_mica_is_pefts():
-    model = filled(wrap_experts(moe_models.mixtral(), stock=True))
-    assert "is not MiCA" in experts.decide(outermost(model)).reason
+    model = randomise(wrap_experts(moe_models.mixtral(), stock=True))
+    assert "is not MiCA" in reason(model)
     assert ran(lambda: loss_of(model, tokens()))[1] == (0, 0)
 
 
@@ -130,14 +111,14 @@ def test_several_active_adapters_are_pefts():
     model = adapted()
     model.add_adapter("other", model.peft_config["default"])
     model.base_model.set_adapter(["default", "other"])
-    assert "several active adapters" in experts.decide(outermost(model)).reason
+    assert "several active adapters" in reason(model)
 
 
 def test_an_active_adapter_that_is_not_on_the_experts():
     model, ids = adapted(), tokens()
     model.add_adapter("other", LoraConfig(init_lora_weights="mica", r=2, target_modules=["q_proj"]))
     model.set_adapter("other")
-    assert "none of the active adapters ['other'] is on this layer" in experts.decide(outermost(model)).reason
+    assert "none of the active adapters ['other'] is on this layer" in reason(model)
     assert ran(lambda: loss_of(model, ids))[1] == (0, 0)
     rows = [row for row in mica.fast.explain(model).rows if ".experts." in row.name]
     assert len(rows) == 4
@@ -161,10 +142,7 @@ def test_switching_the_adapter_is_seen_at_the_next_call():
 
 def test_a_router_keeps_peft_s_path_and_does_not_stop_the_experts():
     model = adapted("qwen3_moe", target_parameters=[*moe_models.STACKS, moe_models.ROUTER["qwen3_moe"]])
-    loss, _, counts = gradients(model, tokens())
-    assert counts == (4, 4)
-    with mica.fast.disabled():
-        assert error(loss, loss_of(model, tokens())) <= RELATIVE[torch.float32]
+    assert as_stock_s(model, tokens()) == (4, 4)
     rows = {row.name.rsplit("mlp.")[1]: row for row in mica.fast.explain(model).rows}
     assert rows["gate.weight"].path == "peft"
     assert "not a stack of experts" in rows["gate.weight"].reason
@@ -216,8 +194,8 @@ def test_a_module_that_is_none_of_transformers_is_pefts():
         def forward(self, *args):
             return self.experts(*args)
 
-    model = filled(wrap_experts(Around(), target_parameters=["experts.weight"], rank=2))
-    assert "does not use transformers' experts interface" in experts.decide(outermost(model)).reason
+    model = randomise(wrap_experts(Around(), target_parameters=["experts.weight"], rank=2))
+    assert "does not use transformers' experts interface" in reason(model)
     x, index, weights = torch.randn(5, 4), torch.zeros(5, 1, dtype=torch.int64), torch.rand(5, 3)
     y = model(x, index, weights)
     layer = outermost(model)
@@ -236,7 +214,7 @@ def test_the_registry_is_read_at_every_call(monkeypatch):
         return stock(*args)
 
     monkeypatch.setitem(moe.ALL_EXPERTS_FUNCTIONS._global_mapping, "grouped_mm", own)
-    assert "experts_implementation='grouped_mm'" in experts.decide(outermost(model)).reason
+    assert "experts_implementation='grouped_mm'" in reason(model)
     loss_of(model, tokens())
     assert len(calls) == 2
 
@@ -275,7 +253,7 @@ def block(build, implementation):
         nn.init.normal_(weight, std=0.3)
     base.config._experts_implementation = implementation
     first = "up_proj" if build is nemotron_h else "gate_up_proj"
-    return filled(wrap_experts(_Block(base), target_parameters=[f"experts.{first}", "experts.down_proj"]))
+    return randomise(wrap_experts(_Block(base), target_parameters=[f"experts.{first}", "experts.down_proj"]))
 
 
 def call_of(dtype=torch.float32):
@@ -287,10 +265,8 @@ def call_of(dtype=torch.float32):
 @pytest.mark.parametrize("build", [nemotron_h, muse_spark])
 def test_experts_without_a_gate_and_with_a_norm(build, implementation):
     model, call = block(build, implementation), call_of()
-    y, counts = ran(lambda: model(*call))
+    _, counts = ran(lambda: as_stock(lambda: model(*call), RELATIVE[torch.float32]))
     assert counts[0] == 2
-    with mica.fast.disabled():
-        assert error(y, model(*call)) <= RELATIVE[torch.float32]
 
 
 @pytest.mark.parametrize("implementation", ["grouped_mm", "batched_mm", "eager"])
@@ -299,12 +275,9 @@ def test_weights_in_fp32_over_16_bit_experts(build, implementation):
     """Their sums are in fp32, and the result in the dtype of the input."""
     model = block(build, implementation).bfloat16()
     x, index, weights = call_of(torch.bfloat16)
-    y, counts = ran(lambda: model(x, index, weights.float()))
+    y, counts = ran(lambda: as_stock(lambda: model(x, index, weights.float()), RELATIVE[torch.bfloat16]))
     assert counts[0] == 2
-    with mica.fast.disabled():
-        expected = model(x, index, weights.float())
-    assert y.dtype == expected.dtype == torch.bfloat16
-    assert error(y, expected) <= RELATIVE[torch.bfloat16]
+    assert y.dtype == torch.bfloat16
 
 
 def test_weights_of_all_experts_are_pefts():

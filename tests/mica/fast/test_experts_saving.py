@@ -1,8 +1,6 @@
 """A saved MiCA adapter of experts: stock PEFT loads it as it is, and with this package it is MiCA again."""
 
 import json
-import subprocess
-import sys
 
 import peft
 import pytest
@@ -11,8 +9,7 @@ from peft import AutoPeftModel, AutoPeftModelForCausalLM, LoraConfig, PeftConfig
 from safetensors.torch import load_file, save_file
 
 import mica.fast
-from mica.fast.forward.expert_params import lora_A_of, lora_B_of
-from tests.support.models import randomise, stock_load
+from tests.support.models import bases, factors, randomise, stock_load
 from tests.support.moe_models import (
     BUILDERS,
     ROUTER,
@@ -24,35 +21,9 @@ from tests.support.moe_models import (
     wrappers,
 )
 from tests.support.tolerances import RELATIVE, error
+from tests.support.without_mica import logits_without_mica
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
-
-# For each "base adapter how": load without this package, without a warning of PEFT's, and save the logits.
-WITHOUT_MICA = """
-import sys, warnings
-import torch, transformers, peft
-assert peft.__version__.startswith(sys.argv[1]), peft.__version__
-from transformers import AutoModelForCausalLM
-ids = torch.load(sys.argv[2])
-for base, adapter, how, logits in zip(*[iter(sys.argv[3:])] * 4):
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        if how == "auto":
-            model = peft.AutoPeftModel.from_pretrained(adapter)
-        elif how == "auto for a task":
-            model = peft.AutoPeftModelForCausalLM.from_pretrained(adapter)
-        else:
-            model = AutoModelForCausalLM.from_pretrained(base)
-            if how == "transformers":
-                model.load_adapter(adapter)
-            else:
-                model = peft.PeftModel.from_pretrained(model, adapter)
-    texts = [str(w.message) for w in caught if "deprecated" not in str(w.message)]
-    assert not texts, texts
-    with torch.no_grad():
-        torch.save(model.eval()(input_ids=ids).logits, logits)
-assert "mica" not in sys.modules
-"""
 
 
 def trained(kind="qwen3_moe", base=None, **config):
@@ -73,14 +44,13 @@ def assert_same_adapter(loaded, model, adapter="default"):
     expected = wrappers(model)
     assert len(wrappers(loaded)) == len(expected)
     for name, layer in wrappers(loaded).items():
-        assert torch.equal(lora_B_of(layer, adapter), lora_B_of(expected[name], "default"))
-        assert torch.equal(lora_A_of(layer, adapter), lora_A_of(expected[name], "default"))
+        for ours, theirs in zip(factors(layer, adapter), factors(expected[name]), strict=True):
+            assert torch.equal(ours, theirs), name
 
 
 def test_stock_peft_loads_it_and_gives_the_same_logits(tmp_path):
     """In a process without this package, in each of the ways that PEFT and transformers have."""
-    torch.save(tokens(), tmp_path / "ids.pt")
-    arguments, expected = [], []
+    loads, expected = [], []
     cases = [("qwen3_moe", "peft", None), ("gpt_oss", "peft", None), ("mixtral", "transformers", None)]
     cases += [("qwen3_moe", "auto", None), ("qwen3_moe", "auto for a task", "CAUSAL_LM")]
     for number, (kind, how, task_type) in enumerate(cases):
@@ -90,14 +60,11 @@ def test_stock_peft_loads_it_and_gives_the_same_logits(tmp_path):
         model.save_pretrained(adapter)
         assert {file.name for file in adapter.iterdir()} == {CONFIG, WEIGHTS, "README.md"}
         expected.append(logits(model))
-        arguments += [base, adapter, how, tmp_path / f"{number}.pt"]
-    command = [sys.executable, "-c", WITHOUT_MICA, "0.", tmp_path / "ids.pt", *arguments]
-    done = subprocess.run(list(map(str, command)), capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    for number, ours in enumerate(expected):
-        theirs = torch.load(tmp_path / f"{number}.pt")
-        assert error(theirs, ours) <= 5 * RELATIVE[torch.float32], cases[number]
-        assert error(theirs, logits(BUILDERS[cases[number][0]]())) > 0.05  # the adapter does something
+        loads.append((base, adapter, how))
+    results = logits_without_mica(tmp_path, tokens(), *loads)
+    for theirs, ours, case in zip(results, expected, cases, strict=True):
+        assert error(theirs, ours) <= 5 * RELATIVE[torch.float32], case
+        assert error(theirs, logits(BUILDERS[case[0]]())) > 0.05  # the adapter does something
 
 
 @pytest.mark.parametrize("task_type", [None, "CAUSAL_LM"])
@@ -194,8 +161,9 @@ def test_a_resumed_adapter_trains_a_only(tmp_path):
     resumed(input_ids=tokens()).logits.square().mean().backward()
     optimizer.step()
     for name, layer in wrappers(resumed).items():
-        assert torch.equal(lora_B_of(layer, "default"), lora_B_of(wrappers(model)[name], "default"))
-        assert not torch.equal(lora_A_of(layer, "default"), lora_A_of(wrappers(model)[name], "default"))
+        (A, B), (old_A, old_B) = factors(layer), factors(wrappers(model)[name])
+        assert torch.equal(B, old_B)
+        assert not torch.equal(A, old_A)
     resumed.save_pretrained(tmp_path)
     assert saved_config(tmp_path)["peft_version"].endswith("+mica")
 
@@ -208,10 +176,9 @@ def test_transformers_own_loader(tmp_path, solved):
     loaded.load_adapter(str(tmp_path))
     assert not solved
     assert not any("lora_B" in name and p.requires_grad for name, p in loaded.named_parameters())
-    expected = {name.removeprefix("base_model.model."): layer for name, layer in wrappers(model).items()}
-    for name, layer in wrappers(loaded).items():
-        assert layer.lora_variant
-        assert torch.equal(lora_B_of(layer, "default"), lora_B_of(expected[name], "default"))
+    assert all(layer.lora_variant for layer in wrappers(loaded).values())
+    for name, B in bases(loaded).items():
+        assert torch.equal(B, bases(model)[f"base_model.model.{name}"])
 
 
 @pytest.mark.parametrize("task_type", [None, "CAUSAL_LM"])

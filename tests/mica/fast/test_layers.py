@@ -1,45 +1,24 @@
-import copy
-
 import pytest
 import torch
 import torch.nn.functional as F
 from peft import LoraConfig
-from peft.utils.hotswap import hotswap_adapter
 from torch.autograd import forward_ad
 from torch.utils.checkpoint import checkpoint
 
 import mica.fast
 from mica import reference
 from tests.support.models import gradients, net, randomise, tiny_gpt2, tiny_llama, wrap
+from tests.support.stock import as_stock, both, counted, step
 from tests.support.tolerances import RELATIVE, error
 
 INDICES = torch.tensor([[1, 2, 3, 28], [0, 7, 7, 3]])
 
 
-def step(model, indices=INDICES, **context):
-    model.zero_grad(set_to_none=True)
-    out = model(indices)
-    out = getattr(out, "logits", out)
-    out.float().square().mean().backward()
-    return out.detach(), gradients(model)
-
-
 def compare(model, tolerance, indices=INDICES):
     """The same model, backend on and off: outputs and gradients of A."""
-    before = mica.fast.call_counts["linear"]
-    out, grads = step(model, indices)
-    assert mica.fast.call_counts["linear"] > before  # our path ran ...
-    counted = mica.fast.call_counts["linear"]
-    with mica.fast.disabled():
-        expected, expected_grads = step(model, indices)
-    assert mica.fast.call_counts["linear"] == counted  # ... and then it did not
-    assert out.dtype == expected.dtype
-    assert error(out, expected) <= tolerance
-    assert grads.keys() == expected_grads.keys()
+    (out, grads), counts = counted(lambda: as_stock(lambda: step(model, indices), tolerance))
+    assert counts["linear"]
     assert not any("lora_B" in name or "lora_embedding_B" in name for name in grads)
-    for name, grad in grads.items():
-        assert grad.dtype == expected_grads[name].dtype, name
-        assert error(grad, expected_grads[name]) <= tolerance, name
     return out
 
 
@@ -64,15 +43,13 @@ def test_compute_dtype_float32_is_stocks_arithmetic(monkeypatch):
     """Over a bf16 base: the same roundings at the same places, so nearly always the same bits."""
     mica.fast.enable(compute_dtype=torch.float32)
     model = randomise(net(torch.bfloat16, targets=["up", "conv", "down"]))
-    out, grads = step(model)
-    with mica.fast.disabled():
-        expected, expected_grads = step(model)
+    (out, grads), (expected, expected_grads) = both(lambda: step(model, INDICES))
     assert (out != expected).float().mean() <= 0.02
     for name, grad in grads.items():
         assert error(grad, expected_grads[name]) <= 0.1 * RELATIVE[torch.bfloat16], name
     mica.fast.enable()
     monkeypatch.setattr("mica.products.FEW_TO_ROUND", 0)  # few tokens compute so by default
-    coarse, _ = step(model)
+    coarse, _ = step(model, INDICES)
     assert (coarse != expected).any()  # the default computes in bf16: the setting does something
 
 
@@ -112,28 +89,26 @@ def test_gradient_checkpointing(use_reentrant):
 def test_compile_fullgraph_follows_enable_and_disable(dtype):
     torch.compiler.reset()
     model = randomise(net(dtype))
-    expected, expected_grads = step(model)
+    expected, expected_grads = step(model, INDICES)
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
-    before = mica.fast.call_counts["linear"]
-    out, grads = step(compiled)
-    assert mica.fast.call_counts["linear"] == before + 3
+    (out, grads), counts = counted(lambda: step(compiled, INDICES))
+    assert counts["linear"] == 3
     assert error(out, expected) <= 3 * RELATIVE[dtype]
     for name, grad in grads.items():
         assert error(grad, expected_grads[name.removeprefix("_orig_mod.")]) <= 3 * RELATIVE[dtype], name
     with mica.fast.disabled():
-        step(compiled)
-    assert mica.fast.call_counts["linear"] == before + 3
+        assert not counted(lambda: step(compiled, INDICES))[1]
 
 
 def test_scaling_as_a_tensor():
     """What `prepare_model_for_compiled_hotswap` makes of the scaling."""
     model = randomise(net())
-    expected, expected_grads = step(model)
+    expected, expected_grads = step(model, INDICES)
     for layer in model.modules():
         if hasattr(layer, "lora_variant"):
             layer.scaling["default"] = torch.tensor(layer.scaling["default"])
     assert mica.fast.explain(model).counts() == {"reference": 4}
-    out, grads = step(model)
+    out, grads = step(model, INDICES)
     assert error(out, expected) <= RELATIVE[torch.float32]
     for name, grad in grads.items():
         assert error(grad, expected_grads[name]) <= RELATIVE[torch.float32]
@@ -147,7 +122,7 @@ def test_embed_scale():
 
 def test_padding_index_is_not_trained():
     model = randomise(net())
-    _, grads = step(model)
+    _, grads = step(model, INDICES)
     (grad,) = [grad for name, grad in grads.items() if "lora_embedding_A" in name]
     assert (grad[:, 3] == 0).all()
     assert (grad[:, 7] != 0).all()
@@ -172,31 +147,14 @@ def test_saves_x_as_it_came_and_nothing_wider():
         assert any(t.dtype == torch.float32 for t in saved_tokens())
 
 
-def test_switching_deleting_and_adding_adapters():
-    model = randomise(net())
-    out = step(model)[0]
-    with mica.fast.disabled():
-        base = copy.deepcopy(model).unload()(INDICES)
-    model.add_adapter("second", copy.deepcopy(model.peft_config["default"]))
-    assert torch.equal(step(model)[0], out)
-    model.set_adapter("second")
-    assert error(step(model)[0], base) <= RELATIVE[torch.float32]
-    with model.disable_adapter():
-        assert torch.equal(model(INDICES), base)
-    model.delete_adapter("default")
-    assert error(step(model)[0], base) <= RELATIVE[torch.float32]
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_several_active_adapters(dtype):
     model = randomise(net(dtype, targets=["up", "conv", "down"]))
     model.add_adapter("second", LoraConfig(r=2, target_modules=["up"], init_lora_weights="mica"))
     randomise(model)
     model.base_model.set_adapter(["default", "second"])
-    mica.fast.call_counts.clear()
-    compare(model, 3 * RELATIVE[dtype])
-    assert mica.fast.call_counts["linear"] == 3
-    assert mica.fast.call_counts["up_projection"] == 1
+    _, counts = counted(lambda: compare(model, 3 * RELATIVE[dtype]))
+    assert (counts["linear"], counts["up_projection"]) == (3, 1)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -231,13 +189,7 @@ def test_dropout_is_drawn_from_torch_s_generator(dtype, called):
         assert error(grad, oracle) <= 5 * RELATIVE[dtype]
     assert not torch.equal(layer(x), out)  # the next call draws another mask
     model.eval()
-    compare_layer_with_stock(layer, x, 3 * RELATIVE[dtype])
-
-
-def compare_layer_with_stock(layer, x, tolerance):
-    out = layer(x)
-    with mica.fast.disabled():
-        assert error(out, layer(x)) <= tolerance
+    as_stock(lambda: layer(x), 3 * RELATIVE[dtype])
 
 
 @pytest.mark.parametrize("use_reentrant", [True, False])
@@ -269,21 +221,6 @@ def test_dropout_under_compile():
     assert error(compiled(INDICES), model(INDICES)) <= 3 * RELATIVE[torch.float32]
 
 
-@pytest.mark.parametrize("backend", ["reference", "triton"])
-def test_hotswap(monkeypatch, tmp_path, backend):
-    """Through ``.data``, which no version counts: what was made of the old B must not stay."""
-    monkeypatch.setenv("MICA_BACKEND", backend)
-    other = randomise(net(rank=3, seed=5, targets=["up", "down"]), seed=6)
-    other.save_pretrained(tmp_path)
-    model = randomise(net(rank=3, targets=["up", "down"]))
-    before = compare(model, 3 * RELATIVE[torch.float32])
-    hotswap_adapter(model, str(tmp_path), "default")
-    after = compare(model, 3 * RELATIVE[torch.float32])
-    assert error(after, before) > 0.01
-    layer, swapped = (m.base_model.model.up for m in (model, other))
-    assert torch.equal(layer.lora_B["default"].weight, swapped.lora_B["default"].weight)
-
-
 KERNEL_CASES = [(torch.float32, True), (torch.bfloat16, True), (torch.bfloat16, False), (torch.float16, True)]
 
 
@@ -294,9 +231,7 @@ def test_parity_with_stock_on_kernels(monkeypatch, dtype, autocast_adapter_dtype
     monkeypatch.setenv("MICA_BACKEND", "triton")
     mica.fast.enable(compute_dtype=compute_dtype)
     model = randomise(net(dtype, autocast_adapter_dtype=autocast_adapter_dtype))
-    mica.fast.call_counts.clear()
-    compare(model, 3 * RELATIVE[dtype])
-    counts = mica.fast.call_counts
+    _, counts = counted(lambda: compare(model, 3 * RELATIVE[dtype]))
     assert counts["linear_kernels"] == counts["linear_backward_kernels"] == 3
     assert counts["embedding"] == counts["embedding_backward"] == 1
 
@@ -331,11 +266,8 @@ def test_forward_mode(called):
         with forward_ad.dual_level():
             return forward_ad.unpack_dual(layer(forward_ad.make_dual(x, tangent))).tangent
 
-    before = mica.fast.call_counts.copy()
-    actual = jvp()
-    assert mica.fast.call_counts != before
-    with mica.fast.disabled():
-        assert error(actual, jvp()) <= RELATIVE[torch.float32]
+    _, counts = counted(lambda: as_stock(jvp, RELATIVE[torch.float32]))
+    assert counts
 
 
 @pytest.mark.parametrize("called", [False, True], ids=["fused", "base layer called"])

@@ -4,14 +4,12 @@ Liger's kernels run in Triton's interpreter here, compiled with MICA_TEST_DEVICE
 """
 
 import pytest
-import torch
 from transformers.integrations.liger import apply_liger_kernel
 from transformers.models.llama import modeling_llama
 
 import mica.fast
 from tests.support.kernel_cases import DEVICE
-from tests.support.models import bases
-from tests.support.training import STEPS, batches, eager_losses, follows, llama, train
+from tests.support.training import batches, check, llama, report, train
 
 pytest.importorskip("triton")
 pytest.importorskip("liger_kernel", reason="liger-kernel is not installed")
@@ -81,17 +79,12 @@ def test_the_losses_of_neither(monkeypatch, path):
     elif DEVICE != "cpu" and path == "reference":
         monkeypatch.setenv("MICA_BACKEND", "reference")
     model = with_liger()
-    assert mica.fast.explain(model).counts() == {path: 7}, str(mica.fast.explain(model))
-    first_B = {name: B.detach().clone() for name, B in bases(model).items()}
-    before = mica.fast.call_counts.copy()
-    losses = train(model, data())
-    counted = mica.fast.call_counts - before
-    assert counted["linear"] == counted["linear_backward"] == 7 * STEPS
-    assert all(row.calls == 1 for row in mica.fast.explain(model).rows)
-    follows(losses, eager_losses(num_hidden_layers=1, data=batches(size=1, length=6)))
-    for name, B in bases(model).items():
-        assert not B.requires_grad, name
-        assert torch.equal(B, first_B[name]), name
+    done = report(model, lambda: train(model, data()))
+    assert all(row.calls == 1 for row in done["rows"])
+    plain = llama(num_hidden_layers=1)
+    with mica.fast.disabled():
+        expected = train(plain, batches(size=1, length=6))
+    check(done, expected, path=path)
 
 
 def test_all_four_kernels_take_part():

@@ -12,7 +12,7 @@ from torch import nn
 
 import mica.fast
 from mica.errors import UnsuitableLayerError
-from tests.support.models import adapted_layers, randomise, snapshot, wrap
+from tests.support.models import adapted_layers, randomise, wrap
 from tests.support.quantised_models import (
     TARGETS,
     adapted,
@@ -20,48 +20,11 @@ from tests.support.quantised_models import (
     bnb_4bit,
     bnb_8bit,
     llama,
-    logits,
 )
 from tests.support.tolerances import RELATIVE, error
+from tests.support.unchanged import unchanged
 
 pytestmark = pytest.mark.usefixtures("one_thread", "gptqmodel")
-
-
-def broken(kind="hqq"):
-    model = llama(kind)
-    model.model.layers[0].mlp.up_proj.meta["scale"][0] = float("nan")
-    return model
-
-
-def test_nan_names_the_layer_and_leaves_the_model_as_it_was():
-    model = broken()
-    before = snapshot(model)
-    with pytest.raises(UnsuitableLayerError, match=r"layer '.*mlp.up_proj' has 8 NaN or Inf of 1536"):
-        wrap(model, targets=TARGETS)
-    assert snapshot(model) == before
-    mica.fast.enable(on_unsuitable="skip")
-    with pytest.warns(UserWarning, match="up_proj.*left without an adapter"):
-        model = wrap(model, targets=TARGETS)
-    assert len(adapted_layers(model)) == 6
-
-
-@pytest.mark.parametrize("kind", ["nf4 double, bf16 storage", "int8", "hqq", "torchao int8", "gptq stub"])
-def test_rank_too_large_names_the_layer_and_its_real_shape(kind, solved):
-    model = llama(kind)
-    before = snapshot(model)
-    with pytest.raises(UnsuitableLayerError, match=r"r=17 for layer '.*k_proj' with weight shape \(16, 32\)"):
-        wrap(model, rank=17, targets=TARGETS)
-    assert snapshot(model) == before
-    assert not solved
-
-
-def test_a_second_adapter_that_fails_leaves_the_first():
-    model = randomise(adapted("nf4"))
-    expected, before = logits(model), snapshot(model)
-    with pytest.raises(UnsuitableLayerError, match="r=17"):
-        model.add_adapter("second", LoraConfig(r=17, init_lora_weights="mica", target_modules=TARGETS))
-    assert snapshot(model) == before
-    assert torch.equal(logits(model), expected)
 
 
 def test_not_quantised_yet():
@@ -88,11 +51,9 @@ def test_not_quantised_yet():
 def test_a_model_that_does_not_say_that_it_is_quantised(make, flag, tmp_path):
     """PEFT takes its layers for plain ones; an adapter from a file runs there all the same."""
     model = nn.Sequential(make(nn.Linear(32, 16)))
-    before = snapshot(model)
     message = rf"layer '0' is a Linear\w+ of bitsandbytes .*: set model.{flag} = True before"
-    with pytest.raises(UnsuitableLayerError, match=message):
+    with unchanged(model), pytest.raises(UnsuitableLayerError, match=message):
         wrap(model, rank=1, targets=["0"])
-    assert snapshot(model) == before
     setattr(model, flag, True)
     adapter = randomise(wrap(model, rank=1, targets=["0"]))
     adapter.save_pretrained(tmp_path)
@@ -140,13 +101,11 @@ def test_a_library_that_is_not_covered_is_named(existing):
         attempt = partial(model.add_adapter, "second")
     else:
         attempt = partial(get_peft_model, model)
-    before = snapshot(model)
     message = (
         r"layer '0' has a quantised base layer of type QuantizedLinear \(AQLM\), and .* only those of bits"
     )
-    with pytest.raises(UnsuitableLayerError, match=message):
+    with unchanged(model), pytest.raises(UnsuitableLayerError, match=message):
         attempt(config("mica"))
-    assert snapshot(model) == before
 
 
 def test_torchao_int4_is_named():
@@ -156,10 +115,11 @@ def test_torchao_int4_is_named():
     packed = torch.zeros(64, 16, dtype=torch.int8)
     weight = quantization.Int4Tensor(packed, scale, zero, [1, 32], torch.Size([64, 32]))
     model[0].weight = nn.Parameter(weight, requires_grad=False)
-    before = snapshot(model)
-    with pytest.raises(UnsuitableLayerError, match=r"layer '0' has .* Linear \(torchao Int4Tensor, refused"):
+    with (
+        unchanged(model),
+        pytest.raises(UnsuitableLayerError, match=r"layer '0' has .* Linear \(torchao Int4Tensor, refused"),
+    ):
         wrap(model, targets=["0"])
-    assert snapshot(model) == before
 
 
 def test_other_variants_cannot_be_combined():

@@ -1,69 +1,45 @@
 """The whole path on a pretrained model, SmolLM2-135M: losses, gradients, and the adapter it leaves behind."""
 
-import subprocess
-import sys
-
 import pytest
 import torch
 
 import mica.fast
+from tests.support import training
 from tests.support.models import bases, gradients, python_reference_tokens, randomise, smollm2, wrap
 from tests.support.quick_products import quick_products
+from tests.support.without_mica import logits_without_mica
 
 STEPS, BATCH = 20, (1, 48)
 LOSS = {torch.float32: 1e-5, torch.bfloat16: 2e-2}  # relative
-
-LOGITS_WITHOUT_MICA = """
-import sys
-sys.modules["mica"] = None  # an import of it would fail
-import torch
-from peft import PeftModel
-from transformers import AutoModelForCausalLM
-folder, file, adapter, ids, out = sys.argv[1:]
-model = AutoModelForCausalLM.from_pretrained(folder, gguf_file=file, dtype=torch.float32)
-model = PeftModel.from_pretrained(model, adapter)
-with torch.no_grad():
-    torch.save(model(torch.load(ids)).logits, out)
-"""
 
 
 def adapted(dtype):
     return wrap(smollm2(dtype), rank=16, targets="all-linear", lora_alpha=16)
 
 
-def trained(model):
-    return [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-
-
-def train(model):
-    """Losses of 20 AdamW steps from A = 0, each on its own text."""
+def train(model, data):
+    """Losses of AdamW steps from A = 0, each on its own text."""
     with torch.no_grad():
-        for _, parameter in trained(model):
-            parameter.zero_()
-    optimizer = torch.optim.AdamW([p for _, p in trained(model)], lr=1e-3)
-    losses = []
-    for ids in python_reference_tokens().split(BATCH[0] * BATCH[1])[:STEPS]:
-        loss = model(ids.view(BATCH), labels=ids.view(BATCH)).loss
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        losses.append(loss.item())
-    return torch.tensor(losses)
+        for A in training.trainable(model).values():
+            A.zero_()
+    optimizer = torch.optim.AdamW(training.trainable(model).values(), lr=1e-3)
+    return training.train(model, data, optimizer=optimizer)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_twenty_steps_follow_stock_and_stock_loads_the_adapter(dtype, tmp_path):
     model = adapted(dtype)
     assert mica.fast.explain(model).counts() == {"reference": 210}
-    assert len(trained(model)) == 210
+    assert len(training.trainable(model)) == 210
     before = {name: B.clone() for name, B in bases(model).items()}
     for B in before.values():
         assert B.dtype == torch.float32
         assert (B.T @ B - torch.eye(16)).abs().max() <= 1e-6
+    data = [ids.view(BATCH) for ids in python_reference_tokens().split(BATCH[0] * BATCH[1])[:STEPS]]
     with quick_products(dtype):
         with mica.fast.disabled():
-            expected = train(model)  # the same B
-        losses = train(model)
+            expected = train(model, data)  # the same B
+        losses = train(model, data)
     assert losses[-5:].mean() < losses[:5].mean()  # it learns
     assert ((losses - expected).abs() / expected).max() <= LOSS[dtype]
     for name, B in bases(model).items():
@@ -77,14 +53,8 @@ def check_logits_without_mica(model, folder):
 
     model.save_pretrained(folder / "adapter", save_embedding_layers=False)  # as the base has them
     ids = python_reference_tokens()[:64].view(1, 64)
-    torch.save(ids, folder / "ids.pt")
     gguf = smollm2_gguf()
-    arguments = [gguf.parent, gguf.name, folder / "adapter", folder / "ids.pt", folder / "logits.pt"]
-    done = subprocess.run(
-        [sys.executable, "-c", LOGITS_WITHOUT_MICA, *map(str, arguments)], capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr
-    theirs = torch.load(folder / "logits.pt")
+    (theirs,) = logits_without_mica(folder, ids, (gguf.parent, folder / "adapter", gguf.name))
     with torch.no_grad():
         ours = model(ids).logits
     assert ((ours - theirs).norm() / theirs.norm()) <= 1e-5
@@ -132,23 +102,13 @@ def test_training_on_interpreted_kernels_gives_the_references_losses(monkeypatch
     """
     names = [f"{name}_proj" for name in ("q", "k", "v", "o", "gate", "up", "down")]
     model = wrap(smollm2(dtype), rank=16, targets=names, layers_to_transform=[0, 29])
-    batches = python_reference_tokens()[: 3 * 16].split(16)
+    data = python_reference_tokens()[: 3 * 16].view(3, 1, 16)
     losses = {}
     for backend in ("reference", "triton"):
         monkeypatch.setenv("MICA_BACKEND", backend)
         mica.fast.call_counts.clear()
-        with torch.no_grad():
-            for _, parameter in trained(model):
-                parameter.zero_()
-        optimizer = torch.optim.AdamW([p for _, p in trained(model)], lr=1e-3)
-        losses[backend] = []
-        for ids in batches:
-            with quick_products(dtype):
-                loss = model(ids[None], labels=ids[None]).loss
-                loss.backward()
-            optimizer.step()
-            optimizer.zero_grad()
-            losses[backend].append(loss.item())
+        with quick_products(dtype):
+            losses[backend] = train(model, data).tolist()
         on_kernels = 3 * 14 if backend == "triton" else 0
         assert mica.fast.call_counts["linear_kernels"] == on_kernels
         assert mica.fast.call_counts["linear_backward_kernels"] == on_kernels

@@ -11,13 +11,16 @@ from safetensors.torch import load_file, save_file
 import mica.fast
 from mica.errors import UnsuitableLayerError
 from tests.support import gloo
-from tests.support.models import adapted_layers, bases, wrap
+from tests.support.models import adapted_layers, bases, randomise, wrap
 from tests.support.peft_versions import needs_peft
 from tests.support.tolerances import RELATIVE, error
-from tests.support.tp_models import full, part, randomise, save_models, split, whole
-from tests.support.training import STEPS, batches, follows, train, trainable
+from tests.support.tp_models import made, part, save_models, split, whole
+from tests.support.training import batches, gathered, trainable
 
-pytestmark = needs_peft("0.21", "a layer that is split is refused, as a shard")
+pytestmark = [
+    needs_peft("0.21", "a layer that is split is refused, as a shard"),
+    pytest.mark.usefixtures("one_thread"),
+]
 
 BF16 = torch.bfloat16
 IDS = batches(1)[0]
@@ -27,21 +30,6 @@ def adapted(base, targets="all-linear", **config):
     return wrap(base, targets=targets, **config).train()
 
 
-def after_training(model, prepare=None, **options):
-    """Losses of a few steps, and what they have left."""
-    first_B = {name: part(B) for name, B in bases(model).items()}
-    before = mica.fast.call_counts.copy()
-    losses = train(model, **options)
-    return {
-        "losses": losses,
-        "counts": dict(mica.fast.call_counts - before),
-        "paths": mica.fast.explain(model).counts(),
-        "moved": [name for name, B in bases(model).items() if not torch.equal(part(B), first_B[name])],
-        "trainable": {name.split(".")[-3] for name in trainable(model)},
-        "A": {name: full(A) for name, A in trainable(model).items()},
-    }
-
-
 def one_step(model, ids=IDS):
     """Loss, gradients of A and, without gradients, logits of a model whose A are not 0."""
     model.zero_grad()
@@ -49,7 +37,7 @@ def one_step(model, ids=IDS):
     loss.backward()
     with torch.no_grad():
         logits = model(input_ids=ids).logits
-    gradients = {name: full(A.grad) for name, A in trainable(model).items()}
+    gradients = gathered({name: A.grad for name, A in trainable(model).items()})
     return {"loss": loss.detach(), "logits": logits, "gradients": gradients}
 
 
@@ -59,22 +47,9 @@ def one_step(model, ids=IDS):
 
 
 def bases_of(base, **config):
-    model = adapted(base, **config)
-    return {name: (part(B), full(B)) for name, B in bases(model).items()}
-
-
-def checkpointed(base):
-    model = adapted(base)
-    model.enable_input_require_grads()
-    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    return after_training(model)
-
-
-def dropped_out(base):
-    """Only layers that read all of x, so that one process has the same masks."""
-    model = adapted(base, targets=["q_proj", "up_proj"], lora_dropout=0.5)
-    torch.manual_seed(5)
-    return after_training(model)
+    """Those of this process, and whole."""
+    B = bases(adapted(base, **config))
+    return {name: part(tensor) for name, tensor in B.items()}, gathered(B)
 
 
 def stepped(base, hooked=False, patched=False, twice=False, stock=False, **config):
@@ -113,7 +88,7 @@ def mixed(base):
 def embedded(base):
     """An adapter on the embedding as well, which is split along the vocabulary."""
     model = randomise(adapted(base, targets=["embed_tokens", "q_proj"]))
-    return {"B": {name: full(B) for name, B in bases(model).items()}, "text": str(mica.fast.explain(model))}
+    return {"B": gathered(bases(model)), "text": str(mica.fast.explain(model))}
 
 
 ALONE_TOO = {
@@ -121,11 +96,6 @@ ALONE_TOO = {
     "B of uneven parts": bases_of,
     "B over a bf16 base": bases_of,
     "B in bf16": lambda base: bases_of(base, autocast_adapter_dtype=False),
-    "trained": lambda base: after_training(adapted(base)),
-    "trained with autocast": lambda base: after_training(adapted(base), autocast=BF16),
-    "trained over a bf16 base": lambda base: after_training(adapted(base)),
-    "trained with checkpoints": checkpointed,
-    "trained with dropout": dropped_out,
     "a step": stepped,
     "a step of uneven parts": stepped,
     "a step with hooks": lambda base: stepped(base, hooked=True),
@@ -137,9 +107,8 @@ ALONE_TOO = {
 }
 
 
-def base_of(name, load, folder):
-    dtype = {"dtype": BF16} if "bf16" in name else {}
-    return load(folder, "uneven" if "uneven" in name else "even", **dtype)
+def base_of(name):
+    return made("uneven" if "uneven" in name else "even", dtype=BF16 if "bf16" in name else torch.float32)
 
 
 def saved(folder):
@@ -152,7 +121,7 @@ def saved(folder):
 
 def loaded(folder, name):
     model = PeftModel.from_pretrained(split(folder), f"{folder}/{name}", is_trainable=True)
-    return {**one_step(model), "B": {name: full(B) for name, B in bases(model).items()}}
+    return {**one_step(model), "B": gathered(bases(model))}
 
 
 def refused(folder, **config):
@@ -197,17 +166,10 @@ TOGETHER = {
 }
 
 
-def caught(scenario, *args):
-    try:
-        return scenario(*args)
-    except Exception as error:
-        return error
-
-
 def scenarios(rank, folder):
     """All in one launch, which takes longer than they do."""
-    results = {name: caught(scenario, base_of(name, split, folder)) for name, scenario in ALONE_TOO.items()}
-    return {**results, **{name: caught(scenario, folder) for name, scenario in TOGETHER.items()}}
+    results = {name: gloo.attempt(scenario, base_of(name)) for name, scenario in ALONE_TOO.items()}
+    return {**results, **{name: gloo.attempt(scenario, folder) for name, scenario in TOGETHER.items()}}
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -238,67 +200,32 @@ def results(folder):
 
 
 @pytest.fixture
-def of(results, one_thread):
-    def both(name):
-        pair = [result[name] for result in results]
-        for result in pair:
-            if isinstance(result, Exception):
-                raise result
-        return pair
-
-    return both
+def of(results):
+    return lambda name: gloo.pair(results, name)
 
 
-@pytest.fixture
-def alone(folder, one_thread):
-    return lambda name: ALONE_TOO[name](base_of(name, whole, folder))
+def alone(name):
+    return ALONE_TOO[name](base_of(name))
 
 
 @pytest.mark.parametrize("name", ["B", "B of uneven parts", "B over a bf16 base", "B in bf16"])
-def test_each_process_has_its_part_of_one_process_s_basis(of, alone, name):
+def test_each_process_has_its_part_of_one_process_s_basis(of, name):
     """To the bit, fp32 masters over a bf16 base too."""
-    expected = alone(name)
-    for rank, result in enumerate(of(name)):
-        assert result.keys() == expected.keys()
-        for layer, (mine, gathered) in result.items():
-            B, _ = expected[layer]
-            assert B.dtype == mine.dtype == (BF16 if name == "B in bf16" else torch.float32)
-            assert torch.equal(gathered, B)
-            if layer.endswith(("o_proj", "down_proj")):
-                assert torch.equal(mine, B)
-            else:
-                assert torch.equal(mine, B.chunk(2)[rank])
-
-
-@pytest.mark.parametrize(
-    ("name", "dtype"),
-    [
-        ("trained", torch.float32),
-        ("trained with autocast", BF16),
-        ("trained over a bf16 base", BF16),
-        ("trained with checkpoints", torch.float32),
-        ("trained with dropout", torch.float32),
-    ],
-)
-def test_training_follows_one_process_on_the_operators(of, alone, name, dtype):
-    expected, pair = alone(name), of(name)
-    layers = sum(expected["paths"].values())
-    forwards = 2 * STEPS if "checkpoints" in name else STEPS
-    for result in pair:
-        follows(result["losses"], expected["losses"], dtype)
-        assert result["counts"] == {"linear": layers * forwards, "linear_backward": layers * STEPS}
-        assert result["paths"] == {"reference": layers}
-        assert result["moved"] == []
-        assert result["trainable"] == {"lora_A"}
-    for name, A in pair[0]["A"].items():
-        assert torch.equal(A, pair[1]["A"][name]), name
+    _, expected = alone(name)
+    for rank, (mine, whole_B) in enumerate(of(name)):
+        assert mine.keys() == expected.keys()
+        for layer, B in expected.items():
+            assert B.dtype == mine[layer].dtype == (BF16 if name == "B in bf16" else torch.float32)
+            assert torch.equal(whole_B[layer], B)
+            is_rowwise = layer.endswith(("o_proj", "down_proj"))
+            assert torch.equal(mine[layer], B if is_rowwise else B.chunk(2)[rank])
 
 
 STEPPED = [name for name in ALONE_TOO if name.startswith("a step")]
 
 
 @pytest.mark.parametrize("name", STEPPED)
-def test_gradients_are_those_of_one_process(of, alone, name):
+def test_gradients_are_those_of_one_process(of, name):
     expected = alone(name)
     for result in of(name):
         same(result, expected)
@@ -326,7 +253,7 @@ def test_a_factor_with_another_forward_takes_peft_s_path(of):
         assert result["counts"] == {}
 
 
-def test_a_mixed_batch_takes_peft_s_path(of, alone):
+def test_a_mixed_batch_takes_peft_s_path(of):
     expected = alone("a mixed batch")
     for logits in of("a mixed batch"):
         assert error(logits, expected) <= RELATIVE[torch.float32]
@@ -359,7 +286,7 @@ def test_an_adapter_of_one_process_is_loaded_by_two(of, folder, name):
             assert torch.equal(result["B"][layer], B), layer
 
 
-def test_an_embedding_takes_peft_s_path(of, alone):
+def test_an_embedding_takes_peft_s_path(of):
     expected = alone("an embedding")
     for result in of("an embedding"):
         for name, B in expected["B"].items():

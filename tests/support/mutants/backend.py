@@ -14,7 +14,7 @@ BACKEND = [
         "mica/fast/loading.py",
         tests=[
             "tests/mica/fast/test_loading.py",
-            "tests/mica/fast/test_layers.py",
+            "tests/mica/fast/test_adapters.py",
             "-k",
             "hotswap or missing",
         ],

@@ -1,0 +1,42 @@
+"""Adapted models to merge: linear layers and an embedding, or stacks of experts and routers."""
+
+import warnings
+
+import torch
+
+from tests.support.models import adapted_layers, factors, is_stored_as_in_out, net, randomise, stored
+from tests.support.moe_models import BUILDERS, ROUTER, STACKS, wrap_experts
+
+LINEAR = ["embed", "up", "down"]
+
+
+def trained(kind="linear", dtype=torch.float32, scale=0.3, **config):
+    """Their A are not 0."""
+    if kind == "linear":
+        return randomise(net(dtype, targets=LINEAR, **config), scale=scale).eval()
+    target = [*STACKS, ROUTER[kind]]
+    model = wrap_experts(BUILDERS[kind]().to(dtype), target_parameters=target, **config)
+    return randomise(model, scale=scale).eval()
+
+
+def weights(model):
+    return {name: stored(layer).detach().clone() for name, layer in adapted_layers(model).items()}
+
+
+def exact_merge(layer, weight, adapter="default"):
+    """W + s·B·A in fp64, stored as the weight is."""
+    A, B = factors(layer, adapter)
+    update = layer.scaling[adapter] * (B.detach().double() @ A.detach().double())
+    update = update.mT if is_stored_as_in_out(layer) else update
+    return weight.double() + update.reshape(weight.shape)
+
+
+def assert_same_bits(model, before):
+    for name, weight in weights(model).items():
+        assert torch.equal(weight.view(torch.uint8), before[name].view(torch.uint8)), name
+
+
+def quietly(function, *args, **kwargs):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        return function(*args, **kwargs)

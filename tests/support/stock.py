@@ -1,0 +1,63 @@
+"""PEFT's own code as the oracle: the same calls with the backend on and off."""
+
+import torch
+
+import mica.fast
+from tests.support.models import gradients
+from tests.support.tolerances import error
+
+
+def both(function):
+    """What it returns with the backend and, without a call of the operators, with stock; the same seed."""
+    torch.manual_seed(11)
+    ours = function()
+    counts = mica.fast.call_counts.copy()
+    torch.manual_seed(11)
+    with mica.fast.disabled():
+        theirs = function()
+    assert mica.fast.call_counts == counts
+    return ours, theirs
+
+
+def assert_same(ours, theirs, tolerance):
+    """Tensors of one dtype within ``tolerance``, also in tuples and, by the same keys, in dicts."""
+    if isinstance(theirs, dict):
+        assert ours.keys() == theirs.keys()
+        for name, value in theirs.items():
+            assert_same(ours[name], value, tolerance)
+    elif isinstance(theirs, tuple | list):
+        for pair in zip(ours, theirs, strict=True):
+            assert_same(*pair, tolerance)
+    elif theirs is None:
+        assert ours is None
+    else:
+        assert ours.dtype == theirs.dtype
+        assert error(ours, theirs) <= tolerance
+
+
+def as_stock(function, *tolerances):
+    """What it returns with the backend, which is stock's; of a tuple each part by a tolerance of its own."""
+    ours, theirs = both(function)
+    if len(tolerances) == 1:
+        assert_same(ours, theirs, *tolerances)
+    for mine, stock, tolerance in zip(ours, theirs, tolerances, strict=True) if tolerances[1:] else ():
+        assert_same(mine, stock, tolerance)
+    return ours
+
+
+def counted(function):
+    """What it returns, and how often it has run each operator."""
+    before = mica.fast.call_counts.copy()
+    result = function()
+    return result, dict(mica.fast.call_counts - before)
+
+
+def step(model, *args, **kwargs):
+    """The output, and the gradients of its mean square (of its loss, if it has one), by name."""
+    model.zero_grad(set_to_none=True)
+    out = model(*args, **kwargs)
+    loss = getattr(out, "loss", None)
+    out = getattr(out, "logits", out) if loss is None else loss
+    if out.requires_grad:
+        (out if loss is not None else out.float().square().mean()).backward()
+    return out.detach(), gradients(model)
