@@ -143,7 +143,7 @@ def _without_variant(layer):
 
 
 BASE, A, B, DROPOUT = "base_layer", "lora_A.default", "lora_B.default", "lora_dropout.default"
-HOOKED, REPLACED = "hooks on the ", "somebody has replaced "
+HOOKED, REPLACED = "hooks on the ", " has been monkey-patched"
 OWN, PARTITIONED = "has a forward of its own", "is offloaded or partitioned"
 TWICE_BEFORE = {"kind": "forward_pre", "function": lambda module, args: (args[0] * 2,)}
 TWICE_BACK = {"kind": "full_backward", "function": lambda module, grads, out: (grads[0] * 2,)}
@@ -171,15 +171,15 @@ CHANGES = {
         PEFT,
         f"the lora_dropout {OWN}",
     ),
-    "another nn.Linear.forward": (for_all(nn.Linear, "forward"), PEFT, f"{REPLACED}Linear.forward"),
-    "another nn.Identity.forward": (for_all(nn.Identity, "forward"), PEFT, f"{REPLACED}Identity.forward"),
-    "another nn.Linear.__call__": (for_all(nn.Linear, "__call__"), PEFT, f"{REPLACED}Linear.__call__"),
-    "another nn.Identity.__call__": (for_all(nn.Identity, "__call__"), PEFT, f"{REPLACED}Identity.__call__"),
-    "another nn.Module.__call__": (for_all(nn.Module, "__call__"), PEFT, f"{REPLACED}Module.__call__"),
+    "another nn.Linear.forward": (for_all(nn.Linear, "forward"), PEFT, f"Linear.forward{REPLACED}"),
+    "another nn.Identity.forward": (for_all(nn.Identity, "forward"), PEFT, f"Identity.forward{REPLACED}"),
+    "another nn.Linear.__call__": (for_all(nn.Linear, "__call__"), PEFT, f"Linear.__call__{REPLACED}"),
+    "another nn.Identity.__call__": (for_all(nn.Identity, "__call__"), PEFT, f"Identity.__call__{REPLACED}"),
+    "another nn.Module.__call__": (for_all(nn.Module, "__call__"), PEFT, f"Module.__call__{REPLACED}"),
     "another functional.linear": (
         for_all(nn.functional, "linear"),
         PEFT,
-        f"{REPLACED}torch.nn.functional.linear",
+        f"torch.nn.functional.linear{REPLACED}",
     ),
     "a base weight that is trained": (_trained(f"{BASE}.weight"), CALLED, "the base weight is trainable"),
     "a base bias that is trained": (_trained(f"{BASE}.bias"), CALLED, "the base bias is trainable"),

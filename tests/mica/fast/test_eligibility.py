@@ -32,7 +32,7 @@ def test_a_dropout_s_forward_that_is_replaced_for_all_modules_runs(monkeypatch):
     expected, stock = up(model)(X), nn.Dropout.forward
     monkeypatch.setattr(nn.Dropout, "forward", lambda self, x: 2 * stock(self, x))
     (row,) = mica.fast.explain(model).rows
-    assert (row.path, row.reason) == ("peft", "somebody has replaced Dropout.forward")
+    assert (row.path, row.reason) == ("peft", "Dropout.forward has been monkey-patched")
     assert_peft_runs(up(model), X)
     monkeypatch.undo()
     assert mica.fast.explain(model).counts() == {"reference": 1}
@@ -44,7 +44,7 @@ def test_a_replaced_forward_of_conv1d_has_the_base_layer_called(monkeypatch):
     stock, x = Conv1D.forward, torch.randn(3, 20)
     monkeypatch.setattr(Conv1D, "forward", lambda self, x: 2 * stock(self, x))
     (row,) = mica.fast.explain(model).rows
-    assert "base layer called: somebody has replaced Conv1D.forward" in row.reason
+    assert "base layer called: Conv1D.forward has been monkey-patched" in row.reason
     as_stock(lambda: model.base_model.model.conv(x), RELATIVE[torch.float32])
 
 
@@ -65,7 +65,7 @@ def test_a_call_that_is_replaced_for_all_modules_runs(monkeypatch, owner, name, 
     stock = getattr(owner, name)
     monkeypatch.setattr(owner, name, lambda *args: 2 * stock(*args), raising=False)
     (row,) = mica.fast.explain(model).rows
-    assert (row.path, row.reason) == ("peft", f"somebody has replaced {called}")
+    assert (row.path, row.reason) == ("peft", f"{called} has been monkey-patched")
     assert_peft_runs(up(model), X)
     with mica.fast.disabled():
         doubled = up(model)(X)

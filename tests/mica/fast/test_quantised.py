@@ -8,7 +8,7 @@ from peft.tuners.lora.variants import MiCALinearVariant
 from torch import nn
 
 import mica.fast
-from mica.fast.create import quantised
+from mica.fast.create import quantised, solving
 from tests.support.models import adapted_layers, bases, factors, randomise, wrap
 from tests.support.quantised_models import (
     KINDS,
