@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from mica.kernels.common import padded_rank
-from tests.emulator import embedding_checks, kernel_checks, planned
+from tests.emulator import kernel_checks, planned
 from tests.emulator.judging import BF16, F16, F32, LAYOUTS
 from tests.support.expert_cases import ROUTES
 from tests.support.static_cases import TARGETS as EVERY_TARGET
@@ -30,8 +30,6 @@ KERNELS: dict[str, tuple[Callable[..., float], dict]] = {
     "experts_grad_a": (kernel_checks.grad_a, {"route": "tiles"}),
     "fused_linear": (kernel_checks.fused, {}),
     "fused_descriptor": (kernel_checks.fused, {"descriptor": True}),
-    "embedding": (embedding_checks.embedding, {}),
-    "scatter": (embedding_checks.scatter, {}),
 }
 DENSE, EXPERTS = (
     ("down_projection", "up_projection", "grad_a"),
@@ -95,16 +93,9 @@ def _layouts() -> Iterator[Case]:
             own = {"tokens": 33, "width": 72, "rank": 20, "layout": layout}
             yield Case("up_projection", name, own | {"out": True}, is_quick)
             yield Case("down_projection", name, own | {"side": "B"}, is_quick)
-            own = {"width": 70, "rank": 20, "layout": layout}
-            yield Case("embedding", name, own, is_quick and layout in ("contiguous", "shifted"))
         own = {"tokens": 300, "width": 128, "rank": 24, "out_features": 264}  # more tiles than programs
         if name in MAIN:
             yield Case("fused_descriptor", name, own, True)
-        for rank in (5, 24, 64, 130):
-            for tokens in (5, 150):
-                own = {"tokens": tokens, "size": 9, "rank": rank, "padding": 3}
-                yield Case("scatter", name, own, is_main and rank == 24)
-        yield Case("scatter", name, {"tokens": 60, "size": 40, "rank": 16, "out_dtype": BF16}, False)
 
 
 def _routes() -> Iterator[Case]:
@@ -144,9 +135,6 @@ def _far() -> Iterator[Case]:
             side = {"side": "B"} if kernel != "grad_a" else {}
             yield Case(kernel, "bf16", own | side, width == 70)
         yield Case("fused_linear", "bf16", own | {"out_features": 3}, width == 70)
-        yield Case(
-            "embedding", "bf16, 16-bit A", {"width": 40, "rank": 3, "size": width, "layout": "far"}, False
-        )
 
 
 def _configurations(target: str) -> Iterator[Case]:
@@ -160,7 +148,6 @@ def _configurations(target: str) -> Iterator[Case]:
         "experts_grad_a": {"width": 136},
         "fused_linear": sizes | {"width": 192, "out_features": 136},
         "fused_descriptor": sizes | {"width": 192, "out_features": 136},
-        "embedding": {"width": 128},
     }
     others = {  # other sizes, layout, side and dropout
         "down_projection": {"width": 257, "layout": "odd", "side": "B"},
@@ -171,7 +158,7 @@ def _configurations(target: str) -> Iterator[Case]:
     }
     for name, dtypes in DTYPES.items():
         for rank in RANKS if name in MAIN else (16, 128):
-            for kernel in (*DENSE, *EXPERTS, "fused_linear", "fused_descriptor", "embedding"):
+            for kernel in (*DENSE, *EXPERTS, "fused_linear", "fused_descriptor"):
                 is_fused = kernel.startswith("fused")
                 if is_fused and dtypes[0] is not dtypes[2]:
                     continue

@@ -7,9 +7,9 @@ rows are sorted by expert; without it the kernel is dense, which is to say that 
 from __future__ import annotations
 
 import torch
-from mica.kernels.prepared import padded as prepared
 
 from mica.kernels.limits import padded_columns
+from mica.kernels.prepared_b import padded as prepared
 from tests.emulator import planned
 from tests.emulator.judging import F32, WrongError, in_all_orders, judged, keep_of, matrix, stack
 from tests.support.expert_cases import ROUTES, by_expert, idle, offsets_of, slices

@@ -6,16 +6,10 @@ import sys
 from contextlib import contextmanager
 from itertools import product
 
-import mica.kernel_path
-import mica.kernel_path_experts  # noqa: F401  (its target_of is replaced)
-from mica.kernels.experts_down import experts_down
-from mica.kernels.experts_grad_a import experts_grad_a
-from mica.kernels.experts_up import experts_up_
-
 from mica import backend
 from mica.kernels import configs, launching, runtime
+from mica.kernels import fused_linear as fused
 from mica.kernels.down_projection import down_projection
-from mica.kernels.fused_linear import fused_linear  # noqa: F401
 from mica.kernels.grad_a import grad_a
 from mica.kernels.launching import Plan
 from mica.kernels.up_projection import up_projection_
@@ -28,22 +22,20 @@ TOKENS = (9999, 1)  # many and few, of an expert too: tables differ
 COPY_ENGINE = ("sm_90",)  # targets of the emulator with tensor descriptors
 
 
-def down(x, factor, offsets=None, **options):
-    if offsets is None:
-        return down_projection(x, factor, **options)
-    return experts_down(x, offsets, factor, **options)
+def down(x, factor, offsets=None, seed=None, **numbers):
+    return down_projection(x, factor, seed, offsets, **numbers)
 
 
-def up_(y, h, factor, offsets=None, **options):
-    if offsets is None:
-        return up_projection_(y, h, factor, **options)
-    return experts_up_(y, h, offsets, factor, **options)
+def up_(y, h, factor, offsets=None, seed=None, out=None, bias=None, **numbers):
+    return up_projection_(y, h, factor, seed, out, bias, offsets, **numbers)
 
 
-def grad(g, x, rank, offsets=None, **options):
-    if offsets is None:
-        return grad_a(g, x, rank, **options)
-    return experts_grad_a(g, x, offsets, rank, **options)
+def grad(g, x, rank, offsets=None, seed=None, **numbers):
+    return grad_a(g, x, seed, offsets, rank=rank, **numbers)
+
+
+def fused_linear(x, w, h, factor, bias=None, seed=None, **numbers):
+    return fused.fused_linear(x, w, h, factor, bias, seed, **numbers)
 
 
 def _fused(descriptor: bool):
@@ -71,7 +63,6 @@ _TABLES = {
     ),
     "fused_linear": _fused(False),
     "fused_descriptor": _fused(True),
-    "embedding": _one(configs.embedding),
 }
 
 
@@ -106,7 +97,7 @@ def emulated(target: str):
             module.target_of = lambda device: target
         runtime.why_unavailable, Plan.__call__ = (lambda device: None), recorded
         backend.forget_verdicts()
-        launching.forget()
+        launching.clear()
         with driver.installed(int(target[3:]), OUTPUTS, LEFT_AT_ZERO):
             yield
     finally:
@@ -114,4 +105,4 @@ def emulated(target: str):
             module.target_of = function
         runtime.why_unavailable, Plan.__call__ = why, call
         backend.forget_verdicts()
-        launching.forget()
+        launching.clear()
