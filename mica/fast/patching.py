@@ -18,7 +18,7 @@ import peft
 from mica.backend import forget_prepared
 from mica.fast import loading, refusals, saving
 from mica.fast.create import initialisation, quantised
-from mica.fast.forward import call_counts, decide, embedding, experts
+from mica.fast.forward import call_counts, decide, experts
 from mica.fast.forward.eligibility import quantised_layers
 from mica.fast.merge import experts as merging_of_experts
 from mica.fast.merge import merging
@@ -51,7 +51,7 @@ _SWAP = ("hotswap_adapter_from_state_dict", "model state_dict adapter_name confi
 
 PATCHES = (
     Patch(_LINEAR, "forward", _FORWARD, decide.linear_forward),
-    Patch(_EMBEDDING, "forward", _FORWARD, embedding.embedding_forward),
+    Patch(_EMBEDDING, "forward", _FORWARD, decide.embedding_forward),
     Patch(_PARAMETER, "forward", _FORWARD, experts.experts_forward, required=False),
     Patch("peft.tuners.tuners_utils:BaseTuner", *_WHOLE),
     Patch(_PEFT_MODEL, *_WHOLE),
