@@ -20,6 +20,7 @@ from mica.fast.forward.eligibility import (
     OnPeft,
     read_adapters,
     read_base,
+    runs_adapter,
     why_not_dense,
 )
 from mica.fast.settings import compute_dtype, settings
@@ -37,12 +38,14 @@ def decided(decide: Callable) -> Callable:
 
     def patch(stock):
         def forward(self, x: Tensor, *args, **kwargs) -> Tensor:
-            call_counts.note(self)
+            reason = None
             if settings.enabled:
                 how = decide(self, x, *args, **kwargs)
                 if type(how) is not OnPeft:
+                    call_counts.note(self)
                     return how(x)
-                call_counts.note_peft(self, how.reason)
+                reason = how.reason if runs_adapter(self) else None
+            call_counts.note(self, reason)
             return stock(self, x, *args, **kwargs)
 
         return forward
