@@ -16,9 +16,17 @@ from torch import nn
 from torch.distributed import is_available as has_distributed
 
 from mica.fast import patching
-from mica.fast.forward import call_counts, decide, embedding, expert_params, experts
-from mica.fast.forward.decision import KERNEL, PEFT, REFERENCE, OnOperators, OnPeft
-from mica.fast.forward.eligibility import class_of, is_mica, quantised_layers
+from mica.fast.forward import call_counts, decide, expert_params, experts
+from mica.fast.forward.eligibility import (
+    KERNEL,
+    PEFT,
+    REFERENCE,
+    OnOperators,
+    OnPeft,
+    class_of,
+    is_mica,
+    quantised_layers,
+)
 from mica.fast.settings import settings
 
 _HEADER = ("layer", "base", "adapter", "path", "reason")
@@ -157,7 +165,8 @@ def _decided(layer, outermost) -> OnPeft | OnOperators:
         return OnPeft("the layer has a forward of its own, set before mica.fast was imported")
     if expert_params.is_wrapper(layer):
         return experts.decide_one(layer, outermost)
-    return (embedding if class_of(layer) is lora.Embedding else decide).decide(layer)
+    is_embedding = class_of(layer) is lora.Embedding
+    return decide.decide_embedding(layer) if is_embedding else decide.decide(layer)
 
 
 def _has_own_forward(layer) -> bool:

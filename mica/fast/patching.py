@@ -18,7 +18,7 @@ import peft
 from mica.backend import forget_prepared
 from mica.fast import loading, refusals, saving
 from mica.fast.create import initialisation, quantised
-from mica.fast.forward import call_counts, decide, embedding, experts
+from mica.fast.forward import call_counts, decide, experts
 from mica.fast.forward.eligibility import quantised_layers
 from mica.fast.merge import experts as merging_of_experts
 from mica.fast.merge import merging
@@ -32,105 +32,59 @@ class Patch(NamedTuple):
     required: bool = True
 
 
-_LAYER, _MODEL, _PEFT_MODEL = (
-    "peft.tuners.lora.layer:LoraLayer",
-    "peft.tuners.lora.model:LoraModel",
-    "peft.peft_model:PeftModel",
-)
-_PARAMETER = "peft.tuners.lora.layer:ParamWrapper"
-_LINEAR, _EMBEDDING = "peft.tuners.lora.layer:Linear", "peft.tuners.lora.layer:Embedding"
+_LAYERS, _VARIANTS = "peft.tuners.lora.layer", "peft.tuners.lora.variants"
+_LAYER, _LINEAR, _EMBEDDING = f"{_LAYERS}:LoraLayer", f"{_LAYERS}:Linear", f"{_LAYERS}:Embedding"
+_PARAMETER = f"{_LAYERS}:ParamWrapper"  # in a PEFT without it there is no MiCA on `target_parameters`
+_MODEL, _PEFT_MODEL = "peft.tuners.lora.model:LoraModel", "peft.peft_model:PeftModel"
+_CONFIG, _HUGGING_FACE = "peft.config:PeftConfigMixin", "transformers.integrations.peft:PeftAdapterMixin"
+
+_FORWARD, _UPDATE = "self x *args **kwargs", "self adapter_name r lora_alpha config **kwargs"
+# the other name is that of axolotl's wrapper for Gemma 4, which may be there first
+_CREATE = "self lora_config|peft_config adapter_name target target_name parent current_key"
 _WHOLE = ("forward", "self *args **kwargs", call_counts.whole_forward)
 _CAST = ("cast_adapter_dtype", "model adapter_name autocast_adapter_dtype", initialisation.cast_adapter_dtype)
-_UNLOAD = (
-    "_unload_and_optionally_merge",
-    "self merge progressbar safe_merge adapter_names",
-    refusals.unload_and_optionally_merge,
-)
+_UNLOAD, _UNLOADED = "_unload_and_optionally_merge", "self merge progressbar safe_merge adapter_names"
 _LORAFA = ("create_lorafa_optimizer", "model r lora_alpha lr", refusals.create_lorafa_optimizer, False)
+_PRETRAINED = "cls pretrained_model_name_or_path subfolder **kwargs"
+_TIE = ("_add_targets_to_tie", "self peft_config tied_weight_keys")  # a PEFT without it ties no adapters
+_SWAP = ("hotswap_adapter_from_state_dict", "model state_dict adapter_name config")
 
 PATCHES = (
-    Patch(_LINEAR, "forward", "self x *args **kwargs", decide.linear_forward),
-    Patch(_EMBEDDING, "forward", "self x *args **kwargs", embedding.embedding_forward),
-    Patch(_PARAMETER, "forward", "self x *args **kwargs", experts.experts_forward, required=False),
+    Patch(_LINEAR, "forward", _FORWARD, decide.linear_forward),
+    Patch(_EMBEDDING, "forward", _FORWARD, decide.embedding_forward),
+    Patch(_PARAMETER, "forward", _FORWARD, experts.experts_forward, required=False),
     Patch("peft.tuners.tuners_utils:BaseTuner", *_WHOLE),
     Patch(_PEFT_MODEL, *_WHOLE),
     Patch(_LAYER, "mica_init", "self adapter_name", initialisation.mica_init),
     Patch(_EMBEDDING, "mica_init", "self adapter_name", initialisation.mica_init),
-    Patch(
-        _LAYER,
-        "update_layer",
-        "self adapter_name r lora_alpha config **kwargs",
-        lambda stock: _covering(initialisation.update_layer(stock)),
-    ),
-    Patch(
-        _PARAMETER,
-        "update_layer",
-        "self adapter_name r lora_alpha config **kwargs",
-        initialisation.update_layer,
-        required=False,  # without it PEFT refuses MiCA on `target_parameters`
-    ),
+    Patch(_LAYER, "update_layer", _UPDATE, lambda stock: _covering(initialisation.update_layer(stock))),
+    Patch(_PARAMETER, "update_layer", _UPDATE, initialisation.update_layer, required=False),
     Patch(_PARAMETER, "merge", "self safe_merge adapter_names", merging_of_experts.merge, required=False),
     Patch(_PARAMETER, "unmerge", "self", merging_of_experts.unmerge, required=False),
     Patch(_LAYER, "resolve_lora_variant", "self config **kwargs", initialisation.resolve_lora_variant),
-    Patch(
-        _MODEL,
-        "_create_and_replace",
-        # the other name is that of axolotl's wrapper for Gemma 4, which may be there first
-        "self lora_config|peft_config adapter_name target target_name parent current_key",
-        initialisation.create_and_replace,
-    ),
+    Patch(_MODEL, "_create_and_replace", _CREATE, initialisation.create_and_replace),
     Patch(_MODEL, "inject_adapter", "self model adapter_name", initialisation.inject_adapter),
     Patch("peft.tuners.tuners_utils", *_CAST),
     Patch("peft.functional", *_CAST),
     Patch(_PEFT_MODEL, "from_pretrained", "cls model model_id", loading.load),
-    Patch(
-        "peft.config:PeftConfigMixin", "save_pretrained", "self save_directory **kwargs", saving.save_config
-    ),
-    Patch(
-        "peft.config:PeftConfigMixin",
-        "from_pretrained",
-        "cls pretrained_model_name_or_path subfolder **kwargs",
-        loading.find_base,
-        required=False,
-    ),
+    Patch(_CONFIG, "save_pretrained", "self save_directory **kwargs", saving.save_config),
+    Patch(_CONFIG, "from_pretrained", _PRETRAINED, loading.find_base, required=False),
     Patch("peft.tuners.lora.config:LoraConfig", "__post_init__", "self", saving.read_config),
     Patch(_PEFT_MODEL, "load_adapter", "self model_id adapter_name", loading.load),
-    Patch(
-        "transformers.integrations.peft:PeftAdapterMixin",
-        "load_adapter",
-        "self peft_model_id adapter_name",
-        loading.load,
-        required=False,
-    ),
+    Patch(_HUGGING_FACE, "load_adapter", "self peft_model_id adapter_name", loading.load, required=False),
     Patch(_MODEL, "add_weighted_adapter", "self adapters weights adapter_name", loading.add_weighted_adapter),
-    Patch(
-        "peft.utils.hotswap",
-        "hotswap_adapter_from_state_dict",
-        "model state_dict adapter_name config",
-        loading.hotswap_adapter_from_state_dict,
-    ),
-    Patch(
-        _MODEL,
-        "_add_targets_to_tie",
-        "self peft_config tied_weight_keys",
-        refusals.add_targets_to_tie,
-        required=False,  # a PEFT without it does not tie adapters
-    ),
+    Patch("peft.utils.hotswap", *_SWAP, loading.hotswap_adapter_from_state_dict),
+    Patch(_MODEL, *_TIE, refusals.add_targets_to_tie, required=False),
     Patch(_MODEL, "merge_adapter", "self adapter_names", refusals.merge_adapter),
-    Patch(_MODEL, *_UNLOAD),
-    Patch("peft.tuners.mixed.model:MixedModel", *_UNLOAD),
+    Patch(_MODEL, _UNLOAD, _UNLOADED, refusals.unload_and_optionally_merge),
+    Patch("peft.tuners.mixed.model:MixedModel", _UNLOAD, _UNLOADED, refusals.unload_and_optionally_merge),
     # a script that imported the function before this package keeps stock's
     Patch("peft.optimizers.lorafa", *_LORAFA),
     Patch("peft.optimizers", *_LORAFA),
     *(
-        Patch(
-            f"peft.tuners.lora.variants:{variant}",
-            function,
-            "module active_adapter orig_weight",
-            getattr(merging, function),
-        )
+        Patch(f"{_VARIANTS}:{variant}", name, "module active_adapter orig_weight", getattr(merging, name))
         for variant in ("MiCALinearVariant", "MiCAEmbeddingVariant")
-        for function in ("merge_safe", "merge_unsafe", "unmerge")
+        for name in ("merge_safe", "merge_unsafe", "unmerge")
     ),
 )
 
@@ -143,25 +97,18 @@ def _covering(update_layer):
 
     def covering(self, *args, **kwargs) -> None:
         update_layer(self, *args, **kwargs)
-        if _installed and quantised.is_covered(type(self)):
-            _cover(type(self))
+        cls = type(self)
+        if not _installed or cls in quantised_layers or not quantised.is_covered(cls):
+            return
+        patch = Patch(f"{cls.__module__}:{cls.__name__}", "forward", "self x", decide.linear_forward)
+        if text := mismatch(patch):
+            warnings.warn(f"{cls.__name__} runs PEFT's own forward: {text}.", stacklevel=3)
+            return
+        if "forward" in vars(cls):  # torchao's inherits that of lora.Linear
+            _replace(cls, patch)
+        quantised_layers.add(cls)
 
     return covering
-
-
-def _cover(layer_type: type) -> None:
-    if layer_type in quantised_layers:
-        return
-    patch = Patch(
-        f"{layer_type.__module__}:{layer_type.__name__}", "forward", "self x", decide.linear_forward
-    )
-    why_not = mismatch(patch)
-    if why_not:
-        warnings.warn(f"{layer_type.__name__} runs PEFT's own forward: {why_not}.", stacklevel=4)
-        return
-    if "forward" in vars(layer_type):  # torchao's inherits that of lora.Linear
-        _replace(layer_type, patch)
-    quantised_layers.add(layer_type)
 
 
 _ABSENT = object()
@@ -181,16 +128,13 @@ def mismatch(patch: Patch) -> str | None:
     except (ImportError, AttributeError):
         return f"{patch.owner}.{patch.name} is not there"
     function = getattr(function, "__func__", function)
-    parameters = [
-        str(p).split(":")[0].split("=")[0].strip() for p in inspect.signature(function).parameters.values()
-    ]
+    signature = inspect.signature(function).parameters.values()
+    parameters = [str(parameter).split(":")[0].split("=")[0].strip() for parameter in signature]
     expected = [names.split("|") for names in patch.parameters.split()]
-    fits = len(parameters) >= len(expected) and all(
-        name in names for name, names in zip(parameters, expected, strict=False)
-    )
-    if not fits:
-        return f"{patch.owner}.{patch.name} takes ({' '.join(parameters)})"
-    return None
+    fits = all(name in names for name, names in zip(parameters, expected, strict=False))
+    if fits and len(parameters) >= len(expected):
+        return None
+    return f"{patch.owner}.{patch.name} takes ({' '.join(parameters)})"
 
 
 def is_installed() -> bool:
@@ -218,13 +162,13 @@ def install() -> bool:
 
 
 def _replace(owner, patch: Patch) -> None:
-    held = vars(owner).get(patch.name, _ABSENT)
+    before = vars(owner).get(patch.name, _ABSENT)
     attribute = inspect.getattr_static(owner, patch.name)
     kind = type(attribute) if isinstance(attribute, (staticmethod, classmethod)) else None
     stock = attribute.__func__ if kind else attribute
     replacement = functools.wraps(stock)(patch.wrap(stock))
     setattr(owner, patch.name, kind(replacement) if kind else replacement)
-    _installed.append((owner, patch.name, held))
+    _installed.append((owner, patch.name, before))
 
 
 def uninstall() -> None:
@@ -233,8 +177,8 @@ def uninstall() -> None:
     call_counts.clear()  # from here on nothing is counted
     merging.end_period()
     while _installed:
-        owner, name, held = _installed.pop()
-        if held is _ABSENT:
+        owner, name, before = _installed.pop()
+        if before is _ABSENT:
             delattr(owner, name)
         else:
-            setattr(owner, name, held)
+            setattr(owner, name, before)

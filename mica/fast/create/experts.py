@@ -8,7 +8,7 @@ from peft.tuners import lora
 from torch import Tensor
 
 from mica.errors import UnsuitableLayerError
-from mica.fast.forward.expert_params import as_lora_B, is_stack, module_of, parameter_of, weight_of_stack
+from mica.fast.forward.expert_params import as_lora_B, is_stack, parameter_of, weight_of_stack
 from mica.fast.settings import settings
 from mica.subspace.many import Task
 
@@ -56,7 +56,7 @@ def is_halved(layer) -> bool:
 def _halves(layer, rank: int) -> tuple[tuple[str, slice, slice], ...]:
     """(name, rows, columns of B) of the gate and of the up projection, as the experts' class stores them."""
     half = layer.out_features // 2
-    if getattr(module_of(layer), "is_concatenated", True):
+    if getattr(layer.get_base_layer(), "is_concatenated", True):
         gate, up = slice(0, half), slice(half, None)
     else:
         gate, up = slice(0, None, 2), slice(1, None, 2)
@@ -72,9 +72,9 @@ def check(layer, name: str, rank: int) -> None:
     if _is_mislabelled(layer):
         raise UnsuitableLayerError(
             f"MiCA cannot start from {name}, because its experts are stored as (in_features, out_features) "
-            f"and their {type(module_of(layer)).__name__} has no attribute `is_transposed`, so that PEFT "
-            "takes in for out: set is_transposed = True on these modules before an adapter is created or "
-            "loaded."
+            f"and their {type(layer.get_base_layer()).__name__} has no attribute `is_transposed`, so that "
+            "PEFT takes in for out: set is_transposed = True on these modules before an adapter is created "
+            "or loaded."
         )
     if is_stack(layer) and layer.num_experts == 1 and not layer._did_swap_in_out_features:
         raise UnsuitableLayerError(
@@ -99,7 +99,7 @@ def _is_mislabelled(layer) -> bool:
 
     With hidden size H and intermediate size I they are (2I, H) and (H, I), transposed (H, 2I) and (I, H).
     """
-    module = module_of(layer)
+    module = layer.get_base_layer()
     stacks = [getattr(module, name, None) for name in (GATE_UP, "down_proj")]
     if hasattr(module, "is_transposed") or any(getattr(stack, "ndim", 0) != 3 for stack in stacks):
         return False

@@ -1,7 +1,7 @@
-"""The forward of PEFT's LoRA layers over linear layers: first `decide`, then compute.
+"""The forwards of PEFT's LoRA layers over linear layers and embeddings: first decide, then compute.
 
-Base product and adapter are one operator on the base weight itself (`Fused`), or the base layer is called and
-the adapter's two products run (`Added`), or PEFT's own code runs.
+Of a linear layer base product and adapter are one operator on the base weight itself (`Fused`), or the base
+layer is called and the adapter's two products run (`Added`), or PEFT's own code runs.
 """
 
 from __future__ import annotations
@@ -12,12 +12,22 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from mica import backend
 from mica.dtypes import SIXTEEN_BIT
 from mica.fast.forward import call_counts, fast_check, mixed_batch, tensor_parallel
-from mica.fast.forward.decision import OnOperators, OnPeft
-from mica.fast.forward.eligibility import Adapter, read_adapters, read_base, why_not_dense
+from mica.fast.forward.eligibility import (
+    REFERENCE,
+    Adapter,
+    OnOperators,
+    OnPeft,
+    read_adapters,
+    read_base,
+    runs_adapter,
+    why_not_dense,
+)
 from mica.fast.settings import compute_dtype, settings
 from mica.ops.dispatch import PLAIN
+from mica.ops.embedding import embedding
 from mica.ops.factors import down_projection, up_projection
 from mica.ops.linear import linear
 
@@ -30,12 +40,14 @@ def decided(decide: Callable) -> Callable:
 
     def patch(stock):
         def forward(self, x: Tensor, *args, **kwargs) -> Tensor:
-            call_counts.note(self)
+            reason = None
             if settings.enabled:
                 how = decide(self, x, *args, **kwargs)
                 if type(how) is not OnPeft:
+                    call_counts.note(self)
                     return how(x)
-                call_counts.note_peft(self, how.reason)
+                reason = how.reason if runs_adapter(self) else None
+            call_counts.note(self, reason)
             return stock(self, x, *args, **kwargs)
 
         return forward
@@ -169,4 +181,52 @@ def _why_not_call(layer, x: Tensor, adapters: list[Adapter]) -> str | None:
     return None
 
 
-linear_forward = decided(decide)
+# ---------------------------------------------------------------------------------------------------
+# embeddings
+# ---------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Embedded(OnOperators):
+    """The base layer is called, and the adapter's rows, one operator, are added to its output."""
+
+    layer: nn.Module
+    adapter: Adapter
+
+    def __call__(self, x: Tensor) -> Tensor:
+        lora_A, lora_B, scaling, _ = self.adapter
+        result = self.layer.base_layer(x)
+        update = embedding(x, lora_A, lora_B, scaling, self.layer.base_layer.padding_idx, None)
+        embed_scale = self.layer._get_embed_scale()  # Gemma's embeddings scale their output
+        if embed_scale is not None:
+            update = update * embed_scale.to(update.dtype)
+        return (result + update).to(result.dtype)
+
+    def explained(self) -> tuple[str, str]:
+        lora_A, lora_B, *_ = self.adapter
+        refused = backend.why_not_kernels(lora_A.device, lora_A.shape[0], lora_A.dtype, lora_B.dtype)
+        return REFERENCE, refused or "embeddings have no kernels"
+
+
+def decide_embedding(layer, x: Tensor | None = None, *args, **kwargs) -> Embedded | OnPeft:
+    """How an embedding runs, with its active adapter."""
+    adapters = "a call with further arguments" if args or kwargs else read_adapters(layer)
+    if type(adapters) is str:
+        return OnPeft(adapters)
+    (adapter,) = adapters
+    reason = None if x is None else _why_not_indices(x, adapter.lora_A, adapter.lora_B)
+    return Embedded(layer, adapter) if reason is None else OnPeft(reason)
+
+
+def _why_not_indices(x: Tensor, lora_A: Tensor, lora_B: Tensor) -> str | None:
+    """PEFT computes an embedding's adapter in the adapter's dtype or autocast's."""
+    if not is_dense(x):
+        return "indices that are not a plain tensor"
+    if torch.is_autocast_enabled(x.device.type):
+        fits = torch.float64 not in (lora_A.dtype, lora_B.dtype)
+    else:
+        fits = lora_A.dtype == lora_B.dtype
+    return None if fits else f"lora_A of {lora_A.dtype} and lora_B of {lora_B.dtype}"
+
+
+linear_forward, embedding_forward = decided(decide), decided(decide_embedding)

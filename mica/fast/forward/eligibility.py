@@ -1,7 +1,8 @@
 """Which layers may run on this backend. Every other layer runs PEFT's own code, and the reason is reported.
 
-Where nothing depends on the base layer being called, its weight is read directly (`read_base`): base product
-and adapter are one operator. The checks are cheap (see bench), free of side effects and traceable by
+What is decided about a call, `OnPeft` or `OnOperators` with all that they need, is what the layer's forward
+runs and what `mica.fast.explain` prints. Where nothing depends on the base layer being called, its weight is
+read directly (`read_base`). The checks are cheap (see bench), free of side effects and traceable by
 torch.compile.
 """
 
@@ -21,6 +22,7 @@ from torch.nn import functional
 from torch.nn.modules import module as nn_module
 from transformers.pytorch_utils import Conv1D
 
+from mica import backend
 from mica.fast.forward import tensor_parallel
 from mica.fast.forward.tensor_parallel import local
 from mica.ops.dispatch import PLAIN
@@ -29,6 +31,39 @@ from mica.ops.dispatch import PLAIN
 MiCALinearVariant = getattr(variants, "MiCALinearVariant", None)
 MiCAEmbeddingVariant = getattr(variants, "MiCAEmbeddingVariant", None)
 _VARIANTS = (MiCALinearVariant, MiCAEmbeddingVariant)
+
+
+KERNEL, REFERENCE, PEFT, ERROR = "kernel", "reference", "peft", "error"
+
+
+class OnPeft(NamedTuple):
+    """PEFT's own code runs, for this reason."""
+
+    reason: str
+
+    def explained(self) -> tuple[str, str]:
+        return PEFT, self.reason
+
+
+class OnOperators:
+    """The operators of `mica.ops` run: an instance is called with the layer's x."""
+
+    why_called: str | None = None  # why the base layer is called, instead of its weight being read
+
+    def products(self) -> list[tuple[Tensor, ...]]:
+        """(lora_A, lora_B) of each operator, and the base weight where it multiplies by that too."""
+        raise NotImplementedError
+
+    def explained(self) -> tuple[str, str]:
+        """The path, and why it is not the one before it in the list above."""
+        reason = f"base layer called: {self.why_called}" if self.why_called else ""
+        for lora_A, *others in self.products():
+            dtypes = (tensor.dtype for tensor in (*others[1:], lora_A, others[0]))
+            refused = backend.why_not_kernels(lora_A.device, lora_A.shape[-2], *dtypes)
+            if refused:
+                path = ERROR if backend.requested() == "triton" else REFERENCE
+                return path, "; ".join(filter(None, (refused, reason)))
+        return KERNEL, reason
 
 
 def own(cls: type[nn.Module], name: str = "forward") -> Callable | None:

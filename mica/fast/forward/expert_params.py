@@ -9,7 +9,7 @@ the weight of a linear layer) is a stack of one matrix, (out_features, in_featur
 from __future__ import annotations
 
 from peft.tuners import lora
-from torch import Tensor, nn
+from torch import Tensor
 
 from mica.fast.forward.eligibility import weight_of
 
@@ -37,13 +37,6 @@ def is_stored_as_in_out(layer) -> bool:
     return _dimensions(layer) == 3 and not layer._did_swap_in_out_features
 
 
-def module_of(layer) -> nn.Module:
-    """The module whose parameter is adapted: wrappers of several parameters of one module are nested."""
-    while type(layer) is ParamWrapper:
-        layer = layer._modules["base_layer"]
-    return layer
-
-
 def weight_name(layer) -> str:
     """The name of the parameter that a LoRA layer of any kind adapts, in its base layer."""
     return layer.parameter_name if type(layer) is ParamWrapper else "weight"
@@ -51,7 +44,7 @@ def weight_name(layer) -> str:
 
 def parameter_of(layer) -> Tensor:
     """The adapted parameter as stored."""
-    return weight_of(module_of(layer), layer.parameter_name)
+    return weight_of(layer.get_base_layer(), layer.parameter_name)
 
 
 def weight_of_stack(layer) -> Tensor:
@@ -62,11 +55,6 @@ def weight_of_stack(layer) -> Tensor:
     return parameter if layer._did_swap_in_out_features else parameter.transpose(1, 2)
 
 
-def as_lora_A(weight: Tensor, num_experts: int) -> Tensor:  # noqa: N802
-    """A view (E, r, in_features) of lora_A.weight (E·r, in_features)."""
-    return weight.view(num_experts, -1, weight.shape[1])
-
-
 def as_lora_B(weight: Tensor, num_experts: int) -> Tensor:  # noqa: N802
     """A view (E, out_features, r) of lora_B.weight (out_features, r·E), with strides (1, r·E, E)."""
     return weight.view(weight.shape[0], -1, num_experts).permute(2, 0, 1)
@@ -74,7 +62,8 @@ def as_lora_B(weight: Tensor, num_experts: int) -> Tensor:  # noqa: N802
 
 def lora_A_of(layer, name: str) -> Tensor:  # noqa: N802
     """A view (E, r, in_features) of the named adapter's lora_A."""
-    return as_lora_A(weight_of(layer._modules["lora_A"]._modules[name]), layer.num_experts)
+    weight = weight_of(layer._modules["lora_A"]._modules[name])  # (E·r, in_features)
+    return weight.view(layer.num_experts, -1, weight.shape[1])
 
 
 def lora_B_of(layer, name: str) -> Tensor:  # noqa: N802

@@ -19,9 +19,10 @@ from transformers.integrations import moe
 from mica.dtypes import FLOATING, SIXTEEN_BIT
 from mica.fast.forward import call_counts, expert_params
 from mica.fast.forward.decide import decided, is_dense
-from mica.fast.forward.decision import OnOperators, OnPeft
 from mica.fast.forward.eligibility import (
     Adapter,
+    OnOperators,
+    OnPeft,
     adapter_weights,
     adapters_of,
     depends_on_call,
@@ -207,20 +208,15 @@ def _why_not_module(module: nn.Module, adapters: dict[str, Adapter]) -> str | No
     for name in _names(module):
         if name not in module._parameters:
             return f"{name} is not a plain parameter"
-        reason = _why_not_parameters(module, name)
+        weight = module._parameters[name]
+        reason = why_not_frozen(name, weight)
+        if reason is None and weight.dtype not in FLOATING:
+            reason = f"{name} has dtype {weight.dtype}"
+        if reason is None and module.has_bias:
+            reason = why_not_frozen(f"{name}_bias", module._parameters.get(f"{name}_bias"))
         if reason:
             return reason
     return None
-
-
-def _why_not_parameters(module: nn.Module, name: str) -> str | None:
-    weight = module._parameters[name]
-    reason = why_not_frozen(name, weight)
-    if reason is None and weight.dtype not in FLOATING:
-        reason = f"{name} has dtype {weight.dtype}"
-    if reason is None and module.has_bias:
-        reason = why_not_frozen(f"{name}_bias", module._parameters.get(f"{name}_bias"))
-    return reason
 
 
 def _implementation(module: nn.Module) -> Callable | str | None:

@@ -89,12 +89,8 @@ def direct(layer, x: Tensor) -> Direct | None:
         ):
             return None
     parameters, of_A, of_B = base._parameters, lora_A._parameters, lora_B._parameters
-    weight, bias, A, B = (
-        parameters.get("weight"),
-        parameters.get("bias"),
-        of_A.get("weight"),
-        of_B.get("weight"),
-    )
+    weight, bias = parameters.get("weight"), parameters.get("bias")
+    A, B = of_A.get("weight"), of_B.get("weight")
     if of_A["bias"] is not None or of_B["bias"] is not None:
         return None
     for tensor in (weight, A, B) if bias is None else (weight, A, B, bias):

@@ -70,12 +70,11 @@ def local(base_layer: nn.Module, tensor: Tensor | None) -> Tensor | None:
 # ---------------------------------------------------------------------------------------------------
 
 
-def _inner_code(function):
-    """The code of the one function that is defined within this one."""
-    return next((const for const in function.__code__.co_consts if hasattr(const, "co_freevars")), None)
-
-
-_INSTALLED = None if DTensor is None else _inner_code(TensorParallelLayer.install_forward)
+# The code of the one function that is defined within that one.
+_INSTALLED = None
+if DTensor is not None:
+    constants = TensorParallelLayer.install_forward.__code__.co_consts
+    _INSTALLED = next((constant for constant in constants if hasattr(constant, "co_freevars")), None)
 _FREE = {"module", "original_forward", "self", "mesh"}
 
 

@@ -102,8 +102,8 @@ EXPERTS_PATH = [
                 ("is not _DISPATCHING", "is None"),
                 ('module.__dict__.get("_hf_tp_plan") is not None', "False"),
                 ('getattr(module, "_is_expert_parallel", False)', "False"),
+                ("reason is None and module.has_bias", "False"),
             ],
-            "_why_not_parameters": [("reason is None and module.has_bias", "False")],
             "_why_not_call": [
                 ("is_transformed()", "False"),
                 ("and implementation is None and module.has_bias", "and False"),
