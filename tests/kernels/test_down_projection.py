@@ -7,33 +7,9 @@ from mica import reference
 from mica.kernels import configs
 from mica.kernels.down_projection import down_projection
 from mica.kernels.limits import padded_columns
-from tests.support.expert_cases import (
-    ROUTES,
-    by_expert,
-    counts,
-    idle,
-    leftovers,
-    offsets_of,
-    route,
-    slices,
-    stack,
-)
+from tests.support.expert_cases import ROUTES, by_expert, idle, offsets_of, route, slices, stack
 from tests.support.guarding import run_guarded
-from tests.support.kernel_cases import (
-    BF16,
-    DTYPES,
-    FP16,
-    FP32,
-    SHAPES,
-    dtypes,
-    far_apart,
-    layouts,
-    operand,
-    probabilities,
-    ranks,
-    seed_of,
-    sizes,
-)
+from tests.support.kernel_cases import BF16, DTYPES, FP16, FP32, SHAPES, draw, far_apart, operand, seed_of
 from tests.support.properties import given, st
 from tests.support.tolerances import RELATIVE, error
 
@@ -78,15 +54,15 @@ def test_agrees_with_fp64_on_experts(dtype, factor_dtype, compute_dtype, name):
 
 
 @given(
-    experts=st.one_of(st.none(), counts),
-    leftover=leftovers,
-    tokens=sizes,
+    experts=st.one_of(st.none(), draw.counts),
+    leftover=draw.leftovers,
+    tokens=draw.sizes,
     length=st.integers(1, 400),
-    rank=ranks,
-    kinds=dtypes,
-    x=layouts,
-    p=st.sampled_from(["contiguous", "gaps", "peft"]),
-    drop=probabilities,
+    rank=draw.ranks,
+    kinds=draw.dtypes,
+    x=draw.layouts,
+    p=draw.stacks,
+    drop=draw.probabilities,
 )
 def test_any_shape_and_layout(experts, leftover, tokens, length, rank, kinds, x, p, drop):
     tokens, ends = route(experts, leftover) if experts else (tokens, None)

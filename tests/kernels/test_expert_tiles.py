@@ -4,8 +4,8 @@ import triton
 import triton.language as tl
 
 from mica.kernels.expert_tiles import block_e, most_tiles, tile_of
-from tests.support.expert_cases import ROUTES, counts, leftovers, offsets_of, route, slices
-from tests.support.kernel_cases import DEVICE
+from tests.support.expert_cases import ROUTES, offsets_of, route, slices
+from tests.support.kernel_cases import DEVICE, draw
 from tests.support.properties import given, st
 
 
@@ -50,7 +50,7 @@ def test_every_row_is_in_one_tile(name, block_m, dtype):
     check(*ROUTES[name], block_m, dtype=dtype)
 
 
-@given(counts=counts, leftover=leftovers, block_m=st.sampled_from([4, 8, 16]))
+@given(counts=draw.counts, leftover=draw.leftovers, block_m=st.sampled_from([4, 8, 16]))
 def test_any_route(counts, leftover, block_m):
     check(*route(counts, leftover), block_m)
     check(*route(counts, leftover), block_m, tail=False)

@@ -5,19 +5,7 @@ from mica import reference
 from mica.kernels import configs
 from mica.kernels.fused_linear import fused_linear, why_not_descriptor
 from tests.support.guarding import run_guarded
-from tests.support.kernel_cases import (
-    DEVICE,
-    DTYPES,
-    SHAPES,
-    dtypes,
-    far_apart,
-    layouts,
-    operand,
-    probabilities,
-    ranks,
-    seed_of,
-    sizes,
-)
+from tests.support.kernel_cases import DEVICE, DTYPES, SHAPES, draw, far_apart, operand, seed_of
 from tests.support.properties import given, st
 from tests.support.tolerances import RELATIVE, error
 
@@ -38,26 +26,6 @@ def check(x, w, h, factor, descriptor=False, config=None, bias=None, seed=None, 
     assert error(out, exact) <= RELATIVE[x.dtype]
 
 
-@pytest.mark.parametrize(("dtype", "factor_dtype", "low_dtype"), DTYPES)
-@pytest.mark.parametrize(("tokens", "in_features", "out_features", "rank"), SHAPES)
-@pytest.mark.parametrize("backward", [False, True])
-@pytest.mark.parametrize("dropout_p", [0.0, 0.4])
-def test_agrees_with_fp64(
-    dtype, factor_dtype, low_dtype, tokens, in_features, out_features, rank, backward, dropout_p
-):
-    """Forward: the weight transposed, with a bias; backward: the weight as it is, with dropout's mask."""
-    layout = "rows" if backward else "columns"
-    check(
-        operand(tokens, in_features, dtype),
-        operand(in_features, out_features, dtype, layout, scale=in_features**-0.5),
-        operand(tokens, rank, low_dtype),
-        operand(rank, out_features, factor_dtype, scale=rank**-0.5),
-        bias=None if backward else operand(1, out_features, dtype)[0],
-        dropout_p=dropout_p,
-        seed=seed_of(4),
-    )
-
-
 def aligned(rows, columns, dtype, transposed=False, scale=1.0):
     """Rows that start at multiples of 16 bytes, as the copy engine wants them."""
     if transposed:
@@ -68,38 +36,38 @@ def aligned(rows, columns, dtype, transposed=False, scale=1.0):
     return wide[:, :columns]
 
 
+# Of descriptors tiles that hang over every edge of the matrices, and more tiles than programs
+CASES = [(False, shape) for shape in SHAPES]
+CASES += [(True, shape) for shape in ((1, 1, 8, 1), (150, 75, 136, 5), (300, 130, 264, 20))]
+
+
 @pytest.mark.parametrize(("dtype", "factor_dtype", "low_dtype"), DTYPES)
-@pytest.mark.parametrize(
-    ("tokens", "in_features", "out_features", "rank"), [(1, 1, 8, 1), (150, 75, 136, 5), (300, 130, 264, 20)]
-)
+@pytest.mark.parametrize(("descriptor", "shape"), CASES)
 @pytest.mark.parametrize("backward", [False, True])
 @pytest.mark.parametrize("dropout_p", [0.0, 0.4])
-def test_descriptors_agree_with_fp64(
-    dtype, factor_dtype, low_dtype, tokens, in_features, out_features, rank, backward, dropout_p
-):
-    """Tiles that hang over every edge of the matrices; more tiles than programs."""
-    check(
-        aligned(tokens, in_features, dtype),
-        aligned(in_features, out_features, dtype, not backward, scale=in_features**-0.5),
-        operand(tokens, rank, low_dtype),
-        operand(rank, out_features, factor_dtype, scale=rank**-0.5),
-        descriptor=True,
-        bias=None if backward else operand(1, out_features, dtype)[0],
-        dropout_p=dropout_p,
-        seed=seed_of(4),
-    )
+def test_agrees_with_fp64(dtype, factor_dtype, low_dtype, descriptor, shape, backward, dropout_p):
+    """Forward: the weight transposed, with a bias; backward: the weight as it is, with dropout's mask."""
+    tokens, inner, width, rank = shape
+    if descriptor:
+        x, w = aligned(tokens, inner, dtype), aligned(inner, width, dtype, not backward, inner**-0.5)
+    else:
+        layout = "rows" if backward else "columns"
+        x, w = operand(tokens, inner, dtype), operand(inner, width, dtype, layout, inner**-0.5)
+    h, factor = operand(tokens, rank, low_dtype), operand(rank, width, factor_dtype, scale=rank**-0.5)
+    bias = None if backward else operand(1, width, dtype)[0]
+    check(x, w, h, factor, descriptor, bias=bias, seed=seed_of(4), dropout_p=dropout_p)
 
 
 @given(
-    tokens=sizes,
+    tokens=draw.sizes,
     inner=st.integers(1, 200),
-    width=sizes,
-    rank=ranks,
-    kinds=dtypes,
-    x=layouts,
-    w=layouts,
-    p=layouts,
-    drop=probabilities,
+    width=draw.sizes,
+    rank=draw.ranks,
+    kinds=draw.dtypes,
+    x=draw.layouts,
+    w=draw.layouts,
+    p=draw.layouts,
+    drop=draw.probabilities,
 )
 def test_any_shape_and_layout(tokens, inner, width, rank, kinds, x, w, p, drop):
     check(

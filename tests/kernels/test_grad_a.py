@@ -7,21 +7,9 @@ from mica import reference
 from mica.kernels import configs
 from mica.kernels.grad_a import grad_a
 from mica.kernels.limits import padded_columns
-from tests.support.expert_cases import ROUTES, counts, idle, leftovers, offsets_of, route, slices
+from tests.support.expert_cases import ROUTES, idle, offsets_of, route, slices
 from tests.support.guarding import run_guarded
-from tests.support.kernel_cases import (
-    BF16,
-    FP16,
-    FP32,
-    SHAPES,
-    far_apart,
-    layouts,
-    operand,
-    probabilities,
-    ranks,
-    seed_of,
-    sizes,
-)
+from tests.support.kernel_cases import BF16, FP16, FP32, SHAPES, draw, far_apart, operand, seed_of
 from tests.support.properties import given, st
 from tests.support.tolerances import RELATIVE, error
 
@@ -64,15 +52,15 @@ def test_agrees_with_fp64_on_experts(g_dtype, x_dtype, name):
 
 
 @given(
-    experts=st.one_of(st.none(), counts),
-    leftover=leftovers,
+    experts=st.one_of(st.none(), draw.counts),
+    leftover=draw.leftovers,
     tokens=st.integers(1, 300),
-    length=sizes,
-    rank=ranks,
+    length=draw.sizes,
+    rank=draw.ranks,
     kinds=st.sampled_from(DTYPES),
-    g=layouts,
-    x=layouts,
-    drop=probabilities,
+    g=draw.layouts,
+    x=draw.layouts,
+    drop=draw.probabilities,
 )
 def test_any_shape_and_layout(experts, leftover, tokens, length, rank, kinds, g, x, drop):
     tokens, ends = route(experts, leftover) if experts else (tokens, None)

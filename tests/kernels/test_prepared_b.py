@@ -1,3 +1,5 @@
+"""B of a layer, and of a stack of experts: there a view of what PEFT stores, (out_features, rank·experts)."""
+
 import gc
 import weakref
 
@@ -7,6 +9,8 @@ import torch
 from mica.kernels import prepared_b
 from mica.kernels.prepared_b import clear, prepare, prepare_experts
 
+KINDS = ["layer", "experts"]
+
 
 @pytest.fixture(autouse=True)
 def nothing_kept():
@@ -15,187 +19,139 @@ def nothing_kept():
     clear()
 
 
+@pytest.fixture(params=KINDS)
+def b(request):
+    return B(request.param)
+
+
+class B:
+    """A stored B of 9 out_features and rank 3, and what the kernels get of it."""
+
+    def __init__(self, kind):
+        self.of_experts = kind == "experts"
+        self.stored = torch.nn.Parameter(torch.randn(9, 12 if self.of_experts else 3), requires_grad=False)
+
+    def view(self, stored=None):
+        stored = self.stored if stored is None else stored
+        return stored.view(9, 3, 4).permute(2, 0, 1) if self.of_experts else stored
+
+    def prepare(self, dtype=torch.bfloat16, stored=None):
+        return (prepare_experts if self.of_experts else prepare)(self.view(stored), dtype)
+
+    def is_right(self):
+        return torch.equal(self.prepare()[..., :3, :].transpose(-1, -2), self.view().bfloat16())
+
+
 @pytest.mark.parametrize(("rank", "columns"), [(1, 16), (15, 16), (16, 16), (20, 32)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_cast_padded_and_contiguous(rank, columns, dtype):
-    lora_B = torch.randn(rank, 9).t()
-    result = prepare(lora_B, dtype).t()
-    assert result.shape == (9, columns)
-    assert result.dtype == dtype
-    assert result.is_contiguous()
-    assert torch.equal(result[:, :rank], lora_B.to(dtype))
-    assert not result[:, rank:].any()
-
-
-def test_made_once():
-    lora_B = torch.nn.Parameter(torch.randn(9, 3), requires_grad=False)
-    first = prepare(lora_B, torch.bfloat16)
-    assert prepare(lora_B, torch.bfloat16) is first
-    assert not first.requires_grad
-
-
-def test_what_fits_already_is_not_copied():
-    lora_B = torch.randn(9, 32)
-    assert prepare(lora_B, torch.float32).data_ptr() == lora_B.data_ptr()
-    lora_B.data.fill_(2.0)  # not even this can make it stale
-    assert prepare(lora_B, torch.float32).eq(2.0).all()
-
-
-def replace(lora_B):
-    lora_B.data = torch.randn_like(lora_B)
-
-
-def replace_at_a_freed_address(lora_B):
-    """Without the old storage kept alive, the allocator hands out its address again."""
-    shape = lora_B.shape
-    lora_B.data = torch.empty(0)
-    gc.collect()
-    lora_B.data = torch.randn(shape)
-
-
-CHANGES = {
-    "copy_": lambda lora_B: lora_B.copy_(torch.randn_like(lora_B)),
-    "mul_": lambda lora_B: lora_B.mul_(2.0),
-    "an element": lambda lora_B: lora_B[0].fill_(5.0),
-    "through detach": lambda lora_B: lora_B.detach().mul_(2.0),
-    "data =": replace,
-    "data = at a freed address": replace_at_a_freed_address,
-    "dtype": lambda lora_B: setattr(lora_B, "data", lora_B.data.double()),
-}
-
-
-@pytest.mark.parametrize("change", CHANGES)
-def test_a_change_is_seen(change):
-    lora_B = torch.nn.Parameter(torch.randn(9, 3), requires_grad=False)
-    prepare(lora_B, torch.bfloat16)
-    with torch.no_grad():
-        CHANGES[change](lora_B)
-    assert torch.equal(prepare(lora_B, torch.bfloat16)[:3].t(), lora_B.bfloat16())
-
-
-def test_a_loaded_state_is_seen():
-    layer = torch.nn.Linear(3, 9, bias=False).requires_grad_(False)
-    prepare(layer.weight, torch.bfloat16)
-    layer.load_state_dict({"weight": torch.randn(9, 3)})
-    assert torch.equal(prepare(layer.weight, torch.bfloat16)[:3].t(), layer.weight.bfloat16())
-
-
-def test_an_edit_through_data_needs_clear():
-    """The one write that PyTorch does not count, as the docstring says."""
-    lora_B = torch.randn(9, 3)
-    prepare(lora_B, torch.bfloat16)
-    lora_B.data.mul_(2.0)
-    assert not torch.equal(prepare(lora_B, torch.bfloat16)[:3].t(), lora_B.bfloat16())
-    clear()
-    assert torch.equal(prepare(lora_B, torch.bfloat16)[:3].t(), lora_B.bfloat16())
-
-
-def test_nothing_outlives_the_parameter():
-    lora_B = torch.randn(9, 3)
-    storage = weakref.ref(prepare(lora_B, torch.bfloat16))
-    del lora_B
-    gc.collect()
-    assert storage() is None
-    assert len(prepared_b.entries) == 0
-
-
-def test_not_kept_where_a_change_could_be_hidden(monkeypatch):
-    lora_B = torch.randn(9, 3)
-    with torch.inference_mode():
-        inferred = torch.randn(9, 3)
-    prepare(inferred, torch.bfloat16)
-    prepare((lora_B.requires_grad_() * 2.0), torch.bfloat16)
-    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
-    prepare(lora_B.detach(), torch.bfloat16)
-    assert len(prepared_b.entries) == 0
-
-
-def test_a_copy_is_kept_where_no_graph_owns_the_memory(monkeypatch):
-    kept = []
-    monkeypatch.setattr(
-        prepared_b.workspace, "allocate_persistent", lambda make, tensor: kept.append(1) or make()
-    )
-    lora_B = torch.randn(9, 3)
-    prepare(lora_B, torch.bfloat16)
-    prepare(lora_B, torch.bfloat16)
-    assert kept == [1]
-
-
-@pytest.fixture
-def stored():
-    """lora_B as PEFT stores it for 4 experts: (9 out_features, rank 3 · 4)."""
-    return torch.nn.Parameter(torch.randn(9, 12), requires_grad=False)
-
-
-def view(stored):
-    return stored.view(9, 3, 4).permute(2, 0, 1)
-
-
-@pytest.mark.parametrize(("rank", "columns"), [(3, 16), (16, 16), (20, 32)])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_stack_is_cast_padded_and_contiguous(rank, columns, dtype):
-    lora_B = torch.randn(9, rank, 4).permute(2, 0, 1)
-    result = prepare_experts(lora_B, dtype).transpose(1, 2)
-    assert result.shape == (4, 9, columns)
+@pytest.mark.parametrize("kind", KINDS)
+def test_cast_padded_and_contiguous(rank, columns, dtype, kind):
+    if kind == "experts":
+        lora_B = torch.randn(9, rank, 4).permute(2, 0, 1)
+        result = prepare_experts(lora_B, dtype).transpose(1, 2)
+    else:
+        lora_B = torch.randn(rank, 9).t()
+        result = prepare(lora_B, dtype).t()
+    assert result.shape == (*lora_B.shape[:-1], columns)
     assert result.dtype == dtype
     assert result.is_contiguous()
     assert torch.equal(result[..., :rank], lora_B.to(dtype))
     assert not result[..., rank:].any()
 
 
-def test_a_stack_that_fits_already_is_not_copied():
-    lora_B = torch.randn(4, 9, 16)
-    assert prepare_experts(lora_B, torch.float32).data_ptr() == lora_B.data_ptr()
-
-
-def test_views_of_one_parameter_share_a_copy(stored):
-    first = prepare_experts(view(stored), torch.bfloat16)
-    assert prepare_experts(view(stored), torch.bfloat16) is first
+def test_made_once(b):
+    first = b.prepare()
     with torch.no_grad():
-        assert prepare_experts(view(stored), torch.bfloat16) is first
+        assert b.prepare() is first
+    assert not first.requires_grad
     assert len(prepared_b.entries) == 1
 
 
+@pytest.mark.parametrize(("shape", "prepare"), [((9, 32), prepare), ((4, 9, 16), prepare_experts)])
+def test_what_fits_already_is_not_copied(shape, prepare):
+    lora_B = torch.randn(shape)
+    assert prepare(lora_B, torch.float32).data_ptr() == lora_B.data_ptr()
+    lora_B.data.fill_(2.0)  # not even this can make it stale
+    assert prepare(lora_B, torch.float32).eq(2.0).all()
+
+
+def replace(stored):
+    stored.data = torch.randn_like(stored)
+
+
+def replace_at_a_freed_address(stored):
+    """Without the old storage kept alive, the allocator hands out its address again."""
+    shape = stored.shape
+    stored.data = torch.empty(0)
+    gc.collect()
+    stored.data = torch.randn(shape)
+
+
+CHANGES = {
+    "copy_": lambda stored: stored.copy_(torch.randn_like(stored)),
+    "mul_": lambda stored: stored.mul_(2.0),
+    "an element": lambda stored: stored[0].fill_(5.0),
+    "through detach": lambda stored: stored.detach().mul_(2.0),
+    "data =": replace,
+    "data = at a freed address": replace_at_a_freed_address,
+    "dtype": lambda stored: setattr(stored, "data", stored.data.double()),
+}
+
+
 @pytest.mark.parametrize("change", CHANGES)
-def test_a_change_of_a_stack_is_seen(stored, change):
-    prepare_experts(view(stored), torch.bfloat16)
+def test_a_change_is_seen(b, change):
+    b.prepare()
     with torch.no_grad():
-        CHANGES[change](stored)
-    result = prepare_experts(view(stored), torch.bfloat16)[:, :3]
-    assert torch.equal(result, view(stored).bfloat16().transpose(1, 2))
+        CHANGES[change](b.stored)
+    assert b.is_right()
 
 
-def test_clear_drops_stacks_too(stored):
-    prepare_experts(view(stored), torch.bfloat16)
-    stored.data.mul_(2.0)
+def test_a_loaded_state_is_seen(b):
+    layer = torch.nn.ParameterDict({"B": b.stored})
+    b.prepare()
+    layer.load_state_dict({"B": torch.randn_like(b.stored)})
+    assert b.is_right()
+
+
+def test_an_edit_through_data_needs_clear(b):
+    """The one write that PyTorch does not count, as the docstring says."""
+    b.prepare()
+    b.stored.data.mul_(2.0)
+    assert not b.is_right()
     clear()
-    result = prepare_experts(view(stored), torch.bfloat16)[:, :3]
-    assert torch.equal(result, view(stored).bfloat16().transpose(1, 2))
+    assert b.is_right()
 
 
-def test_a_copy_of_a_stack_lives_as_long_as_the_parameter():
-    stored = torch.nn.Parameter(torch.randn(9, 12), requires_grad=False)
-    copy = weakref.ref(prepare_experts(view(stored), torch.bfloat16))
+def test_a_copy_lives_as_long_as_the_parameter(b):
+    copy = weakref.ref(b.prepare())
     gc.collect()
     assert copy() is not None
-    del stored
+    del b.stored
     gc.collect()
     assert copy() is None
     assert len(prepared_b.entries) == 0
 
 
-def test_a_stack_is_not_kept_where_a_change_could_be_hidden(stored, monkeypatch):
-    prepare_experts(view(stored.detach().requires_grad_()), torch.bfloat16)
+def test_not_kept_where_a_change_could_be_hidden(b, monkeypatch):
     with torch.inference_mode():
-        inferred = torch.randn(9, 12)
-    prepare_experts(view(inferred), torch.bfloat16)
+        inferred = torch.randn_like(b.stored)
+    b.prepare(stored=inferred)
+    b.prepare(stored=b.stored.detach().clone().requires_grad_() * 2.0)
     monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
-    prepare_experts(view(stored), torch.bfloat16)
+    b.prepare()
     assert len(prepared_b.entries) == 0
 
 
-def test_a_stack_of_unknown_base_has_a_copy_of_its_own(stored):
-    lora_B = view(stored).detach()
+def test_a_copy_is_kept_where_no_graph_owns_the_memory(b, monkeypatch):
+    kept = []
+    allocate = "allocate_persistent"
+    monkeypatch.setattr(prepared_b.workspace, allocate, lambda make, tensor: kept.append(1) or make())
+    b.prepare(), b.prepare()
+    assert kept == [1]
+
+
+def test_a_stack_of_unknown_base_has_a_copy_of_its_own():
+    lora_B = B("experts").view().detach()
     prepare_experts(lora_B, torch.bfloat16)
     del lora_B
     gc.collect()

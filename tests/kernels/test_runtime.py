@@ -20,12 +20,9 @@ def compiled(monkeypatch):
     triton_version.cache_clear()
 
 
-def test_cpu_and_meta_have_no_kernels():
+def test_cpu_and_meta_have_no_kernels_but_interpreted_ones(monkeypatch):
     assert runtime.why_unavailable(torch.device("cpu")) == "no Triton kernels for devices of type 'cpu'"
     assert "meta" in runtime.why_unavailable(torch.device("meta"))
-
-
-def test_interpreted_kernels_run_anywhere(monkeypatch):
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     assert runtime.why_unavailable(torch.device("cpu")) is None
 
@@ -101,24 +98,18 @@ def test_a_trial_kernel_that_fails_is_a_reason_and_is_run_once(a_gpu):
     assert len(calls) == 1
 
 
-def test_nothing_is_tried_while_a_graph_is_captured(a_gpu):
-    """A device that was not tried before runs no kernels then; it is tried afterwards."""
+@pytest.mark.parametrize("verdict", ["wrong", None])
+def test_nothing_is_tried_while_a_graph_is_captured(a_gpu, verdict):
+    """A device that was not tried before runs no kernels then; a capture keeps to what was found before."""
     gpu = torch.device("cuda")
     a_gpu.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
-    a_gpu.setattr(runtime, "trial", lambda device: "wrong")
+    a_gpu.setattr(runtime, "trial", lambda device: verdict)
     assert "no kernel was tried on it before the capture" in runtime.why_unavailable(gpu)
     assert not runtime.is_settled(gpu)
-    a_gpu.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
-    assert runtime.why_unavailable(gpu) == "wrong"
-    assert runtime.is_settled(gpu)
-
-
-@pytest.mark.parametrize("verdict", ["wrong", None])
-def test_a_capture_keeps_to_what_was_found_before(a_gpu, verdict):
-    a_gpu.setattr(runtime, "trial", lambda device: verdict)
-    assert runtime.why_unavailable(torch.device("cuda")) == verdict
-    a_gpu.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
-    assert runtime.why_unavailable(torch.device("cuda")) == verdict
+    for capturing in (False, True):
+        a_gpu.setattr(torch.cuda, "is_current_stream_capturing", lambda now=capturing: now)
+        assert runtime.why_unavailable(gpu) == verdict
+        assert runtime.is_settled(gpu)
 
 
 def test_where_nothing_is_tried_all_is_settled(a_gpu):
@@ -132,12 +123,16 @@ def test_where_nothing_is_tried_all_is_settled(a_gpu):
 
 
 def test_a_raw_variable_follows_the_environment(monkeypatch):
+    """And another one: `datasets` puts a copy in place of os.environ after a map by several processes."""
     value = runtime.raw_variable("MICA_A_VARIABLE")
     assert value() is None
     monkeypatch.setenv("MICA_A_VARIABLE", "1")
     first = value()
     monkeypatch.setenv("MICA_A_VARIABLE", "2")
     assert value() not in (None, first)
+    monkeypatch.setattr(os, "environ", copy.deepcopy(os.environ))
+    monkeypatch.setenv("MICA_A_VARIABLE", "1")
+    assert value() == os.environ.encodevalue("1")
     monkeypatch.setattr(os, "environ", {"MICA_A_VARIABLE": "3"})  # another object than Python's own
     assert runtime.raw_variable("MICA_A_VARIABLE")() == "3"
 
@@ -160,11 +155,3 @@ def test_the_trial_compares_a_result(monkeypatch, wrong):
     assert runtime.trial(torch.device(DEVICE)) == (
         "a trial kernel gave a wrong result on it" if wrong else None
     )
-
-
-def test_a_raw_variable_follows_another_environment(monkeypatch):
-    """`datasets` puts a copy in place of os.environ after a map by several processes."""
-    value = runtime.raw_variable("MICA_A_VARIABLE")
-    monkeypatch.setattr(os, "environ", copy.deepcopy(os.environ))
-    monkeypatch.setenv("MICA_A_VARIABLE", "1")
-    assert value() == os.environ.encodevalue("1")

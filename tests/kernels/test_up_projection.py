@@ -7,33 +7,9 @@ from mica import reference
 from mica.kernels import configs
 from mica.kernels.limits import padded_columns
 from mica.kernels.up_projection import up_projection_
-from tests.support.expert_cases import (
-    ROUTES,
-    by_expert,
-    counts,
-    idle,
-    leftovers,
-    offsets_of,
-    route,
-    slices,
-    stack,
-)
+from tests.support.expert_cases import ROUTES, by_expert, idle, offsets_of, route, slices, stack
 from tests.support.guarding import run_guarded, touched
-from tests.support.kernel_cases import (
-    BF16,
-    DTYPES,
-    FP16,
-    FP32,
-    SHAPES,
-    dtypes,
-    far_apart,
-    layouts,
-    operand,
-    probabilities,
-    ranks,
-    seed_of,
-    sizes,
-)
+from tests.support.kernel_cases import BF16, DTYPES, FP16, FP32, SHAPES, draw, far_apart, operand, seed_of
 from tests.support.properties import given, st
 from tests.support.tolerances import RELATIVE, error
 
@@ -88,16 +64,16 @@ def test_agrees_with_fp64_on_experts(dtype, factor_dtype, compute_dtype, name, w
 
 
 @given(
-    experts=st.one_of(st.none(), counts),
-    leftover=leftovers,
-    tokens=sizes,
-    width=sizes,
-    rank=ranks,
-    kinds=dtypes,
-    y=layouts,
-    h=layouts,
-    p=st.sampled_from(["contiguous", "gaps", "peft"]),
-    drop=probabilities,
+    experts=st.one_of(st.none(), draw.counts),
+    leftover=draw.leftovers,
+    tokens=draw.sizes,
+    width=draw.sizes,
+    rank=draw.ranks,
+    kinds=draw.dtypes,
+    y=draw.layouts,
+    h=draw.layouts,
+    p=draw.stacks,
+    drop=draw.probabilities,
 )
 def test_any_shape_and_layout(experts, leftover, tokens, width, rank, kinds, y, h, p, drop):
     tokens, ends = route(experts, leftover) if experts else (tokens, None)

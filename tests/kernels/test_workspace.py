@@ -1,5 +1,6 @@
 import threading
 from contextlib import contextmanager
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -9,36 +10,29 @@ from mica.kernels import workspace
 
 def test_zeros_for_the_cpu_are_new_each_time():
     first = workspace.counters(5, torch.empty(1))
-    assert first.dtype == torch.int32
-    assert first.shape == (5,)
+    assert (first.dtype, first.shape) == (torch.int32, (5,))
     assert not first.any()
     assert workspace.counters(5, torch.empty(1)).data_ptr() != first.data_ptr()
 
 
-class OnGpu:
-    """A tensor of the CPU that says it is on a GPU."""
+def on_gpu(made=None):
+    """What is asked of a tensor on a GPU; ``made`` gets the sizes of what is allocated."""
 
-    is_cuda = True
-
-    def __init__(self, made):
-        self.made = made
-
-    def get_device(self):
-        return 1
-
-    def new_zeros(self, count, dtype):
-        self.made.append(count)
+    def new_zeros(count, dtype):
+        made.append(count)
         return torch.zeros(count, dtype=dtype)
+
+    return SimpleNamespace(is_cuda=True, device=None, get_device=lambda: 1, new_zeros=new_zeros)
 
 
 def test_one_buffer_a_stream_that_grows(monkeypatch):
     """A CPU plays the GPU: the driver's answers are replaced."""
-    made, capturing, stream = [], False, 7
+    made, persistent, capturing, stream = [], [], False, 7
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: capturing)
     monkeypatch.setattr(workspace, "raw_stream", lambda index: stream + index)
     monkeypatch.setattr(workspace, "_counters", {})
-    monkeypatch.setattr(workspace, "allocate_persistent", lambda make, tensor: make())
-    tensor = OnGpu(made)
+    monkeypatch.setattr(workspace, "allocate_persistent", lambda make, tensor: persistent.append(1) or make())
+    tensor = on_gpu(made)
     first = workspace.counters(5, tensor)
     assert workspace.counters(9, tensor) is first
     assert workspace.counters(5000, tensor).shape == (5000,)
@@ -49,59 +43,44 @@ def test_one_buffer_a_stream_that_grows(monkeypatch):
     capturing, stream = False, 2
     workspace.counters(5, tensor)
     assert made[-1] == 4096
-
-
-class Stream:
-    """A stream that notes what waits for it, and whose it is in each thread."""
-
-    current = threading.local()
-
-    def __init__(self, name, log):
-        self.name, self.log = name, log
-
-    def wait_stream(self, other):
-        self.log.append(f"{self.name} waits for {other.name}")
+    assert len(persistent) == 3  # all but the graph's
 
 
 @pytest.fixture
 def log(monkeypatch):
     """What happens on a GPU that a CPU plays, in order."""
-    happened = []
-    caller, default = Stream("the caller's", happened), Stream("the default", happened)
+    happened, current = [], threading.local()
+
+    def stream(name):
+        return SimpleNamespace(
+            name=name, wait_stream=lambda other: happened.append(f"{name} waits for {other.name}")
+        )
 
     @contextmanager
-    def stream(entered):
-        Stream.current.name = entered.name
+    def entered(stream):
+        current.name = stream.name
         yield
 
+    caller, default = stream("the caller's"), stream("the default")
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: caller)
     monkeypatch.setattr(torch.cuda, "default_stream", lambda device: default)
-    monkeypatch.setattr(torch.cuda, "stream", stream)
-    return happened
-
-
-class Made:
-    def __init__(self, log):
-        self.log = log
-
-    def record_stream(self, stream):
-        self.log.append(f"recorded on {stream.name}")
+    monkeypatch.setattr(torch.cuda, "stream", entered)
+    return happened, current
 
 
 def test_what_is_kept_is_made_by_another_thread_on_the_default_stream(log):
     """A pool of CUDA graphs takes what this thread allocates; the streams wait for each other."""
+    happened, current = log
     threads = []
 
     def make():
         threads.append(threading.get_ident())
-        log.append(f"made on {Stream.current.name}")
-        return Made(log)
+        happened.append(f"made on {current.name}")
+        return SimpleNamespace(record_stream=lambda stream: happened.append(f"recorded on {stream.name}"))
 
-    gpu = OnGpu([])
-    gpu.device = None
-    assert isinstance(workspace.allocate_persistent(make, gpu), Made)
+    workspace.allocate_persistent(make, on_gpu())
     assert threads != [threading.get_ident()]
-    assert log == [
+    assert happened == [
         "the default waits for the caller's",
         "made on the default",
         "the caller's waits for the default",
@@ -110,23 +89,5 @@ def test_what_is_kept_is_made_by_another_thread_on_the_default_stream(log):
 
 
 def test_an_error_of_the_other_thread_is_raised_here(log):
-    def make():
-        raise MemoryError("none left")
-
-    gpu = OnGpu([])
-    gpu.device = None
-    with pytest.raises(MemoryError, match="none left"):
-        workspace.allocate_persistent(make, gpu)
-
-
-def test_counters_are_kept_and_those_of_a_capture_are_not(monkeypatch):
-    kept = []
-    monkeypatch.setattr(workspace, "raw_stream", lambda index: 7)
-    monkeypatch.setattr(workspace, "_counters", {})
-    monkeypatch.setattr(workspace, "allocate_persistent", lambda make, tensor: kept.append(1) or make())
-    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
-    workspace.counters(5, OnGpu([]))
-    assert not kept
-    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
-    workspace.counters(5, OnGpu([]))
-    assert kept == [1]
+    with pytest.raises(ZeroDivisionError):
+        workspace.allocate_persistent(lambda: 1 / 0, on_gpu())

@@ -9,7 +9,6 @@ import torch
 from tests.support.guarding import guarded
 from tests.support.kernel_cases import DEVICE
 from tests.support.oracle import guard
-from tests.support.properties import st
 
 # number of rows, ends: without rows at the start, in the middle and at the end, all rows to one expert, rows
 # that belong to none, one row each, more than one tile of 64, and more than one of rows that belong to none
@@ -60,11 +59,6 @@ def by_expert(left, ends, stacked):
     for expert, rows in enumerate(slices(ends)):
         out[rows] = left[rows, :rank].double() @ stacked[expert, :rank].double()
     return out
-
-
-# rows of each expert; rows that belong to none
-counts = st.lists(st.integers(0, 20), min_size=1, max_size=9)
-leftovers = st.integers(0, 3)
 
 
 def route(counts: list[int], leftover: int) -> tuple[int, list[int]]:

@@ -1,6 +1,7 @@
 """Shapes, dtypes and operands for the kernels' tests."""
 
 import os
+from types import SimpleNamespace
 
 import numpy as np
 import torch
@@ -25,11 +26,28 @@ SHAPES = [
 # dtype of x and y, of the adapter, of the product
 DTYPES = [(FP32, FP32, FP32), (BF16, FP32, BF16), (BF16, BF16, BF16), (FP16, FP32, FP16), (BF16, FP32, FP32)]
 
-sizes = st.integers(1, 90)
-ranks = st.one_of(st.integers(1, 40), st.sampled_from([64, 100, 256]))
-dtypes = st.sampled_from(DTYPES)
-layouts = st.sampled_from(["rows", "columns", "contiguous"])
-probabilities = st.sampled_from([0.0, 0.0, 0.3, 0.9])
+# dtype of x and the weight, of the adapter, compute_dtype, of a layer. On a device few: each takes five to
+# eight variants to compile.
+LAYER_DTYPES = [
+    (FP32, FP32, None),
+    (BF16, FP32, None),
+    (BF16, BF16, None),
+    (FP16, FP32, None),
+    (BF16, FP32, FP32),
+]
+FEW_DTYPES = LAYER_DTYPES if DEVICE == "cpu" else [LAYER_DTYPES[1], LAYER_DTYPES[4]]
+
+draw = SimpleNamespace(
+    sizes=st.integers(1, 90),
+    ranks=st.one_of(st.integers(1, 40), st.sampled_from([64, 100, 256])),
+    dtypes=st.sampled_from(DTYPES),
+    layouts=st.sampled_from(["rows", "columns", "contiguous"]),
+    probabilities=st.sampled_from([0.0, 0.0, 0.3, 0.9]),
+    # of experts: rows of each; rows that belong to none; `tests.support.expert_cases.stack`'s layouts
+    counts=st.lists(st.integers(0, 20), min_size=1, max_size=9),
+    leftovers=st.integers(0, 3),
+    stacks=st.sampled_from(["contiguous", "gaps", "peft"]),
+)
 
 
 def operand(rows, columns, dtype, layout="rows", scale=1.0):

@@ -3,6 +3,7 @@
 from mica.ops import mica_linear
 from tests.support.kernel_cases import DEVICE
 from tests.support.oracle import Problem
+from tests.support.tolerances import RELATIVE, error
 
 
 def on_device(p: Problem) -> Problem:
@@ -19,3 +20,8 @@ def run(p: Problem, compute_dtype=None, function=mica_linear, **options) -> dict
     y = function(x, p.weight, lora_A, p.lora_B, p.scaling, p.bias, compute_dtype=compute_dtype, **options)
     y.backward(p.grad_output)
     return {"y": y, "grad_x": x.grad, "grad_A": lora_A.grad}
+
+
+def agree(actual: dict, expected: dict, dtype) -> None:
+    for name, value in actual.items():
+        assert error(value, expected[name]) <= RELATIVE[dtype], name

@@ -9,25 +9,14 @@ import triton
 from torch.library import opcheck
 
 from mica import backend, ops, reference, reference_experts
-from mica.kernels import configs, launching, prepared_b
-from mica.kernels.launching import Plan
+from mica.kernels import launching, prepared_b
 from mica.ops import mica_down_projection, mica_linear, mica_up_projection
 from mica.paths import triton_path
-from tests.support.kernel_cases import DEVICE
-from tests.support.linear_calls import on_device, run
+from tests.support.kernel_cases import BF16, DEVICE, FEW_DTYPES, FP16, FP32, LAYER_DTYPES
+from tests.support.linear_calls import agree, on_device, run
 from tests.support.oracle import problem, solve
-from tests.support.thinning import ON_DEVICE
 from tests.support.tolerances import RELATIVE, error
 
-DTYPES = [
-    (torch.float32, torch.float32, None),
-    (torch.bfloat16, torch.float32, None),
-    (torch.bfloat16, torch.bfloat16, None),
-    (torch.float16, torch.float32, None),
-    (torch.bfloat16, torch.float32, torch.float32),
-]
-# Five to eight variants to compile each; what the others have, a layer's own test and tests/kernels have too
-FEW_DTYPES = [DTYPES[1], DTYPES[4]] if ON_DEVICE else DTYPES
 # form -> the kernels of a forward and its backward
 OTHERS = ["_down_projection_kernel", "_grad_a_kernel"]
 FORMS = {
@@ -38,28 +27,16 @@ FORMS = {
 }
 
 
-@pytest.fixture(autouse=True)
-def on_kernels(monkeypatch):
-    monkeypatch.setenv("MICA_BACKEND", "triton")
-    backend.forget_verdicts()
-    ops.call_counts.clear()
-    yield
-    backend.forget_verdicts()
-
-
-@pytest.mark.parametrize(("dtype", "adapter_dtype", "compute_dtype"), DTYPES)
+@pytest.mark.parametrize(("dtype", "adapter_dtype", "compute_dtype"), LAYER_DTYPES)
 @pytest.mark.parametrize(
-    ("tokens", "in_features", "out_features", "rank"),
+    "sizes",
     [((), 9, 14, 3), ((1,), 1, 1, 1), ((3, 5), 33, 8, 8), ((2, 50), 96, 136, 16), ((70,), 40, 24, 24)],
 )
 @pytest.mark.parametrize("bias", [True, False])
-def test_linear_agrees_with_the_dense_oracle(
-    dtype, adapter_dtype, compute_dtype, tokens, in_features, out_features, rank, bias
-):
-    p = on_device(problem(tokens, in_features, out_features, rank, dtype, adapter_dtype, bias))
+def test_linear_agrees_with_the_dense_oracle(dtype, adapter_dtype, compute_dtype, sizes, bias):
+    p = on_device(problem(*sizes, dtype, adapter_dtype, bias))
     expected = solve(p)
-    for name, value in run(p, compute_dtype).items():
-        assert error(value, expected[name]) <= RELATIVE[dtype], name
+    agree(run(p, compute_dtype), expected, dtype)
     assert ops.call_counts["linear_kernels"] == ops.call_counts["linear_backward_kernels"] == 1
 
 
@@ -78,30 +55,14 @@ def test_factors_next_to_a_base_layer(dtype, adapter_dtype, compute_dtype, dropo
         assert error(value, expected[name]) <= 2 * RELATIVE[dtype], name
 
 
-def choose(monkeypatch, forward, backward=None):
-    """As if these forms had been measured to be the fastest on the tested device."""
-    row = configs.Forms(0, 256, forward, backward or forward)
-    monkeypatch.setitem(configs.FORMS, triton_path.device_name(torch.device(DEVICE)), (row,))
-
-
-@pytest.fixture
-def launched(monkeypatch):
-    """The names of the kernels that are launched."""
-    names, launch = set(), Plan.__call__
-    monkeypatch.setattr(
-        Plan, "__call__", lambda plan, *args: (names.add(plan.kernel.__name__), launch(plan, *args))
-    )
-    return names
-
-
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize(("dtype", "adapter_dtype", "compute_dtype"), FEW_DTYPES)
 @pytest.mark.parametrize("dropout_p", [0.0, 0.4])
 def test_every_form_agrees_with_the_dense_oracle(
-    monkeypatch, launched, form, dtype, adapter_dtype, compute_dtype, dropout_p
+    monkeypatch, choose, launched, form, dtype, adapter_dtype, compute_dtype, dropout_p
 ):
     """Contiguous and aligned, so that descriptors apply; with dropout against the reference in fp64."""
-    choose(monkeypatch, form)
+    choose(form)
     monkeypatch.setenv("MICA_BACKEND", "auto" if form == "aten" else "triton")
     monkeypatch.setattr(backend, "use_kernels", lambda *args, **kwargs: True)
     p = problem((3, 20), 48, 72, 5, dtype, adapter_dtype)
@@ -110,9 +71,8 @@ def test_every_form_agrees_with_the_dense_oracle(
     p, seed = on_device(p), torch.tensor([77], device=DEVICE)
     expected = dropped_oracle(p, dropout_p, seed)
     for _ in range(2):  # planned, and as planned
-        for name, value in run(p, compute_dtype, dropout_p=dropout_p, seed=seed).items():
-            assert error(value, expected[name]) <= RELATIVE[dtype], name
-    assert sorted(launched) == sorted(FORMS[form])
+        agree(run(p, compute_dtype, dropout_p=dropout_p, seed=seed), expected, dtype)
+    assert {name for name, _ in launched} == set(FORMS[form])
 
 
 @pytest.mark.parametrize(
@@ -122,18 +82,17 @@ def test_every_form_agrees_with_the_dense_oracle(
         ("descriptor", FORMS["fused"]),  # rows that lie apart are not what descriptors take
     ],
 )
-def test_a_form_that_cannot_be(monkeypatch, launched, form, kernels):
-    choose(monkeypatch, form)
-    p = on_device(problem((8,), 17, 24, 2, torch.bfloat16))
-    for name, value in run(p).items():
-        assert error(value, solve(p)[name]) <= RELATIVE[torch.bfloat16], name
-    assert sorted(launched) == sorted(kernels)
+def test_a_form_that_cannot_be(choose, launched, form, kernels):
+    choose(form)
+    p = on_device(problem((8,), 17, 24, 2, BF16))
+    agree(run(p), solve(p), BF16)
+    assert {name for name, _ in launched} == set(kernels)
 
 
-def test_forward_and_backward_have_a_form_each(monkeypatch, launched):
-    choose(monkeypatch, "fused", "split")
-    run(on_device(problem((8,), 16, 24, 2, torch.bfloat16)))
-    assert launched == {*FORMS["fused"], *FORMS["split"]}
+def test_forward_and_backward_have_a_form_each(choose, launched):
+    choose("fused", "split")
+    run(on_device(problem((8,), 16, 24, 2, BF16)))
+    assert {name for name, _ in launched} == {*FORMS["fused"], *FORMS["split"]}
 
 
 def dropped_oracle(p, dropout_p, seed):
@@ -149,19 +108,18 @@ def dropped_oracle(p, dropout_p, seed):
 
 def test_an_edited_or_loaded_basis_is_used():
     """The prepared copy of a B whose rank is padded follows the parameter."""
-    p = on_device(problem((6,), 10, 12, 3, torch.float32))
+    p = on_device(problem((6,), 10, 12, 3, FP32))
     run(p)
     with torch.no_grad():
         p.lora_B.mul_(-3.0)
-    for name, value in run(p).items():
-        assert error(value, solve(p)[name]) <= RELATIVE[torch.float32], name
+    agree(run(p), solve(p), FP32)
 
 
 def test_the_basis_is_prepared_once_for_forward_and_backward(monkeypatch):
     made = []
     pad = prepared_b.padded
     monkeypatch.setattr(prepared_b, "padded", lambda *args: made.append(1) or pad(*args))
-    p = on_device(problem((6,), 10, 12, 3, torch.bfloat16, torch.float32))
+    p = on_device(problem((6,), 10, 12, 3, BF16, FP32))
     p.lora_B = torch.nn.Parameter(p.lora_B, requires_grad=False)
     for _ in range(3):
         run(p)
@@ -169,43 +127,42 @@ def test_the_basis_is_prepared_once_for_forward_and_backward(monkeypatch):
 
 
 def test_no_tokens():
-    p = on_device(problem((0,), 4, 3, 2, torch.float32))
+    p = on_device(problem((0,), 4, 3, 2, FP32))
     result = run(p)
     assert result["y"].shape == (0, 3)
     assert torch.equal(result["grad_A"].cpu(), torch.zeros(2, 4))
 
 
 def test_transposed_weight_and_expanded_gradient():
-    p = on_device(problem((2, 40), 24, 40, 5, torch.float32))
+    p = on_device(problem((2, 40), 24, 40, 5, FP32))
     p.weight = p.weight.t().contiguous().t()
     p.grad_output = p.grad_output[:1, :1].expand_as(p.grad_output)  # as y.sum().backward() has it
-    for name, value in run(p).items():
-        assert error(value, solve(p)[name]) <= RELATIVE[torch.float32], name
+    agree(run(p), solve(p), FP32)
 
 
 @pytest.mark.parametrize("needs", [(True, False), (False, True)])
 def test_only_what_a_gradient_needs(needs):
-    p = on_device(problem((30,), 8, 6, 2, torch.bfloat16, torch.float32))
+    p = on_device(problem((30,), 8, 6, 2, BF16, FP32))
     x, lora_A = p.x.detach().clone().requires_grad_(needs[0]), p.lora_A.clone().requires_grad_(needs[1])
     mica_linear(x, p.weight, lora_A, p.lora_B, p.scaling).backward(p.grad_output)
     assert (x.grad is not None, lora_A.grad is not None) == needs
 
 
 def test_reruns_are_bitwise_equal():
-    p = on_device(problem((700,), 65, 33, 7, torch.bfloat16, torch.float32))
+    p = on_device(problem((700,), 65, 33, 7, BF16, FP32))
     first, second = run(p), run(p)
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
 @pytest.mark.parametrize("dropout_p", [0.0, 0.4])
 def test_opcheck_linear(dropout_p):
-    p = on_device(problem((2, 3), 5, 7, 2, torch.bfloat16, torch.float32))
+    p = on_device(problem((2, 3), 5, 7, 2, BF16, FP32))
     x, lora_A = p.x.detach().requires_grad_(), p.lora_A.detach().requires_grad_()
     seed = torch.tensor([5], device=DEVICE) if dropout_p else None
     arguments = (x, p.weight, lora_A, p.lora_B, p.scaling, p.bias, None, dropout_p, seed)
     opcheck(torch.ops.mica.linear.default, arguments)
     for mask in ([True, True], [True, False], [False, True]):
-        backward = (p.grad_output, p.x, p.weight, p.lora_A, p.lora_B, p.scaling, torch.bfloat16, mask)
+        backward = (p.grad_output, p.x, p.weight, p.lora_A, p.lora_B, p.scaling, BF16, mask)
         opcheck(torch.ops.mica.linear_backward.default, (*backward, dropout_p, seed))
 
 
@@ -213,7 +170,7 @@ def test_opcheck_linear(dropout_p):
 @pytest.mark.parametrize("dropout_p", [0.0, 0.4])
 def test_compile_fullgraph(backend, dropout_p):
     torch.compiler.reset()
-    p = on_device(problem((2, 3), 5, 7, 2, torch.bfloat16, torch.float32))
+    p = on_device(problem((2, 3), 5, 7, 2, BF16, FP32))
     seed = torch.tensor([5], device=DEVICE) if dropout_p else None
     compiled = torch.compile(mica_linear, fullgraph=True, backend=backend)
     expected = run(p, dropout_p=dropout_p, seed=seed)
@@ -222,19 +179,26 @@ def test_compile_fullgraph(backend, dropout_p):
     assert ops.call_counts["linear_kernels"] == ops.call_counts["linear_backward_kernels"] == 2
 
 
-@pytest.mark.parametrize("use_reentrant", [True, False])
-def test_checkpointing_recomputes_the_same_mask(use_reentrant):
-    """The seed is drawn inside, by torch's generator: the recomputed forward draws it again."""
-    p = on_device(problem((40,), 24, 16, 3, torch.float32))
+def with_own_seed():
+    """A layer that draws its seed by torch's generator, and gives it with y."""
+    p = on_device(problem((40,), 24, 16, 3, FP32))
 
     def layer(x, lora_A):
         seed = torch.randint(2**63 - 1, (1,), device=DEVICE)
-        return mica_linear(x, p.weight, lora_A, p.lora_B, p.scaling, p.bias, dropout_p=0.5, seed=seed)
+        return mica_linear(x, p.weight, lora_A, p.lora_B, p.scaling, p.bias, dropout_p=0.5, seed=seed), seed
+
+    return p, layer
+
+
+@pytest.mark.parametrize("use_reentrant", [True, False])
+def test_checkpointing_recomputes_the_same_mask(use_reentrant):
+    """The recomputed forward draws it again."""
+    p, layer = with_own_seed()
 
     def gradients(function):
         torch.manual_seed(3)
         x, lora_A = p.x.detach().clone().requires_grad_(), p.lora_A.clone().requires_grad_()
-        function(x, lora_A).backward(p.grad_output)
+        function(x, lora_A)[0].backward(p.grad_output)
         return x.grad, lora_A.grad
 
     def checkpointed(x, lora_A):
@@ -245,7 +209,7 @@ def test_checkpointing_recomputes_the_same_mask(use_reentrant):
 
 
 def test_second_derivatives_and_transforms_take_the_plain_formulas():
-    p = on_device(problem((3,), 5, 4, 2, torch.float32))
+    p = on_device(problem((3,), 5, 4, 2, FP32))
     lora_A = p.lora_A.detach().clone().requires_grad_()
     y = mica_linear(p.x, p.weight, lora_A, p.lora_B, p.scaling, p.bias)
     (grad,) = torch.autograd.grad(y.square().sum(), lora_A, create_graph=True)
@@ -257,20 +221,19 @@ def test_second_derivatives_and_transforms_take_the_plain_formulas():
     def loss(lora_A):
         return (mica_linear(p.x, p.weight, lora_A, p.lora_B, p.scaling) * p.grad_output).sum()
 
-    assert error(torch.func.grad(loss)(p.lora_A), solve(p)["grad_A"]) <= RELATIVE[torch.float32]
+    assert error(torch.func.grad(loss)(p.lora_A), solve(p)["grad_A"]) <= RELATIVE[FP32]
     assert ops.call_counts["linear_kernels"] == 1
 
 
-@pytest.mark.parametrize("autocast_dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("autocast_dtype", [BF16, FP16])
 def test_autocast(autocast_dtype):
-    p = on_device(problem((16,), 12, 10, 3, torch.float32))
+    p = on_device(problem((16,), 12, 10, 3, FP32))
     x, lora_A = p.x.detach().requires_grad_(), p.lora_A.detach().requires_grad_()
     with torch.autocast(DEVICE, autocast_dtype):
         y = mica_linear(x, p.weight, lora_A, p.lora_B, p.scaling, p.bias)
     y.backward(p.grad_output.to(autocast_dtype))
     expected = solve(p)
-    for name, value in {"y": y, "grad_x": x.grad, "grad_A": lora_A.grad}.items():
-        assert error(value, expected[name]) <= RELATIVE[autocast_dtype], name
+    agree({"y": y, "grad_x": x.grad, "grad_A": lora_A.grad}, expected, autocast_dtype)
     assert ops.call_counts["linear_kernels"] == 1
 
 
@@ -283,7 +246,7 @@ def test_what_kernels_cannot_do_is_refused_where_they_are_demanded():
 def test_what_kernels_cannot_do_runs_on_the_reference_otherwise(monkeypatch):
     monkeypatch.setenv("MICA_BACKEND", "auto")
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    p = problem((3,), 300, 300, 290, torch.float32)
+    p = problem((3,), 300, 300, 290, FP32)
     run(p)
     assert ops.call_counts["linear"] == 1
     assert ops.call_counts["linear_kernels"] == 0
@@ -317,10 +280,9 @@ def fails(*args, **kwargs):
 
 @pytest.mark.parametrize("part", PARTS)
 def test_a_kernel_that_cannot_be_launched_is_an_error_where_kernels_are_demanded(monkeypatch, part):
-    launching.clear()
     monkeypatch.setattr(getattr(triton_path, part), "planned", fails)
     with pytest.raises(triton.runtime.errors.OutOfResources):
-        run(on_device(problem((6,), 10, 12, 3, torch.bfloat16, torch.float32)))
+        run(on_device(problem((6,), 10, 12, 3, BF16, FP32)))
 
 
 @pytest.mark.parametrize("part", PARTS)
@@ -329,7 +291,7 @@ def test_a_kernel_that_cannot_be_launched_gives_way_to_the_reference(monkeypatch
 
     What has other kernels, another rank or other dtypes goes on with kernels.
     """
-    p = on_device(problem((6,), 10, 12, 3, torch.bfloat16, torch.float32))
+    p = on_device(problem((6,), 10, 12, 3, BF16, FP32))
     monkeypatch.setenv("MICA_BACKEND", "reference")
     expected = run(p)
     monkeypatch.setenv("MICA_BACKEND", "auto")
@@ -342,14 +304,14 @@ def test_a_kernel_that_cannot_be_launched_gives_way_to_the_reference(monkeypatch
         with pytest.warns(UserWarning, match="from here on: out of resource") as warned:
             result = run(p)
     for name, value in result.items():
-        assert error(value, expected[name].double()) <= RELATIVE[torch.bfloat16], name
+        assert error(value, expected[name].double()) <= RELATIVE[BF16], name
     assert len(warned) == len(PARTS[part])
     ops.call_counts.clear()
     run(p)
     kernels = {f"{name}_kernels" for name in {"linear", "linear_backward"} - PARTS[part]}
     assert {name for name in ops.call_counts if name.endswith("_kernels")} == kernels
-    assert "out of resource" in backend.why_not_kernels(p.x.device, 3, torch.bfloat16)
-    for other in (problem((6,), 10, 12, 4, torch.bfloat16), problem((6,), 10, 12, 3, torch.float32)):
+    assert "out of resource" in backend.why_not_kernels(p.x.device, 3, BF16)
+    for other in (problem((6,), 10, 12, 4, BF16), problem((6,), 10, 12, 3, FP32)):
         ops.call_counts.clear()
         run(on_device(other))
         assert ops.call_counts["linear_kernels"] == ops.call_counts["linear_backward_kernels"] == 1
@@ -357,15 +319,9 @@ def test_a_kernel_that_cannot_be_launched_gives_way_to_the_reference(monkeypatch
 
 def test_a_compiled_layer_draws_its_own_seed():
     torch.compiler.reset()
-    p = on_device(problem((40,), 24, 16, 3, torch.float32))
-
-    def layer(x, lora_A):
-        seed = torch.randint(2**63 - 1, (1,), device=DEVICE)
-        return mica_linear(x, p.weight, lora_A, p.lora_B, p.scaling, p.bias, dropout_p=0.5, seed=seed), seed
-
+    p, layer = with_own_seed()
     x, lora_A = p.x.detach().clone().requires_grad_(), p.lora_A.clone().requires_grad_()
     y, seed = torch.compile(layer, fullgraph=True, backend="aot_eager")(x, lora_A)
     y.backward(p.grad_output)
     expected = dropped_oracle(p, 0.5, seed)
-    for name, value in {"y": y, "grad_x": x.grad, "grad_A": lora_A.grad}.items():
-        assert error(value, expected[name]) <= RELATIVE[torch.float32], name
+    agree({"y": y, "grad_x": x.grad, "grad_A": lora_A.grad}, expected, FP32)

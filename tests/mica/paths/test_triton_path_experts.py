@@ -7,18 +7,10 @@ from mica import reference_experts
 from mica.kernels import launching, prepared_b
 from mica.paths import triton_path as path
 from tests.support.expert_cases import ROUTES, offsets_of, stack
-from tests.support.kernel_cases import DEVICE, operand
-from tests.support.thinning import ON_DEVICE
+from tests.support.kernel_cases import BF16, DEVICE, FEW_DTYPES, FP32, LAYER_DTYPES, operand
+from tests.support.linear_calls import agree
 from tests.support.tolerances import RELATIVE, error
 
-DTYPES = [
-    (torch.float32, torch.float32, None),
-    (torch.bfloat16, torch.float32, None),
-    (torch.bfloat16, torch.bfloat16, None),
-    (torch.float16, torch.float32, None),
-    (torch.bfloat16, torch.float32, torch.float32),
-]
-FEW_DTYPES = [DTYPES[1], DTYPES[4]] if ON_DEVICE else DTYPES
 SCALING = 0.75
 
 
@@ -65,7 +57,7 @@ def grouped(monkeypatch, is_grouped: bool) -> list:
     return calls
 
 
-@pytest.mark.parametrize(("dtype", "lora_dtype", "compute_dtype"), DTYPES)
+@pytest.mark.parametrize(("dtype", "lora_dtype", "compute_dtype"), LAYER_DTYPES)
 @pytest.mark.parametrize("name", ROUTES)
 def test_agrees_with_the_definition_in_fp64(dtype, lora_dtype, compute_dtype, name):
     operands = Stack(name, dtype, lora_dtype)
@@ -99,11 +91,11 @@ def test_both_base_products(monkeypatch, dtype, lora_dtype, compute_dtype, trans
 def test_unaligned_sizes_are_not_grouped(monkeypatch, in_features, out_features):
     """`grouped_mm` refuses such strides, or leaves gaps between the rows of its result."""
     calls = grouped(monkeypatch, True)
-    operands = Stack("tiles", torch.bfloat16, None, in_features, out_features)
+    operands = Stack("tiles", BF16, None, in_features, out_features)
     operands.weight = operands.weight.clone()
     expected = operands.solved()
     for part, value in operands.run().items():
-        assert error(value, expected[part]) <= RELATIVE[torch.bfloat16], part
+        assert error(value, expected[part]) <= RELATIVE[BF16], part
     assert not calls
 
 
@@ -113,16 +105,16 @@ def test_sizes_at_which_the_grouped_product_faults_are_not_grouped(
     monkeypatch, in_features, out_features, beyond
 ):
     """As many elements of x, or of y, as it takes; and one more."""
-    if not path._is_grouped(torch.device(DEVICE), torch.bfloat16, 3):
+    if not path._is_grouped(torch.device(DEVICE), BF16, 3):
         pytest.skip("no grouped product here")
     calls = grouped(monkeypatch, True)
-    operands = Stack("tiles", torch.bfloat16, None, in_features, out_features, 16)
+    operands = Stack("tiles", BF16, None, in_features, out_features, 16)
     operands.weight, operands.x = operands.weight.clone(), operands.x.contiguous()
     operands.grad_output = operands.grad_output.contiguous()
     monkeypatch.setattr(path, "_MOST_ELEMENTS", len(operands.x) * 48 - beyond)
     expected = operands.solved()
     for part, value in operands.run().items():
-        assert error(value, expected[part]) <= RELATIVE[torch.bfloat16], part
+        assert error(value, expected[part]) <= RELATIVE[BF16], part
     assert len(calls) == (0 if beyond else 2)
 
 
@@ -143,27 +135,27 @@ def test_where_the_grouped_product_is_taken(monkeypatch, device, version, capabi
     monkeypatch.setattr(path, "_before_2_10", version == "2.9")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     decide = path._is_grouped.__wrapped__
-    dtypes = torch.bfloat16, torch.float32
+    dtypes = BF16, FP32
     assert tuple(decide(torch.device(device), dtype, 128) for dtype in dtypes) == answers
-    assert not decide(torch.device(device), torch.bfloat16, 1024)  # its kernel's limit
+    assert not decide(torch.device(device), BF16, 1024)  # its kernel's limit
 
 
 @pytest.mark.parametrize("missing", ["x", "weight"])
 def test_a_gradient_that_nobody_needs(missing):
-    operands = Stack("first and last idle", torch.float32)
+    operands = Stack("first and last idle", FP32)
     x, weight = (None if missing == name else getattr(operands, name) for name in ("x", "weight"))
-    factors = operands.lora_A, operands.lora_b(), SCALING, torch.float32
+    factors = operands.lora_A, operands.lora_b(), SCALING, FP32
     gradients = path.experts_linear_backward(operands.grad_output, x, operands.offsets, weight, *factors)
     expected = operands.solved()
     for part, value in zip(("dx", "dA"), gradients, strict=True):
         if (part == "dA") == (missing == "x"):
             assert value is None
         else:
-            assert error(value, expected[part]) <= RELATIVE[torch.float32]
+            assert error(value, expected[part]) <= RELATIVE[FP32]
 
 
 def test_no_rows():
-    operands = Stack("none at all", torch.float32)
+    operands = Stack("none at all", FP32)
     for name in ("x", "grad_output"):
         setattr(operands, name, getattr(operands, name)[:0].contiguous())
     parts = operands.run()
@@ -174,15 +166,14 @@ def test_no_rows():
 
 def test_a_gradient_of_stride_0():
     """That of a sum, which autograd expands."""
-    operands = Stack("tiles", torch.float32, None, 32, 16)
+    operands = Stack("tiles", FP32, None, 32, 16)
     operands.grad_output = torch.ones((), device=DEVICE).expand(len(operands.x), 16)
     expected = operands.solved()
-    for part, value in operands.run().items():
-        assert error(value, expected[part]) <= RELATIVE[torch.float32], part
+    agree(operands.run(), expected, FP32)
 
 
 def test_reruns_are_bitwise_equal():
-    operands = Stack("tiles", torch.bfloat16, torch.float32)
+    operands = Stack("tiles", BF16, FP32)
     again = operands.run()
     for part, value in operands.run().items():
         assert torch.equal(value, again[part]), part
@@ -193,7 +184,7 @@ def test_lora_b_is_prepared_once_for_all_calls_of_a_layer(monkeypatch):
     prepared_b.clear()
     made, own = [], prepared_b.padded
     monkeypatch.setattr(prepared_b, "padded", lambda *args: made.append(1) or own(*args))
-    operands = Stack("tiles", torch.bfloat16, torch.float32)
+    operands = Stack("tiles", BF16, FP32)
     operands.run()
     with torch.no_grad():
         operands.run()
@@ -205,7 +196,7 @@ def test_lora_b_is_prepared_once_for_all_calls_of_a_layer(monkeypatch):
 @pytest.mark.parametrize("kernel", ["down", "up_projection_"])
 def test_a_refused_launch_is_raised_and_changes_nothing(monkeypatch, kernel):
     """`mica.ops` then takes the definition, on the same operands."""
-    operands = Stack("tiles", torch.float32)
+    operands = Stack("tiles", FP32)
     tensors = {
         name: value.clone() for name, value in vars(operands).items() if isinstance(value, torch.Tensor)
     }
@@ -224,13 +215,12 @@ def test_a_refused_launch_is_raised_and_changes_nothing(monkeypatch, kernel):
 @pytest.mark.parametrize("name", ["bias", "offsets", "scaling", "out_features", "lora_A"])
 def test_the_plans_of_another_call_are_not_taken(name):
     """What differs in a second call from the first."""
-    Stack("tiles", torch.bfloat16, torch.float32).run()
-    other = Stack("tiles", torch.bfloat16, torch.float32, out_features=40 if name == "out_features" else 22)
+    Stack("tiles", BF16, FP32).run()
+    other = Stack("tiles", BF16, FP32, out_features=40 if name == "out_features" else 22)
     if name == "offsets":  # of another type, and with gaps in memory
         other.offsets = torch.stack([other.offsets.int()] * 2, dim=1)[:, 0]
     if name == "lora_A":
         other.lora_A = other.lora_A.bfloat16().transpose(1, 2).contiguous().transpose(1, 2)
     options = {"bias": name != "bias", "scaling": 2.0 if name == "scaling" else SCALING}
     expected = other.run(module=reference_experts, cast=torch.Tensor.double, **options)
-    for part, value in other.run(**options).items():
-        assert error(value, expected[part]) <= RELATIVE[torch.bfloat16], part
+    agree(other.run(**options), expected, BF16)

@@ -3,9 +3,7 @@
 import pytest
 import torch
 
-from mica import backend
-from mica.kernels import configs, launching
-from mica.kernels.launching import Plan
+from mica.kernels import launching
 from mica.ops import mica_down_projection, mica_linear
 from mica.paths import triton_path
 from tests.support.kernel_cases import DEVICE
@@ -17,28 +15,8 @@ RANK, TOKENS = 64, 40  # the rule's own number of tokens would take the interpre
 
 
 @pytest.fixture(autouse=True)
-def on_kernels(monkeypatch):
-    monkeypatch.setenv("MICA_BACKEND", "triton")
+def few_tokens(monkeypatch):
     monkeypatch.setattr(triton_path, "MANY_TOKENS", TOKENS)
-    backend.forget_verdicts()
-    launching.clear()
-    yield
-    backend.forget_verdicts()
-
-
-@pytest.fixture
-def factors(monkeypatch):
-    """{(kernel, dtype of its factor)} of what has been launched."""
-    seen, launch = set(), Plan.__call__
-
-    def watched(self, *tensors):
-        names = self.kernel.arg_names
-        if "p_ptr" in names:
-            seen.add((self.kernel.__name__, tensors[names.index("p_ptr")].dtype))
-        return launch(self, *tensors)
-
-    monkeypatch.setattr(Plan, "__call__", watched)
-    return seen
 
 
 def layer(out_features=40, rank=RANK, dtype=BF16, tokens=TOKENS):
@@ -72,7 +50,7 @@ CALLS = {
 
 @pytest.mark.parametrize("call", CALLS)
 @pytest.mark.parametrize("dtype", [BF16, FP16])
-def test_no_bit_differs(monkeypatch, factors, call, dtype):
+def test_no_bit_differs(monkeypatch, launched, call, dtype):
     """And kernels are launched with what was rounded: at first, and by the plans of the first call."""
     results = {}
     for tokens in (TOKENS + 1, TOKENS):
@@ -81,9 +59,9 @@ def test_no_bit_differs(monkeypatch, factors, call, dtype):
         for _ in range(2):
             torch.manual_seed(0)
             p = layer(dtype=dtype)
-            factors.clear()
+            launched.clear()
             results.setdefault(tokens, []).append(CALLS[call](p))
-            kinds = {kind for _, kind in factors}
+            kinds = {kind for _, kind in launched if kind}
             assert (FP32 in kinds) == (tokens > TOKENS)
             assert kinds <= {FP32, dtype}
     plain, *others = (*results[TOKENS + 1], *results[TOKENS])
@@ -92,12 +70,11 @@ def test_no_bit_differs(monkeypatch, factors, call, dtype):
 
 
 @pytest.mark.parametrize("form", ["split", "fused", "descriptor"])
-def test_no_bit_differs_in_another_form(monkeypatch, factors, form):
-    row = configs.Forms(0, 256, form, form)
-    monkeypatch.setitem(configs.FORMS, triton_path.device_name(torch.device(DEVICE)), (row,))
+def test_no_bit_differs_in_another_form(monkeypatch, choose, launched, form):
+    choose(form)
     p = layer()
     rounded = of_linear(p)
-    assert FP32 not in {kind for _, kind in factors}
+    assert FP32 not in {kind for _, kind in launched if kind}
     monkeypatch.setattr(triton_path, "MANY_TOKENS", TOKENS + 1)
     assert all(map(torch.equal, rounded, of_linear(p)))
 

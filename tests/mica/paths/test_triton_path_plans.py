@@ -13,14 +13,6 @@ from tests.support.oracle import problem, solve
 from tests.support.tolerances import RELATIVE, error
 
 
-@pytest.fixture(autouse=True)
-def on_kernels(monkeypatch):
-    monkeypatch.setenv("MICA_BACKEND", "triton")
-    backend.forget_verdicts()
-    yield
-    backend.forget_verdicts()
-
-
 def strided(tensor, dim):
     """The same numbers with gaps in memory along a dimension."""
     sizes = list(tensor.shape)

@@ -1,0 +1,44 @@
+import pytest
+import torch
+
+from mica import backend, ops
+from mica.kernels import configs, launching
+from mica.kernels.launching import Plan
+from mica.paths import triton_path
+from tests.support.kernel_cases import DEVICE
+
+
+@pytest.fixture(autouse=True)
+def on_kernels(monkeypatch):
+    """Kernels or an error, and nothing planned."""
+    monkeypatch.setenv("MICA_BACKEND", "triton")
+    backend.forget_verdicts()
+    launching.clear()
+    ops.call_counts.clear()
+    yield
+    backend.forget_verdicts()
+
+
+@pytest.fixture
+def choose(monkeypatch):
+    """``choose(forward, backward)``: as if these forms had been measured to be the fastest here."""
+
+    def choose(forward, backward=None):
+        row = configs.Forms(0, 256, forward, backward or forward)
+        monkeypatch.setitem(configs.FORMS, triton_path.device_name(torch.device(DEVICE)), (row,))
+
+    return choose
+
+
+@pytest.fixture
+def launched(monkeypatch):
+    """(name, dtype of the factor or None) of each kernel that is launched."""
+    seen, launch = set(), Plan.__call__
+
+    def watched(plan, *tensors):
+        operands = dict(zip(plan.kernel.arg_names, tensors, strict=False))
+        seen.add((plan.kernel.__name__, getattr(operands.get("p_ptr"), "dtype", None)))
+        return launch(plan, *tensors)
+
+    monkeypatch.setattr(Plan, "__call__", watched)
+    return seen
