@@ -1,6 +1,7 @@
 """Adapted mixture-of-experts models whose A is not 0, and what a step of them runs."""
 
 import torch
+from torch import nn
 
 import mica.fast
 from tests.support.models import randomise
@@ -13,6 +14,30 @@ STEP = ("experts_linear", "experts_linear_backward")
 
 def adapted(kind="mixtral", dtype=torch.float32, **options):
     return randomise(wrap_experts(BUILDERS[kind]().to(dtype), **options))
+
+
+class Block(nn.Module):
+    def __init__(self, experts):
+        super().__init__()
+        self.experts = experts
+
+    def forward(self, *args):
+        return self.experts(*args)
+
+
+def block(experts, implementation):
+    """Around experts of any class, whose stacks are adapted, with an A that is not 0."""
+    experts.config._experts_implementation = implementation
+    first = "gate_up_proj" if hasattr(experts, "gate_up_proj") else "up_proj"
+    return randomise(
+        wrap_experts(Block(experts), target_parameters=[f"experts.{first}", "experts.down_proj"])
+    )
+
+
+def call_of(dtype=torch.float32):
+    """Seven tokens of 16 features, to two of four experts each."""
+    index = torch.stack([torch.randperm(4)[:2] for _ in range(7)])
+    return torch.randn(7, 16).to(dtype), index, torch.rand(7, 2).to(dtype)
 
 
 def outermost(model):

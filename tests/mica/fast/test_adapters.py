@@ -10,6 +10,7 @@ from safetensors.torch import load_file
 
 import mica.fast
 from tests.support.models import TARGETS, adapted_layers, bases, gradients, net, randomise, tiny_llama
+from tests.support.moe_models import second
 from tests.support.stock import as_stock, counted, step
 from tests.support.tolerances import RELATIVE, error
 from tests.support.training import batches, llama, report, train
@@ -23,11 +24,7 @@ FP32 = 3 * RELATIVE[torch.float32]
 
 def several(second_rank=4, **kwargs):
     """A net with the MiCA adapters "default" and "second", both with values in A."""
-    model = net(**kwargs)
-    config = copy.deepcopy(model.peft_config["default"])
-    config.r, config.lora_alpha = second_rank, 3
-    model.add_adapter("second", config)
-    return randomise(model)
+    return randomise(second(net(**kwargs), r=second_rank, lora_alpha=3))
 
 
 def activate(model, *names):

@@ -201,10 +201,8 @@ def test_forward_mode_is_pefts_and_said():
 def test_generation(kind):
     model, ids = adapted(kind), tokens(1, 3)
     options = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0}
-    made, counts = ran(lambda: model.generate(ids, **options))
+    _, counts = ran(lambda: as_stock(lambda: model.generate(ids, **options), 0.0))
     assert counts[0] >= 4 * 6
-    with mica.fast.disabled():
-        assert torch.equal(made, model.generate(ids, **options))
 
 
 def test_compiled_without_a_graph_break():

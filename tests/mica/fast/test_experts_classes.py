@@ -13,39 +13,16 @@ from transformers.models.mixtral.modeling_mixtral import MixtralExperts
 
 import mica.fast
 from mica.fast.forward import experts
-from tests.support.models import randomise
-from tests.support.moe_models import wrap_experts
-from tests.support.moe_steps import outermost, ran
+from tests.support.moe_steps import block, call_of, outermost, ran
 from tests.support.stock import as_stock
 from tests.support.tolerances import RELATIVE
 
 EXPERTS, HIDDEN, INNER = 4, 16, 12
 
 
-class _Block(nn.Module):
-    def __init__(self, experts):
-        super().__init__()
-        self.experts = experts
-
-    def forward(self, *args):
-        return self.experts(*args)
-
-
-def wrapped(base, implementation):
-    """Around experts of any class, in small sizes, with an A that is not 0."""
-    base.config._experts_implementation = implementation
-    first = "gate_up_proj" if base.has_gate else "up_proj"
-    return randomise(wrap_experts(_Block(base), target_parameters=[f"experts.{first}", "experts.down_proj"]))
-
-
-def call():
-    index = torch.stack([torch.randperm(EXPERTS)[:2] for _ in range(7)])
-    return torch.randn(7, HIDDEN), index, torch.rand(7, 2)
-
-
 def is_ours(model):
     """Whether a call runs on the operators; its result is stock PEFT's in any case, and explain says it."""
-    arguments = call()
+    arguments = call_of()
     _, counts = ran(lambda: as_stock(lambda: model(*arguments), RELATIVE[torch.float32]))
     ours = counts[0] == 2
     assert {row.path == "peft" for row in mica.fast.explain(model).rows} == {not ours}
@@ -83,7 +60,7 @@ def small(cls):
 
 @pytest.mark.parametrize(("module", "name"), list(_classes()))
 def test_every_class_of_transformers_computes_the_formula_in_eager(module, name):
-    assert is_ours(wrapped(small(vars(importlib.import_module(module))[name]), "eager"))
+    assert is_ours(block(small(vars(importlib.import_module(module))[name]), "eager"))
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -134,12 +111,12 @@ FORMULA = {  # whether the operators run it: in eager, and in grouped_mm
 @pytest.mark.parametrize("implementation", ["eager", "grouped_mm"])
 @pytest.mark.parametrize("cls", FORMULA, ids=lambda cls: cls.__name__)
 def test_a_forward_of_somebody_else_s_own_runs(cls, implementation):
-    assert is_ours(wrapped(small(cls), implementation)) == FORMULA[cls][implementation == "grouped_mm"]
+    assert is_ours(block(small(cls), implementation)) == FORMULA[cls][implementation == "grouped_mm"]
 
 
 def test_a_forward_replaced_behind_the_decorator_runs(monkeypatch):
     """Or a function that somebody registers as "eager": both are what transformers would call."""
-    model = wrapped(small(MixtralExperts), "eager")
+    model = block(small(MixtralExperts), "eager")
     assert is_ours(model)
     with monkeypatch.context() as patch:
         patch.setitem(moe.ALL_EXPERTS_FUNCTIONS._global_mapping, "eager", lambda self, x, *args: 2 * x)
@@ -153,7 +130,7 @@ def test_a_forward_replaced_behind_the_decorator_runs(monkeypatch):
 
 
 def test_a_gate_of_the_instance_that_its_forward_does_not_call():
-    model = wrapped(small(MixtralExperts), "eager")
+    model = block(small(MixtralExperts), "eager")
     experts_ = outermost(model).get_base_layer()
     experts_._apply_gate = lambda gate_up: gate_up.chunk(2, -1)[0]
     assert (

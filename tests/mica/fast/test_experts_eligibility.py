@@ -11,12 +11,12 @@ from transformers.models.muse_spark.modeling_muse_spark import MuseSparkExperts
 from transformers.models.nemotron_h.modeling_nemotron_h import NemotronHExperts
 
 import mica.fast
-from mica.fast.forward import expert_params, experts
+from mica.fast.forward import experts
 from tests.support import moe_models
 from tests.support.layer_changes import changed
-from tests.support.models import randomise
+from tests.support.models import factors, randomise
 from tests.support.moe_models import tokens, wrap_experts
-from tests.support.moe_steps import adapted, as_stock_s, loss_of, outermost, ran
+from tests.support.moe_steps import Block, adapted, as_stock_s, block, call_of, loss_of, outermost, ran
 from tests.support.stock import as_stock
 from tests.support.tolerances import RELATIVE, error
 
@@ -186,20 +186,12 @@ def test_a_module_that_is_none_of_transformers_is_pefts():
         def forward(self, x, index, weights):
             return torch.einsum("ti,eoi,te->to", x, self.weight, weights)
 
-    class Around(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.experts = Own()
-
-        def forward(self, *args):
-            return self.experts(*args)
-
-    model = randomise(wrap_experts(Around(), target_parameters=["experts.weight"], rank=2))
+    model = randomise(wrap_experts(Block(Own()), target_parameters=["experts.weight"], rank=2))
     assert "does not use transformers' experts interface" in reason(model)
     x, index, weights = torch.randn(5, 4), torch.zeros(5, 1, dtype=torch.int64), torch.rand(5, 3)
     y = model(x, index, weights)
     layer = outermost(model)
-    lora_A, lora_B = expert_params.lora_A_of(layer, "default"), expert_params.lora_B_of(layer, "default")
+    lora_A, lora_B = factors(layer)
     dense = layer.get_base_layer().weight + layer.scaling["default"] * lora_B @ lora_A
     assert error(y, torch.einsum("ti,eoi,te->to", x, dense, weights)) <= RELATIVE[torch.float32]
 
@@ -224,15 +216,6 @@ def test_the_registry_is_read_at_every_call(monkeypatch):
 # ---------------------------------------------------------------------------------------------------
 
 
-class _Block(nn.Module):
-    def __init__(self, experts):
-        super().__init__()
-        self.experts = experts
-
-    def forward(self, *args):
-        return self.experts(*args)
-
-
 def nemotron_h():
     """Up and down projections only, and a squared ReLU."""
     config = NemotronHConfig(
@@ -247,24 +230,17 @@ def muse_spark():
     return MuseSparkExperts(config)
 
 
-def block(build, implementation):
-    base = build()
-    for weight in base.parameters():
+def block_of(build, implementation):
+    experts_ = build()
+    for weight in experts_.parameters():
         nn.init.normal_(weight, std=0.3)
-    base.config._experts_implementation = implementation
-    first = "up_proj" if build is nemotron_h else "gate_up_proj"
-    return randomise(wrap_experts(_Block(base), target_parameters=[f"experts.{first}", "experts.down_proj"]))
-
-
-def call_of(dtype=torch.float32):
-    index = torch.stack([torch.randperm(4)[:2] for _ in range(7)])
-    return torch.randn(7, 16).to(dtype), index, torch.rand(7, 2).to(dtype)
+    return block(experts_, implementation)
 
 
 @pytest.mark.parametrize("implementation", ["grouped_mm", "batched_mm", "eager"])
 @pytest.mark.parametrize("build", [nemotron_h, muse_spark])
 def test_experts_without_a_gate_and_with_a_norm(build, implementation):
-    model, call = block(build, implementation), call_of()
+    model, call = block_of(build, implementation), call_of()
     _, counts = ran(lambda: as_stock(lambda: model(*call), RELATIVE[torch.float32]))
     assert counts[0] == 2
 
@@ -273,7 +249,7 @@ def test_experts_without_a_gate_and_with_a_norm(build, implementation):
 @pytest.mark.parametrize("build", [nemotron_h, muse_spark])
 def test_weights_in_fp32_over_16_bit_experts(build, implementation):
     """Their sums are in fp32, and the result in the dtype of the input."""
-    model = block(build, implementation).bfloat16()
+    model = block_of(build, implementation).bfloat16()
     x, index, weights = call_of(torch.bfloat16)
     y, counts = ran(lambda: as_stock(lambda: model(x, index, weights.float()), RELATIVE[torch.bfloat16]))
     assert counts[0] == 2
@@ -282,7 +258,7 @@ def test_weights_in_fp32_over_16_bit_experts(build, implementation):
 
 def test_weights_of_all_experts_are_pefts():
     """As some models passed them to transformers before 5.4."""
-    model = block(muse_spark, "eager")
+    model = block_of(muse_spark, "eager")
     x, index, _ = call_of()
     _, counts = ran(lambda: model(x, index, torch.rand(7, 4)))
     assert counts == (0, 0)
@@ -291,7 +267,7 @@ def test_weights_of_all_experts_are_pefts():
 
 
 def test_an_input_of_another_dtype_is_cast_by_grouped_products_alone():
-    model, call = block(muse_spark, "grouped_mm").double(), call_of()
+    model, call = block_of(muse_spark, "grouped_mm").double(), call_of()
     assert ran(lambda: model(*call))[1][0] == 2
     outermost(model).get_base_layer().config._experts_implementation = "batched_mm"
     with pytest.raises(RuntimeError, match="expected scalar type"):  # as from stock
@@ -310,7 +286,7 @@ def test_fp64_within_autocast_is_pefts_and_fails_there(implementation):
 
 def test_one_registry_as_before_transformers_5_4(monkeypatch):
     """Then a class's forward has no registry in its closure, and experts have no ``has_gate``."""
-    model, call = block(muse_spark, "grouped_mm"), call_of()
+    model, call = block_of(muse_spark, "grouped_mm"), call_of()
     base = outermost(model).get_base_layer()
     original = type(base).forward.__wrapped__
 

@@ -3,7 +3,6 @@
 import json
 import re
 import runpy
-import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -21,6 +20,7 @@ from tests.support.models import bases, wrap
 from tests.support.processes import start
 from tests.support.tiny_cli import byte_tokenizer, logits, tiny_llama
 from tests.support.tolerances import RELATIVE, error
+from tests.support.without_mica import logits_without_mica
 
 RECIPES = Path(__file__).parents[3] / "recipes"
 STEPS = 4
@@ -156,43 +156,30 @@ def test_fsdp2_has_the_losses_of_one_process(fsdp2, given):
 # what they leave behind
 # ---------------------------------------------------------------------------------------------------
 
-STOCK = """
-import sys, torch
-from peft import PeftModel
-from transformers import AutoModelForCausalLM
-base, *adapters = sys.argv[1:]
-for adapter in adapters:
-    model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), adapter).eval()
-    with torch.no_grad():
-        torch.save(model(torch.arange(64).view(2, 32)).logits, f"{adapter}/logits")
-assert "mica" not in sys.modules
-"""
-
 
 @pytest.fixture(scope="module")
 def adapters(sft, axolotl, fsdp2, given):
     """Folders, with the logits that PEFT without this package gives."""
-    folders = [done.folder for done in (sft, axolotl, fsdp2)]
-    command = [sys.executable, "-c", STOCK, given.model, *map(str, folders)]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=given.folder)
-    assert done.returncode == 0, done.stderr
-    return dict(zip(("sft", "axolotl", "fsdp2"), folders, strict=True))
+    folders = {"sft": sft.folder, "axolotl": axolotl.folder, "fsdp2": fsdp2.folder}
+    loads = [(given.model, folder, "peft") for folder in folders.values()]
+    theirs = logits_without_mica(given.folder, torch.arange(64).view(2, 32), *loads)
+    return dict(zip(folders, zip(folders.values(), theirs, strict=True), strict=True))
 
 
 @pytest.mark.parametrize("name", ["sft", "axolotl", "fsdp2"])
 def test_the_saved_adapter(name, adapters, given):
     """B is the initial one to the bit, A is not; PEFT alone loads it, and its logits are ours."""
+    folder, theirs = adapters[name]
     base = AutoModelForCausalLM.from_pretrained(given.model)
     plain = logits(base)
-    loaded = PeftModel.from_pretrained(base, adapters[name])
-    ours = logits(loaded)
+    ours = logits(PeftModel.from_pretrained(base, folder))
     assert error(ours, plain) > 0.01
-    assert error(torch.load(adapters[name] / "logits"), ours) <= RELATIVE[torch.float32]
+    assert error(theirs, ours) <= RELATIVE[torch.float32]
 
     new = wrap(
         AutoModelForCausalLM.from_pretrained(given.model), rank=16, lora_alpha=32, targets="all-linear"
     )
-    saved = load_file(adapters[name] / "adapter_model.safetensors")
+    saved = load_file(folder / "adapter_model.safetensors")
     assert len(saved) == 2 * 14
     for layer, B in bases(new).items():
         assert torch.equal(saved[f"{layer}.lora_B.weight"], B), layer
