@@ -34,7 +34,7 @@ static: $(READY)
 mutants: $(READY)
 	$(RUN) -m tests.mutants
 
-# Random sequences of actions, with the backend and with stock PEFT: ARGS='--minutes 60', '--kind t5', '--groups'
+# Random sequences of actions, with the backend and with stock PEFT: ARGS='--minutes 60', '--kind t5'
 fuzz: $(READY)
 	OMP_WAIT_POLICY=passive $(RUN) -m tests.fuzz $(ARGS)
 

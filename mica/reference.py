@@ -21,7 +21,6 @@ differentiable by autograd and runs on any device.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from math import frexp
 
 import torch
@@ -53,7 +52,9 @@ def linear(
         return y.addmm_(torch.mm(x, lora_A.t()), lora_B.t(), alpha=scaling)
     dtype = product_dtype(x, (lora_A, lora_B), compute_dtype or x.dtype)
     h = down_projection(x, lora_A, scaling, dtype, dropout_p, seed)
-    return _base_and_up(x, weight, bias, h, lora_B)
+    if h.dtype == x.dtype:
+        return addmm(bias, (x, weight.t()), (h, _cast(lora_B, h.dtype).t()))
+    return up_projection(addmm(bias, (x, weight.t())), h, lora_B)
 
 
 def _is_simple(x: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float, dtype: torch.dtype | None) -> bool:
@@ -117,35 +118,6 @@ def up_projection(y: Tensor, h: Tensor, lora_B: Tensor) -> Tensor:
     if y.dtype == dtype:
         return addmm(y, (h, factor))
     return added(y.to(dtype), h, factor).to(y.dtype)  # wider than y, so no 16-bit product
-
-
-def _base_and_up(x: Tensor, weight: Tensor, bias: Tensor | None, h: Tensor, lora_B: Tensor) -> Tensor:
-    """x Wᵀ + bias + h Bᵀ (M×N) in the dtype of x."""
-    if h.dtype == x.dtype:
-        return addmm(bias, (x, weight.t()), (h, _cast(lora_B, h.dtype).t()))
-    return up_projection(addmm(bias, (x, weight.t())), h, lora_B)
-
-
-def linear_group(
-    x: Tensor,
-    weights: list[Tensor],
-    lora_As: list[Tensor],
-    lora_Bs: list[Tensor],
-    scalings: list[float],
-    biases: list[Tensor | None],
-    compute_dtype: torch.dtype | None = None,
-) -> list[Tensor]:
-    """`linear` of several layers on one x: a single down-projection, for their A's stacked."""
-    dtype = product_dtype(x, (*lora_As, *lora_Bs), compute_dtype or x.dtype)
-    h = down_projection(x, stacked(lora_As, scalings), 1.0, dtype)
-    parts = h.split([lora_A.shape[0] for lora_A in lora_As], dim=1)
-    operands = zip(weights, biases, parts, lora_Bs, strict=True)
-    return [_base_and_up(x, weight, bias, part, B) for weight, bias, part, B in operands]
-
-
-def stacked(lora_As: list[Tensor], scalings: list[float]) -> Tensor:
-    """The A's of several layers, each times its scaling, on top of each other: (Σr×K)."""
-    return torch.cat([A if s == 1.0 else A * s for A, s in zip(lora_As, scalings, strict=True)])
 
 
 def grad_h(grad_output: Tensor, lora_B: Tensor, scaling: float, compute_dtype: torch.dtype) -> Tensor:
@@ -223,17 +195,10 @@ def grad_x(
     seed: Tensor | None = None,
 ) -> Tensor:
     """dx (M×K) in the dtype of grad_output, from dy (M×N), weight (N×K), g (M×r) and lora_A (r×K)."""
-    return _grad_x([(grad_output, weight)], g, lora_A, dropout_p, seed)
-
-
-def _grad_x(
-    products, g: Tensor, lora_A: Tensor, dropout_p: float = 0.0, seed: Tensor | None = None
-) -> Tensor:
-    """`grad_x` for the sum of several products (dy, weight)."""
-    if products[0][0].dtype == g.dtype and not dropout_p:
-        return addmm(None, *products, (g, _cast(lora_A, g.dtype)))
+    if grad_output.dtype == g.dtype and not dropout_p:
+        return addmm(None, (grad_output, weight), (g, _cast(lora_A, g.dtype)))
     # rounded before it is added, as autograd does in stock PEFT
-    dx = addmm(None, *products)
+    dx = addmm(None, (grad_output, weight))
     return dx.add_(grad_x_update(g, lora_A, dropout_p, seed).to(dx.dtype))
 
 
@@ -303,62 +268,6 @@ def down_projection_backward(
 def up_projection_backward(grad_output: Tensor, lora_B: Tensor, compute_dtype: torch.dtype) -> Tensor:
     """The gradient of h (M×r) of `up_projection` in ``compute_dtype``, from dy (M×N); that of y is dy."""
     return grad_h(grad_output, lora_B, 1.0, compute_dtype)
-
-
-def linear_group_backward(
-    grad_outputs: list[Tensor | None],
-    x: Tensor | None,
-    weights: list[Tensor] | None,
-    lora_As: list[Tensor],
-    lora_Bs: list[Tensor],
-    scalings: list[float],
-    compute_dtype: torch.dtype,
-) -> tuple[Tensor | None, list[Tensor] | None]:
-    """(dx, dA's) of `linear_group`: one dA product, and all products of dx summed in one tensor.
-
-    A gradient that is None (that output was not used) counts as zeros; one of them is a tensor. dx is None
-    where weights is None, the dA's where x is None.
-    """
-    used = next(dy for dy in grad_outputs if dy is not None)
-    dtype, ranks = product_dtype(used, (*lora_As, *lora_Bs), compute_dtype), [A.shape[0] for A in lora_As]
-    g = group_grad_h(grad_h, grad_outputs, lora_Bs, scalings, dtype, ranks)
-    dAs = None if x is None else group_gradients(grad_a(g, x), lora_As, ranks)
-    dx = None if weights is None else _grad_x(used_pairs(grad_outputs, weights), g, torch.cat(lora_As))
-    return dx, dAs
-
-
-def group_grad_h(
-    grad_h: Callable[..., Tensor],
-    grad_outputs: list[Tensor | None],
-    lora_Bs: list[Tensor],
-    scalings: list[float],
-    dtype: torch.dtype,
-    columns: list[int],
-) -> Tensor:
-    """The g's of a group side by side, each by ``grad_h``, or zeros in its ``columns`` where dy is None."""
-    used = next(dy for dy in grad_outputs if dy is not None)
-    parts = zip(grad_outputs, lora_Bs, scalings, columns, strict=True)
-    return torch.cat(
-        [
-            used.new_zeros(len(used), width, dtype=dtype) if dy is None else grad_h(dy, B, s, dtype)
-            for dy, B, s, width in parts
-        ],
-        dim=1,
-    )
-
-
-def group_gradients(grad: Tensor, lora_As: list[Tensor], columns: list[int]) -> list[Tensor]:
-    """Each layer's dA out of that of all; copies, so that no gradient is a view of another's memory."""
-    grads = []
-    for part, lora_A in zip(grad.split(columns), lora_As, strict=True):
-        rank = lora_A.shape[0]
-        grads.append((part if part.shape[0] == rank else part[:rank]).to(lora_A.dtype, copy=True))
-    return grads
-
-
-def used_pairs(grad_outputs: list[Tensor | None], weights: list[Tensor]) -> list[tuple[Tensor, Tensor]]:
-    """(dy, weight) of the layers whose output was used."""
-    return [(dy, W) for dy, W in zip(grad_outputs, weights, strict=True) if dy is not None]
 
 
 def grad_a_embedding(

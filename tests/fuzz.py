@@ -27,7 +27,6 @@ def main() -> int:
     parser.add_argument("--minutes", type=float, default=10)
     parser.add_argument("--seed", type=int, help="one round with this seed: a failure again")
     parser.add_argument("--kind", choices=[*KINDS, "adapt"], help="only models of this kind, or `mica adapt`")
-    parser.add_argument("--groups", action="store_true", help="with group_projections=True from the start")
     parser.add_argument("--examples", type=int, help="sequences a round [20; of mica adapt: 4]")
     parser.add_argument("--steps", type=int, help="actions a sequence [25; of mica adapt: 4]")
     parser.add_argument("--no-shrink", action="store_true")
@@ -36,7 +35,7 @@ def main() -> int:
     torch.use_deterministic_algorithms(True)  # with it, NaN in every torch.empty
     warnings.simplefilter("ignore")
     attributes = {"KIND_NAMES": [args.kind]} if args.kind else {}
-    models = machine("Fuzzed", **attributes, GROUPS=True if args.groups else "auto")
+    models = machine("Fuzzed", **attributes)
     begin, failed, rounds = time.monotonic(), [], 0
     spent = {"adapt": 0.0, "models": 0.0}
     while args.seed is not None or time.monotonic() < begin + 60 * args.minutes:
@@ -60,7 +59,7 @@ def main() -> int:
             kind = "adapt" if is_run else args.kind
             print(
                 f"again: make fuzz ARGS='--seed {number} --examples {examples} --steps {steps}"
-                f"{f' --kind {kind}' if kind else ''}{' --groups' if args.groups else ''}'",
+                f"{f' --kind {kind}' if kind else ''}'",
                 flush=True,
             )
             failed.append(number)

@@ -24,7 +24,6 @@ PUBLIC = {
         "mica_embedding",
         "mica_experts_linear",
         "mica_linear",
-        "mica_linear_group",
         "mica_up_projection",
     ],
     mica.fast: [

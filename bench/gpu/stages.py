@@ -36,7 +36,7 @@ STAGES = (
     # how close to a copy is each kernel, and in which configuration?
     Stage("bandwidth", 90, ("bench_kernels.py",)),
     # what does an adapter cost a layer?
-    Stage("layers", 150, ("bench_layer.py", "bench_group.py")),
+    Stage("layers", 150, ("bench_layer.py",)),
     # what does a model gain in time and memory, with the same losses?
     Stage("model", 150, ("bench_step.py", "bench_block.py", "bench_experts.py", "check_profile.py")),
     # how fast is the initialisation of an adapter?

@@ -17,7 +17,7 @@ from typing import NamedTuple
 
 from mica.kernels import configs
 from mica.kernels.common import ceil_div, padded_rank
-from mica.kernels.limits import MAX_RANK, padded_columns
+from mica.kernels.limits import padded_columns
 from mica.kernels.split_sum import split_evenly
 
 BF16, FP32 = 2, 4  # bytes
@@ -185,27 +185,8 @@ def stock(layer: Layer, size: int) -> Cost:
     return Cost(forward, backward, size * m * k)
 
 
-def grouped(layers: list[Layer]) -> tuple[Cost, Cost]:
-    """Layers that share x in one call (`mica.ops.group`); and these layers bare, whose dx autograd adds up.
-
-    One down projection makes every h, one product dA, one update dx. All GEMMs but the first add to dx.
-    """
-    m, _, k, rank, target = layers[0][:5]
-    columns, together = padded_columns(rank), rank * len(layers)
-    base = Cost([], [elementwise(m * k, BF16, BF16, BF16)] * (len(layers) - 1), 0)
-    backward = [grad_a(m, k, together, target), up(m, k, together)]
-    cost = Cost([down(m, k, together, target)], backward, BF16 * m * k)
-    for i, (_, n, *_) in enumerate(layers):
-        base.forward.append(gemm(m, n, k))
-        base.backward.append(gemm(m, k, n))
-        cost.forward.extend([gemm(m, n, k), up(m, n, columns)])
-        cost.backward.extend([down(m, n, columns, target), gemm(m, k, n, adds=i > 0)])
-    return cost, base
-
-
 BARE, SPLIT, FUSED, CONTROL = "bare frozen linear", "split", "fused", "aten control"
 STOCK_16, STOCK = "stock PEFT, bf16 adapters", "stock PEFT, default (fp32 adapters)"
-GROUPED = "grouped q/k/v of this shape"
 FORMS: dict[str, Callable[[Layer], Cost]] = {
     BARE: bare,
     SPLIT: partial(ours, fused=False),
@@ -220,17 +201,15 @@ TARGET_LAYER = (8192, 4096, 4096, 16)  # m, n, k, rank
 def compare(layer: Layer, device: Device) -> dict:
     """The base's microseconds, each form's percent on top, partial sums' percent of a kernel's bytes."""
     base, split = bare(layer), ours(layer, fused=False)
-    costs = {name: (form(layer), base) for name, form in FORMS.items()}
-    if 3 * layer.rank <= MAX_RANK:  # the kernels' own limit
-        costs[GROUPED] = grouped([layer] * 3)
-    forms = {}
-    for name, (cost, under) in costs.items():
-        us, base_us = cost.microseconds(device), under.microseconds(device)
+    base_us, forms = base.microseconds(device), {}
+    for name, form in FORMS.items():
+        cost = form(layer)
+        us = cost.microseconds(device)
         percent = {part: 100 * (us[part] / base_us[part] - 1) for part in us}
         forms[name] = {"us": us, "percent": percent, "saved_bytes": cost.saved}
     skinny = {"h": split.forward[0], "g": split.backward[0], "dA": split.backward[1]}
     partials = {name: 100 * one.partials / (one.bytes + one.partials) for name, one in skinny.items()}
-    shared = {"base_us": base.microseconds(device), "partials_percent": partials}
+    shared = {"base_us": base_us, "partials_percent": partials}
     return {**layer._asdict(), **shared, "forms": forms}
 
 
@@ -243,6 +222,5 @@ def targets(device: Device) -> list[tuple[str, str, float]]:
     return [
         ("split, forward, %", "<= 28", percent["forward"]),
         ("split, backward, %", "<= 35", percent["backward"]),
-        ("grouped q/k/v, both, %", "<= 15", forms[GROUPED]["percent"]["both"]),
         *ratios,
     ]

@@ -14,13 +14,11 @@ from bench.report.cells import by_clock, clocks, facts, ratio, whole
 from bench.report.summary import summary
 from bench.report.targets import share_of_copy, targets
 from bench.results import names
-from bench.results.names import BARE, BOTH, FAST, LORA, STOCK, UNGROUPED
+from bench.results.names import BARE, BOTH, FAST, LORA, STOCK
 from bench.results.schema import Group, Result
 
 ONE_PROCESS = "1 process"
-BASELINES = (BARE, STOCK, names.STOCK_16, LORA, UNGROUPED, names.FLOAT32, names.SVD, ONE_PROCESS)
-# Baselines whose overhead over the bare model is compared, too
-OVERHEADS = (LORA, UNGROUPED)
+BASELINES = (BARE, STOCK, names.STOCK_16, LORA, names.FLOAT32, names.SVD, ONE_PROCESS)
 MACHINE = ("cpu", "bf16 instructions", "instructions limited to", "device", "threads")
 MACHINE += ("torch", "peft", "transformers", "triton", "bitsandbytes", "python")
 # In the tables of layers: (column, implementation, baseline)
@@ -44,7 +42,8 @@ def markdown_table(header: list[str], rows: Iterable[list[str]]) -> str:
 def group_table(group: Group) -> str:
     """One row per implementation: seconds, ratios to the baselines in the group, what was counted."""
     present = [name for name in BASELINES if name in group.timings and len(group.timings) > 1]
-    overheads = [name for name in OVERHEADS if {name, BARE} <= group.timings.keys()]
+    # LoRA's overhead over the bare model is compared, too
+    overheads = [LORA] if {LORA, BARE} <= group.timings.keys() else []
     counted = list(dict.fromkeys(key for timing in group.timings.values() for key in timing.facts))
     titles = [*(f"÷ {name}" for name in present), *(f"overhead ÷ that of {name}" for name in overheads)]
     rows = []

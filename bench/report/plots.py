@@ -9,7 +9,7 @@ import matplotlib
 
 from bench.report import drawing
 from bench.report.cells import by_clock, clocks, having, ratio
-from bench.results.names import BARE, BOTH, DEVICE_TIME, FAST, STOCK, UNGROUPED, WALL
+from bench.results.names import BARE, BOTH, DEVICE_TIME, FAST, STOCK, WALL
 from bench.results.schema import Group, Ratio, Result
 
 Picture = tuple[Path, str]
@@ -88,8 +88,7 @@ def _against_stock(result: Result, path: Path) -> Picture | None:
     factors = {}
     for suite, what in _AGAINST_STOCK.items():
         for group in result.select(suite=suite):
-            faster = ratio(group, STOCK, FAST) or ratio(group, STOCK, UNGROUPED)
-            if faster is not None:
+            if (faster := ratio(group, STOCK, FAST)) is not None:
                 factors[f"{what}\n{described(group.axes)}"] = faster
     if not factors:
         return None

@@ -13,13 +13,12 @@ SHOWN = 6
 FEW_TOKENS = 256  # below, the cost of calls dominates on a CPU
 
 HOST_RATIO = "mica.fast ÷ stock PEFT with adapters in the base dtype"
-_LAYER_FORMS = (names.PYTORCH, names.PYTORCH_16, names.KERNELS, names.KERNELS_16)
-_BLOCK_FORMS = (names.PYTORCH_GROUPED, names.KERNELS_GROUPED)
-# (title, suite, call, forms of mica.fast, ratio to stay at or below)
+HOST_FORMS = (names.PYTORCH, names.PYTORCH_16, names.KERNELS, names.KERNELS_16)
+# (title, suite, call, ratio to stay at or below)
 HOST = (
-    ("Host time of a layer", "host layer", BOTH, _LAYER_FORMS, 0.8),
-    ("Host time of a layer", "host layer", names.NO_GRADIENT, _LAYER_FORMS, 1.0),
-    ("Host time of a decoder block, grouped", "host block", BOTH, _BLOCK_FORMS, 0.7),
+    ("Host time of a layer", "host layer", BOTH, 0.8),
+    ("Host time of a layer", "host layer", names.NO_GRADIENT, 1.0),
+    ("Host time of a decoder block", "host block", BOTH, 0.7),
 )
 GENERATE_AT_MOST = 1.0
 # (title, remark, baseline)
@@ -58,9 +57,9 @@ def summary(result: Result) -> list[str]:
             (f"**All layers**{by}, against stock PEFT with adapters in 16 bit", STOCK_16, (0, 2**62)),
         ):
             lines[title] = _layers(part, baseline, range(*tokens))
-    for title, suite, call, forms, most in HOST:
+    for title, suite, call, most in HOST:
         title = f"**{title}**, {call}, {HOST_RATIO} (target: at most {most})"
-        lines[title] = _host(wall, suite, call, forms, most)
+        lines[title] = _host(wall, suite, call, most)
     title = f"**generate()**, adapter unmerged, mica.fast ÷ stock PEFT (target: at most {GENERATE_AT_MOST})"
     lines[title] = _generate(wall)
     return [f"- {title}: {figures}" for title, figures in lines.items()]
@@ -111,11 +110,7 @@ def _memory(result: Result) -> str:
 
 def _slower(result: Result, baseline: str) -> str:
     cells = [*whole(result), *result.select(**{"pass": names.NO_GRADIENT})]
-    ratios = [
-        (group.ratio(ours, baseline), group.name)
-        for ours in (FAST, names.UNGROUPED)
-        for group in having({ours, baseline}, cells)
-    ]
+    ratios = [(group.ratio(FAST, baseline), group.name) for group in having({FAST, baseline}, cells)]
     slower = sorted((one for one in ratios if one[0].median >= 1), reverse=True)
     if not slower:
         return f"nowhere, in {len(ratios)} cells." if ratios else NOT_MEASURED
@@ -142,14 +137,14 @@ def _layers(result: Result, baseline: str, tokens: range) -> str:
     return _joined(parts)
 
 
-def _host(result: Result, suite: str, call: str, forms: tuple[str, ...], most: float) -> str:
+def _host(result: Result, suite: str, call: str, most: float) -> str:
     """How many ratios meet the target, and all of them. In float32 stock's default is the base's dtype."""
     met, parts = 0, []
     for group in result.select(suite=suite, call=call):
         stock = STOCK if group.axes["dtype"] == "float32" else STOCK_16
         layers = group.axes.get("layers")
         blocks = "" if layers is None else "1 block, " if layers == 1 else f"{layers} blocks, "
-        for name in forms:
+        for name in HOST_FORMS:
             if {stock, name} <= group.timings.keys():
                 ratio = group.ratio(name, stock)
                 met += ratio.median <= most

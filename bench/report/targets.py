@@ -1,6 +1,6 @@
 """Targets of the kernels on a GPU, and whether a run met them: by device time, the median of its rounds.
 
-One layer of a large model stands for the others, and so does the group of its q, k and v projections.
+One layer of a large model stands for the others.
 """
 
 from __future__ import annotations
@@ -12,14 +12,9 @@ from bench.report.cells import facts, ratio
 from bench.results import names
 from bench.results.schema import Group, Ratio, Result
 
-GROUP = {"suite": "group", "tokens": 8192, "in": 4096, "rank": 16, "dtype": "bfloat16"}
-LAYER = {**GROUP, "suite": "layer", "out": 4096}
-# (cell, pass, implementation, per cent of the bare model's time that it may add)
-OVERHEADS = (
-    (LAYER, names.FORWARD, names.FAST, 28),
-    (LAYER, names.BACKWARD, names.FAST, 35),
-    (GROUP, names.BOTH, names.GROUPED, 15),
-)
+LAYER = {"suite": "layer", "tokens": 8192, "out": 4096, "in": 4096, "rank": 16, "dtype": "bfloat16"}
+# (pass, per cent of the bare model's time that it may add)
+OVERHEADS = ((names.FORWARD, 28), (names.BACKWARD, 35))
 # (baseline, its time ÷ ours at least)
 SPEEDUPS = ((names.STOCK_16, 1.15), (names.STOCK, 1.6), (names.ATEN, 0.98), (names.COMPILED, 0.98))
 # Memory-bound kernels, and the share of a copy's bandwidth that each must reach, from TOKENS tokens
@@ -72,12 +67,10 @@ def _timed(result: Result, **axes: str | int) -> Iterator[Group]:
 
 def _times(result: Result) -> Iterator[Target]:
     nothing = Group("", {})
-    for axes, part, name, limit in OVERHEADS:
-        work = "q, k and v" if axes is GROUP else "a layer"
-        what = f"{work}, {part}: % that {name} adds to the {names.BARE}"
-        for group in [*_timed(result, **axes, **{"pass": part})] or [nothing]:
-            over = ratio(group, name, names.BARE)
-            yield Target(what, True, limit, over and Ratio(*(100 * (value - 1) for value in over)))
+    for part, limit in OVERHEADS:
+        what = f"a layer, {part}: % that {names.FAST} adds to the {names.BARE}"
+        over = ratio(next(_timed(result, **LAYER, **{"pass": part}), nothing), names.FAST, names.BARE)
+        yield Target(what, True, limit, over and Ratio(*(100 * (value - 1) for value in over)))
     layer = next(_timed(result, **LAYER, **{"pass": names.BOTH}), nothing)
     for name, limit in SPEEDUPS:
         what = f"a layer, {names.BOTH}: {name} ÷ {names.FAST}"

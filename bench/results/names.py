@@ -2,7 +2,6 @@
 
 BARE, STOCK, FAST = "bare frozen model", "stock PEFT", "mica.fast"
 STOCK_16 = "stock PEFT, adapters in the base dtype"
-UNGROUPED, GROUPED = "mica.fast, ungrouped", "mica.fast, grouped"
 LORA, COMPILED = "PEFT LoRA", "stock PEFT, torch.compile"
 # Plain PyTorch: an autograd.Function that rounds dA to the base dtype; and the obvious few lines
 ATEN, BY_HAND = "aten control", "mm + addmm_ by hand"
@@ -15,9 +14,6 @@ FUSED, DESCRIPTOR, BORDERED = (
 # Of host time: the driver returns at once from every launch.
 PYTORCH, KERNELS = "mica.fast, PyTorch form", "mica.fast, kernels with a driver that launches nothing"
 PYTORCH_16, KERNELS_16 = (f"{name}, adapters in the base dtype" for name in (PYTORCH, KERNELS))
-PYTORCH_UNGROUPED, PYTORCH_GROUPED, KERNELS_UNGROUPED, KERNELS_GROUPED = (
-    f"{name}, {how}" for name in (PYTORCH, KERNELS) for how in ("ungrouped", "grouped")
-)
 MERGED = "adapter merged"
 FLOAT32 = "mica.fast, float32"
 SVD = "torch.linalg.svd"

@@ -1,8 +1,7 @@
 """A decoder block (attention and MLP) of random weights with real widths: forward + backward, bf16, r = 16.
 
-In Llama's and Qwen's, q/k/v and gate/up read the same input and can be groups; GPT-2's q/k/v are one layer
-already, so there is nothing to group, and grouping must not cost anything. All results are checked against
-stock PEFT's before anything is timed, and each timed step has to run the operators that its name implies.
+All results are checked against stock PEFT's before anything is timed, and each timed step has to run the
+operators that its name implies.
 """
 
 import functools
@@ -16,13 +15,13 @@ from transformers.pytorch_utils import Conv1D
 from bench.measure.clocks import seconds
 from bench.measure.machine import DEVICE
 from bench.measure.memory import saved_bytes
-from bench.results.names import BARE, GROUPED, STOCK, STOCK_16, UNGROUPED
-from bench.suites.decoder import LLAMA_GROUPS, RANK, Work, adapted, config_of
+from bench.results.names import BARE, FAST, STOCK, STOCK_16
+from bench.suites.decoder import RANK, Work, adapted, config_of
 from bench.suites.harness import iterations, pick
 from bench.suites.steps import CONTEXTS, Step, check_all, expected_operators
 
 ROUNDS = pick(default=4, quick=3, full=6, cuda=10, dry=1)
-IMPLEMENTATIONS = (BARE, STOCK, STOCK_16, UNGROUPED, GROUPED)
+IMPLEMENTATIONS = (BARE, STOCK, STOCK_16, FAST)
 # Relative differences of y, dx and dA from stock PEFT's, whose adapters compute in fp32.
 GATES = {"y": 1e-2, "dx": 2e-2, "dA": 2e-2}
 
@@ -32,7 +31,6 @@ class Block(NamedTuple):
 
     config: PretrainedConfig
     tokens: tuple[int, int]
-    groups: tuple[int, ...] = LLAMA_GROUPS
 
 
 GPT2 = GPT2Config(
@@ -49,7 +47,7 @@ GPT2 = GPT2Config(
 BLOCKS = {
     "Llama-3.2-1B": Block(config_of("Llama-3.2-1B"), (2, 512)),
     "Qwen2.5-0.5B": Block(config_of("Qwen2.5-0.5B"), (2, 512)),
-    "GPT-2": Block(GPT2, (2, 512), (1, 1, 1, 1)),
+    "GPT-2": Block(GPT2, (2, 512)),
     "Llama-3.1-8B": Block(config_of("Llama-3.1-8B"), (1, 512)),
     "Qwen2.5-7B": Block(config_of("Qwen2.5-7B"), (1, 512)),
     "toy": Block(config_of("toy"), (1, 8)),
@@ -76,16 +74,15 @@ class Setting(NamedTuple):
 @functools.lru_cache(maxsize=1)
 def setting(name: str, group: str) -> Setting:
     torch.manual_seed(0)
-    config, _, groups = BLOCKS[name]
+    config = BLOCKS[name].config
     bare = AutoModel.from_config(config, dtype=torch.bfloat16).train().requires_grad_(False).to(DEVICE)
     layers = sum(isinstance(module, (torch.nn.Linear, Conv1D)) for module in bare.modules())
-    assert layers == sum(groups), f"{layers} linear layers, and groups of {groups}"
     x, dy = torch.randn(2, *tokens_of(name), config.hidden_size, device=DEVICE, dtype=torch.bfloat16).unbind()
     # an update of a size that bf16 adapters can carry at width 4096
     work = Work(bare, adapted(bare, 0.02), x, dy)
 
     def build(implementation: str) -> Step:
-        return work.step(implementation, CONTEXTS[implementation], expected_operators(implementation, groups))
+        return work.step(implementation, CONTEXTS[implementation], expected_operators(implementation, layers))
 
     steps = check_all(group, IMPLEMENTATIONS, build, GATES)
     saved = {}

@@ -22,11 +22,11 @@ from transformers import AutoModel, GenerationConfig, LlamaConfig
 import mica.fast
 from bench.measure.machine import ON_ACCELERATOR, SIZE
 from bench.results import names
-from bench.results.names import ATEN, BARE, BOTH, BY_HAND, FAST, KERNELS_GROUPED, MERGED, STOCK
-from bench.suites.decoder import RANK, Work, adapted
+from bench.results.names import ATEN, BARE, BOTH, BY_HAND, FAST, MERGED, STOCK
+from bench.suites.decoder import LINEAR_LAYERS, RANK, Work, adapted
 from bench.suites.harness import build_all, pick
 from bench.suites.layer import AtenControl, Form, adapted_module, by_hand, check_errors, exact, make_layer
-from bench.suites.steps import Step, check_all, counting, grouping, operators
+from bench.suites.steps import Step, check_all, counting, operators
 from mica.products import has_native
 from tests.support import models
 from tests.support.tolerances import RELATIVE
@@ -149,7 +149,7 @@ def bench_host_layer(once, gated, one_thread, dtype, part, round_, implementatio
 
 
 # ---------------------------------------------------------------------------------------------------
-# a decoder block of Llama's shape: q/k/v and gate/up read the same input
+# a decoder block of Llama's shape
 # ---------------------------------------------------------------------------------------------------
 
 BLOCK_ROUNDS = pick(default=9, quick=5)
@@ -174,12 +174,9 @@ def block_implementations(dtype):
     others = {BARE: (nullcontext, {}), STOCK: (mica.fast.disabled, {})}
     if dtype != "float32":
         others[names.STOCK_16] = (mica.fast.disabled, {})
-    alone, grouped = {"linear": 7}, {"linear": 2, "groups": 2}
     return others | {
-        names.PYTORCH_UNGROUPED: (partial(grouping, False), operators(**alone)),
-        names.PYTORCH_GROUPED: (partial(grouping, True), operators(**grouped)),
-        names.KERNELS_UNGROUPED: (partial(grouping, False, kernels), operators(**alone, on_kernels=True)),
-        KERNELS_GROUPED: (partial(grouping, True, kernels), operators(**grouped, on_kernels=True)),
+        names.PYTORCH: (nullcontext, operators(LINEAR_LAYERS)),
+        names.KERNELS: (kernels, operators(LINEAR_LAYERS, on_kernels=True)),
     }
 
 
@@ -196,11 +193,8 @@ def block_setting(dtype, layers, group):
         context, ran = block_implementations(dtype)[name]
         return work.step(name, context, {operator: layers * count for operator, count in ran.items()})
 
-    gates, unchecked = (
-        dict.fromkeys(("y", "dx", "dA"), gate),
-        (BARE, names.KERNELS_UNGROUPED, KERNELS_GROUPED),
-    )
-    return check_all(group, block_implementations(dtype), build, gates, unchecked)
+    gates = dict.fromkeys(("y", "dx", "dA"), gate)
+    return check_all(group, block_implementations(dtype), build, gates, (BARE, names.KERNELS))
 
 
 BLOCK_CASES = [

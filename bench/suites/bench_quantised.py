@@ -17,7 +17,7 @@ import mica.fast
 from bench.measure.machine import ON_ACCELERATOR, SIZE
 from bench.measure.memory import saved_bytes
 from bench.results.names import BARE, FAST, LORA, STOCK
-from bench.suites.decoder import LLAMA_GROUPS, RANK, Work, adapted
+from bench.suites.decoder import LINEAR_LAYERS, RANK, Work, adapted
 from bench.suites.harness import build_all
 from bench.suites.steps import Step, checked
 from tests.support import models, quantised_models
@@ -61,7 +61,7 @@ def setting(group: str) -> dict[str, Step]:
     assert difference > 10 * GATES["y"], f"the adapters change the loss by only {difference:.1e}"
     # the base layer is called, since it unpacks the weight
     projections = [f"{name}_projection{part}" for name in ("down", "up") for part in ("", "_backward")]
-    ran = dict.fromkeys(projections, sum(LLAMA_GROUPS) * bare.config.num_hidden_layers)
+    ran = dict.fromkeys(projections, LINEAR_LAYERS * bare.config.num_hidden_layers)
     builds = {
         BARE: lambda: alone,
         LORA: lambda: lora(work, torch.float32),

@@ -17,14 +17,13 @@ import torch
 
 from bench.measure.machine import DEVICE, ON_ACCELERATOR
 from bench.measure.memory import optimizer_bytes, peak_growth, saved_bytes, trainable_bytes
-from bench.results.names import BARE, FAST, GROUPED, STOCK, STOCK_16, UNGROUPED
-from bench.suites.decoder import LLAMA_GROUPS, RANK, Work, adapted, cast, causal
+from bench.results.names import BARE, FAST, STOCK, STOCK_16
+from bench.suites.decoder import LINEAR_LAYERS, RANK, Work, adapted, cast, causal
 from bench.suites.harness import build_all, pick
 from bench.suites.steps import CONTEXTS, Step, checked, expected_operators
 from tests.support import models
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
-OURS = (UNGROUPED, GROUPED) if ON_ACCELERATOR else (FAST,)
 STEPS = pick(default=2, cuda=6)
 LEARNING_RATE = pick(default=1e-3, dry=3e-2)
 # Relative differences from stock PEFT's, whose adapters compute in fp32: of the loss, at each step, and of
@@ -63,7 +62,7 @@ class Cell(NamedTuple):
 
     @property
     def implementations(self) -> tuple[str, ...]:
-        return (BARE, STOCK, *([STOCK_16] if self.dtype != "float32" else []), *OURS)
+        return (BARE, STOCK, *([STOCK_16] if self.dtype != "float32" else []), FAST)
 
 
 CELLS = pick(
@@ -101,8 +100,8 @@ def work_of(cell: Cell) -> Work:
 
 
 def build(cell: Cell, work: Work, implementation: str) -> Step:
-    groups = LLAMA_GROUPS * work.bare.config.num_hidden_layers
-    ran = expected_operators(implementation, groups, forwards=1 + cell.checkpointing)
+    layers = LINEAR_LAYERS * work.bare.config.num_hidden_layers
+    ran = expected_operators(implementation, layers, forwards=1 + cell.checkpointing)
     return work.step(implementation, CONTEXTS[implementation], ran, LEARNING_RATE)
 
 

@@ -5,7 +5,6 @@ each, the masks of dropout and the operators that consist of these kernels.
 """
 
 from collections.abc import Callable, Iterable
-from dataclasses import replace
 
 import pytest
 import torch
@@ -15,9 +14,9 @@ from torch import Tensor
 from bench.measure.machine import DEVICE
 from bench.suites.harness import leave_if_crashed, needs_accelerator
 from mica import reference
-from mica.ops import call_counts, mica_linear, mica_linear_group
+from mica.ops import call_counts, mica_linear
 from tests.support.guarding import run_guarded
-from tests.support.oracle import Problem, solve
+from tests.support.oracle import solve
 from tests.support.tolerances import RELATIVE, error
 
 pytest.importorskip("triton")
@@ -84,48 +83,19 @@ def test_masks_of_dropout_are_those_of_pytorchs_form():
     assert torch.equal(dx != 0, keep), "dx drops other elements"
 
 
-def layers(count: int) -> list[Problem]:
-    """Different ones of the same scale, on one x."""
-    p = operands("aligned")
-    return [replace(p, weight=p.weight.roll(n, 0), lora_A=p.lora_A.roll(n, 1)) for n in range(count)]
-
-
-def check(
-    problems: list[Problem], forward: Callable[[Tensor, list[Tensor]], list[Tensor]], name: str
-) -> None:
+def test_operator():
     """y, dA and dx against the dense oracle; that they came from kernels, and do so again bit by bit."""
-    x, *lora_As = (t.detach().requires_grad_() for t in (problems[0].x, *(p.lora_A for p in problems)))
-    grad_outputs = [p.grad_output for p in problems]
+    p = operands("aligned")
+    x, lora_A = (tensor.detach().requires_grad_() for tensor in (p.x, p.lora_A))
 
     def run() -> list[Tensor]:
-        ys = forward(x, lora_As)
-        return [*ys, *torch.autograd.grad(ys, [*lora_As, x], grad_outputs)]
+        y = mica_linear(x, p.weight, lora_A, p.lora_B, p.scaling, p.bias)
+        return [y, *torch.autograd.grad(y, [lora_A, x], p.grad_output)]
 
     call_counts.clear()
-    results, exact = run(), [solve(p) for p in problems]
+    results, exact = run(), solve(p)
     ran = {key for key in call_counts if key.endswith("_kernels")}
-    assert ran == {f"{name}_kernels", f"{name}_backward_kernels"}, f"on kernels ran {ran or 'nothing'}"
-    expected = [
-        *(one["y"] for one in exact),
-        *(one["grad_A"] for one in exact),
-        sum(e["grad_x"] for e in exact),
-    ]
-    whats = [*["y"] * len(problems), *["dA"] * len(problems), "dx"]
-    for what, value, truth in zip(whats, results, expected, strict=True):
-        close(what, value, truth, x.dtype)
+    assert ran == {"linear_kernels", "linear_backward_kernels"}, f"on kernels ran {ran or 'nothing'}"
+    for what, value in zip(("y", "grad_A", "grad_x"), results, strict=True):
+        close(what, value, exact[what], x.dtype)
     same_bits(run, results)
-
-
-def test_operator():
-    (p,) = layers(1)
-    check([p], lambda x, As: [mica_linear(x, p.weight, *As, p.lora_B, p.scaling, p.bias)], "linear")
-
-
-def test_operator_of_a_group():
-    problems = layers(3)
-    weights, lora_Bs, scalings, biases = (
-        [getattr(p, name) for p in problems] for name in ("weight", "lora_B", "scaling", "bias")
-    )
-    check(
-        problems, lambda x, As: mica_linear_group(x, weights, As, lora_Bs, scalings, biases), "linear_group"
-    )

@@ -9,7 +9,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from bench.measure.machine import DEVICE, ON_ACCELERATOR
 from bench.results import journal
-from bench.results.names import GROUPED, STOCK
+from bench.results.names import FAST, STOCK
 from bench.suites.bench_step import CELLS, build, work_of
 
 pytestmark = pytest.mark.skipif(not ON_ACCELERATOR, reason="it profiles an accelerator's kernels")
@@ -30,7 +30,7 @@ def work():
     return work_of(CELLS[0])
 
 
-@pytest.mark.parametrize("implementation", [STOCK, GROUPED])
+@pytest.mark.parametrize("implementation", [STOCK, FAST])
 def test_kernels_of_a_step(work, implementation, tmp_path):
     device = DEVICE == "cuda"
     step = build(CELLS[0], work, implementation)

@@ -19,7 +19,7 @@ from tests.support import models
 Context = Callable[[], AbstractContextManager]
 
 RANK = 16
-LLAMA_GROUPS = (3, 1, 2, 1)  # how many layers of a block read each x, in call order: q/k/v first
+LINEAR_LAYERS = 7  # of a block of Llama's or Qwen's
 _WIDTHS = {  # hidden, intermediate, heads, heads of k and v
     "Llama-3.2-1B": (LlamaConfig, 2048, 8192, 32, 8),
     "Llama-3.1-8B": (LlamaConfig, 4096, 14336, 32, 8),

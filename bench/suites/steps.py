@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
-from functools import partial
 from itertools import count
 from typing import NamedTuple
 
@@ -14,52 +13,30 @@ from torch import Tensor
 
 import mica.fast
 from bench.measure.machine import ON_ACCELERATOR
-from bench.results.names import BARE, FAST, GROUPED, STOCK, STOCK_16, UNGROUPED
+from bench.results.names import BARE, FAST, STOCK, STOCK_16
 from bench.suites.harness import build_all
 from bench.suites.layer import Form
-
-
-@contextmanager
-def grouping(on: bool, around: Callable = nullcontext) -> Iterator[None]:
-    with around():
-        mica.fast.enable(group_projections=on)
-        try:
-            yield
-        finally:
-            mica.fast.enable()
-
 
 CONTEXTS = {
     BARE: nullcontext,
     STOCK: mica.fast.disabled,
     STOCK_16: mica.fast.disabled,
     FAST: nullcontext,
-    UNGROUPED: partial(grouping, False),
-    GROUPED: partial(grouping, True),
 }
 
 
-def operators(
-    linear: int, groups: int = 0, on_kernels: bool = ON_ACCELERATOR, forwards: int = 1
-) -> dict[str, int]:
-    """What a forward + backward of these numbers of single layers and of groups has to run.
+def operators(linear: int, on_kernels: bool = ON_ACCELERATOR, forwards: int = 1) -> dict[str, int]:
+    """What a forward + backward of this number of linear layers has to run.
 
     ``forwards``: 2 where gradient checkpointing recomputes every forward.
     """
-    times = {name: count for name, count in (("linear", linear), ("linear_group", groups)) if count}
-    ran = {name: forwards * count for name, count in times.items()}
-    ran |= {f"{name}_backward": count for name, count in times.items()}
+    ran = {"linear": forwards * linear, "linear_backward": linear}
     return ran | ({f"{name}_kernels": count for name, count in ran.items()} if on_kernels else {})
 
 
-def expected_operators(name: str, groups: tuple[int, ...], forwards: int = 1) -> dict[str, int]:
-    """`operators` that the implementation's name implies. ``groups``: how many layers read each x."""
-    if name in (FAST, UNGROUPED):
-        return operators(sum(groups), forwards=forwards)
-    if name == GROUPED:
-        alone = groups.count(1)
-        return operators(alone, len(groups) - alone, forwards=forwards)
-    return {}
+def expected_operators(name: str, linear: int, forwards: int = 1) -> dict[str, int]:
+    """`operators` that the implementation's name implies."""
+    return operators(linear, forwards=forwards) if name == FAST else {}
 
 
 @contextmanager
@@ -125,12 +102,9 @@ class Step(NamedTuple):
 def checked(step: Step, expected: dict[str, Tensor], gates: dict[str, float]) -> Step:
     """``step``, whose results may differ from the expected ones by so much (Frobenius norms, relative).
 
-    Groups are learnt by observation: a forward and backward is run before.
-
     Raises:
         AssertionError: they differ more, or came from other operators than ``step.operators``.
     """
-    step.results()
     with counting() as ran:
         results = step.results()
     assert ran == step.operators, f"a step ran {ran}, not {step.operators}"

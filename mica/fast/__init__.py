@@ -39,8 +39,8 @@ def enable(
     compute_dtype: torch.dtype | None = None,
     on_unsuitable: str = "raise",
     device: str | torch.device = "auto",
-    group_projections: str | bool = "auto",
     gate_up: str = "fused",
+    **unknown: object,
 ) -> None:
     """Run MiCA adapters on this backend (the import does this; call it to change a setting).
 
@@ -55,9 +55,6 @@ def enable(
         device: where the initialisation solves weights that are on the CPU. "auto": on an accelerator, if
             there is one with enough memory, else on the CPU; or a device. Weights on an accelerator are
             solved there.
-        group_projections: run layers that read the same tensor one after the other (q/k/v, gate/up) as one
-            operator in training, once a step has shown which these are. "auto": where the operators run on
-            Triton kernels and the tensor is large (a group costs the host more); True, False.
         gate_up: what an adapter starts from on the fused projections of experts, parameters named
             ``gate_up_proj`` of `target_parameters`. "fused": the parameter as it is stored, one matrix per
             expert, so that the rank means there what it means for LoRA, and B is the one that a linear
@@ -67,8 +64,13 @@ def enable(
 
     Raises:
         ValueError: a value that is not one of these.
+        TypeError: another argument, ``group_projections`` of earlier versions too.
     """
-    _settings.change(compute_dtype, on_unsuitable, device, group_projections, gate_up)
+    for name in unknown:
+        gone = ": groups are gone, commit afecc55 is the last that has them"
+        said = gone if name == "group_projections" else ""
+        raise TypeError(f"enable() got an unexpected keyword argument {name!r}{said}")
+    _settings.change(compute_dtype, on_unsuitable, device, gate_up)
     _settings.switch(patching.install())
 
 

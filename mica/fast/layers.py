@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from transformers.pytorch_utils import Conv1D
 
-from mica.fast import calls, common_case, grouping, mixed_batch, tensor_parallel
+from mica.fast import calls, common_case, mixed_batch, tensor_parallel
 from mica.fast.eligibility import (
     Adapter,
     Operands,
@@ -23,7 +23,6 @@ from mica.fast.eligibility import (
 from mica.fast.settings import compute_dtype, settings
 from mica.ops.embedding import embedding
 from mica.ops.factors import down_projection, up_projection
-from mica.ops.group import start_group
 from mica.ops.linear import linear, linear_directly
 
 
@@ -55,10 +54,7 @@ def _linear(layer, x: torch.Tensor) -> torch.Tensor | str:
     operands = common_case.operands(layer, x)
     if operands is None:
         return _in_general(layer, x)
-    if grouping.is_on(x, operands.lora_A):
-        return grouping.output(layer, x, operands, _fused, _together)
-    weight, lora_A, lora_B, scaling, bias = operands
-    return linear_directly(x, weight, lora_A, lora_B, scaling, bias, compute_dtype(x))
+    return linear_directly(x, *operands, compute_dtype(x))
 
 
 def _in_general(layer, x: torch.Tensor) -> torch.Tensor | str:
@@ -73,10 +69,7 @@ def _in_general(layer, x: torch.Tensor) -> torch.Tensor | str:
         result = layer._modules["base_layer"](x)
     else:
         first, *adapters = adapters
-        if adapters or first.dropout_p or not grouping.is_on(x, first.lora_A):
-            result = _fused(layer, x, operands, first.dropout_p)
-        else:
-            result = grouping.output(layer, x, operands, _fused, _together)
+        result = _fused(layer, x, operands, first.dropout_p)
     for adapter in adapters:
         result = up_projection(result, *_projected(x, adapter))
     return result
@@ -115,21 +108,12 @@ def _projected(x: torch.Tensor, adapter: Adapter) -> tuple[torch.Tensor, torch.T
     return h, lora_B
 
 
-def _fused(layer, x: torch.Tensor, operands: Operands, dropout_p: float = 0.0) -> torch.Tensor:
-    return linear(x, *_ready(layer, operands), compute_dtype(x), *dropout(dropout_p, x))
-
-
-def _together(layers: list, x: torch.Tensor, operands: list[Operands]) -> list:
-    ready = map(_ready, layers, operands)
-    return start_group(x, *map(list, zip(*ready, strict=True)), compute_dtype(x))
-
-
-def _ready(layer, operands: Operands) -> tuple:
-    """As the operators take them, the weight as (out_features, in_features)."""
+def _fused(layer, x: torch.Tensor, operands: Operands, dropout_p: float) -> torch.Tensor:
     weight, lora_A, lora_B, scaling, bias = operands
     if type(layer._modules["base_layer"]) is Conv1D:
         weight = weight.t()  # a view, no copy
-    return weight, lora_A, *scaled(lora_B, scaling), bias
+    lora_B, scaling = scaled(lora_B, scaling)
+    return linear(x, weight, lora_A, lora_B, scaling, bias, compute_dtype(x), *dropout(dropout_p, x))
 
 
 def dropout(p: float, x: torch.Tensor) -> tuple[float, torch.Tensor | None]:
@@ -145,11 +129,8 @@ def whole_forward(stock):
     def forward(self, *args, **kwargs):
         if torch.compiler.is_compiling():
             return stock(self, *args, **kwargs)
-        try:
-            with calls.counting(self):
-                return stock(self, *args, **kwargs)
-        finally:
-            grouping.forget_pending()
+        with calls.counting(self):
+            return stock(self, *args, **kwargs)
 
     return forward
 

@@ -24,7 +24,6 @@ class Settings:
     compute_dtype: torch.dtype | None = None
     on_unsuitable: str = "raise"
     device: str | torch.device = "auto"
-    group_projections: str | bool = "auto"
     gate_up: str = "fused"
 
 
@@ -70,12 +69,9 @@ def change(
     compute_dtype: torch.dtype | None,
     on_unsuitable: str,
     device: str | torch.device,
-    group_projections: str | bool,
     gate_up: str,
 ) -> None:
     """Change all of the user's settings, or none and raise a ValueError."""
-    if group_projections not in ("auto", True, False):
-        raise ValueError(f"group_projections must be 'auto', True or False, but it is {group_projections!r}.")
     if compute_dtype not in COMPUTE_DTYPES:
         raise ValueError(
             "compute_dtype must be None (adapters compute in the dtype of the activations) or torch.float32 "
@@ -91,4 +87,4 @@ def change(
         except (RuntimeError, TypeError) as error:
             raise ValueError(f"device must be 'auto' or a torch device, but it is {device!r}.") from error
     settings.compute_dtype, settings.on_unsuitable = compute_dtype, on_unsuitable
-    settings.device, settings.group_projections, settings.gate_up = device, group_projections, gate_up
+    settings.device, settings.gate_up = device, gate_up

@@ -8,7 +8,6 @@ from mica.ops.dispatch import call_counts
 from mica.ops.embedding import mica_embedding
 from mica.ops.experts import mica_experts_linear
 from mica.ops.factors import mica_down_projection, mica_up_projection
-from mica.ops.group import mica_linear_group
 from mica.ops.linear import mica_linear
 
 __all__ = [
@@ -17,6 +16,5 @@ __all__ = [
     "mica_embedding",
     "mica_experts_linear",
     "mica_linear",
-    "mica_linear_group",
     "mica_up_projection",
 ]

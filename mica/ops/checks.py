@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
@@ -36,24 +34,6 @@ def check_linear(
     limits.same_device(x=x, weight=weight, lora_A=lora_A, lora_B=lora_B, bias=bias, seed=seed)
     _check_same_dtype(x, weight=weight, bias=bias)
     _check_frozen(weight=weight, lora_B=lora_B, bias=bias)
-
-
-def check_group(
-    x: Tensor,
-    weights: Sequence[Tensor],
-    lora_As: Sequence[Tensor],
-    lora_Bs: Sequence[Tensor],
-    scalings: Sequence[float],
-    biases: Sequence[Tensor | None],
-    compute_dtype: torch.dtype | None,
-) -> None:
-    lists = {"weights": weights, "lora_As": lora_As, "lora_Bs": lora_Bs}
-    lists |= {"scalings": scalings, "biases": biases}
-    if not weights or len({len(operands) for operands in lists.values()}) > 1:
-        lengths = ", ".join(f"{name} has {len(operands)}" for name, operands in lists.items())
-        raise ValueError(f"all lists must have one length, at least 1, but {lengths}.")
-    for weight, lora_A, lora_B, bias in zip(weights, lora_As, lora_Bs, biases, strict=True):
-        check_linear(x, weight, lora_A, lora_B, bias, compute_dtype, 0.0, None)
 
 
 def check_experts_linear(

@@ -179,8 +179,8 @@ def operator(
         cast: ``cast(device_type, *args)`` are the arguments under autocast.
         transformed: what function transforms differentiate; default ``body``.
 
-    The returned function takes and gives what the operator does, but no lists of tensors. Without a gradient
-    there is no autograd.Function either.
+    The returned function takes and gives what the operator does. Without a gradient there is no
+    autograd.Function either.
     """
     LIBRARY.define(f"{name}{schema}", tags=(torch.Tag.pt2_compliant_tag,))
     LIBRARY.impl(name, body, "CompositeExplicitAutograd")

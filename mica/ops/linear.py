@@ -108,8 +108,7 @@ class _MicaLinear(torch.autograd.Function):
     def forward(ctx, run, x, weight, lora_A, lora_B, scaling, bias, compute_dtype, dropout_p=0.0, seed=None):
         _, needs_x, _, needs_A = ctx.needs_input_grad[:4]
         ctx.scaling, ctx.compute_dtype, ctx.dropout_p = scaling, compute_dtype or x.dtype, dropout_p
-        # x as it came: no fp32 copy, no h, no mask, and nothing that no gradient needs. `mica.ops.group`
-        # saves the same in the same order, or checkpointing would refuse a recomputation that groups.
+        # x as it came: no fp32 copy, no h, no mask, and nothing that no gradient needs.
         ctx.save_for_backward(x if needs_A else None, weight if needs_x else None, lora_A, lora_B, seed)
         with below_autograd():
             return run(x, weight, lora_A, lora_B, scaling, bias, compute_dtype, dropout_p, seed)

@@ -6,7 +6,7 @@ import torch
 from mica import backend, kernel_path
 from mica.kernels import launching, tuning
 from mica.kernels.launching import Plan
-from mica.ops import mica_down_projection, mica_linear, mica_linear_group
+from mica.ops import mica_down_projection, mica_linear
 from tests.support.kernel_cases import DEVICE
 from tests.support.oracle import problem, solve
 from tests.support.tolerances import RELATIVE, error
@@ -62,21 +62,10 @@ def of_factor(p, dropout_p=0.4):
     return h.detach(), x.grad, lora_A.grad
 
 
-def of_group(p):
-    """Three layers that have the rank together: 16 + 16 + 32."""
-    parts = [layer(out, rank, p.x.dtype) for out, rank in ((40, 9), (24, 16), (56, 32))]
-    x, lora_As = p.x.detach().requires_grad_(), [q.lora_A.detach().requires_grad_() for q in parts]
-    lists = [[getattr(q, name) for q in parts] for name in ("weight", "lora_B", "scaling", "bias")]
-    ys = mica_linear_group(x, lists[0], lora_As, *lists[1:])
-    torch.autograd.backward(ys, [q.grad_output for q in parts])
-    return *[y.detach() for y in ys], x.grad, *[A.grad for A in lora_As]
-
-
 CALLS = {
     "linear": of_linear,
     "linear with dropout": lambda p: of_linear(p, 0.4),
     "factor": of_factor,
-    "group": of_group,
 }
 
 

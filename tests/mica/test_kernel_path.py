@@ -10,7 +10,7 @@ from torch.library import opcheck
 
 from mica import backend, kernel_path, kernel_path_experts, ops, reference
 from mica.kernels import launching, prepared, tuning
-from mica.ops import mica_down_projection, mica_embedding, mica_linear, mica_linear_group, mica_up_projection
+from mica.ops import mica_down_projection, mica_embedding, mica_linear, mica_up_projection
 from tests.support.kernel_cases import DEVICE
 from tests.support.linear_calls import on_device, run
 from tests.support.oracle import problem, solve
@@ -67,22 +67,6 @@ def test_factors_next_to_a_base_layer(dtype, adapter_dtype, compute_dtype, dropo
     expected = run(p, compute_dtype, **options)
     for name, value in run(p, compute_dtype, by_factors, **options).items():
         assert error(value, expected[name]) <= 2 * RELATIVE[dtype], name
-
-
-@pytest.mark.parametrize(("dtype", "adapter_dtype", "compute_dtype"), FEW_DTYPES)
-def test_a_group_agrees_with_the_dense_oracle(dtype, adapter_dtype, compute_dtype):
-    layers = [on_device(problem((70,), 40, out, r, dtype, adapter_dtype)) for out, r in ((24, 3), (56, 20))]
-    layers[1].x = layers[0].x
-    x = layers[0].x.detach().requires_grad_()
-    lora_As = [p.lora_A.detach().requires_grad_() for p in layers]
-    lists = [[getattr(p, name) for p in layers] for name in ("weight", "lora_B", "scaling", "bias")]
-    ys = mica_linear_group(x, lists[0], lora_As, *lists[1:], compute_dtype=compute_dtype)
-    torch.autograd.backward(ys, [p.grad_output for p in layers])
-    expected = [solve(p) for p in layers]
-    assert error(x.grad, expected[0]["grad_x"] + expected[1]["grad_x"]) <= RELATIVE[dtype]
-    for y, lora_A, e in zip(ys, lora_As, expected, strict=True):
-        assert error(y, e["y"]) <= RELATIVE[dtype]
-        assert error(lora_A.grad, e["grad_A"]) <= RELATIVE[dtype]
 
 
 @pytest.mark.parametrize("form", FORMS)

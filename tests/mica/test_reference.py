@@ -147,27 +147,6 @@ def test_few_tokens_are_nearer_to_the_oracle_than_with_rounded_masters(monkeypat
     assert all(sum(values) < 0.0 for values in closer.values())
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_a_group_chooses_as_its_layers_do(monkeypatch, dtype):
-    monkeypatch.setattr(products, "has_native", lambda dtype: True)
-    layers = [problem((3,), 32, out, rank, dtype, torch.float32) for out, rank in ((24, 4), (20, 3))]
-    x, dys = layers[0].x, [layers[0].grad_output, None]
-    names = ("weight", "lora_A", "lora_B", "scaling")
-    weights, As, Bs, scalings = ([getattr(p, name) for p in layers] for name in names)
-    for narrow, wide in zip(
-        reference.linear_group(x, weights, As, Bs, scalings, [None, None]),
-        reference.linear_group(x, weights, As, Bs, scalings, [None, None], torch.float32),
-        strict=True,
-    ):
-        assert torch.equal(narrow, wide)
-    (dx, dAs), (wide_dx, wide_dAs) = (
-        reference.linear_group_backward(dys, x, weights, As, Bs, scalings, compute_dtype)
-        for compute_dtype in (dtype, torch.float32)
-    )
-    assert torch.equal(dx, wide_dx)
-    assert all(map(torch.equal, dAs, wide_dAs))
-
-
 class _Calls(TorchDispatchMode):
     """What PyTorch computes, without views, and the most numbers that one call returned."""
 

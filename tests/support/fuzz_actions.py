@@ -107,7 +107,6 @@ class Base(RuleBasedStateMachine):
 
     KIND_NAMES: Sequence[str] = tuple(name for name in KINDS if name != "small")
     DTYPES: Sequence[torch.dtype] = (*[torch.float32] * 3, torch.bfloat16)
-    GROUPS: bool | str = "auto"
 
     def __init__(self):
         super().__init__()
@@ -126,7 +125,7 @@ class Base(RuleBasedStateMachine):
     @initialize(data=st.data())
     def start(self, data):
         SEQUENCES["models"] += 1
-        mica.fast.enable(group_projections=self.GROUPS)
+        mica.fast.enable()
         kind = data.draw(st.sampled_from(self.KIND_NAMES))
         dtype = data.draw(st.sampled_from(self.DTYPES))
         self.saves = data.draw(st.sampled_from([False, False, False, True]))

@@ -3,49 +3,14 @@
 from __future__ import annotations
 
 import copy
-from contextlib import contextmanager, nullcontext
 
 import torch
 from hypothesis import strategies as st
 from hypothesis.stateful import precondition
-from peft.tuners import lora
 
-from mica.fast import grouping
 from tests.support.fuzz_actions import INDEX, SEEDS, Base, RaisedInForwardError, action, do_raise
 from tests.support.fuzz_models import tokens
 from tests.support.fuzz_twins import factors, is_base, layers
-
-CHANGES = ["nothing", "values", "scale", "switch", "autocast", "x", "disable", "no grad"]
-
-
-@contextmanager
-def changed(layer, x, name, change):
-    """Something is another than it was when a layer before this one read x; undone in the end."""
-    pair, scaling, active = factors(layer, name), dict(layer.scaling), list(layer.active_adapters)
-    edited = {"values": pair and pair[0], "x": x}.get(change)
-    flags = {n: p.requires_grad for n, p in layer.named_parameters()}
-    autocast = torch.autocast("cpu", torch.bfloat16) if change == "autocast" else nullcontext()
-    with autocast, torch.no_grad() if change == "no grad" else nullcontext():
-        if edited is not None:
-            with torch.no_grad():
-                edited.mul_(2.0)  # exactly undone
-        elif change == "scale":
-            layer.set_scale(name, 3.0)
-        elif change == "switch":
-            layer.set_adapter(name)
-        elif change == "disable":
-            layer._disable_adapters = True
-        yield
-    if edited is not None:
-        with torch.no_grad():
-            edited.div_(2.0)
-    elif change == "disable":
-        layer._disable_adapters = False
-    elif change == "switch":
-        layer.set_adapter(active)
-        for key, parameter in layer.named_parameters():
-            parameter.requires_grad_(flags[key])
-    layer.scaling.update(scaling)
 
 
 class Calls(Base):
@@ -153,36 +118,6 @@ class Calls(Base):
             return out.detach(), {"x": grad, **second} if second else {"x": grad.detach()}
 
         return self.twins.compare_steps(step)
-
-    @action(seed=SEEDS, change=st.sampled_from(CHANGES), layer=INDEX)
-    def layers_on_one_input(self, seed, change, layer):
-        """Two layers called on one tensor, as a user's own model does, and a change in between."""
-        linears = {n: m for n, m in layers(self.twins.ours).items() if isinstance(m, lora.Linear)}
-        if not linears:
-            return False
-        first = list(linears)[layer * 5 % len(linears)]
-        width = linears[first].in_features
-        group = grouping.groups.get(linears[first])
-        known = [member() for member in group.layers[1:]] if group else ()
-        known = known or linears.values()
-        others = [n for n, m in linears.items() if n != first and m.in_features == width and m in known]
-        if self.twins.is_merged or self.twins.has_dropout or not others:
-            return False
-        second, name = others[seed % len(others)], self.pick(seed)
-        values = torch.randn(3, width, generator=torch.Generator().manual_seed(seed))
-
-        def called(model):
-            leader, follower = model.get_submodule(first), model.get_submodule(second)
-            results = []
-            for done in ["nothing"] * 3 + [change]:  # a group is learnt from the first rounds
-                x = values.to(leader.get_base_layer().weight, copy=True)
-                with self.twins.casting():
-                    results.append(leader(x).detach())
-                    with changed(follower, x, name, done):
-                        results.append(follower(x).detach())
-            return results
-
-        return self.twins.each(called).error is None
 
     @precondition(lambda self: self.twins.form != "plain")
     @action(seed=SEEDS, cache=st.booleans())

@@ -13,7 +13,6 @@ from torch import Tensor, nn
 import mica.fast
 from mica.fast.eligibility import is_stored_transposed
 from mica.fast.expert_stacks import is_wrapper, lora_B_of, weight_of_stack
-from mica.fast.settings import settings
 from tests.support.judging import energy, sine, truth
 
 
@@ -145,9 +144,7 @@ def check_experts(model: nn.Module, calls: dict[str, int], found: int, of_stacks
     assert at_least <= found <= expected, f"products of experts: {found}, by explain: {expected}"
 
 
-def check_counts(
-    model: nn.Module, calls: dict[str, int], counted: dict[str, int], autocast, gradients: bool
-) -> None:
+def check_counts(model: nn.Module, calls: dict[str, int], counted: dict[str, int], autocast) -> None:
     """The operators that ran are those that `explain` says: ``calls`` of each layer in the forward."""
     expected = dict.fromkeys(("linear", "embedding", "down_projection", "up_projection"), 0)
     rows = [row for row in mica.fast.explain(model).rows if row.path != "peft"]
@@ -166,7 +163,6 @@ def check_counts(
         for name in ("down_projection", "up_projection"):
             expected[name] += count * (adapters - fused)
     ran = {name: counted.get(name, 0) for name in expected}
-    grouped = gradients and settings.group_projections is True
     dtypes = {p.dtype for p in model.parameters()}
     if len(dtypes) > 1 or (
         autocast and torch.float64 in dtypes
@@ -175,8 +171,5 @@ def check_counts(
             ran,
             expected,
         )
-    elif grouped:
-        assert ran["linear"] <= expected["linear"], (ran, expected)
-        assert (ran["linear"] + counted.get("linear_group", 0) > 0) == (expected["linear"] > 0), counted
     else:
         assert ran == expected, f"operators that ran: {ran}, by explain: {expected}"

@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import precondition
 
 import mica.fast
+from mica import backend
 from tests.support.fuzz_actions import INDEX, SEQUENCES, TALLY, action, pass_on
 from tests.support.fuzz_adapters import Adapters
 from tests.support.fuzz_calls import Calls
@@ -34,6 +35,8 @@ class Machine(Adapters, Calls, Files):
     @action(dtype=st.sampled_from([torch.bfloat16, torch.float32, torch.float64]))
     def to_dtype(self, dtype):
         """Also while an adapter is merged: what unmerging gives is then as near as stock's."""
+        # kernels that are required and do not exist are an error
+        assume(dtype != torch.float64 or backend.requested() != "triton")
         assume(not self.twins.of_inference)  # PyTorch leaves tensors that stock cannot train with
         self.twins.compare()  # the last probe may have unmerged, with the rounding of the present dtype
         is_merged = self.twins.is_merged
@@ -111,7 +114,7 @@ class Machine(Adapters, Calls, Files):
             self.hooks.append(module.register_forward_hook(pass_on))
         return True
 
-    @action(what=st.sampled_from(["groups", "no groups", "fp32", "off", "on", "uninstall"]))
+    @action(what=st.sampled_from(["fp32", "off", "on", "uninstall"]))
     def setting(self, what):
         if what in ("off", "on"):
             mica.fast.disable() if what == "off" else mica.fast.enable()
@@ -119,15 +122,13 @@ class Machine(Adapters, Calls, Files):
             mica.fast.uninstall()
             self.twins.probe(True)
             mica.fast.enable()
-        elif what == "fp32":
-            mica.fast.enable(compute_dtype=torch.float32)
         else:
-            mica.fast.enable(group_projections=what == "groups")
+            mica.fast.enable(compute_dtype=torch.float32)
         return None
 
 
 def machine(name: str, **attributes) -> type[Machine]:
-    """A variant: other kinds, dtypes, groups from the start."""
+    """A variant: other kinds or dtypes."""
     return type(name, (Machine,), attributes)
 
 

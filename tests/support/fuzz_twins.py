@@ -360,7 +360,7 @@ class Twins:
             for hook in hooks:
                 hook.remove()
         if worked:
-            check_counts(self.ours, calls, counted, self.autocast, gradients)
+            check_counts(self.ours, calls, counted, self.autocast)
 
     def compare_steps(self, step: Callable[[nn.Module], tuple[Tensor, dict[str, Tensor]]]) -> bool:
         """Outputs and gradients of one step on both; gradients count against the largest. False on errors."""

@@ -24,7 +24,7 @@ def _name(package: str, path: Path) -> str:
 
 _PACKAGES = ("mica", "bench", "tests")
 
-# "mica.fast.grouping" -> its file, of all Python files of the checkout
+# "mica.fast.layers" -> its file, of all Python files of the checkout
 MODULES: dict[str, Path] = {
     _name(package, file.relative_to(folder)): file
     for package, folder in FOLDERS.items()

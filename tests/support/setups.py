@@ -40,18 +40,6 @@ SETUPS = [
         "yes",
         f"{QUANTISED}::test_to_the_unquantised_base_and_back",
     ),
-    Setup(
-        "q/k/v and gate/up as groups (`group_projections`)",
-        "yes",
-        "yes",
-        "tests/mica/fast/test_grouping.py::test_from_the_second_step_on",
-    ),
-    Setup(
-        "groups with any part checkpointed, several losses from one forward, enabled mid-training",
-        "yes",
-        "yes",
-        "tests/mica/fast/test_grouping_checkpointing.py::test_random_programs_and_regions",
-    ),
     Setup("`torch.compile(fullgraph=True)`", "yes", "yes", f"{TRAINING}::test_compile_fullgraph"),
     Setup(
         'CUDA graphs: `torch.compile(mode="reduce-overhead")`, `make_graphed_callables` (tested with stubs of'

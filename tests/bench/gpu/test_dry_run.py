@@ -8,7 +8,7 @@ import torch
 
 from bench.gpu import __main__ as gpu
 from bench.gpu.stages import STAGES, job
-from bench.results.names import BARE, COPY, FAST, GROUPED, STOCK, STOCK_16, SVD, UNGROUPED
+from bench.results.names import BARE, COPY, FAST, STOCK, STOCK_16, SVD
 from bench.results.schema import Result
 from tests.support.processes import ROOT, start
 
@@ -67,7 +67,6 @@ FAULTS = ("wrong", "raise", "kill", "hang")
 ROTATION = int(os.environ.get("MICA_TEST_ROTATION", "0"))
 FAULT_OF = {stage.name: FAULTS[(number + ROTATION) % len(FAULTS)] for number, stage in enumerate(STAGES)}
 BASELINES = (BARE, STOCK, STOCK_16, COPY, SVD)
-OURS = (FAST, UNGROUPED, GROUPED)
 
 
 @pytest.fixture(scope="module")
@@ -85,7 +84,7 @@ def timed(result, stage):
     """Names of the implementations that have a number in a stage."""
     suites = {
         "bandwidth": ("kernels",),
-        "layers": ("layer", "group"),
+        "layers": ("layer",),
         "model": ("step", "block"),
         "initialisation": ("subspace", "subspaces"),
         "forms": ("forms",),
@@ -111,7 +110,7 @@ def test_what_is_wrong_has_no_number_and_is_named(with_faults):
         if FAULT_OF[stage] == "wrong" and stage == "streams":
             continue  # it compares a layer with itself, which is always as wrong
         assert stages[stage]["state"] == "failed", stages[stage]
-        assert not timed(result, stage) & {*OURS}, stage
+        assert FAST not in timed(result, stage), stage
     whys = [one["why"] for one in (*result.refused, *result.checks) if "why" in one]
     if stages_with("raise"):
         assert any("injected" in why for why in whys)
@@ -123,7 +122,7 @@ def test_what_stops_a_process_is_named_and_the_rest_goes_on(with_faults):
     assert whys.count("the process died") == len(stages_with("kill")) - ("tests" in stages_with("kill"))
     assert whys.count(f"nothing was heard for {SILENCE} s") == len(stages_with("hang"))
     if "layers" in stages_with("kill", "hang"):  # in the other cell
-        assert timed(result, "layers") & {*OURS}
+        assert FAST in timed(result, "layers")
 
 
 def test_rounds_are_complete(with_faults):

@@ -7,7 +7,7 @@ import pytest
 
 from bench.report import drawing, plots
 from bench.results import names
-from bench.results.names import ATEN, BACKWARD, BARE, BY_HAND, DEVICE_TIME, FAST, GROUPED, STOCK, WALL
+from bench.results.names import ATEN, BACKWARD, BARE, BY_HAND, DEVICE_TIME, FAST, STOCK, WALL
 from bench.results.schema import Ratio, Result
 from tests.support.bench_results import a_group
 
@@ -38,7 +38,7 @@ def others(**axes):
         for suite, stock, fast in (("initialisation", 9, 1.1), ("loading", 60, 0.6), ("merge", 1, 2))
     ]
     block = {"suite": "block", "model": "Llama-3.2-1B", "tokens": 512, "rank": 16, **axes}
-    return [*once, a_group("block", block, {BARE: 1.0, STOCK: 2.2, names.UNGROUPED: 1.1, GROUPED: 1.0})]
+    return [*once, a_group("block", block, {BARE: 1.0, STOCK: 2.2, FAST: 1.1})]
 
 
 def drawn(groups, folder):
@@ -91,13 +91,12 @@ def test_what_the_run_does_not_have_is_not_drawn(tmp_path):
 def test_an_implementation_without_a_number_leaves_the_others(tmp_path):
     groups = layers([128, 512, 2048]) + others()
     for group in groups:
-        del group.timings[
-            STOCK if group.axes["suite"] == "merge" else FAST if FAST in group.timings else GROUPED
-        ]
+        if group.axes["suite"] != "block":
+            del group.timings[STOCK if group.axes["suite"] == "merge" else FAST]
     pictures = drawn(groups, tmp_path)
     assert len(gids(pictures[BY_TOKENS][0], "series-")) == 4
     assert FAST not in pictures[BY_TOKENS][1]
-    assert len(gids(pictures[AGAINST_STOCK][0], "series-")) == 1  # the block, ungrouped
+    assert len(gids(pictures[AGAINST_STOCK][0], "series-")) == 1  # the block
 
 
 def test_the_longest_family_is_drawn_and_by_device_time_where_there_is_one(tmp_path):

@@ -115,7 +115,7 @@ def host(suite, call, dtype, medians):
 def test_host_time_has_its_target():
     narrow = {STOCK_16: 100, names.PYTORCH: 90, names.PYTORCH_16: 80, names.KERNELS: 70, names.KERNELS_16: 60}
     wide = {names.PYTORCH: 120, names.KERNELS: 80}
-    block = {STOCK: 100, names.PYTORCH_GROUPED: 75, names.KERNELS_GROUPED: 65}
+    block = {STOCK: 100, names.PYTORCH: 75, names.KERNELS: 65}
     lines = summarised(
         [
             host("host layer", BOTH, "float32", {STOCK: 100, **wide}),
@@ -124,7 +124,7 @@ def test_host_time_has_its_target():
             # its baseline is refused; stock's default is in another dtype
             host("host layer", NO_GRADIENT, "bfloat16", {STOCK: 100, names.PYTORCH: 50}),
             host("host block", BOTH, "float32", block),
-            host("host block", NO_GRADIENT, "float32", {STOCK: 100, names.PYTORCH_GROUPED: 1}),
+            host("host block", NO_GRADIENT, "float32", {STOCK: 100, names.PYTORCH: 1}),
         ]
     )
     both, no_gradient, blocks = (
@@ -136,7 +136,7 @@ def test_host_time_has_its_target():
     assert "; bfloat16, PyTorch form, adapters in the base dtype: 0.800" in both  # ÷ stock with 16-bit ones
     assert "without gradient" in no_gradient
     assert "(target: at most 1.0): 1 of 2 met: float32, PyTorch form: 1.000" in no_gradient
-    assert "(target: at most 0.7): 1 of 2 met: 4 blocks, float32, PyTorch form, grouped: 0.750" in blocks
+    assert "(target: at most 0.7): 1 of 2 met: 4 blocks, float32, PyTorch form: 0.750" in blocks
     assert "0.010" not in blocks
 
 

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 import mica.fast
-from bench.results.names import BARE, FAST, GROUPED, STOCK, UNGROUPED
+from bench.results.names import BARE, FAST, STOCK
 from bench.suites.layer import Form, adapted_module, make_layer
 from bench.suites.steps import Step, checked, expected_operators, operators
 
@@ -70,7 +70,7 @@ def test_a_sample_holds_calls_of_one_kind(forward_only):
         (False, nullcontext, {}),  # ours under stock PEFT's
         (True, nullcontext, {}),
         (False, nullcontext, operators(1, on_kernels=True)),  # the PyTorch form under the kernels'
-        (False, nullcontext, operators(0, groups=1, on_kernels=False)),
+        (False, nullcontext, operators(2, on_kernels=False)),
         (False, nullcontext, operators(1, on_kernels=False, forwards=2)),
     ],
 )
@@ -81,25 +81,15 @@ def test_an_implementation_under_another_ones_name_gets_no_number(forward_only, 
 
 
 def test_operators_of_a_forward_and_backward():
-    assert operators(2, groups=1, on_kernels=True) == {
-        "linear": 2,
-        "linear_backward": 2,
-        "linear_group": 1,
-        "linear_group_backward": 1,
-        "linear_kernels": 2,
-        "linear_backward_kernels": 2,
-        "linear_group_kernels": 1,
-        "linear_group_backward_kernels": 1,
-    }
+    ran = dict.fromkeys(("linear", "linear_backward", "linear_kernels", "linear_backward_kernels"), 2)
+    assert operators(2, on_kernels=True) == ran
     assert operators(7, on_kernels=False) == {"linear": 7, "linear_backward": 7}
     assert operators(7, on_kernels=False, forwards=2) == {"linear": 14, "linear_backward": 7}
 
 
 def test_operators_that_a_name_implies():
-    groups = (3, 1, 2, 1)
-    assert expected_operators(FAST, groups) == expected_operators(UNGROUPED, groups) == operators(7)
-    assert expected_operators(GROUPED, groups) == operators(2, groups=2)
-    assert expected_operators(BARE, groups) == expected_operators(STOCK, groups) == {}
+    assert expected_operators(FAST, 7) == operators(7)
+    assert expected_operators(BARE, 7) == expected_operators(STOCK, 7) == {}
 
 
 def test_results_that_agree_are_taken():

@@ -1,7 +1,6 @@
 import pytest
 
-import mica.fast
-from mica.fast import calls, grouping
+from mica.fast import calls
 from mica.subspace import many
 from tests.support.quantised_models import stub_gptqmodel
 
@@ -30,15 +29,3 @@ def solved(monkeypatch):
 def gptqmodel(monkeypatch):
     """PEFT finds gptqmodel, a stub of it."""
     stub_gptqmodel(monkeypatch)
-
-
-@pytest.fixture
-def grouping_on():
-    """Groups of layers, with none learnt; the test must not leave an output behind."""
-    mica.fast.enable(group_projections=True)
-    grouping.groups.clear()
-    grouping.state.run = grouping.state.pending = None
-    mica.fast.call_counts.clear()
-    yield
-    pending = grouping.state.pending
-    assert pending is None or not any(pending.outputs.values())

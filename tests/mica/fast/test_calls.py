@@ -90,8 +90,7 @@ def test_recomputation_in_a_backward_does_not_count(whole, reentrant):
     assert called(model) == {"up": 2, "down": 1}
 
 
-def test_groups_and_checkpointing_by_transformers():
-    mica.fast.enable(group_projections=True)
+def test_checkpointing_by_transformers():
     model = llama().train()
     model.enable_input_require_grads()
     model.gradient_checkpointing_enable({"use_reentrant": False})

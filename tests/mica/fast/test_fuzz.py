@@ -23,7 +23,6 @@ VARIANTS = {
     "t5": ({"KIND_NAMES": ["t5"]}, 7, 25),
     "shared": ({"KIND_NAMES": ["shared", "inplace"]}, 14, 30),
     "experts": ({"KIND_NAMES": MIXTURES}, 8, 20),
-    "groups": ({"KIND_NAMES": ["llama", "shared"], "GROUPS": True}, 8, 25),
 }
 
 

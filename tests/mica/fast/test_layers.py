@@ -321,9 +321,7 @@ def test_kernels_under_autocast_and_after_loading_another_adapter(monkeypatch, t
 
 
 @pytest.mark.parametrize("called", [False, True], ids=["fused", "base layer called"])
-@pytest.mark.parametrize("grouped", [False, True])
-def test_forward_mode(called, grouped):
-    mica.fast.enable(group_projections=grouped)
+def test_forward_mode(called):
     layer = randomise(net(targets=["up"])).base_model.model.up
     if called:
         layer.base_layer.register_forward_hook(lambda module, args, out: out * 2)

@@ -159,9 +159,17 @@ def test_settings_are_checked_before_any_changes():
         mica.fast.enable(compute_dtype=torch.int8)
     with pytest.raises(ValueError, match=r"on_unsuitable must be one of .* but it is 'ignore'"):
         mica.fast.enable(on_unsuitable="ignore")
+    with pytest.raises(TypeError, match=r"unexpected keyword argument 'compute'$"):
+        mica.fast.enable(compute=None)
     assert (settings.compute_dtype, settings.on_unsuitable) == (torch.float32, "skip")
     mica.fast.enable()
     assert (settings.compute_dtype, settings.on_unsuitable) == (None, "raise")
+
+
+@pytest.mark.parametrize("value", ["auto", True, False, None])
+def test_groups_of_projections_are_said_to_be_gone(value):
+    with pytest.raises(TypeError, match=r"^.* 'group_projections': groups are gone, commit \w{7} .*$"):
+        mica.fast.enable(group_projections=value)
 
 
 @pytest.mark.parametrize(

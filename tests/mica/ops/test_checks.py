@@ -8,7 +8,6 @@ from mica.ops import (
     mica_embedding,
     mica_experts_linear,
     mica_linear,
-    mica_linear_group,
     mica_up_projection,
 )
 from tests.support.experts_oracle import problem as experts_problem
@@ -101,26 +100,6 @@ def test_bad_input_of_the_up_projection_is_named(change, kind, message):
     operands = {"y": torch.randn(3, 5), "h": torch.randn(3, 2), "lora_B": torch.randn(5, 2)}
     with pytest.raises(kind, match=message):
         mica_up_projection(**{**operands, **change})
-
-
-@pytest.mark.parametrize(
-    ("index", "value", "message"),
-    [
-        (0, [], "all lists must have one length, at least 1, but weights has 0, lora_As has 3"),
-        (3, [1.0, 1.0], "scalings has 2"),
-        (2, [torch.randn(14, 4)] * 3, r"lora_B \(out_features, rank\)"),
-    ],
-)
-def test_bad_input_of_the_group_is_named(index, value, message):
-    layers = [
-        problem((2,), 5, out_features, rank, torch.float32)
-        for out_features, rank in ((14, 3), (8, 8), (20, 16))
-    ]
-    names = ("weight", "lora_A", "lora_B", "scaling", "bias")
-    arguments = [[getattr(layer, name) for layer in layers] for name in names]
-    arguments[index] = value
-    with pytest.raises(ValueError, match=message):
-        mica_linear_group(torch.randn(2, 5), *arguments)
 
 
 @pytest.mark.parametrize(

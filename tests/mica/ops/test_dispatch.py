@@ -10,7 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from mica import ops
-from mica.ops import mica_down_projection, mica_embedding, mica_linear, mica_linear_group, mica_up_projection
+from mica.ops import mica_down_projection, mica_embedding, mica_linear, mica_up_projection
 from mica.ops.embedding import embedding
 from mica.ops.factors import down_projection, up_projection
 from mica.ops.linear import linear
@@ -24,12 +24,6 @@ CALLS = {  # name -> (function of the operand that needs a gradient, that operan
     "linear, x alone": (lambda x: mica_linear(x, P.weight, P.lora_A, P.lora_B, 0.5, P.bias), P.x),
     "linear, one token": (lambda A: mica_linear(P.x[0, 0], P.weight, A, P.lora_B), P.lora_A),
     "linear, matrix": (lambda A: mica_linear(P.x[0], P.weight, A, P.lora_B), P.lora_A),
-    "group": (
-        lambda A: mica_linear_group(
-            P.x, [P.weight, P.weight], [A, P.lora_A], [P.lora_B, P.lora_B], [1.0, 0.5]
-        )[0],
-        P.lora_A,
-    ),
     "down_projection": (lambda A: mica_down_projection(P.x, A, 0.5), P.lora_A),
     "up_projection": (lambda h: mica_up_projection(P.grad_output, h, P.lora_B), torch.randn(2, 3, 2)),
     "embedding": (lambda A: mica_embedding(INDICES, A, P.lora_B), TABLE),
@@ -211,13 +205,10 @@ def arguments() -> dict[str, tuple]:
     x, W, A, B, b = (torch.randn(*shape) for shape in ((6, 16), (24, 16), (4, 16), (24, 4), (24,)))
     dy, h, indices = torch.randn(6, 24), torch.randn(6, 4), torch.randint(0, 16, (6,))
     experts, offsets = [torch.randn(2, *t.shape) for t in (W, A, B, b)], torch.tensor([2, 5])
-    layers, scalings = ([W, W], [A, A], [B, B], [0.5, 0.3]), [0.5, 0.3]
     both, fp32 = [True, True], torch.float32
     return {
         "linear": (x, W, A, B, 0.5, b, None),
         "linear_backward": (dy, x, W, A, B, 0.5, fp32, both),
-        "linear_group": (x, *layers[:3], scalings, [b, None], None),
-        "linear_group_backward": ([dy, dy], x, *layers, fp32),
         "down_projection": (x, A, 0.5, None),
         "down_projection_backward": (h, x, A, 0.5, fp32, both),
         "up_projection": (dy, h, B),
@@ -240,12 +231,9 @@ LAYOUTS = {
 def in_other_layouts(operands: tuple):
     """The operands, each tensor of two or more dimensions in turn in each of ``LAYOUTS``."""
     for place, operand in enumerate(operands):
-        those = operand if isinstance(operand, list) else [operand]
         for name, layout in LAYOUTS.items():
-            if isinstance(those[0], torch.Tensor) and those[0].dim() >= 2:
-                changed = [layout(tensor) for tensor in those]
-                changed = changed if isinstance(operand, list) else changed[0]
-                yield f"{name} {place}", (*operands[:place], changed, *operands[place + 1 :])
+            if isinstance(operand, torch.Tensor) and operand.dim() >= 2:
+                yield f"{name} {place}", (*operands[:place], layout(operand), *operands[place + 1 :])
 
 
 @pytest.mark.parametrize("backend", ["reference", "triton"])

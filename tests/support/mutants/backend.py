@@ -4,53 +4,6 @@ from tests.support.mutants.edits import FileEdits
 
 BACKEND = [
     FileEdits(
-        "mica/fast/grouping.py",
-        tests=[
-            "tests/mica/fast/test_grouping_changes.py",
-            "tests/mica/fast/test_grouping.py",
-            "tests/mica/fast/test_grouping_checkpointing.py",
-        ],
-        edits={
-            "_fetch": [
-                ("or pending.x() is not x", ""),
-                ("or pending.surroundings != surroundings(x)", ""),
-                ("or not all(map(is_, output.operands, operands))", ""),
-                ("or output.versions != _versions(output.operands)", ""),
-            ],
-            "surroundings": [
-                ("x._version,", ""),
-                ("_region(),", ""),
-            ],
-            "is_on": [
-                ("torch._C._len_torch_dispatch_stack() or", ""),
-                ("x.numel() * x.shape[-1] < _WORTH_GROUPING", "False"),
-            ],
-            "_Group.miss": [("if layer() not in unfetched", "")],
-            "_State": [("_State(threading.local)", "_State")],
-            "_members": [
-                ("not operands.lora_A.requires_grad", "False"),
-                ("or depends_on_call(member)", ""),
-            ],
-            "_operands_in_general": [("or adapters[0].dropout_p", "")],
-            "_keep": [
-                ("first.grad_fn.on_backward = release", "pass"),
-                ("torch.autograd.Variable._execution_engine.queue_callback(release)", "pass"),
-            ],
-        },
-    ),
-    FileEdits(
-        "mica/fast/layers.py",
-        tests=[
-            "tests/mica/fast/test_grouping.py",
-            "tests/mica/fast/test_grouping_changes.py",
-            "tests/mica/fast/test_layers.py",
-        ],
-        edits={
-            "_in_general": [("first.dropout_p or", "")],
-            "whole_forward.forward": [("finally: grouping.forget_pending()", "finally:\n            pass")],
-        },
-    ),
-    FileEdits(
         "mica/fast/settings.py",
         tests=["tests/mica/fast/test_patching.py"],
         edits={

@@ -10,7 +10,6 @@ OPERATORS = [
             "tests/mica/test_kernel_plans.py",
             "tests/mica/test_kernel_path.py",
             "tests/mica/ops/test_factors.py",
-            "tests/mica/ops/test_group.py",
             "tests/mica/ops/test_dispatch.py",
         ],
         edits={
@@ -38,14 +37,6 @@ OPERATORS = [
                 ("scaling, dtype, fp32_setting", "scaling, fp32_setting"),
                 ("scaling, dtype, fp32_setting()", "scaling, dtype"),
             ],
-            "linear_group": [
-                ("as_operand(_stacked(lora_As, scalings), len(x), dtype", "_stacked(lora_As, scalings"),
-                ("_stacked(lora_As, scalings)", "_stacked(lora_As)"),
-            ],
-            "linear_group_backward": [
-                ("as_operand(_stacked(lora_As), len(g), compute_dtype", "_stacked(lora_As"),
-                ("in others", "in others[1:]"),
-            ],
             "down_projection_backward": [
                 ("as_operand(lora_A, len(grad_h), grad_h.dtype)", "lora_A"),
                 ('"dropout_p": dropout_p, "seed": seed', ""),
@@ -56,7 +47,6 @@ OPERATORS = [
             "linear_backward": [('"dropout_p": dropout_p, "seed": seed', "")],
             "embedding_backward": [("padding_idx=padding_idx,", "")],
             "up_projection": [("y.new_empty(y.shape)", "y"), ("y.new_empty(y.shape)", "torch.empty_like(y)")],
-            "_stacked": [("F.pad(A, (0, 0, 0, rows)) if rows else", "")],
         },
     ),
     FileEdits(
@@ -130,27 +120,9 @@ OPERATORS = [
         },
     ),
     FileEdits(
-        "mica/ops/group.py",
-        tests=["tests/mica/ops/test_group.py", "tests/mica/fast/test_grouping_checkpointing.py"],
-        edits={
-            "_saved_alone": [
-                ("if lora_A.requires_grad else None", ""),
-                ("if x.requires_grad else None", ""),
-            ],
-            "_LinearGroup.backward": [("[ctx.scalings[i] for i in used", "ctx.scalings[: len(used)")],
-            "_Follower.forward": [("return y.detach()", "return y")],
-            "_LinearGroup.forward": [("if ctx.needs_x else []", "")],
-        },
-    ),
-    FileEdits(
         "mica/reference.py",
-        tests=["tests/mica/test_reference.py", "tests/mica/ops/test_group.py"],
+        tests=["tests/mica/test_reference.py"],
         edits={
-            "linear_group_backward": [
-                ("used_pairs(grad_outputs, weights)", "used_pairs(grad_outputs[:2], weights[:2])"),
-                ("product_dtype(used, (*lora_As, *lora_Bs), compute_dtype)", "compute_dtype"),
-            ],
-            "stacked": [("if s == 1.0 else A * s", "")],
             "_scaled_product": [("dtype))).mul_(scaling", "dtype))")],
             "linear_backward": [
                 ("g.mul_(scaling)", "pass"),
@@ -169,9 +141,6 @@ OPERATORS = [
                 ("dtype != torch.float16 and", ""),
                 ("frexp(scaling)[0] in (0.5, -0.5)", "True"),
                 ("frexp(scaling)[0] in (0.5, -0.5)", "False"),
-            ],
-            "linear_group": [
-                ("product_dtype(x, (*lora_As, *lora_Bs), compute_dtype or x.dtype)", "compute_dtype"),
             ],
             "dropout_keep": [("arange(first_row, first_row +", "arange(0,")],
             "grad_a": [
