@@ -1,25 +1,57 @@
 """A linear layer's forward and backward through an operator, and its operands on the tested device."""
 
-from mica.ops import mica_linear
+import torch
+import torch.nn.functional as F
+
+from mica.ops import mica_down_projection, mica_linear, mica_up_projection
 from tests.support.kernel_cases import DEVICE
 from tests.support.oracle import Problem
 from tests.support.tolerances import RELATIVE, error
 
 
 def on_device(p: Problem) -> Problem:
-    for name in ("x", "weight", "lora_A", "lora_B", "bias", "grad_output"):
-        value = getattr(p, name)
+    for name in ("x", "offsets", "weight", "lora_A", "lora_B", "bias", "grad_output"):
+        value = getattr(p, name, None)
         if value is not None:
             setattr(p, name, value.to(DEVICE))
     return p
 
 
+def by_factors(x, weight, lora_A, lora_B, scaling, bias=None, *, compute_dtype=None, **dropout):
+    """What `mica_linear` computes, by the factors next to a called base layer."""
+    h = mica_down_projection(x, lora_A, scaling, compute_dtype=compute_dtype, **dropout)
+    return mica_up_projection(F.linear(x, weight, bias), h, lora_B)
+
+
+def leaves(p, needs=(True, True)) -> tuple[torch.Tensor, torch.Tensor]:
+    """x and A, each in memory of its own, that need gradients."""
+    return p.x.detach().clone().requires_grad_(needs[0]), p.lora_A.detach().clone().requires_grad_(needs[1])
+
+
+def call(p, function, x, lora_A, **options) -> torch.Tensor:
+    """With the other operands of a layer, or of a stack of experts."""
+    offsets = [p.offsets] if hasattr(p, "offsets") else []
+    return function(x, *offsets, p.weight, lora_A, p.lora_B, p.scaling, p.bias, **options)
+
+
 def run(p: Problem, compute_dtype=None, function=mica_linear, **options) -> dict:
-    """y, dx and dA of ``function``, which takes what `mica_linear` takes."""
+    """y, dx and dA of ``function``, which takes what `mica_linear` or `mica_experts_linear` takes."""
     x, lora_A = p.x.detach().requires_grad_(), p.lora_A.detach().requires_grad_()
-    y = function(x, p.weight, lora_A, p.lora_B, p.scaling, p.bias, compute_dtype=compute_dtype, **options)
+    y = call(p, function, x, lora_A, compute_dtype=compute_dtype, **options)
     y.backward(p.grad_output)
     return {"y": y, "grad_x": x.grad, "grad_A": lora_A.grad}
+
+
+def saved_by(function) -> tuple[set[int], torch.Tensor]:
+    """The addresses of what it saves for the backward, and its result."""
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+        result = function()
+    return addresses(*saved), result
+
+
+def addresses(*tensors) -> set[int]:
+    return {tensor.data_ptr() for tensor in tensors if tensor is not None}
 
 
 def agree(actual: dict, expected: dict, dtype) -> None:

@@ -11,46 +11,65 @@ from threadpoolctl import threadpool_info
 
 from mica.subspace import MinorSubspace, krylov, methods, minor_subspace, solver
 from mica.subspace.certificate import Certificate
-from tests.support.judging import judge, sine, truth
-from tests.support.spectra import NULL, RANK, SPECTRA, weight
+from tests.support.judging import columns, judge, sine, truth
+from tests.support.spectra import NULL, RANK, SPECTRA, stack, weight
+from tests.support.subspaces import quietly_solved, same
 
 # Tall, wide, square; small sides without and (from 128 on: conftest) with room for Krylov subspaces.
 SHAPES = [(120, 40), (40, 120), (60, 60), (200, 140), (140, 200), (150, 150)]
 METHODS = ["krylov", "gram", "svd"]
+by_each_method = pytest.mark.parametrize("method", METHODS)
+of_each_shape = pytest.mark.parametrize("shape", SHAPES, ids=str)
 
 
 def solve(matrix: torch.Tensor, rank: int = RANK, method: str = "auto", **options) -> MinorSubspace:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)
-        return minor_subspace(matrix, rank, method=method, **options)
+    return quietly_solved(matrix, rank, method=method, **options)
 
 
-def same_bits(first: MinorSubspace, second: MinorSubspace) -> bool:
-    return all(
-        torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
-        for a, b in zip(*(vars(result).values() for result in (first, second)), strict=True)
-    )
+def certified(matrix: torch.Tensor, *arguments, determined: bool = True, **options) -> MinorSubspace:
+    """The result, judged."""
+    result = solve(matrix, *arguments, **options)
+    judge(matrix, result, determined)
+    assert result.certified
+    return result
 
 
-def refuse(monkeypatch) -> None:
-    """No certificate from now on."""
-    nothing, infinite = torch.tensor(False), torch.tensor(math.inf, dtype=torch.float64)
-    refused = Certificate(nothing, infinite, torch.zeros((), dtype=torch.float64))
-    monkeypatch.setattr("mica.subspace.candidate.certify", lambda *arguments: refused)
+def with_one_warning(message: str, matrix: torch.Tensor, method: str) -> MinorSubspace:
+    with pytest.warns(UserWarning, match=message) as caught:
+        result = minor_subspace(matrix, RANK, method=method)
+    assert len(caught) == 1
+    assert caught[0].filename == __file__
+    return result
 
 
-@pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
+# What is found
+
+
+@by_each_method
+@of_each_shape
 @pytest.mark.parametrize("name", SPECTRA)
 def test_every_spectrum(name, shape, method):
+    """Null directions of a tall weight are completed orthonormally, outside range(W), with one warning."""
     matrix = weight(name, *shape)
-    result = solve(matrix, RANK, method)
     tall = shape[0] > shape[1]
-    judge(matrix, result, determined=not (tall and name in NULL))
+    if tall and name in NULL:
+        vectors, squares = truth(matrix)
+        kept = squares > 1e-20 * squares[0]
+        count = min(RANK, int((~kept).sum()))
+        message = f"^{count} of the {RANK} smallest .* a weight of shape .* numerically null"
+        result = with_one_warning(message, matrix, method)
+        assert result.null_count == count
+        completion = result.basis[:, -count:].double()
+        assert torch.linalg.matrix_norm(vectors[:, kept].T @ completion, 2) <= 1e-6
+    else:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            result = minor_subspace(matrix, RANK, method=method)
+        assert result.null_count == 0
+    judge(matrix, result, determined=not result.null_count)
     assert result.certified
     assert result.energy_excess <= 1 + 1e-5
-    assert (result.null_count > 0) == (tall and name in NULL)
-    if method == "svd" or (tall and name in NULL):
+    if method == "svd" or result.null_count:
         assert result.method == "svd"
     elif not tall and method == "gram":
         assert result.method == "gram"
@@ -58,38 +77,29 @@ def test_every_spectrum(name, shape, method):
         assert result.method == (method if krylov.fits(min(shape), RANK) else "gram")
 
 
-@pytest.mark.parametrize("shape", [(60, 40), (40, 60), (50, 50), (200, 140), (140, 200)], ids=str)
+TINY = [(1, 1), (1, 7), (7, 1), (2, 2), (2, 5), (5, 2), (3, 3)]
+LARGER = [(60, 40), (40, 60), (50, 50), (200, 140), (140, 200)]
+
+
+@pytest.mark.parametrize("shape", [*TINY, *LARGER], ids=str)
 @pytest.mark.parametrize("method", ["auto", *METHODS])
-@pytest.mark.parametrize("share", [0.0, 0.3, 0.8, 1.0])
-def test_ranks_from_one_to_all(shape, method, share):
-    matrix = weight("gaussian", *shape)
-    result = solve(matrix, max(1, round(share * min(shape))), method)
-    judge(matrix, result)
-    assert result.certified
-
-
-@pytest.mark.parametrize("shape", [(1, 1), (1, 7), (7, 1), (2, 2), (2, 5), (5, 2), (3, 3)], ids=str)
-@pytest.mark.parametrize("name", ["gaussian", "zero", "flat", "times 1e4"])
-@pytest.mark.parametrize("method", METHODS)
-def test_tiny_weights(shape, name, method):
-    matrix = weight(name, *shape)
-    for rank in range(1, min(shape) + 1):
-        result = solve(matrix, rank, method)
-        judge(matrix, result, determined=not (name == "zero" and shape[0] > shape[1]))
-        assert result.certified
+def test_ranks_from_one_to_all(shape, method):
+    for name in ("gaussian", "zero", "flat", "times 1e4") if shape in TINY else ("gaussian",):
+        for share in (0.0, 0.3, 0.8, 1.0):
+            rank = max(1, round(share * min(shape)))
+            determined = not (name == "zero" and shape[0] > shape[1])
+            certified(weight(name, *shape), rank, method, determined=determined)
 
 
 @pytest.mark.parametrize("shape", [(120, 40), (40, 120), (60, 60), (140, 200)], ids=str)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
-@pytest.mark.parametrize("method", METHODS)
+@by_each_method
 def test_input_dtypes(shape, dtype, method):
     matrix = weight("gaussian", *shape).to(dtype)
-    result = solve(matrix, RANK, method)
+    result = certified(matrix, RANK, method)
     assert result.basis.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
-    judge(matrix, result)
-    assert result.certified
     if dtype != torch.float64:  # the same numbers in fp32 give the same bits
-        assert same_bits(result, solve(matrix.float(), RANK, method))
+        assert same(result, solve(matrix.float(), RANK, method))
     else:
         assert sine(truth(matrix).vectors[:, -RANK:], result.basis) <= 1e-9
 
@@ -108,41 +118,34 @@ def test_fp64_weights_whose_squares_leave_the_range(exponent, shape):
     limits = torch.finfo(torch.float64)
     expected = plain.resolution * 2.0**exponent * 2.0**exponent
     assert scaled.resolution == pytest.approx(min(max(expected, limits.tiny), limits.max), rel=1e-9)
+    assert solve(0 * matrix).resolution == 0  # a zero weight resolves everything
 
 
-def test_a_zero_weight_resolves_everything():
-    assert solve(torch.zeros(40, 60, dtype=torch.float64), RANK).resolution == 0
-
-
-@pytest.mark.parametrize("shape", [(120, 40), (40, 120), (60, 60), (140, 200)], ids=str)
-@pytest.mark.parametrize("method", METHODS)
-def test_smaller_ranks_are_the_last_columns(shape, method):
+@pytest.mark.parametrize("shape", [(120, 40), (40, 120), (60, 60), (200, 140), (140, 200)], ids=str)
+@by_each_method
+@pytest.mark.parametrize("sign", [1, -1])
+def test_columns_and_signs_are_those_of_the_definition(shape, method, sign):
+    """Of a smaller rank the last ones."""
     matrix = weight("hard edge", *shape)
-    largest = solve(matrix, 16, method).basis
-    for rank in (1, 5, 12):
-        torch.testing.assert_close(solve(matrix, rank, method).basis, largest[:, -rank:], rtol=0, atol=2e-6)
+    for rank in (1, 5, RANK, 12, 16):
+        expected = truth(matrix).vectors[:, -rank:]
+        expected = expected * expected.gather(0, expected.abs().argmax(0, keepdim=True)).sign()
+        basis = solve(sign * matrix, rank, method).basis
+        torch.testing.assert_close(basis.double(), expected, rtol=0, atol=2e-6)
 
 
-@pytest.mark.parametrize("shape", [(120, 40), (40, 120), (60, 60), (200, 140)], ids=str)
-def test_columns_and_signs_are_those_of_the_definition(shape):
-    matrix = weight("hard edge", *shape)
-    expected = truth(matrix).vectors[:, -RANK:]
-    expected = expected * expected.gather(0, expected.abs().argmax(0, keepdim=True)).sign()
-    for method in METHODS:
-        for sign in (1, -1):
-            basis = solve(sign * matrix, RANK, method).basis
-            torch.testing.assert_close(basis.double(), expected, rtol=0, atol=2e-6)
+# The same again
 
 
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
-@pytest.mark.parametrize("method", METHODS)
+@of_each_shape
+@by_each_method
 @pytest.mark.parametrize("name", ["gaussian", "rank 5"])
 @pytest.mark.parametrize("threads", [1, 2])
 def test_same_call_same_bits(shape, method, name, threads):
     torch.set_num_threads(threads)
     matrix = weight(name, *shape)
     state = torch.get_rng_state()
-    assert same_bits(solve(matrix, RANK, method), solve(matrix.clone(), RANK, method))
+    assert same(solve(matrix, RANK, method), solve(matrix.clone(), RANK, method))
     assert torch.equal(torch.get_rng_state(), state)
 
 
@@ -151,12 +154,12 @@ def test_seeds_start_elsewhere_and_end_at_the_same_subspace(shape, dtype):
     matrix = weight("gaussian", *shape).to(dtype)
     first, again, other = (solve(matrix, RANK, "krylov", seed=seed) for seed in (1, 1, 2))
     assert (first.method, other.method) == ("krylov", "krylov")
-    assert same_bits(first, again)
+    assert same(first, again)
     assert not torch.equal(first.basis, other.basis)
     torch.testing.assert_close(first.basis, other.basis, rtol=0, atol=1e-6)
 
 
-@pytest.mark.parametrize("method", METHODS)
+@by_each_method
 @pytest.mark.parametrize("shape", [(60, 40), (140, 200)], ids=str)
 def test_any_tensor_of_the_same_numbers(method, shape):
     matrix = weight("gaussian", *shape)
@@ -164,34 +167,27 @@ def test_any_tensor_of_the_same_numbers(method, shape):
     expected = solve(matrix, RANK, method).basis
     padded = torch.full((2 * shape[0], 2 * shape[1]), math.nan)
     padded[::2, ::2] = matrix
-    same = [
-        torch.nn.Parameter(matrix),
-        matrix.clone().requires_grad_() * 1,
-        matrix.T.contiguous().T,
-        padded[::2, ::2],
-    ]
-    for variant in same:
+    trained = matrix.clone().requires_grad_() * 1
+    for variant in (torch.nn.Parameter(matrix), trained, columns(matrix), padded[::2, ::2]):
         basis = solve(variant, RANK, method).basis
         torch.testing.assert_close(basis, expected, rtol=0, atol=1e-6)
         assert not basis.requires_grad
     assert torch.equal(matrix, untouched)
 
 
-def threads() -> list[int]:
-    return [torch.get_num_threads(), *(pool["num_threads"] for pool in threadpool_info())]
-
-
 @pytest.mark.parametrize("count", [1, 2])
-@pytest.mark.parametrize("method", METHODS)
+@by_each_method
 def test_thread_counts_are_the_caller_s_again(count, method, monkeypatch):
-    torch.set_num_threads(count)
-    before = threads()
-    solve(weight("gaussian", 140, 200), RANK, method)
-    assert threads() == before
+    def threads() -> list[int]:
+        return [torch.get_num_threads(), *(pool["num_threads"] for pool in threadpool_info())]
 
     def broken(*arguments):
         raise RuntimeError("broken")
 
+    torch.set_num_threads(count)
+    before = threads()
+    solve(weight("gaussian", 140, 200), RANK, method)
+    assert threads() == before
     for name in ("mica.subspace.candidate.certify", "mica.subspace.host.HostGram.apply"):
         monkeypatch.setattr(name, broken)
         with pytest.raises(RuntimeError, match="broken"):
@@ -199,81 +195,48 @@ def test_thread_counts_are_the_caller_s_again(count, method, monkeypatch):
         assert threads() == before
 
 
-@pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("shape", [(120, 40), (200, 140)], ids=str)
-@pytest.mark.parametrize("name", sorted(NULL))
-def test_null_directions_of_a_tall_weight(name, shape, method):
-    """Completed orthonormally, outside range(W), with one warning that counts them."""
-    matrix = weight(name, *shape)
-    vectors, squares = truth(matrix)
-    kept = squares > 1e-20 * squares[0]
-    null_count = min(RANK, int((~kept).sum()))
-    message = f"^{null_count} of the {RANK} smallest .* a weight of shape .* numerically null"
-    with pytest.warns(UserWarning, match=message) as caught:
-        result = minor_subspace(matrix, RANK, method=method)
-    assert len(caught) == 1
-    assert caught[0].filename == __file__
-    assert result.null_count == null_count
-    completion = result.basis[:, -null_count:].double()
-    assert torch.linalg.matrix_norm(vectors[:, kept].T @ completion, 2) <= 1e-6
-    assert result.certified
+# What is not proven
 
 
-@pytest.mark.parametrize("shape", [(40, 120), (60, 60), (140, 200)], ids=str)
-def test_null_directions_of_other_weights_need_no_warning(shape):
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        for name in sorted(NULL):
-            assert minor_subspace(weight(name, *shape), RANK).null_count == 0
-        minor_subspace(weight("gaussian", 120, 40), RANK)
-
-
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@of_each_shape
 @pytest.mark.parametrize("method", ["auto", *METHODS])
 def test_what_cannot_be_proven_is_the_svd_s_with_a_warning(shape, method, monkeypatch):
+    infinite = torch.tensor(math.inf, dtype=torch.float64)
+    refused = Certificate(torch.tensor(False), infinite, torch.zeros((), dtype=torch.float64))
+    monkeypatch.setattr("mica.subspace.candidate.certify", lambda *arguments: refused)
     matrix = weight("gaussian", *shape)
-    refuse(monkeypatch)
     message = r"^the minor subspace of a weight of shape .* is not proven .*'svd'"
-    with pytest.warns(UserWarning, match=message) as caught:
-        result = minor_subspace(matrix, RANK, method=method)
-    assert len(caught) == 1
-    assert caught[0].filename == __file__
+    result = with_one_warning(message, matrix, method)
     assert result.method == "svd"
     assert not result.certified
     judge(matrix, dataclasses.replace(result, energy_excess=math.inf))
 
 
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
+KRYLOV_FAULTS = {
+    "no factor": lambda right: None,
+    "wrong vectors": lambda right: krylov.Ritz(right[:, 1:], True),
+    "not converged": lambda right: krylov.Ritz(right[:, :-1], False),
+}
+
+
+@of_each_shape
 def test_falls_back_to_the_svd_from_wrong_eigenvectors(shape, monkeypatch):
     monkeypatch.setattr(
         "mica.subspace.host.partial_eigenvectors",
         lambda matrix, count: np.linalg.eigh(matrix, UPLO="L").eigenvectors[:, -count:],
     )
-    matrix = weight("gaussian", *shape)
-    result = solve(matrix, RANK, "gram")
-    assert result.method == "svd"
-    assert result.certified
-    judge(matrix, result)
+    assert certified(weight("gaussian", *shape), RANK, "gram").method == "svd"
 
 
 @pytest.mark.parametrize("shape", SHAPES[3:], ids=str)
-@pytest.mark.parametrize("fault", ["wrong vectors", "no factor", "not converged"])
+@pytest.mark.parametrize("fault", KRYLOV_FAULTS)
 def test_falls_back_to_the_gram_from_krylov(shape, fault, monkeypatch):
-    def faulty(gram, rank, limits, eps, seed):
-        if fault == "no factor":
-            return None
-        right = smallest_eigenvectors(gram, rank + 1, limits, eps, seed).vectors
-        if fault == "wrong vectors":
-            return krylov.Ritz(right[:, 1:], True)
-        return krylov.Ritz(right[:, :-1], False)
+    def faulty(gram, rank, *rest):
+        return KRYLOV_FAULTS[fault](smallest_eigenvectors(gram, rank + 1, *rest).vectors)
 
     smallest_eigenvectors = krylov.smallest_eigenvectors
     monkeypatch.setattr(krylov, "smallest_eigenvectors", faulty)
-    matrix = weight("gaussian", *shape)
-    result = solve(matrix, RANK, "krylov")
-    assert result.method == "gram"
-    assert result.certified
-    judge(matrix, result)
+    assert certified(weight("gaussian", *shape), RANK, "krylov").method == "gram"
 
 
 @pytest.mark.parametrize("shape", SHAPES[3:], ids=str)
@@ -281,29 +244,25 @@ def test_falls_back_to_the_gram_from_krylov(shape, fault, monkeypatch):
 def test_a_start_orthogonal_to_the_answer(name, shape, monkeypatch):
     """Rounding and further steps bring the answer in, or it is not proven and another method finds it."""
     matrix = weight(name, *shape)
-    exact_vectors = torch.linalg.svd(matrix.double() if shape[0] < shape[1] else matrix.double().T).U[
-        :, -RANK:
-    ]
+    exact = truth(matrix if shape[0] < shape[1] else matrix.T).vectors[:, -RANK:]
     starts = []
 
     def orthogonal(gram, count, seed):
         block = random(gram, count, seed)
         for _ in range(2):
-            block = gram.orthonormal(block - exact_vectors @ (exact_vectors.T @ block))[0]
-        starts.append(torch.linalg.matrix_norm(exact_vectors.T @ block).item())
+            block = gram.orthonormal(block - exact @ (exact.T @ block))[0]
+        starts.append(torch.linalg.matrix_norm(exact.T @ block).item())
         return block
 
     random = krylov.random_block
     monkeypatch.setattr(krylov, "random_block", orthogonal)
-    result = solve(matrix, RANK, "krylov")
-    judge(matrix, result, determined=not (name in NULL and shape[0] > shape[1]))
-    assert result.certified
+    certified(matrix, RANK, "krylov", determined=not (name in NULL and shape[0] > shape[1]))
     assert starts
     assert max(starts) <= 1e-12
 
 
-@pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@by_each_method
+@of_each_shape
 @pytest.mark.parametrize("name", sorted(SPECTRA.keys() - NULL))
 def test_without_strict_right_but_not_proven(name, shape, method, monkeypatch):
     matrix = weight(name, *shape)
@@ -317,13 +276,16 @@ def test_without_strict_right_but_not_proven(name, shape, method, monkeypatch):
     assert 0 <= result.energy_excess <= 1 + 1e-5
 
 
-def test_without_strict_nothing_falls_back(monkeypatch):
+@pytest.mark.parametrize("method", ["krylov", "gram"])
+def test_without_strict_nothing_falls_back(method, monkeypatch):
     matrix = weight("gaussian", 150, 150)
     candidate = methods.candidate
     monkeypatch.setattr(methods, "candidate", lambda problem, vectors: candidate(problem, vectors.flip(0)))
-    for method in ("krylov", "gram"):
-        assert solve(matrix, RANK, method, strict=False).method == method
-        assert solve(matrix, RANK, method).method == "svd"
+    assert solve(matrix, RANK, method, strict=False).method == method
+    assert solve(matrix, RANK, method).method == "svd"
+
+
+# Batches
 
 
 @pytest.mark.parametrize("shape", [(50, 40), (40, 50), (140, 150)], ids=str)
@@ -331,20 +293,17 @@ def test_without_strict_nothing_falls_back(monkeypatch):
 @pytest.mark.parametrize("method", ["krylov", "gram"])
 def test_a_batch_is_its_matrices_one_by_one(shape, leading, method):
     names = ["gaussian", "hard edge", "times 1e-4", "row scales", "times 1e4", "flat"]
-    count = math.prod(leading)
-    singles = [weight(name, *shape) for name in names[:count]]
-    matrices = torch.stack(singles).reshape(*leading, *shape)
+    matrices = stack(names[: math.prod(leading)], shape).reshape(*leading, *shape)
     strided = torch.full((*leading, shape[1], 2 * shape[0]), math.nan).mT
     strided[..., ::2, :] = matrices
-    expected = [solve(single, RANK, method) for single in singles]
-    strided_expected = [solve(s, RANK, method) for s in strided[..., ::2, :].reshape(-1, *shape)]
-    for batch, each in ((matrices, expected), (strided[..., ::2, :], strided_expected)):
+    for batch in (matrices, strided[..., ::2, :]):
         result = solve(batch, RANK, method)
+        each = [solve(single, RANK, method) for single in batch.reshape(-1, *shape)]
         assert result.basis.shape == (*leading, shape[0], RANK)
         assert result.basis.is_contiguous()
         assert result.singular_values.shape == (*leading, RANK)
-        for index in range(count):
-            judge(singles[index], each[index])
+        for index, single in enumerate(matrices.reshape(-1, *shape)):
+            judge(single, each[index])
             assert torch.equal(result.basis.reshape(-1, shape[0], RANK)[index], each[index].basis)
             values = result.singular_values.reshape(-1, RANK)[index]
             assert torch.equal(values, each[index].singular_values)
@@ -368,13 +327,9 @@ def test_each_matrix_of_a_batch_has_its_own_scale(shape, exponent):
 def test_the_figures_of_a_batch_are_the_worst_ones(position, monkeypatch):
     names = ["gaussian", "hard edge"]
     names.insert(position, "rank deficient by 3")
-    matrices = torch.stack([weight(name, 200, 140) for name in names])
-    with pytest.warns(UserWarning, match=r"^3 of the 8 smallest .* shape \(3, 200, 140\)") as caught:
-        result = minor_subspace(matrices, RANK, method="krylov")
-    assert len(caught) == 1
-    assert result.method == "svd"
-    assert result.null_count == 3
-    assert result.certified
+    matrices = stack(names, (200, 140))
+    result = with_one_warning(r"^3 of the 8 smallest .* shape \(3, 200, 140\)", matrices, "krylov")
+    assert (result.method, result.null_count, result.certified) == ("svd", 3, True)
 
     refused = iter(index == position for index in range(3))
     judged = solver.judged

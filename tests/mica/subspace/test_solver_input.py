@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from mica.dtypes import FLOATING
 from mica.subspace import minor_subspace
 
 
@@ -14,7 +15,7 @@ def test_rank_out_of_range(rank, shape):
         minor_subspace(torch.ones(shape), rank)
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("dtype", FLOATING)
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
 @pytest.mark.parametrize("shape", [(8, 5), (2, 4, 5)], ids=str)
 @pytest.mark.parametrize("transposed", [False, True])
