@@ -2,6 +2,9 @@
 
 import pytest
 
+from bench.report.compare import main as compare
+from bench.results.names import BACKWARD, BARE, FAST, FORWARD, NO_GRADIENT, STOCK
+from bench.results.schema import Result
 from tests.support.processes import start
 
 CELL = "1024x576x576-r16-bfloat16"
@@ -30,9 +33,6 @@ def usual(run):
 
 
 def test_it_writes_a_result_and_its_report(usual):
-    from bench.results.names import BACKWARD, BARE, FAST, FORWARD, NO_GRADIENT, STOCK
-    from bench.results.schema import Result
-
     file, output = usual
     result = Result.load(file)
     assert [group.axes["pass"] for group in result.groups] == [FORWARD, BACKWARD, NO_GRADIENT]
@@ -47,26 +47,20 @@ def test_it_writes_a_result_and_its_report(usual):
 
 
 def test_a_slow_operator_is_a_regression(run, usual):
-    from bench.report.compare import main
-
     code, slow, output = run("slow", "slow")
     assert code == 0, output
-    assert main([str(usual[0]), str(slow)]) == 1
-    assert main([str(slow), str(usual[0])]) == 0  # faster
+    assert compare([str(usual[0]), str(slow)]) == 1
+    assert compare([str(slow), str(usual[0])]) == 0  # faster
 
 
 def test_a_wrong_operator_gets_no_number_and_the_others_do(run, usual):
-    from bench.report.compare import main
-    from bench.results.names import FAST, STOCK
-    from bench.results.schema import Result
-
     code, file, output = run("wrong", "wrong")
     assert code == 1, output
     result = Result.load(file)
     assert {one["implementation"] for one in result.refused} == {FAST}
     assert all(STOCK in group.timings and FAST not in group.timings for group in result.groups)
     assert "**No number**" in file.with_suffix(".md").read_text()
-    assert main([str(usual[0]), str(file)]) == 1
+    assert compare([str(usual[0]), str(file)]) == 1
 
 
 def test_nothing_to_time(run):

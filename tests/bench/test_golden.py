@@ -1,0 +1,132 @@
+"""From a journal to its result, its report and its comparison with another run: the files in `golden`.
+
+Times are made up, so that a page's figures can be worked out by hand. After a change of the report
+``python -m bench.report --no-pictures tests/bench/golden/cpu.jsonl`` writes the new result and page, likewise
+of gpu and dry; `bench.report.compare` of cpu.json and slower.json prints slower.md.
+"""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from bench.report import __main__ as command
+from bench.report import compare
+from bench.report.markdown import report
+from bench.results.names import BARE, FAST, STOCK
+from bench.results.schema import Result
+
+GOLDEN = Path(__file__).parent / "golden"
+RUNS = ("cpu", "gpu", "dry")
+
+
+def golden(name):
+    return (GOLDEN / name).read_text(encoding="utf-8")
+
+
+@pytest.fixture
+def journal(tmp_path):
+    """journal(name, machine) -> a copy of the journal, with or without a result that knows the machine."""
+
+    def journal(name, machine=True):
+        file = tmp_path / f"{name}.jsonl"
+        file.write_text(golden(file.name), encoding="utf-8")
+        if machine:
+            Result(Result.load(GOLDEN / f"{name}.json").machine, []).save(file.with_suffix(".json"))
+        return file
+
+    return journal
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_a_journal_becomes_a_result_and_its_report(name, journal, capsys):
+    file = journal(name)
+    command.main([str(file), "--no-pictures"])
+    assert file.with_suffix(".json").read_text(encoding="utf-8") == golden(f"{name}.json")
+    assert file.with_suffix(".md").read_text(encoding="utf-8") == golden(f"{name}.md")
+    assert capsys.readouterr().out == golden(f"{name}.md")
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_a_result_round_trips_and_its_passes_are_summed_once(name, tmp_path):
+    result = Result.load(GOLDEN / f"{name}.json")
+    result.save(tmp_path / "run.json")
+    assert (tmp_path / "run.json").read_text(encoding="utf-8") == golden(f"{name}.json")
+    assert [path.name for path in tmp_path.iterdir()] == ["run.json"]
+    summed = result.with_both()
+    assert summed.with_both() == summed
+    result.groups.clear()
+    result.save(tmp_path / "run.json")
+    assert Result.load(tmp_path / "run.json") == result
+
+
+def test_an_interrupted_run_does_not_know_its_machine(journal):
+    lines, known = (
+        command.write(journal("cpu", machine), with_pictures=False).splitlines() for machine in (False, True)
+    )
+    assert lines[2] == "The machine is unknown, and so is whether these times are measurements."
+    assert [*lines[:2], *lines[3:]] == [*known[:2], *known[3:]]
+    assert "## Targets" in command.write(journal("gpu", False), with_pictures=False)
+
+
+def test_a_run_that_measured_nothing_says_so():
+    lines = report(Result({"device": "a GPU"}, [])).splitlines()
+    shown = [line for line in lines if line.startswith(("- ", "| a layer", "| h = x"))]
+    assert len(shown) == 15 + 9 + 1
+    assert all(line.endswith((": not measured in this run.", "|  | not measured |")) for line in shown)
+
+
+# of the summary and of the targets: how many have no figure without an implementation
+LOST = {"cpu": {BARE: 1, STOCK: 10, FAST: 12}, "gpu": {BARE: 2, STOCK: 11, FAST: 24}}
+
+
+@pytest.mark.parametrize("implementation", [BARE, STOCK, FAST])
+@pytest.mark.parametrize("name", LOST)
+def test_an_implementation_without_a_number_leaves_the_other_lines(name, implementation):
+    result, before = Result.load(GOLDEN / f"{name}.json"), {*golden(f"{name}.md").splitlines()}
+    for group in result.groups:
+        group.timings.pop(implementation, None)
+    text = report(result)
+    new = [line for line in text.splitlines() if line not in before and line.startswith(("- **", "| a "))]
+    lost = [line for line in new if "not measured" in line]
+    assert len(lost) == LOST[name][implementation]
+    if implementation == BARE:
+        assert all("Memory" in line or "adds to the bare" in line for line in lost)
+        assert len(new) - len(lost) <= 2  # the bare model's times of a step and of generate() are left out
+        assert not any(words in text for words in ("times the", "overhead ÷", "÷ bare"))
+
+
+def test_the_picture_is_linked(journal, capsys):
+    file = journal("cpu")
+    command.main([str(file)])
+    markdown = file.with_suffix(".md").read_text(encoding="utf-8")
+    assert capsys.readouterr().out == markdown
+    pictures = [file.with_name(f"cpu-{what}.svg") for what in ("against-stock", "overhead-by-tokens")]
+    assert sorted(file.parent.glob("*.svg")) == pictures
+    assert all(f"]({picture.name})\n" in markdown for picture in pictures)
+
+
+def test_without_matplotlib_there_is_a_report_without_pictures(journal):
+    file = journal("cpu")
+    program = "import sys; sys.modules['matplotlib'] = None; from bench.report.__main__ import main; main()"
+    done = subprocess.run([sys.executable, "-c", program, file], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.replace(f"{command.NO_MATPLOTLIB}\n\n", "") == golden("cpu.md") != done.stdout
+    assert not [*file.parent.glob("*.svg")]
+
+
+def test_a_file_that_is_not_there_is_refused(tmp_path, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        command.main([str(tmp_path / "run.jsonl")])
+    assert capsys.readouterr().err.endswith(f"error: there is no {tmp_path / 'run.jsonl'}\n")
+    assert not [*tmp_path.iterdir()]
+
+
+def test_two_runs_are_compared(capsys):
+    """Names in other words are the same cell by its axes; what others lack is no regression."""
+    old, new = (str(GOLDEN / f"{name}.json") for name in ("cpu", "slower"))
+    assert compare.main([old, new]) == 1
+    assert capsys.readouterr().out == golden("slower.md")
+    assert compare.main([old, old]) == 0
+    assert capsys.readouterr().out == "97 of 97 ratios agree (their intervals overlap): no regression.\n"
