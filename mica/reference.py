@@ -17,10 +17,16 @@ rounding where the processor has no 16-bit instructions). The scaling is folded 
 (backward) *before* that cast: one rounding instead of two, on r·K or N·r numbers instead of M·r; a scaling
 that rounds nothing (1, a power of two) is applied where there is least to multiply. Everything here is
 differentiable by autograd and runs on any device.
+
+On a stack of experts the same, expert by expert: W (E×N×K), B (E×N×r), A (E×r×K), bias (E×N). The rows of x
+(S×K) are sorted by expert, those of expert e reach from offsets[e-1] to offsets[e] (E ends, int32 or int64), and
+a token of k experts has k rows. dA_e is 0 for an expert without rows. Neither W + s·B·A nor its gradient (both
+E×N×K) is formed, which is what PEFT's path costs (`lora.ParamWrapper`), and no expert without rows is read.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
 from math import frexp
 
 import torch
@@ -270,14 +276,6 @@ def up_projection_backward(grad_output: Tensor, lora_B: Tensor, compute_dtype: t
     return grad_h(grad_output, lora_B, 1.0, compute_dtype)
 
 
-def grad_a_embedding(
-    grad_output: Tensor, indices: Tensor, lora_B: Tensor, scaling: float, size: int
-) -> Tensor:
-    """dA (r×size) of `embedding`: column j is the sum of g's rows whose index is j; g as in `grad_h`."""
-    g = grad_h(grad_output, lora_B, scaling, torch.promote_types(grad_output.dtype, torch.float32))
-    return g.new_zeros(g.shape[1], size).index_add(1, indices, g.t())
-
-
 def embedding_backward(
     grad_output: Tensor,
     indices: Tensor,
@@ -286,8 +284,12 @@ def embedding_backward(
     scaling: float,
     padding_idx: int | None,
 ) -> Tensor:
-    """dA (r×num_embeddings) of `embedding` in the dtype of lora_A; its column ``padding_idx`` is 0."""
-    grad = grad_a_embedding(grad_output, indices, lora_B, scaling, lora_A.shape[1])
+    """dA (r×num_embeddings) of `embedding` in the dtype of lora_A; its column ``padding_idx`` is 0.
+
+    Column j is the sum of g's rows whose index is j, in fp32; g as in `grad_h`.
+    """
+    g = grad_h(grad_output, lora_B, scaling, torch.promote_types(grad_output.dtype, torch.float32))
+    grad = g.new_zeros(g.shape[1], lora_A.shape[1]).index_add(1, indices, g.t())
     if padding_idx is not None:
         grad = grad.where(torch.arange(grad.shape[1], device=grad.device) != padding_idx, 0)
     return grad.to(lora_A.dtype)
@@ -297,3 +299,91 @@ def delta(lora_A: Tensor, lora_B: Tensor, scaling: float) -> Tensor:
     """The update s·B A (N×K) in fp32 (fp64 where A or B is), whatever the adapter's own dtype."""
     dtype = torch.promote_types(torch.promote_types(lora_A.dtype, lora_B.dtype), torch.float32)
     return lora_B.to(dtype) @ (lora_A.to(dtype) * scaling)
+
+
+# ---------------------------------------------------------------------------------------------------
+# a stack of experts
+# ---------------------------------------------------------------------------------------------------
+
+
+def experts_linear(
+    x: Tensor,
+    offsets: Tensor,
+    weight: Tensor,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    scaling: float = 1.0,
+    bias: Tensor | None = None,
+    compute_dtype: torch.dtype | None = None,
+) -> Tensor:
+    """y (S×N) in the dtype of x, from x (S×K), weight (E×N×K), lora_A (E×r×K), lora_B (E×N×r), bias (E×N).
+
+    Rows after the last offset, which belong to no expert, are 0. A weight or bias of another dtype (under
+    autocast) is cast to that of x, expert by expert.
+    """
+    y = x.new_empty(x.shape[0], weight.shape[1])
+    fill, end = _filling(x), 0
+    for expert, rows in hit(offsets):
+        own_bias = None if bias is None else _cast(bias[expert], x.dtype)
+        operands = _cast(weight[expert], x.dtype), lora_A[expert], lora_B[expert].contiguous()
+        y = fill(y, rows, linear(x[rows], *operands, scaling, own_bias, compute_dtype))
+        end = rows.stop
+    y[end:] = 0
+    return y
+
+
+def experts_linear_backward(
+    grad_output: Tensor,
+    x: Tensor | None,
+    offsets: Tensor,
+    weight: Tensor | None,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    scaling: float,
+    compute_dtype: torch.dtype,
+) -> tuple[Tensor | None, Tensor | None]:
+    """(dx (S×K), dA (E×r×K) in the dtype of lora_A); None where the weight or x that it takes is None."""
+    dx = None if weight is None else grad_output.new_empty(grad_output.shape[0], lora_A.shape[2])
+    dA = None if x is None else lora_A.new_zeros(lora_A.shape)
+    fill, end = _filling(grad_output), 0
+    for expert, rows in hit(offsets):
+        operands = (
+            None if x is None else x[rows],
+            None if weight is None else _cast(weight[expert], grad_output.dtype),
+            lora_A[expert],
+            lora_B[expert].contiguous(),  # a stack's is strided: PEFT stores (N×r·E), the expert fastest
+        )
+        part, own = linear_backward(grad_output[rows], *operands, scaling, compute_dtype)
+        if dx is not None:
+            dx = fill(dx, rows, part)
+        if dA is not None:
+            dA = fill(dA, slice(expert, expert + 1), own)
+        end = rows.stop
+    if dx is not None:
+        dx[end:] = 0
+    return dx, dA
+
+
+def _filling(tensor: Tensor) -> Callable[[Tensor, slice, Tensor], Tensor]:
+    """(whole, rows, part) -> whole with these rows: filled in place where no vmap can make part a batch."""
+    if torch._C._are_functorch_transforms_active() or torch._C._functorch.is_legacy_batchedtensor(tensor):
+        return _filled_copy
+    return _filled
+
+
+def _filled(whole: Tensor, rows: slice, part: Tensor) -> Tensor:
+    whole[rows] = part
+    return whole
+
+
+def _filled_copy(whole: Tensor, rows: slice, part: Tensor) -> Tensor:
+    return torch.cat([whole[: rows.start], part.view_as(whole[rows]), whole[rows.stop :]])
+
+
+def hit(offsets: Tensor) -> Iterator[tuple[int, slice]]:
+    """The experts with tokens and their rows, in order; waits for the device once."""
+    start = 0
+    for expert, end in enumerate(offsets.tolist()):
+        if end > start:
+            yield expert, slice(start, end)
+        start = max(start, end)

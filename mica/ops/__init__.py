@@ -1,7 +1,7 @@
 """The operators ``torch.ops.mica.*`` and their checked functions; importing this registers all of them.
 
 Each takes Triton kernels (`mica.paths.triton_path`) or plain PyTorch (`mica.reference`; of a stack of experts
-`mica.reference_experts`), as `mica.backend` decides. That of an embedding is always plain PyTorch.
+`mica.reference`), as `mica.backend` decides. That of an embedding is always plain PyTorch.
 """
 
 from mica.ops.dispatch import call_counts

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from mica import backend, reference, reference_experts
+from mica import backend, reference
 
 # How often each operator's body ran, eager or compiled, which shows that a path was taken. Counted in the
 # bodies, which torch.compile never traces. "linear" counts every call, "linear_kernels" those on Triton.
@@ -37,13 +37,9 @@ _force_plain = contextvars.ContextVar("mica_force_plain", default=False)
 
 
 def compute(name: str, tensor: Tensor, rank: int, dtypes: tuple, *args):
-    """Call ``name`` of `mica.paths.triton_path` where kernels run for them, else of `mica.reference`.
-
-    A name that begins with "experts_" is of `mica.reference_experts`.
-    """
+    """Call ``name`` of `mica.paths.triton_path` where kernels run for them, else of `mica.reference`."""
     call_counts[name] += 1
-    of_experts = name.startswith("experts_")
-    formula = getattr(reference_experts if of_experts else reference, name)
+    formula = getattr(reference, name)
     if _force_plain.get() or not backend.use_kernels(tensor.device, rank, *dtypes, function=name):
         return formula(*args)
     if torch._C._functorch.is_legacy_batchedtensor(tensor):  # a backward under `is_grads_batched`
@@ -55,7 +51,7 @@ def compute(name: str, tensor: Tensor, rank: int, dtypes: tuple, *args):
     except triton_path.LaunchError as error:  # before anything ran: no operand has changed
         in_capture = isinstance(error, triton_path.NotLoadedError)
         # no capture permits the formulas of experts either: they wait for the device
-        if backend.requested() == "triton" or (in_capture and of_experts):
+        if backend.requested() == "triton" or (in_capture and name.startswith("experts_")):
             raise
         note = backend.note_missed if in_capture else backend.give_up
         note(tensor.device, name, rank, dtypes, error)

@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mica import backend, reference, reference_experts
+from mica import backend, reference
 from mica.kernels import configs
 from mica.kernels.common import LaunchError, NotLoadedError, fp32_setting, target_of
 from mica.kernels.down_projection import down_projection as down
@@ -232,7 +232,7 @@ def experts_linear(
     bias: Tensor | None = None,
     compute_dtype: torch.dtype | None = None,
 ) -> Tensor:
-    """As `mica.reference_experts.experts_linear`."""
+    """As `mica.reference.experts_linear`."""
     if not lora_A.shape[1]:
         y = _none_beyond(base_product(x, offsets, weight.transpose(1, 2)), offsets)
         return y if bias is None else _add_biases(y, offsets, bias)
@@ -257,7 +257,7 @@ def experts_linear_backward(
     scaling: float,
     compute_dtype: torch.dtype,
 ) -> tuple[Tensor | None, Tensor | None]:
-    """As `mica.reference_experts.experts_linear_backward`."""
+    """As `mica.reference.experts_linear_backward`."""
     grad_x = grad_A = None
     if not lora_A.shape[1]:
         dx = None if weight is None else _none_beyond(base_product(grad_output, offsets, weight), offsets)
@@ -303,7 +303,7 @@ def base_product(x: Tensor, offsets: Tensor, weight: Tensor) -> Tensor:
             x = x.clone(memory_format=torch.contiguous_format)
         return _grouped_mm(x, weight, offs=offsets.to(torch.int32))
     y = x.new_empty(count, weight.shape[2])
-    for expert, rows in reference_experts.hit(offsets):
+    for expert, rows in reference.hit(offsets):
         torch.mm(x[rows], weight[expert].to(x.dtype), out=y[rows])
     return y
 

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 import triton
 from torch.library import opcheck
 
-from mica import backend, ops, reference, reference_experts
+from mica import backend, ops, reference
 from mica.kernels import launching, prepared_b
 from mica.ops import mica_down_projection, mica_linear, mica_up_projection
 from mica.paths import triton_path
@@ -262,7 +262,7 @@ def test_each_operator_has_a_function_on_the_reference_and_on_kernels():
     names = {name for name in triton_path.__all__ if not name.endswith("Error")}
     assert names == {name for name in OPERATORS if not name.startswith("embedding")}
     for name in names:
-        module = reference_experts if name.startswith("experts_") else reference
+        module = reference
         expected = inspect.signature(getattr(module, name))
         assert inspect.signature(getattr(triton_path, name)) == expected, name
 

@@ -4,8 +4,8 @@ from tests.support.mutants.edits import FileEdits
 
 EXPERTS_PATH = [
     FileEdits(
-        "mica/reference_experts.py",
-        tests=["tests/mica/test_reference_experts.py", "tests/mica/ops/test_experts.py"],
+        "mica/reference.py",
+        tests=["tests/mica/test_reference.py", "tests/mica/ops/test_experts.py"],
         edits={
             "experts_linear": [
                 ("y[end:] = 0", ""),
