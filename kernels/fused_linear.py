@@ -3,7 +3,7 @@
 Forward: w = Wᵀ, P = Bᵀ; backward: x = dy, w = W, h = g, P = A, with dropout's mask on the low-rank term. The
 fewest bytes of all forms (y is written once and never read), but the base product is Triton's instead of
 cuBLAS's: it pays only if that is at most 2 to 5 % slower, so it runs only where `configs.FORMS` says so. One
-rounding where the others have two. Formulas: `mica.reference.linear` and `mica.reference.grad_x`.
+rounding where the others have two. Formulas: `mica.paths.torch_path`'s `linear` and `grad_x`.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """dA = scale·gᵀ drop(x), accumulated in fp32: the tokens, which are summed over, are split.
 
 With ``offsets`` a sum over each expert's own rows, which is not split: the experts are the programs, and one
-that has most of the rows takes longer. Memory-bound: x is read once. Formulas: `mica.reference`.
+that has most of the rows takes longer. Memory-bound: x is read once. Formulas: `mica.paths.torch_path`.
 """
 
 from __future__ import annotations

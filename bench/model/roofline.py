@@ -144,7 +144,7 @@ def ours(layer: Layer, fused: bool) -> Cost:
 
 
 def aten(layer: Layer) -> Cost:
-    """`mica.reference` with one bf16 product for dA, the most that plain PyTorch can do.
+    """`mica.paths.torch_path` with one bf16 product for dA, the most that plain PyTorch can do.
 
     Skinny GEMMs and `addmm_`, for a scaling of 1, which is not multiplied.
     """

@@ -1,6 +1,6 @@
 """One layer in 16 bit against the same layer in float32: forward + backward of mica.fast's operator, r = 16.
 
-On processors without such instructions `mica.products` takes 16-bit products through fp32;
+On processors without such instructions `mica.paths.products` takes 16-bit products through fp32;
 ``ONEDNN_MAX_CPU_ISA=AVX2`` makes an x86 processor that has them stand in for one that does not. ``native``:
 whether the processor has products of the dtype that are used.
 """
@@ -16,7 +16,7 @@ from bench.results.names import FAST, FLOAT32
 from bench.suites.harness import build_all, iterations, pick
 from bench.suites.layer import Form, check_errors, exact, make_layer
 from mica.ops import mica_linear
-from mica.products import has_native
+from mica.paths.products import has_native
 from tests.support.tolerances import RELATIVE
 
 pytestmark = pytest.mark.skipif(ON_ACCELERATOR, reason="it is about CPU instructions")

@@ -3,7 +3,7 @@
 *Fused*: base product and up-projection in one kernel, by pointers or by tensor descriptors. *Bordered*: W and
 B, both frozen, stored once as [W | B], so that dx's base and g come from one product and one reading of dy.
 It is written here in plain PyTorch, the forward as that of the aten control. Every form is forced, and
-checked by its y, dx and dA against `mica.reference` in fp64, and by what was launched.
+checked by its y, dx and dA against `mica.paths.torch_path` in fp64, and by what was launched.
 """
 
 import functools
@@ -22,9 +22,9 @@ from bench.results.names import ATEN, BACKWARD, BARE, BORDERED, DESCRIPTOR, FAST
 from bench.suites.bench_layer import Cell
 from bench.suites.harness import build_all, needs_accelerator, pick, turns
 from bench.suites.layer import AtenControl, Form, Layer, check_errors, exact, make_layer
-from mica import backend
 from mica.kernels import configs
 from mica.ops import call_counts, mica_linear
+from mica.paths import choose
 from tests.support.tolerances import RELATIVE
 
 triton_path = pytest.importorskip("mica.paths.triton_path")  # imports Triton
@@ -76,7 +76,7 @@ def form_of(form: str) -> Iterator[None]:
     "aten" also where kernels are demanded, once they have been found to run (by the form before).
     """
     rows = {triton_path.device_name(torch.device(DEVICE, 0)): (configs.Forms(0, 256, form, form),)}
-    demanded = patch.object(backend, "requested", lambda: "auto") if form == "aten" else nullcontext()
+    demanded = patch.object(choose, "requested", lambda: "auto") if form == "aten" else nullcontext()
     with patch.dict(configs.FORMS, rows), demanded:
         yield
 

@@ -5,7 +5,8 @@ On a GPU the host decides wherever a layer's kernels take less time than the cod
 tokens, in small models, in decoding. Here kernels are compiled and handed to a driver that launches nothing
 (tests/support/no_launch.py): all of the host's work is timed and none of the device's. Such a result has no
 numbers to check; `mica.fast.call_counts` proves that it came from kernels. All other implementations are
-checked first, the layer's against `mica.reference`. Layer and block run on one thread, `generate()` on all.
+checked first, the layer's against `mica.paths.torch_path`. Layer and block run on one thread, `generate()`
+on all.
 """
 
 import copy
@@ -27,7 +28,7 @@ from bench.suites.decoder import LINEAR_LAYERS, RANK, Work, adapted
 from bench.suites.harness import build_all, pick
 from bench.suites.layer import AtenControl, Form, adapted_module, by_hand, check_errors, exact, make_layer
 from bench.suites.steps import Step, check_all, counting, operators
-from mica.products import has_native
+from mica.paths.products import has_native
 from tests.support import models
 from tests.support.tolerances import RELATIVE
 

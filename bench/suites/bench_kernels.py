@@ -1,8 +1,8 @@
 """Each skinny kernel in all its configurations, compared with a copy that moves as many bytes.
 
 All of them are memory-bound, so a kernel is as good as the share of the copy's bandwidth that it reaches:
-``bytes`` is what a launch must read and write once. Each configuration is checked against `mica.reference` in
-fp64 and refused individually.
+``bytes`` is what a launch must read and write once. Each configuration is checked against
+`mica.paths.torch_path` in fp64 and refused individually.
 """
 
 import functools
@@ -16,7 +16,7 @@ from torch import Tensor
 from bench.measure.machine import DEVICE
 from bench.results.names import COPY, DOWN_A, DOWN_B, GRAD_A, UP_B
 from bench.suites.harness import build_all, needs_accelerator, pick
-from mica import reference
+from mica.paths import torch_path
 from tests.support.tolerances import RELATIVE, error
 
 pytest.importorskip("triton")
@@ -96,10 +96,10 @@ def work_of(cell: Cell, device: str) -> Work:
 
 
 EXACT = {  # of the operands in fp64
-    "down-A": lambda x, A: reference.down_projection(x, A, 1.0, x.dtype),
-    "down-B": lambda dy, B_t: reference.down_projection(dy, B_t, 1.0, dy.dtype),
-    "up-B": lambda y, h, B_t: reference.up_projection(y, h, B_t.t()),
-    "grad_a": reference.grad_a,
+    "down-A": lambda x, A: torch_path.down_projection(x, A, 1.0, x.dtype),
+    "down-B": lambda dy, B_t: torch_path.down_projection(dy, B_t, 1.0, dy.dtype),
+    "up-B": lambda y, h, B_t: torch_path.up_projection(y, h, B_t.t()),
+    "grad_a": torch_path.grad_a,
 }
 
 

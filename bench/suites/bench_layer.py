@@ -5,8 +5,8 @@ In addition few tokens by rank, where calls cost as much as products; a full run
 rank. On an accelerator the layer is 4096 x 4096, tokens vary by rank, and kernels are required.
 
 All implementations in a cell compute with the same x, W, A and B; each of their y, dx and dA is checked
-against `mica.reference` before anything is timed, and only the one that is wrong is left out. The forward is
-timed with and without recording a graph, the backward on a graph that is kept.
+against `mica.paths.torch_path` before anything is timed, and only the one that is wrong is left out. The
+forward is timed with and without recording a graph, the backward on a graph that is kept.
 """
 
 import functools
@@ -25,7 +25,7 @@ from bench.results import names
 from bench.results.names import ATEN, BACKWARD, BARE, BY_HAND, COMPILED, FAST, FORWARD, LORA, NO_GRADIENT
 from bench.suites.harness import build_all, iterations, pick, turns
 from bench.suites.layer import AtenControl, Form, adapted_module, by_hand, check_errors, exact, make_layer
-from mica.products import has_native
+from mica.paths.products import has_native
 
 ROUNDS = pick(default=5, quick=3, cuda=6, dry=1)
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}

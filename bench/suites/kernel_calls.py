@@ -16,7 +16,6 @@ from torch import Tensor
 
 from bench.measure.machine import DEVICE
 from bench.suites.harness import pick
-from mica import reference
 from mica.kernels.common import target_of
 from mica.kernels.down_projection import down_projection
 from mica.kernels.fused_linear import fused_linear, why_not_descriptor
@@ -25,6 +24,7 @@ from mica.kernels.launching import Launcher, PlannedCall
 from mica.kernels.limits import padded_columns
 from mica.kernels.prepared_b import prepare
 from mica.kernels.up_projection import up_projection_
+from mica.paths import torch_path
 from tests.support.guarding import guarded
 from tests.support.oracle import Problem, problem
 
@@ -86,10 +86,10 @@ def down(p: Problem, by: str) -> Case:
     dtype, scaled = p.x.dtype, {"scale": p.scaling, "compute_dtype": p.x.dtype}
     if by == "A":
         x, factor = p.x, p.lora_A
-        h = reference.down_projection(x.double(), factor.double(), p.scaling, FP64)
+        h = torch_path.down_projection(x.double(), factor.double(), p.scaling, FP64)
     else:
         x, factor = p.grad_output, prepare(p.lora_B, dtype)
-        h = reference.grad_h(x.double(), p.lora_B.double(), p.scaling, FP64)
+        h = torch_path.grad_h(x.double(), p.lora_B.double(), p.scaling, FP64)
     return case(down_projection, x, factor, expected=low_rank(h), dtype=dtype, **scaled)
 
 
@@ -100,7 +100,7 @@ def up(p: Problem, by: str) -> Case:
         base, h, factor = p.grad_output, h_of(p), prepare(p.lora_B, dtype)
     else:
         base, h, factor = p.x, g_of(p), p.lora_A
-    exact = reference.up_projection(base.double(), h[:, :rank].double(), factor[:rank].double().t())
+    exact = torch_path.up_projection(base.double(), h[:, :rank].double(), factor[:rank].double().t())
 
     def call() -> Tensor:
         return up_projection_(base.clone(), h, factor)
@@ -109,17 +109,17 @@ def up(p: Problem, by: str) -> Case:
 
 
 def h_of(p: Problem) -> Tensor:
-    return low_rank(reference.down_projection(p.x, p.lora_A, p.scaling, p.x.dtype))
+    return low_rank(torch_path.down_projection(p.x, p.lora_A, p.scaling, p.x.dtype))
 
 
 def g_of(p: Problem) -> Tensor:
-    return low_rank(reference.grad_h(p.grad_output, p.lora_B, p.scaling, p.x.dtype))
+    return low_rank(torch_path.grad_h(p.grad_output, p.lora_B, p.scaling, p.x.dtype))
 
 
 def gradient_of_a(p: Problem) -> Case:
     """Products of 16-bit factors are exact in fp32, so fp32's tolerance holds."""
     g, rank = g_of(p), p.lora_A.shape[0]
-    exact = reference.grad_a(g[:, :rank].double(), p.x.double())
+    exact = torch_path.grad_a(g[:, :rank].double(), p.x.double())
     return case(grad_a, g, p.x, rank=rank, expected=exact, dtype=FP32)
 
 
@@ -128,10 +128,10 @@ def fused(p: Problem, side: str, descriptor: bool) -> Case:
     if side == "forward":
         tensors, bias = (p.x, p.weight.t(), h_of(p), prepare(p.lora_B, dtype)), p.bias
         y = F.linear(p.x.double(), p.weight.double(), bias.double())
-        exact = reference.up_projection(y, tensors[2][:, :rank].double(), p.lora_B.double())
+        exact = torch_path.up_projection(y, tensors[2][:, :rank].double(), p.lora_B.double())
     else:
         tensors, bias = (p.grad_output, p.weight, g_of(p), p.lora_A), None
-        exact = reference.grad_x(
+        exact = torch_path.grad_x(
             *(t.double() for t in tensors[:2]), tensors[2][:, :rank].double(), p.lora_A.double()
         )
     reason = why_not_descriptor(*tensors[:2], target_of(p.x.device)) if descriptor else None

@@ -45,7 +45,7 @@ def _dtype() -> str:
     """bfloat16 where an accelerator or the processor has instructions for it; else float32, with a note."""
     import torch
 
-    from mica.products import has_native
+    from mica.paths.products import has_native
 
     if torch.accelerator.is_available() or has_native(torch.bfloat16):
         return "bfloat16"

@@ -105,15 +105,15 @@ def _path(device, target: str | None) -> dict:
     """path ("kernel", "reference", or "error": MiCA layers raise), reason, and trial of a compiled kernel."""
     import torch
 
-    from mica import backend
     from mica.kernels import runtime
+    from mica.paths import choose
 
-    reason = backend.why_not_kernels(device, 16, torch.bfloat16)
-    compiles = target is not None and backend.requested() != "reference"
+    reason = choose.why_not_kernels(device, 16, torch.bfloat16)
+    compiles = target is not None and choose.requested() != "reference"
     if compiles:
         compiles = torch.cuda.get_device_capability(device) >= runtime.MINIMUM_CAPABILITY
     trial = "not tried" if not compiles else "failed" if reason else "passed"
-    without_kernels = "error" if backend.requested() == "triton" else "reference"
+    without_kernels = "error" if choose.requested() == "triton" else "reference"
     return {"path": without_kernels if reason else "kernel", "reason": reason, "trial": trial}
 
 
@@ -209,10 +209,10 @@ def examine() -> dict:
         return report
     from torch.version import cuda, hip
 
-    from mica import backend
+    from mica.paths import choose
 
     try:
-        demand = backend.requested()
+        demand = choose.requested()
     except ValueError as error:
         raise UsageError(str(error)) from error
     report["torch_build"] = f"ROCm {hip} build" if hip else f"CUDA {cuda} build" if cuda else "CPU build"
@@ -237,7 +237,7 @@ def _products() -> dict[str, dict]:
     """For bf16 and fp16: the time of a frozen layer's products over fp32's, whether the machine is too busy
     for that, and whether MiCA uses them."""
     from mica.dtypes import SIXTEEN_BIT
-    from mica.products import has_native, slowdown
+    from mica.paths.products import has_native, slowdown
 
     rows = {}
     for dtype in SIXTEEN_BIT:

@@ -16,10 +16,10 @@ from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 from transformers.utils import find_adapter_config_file, is_accelerate_available
 
-from mica import backend
 from mica.cli.output import dtype_name, first_sentences, one_line
 from mica.errors import UsageError
-from mica.products import has_native, slowdown
+from mica.paths import choose
+from mica.paths.products import has_native, slowdown
 
 if is_accelerate_available():  # in the extra `cli`: `mica inspect` works without it
     from accelerate import PartialState
@@ -200,7 +200,7 @@ def find_device() -> torch.device:
 def check_backend(rank: int) -> None:
     """Raise UsageError if ``MICA_BACKEND`` is invalid, or demands kernels that cannot run here."""
     try:
-        backend.use_kernels(find_device(), rank, torch.float32)
+        choose.use_kernels(find_device(), rank, torch.float32)
     except (ValueError, RuntimeError) as error:
         raise UsageError(str(error)) from error
 

@@ -10,12 +10,12 @@ from contextvars import ContextVar
 
 from torch import nn
 
-from mica import backend
 from mica.fast.create.solving import NewAdapter, check, initialise
 from mica.fast.forward import mixed_batch
 from mica.fast.forward.expert_params import is_wrapper
 from mica.fast.saving import warn_of_a_lost_mark
 from mica.fast.settings import around, while_enabled
+from mica.paths import choose
 
 # Beside an adapter on a GGUF file: the folder of the checkpoint that `mica adapt` has made of that file.
 BASE = "base"
@@ -124,5 +124,5 @@ def hotswap_adapter_from_state_dict(stock, *args, **kwargs):
     try:
         return stock(*args, **kwargs)
     finally:  # also after an error: a part of the weights may be new
-        backend.forget_prepared()
+        choose.clear_prepared()
         mixed_batch.clear()

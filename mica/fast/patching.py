@@ -15,13 +15,13 @@ from typing import NamedTuple
 
 import peft
 
-from mica.backend import forget_prepared
 from mica.fast import loading, refusals, saving
 from mica.fast.create import initialisation, quantised
 from mica.fast.forward import call_counts, decide, experts
 from mica.fast.forward.eligibility import quantised_layers
 from mica.fast.merge import experts as merging_of_experts
 from mica.fast.merge import merging
+from mica.paths.choose import clear_prepared
 
 
 class Patch(NamedTuple):
@@ -157,7 +157,7 @@ def install() -> bool:
     for patch, text in mismatches.items():
         if text is None:
             _replace(owner_of(patch), patch)
-    forget_prepared()  # stock PEFT may have edited B unnoticed
+    clear_prepared()  # stock PEFT may have edited B unnoticed
     return True
 
 

@@ -9,9 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mica import reference
 from mica.ops.checks import check_embedding
-from mica.ops.dispatch import below_autograd, call_counts, no_autocast, operator, run_backward
+from mica.ops.operator import below_autograd, call_counts, no_autocast, operator, run_backward
+from mica.paths import torch_path
 
 
 def mica_embedding(
@@ -44,7 +44,7 @@ def mica_embedding(
 
 def _embedding(indices, lora_A, lora_B, scaling, padding_idx, compute_dtype):
     call_counts["embedding"] += 1
-    out = reference.embedding(indices.reshape(-1), lora_A, lora_B, scaling, compute_dtype)
+    out = torch_path.embedding(indices.reshape(-1), lora_A, lora_B, scaling, compute_dtype)
     return out.view(*indices.shape, out.shape[-1])
 
 
@@ -60,7 +60,7 @@ def _embedding_backward(grad_output, indices, lora_A, lora_B, scaling, padding_i
     dy, flat = grad_output.reshape(-1, grad_output.shape[-1]), indices.reshape(-1)
     call_counts["embedding_backward"] += 1
     with no_autocast(dy):
-        return reference.embedding_backward(dy, flat, lora_A, lora_B, scaling, padding_idx)
+        return torch_path.embedding_backward(dy, flat, lora_A, lora_B, scaling, padding_idx)
 
 
 def _embedding_fake(indices, lora_A, lora_B, scaling, padding_idx, compute_dtype):

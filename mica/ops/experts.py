@@ -1,6 +1,6 @@
 """A linear layer of a stack of experts: `mica_experts_linear`, on rows that are sorted by expert.
 
-The maths is `mica.reference`'; the operators state none of it. They can also take the tokens with
+The maths is `mica.paths.torch_path`'; the operators state none of it. They can also take the tokens with
 the order of their rows (`mica.ops.routing`): then the rows, top_k times as large, are gathered in the forward
 and again in the backward, and not kept in between.
 """
@@ -11,12 +11,12 @@ import torch
 from torch import Tensor
 
 from mica.ops.checks import check_experts_linear
-from mica.ops.dispatch import (
+from mica.ops.operator import (
     below_autograd,
-    compute,
     no_autocast,
     operator,
     run_backward,
+    run_formula,
     saved,
     without_none,
 )
@@ -53,7 +53,7 @@ def mica_experts_linear(
 
     Gradients: lora_A's in its own dtype, accumulated in fp32, 0 for experts without rows; x's where x needs
     it. Saved for the backward: x as it came and references to the operands. Nothing of the weight's size is
-    formed. Definition: `mica.reference` (arXiv 2604.01694).
+    formed. Definition: `mica.paths.torch_path` (arXiv 2604.01694).
 
     Raises:
         ValueError, TypeError: shapes, dtypes or devices that do not fit, or a frozen operand that requires a
@@ -72,7 +72,7 @@ def _experts(x, offsets, weight, lora_A, lora_B, scaling, bias, compute_dtype, t
     rows = x if tokens is None else to_experts(x, tokens)
     dtypes = (x.dtype, compute_dtype or x.dtype, lora_A.dtype, lora_B.dtype)
     operands = (rows, offsets, weight, lora_A, lora_B, scaling, bias, compute_dtype)
-    return compute("experts_linear", x, lora_A.shape[1], dtypes, *operands)
+    return run_formula("experts_linear", x, lora_A.shape[1], dtypes, *operands)
 
 
 def _experts_fake(x, offsets, weight, lora_A, lora_B, scaling, bias, compute_dtype, tokens=None, *inverse):
@@ -88,7 +88,9 @@ def _backward(grad_output, x, offsets, weight, lora_A, lora_B, scaling, compute_
     operands = (rows if needs_A else None, offsets, weight if needs_x else None, lora_A, lora_B)
     with no_autocast(grad_output):
         arguments = grad_output, *operands, scaling, compute_dtype
-        grad_x, grad_A = compute("experts_linear_backward", grad_output, lora_A.shape[1], dtypes, *arguments)
+        grad_x, grad_A = run_formula(
+            "experts_linear_backward", grad_output, lora_A.shape[1], dtypes, *arguments
+        )
     if needs_x and inverse is not None:
         grad_x = summed(grad_x, inverse, num_tokens)
     return without_none(grad_output, grad_x, grad_A)
@@ -105,7 +107,7 @@ def _backward_fake(
 
 
 class _ExpertsLinear(torch.autograd.Function):
-    """``run`` computes y: `_experts` or the operator (`mica.ops.dispatch.operator`)."""
+    """``run`` computes y: `_experts` or the operator (`mica.ops.operator.operator`)."""
 
     @staticmethod
     def forward(ctx, run, x, offsets, weight, lora_A, lora_B, scaling, bias, dtype, *routing):

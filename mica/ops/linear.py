@@ -1,6 +1,6 @@
 """The linear layer: `mica_linear`, and what `mica.fast` calls without its checks.
 
-The maths is `mica.reference`'s; the operators state none of it.
+The maths is `mica.paths.torch_path`'s; the operators state none of it.
 """
 
 from __future__ import annotations
@@ -9,15 +9,15 @@ import torch
 from torch import Tensor
 
 from mica.ops.checks import check_linear
-from mica.ops.dispatch import (
+from mica.ops.operator import (
+    as_matrix,
     autocast_to,
     below_autograd,
-    compute,
-    is_direct,
+    is_eager,
     no_autocast,
     operator,
-    rows,
     run_backward,
+    run_formula,
     saved,
     without_none,
 )
@@ -54,7 +54,8 @@ def mica_linear(
         (..., out_features) in the dtype of x (of autocast where it is on).
 
     Gradients: lora_A's in its own dtype, accumulated in fp32; x's where x needs it. Saved for the
-    backward: x as it came and references to the operands. Definition: `mica.reference` (arXiv 2604.01694).
+    backward: x as it came and references to the operands. Definition: `mica.paths.torch_path` (arXiv
+    2604.01694).
 
     Raises:
         ValueError, TypeError: shapes, dtypes or devices that do not fit, or a frozen operand that requires a
@@ -67,8 +68,8 @@ def mica_linear(
 
 def _linear(x, weight, lora_A, lora_B, scaling, bias, compute_dtype, dropout_p=0.0, seed=None):
     dtypes = (x.dtype, compute_dtype or x.dtype, lora_A.dtype, lora_B.dtype)
-    operands = (rows(x), weight, lora_A, lora_B, scaling, bias, compute_dtype)
-    y = compute("linear", x, lora_A.shape[0], dtypes, *operands, dropout_p, seed)
+    operands = (as_matrix(x), weight, lora_A, lora_B, scaling, bias, compute_dtype)
+    y = run_formula("linear", x, lora_A.shape[0], dtypes, *operands, dropout_p, seed)
     return y if x.dim() == 2 else y.view(*x.shape[:-1], y.shape[-1])
 
 
@@ -77,10 +78,12 @@ def _linear_backward(
 ):
     needs_x, needs_A = output_mask
     dtypes = (grad_output.dtype, compute_dtype, lora_A.dtype, lora_B.dtype)
-    dy, x = rows(grad_output), rows(x) if needs_A else None
+    dy, x = as_matrix(grad_output), as_matrix(x) if needs_A else None
     operands = (dy, x, weight if needs_x else None, lora_A, lora_B, scaling, compute_dtype)
     with no_autocast(dy):
-        grad_x, grad_A = compute("linear_backward", dy, lora_A.shape[0], dtypes, *operands, dropout_p, seed)
+        grad_x, grad_A = run_formula(
+            "linear_backward", dy, lora_A.shape[0], dtypes, *operands, dropout_p, seed
+        )
     if grad_x is None:
         grad_x = dy.new_empty(0)
     elif grad_output.dim() != 2:
@@ -102,7 +105,7 @@ def _linear_backward_fake(
 
 
 class _MicaLinear(torch.autograd.Function):
-    """``run`` computes y: `_linear` or the operator (`mica.ops.dispatch.operator`)."""
+    """``run`` computes y: `_linear` or the operator (`mica.ops.operator.operator`)."""
 
     @staticmethod
     def forward(ctx, run, x, weight, lora_A, lora_B, scaling, bias, compute_dtype, dropout_p=0.0, seed=None):
@@ -129,7 +132,7 @@ def _gradients(ctx, grad_output, x, weight, lora_A, lora_B, seed, dropout_p):
 
 
 class _DirectLinear(torch.autograd.Function):
-    """`_MicaLinear` without dropout, for `linear_directly`: the same tensors saved, the same bits.
+    """`_MicaLinear` without dropout, for `linear_eager`: the same tensors saved, the same bits.
 
     Ten calls fewer: in a decoder block, whose code does not stay in the processor's caches, each takes the
     host 1 to 2 µs.
@@ -148,7 +151,7 @@ class _DirectLinear(torch.autograd.Function):
         x, weight, lora_A, lora_B = saved(ctx)
         if (
             torch.is_grad_enabled()
-            or not is_direct(grad_output, x)
+            or not is_eager(grad_output, x)
             or torch.is_autocast_enabled(grad_output.device.type)
         ):
             grad_x, grad_A = _gradients(ctx, grad_output, x, weight, lora_A, lora_B, None, 0.0)
@@ -160,7 +163,7 @@ class _DirectLinear(torch.autograd.Function):
             if x is not None and not is_matrix:
                 x = x.reshape(-1, x.shape[-1])
             operands = (dy, x, weight, lora_A, lora_B, ctx.scaling, ctx.compute_dtype)
-            grad_x, grad_A = compute("linear_backward", dy, lora_A.shape[0], dtypes, *operands)
+            grad_x, grad_A = run_formula("linear_backward", dy, lora_A.shape[0], dtypes, *operands)
             if grad_x is not None and not is_matrix:
                 grad_x = grad_x.view(*grad_output.shape[:-1], lora_A.shape[1])
         return grad_x, None, grad_A, None, None, None, None
@@ -190,8 +193,8 @@ operator(
 )
 
 
-def linear_directly(x, weight, lora_A, lora_B, scaling, bias, compute_dtype) -> Tensor:
-    """`linear` without dropout, for callers that know that `is_direct` holds and that autocast is off."""
+def linear_eager(x, weight, lora_A, lora_B, scaling, bias, compute_dtype) -> Tensor:
+    """`linear` without dropout, for callers that know that `is_eager` holds and that autocast is off."""
     if torch.is_grad_enabled() and (lora_A.requires_grad or x.requires_grad):
         return _DirectLinear.apply(x, weight, lora_A, lora_B, scaling, bias, compute_dtype)
     with below_autograd():

@@ -1,4 +1,4 @@
-"""The operators' bodies on Triton kernels: which kernels make up a formula of `mica.reference`.
+"""The operators' bodies on Triton kernels: which kernels make up a formula of `mica.paths.torch_path`.
 
     h  = down(x, A); y = x Wᵀ + bias by the vendor's library; y += h Bᵀ in place
     g  = down(dy, Bᵀ); dA = grad_a(g, x); dx = dy W by the vendor's library; dx += g A in place
@@ -18,7 +18,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mica import backend, reference
 from mica.kernels import configs
 from mica.kernels.common import LaunchError, NotLoadedError, fp32_setting, target_of
 from mica.kernels.down_projection import down_projection as down
@@ -27,6 +26,7 @@ from mica.kernels.grad_a import grad_a
 from mica.kernels.launching import RecordedLaunches, layout
 from mica.kernels.prepared_b import prepare, prepare_experts
 from mica.kernels.up_projection import up_projection_
+from mica.paths import choose, torch_path
 
 __all__ = [
     "LaunchError",
@@ -77,10 +77,10 @@ def linear(
     dropout_p: float = 0.0,
     seed: Tensor | None = None,
 ) -> Tensor:
-    """As `mica.reference.linear`."""
+    """As `mica.paths.torch_path.linear`."""
     form = _form("forward", x, lora_A)
     if form == "aten":
-        return reference.linear(x, weight, lora_A, lora_B, scaling, bias, compute_dtype, dropout_p, seed)
+        return torch_path.linear(x, weight, lora_A, lora_B, scaling, bias, compute_dtype, dropout_p, seed)
     dtype, seed = compute_dtype or x.dtype, seed if dropout_p else None
     key = layout(x), layout(lora_A), lora_B.shape[0], scaling, dtype, dropout_p, fp32_setting()
     steps = recorded_forward.get(key)
@@ -105,10 +105,10 @@ def linear_backward(
     dropout_p: float = 0.0,
     seed: Tensor | None = None,
 ) -> tuple[Tensor | None, Tensor | None]:
-    """(dx, dA) as `mica.reference.grad_x` and `grad_a` give them; None where weight or x is None."""
+    """(dx, dA) as `mica.paths.torch_path.grad_x` and `grad_a` give them; None where weight or x is None."""
     form = _form("backward", grad_output, lora_A)
     if form == "aten":
-        return reference.linear_backward(
+        return torch_path.linear_backward(
             grad_output, x, weight, lora_A, lora_B, scaling, compute_dtype, dropout_p, seed
         )
     seed = seed if dropout_p else None
@@ -136,7 +136,7 @@ def _form(part: str, x: Tensor, lora_A: Tensor) -> str:
     if not configs.FORMS:
         return "split"
     form = getattr(configs.forms_of(device_name(x.device), len(x), lora_A.shape[0]), part)
-    return "split" if form == "aten" and backend.requested() == "triton" else form
+    return "split" if form == "aten" and choose.requested() == "triton" else form
 
 
 @functools.cache
@@ -162,7 +162,7 @@ def down_projection(
     dropout_p: float = 0.0,
     seed: Tensor | None = None,
 ) -> Tensor:
-    """As `mica.reference.down_projection`."""
+    """As `mica.paths.torch_path.down_projection`."""
     numbers = {"scale": scaling, "compute_dtype": compute_dtype, "dropout_p": dropout_p}
     operand = as_operand(lora_A, x.shape[0], compute_dtype)
     h = down(x, operand, seed if dropout_p else None, **numbers)
@@ -170,14 +170,14 @@ def down_projection(
 
 
 def up_projection(y: Tensor, h: Tensor, lora_B: Tensor) -> Tensor:
-    """As `mica.reference.up_projection`."""
+    """As `mica.paths.torch_path.up_projection`."""
     dtype = torch.promote_types(y.dtype, h.dtype)
     out = y.new_empty(y.shape)  # contiguous, as torch.compile is told; empty_like would keep y's strides
     return up_projection_(y, h, prepare(lora_B, dtype), None, out, compute_dtype=dtype)
 
 
 def up_projection_backward(grad_output: Tensor, lora_B: Tensor, compute_dtype: torch.dtype) -> Tensor:
-    """As `mica.reference.up_projection_backward`."""
+    """As `mica.paths.torch_path.up_projection_backward`."""
     g = down(grad_output, prepare(lora_B, compute_dtype), compute_dtype=compute_dtype)
     return g[:, : lora_B.shape[1]].contiguous()
 
@@ -191,7 +191,7 @@ def down_projection_backward(
     dropout_p: float = 0.0,
     seed: Tensor | None = None,
 ) -> tuple[Tensor | None, Tensor | None]:
-    """As `mica.reference.down_projection_backward`."""
+    """As `mica.paths.torch_path.down_projection_backward`."""
     grad_x = grad_A = None
     seed = seed if dropout_p else None
     if x is not None:
@@ -204,7 +204,7 @@ def down_projection_backward(
         operand = as_operand(lora_A, grad_h.shape[0], grad_h.dtype)
         up_projection_(grad_x, grad_h, operand, seed, scale=scaling, dropout_p=dropout_p)
     elif needs_x:  # nothing to add to: the vendor's product writes what the kernel would
-        grad_x = reference.grad_x_update(grad_h, lora_A * scaling)
+        grad_x = torch_path.grad_x_update(grad_h, lora_A * scaling)
     return grad_x, grad_A
 
 
@@ -232,7 +232,7 @@ def experts_linear(
     bias: Tensor | None = None,
     compute_dtype: torch.dtype | None = None,
 ) -> Tensor:
-    """As `mica.reference.experts_linear`."""
+    """As `mica.paths.torch_path.experts_linear`."""
     if not lora_A.shape[1]:
         y = _none_beyond(base_product(x, offsets, weight.transpose(1, 2)), offsets)
         return y if bias is None else _add_biases(y, offsets, bias)
@@ -257,7 +257,7 @@ def experts_linear_backward(
     scaling: float,
     compute_dtype: torch.dtype,
 ) -> tuple[Tensor | None, Tensor | None]:
-    """As `mica.reference.experts_linear_backward`."""
+    """As `mica.paths.torch_path.experts_linear_backward`."""
     grad_x = grad_A = None
     if not lora_A.shape[1]:
         dx = None if weight is None else _none_beyond(base_product(grad_output, offsets, weight), offsets)
@@ -303,7 +303,7 @@ def base_product(x: Tensor, offsets: Tensor, weight: Tensor) -> Tensor:
             x = x.clone(memory_format=torch.contiguous_format)
         return _grouped_mm(x, weight, offs=offsets.to(torch.int32))
     y = x.new_empty(count, weight.shape[2])
-    for expert, rows in reference.hit(offsets):
+    for expert, rows in torch_path.hit(offsets):
         torch.mm(x[rows], weight[expert].to(x.dtype), out=y[rows])
     return y
 

@@ -6,13 +6,13 @@ import sys
 from contextlib import contextmanager
 from itertools import product
 
-from mica import backend
 from mica.kernels import configs, launching, runtime
 from mica.kernels import fused_linear as fused
 from mica.kernels.down_projection import down_projection
 from mica.kernels.grad_a import grad_a
 from mica.kernels.launching import Plan
 from mica.kernels.up_projection import up_projection_
+from mica.paths import choose
 from tests.emulator import driver
 
 # Parameters that a launch may write; those that it must leave at 0
@@ -96,7 +96,7 @@ def emulated(target: str):
         for module in modules:
             module.target_of = lambda device: target
         runtime.why_unavailable, Plan.__call__ = (lambda device: None), recorded
-        backend.forget_verdicts()
+        choose.clear()
         launching.clear()
         with driver.installed(int(target[3:]), OUTPUTS, LEFT_AT_ZERO):
             yield
@@ -104,5 +104,5 @@ def emulated(target: str):
         for module, function in kept:
             module.target_of = function
         runtime.why_unavailable, Plan.__call__ = why, call
-        backend.forget_verdicts()
+        choose.clear()
         launching.clear()

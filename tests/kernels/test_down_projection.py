@@ -3,10 +3,10 @@
 import pytest
 import torch
 
-from mica import reference
 from mica.kernels import configs
 from mica.kernels.down_projection import down_projection
 from mica.kernels.limits import padded_columns
+from mica.paths import torch_path
 from tests.support.expert_cases import ROUTES, by_expert, idle, offsets_of, route, slices, stack
 from tests.support.guarding import run_guarded
 from tests.support.kernel_cases import BF16, DTYPES, FP16, FP32, SHAPES, draw, far_apart, operand, seed_of
@@ -21,7 +21,7 @@ def planned(x, factor, ends=None, seed=None, index=torch.int32, **options):
 def exact(x, factor, ends, scale=1.0, dropout_p=0.0, seed=None):
     x = x.double()
     if dropout_p:
-        x = x.where(reference.dropout_keep(seed, *x.shape, dropout_p), 0) / (1 - dropout_p)
+        x = x.where(torch_path.dropout_keep(seed, *x.shape, dropout_p), 0) / (1 - dropout_p)
     return scale * (by_expert(x, ends, factor.transpose(1, 2)) if ends else x @ factor.double().t())
 
 

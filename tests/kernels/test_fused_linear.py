@@ -1,9 +1,9 @@
 import pytest
 import torch
 
-from mica import reference
 from mica.kernels import configs
 from mica.kernels.fused_linear import fused_linear, why_not_descriptor
+from mica.paths import torch_path
 from tests.support.guarding import run_guarded
 from tests.support.kernel_cases import DEVICE, DTYPES, SHAPES, draw, far_apart, operand, seed_of
 from tests.support.properties import given, st
@@ -14,7 +14,7 @@ def expected(x, w, h, factor, bias=None, dropout_p=0.0, seed=None):
     rank = min(h.shape[1], factor.shape[0])
     update = h[:, :rank].double() @ factor[:rank].double()
     if dropout_p:
-        update = update.where(reference.dropout_keep(seed, *update.shape, dropout_p), 0) / (1 - dropout_p)
+        update = update.where(torch_path.dropout_keep(seed, *update.shape, dropout_p), 0) / (1 - dropout_p)
     return x.double() @ w.double() + update + (0 if bias is None else bias.double())
 
 

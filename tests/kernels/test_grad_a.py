@@ -3,10 +3,10 @@
 import pytest
 import torch
 
-from mica import reference
 from mica.kernels import configs
 from mica.kernels.grad_a import grad_a
 from mica.kernels.limits import padded_columns
+from mica.paths import torch_path
 from tests.support.expert_cases import ROUTES, idle, offsets_of, route, slices
 from tests.support.guarding import run_guarded
 from tests.support.kernel_cases import BF16, FP16, FP32, SHAPES, draw, far_apart, operand, seed_of
@@ -19,7 +19,7 @@ DTYPES = [(FP32, FP32), (BF16, BF16), (FP16, FP16), (FP32, BF16)]
 def expected(g, x, rank, ends=None, dropout_p=0.0, seed=None):
     g, x = g[:, :rank].double(), x.double()
     if dropout_p:
-        x = x.where(reference.dropout_keep(seed, *x.shape, dropout_p), 0) / (1 - dropout_p)
+        x = x.where(torch_path.dropout_keep(seed, *x.shape, dropout_p), 0) / (1 - dropout_p)
     return torch.stack([g[rows].t() @ x[rows] for rows in slices(ends)]) if ends else g.t() @ x
 
 

@@ -3,10 +3,10 @@
 import pytest
 import torch
 
-from mica import reference
 from mica.kernels import configs
 from mica.kernels.limits import padded_columns
 from mica.kernels.up_projection import up_projection_
+from mica.paths import torch_path
 from tests.support.expert_cases import ROUTES, by_expert, idle, offsets_of, route, slices, stack
 from tests.support.guarding import run_guarded, touched
 from tests.support.kernel_cases import BF16, DTYPES, FP16, FP32, SHAPES, draw, far_apart, operand, seed_of
@@ -21,7 +21,7 @@ def expected(base, h, factor, ends=None, bias=None, scale=1.0, dropout_p=0.0, se
     else:
         update = scale * by_expert(h, ends, factor)
     if dropout_p:
-        update = update.where(reference.dropout_keep(seed, *base.shape, dropout_p), 0) / (1 - dropout_p)
+        update = update.where(torch_path.dropout_keep(seed, *base.shape, dropout_p), 0) / (1 - dropout_p)
     exact = base.double() + update
     for expert, rows in enumerate(slices(ends or [])):
         exact[rows] += 0 if bias is None else bias[expert].double()

@@ -4,7 +4,7 @@ import os
 import time
 
 from mica.ops import linear
-from mica.ops.dispatch import compute
+from mica.ops.operator import compute
 
 
 def slow(*args):

@@ -9,7 +9,7 @@ import triton.language as tl
 
 from mica.cli import main
 from mica.kernels import common, runtime
-from mica.products import Slowdown
+from mica.paths.products import Slowdown
 
 RATIOS = {torch.bfloat16: Slowdown(0.5, 0.44), torch.float16: Slowdown(1.27, 160.4)}
 WORKS = "everything that this machine can do works"
@@ -21,8 +21,8 @@ def machine(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(torch.version, "hip", None)
     monkeypatch.setenv("TRITON_INTERPRET", "1")
-    monkeypatch.setattr("mica.products.slowdown", RATIOS.get)
-    monkeypatch.setattr("mica.products.has_native", lambda dtype: dtype == torch.bfloat16)
+    monkeypatch.setattr("mica.paths.products.slowdown", RATIOS.get)
+    monkeypatch.setattr("mica.paths.products.has_native", lambda dtype: dtype == torch.bfloat16)
     monkeypatch.setattr(runtime, "tried", {})
     found_once = (common.target_of, runtime.triton_version)
     for function in found_once:

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import precondition
 
 import mica.fast
-from mica import backend
+from mica.paths import choose
 from tests.support.fuzz_actions import INDEX, SEQUENCES, TALLY, action, pass_on
 from tests.support.fuzz_adapters import Adapters
 from tests.support.fuzz_calls import Calls
@@ -36,7 +36,7 @@ class Machine(Adapters, Calls, Files):
     def to_dtype(self, dtype):
         """Also while an adapter is merged: what unmerging gives is then as near as stock's."""
         # kernels that are required and do not exist are an error
-        assume(dtype != torch.float64 or backend.requested() != "triton")
+        assume(dtype != torch.float64 or choose.requested() != "triton")
         assume(not self.twins.of_inference)  # PyTorch leaves tensors that stock cannot train with
         self.twins.compare()  # the last probe may have unmerged, with the rounding of the present dtype
         is_merged = self.twins.is_merged

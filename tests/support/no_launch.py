@@ -17,8 +17,8 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
 
-from mica import backend
 from mica.kernels import launching, runtime
+from mica.paths import choose
 
 launches = 0
 
@@ -74,12 +74,12 @@ def installed(capability: int = 90, launch: Callable[..., None] = count):
     why, before = runtime.why_unavailable, driver._active  # None: Triton has not looked for one yet
     runtime.why_unavailable = lambda device: None
     driver.set_active(NoLaunchDriver(capability, launch))
-    backend.forget_verdicts()
+    choose.clear()
     launching.clear()
     try:
         yield
     finally:
         runtime.why_unavailable = why
-        backend.forget_verdicts()
+        choose.clear()
         launching.clear()
         driver._active = before

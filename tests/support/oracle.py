@@ -1,4 +1,4 @@
-"""The fp64 oracle: a dense weight W + s·B·A and autograd, sharing no formula with `mica.reference`."""
+"""The fp64 oracle: a dense weight W + s·B·A and autograd, sharing no formula with `mica.paths.torch_path`."""
 
 import functools
 from dataclasses import dataclass

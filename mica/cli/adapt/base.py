@@ -12,7 +12,7 @@ from mica.cli.loading import Source, load_config, load_model, load_tokenizer
 from mica.cli.output import first_sentences, write_folder
 from mica.errors import UsageError
 from mica.fast.loading import BASE as FOLDER
-from mica.products import has_native
+from mica.paths.products import has_native
 
 
 def load(args: argparse.Namespace, source: Source, device: torch.device | None = None, tokenizer=None):

@@ -12,7 +12,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from mica import backend
 from mica.dtypes import SIXTEEN_BIT
 from mica.fast.forward import call_counts, fast_check, mixed_batch, tensor_parallel
 from mica.fast.forward.eligibility import (
@@ -26,10 +25,11 @@ from mica.fast.forward.eligibility import (
     why_not_dense,
 )
 from mica.fast.settings import compute_dtype, settings
-from mica.ops.dispatch import PLAIN
 from mica.ops.embedding import embedding
-from mica.ops.factors import down_projection, up_projection
 from mica.ops.linear import linear
+from mica.ops.low_rank import down_projection, up_projection
+from mica.ops.operator import TENSOR_TYPES
+from mica.paths import choose
 
 
 def decided(decide: Callable) -> Callable:
@@ -157,7 +157,7 @@ def _multiplies(x: Tensor, weight: Tensor) -> bool:
 
 def is_dense(x: Tensor) -> bool:
     """Not nested, sparse, mkldnn or of a tensor subclass."""
-    return type(x) in PLAIN and x.layout is torch.strided and not x.is_nested
+    return type(x) in TENSOR_TYPES and x.layout is torch.strided and not x.is_nested
 
 
 def _why_not_call(layer, x: Tensor, adapters: list[Adapter]) -> str | None:
@@ -204,7 +204,7 @@ class Embedded(OnOperators):
 
     def explained(self) -> tuple[str, str]:
         lora_A, lora_B, *_ = self.adapter
-        refused = backend.why_not_kernels(lora_A.device, lora_A.shape[0], lora_A.dtype, lora_B.dtype)
+        refused = choose.why_not_kernels(lora_A.device, lora_A.shape[0], lora_A.dtype, lora_B.dtype)
         return REFERENCE, refused or "embeddings have no kernels"
 
 

@@ -22,10 +22,10 @@ from torch.nn import functional
 from torch.nn.modules import module as nn_module
 from transformers.pytorch_utils import Conv1D
 
-from mica import backend
 from mica.fast.forward import tensor_parallel
 from mica.fast.forward.tensor_parallel import local
-from mica.ops.dispatch import PLAIN
+from mica.ops.operator import TENSOR_TYPES
+from mica.paths import choose
 
 # None if PEFT has moved them: `patching` then warns, and nothing here is reached.
 MiCALinearVariant = getattr(variants, "MiCALinearVariant", None)
@@ -59,9 +59,9 @@ class OnOperators:
         reason = f"base layer called: {self.why_called}" if self.why_called else ""
         for lora_A, *others in self.products():
             dtypes = (tensor.dtype for tensor in (*others[1:], lora_A, others[0]))
-            refused = backend.why_not_kernels(lora_A.device, lora_A.shape[-2], *dtypes)
+            refused = choose.why_not_kernels(lora_A.device, lora_A.shape[-2], *dtypes)
             if refused:
-                path = ERROR if backend.requested() == "triton" else REFERENCE
+                path = ERROR if choose.requested() == "triton" else REFERENCE
                 return path, "; ".join(filter(None, (refused, reason)))
         return KERNEL, reason
 
@@ -327,7 +327,7 @@ def global_hooks() -> bool:
 
 
 def why_not_dense(part: str, tensor: Tensor) -> str | None:
-    if type(tensor) not in PLAIN:
+    if type(tensor) not in TENSOR_TYPES:
         return f"the {part} is a {type(tensor).__name__}, not a plain tensor"
     if tensor.is_meta or hasattr(tensor, "ds_id"):
         return f"the {part} is offloaded or partitioned"

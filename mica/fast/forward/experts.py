@@ -33,8 +33,8 @@ from mica.fast.forward.eligibility import (
     why_not_trained,
 )
 from mica.fast.settings import compute_dtype
-from mica.ops.dispatch import is_transformed
 from mica.ops.experts import experts_linear
+from mica.ops.operator import is_transformed
 from mica.ops.routing import from_experts, route
 
 

@@ -18,8 +18,8 @@ from torch.nn.modules import module as nn_module
 from mica.dtypes import FLOATING, SIXTEEN_BIT
 from mica.fast.forward.eligibility import CALL, FORWARDS, LINEAR, MiCALinearVariant
 from mica.fast.settings import compute_dtype
-from mica.ops.dispatch import PLAIN, is_direct
-from mica.ops.linear import linear_directly
+from mica.ops.linear import linear_eager
+from mica.ops.operator import TENSOR_TYPES, is_eager
 
 _LINEAR, _IDENTITY = nn.Linear, nn.Identity
 
@@ -35,7 +35,7 @@ class Direct(NamedTuple):
     dtype: torch.dtype | None  # of the low-rank products; None: that of x
 
     def __call__(self, x: Tensor) -> Tensor:
-        return linear_directly(x, *self)
+        return linear_eager(x, *self)
 
 
 def direct(layer, x: Tensor) -> Direct | None:
@@ -44,8 +44,8 @@ def direct(layer, x: Tensor) -> Direct | None:
     if (
         type(layer) is not lora.Linear
         or not (x.is_cpu or x.is_cuda)
-        or type(x) not in PLAIN
-        or not is_direct()
+        or type(x) not in TENSOR_TYPES
+        or not is_eager()
         or torch.is_autocast_enabled(kind)
     ):
         return None
@@ -95,7 +95,7 @@ def direct(layer, x: Tensor) -> Direct | None:
         return None
     for tensor in (weight, A, B) if bias is None else (weight, A, B, bias):
         if (
-            type(tensor) not in PLAIN
+            type(tensor) not in TENSOR_TYPES
             or tensor.layout is not torch.strided
             or tensor.is_meta
             or hasattr(tensor, "ds_id")

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from mica.fast.forward import tensor_parallel
 from mica.fast.forward.eligibility import Adapter
 from mica.fast.settings import compute_dtype
-from mica.ops.factors import down_projection, up_projection
+from mica.ops.low_rank import down_projection, up_projection
 
 BASE = "__base__"  # PEFT's name for "no adapter"
 

@@ -19,14 +19,14 @@ import torch
 from peft.tuners import lora
 from torch import Tensor, nn
 
-from mica import reference
 from mica.dtypes import FLOATING
 from mica.fast.create import quantised
 from mica.fast.forward.eligibility import adapter_weights, is_stored_transposed
 from mica.fast.forward.expert_params import is_stored_as_in_out, is_wrapper, lora_A_of, lora_B_of, weight_name
 from mica.fast.refusals import check_weight
 from mica.fast.settings import around, settings
-from mica.ops.dispatch import PLAIN, no_autocast
+from mica.ops.operator import TENSOR_TYPES, no_autocast
+from mica.paths import torch_path
 
 logger = logging.getLogger(__name__)
 
@@ -75,9 +75,9 @@ class Update:
             for start in range(0, count, step):
                 rows = slice(start, min(start + step, count))
                 if self.transposed:
-                    update = reference.delta(lora_A[:, rows], lora_B, self.scaling).t()
+                    update = torch_path.delta(lora_A[:, rows], lora_B, self.scaling).t()
                 else:
-                    update = reference.delta(lora_A, lora_B[rows], self.scaling)
+                    update = torch_path.delta(lora_A, lora_B[rows], self.scaling)
                 yield slice(expert * count + rows.start, expert * count + rows.stop), update
 
 
@@ -202,7 +202,7 @@ def _update_of(layer, adapter: str) -> Update:
 
 def is_covered(layer, weight: Tensor) -> bool:
     known = type(layer) in (lora.Linear, lora.Embedding) or (is_wrapper(layer) and weight.dtype in FLOATING)
-    is_dense = type(weight) in PLAIN and weight.is_floating_point() and not weight.is_meta
+    is_dense = type(weight) in TENSOR_TYPES and weight.is_floating_point() and not weight.is_meta
     return known and is_dense and weight.is_contiguous()
 
 

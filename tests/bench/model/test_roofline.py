@@ -13,11 +13,11 @@ from bench.measure.machine import ROOT
 from bench.measure.memory import saved_bytes
 from bench.model import __main__ as command
 from bench.model import roofline
-from mica import products, reference
 from mica.kernels.down_projection import down_projection
 from mica.kernels.fused_linear import fused_linear
 from mica.kernels.grad_a import grad_a
 from mica.kernels.up_projection import up_projection_
+from mica.paths import products, torch_path
 from tests.support import models
 
 H100 = roofline.DEVICES["h100"]
@@ -123,10 +123,10 @@ def test_the_control_is_what_the_reference_does(monkeypatch):
     )
     cost = roofline.aten(layer(m, n, k, rank))
     with Count() as counted:
-        reference.linear(x, w, a, b, 1.0)
+        torch_path.linear(x, w, a, b, 1.0)
     assert counted.bytes == traffic(cost.forward)
     with Count() as counted:
-        reference.grad_x(dy, w, g := reference.grad_h(dy, b, 1.0, torch.bfloat16), a)
+        torch_path.grad_x(dy, w, g := torch_path.grad_h(dy, b, 1.0, torch.bfloat16), a)
         g.t() @ x
     assert counted.bytes == traffic(cost.backward)
 

@@ -8,7 +8,7 @@ from torch import nn
 
 from bench.results.names import BARE, FAST, STOCK, STOCK_16, SVD
 from bench.suites import bench_adapter, bench_step, bench_subspace, check_profile, harness
-from mica.ops.dispatch import compute
+from mica.ops.operator import compute
 from tests.support import models
 
 

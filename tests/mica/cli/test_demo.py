@@ -65,7 +65,7 @@ def test_main_writes_the_text_and_runs_adapt(monkeypatch, tmp_path, capsys):
 def test_main_chooses_the_dtype_that_the_processor_is_quick_in(monkeypatch, tmp_path, capsys, native):
     calls = []
     monkeypatch.setattr("mica.cli.main", lambda argv: calls.append(argv) or 0)
-    monkeypatch.setattr("mica.products.has_native", lambda dtype: native)
+    monkeypatch.setattr("mica.paths.products.has_native", lambda dtype: native)
     assert demo.main(["--output", str(tmp_path / "out")]) == 0
     assert f"--dtype={'bfloat16' if native else 'float32'}" in calls[0]
     assert ("no bfloat16 instructions" in capsys.readouterr().err) != native

@@ -11,7 +11,7 @@ import triton.language as tl
 from mica.cli import doctor, main
 from mica.fast import patching
 from mica.kernels import common, runtime
-from mica.products import Slowdown
+from mica.paths.products import Slowdown
 from tests.support.doctoring import text_under
 
 pytestmark = pytest.mark.usefixtures("machine")
@@ -49,7 +49,7 @@ def test_products_of_the_cpu_are_in_words(run):
 
 
 def test_products_that_a_busy_machine_hides(run, monkeypatch):
-    monkeypatch.setattr("mica.products.slowdown", lambda dtype: Slowdown(188.0, 188.0, is_busy=True))
+    monkeypatch.setattr("mica.paths.products.slowdown", lambda dtype: Slowdown(188.0, 188.0, is_busy=True))
     status, report, lines = run()
     assert (status, report["products"]["bfloat16"]["busy"]) == (0, True)
     hidden = "small ones: not measured, because other processes keep this machine busy"

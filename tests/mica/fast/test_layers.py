@@ -6,7 +6,7 @@ from torch.autograd import forward_ad
 from torch.utils.checkpoint import checkpoint
 
 import mica.fast
-from mica import reference
+from mica.paths import torch_path
 from tests.support.models import gradients, net, randomise, tiny_gpt2, tiny_llama, wrap
 from tests.support.stock import as_stock, both, counted, step
 from tests.support.tolerances import RELATIVE, error
@@ -48,7 +48,7 @@ def test_compute_dtype_float32_is_stocks_arithmetic(monkeypatch):
     for name, grad in grads.items():
         assert error(grad, expected_grads[name]) <= 0.1 * RELATIVE[torch.bfloat16], name
     mica.fast.enable()
-    monkeypatch.setattr("mica.products.FEW_TO_ROUND", 0)  # few tokens compute so by default
+    monkeypatch.setattr("mica.paths.products.FEW_TO_ROUND", 0)  # few tokens compute so by default
     coarse, _ = step(model, INDICES)
     assert (coarse != expected).any()  # the default computes in bf16: the setting does something
 
@@ -175,7 +175,7 @@ def test_dropout_is_drawn_from_torch_s_generator(dtype, called):
 
     torch.manual_seed(7)
     seed = torch.randint(0, 2**63 - 1, (1,))
-    keep = reference.dropout_keep(seed, 200, 12, 0.3)
+    keep = torch_path.dropout_keep(seed, 200, 12, 0.3)
     assert 0.66 <= keep.double().mean() <= 0.74
     x64, A = x.detach().double().requires_grad_(), layer.lora_A["default"].weight.detach().double()
     A.requires_grad_()

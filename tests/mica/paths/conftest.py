@@ -1,10 +1,10 @@
 import pytest
 import torch
 
-from mica import backend, ops
+from mica import ops
 from mica.kernels import configs, launching
 from mica.kernels.launching import Plan
-from mica.paths import triton_path
+from mica.paths import choose, triton_path
 from tests.support.kernel_cases import DEVICE
 
 
@@ -12,16 +12,16 @@ from tests.support.kernel_cases import DEVICE
 def on_kernels(monkeypatch):
     """Kernels or an error, and nothing planned."""
     monkeypatch.setenv("MICA_BACKEND", "triton")
-    backend.forget_verdicts()
+    choose.clear()
     launching.clear()
     ops.call_counts.clear()
     yield
-    backend.forget_verdicts()
+    choose.clear()
 
 
 @pytest.fixture
-def choose(monkeypatch):
-    """``choose(forward, backward)``: as if these forms had been measured to be the fastest here."""
+def choose_form(monkeypatch):
+    """``choose_form(forward, backward)``: as if these forms had been measured to be the fastest here."""
 
     def choose(forward, backward=None):
         row = configs.Forms(0, 256, forward, backward or forward)

@@ -8,10 +8,10 @@ import torch.nn.functional as F
 import triton
 from torch.library import opcheck
 
-from mica import backend, ops, reference
+from mica import ops
 from mica.kernels import launching, prepared_b
 from mica.ops import mica_down_projection, mica_linear, mica_up_projection
-from mica.paths import triton_path
+from mica.paths import choose, torch_path, triton_path
 from tests.support.kernel_cases import BF16, DEVICE, FEW_DTYPES, FP16, FP32, LAYER_DTYPES
 from tests.support.linear_calls import agree, on_device, run
 from tests.support.oracle import problem, solve
@@ -59,12 +59,12 @@ def test_factors_next_to_a_base_layer(dtype, adapter_dtype, compute_dtype, dropo
 @pytest.mark.parametrize(("dtype", "adapter_dtype", "compute_dtype"), FEW_DTYPES)
 @pytest.mark.parametrize("dropout_p", [0.0, 0.4])
 def test_every_form_agrees_with_the_dense_oracle(
-    monkeypatch, choose, launched, form, dtype, adapter_dtype, compute_dtype, dropout_p
+    monkeypatch, choose_form, launched, form, dtype, adapter_dtype, compute_dtype, dropout_p
 ):
     """Contiguous and aligned, so that descriptors apply; with dropout against the reference in fp64."""
-    choose(form)
+    choose_form(form)
     monkeypatch.setenv("MICA_BACKEND", "auto" if form == "aten" else "triton")
-    monkeypatch.setattr(backend, "use_kernels", lambda *args, **kwargs: True)
+    monkeypatch.setattr(choose, "use_kernels", lambda *args, **kwargs: True)
     p = problem((3, 20), 48, 72, 5, dtype, adapter_dtype)
     for name in ("x", "weight", "grad_output"):
         setattr(p, name, getattr(p, name).contiguous())
@@ -82,15 +82,15 @@ def test_every_form_agrees_with_the_dense_oracle(
         ("descriptor", FORMS["fused"]),  # rows that lie apart are not what descriptors take
     ],
 )
-def test_a_form_that_cannot_be(choose, launched, form, kernels):
-    choose(form)
+def test_a_form_that_cannot_be(choose_form, launched, form, kernels):
+    choose_form(form)
     p = on_device(problem((8,), 17, 24, 2, BF16))
     agree(run(p), solve(p), BF16)
     assert {name for name, _ in launched} == set(kernels)
 
 
-def test_forward_and_backward_have_a_form_each(choose, launched):
-    choose("fused", "split")
+def test_forward_and_backward_have_a_form_each(choose_form, launched):
+    choose_form("fused", "split")
     run(on_device(problem((8,), 16, 24, 2, BF16)))
     assert {name for name, _ in launched} == {*FORMS["fused"], *FORMS["split"]}
 
@@ -98,7 +98,7 @@ def test_forward_and_backward_have_a_form_each(choose, launched):
 def dropped_oracle(p, dropout_p, seed):
     """y, dx, dA in fp64 by autograd through x ⊙ keep / (1 - p), the mask spelled out."""
     x, lora_A = (t.detach().double().requires_grad_() for t in (p.x, p.lora_A))
-    keep = reference.dropout_keep(seed, x.shape[:-1].numel(), x.shape[-1], dropout_p).view(x.shape)
+    keep = torch_path.dropout_keep(seed, x.shape[:-1].numel(), x.shape[-1], dropout_p).view(x.shape)
     dropped = x * keep / (1 - dropout_p)
     y = x @ p.weight.double().t() + p.scaling * (dropped @ lora_A.t()) @ p.lora_B.double().t()
     y = y + p.bias.double()
@@ -258,11 +258,11 @@ OPERATORS = {
 
 
 def test_each_operator_has_a_function_on_the_reference_and_on_kernels():
-    """One to one, and with the same parameters: `mica.ops.dispatch.compute` calls either."""
+    """One to one, and with the same parameters: `mica.ops.operator.compute` calls either."""
     names = {name for name in triton_path.__all__ if not name.endswith("Error")}
     assert names == {name for name in OPERATORS if not name.startswith("embedding")}
     for name in names:
-        module = reference
+        module = torch_path
         expected = inspect.signature(getattr(module, name))
         assert inspect.signature(getattr(triton_path, name)) == expected, name
 
@@ -295,9 +295,9 @@ def test_a_kernel_that_cannot_be_launched_gives_way_to_the_reference(monkeypatch
     monkeypatch.setenv("MICA_BACKEND", "reference")
     expected = run(p)
     monkeypatch.setenv("MICA_BACKEND", "auto")
-    monkeypatch.setattr(backend.runtime, "is_interpreting", lambda: False)
-    monkeypatch.setattr(backend.runtime, "why_unavailable", lambda device: None)
-    backend.forget_verdicts()
+    monkeypatch.setattr(choose.runtime, "is_interpreting", lambda: False)
+    monkeypatch.setattr(choose.runtime, "why_unavailable", lambda device: None)
+    choose.clear()
     launching.clear()
     with monkeypatch.context() as patch:
         patch.setattr(getattr(triton_path, part), "planned", fails)
@@ -310,7 +310,7 @@ def test_a_kernel_that_cannot_be_launched_gives_way_to_the_reference(monkeypatch
     run(p)
     kernels = {f"{name}_kernels" for name in {"linear", "linear_backward"} - PARTS[part]}
     assert {name for name in ops.call_counts if name.endswith("_kernels")} == kernels
-    assert "out of resource" in backend.why_not_kernels(p.x.device, 3, BF16)
+    assert "out of resource" in choose.why_not_kernels(p.x.device, 3, BF16)
     for other in (problem((6,), 10, 12, 4, BF16), problem((6,), 10, 12, 3, FP32)):
         ops.call_counts.clear()
         run(on_device(other))

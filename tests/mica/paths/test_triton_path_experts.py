@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from mica import reference
 from mica.kernels import launching, prepared_b
+from mica.paths import torch_path
 from mica.paths import triton_path as path
 from tests.support.expert_cases import ROUTES, offsets_of, stack
 from tests.support.kernel_cases import BF16, DEVICE, FEW_DTYPES, FP32, LAYER_DTYPES, operand
@@ -44,7 +44,7 @@ class Stack:
         return {"y": y, "dx": dx, "dA": dA}
 
     def solved(self, bias=True):
-        return self.run(bias=bias, module=reference, cast=torch.Tensor.double)
+        return self.run(bias=bias, module=torch_path, cast=torch.Tensor.double)
 
 
 def grouped(monkeypatch, is_grouped: bool) -> list:
@@ -222,5 +222,5 @@ def test_the_plans_of_another_call_are_not_taken(name):
     if name == "lora_A":
         other.lora_A = other.lora_A.bfloat16().transpose(1, 2).contiguous().transpose(1, 2)
     options = {"bias": name != "bias", "scaling": 2.0 if name == "scaling" else SCALING}
-    expected = other.run(module=reference, cast=torch.Tensor.double, **options)
+    expected = other.run(module=torch_path, cast=torch.Tensor.double, **options)
     agree(other.run(**options), expected, BF16)

@@ -70,8 +70,8 @@ def test_no_bit_differs(monkeypatch, launched, call, dtype):
 
 
 @pytest.mark.parametrize("form", ["split", "fused", "descriptor"])
-def test_no_bit_differs_in_another_form(monkeypatch, choose, launched, form):
-    choose(form)
+def test_no_bit_differs_in_another_form(monkeypatch, choose_form, launched, form):
+    choose_form(form)
     p = layer()
     rounded = of_linear(p)
     assert FP32 not in {kind for _, kind in launched if kind}

@@ -5,9 +5,9 @@ import warnings
 import pytest
 import torch
 
-from mica import backend, ops
+from mica import ops
 from mica.kernels import launching
-from mica.paths import triton_path
+from mica.paths import choose, triton_path
 from tests.support.linear_calls import on_device, run
 from tests.support.oracle import problem, solve
 from tests.support.tolerances import RELATIVE, error
@@ -99,8 +99,8 @@ def test_a_kernel_that_a_capture_cannot_load_is_missed_once(monkeypatch, kernel)
     monkeypatch.setenv("MICA_BACKEND", "reference")
     expected = run(p)
     monkeypatch.setenv("MICA_BACKEND", "auto")
-    monkeypatch.setattr(backend.runtime, "is_interpreting", lambda: False)
-    monkeypatch.setattr(backend.runtime, "why_unavailable", lambda device: None)
+    monkeypatch.setattr(choose.runtime, "is_interpreting", lambda: False)
+    monkeypatch.setattr(choose.runtime, "why_unavailable", lambda device: None)
     launching.clear()
     ops.call_counts.clear()
     with monkeypatch.context() as capture, warnings.catch_warnings(record=True) as warned:
@@ -114,7 +114,7 @@ def test_a_kernel_that_a_capture_cannot_load_is_missed_once(monkeypatch, kernel)
     assert all("in a CUDA graph on cpu: a kernel for this kind" in str(each.message) for each in warned)
     kernels = ("linear_kernels", "linear_backward_kernels")
     assert sum(ops.call_counts[name] for name in kernels) == 2 * (2 - KERNELS[kernel])
-    assert backend.why_not_kernels(p.x.device, 12, torch.bfloat16) is None
+    assert choose.why_not_kernels(p.x.device, 12, torch.bfloat16) is None
     ops.call_counts.clear()
     run(p)  # after the capture
     assert all(ops.call_counts[name] == 1 for name in kernels)
@@ -123,7 +123,7 @@ def test_a_kernel_that_a_capture_cannot_load_is_missed_once(monkeypatch, kernel)
 @pytest.mark.parametrize("demanded", ["triton", "auto"])
 def test_where_a_capture_cannot_run_the_reference_the_reason_is_raised(monkeypatch, demanded):
     """Where kernels are demanded; and of experts, because the reference waits for the device."""
-    monkeypatch.setattr(backend, "use_kernels", lambda *args, **kwargs: True)
+    monkeypatch.setattr(choose, "use_kernels", lambda *args, **kwargs: True)
     monkeypatch.setenv("MICA_BACKEND", demanded)
     monkeypatch.setattr(launching, "is_capturing", lambda device: True)
     launching.clear()

@@ -21,7 +21,7 @@ BACKEND = [
         edits={
             "_initialise_missing": [("max(matches, key=lambda match: len(match[0]))", "matches[0]")],
             "hotswap_adapter_from_state_dict": [
-                ("backend.forget_prepared()", ""),
+                ("backend.clear_prepared()", ""),
             ],
         },
     ),
@@ -52,8 +52,8 @@ BACKEND = [
         edits={
             "direct": [
                 ("type(layer) is not lora.Linear", "not isinstance(layer, lora.Linear)"),
-                ("or type(x) not in PLAIN", ""),
-                ("or not is_direct()", ""),
+                ("or type(x) not in TENSOR_TYPES", ""),
+                ("or not is_eager()", ""),
                 ("or torch.is_autocast_enabled(kind)", ""),
                 ("len(name) != 1", "not name"),
                 ("disable_adapters\n        or layer.", ""),

@@ -4,8 +4,8 @@ from tests.support.mutants.edits import FileEdits
 
 EXPERTS_PATH = [
     FileEdits(
-        "mica/reference.py",
-        tests=["tests/mica/test_reference.py", "tests/mica/ops/test_experts.py"],
+        "mica/paths/torch_path.py",
+        tests=["tests/mica/paths/test_torch_path.py", "tests/mica/ops/test_experts.py"],
         edits={
             "experts_linear": [
                 ("y[end:] = 0", ""),

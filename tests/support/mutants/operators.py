@@ -9,8 +9,8 @@ OPERATORS = [
             "tests/mica/paths/test_triton_path_operands.py",
             "tests/mica/paths/test_triton_path_plans.py",
             "tests/mica/paths/test_triton_path.py",
-            "tests/mica/ops/test_factors.py",
-            "tests/mica/ops/test_dispatch.py",
+            "tests/mica/ops/test_low_rank.py",
+            "tests/mica/ops/test_operator.py",
         ],
         edits={
             "as_operand": [
@@ -54,8 +54,8 @@ OPERATORS = [
         },
     ),
     FileEdits(
-        "mica/backend.py",
-        tests=["tests/mica/test_backend.py"],
+        "mica/paths/choose.py",
+        tests=["tests/mica/paths/test_choose.py"],
         edits={
             "_decide": [('reason and backend == "triton"', "False")],
             "use_kernels": [
@@ -77,13 +77,13 @@ OPERATORS = [
         ],
         edits={
             "_MicaLinear.forward": [("if needs_x else None", "")],
-            "linear_directly": [("(lora_A.requires_grad or x.requires_grad)", "lora_A.requires_grad")],
+            "linear_eager": [("(lora_A.requires_grad or x.requires_grad)", "lora_A.requires_grad")],
         },
     ),
     FileEdits(
-        "mica/ops/dispatch.py",
+        "mica/ops/operator.py",
         tests=[
-            "tests/mica/ops/test_dispatch.py",
+            "tests/mica/ops/test_operator.py",
             "tests/mica/ops/test_linear.py",
             "tests/mica/paths/test_triton_path.py",
             "tests/mica/paths/test_triton_path_plans.py",
@@ -95,15 +95,15 @@ OPERATORS = [
                 ("torch._C._functorch.is_legacy_batchedtensor(tensor)", "False"),
             ],
             "run_backward": [
-                ("():\n        return plain(body)", "():\n        return body"),
-                ("plain(body)(*args) if is_transformed() else operator(*args)", "operator(*args)"),
-                ("if not is_direct(*tensors)", "if False"),
+                ("():\n        return on_torch(body)", "():\n        return body"),
+                ("on_torch(body)(*args) if is_transformed() else operator(*args)", "operator(*args)"),
+                ("if not is_eager(*tensors)", "if False"),
             ],
             "below_autograd": [
                 ("torch._C._AutoDispatchBelowADInplaceOrView", "torch._C._AutoDispatchBelowAutograd"),
             ],
-            "is_direct": [
-                ("tensor is not None and type(tensor) not in PLAIN", "False"),
+            "is_eager": [
+                ("tensor is not None and type(tensor) not in TENSOR_TYPES", "False"),
                 ("._C._len_torch_dispatch_stack()\n        or torch", ""),
                 ("or torch._C._len_torch_function_stack()", ""),
                 ("or is_transformed()", ""),
@@ -115,8 +115,8 @@ OPERATORS = [
         },
     ),
     FileEdits(
-        "mica/ops/factors.py",
-        tests=["tests/mica/ops/test_factors.py"],
+        "mica/ops/low_rank.py",
+        tests=["tests/mica/ops/test_low_rank.py"],
         edits={
             "_DownProjection.forward": [("if ctx.needs_input_grad[2] else None", "")],
             "_down_backward": [("to(x_dtype).view", "view")],
@@ -124,8 +124,8 @@ OPERATORS = [
         },
     ),
     FileEdits(
-        "mica/reference.py",
-        tests=["tests/mica/test_reference.py"],
+        "mica/paths/torch_path.py",
+        tests=["tests/mica/paths/test_torch_path.py"],
         edits={
             "_scaled_product": [("dtype))).mul_(scaling", "dtype))")],
             "linear_backward": [
@@ -155,8 +155,8 @@ OPERATORS = [
         },
     ),
     FileEdits(
-        "mica/products.py",
-        tests=["tests/mica/test_products.py"],
+        "mica/paths/products.py",
+        tests=["tests/mica/paths/test_products.py"],
         edits={
             "addmm": [("right in others", "right in others[1:]")],
             "_in_chunks": [

@@ -14,7 +14,7 @@ from transformers import (
     AutoTokenizer,
 )
 
-from mica.products import Slowdown
+from mica.paths.products import Slowdown
 from tests.support.tiny_cli import TEXT, adapt, byte_tokenizer, logits, tiny_llama
 
 

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from mica import reference
+from mica.paths import torch_path
 from tests.support.experts_oracle import ROUTES, problem, run, solve
 from tests.support.oracle import DTYPES
 from tests.support.tolerances import RELATIVE, error
@@ -14,11 +14,11 @@ from tests.support.tolerances import RELATIVE, error
 def test_agrees_with_the_dense_oracle(dtype, adapter_dtype, compute_dtype, transposed, route):
     p = problem(route, 9, 14, 3, dtype, adapter_dtype, bias=not transposed, transposed=transposed)
     expected = solve(p)
-    y = reference.experts_linear(
+    y = torch_path.experts_linear(
         p.x, p.offsets, p.weight, p.lora_A, p.lora_B, p.scaling, p.bias, compute_dtype
     )
     operands = p.grad_output, p.x, p.offsets, p.weight, p.lora_A, p.lora_B, p.scaling
-    grad_x, grad_A = reference.experts_linear_backward(*operands, compute_dtype or dtype)
+    grad_x, grad_A = torch_path.experts_linear_backward(*operands, compute_dtype or dtype)
     for name, value in {"y": y, "grad_x": grad_x, "grad_A": grad_A}.items():
         assert error(value, expected[name]) <= RELATIVE[dtype], name
     assert y.dtype == grad_x.dtype == dtype
@@ -29,7 +29,7 @@ def test_agrees_with_the_dense_oracle(dtype, adapter_dtype, compute_dtype, trans
 def test_is_differentiable_by_autograd(route):
     p = problem(route, 5, 4, 2, torch.float64)
     expected = solve(p)
-    for name, value in run(p, reference.experts_linear).items():
+    for name, value in run(p, torch_path.experts_linear).items():
         value = torch.zeros_like(expected[name]) if value is None else value
         assert error(value, expected[name]) <= RELATIVE[torch.float64], name
 
@@ -40,9 +40,9 @@ def test_only_experts_with_rows_are_read():
     idle = [0, 2, 5]
     for operand in (p.weight, p.lora_A, p.lora_B, p.bias):
         operand[idle] = float("nan")
-    y = reference.experts_linear(p.x, p.offsets, p.weight, p.lora_A, p.lora_B, p.scaling, p.bias)
+    y = torch_path.experts_linear(p.x, p.offsets, p.weight, p.lora_A, p.lora_B, p.scaling, p.bias)
     operands = p.grad_output, p.x, p.offsets, p.weight, p.lora_A, p.lora_B, p.scaling, torch.float32
-    grad_x, grad_A = reference.experts_linear_backward(*operands)
+    grad_x, grad_A = torch_path.experts_linear_backward(*operands)
     assert y.isfinite().all()
     assert grad_x.isfinite().all()
     assert (grad_A[idle] == 0).all()
@@ -53,10 +53,10 @@ def test_only_experts_with_rows_are_read():
 def test_computes_only_what_is_wanted(missing):
     p = problem("idle ones", 5, 4, 2, torch.float32)
     tensors = {"x": p.x, "weight": p.weight} | {missing: None}
-    whole = reference.experts_linear_backward(
+    whole = torch_path.experts_linear_backward(
         p.grad_output, p.x, p.offsets, p.weight, p.lora_A, p.lora_B, p.scaling, torch.float32
     )
-    grads = reference.experts_linear_backward(
+    grads = torch_path.experts_linear_backward(
         p.grad_output,
         tensors["x"],
         p.offsets,
@@ -74,6 +74,6 @@ def test_computes_only_what_is_wanted(missing):
 def test_rank_0_is_the_base_product():
     p = problem("rows of none", 5, 4, 2, torch.float64)
     empty = p.lora_A[:, :0], p.lora_B[:, :, :0]
-    y = reference.experts_linear(p.x, p.offsets, p.weight, *empty, 1.0, p.bias)
+    y = torch_path.experts_linear(p.x, p.offsets, p.weight, *empty, 1.0, p.bias)
     p.scaling = 0.0
     assert error(y, solve(p)["y"]) <= RELATIVE[torch.float64]

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from mica import products
+from mica.paths import products
 from tests.support.oracle import padded
 from tests.support.tolerances import RELATIVE, error
 

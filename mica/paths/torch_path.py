@@ -12,16 +12,17 @@ arXiv 2604.01694, on LoRA's layer (arXiv 2106.09685).
 
 The low-rank products run in ``compute_dtype`` (default: the dtype of x), so A and B may be fp32 masters
 over a bf16/fp16 base. With such masters and few tokens on a CPU they run in fp32, whatever the compute_dtype
-(`mica.products.product_dtype`): only y and dx are rounded. Products and their sums are `mica.products`' (one
+(`product_dtype`): only y and dx are rounded. Products and their sums are those of `mica.paths.products` (one
 rounding where the processor has no 16-bit instructions). The scaling is folded into A (forward) or B
 (backward) *before* that cast: one rounding instead of two, on r·K or N·r numbers instead of M·r; a scaling
 that rounds nothing (1, a power of two) is applied where there is least to multiply. Everything here is
 differentiable by autograd and runs on any device.
 
 On a stack of experts the same, expert by expert: W (E×N×K), B (E×N×r), A (E×r×K), bias (E×N). The rows of x
-(S×K) are sorted by expert, those of expert e reach from offsets[e-1] to offsets[e] (E ends, int32 or int64), and
-a token of k experts has k rows. dA_e is 0 for an expert without rows. Neither W + s·B·A nor its gradient (both
-E×N×K) is formed, which is what PEFT's path costs (`lora.ParamWrapper`), and no expert without rows is read.
+(S×K) are sorted by expert, those of expert e reach from offsets[e-1] to offsets[e] (E ends, int32 or int64),
+and a token of k experts has k rows. dA_e is 0 for an expert without rows. Neither W + s·B·A nor its gradient
+(both E×N×K) is formed, which is what PEFT's path costs (`lora.ParamWrapper`), and no expert without rows is
+read.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ from math import frexp
 import torch
 from torch import Tensor
 
-from mica.products import added, addmm, multiplies_itself, product_dtype
+from mica.paths.products import added, addmm, multiplies_itself, product_dtype
 
 # Tokens whose fp32 copy is alive at a time in `grad_a`: 1024 x 14336 fp32 are 59 MB. Measured on two CPU
 # cores at K = 576 and 1536, r = 16: the same speed within noise from 256 to 2048.

@@ -2,8 +2,8 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from mica import products, reference
-from mica.products import addmm
+from mica.paths import products, torch_path
+from mica.paths.products import addmm
 from tests.support.oracle import DTYPES, problem, solve
 from tests.support.tolerances import RELATIVE, error
 
@@ -11,12 +11,12 @@ SHAPES = [(1, 1, 1, 1), (5, 7, 3, 2), (33, 17, 65, 5), (2100, 19, 23, 16)]
 
 
 def compute(p, compute_dtype):
-    y = reference.linear(p.x, p.weight, p.lora_A, p.lora_B, p.scaling, p.bias, compute_dtype)
-    g = reference.grad_h(p.grad_output, p.lora_B, p.scaling, compute_dtype or p.x.dtype)
+    y = torch_path.linear(p.x, p.weight, p.lora_A, p.lora_B, p.scaling, p.bias, compute_dtype)
+    g = torch_path.grad_h(p.grad_output, p.lora_B, p.scaling, compute_dtype or p.x.dtype)
     return {
         "y": y,
-        "grad_x": reference.grad_x(p.grad_output, p.weight, g, p.lora_A),
-        "grad_A": reference.grad_a(g, p.x),
+        "grad_x": torch_path.grad_x(p.grad_output, p.weight, g, p.lora_A),
+        "grad_A": torch_path.grad_a(g, p.x),
     }
 
 
@@ -44,11 +44,11 @@ def test_dtypes_of_the_results(dtype, adapter_dtype, compute_dtype):
 def test_grad_a_is_accumulated_and_returned_in_fp32(dtype):
     """Within fp32 round-off of the exact product of the 16-bit factors, over more than one chunk."""
     g, x = torch.randn(3000, 4).to(dtype), torch.randn(3000, 9).to(dtype)
-    assert error(reference.grad_a(g, x), g.double().t() @ x.double()) <= RELATIVE[torch.float32]
+    assert error(torch_path.grad_a(g, x), g.double().t() @ x.double()) <= RELATIVE[torch.float32]
 
 
 def stated_forward(p, dtype):
-    """`reference.linear` as its docstring states it, no step left out: what its bits must be."""
+    """`torch_path.linear` as its docstring states it, no step left out: what its bits must be."""
     h = addmm(None, (p.x.to(dtype), (p.lora_A * p.scaling).to(dtype).t()))
     if dtype == p.x.dtype:
         return addmm(p.bias, (p.x, p.weight.t()), (h, p.lora_B.to(dtype).t()))
@@ -57,7 +57,7 @@ def stated_forward(p, dtype):
 
 
 def stated_backward(p, dtype):
-    """`reference.linear_backward` in the same way; dA in chunks of 1024 tokens where x or g is cast."""
+    """`torch_path.linear_backward` in the same way; dA in chunks of 1024 tokens where x or g is cast."""
     g = addmm(None, (p.grad_output.to(dtype), (p.lora_B * p.scaling).to(dtype)))
     if dtype == p.x.dtype:
         dx = addmm(None, (p.grad_output, p.weight), (g, p.lora_A.to(dtype)))
@@ -78,9 +78,9 @@ def assert_same_bits(p, compute_dtype, stated_dtype):
     """With factors that lie dense, as parameters do: what BLAS gives depends on where rows begin."""
     p.lora_A, p.lora_B = p.lora_A.contiguous(), p.lora_B.contiguous()
     operands = p.weight, p.lora_A, p.lora_B, p.scaling
-    y = reference.linear(p.x, *operands, p.bias, compute_dtype)
+    y = torch_path.linear(p.x, *operands, p.bias, compute_dtype)
     assert torch.equal(y, stated_forward(p, stated_dtype))
-    actual = reference.linear_backward(p.grad_output, p.x, *operands, compute_dtype or p.x.dtype)
+    actual = torch_path.linear_backward(p.grad_output, p.x, *operands, compute_dtype or p.x.dtype)
     for value, expected in zip(actual, stated_backward(p, stated_dtype), strict=True):
         assert torch.equal(value, expected)
         assert value.dtype == expected.dtype
@@ -137,8 +137,8 @@ def test_few_tokens_are_nearer_to_the_oracle_than_with_rounded_masters(monkeypat
     for _ in range(20):
         p = problem((8,), 64, 48, 16, dtype, torch.float32, scaling=1 / 3)
         oracle, operands = solve(p), (p.weight, p.lora_A, p.lora_B, p.scaling)
-        y = reference.linear(p.x, *operands, p.bias)
-        dx, dA = reference.linear_backward(p.grad_output, p.x, *operands, dtype)
+        y = torch_path.linear(p.x, *operands, p.bias)
+        dx, dA = torch_path.linear_backward(p.grad_output, p.x, *operands, dtype)
         rounded = dict(zip(oracle, (stated_forward(p, dtype), *stated_backward(p, dtype)), strict=True))
         for (name, value), stated in zip(
             {"y": y, "grad_x": dx, "grad_A": dA}.items(), rounded.values(), strict=True
@@ -167,9 +167,9 @@ def test_few_tokens_take_three_products_and_nothing_else(scaling):
     p = problem((2,), 40, 30, 16, torch.float32, bias=False, scaling=scaling)
     operands = p.weight, p.lora_A, p.lora_B, p.scaling
     with _Calls() as forward:
-        reference.linear(p.x, *operands)
+        torch_path.linear(p.x, *operands)
     with _Calls() as backward:
-        reference.linear_backward(p.grad_output, p.x, *operands, torch.float32)
+        torch_path.linear_backward(p.grad_output, p.x, *operands, torch.float32)
     scaled = [] if scaling == 1.0 else ["mul_"] if scaling == 2.0 else ["mul"]
     # a power of two is the last product's own factor
     assert sorted(forward.names) == sorted(["mm", "mm", "addmm_", *(["mul"] if scaling == 1 / 3 else [])])
@@ -181,7 +181,7 @@ def test_few_tokens_take_three_products_and_nothing_else(scaling):
 @pytest.mark.parametrize(("dtype", "adapter_dtype", "compute_dtype"), DTYPES)
 def test_vmap_over_adapters_of_one_layer(dtype, adapter_dtype, compute_dtype, tokens):
     p = problem((tokens,), 12, 9, 4, dtype, adapter_dtype)
-    batch = torch.func.vmap(lambda A, B: reference.linear(p.x, p.weight, A, B, 2.0, p.bias, compute_dtype))(
+    batch = torch.func.vmap(lambda A, B: torch_path.linear(p.x, p.weight, A, B, 2.0, p.bias, compute_dtype))(
         torch.stack([p.lora_A, -p.lora_A]), torch.stack([p.lora_B, p.lora_B])
     )
     p.scaling, p.lora_A = 2.0, -p.lora_A
@@ -192,7 +192,7 @@ def test_inputs_are_left_alone():
     p = problem((6,), 8, 5, 3, torch.float32)
     before = [t.clone() for t in (p.x, p.weight, p.lora_A, p.lora_B, p.bias, p.grad_output)]
     compute(p, None)
-    reference.delta(p.lora_A, p.lora_B, p.scaling)
+    torch_path.delta(p.lora_A, p.lora_B, p.scaling)
     for old, new in zip(before, (p.x, p.weight, p.lora_A, p.lora_B, p.bias, p.grad_output), strict=True):
         assert torch.equal(old, new)
 
@@ -202,18 +202,18 @@ def test_embedding_and_its_gradient():
     lora_A = torch.randn(2, 7, dtype=torch.float64, requires_grad=True)
     lora_B = torch.randn(5, 2, dtype=torch.float64)
     dense = 0.5 * (lora_B @ lora_A)
-    out = reference.embedding(indices, lora_A.detach(), lora_B, 0.5)
+    out = torch_path.embedding(indices, lora_A.detach(), lora_B, 0.5)
     assert error(out, dense.t()[indices]) <= RELATIVE[torch.float64]
     grad_output = torch.randn(5, 5, dtype=torch.float64)
     (expected,) = torch.autograd.grad(dense.t()[indices], lora_A, grad_output)
-    actual = reference.embedding_backward(grad_output, indices, lora_A, lora_B, 0.5, None)
+    actual = torch_path.embedding_backward(grad_output, indices, lora_A, lora_B, 0.5, None)
     assert error(actual, expected) <= RELATIVE[torch.float64]
 
 
 def test_dropout_keeps_the_given_share_independently():
     """Rows, columns and neighbours: shares and correlations within five standard errors of chance."""
     rows, columns, p = 1024, 768, 0.3
-    keep = reference.dropout_keep(torch.tensor([1234]), rows, columns, p).double()
+    keep = torch_path.dropout_keep(torch.tensor([1234]), rows, columns, p).double()
     deviation = (p * (1 - p)) ** 0.5
     centred = (keep - (1 - p)) / deviation
     assert abs(centred.mean()) <= 5 / (rows * columns) ** 0.5
@@ -225,19 +225,19 @@ def test_dropout_keeps_the_given_share_independently():
         centred[:512] * centred[512:],
     ):
         assert abs(shifted.mean()) <= 5 / shifted.numel() ** 0.5
-    other = reference.dropout_keep(torch.tensor([1235]), rows, columns, p).double()
+    other = torch_path.dropout_keep(torch.tensor([1235]), rows, columns, p).double()
     assert abs((centred * (other - (1 - p)) / deviation).mean()) <= 5 / (rows * columns) ** 0.5
     assert not torch.equal(
-        reference.dropout_keep(torch.tensor([1234 + 2**40]), rows, columns, p), keep.bool()
+        torch_path.dropout_keep(torch.tensor([1234 + 2**40]), rows, columns, p), keep.bool()
     )
 
 
 def test_dropout_is_a_function_of_seed_row_and_column():
     seed = torch.tensor([-(2**62) + 5])
-    keep = reference.dropout_keep(seed, 50, 40, 0.5)
-    assert torch.equal(reference.dropout_keep(seed, 20, 30, 0.5, first_row=30), keep[30:, :30])
-    assert reference.dropout_keep(seed, 50, 40, 0.0).all()
-    assert (reference.dropout_keep(seed, 50, 40, 0.2) | ~keep).all()  # what p = 0.5 keeps, 0.2 keeps too
+    keep = torch_path.dropout_keep(seed, 50, 40, 0.5)
+    assert torch.equal(torch_path.dropout_keep(seed, 20, 30, 0.5, first_row=30), keep[30:, :30])
+    assert torch_path.dropout_keep(seed, 50, 40, 0.0).all()
+    assert (torch_path.dropout_keep(seed, 50, 40, 0.2) | ~keep).all()  # what p = 0.5 keeps, 0.2 keeps too
 
 
 @pytest.mark.parametrize(("dtype", "adapter_dtype", "compute_dtype"), DTYPES)
@@ -246,14 +246,16 @@ def test_dropout_agrees_with_autograd_on_the_masked_input(dtype, adapter_dtype, 
     p = problem((2100,), 19, 23, 4, dtype, adapter_dtype)
     seed, rate = torch.tensor([6]), 0.25
     x, lora_A = (t.detach().double().requires_grad_() for t in (p.x, p.lora_A))
-    dropped = x * reference.dropout_keep(seed, 2100, 19, rate) / (1 - rate)
+    dropped = x * torch_path.dropout_keep(seed, 2100, 19, rate) / (1 - rate)
     y = x @ p.weight.double().t() + p.bias.double()
     y = y + p.scaling * dropped @ lora_A.t() @ p.lora_B.double().t()
     dx, dA = torch.autograd.grad(y, (x, lora_A), p.grad_output.double())
     dtype_ = compute_dtype or dtype
-    actual = reference.linear(p.x, p.weight, p.lora_A, p.lora_B, p.scaling, p.bias, compute_dtype, rate, seed)
+    actual = torch_path.linear(
+        p.x, p.weight, p.lora_A, p.lora_B, p.scaling, p.bias, compute_dtype, rate, seed
+    )
     assert error(actual, y) <= RELATIVE[dtype]
-    backward = reference.linear_backward(
+    backward = torch_path.linear_backward(
         p.grad_output, p.x, p.weight, p.lora_A, p.lora_B, p.scaling, dtype_, rate, seed
     )
     for value, expected in zip(backward, (dx, dA), strict=True):
@@ -263,8 +265,8 @@ def test_dropout_agrees_with_autograd_on_the_masked_input(dtype, adapter_dtype, 
 def test_products_in_another_dtype_than_all_operands():
     """bf16 x, A and B, and products in fp32: h is not rounded on its way."""
     p = problem((40,), 48, 30, 12, torch.bfloat16, torch.bfloat16, scaling=2.0)
-    y = reference.linear(p.x, p.weight, p.lora_A, p.lora_B, p.scaling, p.bias, torch.float32)
-    h = reference.down_projection(p.x, p.lora_A, p.scaling, torch.float32)
-    base = reference.addmm(p.bias, (p.x, p.weight.t()))
-    assert torch.equal(y, reference.up_projection(base, h, p.lora_B))
-    assert not torch.equal(y, reference.linear(p.x, p.weight, p.lora_A, p.lora_B, p.scaling, p.bias))
+    y = torch_path.linear(p.x, p.weight, p.lora_A, p.lora_B, p.scaling, p.bias, torch.float32)
+    h = torch_path.down_projection(p.x, p.lora_A, p.scaling, torch.float32)
+    base = torch_path.addmm(p.bias, (p.x, p.weight.t()))
+    assert torch.equal(y, torch_path.up_projection(base, h, p.lora_B))
+    assert not torch.equal(y, torch_path.linear(p.x, p.weight, p.lora_A, p.lora_B, p.scaling, p.bias))

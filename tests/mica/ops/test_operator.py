@@ -12,8 +12,8 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from mica import ops
 from mica.ops import mica_down_projection, mica_embedding, mica_linear, mica_up_projection
 from mica.ops.embedding import embedding
-from mica.ops.factors import down_projection, up_projection
 from mica.ops.linear import linear
+from mica.ops.low_rank import down_projection, up_projection
 from tests.support.oracle import problem
 
 P = problem((2, 3), 8, 6, 2, torch.float32)

@@ -3,7 +3,7 @@
     h  = scaling·drop(x) Aᵀ     mica_down_projection
     y' = y + h Bᵀ               mica_up_projection, with y = base_layer(x)
 
-Definition: `mica.reference` (arXiv 2604.01694). Saved for the backward: x as it came, no h, no mask.
+Definition: `mica.paths.torch_path` (arXiv 2604.01694). Saved for the backward: x as it came, no h, no mask.
 """
 
 from __future__ import annotations
@@ -12,14 +12,14 @@ import torch
 from torch import Tensor
 
 from mica.ops.checks import check_down_projection, check_up_projection
-from mica.ops.dispatch import (
+from mica.ops.operator import (
+    as_matrix,
     autocast_to,
     below_autograd,
-    compute,
     no_autocast,
     operator,
-    rows,
     run_backward,
+    run_formula,
     saved,
     without_none,
 )
@@ -78,9 +78,9 @@ def mica_up_projection(y: Tensor, h: Tensor, lora_B: Tensor) -> Tensor:
 
 def _down(x, lora_A, scaling, compute_dtype, dropout_p=0.0, seed=None):
     dtype = compute_dtype or x.dtype
-    operands = (rows(x), lora_A, scaling, dtype, dropout_p, seed)
+    operands = (as_matrix(x), lora_A, scaling, dtype, dropout_p, seed)
     rank = lora_A.shape[0]
-    h = compute("down_projection", x, rank, (x.dtype, dtype, lora_A.dtype), *operands)
+    h = run_formula("down_projection", x, rank, (x.dtype, dtype, lora_A.dtype), *operands)
     return h.view(*x.shape[:-1], rank)
 
 
@@ -90,11 +90,11 @@ def _down_fake(x, lora_A, scaling, compute_dtype, dropout_p=0.0, seed=None):
 
 def _down_backward(grad_h, x, lora_A, scaling, x_dtype, output_mask, dropout_p=0.0, seed=None):
     needs_x, needs_A = output_mask
-    g = rows(grad_h)
-    operands = (g, rows(x) if needs_A else None, lora_A, scaling, needs_x, dropout_p, seed)
+    g = as_matrix(grad_h)
+    operands = (g, as_matrix(x) if needs_A else None, lora_A, scaling, needs_x, dropout_p, seed)
     dtypes = (g.dtype, x_dtype, lora_A.dtype)
     with no_autocast(g):
-        grad_x, grad_A = compute("down_projection_backward", g, lora_A.shape[0], dtypes, *operands)
+        grad_x, grad_A = run_formula("down_projection_backward", g, lora_A.shape[0], dtypes, *operands)
     if needs_x:
         grad_x = grad_x.to(x_dtype).view(*grad_h.shape[:-1], lora_A.shape[1])
     return without_none(grad_h, grad_x, grad_A)
@@ -154,7 +154,7 @@ operator(
 
 def _up(y, h, lora_B):
     dtypes = (y.dtype, h.dtype, lora_B.dtype)
-    out = compute("up_projection", y, h.shape[-1], dtypes, rows(y), rows(h), lora_B)
+    out = run_formula("up_projection", y, h.shape[-1], dtypes, as_matrix(y), as_matrix(h), lora_B)
     return out.view(y.shape)
 
 
@@ -163,10 +163,10 @@ def _up_fake(y, h, lora_B):
 
 
 def _up_backward(grad_output, lora_B, h_dtype):
-    dy = rows(grad_output)
+    dy = as_matrix(grad_output)
     dtypes = (dy.dtype, h_dtype, lora_B.dtype)
     with no_autocast(dy):
-        grad_h = compute("up_projection_backward", dy, lora_B.shape[1], dtypes, dy, lora_B, h_dtype)
+        grad_h = run_formula("up_projection_backward", dy, lora_B.shape[1], dtypes, dy, lora_B, h_dtype)
     return grad_h.view(*grad_output.shape[:-1], lora_B.shape[1])
 
 

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from mica import backend, reference
+from mica.paths import choose, torch_path
 
 # How often each operator's body ran, eager or compiled, which shows that a path was taken. Counted in the
 # bodies, which torch.compile never traces. "linear" counts every call, "linear_kernels" those on Triton.
@@ -33,14 +33,14 @@ _NOTHING = nullcontext()
 
 _AUTOCAST = ("cpu", "cuda")  # kinds of devices with autocast rules
 
-_force_plain = contextvars.ContextVar("mica_force_plain", default=False)
+_force_torch = contextvars.ContextVar("mica_force_plain", default=False)
 
 
-def compute(name: str, tensor: Tensor, rank: int, dtypes: tuple, *args):
-    """Call ``name`` of `mica.paths.triton_path` where kernels run for them, else of `mica.reference`."""
+def run_formula(name: str, tensor: Tensor, rank: int, dtypes: tuple, *args):
+    """Call ``name`` of `mica.paths.triton_path` where kernels run, else of `mica.paths.torch_path`."""
     call_counts[name] += 1
-    formula = getattr(reference, name)
-    if _force_plain.get() or not backend.use_kernels(tensor.device, rank, *dtypes, function=name):
+    formula = getattr(torch_path, name)
+    if _force_torch.get() or not choose.use_kernels(tensor.device, rank, *dtypes, function=name):
         return formula(*args)
     if torch._C._functorch.is_legacy_batchedtensor(tensor):  # a backward under `is_grads_batched`
         return formula(*args)
@@ -51,32 +51,32 @@ def compute(name: str, tensor: Tensor, rank: int, dtypes: tuple, *args):
     except triton_path.LaunchError as error:  # before anything ran: no operand has changed
         in_capture = isinstance(error, triton_path.NotLoadedError)
         # no capture permits the formulas of experts either: they wait for the device
-        if backend.requested() == "triton" or (in_capture and name.startswith("experts_")):
+        if choose.requested() == "triton" or (in_capture and name.startswith("experts_")):
             raise
-        note = backend.note_missed if in_capture else backend.give_up
+        note = choose.note_missed if in_capture else choose.give_up
         note(tensor.device, name, rank, dtypes, error)
         return formula(*args)
     call_counts[f"{name}_kernels"] += 1
     return result
 
 
-def plain(body: Callable) -> Callable:
+def on_torch(body: Callable) -> Callable:
     """The body on the reference only, which autograd and every function transform can follow."""
 
     def run(*args):
-        token = _force_plain.set(True)
+        token = _force_torch.set(True)
         try:
             return body(*args)
         finally:
-            _force_plain.reset(token)
+            _force_torch.reset(token)
 
     return run
 
 
-PLAIN = (Tensor, torch.nn.Parameter)  # classes of tensors whose operations nothing intercepts
+TENSOR_TYPES = (Tensor, torch.nn.Parameter)  # classes of tensors whose operations nothing intercepts
 
 
-def is_direct(*tensors: Tensor | None) -> bool:
+def is_eager(*tensors: Tensor | None) -> bool:
     """Whether a call may go straight to a body: eager, and only autograd and autocast need to see it.
 
     torch.library's dispatch costs about 15 µs per call (measured), a whole layer of stock PEFT 40. It is
@@ -86,7 +86,7 @@ def is_direct(*tensors: Tensor | None) -> bool:
     if torch.compiler.is_compiling():
         return False
     for tensor in tensors:
-        if tensor is not None and type(tensor) not in PLAIN:
+        if tensor is not None and type(tensor) not in TENSOR_TYPES:
             return False
     return not (
         torch._C._len_torch_dispatch_stack()
@@ -124,14 +124,14 @@ def run_backward(operator: Callable, body: Callable, tensors: Sequence[Tensor | 
     The body runs below autograd although gradients are disabled there: PyTorch's calls take 1 µs less each.
     """
     if torch.is_grad_enabled():
-        return plain(body)(*args)
-    if not is_direct(*tensors):  # vmap would run the operator once for each in the batch
-        return plain(body)(*args) if is_transformed() else operator(*args)
+        return on_torch(body)(*args)
+    if not is_eager(*tensors):  # vmap would run the operator once for each in the batch
+        return on_torch(body)(*args) if is_transformed() else operator(*args)
     with below_autograd():
         return body(*args)
 
 
-def rows(tensor: Tensor) -> Tensor:
+def as_matrix(tensor: Tensor) -> Tensor:
     """(..., n) as a matrix (tokens, n)."""
     return tensor if tensor.dim() == 2 else tensor.reshape(-1, tensor.shape[-1])
 
@@ -164,7 +164,7 @@ def operator(
     cast: Callable | None = None,
     transformed: Callable | None = None,
 ) -> Callable:
-    """Register ``torch.ops.mica.<name>``; returns a function that bypasses the dispatcher where `is_direct`.
+    """Register ``torch.ops.mica.<name>``; returns a function that bypasses the dispatcher where `is_eager`.
 
     Args:
         schema: arguments and results, as `torch.library` spells them.
@@ -183,7 +183,7 @@ def operator(
     registered = getattr(torch.ops.mica, name).default
     if apply is None:
         return registered
-    followed = plain(transformed or body)
+    followed = on_torch(transformed or body)
 
     def autograd(*args):
         return followed(*args) if is_transformed() else apply(registered, *args)
@@ -199,7 +199,7 @@ def operator(
     def call(*args):
         tensors = [arg for arg in args if isinstance(arg, Tensor)]
         device_type = tensors[0].device.type
-        if device_type not in _AUTOCAST or not is_direct(*tensors):
+        if device_type not in _AUTOCAST or not is_eager(*tensors):
             return registered(*args)
         if torch.is_autocast_enabled(device_type):
             with torch.autocast(device_type, enabled=False):

@@ -61,14 +61,14 @@ def note_missed(
         )
 
 
-def forget_verdicts() -> None:
+def clear() -> None:
     """Decide again which path calls take, and retry what was given up: after a change of driver."""
     _given_up.clear()
     _missed.clear()
     _verdicts.clear()
 
 
-def forget_prepared() -> None:
+def clear_prepared() -> None:
     """`mica.kernels.prepared_b.clear` if it has been imported: after an edit of B through ``.data``."""
     prepared = sys.modules.get("mica.kernels.prepared_b")
     if prepared is not None:

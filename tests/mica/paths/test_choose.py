@@ -1,8 +1,8 @@
 import pytest
 import torch
 
-from mica import backend
 from mica.kernels import common, limits, runtime
+from mica.paths import choose
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
 BF16 = torch.bfloat16
@@ -10,9 +10,9 @@ BF16 = torch.bfloat16
 
 @pytest.fixture(autouse=True)
 def nothing_decided():
-    backend.forget_verdicts()
+    choose.clear()
     yield
-    backend.forget_verdicts()
+    choose.clear()
 
 
 @pytest.fixture
@@ -26,64 +26,64 @@ def a_gpu(monkeypatch):
 
 
 def test_the_device_decides(a_gpu):
-    assert backend.why_not_kernels(GPU, 16, BF16) is None
-    assert backend.why_not_kernels(CPU, 16, BF16) == "no GPU"
-    assert backend.use_kernels(GPU, 16, BF16)
-    assert not backend.use_kernels(CPU, 16, BF16)
+    assert choose.why_not_kernels(GPU, 16, BF16) is None
+    assert choose.why_not_kernels(CPU, 16, BF16) == "no GPU"
+    assert choose.use_kernels(GPU, 16, BF16)
+    assert not choose.use_kernels(CPU, 16, BF16)
 
 
 def test_reference_is_forced(a_gpu):
     a_gpu.setenv("MICA_BACKEND", "reference")
-    assert backend.why_not_kernels(GPU, 16, BF16) == "MICA_BACKEND=reference"
-    assert not backend.use_kernels(GPU, 16, BF16)
+    assert choose.why_not_kernels(GPU, 16, BF16) == "MICA_BACKEND=reference"
+    assert not choose.use_kernels(GPU, 16, BF16)
 
 
 def test_triton_is_forced_or_refused(a_gpu):
     a_gpu.setenv("MICA_BACKEND", "triton")
-    assert backend.use_kernels(GPU, 16, BF16)
+    assert choose.use_kernels(GPU, 16, BF16)
     with pytest.raises(RuntimeError, match=r"MICA_BACKEND=triton demands .* none here: no GPU\."):
-        backend.use_kernels(CPU, 16, BF16)
+        choose.use_kernels(CPU, 16, BF16)
     with pytest.raises(RuntimeError, match="no Triton kernels for float64"):
-        backend.use_kernels(GPU, 16, BF16, torch.float64)
+        choose.use_kernels(GPU, 16, BF16, torch.float64)
 
 
 @pytest.mark.parametrize("rank", [limits.MAX_RANK, limits.MAX_RANK + 1])
 def test_ranks(a_gpu, rank):
-    reason = backend.why_not_kernels(GPU, rank, BF16)
+    reason = choose.why_not_kernels(GPU, rank, BF16)
     assert reason == (None if rank == 256 else "no Triton kernels for ranks above 256")
 
 
 def test_interpreted_kernels_run_only_on_demand(monkeypatch):
-    assert "only with MICA_BACKEND=triton" in backend.why_not_kernels(CPU, 16, BF16)
+    assert "only with MICA_BACKEND=triton" in choose.why_not_kernels(CPU, 16, BF16)
     monkeypatch.setenv("MICA_BACKEND", "triton")
-    assert backend.why_not_kernels(CPU, 16, BF16) is None
+    assert choose.why_not_kernels(CPU, 16, BF16) is None
 
 
 @pytest.mark.parametrize("value", ["cuda", "Triton", "1"])
 def test_another_value_is_named(monkeypatch, value):
     monkeypatch.setenv("MICA_BACKEND", value)
     with pytest.raises(ValueError, match=f"must be one of auto, triton, reference, but it is '{value}'"):
-        backend.requested()
+        choose.requested()
 
 
 def test_empty_means_auto(monkeypatch):
     monkeypatch.setenv("MICA_BACKEND", "")
-    assert backend.requested() == "auto"
+    assert choose.requested() == "auto"
 
 
 def test_a_verdict_is_kept_until_the_environment_changes(a_gpu):
     queries = []
     a_gpu.setattr(runtime, "why_unavailable", queries.append)
     for _ in range(3):
-        assert backend.use_kernels(GPU, 16, BF16)
+        assert choose.use_kernels(GPU, 16, BF16)
     assert len(queries) == 1
     a_gpu.setenv("MICA_BACKEND", "reference")
-    assert not backend.use_kernels(GPU, 16, BF16)
+    assert not choose.use_kernels(GPU, 16, BF16)
     a_gpu.delenv("MICA_BACKEND")
     a_gpu.setenv("TRITON_INTERPRET", "1")
-    assert not backend.use_kernels(GPU, 16, BF16)
+    assert not choose.use_kernels(GPU, 16, BF16)
     a_gpu.delenv("TRITON_INTERPRET")
-    assert backend.use_kernels(GPU, 16, BF16)
+    assert choose.use_kernels(GPU, 16, BF16)
     assert len(queries) == 1
 
 
@@ -91,59 +91,59 @@ def test_a_verdict_is_kept_until_the_environment_changes(a_gpu):
     "other", [(CPU, 16, BF16), (GPU, 257, BF16), (GPU, 16, torch.float64), (GPU, 16, BF16, torch.float64)]
 )
 def test_a_verdict_is_of_its_operands(a_gpu, other):
-    assert backend.use_kernels(GPU, 16, BF16)
-    assert not backend.use_kernels(*other)
+    assert choose.use_kernels(GPU, 16, BF16)
+    assert not choose.use_kernels(*other)
 
 
 def test_what_a_capture_says_is_not_kept(a_gpu):
     a_gpu.setattr(runtime, "why_unavailable", lambda device: "nothing was tried yet")
     a_gpu.setattr(runtime, "is_settled", lambda device: False)
-    assert not backend.use_kernels(GPU, 16, BF16)
+    assert not choose.use_kernels(GPU, 16, BF16)
     a_gpu.setattr(runtime, "why_unavailable", lambda device: None)
-    assert backend.use_kernels(GPU, 16, BF16)
+    assert choose.use_kernels(GPU, 16, BF16)
 
 
 def test_the_setting_is_what_the_environment_holds(monkeypatch):
-    unset = backend.setting()
+    unset = choose.setting()
     monkeypatch.setenv("MICA_BACKEND", "triton")
-    forced = backend.setting()
+    forced = choose.setting()
     monkeypatch.setenv("MICA_BACKEND", "reference")
-    assert len({unset, forced, backend.setting()}) == 3
+    assert len({unset, forced, choose.setting()}) == 3
     monkeypatch.delenv("MICA_BACKEND")
-    assert backend.setting() == unset is None
+    assert choose.setting() == unset is None
 
 
 ERROR = common.LaunchError("the kernel grad_a can be launched nowhere: out of resource\nand more")
 
 
 def test_only_what_cannot_be_launched_is_given_up(a_gpu):
-    assert backend.use_kernels(GPU, 16, BF16, function="linear")
+    assert choose.use_kernels(GPU, 16, BF16, function="linear")
     with pytest.warns(UserWarning, match="linear at rank 16 .bfloat16. on PyTorch's own operators on cuda"):
-        backend.give_up(GPU, "linear", 16, (BF16,), ERROR)
-    assert not backend.use_kernels(GPU, 16, BF16, function="linear")
+        choose.give_up(GPU, "linear", 16, (BF16,), ERROR)
+    assert not choose.use_kernels(GPU, 16, BF16, function="linear")
     for device, rank, dtypes, function in (
         (GPU, 16, (BF16,), "linear_backward"),
         (GPU, 8, (BF16,), "linear"),
         (GPU, 16, (BF16, BF16), "linear"),
         (torch.device("cuda", 1), 16, (BF16,), "linear"),
     ):
-        assert backend.use_kernels(device, rank, *dtypes, function=function)
+        assert choose.use_kernels(device, rank, *dtypes, function=function)
 
 
 def test_what_was_given_up_is_told(a_gpu):
     dtypes = (BF16, BF16, torch.float32)
     with pytest.warns(UserWarning, match="grad_a can be launched nowhere: out of resource$"):
-        backend.give_up(GPU, "linear_backward", 16, dtypes, ERROR)
-    reason = backend.why_not_kernels(GPU, 16, torch.float32, BF16)  # of a layer, whatever its function
+        choose.give_up(GPU, "linear_backward", 16, dtypes, ERROR)
+    reason = choose.why_not_kernels(GPU, 16, torch.float32, BF16)  # of a layer, whatever its function
     assert reason.startswith(
         "linear_backward at rank 16 (bfloat16, bfloat16, float32) was given up: the kernel"
     )
-    assert backend.why_not_kernels(GPU, 16, *dtypes, function="linear_backward") == reason
-    assert backend.why_not_kernels(GPU, 16, *dtypes, function="linear") is None
-    assert backend.why_not_kernels(GPU, 16, torch.float16) is None
-    assert backend.why_not_kernels(GPU, 8, BF16) is None
+    assert choose.why_not_kernels(GPU, 16, *dtypes, function="linear_backward") == reason
+    assert choose.why_not_kernels(GPU, 16, *dtypes, function="linear") is None
+    assert choose.why_not_kernels(GPU, 16, torch.float16) is None
+    assert choose.why_not_kernels(GPU, 8, BF16) is None
     a_gpu.setenv("MICA_BACKEND", "triton")
     with pytest.raises(RuntimeError, match="there are none here: linear_backward at rank 16"):
-        backend.use_kernels(GPU, 16, *dtypes, function="linear_backward")
-    backend.forget_verdicts()
-    assert backend.why_not_kernels(GPU, 16, *dtypes) is None
+        choose.use_kernels(GPU, 16, *dtypes, function="linear_backward")
+    choose.clear()
+    assert choose.why_not_kernels(GPU, 16, *dtypes) is None
