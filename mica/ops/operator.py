@@ -33,7 +33,7 @@ _NOTHING = nullcontext()
 
 _AUTOCAST = ("cpu", "cuda")  # kinds of devices with autocast rules
 
-_force_torch = contextvars.ContextVar("mica_force_plain", default=False)
+_force_torch = contextvars.ContextVar("mica_force_torch", default=False)
 
 
 def run_formula(name: str, tensor: Tensor, rank: int, dtypes: tuple, *args):

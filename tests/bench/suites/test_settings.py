@@ -8,7 +8,7 @@ from torch import nn
 
 from bench.results.names import BARE, FAST, STOCK, STOCK_16, SVD
 from bench.suites import bench_adapter, bench_step, bench_subspace, check_profile, harness
-from mica.ops.operator import compute
+from mica.ops.operator import run_formula
 from tests.support import models
 
 
@@ -42,7 +42,7 @@ def test_every_implementation_of_a_step_is_built_and_trains(cell):
 
 def scaled(factor, part):
     def wrong(name, *args):
-        result = compute(name, *args)
+        result = run_formula(name, *args)
         return result * factor if name == part else result
 
     return wrong
