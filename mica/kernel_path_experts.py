@@ -23,7 +23,7 @@ from mica.kernels.experts_grad_a import experts_grad_a as grad_a
 from mica.kernels.experts_up import experts_up_
 from mica.kernels.prepared import prepare_experts
 
-__all__ = ["LaunchError", "experts_linear", "experts_linear_backward"]
+__all__ = ["LaunchError", "experts_base", "experts_linear", "experts_linear_backward"]
 
 # `grouped_mm` is public from PyTorch 2.10 on. What it is from then on: bf16 from sm_80 on, where before sm_90
 # it waits for the device itself; any dtype on a CPU. Before: bf16 on sm_90 only.
@@ -46,14 +46,21 @@ def experts_linear(
     compute_dtype: torch.dtype | None = None,
 ) -> Tensor:
     """As `mica.reference_experts.experts_linear`."""
-    if not lora_A.shape[1]:
-        y = _none_beyond(base_product(x, offsets, weight.transpose(1, 2)), offsets)
-        return y if bias is None else _add_biases(y, offsets, bias)
     dtype = compute_dtype or x.dtype
     bias = None if bias is None else bias.to(x.dtype)
     h = experts_down(x, offsets, lora_A, scale=scaling, compute_dtype=dtype)
     factor = prepare_experts(lora_B, dtype)
     return experts_up_(base_product(x, offsets, weight.transpose(1, 2)), h, offsets, factor, bias=bias)
+
+
+def experts_base(x: Tensor, offsets: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """As `mica.reference_experts.experts_base`."""
+    y = base_product(x, offsets, weight.transpose(1, 2))
+    rows = torch.arange(len(y), dtype=offsets.dtype, device=y.device)
+    if bias is not None:
+        padded = torch.cat([bias, bias.new_zeros(1, bias.shape[1])])  # for the rows of no expert
+        y = y.add_(padded.index_select(0, torch.searchsorted(offsets, rows, right=True)))
+    return y.masked_fill_((rows >= offsets[-1]).unsqueeze(1), 0)
 
 
 def experts_linear_backward(
@@ -68,9 +75,6 @@ def experts_linear_backward(
 ) -> tuple[Tensor | None, Tensor | None]:
     """As `mica.reference_experts.experts_linear_backward`."""
     grad_x = grad_A = None
-    if not lora_A.shape[1]:
-        dx = None if weight is None else _none_beyond(base_product(grad_output, offsets, weight), offsets)
-        return dx, None if x is None else lora_A.new_zeros(lora_A.shape)
     factor = prepare_experts(lora_B, compute_dtype)
     g = experts_down(grad_output, offsets, factor, scale=scaling, compute_dtype=compute_dtype)
     if x is not None:
@@ -83,19 +87,6 @@ def experts_linear_backward(
 # ---------------------------------------------------------------------------------------------------
 # the base weights
 # ---------------------------------------------------------------------------------------------------
-
-
-def _none_beyond(y: Tensor, offsets: Tensor) -> Tensor:
-    """y, with 0 in the rows after the last offset; for a stack without an adapter (rank 0)."""
-    beyond = torch.arange(len(y), device=y.device) >= offsets[-1]
-    return y.masked_fill_(beyond.unsqueeze(1), 0)
-
-
-def _add_biases(y: Tensor, offsets: Tensor, bias: Tensor) -> Tensor:
-    rows = torch.arange(len(y), dtype=offsets.dtype, device=y.device)
-    experts = torch.searchsorted(offsets, rows, right=True)
-    padded = torch.cat([bias, bias.new_zeros(1, bias.shape[1])])  # for the rows of no expert
-    return y.add_(padded.index_select(0, experts))
 
 
 def base_product(x: Tensor, offsets: Tensor, weight: Tensor) -> Tensor:

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from mica import reference
+from mica.products import addmm
 
 
 def experts_linear(
@@ -42,6 +43,18 @@ def experts_linear(
         own_bias = None if bias is None else _cast(bias[expert], x)
         operands = _cast(weight[expert], x), lora_A[expert], lora_B[expert].contiguous()
         y = fill(y, rows, reference.linear(x[rows], *operands, scaling, own_bias, compute_dtype))
+        end = rows.stop
+    y[end:] = 0
+    return y
+
+
+def experts_base(x: Tensor, offsets: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """`experts_linear` of a stack without an adapter."""
+    y = x.new_empty(x.shape[0], weight.shape[1])
+    fill, end = _filling(x), 0
+    for expert, rows in hit(offsets):
+        own_bias = None if bias is None else _cast(bias[expert], x)
+        y = fill(y, rows, addmm(own_bias, (x[rows], _cast(weight[expert], x).t())))
         end = rows.stop
     y[end:] = 0
     return y
