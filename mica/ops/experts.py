@@ -152,3 +152,50 @@ operator(
     _backward,
     _backward_fake,
 )
+
+
+# ---------------------------------------------------------------------------------------------------
+# a stack without an adapter
+# ---------------------------------------------------------------------------------------------------
+
+
+def _base(x, offsets, weight, bias, tokens=None, inverse=None):
+    rows = x if tokens is None else to_experts(x, tokens)
+    return compute("experts_base", x, 0, (x.dtype, weight.dtype), rows, offsets, weight, bias)
+
+
+def _base_fake(x, offsets, weight, bias, tokens=None, inverse=None):
+    return x.new_empty((x if tokens is None else tokens).shape[0], weight.shape[1])
+
+
+class _ExpertsBase(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, run, x, offsets, weight, bias, tokens=None, inverse=None):
+        ctx.num_tokens = x.shape[0]
+        ctx.save_for_backward(offsets, weight, inverse)
+        with below_autograd():
+            return run(x, offsets, weight, bias, tokens, inverse)
+
+    @staticmethod
+    def backward(ctx, grad_output):
+        offsets, weight, inverse = saved(ctx)
+        with no_autocast(grad_output):
+            grad_x = experts_base(grad_output, offsets, weight.mT, None)
+            grad_x = grad_x if inverse is None else summed(grad_x, inverse, ctx.num_tokens)
+        return None, grad_x, *[None] * 5
+
+
+def _base_cast(device_type, x, offsets, weight, *bias_and_routing):
+    return x.to(weight.dtype), offsets, weight, *bias_and_routing
+
+
+# Frozen: only x gets a gradient, dx_e = dy_e W_e. Rows that belong to no expert are 0.
+experts_base = operator(
+    "experts_base",
+    "(Tensor x, Tensor offsets, Tensor weight, Tensor? bias, Tensor? tokens=None, Tensor? inverse=None)"
+    " -> Tensor",
+    _base,
+    _base_fake,
+    _ExpertsBase.apply,
+    _base_cast,
+)

@@ -322,12 +322,24 @@ def experts_linear(
     Rows after the last offset, which belong to no expert, are 0. A weight or bias of another dtype (under
     autocast) is cast to that of x, expert by expert.
     """
+
+    def product(expert: int, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return linear(x, weight, lora_A[expert], lora_B[expert].contiguous(), scaling, bias, compute_dtype)
+
+    return _by_expert(product, x, offsets, weight, bias)
+
+
+def experts_base(x: Tensor, offsets: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """`experts_linear` of a stack without an adapter."""
+    return _by_expert(lambda _, x, weight, bias: addmm(bias, (x, weight.t())), x, offsets, weight, bias)
+
+
+def _by_expert(product: Callable[..., Tensor], x, offsets, weight, bias) -> Tensor:
     y = x.new_empty(x.shape[0], weight.shape[1])
     fill, end = _filling(x), 0
     for expert, rows in hit(offsets):
         own_bias = None if bias is None else _cast(bias[expert], x.dtype)
-        operands = _cast(weight[expert], x.dtype), lora_A[expert], lora_B[expert].contiguous()
-        y = fill(y, rows, linear(x[rows], *operands, scaling, own_bias, compute_dtype))
+        y = fill(y, rows, product(expert, x[rows], _cast(weight[expert], x.dtype), own_bias))
         end = rows.stop
     y[end:] = 0
     return y
@@ -367,9 +379,9 @@ def experts_linear_backward(
 
 def _filling(tensor: Tensor) -> Callable[[Tensor, slice, Tensor], Tensor]:
     """(whole, rows, part) -> whole with these rows: filled in place where no vmap can make part a batch."""
-    if torch._C._are_functorch_transforms_active() or torch._C._functorch.is_legacy_batchedtensor(tensor):
-        return _filled_copy
-    return _filled
+    functorch = torch._C._functorch
+    can_be_batch = torch._C._are_functorch_transforms_active() or functorch.is_legacy_batchedtensor(tensor)
+    return _filled_copy if can_be_batch else _filled
 
 
 def _filled(whole: Tensor, rows: slice, part: Tensor) -> Tensor:

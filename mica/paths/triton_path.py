@@ -33,6 +33,7 @@ __all__ = [
     "NotLoadedError",
     "down_projection",
     "down_projection_backward",
+    "experts_base",
     "experts_linear",
     "experts_linear_backward",
     "linear",
@@ -233,9 +234,6 @@ def experts_linear(
     compute_dtype: torch.dtype | None = None,
 ) -> Tensor:
     """As `mica.paths.torch_path.experts_linear`."""
-    if not lora_A.shape[1]:
-        y = _none_beyond(base_product(x, offsets, weight.transpose(1, 2)), offsets)
-        return y if bias is None else _add_biases(y, offsets, bias)
     dtype, offsets = compute_dtype or x.dtype, offsets.contiguous()
     bias = None if bias is None else bias.to(x.dtype)
     tensors = layout(x), layout(offsets), layout(lora_A), layout(bias), lora_B.shape[1]
@@ -245,6 +243,16 @@ def experts_linear(
     h = down(x, lora_A, None, offsets)
     y = base_product(x, offsets, weight.transpose(1, 2))
     return update(y, h, prepare_experts(lora_B, dtype), None, None, bias, offsets)
+
+
+def experts_base(x: Tensor, offsets: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """As `mica.paths.torch_path.experts_base`."""
+    y = base_product(x, offsets, weight.transpose(1, 2))
+    rows = torch.arange(len(y), dtype=offsets.dtype, device=y.device)
+    if bias is not None:
+        padded = torch.cat([bias, bias.new_zeros(1, bias.shape[1])])  # for the rows of no expert
+        y = y.add_(padded.index_select(0, torch.searchsorted(offsets, rows, right=True)))
+    return y.masked_fill_((rows >= offsets[-1]).unsqueeze(1), 0)
 
 
 def experts_linear_backward(
@@ -259,9 +267,6 @@ def experts_linear_backward(
 ) -> tuple[Tensor | None, Tensor | None]:
     """As `mica.paths.torch_path.experts_linear_backward`."""
     grad_x = grad_A = None
-    if not lora_A.shape[1]:
-        dx = None if weight is None else _none_beyond(base_product(grad_output, offsets, weight), offsets)
-        return dx, None if x is None else lora_A.new_zeros(lora_A.shape)
     offsets = offsets.contiguous()
     tensors = layout(grad_output), layout(x), layout(offsets), layout(lora_A)
     key = *tensors, scaling, compute_dtype, fp32_setting()
@@ -274,19 +279,6 @@ def experts_linear_backward(
     if weight is not None:
         grad_x = update(base_product(grad_output, offsets, weight), g, lora_A, None, None, None, offsets)
     return grad_x, grad_A
-
-
-def _none_beyond(y: Tensor, offsets: Tensor) -> Tensor:
-    """y, with 0 in the rows after the last offset; for a stack without an adapter (rank 0)."""
-    beyond = torch.arange(len(y), device=y.device) >= offsets[-1]
-    return y.masked_fill_(beyond.unsqueeze(1), 0)
-
-
-def _add_biases(y: Tensor, offsets: Tensor, bias: Tensor) -> Tensor:
-    rows = torch.arange(len(y), dtype=offsets.dtype, device=y.device)
-    experts = torch.searchsorted(offsets, rows, right=True)
-    padded = torch.cat([bias, bias.new_zeros(1, bias.shape[1])])  # for the rows of no expert
-    return y.add_(padded.index_select(0, experts))
 
 
 def base_product(x: Tensor, offsets: Tensor, weight: Tensor) -> Tensor:

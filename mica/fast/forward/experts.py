@@ -9,6 +9,7 @@ forms the whole stack in every forward.
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -33,7 +34,7 @@ from mica.fast.forward.eligibility import (
     why_not_trained,
 )
 from mica.fast.settings import compute_dtype
-from mica.ops.experts import experts_linear
+from mica.ops.experts import experts_base, experts_linear
 from mica.ops.operator import is_transformed
 from mica.ops.routing import from_experts, route
 
@@ -49,21 +50,17 @@ class Projection(OnOperators):
     dtype: torch.dtype  # in which transformers multiplies x by the weight
 
     def __call__(self, x: Tensor, offsets: Tensor, *tokens_and_inverse: Tensor) -> Tensor:
-        lora_A, lora_B, scaling, _ = self.adapter or _no_adapter(self.weight)
-        operands = x.to(self.dtype), offsets, self.weight, lora_A, lora_B, scaling, self.bias
-        if self.dtype is self.weight.dtype:
-            return experts_linear(*operands, compute_dtype(self.dtype), *tokens_and_inverse)
-        with torch.autocast(x.device.type, enabled=False):  # the operator's rule is the grouped function's
-            return experts_linear(*operands, None, *tokens_and_inverse)
+        x = x.to(self.dtype)
+        follows = self.dtype is self.weight.dtype  # else autocast, whose rule is not the grouped function's
+        with nullcontext() if follows else torch.autocast(x.device.type, enabled=False):
+            if self.adapter is None:
+                return experts_base(x, offsets, self.weight, self.bias, *tokens_and_inverse)
+            operands = x, offsets, self.weight, *self.adapter[:3], self.bias
+            dtype = compute_dtype(self.dtype) if follows else None
+            return experts_linear(*operands, dtype, *tokens_and_inverse)
 
     def products(self) -> list[tuple[Tensor, ...]]:
         return [(self.adapter.lora_A, self.adapter.lora_B, self.weight)]
-
-
-def _no_adapter(weight: Tensor) -> Adapter:
-    num_experts, out_features, in_features = weight.shape
-    sizes = (num_experts, 0, in_features), (num_experts, out_features, 0)
-    return Adapter(*map(weight.new_empty, sizes), 1.0, 0.0)
 
 
 @dataclass

@@ -6,7 +6,7 @@ from torch.library import opcheck
 
 from mica import ops
 from mica.ops import mica_experts_linear
-from mica.ops.experts import experts_linear
+from mica.ops.experts import experts_base, experts_linear
 from mica.ops.routing import route, summed, to_experts
 from tests.support.experts_oracle import problem, solve
 from tests.support.linear_calls import addresses, agree, leaves, on_device, run, saved_by
@@ -14,7 +14,7 @@ from tests.support.tolerances import RELATIVE, error
 
 
 def unchecked(*operands, compute_dtype=None):
-    """`mica_experts_linear` without its checks, which refuse rank 0."""
+    """`mica_experts_linear` without its checks, which refuse a weight of another dtype."""
     return experts_linear(*operands, compute_dtype)
 
 
@@ -55,17 +55,37 @@ def test_a_weight_in_fp32_is_cast_to_the_input_s_dtype(monkeypatch, backend, dty
 @pytest.mark.parametrize("rank", [3, 0])
 @pytest.mark.parametrize("route", ["rows of none", "idle ones", "no rows"])
 @pytest.mark.parametrize("bias", [True, False])
-def test_on_kernels(monkeypatch, rank, route, bias):
-    """Rank 0, a stack without an adapter, too."""
-    monkeypatch.setenv("MICA_BACKEND", "triton")
+@pytest.mark.parametrize("on_kernels", [True, False])
+def test_with_an_adapter_and_without(monkeypatch, rank, route, bias, on_kernels):
+    """Rank 0 stands for a stack without an adapter, which has an operator of its own."""
+    monkeypatch.setenv("MICA_BACKEND", "triton" if on_kernels else "reference")
     p = problem(route, 8, 12, 3, torch.float32, bias=bias)
     if not rank:
         p.lora_A, p.lora_B = p.lora_A[:, :0], p.lora_B[:, :, :0]
     expected = solve(p)
     ops.call_counts.clear()
-    actual = run(on_device(p), function=unchecked)
-    assert ops.call_counts["experts_linear_kernels"] == 1
-    agree({name: value.cpu() for name, value in actual.items()}, expected, torch.float32)
+    name, function = ("experts_linear", mica_experts_linear) if rank else ("experts_base", base_alone)
+    actual = run(on_device(p), function=function)
+    assert (ops.call_counts[f"{name}_kernels"] > 0) == on_kernels
+    agree({name: value.cpu() for name, value in actual.items() if value is not None}, expected, torch.float32)
+
+
+def base_alone(x, offsets, weight, lora_A, lora_B, scaling, bias, compute_dtype=None):
+    return experts_base(x, offsets, weight, bias)
+
+
+@pytest.mark.parametrize("gathers", [True, False])
+def test_without_an_adapter_through_the_dispatcher(gathers):
+    """As `torch.compile` calls it, with its gradient, and with that one's."""
+    routing = route(torch.tensor([[1, 0], [2, 1], [3, 2]]), 3)  # 3: no expert
+    order = (routing.tokens, routing.inverse) if gathers else (None, None)
+    x = torch.randn(3 if gathers else 6, 4, dtype=torch.float64, requires_grad=True)
+    weight, bias = torch.randn(3, 5, 4, dtype=torch.float64), torch.randn(3, 5, dtype=torch.float64)
+    arguments = x, routing.offsets, weight, bias, *order
+    opcheck(torch.ops.mica.experts_base.default, arguments)
+    torch.testing.assert_close(torch.ops.mica.experts_base(*arguments), experts_base(*arguments))
+    assert torch.autograd.gradcheck(lambda x: experts_base(x, *arguments[1:]), (x,))
+    assert torch.autograd.gradgradcheck(lambda x: experts_base(x, *arguments[1:]).sin(), (x,))
 
 
 # Tokens instead of rows

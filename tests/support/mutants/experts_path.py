@@ -18,6 +18,7 @@ EXPERTS_PATH = [
                 ("lora_A[expert],", "lora_A[0],"),
                 ("end = rows.stop", ""),
             ],
+            "experts_base": [("y[end:] = 0", ""), ("if bias is None else _cast(bias[expert], x)", "")],
             "hit": [("start = max(start, end)", "")],
             "_filling": [("or torch._C._functorch.is_legacy_batchedtensor(tensor)", "")],
         },
@@ -36,6 +37,7 @@ EXPERTS_PATH = [
             ],
             "_backward": [("rows if needs_A else None", "rows"), ("weight if needs_x else None", "weight")],
             "_cast": [("x.to(weight.dtype)", "x.bfloat16()")],
+            "_ExpertsBase.backward": [("weight.mT", "-weight.mT"), ("grad_x if inverse is None else", "")],
         },
     ),
     FileEdits(
