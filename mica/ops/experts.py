@@ -161,7 +161,7 @@ operator(
 
 def _base(x, offsets, weight, bias, tokens=None, inverse=None):
     rows = x if tokens is None else to_experts(x, tokens)
-    return compute("experts_base", x, 0, (x.dtype, weight.dtype), rows, offsets, weight, bias)
+    return run_formula("experts_base", x, 0, (x.dtype, weight.dtype), rows, offsets, weight, bias)
 
 
 def _base_fake(x, offsets, weight, bias, tokens=None, inverse=None):
