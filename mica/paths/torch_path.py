@@ -285,7 +285,7 @@ def embedding_backward(
     scaling: float,
     padding_idx: int | None,
 ) -> Tensor:
-    """dA (r×num_embeddings) of `embedding`: column j sums g's rows of index j, that of ``padding_idx`` is 0."""
+    """dA (r×num_embeddings) of `embedding`: column j sums g's rows of index j; ``padding_idx``: its is 0."""
     g = grad_h(grad_output, lora_B, scaling, torch.promote_types(grad_output.dtype, torch.float32))
     grad = g.new_zeros(g.shape[1], lora_A.shape[1]).index_add(1, indices, g.t())
     if padding_idx is not None:
