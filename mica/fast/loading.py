@@ -12,7 +12,6 @@ from torch import nn
 
 from mica.fast.create.solving import NewAdapter, check, initialise
 from mica.fast.forward import mixed_batch
-from mica.fast.forward.expert_params import is_wrapper
 from mica.fast.saving import warn_of_a_lost_mark
 from mica.fast.settings import around, while_enabled
 from mica.paths import choose
@@ -20,68 +19,41 @@ from mica.paths import choose
 # Beside an adapter on a GGUF file: the folder of the checkpoint that `mica adapt` has made of that file.
 BASE = "base"
 
-# Adapters created within `without_solver`, whose B is still 0, each with its layer's key in the model.
-Uninitialised = list[tuple[str, NewAdapter]]
-_uninitialised: ContextVar[Uninitialised | None] = ContextVar("mica_uninitialised", default=None)
+# Adapters created within `without_solver`, whose B is still 0; None outside of it.
+uninitialised: ContextVar[list[NewAdapter] | None] = ContextVar("mica_uninitialised", default=None)
 
 
 @contextmanager
-def without_solver() -> Iterator[Uninitialised]:
+def without_solver() -> Iterator[list[NewAdapter]]:
     """Within it new adapters keep B = 0 and are listed."""
-    outer = _uninitialised.get()
-    if outer is not None:
-        yield outer
-        return
-    token = _uninitialised.set([])
+    outer = uninitialised.get()
+    token = uninitialised.set([] if outer is None else outer)
     try:
-        yield _uninitialised.get()
+        yield uninitialised.get()
     finally:
-        _uninitialised.reset(token)
-
-
-def uninitialised() -> Uninitialised | None:
-    """The list of `without_solver`, None outside of it."""
-    return _uninitialised.get()
+        uninitialised.reset(token)
 
 
 @while_enabled
 def load(stock, *args, **kwargs):
-    """In place of `load_adapter`, and of `from_pretrained`, which calls it."""
+    """In place of `load_adapter`, and of `from_pretrained`, which calls it.
+
+    A layer whose B the checkpoint lacks (PEFT has warned) gets the basis of a new adapter.
+    """
     with without_solver() as adapters:
         result = stock(*args, **kwargs)
-    missing_keys = getattr(result, "missing_keys", ())
-    _initialise_missing(_by_module(adapters, args[0]) if missing_keys else adapters, missing_keys)
+    if missing := set(getattr(result, "missing_keys", ())):
+        parameters = args[0].named_parameters(remove_duplicate=False)
+        lacking = {id(parameter) for name, parameter in parameters if name in missing}
+        lacking = [adapter for adapter in adapters if id(adapter.lora_B) in lacking]
+        for adapter in lacking:
+            check(adapter)
+        initialise(lacking)
     adapters.clear()
     if isinstance(args[0], nn.Module):  # `from_pretrained` has the class, and calls `load_adapter`
         name = inspect.signature(stock).bind(*args, **kwargs).arguments.get("adapter_name")
         warn_of_a_lost_mark(args[0], name or "default")
     return result
-
-
-def _by_module(adapters: Uninitialised, model: nn.Module) -> Uninitialised:
-    """With the keys of wrappers of parameters, nested ones too: PEFT creates them by the parameter's name."""
-    names = {module: name for name, module in model.named_modules() if is_wrapper(module)}
-    return [(names.get(adapter.layer, key), adapter) for key, adapter in adapters]
-
-
-def _initialise_missing(adapters: Uninitialised, missing_keys) -> None:
-    """A layer whose B the checkpoint lacks (PEFT has warned) gets the basis of a new adapter.
-
-    PEFT's keys have a prefix before the layer's: of the layers whose key ends one, the longest is meant.
-    """
-    missing = {}
-    for missing_key in missing_keys:
-        matches = [(key, adapter) for key, adapter in adapters if _is_lora_b(f".{missing_key}", key, adapter)]
-        if matches:
-            key, adapter = max(matches, key=lambda match: len(match[0]))
-            check(adapter)
-            missing[key] = adapter
-    initialise(list(missing.values()))
-
-
-def _is_lora_b(missing_key: str, key: str, adapter: NewAdapter) -> bool:
-    names = (f".{key}.{factor}.{adapter.adapter_name}" for factor in ("lora_B", "lora_embedding_B"))
-    return missing_key.removesuffix(".weight").endswith(tuple(names))
 
 
 @while_enabled

@@ -42,7 +42,7 @@ def add_targets_to_tie(stock, self, peft_config, tied_weight_keys) -> None:
         source = self.model.get_input_embeddings()
         embedding = next(name for name, module in self.model.named_modules() if module is source)
         tied = " and ".join(map(repr, [embedding, *tied_weight_keys]))
-        if loading.uninitialised() is None:
+        if loading.uninitialised.get() is None:
             raise ValueError(
                 f"MiCA adapters of {tied} cannot be tied (ensure_weight_tying=True), because each "
                 "freezes the minor vectors of its own side of the shared weight: leave "

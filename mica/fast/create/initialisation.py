@@ -73,13 +73,13 @@ def resolve_lora_variant(stock, self, *, config, **kwargs):
     return stock(self, config=config, **kwargs)
 
 
-def _current_entry() -> _Entry | None:
+def _entry() -> _Entry | None:
     injection = _injection.get()
     return injection.entries[-1] if injection is not None and injection.entries else None
 
 
 def _name_of(layer) -> str:
-    entry = _current_entry()
+    entry = _entry()
     return f"layer {entry.key!r}" if entry else f"this {type(layer.get_base_layer()).__name__} layer"
 
 
@@ -119,13 +119,17 @@ def update_layer(stock, self, adapter_name: str, r: int, lora_alpha: int, config
 @while_enabled
 def mica_init(stock, self, adapter_name: str) -> None:
     """A = 0, and B from a file, from the solver with all others at the injection's end, or from it now."""
-    adapter, entry, loaded = NewAdapter(_name_of(self), self, adapter_name), _current_entry(), uninitialised()
+    adapter, entry, loaded = (
+        NewAdapter(_name_of(self), self, adapter_name),
+        _entry(),
+        uninitialised.get(),
+    )
     if not _set_to_zero(adapter):
         stock(self, adapter_name)
     elif adapter.is_quantised and quantised.stored(self).is_meta:
         pass  # another process has the weight, and will provide B
     elif loaded is not None:
-        loaded.append((entry.key if entry else "", adapter))
+        loaded.append(adapter)
     else:
         check(adapter)
         if entry:

@@ -97,6 +97,10 @@ class NewAdapter:
     def rank(self) -> int:
         return self.layer.r[self.adapter_name]
 
+    @property
+    def lora_B(self) -> Tensor:  # noqa: N802
+        return adapter_weights(self.layer, self.adapter_name)[1]
+
 
 def check(adapter: NewAdapter) -> Tensor:
     """The errors that need no solver, so that a hopeless configuration fails before any work.
@@ -257,7 +261,7 @@ def _solve(adapters: Sequence[NewAdapter], bar: tqdm) -> None:
 @torch.no_grad()
 def _assign(adapter: NewAdapter, place: SliceOfB | None, basis: Tensor) -> None:
     """The whole B, or one expert's share of a B that was 0."""
-    _, lora_B = adapter_weights(adapter.layer, adapter.adapter_name)
+    lora_B = adapter.lora_B
     with torch.inference_mode(lora_B.is_inference()):  # the mode is per thread, and the solver has its own
         if place is None:
             tensor_parallel.write(lora_B, basis)

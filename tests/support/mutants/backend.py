@@ -19,7 +19,7 @@ BACKEND = [
             "hotswap or missing",
         ],
         edits={
-            "_initialise_missing": [("max(matches, key=lambda match: len(match[0]))", "matches[0]")],
+            "load": [("if name in missing", ""), ("initialise(lacking)", "pass")],
             "hotswap_adapter_from_state_dict": [
                 ("backend.clear_prepared()", ""),
             ],
