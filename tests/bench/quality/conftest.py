@@ -6,12 +6,9 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
 from transformers import PreTrainedTokenizerFast
 
-from bench.quality import __main__ as quality
 from bench.quality import texts as sources
-from bench.quality.recipes import methods
 from tests.support import models
 
-NEW, OLD = "# Copyright 2025 The Somebody Team.\n", "# Copyright 2023 The Somebody Team.\n"
 COPIED = " ".join(f"copied{number}" for number in range(30))
 
 
@@ -31,7 +28,8 @@ def models_folder(tmp_path_factory):
         if model in ("new4", "new5"):
             parts.append(f"Shared by two new models: {prose('shared')}")
         docstring = "\n\n    ".join([*parts, f"Args:\n        {prose('argument')}"])
-        source = f'{OLD if model == "old" else NEW}class Model:\n    """{docstring}\n    """\n'
+        year = 2023 if model == "old" else 2025
+        source = f'# Copyright {year} The Team.\nclass Model:\n    """{docstring}\n    """\n'
         (folder / model / f"modeling_{model}.py").write_text(source)
     return folder
 
@@ -60,26 +58,3 @@ def texts(models_folder, tokenizer):
 @pytest.fixture(scope="session")
 def base(tokenizer):
     return models.tiny_llama(vocab_size=len(tokenizer)).requires_grad_(False)
-
-
-SETTINGS = {"rank": 4, "epochs": 1, "rounds": 2, "tries": 2, "seeds": 2, "length": 32, "people": 8}
-
-
-@pytest.fixture(scope="session")
-def begin(texts):
-    """() -> a result without runs, like that of the command."""
-
-    def build(**settings):
-        head = {"machine": {"cpu": "a machine", "threads": 2, "limit": ""}, "starts": [{"commit": "abc"}]}
-        chosen = SETTINGS | {"eval_blocks": 2} | settings
-        return quality.start(texts, chosen, methods(chosen["rank"]), model="tiny", **head)
-
-    return build
-
-
-@pytest.fixture(scope="session")
-def finished(base, texts, begin):
-    """A whole experiment; not to be changed."""
-    result = begin()
-    quality.experiment(base, texts, result, lambda result: None)
-    return result
