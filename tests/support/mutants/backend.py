@@ -21,7 +21,7 @@ BACKEND = [
         edits={
             "load": [("if name in missing", ""), ("initialise(lacking)", "pass")],
             "hotswap_adapter_from_state_dict": [
-                ("backend.clear_prepared()", ""),
+                ("choose.clear_prepared()", ""),
             ],
         },
     ),

@@ -5,11 +5,11 @@ from tests.support.mutants.edits import FileEdits
 EXPERTS_PATH = [
     FileEdits(
         "mica/paths/torch_path.py",
-        tests=["tests/mica/paths/test_torch_path.py", "tests/mica/ops/test_experts.py"],
+        tests=["tests/mica/paths/test_torch_path_experts.py", "tests/mica/ops/test_experts.py"],
         edits={
-            "experts_linear": [
+            "_by_expert": [
                 ("y[end:] = 0", ""),
-                ("None if bias is None else _cast(bias[expert], x)", "None"),
+                ("None if bias is None else _cast(bias[expert], x.dtype)", "None"),
                 ("weight[expert]", "weight[0]"),
             ],
             "experts_linear_backward": [
@@ -18,9 +18,9 @@ EXPERTS_PATH = [
                 ("lora_A[expert],", "lora_A[0],"),
                 ("end = rows.stop", ""),
             ],
-            "experts_base": [("y[end:] = 0", ""), ("if bias is None else _cast(bias[expert], x)", "")],
+            "experts_base": [("addmm(bias,", "addmm(None,")],
             "hit": [("start = max(start, end)", "")],
-            "_filling": [("or torch._C._functorch.is_legacy_batchedtensor(tensor)", "")],
+            "_filling": [("or functorch.is_legacy_batchedtensor(tensor)", "")],
         },
     ),
     FileEdits(

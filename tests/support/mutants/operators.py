@@ -42,7 +42,7 @@ OPERATORS = [
                 ("shaped | dropped, dropped", "shaped | dropped, {}"),
                 ("None, seed, dropout_p)", "None)"),
             ],
-            "_form": [('form == "aten" and backend.requested() == "triton"', "False")],
+            "_form": [('form == "aten" and choose.requested() == "triton"', "False")],
             "_fused": [("and why_not_descriptor(x, w, target_of(x.device)) is None", "")],
             "down_projection_backward": [
                 ("as_operand(lora_A, grad_h.shape[0], grad_h.dtype)", "lora_A"),
@@ -71,7 +71,7 @@ OPERATORS = [
     FileEdits(
         "mica/ops/linear.py",
         tests=[
-            "tests/mica/ops/test_linear.py",
+            "tests/mica/ops/test_operators.py",
             "tests/mica/fast/test_changes.py",
             "tests/mica/paths/test_triton_path.py",
         ],
@@ -84,14 +84,14 @@ OPERATORS = [
         "mica/ops/operator.py",
         tests=[
             "tests/mica/ops/test_operator.py",
-            "tests/mica/ops/test_linear.py",
+            "tests/mica/ops/test_operators.py",
             "tests/mica/paths/test_triton_path.py",
             "tests/mica/paths/test_triton_path_plans.py",
         ],
         edits={
-            "compute": [
-                ("or (in_capture and of_experts)", ""),
-                ("backend.note_missed if in_capture else", ""),
+            "run_formula": [
+                ('or (in_capture and name.startswith("experts_"))', ""),
+                ("choose.note_missed if in_capture else", ""),
                 ("torch._C._functorch.is_legacy_batchedtensor(tensor)", "False"),
             ],
             "run_backward": [
