@@ -268,7 +268,8 @@ class RecordedLaunches:
 def _recorded(steps: list, place: int, launcher: Launcher, numbers: dict, *tensors: Tensor | None) -> Tensor:
     out = launcher(*tensors, **numbers)
     plan = launcher.cache.get(launcher.key(*tensors, **numbers))
-    steps[place] = functools.partial(launcher.run, plan, plan)
+    if plan is not None:  # another thread may have filled the cache, which empties it
+        steps[place] = functools.partial(launcher.run, plan, plan)
     return out
 
 
@@ -296,7 +297,7 @@ def strides(**tensors: Tensor | None) -> dict[str, int]:
 
 
 def layout(tensor: Tensor | None) -> tuple | None:
-    """Everything that the checks, the plan and Triton depend on in a tensor, except for its address."""
+    """Everything that the plan and Triton depend on in a tensor, except for its address."""
     if tensor is None:
         return None
     return tensor.shape, tensor.stride(), tensor.dtype, tensor.get_device()
