@@ -9,12 +9,11 @@ from peft import AutoPeftModel, AutoPeftModelForCausalLM, LoraConfig, PeftConfig
 from safetensors.torch import load_file, save_file
 
 import mica.fast
-from tests.support.models import bases, factors, randomise, stock_load
+from tests.support.models import factors, randomise, stock_load
 from tests.support.moe_models import (
     BUILDERS,
     ROUTER,
     STACKS,
-    gpt_oss,
     qwen3_moe,
     tokens,
     wrap_experts,
@@ -166,19 +165,6 @@ def test_a_resumed_adapter_trains_a_only(tmp_path):
         assert not torch.equal(A, old_A)
     resumed.save_pretrained(tmp_path)
     assert saved_config(tmp_path)["peft_version"].endswith("+mica")
-
-
-def test_transformers_own_loader(tmp_path, solved):
-    model = trained("gpt_oss")
-    model.save_pretrained(tmp_path)
-    solved.clear()
-    loaded = gpt_oss()
-    loaded.load_adapter(str(tmp_path))
-    assert not solved
-    assert not any("lora_B" in name and p.requires_grad for name, p in loaded.named_parameters())
-    assert all(layer.lora_variant for layer in wrappers(loaded).values())
-    for name, B in bases(loaded).items():
-        assert torch.equal(B, bases(model)[f"base_model.model.{name}"])
 
 
 @pytest.mark.parametrize("task_type", [None, "CAUSAL_LM"])

@@ -10,7 +10,8 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 import mica.fast
-from tests.support.models import Net, bases, net, randomise, stock_load, tiny_llama, wrap
+from tests.support.models import Net, adapted_layers, bases, net, randomise, stock_load, tiny_llama, wrap
+from tests.support.moe_models import ROUTER, STACKS, gpt_oss, wrap_experts
 from tests.support.peft_versions import is_at_least
 
 
@@ -101,16 +102,26 @@ def test_only_the_missing_layer_gets_a_basis_where_names_end_alike(tmp_path, sol
     assert torch.equal(loaded.base_model.model["proj"].lora_B["default"].weight, B)
 
 
-def test_transformers_own_loader_runs_no_solver(tmp_path, solved):
-    model = randomise(wrap(tiny_llama(), targets=["q_proj"]))
+@pytest.mark.parametrize(
+    ("build", "adapt"),
+    [
+        (tiny_llama, lambda base: wrap(base, targets=["q_proj"])),
+        (gpt_oss, lambda base: wrap_experts(base, target_parameters=[*STACKS, ROUTER["gpt_oss"]])),
+    ],
+)
+def test_transformers_own_loader_runs_no_solver(build, adapt, tmp_path, solved):
+    model = randomise(adapt(build()))
     model.save_pretrained(tmp_path)
     solved.clear()
-    loaded = tiny_llama()
+    loaded = build()
     loaded.load_adapter(str(tmp_path))
     assert not solved
+    assert all(layer.lora_variant for layer in adapted_layers(loaded).values())
+    expected = dict(model.base_model.model.named_parameters())
     for name, parameter in loaded.named_parameters():
         if "lora_" in name:
-            assert torch.equal(parameter, dict(model.base_model.model.named_parameters())[name])
+            assert torch.equal(parameter, expected[name])
+            assert not (parameter.requires_grad and "lora_B" in name)
 
 
 @pytest.mark.parametrize("checkpoint", [False, True])
