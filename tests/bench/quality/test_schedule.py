@@ -1,8 +1,8 @@
 """Recipes and methods, which learning rate and which run comes next, and what is missing: no model."""
 
-from collections import Counter
 from dataclasses import astuple
 from math import inf, log
+from pathlib import Path
 
 import pytest
 
@@ -11,7 +11,6 @@ from bench.quality.schedule import chosen_rate, missing, next_run, tried, verdic
 from bench.quality.search import best, is_enclosed, next_rate
 from mica.cli.adapt import recipes
 
-ADAPTERS = (MICA_PAPER, LORA_PAPER, MICA_ALL, LORA_ALL)
 OPTIMA = {MICA_PAPER: 6e-3, LORA_PAPER: 1e-3, MICA_ALL: 5e-3, LORA_ALL: 1e-5, FULL: 3e-4}
 
 
@@ -61,71 +60,36 @@ def test_which_learning_rate_is_tried_next(losses, limit, rate, chosen, enclosed
     assert is_enclosed(losses) == enclosed
 
 
-def empty():
+def story(diverges) -> str:
+    """All runs in their order, what was missing after some of them, and what the searches found.
+
+    The validation loss grows with the distance to the optimum.
+    """
     compared = {method.name: method.facts() for method in methods(16)}
-    return {"settings": {"tries": 6, "seeds": 3}, "methods": compared, "runs": []}
-
-
-def do(result, diverges=lambda planned: False, runs=99):
-    """Up to so many runs, whose validation loss grows with the distance to the optimum; returns them."""
-    order = []
-    while len(order) < runs and (planned := next_run(result)):
-        order.append(planned)
+    result, lines = {"settings": {"tries": 6, "seeds": 3}, "methods": compared, "runs": []}, []
+    while planned := next_run(result):
         loss = abs(log(planned.rate / OPTIMA[planned.method]))
         evaluation = {"facts, validation, among answers": loss, "prose, validation": loss}
         run = {"diverged": "nan", "evaluation": None} if diverges(planned) else {"diverged": None}
         result["runs"].append(planned._asdict() | {"evaluation": evaluation} | run)
-    return order
+        lines.append(f"{planned.method}, rate {planned.rate:g}, seed {planned.seed}")
+        if len(lines) in (9, 16):
+            lines[-1] += "".join(f"\n  missing: {line}" for line in missing(result))
+    lines += missing(result)
+    for name in compared:
+        lines.append(
+            f"{name}: {verdict(result, name)}, {len(tried(result, name))} rates, {chosen_rate(result, name)}"
+        )
+    return "\n".join(lines)
+
+
+STORIES = {
+    "every run converges": lambda planned: False,
+    "MiCA never converges on all linear layers": lambda planned: planned.method == MICA_ALL,
+    "every second seed diverges, and is not repeated": lambda planned: planned.seed == 1,
+}
 
 
 def test_rates_then_seeds_then_full_fine_tuning_and_methods_take_turns():
-    result = empty()
-    runs = do(result)
-    kinds = ["full" if run.method == FULL else "seed" if run.seed else "rate" for run in runs]
-    assert [*dict.fromkeys(kinds)] == ["rate", "seed", "full"]
-    assert kinds == sorted(kinds, key=["rate", "seed", "full"].index)
-    assert len({*runs}) == len(runs)
-    for kind in ("rate", "seed"):
-        counts = Counter(dict.fromkeys(ADAPTERS, 0))
-        for run in [run for run, one in zip(runs, kinds, strict=True) if one == kind][:8]:
-            assert counts[run.method] == min(counts.values())
-            counts[run.method] += 1
-        assert {*counts.values()} == {2}
-    for method in ADAPTERS:
-        seeds = [(run.rate, run.seed) for run in runs if run.method == method and run.seed]
-        assert seeds == [(chosen_rate(result, method), 1), (chosen_rate(result, method), 2)]
-    assert all(run.seed == 0 for run in runs if run.method == FULL)
-    assert missing(result) == []
-    assert verdict(result, MICA_PAPER) == "worse ones on both sides"
-    assert verdict(result, LORA_ALL) == "at an edge of the 6 tried, the limit"
-    assert len(tried(result, LORA_ALL)) == 6
-
-
-def test_what_is_missing_is_named():
-    result = empty()
-    assert verdict(result, FULL) == "not tried"
-    do(result, runs=9)
-    assert missing(result)[:2] == [
-        f"{MICA_PAPER}: learning rate 0.004; seed 1, 2",
-        f"{LORA_PAPER}: learning rate 0.001, 0.002; seed 1, 2",
-    ]
-    assert missing(result)[-1] == f"{FULL}: learning rate 0.0001, 0.0002, 0.0004, 0.0008"
-    while len(tried(result, MICA_PAPER)) < 4:
-        do(result, runs=1)
-    assert missing(result)[0] == f"{MICA_PAPER}: a learning rate beyond those tried; seed 1, 2"
-    assert verdict(result, MICA_PAPER) == "at an edge of the 4 tried"
-
-
-def test_a_method_that_never_converges_has_no_seeds():
-    result = empty()
-    do(result, lambda planned: planned.method == MICA_ALL)
-    assert len(tried(result, MICA_ALL)) == 6
-    assert not any(run["seed"] for run in result["runs"] if run["method"] == MICA_ALL)
-    assert verdict(result, MICA_ALL) == "none converged"
-    assert missing(result) == []
-
-
-def test_a_seed_that_diverges_is_not_repeated():
-    result = empty()
-    do(result, lambda planned: planned.seed == 1)
-    assert sum(run["diverged"] is not None for run in result["runs"]) == len(ADAPTERS)
+    told = "\n\n".join(f"# {title}\n{story(diverges)}" for title, diverges in STORIES.items())
+    assert told + "\n" == (Path(__file__).parents[1] / "golden" / "schedule.txt").read_text()

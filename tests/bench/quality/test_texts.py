@@ -82,19 +82,16 @@ def test_known_sentences_end_before_one_word():
 
 
 def test_blocks_of_training_and_held_out_text_differ(texts):
-    rows = {
-        name: {tuple(row.tolist()) for row in blocks}
-        for name, blocks in {**texts.train, **texts.prose}.items()
-    }
+    blocks = texts.train | texts.prose
+    rows = {name: {tuple(row.tolist()) for row in some} for name, some in blocks.items()}
     for one in texts.train:
         for other in texts.prose:
             assert not rows[one] & rows[other]
-    assert len(texts.prose["prose, validation"]) == 1
-    assert len(texts.prose["prose, held_out"]) == 2
-
-
-def test_every_batch_has_its_share_of_blocks(texts):
-    assert {name: len(rows) for name, rows in texts.train.items()} == {"facts": 15, "prose": 5}
+    assert [len(texts.prose[f"prose, {part}"]) for part in ("validation", "held_out")] == [1, 2]
+    assert {name: len(one) for name, one in texts.train.items()} == {
+        "facts": 15,
+        "prose": 5,
+    }  # of a batch 3, 1
 
 
 @pytest.mark.parametrize(("rounds", "length"), [(1, 100), (200, 32)])
