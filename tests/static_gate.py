@@ -140,21 +140,16 @@ def _judge_widths(case: Case, jumps, products, accesses, finding: Finding) -> No
         and not any((a, b) != (first, last) and first <= a and b <= last for a, b in jumps)
     ]
 
-    def is_narrow(is_store: bool, size: int) -> bool:
-        return size < case.load_bits
-
+    narrow = [access for access in accesses if access[2] < case.load_bits]
     if main:
-        narrow = [
-            text
-            for place, is_store, size, text in accesses
-            if is_narrow(is_store, size) and any(first <= place <= last for first, last in main)
-        ]
+        narrow = [access for access in narrow if any(first <= access[0] <= last for first, last in main)]
     else:
-        narrow = [text for _, is_store, size, text in accesses if is_store and is_narrow(True, size)]
-        loads = [text for _, is_store, size, text in accesses if not is_store and is_narrow(False, size)]
-        narrow += loads[case.few_loads :]
+        loads = [access for access in narrow if not access[1]]
+        narrow = [access for access in narrow if access[1]] + loads[case.few_loads :]
     if narrow:
-        finding.faults.append(f"{len(narrow)} narrow global accesses, such as {' '.join(narrow[0].split())}")
+        finding.faults.append(
+            f"{len(narrow)} narrow global accesses, such as {' '.join(narrow[0][3].split())}"
+        )
 
 
 def examine(target: str, case: Case, kept: dict[str, dict]) -> tuple[str, Finding]:
@@ -196,15 +191,8 @@ def main() -> int:
                 if key:
                     kept[key] = asdict(finding)
                 if args.verbose:
-                    print(
-                        job[0],
-                        kernel,
-                        label,
-                        finding.registers,
-                        finding.shared,
-                        finding.tensor_core,
-                        flush=True,
-                    )
+                    numbers = finding.registers, finding.shared, finding.tensor_core
+                    print(job[0], kernel, label, *numbers, flush=True)
     store.parent.mkdir(parents=True, exist_ok=True)
     store.write_text(json.dumps(kept))
 

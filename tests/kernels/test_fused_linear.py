@@ -130,9 +130,8 @@ def test_why_not_descriptor(x, w, target, reason):
 
 def test_descriptors_of_unaligned_results_are_refused():
     x, w = torch.zeros(8, 16).bfloat16(), torch.zeros(9, 16).bfloat16().t()
-    assert why_not_descriptor(x, w, "sm_90") == "the rows of the result are not aligned to 16 bytes"
     assert "the rows of x" in why_not_descriptor(torch.zeros(16, 8).bfloat16().t(), w, "sm_90")
-    with pytest.raises(ValueError, match=r"descriptor=True is not possible: the rows of the result"):
+    with pytest.raises(ValueError, match=r"descriptor=True is not possible: the rows of the result are not"):
         fused_linear(x, w, torch.zeros(8, 2), torch.zeros(2, 9), descriptor=True)
 
 

@@ -114,15 +114,17 @@ def test_numbers_and_constants_go_in_the_order_of_the_parameters():
     assert list(launch.args) == ["x_ptr", "n"]
 
 
-def test_a_table_is_bounded(monkeypatch):
+def test_caches_are_bounded(monkeypatch):
     monkeypatch.setattr(launching, "MOST_PLANS", 3)
-    table = PlanCache()
+    plans, recorded = PlanCache(), RecordedLaunches()
     for key in range(10):
-        table.keep(key, plan())
-        assert table.get(key) is not None
-        assert len(table) <= 3
+        plans.keep(key, plan())
+        recorded.record(key)
+        assert plans.get(key) is not None
+        assert recorded.get(key) is not None
+        assert max(len(plans), len(recorded)) <= 3
     launching.clear()
-    assert len(table) == 0
+    assert len(plans) == len(recorded) == 0
 
 
 def test_the_layout_holds_the_device():
@@ -244,11 +246,3 @@ def test_what_failed_is_planned_again():
     assert not len(recorded)
     kernel.most = 64
     assert recorded.record("a", {})[0](tensor) is tensor
-
-
-def test_records_are_bounded(monkeypatch):
-    monkeypatch.setattr(launching, "MOST_PLANS", 3)
-    recorded = RecordedLaunches()
-    for key in range(10):
-        recorded.record(key)
-        assert len(recorded) <= 3
