@@ -13,7 +13,6 @@ from itertools import groupby
 from peft.tuners import lora
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
-from torch.distributed import is_available as has_distributed
 
 from mica.fast import patching
 from mica.fast.forward import call_counts, decide, expert_params, experts
@@ -29,6 +28,7 @@ from mica.fast.forward.eligibility import (
 )
 from mica.fast.settings import settings
 
+_COVERED = (lora.Linear, lora.Embedding, expert_params.ParamWrapper)
 _HEADER = ("layer", "base", "adapter", "path", "reason")
 
 # package -> how its layers come back to PEFT. From the sources of axolotl 0.19.0 (utils/schemas/config.py and
@@ -106,7 +106,8 @@ def explain(model: nn.Module) -> Explanation:
             while outermost is not module and outermost.merged:  # it only calls the next
                 outermost = outermost.base_layer
         with _as_gathered(model, name, outermost):
-            count = counts.get(module) if _is_counted(module) else None
+            is_covered = class_of(module) in _COVERED or class_of(module) in quantised_layers
+            count = counts.get(module) if is_covered and _why_not_entered(module) is None else None
             by = (_bypassed_by(modules, name, called) if count == 0 else None) or replaced_by(module)
             path, reason = _decided(module, outermost).explained()
         if path in (KERNEL, REFERENCE) and outermost in by_peft:
@@ -121,7 +122,7 @@ def _as_gathered(model: nn.Module, name: str, layer: nn.Module) -> Iterator[None
     """Plain shards in place of the weights that FSDP2 gathers before this layer is called."""
     parents = [model.get_submodule(name.rsplit(".", depth)[0]) for depth in range(1, name.count(".") + 1)]
     replaced = []
-    if _is_fsdp(model, layer, *parents):
+    if any(class_of(module) is not type(module) for module in (model, layer, *parents)):  # a unit of FSDP2
         for module in layer.modules():
             for key, parameter in module._parameters.items():
                 if hasattr(parameter, "to_local"):
@@ -133,14 +134,6 @@ def _as_gathered(model: nn.Module, name: str, layer: nn.Module) -> Iterator[None
     finally:
         for parameters, key, parameter in replaced:
             parameters[key] = parameter
-
-
-def _is_fsdp(*modules: nn.Module) -> bool:
-    if not has_distributed():
-        return False
-    from torch.distributed.fsdp import FSDPModule
-
-    return any(isinstance(module, FSDPModule) for module in modules)
 
 
 def _in_the_last_forward(reasons: list[str], calls: int | None) -> str:
@@ -155,33 +148,24 @@ def _adapters(layer) -> str:
 
 def _decided(layer, outermost) -> OnPeft | OnOperators:
     """What decides about a call; ``outermost``: of wrappers nested around one module, else the layer."""
-    if not patching.is_installed():
-        return OnPeft("mica.fast is not installed")
-    if not settings.enabled:
-        return OnPeft("mica.fast is disabled")
-    if who := replaced_by(layer):
-        return OnPeft(f"{who} has replaced the layer's forward")
-    if _has_own_forward(layer):
-        return OnPeft("the layer has a forward of its own, set before mica.fast was imported")
+    if reason := _why_not_entered(layer) or (None if settings.enabled else "mica.fast is disabled"):
+        return OnPeft(reason)
     if expert_params.is_wrapper(layer):
         return experts.decide_one(layer, outermost)
     is_embedding = class_of(layer) is lora.Embedding
     return decide.decide_embedding(layer) if is_embedding else decide.decide(layer)
 
 
-def _has_own_forward(layer) -> bool:
-    """Whether the instance has a forward that does not call its class's current one."""
-    if "forward" not in vars(layer):
-        return False
-    return getattr(getattr(layer, "_old_forward", None), "__func__", None) is not type(layer).forward
-
-
-def _is_counted(layer) -> bool:
-    """Whether the layer's calls pass through the forwards of `mica.fast.forward.decide`."""
-    kind, covered = class_of(layer), (lora.Linear, lora.Embedding, expert_params.ParamWrapper)
-    is_covered = kind in covered or kind in quantised_layers
-    is_ours = patching.is_installed() and not replaced_by(layer)
-    return is_ours and is_covered and not _has_own_forward(layer)
+def _why_not_entered(layer) -> str | None:
+    """Why a call of the layer does not pass through this backend's forward, if it does not."""
+    if not patching.is_installed():
+        return "mica.fast is not installed"
+    if who := replaced_by(layer):
+        return f"{who} has replaced the layer's forward"
+    of_class = getattr(getattr(layer, "_old_forward", None), "__func__", None) is type(layer).forward
+    if "forward" in vars(layer) and not of_class:
+        return "the layer has a forward of its own, set before mica.fast was imported"
+    return None
 
 
 # ---------------------------------------------------------------------------------------------------

@@ -145,7 +145,13 @@ def check(adapter: NewAdapter) -> Tensor:
             f"MiCA requires {sides} but got r={rank} for {name} with weight shape {shape} (max usable r is "
             f"{most})."
         )
-    if not _is_elsewhere(adapter) and not torch.isfinite(extremes(weight)).all():
+    if adapter.is_absent:  # FSDP's first process has the weight, and will provide B
+        if not is_fsdp_enabled():
+            raise UnsuitableLayerError(
+                f"MiCA needs the weight, but that of {name} is on the meta device: it is offloaded or not "
+                "loaded yet."
+            )
+    elif not torch.isfinite(extremes(weight)).all():
         counts = [int((~torch.isfinite(one)).sum()) for one in (weight if is_stack(layer) else [weight])]
         where = experts.listed([expert for expert, count in enumerate(counts) if count], layer)
         broken = f"{sum(counts)} NaN or Inf of {weight.numel()}{where}"
@@ -160,20 +166,6 @@ def _why_not_whole(module: nn.Module, weight: Tensor | None) -> str | None:
     if hasattr(weight, "device_mesh") or getattr(module, "_hf_tp_plan", None) is not None:
         return "holds one shard of it (tensor parallelism or FSDP)"
     return None
-
-
-def _is_elsewhere(adapter: NewAdapter) -> bool:
-    """Whether FSDP's first process has the weight, and will provide B.
-
-    Raises:
-        UnsuitableLayerError: no process has it.
-    """
-    if adapter.is_absent and not is_fsdp_enabled():
-        raise UnsuitableLayerError(
-            f"MiCA needs the weight, but that of {adapter.name} is on the meta device: it is offloaded or "
-            "not loaded yet."
-        )
-    return adapter.is_absent
 
 
 def initialise(adapters: Sequence[NewAdapter]) -> None:
