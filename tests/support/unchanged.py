@@ -18,9 +18,11 @@ def unchanged(model):
 
 
 def _state(model):
+    """Bits of the tensors, or of this process's parts; those of quantised weights are left out."""
+    tensors = {name: t.to_local() if hasattr(t, "to_local") else t for name, t in model.state_dict().items()}
     bits = {
         name: tensor.detach().clone().reshape(-1).view(torch.uint8)
-        for name, tensor in model.state_dict().items()
+        for name, tensor in tensors.items()
         if type(tensor) is torch.Tensor and not tensor.is_meta
     }
     flags = [(name, p.requires_grad) for name, p in model.named_parameters()]
