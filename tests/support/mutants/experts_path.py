@@ -5,7 +5,11 @@ from tests.support.mutants.edits import FileEdits
 EXPERTS_PATH = [
     FileEdits(
         "mica/reference_experts.py",
-        tests=["tests/mica/test_reference_experts.py", "tests/mica/ops/test_experts.py"],
+        tests=[
+            "tests/mica/test_reference_experts.py",
+            "tests/mica/ops/test_experts.py",
+            "tests/mica/ops/test_operators.py",
+        ],
         edits={
             "experts_linear": [
                 ("y[end:] = 0", ""),
@@ -24,7 +28,7 @@ EXPERTS_PATH = [
     ),
     FileEdits(
         "mica/ops/experts.py",
-        tests=["tests/mica/ops/test_experts.py"],
+        tests=["tests/mica/ops/test_experts.py", "tests/mica/ops/test_operators.py"],
         edits={
             "_ExpertsLinear.forward": [
                 ("x if needs_A else None", "x"),

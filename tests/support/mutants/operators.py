@@ -10,6 +10,7 @@ OPERATORS = [
             "tests/mica/test_kernel_plans.py",
             "tests/mica/test_kernel_path.py",
             "tests/mica/ops/test_factors.py",
+            "tests/mica/ops/test_operators.py",
             "tests/mica/ops/test_dispatch.py",
         ],
         edits={
@@ -67,7 +68,7 @@ OPERATORS = [
     FileEdits(
         "mica/ops/linear.py",
         tests=[
-            "tests/mica/ops/test_linear.py",
+            "tests/mica/ops/test_operators.py",
             "tests/mica/fast/test_changes.py",
             "tests/mica/test_kernel_path.py",
         ],
@@ -80,7 +81,7 @@ OPERATORS = [
         "mica/ops/dispatch.py",
         tests=[
             "tests/mica/ops/test_dispatch.py",
-            "tests/mica/ops/test_linear.py",
+            "tests/mica/ops/test_operators.py",
             "tests/mica/test_kernel_path.py",
             "tests/mica/test_kernel_plans.py",
         ],
@@ -112,7 +113,7 @@ OPERATORS = [
     ),
     FileEdits(
         "mica/ops/factors.py",
-        tests=["tests/mica/ops/test_factors.py"],
+        tests=["tests/mica/ops/test_factors.py", "tests/mica/ops/test_operators.py"],
         edits={
             "_DownProjection.forward": [("if ctx.needs_input_grad[2] else None", "")],
             "_down_backward": [("to(x_dtype).view", "view")],
