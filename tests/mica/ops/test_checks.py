@@ -10,8 +10,10 @@ from mica.ops import (
     mica_linear,
     mica_up_projection,
 )
-from tests.support.experts_oracle import problem as experts_problem
+from tests.support import experts_oracle
 from tests.support.oracle import problem
+
+randn = torch.randn
 
 
 @pytest.mark.parametrize("name", ["weight", "lora_B", "bias"])
@@ -24,111 +26,103 @@ def test_frozen_operands_must_be_frozen(name):
         mica_linear(p.x, p.weight, p.lora_A, p.lora_B, 1.0, p.bias)
 
 
+def operands_of_experts():
+    p = experts_oracle.problem("one each", 5, 4, 2, torch.float32)
+    return {name: getattr(p, name) for name in ("x", "offsets", "weight", "lora_A", "lora_B", "bias")}
+
+
+# operator -> operands that are right, and changes with what is said of each
+CASES = {
+    mica_linear: (
+        lambda: (
+            {"x": randn(3, 4), "weight": randn(5, 4), "lora_A": randn(2, 4), "lora_B": randn(5, 2)}
+            | {"bias": randn(5)}
+        ),
+        [
+            ({"x": randn(3, 5)}, ValueError, r"x is \(3, 5\)"),
+            ({"x": randn(())}, ValueError, r"x is \(\)"),
+            (
+                {"x": torch.ones(3, 4, dtype=torch.int64)},
+                TypeError,
+                "x must be of dtype float64.*is torch.int64",
+            ),
+            ({"x": randn(3, 4).bfloat16()}, TypeError, "weight must have the dtype of x.*torch.float32"),
+            ({"x": randn(3, 4).to("meta")}, ValueError, "one device, but found x on meta, weight on cpu"),
+            ({"weight": randn(5, 4, 1)}, ValueError, r"weight \(5, 4, 1\)"),
+            ({"lora_A": randn(2, 5)}, ValueError, r"lora_A must be \(rank, in_features\)"),
+            ({"lora_A": randn(())}, ValueError, r"they are \(\) and \(5, 2\)"),
+            ({"lora_A": randn(0, 4), "lora_B": randn(5, 0)}, ValueError, "rank must be at least 1"),
+            ({"lora_A": torch.ones(2, 4, dtype=torch.int8)}, TypeError, "lora_A must be of dtype"),
+            ({"lora_B": randn(5, 3)}, ValueError, r"they are \(2, 4\) and \(5, 3\)"),
+            ({"bias": randn(4)}, ValueError, r"bias must be \(5,\)"),
+            ({"bias": randn(5).half()}, TypeError, "bias must have the dtype of x"),
+            ({"compute_dtype": torch.int32}, TypeError, "compute_dtype must be a floating dtype"),
+            ({"dropout_p": 1.0}, ValueError, "dropout_p must be at least 0 and below 1, but it is 1.0"),
+            ({"dropout_p": 0.1}, ValueError, "seed must be an int64 tensor.*it is None"),
+            ({"dropout_p": 0.1, "seed": torch.tensor(1)}, ValueError, r"it is torch.int64 of shape \(\)"),
+        ],
+    ),
+    mica_embedding: (
+        lambda: {"indices": torch.tensor([0]), "lora_A": randn(2, 5), "lora_B": randn(4, 2)},
+        [
+            ({"lora_B": randn(4, 3)}, ValueError, r"lora_A must be \(rank, num_embeddings\)"),
+            ({"lora_A": randn(0, 5), "lora_B": randn(4, 0)}, ValueError, "rank must be at least 1"),
+            ({"indices": torch.tensor([0.0])}, TypeError, "indices must be of dtype int32, int64"),
+            ({"lora_A": randn(2, 5).to("meta")}, ValueError, "lora_A on meta"),
+        ],
+    ),
+    mica_down_projection: (
+        lambda: {"x": randn(3, 4), "lora_A": randn(2, 4)},
+        [
+            ({"x": randn(3, 5)}, ValueError, r"x is \(3, 5\) and lora_A \(2, 4\)"),
+            ({"x": torch.ones(3, 4, dtype=torch.int64)}, TypeError, "x must be of dtype"),
+            ({"lora_A": randn(0, 4)}, ValueError, "rank must be at least 1"),
+            ({"lora_A": randn(2, 4).to("meta")}, ValueError, "one device"),
+            ({"compute_dtype": torch.int8}, TypeError, "compute_dtype must be a floating dtype"),
+            ({"dropout_p": 0.5}, ValueError, "seed must be an int64 tensor"),
+        ],
+    ),
+    mica_up_projection: (
+        lambda: {"y": randn(3, 5), "h": randn(3, 2), "lora_B": randn(5, 2)},
+        [
+            ({"y": randn(3, 6)}, ValueError, r"they are \(3, 6\), \(3, 2\) and \(5, 2\)"),
+            ({"h": randn(4, 2)}, ValueError, r"\(4, 2\)"),
+            ({"h": randn(3, 0), "lora_B": randn(5, 0)}, ValueError, "rank must be at least 1"),
+            ({"y": torch.ones(3, 5, dtype=torch.int8)}, TypeError, "y must be of dtype"),
+            ({"lora_B": randn(5, 2).requires_grad_()}, ValueError, "lora_B must be frozen"),
+        ],
+    ),
+    mica_experts_linear: (
+        operands_of_experts,
+        [
+            ({"x": randn(4, 3, 5)}, ValueError, r"x must be \(rows, in_features\).*x is \(4, 3, 5\)"),
+            ({"x": randn(4, 6)}, ValueError, r"x is \(4, 6\) and weight \(4, 4, 5\)"),
+            ({"weight": randn(4, 5)}, ValueError, r"weight \(4, 5\)"),
+            ({"offsets": torch.tensor([4])}, ValueError, r"offsets must be \(4,\), but it is \(1,\)"),
+            ({"offsets": torch.rand(4)}, TypeError, "offsets must be of dtype int32, int64"),
+            ({"lora_A": randn(3, 2, 5)}, ValueError, r"they are \(3, 2, 5\) and \(4, 4, 2\)"),
+            ({"lora_A": randn(8, 5)}, ValueError, r"they are \(8, 5\)"),
+            ({"lora_B": randn(4, 2, 4)}, ValueError, r"they are \(4, 2, 5\) and \(4, 2, 4\)"),
+            ({"lora_A": randn(4, 0, 5), "lora_B": randn(4, 4, 0)}, ValueError, "rank must be at least 1"),
+            ({"bias": randn(4)}, ValueError, r"bias must be \(4, 4\)"),
+            ({"x": randn(4, 5).half()}, TypeError, "weight must have the dtype of x"),
+            ({"compute_dtype": torch.int32}, TypeError, "compute_dtype must be a floating dtype"),
+            ({"offsets": torch.zeros(4, dtype=torch.int32).to("meta")}, ValueError, "offsets on meta"),
+            ({"weight": randn(4, 4, 5).requires_grad_()}, ValueError, "weight must be frozen"),
+            ({"lora_B": randn(4, 4, 2).requires_grad_()}, ValueError, "lora_B must be frozen"),
+            ({"bias": randn(4, 4).requires_grad_()}, ValueError, "bias must be frozen"),
+        ],
+    ),
+}
+
+
 @pytest.mark.parametrize("backend", ["auto", "triton", "reference"])
 @pytest.mark.parametrize(
-    ("change", "kind", "message"),
-    [
-        ({"x": torch.randn(3, 5)}, ValueError, r"x is \(3, 5\)"),
-        ({"x": torch.randn(())}, ValueError, r"x is \(\)"),
-        ({"x": torch.ones(3, 4, dtype=torch.int64)}, TypeError, "x must be of dtype float64.*is torch.int64"),
-        ({"x": torch.randn(3, 4).bfloat16()}, TypeError, "weight must have the dtype of x.*torch.float32"),
-        ({"x": torch.randn(3, 4).to("meta")}, ValueError, "one device, but found x on meta, weight on cpu"),
-        ({"weight": torch.randn(5, 4, 1)}, ValueError, r"weight \(5, 4, 1\)"),
-        ({"lora_A": torch.randn(2, 5)}, ValueError, r"lora_A must be \(rank, in_features\)"),
-        ({"lora_A": torch.randn(())}, ValueError, r"they are \(\) and \(5, 2\)"),
-        ({"lora_A": torch.randn(0, 4), "lora_B": torch.randn(5, 0)}, ValueError, "rank must be at least 1"),
-        ({"lora_A": torch.ones(2, 4, dtype=torch.int8)}, TypeError, "lora_A must be of dtype"),
-        ({"lora_B": torch.randn(5, 3)}, ValueError, r"they are \(2, 4\) and \(5, 3\)"),
-        ({"bias": torch.randn(4)}, ValueError, r"bias must be \(5,\)"),
-        ({"bias": torch.randn(5).half()}, TypeError, "bias must have the dtype of x"),
-        ({"compute_dtype": torch.int32}, TypeError, "compute_dtype must be a floating dtype"),
-        ({"dropout_p": 1.0}, ValueError, "dropout_p must be at least 0 and below 1, but it is 1.0"),
-        ({"dropout_p": 0.1}, ValueError, "seed must be an int64 tensor.*it is None"),
-        ({"dropout_p": 0.1, "seed": torch.tensor(1)}, ValueError, r"it is torch.int64 of shape \(\)"),
-    ],
+    ("operator", "change", "kind", "message"),
+    [(operator, *case) for operator, (_, cases) in CASES.items() for case in cases],
 )
-def test_bad_input_of_the_linear_layer_is_named(monkeypatch, backend, change, kind, message):
+def test_bad_input_is_named(monkeypatch, backend, operator, change, kind, message):
     monkeypatch.setenv("MICA_BACKEND", backend)
-    p = problem((3,), 4, 5, 2, torch.float32)
-    operands = {name: getattr(p, name) for name in ("x", "weight", "lora_A", "lora_B", "bias")}
+    operands, _ = CASES[operator]
     with pytest.raises(kind, match=message):
-        mica_linear(**{**operands, **change})
-
-
-@pytest.mark.parametrize(
-    ("change", "kind", "message"),
-    [
-        ({"lora_B": torch.randn(4, 3)}, ValueError, r"lora_A must be \(rank, num_embeddings\)"),
-        ({"lora_A": torch.randn(0, 5), "lora_B": torch.randn(4, 0)}, ValueError, "rank must be at least 1"),
-        ({"indices": torch.tensor([0.0])}, TypeError, "indices must be of dtype int32, int64"),
-        ({"lora_A": torch.randn(2, 5).to("meta")}, ValueError, "lora_A on meta"),
-    ],
-)
-def test_bad_input_of_the_embedding_is_named(change, kind, message):
-    operands = {"indices": torch.tensor([0]), "lora_A": torch.randn(2, 5), "lora_B": torch.randn(4, 2)}
-    with pytest.raises(kind, match=message):
-        mica_embedding(**{**operands, **change})
-
-
-@pytest.mark.parametrize(
-    ("change", "kind", "message"),
-    [
-        ({"x": torch.randn(3, 5)}, ValueError, r"x is \(3, 5\) and lora_A \(2, 4\)"),
-        ({"x": torch.ones(3, 4, dtype=torch.int64)}, TypeError, "x must be of dtype"),
-        ({"lora_A": torch.randn(0, 4)}, ValueError, "rank must be at least 1"),
-        ({"lora_A": torch.randn(2, 4).to("meta")}, ValueError, "one device"),
-        ({"compute_dtype": torch.int8}, TypeError, "compute_dtype must be a floating dtype"),
-        ({"dropout_p": 0.5}, ValueError, "seed must be an int64 tensor"),
-    ],
-)
-def test_bad_input_of_the_down_projection_is_named(change, kind, message):
-    with pytest.raises(kind, match=message):
-        mica_down_projection(**{"x": torch.randn(3, 4), "lora_A": torch.randn(2, 4), **change})
-
-
-@pytest.mark.parametrize(
-    ("change", "kind", "message"),
-    [
-        ({"y": torch.randn(3, 6)}, ValueError, r"they are \(3, 6\), \(3, 2\) and \(5, 2\)"),
-        ({"h": torch.randn(4, 2)}, ValueError, r"\(4, 2\)"),
-        ({"h": torch.randn(3, 0), "lora_B": torch.randn(5, 0)}, ValueError, "rank must be at least 1"),
-        ({"y": torch.ones(3, 5, dtype=torch.int8)}, TypeError, "y must be of dtype"),
-        ({"lora_B": torch.randn(5, 2).requires_grad_()}, ValueError, "lora_B must be frozen"),
-    ],
-)
-def test_bad_input_of_the_up_projection_is_named(change, kind, message):
-    operands = {"y": torch.randn(3, 5), "h": torch.randn(3, 2), "lora_B": torch.randn(5, 2)}
-    with pytest.raises(kind, match=message):
-        mica_up_projection(**{**operands, **change})
-
-
-@pytest.mark.parametrize(
-    ("change", "kind", "message"),
-    [
-        ({"x": torch.randn(4, 3, 5)}, ValueError, r"x must be \(rows, in_features\).*x is \(4, 3, 5\)"),
-        ({"x": torch.randn(4, 6)}, ValueError, r"x is \(4, 6\) and weight \(4, 4, 5\)"),
-        ({"weight": torch.randn(4, 5)}, ValueError, r"weight \(4, 5\)"),
-        ({"offsets": torch.tensor([4])}, ValueError, r"offsets must be \(4,\), but it is \(1,\)"),
-        ({"offsets": torch.rand(4)}, TypeError, "offsets must be of dtype int32, int64"),
-        ({"lora_A": torch.randn(3, 2, 5)}, ValueError, r"they are \(3, 2, 5\) and \(4, 4, 2\)"),
-        ({"lora_A": torch.randn(8, 5)}, ValueError, r"they are \(8, 5\)"),
-        ({"lora_B": torch.randn(4, 2, 4)}, ValueError, r"they are \(4, 2, 5\) and \(4, 2, 4\)"),
-        (
-            {"lora_A": torch.randn(4, 0, 5), "lora_B": torch.randn(4, 4, 0)},
-            ValueError,
-            "rank must be at least 1",
-        ),
-        ({"bias": torch.randn(4)}, ValueError, r"bias must be \(4, 4\)"),
-        ({"x": torch.randn(4, 5).half()}, TypeError, "weight must have the dtype of x"),
-        ({"compute_dtype": torch.int32}, TypeError, "compute_dtype must be a floating dtype"),
-        ({"offsets": torch.zeros(4, dtype=torch.int32).to("meta")}, ValueError, "offsets on meta"),
-        ({"weight": torch.randn(4, 4, 5).requires_grad_()}, ValueError, "weight must be frozen"),
-        ({"lora_B": torch.randn(4, 4, 2).requires_grad_()}, ValueError, "lora_B must be frozen"),
-        ({"bias": torch.randn(4, 4).requires_grad_()}, ValueError, "bias must be frozen"),
-    ],
-)
-def test_bad_input_of_the_experts_is_named(change, kind, message):
-    p = experts_problem("one each", 5, 4, 2, torch.float32)
-    names = ("x", "offsets", "weight", "lora_A", "lora_B", "bias")
-    with pytest.raises(kind, match=message):
-        mica_experts_linear(**{**{name: getattr(p, name) for name in names}, **change})
+        operator(**{**operands(), **change})

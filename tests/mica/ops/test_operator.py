@@ -10,35 +10,52 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from mica import ops
-from mica.ops import mica_down_projection, mica_embedding, mica_linear, mica_up_projection
+from mica.ops import mica_linear
 from mica.ops.embedding import embedding
 from mica.ops.linear import linear
 from mica.ops.low_rank import down_projection, up_projection
 from tests.support.oracle import problem
 
 P = problem((2, 3), 8, 6, 2, torch.float32)
-INDICES, TABLE = torch.tensor([[0, 4, 1], [4, 2, 3]]), torch.randn(2, 5)
+INDICES = torch.tensor([[0, 4, 1], [4, 2, 3]])
 
-CALLS = {  # name -> (function of the operand that needs a gradient, that operand)
-    "linear": (lambda A: mica_linear(P.x, P.weight, A, P.lora_B, 0.5, P.bias), P.lora_A),
-    "linear, x alone": (lambda x: mica_linear(x, P.weight, P.lora_A, P.lora_B, 0.5, P.bias), P.x),
-    "linear, one token": (lambda A: mica_linear(P.x[0, 0], P.weight, A, P.lora_B), P.lora_A),
-    "linear, matrix": (lambda A: mica_linear(P.x[0], P.weight, A, P.lora_B), P.lora_A),
-    "down_projection": (lambda A: mica_down_projection(P.x, A, 0.5), P.lora_A),
-    "up_projection": (lambda h: mica_up_projection(P.grad_output, h, P.lora_B), torch.randn(2, 3, 2)),
-    "embedding": (lambda A: mica_embedding(INDICES, A, P.lora_B), TABLE),
+FRONTS = {
+    "linear": linear,
+    "down_projection": down_projection,
+    "up_projection": up_projection,
+    "embedding": embedding,
 }
+NONE = 0.5, None, None, 0.0, None
+# name -> (arguments of a call, by the operand that is trained; that operand)
+CALLS = {
+    "linear": (lambda A: (P.x, P.weight, A, P.lora_B, 0.5, P.bias, None, 0.0, None), P.lora_A),
+    "down_projection": (lambda A: (P.x, A, 0.5, None, 0.0, None), P.lora_A),
+    "up_projection": (lambda h: (P.grad_output, h, P.lora_B), torch.randn(2, 3, 2)),
+    "embedding": (lambda A: (INDICES, A, P.lora_B, 0.5, None, None), torch.randn(2, 5)),
+    "linear, x alone": (lambda x: (x, P.weight, P.lora_A, P.lora_B, *NONE), P.x),
+    "linear, one token": (lambda A: (P.x[0, 0], P.weight, A, P.lora_B, *NONE), P.lora_A),
+    "linear, matrix": (lambda A: (P.x[0], P.weight, A, P.lora_B, *NONE), P.lora_A),
+}
+
+
+def trained(name):
+    return CALLS[name][1].detach().clone().requires_grad_()
+
+
+def called(name, leaf, function=None):
+    """By the front of the operator, or by another function."""
+    function = function or FRONTS[name.partition(",")[0]]
+    return function(*CALLS[name][0](leaf))
 
 
 @pytest.mark.parametrize("backend", ["reference", "triton"])
 @pytest.mark.parametrize("name", CALLS)
 def test_an_output_may_be_changed_in_place(monkeypatch, backend, name):
     monkeypatch.setenv("MICA_BACKEND", backend)
-    function, operand = CALLS[name]
     results = []
     for in_place in (False, True):
-        leaf = operand.detach().clone().requires_grad_()
-        y = function(leaf)
+        leaf = trained(name)
+        y = called(name, leaf)
         assert not y._is_view()
         y = y.mul_(2.0).relu_() if in_place else (y * 2.0).relu()
         y.square().sum().backward()
@@ -49,7 +66,7 @@ def test_an_output_may_be_changed_in_place(monkeypatch, backend, name):
 
 def test_an_output_of_a_compiled_call_may_be_changed_in_place():
     torch.compiler.reset()
-    A = P.lora_A.detach().clone().requires_grad_()
+    A = trained("linear")
 
     def function(A):
         return mica_linear(P.x, P.weight, A, P.lora_B).mul_(2.0).relu_()
@@ -58,26 +75,6 @@ def test_an_output_of_a_compiled_call_may_be_changed_in_place():
     compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
     assert torch.equal(torch.autograd.grad(compiled(A).square().sum(), A)[0], expected)
     assert ops.call_counts["linear"]
-
-
-FRONTS = {
-    "linear": linear,
-    "down_projection": down_projection,
-    "up_projection": up_projection,
-    "embedding": embedding,
-}
-# the arguments of a call; the operand that is trained comes first among those that can be
-ARGUMENTS = {
-    "linear": lambda A: (P.x, P.weight, A, P.lora_B, 0.5, P.bias, None, 0.0, None),
-    "down_projection": lambda A: (P.x, A, 0.5, None, 0.0, None),
-    "up_projection": lambda h: (P.grad_output, h, P.lora_B),
-    "embedding": lambda A: (INDICES, A, P.lora_B, 0.5, None, None),
-}
-TRAINED = {"up_projection": torch.randn(2, 3, 2), "embedding": TABLE}
-
-
-def trained(name):
-    return TRAINED.get(name, P.lora_A).detach().clone().requires_grad_()
 
 
 def names_of(call):
@@ -103,9 +100,9 @@ def test_the_short_way_gives_the_operator_s_bits(name, autocast):
     for function in (FRONTS[name], getattr(torch.ops.mica, name)):
         with torch.autocast("cpu", torch.bfloat16) if autocast else nullcontext():
             leaf = trained(name)
-            y = function(*ARGUMENTS[name](leaf))
+            y = called(name, leaf, function)
             with torch.no_grad():
-                again = function(*ARGUMENTS[name](leaf))
+                again = called(name, leaf, function)
         y.float().square().sum().backward()
         results.append((y.detach(), again, leaf.grad))
     for ours, operators in zip(*results, strict=True):
@@ -121,15 +118,13 @@ def test_an_eager_call_goes_past_the_dispatcher(name, autocast):
 
     def call():
         with torch.autocast("cpu", torch.bfloat16) if autocast else nullcontext():
-            y = FRONTS[name](*ARGUMENTS[name](leaf))
+            y = called(name, leaf)
         y.backward(torch.ones_like(y))
 
     events = names_of(call)
     assert not [event for event in events if event.startswith("mica::")]
     assert [event for event in events if event.startswith("_") and "Backward" not in event]  # the Function
-    assert [
-        e for e in names_of(lambda: torch.ops.mica.linear(*ARGUMENTS["linear"](P.lora_A))) if "mica::" in e
-    ]
+    assert [e for e in names_of(lambda: called("linear", P.lora_A, torch.ops.mica.linear)) if "mica::" in e]
 
 
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
@@ -137,29 +132,24 @@ def test_an_eager_call_goes_past_the_dispatcher(name, autocast):
 def test_no_function_without_a_gradient(name, mode):
     def call():
         with mode():
-            return FRONTS[name](*ARGUMENTS[name](trained(name)))
+            return called(name, trained(name))
 
     assert not {event for event in names_of(call) if event.startswith(("_Mica", "_Down", "_Up"))}
     leaf = trained(name).detach()
-    assert not {event for event in names_of(lambda: FRONTS[name](*ARGUMENTS[name](leaf))) if "_" in event[:1]}
+    assert not {event for event in names_of(lambda: called(name, leaf)) if "_" in event[:1]}
 
 
 @pytest.mark.parametrize("name", FRONTS)
 def test_a_dispatch_mode_sees_the_operators(name):
-    leaf = trained(name)
+    """Around the backward alone, too."""
     with Seen() as seen:
-        y = FRONTS[name](*ARGUMENTS[name](leaf))
+        y = called(name, trained(name))
         y.backward(torch.ones_like(y))
-    assert f"mica::{name}" in seen.operators
+    assert {f"mica::{name}", f"mica::{name}_backward"} <= set(seen.operators)
+    y = called(name, trained(name))
+    with Seen() as seen:
+        y.backward(torch.ones_like(y))
     assert f"mica::{name}_backward" in seen.operators
-
-
-def test_a_dispatch_mode_around_the_backward_sees_the_operator():
-    leaf = trained("linear")
-    y = linear(*ARGUMENTS["linear"](leaf))
-    with Seen() as seen:
-        y.backward(torch.ones_like(y))
-    assert "mica::linear_backward" in seen.operators
 
 
 def test_a_function_mode_sees_the_operator():
@@ -171,7 +161,7 @@ def test_a_function_mode_sees_the_operator():
             return function(*args, **(kwargs or {}))
 
     with Functions():
-        linear(*ARGUMENTS["linear"](P.lora_A))
+        called("linear", P.lora_A)
     assert any("mica.linear" in name for name in seen)
 
 
@@ -186,16 +176,14 @@ def test_tensors_of_other_classes_are_the_dispatcher_s():
 
     for i in range(4):
         seen.clear()
-        args = list(ARGUMENTS["linear"](P.lora_A))
+        args = list(CALLS["linear"][0](P.lora_A))
         args[i] = args[i].as_subclass(Loud)
         linear(*args)
         assert any("mica.linear" in name for name in seen)
 
 
 def test_a_device_without_a_rule_is_the_dispatcher_s():
-    y = linear(
-        *(arg.to("meta") if isinstance(arg, torch.Tensor) else arg for arg in ARGUMENTS["linear"](P.lora_A))
-    )
+    y = linear(*tree_map_only(torch.Tensor, lambda t: t.to("meta"), CALLS["linear"][0](P.lora_A)))
     assert y.device.type == "meta"
     assert y.shape == P.grad_output.shape
 

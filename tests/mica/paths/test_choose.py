@@ -25,32 +25,34 @@ def a_gpu(monkeypatch):
     return monkeypatch
 
 
-def test_the_device_decides(a_gpu):
-    assert choose.why_not_kernels(GPU, 16, BF16) is None
-    assert choose.why_not_kernels(CPU, 16, BF16) == "no GPU"
-    assert choose.use_kernels(GPU, 16, BF16)
-    assert not choose.use_kernels(CPU, 16, BF16)
-
-
-def test_reference_is_forced(a_gpu):
-    a_gpu.setenv("MICA_BACKEND", "reference")
-    assert choose.why_not_kernels(GPU, 16, BF16) == "MICA_BACKEND=reference"
-    assert not choose.use_kernels(GPU, 16, BF16)
-
-
-def test_triton_is_forced_or_refused(a_gpu):
-    a_gpu.setenv("MICA_BACKEND", "triton")
-    assert choose.use_kernels(GPU, 16, BF16)
-    with pytest.raises(RuntimeError, match=r"MICA_BACKEND=triton demands .* none here: no GPU\."):
-        choose.use_kernels(CPU, 16, BF16)
-    with pytest.raises(RuntimeError, match="no Triton kernels for float64"):
-        choose.use_kernels(GPU, 16, BF16, torch.float64)
-
-
-@pytest.mark.parametrize("rank", [limits.MAX_RANK, limits.MAX_RANK + 1])
-def test_ranks(a_gpu, rank):
-    reason = choose.why_not_kernels(GPU, rank, BF16)
-    assert reason == (None if rank == 256 else "no Triton kernels for ranks above 256")
+@pytest.mark.parametrize(
+    ("setting", "operands", "reason"),
+    [
+        ("auto", (GPU, 16, BF16), None),
+        ("auto", (CPU, 16, BF16), "no GPU"),
+        ("auto", (GPU, limits.MAX_RANK, BF16), None),
+        ("auto", (GPU, limits.MAX_RANK + 1, BF16), "no Triton kernels for ranks above 256"),
+        ("auto", (GPU, 16, torch.float64), "no Triton kernels for float64"),
+        ("auto", (GPU, 16, BF16, torch.float64), "no Triton kernels for float64"),
+        ("", (GPU, 16, BF16), None),
+        ("", (CPU, 16, BF16), "no GPU"),
+        ("reference", (GPU, 16, BF16), "MICA_BACKEND=reference"),
+        ("triton", (GPU, 16, BF16), None),
+        ("triton", (CPU, 16, BF16), "no GPU"),
+        ("triton", (GPU, 16, BF16, torch.float64), "no Triton kernels for float64"),
+    ],
+)
+def test_the_device_its_operands_and_the_setting_decide(a_gpu, setting, operands, reason):
+    """Each verdict is one of its operands, whatever has been decided for others."""
+    a_gpu.setenv("MICA_BACKEND", setting)
+    assert choose.requested() == (setting or "auto")
+    assert choose.use_kernels(GPU, 16, BF16) == (setting != "reference")
+    assert choose.why_not_kernels(*operands) == reason
+    if setting == "triton" and reason:
+        with pytest.raises(RuntimeError, match=f"MICA_BACKEND=triton demands .* none here: {reason}"):
+            choose.use_kernels(*operands)
+    else:
+        assert choose.use_kernels(*operands) == (reason is None)
 
 
 def test_interpreted_kernels_run_only_on_demand(monkeypatch):
@@ -64,11 +66,6 @@ def test_another_value_is_named(monkeypatch, value):
     monkeypatch.setenv("MICA_BACKEND", value)
     with pytest.raises(ValueError, match=f"must be one of auto, triton, reference, but it is '{value}'"):
         choose.requested()
-
-
-def test_empty_means_auto(monkeypatch):
-    monkeypatch.setenv("MICA_BACKEND", "")
-    assert choose.requested() == "auto"
 
 
 def test_a_verdict_is_kept_until_the_environment_changes(a_gpu):
@@ -87,14 +84,6 @@ def test_a_verdict_is_kept_until_the_environment_changes(a_gpu):
     assert len(queries) == 1
 
 
-@pytest.mark.parametrize(
-    "other", [(CPU, 16, BF16), (GPU, 257, BF16), (GPU, 16, torch.float64), (GPU, 16, BF16, torch.float64)]
-)
-def test_a_verdict_is_of_its_operands(a_gpu, other):
-    assert choose.use_kernels(GPU, 16, BF16)
-    assert not choose.use_kernels(*other)
-
-
 def test_what_a_capture_says_is_not_kept(a_gpu):
     a_gpu.setattr(runtime, "why_unavailable", lambda device: "nothing was tried yet")
     a_gpu.setattr(runtime, "is_settled", lambda device: False)
@@ -104,13 +93,14 @@ def test_what_a_capture_says_is_not_kept(a_gpu):
 
 
 def test_the_setting_is_what_the_environment_holds(monkeypatch):
-    unset = choose.setting()
-    monkeypatch.setenv("MICA_BACKEND", "triton")
-    forced = choose.setting()
-    monkeypatch.setenv("MICA_BACKEND", "reference")
-    assert len({unset, forced, choose.setting()}) == 3
+    assert choose.setting() is None
+    settings = []
+    for value in ("triton", "reference"):
+        monkeypatch.setenv("MICA_BACKEND", value)
+        settings.append(choose.setting())
+    assert len({None, *settings}) == 3
     monkeypatch.delenv("MICA_BACKEND")
-    assert choose.setting() == unset is None
+    assert choose.setting() is None
 
 
 ERROR = common.LaunchError("the kernel grad_a can be launched nowhere: out of resource\nand more")

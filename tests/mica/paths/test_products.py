@@ -17,13 +17,11 @@ DTYPES = [torch.float64, torch.float32, *HALVES]
 
 
 def operands(dtype, rows=37, inner=(33, 8), columns=29, transposed=True):
-    pairs = []
-    for length in inner:
-        right = (
-            padded(columns, length, dtype=dtype).t() if transposed else padded(length, columns, dtype=dtype)
-        )
-        pairs.append((padded(rows, length, dtype=dtype), right))
-    return pairs
+    def right(length):
+        shape = (columns, length) if transposed else (length, columns)
+        return padded(*shape, dtype=dtype).t() if transposed else padded(*shape, dtype=dtype)
+
+    return [(padded(rows, length, dtype=dtype), right(length)) for length in inner]
 
 
 def exact(addend, pairs):
@@ -93,13 +91,12 @@ def test_copies_are_bounded(monkeypatch, transposed):
 @pytest.mark.parametrize("dtype", HALVES)
 def test_few_rows_are_left_to_pytorch_where_its_loop_is_quick(monkeypatch, dtype):
     monkeypatch.setattr(products, "has_native", lambda dtype: False)
-    few, more = (operands(dtype, rows=products.FEW_ROWS + extra)[0] for extra in (0, 1))
-    with _Largest() as largest:
-        assert torch.equal(products.addmm(None, few), few[0] @ few[1])
-    assert not largest.most  # no copy
-    with _Largest() as largest:
-        products.addmm(None, more)
-    assert largest.most
+    for extra in (0, 1):
+        (pair, _) = operands(dtype, rows=products.FEW_ROWS + extra)
+        with _Largest() as largest:
+            result = products.addmm(None, pair)
+        assert (largest.most > 0) == (extra > 0)  # copies
+        assert extra or torch.equal(result, pair[0] @ pair[1])
 
 
 @pytest.mark.parametrize("dtype", HALVES)
@@ -111,48 +108,42 @@ def test_few_rows_are_multiplied_by_fp32_factors_as_they_are(monkeypatch, dtype)
     assert products.product_dtype(few, (wide, wide), torch.float64) == torch.float64
     assert products.product_dtype(more, (wide, wide), dtype) == dtype
     assert products.product_dtype(few, (wide, narrow), dtype) == dtype
-    assert (
-        products.product_dtype(few.to("meta"), (wide, wide), dtype) == dtype
-    )  # a device with its own products
+    # a device with its own products
+    assert products.product_dtype(few.to("meta"), (wide, wide), dtype) == dtype
     monkeypatch.setattr(products, "has_native", lambda dtype: False)
     assert products.product_dtype(few, (wide, wide), dtype) == dtype  # `addmm` rounds the whole sum once
 
 
 @pytest.mark.usefixtures("sixteen_bit_products")
-def test_autograd_and_transforms_follow():
-    (left, right), _ = operands(torch.bfloat16)
-    bias = torch.randn(29).bfloat16()
-    left = left.detach().requires_grad_()
-    grad_output = torch.randn(37, 29).bfloat16()
-    products.addmm(bias, (left, right)).backward(grad_output)
-    assert error(left.grad, grad_output.double() @ right.double().t()) <= RELATIVE[torch.bfloat16]
-    left = left.detach()
-    batch = torch.func.vmap(lambda r: products.addmm(bias, (left, r)))(torch.stack([right, -right]))
-    assert error(batch[1], exact(bias, [(left, -right)])) <= RELATIVE[torch.bfloat16]
-
-
-@pytest.mark.usefixtures("sixteen_bit_products")
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_vmap_over_what_only_a_later_product_has(dtype):
+def test_autograd_and_transforms_follow(dtype):
     first, (left, right) = operands(dtype)
-    batch = torch.func.vmap(lambda r: products.addmm(None, first, (left, r)))(torch.stack([right, -right]))
-    assert error(batch[1], exact(None, [first, (left, -right)])) <= RELATIVE[dtype]
+    bias, grad_output = torch.randn(29).to(dtype), torch.randn(37, 29).to(dtype)
+    leaf = left.detach().requires_grad_()
+    products.addmm(bias, (leaf, right)).backward(grad_output)
+    assert error(leaf.grad, grad_output.double() @ right.double().t()) <= RELATIVE[dtype]
+    for addend, others in ((bias, []), (None, [first])):  # mapped is what a later product alone has, too
+        both = torch.func.vmap(lambda r, a=addend, o=others: products.addmm(a, *o, (left, r)))(
+            torch.stack([right, -right])
+        )
+        assert error(both[1], exact(addend, [*others, (left, -right)])) <= RELATIVE[dtype]
+
+
+def compiled_agrees(dtype):
+    torch.compiler.reset()
+    (left, right), _ = operands(dtype)
+    compiled = torch.compile(lambda a, b: products.addmm(None, (a, b)), fullgraph=True, backend="aot_eager")
+    return error(compiled(left, right), exact(None, [(left, right)])) <= RELATIVE[dtype]
 
 
 @pytest.mark.usefixtures("sixteen_bit_products")
 def test_compiles_into_one_graph():
-    torch.compiler.reset()
-    (left, right), _ = operands(torch.bfloat16)
-    compiled = torch.compile(lambda a, b: products.addmm(None, (a, b)), fullgraph=True, backend="aot_eager")
-    assert error(compiled(left, right), exact(None, [(left, right)])) <= RELATIVE[torch.bfloat16]
+    assert compiled_agrees(torch.bfloat16)
 
 
 @pytest.mark.parametrize("dtype", HALVES)
 def test_support_is_known_while_a_graph_is_traced(dtype):
-    torch.compiler.reset()
-    (left, right), _ = operands(dtype)
-    compiled = torch.compile(lambda a, b: products.addmm(None, (a, b)), fullgraph=True, backend="aot_eager")
-    assert error(compiled(left, right), exact(None, [(left, right)])) <= RELATIVE[dtype]
+    assert compiled_agrees(dtype)
 
 
 def test_what_pytorch_asks_of_the_processor_decides():

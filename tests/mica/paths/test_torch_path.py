@@ -1,17 +1,34 @@
+import copy
+
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from mica.paths import products, torch_path
 from mica.paths.products import addmm
+from tests.support.linear_calls import agree
 from tests.support.oracle import DTYPES, problem, solve
 from tests.support.tolerances import RELATIVE, error
 
-SHAPES = [(1, 1, 1, 1), (5, 7, 3, 2), (33, 17, 65, 5), (2100, 19, 23, 16)]
+on_all_dtypes = pytest.mark.parametrize(("dtype", "adapter_dtype", "compute_dtype"), DTYPES)
+in_half = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+in_each_way = pytest.mark.usefixtures("sixteen_bit_products")
 
 
-def compute(p, compute_dtype):
-    y = torch_path.linear(p.x, p.weight, p.lora_A, p.lora_B, p.scaling, p.bias, compute_dtype)
+def operands(p):
+    return p.weight, p.lora_A, p.lora_B, p.scaling
+
+
+def compute(p, compute_dtype=None, *dropout):
+    """By `linear` and `linear_backward`."""
+    y = torch_path.linear(p.x, *operands(p), p.bias, compute_dtype, *dropout)
+    dtype = compute_dtype or p.x.dtype
+    grad_x, grad_A = torch_path.linear_backward(p.grad_output, p.x, *operands(p), dtype, *dropout)
+    return {"y": y, "grad_x": grad_x, "grad_A": grad_A}
+
+
+def compute_apart(p, compute_dtype=None):
+    y = torch_path.linear(p.x, *operands(p), p.bias, compute_dtype)
     g = torch_path.grad_h(p.grad_output, p.lora_B, p.scaling, compute_dtype or p.x.dtype)
     return {
         "y": y,
@@ -20,27 +37,24 @@ def compute(p, compute_dtype):
     }
 
 
-@pytest.mark.usefixtures("sixteen_bit_products")
-@pytest.mark.parametrize(("dtype", "adapter_dtype", "compute_dtype"), DTYPES)
-@pytest.mark.parametrize(("tokens", "in_features", "out_features", "rank"), SHAPES)
+@in_each_way
+@on_all_dtypes
+@pytest.mark.parametrize("shape", [(1, 1, 1, 1), (5, 7, 3, 2), (33, 17, 65, 5), (2100, 19, 23, 16)])
 @pytest.mark.parametrize("bias", [True, False])
-def test_agrees_with_the_dense_oracle(
-    dtype, adapter_dtype, compute_dtype, tokens, in_features, out_features, rank, bias
-):
-    p = problem((tokens,), in_features, out_features, rank, dtype, adapter_dtype, bias)
-    expected = solve(p)
-    for name, actual in compute(p, compute_dtype).items():
-        assert error(actual, expected[name]) <= RELATIVE[dtype], name
-
-
-@pytest.mark.parametrize(("dtype", "adapter_dtype", "compute_dtype"), DTYPES)
-def test_dtypes_of_the_results(dtype, adapter_dtype, compute_dtype):
-    result = compute(problem((4,), 6, 5, 2, dtype, adapter_dtype), compute_dtype)
+def test_agrees_with_the_dense_oracle(dtype, adapter_dtype, compute_dtype, shape, bias):
+    tokens, *sizes = shape
+    p = problem((tokens,), *sizes, dtype, adapter_dtype, bias)
+    before = copy.deepcopy(p)
+    result = compute_apart(p, compute_dtype)
+    agree(result, solve(p), dtype)
     assert result["y"].dtype == result["grad_x"].dtype == dtype
     assert result["grad_A"].dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+    torch_path.delta(p.lora_A, p.lora_B, p.scaling)
+    for name in ("x", "weight", "lora_A", "lora_B", "bias", "grad_output"):  # left alone
+        assert getattr(p, name) is None or torch.equal(getattr(p, name), getattr(before, name))
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@in_half
 def test_grad_a_is_accumulated_and_returned_in_fp32(dtype):
     """Within fp32 round-off of the exact product of the 16-bit factors, over more than one chunk."""
     g, x = torch.randn(3000, 4).to(dtype), torch.randn(3000, 9).to(dtype)
@@ -77,34 +91,31 @@ def stated_backward(p, dtype):
 def assert_same_bits(p, compute_dtype, stated_dtype):
     """With factors that lie dense, as parameters do: what BLAS gives depends on where rows begin."""
     p.lora_A, p.lora_B = p.lora_A.contiguous(), p.lora_B.contiguous()
-    operands = p.weight, p.lora_A, p.lora_B, p.scaling
-    y = torch_path.linear(p.x, *operands, p.bias, compute_dtype)
-    assert torch.equal(y, stated_forward(p, stated_dtype))
-    actual = torch_path.linear_backward(p.grad_output, p.x, *operands, compute_dtype or p.x.dtype)
-    for value, expected in zip(actual, stated_backward(p, stated_dtype), strict=True):
+    stated = (stated_forward(p, stated_dtype), *stated_backward(p, stated_dtype))
+    for value, expected in zip(compute(p, compute_dtype).values(), stated, strict=True):
         assert torch.equal(value, expected)
         assert value.dtype == expected.dtype
 
 
-SCALINGS = [1.0, 2.0, -0.125, 1 / 3, 32 / 128**0.5, 0.0]  # 32 / sqrt(128): as rslora has it
 MANY = products.FEW_TO_ROUND + 1
+FEW = [(0, 6, 5, 2), (1, 31, 23, 40), (MANY - 1, 31, 23, 5)]
 
 
-@pytest.mark.usefixtures("sixteen_bit_products")
-@pytest.mark.parametrize(("dtype", "adapter_dtype", "compute_dtype"), DTYPES)
-@pytest.mark.parametrize("scaling", SCALINGS)
-@pytest.mark.parametrize(
-    ("tokens", "in_features", "out_features", "rank"),
-    [(MANY, 31, 23, 5), (1100, 9, 13, 16)],
-)
-def test_short_cuts_change_no_bit(
-    dtype, adapter_dtype, compute_dtype, scaling, tokens, in_features, out_features, rank
-):
-    p = problem((tokens,), in_features, out_features, rank, dtype, adapter_dtype, scaling=scaling)
-    assert_same_bits(p, compute_dtype, compute_dtype or dtype)
+@in_each_way
+@on_all_dtypes
+@pytest.mark.parametrize("scaling", [1.0, 2.0, -0.125, 1 / 3, 32 / 128**0.5, 0.0])  # 32 / √128: as rslora's
+@pytest.mark.parametrize("shape", [*FEW, (MANY, 31, 23, 5), (1100, 9, 13, 16)])
+def test_short_cuts_change_no_bit(dtype, adapter_dtype, compute_dtype, scaling, shape):
+    """But that few tokens are computed in fp32 where masters are."""
+    tokens, *sizes = shape
+    stated = compute_dtype or dtype
+    if shape in FEW and adapter_dtype == torch.float32 and products.has_native(dtype):
+        stated = torch.float32
+    p = problem((tokens,), *sizes, dtype, adapter_dtype, scaling=scaling)
+    assert_same_bits(p, compute_dtype, stated)
 
 
-@pytest.mark.usefixtures("sixteen_bit_products")
+@in_each_way
 @pytest.mark.parametrize("scaling", [2.0, 2.0**-10])
 def test_numbers_below_the_normal_ones_of_float16_are_scaled_before_they_are_rounded(scaling):
     p = problem((MANY,), 31, 23, 5, torch.float16, torch.float32, scaling=scaling)
@@ -113,38 +124,16 @@ def test_numbers_below_the_normal_ones_of_float16_are_scaled_before_they_are_rou
     assert_same_bits(p, None, torch.float16)
 
 
-@pytest.mark.usefixtures("sixteen_bit_products")
-@pytest.mark.parametrize(("dtype", "adapter_dtype", "compute_dtype"), DTYPES)
-@pytest.mark.parametrize("scaling", SCALINGS)
-@pytest.mark.parametrize(
-    ("tokens", "in_features", "out_features", "rank"),
-    [(0, 6, 5, 2), (1, 31, 23, 40), (MANY - 1, 31, 23, 5)],
-)
-def test_few_tokens_are_computed_in_fp32_where_masters_are(
-    dtype, adapter_dtype, compute_dtype, scaling, tokens, in_features, out_features, rank
-):
-    p = problem((tokens,), in_features, out_features, rank, dtype, adapter_dtype, scaling=scaling)
-    stated = compute_dtype or dtype
-    if adapter_dtype == torch.float32 and products.has_native(dtype):
-        stated = torch.float32
-    assert_same_bits(p, compute_dtype, stated)
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@in_half
 def test_few_tokens_are_nearer_to_the_oracle_than_with_rounded_masters(monkeypatch, dtype):
     monkeypatch.setattr(products, "has_native", lambda dtype: True)
-    closer = {"y": [], "grad_x": [], "grad_A": []}
+    closer = {"y": 0.0, "grad_x": 0.0, "grad_A": 0.0}
     for _ in range(20):
         p = problem((8,), 64, 48, 16, dtype, torch.float32, scaling=1 / 3)
-        oracle, operands = solve(p), (p.weight, p.lora_A, p.lora_B, p.scaling)
-        y = torch_path.linear(p.x, *operands, p.bias)
-        dx, dA = torch_path.linear_backward(p.grad_output, p.x, *operands, dtype)
-        rounded = dict(zip(oracle, (stated_forward(p, dtype), *stated_backward(p, dtype)), strict=True))
-        for (name, value), stated in zip(
-            {"y": y, "grad_x": dx, "grad_A": dA}.items(), rounded.values(), strict=True
-        ):
-            closer[name].append(error(value, oracle[name]) - error(stated, oracle[name]))
-    assert all(sum(values) < 0.0 for values in closer.values())
+        oracle, rounded = solve(p), (stated_forward(p, dtype), *stated_backward(p, dtype))
+        for (name, value), stated in zip(compute(p).items(), rounded, strict=True):
+            closer[name] += error(value, oracle[name]) - error(stated, oracle[name])
+    assert all(total < 0.0 for total in closer.values())
 
 
 class _Calls(TorchDispatchMode):
@@ -165,36 +154,26 @@ class _Calls(TorchDispatchMode):
 @pytest.mark.parametrize("scaling", [1.0, 2.0, 1 / 3])
 def test_few_tokens_take_three_products_and_nothing_else(scaling):
     p = problem((2,), 40, 30, 16, torch.float32, bias=False, scaling=scaling)
-    operands = p.weight, p.lora_A, p.lora_B, p.scaling
     with _Calls() as forward:
-        torch_path.linear(p.x, *operands)
+        torch_path.linear(p.x, *operands(p))
     with _Calls() as backward:
-        torch_path.linear_backward(p.grad_output, p.x, *operands, torch.float32)
-    scaled = [] if scaling == 1.0 else ["mul_"] if scaling == 2.0 else ["mul"]
+        torch_path.linear_backward(p.grad_output, p.x, *operands(p), torch.float32)
     # a power of two is the last product's own factor
-    assert sorted(forward.names) == sorted(["mm", "mm", "addmm_", *(["mul"] if scaling == 1 / 3 else [])])
-    assert sorted(backward.names) == sorted(["mm", "mm", "addmm_", "mm", *scaled])
+    forward_scale, backward_scale = {1.0: ([], []), 2.0: ([], ["mul_"])}.get(scaling, (["mul"], ["mul"]))
+    assert sorted(forward.names) == sorted(["mm", "mm", "addmm_", *forward_scale])
+    assert sorted(backward.names) == sorted(["mm", "mm", "addmm_", "mm", *backward_scale])
     assert forward.largest == (2 * 30 if scaling != 1 / 3 else 16 * 40)
 
 
 @pytest.mark.parametrize("tokens", [3, MANY])
-@pytest.mark.parametrize(("dtype", "adapter_dtype", "compute_dtype"), DTYPES)
+@on_all_dtypes
 def test_vmap_over_adapters_of_one_layer(dtype, adapter_dtype, compute_dtype, tokens):
-    p = problem((tokens,), 12, 9, 4, dtype, adapter_dtype)
+    p = problem((tokens,), 12, 9, 4, dtype, adapter_dtype, scaling=2.0)
     batch = torch.func.vmap(lambda A, B: torch_path.linear(p.x, p.weight, A, B, 2.0, p.bias, compute_dtype))(
         torch.stack([p.lora_A, -p.lora_A]), torch.stack([p.lora_B, p.lora_B])
     )
-    p.scaling, p.lora_A = 2.0, -p.lora_A
+    p.lora_A = -p.lora_A
     assert error(batch[1], solve(p)["y"]) <= RELATIVE[dtype]
-
-
-def test_inputs_are_left_alone():
-    p = problem((6,), 8, 5, 3, torch.float32)
-    before = [t.clone() for t in (p.x, p.weight, p.lora_A, p.lora_B, p.bias, p.grad_output)]
-    compute(p, None)
-    torch_path.delta(p.lora_A, p.lora_B, p.scaling)
-    for old, new in zip(before, (p.x, p.weight, p.lora_A, p.lora_B, p.bias, p.grad_output), strict=True):
-        assert torch.equal(old, new)
 
 
 def test_embedding_and_its_gradient():
@@ -240,7 +219,7 @@ def test_dropout_is_a_function_of_seed_row_and_column():
     assert (torch_path.dropout_keep(seed, 50, 40, 0.2) | ~keep).all()  # what p = 0.5 keeps, 0.2 keeps too
 
 
-@pytest.mark.parametrize(("dtype", "adapter_dtype", "compute_dtype"), DTYPES)
+@on_all_dtypes
 def test_dropout_agrees_with_autograd_on_the_masked_input(dtype, adapter_dtype, compute_dtype):
     """More tokens than one chunk of `grad_a`: the mask's rows go on counting."""
     p = problem((2100,), 19, 23, 4, dtype, adapter_dtype)
@@ -250,23 +229,14 @@ def test_dropout_agrees_with_autograd_on_the_masked_input(dtype, adapter_dtype, 
     y = x @ p.weight.double().t() + p.bias.double()
     y = y + p.scaling * dropped @ lora_A.t() @ p.lora_B.double().t()
     dx, dA = torch.autograd.grad(y, (x, lora_A), p.grad_output.double())
-    dtype_ = compute_dtype or dtype
-    actual = torch_path.linear(
-        p.x, p.weight, p.lora_A, p.lora_B, p.scaling, p.bias, compute_dtype, rate, seed
-    )
-    assert error(actual, y) <= RELATIVE[dtype]
-    backward = torch_path.linear_backward(
-        p.grad_output, p.x, p.weight, p.lora_A, p.lora_B, p.scaling, dtype_, rate, seed
-    )
-    for value, expected in zip(backward, (dx, dA), strict=True):
-        assert error(value, expected) <= RELATIVE[dtype]
+    agree(compute(p, compute_dtype, rate, seed), {"y": y, "grad_x": dx, "grad_A": dA}, dtype)
 
 
 def test_products_in_another_dtype_than_all_operands():
     """bf16 x, A and B, and products in fp32: h is not rounded on its way."""
     p = problem((40,), 48, 30, 12, torch.bfloat16, torch.bfloat16, scaling=2.0)
-    y = torch_path.linear(p.x, p.weight, p.lora_A, p.lora_B, p.scaling, p.bias, torch.float32)
+    y = torch_path.linear(p.x, *operands(p), p.bias, torch.float32)
     h = torch_path.down_projection(p.x, p.lora_A, p.scaling, torch.float32)
     base = torch_path.addmm(p.bias, (p.x, p.weight.t()))
     assert torch.equal(y, torch_path.up_projection(base, h, p.lora_B))
-    assert not torch.equal(y, torch_path.linear(p.x, p.weight, p.lora_A, p.lora_B, p.scaling, p.bias))
+    assert not torch.equal(y, torch_path.linear(p.x, *operands(p), p.bias))

@@ -1,4 +1,4 @@
-"""``BatchGram`` is every matrix's ``HostGram``; its fp32 products are whole, and it bounds their error."""
+"""Of a batch's Gram matrices: which one failed, panels, and fp32 products that are whole and bounded."""
 
 import math
 import threading
@@ -8,60 +8,16 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from mica.dtypes import FLOATING
 from mica.subspace import batched
 from mica.subspace import gram as products
 from mica.subspace.batched import BatchGram, full_fp32
-from mica.subspace.host import HostGram
-from tests.support.judging import assert_orthonormal, columns, gram_of, random
+from tests.support.judging import gram_of
 from tests.support.spectra import stack, weight
 from tests.support.tolerances import error
 
-UNIT = torch.eye(30, dtype=torch.float64)
 
-
-def talls(dtype=torch.float32) -> torch.Tensor:
-    return stack(["gaussian", "row scales", "times 1e-4"], (70, 30)).to(dtype)
-
-
-@pytest.mark.parametrize("dtype", FLOATING)
-@pytest.mark.parametrize("transposed", [False, True])
-def test_every_method_is_that_of_the_single_matrices(dtype, transposed):
-    tall = columns(talls(dtype)) if transposed else talls(dtype)
-    batch, singles, exact = BatchGram(tall), [HostGram(t) for t in tall], gram_of(tall)
-    assert (batch.size, batch.batch_shape, batch.device) == (30, (3,), torch.device("cpu"))
-    assert torch.equal(batch.error, torch.zeros(3, dtype=torch.float64))
-    values = torch.linalg.eigvalsh(exact)
-    vectors = random(3, 30, 4)
-
-    def same(actual, expected, tolerance=1e-12):
-        for each, single in zip(actual, expected, strict=True):
-            assert error(each, single) <= tolerance
-
-    same(batch.apply(UNIT), exact, 1e-14)
-    same(batch.apply(vectors), [gram.apply(each) for gram, each in zip(singles, vectors, strict=True)])
-    shift = values[:, 0] * 0.5
-    assert batch.factor(shift).tolist() == [True] * 3
-    assert all(gram.factor(s) for gram, s in zip(singles, shift, strict=True))
-    same(batch.solve(vectors), [gram.solve(each) for gram, each in zip(singles, vectors, strict=True)], 1e-9)
-    smallest = batch.smallest(5)
-    for basis, single, each in zip(smallest, singles, exact, strict=True):
-        assert error(basis @ basis.T, single.smallest(5) @ single.smallest(5).T) <= 1e-9
-        assert error(basis.T @ each @ basis, torch.linalg.eigvalsh(each)[:5].diag()) <= 1e-9
-    raised = columns(torch.linalg.eigh(exact).eigenvectors[..., :2])
-    for share, expected in ((0.999, True), (1.001, False)):
-        bound = share * values[:, 2]
-        assert batch.exceeds(raised, 2 * values[:, -1], bound).tolist() == [expected] * 3
-        for index, gram in enumerate(singles):
-            assert gram.exceeds(raised[index], 2 * values[index, -1], bound[index]) == expected
-    same(batch.apply(UNIT), exact, 1e-14)
-
-    left, right, coefficients = vectors, random(3, 30, 2, seed=1), random(3, 4, 2, seed=2)
-    same(batch.inner(left, right), left.mT @ right)
-    same(batch.combine(left, coefficients), left @ coefficients)
-    same(batch.subtract(right.clone(), left, coefficients), right - left @ coefficients)
-    empty = batch.empty(6)
-    assert (empty.shape, empty.dtype) == ((3, 30, 6), torch.float64)
+def talls() -> torch.Tensor:
+    return stack(["gaussian", "row scales", "times 1e-4"], (70, 30))
 
 
 def test_a_factor_and_a_proof_say_which_matrix_failed():
@@ -73,23 +29,6 @@ def test_a_factor_and_a_proof_say_which_matrix_failed():
         assert torch.equal(gram.factor(values[:, 0] * share), good)
         assert torch.equal(gram.exceeds(vectors[..., :3], 2 * values[:, -1], values[:, 3] * share), good)
     assert gram.factor(values[:, 0] * 0.9).all()
-
-
-@pytest.mark.parametrize("count", [1, 4])
-@pytest.mark.parametrize("kind", ["independent", "dependent", "zero"])
-@pytest.mark.parametrize("scale", [1.0, 1e-30, 1e30])
-def test_orthonormal_vectors_of_all_or_none(kind, count, scale):
-    vectors = scale * random(3, 30, count)
-    if kind == "zero":
-        vectors[1, :, -1] = 0
-    elif kind == "dependent":
-        vectors[1, :, -1] = 1e-9 * vectors[1, :, -1] + vectors[1, :, 0] * (count > 1)
-    basis, triangle, safe = BatchGram(talls()).orthonormal(vectors)
-    assert safe == (kind == "independent" or (kind, count) == ("dependent", 1))
-    assert_orthonormal(basis)
-    for each, factor, before in zip(basis, triangle, vectors, strict=True):
-        assert error(each @ factor, before) <= 1e-13
-        assert torch.equal(factor, factor.triu())
 
 
 @pytest.mark.parametrize("size", [1, 127, 128, 129, 300, 600])

@@ -1,4 +1,4 @@
-"""Every product and factor of ``HostGram`` is the dense one's, in any order of calls; threads come back."""
+"""Every product and factor of a Gram matrix, ``HostGram`` or ``BatchGram``, is the dense one's."""
 
 import itertools
 
@@ -9,11 +9,13 @@ import torch
 from mica.dtypes import FLOATING
 from mica.subspace import gram as products
 from mica.subspace import host
+from mica.subspace.batched import BatchGram
 from mica.subspace.host import HostGram, partial_eigenvectors
 from tests.support.judging import assert_orthonormal, columns, gram_of, random
 from tests.support.spectra import weight
 from tests.support.tolerances import error
 
+of_each_kind = pytest.mark.parametrize("kind", [HostGram, BatchGram])
 LAYOUTS = ["rows", "columns", "strided"]
 
 
@@ -28,19 +30,21 @@ def laid_out(matrix: torch.Tensor, layout: str) -> torch.Tensor:
 
 
 class Checked:
-    """A ``HostGram`` and the dense matrix; each method makes one call and compares."""
+    """A Gram matrix, or those of a batch, and the dense ones; each method makes one call and compares."""
 
-    def __init__(self, tall: torch.Tensor):
-        self.gram = HostGram(tall)
+    def __init__(self, tall: torch.Tensor, kind: type = HostGram):
+        if kind is BatchGram:
+            tall = torch.stack([tall, 2 * tall.flip(0), 3 * tall.flip(1)])
+        self.gram = kind(tall)
         self.dense = gram_of(tall)
         self.values, self.vectors = torch.linalg.eigh(self.dense)
-        self.norm = self.values[-1]
-        self.unit = torch.eye(len(self.dense), dtype=torch.float64)
-        self.right = random(self.gram.size, 3)
+        self.norm = self.values[..., -1]
+        self.unit = torch.eye(self.gram.size, dtype=torch.float64)
+        self.right = random(*self.gram.batch_shape, self.gram.size, 3)
         self.shift: torch.Tensor | None = None  # of the factor that there is
 
     def one_column(self):
-        one = self.right[:, :1]
+        one = self.right[..., :1]
         assert error(self.gram.apply(one), self.dense @ one) <= 1e-13
 
     def columns(self):
@@ -49,39 +53,39 @@ class Checked:
         assert error(self.gram.apply(columns(self.unit)), self.dense) <= 1e-14
 
     def factor(self, share=-0.3):
-        self.shift = self.values[0] + share * self.norm
-        assert self.gram.factor(self.shift)
+        self.shift = self.values[..., 0] + share * self.norm
+        assert self.gram.factor(self.shift).all()
         self.solve()
 
     def other_factor(self):
         self.factor(-2)
 
     def refused_factor(self):
-        assert not self.gram.factor(self.values[0] + 0.1 * self.norm)
+        assert not self.gram.factor(self.values[..., 0] + 0.1 * self.norm).any()
         self.shift = None
 
     def solve(self):
         if self.shift is not None:
             before = self.right.clone()
-            expected = torch.linalg.solve(self.dense - self.shift * self.unit, before)
+            expected = torch.linalg.solve(self.dense - self.shift[..., None, None] * self.unit, before)
             assert error(self.gram.solve(self.right), expected) <= 1e-12
-            assert error(self.gram.solve(self.right[:, 2:]), expected[:, 2:]) <= 1e-12
+            assert error(self.gram.solve(self.right[..., 2:]), expected[..., 2:]) <= 1e-12
             assert torch.equal(self.right, before)
 
     def exceeds(self):
         """Raised by 2 ‖C‖ on its two smallest vectors, C is above what is below its third eigenvalue."""
         self.shift = None
         count = min(2, self.gram.size - 1)
-        minor = columns(self.vectors[:, :count])
-        margin = 1e-3 * self.norm
-        assert self.gram.exceeds(minor, 2 * self.norm, self.values[count] - margin)
-        assert not self.gram.exceeds(minor, 2 * self.norm, self.values[count] + margin)
-        assert not self.gram.exceeds(self.vectors[:, 1 : count + 1], 2 * self.norm, self.values[0] + margin)
+        minor, others = columns(self.vectors[..., :count]), self.vectors[..., 1 : count + 1]
+        edge, margin = self.values[..., count], 1e-3 * self.norm
+        assert self.gram.exceeds(minor, 2 * self.norm, edge - margin).all()
+        assert not self.gram.exceeds(minor, 2 * self.norm, edge + margin).any()
+        assert not self.gram.exceeds(others, 2 * self.norm, self.values[..., 0] + margin).any()
 
     def smallest(self):
         for count in {1, self.gram.size}:
             basis = self.gram.smallest(count)
-            assert error(self.dense @ basis, basis * self.values[:count]) <= 1e-12
+            assert error(self.dense @ basis, basis * self.values[..., None, :count]) <= 1e-12
             assert_orthonormal(basis)
 
 
@@ -92,11 +96,12 @@ CALLS = [
 
 @pytest.mark.parametrize("scale", [1.0, 1e-4, 1e4])
 @pytest.mark.parametrize("first", CALLS)
-def test_any_three_calls_in_any_order(first, scale, monkeypatch):
+@of_each_kind
+def test_any_three_calls_in_any_order(first, scale, kind, monkeypatch):
     monkeypatch.setattr(host, "_MIRROR_BLOCK", 4)
     tall = scale * weight("gaussian", 14, 9)
     for rest in itertools.product(CALLS, repeat=2):
-        checked = Checked(tall)
+        checked = Checked(tall, kind)
         for call in (first, *rest):
             getattr(checked, call)()
         checked.columns()
@@ -104,9 +109,10 @@ def test_any_three_calls_in_any_order(first, scale, monkeypatch):
 
 @pytest.mark.parametrize("size", [1, 2, 3, 4, 5, 7, 8, 9, 12, 13])
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_all_sizes_around_the_mirrored_blocks(size, layout, monkeypatch):
+@of_each_kind
+def test_all_sizes_around_the_mirrored_blocks(size, layout, kind, monkeypatch):
     monkeypatch.setattr(host, "_MIRROR_BLOCK", 4)
-    checked = Checked(laid_out(weight("gaussian", size + 5, size), layout))
+    checked = Checked(laid_out(weight("gaussian", size + 5, size), layout), kind)
     for call in CALLS:
         if size > 1 or call not in ("exceeds", "refused_factor"):
             getattr(checked, call)()
@@ -122,14 +128,16 @@ def test_the_mirrored_blocks_as_they_are(shape):
 @pytest.mark.parametrize("dtype", FLOATING)
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("rows", [1, 4, 512])
-def test_the_gram_of_any_dtype_and_layout_in_blocks(dtype, layout, rows, monkeypatch):
+@of_each_kind
+def test_the_gram_of_any_dtype_and_layout_in_blocks(dtype, layout, rows, kind, monkeypatch):
     monkeypatch.setattr(products, "BLOCK_ELEMENTS", 1)
     monkeypatch.setattr(products, "BLOCK_ROWS", rows)
-    matrix = weight("gaussian", 23, 6).to(dtype)
-    gram = HostGram(laid_out(matrix, layout))
-    assert error(gram.apply(torch.eye(6, dtype=torch.float64)), gram_of(matrix)) <= 1e-14
-    assert gram.error == 0
-    assert (gram.size, gram.batch_shape, gram.device) == (6, (), torch.device("cpu"))
+    tall = laid_out(weight("gaussian", 23, 6).to(dtype), layout)
+    tall = tall if kind is HostGram else tall.expand(3, 23, 6)
+    gram = kind(tall)
+    assert error(gram.apply(torch.eye(6, dtype=torch.float64)), gram_of(tall)) <= 1e-14
+    assert torch.equal(gram.error, torch.zeros(tall.shape[:-2], dtype=torch.float64))
+    assert (gram.size, gram.batch_shape, gram.device) == (6, tall.shape[:-2], torch.device("cpu"))
 
 
 def test_the_largest_diagonal_shows_what_is_not_finite():
@@ -140,32 +148,41 @@ def test_the_largest_diagonal_shows_what_is_not_finite():
         assert not HostGram(matrix).largest_diagonal < 1e308
 
 
-def test_thin_products():
-    gram = HostGram(weight("gaussian", 30, 20))
-    left, right, coefficients = random(20, 4), random(20, 3, seed=1), random(4, 3, seed=2)
-    assert error(gram.inner(left, right), left.T @ right) <= 1e-14
+@of_each_kind
+def test_thin_products(kind):
+    gram = Checked(weight("gaussian", 30, 20), kind).gram
+    shape = gram.batch_shape
+    left, right, coefficients = (
+        random(*shape, *size, seed=seed) for seed, size in enumerate([(20, 4), (20, 3), (4, 3)])
+    )
+    assert error(gram.inner(left, right), left.mT @ right) <= 1e-14
     for layout in (coefficients, coefficients.contiguous(), coefficients.flip(-1).flip(-1)):
         assert error(gram.combine(left, layout), left @ coefficients) <= 1e-14
     assert error(gram.subtract(right.clone(), left, coefficients), right - left @ coefficients) <= 1e-14
     empty = gram.empty(5)
-    assert (empty.shape, empty.dtype) == ((20, 5), torch.float64)
-    assert empty.T.is_contiguous()
+    assert (empty.shape, empty.dtype) == ((*shape, 20, 5), torch.float64)
+    assert kind is BatchGram or empty.T.is_contiguous()
 
 
-@pytest.mark.parametrize("kind", ["independent", "dependent", "nearly dependent", "zero"])
+@pytest.mark.parametrize("trouble", ["independent", "dependent", "nearly dependent", "zero"])
 @pytest.mark.parametrize("scale", [1.0, 1e-30, 1e30])
-def test_orthonormal_vectors_however_dependent(kind, scale):
-    vectors = random(40, 6)
-    vectors[:, 5] = {
-        "independent": vectors[:, 5],
-        "dependent": vectors[:, 0] - 2 * vectors[:, 3],
-        "nearly dependent": vectors[:, 0] + 1e-9 * vectors[:, 5],
+@pytest.mark.parametrize("count", [1, 6])
+@of_each_kind
+def test_orthonormal_vectors_however_dependent(trouble, scale, count, kind):
+    """Of a batch all are safe or none."""
+    gram = Checked(weight("gaussian", 50, 40), kind).gram
+    vectors = random(*gram.batch_shape, 40, count)
+    one = vectors if kind is HostGram else vectors[1]
+    one[:, -1] = {
+        "independent": one[:, -1],
+        "dependent": one[:, 0] - 2 * one[:, count // 2],
+        "nearly dependent": one[:, 0] + 1e-9 * one[:, -1],
         "zero": torch.zeros(40, dtype=torch.float64),
-    }[kind]
+    }[trouble]
     vectors *= scale
     before = vectors.clone()
-    basis, triangle, safe = HostGram(weight("gaussian", 50, 40)).orthonormal(vectors)
-    assert safe == (kind == "independent")
+    basis, triangle, safe = gram.orthonormal(vectors)
+    assert safe == (trouble == "independent" or (count == 1 and trouble != "zero"))
     assert_orthonormal(basis)
     assert error(basis @ triangle, before) <= 1e-13
     assert torch.equal(triangle, triangle.triu())

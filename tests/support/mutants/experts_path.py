@@ -5,7 +5,7 @@ from tests.support.mutants.edits import FileEdits
 EXPERTS_PATH = [
     FileEdits(
         "mica/paths/torch_path.py",
-        tests=["tests/mica/paths/test_torch_path_experts.py", "tests/mica/ops/test_experts.py"],
+        tests=["tests/mica/paths/test_torch_path_experts.py", "tests/mica/ops/test_experts.py", "tests/mica/ops/test_operators.py"],
         edits={
             "_by_expert": [
                 ("y[end:] = 0", ""),
@@ -25,7 +25,7 @@ EXPERTS_PATH = [
     ),
     FileEdits(
         "mica/ops/experts.py",
-        tests=["tests/mica/ops/test_experts.py"],
+        tests=["tests/mica/ops/test_experts.py", "tests/mica/ops/test_operators.py"],
         edits={
             "_ExpertsLinear.forward": [
                 ("x if needs_A else None", "x"),

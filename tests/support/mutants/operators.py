@@ -10,6 +10,7 @@ OPERATORS = [
             "tests/mica/paths/test_triton_path_plans.py",
             "tests/mica/paths/test_triton_path.py",
             "tests/mica/ops/test_low_rank.py",
+            "tests/mica/ops/test_operators.py",
             "tests/mica/ops/test_operator.py",
         ],
         edits={
@@ -116,7 +117,7 @@ OPERATORS = [
     ),
     FileEdits(
         "mica/ops/low_rank.py",
-        tests=["tests/mica/ops/test_low_rank.py"],
+        tests=["tests/mica/ops/test_low_rank.py", "tests/mica/ops/test_operators.py"],
         edits={
             "_DownProjection.forward": [("if ctx.needs_input_grad[2] else None", "")],
             "_down_backward": [("to(x_dtype).view", "view")],
