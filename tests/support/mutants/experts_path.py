@@ -5,7 +5,11 @@ from tests.support.mutants.edits import FileEdits
 EXPERTS_PATH = [
     FileEdits(
         "mica/paths/torch_path.py",
-        tests=["tests/mica/paths/test_torch_path_experts.py", "tests/mica/ops/test_experts.py", "tests/mica/ops/test_operators.py"],
+        tests=[
+            "tests/mica/paths/test_torch_path_experts.py",
+            "tests/mica/ops/test_experts.py",
+            "tests/mica/ops/test_operators.py",
+        ],
         edits={
             "_by_expert": [
                 ("y[end:] = 0", ""),
