@@ -14,7 +14,7 @@ import sys
 import time
 from concurrent.futures import ProcessPoolExecutor, as_completed
 
-os.environ |= {"MICA_CACHE": "0", "MICA_TUNE": "0", "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+os.environ |= {"MICA_CACHE": "0", "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
 if os.environ.get("TRITON_INTERPRET", "0") == "1":
     sys.exit("the emulator runs compiled kernels: unset TRITON_INTERPRET")
 

@@ -14,7 +14,7 @@ import warnings
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 
-os.environ |= {"MICA_CACHE": "0", "MICA_TUNE": "0", "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+os.environ |= {"MICA_CACHE": "0", "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
 
 import torch
 
