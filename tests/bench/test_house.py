@@ -14,7 +14,7 @@ MAY_IMPORT = {
     "report": {"results"},
     "quality": {"measure"},
     "corpus": {"measure"},
-    "gpu": {"run", "measure", "report"},
+    "gpu": {"run", "measure", "report", "results"},
     "__main__": {"run", "measure", "report", "results"},
 }
 BENCH = [module for module in MODULES if module.startswith("bench.")]

@@ -4,17 +4,17 @@ import os
 import time
 
 from mica.ops import linear
-from mica.ops.operator import compute
+from mica.ops.operator import run_formula
 
 
 def slow(*args):
     time.sleep(0.02)
-    return compute(*args)
+    return run_formula(*args)
 
 
 def wrong(name, *args):
-    result = compute(name, *args)
+    result = run_formula(name, *args)
     return result * 1.1 if name == "linear" else result
 
 
-linear.compute = {"slow": slow, "wrong": wrong}[os.environ["MICA_TEST_OPERATOR"]]
+linear.run_formula = {"slow": slow, "wrong": wrong}[os.environ["MICA_TEST_OPERATOR"]]
