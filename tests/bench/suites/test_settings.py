@@ -49,7 +49,7 @@ def scaled(factor, part):
 
 
 def test_our_wrong_operator_is_refused_alone(monkeypatch):
-    monkeypatch.setattr("mica.ops.linear.compute", scaled(1.1, "linear"))
+    monkeypatch.setattr("mica.ops.linear.run_formula", scaled(1.1, "linear"))
     assert bench_step.setting(STEP).keys() == {BARE, STOCK}
     assert harness.refusals.keys() == {(STEP.name, FAST)}
 

@@ -258,7 +258,7 @@ OPERATORS = {
 
 
 def test_each_operator_has_a_function_on_the_reference_and_on_kernels():
-    """One to one, and with the same parameters: `mica.ops.operator.compute` calls either."""
+    """One to one, and with the same parameters: `mica.ops.operator.run_formula` calls either."""
     names = {name for name in triton_path.__all__ if not name.endswith("Error")}
     assert names == {name for name in OPERATORS if not name.startswith("embedding")}
     for name in names:
