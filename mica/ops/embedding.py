@@ -48,7 +48,7 @@ def _embedding(indices, lora_A, lora_B, scaling, padding_idx, compute_dtype):
     return out.view(*indices.shape, out.shape[-1])
 
 
-def _embedding_plain(indices, lora_A, lora_B, scaling, padding_idx, compute_dtype):
+def _embedding_on_torch(indices, lora_A, lora_B, scaling, padding_idx, compute_dtype):
     """`_embedding` for transforms to differentiate: column ``padding_idx`` has a tangent but no gradient."""
     if padding_idx is not None:
         every = torch.arange(lora_A.shape[1], device=lora_A.device)
@@ -101,7 +101,7 @@ embedding = operator(
     _embedding_fake,
     _MicaEmbedding.apply,
     _cast,
-    _embedding_plain,
+    _embedding_on_torch,
 )
 operator(
     "embedding_backward",

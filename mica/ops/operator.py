@@ -61,7 +61,7 @@ def run_formula(name: str, tensor: Tensor, rank: int, dtypes: tuple, *args):
 
 
 def on_torch(body: Callable) -> Callable:
-    """The body on the reference only, which autograd and every function transform can follow."""
+    """The body on PyTorch's path only, which autograd and every function transform can follow."""
 
     def run(*args):
         token = _force_torch.set(True)

@@ -91,7 +91,7 @@ def down_projection(
 ) -> Tensor:
     """h = s·drop(x) Aᵀ (M×r) in ``compute_dtype``, from x (M×K) and lora_A (r×K)."""
     if dropout_p:
-        x, scaling = _kept(x, 0, dropout_p, seed), scaling / (1.0 - dropout_p)
+        x, scaling = _masked(x, 0, dropout_p, seed), scaling / (1.0 - dropout_p)
     return _scaled_product(x, lora_A.t(), scaling, compute_dtype)
 
 
@@ -167,7 +167,7 @@ def _int32(value):
     return signed.to(torch.int32) if isinstance(signed, Tensor) else signed
 
 
-def _kept(x: Tensor, first_row: int, dropout_p: float, seed: Tensor | None) -> Tensor:
+def _masked(x: Tensor, first_row: int, dropout_p: float, seed: Tensor | None) -> Tensor:
     """keep⊙x (M×K); the caller folds 1 / (1 − p) into something smaller."""
     if dropout_p == 0.0:
         return x
@@ -188,7 +188,7 @@ def grad_a(g: Tensor, x: Tensor, dropout_p: float = 0.0, seed: Tensor | None = N
     for start in range(0, max(1, g.shape[0]), _TOKENS_PER_CHUNK):  # without tokens one empty product: 0
         tokens = slice(start, start + _TOKENS_PER_CHUNK)
         g_part, x_part = (g, x) if one else (g[tokens], x[tokens])
-        g_part, kept = _cast(g_part, dtype).t(), _cast(_kept(x_part, start, dropout_p, seed), dtype)
+        g_part, kept = _cast(g_part, dtype).t(), _cast(_masked(x_part, start, dropout_p, seed), dtype)
         grad = g_part @ kept if grad is None else torch.addmm(grad, g_part, kept)
     return grad / (1.0 - dropout_p) if dropout_p else grad
 
@@ -212,7 +212,7 @@ def grad_x(
 def grad_x_update(g: Tensor, lora_A: Tensor, dropout_p: float = 0.0, seed: Tensor | None = None) -> Tensor:
     """The adapter's part of dx, keep⊙(g A) / (1 − p), (M×K) in the dtype of g."""
     update = addmm(None, (g, _cast(lora_A, g.dtype)))
-    return _kept(update, 0, dropout_p, seed) / (1.0 - dropout_p) if dropout_p else update
+    return _masked(update, 0, dropout_p, seed) / (1.0 - dropout_p) if dropout_p else update
 
 
 def embedding(
