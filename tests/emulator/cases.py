@@ -25,15 +25,15 @@ KERNELS: dict[str, tuple[Callable[..., float], dict]] = {
     "down_projection": (kernel_checks.down, {}),
     "up_projection": (kernel_checks.up, {}),
     "grad_a": (kernel_checks.grad_a, {}),
-    "experts_down": (kernel_checks.down, {"route": "rows of none"}),
-    "experts_up": (kernel_checks.up, {"route": "rows of none", "bias": True}),
-    "experts_grad_a": (kernel_checks.grad_a, {"route": "tiles"}),
+    "down of experts": (kernel_checks.down, {"route": "rows of none"}),
+    "up of experts": (kernel_checks.up, {"route": "rows of none", "bias": True}),
+    "grad_a of experts": (kernel_checks.grad_a, {"route": "tiles"}),
     "fused_linear": (kernel_checks.fused, {}),
     "fused_descriptor": (kernel_checks.fused, {"descriptor": True}),
 }
 DENSE, EXPERTS = (
     ("down_projection", "up_projection", "grad_a"),
-    ("experts_down", "experts_up", "experts_grad_a"),
+    ("down of experts", "up of experts", "grad_a of experts"),
 )
 RANKS = (16, 24, 64, 128, 256)  # one of each row of the tables of configurations
 
@@ -121,7 +121,7 @@ def _splits() -> Iterator[Case]:
                 yield Case("down_projection", name, own | {"tokens": 40, "width": long}, quick)
                 yield Case("grad_a", name, own | {"tokens": long, "width": 40}, quick)
             own = {"route": "first and last idle", "width": long, "rank": 6}
-            yield Case("experts_down", name, own, quick)
+            yield Case("down of experts", name, own, quick)
         yield Case(
             "grad_a", name, {"tokens": 700, "width": 72, "rank": 12, "out_dtype": BF16}, name == "bf16"
         )
@@ -143,9 +143,9 @@ def _configurations(target: str) -> Iterator[Case]:
     own = {
         "down_projection": sizes | {"width": 256},
         "grad_a": sizes | {"tokens": 150},
-        "experts_down": {"width": 160},
-        "experts_up": {"width": 128},
-        "experts_grad_a": {"width": 136},
+        "down of experts": {"width": 160},
+        "up of experts": {"width": 128},
+        "grad_a of experts": {"width": 136},
         "fused_linear": sizes | {"width": 192, "out_features": 136},
         "fused_descriptor": sizes | {"width": 192, "out_features": 136},
     }

@@ -30,8 +30,8 @@ CASES = {
     "down, split": Case("down_projection", "bf16", {"tokens": 20, "width": 600, "rank": 6}, True),
     "up": Case("up_projection", "bf16", {"tokens": 70, "width": 136, "rank": 24}, True),
     "grad_a": Case("grad_a", "bf16", {"tokens": 300, "width": 128, "rank": 128}, True),
-    "experts_down": Case("experts_down", "bf16", {"width": 136, "rank": 20}, True),
-    "experts_up": Case("experts_up", "bf16", {"width": 136, "rank": 20}, True),
+    "down of experts": Case("down of experts", "bf16", {"width": 136, "rank": 20}, True),
+    "up of experts": Case("up of experts", "bf16", {"width": 136, "rank": 20}, True),
     "fused": Case(
         "fused_linear", "bf16", {"tokens": 70, "width": 256, "rank": 24, "out_features": 128}, True
     ),
@@ -66,8 +66,8 @@ ROWS = [
     Row("sm_80", "up", "bar.sync", 1, APART),
     Row("sm_80", "grad_a", "cp.async.wait_group"),
     Row("sm_80", "grad_a", "bar.sync", 1, OTHER),
-    Row("sm_80", "experts_down", "bar.sync"),
-    Row("sm_80", "experts_up", "bar.sync"),
+    Row("sm_80", "down of experts", "bar.sync"),
+    Row("sm_80", "up of experts", "bar.sync"),
     Row("sm_80", "fused", "cp.async.wait_group", 4, f"{AGAIN}; {LAST}"),
     Row("sm_80", "fused", "bar.sync", 1, AGAIN),
     Row("sm_90", "fused", "cp.async.wait_group", 1, LAST),

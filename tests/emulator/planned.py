@@ -56,9 +56,9 @@ _TABLES = {
     "down_projection": _one(configs.down_projection),
     "up_projection": _one(configs.up_projection),
     "grad_a": _one(configs.grad_a),
-    "experts_down": _one(configs.experts_down),
-    "experts_up": _one(configs.experts_up),
-    "experts_grad_a": _one(
+    "down of experts": _one(configs.experts_down),
+    "up of experts": _one(configs.experts_up),
+    "grad_a of experts": _one(
         lambda target, tokens, *rest: configs.experts_grad_a(target, 2**20 * tokens, *rest)
     ),
     "fused_linear": _fused(False),

@@ -8,7 +8,7 @@ from mica.paths import choose, triton_path
 from tests.support.kernel_cases import DEVICE
 
 
-@pytest.fixture(autouse=True)
+@pytest.fixture
 def on_kernels(monkeypatch):
     """Kernels or an error, and nothing planned."""
     monkeypatch.setenv("MICA_BACKEND", "triton")

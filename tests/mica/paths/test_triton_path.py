@@ -17,6 +17,8 @@ from tests.support.linear_calls import agree, on_device, run
 from tests.support.oracle import problem, solve
 from tests.support.tolerances import RELATIVE, error
 
+pytestmark = pytest.mark.usefixtures("on_kernels")
+
 # form -> the kernels of a forward and its backward
 OTHERS = ["_down_projection_kernel", "_grad_a_kernel"]
 FORMS = {

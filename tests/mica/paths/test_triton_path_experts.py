@@ -11,6 +11,8 @@ from tests.support.kernel_cases import BF16, DEVICE, FEW_DTYPES, FP32, LAYER_DTY
 from tests.support.linear_calls import agree
 from tests.support.tolerances import RELATIVE, error
 
+pytestmark = pytest.mark.usefixtures("on_kernels")
+
 SCALING = 0.75
 
 

@@ -10,6 +10,8 @@ from tests.support.kernel_cases import DEVICE
 from tests.support.oracle import problem, solve
 from tests.support.tolerances import RELATIVE, error
 
+pytestmark = pytest.mark.usefixtures("on_kernels")
+
 FP32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
 RANK, TOKENS = 64, 40  # the rule's own number of tokens would take the interpreter long
 

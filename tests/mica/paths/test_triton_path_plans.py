@@ -12,6 +12,8 @@ from tests.support.linear_calls import on_device, run
 from tests.support.oracle import problem, solve
 from tests.support.tolerances import RELATIVE, error
 
+pytestmark = pytest.mark.usefixtures("on_kernels")
+
 
 def strided(tensor, dim):
     """The same numbers with gaps in memory along a dimension."""
