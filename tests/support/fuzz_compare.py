@@ -149,9 +149,8 @@ def check_counts(model: nn.Module, calls: dict[str, int], counted: dict[str, int
     expected = dict.fromkeys(("linear", "embedding", "down_projection", "up_projection"), 0)
     rows = [row for row in mica.fast.explain(model).rows if row.path != "peft"]
     of_stacks = {row.name.rpartition(".")[0] for row in rows if row.name not in calls}
-    check_experts(
-        model, calls, counted.get("experts_linear", 0) + counted.get("experts_base", 0), of_stacks, autocast
-    )
+    products = sum(counted.get(name, 0) for name in ("experts_linear", "experts_base"))
+    check_experts(model, calls, products, of_stacks, autocast)
     for row in rows:
         if row.name.rpartition(".")[0] in of_stacks:
             continue
