@@ -9,7 +9,6 @@ recognised by name: no quantisation library is imported here, installed or not.
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import contextmanager
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -87,22 +86,14 @@ def _outputs(layer, columns: Tensor) -> Tensor:
     dtype = scales.dtype if isinstance(scales, Tensor) else torch.bfloat16
     x = torch.zeros(len(columns), layer.in_features, dtype=dtype, device=stored(layer).device)
     x[torch.arange(len(columns)), columns.to(x.device)] = 1
-    with _without_bias(base):
-        return base(x).t()
-
-
-@contextmanager
-def _without_bias(base: nn.Module):
-    """Not subtracted from the outputs: in fp16 a bias of 8 swallows weights below 0.004, and gptqmodel's
-    Marlin layers keep theirs permuted. All of its layers run without one.
-    """
     bias = getattr(base, "bias", None)
     if bias is None:
-        yield
-        return
+        return base(x).t()
+    # Not subtracted from the outputs: in fp16 a bias of 8 swallows weights below 0.004, and gptqmodel's
+    # Marlin layers keep theirs permuted. All of its layers run without one.
     base.bias = None
     try:
-        yield
+        return base(x).t()
     finally:
         base.bias = bias
 
@@ -185,11 +176,8 @@ def why_not_read(layer: nn.Module) -> str | None:
 def stored(layer: nn.Module) -> Tensor:
     """The tensor that holds the packed weight, wherever the library stores it: only for its device."""
     base = layer.get_base_layer()
-    return next(
-        tensor
-        for tensor in (getattr(base, name, None) for name in ("qweight", "W_q", "weight"))
-        if isinstance(tensor, Tensor)
-    )
+    tensors = (getattr(base, name, None) for name in ("qweight", "W_q", "weight"))
+    return next(tensor for tensor in tensors if isinstance(tensor, Tensor))
 
 
 @torch.no_grad()

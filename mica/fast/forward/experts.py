@@ -98,7 +98,7 @@ class _Probe(nn.Module):
 
 
 _DISPATCHING = _Probe.forward.__code__
-# The registry's functions whose formula `_forward` is, as they are at import.
+# The registry's functions whose formula `Experts` has, as they are at import.
 _KNOWN = (moe.grouped_mm_experts_forward, moe.batched_mm_experts_forward)
 
 
@@ -219,7 +219,7 @@ def _why_not_module(module: nn.Module, adapters: dict[str, Adapter]) -> str | No
 def _implementation(module: nn.Module) -> Callable | str | None:
     """The function that transformers would run; None for the class's own forward, or why neither is known.
 
-    Of the classes' own forwards only those of transformers are taken for `_forward`'s formula: nobody else's
+    Of the classes' own forwards only those of transformers are taken for that formula: nobody else's
     need be. Most of them state the gate instead of calling ``_apply_gate``, which may have been replaced.
     """
     name, function = module.config._experts_implementation, type(module).forward

@@ -58,9 +58,7 @@ class MixedBatch(NamedTuple):
     """A linear layer on x (batch, ..., in_features), with a different adapter for each sample."""
 
     layer: nn.Module
-    adapter_names: list[
-        str
-    ]  # one per sample; "__base__", and those that this layer does not have, add nothing
+    adapter_names: list[str]  # one per sample; "__base__" and unknown ones add nothing
     adapters: dict[str, Adapter]
 
     def __call__(self, x: Tensor) -> Tensor:

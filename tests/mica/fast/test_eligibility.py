@@ -95,6 +95,7 @@ INPUTS = {
     "sparse": torch.Tensor.to_sparse,
     "sparse rows": torch.Tensor.to_sparse_csr,
     "mkldnn": torch.Tensor.to_mkldnn,
+    "of a subclass": lambda x: x.as_subclass(type("Other", (torch.Tensor,), {})),
 }
 
 

@@ -39,11 +39,11 @@ BACKEND = [
     ),
     FileEdits(
         "mica/fast/forward/decide.py",
-        tests=["tests/mica/fast/test_layers.py", "tests/mica/fast/test_changes.py"],
+        tests=["tests/mica/fast/test_eligibility.py", "tests/mica/fast/test_layers.py"],
         edits={
             "_multiplies": [("return x.dtype == weight.dtype", "return True")],
             "Added.products": [("[] if self.why_called else self.base.products()", "self.base.products()")],
-            "Added.__call__": [("in self.adapters", "in self.adapters[:1]")],
+            "Added.__call__": [("in self.adapters", "in self.adapters[1:]")],
         },
     ),
     FileEdits(
