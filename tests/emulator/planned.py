@@ -12,7 +12,7 @@ from mica.kernels.down_projection import down_projection
 from mica.kernels.grad_a import grad_a
 from mica.kernels.launching import Plan
 from mica.kernels.up_projection import up_projection_
-from mica.paths import choose
+from mica.paths import choose, triton_path  # noqa: F401  (its target_of is replaced)
 from tests.emulator import driver
 
 # Parameters that a launch may write; those that it must leave at 0
@@ -79,9 +79,7 @@ def configurations(kernel: str, target: str, block_r: int, itemsize: int) -> dic
 @contextmanager
 def emulated(target: str):
     """The project's kernels are available for CPU tensors, planned for this target and emulated."""
-    modules = [
-        m for name, m in sys.modules.items() if name.startswith("mica.kernels") and hasattr(m, "target_of")
-    ]
+    modules = [m for name, m in sys.modules.items() if name.startswith("mica.") and hasattr(m, "target_of")]
     kept = [(module, module.target_of) for module in modules]
     why, call = runtime.why_unavailable, Plan.__call__
 
