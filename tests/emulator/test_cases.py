@@ -4,6 +4,7 @@ import re
 
 import pytest
 
+from tests.emulator import training_steps
 from tests.emulator.cases import TARGETS, cases
 from tests.support import static_cases
 
@@ -15,6 +16,13 @@ def test_every_kernel_and_configuration_of_the_static_gate_is_run(target):
     run = {(case.kernel, tuple(case.options.get("config", ())) or None) for case in every}
     assert not compiled - run
     assert {case.kernel for case in every} == {case.kernel for case in every if case.is_quick}
+
+
+@pytest.mark.parametrize("name", ["net fp32", "llama bf16", "mixtral bf16", "gpt_oss fp32"])
+def test_models_of_training_steps_are_built(name):
+    """Their steps are run by `make emulate` with ``--all`` only."""
+    model, tokens = training_steps.built(name)
+    assert model(tokens, labels=tokens).loss.isfinite()
 
 
 def _configuration(label: str) -> tuple[int, ...] | None:

@@ -16,8 +16,8 @@ import mica.fast
 from tests.emulator.driver import settings, statistics
 from tests.emulator.judging import BF16, F32, WrongError
 from tests.support.models import Net, randomise, wrap
-from tests.support.moe_models import BUILDERS, tokens, wrap_experts
-from tests.support.moe_steps import filled
+from tests.support.moe_models import tokens
+from tests.support.moe_steps import adapted
 
 TOLERANCE = {F32: 2e-5, BF16: 4e-2}
 
@@ -35,7 +35,7 @@ def llama(dtype, **options):
 
 def experts(kind):
     def build(dtype, **options):
-        return filled(wrap_experts(BUILDERS[kind]().to(dtype), **options)).train(), tokens(2, 9)
+        return adapted(kind, dtype, **options).train(), tokens(2, 9)
 
     return build
 
@@ -104,11 +104,17 @@ def _distance(actual, exact) -> float:
     return float((actual.double() - exact.double()).norm() / exact.double().norm().clamp_min(1e-9))
 
 
-def run(name: str) -> float:
+def built(name: str) -> tuple[torch.nn.Module, torch.Tensor]:
+    """A case's model, and the tokens that it is trained on."""
     build, dtype, options = CASES[name]
-    os.environ["MICA_BACKEND"] = "reference"
     mica.fast.enable(compute_dtype=options.get("compute_dtype"))
-    model, ids = build(dtype, **{key: value for key, value in options.items() if key != "compute_dtype"})
+    return build(dtype, **{key: value for key, value in options.items() if key != "compute_dtype"})
+
+
+def run(name: str) -> float:
+    dtype = CASES[name][1]
+    os.environ["MICA_BACKEND"] = "reference"
+    model, ids = built(name)
     chosen, errors = _watched(model), []
     for seed, order in enumerate(settings.orders):
         settings.order, settings.seed = order, seed
