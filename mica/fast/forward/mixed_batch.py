@@ -64,21 +64,31 @@ class MixedBatch(NamedTuple):
     def __call__(self, x: Tensor) -> Tensor:
         y = self.layer.base_layer(x)
         for group in _groups(self.layer, {name: of.lora_B.detach() for name, of in self.adapters.items()}):
-            y = up_projection(y, self._h(x, group), group.lora_B)
+            names = [name for name in self.adapter_names if name in group.names]
+            if len(names) == len(x):
+                y = up_projection(y, self._h(x, names, group), group.lora_B)
+            else:  # nothing of another sample: 0 times a B that has diverged would be NaN
+                index = _rows(self.adapter_names, group.names, x.device)
+                update = up_projection(y[index], self._h(x[index], names, group), group.lora_B)
+                y = y.index_copy(0, index, update)
         return y
 
-    def _h(self, x: Tensor, group: _Shared) -> Tensor:
-        """(batch, ..., rank of the widest B): each sample's h in the columns of its adapter, else 0."""
+    def _h(self, x: Tensor, names: list[str], group: _Shared) -> Tensor:
+        """(samples, ..., rank of the widest B): each sample's h in the columns of its adapter."""
         rank, h = group.lora_B.shape[1], None
         for name in group.names:
-            rows = [row for row, other in enumerate(self.adapter_names) if other == name]
-            index = torch.tensor(rows, device=x.device)
+            index = _rows(names, [name], x.device)
             lora_A, _, scaling, _ = self.adapters[name]
             part = down_projection(x[index], lora_A, scaling, compute_dtype(x.dtype), 0.0, None)
             if h is None:
                 h = part.new_zeros(*x.shape[:-1], rank)
             h[index, ..., rank - part.shape[-1] :] = part
         return h
+
+
+def _rows(adapter_names: list[str], names: list[str], device: torch.device) -> Tensor:
+    """The samples that have one of these adapters."""
+    return torch.tensor([row for row, name in enumerate(adapter_names) if name in names], device=device)
 
 
 def clear() -> None:

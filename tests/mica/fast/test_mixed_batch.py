@@ -52,6 +52,17 @@ def test_adapters_that_share_b_share_one_up_projection():
         compare(model, NAMES, 3 * RELATIVE[torch.float32])
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_an_adapter_that_has_diverged_reaches_no_sample_of_another(value):
+    model = model_of_three()
+    expected = model(INDICES, adapter_names=NAMES)
+    with torch.no_grad():
+        model.base_model.model.down.lora_B["other"].weight.fill_(value)
+    actual, others = model(INDICES, adapter_names=NAMES), [name != "other" for name in NAMES]
+    assert torch.equal(actual[others], expected[others])
+    assert not actual[[not other for other in others]].isfinite().any()
+
+
 def test_a_basis_that_changes_is_not_shared_any_longer():
     model = model_of_three()
     names = ["wide", "narrow"] * 2 + ["wide"]
