@@ -17,7 +17,6 @@ from types import SimpleNamespace
 
 import torch
 from triton import knobs
-from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia.compiler import CUDABackend
 from triton.runtime.driver import driver
 
@@ -25,6 +24,7 @@ from tests.emulator import running
 from tests.emulator.instructions import decode
 from tests.emulator.memory import Buffer, Memory
 from tests.emulator.program import FaultError, Program, parse
+from tests.support.no_launch import NoLaunchDriver
 
 FAR = 2**28  # bytes of a storage from which on only its rows are mapped
 settings = SimpleNamespace(order="forward", seed=0)
@@ -71,23 +71,13 @@ def as_bits(value, kind: str) -> int:
     return value % (1 << bits)
 
 
-class Driver:
-    """What Triton 3.9 needs of one. ``outputs``, ``left_at_zero``: names of parameters."""
+class Driver(NoLaunchDriver):
+    """Launches on the emulator. ``outputs``, ``left_at_zero``: names of parameters."""
 
     def __init__(self, capability: int, outputs: Sequence[str], left_at_zero: Sequence[str]):
+        super().__init__(capability, None)
         self.outputs, self.left_at_zero = outputs, left_at_zero
-        self.target = GPUTarget("cuda", capability, 32)
-        properties = {
-            "max_shared_mem": (227 if capability >= 90 else 163) * 1024,
-            "multiprocessor_count": 108,
-            "max_num_regs": 65536,
-            "warpSize": 32,
-        }
-        self.utils = SimpleNamespace(
-            load_binary=self.load_binary,
-            unload_module=lambda module: None,
-            get_device_properties=lambda device: properties,
-        )
+        self.utils.load_binary = self.load_binary
 
     @staticmethod
     def load_binary(name, binary: bytes, shared: int, device):
@@ -135,23 +125,6 @@ class Driver:
                     raise FaultError(f"{name} is not 0 after the launch")
 
         return run
-
-    def get_current_target(self) -> GPUTarget:
-        return self.target
-
-    def get_current_device(self) -> int:
-        return 0
-
-    def get_current_stream(self, device: int) -> int:
-        return 0
-
-    def set_current_device(self, device: int) -> None: ...
-
-    def get_active_torch_device(self) -> torch.device:
-        return torch.device("cpu")
-
-    def is_active(self) -> bool:
-        return True
 
 
 @contextmanager

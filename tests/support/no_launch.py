@@ -38,7 +38,7 @@ class NoLaunchDriver:
             load_binary=lambda name, binary, shared, device: (object(), object(), 64, 0, 1024),
             unload_module=lambda module: None,
             get_device_properties=lambda device: {
-                "max_shared_mem": 227 * 1024,
+                "max_shared_mem": (227 if capability >= 90 else 163) * 1024,
                 "multiprocessor_count": 132,
                 "max_num_regs": 65536,
                 "warpSize": 32,
