@@ -1,6 +1,6 @@
 """A linear layer of a stack of experts: `mica_experts_linear`, on rows that are sorted by expert.
 
-The maths is `mica.paths.torch_path`'; the operators state none of it. They can also take the tokens with
+The maths is `mica.paths.torch_path`'s; the operators state none of it. They can also take the tokens with
 the order of their rows (`mica.ops.routing`): then the rows, top_k times as large, are gathered in the forward
 and again in the backward, and not kept in between.
 """

@@ -119,11 +119,8 @@ def update_layer(stock, self, adapter_name: str, r: int, lora_alpha: int, config
 @while_enabled
 def mica_init(stock, self, adapter_name: str) -> None:
     """A = 0, and B from a file, from the solver with all others at the injection's end, or from it now."""
-    adapter, entry, loaded = (
-        NewAdapter(_name_of(self), self, adapter_name),
-        _entry(),
-        uninitialised.get(),
-    )
+    adapter = NewAdapter(_name_of(self), self, adapter_name)
+    entry, loaded = _entry(), uninitialised.get()
     if not _set_to_zero(adapter):
         stock(self, adapter_name)
     elif adapter.is_quantised and quantised.stored(self).is_meta:

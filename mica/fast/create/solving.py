@@ -224,7 +224,7 @@ def _is_partitioned(adapter: NewAdapter) -> bool:
 
 
 def _count(adapter: NewAdapter) -> int:
-    """How many matrices are solved, where the weight may not be there yet (`NewAdapter.parts` needs it)."""
+    """How many matrices are solved, where the weight may not be there yet (`NewAdapter.tasks` needs it)."""
     if not is_wrapper(adapter.layer):
         return 1
     return adapter.layer.num_experts * (2 if experts.is_halved(adapter.layer) else 1)

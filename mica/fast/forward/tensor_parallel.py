@@ -71,10 +71,8 @@ def local(base_layer: nn.Module, tensor: Tensor | None) -> Tensor | None:
 
 
 # The code of the one function that is defined within that one.
-_INSTALLED = None
-if DTensor is not None:
-    constants = TensorParallelLayer.install_forward.__code__.co_consts
-    _INSTALLED = next((constant for constant in constants if hasattr(constant, "co_freevars")), None)
+_CONSTANTS = () if DTensor is None else TensorParallelLayer.install_forward.__code__.co_consts
+_INSTALLED = next((constant for constant in _CONSTANTS if hasattr(constant, "co_freevars")), None)
 _FREE = {"module", "original_forward", "self", "mesh"}
 
 
