@@ -66,7 +66,7 @@ REASONS = {
     "own forward": (own_forward, "hooks on the experts, or a forward of their own", 2),
     "class": (
         base_with("__class__", undecorated),
-        "does not use transformers' experts interface",
+        "Replaced does not use transformers' experts interface",
         2,
     ),
     "one process's": (base_with("_is_expert_parallel", lambda _: True), "expert parallelism", None),
@@ -83,7 +83,7 @@ REASONS = {
     ),
     "dtype": (
         layer_with("lora_A.default.weight.data", torch.Tensor.double),
-        "lora_A and lora_B differ",
+        "lora_A and lora_B differ in dtype",
         None,
     ),
 }

@@ -249,6 +249,7 @@ def test_halves_are_the_minor_subspaces_of_gate_and_up(kind):
 
 
 def test_the_default_is_the_parameter_as_it_is_stored():
+    assert mica.fast.settings.settings.gate_up == "fused"
     for layer in wrappers(wrap_experts(qwen3_moe())).values():
         assert (factors(layer)[1].abs().amax(1) > 0).all()
     with pytest.raises(ValueError, match=r"^gate_up must be one of \('fused', 'halves'\), but it is 'both'"):
