@@ -140,18 +140,20 @@ def experts_down(target: str, rows_each: int, block_r: int, itemsize: int) -> tu
 def experts_up(target: str, rows_each: int, block_r: int, itemsize: int) -> tuple[Config, ...]:
     """`up_projection`'s tiles, by the average number of rows of an expert.
 
-    The expert's rows and bias take registers. Before Hopper, and on sm_120, fp32 spills in the wide tile from
-    rank 64 on unless a step takes half of the rank (178 registers instead of 255 on sm_80), and 16-bit
-    numbers in the narrow one at rank 256. On sm_100 the square one does at rank 16.
+    The expert's rows and bias take registers. Before Hopper, and on sm_120, the wide tile spills unless a step
+    takes half of the rank: in fp32 from rank 64 on (178 registers instead of 255 on sm_80), with 16-bit
+    numbers at rank 256, where the narrow one spills too. On sm_100 the square one does at rank 16.
     """
     table = up_projection(target, 1 if rows_each <= FEW_ROWS else MANY_TOKENS, block_r, itemsize)
     if target == "sm_100":
         return tuple(c for c in table if c.block_n > 64)
     if target in _HOPPER_ON:
         return table
-    if itemsize == 4:
-        return tuple(c._replace(block_k=min(c.block_k, 16)) if c.block_m > 16 else c for c in table)
-    return tuple(c for c in table if c.block_m > 16) if block_r == 256 else table
+    if itemsize == 2 and block_r < 256:
+        return table
+    half = rank_at_a_time(itemsize) // 2
+    halved = (c._replace(block_k=min(c.block_k, half)) if c.block_m > 16 else c for c in table)
+    return tuple(c for c in halved if c.block_m > 16 or itemsize == 4)
 
 
 @functools.lru_cache(maxsize=1024)

@@ -59,7 +59,8 @@ def cases(target: str) -> list[Case]:
                     case = Case(kernel, label, call.bind(config)[1], load_bits=_load_bits(kernel, name))
                     case.few_loads = 8 if kernel == "up of experts" else 4  # of the ends of rows, too
                     found.append(case)
-                if name == "bf16" and rank == 16 and "dropout" not in part and kernel != "fused_descriptor":
+                # what is fused gets aligned operands only
+                if name == "bf16" and rank == 16 and "dropout" not in part and not kernel.startswith("fused"):
                     shifted = Case(kernel, f"{part} shifted", call.bind()[1], is_aligned=False)
                     shifted.shifted = ("x_ptr", "base_ptr")  # the user's; what we allocate is aligned
                     found.append(shifted)

@@ -165,7 +165,7 @@ def test_without_an_answer_it_is_measured_once(monkeypatch, times, native):
 
 def test_a_process_without_16_bit_instructions():
     """oneDNN's own switch makes any x86 processor such a one; elsewhere it does nothing."""
-    code = "import torch; from mica import products; print(products.has_native(torch.bfloat16))"
+    code = "import torch; from mica.paths import products; print(products.has_native(torch.bfloat16))"
     limited = {**os.environ, "ONEDNN_MAX_CPU_ISA": "AVX2"}
     run = subprocess.run(
         [sys.executable, "-c", code], env=limited, capture_output=True, text=True, check=True
