@@ -140,8 +140,8 @@ def experts_down(target: str, rows_each: int, block_r: int, itemsize: int) -> tu
 def experts_up(target: str, rows_each: int, block_r: int, itemsize: int) -> tuple[Config, ...]:
     """`up_projection`'s tiles, by the average number of rows of an expert.
 
-    The expert's rows and bias take registers. Before Hopper, and on sm_120, the wide tile spills unless a step
-    takes half of the rank: in fp32 from rank 64 on (178 registers instead of 255 on sm_80), with 16-bit
+    The expert's rows and bias take registers. Before Hopper, and on sm_120, the wide tile spills unless a
+    step takes half of the rank: in fp32 from rank 64 on (178 registers instead of 255 on sm_80), with 16-bit
     numbers at rank 256, where the narrow one spills too. On sm_100 the square one does at rank 16.
     """
     table = up_projection(target, 1 if rows_each <= FEW_ROWS else MANY_TOKENS, block_r, itemsize)

@@ -43,7 +43,10 @@ OPERATORS = [
                 ("shaped | dropped, dropped", "shaped | dropped, {}"),
                 ("None, seed, dropout_p)", "None)"),
             ],
-            "_form": [('form == "aten" and choose.requested() == "triton"', "False")],
+            "_form": [
+                ('"split" if choose.requested() == "triton" else form', "form"),
+                ('"split" if x.data_ptr() % 16 else form', "form"),
+            ],
             "_fused": [("and why_not_descriptor(x, w, target_of(x.device)) is None", "")],
             "down_projection_backward": [
                 ("as_operand(lora_A, grad_h.shape[0], grad_h.dtype)", "lora_A"),
