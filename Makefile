@@ -5,8 +5,9 @@ PYTHON ?= python3
 VENV   := .venv
 RUN    := $(VENV)/bin/python
 READY  := $(VENV)/.installed
+PYTEST := OMP_WAIT_POLICY=passive $(RUN) -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
-.PHONY: demo test lint static emulate mutants fuzz conformance bench bench-compare bench-quality gpu gpu-dry-run clean
+.PHONY: demo test test-all lint static emulate mutants fuzz conformance bench bench-compare bench-quality gpu gpu-dry-run clean
 
 $(READY): pyproject.toml
 	test -x $(RUN) || $(PYTHON) -m venv $(VENV)
@@ -19,24 +20,28 @@ $(READY): pyproject.toml
 demo: $(READY)
 	OMP_WAIT_POLICY=passive $(RUN) -m mica.cli.demo
 
+# What a change is tried with (6 minutes on two cores): all but the tests marked slow
 test: $(READY)
-	OMP_WAIT_POLICY=passive $(RUN) -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+	$(PYTEST) -m "not slow"
+
+test-all: $(READY)
+	$(PYTEST)
 
 lint: $(READY)
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
 
-# Every kernel configuration, compiled for every GPU target without a GPU
+# Every kernel configuration, compiled for every GPU target without a GPU; ARGS=--quick: the default ones
 static: $(READY)
-	$(RUN) -m tests.static_gate
+	$(RUN) -m tests.static_gate $(ARGS)
 
 # What is compiled for sm_80 and sm_90, run on numpy (5 minutes); ARGS=--all: all configurations, layouts, training
 emulate: $(READY)
 	OMP_WAIT_POLICY=passive $(RUN) -m tests.emulator $(ARGS)
 
-# Small wrong edits of the kernels: each must turn the tests red
+# Small wrong edits of kernels, operators and backend: each must turn the tests red; ARGS='--sample 90'
 mutants: $(READY)
-	$(RUN) -m tests.mutants
+	$(RUN) -m tests.mutants $(ARGS)
 
 # Random sequences of actions, with the backend and with stock PEFT: ARGS='--minutes 60', '--kind t5'
 fuzz: $(READY)

@@ -7,11 +7,13 @@ the first failure. An edit that stays green is a hole in the tests; one whose pl
 from __future__ import annotations
 
 import argparse
+import hashlib
 import importlib
 import multiprocessing
 import os
 import shutil
 import signal
+import subprocess
 import sys
 import tempfile
 import time
@@ -100,12 +102,35 @@ def _test(tests: list[str]) -> None:
     os._exit(int(pytest.main(["-x", "-q", "--no-header", "-p", "no:cacheprovider", *tests])))
 
 
+def sample(mutants: list[Mutant], number: int) -> list[Mutant]:
+    """So many, chosen by the commit: of the files of its last 20 commits, but at least a third of others."""
+    commit = _git("rev-parse", "HEAD")
+    changed = set(_git("log", "-20", "--name-only", "--format=").split())
+    by_commit = sorted(mutants, key=lambda mutant: hashlib.sha256(f"{commit} {mutant}".encode()).digest())
+    first = [m for m in by_commit if changed & {m.file, *m.tests}][: number * 2 // 3]
+    others = [m for m in by_commit if m not in first][: number - len(first)]
+    print(
+        f"{len(first) + len(others)} of {len(mutants)} mutants, {len(first)} of files changed of late",
+        flush=True,
+    )
+    return sorted(first + others, key=mutants.index)
+
+
+def _git(*arguments: str) -> str:
+    """What git says; nothing outside a checkout."""
+    done = subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True)
+    return done.stdout.strip()
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("words", nargs="*", help="only mutants whose file, function or edit contains one")
+    parser.add_argument("--sample", type=int, metavar="N", help="N of them, chosen by the commit")
     parser.add_argument("--processes", type=int, default=os.cpu_count())
     args = parser.parse_args()
     chosen = [m for m in MUTANTS if not args.words or any(w in " ".join(m[:4]) for w in args.words)]
+    if args.sample:
+        chosen = sample(chosen, args.sample)
     # as tests/conftest.py has it, before Triton is imported
     os.environ |= {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive"}
     os.environ["MICA_TESTS_SHRINK"] = "0"

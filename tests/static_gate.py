@@ -163,16 +163,20 @@ def examine(target: str, case: Case, kept: dict[str, dict]) -> tuple[str, Findin
         return "", Finding(faults=[f"does not compile: {text[:200]}"])
 
 
-def examine_target(arguments: tuple[str, int, int, dict]) -> list[tuple[str, str, str, Finding]]:
+def examine_target(arguments: tuple[str, int, int, bool, dict]) -> list[tuple[str, str, str, Finding]]:
     """Every ``step``-th case of one target: (kernel, label, key, finding) each."""
-    target, start, step, kept = arguments
-    return [(case.kernel, case.label, *examine(target, case, kept)) for case in cases(target)[start::step]]
+    target, start, step, is_quick, kept = arguments
+    own = [case for case in cases(target) if case.is_quick or not is_quick][start::step]
+    return [(case.kernel, case.label, *examine(target, case, kept)) for case in own]
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument(
         "--target", action="append", choices=TARGETS, help="only this target (may be repeated)"
+    )
+    parser.add_argument(
+        "--quick", action="store_true", help="default configurations, in all dtypes on sm_80 and sm_90 only"
     )
     parser.add_argument("--processes", type=int, default=os.cpu_count())
     parser.add_argument("--verbose", action="store_true", help="a line for every compilation")
@@ -182,7 +186,7 @@ def main() -> int:
     kept = json.loads(store.read_text()) if store.exists() else {}
     targets = args.target or list(TARGETS)
     step = args.processes
-    jobs = [(target, part, step, kept) for target in targets for part in range(step)]
+    jobs = [(target, part, step, args.quick, kept) for target in targets for part in range(step)]
     rows: dict[tuple[str, str], list[tuple[str, Finding]]] = defaultdict(list)
     with ProcessPoolExecutor(args.processes) as pool:
         for job, results in zip(jobs, pool.map(examine_target, jobs), strict=True):

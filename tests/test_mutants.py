@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.mutants import sample
 from tests.support.mutants import MUTANTS
 from tests.support.mutants.edits import Mutant
 
@@ -40,6 +41,23 @@ def test_the_readme_has_their_number():
 def test_no_edit_is_listed_twice():
     edits = [mutant[:4] for mutant in MUTANTS]
     assert len(edits) == len(set(edits))
+
+
+def test_a_sample_is_of_the_commit_and_has_what_changed_first(monkeypatch):
+    changed = {mutant.file for mutant in MUTANTS[:30]}
+    commits = iter(["one", "one", "another"])
+
+    def git(command, *_):
+        return next(commits) if command == "rev-parse" else "\n".join(changed)
+
+    monkeypatch.setattr("tests.mutants._git", git)
+    first, again, other = (sample(MUTANTS, 12) for _ in range(3))
+    assert first == again != other
+    for chosen in first, other:
+        assert len(set(map(str, chosen))) == 12
+        assert sum(mutant.file in changed for mutant in chosen) >= 8
+    monkeypatch.setattr("tests.mutants._git", lambda *_: "")
+    assert len(sample(MUTANTS, 12)) == 12
 
 
 def edited(function, old, new="x"):

@@ -30,6 +30,7 @@ def main() -> int:
     parser.add_argument(
         "--all", action="store_true", help="every configuration and layout, and training steps"
     )
+    parser.add_argument("--every", type=int, default=1, metavar="N", help="only every Nth case")
     parser.add_argument("--only", default="", metavar="WORDS", help="cases whose labels have them")
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--verbose", action="store_true", help="a line for every case")

@@ -70,7 +70,7 @@ def run(target: str, part: int, parts: int, args: argparse.Namespace) -> Result:
     torch.use_deterministic_algorithms(True)  # fills what is allocated with NaN
     result = Result(target)
     chosen = [case for case in cases(target) if case.is_quick or args.all]
-    chosen = [case for case in chosen if args.only in case.label]
+    chosen = [case for case in chosen if args.only in case.label][:: args.every]
     with planned.emulated(target):
         for number, case in enumerate(chosen):
             torch.manual_seed(number)

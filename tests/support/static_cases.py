@@ -16,6 +16,10 @@ from mica.kernels.up_projection import up_projection_
 
 TARGETS = tuple(configs.SHARED_MEMORY)
 DEFAULTS_ONLY = ("sm_89", "sm_120")  # their other configurations are those of sm_80
+QUICK = (
+    "sm_80",
+    "sm_90",
+)  # in all dtypes in the quick list; others in bf16: one compiler, nearly the same tables
 RANKS = (16, 32, 64, 128, 256)
 FP32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
 # Dtype of x, of lora_A, of the product; ranks. fp16 is bf16's code but for one conversion; a 16-bit A is
@@ -38,6 +42,7 @@ class Case:
     shifted: tuple[str, ...] = ()  # pointers that 16 does not divide
     load_bits: int = 128  # the narrowest load that a main loop may have
     few_loads: int = 4  # how many loads of any width a kernel without a main loop may have (seed, h)
+    is_quick: bool = True
 
 
 def empty(*shape: int, dtype: torch.dtype = BF16) -> torch.Tensor:
@@ -58,6 +63,9 @@ def cases(target: str) -> list[Case]:
                     label = f"{part} {name} r={rank} {tuple(config)}"
                     case = Case(kernel, label, call.bind(config)[1], load_bits=_load_bits(kernel, name))
                     case.few_loads = 8 if kernel == "up of experts" else 4  # of the ends of rows, too
+                    case.is_quick = config == call.configs[0] and (
+                        target in QUICK or dtypes[0] is BF16 is dtypes[2]
+                    )
                     found.append(case)
                 # what is fused gets aligned operands only
                 if name == "bf16" and rank == 16 and "dropout" not in part and not kernel.startswith("fused"):
