@@ -9,7 +9,7 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from contextlib import suppress
 from pathlib import Path
 from types import SimpleNamespace
@@ -17,10 +17,12 @@ from typing import Any
 from unittest.mock import patch
 
 import accelerate.state
+import pytest
 import torch
 import torch.distributed as dist
 from accelerate.utils import DistributedType
 from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file
 
 import mica.fast  # noqa: F401 (from here on PEFT's MiCA is this backend's)
 from mica.cli.adapt import processes, signals, training
@@ -89,18 +91,37 @@ def run(args, data=None, **options) -> Training:
     return training.train(model(args, checkpoint, **options), data or corpus(), args, checkpoint)
 
 
-class _Deadly(list):
-    """Blocks that kill the process a moment after some number of them were read."""
+def losses(result: Training) -> list[tuple[int, float]]:
+    """Step and loss of each log."""
+    return [(entry["step"], entry["loss"]) for entry in result.history if "loss" in entry]
 
-    def __init__(self, blocks, reads: int, delay: float):
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    """Those of the adapter that was written to ``folder``."""
+    return load_file(folder / "adapter_model.safetensors")
+
+
+def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
+    """To the bit."""
+    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
+class Watched(list):
+    """Blocks that call ``act()`` when they have been read as often as one of ``reads`` says."""
+
+    def __init__(self, blocks, reads: Collection[int], act: Callable[[], None]):
         super().__init__(blocks)
-        self.reads, self.delay = reads, delay
+        self.reads, self.act, self.count = reads, act, 0
 
     def __getitem__(self, index):
-        self.reads -= 1
-        if self.reads == 0:
-            threading.Timer(self.delay, os.kill, (os.getpid(), signal.SIGKILL)).start()
+        self.count += 1
+        if self.count in self.reads:
+            self.act()
         return super().__getitem__(index)
+
+
+def _die() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
 
 
 def run_and_die(args, step: int, delay: float, rank: int) -> None:
@@ -110,7 +131,8 @@ def run_and_die(args, step: int, delay: float, rank: int) -> None:
     done = training.checkpoints.step(checkpoint) if checkpoint else 0
     data = corpus()
     if state.process_index == rank:
-        data.train = _Deadly(data.train, (step - done) * args.batch_size, delay)
+        timer = threading.Timer(delay, _die)
+        data.train = Watched(data.train, [(step - done) * args.batch_size], timer.start)
     training.train(model(args, checkpoint), data, args, checkpoint)
     raise AssertionError("it has not died")
 
@@ -201,8 +223,8 @@ def _enter(function, arguments, rank, count, port, folder):
             result = function(*arguments)
         if folder is not None:
             torch.save(result, folder / f"result-{rank}")
-    except signals.Stopped as stopped:
-        status = stopped.status
+    except KeyboardInterrupt:
+        status = 130
     except UsageError as error:
         print(f"error: {error}", file=sys.stderr)
         status = 2
@@ -212,6 +234,8 @@ def _enter(function, arguments, rank, count, port, folder):
     os._exit(status)  # threads of a lost group must not keep it
 
 
-def fresh_state() -> None:
-    """Forget what accelerate keeps of an earlier run in this process."""
+@pytest.fixture(autouse=True)
+def fresh_state():
+    """Forgets what accelerate keeps of a run in this process; for the files that import it."""
+    yield
     accelerate.state.AcceleratorState._reset_state(reset_partial_state=True)
