@@ -5,17 +5,12 @@ import shutil
 
 import pytest
 import torch
-from safetensors.torch import load_file
 
 from mica.cli.adapt import checkpoints
-from tests.support.adapt_runs import Process, run, run_and_die
+from tests.support.adapt_runs import Process, losses, run, run_and_die, weights
 from tests.support.adapt_settings import settings
 
 KILLS, STEPS = 5, 200
-
-
-def losses(result):
-    return [(entry["step"], entry["loss"]) for entry in result.history if "loss" in entry]
 
 
 @pytest.mark.parametrize("count", [1, 2])
@@ -27,15 +22,8 @@ def test_killed_five_times(tmp_path, count):
     args = settings(tmp_path / "out", **options)
     for step in sorted(draw.sample(range(1, STEPS), KILLS)):
         # a step takes some 10 ms, a checkpoint as long
-        killed = Process(
-            run_and_die,
-            args,
-            step,
-            draw.uniform(0, 0.03),
-            draw.randrange(count),
-            count=count,
-            folder=tmp_path,
-        )
+        moment = (step, draw.uniform(0, 0.03), draw.randrange(count))
+        killed = Process(run_and_die, args, *moment, count=count, folder=tmp_path)
         killed.wait_for_one()
         killed.kill()  # the others, as torchrun does
         assert -9 in killed.join(), killed.errors()
@@ -45,26 +33,20 @@ def test_killed_five_times(tmp_path, count):
         args.resume = found is not None
         if found is None:  # as a user would
             shutil.rmtree(args.output, ignore_errors=True)
-    resumed = Process(run, args, count=count, folder=tmp_path)
-    assert resumed.join() == [0] * count, resumed.errors()
-
-    unbroken_folder = tmp_path / "unbroken"
-    unbroken_folder.mkdir()
-    unbroken = Process(run, settings(tmp_path / "full", **options), count=count, folder=unbroken_folder)
-    assert unbroken.join() == [0] * count, unbroken.errors()
-    expected, found = unbroken.results()[0], resumed.results()[0]
+    results = []
+    for name, given in (("out", args), ("full", settings(tmp_path / "full", **options))):
+        (tmp_path / f"{name}-logs").mkdir()
+        started = Process(run, given, count=count, folder=tmp_path / f"{name}-logs")
+        assert started.join() == [0] * count, started.errors()
+        results.append(started.results()[0])
+    found, expected = results
     assert len(losses(expected)) == STEPS // 10
     for (step, loss), (resumed_step, resumed_loss) in zip(losses(expected), losses(found), strict=True):
         assert resumed_step == step
         assert resumed_loss == pytest.approx(loss, rel=1e-6)
     assert found.loss == pytest.approx(expected.loss, rel=1e-6)
     assert found.tokens == expected.tokens
-    weights, resumed_weights = (
-        load_file(tmp_path / name / "adapter_model.safetensors") for name in ("full", "out")
-    )
-    assert weights.keys() == resumed_weights.keys()
-    for name, weight in weights.items():
-        if "lora_B" in name:
-            assert torch.equal(weight, resumed_weights[name])
-        else:
-            torch.testing.assert_close(resumed_weights[name], weight, rtol=0, atol=1e-6)
+    whole, resumed = weights(tmp_path / "full"), weights(tmp_path / "out")
+    assert whole.keys() == resumed.keys()
+    for name, weight in whole.items():
+        torch.testing.assert_close(resumed[name], weight, rtol=0, atol=0.0 if "lora_B" in name else 1e-6)
