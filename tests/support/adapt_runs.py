@@ -3,6 +3,8 @@
 Processes are forked from a server that has imported everything already, so a start costs 0.1 s and not 8.
 """
 
+import atexit
+import gc
 import multiprocessing
 import multiprocessing.connection
 import os
@@ -21,15 +23,16 @@ import pytest
 import torch
 import torch.distributed as dist
 from accelerate.utils import DistributedType
-from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 
-import mica.fast  # noqa: F401 (from here on PEFT's MiCA is this backend's)
-from mica.cli.adapt import processes, signals, training
+from mica.cli.adapt import adapter, processes, signals, training
 from mica.cli.adapt.training import Training
 from mica.errors import UsageError
 from tests.support.tiny_cli import tiny_llama
 
+# The Trainer collects garbage at the end of a run: looking through all that is imported took half of a test.
+gc.freeze()
+atexit.register(gc.unfreeze)  # or libraries report at exit what leaks
 SERVER = multiprocessing.get_context("forkserver")
 SERVER.set_forkserver_preload(["tests.support.adapt_runs"])
 
@@ -62,33 +65,16 @@ def corpus(count: int = 64, held_out: int = 5, retain: int = 0, **options) -> Si
     )
 
 
-def model(args, checkpoint: Path | None = None, **options):
-    """The PeftModel, new or from ``checkpoint``; with the latter the solver must not run."""
-    base = tiny_llama(**options).to(getattr(torch, args.dtype))
-    if checkpoint is not None:
-        with patch("mica.fast.create.solving.solve_shared", _solve_nothing):
-            return PeftModel.from_pretrained(base, checkpoint, is_trainable=True)
-    config = LoraConfig(
-        init_lora_weights="mica",
-        r=args.rank,
-        lora_alpha=args.alpha,
-        lora_dropout=args.dropout,
-        target_modules=args.target_modules.split(","),
-        task_type="CAUSAL_LM",
-    )
-    return get_peft_model(base, config)
+def model(args, checkpoint: Path | None = None):
+    """The PeftModel, new or from ``checkpoint``."""
+    return adapter.start(tiny_llama().to(getattr(torch, args.dtype)), args, checkpoint)
 
 
-def _solve_nothing(tasks, **options):
-    assert not tasks, "the solver runs"
-    return iter(())
-
-
-def run(args, data=None, **options) -> Training:
+def run(args, data=None) -> Training:
     """What ``mica adapt`` does between its options and its summary."""
     processes.start()
     checkpoint = training.find_checkpoint(args)
-    return training.train(model(args, checkpoint, **options), data or corpus(), args, checkpoint)
+    return training.train(model(args, checkpoint), data or corpus(), args, checkpoint)
 
 
 def losses(result: Training) -> list[tuple[int, float]]:
@@ -106,7 +92,7 @@ def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
     return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
 
 
-class Watched(list):
+class _Watched(list):
     """Blocks that call ``act()`` when they have been read as often as one of ``reads`` says."""
 
     def __init__(self, blocks, reads: Collection[int], act: Callable[[], None]):
@@ -120,21 +106,22 @@ class Watched(list):
         return super().__getitem__(index)
 
 
-def _die() -> None:
-    os.kill(os.getpid(), signal.SIGKILL)
+def run_signalled(args, signum: int, steps: list[int | None], delay: float = 0.0) -> Training:
+    """`run`, where process i gets a signal ``delay`` s after it has read the blocks of step ``steps[i]``.
 
-
-def run_and_die(args, step: int, delay: float, rank: int) -> None:
-    """`run`, killed ``delay`` seconds after process ``rank`` has read the blocks of ``step``."""
+    And again after the next block, as torchrun repeats it. None: it gets none.
+    """
     state = processes.start()
     checkpoint = training.find_checkpoint(args)
-    done = training.checkpoints.step(checkpoint) if checkpoint else 0
-    data = corpus()
-    if state.process_index == rank:
-        timer = threading.Timer(delay, _die)
-        data.train = Watched(data.train, [(step - done) * args.batch_size], timer.start)
-    training.train(model(args, checkpoint), data, args, checkpoint)
-    raise AssertionError("it has not died")
+    data, step = corpus(), steps[state.process_index]
+    if step is not None:
+        read = (step - (training.checkpoints.step(checkpoint) if checkpoint else 0)) * args.batch_size
+
+        def send():
+            threading.Timer(delay, os.kill, (os.getpid(), signum)).start()
+
+        data.train = _Watched(data.train, (read, read + 1), send)
+    return training.train(model(args, checkpoint), data, args, checkpoint)
 
 
 def run_sharded(kind: str, args) -> Training:

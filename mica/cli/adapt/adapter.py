@@ -162,22 +162,17 @@ def settings(config: dict, folder: Path, option: str = "--adapter") -> dict:
 
 def _stacks(config: dict, folder: Path, option: str) -> list[str]:
     """Those of `adapted_layers` that are stacks of experts: A has the rows of all of them."""
-    return [name for name, (_, rows, _) in _factors(folder, option).items() if rows > config["r"]]
+    return [name for name, (_, rows, _) in adapted_layers(folder, option).items() if rows > config["r"]]
 
 
-def adapted_layers(folder: Path, option: str = "--adapter") -> dict[str, tuple[int, int]]:
-    """The layers that the adapter in ``folder`` has weights for: name -> (out_features, in_features).
+def adapted_layers(folder: Path, option: str = "--adapter") -> dict[str, tuple[int, int, int]]:
+    """Layers that the adapter in ``folder`` has weights for: name -> (out_features, rows of A, in_features).
 
-    Only headers are read. For an embedding that is (embedding_dim, num_embeddings). Several parameters of one
-    module have its name, and once or more ".base_layer".
+    Only headers are read. An embedding has (embedding_dim, rows of A, num_embeddings). Several parameters of
+    one module have its name, and once or more ".base_layer".
 
     Raises UsageError if the weights cannot be read, or a layer has only one of its two.
     """
-    return {name: (out, in_) for name, (out, _, in_) in _factors(folder, option).items()}
-
-
-def _factors(folder: Path, option: str) -> dict[str, tuple[int, int, int]]:
-    """Layer -> (rows of B, rows of A, columns of A)."""
     sizes: dict[str, dict[str, tuple]] = {}
     try:
         with safe_open(folder / WEIGHTS, framework="pt") as file:
@@ -206,7 +201,7 @@ def check_fit(
     modules = dict(model.named_modules())
     parameters = saved_parameters(model, config.get("target_parameters") or ())
     ranks = config.get("rank_pattern") or {}
-    for name, (out_features, rows, in_features) in _factors(folder, option).items():
+    for name, (out_features, rows, in_features) in adapted_layers(folder, option).items():
         shape, what = (out_features, in_features), "a layer"
         if name in parameters:
             parameter, found = parameters[name]

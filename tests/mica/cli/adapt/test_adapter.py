@@ -100,7 +100,7 @@ def test_model_without_these_layers_or_with_other_shapes(made, tmp_path):
 
 @pytest.mark.parametrize(
     ("make", "names", "shapes"),
-    [(tiny_gpt2, "wte,c_attn", {(16, 61), (48, 16)}), (tiny_llama, "embed_tokens", {(32, 257)})],
+    [(tiny_gpt2, "wte,c_attn", {(16, 4, 61), (48, 4, 16)}), (tiny_llama, "embed_tokens", {(32, 4, 257)})],
 )
 def test_shapes_of_all_kinds_of_layers(make, names, shapes, tmp_path):
     """Embeddings, and GPT-2's Conv1D, whose weight is transposed."""

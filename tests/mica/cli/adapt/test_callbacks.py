@@ -12,15 +12,9 @@ from transformers import TrainerControl, TrainerState
 from mica.cli.adapt.callbacks import Hooks
 from mica.cli.adapt.signals import Request
 from mica.errors import UsageError
-from tests.support.adapt_runs import fresh_state
+from tests.support.adapt_runs import fresh_state  # noqa: F401 (a fixture)
 
 ARGS = SimpleNamespace(learning_rate=3e-3)
-
-
-@pytest.fixture(autouse=True)
-def _fresh_state():
-    yield
-    fresh_state()
 
 
 def state(step=10, main=True):
@@ -72,26 +66,6 @@ def test_progress(monkeypatch, kind, main):
     ]
     assert lines == (expected if main else [])
     assert ("Training" in shown and "2/40" in shown) == (main and kind is Terminal)
-
-
-def test_what_is_done_at_a_step():
-    """Logged where a checkpoint is written, everything at the last step, and nothing else."""
-    hooks = begun()
-    for step, given, flags in (
-        (10, {}, (False, False, False, False)),
-        (10, {"should_save": True}, (True, True, False, False)),
-        (40, {}, (True, True, True, False)),
-    ):
-        made = at_step(hooks, step, **given)
-        found = (made.should_save, made.should_log, made.should_evaluate, made.should_training_stop)
-        assert found == flags
-    assert hooks.agreed == 0
-    hooks._request.note(15)
-    made = at_step(hooks)
-    assert made.should_training_stop
-    assert made.should_save
-    assert made.should_log
-    assert hooks.agreed == 15
 
 
 @pytest.mark.parametrize("loss", [math.nan, math.inf])

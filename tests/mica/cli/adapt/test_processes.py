@@ -15,13 +15,13 @@ from mica.cli.adapt.evaluation import likelihood
 from mica.errors import UsageError
 from tests.support.adapt_runs import (
     Process,
-    Watched,
     blocks,
     corpus,
     fresh_state,  # noqa: F401 (a fixture)
     losses,
     run,
     run_sharded,
+    run_signalled,
     same,
     weights,
 )
@@ -128,22 +128,12 @@ def test_two_processes_learn_as_one_with_twice_the_batch(tmp_path):
     assert not [line for line in errors.splitlines() if "step" in line or "warn" in line.lower()]
 
 
-def signalled(args, signums, step, late):
-    """`run`, where each rank gets its signal twice from ``step`` on, rank 1 ``late`` steps later."""
-    rank = int(os.environ["RANK"])
-    data, reads = corpus(), args.batch_size * (step + rank * late)
-    pid, signum = os.getpid(), signums[rank]
-    if signum:
-        data.train = Watched(data.train, (reads, reads + 1), lambda: os.kill(pid, signum))
-    return run(args, data)
-
-
-@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM"])
-def test_a_signal_stops_both_at_one_step(tmp_path, name):
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_stops_both_at_one_step(tmp_path, signum):
     args = settings(tmp_path / "out", batch_size=2, save_steps=100)
-    started = two(signalled, args, [getattr(signal, name)] * 2, 4, 1, folder=tmp_path)
+    started = two(run_signalled, args, signum, [4, 5], folder=tmp_path)
     first, second = started.results()
-    assert first.interrupted == second.interrupted == name
+    assert first.interrupted == second.interrupted == signum.name
     assert first.steps == second.steps < 8
     assert checkpoints.latest(args.output) == args.output / f"checkpoint-{first.steps}"
     assert started.errors().count("finishing this step") == 1
@@ -187,7 +177,7 @@ def test_what_one_process_cannot_write_stops_both(tmp_path):
 
 def test_a_lost_process_is_one_line(tmp_path):
     args = settings(tmp_path / "out", batch_size=2)
-    errors = two(signalled, args, [0, signal.SIGKILL], 8, 0, folder=tmp_path, statuses=(2, -9)).errors()
+    errors = two(run_signalled, args, signal.SIGKILL, [None, 8], folder=tmp_path, statuses=(2, -9)).errors()
     assert errors.splitlines()[-1] == (
         f"error: another process has ended; the last complete checkpoint is {args.output}/checkpoint-5 "
         "(--resume goes on from it)"

@@ -2,12 +2,13 @@
 
 import random
 import shutil
+import signal
 
 import pytest
 import torch
 
 from mica.cli.adapt import checkpoints
-from tests.support.adapt_runs import Process, losses, run, run_and_die, weights
+from tests.support.adapt_runs import Process, losses, run, run_signalled, weights
 from tests.support.adapt_settings import settings
 
 KILLS, STEPS = 5, 200
@@ -21,9 +22,10 @@ def test_killed_five_times(tmp_path, count):
     options = {"steps": STEPS, "save_steps": 20, "log_steps": 10, "batch_size": 4 // count, "dropout": 0.1}
     args = settings(tmp_path / "out", **options)
     for step in sorted(draw.sample(range(1, STEPS), KILLS)):
-        # a step takes some 10 ms, a checkpoint as long
-        moment = (step, draw.uniform(0, 0.03), draw.randrange(count))
-        killed = Process(run_and_die, args, *moment, count=count, folder=tmp_path)
+        steps = [None] * count
+        steps[draw.randrange(count)] = step
+        moment = (steps, draw.uniform(0, 0.03))  # a step takes some 10 ms, a checkpoint as long
+        killed = Process(run_signalled, args, signal.SIGKILL, *moment, count=count, folder=tmp_path)
         killed.wait_for_one()
         killed.kill()  # the others, as torchrun does
         assert -9 in killed.join(), killed.errors()
