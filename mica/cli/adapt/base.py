@@ -8,8 +8,9 @@ from accelerate import PartialState
 from transformers import BitsAndBytesConfig, PreTrainedConfig
 from transformers.utils import is_bitsandbytes_available
 
+from mica.cli.adapt import processes
 from mica.cli.loading import Source, load_config, load_model, load_tokenizer
-from mica.cli.output import first_sentences, write_folder
+from mica.cli.output import dtype_name, first_sentences, write_folder
 from mica.errors import UsageError
 from mica.fast.loading import BASE as FOLDER
 from mica.paths.products import has_native
@@ -37,10 +38,7 @@ def load(args: argparse.Namespace, source: Source, device: torch.device | None =
         dtype = _compute_dtype(dtype, config, device)
         quantization = _quantization(args.quantize, getattr(torch, dtype))
     if source.is_gguf:
-        # Not the GGUF file's reader on resume: B belongs to the weights as they were converted.
-        with PartialState().main_process_first():
-            if PartialState().is_main_process and not (args.resume and (args.output / FOLDER).is_dir()):
-                _convert(args, source, dtype, tokenizer)
+        processes.on_main(_convert, args, source, dtype, tokenizer)
         source = converted(args)
     try:
         model = load_model(source, dtype, device, quantization)
@@ -85,9 +83,7 @@ def _compute_dtype(dtype: str, config, device: torch.device) -> str:
     if dtype != "auto":
         return dtype
     own = getattr(config, "dtype", None) or torch.float32
-    if device.type == "cpu" and not has_native(own):
-        own = torch.float32
-    return str(own).removeprefix("torch.")
+    return dtype_name(torch.float32 if device.type == "cpu" and not has_native(own) else own)
 
 
 def _quantization(kind: str, compute_dtype: torch.dtype) -> BitsAndBytesConfig:
@@ -116,6 +112,8 @@ def _keep_from_repacking(model) -> None:
 
 def _convert(args: argparse.Namespace, source: Source, dtype: str, tokenizer) -> None:
     """Write OUTPUT/base: model and tokenizer of a GGUF file, dequantised, in the run's dtype."""
+    if args.resume and (args.output / FOLDER).is_dir():
+        return  # B belongs to the weights as they were converted
     model = load_model(source, dtype, torch.device("cpu"))
     tokenizer = tokenizer or load_tokenizer(source)
 

@@ -81,17 +81,14 @@ def test_bitsandbytes_does_not_run_on_the_device(model_dir, monkeypatch):
 
     monkeypatch.setattr("transformers.integrations.validate_bnb_backend_availability", refuse)
     with pytest.raises(
-        UsageError, match=r"^--quantize nf4: not possible on cpu: None of .* by bitsandbytes\.$"
+        UsageError, match=r"^--quantize nf4: not possible on cpu: None of .* by bitsandb\w+\.$"
     ):
         load(model_dir, quantize="nf4")
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
-    [
-        ({"quantize": "nf4"}, "^--quantize nf4: .* is quantised already"),
-        ({"merge": True}, "^--merge: .* is q"),
-    ],
+    [({"quantize": "nf4"}, "^--quantize nf4: .* is quantised al"), ({"merge": True}, "^--merge: .* is quan")],
 )
 def test_quantised_checkpoint_is_refused_before_its_weights_are_read(options, message, tmp_path):
     tiny_llama().config.save_pretrained(tmp_path)
@@ -151,7 +148,7 @@ def test_gguf_base_is_converted_in_the_dtype_of_the_run_and_once(
 ):
     options = {"output": tmp_path / "out", **options}
     assert load(gguf_file, **options).dtype == dtype
-    monkeypatch.setattr("mica.cli.adapt.base._convert", lambda *_: pytest.fail("converted again"))
+    monkeypatch.setattr("mica.cli.adapt.base.write_folder", lambda *_: pytest.fail("converted again"))
     assert load(gguf_file, **options, resume=True).dtype == dtype
     if dtype == torch.float32:
         pytest.importorskip("bitsandbytes")
@@ -165,8 +162,7 @@ def test_full_disk_leaves_no_half_of_a_base(gguf_file, tmp_path, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("transformers.LlamaForCausalLM.save_pretrained", full)
-    with pytest.raises(
-        UsageError, match=r"^--output .*/out/base: cannot be written: No space left on device$"
-    ):
+    message = r"^--output .*/out/base: cannot be written: No space left on device$"
+    with pytest.raises(UsageError, match=message):
         load(gguf_file, output=tmp_path / "out")
     assert not list((tmp_path / "out").iterdir())
