@@ -11,7 +11,7 @@ from mica.cli.adapt import checkpoints
 from tests.support.adapt_runs import Process, losses, run, run_signalled, weights
 from tests.support.adapt_settings import settings
 
-KILLS, STEPS = 5, 200
+KILLS, STEPS = 5, 100
 
 
 @pytest.mark.parametrize("count", [1, 2])
@@ -19,7 +19,7 @@ def test_killed_five_times(tmp_path, count):
     seed = random.randrange(2**32)
     print(f"seed {seed}")  # shown if the test fails
     draw = random.Random(seed)
-    options = {"steps": STEPS, "save_steps": 20, "log_steps": 10, "batch_size": 4 // count, "dropout": 0.1}
+    options = {"steps": STEPS, "save_steps": 10, "log_steps": 5, "batch_size": 4 // count, "dropout": 0.1}
     args = settings(tmp_path / "out", **options)
     for step in sorted(draw.sample(range(1, STEPS), KILLS)):
         steps = [None] * count
@@ -31,7 +31,7 @@ def test_killed_five_times(tmp_path, count):
         assert -9 in killed.join(), killed.errors()
         found = checkpoints.latest(args.output)
         print(f"killed in step {step}, resumes from {found and found.name}")
-        assert step - 21 <= (checkpoints.step(found) if found else 0)
+        assert step - 11 <= (checkpoints.step(found) if found else 0)
         args.resume = found is not None
         if found is None:  # as a user would
             shutil.rmtree(args.output, ignore_errors=True)
@@ -42,7 +42,7 @@ def test_killed_five_times(tmp_path, count):
         assert started.join() == [0] * count, started.errors()
         results.append(started.results()[0])
     found, expected = results
-    assert len(losses(expected)) == STEPS // 10
+    assert len(losses(expected)) == STEPS // 5
     for (step, loss), (resumed_step, resumed_loss) in zip(losses(expected), losses(found), strict=True):
         assert resumed_step == step
         assert resumed_loss == pytest.approx(loss, rel=1e-6)
