@@ -50,7 +50,7 @@ class Hooks(TrainerCallback):
         if self.agreed:
             control.should_save = control.should_training_stop = True
         if state.global_step >= state.max_steps:
-            control.should_save = control.should_evaluate = True
+            control.should_evaluate = True  # of itself transformers 5.0 only saves then
         if control.should_save:
             # The logged loss is the mean since the last log, and that mean is not in a checkpoint. Closed at
             # every checkpoint, it is the same number in a run that was resumed there.

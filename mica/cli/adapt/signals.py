@@ -17,7 +17,7 @@ def status(name: str) -> int:
 
 @contextmanager
 def at_once() -> Iterator[None]:
-    """Within it SIGTERM raises SystemExit(143), as Python has KeyboardInterrupt for Ctrl-C: locks go, too."""
+    """Within it SIGTERM raises SystemExit(143), as Ctrl-C KeyboardInterrupt: what is held is let go."""
 
     def stop(signum, frame):
         raise SystemExit(128 + signum)

@@ -45,6 +45,8 @@ class Terminal(io.StringIO):
 def test_progress(monkeypatch, kind, main):
     screen = kind()
     monkeypatch.setattr(sys, "stderr", screen)
+    clock = SimpleNamespace(perf_counter=iter([5, 65, 125]).__next__)
+    monkeypatch.setattr("mica.cli.adapt.callbacks.time", clock)
     Hooks(None, None, None, None).close()  # before the training has begun
     hooks = begun(main)
     hooks.on_log(ARGS, state(0, main), None, logs={"eval_held_out_perplexity": 7.77})
@@ -59,13 +61,18 @@ def test_progress(monkeypatch, kind, main):
     lines = [line for line in shown.replace("\r", "\n").splitlines() if line.startswith("step ")]
     expected = [
         "step 0/40: held-out perplexity 7.77",
-        "step 20/40: loss 2.500, lr 1.00e-03, 00:00 left",
+        "step 20/40: loss 2.500, lr 1.00e-03, 01:00 left",
         "step 20/40: held-out perplexity 6.25, retained perplexity 9.50",
         "step 40/40: loss 2.500, lr 1.00e-03, 00:00 left",
         "step 40/40: held-out perplexity 5.75, retained perplexity 9.50",
     ]
     assert lines == (expected if main else [])
     assert ("Training" in shown and "2/40" in shown) == (main and kind is Terminal)
+
+
+def test_the_last_step_is_evaluated():
+    assert not at_step(begun(), 39).should_evaluate
+    assert at_step(begun(), 40).should_evaluate
 
 
 @pytest.mark.parametrize("loss", [math.nan, math.inf])
