@@ -40,8 +40,8 @@ def parser() -> argparse.ArgumentParser:
 def main(argv: list[str] | None = None) -> int:
     """Run ``mica`` on ``argv`` (default: ``sys.argv[1:]``) and return its exit status.
 
-    0 on success, 2 on bad input (one line on stderr), 130 after Ctrl-C and 143 after SIGTERM. Anything else
-    is a bug and keeps its traceback.
+    0 on success, 2 on bad input (one line on stderr), 130 after Ctrl-C. Anything else is a bug and keeps its
+    traceback; `mica adapt` ends with 143 after SIGTERM.
     """
     try:
         args = parser().parse_args(argv)
@@ -54,6 +54,6 @@ def main(argv: list[str] | None = None) -> int:
     except (UsageError, UnsuitableLayerError) as error:
         print(f"mica {args.command}: error: {one_line(error)}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt as stop:
+    except KeyboardInterrupt:
         print(f"\nmica {args.command}: stopped", file=sys.stderr)
-        return getattr(stop, "status", 130)
+        return 130

@@ -3,13 +3,15 @@
 Processes are forked from a server that has imported everything already, so a start costs 0.1 s and not 8.
 """
 
+import atexit
+import gc
 import multiprocessing
 import multiprocessing.connection
 import os
 import signal
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from contextlib import suppress
 from pathlib import Path
 from types import SimpleNamespace
@@ -17,17 +19,20 @@ from typing import Any
 from unittest.mock import patch
 
 import accelerate.state
+import pytest
 import torch
 import torch.distributed as dist
 from accelerate.utils import DistributedType
-from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file
 
-import mica.fast  # noqa: F401 (from here on PEFT's MiCA is this backend's)
-from mica.cli.adapt import processes, signals, training
+from mica.cli.adapt import adapter, processes, signals, training
 from mica.cli.adapt.training import Training
 from mica.errors import UsageError
 from tests.support.tiny_cli import tiny_llama
 
+# The Trainer collects garbage at the end of a run: looking through all that is imported took half of a test.
+gc.freeze()
+atexit.register(gc.unfreeze)  # or libraries report at exit what leaks
 SERVER = multiprocessing.get_context("forkserver")
 SERVER.set_forkserver_preload(["tests.support.adapt_runs"])
 
@@ -60,59 +65,63 @@ def corpus(count: int = 64, held_out: int = 5, retain: int = 0, **options) -> Si
     )
 
 
-def model(args, checkpoint: Path | None = None, **options):
-    """The PeftModel, new or from ``checkpoint``; with the latter the solver must not run."""
-    base = tiny_llama(**options).to(getattr(torch, args.dtype))
-    if checkpoint is not None:
-        with patch("mica.fast.create.solving.solve_shared", _solve_nothing):
-            return PeftModel.from_pretrained(base, checkpoint, is_trainable=True)
-    config = LoraConfig(
-        init_lora_weights="mica",
-        r=args.rank,
-        lora_alpha=args.alpha,
-        lora_dropout=args.dropout,
-        target_modules=args.target_modules.split(","),
-        task_type="CAUSAL_LM",
-    )
-    return get_peft_model(base, config)
+def model(args, checkpoint: Path | None = None):
+    """The PeftModel, new or from ``checkpoint``."""
+    return adapter.start(tiny_llama().to(getattr(torch, args.dtype)), args, checkpoint)
 
 
-def _solve_nothing(tasks, **options):
-    assert not tasks, "the solver runs"
-    return iter(())
-
-
-def run(args, data=None, **options) -> Training:
+def run(args, data=None) -> Training:
     """What ``mica adapt`` does between its options and its summary."""
     processes.start()
     checkpoint = training.find_checkpoint(args)
-    return training.train(model(args, checkpoint, **options), data or corpus(), args, checkpoint)
+    return training.train(model(args, checkpoint), data or corpus(), args, checkpoint)
 
 
-class _Deadly(list):
-    """Blocks that kill the process a moment after some number of them were read."""
+def losses(result: Training) -> list[tuple[int, float]]:
+    """Step and loss of each log."""
+    return [(entry["step"], entry["loss"]) for entry in result.history if "loss" in entry]
 
-    def __init__(self, blocks, reads: int, delay: float):
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    """Those of the adapter that was written to ``folder``."""
+    return load_file(folder / "adapter_model.safetensors")
+
+
+def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
+    """To the bit."""
+    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
+class _Watched(list):
+    """Blocks that call ``act()`` when they have been read as often as one of ``reads`` says."""
+
+    def __init__(self, blocks, reads: Collection[int], act: Callable[[], None]):
         super().__init__(blocks)
-        self.reads, self.delay = reads, delay
+        self.reads, self.act, self.count = reads, act, 0
 
     def __getitem__(self, index):
-        self.reads -= 1
-        if self.reads == 0:
-            threading.Timer(self.delay, os.kill, (os.getpid(), signal.SIGKILL)).start()
+        self.count += 1
+        if self.count in self.reads:
+            self.act()
         return super().__getitem__(index)
 
 
-def run_and_die(args, step: int, delay: float, rank: int) -> None:
-    """`run`, killed ``delay`` seconds after process ``rank`` has read the blocks of ``step``."""
+def run_signalled(args, signum: int, steps: list[int | None], delay: float = 0.0) -> Training:
+    """`run`, where process i gets a signal ``delay`` s after it has read the blocks of step ``steps[i]``.
+
+    And again after the next block, as torchrun repeats it. None: it gets none.
+    """
     state = processes.start()
     checkpoint = training.find_checkpoint(args)
-    done = training.checkpoints.step(checkpoint) if checkpoint else 0
-    data = corpus()
-    if state.process_index == rank:
-        data.train = _Deadly(data.train, (step - done) * args.batch_size, delay)
-    training.train(model(args, checkpoint), data, args, checkpoint)
-    raise AssertionError("it has not died")
+    data, step = corpus(), steps[state.process_index]
+    if step is not None:
+        read = (step - (training.checkpoints.step(checkpoint) if checkpoint else 0)) * args.batch_size
+
+        def send():
+            threading.Timer(delay, os.kill, (os.getpid(), signum)).start()
+
+        data.train = _Watched(data.train, (read, read + 1), send)
+    return training.train(model(args, checkpoint), data, args, checkpoint)
 
 
 def run_sharded(kind: str, args) -> Training:
@@ -201,8 +210,8 @@ def _enter(function, arguments, rank, count, port, folder):
             result = function(*arguments)
         if folder is not None:
             torch.save(result, folder / f"result-{rank}")
-    except signals.Stopped as stopped:
-        status = stopped.status
+    except KeyboardInterrupt:
+        status = 130
     except UsageError as error:
         print(f"error: {error}", file=sys.stderr)
         status = 2
@@ -212,6 +221,8 @@ def _enter(function, arguments, rank, count, port, folder):
     os._exit(status)  # threads of a lost group must not keep it
 
 
-def fresh_state() -> None:
-    """Forget what accelerate keeps of an earlier run in this process."""
+@pytest.fixture(autouse=True)
+def fresh_state():
+    """Forgets what accelerate keeps of a run in this process; for the files that import it."""
+    yield
     accelerate.state.AcceleratorState._reset_state(reset_partial_state=True)

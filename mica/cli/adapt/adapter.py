@@ -10,6 +10,7 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 
 import mica.fast  # noqa: F401 (reads the configuration of an adapter of experts as MiCA's)
+from mica.cli.output import one_line
 from mica.cli.targets import Targets, features, find_targets, saved_parameters
 from mica.errors import UsageError
 
@@ -26,8 +27,12 @@ def start(model, args: argparse.Namespace, checkpoint: Path | None = None) -> Pe
     Raises UsageError as `check`.
     """
     targets = check(model, args, checkpoint)
-    if checkpoint is not None or args.adapter is not None:
-        return _load(model, args, checkpoint or args.adapter)
+    folder = checkpoint or args.adapter
+    if folder is not None:
+        config = PeftConfig.from_pretrained(folder)
+        config.lora_dropout = args.dropout
+        config.base_model_name_or_path = model.name_or_path  # this model, wherever the adapter comes from
+        return PeftModel.from_pretrained(model, folder, config=config, is_trainable=True)
     config = LoraConfig(
         init_lora_weights="mica",
         r=args.rank,
@@ -59,25 +64,21 @@ def check(model: nn.Module, args: argparse.Namespace, checkpoint: Path | None = 
             f"--dropout {args.dropout:g}: PEFT has no dropout for parameters, as {min(targets.parameters)}: "
             "--dropout 0, or --no-experts"
         )
-    sizes = {name: features(module) for name, module in targets.modules.items()}
+    sizes = {name: shape[-2:] for name, shape in saved_parameters(model, targets.parameters).values()}
     for name, module in targets.modules.items():
+        sizes[name] = features(module)
         if sizes[name] is None:  # a norm, an activation
-            raise UsageError(
-                f"--target-modules {args.target_modules}: {name} is a {type(module).__name__}, which cannot "
-                "be adapted"
-            )
-    parameters = saved_parameters(model, targets.parameters)
-    sizes |= {name: shape[-2:] for name, shape in parameters.values()}
+            what = f"{name} is a {type(module).__name__}, which cannot be adapted"
+            raise UsageError(f"--target-modules {args.target_modules}: {what}")
     smallest = min(sizes, key=lambda name: min(sizes[name]))
     if args.rank > min(sizes[smallest]):
         raise UsageError(
             f"--rank {args.rank}: {smallest} has {_by(sizes[smallest])} weights, so at most "
             f"{min(sizes[smallest])} fits; --target-modules can leave it out"
         )
-    if checkpoint is not None:
-        _check_saved(model, args, "--resume", checkpoint, targets)
-    elif args.adapter is not None:
-        _check_saved(model, args, "--adapter", args.adapter, targets)
+    folder = checkpoint or args.adapter
+    if folder is not None:
+        _check_saved(model, args, "--resume" if checkpoint else "--adapter", folder, targets)
     return targets
 
 
@@ -105,13 +106,6 @@ def _check_saved(model, args, option: str, folder: Path, targets: Targets) -> No
         )
 
 
-def _load(model, args, folder: Path) -> PeftModel:
-    config = PeftConfig.from_pretrained(folder)
-    config.lora_dropout = args.dropout
-    config.base_model_name_or_path = model.name_or_path  # this model, wherever the adapter comes from
-    return PeftModel.from_pretrained(model, folder, config=config, is_trainable=True)
-
-
 def read_adapter_config(folder: Path, option: str = "--adapter") -> dict:
     """The contents of a MiCA adapter's ``adapter_config.json``; `settings` turns them into options.
 
@@ -125,10 +119,9 @@ def read_adapter_config(folder: Path, option: str = "--adapter") -> dict:
     except FileNotFoundError as error:
         what = f"has no {CONFIG}" if folder.is_dir() else "no such folder"
         raise UsageError(f"{option} {folder}: {what}, and must be a folder with a PEFT adapter") from error
-    except OSError as error:
-        raise UsageError(f"{option} {folder}: {CONFIG} cannot be read: {error.strerror}") from error
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UsageError(f"{option} {folder}: {CONFIG} is not that of a PEFT adapter") from error
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        what = f"is not that of a PEFT adapter: {one_line(error)}"
+        raise UsageError(f"{option} {folder}: {CONFIG} {what}") from error
     if kind != "LORA" or str(start).lower() != "mica":
         found = kind if kind != "LORA" else f"LoRA with init_lora_weights={start!r}"
         raise UsageError(f"{option} {folder}: must be a MiCA adapter, but is {found}")
@@ -146,9 +139,8 @@ def settings(config: dict, folder: Path, option: str = "--adapter") -> dict:
     Raises UsageError if ranks or alphas differ between layers: no option says that.
     """
     if config.get("rank_pattern") or config.get("alpha_pattern"):
-        raise UsageError(
-            f"{option} {folder}: its layers have different ranks or alphas, which is not supported"
-        )
+        what = "its layers have different ranks or alphas, which is not supported"
+        raise UsageError(f"{option} {folder}: {what}")
     stacks = _stacks(config, folder, option)
     layers = set(adapted_layers(folder, option)) - set(stacks)
     named = []  # parameters that are no stacks
@@ -170,22 +162,17 @@ def settings(config: dict, folder: Path, option: str = "--adapter") -> dict:
 
 def _stacks(config: dict, folder: Path, option: str) -> list[str]:
     """Those of `adapted_layers` that are stacks of experts: A has the rows of all of them."""
-    return [name for name, (_, rows, _) in _factors(folder, option).items() if rows > config["r"]]
+    return [name for name, (_, rows, _) in adapted_layers(folder, option).items() if rows > config["r"]]
 
 
-def adapted_layers(folder: Path, option: str = "--adapter") -> dict[str, tuple[int, int]]:
-    """The layers that the adapter in ``folder`` has weights for: name -> (out_features, in_features).
+def adapted_layers(folder: Path, option: str = "--adapter") -> dict[str, tuple[int, int, int]]:
+    """Layers that the adapter in ``folder`` has weights for: name -> (out_features, rows of A, in_features).
 
-    Only headers are read. For an embedding that is (embedding_dim, num_embeddings). Several parameters of one
-    module have its name, and once or more ".base_layer".
+    Only headers are read. An embedding has (embedding_dim, rows of A, num_embeddings). Several parameters of
+    one module have its name, and once or more ".base_layer".
 
     Raises UsageError if the weights cannot be read, or a layer has only one of its two.
     """
-    return {name: (out, in_) for name, (out, _, in_) in _factors(folder, option).items()}
-
-
-def _factors(folder: Path, option: str) -> dict[str, tuple[int, int, int]]:
-    """Layer -> (rows of B, rows of A, columns of A)."""
     sizes: dict[str, dict[str, tuple]] = {}
     try:
         with safe_open(folder / WEIGHTS, framework="pt") as file:
@@ -214,7 +201,7 @@ def check_fit(
     modules = dict(model.named_modules())
     parameters = saved_parameters(model, config.get("target_parameters") or ())
     ranks = config.get("rank_pattern") or {}
-    for name, (out_features, rows, in_features) in _factors(folder, option).items():
+    for name, (out_features, rows, in_features) in adapted_layers(folder, option).items():
         shape, what = (out_features, in_features), "a layer"
         if name in parameters:
             parameter, found = parameters[name]

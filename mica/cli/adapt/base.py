@@ -8,8 +8,9 @@ from accelerate import PartialState
 from transformers import BitsAndBytesConfig, PreTrainedConfig
 from transformers.utils import is_bitsandbytes_available
 
+from mica.cli.adapt import processes
 from mica.cli.loading import Source, load_config, load_model, load_tokenizer
-from mica.cli.output import first_sentences, write_folder
+from mica.cli.output import dtype_name, first_sentences, write_folder
 from mica.errors import UsageError
 from mica.fast.loading import BASE as FOLDER
 from mica.paths.products import has_native
@@ -32,27 +33,22 @@ def load(args: argparse.Namespace, source: Source, device: torch.device | None =
     written, and as `loading.load_model`.
     """
     device = device or PartialState().device
-    config = check(args, source)
-    dtype = args.dtype
+    config, dtype, quantization = check(args, source), args.dtype, None
     if args.quantize is not None:
-        dtype = _compute_dtype(args.dtype, config, device)
+        dtype = _compute_dtype(dtype, config, device)
+        quantization = _quantization(args.quantize, getattr(torch, dtype))
     if source.is_gguf:
-        # Not the GGUF file's reader on resume: B belongs to the weights as they were converted.
-        with PartialState().main_process_first():
-            if PartialState().is_main_process and not (args.resume and (args.output / FOLDER).is_dir()):
-                _convert(args, source, dtype, tokenizer)
+        processes.on_main(_convert, args, source, dtype, tokenizer)
         source = converted(args)
-    if args.quantize is None:
-        return _without_repacking(load_model(source, dtype, device))
-    quantization = _quantization(args.quantize, getattr(torch, dtype))
     try:
-        return _without_repacking(load_model(source, dtype, device, quantization))
+        model = load_model(source, dtype, device, quantization)
     except (ImportError, RuntimeError, NotImplementedError) as error:  # bitsandbytes does not run there
-        if isinstance(error, torch.OutOfMemoryError):
+        if quantization is None or isinstance(error, torch.OutOfMemoryError):
             raise
-        raise UsageError(
-            f"--quantize {args.quantize}: not possible on {device}: {first_sentences(str(error))}"
-        ) from error
+        what = f"not possible on {device}: {first_sentences(str(error))}"
+        raise UsageError(f"--quantize {args.quantize}: {what}") from error
+    _keep_from_repacking(model)
+    return model
 
 
 def check(args: argparse.Namespace, source: Source) -> PreTrainedConfig | None:
@@ -62,12 +58,18 @@ def check(args: argparse.Namespace, source: Source) -> PreTrainedConfig | None:
     bitsandbytes is missing.
     """
     config = None if source.is_gguf else load_config(source)
+    quantize = f"--quantize {args.quantize}"
     if getattr(config, "quantization_config", None) is not None:
-        _refuse_quantised(args, source)
+        if args.quantize is not None:
+            raise UsageError(f"{quantize}: --model {source.given} is quantised already: leave --quantize out")
+        if args.merge:
+            raise UsageError(
+                f"--merge: --model {source.given} is quantised, and a merged weight would have to be rounded "
+                "to its few bits again: leave --merge out, or train on the checkpoint that it was made of, "
+                "with --quantize nf4"
+            )
     if args.quantize is not None and not is_bitsandbytes_available():
-        raise UsageError(
-            f"--quantize {args.quantize}: needs bitsandbytes and accelerate: pip install bitsandbytes"
-        )
+        raise UsageError(f"{quantize}: needs bitsandbytes and accelerate: pip install bitsandbytes")
     return config
 
 
@@ -76,27 +78,12 @@ def converted(args: argparse.Namespace) -> Source:
     return Source(args.model, os.path.abspath(args.output / FOLDER), {"trust_remote_code": False})
 
 
-def _refuse_quantised(args: argparse.Namespace, source: Source) -> None:
-    if args.quantize is not None:
-        raise UsageError(
-            f"--quantize {args.quantize}: --model {source.given} is quantised already: leave --quantize out"
-        )
-    if args.merge:
-        raise UsageError(
-            f"--merge: --model {source.given} is quantised, and a merged weight would have to be rounded to "
-            "its few bits again: leave --merge out, or train on the checkpoint that it was made of, with "
-            "--quantize nf4"
-        )
-
-
 def _compute_dtype(dtype: str, config, device: torch.device) -> str:
     """The name of the dtype in which quantised layers compute; "auto": as `suit_processor` has it."""
     if dtype != "auto":
         return dtype
     own = getattr(config, "dtype", None) or torch.float32
-    if device.type == "cpu" and not has_native(own):
-        own = torch.float32
-    return str(own).removeprefix("torch.")
+    return dtype_name(torch.float32 if device.type == "cpu" and not has_native(own) else own)
 
 
 def _quantization(kind: str, compute_dtype: torch.dtype) -> BitsAndBytesConfig:
@@ -111,7 +98,7 @@ def _quantization(kind: str, compute_dtype: torch.dtype) -> BitsAndBytesConfig:
     )
 
 
-def _without_repacking(model):
+def _keep_from_repacking(model) -> None:
     """Keep bitsandbytes from repacking 4-bit weights for inference, which breaks the training after it.
 
     On a CPU with AVX512-BF16 the first call in eval mode repacks a weight for good (bitsandbytes 0.50). From
@@ -121,11 +108,12 @@ def _without_repacking(model):
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False
-    return model
 
 
 def _convert(args: argparse.Namespace, source: Source, dtype: str, tokenizer) -> None:
     """Write OUTPUT/base: model and tokenizer of a GGUF file, dequantised, in the run's dtype."""
+    if args.resume and (args.output / FOLDER).is_dir():
+        return  # B belongs to the weights as they were converted
     model = load_model(source, dtype, torch.device("cpu"))
     tokenizer = tokenizer or load_tokenizer(source)
 

@@ -49,12 +49,11 @@ def mark(checkpoint: Path, **facts: Any) -> None:
     paths = sorted(path for path in checkpoint.rglob("*") if path.is_file())
     for path in paths:
         _flush(path)
-    names = [path.relative_to(checkpoint).as_posix() for path in paths]
-    sizes = dict(zip(names, (path.stat().st_size for path in paths), strict=True))
-    hashes = dict(zip(names, map(_hash, paths), strict=True))
+    files = {path.relative_to(checkpoint).as_posix(): path for path in paths}
+    sizes = {name: path.stat().st_size for name, path in files.items()}
+    marker = {**facts, "files": sizes, "hashes": {name: _hash(path) for name, path in files.items()}}
     scratch = checkpoint / f".{MARKER}"
     try:
-        marker = {**facts, "files": sizes, "hashes": hashes}
         scratch.write_text(json.dumps(marker, indent=1) + "\n", encoding="utf-8")
         _flush(scratch)
         os.replace(scratch, checkpoint / MARKER)
@@ -87,20 +86,23 @@ def _hash(path: Path) -> str:
 
 def facts(checkpoint: Path) -> dict[str, Any] | None:
     """What `mark` was given; None where ``checkpoint`` is not complete (no marker, a file missing or cut)."""
-    found = _read(checkpoint)
-    return None if found is None else found[0]
+    return _read(checkpoint)[0]
 
 
-def _read(checkpoint: Path) -> tuple[dict[str, Any], dict[str, str]] | None:
+def _read(checkpoint: Path) -> tuple[dict[str, Any] | None, dict[str, str]]:
     """`facts`, and the hash of each file; an earlier version's marker has none."""
     try:
         marker = json.loads((checkpoint / MARKER).read_text(encoding="utf-8"))
         sizes, hashes = marker.pop("files"), marker.pop("hashes", {})
         whole = all((checkpoint / name).stat().st_size == size for name, size in sizes.items())
-        whole = whole and hashes.keys() <= sizes.keys()
+        return (marker, hashes) if whole and hashes.keys() <= sizes.keys() else (None, {})
     except (OSError, ValueError, KeyError, AttributeError, TypeError):
-        return None
-    return (marker, hashes) if whole else None
+        return None, {}
+
+
+def _complete(output: Path) -> list[Path]:
+    """Those of `folders` that are complete."""
+    return [path for path in folders(output) if facts(path) is not None]
 
 
 def damaged(checkpoint: Path) -> str | None:
@@ -108,8 +110,7 @@ def damaged(checkpoint: Path) -> str | None:
 
     Reads every file. Without hashes in the marker nothing is compared.
     """
-    _, hashes = _read(checkpoint) or (None, {})
-    for name, expected in hashes.items():
+    for name, expected in _read(checkpoint)[1].items():
         try:
             if _hash(checkpoint / name) != expected:
                 return name
@@ -120,7 +121,7 @@ def damaged(checkpoint: Path) -> str | None:
 
 def latest(output: Path) -> Path | None:
     """The newest complete checkpoint in ``output``; None if there is none."""
-    return next((path for path in reversed(folders(output)) if facts(path) is not None), None)
+    return max(_complete(output), key=step, default=None)
 
 
 def to_resume(output: Path) -> Path:
@@ -128,17 +129,17 @@ def to_resume(output: Path) -> Path:
 
     Raises UsageError if there is none.
     """
-    complete = [path for path in reversed(folders(output)) if facts(path) is not None]
-    checkpoint = next((path for path in complete if damaged(path) is None), None)
-    if checkpoint is None:
-        half = folders(output)
-        found = f"{half[-1].name} is incomplete" if half else "it has no checkpoint"
-        if complete:
-            found = " and ".join(f"{path.name} is damaged ({damaged(path)})" for path in complete)
-        raise UsageError(
-            f"--resume: nothing to go on from in {output}: {found}; leave out --resume to start anew"
-        )
-    return checkpoint
+    found = []
+    for path in reversed(_complete(output)):
+        name = damaged(path)
+        if name is None:
+            return path
+        found.append(f"{path.name} is damaged ({name})")
+    half = [f"{path.name} is incomplete" for path in folders(output)[-1:]]
+    raise UsageError(
+        f"--resume: nothing to go on from in {output}: "
+        f"{' and '.join(found or half or ['it has no checkpoint'])}; leave out --resume to start anew"
+    )
 
 
 def check(checkpoint: Path, **settings: Any) -> None:
@@ -164,8 +165,7 @@ def rotate(output: Path, keep: int) -> None:
     Not left to the Trainer: it removes the oldest by time of modification, and before the newest is known to
     be whole.
     """
-    complete = [path for path in folders(output) if facts(path) is not None]
-    for path in complete[:-keep]:
+    for path in _complete(output)[:-keep]:
         _remove(path)
 
 
@@ -196,37 +196,29 @@ def written(output: Path, name: str) -> Iterator[None]:
     try:
         yield
     except (OSError, SafetensorError, RuntimeError) as error:
-        failed = _cannot_write(output, error)
-        if failed is None:
+        if isinstance(error, RuntimeError) and not any(part in str(error) for part in _WRITER):
             raise
+        failed = UsageError(_reason(output, error))
     try:
         processes.agree(failed)
     except UsageError as error:
         if PartialState().is_main_process and name.startswith("checkpoint-"):
-            shutil.rmtree(output / name, ignore_errors=True)
+            _remove(output / name)
         raise UsageError(f"--output {output}: {name} cannot be written: {error}; {saved(output)}") from failed
 
 
-def _cannot_write(output: Path, error: Exception) -> UsageError | None:
-    """The reason in a few words; None for an error of another kind."""
-    if isinstance(error, OSError):
-        return UsageError(error.strerror or one_line(error))
-    text = one_line(error)
-    # torch.save's writer says what it did, not why the system refused it
-    writer = (
-        "PytorchStreamWriter",
-        "inline_container",
-        "Parent directory",
-        "iostream error",
-        "unexpected pos",
-    )
-    if not isinstance(error, SafetensorError) and not any(part in text for part in writer):
-        return None
-    try:
-        full = shutil.disk_usage(output).free < 2**20
-    except OSError:  # the folder has gone
-        full = False
-    return UsageError("No space left on device" if full or "os error 28" in text else text)
+# torch.save's writer says what it did, not why the system refused it
+_WRITER = ("PytorchStreamWriter", "inline_container", "Parent directory", "iostream error", "unexpected pos")
+
+
+def _reason(output: Path, error: Exception) -> str:
+    """Why the system has refused to write, in a few words."""
+    text = getattr(error, "strerror", None) or one_line(error)
+    full = "os error 28" in text
+    if not isinstance(error, OSError):
+        with suppress(OSError):  # the folder has gone
+            full = full or shutil.disk_usage(output).free < 2**20
+    return "No space left on device" if full else text
 
 
 def saved(output: Path) -> str:

@@ -1,7 +1,7 @@
 """Perplexity of a causal language model, exact over any number of processes."""
 
 import math
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from accelerate import PartialState
@@ -30,8 +30,16 @@ class Likelihood(NamedTuple):
 
     @property
     def perplexity(self) -> float:
-        """exp(loss); infinite where that overflows."""
-        return math.exp(self.loss) if self.loss < 700 else math.inf
+        """exp(loss). Raises UsageError if that is not finite, or nothing was predicted."""
+        if not self.tokens:
+            raise UsageError(
+                "no token of the held-out text is predicted: every document in it is one token long"
+            )
+        if not self.loss < 700:  # nats; NaN, too
+            raise UsageError(
+                f"the held-out perplexity is not finite (exp {self.loss:g}): the model is broken or diverged"
+            )
+        return math.exp(self.loss)
 
 
 def collate(items: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
@@ -48,11 +56,8 @@ def collate(items: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
 
 def predicted_tokens(blocks: Dataset[dict[str, torch.Tensor]]) -> int:
     """How many tokens of ``blocks`` `likelihood` scores."""
-    return sum(_num_predicted(collate([blocks[index]])) for index in range(len(blocks)))
-
-
-def _num_predicted(batch: dict[str, torch.Tensor]) -> int:
-    return int((batch["labels"] != IGNORED).sum())
+    labels = (collate([blocks[index]])["labels"] for index in range(len(blocks)))
+    return sum(int((row != IGNORED).sum()) for row in labels)
 
 
 def _nll(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
@@ -91,23 +96,12 @@ def likelihood(
     for turn in range(rounds):
         chosen = mine[turn * batch_size : (turn + 1) * batch_size]
         batch = collate([blocks[index] for index in chosen or (0,)])  # without a share: only to take part
-        inputs: dict[str, Any] = {name: tensor.to(device) for name, tensor in batch.items()}
-        labels = inputs.pop("labels")
-        logits = model(**inputs, use_cache=False).logits
+        batch = {name: tensor.to(device) for name, tensor in batch.items()}
+        labels = batch.pop("labels")
+        logits = model(**batch, use_cache=False).logits
         if chosen:
-            totals += torch.stack([_nll(logits, labels), totals.new_tensor(_num_predicted(batch))])
+            totals += torch.stack([_nll(logits, labels), (labels != IGNORED).sum().cpu()])
     model.train(was_training)
     if state.num_processes > 1:
         totals = reduce(totals.to(state.device), "sum").cpu()
     return Likelihood(totals[0].item(), int(totals[1]))
-
-
-def finite(score: Likelihood) -> Likelihood:
-    """``score`` itself. Raises UsageError if its perplexity is not finite, or nothing was predicted."""
-    if not score.tokens:
-        raise UsageError("no token of the held-out text is predicted: every document in it is one token long")
-    if not math.isfinite(score.perplexity):
-        raise UsageError(
-            f"the held-out perplexity is not finite ({score.perplexity}): the model is broken or diverged"
-        )
-    return score

@@ -4,7 +4,6 @@
 processes; accelerate's ``PartialState`` finds its group and device.
 """
 
-import hashlib
 import logging
 import os
 import sys
@@ -17,7 +16,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from accelerate import PartialState
-from accelerate.utils import broadcast_object_list, gather_object
+from accelerate.utils import broadcast_object_list, gather_object, parse_flag_from_env
 from accelerate.utils import gather as gather_tensor
 
 from mica.cli.output import one_line
@@ -33,8 +32,7 @@ def start() -> PartialState:
     gloo where there is no accelerator (or ``ACCELERATE_USE_CPU`` is set), else the accelerator's own library.
     Every process but the main one is silent from here on: standard output, progress bars, warnings.
     """
-    on_cpu = use_cpu()
-    state = PartialState(cpu=on_cpu, timeout=_PATIENCE)
+    state = PartialState(cpu=use_cpu(), timeout=_PATIENCE)
     if not state.is_main_process:
         _silence()
     return state
@@ -42,23 +40,22 @@ def start() -> PartialState:
 
 def use_cpu() -> bool:
     """Whether to train on the CPU: there is no accelerator, or ``ACCELERATE_USE_CPU`` is set."""
-    asked = os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes", "on", "t", "y")
-    return asked or not torch.accelerator.is_available()
+    return parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available()
 
 
 def _silence() -> None:
     """Print nothing but errors: what this process has to say, the main one says."""
+    import datasets
+    import huggingface_hub
+    import transformers
+
     sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115 (until the process ends)
     warnings.simplefilter("ignore")
     logging.disable(logging.WARNING)
-    os.environ["TQDM_DISABLE"] = "1"  # for tqdm ≥ 4.66 in modules that are imported later
-    for name in ("datasets", "transformers.utils.logging", "huggingface_hub.utils"):
-        module = sys.modules.get(name)
-        disable = getattr(module, "disable_progress_bars", None) or getattr(
-            module, "disable_progress_bar", None
-        )
-        if disable is not None:
-            disable()
+    os.environ["TQDM_DISABLE"] = "1"  # for modules that are imported later
+    datasets.disable_progress_bars()
+    huggingface_hub.utils.disable_progress_bars()
+    transformers.logging.disable_progress_bar()
 
 
 def finish() -> None:
@@ -91,14 +88,14 @@ def agree(error: Exception | None) -> None:
     Every process must call this, with None where all went well. So no process goes on alone, or waits
     for one that has given up.
     """
-    messages = [None if error is None else one_line(error)]
+    messages = [error and one_line(error)]
     if several():
         messages = gather_object(messages)
     if error is not None:
         raise error
-    failed = [message for message in messages if message is not None]
-    if failed:
-        raise UsageError(failed[0])
+    for message in messages:
+        if message is not None:
+            raise UsageError(message)
 
 
 def on_main(function: Callable[..., Any], *arguments: Any) -> Any:
@@ -107,17 +104,15 @@ def on_main(function: Callable[..., Any], *arguments: Any) -> Any:
     The result must be picklable. Raises in every process what is raised in the main one: there the error
     itself, elsewhere a UsageError with its message.
     """
-    if not several():
-        return function(*arguments)
-    result, error = None, None
+    results, error = [None], None
     if PartialState().is_main_process:
         try:
-            result = function(*arguments)
+            results = [function(*arguments)]
         except Exception as caught:  # whatever it is: the others must not wait for this process
             error = caught
     agree(error)
-    results = [result]
-    broadcast_object_list(results)
+    if several():
+        broadcast_object_list(results)
     return results[0]
 
 
@@ -128,32 +123,22 @@ def alike(value: Any, what: str) -> Any:
     return value
 
 
-def is_lost_peer(error: Exception) -> bool:
+def is_lost_peer(error: RuntimeError) -> bool:
     """Whether ``error`` says that another process has ended while this one waited for it (gloo, NCCL)."""
-    text = str(error)
-    return (
-        several() and isinstance(error, RuntimeError) and ("gloo" in text or "remote process exited" in text)
-    )
+    return several() and any(sign in str(error) for sign in ("gloo", "remote process exited"))
 
 
 @contextmanager
 def errors_once() -> Iterator[None]:
-    """Let only one process report an error that several of them raise: the others end with SystemExit(2)."""
+    """Let one process report an error that several of them raise: the others end with SystemExit(2)."""
     try:
         yield
     except UsageError as error:
-        if not _is_first(one_line(error)):
-            raise SystemExit(2) from None
+        # The main one would not do: what only another knows would be said by none. Without the store (its
+        # name is not public; it goes with the process that has it) rather twice than never.
+        with suppress(RuntimeError, AttributeError):
+            if several() and dist.is_initialized():
+                store = dist.distributed_c10d._get_default_store()
+                if store.add(f"mica/error/{one_line(error)}", 1) > 1:
+                    raise SystemExit(2) from None
         raise
-
-
-def _is_first(message: str) -> bool:
-    """Whether no other process has claimed this message; the store of the group decides."""
-    if not (dist.is_available() and dist.is_initialized() and several()):
-        return True
-    find_store = getattr(dist.distributed_c10d, "_get_default_store", None)  # not public
-    try:
-        key = hashlib.blake2b(message.encode(), digest_size=16).hexdigest()
-        return find_store().add(f"mica/error/{key}", 1) == 1
-    except (RuntimeError, TypeError):  # the store has gone with the process that had it, or is unknown
-        return True  # rather twice than never

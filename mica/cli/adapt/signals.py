@@ -9,86 +9,64 @@ from types import FrameType
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
-Handler = Callable[[int, FrameType | None], None]
-
-
-class Stopped(KeyboardInterrupt):
-    """The run was told to stop, and has. ``signum``: the signal; ``status``: the exit status, 130 or 143."""
-
-    def __init__(self, signum: int):
-        self.signum = signal.Signals(signum)
-        super().__init__(self.signum.name)
-
-    @property
-    def status(self) -> int:
-        return 128 + self.signum
-
 
 def status(name: str) -> int:
     """The exit status after the signal ``name``: 130 for "SIGINT", 143 for "SIGTERM"."""
-    return Stopped(signal.Signals[name]).status
+    return 128 + signal.Signals[name]
 
 
 @contextmanager
 def at_once() -> Iterator[None]:
-    """Within it both signals raise Stopped: for the parts of a run that have nothing to save."""
+    """Within it SIGTERM raises SystemExit(143), as Ctrl-C KeyboardInterrupt: what is held is let go."""
 
     def stop(signum, frame):
-        raise Stopped(signum)
+        raise SystemExit(128 + signum)
 
-    with _handled(stop):
+    with _handled(stop, signal.SIGTERM):
         yield
 
 
-def name_of(signum: int) -> str | None:
-    """As "SIGINT"; None for 0."""
-    return signal.Signals(signum).name if signum else None
-
-
 class Request:
-    """The first signal that asked to stop, noted for the training loop, which asks after every step."""
+    """The first signal that asked to stop, noted as ``signum`` for the training loop; 0 before."""
 
-    def __init__(self, repeats_stop: bool, announce: Callable[[str], None]):
-        """``repeats_stop``: another Ctrl-C raises Stopped. ``announce(name)`` is called for the first signal.
+    def __init__(self, alone: bool, speaks: bool):
+        """``alone``: the only process, so another Ctrl-C raises KeyboardInterrupt. ``speaks``: says so.
 
         Repeats must not stop one of several processes: a terminal and torchrun both send Ctrl-C to each.
         """
         self.signum = 0
-        self._repeats_stop = repeats_stop
-        self._announce = announce
+        self._alone, self._speaks = alone, speaks
 
     def note(self, signum: int, frame: FrameType | None = None) -> None:
         """The signal handler."""
-        if not self.signum:
-            self.signum = signum
-            self._announce(signal.Signals(signum).name)
-        elif self._repeats_stop and signum == signal.SIGINT:
-            raise Stopped(signum)
+        if self.signum:
+            if self._alone and signum == signal.SIGINT:
+                raise KeyboardInterrupt
+            return
+        self.signum = signum
+        if self._speaks:
+            again = "; Ctrl-C again stops at once" if self._alone and signum == signal.SIGINT else ""
+            name = signal.Signals(signum).name
+            text = f"\nmica adapt: {name}: finishing this step and saving a checkpoint{again}\n"
+            with suppress(OSError):  # closed: the terminal has gone
+                os.write(2, text.encode())  # Python's own buffers may be in use
 
     @contextmanager
     def heeded(self) -> Iterator["Request"]:
         """Within it both signals are noted; afterwards they do again what they did before."""
-        with _handled(self.note):
+        with _handled(self.note, *SIGNALS):
             yield self
 
 
-def say(text: str) -> None:
-    """Write a line to standard error from a signal handler, where Python's own buffers may be in use."""
-    with suppress(OSError):  # closed: the terminal has gone
-        os.write(2, f"\n{text}\n".encode())
-
-
 @contextmanager
-def _handled(handler: Handler) -> Iterator[None]:
-    """``handler`` for both signals. Outside of the main thread Python allows none: nothing is changed then.
+def _handled(handler: Callable[[int, FrameType | None], None], *signums: int) -> Iterator[None]:
+    """``handler`` for ``signums``. Outside of the main thread Python allows none: nothing is changed then.
 
     A signal that was ignored from the start (``nohup``, a background job of a shell) stays ignored.
     """
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = {signum: signal.getsignal(signum) for signum in SIGNALS}
-    ours = [signum for signum in SIGNALS if before[signum] not in (signal.SIG_IGN, None)]
+    is_main = threading.current_thread() is threading.main_thread()
+    before = {signum: signal.getsignal(signum) for signum in signums if is_main}
+    ours = [signum for signum, was in before.items() if was not in (signal.SIG_IGN, None)]
     for signum in ours:
         signal.signal(signum, handler)
     try:

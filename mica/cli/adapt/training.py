@@ -2,6 +2,7 @@
 
 import argparse
 import math
+import signal
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -12,10 +13,10 @@ from accelerate import PartialState
 from torch.utils.data import Dataset
 from transformers import Trainer, TrainerState, TrainingArguments, get_scheduler, set_seed
 from transformers.integrations import get_reporting_integration_callbacks
-from transformers.trainer_callback import PrinterCallback, ProgressCallback
+from transformers.trainer_callback import PrinterCallback
 
 from mica.cli.adapt import checkpoints, config, evaluation, fingerprint, processes, result, signals
-from mica.cli.adapt.callbacks import FiniteOnly, Marking, Milestones, Progress, Stopping, Watching
+from mica.cli.adapt.callbacks import Hooks
 from mica.cli.output import one_line
 from mica.errors import UsageError
 
@@ -30,7 +31,6 @@ class Training(NamedTuple):
     ``steps``, ``tokens``: optimiser steps done, tokens read. ``seconds``: wall time of training, checkpoints
     included, evaluations not. ``loss``: mean training loss over all steps, nats per token. ``interrupted``:
     the name of the signal that ended it, as "SIGINT"; then nothing but a checkpoint was written.
-    ``checkpoint``: the last one.
     """
 
     history: list[dict[str, Any]]
@@ -39,7 +39,6 @@ class Training(NamedTuple):
     seconds: float
     loss: float
     interrupted: str | None
-    checkpoint: Path | None
 
 
 def check(args: argparse.Namespace) -> None:
@@ -52,7 +51,7 @@ def check(args: argparse.Namespace) -> None:
     except (ValueError, TypeError) as error:
         raise UsageError(f"--scheduler {args.scheduler}: {one_line(error)}") from error
     try:
-        Trainer.get_optimizer_cls_and_kwargs(_arguments(args, total_steps=1, global_batch=1, blocks=1))
+        Trainer.get_optimizer_cls_and_kwargs(_arguments(args, blocks=1))
     except (ValueError, ImportError, RuntimeError) as error:
         raise UsageError(f"--optimizer {args.optimizer}: {one_line(error)}") from error
     for name in args.report_to:
@@ -84,7 +83,7 @@ def _settings(args) -> dict[str, Any]:
     return {"processes": PartialState().num_processes, **config.fixed(args)}
 
 
-def _arguments(args, *, total_steps: int, global_batch: int, blocks: int, **more) -> TrainingArguments:
+def _arguments(args, blocks: int, **more) -> TrainingArguments:
     return TrainingArguments(
         output_dir=str(args.output),
         max_steps=-1 if args.steps is None else args.steps,
@@ -92,11 +91,11 @@ def _arguments(args, *, total_steps: int, global_batch: int, blocks: int, **more
         per_device_train_batch_size=args.batch_size,
         gradient_accumulation_steps=args.gradient_accumulation_steps,
         # With a last batch that is smaller, N processes fill theirs up with blocks from the epoch's start.
-        dataloader_drop_last=blocks >= global_batch,
+        dataloader_drop_last=blocks >= args.batch_size * PartialState().num_processes,
         dataloader_pin_memory=not processes.use_cpu(),
         learning_rate=args.learning_rate,
         lr_scheduler_type=args.scheduler,
-        warmup_steps=math.ceil(args.warmup_ratio * total_steps),
+        warmup_steps=args.warmup_ratio,  # below 1: the share of all steps
         weight_decay=args.weight_decay,
         max_grad_norm=args.max_grad_norm,
         optim=args.optimizer,
@@ -107,7 +106,6 @@ def _arguments(args, *, total_steps: int, global_batch: int, blocks: int, **more
         include_num_input_tokens_seen="all",
         eval_strategy="steps",
         eval_steps=args.eval_steps or 2**31,  # without it: at the start and at the end only
-        metric_for_best_model="eval_held_out_loss" if args.scheduler == "reduce_lr_on_plateau" else None,
         save_strategy="steps",
         save_steps=args.save_steps,
         save_total_limit=None,  # see checkpoints.rotate
@@ -119,36 +117,23 @@ def _arguments(args, *, total_steps: int, global_batch: int, blocks: int, **more
     )
 
 
-def _total_steps(args, blocks: int, processes_: int) -> int:
-    """The number of optimiser steps, as the Trainer will count them."""
-    if args.steps is not None:
-        return args.steps
-    batches = max(1, blocks // (args.batch_size * processes_))
-    return math.ceil(args.epochs * math.ceil(batches / args.gradient_accumulation_steps))
-
-
 class _Trainer(Trainer):
     """With exact perplexities, adapters without base weights, and one line for what cannot be written."""
 
     def __init__(self, *, sets: dict[str, Dataset], output: Path, **options):
         super().__init__(**options)
-        self.sets = sets
-        self.output = output
+        self.sets, self.output = sets, output
         self.paused = 0.0  # seconds spent in evaluation
 
     def evaluate(self, *args, metric_key_prefix: str = "eval", **kwargs) -> dict[str, float]:
         """Perplexity and loss of every set, logged. Raises UsageError if one is not finite."""
         begin = time.perf_counter()
         model = self.model_wrapped if self.is_deepspeed_enabled else self.model
-        metrics = {}
+        batch_size, metrics = self.args.per_device_train_batch_size, {}
         for name, blocks in self.sets.items():
-            score = evaluation.finite(
-                evaluation.likelihood(
-                    model, blocks, self.args.per_device_train_batch_size, device=self.args.device
-                )
-            )
-            metrics[f"{metric_key_prefix}_{name}_loss"] = score.loss
+            score = evaluation.likelihood(model, blocks, batch_size, self.args.device)
             metrics[f"{metric_key_prefix}_{name}_perplexity"] = score.perplexity
+            metrics[f"{metric_key_prefix}_{name}_loss"] = score.loss
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         self.paused += time.perf_counter() - begin
@@ -165,10 +150,10 @@ class _Trainer(Trainer):
             return
         state = result.gathered(self.model)
         if self.args.should_save:
+            model = self.accelerator.unwrap_model(self.model)
             # "auto", the default, would look for the base's config.json to find out whether it was resized
-            options = {"state_dict": state, "save_embedding_layers": False}
-            self.accelerator.unwrap_model(self.model).save_pretrained(
-                output_dir or self.args.output_dir, **options
+            model.save_pretrained(
+                output_dir or self.args.output_dir, state_dict=state, save_embedding_layers=False
             )
 
     def _save_checkpoint(self, *args, **kwargs) -> None:
@@ -176,13 +161,6 @@ class _Trainer(Trainer):
         # else changes: the marker is written by a callback.
         with checkpoints.written(self.output, f"checkpoint-{self.state.global_step}"):
             super()._save_checkpoint(*args, **kwargs)
-
-
-def _checkpoint_activations(model) -> None:
-    """Recompute activations in the backward. The re-entrant kind gives frozen inputs no gradient."""
-    # Not by TrainingArguments: transformers renamed argument and method, and warns about the old names.
-    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
-    enable({"use_reentrant": False})
 
 
 def _is_mixture(model) -> bool:
@@ -214,14 +192,18 @@ def train(
     ``args.output``.
 
     Raises UsageError if a loss or weight is not finite, something cannot be written, or the checkpoint was
-    written with other options, data or base weights; signals.Stopped at a second Ctrl-C.
+    written with other options, data or base weights; KeyboardInterrupt at a second Ctrl-C.
     """
-    main = PartialState().is_main_process
+    main, base = PartialState().is_main_process, model.get_base_model()
+    use_cache = getattr(base.config, "use_cache", True)
+    base.config.use_cache = False  # a cache hides where documents begin
+    trainer = _build(model, corpus, args, checkpoint)
     settings = {
         **_settings(args),
         "data": f"{len(corpus.train)} blocks ({corpus.fingerprint[:16]})",
         "retain": corpus.retain_fingerprint,
-        **fingerprint.facts(model.get_base_model().name_or_path),
+        **fingerprint.facts(base.name_or_path),
+        "engine": trainer.accelerator.distributed_type.value,
     }
     earlier = {}
     if checkpoint is not None:
@@ -231,17 +213,9 @@ def train(
         checkpoints.discard(args.output, checkpoint)
     processes.wait()
     if args.gradient_checkpointing:
-        _checkpoint_activations(model.get_base_model())
-
-    request = signals.Request(repeats_stop=not processes.several(), announce=_announce if main else _ignore)
-    stopping, progress = Stopping(request), Progress()
-    base_config = model.get_base_model().config
-    use_cache = getattr(base_config, "use_cache", True)
-    base_config.use_cache = False  # a cache hides where documents begin
-    trainer = _build(model, corpus, args, checkpoint)
-    settings["engine"] = trainer.accelerator.distributed_type.value
-    if checkpoint is not None:
-        checkpoints.check(checkpoint, engine=settings["engine"])
+        # Not by TrainingArguments: transformers renamed argument and method, and warns about the old names.
+        enable = getattr(base, "activation_checkpointing_enable", None) or base.gradient_checkpointing_enable
+        enable({"use_reentrant": False})  # the re-entrant kind gives frozen inputs no gradient
     begin = time.perf_counter()
 
     def seconds():
@@ -255,10 +229,9 @@ def train(
         if main:  # with the new one safe: what goes wrong here must not remove it
             checkpoints.rotate(args.output, _KEPT)
 
-    finite = FiniteOnly(lambda: checkpoints.saved(args.output))
-    for callback in (stopping, Milestones(), finite, Marking(mark), progress, Watching(watch)):
-        trainer.add_callback(callback)
-
+    request = signals.Request(alone=not processes.several(), speaks=main)
+    hooks = Hooks(request, mark, watch, saved=lambda: checkpoints.saved(args.output))
+    trainer.add_callback(hooks)
     with request.heeded():
         finished = checkpoint is not None and _state_if_finished(checkpoint, args)
         if finished:
@@ -271,9 +244,9 @@ def train(
                     raise
                 raise UsageError(f"another process has ended; {checkpoints.saved(args.output)}") from error
             finally:
-                progress.close()
-                base_config.use_cache = use_cache
-        stopped = processes.largest(stopping.agreed or request.signum)
+                hooks.close()
+        base.config.use_cache = use_cache
+        stopped = processes.largest(hooks.agreed or request.signum)
         if not stopped:
             result.save(trainer.accelerator.unwrap_model(trainer.model), tokenizer, args.output)
     # without the Trainer's own summary at the end, which knows this session only
@@ -284,38 +257,22 @@ def train(
         tokens=int(trainer.state.num_input_tokens_seen),
         seconds=earlier["seconds"] if finished else seconds(),
         loss=_mean_loss(history),
-        interrupted=signals.name_of(stopped),
-        checkpoint=checkpoints.latest(args.output),
+        interrupted=signal.Signals(stopped).name if stopped else None,
     )
 
 
-def _announce(name: str) -> None:
-    again = "" if processes.several() or name != "SIGINT" else "; Ctrl-C again stops at once"
-    signals.say(f"mica adapt: {name}: finishing this step and saving a checkpoint{again}")
-
-
-def _ignore(name: str) -> None:
-    """What processes other than the main one say."""
-
-
 def _build(model, corpus, args, checkpoint) -> _Trainer:
-    count = PartialState().num_processes
-    blocks = len(corpus.train)
     arguments = _arguments(
         args,
-        total_steps=_total_steps(args, blocks, count),
-        global_batch=args.batch_size * count,
-        blocks=blocks,
+        blocks=len(corpus.train),
         eval_on_start=checkpoint is None,
         ddp_find_unused_parameters=_is_mixture(model),
     )
     if arguments.n_gpu > 1:
         arguments._n_gpu = 1  # or one process would train on all GPUs by DataParallel; there is no public way
-    sets = {"held_out": corpus.held_out}
-    if corpus.retain is not None:
-        sets["retain"] = corpus.retain
+    sets = {"held_out": corpus.held_out, "retain": corpus.retain}
     trainer = _Trainer(
-        sets=sets,
+        sets={name: blocks for name, blocks in sets.items() if blocks is not None},
         output=args.output,
         model=model,
         args=arguments,
@@ -323,11 +280,10 @@ def _build(model, corpus, args, checkpoint) -> _Trainer:
         eval_dataset=corpus.held_out,
         data_collator=evaluation.collate,
     )
-    for callback in (PrinterCallback, ProgressCallback):
-        trainer.remove_callback(callback)
+    trainer.remove_callback(PrinterCallback)
     if trainer.is_fsdp_enabled and getattr(trainer.accelerator.state.fsdp_plugin, "fsdp_version", 1) < 2:
         raise UsageError("FSDP version 1 shards trained and frozen weights together: set fsdp_version: 2")
-    if count > 1:
+    if processes.several():
         set_seed(args.seed + PartialState().process_index)  # dropout: other masks for other blocks
     return trainer
 

@@ -15,6 +15,7 @@ from mica.cli.adapt import adapter, base, result
 from mica.cli.loading import find_source
 from mica.errors import UsageError
 from tests.support.adapt_results import move, settings, working_in
+from tests.support.adapt_runs import same
 from tests.support.tiny_cli import adapt, byte_tokenizer, logits, tiny_llama
 from tests.support.tiny_gguf import write_tiny_gguf
 
@@ -50,22 +51,18 @@ def test_quantised_base_can_be_evaluated_and_then_trained(kind, layer, model_dir
         assert up.weight.quant_state.nested
         assert up.compute_dtype == torch.float32
     tuned = adapter.start(model, settings(target_modules="all-linear"))
-    before = logits(tuned)  # in eval mode, where bitsandbytes repacks 4-bit weights
-    assert (before - logits(tiny_llama())).abs().max() < 0.5
-    tuned.train()
-    ids = torch.arange(64).view(2, 32)
-    tuned(input_ids=ids, labels=ids).loss.backward()
-    gradients = {name: w.grad for name, w in tuned.named_parameters() if w.requires_grad}
-    assert len(gradients) == 14
-    assert all(gradient.abs().max() > 0 for gradient in gradients.values())
-    again = {name: gradient.clone() for name, gradient in gradients.items()}
-    tuned.zero_grad()
-    logits(tuned)
-    tuned.train()
-    tuned(input_ids=ids, labels=ids).loss.backward()
-    for name, weight in tuned.named_parameters():
-        if weight.requires_grad:
-            assert torch.equal(weight.grad, again[name]), name
+    ids, gradients = torch.arange(64).view(2, 32), []
+    for _ in range(2):
+        evaluated = logits(tuned)  # in eval mode, where bitsandbytes repacks 4-bit weights
+        assert (evaluated - logits(tiny_llama())).abs().max() < 0.5
+        tuned.zero_grad()
+        tuned.train()
+        tuned(input_ids=ids, labels=ids).loss.backward()
+        gradients.append({name: w.grad for name, w in tuned.named_parameters() if w.requires_grad})
+    first, again = gradients
+    assert len(first) == 14
+    assert all(gradient.abs().max() > 0 for gradient in first.values())
+    assert same(first, again)
 
 
 @pytest.mark.parametrize("native", [True, False])
@@ -78,28 +75,20 @@ def test_auto_computes_in_the_dtype_of_the_checkpoint(native, tmp_path, monkeypa
     assert model.dtype == model.model.layers[0].mlp.up_proj.compute_dtype == expected
 
 
-def test_bitsandbytes_is_missing(model_dir, monkeypatch):
-    monkeypatch.setattr("mica.cli.adapt.base.is_bitsandbytes_available", lambda: False)
-    with pytest.raises(UsageError, match=r"^--quantize int8: needs bitsandbytes and accelerate: pip install"):
-        load(model_dir, quantize="int8")
-
-
 def test_bitsandbytes_does_not_run_on_the_device(model_dir, monkeypatch):
     def refuse(**_):
         raise RuntimeError("None of the available devices are supported\nby bitsandbytes.\nInstall it.")
 
     monkeypatch.setattr("transformers.integrations.validate_bnb_backend_availability", refuse)
-    message = r"^--quantize nf4: not possible on cpu: None of .* are supported by bitsandbytes\.$"
-    with pytest.raises(UsageError, match=message):
+    with pytest.raises(
+        UsageError, match=r"^--quantize nf4: not possible on cpu: None of .* by bitsandb\w+\.$"
+    ):
         load(model_dir, quantize="nf4")
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
-    [
-        ({"quantize": "nf4"}, "^--quantize nf4: .* is quantised already"),
-        ({"merge": True}, "^--merge: .* is quan"),
-    ],
+    [({"quantize": "nf4"}, "^--quantize nf4: .* is quantised al"), ({"merge": True}, "^--merge: .* is quan")],
 )
 def test_quantised_checkpoint_is_refused_before_its_weights_are_read(options, message, tmp_path):
     tiny_llama().config.save_pretrained(tmp_path)
@@ -159,7 +148,7 @@ def test_gguf_base_is_converted_in_the_dtype_of_the_run_and_once(
 ):
     options = {"output": tmp_path / "out", **options}
     assert load(gguf_file, **options).dtype == dtype
-    monkeypatch.setattr("mica.cli.adapt.base._convert", lambda *_: pytest.fail("converted again"))
+    monkeypatch.setattr("mica.cli.adapt.base.write_folder", lambda *_: pytest.fail("converted again"))
     assert load(gguf_file, **options, resume=True).dtype == dtype
     if dtype == torch.float32:
         pytest.importorskip("bitsandbytes")
@@ -173,8 +162,7 @@ def test_full_disk_leaves_no_half_of_a_base(gguf_file, tmp_path, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("transformers.LlamaForCausalLM.save_pretrained", full)
-    with pytest.raises(
-        UsageError, match=r"^--output .*/out/base: cannot be written: No space left on device$"
-    ):
+    message = r"^--output .*/out/base: cannot be written: No space left on device$"
+    with pytest.raises(UsageError, match=message):
         load(gguf_file, output=tmp_path / "out")
     assert not list((tmp_path / "out").iterdir())

@@ -1,4 +1,4 @@
-"""The callbacks alone, with made-up states of a Trainer."""
+"""The callback alone, with made-up states of a Trainer."""
 
 import io
 import math
@@ -9,24 +9,30 @@ import pytest
 import torch
 from transformers import TrainerControl, TrainerState
 
-from mica.cli.adapt.callbacks import FiniteOnly, Marking, Milestones, Progress, Stopping
+from mica.cli.adapt.callbacks import Hooks
 from mica.cli.adapt.signals import Request
 from mica.errors import UsageError
-from tests.support.adapt_runs import fresh_state
+from tests.support.adapt_runs import fresh_state  # noqa: F401 (a fixture)
 
 ARGS = SimpleNamespace(learning_rate=3e-3)
 
 
-@pytest.fixture(autouse=True)
-def _fresh_state():
-    yield
-    fresh_state()
+def state(step=10, main=True):
+    return TrainerState(global_step=step, max_steps=40, is_world_process_zero=main, log_history=["a"])
 
 
-def state(step=10, main=True, **more):
-    return TrainerState(
-        global_step=step, max_steps=40, is_world_process_zero=main, num_input_tokens_seen=640, **more
-    )
+def begun(main=True, calls=None):
+    """Hooks of a run that has begun; marks and watches are appended to ``calls``."""
+    note = (calls if calls is not None else []).append
+    hooks = Hooks(Request(alone=True, speaks=False), note, note, lambda: "nothing was saved")
+    hooks.on_train_begin(ARGS, state(0, main), None)
+    return hooks
+
+
+def at_step(hooks, step=10, model=None, **control):
+    made = TrainerControl(**control)
+    hooks.on_step_end(ARGS, state(step), made, model=model or torch.nn.Linear(2, 2))
+    return made
 
 
 class Terminal(io.StringIO):
@@ -34,103 +40,66 @@ class Terminal(io.StringIO):
         return True
 
 
-def log(progress, at, **logs):
-    at.num_input_tokens_seen += 1000
-    progress.on_step_end(ARGS, at, None)
-    progress.on_log(ARGS, at, None, logs={"learning_rate": 1e-3, **logs})
-
-
-@pytest.mark.parametrize("screen", [Terminal(), io.StringIO()], ids=["terminal", "file"])
+@pytest.mark.parametrize("kind", [Terminal, io.StringIO])
 @pytest.mark.parametrize("main", [True, False])
-def test_progress(monkeypatch, screen, main):
-    screen.seek(0)
-    screen.truncate()
+def test_progress(monkeypatch, kind, main):
+    screen = kind()
     monkeypatch.setattr(sys, "stderr", screen)
-    monkeypatch.setattr("mica.cli.adapt.callbacks.peak_memory", lambda: (3 * 2**30, "measured"))
-    progress, at = Progress(), state(0, main=main, log_history=[])
-    progress.on_train_begin(ARGS, at, None)
-    log(progress, at, eval_held_out_perplexity=7.77)
+    clock = SimpleNamespace(perf_counter=iter([5, 65, 125]).__next__)
+    monkeypatch.setattr("mica.cli.adapt.callbacks.time", clock)
+    Hooks(None, None, None, None).close()  # before the training has begun
+    hooks = begun(main)
+    hooks.on_log(ARGS, state(0, main), None, logs={"eval_held_out_perplexity": 7.77})
     for step, perplexity in ((20, 6.25), (40, 5.75)):
-        at.global_step = step
-        log(progress, at, loss=2.5)  # the Trainer logs a step's loss first, and then evaluates
-        log(progress, at, eval_held_out_perplexity=perplexity, eval_retain_perplexity=9.5)
-    progress.on_train_end(ARGS, at, None)
-    progress.close()  # twice is once
+        at_step(hooks, step)  # the Trainer logs a step's loss first, and then evaluates
+        hooks.on_log(ARGS, state(step, main), None, logs={"learning_rate": 1e-3, "loss": 2.5})
+        measured = {"eval_held_out_perplexity": perplexity, "eval_retain_perplexity": 9.5}
+        hooks.on_log(ARGS, state(step, main), None, logs=measured)
+    hooks.on_log(ARGS, state(40, main), None, logs={"train_loss": 2.5})  # the Trainer's own end
+    hooks.close()
     shown = screen.getvalue()
-    if not main:
-        assert shown == ""
-        return
-    assert "loss 2.500, lr 1.00e-03, tokens/s " in shown
-    assert "peak 3.00 GiB" in shown
-    if screen.isatty():
-        assert "step 0: held-out perplexity 7.77" in shown
-        assert shown.rstrip().endswith(
-            "peak 3.00 GiB; step 40: held-out perplexity 5.75, retained perplexity 9.50]"
-        )
-        return
-    lines = [line.partition(": ") for line in shown.splitlines()]
-    assert [(step, text) for step, _, text in lines if "loss" not in text] == [
-        ("step 0/40", "held-out perplexity 7.77"),
-        ("step 20/40", "held-out perplexity 6.25, retained perplexity 9.50"),
-        ("step 40/40", "held-out perplexity 5.75, retained perplexity 9.50"),
+    lines = [line for line in shown.replace("\r", "\n").splitlines() if line.startswith("step ")]
+    expected = [
+        "step 0/40: held-out perplexity 7.77",
+        "step 20/40: loss 2.500, lr 1.00e-03, 01:00 left",
+        "step 20/40: held-out perplexity 6.25, retained perplexity 9.50",
+        "step 40/40: loss 2.500, lr 1.00e-03, 00:00 left",
+        "step 40/40: held-out perplexity 5.75, retained perplexity 9.50",
     ]
-    assert [step for step, _, text in lines if text.startswith("loss ") and text.endswith(" left")] == [
-        "step 20/40",
-        "step 40/40",
-    ]
-    assert len(lines) == 5
+    assert lines == (expected if main else [])
+    assert ("Training" in shown and "2/40" in shown) == (main and kind is Terminal)
 
 
-def decide(*callbacks, step=10, **control):
-    made = TrainerControl(**control)
-    for callback in callbacks:
-        callback.on_step_end(ARGS, state(step), made, model=torch.nn.Linear(2, 2))
-    return made
-
-
-def test_milestones():
-    assert not decide(Milestones()).should_log
-    assert decide(Milestones(), should_save=True).should_log
-    last = decide(Milestones(), step=40)
-    assert last.should_save
-    assert last.should_evaluate
-    assert last.should_log
-
-
-def test_stopping():
-    request = Request(repeats_stop=True, announce=lambda name: None)
-    stopping = Stopping(request)
-    assert not decide(stopping).should_training_stop
-    request.note(15)
-    made = decide(stopping, Milestones())
-    assert made.should_training_stop
-    assert made.should_save
-    assert made.should_log
-    assert stopping.agreed == 15
+def test_the_last_step_is_evaluated():
+    assert not at_step(begun(), 39).should_evaluate
+    assert at_step(begun(), 40).should_evaluate
 
 
 @pytest.mark.parametrize("loss", [math.nan, math.inf])
 def test_a_loss_that_is_not_finite(loss):
-    finite = FiniteOnly(lambda: "nothing was saved")
-    finite.on_log(ARGS, state(), None, logs={"loss": 2.0})
-    finite.on_log(ARGS, state(), None, logs={"eval_held_out_loss": loss})  # evaluation has its own check
+    hooks = begun()
+    hooks.on_log(ARGS, state(), None, logs={"loss": 2.0, "learning_rate": 1e-3})
+    hooks.on_log(ARGS, state(), None, logs={"eval_held_out_loss": loss})  # evaluation has its own check
     with pytest.raises(UsageError, match=r"at or before step 10; nothing was saved\. Try .* \(now 0\.003\)"):
-        finite.on_log(ARGS, state(), None, logs={"loss": loss})
+        hooks.on_log(ARGS, state(), None, logs={"loss": loss, "learning_rate": 1e-3})
 
 
 @pytest.mark.parametrize("name", ["weight", "bias"])
 def test_weights_are_checked_where_they_are_saved(name):
-    finite = FiniteOnly(lambda: "nothing was saved")
-    layer = torch.nn.Linear(2, 2)
+    hooks, layer = begun(), torch.nn.Linear(2, 2)
     getattr(layer, name).data.view(-1)[-1] = math.inf
-    finite.on_step_end(ARGS, state(), TrainerControl(), model=layer)
+    at_step(hooks, model=layer)
     with pytest.raises(UsageError, match="a trained weight is not finite after step 10"):
-        finite.on_step_end(ARGS, state(), TrainerControl(should_save=True), model=layer)
+        at_step(hooks, model=layer, should_save=True)
     getattr(layer, name).requires_grad_(False)  # the base's own weights are not the run's business
-    finite.on_step_end(ARGS, state(), TrainerControl(should_save=True), model=layer)
+    at_step(hooks, model=layer, should_save=True)
 
 
-def test_marking():
-    marked = []
-    Marking(marked.append).on_save(ARGS, state(), None)
-    assert marked == [10]
+def test_marking_and_watching():
+    """Marks in every process, watches in the main one."""
+    calls = []
+    for main in (True, False):
+        hooks = begun(main, calls)
+        hooks.on_save(ARGS, state(main=main), None)
+        hooks.on_evaluate(ARGS, state(main=main), None)
+    assert calls == [10, ["a"], 10]

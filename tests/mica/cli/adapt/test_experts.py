@@ -100,7 +100,7 @@ def test_ctrl_c_and_resumed(made, text, tmp_path, monkeypatch):
         if state.global_step == 5:
             signal.raise_signal(signal.SIGINT)
 
-    monkeypatch.setattr("mica.cli.adapt.callbacks.Watching.on_step_begin", interrupted, raising=False)
+    monkeypatch.setattr("mica.cli.adapt.callbacks.Hooks.on_step_begin", interrupted, raising=False)
     assert adapt(base, text, tmp_path / "out", "--save-steps", 4, "--workers", 1) == 130
     monkeypatch.undo()
     assert same(weights(resumed(tmp_path / "out")), weights(run))

@@ -9,20 +9,24 @@ import pytest
 import torch
 import torch.distributed as dist
 from peft import PeftModel
-from safetensors.torch import load_file
 
 from mica.cli.adapt import checkpoints, processes
 from mica.cli.adapt.evaluation import likelihood
 from mica.errors import UsageError
-from tests.support.adapt_runs import Process, blocks, corpus, fresh_state, run, run_sharded
+from tests.support.adapt_runs import (
+    Process,
+    blocks,
+    corpus,
+    fresh_state,  # noqa: F401 (a fixture)
+    losses,
+    run,
+    run_sharded,
+    run_signalled,
+    same,
+    weights,
+)
 from tests.support.adapt_settings import settings
 from tests.support.tiny_cli import logits, tiny_llama
-
-
-@pytest.fixture(autouse=True)
-def _fresh_state():
-    yield
-    fresh_state()
 
 
 def two(function, *arguments, folder, statuses=(0, 0)):
@@ -99,10 +103,6 @@ def test_an_error_of_all_is_printed_once(tmp_path, different, lines):
     assert errors.splitlines() == [f"error: --text x.csv: {line}" for line in lines]
 
 
-def losses(history):
-    return [entry["loss"] for entry in history if "loss" in entry]
-
-
 def test_two_processes_learn_as_one_with_twice_the_batch(tmp_path):
     options = {"dropout": 0.0, "steps": 12, "eval_steps": 6}
     data = corpus(30, retain=3)  # of an epoch's 30 blocks, 28 make whole batches
@@ -111,51 +111,31 @@ def test_two_processes_learn_as_one_with_twice_the_batch(tmp_path):
         run, settings(tmp_path / "two", batch_size=2, **options), data, folder=tmp_path
     ).results()
     assert first.history[:1] == second.history[:1]
-    assert losses(first.history) == losses(second.history)
-    assert losses(first.history) == pytest.approx(losses(alone.history), rel=1e-6)
+    assert losses(first) == losses(second)
+    assert dict(losses(first)) == pytest.approx(dict(losses(alone)), rel=1e-6)
     for name in ("eval_held_out_perplexity", "eval_retain_perplexity"):
         expected = [entry[name] for entry in alone.history if name in entry]
         assert [entry[name] for entry in first.history if name in entry] == pytest.approx(expected, rel=1e-6)
         assert len(expected) == 3
     assert first.tokens == second.tokens == alone.tokens
-    one, other = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("one", "two"))
+    one, other = weights(tmp_path / "one"), weights(tmp_path / "two")
     for name, weight in one.items():
         assert (weight - other[name]).abs().max() <= 1e-6 * weight.abs().max()
         assert "lora_A" in name or torch.equal(weight, other[name])
-    assert sorted(path.name for path in (tmp_path / "two").iterdir()) == sorted(
-        path.name for path in (tmp_path / "one").iterdir()
-    )
+    files, expected = ({path.name for path in (tmp_path / name).iterdir()} for name in ("two", "one"))
+    assert files == expected
     errors = (tmp_path / "stderr-1").read_text()
     assert not [line for line in errors.splitlines() if "step" in line or "warn" in line.lower()]
 
 
-def signalled(args, name, step):
-    """`run`, where this rank gets a signal in another step than the others, and torchrun repeats it."""
-    rank = int(os.environ["RANK"])
-    data = corpus()
-    reads = args.batch_size * (step + rank)
-
-    class Blocks(list):
-        count = 0
-
-        def __getitem__(self, index):
-            self.count += 1
-            if self.count in (reads, reads + 1):
-                os.kill(os.getpid(), getattr(signal, name))
-            return super().__getitem__(index)
-
-    data.train = Blocks(data.train)
-    return run(args, data)
-
-
-@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM"])
-def test_a_signal_stops_both_at_one_step(tmp_path, name):
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_stops_both_at_one_step(tmp_path, signum):
     args = settings(tmp_path / "out", batch_size=2, save_steps=100)
-    started = two(signalled, args, name, 4, folder=tmp_path)
+    started = two(run_signalled, args, signum, [4, 5], folder=tmp_path)
     first, second = started.results()
-    assert first.interrupted == second.interrupted == name
+    assert first.interrupted == second.interrupted == signum.name
     assert first.steps == second.steps < 8
-    assert first.checkpoint == args.output / f"checkpoint-{first.steps}"
+    assert checkpoints.latest(args.output) == args.output / f"checkpoint-{first.steps}"
     assert started.errors().count("finishing this step") == 1
     args.resume = True
     assert [result.steps for result in two(run, args, folder=tmp_path).results()] == [10, 10]
@@ -164,13 +144,13 @@ def test_a_signal_stops_both_at_one_step(tmp_path, name):
 def test_both_go_on_from_the_checkpoint_before_a_damaged_one(tmp_path):
     args = settings(tmp_path / "out", batch_size=2)
     whole = two(run, args, folder=tmp_path).results()[0]
-    before = (args.output / "adapter_model.safetensors").read_bytes()
+    before = weights(args.output)
     path = args.output / "checkpoint-10" / "rng_state_1.pth"
     path.write_bytes(bytes(path.stat().st_size))
     args.resume = True
     resumed = two(run, args, folder=tmp_path).results()
-    assert [losses(result.history) for result in resumed] == [losses(whole.history)] * 2
-    assert (args.output / "adapter_model.safetensors").read_bytes() == before
+    assert [losses(result) for result in resumed] == [losses(whole)] * 2
+    assert same(weights(args.output), before)
 
 
 def full_disk(args):
@@ -195,27 +175,9 @@ def test_what_one_process_cannot_write_stops_both(tmp_path):
     assert [path.name for path in checkpoints.folders(args.output)] == ["checkpoint-5"]
 
 
-def die_at(args, step):
-    data = corpus()
-    if os.environ["RANK"] == "0":
-        return run(args, data)
-
-    class Blocks(list):
-        count = 0
-
-        def __getitem__(self, index):
-            self.count += 1
-            if self.count == step * args.batch_size:
-                os.kill(os.getpid(), signal.SIGKILL)
-            return super().__getitem__(index)
-
-    data.train = Blocks(data.train)
-    return run(args, data)
-
-
 def test_a_lost_process_is_one_line(tmp_path):
     args = settings(tmp_path / "out", batch_size=2)
-    errors = two(die_at, args, 8, folder=tmp_path, statuses=(2, -9)).errors()
+    errors = two(run_signalled, args, signal.SIGKILL, [None, 8], folder=tmp_path, statuses=(2, -9)).errors()
     assert errors.splitlines()[-1] == (
         f"error: another process has ended; the last complete checkpoint is {args.output}/checkpoint-5 "
         "(--resume goes on from it)"
@@ -228,18 +190,17 @@ def test_fsdp2(tmp_path, kind):
     args = settings(tmp_path / "out", batch_size=2, dropout=0.0)
     whole = two(run_sharded, kind, args, folder=tmp_path).results()[0]
     alone = run(settings(tmp_path / "one", dropout=0.0))
-    assert losses(whole.history) == pytest.approx(losses(alone.history), rel=1e-6)
-    adapter = load_file(args.output / "adapter_model.safetensors")
-    expected = load_file(tmp_path / "one" / "adapter_model.safetensors")
-    assert {name: tuple(weight.shape) for name, weight in adapter.items()} == {
-        name: tuple(weight.shape) for name, weight in expected.items()
-    }
-    loaded = logits(PeftModel.from_pretrained(tiny_llama(), args.output))
-    torch.testing.assert_close(loaded, logits(PeftModel.from_pretrained(tiny_llama(), tmp_path / "one")))
+    assert dict(losses(whole)) == pytest.approx(dict(losses(alone)), rel=1e-6)
+    adapter = weights(args.output)
+    shapes = [{name: w.shape for name, w in found.items()} for found in (adapter, weights(tmp_path / "one"))]
+    assert shapes[0] == shapes[1]
+    loaded, expected = (
+        logits(PeftModel.from_pretrained(tiny_llama(), folder)) for folder in (args.output, tmp_path / "one")
+    )
+    torch.testing.assert_close(loaded, expected)
 
     (args.output / "checkpoint-10" / "complete.json").unlink()
     args.resume = True
     resumed = two(run_sharded, kind, args, folder=tmp_path).results()[0]
-    assert losses(resumed.history) == losses(whole.history)
-    again = load_file(args.output / "adapter_model.safetensors")
-    assert all(torch.equal(weight, again[name]) for name, weight in adapter.items())
+    assert losses(resumed) == losses(whole)
+    assert same(weights(args.output), adapter)

@@ -255,7 +255,7 @@ def test_a_signal_says_how_to_go_on(model_dir, rows, tmp_path, capsys, monkeypat
         if state.global_step == 5:
             signal.raise_signal(signal.SIGTERM)
 
-    monkeypatch.setattr("mica.cli.adapt.callbacks.Watching.on_step_begin", interrupted, raising=False)
+    monkeypatch.setattr("mica.cli.adapt.callbacks.Hooks.on_step_begin", interrupted, raising=False)
     output = tmp_path / "out"
     assert adapt(model_dir, rows, output) == 143
     printed = capsys.readouterr().out

@@ -7,10 +7,14 @@ import threading
 import pytest
 
 from mica.cli.adapt import signals
+from mica.cli.adapt.signals import Request
+
+INT, TERM = signals.SIGNALS
 
 
-def send(signum):
-    os.kill(os.getpid(), signum)  # Python runs the handler before the call returns to bytecode
+def send(*signums):
+    for signum in signums:
+        os.kill(os.getpid(), signum)  # Python runs the handler before the call returns to bytecode
 
 
 @pytest.fixture(autouse=True)
@@ -20,66 +24,58 @@ def _handlers_are_restored():
     assert [signal.getsignal(signum) for signum in signals.SIGNALS] == before
 
 
-@pytest.mark.parametrize(("signum", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_at_once(signum, status):
-    with pytest.raises(signals.Stopped) as stopped, signals.at_once():
-        send(signum)
-    assert stopped.value.status == status == signals.status(signum.name)
-    assert str(stopped.value) == signum.name == signals.name_of(signum)
-    assert signals.name_of(0) is None
+def test_at_once():
+    with pytest.raises(SystemExit) as stopped, signals.at_once():
+        send(TERM)
+    assert stopped.value.code == 143 == signals.status("SIGTERM")
+    with pytest.raises(KeyboardInterrupt), signals.at_once():
+        send(INT)
+    assert signals.status("SIGINT") == 130
 
 
-def test_a_request_is_noted_once_and_announced_once():
-    said = []
-    request = signals.Request(repeats_stop=False, announce=said.append)
+@pytest.mark.parametrize("speaks", [True, False])
+def test_a_request_is_noted_once_and_announced_once(speaks, capfd):
+    request = Request(alone=False, speaks=speaks)
     with signals.at_once():
         with request.heeded():
             assert request.signum == 0
-            for signum in (signal.SIGTERM, signal.SIGINT, signal.SIGINT, signal.SIGTERM):
-                send(signum)
-        assert (request.signum, said) == (signal.SIGTERM, ["SIGTERM"])
-        with pytest.raises(signals.Stopped):  # as it was before
-            send(signal.SIGINT)
+            send(TERM, INT, INT, TERM)
+        with pytest.raises(SystemExit):  # as it was before
+            send(TERM)
+    assert request.signum == TERM
+    said = "\nmica adapt: SIGTERM: finishing this step and saving a checkpoint\n"
+    assert capfd.readouterr().err == said * speaks
 
 
-def test_a_second_ctrl_c_stops_at_once_but_no_second_sigterm():
-    request = signals.Request(repeats_stop=True, announce=lambda name: None)
+def test_a_second_ctrl_c_stops_at_once_but_no_second_sigterm(capfd):
+    request = Request(alone=True, speaks=True)
     with request.heeded():
-        send(signal.SIGINT)
-        send(signal.SIGTERM)
-        with pytest.raises(signals.Stopped) as stopped:
-            send(signal.SIGINT)
-    assert stopped.value.signum == signal.SIGINT
-    assert request.signum == signal.SIGINT
+        send(INT, TERM)
+        with pytest.raises(KeyboardInterrupt):
+            send(INT)
+    assert request.signum == INT
+    assert capfd.readouterr().err.endswith("; Ctrl-C again stops at once\n")
 
 
 def test_a_signal_that_was_ignored_stays_ignored():
-    before = signal.signal(signal.SIGINT, signal.SIG_IGN)  # nohup does so
+    before = signal.signal(INT, signal.SIG_IGN)  # nohup does so
     try:
-        request = signals.Request(repeats_stop=True, announce=lambda name: None)
+        request = Request(alone=True, speaks=True)
         with request.heeded():
-            send(signal.SIGINT)
+            send(INT)
         assert request.signum == 0
     finally:
-        signal.signal(signal.SIGINT, before)
+        signal.signal(INT, before)
 
 
 def test_in_another_thread_nothing_is_changed():
-    caught = []
+    done = []
 
     def work():
-        try:
-            with signals.at_once():
-                pass
-        except ValueError as error:
-            caught.append(error)
+        with signals.at_once():  # which raises ValueError, were it to set a handler
+            done.append(True)
 
     thread = threading.Thread(target=work)
     thread.start()
     thread.join()
-    assert caught == []
-
-
-def test_say_writes_past_pythons_buffers(capfd):
-    signals.say("one line")
-    assert capfd.readouterr().err == "\none line\n"
+    assert done
