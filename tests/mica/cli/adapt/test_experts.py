@@ -9,24 +9,20 @@ import time
 import pytest
 import torch
 import yaml
-from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from mica.cli import main
-from tests.support.adapt_results import poison_solver
+from tests.support.adapt_results import poison_solver, same, saved, summary, weights
 from tests.support.adapt_runs import Process
 from tests.support.moe_models import BUILDERS
-from tests.support.tiny_cli import TEXT, adapt, byte_tokenizer, tiny_llama
+from tests.support.tiny_cli import TEXT, adapt, tiny_llama
 
 KINDS = ["qwen3_moe", "mixtral", "gpt_oss"]
 SAVED = ("adapter_model.safetensors", "adapter_config.json", "summary.json", "README.md")
 
 
 def write_model(folder, kind, seed=0, **options):
-    model = BUILDERS[kind](seed=seed, vocab_size=257, max_position_embeddings=128, **options)
-    model.save_pretrained(folder)
-    byte_tokenizer().save_pretrained(folder)
-    return folder
+    return saved(BUILDERS[kind](seed=seed, vocab_size=257, max_position_embeddings=128, **options), folder)
 
 
 @pytest.fixture(scope="module")
@@ -43,14 +39,6 @@ def made(request, text, tmp_path_factory):
     write_model(folder / "base", request.param)
     assert adapt(folder / "base", text, folder / "run", "--save-steps", 4, "--workers", 1, "--merge") == 0
     return request.param, folder / "base", folder / "run"
-
-
-def weights(folder, name="adapter_model"):
-    return load_file(folder / f"{name}.safetensors")
-
-
-def same(one, other):
-    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
 
 
 def routers(folder):
@@ -74,10 +62,10 @@ def test_experts_are_adapted_and_the_router_is_not(made):
     stacks = [weights(folder, "model") for folder in (base, run / "merged")]
     moved = {name for name in stacks[0] if "experts" in name and not torch.equal(*(s[name] for s in stacks))}
     assert moved == {name for name in stacks[0] if "experts" in name and "bias" not in name}
-    summary = json.loads((run / "summary.json").read_text())
-    assert (summary["settings"]["experts"], summary["origins"]["experts"]) == (True, "recipe all-linear")
-    assert summary["perplexity_after"] < summary["perplexity_before"]
-    assert summary["layers_on_peft_path"] == []
+    made = summary(run)
+    assert (made["settings"]["experts"], made["origins"]["experts"]) == (True, "recipe all-linear")
+    assert made["perplexity_after"] < made["perplexity_before"]
+    assert made["layers_on_peft_path"] == []
     assert yaml.safe_load((run / "run.yaml").read_text())["experts"] is True
     assert "| experts | yes | recipe all-linear |" in (run / "README.md").read_text()
 
@@ -190,20 +178,14 @@ def test_over_a_quantised_base(kind, text, tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (
-            ["--dropout", "0.1"],
-            "--dropout 0.1: PEFT has no dropout for parameters, as model.layers.0.mlp.experts",
-        ),
-        (
-            ["--target-modules", "q_proj,gate", "--rank", "7"],
-            "--rank 7: .*gate.weight has 6 x 32 weights, so at most 6",
-        ),
-        (["--target-modules", "q_proj,experts.up_proj"], "no layer of the model is called 'experts.up_proj'"),
+        ("--dropout 0.1", "--dropout 0.1: PEFT has no dropout for parameters, as model.layers.0.mlp.experts"),
+        ("--target-modules q_proj,gate --rank 7", "--rank 7: .*gate.weight has 6 x 32 weights, so at most 6"),
+        ("--target-modules q_proj,experts.up_proj", "no layer of the model is called 'experts.up_proj'"),
     ],
 )
 def test_refused_before_training(options, message, text, tmp_path, capsys):
     base = write_model(tmp_path / "base", "qwen3_moe")
-    assert adapt(base, text, tmp_path / "out", "--workers", 1, *options) == 2
+    assert adapt(base, text, tmp_path / "out", "--workers", 1, *options.split()) == 2
     assert re.search(message, capsys.readouterr().err)
     assert not (tmp_path / "out").exists()
 
@@ -226,8 +208,7 @@ def test_without_experts_and_by_name(text, tmp_path, capsys):
 
 
 def test_a_dense_model_has_none(text, tmp_path, capsys):
-    tiny_llama().save_pretrained(tmp_path / "base")
-    byte_tokenizer().save_pretrained(tmp_path / "base")
+    saved(tiny_llama(), tmp_path / "base")
     assert adapt(tmp_path / "base", text, tmp_path / "out", "--experts") == 2
     assert "--experts: LlamaForCausalLM has no experts" in capsys.readouterr().err
     assert adapt(tmp_path / "base", text, tmp_path / "out", "--steps", 1) == 0
