@@ -4,7 +4,6 @@ import argparse
 import difflib
 import json
 from collections import ChainMap
-from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -76,25 +75,24 @@ def _tokens(key: object, value: object) -> list[str]:
         raise UsageError(f"{option.flag} belongs on the command line")
     if value is None:
         return []
-    if option.parse is bool:
-        if not isinstance(value, bool):
-            raise UsageError(f"{key} must be true or false, not '{value}'")
-        return [option.flag if value else option.flag.replace("--", "--no-", 1)]
-    values = value if isinstance(value, list) else [value]
-    if any(isinstance(one, (dict, list, bool)) for one in values) or (len(values) != 1 and not option.many):
-        raise UsageError(f"{key} must be {'a list' if option.many else 'one value'}, not {value}")
+    switch, values = option.parse is bool, value if isinstance(value, list) else [value]
+    if (len(values) != 1 and not option.many) or any(
+        isinstance(one, (dict, list)) or isinstance(one, bool) != switch for one in values
+    ):
+        wanted = "true or false" if switch else "a list" if option.many else "one value"
+        raise UsageError(f"{key} must be {wanted}, not {value}")
+    if switch:
+        return [option.flag if values[0] else option.flag.replace("--", "--no-", 1)]
     if option.many:
         return [option.flag, *map(str, values)]
     return [f"{option.flag}={values[0]}"]  # with the value in one token: it may start with a dash
 
 
-def resolve(
-    given: argparse.Namespace, read_adapter: Callable[[Path], dict[str, object]] | None = None
-) -> Settings:
+def resolve(given: argparse.Namespace) -> Settings:
     """A value for every option: command line over YAML over recipe over default.
 
     ``given``: what the command line had (see `options.declare`). With ``--resume`` the run.yaml of the output
-    folder is read, if there is one. ``read_adapter``: what the folder of ``--adapter`` sets, option -> value.
+    folder is read, if there is one, else the folder of ``--adapter``.
 
     Raises UsageError for what `read` refuses, for a missing required option, for ``--steps`` with
     ``--epochs``, and for values other than those of the adapter or, under ``--resume``, of the run.
@@ -113,13 +111,17 @@ def resolve(
         # With what the adapter said then: its folder need not exist any more. No experts, no such entry.
         recorded = {"experts": None} | read(folder / FILE, "--resume")
         layers.append((FILE, recorded))
-    elif adapter is not None and read_adapter is not None:
-        its_own = read_adapter(adapter)
+    elif adapter is not None:
+        from mica.cli.adapt import adapter as adapters  # which needs torch
+
+        its_own = adapters.settings(adapters.read_adapter_config(adapter), adapter)
         layers.append(("adapter", its_own))
         fixed = its_own.keys() - {"dropout"}  # that is not in its weights
         _refuse_others({name: found[name] for name in found if name in fixed}, its_own, "--adapter")
     recipe = ChainMap(*(layer for _, layer in layers)).get("recipe", OPTIONS["recipe"].default)
-    layers.append((f"recipe {recipe}", RECIPES[recipe].values))
+    layers.append(
+        (f"recipe {recipe}", {name: RECIPES[recipe][name] for name in OPTIONS if name in RECIPES[recipe]})
+    )
 
     values = {name: option.default for name, option in OPTIONS.items()}
     origins = dict.fromkeys(OPTIONS, "default")
@@ -128,40 +130,34 @@ def resolve(
             values |= dict.fromkeys(_EITHER)
         values |= layer
         origins |= dict.fromkeys(layer, origin)
+        if layer is recorded:
+            origins |= {"experts": "default"} | _recorded_origins(folder / FILE)
     if values["alpha"] is None:
-        values["alpha"] = RECIPES[recipe].alpha_per_rank * values["rank"]
+        values["alpha"] = RECIPES[recipe]["alpha_per_rank"] * values["rank"]
         origins["alpha"] = f"recipe {recipe}"
     values["report_to"] = values["report_to"] or []
     if recorded is not None:
-        where = f"--resume: {folder / FILE}"
         own = {name: values[name] for name in _FIXED if values[name] is not None}
-        _refuse_others(own, dict.fromkeys(_FIXED) | recorded, where)
-        before = {"experts": "default"} | _recorded_origins(folder / FILE)
-        origins = {
-            key: before.get(key, origin) if origin == FILE else origin for key, origin in origins.items()
-        }
+        _refuse_others(own, dict.fromkeys(_FIXED) | recorded, f"--resume: {folder / FILE}")
     _check(values)
     unset = {name for name in _EITHER if values[name] is None}
-    return Settings(
-        argparse.Namespace(**values), {key: origin for key, origin in origins.items() if key not in unset}
-    )
+    origins = {name: origins[name] for name in OPTIONS if name not in unset}
+    return Settings(argparse.Namespace(**values), origins)
 
 
 def _check(values: dict[str, object]) -> None:
     missing = [option.flag for option in OPTIONS.values() if option.required and values[option.name] is None]
+    resumed = values["output"] if values["resume"] else None
+    if missing and resumed is not None and not (resumed.is_dir() and any(resumed.iterdir())):
+        found = "it is empty" if resumed.is_dir() else "no such folder"
+        raise UsageError(f"--resume: nothing to continue in {resumed}: {found}")
     if missing:
-        output, found = values["output"], ""
-        if values["resume"] and output is not None:
-            if not output.is_dir() or not any(output.iterdir()):
-                found = "it is empty" if output.is_dir() else "no such folder"
-                raise UsageError(f"--resume: nothing to continue in {output}: {found}")
-            found = f" ({output} has no {FILE})"
+        found = f" ({resumed} has no {FILE})" if resumed is not None else ""
         raise UsageError(f"the following arguments are required: {', '.join(missing)}{found}")
     weights = values["text_weights"] or values["text"]
     if len(weights) != len(values["text"]):
-        raise UsageError(
-            f"--text-weights: {len(weights)} numbers for {len(values['text'])} sources of --text"
-        )
+        count = len(values["text"])
+        raise UsageError(f"--text-weights: {len(weights)} numbers for {count} sources of --text")
     if values["resume"] and values["overwrite"]:
         raise UsageError("--resume and --overwrite: give one of them")
 
@@ -245,7 +241,7 @@ def describe(settings: Settings) -> str:
     by_origin: dict[str, list[str]] = {}
     for name, value in values(settings).items():
         by_origin.setdefault(settings.origins[name], []).append(f"{name} {_shown(value)}")
-    source = f" ({RECIPES[settings.args.recipe].source})"
+    source = f" ({RECIPES[settings.args.recipe]['source']})"
     return "\n".join(
         f"{origin}{source if origin.startswith('recipe') else ''}: {', '.join(parts)}"
         for origin, parts in by_origin.items()

@@ -14,16 +14,16 @@ SCHEDULERS = (
     *("constant", "constant_with_warmup", "inverse_sqrt"),
 )
 HELP_WIDTH = 110
-_RECIPES = {
+_NAMES = ("paper", "all-linear")
+_ROWS = {
     # Continued pretraining in the paper: q_proj and v_proj, r 16 or 32, learning rates from 5e-4 to 2e-3,
     # 4 to 8 epochs. alpha = 2r is not in its text but in the author's example. all-linear is what mica adapt
     # has done from its first version.
-    "recipe": ("paper", "all-linear"),
     "source": ("arXiv 2604.01694", "ours"),
     "epochs": (4.0, None),
     "steps": (None, 100),
     "rank": (16, 16),
-    "alpha / rank": (2, 1),
+    "alpha_per_rank": (2, 1),
     "target_modules": ("q_proj,v_proj", "all-linear"),
     "experts": (None, True),  # of a mixture
     "dropout": (0.05, 0.0),
@@ -33,23 +33,11 @@ _RECIPES = {
     "weight_decay": (0.01, 0.0),
     "max_grad_norm": (0.3, 1.0),
 }
-
-
-class Recipe(NamedTuple):
-    """``values``: option -> value; ``alpha_per_rank``: lora_alpha is this times the rank."""
-
-    source: str
-    alpha_per_rank: int
-    values: dict[str, object]
-
-
-def _recipe(column: int) -> Recipe:
-    values = {row: cells[column] for row, cells in _RECIPES.items() if cells[column] is not None}
-    del values["recipe"]
-    return Recipe(values.pop("source"), values.pop("alpha / rank"), values)
-
-
-RECIPES = {name: _recipe(column) for column, name in enumerate(_RECIPES["recipe"])}
+# recipe -> option -> value, with the source and what lora_alpha is of the rank
+RECIPES = {
+    name: {row: cells[column] for row, cells in _ROWS.items() if cells[column] is not None}
+    for column, name in enumerate(_NAMES)
+}
 
 
 class Option(NamedTuple):
@@ -107,7 +95,7 @@ TABLE = (  # a string: the title of the group that begins there
     "adapter",
     Option(
         *("recipe", "paper: arXiv 2604.01694; all-linear: ours", None, "all-linear"),
-        choices=tuple(RECIPES),
+        choices=_NAMES,
     ),
     Option("rank", "rank", "R", None, _COUNT),
     Option("alpha", "lora_alpha; the scaling is alpha / rank", "ALPHA", None, _COUNT),
@@ -170,7 +158,9 @@ def declare(parser: argparse.ArgumentParser) -> None:
     """Add all options in groups. None has a default there: only what was given is in the namespace."""
     parser.formatter_class = _HelpFormatter
     parser.usage = f"{parser.prog} --model MODEL --text SOURCE ... --output DIR [options]"
-    parser.epilog = "recipes:\n" + "\n".join(_line(name, *cells) for name, cells in _RECIPES.items())
+    parser.epilog = "recipes:\n" + "\n".join(
+        _line(name, *cells) for name, cells in {"": _NAMES, **_ROWS}.items()
+    )
     for row in TABLE:
         if isinstance(row, str):
             group = parser.add_argument_group(row)

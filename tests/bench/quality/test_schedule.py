@@ -29,11 +29,11 @@ def test_the_papers_recipe_is_that_of_mica_adapt():
     """arXiv 2604.01694, and alpha = 2 r as in its author's example."""
     ours, theirs = RECIPES["paper"], options.RECIPES["paper"]
     assert ours == Recipe(("q_proj", "v_proj"), 2, "cosine", 0.1, 0.01, 0.05, 0.3)
-    assert ours.scaling == theirs.alpha_per_rank
-    assert ",".join(ours.target_modules) == theirs.values["target_modules"]
-    assert ours.warm_up == theirs.values["warmup_ratio"]
+    assert ours.scaling == theirs["alpha_per_rank"]
+    assert ",".join(ours.target_modules) == theirs["target_modules"]
+    assert ours.warm_up == theirs["warmup_ratio"]
     for name in ("scheduler", "weight_decay", "dropout", "max_grad_norm"):
-        assert getattr(ours, name) == theirs.values[name]
+        assert getattr(ours, name) == theirs[name]
 
 
 @pytest.mark.parametrize(

@@ -21,8 +21,8 @@ def given(*argv: object) -> argparse.Namespace:
     return parser.parse_args(list(map(str, argv)))
 
 
-def resolve(*argv, adapter=None) -> config.Settings:
-    return config.resolve(given(*REQUIRED, *argv), adapter and (lambda path: adapter))
+def resolve(*argv) -> config.Settings:
+    return config.resolve(given(*REQUIRED, *argv))
 
 
 @pytest.fixture
@@ -84,7 +84,7 @@ def test_the_command_line_wins_over_yaml_over_the_recipe(argv, yaml, expected, y
         ("text: [[a]]", "text must be a list, not"),
         ("resume: true", "--resume belongs on the command line"),
         ("config: x.yaml", "--config belongs on the command line"),
-        ("merge: 3", "merge must be true or false, not '3'"),
+        ("merge: 3", "merge must be true or false, not 3"),
         ("- rank", "must be a mapping of options to values"),
         ("", "must be a mapping of options to values"),
         ("a: {", "is not YAML: "),
@@ -179,17 +179,20 @@ def test_resume_allows_what_leaves_training_alone(run_folder, tmp_path):
     assert origins["dropout"] == PAPER
 
 
-def test_the_adapter_s_values_hold(tmp_path):
-    args, origins = resolve("--adapter", "a", "--recipe", "paper", adapter=ADAPTER)
+def test_the_adapter_s_values_hold(tmp_path, monkeypatch):
+    monkeypatch.setattr("mica.cli.adapt.adapter.read_adapter_config", lambda path: {})
+    monkeypatch.setattr("mica.cli.adapt.adapter.settings", lambda adapter, path: ADAPTER)
+    args, origins = resolve("--adapter", "a", "--recipe", "paper")
     assert (args.rank, args.alpha, args.target_modules) == (8, 24, "q_proj")
     assert (origins["rank"], args.learning_rate) == ("adapter", 5e-4)
-    args, _ = resolve("--adapter", "a", "--rank", 8, "--dropout", 0.1, adapter=ADAPTER)
+    args, _ = resolve("--adapter", "a", "--rank", 8, "--dropout", 0.1)
     assert (args.rank, args.dropout) == (8, 0.1)
     with pytest.raises(UsageError, match="--rank 9: --adapter has 8; omit this option"):
-        resolve("--adapter", "a", "--rank", 9, adapter=ADAPTER)
+        resolve("--adapter", "a", "--rank", 9)
     # The run that it began is resumed without it
-    config.write(resolve("--adapter", "a", "--output", tmp_path, adapter=ADAPTER), tmp_path)
-    after = config.resolve(given("--output", tmp_path, "--resume"), pytest.fail)
+    config.write(resolve("--adapter", "a", "--output", tmp_path), tmp_path)
+    monkeypatch.setattr("mica.cli.adapt.adapter.read_adapter_config", pytest.fail)
+    after = config.resolve(given("--output", tmp_path, "--resume"))
     assert (after.args.adapter, after.args.alpha) == (Path("a"), 24)
     assert after.origins["alpha"] == "adapter"
 

@@ -44,11 +44,12 @@ def test_schedulers_are_the_trainers():
 
 @pytest.mark.parametrize("recipe", RECIPES.values())
 def test_recipes_set_options_to_values_that_the_parser_takes(recipe):
-    for name, value in recipe.values.items():
-        assert OPTIONS[name].parse(str(value)) == value
-        assert not OPTIONS[name].choices or value in OPTIONS[name].choices
-        assert OPTIONS[name].default is None  # else the recipe's value would be shown as the default
-    assert ("steps" in recipe.values) != ("epochs" in recipe.values)
+    for name, value in recipe.items():
+        if name not in ("source", "alpha_per_rank"):
+            assert OPTIONS[name].parse(str(value)) == value
+            assert not OPTIONS[name].choices or value in OPTIONS[name].choices
+            assert OPTIONS[name].default is None  # else the recipe's value would be shown as the default
+    assert ("steps" in recipe) != ("epochs" in recipe)
 
 
 def test_help_fits_on_two_screens(capsys, monkeypatch):
