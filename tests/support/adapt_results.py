@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import shutil
 from argparse import Namespace
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from mica.cli import main
 from mica.cli.adapt import adapter, result
 from tests.support import adapt_settings
 from tests.support.tiny_cli import byte_tokenizer, tiny_llama
@@ -26,6 +28,24 @@ def saved(model, folder: Path) -> Path:
     model.save_pretrained(folder)
     byte_tokenizer().save_pretrained(folder)
     return folder
+
+
+def command(*argv: object) -> int:
+    return main(["adapt", *map(str, argv)])
+
+
+def resume(output: Path) -> int:
+    return command("--output", output, "--resume")
+
+
+def unfinished(run: Path, output: Path, last: int = 8) -> Path:
+    """A copy of ``run`` as kill -9 leaves it after the checkpoint of step ``last``."""
+    shutil.copytree(run, output)
+    for name in ("adapter_model.safetensors", "adapter_config.json", "summary.json", "README.md"):
+        (output / name).unlink()
+    if last == 8:
+        shutil.rmtree(output / "checkpoint-12")
+    return output
 
 
 def summary(output: Path) -> dict:

@@ -71,7 +71,17 @@ def card(summary: dict) -> ModelCard:
     results, perplexities = [], []
     for label, (key, text) in texts.items():
         values = {when: s[f"{key}_{when}"] for when in ("before", "after")}
-        results += [_result(label, *item) for item in values.items() if math.isfinite(item[1] or math.nan)]
+        results += [
+            EvalResult(
+                dataset_name=f"{label} text",
+                dataset_split=label,  # or the two texts would be one entry
+                metric_name=f"perplexity {when} training",
+                metric_value=round(value, 4),
+                **{"task_type": "text-generation", "dataset_type": "text", "metric_type": "perplexity"},
+            )
+            for when, value in values.items()
+            if value is not None and math.isfinite(value)
+        ]
         if None not in values.values():
             perplexities.append((text, *(f"{value:.2f}" for value in values.values())))
     data = [
@@ -140,18 +150,6 @@ def _card(name: str, facts: dict, *sections: str, made: str = "", **metadata) ->
     versions = ", ".join(f"{library} {version}" for library, version in facts["versions"].items())
     text = "\n\n".join((f"# {name}", *sections, "## How it was made", f"{made}{versions}."))
     return ModelCard(f"---\n{data.to_yaml()}\n---\n\n{text}\n")
-
-
-def _result(text: str, when: str, value: float) -> EvalResult:
-    return EvalResult(
-        task_type="text-generation",
-        dataset_type="text",
-        dataset_name=f"{text} text",
-        dataset_split=text,  # or the two texts would be one entry
-        metric_type="perplexity",
-        metric_name=f"perplexity {when} training",
-        metric_value=round(value, 4),
-    )
 
 
 def _string(text: str) -> str:

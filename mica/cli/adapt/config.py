@@ -119,9 +119,7 @@ def resolve(given: argparse.Namespace) -> Settings:
         fixed = its_own.keys() - {"dropout"}  # that is not in its weights
         _refuse_others({name: found[name] for name in found if name in fixed}, its_own, "--adapter")
     recipe = ChainMap(*(layer for _, layer in layers)).get("recipe", OPTIONS["recipe"].default)
-    layers.append(
-        (f"recipe {recipe}", {name: RECIPES[recipe][name] for name in OPTIONS if name in RECIPES[recipe]})
-    )
+    layers.append((f"recipe {recipe}", RECIPES[recipe]))
 
     values = {name: option.default for name, option in OPTIONS.items()}
     origins = dict.fromkeys(OPTIONS, "default")
@@ -133,16 +131,14 @@ def resolve(given: argparse.Namespace) -> Settings:
         if layer is recorded:
             origins |= {"experts": "default"} | _recorded_origins(folder / FILE)
     if values["alpha"] is None:
-        values["alpha"] = RECIPES[recipe]["alpha_per_rank"] * values["rank"]
-        origins["alpha"] = f"recipe {recipe}"
+        values["alpha"], origins["alpha"] = values["alpha_per_rank"] * values["rank"], f"recipe {recipe}"
     values["report_to"] = values["report_to"] or []
     if recorded is not None:
         own = {name: values[name] for name in _FIXED if values[name] is not None}
         _refuse_others(own, dict.fromkeys(_FIXED) | recorded, f"--resume: {folder / FILE}")
     _check(values)
-    unset = {name for name in _EITHER if values[name] is None}
-    origins = {name: origins[name] for name in OPTIONS if name not in unset}
-    return Settings(argparse.Namespace(**values), origins)
+    args = argparse.Namespace(**{name: values[name] for name in OPTIONS})
+    return Settings(args, {name: origins[name] for name in OPTIONS if name not in _EITHER or values[name]})
 
 
 def _check(values: dict[str, object]) -> None:

@@ -1,6 +1,5 @@
 """The course of a run as ``curve.csv`` and ``curve.png``, written anew after each evaluation."""
 
-import csv
 import sys
 from functools import lru_cache
 from pathlib import Path
@@ -43,7 +42,9 @@ def write_curve(history: list[dict], output: Path) -> None:
         rows = table(history)
         if not rows:
             return
-        write_file("--output", output / "curve.csv", lambda path: _write_csv(rows, path))
+        lines = [COLUMNS, *(["" if cell is None else str(cell) for cell in row.values()] for row in rows)]
+        text = "".join(f"{','.join(line)}\n" for line in lines)
+        write_file("--output", output / "curve.csv", lambda path: path.write_text(text, encoding="utf-8"))
         with rc_context(_STYLE):
             drawn = figure(rows, output.resolve().name)
             write_file("--output", output / "curve.png", lambda path: drawn.savefig(path, format="png"))
@@ -64,13 +65,6 @@ def table(history: list[dict]) -> list[dict]:
         if found.keys() & _COLOURS.keys():
             rows.setdefault(entry["step"], dict.fromkeys(COLUMNS)).update(found)
     return [rows[step] for step in sorted(rows)]
-
-
-def _write_csv(rows: list[dict], path: Path) -> None:
-    with path.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, list(COLUMNS))
-        writer.writeheader()
-        writer.writerows(rows)
 
 
 def figure(rows: list[dict], name: str) -> Figure:

@@ -1,4 +1,4 @@
-"""Whole runs of ``mica adapt``: again, resumed, overwritten, on top of each other, on quantised bases."""
+"""Whole runs of ``mica adapt``: again, resumed, overwritten, on top of each other."""
 
 import csv
 import json
@@ -12,11 +12,10 @@ import pytest
 import torch
 from peft import AutoPeftModelForCausalLM
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, OPTConfig, OPTForCausalLM
+from transformers import OPTConfig, OPTForCausalLM
 
-from mica.cli import main
 from mica.cli.adapt import checkpoints, folder, training
-from tests.support.adapt_results import poison_solver, same, saved, summary, weights
+from tests.support.adapt_results import command, resume, same, saved, summary, unfinished, weights
 from tests.support.tiny_cli import TEXT, adapt, logits
 from tests.support.tiny_gguf import write_tiny_gguf
 
@@ -38,14 +37,6 @@ def paper(model_dir, rows, tmp_path_factory):
     options = ["--recipe", "paper", "--save-steps", 4, "--eval-steps", 6, "--log-steps", 3]
     assert adapt(model_dir, rows, output, *options, "--retain", output.parent / "general.txt") == 0
     return output
-
-
-def command(*argv: object) -> int:
-    return main(["adapt", *map(str, argv)])
-
-
-def resume(output: Path) -> int:
-    return command("--output", output, "--resume")
 
 
 def test_what_is_measured_is_written(paper):
@@ -86,16 +77,6 @@ def test_odd_settings_are_noted(paper, tmp_path, capsys):
     assert len(notes) == 2
     assert "note: --learning-rate 0.2: very high" in notes[0]
     assert "run.yaml is of a run on 4 processes, and this one has 1: its batches of 2 blocks" in notes[1]
-
-
-def unfinished(run: Path, output: Path, last: int = 8) -> Path:
-    """A copy of ``run`` as kill -9 leaves it after the checkpoint of step ``last``."""
-    shutil.copytree(run, output)
-    for name in ("adapter_model.safetensors", "adapter_config.json", "summary.json", "README.md"):
-        (output / name).unlink()
-    if last == 8:
-        shutil.rmtree(output / "checkpoint-12")
-    return output
 
 
 def refused(capsys, output: Path, *parts: object) -> None:
@@ -180,26 +161,6 @@ def test_resume_of_a_checkpoint_of_an_earlier_version(paper, tmp_path):
     assert same(weights(paper), weights(output))
 
 
-def test_resumed_from_a_checkpoint_it_ends_the_same(paper, tmp_path, monkeypatch):
-    """As kill -9 leaves it: a checkpoint that is whole, one that is not, and nothing of the run's end."""
-    output = unfinished(paper, tmp_path / "moved", last=12)
-    (output / "checkpoint-12" / checkpoints.MARKER).unlink()
-    poison_solver(monkeypatch)
-    assert resume(output) == 0
-    assert same(weights(paper), weights(output))
-    before, after = summary(paper), summary(output)
-    for name in (
-        "training_loss",
-        "perplexity_before",
-        "perplexity_after",
-        "retain_after",
-        "steps",
-        "sources",
-    ):
-        assert before[name] == after[name]
-    assert (paper / "curve.csv").read_text() == (output / "curve.csv").read_text()
-
-
 def test_resume_before_the_first_checkpoint_starts_anew(paper, tmp_path, capsys):
     output = tmp_path / "out"
     output.mkdir()
@@ -222,22 +183,6 @@ def test_resume_of_nothing_is_refused(model_dir, rows, tmp_path, capsys):
     (none / "notes.txt").touch()
     assert resume(none) == 2
     assert f"required: --model, --text ({none} has no run.yaml)" in capsys.readouterr().err
-
-
-def test_a_signal_says_how_to_continue(model_dir, rows, tmp_path, capsys, monkeypatch):
-    def interrupted(self, args, state, control, **_):
-        if state.global_step == 5:
-            signal.raise_signal(signal.SIGTERM)
-
-    monkeypatch.setattr("mica.cli.adapt.callbacks.Watching.on_step_begin", interrupted, raising=False)
-    output = tmp_path / "out"
-    assert adapt(model_dir, rows, output) == 143
-    said = f"Stopped at step 6. To continue: mica adapt --output {output} --resume"
-    assert said in capsys.readouterr().out
-    assert not (output / "summary.json").exists()
-    monkeypatch.undo()
-    assert resume(output) == 0
-    assert summary(output)["steps"] == 12
 
 
 def test_ctrl_c_before_the_training_is_one_line(model_dir, rows, tmp_path, capsys, monkeypatch):
@@ -268,29 +213,6 @@ def test_two_runs_do_not_share_a_folder(model_dir, rows, tmp_path, capsys):
         assert f"--output {output}: another run writes to it" in capsys.readouterr().err
         assert [path.name for path in output.iterdir()] == [".lock"]
     assert not output.exists()
-
-
-def test_from_an_adapter(paper, model_dir, rows, tmp_path, monkeypatch):
-    poison_solver(monkeypatch)
-    argv = ["--model", model_dir, "--text", rows, "--output", tmp_path / "out", "--adapter", paper]
-    assert command(*argv, "--sequence-length", "32", "--steps", "2", "--learning-rate", "1e-3") == 0
-    before, after = weights(paper), weights(tmp_path / "out")
-    assert all(torch.equal(before[name], after[name]) == ("lora_B" in name) for name in before)
-    assert summary(tmp_path / "out")["perplexity_before"] == pytest.approx(summary(paper)["perplexity_after"])
-    assert summary(tmp_path / "out")["origins"]["rank"] == "adapter"
-
-
-@pytest.mark.parametrize("kind", ["nf4", "int8"])
-def test_quantised_base(kind, model_dir, rows, tmp_path):
-    output = tmp_path / "out"
-    assert adapt(model_dir, rows, output, "--quantize", kind, "--merge", "--dtype", "float32") == 0
-    result = summary(output)
-    assert result["perplexity_after"] < result["perplexity_before"]
-    base, merged = (AutoModelForCausalLM.from_pretrained(path) for path in (model_dir, output / "merged"))
-    name = "model.layers.0.mlp.up_proj"
-    factors = {key.rpartition(".")[0][-6:]: w for key, w in weights(output).items() if f"{name}." in key}
-    expected = base.get_submodule(name).weight + factors["lora_B"] @ factors["lora_A"]  # alpha is the rank
-    torch.testing.assert_close(merged.get_submodule(name).weight, expected, rtol=1e-5, atol=1e-6)
 
 
 def test_an_embedded_base_is_found_again(paper, monkeypatch, tmp_path):
