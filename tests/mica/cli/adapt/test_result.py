@@ -73,11 +73,11 @@ def test_merge_in_place(tuned, tmp_path):
     assert not list(tmp_path.glob(".*"))
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_merge_of_a_quantised_run_is_into_the_base_as_it_was(dtype, model_dir, tmp_path):
+@pytest.mark.parametrize(("kind", "dtype"), [("nf4", "float32"), ("nf4", "bfloat16"), ("int8", "float32")])
+def test_merge_of_a_quantised_run_is_into_the_base_as_it_was(kind, dtype, model_dir, tmp_path):
     pytest.importorskip("bitsandbytes")
     torch.use_deterministic_algorithms(False)  # bitsandbytes has no such version of its operators
-    args = settings(model=str(model_dir), output=tmp_path, quantize="nf4", dtype=dtype)
+    args = settings(model=str(model_dir), output=tmp_path, quantize=kind, dtype=dtype)
     model = adapter.start(base.load(args, find_source(args.model, False)), args)
     move(model)
     result.save(model, byte_tokenizer(), tmp_path)
