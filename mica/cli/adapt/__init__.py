@@ -15,10 +15,7 @@ NEEDED = ("accelerate", "datasets", "matplotlib", "yaml")
 def add_parser(commands) -> None:
     """Declare ``mica adapt`` on an argparse subparsers object."""
     parser = commands.add_parser(
-        "adapt",
-        help="continued pretraining on text with MiCA",
-        description=_DESCRIPTION,
-        allow_abbrev=False,
+        "adapt", help="continued pretraining on text with MiCA", description=_DESCRIPTION, allow_abbrev=False
     )
     options.declare(parser)
     parser.set_defaults(run=run)

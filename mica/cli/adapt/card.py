@@ -182,9 +182,9 @@ def _loading(s: dict) -> list[str]:
     where = _string(repository or folder)
     imports = "from peft import AutoPeftModelForCausalLM\nfrom transformers import AutoTokenizer"
     note = "" if repository else "  # the path of this folder"
-    load = _LOAD.format(imports=imports, kind="AutoPeftModelForCausalLM", where=where, note=note)
+    parts = [_LOAD.format(imports=imports, kind="AutoPeftModelForCausalLM", where=where, note=note)]
     if not s["model"].lower().endswith(".gguf"):
-        return [load]
+        return parts
     found = "That finds the base, dequantised, in the subfolder `base` where the adapter was made."
     bases = {}
     if not repository:  # which has no such subfolder
@@ -192,8 +192,5 @@ def _loading(s: dict) -> list[str]:
         bases["There without it"] = _string(f"{folder}/base")
     file = f'".", gguf_file={_string(Path(s["model"]).name)}, dtype="{s["dtype"]}"'
     bases["Elsewhere, with the GGUF file in the working directory"] = file
-    return [
-        load,
-        found,
-        *(_LOAD_ON.format(when=when, base=base, where=where) for when, base in bases.items()),
-    ]
+    loads = (_LOAD_ON.format(when=when, base=base, where=where) for when, base in bases.items())
+    return [*parts, found, *loads]

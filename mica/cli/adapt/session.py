@@ -89,11 +89,8 @@ def _run(
     _with_experts(settings, model)
     if has_experts(model) and not args.experts:
         _note("the experts are not adapted, unless --target-modules names them; --experts adapts all")
-    facts = {
-        "model_type": model.config.model_type,
-        "dtype": dtype_name(model.dtype),
-        "device": str(model.device),
-    }
+    facts = {"model_type": model.config.model_type, "dtype": dtype_name(model.dtype)}
+    facts["device"] = str(model.device)
 
     begin = time.perf_counter()
     model = adapter.start(model, args, checkpoint)

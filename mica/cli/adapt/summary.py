@@ -100,27 +100,21 @@ def as_text(summary: dict) -> str:
     paths = ", ".join(f"{path} {count}" for path, count in s["paths"].items())
     reasons = Counter(row["reason"] for row in s["layers_on_peft_path"])
     uncalled = len(s["layers_not_called"])
-    where = ", ".join(
-        [s["dtype"], s["device"], *([f"{s['processes']} processes"] if s["processes"] > 1 else [])]
-    )
+    several = f", {s['processes']} processes" if s["processes"] > 1 else ""
     tokens = f"{s['training_tokens']:,} tokens, {s['tokens_per_second']:,.0f} tokens/s"
+    amount = f"{s['epochs']:.3g} epochs, {tokens}"
+    retained = s["retain_before"] and "{retain_before:.2f} -> {retain_after:.2f}".format(**s)
     share = s["trained_parameters"] / s["total_parameters"]
     memory = s["peak_memory_bytes"] and f"{s['peak_memory_bytes'] / 2**30:.2f} GiB ({s['peak_memory_of']})"
     rows = [
-        ("model", f"{s['model']} ({where})"),
+        ("model", f"{s['model']} ({s['dtype']}, {s['device']}{several})"),
         ("trained parameters", f"{s['trained_parameters']:,} of {s['total_parameters']:,} ({share:.2%})"),
         ("initialisation", f"{s['initialisation_seconds']:.1f} s"),
-        (
-            "training",
-            f"{s['training_seconds']:.1f} s, {s['steps']} steps, {s['epochs']:.3g} epochs, {tokens}",
-        ),
+        ("training", f"{s['training_seconds']:.1f} s, {s['steps']} steps, {amount}"),
         ("peak memory", memory or "not measured"),
         ("held-out perplexity", "{perplexity_before:.2f} -> {perplexity_after:.2f}".format(**s)),
         ("", f"on {s['held_out_tokens']:,} tokens never trained on"),
-        (
-            "retained perplexity",
-            s["retain_before"] and "{retain_before:.2f} -> {retain_after:.2f}".format(**s),
-        ),
+        ("retained perplexity", retained),
         ("layers by path", paths),
         *(("", f"on PEFT's path, {count}: {reason}") for reason, count in reasons.items()),
         ("", uncalled and f"not called in the last forward: {uncalled}"),
