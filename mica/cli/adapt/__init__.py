@@ -2,7 +2,6 @@
 
 import argparse
 import importlib.util
-from pathlib import Path
 
 from mica.cli.adapt import config, folder, options
 from mica.errors import UsageError
@@ -16,10 +15,7 @@ NEEDED = ("accelerate", "datasets", "matplotlib", "yaml")
 def add_parser(commands) -> None:
     """Declare ``mica adapt`` on an argparse subparsers object."""
     parser = commands.add_parser(
-        "adapt",
-        help="continued pretraining on text with MiCA",
-        description=_DESCRIPTION,
-        allow_abbrev=False,
+        "adapt", help="continued pretraining on text with MiCA", description=_DESCRIPTION, allow_abbrev=False
     )
     options.declare(parser)
     parser.set_defaults(run=run)
@@ -33,17 +29,10 @@ def run(given: argparse.Namespace) -> int:
     missing = [module for module in NEEDED if importlib.util.find_spec(module) is None]
     if missing:
         raise UsageError(f"training needs {', '.join(missing)}: pip install 'mica-fast[cli]'")
-    settings = config.resolve(given, _adapter_settings)
+    settings = config.resolve(given)
     args = settings.args
     folder.check(args.output, resume=args.resume, overwrite=args.overwrite, model=args.model)
 
     from mica.cli.adapt.session import adapt
 
     return adapt(settings)
-
-
-def _adapter_settings(path: Path) -> dict[str, object]:
-    """What the adapter in ``path`` sets: option -> value."""
-    from mica.cli.adapt.adapter import read_adapter_config, settings
-
-    return settings(read_adapter_config(path), path)

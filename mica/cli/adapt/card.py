@@ -9,29 +9,47 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from mica.cli.output import write_file
 
-PAPER = "https://arxiv.org/abs/2604.01694"
-_TAGS = ["mica", "lora", "continued-pretraining"]
+_PAPER = "https://arxiv.org/abs/2604.01694"
+_FILES = {".gguf", ".txt", ".json", ".jsonl", ".csv", ".parquet", ".gz"}
 # Settings that are not part of a recipe: paths, which are said elsewhere or are nobody's business, and what
 # concerns only the machine.
 _NOT_RECIPE = {
-    "model", "adapter", "text", "text_field", "output", "config", "push_to_hub", "held_out_text", "retain",
-    "resume", "overwrite", "merge", "trust_remote_code", "workers", "report_to", "save_steps", "log_steps",
-}  # fmt: skip
+    *("model", "adapter", "text", "text_field", "output", "push_to_hub", "held_out_text", "retain", "merge"),
+    *("trust_remote_code", "workers", "report_to", "save_steps", "log_steps"),
+}
+_TRAINED = """\
+An adapter for {base}, made by continued pretraining on {training_tokens:,} tokens with [MiCA]({paper}). \
+MiCA adds `s·B·A` to an adapted weight `W`: `B` holds the {rank} left singular vectors of `W` with the \
+smallest singular values and stays frozen, `A` starts at zero and is trained. {trained_parameters:,} of \
+{total_parameters:,} parameters were trained."""
+_TRANSFERRED = """\
+{there} with the update of a [MiCA]({paper}) adapter merged into its weights: the `s·B·A` of {update}{on} \
+with rank {rank} and alpha {alpha}, in {layers} layers. The update was trained on that model and not on this \
+one. Tokenizer and chat template are this one's."""
+_LOAD = """\
+```python
+{imports}
+
+model = {kind}.from_pretrained({where}){note}
+tokenizer = AutoTokenizer.from_pretrained({where})
+```"""
+_LOAD_ON = """\
+{when}:
+
+```python
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+
+base = AutoModelForCausalLM.from_pretrained({base})
+model = PeftModel.from_pretrained(base, {where})
+```"""
 
 
 def hub_name(name: str | None) -> str | None:
     """``name`` where it is one of the hub, as owner/name; None for a path or a file."""
-    is_name = name and re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", name) and not Path(name).exists()
-    is_file = name and Path(name).suffix.lower() in (
-        ".gguf",
-        ".txt",
-        ".json",
-        ".jsonl",
-        ".csv",
-        ".parquet",
-        ".gz",
-    )
-    return name if is_name and not is_file else None
+    if not name or not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", name):
+        return None
+    return None if Path(name).exists() or Path(name).suffix.lower() in _FILES else name
 
 
 def public_name(name: str) -> str:
@@ -40,43 +58,60 @@ def public_name(name: str) -> str:
 
 
 def card(summary: dict) -> ModelCard:
-    """The card of an adapter; ``summary`` is that of ``summary.json`` (see ``mica.cli.adapt.session``).
+    """The card of an adapter; ``summary`` is that of ``summary.json`` (see `summary.of`).
 
     Its metadata has what the hub reads: base_model and datasets only where these are names of the hub, which
     refuses others; the measured perplexities as model-index.
     """
-    s = summary
-    name = Path(s["adapter"]).name
-    results = []
-    for label, key in (("held-out", "perplexity"), ("retain", "retain")):
-        for when in ("before", "after"):
-            value = s.get(f"{key}_{when}")
-            if value is not None and math.isfinite(value):
-                results.append(_result(label, when, value))
-    data = ModelCardData(
-        base_model=hub_name(s["model"]),
+    s, settings, name = summary, summary["settings"], Path(summary["adapter"]).name
+    texts = {
+        "held-out": ("perplexity", f"held out, {s['held_out_tokens']:,} tokens never trained on"),
+        "retain": ("retain", "to be retained"),
+    }
+    results, perplexities = [], []
+    for label, (key, text) in texts.items():
+        values = {when: s[f"{key}_{when}"] for when in ("before", "after")}
+        results += [
+            EvalResult(
+                dataset_name=f"{label} text",
+                dataset_split=label,  # or the two texts would be one entry
+                metric_name=f"perplexity {when} training",
+                metric_value=round(value, 4),
+                **{"task_type": "text-generation", "dataset_type": "text", "metric_type": "perplexity"},
+            )
+            for when, value in values.items()
+            if value is not None and math.isfinite(value)
+        ]
+        if None not in values.values():
+            perplexities.append((text, *(f"{value:.2f}" for value in values.values())))
+    data = [
+        (_code(public_name(source["name"])), *(f"{source[key]:,}" for key in ("documents", "tokens")))
+        for source in s["sources"]
+    ]
+    recipe = [
+        (option.replace("_", " "), value, s["origins"].get(option, ""))
+        for option, value in settings.items()
+        if value is not None and option not in _NOT_RECIPE
+    ]
+    made = f"{s['steps']} steps in {s['training_seconds']:,.0f} s, base in {s['dtype']}, on {s['device']}"
+    several = f", {s['processes']} processes" if s["processes"] > 1 else ""
+    quantised = perplexities and settings.get("quantize")
+    return _card(
+        name,
+        s,
+        _TRAINED.format(**s, base=_code(public_name(s["model"])), paper=_PAPER, rank=settings["rank"]),
+        *_table("Results", ("text", "perplexity before", "after"), perplexities),
+        *([f"Measured, as trained, with the base quantised to {quantised}."] if quantised else []),
+        *_table("Data", ("source", "documents", "tokens"), data),
+        *_table("Recipe", ("setting", "value", "from"), recipe),
+        "## How to load",
+        *_loading(s),
+        made=f"{made}{several}. ",
         library_name="peft",
-        pipeline_tag="text-generation",
-        tags=_TAGS,
-        datasets=[hub for source in s.get("sources") or () if (hub := hub_name(source["name"]))] or None,
+        datasets=[found for source in s["sources"] if (found := hub_name(source["name"]))] or None,
         model_name=name,
         eval_results=results or None,
     )
-    sections = [
-        f"# {name}",
-        f"An adapter for {_code(public_name(s['model']))}, made by continued pretraining on "
-        f"{s['training_tokens']:,} tokens with [MiCA]({PAPER}). MiCA adds `s·B·A` to an adapted weight `W`: "
-        f"`B` holds the {s['settings']['rank']} left singular vectors of `W` with the smallest singular "
-        f"values and stays frozen, `A` starts at zero and is trained. {s['trained_parameters']:,} of "
-        f"{s['total_parameters']:,} parameters were trained.",
-        *_results(s),
-        *_data(s),
-        *_recipe(s),
-        "## How to load",
-        _loading(s),
-        *_making(s),
-    ]
-    return _assembled(data, sections)
 
 
 def transfer_card(facts: dict) -> ModelCard:
@@ -85,28 +120,19 @@ def transfer_card(facts: dict) -> ModelCard:
     ``facts``: ``name`` (of the folder), ``model`` and ``adapter`` (as given), ``base`` (of the adapter, or
     None), ``rank``, ``alpha``, ``layers`` (their number), ``dtype``, ``merge_report``, ``versions``.
     """
-    f = facts
-    data = ModelCardData(
-        base_model=hub_name(f["model"]),
-        library_name="transformers",
-        pipeline_tag="text-generation",
-        tags=_TAGS,
-    )
-    of = f", trained on `{hub_name(f['base'])}`," if hub_name(f["base"]) else ""
-    sections = [
-        f"# {f['name']}",
-        f"{_code(public_name(f['model']))} with the update of a [MiCA]({PAPER}) adapter merged into its "
-        f"weights: the `s·B·A` of {_code(public_name(f['adapter']))}{of} with rank {f['rank']} and alpha "
-        f"{f['alpha']}, in {f['layers']} layers. The update was trained on that model and not on this one. "
-        "Tokenizer and chat template are this one's.",
-        f"In {f['dtype']}: {f['merge_report']}.",
+    there, update = (_code(public_name(facts[key])) for key in ("model", "adapter"))
+    on = f", trained on `{hub_name(facts['base'])}`," if hub_name(facts["base"]) else ""
+    imports = "from transformers import AutoModelForCausalLM, AutoTokenizer"
+    more = {"where": _string(facts["name"]), "note": "  # the path of this folder"}
+    return _card(
+        facts["name"],
+        facts,
+        _TRANSFERRED.format(**facts, there=there, update=update, on=on, paper=_PAPER),
+        f"In {facts['dtype']}: {facts['merge_report']}.",
         "## How to load",
-        "```python\nfrom transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
-        f"model = AutoModelForCausalLM.from_pretrained({_string(f['name'])})  # the path of this folder\n"
-        f"tokenizer = AutoTokenizer.from_pretrained({_string(f['name'])})\n```",
-        *_making(f),
-    ]
-    return _assembled(data, sections)
+        _LOAD.format(imports=imports, kind="AutoModelForCausalLM", **more),
+        library_name="transformers",
+    )
 
 
 def write_card(card: ModelCard, output: Path) -> None:
@@ -114,20 +140,16 @@ def write_card(card: ModelCard, output: Path) -> None:
     write_file("--output", output / "README.md", lambda path: path.write_text(str(card), encoding="utf-8"))
 
 
-def _assembled(data: ModelCardData, sections: list[str]) -> ModelCard:
-    return ModelCard(f"---\n{data.to_yaml()}\n---\n\n" + "\n\n".join(sections) + "\n")
-
-
-def _result(text: str, when: str, value: float) -> EvalResult:
-    return EvalResult(
-        task_type="text-generation",
-        dataset_type="text",
-        dataset_name=f"{text} text",
-        dataset_split=text,  # or the two texts would be one entry
-        metric_type="perplexity",
-        metric_name=f"perplexity {when} training",
-        metric_value=round(value, 4),
+def _card(name: str, facts: dict, *sections: str, made: str = "", **metadata) -> ModelCard:
+    data = ModelCardData(
+        base_model=hub_name(facts["model"]),
+        pipeline_tag="text-generation",
+        tags=["mica", "lora", "continued-pretraining"],
+        **metadata,
     )
+    versions = ", ".join(f"{library} {version}" for library, version in facts["versions"].items())
+    text = "\n\n".join((f"# {name}", *sections, "## How it was made", f"{made}{versions}."))
+    return ModelCard(f"---\n{data.to_yaml()}\n---\n\n{text}\n")
 
 
 def _string(text: str) -> str:
@@ -142,97 +164,33 @@ def _code(text: str) -> str:
     return f"{fence} {text} {fence}" if "`" in text else f"`{text}`"
 
 
-def _table(header: tuple, rows: list[tuple]) -> str:
-    lines = [header, ("---",) * len(header), *rows]
-    return "\n".join(
-        "| " + " | ".join(str(cell).replace("|", "\\|").replace("\n", " ") for cell in line) + " |"
-        for line in lines
-    )
+def _cell(value: object) -> str:
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    value = ", ".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
+    return value.replace("|", "\\|").replace("\n", " ")
 
 
-def _results(s: dict) -> list[str]:
-    rows = [
-        (text, f"{s[f'{key}_before']:.2f}", f"{s[f'{key}_after']:.2f}")
-        for text, key in (
-            (f"held out, {s['held_out_tokens']:,} tokens never trained on", "perplexity"),
-            ("to be retained", "retain"),
-        )
-        if s.get(f"{key}_before") is not None and s.get(f"{key}_after") is not None
-    ]
-    if not rows:
-        return []
-    table = _table(("text", "perplexity before", "after"), rows)
-    quantised = (s.get("settings") or {}).get("quantize")
-    note = [f"Measured, as trained, with the base quantised to {quantised}."] if quantised else []
-    return ["## Results", table, *note]
+def _table(title: str, header: tuple, rows: list[tuple]) -> list[str]:
+    """A section with a table; none without rows."""
+    lines = (" | ".join(map(_cell, cells)) for cells in (header, ("---",) * len(header), *rows))
+    return [f"## {title}", "\n".join(f"| {line} |" for line in lines)] if rows else []
 
 
-def _data(s: dict) -> list[str]:
-    if not s.get("sources"):
-        return []
-
-    def count(source, key):
-        return "" if source.get(key) is None else f"{source[key]:,}"
-
-    rows = [
-        (_code(public_name(source["name"])), count(source, "documents"), count(source, "tokens"))
-        for source in s["sources"]
-    ]
-    return ["## Data", _table(("source", "documents", "tokens"), rows)]
-
-
-def _recipe(s: dict) -> list[str]:
-    origins = s.get("origins") or {}
-    rows = []
-    for option, value in (s.get("settings") or {}).items():
-        name = option.lstrip("-").replace("-", "_")
-        if value is None or name in _NOT_RECIPE:
-            continue
-        if isinstance(value, list | tuple):
-            value = ", ".join(map(str, value))
-        elif isinstance(value, bool):
-            value = "yes" if value else "no"
-        rows.append((name.replace("_", " "), value, origins.get(option, "")))
-    return ["## Recipe", _table(("setting", "value", "from"), rows)] if rows else []
-
-
-def _loading(s: dict) -> str:
-    repository = (s.get("settings") or {}).get("push_to_hub")
-    where = _string(repository or Path(s["adapter"]).name)
-    what = "" if repository else "  # the path of this folder"
-    text = (
-        "```python\nfrom peft import AutoPeftModelForCausalLM\nfrom transformers import AutoTokenizer\n\n"
-        f"model = AutoPeftModelForCausalLM.from_pretrained({where}){what}\n"
-        f"tokenizer = AutoTokenizer.from_pretrained({where})\n```"
-    )
-    if s["model"].lower().endswith(".gguf"):
-        file = _string(Path(s["model"]).name)
-        bases = {
-            "Elsewhere, with the GGUF file in the working directory": (
-                f'".", gguf_file={file}, dtype="{s["dtype"]}"'
-            )
-        }
-        text += "\n\nThat finds the base, dequantised, in the subfolder `base` where the adapter was made."
-        if not repository:  # which has no such subfolder
-            text += " Where this folder was moved to, only after `import mica.fast`."
-            bases = {"There without it": _string(f"{Path(s['adapter']).name}/base")} | bases
-        for when, base in bases.items():
-            text += (
-                f"\n\n{when}:\n\n"
-                "```python\nfrom peft import PeftModel\nfrom transformers import AutoModelForCausalLM\n\n"
-                f"base = AutoModelForCausalLM.from_pretrained({base})\n"
-                f"model = PeftModel.from_pretrained(base, {where})\n```"
-            )
-    return text
-
-
-def _making(s: dict) -> list[str]:
-    made = []
-    if s.get("training_seconds") is not None:
-        made.append(
-            f"{s['steps']} steps in {s['training_seconds']:,.0f} s, base in {s['dtype']}, on {s['device']}"
-            + (f", {s['processes']} processes" if (s.get("processes") or 1) > 1 else "")
-        )
-    if s.get("versions"):
-        made.append(", ".join(f"{name} {version}" for name, version in s["versions"].items()))
-    return ["## How it was made", ". ".join(made) + "."] if made else []
+def _loading(s: dict) -> list[str]:
+    folder, repository = Path(s["adapter"]).name, s["settings"].get("push_to_hub")
+    where = _string(repository or folder)
+    imports = "from peft import AutoPeftModelForCausalLM\nfrom transformers import AutoTokenizer"
+    note = "" if repository else "  # the path of this folder"
+    parts = [_LOAD.format(imports=imports, kind="AutoPeftModelForCausalLM", where=where, note=note)]
+    if not s["model"].lower().endswith(".gguf"):
+        return parts
+    found = "That finds the base, dequantised, in the subfolder `base` where the adapter was made."
+    bases = {}
+    if not repository:  # which has no such subfolder
+        found += " Where this folder was moved to, only after `import mica.fast`."
+        bases["There without it"] = _string(f"{folder}/base")
+    file = f'".", gguf_file={_string(Path(s["model"]).name)}, dtype="{s["dtype"]}"'
+    bases["Elsewhere, with the GGUF file in the working directory"] = file
+    loads = (_LOAD_ON.format(when=when, base=base, where=where) for when, base in bases.items())
+    return [*parts, found, *loads]

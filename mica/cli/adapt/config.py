@@ -3,18 +3,26 @@
 import argparse
 import difflib
 import json
-from collections.abc import Callable, Iterable
+from collections import ChainMap
 from pathlib import Path
 from typing import NamedTuple
 
 from mica import __version__
-from mica.cli.adapt.options import GROUPS, OPTIONS, declare
-from mica.cli.adapt.recipes import RECIPES
+from mica.cli.adapt.options import OPTIONS, RECIPES, TABLE, declare
 from mica.cli.output import write_file
 from mica.errors import UsageError
 
 FILE = "run.yaml"  # in the output folder: the settings of its run
 _PROCESSES = "processes"  # in it, though no option: how many the run had
+_EITHER = {"steps", "epochs"}  # the first layer with one of them decides
+_PATHS = {"model", "adapter", "text", "held_out_text", "retain", "output"}
+_BY_CONTENT = {"model", "text", "held_out_text", "retain"}  # may be moved: the run compares what is in them
+# `--resume` allows another value, as training is the same
+_MAY_CHANGE = {
+    *("trust_remote_code", "workers", "gradient_checkpointing", "eval_steps", "log_steps", "report_to"),
+    *("output", "save_steps", "merge", "push_to_hub"),
+}
+_FIXED = [name for name, option in OPTIONS.items() if not option.by_run and name not in _MAY_CHANGE]
 
 
 class Settings(NamedTuple):
@@ -29,12 +37,6 @@ class _Parser(argparse.ArgumentParser):
         raise UsageError(message)
 
 
-def _parse(tokens: list[str]) -> dict[str, object]:
-    parser = _Parser(add_help=False, allow_abbrev=False)
-    declare(parser)
-    return vars(parser.parse_args(tokens))
-
-
 def read(path: Path, option: str = "--config") -> dict[str, object]:
     """Option -> value from a YAML file like "rank: 16", checked as on the command line.
 
@@ -45,22 +47,22 @@ def read(path: Path, option: str = "--config") -> dict[str, object]:
     """
     import yaml
 
+    parser = _Parser(add_help=False, allow_abbrev=False)
+    declare(parser)
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        if not isinstance(content, dict):
+            raise UsageError("must be a mapping of options to values, like 'rank: 16'")
+        return vars(parser.parse_args([token for entry in content.items() for token in _tokens(*entry)]))
     except OSError as error:
         raise UsageError(f"{option} {path}: cannot be read: {error.strerror}") from error
     except (UnicodeDecodeError, yaml.YAMLError) as error:
         raise UsageError(f"{option} {path}: is not YAML: {error}") from error
-    if not isinstance(content, dict):
-        raise UsageError(f"{option} {path}: must be a mapping of options to values, like 'rank: 16'")
-    tokens = [token for key, value in content.items() for token in _tokens(f"{option} {path}", key, value)]
-    try:
-        return _parse(tokens)
     except UsageError as error:
         raise UsageError(f"{option} {path}: {error}") from error
 
 
-def _tokens(where: str, key: object, value: object) -> list[str]:
+def _tokens(key: object, value: object) -> list[str]:
     """One entry of a YAML file as on the command line."""
     name = str(key).replace("-", "_")
     if name == _PROCESSES:
@@ -68,31 +70,29 @@ def _tokens(where: str, key: object, value: object) -> list[str]:
     option = OPTIONS.get(name)
     if option is None:
         near = difflib.get_close_matches(name, OPTIONS, n=1)
-        hint = f", did you mean {near[0]}?" if near else ""
-        raise UsageError(f"{where}: there is no option '{key}'{hint}")
+        raise UsageError(f"there is no option '{key}'" + "".join(f", did you mean {one}?" for one in near))
     if option.by_run:
-        raise UsageError(f"{where}: {option.flag} belongs on the command line")
+        raise UsageError(f"{option.flag} belongs on the command line")
     if value is None:
         return []
-    if option.parse is bool:
-        if not isinstance(value, bool):
-            raise UsageError(f"{where}: {key} must be true or false, not '{value}'")
-        return [option.flag if value else option.flag.replace("--", "--no-", 1)]
-    values = value if isinstance(value, list) else [value]
-    if any(isinstance(one, (dict, list, bool)) for one in values) or (len(values) != 1 and not option.many):
-        raise UsageError(f"{where}: {key} must be {'a list' if option.many else 'one value'}, not {value}")
-    if not option.many:
-        return [f"{option.flag}={values[0]}"]  # with the value in one token: it may start with a dash
-    return [option.flag, *map(str, values)]
+    switch, values = option.parse is bool, value if isinstance(value, list) else [value]
+    if (len(values) != 1 and not option.many) or any(
+        isinstance(one, (dict, list)) or isinstance(one, bool) != switch for one in values
+    ):
+        wanted = "true or false" if switch else "a list" if option.many else "one value"
+        raise UsageError(f"{key} must be {wanted}, not {value}")
+    if switch:
+        return [option.flag if values[0] else option.flag.replace("--", "--no-", 1)]
+    if option.many:
+        return [option.flag, *map(str, values)]
+    return [f"{option.flag}={values[0]}"]  # with the value in one token: it may start with a dash
 
 
-def resolve(
-    given: argparse.Namespace, read_adapter: Callable[[Path], dict[str, object]] | None = None
-) -> Settings:
+def resolve(given: argparse.Namespace) -> Settings:
     """A value for every option: command line over YAML over recipe over default.
 
     ``given``: what the command line had (see `options.declare`). With ``--resume`` the run.yaml of the output
-    folder is read, if there is one. ``read_adapter``: what the folder of ``--adapter`` sets, option -> value.
+    folder is read, if there is one, else the folder of ``--adapter``.
 
     Raises UsageError for what `read` refuses, for a missing required option, for ``--steps`` with
     ``--epochs``, and for values other than those of the adapter or, under ``--resume``, of the run.
@@ -101,88 +101,59 @@ def resolve(
     layers = [("command line", line)]
     if "config" in line:
         layers.append((line["config"].name, read(line["config"])))
-    for origin, values in layers:
-        if all(key in values for key in _EITHER):
+    for origin, layer in layers:
+        if layer.keys() >= _EITHER:
             raise UsageError(f"--steps and --epochs: give one of them ({origin} has both)")
 
-    running, recorded = {}, {}
-    output = _first("output", layers)
-    if line.get("resume") and output is not None and (output / FILE).is_file():
-        running, recorded = read(output / FILE, "--resume"), _recorded_origins(output / FILE)
-        running.pop("output", None)  # the folder may have been moved
-        running.setdefault("experts", None)  # not written for a model without them
-        recorded.setdefault("experts", "default")
-    adapter = _first("adapter", layers)
-    if running:
-        layers.append((FILE, running))  # with what the adapter said then; its folder need not exist any more
-    elif adapter is not None and read_adapter is not None:
-        its_own = read_adapter(adapter)
-        fixed = {
-            key: value for key, value in its_own.items() if key != "dropout"
-        }  # that is not in its weights
-        for _, layer in layers:
-            _refuse_others(layer, fixed, "--adapter")
+    found = ChainMap(*(layer for _, layer in layers))
+    folder, adapter, recorded = found.get("output"), found.get("adapter"), None
+    if line.get("resume") and folder is not None and (folder / FILE).is_file():
+        # With what the adapter said then: its folder need not exist any more. No experts, no such entry.
+        recorded = {"experts": None} | read(folder / FILE, "--resume")
+        layers.append((FILE, recorded))
+    elif adapter is not None:
+        from mica.cli.adapt import adapter as adapters  # which needs torch
+
+        its_own = adapters.settings(adapters.read_adapter_config(adapter), adapter)
         layers.append(("adapter", its_own))
-    name = _first("recipe", layers) or OPTIONS["recipe"].default
-    recipe = RECIPES[name]
-    layers.append((f"recipe {name}", recipe.values))
-    layers.append(("default", {option.name: option.default for option in OPTIONS.values()}))
+        fixed = its_own.keys() - {"dropout"}  # that is not in its weights
+        _refuse_others({name: found[name] for name in found if name in fixed}, its_own, "--adapter")
+    recipe = ChainMap(*(layer for _, layer in layers)).get("recipe", OPTIONS["recipe"].default)
+    layers.append((f"recipe {recipe}", RECIPES[recipe]))
 
-    values, origins = _overlay(layers)
+    values = {name: option.default for name, option in OPTIONS.items()}
+    origins = dict.fromkeys(OPTIONS, "default")
+    for origin, layer in reversed(layers):
+        if _EITHER & layer.keys():
+            values |= dict.fromkeys(_EITHER)
+        values |= layer
+        origins |= dict.fromkeys(layer, origin)
+        if layer is recorded:
+            origins |= {"experts": "default"} | _recorded_origins(folder / FILE)
     if values["alpha"] is None:
-        values["alpha"], origins["alpha"] = recipe.alpha_per_rank * values["rank"], f"recipe {name}"
+        values["alpha"], origins["alpha"] = values["alpha_per_rank"] * values["rank"], f"recipe {recipe}"
     values["report_to"] = values["report_to"] or []
-    if running:
-        fixed = {
-            option.name: running.get(option.name) for option in OPTIONS.values() if not option.may_change
-        }
-        _refuse_others(
-            {key: value for key, value in values.items() if not OPTIONS[key].by_run},
-            fixed,
-            f"--resume: {output / FILE}",
-        )
-        origins = {
-            key: recorded.get(key, origin) if origin == FILE else origin for key, origin in origins.items()
-        }
+    if recorded is not None:
+        own = {name: values[name] for name in _FIXED if values[name] is not None}
+        _refuse_others(own, dict.fromkeys(_FIXED) | recorded, f"--resume: {folder / FILE}")
     _check(values)
-    return Settings(argparse.Namespace(**values), {key: origins[key] for key in OPTIONS if key in origins})
-
-
-_EITHER = ("steps", "epochs")  # the first layer with one of them decides
-
-
-def _first(name: str, layers: list[tuple[str, dict]]) -> object:
-    return next((values[name] for _, values in layers if name in values), None)
-
-
-def _overlay(layers: list[tuple[str, dict]]) -> tuple[dict[str, object], dict[str, str]]:
-    """Values and origins; earlier layers win."""
-    values, origins = {}, {}
-    for origin, layer in layers:
-        decided = any(values.get(key) is not None for key in _EITHER)
-        for key, value in layer.items():
-            if key not in values and not (decided and key in _EITHER):
-                values[key], origins[key] = value, origin
-    for key in _EITHER:
-        values.setdefault(key, None)
-    return values, origins
+    args = argparse.Namespace(**{name: values[name] for name in OPTIONS})
+    return Settings(args, {name: origins[name] for name in OPTIONS if name not in _EITHER or values[name]})
 
 
 def _check(values: dict[str, object]) -> None:
     missing = [option.flag for option in OPTIONS.values() if option.required and values[option.name] is None]
+    resumed = values["output"] if values["resume"] else None
+    if missing and resumed is not None and not (resumed.is_dir() and any(resumed.iterdir())):
+        found = "it is empty" if resumed.is_dir() else "no such folder"
+        raise UsageError(f"--resume: nothing to continue in {resumed}: {found}")
     if missing:
-        output, found = values["output"], ""
-        if values["resume"] and output is not None and not (output / FILE).is_file():
-            if not output.is_dir() or not any(output.iterdir()):
-                found = "it is empty" if output.is_dir() else "no such folder"
-                raise UsageError(f"--resume: nothing to go on from in {output}: {found}")
-            found = f" ({output} has no {FILE})"
+        found = f" ({resumed} has no {FILE})" if resumed is not None else ""
         raise UsageError(f"the following arguments are required: {', '.join(missing)}{found}")
-    weights = values["text_weights"]
-    if weights is not None and len(weights) != len(values["text"]):
-        raise UsageError(
-            f"--text-weights: {len(weights)} numbers for {len(values['text'])} sources of --text"
-        )
+    weights = values["text_weights"] or values["text"]
+    if len(weights) != len(values["text"]):
+        count = len(values["text"])
+        raise UsageError(f"--text-weights: {len(weights)} numbers for {count} sources of --text")
     if values["resume"] and values["overwrite"]:
         raise UsageError("--resume and --overwrite: give one of them")
 
@@ -194,14 +165,14 @@ def _recorded_origins(path: Path) -> dict[str, str]:
 
 
 def _refuse_others(values: dict, fixed: dict, where: str) -> None:
-    for key, value in values.items():
-        if key in fixed and _plain(fixed[key]) != _plain(value):
-            has = f"has {_shown(fixed[key])}" if fixed[key] is not None else "does not have it"
-            raise UsageError(f"{OPTIONS[key].flag} {_shown(value)}: {where} {has}; leave the option out")
+    for name, value in values.items():
+        if _plain(fixed[name]) != _plain(value):
+            has = f"has {_shown(fixed[name])}" if fixed[name] is not None else "does not have it"
+            raise UsageError(f"{OPTIONS[name].flag} {_shown(value)}: {where} {has}; omit this option")
 
 
 def _plain(value: object) -> object:
-    """Without the difference between a relative and an absolute path."""
+    """``value`` as YAML has it: a path is absolute."""
     if isinstance(value, list):
         return [_plain(one) for one in value]
     return absolute(value) if isinstance(value, (str, Path)) else value
@@ -229,12 +200,17 @@ def recorded_processes(path: Path) -> int | None:
 
 def write(settings: Settings, folder: Path, processes: int = 1) -> None:
     """Write the settings to ``folder``/run.yaml: ``--config`` of that file repeats the run from anywhere."""
-    text = "".join(f"{line}\n" for line in _yaml(settings, processes))
+    given = values(settings)
+    lines = [f"# mica adapt {__version__}. Again into another folder: mica adapt --config FILE --output DIR"]
+    for row in TABLE:
+        if isinstance(row, str):
+            lines.append(f"\n# {row}")
+        elif row.name in given:
+            # JSON is YAML; a float without a dot (1e-05) is a string there, which the option's parser takes
+            value = json.dumps(given[row.name], ensure_ascii=False)
+            lines.append(f"{row.name}: {value}  # {settings.origins[row.name]}")
+    text = "\n".join([*lines, f"\n{_PROCESSES}: {processes}  # the launcher\n"])
     write_file("--output", folder / FILE, lambda scratch: scratch.write_text(text, encoding="utf-8"))
-
-
-_PATHS = ("model", "adapter", "text", "held_out_text", "retain", "output")
-_BY_CONTENT = ("model", "text", "held_out_text", "retain")  # may be moved: the run compares what is in them
 
 
 def fixed(args: argparse.Namespace) -> dict[str, object]:
@@ -242,36 +218,18 @@ def fixed(args: argparse.Namespace) -> dict[str, object]:
 
     Without those of which the contents are compared.
     """
-    given = {
-        option.name: getattr(args, option.name)
-        for option in OPTIONS.values()
-        if not (option.by_run or option.may_change or option.name in _BY_CONTENT)
-    }
+    given = {name: getattr(args, name) for name in _FIXED if name not in _BY_CONTENT}
     return given | {"adapter": args.adapter and absolute(args.adapter)}
 
 
 def values(settings: Settings) -> dict[str, object]:
     """Option -> value as JSON and YAML have it: without those of one start and those that are not set."""
-    result = {}
-    for option in OPTIONS.values():
-        value = getattr(settings.args, option.name)
-        if option.by_run or value is None or value == []:
-            continue
-        if option.name in _PATHS:
-            value = [absolute(one) for one in value] if option.many else absolute(value)
-        result[option.name] = value
-    return result
-
-
-def _yaml(settings: Settings, processes: int) -> Iterable[str]:
-    given = values(settings)
-    yield f"# mica adapt {__version__}. Again into another folder: mica adapt --config FILE --output DIR"
-    for title, options in GROUPS.items():
-        yield f"\n# {title}"
-        for name in (option.name for option in options if option.name in given):
-            # JSON is YAML; a float without a dot (1e-05) is a string there, which the option's parser takes
-            yield f"{name}: {json.dumps(given[name], ensure_ascii=False)}  # {settings.origins[name]}"
-    yield f"\n{_PROCESSES}: {processes}  # the launcher"
+    given = {name: getattr(settings.args, name) for name, option in OPTIONS.items() if not option.by_run}
+    return {
+        name: _plain(value) if name in _PATHS else value
+        for name, value in given.items()
+        if value is not None and value != []
+    }
 
 
 def describe(settings: Settings) -> str:
@@ -279,8 +237,8 @@ def describe(settings: Settings) -> str:
     by_origin: dict[str, list[str]] = {}
     for name, value in values(settings).items():
         by_origin.setdefault(settings.origins[name], []).append(f"{name} {_shown(value)}")
-    source = RECIPES[settings.args.recipe].source
+    source = f" ({RECIPES[settings.args.recipe]['source']})"
     return "\n".join(
-        f"{origin}{f' ({source})' if origin.startswith('recipe') else ''}: {', '.join(parts)}"
+        f"{origin}{source if origin.startswith('recipe') else ''}: {', '.join(parts)}"
         for origin, parts in by_origin.items()
     )

@@ -10,28 +10,10 @@ from mica.errors import UsageError
 
 # What `mica adapt` and the tokenizers write. Anything else in the folder is not ours and stays.
 PRODUCTS = (
-    *(
-        "adapter_*",
-        "checkpoint-*",
-        "base",
-        "merged",
-        "runs",
-        "README.md",
-        "summary.json",
-        "run.yaml",
-        "curve.*",
-    ),
-    *(
-        "tokenizer*",
-        "special_tokens_map.json",
-        "added_tokens.json",
-        "chat_template*",
-        "vocab.*",
-        "merges.txt",
-    ),
+    *("adapter_*", "checkpoint-*", "base", "merged", "runs", "README.md", "summary.json", "run.yaml"),
+    *("curve.*", "tokenizer*", "special_tokens_map.json", "added_tokens.json", "chat_template*", "vocab.*"),
+    "merges.txt",
 )
-
-
 _LOCK = ".lock"
 
 
@@ -42,21 +24,18 @@ def check(output: Path, *, resume: bool, overwrite: bool, model: str) -> None:
     harmless = {"base", _LOCK}
     if output.is_dir() and {path.name for path in output.iterdir()} - harmless and not (resume or overwrite):
         raise UsageError(
-            f"--output {output}: has something in it: go on with that run by --resume, replace it by "
-            "--overwrite, or choose another folder"
+            f"--output {output}: is not empty: use --resume to continue that run, --overwrite to replace it, "
+            "or another folder"
         )
 
 
 def clear(output: Path, keep: str = "") -> None:
     """Remove what an earlier run left in ``output`` but ``keep``, so that nothing of two runs is mixed."""
-    for pattern in PRODUCTS:
-        for path in output.glob(pattern):
-            if path.name == keep:
-                continue
-            if path.is_dir() and not path.is_symlink():
-                shutil.rmtree(path)
-            else:
-                path.unlink()
+    for path in (path for pattern in PRODUCTS for path in output.glob(pattern)):
+        if path.is_dir() and not path.is_symlink() and path.name != keep:
+            shutil.rmtree(path)
+        elif path.name != keep:
+            path.unlink()
 
 
 @contextmanager
@@ -69,11 +48,11 @@ def held(output: Path) -> Iterator[None]:
     """
     import filelock
 
+    lock = filelock.FileLock(output / _LOCK, timeout=0)
     try:
         output.mkdir(parents=True, exist_ok=True)
     except OSError as error:  # /proc, for one, looks writable
         raise UsageError(f"--output {output}: cannot be made: {error.strerror or error}") from error
-    lock = filelock.FileLock(output / _LOCK, timeout=0)
     try:
         lock.acquire()
     except filelock.Timeout as error:

@@ -1,9 +1,10 @@
 """``--push-to-hub``: the output folder to a repository of the Hugging Face Hub, by its own client."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from huggingface_hub import HfApi, constants, get_token
-from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
 from mica.cli.output import first_sentences
@@ -13,6 +14,15 @@ from mica.errors import UsageError
 IGNORED = ["checkpoint-*/**", "base/**", "merged/**", "runs/**", "logs/**", ".*", ".*/**", "*.tmp"]
 
 
+@contextmanager
+def _explained(what: str, kept: str = "") -> Iterator[None]:
+    """Any error, as a UsageError: those of the client's HTTP library are others in each major version."""
+    try:
+        yield
+    except Exception as error:
+        raise UsageError(f"{what}: {first_sentences(str(error)) or type(error).__name__}{kept}") from error
+
+
 def check(repository: str) -> None:
     """Ask the hub, before any work, who the token belongs to; creates nothing.
 
@@ -20,20 +30,15 @@ def check(repository: str) -> None:
     it or cannot be reached.
     """
     option = f"--push-to-hub {repository}"
-    try:
+    with _explained(f"{option}: must be NAME or OWNER/NAME"):
         validate_repo_id(repository)
-    except HFValidationError as error:
-        raise UsageError(f"{option}: must be NAME or OWNER/NAME: {first_sentences(str(error))}") from error
     if constants.HF_HUB_OFFLINE:
         raise UsageError(f"{option}: not possible while HF_HUB_OFFLINE is set")
     if get_token() is None:
         raise UsageError(f"{option}: no token: run `hf auth login` or set HF_TOKEN")
-    try:
+    with _explained(option):
         user = HfApi().whoami()
-    except Exception as error:  # its HTTP library's own, another one in each major version of the client
-        raise UsageError(f"{option}: {_reason(error)}") from error
-    role = ((user.get("auth") or {}).get("accessToken") or {}).get("role")
-    if role == "read":
+    if ((user.get("auth") or {}).get("accessToken") or {}).get("role") == "read":
         raise UsageError(f"{option}: the token of {user.get('name')} can only read: give one that can write")
 
 
@@ -45,20 +50,13 @@ def push(output: Path, repository: str) -> str:
 
     Raises UsageError if the upload fails; it says how to repeat it, and ``output`` is unchanged.
     """
-    try:
+    skipped = " ".join(f"--exclude '{pattern}'" for pattern in IGNORED)
+    again = (
+        f"everything is in {output}, to be uploaded by: hf upload {repository} {output} . --private {skipped}"
+    )
+    with _explained(f"--push-to-hub {repository}: not uploaded", f"; {again}"):
         api = HfApi()
         name = api.create_repo(repository, private=True, exist_ok=True).repo_id
-        done = api.upload_folder(
-            repo_id=name, folder_path=output, ignore_patterns=IGNORED, commit_message="MiCA adapter"
-        )
-    except Exception as error:
-        skipped = " ".join(f"--exclude '{pattern}'" for pattern in IGNORED)
-        raise UsageError(
-            f"--push-to-hub {repository}: not uploaded: {_reason(error)}; everything is in {output}, to be "
-            f"uploaded by: hf upload {repository} {output} . --private {skipped}"
-        ) from error
+        more = {"ignore_patterns": IGNORED, "commit_message": "MiCA adapter"}
+        done = api.upload_folder(repo_id=name, folder_path=output, **more)
     return getattr(done, "repo_url", None) or f"{constants.ENDPOINT}/{name}"
-
-
-def _reason(error: Exception) -> str:
-    return first_sentences(str(error)) or type(error).__name__

@@ -29,26 +29,23 @@ def save(model: PeftModel, tokenizer, output: Path) -> None:
 
     Raises UsageError if the files cannot be written.
     """
+    scratch = output / ".saving"
     with checkpoints.written(output, "the adapter"):
         state = gathered(model)
-        if PartialState().is_main_process:
-            _save(model, tokenizer, output, state)
-
-
-def _save(model, tokenizer, output: Path, state: dict | None) -> None:
-    scratch = output / ".saving"
-    try:
-        shutil.rmtree(scratch, ignore_errors=True)
-        scratch.mkdir(parents=True)
-        # No base embeddings in the adapter: nothing resized them. "auto", the default, would ask the hub.
-        model.save_pretrained(scratch, save_embedding_layers=False, state_dict=state)
-        if tokenizer is not None:
-            tokenizer.save_pretrained(scratch)
-        (scratch / "README.md").unlink(missing_ok=True)
-        for file in sorted(scratch.iterdir()):
-            os.replace(file, output / file.name)
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
+        if not PartialState().is_main_process:
+            return
+        try:
+            shutil.rmtree(scratch, ignore_errors=True)
+            scratch.mkdir(parents=True)
+            # No base embeddings: nothing resized them. "auto", the default, would ask the hub.
+            model.save_pretrained(scratch, save_embedding_layers=False, state_dict=state)
+            if tokenizer is not None:
+                tokenizer.save_pretrained(scratch)
+            (scratch / "README.md").unlink(missing_ok=True)
+            for file in sorted(scratch.iterdir()):
+                os.replace(file, output / file.name)
+        finally:
+            shutil.rmtree(scratch, ignore_errors=True)
 
 
 def gathered(model: nn.Module) -> dict[str, torch.Tensor] | None:
@@ -56,39 +53,35 @@ def gathered(model: nn.Module) -> dict[str, torch.Tensor] | None:
 
     None where nothing is sharded: PEFT takes them from the model.
     """
-    parameters = dict(model.named_parameters())
-    if not any(isinstance(weight, DTensor) for weight in parameters.values()):
+    if not _is_sharded(model):
         return None
     return {
         name.replace("_checkpoint_wrapped_module.", ""): (
             (weight.full_tensor() if isinstance(weight, DTensor) else weight).detach().cpu()
         )
-        for name, weight in parameters.items()
+        for name, weight in model.named_parameters()
         if weight.requires_grad or "lora_" in name or "modules_to_save" in name
     }
 
 
-def can_merge_in_place(model: nn.Module) -> bool:
-    """Whether the base is dense and whole in this process, so that it can be merged where it is."""
-    return not getattr(model, "is_quantized", False) and not any(
-        isinstance(weight, DTensor) for weight in model.parameters()
-    )
+def _is_sharded(model: nn.Module) -> bool:
+    return any(isinstance(weight, DTensor) for weight in model.parameters())
 
 
 def merge(model: PeftModel, tokenizer, args: argparse.Namespace) -> mica.fast.MergeReport:
     """Write OUTPUT/merged: the model with the adapter merged, in the run's dtype. Changes ``model``.
 
-    On the main process, after `save`. A base that is dense here is merged in place. One that
-    ``--quantize`` has quantised, or that is sharded, is loaded anew from where it came from, on the CPU: the
-    device still holds the model that was trained. The update was then trained for the quantised
-    weights, and is merged into the ones that they were made of, as usual for QLoRA.
+    On the main process, after `save`. A base that ``--quantize`` has quantised, or that is sharded, is loaded
+    anew from where it came from, on the CPU: the device still holds the model that was trained. The update
+    was then trained for the quantised weights, and is merged into the ones that they were made of, as usual
+    for QLoRA.
 
     Raises UsageError if the folder cannot be written, or the merged weights are not finite; everything that
     was written before is kept.
     """
     folder = args.output / MERGED
     kept = f"; the adapter is in {args.output}"
-    if not can_merge_in_place(model):
+    if getattr(model, "is_quantized", False) or _is_sharded(model):
         base = model.get_base_model()
         source = Source(args.model, base.name_or_path, {"trust_remote_code": args.trust_remote_code})
         dense = load_model(source, dtype_name(base.dtype), torch.device("cpu"))

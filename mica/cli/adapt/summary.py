@@ -1,13 +1,18 @@
-"""What ``mica adapt`` reports at the end: one dictionary, as ``summary.json`` and as text."""
+"""What ``mica adapt`` reports and writes at the end: one dictionary, as ``summary.json``, text and card."""
 
+import argparse
 import sys
 from collections import Counter
 from collections.abc import Iterable
 from importlib.metadata import version
-from pathlib import Path
 
 import torch
+from accelerate import PartialState
 
+import mica.fast
+from mica.cli.adapt import config, evaluation, hub, result
+from mica.cli.adapt.card import card, write_card
+from mica.cli.adapt.corpus import Corpus
 from mica.cli.output import write_json
 
 _LIBRARIES = ("mica-fast", "peft", "transformers", "accelerate", "datasets", "torch")
@@ -32,55 +37,89 @@ def perplexities(history: Iterable[dict], name: str) -> tuple[float | None, floa
     return (values[0], values[-1]) if values else (None, None)
 
 
-def versions() -> dict[str, str]:
-    """Of the libraries that made the adapter."""
-    return {name: version(name) for name in _LIBRARIES}
+def of(settings: config.Settings, corpus: Corpus, model, done) -> dict:
+    """What summary.json holds: the settings, the data, and what was measured."""
+    args, num_processes = settings.args, PartialState().num_processes
+    before, after = perplexities(done.history, "held_out")
+    retain_before, retain_after = perplexities(done.history, "retain")
+    peak_bytes, peak_of = peak_memory()
+    trained, total = model.get_nb_trainable_parameters()
+    explanation = mica.fast.explain(model)
+    on_peft = [row for row in explanation.rows if row.path == "peft"]
+    return {
+        "model": args.model,
+        "recipe": args.recipe,
+        "settings": config.values(settings),
+        "origins": settings.origins,
+        "sources": [
+            {key: getattr(part, key) for key in ("name", "documents", "tokens")} for part in corpus.parts
+        ],
+        "blocks": len(corpus.train),
+        "steps": done.steps,
+        "epochs": corpus.epochs(args, num_processes),
+        "processes": num_processes,
+        "trained_parameters": trained,
+        "total_parameters": total,
+        "training_seconds": done.seconds,
+        "training_tokens": done.tokens,
+        "tokens_per_second": done.tokens / done.seconds,
+        "training_loss": done.loss,
+        "peak_memory_bytes": peak_bytes,
+        "peak_memory_of": peak_of,
+        "perplexity_before": before,
+        "perplexity_after": after,
+        "held_out_tokens": evaluation.predicted_tokens(corpus.held_out),
+        "retain_before": retain_before,
+        "retain_after": retain_after,
+        "paths": dict(explanation.counts()),
+        "layers_on_peft_path": [{"name": row.name, "reason": row.reason} for row in on_peft],
+        "layers_not_called": [row.name for row in explanation.rows if row.calls == 0],
+        "adapter": str(args.output),
+        **dict.fromkeys(("merged", "merge_swallowed", "merge_report")),
+        "versions": {name: version(name) for name in _LIBRARIES},
+    }
 
 
-def write(summary: dict, output: Path) -> None:
-    write_json("--output", output / "summary.json", summary)
+def finish(args: argparse.Namespace, model, tokenizer, report: dict) -> None:
+    """Write summary and model card; then what may fail without any loss: the merge and the upload."""
+    write_json("--output", args.output / "summary.json", report)
+    write_card(card(report), args.output)
+    if args.merge:
+        merged = result.merge(model, tokenizer, args)
+        report["merged"] = str(args.output / result.MERGED)
+        report |= {"merge_swallowed": merged.swallowed, "merge_report": str(merged)}
+        write_json("--output", args.output / "summary.json", report)
+    print(as_text(report), flush=True)
+    if args.push_to_hub is not None:
+        print(f"uploaded to {hub.push(args.output, args.push_to_hub)}", flush=True)
 
 
 def as_text(summary: dict) -> str:
-    """Return ``summary`` (see `mica.cli.adapt.session`) as aligned lines for a terminal."""
+    """Return ``summary`` (see `of`) as aligned lines for a terminal."""
     s = summary
-    peak = s["peak_memory_bytes"]
-    uncalled = s["layers_not_called"]
     paths = ", ".join(f"{path} {count}" for path, count in s["paths"].items())
-    processes = f", {s['processes']} processes" if s["processes"] > 1 else ""
+    reasons = Counter(row["reason"] for row in s["layers_on_peft_path"])
+    uncalled = len(s["layers_not_called"])
+    several = f", {s['processes']} processes" if s["processes"] > 1 else ""
+    tokens = f"{s['training_tokens']:,} tokens, {s['tokens_per_second']:,.0f} tokens/s"
+    amount = f"{s['epochs']:.3g} epochs, {tokens}"
+    retained = s["retain_before"] and "{retain_before:.2f} -> {retain_after:.2f}".format(**s)
+    share = s["trained_parameters"] / s["total_parameters"]
+    memory = s["peak_memory_bytes"] and f"{s['peak_memory_bytes'] / 2**30:.2f} GiB ({s['peak_memory_of']})"
     rows = [
-        ("model", f"{s['model']} ({s['dtype']}, {s['device']}{processes})"),
-        (
-            "trained parameters",
-            f"{s['trained_parameters']:,} of {s['total_parameters']:,} "
-            f"({s['trained_parameters'] / s['total_parameters']:.2%})",
-        ),
+        ("model", f"{s['model']} ({s['dtype']}, {s['device']}{several})"),
+        ("trained parameters", f"{s['trained_parameters']:,} of {s['total_parameters']:,} ({share:.2%})"),
         ("initialisation", f"{s['initialisation_seconds']:.1f} s"),
-        (
-            "training",
-            f"{s['training_seconds']:.1f} s, {s['steps']} steps, {s['epochs']:.3g} epochs, "
-            f"{s['training_tokens']:,} tokens, {s['tokens_per_second']:,.0f} tokens/s",
-        ),
-        ("peak memory", f"{peak / 2**30:.2f} GiB ({s['peak_memory_of']})" if peak else "not measured"),
-        ("held-out perplexity", _change(s["perplexity_before"], s["perplexity_after"])),
+        ("training", f"{s['training_seconds']:.1f} s, {s['steps']} steps, {amount}"),
+        ("peak memory", memory or "not measured"),
+        ("held-out perplexity", "{perplexity_before:.2f} -> {perplexity_after:.2f}".format(**s)),
         ("", f"on {s['held_out_tokens']:,} tokens never trained on"),
-    ]
-    if s["retain_before"] is not None:
-        rows.append(("retained perplexity", _change(s["retain_before"], s["retain_after"])))
-    rows += [
+        ("retained perplexity", retained),
         ("layers by path", paths),
-        *(
-            ("", f"on PEFT's path, {count}: {reason}")
-            for reason, count in Counter(row["reason"] for row in s["layers_on_peft_path"]).items()
-        ),
-        *([("", f"not called in the last forward: {len(uncalled)}")] if uncalled else []),
+        *(("", f"on PEFT's path, {count}: {reason}") for reason, count in reasons.items()),
+        ("", uncalled and f"not called in the last forward: {uncalled}"),
         ("adapter", s["adapter"]),
+        ("merged model", s["merged"]),
+        ("", s["merge_report"]),
     ]
-    if s["merged"]:
-        rows += [("merged model", s["merged"]), ("", s["merge_report"])]
-    width = max(len(label) for label, _ in rows)
-    return "\n".join(f"{label:{width}}  {value}" for label, value in rows)
-
-
-def _change(before: float, after: float) -> str:
-    return f"{before:.2f} -> {after:.2f}"
+    return "\n".join(f"{label:19}  {value}" for label, value in rows if value)

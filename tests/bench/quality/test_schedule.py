@@ -9,7 +9,7 @@ import pytest
 from bench.quality.recipes import FULL, LORA_ALL, LORA_PAPER, MICA_ALL, MICA_PAPER, RECIPES, Recipe, methods
 from bench.quality.schedule import chosen_rate, missing, next_run, tried, verdict
 from bench.quality.search import best, is_enclosed, next_rate
-from mica.cli.adapt import recipes
+from mica.cli.adapt import options
 
 OPTIMA = {MICA_PAPER: 6e-3, LORA_PAPER: 1e-3, MICA_ALL: 5e-3, LORA_ALL: 1e-5, FULL: 3e-4}
 
@@ -27,13 +27,13 @@ def test_methods():
 
 def test_the_papers_recipe_is_that_of_mica_adapt():
     """arXiv 2604.01694, and alpha = 2 r as in its author's example."""
-    ours, theirs = RECIPES["paper"], recipes.RECIPES["paper"]
+    ours, theirs = RECIPES["paper"], options.RECIPES["paper"]
     assert ours == Recipe(("q_proj", "v_proj"), 2, "cosine", 0.1, 0.01, 0.05, 0.3)
-    assert ours.scaling == theirs.alpha_per_rank
-    assert ",".join(ours.target_modules) == theirs.values["target_modules"]
-    assert ours.warm_up == theirs.values["warmup_ratio"]
+    assert ours.scaling == theirs["alpha_per_rank"]
+    assert ",".join(ours.target_modules) == theirs["target_modules"]
+    assert ours.warm_up == theirs["warmup_ratio"]
     for name in ("scheduler", "weight_decay", "dropout", "max_grad_norm"):
-        assert getattr(ours, name) == theirs.values[name]
+        assert getattr(ours, name) == theirs[name]
 
 
 @pytest.mark.parametrize(

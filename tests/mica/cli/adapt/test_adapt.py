@@ -8,14 +8,11 @@ from pathlib import Path
 import pytest
 import torch
 from peft import PeftModel
-from safetensors.torch import load_file
-from transformers import (
-    AutoModelForCausalLM,
-    AutoTokenizer,
-)
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from mica.paths.products import Slowdown
-from tests.support.tiny_cli import TEXT, adapt, byte_tokenizer, logits, tiny_llama
+from tests.support.adapt_results import saved, summary, weights
+from tests.support.tiny_cli import TEXT, adapt, logits, tiny_llama
 
 
 @pytest.fixture(scope="module")
@@ -31,79 +28,83 @@ def adapted(model_dir, tmp_path_factory):
 
 
 def test_summary(adapted):
-    summary = json.loads((adapted / "summary.json").read_text(encoding="utf-8"))
-    assert summary["perplexity_after"] < 0.9 * summary["perplexity_before"]
-    assert summary["training_tokens"] == 12 * 2 * 32
-    assert summary["tokens_per_second"] == pytest.approx(768 / summary["training_seconds"])
+    made = summary(adapted)
+    assert made["perplexity_after"] < 0.9 * made["perplexity_before"]
+    assert made["training_tokens"] == 12 * 2 * 32
+    assert made["tokens_per_second"] == pytest.approx(768 / made["training_seconds"])
     # 2 layers, rank 4, lora_A alone: q, k, v, o, gate, up read 32 features, down reads 48
-    assert summary["trained_parameters"] == 2 * 4 * (6 * 32 + 48)
-    assert summary["total_parameters"] > summary["trained_parameters"]
-    assert sum(summary["paths"].values()) == 14
-    assert len(summary["layers_on_peft_path"]) == summary["paths"].get("peft", 0)
-    assert summary["layers_not_called"] == []
+    assert made["trained_parameters"] == 2 * 4 * (6 * 32 + 48)
+    assert made["total_parameters"] > made["trained_parameters"]
+    assert sum(made["paths"].values()) == 14
+    assert len(made["layers_on_peft_path"]) == made["paths"].get("peft", 0)
+    assert made["layers_not_called"] == []
     # 5 % of two files with the same content; 31 predicted tokens a block
-    assert summary["held_out_tokens"] == 14 * 31
-    assert summary["sources"] == [
+    assert made["held_out_tokens"] == 14 * 31
+    assert made["sources"] == [
         {"name": str(adapted.parents[1] / f"{name}.txt"), "documents": 1, "tokens": 9318}
         for name in ("one", "two")
     ]
-    assert summary["epochs"] == 12 * 2 / summary["blocks"]
-    assert (summary["settings"]["rank"], summary["origins"]["rank"]) == (4, "command line")
-    assert summary["initialisation_seconds"] > 0
-    assert summary["peak_memory_bytes"] is None or summary["peak_memory_bytes"] > 2**20
-    assert 0 <= summary["merge_swallowed"] <= 1
-    assert summary["dtype"] == "float32"
+    assert made["epochs"] == 12 * 2 / made["blocks"]
+    assert (made["settings"]["rank"], made["origins"]["rank"]) == (4, "command line")
+    assert made["initialisation_seconds"] > 0
+    assert made["peak_memory_bytes"] is None or made["peak_memory_bytes"] > 2**20
+    assert 0 <= made["merge_swallowed"] <= 1
+    assert made["dtype"] == "float32"
 
 
-def test_printed_summary(model_dir, text_file, tmp_path, capsys, monkeypatch):
+@pytest.fixture
+def run(model_dir, text_file, tmp_path):
+    """``run(option, ...)`` runs the command and returns its summary."""
+
+    def to_the_end(*options, model=model_dir, output=tmp_path / "out") -> dict:
+        assert adapt(model, text_file, output, *options) == 0
+        return summary(output)
+
+    return to_the_end
+
+
+def test_printed_summary(run, tmp_path, capsys, monkeypatch):
     (tmp_path / "elsewhere").mkdir()
     monkeypatch.chdir(tmp_path / "elsewhere")
-    assert adapt(model_dir, text_file, tmp_path / "out") == 0
-    printed = capsys.readouterr().out
-    summary = json.loads((tmp_path / "out" / "summary.json").read_text(encoding="utf-8"))
-    assert f"{summary['perplexity_before']:.2f} -> {summary['perplexity_after']:.2f}" in printed
-    for part in (
-        "initialisation",
-        "12 steps, 0.0866 epochs, 768 tokens",
-        "peak memory",
-        "1,920 of",
-        str(tmp_path / "out"),
-    ):
+    made, printed = run(), capsys.readouterr().out
+    change = f"{made['perplexity_before']:.2f} -> {made['perplexity_after']:.2f}"
+    rows = ("initialisation", "12 steps, 0.0866 epochs, 768 tokens", "peak memory", "1,920 of")
+    for part in (*rows, change, str(tmp_path / "out")):
         assert part in printed
-    assert summary["merged"] is None
+    assert made["merged"] is None
     assert not (tmp_path / "out" / "merged").exists()
     assert not list((tmp_path / "elsewhere").iterdir())  # nothing is written outside --output
 
 
-def test_layers_that_are_not_called_are_listed(model_dir, text_file, tmp_path, capsys, monkeypatch):
+def test_layers_that_are_not_called_are_listed(run, capsys, monkeypatch):
     monkeypatch.setattr("mica.fast.forward.call_counts.is_traced", False)
     monkeypatch.setattr("transformers.models.llama.modeling_llama.LlamaMLP.forward", lambda self, x: x)
-    assert adapt(model_dir, text_file, tmp_path / "out", "--steps", 1) == 0
+    made = run("--steps", 1)
     assert "not called in the last forward: 6" in capsys.readouterr().out
-    summary = json.loads((tmp_path / "out" / "summary.json").read_text(encoding="utf-8"))
-    assert len(summary["layers_not_called"]) == 6
-    assert all(".mlp." in name for name in summary["layers_not_called"])
+    assert len(made["layers_not_called"]) == 6
+    assert all(".mlp." in name for name in made["layers_not_called"])
 
 
 def test_adapter_and_merged_model_agree(adapted, model_dir):
-    base = AutoModelForCausalLM.from_pretrained(model_dir)
-    before = logits(base)
-    with_adapter = logits(PeftModel.from_pretrained(base, adapted))
-    merged = logits(AutoModelForCausalLM.from_pretrained(adapted / "merged"))
-    assert (with_adapter - before).abs().max() > 0.05
-    torch.testing.assert_close(merged, with_adapter, rtol=1e-4, atol=1e-4)
+    before = logits(AutoModelForCausalLM.from_pretrained(model_dir))
+    assert (agreed(adapted, model_dir) - before).abs().max() > 0.05
     ids = AutoTokenizer.from_pretrained(adapted / "merged")("déjà vu")["input_ids"]
     assert ids == AutoTokenizer.from_pretrained(model_dir)("déjà vu")["input_ids"]
 
 
-def test_adapted_embedding_is_saved_without_its_base(model_dir, text_file, tmp_path):
-    output = tmp_path / "out"
-    assert adapt(model_dir, text_file, output, "--target-modules", "embed_tokens,q_proj", "--merge") == 0
+def agreed(output: Path, model_dir: Path) -> torch.Tensor:
+    """The logits that the adapter and the merged model have."""
     base = AutoModelForCausalLM.from_pretrained(model_dir)
     with_adapter = logits(PeftModel.from_pretrained(base, output))
     merged = logits(AutoModelForCausalLM.from_pretrained(output / "merged"))
     torch.testing.assert_close(merged, with_adapter, rtol=1e-4, atol=1e-4)
-    assert all("lora_" in name for name in load_file(output / "adapter_model.safetensors"))
+    return merged
+
+
+def test_adapted_embedding_is_saved_without_its_base(run, model_dir, tmp_path):
+    run("--target-modules", "embed_tokens,q_proj", "--merge")
+    agreed(tmp_path / "out", model_dir)
+    assert all("lora_" in name for name in weights(tmp_path / "out"))
 
 
 def test_weights_are_safetensors_only(adapted):
@@ -112,26 +113,24 @@ def test_weights_are_safetensors_only(adapted):
     files = {name for name in files if not name.startswith("checkpoint-12/")}
     assert {"adapter_model.safetensors", "merged/model.safetensors", "summary.json"} <= files
     assert {"run.yaml", "curve.csv", "curve.png", "README.md", "tokenizer.json"} <= files
-    assert {Path(name).suffix for name in files} <= {
-        *(".safetensors", ".json", ".md", ".jinja", ".yaml", ".csv", ".png"),
-    }
+    suffixes = {".safetensors", ".json", ".md", ".jinja", ".yaml", ".csv", ".png"}
+    assert {Path(name).suffix for name in files} <= suffixes
     assert not any("checkpoint" in name or "training_args" in name for name in files)
 
 
-def test_same_seed_same_adapter(model_dir, text_file, tmp_path):
+def test_same_seed_same_adapter(run, tmp_path):
     for name, seed in (("a", 3), ("b", 3), ("c", 4)):
-        assert adapt(model_dir, text_file, tmp_path / name, "--seed", seed, "--steps", 4) == 0
+        run("--seed", seed, "--steps", 4, output=tmp_path / name)
     a, b, c = ((tmp_path / name / "adapter_model.safetensors").read_bytes() for name in "abc")
     assert a == b
     assert a != c
 
 
-def test_options_reach_model_and_training(model_dir, text_file, tmp_path):
+def test_options_reach_model_and_training(run, tmp_path):
     options = ["--dtype", "bfloat16", "--gradient-checkpointing", "--target-modules", "q_proj, down_proj"]
-    assert adapt(model_dir, text_file, tmp_path / "out", *options, "--alpha", 8) == 0
-    summary = json.loads((tmp_path / "out" / "summary.json").read_text(encoding="utf-8"))
-    assert summary["dtype"] == "bfloat16"
-    assert summary["perplexity_after"] < summary["perplexity_before"]
+    made = run(*options, "--alpha", 8)
+    assert made["dtype"] == "bfloat16"
+    assert made["perplexity_after"] < made["perplexity_before"]
     config = json.loads((tmp_path / "out" / "adapter_config.json").read_text(encoding="utf-8"))
     assert sorted(config["target_modules"]) == ["down_proj", "q_proj"]
     assert (config["r"], config["lora_alpha"], config["init_lora_weights"]) == (4, 8, "mica")
@@ -147,30 +146,20 @@ def test_help_needs_no_transformers():
     assert "frozen weights: auto, float32, bfloat16 or float16" in " ".join(result.stdout.split())
 
 
-@pytest.fixture(params=[torch.bfloat16, torch.float16])
-def narrow_dir(request, tmp_path):
-    """A checkpoint in 16 bits."""
-    tiny_llama().to(request.param).save_pretrained(tmp_path / "narrow")
-    byte_tokenizer().save_pretrained(tmp_path / "narrow")
-    return tmp_path / "narrow", str(request.param).removeprefix("torch.")
-
-
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 @pytest.mark.parametrize("native", [True, False])
 def test_auto_is_float32_where_the_processor_has_no_such_instructions(
-    monkeypatch, narrow_dir, text_file, tmp_path, capsys, native
+    dtype, native, run, monkeypatch, tmp_path, capsys
 ):
+    narrow = saved(tiny_llama().to(getattr(torch, dtype)), tmp_path / "narrow")
     monkeypatch.setattr("mica.cli.loading.has_native", lambda dtype: native or dtype == torch.float32)
-    folder, dtype = narrow_dir
-    assert adapt(folder, text_file, tmp_path / "out", "--steps", "2", "--merge") == 0
-    summary = json.loads((tmp_path / "out" / "summary.json").read_text(encoding="utf-8"))
-    printed = capsys.readouterr().err
-    assert summary["dtype"] == (dtype if native else "float32")
-    assert load_file(tmp_path / "out" / "merged" / "model.safetensors")["model.norm.weight"].dtype == getattr(
-        torch, summary["dtype"]
-    )
-    assert (
-        f"float32 and not the checkpoint's {dtype}: this processor has no {dtype} instr" in printed
-    ) != native
+    made = run("--steps", "2", "--merge", model=narrow)
+    expected = dtype if native else "float32"
+    assert made["dtype"] == expected
+    merged = weights(tmp_path / "out" / "merged", "model")
+    assert merged["model.norm.weight"].dtype == getattr(torch, expected)
+    said = f"float32 and not the checkpoint's {dtype}: this processor has no {dtype} instr"
+    assert (said in capsys.readouterr().err) != native
 
 
 @pytest.mark.parametrize(
@@ -180,14 +169,10 @@ def test_auto_is_float32_where_the_processor_has_no_such_instructions(
         (True, "a small product of matrices takes many times float32's time"),
     ],
 )
-def test_an_explicit_dtype_is_kept_and_its_cost_printed(
-    is_busy, cost, monkeypatch, model_dir, text_file, tmp_path, capsys
-):
+def test_an_explicit_dtype_is_kept_and_its_cost_printed(is_busy, cost, run, monkeypatch, capsys):
     monkeypatch.setattr("mica.cli.loading.has_native", lambda dtype: dtype == torch.float32)
     monkeypatch.setattr("mica.cli.loading.slowdown", lambda dtype: Slowdown(12.2, 398.0, is_busy))
-    assert adapt(model_dir, text_file, tmp_path / "out", "--steps", "2", "--dtype", "bfloat16") == 0
-    summary = json.loads((tmp_path / "out" / "summary.json").read_text(encoding="utf-8"))
-    assert summary["dtype"] == "bfloat16"
+    assert run("--steps", "2", "--dtype", "bfloat16")["dtype"] == "bfloat16"
     (line,) = [line for line in capsys.readouterr().err.splitlines() if "note" in line]
     assert cost in line
     assert "--dtype float32 is quicker" in line

@@ -15,50 +15,36 @@ from tests.support.adapt_results import settings, working_in, write_adapter
 from tests.support.tiny_cli import logits, tiny_llama
 from tests.support.tiny_gguf import write_tiny_gguf
 
-
-def summary(**changes) -> dict:
-    return {
+SUMMARY = {
+    **{"model": "owner/base-1B", "adapter": "/home/someone/runs/out", "merged": None, "dtype": "float32"},
+    **{"device": "cpu", "processes": 2, "steps": 200, "training_tokens": 12345, "training_seconds": 3600.4},
+    **{"trained_parameters": 1000, "total_parameters": 2000000, "held_out_tokens": 992},
+    **{"perplexity_before": 20.5, "perplexity_after": 10.25, "retain_before": 8.0, "retain_after": 8.5},
+    "sources": [
+        {"name": "owner/corpus", "documents": 1234, "tokens": 56789},
+        {"name": "/home/someone/secret|place/notes.txt", "documents": 0, "tokens": 10},
+    ],
+    "settings": {
         "model": "owner/base-1B",
-        "adapter": "/home/someone/runs/out",
-        "merged": None,
-        "dtype": "float32",
-        "device": "cpu",
-        "steps": 200,
-        "training_tokens": 12345,
-        "training_seconds": 3600.4,
-        "trained_parameters": 1000,
-        "total_parameters": 2000000,
-        "held_out_tokens": 992,
-        "perplexity_before": 20.5,
-        "perplexity_after": 10.25,
-        "retain_before": 8.0,
-        "retain_after": 8.5,
-        "sources": [
-            {"name": "owner/corpus", "documents": 1234, "tokens": 56789},
-            {"name": "/home/someone/secret|place/notes.txt", "documents": None, "tokens": 10},
-        ],
-        "settings": {
-            "model": "owner/base-1B",
-            "rank": 16,
-            "learning_rate": 5e-4,
-            "dropout": 0.05,
-            "quantize": None,
-        },
-        "origins": {"learning_rate": "command line", "dropout": "recipe paper"},
-        "processes": 2,
-        "versions": {"torch": "2.9", "peft": "0.21"},
-    } | changes
+        "rank": 16,
+        "learning_rate": 5e-4,
+        "dropout": 0.0,
+        "quantize": None,
+    }
+    | {"experts": False, "held_out_text": ["/home/someone/x"], "some_list": ["a", "b"]},
+    "origins": {"learning_rate": "command line", "dropout": "recipe paper"},
+    "versions": {"torch": "2.9", "peft": "0.21"},
+}
+
+
+def text_of(**changes) -> str:
+    return card(SUMMARY | changes).text
 
 
 def test_metadata_is_what_the_hub_reads():
-    read = ModelCard(str(card(summary())))
-    data = read.data
-    assert (data.base_model, data.library_name, data.pipeline_tag) == (
-        "owner/base-1B",
-        "peft",
-        "text-generation",
-    )
-    assert data.datasets == ["owner/corpus"]
+    data = ModelCard(str(card(SUMMARY))).data
+    assert (data.base_model, data.library_name) == ("owner/base-1B", "peft")
+    assert (data.pipeline_tag, data.datasets) == ("text-generation", ["owner/corpus"])
     assert {"mica", "lora", "continued-pretraining"} == set(data.tags)
     found = {(r.dataset_split, r.metric_name): (r.metric_type, r.metric_value) for r in data.eval_results}
     assert found == {
@@ -72,37 +58,37 @@ def test_metadata_is_what_the_hub_reads():
 
 
 def test_text_has_results_data_recipe_and_versions():
-    text = card(summary()).text
+    text = text_of()
     for row in (
+        "An adapter for `owner/base-1B`, made by continued pretraining",
+        "on 12,345 tokens with [MiCA](https://arxiv.org/abs/2604.01694)",
+        "`B` holds the 16 left singular vectors",
+        "1,000 of 2,000,000 parameters were trained.",
         "| held out, 992 tokens never trained on | 20.50 | 10.25 |",
         "| to be retained | 8.00 | 8.50 |",
         "| `owner/corpus` | 1,234 | 56,789 |",
-        "| `notes.txt` |  | 10 |",
+        "| `notes.txt` | 0 | 10 |",
         "| learning rate | 0.0005 | command line |",
-        "| dropout | 0.05 | recipe paper |",
+        "| dropout | 0.0 | recipe paper |",
+        "| experts | no |  |",
+        "| some list | a, b |  |",
         "200 steps in 3,600 s, base in float32, on cpu, 2 processes. torch 2.9, peft 0.21.",
     ):
         assert row in text
     assert "quantize" not in text
-    assert "someone" not in str(card(summary()))  # no folder of this machine
+    assert "someone" not in str(card(SUMMARY))  # no folder of this machine
+    piped = text_of(sources=[{"name": "a|b", "documents": 1, "tokens": 1}])
+    assert "| `a\\|b` | 1 | 1 |" in piped
 
 
 def test_what_was_not_measured_is_left_out():
-    bare = summary(
-        retain_before=None,
-        retain_after=None,
-        perplexity_after=float("nan"),
-        sources=[],
-        settings={"rank": 16},
-        versions={},
-    )
-    made = card(bare)
+    none = {"retain_before": None, "retain_after": None, "perplexity_after": float("nan")}
+    made = card(SUMMARY | none | {"sources": [], "settings": {"rank": 16}})
     assert [(r.dataset_split, r.metric_value) for r in made.data.eval_results] == [("held-out", 20.5)]
     assert made.data.datasets is None
     assert "retained" not in made.text
     assert "## Data" not in made.text
-    quantised = card(summary(settings={"rank": 16, "quantize": "nf4"})).text
-    assert "with the base quantised to nf4" in quantised
+    assert "with the base quantised to nf4" in text_of(settings={"rank": 16, "quantize": "nf4"})
 
 
 @pytest.mark.parametrize(
@@ -111,43 +97,43 @@ def test_what_was_not_measured_is_left_out():
      ("../b", False), ("~/b", False), ("data/x.jsonl", False), ("folder/model.gguf", False), (None, False)],
 )  # fmt: skip
 def test_names_of_the_hub(name, is_on_hub):
-    assert (hub_name(name) == name) is (is_on_hub or name is None)
+    assert hub_name(name) == (name if is_on_hub else None)
 
 
 def test_an_existing_folder_is_not_on_the_hub(tmp_path):
     (tmp_path / "owner" / "name").mkdir(parents=True)
     with working_in(tmp_path):
         assert hub_name("owner/name") is None
-        assert card(summary(model="owner/name")).data.base_model is None
+        assert card(SUMMARY | {"model": "owner/name"}).data.base_model is None
+
+
+def test_backticks_in_a_name_end_no_code():
+    text = text_of(model="/home/a`b``c/d`e``", sources=[{"name": "`x", "documents": 1, "tokens": 1}])
+    assert "An adapter for ``` d`e`` ```, made" in text
+    assert "| `` `x `` | 1 | 1 |" in text
 
 
 def code_of(text: str) -> list[str]:
     return re.findall(r"^```python\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
 
 
-def test_backticks_in_a_name_end_no_code():
-    text = card(
-        summary(model="/home/a`b``c/d`e``", sources=[{"name": "`x", "documents": 1, "tokens": 1}])
-    ).text
-    assert "An adapter for ``` d`e`` ```, made" in text
-    assert "| `` `x `` | 1 | 1 |" in text
+def run_in(folder, code: str) -> dict:
+    names = {}
+    with working_in(folder):
+        exec(code, names)
+    return names
 
 
 @pytest.mark.parametrize("name", ["out", 'a "quote", ```\n```\n and \\n'], ids=["plain", "odd"])
 def test_code_of_the_card_runs(model_dir, tmp_path, name):
-    base_model = tiny_llama().from_pretrained(model_dir)
-    tuned = write_adapter(tmp_path / name, base_model)
-    write_card(card(summary(model=str(model_dir), adapter=str(tmp_path / name))), tmp_path / name)
+    tuned = write_adapter(tmp_path / name, tiny_llama().from_pretrained(model_dir))
+    write_card(card(SUMMARY | {"model": str(model_dir), "adapter": str(tmp_path / name)}), tmp_path / name)
     (code,) = code_of((tmp_path / name / "README.md").read_text())
-    names = {}
-    with working_in(tmp_path):
-        exec(code, names)
+    names = run_in(tmp_path, code)
     assert (logits(names["model"]) - logits(tuned)).abs().max() == 0
     assert names["tokenizer"]("a")["input_ids"]
-    assert (
-        'from_pretrained("me/adapter")\n'
-        in card(summary(settings={"rank": 16, "push_to_hub": "me/adapter"})).text
-    )
+    pushed = text_of(settings={"rank": 16, "push_to_hub": "me/adapter"})
+    assert 'from_pretrained("me/adapter")\n' in pushed
 
 
 def test_code_of_a_gguf_base_runs(tmp_path):
@@ -155,17 +141,15 @@ def test_code_of_a_gguf_base_runs(tmp_path):
     write_tiny_gguf(tmp_path / "tiny.gguf")
     args = settings(model=str(tmp_path / "tiny.gguf"), output=tmp_path / "out", dtype="float32")
     tuned = write_adapter(tmp_path / "out", base.load(args, find_source(args.model, False)))
-    text = card(summary(model=args.model, adapter=str(tmp_path / "out"))).text
-    auto, base_beside, gguf = code_of(text)
+    auto, base_beside, gguf = code_of(text_of(model=args.model, adapter=str(tmp_path / "out")))
     for place, codes in ((tmp_path, (auto, base_beside, gguf)), (tmp_path / "moved", (auto, base_beside))):
         for code in codes:
-            names = {}
-            with working_in(place), mica.fast.disabled() if code != auto else contextlib.nullcontext():
-                exec(code, names)
+            with mica.fast.disabled() if code != auto else contextlib.nullcontext():
+                names = run_in(place, code)
             assert (logits(names["model"]) - logits(tuned)).abs().max() < 1e-5
         if place == tmp_path:
             (tmp_path / "moved").mkdir()
             (tmp_path / "out").rename(tmp_path / "moved" / "out")
-    pushed = card(summary(model=args.model, settings={"rank": 4, "push_to_hub": "me/adapter"})).text
+    pushed = text_of(model=args.model, settings={"rank": 4, "push_to_hub": "me/adapter"})
     assert len(code_of(pushed)) == 2  # base/ is not uploaded
     assert "/base" not in pushed

@@ -10,6 +10,9 @@ from mica.cli.adapt.options import OPTIONS
 from mica.errors import UsageError
 
 REQUIRED = ("--model", "m", "--text", "t", "--output", "o")
+LINE, ALL_LINEAR, PAPER = "command line", "recipe all-linear", "recipe paper"
+YAML = "recipe: paper\nrank: 8\nseed: 1\nmerge: true\nlearning-rate: 1e-3\ntext: [a, b]\nalpha:\n"
+ADAPTER = {"rank": 8, "alpha": 24, "target_modules": "q_proj", "dropout": 0.0}
 
 
 def given(*argv: object) -> argparse.Namespace:
@@ -18,8 +21,8 @@ def given(*argv: object) -> argparse.Namespace:
     return parser.parse_args(list(map(str, argv)))
 
 
-def resolve(*argv, **options) -> config.Settings:
-    return config.resolve(given(*REQUIRED, *argv), **options)
+def resolve(*argv) -> config.Settings:
+    return config.resolve(given(*REQUIRED, *argv))
 
 
 @pytest.fixture
@@ -31,43 +34,41 @@ def yaml_file(tmp_path):
     return write
 
 
-def test_defaults_and_recipe():
-    args, origins = resolve()
+@pytest.mark.parametrize(
+    ("argv", "yaml", "expected"),
+    [
+        pytest.param(
+            [],
+            "",
+            {"steps": (100, ALL_LINEAR), "epochs": (None, None), "rank": (16, ALL_LINEAR)}
+            | {"alpha": (16, ALL_LINEAR), "learning_rate": (1e-3, ALL_LINEAR), "text": (["t"], LINE)}
+            | {"report_to": ([], "default"), "merge": (False, "default"), "seed": (0, "default")},
+            id="default",
+        ),
+        pytest.param(
+            ["--recipe", "paper", "--rank", 32],
+            "",
+            {"rank": (32, LINE), "alpha": (64, PAPER), "target_modules": ("q_proj,v_proj", PAPER)}
+            | {"scheduler": ("cosine", PAPER), "learning_rate": (5e-4, PAPER), "warmup_ratio": (0.1, PAPER)}
+            | {"weight_decay": (0.01, PAPER), "dropout": (0.05, PAPER), "max_grad_norm": (0.3, PAPER)}
+            | {"epochs": (4, PAPER), "steps": (None, None)},
+            id="paper",
+        ),
+        pytest.param(
+            ["--seed", 2, "--no-merge"],
+            YAML,
+            {"rank": (8, "some.yaml"), "seed": (2, LINE), "merge": (False, LINE), "text": (["t"], LINE)}
+            | {"learning_rate": (1e-3, "some.yaml"), "alpha": (16, PAPER), "dropout": (0.05, PAPER)},
+            id="yaml",
+        ),
+        pytest.param(["--steps", 7], "epochs: 3", {"steps": (7, LINE), "epochs": (None, None)}, id="steps"),
+        pytest.param(["--epochs", 7], "steps: 3", {"epochs": (7, LINE), "steps": (None, None)}, id="epochs"),
+    ],
+)
+def test_the_command_line_wins_over_yaml_over_the_recipe(argv, yaml, expected, yaml_file):
+    args, origins = resolve(*argv, *(["--config", yaml_file(yaml)] if yaml else []))
     assert set(vars(args)) == set(OPTIONS)
-    assert (args.steps, args.epochs, args.rank, args.alpha, args.learning_rate) == (100, None, 16, 16, 1e-3)
-    assert (args.text, args.report_to, args.merge) == (["t"], [], False)
-    assert origins["rank"] == origins["steps"] == origins["alpha"] == "recipe all-linear"
-    assert "epochs" not in origins
-    assert (origins["model"], origins["seed"]) == ("command line", "default")
-
-
-def test_the_paper_s_recipe():
-    args, origins = resolve("--recipe", "paper", "--rank", 32)
-    assert (args.rank, args.alpha, args.target_modules, args.scheduler) == (32, 64, "q_proj,v_proj", "cosine")
-    assert (args.learning_rate, args.warmup_ratio, args.weight_decay) == (5e-4, 0.1, 0.01)
-    assert (args.dropout, args.max_grad_norm, args.epochs, args.steps) == (0.05, 0.3, 4, None)
-    assert (origins["rank"], origins["alpha"]) == ("command line", "recipe paper")
-
-
-def test_the_command_line_wins_over_yaml_over_the_recipe(yaml_file):
-    path = yaml_file(
-        "recipe: paper\nrank: 8\nseed: 1\nmerge: true\nlearning-rate: 1e-3\ntext: [a, b]\nalpha:\n"
-    )
-    args, origins = resolve("--config", path, "--seed", 2, "--no-merge")
-    assert (args.rank, args.seed, args.merge, args.learning_rate) == (8, 2, False, 1e-3)
-    assert (args.alpha, args.text, args.dropout) == (16, ["t"], 0.05)
-    assert (origins["rank"], origins["seed"]) == ("some.yaml", "command line")
-    assert origins["dropout"] == "recipe paper"
-
-
-@pytest.mark.parametrize("own", ["--steps", "--epochs"])
-def test_steps_and_epochs_replace_each_other(own, yaml_file):
-    other = {"--steps": "epochs", "--epochs": "steps"}[own]
-    args, origins = resolve("--config", yaml_file(f"{other}: 3\n"), own, 7)
-    assert (getattr(args, own[2:]), getattr(args, other)) == (7, None)
-    assert other not in origins
-    with pytest.raises(UsageError, match="--steps and --epochs: give one of them"):
-        resolve("--steps", 1, "--epochs", 1)
+    assert {name: (getattr(args, name), origins.get(name)) for name in expected} == expected
 
 
 @pytest.mark.parametrize(
@@ -83,23 +84,18 @@ def test_steps_and_epochs_replace_each_other(own, yaml_file):
         ("text: [[a]]", "text must be a list, not"),
         ("resume: true", "--resume belongs on the command line"),
         ("config: x.yaml", "--config belongs on the command line"),
-        ("merge: 3", "merge must be true or false, not '3'"),
+        ("merge: 3", "merge must be true or false, not 3"),
         ("- rank", "must be a mapping of options to values"),
         ("", "must be a mapping of options to values"),
         ("a: {", "is not YAML: "),
+        (None, "cannot be read"),
     ],
 )
-def test_bad_yaml(text, message, yaml_file):
-    path = yaml_file(text)
-    with pytest.raises(UsageError, match=message) as refusal:
-        resolve("--config", path)
-    assert str(refusal.value).startswith(f"--config {path}: ")
-
-
-def test_unreadable_yaml(tmp_path):
-    for path in (tmp_path / "none.yaml", tmp_path):
-        with pytest.raises(UsageError, match="cannot be read"):
+def test_bad_yaml(text, message, yaml_file, tmp_path):
+    for path in [tmp_path, tmp_path / "none.yaml"] if text is None else [yaml_file(text)]:
+        with pytest.raises(UsageError, match=message) as refusal:
             resolve("--config", path)
+        assert str(refusal.value).startswith(f"--config {path}: ")
 
 
 def test_required_options_may_come_from_yaml(yaml_file):
@@ -111,10 +107,12 @@ def test_required_options_may_come_from_yaml(yaml_file):
         config.resolve(given())
 
 
-def test_weights_must_be_as_many_as_sources():
+def test_options_that_go_together():
     assert resolve("--text-weights", 1).args.text_weights == [1.0]
     with pytest.raises(UsageError, match="--text-weights: 2 numbers for 1 sources"):
         resolve("--text-weights", 1, 2)
+    with pytest.raises(UsageError, match="--steps and --epochs: give one of them"):
+        resolve("--steps", 1, "--epochs", 1)
 
 
 @pytest.fixture
@@ -131,23 +129,23 @@ def run_folder(tmp_path):
 
 def test_run_yaml_gives_the_same_settings(run_folder, tmp_path, monkeypatch):
     output, before = run_folder
-    for settings in (
-        config.resolve(given("--config", output / "run.yaml")),
-        config.resolve(given("--output", output, "--resume")),
-    ):
+    again = config.resolve(given("--config", output / "run.yaml"))
+    resumed = config.resolve(given("--output", output, "--resume"))
+    for settings in (again, resumed):
         after = vars(settings.args) | {"resume": False, "config": None, "output": output}
         assert after == vars(before.args)
-    assert (
-        config.resolve(given("--output", output, "--resume")).origins | {"resume": "default"}
-        == before.origins
-    )
+    assert resumed.origins | {"resume": "default"} == before.origins
     assert not list(output.glob(".*"))
     monkeypatch.chdir(tmp_path)  # a relative path to the same file is the same
     assert config.resolve(given("--output", output, "--resume", "--text", "corpus.txt")).args.seed == 5
 
 
-def test_run_yaml_tells_the_number_of_processes(run_folder, yaml_file):
+def test_run_yaml_tells_processes_and_origins_and_nothing_of_one_start(run_folder, yaml_file):
     output, settings = run_folder
+    lines = (output / "run.yaml").read_text(encoding="utf-8").splitlines()
+    assert {"dropout: 0.05  # recipe paper", "seed: 5  # command line", "# data"} <= set(lines)
+    assert "learning_rate: 1e-05  # command line" in lines
+    assert not [line for line in lines if line.startswith(("resume", "config", "overwrite", "steps"))]
     assert config.recorded_processes(output / "run.yaml") == 1
     config.write(settings, output, processes=4)
     assert config.recorded_processes(output / "run.yaml") == 4
@@ -155,73 +153,57 @@ def test_run_yaml_tells_the_number_of_processes(run_folder, yaml_file):
     assert config.recorded_processes(yaml_file("rank: 3\n")) is None
 
 
-def test_run_yaml_names_origins_and_nothing_of_one_start(run_folder):
-    lines = (run_folder[0] / "run.yaml").read_text(encoding="utf-8").splitlines()
-    assert "dropout: 0.05  # recipe paper" in lines
-    assert "seed: 5  # command line" in lines
-    assert "learning_rate: 1e-05  # command line" in lines
-    assert not [line for line in lines if line.startswith(("resume", "config", "overwrite", "steps"))]
-
-
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--seed", 6], "--seed 6: --resume: .*run.yaml has 5; leave the option out"),
+        (["--seed", 6], "--seed 6: --resume: .*run.yaml has 5; omit this option"),
         (["--recipe", "all-linear"], "--recipe all-linear: --resume: .* has paper"),
         (["--steps", 10], "--steps 10: --resume: .* does not have it"),
         (["--text", "another.txt"], "--text another.txt: --resume: .* has .*corpus.txt"),
         (["--overwrite"], "--resume and --overwrite: give one of them"),
+        (["--config", "seed: 7\n"], "--seed 7: --resume"),
     ],
 )
-def test_resume_refuses_another_training(arguments, message, run_folder):
+def test_resume_refuses_another_training(arguments, message, run_folder, yaml_file):
+    if arguments[0] == "--config":
+        arguments = ["--config", yaml_file(arguments[1])]
     with pytest.raises(UsageError, match=message):
         config.resolve(given("--output", run_folder[0], "--resume", *arguments))
-
-
-def test_resume_refuses_another_training_from_yaml_too(run_folder, yaml_file):
-    with pytest.raises(UsageError, match="--seed 7: --resume"):
-        config.resolve(given("--output", run_folder[0], "--resume", "--config", yaml_file("seed: 7\n")))
 
 
 def test_resume_allows_what_leaves_training_alone(run_folder, tmp_path):
     moved = run_folder[0].rename(tmp_path / "moved")
     args, origins = config.resolve(given("--output", moved, "--resume", "--save-steps", 3, "--no-merge"))
     assert (args.save_steps, args.merge, args.seed, args.output) == (3, False, 5, moved)
-    assert (origins["save_steps"], origins["seed"]) == ("command line", "command line")
-    assert origins["dropout"] == "recipe paper"
+    assert (origins["save_steps"], origins["seed"]) == (LINE, LINE)
+    assert origins["dropout"] == PAPER
 
 
-def test_the_adapter_s_values_hold():
-    adapter = {"rank": 8, "alpha": 24, "target_modules": "q_proj", "dropout": 0.0}
-    args, origins = resolve("--adapter", "a", "--recipe", "paper", read_adapter=lambda path: adapter)
+def test_the_adapter_s_values_hold(tmp_path, monkeypatch):
+    monkeypatch.setattr("mica.cli.adapt.adapter.read_adapter_config", lambda path: {})
+    monkeypatch.setattr("mica.cli.adapt.adapter.settings", lambda adapter, path: ADAPTER)
+    args, origins = resolve("--adapter", "a", "--recipe", "paper")
     assert (args.rank, args.alpha, args.target_modules) == (8, 24, "q_proj")
     assert (origins["rank"], args.learning_rate) == ("adapter", 5e-4)
-    args, _ = resolve("--adapter", "a", "--rank", 8, "--dropout", 0.1, read_adapter=lambda path: adapter)
+    args, _ = resolve("--adapter", "a", "--rank", 8, "--dropout", 0.1)
     assert (args.rank, args.dropout) == (8, 0.1)
-    with pytest.raises(UsageError, match="--rank 9: --adapter has 8; leave the option out"):
-        resolve("--adapter", "a", "--rank", 9, read_adapter=lambda path: adapter)
-
-
-def test_a_run_from_an_adapter_is_resumed_without_it(tmp_path):
-    adapter = {"rank": 8, "alpha": 24, "target_modules": "q_proj", "dropout": 0.0}
-    before = resolve("--adapter", "a", "--output", tmp_path, read_adapter=lambda path: adapter)
-    config.write(before, tmp_path)
-    after = config.resolve(given("--output", tmp_path, "--resume"), pytest.fail)
+    with pytest.raises(UsageError, match="--rank 9: --adapter has 8; omit this option"):
+        resolve("--adapter", "a", "--rank", 9)
+    # The run that it began is resumed without it
+    config.write(resolve("--adapter", "a", "--output", tmp_path), tmp_path)
+    monkeypatch.setattr("mica.cli.adapt.adapter.read_adapter_config", pytest.fail)
+    after = config.resolve(given("--output", tmp_path, "--resume"))
     assert (after.args.adapter, after.args.alpha) == (Path("a"), 24)
     assert after.origins["alpha"] == "adapter"
 
 
 def test_describe_names_each_value_once_with_its_origin():
     lines = config.describe(resolve("--recipe", "paper", "--rank", 32)).splitlines()
-    assert [line.partition(":")[0] for line in lines] == [
-        "command line",
-        "default",
-        "recipe paper (arXiv 2604.01694)",
-    ]
-    assert "rank 32" in lines[0]
-    assert "alpha 64" in lines[2]
-    assert "learning_rate 0.0005" in lines[2]
-    assert "seed 0" in lines[1]
+    assert [line.partition(":")[0] for line in lines] == [LINE, "default", f"{PAPER} (arXiv 2604.01694)"]
+    for line, entry in zip(
+        (0, 2, 2, 1), ("rank 32", "alpha 64", "learning_rate 0.0005", "seed 0"), strict=True
+    ):
+        assert entry in lines[line]
 
 
 def test_paths_are_absolute_where_there_is_such_a_file(tmp_path):

@@ -4,7 +4,7 @@ import csv
 
 import pytest
 
-from mica.cli.adapt.curve import figure, table, write_curve
+from mica.cli.adapt.curve import COLUMNS, figure, table, write_curve
 
 HISTORY = [
     {"step": 0, "eval_held_out_loss": 3.0, "eval_held_out_perplexity": 20.0, "eval_retain_perplexity": 8.0},
@@ -20,43 +20,34 @@ def lines_of(axes) -> dict:
 
 
 def test_table_and_csv(tmp_path):
+    write_curve([], tmp_path)
+    assert not list(tmp_path.iterdir())
     write_curve(HISTORY, tmp_path)
     with (tmp_path / "curve.csv").open(encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
-    assert rows == [
-        {"step": "0", "tokens": "", "loss": "", "learning_rate": "", "grad_norm": "",
-         "held_out_perplexity": "20.0", "retain_perplexity": "8.0"},
-        {"step": "10", "tokens": "1000", "loss": "3.0", "learning_rate": "0.001", "grad_norm": "0.5",
-         "held_out_perplexity": "", "retain_perplexity": ""},
-        {"step": "20", "tokens": "2000", "loss": "2.5", "learning_rate": "0.0005", "grad_norm": "0.4",
-         "held_out_perplexity": "15.0", "retain_perplexity": "8.5"},
-    ]  # fmt: skip
+    assert [list(row) for row in rows] == [list(COLUMNS)] * 3
+    assert [",".join(row.values()) for row in rows] == [
+        "0,,,,,20.0,8.0",
+        "10,1000,3.0,0.001,0.5,,",
+        "20,2000,2.5,0.0005,0.4,15.0,8.5",
+    ]
+    assert list(COLUMNS)[:5] == ["step", "tokens", "loss", "learning_rate", "grad_norm"]
     assert (tmp_path / "curve.png").read_bytes().startswith(b"\x89PNG")
     assert {path.name for path in tmp_path.iterdir()} == {"curve.csv", "curve.png"}
 
 
-def test_picture_shows_the_history():
+def test_picture_shows_what_was_measured():
     loss, perplexity = figure(table(HISTORY), "run").axes
     assert lines_of(loss) == {"loss": ([10, 20], [3.0, 2.5])}
-    assert lines_of(perplexity) == {
-        "held_out_perplexity": ([0, 20], [20.0, 15.0]),
-        "retain_perplexity": ([0, 20], [8.0, 8.5]),
-    }
+    held_out, retained = ([0, 20], [20.0, 15.0]), ([0, 20], [8.0, 8.5])
+    assert lines_of(perplexity) == {"held_out_perplexity": held_out, "retain_perplexity": retained}
     (tokens,) = loss.child_axes
     loss.figure.draw_without_rendering()
     assert tokens.get_xlim() == pytest.approx([100 * step for step in loss.get_xlim()])
-
-
-def test_what_was_not_measured_has_no_panel():
     (axes,) = figure(table(HISTORY[1:3]), "run").axes
     assert list(lines_of(axes)) == ["loss"]
     (_, perplexity) = figure(table(HISTORY[:1]), "run").axes  # evaluated before the first step
     assert lines_of(perplexity)["retain_perplexity"] == ([0], [8.0])
-
-
-def test_nothing_to_draw_writes_nothing(tmp_path):
-    write_curve([], tmp_path)
-    assert not list(tmp_path.iterdir())
 
 
 def test_a_failure_is_one_warning(tmp_path, capsys, monkeypatch):

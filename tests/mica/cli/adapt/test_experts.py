@@ -1,32 +1,38 @@
-"""``mica adapt``, ``transfer`` and ``inspect`` on mixtures: what is adapted, and that nothing is lost."""
+"""``mica adapt``, ``transfer`` and ``inspect`` on mixtures, and what holds for a dense model as well."""
 
 import json
 import re
-import shutil
 import signal
 import time
 
 import pytest
 import torch
 import yaml
-from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from mica.cli import main
-from tests.support.adapt_results import poison_solver
+from mica.cli.adapt import checkpoints
+from tests.support.adapt_results import (
+    command,
+    poison_solver,
+    resume,
+    same,
+    saved,
+    summary,
+    unfinished,
+    weights,
+)  # fmt: skip
 from tests.support.adapt_runs import Process
 from tests.support.moe_models import BUILDERS
-from tests.support.tiny_cli import TEXT, adapt, byte_tokenizer, tiny_llama
+from tests.support.tiny_cli import TEXT, adapt, tiny_llama
 
 KINDS = ["qwen3_moe", "mixtral", "gpt_oss"]
-SAVED = ("adapter_model.safetensors", "adapter_config.json", "summary.json", "README.md")
 
 
 def write_model(folder, kind, seed=0, **options):
-    model = BUILDERS[kind](seed=seed, vocab_size=257, max_position_embeddings=128, **options)
-    model.save_pretrained(folder)
-    byte_tokenizer().save_pretrained(folder)
-    return folder
+    if kind == "dense":
+        return saved(tiny_llama(), folder)
+    return saved(BUILDERS[kind](seed=seed, vocab_size=257, max_position_embeddings=128, **options), folder)
 
 
 @pytest.fixture(scope="module")
@@ -36,21 +42,17 @@ def text(tmp_path_factory):
     return path
 
 
-@pytest.fixture(scope="module", params=KINDS)
+@pytest.fixture(scope="module", params=["dense", *KINDS])
 def made(request, text, tmp_path_factory):
     """A model and the folder of its whole run: 12 steps, a checkpoint every 4, the merged model."""
     folder = tmp_path_factory.mktemp(request.param)
     write_model(folder / "base", request.param)
-    assert adapt(folder / "base", text, folder / "run", "--save-steps", 4, "--workers", 1, "--merge") == 0
+    options = ["--save-steps", 4, "--workers", 1, "--merge", "--retain", text]
+    assert adapt(folder / "base", text, folder / "run", *options) == 0
     return request.param, folder / "base", folder / "run"
 
 
-def weights(folder, name="adapter_model"):
-    return load_file(folder / f"{name}.safetensors")
-
-
-def same(one, other):
-    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+on_mixtures = pytest.mark.parametrize("made", KINDS, indirect=True, scope="module")
 
 
 def routers(folder):
@@ -58,11 +60,7 @@ def routers(folder):
     return {name: weight for name, weight in whole.items() if ".gate." in name or "router" in name}
 
 
-def resumed(output):
-    assert main(["adapt", "--output", str(output), "--resume"]) == 0
-    return output
-
-
+@on_mixtures
 def test_experts_are_adapted_and_the_router_is_not(made):
     _, base, run = made
     adapted = weights(run)
@@ -74,36 +72,52 @@ def test_experts_are_adapted_and_the_router_is_not(made):
     stacks = [weights(folder, "model") for folder in (base, run / "merged")]
     moved = {name for name in stacks[0] if "experts" in name and not torch.equal(*(s[name] for s in stacks))}
     assert moved == {name for name in stacks[0] if "experts" in name and "bias" not in name}
-    summary = json.loads((run / "summary.json").read_text())
-    assert (summary["settings"]["experts"], summary["origins"]["experts"]) == (True, "recipe all-linear")
-    assert summary["perplexity_after"] < summary["perplexity_before"]
-    assert summary["layers_on_peft_path"] == []
+    made = summary(run)
+    assert (made["settings"]["experts"], made["origins"]["experts"]) == (True, "recipe all-linear")
+    assert made["perplexity_after"] < made["perplexity_before"]
+    assert made["layers_on_peft_path"] == []
     assert yaml.safe_load((run / "run.yaml").read_text())["experts"] is True
     assert "| experts | yes | recipe all-linear |" in (run / "README.md").read_text()
 
 
 def test_resumed_from_a_checkpoint_it_ends_the_same(made, tmp_path, monkeypatch):
+    """As kill -9 leaves it: a checkpoint that is whole, one that is not, and nothing of the run's end."""
     _, _, run = made
-    output = shutil.copytree(run, tmp_path / "out")
-    shutil.rmtree(output / "checkpoint-12")
-    for name in SAVED:
-        (output / name).unlink()
+    output = unfinished(run, tmp_path / "moved", last=12)
+    (output / "checkpoint-12" / checkpoints.MARKER).unlink()
     poison_solver(monkeypatch)
-    assert same(weights(resumed(output)), weights(run))
+    assert resume(output) == 0
+    assert same(weights(output), weights(run))
+    before, after = summary(run), summary(output)
+    for name in (
+        "training_loss",
+        "perplexity_before",
+        "perplexity_after",
+        "retain_after",
+        "steps",
+        "sources",
+    ):
+        assert before[name] == after[name]
     assert (output / "curve.csv").read_text() == (run / "curve.csv").read_text()
 
 
-def test_ctrl_c_and_resumed(made, text, tmp_path, monkeypatch):
-    _, base, run = made
-
+def test_stopped_by_a_signal_it_says_how_to_continue(made, text, tmp_path, capsys, monkeypatch):
     def interrupted(self, args, state, control, **_):
         if state.global_step == 5:
-            signal.raise_signal(signal.SIGINT)
+            signal.raise_signal(signum)
 
+    kind, base, run = made
+    signum = signal.SIGTERM if kind == "dense" else signal.SIGINT
+    output = tmp_path / "out"
     monkeypatch.setattr("mica.cli.adapt.callbacks.Hooks.on_step_begin", interrupted, raising=False)
-    assert adapt(base, text, tmp_path / "out", "--save-steps", 4, "--workers", 1) == 130
+    assert adapt(base, text, output, "--save-steps", 4, "--workers", 1) == 128 + signum
+    said = f"Stopped at step 6. To continue: mica adapt --output {output} --resume"
+    assert said in capsys.readouterr().out
+    assert not (output / "summary.json").exists()
     monkeypatch.undo()
-    assert same(weights(resumed(tmp_path / "out")), weights(run))
+    assert resume(output) == 0
+    assert same(weights(output), weights(run))
+    assert summary(output)["steps"] == 12
 
 
 @pytest.mark.parametrize("kind", KINDS[:2])
@@ -119,19 +133,24 @@ def test_killed_and_resumed(kind, text, tmp_path):
     killed.kill()
     assert killed.join() == [-signal.SIGKILL]
     assert main([*argv, str(tmp_path / "whole")]) == 0
-    assert same(weights(resumed(tmp_path / "killed")), weights(tmp_path / "whole"))
+    assert resume(tmp_path / "killed") == 0
+    assert same(weights(tmp_path / "killed"), weights(tmp_path / "whole"))
 
 
 def test_from_an_adapter(made, text, tmp_path, monkeypatch):
     _, base, run = made
     poison_solver(monkeypatch)
-    argv = ["adapt", "--model", base, "--text", text, "--output", tmp_path / "out", "--adapter", run]
-    assert main([*map(str, argv), "--sequence-length", "32", "--steps", "2", "--workers", "1"]) == 0
+    argv = ["--model", base, "--text", text, "--output", tmp_path / "out", "--adapter", run, "--workers", 1]
+    assert command(*argv, "--sequence-length", "32", "--steps", "2", "--learning-rate", "1e-3") == 0
     before, after = weights(run), weights(tmp_path / "out")
     assert before.keys() == after.keys()
     assert all(torch.equal(before[name], after[name]) == ("lora_B" in name) for name in before)
+    first, second = summary(run), summary(tmp_path / "out")
+    assert second["perplexity_before"] == pytest.approx(first["perplexity_after"])
+    assert second["origins"]["rank"] == "adapter"
 
 
+@on_mixtures
 def test_transfer_to_a_sibling(made, tmp_path, capsys):
     kind, base, run = made
     sibling = write_model(tmp_path / "chat", kind, seed=5)
@@ -149,6 +168,7 @@ def test_transfer_to_a_sibling(made, tmp_path, capsys):
     assert "it has 8 x " in error
 
 
+@on_mixtures
 def test_inspect_lists_stacks_and_no_router(made, capsys, tmp_path):
     kind, base, _ = made
     assert main(["inspect", str(base), "--rank", "4", "--json", str(tmp_path / "table.json")]) == 0
@@ -173,37 +193,31 @@ def test_inspect_lists_stacks_and_no_router(made, capsys, tmp_path):
 @pytest.mark.parametrize("kind", ["nf4", "int8"])
 def test_over_a_quantised_base(kind, text, tmp_path):
     """Quantised are the layers; stacks of experts stay as they are, and all is merged into what it was."""
-    base = write_model(tmp_path / "base", "qwen3_moe")
-    output = tmp_path / "out"
+    base, output = write_model(tmp_path / "base", "qwen3_moe"), tmp_path / "out"
     options = ["--quantize", kind, "--dtype", "float32", "--merge", "--workers", 1]
     assert adapt(base, text, output, *options) == 0
+    assert summary(output)["perplexity_after"] < summary(output)["perplexity_before"]
     assert same(routers(base), routers(output / "merged"))
     stack = "model.layers.0.mlp.experts"
-    factors = {key.partition(f"{stack}.")[2]: w for key, w in weights(output).items() if f"{stack}.l" in key}
+    factors = {key.partition(f"{stack}.")[2]: weight for key, weight in weights(output).items()}
     before, after = (AutoModelForCausalLM.from_pretrained(at) for at in (base, output / "merged"))
     down, merged = (model.get_parameter(f"{stack}.down_proj") for model in (before, after))
     lora_A = factors["lora_A.weight"].view(len(down), 4, -1)
     lora_B = factors["lora_B.weight"].view(down.shape[1], 4, -1).permute(2, 0, 1)
-    torch.testing.assert_close(merged, down + lora_B @ lora_A, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(merged, down + lora_B @ lora_A, rtol=1e-5, atol=1e-6)  # alpha is the rank
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (
-            ["--dropout", "0.1"],
-            "--dropout 0.1: PEFT has no dropout for parameters, as model.layers.0.mlp.experts",
-        ),
-        (
-            ["--target-modules", "q_proj,gate", "--rank", "7"],
-            "--rank 7: .*gate.weight has 6 x 32 weights, so at most 6",
-        ),
-        (["--target-modules", "q_proj,experts.up_proj"], "no layer of the model is called 'experts.up_proj'"),
+        ("--dropout 0.1", "--dropout 0.1: PEFT has no dropout for parameters, as model.layers.0.mlp.experts"),
+        ("--target-modules q_proj,gate --rank 7", "--rank 7: .*gate.weight has 6 x 32 weights, so at most 6"),
+        ("--target-modules q_proj,experts.up_proj", "no layer of the model is called 'experts.up_proj'"),
     ],
 )
 def test_refused_before_training(options, message, text, tmp_path, capsys):
     base = write_model(tmp_path / "base", "qwen3_moe")
-    assert adapt(base, text, tmp_path / "out", "--workers", 1, *options) == 2
+    assert adapt(base, text, tmp_path / "out", "--workers", 1, *options.split()) == 2
     assert re.search(message, capsys.readouterr().err)
     assert not (tmp_path / "out").exists()
 
@@ -219,15 +233,13 @@ def test_without_experts_and_by_name(text, tmp_path, capsys):
     assert adapt(base, text, tmp_path / "named", *options) == 0
     found = {name.removeprefix("base_model.model.model.layers.0.") for name in weights(tmp_path / "named")}
     assert {"mlp.gate.lora_A.weight", "mlp.experts.lora_A.weight", "self_attn.q_proj.lora_A.weight"} <= found
-    argv = ["adapt", "--model", base, "--text", text, "--output", tmp_path / "on"]
-    argv += ["--adapter", tmp_path / "named", "--sequence-length", 32, "--steps", 1, "--workers", 1]
-    assert main([*map(str, argv)]) == 0
+    argv = ["--model", base, "--text", text, "--output", tmp_path / "on", "--adapter", tmp_path / "named"]
+    assert command(*argv, "--sequence-length", 32, "--steps", 1, "--workers", 1) == 0
     assert weights(tmp_path / "on").keys() == weights(tmp_path / "named").keys()
 
 
 def test_a_dense_model_has_none(text, tmp_path, capsys):
-    tiny_llama().save_pretrained(tmp_path / "base")
-    byte_tokenizer().save_pretrained(tmp_path / "base")
+    saved(tiny_llama(), tmp_path / "base")
     assert adapt(tmp_path / "base", text, tmp_path / "out", "--experts") == 2
     assert "--experts: LlamaForCausalLM has no experts" in capsys.readouterr().err
     assert adapt(tmp_path / "base", text, tmp_path / "out", "--steps", 1) == 0

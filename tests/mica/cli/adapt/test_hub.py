@@ -10,49 +10,47 @@ from mica.cli.adapt import hub
 from mica.errors import UsageError
 
 
-@pytest.fixture(autouse=True)
-def online(offline, monkeypatch):
-    """A token, and a hub that is there; each test replaces what it is about."""
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
-    monkeypatch.setattr("mica.cli.adapt.hub.get_token", lambda: "token")
-    monkeypatch.setattr(
-        HfApi, "whoami", lambda self: {"name": "me", "auth": {"accessToken": {"role": "write"}}}
-    )
+@pytest.fixture
+def at_hub(offline, monkeypatch):
+    """A hub that is there, and a token; ``at_hub(...)`` changes what it says of whom the token belongs to."""
+
+    def change(token="token", role="write", error=None, offline=False):
+        def whoami(self):
+            if error:
+                raise error
+            return {"name": "me", "auth": {"accessToken": {"role": role}}}
+
+        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", offline)
+        monkeypatch.setattr("mica.cli.adapt.hub.get_token", lambda: token)
+        monkeypatch.setattr(HfApi, "whoami", whoami)
+
+    change()
+    return change
 
 
-def test_good_name_and_token():
+def test_good_name_and_token(at_hub):
     hub.check("me/adapter")
     hub.check("adapter")
 
 
 @pytest.mark.parametrize("name", ["a/b/c", "me/has space", "", "-me/x", "me/x.git"])
-def test_bad_name(name):
+def test_bad_name(name, at_hub):
     with pytest.raises(UsageError, match=f"^--push-to-hub {name}: must be NAME or OWNER/NAME: "):
         hub.check(name)
 
 
-def test_token_missing_or_read_only(monkeypatch):
-    monkeypatch.setattr(
-        HfApi, "whoami", lambda self: {"name": "me", "auth": {"accessToken": {"role": "read"}}}
-    )
-    with pytest.raises(UsageError, match=r"^--push-to-hub me/x: the token of me can only read"):
-        hub.check("me/x")
-    monkeypatch.setattr("mica.cli.adapt.hub.get_token", lambda: None)
-    with pytest.raises(
-        UsageError, match=r"^--push-to-hub me/x: no token: run `hf auth login` or set HF_TOKEN$"
-    ):
-        hub.check("me/x")
-
-
-def test_hub_is_offline_or_unreachable(monkeypatch):
-    def unreachable(self):
-        raise OSError("Name or service not known")
-
-    monkeypatch.setattr(HfApi, "whoami", unreachable)
-    with pytest.raises(UsageError, match=r"^--push-to-hub me/x: Name or service not known$"):
-        hub.check("me/x")
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    with pytest.raises(UsageError, match="not possible while HF_HUB_OFFLINE is set"):
+@pytest.mark.parametrize(
+    ("answer", "message"),
+    [
+        ({"role": "read"}, "the token of me can only read: give one that can write$"),
+        ({"token": None}, "no token: run `hf auth login` or set HF_TOKEN$"),
+        ({"error": OSError("Name or service not known")}, "Name or service not known$"),
+        ({"offline": True}, "not possible while HF_HUB_OFFLINE is set$"),
+    ],
+)
+def test_refused_before_any_work(answer, message, at_hub):
+    at_hub(**answer)
+    with pytest.raises(UsageError, match=f"^--push-to-hub me/x: {message}"):
         hub.check("me/x")
 
 
@@ -71,8 +69,7 @@ def test_upload_is_private_and_leaves_out_what_goes_on_with_the_run(monkeypatch,
     monkeypatch.setattr(HfApi, "upload_folder", upload_folder)
     assert hub.push(tmp_path, "adapter") == "https://hub/me/adapter"
     assert calls["create"] == ("adapter", {"private": True, "exist_ok": True})
-    assert calls["upload"]["repo_id"] == "me/adapter"
-    assert calls["upload"]["folder_path"] == tmp_path
+    assert (calls["upload"]["repo_id"], calls["upload"]["folder_path"]) == ("me/adapter", tmp_path)
     files = [
         "README.md", "adapter_config.json", "adapter_model.safetensors", "curve.png", "run.yaml",
         "summary.json", "tokenizer.json",
@@ -83,17 +80,13 @@ def test_upload_is_private_and_leaves_out_what_goes_on_with_the_run(monkeypatch,
 
 
 def test_an_error_is_one_line_that_says_how_to_repeat(monkeypatch, tmp_path):
-    (tmp_path / "adapter_config.json").touch()
-
     def refuse(self, *_, **__):
         raise OSError("403 Forbidden: no rights.\nmore\nlines")
 
     monkeypatch.setattr(HfApi, "create_repo", refuse)
     with pytest.raises(UsageError) as error:
         hub.push(tmp_path, "me/x")
-    assert str(error.value).startswith(
-        "--push-to-hub me/x: not uploaded: 403 Forbidden: no rights.; everything is in"
-    )
+    said = "--push-to-hub me/x: not uploaded: 403 Forbidden: no rights.; everything is in"
+    assert str(error.value).startswith(said)
     assert f"hf upload me/x {tmp_path} . --private" in str(error.value)
     assert len(str(error.value).splitlines()) == 1
-    assert (tmp_path / "adapter_config.json").exists()

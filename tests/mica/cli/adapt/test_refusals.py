@@ -8,50 +8,50 @@ from pathlib import Path
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from transformers import (
-    BertConfig,
-    BertForMaskedLM,
-    LlamaConfig,
-    LlamaForCausalLM,
-    T5Config,
-    T5ForConditionalGeneration,
-)
+from transformers import BertConfig, BertForMaskedLM, T5Config, T5ForConditionalGeneration
 
 import mica
 from mica.cli import main
 from mica.cli.adapt.options import OPTIONS
-from tests.support.adapt_results import write_adapter
+from tests.support.adapt_results import saved, write_adapter
 from tests.support.tiny_cli import TEXT, adapt, byte_tokenizer, tiny_llama
 
 
-def refused(capsys, status: int, output: Path, *parts, quiet: bool = True) -> None:
-    """Status 2, one error line with all ``parts`` in it, nothing in the output folder.
+@pytest.fixture
+def out(tmp_path):
+    return tmp_path / "out"
+
+
+@pytest.fixture
+def refused(capsys, out, text_file, model_dir):
+    """``refused(part, ..., options=...)`` runs the command: one line with all parts, nothing in ``out``.
 
     ``quiet``: the error is the only line; else progress bars of earlier stages came before it.
     """
-    captured = capsys.readouterr()
-    assert status == 2
-    lines = captured.err.replace("\r", "\n").splitlines()
-    errors = [line for line in lines if "error: " in line]
-    assert len(errors) == 1, captured.err
-    assert errors == lines[-1:]
-    assert errors[0].startswith("mica adapt: error: ")
-    assert "Traceback" not in captured.err
-    if quiet:  # else the lines about the data came before it
-        assert captured.out == ""
-        assert lines == errors
-    for part in parts:
-        assert str(part) in errors[0]
-    assert not output.is_dir()
+
+    def check(*parts, model=model_dir, text=text_file, output=out, options=(), quiet=True, run=adapt):
+        capsys.readouterr()
+        assert run(model, text, output, *options) == 2
+        captured = capsys.readouterr()
+        lines = captured.err.replace("\r", "\n").splitlines()
+        errors = [line for line in lines if "error: " in line]
+        assert len(errors) == 1, captured.err
+        assert errors == lines[-1:]
+        assert errors[0].startswith("mica adapt: error: ")
+        assert "Traceback" not in captured.err
+        if quiet:  # else the lines about the data came before it
+            assert (captured.out, lines) == ("", errors)
+        for part in parts:
+            assert str(part) in errors[0]
+        assert not out.is_dir()
+
+    return check
 
 
-def test_missing_argument_and_unknown_command(capsys, tmp_path):
-    refused(capsys, main(["adapt", "--model", "x", "--output", "y"]), tmp_path / "out", "--text")
+def test_missing_argument_unknown_command_and_version(refused, capsys):
+    refused("--text", run=lambda *_: main(["adapt", "--model", "x", "--output", "y"]))
     assert main(["adopt"]) == 2
     assert capsys.readouterr().err.startswith("mica: error: ")
-
-
-def test_version(capsys):
     assert main(["--version"]) == 0
     assert capsys.readouterr().out == f"mica {mica.__version__}\n"
 
@@ -67,10 +67,10 @@ def test_version(capsys):
     ],
 )
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-def test_backend_that_is_not_available(backend, message, capsys, tmp_path, text_file, model_dir, monkeypatch):
+def test_backend_that_is_not_available(backend, message, refused, monkeypatch):
     monkeypatch.setenv("MICA_BACKEND", backend)
     monkeypatch.delenv("TRITON_INTERPRET")
-    refused(capsys, adapt(model_dir, text_file, tmp_path / "out"), tmp_path / "out", message)
+    refused(message)
 
 
 @pytest.mark.parametrize(
@@ -83,104 +83,109 @@ def test_backend_that_is_not_available(backend, message, capsys, tmp_path, text_
         (b"caf\xe9 au lait", "not UTF-8 text (at byte 3)"),
     ],
 )
-def test_bad_text(content, message, capsys, tmp_path, model_dir):
+def test_bad_text(content, message, refused, tmp_path):
     path = tmp_path / "corpus"
     if content == "folder":
         path.mkdir()
     elif content is not None:
         path.write_bytes(content)
-    refused(capsys, adapt(model_dir, path, tmp_path / "out"), tmp_path / "out", "--text", path, message)
+    refused("--text", path, message, text=path)
 
 
-def test_too_little_text(capsys, tmp_path, model_dir):
-    path = tmp_path / "short.txt"
-    path.write_text("x" * 62)  # and the end of the document
-    refused(
-        capsys, adapt(model_dir, path, tmp_path / "out"), tmp_path / "out", "63 tokens found", "64 needed"
-    )
+def test_too_little_text(refused, tmp_path):
+    (tmp_path / "short.txt").write_text("x" * 62)  # and the end of the document
+    refused("63 tokens found", "64 needed", text=tmp_path / "short.txt")
 
 
 @pytest.mark.parametrize("model", ["./nowhere", "nowhere/model.gguf", "nobody/no-such-model", "a/b/c", "~/x"])
-def test_model_not_found(model, capsys, tmp_path, text_file):
-    refused(capsys, adapt(model, text_file, tmp_path / "out"), tmp_path / "out", f"--model {model}: ")
+def test_model_not_found(model, refused):
+    refused(f"--model {model}: ", model=model)
 
 
-def test_model_is_not_a_checkpoint(capsys, tmp_path, text_file):
-    fake = tmp_path / "fake.gguf"
-    fake.write_bytes(b"not a GGUF file" * 100)
-    empty = tmp_path / "empty"
-    empty.mkdir()
-    for model in (fake, empty, text_file):
-        refused(capsys, adapt(model, text_file, tmp_path / "out"), tmp_path / "out", f"--model {model}: ")
+def tiny_t5(path):
+    saved(T5ForConditionalGeneration(T5Config(vocab_size=257, d_model=8, d_kv=4, d_ff=8, num_layers=1)), path)
 
 
-def test_broken_or_pickled_weights(capsys, tmp_path, text_file, model_dir):
-    for name in ("broken", "pickled"):
-        folder = tmp_path / name
-        folder.mkdir()
-        for path in model_dir.glob("*.json"):
-            (folder / path.name).write_bytes(path.read_bytes())
-    (tmp_path / "broken" / "model.safetensors").write_bytes(b"\x10" + b"\0" * 7 + b"no safetensors")
-    torch.save(tiny_llama().state_dict(), tmp_path / "pickled" / "pytorch_model.bin")
-    for name in ("broken", "pickled"):
-        status = adapt(tmp_path / name, text_file, tmp_path / "out")
-        refused(capsys, status, tmp_path / "out", f"--model {tmp_path / name}: ", quiet=False)
+def tiny_bert(path):
+    sizes = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
+    saved(BertForMaskedLM(BertConfig(vocab_size=257, **sizes)), path)
 
 
-@pytest.mark.parametrize("base", ["some/model", None])
-def test_an_adapter_is_not_a_model(base, capsys, tmp_path, text_file):
+def broken_weights(path):
+    (saved(tiny_llama(), path) / "model.safetensors").write_bytes(b"\x10" + b"\0" * 7 + b"no safetensors")
+
+
+def pickled_weights(path):
+    model = tiny_llama()
+    (saved(model, path) / "model.safetensors").unlink()
+    torch.save(model.state_dict(), path / "pytorch_model.bin")
+
+
+def with_nan(path):
+    model = tiny_llama()
+    model.model.layers[1].mlp.up_proj.weight.data[0, 0] = torch.nan
+    saved(model, path)
+
+
+def adapter_of(base, path):
     """As it is saved, and as `mica adapt` leaves it: with a tokenizer."""
     model = get_peft_model(tiny_llama(), LoraConfig(r=2, init_lora_weights="mica", target_modules=["q_proj"]))
     model.peft_config["default"].base_model_name_or_path = base
-    model.save_pretrained(tmp_path / "adapter", save_embedding_layers=False)
-    byte_tokenizer().save_pretrained(tmp_path / "adapter")
-    message = (
-        "is an adapter, made on some/model, and not a model" if base else "is an adapter, and not a model"
-    )
-    capsys.readouterr()
-    status = adapt(tmp_path / "adapter", text_file, tmp_path / "out")
-    refused(capsys, status, tmp_path / "out", f"--model {tmp_path / 'adapter'}: {message}")
-    assert main(["inspect", str(tmp_path / "adapter")]) == 2
-    captured = capsys.readouterr()
-    assert captured.out == ""
-    assert captured.err.startswith(f"mica inspect: error: {tmp_path / 'adapter'}: {message}")
-    assert captured.err.count("\n") == 1
+    model.save_pretrained(path, save_embedding_layers=False)
+    byte_tokenizer().save_pretrained(path)
 
 
-def tiny_t5():
-    return T5ForConditionalGeneration(T5Config(vocab_size=257, d_model=8, d_kv=4, d_ff=8, num_layers=1))
+NOT_CAUSAL = "not a causal language model"
 
 
-def tiny_bert():
-    sizes = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
-    return BertForMaskedLM(BertConfig(vocab_size=257, **sizes))
+@pytest.mark.parametrize(
+    ("name", "make", "message", "quiet"),
+    [
+        ("fake.gguf", lambda path: path.write_bytes(b"not a GGUF file" * 100), "", True),
+        ("empty", Path.mkdir, "", True),
+        ("some.txt", lambda path: path.write_text(TEXT), "", True),
+        ("broken", broken_weights, "", False),
+        ("pickled", pickled_weights, "", False),
+        ("t5", tiny_t5, NOT_CAUSAL, True),
+        ("bert", tiny_bert, NOT_CAUSAL, True),
+        ("headless", lambda path: saved(tiny_llama().model, path), NOT_CAUSAL, False),
+        ("adapter", lambda path: adapter_of(None, path), "is an adapter, and not a model", True),
+        (
+            *("adapter", lambda path: adapter_of("some/model", path)),
+            *("is an adapter, made on some/model, and not a model", True),
+        ),
+    ],
+)
+def test_bad_model(name, make, message, quiet, refused, tmp_path, capsys):
+    path = tmp_path / name
+    make(path)
+    refused(f"--model {path}: ", message, model=path, quiet=quiet)
+    if name == "adapter":
+        assert main(["inspect", str(path)]) == 2
+        captured = capsys.readouterr()
+        assert captured.out == ""
+        assert captured.err.startswith(f"mica inspect: error: {path}: {message}")
+        assert captured.err.count("\n") == 1
 
 
-def headless_llama():
-    return tiny_llama().model
-
-
-@pytest.mark.parametrize("make", [tiny_t5, tiny_bert, headless_llama])
-def test_not_a_causal_language_model(make, capsys, tmp_path, text_file):
-    folder = tmp_path / "model"
-    make().save_pretrained(folder)
-    byte_tokenizer().save_pretrained(folder)
-    capsys.readouterr()  # the bars of save_pretrained
-    status = adapt(folder, text_file, tmp_path / "out")
-    parts = (f"--model {folder}: ", "not a causal language model")
-    refused(capsys, status, tmp_path / "out", *parts, quiet=make is not headless_llama)
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (with_nan, "layers.1.mlp.up_proj"),
+        (lambda path: saved(tiny_llama(vocab_size=40), path), "40 entries"),  # the tokenizer is another's
+    ],
+)
+def test_model_that_is_seen_to_be_bad_once_it_is_loaded(make, message, refused, tmp_path):
+    make(tmp_path / "model")
+    refused(message, model=tmp_path / "model", quiet=False)
 
 
 @pytest.fixture
-def remote_code_dir(tmp_path):
+def remote_code(tmp_path, monkeypatch):
     """A checkpoint whose classes are Python files in its folder; importing them leaves a mark."""
-    folder = tmp_path / "remote"
-    model = tiny_llama()
-    model.save_pretrained(folder)
-    byte_tokenizer().save_pretrained(folder)
-    config = json.loads((folder / "config.json").read_text())
-    config["model_type"] = "own-llama"
-    config["auto_map"] = {"AutoConfig": "own.OwnConfig", "AutoModelForCausalLM": "own.OwnModel"}
+    folder = saved(tiny_llama(), tmp_path / "remote")
+    own = {"AutoConfig": "own.OwnConfig", "AutoModelForCausalLM": "own.OwnModel"}
+    config = json.loads((folder / "config.json").read_text()) | {"model_type": "own-llama", "auto_map": own}
     (folder / "config.json").write_text(json.dumps(config))
     (folder / "own.py").write_text(
         "from pathlib import Path\n"
@@ -189,134 +194,85 @@ def remote_code_dir(tmp_path):
         "class OwnConfig(LlamaConfig):\n    model_type = 'own-llama'\n"
         "class OwnModel(LlamaForCausalLM):\n    config_class = OwnConfig\n"
     )
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
     return folder
 
 
-def test_remote_code_only_with_the_flag(remote_code_dir, capsys, tmp_path, text_file, monkeypatch):
-    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+def test_remote_code_only_with_the_flag(remote_code, refused, tmp_path, out, text_file, monkeypatch):
     monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("prompted on the terminal"))
-    status = adapt(remote_code_dir, text_file, tmp_path / "out")
-    refused(capsys, status, tmp_path / "out", "custom code", "--trust-remote-code")
+    refused("custom code", "--trust-remote-code", model=remote_code)
     assert not (tmp_path / "mark").exists()
-    assert adapt(remote_code_dir, text_file, tmp_path / "out", "--trust-remote-code", "--steps", 1) == 0
+    assert adapt(remote_code, text_file, out, "--trust-remote-code", "--steps", 1) == 0
     assert (tmp_path / "mark").exists()
 
 
-def test_custom_code_that_needs_weights_is_checked_once_they_are_there(
-    remote_code_dir, capsys, tmp_path, text_file, monkeypatch
-):
-    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
-    code = (remote_code_dir / "own.py").read_text()
-    code += (
-        "    def __init__(self, config):\n"
-        "        super().__init__(config)\n"
-        "        self.scale = float(self.lm_head.weight.detach().sum())\n"
-        "    @classmethod\n"
-        "    def from_pretrained(cls, *args, **kwargs):\n"
-        "        return LlamaForCausalLM.from_pretrained(*args, **kwargs)\n"
-    )
-    (remote_code_dir / "own.py").write_text(code)
-    status = adapt(remote_code_dir, text_file, tmp_path / "out", "--trust-remote-code", "--rank", 17)
-    refused(capsys, status, tmp_path / "out", "--rank 17: ", "at most 16", quiet=False)
+def test_custom_code_that_needs_weights_is_checked_once_they_are_there(remote_code, refused):
+    with (remote_code / "own.py").open("a") as file:
+        file.write(
+            "    def __init__(self, config):\n"
+            "        super().__init__(config)\n"
+            "        self.scale = float(self.lm_head.weight.detach().sum())\n"
+            "    @classmethod\n"
+            "    def from_pretrained(cls, *args, **kwargs):\n"
+            "        return LlamaForCausalLM.from_pretrained(*args, **kwargs)\n"
+        )
+    options = ["--trust-remote-code", "--rank", 17]
+    refused("--rank 17: ", "at most 16", model=remote_code, options=options, quiet=False)
 
 
-def test_output_cannot_be_a_folder(capsys, tmp_path, text_file, model_dir):
+def test_output_cannot_be_a_folder(refused, text_file, model_dir):
     for output in (text_file, text_file / "below", model_dir):
-        status = adapt(model_dir, text_file, output)
-        refused(capsys, status, tmp_path / "out", f"--output {output}: ")
+        refused(f"--output {output}: ", output=output)
     assert text_file.read_text(encoding="utf-8") == TEXT
+    if Path("/proc/self").exists():  # its folder looks writable
+        refused("--output /proc/mica: ", "cannot be made: No such", output="/proc/mica", quiet=False)
+        assert not Path("/proc/mica").exists()
 
 
-@pytest.mark.skipif(not Path("/proc/self").exists(), reason="there is no /proc")
-def test_output_that_cannot_be_made(capsys, tmp_path, text_file, model_dir):
-    """Though its folder looks writable."""
-    status = adapt(model_dir, text_file, "/proc/mica")
-    refused(
-        capsys, status, Path("/proc/mica"), "--output /proc/mica: ", "cannot be made: No such", quiet=False
-    )
-
-
-def test_rank_too_large_names_layer(capsys, tmp_path, text_file, model_dir):
-    status = adapt(model_dir, text_file, tmp_path / "out", "--rank", 17)  # k_proj and v_proj: 16 x 32
-    parts = ("--rank 17: model.layers.0.self_attn.k_proj has 16 x 32 weights", "at most 16")
-    refused(capsys, status, tmp_path / "out", *parts)
-
-
-def test_weight_with_nan_names_layer(capsys, tmp_path, text_file):
-    model = tiny_llama()
-    model.model.layers[1].mlp.up_proj.weight.data[0, 0] = torch.nan
-    model.save_pretrained(tmp_path / "model")
-    byte_tokenizer().save_pretrained(tmp_path / "model")
-    status = adapt(tmp_path / "model", text_file, tmp_path / "out")
-    refused(capsys, status, tmp_path / "out", "layers.1.mlp.up_proj", quiet=False)
-
-
-@pytest.mark.parametrize(
-    ("names", "message"),
-    [
-        ("nope", "no layer of the model is called 'nope'"),
-        ("q_proj,v_porj", "no layer of the model is called 'v_porj', did you mean 'v_proj'?"),
-        ("input_layernorm", "model.layers.0.input_layernorm is a LlamaRMSNorm, which cannot be adapted"),
-        (",", ""),
-    ],
-)
-def test_target_modules_not_found(names, message, capsys, tmp_path, text_file, model_dir):
-    status = adapt(model_dir, text_file, tmp_path / "out", "--target-modules", names)
-    refused(capsys, status, tmp_path / "out", f"--target-modules {names}: {message}")
+def test_an_output_with_something_in_it(capsys, out, model_dir, text_file):
+    out.mkdir()
+    (out / "adapter_config.json").write_text("{}")
+    assert adapt(model_dir, text_file, out) == 2
+    assert "is not empty: use --resume to continue that run, --overwrite to" in capsys.readouterr().err
+    assert [path.name for path in out.iterdir()] == ["adapter_config.json"]
 
 
 @pytest.mark.parametrize("module", ["accelerate", "datasets", "matplotlib", "yaml"])
-def test_missing_library(module, capsys, tmp_path, text_file, model_dir, monkeypatch):
+def test_missing_library(module, refused, monkeypatch):
     find = importlib.util.find_spec
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name == module else find(name))
-    status = adapt(model_dir, text_file, tmp_path / "out")
-    refused(capsys, status, tmp_path / "out", f"training needs {module}: pip install 'mica-fast[cli]'")
+    refused(f"training needs {module}: pip install 'mica-fast[cli]'")
 
 
-def test_missing_bitsandbytes(capsys, tmp_path, text_file, model_dir, monkeypatch):
+def test_missing_bitsandbytes(refused, monkeypatch):
     monkeypatch.setattr("mica.cli.adapt.base.is_bitsandbytes_available", lambda: False)
-    status = adapt(model_dir, text_file, tmp_path / "out", "--quantize", "nf4")
-    refused(capsys, status, tmp_path / "out", "--quantize nf4: needs bitsandbytes")
+    refused("--quantize nf4: needs bitsandbytes", options=["--quantize", "nf4"])
 
 
-def test_adapter_of_another_model(capsys, tmp_path, text_file, model_dir):
-    write_adapter(tmp_path / "adapter", tiny_llama(intermediate_size=40))
-    status = adapt(model_dir, text_file, tmp_path / "out", "--adapter", tmp_path / "adapter")
+def test_adapter_of_another_model(refused, tmp_path):
+    path = tmp_path / "adapter"
+    write_adapter(path, tiny_llama(intermediate_size=40))
     parts = ("adapts model.layers.0.mlp.down_proj as a layer of 32 x 40", "it has 32 x 48")
-    refused(capsys, status, tmp_path / "out", f"--adapter {tmp_path / 'adapter'}: ", *parts)
-
-
-def test_blocks_longer_than_the_model_takes(capsys, tmp_path, text_file, model_dir):
-    status = adapt(model_dir, text_file, tmp_path / "out", "--sequence-length", 129)
-    refused(capsys, status, tmp_path / "out", "--sequence-length 129", "128")
-
-
-def test_tokenizer_of_another_model(capsys, tmp_path, text_file):
-    LlamaForCausalLM(LlamaConfig(**{**tiny_llama().config.to_dict(), "vocab_size": 40})).save_pretrained(
-        tmp_path / "model"
-    )
-    byte_tokenizer().save_pretrained(tmp_path / "model")
-    status = adapt(tmp_path / "model", text_file, tmp_path / "out")
-    refused(capsys, status, tmp_path / "out", "40 entries", quiet=False)
+    refused(f"--adapter {path}: ", *parts, options=["--adapter", path])
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
         (["--steps", 3], "a trained weight is not finite after step 3; nothing was saved"),
-        (["--steps", 12, "--log-steps", 2], "not finite (nan) at or before step 4; nothing was saved"),
-        (
-            ["--steps", 12, "--save-steps", 3],
-            "a trained weight is not finite after step 3; nothing was saved",
-        ),
+        (["--log-steps", 2], "not finite (nan) at or before step 4; nothing was saved"),
+        (["--save-steps", 3], "a trained weight is not finite after step 3; nothing was saved"),
     ],
 )
-def test_divergence_leaves_no_adapter(options, message, capsys, tmp_path, text_file, model_dir):
-    status = adapt(model_dir, text_file, tmp_path / "out", "--learning-rate", "1e30", *options)
-    assert not list((tmp_path / "out").glob("adapter*"))
-    assert not list((tmp_path / "out").glob("checkpoint-*/complete.json"))
-    shutil.rmtree(tmp_path / "out")
-    refused(capsys, status, tmp_path / "out", message, "(now 1e+30)", quiet=False)
+def test_divergence_leaves_no_adapter(options, message, refused, out):
+    def run(*arguments):
+        status = adapt(*arguments)
+        assert not list(out.glob("adapter*"))
+        assert not list(out.glob("checkpoint-*/complete.json"))
+        shutil.rmtree(out)
+        return status
+
+    refused(message, "(now 1e+30)", options=["--learning-rate", "1e30", *options], quiet=False, run=run)
 
 
 # A bad value of each option that takes any string, and what the message has besides the option and the value.
@@ -335,6 +291,16 @@ BAD_STRINGS = {
     "push_to_hub": ("a/b/c", "a/b/c"),
     "config": ("nowhere.yaml", "cannot be read"),
 }
+CANNOT = "model.layers.0.input_layernorm is a LlamaRMSNorm, which cannot be adapted"
+MISSPELT = "no layer of the model is called 'v_porj', did you mean 'v_proj'?"
+OTHERS = [
+    ("target_modules", "q_proj,v_porj", MISSPELT),
+    ("target_modules", "input_layernorm", CANNOT),
+    ("target_modules", ",", ""),
+    ("rank", 17, "model.layers.0.self_attn.k_proj has 16 x 32 weights, so"),  # and v_proj
+    ("rank", 17, "at most 16"),
+    ("sequence_length", 129, "128"),
+]
 
 
 def test_every_option_that_takes_any_string_is_here():
@@ -342,33 +308,12 @@ def test_every_option_that_takes_any_string_is_here():
     assert strings == BAD_STRINGS.keys()
 
 
-@pytest.mark.parametrize("name", BAD_STRINGS)
-def test_bad_string(name, capsys, tmp_path, model_dir):
+@pytest.mark.parametrize(
+    ("name", "value", "message"), [*((name, *case) for name, case in BAD_STRINGS.items()), *OTHERS]
+)
+def test_bad_value(name, value, message, refused, tmp_path):
     rows = tmp_path / "rows.jsonl"
-    rows.write_text(
-        "".join(json.dumps({"text": TEXT[index:]}) + "\n" for index in range(20)), encoding="utf-8"
-    )
-    value, message = BAD_STRINGS[name]
-    status = adapt(model_dir, rows, tmp_path / "out", OPTIONS[name].flag, value)
-    refused(capsys, status, tmp_path / "out", OPTIONS[name].flag, value, message)
-
-
-def test_an_output_with_something_in_it(capsys, tmp_path, model_dir, text_file):
-    output = tmp_path / "out"
-    output.mkdir()
-    (output / "adapter_config.json").write_text("{}")
-    assert adapt(model_dir, text_file, output) == 2
-    assert (
-        "has something in it: go on with that run by --resume, replace it by --overwrite"
-        in capsys.readouterr().err
-    )
-    assert [path.name for path in output.iterdir()] == ["adapter_config.json"]
-
-
-def test_bugs_keep_their_traceback(monkeypatch, tmp_path, text_file, model_dir):
-    def broken(*args, **kwargs):
-        raise ValueError("a bug")
-
-    monkeypatch.setattr("mica.cli.adapt.training.train", broken)
-    with pytest.raises(ValueError, match="a bug"):
-        adapt(model_dir, text_file, tmp_path / "out")
+    lines = (json.dumps({"text": TEXT[index:]}) for index in range(20))
+    rows.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+    flag = OPTIONS[name].flag
+    refused(flag if name == "text_field" else f"{flag} {value}", message, text=rows, options=[flag, value])

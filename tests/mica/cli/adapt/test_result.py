@@ -52,9 +52,8 @@ def test_full_disk_keeps_the_older_adapter(tuned, tmp_path, monkeypatch):
         raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
 
     monkeypatch.setattr("peft.peft_model.safe_save_file", full)
-    with pytest.raises(
-        UsageError, match=r"^--output .*the adapter cannot be written: No space left on device;"
-    ):
+    said = r"^--output .*the adapter cannot be written: No space left on device;"
+    with pytest.raises(UsageError, match=said):
         result.save(tuned, byte_tokenizer(), tmp_path)
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
 
@@ -74,11 +73,11 @@ def test_merge_in_place(tuned, tmp_path):
     assert not list(tmp_path.glob(".*"))
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_merge_of_a_quantised_run_is_into_the_base_as_it_was(dtype, model_dir, tmp_path):
+@pytest.mark.parametrize(("kind", "dtype"), [("nf4", "float32"), ("nf4", "bfloat16"), ("int8", "float32")])
+def test_merge_of_a_quantised_run_is_into_the_base_as_it_was(kind, dtype, model_dir, tmp_path):
     pytest.importorskip("bitsandbytes")
     torch.use_deterministic_algorithms(False)  # bitsandbytes has no such version of its operators
-    args = settings(model=str(model_dir), output=tmp_path, quantize="nf4", dtype=dtype)
+    args = settings(model=str(model_dir), output=tmp_path, quantize=kind, dtype=dtype)
     model = adapter.start(base.load(args, find_source(args.model, False)), args)
     move(model)
     result.save(model, byte_tokenizer(), tmp_path)
@@ -110,18 +109,16 @@ def test_full_disk_while_merging_loses_nothing_else(tuned, tmp_path, monkeypatch
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("transformers.LlamaForCausalLM.save_pretrained", full)
-    with pytest.raises(
-        UsageError, match=r"^--merge .*/merged: .*No space left on device; the adapter is in "
-    ):
+    said = r"^--merge .*/merged: .*No space left on device; the adapter is in "
+    with pytest.raises(UsageError, match=said):
         result.merge(tuned, byte_tokenizer(), settings(output=tmp_path))
     assert {path.name for path in tmp_path.iterdir()} == before
 
 
 def test_adapter_that_is_not_finite_is_not_merged(tuned, tmp_path):
     next(w for name, w in tuned.named_parameters() if "lora_A" in name).data[0, 0] = torch.nan
-    with pytest.raises(
-        UsageError, match=r"^--merge .*NaNs detected in the merged weights.*the adapter is in"
-    ):
+    said = r"^--merge .*NaNs detected in the merged weights.*the adapter is in"
+    with pytest.raises(UsageError, match=said):
         result.merge(tuned, byte_tokenizer(), settings(output=tmp_path))
     assert not list(tmp_path.iterdir())
 
@@ -137,7 +134,7 @@ def test_sharded_model_is_saved_and_merged_whole(model_dir, tmp_path):
             fully_shard(layer, mesh=init_device_mesh("cpu", (1,)))
         result.save(model, byte_tokenizer(), tmp_path)
         result.merge(model, byte_tokenizer(), settings(model=str(model_dir), output=tmp_path))
-        assert not result.can_merge_in_place(model)
+        assert result.gathered(model)  # still sharded
     finally:
         dist.destroy_process_group()
     assert torch.equal(logits(PeftModel.from_pretrained(tiny_llama(), tmp_path)), expected)

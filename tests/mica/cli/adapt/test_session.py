@@ -1,8 +1,9 @@
-"""Whole runs of ``mica adapt``: again, resumed, overwritten, on top of each other, on quantised bases."""
+"""Whole runs of ``mica adapt``: again, resumed, overwritten, on top of each other."""
 
 import csv
 import json
 import random
+import re
 import shutil
 import signal
 from pathlib import Path
@@ -11,12 +12,11 @@ import pytest
 import torch
 from peft import AutoPeftModelForCausalLM
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, OPTConfig, OPTForCausalLM
+from transformers import OPTConfig, OPTForCausalLM
 
-from mica.cli import main
 from mica.cli.adapt import checkpoints, folder, training
-from tests.support.adapt_results import poison_solver
-from tests.support.tiny_cli import TEXT, adapt, byte_tokenizer, logits
+from tests.support.adapt_results import command, resume, same, saved, summary, unfinished, weights
+from tests.support.tiny_cli import TEXT, adapt, logits
 from tests.support.tiny_gguf import write_tiny_gguf
 
 
@@ -30,42 +30,13 @@ def rows(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def retained(tmp_path_factory):
-    path = tmp_path_factory.mktemp("retained") / "general.txt"
-    path.write_text("The quick brown fox jumps over the lazy dog. " * 40, encoding="utf-8")
-    return path
-
-
-@pytest.fixture(scope="module")
-def paper(model_dir, rows, retained, tmp_path_factory):
+def paper(model_dir, rows, tmp_path_factory):
     """One run by the paper's recipe with all that can be measured, shared by the tests that read it."""
     output = tmp_path_factory.mktemp("paper") / "run"
-    options = [
-        "--recipe",
-        "paper",
-        "--save-steps",
-        4,
-        "--eval-steps",
-        6,
-        "--log-steps",
-        3,
-        "--retain",
-        retained,
-    ]
-    assert adapt(model_dir, rows, output, *options) == 0
+    (output.parent / "general.txt").write_text("The quick brown fox jumps over the lazy dog. " * 40)
+    options = ["--recipe", "paper", "--save-steps", 4, "--eval-steps", 6, "--log-steps", 3]
+    assert adapt(model_dir, rows, output, *options, "--retain", output.parent / "general.txt") == 0
     return output
-
-
-def weights(output: Path) -> dict[str, torch.Tensor]:
-    return load_file(output / "adapter_model.safetensors")
-
-
-def summary(output: Path) -> dict:
-    return json.loads((output / "summary.json").read_text(encoding="utf-8"))
-
-
-def same(one: dict, other: dict) -> bool:
-    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
 
 
 def test_what_is_measured_is_written(paper):
@@ -84,31 +55,28 @@ def test_what_is_measured_is_written(paper):
 
 
 def test_run_yaml_repeats_the_run(paper, tmp_path, capsys):
-    again = ["adapt", "--config", str(paper / "run.yaml"), "--output"]
-    assert main([*again, str(tmp_path / "again")]) == 0
+    assert command("--config", paper / "run.yaml", "--output", tmp_path / "again") == 0
     assert same(weights(paper), weights(tmp_path / "again"))
     assert "note: " not in capsys.readouterr().err
 
 
+def edit(path: Path, *changes: tuple[str, str]) -> None:
+    text = path.read_text(encoding="utf-8")
+    for old, new in changes:
+        assert old in text
+        text = text.replace(old, new)
+    path.write_text(text, encoding="utf-8")
+
+
 def test_odd_settings_are_noted(paper, tmp_path, capsys):
     shutil.copy(paper / "run.yaml", tmp_path)
-    edit(tmp_path / "run.yaml", "processes: 1  #", "processes: 4  #")
-    argv = ["adapt", "--config", tmp_path / "run.yaml", "--output", tmp_path / "out", "--steps", 1]
-    assert main([*map(str, argv), "--learning-rate", "0.2"]) == 0
+    edit(tmp_path / "run.yaml", ("processes: 1  #", "processes: 4  #"))
+    argv = ["--config", tmp_path / "run.yaml", "--output", tmp_path / "out", "--steps", 1]
+    assert command(*argv, "--learning-rate", "0.2") == 0
     notes = [line for line in capsys.readouterr().err.splitlines() if "note: " in line]
     assert len(notes) == 2
     assert "note: --learning-rate 0.2: very high" in notes[0]
     assert "run.yaml is of a run on 4 processes, and this one has 1: its batches of 2 blocks" in notes[1]
-
-
-def unfinished(run: Path, output: Path, last: int = 8) -> Path:
-    """A copy of ``run`` as kill -9 leaves it after the checkpoint of step ``last``."""
-    shutil.copytree(run, output)
-    for name in ("adapter_model.safetensors", "adapter_config.json", "summary.json", "README.md"):
-        (output / name).unlink()
-    if last == 8:
-        shutil.rmtree(output / "checkpoint-12")
-    return output
 
 
 def refused(capsys, output: Path, *parts: object) -> None:
@@ -117,7 +85,7 @@ def refused(capsys, output: Path, *parts: object) -> None:
     capsys.readouterr()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("mica.cli.adapt.base.load", lambda *_: pytest.fail("the model is loaded"))
-        assert main(["adapt", "--output", str(output), "--resume"]) == 2
+        assert resume(output) == 2
     error = capsys.readouterr().err.splitlines()[-1]
     assert error.startswith("mica adapt: error: --resume: ")
     for part in parts:
@@ -125,22 +93,19 @@ def refused(capsys, output: Path, *parts: object) -> None:
     assert [path.name for path in checkpoints.folders(output)] == before
 
 
-def edit(path: Path, old: str, new: str) -> None:
-    text = path.read_text(encoding="utf-8")
-    assert old in text
-    path.write_text(text.replace(old, new), encoding="utf-8")
+def change_weights(file: Path) -> None:
+    save_file({name: weight * 1.01 for name, weight in load_file(file).items()}, file, {"format": "pt"})
 
 
 def test_resume_over_other_base_weights_is_refused(paper, model_dir, tmp_path, capsys):
     """A base that has only been moved goes on, wherever run.yaml says that it is now."""
     base = shutil.copytree(model_dir, tmp_path / "base")
     output = unfinished(paper, tmp_path / "out")
-    edit(output / "run.yaml", str(model_dir), str(base))
-    file = base / "model.safetensors"
-    save_file({name: weight + 1e-3 for name, weight in load_file(file).items()}, file, {"format": "pt"})
+    edit(output / "run.yaml", (str(model_dir), str(base)))
+    change_weights(base / "model.safetensors")
     refused(capsys, output, "checkpoint-8 was written with base_weights ", "(now ", "Put the base of the run")
-    shutil.copy(model_dir / "model.safetensors", file)
-    assert main(["adapt", "--output", str(output), "--resume"]) == 0
+    shutil.copy(model_dir / "model.safetensors", base)
+    assert resume(output) == 0
     assert same(weights(paper), weights(output))
 
 
@@ -149,22 +114,19 @@ def test_resume_compares_the_converted_base_of_a_gguf_file(rows, tmp_path, capsy
     write_tiny_gguf(tmp_path / "tiny.gguf")
     output = tmp_path / "out"
     assert adapt(tmp_path / "tiny.gguf", rows, output, "--steps", 1) == 0
-    file = output / "base" / "model.safetensors"
-    save_file({name: weight * 2 for name, weight in load_file(file).items()}, file, {"format": "pt"})
+    change_weights(output / "base" / "model.safetensors")
     refused(capsys, output, "checkpoint-1 was written with base_weights ")
     shutil.rmtree(output / "base")  # converted again, to the same weights
-    assert main(["adapt", "--output", str(output), "--resume"]) == 0
+    assert resume(output) == 0
 
 
 def test_resume_after_run_yaml_was_edited_is_refused(paper, tmp_path, capsys):
     output = unfinished(paper, tmp_path / "out")
-    edit(output / "run.yaml", "learning_rate: 0.02", "learning_rate: 0.5")
-    edit(output / "run.yaml", "seed: 0", "seed: 1")
-    edit(output / "run.yaml", "log_steps: 3", "log_steps: 4")  # which may change
+    changes = [("learning_rate: 0.02", "learning_rate: 0.5"), ("seed: 0", "seed: 1")]
+    edit(output / "run.yaml", *changes, ("log_steps: 3", "log_steps: 4"))  # the last may change
     refused(capsys, output, "with learning_rate 0.02 (now 0.5), seed 0 (now 1): it would be another training")
-    edit(output / "run.yaml", "learning_rate: 0.5", "learning_rate: 0.02")
-    edit(output / "run.yaml", "seed: 1", "seed: 0")
-    assert main(["adapt", "--output", str(output), "--resume"]) == 0
+    edit(output / "run.yaml", *((new, old) for old, new in changes))
+    assert resume(output) == 0
     assert same(weights(paper), weights(output))
 
 
@@ -173,101 +135,58 @@ def test_resume_after_run_yaml_was_edited_is_refused(paper, tmp_path, capsys):
     ["adapter_model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json"],
 )
 def test_resume_takes_the_checkpoint_before_a_damaged_one(paper, tmp_path, capsys, file):
+    def damage(path):
+        path.write_bytes(random.Random(0).randbytes(path.stat().st_size))
+
     output = unfinished(paper, tmp_path / "out", last=12)
-    path = output / "checkpoint-12" / file
-    path.write_bytes(random.Random(0).randbytes(path.stat().st_size))
-    assert main(["adapt", "--output", str(output), "--resume"]) == 0
-    said = f"checkpoint-12 is damaged ({file} is not what was written): the run goes on from checkpoint-8"
+    damage(output / "checkpoint-12" / file)
+    assert resume(output) == 0
+    said = f"checkpoint-12 is damaged ({file} is not what was written): the run continues from checkpoint-8"
     assert said in capsys.readouterr().err
     assert same(weights(paper), weights(output))
     assert checkpoints.damaged(output / "checkpoint-12") is None  # written anew
     for checkpoint in checkpoints.folders(output):
-        path = checkpoint / file
-        path.write_bytes(random.Random(0).randbytes(path.stat().st_size))
+        damage(checkpoint / file)
     refused(capsys, output, f"checkpoint-12 is damaged ({file}) and checkpoint-8 is damaged ({file})")
 
 
 def test_resume_of_a_checkpoint_of_an_earlier_version(paper, tmp_path):
     output = unfinished(paper, tmp_path / "out")
-    marker = json.loads((output / "checkpoint-8" / checkpoints.MARKER).read_text(encoding="utf-8"))
-    known = (
-        "step",
-        "seconds",
-        "processes",
-        "batch_size",
-        "gradient_accumulation_steps",
-        "data",
-        "engine",
-        "files",
-    )
-    (output / "checkpoint-8" / checkpoints.MARKER).write_text(
-        json.dumps({name: marker[name] for name in known}), encoding="utf-8"
-    )
-    assert main(["adapt", "--output", str(output), "--resume"]) == 0
+    marker = output / "checkpoint-8" / checkpoints.MARKER
+    known = ["step", "seconds", "processes", "batch_size", "gradient_accumulation_steps", "data"]
+    known += ["engine", "files"]
+    written = json.loads(marker.read_text(encoding="utf-8"))
+    marker.write_text(json.dumps({name: written[name] for name in known}), encoding="utf-8")
+    assert resume(output) == 0
     assert same(weights(paper), weights(output))
-
-
-def test_resumed_from_a_checkpoint_it_ends_the_same(paper, tmp_path, monkeypatch):
-    """As kill -9 leaves it: a checkpoint that is whole, one that is not, and nothing of the run's end."""
-    output = unfinished(paper, tmp_path / "moved", last=12)
-    (output / "checkpoint-12" / checkpoints.MARKER).unlink()
-    poison_solver(monkeypatch)
-    assert main(["adapt", "--output", str(output), "--resume"]) == 0
-    assert same(weights(paper), weights(output))
-    before, after = summary(paper), summary(output)
-    for name in (
-        "training_loss",
-        "perplexity_before",
-        "perplexity_after",
-        "retain_after",
-        "steps",
-        "sources",
-    ):
-        assert before[name] == after[name]
-    assert (paper / "curve.csv").read_text() == (output / "curve.csv").read_text()
 
 
 def test_resume_before_the_first_checkpoint_starts_anew(paper, tmp_path, capsys):
     output = tmp_path / "out"
     output.mkdir()
-    (output / "run.yaml").write_text((paper / "run.yaml").read_text(encoding="utf-8"), encoding="utf-8")
-    assert main(["adapt", "--output", str(output), "--resume"]) == 0
+    shutil.copy(paper / "run.yaml", output)
+    assert resume(output) == 0
     assert "has no complete checkpoint yet: the run starts from its beginning" in capsys.readouterr().err
     assert same(weights(paper), weights(output))
 
 
 def test_resume_of_nothing_is_refused(model_dir, rows, tmp_path, capsys):
-    assert adapt(model_dir, rows, tmp_path / "none", "--resume") == 2
-    assert f"--resume: nothing to go on from in {tmp_path / 'none'}" in capsys.readouterr().err
-    assert not (tmp_path / "none").exists()
+    none = tmp_path / "none"
+    assert adapt(model_dir, rows, none, "--resume") == 2
+    assert re.search(f"--resume: nothing to .* in {none}", capsys.readouterr().err)
+    assert not none.exists()
     for found in ("no such folder", "it is empty"):
-        assert main(["adapt", "--output", str(tmp_path / "none"), "--resume"]) == 2
-        said = f"mica adapt: error: --resume: nothing to go on from in {tmp_path / 'none'}: {found}"
+        assert resume(none) == 2
+        said = f"mica adapt: error: --resume: nothing to continue in {none}: {found}"
         assert capsys.readouterr().err.splitlines() == [said]
-        (tmp_path / "none").mkdir(exist_ok=True)
-    (tmp_path / "none" / "notes.txt").touch()
-    assert main(["adapt", "--output", str(tmp_path / "none"), "--resume"]) == 2
-    assert f"required: --model, --text ({tmp_path / 'none'} has no run.yaml)" in capsys.readouterr().err
-
-
-def test_a_signal_says_how_to_go_on(model_dir, rows, tmp_path, capsys, monkeypatch):
-    def interrupted(self, args, state, control, **_):
-        if state.global_step == 5:
-            signal.raise_signal(signal.SIGTERM)
-
-    monkeypatch.setattr("mica.cli.adapt.callbacks.Hooks.on_step_begin", interrupted, raising=False)
-    output = tmp_path / "out"
-    assert adapt(model_dir, rows, output) == 143
-    printed = capsys.readouterr().out
-    assert f"Stopped at step 6. To go on: mica adapt --output {output} --resume" in printed
-    assert not (output / "summary.json").exists()
-    monkeypatch.undo()
-    assert main(["adapt", "--output", str(output), "--resume"]) == 0
-    assert summary(output)["steps"] == 12
+        none.mkdir(exist_ok=True)
+    (none / "notes.txt").touch()
+    assert resume(none) == 2
+    assert f"required: --model, --text ({none} has no run.yaml)" in capsys.readouterr().err
 
 
 def test_ctrl_c_before_the_training_is_one_line(model_dir, rows, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("mica.cli.adapt.session.start", lambda *_: signal.raise_signal(signal.SIGINT))
+    monkeypatch.setattr("mica.cli.adapt.adapter.start", lambda *_: signal.raise_signal(signal.SIGINT))
     assert adapt(model_dir, rows, tmp_path / "out") == 130
     assert capsys.readouterr().err.splitlines()[-1] == "mica adapt: stopped"
     assert not (tmp_path / "out").exists()
@@ -282,14 +201,9 @@ def test_overwrite_leaves_nothing_of_the_run_before(model_dir, rows, tmp_path):
     names = {path.name for path in output.iterdir()}
     assert {"notes.txt", "checkpoint-1", "summary.json"} <= names
     assert not {"merged", "checkpoint-2"} & names
-
-
-def test_a_refused_run_leaves_the_one_before(model_dir, rows, tmp_path):
-    output = tmp_path / "out"
-    assert adapt(model_dir, rows, output, "--steps", 1) == 0
     before = weights(output)
     assert adapt(model_dir, rows, output, "--overwrite", "--rank", 17) == 2
-    assert same(before, weights(output))
+    assert same(before, weights(output))  # a run that is refused leaves the one before
 
 
 def test_two_runs_do_not_share_a_folder(model_dir, rows, tmp_path, capsys):
@@ -301,52 +215,21 @@ def test_two_runs_do_not_share_a_folder(model_dir, rows, tmp_path, capsys):
     assert not output.exists()
 
 
-def test_from_an_adapter(paper, model_dir, rows, tmp_path, monkeypatch):
-    poison_solver(monkeypatch)
-    argv = ["adapt", "--model", model_dir, "--text", rows, "--output", tmp_path / "out", "--adapter", paper]
-    assert main([*map(str, argv), "--sequence-length", "32", "--steps", "2", "--learning-rate", "1e-3"]) == 0
-    before, after = weights(paper), weights(tmp_path / "out")
-    assert all(torch.equal(before[name], after[name]) for name in before if "lora_B" in name)
-    assert not any(torch.equal(before[name], after[name]) for name in before if "lora_A" in name)
-    assert summary(tmp_path / "out")["perplexity_before"] == pytest.approx(summary(paper)["perplexity_after"])
-    assert summary(tmp_path / "out")["origins"]["rank"] == "adapter"
-
-
-@pytest.mark.parametrize("kind", ["nf4", "int8"])
-def test_quantised_base(kind, model_dir, rows, tmp_path):
-    output = tmp_path / "out"
-    assert adapt(model_dir, rows, output, "--quantize", kind, "--merge", "--dtype", "float32") == 0
-    result = summary(output)
-    assert result["perplexity_after"] < result["perplexity_before"]
-    base = AutoModelForCausalLM.from_pretrained(model_dir)
-    merged = AutoModelForCausalLM.from_pretrained(output / "merged")
-    name = "model.layers.0.mlp.up_proj"
-    factors = {key.rpartition(".")[0][-6:]: w for key, w in weights(output).items() if f"{name}." in key}
-    expected = base.get_submodule(name).weight + factors["lora_B"] @ factors["lora_A"]  # alpha is the rank
-    torch.testing.assert_close(merged.get_submodule(name).weight, expected, rtol=1e-5, atol=1e-6)
-
-
 def test_an_embedded_base_is_found_again(paper, monkeypatch, tmp_path):
     """The adapter names its base by an absolute path."""
     monkeypatch.chdir(tmp_path)
     assert logits(AutoPeftModelForCausalLM.from_pretrained(paper)).isfinite().all()
 
 
-@pytest.fixture
-def opt_dir(tmp_path):
-    """A model whose positions follow from the attention mask: documents cannot be kept apart."""
+def test_packing_where_documents_cannot_be_kept_apart(rows, tmp_path, capsys):
+    """In a model whose positions follow from the attention mask."""
     torch.manual_seed(0)
     sizes = {"hidden_size": 16, "word_embed_proj_dim": 16, "ffn_dim": 16, "num_hidden_layers": 1}
     config = OPTConfig(vocab_size=257, num_attention_heads=2, max_position_embeddings=128, **sizes)
-    OPTForCausalLM(config).save_pretrained(tmp_path / "opt")
-    byte_tokenizer().save_pretrained(tmp_path / "opt")
-    return tmp_path / "opt"
-
-
-def test_packing_where_documents_cannot_be_kept_apart(opt_dir, rows, tmp_path, capsys):
-    assert adapt(opt_dir, rows, tmp_path / "refused", "--packing", "documents") == 2
+    opt = saved(OPTForCausalLM(config), tmp_path / "opt")
+    assert adapt(opt, rows, tmp_path / "refused", "--packing", "documents") == 2
     assert "--packing documents: the attention of OPTForCausalLM does not stay" in capsys.readouterr().err
-    assert adapt(opt_dir, rows, tmp_path / "out", "--steps", 1) == 0
+    assert adapt(opt, rows, tmp_path / "out", "--steps", 1) == 0
     assert "note: packing is stream: the attention of OPTForCausalLM" in capsys.readouterr().err
     result = summary(tmp_path / "out")
     assert (result["settings"]["packing"], result["origins"]["packing"]) == ("stream", "the model")
