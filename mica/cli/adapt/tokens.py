@@ -17,9 +17,9 @@ import threading
 from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import BrokenExecutor, ProcessPoolExecutor
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from itertools import islice
-from multiprocessing import parent_process
+from multiprocessing import active_children, parent_process
 from pathlib import Path
 
 import datasets
@@ -34,7 +34,8 @@ from mica.cli.adapt.sources import Source
 VERSION = 2  # of the layout on disk, and of how documents become ids: with another one nothing old is used
 PIECE = 20_000  # characters tokenised at once: 11 MB of text took 23.6 s as one string, 11.0 s in pieces
 MAX_WORKERS = 16
-BATCH = 2**20  # characters a call of the tokenizer; a source of no more needs no processes
+BATCH = 2**18  # characters a call of the tokenizer
+SMALL = 4  # batches: a source of no more needs no processes, and there may be hundreds of them
 
 
 class Tokens:
@@ -180,8 +181,9 @@ def _build(source: Source, tokenizer, field: str | None, workers: int, folder: P
     lengths, digests, empty, largest = [], [], 0, int(eos.max(initial=0))
     length, digest = 0, hashlib.blake2b(digest_size=8)
     bar = tqdm(desc=f"Tokenising {Path(source.given).name}", unit=" tokens", unit_scale=True, delay=2)
-    with bar, (folder / "tokens.bin").open("wb") as file:
-        for ids, is_last in _tokenised(_batches(source.documents(field)), tokenizer, workers, source):
+    pieces = _tokenised(_batches(source.documents(field)), tokenizer, workers, source)
+    with bar, closing(pieces), (folder / "tokens.bin").open("wb") as file:
+        for ids, is_last in pieces:
             if is_last is None:
                 empty += 1
                 continue
@@ -227,19 +229,23 @@ def _tokenised(
     # Threads in the tokenizers of forked processes would warn, and could stand still.
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     _start(tokenizer)
-    for batch in batches if workers == 1 else islice(batches, 1):
+    for batch in batches if workers == 1 else islice(batches, SMALL):
         yield from _ids(batch)
     if (batch := next(batches, None)) is None:
         return
+    pool = ProcessPoolExecutor(workers, initializer=_start, initargs=(tokenizer, True))
     try:
-        with ProcessPoolExecutor(workers, initializer=_start, initargs=(tokenizer, True)) as pool:
-            running = deque([pool.submit(_ids, batch)])
-            while running:
-                # `pool.map` would read all of the source at once.
-                running += [pool.submit(_ids, batch) for batch in islice(batches, 2 * workers - len(running))]
-                yield from running.popleft().result()
+        running = deque([pool.submit(_ids, batch)])
+        while running:
+            # `pool.map` would read all of the source at once.
+            running += [pool.submit(_ids, batch) for batch in islice(batches, 2 * workers - len(running))]
+            yield from running.popleft().result()
     except BrokenExecutor as error:  # a process was killed, as a rule for want of memory
         raise source.error(f"tokenising in {workers} processes failed: {error}") from error
+    finally:
+        for worker in active_children():  # a run that is stopped does not wait for them
+            worker.terminate()
+        pool.shutdown(cancel_futures=True)
 
 
 def _start(tokenizer, in_child: bool = False) -> None:

@@ -160,10 +160,9 @@ def test_documents_are_chosen_by_content():
     documents = [document(5 + n % 7, seed=n) for n in range(200)]
     train, held_out, how, dropped = parts(documents)
     assert (how, dropped) == ("documents", 0)
-    assert sorted([*train, *held_out]) == sorted(documents)
     total = sum(map(len, documents))
     assert total * 0.1 <= sum(map(len, held_out)) < total * 0.1 + 12
-    assert train == [each for each in documents if each in set(train)]  # in their order
+    assert train == [each for each in documents if each not in set(held_out)]  # in their order
     random.Random(1).shuffle(documents)
     assert set(parts(documents)[1]) == set(held_out)
     more = parts([*documents, *(document(8, seed=n) for n in range(200, 210))], share=0.095)[1]
@@ -176,15 +175,6 @@ def test_no_more_than_is_measured(longer):
     _, held_out, how, _ = parts([*(document(8, seed=n) for n in range(500)), *longer], share=0.5, limit=3)
     assert how == "documents"
     assert 30 <= sum(map(len, held_out)) < 38
-
-
-def test_copies_are_never_on_both_sides():
-    train, held_out, how, dropped = parts([document(8, seed=n % 50) for n in range(200)])
-    assert how == "documents"
-    assert not set(train) & set(held_out)
-    assert len(set(held_out)) == len(held_out)
-    assert dropped == 3 * len(held_out)
-    assert len(train) + len(held_out) + dropped == 200
 
 
 def test_the_end_of_long_documents():
@@ -226,9 +216,13 @@ def test_never_on_both_sides(seed):
     documents = [chance.choice(kinds) for _ in range(chance.randint(1, 60))]
     share, limit = chance.choice([0.01, 0.1, 0.5]), chance.choice([1, 5, 100])
     try:
-        train, held_out, _, _ = parts(documents, share, limit=limit)
+        train, held_out, how, dropped = parts(documents, share, limit=limit)
     except UsageError:
         return
+    if how == "documents":  # each once, and none of its copies is trained on
+        assert sorted(held_out) == sorted({each for each in documents if each in set(held_out)})
+        assert train == [each for each in documents if each not in set(held_out)]
+        assert dropped == len(documents) - len(train) - len(held_out)
     for stretch in held_out:
         assert stretch not in train
         for each in train:

@@ -5,9 +5,12 @@ import os
 import pickle
 import re
 import shutil
+import time
+from functools import partialmethod
 
 import datasets
 import numpy as np
+import psutil
 import pytest
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
@@ -56,17 +59,13 @@ def test_tokens_are_those_of_the_text(tmp_path, monkeypatch, workers):
     monkeypatch.setattr(tokens, "PIECE", 23)
     monkeypatch.setattr(tokens, "BATCH", 101)
     extra = ["", " \n ", TEXTS[3], "", "x" * 23 + " " * 30]
-    here = []
     path = write(tmp_path / "a.jsonl", [*ROWS, *({"text": text} for text in extra)])
+    call, here = PreTrainedTokenizerFast.__call__, []
     with monkeypatch.context() as watched:
-        call = PreTrainedTokenizerFast.__call__
-        watched.setattr(
-            PreTrainedTokenizerFast,
-            "__call__",
-            lambda *args, **more: here.append(args) or call(*args, **more),
-        )
+        watch = partialmethod(lambda *args, **more: here.append(args) or call(*args, **more))
+        watched.setattr(PreTrainedTokenizerFast, "__call__", watch)
         result = tokenized(path, workers=workers)
-    assert (len(here) == 1) == (workers == 2)  # of several batches the first is tokenised in this process
+    assert (len(here) == tokens.SMALL) == (workers == 2)  # the rest is not tokenised in this process
     assert documents(result) == oracle([*TEXTS, TEXTS[3], extra[-1]])
     assert (result.empty, result.largest, result.cached, result.ids.dtype) == (3, 256, False, np.uint16)
     assert result.digests.dtype == np.uint64
@@ -171,6 +170,22 @@ def test_two_runs_at_once(path, cache):
         run.join()
     assert sorted(cached for cached, _ in found) == [False, True]
     assert found[0][1] == found[1][1] == oracle(TEXTS)
+
+
+def _slow(path, pids):
+    tokens.SMALL, tokens.BATCH = 0, 101
+    PreTrainedTokenizerFast.__call__ = lambda *args, **more: pids.put(os.getpid()) or time.sleep(600)
+    tokenized(path, workers=2)
+
+
+def test_workers_end_with_a_run_that_is_killed(path):
+    context = multiprocessing.get_context("fork")
+    pids = context.Queue()
+    run = context.Process(target=_slow, args=(path, pids))
+    run.start()
+    workers = [psutil.Process(pids.get(timeout=60)) for _ in range(2)]
+    run.kill()
+    assert not psutil.wait_procs(workers, timeout=30)[1]
 
 
 def _full(*args):
