@@ -33,7 +33,7 @@ KINDS = {
     **dict.fromkeys((".csv", ".tsv"), "csv"),
     ".parquet": "parquet",
 }
-COMPRESSIONS = {".gz": "gzip", ".zst": "zstd", ".xz": "xz", ".bz2": "bz2"}
+COMPRESSIONS = (".gz", ".zst", ".xz", ".bz2")
 CHUNK = 2**20  # bytes read at once
 
 # What reading raises for what is in a file, and datasets and huggingface_hub for names that do not exist or
@@ -77,7 +77,7 @@ class Source:
         except UsageError:
             raise
         except _BAD as error:
-            if isinstance(error, UnicodeDecodeError):
+            if isinstance(error, UnicodeDecodeError) and path and _suffix(path) != ".parquet":
                 for _ in self._chunks(path):  # says at which byte
                     pass
             reason = getattr(error, "strerror", None) or error
@@ -208,15 +208,15 @@ class Source:
 
 def _open(path: Path) -> fsspec.core.OpenFile:
     """The bytes of a file, decompressed by its suffix."""
-    return fsspec.open(str(path), "rb", compression=COMPRESSIONS.get(path.suffix.lower()))
+    return fsspec.open(str(path), "rb", compression="infer")
 
 
 def _csv(path: Path) -> Iterator[dict[str, str]]:
     """All columns are strings: "NA" and "007" are text."""
-    options = {"sep": "\t" if _suffix(path) == ".tsv" else ",", "dtype": object, "keep_default_na": False}
+    sep = "\t" if _suffix(path) == ".tsv" else ","
     with _open(path) as file:
-        for rows in pd.read_csv(file, chunksize=1000, **options):
-            yield from rows.fillna("").to_dict("records")  # a short row holds NaN
+        for rows in pd.read_csv(file, sep=sep, dtype=object, keep_default_na=False, chunksize=1000):
+            yield from rows.to_dict("records")
 
 
 def _parquet(path: Path) -> datasets.IterableDataset:
@@ -255,9 +255,7 @@ def _find(source: Source) -> Source:
         if path.suffix and _suffix(path) not in KINDS:
             raise source.error(f"unsupported file type '{path.suffix}'; {supported}")
         source.files = (path,)
-    elif (
-        len(path.parts) > 2 or path.is_absolute() or source.given[:1] in [*".~/\\"] or _suffix(path) in KINDS
-    ):
+    elif source.given.startswith((".", "~", "/", "\\")) or len(path.parts) > 2 or _suffix(path) in KINDS:
         raise source.error("no such file or folder")
     for file in source.files:
         with source._named(file), file.open("rb") as opened:

@@ -58,7 +58,7 @@ def finished(cache) -> list[str]:
 def test_tokens_are_those_of_the_text(tmp_path, monkeypatch, workers):
     monkeypatch.setattr(tokens, "PIECE", 23)
     monkeypatch.setattr(tokens, "BATCH", 101)
-    extra = ["", " \n ", TEXTS[3], "", "x" * 23 + " " * 30]
+    extra = ["", " \n ", TEXTS[3], "", "x" * 23 + " " * 30, " " * 50]  # white space in pieces is text
     path = write(tmp_path / "a.jsonl", [*ROWS, *({"text": text} for text in extra)])
     call, here = PreTrainedTokenizerFast.__call__, []
     with monkeypatch.context() as watched:
@@ -66,10 +66,10 @@ def test_tokens_are_those_of_the_text(tmp_path, monkeypatch, workers):
         watched.setattr(PreTrainedTokenizerFast, "__call__", watch)
         result = tokenized(path, workers=workers)
     assert (len(here) == tokens.SMALL) == (workers == 2)  # the rest is not tokenised in this process
-    assert documents(result) == oracle([*TEXTS, TEXTS[3], extra[-1]])
+    assert documents(result) == oracle([*TEXTS, TEXTS[3], *extra[-2:]])
     assert (result.empty, result.largest, result.cached, result.ids.dtype) == (3, 256, False, np.uint16)
     assert result.digests.dtype == np.uint64
-    assert len(set(result.digests.tolist())) == 31
+    assert len(set(result.digests.tolist())) == 32
     assert result.digests[3] == result.digests[30]
     assert {file.name for file in result.folder.iterdir()} == {"facts.npz", "tokens.bin"}
     assert (pickle.loads(pickle.dumps(result)).ids == result.ids).all()
