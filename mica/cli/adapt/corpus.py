@@ -13,8 +13,7 @@ import numpy as np
 from torch.utils.data import ConcatDataset, Dataset
 
 from mica.cli.adapt import sources
-from mica.cli.adapt.packing import Blocks, Spans, mix, spread
-from mica.cli.adapt.splitting import Split, split
+from mica.cli.adapt.packing import SPAN, Blocks, Split, mix, spans_of, split, spread, without
 from mica.cli.adapt.tokens import Tokens, tokenize
 from mica.errors import UsageError
 
@@ -123,34 +122,39 @@ def gather(args: argparse.Namespace, tokenizer) -> Corpus:
     text, held_out, retain = (
         tokenize(each, tokenizer, args.text_field, args.workers) if each else [] for each in found
     )
-    every = [*text, *held_out, *retain]
+    every, length = [*text, *held_out, *retain], args.sequence_length
 
     weights = args.text_weights
     groups = [text] if weights is None else [[store] for store in text]
     names = ["--text"] if weights is None else [f"--text {name}" for name in args.text]
     if held_out:
-        splits = [Split(Spans.of(group), Spans.of(held_out)[:0], "--held-out-text") for group in groups]
+        splits = [Split(spans_of(group), spans_of(held_out)[:0], "--held-out-text") for group in groups]
         held_out_blocks = _measured("--held-out-text", held_out, args)
     else:
-        splits = _splits(groups, names, args)
-        held_out_blocks = ConcatDataset(
-            [_blocks(group, part.held_out, args) for group, part in zip(groups, splits, strict=True)]
-        )
+        shares = np.array(weights or [1.0])
+        limits = np.maximum(1, np.rint(args.eval_blocks * shares / shares.sum())).astype(int).tolist()
+        splits = [
+            split(spans_of(group), args.held_out, length, limit, name)
+            for group, name, limit in zip(groups, names, limits, strict=True)
+        ]
+        parts = zip(groups, splits, strict=True)
+        held_out_blocks = ConcatDataset([_blocks(group, part.held_out, args) for group, part in parts])
         held_out_blocks = spread(held_out_blocks, args.eval_blocks)
     train, dropped = [], 0
     for index, part in enumerate(splits):
         # What another source holds out, or a set of its own; `split` has seen to this source's own copies.
         others = [other.held_out.digest for other in splits[:index] + splits[index + 1 :]]
         others += [store.digests for store in held_out]
-        kept = part.train.without(np.concatenate(others)) if others else part.train
+        kept = without(part.train, np.concatenate(others)) if others else part.train
         dropped += part.dropped + len(part.train) - len(kept)
-        if kept.num_tokens < args.sequence_length:
+        if kept.length.sum() < length:
             raise UsageError(
-                f"{names[index]}: {kept.num_tokens:,} tokens are not held out, {args.sequence_length:,} "
-                f"needed: one training block of --sequence-length {args.sequence_length}"
+                f"{names[index]}: {kept.length.sum():,} tokens are not held out, {length:,} needed: one "
+                f"training block of --sequence-length {length}"
             )
         train.append(_blocks(groups[index], kept, args))
 
+    held_out_spans = [part.held_out for part in splits] + ([spans_of(held_out)] if held_out else [])
     return Corpus(
         train=train[0] if weights is None else mix(train, weights, args.seed),
         held_out=held_out_blocks,
@@ -163,45 +167,32 @@ def gather(args: argparse.Namespace, tokenizer) -> Corpus:
         held_out_by=" and ".join(dict.fromkeys(part.how for part in splits)),
         largest_token_id=max(store.largest for store in every),
         cached=all(store.cached for store in every),
-        fingerprint=_fingerprint(train, splits, held_out, args),
-        retain_fingerprint=_fingerprint([], [], retain, args) if retain else None,
-        sequence_length=args.sequence_length,
+        fingerprint=_fingerprint([*(blocks.spans for blocks in train), *held_out_spans], args),
+        retain_fingerprint=_fingerprint([spans_of(retain)], args) if retain else None,
+        sequence_length=length,
     )
 
 
-def _splits(groups: list[list[Tokens]], names: list[str], args: argparse.Namespace) -> list[Split]:
-    shares = np.array(args.text_weights or [1.0])
-    limits = np.maximum(1, np.rint(args.eval_blocks * shares / shares.sum())).astype(int).tolist()
-    return [
-        split(Spans.of(group), args.held_out, args.sequence_length, limit, name)
-        for group, name, limit in zip(groups, names, limits, strict=True)
-    ]
-
-
-def _blocks(stores: list[Tokens], spans: Spans, args: argparse.Namespace) -> Blocks:
+def _blocks(stores: list[Tokens], spans: np.recarray, args: argparse.Namespace) -> Blocks:
     return Blocks(stores, spans, args.sequence_length, args.packing)
 
 
 def _measured(option: str, stores: list[Tokens], args: argparse.Namespace) -> Dataset:
     """Blocks of a text that is only measured. Raises UsageError if it is shorter than one."""
-    blocks = _blocks(stores, Spans.of(stores), args)
+    blocks = _blocks(stores, spans_of(stores), args)
     if not len(blocks):
         raise UsageError(
-            f"{option}: {blocks.spans.num_tokens:,} tokens found, {args.sequence_length:,} needed: one block "
-            f"of --sequence-length {args.sequence_length}"
+            f"{option}: {blocks.spans.length.sum():,} tokens found, {args.sequence_length:,} needed: one "
+            f"block of --sequence-length {args.sequence_length}"
         )
     return spread(blocks, args.eval_blocks)
 
 
-def _fingerprint(train: list[Blocks], splits: list[Split], held_out: list[Tokens], args) -> str:
-    total = hashlib.blake2b(digest_size=16)
+def _fingerprint(every: list[np.recarray], args: argparse.Namespace) -> str:
     mixing = None if args.text_weights is None else [*args.text_weights, args.seed]
-    total.update(json.dumps([args.sequence_length, args.packing, mixing]).encode())
-    for spans in [
-        *(blocks.spans for blocks in train),
-        *(part.held_out for part in splits),
-        *([Spans.of(held_out)] if held_out else []),
-    ]:
-        for column in (spans.store, spans.start, spans.length, spans.digest):
-            total.update(np.ascontiguousarray(column))
+    packing = json.dumps([args.sequence_length, args.packing, mixing])
+    total = hashlib.blake2b(packing.encode(), digest_size=16)
+    for spans in every:
+        for column in SPAN.names:
+            total.update(np.ascontiguousarray(spans[column]))
     return total.hexdigest()

@@ -37,10 +37,10 @@ def of(location: str) -> str | None:
     safetensors and the configuration are not all there. Names and times of files do not matter.
     """
     try:
-        if Path(location).is_dir():
-            return _of(Path(location)) if location else None
-        config = try_to_load_from_cache(location, CONFIG_NAME)
-        return _of(Path(config).parent) if isinstance(config, str) else None
+        folder = Path(location)
+        if not location or not folder.is_dir():
+            folder = Path(try_to_load_from_cache(location, CONFIG_NAME)).parent
+        return _of(folder)
     except (OSError, ValueError, KeyError, TypeError, AttributeError, struct.error):
         return None  # who loads the model says what is wrong
 
@@ -49,37 +49,28 @@ def _of(folder: Path) -> str:
     config = json.loads((folder / CONFIG_NAME).read_text(encoding="utf-8"))
     kept = {key: value for key, value in config.items() if key not in _VOLATILE}
     total = hashlib.blake2b(json.dumps(kept, sort_keys=True).encode(), digest_size=8)
+    files = [folder / SAFE_WEIGHTS_NAME]  # what transformers reads of all that may lie there
+    if not files[0].is_file():
+        index = json.loads((folder / SAFE_WEIGHTS_INDEX_NAME).read_text(encoding="utf-8"))
+        files = [folder / name for name in sorted(set(index["weight_map"].values()))]
     places = []
-    for path in _weights(folder):
-        header = _header(path)
+    for path in files:
+        with path.open(
+            "rb"
+        ) as file:  # the format: size of the header, tensor -> dtype, shape, place; tensors
+            (size,) = struct.unpack("<Q", file.read(8))
+            header = file.read(min(size, 10**8))  # the format's limit
         total.update(header)
         tensors = json.loads(header)
         tensors.pop("__metadata__", None)
-        begin = 8 + len(header)
-        offsets = sorted(tensor["data_offsets"] for tensor in tensors.values())
-        places.append((path, [(begin + first, begin + last) for first, last in offsets]))
-    every = -(-sum(len(spans) for _, spans in places) // TENSORS) or 1
-    for path, spans in places:
+        places.append((path, 8 + len(header), sorted(each["data_offsets"] for each in tensors.values())))
+    every = -(-sum(len(offsets) for *_, offsets in places) // TENSORS) or 1
+    for path, begin, offsets in places:
         with path.open("rb") as file:
-            for first, last in spans[::every]:
-                for piece in _pieces(file, first, last):
+            for first, last in offsets[::every]:
+                for piece in _pieces(file, begin + first, begin + last):
                     total.update(piece)
     return total.hexdigest()
-
-
-def _weights(folder: Path) -> list[Path]:
-    """The files that transformers reads, of all that may lie in the folder."""
-    if (folder / SAFE_WEIGHTS_NAME).is_file():
-        return [folder / SAFE_WEIGHTS_NAME]
-    index = json.loads((folder / SAFE_WEIGHTS_INDEX_NAME).read_text(encoding="utf-8"))
-    return [folder / name for name in sorted(set(index["weight_map"].values()))]
-
-
-def _header(path: Path) -> bytes:
-    """JSON of safetensors' format: tensor -> dtype, shape, and where it is behind the header."""
-    with path.open("rb") as file:
-        (size,) = struct.unpack("<Q", file.read(8))
-        return file.read(min(size, 10**8))  # the format's limit
 
 
 def _pieces(file: BinaryIO, first: int, last: int) -> Iterator[bytes]:

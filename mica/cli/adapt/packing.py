@@ -1,8 +1,11 @@
-"""Blocks of tokens for training, cut from documents in memory-mapped arrays; nothing is materialised."""
+"""Blocks of tokens, cut from documents in memory-mapped arrays, and what of them is held out: chosen by
+content, never by order or luck. Nothing is materialised.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -10,51 +13,28 @@ from torch.utils.data import ConcatDataset, Dataset, Subset
 
 from mica.cli.adapt.evaluation import IGNORED
 from mica.cli.adapt.tokens import Tokens
+from mica.errors import UsageError
+
+# A stretch of tokens, a whole document or a part of one: in which of several `Tokens`, where in its ids, how
+# long; and the digest of the whole document. Arrays of them (`np.recarray`) are in the order of joining.
+SPAN = np.dtype([("store", np.int64), ("start", np.int64), ("length", np.int64), ("digest", np.uint64)])
 
 
-@dataclass(frozen=True)
-class Spans:
-    """Stretches of tokens in the order in which they are joined: whole documents, or parts of them.
+def spans_of(stores: list[Tokens]) -> np.recarray:
+    """All documents of ``stores``, (num_documents,) of SPAN."""
+    lengths = [store.lengths for store in stores]
+    columns = [
+        np.repeat(np.arange(len(stores)), [len(each) for each in lengths]),
+        np.concatenate([each.cumsum() - each for each in lengths]),
+        np.concatenate(lengths),
+        np.concatenate([store.digests for store in stores]),
+    ]
+    return np.rec.fromarrays(columns, dtype=SPAN)
 
-    Arrays of shape (num_spans,): ``store``, which of several `Tokens`, ``start``, where in its ids, and
-    ``length``, int64; ``digest``, uint64, that of the whole document.
-    """
 
-    store: np.ndarray
-    start: np.ndarray
-    length: np.ndarray
-    digest: np.ndarray
-
-    @staticmethod
-    def of(stores: list[Tokens]) -> Spans:
-        """All documents of ``stores``."""
-        lengths = [tokens.lengths for tokens in stores]
-        return Spans(
-            np.repeat(np.arange(len(stores)), [len(each) for each in lengths]),
-            np.concatenate([each.cumsum() - each for each in lengths]),
-            np.concatenate(lengths),
-            np.concatenate([tokens.digests for tokens in stores]),
-        )
-
-    def __len__(self) -> int:
-        return len(self.length)
-
-    def __getitem__(self, chosen: np.ndarray) -> Spans:
-        """Some of the spans, by a mask or by indices."""
-        return Spans(self.store[chosen], self.start[chosen], self.length[chosen], self.digest[chosen])
-
-    @property
-    def num_tokens(self) -> int:
-        return int(self.length.sum())
-
-    def without(self, digests: np.ndarray) -> Spans:
-        """Without the spans of documents with one of these digests."""
-        return self[~np.isin(self.digest, digests)]
-
-    def cut(self, at: np.ndarray) -> tuple[Spans, Spans]:
-        """Each span's first ``at`` tokens, and the rest; spans of no token are left in."""
-        rest = Spans(self.store, self.start + at, self.length - at, self.digest)
-        return Spans(self.store, self.start, at, self.digest), rest
+def without(spans: np.recarray, digests: np.ndarray) -> np.recarray:
+    """The spans of documents with none of these digests."""
+    return spans[~np.isin(spans.digest, digests)]
 
 
 @dataclass
@@ -70,15 +50,12 @@ class Blocks(Dataset):
     """
 
     stores: list[Tokens]
-    spans: Spans
+    spans: np.recarray
     sequence_length: int
     packing: str
-    ends: np.ndarray = field(
-        init=False, repr=False
-    )  # (num_spans,): where each span ends in the joined tokens
 
     def __post_init__(self):
-        self.ends = self.spans.length.cumsum()
+        self.ends = self.spans.length.cumsum()  # where each span ends in the joined tokens
 
     def __len__(self) -> int:
         return int(self.ends[-1]) // self.sequence_length if len(self.ends) else 0
@@ -88,25 +65,20 @@ class Blocks(Dataset):
             raise IndexError(f"block {index} of {len(self)}")
         begin = int(index) % len(self) * self.sequence_length
         end = begin + self.sequence_length
-        ids = np.empty(self.sequence_length, np.int64)
-        positions = np.empty_like(ids)
-        firsts = []  # where a document begins
-        at, span = begin, int(np.searchsorted(self.ends, begin, side="right"))
-        while at < end:
-            skipped = at - (int(self.ends[span]) - int(self.spans.length[span]))
-            size = min(int(self.ends[span]), end) - at
-            source = int(self.spans.start[span]) + skipped
-            ids[at - begin : at - begin + size] = self.stores[self.spans.store[span]].ids[
-                source : source + size
-            ]
-            positions[at - begin : at - begin + size] = np.arange(size)
-            if not skipped:
-                firsts.append(at - begin)
-            at, span = at + size, span + 1
-        item = {"input_ids": torch.from_numpy(ids), "labels": torch.from_numpy(ids.copy())}
+        first, last = np.searchsorted(self.ends, [begin, end - 1], side="right")
+        parts, starts = [], []  # tokens of each document, and where in the block documents begin
+        for span in range(first, last + 1):
+            store, start, length, _ = self.spans[span].item()
+            offset = int(self.ends[span]) - length
+            low, high = max(begin, offset), min(end, offset + length)
+            parts.append(self.stores[store].ids[start + low - offset : start + high - offset])
+            if low == offset:
+                starts.append(low - begin)
+        ids = torch.from_numpy(np.concatenate(parts).astype(np.int64))
+        item = {"input_ids": ids, "labels": ids.clone()}
         if self.packing == "documents":
-            item["labels"][firsts] = IGNORED
-            item["position_ids"] = torch.from_numpy(positions)
+            item["labels"][starts] = IGNORED
+            item["position_ids"] = torch.cat([torch.arange(len(part)) for part in parts])
         return item
 
 
@@ -134,6 +106,90 @@ def mix(parts: list[Blocks], weights: list[float], seed: int) -> Dataset:
         chosen += [np.tile(np.arange(size), rounds) + offset, np.sort(drawn) + offset]
         offset += size
     return Subset(ConcatDataset(parts), np.concatenate(chosen))
+
+
+class Split(NamedTuple):
+    """``how``: "documents", "ends of documents" or "end of the text", of which the held-out spans are.
+
+    ``dropped``: documents that are in neither part, because they are copies of held-out ones.
+    """
+
+    train: np.recarray
+    held_out: np.recarray
+    how: str
+    dropped: int = 0
+
+
+def split(documents: np.recarray, share: float, sequence_length: int, limit: int, option: str) -> Split:
+    """Hold out ``share`` of the tokens, in (0, 1), or ``limit`` blocks if that is less, but at least one
+    block.
+
+    More than is measured is not held out, but trained on. Whole documents are held out if there are enough
+    of them; else the end of each; else, where every one is shorter than a block, the end of all joined.
+    What is held out of a document is left out of its copies too, so that it is never trained on.
+
+    Raises UsageError, naming ``option``, if there are not one training and one held-out block.
+    """
+    for part in (_by_documents, _by_ends, _by_end):
+        result = part(documents, share, sequence_length, limit)
+        if result and min(result.train.length.sum(), result.held_out.length.sum()) >= sequence_length:
+            return result
+    _, first = np.unique(documents.digest, return_index=True)
+    found, unique = documents.length.sum(), documents.length[first].sum()
+    copies = "" if found == unique else f" ({unique:,} of them in different documents)"
+    raise UsageError(
+        f"{option}: {found:,} tokens found{copies}, {2 * sequence_length:,} needed: one training and one "
+        f"held-out block of --sequence-length {sequence_length}"
+    )
+
+
+def _by_documents(documents: np.recarray, share: float, sequence_length: int, limit: int) -> Split | None:
+    """Documents in the order of their digests. None of those that are longer than all that is wanted."""
+    total = int(documents.length.sum())
+    wanted = max(sequence_length, min(int(total * share), limit * sequence_length))
+    _, first = np.unique(documents.digest, return_index=True)
+    first = first[documents.length[first] <= wanted]
+    enough = np.searchsorted(documents.length[first].cumsum(), wanted) + 1
+    if enough > len(first):
+        return None
+    held_out = documents[np.sort(first[:enough])]
+    train = without(documents, held_out.digest)
+    return Split(train, held_out, "documents", len(documents) - len(train) - len(held_out))
+
+
+def _by_ends(documents: np.recarray, share: float, sequence_length: int, limit: int) -> Split | None:
+    """The last blocks of each document, in proportion to its whole blocks."""
+    _, first, copy_of = np.unique(documents.digest, return_index=True, return_inverse=True)
+    is_first = np.zeros(len(documents), bool)
+    is_first[first] = True
+    whole = np.where(is_first, documents.length // sequence_length, 0)
+    if not (total := int(whole.sum())):
+        return None
+    wanted = max(1, min(int(total * share), limit))
+    ends = whole.cumsum()
+    blocks = ends * wanted // total - (ends - whole) * wanted // total
+    at = documents.length - blocks[first][copy_of] * sequence_length
+    train, held_out = _cut(documents, at)
+    return Split(train[at > 0], held_out[is_first & (held_out.length > 0)], "ends of documents")
+
+
+def _by_end(documents: np.recarray, share: float, sequence_length: int, limit: int) -> Split | None:
+    """The last block of all documents joined, which each are shorter than that."""
+    ends = documents.length.cumsum()
+    at = np.clip(documents.length - sequence_length + ends[-1] - ends, 0, documents.length)
+    train, held_out = _cut(documents, at)
+    held_out = held_out[held_out.length > 0]
+    is_copy = np.isin(documents.digest, held_out.digest) & (at == documents.length) & (at > 0)
+    return Split(train[(at > 0) & ~is_copy], held_out, "end of the text", int(is_copy.sum()))
+
+
+def _cut(spans: np.recarray, at: np.ndarray) -> tuple[np.recarray, np.recarray]:
+    """Each span's first ``at`` tokens, and the rest; spans of no token are left in."""
+    heads, rests = spans.copy(), spans.copy()
+    heads.length = at
+    rests.start += at
+    rests.length -= at
+    return heads, rests
 
 
 @torch.no_grad()

@@ -1,8 +1,8 @@
 """Documents to token ids, in parallel, kept on disk by content and memory-mapped.
 
 One folder a source, below `datasets`' cache (``HF_DATASETS_CACHE``): ``tokens.bin``, all ids of all
-documents; ``lengths.npy`` and ``digests.npy``, one number a document; ``facts.json``. Its name is a hash of
-all that the ids depend on, so neither another time stamp nor another file name makes the work again.
+documents, and ``facts.npz``. Its name is a hash of all that the ids depend on, so neither another time stamp
+nor another file name makes the work again.
 """
 
 from __future__ import annotations
@@ -11,29 +11,31 @@ import hashlib
 import json
 import os
 import shutil
+import signal
 import tempfile
+import threading
+from collections import deque
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
-from functools import cached_property
+from concurrent.futures import BrokenExecutor, ProcessPoolExecutor
+from contextlib import closing, contextmanager
+from itertools import islice
+from multiprocessing import active_children, parent_process
 from pathlib import Path
 
 import datasets
 import filelock
 import numpy as np
-import pyarrow as pa
 import tokenizers
 from accelerate import PartialState
 from tqdm import tqdm
 
 from mica.cli.adapt.sources import Source
 
-VERSION = 1  # of the layout on disk, and of how documents become ids: with another one nothing old is used
+VERSION = 2  # of the layout on disk, and of how documents become ids: with another one nothing old is used
 PIECE = 20_000  # characters tokenised at once: 11 MB of text took 23.6 s as one string, 11.0 s in pieces
 MAX_WORKERS = 16
-BATCH = 100  # pieces a call of the tokenizer: at most 2 million characters
-SMALL = 2**20  # characters below which a source needs no processes and no bar: there may be hundreds of them
-_CHARACTERS = 2**22  # written to disk at once
-_SCHEMA = pa.schema({"text": pa.string(), "is_last": pa.bool_()})
+BATCH = 2**18  # characters a call of the tokenizer
+SMALL = 4  # batches: a source of no more needs no processes, and there may be hundreds of them
 
 
 class Tokens:
@@ -46,27 +48,13 @@ class Tokens:
 
     def __init__(self, folder: Path, cached: bool = True):
         self.folder, self.cached = folder, cached
-        facts = json.loads((folder / "facts.json").read_text(encoding="utf-8"))
-        self.empty, self.largest, self.dtype = facts["empty"], facts["largest"], facts["dtype"]
+        with np.load(folder / "facts.npz") as facts:
+            self.lengths, self.digests = facts["lengths"], facts["digests"]
+            self.empty, self.largest = facts["empty"].item(), facts["largest"].item()
+            self.ids = np.memmap(folder / "tokens.bin", dtype=facts["dtype"].item(), mode="r")
 
     def __reduce__(self):
         return Tokens, (self.folder, self.cached)
-
-    @cached_property
-    def ids(self) -> np.ndarray:
-        return np.memmap(self.folder / "tokens.bin", dtype=self.dtype, mode="r")
-
-    @cached_property
-    def lengths(self) -> np.ndarray:
-        return np.load(self.folder / "lengths.npy")
-
-    @cached_property
-    def digests(self) -> np.ndarray:
-        return np.load(self.folder / "digests.npy")
-
-    @property
-    def key(self) -> str:
-        return self.folder.name
 
 
 def default_workers() -> int:
@@ -97,8 +85,7 @@ def cut(chunks: Iterable[str]) -> Iterator[str]:
 
 def _end(text: str, start: int) -> int:
     """Where the piece that begins at ``start`` ends; looks at PIECE + 1 characters only."""
-    limit = start + PIECE
-    at = limit
+    at = limit = start + PIECE
     while (at := text.rfind("\n", start, at)) >= 0:
         if not text[at + 1].isspace():
             return at + 1
@@ -133,14 +120,13 @@ def tokenize(
         try:
             root.mkdir(parents=True, exist_ok=True)
             with _alone(root / f".{key}.lock"):
-                if (root / key / "facts.json").is_file():
-                    result.append(Tokens(root / key))
-                    continue
-                with _renamed_to(root / key) as folder:
-                    _build(source, tokenizer, field, workers or default_workers(), folder)
-                    if source.state() != state:
-                        raise source.error("changed while it was read")
-                result.append(Tokens(root / key, cached=False))
+                is_there = (root / key / "facts.npz").is_file()
+                if not is_there:
+                    with _renamed_to(root / key) as folder:
+                        _build(source, tokenizer, field, workers or default_workers(), folder)
+                        if source.state() != state:
+                            raise source.error("changed while it was read")
+                result.append(Tokens(root / key, cached=is_there))
         except OSError as error:
             raise source.error(f"cannot be tokenised below {root}: {error.strerror or error}") from error
     return result
@@ -179,8 +165,7 @@ def _serialised(tokenizer) -> str:
     parts = [len(tokenizer), tokenizer.eos_token_id, getattr(tokenizer, "split_special_tokens", None)]
     if getattr(tokenizer, "backend_tokenizer", None) is not None:
         state = json.loads(tokenizer.backend_tokenizer.to_str())
-        state.update(truncation=None, padding=None)  # set by each call
-        parts.append(state)
+        parts.append(state | {"truncation": None, "padding": None})  # set by each call
     else:  # written in Python: what it saves
         with tempfile.TemporaryDirectory() as scratch:
             tokenizer.save_pretrained(scratch)
@@ -190,127 +175,95 @@ def _serialised(tokenizer) -> str:
 
 
 def _build(source: Source, tokenizer, field: str | None, workers: int, folder: Path) -> None:
-    """Fill ``folder``: text in pieces, then their tokens by `datasets`, then the arrays."""
-    scratch = folder / "scratch"
-    scratch.mkdir()
-    empty, characters = _write_pieces(source, field, scratch / "pieces.arrow")
-    pieces = datasets.Dataset.from_file(str(scratch / "pieces.arrow"))
+    """Fill ``folder``: the ids of all pieces one after another, with the EOS of each document."""
     dtype = np.dtype(np.uint16 if max(tokenizer.get_vocab().values()) < 2**16 else np.uint32)
-    is_small = characters <= SMALL
-    ids = datasets.List(datasets.Value(dtype.name))
-    try:
-        with _settings(is_quiet=is_small):
-            tokens = pieces.map(
-                _ids,
-                batched=True,
-                batch_size=BATCH,
-                fn_kwargs={"tokenizer": tokenizer, "dtype": dtype},
-                remove_columns="text",
-                features=datasets.Features(ids=ids, is_last=datasets.Value("bool")),
-                num_proc=None if is_small or workers == 1 else workers,
-                load_from_cache_file=False,
-                cache_file_name=str(scratch / "tokens.arrow"),
-                new_fingerprint="tokens",  # not asked for; else `datasets` would pickle the tokenizer for one
-                desc=f"Tokenising {source.name}",
-            )
-    except RuntimeError as error:  # a process was killed, as a rule for want of memory
-        raise source.error(f"tokenising in {workers} processes failed: {error}") from error
-    facts = _write_arrays(tokens, tokenizer.eos_token_id, dtype, folder)
-    if not (folder / "tokens.bin").stat().st_size:
+    eos = np.array([] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id], dtype)
+    lengths, digests, empty, largest = [], [], 0, int(eos.max(initial=0))
+    length, digest = 0, hashlib.blake2b(digest_size=8)
+    bar = tqdm(desc=f"Tokenising {Path(source.given).name}", unit=" tokens", unit_scale=True, delay=2)
+    pieces = _tokenised(_batches(source.documents(field)), tokenizer, workers, source)
+    with bar, closing(pieces), (folder / "tokens.bin").open("wb") as file:
+        for ids, is_last in pieces:
+            if is_last is None:
+                empty += 1
+                continue
+            ids = ids.astype(dtype)
+            file.write(ids)
+            digest.update(ids)
+            bar.update(len(ids))
+            length += len(ids)
+            largest = max(largest, int(ids.max(initial=0)))
+            if is_last:
+                file.write(eos)
+                lengths.append(length + len(eos))
+                digests.append(int.from_bytes(digest.digest(), "little"))
+                length, digest = 0, hashlib.blake2b(digest_size=8)
+    if not any(lengths):
         raise source.error(f"no text in it ({empty:,} empty documents)" if empty else "no text in it")
-    del tokens, pieces  # or Windows could not remove their files
-    shutil.rmtree(scratch)
-    (folder / "facts.json").write_text(json.dumps({"empty": empty, **facts}), encoding="utf-8")
+    documents = {"lengths": np.array(lengths, np.int64), "digests": np.array(digests, np.uint64)}
+    np.savez(folder / "facts.npz", empty=empty, largest=largest, dtype=dtype.name, **documents)
 
 
-def _write_pieces(source: Source, field: str | None, path: Path) -> tuple[int, int]:
-    """Write all text in pieces, for `datasets` to map into memory; return how many documents are empty, and
-    how many characters there are.
-    """
-    empty, size, total, texts, ends = 0, 0, 0, [], []
-    bar = tqdm(desc=f"Reading {source.name}", unit=" characters", unit_scale=True, delay=2)
-    with bar, pa.OSFile(str(path), "wb") as file, pa.ipc.new_stream(file, _SCHEMA) as writer:
-        for document in source.documents(field):
-            is_empty = True
-            for piece, is_last in _marked(document):
-                is_empty = False
-                texts.append(piece)
-                ends.append(is_last)
-                size += len(piece)
-                if size >= _CHARACTERS:
-                    writer.write_batch(_batch(texts, ends))
-                    bar.update(size)
-                    total, size, texts, ends = total + size, 0, [], []
-            empty += is_empty
-        writer.write_batch(_batch(texts, ends))
-    return empty, total + size
+def _batches(documents: Iterable[Iterable[str]]) -> Iterator[list[tuple[str, bool | None]]]:
+    """The pieces of documents, each with whether it is the last; ("", None): a document without text."""
+    batch, size = [], 0
+    for document in documents:
+        pieces = cut(document)
+        before, after = next(pieces, ""), next(pieces, None)
+        is_empty = after is None and not before.strip()
+        while before is not None:
+            batch.append(("", None) if is_empty else (before, after is None))
+            size += len(before)
+            if size >= BATCH:
+                yield batch
+                batch, size = [], 0
+            before, after = after, next(pieces, None)
+    if batch:
+        yield batch
 
 
-def _batch(texts: list[str], ends: list[bool]) -> pa.RecordBatch:
-    return pa.record_batch([pa.array(texts, pa.string()), pa.array(ends, pa.bool_())], schema=_SCHEMA)
+def _tokenised(
+    batches: Iterator[list[tuple[str, bool | None]]], tokenizer, workers: int, source: Source
+) -> Iterator[tuple[np.ndarray, bool | None]]:
+    """The ids of each piece in place of it, in order."""
+    # Threads in the tokenizers of forked processes would warn, and could stand still.
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    _start(tokenizer)
+    for batch in batches if workers == 1 else islice(batches, SMALL):
+        yield from _ids(batch)
+    if (batch := next(batches, None)) is None:
+        return
+    pool = ProcessPoolExecutor(workers, initializer=_start, initargs=(tokenizer, True))
+    try:
+        running = deque([pool.submit(_ids, batch)])
+        while running:
+            # `pool.map` would read all of the source at once.
+            running += [pool.submit(_ids, batch) for batch in islice(batches, 2 * workers - len(running))]
+            yield from running.popleft().result()
+    except BrokenExecutor as error:  # a process was killed, as a rule for want of memory
+        raise source.error(f"tokenising in {workers} processes failed: {error}") from error
+    finally:
+        for worker in active_children():  # a run that is stopped does not wait for them
+            worker.terminate()
+        pool.shutdown(cancel_futures=True)
 
 
-def _marked(document: Iterable[str]) -> Iterator[tuple[str, bool]]:
-    """The pieces of a document, each with whether it is the last; none if there is only white space."""
-    pieces = cut(document)
-    before, is_long = next(pieces, ""), False
-    for piece in pieces:
-        yield before, False
-        before, is_long = piece, True
-    if is_long or before.strip():
-        yield before, True
+def _start(tokenizer, in_child: bool = False) -> None:
+    """What a process tokenises by; a child ends with its parent, which alone hears Ctrl-C."""
+    global _tokenizer
+    _tokenizer = tokenizer
+    if in_child:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        threading.Thread(target=lambda: os._exit(parent_process().join() or 1), daemon=True).start()
 
 
-def _ids(batch: dict[str, list], tokenizer, dtype) -> dict[str, list]:
-    ids = tokenizer(
-        batch["text"],
+def _ids(batch: list[tuple[str, bool | None]]) -> list[tuple[np.ndarray, bool | None]]:
+    ids = _tokenizer(
+        [piece for piece, _ in batch],
         add_special_tokens=False,
         return_attention_mask=False,
         return_token_type_ids=False,
         verbose=False,  # no line about texts longer than the model's window
     )["input_ids"]
-    return {"ids": [np.asarray(piece, dtype) for piece in ids], "is_last": batch["is_last"]}
-
-
-def _write_arrays(tokens, eos: int | None, dtype: np.dtype, folder: Path) -> dict[str, int | str]:
-    """Write the ids of all pieces one after another, with the EOS of each document; return what to note of
-    them.
-    """
-    lengths, digests, largest, length, digest = [], [], 0, 0, hashlib.blake2b(digest_size=8)
-    end = np.array([] if eos is None else [eos], dtype)
-    with (folder / "tokens.bin").open("wb") as file:
-        for table in tokens.with_format("arrow").iter(1000):
-            for ids, is_last in zip(table["ids"], table["is_last"].to_pylist(), strict=True):
-                piece = ids.values.to_numpy()
-                file.write(piece)
-                digest.update(piece)
-                length += len(piece)
-                largest = max(largest, int(piece.max(initial=0)))
-                if is_last:
-                    file.write(end)
-                    lengths.append(length + len(end))
-                    digests.append(int.from_bytes(digest.digest(), "little"))
-                    length, digest = 0, hashlib.blake2b(digest_size=8)
-    np.save(folder / "lengths.npy", np.array(lengths, np.int64))
-    np.save(folder / "digests.npy", np.array(digests, np.uint64))
-    return {"dtype": dtype.name, "largest": max(largest, int(end.max(initial=0)))}
-
-
-@contextmanager
-def _settings(*, is_quiet: bool) -> Iterator[None]:
-    """No threads in the tokenizers of forked processes, which would warn and could stand still; no bar if
-    quiet.
-    """
-    name = "TOKENIZERS_PARALLELISM"
-    before, had_bars = os.environ.get(name), not datasets.are_progress_bars_disabled()
-    os.environ[name] = "false"
-    if is_quiet:
-        datasets.disable_progress_bars()
-    try:
-        yield
-    finally:
-        if had_bars:
-            datasets.enable_progress_bars()
-        del os.environ[name]
-        if before is not None:
-            os.environ[name] = before
+    return [(np.array(each, np.uint32), is_last) for each, (_, is_last) in zip(ids, batch, strict=True)]

@@ -4,9 +4,8 @@ import re
 
 import datasets
 import pytest
-from torch.utils.data import ConcatDataset
 
-from mica.cli.adapt.corpus import check, gather
+from mica.cli.adapt.corpus import Part, check, gather
 from mica.errors import UsageError
 from tests.support.adapt_texts import ROWS, settings, write
 from tests.support.tiny_cli import byte_tokenizer
@@ -29,26 +28,20 @@ def texts(blocks) -> str:
     return TOKENIZER.decode(ids).replace("<eos>", "|")
 
 
+def held_out_and_trained(corpus) -> list[set[str]]:
+    """The whole rows in both."""
+    return [set(re.findall(r"row [^|]+(?=\|)", texts(blocks))) for blocks in (corpus.held_out, corpus.train)]
+
+
 def test_one_source(tmp_path):
     args = settings(write(tmp_path / "a.jsonl", [*ROWS, {"text": ""}]))
     corpus = gather(args, TOKENIZER)
     total = sum(len(row["text"].encode()) + 1 for row in ROWS)
     assert (corpus.tokens, corpus.documents, corpus.held_out_by) == (total, 30, "documents")
-    assert (len(corpus.held_out), corpus.retain, corpus.largest_token_id, corpus.cached) == (
-        4,
-        None,
-        256,
-        False,
-    )
+    assert (len(corpus.held_out), corpus.retain, corpus.retain_fingerprint) == (4, None, None)
+    assert (corpus.largest_token_id, corpus.cached) == (256, False)
     assert 0 <= total // 32 - len(corpus.train) - len(corpus.held_out) <= 5
-    [part] = corpus.parts
-    assert (part.name, part.tokens, part.documents, part.empty, part.skipped) == (
-        args.text[0],
-        total,
-        30,
-        1,
-        0,
-    )
+    assert corpus.parts == (Part(args.text[0], total, 30, 1, 0),)
     assert "position_ids" in corpus.train[0]
     again = gather(args, TOKENIZER)
     assert (again.cached, again.fingerprint) == (True, corpus.fingerprint)
@@ -59,42 +52,39 @@ def test_small_sources_are_joined(tmp_path):
     corpus = gather(settings(files, packing="stream", eval_blocks=1), TOKENIZER)
     assert len(corpus.parts) == corpus.documents == 20
     joined = "".join(f"{row['text']}|" for row in rows(*range(20)))
-    for line in joined.split("|")[:-1]:
-        assert (f"{line}|" in texts(corpus.train)) + (f"{line}|" in texts(corpus.held_out)) <= 1
+    held_out, trained = held_out_and_trained(corpus)
+    assert not held_out & trained
     assert len(texts(corpus.train)) + len(texts(corpus.held_out)) > len(joined) - 2 * 32
 
 
 def test_weights(tmp_path):
-    large, small = (
-        write(tmp_path / "a.jsonl", rows(*range(400))),
-        write(tmp_path / "b.jsonl", rows(*range(80), word="few")),
-    )
-    corpus = gather(
-        settings([large, small], text_weights=[1, 3], held_out=0.4, packing="stream", eval_blocks=8),
-        TOKENIZER,
-    )
-    shares = [sum(word in texts([block]) for block in corpus.train) for word in ("row", "few")]
-    assert 2.9 < shares[1] / shares[0] < 3.1
-    assert all("row" not in texts([block]) or "few" not in texts([block]) for block in corpus.train)
-    held_out = [sum(word in texts([block]) for block in corpus.held_out) for word in ("row", "few")]
-    assert held_out[0] >= 2
-    assert held_out[1] >= 4
+    large = write(tmp_path / "a.jsonl", rows(*range(400)))
+    small = write(tmp_path / "b.jsonl", rows(*range(80), word="few"))
+    args = settings([large, small], text_weights=[1, 3], held_out=0.4, packing="stream", eval_blocks=8)
+    corpus = gather(args, TOKENIZER)
+
+    def count(blocks, *words):
+        return sum(all(word in texts([block]) for word in words) for block in blocks)
+
+    assert 2.9 < count(corpus.train, "few") / count(corpus.train, "row") < 3.1
+    assert count(corpus.train, "row", "few") == 0
+    assert count(corpus.held_out, "row") >= 2
+    assert count(corpus.held_out, "few") >= 4
     assert len(corpus.held_out) == 8
-    assert gather(settings([large, small], eval_blocks=8), TOKENIZER).fingerprint != corpus.fingerprint
+    args.text_weights = None
+    assert gather(args, TOKENIZER).fingerprint != corpus.fingerprint
 
 
-def test_a_document_of_two_sources_is_on_one_side(tmp_path):
+@pytest.mark.parametrize("weights", [None, [1, 1]])
+def test_a_document_of_two_sources_is_on_one_side(tmp_path, weights):
     first = write(tmp_path / "a.jsonl", rows(*range(200)))
     second = write(tmp_path / "b.jsonl", rows(*range(150, 300)))
-    for weights in (None, [1, 1]):
-        args = settings(
-            [first, second], text_weights=weights, packing="stream", eval_blocks=1000, held_out=0.3
-        )
-        corpus = gather(args, TOKENIZER)
-        held_out = set(re.findall(r"row [^|]+(?=\|)", texts(corpus.held_out)))
-        assert len(held_out) > 50
-        assert not held_out & set(re.findall(r"row [^|]+(?=\|)", texts(corpus.train)))
-        assert corpus.dropped > 0
+    changes = {"text_weights": weights, "packing": "stream", "eval_blocks": 1000, "held_out": 0.3}
+    corpus = gather(settings([first, second], **changes), TOKENIZER)
+    held_out, trained = held_out_and_trained(corpus)
+    assert len(held_out) > 50
+    assert not held_out & trained
+    assert corpus.dropped > 0
 
 
 def test_a_held_out_set_of_its_own(tmp_path):
@@ -104,13 +94,15 @@ def test_a_held_out_set_of_its_own(tmp_path):
     args = settings(text, held_out_text=[str(held_out)], retain=[str(retain)], packing="stream")
     corpus = gather(args, TOKENIZER)
     assert (corpus.documents, corpus.dropped, corpus.held_out_by) == (100, 10, "--held-out-text")
-    expected = "".join(f"{row['text']}|" for row in rows(*range(90)))
-    assert texts(corpus.train) == expected[: len(corpus.train) * 32]
-    assert len(corpus.train) == len(expected) // 32
-    assert texts(corpus.held_out)[:32] == "".join(f"{row['text']}|" for row in rows(*range(90, 130)))[:32]
+    expected, measured = (
+        "".join(f"{row['text']}|" for row in rows(*numbers)) for numbers in (range(90), range(90, 130))
+    )
+    assert texts(corpus.train) == expected[: len(expected) // 32 * 32]
+    assert texts(corpus.held_out)[:32] == measured[:32]
     assert (len(corpus.held_out), len(corpus.retain)) == (4, 4)
     assert "keep 000" in texts(corpus.retain)
-    assert corpus.fingerprint != gather(settings(text, packing="stream"), TOKENIZER).fingerprint
+    alone = gather(settings(text, packing="stream"), TOKENIZER)
+    assert len({corpus.fingerprint, corpus.retain_fingerprint, alone.fingerprint, None}) == 4
 
 
 def test_what_is_said(tmp_path):
@@ -154,12 +146,3 @@ def test_refusals(tmp_path):
     ]:
         with pytest.raises(UsageError, match=re.escape(message)):
             gather(settings(**{"text": [text, short], **changes}), TOKENIZER)
-
-
-def test_the_split_does_not_depend_on_the_order_of_documents(tmp_path):
-    numbers = list(range(100))
-    one = gather(settings(write(tmp_path / "a.jsonl", rows(*numbers))), TOKENIZER)
-    two = gather(settings(write(tmp_path / "b.jsonl", rows(*numbers[::-1]))), TOKENIZER)
-    found = [set(re.findall(r"row [^|]+(?=\|)", texts(corpus.held_out))) for corpus in (one, two)]
-    assert len(found[0] & found[1]) >= len(found[0]) - 2  # but for the documents at the ends of blocks
-    assert isinstance(one.held_out, ConcatDataset)

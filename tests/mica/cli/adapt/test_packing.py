@@ -1,6 +1,10 @@
-"""Blocks against plain lists, and that transformers keeps the documents in them apart."""
+"""Blocks against plain lists, that transformers keeps the documents in them apart, and what is held out: by
+content, enough, never on both sides.
+"""
 
 import pickle
+import random
+import re
 
 import numpy as np
 import pytest
@@ -15,7 +19,8 @@ from transformers import (
     MambaForCausalLM,
 )
 
-from mica.cli.adapt.packing import Blocks, Spans, keeps_documents_apart, mix, spread
+from mica.cli.adapt.packing import Blocks, keeps_documents_apart, mix, spans_of, split, spread
+from mica.errors import UsageError
 from tests.support.adapt_texts import store
 from tests.support.tiny_cli import tiny_llama
 
@@ -26,10 +31,14 @@ def numbered(*lengths: int, start: int = 0) -> list[list[int]]:
     return [list(range(end - length, end)) for end, length in zip(ends.tolist(), lengths, strict=True)]
 
 
-def packed(documents: list[list[list[int]]], length: int, packing: str = "documents") -> Blocks:
-    """Blocks of all documents of several stores."""
+def packed(documents: list[list[list[int]]], length: int, packing: str = "documents", chosen=slice(None)):
+    """Blocks of some documents of several stores."""
     stores = [store(*each) for each in documents]
-    return Blocks(stores, Spans.of(stores), length, packing)
+    return Blocks(stores, spans_of(stores)[chosen], length, packing)
+
+
+def firsts(blocks) -> list[int]:
+    return [item["input_ids"][0].item() for item in blocks]
 
 
 @pytest.mark.parametrize("length", [2, 3, 7, 16, 45])
@@ -37,71 +46,59 @@ def packed(documents: list[list[list[int]]], length: int, packing: str = "docume
 def test_blocks_are_the_joined_documents(length, packing):
     documents = [numbered(1, 5, 1, 1, 13, 2), numbered(16, 7, start=100)]
     blocks = packed(documents, length, packing)
-    ids, positions, is_first = [], [], []
+    ids, positions, labels = [], [], []
     for document in [document for each in documents for document in each]:
         for position, token in enumerate(document):
-            at_start = not len(ids) % length
+            positions.append(positions[-1] + 1 if position and len(ids) % length else 0)
+            labels.append(token if position or packing == "stream" else -100)
             ids.append(token)
-            is_first.append(position == 0)
-            positions.append(0 if at_start or position == 0 else positions[-1] + 1)
     assert len(blocks) == len(ids) // length
-    for index in range(len(blocks)):
+    expected = {"input_ids": ids, "labels": labels}
+    if packing == "documents":
+        expected["position_ids"] = positions
+    for index, item in enumerate(blocks):
         part = slice(index * length, (index + 1) * length)
-        item = blocks[index]
-        assert item["input_ids"].tolist() == ids[part]
+        assert {name: values.tolist() for name, values in item.items()} == {
+            name: values[part] for name, values in expected.items()
+        }
         assert all(value.dtype == torch.int64 and value.shape == (length,) for value in item.values())
-        if packing == "stream":
-            assert item.keys() == {"input_ids", "labels"}
-            assert item["labels"].tolist() == ids[part]
-        else:
-            assert item["position_ids"].tolist() == positions[part]
-            assert item["labels"].tolist() == [
-                -100 if first else token for token, first in zip(ids[part], is_first[part], strict=True)
-            ]
-    assert blocks[-1]["input_ids"].tolist() == blocks[len(blocks) - 1]["input_ids"].tolist()
+    assert firsts([blocks[-1]]) == firsts([blocks[len(blocks) - 1]])
     with pytest.raises(IndexError):
         blocks[len(blocks)]
 
 
-def test_chosen_and_cut_spans():
-    stores = [store(*numbered(4, 6, 3))]
-    chosen = Spans.of(stores)[np.array([0, 2])]
-    assert Blocks(stores, chosen, 7, "stream")[0]["input_ids"].tolist() == [0, 1, 2, 3, 10, 11, 12]
-    heads, tails = Spans.of(stores).cut(np.array([4, 1, 0]))
-    assert Blocks(stores, heads, 5, "stream")[0]["input_ids"].tolist() == [0, 1, 2, 3, 4]
-    assert Blocks(stores, tails, 8, "stream")[0]["input_ids"].tolist() == list(range(5, 13))
-    assert len(Blocks(stores, chosen[:0], 7, "stream")) == 0
-
-
-def test_blocks_are_pickled_and_collated():
-    blocks = packed([numbered(9, 9)], 4)
-    [batch] = DataLoader(pickle.loads(pickle.dumps(blocks)), batch_size=4)
+def test_blocks_are_chosen_pickled_and_collated():
+    chosen = packed([numbered(4, 6, 3)], 7, "stream", [0, 2])
+    assert chosen[0]["input_ids"].tolist() == [0, 1, 2, 3, 10, 11, 12]
+    assert len(packed([numbered(4, 6, 3)], 7, "stream", [])) == 0
+    [batch] = DataLoader(pickle.loads(pickle.dumps(packed([numbered(9, 9)], 4))), batch_size=4)
     assert batch["input_ids"].flatten().tolist() == list(range(16))
 
 
 def test_spread_keeps_first_and_last():
     blocks = packed([numbered(100)], 2)
     assert spread(blocks, 50) is blocks
-    assert [item["input_ids"][0].item() for item in spread(blocks, 3)] == [0, 48, 98]
-    assert [item["input_ids"][0].item() for item in spread(blocks, 1)] == [0]
+    assert firsts(spread(blocks, 3)) == [0, 48, 98]
+    assert firsts(spread(blocks, 1)) == [0]
 
 
 def test_weights_are_shares_of_an_epoch():
     parts = [packed([numbered(20 * 2)], 2), packed([numbered(8 * 2, start=1000)], 2)]
 
     def epoch(weights, seed=0):
-        return [item["input_ids"][0].item() for item in mix(parts, weights, seed)]
+        seen = firsts(mix(parts, weights, seed))
+        return seen, (sum(token < 1000 for token in seen), sum(token >= 1000 for token in seen))
 
     for weights in ([1, 1], [2, 2]):
-        seen = epoch(weights)
-        assert (sum(token < 1000 for token in seen), sum(token >= 1000 for token in seen)) == (20, 20)
+        seen, shares = epoch(weights)
+        assert shares == (20, 20)
         assert {seen.count(token) for token in range(0, 40, 2)} == {1}
         assert {seen.count(token) for token in range(1000, 1016, 2)} == {2, 3}
     assert epoch([1, 1]) == epoch([1, 1])
     assert epoch([1, 1]) != epoch([1, 1], seed=1)
-    assert len(epoch([1, 100])) == 20 + 2000
-    seen = epoch([5, 1])
-    assert (sum(token < 1000 for token in seen), sum(token >= 1000 for token in seen)) == (40, 8)
+    assert epoch([1, 100])[1] == (20, 2000)
+    seen, shares = epoch([5, 1])
+    assert shares == (40, 8)
     assert {seen.count(token) for token in seen} == {1, 2}
 
 
@@ -135,10 +132,101 @@ def test_it_is_measured_which_models_do():
     assert found == {"llama": True, "gpt2": True, "bloom": False, "mamba": False}
     assert (models["llama"].training, models["gpt2"].training) == (True, False)
     assert torch.equal(torch.get_rng_state(), state)
-
-
-def test_a_model_that_does_not_react_proves_nothing():
-    model = tiny_llama()
-    for layer in model.model.layers:
+    for layer in models["llama"].model.layers:  # one that does not react proves nothing
         torch.nn.init.zeros_(layer.self_attn.o_proj.weight)
-    assert not keeps_documents_apart(model)
+    assert not keeps_documents_apart(models["llama"])
+
+
+# What is held out.
+
+
+def document(length: int, seed: int) -> tuple[int, ...]:
+    return tuple(random.Random(seed).choices(range(1000), k=length))
+
+
+def parts(documents, share=0.1, length=10, limit=100):
+    """The spans of training and of held-out text as tuples of tokens, how they were made, and `dropped`."""
+    one = store(*documents)
+    result = split(spans_of([one]), share, length, limit, "--text")
+    assert len(Blocks([one], result.held_out, length, "stream")) >= 1
+    train, held_out = (
+        [tuple(one.ids[start : start + size].tolist()) for _, start, size, _ in each.tolist()]
+        for each in (result.train, result.held_out)
+    )
+    return train, held_out, result.how, result.dropped
+
+
+def test_documents_are_chosen_by_content():
+    documents = [document(5 + n % 7, seed=n) for n in range(200)]
+    train, held_out, how, dropped = parts(documents)
+    assert (how, dropped) == ("documents", 0)
+    total = sum(map(len, documents))
+    assert total * 0.1 <= sum(map(len, held_out)) < total * 0.1 + 12
+    assert train == [each for each in documents if each not in set(held_out)]  # in their order
+    random.Random(1).shuffle(documents)
+    assert set(parts(documents)[1]) == set(held_out)
+    more = parts([*documents, *(document(8, seed=n) for n in range(200, 210))], share=0.095)[1]
+    assert len(set(more) & set(held_out)) >= len(held_out) - 6  # most stay
+
+
+@pytest.mark.parametrize("longer", [[], *([document(5000, seed=n)] for n in range(500, 510))])
+def test_no_more_than_is_measured(longer):
+    """Nor where the first by its digest is the longest: it is not taken whole."""
+    _, held_out, how, _ = parts([*(document(8, seed=n) for n in range(500)), *longer], share=0.5, limit=3)
+    assert how == "documents"
+    assert 30 <= sum(map(len, held_out)) < 38
+
+
+def test_the_end_of_long_documents():
+    documents = [document(1005, seed=1), document(503, seed=2), document(1005, seed=1), document(4, seed=3)]
+    first, second, third, fourth = documents
+    train = [first[:-100], second[:-50], third[:-100], fourth]
+    assert parts(documents) == (train, [first[-100:], second[-50:]], "ends of documents", 0)
+    train, held_out, *_ = parts([document(400, seed=n) for n in range(100)], limit=20)  # evenly
+    assert [len(each) for each in held_out] == [10] * 20
+    assert [len(each) for each in train] == ([400] * 4 + [390]) * 20
+
+
+def test_little_text():
+    first, second, third = documents = [document(7, seed=n) for n in range(3)]
+    expected = [first, second[:4]], [second[4:], third], "end of the text", 0
+    assert parts(documents, share=0.01) == expected
+    least = tuple(range(20))
+    assert parts([least], share=0.01) == ([least[:10]], [least[10:]], "ends of documents", 0)
+
+
+@pytest.mark.parametrize(
+    ("documents", "message"),
+    [
+        ([list(range(19))], "--text: 19 tokens found, 20 needed: one training and one held-out block"),
+        ([document(7, seed=0)] * 4, "28 tokens found (7 of them in different documents), 20 needed"),
+    ],
+)
+def test_too_little_text(documents, message):
+    with pytest.raises(UsageError, match=re.escape(message)):
+        parts(documents)
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_never_on_both_sides(seed):
+    """Of random documents, copies among them: no held-out stretch of a block's length is trained on."""
+    chance = random.Random(seed)
+    longest = chance.choice([6, 30, 300])
+    kinds = [document(chance.randint(1, longest), seed=n) for n in range(chance.randint(1, 30))]
+    documents = [chance.choice(kinds) for _ in range(chance.randint(1, 60))]
+    share, limit = chance.choice([0.01, 0.1, 0.5]), chance.choice([1, 5, 100])
+    try:
+        train, held_out, how, dropped = parts(documents, share, limit=limit)
+    except UsageError:
+        return
+    if how == "documents":  # each once, and none of its copies is trained on
+        assert held_out == list(dict.fromkeys(each for each in documents if each in set(held_out)))
+        assert train == [each for each in documents if each not in set(held_out)]
+        assert dropped == len(documents) - len(train) - len(held_out)
+    for stretch in held_out:
+        assert stretch not in train
+        for each in train:
+            if len(stretch) >= 10:
+                assert not any(each[at : at + len(stretch)] == stretch for at in range(len(each)))
+    assert sum(map(len, train)) >= 10
+    assert all(train + held_out)

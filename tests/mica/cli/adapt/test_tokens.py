@@ -5,9 +5,12 @@ import os
 import pickle
 import re
 import shutil
+import time
+from functools import partialmethod
 
 import datasets
 import numpy as np
+import psutil
 import pytest
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
@@ -23,9 +26,13 @@ TEXTS = [row["text"] for row in ROWS]
 
 @pytest.fixture(autouse=True)
 def cache(tmp_path, monkeypatch):
-    folder = tmp_path / "cache"
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", folder)
-    return folder
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    return tmp_path / "cache" / "mica-tokens"
+
+
+@pytest.fixture
+def path(tmp_path):
+    return write(tmp_path / "a.jsonl", ROWS)
 
 
 def tokenized(path, tokenizer=None, **options) -> tokens.Tokens:
@@ -33,37 +40,39 @@ def tokenized(path, tokenizer=None, **options) -> tokens.Tokens:
     return result
 
 
-def oracle(texts, tokenizer) -> list[list[int]]:
-    return [
-        tokenizer(text, add_special_tokens=False)["input_ids"] + [tokenizer.eos_token_id] for text in texts
-    ]
+def oracle(texts, tokenizer=None) -> list[list[int]]:
+    tokenizer = tokenizer or byte_tokenizer()
+    every = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
+    return [ids if tokenizer.eos_token_id is None else [*ids, tokenizer.eos_token_id] for ids in every]
 
 
 def documents(result: tokens.Tokens) -> list[list[int]]:
     return [part.tolist() for part in np.split(result.ids, result.lengths.cumsum()[:-1])]
 
 
+def finished(cache) -> list[str]:
+    return sorted(entry.name for entry in cache.iterdir() if entry.is_dir())
+
+
 @pytest.mark.parametrize("workers", [1, 2])
 def test_tokens_are_those_of_the_text(tmp_path, monkeypatch, workers):
     monkeypatch.setattr(tokens, "PIECE", 23)
-    monkeypatch.setattr(tokens, "BATCH", 7)
-    monkeypatch.setattr(tokens, "SMALL", 0)
-    monkeypatch.setattr(tokens, "_CHARACTERS", 101)
-    rows = [*ROWS, {"text": " \n "}, ROWS[3], {"text": ""}, {"text": "x" * 23 + " " * 30}]
-    result = tokenized(write(tmp_path / "a.jsonl", rows), workers=workers)
-    assert documents(result) == oracle([*TEXTS, TEXTS[3], "x" * 23 + " " * 30], byte_tokenizer())
-    assert (result.empty, result.largest, result.cached, result.ids.dtype) == (2, 256, False, np.uint16)
+    monkeypatch.setattr(tokens, "BATCH", 101)
+    extra = ["", " \n ", TEXTS[3], "", "x" * 23 + " " * 30, " " * 50]  # white space in pieces is text
+    path = write(tmp_path / "a.jsonl", [*ROWS, *({"text": text} for text in extra)])
+    call, here = PreTrainedTokenizerFast.__call__, []
+    with monkeypatch.context() as watched:
+        watch = partialmethod(lambda *args, **more: here.append(args) or call(*args, **more))
+        watched.setattr(PreTrainedTokenizerFast, "__call__", watch)
+        result = tokenized(path, workers=workers)
+    assert (len(here) == tokens.SMALL) == (workers == 2)  # the rest is not tokenised in this process
+    assert documents(result) == oracle([*TEXTS, TEXTS[3], *extra[-2:]])
+    assert (result.empty, result.largest, result.cached, result.ids.dtype) == (3, 256, False, np.uint16)
     assert result.digests.dtype == np.uint64
-    assert len(set(result.digests.tolist())) == 31
+    assert len(set(result.digests.tolist())) == 32
     assert result.digests[3] == result.digests[30]
-    assert sorted(file.name for file in result.folder.iterdir()) == [
-        "digests.npy",
-        "facts.json",
-        "lengths.npy",
-        "tokens.bin",
-    ]
-    again = pickle.loads(pickle.dumps(result))
-    assert (again.ids == result.ids).all()
+    assert {file.name for file in result.folder.iterdir()} == {"facts.npz", "tokens.bin"}
+    assert (pickle.loads(pickle.dumps(result)).ids == result.ids).all()
 
 
 def test_a_tokenizer_without_eos_and_a_large_vocabulary(tmp_path):
@@ -72,9 +81,8 @@ def test_a_tokenizer_without_eos_and_a_large_vocabulary(tmp_path):
     tokenizer.eos_token = None
     (tmp_path / "a.txt").write_text("ab<65535>c", encoding="utf-8")
     result = tokenized(tmp_path / "a.txt", tokenizer)
-    assert result.ids.dtype == np.uint32
-    assert documents(result) == [tokenizer("ab<65535>c")["input_ids"]]
-    assert result.largest == 256 + 2**16
+    assert (result.ids.dtype, result.largest) == (np.uint32, 256 + 2**16)
+    assert documents(result) == oracle(["ab<65535>c"], tokenizer)
 
 
 @pytest.mark.parametrize("chunk", [1, 3, 50, 10**6])
@@ -94,8 +102,8 @@ def test_cuts_at_lines_change_no_token(tmp_path, monkeypatch):
     words = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
     text = "def f(x):\n\n    return x  # 12\n\n\nclass A:\n    pass\n" * 20
     split = pre_tokenizers.Split(Regex(words), "isolated")
-    vocabulary = {word: index for index, (word, _) in enumerate(split.pre_tokenize_str(text))}
-    vocabulary = {word: index for index, word in enumerate(sorted({*vocabulary, "<unk>"}))}
+    vocabulary = sorted({"<unk>", *(word for word, _ in split.pre_tokenize_str(text))})
+    vocabulary = {word: index for index, word in enumerate(vocabulary)}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     tokenizer.pre_tokenizer = split
     fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<unk>")
@@ -103,8 +111,7 @@ def test_cuts_at_lines_change_no_token(tmp_path, monkeypatch):
     assert documents(tokenized(tmp_path / "a.txt", fast)) == oracle([text], fast)
 
 
-def test_the_key_is_the_content(tmp_path, cache, monkeypatch):
-    path = write(tmp_path / "a.jsonl", ROWS)
+def test_the_key_is_the_content(tmp_path, path, cache, monkeypatch):
     tokenizer = byte_tokenizer()
     first = tokenized(path, tokenizer)
 
@@ -116,7 +123,7 @@ def test_the_key_is_the_content(tmp_path, cache, monkeypatch):
         os.utime(path, (1, 1))
         path = path.rename(tmp_path / "b.jsonl")
         tokenizer.backend_tokenizer.enable_padding()  # what a call may have left
-        for again in (tokenized(path, tokenizer), tokenized(path, byte_tokenizer(), workers=2)):
+        for again in (tokenized(path, tokenizer), tokenized(path, workers=2)):
             assert again.cached
             assert documents(again) == documents(first)
         other = byte_tokenizer()
@@ -131,20 +138,18 @@ def test_the_key_is_the_content(tmp_path, cache, monkeypatch):
     changed = tokenized(path)
     assert documents(changed)[:29] == documents(first)[:29]
     assert documents(changed)[29] != documents(first)[29]
-    left = [entry.name for entry in (cache / "mica-tokens").iterdir() if entry.is_dir()]
-    assert sorted(left) == sorted([first.key, changed.key])
+    assert finished(cache) == sorted([first.folder.name, changed.folder.name])
 
 
-def test_half_a_cache_is_not_used(tmp_path, cache):
-    path = write(tmp_path / "a.jsonl", ROWS)
+def test_half_a_cache_is_not_used(path, cache):
     first = tokenized(path)
-    partial = cache / "mica-tokens" / f".{first.key}.partial"  # as kill -9 leaves it
+    partial = cache / f".{first.folder.name}.partial"  # as kill -9 leaves it
     shutil.move(first.folder, partial)
-    (partial / "facts.json").unlink()
+    (partial / "facts.npz").unlink()
     again = tokenized(path)
     assert not again.cached
     assert not partial.exists()
-    assert documents(again) == oracle(TEXTS, byte_tokenizer())
+    assert documents(again) == oracle(TEXTS)
 
 
 def _run(path, cache, barrier, results):
@@ -154,9 +159,9 @@ def _run(path, cache, barrier, results):
     results.put((result.cached, documents(result)))
 
 
-def test_two_runs_at_once(tmp_path, cache):
+def test_two_runs_at_once(path, cache):
     context = multiprocessing.get_context("fork")
-    path, barrier, results = write(tmp_path / "a.jsonl", ROWS), context.Barrier(2), context.Queue()
+    barrier, results = context.Barrier(2), context.Queue()
     runs = [context.Process(target=_run, args=(path, cache, barrier, results)) for _ in range(2)]
     for run in runs:
         run.start()
@@ -164,39 +169,54 @@ def test_two_runs_at_once(tmp_path, cache):
     for run in runs:
         run.join()
     assert sorted(cached for cached, _ in found) == [False, True]
-    assert found[0][1] == found[1][1] == oracle(TEXTS, byte_tokenizer())
+    assert found[0][1] == found[1][1] == oracle(TEXTS)
 
 
-def test_a_file_that_changes_meanwhile(tmp_path, cache, monkeypatch):
-    path = write(tmp_path / "a.jsonl", ROWS)
-    build = tokens._build
-    monkeypatch.setattr(tokens, "_build", lambda *args: (build(*args), path.open("ab").write(b"\n")))
-    with pytest.raises(UsageError, match=re.escape(f"--text {path}: changed while it was read")):
-        tokenized(path)
-    assert not [entry for entry in (cache / "mica-tokens").iterdir() if entry.is_dir()]
+def _slow(path, pids):
+    tokens.SMALL, tokens.BATCH = 0, 101
+    PreTrainedTokenizerFast.__call__ = lambda *args, **more: pids.put(os.getpid()) or time.sleep(600)
+    tokenized(path, workers=2)
+
+
+def test_workers_end_with_a_run_that_is_killed(path):
+    context = multiprocessing.get_context("fork")
+    pids = context.Queue()
+    run = context.Process(target=_slow, args=(path, pids))
+    run.start()
+    workers = [psutil.Process(pids.get(timeout=60)) for _ in range(2)]
+    run.kill()
+    assert not psutil.wait_procs(workers, timeout=30)[1]
+
+
+def _full(*args):
+    raise OSError(28, "No space left on device")
+
+
+def _killed(batch):
+    os._exit(9)
 
 
 @pytest.mark.parametrize(
-    ("rows", "message"),
+    ("rows", "replaced", "message"),
     [
-        ([{"text": " "}, {"text": ""}], "no text in it (2 empty documents)"),
-        ([{"text": "a"}, {"text": 1}], "line 2"),
+        ([{"text": " "}, {"text": ""}], {}, "no text in it (2 empty documents)"),
+        ([{"text": "a"}, {"text": 1}], {}, "row 2"),
+        (ROWS, {"_start": _full}, "No space left on device"),
+        (ROWS, {"_ids": _killed, "islice": lambda *args: ()}, "tokenising in 2 processes failed: A process"),
+        (
+            ROWS,
+            {"_build": lambda source, *args: source.files[0].write_text("x")},
+            "changed while it was read",
+        ),
     ],
 )
-def test_no_text(tmp_path, cache, rows, message):
+def test_what_fails_leaves_nothing(tmp_path, cache, monkeypatch, rows, replaced, message):
     path = write(tmp_path / "a.jsonl", rows)
-    with pytest.raises(UsageError, match=re.escape(message)):
-        tokenized(path)
-    assert not [entry for entry in (cache / "mica-tokens").iterdir() if entry.is_dir()]
-
-
-def test_a_full_disk(tmp_path, monkeypatch):
-    def full(*args):
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(tokens, "_write_arrays", full)
-    with pytest.raises(UsageError, match=r"cannot be tokenised below .*: No space left on device"):
-        tokenized(write(tmp_path / "a.jsonl", ROWS))
+    for name, by in replaced.items():
+        monkeypatch.setattr(tokens, name, by)
+    with pytest.raises(UsageError, match=f"^--text {path}: .*{re.escape(message)}"):
+        tokenized(path, workers=2)
+    assert not finished(cache)
 
 
 def test_default_workers(monkeypatch):
