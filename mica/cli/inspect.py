@@ -2,12 +2,11 @@
 
 import argparse
 import time
-from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 
 from mica.cli.arguments import add_model_options
-from mica.cli.output import Output, check_file, dtype_name, write_file, write_json
+from mica.cli.output import check_file, dtype_name, say, write_file, write_json
 from mica.errors import UsageError
 
 PLOT_SUFFIXES = (".png", ".pdf", ".svg")
@@ -35,15 +34,6 @@ def add_parser(commands) -> None:
     add("--plot", type=Path, metavar="FILE", help="also draw the whole spectra: .png, .pdf or .svg")
     add("--json", type=Path, metavar="FILE", help="also write the table as JSON")
     parser.set_defaults(run=run)
-
-
-def _figure_maker() -> Callable:
-    """`mica.cli.plot.figure`. Raises UsageError where matplotlib is missing."""
-    try:
-        from mica.cli.plot import figure
-    except ImportError as error:
-        raise UsageError('--plot needs matplotlib: pip install "mica-fast[plot]"') from error
-    return figure
 
 
 def _header(rank: int, width: int) -> str:
@@ -114,14 +104,9 @@ def _load(args):
 def run(args: argparse.Namespace) -> int:
     """Run the command: cheap checks first, a line as soon as a layer is measured, files at the end.
 
-    ``--json`` is one object: model, dtype, device, rank, target_modules (as given), what
-    `summary` returns (layers_found, layers_proven, layers_not_proven, layers_unsuitable,
-    worst_energy_excess, seconds), and layers, a list of objects with the fields of
-    `mica.cli.spectra.Row` in the order of the table: name, kind (the class), shape [out, in] or
-    [experts, out, in], dtype,
-    reason (null, or why the layer cannot be adapted), seconds, quantised (null, or the kind: then numbers and
-    dtype are of the dequantised weight), sigma_max, sigma_above, sigma_largest, sigma_smallest, gap,
-    energy_share, method, proven, energy_excess, expert. Unknown values are null.
+    ``--json`` is one object: model, dtype, device, rank, target_modules (as given), what `summary` returns,
+    and layers, a list of objects with the fields of `mica.cli.spectra.Row`, in the order of the table.
+    Unknown values are null.
 
     Raises UsageError; also where ``--plot`` is given and no layer can be adapted, after everything else.
     """
@@ -129,7 +114,10 @@ def run(args: argparse.Namespace) -> int:
         check_file("--json", args.json)
     if args.plot:
         check_file("--plot", args.plot, PLOT_SUFFIXES)
-        figure = _figure_maker()
+        try:
+            from mica.cli.plot import figure
+        except ImportError as error:
+            raise UsageError('--plot needs matplotlib: pip install "mica-fast[plot]"') from error
 
     model = _load(args)
     from mica.cli.spectra import measure, weight_of
@@ -137,41 +125,32 @@ def run(args: argparse.Namespace) -> int:
     from mica.subspace.spectrum import spectrum
 
     found = find_targets(model, args.target_modules, experts=args.target_modules == ALL_LINEAR or None)
-    targets = {name: (module, None) for name, module in found.modules.items()}
-    targets |= {name: (module, name.rpartition(".")[2]) for name, module in found.parameters.items()}
-    width = max(len(name) for name in targets)
-    output, rows, spectra = Output(), [], {}
-    start = time.perf_counter()
-    r = args.rank
-    output.line(f"{args.model}, r = {r}: chosen are sigma_{r} to sigma_1, gap = sigma_{r + 1} / sigma_{r}")
-    output.line(_header(r, width))
-    for name, (module, parameter) in targets.items():
+    targets = [(name, module, None) for name, module in found.modules.items()]
+    targets += [(name, module, name.rpartition(".")[2]) for name, module in found.parameters.items()]
+    width = max(len(name) for name, _, _ in targets)
+    rows, spectra, r, start = [], {}, args.rank, time.perf_counter()
+    title = f"{args.model}, r = {r}: chosen are sigma_{r} to sigma_1, gap = sigma_{r + 1} / sigma_{r}"
+    is_read = say(f"{title}\n{_header(r, width)}")
+    for name, module, parameter in targets:
         row, chosen = measure(name, module, r, parameter)
         rows.append(row)
-        output.line(_line(row, width))
-        if output.is_gone and not (args.json or args.plot):
+        is_read = say(_line(row, width)) and is_read
+        if not (is_read or args.json or args.plot):
             return 0
         if args.plot and chosen is not None:
             spectra[name] = spectrum(weight_of(module, r, parameter, row.expert))
             spectra[name][-r:] = chosen  # exact where the Gram matrix of a large weight is not
     totals = summary(rows, time.perf_counter() - start)
-    output.line(_closing(totals))
+    say(_closing(totals))
 
     if args.json:
-        report = {
-            "model": args.model,
-            "dtype": dtype_name(model.dtype),
-            "device": str(model.device),
-            "rank": r,
-            "target_modules": args.target_modules,
-            **totals,
-            "layers": [asdict(row) for row in rows],
-        }
+        report = {"model": args.model, "dtype": dtype_name(model.dtype), "device": str(model.device)}
+        report |= {"rank": r, "target_modules": args.target_modules, **totals}
+        report["layers"] = [asdict(row) for row in rows]
         write_json("--json", args.json, report)
     if args.plot:
         if not spectra:
             raise UsageError(f"--plot {args.plot}: nothing to draw, no layer can be adapted")
-        drawn = figure(spectra, r, Path(args.model).name)
-        kind = args.plot.suffix[1:].lower()
+        drawn, kind = figure(spectra, r, Path(args.model).name), args.plot.suffix[1:].lower()
         write_file("--plot", args.plot, lambda path: drawn.savefig(path, format=kind))
     return 0
