@@ -5,7 +5,7 @@ import time
 from dataclasses import asdict
 from pathlib import Path
 
-from mica.cli.arguments import add_model_options
+from mica.cli.arguments import add_dtype_options, number
 from mica.cli.output import check_file, dtype_name, say, write_file, write_json
 from mica.errors import UsageError
 
@@ -25,47 +25,39 @@ def add_parser(commands) -> None:
     )
     add = parser.add_argument
     add("model", metavar="MODEL", help="Hub id, checkpoint folder or GGUF file")
-    add_model_options(
-        parser,
-        layers="what to look at: all-linear (all but output layer and routers, with experts) or names, like "
-        "q_proj,embed_tokens",
-        dtype="dtype of the weights; auto: that of the checkpoint, float32 for GGUF",
-    )
+    add("--rank", type=number(int, 1, low_allowed=True), default=16, help="rank of the adapter")
+    layers = "all-linear (all but output layer and routers, with experts) or names, like q_proj,embed_tokens"
+    add("--target-modules", default="all-linear", metavar="NAMES", help=f"what to look at: {layers}")
+    add_dtype_options(parser, "dtype of the weights; auto: that of the checkpoint, float32 for GGUF")
     add("--plot", type=Path, metavar="FILE", help="also draw the whole spectra: .png, .pdf or .svg")
     add("--json", type=Path, metavar="FILE", help="also write the table as JSON")
     parser.set_defaults(run=run)
 
 
 def _header(rank: int, width: int) -> str:
-    sigmas = ("sigma_max", f"sigma_{rank + 1}", f"sigma_{rank}", "sigma_1")
-    return (
-        f"{'layer':{width}}  {'out x in':>18}  {'dtype':8}  "
-        + "  ".join(f"{sigma:>9}" for sigma in sigmas)
-        + f"  {'gap':>7}  {'energy':>8}  {'method':6}  {'proven, excess':15}  {'s':>6}"
-    )
+    sigmas = "  ".join(f"{f'sigma_{which}':>9}" for which in ("max", rank + 1, rank, 1))
+    start = f"{'layer':{width}}  {'out x in':>18}  {'dtype':8}  {sigmas}"
+    return f"{start}  {'gap':>7}  {'energy':>8}  {'method':6}  {'proven, excess':15}  {'s':>6}"
 
 
 def _line(row, width: int) -> str:
     """One row of the table, without a line end."""
 
-    def formatted(value, spec, empty="-"):
-        return empty if value is None else format(value, spec)
+    def formatted(value, spec):
+        return "-" if value is None else format(value, spec)
 
     shape = " x ".join(map(str, row.shape)) if row.shape else "-"
     start = f"{row.name:{width}}  {shape:>18}  {row.dtype or '-':8}  "
     if row.reason:
         return f"{start}cannot be adapted: {row.reason}"
-    sigmas = (row.sigma_max, row.sigma_above, row.sigma_largest, row.sigma_smallest)
+    values = (row.sigma_max, row.sigma_above, row.sigma_largest, row.sigma_smallest)
+    sigmas = "  ".join(f"{formatted(value, '.4g'):>9}" for value in values)
     share = None if row.energy_share is None else 100 * row.energy_share
+    numbers = f"{sigmas}  {formatted(row.gap, '.4g'):>7}  {formatted(share, '.2g') + '%':>8}"
     certificate = f"proven, {row.energy_excess:.1e}" if row.proven else "not proven"
-    return (
-        start
-        + "  ".join(f"{formatted(sigma, '.4g'):>9}" for sigma in sigmas)
-        + f"  {formatted(row.gap, '.4g'):>7}  {formatted(share, '.2g') + '%':>8}  {row.method:6}  "
-        + f"{certificate:15}  {row.seconds:6.2f}"
-        + (f"  {row.quantised}, dequantised" if row.quantised else "")
-        + (f"  of expert {row.expert}" if row.expert is not None else "")
-    )
+    end = f"  {row.quantised}, dequantised" if row.quantised else ""
+    end += f"  of expert {row.expert}" if row.expert is not None else ""
+    return f"{start}{numbers}  {row.method:6}  {certificate:15}  {row.seconds:6.2f}{end}"
 
 
 def summary(rows: list, seconds: float) -> dict:

@@ -55,10 +55,9 @@ def gpu(monkeypatch):
         monkeypatch.setenv("TRITON_INTERPRET", str(int(interpreted)))
         monkeypatch.setattr(common, "INTERPRETED", tl.constexpr(interpreted))
         monkeypatch.setattr(torch.version, "hip", "6.4" if rocm else None)
-        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-        monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
-        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
-        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+        answers = {"is_available": True, "device_count": 1, "get_device_capability": capability}
+        for name, value in {**answers, "get_device_properties": properties}.items():
+            monkeypatch.setattr(torch.cuda, name, lambda *_, value=value: value)
 
         def verdict(device):
             asked.append(device)
@@ -117,9 +116,10 @@ def text_under(lines, label) -> str:
     return text
 
 
-def raising(error):
-    def function(*_, **__):
-        raise error
+def raising(error, only=None):
+    def function(name=None):
+        if only in (None, name):
+            raise error
 
     return function
 
@@ -226,12 +226,31 @@ def test_gpu_that_cannot_be_opened(run, gpu, monkeypatch):
     assert "cannot run on cuda:0: RuntimeError: CUDA error: all devices are busy Compile" in lines[-1]
 
 
-def test_driver_that_torch_warns_of(run, monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: warnings.warn("driver too old", stacklevel=1))
-    assert run()[1]["problems"] == ["torch warns of its GPU: driver too old"]
+# Versions and what is missing
 
 
-# Versions
+NO_FILE, NO_CLASS = OSError("libcudart.so.12: cannot open"), AttributeError("no LoraLayer")
+NOT_KNOWN = "mica-fast is not installed, so the versions that it needs are not known"
+PROBLEMS = {
+    "torch warns of its GPU: old": (torch.cuda, "is_available", lambda: warnings.warn("old", stacklevel=1)),
+    f"torch cannot be imported: OSError: {NO_FILE}": (doctor, "import_module", raising(NO_FILE, "torch")),
+    f"triton cannot be imported: OSError: {NO_FILE}": (doctor, "import_module", raising(NO_FILE, "triton")),
+    NOT_KNOWN: (doctor, "requires", raising(PackageNotFoundError("mica-fast"))),
+    f"mica.fast cannot be imported: AttributeError: {NO_CLASS}": (patching, "install", raising(NO_CLASS)),
+}
+
+
+@pytest.mark.parametrize("problem", PROBLEMS)
+def test_problem_is_named(problem, run, monkeypatch):
+    monkeypatch.setattr(*PROBLEMS[problem])
+    _, report, _ = run()
+    assert report["problems"] == [problem]
+    assert (len(report["versions"]) == 1) == (problem == NOT_KNOWN)
+    if problem.startswith("torch cannot"):
+        assert "devices" not in report
+    else:
+        assert [row["path"] for row in report["devices"]] == ["reference"]
+        assert (report["peft"]["patched"] == 0) == problem.startswith("mica.fast")
 
 
 @pytest.mark.parametrize("package", ["torch", "transformers", "peft", "triton", "Python"])
@@ -261,13 +280,6 @@ def test_missing_dependency_ends_the_search(run, versions):
     assert text_under(lines, "scipy").startswith("not installed")
 
 
-def test_source_tree_that_is_not_installed(run, monkeypatch):
-    monkeypatch.setattr(doctor, "requires", raising(PackageNotFoundError("mica-fast")))
-    _, report, lines = run()
-    assert len(report["versions"]) == 1
-    assert "mica-fast is not installed, so the versions that it needs are not known" in lines[-1]
-
-
 def test_missing_triton(run, versions, monkeypatch):
     monkeypatch.setitem(sys.modules, "triton", None)
     monkeypatch.delenv("TRITON_INTERPRET")
@@ -281,19 +293,6 @@ def test_missing_triton(run, versions, monkeypatch):
     status, report, lines = run()
     assert (status, len(report["versions"])) == (0, 4)
     assert text_under(lines, "triton") == "not installed   not needed on this system"
-
-
-@pytest.mark.parametrize(("package", "paths"), [("torch", None), ("triton", ["reference"])])
-def test_package_that_cannot_be_imported(package, paths, run, monkeypatch):
-    def broken(name):
-        if name == package:
-            raise OSError("libcudart.so.12: cannot open shared object file")
-
-    monkeypatch.setattr(doctor, "import_module", broken)
-    _, report, _ = run()
-    problem = f"{package} cannot be imported: OSError: libcudart.so.12: cannot open shared object file"
-    assert report["problems"] == [problem]
-    assert ([row["path"] for row in report["devices"]] if "devices" in report else None) == paths
 
 
 # PEFT
@@ -320,13 +319,6 @@ def test_optional_function_of_peft_may_be_missing(run, patches):
     status, report, _ = run()
     assert (status, report["peft"]["patched"]) == (0, len(rest))
     assert report["peft"]["mismatches"] == [f"{optional.owner}.nothing is not there (optional)"]
-
-
-def test_peft_that_mica_fast_cannot_read(run, monkeypatch):
-    monkeypatch.setattr(patching, "install", raising(AttributeError("no LoraLayer")))
-    _, report, _ = run()
-    assert report["peft"]["patched"] == 0
-    assert report["problems"] == ["mica.fast cannot be imported: AttributeError: no LoraLayer"]
 
 
 def test_frameworks_that_compute_lora_layers_themselves_are_named(run, versions):
