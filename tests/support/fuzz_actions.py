@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 
 import mica.fast
 from mica.fast.merge import merging
+from tests.support.fuzz_compare import Outcome
 from tests.support.fuzz_models import KINDS, MIXTURES, targeting
 from tests.support.fuzz_twins import Twins, is_base, layers
 
@@ -32,7 +33,7 @@ SEQUENCES = Counter()  # of models, and of runs of `mica adapt`
 
 
 class RaisedInForwardError(Exception):
-    pass
+    """What `do_raise` raises."""
 
 
 def do_raise(*args):
@@ -65,8 +66,7 @@ def action(**strategies):
             before = self.twins.fingerprint()
             done = function(self, **drawn)
             if done is not False:
-                changed = done is True or self.twins.fingerprint() != before
-                TALLY[name]["effective"] += changed
+                TALLY[name]["effective"] += done is True or self.twins.fingerprint() != before
             self.twins.compare()
             if look != "nothing":
                 self.twins.probe(look == "gradients")
@@ -146,21 +146,32 @@ class Base(RuleBasedStateMachine):
         ours, stock = self.twins.configs(config)
 
         def added(model):
-            with self.twins.casting():
-                chosen = ours if model is self.twins.ours else stock
-                model.add_adapter(name, chosen, autocast_adapter_dtype=cast)
+            chosen = ours if model is self.twins.ours else stock
+            model.add_adapter(name, chosen, autocast_adapter_dtype=cast)
 
-        outcome = self.twins.each(added)
-        if outcome.error is None:
+        if self.cast_each(added).error is None:
             self.twins.adopt(name, config["init_lora_weights"] == "mica", seed)
         else:
             self.refused()
+
+    def activate(self, name: str, wanted: bool = True) -> None:
+        if wanted:
+            self.twins.each(lambda model: model.set_adapter(name) and None)
+
+    def cast_each(self, act) -> Outcome:
+        """`Twins.each` within autocast, where that is on."""
+
+        def cast(model):
+            with self.twins.casting():
+                return act(model)
+
+        return self.twins.each(cast)
 
     def remove(self, name: str) -> None:
         """Without an active adapter PEFT refuses every new one where there are ``modules_to_save``."""
         self.twins.each(lambda model: model.delete_adapter(name))
         if self.saves and not self.twins.ours.active_adapters:
-            self.twins.each(lambda model: model.set_adapter(self.twins.adapters[0]) and None)
+            self.activate(self.twins.adapters[0])
 
     def refused(self) -> None:
         """An adapter that both refuse leaves stock's model half wrapped: the twin is made anew."""
@@ -172,10 +183,9 @@ class Base(RuleBasedStateMachine):
 
     def find_hooks(self) -> None:
         """Those that copies have inherited."""
-        models = (self.twins.ours, self.twins.stock)
         self.hooks = [
             Hook(module, key)
-            for model in models
+            for model in self.twins.both
             for module in model.modules()
             for key, hook in module._forward_hooks.items()
             if hook is pass_on
@@ -193,15 +203,17 @@ class Base(RuleBasedStateMachine):
             model.save_pretrained(folder, selected_adapters=[name], save_embedding_layers=False)
             return sorted(str(file.relative_to(folder)) for file in folder.rglob("*"))
 
-        outcome = self.twins.each(saved)
-        if outcome.error is None:
-            folder = Path(self.folder.name) / str(len(self.files))
-            self.files.append(folder / name)
-            if flipped:
-                file = folder / name / "adapter_model.safetensors"
-                tensors = load_file(file)
-                save_file({key: -t if "_B" in key else t for key, t in tensors.items()}, file)
-        return outcome.error is None
+        if self.twins.each(saved).error is not None:
+            return False
+        self.files.append(Path(self.folder.name) / str(len(self.files)) / name)
+        if flipped:
+            file = self.files[-1] / "adapter_model.safetensors"
+            tensors = load_file(file)
+            save_file({key: -t if "_B" in key else t for key, t in tensors.items()}, file)
+        return True
+
+    def free_name(self) -> str:
+        return next(name for name in NAMES if name not in self.twins.adapters)
 
     @property
     def is_double(self) -> bool:

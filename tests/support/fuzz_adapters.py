@@ -9,7 +9,8 @@ from hypothesis.stateful import precondition
 from peft import LoraConfig
 
 import mica.fast
-from tests.support.fuzz_actions import INDEX, NAMES, SEEDS, Base, action, configs
+from tests.support.fuzz_actions import INDEX, SEEDS, Base, action, configs
+from tests.support.fuzz_compare import attempt
 from tests.support.fuzz_models import KINDS, targeting
 from tests.support.fuzz_twins import factors, layers
 from tests.support.peft_versions import is_at_least
@@ -19,27 +20,23 @@ class Adapters(Base):
     @precondition(lambda self: len(self.twins.adapters) < 3)
     @action(data=st.data(), seed=SEEDS, cast=st.booleans(), activate=st.booleans())
     def add(self, data, seed, cast, activate):
-        name = next(name for name in NAMES if name not in self.twins.adapters)
+        name = self.free_name()
         self.create(name, data.draw(configs(self.twins.kind, self.saves)), seed, cast)
-        if activate:
-            self.twins.each(lambda model: model.set_adapter(name) and None)
+        self.activate(name, activate)
 
     @precondition(lambda self: len(self.twins.adapters) < 3)
     @action(kind=st.sampled_from(["rank", "nan"]))
     def add_refused(self, kind):
         """Of a rank that no layer has: the backend leaves its model as it was (stock, half wrapped)."""
-        name = next(name for name in NAMES if name not in self.twins.adapters)
         targets = KINDS[self.twins.kind].targets[0]
         config = LoraConfig(r=999, **targeting(targets), init_lora_weights="mica")
         before = self.twins.fingerprint()
         if not mica.fast.is_enabled():
             return False
-        try:
-            self.twins.ours.add_adapter(name, config)
-        except ValueError:
-            assert self.twins.fingerprint() == before, "a refused adapter has changed the model"
-            return True
-        raise AssertionError("rank 999 was not refused")
+        error = attempt(lambda model: model.add_adapter(self.free_name(), config), self.twins.ours).error
+        assert isinstance(error, ValueError), "rank 999 was not refused"
+        assert self.twins.fingerprint() == before, "a refused adapter has changed the model"
+        return True
 
     @precondition(lambda self: len(self.twins.adapters) > 1)
     @action(index=INDEX)
@@ -55,8 +52,7 @@ class Adapters(Base):
         name, config = self.pick(index), data.draw(configs(self.twins.kind, self.saves))
         self.remove(name)
         self.create(name, config, seed, True)
-        if activate:
-            self.twins.each(lambda model: model.set_adapter(name) and None)
+        self.activate(name, activate)
 
     @action(index=INDEX, inference=st.booleans())
     def switch(self, index, inference):
@@ -94,25 +90,24 @@ class Adapters(Base):
 
     @action(index=INDEX, layer=INDEX, factor=st.sampled_from([0.5, 2.0, 1.0, 3]), everywhere=st.booleans())
     def set_scale(self, index, layer, factor, everywhere):
-        name, only = self.pick(index), self.pick_layer(layer)
-        self._scale(lambda module: module.set_scale(name, factor), None if everywhere else only)
+        name = self.pick(index)
+        self._scale(lambda module: module.set_scale(name, factor), layer, everywhere)
 
     @action(layer=INDEX, factor=st.sampled_from([0.5, 2.0, 0.25]), everywhere=st.booleans())
     def scale_layer(self, layer, factor, everywhere):
-        only = self.pick_layer(layer)
         assume(max(max(m.scaling.values(), default=0) for m in layers(self.twins.ours).values()) < 20)
-        self._scale(lambda module: module.scale_layer(factor), None if everywhere else only)
+        self._scale(lambda module: module.scale_layer(factor), layer, everywhere)
 
     @action(layer=INDEX, factor=st.sampled_from([None, 2.0]), everywhere=st.booleans())
     def unscale_layer(self, layer, factor, everywhere):
-        only = self.pick_layer(layer)
-        self._scale(lambda module: module.unscale_layer(factor), None if everywhere else only)
+        self._scale(lambda module: module.unscale_layer(factor), layer, everywhere)
 
-    def _scale(self, change, only):
-        def everywhere(model):
-            for name, module in layers(model).items():
-                if only in (None, name):
-                    change(module)
+    def _scale(self, change, layer, everywhere):
+        chosen = list(layers(self.twins.ours)) if everywhere else [self.pick_layer(layer)]
 
-        self.twins.each(everywhere)
+        def scaled(model):
+            for name in chosen:
+                change(model.get_submodule(name))
+
+        self.twins.each(scaled)
         self.edited()

@@ -13,7 +13,7 @@ from peft import PeftModel
 from peft.utils.hotswap import hotswap_adapter
 from torch import nn
 
-from tests.support.fuzz_actions import INDEX, NAMES, Base, action
+from tests.support.fuzz_actions import INDEX, Base, action
 from tests.support.fuzz_models import build
 from tests.support.fuzz_twins import factors, layers
 
@@ -23,6 +23,9 @@ def _through_a_file(model: nn.Module) -> nn.Module:
     torch.save(model, file)
     file.seek(0)
     return torch.load(file, weights_only=False)
+
+
+COMBINATIONS = ["linear", "cat", "svd", "ties", "dare_linear", "magnitude_prune", "ties_svd"]
 
 
 class Files(Base):
@@ -35,11 +38,9 @@ class Files(Base):
         index=INDEX, lean=st.booleans(), trainable=st.booleans(), cast=st.booleans(), activate=st.booleans()
     )
     def load(self, index, lean, trainable, cast, activate):
-        folder = self.files[index % len(self.files)]
-        name = next(name for name in NAMES if name not in self.twins.adapters)
-        self._load(folder, name, lean, trainable, cast)
-        if activate and name in self.twins.adapters:
-            self.twins.each(lambda model: model.set_adapter(name) and None)
+        name = self.free_name()
+        self._load(self.files[index % len(self.files)], name, lean, trainable, cast)
+        self.activate(name, activate and name in self.twins.adapters)
 
     @precondition(lambda self: self.files and len(self.twins.adapters) > 1 and not self.twins.is_merged)
     @action(index=INDEX, file=INDEX, lean=st.booleans(), mixed=st.booleans())
@@ -56,19 +57,11 @@ class Files(Base):
 
     def _load(self, folder, name, lean, trainable, cast):
         assume(not self.is_double)
-        outcome = self.twins.each(
-            lambda model: (
-                model.load_adapter(
-                    str(folder),
-                    name,
-                    is_trainable=trainable,
-                    low_cpu_mem_usage=lean,
-                    autocast_adapter_dtype=cast,
-                )
-                and None
-            )
-        )
-        if outcome.error is None:
+        options = {"low_cpu_mem_usage": lean, "is_trainable": trainable, "autocast_adapter_dtype": cast}
+        if (
+            self.twins.each(lambda model: model.load_adapter(str(folder), name, **options) and None).error
+            is None
+        ):
             config = self.twins.ours.peft_config[name]
             self._compare_factors(name)
             self.twins.adopt(name, config.init_lora_weights == "mica", 0, randomise=False)
@@ -95,9 +88,8 @@ class Files(Base):
         def loaded(model):
             fresh = build(self.twins.kind).to(next(iter(base.values())).dtype)
             fresh.load_state_dict(base)
-            return PeftModel.from_pretrained(
-                fresh, folder, "one", low_cpu_mem_usage=lean, is_trainable=trainable
-            )
+            options = {"low_cpu_mem_usage": lean, "is_trainable": trainable}
+            return PeftModel.from_pretrained(fresh, folder, "one", **options)
 
         if not self.twins.replace(loaded):
             return False
@@ -109,8 +101,7 @@ class Files(Base):
         self.hooks.clear()
         self.optimizers.clear()
         self.checkpointing = None
-        self.twins.base = {}
-        self.twins.frozen = {}
+        self.twins.base, self.twins.frozen = {}, {}
 
     @precondition(lambda self: self.files)
     @action(index=INDEX, file=INDEX)
@@ -126,22 +117,18 @@ class Files(Base):
 
     @precondition(lambda self: 1 < len(self.twins.adapters) < 3)
     @action(
-        combination=st.sampled_from(
-            ["linear", "cat", "svd", "ties", "dare_linear", "magnitude_prune", "ties_svd"]
-        ),
+        combination=st.sampled_from(COMBINATIONS),
         weights=st.sampled_from([(0.7, 0.5), (1.0, -0.4)]),
         activate=st.booleans(),
     )
     def add_weighted_adapter(self, combination, weights, activate):
         sources = self.twins.adapters
         assume(not self.is_double)
-        ranks = [
-            max(layer.r.get(source, 0) for layer in layers(self.twins.ours).values()) for source in sources
-        ]
-        assume(
-            sum(ranks) <= 8 or combination != "cat"
-        )  # stock cannot load what has a rank above the weight's
-        name = next(name for name in NAMES if name not in sources)
+        own = layers(self.twins.ours).values()
+        ranks = [max(layer.r.get(source, 0) for layer in own) for source in sources]
+        # stock cannot load what has a rank above the weight's
+        assume(sum(ranks) <= 8 or combination != "cat")
+        name = self.free_name()
         density = {} if combination in ("linear", "cat", "svd") else {"density": 0.6}
         outcome = self.twins.each(
             lambda model: model.add_weighted_adapter(sources, list(weights), name, combination, **density)
@@ -149,10 +136,9 @@ class Files(Base):
         if outcome.error is None:
             self._compare_factors(name)
             self.twins.adopt(name, False, 0, randomise=False)
-            if activate:
-                self.twins.each(lambda model: model.set_adapter(name) and None)
+            self.activate(name, activate)
         else:
-            for model in (self.twins.ours, self.twins.stock):
+            for model in self.twins.both:
                 if name in model.peft_config:  # refused after it was created
                     model.delete_adapter(name)
         return outcome.error is None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from hypothesis import assume
+from hypothesis import HealthCheck, Phase, assume, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import precondition
 
@@ -16,7 +16,7 @@ from tests.support.fuzz_files import Files
 from tests.support.fuzz_models import KINDS
 from tests.support.fuzz_twins import factors, layers
 
-__all__ = ["KINDS", "TALLY", "Machine", "machine", "tally"]
+__all__ = ["KINDS", "TALLY", "Machine", "machine", "options", "tally"]
 
 
 class Machine(Adapters, Calls, Files):
@@ -88,9 +88,7 @@ class Machine(Adapters, Calls, Files):
                 model.disable_input_require_grads() if self.checkpointing is not None else None
             else:
                 model.enable_input_require_grads() if self.checkpointing is None else None
-                model.gradient_checkpointing_enable(
-                    gradient_checkpointing_kwargs={"use_reentrant": reentrant}
-                )
+                model.gradient_checkpointing_enable({"use_reentrant": reentrant})
 
         self.twins.each(set_it)
         self.checkpointing = reentrant
@@ -105,7 +103,7 @@ class Machine(Adapters, Calls, Files):
             self.hooks = []
             return True
         name = self.pick_layer(layer)
-        for model in (self.twins.ours, self.twins.stock):
+        for model in self.twins.both:
             module = model.get_submodule(name)
             if where == "base":
                 module = module.get_base_layer()
@@ -130,6 +128,13 @@ class Machine(Adapters, Calls, Files):
 def machine(name: str, **attributes) -> type[Machine]:
     """A variant: other kinds or dtypes."""
     return type(name, (Machine,), attributes)
+
+
+def options(examples: int, steps: int, shrinks: bool = False, derandomize: bool = False) -> settings:
+    phases = [Phase.generate, Phase.shrink] if shrinks else [Phase.generate]
+    limits = {"max_examples": examples, "stateful_step_count": steps, "deadline": None, "database": None}
+    checks = list(HealthCheck)
+    return settings(**limits, derandomize=derandomize, phases=phases, suppress_health_check=checks)
 
 
 def tally() -> str:
