@@ -8,9 +8,17 @@ import torch
 from hypothesis import strategies as st
 from hypothesis.stateful import precondition
 
-from tests.support.fuzz_actions import INDEX, SEEDS, Base, RaisedInForwardError, action, do_raise
+from tests.support.fuzz_actions import FLAG, INDEX, SEEDS, Base, action, any_of
 from tests.support.fuzz_models import tokens
 from tests.support.fuzz_twins import factors, is_base, layers
+
+
+class RaisedInForwardError(Exception):
+    """What `do_raise` raises."""
+
+
+def do_raise(*args):
+    raise RaisedInForwardError
 
 
 def energy(out: torch.Tensor) -> torch.Tensor:
@@ -27,10 +35,7 @@ class Calls(Base):
         self.twins.probe(False, size, length)
         return True
 
-    @action(
-        rate=st.sampled_from([0.1, 0.5]),
-        way=st.sampled_from(["plain", "twice", "retained", "accumulated", "adamw"]),
-    )
+    @action(rate=any_of(0.1, 0.5), way=any_of("plain", "twice", "retained", "accumulated", "adamw"))
     def train_step(self, rate, way):
         ids = [tokens(2, 6, self.twins.seed), tokens(3, 4, self.twins.seed + 1)]
 
@@ -93,7 +98,7 @@ class Calls(Base):
             self.edited()
 
     @precondition(lambda self: self.twins.form != "seq2seq")
-    @action(seed=SEEDS, twice=st.booleans())
+    @action(seed=SEEDS, twice=FLAG)
     def gradient_of_the_input(self, seed, twice):
         width = self.twins.ours.get_input_embeddings().weight.shape[1] if self.twins.form == "causal" else 12
         x = torch.randn(2, 4, width, generator=torch.Generator().manual_seed(seed))
@@ -114,7 +119,7 @@ class Calls(Base):
         return self.twins.compare_steps(step)
 
     @precondition(lambda self: self.twins.form != "plain")
-    @action(seed=SEEDS, cache=st.booleans())
+    @action(seed=SEEDS, cache=FLAG)
     def generate(self, seed, cache):
         options = {"max_new_tokens": 3, "min_new_tokens": 3, "do_sample": False, "pad_token_id": 0}
         options |= {"use_cache": cache, "output_scores": True, "return_dict_in_generate": True}
@@ -154,7 +159,7 @@ class Calls(Base):
             return False
         return self.twins.each(inferred).error is None
 
-    @action(layer=INDEX, before=st.booleans())
+    @action(layer=INDEX, before=FLAG)
     def exception_in_a_forward(self, layer, before):
         name = self.pick_layer(layer)
         register = "register_forward_pre_hook" if before else "register_forward_hook"
@@ -185,7 +190,7 @@ class Calls(Base):
     # merging
     # ---------------------------------------------------------------------------------------------------
 
-    @action(index=INDEX, safe=st.booleans(), named=st.booleans())
+    @action(index=INDEX, safe=FLAG, named=FLAG)
     def merge(self, index, safe, named):
         names = [self.pick(index)] if named else None
         if self.twins.of_inference:  # PyTorch leaves tensors that stock cannot train with
@@ -200,7 +205,7 @@ class Calls(Base):
     def unmerge(self):
         self.cast_each(lambda model: model.unmerge_adapter())
 
-    @action(safe=st.booleans(), keep=st.booleans())
+    @action(safe=FLAG, keep=FLAG)
     def merge_and_unload_a_copy(self, safe, keep):
         ids = tokens(2, 4, 1)
 
@@ -212,7 +217,7 @@ class Calls(Base):
 
         return self.twins.each(unloaded).error is None
 
-    @action(index=INDEX, factor=st.sampled_from(["A", "B"]))
+    @action(index=INDEX, factor=any_of("A", "B"))
     def merge_that_is_refused(self, index, factor):
         """NaN in an adapter: safe_merge raises on both, and both go on."""
         name, key = self.pick_layer(index), self.pick(index)
@@ -228,7 +233,7 @@ class Calls(Base):
         self.merged()
         return outcome.error is not None
 
-    @action(context=st.booleans(), on=st.booleans())
+    @action(context=FLAG, on=FLAG)
     def disable_adapters(self, context, on):
         self.repaired_if_edited()
         if context:

@@ -77,11 +77,6 @@ def furthest(results, exact) -> float:
     return 0.0
 
 
-def has_cast_flags(layer: LoraLayer, adapter: str) -> bool:
-    """Whether stock may have made this anew, and so trainable: over a 16-bit base, or from a 16-bit file."""
-    return adapter in layer.lora_embedding_A
-
-
 def judge(name: str, layer: LoraLayer, adapter: str) -> None:
     """Orthonormal, of the span of the weight's left singular vectors, and with the energy of the last ones.
 

@@ -40,7 +40,7 @@ from mica.cli import main
 from mica.cli.adapt import checkpoints, curve, session  # noqa: F401 (imported before the fork)
 from tests.support import moe_models
 from tests.support.adapt_runs import SERVER, Process
-from tests.support.fuzz_actions import SEQUENCES, action
+from tests.support.fuzz_actions import FLAG, SEQUENCES, action, any_of
 from tests.support.tiny_cli import TEXT, byte_tokenizer, tiny_llama
 
 SERVER.set_forkserver_preload([__name__])
@@ -48,6 +48,7 @@ MODELS = ["llama", "mixture"]
 DAMAGES = ["cut", "emptied", "deleted", "flipped"]
 CHANGES = ["an option", "run.yaml", "the base"]
 STATUS = {"SIGINT": 130, "SIGTERM": 143, "SIGKILL": -9, "full disk": 2}
+MOMENTS = any_of(0.0, 0.003, 0.01, 0.03)
 WRITES = {"os.rename", "os.remove", "os.mkdir", "os.rmdir", "shutil.rmtree"}  # audit events, besides "open"
 
 WEIGHTS = "adapter_model.safetensors"
@@ -153,14 +154,8 @@ class Runs(RuleBasedStateMachine):
         model = data.draw(st.sampled_from(MODELS))
         base, self.model = f"{self.folder.name}/{model}", self.folder / model
         shutil.copytree(self.inputs / model, self.model)
-        steps, self.save_steps = data.draw(st.integers(2, 8)), data.draw(st.sampled_from([1, 1, 2, 3]))
-        options = {
-            "model": base,
-            "text": "rows.jsonl",
-            "steps": steps,
-            "save-steps": self.save_steps,
-            **FIXED,
-        }
+        steps, self.save_steps = data.draw(st.integers(2, 8)), data.draw(any_of(1, 1, 2, 3))
+        options = {"model": base, "text": "rows.jsonl", "steps": steps, "save-steps": self.save_steps} | FIXED
         for name, values in OPTIONS.items():
             value = data.draw(st.sampled_from([None] * 2 + values))
             options |= {name: value} if value is not None else {}
@@ -168,9 +163,9 @@ class Runs(RuleBasedStateMachine):
             options.pop("dropout", None)
         self.accumulation = options.get("gradient-accumulation-steps", 1)
         self.options = [text for name, value in options.items() for text in (f"--{name}", str(value))]
-        if data.draw(st.booleans()):
+        if data.draw(FLAG):
             self.options.append("--gradient-checkpointing")
-        if model == "mixture" and data.draw(st.booleans()):
+        if model == "mixture" and data.draw(FLAG):
             self.options.append("--no-experts")
 
     def unbroken(self) -> None:
@@ -225,12 +220,7 @@ class Runs(RuleBasedStateMachine):
     def probe(self, gradients: bool) -> None:
         """Nothing more: every comparison is cheap."""
 
-    @action(
-        where=st.sampled_from(["step", "write"]),
-        at=st.integers(0, 59),
-        what=st.sampled_from(list(STATUS)),
-        moment=st.sampled_from([0.0, 0.003, 0.01, 0.03]),
-    )
+    @action(where=any_of("step", "write"), at=st.integers(0, 59), what=any_of(*STATUS), moment=MOMENTS)
     def broken_off(self, where, at, what, moment):
         if not self.is_sound:
             self.unbroken()
