@@ -72,8 +72,9 @@ def run(args: argparse.Namespace) -> int:
     peft_model = PeftModel.from_pretrained(model, args.adapter, config=peft_config)
     merged, report = result.merged_model(peft_model, f"--adapter {args.adapter}")
     facts = {"name": args.output.resolve().name, "model": args.to, "adapter": str(args.adapter)}
-    facts |= {"base": config.get("base_model_name_or_path"), "rank": config["r"], "alpha": config["lora_alpha"]}
-    facts |= {"layers": len(layers), "dtype": dtype_name(merged.dtype), "merge_report": str(report)}
+    facts |= {"base": config.get("base_model_name_or_path"), "layers": len(layers)}
+    facts |= {"rank": config["r"], "alpha": config["lora_alpha"]}
+    facts |= {"dtype": dtype_name(merged.dtype), "merge_report": str(report)}
     facts["versions"] = {name: version(name) for name in ("torch", "transformers", "peft")}
     result.save_model(merged, tokenizer, "--output", args.output, card=card.transfer_card(facts))
     print(f"merged model  {args.output}\n              {report}")
