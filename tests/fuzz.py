@@ -14,10 +14,10 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("MICA_CACHE", "0")
 os.environ.setdefault("TRITON_INTERPRET", "1")
 import torch
-from hypothesis import HealthCheck, Phase, seed, settings
+from hypothesis import seed
 from hypothesis.stateful import run_state_machine_as_test
 
-from tests.support.fuzz_machine import KINDS, machine, tally
+from tests.support.fuzz_machine import KINDS, machine, options, tally
 from tests.support.fuzz_runs import Runs
 
 
@@ -42,25 +42,15 @@ def main() -> int:
         rounds += 1
         is_run = args.kind == "adapt" or (args.kind is None and 3 * spent["adapt"] < spent["models"])
         examples, steps = args.examples or (4 if is_run else 20), args.steps or (4 if is_run else 25)
-        options = settings(
-            max_examples=examples,
-            stateful_step_count=steps,
-            deadline=None,
-            database=None,
-            phases=[Phase.generate] if args.no_shrink or is_run else [Phase.generate, Phase.shrink],
-            suppress_health_check=list(HealthCheck),
-        )
+        chosen = options(examples, steps, shrinks=not (args.no_shrink or is_run))
         start, fuzzed = time.monotonic(), type("Fuzzed", (Runs if is_run else models,), {})
         try:
-            run_state_machine_as_test(seed(number)(fuzzed), settings=options)
+            run_state_machine_as_test(seed(number)(fuzzed), settings=chosen)
         except Exception:
             traceback.print_exc()
-            kind = "adapt" if is_run else args.kind
-            print(
-                f"again: make fuzz ARGS='--seed {number} --examples {examples} --steps {steps}"
-                f"{f' --kind {kind}' if kind else ''}'",
-                flush=True,
-            )
+            kind = " --kind adapt" if is_run else f" --kind {args.kind}" if args.kind else ""
+            sizes = f"--examples {examples} --steps {steps}"
+            print(f"again: make fuzz ARGS='--seed {number} {sizes}{kind}'", flush=True)
             failed.append(number)
         spent["adapt" if is_run else "models"] += time.monotonic() - start
         if args.seed is not None:

@@ -57,28 +57,19 @@ def test_wheel_holds_one_package(wheel):
 
 
 @pytest.mark.parametrize("inside", [False, True], ids=["outside the checkout", "inside the checkout"])
-def test_wheel(wheel, inside, tmp_path):
-    site = tmp_path / "site"
-    install = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--target", site, wheel]
-    subprocess.run(install, check=True, capture_output=True)
+@pytest.mark.parametrize("is_wheel", [True, False], ids=["wheel", "editable install"])
+def test_install(is_wheel, inside, request, tmp_path):
+    home, site = ROOT, ""
+    if is_wheel:
+        site = tmp_path / "site"
+        install = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--target", site]
+        subprocess.run([*install, request.getfixturevalue("wheel")], check=True, capture_output=True)
+        # `python -c` puts the working directory first: inside the checkout its own source is what runs
+        home = ROOT if inside else site
     probed = probe(ROOT if inside else tmp_path, site)
-    # `python -c` puts the working directory first: inside the checkout its own source is what runs
-    home = ROOT if inside else site
-    assert Path(probed["mica"]).is_relative_to(home)
-    assert Path(probed["runtime"]) == home / "mica/kernels/runtime.py"
-    assert_kernels_is_hugging_faces(probed)
-
-
-@pytest.mark.parametrize("inside", [False, True], ids=["outside the checkout", "inside the checkout"])
-def test_editable_install(inside, tmp_path):
-    probed = probe(ROOT if inside else tmp_path)
-    assert Path(probed["mica"]) == ROOT / "mica/__init__.py"
-    assert Path(probed["runtime"]).resolve() == ROOT / "kernels/runtime.py"
-    assert_kernels_is_hugging_faces(probed)
-
-
-def assert_kernels_is_hugging_faces(probed):
-    assert "site-packages" in probed["kernels"]
+    assert Path(probed["mica"]) == home / "mica/__init__.py"
+    assert Path(probed["runtime"]).resolve() == (home / "mica/kernels/runtime.py").resolve()
+    assert "site-packages" in probed["kernels"]  # Hugging Face's
     assert probed["enabled"]
 
 

@@ -24,14 +24,6 @@ def number(kind: type, low: float, high: float = math.inf, *, low_allowed: bool 
     return parse
 
 
-def add_model_options(parser: argparse.ArgumentParser, layers: str, dtype: str) -> None:
-    """Declare the options of all commands that load a model; ``layers`` and ``dtype`` are two help texts."""
-    add = parser.add_argument
-    add("--rank", type=number(int, 1, low_allowed=True), default=16, help="rank of the adapter")
-    add("--target-modules", default="all-linear", metavar="NAMES", help=layers)
-    add_dtype_options(parser, dtype)
-
-
 def add_dtype_options(parser: argparse.ArgumentParser, dtype: str) -> None:
     """Declare ``--dtype``, with its help text, and ``--trust-remote-code``."""
     add = parser.add_argument

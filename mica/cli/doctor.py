@@ -8,19 +8,16 @@ import warnings
 from collections.abc import Iterator
 from contextlib import suppress
 from importlib import import_module
-from importlib.metadata import PackageNotFoundError, metadata, packages_distributions, requires, version
+from importlib.metadata import PackageNotFoundError, metadata, requires, version
 from importlib.util import find_spec
 from pathlib import Path
 
-import mica
 from mica import __version__
-from mica.cli.output import Output, check_file, dtype_name, one_line, write_json
+from mica.cli.output import check_file, dtype_name, one_line, say, write_json
 from mica.errors import UsageError
 
 _DISTRIBUTION = "mica-fast"
 _SETTINGS = {"MICA_BACKEND": "auto", "TRITON_INTERPRET": "0"}  # and their defaults
-
-_SHORT = {"bfloat16": "bf16", "float16": "fp16"}
 
 
 def add_parser(commands) -> None:
@@ -37,7 +34,6 @@ def add_parser(commands) -> None:
 
 
 def _described(error: Exception) -> str:
-    """An error's type and message on one line."""
     return f"{type(error).__name__}: {one_line(error)}"
 
 
@@ -50,21 +46,11 @@ def _can_import(name: str, problems: list[str]) -> bool:
     return True
 
 
-def _installed(name: str) -> str | None:
-    if name == "Python":
-        return ".".join(map(str, sys.version_info[:3]))
-    try:
-        return version(name)
-    except PackageNotFoundError:  # PyTorch's ROCm wheels bring Triton under another name
-        others = packages_distributions().get(name)
-        return version(others[0]) if others else None
-
-
 def _versions() -> list[dict]:
-    """MiCA, Python and requirements: name, version (None: not installed), problem, note (None: ok)."""
+    """MiCA, Python and requirements: name, version (None: not installed), problem (None: ok)."""
     from packaging.requirements import Requirement
 
-    rows = [{"name": "mica", "version": __version__, "problem": None, "note": None}]
+    rows = [{"name": "mica", "version": __version__, "problem": None}]
     try:
         python = f"Python{metadata(_DISTRIBUTION)['Requires-Python']}"
         needs = [Requirement(line) for line in (python, *requires(_DISTRIBUTION))]
@@ -74,12 +60,15 @@ def _versions() -> list[dict]:
     for need in needs:
         if "extra" in str(need.marker):
             continue
-        installed, problem = _installed(need.name), None
+        installed = problem = None
+        with suppress(PackageNotFoundError):
+            python = need.name == "Python"
+            installed = ".".join(map(str, sys.version_info[:3])) if python else version(need.name)
         if installed is None and (need.marker is None or need.marker.evaluate()):
             problem = f"{need.name} is not installed, and MiCA needs {need.specifier}"
         elif installed is not None and not need.specifier.contains(installed, prereleases=True):
             problem = f"{need.name} {installed} is not among the supported versions, {need.specifier}"
-        rows.append({"name": need.name, "version": installed, "problem": problem, "note": None})
+        rows.append({"name": need.name, "version": installed, "problem": problem})
     return rows
 
 
@@ -89,16 +78,16 @@ def _hardware(device, has_triton: bool) -> dict:
 
     if device.type == "cpu":
         return {"name": platform.machine(), "threads": torch.get_num_threads()}
-    properties = torch.cuda.get_device_properties(device)
-    memory_gib = round(properties.total_memory / 2**30, 1)
-    row = {"name": properties.name, "memory_gib": memory_gib, "target": None}
-    capability = "compute capability {}.{}".format(*torch.cuda.get_device_capability(device))
-    row["architecture"] = properties.gcnArchName if torch.version.hip else capability
-    if has_triton and not torch.version.hip:
+    properties, target = torch.cuda.get_device_properties(device), None
+    architecture = "compute capability {}.{}".format(*torch.cuda.get_device_capability(device))
+    if torch.version.hip:
+        architecture = properties.gcnArchName
+    elif has_triton:
         from mica.kernels.common import INTERPRETED, target_of
 
-        row["target"] = None if INTERPRETED.value else target_of(device)
-    return row
+        target = None if INTERPRETED.value else target_of(device)
+    memory_gib = round(properties.total_memory / 2**30, 1)
+    return {"name": properties.name, "memory_gib": memory_gib, "architecture": architecture, "target": target}
 
 
 def _path(device, target: str | None) -> dict:
@@ -133,55 +122,50 @@ def _devices(problems: list[str], has_triton: bool) -> list[dict]:
             row |= _path(device, row.get("target"))
         except Exception as error:  # whatever it is (driver, installation, …), a MiCA layer would meet it too
             row |= {"path": "error", "reason": _described(error), "trial": "not tried"}
-            problems.append(f"MiCA layers cannot run on {device}: {_described(error)}")
+            problems.append(f"MiCA layers cannot run on {device}: {row['reason']}")
         if row["trial"] == "failed":
             problems.append(f"the kernels do not run on {device}: {row['reason']}")
         rows.append(row)
     return rows
 
 
+def _products() -> dict[str, dict]:
+    """For bf16 and fp16: the time of a frozen layer's products over fp32's, whether the machine is too busy
+    for that, and whether MiCA uses them."""
+    from mica.dtypes import SIXTEEN_BIT
+    from mica.paths.products import has_native, slowdown
+
+    names = ("x Wᵀ", "dy W", "busy")  # those of a `Slowdown`
+    return {
+        dtype_name(dtype): dict(zip(names, slowdown(dtype), strict=True)) | {"native": has_native(dtype)}
+        for dtype in SIXTEEN_BIT
+    }
+
+
 def _peft(problems: list[str]) -> dict:
-    """patched (the number of functions that mica.fast replaced) and mismatches (sentences)."""
+    """peft: patched (the number of functions that mica.fast replaced) and mismatches (sentences); bypassing:
+    the installed frameworks that can compute adapted layers themselves (name, version, remedy)."""
+    peft, bypassing = {"patched": 0, "mismatches": []}, []
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # the mismatches are listed one by one
             from mica.fast import patching
+            from mica.fast.explain import REMEDIES
 
             is_patched = patching.install()
+        found = [(patch, text) for patch in patching.PATCHES if (text := patching.mismatch(patch))]
+        required = [text for patch, text in found if patch.required]
+        peft["mismatches"] = required + [f"{text} (optional)" for patch, text in found if not patch.required]
+        if is_patched:
+            peft["patched"] = len(patching.PATCHES) - len(found)
+            for name, remedy in REMEDIES.items():
+                with suppress(PackageNotFoundError):
+                    bypassing.append({"name": name, "version": version(name), "remedy": remedy})
+        else:
+            problems.append(f"mica.fast leaves this PEFT as it is: {', '.join(required)}")
     except Exception as error:  # whatever an unknown version of PEFT can cause
         problems.append(f"mica.fast cannot be imported: {_described(error)}")
-        return {"patched": 0, "mismatches": []}
-    mismatches = [(patch, patching.mismatch(patch)) for patch in patching.PATCHES]
-    required = [text for patch, text in mismatches if text and patch.required]
-    optional = [f"{text} (optional)" for patch, text in mismatches if text and not patch.required]
-    if not is_patched:
-        problems.append(f"mica.fast leaves this PEFT as it is: {', '.join(required)}")
-    return {
-        "patched": len(mismatches) - len(optional) if is_patched else 0,
-        "mismatches": required + optional,
-    }
-
-
-def _excuse_peft(report: dict) -> None:
-    """A PEFT outside the supported range is not broken, only untested, if its functions are as expected."""
-    for row in report["versions"]:
-        if row["name"] == "peft" and row["problem"] and report["peft"]["patched"]:
-            report["problems"].remove(row["problem"])
-            row["note"] = f"{row['problem']}: not tested, but all that mica.fast replaces is there"
-            row["problem"] = None
-
-
-def _bypassing(report: dict) -> list[dict]:
-    """Installed frameworks that can compute adapted layers themselves: name, version, remedy."""
-    if not report["peft"]["patched"]:
-        return []
-    from mica.fast.explain import REMEDIES
-
-    rows = []
-    for name, remedy in REMEDIES.items():
-        with suppress(PackageNotFoundError):
-            rows.append({"name": name, "version": version(name), "remedy": remedy})
-    return rows
+    return {"peft": peft, "bypassing": bypassing}
 
 
 def _caches() -> dict:
@@ -200,7 +184,7 @@ def _caches() -> dict:
 def examine() -> dict:
     """All facts; ``problems`` says what is broken. Without torch, or another package, versions only.
 
-    Raises UsageError if ``MICA_BACKEND`` has no valid value.
+    Raises UsageError if ``MICA_BACKEND`` or ``MICA_CACHE_SIZE`` has no valid value.
     """
     report = {"versions": _versions(), "settings": {name: os.environ.get(name) for name in _SETTINGS}}
     problems = report["problems"] = [row["problem"] for row in report["versions"] if row["problem"]]
@@ -212,7 +196,7 @@ def examine() -> dict:
     from mica.paths import choose
 
     try:
-        demand = choose.requested()
+        demand, report["caches"] = choose.requested(), _caches()
     except ValueError as error:
         raise UsageError(str(error)) from error
     report["torch_build"] = f"ROCm {hip} build" if hip else f"CUDA {cuda} build" if cuda else "CPU build"
@@ -220,31 +204,7 @@ def examine() -> dict:
     report["devices"] = _devices(problems, has_triton)
     if demand == "triton" and all(row["path"] != "kernel" for row in report["devices"]):
         problems.append("MICA_BACKEND=triton demands kernels, and no device here can run them")
-    report["products"] = _products()
-    report["peft"] = _peft(problems)
-    _excuse_peft(report)
-    report["bypassing"] = _bypassing(report)
-    report["caches"] = _caches()
-    return report
-
-
-def _is_checkout() -> bool:
-    """Whether this is a checkout, with a Makefile: a wheel has none."""
-    return (Path(mica.__file__).parents[1] / "tests" / "static_gate.py").is_file()
-
-
-def _products() -> dict[str, dict]:
-    """For bf16 and fp16: the time of a frozen layer's products over fp32's, whether the machine is too busy
-    for that, and whether MiCA uses them."""
-    from mica.dtypes import SIXTEEN_BIT
-    from mica.paths.products import has_native, slowdown
-
-    rows = {}
-    for dtype in SIXTEEN_BIT:
-        times = slowdown(dtype)
-        row = {"x Wᵀ": times.forward, "dy W": times.backward, "busy": times.is_busy}
-        rows[dtype_name(dtype)] = row | {"native": has_native(dtype)}
-    return rows
+    return report | {"products": _products(), **_peft(problems)}
 
 
 def _times(row: dict) -> str:
@@ -254,15 +214,14 @@ def _times(row: dict) -> str:
     )
     if row["busy"]:
         times = "not measured, because other processes keep this machine busy"
-    if row["native"]:
-        return f"small ones: {times}"
-    return f"small ones: {times}; adapted layers go through float32, which --dtype auto takes"
+    through = "" if row["native"] else "; adapted layers go through float32, which --dtype auto takes"
+    return f"small ones: {times}{through}"
 
 
 def _lines(report: dict) -> Iterator[tuple[str, str]]:
     """The report as text: lines of a label and its text."""
     for row in report["versions"]:
-        note = row["problem"] or row["note"] or ("ok" if row["version"] else "not needed on this system")
+        note = row["problem"] or ("ok" if row["version"] else "not needed on this system")
         build = f", {report['torch_build']}" if row["name"] == "torch" and "torch_build" in report else ""
         yield row["name"], f"{row['version'] or 'not installed':14}  {note}{build}"
     for name, value in report["settings"].items():
@@ -276,21 +235,16 @@ def _lines(report: dict) -> Iterator[tuple[str, str]]:
         yield "  MiCA layers", row["path"] + (f": {row['reason']}" if row["reason"] else "")
         if row["device"] != "cpu":
             yield "  trial kernel", row["trial"]
-        else:
-            for dtype, ratios in report["products"].items():
-                yield f"  {_SHORT[dtype]} products", _times(ratios)
+            continue
+        for dtype, ratios in report["products"].items():
+            yield f"  {'bf16' if dtype == 'bfloat16' else 'fp16'} products", _times(ratios)
     if len(report["devices"]) == 1:
-        static = " (`make static` compiles them ahead of time, for any GPU)" if _is_checkout() else ""
-        yield "kernels", f"none compiled: no GPU here{static}"
+        yield "kernels", "none compiled: no GPU here"
     yield "PEFT", f"mica.fast replaces {report['peft']['patched']} of its functions"
-    for mismatch in report["peft"]["mismatches"]:
-        yield "  mismatch", mismatch
+    yield from (("  mismatch", mismatch) for mismatch in report["peft"]["mismatches"])
     for row in report["bypassing"]:
-        yield (
-            row["name"],
-            f"{row['version']:14}  can compute adapted layers without MiCA's code (mica.fast.explain counts "
-            f"them); against it: {row['remedy']}",
-        )
+        bypasses = "can compute adapted layers without MiCA's code (mica.fast.explain counts them)"
+        yield row["name"], f"{row['version']:14}  {bypasses}; against it: {row['remedy']}"
     caches = report["caches"]
     state = "writable" if caches["is_writable"] else "not writable, so nothing new is kept"
     if caches["distrusted"]:
@@ -308,9 +262,8 @@ def run(args: argparse.Namespace) -> int:
     report = examine()
     if args.json:
         write_json("--json", args.json, report)
-    output = Output()
     for label, text in _lines(report):
-        output.line(f"{label:16}  {text}")
+        say(f"{label:16}  {text}")
     broken = "; ".join(report["problems"])
-    output.line(f"broken: {broken}" if broken else "everything that this machine can do works")
+    say(f"broken: {broken}" if broken else "everything that this machine can do works")
     return 1 if broken else 0

@@ -2,12 +2,11 @@
 
 import argparse
 import time
-from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 
-from mica.cli.arguments import add_model_options
-from mica.cli.output import Output, check_file, dtype_name, write_file, write_json
+from mica.cli.arguments import add_dtype_options, number
+from mica.cli.output import check_file, dtype_name, say, write_file, write_json
 from mica.errors import UsageError
 
 PLOT_SUFFIXES = (".png", ".pdf", ".svg")
@@ -26,56 +25,39 @@ def add_parser(commands) -> None:
     )
     add = parser.add_argument
     add("model", metavar="MODEL", help="Hub id, checkpoint folder or GGUF file")
-    add_model_options(
-        parser,
-        layers="what to look at: all-linear (all but output layer and routers, with experts) or names, like "
-        "q_proj,embed_tokens",
-        dtype="dtype of the weights; auto: that of the checkpoint, float32 for GGUF",
-    )
+    add("--rank", type=number(int, 1, low_allowed=True), default=16, help="rank of the adapter")
+    layers = "all-linear (all but output layer and routers, with experts) or names, like q_proj,embed_tokens"
+    add("--target-modules", default="all-linear", metavar="NAMES", help=f"what to look at: {layers}")
+    add_dtype_options(parser, "dtype of the weights; auto: that of the checkpoint, float32 for GGUF")
     add("--plot", type=Path, metavar="FILE", help="also draw the whole spectra: .png, .pdf or .svg")
     add("--json", type=Path, metavar="FILE", help="also write the table as JSON")
     parser.set_defaults(run=run)
 
 
-def _figure_maker() -> Callable:
-    """`mica.cli.plot.figure`. Raises UsageError where matplotlib is missing."""
-    try:
-        from mica.cli.plot import figure
-    except ImportError as error:
-        raise UsageError('--plot needs matplotlib: pip install "mica-fast[plot]"') from error
-    return figure
-
-
 def _header(rank: int, width: int) -> str:
-    sigmas = ("sigma_max", f"sigma_{rank + 1}", f"sigma_{rank}", "sigma_1")
-    return (
-        f"{'layer':{width}}  {'out x in':>18}  {'dtype':8}  "
-        + "  ".join(f"{sigma:>9}" for sigma in sigmas)
-        + f"  {'gap':>7}  {'energy':>8}  {'method':6}  {'proven, excess':15}  {'s':>6}"
-    )
+    sigmas = "  ".join(f"{f'sigma_{which}':>9}" for which in ("max", rank + 1, rank, 1))
+    start = f"{'layer':{width}}  {'out x in':>18}  {'dtype':8}  {sigmas}"
+    return f"{start}  {'gap':>7}  {'energy':>8}  {'method':6}  {'proven, excess':15}  {'s':>6}"
 
 
 def _line(row, width: int) -> str:
     """One row of the table, without a line end."""
 
-    def formatted(value, spec, empty="-"):
-        return empty if value is None else format(value, spec)
+    def formatted(value, spec):
+        return "-" if value is None else format(value, spec)
 
     shape = " x ".join(map(str, row.shape)) if row.shape else "-"
     start = f"{row.name:{width}}  {shape:>18}  {row.dtype or '-':8}  "
     if row.reason:
         return f"{start}cannot be adapted: {row.reason}"
-    sigmas = (row.sigma_max, row.sigma_above, row.sigma_largest, row.sigma_smallest)
+    values = (row.sigma_max, row.sigma_above, row.sigma_largest, row.sigma_smallest)
+    sigmas = "  ".join(f"{formatted(value, '.4g'):>9}" for value in values)
     share = None if row.energy_share is None else 100 * row.energy_share
+    numbers = f"{sigmas}  {formatted(row.gap, '.4g'):>7}  {formatted(share, '.2g') + '%':>8}"
     certificate = f"proven, {row.energy_excess:.1e}" if row.proven else "not proven"
-    return (
-        start
-        + "  ".join(f"{formatted(sigma, '.4g'):>9}" for sigma in sigmas)
-        + f"  {formatted(row.gap, '.4g'):>7}  {formatted(share, '.2g') + '%':>8}  {row.method:6}  "
-        + f"{certificate:15}  {row.seconds:6.2f}"
-        + (f"  {row.quantised}, dequantised" if row.quantised else "")
-        + (f"  of expert {row.expert}" if row.expert is not None else "")
-    )
+    end = f"  {row.quantised}, dequantised" if row.quantised else ""
+    end += f"  of expert {row.expert}" if row.expert is not None else ""
+    return f"{start}{numbers}  {row.method:6}  {certificate:15}  {row.seconds:6.2f}{end}"
 
 
 def summary(rows: list, seconds: float) -> dict:
@@ -114,14 +96,9 @@ def _load(args):
 def run(args: argparse.Namespace) -> int:
     """Run the command: cheap checks first, a line as soon as a layer is measured, files at the end.
 
-    ``--json`` is one object: model, dtype, device, rank, target_modules (as given), what
-    `summary` returns (layers_found, layers_proven, layers_not_proven, layers_unsuitable,
-    worst_energy_excess, seconds), and layers, a list of objects with the fields of
-    `mica.cli.spectra.Row` in the order of the table: name, kind (the class), shape [out, in] or
-    [experts, out, in], dtype,
-    reason (null, or why the layer cannot be adapted), seconds, quantised (null, or the kind: then numbers and
-    dtype are of the dequantised weight), sigma_max, sigma_above, sigma_largest, sigma_smallest, gap,
-    energy_share, method, proven, energy_excess, expert. Unknown values are null.
+    ``--json`` is one object: model, dtype, device, rank, target_modules (as given), what `summary` returns,
+    and layers, a list of objects with the fields of `mica.cli.spectra.Row`, in the order of the table.
+    Unknown values are null.
 
     Raises UsageError; also where ``--plot`` is given and no layer can be adapted, after everything else.
     """
@@ -129,7 +106,10 @@ def run(args: argparse.Namespace) -> int:
         check_file("--json", args.json)
     if args.plot:
         check_file("--plot", args.plot, PLOT_SUFFIXES)
-        figure = _figure_maker()
+        try:
+            from mica.cli.plot import figure
+        except ImportError as error:
+            raise UsageError('--plot needs matplotlib: pip install "mica-fast[plot]"') from error
 
     model = _load(args)
     from mica.cli.spectra import measure, weight_of
@@ -137,41 +117,32 @@ def run(args: argparse.Namespace) -> int:
     from mica.subspace.spectrum import spectrum
 
     found = find_targets(model, args.target_modules, experts=args.target_modules == ALL_LINEAR or None)
-    targets = {name: (module, None) for name, module in found.modules.items()}
-    targets |= {name: (module, name.rpartition(".")[2]) for name, module in found.parameters.items()}
-    width = max(len(name) for name in targets)
-    output, rows, spectra = Output(), [], {}
-    start = time.perf_counter()
-    r = args.rank
-    output.line(f"{args.model}, r = {r}: chosen are sigma_{r} to sigma_1, gap = sigma_{r + 1} / sigma_{r}")
-    output.line(_header(r, width))
-    for name, (module, parameter) in targets.items():
+    targets = [(name, module, None) for name, module in found.modules.items()]
+    targets += [(name, module, name.rpartition(".")[2]) for name, module in found.parameters.items()]
+    width = max(len(name) for name, _, _ in targets)
+    rows, spectra, r, start = [], {}, args.rank, time.perf_counter()
+    title = f"{args.model}, r = {r}: chosen are sigma_{r} to sigma_1, gap = sigma_{r + 1} / sigma_{r}"
+    is_read = say(f"{title}\n{_header(r, width)}")
+    for name, module, parameter in targets:
         row, chosen = measure(name, module, r, parameter)
         rows.append(row)
-        output.line(_line(row, width))
-        if output.is_gone and not (args.json or args.plot):
+        is_read = say(_line(row, width)) and is_read
+        if not (is_read or args.json or args.plot):
             return 0
         if args.plot and chosen is not None:
             spectra[name] = spectrum(weight_of(module, r, parameter, row.expert))
             spectra[name][-r:] = chosen  # exact where the Gram matrix of a large weight is not
     totals = summary(rows, time.perf_counter() - start)
-    output.line(_closing(totals))
+    say(_closing(totals))
 
     if args.json:
-        report = {
-            "model": args.model,
-            "dtype": dtype_name(model.dtype),
-            "device": str(model.device),
-            "rank": r,
-            "target_modules": args.target_modules,
-            **totals,
-            "layers": [asdict(row) for row in rows],
-        }
+        report = {"model": args.model, "dtype": dtype_name(model.dtype), "device": str(model.device)}
+        report |= {"rank": r, "target_modules": args.target_modules, **totals}
+        report["layers"] = [asdict(row) for row in rows]
         write_json("--json", args.json, report)
     if args.plot:
         if not spectra:
             raise UsageError(f"--plot {args.plot}: nothing to draw, no layer can be adapted")
-        drawn = figure(spectra, r, Path(args.model).name)
-        kind = args.plot.suffix[1:].lower()
+        drawn, kind = figure(spectra, r, Path(args.model).name), args.plot.suffix[1:].lower()
         write_file("--plot", args.plot, lambda path: drawn.savefig(path, format=kind))
     return 0

@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import warnings
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -43,10 +44,9 @@ class Source:
 
     def error(self, reason: Exception | str) -> UsageError:
         """The error to raise for ``reason``; of a library's message only the first lines are kept."""
-        text = str(reason)
-        if "trust_remote_code" in text:
-            text = "it contains custom code; pass --trust-remote-code to run it"
-        return UsageError(f"--model {self.given}: {first_sentences(text)}")
+        if "trust_remote_code" in str(reason):
+            reason = "it contains custom code; pass --trust-remote-code to run it"
+        return UsageError(f"--model {self.given}: {first_sentences(str(reason))}")
 
 
 def quieten_libraries() -> None:
@@ -79,17 +79,14 @@ def _refuse_adapter(source: Source) -> None:
     """Raise UsageError if the source is a PEFT adapter, which transformers would load with its base."""
     if source.is_gguf:
         return
-    try:
+    file = made = None
+    with suppress(OSError):  # not found or not reachable: reported when the model is read
         file = find_adapter_config_file(source.location)
-    except OSError:  # not found or not reachable: reported when the model is read
-        return
     if file is None:
         return
-    try:
-        base = json.loads(Path(file).read_text(encoding="utf-8")).get("base_model_name_or_path")
-    except (OSError, ValueError, AttributeError):
-        base = None
-    made = f", made on {base}" if base else ""
+    with suppress(OSError, ValueError, AttributeError):
+        made = json.loads(Path(file).read_text(encoding="utf-8")).get("base_model_name_or_path")
+    made = f", made on {made}" if made else ""
     raise source.error(f"is an adapter{made}, and not a model: give that one, or a merged model")
 
 
@@ -99,12 +96,10 @@ def load_tokenizer(source: Source):
     Raises UsageError if the source cannot be loaded, needs custom code or is not a causal language model.
     """
     _refuse_adapter(source)
+    if not source.is_gguf:  # GGUF files name their architecture only; from_pretrained checks it
+        _check_causal(source, load_config(source))
     try:
-        if not source.is_gguf:  # GGUF files name their architecture only; from_pretrained checks it
-            _check_causal(source, load_config(source))
         return AutoTokenizer.from_pretrained(source.location, **source.options)
-    except UsageError:
-        raise
     except _BAD_SOURCE as error:
         if "instantiate the backend tokenizer" in str(error):  # no file of a tokenizer, or one it cannot read
             raise source.error(f"its tokenizer cannot be loaded: {one_line(error)}") from error
@@ -142,31 +137,27 @@ def load_model(source: Source, dtype: str, device: torch.device | None = None, q
     """
     _refuse_adapter(source)
     device = device or find_device()
-    options = dict(source.options)
+    if source.is_gguf and dtype == "auto":
+        dtype = "float32"
+    options = source.options | {"dtype": dtype if dtype == "auto" else getattr(torch, dtype)}
     if quantization is not None:
         options |= {"quantization_config": quantization, "device_map": {"": device}}
-    if source.is_gguf:
-        options["dtype"] = torch.float32 if dtype == "auto" else getattr(torch, dtype)
-        if hasattr(transformers, "GgufConfig"):  # versions without it always dequantise
-            options["quantization_config"] = transformers.GgufConfig(dequantize=True)
-    else:
-        options["dtype"] = dtype if dtype == "auto" else getattr(torch, dtype)
+    if not source.is_gguf:
         options["use_safetensors"] = True
+    elif hasattr(transformers, "GgufConfig"):  # versions without it always dequantise
+        options["quantization_config"] = transformers.GgufConfig(dequantize=True)
+    options["output_loading_info"] = True
     try:
-        model, info = AutoModelForCausalLM.from_pretrained(
-            source.location, output_loading_info=True, **options
-        )
+        model, info = AutoModelForCausalLM.from_pretrained(source.location, **options)
     except (*_BAD_SOURCE, SafetensorError) as error:
         raise source.error(error) from error
     if info["missing_keys"]:
         missing = sorted(info["missing_keys"])
         raise source.error(f"not a causal language model: it has no weights for {', '.join(missing[:3])}")
-    if source.is_gguf:
+    if source.is_gguf and (quantizer := getattr(model, "hf_quantizer", None)) is not None:
         # Dense now, but still marked as quantised: the Trainer would refuse it, and so would the reader of
         # a merged model.
-        quantizer = getattr(model, "hf_quantizer", None)
-        if quantizer is not None:
-            quantizer.remove_quantization_config(model)
+        quantizer.remove_quantization_config(model)
     # Not a quantised one: it is there already, and bitsandbytes refuses to move 8-bit weights.
     return model if quantization is not None else model.to(device)
 
@@ -237,6 +228,5 @@ def check_limits(source: Source, model, sequence_length: int, largest_token_id: 
         raise UsageError(f"--sequence-length {sequence_length}: the model takes at most {longest} tokens")
     num_embeddings = model.get_input_embeddings().weight.shape[0]
     if largest_token_id >= num_embeddings:
-        raise source.error(
-            f"its tokenizer gives token {largest_token_id}, its embedding has {num_embeddings} entries"
-        )
+        gives = f"its tokenizer gives token {largest_token_id}"
+        raise source.error(f"{gives}, its embedding has {num_embeddings} entries")

@@ -12,20 +12,14 @@ from safetensors import SafetensorError
 from mica.errors import UsageError
 
 
-class Output:
-    """Standard output, flushed line by line; ``is_gone`` once its reader (head, less) has exited."""
-
-    is_gone = False
-
-    def line(self, text: str) -> None:
-        if self.is_gone:
-            return
-        try:
-            print(text, flush=True)
-        except BrokenPipeError:
-            # Python flushes once more at exit, and would complain then.
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            self.is_gone = True
+def say(text: str) -> bool:
+    """Print a line at once. False if the reader (head, less) has exited: what follows goes nowhere."""
+    try:
+        print(text, flush=True)
+        return True
+    except BrokenPipeError:  # Python flushes once more at exit, and would complain then
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return False
 
 
 def check_file(option: str, path: Path, suffixes: tuple[str, ...] = ()) -> None:
@@ -34,15 +28,7 @@ def check_file(option: str, path: Path, suffixes: tuple[str, ...] = ()) -> None:
         raise UsageError(f"{option} {path}: must end in {', '.join(suffixes[:-1])} or {suffixes[-1]}")
     if path.exists() and not path.is_file():
         raise UsageError(f"{option} {path}: exists and is not a file")
-    check_writable(option, path, path.parent)
-
-
-def check_writable(option: str, path: Path, folder: Path) -> None:
-    """Raise UsageError if nothing can be written to the ``folder`` in which ``path`` will be."""
-    if not folder.is_dir():
-        raise UsageError(f"{option} {path}: {folder} is not a folder")
-    if not os.access(folder, os.W_OK):
-        raise UsageError(f"{option} {path}: {folder} is not writable")
+    _check_writable(option, path, path.parent)
 
 
 def check_folder(option: str, path: Path, model: str) -> None:
@@ -55,8 +41,14 @@ def check_folder(option: str, path: Path, model: str) -> None:
     folder = Path(model).expanduser()
     if folder.is_dir() and path.resolve() == folder.resolve():
         raise UsageError(f"{option} {path}: is the folder of the model itself")
-    nearest = next(folder for folder in (path, *path.resolve().parents) if folder.exists())
-    check_writable(option, path, nearest)
+    _check_writable(option, path, next(place for place in (path, *path.resolve().parents) if place.exists()))
+
+
+def _check_writable(option: str, path: Path, folder: Path) -> None:
+    if not folder.is_dir():
+        raise UsageError(f"{option} {path}: {folder} is not a folder")
+    if not os.access(folder, os.W_OK):
+        raise UsageError(f"{option} {path}: {folder} is not writable")
 
 
 def write_file(option: str, path: Path, write: Callable[[Path], None]) -> None:
@@ -84,8 +76,7 @@ def write_folder(option: str, path: Path, write: Callable[[Path], None], kept: s
     # Fixed names, so that the next run clears what a killed one has left.
     scratch, old = (path.with_name(f".{path.name}.{end}") for end in ("partial", "old"))
     try:
-        for folder in (scratch, old):
-            shutil.rmtree(folder, ignore_errors=True)
+        _remove(scratch, old)
         scratch.mkdir(parents=True)
         write(scratch)
         if path.exists():
@@ -97,8 +88,12 @@ def write_folder(option: str, path: Path, write: Callable[[Path], None], kept: s
     finally:
         if old.exists() and not path.exists():  # the second of the two renames has failed
             old.rename(path)
-        for folder in (scratch, old):
-            shutil.rmtree(folder, ignore_errors=True)
+        _remove(scratch, old)
+
+
+def _remove(*folders: Path) -> None:
+    for folder in folders:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def write_json(option: str, path: Path, report: dict) -> None:
@@ -114,12 +109,9 @@ def one_line(error: Exception | str) -> str:
 
 def first_sentences(message: str) -> str:
     """A library's message up to the first line that ends a sentence, on one line; the rest is advice."""
-    kept = []
-    for line in message.strip().splitlines():
-        kept.append(line.strip())
-        if kept[-1].endswith((".", "!", "?")):
-            break
-    return " ".join(filter(None, kept))
+    lines = [line.strip() for line in message.strip().splitlines()]
+    end = next((index for index, line in enumerate(lines, 1) if line.endswith((".", "!", "?"))), None)
+    return one_line(" ".join(lines[:end]))
 
 
 def dtype_name(dtype) -> str:

@@ -5,7 +5,7 @@ import re
 import textwrap
 
 import torch
-from matplotlib import colormaps
+from matplotlib import colormaps, rc_context
 from matplotlib.cm import ScalarMappable
 from matplotlib.colors import ListedColormap, Normalize
 from matplotlib.figure import Figure  # not pyplot: Agg, whatever the display, and no global state
@@ -15,6 +15,13 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator, NullLocator
 
 _MARK = "#D55E00"  # vermilion: distinct from all of viridis for all common kinds of colour blindness
 _INK, _FAINT = "#333333", "#D9D9D9"
+_STYLE = dict.fromkeys(("text.color", "axes.labelcolor", "xtick.color", "ytick.color"), _INK)
+_STYLE |= dict.fromkeys(("axes.edgecolor", "grid.color"), _FAINT) | {"grid.linewidth": 0.5}
+_STYLE |= dict.fromkeys(("axes.labelsize", "legend.fontsize"), 9) | {"axes.titlesize": 10}
+_STYLE |= dict.fromkeys(("xtick.labelsize", "ytick.labelsize"), 8) | {"figure.titlesize": 12}
+_STYLE |= dict.fromkeys(("xtick.major.size", "ytick.major.size", "ytick.minor.size"), 0)
+_STYLE |= {"axes.grid": True, "axes.axisbelow": True, "legend.frameon": False, "axes.titlelocation": "left"}
+_STYLE |= {"axes.spines.top": False, "axes.spines.right": False}
 _DEPTHS = ListedColormap(colormaps["viridis"].resampled(256)(torch.linspace(0, 0.9, 256).numpy()))
 
 
@@ -42,6 +49,7 @@ def panels(names: list[str]) -> dict[str, list[str]]:
     return result
 
 
+@rc_context(_STYLE)
 def figure(spectra: dict[str, torch.Tensor], rank: int, model: str) -> Figure:
     """One panel per kind of layer (see `panels`), one line per layer, coloured by the number of its block.
 
@@ -62,50 +70,38 @@ def figure(spectra: dict[str, torch.Tensor], rank: int, model: str) -> Figure:
 
     for axes, (kind, names) in zip(grid, kinds.items(), strict=False):
         axes.set_label("panel")
-        axes.set_title(kind, fontsize=10, color=_INK, loc="left")
+        axes.set_title(kind)
         _draw(axes, {name: spectra[name] for name in names}, rank, scale)
     for axes in grid[len(kinds) :]:
         axes.set_axis_off()
     for axes in grid[::columns]:
-        axes.set_ylabel("singular value", fontsize=9, color=_INK)
-    for position in range(len(kinds)):  # the lowest panel of each column
-        if position + columns >= len(kinds):
-            grid[position].set_xlabel("index, from the smallest (log)", fontsize=9, color=_INK)
+        axes.set_ylabel("singular value")
+    for axes in grid[len(kinds) - columns : len(kinds)]:  # the lowest panel of each column
+        axes.set_xlabel("index, from the smallest (log)")
 
     title = f"{model}: singular values of the layers that MiCA adapts, r = {rank}"
-    drawing.suptitle(textwrap.fill(title, 16 + 24 * columns), fontsize=12, color=_INK)
-    drawing.legend(
-        handles=[
-            Line2D([], [], color=_DEPTHS(0.4), linewidth=0.8, label="one layer"),
-            Patch(facecolor=_MARK, alpha=0.15, edgecolor="none", label=f"adapted: the {rank} smallest"),
-        ],
-        loc="outside lower center",
-        ncols=2,
-        frameon=False,
-        fontsize=9,
-        labelcolor=_INK,
-    )
+    drawing.suptitle(textwrap.fill(title, 16 + 24 * columns))
+    one = Line2D([], [], color=_DEPTHS(0.4), linewidth=0.8, label="one layer")
+    adapted = Patch(facecolor=_MARK, alpha=0.15, edgecolor="none", label=f"adapted: the {rank} smallest")
+    drawing.legend(handles=[one, adapted], loc="outside lower center", ncols=2)
     if depths:
         ticks = MaxNLocator(integer=True)
         colours = ScalarMappable(scale, _DEPTHS)
         bar = drawing.colorbar(colours, ax=grid, aspect=40, fraction=0.03, pad=0.01, ticks=ticks)
-        bar.set_label("block, first to last", fontsize=9, color=_INK)
+        bar.set_label("block, first to last")
         bar.outline.set_visible(False)
-        bar.ax.tick_params(labelsize=8, colors=_INK, length=0)
     return drawing
 
 
 def _draw(axes, spectra: dict[str, torch.Tensor], rank: int, scale: Normalize) -> None:
     longest = max(len(values) for values in spectra.values())
-    shading = axes.axvspan(1, rank, color=_MARK, alpha=0.15, linewidth=0)
-    shading.set_gid("adapted")
+    axes.axvspan(1, rank, color=_MARK, alpha=0.15, linewidth=0, gid="adapted")
     axes.axvline(rank, color=_MARK, linewidth=0.8)
     for name, values in spectra.items():
         floor = torch.finfo(torch.float64).eps * values[0]
         heights = values.clamp_min(floor) if floor > 0 else torch.full_like(values, torch.nan)
         indices = torch.arange(len(values), 0, -1)
-        depth = _depth(name)
-        colour = _DEPTHS(scale(depth)) if depth is not None else _DEPTHS(0.4)
+        colour = _DEPTHS(0.4 if (depth := _depth(name)) is None else scale(depth))
         axes.plot(indices, heights, color=colour, linewidth=0.6, alpha=0.8, gid="spectrum")
         axes.plot(indices[-rank:], heights[-rank:], color=colour, linewidth=1.5, alpha=0.9, gid="adapted")
     axes.set_xscale("log")
@@ -114,9 +110,3 @@ def _draw(axes, spectra: dict[str, torch.Tensor], rank: int, scale: Normalize) -
     axes.set_xticks([longest, *(10**power for power in range(5) if 10**power < longest / 2)])
     axes.xaxis.set_major_formatter(FuncFormatter(lambda index, _: f"{index:g}"))
     axes.xaxis.set_minor_locator(NullLocator())
-    axes.grid(color=_FAINT, linewidth=0.5)
-    axes.set_axisbelow(True)
-    axes.tick_params(which="both", labelsize=8, colors=_INK, length=0)
-    for side, spine in axes.spines.items():
-        spine.set_visible(side in ("left", "bottom"))
-        spine.set_color(_FAINT)

@@ -65,10 +65,8 @@ class Row:
 
 
 @torch.no_grad()
-def measure(
-    name: str, module: nn.Module, rank: int, parameter: str | None = None
-) -> tuple[Row, Tensor | None]:
-    """The row of one layer, and its chosen singular values: (rank,) fp64 on the CPU, descending, or None.
+def measure(name: str, module: nn.Module, rank: int, parameter: str | None = None):
+    """The `Row` of one layer, and its chosen singular values: (rank,) fp64 on the CPU, descending, or None.
 
     ``parameter``: measure this one of ``module``, like a stack of experts, and not its weight as a layer.
 
@@ -116,12 +114,8 @@ def _adapted(module: nn.Module, rank: int, parameter: str | None) -> nn.Module:
     model.anchor = nn.Parameter(torch.empty(0, device=tensors[0].device if tensors else "cpu"))
     model.is_loaded_in_4bit = model.is_loaded_in_8bit = True  # then PEFT looks at the layer's own type
     trained = [(weight, weight.requires_grad) for weight in module.parameters()]
-    config = LoraConfig(
-        init_lora_weights="mica",
-        r=rank,
-        target_modules=[] if parameter else ["layer"],
-        target_parameters=[f"layer.{parameter}"] if parameter else None,
-    )
+    kind, name = ("target_parameters", f"layer.{parameter}") if parameter else ("target_modules", "layer")
+    config = LoraConfig(init_lora_weights="mica", r=rank, **{"target_modules": [], kind: [name]})
     try:
         with without_solver(), warnings.catch_warnings():  # it will be run with rank + 1
             warnings.simplefilter("ignore", UserWarning)  # of merging, which is not done here
@@ -156,27 +150,21 @@ def _weakest(weights: list[Tensor], rank: int) -> tuple[Tensor, dict]:
     expert = min(range(len(weights)), key=lambda index: measured[index][1]["gap"] or math.inf)
     values, numbers = measured[expert]
     excesses = [of["energy_excess"] for _, of in measured]
-    return values, numbers | {
-        "proven": all(of["proven"] for _, of in measured),
-        "energy_excess": None if None in excesses else max(excesses),
-        "expert": expert,
-    }
+    numbers["proven"] = all(of["proven"] for _, of in measured)
+    numbers["energy_excess"] = None if None in excesses else max(excesses)
+    return values, numbers | {"expert": expert}
 
 
 def _measured(weight: Tensor, rank: int) -> tuple[Tensor, dict]:
     count = min(weight.shape)
     subspace = _solve(weight, min(rank + 1, count))
     singular_values = subspace.singular_values.double().cpu()
-    values = singular_values[-rank:]
-    proven, excess = subspace.certified, subspace.energy_excess
+    chosen, above = subspace, None
     if len(singular_values) > rank:
-        chosen = narrowed(subspace, rank)
-        if chosen is None:  # alone they may be proven, if the value above the cut is much larger
-            chosen = _solve(weight, rank)
-        values = chosen.singular_values.double().cpu()
-        proven, excess = chosen.certified, chosen.energy_excess
-    above = singular_values[0].item() if len(singular_values) > rank else None
-    energy = squared_norm(weight)
+        above = singular_values[0].item()
+        # where it is not proven, alone they may be, if the value above the cut is much larger
+        chosen = narrowed(subspace, rank) or _solve(weight, rank)
+    values, energy = chosen.singular_values.double().cpu(), squared_norm(weight)
     largest = values[0].item()
     return values, {
         "sigma_max": sigma_max(weight),
@@ -186,8 +174,8 @@ def _measured(weight: Tensor, rank: int) -> tuple[Tensor, dict]:
         "gap": above / largest if above is not None and largest else None,
         "energy_share": values.square().sum().item() / energy if energy else None,
         "method": subspace.method,
-        "proven": proven,
-        "energy_excess": excess if math.isfinite(excess) else None,
+        "proven": chosen.certified,
+        "energy_excess": chosen.energy_excess if math.isfinite(chosen.energy_excess) else None,
     }
 
 

@@ -70,22 +70,15 @@ def find_targets(model: nn.Module, names: str, experts: bool | None = None) -> T
         wanted = _shortened(matched, modules)
     elif wanted != ALL_LINEAR:
         wanted = [name for name in wanted if any(_ends(key, [name]) for key in matched)]
-    config = {
-        "target_modules": wanted,
-        "target_parameters": _shortened(parameters, every) or None,
-    }
-    return Targets(matched, parameters, config)
+    stacked = _shortened(parameters, every) or None
+    return Targets(matched, parameters, {"target_modules": wanted, "target_parameters": stacked})
 
 
 def _matched(model: nn.Module, names: str | list[str]) -> dict[str, nn.Module]:
     """The modules that PEFT would take for ``names``, before its conversions for transformers 5."""
-    config = LoraConfig(target_modules=names, task_type="CAUSAL_LM")
-    config = _maybe_include_all_linear_layers(config, model)
-    return {
-        name: module
-        for name, module in model.named_modules()
-        if name and check_target_module_exists(config, name)
-    }
+    config = _maybe_include_all_linear_layers(LoraConfig(target_modules=names, task_type="CAUSAL_LM"), model)
+    named = model.named_modules()
+    return {name: module for name, module in named if name and check_target_module_exists(config, name)}
 
 
 def _unknown(name: str, modules: Iterable[str]) -> str:
@@ -193,11 +186,8 @@ def saved_parameters(model: nn.Module, target_parameters: Iterable[str]) -> dict
     """
     found = {}
     for module_name, module in model.named_modules():
-        adapted = [
-            (key, parameter)
-            for key, parameter in module.named_parameters(recurse=False)
-            if _ends(f"{module_name}.{key}", target_parameters)
-        ]
+        own = module.named_parameters(recurse=False)
+        adapted = [item for item in own if _ends(f"{module_name}.{item[0]}", target_parameters)]
         for depth, (key, parameter) in enumerate(reversed(adapted)):
             shape = tuple(parameter.shape)
             if len(shape) == 3 and getattr(module, "is_transposed", False):

@@ -46,11 +46,9 @@ def run(args: argparse.Namespace) -> int:
 
     quieten_libraries()
     config = adapter.read_adapter_config(args.adapter)
-    if config.get("modules_to_save"):
-        raise UsageError(
-            f"--adapter {args.adapter}: replaces whole modules, {', '.join(config['modules_to_save'])}: "
-            "that is no update that another model could take"
-        )
+    if whole := config.get("modules_to_save"):
+        replaces = f"--adapter {args.adapter}: replaces whole modules, {', '.join(whole)}"
+        raise UsageError(f"{replaces}: that is no update that another model could take")
     layers = adapter.adapted_layers(args.adapter)
     try:
         source = find_source(args.to, args.trust_remote_code)
@@ -70,22 +68,14 @@ def run(args: argparse.Namespace) -> int:
     print(_check_architecture(args, config, model.config.model_type))
     adapter.check_fit(model, config, args.adapter, "--adapter", f"--to {args.to}")
 
-    peft_model = PeftModel.from_pretrained(
-        model, args.adapter, config=PeftConfig.from_pretrained(args.adapter)
-    )
+    peft_config = PeftConfig.from_pretrained(args.adapter)
+    peft_model = PeftModel.from_pretrained(model, args.adapter, config=peft_config)
     merged, report = result.merged_model(peft_model, f"--adapter {args.adapter}")
-    facts = {
-        "name": args.output.resolve().name,
-        "model": args.to,
-        "adapter": str(args.adapter),
-        "base": config.get("base_model_name_or_path"),
-        "rank": config["r"],
-        "alpha": config["lora_alpha"],
-        "layers": len(layers),
-        "dtype": dtype_name(merged.dtype),
-        "merge_report": str(report),
-        "versions": {name: version(name) for name in ("torch", "transformers", "peft")},
-    }
+    facts = {"name": args.output.resolve().name, "model": args.to, "adapter": str(args.adapter)}
+    facts |= {"base": config.get("base_model_name_or_path"), "layers": len(layers)}
+    facts |= {"rank": config["r"], "alpha": config["lora_alpha"]}
+    facts |= {"dtype": dtype_name(merged.dtype), "merge_report": str(report)}
+    facts["versions"] = {name: version(name) for name in ("torch", "transformers", "peft")}
     result.save_model(merged, tokenizer, "--output", args.output, card=card.transfer_card(facts))
     print(f"merged model  {args.output}\n              {report}")
     return 0
@@ -110,18 +100,15 @@ def _check_architecture(args: argparse.Namespace, config: dict, theirs: str) -> 
     from mica.cli.loading import Source, load_config
 
     base = config.get("base_model_name_or_path")
-    try:
+    ours = None
+    with suppress(OSError, ValueError, AttributeError):
         ours = json.loads((args.adapter / "summary.json").read_text(encoding="utf-8")).get("model_type")
-    except (OSError, ValueError, AttributeError):
-        ours = None
     if ours is None and base:
         with suppress(UsageError):  # it is not here any more
             ours = load_config(Source(base, base, {"trust_remote_code": args.trust_remote_code})).model_type
     if ours is not None and ours != theirs:
-        raise UsageError(
-            f"--to {args.to}: its model type is {theirs}, that of the adapter's base is {ours}: the update "
-            "fits only models made from the same base"
-        )
+        types = f"its model type is {theirs}, that of the adapter's base is {ours}"
+        raise UsageError(f"--to {args.to}: {types}: the update fits only models made from the same base")
     return f"architecture  {theirs}, " + ("as the adapter's base" if ours else "not compared: no base found")
 
 
@@ -138,11 +125,9 @@ def _tokenizer(args: argparse.Namespace, source, config: dict):
     given = config.get("base_model_name_or_path")
     options = {"trust_remote_code": args.trust_remote_code}
     for place in filter(None, (str(args.adapter), given)):
-        try:
+        with suppress(OSError, ValueError):
             ours = AutoTokenizer.from_pretrained(place, **options).get_vocab()
             break
-        except (OSError, ValueError):
-            continue
     else:
         raise UsageError(
             f"--adapter {args.adapter}: has no tokenizer, and neither has its base {given}: put the base's "
@@ -153,12 +138,10 @@ def _tokenizer(args: argparse.Namespace, source, config: dict):
     moved = sorted((token for token in common if ours[token] != vocabulary[token]), key=ours.get)
     if moved or not common:
         first = f": {moved[0]!r} is {ours[moved[0]]} there and {vocabulary[moved[0]]} here" if moved else ""
-        raise UsageError(
-            f"--to {args.to}: its tokenizer is not that of the adapter: {len(moved)} of {len(common)} common "
-            f"tokens have other ids{first}"
-        )
+        others = f"{len(moved)} of {len(common)} common tokens have other ids{first}"
+        raise UsageError(f"--to {args.to}: its tokenizer is not that of the adapter: {others}")
+    new, gone = len(vocabulary) - len(common), len(ours) - len(common)
     return theirs, (
-        f"tokenizers    {len(common):,} tokens in common, with the same ids; "
-        f"{len(vocabulary) - len(common):,} only in {args.to}, "
-        f"{len(ours) - len(common):,} only in that of the adapter"
+        f"tokenizers    {len(common):,} tokens in common, with the same ids; {new:,} only in {args.to}, "
+        f"{gone:,} only in that of the adapter"
     )

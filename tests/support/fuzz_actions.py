@@ -18,11 +18,19 @@ from safetensors.torch import load_file, save_file
 
 import mica.fast
 from mica.fast.merge import merging
+from tests.support.fuzz_compare import Outcome
 from tests.support.fuzz_models import KINDS, MIXTURES, targeting
 from tests.support.fuzz_twins import Twins, is_base, layers
 
 NAMES = ["one", "two", "three"]
-LOOKS = st.sampled_from(["gradients", "gradients", "output", "nothing"])
+FLAG = st.booleans()
+
+
+def any_of(*values) -> st.SearchStrategy:
+    return st.sampled_from(values)
+
+
+LOOKS = any_of("gradients", "gradients", "output", "nothing")
 INDEX = st.integers(0, 7)
 SEEDS = st.integers(0, 99)
 
@@ -31,26 +39,8 @@ TALLY: dict[str, Counter] = {}
 SEQUENCES = Counter()  # of models, and of runs of `mica adapt`
 
 
-class RaisedInForwardError(Exception):
-    pass
-
-
-def do_raise(*args):
-    raise RaisedInForwardError
-
-
 def pass_on(module, args, output):
     """A hook that changes nothing; at module level, so that a model with it can be pickled."""
-
-
-class Hook:
-    """A `pass_on` that a module has, and how it is removed."""
-
-    def __init__(self, module: torch.nn.Module, key: int):
-        self.module, self.key = module, key
-
-    def remove(self):
-        self.module._forward_hooks.pop(self.key, None)
 
 
 def action(**strategies):
@@ -65,8 +55,7 @@ def action(**strategies):
             before = self.twins.fingerprint()
             done = function(self, **drawn)
             if done is not False:
-                changed = done is True or self.twins.fingerprint() != before
-                TALLY[name]["effective"] += changed
+                TALLY[name]["effective"] += done is True or self.twins.fingerprint() != before
             self.twins.compare()
             if look != "nothing":
                 self.twins.probe(look == "gradients")
@@ -85,20 +74,20 @@ def configs(draw, kind: str, saves: bool = False):
     embeds = any(name in ("embed", "embed_tokens", "wte", "shared") for name in targets)
     mixture = kind in MIXTURES
     config = {
-        "init_lora_weights": draw(st.sampled_from(["mica", "mica", "mica", "gaussian"])),
-        "r": draw(st.sampled_from([1, 2, 3, 5])),
-        "lora_alpha": draw(st.sampled_from([1, 4, 7])),
-        "use_rslora": draw(st.booleans()),
+        "init_lora_weights": draw(any_of("mica", "mica", "mica", "gaussian")),
+        "r": draw(any_of(1, 2, 3, 5)),
+        "lora_alpha": draw(any_of(1, 4, 7)),
+        "use_rslora": draw(FLAG),
         **targeting(targets),
         "fan_in_fan_out": False,
-        "lora_dropout": draw(st.sampled_from([0.0, 0.0, 0.0, 0.3])) if not embeds and not mixture else 0.0,
+        "lora_dropout": draw(any_of(0.0, 0.0, 0.0, 0.3)) if not embeds and not mixture else 0.0,
     }
-    if draw(st.booleans()):
-        config["rank_pattern"] = {targets[-1]: draw(st.sampled_from([1, 4]))}
-    if saves and draw(st.booleans()):
+    if draw(FLAG):
+        config["rank_pattern"] = {targets[-1]: draw(any_of(1, 4))}
+    if saves and draw(FLAG):
         config["modules_to_save"] = [saved]
-    if draw(st.booleans()):
-        config["alpha_pattern"] = {targets[0]: draw(st.sampled_from([2, 9]))}
+    if draw(FLAG):
+        config["alpha_pattern"] = {targets[0]: draw(any_of(2, 9))}
     return config
 
 
@@ -113,7 +102,7 @@ class Base(RuleBasedStateMachine):
         self.twins: Twins | None = None
         self.folder = tempfile.TemporaryDirectory()
         self.files: list[Path] = []
-        self.hooks: list = []
+        self.hooks: list[tuple[torch.nn.Module, int]] = []  # those of `pass_on`
         self.saves = False  # whether adapters may have ``modules_to_save``
         self.checkpointing: bool | None = None
         self.optimizers: dict[int, torch.optim.Optimizer] = {}  # of the ids of the two models
@@ -128,17 +117,17 @@ class Base(RuleBasedStateMachine):
         mica.fast.enable()
         kind = data.draw(st.sampled_from(self.KIND_NAMES))
         dtype = data.draw(st.sampled_from(self.DTYPES))
-        self.saves = data.draw(st.sampled_from([False, False, False, True]))
+        self.saves = data.draw(any_of(False, False, False, True))
         config = data.draw(configs(kind, self.saves))
         config["bias"] = data.draw(st.sampled_from(["none"] * 4 + ["lora_only", "all"]))
-        cast, inference = data.draw(st.booleans()), data.draw(st.sampled_from([False] * 6 + [True]))
+        cast, inference = data.draw(FLAG), data.draw(st.sampled_from([False] * 6 + [True]))
         inference &= kind in ("llama", "small")  # stock can adapt no embedding and no Conv1D there
         if inference:  # nor train anything of the base
             config, self.saves = {**config, "bias": "none", "modules_to_save": None}, False
         self.twins = Twins(kind, dtype, config, cast, inference)
         self.write("one")
-        if data.draw(st.booleans()):
-            self.create("two", data.draw(configs(kind, self.saves)), 4, data.draw(st.booleans()))
+        if data.draw(FLAG):
+            self.create("two", data.draw(configs(kind, self.saves)), 4, data.draw(FLAG))
 
     def create(self, name: str, config: dict, seed: int, cast: bool) -> None:
         if self.is_double:  # MiCA's SVD is refused there by stock
@@ -146,21 +135,32 @@ class Base(RuleBasedStateMachine):
         ours, stock = self.twins.configs(config)
 
         def added(model):
-            with self.twins.casting():
-                chosen = ours if model is self.twins.ours else stock
-                model.add_adapter(name, chosen, autocast_adapter_dtype=cast)
+            chosen = ours if model is self.twins.ours else stock
+            model.add_adapter(name, chosen, autocast_adapter_dtype=cast)
 
-        outcome = self.twins.each(added)
-        if outcome.error is None:
+        if self.cast_each(added).error is None:
             self.twins.adopt(name, config["init_lora_weights"] == "mica", seed)
         else:
             self.refused()
+
+    def activate(self, name: str, wanted: bool = True) -> None:
+        if wanted:
+            self.twins.each(lambda model: model.set_adapter(name) and None)
+
+    def cast_each(self, act) -> Outcome:
+        """`Twins.each` within autocast, where that is on."""
+
+        def cast(model):
+            with self.twins.casting():
+                return act(model)
+
+        return self.twins.each(cast)
 
     def remove(self, name: str) -> None:
         """Without an active adapter PEFT refuses every new one where there are ``modules_to_save``."""
         self.twins.each(lambda model: model.delete_adapter(name))
         if self.saves and not self.twins.ours.active_adapters:
-            self.twins.each(lambda model: model.set_adapter(self.twins.adapters[0]) and None)
+            self.activate(self.twins.adapters[0])
 
     def refused(self) -> None:
         """An adapter that both refuse leaves stock's model half wrapped: the twin is made anew."""
@@ -172,14 +172,9 @@ class Base(RuleBasedStateMachine):
 
     def find_hooks(self) -> None:
         """Those that copies have inherited."""
-        models = (self.twins.ours, self.twins.stock)
-        self.hooks = [
-            Hook(module, key)
-            for model in models
-            for module in model.modules()
-            for key, hook in module._forward_hooks.items()
-            if hook is pass_on
-        ]
+        modules = [module for model in self.twins.both for module in model.modules()]
+        hooks = [(module, key, hook) for module in modules for key, hook in module._forward_hooks.items()]
+        self.hooks = [(module, key) for module, key, hook in hooks if hook is pass_on]
 
     def write(self, name: str, flipped: bool = False) -> bool:
         """A file of an adapter, by both; that of the backend's model is kept for loading.
@@ -193,15 +188,17 @@ class Base(RuleBasedStateMachine):
             model.save_pretrained(folder, selected_adapters=[name], save_embedding_layers=False)
             return sorted(str(file.relative_to(folder)) for file in folder.rglob("*"))
 
-        outcome = self.twins.each(saved)
-        if outcome.error is None:
-            folder = Path(self.folder.name) / str(len(self.files))
-            self.files.append(folder / name)
-            if flipped:
-                file = folder / name / "adapter_model.safetensors"
-                tensors = load_file(file)
-                save_file({key: -t if "_B" in key else t for key, t in tensors.items()}, file)
-        return outcome.error is None
+        if self.twins.each(saved).error is not None:
+            return False
+        self.files.append(Path(self.folder.name) / str(len(self.files)) / name)
+        if flipped:
+            file = self.files[-1] / "adapter_model.safetensors"
+            tensors = load_file(file)
+            save_file({key: -t if "_B" in key else t for key, t in tensors.items()}, file)
+        return True
+
+    def free_name(self) -> str:
+        return next(name for name in NAMES if name not in self.twins.adapters)
 
     @property
     def is_double(self) -> bool:

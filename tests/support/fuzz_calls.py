@@ -8,9 +8,25 @@ import torch
 from hypothesis import strategies as st
 from hypothesis.stateful import precondition
 
-from tests.support.fuzz_actions import INDEX, SEEDS, Base, RaisedInForwardError, action, do_raise
+from tests.support.fuzz_actions import FLAG, INDEX, SEEDS, Base, action, any_of
 from tests.support.fuzz_models import tokens
 from tests.support.fuzz_twins import factors, is_base, layers
+
+
+class RaisedInForwardError(Exception):
+    """What `do_raise` raises."""
+
+
+def do_raise(*args):
+    raise RaisedInForwardError
+
+
+def energy(out: torch.Tensor) -> torch.Tensor:
+    return out.float().square().sum()
+
+
+def with_gradients(model):
+    return [(name, p) for name, p in model.named_parameters() if p.grad is not None]
 
 
 class Calls(Base):
@@ -19,10 +35,7 @@ class Calls(Base):
         self.twins.probe(False, size, length)
         return True
 
-    @action(
-        rate=st.sampled_from([0.1, 0.5]),
-        way=st.sampled_from(["plain", "twice", "retained", "accumulated", "adamw"]),
-    )
+    @action(rate=any_of(0.1, 0.5), way=any_of("plain", "twice", "retained", "accumulated", "adamw"))
     def train_step(self, rate, way):
         ids = [tokens(2, 6, self.twins.seed), tokens(3, 4, self.twins.seed + 1)]
 
@@ -31,56 +44,46 @@ class Calls(Base):
             out = self.twins.call(model, ids[0])
             if not out.requires_grad:
                 return out.detach(), {}
-            loss = out.float().square().sum()
+            loss = energy(out)
             if way == "twice":
-                loss = loss + self.twins.call(model, ids[1]).float().square().sum()
+                loss = loss + energy(self.twins.call(model, ids[1]))
             if way == "retained":
                 loss.backward(retain_graph=True)
                 loss = out.float().abs().mean()
             loss.backward()
             if way == "accumulated":
-                self.twins.call(model, ids[1]).float().square().sum().backward()
-            return out.detach(), {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+                energy(self.twins.call(model, ids[1])).backward()
+            return out.detach(), {n: p.grad for n, p in with_gradients(model)}
 
         trained, gradients = [], {}
 
-        def take_over_gradients(model):
-            """They have been compared: rounding must not grow in the steps of an optimizer."""
-            for name, parameter in model.named_parameters():
-                if parameter.grad is not None and model is self.twins.stock:
-                    parameter.grad.copy_(gradients[name])
-                elif parameter.grad is not None:
-                    gradients[name] = parameter.grad.clone()
-
         def update(model):
-            take_over_gradients(model)
-            parameters = [(n, p) for n, p in model.named_parameters() if p.grad is not None]
-            norm = torch.stack([p.grad.double().norm() for _, p in parameters]).norm() if parameters else 0
-            with torch.no_grad():
-                for name, parameter in parameters:
-                    trained.append(name)
-                    parameter.sub_((parameter.grad * (rate / (norm + 1e-6))).to(parameter.dtype))
-            model.zero_grad(set_to_none=True)
-
-        def step_of_adamw(model):
-            """Its state outlives the actions."""
-            take_over_gradients(model)
-            optimizer = self.optimizers.get(id(model))
-            if optimizer is None:
-                parameters = [p for p in model.parameters() if p.grad is not None]
-                if not parameters:
-                    return
-                optimizer = self.optimizers[id(model)] = torch.optim.AdamW(parameters, lr=0.02)
-            theirs = {id(p) for group in optimizer.param_groups for p in group["params"]}
-            trained.extend(n for n, p in model.named_parameters() if p.grad is not None and id(p) in theirs)
-            optimizer.step()
+            parameters = with_gradients(model)
+            for name, parameter in parameters:  # compared: rounding must not grow in an optimizer's steps
+                if model is self.twins.stock:
+                    parameter.grad.copy_(gradients[name])
+                gradients[name] = parameter.grad.clone()
+            if parameters and way == "adamw":  # its state outlives the actions
+                optimizer = self.optimizers.get(id(model))
+                if optimizer is None:
+                    optimizer = torch.optim.AdamW([p for _, p in parameters], lr=0.02)
+                    self.optimizers[id(model)] = optimizer
+                theirs = {id(p) for group in optimizer.param_groups for p in group["params"]}
+                trained.extend(name for name, p in parameters if id(p) in theirs)
+                optimizer.step()
+            elif parameters:
+                norm = torch.stack([p.grad.double().norm() for _, p in parameters]).norm()
+                trained.extend(name for name, _ in parameters)
+                with torch.no_grad():
+                    for _, p in parameters:
+                        p.sub_((p.grad * (rate / (norm + 1e-6))).to(p.dtype))
             model.zero_grad(set_to_none=True)
 
         worked = self.twins.compare_steps(step)
         if self.twins.has_dropout or not worked:
             self.twins.each(lambda model: model.zero_grad(set_to_none=True))
             return bool(worked) and None
-        self.twins.each(step_of_adamw if way == "adamw" else update)
+        self.twins.each(update)
         self._trained(trained)
         return bool(trained)
 
@@ -95,7 +98,7 @@ class Calls(Base):
             self.edited()
 
     @precondition(lambda self: self.twins.form != "seq2seq")
-    @action(seed=SEEDS, twice=st.booleans())
+    @action(seed=SEEDS, twice=FLAG)
     def gradient_of_the_input(self, seed, twice):
         width = self.twins.ours.get_input_embeddings().weight.shape[1] if self.twins.form == "causal" else 12
         x = torch.randn(2, 4, width, generator=torch.Generator().manual_seed(seed))
@@ -105,44 +108,28 @@ class Calls(Base):
         def step(model):
             leaf = x.clone().requires_grad_()
             out = self.twins.call(model, None, inputs_embeds=leaf)
-            (grad,) = torch.autograd.grad(out.float().square().sum(), leaf, create_graph=twice)
-            if not twice:
-                return out.detach(), {"x": grad}
+            (grad,) = torch.autograd.grad(energy(out), leaf, create_graph=twice)
             trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
-            grads = (
-                torch.autograd.grad(grad.square().sum(), trained.values(), allow_unused=True)
-                if trained
-                else ()
-            )
+            if not twice or not trained:
+                return out.detach(), {"x": grad.detach()}
+            grads = torch.autograd.grad(grad.square().sum(), trained.values(), allow_unused=True)
             second = {f"second {n}": g for n, g in zip(trained, grads, strict=True) if g is not None}
-            return out.detach(), {"x": grad, **second} if second else {"x": grad.detach()}
+            return out.detach(), {"x": grad.detach(), **second}
 
         return self.twins.compare_steps(step)
 
     @precondition(lambda self: self.twins.form != "plain")
-    @action(seed=SEEDS, cache=st.booleans())
+    @action(seed=SEEDS, cache=FLAG)
     def generate(self, seed, cache):
-        ids = tokens(2, 3, seed)
-
-        def generated(model):
-            with self.twins.casting():
-                out = model.generate(
-                    input_ids=ids,
-                    max_new_tokens=3,
-                    min_new_tokens=3,
-                    do_sample=False,
-                    use_cache=cache,
-                    output_scores=True,
-                    return_dict_in_generate=True,
-                    pad_token_id=0,
-                )
-            return out.scores[0].float() if self.twins.has_dropout is False else None, out.sequences
-
+        options = {"max_new_tokens": 3, "min_new_tokens": 3, "do_sample": False, "pad_token_id": 0}
+        options |= {"use_cache": cache, "output_scores": True, "return_dict_in_generate": True}
         texts = {}
 
         def first_scores(model):
-            scores, texts[model is self.twins.ours] = generated(model)
-            return scores
+            with self.twins.casting():
+                out = model.generate(input_ids=tokens(2, 3, seed), **options)
+            texts[model is self.twins.ours] = out.sequences
+            return None if self.twins.has_dropout else out.scores[0].float()
 
         worked = self.twins.each(first_scores).error is None
         if worked and not self.twins.has_dropout and self.twins.tolerance < 1e-4:
@@ -157,7 +144,7 @@ class Calls(Base):
     def call_mixed(self, names, seed):
         ids = tokens(len(names), 4, seed)
         outcome = self.twins.each(lambda model: self.twins.call(model, ids, adapter_names=names).detach())
-        for model in (self.twins.ours, self.twins.stock):
+        for model in self.twins.both:
             for layer in layers(model).values():  # PEFT leaves its hooks there if the forward raises
                 layer._forward_pre_hooks.clear()
         return outcome.error is None
@@ -172,17 +159,13 @@ class Calls(Base):
             return False
         return self.twins.each(inferred).error is None
 
-    @action(layer=INDEX, before=st.booleans())
+    @action(layer=INDEX, before=FLAG)
     def exception_in_a_forward(self, layer, before):
         name = self.pick_layer(layer)
+        register = "register_forward_pre_hook" if before else "register_forward_hook"
 
         def failing(model):
-            module = model.get_submodule(name)
-            hook = (
-                module.register_forward_pre_hook(do_raise)
-                if before
-                else module.register_forward_hook(do_raise)
-            )
+            hook = getattr(model.get_submodule(name), register)(do_raise)
             try:
                 self.twins.call(model, tokens(2, 4, 0))
             finally:
@@ -207,30 +190,22 @@ class Calls(Base):
     # merging
     # ---------------------------------------------------------------------------------------------------
 
-    @action(index=INDEX, safe=st.booleans(), named=st.booleans())
+    @action(index=INDEX, safe=FLAG, named=FLAG)
     def merge(self, index, safe, named):
         names = [self.pick(index)] if named else None
         if self.twins.of_inference:  # PyTorch leaves tensors that stock cannot train with
             return False
 
-        def merged(model):
-            with self.twins.casting():
-                model.merge_adapter(adapter_names=names, safe_merge=safe)
-
-        self.twins.each(merged)
+        self.cast_each(lambda model: model.merge_adapter(adapter_names=names, safe_merge=safe))
         self.merged()
         return None
 
     @precondition(lambda self: self.twins.is_merged)
     @action()
     def unmerge(self):
-        def unmerged(model):
-            with self.twins.casting():
-                model.unmerge_adapter()
+        self.cast_each(lambda model: model.unmerge_adapter())
 
-        self.twins.each(unmerged)
-
-    @action(safe=st.booleans(), keep=st.booleans())
+    @action(safe=FLAG, keep=FLAG)
     def merge_and_unload_a_copy(self, safe, keep):
         ids = tokens(2, 4, 1)
 
@@ -242,18 +217,15 @@ class Calls(Base):
 
         return self.twins.each(unloaded).error is None
 
-    @action(index=INDEX, factor=st.sampled_from(["A", "B"]))
+    @action(index=INDEX, factor=any_of("A", "B"))
     def merge_that_is_refused(self, index, factor):
         """NaN in an adapter: safe_merge raises on both, and both go on."""
         name, key = self.pick_layer(index), self.pick(index)
-        for model in (self.twins.ours, self.twins.stock):
-            pair = factors(model.get_submodule(name), key)
-            if pair is None or self.twins.is_merged or self.twins.of_inference:
-                return False
-        kept = []
-        for model in (self.twins.ours, self.twins.stock):
-            A = factors(model.get_submodule(name), key)[0]
-            kept.append((A, A.detach().clone()))
+        pairs = [factors(model.get_submodule(name), key) for model in self.twins.both]
+        if None in pairs or self.twins.is_merged or self.twins.of_inference:
+            return False
+        kept = [(A, A.detach().clone()) for A, _ in pairs]
+        for A, _ in kept:
             A.data[0, 0] = float("nan")
         outcome = self.twins.each(lambda model: model.merge_adapter(adapter_names=[key], safe_merge=True))
         for A, before in kept:
@@ -261,7 +233,7 @@ class Calls(Base):
         self.merged()
         return outcome.error is not None
 
-    @action(context=st.booleans(), on=st.booleans())
+    @action(context=FLAG, on=FLAG)
     def disable_adapters(self, context, on):
         self.repaired_if_edited()
         if context:
@@ -271,9 +243,6 @@ class Calls(Base):
                     return self.twins.call(model, tokens(2, 4, 5))
 
             return self.twins.each(without).error is None
-        self.twins.each(
-            lambda model: (
-                model.base_model.enable_adapter_layers() if on else model.base_model.disable_adapter_layers()
-            )
-        )
+        change = "enable_adapter_layers" if on else "disable_adapter_layers"
+        self.twins.each(lambda model: getattr(model.base_model, change)())
         return None

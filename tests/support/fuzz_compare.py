@@ -77,11 +77,6 @@ def furthest(results, exact) -> float:
     return 0.0
 
 
-def has_cast_flags(layer: LoraLayer, adapter: str) -> bool:
-    """Whether stock may have made this anew, and so trainable: over a 16-bit base, or from a 16-bit file."""
-    return adapter in layer.lora_embedding_A
-
-
 def judge(name: str, layer: LoraLayer, adapter: str) -> None:
     """Orthonormal, of the span of the weight's left singular vectors, and with the energy of the last ones.
 
@@ -99,9 +94,8 @@ def judge(name: str, layer: LoraLayer, adapter: str) -> None:
         rank = basis.shape[1]
         assert (basis.T @ basis - torch.eye(rank, dtype=torch.float64)).abs().max() < 1e-5, name
         found, least = energy(weight, basis).sum().sqrt(), squares[-rank:].sum().sqrt()
-        assert found <= least * (1 + 1e-3) + 1e-5 * weight.norm(), (
-            f"{name}: energy {found}, the least is {least}"
-        )
+        is_least = found <= least * (1 + 1e-3) + 1e-5 * weight.norm()
+        assert is_least, f"{name}: energy {found}, the least is {least}"
         assert sine(vectors, basis) < 1e-4, f"{name}: B has directions that the weight has not"
 
 
@@ -120,9 +114,8 @@ def take_for_mica(adapter: str, stock: nn.Module, ours: nn.Module) -> None:
 def attributes(model: nn.Module) -> dict:
     values = {"active": list(model.active_adapters), "training": model.training}
     for name, config in model.peft_config.items():
-        values[f"config {name}"] = {
-            k: str(sorted(v) if isinstance(v, set) else v) for k, v in sorted(config.to_dict().items())
-        }
+        own = sorted(config.to_dict().items())
+        values[f"config {name}"] = {k: str(sorted(v) if isinstance(v, set) else v) for k, v in own}
     for name, layer in layers(model).items():
         values[name] = {
             "active": list(layer.active_adapters),
@@ -165,12 +158,10 @@ def check_counts(model: nn.Module, calls: dict[str, int], counted: dict[str, int
             expected[name] += count * (adapters - fused)
     ran = {name: counted.get(name, 0) for name in expected}
     dtypes = {p.dtype for p in model.parameters()}
+    told = f"operators that ran: {ran}, by explain: {expected}"
     if len(dtypes) > 1 or (
         autocast and torch.float64 in dtypes
-    ):  # what only a call can show is not in the table
-        assert all(ran[name] <= expected[name] + expected["linear"] for name in ran), (
-            ran,
-            expected,
-        )
+    ):  # what only a call shows is not in the table
+        assert all(ran[name] <= expected[name] + expected["linear"] for name in ran), told
     else:
-        assert ran == expected, f"operators that ran: {ran}, by explain: {expected}"
+        assert ran == expected, told

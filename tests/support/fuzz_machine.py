@@ -3,36 +3,37 @@
 from __future__ import annotations
 
 import torch
-from hypothesis import assume
-from hypothesis import strategies as st
+from hypothesis import HealthCheck, Phase, assume, settings
 from hypothesis.stateful import precondition
 
 import mica.fast
 from mica.paths import choose
-from tests.support.fuzz_actions import INDEX, SEQUENCES, TALLY, action, pass_on
+from tests.support.fuzz_actions import FLAG, INDEX, SEQUENCES, TALLY, action, any_of, pass_on
 from tests.support.fuzz_adapters import Adapters
 from tests.support.fuzz_calls import Calls
-from tests.support.fuzz_files import Files
 from tests.support.fuzz_models import KINDS
 from tests.support.fuzz_twins import factors, layers
 
-__all__ = ["KINDS", "TALLY", "Machine", "machine", "tally"]
+__all__ = ["KINDS", "TALLY", "Machine", "machine", "options", "tally"]
 
 
-class Machine(Adapters, Calls, Files):
-    """All rules: those of the three, and the modes."""
+WHICH = ("nothing", "everything", "one base layer", "active", "a lora_A", "a lora_B")
+
+
+class Machine(Adapters, Calls):
+    """All rules: those of the two, and the modes."""
 
     @precondition(lambda self: self.twins.is_mixture)
-    @action(name=st.sampled_from(["eager", "grouped_mm", "batched_mm"]))
+    @action(name=any_of("eager", "grouped_mm", "batched_mm"))
     def experts_implementation(self, name):
         assume(not (self.is_double and name == "grouped_mm"))
         self.twins.each(lambda model: model.set_experts_implementation(name))
 
-    @action(on=st.booleans())
+    @action(on=FLAG)
     def training(self, on):
         self.twins.each(lambda model: model.train(on) and None)
 
-    @action(dtype=st.sampled_from([torch.bfloat16, torch.float32, torch.float64]))
+    @action(dtype=any_of(torch.bfloat16, torch.float32, torch.float64))
     def to_dtype(self, dtype):
         """Also while an adapter is merged: what unmerging gives is then as near as stock's."""
         # kernels that are required and do not exist are an error
@@ -50,10 +51,7 @@ class Machine(Adapters, Calls, Files):
         if is_merged:
             self.twins.base, self.twins.exact, self.twins.edited = {}, False, True
 
-    @action(
-        which=st.sampled_from(["nothing", "everything", "one base layer", "active", "a lora_A", "a lora_B"]),
-        layer=INDEX,
-    )
+    @action(which=any_of(*WHICH), layer=INDEX)
     def requires_grad(self, which, layer):
         name, adapter = self.pick_layer(layer), self.pick(layer)
 
@@ -74,11 +72,11 @@ class Machine(Adapters, Calls, Files):
 
         self.twins.each(flags)
 
-    @action(dtype=st.sampled_from([None, torch.bfloat16, torch.bfloat16, torch.float16]))
+    @action(dtype=any_of(None, torch.bfloat16, torch.bfloat16, torch.float16))
     def autocast(self, dtype):
         self.twins.autocast = dtype
 
-    @action(reentrant=st.sampled_from([None, True, False]))
+    @action(reentrant=any_of(None, True, False))
     def checkpoint(self, reentrant):
         def set_it(model):
             if self.twins.form == "plain":
@@ -88,33 +86,31 @@ class Machine(Adapters, Calls, Files):
                 model.disable_input_require_grads() if self.checkpointing is not None else None
             else:
                 model.enable_input_require_grads() if self.checkpointing is None else None
-                model.gradient_checkpointing_enable(
-                    gradient_checkpointing_kwargs={"use_reentrant": reentrant}
-                )
+                model.gradient_checkpointing_enable({"use_reentrant": reentrant})
 
         self.twins.each(set_it)
         self.checkpointing = reentrant
         return True
 
-    @action(where=st.sampled_from(["base", "layer", "lora_A", "lora_B", "lora_dropout"]), layer=INDEX)
+    @action(where=any_of("base", "layer", "lora_A", "lora_B", "lora_dropout"), layer=INDEX)
     def hook(self, where, layer):
         """One that does nothing, so that the base layer is called, or the layer is PEFT's; it stays."""
         if self.hooks:
-            for handle in self.hooks:
-                handle.remove()
+            for module, key in self.hooks:
+                module._forward_hooks.pop(key, None)
             self.hooks = []
             return True
         name = self.pick_layer(layer)
-        for model in (self.twins.ours, self.twins.stock):
+        for model in self.twins.both:
             module = model.get_submodule(name)
             if where == "base":
                 module = module.get_base_layer()
             elif where != "layer":
                 module = next(iter(getattr(module, where).values()), module)
-            self.hooks.append(module.register_forward_hook(pass_on))
+            self.hooks.append((module, module.register_forward_hook(pass_on).id))
         return True
 
-    @action(what=st.sampled_from(["fp32", "off", "on", "uninstall"]))
+    @action(what=any_of("fp32", "off", "on", "uninstall"))
     def setting(self, what):
         if what in ("off", "on"):
             mica.fast.disable() if what == "off" else mica.fast.enable()
@@ -130,6 +126,13 @@ class Machine(Adapters, Calls, Files):
 def machine(name: str, **attributes) -> type[Machine]:
     """A variant: other kinds or dtypes."""
     return type(name, (Machine,), attributes)
+
+
+def options(examples: int, steps: int, shrinks: bool = False, derandomize: bool = False) -> settings:
+    phases = [Phase.generate, Phase.shrink] if shrinks else [Phase.generate]
+    limits = {"max_examples": examples, "stateful_step_count": steps, "deadline": None, "database": None}
+    checks = list(HealthCheck)
+    return settings(**limits, derandomize=derandomize, phases=phases, suppress_health_check=checks)
 
 
 def tally() -> str:

@@ -6,16 +6,7 @@ from typing import NamedTuple
 import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
-from transformers import (
-    Gemma3ForCausalLM,
-    Gemma3TextConfig,
-    GPT2Config,
-    GPT2LMHeadModel,
-    LlamaConfig,
-    LlamaForCausalLM,
-    T5Config,
-    T5ForConditionalGeneration,
-)
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 from transformers.models.gpt_oss.modeling_gpt_oss import GptOssTopKRouter
 from transformers.models.mixtral.modeling_mixtral import MixtralTopKRouter
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeTopKRouter
@@ -62,70 +53,19 @@ class Shared(nn.Module):
         return self.down(torch.tanh(self.conv(x)))
 
 
-def _llama():
-    return LlamaForCausalLM(
-        LlamaConfig(
-            hidden_size=16,
-            intermediate_size=24,
-            num_hidden_layers=2,
-            num_attention_heads=2,
-            num_key_value_heads=1,
-            max_position_embeddings=64,
-            **_COMMON,
-        )
-    )
+_WIDE = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
+_WIDE |= {"num_key_value_heads": 1, "max_position_embeddings": 64}
+_SMALL = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
+_GPT2 = {"n_positions": 32, "n_embd": 16, "n_layer": 2, "n_head": 2}
+_GEMMA = {**_WIDE, "head_dim": 8, "layer_types": ["full_attention", "sliding_attention"], "sliding_window": 4}
+_T5 = {"vocab_size": VOCABULARY, "d_model": 16, "d_kv": 8, "d_ff": 24, "num_layers": 1, "num_heads": 2}
+_T5 |= {"decoder_start_token_id": 0, "dropout_rate": 0.0, "initializer_factor": 1.0}
+# no ReLU anywhere: where its argument is near 0, two good results have different gradients
+_T5 |= {"feed_forward_proj": "gated-gelu"}
 
 
-def _small():
-    return LlamaForCausalLM(
-        LlamaConfig(
-            hidden_size=8,
-            intermediate_size=8,
-            num_hidden_layers=1,
-            num_attention_heads=1,
-            max_position_embeddings=32,
-            **_COMMON,
-        )
-    )
-
-
-def _gpt2():
-    return GPT2LMHeadModel(GPT2Config(n_positions=32, n_embd=16, n_layer=2, n_head=2, **_COMMON))
-
-
-def _gemma():
-    return Gemma3ForCausalLM(
-        Gemma3TextConfig(
-            hidden_size=16,
-            intermediate_size=24,
-            num_hidden_layers=2,
-            num_attention_heads=2,
-            num_key_value_heads=1,
-            head_dim=8,
-            max_position_embeddings=64,
-            layer_types=["full_attention", "sliding_attention"],
-            sliding_window=4,
-            **_COMMON,
-        )
-    )
-
-
-def _t5():
-    return T5ForConditionalGeneration(
-        T5Config(
-            vocab_size=VOCABULARY,
-            d_model=16,
-            d_kv=8,
-            d_ff=24,
-            num_layers=1,
-            num_heads=2,
-            decoder_start_token_id=0,
-            dropout_rate=0.0,
-            initializer_factor=1.0,
-            # no ReLU anywhere: where its argument is near 0, two good results have different gradients
-            feed_forward_proj="gated-gelu",
-        )
-    )
+def _causal(model_type: str, **sizes):
+    return lambda: AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **sizes, **_COMMON))
 
 
 class _ByPlace:
@@ -138,16 +78,10 @@ class _ByPlace:
         return logits, logits.gather(-1, indices).softmax(-1).to(scores.dtype), indices
 
 
-class _Qwen3Router(_ByPlace, Qwen3MoeTopKRouter):
-    pass
-
-
-class _MixtralRouter(_ByPlace, MixtralTopKRouter):
-    pass
-
-
-class _GptOssRouter(_ByPlace, GptOssTopKRouter):
-    pass
+# with names in this module, so that a model with one can be pickled
+_Qwen3Router = type("_Qwen3Router", (_ByPlace, Qwen3MoeTopKRouter), {})
+_MixtralRouter = type("_MixtralRouter", (_ByPlace, MixtralTopKRouter), {})
+_GptOssRouter = type("_GptOssRouter", (_ByPlace, GptOssTopKRouter), {})
 
 
 def _mixture(builder, router):
@@ -178,28 +112,27 @@ class Kind(NamedTuple):
 _ATTENTION, _MLP = ["q_proj", "k_proj", "v_proj", "o_proj"], ["gate_proj", "up_proj", "down_proj"]
 _STACKS, _DOWN = moe_models.STACKS, ["mlp.gate.weight", "mlp.experts.down_proj"]
 
+_SHARED = ["q_proj", "k_proj", "v_proj", "mix", "conv", "down"]
+
 KINDS = {
-    "llama": Kind(_llama, [_ATTENTION + _MLP, ["q_proj", "v_proj"], _MLP]),
-    "small": Kind(_small, [_ATTENTION + _MLP, ["q_proj", "v_proj"]]),
-    "gpt2": Kind(_gpt2, [["c_attn", "c_proj", "c_fc"], ["c_attn"], ["wte", "c_fc"]]),
-    "gemma": Kind(_gemma, [["embed_tokens", *_ATTENTION, *_MLP], ["embed_tokens", "q_proj", "k_proj"]]),
-    "t5": Kind(_t5, [["q", "k", "v", "o", "wi_0", "wi_1", "wo"], ["k", "v"], ["shared", "q"]], "seq2seq"),
+    "llama": Kind(_causal("llama", **_WIDE), [_ATTENTION + _MLP, ["q_proj", "v_proj"], _MLP]),
+    "small": Kind(
+        _causal("llama", **_SMALL, max_position_embeddings=32), [_ATTENTION + _MLP, ["q_proj", "v_proj"]]
+    ),
+    "gpt2": Kind(_causal("gpt2", **_GPT2), [["c_attn", "c_proj", "c_fc"], ["c_attn"], ["wte", "c_fc"]]),
+    "gemma": Kind(
+        _causal("gemma3_text", **_GEMMA),
+        [["embed_tokens", *_ATTENTION, *_MLP], ["embed_tokens", "q_proj", "k_proj"]],
+    ),
+    "t5": Kind(
+        lambda: AutoModelForSeq2SeqLM.from_config(AutoConfig.for_model("t5", **_T5)),
+        [["q", "k", "v", "o", "wi_0", "wi_1", "wo"], ["k", "v"], ["shared", "q"]],
+        "seq2seq",
+    ),
     "shared": Kind(
-        Shared,
-        [
-            ["embed", "q_proj", "k_proj", "v_proj", "mix", "conv", "down"],
-            ["q_proj", "k_proj"],
-            ["embed", "mix"],
-        ],
-        "plain",
-        "conv",
+        Shared, [["embed", *_SHARED], ["q_proj", "k_proj"], ["embed", "mix"]], "plain", saved="conv"
     ),
-    "inplace": Kind(
-        lambda: Shared(inplace=True),
-        [["q_proj", "k_proj", "v_proj", "mix", "conv", "down"], ["q_proj", "k_proj"]],
-        "plain",
-        "conv",
-    ),
+    "inplace": Kind(lambda: Shared(inplace=True), [_SHARED, ["q_proj", "k_proj"]], "plain", saved="conv"),
     "qwen3_moe": Kind(_mixture(moe_models.qwen3_moe, _Qwen3Router), [["q_proj", *_DOWN], _DOWN, ["q_proj"]]),
     "mixtral": Kind(
         _mixture(moe_models.mixtral, _MixtralRouter), [["q_proj", "v_proj", *_STACKS], _STACKS, _ATTENTION]

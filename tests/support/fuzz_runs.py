@@ -40,7 +40,7 @@ from mica.cli import main
 from mica.cli.adapt import checkpoints, curve, session  # noqa: F401 (imported before the fork)
 from tests.support import moe_models
 from tests.support.adapt_runs import SERVER, Process
-from tests.support.fuzz_actions import SEQUENCES, action
+from tests.support.fuzz_actions import FLAG, SEQUENCES, action, any_of
 from tests.support.tiny_cli import TEXT, byte_tokenizer, tiny_llama
 
 SERVER.set_forkserver_preload([__name__])
@@ -48,10 +48,12 @@ MODELS = ["llama", "mixture"]
 DAMAGES = ["cut", "emptied", "deleted", "flipped"]
 CHANGES = ["an option", "run.yaml", "the base"]
 STATUS = {"SIGINT": 130, "SIGTERM": 143, "SIGKILL": -9, "full disk": 2}
+MOMENTS = any_of(0.0, 0.003, 0.01, 0.03)
 WRITES = {"os.rename", "os.remove", "os.mkdir", "os.rmdir", "shutil.rmtree"}  # audit events, besides "open"
 
 WEIGHTS = "adapter_model.safetensors"
 FIXED = {"rank": 4, "sequence-length": 16, "eval-blocks": 3, "workers": 1}
+COUNTS = ("steps", "training_tokens", "blocks")
 OPTIONS = {  # each is given with one of these values, or left out
     "rank": [1],
     "dropout": [0.2],
@@ -152,14 +154,8 @@ class Runs(RuleBasedStateMachine):
         model = data.draw(st.sampled_from(MODELS))
         base, self.model = f"{self.folder.name}/{model}", self.folder / model
         shutil.copytree(self.inputs / model, self.model)
-        steps, self.save_steps = data.draw(st.integers(2, 8)), data.draw(st.sampled_from([1, 1, 2, 3]))
-        options = {
-            "model": base,
-            "text": "rows.jsonl",
-            "steps": steps,
-            "save-steps": self.save_steps,
-            **FIXED,
-        }
+        steps, self.save_steps = data.draw(st.integers(2, 8)), data.draw(any_of(1, 1, 2, 3))
+        options = {"model": base, "text": "rows.jsonl", "steps": steps, "save-steps": self.save_steps} | FIXED
         for name, values in OPTIONS.items():
             value = data.draw(st.sampled_from([None] * 2 + values))
             options |= {name: value} if value is not None else {}
@@ -167,9 +163,9 @@ class Runs(RuleBasedStateMachine):
             options.pop("dropout", None)
         self.accumulation = options.get("gradient-accumulation-steps", 1)
         self.options = [text for name, value in options.items() for text in (f"--{name}", str(value))]
-        if data.draw(st.booleans()):
+        if data.draw(FLAG):
             self.options.append("--gradient-checkpointing")
-        if model == "mixture" and data.draw(st.booleans()):
+        if model == "mixture" and data.draw(FLAG):
             self.options.append("--no-experts")
 
     def unbroken(self) -> None:
@@ -204,14 +200,17 @@ class Runs(RuleBasedStateMachine):
         sound = [path for path in found if checkpoints.damaged(path) is None]
         return (sound[-1] if sound else None), bool(found and not sound)
 
+    def newest_step(self) -> int:
+        latest, _ = self.newest()
+        return checkpoints.step(latest) if latest else 0
+
     def fingerprint(self) -> list:
         files = [path for path in self.output.rglob("*") if path.is_file() and path.name != ".lock"]
         return sorted((path, path.stat().st_size, path.stat().st_mtime_ns) for path in files)
 
     def compare(self) -> None:
         """No checkpoint is lost, and B is the unbroken run's in each."""
-        latest, _ = self.newest()
-        step = checkpoints.step(latest) if latest else 0
+        latest, step = self.newest()[0], self.newest_step()
         assert step >= self.step, f"checkpoint {self.step} is lost, the last is {step}"
         self.step = step
         if latest:
@@ -221,12 +220,7 @@ class Runs(RuleBasedStateMachine):
     def probe(self, gradients: bool) -> None:
         """Nothing more: every comparison is cheap."""
 
-    @action(
-        where=st.sampled_from(["step", "write"]),
-        at=st.integers(0, 59),
-        what=st.sampled_from(list(STATUS)),
-        moment=st.sampled_from([0.0, 0.003, 0.01, 0.03]),
-    )
+    @action(where=any_of("step", "write"), at=st.integers(0, 59), what=any_of(*STATUS), moment=MOMENTS)
     def broken_off(self, where, at, what, moment):
         if not self.is_sound:
             self.unbroken()
@@ -241,17 +235,11 @@ class Runs(RuleBasedStateMachine):
         return status != 0
 
     @precondition(lambda self: self.step)
-    @action(
-        how=st.sampled_from(DAMAGES),
-        file=st.integers(0, 9),
-        at=st.integers(0, 999),
-    )
+    @action(how=st.sampled_from(DAMAGES), file=st.integers(0, 9), at=st.integers(0, 999))
     def damaged(self, how, file, at):
         """The newest checkpoint."""
-        latest, _ = self.newest()
-        files = sorted(
-            path for path in latest.iterdir() if how != "flipped" or path.name != checkpoints.MARKER
-        )
+        files = sorted(self.newest()[0].iterdir())
+        files = [path for path in files if how != "flipped" or path.name != checkpoints.MARKER]
         path = files[file % len(files)]
         content = bytearray(path.read_bytes())
         at %= len(content)
@@ -260,19 +248,17 @@ class Runs(RuleBasedStateMachine):
             path.unlink()
         else:
             path.write_bytes({"cut": content[:at], "emptied": b"", "flipped": content}[how])
-        latest, _ = self.newest()
-        self.step = checkpoints.step(latest) if latest else 0
+        self.step = self.newest_step()
         return True
 
     @precondition(lambda self: self.step)
     @action(what=st.sampled_from(CHANGES))
     def refused(self, what):
         """Resuming with something else than the run had; it is put right afterwards."""
-        before, settings = self.fingerprint(), (self.output / "run.yaml").read_bytes()
+        before, file = self.fingerprint(), self.output / "run.yaml"
+        settings = file.read_bytes()
         if what == "run.yaml":
-            (self.output / "run.yaml").write_bytes(
-                re.sub(rb"(?m)^learning_rate: .*", b"learning_rate: 0.5", settings)
-            )
+            file.write_bytes(re.sub(rb"(?m)^learning_rate: .*", b"learning_rate: 0.5", settings))
         elif what == "the base":
             weights = load_file(self.model / "model.safetensors")
             weights["lm_head.weight"] += 1
@@ -282,7 +268,7 @@ class Runs(RuleBasedStateMachine):
             assert self.adapt("broken", "--resume", *options) == 2, f"{what} is not refused"
         finally:
             if what == "run.yaml":
-                (self.output / "run.yaml").write_bytes(settings)
+                file.write_bytes(settings)
             (self.model / "model.safetensors").write_bytes(self.base)
         assert what == "run.yaml" or self.fingerprint() == before, "a refused run has changed the folder"
         return True
@@ -301,24 +287,15 @@ class Runs(RuleBasedStateMachine):
         assert (whole / WEIGHTS).read_bytes() == (broken / WEIGHTS).read_bytes(), "another adapter"
         assert (self.model / "model.safetensors").read_bytes() == self.base, "the base has changed"
         reports = [json.loads((folder / "summary.json").read_text()) for folder in (whole, broken)]
-        for name in (
-            "steps",
-            "training_tokens",
-            "perplexity_before",
-            "perplexity_after",
-            "retain_after",
-            "blocks",
-        ):
-            assert reports[0][name] == reports[1][name], (
-                f"{name}: {reports[1][name]}, unbroken {reports[0][name]}"
-            )
+        perplexities = ("perplexity_before", "perplexity_after", "retain_after")
+        expected, found = ({name: report[name] for name in (*COUNTS, *perplexities)} for report in reports)
+        assert found == expected, f"{found}, unbroken {expected}"
         curves = [(folder / "curve.csv").read_text() for folder in (whole, broken)]
         if not self.was_stopped:
             assert curves[0] == curves[1], f"curve.csv: {curves[1]}, unbroken: {curves[0]}"
             return
-        expected, found = (
-            {row["step"]: row for row in csv.DictReader(curve.splitlines())} for curve in curves
-        )
+        rows = [csv.DictReader(curve.splitlines()) for curve in curves]
+        expected, found = ({row["step"]: row for row in of_a_run} for of_a_run in rows)
         totals = sums_of_losses(found)
         for step, total in sums_of_losses(expected).items():
             assert totals[step] == pytest.approx(total, rel=1e-5), f"loss up to step {step}"

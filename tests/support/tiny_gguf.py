@@ -7,22 +7,6 @@ from tokenizers import pre_tokenizers
 
 from tests.support.tiny_cli import byte_tokenizer, tiny_llama
 
-_NAMES = {
-    "self_attn.q_proj": "attn_q",
-    "self_attn.k_proj": "attn_k",
-    "self_attn.v_proj": "attn_v",
-    "self_attn.o_proj": "attn_output",
-    "mlp.gate_proj": "ffn_gate",
-    "mlp.up_proj": "ffn_up",
-    "mlp.down_proj": "ffn_down",
-    "input_layernorm": "attn_norm",
-    "post_attention_layernorm": "ffn_norm",
-    "model.embed_tokens": "token_embd",
-    "model.norm": "output_norm",
-    "lm_head": "output",
-    "model.layers": "blk",
-}
-
 
 def write_tiny_gguf(path: Path) -> None:
     """Needs the package ``gguf``. q and k rows are in llama.cpp's order, as transformers expects."""
@@ -50,14 +34,14 @@ def write_tiny_gguf(path: Path) -> None:
     writer.add_token_merges([f"{first} {second}"])
     writer.add_bos_token_id(256)
     writer.add_eos_token_id(256)
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config.num_hidden_layers)
     for name, weight in model.state_dict().items():
         heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}
         for projection, count in heads.items():
             if projection in name:
                 halves = weight.view(count, 2, -1, weight.shape[1])
                 weight = halves.transpose(1, 2).reshape(weight.shape)
-        for ours, theirs in _NAMES.items():
-            name = name.replace(ours, theirs)
+        name = names.get_name(name, try_suffixes=(".weight",))
         writer.add_tensor(name, weight.to(torch.float32).contiguous().numpy())
     writer.write_header_to_file()
     writer.write_kv_data_to_file()

@@ -2,7 +2,6 @@ import signal
 
 import pytest
 
-from tests.support.doctoring import gpu, machine, run  # noqa: F401  (fixtures)
 from tests.support.tiny_cli import TEXT, byte_tokenizer, tiny_llama
 
 

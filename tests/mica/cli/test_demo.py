@@ -30,26 +30,26 @@ def test_missing_package_names_the_command_that_installs_it(monkeypatch, capsys,
     assert not (tmp_path / "out").exists()
 
 
-def test_python_reference_is_all_topics_in_sorted_order():
+def test_python_reference_is_all_topics_in_sorted_order(monkeypatch):
     from pydoc_data.topics import topics
 
     text = demo.python_reference_text()
     assert len(text) > 300_000
-    positions = [text.index(topics[name].strip()) for name in sorted(topics)[:5]]
-    assert positions == sorted(positions)
     assert all(topics[name].strip() in text for name in topics)
-    assert text == demo.python_reference_text()
     text.encode("utf-8")
-
-
-def test_topics_are_sorted_whatever_their_order(monkeypatch):
     monkeypatch.setattr("pydoc_data.topics.topics", {"b": "second\n", "a": "\nfirst"})
     assert demo.python_reference_text() == "first\n\nsecond\n"
 
 
-def test_main_writes_the_text_and_runs_adapt(monkeypatch, tmp_path, capsys):
+@pytest.fixture
+def calls(monkeypatch):
+    """What `mica` is called with."""
     calls = []
     monkeypatch.setattr("mica.cli.main", lambda argv: calls.append(argv) or 0)
+    return calls
+
+
+def test_main_writes_the_text_and_runs_adapt(calls, tmp_path, capsys):
     assert demo.main(["--output", str(tmp_path / "out"), "--steps", "3", "--rank=8"]) == 0
     text = tmp_path / "out" / "python-reference.jsonl"
     documents = [json.loads(line) for line in text.read_text(encoding="utf-8").splitlines()]
@@ -62,9 +62,7 @@ def test_main_writes_the_text_and_runs_adapt(monkeypatch, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("native", [True, False])
-def test_main_chooses_the_dtype_that_the_processor_is_quick_in(monkeypatch, tmp_path, capsys, native):
-    calls = []
-    monkeypatch.setattr("mica.cli.main", lambda argv: calls.append(argv) or 0)
+def test_main_chooses_the_dtype_that_the_processor_is_quick_in(calls, monkeypatch, tmp_path, capsys, native):
     monkeypatch.setattr("mica.paths.products.has_native", lambda dtype: native)
     assert demo.main(["--output", str(tmp_path / "out")]) == 0
     assert f"--dtype={'bfloat16' if native else 'float32'}" in calls[0]

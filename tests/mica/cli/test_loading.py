@@ -8,14 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from mica.cli.loading import (
-    find_device,
-    find_source,
-    load_model,
-    load_tokenizer,
-    skeleton,
-    suit_processor,
-)
+from mica.cli.loading import find_device, find_source, load_model, load_tokenizer, skeleton, suit_processor
 from mica.errors import UsageError
 from tests.support import models
 from tests.support.adapt_results import working_in
@@ -43,12 +36,9 @@ def test_a_quantised_checkpoint_keeps_its_dtype(monkeypatch):
 
 def test_message_of_a_missing_tokenizer_is_whole(tmp_path):
     tiny_llama().save_pretrained(tmp_path)
-    with pytest.raises(UsageError) as error:
+    whole = rf"^--model {tmp_path}: its tokenizer cannot be loaded: .*\.$"  # . is no line end
+    with pytest.raises(UsageError, match=whole):
         load_tokenizer(find_source(str(tmp_path), False))
-    message = str(error.value)
-    assert message.startswith(f"--model {tmp_path}: its tokenizer cannot be loaded: ")
-    assert message.endswith(".")
-    assert "\n" not in message
 
 
 def test_a_relative_folder_becomes_absolute(tmp_path):
@@ -73,7 +63,5 @@ def test_libraries_say_nothing_on_the_terminal(tmp_path):
     environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
     command = [sys.executable, "-m", "mica", "inspect", str(tmp_path)]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
-    assert done.returncode == 2
+    assert (done.returncode, done.stdout, len(done.stderr.splitlines())) == (2, "", 1)
     assert done.stderr.startswith("mica inspect: error: ")
-    assert len(done.stderr.splitlines()) == 1
-    assert done.stdout == ""

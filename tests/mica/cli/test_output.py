@@ -1,5 +1,8 @@
 """Files that are written whole; what else the commands print is tested with them."""
 
+import subprocess
+import sys
+
 import pytest
 from safetensors import SafetensorError
 
@@ -51,14 +54,29 @@ def test_a_folder_is_replaced_whole_or_not_at_all(tmp_path, monkeypatch):
     assert [folder.name for folder in path.parent.iterdir()] == ["merged"]
 
 
+def test_first_sentences():
+    messages = {
+        "One line": "One line",
+        "First.\nAdvice.": "First.",
+        "One of:\n (1) a,\n (2) b.\nAdvice.": "One of: (1) a, (2) b.",
+        "\n\n": "",
+    }
+    assert {message: output.first_sentences(message) for message in messages} == messages
+
+
 @pytest.mark.parametrize(
-    ("message", "kept"),
+    ("command", "parts"),
     [
-        ("One line", "One line"),
-        ("First.\nAdvice.", "First."),
-        ("One of:\n (1) a,\n (2) b.\nAdvice.", "One of: (1) a, (2) b."),
-        ("\n\n", ""),
+        ("doctor", ["--json"]),
+        ("inspect", ["MODEL", "--rank", "--target-modules", "--plot", "--json", "default: 16"]),
+        ("transfer", ["--adapter", "--to", "--output"]),
     ],
 )
-def test_first_sentences(message, kept):
-    assert output.first_sentences(message) == kept
+def test_help_needs_no_torch(command, parts):
+    code = (
+        f"import sys; from mica.cli import main; status = main(['{command}', '--help']); print(status, [name "
+        "for name in ('torch', 'transformers', 'packaging', 'matplotlib') if name in sys.modules])"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert result.stdout.splitlines()[-1] == "0 []"
+    assert [part for part in parts if part not in result.stdout] == []

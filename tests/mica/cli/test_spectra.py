@@ -37,75 +37,6 @@ def quantised():
     return layer
 
 
-@pytest.mark.parametrize(
-    ("layer", "shape", "reason"),
-    [
-        (
-            linear(torch.eye(8).fill_(torch.nan)),
-            (8, 8),
-            "but this layer has 64 NaN or Inf of 64",
-        ),
-        (linear(torch.ones(8, 9, dtype=torch.int8)), (8, 9), "this layer has a weight of dtype torch.int8"),
-        (linear(torch.ones(8, 3)), (8, 3), "with weight shape (8, 3) (max usable r is 3)"),
-        (nn.Embedding(3, 8), (8, 3), "with weight shape (3, 8) (max usable r is 3)"),
-        (linear(torch.ones(8, 8, device="meta")), (8, 8), "not loaded"),
-        (quantised(), (8, 8), "this layer has a weight of dtype torch.uint8"),
-        (nn.Conv2d(8, 8, 1), None, "a layer of type Conv2d"),
-        (nn.Identity(), None, "a layer of type Identity"),
-    ],
-)
-def test_unsuitable_layer_gives_a_reason(layer, shape, reason):
-    row, values = spectra.measure("layer", layer, 4)
-    assert reason in row.reason
-    assert row.shape == shape
-    assert values is None
-    assert all(getattr(row, name) is None for name in MEASURED)
-
-
-# Quantised layers: what the backend can adapt, by what it starts from
-
-
-@pytest.mark.parametrize("kind", quantised_models.KINDS)
-def test_quantised_layers_are_those_of_the_backend(kind, monkeypatch):
-    if "stub" in kind:
-        quantised_models.stub_gptqmodel(monkeypatch)
-    model = quantised_models.llama(kind)
-    layer = model.model.layers[0].mlp.up_proj
-    trained = [(name, parameter.requires_grad) for name, parameter in layer.named_parameters()]
-    row, values = spectra.measure("layer", layer, 4)
-    assert (row.reason, row.shape, row.kind) == (None, (48, 32), type(layer).__name__)
-    assert row.quantised
-    assert row.dtype in ("float32", "bfloat16", "float16")
-    expected = torch.linalg.svdvals(quantised_models.dequantised(layer))
-    torch.testing.assert_close(values, expected[-4:], rtol=2e-2, atol=0)
-    assert row.sigma_max == pytest.approx(expected[0].item(), rel=1e-2)
-    torch.testing.assert_close(spectrum(spectra.weight_of(layer, 4))[-4:], values, rtol=1e-5, atol=0)
-    assert [(name, parameter.requires_grad) for name, parameter in layer.named_parameters()] == trained
-    assert type(model.model.layers[0].mlp.up_proj) is type(layer)
-    adapted = quantised_models.adapted(kind)
-    assert type(adapted.base_model.model.model.layers[0].mlp.up_proj.base_layer) is type(layer)
-    assert "max usable r is 32" in spectra.measure("layer", layer, 33)[0].reason
-
-
-def test_a_quantised_layer_that_the_backend_refuses():
-    """A weight that was never moved to its device, and so is not packed yet."""
-    bnb = pytest.importorskip("bitsandbytes")
-    row, values = spectra.measure("layer", bnb.nn.Linear4bit(8, 8), 4)
-    assert "bitsandbytes 4-bit) is not quantised yet" in row.reason
-    assert (row.quantised, values) == ("bitsandbytes 4-bit", None)
-
-
-# Both kinds: numbers exactly where get_peft_model adapts
-
-
-def unquantised_4bit():
-    return pytest.importorskip("bitsandbytes").nn.Linear4bit(16, 12)
-
-
-def with_weight(weight):
-    return lambda: linear(weight)
-
-
 def subclassed():
     layer = nn.Linear(16, 12)
     layer.weight = Packed(layer.weight.detach())
@@ -123,58 +54,104 @@ def made_in_inference_mode():
         return linear(torch.randn(12, 16))
 
 
-LAYERS = {
-    "plain": (lambda: nn.Linear(16, 12), True),
-    "bf16": (lambda: nn.Linear(16, 12).bfloat16(), True),
-    "fp64": (lambda: nn.Linear(16, 12).double(), True),
-    "Conv1D": (lambda: Conv1D(12, 16), True),
-    "embedding": (lambda: nn.Embedding(16, 12), True),
-    "another class of linear layer": (lambda: NonDynamicallyQuantizableLinear(16, 12), True),
-    "weight of another class": (subclassed, True),
-    "weight norm": (lambda: nn.utils.parametrizations.weight_norm(nn.Linear(16, 12)), True),
-    "inference tensor": (made_in_inference_mode, True),
-    **dict.fromkeys(quantised_models.KINDS, (lambda: nn.Linear(16, 12), True)),
-    "not quantised yet": (unquantised_4bit, False),
-    "rank too large": (lambda: nn.Linear(16, 3), False),
-    "rank too large, embedding": (lambda: nn.Embedding(3, 16), False),
-    "NaN": (with_weight(torch.eye(12).fill_(torch.nan)), False),
-    "infinity": (with_weight(torch.eye(12) / 0), False),
-    "meta": (lambda: nn.Linear(16, 12, device="meta"), False),
-    "integers": (with_weight(torch.ones(12, 16, dtype=torch.int8)), False),
-    "packed": (quantised, False),
-    "sharded": (sharded, False),
-    "norm": (lambda: nn.LayerNorm(12), False),
-    "convolution": (lambda: nn.Conv2d(12, 12, 1), False),
-    "attention": (lambda: nn.MultiheadAttention(12, 2), False),
-    "container": (lambda: nn.Sequential(nn.Linear(16, 12)), False),
+def unquantised_4bit():
+    """A weight that was never moved to its device, and so is not packed yet."""
+    return pytest.importorskip("bitsandbytes").nn.Linear4bit(16, 12)
+
+
+SUITABLE = {
+    "plain": lambda: nn.Linear(16, 12),
+    "bf16": lambda: nn.Linear(16, 12).bfloat16(),
+    "fp64": lambda: nn.Linear(16, 12).double(),
+    "Conv1D": lambda: Conv1D(12, 16),
+    "embedding": lambda: nn.Embedding(16, 12),
+    "another class of linear layer": lambda: NonDynamicallyQuantizableLinear(16, 12),
+    "weight of another class": subclassed,
+    "weight norm": lambda: nn.utils.parametrizations.weight_norm(nn.Linear(16, 12)),
+    "inference tensor": made_in_inference_mode,
+}
+UNSUITABLE = {  # name -> (layer, effective shape, reason)
+    "not quantised yet": (unquantised_4bit, (12, 16), "bitsandbytes 4-bit) is not quantised yet"),
+    "rank too large": (lambda: linear(torch.ones(8, 3)), (8, 3), "shape (8, 3) (max usable r is 3)"),
+    "of an embedding": (lambda: nn.Embedding(3, 16), (16, 3), "shape (3, 16) (max usable r is 3)"),
+    "NaN": (lambda: linear(torch.full((8, 8), torch.nan)), (8, 8), "this layer has 64 NaN or Inf of 64"),
+    "infinity": (lambda: linear(torch.eye(12) / 0), (12, 12), "this layer has 144 NaN or Inf of 144"),
+    "meta": (lambda: nn.Linear(16, 12, device="meta"), (12, 16), "not loaded"),
+    "integers": (lambda: linear(torch.ones(8, 9, dtype=torch.int8)), (8, 9), "weight of dtype torch.int8"),
+    "packed": (quantised, (8, 8), "this layer has a weight of dtype torch.uint8"),
+    "sharded": (sharded, (12, 16), ""),
+    "norm": (lambda: nn.LayerNorm(12), None, "a layer of type LayerNorm"),
+    "convolution": (lambda: nn.Conv2d(12, 12, 1), None, "a layer of type Conv2d"),
+    "attention": (lambda: nn.MultiheadAttention(12, 2), None, "a layer of type MultiheadAttention"),
+    "container": (lambda: nn.Sequential(nn.Linear(16, 12)), None, "a layer of type Sequential"),
+    "identity": (nn.Identity, None, "a layer of type Identity"),
 }
 
 
-@pytest.mark.filterwarnings("ignore:.*a model with PEFT for a second time")  # its rest of one it refused
-@pytest.mark.parametrize("name", LAYERS)
-def test_numbers_exactly_where_the_backend_adapts(name, monkeypatch):
-    if "stub" in name:
-        quantised_models.stub_gptqmodel(monkeypatch)
-    make, can_be_adapted = LAYERS[name]
+def around(layer):
     model = nn.Module()
-    model.layer, model.lm_head = make(), nn.Linear(4, 4)
-    model.is_loaded_in_4bit = name == "not quantised yet"  # as transformers does
-    if name in quantised_models.KINDS:
-        quantised_models.quantise(model, name)
-    row, values = spectra.measure("layer", model.layer, 4)
-    assert (row.reason is None) == (values is not None) == (row.sigma_max is not None) == can_be_adapted
-    config = LoraConfig(init_lora_weights="mica", r=4, target_modules=["layer"])
-    if not can_be_adapted:
-        with pytest.raises((ValueError, TypeError)):
-            get_peft_model(model, config)
-        return
-    adapted = get_peft_model(model, config).base_model.model.layer
-    _, lora_B = adapter_weights(adapted, "default")
+    model.layer, model.lm_head = layer, nn.Linear(4, 4)
+    return model
+
+
+def check_adapted(layer, row, values, weight):
+    """PEFT's layer has the subspace whose singular values were measured."""
+    _, lora_B = adapter_weights(layer, "default")
     assert lora_B.shape == (row.shape[0], 4)
     assert not lora_B.requires_grad
-    weight = spectra.weight_of(adapted.base_layer, 4).double()
-    reached = torch.linalg.svdvals(lora_B.double().T @ weight)
+    reached = torch.linalg.svdvals(lora_B.double().T @ weight.double())
     torch.testing.assert_close(reached, values, rtol=2e-2, atol=1e-6)
+
+
+CONFIG = LoraConfig(init_lora_weights="mica", r=4, target_modules=["layer"])
+
+
+@pytest.mark.filterwarnings("ignore:.*a model with PEFT for a second time")  # its rest of one it refused
+@pytest.mark.parametrize("name", UNSUITABLE)
+def test_unsuitable_layer_gives_a_reason(name):
+    make, shape, reason = UNSUITABLE[name]
+    model = around(make())
+    model.is_loaded_in_4bit = name == "not quantised yet"  # as transformers does
+    row, values = spectra.measure("layer", model.layer, 4)
+    assert row.reason
+    assert reason in row.reason
+    assert (row.shape, values) == (shape, None)
+    assert row.quantised == ("bitsandbytes 4-bit" if model.is_loaded_in_4bit else None)
+    assert all(getattr(row, number) is None for number in MEASURED if number != "quantised")
+    with pytest.raises((ValueError, TypeError)):
+        get_peft_model(model, CONFIG)
+
+
+@pytest.mark.parametrize("name", SUITABLE)
+def test_suitable_layer_has_numbers(name):
+    model = around(SUITABLE[name]())
+    row, values = spectra.measure("layer", model.layer, 4)
+    assert row.reason is None
+    assert row.sigma_max is not None
+    adapted = get_peft_model(model, CONFIG).base_model.model.layer
+    check_adapted(adapted, row, values, spectra.weight_of(adapted.base_layer, 4))
+
+
+@pytest.mark.parametrize("kind", quantised_models.KINDS)
+def test_quantised_layers_are_those_of_the_backend(kind, monkeypatch):
+    """By what it starts from."""
+    if "stub" in kind:
+        quantised_models.stub_gptqmodel(monkeypatch)
+    layer = quantised_models.llama(kind).model.layers[0].mlp.up_proj
+    trained = [(name, parameter.requires_grad) for name, parameter in layer.named_parameters()]
+    row, values = spectra.measure("layer", layer, 4)
+    assert (row.reason, row.shape, row.kind) == (None, (48, 32), type(layer).__name__)
+    assert row.quantised
+    assert row.dtype in ("float32", "bfloat16", "float16")
+    expected = torch.linalg.svdvals(quantised_models.dequantised(layer))
+    torch.testing.assert_close(values, expected[-4:], rtol=2e-2, atol=0)
+    assert row.sigma_max == pytest.approx(expected[0].item(), rel=1e-2)
+    torch.testing.assert_close(spectrum(spectra.weight_of(layer, 4))[-4:], values, rtol=1e-5, atol=0)
+    assert [(name, parameter.requires_grad) for name, parameter in layer.named_parameters()] == trained
+    adapted = quantised_models.adapted(kind).base_model.model.model.layers[0].mlp.up_proj
+    assert type(adapted.base_layer) is type(layer)
+    check_adapted(adapted, row, values, quantised_models.dequantised(layer))
+    assert "max usable r is 32" in spectra.measure("layer", layer, 33)[0].reason
 
 
 # Numbers
@@ -195,23 +172,17 @@ def test_the_solver_sees_the_effective_weight(name, shape, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("values", "excess", "ranks", "reported"),
-    [([2.0, 1.0, 1.0], 1e-9, [3], 3e-9), ([1e3, 1.0, 1.0], 1e-9, [3, 2], 7e-9)],
+    ("values", "ranks", "reported"), [([2.0, 1.0, 1.0], [3], 3e-9), ([1e3, 1.0, 1.0], [3, 2], 7e-9)]
 )
-def test_the_bound_is_for_the_chosen_rank(values, excess, ranks, reported, monkeypatch):
+def test_the_bound_is_for_the_chosen_rank(values, ranks, reported, monkeypatch):
     """An excess of the three vectors may be one of the chosen two: more of their smaller energy."""
     ranks_solved = []
 
     def solver(weight, rank):
         ranks_solved.append(rank)
-        return MinorSubspace(
-            basis=torch.eye(6, dtype=torch.float64)[:, -rank:],
-            singular_values=torch.tensor(values[-rank:], dtype=torch.float64),
-            method="gram",
-            certified=True,
-            energy_excess=excess if rank == 3 else 7e-9,
-            resolution=1e-14,
-        )
+        basis = torch.eye(6, dtype=torch.float64)[:, -rank:]
+        singular_values = torch.tensor(values[-rank:], dtype=torch.float64)
+        return MinorSubspace(basis, singular_values, "gram", True, 1e-9 if rank == 3 else 7e-9, 1e-14)
 
     monkeypatch.setattr(spectra, "minor_subspace", solver)
     row, _ = spectra.measure("layer", linear(torch.randn(6, 6)), 2)

@@ -3,14 +3,7 @@
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from transformers import (
-    DeepseekV3Config,
-    DeepseekV3ForCausalLM,
-    OlmoeConfig,
-    OlmoeForCausalLM,
-    Qwen2MoeConfig,
-    Qwen2MoeForCausalLM,
-)
+from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
 
 import mica.fast  # noqa: F401 (MiCA on parameters)
@@ -34,44 +27,32 @@ def test_targets_are_those_of_peft(make, names):
     assert list(targets.modules) == wrapped.base_model.targeted_module_names
 
 
-def qwen2_moe():
-    """Shared experts, with a gate that is a layer of one output."""
-    sizes = {"intermediate_size": 48, "moe_intermediate_size": 24, "shared_expert_intermediate_size": 24}
-    heads = {"num_attention_heads": 2, "num_key_value_heads": 2, "vocab_size": 61, "num_experts": 4}
-    return Qwen2MoeForCausalLM(Qwen2MoeConfig(hidden_size=32, num_hidden_layers=2, **sizes, **heads))
+SIZES = {
+    # shared experts, with a gate that is a layer of one output
+    "qwen2_moe": {"num_experts": 4, "moe_intermediate_size": 24, "shared_expert_intermediate_size": 24},
+    "olmoe": {"num_experts": 4, "intermediate_size": 24},
+    # a dense layer, shared experts, and a family whose gate_proj, up_proj and down_proj PEFT renames
+    "deepseek_v3": {"n_routed_experts": 8, "moe_intermediate_size": 24, "first_k_dense_replace": 1}
+    | {"q_lora_rank": 8, "kv_lora_rank": 8, "qk_rope_head_dim": 4, "qk_nope_head_dim": 4, "v_head_dim": 8}
+    | {"n_group": 2, "topk_group": 1},
+}
+SHARED_SIZES = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "vocab_size": 61}
+SHARED_SIZES |= {"num_attention_heads": 2, "num_key_value_heads": 2}
 
 
-def olmoe():
-    heads = {"num_attention_heads": 2, "num_key_value_heads": 2, "vocab_size": 61, "num_experts": 4}
-    return OlmoeForCausalLM(OlmoeConfig(hidden_size=32, num_hidden_layers=2, intermediate_size=24, **heads))
+def mixture(kind):
+    if kind in moe_models.BUILDERS:
+        return moe_models.BUILDERS[kind]()
+    return AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **{**SHARED_SIZES, **SIZES[kind]}))
 
 
-def deepseek_v3():
-    """A dense layer, shared experts, and a family whose gate_proj, up_proj and down_proj PEFT renames."""
-    sizes = {"intermediate_size": 48, "moe_intermediate_size": 24, "first_k_dense_replace": 1}
-    ranks = {
-        "q_lora_rank": 8,
-        "kv_lora_rank": 8,
-        "qk_rope_head_dim": 4,
-        "qk_nope_head_dim": 4,
-        "v_head_dim": 8,
-    }
-    heads = {"num_attention_heads": 2, "num_key_value_heads": 2, "vocab_size": 61, "n_routed_experts": 8}
-    groups = {"n_group": 2, "topk_group": 1}
-    config = DeepseekV3Config(hidden_size=32, num_hidden_layers=2, **sizes, **ranks, **heads, **groups)
-    return DeepseekV3ForCausalLM(config)
-
-
-STACKS, ATTENTION = (
-    ["mlp.experts.down_proj", "mlp.experts.gate_up_proj"],
-    ["k_proj", "o_proj", "q_proj", "v_proj"],
-)
+STACKS = ["mlp.experts.down_proj", "mlp.experts.gate_up_proj"]
+ATTENTION = ["k_proj", "o_proj", "q_proj", "v_proj"]
 SELF = [f"self_attn.{name}" for name in ATTENTION]
 SHARED = [f"mlp.shared_expert.{name}" for name in ("down_proj", "gate_proj", "up_proj")]
 LOW_RANK = [f"self_attn.{n}" for n in ("kv_a_proj_with_mqa", "kv_b_proj", "o_proj", "q_a_proj", "q_b_proj")]
 MLP = [f"mlp.{name}.weight" for name in ("down_proj", "gate_proj", "up_proj")]
 DENSE = sorted(MLP + [name.replace("mlp.", "mlp.shared_experts.") for name in MLP])
-MODELS = {**moe_models.BUILDERS, "qwen2_moe": qwen2_moe, "olmoe": olmoe, "deepseek_v3": deepseek_v3}
 
 
 @pytest.mark.parametrize(
@@ -98,7 +79,7 @@ MODELS = {**moe_models.BUILDERS, "qwen2_moe": qwen2_moe, "olmoe": olmoe, "deepse
 )
 def test_targets_in_a_mixture(kind, names, experts, modules, parameters):
     """PEFT adapts these and nothing else, and saves them under the names that `saved_parameters` gives."""
-    model = MODELS[kind]()
+    model = mixture(kind)
     targets = find_targets(model, names, experts)
     assert targets.config == {"target_modules": modules, "target_parameters": parameters}
     saved = saved_parameters(model, targets.parameters)
@@ -117,7 +98,7 @@ def test_targets_in_a_mixture(kind, names, experts, modules, parameters):
             experts = saved[layer][1][0] if len(saved.get(layer, (0, ()))[1]) == 3 else 1
             assert lora_A.shape[0] == experts
     assert found == shapes
-    assert before == {name: weight.shape for name, weight in MODELS[kind]().named_parameters()}
+    assert before == {name: weight.shape for name, weight in mixture(kind).named_parameters()}
 
 
 def test_names_that_match_nothing():
@@ -126,12 +107,12 @@ def test_names_that_match_nothing():
     ):
         find_targets(models.tiny_llama(), "v_proj,qproj")
     with pytest.raises(UsageError, match=r"no layer of the model is called 'experts\.w1'"):
-        find_targets(MODELS["mixtral"](), "experts.w1")
+        find_targets(mixture("mixtral"), "experts.w1")
 
 
 def test_dense_models_have_no_experts():
     assert not has_experts(models.tiny_llama())
-    assert all(has_experts(make()) for make in MODELS.values())
+    assert all(has_experts(mixture(kind)) for kind in (*moe_models.BUILDERS, *SIZES))
 
 
 class Routed(torch.nn.Module):

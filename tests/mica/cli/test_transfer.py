@@ -16,11 +16,8 @@ from tests.support.adapt_results import factors, poison_solver, working_in, writ
 from tests.support.tiny_cli import byte_tokenizer, logits, tiny_llama
 
 CHAT = "{% for message in messages %}{{ message.content }}{% endfor %}"
-ALL = "q_proj,down_proj"
-SIZES = (
-    *("hidden_size", "intermediate_size", "num_hidden_layers"),
-    *("num_attention_heads", "num_key_value_heads", "max_position_embeddings"),
-)
+SIZES = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+SIZES += ("num_key_value_heads", "max_position_embeddings")
 
 
 def sibling_model(**options):
@@ -52,11 +49,25 @@ def made(tmp_path_factory):
 
 @pytest.fixture
 def copies(made, tmp_path):
-    """Folders of adapter and sibling that a test may break."""
+    """Folders of adapter and sibling that a test may break, and of an output."""
     adapter, chat = tmp_path / "adapter", tmp_path / "chat"
     shutil.copytree(made[0], adapter)
     shutil.copytree(made[2], chat)
-    return adapter, chat
+    return adapter, chat, tmp_path / "out"
+
+
+@pytest.fixture
+def refused(capsys):
+    """Transfer: status 2, one error line with all ``parts`` in it, no output."""
+
+    def refused(adapter, to, output, *parts):
+        assert transfer(adapter, to, output) == 2
+        (line,) = [line for line in re.split(r"[\r\n]", capsys.readouterr().err) if "error: " in line]
+        assert line.startswith("mica transfer: error: ")
+        assert [part for part in parts if part not in line] == []
+        assert not output.exists()
+
+    return refused
 
 
 def transfer(adapter, to, output, *options) -> int:
@@ -64,15 +75,8 @@ def transfer(adapter, to, output, *options) -> int:
     return main([str(word) for word in argv])
 
 
-def refused(capsys, status, output, *parts) -> None:
-    """Status 2, one error line with all ``parts`` in it, no output."""
-    lines = [line for line in re.split(r"[\r\n]", capsys.readouterr().err) if "error: " in line]
-    assert status == 2
-    assert len(lines) == 1
-    assert lines[0].startswith("mica transfer: error: ")
-    for part in parts:
-        assert str(part) in lines[0]
-    assert not output.exists()
+def edit(path, **changes):
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
 
 
 def test_the_same_update_is_in_the_sibling(made, tmp_path, monkeypatch, capsys):
@@ -137,7 +141,7 @@ def test_output_with_something_in_it(made, tmp_path, capsys):
 
 
 def test_overwrite_deletes_neither_model_nor_adapter(copies, capsys):
-    adapter, chat = copies
+    adapter, chat, _ = copies
     for output in (chat, chat.parent, adapter):
         assert transfer(adapter, chat, output, "--overwrite") == 2
         assert f"--output {output}: " in capsys.readouterr().err
@@ -145,42 +149,27 @@ def test_overwrite_deletes_neither_model_nor_adapter(copies, capsys):
     assert (adapter / "adapter_model.safetensors").exists()
 
 
-@pytest.mark.parametrize(
-    "argv",
-    [["--adapter", "a", "--to", "b"], ["--adapter", "a", "--output", "b"], ["--to", "a", "--output", "b"],
-     ["--adapter", "a", "--to", "b", "--output", "c", "--dtype", "int4"]],
-)  # fmt: skip
+@pytest.mark.parametrize("argv", ["--adapter a --to b", "--adapter a --output b", "--to a --output b",
+                                  "--adapter a --to b --output c --dtype int4"])  # fmt: skip
 def test_arguments(argv, capsys):
-    assert main(["transfer", *argv]) == 2
+    assert main(["transfer", *argv.split()]) == 2
     assert capsys.readouterr().err.startswith("mica transfer: error: ")
 
 
-def test_no_mica_adapter(made, tmp_path, capsys):
-    chat = made[2]
-    refused(capsys, transfer(tmp_path / "no", chat, tmp_path / "out"), tmp_path / "out", "no such folder")
+def test_adapters_that_are_refused(copies, tmp_path, refused):
+    adapter, chat, out = copies
+    refused(tmp_path / "no", chat, out, "no such folder")
     get_peft_model(tiny_llama(), LoraConfig(target_modules=["q_proj"])).save_pretrained(tmp_path / "lora")
-    status = transfer(tmp_path / "lora", chat, tmp_path / "out")
-    refused(capsys, status, tmp_path / "out", f"--adapter {tmp_path / 'lora'}: must be a MiCA adapter")
+    refused(tmp_path / "lora", chat, out, f"--adapter {tmp_path / 'lora'}: must be a MiCA adapter")
+    edit(adapter / "adapter_config.json", modules_to_save=["lm_head"])
+    refused(adapter, chat, out, "replaces whole modules, lm_head")
 
 
-def test_adapter_that_replaces_modules(copies, tmp_path, capsys):
-    adapter, chat = copies
-    path = adapter / "adapter_config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"modules_to_save": ["lm_head"]}))
-    refused(
-        capsys, transfer(adapter, chat, tmp_path / "out"), tmp_path / "out", "replaces whole modules, lm_head"
-    )
-
-
-def test_model_that_is_not_there(made, tmp_path, capsys):
-    status = transfer(made[0], "./nowhere", tmp_path / "out")
-    refused(capsys, status, tmp_path / "out", "--to ./nowhere: no such file or folder")
+def test_models_that_are_refused(copies, tmp_path, refused):
+    adapter, chat, out = copies
+    refused(adapter, "./nowhere", out, "--to ./nowhere: no such file or folder")
     (tmp_path / "empty").mkdir()
-    status = transfer(made[0], tmp_path / "empty", tmp_path / "out")
-    refused(capsys, status, tmp_path / "out", f"--to {tmp_path / 'empty'}: ")
-
-
-def test_model_of_other_layers_or_shapes(made, tmp_path, capsys):
+    refused(adapter, tmp_path / "empty", out, f"--to {tmp_path / 'empty'}: ")
     for sizes, message in (
         ({"num_hidden_layers": 1}, "which --to "),
         ({"intermediate_size": 64}, "as a layer of 32 x 48, but in --to "),
@@ -188,74 +177,55 @@ def test_model_of_other_layers_or_shapes(made, tmp_path, capsys):
         folder = tmp_path / message[:3].strip()
         tiny_llama(**sizes).save_pretrained(folder)
         byte_tokenizer().save_pretrained(folder)
-        refused(capsys, transfer(made[0], folder, tmp_path / "out"), tmp_path / "out", message, folder)
+        refused(adapter, folder, out, message, str(folder))
+    edit(chat / "config.json", quantization_config={"quant_method": "gptq", "bits": 4})
+    refused(adapter, chat, out, f"--to {chat}: is quantised")
 
 
 @pytest.mark.parametrize("known_by", ["summary", "base", "nothing"])
-def test_model_of_another_architecture(copies, tmp_path, capsys, known_by, model_dir):
+def test_model_of_another_architecture(copies, tmp_path, capsys, refused, known_by, model_dir):
     """Of the same names and shapes, as Mistral's are Llama's."""
-    adapter, chat = copies
+    adapter, chat, out = copies
     if known_by == "summary":
         (adapter / "summary.json").write_text('{"model_type": "llama"}')
     elif known_by == "base":
-        path = adapter / "adapter_config.json"
-        path.write_text(
-            json.dumps(json.loads(path.read_text()) | {"base_model_name_or_path": str(model_dir)})
-        )
+        edit(adapter / "adapter_config.json", base_model_name_or_path=str(model_dir))
     assert transfer(adapter, chat, tmp_path / "sibling") == 0
     told = "not compared: no base found" if known_by == "nothing" else "as the adapter's base"
     assert f"architecture  llama, {told}" in capsys.readouterr().out
     sizes = {name: getattr(sibling_model().config, name) for name in SIZES}
     MistralForCausalLM(MistralConfig(**sizes, vocab_size=258, sliding_window=None)).save_pretrained(chat)
-    status = transfer(adapter, chat, tmp_path / "out")
-    if known_by != "nothing":
+    if known_by == "nothing":
+        assert transfer(adapter, chat, out) == 0
+    else:
         told = "its model type is mistral, that of the adapter's base is llama"
-        refused(capsys, status, tmp_path / "out", f"--to {chat}: {told}")
+        refused(adapter, chat, out, f"--to {chat}: {told}")
 
 
-def test_quantised_model(copies, tmp_path, capsys):
-    adapter, chat = copies
-    config = json.loads((chat / "config.json").read_text())
-    config["quantization_config"] = {"quant_method": "gptq", "bits": 4}
-    (chat / "config.json").write_text(json.dumps(config))
-    refused(capsys, transfer(adapter, chat, tmp_path / "out"), tmp_path / "out", f"--to {chat}: is quantised")
-
-
-def test_tokenizer_of_another_model(copies, tmp_path, capsys):
-    adapter, chat = copies
+def test_tokenizer_of_another_model(copies, refused):
+    adapter, chat, out = copies
     path = chat / "tokenizer.json"
-    contents = json.loads(path.read_text())
-    vocabulary = contents["model"]["vocab"]
-    vocabulary["a"], vocabulary["b"] = vocabulary["b"], vocabulary["a"]
-    path.write_text(json.dumps(contents))
-    status = transfer(adapter, chat, tmp_path / "out")
-    refused(
-        capsys,
-        status,
-        tmp_path / "out",
-        f"--to {chat}: its tokenizer is not that",
-        "2 of 257 common",
-        "'a' is",
-    )
+    model = json.loads(path.read_text())["model"]
+    vocabulary = model["vocab"]
+    edit(path, model=model | {"vocab": vocabulary | {"a": vocabulary["b"], "b": vocabulary["a"]}})
+    others = ("2 of 257 common", "'a' is")
+    refused(adapter, chat, out, f"--to {chat}: its tokenizer is not that", *others)
 
 
-def test_adapter_without_a_tokenizer(copies, tmp_path, capsys, model_dir):
-    adapter, chat = copies
+def test_adapter_without_a_tokenizer(copies, refused, model_dir):
+    adapter, chat, out = copies
     for file in adapter.glob("tokenizer*"):
         file.unlink()
-    status = transfer(adapter, chat, tmp_path / "out")
-    refused(capsys, status, tmp_path / "out", "has no tokenizer, and neither has its base")
-    path = adapter / "adapter_config.json"
-    base = {"base_model_name_or_path": str(model_dir)}  # whose tokenizer counts then
-    path.write_text(json.dumps(json.loads(path.read_text()) | base))
-    assert transfer(adapter, chat, tmp_path / "out") == 0
+    refused(adapter, chat, out, "has no tokenizer, and neither has its base")
+    edit(adapter / "adapter_config.json", base_model_name_or_path=str(model_dir))  # whose counts then
+    assert transfer(adapter, chat, out) == 0
 
 
-def test_full_disk_leaves_nothing(made, tmp_path, capsys, monkeypatch):
+def test_full_disk_leaves_nothing(made, tmp_path, refused, monkeypatch):
     def full(self, folder, **_):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("transformers.LlamaForCausalLM.save_pretrained", full)
-    status = transfer(made[0], made[2], tmp_path / "out")
-    refused(capsys, status, tmp_path / "out", "--output ", "cannot be written: No space left on device")
+    parts = ("--output ", "cannot be written: No space left on device")
+    refused(made[0], made[2], tmp_path / "out", *parts)
     assert not list(tmp_path.iterdir())

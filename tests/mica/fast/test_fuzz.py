@@ -2,55 +2,41 @@
 
 import pytest
 import torch
-from hypothesis import HealthCheck, Phase, settings
 from hypothesis.stateful import run_state_machine_as_test
 from peft import LoraConfig
 
-from tests.support.fuzz_machine import TALLY, machine, tally
+from tests.support.fuzz_machine import TALLY, machine, options, tally
 from tests.support.fuzz_models import MIXTURES
 from tests.support.fuzz_runs import Runs
 from tests.support.fuzz_twins import Twins
 
 pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.filterwarnings("ignore")]
 
-FP32 = [torch.float32]
-
-# name -> attributes of the machine, sequences, actions in each
+# name -> kinds of models, sequences, actions in each
 VARIANTS = {
-    "llama": ({"KIND_NAMES": ["llama"]}, 10, 25),
-    "gpt2": ({"KIND_NAMES": ["gpt2"]}, 8, 25),
-    "gemma": ({"KIND_NAMES": ["gemma"]}, 8, 25),
-    "t5": ({"KIND_NAMES": ["t5"]}, 7, 25),
-    "shared": ({"KIND_NAMES": ["shared", "inplace"]}, 14, 30),
-    "experts": ({"KIND_NAMES": MIXTURES}, 8, 20),
+    "llama": (["llama"], 10, 25),
+    "gpt2": (["gpt2"], 8, 25),
+    "gemma": (["gemma"], 8, 25),
+    "t5": (["t5"], 7, 25),
+    "shared": (["shared", "inplace"], 14, 30),
+    "experts": (MIXTURES, 8, 20),
 }
 
 
 def drive(fuzzed: type, examples: int, steps: int) -> None:
     """The same sequences in every run. A failure is not shrunk, which takes minutes: `make fuzz` does."""
-    run_state_machine_as_test(
-        fuzzed,
-        settings=settings(
-            max_examples=examples,
-            stateful_step_count=steps,
-            deadline=None,
-            derandomize=True,
-            database=None,
-            phases=[Phase.generate],
-            suppress_health_check=list(HealthCheck),
-        ),
-    )
+    run_state_machine_as_test(fuzzed, settings=options(examples, steps, derandomize=True))
 
 
 @pytest.mark.parametrize("name", VARIANTS)
 def test_the_backend_does_what_peft_does(name):
-    attributes, examples, steps = VARIANTS[name]
-    drive(machine(name, **attributes), examples, steps)
+    kinds, examples, steps = VARIANTS[name]
+    drive(machine(name, KIND_NAMES=kinds), examples, steps)
 
 
 def test_interpreted_kernels_do_what_peft_does(monkeypatch):
     monkeypatch.setenv("MICA_BACKEND", "triton")
-    drive(machine("kernels", KIND_NAMES=["small"], DTYPES=FP32), 3, 8)
+    drive(machine("kernels", KIND_NAMES=["small"], DTYPES=[torch.float32]), 3, 8)
 
 
 def test_a_run_of_mica_adapt_that_is_broken_off_ends_as_the_unbroken_one():
