@@ -157,19 +157,6 @@ def test_what_is_no_file_or_far_too_large_is_a_miss(cache, weight, kind):
     assert loaded is None if kind == "directory" else same(loaded, subspace)
 
 
-def test_old_temporary_files_are_swept_and_no_others(cache, weight):
-    cache.folder.mkdir(parents=True)
-    old, new = (f"{'0a' * 20}.{digits * 16}.tmp" for digits in ("1b", "2c"))
-    others = {new, "thesis.tmp", f"{'0a' * 20}.safetensors"}
-    for name in (old, *others):
-        (cache.folder / name).write_bytes(b"")
-        age = cache_module.ABANDONED_AFTER + (-60 if name == new else 60)
-        os.utime(cache.folder / name, (time.time() - age,) * 2)
-    put(cache, weight)
-    others.add(cache.path(fingerprint(weight), 4).name)
-    assert {path.name for path in cache.folder.iterdir()} == others
-
-
 # Several at once
 
 
@@ -184,7 +171,7 @@ def _killed(cache, weight, subspace, step):
 
 
 @pytest.mark.parametrize("step", WRITING)
-def test_a_killed_writer_is_harmless(cache, weight, step):
+def test_what_a_killed_writer_leaves_is_harmless_and_swept_and_no_other_file(cache, weight, step):
     subspace, fork = solved(weight, 4), multiprocessing.get_context("fork")
     process = fork.Process(target=_killed, args=(cache, weight, subspace, step))
     process.start()
@@ -196,9 +183,15 @@ def test_a_killed_writer_is_harmless(cache, weight, step):
     cache.put(weight, subspace)
     assert same(cache.get(weight, 4), subspace)
     assert left.exists()
-    os.utime(left, (0, 0))
+
+    old, new = (left.with_name(f"{'0a' * 20}.{digits * 16}.tmp") for digits in ("1b", "2c"))
+    others = {new, left.with_name("thesis.tmp"), left.with_name(f"{'0a' * 20}.safetensors")}
+    for path in (left, old, *others):
+        path.touch()
+        age = cache_module.ABANDONED_AFTER + (-60 if path == new else 60)
+        os.utime(path, (time.time() - age,) * 2)
     put(SubspaceCache(cache.folder), weight, 6)
-    assert not left.exists()
+    assert {*cache.folder.iterdir()} == others | {cache.path(fingerprint(weight), rank) for rank in (4, 6)}
 
 
 def _put_again_and_again(folder, weight, key, subspaces, until):

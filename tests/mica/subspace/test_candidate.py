@@ -61,19 +61,6 @@ def test_the_way_that_auto_takes_and_what_it_falls_back_to(size, rank, expected,
         assert methods.chain(method, size, rank) == whole[index:]
 
 
-@pytest.mark.parametrize("shape", [(200, 140), (140, 200), (150, 150)], ids=str)
-@pytest.mark.parametrize("method", methods.BY)
-def test_each_finds_the_triplets(shape, method):
-    matrix = weight("gaussian", *shape)
-    triplets = methods.BY[method](stated(matrix, method="krylov"))
-    left, values, right = torch.linalg.svd(matrix.double(), full_matrices=False)
-    short = right[-RANK:].T if shape[0] > shape[1] else left[:, -RANK:]
-    assert sine(left[:, -RANK:], triplets.basis) <= 1e-4
-    assert sine(short, triplets.short_vectors) <= 1e-4
-    assert error(triplets.singular_values, values[-RANK:]) <= 1e-7
-    assert triplets.null_count == 0
-
-
 def test_krylov_needs_room_and_convergence_as_precise_as_the_result_s_dtype(monkeypatch):
     state = stated(weight("gaussian", 200, 140), method="krylov")
     assert methods.by_krylov(state) is not None

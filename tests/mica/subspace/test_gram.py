@@ -158,13 +158,6 @@ def test_all_sizes_around_the_mirrored_blocks(size, layout, kind, monkeypatch):
         getattr(checked, call)()
 
 
-@pytest.mark.parametrize("shape", [(300, 270), (520, 512)], ids=str)
-def test_the_mirrored_blocks_as_they_are(shape):
-    checked = Checked(weight("gaussian", *shape))
-    for call in ("factor", "exceeds", "columns"):
-        getattr(checked, call)()
-
-
 @pytest.mark.parametrize("dtype", FLOATING)
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("rows", [1, 4, 512])

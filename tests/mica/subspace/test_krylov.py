@@ -1,5 +1,7 @@
 """The bounds are bounds, the subspaces orthonormal, and convergence is reported as it is."""
 
+from unittest.mock import Mock
+
 import pytest
 import torch
 
@@ -123,32 +125,22 @@ def test_a_basis_is_orthonormal_where_the_space_is_exhausted(kind, columns, fill
 
 def test_a_basis_holds_the_powers():
     gram, exact, _ = host("gaussian", 140, 100)
-    seen = []
-
-    def judge(basis, projected):
-        seen.append((basis.shape, projected.shape))
-        return 2
-
-    power = krylov.random_block(gram, 4, 0)
+    power, judge = krylov.random_block(gram, 4, 0), Mock(return_value=2)
     basis, _ = krylov.block_lanczos(gram, gram.apply, power, 6, 2, judge)
     for step in range(6):
         part = basis[:, : 4 * (step + 1)]
         assert error(part @ (part.T @ power), power) <= 1e-10
         power = torch.linalg.qr(exact @ power).Q
     # after 2 steps, then every second one
+    seen = [tuple(each.shape for each in call.args) for call in judge.call_args_list]
     assert seen == [((100, 4 * count), (4 * count, 4 * count)) for count in (2, 4, 6)]
 
 
 @pytest.mark.parametrize(("further", "expected"), [(0, [6]), (1, [6, 9, 12, 15]), (9, [6, 15])])
 def test_the_judge_ends_it_and_has_the_last_word(further, expected):
-    (gram, _, _), seen = host("gaussian", 140, 100), []
-
-    def judge(basis, projected):
-        seen.append(basis.shape[1])
-        return further
-
+    gram, judge = host("gaussian", 140, 100)[0], Mock(return_value=further)
     krylov.block_lanczos(gram, gram.apply, krylov.random_block(gram, 3, 0), 5, 2, judge)
-    assert seen == expected
+    assert [call.args[0].shape[1] for call in judge.call_args_list] == expected
 
 
 @pytest.mark.parametrize("shape", [(150, 140), (150, 150), (330, 300)], ids=str)
