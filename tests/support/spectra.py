@@ -16,36 +16,16 @@ def _gaussian(out_features: int, in_features: int, generator: torch.Generator) -
     return torch.randn(out_features, in_features, dtype=DTYPE, generator=generator)
 
 
-def _from_values(
-    values: torch.Tensor, out_features: int, in_features: int, generator: torch.Generator
-) -> torch.Tensor:
-    """Random singular vectors around the given singular values."""
-    count = min(out_features, in_features)
-    left = torch.linalg.qr(_gaussian(out_features, count, generator)).Q
-    right = torch.linalg.qr(_gaussian(in_features, count, generator)).Q
-    return left * values @ right.T
+def from_values(values_of: Callable[[int], torch.Tensor]):
+    """Random singular vectors around ``values_of(count)``, the singular values."""
 
-
-def _spectrum(values_of: Callable[[int], torch.Tensor]):
     def build(out_features, in_features, generator):
-        values = values_of(min(out_features, in_features))
-        return _from_values(values, out_features, in_features, generator)
+        count = min(out_features, in_features)
+        left = torch.linalg.qr(_gaussian(out_features, count, generator)).Q
+        right = torch.linalg.qr(_gaussian(in_features, count, generator)).Q
+        return left * values_of(count) @ right.T
 
     return build
-
-
-def _hard_edge(count: int) -> torch.Tensor:
-    """Down to zero linearly, as a square Gaussian's."""
-    return torch.linspace(1, 1 / count, count, dtype=DTYPE)
-
-
-def _graded(count: int) -> torch.Tensor:
-    return torch.logspace(0, -7, count, dtype=DTYPE)
-
-
-def _mildly_graded(count: int) -> torch.Tensor:
-    """The smallest one just above what a Gram matrix resolves."""
-    return torch.logspace(0, -5.8, count, dtype=DTYPE)
 
 
 def _small_tail(count: int) -> torch.Tensor:
@@ -111,14 +91,16 @@ def _scaled(factor: float):
 
 SPECTRA: dict[str, Callable[[int, int, torch.Generator], torch.Tensor]] = {
     "gaussian": _gaussian,
-    "hard edge": _spectrum(_hard_edge),
-    "graded to 1e-7": _spectrum(_graded),
-    "graded to 1.6e-6": _spectrum(_mildly_graded),
-    "tail x 1e-6": _spectrum(_small_tail),
-    "flat": _spectrum(lambda count: torch.ones(count, dtype=DTYPE)),
-    "cluster inside": _spectrum(_cluster(-2, RANK - 1)),
-    "cluster across": _spectrum(_cluster(5, 4)),
-    "cluster beyond": _spectrum(_cluster(12, 0)),
+    # down to zero linearly, as a square Gaussian's
+    "hard edge": from_values(lambda count: torch.linspace(1, 1 / count, count, dtype=DTYPE)),
+    "graded to 1e-7": from_values(lambda count: torch.logspace(0, -7, count, dtype=DTYPE)),
+    # the smallest one just above what a Gram matrix resolves
+    "graded to 1.6e-6": from_values(lambda count: torch.logspace(0, -5.8, count, dtype=DTYPE)),
+    "tail x 1e-6": from_values(_small_tail),
+    "flat": from_values(lambda count: torch.ones(count, dtype=DTYPE)),
+    "cluster inside": from_values(_cluster(-2, RANK - 1)),
+    "cluster across": from_values(_cluster(5, 4)),
+    "cluster beyond": from_values(_cluster(12, 0)),
     "rank deficient by 3": _low_rank(3),
     "rank deficient by most": _low_rank(10_000),
     "rank 5": lambda o, i, g: _low_rank(min(o, i) - 5)(o, i, g),
@@ -132,15 +114,7 @@ SPECTRA: dict[str, Callable[[int, int, torch.Generator], torch.Tensor]] = {
 }
 
 # With exactly null singular values among the smallest: a tall weight leaves those vectors open.
-NULL = {
-    "rank deficient by 3",
-    "rank deficient by most",
-    "rank 5",
-    "duplicate rows and columns",
-    "zero rows and columns",
-    "zero but for a corner",
-    "zero",
-}
+NULL = {name for name in SPECTRA if name.startswith(("rank", "duplicate", "zero"))}
 
 
 def weight(name: str, out_features: int, in_features: int) -> torch.Tensor:

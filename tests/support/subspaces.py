@@ -11,22 +11,16 @@ from mica.subspace import MinorSubspace, minor_subspace
 
 def solved(weight, rank, **changes):
     """The solver's result by its definition, on its own: fp64 SVD, excess of the basis as rounded."""
-    exact = weight.double()
+    exact = weight.detach().double()
     left, values, _ = torch.linalg.svd(exact, full_matrices=False)
     dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
     basis = left[:, -rank:].to(dtype).contiguous()
     least = values[-rank:].square().sum().item()
     resolution = 4 * math.sqrt(min(weight.shape)) * torch.finfo(torch.float64).eps * values[0].item() ** 2
     reference = max(least, rank * resolution)
-    excess = (exact.T @ basis.double()).square().sum().item() - least
-    result = MinorSubspace(
-        basis=basis,
-        singular_values=values[-rank:].to(dtype),
-        method="svd",
-        certified=True,
-        energy_excess=max(0.0, excess) / reference if reference else 0.0,
-        resolution=resolution,
-    )
+    excess = max(0.0, (exact.T @ basis.double()).square().sum().item() - least)
+    proven = {"certified": True, "energy_excess": excess / reference if reference else 0.0}
+    result = MinorSubspace(basis, values[-rank:].to(dtype), method="svd", resolution=resolution, **proven)
     return dataclasses.replace(result, **changes)
 
 
@@ -46,10 +40,8 @@ def put(cache, weight, rank=4, key=None, **changes):
 
 def same(first, second):
     return all(
-        torch.equal(getattr(first, field.name), getattr(second, field.name))
-        if field.type == "torch.Tensor"
-        else getattr(first, field.name) == getattr(second, field.name)
-        for field in dataclasses.fields(MinorSubspace)
+        torch.equal(value, vars(second)[name]) if torch.is_tensor(value) else value == vars(second)[name]
+        for name, value in vars(first).items()
     )
 
 

@@ -1,9 +1,8 @@
-"""What lets small matrices stand for large ones."""
+"""What lets small matrices stand for large ones, and the CPU for an accelerator."""
 
 import pytest
-import torch
 
-from mica.subspace import batched, krylov
+from mica.subspace import batched, device, gram, krylov
 from mica.subspace.cache import SubspaceCache
 
 
@@ -19,19 +18,31 @@ def _small_krylov(monkeypatch):
 
 
 @pytest.fixture
-def weight():
-    return torch.randn(24, 30)
+def cache(tmp_path):
+    return SubspaceCache(tmp_path / "not" / "there yet")
 
 
 @pytest.fixture
-def cache(tmp_path):
-    return SubspaceCache(tmp_path / "not" / "there yet")
+def accelerated(monkeypatch):
+    """Weights on the CPU are taken for an accelerator's: batched by shape."""
+    monkeypatch.setattr(device, "ON_HOST", ())
 
 
 @pytest.fixture
 def weak_fp64(monkeypatch):
     """Of every device: fp32 products are tried."""
     monkeypatch.setattr(batched, "has_weak_fp64", lambda device: True)
+
+
+@pytest.fixture
+def blocks_of(monkeypatch):
+    """blocks_of(rows, elements): of those in which weights are read from now on."""
+
+    def changed(rows, elements=1):
+        monkeypatch.setattr(gram, "BLOCK_ROWS", rows)
+        monkeypatch.setattr(gram, "BLOCK_ELEMENTS", elements)
+
+    return changed
 
 
 @pytest.fixture

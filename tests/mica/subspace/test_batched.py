@@ -2,14 +2,12 @@
 
 import math
 import threading
-import warnings
 
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from mica.subspace import batched
-from mica.subspace import gram as products
 from mica.subspace.batched import BatchGram, full_fp32
 from tests.support.judging import gram_of
 from tests.support.spectra import stack, weight
@@ -33,10 +31,9 @@ def test_a_factor_and_a_proof_say_which_matrix_failed():
 
 @pytest.mark.parametrize("size", [1, 127, 128, 129, 300, 600])
 @pytest.mark.parametrize("mixed", [False, True])
-def test_panels_and_blocks(size, mixed, monkeypatch):
+def test_panels_and_blocks(size, mixed, blocks_of):
     """One panel, several, and a last one that is narrower; several blocks of rows."""
-    monkeypatch.setattr(products, "BLOCK_ELEMENTS", 1)
-    monkeypatch.setattr(products, "BLOCK_ROWS", 100)
+    blocks_of(100)
     tall = torch.stack([weight("gaussian", 2 * size + 5, size)] * 2)
     tall[1] *= 3
     gram = BatchGram(tall, mixed).apply(torch.eye(size, dtype=torch.float64))
@@ -59,25 +56,20 @@ def test_the_error_bound_of_mixed_products(name, dtype, scale):
 
 
 def test_the_error_bound_sees_one_wrong_entry():
-    gram = BatchGram(talls(), mixed=True)
     wrong = gram_of(talls())
-    wrong[1, 3, 5] += 1e-3
-    wrong[1, 5, 3] += 1e-3
+    wrong[1, [3, 5], [5, 3]] += 1e-3
     bounds = batched.error_bound(talls(), wrong)
     assert 1e-3 <= bounds[1] <= 2e-2
-    assert bounds[0] <= gram.error[0]
+    assert bounds[0] <= BatchGram(talls(), mixed=True).error[0]
 
 
-@pytest.mark.parametrize(
-    ("capability", "weak"),
-    [
-        ((6, 0), False), ((6, 1), True), ((7, 0), False), ((7, 5), True), ((8, 0), False), ((8, 6), True),
-        ((8, 9), True), ((9, 0), False), ((10, 0), False), ((10, 3), True), ((12, 0), True),
-    ],
-)  # fmt: skip
-def test_cuda_devices_with_weak_fp64(capability, weak, monkeypatch):
+STRONG, WEAK = [(6, 0), (7, 0), (8, 0), (9, 0), (10, 0)], [(6, 1), (7, 5), (8, 6), (8, 9), (10, 3), (12, 0)]
+
+
+@pytest.mark.parametrize("capability", [*STRONG, *WEAK], ids=str)
+def test_cuda_devices_with_weak_fp64(capability, monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
-    assert batched.has_weak_fp64(torch.device("cuda")) == weak
+    assert batched.has_weak_fp64(torch.device("cuda")) == (capability in WEAK)
     assert not batched.has_weak_fp64(torch.device("cpu"))
     monkeypatch.setattr(torch.version, "hip", "6.0")
     assert not batched.has_weak_fp64(torch.device("cuda"))
@@ -105,13 +97,14 @@ def test_mixed_products_where_they_are_precise_and_finite(dtype, request):
 get, put = torch._C._get_fp32_precision_getter, torch._C._set_fp32_precision_setter
 SETTINGS = [("generic", "all"), ("cuda", "all"), ("cuda", "matmul"), ("mkldnn", "all"), ("mkldnn", "matmul")]
 REDUCED = {"tf32", "bf16"}
+cuda, cudnn, onednn = torch.backends.cuda.matmul, torch.backends.cudnn, torch.backends.mkldnn.matmul
 WAYS = {
     "high": lambda: torch.set_float32_matmul_precision("high"),
     "medium": lambda: torch.set_float32_matmul_precision("medium"),
-    "allow_tf32": lambda: setattr(torch.backends.cuda.matmul, "allow_tf32", True),
-    "cuda": lambda: setattr(torch.backends.cuda.matmul, "fp32_precision", "tf32"),
-    "cuda's all": lambda: setattr(torch.backends.cudnn, "fp32_precision", "tf32"),
-    "oneDNN": lambda: setattr(torch.backends.mkldnn.matmul, "fp32_precision", "bf16"),
+    "allow_tf32": lambda: setattr(cuda, "allow_tf32", True),
+    "cuda": lambda: setattr(cuda, "fp32_precision", "tf32"),
+    "cuda's all": lambda: setattr(cudnn, "fp32_precision", "tf32"),
+    "oneDNN": lambda: setattr(onednn, "fp32_precision", "bf16"),
     "all": lambda: setattr(torch.backends, "fp32_precision", "tf32"),
     "all, bf16": lambda: setattr(torch.backends, "fp32_precision", "bf16"),
     "each": lambda: [put(*setting, "tf32") for setting in SETTINGS],
@@ -145,26 +138,24 @@ def own() -> list[list[str]]:
 class Watch(TorchDispatchMode):
     """The settings at each product of fp32 matrices."""
 
-    def __init__(self):
-        super().__init__()
-        self.seen = []
+    seen = ()
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         is_product = function.overloadpacket in (torch.ops.aten.mm, torch.ops.aten.bmm)
         if is_product and args[0].dtype == torch.float32:
-            self.seen += effective()
+            self.seen += (*effective(),)
         return function(*args, **(kwargs or {}))
 
 
 @pytest.mark.parametrize("way", WAYS)
+@pytest.mark.filterwarnings("error")
 def test_products_are_whole_and_the_settings_stay(way, reset):
     """Those that were inherited still are."""
     tall, unit = torch.randn(2, 600, 300), torch.eye(300, dtype=torch.float64)
     expected = BatchGram(tall, mixed=True)
     WAYS[way]()
     before = effective()
-    with warnings.catch_warnings(), Watch() as watch:
-        warnings.simplefilter("error")
+    with Watch() as watch:
         gram = BatchGram(tall, mixed=True)
     assert watch.seen
     assert not REDUCED & set(watch.seen)
@@ -180,18 +171,13 @@ def test_products_are_whole_and_the_settings_stay(way, reset):
     assert own() == owned
 
 
-def test_an_error_leaves_the_settings_as_they_were(reset):
+def test_an_error_leaves_the_settings_as_they_were_and_one_thread_is_inside_at_a_time(reset):
+    """Or the second would take the first one's settings for the user's, and leave them behind."""
     WAYS["medium"]()
-    before = effective()
+    before, inside = effective(), threading.Event()
     with pytest.raises(ZeroDivisionError), full_fp32():
         raise ZeroDivisionError
     assert effective() == before
-
-
-def test_one_thread_at_a_time(reset):
-    """Or the second would take the first one's settings for the user's, and leave them behind."""
-    WAYS["high"]()
-    before, inside = effective(), threading.Event()
 
     def enter():
         with full_fp32():

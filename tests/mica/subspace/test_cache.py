@@ -14,50 +14,38 @@ from mica.subspace import cache as cache_module
 from mica.subspace.cache import SubspaceCache, default_cache
 from mica.subspace.fingerprint import fingerprint
 from tests.support import spectra
-from tests.support.subspaces import only_file, put, quietly_solved, same, solved
+from tests.support.subspaces import only_file, put, quietly_solved, same
 
 # What is stored comes back
 
 
 @pytest.mark.parametrize("dtype", FLOATING)
 @pytest.mark.parametrize("shape", [(24, 30), (30, 24), (7, 5), (1, 9), (9, 1)])
-def test_round_trip(cache, shape, dtype):
-    weight = torch.randn(shape).to(dtype)
-    rank = min(4, *shape)
+@pytest.mark.parametrize("transposed", [False, True])
+def test_round_trip(cache, shape, dtype, transposed, monkeypatch):
+    """Of a parameter or a view of one, by its key too; a result outlives its file, and its successor."""
+    weight, other = (torch.nn.Parameter(torch.randn(shape).to(dtype)) for _ in range(2))
+    weight, rank = weight.T if transposed else weight, min(4, *shape)
     assert cache.get(weight, rank) is None
+    put(cache, weight, rank, method="gram")
     subspace = put(cache, weight, rank)
-    for reader in (cache, SubspaceCache(str(cache.folder))):
-        loaded = reader.get(weight.clone(), rank)
-        assert loaded is not subspace
-        assert loaded.basis.dtype == loaded.singular_values.dtype == subspace.basis.dtype
-        assert loaded.basis.is_contiguous()
-        assert same(loaded, subspace)
-    assert cache.get(torch.randn(shape).to(dtype), rank) is None
-
-
-def test_of_a_parameter_and_of_a_view_of_an_embedding(cache):
-    parameter = torch.nn.Parameter(torch.randn(40, 12))
-    subspace = solved(parameter.detach().T, 3)
-    cache.put(parameter.T, subspace)
-    assert same(cache.get(parameter.T, 3), subspace)
-    assert not cache.get(parameter.T, 3).basis.requires_grad
-
-
-def test_results_outlive_their_file(cache, weight):
-    subspace = put(cache, weight)
-    loaded = cache.get(weight, 4)
+    loaded = [reader.get(weight.clone(), rank) for reader in (cache, SubspaceCache(str(cache.folder)))]
+    assert cache.get(other, rank) is None
+    key = fingerprint(weight)
+    monkeypatch.setattr(cache_module, "fingerprint", None)
+    loaded.append(cache.get(weight, rank, key=key))
     path = only_file(cache.folder)
     path.write_bytes(bytes(path.stat().st_size))
     path.unlink()
-    loaded.basis.mul_(1)  # writable
-    assert same(loaded, subspace)
-
-
-def test_a_key_computed_once_is_enough(cache, weight, monkeypatch):
-    key = fingerprint(weight)
-    monkeypatch.setattr(cache_module, "fingerprint", None)
-    subspace = put(cache, weight, key=key)
-    assert same(cache.get(weight, 4, key=key), subspace)
+    for result in loaded:
+        assert result is not subspace
+        assert result.basis.dtype == result.singular_values.dtype == subspace.basis.dtype
+        assert result.basis.is_contiguous()
+        assert not result.basis.requires_grad
+        result.basis.mul_(1)  # writable
+        assert same(result, subspace)
+    cache.put(weight, subspace, key=key)
+    assert same(cache.get(weight, rank, key=key), subspace)
 
 
 @pytest.mark.parametrize("shape", [(150, 170), (170, 150), (200, 60), (60, 200), (40, 64)])
@@ -74,30 +62,28 @@ def test_what_is_stored_for_one_rank_answers_no_other(cache, shape):
         assert same(cache.get(weight, rank), minor_subspace(weight, rank))
 
 
-def test_a_result_replaces_the_one_of_its_rank(cache, weight):
-    put(cache, weight)
-    newer = put(cache, weight, method="gram")
-    assert same(cache.get(weight, 4), newer)
-    only_file(cache.folder)
+def diagonal(*values):
+    """A wide weight with these singular values; the solved basis holds unit vectors."""
+    return torch.diag(torch.tensor(values)) @ torch.eye(len(values), len(values) + 3)
 
 
-def graded(*values):
-    """A wide diagonal weight with these singular values; the solved basis holds unit vectors."""
-    weight = torch.zeros(len(values), len(values) + 3)
-    weight.diagonal().copy_(torch.tensor(values))
-    return weight
-
-
-def test_singular_values_below_the_resolution_are_served(cache):
-    for weight in (graded(9.0, 8.0, 0.0, 0.0), graded(1.0, 1e-9, 1e-10, 1e-12), torch.zeros(3, 5)):
+def test_singular_values_below_the_resolution_are_served_but_no_null_directions_of_a_tall_weight(cache):
+    for weight in (diagonal(9.0, 8.0, 0.0, 0.0), diagonal(1.0, 1e-9, 1e-10, 1e-12), torch.zeros(3, 5)):
         assert cache.get(weight, 2) is None
         assert same(put(cache, weight, 2), cache.get(weight, 2))
+    wide = diagonal(9.0, 8.0, 1.0, 0.0)
+    for _ in range(2):  # they are warned of each time
+        assert cache.get(wide.T, 2) is None
+        with pytest.warns(UserWarning, match="null"):
+            cache.put(wide.T, minor_subspace(wide.T, 2))
+    cache.put(wide, minor_subspace(wide, 2))  # determined
+    assert cache.get(wide, 2) is not None
 
 
 # What is read is checked against the weight
 
 
-def rotated(basis):
+def turned(basis):
     return torch.linalg.qr(basis @ torch.randn(4, 4))[0]
 
 
@@ -109,7 +95,7 @@ def rotated(basis):
         ("not orthonormal", lambda basis, values: {"basis": torch.zeros_like(basis)}),
         ("not orthonormal", lambda basis, values: {"basis": basis * (1 + 1e-5)}),
         ("not the weight's", lambda basis, values: {"basis": torch.linalg.qr(torch.randn_like(basis))[0]}),
-        ("not the weight's", lambda basis, values: {"basis": rotated(basis)}),
+        ("not the weight's", lambda basis, values: {"basis": turned(basis)}),
         ("not the weight's", lambda basis, values: {"basis": basis.flip(1)}),
         ("not the weight's", lambda basis, values: {"singular_values": values * (1 + 1e-3)}),
         ("numbers are not", lambda basis, values: {"singular_values": values * torch.nan}),
@@ -127,8 +113,8 @@ def test_a_checksum_that_fits_is_not_enough(cache, shape, what, change, caplog):
     only_file(cache.folder).write_bytes(cache_module.encoded(fingerprint(weight), forged))
     with caplog.at_level(logging.WARNING, "mica"):
         assert cache.get(weight, 4) is None
-    (record,) = caplog.records
-    assert what in record.getMessage()
+    (message,) = caplog.messages
+    assert what in message
     cache.put(weight, result)
     assert same(cache.get(weight, 4), result)
 
@@ -148,9 +134,6 @@ def test_what_the_solver_certifies_passes(cache, dtype, name, caplog):
     assert not caplog.records
 
 
-# What is not worth keeping
-
-
 @pytest.mark.parametrize(
     "changes",
     [
@@ -165,20 +148,11 @@ def test_what_the_solver_certifies_passes(cache, dtype, name, caplog):
         {"basis": torch.eye(24, 4).double()},
     ],
 )
-def test_not_stored(cache, weight, changes):
+def test_what_is_not_worth_keeping(cache, changes):
+    weight = torch.randn(24, 30)
     put(cache, weight, **changes)
     assert not cache.folder.exists()
     assert cache.get(weight, 4) is None
-
-
-def test_null_directions_of_a_tall_weight_are_warned_of_each_time(cache):
-    wide = graded(9.0, 8.0, 1.0, 0.0)
-    for _ in range(2):
-        assert cache.get(wide.T, 2) is None
-        with pytest.warns(UserWarning, match="null"):
-            cache.put(wide.T, minor_subspace(wide.T, 2))
-    cache.put(wide, minor_subspace(wide, 2))  # determined
-    assert cache.get(wide, 2) is not None
 
 
 # The environment
@@ -193,12 +167,15 @@ def test_null_directions_of_a_tall_weight_are_warned_of_each_time(cache):
         ("~/c", "c"),
     ],
 )
-def test_its_folder_is_read_at_call_time(monkeypatch, tmp_path, weight, setting, folder):
+def test_its_folder_is_read_at_call_time(monkeypatch, tmp_path, setting, folder):
     """Next to the hub by default."""
+    weight = torch.randn(24, 30)
     monkeypatch.setattr(constants, "HF_HOME", str(tmp_path / "hub"))
     monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("MICA_CACHE", "~nobody-of-that-name/d")
+    assert default_cache().get(weight, 2) is None
     if setting is None:
-        monkeypatch.delenv("MICA_CACHE", raising=False)
+        monkeypatch.delenv("MICA_CACHE")
     else:
         monkeypatch.setenv("MICA_CACHE", setting.format(tmp_path))
     if folder is None:
@@ -211,25 +188,14 @@ def test_its_folder_is_read_at_call_time(monkeypatch, tmp_path, weight, setting,
     assert (tmp_path / folder).is_dir()
 
 
-def test_a_folder_of_nobody(monkeypatch, weight):
-    monkeypatch.setenv("MICA_CACHE", "~nobody-of-that-name/d")
-    assert default_cache().get(weight, 2) is None
+SIZES = {
+    **dict.fromkeys([None, ""], 10 << 30),
+    **{"0": 0, "12345": 12345, " 500 MB ": 500_000_000, "1.5gib": 3 << 29, "2G": 2 * 10**9, "1KiB": 1024},
+    **dict.fromkeys(["much", "-1", "1 PB", "1e9", "GB"]),
+}
 
 
-@pytest.mark.parametrize(
-    ("setting", "size"),
-    [
-        (None, 10 << 30),
-        ("", 10 << 30),
-        ("0", 0),
-        ("12345", 12345),
-        (" 500 MB ", 500_000_000),
-        ("1.5gib", 3 << 29),
-        ("2G", 2 * 10**9),
-        ("1KiB", 1024),
-        *((bad, None) for bad in ("much", "-1", "1 PB", "1e9", "GB")),
-    ],
-)
+@pytest.mark.parametrize(("setting", "size"), SIZES.items())
 def test_its_size(monkeypatch, tmp_path, setting, size):
     monkeypatch.setenv("MICA_CACHE", str(tmp_path))
     if setting is not None:

@@ -4,7 +4,6 @@ import logging
 import multiprocessing
 import os
 import signal
-import subprocess
 import sys
 import threading
 import time
@@ -20,20 +19,24 @@ from mica.subspace.cache import SubspaceCache
 from mica.subspace.fingerprint import fingerprint
 from tests.support.subspaces import only_file, put, same, solved
 
+
+@pytest.fixture
+def weight():
+    return torch.randn(24, 30)
+
+
 # Damage
 
 
-def flipped(mask):
-    return lambda content: (
-        content[:place] + bytes([content[place] ^ mask]) + content[place + 1 :]
-        for place in range(len(content))
-    )
+def flipped(content, mask):
+    for place, byte in enumerate(content):
+        yield content[:place] + bytes([byte ^ mask]) + content[place + 1 :]
 
 
 OF_ANOTHER_USER = {"basis": torch.eye(3, 2), "singular_values": torch.ones(2)}
 DAMAGED = {
     "truncated": lambda content: [*(content[:length] for length in range(len(content))), content + b"\0"],
-    **{f"flipped by {mask:x}": flipped(mask) for mask in (0x01, 0x20, 0x80, 0xFF)},
+    **{f"flipped by {m:x}": lambda content, m=m: flipped(content, m) for m in (0x01, 0x20, 0x80, 0xFF)},
     "garbage": lambda _: [b"\0" * 8, b"\xff" * 64, b"\2" + b"\0" * 7 + b"[]", b"[" * 100_000],
     "well-formed": lambda _: [safetensors.torch.save(OF_ANOTHER_USER)],
 }
@@ -44,54 +47,46 @@ def test_any_damage_is_a_miss_and_the_next_put_repairs(cache, damage):
     weight = torch.randn(3, 4)
     subspace = put(cache, weight, 2)
     path = only_file(cache.folder)
-    content = path.read_bytes()
-    for place, damaged in enumerate(DAMAGED[damage](content)):
+    for place, damaged in enumerate(DAMAGED[damage](path.read_bytes())):
         path.write_bytes(damaged)
         assert cache.get(weight, 2) is None, place
     cache.put(weight, subspace)
     assert same(cache.get(weight, 2), subspace)
 
 
-def test_a_warning_a_file(cache, weight, caplog):
+def test_a_warning_a_file_and_none_of_a_miss(cache, weight, caplog):
+    caplog.set_level(logging.WARNING, "mica")
+    assert cache.get(weight, 4) is None
     for _ in range(2):
         subspace = put(cache, weight)
+        assert cache.get(weight, 5) is None
+        assert not caplog.records
         path = only_file(cache.folder)
         path.write_bytes(b"nonsense")
-        caplog.clear()
-        with caplog.at_level(logging.WARNING, "mica"):
-            assert cache.get(weight, 4) is None
-            assert cache.get(weight, 4) is None
+        assert cache.get(weight, 4) is None
+        assert cache.get(weight, 4) is None
         (record,) = caplog.records
         assert record.name == "mica"
         assert str(path) in record.getMessage()
         assert "recomputed" in record.getMessage()
+        caplog.clear()
     cache.put(weight, subspace)
     assert same(cache.get(weight, 4), subspace)
 
 
-def test_a_miss_is_not_worth_a_warning(cache, weight, caplog):
-    assert cache.get(weight, 4) is None
-    put(cache, weight)
-    assert cache.get(weight, 5) is None
-    assert not caplog.records
-
-
-def test_a_file_of_another_version_or_weight_is_a_miss(cache, weight, monkeypatch):
+def test_a_file_of_another_version_or_weight_or_that_does_not_fit_is_a_miss(cache, weight, monkeypatch):
+    weight = weight.bfloat16()
     with monkeypatch.context() as patch:
         patch.setattr(cache_module, "VERSION", cache_module.VERSION + 1)
         put(cache, weight)
     assert cache.get(weight, 4) is None
     assert same(put(cache, weight), cache.get(weight, 4))
-    other = torch.randn(24, 30)
+    key, other = fingerprint(weight), weight.float()  # the same numbers, whose result it could be
+    for fitting in (torch.randn(25, 30), torch.randn(24, 30).double(), torch.randn(24, 3)):
+        assert cache.get(fitting, 2, key=key) is None
+        assert cache.get(fitting, 4, key=key) is None
     only_file(cache.folder).rename(cache.path(fingerprint(other), 4))
     assert cache.get(other, 4) is None
-
-
-@pytest.mark.parametrize("fitting", [torch.randn(25, 30), torch.randn(24, 30).double(), torch.randn(24, 3)])
-def test_a_file_that_does_not_fit_the_weight_is_a_miss(cache, weight, fitting):
-    key = fingerprint(weight)
-    put(cache, weight, key=key)
-    assert cache.get(fitting, 2, key=key) is None
 
 
 # Disks
@@ -101,34 +96,40 @@ def test_a_folder_that_cannot_be_is_said_once(tmp_path, weight, caplog):
     (tmp_path / "file").write_text("")
     for folder in (tmp_path / "file", tmp_path / "file" / "below"):
         caplog.clear()
-        with caplog.at_level(logging.WARNING, "mica"):
-            for cache in (SubspaceCache(folder), SubspaceCache(folder)):
-                assert cache.get(weight, 4) is None
-                put(cache, weight)
-                assert cache.get(weight, 4) is None
-        (record,) = caplog.records
-        assert str(folder) in record.getMessage()
-        assert "not cached" in record.getMessage()
+        for cache in (SubspaceCache(folder), SubspaceCache(folder)):
+            assert cache.get(weight, 4) is None
+            put(cache, weight)
+            assert cache.get(weight, 4) is None
+        (message,) = caplog.messages
+        assert str(folder) in message
+        assert "not cached" in message
     assert (tmp_path / "file").read_text() == ""
 
 
-@pytest.mark.parametrize("failing", ["write", "replace"])
+def half(path, content):
+    """Of a write."""
+    with open(path, "wb") as file:
+        file.write(content[: len(content) // 2])
+
+
+WRITING = {"write": (Path, "write_bytes"), "replace": (os, "replace")}
+
+
+@pytest.mark.parametrize("failing", WRITING)
 def test_a_full_disk_leaves_nothing_behind(cache, weight, monkeypatch, failing):
     old = put(cache, weight, method="gram")
 
     def fail(path, content):
         if failing == "write":
-            with open(path, "wb") as file:
-                file.write(content[: len(content) // 2])
+            half(path, content)
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(*((Path, "write_bytes") if failing == "write" else (os, "replace")), fail)
+        patch.setattr(*WRITING[failing], fail)
         put(cache, weight)
     only_file(cache.folder)
     assert same(cache.get(weight, 4), old)
-    new = put(cache, weight)
-    assert same(cache.get(weight, 4), new)
+    assert same(put(cache, weight), cache.get(weight, 4))
 
 
 UNREADABLE = {
@@ -157,66 +158,41 @@ def test_what_is_no_file_or_far_too_large_is_a_miss(cache, weight, kind):
     assert loaded is None if kind == "directory" else same(loaded, subspace)
 
 
-def test_old_temporary_files_are_swept_and_no_others(cache, weight):
-    cache.folder.mkdir(parents=True)
-    kinds = {
-        "old": f"{'0a' * 20}.{'1b' * 16}.tmp",
-        "new": f"{'0a' * 20}.{'2c' * 16}.tmp",
-        "foreign": "thesis.tmp",
-        "stored": f"{'0a' * 20}.safetensors",
-    }
-    now = time.time()
-    for kind, name in kinds.items():
-        (cache.folder / name).write_bytes(b"")
-        age = cache_module.ABANDONED_AFTER + (-60 if kind == "new" else 60)
-        os.utime(cache.folder / name, (now - age, now - age))
-    put(cache, weight)
-    left = {path.name for path in cache.folder.iterdir()}
-    assert left == {*kinds.values(), cache.path(fingerprint(weight), 4).name} - {kinds["old"]}
-
-
 # Several at once
 
-KILLED = """
-import os, sys, time, torch
-from pathlib import Path
-from mica.subspace.cache import SubspaceCache
-from mica.subspace.result import MinorSubspace
 
-def stop(path, content):
-    if step == "write":
-        with open(path, "wb") as file:
-            file.write(content[: len(content) // 2])
-    print("inside", flush=True)
-    time.sleep(60)
+def _killed(cache, weight, subspace, step):
+    def stop(path, content):
+        if step == "write":
+            half(path, content)
+        os.kill(os.getpid(), signal.SIGKILL)
 
-folder, step, saved = sys.argv[1:]
-setattr(*((Path, "write_bytes") if step == "write" else (os, "replace")), stop)
-weight, fields = torch.load(saved)
-SubspaceCache(folder).put(weight, MinorSubspace(**fields))
-"""
+    setattr(*WRITING[step], stop)
+    cache.put(weight, subspace)
 
 
-@pytest.mark.parametrize("step", ["write", "replace"])
-def test_a_killed_writer_is_harmless(cache, weight, tmp_path, step):
-    subspace = solved(weight, 4)
-    torch.save((weight, dict(vars(subspace))), tmp_path / "saved")
-    arguments = [sys.executable, "-c", KILLED, str(cache.folder), step, str(tmp_path / "saved")]
-    root = str(Path(cache_module.__file__).parents[2])
-    with subprocess.Popen(
-        arguments, stdout=subprocess.PIPE, cwd=root, env={**os.environ, "PYTHONPATH": root}
-    ) as process:
-        assert process.stdout.readline() == b"inside\n"
-        process.send_signal(signal.SIGKILL)
+@pytest.mark.parametrize("step", WRITING)
+def test_what_a_killed_writer_leaves_is_harmless_and_swept_and_no_other_file(cache, weight, step):
+    subspace, fork = solved(weight, 4), multiprocessing.get_context("fork")
+    process = fork.Process(target=_killed, args=(cache, weight, subspace, step))
+    process.start()
+    process.join(60)
+    assert process.exitcode == -signal.SIGKILL
     left = only_file(cache.folder)
     assert left.suffix == ".tmp"
     assert cache.get(weight, 4) is None
     cache.put(weight, subspace)
     assert same(cache.get(weight, 4), subspace)
     assert left.exists()
-    os.utime(left, (0, 0))
+
+    old, new = (left.with_name(f"{'0a' * 20}.{digits * 16}.tmp") for digits in ("1b", "2c"))
+    others = {new, left.with_name("thesis.tmp"), left.with_name(f"{'0a' * 20}.safetensors")}
+    for path in (left, old, *others):
+        path.touch()
+        age = cache_module.ABANDONED_AFTER + (-60 if path == new else 60)
+        os.utime(path, (time.time() - age,) * 2)
     put(SubspaceCache(cache.folder), weight, 6)
-    assert not left.exists()
+    assert {*cache.folder.iterdir()} == others | {cache.path(fingerprint(weight), rank) for rank in (4, 6)}
 
 
 def _put_again_and_again(folder, weight, key, subspaces, until):
@@ -232,15 +208,11 @@ def _put_again_and_again(folder, weight, key, subspaces, until):
 @pytest.mark.parametrize("kind", ["processes", "threads"])
 def test_writers_and_readers_at_once(cache, kind, caplog):
     weight = torch.randn(200, 220)
-    subspaces = {rank: solved(weight, rank) for rank in (20, 40)}
-    key = fingerprint(weight)
+    subspaces, key = {rank: solved(weight, rank) for rank in (20, 40)}, fingerprint(weight)
     worker = multiprocessing.get_context("fork").Process if kind == "processes" else threading.Thread
-    until = time.time() + 1.5
-    orders = list(subspaces.values()), list(subspaces.values())[::-1]
-    writers = [
-        worker(target=_put_again_and_again, args=(cache.folder, weight, key, order, until))
-        for order in orders
-    ]
+    until, order = time.time() + 1.5, list(subspaces.values())
+    arguments = [(cache.folder, weight, key, each, until) for each in (order, order[::-1])]
+    writers = [worker(target=_put_again_and_again, args=each) for each in arguments]
     for writer in writers:
         writer.start()
     outcomes = set()
@@ -271,9 +243,8 @@ def test_a_folder_that_others_can_write_is_not_used_and_said_once(cache, weight,
         assert reader.get(weight, 4) is None
         put(reader, weight, 5)
     (message,) = caplog.messages
-    assert str(cache.folder) in message
-    assert f"written by others (mode {mode:o})" in message
-    assert "MICA_CACHE" in message
+    for part in (str(cache.folder), f"written by others (mode {mode:o})", "MICA_CACHE"):
+        assert part in message
     only_file(cache.folder)
     cache.folder.chmod(0o755)
     assert same(cache.get(weight, 4), subspace)
@@ -296,46 +267,43 @@ def test_nor_is_one_of_another_user(cache, weight, caplog, monkeypatch):
 
 
 @on_posix
-def test_a_file_that_others_can_write_is_a_miss(cache, weight):
-    put(cache, weight)
-    only_file(cache.folder).chmod(0o664)
-    assert cache.get(weight, 4) is None
-    put(cache, weight)
-    assert cache.get(weight, 4) is not None
-
-
-@on_posix
 @pytest.mark.parametrize("umask", [0, 0o002, 0o077])
-def test_what_it_makes_it_trusts(cache, weight, umask):
+def test_what_it_makes_it_trusts_until_others_can_write_it(cache, weight, umask):
     before = os.umask(umask)
     try:
         subspace = put(cache, weight)
     finally:
         os.umask(before)
-    assert not only_file(cache.folder).stat().st_mode & 0o022
-    assert not cache.folder.stat().st_mode & 0o022
+    path = only_file(cache.folder)
+    for made in (path, cache.folder):
+        assert not made.stat().st_mode & 0o022
     assert same(cache.get(weight, 4), subspace)
+    path.chmod(0o664)
+    assert cache.get(weight, 4) is None
+    put(cache, weight)
+    assert cache.get(weight, 4) is not None
 
 
 # How much it holds
 
 
-def test_the_longest_unused_go_first(tmp_path, weight):
+def test_the_longest_unused_go_first(tmp_path):
     weights = [torch.randn(24, 30) for _ in range(6)]
     put(SubspaceCache(tmp_path), weights[0])
     each = only_file(tmp_path).stat().st_size
     cache = SubspaceCache(tmp_path, 3 * each + each // 2)
+    paths = [cache.path(fingerprint(weight), 4) for weight in weights]
     (tmp_path / "thesis.safetensors").write_bytes(bytes(10 * each))  # not the cache's
     of_version_1 = tmp_path / f"{'0a' * 20}.safetensors"
     of_version_1.write_bytes(bytes(each))
     os.utime(of_version_1, (1, 1))
 
     def held():
-        return [i for i in range(6) if cache.path(fingerprint(weights[i]), 4).exists()]
+        return [index for index, path in enumerate(paths) if path.exists()]
 
     for i, expected in ((1, [0, 1]), (2, [0, 1, 2]), (3, [0, 2, 3]), (4, [0, 3, 4])):
         for index in held():
-            os.utime(cache.path(fingerprint(weights[index]), 4), (index + 2, index + 2))
+            os.utime(paths[index], (index + 2, index + 2))
         assert cache.get(weights[0], 4) is not None  # used: not the first to go
         put(cache, weights[i])
         assert held() == expected
@@ -343,8 +311,5 @@ def test_the_longest_unused_go_first(tmp_path, weight):
     assert (tmp_path / "thesis.safetensors").exists()
     put(SubspaceCache(tmp_path, each), weights[5])  # a new one counts what it finds
     assert held() == [5]
-
-
-def test_what_is_larger_than_the_whole_cache_is_not_kept(cache, weight):
-    put(SubspaceCache(cache.folder, 0), weight)
-    assert not cache.folder.exists()
+    put(SubspaceCache(tmp_path / "none", 0), weights[0])  # larger than the whole cache
+    assert not (tmp_path / "none").exists()

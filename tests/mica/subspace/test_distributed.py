@@ -5,10 +5,12 @@ from dataclasses import replace
 from datetime import timedelta
 from itertools import chain
 from typing import NamedTuple
+from unittest.mock import patch
 
 import pytest
 import torch
 import torch.distributed as dist
+from torch.distributed import distributed_c10d
 
 from mica.subspace import distributed, many
 from mica.subspace.cache import SubspaceCache
@@ -39,20 +41,18 @@ class Solved(NamedTuple):
 
 def solve(step, folder):
     tasks, cache = TASKS[step](), SubspaceCache(folder) if "cached" in step else None
-    own, solver, start = [], many.solve_each, time.perf_counter()
-
-    def counting(weight, rank, **kwargs):
-        own.append(tuple(weight.shape))
-        return solver(weight, rank, **kwargs)
-
-    many.solve_each = counting
-    try:
+    start = time.perf_counter()
+    with patch.object(many, "solve_each", wraps=many.solve_each) as solver:
         subspaces = list(solve_shared(tasks, cache=cache))
-    finally:
-        many.solve_each = solver
+    seconds = time.perf_counter() - start
     assert len({index for index, _ in subspaces}) == len(subspaces) == len(tasks)
     bases = {index: result.basis for index, result in subspaces}
-    return Solved(step, bases, own, time.perf_counter() - start, distributed.PATIENCE.total_seconds())
+    own = [tuple(call.args[0].shape) for call in solver.call_args_list]
+    return Solved(step, bases, own, seconds, distributed.PATIENCE.total_seconds())
+
+
+def wait_for(seconds):
+    distributed.PATIENCE = timedelta(seconds=seconds)
 
 
 TASKS = {
@@ -64,41 +64,13 @@ TASKS = {
     "broken": lambda: make_tasks(value=torch.nan),
 }
 STEPS = {
-    "impatient": lambda: setattr(distributed, "PATIENCE", timedelta(seconds=IMPATIENCE)),
-    "patient": lambda: setattr(distributed, "PATIENCE", timedelta(seconds=60)),
+    "impatient": lambda: wait_for(IMPATIENCE),
+    "patient": lambda: wait_for(60),
     "barrier": lambda: dist.barrier(),
     "late": lambda: time.sleep(1.5),
-    "decline": lambda: distributed.decline(
-        [replace(task, weight=task.weight.to("meta")) for task in make_tasks()]
-    ),
-    "without a store": lambda: setattr(dist.distributed_c10d, "_get_default_store", None),
+    "decline": lambda: distributed.decline([replace(t, weight=t.weight.to("meta")) for t in make_tasks()]),
+    "without a store": lambda: setattr(distributed_c10d, "_get_default_store", None),
 }
-
-
-def _play(rank, scripts, folder):
-    steps = scripts[rank].split(", ")
-    return [solve(step, folder) if step in TASKS else STEPS[step]() for step in steps]
-
-
-def run(*scripts, folder=""):
-    """By process, what its steps have ``Solved``."""
-    processes = gloo.run(_play, scripts, str(folder), count=len(scripts))
-    return [process if isinstance(process, Exception) else [*filter(None, process)] for process in processes]
-
-
-def assert_solved(solved):
-    expected = {index: result.basis for index, result in many.solve_many(TASKS[solved.step]())}
-    assert solved.bases.keys() == expected.keys()
-    assert all(torch.equal(solved.bases[index], expected[index]) for index in expected)
-
-
-def assert_shared(results):
-    for solved in results:
-        assert_solved(solved)
-        assert solved.own
-    assert sorted(shape for solved in results for shape in solved.own) == sorted(SHAPES)
-
-
 SCRIPTS = {
     "all call": ["together, together, of another model together"] * 2,
     "one calls alone": ["together, impatient, alone", "together"],
@@ -121,42 +93,86 @@ SCRIPTS = {
     "their layers differ": ["impatient, three alone", "impatient, four alone"],
     "there is no store to agree at": ["without a store, alone"] * 2,
 }
+PLAYED = SCRIPTS | {
+    "different content": ["together", "with another layer"],
+    "an error in one": ["broken", "broken"],
+    "a cache": ["cached, cached again"] * 2,
+}
+
+
+def _steps(script, folder):
+    steps = [solve(step, folder) if step in TASKS else STEPS[step]() for step in script.split(", ")]
+    return [*filter(None, steps)]
+
+
+def _play(rank, scripts, folder):
+    """Each script as if the processes had just met: its meetings are its own."""
+    played, find_store = {}, distributed_c10d._get_default_store
+    for case, script in scripts.items():
+        wait_for(60)
+        distributed_c10d._get_default_store = lambda case=case: dist.PrefixStore(case, find_store())
+        played[case] = gloo.attempt(_steps, script[rank], folder)
+        dist.barrier()
+    return played
+
+
+@pytest.fixture(scope="module")
+def played(tmp_path_factory):
+    """By case, of each process what its steps have ``Solved``, or its exception."""
+    played, folder = {}, str(tmp_path_factory.mktemp("cache"))
+    for count in (2, 3):  # processes, which take seconds to begin
+        scripts = {case: script for case, script in PLAYED.items() if len(script) == count}
+        processes = gloo.run(_play, scripts, folder, count=count)
+        played |= {case: [process[case] for process in processes] for case in scripts}
+    return played
+
+
+def assert_solved(solved):
+    expected = {index: result.basis for index, result in many.solve_many(TASKS[solved.step]())}
+    assert solved.bases.keys() == expected.keys()
+    assert all(torch.equal(solved.bases[index], expected[index]) for index in expected)
+
+
+def assert_shared(results):
+    for solved in results:
+        assert_solved(solved)
+        assert solved.own
+    assert sorted(shape for solved in results for shape in solved.own) == sorted(SHAPES)
 
 
 @pytest.mark.parametrize("case", SCRIPTS)
-def test_who_shares_and_who_goes_alone(case):
+def test_who_shares_and_who_goes_alone(played, case):
     """Those together hold the same bits and solve a share each; no one waits longer than its patience."""
-    processes = run(*SCRIPTS[case])
-    for solved in chain.from_iterable(processes):
+    for solved in chain.from_iterable(played[case]):
         if "alone" in solved.step:
             assert_solved(solved)
             assert len(solved.own) == len(solved.bases)
             assert (IMPATIENCE if solved.patience == IMPATIENCE else 0) <= solved.seconds < 20
         else:
             assert solved.seconds < 30
-    joint = ([solved for solved in process if "together" in solved.step] for process in processes)
+    joint = ([solved for solved in process if "together" in solved.step] for process in played[case])
     for results in zip(*joint, strict=True):
         assert_shared(results)
 
 
-def test_weights_of_one_name_and_different_content_are_not_shared():
-    (mine,), (theirs,) = run("together", "with another layer")
+def test_weights_of_one_name_and_different_content_are_not_shared(played):
+    (mine,), (theirs,) = played["different content"]
     for solved in (mine, theirs):
         assert_solved(solved)
         assert SHAPES[2] in solved.own
     assert len(mine.own + theirs.own) == len(SHAPES) + 1
 
 
-def test_an_error_in_one_is_an_error_in_all():
-    first, second = run("broken", "broken")
+def test_an_error_in_one_is_an_error_in_all(played):
+    first, second = played["an error in one"]
     assert isinstance(first, ValueError)
     assert isinstance(second, ValueError)
     assert str(first).startswith("layer 2: weight must be finite")
     assert str(second) == f"{first} (in process 0)"
 
 
-def test_each_process_asks_the_cache_for_its_share(tmp_path):
-    first, again = zip(*run(*["cached, cached again"] * 2, folder=tmp_path), strict=True)
+def test_each_process_asks_the_cache_for_its_share(played):
+    first, again = zip(*played["a cache"], strict=True)
     assert_shared(first)
     assert not any(solved.own for solved in again)
 

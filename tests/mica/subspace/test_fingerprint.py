@@ -37,25 +37,15 @@ def with_two_signs_turned(weight):
 
 def in_another_order_shape_or_dtype(weight):
     first, far = [1, 0, *range(2, 8)], [4, 1, 2, 3, 0, 5, 6, 7]
-    dtype, others = weight.dtype, [other for other in FLOATING if other != weight.dtype]
-    return [
-        weight,
-        weight.T,
-        weight.T.contiguous(),
-        weight[first],
-        weight[far],
-        weight[:, first],
-        weight[:, far],
-        weight.T[first],
-        weight.T[:, far],
-        weight.reshape(4, 16),
-        weight.reshape(16, 4),
-        torch.cat([weight, torch.zeros(8, 1, dtype=dtype)], 1),
-        torch.cat([weight, torch.zeros(1, 8, dtype=dtype)]),
-        -weight,
-        *(bits(weight).view(other) for other in others if other.itemsize == dtype.itemsize),
-        *(weight.to(other) for other in others),
-    ]
+    yield from (weight, weight.T, weight.T.contiguous(), weight[first], weight[far], weight[:, first])
+    yield from (weight[:, far], weight.T[first], weight.T[:, far], -weight)
+    yield from (weight.reshape(4, 16), weight.reshape(16, 4))
+    zeros = torch.zeros(8, 1, dtype=weight.dtype)
+    yield from (torch.cat([weight, zeros], 1), torch.cat([weight, zeros.T]))
+    for other in {*FLOATING} - {weight.dtype}:
+        yield weight.to(other)
+        if other.itemsize == weight.itemsize:
+            yield bits(weight).view(other)
 
 
 def with_zeros_of_either_sign_and_not_a_number(weight):
@@ -69,6 +59,11 @@ def with_zeros_of_either_sign_and_not_a_number(weight):
     yield changed
 
 
+def in_other_blocks(rows):
+    """Of 100 bytes."""
+    return rows, torch.cat([rows[2:4], rows[:2], rows[4:]]), rows.roll(1, 0)
+
+
 DISTINCT = {
     "flipped bits": lambda dtype: with_flipped_bits(torch.randn(3, 7).to(dtype)),
     "flipped bits of a view": lambda dtype: (t.T for t in with_flipped_bits(torch.randn(3, 7).to(dtype))),
@@ -77,12 +72,7 @@ DISTINCT = {
     "zeros, NaN": lambda dtype: with_zeros_of_either_sign_and_not_a_number(torch.randn(5, 6).to(dtype)),
     "zeros at the end of a row": lambda dtype: (torch.zeros(2, n, dtype=dtype) for n in range(1, 10)),
     "expanded": lambda dtype: (torch.ones(1, 6, dtype=dtype).expand(n, 6) for n in (4, 5)),
-    # in blocks of 100 bytes
-    "rows in other blocks": lambda dtype: [
-        rows := torch.randn(20, 10).to(dtype),
-        torch.cat([rows[2:4], rows[:2], rows[4:]]),
-        rows.roll(1, 0),
-    ],
+    "rows in other blocks": lambda dtype: in_other_blocks(torch.randn(20, 10).to(dtype)),
 }
 
 
@@ -113,6 +103,8 @@ def test_padding_offset_and_strides_are_of_no_account(cache, dtype, columns, tra
     assert len({fingerprint(copy) for copy in copies}) == 1
     subspace = put(cache, copies[0], 3)
     assert all(same(cache.get(copy, 3), subspace) for copy in copies)
+    expanded = weight[:1].T.expand(columns, 4)
+    assert fingerprint(expanded) == fingerprint(expanded.contiguous())
 
 
 def test_memory_that_starts_anywhere():
@@ -127,23 +119,15 @@ def test_memory_that_starts_anywhere():
         assert fingerprint(halves[8:32].view(3, 8)) == fingerprint(weight)
 
 
-def test_expanded_weights_are_their_copies():
-    row = torch.randn(1, 6)
-    assert fingerprint(row.T.expand(6, 4)) == fingerprint(row.T.expand(6, 4).contiguous())
-
-
 @on_all_dtypes
 def test_threads_do_not_show(monkeypatch, dtype):
     monkeypatch.setattr(module, "CHUNK_BYTES", 1000)
     weights = [torch.randn(50, 33).to(dtype), torch.randn(33, 52).to(dtype).T, torch.randn(2, 3000).to(dtype)]
-    keys = [fingerprint(weight) for weight in weights]
-    before = torch.get_num_threads()
-    try:
-        torch.set_num_threads(4)
-        assert [fingerprint(weight) for weight in weights] == keys
-        assert torch.get_num_threads() == 4
-    finally:
-        torch.set_num_threads(before)
+    keys, before = [fingerprint(weight) for weight in weights], torch.get_num_threads()
+    torch.set_num_threads(4)
+    assert [fingerprint(weight) for weight in weights] == keys
+    assert torch.get_num_threads() == 4
+    torch.set_num_threads(before)
 
 
 def test_the_key_is_the_same_in_every_process_and_release():
@@ -169,20 +153,19 @@ def test_on_cuda(cache, dtype):
     assert torch.equal(loaded.basis.cpu(), subspace.basis)
 
 
-@pytest.mark.parametrize(
-    "unsuited",
-    [
-        torch.randn(2, 5, 6),
-        torch.randn(6),
-        torch.zeros(0, 4),
-        torch.ones(4, 4, dtype=torch.int8),
-        torch.empty(4, 4, device="meta"),
-    ],
-    ids=["stack", "vector", "empty", "int8", "meta"],
-)
-def test_what_is_no_weight_is_never_found(cache, unsuited):
+NO_WEIGHTS = {
+    "stack": torch.randn(2, 5, 6),
+    "vector": torch.randn(6),
+    "empty": torch.zeros(0, 4),
+    "int8": torch.ones(4, 4, dtype=torch.int8),
+    "meta": torch.empty(4, 4, device="meta"),
+}
+
+
+@pytest.mark.parametrize("kind", NO_WEIGHTS)
+def test_what_is_no_weight_is_never_found(cache, kind):
     with pytest.raises(ValueError, match="2-D"):
-        fingerprint(unsuited)
-    cache.put(unsuited, solved(torch.randn(5, 6), 2))
-    assert cache.get(unsuited, 2) is None
+        fingerprint(NO_WEIGHTS[kind])
+    cache.put(NO_WEIGHTS[kind], solved(torch.randn(5, 6), 2))
+    assert cache.get(NO_WEIGHTS[kind], 2) is None
     assert not cache.folder.exists()

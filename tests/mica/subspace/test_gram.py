@@ -1,54 +1,278 @@
-"""Streamed products equal the plain ones, whatever the number of blocks."""
+"""Streamed products, every product and factor of a Gram matrix, and spectra are the dense ones."""
 
+import itertools
+
+import numpy as np
 import pytest
 import torch
 
-from mica.subspace import gram as module
-from tests.support.judging import columns, random
+from mica.dtypes import FLOATING
+from mica.subspace import gram as products
+from mica.subspace import host, spectrum
+from mica.subspace.batched import BatchGram
+from mica.subspace.host import HostGram, partial_eigenvectors
+from tests.support.judging import assert_orthonormal, columns, gram_of, random
+from tests.support.spectra import from_values, weight
 from tests.support.tolerances import RELATIVE, error
 
-EXACT = RELATIVE[torch.float64]
+of_each_kind = pytest.mark.parametrize("kind", [HostGram, BatchGram])
+LAYOUTS = ["rows", "columns", "strided"]
+
+
+def laid_out(matrix: torch.Tensor, layout: str) -> torch.Tensor:
+    if layout == "columns":
+        return columns(matrix)
+    if layout == "strided":
+        buffer = torch.full((2 * matrix.shape[0], 3 * matrix.shape[1]), torch.nan, dtype=matrix.dtype)
+        buffer[::2, ::3] = matrix
+        return buffer[::2, ::3]
+    return matrix
+
+
+# Streamed products
 
 # Shapes, elements and rows of a block: one block, several with a rest, and one for each row.
-CASES = [
-    ((7, 7), 1 << 20, 512),
-    ((7, 7), 1, 1),
-    ((50, 3), 20, 1),
-    ((50, 3), 20, 16),
-    ((9, 1), 4, 1),
-    ((3, 50, 20), 300, 1),
-    ((2, 2, 9, 4), 1 << 20, 512),
-    ((1100, 30), 1, 512),
-]
+BLOCKS = [
+    ((7, 7), 1 << 20, 512), ((7, 7), 1, 1), ((50, 3), 20, 1), ((50, 3), 20, 16), ((9, 1), 4, 1),
+    ((3, 50, 20), 300, 1), ((2, 2, 9, 4), 1 << 20, 512), ((1100, 30), 1, 512),
+]  # fmt: skip
 
 
 @pytest.mark.parametrize("dtype", RELATIVE)
-@pytest.mark.parametrize(("shape", "elements", "rows"), CASES, ids=str)
+@pytest.mark.parametrize(("shape", "elements", "rows"), BLOCKS, ids=str)
 @pytest.mark.parametrize("contiguous", [True, False])
-def test_products(dtype, shape, elements, rows, contiguous, monkeypatch):
-    monkeypatch.setattr(module, "BLOCK_ELEMENTS", elements)
-    monkeypatch.setattr(module, "BLOCK_ROWS", rows)
+def test_products(dtype, shape, elements, rows, contiguous, blocks_of):
+    blocks_of(rows, elements)
     tall = random(*shape).contiguous().to(dtype)
-    tall = tall if contiguous else columns(tall)
-    exact = tall.double()
+    tall, exact = tall if contiguous else columns(tall), tall.double()
     for count in (1, 2):
         short, long = random(*shape[:-2], shape[-1], count), random(*shape[:-1], count, seed=1)
         for wide in (torch.float64, torch.float32):  # fp32 vectors are converted, not the product
             short, long = short.to(wide), long.to(wide)
-            assert error(module.image(tall, short), exact @ short.double()) <= EXACT
-            assert error(module.transposed_image(tall, long), exact.mT @ long.double()) <= EXACT
+            assert error(products.image(tall, short), exact @ short.double()) <= RELATIVE[torch.float64]
+            transposed = products.transposed_image(tall, long)
+            assert error(transposed, exact.mT @ long.double()) <= RELATIVE[torch.float64]
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 @pytest.mark.parametrize("shape", [(100_000, 64), (3000, 4096), (2, 20_000, 100)], ids=str)
 def test_blocks_bound_the_copy(dtype, shape):
-    tall = torch.ones(1).expand(shape)
-    seen = 0
-    for rows, block in module.row_blocks(tall, dtype):
+    tall, seen = torch.ones(1).expand(shape), 0
+    bound = max(products.BLOCK_ELEMENTS, products.BLOCK_ROWS * shape[-1])
+    for rows, block in products.row_blocks(tall, dtype):
         assert block.dtype == dtype
         assert block.shape == (*shape[:-2], rows.stop - rows.start, shape[-1])
-        bound = max(module.BLOCK_ELEMENTS, module.BLOCK_ROWS * shape[-1])
-        assert block.numel() <= bound * len(tall.reshape(-1, *shape[-2:]))
+        assert block.shape[-2] * block.shape[-1] <= bound
         assert rows.start == seen
         seen = rows.stop
     assert seen == shape[-2]
+
+
+# Gram matrices
+
+
+class Checked:
+    """A Gram matrix, or those of a batch, and the dense ones; each method makes one call and compares."""
+
+    def __init__(self, tall: torch.Tensor, kind: type = HostGram):
+        if kind is BatchGram:
+            tall = torch.stack([tall, 2 * tall.flip(0), 3 * tall.flip(1)])
+        self.gram = kind(tall)
+        self.dense = gram_of(tall)
+        self.values, self.vectors = torch.linalg.eigh(self.dense)
+        self.norm = self.values[..., -1]
+        self.unit = torch.eye(self.gram.size, dtype=torch.float64)
+        self.right = random(*self.gram.batch_shape, self.gram.size, 3)
+        self.shift: torch.Tensor | None = None  # of the factor that there is
+
+    def one_column(self):
+        one = self.right[..., :1]
+        assert error(self.gram.apply(one), self.dense @ one) <= 1e-13
+
+    def columns(self):
+        assert error(self.gram.apply(self.right), self.dense @ self.right) <= 1e-13
+        # entry by entry: nothing lost on the diagonal, whatever was put there in between
+        assert error(self.gram.apply(columns(self.unit)), self.dense) <= 1e-14
+
+    def factor(self, share=-0.3):
+        self.shift = self.values[..., 0] + share * self.norm
+        assert self.gram.factor(self.shift).all()
+        self.solve()
+
+    def other_factor(self):
+        self.factor(-2)
+
+    def refused_factor(self):
+        assert not self.gram.factor(self.values[..., 0] + 0.1 * self.norm).any()
+        self.shift = None
+
+    def solve(self):
+        if self.shift is not None:
+            before = self.right.clone()
+            expected = torch.linalg.solve(self.dense - self.shift[..., None, None] * self.unit, before)
+            assert error(self.gram.solve(self.right), expected) <= 1e-12
+            assert error(self.gram.solve(self.right[..., 2:]), expected[..., 2:]) <= 1e-12
+            assert torch.equal(self.right, before)
+
+    def exceeds(self):
+        """Raised by 2 ‖C‖ on its two smallest vectors, C is above what is below its third eigenvalue."""
+        self.shift = None
+        count = min(2, self.gram.size - 1)
+        minor, others = columns(self.vectors[..., :count]), self.vectors[..., 1 : count + 1]
+        edge, margin = self.values[..., count], 1e-3 * self.norm
+        assert self.gram.exceeds(minor, 2 * self.norm, edge - margin).all()
+        assert not self.gram.exceeds(minor, 2 * self.norm, edge + margin).any()
+        assert not self.gram.exceeds(others, 2 * self.norm, self.values[..., 0] + margin).any()
+
+    def smallest(self):
+        for count in {1, self.gram.size}:
+            basis = self.gram.smallest(count)
+            assert error(self.dense @ basis, basis * self.values[..., None, :count]) <= 1e-12
+            assert_orthonormal(basis)
+
+
+CALLS = [
+    "one_column", "columns", "factor", "other_factor", "refused_factor", "solve", "exceeds", "smallest",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("scale", [1.0, 1e-4, 1e4])
+@pytest.mark.parametrize("first", CALLS)
+@of_each_kind
+def test_any_three_calls_in_any_order(first, scale, kind, monkeypatch):
+    monkeypatch.setattr(host, "_MIRROR_BLOCK", 4)
+    tall = scale * weight("gaussian", 14, 9)
+    for rest in itertools.product(CALLS, repeat=2):
+        checked = Checked(tall, kind)
+        for call in (first, *rest, "columns"):
+            getattr(checked, call)()
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 4, 5, 7, 8, 9, 12, 13])
+@pytest.mark.parametrize("layout", LAYOUTS)
+@of_each_kind
+def test_all_sizes_around_the_mirrored_blocks(size, layout, kind, monkeypatch):
+    monkeypatch.setattr(host, "_MIRROR_BLOCK", 4)
+    checked = Checked(laid_out(weight("gaussian", size + 5, size), layout), kind)
+    for call in CALLS if size > 1 else [*CALLS[:4], "solve", "smallest"]:
+        getattr(checked, call)()
+
+
+@pytest.mark.parametrize("dtype", FLOATING)
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("rows", [1, 4, 512])
+@of_each_kind
+def test_the_gram_of_any_dtype_and_layout_in_blocks(dtype, layout, rows, kind, blocks_of):
+    blocks_of(rows)
+    tall = laid_out(weight("gaussian", 23, 6).to(dtype), layout)
+    tall = tall if kind is HostGram else tall.expand(3, 23, 6)
+    gram = kind(tall)
+    assert error(gram.apply(torch.eye(6, dtype=torch.float64)), gram_of(tall)) <= 1e-14
+    assert torch.equal(gram.error, torch.zeros(tall.shape[:-2], dtype=torch.float64))
+    assert (gram.size, gram.batch_shape, gram.device) == (6, tall.shape[:-2], torch.device("cpu"))
+
+
+def test_the_largest_diagonal_shows_what_is_not_finite():
+    matrix = weight("gaussian", 20, 7).double()
+    assert HostGram(matrix).largest_diagonal == pytest.approx(matrix.square().sum(0).max().item())
+    for bad in (torch.nan, torch.inf, -torch.inf, 1e200):
+        matrix[3, 5] = bad
+        assert not HostGram(matrix).largest_diagonal < 1e308
+
+
+@of_each_kind
+def test_thin_products(kind):
+    gram = Checked(weight("gaussian", 30, 20), kind).gram
+    shape = gram.batch_shape
+    left, right, coefficients = (
+        random(*shape, *size, seed=seed) for seed, size in enumerate([(20, 4), (20, 3), (4, 3)])
+    )
+    assert error(gram.inner(left, right), left.mT @ right) <= 1e-14
+    for layout in (coefficients, coefficients.contiguous(), coefficients.flip(-1).flip(-1)):
+        assert error(gram.combine(left, layout), left @ coefficients) <= 1e-14
+    assert error(gram.subtract(right.clone(), left, coefficients), right - left @ coefficients) <= 1e-14
+    empty = gram.empty(5)
+    assert (empty.shape, empty.dtype) == ((*shape, 20, 5), torch.float64)
+    assert kind is BatchGram or empty.T.is_contiguous()
+
+
+@pytest.mark.parametrize("trouble", ["independent", "dependent", "nearly dependent", "zero"])
+@pytest.mark.parametrize("scale", [1.0, 1e-30, 1e30])
+@pytest.mark.parametrize("count", [1, 6])
+@of_each_kind
+def test_orthonormal_vectors_however_dependent(trouble, scale, count, kind):
+    """Of a batch all are safe or none."""
+    gram = Checked(weight("gaussian", 50, 40), kind).gram
+    vectors = random(*gram.batch_shape, 40, count)
+    one = vectors if kind is HostGram else vectors[1]
+    one[:, -1] = {
+        "independent": one[:, -1],
+        "dependent": one[:, 0] - 2 * one[:, count // 2],
+        "nearly dependent": one[:, 0] + 1e-9 * one[:, -1],
+        "zero": torch.zeros(40, dtype=torch.float64),
+    }[trouble]
+    vectors *= scale
+    before = vectors.clone()
+    basis, triangle, safe = gram.orthonormal(vectors)
+    assert safe == (trouble == "independent" or (count == 1 and trouble != "zero"))
+    assert_orthonormal(basis)
+    assert error(basis @ triangle, before) <= 1e-13
+    assert torch.equal(triangle, triangle.triu())
+    assert torch.equal(vectors, before)
+
+
+@pytest.mark.parametrize("size", [1, 2, 5, 12, 13, 60])
+@pytest.mark.parametrize("count", [1, 2, 10, 60])
+@pytest.mark.parametrize("fails", [False, True])
+def test_partial_eigenvectors_read_the_lower_triangle(size, count, fails, monkeypatch):
+    """LAPACK's inverse iteration may fail to converge, or lose a vector of a cluster: all are found then."""
+    if fails:
+        monkeypatch.setattr("mica.subspace.lapack.smallest_eigenvectors", lambda matrix, count: None)
+    count, dense = min(count, size), gram_of(weight("cluster across", size + 3, size))
+    half = np.asfortranarray(dense.numpy().copy())
+    half[np.triu_indices(size, 1)] = np.nan
+    before = half.copy()
+    vectors = torch.from_numpy(partial_eigenvectors(half, count))
+    assert vectors.shape == (size, count)
+    assert vectors.T.is_contiguous()
+    assert_orthonormal(vectors)
+    values = torch.linalg.eigvalsh(dense)[:count]
+    assert error(vectors.T @ dense @ vectors, torch.diag(values)) <= 1e-12
+    np.testing.assert_array_equal(half, before)
+
+
+# The largest singular value and the whole spectrum
+
+
+@pytest.fixture(params=itertools.product([False, True], repeat=2), ids=str)
+def _either_gram_and_blocks(request):
+    """The Gram matrix of the CPU, and that of accelerators; weights in one block, and row by row."""
+    on_device, row_by_row = request.param
+    if on_device:
+        request.getfixturevalue("accelerated")
+    if row_by_row:
+        request.getfixturevalue("blocks_of")(1)
+
+
+@pytest.mark.parametrize("shape", [(64, 64), (40, 7), (7, 40), (1, 9), (9, 1)])
+@pytest.mark.usefixtures("_either_gram_and_blocks")
+def test_largest_singular_value(shape):
+    for matrix in (torch.randn(shape), torch.ones(shape), torch.zeros(shape), torch.randn(shape).bfloat16()):
+        expected = torch.linalg.svdvals(matrix.double())[0].item()
+        assert spectrum.sigma_max(matrix) == pytest.approx(expected, rel=1e-7, abs=1e-12)
+        squared = matrix.double().square().sum().item()
+        assert spectrum.squared_norm(matrix) == pytest.approx(squared, rel=1e-12)
+
+
+@pytest.mark.parametrize("shape", [(20, 24), (24, 20), (100, 20), (20, 100)])  # the last two: streamed QR
+@pytest.mark.usefixtures("_either_gram_and_blocks")
+def test_spectrum(shape, monkeypatch):
+    graded = torch.logspace(0, -12, 20, dtype=torch.float64)
+    matrix = from_values(lambda count: graded)(*shape, torch.Generator().manual_seed(0))
+    expected = torch.linalg.svdvals(matrix)
+    torch.testing.assert_close(spectrum.spectrum(matrix), expected, rtol=1e-9, atol=1e-15)
+    monkeypatch.setattr(spectrum, "LARGEST_SVD", 19)
+    by_gram = spectrum.spectrum(matrix)  # clipped where a Gram matrix shows nothing
+    floor = 2 * (20**0.5 * torch.finfo(torch.float64).eps) ** 0.5
+    torch.testing.assert_close(by_gram, expected.clamp_min(floor), rtol=0.3, atol=0)
+    torch.testing.assert_close(by_gram[:6], expected[:6], rtol=1e-6, atol=0)

@@ -65,18 +65,16 @@ def test_gemm_and_syrk(rows, columns, transposed, layout):
     left = random(rows, columns)
     factor = left.T if transposed else left
     right, before = random(factor.shape[1], 6, seed=1), random(factor.shape[0], 6, seed=2)
-    operands = laid_out(left, layout), laid_out(right, layout)
-    fresh = lapack.gemm(*operands, transposed=transposed, alpha=-0.5)
+    operands, options = [laid_out(each, layout) for each in (left, right)], {"transposed": transposed}
+    fresh = lapack.gemm(*operands, alpha=-0.5, **options)
     assert fresh.flags.f_contiguous
     close(fresh, -0.5 * factor @ right)
     with written(before) as target:
-        assert lapack.gemm(*operands, transposed=transposed, alpha=-0.5, into=target) is target
+        assert lapack.gemm(*operands, alpha=-0.5, into=target, **options) is target
         close(target, before - 0.5 * factor @ right)
-
     dense = factor @ factor.T
     before = random(*dense.shape, seed=1)
-    for lower, half in ((True, np.tril), (False, np.triu)):
-        options = {"transposed": transposed, "lower": lower}
+    for options["lower"], half in ((True, np.tril), (False, np.triu)):
         close(lapack.syrk(operands[0], alpha=2.0, **options), half(2 * dense))
         with written(before) as target:
             lapack.syrk(operands[0], into=target, **options)
@@ -138,50 +136,44 @@ def test_eigenvectors_of_the_lower_triangle(size, layout):
     np.testing.assert_array_equal(operand, before)
 
 
-def test_eigenvectors_that_cannot_be_found():
+def test_eigenvectors_that_cannot_be_found(monkeypatch):
+    """Inside a cluster LAPACK may find fewer than requested, and call that a success."""
     broken = np.full((5, 5), np.nan)
     assert lapack.smallest_eigenvectors(broken, 2) is None
     with pytest.raises(LinAlgError, match="size 5"):
         lapack.all_eigenvectors(broken)
 
-
-def test_fewer_eigenvectors_than_requested_are_none(monkeypatch):
-    """Inside a cluster LAPACK may find fewer, and call that a success."""
-    position = 10  # of the argument
-    plain = lapack.dsyevr
-
     def loses_one(*arguments):
         plain(*arguments)
-        arguments[position].value -= 1
+        arguments[10].value -= 1  # the number of those found
 
-    matrix = symmetric(20)
+    matrix, plain = symmetric(20), lapack.dsyevr
     assert lapack.smallest_eigenvectors(matrix, 3).shape == (20, 3)
     monkeypatch.setattr(lapack, "dsyevr", loses_one)
     assert lapack.smallest_eigenvectors(matrix, 3) is None
 
 
-@pytest.mark.parametrize("fault", ["rows", "strided", "single precision", "read-only"])
-def test_what_cannot_be_written_is_refused(fault):
+WRITERS = {
+    "potrf": lambda target: lapack.potrf(target),
+    "trsm": lambda target: lapack.trsm(np.eye(4), target),
+    "gemm": lambda target: lapack.gemm(np.eye(4), np.eye(4), into=target),
+    "syrk": lambda target: lapack.syrk(np.eye(4), into=target),
+}
+
+
+@pytest.mark.parametrize("call", WRITERS)
+def test_what_cannot_be_written_is_refused(call):
     target = np.asfortranarray(np.eye(4))
-    if fault in LAYOUTS:
-        target = laid_out(target, fault)
-    elif fault == "single precision":
-        target = target.astype(np.float32)
-    else:
-        target.flags.writeable = False
-    for call in (
-        lambda: lapack.potrf(target),
-        lambda: lapack.trsm(np.eye(4), target),
-        lambda: lapack.gemm(np.eye(4), np.eye(4), into=target),
-        lambda: lapack.syrk(np.eye(4), into=target),
-    ):
+    unfit = [laid_out(target, "rows"), laid_out(target, "strided"), target.astype(np.float32), target]
+    target.flags.writeable = False
+    for each in unfit:
         with pytest.raises(ValueError, match="cannot write"):
-            call()
-    np.testing.assert_array_equal(target, np.eye(4))
+            WRITERS[call](each)
+        np.testing.assert_array_equal(each, np.eye(4))
 
 
 @pytest.mark.parametrize("integer", [ctypes.c_int64, ctypes.c_int32])
-def test_integers_of_either_width(integer, monkeypatch):
+def test_integers_of_either_width_and_no_routine_of_other_arguments(integer, monkeypatch):
     """A build with 32-bit integers finds them at the beginning of 64 bits."""
     monkeypatch.setattr(lapack, "_Integer", integer)
     monkeypatch.setattr(lapack, "_NUMPY_INTEGER", np.dtype(integer))
@@ -190,9 +182,6 @@ def test_integers_of_either_width(integer, monkeypatch):
     for vectors in (lapack.smallest_eigenvectors(matrix, 3), lapack.all_eigenvectors(matrix)[:, :3]):
         close(matrix @ vectors, vectors * values, 1e-12)
     assert not lapack.potrf(np.asfortranarray(-np.eye(3)))
-
-
-def test_a_routine_of_other_arguments_is_refused():
     with pytest.raises(ImportError, match="dgemm takes other arguments"):
         lapack.routine(lapack.cython_blas, "dgemm", 12)
 
@@ -221,4 +210,4 @@ def test_other_threads_go_on_meanwhile(name):
     """SciPy's wrappers let none; a busy machine may hold this one up too, but not each time."""
     size, call = LONG_CALLS[name]
     operand = np.asfortranarray(symmetric(size))
-    assert min(longest_wait(call, operand) for _ in range(5)) < 0.6
+    assert any(longest_wait(call, operand) < 0.6 for _ in range(5))

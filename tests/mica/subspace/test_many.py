@@ -1,6 +1,7 @@
 """Many weights at once give what each gives alone."""
 
 from dataclasses import replace
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -18,13 +19,9 @@ def tasks():
     return [Task(f"layer {i}", torch.randn(shape), 4 + i % 2) for i, shape in enumerate(SHAPES)]
 
 
-@pytest.fixture
-def accelerated(monkeypatch):
-    """Weights on the CPU are taken for an accelerator's: batched by shape."""
-    monkeypatch.setattr(device, "ON_HOST", ())
-
-
-anywhere = pytest.mark.parametrize("on_host", [("cpu", "mps"), ()], ids=["host", "accelerator"])
+@pytest.fixture(params=[("cpu", "mps"), ()], ids=["host", "accelerator"])
+def anywhere(request, monkeypatch):
+    monkeypatch.setattr(device, "ON_HOST", request.param)
 
 
 def solved_once(tasks, **kwargs):
@@ -41,9 +38,11 @@ def assert_as_alone(tasks, results, tolerance=0.0):
 
 
 @pytest.mark.parametrize("largest_small", [0, 35, 1000])
-def test_each_as_alone(tasks, monkeypatch, largest_small):
+def test_each_as_alone_and_without_a_cache_nothing_is_hashed(tasks, monkeypatch, largest_small):
     monkeypatch.setattr(threads, "SMALL", largest_small)
+    monkeypatch.setattr(many, "fingerprint", None)
     assert_as_alone(tasks, solved_once(tasks))
+    assert list(solve_many([])) == []
 
 
 def test_batches_by_shape_and_rank_on_an_accelerator(tasks, accelerated, calls_of):
@@ -64,18 +63,14 @@ def test_batches_are_cut_to_the_memory(accelerated, calls_of, monkeypatch):
 
 
 def test_the_cpu_takes_over_where_an_accelerator_has_no_memory(tasks, accelerated, monkeypatch, caplog):
-    def too_much(*arguments):
-        raise torch.OutOfMemoryError("no")
-
-    monkeypatch.setattr(many, "solve_together", too_much)
+    monkeypatch.setattr(many, "solve_together", Mock(side_effect=torch.OutOfMemoryError("no")))
     results = solved_once(tasks)
     assert "out of memory" in caplog.text
     assert_as_alone(tasks, results, 1e-6)
 
 
-@anywhere
-def test_the_cache_is_read_and_written(tasks, on_host, monkeypatch, tmp_path, calls_of):
-    monkeypatch.setattr(device, "ON_HOST", on_host)
+@pytest.mark.usefixtures("anywhere")
+def test_the_cache_is_read_and_written(tasks, tmp_path, calls_of):
     solved, hashed = calls_of(many, "solve_each"), calls_of(many, "fingerprint")
     cache = SubspaceCache(tmp_path)
     first = solved_once(tasks, cache=cache)
@@ -89,14 +84,8 @@ def test_the_cache_is_read_and_written(tasks, on_host, monkeypatch, tmp_path, ca
     assert solved
 
 
-def test_without_a_cache_nothing_is_hashed(tasks, monkeypatch):
-    monkeypatch.setattr(many, "fingerprint", None)
-    solved_once(tasks)
-
-
-@anywhere
-def test_errors_name_the_layer(tasks, on_host, monkeypatch):
-    monkeypatch.setattr(device, "ON_HOST", on_host)
+@pytest.mark.usefixtures("anywhere")
+def test_errors_name_the_layer(tasks):
     tasks[3].weight[5, 5] = torch.nan
     with pytest.raises(ValueError, match=r"^layer 3: weight must be finite"):
         list(solve_many(tasks))
@@ -112,19 +101,13 @@ def test_weights_on_the_cpu_go_where_they_are_told(tasks, monkeypatch):
     solved_once(tasks[1:2], device="cpu")
 
 
-def test_no_tasks():
-    assert list(solve_many([])) == []
-
-
 def test_cost_grows_with_both_sides():
     small, wide, tall = (Task("", torch.empty(shape), 1) for shape in ((10, 20), (10, 40), (40, 20)))
     assert cost(small) < cost(wide) < cost(tall)
 
 
-def test_auto_is_the_cpu_where_there_is_no_accelerator(monkeypatch):
-    monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
-    assert many.accelerator() is None
-    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
-    for current, expected in (("mps", None), ("cuda:0", torch.device("cuda:0"))):
-        monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda name=current: torch.device(name))
-        assert many.accelerator() == expected
+@pytest.mark.parametrize(("current", "found"), [(None, None), ("mps", None), ("cuda:0", "cuda:0")])
+def test_auto_is_the_cpu_where_there_is_no_accelerator(current, found, monkeypatch):
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: current is not None)
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda: torch.device(current))
+    assert many.accelerator() == (found and torch.device(found))

@@ -1,10 +1,11 @@
 """The wrong edits that ``make mutants`` makes, one at a time; each of them must turn tests red."""
 
 from tests.support.mutants.backend import BACKEND
+from tests.support.mutants.edits import mutants
 from tests.support.mutants.experts import EXPERTS
 from tests.support.mutants.experts_path import EXPERTS_PATH
 from tests.support.mutants.kernels import KERNELS
 from tests.support.mutants.operators import OPERATORS
 
-_FILES = (*KERNELS, *EXPERTS, *OPERATORS, *BACKEND, *EXPERTS_PATH)
-MUTANTS = [mutant for file in _FILES for mutant in file.mutants()]
+_TABLES = (KERNELS, EXPERTS, OPERATORS, BACKEND, EXPERTS_PATH)
+MUTANTS = [mutant for table in _TABLES for mutant in mutants(table)]

@@ -39,17 +39,12 @@ class Mutant(NamedTuple):
         return source[: places[0].start()] + self.new + source[places[0].end() :]
 
 
-class FileEdits(NamedTuple):
-    """The mutants of one file: by function, pairs of what is replaced and what replaces it."""
-
-    file: str
-    tests: list[str]
-    edits: dict[str, list[tuple[str, str]]]
-
-    def mutants(self) -> Iterator[Mutant]:
-        for function, pairs in self.edits.items():
+def mutants(table: dict[tuple[str, ...], dict[str, list[tuple[str, str]]]]) -> Iterator[Mutant]:
+    """Of a table: by file and its tests, and by function, pairs of what is replaced and what replaces it."""
+    for (file, *tests), edits in table.items():
+        for function, pairs in edits.items():
             for old, new in pairs:
-                yield Mutant(self.file, function, old, new, self.tests)
+                yield Mutant(file, function, old, new, tests)
 
 
 def _pattern(old: str) -> re.Pattern:

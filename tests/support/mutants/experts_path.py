@@ -1,121 +1,102 @@
 """Wrong edits of the path of a stack of experts, from the formulas to PEFT's wrapper; not of its kernels."""
 
-from tests.support.mutants.edits import FileEdits
-
-EXPERTS_PATH = [
-    FileEdits(
+EXPERTS_PATH = {
+    (
         "mica/paths/torch_path.py",
-        tests=[
-            "tests/mica/paths/test_torch_path_experts.py",
-            "tests/mica/ops/test_experts.py",
-            "tests/mica/ops/test_operators.py",
+        "tests/mica/paths/test_torch_path_experts.py",
+        "tests/mica/ops/test_experts.py",
+        "tests/mica/ops/test_operators.py",
+    ): {
+        "_by_expert": [
+            ("y[end:] = 0", ""),
+            ("None if bias is None else _cast(bias[expert], x.dtype)", "None"),
+            ("weight[expert]", "weight[0]"),
         ],
-        edits={
-            "_by_expert": [
-                ("y[end:] = 0", ""),
-                ("None if bias is None else _cast(bias[expert], x.dtype)", "None"),
-                ("weight[expert]", "weight[0]"),
-            ],
-            "experts_linear_backward": [
-                ("dx[end:] = 0", "pass"),
-                ("lora_A.new_zeros", "lora_A.new_empty"),
-                ("lora_A[expert],", "lora_A[0],"),
-                ("end = rows.stop", ""),
-            ],
-            "experts_base": [("addmm(bias,", "addmm(None,")],
-            "hit": [("start = max(start, end)", "")],
-            "_filling": [("or functorch.is_legacy_batchedtensor(tensor)", "")],
-        },
-    ),
-    FileEdits(
-        "mica/ops/experts.py",
-        tests=["tests/mica/ops/test_experts.py", "tests/mica/ops/test_operators.py"],
-        edits={
-            "_ExpertsLinear.forward": [
-                ("x if needs_A else None", "x"),
-                ("tokens if needs_A else None", "None"),
-                ("inverse if needs_x else None", "None"),
-                ("weight if needs_x else None", "weight"),
-                ("dtype or x.dtype", "x.dtype"),
-                ("_, needs_x, _, _, needs_A", "_, needs_A, _, _, needs_x"),
-            ],
-            "_backward": [("rows if needs_A else None", "rows"), ("weight if needs_x else None", "weight")],
-            "_cast": [("x.to(weight.dtype)", "x.bfloat16()")],
-            "_ExpertsBase.backward": [("weight.mT", "-weight.mT"), ("grad_x if inverse is None else", "")],
-        },
-    ),
-    FileEdits(
-        "mica/ops/routing.py",
-        tests=["tests/mica/ops/test_routing.py"],
-        edits={
-            "route": [("order // top_k", "order % top_k"), ("counts[:-1]", "counts[1:]")],
-            "to_experts": [("x.index_select(0, tokens)", "x")],
-            "summed": [
-                ("grad_rows.index_select(0, inverse)", "grad_rows"),
-                ("if not num_tokens", "if False"),
-            ],
-            "_FromExperts.forward": [
-                ("y if ctx.needs_input_grad[1] else None", "y"),
-                ("y.index_select(0, inverse)", "y"),
-            ],
-            "_FromExperts.backward": [
-                ("grad_output.index_select(0, tokens)", "grad_output.index_select(0, order // 2)"),
-                ("weights.reshape(-1).index_select(0, order)", "weights.reshape(-1)"),
-                ("y.index_select(0, inverse)", "y"),
-            ],
-        },
-    ),
-    FileEdits(
+        "experts_linear_backward": [
+            ("dx[end:] = 0", "pass"),
+            ("lora_A.new_zeros", "lora_A.new_empty"),
+            ("lora_A[expert],", "lora_A[0],"),
+            ("end = rows.stop", ""),
+        ],
+        "experts_base": [("addmm(bias,", "addmm(None,")],
+        "hit": [("start = max(start, end)", "")],
+        "_filling": [("or functorch.is_legacy_batchedtensor(tensor)", "")],
+    },
+    ("mica/ops/experts.py", "tests/mica/ops/test_experts.py", "tests/mica/ops/test_operators.py"): {
+        "_ExpertsLinear.forward": [
+            ("x if needs_A else None", "x"),
+            ("tokens if needs_A else None", "None"),
+            ("inverse if needs_x else None", "None"),
+            ("weight if needs_x else None", "weight"),
+            ("dtype or x.dtype", "x.dtype"),
+            ("_, needs_x, _, _, needs_A", "_, needs_A, _, _, needs_x"),
+        ],
+        "_backward": [("rows if needs_A else None", "rows"), ("weight if needs_x else None", "weight")],
+        "_cast": [("x.to(weight.dtype)", "x.bfloat16()")],
+        "_ExpertsBase.backward": [("weight.mT", "-weight.mT"), ("grad_x if inverse is None else", "")],
+    },
+    ("mica/ops/routing.py", "tests/mica/ops/test_routing.py"): {
+        "route": [("order // top_k", "order % top_k"), ("counts[:-1]", "counts[1:]")],
+        "to_experts": [("x.index_select(0, tokens)", "x")],
+        "summed": [("grad_rows.index_select(0, inverse)", "grad_rows"), ("if not num_tokens", "if False")],
+        "_FromExperts.forward": [
+            ("y if ctx.needs_input_grad[1] else None", "y"),
+            ("y.index_select(0, inverse)", "y"),
+        ],
+        "_FromExperts.backward": [
+            ("grad_output.index_select(0, tokens)", "grad_output.index_select(0, order // 2)"),
+            ("weights.reshape(-1).index_select(0, order)", "weights.reshape(-1)"),
+            ("y.index_select(0, inverse)", "y"),
+        ],
+    },
+    (
         "mica/fast/forward/experts.py",
-        tests=[
-            "tests/mica/fast/test_experts_classes.py",
-            "tests/mica/fast/test_experts_eligibility.py",
-            "tests/mica/fast/test_experts.py",
+        "tests/mica/fast/test_experts_classes.py",
+        "tests/mica/fast/test_experts_eligibility.py",
+        "tests/mica/fast/test_experts.py",
+    ): {
+        "Experts.__call__": [
+            ("if _has_gate(module) else module.act_fn(hidden)", ""),
+            ("call_counts.note(wrapper)", "pass"),
         ],
-        edits={
-            "Experts.__call__": [
-                ("if _has_gate(module) else module.act_fn(hidden)", ""),
-                ("call_counts.note(wrapper)", "pass"),
-            ],
-            "_names": [('"gate_up_proj" if _has_gate(module) else "up_proj"', '"gate_up_proj"')],
-            "_projection": [
-                ("if module.is_transposed else", "if False else"),
-                (' if module.has_bias else None', " if False else None"),
-                ("dtype = torch.get_autocast_dtype(device_type)", "pass"),
-            ],
-            "decide": [
-                ("(*wrappers[1:], module)", "(module,)"),
-                ("(*wrappers[1:], module)", "wrappers[1:]"),
-                ("if adapter is not None", "if True"),
-                ("type(chosen) is str", "False"),
-            ],
-            "_implementation": [
-                ("chosen is not None or name", "name"),
-                ('not _home(own).startswith("transformers.models.")', "False"),
-                ('_home(module._apply_gate).startswith("transformers.")', "True"),
-            ],
-            "_read_wrapper": [
-                ("if wrapper.disable_adapters", "if False"),
-                ("if wrapper.merged", "if False"),
-                ("len(names) > 1", "False"),
-                ("not is_mica(wrapper, name)", "False"),
-                ("not expert_params.is_stack(wrapper)", "False"),
-                ("type(scaling) is not float", "False"),
-                ("lora_A.dtype != lora_B.dtype", "False"),
-                ('or why_not_frozen("lora_B", lora_B)', ""),
-            ],
-            "_why_not_module": [
-                ("is not _DISPATCHING", "is None"),
-                ('module.__dict__.get("_hf_tp_plan") is not None', "False"),
-                ('getattr(module, "_is_expert_parallel", False)', "False"),
-                ("reason is None and module.has_bias", "False"),
-            ],
-            "_why_not_call": [
-                ("is_transformed()", "False"),
-                ("and implementation is None and module.has_bias", "and False"),
-                ("not is_grouped and not fits", "False"),
-                ("torch.float64 not in (x.dtype, weight_dtype)", "True"),
-            ],
-        },
-    ),
-]  # fmt: skip
+        "_names": [('"gate_up_proj" if _has_gate(module) else "up_proj"', '"gate_up_proj"')],
+        "_projection": [
+            ("if module.is_transposed else", "if False else"),
+            (" if module.has_bias else None", " if False else None"),
+            ("dtype = torch.get_autocast_dtype(device_type)", "pass"),
+        ],
+        "decide": [
+            ("(*wrappers[1:], module)", "(module,)"),
+            ("(*wrappers[1:], module)", "wrappers[1:]"),
+            ("if adapter is not None", "if True"),
+            ("type(chosen) is str", "False"),
+        ],
+        "_implementation": [
+            ("chosen is not None or name", "name"),
+            ('not _home(own).startswith("transformers.models.")', "False"),
+            ('_home(module._apply_gate).startswith("transformers.")', "True"),
+        ],
+        "_read_wrapper": [
+            ("if wrapper.disable_adapters", "if False"),
+            ("if wrapper.merged", "if False"),
+            ("len(names) > 1", "False"),
+            ("not is_mica(wrapper, name)", "False"),
+            ("not expert_params.is_stack(wrapper)", "False"),
+            ("type(scaling) is not float", "False"),
+            ("lora_A.dtype != lora_B.dtype", "False"),
+            ('or why_not_frozen("lora_B", lora_B)', ""),
+        ],
+        "_why_not_module": [
+            ("is not _DISPATCHING", "is None"),
+            ('module.__dict__.get("_hf_tp_plan") is not None', "False"),
+            ('getattr(module, "_is_expert_parallel", False)', "False"),
+            ("reason is None and module.has_bias", "False"),
+        ],
+        "_why_not_call": [
+            ("is_transformed()", "False"),
+            ("and implementation is None and module.has_bias", "and False"),
+            ("not is_grouped and not fits", "False"),
+            ("torch.float64 not in (x.dtype, weight_dtype)", "True"),
+        ],
+    },
+}
