@@ -74,8 +74,7 @@ def main(argv: list[str] | None = None) -> int:
 
     if not args.dry_run and not torch.cuda.is_available():
         print(
-            "bench.gpu needs a CUDA GPU, and torch sees none here (--dry-run goes without)",
-            file=sys.stderr,
+            "bench.gpu needs a CUDA GPU, and torch sees none here (--dry-run goes without)", file=sys.stderr
         )
         return 2
 

@@ -28,10 +28,7 @@ STEPS = pick(default=2, cuda=6)
 LEARNING_RATE = pick(default=1e-3, dry=3e-2)
 # Relative differences from stock PEFT's, whose adapters compute in fp32: of the loss, at each step, and of
 # its gradients with respect to the embeddings and A at the start.
-GATES = {
-    "bfloat16": {"y": 1e-2, "dx": 1e-1, "dA": 1e-1},
-    "float32": {"y": 1e-5, "dx": 1e-4, "dA": 1e-4},
-}
+GATES = {"bfloat16": {"y": 1e-2, "dx": 1e-1, "dA": 1e-1}, "float32": {"y": 1e-5, "dx": 1e-4, "dA": 1e-4}}
 DISTINCT = 16  # random tokens: that others never occur is learnt in a few steps
 SMOLLM2 = "SmolLM2-135M"
 

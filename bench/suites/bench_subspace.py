@@ -93,12 +93,7 @@ CELLS = pick(
         Cell(*EMBEDDING, 5),
         many(5),
     ],
-    cuda=[
-        Cell(4096, 4096, 2, AUTO),
-        Cell(14336, 4096, 2, AUTO),
-        Cell(1024, 4096, 3, AUTO),
-        many(3),
-    ],
+    cuda=[Cell(4096, 4096, 2, AUTO), Cell(14336, 4096, 2, AUTO), Cell(1024, 4096, 3, AUTO), many(3)],
     dry=[Cell(96, 64, 1, (MANY,)), Cell(64, 96, 1, (MANY,)), many(1, 64, 2)],
 )
 

@@ -17,12 +17,7 @@ from bench.results.names import BARE, FAST, STOCK, STOCK_16
 from bench.suites.harness import build_all
 from bench.suites.layer import Form
 
-CONTEXTS = {
-    BARE: nullcontext,
-    STOCK: mica.fast.disabled,
-    STOCK_16: mica.fast.disabled,
-    FAST: nullcontext,
-}
+CONTEXTS = {BARE: nullcontext, STOCK: mica.fast.disabled, STOCK_16: mica.fast.disabled, FAST: nullcontext}
 
 
 def operators(linear: int, on_kernels: bool = ON_ACCELERATOR, forwards: int = 1) -> dict[str, int]:

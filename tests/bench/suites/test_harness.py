@@ -64,13 +64,7 @@ def test_what_was_refused_in_a_cell_is_refused_in_each_of_its_passes(group, impl
 
 @pytest.mark.parametrize(
     ("device", "size", "expected"),
-    [
-        ("cpu", "quick", 1),
-        ("cpu", "default", 2),
-        ("cpu", "full", 3),
-        ("cuda", "full", 4),
-        ("cpu", "dry", 5),
-    ],
+    [("cpu", "quick", 1), ("cpu", "default", 2), ("cpu", "full", 3), ("cuda", "full", 4), ("cpu", "dry", 5)],
 )
 def test_a_size_takes_its_own_value(monkeypatch, device, size, expected):
     monkeypatch.setattr(harness, "DEVICE", device)
