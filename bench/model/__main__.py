@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 
 from bench.measure.machine import output
 from bench.model.roofline import DEVICES, TARGET_LAYER, Layer, compare, targets
@@ -60,7 +59,6 @@ def main(argv: list[str] | None = None) -> None:
         folder = output("modelled")
         folder.mkdir(parents=True, exist_ok=True)
         (folder / f"{args.device}.txt").write_text(table(model))
-        (folder / f"{args.device}.json").write_text(json.dumps(model, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -102,8 +102,8 @@ def test_the_picture_is_linked(journal, capsys):
     command.main([str(file)])
     markdown = file.with_suffix(".md").read_text(encoding="utf-8")
     assert capsys.readouterr().out == markdown
-    pictures = [file.with_name(f"cpu-{what}.svg") for what in ("against-stock", "overhead-by-tokens")]
-    assert sorted(file.parent.glob("*.svg")) == pictures
+    pictures = [file.with_name(f"cpu-{what}.png") for what in ("against-stock", "overhead-by-tokens")]
+    assert sorted(file.parent.glob("*.png")) == pictures
     assert all(f"]({picture.name})\n" in markdown for picture in pictures)
 
 
@@ -113,7 +113,7 @@ def test_without_matplotlib_there_is_a_report_without_pictures(journal):
     done = subprocess.run([sys.executable, "-c", program, file], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert done.stdout.replace(f"{command.NO_MATPLOTLIB}\n\n", "") == golden("cpu.md") != done.stdout
-    assert not [*file.parent.glob("*.svg")]
+    assert not [*file.parent.glob("*.png")]
 
 
 def test_a_file_that_is_not_there_is_refused(tmp_path, capsys):
