@@ -1,6 +1,6 @@
 """Pictures of one run: one idea each, and none for suites that the run does not have.
 
-PNG with a transparent background and grey text, which reads on light and dark pages. Reproducible byte by byte.
+PNG with a transparent background and grey text, which reads on light and dark pages; reproducible.
 """
 
 from __future__ import annotations

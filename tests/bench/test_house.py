@@ -13,7 +13,7 @@ MAY_IMPORT = {
     "run": {"measure", "results"},
     "report": {"results"},
     "quality": {"measure"},
-    "corpus": {"measure"},
+    "pages": {"model", "quality", "report", "results"},
     "gpu": {"run", "measure", "report", "results"},
     "__main__": {"run", "measure", "report", "results"},
 }
