@@ -6,7 +6,7 @@ Adapts the model with MiCA and with LoRA, each by the paper's recipe and on all 
 (text that the model knew).
 
 All methods see the same batches in the same order. Each gets its own learning rate, by a search with the
-first seed (`bench.quality.search`), chosen on validation questions and documents, which are neither trained
+first seed (`bench.quality.schedule`), chosen on validation questions and documents, which are neither trained
 on nor reported. The other seeds run at that rate. Results go to ``bench/results/<machine>/`` as JSON after
 every run; the same command goes on from there. `bench.quality.report` makes tables from it.
 """

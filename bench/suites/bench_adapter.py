@@ -15,7 +15,6 @@ from transformers import AutoModel
 
 import mica.fast
 from bench.measure.machine import DEVICE, ON_ACCELERATOR
-from bench.measure.memory import peak_growth
 from bench.results.names import FAST, STOCK
 from bench.suites.decoder import RANK, adapted, config_of
 from bench.suites.harness import build_all, pick
@@ -69,16 +68,13 @@ least: dict[str, float] = {}  # energies that stock PEFT reaches
 @pytest.mark.parametrize("round_", range(ROUNDS))
 def bench_initialisation(once, gated, round_, implementation):
     group = f"get_peft_model, {NAME}, {DTYPE}"
-    model = gated(group, lambda: copy.deepcopy(base()), implementation)
+    gated(group, base, implementation)
     axes = {"suite": "initialisation", **AXES, "dtype": DTYPE}
-    with IMPLEMENTATIONS[implementation](), peak_growth() as growth:
-        adapted_model = once(
-            lambda: models.wrap(model, rank=RANK, targets="all-linear"), group, implementation, axes
-        )
-    if growth() is not None:
-        once.note(peak_mb=growth() / 1e6)
+    wrap = functools.partial(models.wrap, rank=RANK, targets="all-linear")
     with IMPLEMENTATIONS[implementation]():
-        spent = energy(adapted_model)
+        wrapped = once(wrap, group, implementation, axes, make=lambda: copy.deepcopy(base()))
+        once.note_growth(peak_mb=1e6)
+        spent = energy(wrapped)
     if implementation == STOCK:
         least[group] = spent
     assert group in least, "stock PEFT has no result to compare it with"
@@ -91,15 +87,10 @@ def bench_initialisation(once, gated, round_, implementation):
 def bench_loading(once, gated, round_, implementation, tmp_path_factory):
     group = f"PeftModel.from_pretrained, {NAME}, float32"
     adapter = gated(group, lambda: saved_adapter(tmp_path_factory.getbasetemp() / "adapter"), implementation)
-    model, low = copy.deepcopy(base()), implementation == LOW_CPU
-    axes = {"suite": "loading", **AXES, "dtype": "float32"}
+    low, axes = implementation == LOW_CPU, {"suite": "loading", **AXES, "dtype": "float32"}
+    load = functools.partial(PeftModel.from_pretrained, model_id=adapter, low_cpu_mem_usage=low)
     with IMPLEMENTATIONS[STOCK if low else implementation]():
-        loaded = once(
-            lambda: PeftModel.from_pretrained(model, adapter, low_cpu_mem_usage=low),
-            group,
-            implementation,
-            axes,
-        )
+        loaded = once(load, group, implementation, axes, make=lambda: copy.deepcopy(base()))
     assert all(layer.lora_A["default"].weight.any() for layer in models.adapted_layers(loaded).values())
 
 

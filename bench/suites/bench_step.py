@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from bench.measure.machine import DEVICE, ON_ACCELERATOR
-from bench.measure.memory import optimizer_bytes, peak_growth, saved_bytes, trainable_bytes
+from bench.measure.memory import optimizer_bytes, saved_bytes, trainable_bytes
 from bench.results.names import BARE, FAST, STOCK, STOCK_16
 from bench.suites.decoder import LINEAR_LAYERS, RANK, Work, adapted, cast, causal
 from bench.suites.harness import build_all, pick
@@ -149,7 +149,5 @@ CASES = [
 def bench_step(once, gated, cell, round_, implementation):
     step = gated(cell.name, lambda: setting(cell), implementation)[implementation]
     facts = memory(step) if round_ == 0 else {}
-    with peak_growth() as growth:
-        step.time(once, cell.name, implementation, cell.axes, **facts)
-    if growth() is not None:
-        once.note(peak_mb=growth() / 1e6)
+    step.time(once, cell.name, implementation, cell.axes, **facts)
+    once.note_growth(peak_mb=1e6)

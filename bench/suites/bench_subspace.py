@@ -17,7 +17,6 @@ from torch import Tensor
 
 from bench.measure.clocks import seconds
 from bench.measure.machine import DEVICE
-from bench.measure.memory import peak_growth
 from bench.results.names import SVD, SVD_TALL
 from bench.suites.harness import build_all, iterations, pick
 from mica import minor_subspace
@@ -148,7 +147,6 @@ CASES = [
 def bench_subspace(once, gated, cell, round_, implementation):
     calls, count = gated(cell.name, lambda: setting(cell), implementation)
     elements = cell.weights * cell.out * cell.inner
-    with peak_growth() as growth:
-        once(calls[implementation], cell.name, implementation, cell.axes, count)
-    if growth() is not None and elements >= 2**22:
-        once.note(peak_extra=growth() / (4 * elements))
+    once(calls[implementation], cell.name, implementation, cell.axes, count)
+    if elements >= 2**22:
+        once.note_growth(peak_extra=4 * elements)

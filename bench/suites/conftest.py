@@ -10,6 +10,7 @@ import gc
 import os
 from collections.abc import Callable
 from contextlib import nullcontext, suppress
+from functools import partial
 
 import pytest
 import torch
@@ -21,6 +22,7 @@ from transformers.utils import logging
 
 from bench.measure import clocks
 from bench.measure.machine import DEVICE, ON_ACCELERATOR
+from bench.measure.memory import peak_growth
 from bench.results import journal
 from bench.results.names import DEVICE_TIME, GRAPH, WALL
 from bench.suites.harness import leave_if_crashed, refuse, sentence, why_refused
@@ -34,10 +36,11 @@ STREAM = torch.cuda.Stream() if DEVICE == "cuda" else None
 
 
 class Once:
-    """Times one sample: a round of one implementation, the mean of ``iterations`` calls.
+    """Times one sample: a round of one implementation, the mean of ``iterations`` calls after an untimed one.
 
-    ``warm_up``: one call before, for caches and for memory that the previous implementation released.
+    The untimed call pays for what the implementation before has left: its data in the caches, its memory.
     ``axes``: which work it is; ``facts``: what was counted or measured in addition to the time.
+    ``make``: of what a call uses up, one for each of the two calls, not timed.
     ``all_clocks``: on an accelerator also its device time and a replay of its graph, each a separate cell.
     """
 
@@ -45,18 +48,24 @@ class Once:
 
     def __init__(self, benchmark):
         self.benchmark = benchmark
-        self.cell = self.implementation = None
+        self.cell = self.implementation = self.grown = None
         self.samples: list[dict] = []
 
-    def __call__(self, function, group, name, axes, iterations=1, warm_up=False, all_clocks=False, **facts):
+    def __call__(self, function, group, name, axes, iterations=1, make=None, all_clocks=False, **facts):
         self.cell, self.implementation = group, name
         self.benchmark.group = group
         self.benchmark.extra_info.update(implementation=name, axes=axes)
         journal.write("doing", group=group, implementation=name)
-        if warm_up:
-            function()
-        call = clocks.wall(function, iterations)
-        result = self.benchmark.pedantic(call, rounds=1, iterations=iterations)
+        call = function if make is None else partial(function, make())
+        call()
+        if make is not None:
+            call = None  # PEFT's models hold themselves in circles
+            gc.collect()
+            call = partial(function, make())
+        with peak_growth() as growth:
+            call = clocks.wall(call, iterations)
+            result = self.benchmark.pedantic(call, rounds=1, iterations=iterations)
+        self.grown = growth()
         self._add(self.benchmark.stats.stats.median, axes, facts, WALL)
         if all_clocks and ON_ACCELERATOR:
             self._add_clock(DEVICE_TIME, lambda: clocks.device_seconds(function), axes)
@@ -67,6 +76,11 @@ class Once:
         """Facts that are known only after the timing."""
         for sample in self.samples[:1]:
             sample["facts"] |= facts
+
+    def note_growth(self, **unit: float):
+        """By how much memory grew at its peak, under this name, in a unit of so many bytes."""
+        if self.grown is not None:
+            self.note(**{name: self.grown / size for name, size in unit.items()})
 
     def _add(self, seconds: float, axes: dict, facts: dict, clock: str) -> None:
         group = self.cell

@@ -61,7 +61,7 @@ class Form(NamedTuple):
     def time(self, once, part: str, grad_output: Tensor, *sample, **facts) -> None:
         """One sample of this pass, by every clock; ``sample``: group, implementation, axes, calls."""
         with self.context(), torch.set_grad_enabled(part != NO_GRADIENT):
-            once(self.call(part, grad_output), *sample, warm_up=True, all_clocks=True, **facts)
+            once(self.call(part, grad_output), *sample, all_clocks=True, **facts)
 
 
 def make_layer(tokens: int, out: int, inner: int, rank: int, dtype: torch.dtype, device: str) -> Layer:

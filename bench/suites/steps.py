@@ -86,7 +86,7 @@ class Step(NamedTuple):
             return (call or self)()
 
         with self.form.context(), counting() as ran:
-            once(counted, group, name, axes, calls, warm_up=True, **options)
+            once(counted, group, name, axes, calls, **options)
         runs = next(run)
         per_call = {name: times / runs for name, times in ran.items()}
         right = per_call == self.operators if call is None else bool(per_call) == bool(self.operators)

@@ -7,8 +7,16 @@ from pathlib import Path
 import pytest
 
 from bench.quality.recipes import FULL, LORA_ALL, LORA_PAPER, MICA_ALL, MICA_PAPER, RECIPES, Recipe, methods
-from bench.quality.schedule import chosen_rate, missing, next_run, tried, verdict
-from bench.quality.search import best, is_enclosed, next_rate
+from bench.quality.schedule import (
+    best,
+    chosen_rate,
+    is_enclosed,
+    missing,
+    next_rate,
+    next_run,
+    tried,
+    verdict,
+)
 from mica.cli.adapt import recipes
 
 OPTIMA = {MICA_PAPER: 6e-3, LORA_PAPER: 1e-3, MICA_ALL: 5e-3, LORA_ALL: 1e-5, FULL: 3e-4}

@@ -11,7 +11,7 @@ from bench.results.names import BARE, FAST, KERNELS, MERGED, STOCK
 from bench.suites import bench_host, harness
 from tests.support.models import tiny_llama
 
-CELLS = "(bench_host_layer or bench_host_block) and float32 and backward"
+CELLS = "bench_host and not generation and float32 and backward"
 
 
 def test_kernels_are_timed_that_are_not_launched(measured):

@@ -4,7 +4,7 @@ from bench.results import names
 from bench.results.names import ATEN, BARE, DEVICE_TIME, FAST, GRAPH, PYTORCH, STOCK, STOCK_16
 
 LAYER = "(bench_layer and 1024x576x576-r16-bfloat16 and backward)"
-HOST = "((bench_host_layer or bench_host_block) and float32 and backward)"
+HOST = "(bench_host and not generation and float32 and backward)"
 
 
 def test_a_wrong_operator_gets_no_number_and_the_others_do(measured):

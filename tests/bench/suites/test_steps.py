@@ -16,7 +16,7 @@ from bench.suites.steps import Step, checked, expected_operators, operators
 class Once:
     """Calls as the suites' fixture does, and keeps the axes; pytest-benchmark adds further calls."""
 
-    def __call__(self, function, group, implementation, axes, iterations, warm_up):
+    def __call__(self, function, group, implementation, axes, iterations):
         for _ in range(iterations + 3):
             function()
         self.axes = axes
