@@ -14,7 +14,7 @@ from pathlib import Path
 from statistics import median
 
 from bench.model import experts as stacks
-from bench.model.__main__ import modelled as modelled_for
+from bench.model.__main__ import shapes
 from bench.quality.recipes import OPTIONS, RECIPES, methods
 from bench.quality.report import page_table
 from bench.report.markdown import markdown_table
@@ -319,7 +319,7 @@ def modelled() -> Rows:
         "stock PEFT, bf16 adapters",
         "stock PEFT, default",
     ]
-    for shape in modelled_for("h100")["shapes"]:
+    for shape in shapes("h100"):
         percents = [shape["forms"][form]["percent"] for form in forms]
         cells = [f"{one['forward']:.0f} / {one['backward']:.0f} %" for one in percents]
         yield [" x ".join(str(shape[side]) for side in ("m", "n", "k")), *cells]
