@@ -136,19 +136,18 @@ def load(path: Path) -> Result:
     """Validated as far as `compare` needs it."""
     try:
         result = Result.load(path)
-        rounds = [{len(timing.seconds) for timing in group.timings.values()} for group in result.groups]
         result.machine.get("cpu")
+        for group in result.groups:
+            counts = {len(timing.seconds) for timing in group.timings.values()}
+            if len(counts) > 1 or 0 in counts:
+                raise UnusableError(
+                    f"{path} has implementations of different numbers of rounds in {group.name!r}."
+                )
     except OSError as error:
         raise UnusableError(f"{path} cannot be read: {error.strerror}.") from error
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UnusableError(
-            f"{path} is not the result of a run ({type(error).__name__}: {error})."
-        ) from error
-    for group, counts in zip(result.groups, rounds, strict=True):
-        if len(counts) > 1 or 0 in counts:
-            raise UnusableError(
-                f"{path} has implementations of different numbers of rounds in {group.name!r}."
-            )
+        kind = f"{type(error).__name__}: {error}"
+        raise UnusableError(f"{path} is not the result of a run ({kind}).") from error
     return result
 
 
