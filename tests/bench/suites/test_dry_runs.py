@@ -20,13 +20,10 @@ from bench.results.names import (
     STOCK_16,
     WALL,
 )
-from bench.suites.bench_forms import Bordered
 from bench.suites.bench_kernels import NAMES, launch_bytes
 from mica.kernels.down_projection import down_projection
 from mica.kernels.up_projection import up_projection_
 from tests.support.dry_run import dry_run
-from tests.support.oracle import problem, solve
-from tests.support.tolerances import RELATIVE, error
 
 # Patches the binding of every launch; kernels are told apart by the names of their first parameters.
 BROKEN = """
@@ -162,17 +159,6 @@ def test_a_form_that_was_not_taken_is_refused(tmp_path, injected):
         assert "calls of the fused kernel, by descriptors or not: Counter({False: 1})" in refused[FUSED]
         assert "Counter({True: 1})" in refused[DESCRIPTOR]
         assert "the relative error of dx is 2.0" in refused[ATEN]
-
-
-def test_the_bordered_form_is_the_same_layer():
-    p = problem((7,), 12, 10, 3, torch.float64, bias=False)
-    x, lora_A = p.x.clone().requires_grad_(), p.lora_A.clone().requires_grad_()
-    y = Bordered.apply(x, torch.cat([p.weight, p.lora_B], dim=1), lora_A, p.scaling)
-    y.backward(p.grad_output)
-    expected = solve(p)
-    for name, value in {"y": y, "grad_x": x.grad}.items():
-        assert error(value, expected[name]) <= RELATIVE[torch.float64], name
-    assert error(lora_A.grad, expected["grad_A"]) <= RELATIVE[torch.float32]
 
 
 # Each call of a layer draws another seed, and a compiled one gives 2 % too much.

@@ -10,7 +10,7 @@ from torch import nn
 
 import mica.fast
 from bench.results import journal
-from bench.results.names import BARE, FAST, MERGED, STOCK, STOCK_16, SVD
+from bench.results.names import BARE, FAST, MERGED, STOCK, SVD
 from bench.suites import bench_adapter, bench_host, bench_step, bench_subspace, harness
 from bench.suites.layer import Form, adapted_module, make_layer
 from bench.suites.steps import Step, checked, operators
@@ -138,19 +138,6 @@ def test_results_are_compared_and_must_come_from_the_operators_of_the_name():
 STEP = bench_step.Cell("toy", (1, 8), "float32", layers=1, vocabulary=64)
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_every_implementation_of_a_step_is_built_and_trains(dtype):
-    is_16 = dtype == "bfloat16"
-    cell = STEP._replace(dtype=dtype, checkpointing=int(is_16))
-    steps = bench_step.setting(cell)
-    assert [*steps] == [*cell.implementations] == [BARE, STOCK, *([STOCK_16] if is_16 else []), FAST]
-    assert not harness.refusals
-    assert bench_step.memory(steps[BARE])["optimizer_mb"] == 0
-    facts = bench_step.memory(steps[FAST])
-    # exp_avg and exp_avg_sq of A, and a count of steps for each layer
-    assert facts["optimizer_mb"] == pytest.approx(2 * facts["trained_mb"] + 7 * 4e-6)
-
-
 def test_a_wrong_operator_and_losses_that_diverge_later_are_refused(monkeypatch):
     def scaled(name, *args):
         result = run_formula(name, *args)
@@ -219,33 +206,27 @@ def test_a_start_from_another_subspace_has_more_energy():
 # generate()
 # ---------------------------------------------------------------------------------------------------
 
-TOKENS = "generates other tokens than stock PEFT"
-
 
 @pytest.fixture
 def tiny_generation(monkeypatch):
-    small = lambda: models.tiny_llama(num_key_value_heads=2).requires_grad_(False)  # noqa: E731
+    def small():
+        return models.tiny_llama(num_key_value_heads=2).requires_grad_(False)
+
     monkeypatch.setattr(bench_host.models, "smollm2", small)
     monkeypatch.setattr(bench_host.models, "python_reference_tokens", lambda: torch.arange(3, 40))
 
 
-def test_generating_is_timed_where_all_give_the_same_tokens(tiny_generation):
-    implementations = bench_host.generate_setting("cell")
-    assert list(implementations) == list(bench_host.GENERATE)
-    assert implementations[FAST] is implementations[STOCK]
-    assert bench_host.generated(implementations[BARE], 3).shape == (1, 3)
-
-
-@pytest.mark.parametrize("implementation", [MERGED, FAST])
-def test_generating_other_tokens_than_stock_is_refused(tiny_generation, monkeypatch, implementation):
+@pytest.mark.parametrize("wrong", [None, MERGED, FAST])
+def test_generating_other_tokens_than_stock_is_refused(tiny_generation, monkeypatch, wrong):
     order, generated = iter((STOCK, BARE, MERGED, FAST)), bench_host.generated
 
     def one_wrong(model, new_tokens):
-        return generated(model, new_tokens) + (next(order) == implementation)
+        return generated(model, new_tokens) + (next(order) == wrong)
 
     monkeypatch.setattr(bench_host, "generated", one_wrong)
-    assert bench_host.generate_setting("cell").keys() == {*bench_host.GENERATE} - {implementation}
-    assert harness.refusals == {("cell", implementation): f"{implementation} {TOKENS}"}
+    assert bench_host.generate_setting("cell").keys() == {*bench_host.GENERATE} - {wrong}
+    why = f"{wrong} generates other tokens than stock PEFT"
+    assert harness.refusals == ({("cell", wrong): why} if wrong else {})
 
 
 def test_generating_under_another_name_is_refused(tiny_generation, monkeypatch):
