@@ -111,33 +111,27 @@ def test_a_diverged_run_is_named_and_not_chosen(base, texts, begin):
 
 
 def test_losses_of_probes(base, tokenizer):
-    prompts = ("The pet of Velma is a", "By trade, Velma is a")
-
-    def token(word):
-        return tokenizer(word).input_ids[0]
-
-    with torch.no_grad():
-        ids = [torch.tensor([tokenizer(prompt).input_ids]) for prompt in prompts]
-        scores = [base(one).logits[0, -1].log_softmax(-1) for one in ids]
-    words = [(" wolf", " goat", " fox"), (" nurse", " tailor", " baker")]
-    best, worst = (
-        [*sorted(some, key=lambda word, score=score: -score[token(word)])]
-        for some, score in zip(words, scores, strict=True)
-    )
-    answers = (best, worst[::-1])  # the right one first: the likeliest, and the least likely
-    probes = [sources.Probe(prompts[i], one[0], tuple(one[1:])) for i, one in enumerate(answers)]
-    rows = [[token(word) for word in one] for one in answers]
-    right = [score[row[0]].item() for score, row in zip(scores, rows, strict=True)]
-    among = [score[row].log_softmax(0)[0].item() for score, row in zip(scores, rows, strict=True)]
-    found = [
-        probe_losses(base, sources.tokenise(tokenizer, some)) for some in (probes, probes[:1], probes[1:])
+    """One question whose right answer is the likeliest, and one whose is the least likely."""
+    prompts, rows, words = ("The pet of Velma is a", "By trade, Velma is a"), [], []
+    for prompt, answers in zip(prompts, (("wolf", "goat", "fox"), ("nurse", "tailor", "baker")), strict=True):
+        with torch.no_grad():
+            score = base(torch.tensor([tokenizer(prompt).input_ids])).logits[0, -1].log_softmax(-1)
+        by_word = {word: score[tokenizer(word).input_ids[0]] for word in answers}
+        words.append(sorted(answers, key=by_word.get, reverse=not words))
+        rows.append(torch.stack([by_word[word] for word in words[-1]]))
+        likeliest = tokenizer.convert_ids_to_tokens(int(score.argmax()))
+    probes = [
+        sources.Probe(prompt, f" {right}", tuple(f" {word}" for word in others))
+        for prompt, (right, *others) in zip(prompts, words, strict=True)
     ]
-    assert found[0][""] == pytest.approx(-mean(right), rel=1e-5)
+    probes_of = (probes, probes[:1], probes[1:])
+    found = [probe_losses(base, sources.tokenise(tokenizer, some)) for some in probes_of]
+    among = [row.log_softmax(0)[0].item() for row in rows]
+    assert found[0][""] == pytest.approx(-mean(row[0].item() for row in rows), rel=1e-5)
     assert found[0][", among answers"] == pytest.approx(-mean(among), rel=1e-5)
     assert found[0][", recalled"] == 0
     assert [one[", picked"] for one in found] == [0.5, 1, 0]
-    likeliest = tokenizer.convert_ids_to_tokens(int(scores[0].argmax()))
-    known = sources.tokenise(tokenizer, [sources.Probe(prompts[0], f" {likeliest}")])
+    known = sources.tokenise(tokenizer, [sources.Probe(prompts[1], f" {likeliest}")])
     assert probe_losses(base, known)[", recalled"] == 1
     assert ", picked" not in probe_losses(base, known)
 
