@@ -24,11 +24,11 @@ from pathlib import Path
 from typing import NamedTuple
 
 from bench.report.markdown import ONE_PROCESS, markdown_table
-from bench.results.names import BARE, COPY, FAST, LORA, STOCK, SVD, SVD_TALL
+from bench.results.names import BARE, COPY, FAST, LORA, STOCK, SVD
 from bench.results.schema import Group, Ratio, Result, is_refused
 
 # The first two where the group has them, else the first of the others that it has
-BASELINES, OTHER_BASELINES = (STOCK, BARE), (SVD, SVD_TALL, LORA, ONE_PROCESS, COPY)
+BASELINES, OTHER_BASELINES = (STOCK, BARE), (SVD, LORA, ONE_PROCESS, COPY)
 OURS = (FAST, "minor_subspace")
 # Counted bytes are reproducible, and may grow by this factor. A process's peak is not: that of the bare
 # model's step differed by a factor of 1.9 between two runs.

@@ -24,7 +24,6 @@ from tests.support import models
 ROUNDS = pick(default=1, full=3, cuda=2)
 MERGE_ROUNDS = pick(quick=2, default=3, full=5)
 IMPLEMENTATIONS = {STOCK: mica.fast.disabled, FAST: nullcontext}
-LOW_CPU = "stock PEFT, low_cpu_mem_usage"
 SMOLLM2 = "SmolLM2-135M"
 MODEL = pick(quick="Qwen2.5-0.5B", default=SMOLLM2, cuda="Llama-3.1-8B", dry="toy")
 NAME = MODEL if MODEL == SMOLLM2 else f"a block of {MODEL}"
@@ -82,14 +81,14 @@ def bench_initialisation(once, gated, round_, implementation):
 
 
 @on_a_cpu
-@pytest.mark.parametrize("implementation", [*IMPLEMENTATIONS, LOW_CPU])
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 @pytest.mark.parametrize("round_", range(ROUNDS))
 def bench_loading(once, gated, round_, implementation, tmp_path_factory):
     group = f"PeftModel.from_pretrained, {NAME}, float32"
     adapter = gated(group, lambda: saved_adapter(tmp_path_factory.getbasetemp() / "adapter"), implementation)
-    low, axes = implementation == LOW_CPU, {"suite": "loading", **AXES, "dtype": "float32"}
-    load = functools.partial(PeftModel.from_pretrained, model_id=adapter, low_cpu_mem_usage=low)
-    with IMPLEMENTATIONS[STOCK if low else implementation]():
+    axes = {"suite": "loading", **AXES, "dtype": "float32"}
+    load = functools.partial(PeftModel.from_pretrained, model_id=adapter)
+    with IMPLEMENTATIONS[implementation]():
         loaded = once(load, group, implementation, axes, make=lambda: copy.deepcopy(base()))
     assert all(layer.lora_A["default"].weight.any() for layer in models.adapted_layers(loaded).values())
 

@@ -23,10 +23,10 @@ from transformers import AutoModel, GenerationConfig, LlamaConfig
 import mica.fast
 from bench.measure.machine import ON_ACCELERATOR, SIZE
 from bench.results import names
-from bench.results.names import ATEN, BARE, BOTH, BY_HAND, FAST, MERGED, NO_GRADIENT, STOCK
+from bench.results.names import ATEN, BARE, BOTH, FAST, MERGED, NO_GRADIENT, STOCK
 from bench.suites.decoder import LINEAR_LAYERS, RANK, Work, adapted
 from bench.suites.harness import build_all, pick, turns
-from bench.suites.layer import AtenControl, Form, adapted_module, by_hand, check_errors, exact, make_layer
+from bench.suites.layer import AtenControl, Form, adapted_module, check_errors, exact, make_layer
 from bench.suites.steps import Step, check_all, counting, operators
 from mica.paths.products import has_native
 from tests.support import models
@@ -104,7 +104,7 @@ class Cell(NamedTuple):
 
     @property
     def names(self) -> list[str]:
-        return [*self.implementations, *(() if self.blocks else (ATEN, BY_HAND))]
+        return [*self.implementations, *(() if self.blocks else (ATEN,))]
 
 
 def layer_steps(cell: Cell) -> dict[str, Step]:
@@ -121,9 +121,8 @@ def layer_steps(cell: Cell) -> dict[str, Step]:
         return control(flat, *operands)
 
     def build(name: str) -> Step:
-        if name in (ATEN, BY_HAND):
-            call = aten if name == ATEN else partial(by_hand, flat, *operands)
-            step = Step(Form(call, (flat, lora_A)), dy)
+        if name == ATEN:
+            step = Step(Form(aten, (flat, lora_A)), dy)
         else:
             adapter_dtype, context, on_kernels = cell.implementations[name]
             module, trained = adapted_module(layer, adapter_dtype, init="mica")

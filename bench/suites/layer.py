@@ -118,12 +118,6 @@ class AtenControl(torch.autograd.Function):
         return (grad_output @ weight).addmm_(g, A), None, (g.t() @ x).to(torch.float32), None, None
 
 
-def by_hand(x: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float) -> Tensor:
-    """What many write by hand: two products and one that adds in place, with autograd's backward."""
-    A, B = lora_A.to(x.dtype), lora_B.to(x.dtype)
-    return (x @ weight.t()).addmm_(x @ A.t(), B.t(), alpha=scaling)
-
-
 def exact(layer: Layer, dtype: torch.dtype = torch.float64) -> dict[str, Tensor]:
     """y, dx and dA in ``dtype`` by the reference."""
     operands = [t.detach().to(dtype) for t in (layer.x, layer.weight, layer.lora_A, layer.lora_B)]
