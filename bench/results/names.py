@@ -5,12 +5,8 @@ STOCK_16 = "stock PEFT, adapters in the base dtype"
 LORA, COMPILED = "PEFT LoRA", "stock PEFT, torch.compile"
 # Plain PyTorch: an autograd.Function that rounds dA to the base dtype
 ATEN = "aten control"
-# Forms that are measured and that `mica.fast` takes only where a table has them as faster, or not at all
-FUSED, DESCRIPTOR, BORDERED = (
-    "mica.fast, fused",
-    "mica.fast, fused by tensor descriptors",
-    "frozen [W | B] in one product",
-)
+# Forms that `mica.fast` takes only where a table has them as faster
+FUSED, DESCRIPTOR = "mica.fast, fused", "mica.fast, fused by tensor descriptors"
 # Of host time: the driver returns at once from every launch.
 PYTORCH, KERNELS = "mica.fast, PyTorch form", "mica.fast, kernels with a driver that launches nothing"
 PYTORCH_16, KERNELS_16 = (f"{name}, adapters in the base dtype" for name in (PYTORCH, KERNELS))

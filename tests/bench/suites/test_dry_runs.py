@@ -7,7 +7,6 @@ from bench.results import names
 from bench.results.names import (
     ATEN,
     BARE,
-    BORDERED,
     COPY,
     DESCRIPTOR,
     DEVICE_TIME,
@@ -153,7 +152,7 @@ def test_a_form_that_was_not_taken_is_refused(tmp_path, injected):
     wrong = {FUSED, DESCRIPTOR, ATEN} if injected else set()
     assert refused.keys() == wrong, done.text
     assert len(done.result.groups) == 6  # two passes, three clocks
-    timed = {BARE, FAST, FUSED, DESCRIPTOR, PYTORCH, BORDERED, ATEN} - wrong
+    timed = {BARE, FAST, FUSED, DESCRIPTOR, PYTORCH, ATEN} - wrong
     assert all(group.timings.keys() == timed for group in done.result.groups)
     if injected:
         assert "calls of the fused kernel, by descriptors or not: Counter({False: 1})" in refused[FUSED]
