@@ -86,15 +86,11 @@ def measured() -> Rows:
         times = [f"{group.timings[name].median:.{n}f} s" for name, n in pairs]
         yield [label, *times, speedup(group.ratio(FAST, STOCK), digits)]
     for model, label in (
-        (
-            "Llama-3.2-1B",
-            "decoder block of Llama-3.2-1B, bf16, 1024 tokens, relative to the bare frozen block",
-        ),
-        ("Llama-3.1-8B", "the same of Llama-3.1-8B, 512 tokens"),
-        ("Qwen2.5-0.5B", "the same of Qwen2.5-0.5B, 1024 tokens"),
-        ("GPT-2", "the same of GPT-2, 1024 tokens"),
+        ("Llama-3.2-1B", "decoder block of {}, bf16, {} tokens, relative to the bare frozen block"),
+        *((name, "the same of {}, {} tokens") for name in ("Llama-3.1-8B", "Qwen2.5-0.5B", "GPT-2")),
     ):
         group = only(XEON, suite="block", model=model)
+        label = label.format(model, group.axes["tokens"])
         overheads = [f"{group.ratio(name, BARE).median:.2f}×" for name in (STOCK, UNGROUPED)]
         yield [label, *overheads, speedup(group.ratio(UNGROUPED, STOCK))]
     for dtype, short, most in (("bfloat16", "bf16", 8192), ("float32", "fp32", 4096)):

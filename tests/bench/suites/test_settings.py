@@ -2,6 +2,7 @@
 
 from collections import Counter
 from contextlib import nullcontext
+from itertools import count
 from types import SimpleNamespace
 
 import pytest
@@ -13,6 +14,7 @@ from bench.results import journal
 from bench.results.names import BARE, FAST, MERGED, STOCK, SVD
 from bench.suites import bench_adapter, bench_host, bench_step, bench_subspace, harness
 from bench.suites.layer import Form, adapted_module, make_layer
+from bench.suites.once import Once
 from bench.suites.steps import Step, checked, operators
 from mica.ops.operator import run_formula
 from tests.support import models
@@ -66,12 +68,36 @@ def test_what_was_refused_in_a_cell_is_refused_in_each_of_its_passes(group, impl
     assert (harness.why_refused(group, implementation) is not None) == refused
 
 
+class Benchmark:
+    """pytest-benchmark's fixture, as far as `Once` uses it."""
+
+    def __init__(self):
+        self.extra_info, self.stats = {}, SimpleNamespace(stats=SimpleNamespace(median=2.0))
+
+    def pedantic(self, call, rounds, iterations):
+        return [call() for _ in range(iterations)][-1]
+
+
+def test_an_untimed_call_comes_before_the_timed_ones_each_on_an_operand_of_its_own():
+    calls, made = [], count()
+    timed = Once(Benchmark())
+    assert timed(lambda: calls.append("call"), "cell", FAST, {}, iterations=3) is None
+    assert len(calls) == 1 + 3
+    once = Once(Benchmark())
+    assert once(calls.append, "cell", FAST, {"suite": "x"}, make=lambda: next(made), counted=1.0) is None
+    assert calls[4:] == [0, 1]
+    once.grown = 3e6
+    once.note_growth(peak_mb=1e6)
+    (sample,) = once.samples
+    assert (sample["seconds"], sample["facts"]) == (2.0, {"counted": 1.0, "peak_mb": 3.0})
+
+
 # ---------------------------------------------------------------------------------------------------
 # steps
 # ---------------------------------------------------------------------------------------------------
 
 
-class Once:
+class Calls:
     """Calls as the suites' fixture does, and keeps the axes; pytest-benchmark adds further calls."""
 
     def __call__(self, function, group, implementation, axes, iterations):
@@ -120,7 +146,7 @@ def test_a_step_trains_where_there_is_an_optimizer_and_leaves_no_gradient():
 def test_an_implementation_under_another_ones_name_gets_no_number(forward_only, context, ran):
     step = layer_step(context, ran)
     with pytest.raises(AssertionError, match="implementation ran"):
-        step.time(Once(), "group", "implementation", {}, 5, step.form.forward if forward_only else None)
+        step.time(Calls(), "group", "implementation", {}, 5, step.form.forward if forward_only else None)
 
 
 def test_results_are_compared_and_must_come_from_the_operators_of_the_name():
