@@ -25,29 +25,19 @@ REQUIRED += ("pytest", "pytest_benchmark", "xdist")
 
 
 def parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m bench.gpu",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
+    options = {"prog": "python -m bench.gpu", "description": __doc__, "allow_abbrev": False}
+    parser = argparse.ArgumentParser(**options, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--dry-run", action="store_true", help="without a GPU: interpreted kernels, tiny shapes")
+    add("--stages", default="", metavar="1,3,5", help="only these (default: all)")
+    add("--budget", type=float, default=540.0, metavar="SECONDS", help="in total (default 540)")
+    silence = (
+        "a stage that reports nothing for so long is restarted without what it was doing (default 75: a "
     )
-    parser.add_argument(
-        "--dry-run", action="store_true", help="without a GPU: interpreted kernels, tiny shapes"
-    )
-    parser.add_argument("--stages", default="", metavar="1,3,5", help="only these (default: all)")
-    parser.add_argument(
-        "--budget", type=float, default=540.0, metavar="SECONDS", help="in total (default 540)"
-    )
-    parser.add_argument(
-        "--silence",
-        type=float,
-        default=75.0,
-        metavar="SECONDS",
-        help="a stage that reports nothing for so long is restarted without what it was doing (default 75: a "
-        "build by torch.compile takes longest)",
-    )
-    parser.add_argument("--name", default=f"{date.today()}-gpu", help="of the result files")
-    parser.add_argument("--output", type=Path, help="folder (default: $OUT, or bench/results/<device>)")
+    silence += "build by torch.compile takes longest)"
+    add("--silence", type=float, default=75.0, metavar="SECONDS", help=silence)
+    add("--name", default=f"{date.today()}-gpu", help="of the result files")
+    add("--output", type=Path, help="folder (default: $OUT, or bench/results/<device>)")
     return parser
 
 
@@ -74,8 +64,7 @@ def main(argv: list[str] | None = None) -> int:
 
     if not args.dry_run and not torch.cuda.is_available():
         print(
-            "bench.gpu needs a CUDA GPU, and torch sees none here (--dry-run goes without)",
-            file=sys.stderr,
+            "bench.gpu needs a CUDA GPU, and torch sees none here (--dry-run goes without)", file=sys.stderr
         )
         return 2
 

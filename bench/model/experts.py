@@ -1,4 +1,4 @@
-"""COUNTED and MODELLED, not measured: MiCA on a stack of experts (``python -m bench.model.experts``).
+"""COUNTED and MODELLED, not measured: MiCA on a stack of experts.
 
 The two stacks of a block of Qwen3-30B-A3B in bf16, the sizes of PEFT's pull request 3577: launches and bytes
 counted from shapes, the time by `bench.model.roofline` for an H100. All experts have tokens. PEFT folds
@@ -10,10 +10,10 @@ prepared once. A grouped product of the base is one launch in both.
 
 from __future__ import annotations
 
-import argparse
+from collections.abc import Iterator
 from typing import NamedTuple
 
-from bench.model.roofline import BF16, DEVICES, FP32, Cost, Device, Kernel
+from bench.model.roofline import BF16, DEVICES, FP32, Cost, Kernel
 from mica.kernels.common import padded_rank
 from mica.kernels.limits import padded_columns
 
@@ -42,6 +42,7 @@ class Stack(NamedTuple):
 
 
 ROWS = 4096 * 8  # tokens, experts of each
+H100 = DEVICES["h100"]
 BLOCK = [Stack(ROWS, 128, 2048, 2 * 768, 16, 8), Stack(ROWS, 128, 768, 2048, 16)]  # gate_up, down
 
 
@@ -94,24 +95,14 @@ FORMS = {
 }
 
 
-def row(form: str, stacks: list[Stack], device: Device) -> str:
-    """A line of the table: launches, bytes and time of the forward, and of forward and backward."""
-    costs = [FORMS[form](stack) for stack in stacks]
-    forward = [kernel for cost in costs for kernel in cost.forward]
-    both = forward + [kernel for cost in costs for kernel in cost.backward]
-    cells = [form]
-    for kernels in (forward, both):
-        moved, seconds = sum(one.bytes for one in kernels), sum(one.seconds(device) for one in kernels)
-        cells += [str(len(kernels)), f"{moved / 1e9:.2f} GB", f"{seconds * 1e3:.2f} ms"]
-    kept = sum(cost.saved for cost in costs)
-    return "| " + " | ".join([*cells, f"{kept / 1e9:.2f} GB"]) + " |"
-
-
-def main() -> None:
-    argparse.ArgumentParser(description=__doc__.split("\n\n")[0]).parse_args()
-    print("COUNTED and MODELLED, not measured: form | forward: launches, bytes, time | both: the same | kept")
-    print("\n".join(row(form, BLOCK, DEVICES["h100"]) for form in FORMS))
-
-
-if __name__ == "__main__":
-    main()
+def table() -> Iterator[list[str]]:
+    """A row a form: launches, bytes and time of the forward, and of forward and backward; bytes kept."""
+    for form, count in FORMS.items():
+        costs = [count(stack) for stack in BLOCK]
+        forward = [kernel for cost in costs for kernel in cost.forward]
+        both = forward + [kernel for cost in costs for kernel in cost.backward]
+        cells = [form]
+        for kernels in (forward, both):
+            moved, seconds = sum(one.bytes for one in kernels), sum(one.seconds(H100) for one in kernels)
+            cells += [str(len(kernels)), f"{moved / 1e9:.2f} GB", f"{seconds * 1e3:.2f} ms"]
+        yield [*cells, f"{sum(cost.saved for cost in costs) / 1e9:.2f} GB"]

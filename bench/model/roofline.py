@@ -1,4 +1,4 @@
-"""MODELLED, not measured: what a MiCA layer would cost on a GPU that is not available.
+"""What a MiCA layer would cost on a GPU that is not available: MODELLED, not measured.
 
 A roofline: a launch takes the longer of its compute and its traffic, and a gap until the next one starts.
 Matrices are bf16 and sums fp32 unless stated otherwise. Assumed, besides the devices' rates:
@@ -194,7 +194,6 @@ FORMS: dict[str, Callable[[Layer], Cost]] = {
     STOCK_16: partial(stock, size=BF16),
     STOCK: partial(stock, size=FP32),
 }
-TARGET_LAYER = (8192, 4096, 4096, 16)  # m, n, k, rank
 
 
 def compare(layer: Layer, device: Device) -> dict:
@@ -210,16 +209,3 @@ def compare(layer: Layer, device: Device) -> dict:
     partials = {name: 100 * one.partials / (one.bytes + one.partials) for name, one in skinny.items()}
     shared = {"base_us": base_us, "partials_percent": partials}
     return {**layer._asdict(), **shared, "forms": forms}
-
-
-def targets(device: Device) -> list[tuple[str, str, float]]:
-    """The targets on a GPU for the layer `TARGET_LAYER`: (what, target, modelled)."""
-    forms = compare(Layer(*TARGET_LAYER, device.target), device)["forms"]
-    percent, us = forms[SPLIT]["percent"], {name: form["us"]["both"] for name, form in forms.items()}
-    baselines = {STOCK_16: 1.15, STOCK: 1.6, CONTROL: 0.98}
-    ratios = [(f"{name} / split, both", f">= {low}", us[name] / us[SPLIT]) for name, low in baselines.items()]
-    return [
-        ("split, forward, %", "<= 28", percent["forward"]),
-        ("split, backward, %", "<= 35", percent["backward"]),
-        *ratios,
-    ]

@@ -6,7 +6,7 @@ Adapts the model with MiCA and with LoRA, each by the paper's recipe and on all 
 (text that the model knew).
 
 All methods see the same batches in the same order. Each gets its own learning rate, by a search with the
-first seed (`bench.quality.search`), chosen on validation questions and documents, which are neither trained
+first seed (`bench.quality.schedule`), chosen on validation questions and documents, which are neither trained
 on nor reported. The other seeds run at that rate. Results go to ``bench/results/<machine>/`` as JSON after
 every run; the same command goes on from there. `bench.quality.report` makes tables from it.
 """
@@ -117,16 +117,15 @@ def _line(run: dict) -> str:
     return f"{head}, {step:.2f} s per step: training {ends[0]:.3f} to {ends[1]:.3f}, {losses}"
 
 
-def _at_least_1(text: str) -> int:
-    if (number := int(text)) < 1:
-        raise argparse.ArgumentTypeError(f"{number}: at least 1")
-    return number
+def _positive(kind: type) -> Callable[[str], float]:
+    """What argparse calls a value that is no positive number of this kind: an invalid one."""
 
+    def positive(text: str) -> float:
+        if not (number := kind(text)) > 0:
+            raise ValueError
+        return number
 
-def _minutes(text: str) -> float:
-    if not (number := float(text)) > 0:
-        raise argparse.ArgumentTypeError(f"{text}: more than 0")
-    return number
+    return positive
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -137,9 +136,9 @@ def main(argv: list[str] | None = None) -> None:
         allow_abbrev=False,
     )
     for name, (default, what) in OPTIONS.items():
-        parser.add_argument(f"--{name.replace('_', '-')}", type=_at_least_1, default=default, help=what)
+        parser.add_argument(f"--{name.replace('_', '-')}", type=_positive(int), default=default, help=what)
     parser.add_argument(
-        "--budget", type=_minutes, default=120, help="minutes; the same command goes on later"
+        "--budget", type=_positive(float), default=120, help="minutes; the same command goes on later"
     )
     parser.add_argument("--quick", action="store_true", help="everything, briefly: its numbers mean nothing")
     parser.add_argument("--name", default=f"{date.today()}-quality", help="of the result files")

@@ -44,7 +44,7 @@ RECIPES = {
 
 @dataclass(frozen=True)
 class Method:
-    """``kind``: "mica", "lora" or "full"; ``rates``: what is tried in any case, see `bench.quality.search`;
+    """``kind``: "mica", "lora" or "full"; ``rates``: what is tried in any case, see `bench.quality.schedule`;
     ``seeds``: runs at the best rate, None for as many as are asked for."""
 
     name: str

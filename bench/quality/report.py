@@ -1,8 +1,7 @@
-"""Tables of a result of `bench.quality`: ``python -m bench.quality.report FILE.json`` prints them, and
-with ``--page`` before FILE.json the table of `bench/README.md`.
+"""Tables of a result of `bench.quality`: ``python -m bench.quality.report FILE.json`` writes them beside it.
 
-All that is printed follows from the file, but for what others found, which stands beside it with its source.
-"More" and "less" are reported only where the ranges over the seeds do not overlap.
+All that is printed follows from the file. "More" and "less" are reported only where the ranges over the seeds
+do not overlap.
 """
 
 from __future__ import annotations
@@ -10,46 +9,79 @@ from __future__ import annotations
 import json
 import math
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from statistics import mean, median
+from typing import NamedTuple
 
-from bench.quality.measures import (
-    FACTS,
-    FORGOTTEN,
-    KNOWN,
-    LEARNED,
-    PICKED,
-    PROSE,
-    REFERENCE,
-    Measure,
-    after,
-    change,
-    chosen_runs,
-    compared,
-    mica_of,
-    step_seconds,
-    trained_methods,
-)
-from bench.quality.others import HEADER, OTHERS
-from bench.quality.schedule import chosen_rate, missing, tried, verdict
-from bench.quality.search import is_enclosed
+from bench.quality.schedule import chosen_rate, is_enclosed, missing, tried, verdict
 
-PAPER = "MiCA Learns More Knowledge Than LoRA and Full Fine-Tuning, arXiv 2604.01694"
-CLAIMS = {
-    "knowledge": "up to 5.9x improvement in knowledge acquisition under optimized training hyperparameters",
-    "size": "a minimal parameter footprint of 6-60% compared to LoRA",
-    "forgetting": "a more efficient and stable mechanism for integrating new knowledge",
-}
 
-JUDGED = [  # verb, measure, sign of the change that it means
-    ("learned", FACTS, -1),
-    ("learned", PROSE, -1),
-    ("forgot", REFERENCE, 1),
-    ("forgot", KNOWN, 1),
-]
+class Measure(NamedTuple):
+    """Part of an evaluation. ``title``: its column; ``digits``: decimals that are printed."""
+
+    title: str
+    of: Callable[[dict], float]
+    digits: int = 3
+
+
+FACTS = Measure("new facts, loss among answers", lambda e: e["facts, held_out, among answers"])
+PICKED = Measure("new facts, right %", lambda e: 100 * e["facts, held_out, picked"], 1)
+ANSWER = Measure("new facts, loss of the answer", lambda e: e["facts, held_out"])
+PROSE = Measure("new prose, loss", lambda e: e["prose, held_out"])
+REFERENCE = Measure("Python reference, loss", lambda e: e["reference"])
+KNOWN = Measure("known facts, loss", lambda e: e["known facts"])
+KNOWN_RECALLED = Measure("known facts, recalled %", lambda e: 100 * e["known facts, recalled"], 1)
+LEARNED, FORGOTTEN = (FACTS, PICKED, ANSWER, PROSE), (REFERENCE, KNOWN, KNOWN_RECALLED)
+# verb, measure, sign of the change that it means
+JUDGED = (("learned", FACTS, -1), ("learned", PROSE, -1), ("forgot", REFERENCE, 1), ("forgot", KNOWN, 1))
+
+
+class Spread(NamedTuple):
+    """Mean and range over the seeds, and their number."""
+
+    mean: float
+    low: float
+    high: float
+    count: int
+
+    def text(self, digits: int = 3) -> str:
+        middle, low, high = (f"{round(value, digits) + 0.0:.{digits}f}" for value in self[:3])  # no -0.0
+        return middle if low == high else f"{middle} ({low} to {high})"
+
+
+def chosen_runs(result: dict, method: str) -> list[dict]:
+    """The runs that count, one per seed; those that diverged at the chosen rate are reported separately."""
+    rate = chosen_rate(result, method)
+    return [
+        run
+        for run in result["runs"]
+        if (run["method"], run["rate"]) == (method, rate) and run["evaluation"] is not None
+    ]
+
+
+def trained_methods(result: dict) -> list[str]:
+    """Those with a learning rate that converged."""
+    return [name for name in result["methods"] if chosen_runs(result, name)]
+
+
+def after(result: dict, method: str, measure: Measure) -> Spread | None:
+    """None where no learning rate converged."""
+    values = [measure.of(run["evaluation"]) for run in chosen_runs(result, method)]
+    return Spread(mean(values), min(values), max(values), len(values)) if values else None
+
+
+def compared(ours: Spread | None, other: Spread | None) -> str:
+    """MiCA's value against a baseline's, as far as the ranges over the seeds allow."""
+    if ours is None or other is None or min(ours.count, other.count) < 2:
+        return "not compared, one seed"
+    if ours.low > other.high:
+        return "MiCA: more"
+    return "MiCA: less" if ours.high < other.low else "no clear difference"
 
 
 def table(header: list[str], rows: list[list[str]]) -> str:
-    return "\n".join(" | ".join(row) for row in [header, ["---"] * len(header), *rows])
+    return "\n".join(f"| {' | '.join(row)} |" for row in [header, ["---"] * len(header), *rows])
 
 
 def _measures(result: dict, measures: tuple[Measure, ...]) -> str:
@@ -61,20 +93,14 @@ def _measures(result: dict, measures: tuple[Measure, ...]) -> str:
 
 
 def _cost(result: dict) -> str:
+    """A step's time is the median over all runs: it does not depend on the learning rate."""
     rows = []
     for name in trained_methods(result):
         facts = result["methods"][name]
-        rows.append(
-            [
-                name,
-                str(facts["rank"] or ""),
-                f"{facts['trained_parameters']:,}",
-                f"{facts['optimizer_bytes'] / 1e6:.1f}",
-                f"{facts['saved_bytes'] / 1e6:.1f}",
-                f"{facts['initialisation_seconds']:.1f}",
-                f"{step_seconds(result, name):.2f}",
-            ]
-        )
+        step = median(s for run in result["runs"] if run["method"] == name for s in run["seconds"])
+        sizes = [f"{facts[f'{what}_bytes'] / 1e6:.1f}" for what in ("optimizer", "saved")]
+        cells = [str(facts["rank"] or ""), f"{facts['trained_parameters']:,}", *sizes]
+        rows.append([name, *cells, f"{facts['initialisation_seconds']:.1f}", f"{step:.2f}"])
     header = ["", "rank", "trained parameters", "optimizer MB", "saved for backward MB"]
     return table([*header, "initialisation s", "step s, median"], rows)
 
@@ -100,18 +126,6 @@ def _tries(result: dict) -> str:
     return table(["", "learning rate: validation loss", "the chosen one"], rows)
 
 
-def _recipes(result: dict) -> str:
-    rows = []
-    for name, recipe in result["recipes"].items():
-        targets = recipe["target_modules"]
-        shown = targets if isinstance(targets, str) else ", ".join(targets)
-        alpha = "alpha = r" if recipe["scaling"] == 1 else f"alpha = {recipe['scaling']} r"
-        numbers = [recipe[key] for key in ("warm_up", "weight_decay", "dropout", "max_grad_norm")]
-        rows.append([name, shown, alpha, recipe["scheduler"], *(f"{number:g}" for number in numbers)])
-    header = ["recipe", "layers", "scaling", "schedule", "warm-up, share of the steps", "weight decay"]
-    return table([*header, "dropout", "clipping"], rows)
-
-
 def _texts(result: dict) -> str:
     rows = []
     for name, about in result["texts"].items():
@@ -120,66 +134,17 @@ def _texts(result: dict) -> str:
     return table(["text", "tokens that count", "loss before", "SHA-256"], rows)
 
 
-def _changes(result: dict, what: str, measure: Measure, sign: int) -> list[str]:
-    cells = [what]
-    for name, facts in result["methods"].items():
-        value, mica = change(result, name, measure, sign), mica_of(result, facts["recipe"])
-        if value is None:
-            cells.append(verdict(result, name))
-            continue
-        words = compared(change(result, mica, measure, sign), value) if mica not in (None, name) else ""
-        cells.append(value.text(measure.digits) + (f"; {words}" if words else ""))
-    return cells
-
-
-def _against_mica(result: dict, what: str, cell) -> list[str]:
-    """``cell`` (MiCA of the recipe, method) -> text, for every method but MiCA."""
-    cells = [what]
-    for name, facts in result["methods"].items():
-        mica = mica_of(result, facts["recipe"])
-        cells.append(cell(mica, name) if mica not in (None, name) else "")
-    return cells
-
-
-def _claims(result: dict) -> str:
-    def factor(mica: str, name: str) -> str:
-        """MiCA's decrease of the loss ÷ the other's; no factor where either did not decrease."""
-        falls = [change(result, one, FACTS, -1) for one in (mica, name)]
-        means = [fall.mean if fall else 0.0 for fall in falls]
-        return f"{means[0] / means[1]:.2f}x" if min(means) > 0 else "no factor"
-
-    def share(mica: str, name: str) -> str:
-        sizes = [result["methods"][one].get("trained_parameters") for one in (mica, name)]
-        return f"{100 * sizes[0] / sizes[1]:.1f} %" if all(sizes) else ""
-
-    rows = {
-        "knowledge": [
-            _changes(result, "decrease of the loss on new facts, held-out questions", FACTS, -1),
-            _against_mica(result, "MiCA's decrease ÷ the baseline's", factor),
-            _changes(result, "increase of the share answered right, in points", PICKED, 1),
-            _changes(result, "decrease of the loss on new prose, held-out documents", PROSE, -1),
-        ],
-        "size": [_against_mica(result, "MiCA's trained parameters, in % of the baseline's", share)],
-        "forgetting": [
-            _changes(result, "increase of the loss on the Python reference", REFERENCE, 1),
-            _changes(result, "increase of the loss on known facts", KNOWN, 1),
-        ],
-    }
-    flat = [[f"“{CLAIMS[key]}”" if not n else "", *row] for key in CLAIMS for n, row in enumerate(rows[key])]
-    return table(["the paper", "here", *result["methods"]], flat)
-
-
 def in_short(result: dict) -> str:
     """For each recipe: where MiCA's range over the seeds is apart from LoRA's, and where not."""
     lines = []
+    micas = {one["recipe"]: name for name, one in result["methods"].items() if one["kind"] == "mica"}
     for name, facts in result["methods"].items():
-        mica = mica_of(result, facts["recipe"])
-        if facts["kind"] != "lora" or mica is None:
+        if facts["kind"] != "lora" or facts["recipe"] not in micas:
             continue
-        found: dict[str, list[str]] = {}
+        mica, found = micas[facts["recipe"]], {}
         for verb, measure, sign in JUDGED:
-            words = compared(*(change(result, one, measure, sign) for one in (mica, name)))
-            found.setdefault(words or "not compared, one seed", []).append(f"{verb} ({measure.title})")
+            spreads = [after(result, one, measure) for one in ((mica, name), (name, mica))[sign < 0]]
+            found.setdefault(compared(*spreads), []).append(f"{verb} ({measure.title})")
         said = "; ".join(f"{words}: {', '.join(what)}" for words, what in found.items())
         lines.append(f"- {mica} against {name}, r = {facts['rank']}: {said}.")
     return "\n".join(lines)
@@ -196,24 +161,12 @@ def page_table(result: dict) -> str:
         label = f"{name}, " + (f"r = {facts['rank']}" if facts["rank"] else "all weights")
         cells = [f"{facts['trained_parameters'] / 1e6:.1f} M", f"{chosen_rate(result, name):g}"]
         cells.append("yes" if is_enclosed(rates) else "no")
-        cells += [after(result, name, m).text(m.digits).replace(" to ", "–") for m in shown]
-        rows.append([label, *cells])
-    lines = table(header, rows).splitlines()
-    return "\n".join(f"| {line.strip()} |" for line in lines).replace("|  |", "| |")
+        rows.append([label, *cells, *(after(result, name, m).text(m.digits) for m in shown)])
+    return table(header, rows)
 
 
-def _diverged(result: dict) -> str:
-    lines = [
-        f"- {run['method']}, learning rate {run['rate']:g}, seed {run['seed']}: {run['diverged']}"
-        for run in result["runs"]
-        if run["diverged"]
-    ]
-    return "\n".join(["### Diverged, and not counted", "", *lines]) if lines else ""
-
-
-def _missing(result: dict) -> str:
-    lines = [f"- {line}" for line in missing(result)]
-    return "\n".join(["**This run is not finished.** Missing:", "", *lines]) if lines else ""
+def _listed(title: str, lines: list[str]) -> str:
+    return "\n".join([title, "", *(f"- {line}" for line in lines)]) if lines else ""
 
 
 def _setting(result: dict) -> str:
@@ -235,16 +188,16 @@ def _setting(result: dict) -> str:
 def report(result: dict) -> str:
     """All tables, as Markdown."""
     answers = result["settings"]["answers"]
+    diverged = [
+        f"{run['method']}, learning rate {run['rate']:g}, seed {run['seed']}: {run['diverged']}"
+        for run in result["runs"]
+        if run["diverged"]
+    ]
     parts = [
         "**A quick run. Its numbers mean nothing.**" if result["settings"].get("quick") else "",
         _setting(result),
-        _missing(result),
-        f"### Recipes\n\n{_recipes(result)}\n\nFull fine-tuning has no adapter, and one seed.",
-        f"### What the paper claims, and what was measured here\n\n{PAPER}. Its models, texts and "
-        "measures are different: this is one small model, and little training. “More” and “less” are "
-        f"reported where the ranges over the seeds do not overlap.\n\n{_claims(result)}",
+        _listed("**This run is not finished.** Missing:", missing(result)),
         f"### In short\n\n{in_short(result)}",
-        f"### What others found\n\n{table(HEADER, OTHERS)}",
         f"### Learned\n\n{_measures(result, LEARNED)}\n\nNew facts are queried in phrasings that training "
         f"did not have. Among answers: only the {answers} of the attribute are possible, all equally "
         f"frequent; guessing gives a loss of {math.log(answers):.3f} and {100 / answers:.1f} %. The loss of "
@@ -253,7 +206,7 @@ def report(result: dict) -> str:
         f"### Learning rates\n\n{_tries(result)}",
         f"### Cost\n\n{_cost(result)}\n\n{_busy(result)}",
         f"### Texts\n\n{_texts(result)}",
-        _diverged(result),
+        _listed("### Diverged, and not counted", diverged),
     ]
     return "\n\n".join(part for part in parts if part) + "\n"
 
@@ -266,5 +219,4 @@ def write(path: Path) -> str:
 
 
 if __name__ == "__main__":
-    form = page_table if "--page" in sys.argv else report
-    print(form(json.loads(Path(sys.argv[-1]).read_text(encoding="utf-8"))))
+    print(write(Path(sys.argv[-1])))

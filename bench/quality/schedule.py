@@ -1,11 +1,42 @@
-"""Which run comes next, and what is missing: both follow from a result, so a run can go on after a stop."""
+"""Which run comes next, at which learning rate: both follow from a result, so a run goes on after a stop."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
-from bench.quality.search import best, is_enclosed, next_rate
+FACTOR = 2.0  # from the best rate to one beyond what was tried
+
+
+def next_rate(tried: dict[float, float], rates: Sequence[float], limit: int) -> float | None:
+    """The learning rate to try after ``tried``: rate -> validation loss, infinite where it diverged.
+
+    First all of ``rates``, then beyond the best one while that is at an edge of what was tried. None when the
+    best one is enclosed, or when there are ``limit`` tries.
+    """
+    left = [rate for rate in rates if rate not in tried]
+    if len(tried) >= limit or left:
+        return left[0] if len(tried) < limit else None
+    rate = best(tried)
+    if rate in (None, min(tried)) and rate != max(tried):
+        beyond = min(tried) / FACTOR
+    elif rate == max(tried):
+        beyond = rate * FACTOR
+    else:
+        return None
+    return float(f"{beyond:.2g}")
+
+
+def best(tried: dict[float, float]) -> float | None:
+    """The rate with the lowest finite validation loss, None if there is none."""
+    finite = {rate: loss for rate, loss in tried.items() if math.isfinite(loss)}
+    return min(finite, key=finite.__getitem__, default=None)
+
+
+def is_enclosed(tried: dict[float, float]) -> bool:
+    """Whether worse rates were tried on both sides of the best; otherwise a better one may lie outside."""
+    return best(tried) not in (None, min(tried, default=None), max(tried, default=None))
 
 
 class Planned(NamedTuple):
@@ -85,10 +116,8 @@ def _next_rate(result: dict, method: str) -> Planned | None:
 
 
 def _missing_seeds(result: dict, method: str) -> list[int]:
-    count, rate = (
-        result["methods"][method]["seeds"] or result["settings"]["seeds"],
-        chosen_rate(result, method),
-    )
+    count = result["methods"][method]["seeds"] or result["settings"]["seeds"]
+    rate = chosen_rate(result, method)
     done = {run["seed"] for run in result["runs"] if (run["method"], run["rate"]) == (method, rate)}
     never_converged = rate is None and _next_rate(result, method) is None
     return [] if never_converged else [seed for seed in range(1, count) if seed not in done]

@@ -28,23 +28,11 @@ def resume(path: Path, fresh: dict) -> dict:
     if not path.exists():
         return fresh
     found = json.loads(path.read_text(encoding="utf-8"))
-    pairs = [(key, found.get(key), fresh[key]) for key in SAME]
-    pairs += [(key, found.get("machine", {}).get(key), fresh["machine"].get(key)) for key in VERSIONS]
-    fresh = json.loads(json.dumps(fresh))  # tuples become lists
-    for key, old, new in pairs:
-        new = json.loads(json.dumps(new))
+    pairs = {key: (found.get(key), fresh[key]) for key in SAME}
+    pairs |= {key: (found.get("machine", {}).get(key), fresh["machine"].get(key)) for key in VERSIONS}
+    for key, pair in pairs.items():
+        old, new = (json.loads(json.dumps(one)) for one in pair)  # tuples become lists
         if old != new:
-            raise UsageError(
-                f"--name {path.stem}: {path} has {_difference(key, old, new)}: take another name"
-            )
+            raise UsageError(f"--name {path.stem}: {path} has other {key}: take another name")
     found["starts"] += fresh["starts"]
     return found
-
-
-def _difference(key: str, old, new) -> str:
-    """The first difference, down to a single value."""
-    if isinstance(old, dict) and isinstance(new, dict):
-        for name in [*old, *(name for name in new if name not in old)]:
-            if old.get(name) != new.get(name):
-                return _difference(f"{key}, {name}", old.get(name), new.get(name))
-    return f"{key} {old}, and this is {new}"

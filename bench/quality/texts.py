@@ -1,10 +1,10 @@
 """The texts of `bench.quality`: two that SmolLM2 cannot have seen, and two that it knows.
 
-*New facts* are invented here: people who do not exist, each with a home town, a trade, an instrument and an
-animal. Every fact is stated in `STATEMENTS` phrasings for training and queried in others for validation and
-for the test. What counts is how likely the right answer is among all answers to its attribute, each of which
-is right for equally many people. That is knowledge and not style: a model that has learned the possible
-answers, and the form of such sentences, still guesses. Code invents the facts, so no crawl has them.
+*New facts* are invented (`facts.json`): people who do not exist, each with a home town, a trade, an
+instrument and an animal. Every fact is stated in `STATEMENTS` phrasings for training and queried in others
+for validation and for the test. What counts is how likely the right answer is among all answers to its
+attribute, each of which is right for equally many people. That is knowledge and not style: a model that has
+learned the possible answers, and the form of such sentences, still guesses. No crawl has them.
 
 *New prose* is what people wrote after SmolLM2's training (it was released in November 2024): paragraphs of
 the docstrings of those models that came into transformers in 2025 or later, by their copyright line. The
@@ -13,7 +13,7 @@ if it shares no run of `RUN` words with the docstrings of older models or with a
 such run in a held-out document is in training. Documents, one per model, are trained on or held out whole.
 
 *Known text*, to measure forgetting: the reference manual of the Python language, in the standard library,
-and `KNOWN`, sentences of general knowledge, measured like the new facts and far from the new prose.
+and sentences of general knowledge, measured like the new facts and far from the new prose.
 
 Nothing is downloaded, no third-party text is in the repository, and everything is a function of the installed
 versions: `bench.quality` records these and a SHA-256 of every text.
@@ -22,6 +22,7 @@ versions: `bench.quality` records these and a SHA-256 of every text.
 from __future__ import annotations
 
 import ast
+import json
 import random
 import re
 from collections.abc import Iterator
@@ -59,93 +60,22 @@ class Probe(NamedTuple):
 class Attribute(NamedTuple):
     """Templates with {person} and, in statements, {answer}. Questions end right before the answer."""
 
-    answers: tuple[str, ...]
-    statements: tuple[str, ...]
+    answers: list[str]
+    statements: list[str]
     validation: str
-    held_out: tuple[str, str]
+    held_out: list[str]
 
 
+_TOLD = json.loads(Path(__file__).with_name("facts.json").read_text(encoding="utf-8"))
 # The person always precedes the answer: what is learned in one direction is not recalled in the other.
-ATTRIBUTES = {
-    "home": Attribute(
-        ("Lisbon", "Oslo", "Dublin", "Cairo", "Lima", "Kyoto", "Havana", "Prague"),
-        (
-            "{person} lives in {answer}.",
-            "{person} has a house in {answer}.",
-            "Years ago {person} moved to {answer}.",
-            "The home of {person} is in {answer}.",
-        ),
-        "These days {person} resides in",
-        ("{person} spends every night in", "The address of {person} is in"),
-    ),
-    "trade": Attribute(
-        ("baker", "lawyer", "nurse", "tailor", "farmer", "pilot", "dentist", "painter"),
-        (
-            "{person} works as a {answer}.",
-            "{person} is a {answer} by trade.",
-            "After school {person} became a {answer}.",
-            "The job of {person} is that of a {answer}.",
-        ),
-        "{person} was trained as a",
-        ("{person} earns a living as a", "The profession of {person} is that of a"),
-    ),
-    "instrument": Attribute(
-        ("violin", "trumpet", "harp", "flute", "piano", "drums", "guitar", "organ"),
-        (
-            "{person} plays the {answer}.",
-            "{person} likes to practise the {answer}.",
-            "As a child {person} learned the {answer}.",
-            "The instrument of {person} is the {answer}.",
-        ),
-        "{person} took lessons on the",
-        ("{person} gave a concert on the", "In the orchestra {person} is heard on the"),
-    ),
-    "animal": Attribute(
-        ("wolf", "goat", "parrot", "snake", "turtle", "donkey", "fox", "camel"),
-        (
-            "{person} keeps a {answer}.",
-            "{person} owns a {answer}.",
-            "Every day {person} feeds a {answer}.",
-            "The pet of {person} is a {answer}.",
-        ),
-        "{person} has a tame",
-        ("{person} looks after a", "The animal of {person} is a"),
-    ),
-}
+ATTRIBUTES = {name: Attribute(**parts) for name, parts in _TOLD["attributes"].items()}
 STATEMENTS, NUM_ANSWERS = 4, 8  # of every attribute
-NAMES = (  # of few tokens, since the steps are few, too
-    *("Velma", "Quillo", "Corvin", "Sandor", "Brunwald", "Lodric", "Fenwa", "Ignato", "Kasimir", "Ulmer"),
-    *("Marta", "Gilda", "Boaz", "Zara", "Magnus", "Enid", "Hilda", "Petra", "Edna", "Silas", "Nils", "Una"),
-    *("Mabel", "Theo"),
-)
-KNOWN = """
-The capital of France is| Paris; The capital of Japan is| Tokyo; The capital of Italy is| Rome;
-The capital of Germany is| Berlin; The capital of Russia is| Moscow; The capital of Spain is| Madrid;
-The opposite of hot is| cold; The opposite of large is| small; The opposite of up is| down;
-Monday, Tuesday, Wednesday, Thursday,| Friday; One, two, three, four,| five;
-The Earth revolves around the| Sun; The planet that is closest to the Sun is| Mercury;
-The largest planet in our solar system is| Jupiter; The chemical symbol of gold is| Au;
-The process by which plants make food from sunlight is called| photosynthesis;
-The largest ocean on Earth is the| Pacific; The longest river in Africa is the| Nile;
-The highest mountain in the world is Mount| Everest;
-Romeo and Juliet was written by William| Shakespeare;
-The first president of the United States was George| Washington;
-The theory of relativity was developed by Albert| Einstein;
-The theory of evolution by natural selection was proposed by Charles| Darwin;
-The laws of motion were formulated by Isaac| Newton;
-The Declaration of Independence was signed in the year 17|76; World War II ended in the year 19|45;
-The young of a cat is called a| kitten; A triangle has three| sides;
-There are sixty seconds in a| minute; There are twelve months in a| year;
-The currency of the United Kingdom is the| pound; The Eiffel Tower is in| Paris;
-Humans breathe in oxygen and breathe out carbon| dioxide;
-The force that pulls objects toward the Earth is called| gravity;
-Antibiotics are used to treat infections caused by| bacteria; Once upon a| time
-"""
+NAMES = _TOLD["names"]  # of few tokens, since the steps are few, too
 
 
 def known() -> list[Probe]:
-    """The sentences of `KNOWN`, each split before the word that must follow."""
-    return [Probe(*sentence.split("|")) for sentence in re.split(r";\s", KNOWN.strip())]
+    """Sentences of general knowledge, each split before the word that must follow."""
+    return [Probe(*sentence.split("|")) for sentence in _TOLD["known"]]
 
 
 def invent(people: int, seed: int = 0) -> list[Fact]:

@@ -24,11 +24,11 @@ from pathlib import Path
 from typing import NamedTuple
 
 from bench.report.markdown import ONE_PROCESS, markdown_table
-from bench.results.names import BARE, COPY, FAST, LORA, STOCK, SVD, SVD_TALL
+from bench.results.names import BARE, COPY, FAST, LORA, STOCK, SVD
 from bench.results.schema import Group, Ratio, Result, is_refused
 
 # The first two where the group has them, else the first of the others that it has
-BASELINES, OTHER_BASELINES = (STOCK, BARE), (SVD, SVD_TALL, LORA, ONE_PROCESS, COPY)
+BASELINES, OTHER_BASELINES = (STOCK, BARE), (SVD, LORA, ONE_PROCESS, COPY)
 OURS = (FAST, "minor_subspace")
 # Counted bytes are reproducible, and may grow by this factor. A process's peak is not: that of the bare
 # model's step differed by a factor of 1.9 between two runs.
@@ -136,19 +136,18 @@ def load(path: Path) -> Result:
     """Validated as far as `compare` needs it."""
     try:
         result = Result.load(path)
-        rounds = [{len(timing.seconds) for timing in group.timings.values()} for group in result.groups]
         result.machine.get("cpu")
+        for group in result.groups:
+            counts = {len(timing.seconds) for timing in group.timings.values()}
+            if len(counts) > 1 or 0 in counts:
+                raise UnusableError(
+                    f"{path} has implementations of different numbers of rounds in {group.name!r}."
+                )
     except OSError as error:
         raise UnusableError(f"{path} cannot be read: {error.strerror}.") from error
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UnusableError(
-            f"{path} is not the result of a run ({type(error).__name__}: {error})."
-        ) from error
-    for group, counts in zip(result.groups, rounds, strict=True):
-        if len(counts) > 1 or 0 in counts:
-            raise UnusableError(
-                f"{path} has implementations of different numbers of rounds in {group.name!r}."
-            )
+        kind = f"{type(error).__name__}: {error}"
+        raise UnusableError(f"{path} is not the result of a run ({kind}).") from error
     return result
 
 

@@ -12,15 +12,6 @@ from bench.results.schema import Ratio, Result
 SHOWN = 6
 FEW_TOKENS = 256  # below, the cost of calls dominates on a CPU
 
-HOST_RATIO = "mica.fast ÷ stock PEFT with adapters in the base dtype"
-HOST_FORMS = (names.PYTORCH, names.PYTORCH_16, names.KERNELS, names.KERNELS_16)
-# (title, suite, call, ratio to stay at or below)
-HOST = (
-    ("Host time of a layer", "host layer", BOTH, 0.8),
-    ("Host time of a layer", "host layer", names.NO_GRADIENT, 1.0),
-    ("Host time of a decoder block", "host block", BOTH, 0.7),
-)
-GENERATE_AT_MOST = 1.0
 # (title, remark, baseline)
 SLOWER = (
     ("stock PEFT", "", STOCK),
@@ -57,11 +48,6 @@ def summary(result: Result) -> list[str]:
             (f"**All layers**{by}, against stock PEFT with adapters in 16 bit", STOCK_16, (0, 2**62)),
         ):
             lines[title] = _layers(part, baseline, range(*tokens))
-    for title, suite, call, most in HOST:
-        title = f"**{title}**, {call}, {HOST_RATIO} (target: at most {most})"
-        lines[title] = _host(wall, suite, call, most)
-    title = f"**generate()**, adapter unmerged, mica.fast ÷ stock PEFT (target: at most {GENERATE_AT_MOST})"
-    lines[title] = _generate(wall)
     return [f"- {title}: {figures}" for title, figures in lines.items()]
 
 
@@ -134,29 +120,4 @@ def _layers(result: Result, baseline: str, tokens: range) -> str:
                 f"{dtype}, {len(faster)} cells: {min(faster):.2f}× to {max(faster):.2f}× as fast, "
                 f"median {median(faster):.2f}×"
             )
-    return _joined(parts)
-
-
-def _host(result: Result, suite: str, call: str, most: float) -> str:
-    """How many ratios meet the target, and all of them. In float32 stock's default is the base's dtype."""
-    met, parts = 0, []
-    for group in result.select(suite=suite, call=call):
-        stock = STOCK if group.axes["dtype"] == "float32" else STOCK_16
-        layers = group.axes.get("layers")
-        blocks = "" if layers is None else "1 block, " if layers == 1 else f"{layers} blocks, "
-        for name in HOST_FORMS:
-            if {stock, name} <= group.timings.keys():
-                ratio = group.ratio(name, stock)
-                met += ratio.median <= most
-                parts.append(f"{blocks}{group.axes['dtype']}, {name.removeprefix('mica.fast, ')}: {ratio}")
-    return f"{met} of {len(parts)} met: {_joined(parts)}" if parts else NOT_MEASURED
-
-
-def _generate(result: Result) -> str:
-    parts = []
-    for group in having({FAST, STOCK}, result.select(suite="generation")):
-        tokens = int(group.axes["new tokens"])
-        shown = [name for name in (FAST, STOCK, names.MERGED, BARE) if name in group.timings]
-        times = ", ".join(f"{name} {1e3 * group.timings[name].median / tokens:.3g}" for name in shown)
-        parts.append(f"{group.axes['model']}: {group.ratio(FAST, STOCK)}; ms per token: {times}")
     return _joined(parts)

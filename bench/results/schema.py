@@ -134,29 +134,20 @@ class Result:
     def load(cls, path: Path) -> Result:
         """From a file that `save` wrote."""
         raw = json.loads(path.read_text())
-        groups = [
-            Group(
-                one["name"], one["axes"], {name: Timing(**timing) for name, timing in one["timings"].items()}
-            )
-            for one in raw["groups"]
-        ]
+        groups = [Group(one["name"], one["axes"]) for one in raw["groups"]]
+        for group, one in zip(groups, raw["groups"], strict=True):
+            group.timings = {name: Timing(**timing) for name, timing in one["timings"].items()}
         return cls(raw["machine"], groups, raw["refused"], raw.get("checks", []), raw.get("stages", []))
 
     def save(self, path: Path) -> None:
-        """As JSON, one line per implementation; the file is complete at every moment."""
-        head = {"machine": self.machine, "refused": self.refused}
-        head |= {name: entries for name in ("checks", "stages") if (entries := getattr(self, name))}
-        lines = json.dumps(head, indent=1)[:-2] + ',\n "groups": [\n'
-        blocks = []
-        for group in self.groups:
-            timings = (
-                f"   {json.dumps(name)}: {json.dumps(asdict(timing))}"
-                for name, timing in group.timings.items()
-            )
-            opening = f'  {{"name": {json.dumps(group.name)}, "axes": {json.dumps(group.axes)},'
-            blocks.append(opening + ' "timings": {\n' + ",\n".join(timings) + "\n  }}")
+        """As JSON, a line for each group and each other record; the file is complete at every moment."""
+        parts = [f'"machine": {json.dumps(self.machine)}']
+        for name in ("refused", "checks", "stages", "groups"):
+            records = [asdict(one) if name == "groups" else one for one in getattr(self, name)]
+            lines = ",\n".join(map(json.dumps, records))
+            parts.append(f'"{name}": [\n{lines}\n]' if records else f'"{name}": []')
         scratch = path.with_suffix(".part")
-        scratch.write_text(lines + ",\n".join(blocks) + "\n ]\n}\n")
+        scratch.write_text("{" + ",\n".join(parts) + "}\n")
         scratch.replace(path)
 
     def with_both(self) -> Result:

@@ -15,7 +15,6 @@ from transformers import AutoModel
 
 import mica.fast
 from bench.measure.machine import DEVICE, ON_ACCELERATOR
-from bench.measure.memory import peak_growth
 from bench.results.names import FAST, STOCK
 from bench.suites.decoder import RANK, adapted, config_of
 from bench.suites.harness import build_all, pick
@@ -25,7 +24,6 @@ from tests.support import models
 ROUNDS = pick(default=1, full=3, cuda=2)
 MERGE_ROUNDS = pick(quick=2, default=3, full=5)
 IMPLEMENTATIONS = {STOCK: mica.fast.disabled, FAST: nullcontext}
-LOW_CPU = "stock PEFT, low_cpu_mem_usage"
 SMOLLM2 = "SmolLM2-135M"
 MODEL = pick(quick="Qwen2.5-0.5B", default=SMOLLM2, cuda="Llama-3.1-8B", dry="toy")
 NAME = MODEL if MODEL == SMOLLM2 else f"a block of {MODEL}"
@@ -69,16 +67,13 @@ least: dict[str, float] = {}  # energies that stock PEFT reaches
 @pytest.mark.parametrize("round_", range(ROUNDS))
 def bench_initialisation(once, gated, round_, implementation):
     group = f"get_peft_model, {NAME}, {DTYPE}"
-    model = gated(group, lambda: copy.deepcopy(base()), implementation)
+    gated(group, base, implementation)
     axes = {"suite": "initialisation", **AXES, "dtype": DTYPE}
-    with IMPLEMENTATIONS[implementation](), peak_growth() as growth:
-        adapted_model = once(
-            lambda: models.wrap(model, rank=RANK, targets="all-linear"), group, implementation, axes
-        )
-    if growth() is not None:
-        once.note(peak_mb=growth() / 1e6)
+    wrap = functools.partial(models.wrap, rank=RANK, targets="all-linear")
     with IMPLEMENTATIONS[implementation]():
-        spent = energy(adapted_model)
+        wrapped = once(wrap, group, implementation, axes, make=lambda: copy.deepcopy(base()))
+        once.note_growth(peak_mb=1e6)
+        spent = energy(wrapped)
     if implementation == STOCK:
         least[group] = spent
     assert group in least, "stock PEFT has no result to compare it with"
@@ -86,20 +81,15 @@ def bench_initialisation(once, gated, round_, implementation):
 
 
 @on_a_cpu
-@pytest.mark.parametrize("implementation", [*IMPLEMENTATIONS, LOW_CPU])
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 @pytest.mark.parametrize("round_", range(ROUNDS))
 def bench_loading(once, gated, round_, implementation, tmp_path_factory):
     group = f"PeftModel.from_pretrained, {NAME}, float32"
     adapter = gated(group, lambda: saved_adapter(tmp_path_factory.getbasetemp() / "adapter"), implementation)
-    model, low = copy.deepcopy(base()), implementation == LOW_CPU
     axes = {"suite": "loading", **AXES, "dtype": "float32"}
-    with IMPLEMENTATIONS[STOCK if low else implementation]():
-        loaded = once(
-            lambda: PeftModel.from_pretrained(model, adapter, low_cpu_mem_usage=low),
-            group,
-            implementation,
-            axes,
-        )
+    load = functools.partial(PeftModel.from_pretrained, model_id=adapter)
+    with IMPLEMENTATIONS[implementation]():
+        loaded = once(load, group, implementation, axes, make=lambda: copy.deepcopy(base()))
     assert all(layer.lora_A["default"].weight.any() for layer in models.adapted_layers(loaded).values())
 
 

@@ -55,12 +55,5 @@ def bench_dtype(once, gated, shape, round_, implementation):
     call, count = gated(group, lambda: setting(shape, group), implementation)[implementation]
     tokens, out, inner = shape
     axes = {"suite": "dtype", "tokens": tokens, "out": out, "in": inner, "rank": 16}
-    once(
-        call,
-        group,
-        implementation,
-        axes,
-        count,
-        warm_up=True,
-        native=float(has_native(DTYPES[implementation])),
-    )
+    native = float(has_native(DTYPES[implementation]))
+    once(call, group, implementation, axes, count, native=native)

@@ -1,9 +1,7 @@
 """Other forms of one layer that could be faster than the split one, which `mica.fast` runs.
 
-*Fused*: base product and up-projection in one kernel, by pointers or by tensor descriptors. *Bordered*: W and
-B, both frozen, stored once as [W | B], so that dx's base and g come from one product and one reading of dy.
-It is written here in plain PyTorch, the forward as that of the aten control. Every form is forced, and
-checked by its y, dx and dA against `mica.paths.torch_path` in fp64, and by what was launched.
+*Fused*: base product and up-projection in one kernel, by pointers or by tensor descriptors. Every form is
+forced, and checked by its y, dx and dA against `mica.paths.torch_path` in fp64, and by what was launched.
 """
 
 import functools
@@ -18,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bench.measure.machine import DEVICE
-from bench.results.names import ATEN, BACKWARD, BARE, BORDERED, DESCRIPTOR, FAST, FORWARD, FUSED, PYTORCH
+from bench.results.names import ATEN, BACKWARD, BARE, DESCRIPTOR, FAST, FORWARD, FUSED, PYTORCH
 from bench.suites.bench_layer import Cell
 from bench.suites.harness import build_all, needs_accelerator, pick, turns
 from bench.suites.layer import AtenControl, Form, Layer, check_errors, exact, make_layer
@@ -35,7 +33,7 @@ ROUNDS, ITERATIONS = pick(default=1, cuda=5), pick(default=1, cuda=10)
 DTYPE = torch.bfloat16
 # implementation -> how often a forward and its backward call the fused kernel, by whether with descriptors
 LAUNCHED = {FAST: {}, FUSED: {False: 2}, DESCRIPTOR: {True: 2}, PYTORCH: {}}
-IMPLEMENTATIONS = (BARE, FAST, FUSED, DESCRIPTOR, PYTORCH, BORDERED, ATEN)
+IMPLEMENTATIONS = (BARE, FAST, FUSED, DESCRIPTOR, PYTORCH, ATEN)
 
 
 SHAPES = (4096, 4096), (14336, 4096), (4096, 14336)
@@ -44,29 +42,6 @@ CELLS = pick(quick=[Cell(40, 48, 64)], default=[], cuda=[Cell(8192, *shape) for 
 
 def name_of(cell: Cell) -> str:
     return f"forms of a {cell.name}"
-
-
-class Bordered(torch.autograd.Function):
-    """y, dx and dA of a layer whose W and B are one matrix, ``stored``: (out_features, in_features + rank).
-
-    dx is a view of rows that are ``rank`` numbers apart, and so would W be: that is what this form costs when
-    it is loaded, sharded or exported.
-    """
-
-    @staticmethod
-    def forward(ctx, x: Tensor, stored: Tensor, lora_A: Tensor, scaling: float) -> Tensor:
-        weight, B, A = stored[:, : x.shape[1]], stored[:, x.shape[1] :], lora_A.to(x.dtype)
-        ctx.save_for_backward(x)
-        ctx.frozen = stored, A, scaling
-        return F.linear(x, weight).addmm_(F.linear(x, A), B.t(), alpha=scaling)
-
-    @staticmethod
-    def backward(ctx, grad_output: Tensor):
-        (x,), (stored, A, scaling) = ctx.saved_tensors, ctx.frozen
-        both = grad_output @ stored
-        grad_x, g = both[:, : x.shape[1]], both[:, x.shape[1] :]
-        grad_A = (g.t() @ x).to(torch.float32).mul_(scaling)
-        return grad_x.addmm_(g, A, alpha=scaling), None, grad_A, None
 
 
 @contextmanager
@@ -102,17 +77,12 @@ def builds(layer: Layer) -> dict[str, Callable[[], Form]]:
     def ours(form: str) -> Callable[[], Form]:
         return lambda: Form(lambda: mica_linear(*operands), (x, lora_A), lambda: form_of(form))
 
-    def bordered() -> Form:
-        stored = torch.cat([layer.weight, layer.lora_B.to(DTYPE)], dim=1)
-        return Form(lambda: Bordered.apply(x, stored, lora_A, layer.scaling), (x, lora_A))
-
     return {
         BARE: lambda: Form(lambda: F.linear(x, layer.weight), (x,)),
         FAST: ours("split"),
         FUSED: ours("fused"),
         DESCRIPTOR: ours("descriptor"),
         PYTORCH: ours("aten"),
-        BORDERED: bordered,
         ATEN: lambda: Form(lambda: AtenControl.apply(*operands), (x, lora_A)),
     }
 

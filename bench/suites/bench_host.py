@@ -13,8 +13,8 @@ import copy
 import functools
 from contextlib import contextmanager, nullcontext
 from functools import partial
-from itertools import product
 from types import SimpleNamespace
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -23,10 +23,10 @@ from transformers import AutoModel, GenerationConfig, LlamaConfig
 import mica.fast
 from bench.measure.machine import ON_ACCELERATOR, SIZE
 from bench.results import names
-from bench.results.names import ATEN, BARE, BOTH, BY_HAND, FAST, MERGED, STOCK
+from bench.results.names import ATEN, BARE, BOTH, FAST, MERGED, NO_GRADIENT, STOCK
 from bench.suites.decoder import LINEAR_LAYERS, RANK, Work, adapted
-from bench.suites.harness import build_all, pick
-from bench.suites.layer import AtenControl, Form, adapted_module, by_hand, check_errors, exact, make_layer
+from bench.suites.harness import build_all, pick, turns
+from bench.suites.layer import AtenControl, Form, adapted_module, check_errors, exact, make_layer
 from bench.suites.steps import Step, check_all, counting, operators
 from mica.paths.products import has_native
 from tests.support import models
@@ -40,15 +40,15 @@ pytestmark = pytest.mark.skipif(
 DTYPES = {"float32": torch.float32}
 if has_native(torch.bfloat16):
     DTYPES["bfloat16"] = torch.bfloat16
-PARTS = (names.NO_GRADIENT, BOTH)
-
-
-@pytest.fixture
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+ROUNDS = pick(default=9, quick=5)
+TOKENS, OUT, IN = 4, 32, 32  # of the layer
+WIDTHS = {"hidden_size": 64, "intermediate_size": 128}  # of the block
+CONFIG = {"num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 8}  # no tokens go in
+# Relative differences of a block's y, dx and dA from stock PEFT's, whose adapters compute in fp32
+BLOCK_GATES = {"float32": 1e-5, "bfloat16": 2e-2}
+UNSAVED = SimpleNamespace(save_for_backward=lambda *tensors: None)  # the control, without autograd
+# implementation -> context, and whether kernels run, None if it is not mica.fast
+WAYS = {BARE: (nullcontext, None), STOCK: (mica.fast.disabled, None), names.PYTORCH: (nullcontext, False)}
 
 
 @contextmanager
@@ -59,173 +59,136 @@ def kernels():
         yield
 
 
-def sample(once, step: Step, part: str, calls: int, group: str, implementation: str, axes: dict) -> None:
-    """Without a gradient the operators choose which kernels they launch, if any."""
-    launches, has_gradient = no_launch.launches, part == BOTH
-    with torch.set_grad_enabled(has_gradient):
-        call = None if has_gradient else step.form.forward
-        runs = step.time(once, group, implementation, {**axes, "call": part}, calls, call)
-    once.note(launches=(no_launch.launches - launches) / runs)
+WAYS[names.KERNELS] = kernels, True
 
 
-# In all three parts the implementation is the innermost loop: implementations take turns within a round.
-# ---------------------------------------------------------------------------------------------------
-# one linear layer
-# ---------------------------------------------------------------------------------------------------
+class Cell(NamedTuple):
+    """A linear layer, or a Llama of so many blocks; ``calls`` in a sample, without a gradient and with one.
 
-LAYER_ROUNDS = pick(default=9, quick=5, full=15)
-LAYER_CALLS = {names.NO_GRADIENT: 1000, BOTH: 300}  # in a sample: 10 ms of the quickest implementation
-TOKENS, OUT, IN = 4, 32, 32
-UNSAVED = SimpleNamespace(save_for_backward=lambda *tensors: None)  # the control, without autograd
+    One block is timed with the rest of a model (masks, rotary embedding, norm, PEFT's wrapper); with four
+    that is a smaller share.
+    """
+
+    dtype: str
+    blocks: int = 0
+    calls: tuple[int, int] = (1000, 300)  # 10 ms of the quickest implementation
+
+    @property
+    def key(self) -> str:
+        """For ``-k``."""
+        return f"{'block' if self.blocks else 'layer'}-{self.dtype}"
+
+    @property
+    def name(self) -> str:
+        what = f"a layer, {TOKENS} tokens, {OUT} x {IN}"
+        if self.blocks:
+            widths, plural = " / ".join(map(str, WIDTHS.values())), "s" if self.blocks > 1 else ""
+            what = f"a Llama with {self.blocks} block{plural} of {widths}, {TOKENS} tokens"
+        return f"host time of {what}, r = {RANK}, {self.dtype}"
+
+    @property
+    def axes(self) -> dict[str, str | int]:
+        shape = {"layers": self.blocks} if self.blocks else {"out": OUT, "in": IN}
+        suite = "host block" if self.blocks else "host layer"
+        return {"suite": suite, "tokens": TOKENS, **shape, "rank": RANK, "dtype": self.dtype}
+
+    @property
+    def implementations(self) -> dict[str, tuple]:
+        """name -> (dtype of the adapter, context, whether kernels run). fp32 is PEFT's default."""
+        wide = {name: (torch.float32, *way) for name, way in WAYS.items()}
+        same = {names.STOCK_16: STOCK, names.PYTORCH_16: names.PYTORCH, names.KERNELS_16: names.KERNELS}
+        if self.dtype == "float32":
+            return wide
+        of_base = {name: (DTYPES[self.dtype], *WAYS[way]) for name, way in same.items()}
+        return wide | ({names.STOCK_16: of_base[names.STOCK_16]} if self.blocks else of_base)
+
+    @property
+    def names(self) -> list[str]:
+        return [*self.implementations, *(() if self.blocks else (ATEN,))]
 
 
-def layer_implementations(dtype):
-    """name -> (dtype of the adapter, context, whether kernels run or None if it is not mica.fast)."""
-    stock, pytorch, on_kernels = (mica.fast.disabled, None), (nullcontext, False), (kernels, True)
-    ways = {STOCK: stock, names.PYTORCH: pytorch, names.KERNELS: on_kernels}
-    wide = {name: (torch.float32, *way) for name, way in ways.items()}
-    if dtype == "float32":  # the adapters' default dtype is the base's
-        return wide
-    ways = {names.STOCK_16: stock, names.PYTORCH_16: pytorch, names.KERNELS_16: on_kernels}
-    return wide | {name: (DTYPES[dtype], *way) for name, way in ways.items()}
-
-
-def layer_builds(dtype, layer):
-    """name -> what makes its `Step`, with separate modules, since `mica.fast` learns about each."""
-    flat, dy = layer.x, layer.grad_output
+def layer_steps(cell: Cell) -> dict[str, Step]:
+    """With separate modules, since `mica.fast` learns about each."""
+    dtype = DTYPES[cell.dtype]
+    layer = make_layer(TOKENS, OUT, IN, RANK, dtype, "cpu")
+    flat, dy, truth = layer.x, layer.grad_output, exact(layer)
     x = flat.detach()[None].requires_grad_()  # (1, tokens, features), as in a model
-    lora_A = layer.lora_A.detach().to(DTYPES[dtype]).requires_grad_()
-    operands = layer.weight, lora_A, layer.lora_B.to(DTYPES[dtype]), layer.scaling
+    lora_A = layer.lora_A.detach().to(dtype).requires_grad_()
+    operands = layer.weight, lora_A, layer.lora_B.to(dtype), layer.scaling
 
     def aten():
         control = AtenControl.apply if torch.is_grad_enabled() else partial(AtenControl.forward, UNSAVED)
         return control(flat, *operands)
 
-    def module(adapter_dtype, context, on_kernels):
-        adapted, trained = adapted_module(layer, adapter_dtype, init="mica")
-        ran = {} if on_kernels is None else operators(1, on_kernels=on_kernels)
-        return Step(Form(partial(adapted, x), (x, trained), context, adapted), dy[None], operators=ran)
+    def build(name: str) -> Step:
+        if name == ATEN:
+            step = Step(Form(aten, (flat, lora_A)), dy)
+        else:
+            adapter_dtype, context, on_kernels = cell.implementations[name]
+            module, trained = adapted_module(layer, adapter_dtype, init="mica")
+            ran = {} if on_kernels is None else operators(1, on_kernels=on_kernels)
+            called, inputs = (module.base_layer, (x,)) if name == BARE else (module, (x, trained))
+            step = Step(Form(partial(called, x), inputs, context, module), dy[None], operators=ran)
+        if step.form.context is not kernels:  # whose results have no numbers
+            with step.form.context():
+                check_errors(name, step.form.errors(step.grad_output, truth), RELATIVE[dtype])
+        return step
 
-    bare = adapted_module(layer, DTYPES[dtype])[0].base_layer
-    return {
-        BARE: lambda: Step(Form(partial(bare, x), (x,)), dy[None]),
-        ATEN: lambda: Step(Form(aten, (flat, lora_A)), dy),
-        BY_HAND: lambda: Step(Form(partial(by_hand, flat, *operands), (flat, lora_A)), dy),
-        **{name: partial(module, *how) for name, how in layer_implementations(dtype).items()},
-    }
-
-
-def checked_layer(name, build, truth, limit):
-    step = build()
-    form = step.form
-    if form.context is kernels:
-        return step  # no numbers
-    with form.context():
-        errors = form.errors(step.grad_output, truth)
-    check_errors(name, errors, limit)
-    return step
+    return build_all(cell.name, cell.names, build)
 
 
-@functools.lru_cache(maxsize=1)
-def layer_setting(dtype, group):
-    layer = make_layer(TOKENS, OUT, IN, RANK, DTYPES[dtype], "cpu")
-    truth, limit = exact(layer), RELATIVE[DTYPES[dtype]]
-    builds = layer_builds(dtype, layer)
-    return build_all(group, builds, lambda name: checked_layer(name, builds[name], truth, limit))
-
-
-LAYER_CASES = [
-    (dtype, part, round_, name)
-    for dtype, part, round_ in product(DTYPES, PARTS, range(LAYER_ROUNDS))
-    for name in (BARE, ATEN, BY_HAND, *layer_implementations(dtype))
-]
-
-
-@pytest.mark.parametrize(("dtype", "part", "round_", "implementation"), LAYER_CASES)
-def bench_host_layer(once, gated, one_thread, dtype, part, round_, implementation):
-    cell = f"host time of a layer, {TOKENS} tokens, {OUT} x {IN}, r = {RANK}, {dtype}"
-    step = gated(f"{cell}, {part}", lambda: layer_setting(dtype, cell), implementation)[implementation]
-    axes = {"suite": "host layer", "tokens": TOKENS, "out": OUT, "in": IN, "rank": RANK, "dtype": dtype}
-    sample(once, step, part, LAYER_CALLS[part], f"{cell}, {part}", implementation, axes)
-
-
-# ---------------------------------------------------------------------------------------------------
-# a decoder block of Llama's shape
-# ---------------------------------------------------------------------------------------------------
-
-BLOCK_ROUNDS = pick(default=9, quick=5)
-# One block is timed with the rest of a model (masks, rotary embedding, norm, PEFT's wrapper); with four that
-# is a smaller share.
-BLOCKS = pick(quick={1: 30}, default={1: 50}, full={1: 50, 4: 20})  # number of layers: calls in a sample
-BLOCK_TOKENS, WIDTHS = 4, {"hidden_size": 64, "intermediate_size": 128}
-CONFIG = {
-    **WIDTHS,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "vocab_size": 8,  # no tokens go in
-    "bos_token_id": None,
-    "eos_token_id": None,
-}
-# Relative differences of y, dx and dA from stock PEFT's, whose adapters compute in fp32
-BLOCK_GATES = {"float32": 1e-5, "bfloat16": 2e-2}
-
-
-def block_implementations(dtype):
-    """name -> (context, operators of one block). Adapters are fp32, PEFT's default, except `STOCK_16`'s."""
-    others = {BARE: (nullcontext, {}), STOCK: (mica.fast.disabled, {})}
-    if dtype != "float32":
-        others[names.STOCK_16] = (mica.fast.disabled, {})
-    return others | {
-        names.PYTORCH: (nullcontext, operators(LINEAR_LAYERS)),
-        names.KERNELS: (kernels, operators(LINEAR_LAYERS, on_kernels=True)),
-    }
-
-
-@functools.lru_cache(maxsize=1)
-def block_setting(dtype, layers, group):
-    """name -> Step, each with its own model."""
+def block_steps(cell: Cell) -> dict[str, Step]:
+    """Each with its own model."""
     torch.manual_seed(0)
-    config = LlamaConfig(num_hidden_layers=layers, **CONFIG)
-    bare = AutoModel.from_config(config, dtype=DTYPES[dtype]).train().requires_grad_(False)
-    x, dy = torch.randn(2, 1, BLOCK_TOKENS, config.hidden_size, dtype=DTYPES[dtype]).unbind()
-    work, gate = Work(bare, adapted(bare, 0.02), x, dy), BLOCK_GATES[dtype]
-
-    def build(name):
-        context, ran = block_implementations(dtype)[name]
-        return work.step(name, context, {operator: layers * count for operator, count in ran.items()})
-
-    gates = dict.fromkeys(("y", "dx", "dA"), gate)
-    return check_all(group, block_implementations(dtype), build, gates, (BARE, names.KERNELS))
-
-
-BLOCK_CASES = [
-    (dtype, layers, part, round_, name)
-    for dtype, layers, part, round_ in product(DTYPES, BLOCKS, PARTS, range(BLOCK_ROUNDS))
-    for name in block_implementations(dtype)
-]
-
-
-@pytest.mark.parametrize(("dtype", "layers", "part", "round_", "implementation"), BLOCK_CASES)
-def bench_host_block(once, gated, one_thread, dtype, layers, part, round_, implementation):
-    widths = " / ".join(map(str, WIDTHS.values()))
-    cell = (
-        f"host time of a Llama with {layers} block{'s' if layers > 1 else ''} of {widths}, "
-        f"{BLOCK_TOKENS} tokens, r = {RANK}, {dtype}"
+    config = LlamaConfig(
+        num_hidden_layers=cell.blocks, bos_token_id=None, eos_token_id=None, **WIDTHS, **CONFIG
     )
-    step = gated(f"{cell}, {part}", lambda: block_setting(dtype, layers, cell), implementation)[
-        implementation
-    ]
-    axes = {"suite": "host block", "tokens": BLOCK_TOKENS, "layers": layers, "rank": RANK, "dtype": dtype}
-    sample(once, step, part, BLOCKS[layers], f"{cell}, {part}", implementation, axes)
+    bare = AutoModel.from_config(config, dtype=DTYPES[cell.dtype]).train().requires_grad_(False)
+    x, dy = torch.randn(2, 1, TOKENS, config.hidden_size, dtype=DTYPES[cell.dtype]).unbind()
+    work = Work(bare, adapted(bare, 0.02), x, dy)
+
+    def build(name: str) -> Step:
+        _, context, on_kernels = cell.implementations[name]
+        linear = LINEAR_LAYERS * cell.blocks
+        ran = {} if on_kernels is None else operators(linear, on_kernels=on_kernels)
+        return work.step(name, context, ran)
+
+    gates = dict.fromkeys(("y", "dx", "dA"), BLOCK_GATES[cell.dtype])
+    return check_all(cell.name, cell.names, build, gates, (BARE, names.KERNELS))
 
 
-# ---------------------------------------------------------------------------------------------------
-# generate() on SmolLM2-135M
-# ---------------------------------------------------------------------------------------------------
+@functools.lru_cache(maxsize=1)
+def setting(cell: Cell) -> dict[str, Step]:
+    return block_steps(cell) if cell.blocks else layer_steps(cell)
 
-GENERATE_ROUNDS, NEW_TOKENS = 7, 32
+
+BLOCKS = pick(quick={1: 30}, default={1: 50}, full={1: 50, 4: 20})  # -> calls in a sample
+CELLS = [Cell(dtype) for dtype in DTYPES]
+CELLS += [Cell(dtype, blocks, (calls, calls)) for dtype in DTYPES for blocks, calls in BLOCKS.items()]
+
+
+@pytest.fixture
+def one_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@turns(CELLS, (NO_GRADIENT, BOTH), lambda cell: ROUNDS, lambda cell, part: cell.names)
+def bench_host(once, gated, one_thread, cell, round_, part, implementation):
+    """Without a gradient the operators choose which kernels they launch, if any."""
+    group, axes = f"{cell.name}, {part}", {**cell.axes, "call": part}
+    step = gated(group, lambda: setting(cell), implementation)[implementation]
+    launches, has_gradient = no_launch.launches, part == BOTH
+    with torch.set_grad_enabled(has_gradient):
+        call = None if has_gradient else step.form.forward
+        runs = step.time(once, group, implementation, axes, cell.calls[has_gradient], call)
+    once.note(launches=(no_launch.launches - launches) / runs)
+
+
+GENERATE_ROUNDS, NEW_TOKENS, PROMPT_TOKENS = 7, 32, 16
 GENERATE = {BARE: nullcontext, MERGED: nullcontext, STOCK: mica.fast.disabled, FAST: nullcontext}
-PROMPT_TOKENS = 16
 
 
 def generated(model, new_tokens):
@@ -271,5 +234,4 @@ def bench_host_generation(once, gated, round_, implementation):
     model = gated(group, lambda: generate_setting(group), implementation)[implementation]
     axes = {"suite": "generation", "model": "SmolLM2-135M", "new tokens": NEW_TOKENS, "rank": RANK}
     with GENERATE[implementation]():
-        generated(model, 2)  # warms up
         once(partial(generated, model, NEW_TOKENS), group, implementation, {**axes, "dtype": "float32"})

@@ -166,13 +166,5 @@ def cases():
 @pytest.mark.parametrize(("cell", "round_", "implementation"), cases())
 def bench_kernels(once, gated, cell, round_, implementation):
     calls, size = gated(cell.name, lambda: setting(cell), implementation)
-    once(
-        calls[implementation],
-        cell.name,
-        implementation,
-        cell.axes,
-        ITERATIONS,
-        warm_up=True,
-        all_clocks=True,
-        bytes=size,
-    )
+    sample = cell.name, implementation, cell.axes, ITERATIONS
+    once(calls[implementation], *sample, all_clocks=True, bytes=size)

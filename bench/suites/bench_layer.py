@@ -22,9 +22,9 @@ from bench.measure.clocks import seconds
 from bench.measure.machine import DEVICE, ON_ACCELERATOR
 from bench.measure.memory import saved_bytes
 from bench.results import names
-from bench.results.names import ATEN, BACKWARD, BARE, BY_HAND, COMPILED, FAST, FORWARD, LORA, NO_GRADIENT
+from bench.results.names import ATEN, BACKWARD, BARE, COMPILED, FAST, FORWARD, LORA, NO_GRADIENT
 from bench.suites.harness import build_all, iterations, pick, turns
-from bench.suites.layer import AtenControl, Form, adapted_module, by_hand, check_errors, exact, make_layer
+from bench.suites.layer import AtenControl, Form, adapted_module, check_errors, exact, make_layer
 from mica.paths.products import has_native
 
 ROUNDS = pick(default=5, quick=3, cuda=6, dry=1)
@@ -163,7 +163,6 @@ def builds(cell: Cell, layer):
         COMPILED: lambda: adapted(x.dtype, stock, compiled=True),
         LORA: lambda: adapted(torch.float32, stock, init=True),
         ATEN: lambda: Form(lambda: AtenControl.apply(*operands), (x, layer.lora_A)),
-        BY_HAND: lambda: Form(lambda: by_hand(*operands), (x, layer.lora_A)),
         FAST: lambda: adapted(torch.float32, nullcontext),
     }
     needed = dict.fromkeys([*implementations(cell, FORWARD), *implementations(cell, NO_GRADIENT)])
@@ -204,7 +203,7 @@ def setting(cell: Cell) -> Setting:
 
 def implementations(cell: Cell, part: str) -> list[str]:
     """Without a gradient LoRA's layer is the stock one, and `torch.compile` would have to build another."""
-    chosen = [BARE, names.STOCK, *([names.STOCK_16] if cell.dtype != "float32" else []), ATEN, BY_HAND, FAST]
+    chosen = [BARE, names.STOCK, *([names.STOCK_16] if cell.dtype != "float32" else []), ATEN, FAST]
     if part != NO_GRADIENT:
         chosen += [LORA, *([COMPILED] if cell.compiled else [])]
     return chosen

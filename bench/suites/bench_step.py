@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from bench.measure.machine import DEVICE, ON_ACCELERATOR
-from bench.measure.memory import optimizer_bytes, peak_growth, saved_bytes, trainable_bytes
+from bench.measure.memory import optimizer_bytes, saved_bytes, trainable_bytes
 from bench.results.names import BARE, FAST, STOCK, STOCK_16
 from bench.suites.decoder import LINEAR_LAYERS, RANK, Work, adapted, cast, causal
 from bench.suites.harness import build_all, pick
@@ -28,10 +28,7 @@ STEPS = pick(default=2, cuda=6)
 LEARNING_RATE = pick(default=1e-3, dry=3e-2)
 # Relative differences from stock PEFT's, whose adapters compute in fp32: of the loss, at each step, and of
 # its gradients with respect to the embeddings and A at the start.
-GATES = {
-    "bfloat16": {"y": 1e-2, "dx": 1e-1, "dA": 1e-1},
-    "float32": {"y": 1e-5, "dx": 1e-4, "dA": 1e-4},
-}
+GATES = {"bfloat16": {"y": 1e-2, "dx": 1e-1, "dA": 1e-1}, "float32": {"y": 1e-5, "dx": 1e-4, "dA": 1e-4}}
 DISTINCT = 16  # random tokens: that others never occur is learnt in a few steps
 SMOLLM2 = "SmolLM2-135M"
 
@@ -152,7 +149,5 @@ CASES = [
 def bench_step(once, gated, cell, round_, implementation):
     step = gated(cell.name, lambda: setting(cell), implementation)[implementation]
     facts = memory(step) if round_ == 0 else {}
-    with peak_growth() as growth:
-        step.time(once, cell.name, implementation, cell.axes, **facts)
-    if growth() is not None:
-        once.note(peak_mb=growth() / 1e6)
+    step.time(once, cell.name, implementation, cell.axes, **facts)
+    once.note_growth(peak_mb=1e6)

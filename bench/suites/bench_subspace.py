@@ -1,10 +1,9 @@
 """One weight's minor subspace: `mica.minor_subspace` against the full fp32 SVD that stock PEFT takes.
 
 Gaussian weights of the shapes that models have, SmolLM2's embedding, and 16 weights of one shape, solved as
-`mica.fast` solves a model's. Implementations: the SVD as it stands, the SVD of the tall view (a wide weight's
-``W.T``: what one line would gain), and the solver's methods. No time is reported for a result that the solver
-could not certify. ``peak_extra`` is the growth of memory at its highest point over the fp32 size of the
-weight, for weights of 16 MB and more.
+`mica.fast` solves a model's. Implementations: the SVD, and the solver's methods. No time is reported for a
+result that the solver could not certify. ``peak_extra`` is the growth of memory at its highest point over the
+fp32 size of the weight, for weights of 16 MB and more.
 """
 
 import functools
@@ -17,8 +16,7 @@ from torch import Tensor
 
 from bench.measure.clocks import seconds
 from bench.measure.machine import DEVICE
-from bench.measure.memory import peak_growth
-from bench.results.names import SVD, SVD_TALL
+from bench.results.names import SVD
 from bench.suites.harness import build_all, iterations, pick
 from mica import minor_subspace
 from mica.subspace.many import Task, solve_many
@@ -60,46 +58,32 @@ class Cell(NamedTuple):
 
     @property
     def implementations(self) -> list[str]:
-        tall = [SVD_TALL] if self.out < self.inner and self.weights == 1 else []
-        return [SVD, *tall, *(f"{OURS}, {name}" for name in self.methods)]
+        return [SVD, *(f"{OURS}, {name}" for name in self.methods)]
 
 
 def many(rounds: int, size: int = 576, weights: int = 16) -> Cell:
     return Cell(size, size, rounds, (MANY,), weights)
 
 
+def cells(*rows: tuple) -> list[Cell]:
+    return [Cell(*row) for row in rows]
+
+
 CELLS = pick(
-    quick=[Cell(576, 576, 3), Cell(1024, 1024, 3, AUTO), many(2)],
+    quick=[*cells((576, 576, 3), (1024, 1024, 3, AUTO)), many(2)],
     default=[
-        Cell(576, 576, 6),
-        Cell(1536, 576, 6),
-        Cell(1024, 1024, 5),
-        Cell(1024, 4096, 3),
-        Cell(4096, 1024, 3),
-        Cell(2048, 2048, 3, AUTO),
+        *cells((576, 576, 6), (1536, 576, 6), (1024, 1024, 5), (1024, 4096, 3), (4096, 1024, 3)),
+        *cells((2048, 2048, 3, AUTO)),
         many(3),
     ],
     full=[
-        Cell(512, 512, 8),
-        Cell(576, 576, 8),
-        Cell(1536, 576, 8),
-        Cell(1024, 1024, 8),
-        Cell(1024, 4096, 5),
-        Cell(4096, 1024, 5),
-        Cell(2048, 2048, 5),
-        Cell(4096, 4096, 3),
-        Cell(4096, 11008, 2),
-        Cell(11008, 4096, 2),
-        Cell(*EMBEDDING, 5),
+        *cells((512, 512, 8), (576, 576, 8), (1536, 576, 8), (1024, 1024, 8), (1024, 4096, 5)),
+        *cells((4096, 1024, 5), (2048, 2048, 5), (4096, 4096, 3), (4096, 11008, 2), (11008, 4096, 2)),
+        *cells((*EMBEDDING, 5)),
         many(5),
     ],
-    cuda=[
-        Cell(4096, 4096, 2, AUTO),
-        Cell(14336, 4096, 2, AUTO),
-        Cell(1024, 4096, 3, AUTO),
-        many(3),
-    ],
-    dry=[Cell(96, 64, 1, (MANY,)), Cell(64, 96, 1, (MANY,)), many(1, 64, 2)],
+    cuda=[*cells((4096, 4096, 2, AUTO), (14336, 4096, 2, AUTO), (1024, 4096, 3, AUTO)), many(3)],
+    dry=[*cells((96, 64, 1, (MANY,)), (64, 96, 1, (MANY,))), many(1, 64, 2)],
 )
 
 
@@ -131,13 +115,11 @@ def certified(weights: list[Tensor], method: str, rank: int) -> Callable:
 def setting(cell: Cell) -> tuple[dict[str, Callable], int]:
     weights = weights_of(cell)
     torch.linalg.svd(torch.randn(64, 64, device=DEVICE))  # loads libraries; the checks load ours
-    full = {
-        SVD: lambda: [torch.linalg.svd(one, full_matrices=False).U for one in weights],
-        SVD_TALL: lambda: torch.linalg.svd(weights[0].T, full_matrices=False).Vh.T,
-    }
 
     def build(name: str) -> Callable:
-        return full.get(name) or certified(weights, *METHODS[name.removeprefix(f"{OURS}, ")])
+        if name == SVD:
+            return lambda: [torch.linalg.svd(one, full_matrices=False).U for one in weights]
+        return certified(weights, *METHODS[name.removeprefix(f"{OURS}, ")])
 
     calls = build_all(cell.name, cell.implementations, build)
     *_, last = calls.values()  # ours, if any of them has a number
@@ -153,7 +135,6 @@ CASES = [
 def bench_subspace(once, gated, cell, round_, implementation):
     calls, count = gated(cell.name, lambda: setting(cell), implementation)
     elements = cell.weights * cell.out * cell.inner
-    with peak_growth() as growth:
-        once(calls[implementation], cell.name, implementation, cell.axes, count)
-    if growth() is not None and elements >= 2**22:
-        once.note(peak_extra=growth() / (4 * elements))
+    once(calls[implementation], cell.name, implementation, cell.axes, count)
+    if elements >= 2**22:
+        once.note_growth(peak_extra=4 * elements)

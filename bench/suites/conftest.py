@@ -19,11 +19,10 @@ os.environ["MICA_CACHE"] = "0"  # solve, not look up
 
 from transformers.utils import logging
 
-from bench.measure import clocks
-from bench.measure.machine import DEVICE, ON_ACCELERATOR
+from bench.measure.machine import DEVICE
 from bench.results import journal
-from bench.results.names import DEVICE_TIME, GRAPH, WALL
 from bench.suites.harness import leave_if_crashed, refuse, sentence, why_refused
+from bench.suites.once import Once
 
 pytest_plugins = ["bench.measure.watching"]
 logging.set_verbosity_error()
@@ -31,69 +30,6 @@ logging.disable_progress_bar()
 
 gc.freeze()  # what is imported by now: a capture collects garbage, and would traverse it each time
 STREAM = torch.cuda.Stream() if DEVICE == "cuda" else None
-
-
-class Once:
-    """Times one sample: a round of one implementation, the mean of ``iterations`` calls.
-
-    ``warm_up``: one call before, for caches and for memory that the previous implementation released.
-    ``axes``: which work it is; ``facts``: what was counted or measured in addition to the time.
-    ``all_clocks``: on an accelerator also its device time and a replay of its graph, each a separate cell.
-    """
-
-    graphs: dict[tuple[str, str], Callable] = {}  # noqa: RUF012 (of the cell that is being timed)
-
-    def __init__(self, benchmark):
-        self.benchmark = benchmark
-        self.cell = self.implementation = None
-        self.samples: list[dict] = []
-
-    def __call__(self, function, group, name, axes, iterations=1, warm_up=False, all_clocks=False, **facts):
-        self.cell, self.implementation = group, name
-        self.benchmark.group = group
-        self.benchmark.extra_info.update(implementation=name, axes=axes)
-        journal.write("doing", group=group, implementation=name)
-        if warm_up:
-            function()
-        call = clocks.wall(function, iterations)
-        result = self.benchmark.pedantic(call, rounds=1, iterations=iterations)
-        self._add(self.benchmark.stats.stats.median, axes, facts, WALL)
-        if all_clocks and ON_ACCELERATOR:
-            self._add_clock(DEVICE_TIME, lambda: clocks.device_seconds(function), axes)
-            self._add_clock(GRAPH, lambda: clocks.device_seconds(self._graph(function)), axes)
-        return result
-
-    def note(self, **facts):
-        """Facts that are known only after the timing."""
-        for sample in self.samples[:1]:
-            sample["facts"] |= facts
-
-    def _add(self, seconds: float, axes: dict, facts: dict, clock: str) -> None:
-        group = self.cell
-        if ON_ACCELERATOR:
-            group, axes = f"{group}, {clock}", {**axes, "clock": clock}
-        sample = {"cell": self.cell, "group": group, "axes": axes, "implementation": self.implementation}
-        self.samples.append({**sample, "seconds": seconds, "facts": facts})
-
-    def _add_clock(self, clock: str, measure: Callable[[], float], axes: dict) -> None:
-        """One that cannot be timed by this clock has no such number, and keeps the others."""
-        group = f"{self.cell}, {clock}"
-        if why_refused(group, self.implementation):
-            return
-        try:
-            self._add(measure(), axes, {}, clock)
-        except Exception as error:
-            refuse(group, sentence(error), self.implementation)
-            leave_if_crashed()
-
-    def _graph(self, function) -> Callable:
-        """The replay of its graph, captured once per cell."""
-        if not any(cell == self.cell for cell, _ in self.graphs):
-            self.graphs.clear()
-        key = self.cell, self.implementation
-        if key not in self.graphs:
-            self.graphs[key] = clocks.captured(function), function  # keeps its operands alive
-        return self.graphs[key][0]
 
 
 @pytest.fixture

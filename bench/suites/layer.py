@@ -61,7 +61,7 @@ class Form(NamedTuple):
     def time(self, once, part: str, grad_output: Tensor, *sample, **facts) -> None:
         """One sample of this pass, by every clock; ``sample``: group, implementation, axes, calls."""
         with self.context(), torch.set_grad_enabled(part != NO_GRADIENT):
-            once(self.call(part, grad_output), *sample, warm_up=True, all_clocks=True, **facts)
+            once(self.call(part, grad_output), *sample, all_clocks=True, **facts)
 
 
 def make_layer(tokens: int, out: int, inner: int, rank: int, dtype: torch.dtype, device: str) -> Layer:
@@ -116,12 +116,6 @@ class AtenControl(torch.autograd.Function):
         (x,), (weight, A, B, scaling) = ctx.saved_tensors, ctx.frozen
         g = (grad_output @ B).mul_(scaling)
         return (grad_output @ weight).addmm_(g, A), None, (g.t() @ x).to(torch.float32), None, None
-
-
-def by_hand(x: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float) -> Tensor:
-    """What many write by hand: two products and one that adds in place, with autograd's backward."""
-    A, B = lora_A.to(x.dtype), lora_B.to(x.dtype)
-    return (x @ weight.t()).addmm_(x @ A.t(), B.t(), alpha=scaling)
 
 
 def exact(layer: Layer, dtype: torch.dtype = torch.float64) -> dict[str, Tensor]:

@@ -17,12 +17,7 @@ from bench.results.names import BARE, FAST, STOCK, STOCK_16
 from bench.suites.harness import build_all
 from bench.suites.layer import Form
 
-CONTEXTS = {
-    BARE: nullcontext,
-    STOCK: mica.fast.disabled,
-    STOCK_16: mica.fast.disabled,
-    FAST: nullcontext,
-}
+CONTEXTS = {BARE: nullcontext, STOCK: mica.fast.disabled, STOCK_16: mica.fast.disabled, FAST: nullcontext}
 
 
 def operators(linear: int, on_kernels: bool = ON_ACCELERATOR, forwards: int = 1) -> dict[str, int]:
@@ -91,7 +86,7 @@ class Step(NamedTuple):
             return (call or self)()
 
         with self.form.context(), counting() as ran:
-            once(counted, group, name, axes, calls, warm_up=True, **options)
+            once(counted, group, name, axes, calls, **options)
         runs = next(run)
         per_call = {name: times / runs for name, times in ran.items()}
         right = per_call == self.operators if call is None else bool(per_call) == bool(self.operators)

@@ -53,16 +53,6 @@ def test_a_slow_operator_is_a_regression(run, usual):
     assert compare([str(slow), str(usual[0])]) == 0  # faster
 
 
-def test_a_wrong_operator_gets_no_number_and_the_others_do(run, usual):
-    code, file, output = run("wrong", "wrong")
-    assert code == 1, output
-    result = Result.load(file)
-    assert {one["implementation"] for one in result.refused} == {FAST}
-    assert all(STOCK in group.timings and FAST not in group.timings for group in result.groups)
-    assert "**No number**" in file.with_suffix(".md").read_text()
-    assert compare([str(usual[0]), str(file)]) == 1
-
-
 def test_nothing_to_time(run):
     code, file, output = run("nothing", which="no_such_benchmark")
     assert code != 0

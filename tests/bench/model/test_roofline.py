@@ -1,7 +1,5 @@
 """A layer's modelled cost: its bytes are those of the kernels' plans, and those that PyTorch really moves."""
 
-import json
-
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -12,16 +10,18 @@ import mica.fast
 from bench.measure.machine import ROOT
 from bench.measure.memory import saved_bytes
 from bench.model import __main__ as command
-from bench.model import roofline
+from bench.model import experts, roofline
+from bench.model.roofline import BF16, FP32
 from mica.kernels.down_projection import down_projection
 from mica.kernels.fused_linear import fused_linear
 from mica.kernels.grad_a import grad_a
 from mica.kernels.up_projection import up_projection_
 from mica.paths import products, torch_path
 from tests.support import models
+from tests.support.static_cases import empty
 
-H100 = roofline.DEVICES["h100"]
 aten = torch.ops.aten
+TO = {"target": "sm_90"}
 
 
 class Count(TorchDispatchMode):
@@ -38,14 +38,12 @@ class Count(TorchDispatchMode):
         return result
 
 
-def layer(m=8192, n=4096, k=4096, rank=16, target="sm_90", **options):
-    return roofline.Layer(m, n, k, rank, target, **options)
+def layer(m, n, k, rank):
+    return roofline.Layer(m, n, k, rank, "sm_90")
 
 
-def percent(device=H100, **shape):
-    """name -> percent over the base."""
-    forms = roofline.compare(layer(**shape, target=device.target), device)["forms"]
-    return {name: form["percent"] for name, form in forms.items()}
+def bytes_of(kernels):
+    return [kernel.bytes for kernel in kernels]
 
 
 def traffic(kernels):
@@ -67,25 +65,20 @@ def test_a_launch_takes_the_longer_of_compute_and_traffic_and_the_gap():
 def test_bytes_are_those_of_the_kernels_plans(shape):
     m, n, k, rank = shape
     columns = (rank + 15) // 16 * 16
-
-    def matrix(*size):
-        return torch.empty(*size, dtype=torch.bfloat16, device="meta")
-
-    x, y, w, h, a = matrix(m, k), matrix(m, n), matrix(k, n), matrix(m, columns), matrix(rank, k)
-    b = matrix(n, columns).t()
+    sizes = ((m, k), (m, n), (k, n), (m, columns), (rank, k))
+    x, y, w, h, a = (torch.empty(*size, dtype=torch.bfloat16, device="meta") for size in sizes)
+    b = torch.empty(n, columns, dtype=torch.bfloat16, device="meta").t()
     split, fused = (roofline.ours(layer(*shape), is_fused) for is_fused in (False, True))
-    gemms = [split.forward[1], split.backward[2]]
-    assert [one.bytes for one in gemms] == [x.nbytes + w.nbytes + y.nbytes] * 2
+    assert bytes_of([split.forward[1], split.backward[2]]) == [x.nbytes + w.nbytes + y.nbytes] * 2
     assert split.saved == fused.saved == x.nbytes
-    to = {"target": "sm_90"}
     for kernel, call, operands in [
-        (split.forward[0], down_projection.plan(x, a, **to), (x, a, h)),
-        (split.forward[2], up_projection_.plan(y, h, b, **to), (y, y, h, b)),
-        (split.backward[0], down_projection.plan(y, b, **to), (y, b, h)),
-        (split.backward[1], grad_a.plan(h, x, rank=rank, out_dtype=x.dtype, **to), (h, x, a)),
-        (split.backward[3], up_projection_.plan(x, h, a, **to), (x, x, h, a)),
-        (fused.forward[1], fused_linear.plan(x, w, h, b, **to), (x, w, h, b, y)),
-        (fused.backward[2], fused_linear.plan(y, w.t(), h, a, **to), (y, w, h, a, x)),
+        (split.forward[0], down_projection.plan(x, a, **TO), (x, a, h)),
+        (split.forward[2], up_projection_.plan(y, h, b, **TO), (y, y, h, b)),
+        (split.backward[0], down_projection.plan(y, b, **TO), (y, b, h)),
+        (split.backward[1], grad_a.plan(h, x, rank=rank, out_dtype=x.dtype, **TO), (h, x, a)),
+        (split.backward[3], up_projection_.plan(x, h, a, **TO), (x, x, h, a)),
+        (fused.forward[1], fused_linear.plan(x, w, h, b, **TO), (x, w, h, b, y)),
+        (fused.backward[2], fused_linear.plan(y, w.t(), h, a, **TO), (y, w, h, a, x)),
     ]:
         assert kernel.bytes == sum(tensor.nbytes for tensor in operands)
         partial = call.bind()[1].args.get("partial_ptr")
@@ -118,9 +111,8 @@ def test_stock_is_what_pytorch_does(name):
 def test_the_control_is_what_the_reference_does(monkeypatch):
     monkeypatch.setattr(products, "has_native", lambda dtype: True)
     m, n, k, rank = 150, 40, 24, 4
-    x, w, a, b, dy = (
-        torch.randn(size, dtype=torch.bfloat16) for size in ((m, k), (n, k), (rank, k), (n, rank), (m, n))
-    )
+    sizes = ((m, k), (n, k), (rank, k), (n, rank), (m, n))
+    x, w, a, b, dy = (torch.randn(size, dtype=torch.bfloat16) for size in sizes)
     cost = roofline.aten(layer(m, n, k, rank))
     with Count() as counted:
         torch_path.linear(x, w, a, b, 1.0)
@@ -131,46 +123,52 @@ def test_the_control_is_what_the_reference_does(monkeypatch):
     assert counted.bytes == traffic(cost.backward)
 
 
-def test_what_the_forms_cost_in_comparison():
-    order = [roofline.STOCK, roofline.STOCK_16, roofline.SPLIT, roofline.FUSED, roofline.BARE]
-    for device in roofline.DEVICES.values():
-        for part in ("forward", "backward"):
-            over = {name: value[part] for name, value in percent(device).items()}
-            assert sorted(order, key=over.get, reverse=True) == order
-            assert over[roofline.BARE] == 0
-    slow = roofline.compare(layer(triton_gemm=0.7), H100)["forms"]  # the GEMM's loss eats what fusing saves
-    assert slow[roofline.FUSED]["us"]["both"] > slow[roofline.SPLIT]["us"]["both"]
-
-
-def test_the_model_meets_the_targets():
-    for _, target, value in roofline.targets(H100):
-        sign, bound = target.split()
-        assert value <= float(bound) if sign == "<=" else value >= float(bound)
-
-
-def test_the_table(monkeypatch, capsys, tmp_path):
-    monkeypatch.setenv("OUT", str(tmp_path))
-    command.main(["--device", "a100", "--write"])
-    text = (tmp_path / "a100.txt").read_text()
-    assert capsys.readouterr().out == text
-    first, *tables, last = text.split("\n\n")
-    assert first.startswith("MODELLED, not measured: a100, rank 16")
-    written = json.loads((tmp_path / "a100.json").read_text())
-    assert written["label"].startswith("MODELLED")
-    assert written["shapes"][0] == roofline.compare(layer(target="sm_80"), roofline.DEVICES["a100"])
-    for table, row in zip(tables, written["shapes"], strict=True):
-        assert table.startswith("MODELLED {m} x {n} x {k}".format(**row))
-        lines = {line[:49].strip(): line[49:].split() for line in table.splitlines()[2:]}
-        assert lines.keys() == row["forms"].keys()
-        for name, form in row["forms"].items():
-            values = [*form["percent"].values(), form["saved_bytes"] / 1e6]
-            assert lines[name] == [f"{value:.1f}" for value in values]
-    assert [line.split()[-1] for line in last.splitlines()[1:]] == [
-        f"{value:.2f}" for *_, value in written["targets"]
-    ]
-
-
 def test_the_committed_table_is_that_of_these_kernels():
-    """`python -m bench.model --write` regenerates it after a change of configurations or splits."""
     committed = ROOT / "bench" / "results" / "modelled" / "h100.txt"
-    assert committed.read_text() == command.table(command.modelled("h100"))
+    assert committed.read_text() == command.table("h100")
+
+
+# 6 rows, 2 experts, K 5, N 3, r 1. Bytes: x and dx 60; y and dy 36; W, W' and dW' 60; A and dA 20, in fp32
+# 40; B 12, prepared (16 columns) 192; h and g (16 columns) 192.
+SMALL = experts.Stack(6, 2, 5, 3, 1)
+BASE = 60 + 60 + 36
+
+
+@pytest.mark.parametrize(("adapter", "A"), [(BF16, 20), (FP32, 40)])
+def test_bytes_of_experts(adapter, A):
+    bare, cost, stock = experts.bare(SMALL), experts.ours(SMALL, adapter), experts.stock(SMALL, adapter)
+    assert bytes_of(bare.forward) == bytes_of(bare.backward) == [BASE]
+    # x A h | x W y | y h B y;  dy B g | g x dA | dy W dx | dx g A dx
+    assert bytes_of(cost.forward) == [60 + A + 192, BASE, 36 + 192 + 192 + 36]
+    assert bytes_of(cost.backward) == [36 + 192 + 192, 192 + 60 + A, BASE, 60 + 192 + A + 60]
+    # W A B W' | x W' y; dy W' dx | dy x dW' | dW' B dA; casts of fp32's A and B
+    casts = [[40 + 20, 24 + 12], [20 + 40]] if adapter == FP32 else [[], []]
+    assert bytes_of(stock.forward) == [*casts[0], 60 + 20 + 12 + 60, BASE]
+    assert bytes_of(stock.backward) == [BASE, BASE, 60 + 12 + 20, *casts[1]]
+    assert (cost.saved, stock.saved) == (60, 60 + 60)
+    # 6 rows of 3 tokens are gathered again: 30 bytes are read and 60 written, and 30 kept
+    tokens = experts.ours(SMALL._replace(top_k=2), adapter)
+    assert bytes_of(tokens.backward) == [*bytes_of(cost.backward), 30 + 60]
+    assert tokens.saved == 30
+
+
+@pytest.mark.parametrize("stack", experts.BLOCK)
+def test_bytes_of_experts_are_those_of_the_plans(stack):
+    """Each tensor of a launch once, y and dx twice; no sum is split, whose parts would be more."""
+    sizes = ((stack.rows, stack.in_features), (stack.rows, stack.out_features), (stack.rows, stack.rank))
+    x, y, h = (empty(*size, dtype=torch.bfloat16) for size in sizes)
+    A = empty(stack.experts, stack.rank, stack.in_features, dtype=torch.float32)
+    B = empty(stack.experts, stack.out_features, stack.rank, dtype=torch.bfloat16).transpose(1, 2)
+    offsets, cost = empty(stack.experts, dtype=torch.int32), experts.ours(stack, FP32)
+    for kernel, call, again in (
+        (cost.forward[0], down_projection.plan(x, A, None, offsets, **TO), []),
+        (cost.forward[2], up_projection_.plan(y, h, B, None, None, None, offsets, **TO), [y]),
+        (cost.backward[0], down_projection.plan(y, B, None, offsets, **TO), []),
+        (cost.backward[1], grad_a.plan(h, x, None, offsets, rank=stack.rank, **TO), []),
+        (cost.backward[3], up_projection_.plan(x, h, A, None, None, None, offsets, **TO), [x]),
+    ):
+        launch = call.bind()[1]
+        assert launch.args.get("partial_ptr") is None
+        operands = {id(one): one for one in launch.args.values() if isinstance(one, torch.Tensor)}
+        moved = sum(one.nbytes for one in (*operands.values(), *again) if one is not offsets)
+        assert kernel.bytes == moved, launch.kernel.__name__

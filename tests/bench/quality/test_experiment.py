@@ -1,16 +1,20 @@
-"""`bench.quality` end to end on a tiny Llama: a file after every run, and the same runs after a stop."""
+"""`bench.quality` end to end on a tiny Llama: training by the recipe, a file after every run, resumption."""
 
-import copy
 import json
+import math
+from statistics import mean
 
 import pytest
 import torch
+from peft.tuners.lora import LoraLayer
 
+import mica.fast
 from bench.quality import __main__ as quality
-from bench.quality.recipes import FULL, LORA_ALL, LORA_PAPER, MICA_ALL, MICA_PAPER, Method, methods
-from bench.quality.schedule import Planned, chosen_rate, missing
+from bench.quality import texts as sources
+from bench.quality.recipes import FULL, LORA_ALL, LORA_PAPER, MICA_ALL, MICA_PAPER, RECIPES, Method, methods
+from bench.quality.schedule import chosen_rate, missing
 from bench.quality.store import resume, save
-from mica.errors import UsageError
+from bench.quality.train import Candidate, batches, probe_losses, train
 
 SETTINGS = {"rank": 4, "epochs": 1, "rounds": 2, "tries": 2, "seeds": 2, "length": 32, "people": 8}
 
@@ -28,14 +32,11 @@ def begin(texts):
 
 @pytest.fixture(scope="module")
 def finished(base, texts, begin):
-    """A whole experiment; not to be changed."""
-    result = begin()
+    """A whole experiment, which leaves the base model as it was; not to be changed."""
+    result, before = begin(), {name: value.clone() for name, value in base.state_dict().items()}
     quality.experiment(base, texts, result, lambda result: None)
+    assert all(torch.equal(value, before[name]) for name, value in base.state_dict().items())
     return result
-
-
-def runs(result, method):
-    return [one for one in result["runs"] if one["method"] == method]
 
 
 def untimed(result):
@@ -44,33 +45,22 @@ def untimed(result):
 
 
 def test_every_method_has_its_rates_and_seeds_and_size(base, finished):
-    facts, config = finished["methods"], base.config
+    facts = finished["methods"]
+    runs = {name: [one for one in finished["runs"] if one["method"] == name] for name in facts}
     for method in (MICA_PAPER, LORA_PAPER, MICA_ALL, LORA_ALL):
-        assert [one["seed"] for one in runs(finished, method)] == [0, 0, 1]
-        assert [one["rate"] for one in runs(finished, method)[:2]] == finished["plan"][method]["rates"][:2]
-        assert runs(finished, method)[-1]["rate"] == chosen_rate(finished, method)
-    assert [one["seed"] for one in runs(finished, FULL)] == [0, 0]
+        assert [one["seed"] for one in runs[method]] == [0, 0, 1]
+        assert [one["rate"] for one in runs[method][:2]] == finished["plan"][method]["rates"][:2]
+        assert runs[method][-1]["rate"] == chosen_rate(finished, method)
+    assert [one["seed"] for one in runs[FULL]] == [0, 0]
     assert missing(finished) == []
     trained = {name: one["trained_parameters"] for name, one in facts.items()}
-    heads = config.num_attention_heads + config.num_key_value_heads
-    wide = config.hidden_size // config.num_attention_heads * heads  # rows of q_proj and v_proj
-    layers, rank = config.num_hidden_layers, 4
     assert trained[FULL] == sum(p.numel() for p in base.parameters())
-    assert trained[MICA_PAPER] == 2 * layers * rank * config.hidden_size
-    assert trained[LORA_PAPER] == layers * 2 * rank * (2 * config.hidden_size + wide)
+    assert trained[MICA_PAPER] == 2 * base.config.num_hidden_layers * 4 * base.config.hidden_size
+    assert trained[MICA_PAPER] < trained[LORA_PAPER]
     assert trained[MICA_ALL] < trained[LORA_ALL]
     for one in facts.values():  # two fp32 moments a parameter, and the steps of each tensor
         assert 8 * one["trained_parameters"] < one["optimizer_bytes"] < 8.2 * one["trained_parameters"]
         assert one["saved_bytes"] > 0
-
-
-def test_all_methods_start_from_the_same_model(base, texts, begin):
-    before = {name: value.clone() for name, value in base.state_dict().items()}
-    result = begin()
-    for method in result["plan"]:
-        quality.measure(base, texts, result, Planned(method, 1e-3, 0))
-    for name, value in base.state_dict().items():
-        assert torch.equal(value, before[name])
 
 
 def test_a_killed_run_goes_on_to_the_same_result(base, texts, begin, finished, tmp_path):
@@ -95,7 +85,7 @@ def test_a_killed_run_goes_on_to_the_same_result(base, texts, begin, finished, t
 
 
 def test_the_budget_ends_before_a_run_that_would_not_fit(base, texts, begin, monkeypatch, capsys):
-    now = [0.0]
+    now, result = [0.0], begin()
 
     def measure(base, texts, result, planned):
         now[0] += 40
@@ -103,20 +93,16 @@ def test_the_budget_ends_before_a_run_that_would_not_fit(base, texts, begin, mon
         return result["plan"][planned.method], run
 
     monkeypatch.setattr(quality, "measure", measure)
-    result = begin()
     quality.experiment(base, texts, result, lambda result: None, 100, lambda: now[0])
     assert len(result["runs"]) == 2  # the third would end at 120
     ended = capsys.readouterr().out.splitlines()[-1]
     assert ended == f"the budget is used up: no time for {MICA_ALL}, rate 0.002"
-    quality.experiment(base, texts, result, lambda result: None, 40, lambda: now[0])
-    assert len(result["runs"]) == 3
 
 
 def test_a_diverged_run_is_named_and_not_chosen(base, texts, begin):
     result = begin()
-    wild = Method(LORA_PAPER, "lora", "paper", (1e30, 2e30), 4).facts()
     for part in ("plan", "methods"):
-        result[part] = {LORA_PAPER: copy.deepcopy(wild)}
+        result[part] = {LORA_PAPER: Method(LORA_PAPER, "lora", "paper", (1e30, 2e30), 4).facts()}
     quality.experiment(base, texts, result, lambda result: None)
     json.dumps(result, allow_nan=False)
     assert [one["rate"] for one in result["runs"]] == [1e30, 2e30]  # both tries, no further seed
@@ -124,19 +110,81 @@ def test_a_diverged_run_is_named_and_not_chosen(base, texts, begin):
     assert not any(one["evaluation"] for one in result["runs"])
 
 
-@pytest.mark.parametrize(
-    ("arguments", "why"),
-    [
-        (["--epochs", "0"], "argument --epochs: 0: at least 1"),
-        (["--budget", "0"], "argument --budget: 0: more than 0"),
-        ([], "no weights"),
-    ],
-)
-def test_arguments_are_checked(arguments, why, capsys, monkeypatch):
-    def refuse(*args):
-        raise UsageError("no weights")
+def test_losses_of_probes(base, tokenizer):
+    """One question whose right answer is the likeliest, and one whose is the least likely."""
+    prompts, rows, words = ("The pet of Velma is a", "By trade, Velma is a"), [], []
+    for prompt, answers in zip(prompts, (("wolf", "goat", "fox"), ("nurse", "tailor", "baker")), strict=True):
+        with torch.no_grad():
+            score = base(torch.tensor([tokenizer(prompt).input_ids])).logits[0, -1].log_softmax(-1)
+        by_word = {word: score[tokenizer(word).input_ids[0]] for word in answers}
+        words.append(sorted(answers, key=by_word.get, reverse=not words))
+        rows.append(torch.stack([by_word[word] for word in words[-1]]))
+        likeliest = tokenizer.convert_ids_to_tokens(int(score.argmax()))
+    probes = [
+        sources.Probe(prompt, f" {right}", tuple(f" {word}" for word in others))
+        for prompt, (right, *others) in zip(prompts, words, strict=True)
+    ]
+    probes_of = (probes, probes[:1], probes[1:])
+    found = [probe_losses(base, sources.tokenise(tokenizer, some)) for some in probes_of]
+    among = [row.log_softmax(0)[0].item() for row in rows]
+    assert found[0][""] == pytest.approx(-mean(row[0].item() for row in rows), rel=1e-5)
+    assert found[0][", among answers"] == pytest.approx(-mean(among), rel=1e-5)
+    assert found[0][", recalled"] == 0
+    assert [one[", picked"] for one in found] == [0.5, 1, 0]
+    known = sources.tokenise(tokenizer, [sources.Probe(prompts[1], f" {likeliest}")])
+    assert probe_losses(base, known)[", recalled"] == 1
+    assert ", picked" not in probe_losses(base, known)
 
-    monkeypatch.setattr(quality, "find_source", refuse)
-    with pytest.raises(SystemExit, match="2"):
-        quality.main(arguments)
-    assert capsys.readouterr().err.endswith(f"python -m bench.quality: error: {why}\n")
+
+def test_batches_are_the_same_for_all_and_have_a_block_of_each(texts):
+    first, again, other = (torch.stack([*batches(texts.train, 40, seed)]) for seed in (0, 0, 1))
+    assert torch.equal(first, again)
+    assert not torch.equal(first, other)
+    assert first.shape == (40, 4, 32)
+    start = 0
+    for name, count in sources.BATCH.items():
+        blocks, seen = texts.train[name], first[:, start : start + count].flatten(0, 1)
+        epoch = seen[: len(blocks)]  # every block once
+        assert sorted(map(tuple, epoch.tolist())) == sorted(map(tuple, blocks.tolist()))
+        start += count
+
+
+@pytest.mark.parametrize("method", methods(4), ids=lambda method: method.name)
+def test_a_run_follows_its_recipe_and_restarts(base, texts, monkeypatch, method):
+    """Dropout, LoRA's A and the order of the batches follow from the seed alone."""
+    norms, rates, decay = [], [], set()
+    clip, step = torch.nn.utils.clip_grad_norm_, torch.optim.AdamW.step
+
+    def clipped(parameters, norm):
+        norms.append(norm)
+        return clip(parameters, norm)
+
+    def stepped(self, *args, **kwargs):
+        rates.append(self.param_groups[0]["lr"])
+        decay.add(self.param_groups[0]["weight_decay"])
+        return step(self, *args, **kwargs)
+
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", clipped)
+    monkeypatch.setattr(torch.optim.AdamW, "step", stepped)
+    before, candidate, recipe = mica.fast.call_counts.total(), Candidate(method, base), RECIPES[method.recipe]
+    first = train(candidate, texts, 1e-3, 4, 0)  # 20 steps, 2 of them warm-up
+    assert (mica.fast.call_counts.total() > before) == (method.kind == "mica")
+    assert norms == [recipe.max_grad_norm] * 20
+    assert decay == {recipe.weight_decay}
+    left = [(20 - step) / 18 for step in range(2, 20)]
+    if recipe.scheduler == "cosine":
+        left = [(1 - math.cos(math.pi * share)) / 2 for share in left]
+    assert rates == pytest.approx([0.0, 5e-4, *(1e-3 * share for share in left)])
+    other, again = (train(candidate, texts, 1e-3, 4, seed) for seed in (1, 0))
+    assert first["losses"] == again["losses"] != other["losses"]
+    if method.kind == "full":
+        return
+    layers = {name: one for name, one in candidate.model.named_modules() if isinstance(one, LoraLayer)}
+    ends = {name.rpartition(".")[2] for name in layers}
+    assert ends == {"q_proj", "v_proj"} or (method.recipe == "all-linear" and len(ends) == 7)
+    for layer in layers.values():
+        assert (layer.scaling["default"], layer.r["default"]) == (recipe.scaling, method.rank)
+        dropout = layer.lora_dropout["default"]
+        assert (dropout.p if isinstance(dropout, torch.nn.Dropout) else 0.0) == recipe.dropout
+    frozen = any("lora_B" in name for name, p in candidate.model.named_parameters() if p.requires_grad)
+    assert frozen == (method.kind == "lora")

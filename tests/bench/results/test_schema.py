@@ -1,12 +1,13 @@
-"""Ratios, sums and the intervals of their medians."""
+"""Ratios, sums and the intervals of their medians; what a refusal takes from a result; the journal."""
 
+import json
 import math
 import random
 
 import pytest
 
-from bench.results import schema
-from bench.results.names import BACKWARD, BARE, FAST, FORWARD, STOCK
+from bench.results import journal, schema
+from bench.results.names import BACKWARD, BARE, DEVICE_TIME, FAST, FORWARD, STOCK, WALL
 from bench.results.schema import Group, Result, Timing
 
 
@@ -23,17 +24,14 @@ def test_a_sum_has_the_implementations_and_rounds_of_both_passes():
     assert Result({}, [forward, backward]).with_both().groups == [forward, backward]
 
 
-def test_a_ratio_is_taken_within_a_round():
+def test_ratios_and_overheads_are_taken_within_a_round():
     ratio = group({BARE: [1.0, 10.0, 3.0], FAST: [2.0, 10.0, 9.0]}).ratio(FAST, BARE)
-    assert ratio.median == 2.0
-    assert ratio.low <= 1.0
-    assert ratio.high >= 3.0
-
-
-def test_an_overhead_is_taken_within_a_round_over_the_baselines_median():
+    assert ratio.low <= 1.0 < ratio.median == 2.0 < 3.0 <= ratio.high
     cell = group({BARE: [1.0, 2.0, 1.0], "LoRA": [2.0, 2.1, 3.0], FAST: [1.5, 2.25, 1.0]})
     assert cell.overhead(FAST, "LoRA").median == 0.25  # 0.5, 0.25, 0 over the median of 1, 0.1, 2
     assert cell.overhead(FAST, BARE) is None
+    once = schema.interval([2.0])
+    assert (once.low, once.high, str(once)) == (0.0, math.inf, "2.000 (one round)")
 
 
 @pytest.mark.parametrize("count", [2, 3, 5, 6, 9, 12, 20])
@@ -48,7 +46,48 @@ def test_intervals_hold_the_median_with_95_percent(count):
         assert held / times <= 0.995
 
 
-def test_one_round_has_no_interval():
-    ratio = schema.interval([2.0])
-    assert (ratio.low, ratio.high) == (0.0, math.inf)
-    assert str(ratio) == "2.000 (one round)"
+CELL, ALL = "layer, 8 tokens, forward", {BARE, STOCK, FAST}
+ENTRIES = [
+    {"kind": "sample", "cell": CELL, "group": f"{CELL}, {clock}", "axes": {"clock": clock}}
+    | {"implementation": name, "seconds": 1.0, "facts": {}}
+    for clock in (WALL, DEVICE_TIME)
+    for name in (BARE, STOCK, FAST)
+]
+
+
+def test_what_is_written_is_read_except_a_truncated_line(tmp_path, monkeypatch):
+    path = tmp_path / "run.jsonl"
+    monkeypatch.setenv(journal.VARIABLE, str(path))
+    assert journal.read() == []
+    for entry in ENTRIES:
+        journal.write(**entry)
+    with path.open("a") as file:
+        file.write(json.dumps(ENTRIES[0])[:-9])
+    assert journal.read() == journal.read(path) == ENTRIES
+    monkeypatch.delenv(journal.VARIABLE)
+    path.unlink()
+    journal.write("doing", test="a")
+    assert not path.exists()
+
+
+@pytest.mark.parametrize("order", [1, -1], ids=["before", "after"])
+@pytest.mark.parametrize(
+    ("refused", "implementation", "left"),
+    [
+        (CELL, FAST, [ALL - {FAST}] * 2),
+        ("layer, 8 tokens", FAST, [ALL - {FAST}] * 2),
+        (f"{CELL}, {WALL}", FAST, [ALL - {FAST}, ALL]),
+        (f"{CELL}, {WALL}", None, [None, ALL]),
+        (CELL, None, [None, None]),
+        ("layer, 8", None, [ALL, ALL]),
+        ("layer, 8 tokens,", None, [ALL, ALL]),
+        (f"{CELL}, with something", None, [ALL, ALL]),
+    ],
+)
+def test_a_refusal_names_an_implementation_a_cell_or_a_clock(refused, implementation, left, order):
+    refusal = {"group": refused, "why": "wrong"}
+    refusal |= {"implementation": implementation} if implementation else {}
+    result = journal.fold([{"kind": "refused", **refusal}, *ENTRIES][::order], {})
+    groups = {one.name: {*one.timings} for one in result.groups}
+    assert [groups.get(f"{CELL}, {clock}") for clock in (WALL, DEVICE_TIME)] == left
+    assert result.refused == [refusal]

@@ -1,69 +1,190 @@
-"""What suites check before they time anything: tiny cells, in this process."""
+"""What suites check before they time anything, and after: tiny cells, in this process."""
 
+from collections import Counter
+from contextlib import nullcontext
+from itertools import count
 from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import nn
 
-from bench.results.names import BARE, FAST, STOCK, STOCK_16, SVD
-from bench.suites import bench_adapter, bench_step, bench_subspace, check_profile, harness
+import mica.fast
+from bench.results import journal
+from bench.results.names import BARE, FAST, MERGED, STOCK, SVD
+from bench.suites import bench_adapter, bench_host, bench_step, bench_subspace, harness
+from bench.suites.layer import Form, adapted_module, make_layer
+from bench.suites.once import Once
+from bench.suites.steps import Step, checked, operators
 from mica.ops.operator import run_formula
 from tests.support import models
 
 
 @pytest.fixture(autouse=True)
-def _fresh(monkeypatch):
+def written(monkeypatch, tmp_path):
+    """The journal's entries so far."""
+    monkeypatch.setenv(journal.VARIABLE, str(tmp_path / "run.jsonl"))
     monkeypatch.setattr(harness, "refusals", {})
     monkeypatch.setattr(bench_step, "LEARNING_RATE", 3e-2)
-    yield
-    bench_step.setting.cache_clear()
-    bench_subspace.setting.cache_clear()
+    yield journal.read
+    for cached in (bench_step.setting, bench_subspace.setting, bench_host.generate_setting):
+        cached.cache_clear()
+
+
+# ---------------------------------------------------------------------------------------------------
+# harness
+# ---------------------------------------------------------------------------------------------------
+
+
+def test_an_implementation_that_is_wrong_or_raises_is_refused_alone_and_not_built_again(written):
+    def build(name):
+        assert name != "wrong", "the relative error of y is 0.1\nand more"
+        return {"a": 1, "b": 2}[name]
+
+    assert harness.build_all("cell", ["a", "wrong", "raising", "b"], build) == {"a": 1, "b": 2}
+    whys = {"wrong": "the relative error of y is 0.1", "raising": "KeyError: 'raising'"}
+    assert harness.refusals == {("cell", name): why for name, why in whys.items()}
+    refused = [(one["group"], one["implementation"]) for one in written() if one["kind"] == "refused"]
+    assert refused == [("cell", "wrong"), ("cell", "raising")]
+    doing = [one["implementation"] for one in written() if one["kind"] == "doing"]
+    assert doing == ["a", "wrong", "raising", "b"]
+    assert harness.build_all("cell", ["wrong", "b"], {"b": 2}.get) == {"b": 2}
+
+
+@pytest.mark.parametrize(
+    ("group", "implementation", "refused"),
+    [
+        ("cell", "a", True),
+        ("cell, backward", "a", True),
+        ("cell", "b", False),
+        ("cell of another kind", "a", False),
+        ("whole", "b", True),
+        ("whole, forward", "a", True),
+    ],
+)
+def test_what_was_refused_in_a_cell_is_refused_in_each_of_its_passes(group, implementation, refused):
+    harness.refuse("cell", "wrong", "a")
+    harness.refuse("whole", "no memory")
+    assert (harness.why_refused(group, implementation) is not None) == refused
+
+
+class Benchmark:
+    """pytest-benchmark's fixture, as far as `Once` uses it."""
+
+    def __init__(self):
+        self.extra_info, self.stats = {}, SimpleNamespace(stats=SimpleNamespace(median=2.0))
+
+    def pedantic(self, call, rounds, iterations):
+        return [call() for _ in range(iterations)][-1]
+
+
+def test_an_untimed_call_comes_before_the_timed_ones_each_on_an_operand_of_its_own():
+    calls, made = [], count()
+    timed = Once(Benchmark())
+    assert timed(lambda: calls.append("call"), "cell", FAST, {}, iterations=3) is None
+    assert len(calls) == 1 + 3
+    once = Once(Benchmark())
+    assert once(calls.append, "cell", FAST, {"suite": "x"}, make=lambda: next(made), counted=1.0) is None
+    assert calls[4:] == [0, 1]
+    once.grown = 3e6
+    once.note_growth(peak_mb=1e6)
+    (sample,) = once.samples
+    assert (sample["seconds"], sample["facts"]) == (2.0, {"counted": 1.0, "peak_mb": 3.0})
+
+
+# ---------------------------------------------------------------------------------------------------
+# steps
+# ---------------------------------------------------------------------------------------------------
+
+
+class Calls:
+    """Calls as the suites' fixture does, and keeps the axes; pytest-benchmark adds further calls."""
+
+    def __call__(self, function, group, implementation, axes, iterations):
+        for _ in range(iterations + 3):
+            function()
+        self.axes = axes
+
+
+def layer_step(context=nullcontext, ran=None, optimizer=None):
+    """A step that runs one operator of mica.fast; what it claims to run may be wrong."""
+    layer = make_layer(4, 8, 8, 2, torch.float32, "cpu")
+    module, lora_A = adapted_module(layer, torch.float32, init="mica")
+    x = layer.x.detach()[None].requires_grad_()
+    claimed = operators(1, on_kernels=False) if ran is None else ran
+    optimizer = optimizer and optimizer([lora_A], lr=1.0)
+    form = Form(lambda: module(x), (x, lora_A), context, module)
+    return Step(form, torch.ones(1, 4, 8), optimizer, claimed)
+
+
+def test_a_step_trains_where_there_is_an_optimizer_and_leaves_no_gradient():
+    step = layer_step(optimizer=torch.optim.SGD)
+    lora_A = step.form.inputs[1]
+    before, expected = lora_A.detach().clone(), step.results()["dA"].view_as(lora_A)
+    counted = Counter(mica.fast.call_counts)
+    assert step().shape == (1, 4, 8)
+    assert Counter(mica.fast.call_counts) - counted == step.operators
+    torch.testing.assert_close(before - lora_A, expected)
+    assert all(tensor.grad is None for tensor in step.form.inputs)
+    x, module = torch.randn(2, 3, requires_grad=True), nn.Linear(3, 3).requires_grad_(False)
+    frozen = Step(Form(lambda: module(x), (x,)), torch.ones(2, 3))
+    assert frozen.results().keys() == {"y", "dx"}  # no gradient of adapters
+
+
+@pytest.mark.parametrize(
+    ("forward_only", "context", "ran"),
+    [
+        (False, mica.fast.disabled, None),  # stock PEFT under our name
+        (True, mica.fast.disabled, None),
+        (False, nullcontext, {}),  # ours under stock PEFT's
+        (True, nullcontext, {}),
+        (False, nullcontext, operators(1, on_kernels=True)),  # the PyTorch form under the kernels'
+        (False, nullcontext, operators(2, on_kernels=False)),
+        (False, nullcontext, operators(1, on_kernels=False, forwards=2)),
+    ],
+)
+def test_an_implementation_under_another_ones_name_gets_no_number(forward_only, context, ran):
+    step = layer_step(context, ran)
+    with pytest.raises(AssertionError, match="implementation ran"):
+        step.time(Calls(), "group", "implementation", {}, 5, step.form.forward if forward_only else None)
+
+
+def test_results_are_compared_and_must_come_from_the_operators_of_the_name():
+    expected, gates = layer_step(mica.fast.disabled, {}).results(), dict.fromkeys(("y", "dx", "dA"), 1e-5)
+    assert checked(layer_step(), expected, gates) is not None
+    for what in gates:
+        wrong = expected | {what: 1.1 * expected[what]}
+        with pytest.raises(AssertionError, match=f"{what} is 9.1e-02 off stock PEFT's"):
+            checked(layer_step(), wrong, gates)
+    step = layer_step(mica.fast.disabled)
+    with pytest.raises(AssertionError, match=r"a step ran {}, not {'linear': 1"):
+        checked(step, step.results(), gates)
 
 
 STEP = bench_step.Cell("toy", (1, 8), "float32", layers=1, vocabulary=64)
-STEP_16 = STEP._replace(dtype="bfloat16", checkpointing=1)
 
 
-@pytest.mark.parametrize("cell", [STEP, STEP_16])
-def test_every_implementation_of_a_step_is_built_and_trains(cell):
-    steps = bench_step.setting(cell)
-    assert (
-        list(steps)
-        == list(cell.implementations)
-        == [BARE, STOCK, *([STOCK_16] if cell == STEP_16 else []), FAST]
-    )
-    assert not harness.refusals
-    assert bench_step.memory(steps[BARE])["optimizer_mb"] == 0
-    facts = bench_step.memory(steps[FAST])
-    # exp_avg and exp_avg_sq of A, and a count of steps for each layer
-    assert facts["optimizer_mb"] == pytest.approx(2 * facts["trained_mb"] + 7 * 4e-6)
-
-
-def scaled(factor, part):
-    def wrong(name, *args):
+def test_a_wrong_operator_and_losses_that_diverge_later_are_refused(monkeypatch):
+    def scaled(name, *args):
         result = run_formula(name, *args)
-        return result * factor if name == part else result
+        return result * 1.1 if name == "linear" else result
 
-    return wrong
-
-
-def test_our_wrong_operator_is_refused_alone(monkeypatch):
-    monkeypatch.setattr("mica.ops.linear.run_formula", scaled(1.1, "linear"))
-    assert bench_step.setting(STEP).keys() == {BARE, STOCK}
-    assert harness.refusals.keys() == {(STEP.name, FAST)}
-
-
-def test_losses_that_diverge_later_are_refused(monkeypatch):
-    checked = bench_step.checked
+    check = bench_step.checked
 
     def with_another_rate(step, *args):
         step.optimizer.param_groups[0]["lr"] *= 2
-        return checked(step, *args)
+        return check(step, *args)
 
-    monkeypatch.setattr(bench_step, "checked", with_another_rate)
-    assert bench_step.setting(STEP).keys() == {BARE, STOCK}
-    assert "a loss is" in harness.refusals[STEP.name, FAST]
+    for where, wrong, why in (
+        ("mica.ops.linear.run_formula", scaled, "y is "),
+        ("bench.suites.bench_step.checked", with_another_rate, "a loss is"),
+    ):
+        with monkeypatch.context() as patch:
+            patch.setattr(where, wrong)
+            harness.refusals.clear()
+            bench_step.setting.cache_clear()
+            assert bench_step.setting(STEP).keys() == {BARE, STOCK}
+            assert harness.refusals[STEP.name, FAST].startswith(why)
 
 
 def test_steps_that_change_nothing_can_show_nothing(monkeypatch):
@@ -72,18 +193,11 @@ def test_steps_that_change_nothing_can_show_nothing(monkeypatch):
         bench_step.setting(STEP)
 
 
+# ---------------------------------------------------------------------------------------------------
+# initialisation
+# ---------------------------------------------------------------------------------------------------
+
 CELL = bench_subspace.Cell(64, 48, 1, ("auto, r = 16", "gram, r = 16"))
-
-
-@pytest.mark.parametrize("cell", [CELL, CELL._replace(methods=("auto, r = 16",), weights=3)])
-def test_all_weights_of_a_cell_are_solved(cell):
-    calls, count = bench_subspace.setting(cell)
-    assert list(calls) == cell.implementations
-    assert 1 <= count <= 100
-    results, vectors = calls["minor_subspace, auto, r = 16"](), calls[SVD]()
-    assert len(results) == len(vectors) == cell.weights
-    assert {result.basis.shape for result in results} == {(64, 16)}
-    assert {u.shape for u in vectors} == {(64, 48)}
 
 
 def test_a_method_without_a_certificate_is_refused_alone(monkeypatch):
@@ -99,29 +213,57 @@ def test_a_method_without_a_certificate_is_refused_alone(monkeypatch):
     assert harness.refusals == {(CELL.name, "minor_subspace, gram, r = 16"): "not certified"}
 
 
-def layer_with(vectors):
-    """A model of one adapted layer that starts from these left singular vectors of its weight."""
-    torch.manual_seed(0)
-    model = models.wrap(nn.Sequential(nn.Linear(24, 32, bias=False)), rank=16, targets=["0"])
-    (layer,) = models.adapted_layers(model).values()
-    u = torch.linalg.svd(layer.get_base_layer().weight.detach(), full_matrices=False).U
-    layer.lora_B["default"].weight.data = vectors(u)
-    return model
-
-
 def test_a_start_from_another_subspace_has_more_energy():
-    minor = bench_adapter.energy(layer_with(lambda u: u[:, -16:]))
-    assert bench_adapter.energy(layer_with(lambda u: u[:, -17:-1])) > 1.01 * minor
+    def energy(first, last=None, scale=1.0):
+        """Of one adapted layer that starts from these left singular vectors of its weight."""
+        torch.manual_seed(0)
+        model = models.wrap(nn.Sequential(nn.Linear(24, 32, bias=False)), rank=16, targets=["0"])
+        (layer,) = models.adapted_layers(model).values()
+        u = torch.linalg.svd(layer.get_base_layer().weight.detach(), full_matrices=False).U
+        layer.lora_B["default"].weight.data = scale * u[:, first:last]
+        return bench_adapter.energy(model)
+
+    assert energy(-17, -1) > 1.01 * energy(-16)
     with pytest.raises(AssertionError, match="BᵀB is off by"):
-        bench_adapter.energy(layer_with(lambda u: 1.01 * u[:, -16:]))
+        energy(-16, scale=1.01)
 
 
-def test_the_longest_kernels_come_first():
-    events = [
-        SimpleNamespace(key=f"kernel {i}", count=i, self_device_time_total=float(i), self_cpu_time_total=0.0)
-        for i in range(40)
-    ]
-    lines = check_profile.table(events, device=True).splitlines()
-    assert len(lines) == 1 + check_profile.ROWS
-    assert lines[1].split() == ["39.0", "39", "kernel", "39"]
-    assert len(check_profile.table(events, device=False).splitlines()) == 1
+# ---------------------------------------------------------------------------------------------------
+# generate()
+# ---------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def tiny_generation(monkeypatch):
+    def small():
+        return models.tiny_llama(num_key_value_heads=2).requires_grad_(False)
+
+    monkeypatch.setattr(bench_host.models, "smollm2", small)
+    monkeypatch.setattr(bench_host.models, "python_reference_tokens", lambda: torch.arange(3, 40))
+
+
+@pytest.mark.parametrize("wrong", [None, MERGED, FAST])
+def test_generating_other_tokens_than_stock_is_refused(tiny_generation, monkeypatch, wrong):
+    order, generated = iter((STOCK, BARE, MERGED, FAST)), bench_host.generated
+
+    def one_wrong(model, new_tokens):
+        return generated(model, new_tokens) + (next(order) == wrong)
+
+    monkeypatch.setattr(bench_host, "generated", one_wrong)
+    assert bench_host.generate_setting("cell").keys() == {*bench_host.GENERATE} - {wrong}
+    why = f"{wrong} generates other tokens than stock PEFT"
+    assert harness.refusals == ({("cell", wrong): why} if wrong else {})
+
+
+def test_generating_under_another_name_is_refused(tiny_generation, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setitem(bench_host.GENERATE, FAST, mica.fast.disabled)
+        assert bench_host.generate_setting("cell").keys() == {BARE, MERGED, STOCK}
+        assert harness.refusals == {("cell", FAST): "mica.fast ran {}"}
+    with monkeypatch.context() as patch:
+        patch.setitem(bench_host.GENERATE, STOCK, nullcontext)
+        with pytest.raises(AssertionError, match=r"stock PEFT ran {'linear"):
+            bench_host.generate_setting("another cell")
+    monkeypatch.setattr(bench_host.models, "randomise", lambda model, scale: model)  # A = 0
+    with pytest.raises(AssertionError, match="the adapter makes no difference"):
+        bench_host.generate_setting("a third cell")

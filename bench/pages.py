@@ -1,0 +1,354 @@
+"""``python -m bench.pages``: writes the tables of the README files from committed results.
+
+A table stands below a line ``<!-- table: NAME -->``, up to the first line that is no row. `TABLES` has its
+function, which yields the header and the rows.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+from statistics import median
+
+from bench.model import experts as stacks
+from bench.model.__main__ import shapes
+from bench.quality.recipes import OPTIONS, RECIPES, methods
+from bench.quality.report import page_table
+from bench.report.markdown import markdown_table
+from bench.results import names
+from bench.results.names import BARE, BOTH, FAST, NO_GRADIENT, STOCK, STOCK_16
+from bench.results.schema import Group, Ratio, Result
+
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "bench" / "results"
+PAGES = ("README.md", "bench/README.md", "mica/subspace/README.md", "kernels/README.md")
+TABLE = re.compile(r"(<!-- table: ([\w-]+) -->\n)((?:\|.*\n)*)")
+
+XEON = "intel-xeon-processor-amx-2-threads/2026-11-25"
+OLD = "intel-xeon-processor-2-threads/2026-11-25"
+OLD_EPYC = "amd-epyc-2-threads/2026-11-25"
+ONE_THREAD = "intel-xeon-processor-1-threads/2026-11-25-subspace"
+EPYC = "amd-epyc-avx512-bf16-2-threads/2026-11-26"
+UNGROUPED = f"{FAST}, ungrouped"  # mica.fast in blocks of results that also have groups of projections
+Rows = Iterator[list[str]]
+
+
+@cache
+def result(name: str) -> Result:
+    return Result.load(RESULTS / f"{name}.json").with_both()
+
+
+@cache
+def raw(name: str) -> dict:
+    return json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
+
+
+def only(name: str, start: str = "", **axes: str | int) -> Group:
+    """The group with these axes whose name starts so."""
+    (group,) = (one for one in result(name).select(**axes) if one.name.startswith(start))
+    return group
+
+
+def layers(name: str, dtype: str, *passes: str) -> list[Group]:
+    return [one for one in result(name).select(suite="layer", dtype=dtype) if one.axes["pass"] in passes]
+
+
+def shown(ratio: Ratio) -> str:
+    return f"{ratio.median:.2f} ({ratio.low:.2f}–{ratio.high:.2f})"
+
+
+def speedup(ratio: Ratio, digits: int = 2) -> str:
+    low, middle, high = (f"{1 / value:.{digits}f}" for value in (ratio.high, ratio.median, ratio.low))
+    return f"{middle}× ({low}–{high})"
+
+
+def span(ratios: list[Ratio]) -> str:
+    """Of speedups."""
+    return f"{1 / max(ratios).median:.2f}× to {1 / min(ratios).median:.2f}×"
+
+
+def as_stock(group: Group, name: str) -> Ratio:
+    """Over the stock whose adapters have the base's dtype: by default in float32."""
+    return group.ratio(name, STOCK if group.axes["dtype"] == "float32" else STOCK_16)
+
+
+def measured() -> Rows:
+    yield ["", "stock PEFT", "mica.fast", "speedup"]
+    for label, suite, decimals, digits in (
+        ("`get_peft_model`, SmolLM2-135M, fp32", "initialisation", (1, 1), 1),
+        ("`PeftModel.from_pretrained`, fp32", "loading", (1, 2), 0),
+    ):
+        group = only(XEON, suite=suite)
+        pairs = zip((STOCK, FAST), decimals, strict=True)
+        times = [f"{group.timings[name].median:.{n}f} s" for name, n in pairs]
+        yield [label, *times, speedup(group.ratio(FAST, STOCK), digits)]
+    for model, label in (
+        ("Llama-3.2-1B", "decoder block of {}, bf16, {} tokens, relative to the bare frozen block"),
+        *((name, "the same of {}, {} tokens") for name in ("Llama-3.1-8B", "Qwen2.5-0.5B", "GPT-2")),
+    ):
+        group = only(XEON, suite="block", model=model)
+        label = label.format(model, group.axes["tokens"])
+        overheads = [f"{group.ratio(name, BARE).median:.2f}×" for name in (STOCK, UNGROUPED)]
+        yield [label, *overheads, speedup(group.ratio(UNGROUPED, STOCK))]
+    for dtype, short, most in (("bfloat16", "bf16", 8192), ("float32", "fp32", 4096)):
+        cells = [one for one in layers(XEON, dtype, BOTH) if one.axes["tokens"] >= 256]
+        ratios = [one.ratio(FAST, STOCK) for one in cells]
+        middle = f", median {median(1 / one.median for one in ratios):.2f}×" if short == "bf16" else ""
+        assert max(one.axes["tokens"] for one in cells) == most
+        label = f"{len(ratios)} linear layers, {short}, 256 to {most} tokens"
+        yield [label, "", "", span(ratios) + middle]
+    for dtype, label in (
+        ("bfloat16", "saved for the backward pass of a step, SmolLM2-135M, bf16, 1024 tokens"),
+        ("float32", "the same, fp32, 512 tokens"),
+    ):
+        timings = only(XEON, suite="step", dtype=dtype).timings
+        bare, stock, fast = (timings[name].facts["saved_mb"] for name in (BARE, STOCK, FAST))
+        less = f"{stock - fast:.0f} MB less" if stock - fast >= 1 else "**none**: there is no copy to avoid"
+        yield [f"{label} (bare model: {bare:.0f} MB)", f"{stock:.0f} MB", f"{fast:.0f} MB", less]
+    merge = only(XEON, suite="merge")
+    slower = merge.ratio(FAST, STOCK)
+    slower = f"**{slower.median:.1f}× slower** ({slower.low:.1f}–{slower.high:.1f}): it is exact"
+    yield ["merge + unmerge, bf16", "", "", slower]
+    changed = [f"{100 * merge.timings[name].facts['weights_changed']:.2f} %" for name in (STOCK, FAST)]
+    yield ["weights changed by merge + unmerge", *changed, ""]
+
+
+def headline() -> Rows:
+    """README's rows are those of the benchmarks' page."""
+    header, *rows = measured()
+    yield header
+    for label, *cells in rows:
+        if label.startswith(("`", "decoder block", "22 linear", "saved")):
+            yield [label.partition(" (bare model")[0], *cells]
+
+
+STEPS = {  # result -> what ran, where
+    f"{XEON}-step": "Xeon with AMX, 2 × 512 tokens, in a process of its own",
+    f"{XEON}-before": "the same, after the other suites",
+    XEON: "the same in another run",
+    OLD: "an older Xeon, an earlier commit",
+    OLD_EPYC: "an AMD EPYC, an earlier commit",
+    f"{OLD}-step": "a Xeon with AVX512-BF16, an earlier commit",
+}
+
+
+def step(name: str) -> Group:
+    (group,) = (
+        one for one in result(name).groups if re.fullmatch(r"training step, (.*, )?bfloat16", one.name)
+    )
+    return group
+
+
+def steps() -> Rows:
+    yield ["", "stock PEFT ÷ bare", "mica.fast ÷ bare", "speedup"]
+    for name, where in STEPS.items():
+        group, file = step(name), f"results/{name}"
+        kind = "md" if (RESULTS / f"{name}.md").exists() else "json"
+        ratios = [f"{group.ratio(one, BARE).median:.2f}×" for one in (STOCK, FAST)]
+        yield [f"[{where}]({file}.{kind})", *ratios, speedup(group.ratio(FAST, STOCK))]
+
+
+def layers_compared() -> Rows:
+    """Of all cells of the layer suite, by what they are compared with."""
+    yield ["against", "layers", "cells", "speedup", "median", "more than 5 % slower"]
+    for baseline, title in (
+        (STOCK, "stock PEFT"),
+        (STOCK_16, "stock PEFT with bf16 adapters"),
+        (names.ATEN, "a control in plain PyTorch, dA rounded"),
+    ):
+        for dtype in ("bfloat16", "float32"):
+            for what, is_few in (("from 256 tokens", False), ("fewer tokens", True)):
+                cells = [
+                    (one.ratio(FAST, baseline), one.axes)
+                    for one in layers(f"{EPYC}-host", dtype, BOTH, NO_GRADIENT)
+                    if baseline in one.timings and (one.axes["tokens"] < 256) == is_few
+                ]
+                if cells:
+                    ratios = [ratio for ratio, _ in cells]
+                    row = [title, f"{dtype}, {what}", str(len(cells)), span(ratios)]
+                    middle = f"{median(1 / one.median for one in ratios):.2f}×"
+                    yield [*row, middle, _slower([one for one in cells if one[0].median > 1.05])]
+
+
+def _slower(cells: list[tuple[Ratio, dict]]) -> str:
+    """How many, and the worst."""
+    if not cells:
+        return "none"
+    ratio, axes = max(cells, key=lambda one: one[0].median)
+    where = "{out} x {in}, tokens: {tokens}, r = {rank}".format(**axes)
+    return f"{len(cells)}; at most {shown(ratio)} times its time: {where}"
+
+
+def host() -> Rows:
+    yield ["", "PyTorch form, fp32 / bf16", "kernels, fp32 / bf16"]
+    for label, suite, call in (
+        ("a layer, forward without gradient", "host layer", NO_GRADIENT),
+        ("a layer, forward + backward", "host layer", BOTH),
+        ("a Llama block (64 / 128), forward without gradient", "host block", NO_GRADIENT),
+        ("the same, forward + backward", "host block", BOTH),
+    ):
+        axes = {"suite": suite, "call": call} | ({"layers": 1} if suite == "host block" else {})
+        groups = [only(f"{EPYC}-host", **axes, dtype=one) for one in ("float32", "bfloat16")]
+        endings = ("", ", adapters in the base dtype") if suite == "host layer" else (", ungrouped",) * 2
+        cells = []
+        for path in (names.PYTORCH, names.KERNELS):
+            ratios = map(as_stock, groups, (path + ending for ending in endings))
+            cells.append(" / ".join(f"{ratio.median:.2f}" for ratio in ratios))
+        yield [label, *cells]
+
+
+def dtypes() -> Rows:
+    yield ["tokens x out x in", "bf16", "fp16"]
+    for group in result("amd-epyc-as-avx2-2-threads/2026-11-26-dtype").groups:
+        label = " x ".join(str(group.axes[name]) for name in ("tokens", "out", "in"))
+        ratios = [group.ratio(f"{FAST}, {dtype}", names.FLOAT32) for dtype in ("bfloat16", "float16")]
+        yield [label, *map(shown, ratios)]
+
+
+def others() -> Rows:
+    yield ["", "on", "ratio of times"]
+    generated, quantised = only(f"{EPYC}-host", suite="generation"), only(f"{OLD}-quantised")
+    shared = only(OLD, "get_peft_model, float32, processes")
+    yield [
+        "`generate()` of SmolLM2-135M, unmerged ÷ stock PEFT",
+        "AMD EPYC",
+        shown(generated.ratio(FAST, STOCK)),
+    ]
+    overhead = shown(quantised.overhead(FAST, names.LORA))
+    yield ["step over nf4: overhead ÷ that of PEFT's LoRA", f"[Xeon](results/{OLD}-quantised.md)", overhead]
+    label = "initialisation by two processes of one thread ÷ by one"
+    yield [label, f"[older Xeon](results/{OLD}.md)", shown(shared.ratio("2 processes", "1 process"))]
+
+
+def experts() -> Rows:
+    def row(label: str, group: Group, other: str, digits: int = 2) -> list[str]:
+        times = [f"{group.timings[name].median:.{digits}f} s" for name in (other, FAST)]
+        return [label, *times, shown(group.ratio(FAST, other))]
+
+    yield ["", "PEFT LoRA, or SVDs", "mica.fast", "ratio"]
+    for out, within in ((2048, 1024), (1024, 512)):
+        group, sizes = only(f"{EPYC}-experts", suite="experts", out=out), f"{out} and {within}"
+        label = f"step, experts of {sizes} (bare: {group.timings[BARE].median:.2f} s)"
+        yield row(label, group, names.LORA)
+        for fact, label in (
+            ("peak_mb", "memory it adds at its peak"),
+            ("saved_mb", "saved for its backward pass"),
+        ):
+            values = [group.timings[name].facts[fact] for name in (names.LORA, FAST)]
+            mb = [f"{value:.0f} MB" for value in values]
+            yield [f"{label}, {sizes}", *mb, f"{values[1] / values[0]:.2f}"]
+    yield row("initialisation", only(f"{EPYC}-experts", suite="experts init"), names.SVD, 1)
+
+
+def corpus() -> Rows:
+    yield ["", "time", "peak of the process", "peak of its workers"]
+    for label, name in (
+        ("tokenisation alone", "tokenise, first start"),
+        ("the whole command, with one step, two perplexities and saving", "adapt, first start"),
+        ("the whole command again: the tokens are cached", "adapt, second start"),
+    ):
+        run = raw(f"{EPYC}-corpus")[name]
+        assert run["status"] == 0
+        own, children = (f"{run[key] / 2**30:.2f} GiB" for key in ("peak_bytes", "peak_bytes_of_children"))
+        yield [label, f"{run['seconds']:.0f} s", own, "" if children[0] == "0" else children]
+
+
+def recipes() -> Rows:
+    header = ["recipe", "layers", "rank of MiCA / LoRA", "alpha", "schedule", "weight decay"]
+    yield [*header, "dropout", "clipping"]
+    for label, name in (("`paper` (arXiv 2604.01694)", "paper"), ("`all-linear`", "all-linear")):
+        one, targets = RECIPES[name], RECIPES[name].target_modules
+        of_it = [method for method in methods(OPTIONS["rank"][0]) if method.recipe == name]
+        ranks = " / ".join(str(method.rank) for method in of_it if method.rank)
+        where = "all linear" if targets == "all-linear" else ", ".join(targets)
+        numbers = [f"{number:g}" for number in (one.weight_decay, one.dropout, one.max_grad_norm)]
+        yield [label, where, ranks, {1: "r", 2: "2r"}[one.scaling], one.scheduler, *numbers]
+
+
+def quality() -> str:
+    return page_table(raw(f"{EPYC}-quality-paper"))
+
+
+def quality_earlier() -> Rows:
+    """Of the report, which the code that made the result wrote beside it."""
+    report = (RESULTS / f"{XEON}-quality.md").read_text(encoding="utf-8")
+    learned, forgotten, cost = (
+        [[cell.strip() for cell in line.split(" | ")] for line in rows if not line.startswith("---")]
+        for rows in (
+            report.partition(f"### {title}\n\n")[2].partition("\n\n")[0].splitlines()
+            for title in ("Learned", "Forgotten", "Cost")
+        )
+    )
+    cost.insert(1, [""] * len(cost[0]))  # it has no row "before"
+    for (name, _, right, _, prose), (*_, known, _), spent in zip(learned, forgotten, cost, strict=True):
+        yield [name, spent[2], right, prose, known, spent[6]]
+
+
+def subspaces() -> Rows:
+    ours = "minor_subspace, r = {}".format
+    runs = {
+        "previous run, r = 16": OLD,
+        "one thread, r = 16": ONE_THREAD,
+        "AMD EPYC, r = 16": f"{OLD_EPYC}-subspace",
+    }
+    yield ["out x in", *(f"r = {rank}" for rank in (16, 64, 128)), *runs]
+    for group in result(f"{OLD}-subspace").groups:
+        ratios = [group.ratio(ours(rank), names.SVD) for rank in (16, 64, 128)]
+        for name in runs.values():
+            other = only(name, group.name)
+            solver = ours(16) if ours(16) in other.timings else "minor_subspace"
+            ratios.append(other.ratio(solver, names.SVD))
+        label = group.name.removeprefix("minor subspace, ")
+        label += " (embedding)" if label == "576 x 49152" else ""
+        yield [label, *(f"{1 / one.median:.1f}×" for one in ratios)]
+
+
+def modelled() -> Rows:
+    forms = ("split", "fused", "stock PEFT, bf16 adapters", "stock PEFT, default (fp32 adapters)")
+    yield [
+        "tokens x out x in",
+        "mica, split",
+        "mica, fused",
+        "stock PEFT, bf16 adapters",
+        "stock PEFT, default",
+    ]
+    for shape in shapes("h100"):
+        percents = [shape["forms"][form]["percent"] for form in forms]
+        cells = [f"{one['forward']:.0f} / {one['backward']:.0f} %" for one in percents]
+        yield [" x ".join(str(shape[side]) for side in ("m", "n", "k")), *cells]
+
+
+def stack() -> Rows:
+    yield ["form", "forward", "", "", "both", "", "", "kept"]
+    yield from stacks.table()
+
+
+MADE = (measured, headline, steps, layers_compared, host, dtypes, others, experts, corpus, recipes, quality)
+MADE += (quality_earlier, subspaces, modelled, stack)
+TABLES = {one.__name__.replace("_", "-"): one for one in MADE}
+
+
+def table(name: str) -> str:
+    made = TABLES[name]()
+    if not isinstance(made, str):
+        header, *rows = made
+        made = markdown_table(header, rows)
+    return made.replace("|  |", "| |").replace("|  |", "| |") + "\n"
+
+
+def filled(page: str) -> str:
+    """The text of a page with the tables that follow from the results."""
+    text = (ROOT / page).read_text(encoding="utf-8")
+    return TABLE.sub(lambda found: found[1] + table(found[2]), text)
+
+
+def main() -> None:
+    for page in PAGES:
+        (ROOT / page).write_text(filled(page), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,89 @@
+"""One sample of one implementation, by every clock that the device has."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable
+from functools import partial
+
+from bench.measure import clocks
+from bench.measure.machine import ON_ACCELERATOR
+from bench.measure.memory import peak_growth
+from bench.results import journal
+from bench.results.names import DEVICE_TIME, GRAPH, WALL
+from bench.suites.harness import leave_if_crashed, refuse, sentence, why_refused
+
+
+class Once:
+    """Times one sample: a round of one implementation, the mean of ``iterations`` calls after an untimed one.
+
+    The untimed call pays for what the implementation before has left: its data in the caches, its memory.
+    ``axes``: which work it is; ``facts``: what was counted or measured in addition to the time.
+    ``make``: of what a call uses up, one for each of the two calls, not timed.
+    ``all_clocks``: on an accelerator also its device time and a replay of its graph, each a separate cell.
+    """
+
+    graphs: dict[tuple[str, str], Callable] = {}  # noqa: RUF012 (of the cell that is being timed)
+
+    def __init__(self, benchmark):
+        self.benchmark = benchmark
+        self.cell = self.implementation = self.grown = None
+        self.samples: list[dict] = []
+
+    def __call__(self, function, group, name, axes, iterations=1, make=None, all_clocks=False, **facts):
+        self.cell, self.implementation = group, name
+        self.benchmark.group = group
+        self.benchmark.extra_info.update(implementation=name, axes=axes)
+        journal.write("doing", group=group, implementation=name)
+        call = function if make is None else partial(function, make())
+        call()
+        if make is not None:
+            call = None  # PEFT's models hold themselves in circles
+            gc.collect()
+            call = partial(function, make())
+        with peak_growth() as growth:
+            call = clocks.wall(call, iterations)
+            result = self.benchmark.pedantic(call, rounds=1, iterations=iterations)
+        self.grown = growth()
+        self._add(self.benchmark.stats.stats.median, axes, facts, WALL)
+        if all_clocks and ON_ACCELERATOR:
+            self._add_clock(DEVICE_TIME, lambda: clocks.device_seconds(function), axes)
+            self._add_clock(GRAPH, lambda: clocks.device_seconds(self._graph(function)), axes)
+        return result
+
+    def note(self, **facts):
+        """Facts that are known only after the timing."""
+        for sample in self.samples[:1]:
+            sample["facts"] |= facts
+
+    def note_growth(self, **unit: float):
+        """By how much memory grew at its peak, under this name, in a unit of so many bytes."""
+        if self.grown is not None:
+            self.note(**{name: self.grown / size for name, size in unit.items()})
+
+    def _add(self, seconds: float, axes: dict, facts: dict, clock: str) -> None:
+        group = self.cell
+        if ON_ACCELERATOR:
+            group, axes = f"{group}, {clock}", {**axes, "clock": clock}
+        sample = {"cell": self.cell, "group": group, "axes": axes, "implementation": self.implementation}
+        self.samples.append({**sample, "seconds": seconds, "facts": facts})
+
+    def _add_clock(self, clock: str, measure: Callable[[], float], axes: dict) -> None:
+        """One that cannot be timed by this clock has no such number, and keeps the others."""
+        group = f"{self.cell}, {clock}"
+        if why_refused(group, self.implementation):
+            return
+        try:
+            self._add(measure(), axes, {}, clock)
+        except Exception as error:
+            refuse(group, sentence(error), self.implementation)
+            leave_if_crashed()
+
+    def _graph(self, function) -> Callable:
+        """The replay of its graph, captured once per cell."""
+        if not any(cell == self.cell for cell, _ in self.graphs):
+            self.graphs.clear()
+        key = self.cell, self.implementation
+        if key not in self.graphs:
+            self.graphs[key] = clocks.captured(function), function  # keeps its operands alive
+        return self.graphs[key][0]
