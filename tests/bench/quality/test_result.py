@@ -12,7 +12,7 @@ from bench.quality.recipes import FULL, LORA_ALL, LORA_PAPER, MICA_ALL, MICA_PAP
 from bench.quality.report import Spread, compared
 from bench.quality.schedule import best, is_enclosed, missing, next_rate, next_run, tried, verdict
 from bench.quality.store import resume, save
-from mica.cli.adapt import recipes
+from mica.cli.adapt import options
 from mica.errors import UsageError
 
 GOLDEN = ROOT / "tests" / "bench" / "golden"
@@ -26,12 +26,12 @@ def golden():
 
 def test_the_papers_recipe_is_that_of_mica_adapt():
     """arXiv 2604.01694, and alpha = 2 r as in its author's example."""
-    ours, theirs = RECIPES["paper"], recipes.RECIPES["paper"]
+    ours, theirs = RECIPES["paper"], options.RECIPES["paper"]
     assert astuple(ours) == (("q_proj", "v_proj"), 2, "cosine", 0.1, 0.01, 0.05, 0.3)
-    assert (ours.scaling, ours.warm_up) == (theirs.alpha_per_rank, theirs.values["warmup_ratio"])
-    assert ",".join(ours.target_modules) == theirs.values["target_modules"]
+    assert (ours.scaling, ours.warm_up) == (theirs["alpha_per_rank"], theirs["warmup_ratio"])
+    assert ",".join(ours.target_modules) == theirs["target_modules"]
     for name in ("scheduler", "weight_decay", "dropout", "max_grad_norm"):
-        assert getattr(ours, name) == theirs.values[name]
+        assert getattr(ours, name) == theirs[name]
 
 
 @pytest.mark.parametrize(
