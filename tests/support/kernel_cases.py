@@ -1,4 +1,7 @@
-"""Shapes, dtypes and operands for the kernels' tests."""
+"""Shapes, dtypes and operands for the kernels' tests.
+
+They run interpreted on CPU tensors, or compiled on the device that MICA_TEST_DEVICE names.
+"""
 
 import os
 from types import SimpleNamespace
@@ -13,8 +16,9 @@ from tests.support.properties import st
 DEVICE = os.environ.get("MICA_TEST_DEVICE", "cpu")
 FP32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
 
-# tokens, in_features, out_features, rank: ones, odd sizes, more than one tile each way, padded ranks
+# tokens, in_features, out_features, rank: none, ones, odd sizes, more than one tile each way, padded ranks
 SHAPES = [
+    (0, 8, 8, 2),
     (1, 1, 1, 1),
     (5, 7, 3, 2),
     (33, 150, 65, 16),

@@ -18,7 +18,12 @@ EXPERTS = [
     ),
     FileEdits(
         "mica/paths/triton_path.py",
-        tests=["tests/mica/paths/test_triton_path_experts.py"],
+        tests=[
+            "tests/mica/paths/test_triton_path_experts.py",
+            "tests/mica/paths/test_triton_path_plans.py",
+            "tests/mica/paths/test_parity.py",
+            *("-k", "experts"),
+        ],
         edits={
             "experts_linear": [
                 ('"scale": scaling,', '"scale": 1.0,'),

@@ -6,9 +6,11 @@ EXPERTS_PATH = [
     FileEdits(
         "mica/paths/torch_path.py",
         tests=[
-            "tests/mica/paths/test_torch_path_experts.py",
+            "tests/mica/paths/test_parity.py",
+            "tests/mica/paths/test_torch_path.py",
             "tests/mica/ops/test_experts.py",
             "tests/mica/ops/test_operators.py",
+            *("-k", "experts"),
         ],
         edits={
             "_by_expert": [
@@ -29,7 +31,12 @@ EXPERTS_PATH = [
     ),
     FileEdits(
         "mica/ops/experts.py",
-        tests=["tests/mica/ops/test_experts.py", "tests/mica/ops/test_operators.py"],
+        tests=[
+            "tests/mica/ops/test_experts.py",
+            "tests/mica/ops/test_operators.py",
+            "tests/mica/paths/test_parity.py",
+            *("-k", "experts"),
+        ],
         edits={
             "_ExpertsLinear.forward": [
                 ("x if needs_A else None", "x"),

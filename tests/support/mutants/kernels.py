@@ -5,7 +5,7 @@ from tests.support.mutants.edits import FileEdits
 KERNELS = [
     FileEdits(
         "kernels/down_projection.py",
-        tests=["tests/kernels/test_down_projection.py", "tests/kernels/test_split_k.py"],
+        tests=["tests/kernels/test_skinny.py", "tests/kernels/test_split_k.py", "-k", "down or split_k"],
         edits={
             "_down_projection_kernel": [
                 ("(expert >= num_experts) | (first_row >= end)", "first_row >= end"),
@@ -34,11 +34,7 @@ KERNELS = [
     ),
     FileEdits(
         "kernels/common.py",
-        tests=[
-            "tests/kernels/test_common.py",
-            "tests/kernels/test_down_projection.py",
-            "tests/kernels/test_up_projection.py",
-        ],
+        tests=["tests/kernels/test_common.py", "tests/kernels/test_skinny.py", "-k", "test_common or up"],
         edits={
             "dropout_keep": [
                 ("tl.int32) >= threshold", "tl.int32) > threshold"),
@@ -57,7 +53,7 @@ KERNELS = [
     ),
     FileEdits(
         "kernels/split_k.py",
-        tests=["tests/kernels/test_split_k.py", "tests/kernels/test_down_projection.py"],
+        tests=["tests/kernels/test_split_k.py", "tests/kernels/test_skinny.py", "-k", "down or split_k"],
         edits={
             "store_sum": [
                 ("cast(total * scale", "cast(total"),
@@ -79,7 +75,7 @@ KERNELS = [
     ),
     FileEdits(
         "kernels/grad_a.py",
-        tests=["tests/kernels/test_grad_a.py", "tests/kernels/test_split_k.py"],
+        tests=["tests/kernels/test_skinny.py", "tests/kernels/test_split_k.py", "-k", "grad or split_k"],
         edits={
             "_grad_a_kernel": [
                 ("0, BLOCK_M) < last", "0, BLOCK_M) <= last"),
@@ -166,7 +162,7 @@ KERNELS = [
     ),
     FileEdits(
         "kernels/up_projection.py",
-        tests=["tests/kernels/test_up_projection.py"],
+        tests=["tests/kernels/test_skinny.py", "-k", "up"],
         edits={
             "_up_projection_kernel": [
                 ("* scale  # fmt: skip", "# fmt: skip"),

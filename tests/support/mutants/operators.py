@@ -6,10 +6,9 @@ OPERATORS = [
     FileEdits(
         "mica/paths/triton_path.py",
         tests=[
-            "tests/mica/paths/test_triton_path_operands.py",
             "tests/mica/paths/test_triton_path_plans.py",
             "tests/mica/paths/test_triton_path.py",
-            "tests/mica/ops/test_low_rank.py",
+            "tests/mica/paths/test_parity.py",
             "tests/mica/ops/test_operators.py",
             "tests/mica/ops/test_operator.py",
         ],
@@ -120,7 +119,7 @@ OPERATORS = [
     ),
     FileEdits(
         "mica/ops/low_rank.py",
-        tests=["tests/mica/ops/test_low_rank.py", "tests/mica/ops/test_operators.py"],
+        tests=["tests/mica/ops/test_operators.py", "tests/mica/paths/test_parity.py"],
         edits={
             "_DownProjection.forward": [("if ctx.needs_input_grad[2] else None", "")],
             "_down_backward": [("to(x_dtype).view", "view")],
@@ -129,7 +128,7 @@ OPERATORS = [
     ),
     FileEdits(
         "mica/paths/torch_path.py",
-        tests=["tests/mica/paths/test_torch_path.py"],
+        tests=["tests/mica/paths/test_torch_path.py", "tests/mica/paths/test_parity.py"],
         edits={
             "_scaled_product": [("dtype))).mul_(scaling", "dtype))")],
             "linear_backward": [
