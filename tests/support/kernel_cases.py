@@ -32,14 +32,9 @@ DTYPES = [(FP32, FP32, FP32), (BF16, FP32, BF16), (BF16, BF16, BF16), (FP16, FP3
 
 # dtype of x and the weight, of the adapter, compute_dtype, of a layer. On a device few: each takes five to
 # eight variants to compile.
-LAYER_DTYPES = [
-    (FP32, FP32, None),
-    (BF16, FP32, None),
-    (BF16, BF16, None),
-    (FP16, FP32, None),
-    (BF16, FP32, FP32),
-]
-FEW_DTYPES = LAYER_DTYPES if DEVICE == "cpu" else [LAYER_DTYPES[1], LAYER_DTYPES[4]]
+LAYER_DTYPES = [(BF16, FP32, None), (BF16, FP32, FP32)]
+if DEVICE == "cpu":
+    LAYER_DTYPES += [(FP32, FP32, None), (BF16, BF16, None), (FP16, FP32, None)]
 
 draw = SimpleNamespace(
     sizes=st.integers(1, 90),

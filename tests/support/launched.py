@@ -1,18 +1,13 @@
 """What compiled kernels are launched with, recorded by a driver that launches nothing; run as a program.
 
-Each case is a call after another call, "kept", whose plan it must not use. What was launched must be what the
-call launches where nothing was planned before: grid, compiled variant, numbers, and pointers to its own
-operands. Prints {case: what is wrong, or ""} and the other results as JSON.
-
-Kernels are compiled as far as Triton's first representation, into a cache of this process's own: a variant
-takes 0.1 s instead of 1. `make static` compiles all of them to machine code.
+It ends with an error at the first launch that is not as it should be. Kernels are compiled as far as Triton's
+first representation, into a cache of this process's own: a variant takes 0.1 s instead of 1. `make static`
+compiles all of them to machine code.
 """
 
 from __future__ import annotations
 
 import contextlib
-import json
-import sys
 import tempfile
 from contextlib import contextmanager, nullcontext
 
@@ -99,8 +94,11 @@ def launched(call) -> dict:
     return summary
 
 
-def differences(kept, call, change=nullcontext) -> str:
-    """ "" if a call launches the same after ``kept`` as alone; under ``change``, which ``kept`` is not."""
+def check_case(name: str, kept, call, change=nullcontext) -> None:
+    """A call launches the same after ``kept`` as alone, both under ``change``.
+
+    Grid, compiled variant, numbers, and pointers to its own operands.
+    """
     launching.clear()
     launched(kept), launched(kept)
     with change():
@@ -108,14 +106,16 @@ def differences(kept, call, change=nullcontext) -> str:
         replanned = launched(call)
         launching.clear()
         alone = launched(call)
-    if not replanned["direct"]:
-        return "not launched directly"
-    keys = ("grid", "stream", "compiled", "arguments", "out")
-    return "; ".join(f"{k}: {replanned[k]} instead of {alone[k]}" for k in keys if replanned[k] != alone[k])
+    assert replanned.pop("direct"), f"{name}: not launched directly"
+    for key, value in replanned.items():
+        assert value == alone[key], f"{name}: another {key}"
 
 
 def cases() -> dict[str, tuple]:
-    """Name -> (kept call, call[, change]); what is the launcher's (its key) is tried on one kernel."""
+    """Name -> (a call, another whose launch is not its own[, change]).
+
+    What is the launcher's (its key) is tried on one kernel.
+    """
 
     def down(x=None, factor=None, seed=None, ends=None, **numbers):
         x, factor = matrix(4, 32) if x is None else x, matrix(16, 32) if factor is None else factor
@@ -184,52 +184,56 @@ def cases() -> dict[str, tuple]:
 SMALL = (down_projection, (matrix(4, 32), matrix(16, 32)), {})
 
 
-def variants() -> dict[str, int]:
-    """How many variants a kernel has for 1 to 3000 tokens."""
-    calls = {
-        "down": lambda m: (down_projection, (matrix(m, 64), matrix(16, 64)), {}),
-        "up": lambda m: (up_projection_, (matrix(m, 64), matrix(m, 16), matrix(16, 64)), {}),
-        "grad": lambda m: (grad_a, (matrix(m, 16), matrix(m, 64)), {"rank": 16}),
-    }
+def check_variants() -> None:
+    """A varying batch, 1 to 3000 tokens, compiles one for few tokens and one for many.
+
+    Of grad_a one for few tokens with a split and one without.
+    """
+    calls = (
+        (2, lambda m: (down_projection, (matrix(m, 64), matrix(16, 64)), {})),
+        (2, lambda m: (up_projection_, (matrix(m, 64), matrix(m, 16), matrix(16, 64)), {})),
+        (3, lambda m: (grad_a, (matrix(m, 16), matrix(m, 64)), {"rank": 16})),
+    )
     launching.clear()
-    tokens = (1, 2, 15, 16, 17, 200, 300, 304, 3000)
-    return {name: len({launched(call(m))["compiled"] for m in tokens}) for name, call in calls.items()}
+    for most, call in calls:
+        tokens = (1, 2, 15, 16, 17, 200, 300, 304, 3000)
+        assert len({launched(call(m))["compiled"] for m in tokens}) <= most, most
 
 
-def observers() -> dict[str, list]:
-    """What observes launches -> which are direct: before, with, after it; two after a first with it."""
+def check_observers() -> None:
+    """Profilers and debuggers see a launch."""
 
     def hook(*args, **kwargs): ...
 
+    def is_direct() -> bool:
+        return launched(SMALL)["direct"]
+
     runtime, compilation = knobs.runtime, knobs.compilation
     kernel = SMALL[0].plan(*SMALL[1]).bind()[1].kernel
-    changes = {
-        "launch_enter_hook": (runtime.launch_enter_hook, "calls", [hook]),
-        "launch_exit_hook": (runtime.launch_exit_hook, "calls", [hook]),
-        "pre_run_hooks": (kernel, "pre_run_hooks", [hook]),
-        "debug": (runtime, "debug", True),
-        "instrumentation_mode": (compilation, "instrumentation_mode", "consan"),  # from Triton 3.6 on
-    }
-    direct = {}
-    for name, change in changes.items():
-        if not hasattr(*change[:2]):
-            continue
+    changes = [
+        (runtime.launch_enter_hook, "calls", [hook]),
+        (runtime.launch_exit_hook, "calls", [hook]),
+        (kernel, "pre_run_hooks", [hook]),
+        (runtime, "debug", True),
+        (compilation, "instrumentation_mode", "consan"),  # from Triton 3.6 on
+    ]
+    for change in changes if hasattr(compilation, "instrumentation_mode") else changes[:-1]:
         launching.clear()
         launched(SMALL)
-        seen = direct[name] = [launched(SMALL)["direct"]]
+        assert is_direct(), change
         with replaced(*change):
-            seen.append(launched(SMALL)["direct"])
-        seen.append(launched(SMALL)["direct"])
+            assert not is_direct(), change
+        assert is_direct(), change
         # what was compiled for it is not what runs directly afterwards
         launching.clear()
         with replaced(*change):
             launched(SMALL)
-        seen += [launched(SMALL)["direct"], launched(SMALL)["direct"]]
-    return direct
+        assert not is_direct(), change
+        assert is_direct(), change
 
 
-def other_interfaces() -> list[bool]:
-    """Whether a Triton that launches compiled kernels otherwise is noticed, for some ways of it."""
+def check_other_interfaces() -> None:
+    """A Triton that launches compiled kernels otherwise is noticed, for some ways of it."""
 
     def without_hooks(self, grid):
         return lambda *args, stream=None: self.run(*grid, stream, self.function, *args)
@@ -238,19 +242,17 @@ def other_interfaces() -> list[bool]:
         parts = (self.function, self.packed_metadata, None, None, None)
         return lambda *args, stream=None: self.run(*grid, stream, *parts, *reversed(args))
 
-    noticed = []
     for other in (without_hooks, other_order):
         with replaced(CompiledKernel, "__getitem__", other):
             launching.can_run_directly.cache_clear()
             launching.clear()
             launched(SMALL)
-            noticed.append(not launched(SMALL)["direct"])
+            assert not launched(SMALL)["direct"], other
     launching.can_run_directly.cache_clear()
-    return noticed
 
 
-def own_allocators() -> list[bool]:
-    """Whether the launch has an allocator of its own, first and planned; and the user's is there after it."""
+def check_allocators() -> None:
+    """A launch with descriptors has its own allocator, first and planned; the user's is there after it."""
 
     def users(size, alignment, stream):
         raise AssertionError("it is for the user's kernels")
@@ -263,39 +265,35 @@ def own_allocators() -> list[bool]:
     for _ in range(2):
         launched((fused_linear, operands, {"descriptor": True}))
         fused_linear.plan(*operands, descriptor=True).bind()[1]()
-    own = [allocator not in (users, before) for allocator in _allocators]
-    return [*own, _allocation._allocator.get() is users]
+    assert len(_allocators) == 4
+    assert not {users, before} & set(_allocators)
+    assert _allocation._allocator.get() is users
 
 
-def in_a_capture() -> list[bool]:
-    """Which calls launch: met first, again, outside of a capture, planned, another plan of that kernel."""
-    launches = []
+def check_a_capture() -> None:
+    """Of these calls launch: not what is met first, nor again, but outside of a capture and from then on.
+
+    The last has another plan, of the kernel that is loaded.
+    """
     launching.clear()
     for call, tokens in enumerate((8, 8, 8, 8, 7)):
         capturing = replaced(launching, "is_capturing", lambda device, call=call: call != 2)
         with capturing, contextlib.suppress(NotLoadedError):
             launched((grad_a, (matrix(tokens, 24, FP16), matrix(tokens, 80, FP16)), {"rank": 24}))
-        launches.append(bool(_seen))
-    return launches
+        assert bool(_seen) == (call >= 2), call
 
 
-def main() -> None:
+if __name__ == "__main__":
     with (
         tempfile.TemporaryDirectory() as cache,
         replaced(knobs.cache, "dir", cache),
         replaced(CUDABackend, "add_stages", stages),
         no_launch.installed(launch=record),
     ):
-        report = {
-            "cases": {name: differences(*case) for name, case in cases().items()},
-            "variants": variants(),
-            "observers": observers(),
-            "other interfaces": other_interfaces(),
-            "own allocators": own_allocators(),
-            "in a capture": in_a_capture(),
-        }
-    print(json.dumps(report))
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+        for name, case in cases().items():
+            check_case(name, *case)
+        check_variants()
+        check_observers()
+        check_other_interfaces()
+        check_allocators()
+        check_a_capture()

@@ -17,6 +17,10 @@ def on_device(p: Problem) -> Problem:
     return replace(p, **tensors)
 
 
+def tensors_of(p: Problem) -> list[torch.Tensor]:
+    return [value for value in vars(p).values() if isinstance(value, torch.Tensor)]
+
+
 def by_factors(x, weight, lora_A, lora_B, scaling, bias=None, *, compute_dtype=None, **dropout):
     """What `mica_linear` computes, by the factors next to a called base layer."""
     h = mica_down_projection(x, lora_A, scaling, compute_dtype=compute_dtype, **dropout)

@@ -239,11 +239,11 @@ def test_gradient_of_a_master_is_not_rounded_to_16_bit(kind):
 
 @pytest.mark.parametrize(
     ("dtype", "adapter_dtype", "compute_dtype", "bias"),
-    [(FP32, FP32, None, True), (BF16, FP32, None, False), (BF16, FP32, FP32, True)],
+    [(FP32, FP32, None, True), (BF16, BF16, None, False), (BF16, FP32, FP32, True)],
 )
 @whole
 def test_opcheck(backend, kind, dtype, adapter_dtype, compute_dtype, bias):
-    """With dropout where there is no bias."""
+    """With dropout where there is no bias. A gradient's wrong dtype, which autograd casts, is seen here."""
     p = kind.problem(kind.rows, 5, 7, 2, dtype, adapter_dtype, bias)
     (name,), offsets = kind.counted, [] if p.offsets is None else [p.offsets]
     dropout = [] if bias or offsets else [0.3, SEED]

@@ -107,21 +107,24 @@ def test_few_tokens_are_nearer_to_the_oracle_than_with_rounded_masters(monkeypat
     assert all(total < 0.0 for total in closer.values())
 
 
-@pytest.mark.parametrize("scaling", [1.0, 2.0, 1 / 3])
-def test_few_tokens_take_three_products_and_nothing_else(scaling):
+@pytest.mark.parametrize(
+    ("scaling", "forward_scale", "backward_scale", "largest"),
+    [
+        (1.0, [], [], 2 * 30),
+        (2.0, [], ["aten::mul_"], 2 * 30),  # a power of two is the last product's own factor
+        (1 / 3, ["aten::mul"], ["aten::mul"], 16 * 40),
+    ],
+)
+def test_few_tokens_take_three_products_and_nothing_else(scaling, forward_scale, backward_scale, largest):
     p = problem((2,), 40, 30, 16, torch.float32, bias=False, scaling=scaling)
     with Seen() as forward:
         torch_path.linear(p.x, *operands(p))
     with Seen() as backward:
         torch_path.linear_backward(p.grad_output, p.x, *operands(p), torch.float32)
-    # a power of two is the last product's own factor
-    forward_scale, backward_scale = {1.0: ([], []), 2.0: ([], ["aten::mul_"])}.get(
-        scaling, (["aten::mul"], ["aten::mul"])
-    )
-    products = ["aten::addmm_", "aten::mm", "aten::mm"]
-    assert sorted(forward.names) == sorted([*products, *forward_scale])
-    assert sorted(backward.names) == sorted([*products, "aten::mm", *backward_scale])
-    assert forward.largest(torch.float32) == (2 * 30 if scaling != 1 / 3 else 16 * 40)
+    needed = ["aten::addmm_", "aten::mm", "aten::mm"]
+    assert sorted(forward.names) == sorted([*needed, *forward_scale])
+    assert sorted(backward.names) == sorted([*needed, "aten::mm", *backward_scale])
+    assert forward.largest(torch.float32) == largest
 
 
 @pytest.mark.parametrize("tokens", [3, MANY])

@@ -1,5 +1,6 @@
 """A layer on Triton kernels (interpreted here): its forms, its operands, and refusals."""
 
+import copy
 import inspect
 
 import pytest
@@ -10,8 +11,9 @@ from mica import ops
 from mica.kernels import launching, prepared_b
 from mica.ops import mica_down_projection, mica_linear
 from mica.paths import choose, torch_path, triton_path
-from tests.support.kernel_cases import BF16, DEVICE, FEW_DTYPES, FP16, FP32, seed_of
-from tests.support.linear_calls import agree, leaves, on_device, run, same_bits
+from tests.support import expert_cases
+from tests.support.kernel_cases import BF16, DEVICE, FP16, FP32, LAYER_DTYPES, seed_of
+from tests.support.linear_calls import agree, leaves, on_device, run, same_bits, tensors_of
 from tests.support.oracle import problem, solve
 from tests.support.tolerances import RELATIVE, error
 
@@ -44,7 +46,7 @@ def shifted(p):
 
 
 @pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize(("dtype", "adapter_dtype", "compute_dtype"), FEW_DTYPES)
+@pytest.mark.parametrize(("dtype", "adapter_dtype", "compute_dtype"), LAYER_DTYPES)
 @pytest.mark.parametrize("dropout_p", [0.0, 0.4])
 def test_every_form_agrees_with_the_dense_oracle(
     monkeypatch, choose_form, launched, form, dtype, adapter_dtype, compute_dtype, dropout_p
@@ -275,10 +277,13 @@ def test_a_kernel_that_cannot_be_launched(monkeypatch, part):
     dtypes goes on with kernels.
     """
     p = on_device(problem((6,), 10, 12, 3, BF16, FP32))
-    with monkeypatch.context() as patch:
-        patch.setattr(getattr(triton_path, part), "planned", fails)
-        with pytest.raises(triton.runtime.errors.OutOfResources):
-            run(p)
+    for operands in (p, on_device(expert_cases.problem("tiles", 33, 22, 5, BF16, FP32))):
+        before = copy.deepcopy(operands)
+        with monkeypatch.context() as patch:
+            patch.setattr(getattr(triton_path, part), "planned", fails)
+            with pytest.raises(triton.runtime.errors.OutOfResources):
+                run(operands)
+        assert all(map(torch.equal, tensors_of(operands), tensors_of(before)))
     monkeypatch.setenv("MICA_BACKEND", "reference")
     expected = run(p)
     monkeypatch.setenv("MICA_BACKEND", "auto")

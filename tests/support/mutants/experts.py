@@ -21,6 +21,7 @@ EXPERTS = [
         tests=[
             "tests/mica/paths/test_triton_path_experts.py",
             "tests/mica/paths/test_triton_path_plans.py",
+            "tests/mica/ops/test_operators.py",
             "tests/mica/paths/test_parity.py",
             *("-k", "experts"),
         ],

@@ -6,8 +6,8 @@ OPERATORS = [
     FileEdits(
         "mica/paths/triton_path.py",
         tests=[
-            "tests/mica/paths/test_triton_path_plans.py",
             "tests/mica/paths/test_triton_path.py",
+            "tests/mica/paths/test_triton_path_plans.py",
             "tests/mica/paths/test_parity.py",
             "tests/mica/ops/test_operators.py",
             "tests/mica/ops/test_operator.py",
