@@ -72,11 +72,6 @@ def check_grad(g, x, rank, ends=None, seed=None, index=torch.int32, config=None,
     assert error(grad, exact) <= RELATIVE[FP32]
 
 
-# ---------------------------------------------------------------------------------------------------
-# all of them
-# ---------------------------------------------------------------------------------------------------
-
-
 MATRIX = {"contiguous": "contiguous", "gaps": "rows", "peft": "columns"}  # a stack's layout -> one like it
 
 
@@ -134,7 +129,7 @@ def test_agrees_with_fp64_on_experts(check, dtype, factor_dtype, compute_dtype, 
     experts=st.one_of(st.none(), draw.counts),
     leftover=draw.leftovers,
     tokens=draw.sizes,
-    length=st.integers(1, 400),
+    length=st.integers(1, 260),
     width=draw.sizes,
     rank=draw.ranks,
     kinds=draw.dtypes,
@@ -170,11 +165,6 @@ def test_every_configuration(check):
 @of_each_kernel
 def test_many_experts_with_few_rows(check):
     check(32, [min(expert // 12, 15) for expert in range(200)], 40, 40, 3, (FP32, FP32, FP32))
-
-
-# ---------------------------------------------------------------------------------------------------
-# down-projection
-# ---------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("length", [64, 150])
@@ -219,11 +209,6 @@ def test_down_offsets_beyond_32_bit():
         of_experts = ends if factor.dim() == 3 else None
         h = down_projection(x, factor, None, of_experts and offsets_of(of_experts))
         assert error(h[:, :4], exact_down(x, factor, of_experts)) <= RELATIVE[FP16]
-
-
-# ---------------------------------------------------------------------------------------------------
-# up-projection
-# ---------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("rank", [1, 16, 20, 33])
@@ -284,11 +269,6 @@ def test_up_offsets_beyond_32_bit():
         exact = exact_up(base, h, factor, of_experts, bias)
         actual = up_projection_(base, h, factor, None, None, bias, of_experts and offsets_of(ends))
         assert error(actual, exact) <= RELATIVE[FP16]
-
-
-# ---------------------------------------------------------------------------------------------------
-# dA
-# ---------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("g_dtype", "x_dtype"), [(FP32, FP32), (BF16, BF16), (FP16, FP16), (FP32, BF16)])
