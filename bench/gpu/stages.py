@@ -12,9 +12,9 @@ from bench.run import Job, pytest, suite
 DRY_SECONDS = 120.0  # a stage's limit in a dry run
 TESTS = (
     "kernels",
+    "mica/paths/test_parity.py",
     "mica/paths/test_triton_path.py",
     "mica/paths/test_triton_path_experts.py",
-    "mica/paths/test_triton_path_operands.py",
 )
 
 

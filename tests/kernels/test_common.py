@@ -67,8 +67,10 @@ def test_dot_adds_an_exact_product(dtype):
 @pytest.mark.parametrize(
     ("setting", "precision"), [("highest", "tf32x3"), ("high", "tf32"), ("medium", "tf32")]
 )
-def test_precision_follows_torch(matmul_precision, setting, precision):
-    matmul_precision(setting)
+def test_precision_follows_torch(request, setting, precision):
+    before = torch.get_float32_matmul_precision()
+    request.addfinalizer(lambda: torch.set_float32_matmul_precision(before))
+    torch.set_float32_matmul_precision(setting)
     assert common.precision(torch.float32) == precision
     assert common.precision(torch.bfloat16) == "ieee"
 

@@ -35,21 +35,23 @@ def test_at_most_three_and_all_of_them_tiles(target, tokens, block_r, itemsize):
             assert config.num_stages >= 1
 
 
-def test_the_default_depends_on_the_tokens_only_where_it_is_the_other_candidate():
-    for function in (configs.down_projection, configs.up_projection, configs.grad_a):
-        few, many = function("sm_90", 1, 16, 2), function("sm_90", 8192, 16, 2)
-        assert few == many[::-1]
-        assert few[0] < many[0]  # the same tile but for one side, which is smaller
-
-
-def test_tiles_of_experts_follow_their_rows_and_columns():
-    for function in (configs.experts_down, configs.experts_up):
-        few, many = function("sm_90", 32, 16, 2), function("sm_90", 33, 16, 2)
-        assert few == many[::-1]
-        assert few[0].block_m == 16
-    narrow, wide = (configs.experts_grad_a("sm_90", 128 * count, 16, 2) for count in (263, 264))
-    assert narrow == wide[::-1]
-    assert narrow[0].block_k < wide[0].block_k
+@pytest.mark.parametrize(
+    ("table", "few", "many"),
+    [
+        (configs.down_projection, 1, 8192),
+        (configs.up_projection, 1, 8192),
+        (configs.grad_a, 1, 8192),
+        # rows of each expert; columns of all
+        (configs.experts_down, 32, 33),
+        (configs.experts_up, 32, 33),
+        (configs.experts_grad_a, 128 * 263, 128 * 264),
+    ],
+)
+def test_the_default_depends_on_the_size_only_where_it_is_the_other_candidate(table, few, many):
+    small, large = (table("sm_90", size, 16, 2) for size in (few, many))
+    assert small == large[::-1]
+    assert small[0] < large[0]  # the same tile but for one side, which is smaller
+    assert few != 32 or small[0].block_m == 16
 
 
 def test_where_experts_would_spill():

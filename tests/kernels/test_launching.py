@@ -1,6 +1,5 @@
 """Plans and their tables. Compiled launches are observed by `launched.py`, in a separate process."""
 
-import json
 import os
 import subprocess
 import sys
@@ -17,54 +16,17 @@ from mica.kernels import launching
 from mica.kernels.common import LaunchError
 from mica.kernels.configs import Config
 from mica.kernels.launching import Launcher, Plan, PlanCache, RecordedLaunches
-from tests.support.launched import cases
 
 ROOT = Path(__file__).resolve().parents[2]
 
 
-@pytest.fixture(scope="module")
-def report():
+def test_compiled_launches():
+    """In a process of its own: whether kernels are interpreted is decided as Triton is imported."""
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
     environment["PYTHONPATH"] = str(ROOT)
     command = [sys.executable, str(ROOT / "tests" / "support" / "launched.py")]
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout.splitlines()[-1])
-
-
-@pytest.mark.parametrize("case", cases())
-def test_no_other_plan_is_taken(report, case):
-    """Whatever differs between two calls: the second is launched as if it were the first of all."""
-    assert report["cases"][case] == ""
-
-
-@pytest.mark.parametrize(("kernel", "most"), [("down", 2), ("up", 2), ("grad", 3)])
-def test_a_varying_batch_compiles_few_variants(report, kernel, most):
-    """One for few tokens and one for many; of grad_a one for few tokens with a split and one without."""
-    assert report["variants"][kernel] <= most
-
-
-@pytest.mark.parametrize(
-    "observer", ["launch_enter_hook", "launch_exit_hook", "pre_run_hooks", "debug", "instrumentation_mode"]
-)
-def test_profilers_and_debuggers_see_a_launch(report, observer):
-    expected = [True, False, True, False, True]
-    assert report["observers"].get(observer, expected) == expected
-
-
-def test_another_interface_of_triton_is_not_used(report):
-    assert report["other interfaces"] == [True, True]
-
-
-def test_descriptors_get_memory_and_a_users_allocator_stays(report):
-    """Of two calls and two launches that were bound without a call."""
-    assert report["own allocators"] == [True] * 5
-
-
-def test_only_what_is_loaded_is_launched_in_a_capture(report):
-    launches = report["in a capture"]
-    assert [name for name in launches if not launches[name]] == ["met first", "again"]
-    assert len(launches) == 5
 
 
 def test_this_triton_can_be_run_directly():
@@ -133,10 +95,6 @@ def test_the_layout_holds_the_device():
     assert launching.layout(first) != launching.layout(second)
     assert launching.layout(None) is None
 
-
-# ---------------------------------------------------------------------------------------------------
-# a configuration that cannot be launched
-# ---------------------------------------------------------------------------------------------------
 
 CONFIGS = (Config(64, 0, 16, 4, 4), Config(32, 0, 16, 4, 4), Config(16, 0, 16, 4, 4))
 
@@ -213,11 +171,6 @@ def test_any_other_error_is_raised(error):
         launcher(torch.zeros(4))
     assert kernel.tried == [64]
     assert not launcher.cache.refused
-
-
-# ---------------------------------------------------------------------------------------------------
-# the launches of a formula
-# ---------------------------------------------------------------------------------------------------
 
 
 def test_what_was_recorded_is_not_looked_up_again(monkeypatch):

@@ -1,15 +1,34 @@
 import pytest
 
+from mica import ops
 from mica.paths import products
+from tests.support.thinning import ON_DEVICE
+
+OWN, WIDE, IN_CHUNKS = WAYS = ("PyTorch's own", "through fp32", "through fp32 in chunks")
+PATHS = ("triton",) if ON_DEVICE else (*WAYS, "triton")
 
 
-@pytest.fixture(params=["PyTorch's own", "through fp32", "through fp32 in chunks"])
+@pytest.fixture(params=WAYS)
 def sixteen_bit_products(request, monkeypatch):
     """Every way in which `mica.paths.products` multiplies 16-bit matrices, whatever this processor can do."""
-    own = request.param == "PyTorch's own"
-    monkeypatch.setattr(products, "has_native", lambda dtype: own)
-    if not own:
+    _multiply(request.param, monkeypatch)
+
+
+@pytest.fixture(params=PATHS)
+def path(request, monkeypatch):
+    """Kernels or an error, and PyTorch's operators with every way in which they multiply 16-bit matrices."""
+    is_triton = request.param == "triton"
+    monkeypatch.setenv("MICA_BACKEND", "triton" if is_triton else "reference")
+    if not is_triton:
+        _multiply(request.param, monkeypatch)
+    ops.call_counts.clear()
+    return request.param
+
+
+def _multiply(way, monkeypatch):
+    monkeypatch.setattr(products, "has_native", lambda dtype: way == OWN)
+    if way != OWN:
         monkeypatch.setattr(products, "FEW_ROWS", 0)
-    if request.param == "through fp32 in chunks":
+    if way == IN_CHUNKS:
         monkeypatch.setattr(products, "CHUNK", 64)
         monkeypatch.setattr(products, "SHORTEST", 3)

@@ -1,4 +1,4 @@
-"""Routes, stacks of factors and sums expert by expert, for the tests of stacks of experts."""
+"""Routes, operands and sums expert by expert, for the tests of stacks of experts."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torch
 
 from tests.support.guarding import guarded
 from tests.support.kernel_cases import DEVICE
-from tests.support.oracle import guard
+from tests.support.oracle import Problem, padded
 
 # number of rows, ends: without rows at the start, in the middle and at the end, all rows to one expert, rows
 # that belong to none, one row each, more than one tile of 64, and more than one of rows that belong to none
@@ -21,6 +21,28 @@ ROUTES = {
     "one each": (4, [1, 2, 3, 4]),
     "tiles": (261, [70, 70, 71, 199]),
 }
+EVERY_ROUTE = {**ROUTES, "no rows": (0, [0, 0, 0])}  # the last is launched nowhere
+
+
+def problem(
+    route, in_features, out_features, rank, dtype, adapter_dtype=None, bias=True, transposed=False
+) -> Problem:
+    """One projection of a layer of experts; B is a view of what PEFT stores, (out_features, rank·experts)."""
+    (rows, ends), adapter_dtype = EVERY_ROUTE[route], adapter_dtype or dtype
+    experts = len(ends)
+    shape = (experts, in_features, out_features) if transposed else (experts, out_features, in_features)
+    weight = (torch.randn(shape) * in_features**-0.5).to(dtype)
+    stored_B = (torch.randn(out_features, rank * experts) * rank**-0.5).to(adapter_dtype)
+    return Problem(
+        x=padded(rows, in_features, dtype=dtype),
+        weight=weight.transpose(1, 2) if transposed else weight,
+        lora_A=(torch.randn(experts, rank, in_features) * in_features**-0.5).to(adapter_dtype),
+        lora_B=stored_B.view(out_features, rank, experts).permute(2, 0, 1),
+        bias=torch.randn(experts, out_features).to(dtype) if bias else None,
+        grad_output=padded(rows, out_features, dtype=dtype),
+        scaling=0.75,
+        offsets=torch.tensor(ends, dtype=torch.int32),
+    )
 
 
 def offsets_of(ends: list[int], dtype=torch.int32) -> torch.Tensor:
@@ -42,14 +64,10 @@ def stack(experts, rows, columns, dtype, layout="contiguous", scale=1.0):
     layout: "contiguous"; "gaps", rows apart in a buffer of NaN; "peft", as PEFT stores B: (rows, columns,
     experts) in memory.
     """
-    matrices = (torch.randn(experts, rows, columns) * scale).to(dtype)
-    if layout == "gaps":
-        buffer = torch.full((experts, rows, columns + 3), guard(dtype), dtype=dtype)
-        buffer[..., 1:-2] = matrices
-        matrices = buffer[..., 1:-2]
-    elif layout == "peft":
+    matrices = padded(experts, rows, columns, dtype=dtype, scale=scale)
+    if layout == "peft":
         matrices = matrices.permute(1, 2, 0).contiguous().permute(2, 0, 1)
-    return guarded(matrices, DEVICE)
+    return guarded(matrices if layout != "contiguous" else matrices.contiguous(), DEVICE)
 
 
 def by_expert(left, ends, stacked):

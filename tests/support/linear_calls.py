@@ -1,20 +1,24 @@
-"""A linear layer's forward and backward through an operator, and its operands on the tested device."""
+"""The forward and backward of a layer or of a stack of experts through an operator, on the tested device."""
+
+from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from mica.ops import mica_down_projection, mica_linear, mica_up_projection
+from mica.ops import mica_down_projection, mica_experts_linear, mica_linear, mica_up_projection
 from tests.support.kernel_cases import DEVICE
 from tests.support.oracle import Problem
 from tests.support.tolerances import RELATIVE, error
 
 
 def on_device(p: Problem) -> Problem:
-    for name in ("x", "offsets", "weight", "lora_A", "lora_B", "bias", "grad_output"):
-        value = getattr(p, name, None)
-        if value is not None:
-            setattr(p, name, value.to(DEVICE))
-    return p
+    tensors = {name: value.to(DEVICE) for name, value in vars(p).items() if isinstance(value, torch.Tensor)}
+    return replace(p, **tensors)
+
+
+def tensors_of(p: Problem) -> list[torch.Tensor]:
+    return [value for value in vars(p).values() if isinstance(value, torch.Tensor)]
 
 
 def by_factors(x, weight, lora_A, lora_B, scaling, bias=None, *, compute_dtype=None, **dropout):
@@ -23,19 +27,20 @@ def by_factors(x, weight, lora_A, lora_B, scaling, bias=None, *, compute_dtype=N
     return mica_up_projection(F.linear(x, weight, bias), h, lora_B)
 
 
-def leaves(p, needs=(True, True)) -> tuple[torch.Tensor, torch.Tensor]:
+def leaves(p: Problem, needs=(True, True)) -> tuple[torch.Tensor, torch.Tensor]:
     """x and A, each in memory of its own, that need gradients."""
     return p.x.detach().clone().requires_grad_(needs[0]), p.lora_A.detach().clone().requires_grad_(needs[1])
 
 
-def call(p, function, x, lora_A, **options) -> torch.Tensor:
+def call(p: Problem, function, x, lora_A, **options) -> torch.Tensor:
     """With the other operands of a layer, or of a stack of experts."""
-    offsets = [p.offsets] if hasattr(p, "offsets") else []
+    offsets = [] if p.offsets is None else [p.offsets]
     return function(x, *offsets, p.weight, lora_A, p.lora_B, p.scaling, p.bias, **options)
 
 
-def run(p: Problem, compute_dtype=None, function=mica_linear, **options) -> dict:
-    """y, dx and dA of ``function``, which takes what `mica_linear` or `mica_experts_linear` takes."""
+def run(p: Problem, compute_dtype=None, function=None, **options) -> dict:
+    """y, dx and dA of ``function``, by default `mica_linear` or `mica_experts_linear`."""
+    function = function or (mica_linear if p.offsets is None else mica_experts_linear)
     x, lora_A = p.x.detach().requires_grad_(), p.lora_A.detach().requires_grad_()
     y = call(p, function, x, lora_A, compute_dtype=compute_dtype, **options)
     y.backward(p.grad_output)
@@ -57,3 +62,26 @@ def addresses(*tensors) -> set[int]:
 def agree(actual: dict, expected: dict, dtype) -> None:
     for name, value in actual.items():
         assert error(value, expected[name]) <= RELATIVE[dtype], name
+
+
+def same_bits(actual: dict, expected: dict) -> None:
+    for name, value in actual.items():
+        assert torch.equal(value, expected[name]), name
+
+
+class Seen(TorchDispatchMode):
+    """What PyTorch computes in it, without views: the operators, and how large the results are."""
+
+    def __init__(self):
+        super().__init__()
+        self.names, self.results = [], []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        if not function.is_view:
+            self.names.append(function._schema.name)
+            self.results += [(t.dtype, t.numel()) for t in (result,) if isinstance(t, torch.Tensor)]
+        return result
+
+    def largest(self, dtype: torch.dtype) -> int:
+        return max((numel for own, numel in self.results if own == dtype), default=0)

@@ -1,10 +1,15 @@
-"""The fp64 oracle: a dense weight W + s·B·A and autograd, sharing no formula with `mica.paths.torch_path`."""
+"""The fp64 oracle: a dense update s·B·A and autograd; of `mica.paths.torch_path` only dropout's mask."""
+
+from __future__ import annotations
 
 import functools
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
+
+from mica.paths.torch_path import dropout_keep
 
 # dtype of x and the weight, dtype of the adapter, compute_dtype
 DTYPES = [
@@ -20,7 +25,10 @@ DTYPES = [
 
 @dataclass
 class Problem:
-    """Operands of one MiCA layer; every matrix is a strided view into a buffer full of NaN (see `guard`)."""
+    """Operands of a MiCA layer, or with ``offsets`` of a stack of experts: then each has a dimension more.
+
+    x and dy, and every matrix of a layer, are strided views into a buffer full of NaN (see `guard`).
+    """
 
     x: torch.Tensor
     weight: torch.Tensor
@@ -29,6 +37,7 @@ class Problem:
     bias: torch.Tensor | None
     grad_output: torch.Tensor
     scaling: float
+    offsets: torch.Tensor | None = None
 
 
 @functools.cache
@@ -45,7 +54,7 @@ def guard(dtype: torch.dtype) -> float:
 
 
 def padded(*shape: int, dtype: torch.dtype, scale: float = 1.0) -> torch.Tensor:
-    """A random matrix whose rows lie in a wider buffer, with `guard` between and around them."""
+    """Random matrices whose rows lie in a wider buffer, with `guard` between and around them."""
     buffer = torch.full((*shape[:-1], shape[-1] + 3), guard(dtype), dtype=dtype)
     buffer[..., 1:-2] = (torch.randn(shape) * scale).to(dtype)
     return buffer[..., 1:-2]
@@ -73,10 +82,33 @@ def problem(
     )
 
 
-def solve(p: Problem) -> dict[str, torch.Tensor]:
+def dropped(x: torch.Tensor, dropout_p: float, seed: torch.Tensor | None) -> torch.Tensor:
+    """keep⊙x / (1 - p) in fp64, row by row of the last dimension."""
+    if not dropout_p:
+        return x.double()
+    keep = dropout_keep(seed, x.shape[:-1].numel(), x.shape[-1], dropout_p)
+    return x.double().where(keep.view(x.shape), 0) / (1 - dropout_p)
+
+
+def solve(p: Problem, dropout_p: float = 0.0, seed: torch.Tensor | None = None) -> dict[str, torch.Tensor]:
     """y, dx and dA in fp64, from the operands as they are stored."""
+    if p.offsets is not None:
+        return _solve_each_expert(p)
     x, lora_A = (t.detach().double().requires_grad_() for t in (p.x, p.lora_A))
-    dense = p.weight.double() + p.scaling * (p.lora_B.double() @ lora_A)
-    y = F.linear(x, dense, None if p.bias is None else p.bias.double())
+    y = F.linear(x, p.weight.double(), None if p.bias is None else p.bias.double())
+    y = y + F.linear(dropped(x, dropout_p, seed), p.scaling * (p.lora_B.double() @ lora_A))
     grad_x, grad_A = torch.autograd.grad(y, (x, lora_A), p.grad_output.double())
     return {"y": y.detach(), "grad_x": grad_x, "grad_A": grad_A}
+
+
+def _solve_each_expert(p: Problem) -> dict[str, torch.Tensor]:
+    """A layer of its own for each; 0 for rows of no expert and for experts without rows."""
+    shapes = {"y": p.grad_output.shape, "grad_x": p.x.shape, "grad_A": p.lora_A.shape}
+    solved = {name: p.x.new_zeros(shape, dtype=torch.float64) for name, shape in shapes.items()}
+    for expert, ends in enumerate(pairwise([0, *p.offsets.tolist()])):
+        rows = slice(*ends)
+        own = {name: getattr(p, name)[expert] for name in ("weight", "lora_A", "lora_B")}
+        bias = None if p.bias is None else p.bias[expert]
+        layer = replace(p, x=p.x[rows], grad_output=p.grad_output[rows], bias=bias, offsets=None, **own)
+        solved["y"][rows], solved["grad_x"][rows], solved["grad_A"][expert] = solve(layer).values()
+    return solved

@@ -9,78 +9,48 @@ from torch.autograd import forward_ad
 from torch.library import opcheck
 
 from mica import ops
-from mica.ops import mica_experts_linear, mica_linear
-from tests.support import experts_oracle, oracle
-from tests.support.linear_calls import addresses, agree, by_factors, call, leaves, run, saved_by
-from tests.support.oracle import DTYPES
+from mica.ops import mica_down_projection, mica_experts_linear, mica_linear, mica_up_projection
+from tests.support import expert_cases, oracle
+from tests.support.linear_calls import addresses, agree, by_factors, call, leaves, run, same_bits, saved_by
+from tests.support.oracle import solve
 from tests.support.tolerances import RELATIVE, error
 
-BACKENDS = ["reference", "triton"]
-FP32_MASTER = (torch.bfloat16, torch.float32)
+FP32, BF16 = torch.float32, torch.bfloat16
+FP32_MASTER = (BF16, FP32)
+SEED = torch.tensor([-11])
+DROPOUT = {"dropout_p": 0.5, "seed": SEED}
 
 
 class Kind(NamedTuple):
     function: object  # as `mica_linear`
     problem: object  # of what follows, in_features, out_features, rank, dtype, adapter_dtype
-    solve: object
     rows: object  # few
     many: object
     counted: tuple[str, ...]
 
 
+FACTORS = ("down_projection", "up_projection")
 KINDS = {
-    "linear": Kind(mica_linear, oracle.problem, oracle.solve, (2, 3), (300,), ("linear",)),
-    "factors": Kind(
-        by_factors, oracle.problem, oracle.solve, (2, 3), (300,), ("down_projection", "up_projection")
-    ),
+    "linear": Kind(mica_linear, oracle.problem, (2, 3), (300,), ("linear",)),
+    "factors": Kind(by_factors, oracle.problem, (2, 3), (300,), FACTORS),
     "experts": Kind(
-        mica_experts_linear,
-        experts_oracle.problem,
-        experts_oracle.solve,
-        "rows of none",
-        "all to the second",
-        ("experts_linear",),
+        mica_experts_linear, expert_cases.problem, "rows of none", "all to the second", ("experts_linear",)
     ),
 }
 of_each_kind = pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS)
 whole = pytest.mark.parametrize("kind", [KINDS["linear"], KINDS["experts"]], ids=["linear", "experts"])
 
-# rows; in_features, out_features, rank
-SIZES = [(1, 1, 1), (9, 14, 3), (33, 8, 8)]
-LINEAR = [(rows, *sizes) for rows in ((), (1,), (3, 5), (2, 1, 7)) for sizes in SIZES]
-FACTORS = [((), 9, 14, 3), ((3, 5), 33, 8, 8), ((70,), 40, 24, 16)]
-SHAPES = [
-    *(("linear", "reference", *shape) for shape in LINEAR),
-    *(("factors", backend, *shape) for shape in FACTORS for backend in BACKENDS),
-    *(("experts", "reference", route, 9, 14, 3) for route in experts_oracle.ROUTES),
-]
 
-
-@pytest.mark.usefixtures("sixteen_bit_products")
-@pytest.mark.parametrize(("dtype", "adapter_dtype", "compute_dtype"), DTYPES)
-@pytest.mark.parametrize(("kind", "backend", "rows", "in_features", "out_features", "rank"), SHAPES, ids=str)
-def test_agrees_with_the_dense_oracle(
-    monkeypatch, kind, backend, rows, in_features, out_features, rank, dtype, adapter_dtype, compute_dtype
-):
-    if (backend, dtype) == ("triton", torch.float64):
-        pytest.skip("no such kernels")
-    monkeypatch.setenv("MICA_BACKEND", backend)
+@pytest.fixture(params=["reference", "triton"])
+def backend(request, monkeypatch):
+    monkeypatch.setenv("MICA_BACKEND", request.param)
     ops.call_counts.clear()
-    function, problem, solve, _, _, counted = KINDS[kind]
-    p = problem(rows, in_features, out_features, rank, dtype, adapter_dtype)
-    expected, actual = solve(p), run(p, compute_dtype, function)
-    agree(actual, expected, dtype)
-    assert actual["y"].dtype == actual["grad_x"].dtype == dtype
-    assert actual["grad_A"].dtype == adapter_dtype
-    for name in counted:
-        for operator in (name, f"{name}_backward"):
-            assert ops.call_counts[operator] == 1
-            assert ops.call_counts[f"{operator}_kernels"] == (backend == "triton")
+    return request.param
 
 
 @pytest.mark.parametrize("needs", [(True, True), (False, True), (True, False), (False, False)])
 @whole
-def test_computes_and_saves_only_what_a_gradient_needs(kind, needs):
+def test_computes_and_saves_only_what_a_gradient_needs(backend, kind, needs):
     p = kind.problem(kind.rows, 8, 6, 2, *FP32_MASTER)
     x, lora_A = leaves(p, needs)
     saved, y = saved_by(lambda: call(p, kind.function, x, lora_A))
@@ -90,30 +60,50 @@ def test_computes_and_saves_only_what_a_gradient_needs(kind, needs):
         return
     assert (x.data_ptr() in saved) == needs[1]  # x as it came, or not at all
     assert (p.weight.data_ptr() in saved) == needs[0]
-    # no cast, no h
-    assert saved <= addresses(x, p.weight, lora_A, p.lora_B, getattr(p, "offsets", None))
+    assert saved <= addresses(x, p.weight, lora_A, p.lora_B, p.offsets)  # no cast, no h
+    y.backward(p.grad_output)
+    assert (x.grad is not None, lora_A.grad is not None) == needs
+    gradients = {"grad_x": x.grad, "grad_A": lora_A.grad}
+    agree({name: grad for name, grad in gradients.items() if grad is not None}, solve(p), BF16)
+
+
+@pytest.mark.parametrize("needs", [(True, True), (True, False), (False, True)])
+def test_the_factors_save_x_as_it_came_and_the_operands_that_gradients_need(needs):
+    p = oracle.problem((6,), 5, 4, 2, *FP32_MASTER)
+    x, lora_A = leaves(p, needs)
+    saved, h = saved_by(lambda: mica_down_projection(x, lora_A, 0.5, **DROPOUT))
+    assert saved == addresses(lora_A, SEED, *([x] if needs[1] else []))
+    saved, y = saved_by(lambda: mica_up_projection(torch.zeros_like(p.grad_output), h, p.lora_B))
+    assert saved == addresses(p.lora_B)
     y.backward(p.grad_output)
     assert (x.grad is not None, lora_A.grad is not None) == needs
 
 
+def test_y_keeps_its_dtype_and_its_precision(backend):
+    """A base layer may return fp32 next to 16-bit products: the sum is not rounded to theirs."""
+    y, h, lora_B = torch.randn(6, 20), torch.randn(6, 4).bfloat16(), torch.randn(20, 4)
+    out = mica_up_projection(y, h, lora_B)
+    assert out.dtype == FP32
+    assert error(out, y.double() + h.double() @ lora_B.double().t()) <= RELATIVE[FP32]
+
+
 @pytest.mark.filterwarnings("error:.*autograd kernel was not registered")
-@pytest.mark.parametrize("dropout", [False, True])
+@pytest.mark.parametrize("options", [{}, DROPOUT], ids=["plain", "dropout"])
 @of_each_kind
-def test_first_and_second_derivatives(kind, dropout):
-    if dropout and kind is KINDS["experts"]:
+def test_first_and_second_derivatives(kind, options):
+    if options and kind is KINDS["experts"]:
         pytest.skip("has none")
     p = kind.problem(kind.rows, 5, 4, 2, torch.float64)
-    seed, inputs = torch.tensor([-9]), leaves(p)
-    options = {"dropout_p": 0.5, "seed": seed} if dropout else {}
+    inputs = leaves(p)
 
     def function(x, lora_A):
         return call(p, kind.function, x, lora_A, **options)
 
     assert torch.autograd.gradcheck(function, inputs)
     assert torch.autograd.gradgradcheck(function, inputs)
-    if dropout and kind is KINDS["linear"]:
+    if options and kind is KINDS["linear"]:
         saved, _ = saved_by(lambda: function(*inputs))
-        assert saved == addresses(*inputs, p.weight, p.lora_B, seed)  # the seed, and no mask
+        assert saved == addresses(*inputs, p.weight, p.lora_B, SEED)  # the seed, and no mask
 
 
 @of_each_kind
@@ -126,10 +116,10 @@ def test_function_transforms(kind):
         return (call(p, kind.function, x, lora_A) * p.grad_output).sum()
 
     grad = torch.func.grad(loss, argnums=(0, 1))
-    agree(dict(zip(("grad_x", "grad_A"), grad(p.x, p.lora_A), strict=True)), kind.solve(p), torch.float64)
+    agree(dict(zip(("grad_x", "grad_A"), grad(p.x, p.lora_A), strict=True)), solve(p), torch.float64)
     for axes, arguments, pairs in (
-        ((0, None), (xs, lora_As[0]), [(xs[0], lora_As[0]), (xs[1], lora_As[0])]),
-        ((None, 0), (xs[0], lora_As), [(xs[0], lora_As[0]), (xs[0], lora_As[1])]),
+        ((0, None), (xs, p.lora_A), [(x, p.lora_A) for x in xs]),
+        ((None, 0), (p.x, lora_As), [(p.x, lora_A) for lora_A in lora_As]),
         ((0, 0), (xs, lora_As), list(zip(xs, lora_As, strict=True))),
     ):
         outputs = torch.func.vmap(lambda x, A: call(p, kind.function, x, A), axes)(*arguments)
@@ -141,10 +131,9 @@ def test_function_transforms(kind):
 
 
 @pytest.mark.parametrize("name", ["x", "lora_A"])
-@pytest.mark.parametrize("dropout", [False, True])
-def test_forward_mode_with_dual_tensors(name, dropout):
+@pytest.mark.parametrize("options", [{}, DROPOUT], ids=["plain", "dropout"])
+def test_forward_mode_with_dual_tensors(name, options):
     p = oracle.problem((3,), 5, 4, 2, torch.float64)
-    options = {"dropout_p": 0.5, "seed": torch.tensor([7])} if dropout else {}
 
     def linear(tensor):
         q = replace(p, **{name: tensor})
@@ -160,12 +149,10 @@ def test_forward_mode_with_dual_tensors(name, dropout):
 
 
 @pytest.mark.filterwarnings("error:There is a performance drop")
-@pytest.mark.parametrize("backend", BACKENDS)
 @whole
-def test_batches_of_gradients(monkeypatch, backend, kind):
+def test_batches_of_gradients(backend, kind):
     """In the backward alone: by `is_grads_batched`, which is none of torch.func's, and by vmap."""
-    monkeypatch.setenv("MICA_BACKEND", backend)
-    p = kind.problem(kind.rows, 5, 4, 2, torch.float32)
+    p = kind.problem(kind.rows, 5, 4, 2, FP32)
     inputs = leaves(p)
     y = call(p, kind.function, *inputs)
     vectors = torch.stack([p.grad_output, -2 * p.grad_output])
@@ -176,12 +163,12 @@ def test_batches_of_gradients(monkeypatch, backend, kind):
     expected = [torch.stack(pair) for pair in zip(*map(grads, vectors), strict=True)]
     for actual in (grads(vectors, is_grads_batched=True), torch.func.vmap(grads)(vectors)):
         for ours, exact in zip(actual, expected, strict=True):
-            assert error(ours, exact) <= RELATIVE[torch.float32]
+            assert error(ours, exact) <= RELATIVE[FP32]
 
 
 @whole
 def test_an_edit_of_x_in_place_is_reported(kind):
-    p = kind.problem(kind.rows, 5, 4, 2, torch.float32)
+    p = kind.problem(kind.rows, 5, 4, 2, FP32)
     lora_A = p.lora_A.clone().requires_grad_()
     y = call(p, kind.function, p.x, lora_A)
     p.x.mul_(2.0)
@@ -193,61 +180,54 @@ def test_an_edit_of_x_in_place_is_reported(kind):
         y.backward()
 
 
-@pytest.mark.parametrize("autocast_dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("autocast_dtype", [BF16, torch.float16])
 @pytest.mark.parametrize("backward_inside", [False, True])
 @pytest.mark.parametrize("name", ["linear", "factors"])
-def test_autocast(autocast_dtype, backward_inside, name):
+def test_autocast(backend, autocast_dtype, backward_inside, name):
     """As PEFT's layer: out in autocast's dtype. The fp32 master's gradient stays unrounded."""
     kind = KINDS[name]
-    p = kind.problem((16,), 12, 10, 3, torch.float32)
+    p = kind.problem((16,), 12, 10, 3, FP32)
     x, lora_A = leaves(p)
     with torch.autocast("cpu", autocast_dtype):
         y = call(p, kind.function, x, lora_A)
     with torch.autocast("cpu", autocast_dtype, enabled=backward_inside):
         y.backward(p.grad_output.to(autocast_dtype))
     assert y.dtype == autocast_dtype
-    assert x.grad.dtype == lora_A.grad.dtype == torch.float32
+    assert x.grad.dtype == lora_A.grad.dtype == FP32
     assert (lora_A.grad != lora_A.grad.to(autocast_dtype).float()).any()
-    agree({"y": y, "grad_x": x.grad, "grad_A": lora_A.grad}, kind.solve(p), autocast_dtype)
+    agree({"y": y, "grad_x": x.grad, "grad_A": lora_A.grad}, solve(p), autocast_dtype)
+    assert all(ops.call_counts[f"{name}_kernels"] == (backend == "triton") for name in kind.counted)
 
 
-@pytest.mark.usefixtures("sixteen_bit_products")
-@pytest.mark.parametrize("backend", ["eager", "aot_eager", "inductor"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("autocast_dtype", [BF16, torch.float16])
+def test_autocast_of_h_and_of_a_wider_y(autocast_dtype):
+    p = oracle.problem((16,), 12, 10, 3, FP32)
+    with torch.autocast("cpu", autocast_dtype):
+        h = mica_down_projection(p.x, p.lora_A, p.scaling)
+        assert h.dtype == autocast_dtype
+        assert mica_up_projection(torch.zeros(16, 10), h, p.lora_B).dtype == FP32
+        dropped = mica_down_projection(p.x, p.lora_A, p.scaling, **DROPOUT)
+    assert error(dropped, h) > 0.1
+
+
+@pytest.mark.parametrize("compiler", ["eager", "aot_eager", "inductor"])
+@pytest.mark.parametrize("dropout", [False, True])
 @of_each_kind
-def test_compiles_into_one_graph_whose_calls_are_counted(backend, dtype, kind):
+def test_compiles_into_one_graph_whose_calls_are_counted(backend, compiler, dropout, kind):
+    """Whatever multiplies: no compiler looks into a body."""
+    if dropout and kind is KINDS["experts"]:
+        pytest.skip("has none")
     torch.compiler.reset()
-    p = kind.problem(kind.rows, 5, 7, 2, dtype, torch.float32)
-    compiled = torch.compile(kind.function, fullgraph=True, backend=backend)
-    expected = run(p, function=kind.function)
+    options = DROPOUT if dropout else {}
+    p = kind.problem(kind.rows, 5, 7, 2, *(FP32_MASTER if dropout else (FP32, FP32)))
+    compiled = torch.compile(kind.function, fullgraph=True, backend=compiler)
+    expected = run(p, function=kind.function, **options)
     ops.call_counts.clear()
     for calls in (1, 2):
-        for name, value in run(p, function=compiled).items():
-            assert torch.equal(value, expected[name]), name
-        for name in kind.counted:
-            assert ops.call_counts[name] == ops.call_counts[f"{name}_backward"] == calls
-
-
-@whole
-def test_reruns_are_bitwise_equal(kind):
-    p = kind.problem(kind.many, 65, 33, 7, *FP32_MASTER)
-    first, second = run(p, function=kind.function), run(p, function=kind.function)
-    assert all(torch.equal(first[name], second[name]) for name in first)
-
-
-def test_no_tokens():
-    result = run(oracle.problem((0,), 4, 3, 2, torch.float32))
-    assert result["y"].shape == (0, 3)
-    assert torch.equal(result["grad_A"], torch.zeros(2, 4))
-
-
-def test_transposed_weight_and_permuted_input():
-    p = oracle.problem((5, 6), 7, 4, 2, torch.float32)
-    plain = run(p)
-    p.weight = p.weight.t().contiguous().t()
-    p.x = p.x.transpose(0, 1).contiguous().transpose(0, 1)
-    p.grad_output = p.grad_output.transpose(0, 1).contiguous().transpose(0, 1)
-    agree(run(p), plain, torch.float32)
+        same_bits(run(p, function=compiled, **options), expected)
+        for name in (*kind.counted, *(f"{name}_backward" for name in kind.counted)):
+            assert ops.call_counts[name] == calls
+            assert ops.call_counts[f"{name}_kernels"] == (calls if backend == "triton" else 0)
 
 
 @of_each_kind
@@ -257,15 +237,34 @@ def test_gradient_of_a_master_is_not_rounded_to_16_bit(kind):
     assert (grad != grad.bfloat16().float()).float().mean() > 0.9
 
 
-@pytest.mark.parametrize(("dtype", "adapter_dtype", "compute_dtype"), DTYPES)
-@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize(
+    ("dtype", "adapter_dtype", "compute_dtype", "bias"),
+    [(FP32, FP32, None, True), (BF16, BF16, None, False), (BF16, FP32, FP32, True)],
+)
 @whole
-def test_opcheck(kind, dtype, adapter_dtype, compute_dtype, bias):
+def test_opcheck(backend, kind, dtype, adapter_dtype, compute_dtype, bias):
+    """With dropout where there is no bias. A gradient's wrong dtype, which autograd casts, is seen here."""
     p = kind.problem(kind.rows, 5, 7, 2, dtype, adapter_dtype, bias)
-    (name,), offsets = kind.counted, [p.offsets] if hasattr(p, "offsets") else []
+    (name,), offsets = kind.counted, [] if p.offsets is None else [p.offsets]
+    dropout = [] if bias or offsets else [0.3, SEED]
     x, lora_A = leaves(p)
     forward, backward = (getattr(torch.ops.mica, op).default for op in (name, f"{name}_backward"))
-    opcheck(forward, (x, *offsets, p.weight, lora_A, p.lora_B, p.scaling, p.bias, compute_dtype))
-    operands = p.grad_output, p.x, *offsets, p.weight, p.lora_A, p.lora_B, p.scaling, compute_dtype or dtype
+    factors = p.lora_B, p.scaling
+    opcheck(forward, (x, *offsets, p.weight, lora_A, *factors, p.bias, compute_dtype, *dropout))
+    operands = p.grad_output, p.x, *offsets, p.weight, p.lora_A, *factors, compute_dtype or dtype
+    opcheck(backward, (*operands, [True, True], *dropout))
+    for mask in ([True, False], [False, True]):  # only what is returned depends on it
+        opcheck(backward, (*operands, mask, *dropout), test_utils=("test_schema", "test_faketensor"))
+
+
+@pytest.mark.parametrize("compute_dtype", [None, FP32])
+def test_opcheck_of_the_factors(compute_dtype):
+    p = oracle.problem((2, 3), 5, 7, 2, *FP32_MASTER)
+    opcheck(torch.ops.mica.down_projection.default, (*leaves(p), 0.5, compute_dtype, 0.3, SEED))
+    h, y = (torch.randn(2, 3, columns).bfloat16().requires_grad_() for columns in (2, 7))
+    opcheck(torch.ops.mica.up_projection.default, (y, h, p.lora_B))
+    opcheck(torch.ops.mica.up_projection_backward.default, (y.detach(), p.lora_B, BF16))
     for mask in ([True, True], [True, False], [False, True]):
-        opcheck(backward, (*operands, mask))
+        grad_h = torch.randn(2, 3, 2).to(compute_dtype or BF16)
+        arguments = (grad_h, p.x, p.lora_A, 0.5, BF16, mask, 0.3, SEED)
+        opcheck(torch.ops.mica.down_projection_backward.default, arguments)

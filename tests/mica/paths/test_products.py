@@ -9,6 +9,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from mica.paths import products
+from tests.support.linear_calls import Seen
 from tests.support.oracle import padded
 from tests.support.tolerances import RELATIVE, error
 
@@ -65,26 +66,14 @@ def test_the_sum_is_rounded_once(monkeypatch, dtype, chunk):
     assert error(products.addmm(bias, *pairs), exact(bias, pairs)) > RELATIVE[torch.float32]
 
 
-class _Largest(TorchDispatchMode):
-    """Bytes of the largest fp32 tensor that is made."""
-
-    most = 0
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        result = function(*args, **(kwargs or {}))
-        if isinstance(result, torch.Tensor) and result.dtype == torch.float32:
-            self.most = max(self.most, result.numel())
-        return result
-
-
 @pytest.mark.parametrize("transposed", [True, False])
 def test_copies_are_bounded(monkeypatch, transposed):
     monkeypatch.setattr(products, "has_native", lambda dtype: False)
     monkeypatch.setattr(products, "CHUNK", 2**13)
     pairs = operands(torch.bfloat16, 700, (100, 16), 900, transposed)
-    with _Largest() as largest:
+    with Seen() as seen:
         result = products.addmm(None, *pairs)
-    assert largest.most <= 2**13
+    assert seen.largest(torch.float32) <= 2**13
     assert error(result, exact(None, pairs)) <= RELATIVE[torch.bfloat16]
 
 
@@ -93,9 +82,9 @@ def test_few_rows_are_left_to_pytorch_where_its_loop_is_quick(monkeypatch, dtype
     monkeypatch.setattr(products, "has_native", lambda dtype: False)
     for extra in (0, 1):
         (pair, _) = operands(dtype, rows=products.FEW_ROWS + extra)
-        with _Largest() as largest:
+        with Seen() as seen:
             result = products.addmm(None, pair)
-        assert (largest.most > 0) == (extra > 0)  # copies
+        assert (seen.largest(torch.float32) > 0) == (extra > 0)  # copies
         assert extra or torch.equal(result, pair[0] @ pair[1])
 
 

@@ -1,12 +1,10 @@
-import copy
-
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from mica.paths import products, torch_path
 from mica.paths.products import addmm
-from tests.support.linear_calls import agree
+from tests.support import expert_cases
+from tests.support.linear_calls import Seen, agree, run
 from tests.support.oracle import DTYPES, problem, solve
 from tests.support.tolerances import RELATIVE, error
 
@@ -19,39 +17,12 @@ def operands(p):
     return p.weight, p.lora_A, p.lora_B, p.scaling
 
 
-def compute(p, compute_dtype=None, *dropout):
+def compute(p, compute_dtype=None):
     """By `linear` and `linear_backward`."""
-    y = torch_path.linear(p.x, *operands(p), p.bias, compute_dtype, *dropout)
-    dtype = compute_dtype or p.x.dtype
-    grad_x, grad_A = torch_path.linear_backward(p.grad_output, p.x, *operands(p), dtype, *dropout)
-    return {"y": y, "grad_x": grad_x, "grad_A": grad_A}
-
-
-def compute_apart(p, compute_dtype=None):
     y = torch_path.linear(p.x, *operands(p), p.bias, compute_dtype)
-    g = torch_path.grad_h(p.grad_output, p.lora_B, p.scaling, compute_dtype or p.x.dtype)
-    return {
-        "y": y,
-        "grad_x": torch_path.grad_x(p.grad_output, p.weight, g, p.lora_A),
-        "grad_A": torch_path.grad_a(g, p.x),
-    }
-
-
-@in_each_way
-@on_all_dtypes
-@pytest.mark.parametrize("shape", [(1, 1, 1, 1), (5, 7, 3, 2), (33, 17, 65, 5), (2100, 19, 23, 16)])
-@pytest.mark.parametrize("bias", [True, False])
-def test_agrees_with_the_dense_oracle(dtype, adapter_dtype, compute_dtype, shape, bias):
-    tokens, *sizes = shape
-    p = problem((tokens,), *sizes, dtype, adapter_dtype, bias)
-    before = copy.deepcopy(p)
-    result = compute_apart(p, compute_dtype)
-    agree(result, solve(p), dtype)
-    assert result["y"].dtype == result["grad_x"].dtype == dtype
-    assert result["grad_A"].dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
-    torch_path.delta(p.lora_A, p.lora_B, p.scaling)
-    for name in ("x", "weight", "lora_A", "lora_B", "bias", "grad_output"):  # left alone
-        assert getattr(p, name) is None or torch.equal(getattr(p, name), getattr(before, name))
+    dtype = compute_dtype or p.x.dtype
+    grad_x, grad_A = torch_path.linear_backward(p.grad_output, p.x, *operands(p), dtype)
+    return {"y": y, "grad_x": grad_x, "grad_A": grad_A}
 
 
 @in_half
@@ -136,33 +107,24 @@ def test_few_tokens_are_nearer_to_the_oracle_than_with_rounded_masters(monkeypat
     assert all(total < 0.0 for total in closer.values())
 
 
-class _Calls(TorchDispatchMode):
-    """What PyTorch computes, without views, and the most numbers that one call returned."""
-
-    def __init__(self):
-        super().__init__()
-        self.names, self.largest = [], 0
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        result = function(*args, **(kwargs or {}))
-        if isinstance(result, torch.Tensor) and not function.is_view:
-            self.names.append(function._schema.name.removeprefix("aten::"))
-            self.largest = max(self.largest, result.numel())
-        return result
-
-
-@pytest.mark.parametrize("scaling", [1.0, 2.0, 1 / 3])
-def test_few_tokens_take_three_products_and_nothing_else(scaling):
+@pytest.mark.parametrize(
+    ("scaling", "forward_scale", "backward_scale", "largest"),
+    [
+        (1.0, [], [], 2 * 30),
+        (2.0, [], ["aten::mul_"], 2 * 30),  # a power of two is the last product's own factor
+        (1 / 3, ["aten::mul"], ["aten::mul"], 16 * 40),
+    ],
+)
+def test_few_tokens_take_three_products_and_nothing_else(scaling, forward_scale, backward_scale, largest):
     p = problem((2,), 40, 30, 16, torch.float32, bias=False, scaling=scaling)
-    with _Calls() as forward:
+    with Seen() as forward:
         torch_path.linear(p.x, *operands(p))
-    with _Calls() as backward:
+    with Seen() as backward:
         torch_path.linear_backward(p.grad_output, p.x, *operands(p), torch.float32)
-    # a power of two is the last product's own factor
-    forward_scale, backward_scale = {1.0: ([], []), 2.0: ([], ["mul_"])}.get(scaling, (["mul"], ["mul"]))
-    assert sorted(forward.names) == sorted(["mm", "mm", "addmm_", *forward_scale])
-    assert sorted(backward.names) == sorted(["mm", "mm", "addmm_", "mm", *backward_scale])
-    assert forward.largest == (2 * 30 if scaling != 1 / 3 else 16 * 40)
+    needed = ["aten::addmm_", "aten::mm", "aten::mm"]
+    assert sorted(forward.names) == sorted([*needed, *forward_scale])
+    assert sorted(backward.names) == sorted([*needed, "aten::mm", *backward_scale])
+    assert forward.largest(torch.float32) == largest
 
 
 @pytest.mark.parametrize("tokens", [3, MANY])
@@ -176,39 +138,21 @@ def test_vmap_over_adapters_of_one_layer(dtype, adapter_dtype, compute_dtype, to
     assert error(batch[1], solve(p)["y"]) <= RELATIVE[dtype]
 
 
-def test_embedding_and_its_gradient():
-    indices = torch.tensor([3, 0, 3, 6, 3])
-    lora_A = torch.randn(2, 7, dtype=torch.float64, requires_grad=True)
-    lora_B = torch.randn(5, 2, dtype=torch.float64)
-    dense = 0.5 * (lora_B @ lora_A)
-    out = torch_path.embedding(indices, lora_A.detach(), lora_B, 0.5)
-    assert error(out, dense.t()[indices]) <= RELATIVE[torch.float64]
-    grad_output = torch.randn(5, 5, dtype=torch.float64)
-    (expected,) = torch.autograd.grad(dense.t()[indices], lora_A, grad_output)
-    actual = torch_path.embedding_backward(grad_output, indices, lora_A, lora_B, 0.5, None)
-    assert error(actual, expected) <= RELATIVE[torch.float64]
-
-
 def test_dropout_keeps_the_given_share_independently():
-    """Rows, columns and neighbours: shares and correlations within five standard errors of chance."""
+    """Rows, columns, neighbours and seeds: shares and correlations within five standard errors of chance."""
     rows, columns, p = 1024, 768, 0.3
-    keep = torch_path.dropout_keep(torch.tensor([1234]), rows, columns, p).double()
+    keep, other, far = (
+        torch_path.dropout_keep(torch.tensor([seed]), rows, columns, p).double()
+        for seed in (1234, 1235, 1234 + 2**40)
+    )
     deviation = (p * (1 - p)) ** 0.5
-    centred = (keep - (1 - p)) / deviation
-    assert abs(centred.mean()) <= 5 / (rows * columns) ** 0.5
+    centred, others = (keep - (1 - p)) / deviation, (other - (1 - p)) / deviation
     assert centred.mean(0).abs().max() <= 5 / rows**0.5
     assert centred.mean(1).abs().max() <= 5 / columns**0.5
-    for shifted in (
-        centred[1:] * centred[:-1],
-        centred[:, 1:] * centred[:, :-1],
-        centred[:512] * centred[512:],
-    ):
-        assert abs(shifted.mean()) <= 5 / shifted.numel() ** 0.5
-    other = torch_path.dropout_keep(torch.tensor([1235]), rows, columns, p).double()
-    assert abs((centred * (other - (1 - p)) / deviation).mean()) <= 5 / (rows * columns) ** 0.5
-    assert not torch.equal(
-        torch_path.dropout_keep(torch.tensor([1234 + 2**40]), rows, columns, p), keep.bool()
-    )
+    neighbours = centred[1:] * centred[:-1], centred[:, 1:] * centred[:, :-1], centred[:512] * centred[512:]
+    for chance in (centred, *neighbours, centred * others):
+        assert abs(chance.mean()) <= 5 / chance.numel() ** 0.5
+    assert not torch.equal(far, keep)
 
 
 def test_dropout_is_a_function_of_seed_row_and_column():
@@ -219,19 +163,6 @@ def test_dropout_is_a_function_of_seed_row_and_column():
     assert (torch_path.dropout_keep(seed, 50, 40, 0.2) | ~keep).all()  # what p = 0.5 keeps, 0.2 keeps too
 
 
-@on_all_dtypes
-def test_dropout_agrees_with_autograd_on_the_masked_input(dtype, adapter_dtype, compute_dtype):
-    """More tokens than one chunk of `grad_a`: the mask's rows go on counting."""
-    p = problem((2100,), 19, 23, 4, dtype, adapter_dtype)
-    seed, rate = torch.tensor([6]), 0.25
-    x, lora_A = (t.detach().double().requires_grad_() for t in (p.x, p.lora_A))
-    dropped = x * torch_path.dropout_keep(seed, 2100, 19, rate) / (1 - rate)
-    y = x @ p.weight.double().t() + p.bias.double()
-    y = y + p.scaling * dropped @ lora_A.t() @ p.lora_B.double().t()
-    dx, dA = torch.autograd.grad(y, (x, lora_A), p.grad_output.double())
-    agree(compute(p, compute_dtype, rate, seed), {"y": y, "grad_x": dx, "grad_A": dA}, dtype)
-
-
 def test_products_in_another_dtype_than_all_operands():
     """bf16 x, A and B, and products in fp32: h is not rounded on its way."""
     p = problem((40,), 48, 30, 12, torch.bfloat16, torch.bfloat16, scaling=2.0)
@@ -240,3 +171,13 @@ def test_products_in_another_dtype_than_all_operands():
     base = torch_path.addmm(p.bias, (p.x, p.weight.t()))
     assert torch.equal(y, torch_path.up_projection(base, h, p.lora_B))
     assert not torch.equal(y, torch_path.linear(p.x, *operands(p), p.bias))
+
+
+@pytest.mark.parametrize("route", [route for route in expert_cases.ROUTES if route != "none at all"])
+def test_experts_are_differentiable_by_autograd(route):
+    p = expert_cases.problem(route, 5, 4, 2, torch.float64)
+
+    def experts_linear(*operands, compute_dtype):
+        return torch_path.experts_linear(*operands, compute_dtype)
+
+    agree(run(p, function=experts_linear), solve(p), torch.float64)

@@ -1,6 +1,7 @@
 """The plans of all launches of a layer, looked up together: never another call's (interpreted here)."""
 
 import warnings
+from dataclasses import replace
 
 import pytest
 import torch
@@ -8,66 +9,73 @@ import torch
 from mica import ops
 from mica.kernels import launching
 from mica.paths import choose, triton_path
-from tests.support.linear_calls import on_device, run
+from tests.support import expert_cases
+from tests.support.kernel_cases import seed_of
+from tests.support.linear_calls import agree, on_device, run, same_bits
 from tests.support.oracle import problem, solve
 from tests.support.tolerances import RELATIVE, error
 
 pytestmark = pytest.mark.usefixtures("on_kernels")
 
+BF16, FP32 = torch.bfloat16, torch.float32
 
-def strided(tensor, dim):
+
+def strided(tensor, dim=1):
     """The same numbers with gaps in memory along a dimension."""
-    sizes = list(tensor.shape)
-    sizes[dim] *= 2
-    return torch.zeros(sizes, dtype=tensor.dtype, device=tensor.device).index_copy_(
-        dim, torch.arange(0, sizes[dim], 2, device=tensor.device), tensor
-    )[tuple(slice(None, None, 2) if d == dim else slice(None) for d in range(2))]
+    wide = tensor.repeat_interleave(2, dim)
+    return wide[:, ::2] if dim == 1 else wide[::2]
 
 
-# What differs from a call before it, whose plans must not be taken: (change of the problem, options).
+def layer(tokens=70, in_features=40, out_features=24, rank=12, dtype=BF16):
+    return problem((tokens,), in_features, out_features, rank, dtype)
+
+
+def stack(**options):
+    return expert_cases.problem("tiles", 33, 22, 5, BF16, FP32, **options)
+
+
+# What differs from a call before it, whose plans must not be taken: the first call, the other
 DIFFERENT = {
-    "tokens": lambda p: problem((33,), 40, 24, 12, torch.bfloat16),
-    "in_features": lambda p: problem((70,), 48, 24, 12, torch.bfloat16),
-    "out_features": lambda p: problem((70,), 40, 32, 12, torch.bfloat16),
-    "rank": lambda p: problem((70,), 40, 24, 5, torch.bfloat16),
-    "dtype of x": lambda p: problem((70,), 40, 24, 12, torch.float16),
-    "dtype of A": lambda p: _with(p, lora_A=p.lora_A.bfloat16()),
-    "dtype of B": lambda p: _with(p, lora_B=p.lora_B.bfloat16()),
-    "strides of x": lambda p: _with(p, x=strided(p.x, 1)),
-    "strides of A": lambda p: _with(p, lora_A=strided(p.lora_A, 1)),
-    "strides of dy": lambda p: _with(p, grad_output=strided(p.grad_output, 1)),
-    "scaling": lambda p: _with(p, scaling=-0.75),
-    "dtype of the products": lambda p: p,
-    "no bias": lambda p: _with(p, bias=None),
+    "tokens": (layer, lambda p: layer(tokens=33)),
+    "in_features": (layer, lambda p: layer(in_features=48)),
+    "out_features": (layer, lambda p: layer(out_features=32)),
+    "rank": (layer, lambda p: layer(rank=5)),
+    "dtype of x": (layer, lambda p: layer(dtype=torch.float16)),
+    "dtype of A": (layer, lambda p: replace(p, lora_A=p.lora_A.float())),
+    "dtype of B": (layer, lambda p: replace(p, lora_B=p.lora_B.float())),
+    "strides of x": (layer, lambda p: replace(p, x=strided(p.x))),
+    "strides of A": (layer, lambda p: replace(p, lora_A=strided(p.lora_A))),
+    "strides of dy": (layer, lambda p: replace(p, grad_output=strided(p.grad_output))),
+    "scaling": (layer, lambda p: replace(p, scaling=-0.75)),
+    "dtype of the products": (layer, lambda p: p),
+    "no bias": (layer, lambda p: replace(p, bias=None)),
+    "experts: no bias": (stack, lambda p: replace(p, bias=None)),
+    # of another type, and with gaps in memory
+    "experts: ends": (stack, lambda p: replace(p, offsets=torch.stack([p.offsets.long()] * 2, dim=1)[:, 0])),
+    "experts: scaling": (stack, lambda p: replace(p, scaling=2.0)),
+    "experts: out_features": (stack, lambda p: expert_cases.problem("tiles", 33, 40, 5, BF16, FP32)),
+    "experts: A": (stack, lambda p: replace(p, lora_A=p.lora_A.bfloat16().mT.contiguous().mT)),
 }
-
-
-def _with(p, **changed):
-    for name, value in changed.items():
-        setattr(p, name, value)
-    return p
 
 
 @pytest.mark.parametrize("name", DIFFERENT)
 def test_the_plans_of_another_call_are_not_taken(name):
-    base = on_device(problem((70,), 40, 24, 12, torch.bfloat16))
-    run(base)
-    run(base)
-    calls = len(triton_path.recorded_forward), len(triton_path.recorded_backward)
-    other = on_device(DIFFERENT[name](problem((70,), 40, 24, 12, torch.bfloat16)))
-    dtype = torch.float32 if name == "dtype of the products" else None
-    actual = run(other, dtype)
+    first, other = DIFFERENT[name]
+    p = on_device(first())
+    for _ in range(2):
+        run(p)
+    assert len(triton_path.recorded_forward) >= 1 <= len(triton_path.recorded_backward)
+    p, dtype = on_device(other(p)), FP32 if name == "dtype of the products" else None
+    actual = run(p, dtype)
+    if p.offsets is not None:  # the interpreter takes ends of any type
+        assert len(triton_path.recorded_forward) == 2
     launching.clear()
-    alone = run(other, dtype)
-    expected = solve(other)
-    for what in actual:
-        assert torch.equal(actual[what], alone[what]), what
-        assert error(actual[what], expected[what]) <= RELATIVE[torch.bfloat16], what
-    assert min(calls) >= 1
+    same_bits(actual, run(p, dtype))
+    agree(actual, solve(p), BF16)
 
 
 def test_the_setting_for_fp32_products_is_seen():
-    p = on_device(problem((5,), 40, 24, 12, torch.float32))
+    p = on_device(layer(5, dtype=FP32))
     launching.clear()
     run(p)
     before = torch.backends.cuda.matmul.fp32_precision
@@ -82,12 +90,11 @@ def test_the_setting_for_fp32_products_is_seen():
 @pytest.mark.parametrize("dropout_p", [0.0, 0.3])
 def test_a_layer_s_plans_are_found_together(monkeypatch, dropout_p):
     """From the second call on none of its kernels looks up its own plan."""
-    p, options = on_device(problem((5,), 40, 24, 12, torch.float32)), {"dropout_p": dropout_p}
-    options["seed"] = torch.tensor([3], device=p.x.device) if dropout_p else None
+    p = on_device(layer(5, dtype=FP32))
+    options = {"dropout_p": dropout_p, "seed": seed_of(3)} if dropout_p else {}
     expected = run(p, **options)
     monkeypatch.setattr(launching.Launcher, "key", None)
-    for name, value in run(p, **options).items():
-        assert torch.equal(value, expected[name])
+    same_bits(run(p, **options), expected)
 
 
 # The kernels of a layer, as they are met; the operators that run on the reference where they are not loaded
@@ -97,7 +104,7 @@ KERNELS = {"_down_projection_kernel": 2, "_up_projection_kernel": 2, "_grad_a_ke
 @pytest.mark.parametrize("kernel", KERNELS)
 def test_a_kernel_that_a_capture_cannot_load_is_missed_once(monkeypatch, kernel):
     """The first of a formula's kernels or a later one: that call alone runs on the reference; one warning."""
-    p = on_device(problem((70,), 40, 24, 12, torch.bfloat16))
+    p = on_device(layer())
     monkeypatch.setenv("MICA_BACKEND", "reference")
     expected = run(p)
     monkeypatch.setenv("MICA_BACKEND", "auto")
@@ -111,12 +118,12 @@ def test_a_kernel_that_a_capture_cannot_load_is_missed_once(monkeypatch, kernel)
         capture.setattr(launching.Launch, "_is_loaded", lambda launch: launch.kernel.__name__ != kernel)
         for _ in range(2):
             for name, value in run(p).items():
-                assert error(value, expected[name].double()) <= RELATIVE[torch.bfloat16], name
+                assert error(value, expected[name].double()) <= RELATIVE[BF16], name
     assert len(warned) == KERNELS[kernel]
     assert all("in a CUDA graph on cpu: a kernel for this kind" in str(each.message) for each in warned)
     kernels = ("linear_kernels", "linear_backward_kernels")
     assert sum(ops.call_counts[name] for name in kernels) == 2 * (2 - KERNELS[kernel])
-    assert choose.why_not_kernels(p.x.device, 12, torch.bfloat16) is None
+    assert choose.why_not_kernels(p.x.device, 12, BF16) is None
     ops.call_counts.clear()
     run(p)  # after the capture
     assert all(ops.call_counts[name] == 1 for name in kernels)
@@ -129,7 +136,7 @@ def test_where_a_capture_cannot_run_the_reference_the_reason_is_raised(monkeypat
     monkeypatch.setenv("MICA_BACKEND", demanded)
     monkeypatch.setattr(launching, "is_capturing", lambda device: True)
     launching.clear()
-    p = on_device(problem((6,), 16, 24, 4, torch.float32))
+    p = on_device(problem((6,), 16, 24, 4, FP32))
     stacks = [tensor.unsqueeze(0) for tensor in (p.weight, p.lora_A, p.lora_B)]
     calls = {
         "triton": lambda: run(p),

@@ -10,7 +10,14 @@ EXPERTS = {
         "rows_of": [("offsets_ptr + expert - 1", "offsets_ptr + expert"), ("other=num_rows", "other=0")],
         "most_tiles": [("+ num_experts + tail", "+ num_experts"), ("num_rows // block_m +", "")],
     },
-    ("mica/paths/triton_path.py", "tests/mica/paths/test_triton_path_experts.py"): {
+    (
+        "mica/paths/triton_path.py",
+        "tests/mica/paths/test_triton_path_experts.py",
+        "tests/mica/paths/test_triton_path_plans.py",
+        "tests/mica/ops/test_operators.py",
+        "tests/mica/paths/test_parity.py",
+        *("-k", "experts"),
+    ): {
         "experts_linear": [
             ('"scale": scaling,', '"scale": 1.0,'),
             ("None, None, bias, offsets)", "None, None, None, offsets)"),

@@ -3,9 +3,11 @@
 EXPERTS_PATH = {
     (
         "mica/paths/torch_path.py",
-        "tests/mica/paths/test_torch_path_experts.py",
+        "tests/mica/paths/test_parity.py",
+        "tests/mica/paths/test_torch_path.py",
         "tests/mica/ops/test_experts.py",
         "tests/mica/ops/test_operators.py",
+        *("-k", "experts"),
     ): {
         "_by_expert": [
             ("y[end:] = 0", ""),
@@ -22,7 +24,13 @@ EXPERTS_PATH = {
         "hit": [("start = max(start, end)", "")],
         "_filling": [("or functorch.is_legacy_batchedtensor(tensor)", "")],
     },
-    ("mica/ops/experts.py", "tests/mica/ops/test_experts.py", "tests/mica/ops/test_operators.py"): {
+    (
+        "mica/ops/experts.py",
+        "tests/mica/ops/test_experts.py",
+        "tests/mica/ops/test_operators.py",
+        "tests/mica/paths/test_parity.py",
+        *("-k", "experts"),
+    ): {
         "_ExpertsLinear.forward": [
             ("x if needs_A else None", "x"),
             ("tokens if needs_A else None", "None"),

@@ -3,8 +3,10 @@
 KERNELS = {
     (
         "kernels/down_projection.py",
-        "tests/kernels/test_down_projection.py",
+        "tests/kernels/test_skinny.py",
         "tests/kernels/test_split_k.py",
+        "-k",
+        "down or split_k",
     ): {
         "_down_projection_kernel": [
             ("(expert >= num_experts) | (first_row >= end)", "first_row >= end"),
@@ -30,8 +32,9 @@ KERNELS = {
     (
         "kernels/common.py",
         "tests/kernels/test_common.py",
-        "tests/kernels/test_down_projection.py",
-        "tests/kernels/test_up_projection.py",
+        "tests/kernels/test_skinny.py",
+        "-k",
+        "test_common or up",
     ): {
         "dropout_keep": [
             ("tl.int32) >= threshold", "tl.int32) > threshold"),
@@ -47,7 +50,13 @@ KERNELS = {
         ],
         "keep_threshold": [("dropout_p * 2**24", "dropout_p * 2**23")],
     },
-    ("kernels/split_k.py", "tests/kernels/test_split_k.py", "tests/kernels/test_down_projection.py"): {
+    (
+        "kernels/split_k.py",
+        "tests/kernels/test_split_k.py",
+        "tests/kernels/test_skinny.py",
+        "-k",
+        "down or split_k",
+    ): {
         "store_sum": [
             ("cast(total * scale", "cast(total"),
             ("cast(acc * scale", "cast(acc"),
@@ -65,7 +74,13 @@ KERNELS = {
             ("length, 2 * block", "length, block"),
         ],
     },
-    ("kernels/grad_a.py", "tests/kernels/test_grad_a.py", "tests/kernels/test_split_k.py"): {
+    (
+        "kernels/grad_a.py",
+        "tests/kernels/test_skinny.py",
+        "tests/kernels/test_split_k.py",
+        "-k",
+        "grad or split_k",
+    ): {
         "_grad_a_kernel": [
             ("0, BLOCK_M) < last", "0, BLOCK_M) <= last"),
             ("start + tl.arange(0, BLOCK_M),", "rows,"),
@@ -137,7 +152,7 @@ KERNELS = {
         "_fits": [("limit // bytes_per_stage", "config.num_stages")],
         "forms_of": [("tokens >= row.tokens and", ""), ("and rank <= row.rank", "")],
     },
-    ("kernels/up_projection.py", "tests/kernels/test_up_projection.py"): {
+    ("kernels/up_projection.py", "tests/kernels/test_skinny.py", "-k", "up"): {
         "_up_projection_kernel": [
             ("* scale  # fmt: skip", "# fmt: skip"),
             ("rows, columns, threshold", "columns, rows, threshold"),

@@ -3,10 +3,9 @@
 OPERATORS = {
     (
         "mica/paths/triton_path.py",
-        "tests/mica/paths/test_triton_path_operands.py",
-        "tests/mica/paths/test_triton_path_plans.py",
         "tests/mica/paths/test_triton_path.py",
-        "tests/mica/ops/test_low_rank.py",
+        "tests/mica/paths/test_triton_path_plans.py",
+        "tests/mica/paths/test_parity.py",
         "tests/mica/ops/test_operators.py",
         "tests/mica/ops/test_operator.py",
     ): {
@@ -103,12 +102,12 @@ OPERATORS = {
             ("torch.is_autocast_enabled(device_type)", "False"),
         ],
     },
-    ("mica/ops/low_rank.py", "tests/mica/ops/test_low_rank.py", "tests/mica/ops/test_operators.py"): {
+    ("mica/ops/low_rank.py", "tests/mica/ops/test_operators.py", "tests/mica/paths/test_parity.py"): {
         "_DownProjection.forward": [("if ctx.needs_input_grad[2] else None", "")],
         "_down_backward": [("to(x_dtype).view", "view")],
         "_down_cast": [("None, *dropout", "compute_dtype, 0.0, None")],
     },
-    ("mica/paths/torch_path.py", "tests/mica/paths/test_torch_path.py"): {
+    ("mica/paths/torch_path.py", "tests/mica/paths/test_torch_path.py", "tests/mica/paths/test_parity.py"): {
         "_scaled_product": [("dtype))).mul_(scaling", "dtype))")],
         "linear_backward": [
             ("g.mul_(scaling)", "pass"),

@@ -1,0 +1,310 @@
+"""The three skinny products, dense and of experts: there ``ends`` says where each expert's rows end."""
+
+import pytest
+import torch
+
+from mica.kernels import configs
+from mica.kernels.down_projection import down_projection
+from mica.kernels.grad_a import grad_a
+from mica.kernels.limits import padded_columns
+from mica.kernels.up_projection import up_projection_
+from tests.support.expert_cases import EVERY_ROUTE, ROUTES, by_expert, idle, offsets_of, route, slices, stack
+from tests.support.guarding import run_guarded, touched
+from tests.support.kernel_cases import BF16, DTYPES, FP16, FP32, SHAPES, draw, far_apart, operand, seed_of
+from tests.support.oracle import dropped
+from tests.support.properties import given, st
+from tests.support.tolerances import RELATIVE, error
+
+
+def exact_down(x, factor, ends, scale=1.0, dropout_p=0.0, seed=None):
+    x = dropped(x, dropout_p, seed)
+    return scale * (by_expert(x, ends, factor.transpose(1, 2)) if ends else x @ factor.double().t())
+
+
+def check_down(x, factor, dtype, ends=None, index=torch.int32, config=None, seed=None, **options):
+    options, offsets = {"scale": 0.75, **options}, ends and offsets_of(ends, index)
+    call = down_projection.plan(x, factor, seed, offsets, compute_dtype=dtype, **options)
+    h = run_guarded(*call.bind(config))
+    rank, used = factor.shape[-2], ends[-1] if ends else len(x)
+    assert (h.dtype, h.shape) == (dtype, (len(x), padded_columns(rank)))
+    assert not h[:used, rank:].any()
+    assert h[used:].isnan().all()  # rows of no expert are not written
+    exact = exact_down(x, factor, ends, seed=seed, **options)
+    assert error(h[:used, :rank], exact[:used]) <= RELATIVE[dtype]
+
+
+def exact_up(base, h, factor, ends=None, bias=None, scale=1.0, dropout_p=0.0, seed=None):
+    if ends is None:
+        rank = min(h.shape[1], factor.shape[0])  # either may be padded
+        update = scale * (h[:, :rank].double() @ factor[:rank].double())
+    else:
+        update = scale * by_expert(h, ends, factor)
+    exact = base.double() + dropped(update, dropout_p, seed)
+    for expert, rows in enumerate(slices(ends or [])):
+        exact[rows] += 0 if bias is None else bias[expert].double()
+    exact[ends[-1] if ends else len(base) :] = 0
+    return exact
+
+
+def check_up(base, h, factor, ends=None, bias=None, seed=None, index=torch.int32, config=None, **options):
+    numbers = {key: value for key, value in options.items() if key != "compute_dtype"}
+    exact = exact_up(base, h, factor, ends, bias, seed=seed, **numbers)
+    base[ends[-1] if ends else len(base) :] = float("nan")
+    offsets = ends and offsets_of(ends, index)
+    y = run_guarded(*up_projection_.plan(base, h, factor, seed, None, bias, offsets, **options).bind(config))
+    assert y.dtype == base.dtype
+    assert not y[ends[-1] if ends else len(base) :].any()  # rows of no expert become 0
+    assert error(y, exact) <= RELATIVE[base.dtype]
+
+
+def exact_grad(g, x, rank, ends=None, dropout_p=0.0, seed=None):
+    g, x = g[:, :rank].double(), dropped(x, dropout_p, seed)
+    return torch.stack([g[rows].t() @ x[rows] for rows in slices(ends)]) if ends else g.t() @ x
+
+
+def check_grad(g, x, rank, ends=None, seed=None, index=torch.int32, config=None, **options):
+    """Products of 16-bit factors are exact in fp32, so fp32's tolerance holds for all of them."""
+    exact = exact_grad(g, x, rank, ends, seed=seed, **options)
+    call = grad_a.plan(g, x, seed, ends and offsets_of(ends, index), rank=rank, **options)
+    grad = run_guarded(*call.bind(config))
+    assert grad.dtype == FP32
+    assert not grad[idle(ends or [])].any()
+    assert error(grad, exact) <= RELATIVE[FP32]
+
+
+MATRIX = {"contiguous": "contiguous", "gaps": "rows", "peft": "columns"}  # a stack's layout -> one like it
+
+
+def factor_of(ends, rank, width, dtype, layout="gaps", scale=1.0):
+    """(rank, width), or one for each expert; of experts without rows NaN, which is not read."""
+    factor = stack(len(ends) if ends else 1, rank, width, dtype, layout, scale)
+    factor[idle(ends or [])] = float("nan")
+    return factor if ends else factor[0]
+
+
+def down(tokens, ends, length, width, rank, kinds, left="rows", right="gaps", **options):
+    factor = factor_of(ends, rank, length, kinds[1], right, length**-0.5)
+    check_down(operand(tokens, length, kinds[0], left), factor, kinds[2], ends, **options)
+
+
+def up(tokens, ends, length, width, rank, kinds, left="rows", right="gaps", **options):
+    factor = factor_of(ends, rank, width, kinds[1], right, rank**-0.5)
+    bias = operand(len(ends), width, kinds[0]) if ends else None
+    y, h = operand(tokens, width, kinds[0], left), operand(tokens, rank, kinds[2], MATRIX[right])
+    h[ends[-1] if ends else tokens :] = float("nan")
+    check_up(y, h, factor, ends, bias, scale=0.75, **options)
+
+
+def grad(tokens, ends, length, width, rank, kinds, left="rows", right="gaps", **options):
+    g, x = operand(tokens, rank, kinds[2], MATRIX[right]), operand(tokens, length, kinds[0], left)
+    used = ends[-1] if ends else tokens
+    g[used:] = x[used:] = float("nan")  # not read
+    check_grad(g, x, rank, ends, **options)
+
+
+of_each_kernel = pytest.mark.parametrize("check", [down, up, grad])
+
+
+def dropout(p, seed):
+    return {"dropout_p": p, "seed": seed_of(seed)} if p else {}
+
+
+@pytest.mark.parametrize(("dtype", "factor_dtype", "compute_dtype"), DTYPES)
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("dropout_p", [0.0, 0.4])
+@of_each_kernel
+def test_agrees_with_fp64(check, dtype, factor_dtype, compute_dtype, shape, dropout_p):
+    tokens, *sizes = shape
+    check(tokens, None, *sizes, (dtype, factor_dtype, compute_dtype), **dropout(dropout_p, -5))
+
+
+@pytest.mark.parametrize(("dtype", "factor_dtype", "compute_dtype"), DTYPES)
+@pytest.mark.parametrize("name", EVERY_ROUTE)
+@of_each_kernel
+def test_agrees_with_fp64_on_experts(check, dtype, factor_dtype, compute_dtype, name):
+    check(*EVERY_ROUTE[name], 150, 140, 20, (dtype, factor_dtype, compute_dtype))
+
+
+@given(
+    experts=st.one_of(st.none(), draw.counts),
+    leftover=draw.leftovers,
+    tokens=draw.sizes,
+    length=st.integers(1, 260),
+    width=draw.sizes,
+    rank=draw.ranks,
+    kinds=draw.dtypes,
+    left=draw.layouts,
+    right=draw.stacks,
+    drop=draw.probabilities,
+)
+@of_each_kernel
+def test_any_shape_and_layout(
+    check, experts, leftover, tokens, length, width, rank, kinds, left, right, drop
+):
+    tokens, ends = route(experts, leftover) if experts else (tokens, None)
+    options = {"index": torch.int64, **dropout(drop, tokens)}
+    check(tokens, ends, length, width, rank, kinds, left, right, **options)
+
+
+TABLES = {
+    down: (configs.down_projection, configs.experts_down),
+    up: (configs.up_projection, configs.experts_up),
+    grad: (configs.grad_a, configs.experts_grad_a),
+}
+
+
+@of_each_kernel
+def test_every_configuration(check):
+    targets, sizes = configs.SHARED_MEMORY, (1, 10_000)
+    found = {c for table in TABLES[check] for t in targets for n in sizes for c in table(t, n, 16, 2)}
+    for config in found:
+        check(150, None, 200, 150, 9, (BF16, FP32, BF16), config=config)
+        check(*ROUTES["tiles"], 130, 150, 9, (BF16, FP32, BF16), config=config)
+
+
+@of_each_kernel
+def test_many_experts_with_few_rows(check):
+    check(32, [min(expert // 12, 15) for expert in range(200)], 40, 40, 3, (FP32, FP32, FP32))
+
+
+@pytest.mark.parametrize("length", [64, 150])
+def test_down_rows_of_others(length):
+    """One row too many is outside the mapped memory, or NaN of another expert's, and stays there."""
+    x, dense = far_apart(3, length, BF16), operand(5, length, FP32, scale=length**-0.5)
+    for factor, ends in ((dense, None), (stack(2, 5, length, FP32, scale=length**-0.5), [2, 3])):
+        h = down_projection(x, factor, None, ends and offsets_of(ends))
+        assert error(h[:, :5], exact_down(x, factor, ends)) <= RELATIVE[BF16]
+    rows, ends = ROUTES["tiles"]
+    for expert in (0, 2):
+        others = operand(rows, length, BF16)
+        others[mine := slices(ends)[expert]] = float("nan")
+        factor = stack(len(ends), 5, length, FP32)
+        h = run_guarded(*down_projection.plan(others, factor, None, offsets_of(ends)).bind())
+        is_nan = h[: ends[-1], :5].isnan()
+        assert is_nan[mine].all()
+        assert is_nan.sum() == is_nan[mine].sum()
+
+
+@pytest.mark.parametrize("dtype", [FP32, BF16])
+@pytest.mark.parametrize("length", [1024, 1500])
+def test_down_splits_are_summed_in_order(dtype, length):
+    """More than one split, the last of them shorter; a rerun has the same bits."""
+    rows, ends = ROUTES["first and last idle"]
+    dense, stacked = operand(6, length, FP32, scale=length**-0.5), stack(len(ends), 6, length, FP32)
+    for tokens, factor, of_experts, rates in ((40, dense, None, (0.0, 0.2)), (rows, stacked, ends, (0.0,))):
+        x, offsets = operand(tokens, length, dtype), of_experts and offsets_of(of_experts)
+        _, launch = down_projection.plan(x, factor, None, offsets).bind()
+        assert launch.args["num_splits"] == launch.grid[1] > 1
+        for p in rates:
+            check_down(x, factor, dtype, of_experts, **dropout(p, 3))
+        assert torch.equal(*(down_projection(x, factor, None, offsets) for _ in range(2)))
+
+
+def test_down_offsets_beyond_32_bit():
+    """Of the rows and columns of x, and of the third expert."""
+    far, near, ends = far_apart(3, 70, FP16), operand(4, 70, FP32), [1, 2, 3]
+    third = far_apart(3, 4 * 70, FP16).unflatten(1, (4, 70))
+    columns = far.t().contiguous().t()
+    for x, factor in ((far, near), (columns, near), (far, stack(3, 4, 70, FP32)), (far.contiguous(), third)):
+        of_experts = ends if factor.dim() == 3 else None
+        h = down_projection(x, factor, None, of_experts and offsets_of(of_experts))
+        assert error(h[:, :4], exact_down(x, factor, of_experts)) <= RELATIVE[FP16]
+
+
+@pytest.mark.parametrize("rank", [1, 16, 20, 33])
+@pytest.mark.parametrize("ends", [None, [4, 4, 10]])
+def test_up_padding_of_either_side_is_not_read(rank, ends):
+    """A padded h with an unpadded factor, and the other way round: the shorter one decides."""
+    base, h, columns = operand(15, 40, FP32), operand(15, rank, FP32), padded_columns(rank)
+    factor = stack(3, rank, 40, FP32, "gaps")
+    wide_h, wide_factor = h.new_zeros(15, columns), factor.new_zeros(3, columns, 40)
+    wide_h[:, :rank], wide_factor[:, :rank] = h, factor
+    for left, right in ((wide_h, factor), (h, wide_factor), (wide_h, wide_factor)):
+        check_up(base, left, right if ends else right[1], ends)
+
+
+def test_up_rows_of_other_experts():
+    rows, ends = ROUTES["tiles"]
+    h, factor = operand(rows, 5, BF16), stack(len(ends), 5, 70, FP32)
+    h[slices(ends)[2]] = float("nan")
+    y = up_projection_(operand(rows, 70, BF16), h, factor, None, None, None, offsets_of(ends))
+    assert y[slices(ends)[2]].isnan().all()
+    assert int(y.isnan().any(dim=1).sum()) == 1
+
+
+@pytest.mark.parametrize("ends", [None, [1, 1, 5]])
+def test_up_in_place_and_out(ends):
+    base, h, factor = operand(5, 8, FP32), operand(5, 2, FP32), stack(3, 2, 8, FP32)
+    factor, offsets = factor if ends else factor[0], ends and offsets_of(ends)
+    before, exact = base.clone(), exact_up(base, h, factor, ends)
+    out = operand(5, 8, FP32, "columns")  # of another layout
+    assert up_projection_(base, h, factor, None, out, None, offsets) is out
+    assert not touched(out)
+    assert torch.equal(base, before)
+    assert up_projection_(base, h, factor, None, None, None, offsets) is base
+    assert torch.equal(base, out)
+    assert error(base, exact) <= RELATIVE[FP32]
+
+
+@pytest.mark.parametrize("ends", [None, [64]])
+def test_up_has_one_rounding(ends):
+    """In bf16 base, bias and product are summed in fp32: at most half a unit in the last place."""
+    base, h, factor = operand(64, 64, BF16), operand(64, 4, FP32), stack(1, 4, 64, FP32)
+    bias, factor = (operand(1, 64, BF16), factor) if ends else (None, factor[0])
+    exact = exact_up(base, h, factor, ends, bias)
+    up_projection_(base, h, factor, None, None, bias, ends and offsets_of(ends))
+    assert ((base.double() - exact).abs() <= 2.0**-8 * exact.abs() + 1e-6).all()
+
+
+def test_up_offsets_beyond_32_bit():
+    """Of the rows of base and h, and of the third expert's factor and bias."""
+    y, ends = far_apart(3, 70, FP16), [1, 2, 3]
+    far = far_apart(3, 4 * 70, FP16).unflatten(1, (4, 70))
+    for base, h, factor, bias in (
+        (y, operand(3, 4, FP16), operand(4, 70, FP16), None),
+        (y, operand(3, 4, FP16), stack(3, 4, 70, FP16), y.contiguous()),
+        (y.contiguous(), far_apart(3, 4, FP16), far, y),
+    ):
+        of_experts = None if bias is None else ends
+        exact = exact_up(base, h, factor, of_experts, bias)
+        actual = up_projection_(base, h, factor, None, None, bias, of_experts and offsets_of(ends))
+        assert error(actual, exact) <= RELATIVE[FP16]
+
+
+@pytest.mark.parametrize(("g_dtype", "x_dtype"), [(FP32, FP32), (BF16, BF16), (FP16, FP16), (FP32, BF16)])
+@pytest.mark.parametrize("tokens", [600, 1025])
+def test_grad_splits_are_summed_in_order(g_dtype, x_dtype, tokens):
+    """More than one split, the last of them shorter; the rows of the mask count from the first token."""
+    g, x = operand(tokens, 6, g_dtype), operand(tokens, 40, x_dtype)
+    assert grad_a.plan(g, x, rank=6).bind()[1].args["num_splits"] > 1
+    check_grad(g, x, 6)
+    check_grad(g, x, 6, **dropout(0.3, 9))
+    assert torch.equal(grad_a(g, x, rank=6), grad_a(g, x, rank=6))
+
+
+@pytest.mark.parametrize("side", [0, 1])
+def test_grad_rows_of_other_experts(side):
+    rows, ends = ROUTES["tiles"]
+    operands = operand(rows, 5, BF16), operand(rows, 40, BF16)
+    operands[side][slices(ends)[2]] = float("nan")
+    grad = grad_a(*operands, None, offsets_of(ends), rank=5)
+    assert grad[2].isnan().all()
+    assert grad[[0, 1, 3]].isfinite().all()
+
+
+@pytest.mark.parametrize("ends", [None, [0, 3, 3, 50]])
+@pytest.mark.parametrize("rank", [1, 16, 20])
+def test_grad_of_padded_g_and_in_another_dtype(rank, ends):
+    g, x, offsets = operand(50, rank, BF16), operand(50, 33, BF16), ends and offsets_of(ends)
+    wide = g.new_zeros(50, padded_columns(rank))
+    wide[:, :rank] = g
+    exact = grad_a(g, x, None, offsets, rank=rank)
+    assert torch.equal(grad_a(wide, x, None, offsets, rank=rank), exact)
+    assert torch.equal(grad_a(g, x, None, offsets, rank=rank, out_dtype=BF16), exact.bfloat16())
+
+
+@pytest.mark.parametrize("ends", [None, [2, 3]])
+def test_grad_offsets_beyond_32_bit(ends):
+    g, x = far_apart(3, 4, FP16), far_apart(3, 70, FP16)
+    grad = grad_a(g, x, None, ends and offsets_of(ends), rank=4)
+    assert error(grad, exact_grad(g, x, 4, ends)) <= RELATIVE[FP32]

@@ -1,0 +1,104 @@
+"""One table: a layer, its factors and a stack of experts, on every path, against one oracle in fp64."""
+
+import copy
+
+import pytest
+import torch
+
+from mica import ops
+from mica.ops import mica_experts_linear, mica_linear
+from tests.support import expert_cases, oracle
+from tests.support.expert_cases import EVERY_ROUTE
+from tests.support.kernel_cases import seed_of
+from tests.support.linear_calls import agree, by_factors, on_device, run, same_bits, tensors_of
+from tests.support.oracle import DTYPES, solve
+
+# operands -> function; the operators that are counted
+KINDS = {
+    "linear": (mica_linear, ("linear",)),
+    "factors": (by_factors, ("down_projection", "up_projection")),
+    "experts": (mica_experts_linear, ("experts_linear",)),
+}
+# rows, in_features, out_features, rank: on both sides of the number up to which masters are not rounded, more
+# rows than `grad_a` casts at a time, none
+SIZES = [
+    ((), 9, 14, 3),
+    ((1,), 1, 1, 1),
+    ((3, 5), 33, 8, 8),
+    ((2, 1, 7), 9, 14, 3),
+    ((33,), 17, 65, 5),
+    ((70,), 40, 24, 24),
+    ((2, 50), 96, 136, 16),
+    ((1100,), 19, 23, 16),
+    ((0,), 4, 3, 2),
+]
+DROPOUT = {"dropout_p": 0.4}
+# kind, operands, with bias, options of the call
+CASES = [
+    *(("linear", sizes, bias, {}) for sizes in SIZES for bias in (True, False)),
+    *(("linear", sizes, True, DROPOUT) for sizes in SIZES),
+    *(("factors", sizes, True, options) for sizes in SIZES[::2] for options in ({}, DROPOUT)),
+    *(("experts", (route, 9, 14, 3), True, {}) for route in EVERY_ROUTE),
+    # with the weight transposed
+    *(("experts", (route, 33, 22, 5), False, {}) for route in ("first and last idle", "rows of none")),
+]
+
+
+@pytest.mark.parametrize(("dtype", "adapter_dtype", "compute_dtype"), DTYPES)
+@pytest.mark.parametrize(("kind", "sizes", "bias", "options"), CASES, ids=str)
+def test_agrees_with_the_oracle(path, kind, sizes, bias, options, dtype, adapter_dtype, compute_dtype):
+    if (path == "triton" and dtype == torch.float64) or (path.startswith("through") and dtype.itemsize > 2):
+        pytest.skip("no such kernels, or the same products")
+    function, counted = KINDS[kind]
+    if kind == "experts":
+        p = expert_cases.problem(*sizes, dtype, adapter_dtype, bias, transposed=not bias)
+    else:
+        p = oracle.problem(*sizes, dtype, adapter_dtype, bias)
+    p, options = on_device(p), {**options, "seed": seed_of(-3)} if options else {}
+    before = copy.deepcopy(p)
+    result = run(p, compute_dtype, function, **options)
+    agree(result, solve(p, **options), dtype)
+    assert result["y"].dtype == result["grad_x"].dtype == dtype
+    assert result["grad_A"].dtype == adapter_dtype
+    assert all(map(torch.equal, tensors_of(p), tensors_of(before)))
+    same_bits(run(p, compute_dtype, function, **options), result)
+    for operator in (*counted, *(f"{name}_backward" for name in counted)):
+        assert ops.call_counts[operator] == 2
+        assert ops.call_counts[f"{operator}_kernels"] == (2 if path == "triton" else 0)
+
+
+def test_layouts(path):
+    """A weight and an x that are transposed, and a gradient of stride 0, as that of a sum."""
+    for p in (
+        oracle.problem((5, 40), 24, 40, 5, torch.float32),
+        expert_cases.problem("tiles", 24, 16, 5, torch.float32, transposed=True),
+    ):
+        p = on_device(p)
+        p.weight = p.weight.mT.contiguous().mT
+        p.x = p.x.transpose(0, 1).contiguous().transpose(0, 1)
+        agree(run(p), solve(p), torch.float32)
+        p.grad_output = torch.ones((), device=p.x.device).expand(p.grad_output.shape)
+        agree(run(p), solve(p), torch.float32)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_fp32_products_over_16_bit_round_no_gradient_of_a(path, kind):
+    """In the backward too: x and dy are exact in fp32, and g is not rounded."""
+    function, _ = KINDS[kind]
+    problem, rows = (expert_cases.problem, "tiles") if kind == "experts" else (oracle.problem, (70,))
+    p = on_device(problem(rows, 40, 30, 3, torch.bfloat16, torch.float32))
+    grad_A = run(p, torch.float32, function)["grad_A"]
+    agree({"grad_A": grad_A}, solve(p), torch.float32)
+
+
+def test_only_experts_with_rows_are_read(path):
+    """Those without have NaN in every operand, and get exact zeros."""
+    p = expert_cases.problem("first and last idle", 5, 4, 2, torch.float32)
+    idle = [0, 2, 5]
+    for operand in (p.weight, p.lora_A, p.lora_B, p.bias):
+        operand[idle] = float("nan")
+    result = run(on_device(p))
+    assert result["y"].isfinite().all()
+    assert result["grad_x"].isfinite().all()
+    assert (result["grad_A"][idle] == 0).all()
+    assert (result["grad_A"][[1, 3, 4]] != 0).any(dim=2).all()
