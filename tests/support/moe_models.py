@@ -7,10 +7,8 @@ In bf16 they run too: PyTorch's grouped products want rows of a multiple of 16 b
 """
 
 import copy
-from contextlib import nullcontext
 
 import torch
-from peft import LoraConfig, get_peft_model
 from torch import nn
 from transformers import (
     GptOssConfig,
@@ -21,8 +19,8 @@ from transformers import (
     Qwen3MoeForCausalLM,
 )
 
-import mica.fast
 from mica.fast.forward.expert_params import is_wrapper
+from tests.support.models import wrap
 
 STACKS = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
 ROUTER = {"qwen3_moe": "mlp.gate.weight", "mixtral": "mlp.gate.weight", "gpt_oss": "mlp.router.weight"}
@@ -73,19 +71,20 @@ def gpt_oss(experts=4, seed=0, **config):
 BUILDERS = {"qwen3_moe": qwen3_moe, "mixtral": mixtral, "gpt_oss": gpt_oss}
 
 
-def wrap_experts(model, rank=4, target_parameters=None, stock=False, autocast_adapter_dtype=True, **config):
-    """`get_peft_model` with MiCA on the stacks (or ``target_parameters``), and no target modules.
+def wrap_experts(model, rank=4, target_parameters=None, stock=False, target_modules=(), **config):
+    """`wrap` with MiCA on the stacks (or ``target_parameters``), and no target modules.
 
     ``stock``: on stock PEFT, which has plain LoRA only there.
     """
-    kind = True if stock else "mica"
-    config = {"init_lora_weights": kind, "lora_alpha": 8, "target_modules": [], **config}
-    adapter_name = config.pop("adapter_name", "default")
-    config = LoraConfig(r=rank, target_parameters=target_parameters or STACKS, **config)
-    with mica.fast.disabled() if stock else nullcontext():
-        return get_peft_model(
-            model, config, adapter_name=adapter_name, autocast_adapter_dtype=autocast_adapter_dtype
-        )
+    config = {"init_lora_weights": True if stock else "mica", **config}
+    return wrap(
+        model, rank, list(target_modules), stock, target_parameters=target_parameters or STACKS, **config
+    )
+
+
+def wrap_all(model, **config):
+    """`wrap_experts` on the routers too."""
+    return wrap_experts(model, target_parameters=[*STACKS, ROUTER[model.config.model_type]], **config)
 
 
 def tokens(batch=2, length=7, seed=0):

@@ -68,7 +68,6 @@ EXPERTS_PATH = [
     FileEdits(
         "mica/fast/forward/experts.py",
         tests=[
-            "tests/mica/fast/test_experts_classes.py",
             "tests/mica/fast/test_experts_eligibility.py",
             "tests/mica/fast/test_experts.py",
         ],
