@@ -13,6 +13,7 @@ from torch.utils.checkpoint import checkpoint
 import mica.fast
 from mica.fast.forward import call_counts
 from tests.support.models import net, tiny_llama, wrap
+from tests.support.stock import uninstalled
 
 INDICES = torch.tensor([[1, 5]])
 
@@ -134,13 +135,10 @@ def test_a_model_called_inside_another_ones_forward():
 
 def test_stock_again_is_not_judged(model):
     model(torch.ones(2, 8))
-    mica.fast.uninstall()
-    try:
+    with uninstalled():
         assert set(called(model).values()) == {None}
         model.base_model.model.forward = lambda x: model.base_model.model.up(x)
         model(torch.ones(2, 8))
-    finally:
-        mica.fast.enable()
     assert set(called(model).values()) == {None}  # of that one nothing was seen
 
 

@@ -18,19 +18,17 @@ from tests.support import axolotl_style
 from tests.support.models import TARGETS, net, tiny_llama, wrap
 from tests.support.quantised_models import adapted
 from tests.support.quantised_models import logits as quantised_logits
+from tests.support.stock import uninstalled
 from tests.support.training import llama
 
 
-def test_one_row_per_layer():
-    explanation = mica.fast.explain(net())
+def test_one_row_per_layer_in_a_table_that_aligns():
+    model = net()
+    explanation = mica.fast.explain(model)
     assert [row.name.rsplit(".", 1)[1] for row in explanation.rows] == TARGETS
     assert [row.layer for row in explanation.rows] == ["Embedding", "Linear", "Conv1D", "Linear"]
     assert {row.adapter for row in explanation.rows} == {"default (MiCA)"}
     assert explanation.counts() == {"reference": 4}
-
-
-def test_the_table_prints_and_aligns():
-    model = net()
     model.base_model.model.down.base_layer.weight.requires_grad_()
     *lines, totals = str(mica.fast.explain(model)).splitlines()
     assert len(lines) == 5
@@ -84,11 +82,8 @@ def test_other_adapters_and_off_are_said():
     model = net()
     with mica.fast.disabled():
         assert {row.reason for row in mica.fast.explain(model).rows} == {"mica.fast is disabled"}
-    mica.fast.uninstall()
-    try:
+    with uninstalled():
         assert {row.reason for row in mica.fast.explain(model).rows} == {"mica.fast is not installed"}
-    finally:
-        mica.fast.enable()
 
 
 @pytest.mark.parametrize(("kind", "operator"), [(None, "linear"), ("nf4", "up_projection")])
@@ -107,9 +102,8 @@ def test_a_forward_kept_from_before_the_import_is_seen():
     """accelerate's hooks put the old bound forward into the instance."""
     model = wrap(nn.Sequential(nn.Linear(4, 4)), rank=2, targets=["0"])
     layer = model.base_model.model[0]
-    mica.fast.uninstall()
-    layer._old_forward = layer.forward
-    mica.fast.enable()
+    with uninstalled():
+        layer._old_forward = layer.forward
     layer.forward = functools.wraps(layer._old_forward)(lambda x: layer._old_forward(x))
     assert "before mica.fast" in mica.fast.explain(model).rows[0].reason
     before = mica.fast.call_counts["linear"]
@@ -354,19 +348,14 @@ def test_what_is_around_layers_that_ran_is_not_to_blame():
     assert set(bypassed(model).values()) == {"their_patches.model"}
 
 
-def test_ordinary_models_are_not_reported():
-    model = llama()
-    assert bypassed(model) == {}
-    assert {replaced_by(module) for module in model.modules()} == {None}
-    model.gradient_checkpointing_enable()
-    model(input_ids=TOKENS)
-    assert {replaced_by(module) for module in model.modules()} == {None}
-
-
-def test_hooks_and_compilation_are_not_reported():
+def test_ordinary_models_hooks_and_compilation_are_not_reported():
     hooks = pytest.importorskip("accelerate.hooks")
     operations = pytest.importorskip("accelerate.utils.operations")
     model = llama()
+    for enable in (lambda: None, model.gradient_checkpointing_enable):
+        enable()
+        assert bypassed(model) == {}
+        assert {replaced_by(module) for module in model.modules()} == {None}
     block = blocks(model)[0]
     hooks.add_hook_to_module(block.mlp, hooks.ModelHook())
     hooks.add_hook_to_module(block.mlp.up_proj, hooks.ModelHook())

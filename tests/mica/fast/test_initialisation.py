@@ -27,6 +27,7 @@ from tests.support.models import (
 from tests.support.moe_models import (
     BUILDERS,
     STACKS,
+    assert_exact,
     assert_same_vectors,
     exact_basis,
     holder,
@@ -55,17 +56,6 @@ def adapted(kind="layers", dtype=torch.float32, **config):
     if kind == "layers":
         return net(dtype, **config)
     return wrap_all(BUILDERS[kind]().to(dtype), **config)
-
-
-def assert_exact(model, adapter="default", weight_of=oriented):
-    """Each B is its weight's minor subspace, orthonormal: the same vectors in the same order."""
-    for layer in adapted_layers(model).values():
-        B = factors(layer, adapter)[1].detach()
-        rank = B.shape[-1]
-        exact, double = exact_basis(weight_of(layer), rank), B.double()
-        assert (exact - double @ (double.mT @ exact)).norm(dim=(-2, -1)).max() <= 1e-4
-        assert_same_vectors(B, exact)
-        assert (B.mT @ B - torch.eye(rank)).abs().max() <= 1e-6
 
 
 def assert_frozen(model, adapter="default", trained=True):
@@ -161,16 +151,12 @@ def test_same_random_state_as_stock():
     assert torch.equal(ours, torch.rand(3))
 
 
+@pytest.mark.filterwarnings("ignore:.*did not match any targeted module")  # PEFT counts no parameters
 def test_rank_and_alpha_patterns(solved):
-    model = net(rank_pattern={"up": 2}, alpha_pattern={"up": 6}, use_rslora=True)
-    layer = model.base_model.model.up
+    layer = net(rank_pattern={"up": 2}, alpha_pattern={"up": 6}, use_rslora=True).base_model.model.up
     assert layer.lora_B["default"].weight.shape == (20, 2)
     assert layer.scaling["default"] == pytest.approx(6 / 2**0.5)
     assert sorted(solved) == [(10, 16), (12, 29), (16, 20), (20, 12)]
-
-
-@pytest.mark.filterwarnings("ignore:.*did not match any targeted module")  # PEFT counts no parameters
-def test_rank_and_alpha_patterns_of_experts():
     model = wrap_experts(qwen3_moe(), rank_pattern={"down_proj": 2}, alpha_pattern={"down_proj": 6})
     for layer in wrappers(model).values():
         is_down = layer.parameter_name == "down_proj"
@@ -233,10 +219,15 @@ def test_halves_are_the_minor_subspaces_of_gate_and_up(kind):
 
 
 def test_halves_of_other_parameters_are_not_taken_and_by_default_of_none():
+    """Nor is a single expert, or a stack that says how it is stored, refused."""
     for layer in wrappers(wrap_experts(qwen3_moe())).values():
         assert (factors(layer)[1].abs().amax(1) > 0).all()
+    llama_4 = holder(torch.randn(3, 6, 16), "gate_up_proj", is_transposed=True)
+    llama_4["experts"].down_proj = torch.nn.Parameter(torch.randn(3, 8, 6))
+    assert_exact(wrap_experts(llama_4, 2, ["experts.gate_up_proj", "experts.down_proj"]))
     mica.fast.enable(gate_up="halves")
-    assert_exact(wrap_holder(holder(torch.randn(3, 8, 12))))
+    for experts in (1, 3):
+        assert_exact(wrap_holder(holder(torch.randn(experts, 8, 12))))
 
 
 # -- frozen -------------------------------------------------------------------------------------------

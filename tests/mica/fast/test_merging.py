@@ -3,7 +3,7 @@
 import copy
 import itertools
 import pickle
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -15,6 +15,7 @@ from mica.fast.merge import merging
 from tests.support.merging_models import assert_same_bits, exact_merge, quietly, trained, weights
 from tests.support.models import Net, adapted_layers, factors, net, randomise, stored, wrap
 from tests.support.moe_models import BUILDERS, qwen3_moe, second, wrap_experts
+from tests.support.stock import uninstalled
 from tests.support.tolerances import RELATIVE, error
 
 INDICES = torch.tensor([[1, 2, 3, 28], [0, 7, 7, 3]])
@@ -33,15 +34,6 @@ def output(model):
     return getattr(out, "logits", out)
 
 
-@contextmanager
-def uninstalled():
-    mica.fast.uninstall()
-    try:
-        yield
-    finally:
-        mica.fast.enable()
-
-
 # -- there and back -----------------------------------------------------------------------------------
 
 
@@ -52,7 +44,8 @@ def uninstalled():
 def test_merges_in_fp32_and_rounds_once_and_unmerges_to_the_bit(
     kind, rank, dtype, safe_merge, chunk, monkeypatch
 ):
-    monkeypatch.setattr(merging, "_CHUNK", chunk or merging._CHUNK)
+    if chunk:
+        monkeypatch.setattr(merging, "_CHUNK", chunk)
     model = trained(kind, dtype, rank=rank)
     before = weights(model)
     quietly(model.merge_adapter, safe_merge=safe_merge)

@@ -17,6 +17,7 @@ import mica.fast
 from mica.fast import patching
 from mica.fast.settings import settings
 from tests.support.models import Net, bases, net, randomise, wrap
+from tests.support.stock import uninstalled
 
 INDICES = torch.tensor([[1, 2, 3, 28]])
 
@@ -68,13 +69,10 @@ def test_uninstalled_is_stock_to_the_bit(tmp_path):
     command = [sys.executable, "-c", STOCK + ANOTHER_PEFT, tmp_path / "stock"]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     namespace = {}
-    mica.fast.uninstall()
     modules = {name: module for name, module in sys.modules.items() if name.split(".")[0] == "mica"}
-    try:
+    with uninstalled():
         exec(STOCK, namespace)
-    finally:
         sys.modules.update(modules)
-        mica.fast.enable()
     for theirs, ours in zip(torch.load(tmp_path / "stock"), namespace["tensors"], strict=True):
         assert torch.equal(theirs, ours)
     assert done.stdout.startswith("False ['mica.fast leaves PEFT")

@@ -5,27 +5,17 @@ import weakref
 
 import pytest
 import torch
-from peft import LoraConfig, PeftModel
+from peft import PeftModel
+from peft.tuners.lora.hqq import HqqLoraLinear
 from torch import nn
 
 import mica.fast
 from mica.fast.create import quantised, solving
+from tests.support import quantised_models
 from tests.support.models import adapted_layers, assert_same_bases, bases, factors, oriented, randomise, wrap
 from tests.support.moe_models import second
-from tests.support.quantised_models import (
-    KINDS,
-    TARGETS,
-    TOKENS,
-    StubAWQLinear,
-    StubGPTQLinear,
-    adapted,
-    assert_spans,
-    dequantised,
-    llama,
-    logits,
-    quantise,
-)
-from tests.support.stock import as_stock, counted, step
+from tests.support.quantised_models import KINDS, TARGETS, adapted, assert_spans, dequantised, llama, logits
+from tests.support.stock import as_stock, counted, step, uninstalled
 from tests.support.tolerances import RELATIVE
 
 MERGEABLE = [kind for kind in KINDS if "stub" not in kind]
@@ -43,7 +33,7 @@ def test_rank_one_does_not_start_from_packed_bytes():
 
     def model():
         torch.manual_seed(0)
-        return quantise(nn.Sequential(nn.Linear(16, 8)), "nf4, fp32 storage, bf16 compute")
+        return quantised_models.quantise(nn.Sequential(nn.Linear(16, 8)), "nf4, fp32 storage, bf16 compute")
 
     stock = wrap(model(), rank=1, targets=["0"], stock=True).base_model.model[0]
     assert stock.lora_B["default"].weight.shape == (16, 1)  # the fault is real: 64 bytes in 16 floats
@@ -94,7 +84,7 @@ def test_a_4_bit_layer_that_the_cpu_has_repacked():
     bnb = pytest.importorskip("bitsandbytes")
     if not bnb.functional.has_avx512bf16():
         pytest.skip("this CPU has no AVX512-BF16")
-    model = quantise(nn.Sequential(nn.Linear(64, 32)), "nf4").eval()
+    model = quantised_models.quantise(nn.Sequential(nn.Linear(64, 32)), "nf4").eval()
     weight = dequantised(model[0])
     with torch.no_grad():
         model(torch.randn(1, 64))
@@ -106,7 +96,7 @@ def test_a_4_bit_layer_that_the_cpu_has_repacked():
     assert_spans(layer.lora_B["default"].weight, after)
 
 
-@pytest.mark.parametrize("kind", [StubGPTQLinear, StubAWQLinear])
+@pytest.mark.parametrize("kind", [quantised_models.StubGPTQLinear, quantised_models.StubAWQLinear])
 @pytest.mark.parametrize("repacked", [False, True])
 def test_a_large_bias_and_a_dequantize_weight_that_lies(kind, repacked, monkeypatch):
     linear = nn.Linear(24, 20)
@@ -114,7 +104,7 @@ def test_a_large_bias_and_a_dequantize_weight_that_lies(kind, repacked, monkeypa
     base = kind(linear)
     if repacked:  # as in a kernel that has rearranged what it inherits `dequantize_weight` for
         base.dequantize_weight = lambda: base._weight().flip(0)
-    elif kind is StubGPTQLinear:
+    elif kind is quantised_models.StubGPTQLinear:
         monkeypatch.delattr(quantised, "_by_calls")  # not needed: it costs in_features rows
     bias = base.bias
     layer = wrap(nn.Sequential(base, nn.LayerNorm(20)), targets=["0"]).base_model.model[0]
@@ -138,7 +128,9 @@ def test_training_runs_on_the_operators_and_follows_peft(monkeypatch, kind, back
     assert {row.path for row in rows} == {{"reference": "reference", "triton": "kernel"}[backend]}
     assert all("base layer called: a base layer of type" in row.reason for row in rows)
     tolerance = 10 * RELATIVE[torch.bfloat16 if "bf16 compute" in kind else torch.float32]
-    _, counts = counted(lambda: as_stock(lambda: step(model.train(), input_ids=TOKENS), tolerance))
+    _, counts = counted(
+        lambda: as_stock(lambda: step(model.train(), input_ids=quantised_models.TOKENS), tolerance)
+    )
     for name in ("down_projection", "up_projection", "down_projection_backward", "up_projection_backward"):
         assert counts[name] == 7, name
         assert counts.get(f"{name}_kernels", 0) == (7 if backend == "triton" else 0)
@@ -147,27 +139,19 @@ def test_training_runs_on_the_operators_and_follows_peft(monkeypatch, kind, back
 @torch.no_grad()  # with a graph stock fails on int8: it writes into a view that bitsandbytes has made
 @pytest.mark.parametrize("kind", ["int8", "hqq", "torchao int8"])  # eval mode: see `logits` for the other
 def test_mixed_batch(kind):
-    model = adapted(kind, adapter_name="first")
-    model.add_adapter("second", LoraConfig(r=2, target_modules=TARGETS, init_lora_weights="mica"))
-    randomise(model)
-    model.eval()
-    options = {"input_ids": TOKENS, "adapter_names": ["first", "second"]}
+    model = randomise(second(adapted(kind), r=2)).eval()
+    options = {"input_ids": quantised_models.TOKENS, "adapter_names": ["default", "second"]}
     _, counts = counted(lambda: as_stock(lambda: model(**options).logits, 10 * RELATIVE[torch.float32]))
     assert counts["down_projection"] == 14
 
 
 def test_uninstalled_peft_has_its_forward_back():
-    from peft.tuners.lora.hqq import HqqLoraLinear
-
     model = randomise(adapted("hqq"))
     ours = HqqLoraLinear.forward
-    try:
-        mica.fast.uninstall()
+    with uninstalled():
         assert HqqLoraLinear.forward is not ours
         assert HqqLoraLinear.forward.__module__ == "peft.tuners.lora.hqq"
         logits(model)
-    finally:
-        mica.fast.enable()
     assert mica.fast.explain(model).counts() == {"peft": 7}  # until the next adapter over this kind of base
     assert mica.fast.explain(second(model)).counts() == {"reference": 7}
 

@@ -13,23 +13,10 @@ from transformers import Trainer, TrainingArguments
 from trl import SFTConfig, SFTTrainer
 
 import mica.fast
-from tests.support import gloo, tiny_cli
+from tests.support import gloo, setups, tiny_cli
 from tests.support.models import bases, net, tiny_llama, wrap
 from tests.support.moe_models import BUILDERS, wrap_experts
 from tests.support.peft_versions import is_at_least
-from tests.support.setups import (
-    AUTOCAST,
-    CONFIGURATIONS,
-    FSDP,
-    ONE_PROCESS,
-    TWO_PROCESSES,
-    mesh,
-    moe,
-    setups,
-    shard,
-    tensor_parallel,
-    within_autocast,
-)
 from tests.support.training import Run, batches, check, llama, optimizer_of, report, train
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -51,22 +38,24 @@ def _fresh_accelerate():
         state._reset_state()
 
 
-@pytest.mark.parametrize(("name", "number"), runs(ONE_PROCESS))
+@pytest.mark.parametrize(("name", "number"), runs(setups.ONE_PROCESS))
 def test_in_one_process(name, number):
-    run = ONE_PROCESS[name][number]
-    check(run.done(), run.expected(), run, path=PATHS[setups()[name].fast])
+    run = setups.ONE_PROCESS[name][number]
+    check(run.done(), run.expected(), run, path=PATHS[setups.setups()[name].fast])
 
 
-@pytest.mark.parametrize("run", ONE_PROCESS[CONFIGURATIONS], ids=lambda run: ",".join(run.config))
+@pytest.mark.parametrize(
+    "run", setups.ONE_PROCESS[setups.CONFIGURATIONS], ids=lambda run: ",".join(run.config)
+)
 def test_a_configuration_does_something(run):
     assert run.expected()[-1] != pytest.approx(Run().expected()[-1].item(), abs=1e-4)
 
 
 def test_stock_trains_on_an_old_a_within_one_autocast_context():
     """Autocast keeps its cast of A until the context is left."""
-    expected = Run(train=AUTOCAST).expected()
+    expected = Run(train=setups.AUTOCAST).expected()
     with mica.fast.disabled():
-        assert ((within_autocast(llama()) - expected).abs() / expected).max() > 0.1
+        assert ((setups.within_autocast(llama()) - expected).abs() / expected).max() > 0.1
 
 
 # -- trainers -----------------------------------------------------------------------------------------
@@ -99,10 +88,7 @@ def losses_of(trainer, **options):
     return seen
 
 
-RESUMED = {
-    "linear layers": Run(),
-    "experts": Run({"kind": "qwen3_moe"}, moe, counts=TWO_PROCESSES["experts, DDP and FSDP2"][0].counts),
-}
+RESUMED = {"linear layers": Run(), "experts": Run({"kind": "qwen3_moe"}, setups.moe, counts=setups.EXPERTS)}
 
 
 @pytest.mark.parametrize("kind", RESUMED)
@@ -165,13 +151,13 @@ def fsdp_resumed(rank, folder):
     """Two steps, a full state dict of model and optimizer, a new model, two more steps; a saved adapter."""
     reports, states = [], None
     for _ in range(2):
-        model = shard(llama())
+        model = setups.shard(llama())
         optimizer = optimizer_of(model)
         if states:
             parts = {"model_state_dict": states[0], "optim_state_dict": states[1]}
             state_dict.set_state_dict(model, optimizer, **parts, options=FULL)
         run = replace(
-            FSDP,
+            setups.FSDP,
             make=lambda model=model: model,
             around=lambda model: model,
             train=lambda model, data, optimizer=optimizer: train(model, data[:2], optimizer=optimizer),
@@ -185,7 +171,7 @@ def fsdp_resumed(rank, folder):
 
 
 def adapter_after_sharding(rank, folder):
-    return wrap(fully_shard(tiny_llama(), mesh=mesh()), targets="all-linear")
+    return wrap(fully_shard(tiny_llama(), mesh=setups.mesh()), targets="all-linear")
 
 
 def bases_of_both(rank, folder):
@@ -199,9 +185,9 @@ OTHERS = {"resumed": fsdp_resumed, "adapter after sharding": adapter_after_shard
 def scenarios(rank, folder):
     """All in one launch, which takes longer than the runs; an error in the place of a result."""
     results = {name: gloo.attempt(function, rank, folder) for name, function in OTHERS.items()}
-    for name, table in TWO_PROCESSES.items():
+    for name, table in setups.TWO_PROCESSES.items():
         for number, run in enumerate(table):
-            if run.make is not tensor_parallel or is_at_least("0.21"):
+            if run.make is not setups.tensor_parallel or is_at_least("0.21"):
                 results[name, number] = gloo.attempt(run.done, rank)
     return results
 
@@ -227,13 +213,13 @@ def check_both(pair, *arguments, **options):
             assert torch.equal(tensor, second[name]), name
 
 
-@pytest.mark.parametrize(("name", "number"), runs(TWO_PROCESSES))
+@pytest.mark.parametrize(("name", "number"), runs(setups.TWO_PROCESSES))
 def test_in_two_processes(of, name, number):
     """Each on half of the batch, or with a part of every layer: the losses of one with all of it."""
-    run = TWO_PROCESSES[name][number]
-    if run.make is tensor_parallel and not is_at_least("0.21"):
+    run = setups.TWO_PROCESSES[name][number]
+    if run.make is setups.tensor_parallel and not is_at_least("0.21"):
         pytest.skip("PEFT < 0.21: a layer that is split is refused, as a shard")
-    check_both(of((name, number)), run.expected(), run, path=PATHS[setups()[name].fast])
+    check_both(of((name, number)), run.expected(), run, path=PATHS[setups.setups()[name].fast])
 
 
 def test_fsdp2_saves_resumes_and_leaves_a_plain_adapter(of, results):

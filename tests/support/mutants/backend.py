@@ -39,7 +39,7 @@ BACKEND = [
     ),
     FileEdits(
         "mica/fast/forward/decide.py",
-        tests=["tests/mica/fast/test_eligibility.py", "tests/mica/fast/test_layers.py"],
+        tests=["tests/mica/fast/test_changes.py", "tests/mica/fast/test_eligibility.py"],
         edits={
             "_multiplies": [("return x.dtype == weight.dtype", "return True")],
             "Added.products": [("[] if self.why_called else self.base.products()", "self.base.products()")],
