@@ -10,16 +10,11 @@ import types
 from typing import Any
 from unittest.mock import patch
 
+import transformers
 from datasets import load_dataset
 from peft import LoraConfig, get_peft_model
 from torch import nn
-from transformers import (
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    DataCollatorForLanguageModeling,
-    Trainer,
-    TrainingArguments,
-)
+from transformers import Trainer
 
 KERNELS = ("lora_qkv_kernel", "lora_o_kernel", "lora_mlp_kernel", "lora_embedding_kernel")
 
@@ -75,8 +70,8 @@ def train(config: dict[str, Any]) -> Trainer:
         raise NotImplementedError("axolotl's own kernels")
 
     name = cfg.pop("base_model")
-    tokenizer = AutoTokenizer.from_pretrained(name, **cfg.pop("special_tokens"))
-    model = AutoModelForCausalLM.from_pretrained(
+    tokenizer = transformers.AutoTokenizer.from_pretrained(name, **cfg.pop("special_tokens"))
+    model = transformers.AutoModelForCausalLM.from_pretrained(
         name, dtype="auto", attn_implementation=cfg.pop("attn_implementation")
     )
     model.enable_input_require_grads()
@@ -95,7 +90,7 @@ def train(config: dict[str, Any]) -> Trainer:
     output = cfg.pop("output_dir")
     trainer = Trainer(
         model=model,
-        args=TrainingArguments(
+        args=transformers.TrainingArguments(
             output,
             per_device_train_batch_size=cfg.pop("micro_batch_size"),
             gradient_accumulation_steps=cfg.pop("gradient_accumulation_steps"),
@@ -108,7 +103,7 @@ def train(config: dict[str, Any]) -> Trainer:
             report_to="none",
         ),
         train_dataset=[{"input_ids": ids} for ids in blocks],
-        data_collator=DataCollatorForLanguageModeling(tokenizer, mlm=False),
+        data_collator=transformers.DataCollatorForLanguageModeling(tokenizer, mlm=False),
     )
     assert cfg.pop("adapter") == "lora"
     assert cfg.pop("val_set_size") == 0

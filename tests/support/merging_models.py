@@ -5,7 +5,7 @@ import warnings
 import torch
 
 from tests.support.models import adapted_layers, factors, is_stored_as_in_out, net, randomise, stored
-from tests.support.moe_models import BUILDERS, ROUTER, STACKS, wrap_experts
+from tests.support.moe_models import BUILDERS, wrap_all
 
 LINEAR = ["embed", "up", "down"]
 
@@ -14,9 +14,7 @@ def trained(kind="linear", dtype=torch.float32, scale=0.3, **config):
     """Their A are not 0."""
     if kind == "linear":
         return randomise(net(dtype, targets=LINEAR, **config), scale=scale).eval()
-    target = [*STACKS, ROUTER[kind]]
-    model = wrap_experts(BUILDERS[kind]().to(dtype), target_parameters=target, **config)
-    return randomise(model, scale=scale).eval()
+    return randomise(wrap_all(BUILDERS[kind]().to(dtype), **config), scale=scale).eval()
 
 
 def weights(model):

@@ -41,7 +41,7 @@ def wrap(
     with mica.fast.disabled() if stock else nullcontext():
         return get_peft_model(
             model,
-            LoraConfig(r=rank, target_modules=targets or TARGETS, **config),
+            LoraConfig(r=rank, target_modules=TARGETS if targets is None else targets, **config),
             adapter_name=adapter_name,
             autocast_adapter_dtype=autocast_adapter_dtype,
         )
@@ -103,12 +103,19 @@ def oriented(layer):
 
 def bases(model, adapter="default"):
     """name -> B (out_features, rank) of every adapted layer, as PEFT stores it."""
-    return {
-        name: (
-            layer.lora_embedding_B[adapter] if len(layer.lora_embedding_B) else layer.lora_B[adapter].weight
-        )
-        for name, layer in adapted_layers(model).items()
-    }
+
+    def of(layer):
+        embeddings = layer.lora_embedding_B
+        return embeddings[adapter] if len(embeddings) else layer.lora_B[adapter].weight
+
+    return {name: of(layer) for name, layer in adapted_layers(model).items()}
+
+
+def assert_same_bases(model, expected):
+    """To the bit."""
+    theirs = bases(expected)
+    for name, B in bases(model).items():
+        assert torch.equal(B, theirs[name]), name
 
 
 def gradients(model):

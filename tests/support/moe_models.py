@@ -7,22 +7,13 @@ In bf16 they run too: PyTorch's grouped products want rows of a multiple of 16 b
 """
 
 import copy
-from contextlib import nullcontext
 
 import torch
-from peft import LoraConfig, get_peft_model
+import transformers
 from torch import nn
-from transformers import (
-    GptOssConfig,
-    GptOssForCausalLM,
-    MixtralConfig,
-    MixtralForCausalLM,
-    Qwen3MoeConfig,
-    Qwen3MoeForCausalLM,
-)
 
-import mica.fast
 from mica.fast.forward.expert_params import is_wrapper
+from tests.support.models import adapted_layers, factors, oriented, wrap
 
 STACKS = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
 ROUTER = {"qwen3_moe": "mlp.gate.weight", "mixtral": "mlp.gate.weight", "gpt_oss": "mlp.router.weight"}
@@ -53,39 +44,46 @@ def qwen3_moe(experts=6, seed=0, **config):
     """gate_up_proj (experts, 48, 32), down_proj (experts, 32, 24)."""
     torch.manual_seed(seed)
     sizes = {"intermediate_size": 48, "moe_intermediate_size": 24, "num_experts": experts}
-    return _filled(Qwen3MoeForCausalLM(Qwen3MoeConfig(**{**_SHARED, **sizes, **config})), seed)
+    return _filled(
+        transformers.Qwen3MoeForCausalLM(transformers.Qwen3MoeConfig(**{**_SHARED, **sizes, **config})), seed
+    )
 
 
 def mixtral(experts=4, seed=0, **config):
     """gate_up_proj (experts, 80, 32), down_proj (experts, 32, 40)."""
     torch.manual_seed(seed)
     sizes = {"intermediate_size": 40, "num_local_experts": experts}
-    return _filled(MixtralForCausalLM(MixtralConfig(**{**_SHARED, **sizes, **config})), seed)
+    return _filled(
+        transformers.MixtralForCausalLM(transformers.MixtralConfig(**{**_SHARED, **sizes, **config})), seed
+    )
 
 
 def gpt_oss(experts=4, seed=0, **config):
     """gate_up_proj (experts, 32, 80), down_proj (experts, 40, 32): (experts, in, out)."""
     torch.manual_seed(seed)
     sizes = {"intermediate_size": 40, "num_local_experts": experts, "attention_dropout": 0.0}
-    return _filled(GptOssForCausalLM(GptOssConfig(**{**_SHARED, **sizes, **config})), seed)
+    return _filled(
+        transformers.GptOssForCausalLM(transformers.GptOssConfig(**{**_SHARED, **sizes, **config})), seed
+    )
 
 
 BUILDERS = {"qwen3_moe": qwen3_moe, "mixtral": mixtral, "gpt_oss": gpt_oss}
 
 
-def wrap_experts(model, rank=4, target_parameters=None, stock=False, autocast_adapter_dtype=True, **config):
-    """`get_peft_model` with MiCA on the stacks (or ``target_parameters``), and no target modules.
+def wrap_experts(model, rank=4, target_parameters=None, stock=False, target_modules=(), **config):
+    """`wrap` with MiCA on the stacks (or ``target_parameters``), and no target modules.
 
     ``stock``: on stock PEFT, which has plain LoRA only there.
     """
-    kind = True if stock else "mica"
-    config = {"init_lora_weights": kind, "lora_alpha": 8, "target_modules": [], **config}
-    adapter_name = config.pop("adapter_name", "default")
-    config = LoraConfig(r=rank, target_parameters=target_parameters or STACKS, **config)
-    with mica.fast.disabled() if stock else nullcontext():
-        return get_peft_model(
-            model, config, adapter_name=adapter_name, autocast_adapter_dtype=autocast_adapter_dtype
-        )
+    config = {"init_lora_weights": True if stock else "mica", **config}
+    return wrap(
+        model, rank, list(target_modules), stock, target_parameters=target_parameters or STACKS, **config
+    )
+
+
+def wrap_all(model, **config):
+    """`wrap_experts` on the routers too."""
+    return wrap_experts(model, target_parameters=[*STACKS, ROUTER[model.config.model_type]], **config)
 
 
 def tokens(batch=2, length=7, seed=0):
@@ -138,3 +136,14 @@ def assert_same_vectors(basis, exact):
     """Vector by vector and in the same order, up to signs: the singular values of these weights differ."""
     overlap = (basis.detach().double() * exact).sum(-2).abs()
     assert (overlap > 1 - 1e-6).all()
+
+
+def assert_exact(model, adapter="default", weight_of=oriented):
+    """Each B is its weight's minor subspace, orthonormal: the same vectors in the same order."""
+    for layer in adapted_layers(model).values():
+        B = factors(layer, adapter)[1].detach()
+        rank = B.shape[-1]
+        exact, double = exact_basis(weight_of(layer), rank), B.double()
+        assert (exact - double @ (double.mT @ exact)).norm(dim=(-2, -1)).max() <= 1e-4
+        assert_same_vectors(B, exact)
+        assert (B.mT @ B - torch.eye(rank)).abs().max() <= 1e-6

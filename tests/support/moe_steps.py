@@ -44,6 +44,12 @@ def outermost(model):
     return next(iter(wrappers(model).values()))
 
 
+def use(layer, implementation):
+    """An implementation of transformers for the experts of an adapted layer."""
+    layer.get_base_layer().config._experts_implementation = implementation
+    return layer
+
+
 def ran(function):
     """What it returns, and how often each operator of the experts ran."""
     before = {name: mica.fast.call_counts[name] for name in STEP}

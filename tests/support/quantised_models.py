@@ -11,38 +11,33 @@ import torch
 from torch import nn
 
 from tests.support.models import tiny_llama, wrap
+from tests.support.moe_models import exact_basis
 
 TOKENS = torch.tensor([[1, 2, 3, 28], [0, 7, 7, 3]])
 # Those of Llama. lm_head stays as it is.
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
 
+def _filled(layer, linear):
+    """On the CPU, which is where it is quantised."""
+    layer.weight.data.copy_(linear.weight.data)
+    if linear.bias is not None:
+        layer.bias.data.copy_(linear.bias.data)
+    return layer.to("cpu")
+
+
 def bnb_4bit(linear, quant_type="nf4", quant_storage=torch.uint8, double=False, compute_dtype=None):
     bnb = pytest.importorskip("bitsandbytes")
-    bias = linear.bias is not None
-    layer = bnb.nn.Linear4bit(
-        linear.in_features,
-        linear.out_features,
-        bias=bias,
-        compute_dtype=compute_dtype,
-        compress_statistics=double,
-        quant_type=quant_type,
-        quant_storage=quant_storage,
-    ).to(linear.weight.dtype)
-    layer.weight.data.copy_(linear.weight.data)
-    if bias:
-        layer.bias.data.copy_(linear.bias.data)
-    return layer.to("cpu")  # this is where it is quantised
+    options = {"quant_type": quant_type, "quant_storage": quant_storage, "compute_dtype": compute_dtype}
+    sizes = linear.in_features, linear.out_features, linear.bias is not None
+    layer = bnb.nn.Linear4bit(*sizes, compress_statistics=double, **options)
+    return _filled(layer.to(linear.weight.dtype), linear)
 
 
 def bnb_8bit(linear):
     bnb = pytest.importorskip("bitsandbytes")
-    bias = linear.bias is not None
-    layer = bnb.nn.Linear8bitLt(linear.in_features, linear.out_features, bias=bias, has_fp16_weights=False)
-    layer.weight.data.copy_(linear.weight.data)
-    if bias:
-        layer.bias.data.copy_(linear.bias.data)
-    return layer.to("cpu")
+    sizes = linear.in_features, linear.out_features, linear.bias is not None
+    return _filled(bnb.nn.Linear8bitLt(*sizes, has_fp16_weights=False), linear)
 
 
 def hqq(linear, compute_dtype=torch.float32):
@@ -186,12 +181,7 @@ def logits(model):
     return model(input_ids=TOKENS).logits
 
 
-def minor_subspace(weight, rank):
-    return torch.linalg.svd(weight.double(), full_matrices=False).U[:, -rank:]
-
-
 def assert_spans(B, weight):
     """B Bᵀ is the projector on the minor subspace of the weight."""
-    exact = minor_subspace(weight, B.shape[1])
-    B = B.detach().double()
+    exact, B = exact_basis(weight, B.shape[1]), B.detach().double()
     assert (B @ B.T - exact @ exact.T).abs().max() <= 1e-5

@@ -1,5 +1,7 @@
 """PEFT's own code as the oracle: the same calls with the backend on and off."""
 
+from contextlib import contextmanager
+
 import torch
 
 import mica.fast
@@ -17,6 +19,16 @@ def both(function):
         theirs = function()
     assert mica.fast.call_counts == counts
     return ours, theirs
+
+
+@contextmanager
+def uninstalled():
+    """Within it PEFT is as before the import."""
+    mica.fast.uninstall()
+    try:
+        yield
+    finally:
+        mica.fast.enable()
 
 
 def assert_same(ours, theirs, tolerance):

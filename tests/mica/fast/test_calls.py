@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -12,8 +13,8 @@ from torch.utils.checkpoint import checkpoint
 import mica.fast
 from mica.fast.forward import call_counts
 from tests.support.models import net, tiny_llama, wrap
+from tests.support.stock import uninstalled
 
-TOKENS = torch.tensor([[1, 2, 3]])
 INDICES = torch.tensor([[1, 5]])
 
 
@@ -21,28 +22,20 @@ def called(model) -> dict[str, int | None]:
     return {row.name.rpartition("model.")[2]: row.calls for row in mica.fast.explain(model).rows}
 
 
-def without_mlps(model):
-    """As a framework does it that has fused the MLP: its layers are there and never called."""
-    for block in model.base_model.model.model.layers:
-        block.mlp.forward = torch.zeros_like
-    return model
-
-
-def llama():
-    return wrap(tiny_llama(), targets="all-linear")
+def said(model) -> dict[str, tuple[str, str]]:
+    return {row.name.rpartition("model.")[2]: (row.path, row.reason) for row in mica.fast.explain(model).rows}
 
 
 @pytest.mark.parametrize("stock", [False, True])
 def test_layers_that_a_framework_bypasses_are_named(stock):
-    model = without_mlps(llama())
+    model = wrap(tiny_llama(), targets="all-linear")
+    for block in model.base_model.model.model.layers:
+        block.mlp.forward = torch.zeros_like  # as a framework does it that has fused the MLP
     explanation = mica.fast.explain(model)
     assert {row.calls for row in explanation.rows} == {None}
     assert "called" not in str(explanation)  # nothing is known before the first forward
-    if stock:
-        with mica.fast.disabled():
-            model(input_ids=TOKENS)
-    else:
-        model(input_ids=TOKENS)
+    with mica.fast.disabled() if stock else nullcontext():
+        model(input_ids=torch.tensor([[1, 2, 3]]))
     explanation = mica.fast.explain(model)
     assert {row.name for row in explanation.rows if row.calls == 0} == {
         row.name for row in explanation.rows if ".mlp." in row.name
@@ -64,22 +57,27 @@ class Twice(nn.Module):
         return self.down(self.up(self.up(x)))
 
 
-def test_a_layer_called_twice():
-    model = wrap(Twice(), targets=["up", "down"])
-    model(torch.randn(2, 8))
-    assert called(model) == {"up": 2, "down": 1}
+@pytest.fixture
+def model():
+    return wrap(Twice(), targets=["up", "down"])
+
+
+def test_a_layer_called_twice(model):
+    for _ in range(2):
+        model(torch.ones(2, 8))
+        assert called(model) == {"up": 2, "down": 1}
     up, down = str(mica.fast.explain(model)).splitlines()[1:3]
     assert up.endswith("; called 2 times in the last forward")
     assert "called" not in down
-    model(torch.randn(2, 8))
+    with pytest.raises(RuntimeError):
+        model(torch.randn(2, 9))  # one that raised is not the last
     assert called(model) == {"up": 2, "down": 1}
 
 
 @pytest.mark.parametrize("reentrant", [False, True])
 @pytest.mark.parametrize("whole", [False, True])
-def test_recomputation_in_a_backward_does_not_count(whole, reentrant):
+def test_recomputation_in_a_backward_does_not_count(model, whole, reentrant):
     """A recomputation of the whole model may end early: the layers that it did not come to were called."""
-    model = wrap(Twice(), targets=["up", "down"])
     x = torch.randn(2, 8, requires_grad=True)
     if whole:
         checkpoint(model, x, use_reentrant=reentrant).sum().backward()
@@ -90,45 +88,30 @@ def test_recomputation_in_a_backward_does_not_count(whole, reentrant):
     assert called(model) == {"up": 2, "down": 1}
 
 
-def test_checkpointing_by_transformers():
-    model = llama().train()
-    model.enable_input_require_grads()
-    model.gradient_checkpointing_enable({"use_reentrant": False})
-    for _ in range(3):
-        model(input_ids=TOKENS, labels=TOKENS).loss.backward()
-        assert set(called(model).values()) == {1}
-
-
-def test_a_forward_that_raised_is_not_the_last():
-    model = wrap(Twice(), targets=["up", "down"])
-    model(torch.randn(2, 8))
-    with pytest.raises(RuntimeError):
-        model(torch.randn(2, 9))
-    assert called(model) == {"up": 2, "down": 1}
-
-
-def test_calls_outside_of_a_forward_are_not_counted_and_never_denied():
-    model = wrap(Twice(), targets=["up", "down"])
+def test_calls_outside_of_a_forward_are_not_counted_and_never_denied(model):
     model.base_model.model.forward = lambda x: model.base_model.model.up(x)
-    model(torch.randn(2, 8))
+    model(torch.ones(2, 8))
     assert called(model) == {"up": 1, "down": 0}
     model.base_model.model.down(torch.randn(2, 8))
     assert called(model) == {"up": 1, "down": None}
-    model(torch.randn(2, 8))
+    model(torch.ones(2, 8))
     assert called(model) == {"up": 1, "down": 0}
 
 
 def test_an_adapter_added_since_is_in_no_forward():
     model = wrap(Twice(), targets=["up"])
-    model(torch.randn(2, 8))
+    model(torch.ones(2, 8))
     assert called(model) == {"up": 2}
     model.add_adapter("other", LoraConfig(r=2, init_lora_weights="mica", target_modules=["down"]))
     assert called(model) == {"up": None, "down": None}
-    model(torch.randn(2, 8))
+    model(torch.ones(2, 8))
     assert called(model) == {"up": 2, "down": 1}
 
 
 def test_models_do_not_mix_and_parts_have_the_counts_of_the_whole():
+    conv = get_peft_model(nn.Sequential(nn.Conv1d(4, 4, 1)), LoraConfig(target_modules=["0"]))
+    conv(torch.randn(1, 4, 4))
+    assert called(conv) == {"0": None}  # layers that are not covered are not judged
     one, other = net(), net()
     one(INDICES)
     assert set(called(other).values()) == {None}
@@ -150,22 +133,12 @@ def test_a_model_called_inside_another_ones_forward():
     assert called(student) == {"up": 1, "down": 0}
 
 
-def test_layers_that_are_not_covered_are_not_judged():
-    model = get_peft_model(nn.Sequential(nn.Conv1d(4, 4, 1)), LoraConfig(target_modules=["0"]))
-    model(torch.randn(1, 4, 4))
-    assert called(model) == {"0": None}
-
-
-def test_stock_again_is_not_judged():
-    model = wrap(Twice(), targets=["up", "down"])
-    model(torch.randn(2, 8))
-    mica.fast.uninstall()
-    try:
+def test_stock_again_is_not_judged(model):
+    model(torch.ones(2, 8))
+    with uninstalled():
         assert set(called(model).values()) == {None}
         model.base_model.model.forward = lambda x: model.base_model.model.up(x)
-        model(torch.randn(2, 8))
-    finally:
-        mica.fast.enable()
+        model(torch.ones(2, 8))
     assert set(called(model).values()) == {None}  # of that one nothing was seen
 
 
@@ -183,28 +156,19 @@ def test_nothing_is_left_in_the_model():
 
 
 @pytest.mark.parametrize("regional", [False, True])
-def test_compiled_calls_are_not_seen_and_never_denied(regional):
-    model = wrap(Twice(), targets=["up", "down"])
-    inner = model.base_model.model
+def test_compiled_calls_are_not_seen_and_never_denied(model, regional):
+    inner, options = model.base_model.model, {"fullgraph": True, "backend": "aot_eager"}
     expected = model(torch.ones(2, 8))
     assert called(model) == {"up": 2, "down": 1}
     if regional:
-        inner.forward = torch.compile(inner.forward, fullgraph=True, backend="aot_eager")
-        run = model
-    else:
-        run = torch.compile(model, fullgraph=True, backend="aot_eager")
+        inner.forward = torch.compile(inner.forward, **options)
+    run = model if regional else torch.compile(model, **options)
     for _ in range(2):
         torch.testing.assert_close(run(torch.ones(2, 8)), expected)
         assert set(called(model).values()) == {None}
 
 
-# ---------------------------------------------------------------------------------------------------
-# the path that a call took
-# ---------------------------------------------------------------------------------------------------
-
-
-def said(model) -> dict[str, tuple[str, str]]:
-    return {row.name.rpartition("model.")[2]: (row.path, row.reason) for row in mica.fast.explain(model).rows}
+# -- the path that a call took ------------------------------------------------------------------------
 
 
 DTYPES = "an input of torch.float64 with lora_A of torch.float64 and lora_B of torch.float64"
@@ -216,14 +180,18 @@ def autocast():
 
 
 @pytest.fixture
-def wide():
-    return wrap(Twice(), targets=["up", "down"]).double()
+def wide(model):
+    return model.double()
 
 
 X = torch.randn(2, 8, dtype=torch.float64)
 
 
 def test_a_call_of_peft_s_code_is_said_until_a_forward_without(wide):
+    embedding = net(torch.float64)
+    with autocast():
+        embedding(INDICES)
+    assert {path for path, _ in said(embedding).values()} == {"peft"}
     before = said(wide)
     assert {path for path, _ in before.values()} == {"reference"}
     ran = mica.fast.call_counts["linear"]
@@ -239,14 +207,8 @@ def test_a_call_of_peft_s_code_is_said_until_a_forward_without(wide):
     assert said(wide) == before
 
 
-def test_embeddings_too():
-    model = net(torch.float64)
-    with autocast():
-        model(INDICES)
-    assert {path for path, _ in said(model).values()} == {"peft"}
-
-
 def test_some_of_the_calls_of_a_layer(wide):
+    """In PEFT's code for its dtype, or for further arguments, which are none of ours."""
     inner = wide.base_model.model
 
     def forward(x):
@@ -258,15 +220,10 @@ def test_some_of_the_calls_of_a_layer(wide):
     wide(X)
     assert said(wide)["up"] == ("peft", f"in 1 of 2 calls of the last forward: {DTYPES}")
     assert said(wide)["down"][0] == "reference"
-
-
-def test_further_arguments_are_none_of_ours():
-    model = wrap(Twice(), targets=["up", "down"])
-    inner = model.base_model.model
     inner.forward = lambda x: inner.down(inner.up(x, adapter_names=None))
-    model(torch.randn(2, 8))
-    assert said(model)["up"] == ("peft", "in the last forward: a call with further arguments")
-    assert said(model)["down"][0] == "reference"
+    wide(X)
+    assert said(wide)["up"] == ("peft", "in the last forward: a call with further arguments")
+    assert said(wide)["down"][0] == "reference"
 
 
 @pytest.mark.parametrize("off", ["disabled", "merged"])

@@ -70,15 +70,8 @@ RUNS = {
 
 
 def scenarios(rank):
-    os.environ.update(
-        DS_ACCELERATOR="cpu",
-        RANK=str(rank),
-        LOCAL_RANK=str(rank),
-        WORLD_SIZE="2",
-        LOCAL_SIZE="2",
-        MASTER_ADDR="127.0.0.1",
-        MASTER_PORT="29731",
-    )
+    alone = {"DS_ACCELERATOR": "cpu", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29731"}
+    os.environ.update(alone, RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", LOCAL_SIZE="2")
     import deepspeed
 
     deepspeed.init_distributed("gloo", auto_mpi_discovery=False)

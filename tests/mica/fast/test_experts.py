@@ -5,19 +5,22 @@ from functools import partial
 
 import pytest
 import torch
+from torch import nn
 from torch.autograd import forward_ad
 
 import mica.fast
+from mica.fast.forward import expert_params as params
 from tests.support import moe_models
-from tests.support.models import randomise
-from tests.support.moe_models import BUILDERS, tokens, wrap_experts, wrappers
-from tests.support.moe_steps import adapted, as_stock_s, gradients, loss_of, outermost, ran
+from tests.support.models import net, randomise
+from tests.support.moe_models import BUILDERS, ROUTER, STACKS, tokens, wrap_experts, wrappers
+from tests.support.moe_steps import adapted, as_stock_s, gradients, loss_of, outermost, ran, use
 from tests.support.stock import as_stock, assert_same, both
 from tests.support.tolerances import RELATIVE, error
+from tests.support.training import checkpointed
 
-# ---------------------------------------------------------------------------------------------------
-# training
-# ---------------------------------------------------------------------------------------------------
+IMPLEMENTATIONS = ["grouped_mm", "batched_mm", "eager"]
+
+# -- training -----------------------------------------------------------------------------------------
 
 
 class Plain:
@@ -78,16 +81,26 @@ def test_training_gives_the_losses_of_plain_autograd(kind):
     assert all((weight != 0).any() for weight in trained)
 
 
-@pytest.mark.parametrize("implementation", ["grouped_mm", "eager", "batched_mm"])
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 @pytest.mark.parametrize("kind", BUILDERS)
-def test_equals_every_implementation_of_transformers(kind, implementation):
+def test_equals_every_implementation_of_transformers(kind, implementation, autocast):
+    """The grouped products of transformers run in the weight's dtype; F.linear and bmm in autocast's."""
     model, ids = adapted(kind), tokens()
     model.base_model.model.set_experts_implementation(implementation)
-    assert as_stock_s(model, ids) == (4, 4)
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        counts = as_stock_s(model, ids, torch.bfloat16 if autocast else torch.float32)
+    rows = mica.fast.explain(model).rows  # of the forward before the disabled one
+    # that one adds its biases in fp32
+    is_ours = not autocast or kind != "gpt_oss" or implementation != "eager"
+    assert counts == ((4, 4) if is_ours else (0, 0))
+    assert {row.path for row in rows} == {"reference" if is_ours else "peft"}
+    assert is_ours or "eager forward adds in fp32" in rows[0].reason
+    assert {w.grad.dtype for w in model.parameters() if w.grad is not None} == {torch.float32}
 
 
 @pytest.mark.parametrize("kind", BUILDERS)
-@pytest.mark.parametrize("target", moe_models.STACKS)
+@pytest.mark.parametrize("target", STACKS)
 def test_one_of_the_stacks_alone(kind, target):
     model, ids = adapted(kind, target_parameters=[target]), tokens()
     before = mica.fast.call_counts["experts_base"]
@@ -99,12 +112,9 @@ def test_one_of_the_stacks_alone(kind, target):
 def test_gradient_checkpointing_changes_no_bit(use_reentrant):
     model, ids = adapted().train(), tokens()
     loss, grads, _ = gradients(model, ids)
-    model.gradient_checkpointing_enable({"use_reentrant": use_reentrant})
-    model.enable_input_require_grads()
-    again, grads_again, counts = gradients(model, ids)
+    again, grads_again, counts = gradients(checkpointed(model, use_reentrant), ids)
     assert counts == (8, 4)
-    assert torch.equal(loss, again)
-    assert all(torch.equal(grads[name], grads_again[name]) for name in grads)
+    assert_same((again, grads_again), (loss, grads), 0.0)
 
 
 def test_fp32_masters_over_bf16():
@@ -118,27 +128,10 @@ def test_fp32_masters_over_bf16():
     assert {grad.dtype for grad in grads.values()} == {torch.float32}
 
 
-@pytest.mark.parametrize("implementation", ["grouped_mm", "batched_mm", "eager"])
-@pytest.mark.parametrize("kind", BUILDERS)
-def test_autocast(kind, implementation):
-    """The grouped products of transformers run in the weight's dtype; F.linear and bmm in autocast's."""
-    model, ids = adapted(kind), tokens()
-    model.base_model.model.set_experts_implementation(implementation)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        counts = as_stock_s(model, ids, torch.bfloat16)
-    rows = mica.fast.explain(model).rows  # of the forward before the disabled one
-    is_ours = kind != "gpt_oss" or implementation != "eager"  # that one adds its biases in fp32
-    assert counts == ((4, 4) if is_ours else (0, 0))
-    assert {row.path for row in rows} == {"reference" if is_ours else "peft"}
-    assert is_ours or "eager forward adds in fp32" in rows[0].reason
-    assert {w.grad.dtype for w in model.parameters() if w.grad is not None} == {torch.float32}
-
-
 @pytest.mark.parametrize("implementation", ["batched_mm", "eager"])
 def test_under_autocast_nothing_of_a_stack_is_kept(implementation):
     """The cast stack is an operator's own; x is kept in autocast's dtype, and the result has that of x."""
-    layer = outermost(adapted("qwen3_moe"))
-    layer.get_base_layer().config._experts_implementation = implementation
+    layer = use(outermost(adapted("qwen3_moe")), implementation)
     x = torch.randn(5, 32, requires_grad=True)
     kept = []
     keep = torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t)
@@ -155,7 +148,7 @@ def test_under_autocast_nothing_of_a_stack_is_kept(implementation):
 def derivatives(layer, x, *routing):
     """By every way that PyTorch has, each as a function without arguments."""
     vectors = torch.randn(3, *x.shape, generator=torch.Generator().manual_seed(1))
-    lora_A = layer.lora_A["default"].weight
+    lora_A, leaf = layer.lora_A["default"].weight, x.clone().requires_grad_()
 
     def dual():
         with forward_ad.dual_level():
@@ -163,14 +156,11 @@ def derivatives(layer, x, *routing):
             return forward_ad.unpack_dual(y).tangent.detach()
 
     def batched():
-        leaf = x.clone().requires_grad_()
         return torch.autograd.grad(layer(leaf, *routing), (leaf, lora_A), vectors, is_grads_batched=True)
 
     def mapped():
-        leaf = x.clone().requires_grad_()
         y = layer(leaf, *routing)
-        grads = partial(torch.autograd.grad, y, (leaf, lora_A), retain_graph=True)
-        return torch.func.vmap(grads)(vectors)
+        return torch.func.vmap(partial(torch.autograd.grad, y, (leaf, lora_A), retain_graph=True))(vectors)
 
     def jacobian():
         return torch.autograd.functional.jacobian(lambda v: layer(v, *routing), x, vectorize=True)
@@ -183,8 +173,7 @@ def derivatives(layer, x, *routing):
 @pytest.mark.parametrize("way", range(4), ids=["dual", "batched", "mapped", "jacobian"])
 def test_derivatives_of_every_kind(monkeypatch, way, implementation, backend):
     monkeypatch.setenv("MICA_BACKEND", backend)
-    layer = outermost(adapted())
-    layer.get_base_layer().config._experts_implementation = implementation
+    layer = use(outermost(adapted()), implementation)
     call = torch.randn(5, 32), torch.tensor([[0, 1], [2, 1], [0, 2], [2, 0], [1, 2]]), torch.rand(5, 2)
     assert_same(*both(derivatives(layer, *call)[way]), 3 * RELATIVE[torch.float32])
 
@@ -194,9 +183,8 @@ def test_forward_mode_is_pefts_and_said():
     with forward_ad.dual_level():
         _, counts = ran(lambda: loss_of(model, tokens()))
     assert counts == (0, 0)
-    assert {row.reason for row in mica.fast.explain(model).rows} == {
-        "in the last forward: torch.func or forward-mode differentiation"
-    }
+    reason = "in the last forward: torch.func or forward-mode differentiation"
+    assert {row.reason for row in mica.fast.explain(model).rows} == {reason}
 
 
 @pytest.mark.parametrize("kind", BUILDERS)
@@ -220,35 +208,28 @@ def test_compiled_without_a_graph_break():
     assert all(w.grad is not None for w in layer.parameters() if w.requires_grad)
 
 
-def test_tokens_without_an_expert():
+def test_tokens_without_an_expert_and_no_tokens():
     """An index of num_experts, which transformers' experts skip: its part is 0, whatever its weight."""
-    layer = outermost(adapted())
-    layer.get_base_layer().config._experts_implementation = "eager"
+    layer = use(outermost(adapted()), "eager")
     x, weights = torch.randn(7, 32), torch.rand(7, 2)
     index = torch.stack([torch.randperm(4)[:2] for _ in range(7)])
     index[::2, 1] = 4
     _, counts = ran(lambda: as_stock(lambda: layer(x, index, weights), RELATIVE[torch.float32]))
     assert counts[0] == 2
+    assert layer(x[:0], index[:0], weights[:0]).shape == (0, 32)
 
 
 @pytest.mark.parametrize("index", [-1, 5])
 @pytest.mark.parametrize("implementation", ["eager", "grouped_mm"])
 def test_an_index_of_no_expert_is_refused(implementation, index):
     """Stock's eager raises too. Its grouped products would shift every row and compute something."""
-    layer = outermost(adapted())
-    layer.get_base_layer().config._experts_implementation = implementation
+    layer = use(outermost(adapted()), implementation)
     call = torch.randn(3, 32), torch.tensor([[0, 1], [2, index], [3, 0]]), torch.rand(3, 2)
     with pytest.raises(IndexError, match=f"top_k_index must hold experts from 0 to 3, .* {index}"):
         layer(*call)
     if implementation == "eager":
         with mica.fast.disabled(), pytest.raises(RuntimeError, match="Class values"):
             layer(*call)
-
-
-def test_a_layer_without_tokens():
-    layer = outermost(adapted())
-    empty = torch.empty(0, 32), torch.empty(0, 2, dtype=torch.int64), torch.empty(0, 2)
-    assert layer(*empty).shape == (0, 32)
 
 
 def test_what_is_saved_for_the_backward_does_not_grow_with_the_experts():
@@ -279,9 +260,48 @@ def test_on_kernels(monkeypatch, kind):
     model, ids = adapted(kind), tokens(1, 4)
     loss, grads, _ = gradients(model, ids)
     monkeypatch.setenv("MICA_BACKEND", "triton")
-    before = mica.fast.call_counts["experts_linear_backward_kernels"]
+    mica.fast.call_counts.clear()
     again, grads_again, _ = gradients(model, ids)
-    assert mica.fast.call_counts["experts_linear_backward_kernels"] == before + 4
+    assert mica.fast.call_counts["experts_linear_backward_kernels"] == 4
     assert error(again, loss) <= RELATIVE[torch.float32]
-    for name, grad in grads.items():
-        assert error(grads_again[name], grad) <= 10 * RELATIVE[torch.float32], name
+    assert_same(grads_again, grads, 10 * RELATIVE[torch.float32])
+
+
+# -- the layout --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", BUILDERS)
+def test_views_share_the_memory_and_give_the_update_that_peft_adds(kind):
+    """PEFT's layout of the adapters of a stack, and of a router."""
+    model = wrap_experts(BUILDERS[kind](), stock=True, target_parameters=[*STACKS, ROUTER[kind]])
+    layers = wrappers(model).values()
+    assert sorted(map(params.weight_name, layers)) == sorted(2 * ["gate_up_proj", "down_proj", "weight"])
+    for layer in layers:
+        nn.init.normal_(layer.lora_B["default"].weight)
+        A, B, weight = (
+            params.lora_A_of(layer, "default"),
+            params.lora_B_of(layer, "default"),
+            params.weight_of_stack(layer),
+        )
+        parameter = getattr(layer.get_base_layer(), layer.parameter_name)
+        assert params.parameter_of(layer) is parameter
+        assert params.is_stack(layer) == (parameter.ndim == 3)
+        assert params.is_stored_as_in_out(layer) == (kind == "gpt_oss" and params.is_stack(layer))
+        num, rows, columns = layer.num_experts, layer.out_features, layer.in_features
+        stored = layer.lora_A["default"].weight, layer.lora_B["default"].weight, parameter
+        shapes = (num, 4, columns), (num, rows, 4), (num, rows, columns)
+        for view, tensor, shape in zip((A, B, weight), stored, shapes, strict=True):
+            assert view.shape == shape
+            assert view.data_ptr() == tensor.data_ptr()
+            assert view.untyped_storage().nbytes() == tensor.untyped_storage().nbytes()
+        update = layer.scaling["default"] * (B @ A)
+        expected = layer.get_delta_weight("default")
+        update = update.mT if params.is_stored_as_in_out(layer) else update
+        torch.testing.assert_close(update.reshape(expected.shape), expected)
+
+
+def test_other_layers_are_no_stacks():
+    layer = net().base_model.model.up
+    assert not params.is_wrapper(layer)
+    assert not params.is_stack(layer)
+    assert params.weight_name(layer) == "weight"

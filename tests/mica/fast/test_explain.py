@@ -1,39 +1,44 @@
-"""What `mica.fast.explain` reports, and its table in print: equal rows as one line, and the totals."""
+"""What `mica.fast.explain` reports: its table in print, and the frameworks that bypass layers."""
 
 import functools
 import itertools
 import re
+import types
 from collections import Counter
 
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from peft.tuners import lora
 from torch import nn
 
 import mica.fast
-from mica.fast.explain import patterns
+from mica.fast.explain import REMEDIES, patterns, replaced_by
+from tests.support import axolotl_style
 from tests.support.models import TARGETS, net, tiny_llama, wrap
 from tests.support.quantised_models import adapted
 from tests.support.quantised_models import logits as quantised_logits
+from tests.support.stock import uninstalled
+from tests.support.training import llama
 
 
-def test_one_row_per_layer():
-    explanation = mica.fast.explain(net())
+def test_one_row_per_layer_in_a_table_that_aligns():
+    model = net()
+    explanation = mica.fast.explain(model)
     assert [row.name.rsplit(".", 1)[1] for row in explanation.rows] == TARGETS
     assert [row.layer for row in explanation.rows] == ["Embedding", "Linear", "Conv1D", "Linear"]
     assert {row.adapter for row in explanation.rows} == {"default (MiCA)"}
     assert explanation.counts() == {"reference": 4}
-
-
-def test_the_table_prints_and_aligns():
-    model = net()
     model.base_model.model.down.base_layer.weight.requires_grad_()
-    lines = str(mica.fast.explain(model)).splitlines()
-    assert len(lines) == 6
+    *lines, totals = str(mica.fast.explain(model)).splitlines()
+    assert len(lines) == 5
     assert lines[4].endswith("; base layer called: the base weight is trainable")
-    assert len({line.index("default") for line in lines[1:-1]}) == 1
-    assert lines[5] == "4 layers: 4 reference"
+    assert len({line.index("default") for line in lines[1:]}) == 1
+    assert totals == "4 layers: 4 reference"
     assert str(mica.fast.explain(nn.Linear(2, 2))) == "no adapted layers"
+
+
+INTERPRETED = "TRITON_INTERPRET=1, and interpreted kernels run only with MICA_BACKEND=triton"
 
 
 @pytest.mark.parametrize(
@@ -41,11 +46,7 @@ def test_the_table_prints_and_aligns():
     [
         ("triton", "kernel", ""),
         ("reference", "reference", "MICA_BACKEND=reference"),
-        (
-            "auto",
-            "reference",
-            "TRITON_INTERPRET=1, and interpreted kernels run only with MICA_BACKEND=triton",
-        ),
+        ("auto", "reference", INTERPRETED),
     ],
 )
 def test_the_backend_is_said_and_taken(monkeypatch, backend, path, reason):
@@ -62,56 +63,47 @@ def test_the_backend_is_said_and_taken(monkeypatch, backend, path, reason):
 
 
 def test_kernels_that_cannot_be_had_are_an_error_where_they_are_demanded(monkeypatch):
-    model = net(torch.float64)
+    model, reason = net(torch.float64), "no Triton kernels for float64"
     monkeypatch.setenv("MICA_BACKEND", "triton")
-    embedding, *others = mica.fast.explain(model).rows
-    assert {(row.path, row.reason) for row in others} == {("error", "no Triton kernels for float64")}
-    assert (embedding.path, embedding.reason) == ("reference", "no Triton kernels for float64")
-    with pytest.raises(RuntimeError, match="no Triton kernels for float64"):
+    rows = [(row.path, row.reason) for row in mica.fast.explain(model).rows]
+    assert rows == [("reference", reason), *3 * [("error", reason)]]  # the embedding, and the others
+    with pytest.raises(RuntimeError, match=reason):
         model(torch.tensor([[1, 5]]))
     monkeypatch.setenv("MICA_BACKEND", "auto")
     assert mica.fast.explain(model).counts() == {"reference": 4}
 
 
-def test_other_adapters_are_named():
+def test_other_adapters_and_off_are_said():
     model = get_peft_model(nn.Sequential(nn.Linear(4, 4)), LoraConfig(target_modules=["0"]))
     (row,) = mica.fast.explain(model).rows
     assert (row.path, row.adapter, row.reason) == ("peft", "default", "adapter 'default' is not MiCA")
     conv = get_peft_model(nn.Sequential(nn.Conv1d(4, 4, 1)), LoraConfig(target_modules=["0"]))
     assert "are not covered" in mica.fast.explain(conv).rows[0].reason
-
-
-def test_off_is_said():
     model = net()
     with mica.fast.disabled():
         assert {row.reason for row in mica.fast.explain(model).rows} == {"mica.fast is disabled"}
-    mica.fast.uninstall()
-    try:
+    with uninstalled():
         assert {row.reason for row in mica.fast.explain(model).rows} == {"mica.fast is not installed"}
-    finally:
-        mica.fast.enable()
 
 
-@pytest.mark.parametrize("kind", [None, "nf4"])
-def test_a_forward_behind_a_hook_of_accelerate_is_ours(kind):
+@pytest.mark.parametrize(("kind", "operator"), [(None, "linear"), ("nf4", "up_projection")])
+def test_a_forward_behind_a_hook_of_accelerate_is_ours(kind, operator):
     hooks = pytest.importorskip("accelerate.hooks")
     model = adapted(kind)
-    layer = model.base_model.model.model.layers[0].mlp.up_proj
-    hooks.add_hook_to_module(layer, hooks.ModelHook())
-    before = mica.fast.call_counts["linear"], mica.fast.call_counts["up_projection"]
+    hooks.add_hook_to_module(model.base_model.model.model.layers[0].mlp.up_proj, hooks.ModelHook())
+    mica.fast.call_counts.clear()
     quantised_logits(model)
     (row,) = [row for row in mica.fast.explain(model).rows if row.name.endswith("up_proj")]
     assert (row.path, row.calls) == ("reference", 1)
-    assert (mica.fast.call_counts["linear"], mica.fast.call_counts["up_projection"]) != before
+    assert mica.fast.call_counts[operator] == 7
 
 
 def test_a_forward_kept_from_before_the_import_is_seen():
     """accelerate's hooks put the old bound forward into the instance."""
     model = wrap(nn.Sequential(nn.Linear(4, 4)), rank=2, targets=["0"])
     layer = model.base_model.model[0]
-    mica.fast.uninstall()
-    layer._old_forward = layer.forward
-    mica.fast.enable()
+    with uninstalled():
+        layer._old_forward = layer.forward
     layer.forward = functools.wraps(layer._old_forward)(lambda x: layer._old_forward(x))
     assert "before mica.fast" in mica.fast.explain(model).rows[0].reason
     before = mica.fast.call_counts["linear"]
@@ -154,3 +146,242 @@ def test_a_layer_that_differs_is_a_line_of_its_own():
 )
 def test_a_pattern_stands_for_its_names_and_no_others(names, expected):
     assert Counter(patterns(names)) == Counter(expected)
+
+
+# -- frameworks that compute LoRA layers themselves are named. They are imitated as they patch -------
+
+
+TOKENS = torch.tensor([[1, 2, 3]])
+ATTENTION, MLP = ("q_proj", "k_proj", "v_proj", "o_proj"), ("gate_proj", "up_proj", "down_proj")
+FUSED = """
+def product(layer, x):
+    return torch.nn.functional.linear(x, layer.base_layer.weight)
+def apply_qkv(self, x):
+    return product(self.q_proj, x), product(self.k_proj, x), product(self.v_proj, x)
+def apply_o(self, x):
+    return product(self.o_proj, x)
+def apply_mlp(self, x, inplace=True):
+    gate = torch.nn.functional.silu(product(self.gate_proj, x))
+    return product(self.down_proj, gate * product(self.up_proj, x))
+def original_apply_qkv(self, x):
+    return self.q_proj(x), self.k_proj(x), self.v_proj(x)
+def original_apply_o(self, x):
+    return self.o_proj(x)
+def attention(self, hidden_states, *args, **kwargs):
+    q, k, v = self.apply_qkv(hidden_states)
+    return self.apply_o(q), None
+def unbound_attention(self, hidden_states, *args, **kwargs):
+    q, k, v = self.apply_qkv(self, hidden_states)
+    return self.apply_o(self, q), None
+"""
+
+
+def module_of(name: str, source: str) -> types.SimpleNamespace:
+    """What ``source`` defines when it is the text of a module of that name."""
+    scope = types.ModuleType(name).__dict__ | {"torch": torch}
+    exec(source, scope)
+    return types.SimpleNamespace(**scope)
+
+
+def forward_of(module, result="x", arguments="self, x", name="forward"):
+    """A function of a module of that name."""
+    return vars(module_of(module, f"def {name}({arguments}):\n    return {result}"))[name]
+
+
+def patch(owner, *arguments):
+    owner.forward = types.MethodType(forward_of(*arguments), owner)
+
+
+def blocks(model):
+    return model.base_model.model.model.layers
+
+
+def axolotl(model, monkeypatch, qkv=True, o=True, mlp=True):
+    """The attention's forward compiled and put on the class, the parts bound to each instance."""
+    code, kernels = (module_of(f"axolotl.{n}", FUSED) for n in ("monkeypatch.lora_kernels", "kernels.lora"))
+    monkeypatch.setattr(type(blocks(model)[0].self_attn), "forward", code.attention)
+    for block in blocks(model):
+        of = block.self_attn
+        of.apply_qkv = types.MethodType(kernels.apply_qkv if qkv else code.original_apply_qkv, of)
+        of.apply_o = types.MethodType(kernels.apply_o if o else code.original_apply_o, of)
+        if mlp:
+            block.mlp.forward = types.MethodType(kernels.apply_mlp, block.mlp)
+
+
+def unsloth(model, monkeypatch, inplace=True):
+    """Plain functions as attributes of the attention; the MLP's may be a partial."""
+    code, kernels = (module_of(f"unsloth.{name}", FUSED) for name in ("models.llama", "kernels.fast_lora"))
+    monkeypatch.setattr(type(blocks(model)[0].self_attn), "forward", code.unbound_attention)
+    mlp = kernels.apply_mlp if inplace else functools.partial(kernels.apply_mlp, inplace=False)
+    for block in blocks(model):
+        block.self_attn.apply_qkv, block.self_attn.apply_o = kernels.apply_qkv, kernels.apply_o
+        block.mlp.forward = types.MethodType(mlp, block.mlp)
+
+
+def bypassed(model) -> dict[str, str | None]:
+    """The last part of each uncalled layer's name, and who is named."""
+    model(input_ids=TOKENS)
+    rows = mica.fast.explain(model).rows
+    return {row.name.rpartition(".")[2]: row.bypassed_by for row in rows if row.calls == 0}
+
+
+@pytest.mark.parametrize(
+    ("framework", "options", "names"),
+    [
+        (axolotl, {}, ATTENTION + MLP),
+        (axolotl, {"mlp": False}, ATTENTION),
+        (axolotl, {"mlp": False, "qkv": False}, ("o_proj",)),
+        (axolotl, {"qkv": False, "o": False}, MLP),
+        (axolotl, {"qkv": False, "o": False, "mlp": False}, ()),
+        (unsloth, {}, ATTENTION + MLP),
+        (unsloth, {"inplace": False}, ATTENTION + MLP),
+    ],
+)
+def test_a_framework_is_named_where_it_has_fused_layers(framework, options, names, monkeypatch):
+    model, who = llama(), framework.__name__
+    framework(model, monkeypatch, **options)
+    assert bypassed(model) == dict.fromkeys(names, who)
+    if not names:
+        assert who not in str(mica.fast.explain(model))
+        return
+    *table, totals, remedy = str(mica.fast.explain(model)).splitlines()
+    count = len(names) * len(blocks(model))
+    assert totals.endswith(f"; {count} not called in the last forward")
+    assert remedy == f"{who} bypasses {count} layers: {REMEDIES[who]}"
+    for key in axolotl_style.KERNELS if framework is axolotl else ():
+        assert key in remedy
+    named = [line for line in table if line.endswith(f"not called in the last forward, bypassed by {who}")]
+    assert len(named) == len(names)
+
+
+def test_axolotl_at_an_embedding():
+    """It replaces the forward of PEFT's own layer."""
+    model = wrap(tiny_llama(), targets=["embed_tokens", "q_proj"])
+    patch(model.base_model.model.model.embed_tokens, "axolotl.kernels.lora", "self.base_layer(x)")
+    model(input_ids=TOKENS)
+    explanation = mica.fast.explain(model)
+    (row,) = [row for row in explanation.rows if row.path == "peft"]
+    assert row.name == "base_model.model.model.embed_tokens"
+    assert (row.bypassed_by, row.calls) == ("axolotl", None)
+    assert row.reason == "axolotl has replaced the layer's forward"
+    assert str(explanation).splitlines()[-1].startswith("axolotl bypasses 1 layer: ")
+
+
+def test_unsloth_in_place_of_the_class_forward(monkeypatch):
+    """unsloth_zoo compiles PEFT's forwards anew when a model is loaded, also after this backend's import."""
+    model = llama()
+    code = "self.base_layer(x)", "self, x, *args, **kwargs", "unsloth_forward"
+    monkeypatch.setattr(lora.Linear, "forward", forward_of("Linear_peft_forward", *code))
+    model(input_ids=TOKENS)
+    rows = mica.fast.explain(model).rows
+    assert {(row.path, row.calls, row.bypassed_by) for row in rows} == {("peft", None, "unsloth")}
+    monkeypatch.undo()
+    model(input_ids=TOKENS)
+    assert {(row.path, row.calls) for row in mica.fast.explain(model).rows} == {("reference", 1)}
+
+
+def test_a_loss_that_reads_the_weight_of_the_head_and_unknown_code():
+    model = wrap(tiny_llama(), targets=["lm_head", "q_proj"])
+    head = "self.model(input_ids)[0] @ self.lm_head.weight.T", "self, input_ids, **_"
+    patch(model.base_model.model, "liger_kernel.transformers.model.llama", *head)
+    assert bypassed(model) == {"lm_head": "liger_kernel"}
+    model = llama()
+    patch(blocks(model)[0].mlp, "their_patches.mlp")
+    assert bypassed(model) == dict.fromkeys(MLP, "their_patches.mlp")
+    assert str(mica.fast.explain(model)).splitlines()[-1] == "their_patches.mlp bypasses 3 layers"
+
+
+class Block(nn.Module):
+    """One that leaves a part to a function that it holds, as fused models of frameworks do."""
+
+    def __init__(self):
+        super().__init__()
+        self.up, self.down = nn.Linear(8, 8), nn.Linear(8, 8)
+        self.apply_up = self.up.forward
+
+    def forward(self, x):
+        return self.down(self.apply_up(x))
+
+
+@pytest.mark.parametrize(
+    ("module", "who"),
+    [
+        ("axolotl.kernels.lora", "axolotl"),
+        ("unsloth_compiled_module_llama", "unsloth"),
+        ("unsloth_zoo.patches", "unsloth"),
+        ("theirs", "theirs"),
+        # libraries whose forwards call the layers
+        ("accelerate.hooks", None),
+        ("peft.helpers", None),
+        ("transformers.utils", None),
+        ("mica.fast.forward.decide", None),
+    ],
+)
+def test_functions_in_the_place_of_a_layer(module, who):
+    model = wrap(Block(), targets=["up", "down"])
+    model.base_model.model.apply_up = forward_of(module, "x", "x")
+    model(torch.ones(2, 8))
+    up, down = mica.fast.explain(model).rows
+    assert (up.calls, up.bypassed_by, down.calls, down.bypassed_by) == (0, who, 1, None)
+    linear = nn.Linear(2, 2)
+    patch(linear, module)
+    assert replaced_by(linear) == who
+
+
+def test_a_decorated_forward_is_still_the_module_s_own(monkeypatch):
+    logged = forward_of("their_logs", "__import__('functools').wraps(f)(lambda *args: f(*args))", "f")
+    block = Block()
+    block.forward = logged(block.forward)
+    monkeypatch.setattr(nn.Linear, "forward", logged(nn.Linear.forward))
+    assert [replaced_by(module) for module in block.modules()] == [None, None, None]
+
+
+def test_what_is_around_layers_that_ran_is_not_to_blame():
+    """A whole model's replaced forward does not explain one layer of a block that was skipped."""
+    model = llama()
+    inner = model.base_model.model
+    patch(inner, "their_patches.model", "self.model(input_ids)", "self, input_ids=None, **kwargs")
+    blocks(model)[0].mlp.forward = torch.zeros_like  # one that is not to be named
+    assert bypassed(model) == dict.fromkeys(MLP, None)
+    assert "bypass" not in str(mica.fast.explain(model))
+    inner.model.forward = torch.zeros_like
+    assert set(bypassed(model).values()) == {"their_patches.model"}
+
+
+def test_ordinary_models_hooks_and_compilation_are_not_reported():
+    hooks = pytest.importorskip("accelerate.hooks")
+    operations = pytest.importorskip("accelerate.utils.operations")
+    model = llama()
+    for enable in (lambda: None, model.gradient_checkpointing_enable):
+        enable()
+        assert bypassed(model) == {}
+        assert {replaced_by(module) for module in model.modules()} == {None}
+    block = blocks(model)[0]
+    hooks.add_hook_to_module(block.mlp, hooks.ModelHook())
+    hooks.add_hook_to_module(block.mlp.up_proj, hooks.ModelHook())
+    block.self_attn.forward = torch.compile(block.self_attn.forward, backend="eager")
+    model.forward = operations.convert_outputs_to_fp32(model.forward)
+    for module in (block.mlp, block.mlp.up_proj, block.self_attn, model):
+        assert "forward" in vars(module)
+        assert replaced_by(module) is None
+    rows = mica.fast.explain(torch.compile(model, backend="eager")).rows
+    assert {row.bypassed_by for row in rows} == {None}
+
+
+def test_foreign_objects_do_no_harm():
+    class Hostile:
+        def __call__(self, x):
+            return x
+
+        def __getattr__(self, name):
+            raise RuntimeError(name)
+
+    class Endless:
+        __call__ = Hostile.__call__
+
+    endless = Endless()
+    endless.__wrapped__ = endless
+    for call in (Hostile(), endless, len, functools.partial(len), None, 3):
+        module = nn.Linear(2, 2)
+        module.forward = module.apply_qkv = call
+        assert replaced_by(module) in (None, __name__)

@@ -15,6 +15,7 @@ pytest.importorskip("triton")
 pytest.importorskip("liger_kernel", reason="liger-kernel is not installed")
 
 pytestmark = pytest.mark.usefixtures("one_thread")
+DATA = batches(size=1, length=6)
 
 KERNELS = {
     "LigerFusedLinearCrossEntropyFunctionBackward",
@@ -57,10 +58,6 @@ def with_liger(**config):
     return model
 
 
-def data():
-    return batches(size=1, length=6).to(DEVICE)
-
-
 def nodes(tensor):
     """The names of all steps of its backward pass."""
     names, waiting = set(), [tensor.grad_fn]
@@ -74,28 +71,24 @@ def nodes(tensor):
 @pytest.mark.parametrize("path", ["reference", "kernel"])
 def test_the_losses_of_neither(monkeypatch, path):
     """RMSNorm, rotary embedding, SwiGLU and fused linear cross-entropy of Liger, around MiCA's layers."""
-    if DEVICE == "cpu" and path == "kernel":
-        monkeypatch.setenv("MICA_BACKEND", "triton")
-    elif DEVICE != "cpu" and path == "reference":
-        monkeypatch.setenv("MICA_BACKEND", "reference")
+    monkeypatch.setenv("MICA_BACKEND", "triton" if path == "kernel" else "reference")
     model = with_liger()
-    done = report(model, lambda: train(model, data()))
+    done = report(model, lambda: train(model, DATA.to(DEVICE)))
     assert all(row.calls == 1 for row in done["rows"])
-    plain = llama(num_hidden_layers=1)
     with mica.fast.disabled():
-        expected = train(plain, batches(size=1, length=6))
+        expected = train(llama(num_hidden_layers=1), DATA)
     check(done, expected, path=path)
 
 
 def test_all_four_kernels_take_part():
-    ids = data()[0]
+    ids = DATA.to(DEVICE)[0]
     assert nodes(with_liger()(input_ids=ids, labels=ids).loss) >= KERNELS
 
 
 def test_an_adapter_on_the_output_layer_is_bypassed_and_explain_says_so():
     """Liger's fused loss reads `lm_head.weight`. ("all-linear" leaves the output layer out.)"""
     model = with_liger(targets=["q_proj", "lm_head"])
-    ids = data()[0]
+    ids = DATA.to(DEVICE)[0]
     model(input_ids=ids, labels=ids).loss.backward()
     calls = {row.name.rpartition(".")[2]: row.calls for row in mica.fast.explain(model).rows}
     assert calls == {"q_proj": 1, "lm_head": 0}

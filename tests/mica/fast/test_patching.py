@@ -1,8 +1,11 @@
+"""The patches of PEFT: put on, switched, and taken off again to the object."""
+
 import pickle
 import subprocess
 import sys
 import threading
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 
 import peft
 import pytest
@@ -14,6 +17,7 @@ import mica.fast
 from mica.fast import patching
 from mica.fast.settings import settings
 from tests.support.models import Net, bases, net, randomise, wrap
+from tests.support.stock import uninstalled
 
 INDICES = torch.tensor([[1, 2, 3, 28]])
 
@@ -36,41 +40,43 @@ def test_uninstall_gives_back_the_same_objects():
     mica.fast.enable()
 
 
-def test_uninstalled_is_stock_to_the_bit():
-    """Against a process that never imported mica."""
-    script = (
-        "import sys, torch, warnings; warnings.simplefilter('ignore')\n"
-        "sys.modules['mica'] = None\n"
-        "from torch import nn\n"
-        "from peft import LoraConfig, get_peft_model\n"
-        "torch.manual_seed(0); model = nn.Sequential(nn.Linear(12, 20), nn.Linear(20, 8))\n"
-        "config = LoraConfig(r=4, init_lora_weights='mica', target_modules=['0', '1'])\n"
-        "model = get_peft_model(model, config)\n"
-        "torch.manual_seed(1)\n"
-        "[p.data.copy_(torch.randn(p.shape)) for n, p in model.named_parameters() if 'lora_A' in n]\n"
-        "x = torch.randn(3, 12, requires_grad=True); model(x).square().sum().backward()\n"
-        "grads = [p.grad for p in model.parameters() if p.grad is not None] + [x.grad]\n"
-        "weights = [p.detach() for p in model.parameters()]\n"
-    )
-    stock = subprocess.run(
-        [sys.executable, "-c", script + "torch.save(grads + weights, sys.argv[1])", "/dev/stdout"],
-        capture_output=True,
-        check=True,
-    ).stdout
-    namespace = {}
-    mica.fast.uninstall()
-    modules = dict(sys.modules)
-    try:
-        exec(script, namespace)
-    finally:
-        sys.modules.update({name: module for name, module in modules.items() if name.split(".")[0] == "mica"})
-        mica.fast.enable()
-    import io
+STOCK = """
+import sys, torch, warnings; warnings.simplefilter('ignore')
+sys.modules['mica'] = None
+from torch import nn
+from peft import LoraConfig, get_peft_model
+torch.manual_seed(0); model = nn.Sequential(nn.Linear(12, 20), nn.Linear(20, 8))
+config = LoraConfig(r=4, init_lora_weights='mica', target_modules=['0', '1'])
+model = get_peft_model(model, config)
+torch.manual_seed(1)
+[p.data.copy_(torch.randn(p.shape)) for n, p in model.named_parameters() if 'lora_A' in n]
+x = torch.randn(3, 12, requires_grad=True); model(x).square().sum().backward()
+tensors = [p.grad for p in model.parameters() if p.grad is not None] + [x.grad]
+tensors += [p.detach() for p in model.parameters()]
+"""
+ANOTHER_PEFT = """
+torch.save(tensors, sys.argv[1])
+del sys.modules['mica']
+from peft.tuners.lora import variants; del variants.MiCALinearVariant
+with warnings.catch_warnings(record=True) as caught:
+    warnings.simplefilter('always'); import mica.fast
+print(mica.fast.is_enabled(), [str(w.message) for w in caught if 'leaves PEFT' in str(w.message)])
+"""
 
-    for theirs, ours in zip(
-        torch.load(io.BytesIO(stock)), namespace["grads"] + namespace["weights"], strict=True
-    ):
+
+def test_uninstalled_is_stock_to_the_bit(tmp_path):
+    """Against a process that never imported mica; which can be imported there although PEFT is another."""
+    command = [sys.executable, "-c", STOCK + ANOTHER_PEFT, tmp_path / "stock"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    namespace = {}
+    modules = {name: module for name, module in sys.modules.items() if name.split(".")[0] == "mica"}
+    with uninstalled():
+        exec(STOCK, namespace)
+        sys.modules.update(modules)
+    for theirs, ours in zip(torch.load(tmp_path / "stock"), namespace["tensors"], strict=True):
         assert torch.equal(theirs, ours)
+    assert done.stdout.startswith("False ['mica.fast leaves PEFT")
+    assert "MiCALinearVariant.merge_safe is not there" in done.stdout
 
 
 def test_enable_disable_and_the_context_manager():
@@ -89,55 +95,42 @@ def test_enable_disable_and_the_context_manager():
     with pytest.raises(RuntimeError), mica.fast.disabled():
         raise RuntimeError
     assert mica.fast.is_enabled()
-
-
-def test_disabled_in_several_threads():
-    """Off as long as one of them is inside, wherever the block was left first; then on again."""
-    entered, leave = threading.Barrier(2), threading.Event()
-
-    def work():
-        with mica.fast.disabled():
-            entered.wait()
-            leave.wait()
-
-    thread = threading.Thread(target=work)
     with mica.fast.disabled():
-        thread.start()
-        entered.wait()
-    assert not mica.fast.is_enabled()  # the other is still inside
-    with mica.fast.disabled():
-        leave.set()
-        thread.join()
-        assert not mica.fast.is_enabled()
-    assert mica.fast.is_enabled()
-
-
-def test_many_threads_disable_and_the_backend_is_on_afterwards():
-    seen = []
-
-    def work():
-        for _ in range(200):
-            with mica.fast.disabled():
-                seen.append(mica.fast.is_enabled())
-
-    threads = [threading.Thread(target=work) for _ in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert not any(seen)
-    assert mica.fast.is_enabled()
-
-
-def test_enable_and_disable_inside_a_disabled_block_say_what_holds_after_it():
-    with mica.fast.disabled():
-        mica.fast.disable()
+        mica.fast.disable()  # says what holds after the block
     assert not mica.fast.is_enabled()
     with mica.fast.disabled():
         mica.fast.enable(compute_dtype=torch.float32)
         assert not mica.fast.is_enabled()
     assert mica.fast.is_enabled()
     assert settings.compute_dtype == torch.float32
+
+
+def test_disabled_in_several_threads():
+    """Off as long as one of them is inside, wherever the block was left first; then on again."""
+    entered, leave = threading.Barrier(2), threading.Event()
+
+    def wait():
+        with mica.fast.disabled():
+            entered.wait()
+            leave.wait()
+
+    def work(_):
+        for _ in range(200):
+            with mica.fast.disabled():
+                assert not mica.fast.is_enabled()
+
+    with ThreadPoolExecutor(4) as pool:
+        waiting = pool.submit(wait)
+        with mica.fast.disabled():
+            entered.wait()
+        assert not mica.fast.is_enabled()  # the other is still inside
+        with mica.fast.disabled():
+            leave.set()
+            waiting.result()
+            assert not mica.fast.is_enabled()
+        assert mica.fast.is_enabled()
+        list(pool.map(work, range(4)))
+    assert mica.fast.is_enabled()
 
 
 def test_disabled_holds_for_the_recomputation_in_another_thread():
@@ -155,15 +148,20 @@ def test_disabled_holds_for_the_recomputation_in_another_thread():
 
 def test_settings_are_checked_before_any_changes():
     mica.fast.enable(compute_dtype=torch.float32, on_unsuitable="skip")
-    with pytest.raises(ValueError, match=r"compute_dtype must be one of .* but it is torch.int8"):
-        mica.fast.enable(compute_dtype=torch.int8)
-    with pytest.raises(ValueError, match=r"on_unsuitable must be one of .* but it is 'ignore'"):
-        mica.fast.enable(on_unsuitable="ignore")
+    for name, wrong in (("compute_dtype", torch.int8), ("on_unsuitable", "ignore")):
+        with pytest.raises(ValueError, match=rf"^{name} must be one of \(.*\), but it is '?{wrong}"):
+            mica.fast.enable(**{name: wrong})
+    with pytest.raises(ValueError, match=r"^gate_up must be one of \('fused', 'halves'\), but it is 'both'"):
+        mica.fast.enable(gate_up="both")
+    for wrong in ("tpu?", 1.5, None):
+        with pytest.raises(ValueError, match=r"^device must be 'auto' or a torch device, but it is"):
+            mica.fast.enable(device=wrong)
     with pytest.raises(TypeError, match=r"unexpected keyword argument 'compute'$"):
         mica.fast.enable(compute=None)
     assert (settings.compute_dtype, settings.on_unsuitable) == (torch.float32, "skip")
     mica.fast.enable()
     assert (settings.compute_dtype, settings.on_unsuitable) == (None, "raise")
+    assert (settings.gate_up, settings.device) == ("fused", "auto")
 
 
 @pytest.mark.parametrize("value", ["auto", True, False, None])
@@ -216,9 +214,9 @@ def test_a_wrapper_of_another_name_that_was_there_first(monkeypatch):
 
 def test_optional_functions_may_be_missing(monkeypatch):
     mica.fast.uninstall()
-    optional = next(p for p in patching.PATCHES if not p.required)
-    rest = tuple(p for p in patching.PATCHES if p is not optional)
-    monkeypatch.setattr(patching, "PATCHES", (optional._replace(name="nothing"), *rest))
+    patches = [p if p.required else p._replace(name="nothing") for p in patching.PATCHES]
+    assert patches != list(patching.PATCHES)
+    monkeypatch.setattr(patching, "PATCHES", tuple(patches))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         mica.fast.enable()
@@ -235,15 +233,3 @@ def test_nothing_of_ours_is_pickled_or_saved():
         again = pickle.loads(pickle.dumps(model))
         assert torch.equal(again(INDICES), model(INDICES))
     assert set(model.state_dict()) == set(net(stock=True).state_dict())
-
-
-def test_a_peft_without_the_variants_can_still_be_imported():
-    script = (
-        "import warnings; from peft.tuners.lora import variants; del variants.MiCALinearVariant\n"
-        "with warnings.catch_warnings(record=True) as caught:\n"
-        "    warnings.simplefilter('always'); import mica.fast\n"
-        "print(mica.fast.is_enabled(), [str(w.message) for w in caught if 'leaves PEFT' in str(w.message)])\n"
-    )
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
-    assert done.stdout.startswith("False ['mica.fast leaves PEFT")
-    assert "MiCALinearVariant.merge_safe is not there" in done.stdout

@@ -1,5 +1,6 @@
 """The recipes in recipes/: the page shows the files, and the files run as they stand, on a tiny model."""
 
+import copy
 import json
 import re
 import runpy
@@ -35,9 +36,7 @@ def test_the_page_shows_the_files():
     assert sorted(shown) == sorted(path.read_text(encoding="utf-8") for path in files)
 
 
-# ---------------------------------------------------------------------------------------------------
-# the recipes, run
-# ---------------------------------------------------------------------------------------------------
+# -- the recipes, run ---------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -54,7 +53,7 @@ def given(tmp_path_factory):
     return SimpleNamespace(folder=folder, model=str(folder / "model"), texts=str(folder / "texts.jsonl"))
 
 
-def in_this_process(recipe, given):
+def in_this_process(recipe):
     """What ``recipe()``, which returns its trainer, has done; its adapter is in ``folder``."""
     before = mica.fast.call_counts.copy()
     trainer = recipe()
@@ -77,7 +76,7 @@ def sft(given):
             patch.setattr(sys, "argv", ["", given.model, given.texts, str(given.folder / "sft")])
             return runpy.run_path(str(RECIPES / "sft_trainer.py"), run_name="__main__")["trainer"]
 
-    return in_this_process(recipe, given)
+    return in_this_process(recipe)
 
 
 def axolotl_yaml(given, **changes):
@@ -88,32 +87,26 @@ def axolotl_yaml(given, **changes):
     return {**config, **tiny, "output_dir": str(given.folder / "axolotl"), **changes}
 
 
-@pytest.fixture
-def plugin_path(monkeypatch):
-    monkeypatch.syspath_prepend(str(RECIPES))
-    yield
+@pytest.fixture(scope="module")
+def plugin():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(RECIPES))
+        yield
     sys.modules.pop("mica_axolotl", None)
 
 
 @pytest.fixture(scope="module")
-def axolotl(given):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(str(RECIPES))
-        done = in_this_process(lambda: axolotl_style.train(axolotl_yaml(given)), given)
-    sys.modules.pop("mica_axolotl", None)
-    return done
+def axolotl(given, plugin):
+    return in_this_process(lambda: axolotl_style.train(axolotl_yaml(given)))
 
 
 @pytest.fixture(scope="module")
 def fsdp2(given):
     """What two processes of torchrun have done."""
     report, output = given.folder / "report", given.folder / "fsdp2"
-    done = start(
-        *("torch.distributed.run", "--standalone", "--nproc-per-node", 2, "-m", "tests.support.on_gloo"),
-        *(RECIPES / "fsdp2.py", report, given.model, given.texts, output),
-        ACCELERATE_TORCH_DEVICE="cpu",
-        OMP_NUM_THREADS="1",
-    )
+    torchrun = "torch.distributed.run", "--standalone", "--nproc-per-node", 2, "-m", "tests.support.on_gloo"
+    script = RECIPES / "fsdp2.py", report, given.model, given.texts, output
+    done = start(*torchrun, *script, ACCELERATE_TORCH_DEVICE="cpu", OMP_NUM_THREADS="1")
     assert done.returncode == 0, done.stderr
     processes = [json.loads(Path(f"{report}-{rank}").read_text(encoding="utf-8")) for rank in range(2)]
     return SimpleNamespace(processes=processes, stdout=done.stdout, folder=output)
@@ -136,10 +129,9 @@ def test_a_trainer_s_recipe_runs_on_the_fast_path(name, request):
 
 def test_fsdp2_has_the_losses_of_one_process(fsdp2, given):
     """Of one with PEFT's own code and the same batches of 8; a step logs the mean over both processes."""
-    recipe = runpy.run_path(str(RECIPES / "fsdp2.py"))
-    alone = recipe["trainer_of"](
-        given.model, given.texts, str(given.folder / "alone"), per_device_train_batch_size=8
-    )
+    arguments = given.model, given.texts, str(given.folder / "alone")
+    trainer_of = runpy.run_path(str(RECIPES / "fsdp2.py"))["trainer_of"]
+    alone = trainer_of(*arguments, per_device_train_batch_size=8)
     with mica.fast.disabled():
         alone.train()
     expected = losses_of(alone)
@@ -152,9 +144,7 @@ def test_fsdp2_has_the_losses_of_one_process(fsdp2, given):
     assert fsdp2.stdout.count("14 layers: 14 reference") == 1
 
 
-# ---------------------------------------------------------------------------------------------------
-# what they leave behind
-# ---------------------------------------------------------------------------------------------------
+# -- what they leave behind ---------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -171,14 +161,11 @@ def test_the_saved_adapter(name, adapters, given):
     """B is the initial one to the bit, A is not; PEFT alone loads it, and its logits are ours."""
     folder, theirs = adapters[name]
     base = AutoModelForCausalLM.from_pretrained(given.model)
+    new = wrap(copy.deepcopy(base), rank=16, lora_alpha=32, targets="all-linear")
     plain = logits(base)
     ours = logits(PeftModel.from_pretrained(base, folder))
     assert error(ours, plain) > 0.01
     assert error(theirs, ours) <= RELATIVE[torch.float32]
-
-    new = wrap(
-        AutoModelForCausalLM.from_pretrained(given.model), rank=16, lora_alpha=32, targets="all-linear"
-    )
     saved = load_file(folder / "adapter_model.safetensors")
     assert len(saved) == 2 * 14
     for layer, B in bases(new).items():
@@ -186,12 +173,10 @@ def test_the_saved_adapter(name, adapters, given):
         assert saved[f"{layer}.lora_A.weight"].abs().max() > 0, layer
 
 
-# ---------------------------------------------------------------------------------------------------
-# axolotl's plugin
-# ---------------------------------------------------------------------------------------------------
+# -- axolotl's plugin ---------------------------------------------------------------------------------
 
 
-@pytest.mark.usefixtures("plugin_path")
+@pytest.mark.usefixtures("plugin")
 @pytest.mark.parametrize("left", ["none", "one"])
 def test_axolotl_s_own_kernels_are_refused(left, given):
     """axolotl sets all four to true if the file names none of them."""
@@ -208,13 +193,8 @@ def test_axolotl_itself(given, tmp_path):
     pytest.importorskip("axolotl", reason="axolotl is not installed")
     config = axolotl_yaml(given, output_dir=str(tmp_path / "adapter"), dataset_prepared_path=str(tmp_path))
     (tmp_path / "axolotl.yaml").write_text(yaml.safe_dump(config), encoding="utf-8")
-    done = start(
-        "axolotl.cli.train",
-        tmp_path / "axolotl.yaml",
-        path=RECIPES,
-        AXOLOTL_DO_NOT_TRACK="1",
-        WANDB_MODE="disabled",
-    )
+    silent = {"AXOLOTL_DO_NOT_TRACK": "1", "WANDB_MODE": "disabled"}
+    done = start("axolotl.cli.train", tmp_path / "axolotl.yaml", path=RECIPES, **silent)
     assert done.returncode == 0, done.stderr
     assert "14 layers: 14 reference" in done.stdout
     assert "not called" not in done.stdout

@@ -12,8 +12,11 @@ from torch.nn.utils import parametrizations, parametrize, prune
 
 import mica.fast
 from mica.fast.forward.eligibility import adapter_weights
-from tests.support.models import Net, adapted_layers, bases, net, randomise, tiny_llama, wrap
+from tests.support.merging_models import assert_same_bits, trained, weights
+from tests.support.models import Net, adapted_layers, assert_same_bases, net, randomise, tiny_llama, wrap
+from tests.support.moe_models import exact_basis, second
 from tests.support.tolerances import RELATIVE, error
+from tests.support.training import train
 from tests.support.unchanged import unchanged
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -23,8 +26,8 @@ TOKENS = torch.arange(24).reshape(2, 12)
 # -- tied embeddings ---------------------------------------------------------------------------------
 
 
-def tied_llama(**config):
-    return tiny_llama(tie_word_embeddings=True, **config)
+def tied_llama():
+    return tiny_llama(tie_word_embeddings=True)
 
 
 def wrap_tied(targets, **config):
@@ -53,14 +56,15 @@ def test_stock_unties_mica_and_says_nothing():
     assert not are_tied(model)
 
 
+@pytest.mark.parametrize("existing", [False, True])
 @pytest.mark.parametrize("init", ["mica", "MICA"])
 @pytest.mark.parametrize(
     "targets",
     [["q_proj", "embed_tokens", "lm_head"], ["embed_tokens"], ["lm_head"], r".*\.q_proj|lm_head"],
     ids=["both", "embedding", "head", "regex"],
 )
-def test_tied_adapters_are_refused_and_the_model_is_as_it_was(targets, init):
-    model = tied_llama()
+def test_tied_adapters_are_refused_and_the_model_is_as_it_was(targets, init, existing):
+    model = wrap(tied_llama(), targets=["q_proj"]) if existing else tied_llama()
     config = {"init_lora_weights": init, "target_modules": targets, "ensure_weight_tying": True}
     config = peft.LoraConfig(r=4, **config)
     as_given = copy.deepcopy(config)
@@ -69,34 +73,17 @@ def test_tied_adapters_are_refused_and_the_model_is_as_it_was(targets, init):
         r".*leave ensure_weight_tying off .* name 'model.embed_tokens' in modules_to_save, and neither in"
     )
     with unchanged(model), pytest.raises(ValueError, match=message):
-        peft.get_peft_model(model, config)
-    assert not hasattr(model, "peft_config")
+        model.add_adapter("second", config) if existing else peft.get_peft_model(model, config)
+    assert list(getattr(model, "peft_config", {})) == (["default"] if existing else [])
     as_given.base_model_name_or_path = config.base_model_name_or_path  # stock notes it first, "" before 0.21
     assert config == as_given
-
-
-def test_a_second_adapter_that_is_refused_leaves_the_first():
-    model = wrap(tied_llama(), targets=["q_proj"])
-    config = copy.deepcopy(model.peft_config["default"])
-    config.target_modules, config.ensure_weight_tying = {"embed_tokens"}, True
-    with unchanged(model), pytest.raises(ValueError, match="cannot be tied"):
-        model.add_adapter("second", config)
-    assert list(model.peft_config) == ["default"]
-
-
-def train(model):
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
-    for _ in range(2):
-        model(TOKENS, labels=TOKENS).loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
 
 
 @pytest.mark.parametrize("saved", ["model.embed_tokens", "embed_tokens", "lm_head"])
 def test_way_out_of_modules_to_save_trains_the_shared_weight(saved):
     model = wrap_tied(["q_proj"], modules_to_save=[saved])
     embedding, head = ends(model)
-    train(model)
+    train(model, [TOKENS, TOKENS])
     weights = [end.modules_to_save["default"].weight for end in (embedding, head)]
     assert weights[0].data_ptr() == weights[1].data_ptr()
     assert not torch.equal(weights[0], embedding.original_module.weight)
@@ -109,12 +96,11 @@ def test_way_out_of_independent_adapters():
     with pytest.warns(UserWarning, match="`ensure_weight_tying` is not set to True"):  # PEFT's
         model = wrap(tied_llama(), targets=["embed_tokens", "lm_head"])
     assert mica.fast.explain(model).counts() == {"reference": 2}
-    before = {name: B.clone() for name, B in bases(model).items()}
-    train(model)
+    before = copy.deepcopy(model)
+    train(model, [TOKENS, TOKENS])
     for layer in adapted_layers(model).values():
         assert adapter_weights(layer, "default")[0].any()
-    for name, B in bases(model).items():
-        assert torch.equal(B, before[name])
+    assert_same_bases(model, before)
 
 
 @pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers` to `True`")
@@ -124,8 +110,7 @@ def test_what_stock_saved_as_tied_loads_as_what_it_is(tmp_path):
     with pytest.warns(UserWarning, match=r"'model.embed_tokens' and 'lm_head' are independent"):
         loaded = PeftModel.from_pretrained(tied_llama(), tmp_path)
     assert error(loaded(TOKENS).logits, model(TOKENS).logits) <= RELATIVE[torch.float32]
-    for name, B in bases(loaded).items():
-        assert torch.equal(B, bases(model)[name])
+    assert_same_bases(loaded, model)
 
 
 @pytest.mark.parametrize(
@@ -153,20 +138,21 @@ class Shrunk(nn.Module):
         return torch.tanh(weight)
 
 
+def shrink(module, name):
+    parametrize.register_parametrization(module, name, Shrunk())
+
+
 def _unparametrize(layer):
     parametrize.remove_parametrizations(layer, "weight")
 
 
+_RESTORED, UTILS = "parametrize.remove_parametrizations", nn.utils
 KINDS = {  # name: (what makes the weight computed, the way out, how the error names it)
-    "weight_norm": (parametrizations.weight_norm, _unparametrize, "parametrize.remove_parametrizations"),
-    "spectral_norm": (parametrizations.spectral_norm, _unparametrize, "parametrize.remove_parametrizations"),
-    "own": (
-        lambda layer: parametrize.register_parametrization(layer, "weight", Shrunk()),
-        _unparametrize,
-        "parametrize.remove_parametrizations",
-    ),
-    "weight_norm hook": (nn.utils.weight_norm, nn.utils.remove_weight_norm, "remove_weight_norm"),
-    "spectral_norm hook": (nn.utils.spectral_norm, nn.utils.remove_spectral_norm, "remove_spectral_norm"),
+    "weight_norm": (parametrizations.weight_norm, _unparametrize, _RESTORED),
+    "spectral_norm": (parametrizations.spectral_norm, _unparametrize, _RESTORED),
+    "own": (lambda layer: shrink(layer, "weight"), _unparametrize, _RESTORED),
+    "weight_norm hook": (UTILS.weight_norm, UTILS.remove_weight_norm, "remove_weight_norm"),
+    "spectral_norm hook": (UTILS.spectral_norm, UTILS.remove_spectral_norm, "remove_spectral_norm"),
     "pruning": (
         lambda layer: prune.l1_unstructured(layer, "weight", amount=0.2),
         lambda layer: prune.remove(layer, "weight"),
@@ -205,25 +191,22 @@ def test_training_on_a_computed_weight_is_right(computed):
     grad_A = 2 * lora_B.T @ (2 * expected).T @ x.double()
     assert error(layer.lora_A["default"].weight.grad, grad_A) <= RELATIVE[torch.float32]
     assert [name for name, p in layer.named_parameters() if p.grad is not None] == ["lora_A.default.weight"]
-    minor = torch.linalg.svd(weight, full_matrices=False).U[:, -4:]
+    minor = exact_basis(weight, 4)
     assert (minor - lora_B @ (lora_B.T @ minor)).norm() <= 1e-3
+    assert isinstance(computed.unload(), Net)  # which does not merge
 
 
-@pytest.mark.parametrize("call", ["merge_adapter", "safe merge", "merge_and_unload", "layer", "safe layer"])
-def test_merging_is_refused_before_any_layer_is_merged(computed, kind, call):
+@pytest.mark.parametrize("safe", [False, True])
+@pytest.mark.parametrize("call", ["merge_adapter", "merge_and_unload", "merge"])
+def test_merging_is_refused_before_any_layer_is_merged(computed, kind, call, safe):
     expected = computed(INDICES)
     layer = computed.base_model.model.down
-    calls = {
-        "merge_adapter": computed.merge_adapter,
-        "safe merge": lambda: computed.merge_adapter(safe_merge=True),
-        "merge_and_unload": computed.merge_and_unload,
-        "layer": layer.merge,
-        "safe layer": lambda: layer.merge(safe_merge=True),
-    }
-    named = f"this {type(layer.base_layer).__name__} layer" if "layer" in call else "layer 'down'"
+    called, named = computed, "layer 'down'"
+    if call == "merge":
+        called, named = layer, f"this {type(layer.base_layer).__name__} layer"
     message = rf"MiCA cannot be merged into {named}, because .* call torch\.nn\.utils\.{KINDS[kind][2]}"
     with unchanged(computed), pytest.raises(ValueError, match=message):
-        calls[call]()
+        getattr(called, call)(safe_merge=safe)
     assert not any(layer.merged for layer in adapted_layers(computed).values())
     assert torch.equal(computed(INDICES), expected)
 
@@ -251,17 +234,10 @@ def test_way_out_of_a_computed_weight(computed, kind):
     assert "down.weight" in unloaded.state_dict()
 
 
-def test_a_computed_embedding_is_refused_too():
-    model = Net()
-    parametrize.register_parametrization(model.embed, "weight", Shrunk())
-    with pytest.raises(ValueError, match="cannot be merged into layer 'embed'"):
-        wrap(model).merge_and_unload()
-
-
 def test_only_the_weight_matters():
     """A parametrized bias, or a hook of another kind, is no reason."""
     model = Net()
-    parametrize.register_parametrization(model.up, "bias", Shrunk())
+    shrink(model.up, "bias")
     prune.l1_unstructured(model.conv, "bias", amount=0.2)
     model = randomise(wrap(model)).eval()
     model.base_model.model.down.base_layer.register_forward_pre_hook(lambda module, args: None)
@@ -288,23 +264,31 @@ def test_unmerging_from_a_weight_that_is_computed_since_is_refused():
 
 def test_only_the_adapters_that_are_merged_matter(computed):
     """What plain LoRA does on such a layer is stock's own."""
-    plain = copy.deepcopy(computed.peft_config["default"])
-    plain.init_lora_weights = True
-    computed.add_adapter("plain", plain)
-    computed.merge_adapter(["plain"])
-    assert computed.base_model.model.down.merged_adapters == ["plain"]
+    second(computed, init_lora_weights=True).merge_adapter(["second"])
+    assert computed.base_model.model.down.merged_adapters == ["second"]
     with pytest.raises(ValueError, match="layer 'down'"):
-        computed.merge_and_unload(adapter_names=["plain", "default"])
+        computed.merge_and_unload(adapter_names=["second", "default"])
 
 
-def test_a_mixed_model_is_refused_as_a_whole_too():
+@pytest.mark.parametrize("mixed", [False, True])
+@pytest.mark.parametrize("name", ["embed", "down"])
+def test_a_mixed_model_and_an_embedding_are_refused_too(name, mixed):
     model = Net()
-    parametrizations.weight_norm(model.down)
-    config = peft.LoraConfig(r=4, init_lora_weights="mica", target_modules=["up", "down"])
-    model = randomise(peft.get_peft_model(model, config, mixed=True))
-    with unchanged(model), pytest.raises(ValueError, match="cannot be merged into layer 'down'"):
+    shrink(getattr(model, name), "weight")
+    config = peft.LoraConfig(r=4, init_lora_weights="mica", target_modules=["embed", "up", "down"])
+    model = randomise(peft.get_peft_model(model, config, mixed=mixed))
+    with unchanged(model), pytest.raises(ValueError, match=f"cannot be merged into layer '{name}'"):
         model.merge_and_unload()
 
 
-def test_unloading_does_not_merge_and_is_allowed(computed):
-    assert isinstance(computed.unload(), Net)
+def test_a_computed_parameter_is_refused_before_anything_is_merged():
+    model = trained("qwen3_moe")
+    before = weights(model)
+    layer = list(adapted_layers(model).values())[-2]
+    base, name = layer.get_base_layer(), layer.parameter_name
+    shrink(base, name)
+    with pytest.raises(ValueError, match=rf"remove_parametrizations\(layer.base_layer, '{name}'"):
+        model.merge_adapter()
+    assert not any(layer.merged_adapters for layer in adapted_layers(model).values())
+    parametrize.remove_parametrizations(base, name, leave_parametrized=False)
+    assert_same_bits(model, before)

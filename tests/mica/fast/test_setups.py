@@ -7,38 +7,21 @@ import torch
 from accelerate.state import AcceleratorState, GradientState, PartialState
 from datasets import Dataset
 from peft import LoraConfig, PeftModel
-from torch.distributed.checkpoint.state_dict import (
-    StateDictOptions,
-    get_model_state_dict,
-    get_state_dict,
-    set_state_dict,
-)
+from torch.distributed.checkpoint import state_dict
 from torch.distributed.fsdp import fully_shard
 from transformers import Trainer, TrainingArguments
 from trl import SFTConfig, SFTTrainer
 
 import mica.fast
-from tests.support import gloo, tiny_cli
-from tests.support.models import tiny_llama, wrap
+from tests.support import gloo, setups, tiny_cli
+from tests.support.models import bases, net, tiny_llama, wrap
+from tests.support.moe_models import BUILDERS, wrap_experts
 from tests.support.peft_versions import is_at_least
-from tests.support.setups import (
-    AUTOCAST,
-    CONFIGURATIONS,
-    FSDP,
-    ONE_PROCESS,
-    TWO_PROCESSES,
-    mesh,
-    moe,
-    setups,
-    shard,
-    tensor_parallel,
-    within_autocast,
-)
 from tests.support.training import Run, batches, check, llama, optimizer_of, report, train
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 PATHS = {"yes": "reference", "no": "peft"}  # of `explain`, by the column "fast path"
-FULL = StateDictOptions(full_state_dict=True)  # in every process
+FULL = state_dict.StateDictOptions(full_state_dict=True)  # in every process
 
 
 def runs(table):
@@ -55,48 +38,27 @@ def _fresh_accelerate():
         state._reset_state()
 
 
-@pytest.mark.parametrize(("name", "number"), runs(ONE_PROCESS))
+@pytest.mark.parametrize(("name", "number"), runs(setups.ONE_PROCESS))
 def test_in_one_process(name, number):
-    run = ONE_PROCESS[name][number]
-    check(run.done(), run.expected(), run, path=PATHS[setups()[name].fast])
+    run = setups.ONE_PROCESS[name][number]
+    check(run.done(), run.expected(), run, path=PATHS[setups.setups()[name].fast])
 
 
-@pytest.mark.parametrize("run", ONE_PROCESS[CONFIGURATIONS], ids=lambda run: ",".join(run.config))
+@pytest.mark.parametrize(
+    "run", setups.ONE_PROCESS[setups.CONFIGURATIONS], ids=lambda run: ",".join(run.config)
+)
 def test_a_configuration_does_something(run):
     assert run.expected()[-1] != pytest.approx(Run().expected()[-1].item(), abs=1e-4)
 
 
 def test_stock_trains_on_an_old_a_within_one_autocast_context():
     """Autocast keeps its cast of A until the context is left."""
-    expected = Run(train=AUTOCAST).expected()
+    expected = Run(train=setups.AUTOCAST).expected()
     with mica.fast.disabled():
-        assert ((within_autocast(llama()) - expected).abs() / expected).max() > 0.1
+        assert ((setups.within_autocast(llama()) - expected).abs() / expected).max() > 0.1
 
 
-# ---------------------------------------------------------------------------------------------------
-# trainers
-# ---------------------------------------------------------------------------------------------------
-
-
-class _Recorded:
-    """The loss of every forward, unrounded."""
-
-    def __init__(self, *args, **kwargs):
-        super().__init__(*args, **kwargs)
-        self.seen = []
-
-    def compute_loss(self, *args, **kwargs):
-        result = super().compute_loss(*args, **kwargs)
-        self.seen.append((result[0] if isinstance(result, tuple) else result).item())
-        return result
-
-
-class _Trainer(_Recorded, Trainer):
-    pass
-
-
-class _SFTTrainer(_Recorded, SFTTrainer):
-    pass
+# -- trainers -----------------------------------------------------------------------------------------
 
 
 OPTIONS = {
@@ -113,14 +75,20 @@ OPTIONS = {
 
 
 def losses_of(trainer, **options):
+    """Of every forward, unrounded."""
+    seen, compute_loss = [], trainer.compute_loss
+
+    def recorded(*args, **kwargs):
+        result = compute_loss(*args, **kwargs)
+        seen.append((result[0] if isinstance(result, tuple) else result).item())
+        return result
+
+    trainer.compute_loss = recorded
     trainer.train(**options)
-    return trainer.seen
+    return seen
 
 
-RESUMED = {
-    "linear layers": Run(),
-    "experts": Run({"kind": "qwen3_moe"}, moe, counts=TWO_PROCESSES["experts, DDP and FSDP2"][0].counts),
-}
+RESUMED = {"linear layers": Run(), "experts": Run({"kind": "qwen3_moe"}, setups.moe, counts=setups.EXPERTS)}
 
 
 @pytest.mark.parametrize("kind", RESUMED)
@@ -132,17 +100,16 @@ def test_trainer_saves_and_resumes(tmp_path, kind):
         model = run.make(**run.config)
         rows = [{"input_ids": ids, "labels": ids} for ids in batches(1)[0]]
         arguments = TrainingArguments(str(tmp_path / folder), **{**OPTIONS, "max_steps": 4, **options})
-        return model, _Trainer(model=model, args=arguments, train_dataset=rows)
+        return model, Trainer(model=model, args=arguments, train_dataset=rows)
 
     model, whole = trainer("whole")
     done = report(model, lambda: losses_of(whole))
     check(done, run.expected(), run, steps=4)
-    _, first = trainer("parts", save_strategy="steps", save_steps=2, max_steps=2)
-    losses_of(first)
+    first = losses_of(trainer("parts", save_strategy="steps", save_steps=2, max_steps=2)[1])
     model, second = trainer("parts")
     checkpoint = str(tmp_path / "parts" / "checkpoint-2")
     resumed = report(model, lambda: losses_of(second, resume_from_checkpoint=checkpoint))
-    assert first.seen + second.seen == whole.seen
+    assert torch.equal(torch.cat([torch.tensor(first), resumed["losses"]]), done["losses"])
     assert {name: 2 * count for name, count in resumed["counts"].items()} == done["counts"]
     assert resumed["moved"] == []
     for name, A in resumed["A"].items():
@@ -160,7 +127,7 @@ def test_sft_trainer_with_peft_config(tmp_path, bf16):
         torch.manual_seed(0)
         config = LoraConfig(init_lora_weights="mica", r=4, lora_alpha=8, target_modules="all-linear")
         arguments = SFTConfig(str(tmp_path), **OPTIONS, max_steps=4, max_length=32, bf16=bf16)
-        return _SFTTrainer(
+        return SFTTrainer(
             model=tiny_cli.tiny_llama(initializer_range=0.3),
             args=arguments,
             train_dataset=rows,
@@ -177,50 +144,50 @@ def test_sft_trainer_with_peft_config(tmp_path, bf16):
     check(done, expected, Run(use_reentrant=reentrant, dtype=dtype), steps=4)
 
 
-# ---------------------------------------------------------------------------------------------------
-# two processes
-# ---------------------------------------------------------------------------------------------------
+# -- two processes ------------------------------------------------------------------------------------
 
 
 def fsdp_resumed(rank, folder):
     """Two steps, a full state dict of model and optimizer, a new model, two more steps; a saved adapter."""
     reports, states = [], None
     for _ in range(2):
-        model = shard(llama())
+        model = setups.shard(llama())
         optimizer = optimizer_of(model)
         if states:
-            set_state_dict(
-                model, optimizer, model_state_dict=states[0], optim_state_dict=states[1], options=FULL
-            )
+            parts = {"model_state_dict": states[0], "optim_state_dict": states[1]}
+            state_dict.set_state_dict(model, optimizer, **parts, options=FULL)
         run = replace(
-            FSDP,
+            setups.FSDP,
             make=lambda model=model: model,
             around=lambda model: model,
             train=lambda model, data, optimizer=optimizer: train(model, data[:2], optimizer=optimizer),
         )
         reports.append(run.done(rank))
-        states = get_state_dict(model, optimizer, options=FULL)
-    states = get_model_state_dict(model, options=FULL)
+        states = state_dict.get_state_dict(model, optimizer, options=FULL)
+    states = state_dict.get_model_state_dict(model, options=FULL)
     if rank == 0:
         model.save_pretrained(folder, state_dict=states)
     return {**reports[1], "losses": torch.cat([done["losses"] for done in reports])}
 
 
 def adapter_after_sharding(rank, folder):
-    return wrap(fully_shard(tiny_llama(), mesh=mesh()), targets="all-linear")
+    return wrap(fully_shard(tiny_llama(), mesh=setups.mesh()), targets="all-linear")
 
 
-OTHERS = {"resumed": fsdp_resumed, "adapter after sharding": adapter_after_sharding}
+def bases_of_both(rank, folder):
+    models = [net(), wrap_experts(BUILDERS["qwen3_moe"]())]  # layers, and stacks of experts
+    return {name: basis.detach() for model in models for name, basis in bases(model).items()}
+
+
+OTHERS = {"resumed": fsdp_resumed, "adapter after sharding": adapter_after_sharding, "bases": bases_of_both}
 
 
 def scenarios(rank, folder):
     """All in one launch, which takes longer than the runs; an error in the place of a result."""
-    results = {}
-    for name, function in OTHERS.items():
-        results[name] = gloo.attempt(function, rank, folder)
-    for name, table in TWO_PROCESSES.items():
+    results = {name: gloo.attempt(function, rank, folder) for name, function in OTHERS.items()}
+    for name, table in setups.TWO_PROCESSES.items():
         for number, run in enumerate(table):
-            if run.make is not tensor_parallel or is_at_least("0.21"):
+            if run.make is not setups.tensor_parallel or is_at_least("0.21"):
                 results[name, number] = gloo.attempt(run.done, rank)
     return results
 
@@ -246,13 +213,13 @@ def check_both(pair, *arguments, **options):
             assert torch.equal(tensor, second[name]), name
 
 
-@pytest.mark.parametrize(("name", "number"), runs(TWO_PROCESSES))
+@pytest.mark.parametrize(("name", "number"), runs(setups.TWO_PROCESSES))
 def test_in_two_processes(of, name, number):
     """Each on half of the batch, or with a part of every layer: the losses of one with all of it."""
-    run = TWO_PROCESSES[name][number]
-    if run.make is tensor_parallel and not is_at_least("0.21"):
+    run = setups.TWO_PROCESSES[name][number]
+    if run.make is setups.tensor_parallel and not is_at_least("0.21"):
         pytest.skip("PEFT < 0.21: a layer that is split is refused, as a shard")
-    check_both(of((name, number)), run.expected(), run, path=PATHS[setups()[name].fast])
+    check_both(of((name, number)), run.expected(), run, path=PATHS[setups.setups()[name].fast])
 
 
 def test_fsdp2_saves_resumes_and_leaves_a_plain_adapter(of, results):
@@ -264,23 +231,19 @@ def test_fsdp2_saves_resumes_and_leaves_a_plain_adapter(of, results):
         assert torch.equal(weights[name], A)
 
 
-# ---------------------------------------------------------------------------------------------------
-# refused
-# ---------------------------------------------------------------------------------------------------
+def test_two_processes_hold_the_same_bits(of):
+    for done in of("bases"):
+        for name, basis in bases_of_both(0, None).items():
+            assert torch.equal(done[name], basis)
+
+
+# -- refused ------------------------------------------------------------------------------------------
 
 
 def test_an_adapter_after_sharding_is_refused(of):
     what = r"layer 'model\.layers.*' holds one shard of it .*before the model is sharded"
     with pytest.raises(ValueError, match=what):
         of("adapter after sharding")
-
-
-def test_a_weight_that_is_not_there_is_refused():
-    model = tiny_llama()
-    layer = model.model.layers[1].mlp.up_proj
-    layer.weight = torch.nn.Parameter(layer.weight.to("meta"))
-    with pytest.raises(ValueError, match=r"model\.layers\.1\.mlp\.up_proj' is on the meta device"):
-        wrap(model, targets="all-linear")
 
 
 def test_lora_bias_is_refused_as_by_stock():

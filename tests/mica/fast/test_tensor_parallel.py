@@ -1,5 +1,6 @@
 """Two gloo processes, each with a part of every layer, against one process with all of it."""
 
+import shutil
 from contextlib import nullcontext
 from functools import partial
 
@@ -33,85 +34,85 @@ def adapted(base, targets="all-linear", **config):
     return wrap(base, targets=targets, **config).train()
 
 
-def one_step(model, ids=IDS):
+def one_step(model):
     """Loss, gradients of A and, without gradients, logits of a model whose A are not 0."""
     model.zero_grad()
-    loss = model(input_ids=ids, labels=ids).loss
+    loss = model(input_ids=IDS, labels=IDS).loss
     loss.backward()
     with torch.no_grad():
-        logits = model(input_ids=ids).logits
+        logits = model(input_ids=IDS).logits
     gradients = gathered({name: A.grad for name, A in trainable(model).items()})
     return {"loss": loss.detach(), "logits": logits, "gradients": gradients}
 
 
-# ---------------------------------------------------------------------------------------------------
-# what each of the two does, and what one process does alone
-# ---------------------------------------------------------------------------------------------------
+# -- what each of the two does, and what one process does alone ---------------------------------------
 
 
 def bases_of(base, **config):
-    """Those of this process, and whole."""
-    B = bases(adapted(base, **config))
-    return {name: part(tensor) for name, tensor in B.items()}, gathered(B)
+    """Those of this process, and whole; what `explain` says."""
+    model = adapted(base, **config)
+    B = bases(model)
+    return {name: part(tensor) for name, tensor in B.items()}, gathered(B), str(mica.fast.explain(model))
 
 
-def stepped(base, hooked=False, patched=False, twice=False, stock=False, **config):
-    """`one_step`, on PEFT's code if ``stock``; with hooks on every base layer, or two active adapters.
+def stepped(base, hooked=False, patched=False, twice=False, stock=False):
+    """Loss, gradients of A and, without gradients, logits, on PEFT's code if ``stock``.
 
-    patched: both factors of every adapter have another forward, over that of the plan where there is one.
+    hooked: every base layer; patched: both factors of every adapter have another forward, over that of the
+    plan where there is one; twice: with two active adapters.
     """
-    model = randomise(adapted(base, **config))
+    model = randomise(adapted(base))
     if twice:
         model.add_adapter("other", model.peft_config["default"])
         randomise(model, seed=3)
         model.base_model.set_adapter(["default", "other"])
-    if hooked:
-        for layer in adapted_layers(model).values():
+    for layer in adapted_layers(model).values():
+        if hooked:
             layer.base_layer.register_forward_hook(lambda module, args, output: output * 1.5)
-    for layer in adapted_layers(model).values() if patched else ():
-        for factor in (layer.lora_A["default"], layer.lora_B["default"]):
-            factor.forward = doubled(factor.forward)
+        for factor in (layer.lora_A["default"], layer.lora_B["default"]) if patched else ():
+            factor.forward = lambda x, forward=factor.forward: 2 * forward(x)
     before = mica.fast.call_counts.copy()
     with mica.fast.disabled() if stock else nullcontext():
         result = one_step(model)
     return {**result, "counts": dict(mica.fast.call_counts - before), "text": str(mica.fast.explain(model))}
 
 
-def doubled(forward):
-    return lambda x: 2 * forward(x)
-
-
-def mixed(base):
-    """The logits of a batch of which one sample has no adapter."""
+def mixed_batch(base):
+    """The logits of one of which a sample has no adapter."""
     model = randomise(adapted(base)).eval()
     with torch.no_grad():
         return model(input_ids=IDS, adapter_names=["default", "__base__", "default", "default"]).logits
 
 
-def embedded(base):
-    """An adapter on the embedding as well, which is split along the vocabulary."""
-    model = randomise(adapted(base, targets=["embed_tokens", "q_proj"]))
-    return {"B": gathered(bases(model)), "text": str(mica.fast.explain(model))}
-
-
-ALONE_TOO = {
-    "B": bases_of,
-    "B of uneven parts": bases_of,
-    "B over a bf16 base": bases_of,
-    "B in bf16": lambda base: bases_of(base, autocast_adapter_dtype=False),
-    "a step": stepped,
-    "a step of uneven parts": stepped,
-    "a step with hooks": lambda base: stepped(base, hooked=True),
-    "a step with patched factors": lambda base: stepped(base, patched=True),
-    "a step with two adapters": lambda base: stepped(base, twice=True),
-    "a step on PEFT's code": lambda base: stepped(base, stock=True),
-    "a mixed batch": mixed,
-    "an embedding": embedded,
+CALLED = dict.fromkeys(("down_projection", "up_projection"), 28)
+CALLED |= dict.fromkeys(("down_projection_backward", "up_projection_backward"), 14)
+LINEAR = {"linear": 28, "linear_backward": 14}
+STEPPED = {  # name: (options of `stepped`, what runs, what `explain` says)
+    "a step": ({}, LINEAR, ""),
+    "a step of uneven parts": ({}, LINEAR, ""),
+    "a step with hooks": ({"hooked": True}, CALLED, "base layer called: hooks on the base layer"),
+    "a step with patched factors": ({"patched": True}, {}, ""),
+    "a step with two adapters": ({"twice": True}, {**LINEAR, **CALLED}, ""),
+    "a step on PEFT's code": ({"stock": True}, {}, ""),
+}
+BASES = {  # name: options of the adapter
+    "B": {},
+    "B of uneven parts": {},
+    "B over a bf16 base": {},
+    "B in bf16": {"autocast_adapter_dtype": False},
+    "B of an embedding": {"targets": ["embed_tokens", "q_proj"]},
 }
 
 
 def base_of(name):
     return made("uneven" if "uneven" in name else "even", dtype=BF16 if "bf16" in name else torch.float32)
+
+
+def alone(name):
+    """What one process has under a name, or each of two."""
+    if name in STEPPED:
+        return stepped(base_of(name), **STEPPED[name][0])
+    return bases_of(base_of(name), **BASES[name]) if name in BASES else mixed_batch(base_of(name))
 
 
 def saved(folder):
@@ -167,13 +168,11 @@ TOGETHER = {
 
 def scenarios(rank, folder):
     """All in one launch, which takes longer than they do."""
-    results = {name: gloo.attempt(scenario, base_of(name)) for name, scenario in ALONE_TOO.items()}
+    results = {name: gloo.attempt(alone, name) for name in (*STEPPED, *BASES, "a mixed batch")}
     return {**results, **{name: gloo.attempt(scenario, folder) for name, scenario in TOGETHER.items()}}
 
 
-# ---------------------------------------------------------------------------------------------------
-# what must hold
-# ---------------------------------------------------------------------------------------------------
+# -- what must hold -----------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -181,15 +180,10 @@ def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("tensor_parallel")
     save_models(folder)
     randomise(adapted(whole(folder))).save_pretrained(folder / "of_one_process")
-    weights = load_file(folder / "of_one_process" / "adapter_model.safetensors")
-    missing = [name for name in weights if "layers.0" in name and "lora_B" in name]
-    (folder / "without_a_B").mkdir()
-    save_file(
-        {name: weight for name, weight in weights.items() if name not in missing},
-        folder / "without_a_B" / "adapter_model.safetensors",
-    )
-    config = (folder / "of_one_process" / "adapter_config.json").read_text()
-    (folder / "without_a_B" / "adapter_config.json").write_text(config)
+    shutil.copytree(folder / "of_one_process", folder / "without_a_B")
+    file = folder / "without_a_B" / "adapter_model.safetensors"
+    weights = load_file(file).items()
+    save_file({key: weight for key, weight in weights if "layers.0" not in key or "lora_A" in key}, file)
     return folder
 
 
@@ -203,31 +197,32 @@ def of(results):
     return lambda name: gloo.pair(results, name)
 
 
-def alone(name):
-    return ALONE_TOO[name](base_of(name))
-
-
-@pytest.mark.parametrize("name", ["B", "B of uneven parts", "B over a bf16 base", "B in bf16"])
+@pytest.mark.parametrize("name", BASES)
 def test_each_process_has_its_part_of_one_process_s_basis(of, name):
-    """To the bit, fp32 masters over a bf16 base too."""
-    _, expected = alone(name)
-    for rank, (mine, whole_B) in enumerate(of(name)):
+    """To the bit, fp32 masters over a bf16 base too. An embedding is split along the vocabulary."""
+    _, expected, _ = alone(name)
+    for rank, (mine, whole_B, text) in enumerate(of(name)):
         assert mine.keys() == expected.keys()
         for layer, B in expected.items():
             assert B.dtype == mine[layer].dtype == (BF16 if name == "B in bf16" else torch.float32)
             assert torch.equal(whole_B[layer], B)
-            is_rowwise = layer.endswith(("o_proj", "down_proj"))
-            assert torch.equal(mine[layer], B if is_rowwise else B.chunk(2)[rank])
-
-
-STEPPED = [name for name in ALONE_TOO if name.startswith("a step")]
+            is_whole = layer.endswith(("o_proj", "down_proj", "embed_tokens"))
+            assert torch.equal(mine[layer], B if is_whole else B.chunk(2)[rank])
+        is_embedding = "tensor parallelism with plan 'embedding_rowwise'" in text
+        assert is_embedding == (name == "B of an embedding")
 
 
 @pytest.mark.parametrize("name", STEPPED)
 def test_gradients_are_those_of_one_process(of, name):
+    """And of PEFT's own path, which runs where a factor has another forward."""
+    _, operators, said = STEPPED[name]
     expected = alone(name)
     for result in of(name):
         same(result, expected)
+        assert result["counts"] == operators
+        assert said in result["text"]
+    for ours, pefts in zip(of("a step"), of("a step on PEFT's code"), strict=True):
+        same(ours, pefts)
 
 
 def same(result, expected):
@@ -236,28 +231,10 @@ def same(result, expected):
         assert_same(result[part_of], expected[part_of], tolerance * RELATIVE[torch.float32])
 
 
-def test_the_operators_give_what_peft_s_own_path_does(of):
-    for ours, pefts in zip(of("a step"), of("a step on PEFT's code"), strict=True):
-        same(ours, pefts)
-        assert ours["counts"] == {"linear": 28, "linear_backward": 14}
-        assert pefts["counts"] == {}
-
-
-def test_a_factor_with_another_forward_takes_peft_s_path(of):
-    for result in of("a step with patched factors"):
-        assert result["counts"] == {}
-
-
 def test_a_mixed_batch_takes_peft_s_path(of):
     expected = alone("a mixed batch")
     for logits in of("a mixed batch"):
         assert error(logits, expected) <= RELATIVE[torch.float32]
-
-
-def test_a_base_layer_with_hooks_is_called(of):
-    for result in of("a step with hooks"):
-        assert "base layer called: hooks on the base layer" in result["text"]
-        assert result["counts"]["down_projection"] == result["counts"]["up_projection"] == 28
 
 
 def test_an_adapter_saved_by_two_processes_is_one_process_s(of, folder):
@@ -281,18 +258,7 @@ def test_an_adapter_of_one_process_is_loaded_by_two(of, folder, name):
             assert torch.equal(result["B"][layer], B), layer
 
 
-def test_an_embedding_takes_peft_s_path(of):
-    expected = alone("an embedding")
-    for result in of("an embedding"):
-        for name, B in expected["B"].items():
-            assert torch.equal(result["B"][name], B), name
-        assert "tensor parallelism with plan 'embedding_rowwise'" in result["text"]
-
-
-@pytest.mark.parametrize("name", REFUSED)
+@pytest.mark.parametrize("name", [*REFUSED, "plain LoRA"])
 def test_refused_by_all(of, name):
+    """Plain LoRA by stock PEFT."""
     of(name)
-
-
-def test_stock_peft_cannot_train_rowwise_layers(of):
-    of("plain LoRA")

@@ -1,40 +1,32 @@
 """Layers, experts and quantised layers that MiCA cannot start from: said clearly, and nothing has changed."""
 
+import copy
+from functools import partial
+
 import pytest
 import torch
-from peft import PeftModel
+from peft import LoraConfig, PeftModel, get_peft_model
+from peft.tuners import lora
+from peft.tuners.lora.aqlm import AqlmLoraLinear
 from torch import nn
 
 import mica.fast
 from mica.errors import UnsuitableLayerError
 from mica.subspace import many
 from tests.support import quantised_models
-from tests.support.models import (
-    Net,
-    adapted_layers,
-    factors,
-    net,
-    oriented,
-    randomise,
-    stock_load,
-    wrap,
-)
-from tests.support.moe_models import (
-    assert_same_vectors,
-    exact_basis,
-    holder,
-    qwen3_moe,
-    second,
-    tokens,
-    wrap_experts,
-    wrap_holder,
-    wrappers,
-)
+from tests.support.models import Net, adapted_layers, net, randomise, stock_load, tiny_llama, wrap
+from tests.support.moe_models import holder, qwen3_moe, second, tokens, wrap_experts, wrappers
+from tests.support.quantised_models import assert_spans, bnb_4bit, bnb_8bit
+from tests.support.tolerances import RELATIVE, error
 from tests.support.unchanged import unchanged
 
 pytestmark = pytest.mark.usefixtures("one_thread", "gptqmodel")
 INDICES = torch.tensor([[1, 2, 3, 28], [0, 7, 7, 3]])
-DOWN = {"target_parameters": ["experts.down_proj"], "rank": 2}
+DOWN = {"wrap": wrap_experts, "target_parameters": ["experts.down_proj"], "rank": 2}
+GATE_UP = {**DOWN, "target_parameters": ["experts.gate_up_proj"]}
+BOTH = {**DOWN, "target_parameters": ["experts.gate_up_proj", "experts.down_proj"]}
+EXPERTS, QUANTISED = {"wrap": wrap_experts}, {"targets": quantised_models.TARGETS}
+FIRST = {"targets": ["0"], "rank": 2}
 
 
 def refused(model, match, error=UnsuitableLayerError, wrap=wrap, **config):
@@ -65,112 +57,121 @@ def poisoned_hqq():
     return model
 
 
-def quantised(kind):
-    return lambda: quantised_models.llama(kind)
+def stack(*shape, name="down_proj", dtype=torch.float32, **attributes):
+    return holder(torch.randn(shape or (3, 8, 12)).to(dtype), name, **attributes)
 
 
-ON_EXPERTS = {"wrap": wrap_experts}
-ON_QUANTISED = {"targets": quantised_models.TARGETS}
-DOWN_1 = "'model.layers.1.mlp.experts.down_proj'"
-TOO_LARGE = r"MiCA requires `r` <= min.*r=11 for layer 'down'.*\(10, 16\)"
-CASES = [  # what builds the model, options, message
-    (poisoned_net, {}, r"layer 'conv' has 2 NaN or Inf of 320"),
-    (poisoned_experts, ON_EXPERTS, rf"{DOWN_1} has 2 NaN or Inf of 4608, in expert 3\.$"),
-    (lambda: poisoned_experts(3, 5), ON_EXPERTS, r"has 4 NaN or Inf of 4608, in experts 3, 5\.$"),
-    (poisoned_hqq, ON_QUANTISED, r"layer '.*mlp.up_proj' has 8 NaN or Inf of 1536"),
-    (Net, {"rank": 11}, TOO_LARGE),
-    (
-        qwen3_moe,
-        {**ON_EXPERTS, "rank": 25},
-        r"r=25 for layer 'model.layers.0.mlp.experts.down_proj' .*\(6, 32, 24\) \(max usable r is 24\)",
-    ),
-]
-CASES += [
-    (
-        quantised(kind),
-        {**ON_QUANTISED, "rank": 17},
-        r"r=17 for layer '.*k_proj' with weight shape \(16, 32\)",
-    )
-    for kind in ("nf4 double, bf16 storage", "int8", "hqq", "torchao int8", "gptq stub")
-]
-
-
-@pytest.mark.parametrize(("build", "options", "message"), CASES)
-def test_a_weight_or_rank_is_refused_before_any_work(build, options, message, solved):
-    error = ValueError if message == TOO_LARGE else UnsuitableLayerError
-    refused(build(), message, error, **options)
-    assert not solved
-
-
-@pytest.mark.parametrize(
-    ("rank", "out", "match", "error"),
-    [
-        (3, 8, r"r must be even, but it is 3 for layer 'experts.gate_up_proj'", ValueError),
-        (4, 9, r"but layer 'experts.gate_up_proj' has 9 out_features", UnsuitableLayerError),
-        (10, 8, r"r=10 for layer 'experts.gate_up_proj' .*\(max usable r is 8\)", UnsuitableLayerError),
-    ],
-)
-def test_halves_that_are_none(rank, out, match, error):
+def halves(out):
     mica.fast.enable(gate_up="halves")
-    model = holder(torch.randn(3, out, 12), "gate_up_proj")
-    refused(model, match, error, rank=rank, **ON_EXPERTS, target_parameters=["experts.gate_up_proj"])
+    return stack(3, out, 12, name="gate_up_proj")
 
 
-@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.uint8])
-def test_packed_experts_are_refused(dtype):
-    what = rf"'experts.down_proj' has a weight of dtype {dtype}. Experts in 8 or 4 bits .* dequantised"
-    refused(holder(torch.zeros(3, 8, 12).to(dtype)), what, TypeError, **ON_EXPERTS, **DOWN)
+def llama_4():
+    """PEFT would take B for the side of the inputs."""
+    model = stack(3, 6, 16, name="gate_up_proj")
+    model["experts"].down_proj = nn.Parameter(torch.randn(3, 8, 6))
+    return model
 
 
-def test_integer_weights_are_refused_as_in_stock():
-    model = nn.Sequential(nn.Linear(4, 4))
-    model[0].weight = nn.Parameter(torch.zeros(4, 4, dtype=torch.int8), requires_grad=False)
-    what = r"Please initialize MiCA under .*layer '0' has a weight of dtype torch.int8"
-    refused(model, what, TypeError, targets=["0"], rank=2)
+def of_weight(weight):
+    model = nn.Sequential(nn.Linear(32, 64))
+    model[0].weight = nn.Parameter(weight, requires_grad=False)
+    return model
 
 
-@pytest.mark.parametrize(
-    ("attributes", "match"),
-    [
-        ({"_is_expert_parallel": True}, "holds the experts of one process only"),
-        ({"_hf_tp_plan": "grouped_gemm"}, "holds one shard of it"),
-    ],
-)
-def test_a_part_of_the_experts_is_refused(attributes, match):
-    model = holder(torch.randn(3, 8, 12), **attributes)
-    refused(model, f"'experts.down_proj' {match}", **ON_EXPERTS, **DOWN)
+def torchao_int4():
+    quantization = pytest.importorskip("torchao.quantization")
+    scale, zero = torch.ones(1, 64, dtype=torch.bfloat16), torch.zeros(1, 64, dtype=torch.bfloat16)
+    packed = torch.zeros(64, 16, dtype=torch.int8)
+    return of_weight(quantization.Int4Tensor(packed, scale, zero, [1, 32], torch.Size([64, 32])))
 
 
-def test_a_shard_of_a_layer_is_refused():
+def shard():
     model = Net()
     model.up._hf_tp_plan = "colwise"
-    refused(model, r"whole weight, but layer 'up' holds one shard of it", targets=["up"])
+    return model
 
 
-def test_experts_on_the_meta_device_are_refused():
+def without_weights():
+    model = tiny_llama()
+    layer = model.model.layers[1].mlp.up_proj
+    layer.weight = nn.Parameter(layer.weight.to("meta"))
+    return model
+
+
+def stack_without_weights():
     with torch.device("meta"):
-        model = holder(torch.randn(3, 8, 12))
-    refused(model, "'experts.down_proj' is on the meta device", **ON_EXPERTS, **DOWN)
+        return stack()
 
 
-def test_a_single_expert():
-    weight = torch.randn(1, 8, 12)
-    (layer,) = wrappers(wrap_holder(holder(weight))).values()
-    assert_same_vectors(factors(layer)[1], exact_basis(weight, 2))
-    model = holder(weight, is_transposed=True)
-    refused(model, r"single expert of shape \(1, 8, 12\) stored as", **ON_EXPERTS, **DOWN)
+def nf4():
+    return quantised_models.llama("nf4")
 
 
-def test_experts_that_do_not_say_that_they_are_transposed():
-    """Llama 4's. PEFT would take B for the side of the inputs."""
-    model = holder(torch.randn(3, 6, 16), "gate_up_proj")
-    model["experts"].down_proj = nn.Parameter(torch.randn(3, 8, 6))
-    options = {"target_parameters": ["experts.gate_up_proj", "experts.down_proj"], "rank": 2}
-    what = r"'experts.gate_up_proj', because .* their Stack has no attribute `is_transposed`"
-    refused(model, what, **ON_EXPERTS, **options)
-    model["experts"].is_transposed = True
-    for layer in wrappers(wrap_experts(model, **options)).values():
-        assert_same_vectors(factors(layer)[1], exact_basis(oriented(layer), 2))
+def bnb_later(bits, **options):
+    """Layers that quantise on their way to a device."""
+    kind = {4: "Linear4bit", 8: "Linear8bitLt"}[bits]
+    model = nn.Sequential(getattr(pytest.importorskip("bitsandbytes").nn, kind)(32, 16, **options))
+    setattr(model, f"is_loaded_in_{bits}bit", True)
+    return model
+
+
+MOE_DOWN = "model.layers.%d.mlp.experts.down_proj"
+MOE_RANK = rf"r=25 for layer '{MOE_DOWN % 0}' .*\(6, 32, 24\) \(max usable r is 24\)"
+PACKED = "'experts.down_proj' has a weight of dtype {}. Experts in 8 or 4 bits .* dequantised"
+DOWNS, GATES = "'experts.down_proj'", "layer 'experts.gate_up_proj'"
+NO_FLAG = r"'experts.gate_up_proj', because .* their Stack has no attribute `is_transposed`"
+LATER = r"but layer '0' \(.* .-bit\) is not quantised yet"
+CASES = {  # what it is: (what builds the model, options, message, other error)
+    "NaN": (poisoned_net, {}, r"layer 'conv' has 2 NaN or Inf of 320"),
+    "NaN, expert": (poisoned_experts, EXPERTS, rf"'{MOE_DOWN % 1}' has 2 NaN or Inf of 4608, in expert 3\.$"),
+    "experts": (lambda: poisoned_experts(3, 5), EXPERTS, r"has 4 NaN or Inf of 4608, in experts 3, 5\.$"),
+    "NaN, HQQ": (poisoned_hqq, QUANTISED, r"layer '.*mlp.up_proj' has 8 NaN or Inf of 1536"),
+    "rank": (Net, {"rank": 11}, r"MiCA requires `r` <= min.*r=11 for layer 'down'.*\(10, 16\)", ValueError),
+    "rank, experts": (qwen3_moe, {**EXPERTS, "rank": 25}, MOE_RANK),
+    "odd": (
+        lambda: halves(8),
+        {**GATE_UP, "rank": 3},
+        f"r must be even, but it is 3 for {GATES}",
+        ValueError,
+    ),
+    "half a row": (lambda: halves(9), GATE_UP, f"but {GATES} has 9 out_features"),
+    "halves": (lambda: halves(8), {**GATE_UP, "rank": 10}, rf"r=10 for {GATES} .*\(max usable r is 8\)"),
+    "torchao int4": (torchao_int4, FIRST, r"layer '0' has .* Linear \(torchao Int4Tensor, refused"),
+    "ep": (lambda: stack(_is_expert_parallel=True), DOWN, f"{DOWNS} holds the experts of one process only"),
+    "tp": (lambda: stack(_hf_tp_plan="grouped_gemm"), DOWN, f"{DOWNS} holds one shard of it"),
+    "shard": (shard, {"targets": ["up"]}, "whole weight, but layer 'up' holds one shard of it"),
+    "DoRA": (
+        nf4,
+        {**QUANTISED, "use_dora": True},
+        "asks for DoraLinearVariant on layer '.*q_proj'",
+        ValueError,
+    ),
+    "meta": (without_weights, {"targets": "all-linear"}, "model.layers.1.mlp.up_proj' is on the meta device"),
+    "meta, experts": (stack_without_weights, DOWN, f"{DOWNS} is on the meta device"),
+    "one": (lambda: stack(1, 8, 12, is_transposed=True), DOWN, r"expert of shape \(1, 8, 12\) stored as"),
+    "Llama 4": (llama_4, BOTH, NO_FLAG),
+    "4 bits later": (lambda: bnb_later(4), FIRST, LATER),
+    "8 bits later": (lambda: bnb_later(8, has_fp16_weights=False), FIRST, LATER),
+}
+for _kind in ("nf4 double, bf16 storage", "int8", "hqq", "torchao int8", "gptq stub"):
+    _message = r"r=17 for layer '.*k_proj' with weight shape \(16, 32\)"
+    CASES[f"rank, {_kind}"] = partial(quantised_models.llama, _kind), {**QUANTISED, "rank": 17}, _message
+for _dtype in (torch.float8_e4m3fn, torch.uint8):  # of experts
+    CASES[f"{_dtype}"] = partial(stack, dtype=_dtype), DOWN, PACKED.format(_dtype), TypeError
+CASES["int8"] = (  # as in stock
+    lambda: of_weight(torch.zeros(64, 32, dtype=torch.int8)),
+    FIRST,
+    "Please initialize MiCA under .*layer '0' has a weight of dtype torch.int8",
+    TypeError,
+)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_model_is_refused_before_any_work(case, solved):
+    build, options, message, *other = CASES[case]
+    refused(build(), message, *other, **options)
+    assert not solved
 
 
 @pytest.mark.parametrize("option", [{"lora_dropout": 0.1}, {"use_dora": True}, {"lora_bias": True}])
@@ -180,20 +181,82 @@ def test_what_peft_refuses_of_lora_it_refuses_of_mica(option):
         wrap_experts(qwen3_moe(), **option)
 
 
-# ---------------------------------------------------------------------------------------------------
-# in the solver, and a second adapter
-# ---------------------------------------------------------------------------------------------------
+# -- quantised ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("make", "flag"),
+    [
+        (bnb_4bit, "is_loaded_in_4bit"),
+        (partial(bnb_4bit, quant_storage=torch.bfloat16), "is_loaded_in_4bit"),  # r = 1 fits the packed bytes
+        (bnb_8bit, "is_loaded_in_8bit"),
+    ],
+)
+def test_a_model_that_does_not_say_that_it_is_quantised(make, flag, tmp_path):
+    """PEFT takes its layers for plain ones; an adapter from a file runs there all the same."""
+    model, options = nn.Sequential(make(nn.Linear(32, 16))), {"rank": 1, "targets": ["0"]}
+    refused(model, rf"layer '0' is a Linear\w+ of bitsandbytes .*: set model.{flag} = True before", **options)
+    setattr(model, flag, True)
+    adapter = randomise(wrap(model, **options))
+    adapter.save_pretrained(tmp_path)
+    x = torch.randn(3, 32, requires_grad=True)
+    expected = adapter(x)
+    delattr(adapter.unload(), flag)
+    loaded = PeftModel.from_pretrained(model, tmp_path, is_trainable=True)
+    assert type(loaded.base_model.model[0]) is lora.Linear
+    assert error(loaded(x), expected) <= RELATIVE[torch.float32]
+
+
+def test_8_bit_layer_with_16_bit_weights():
+    model = bnb_later(8, has_fp16_weights=True)
+    layer = wrap(model, targets=["0"]).base_model.model[0]
+    assert type(layer).__name__ == "Linear8bitLt"
+    assert_spans(layer.lora_B["default"].weight, layer.get_base_layer().weight.detach())
+
+
+class QuantizedLinear(nn.Module):
+    """As AQLM's: no weight, codes instead."""
+
+    in_features, out_features = 32, 16
+
+    def __init__(self):
+        super().__init__()
+        self.codes = nn.Parameter(torch.zeros(4, dtype=torch.int8), requires_grad=False)
+        self.codebooks = nn.Parameter(torch.zeros(4))
+
+
+@pytest.mark.parametrize("existing", [False, True])
+def test_a_library_that_is_not_covered_is_named(existing):
+    model = nn.Sequential(QuantizedLinear())
+
+    def config(init):
+        config = LoraConfig(r=4, init_lora_weights=init, target_modules=["0"])
+        config._register_custom_module({QuantizedLinear: AqlmLoraLinear})
+        return config
+
+    with mica.fast.disabled(), pytest.raises(ValueError, match="Invalid or unsupported variant combination"):
+        get_peft_model(copy.deepcopy(model), config("mica"))
+    attempt = partial(get_peft_model, model)
+    if existing:
+        model = get_peft_model(model, config(True))
+        attempt = partial(model.add_adapter, "second")
+    message = r"'0' has a quantised base layer of type QuantizedLinear \(AQLM\), and .* only those of bits"
+    with unchanged(model), pytest.raises(UnsuitableLayerError, match=message):
+        attempt(config("mica"))
+
+
+def logits(model):
+    return model(input_ids=tokens()).logits
+
+
+# -- in the solver, and a second adapter -------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
     ("build", "options", "message"),
     [
         (Net, {}, r"layer '(embed|up|conv|down)': no luck"),
-        (
-            qwen3_moe,
-            ON_EXPERTS,
-            r"layer 'model.layers.\d.mlp.experts.\w+' expert \d: no luck",
-        ),
+        (qwen3_moe, EXPERTS, r"layer 'model.layers.\d.mlp.experts.\w+' expert \d: no luck"),
     ],
 )
 def test_a_failing_solver_leaves_the_model_as_it_was(monkeypatch, build, options, message):
@@ -204,51 +267,38 @@ def test_a_failing_solver_leaves_the_model_as_it_was(monkeypatch, build, options
     refused(build(), message, **options)
 
 
-def logits_of(model):
-    return model(input_ids=tokens()).logits
-
-
 @pytest.mark.parametrize(
     ("build", "rank", "layer", "output"),
     [
         (net, 11, "layer 'down'", lambda model: model(INDICES)),
-        (lambda: wrap_experts(qwen3_moe()), 25, "layer 'model.layers.0.mlp.experts", logits_of),
-        (lambda: wrap_experts(qwen3_moe()), 5, "layer 'model.layers.0.mlp.experts", logits_of),
-        (lambda: quantised_models.adapted("nf4"), 17, "r=17", quantised_models.logits),
+        (lambda: wrap_experts(qwen3_moe()), 25, "layer 'model.layers.0.mlp.experts", logits),
+        (lambda: wrap_experts(qwen3_moe()), 5, "layer 'model.layers.0.mlp.experts", logits),
+        (partial(quantised_models.adapted, "nf4"), 17, "r=17", quantised_models.logits),
     ],
 )
 def test_a_second_adapter_that_fails_leaves_the_first(build, rank, layer, output, monkeypatch):
     """In the check, or (with 5) in the solver when all wrappers have the new adapter."""
     model, solver = randomise(build()), many.solve_each
     expected = output(model)
-    monkeypatch.setattr(
-        many, "solve_each", lambda weight, rank, **_: solver(weight, 99 if rank == 5 else rank)
-    )
+    monkeypatch.setattr(many, "solve_each", lambda weight, r, **_: solver(weight, 99 if rank == 5 else r))
     with unchanged(model), pytest.raises(UnsuitableLayerError, match=layer):
         second(model, r=rank)
     assert list(model.peft_config) == ["default"]
     assert torch.equal(output(model), expected)
 
 
-# ---------------------------------------------------------------------------------------------------
-# skipped
-# ---------------------------------------------------------------------------------------------------
+# -- skipped -----------------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def skipping():
-    mica.fast.enable(on_unsuitable="skip")
+def names_of(layers):
+    return [name.rsplit(".", 1)[1] for name in layers]
 
 
-def adapted_names(model):
-    return [name.rsplit(".", 1)[1] for name in adapted_layers(model)]
-
-
-@pytest.mark.usefixtures("skipping")
 def test_skip_leaves_the_layer_out_and_says_so(tmp_path):
+    mica.fast.enable(on_unsuitable="skip")
     with pytest.warns(UserWarning, match=r"layer 'conv' has 2 NaN.*left without an adapter"):
         model = wrap(poisoned_net())
-    assert adapted_names(model) == ["embed", "up", "down"]
+    assert names_of(adapted_layers(model)) == ["embed", "up", "down"]
     assert not any("conv" in name for name in model.base_model.targeted_module_names)
     assert not any(p.requires_grad for p in model.base_model.model.conv.parameters())
     assert model.peft_config["default"].exclude_modules == {"conv"}
@@ -258,34 +308,29 @@ def test_skip_leaves_the_layer_out_and_says_so(tmp_path):
         assert len(adapted_layers(load(poisoned_net(), tmp_path))) == 3
 
 
-@pytest.mark.usefixtures("skipping")
-def test_skip_of_a_quantised_layer():
-    with pytest.warns(UserWarning, match="up_proj.*left without an adapter"):
-        model = wrap(poisoned_hqq(), **ON_QUANTISED)
-    assert len(adapted_layers(model)) == 6
-
-
-@pytest.mark.usefixtures("skipping")
-@pytest.mark.parametrize("exclude", [None, ["up"], "u.*p"])
+@pytest.mark.parametrize("exclude", [["up"], "u.*p"])
 def test_skip_keeps_the_user_s_exclusions(exclude):
+    mica.fast.enable(on_unsuitable="skip")
     with pytest.warns(UserWarning, match="layer 'conv'"):
         model = wrap(poisoned_net(), exclude_modules=exclude)
-    expected = ["embed", "up", "down"] if exclude is None else ["embed", "down"]
-    assert adapted_names(model) == expected
+    assert names_of(adapted_layers(model)) == ["embed", "down"]
     again = wrap(poisoned_net(), exclude_modules=model.peft_config["default"].exclude_modules)
-    assert len(adapted_layers(again)) == len(expected)
+    assert names_of(adapted_layers(again)) == ["embed", "down"]
 
 
-@pytest.mark.usefixtures("skipping")
-def test_skip_of_a_second_adapter_keeps_the_first_on_that_layer():
+def test_skip_of_a_second_adapter_and_of_a_quantised_layer():
+    mica.fast.enable(on_unsuitable="skip")
     with pytest.warns(UserWarning, match="layer 'down'"):
         model = second(net(), r=11)
     assert set(model.base_model.model.down.lora_A) == {"default"}
     assert set(model.base_model.model.up.lora_A) == {"default", "second"}
+    with pytest.warns(UserWarning, match="up_proj.*left without an adapter"):
+        model = wrap(poisoned_hqq(), **QUANTISED)
+    assert len(adapted_layers(model)) == 6
 
 
-@pytest.mark.usefixtures("skipping")
 def test_skip_leaves_a_parameter_out_and_says_so():
+    mica.fast.enable(on_unsuitable="skip")
     with pytest.warns(UserWarning, match=r"experts.down_proj' has 2 NaN .* left without an adapter"):
         model = wrap_experts(poisoned_experts())
     prefix = "base_model.model.model.layers"
@@ -305,10 +350,10 @@ def test_skip_leaves_a_parameter_out_and_says_so():
     assert list(model.peft_config) == ["default"]
 
 
-@pytest.mark.usefixtures("skipping")
 @pytest.mark.parametrize(
-    ("build", "options", "what"), [(Net, {}, "modules"), (qwen3_moe, ON_EXPERTS, "parameters")]
+    ("build", "options", "what"), [(Net, {}, "modules"), (qwen3_moe, EXPERTS, "parameters")]
 )
 def test_nothing_suitable_is_an_error(build, options, what):
+    mica.fast.enable(on_unsuitable="skip")
     with pytest.warns(UserWarning, match="left without an adapter"):
         refused(build(), f"none of the 4 target {what}", rank=64, **options)

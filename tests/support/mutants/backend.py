@@ -4,7 +4,7 @@ BACKEND = {
     ("mica/fast/settings.py", "tests/mica/fast/test_patching.py"): {"switch": [("and not _blocks", "")]},
     (
         "mica/fast/loading.py",
-        "tests/mica/fast/test_loading.py",
+        "tests/mica/fast/test_saving.py",
         "tests/mica/fast/test_adapters.py",
         "-k",
         "hotswap or missing",
@@ -12,15 +12,15 @@ BACKEND = {
         "load": [("if name in missing", ""), ("initialise(lacking)", "pass")],
         "hotswap_adapter_from_state_dict": [("choose.clear_prepared()", "")],
     },
-    ("mica/fast/forward/mixed_batch.py", "tests/mica/fast/test_mixed_batch.py"): {
+    ("mica/fast/forward/mixed_batch.py", "tests/mica/fast/test_adapters.py", "-k", "mixed or basis"): {
         "MixedBatch._h": [("rank - part.shape[-1] :", ": part.shape[-1]")],
         "_compare": [("torch.equal(group.lora_B[:, -rank:], lora_B)", "True")],
         "_groups": [("B.data_ptr(), B._version,", ""), ("list(weights.values())", "[]")],
     },
     (
         "mica/fast/forward/decide.py",
+        "tests/mica/fast/test_changes.py",
         "tests/mica/fast/test_eligibility.py",
-        "tests/mica/fast/test_layers.py",
     ): {
         "_multiplies": [("return x.dtype == weight.dtype", "return True")],
         "Added.products": [("[] if self.why_called else self.base.products()", "self.base.products()")],

@@ -59,7 +59,6 @@ EXPERTS_PATH = {
     },
     (
         "mica/fast/forward/experts.py",
-        "tests/mica/fast/test_experts_classes.py",
         "tests/mica/fast/test_experts_eligibility.py",
         "tests/mica/fast/test_experts.py",
     ): {
