@@ -56,6 +56,7 @@ def test_wheel_holds_one_package(wheel):
     assert sources <= set(names)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("inside", [False, True], ids=["outside the checkout", "inside the checkout"])
 @pytest.mark.parametrize("is_wheel", [True, False], ids=["wheel", "editable install"])
 def test_install(is_wheel, inside, request, tmp_path):
@@ -73,6 +74,7 @@ def test_install(is_wheel, inside, request, tmp_path):
     assert probed["enabled"]
 
 
+@pytest.mark.slow
 def test_runs_where_triton_is_not_installed(tmp_path):
     assert probe(tmp_path, "", "no triton")["triton"] is False
 

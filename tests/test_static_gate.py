@@ -54,6 +54,7 @@ def faults():
     return json.loads(done.stdout.splitlines()[-1])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("case", "fault"),
     [

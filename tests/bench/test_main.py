@@ -7,6 +7,8 @@ from bench.results.names import BACKWARD, BARE, FAST, FORWARD, NO_GRADIENT, STOC
 from bench.results.schema import Result
 from tests.support.processes import start
 
+pytestmark = pytest.mark.slow
+
 CELL = "1024x576x576-r16-bfloat16"
 
 

@@ -70,6 +70,7 @@ def start(tmp_path, monkeypatch):
     return start
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("code", "state", "refused", "checks"),
     [
@@ -100,6 +101,7 @@ def test_one_that_keeps_dying_is_given_up(start):
     assert result.stages[0]["was_doing"] == {"group": "a", "implementation": "x"}
 
 
+@pytest.mark.slow
 def test_over_time_it_ends_with_its_children(start, tmp_path):
     note, began = tmp_path / "child", time.monotonic()
     child = f"import time, pathlib; time.sleep(9); pathlib.Path({str(note)!r}).touch()"

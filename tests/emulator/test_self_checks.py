@@ -21,6 +21,7 @@ def report(capability: int) -> dict[str, str]:
     return json.loads(process.stdout)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("capability", [80, 90])
 @pytest.mark.parametrize("check", [check.__name__ for check in CHECKS])
 def test_the_emulator_runs_and_refuses_small_kernels(capability, check):

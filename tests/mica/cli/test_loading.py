@@ -58,6 +58,7 @@ def test_among_several_processes_the_device_is_this_ones(monkeypatch):
     assert find_device() == torch.device("meta")
 
 
+@pytest.mark.slow
 def test_libraries_say_nothing_on_the_terminal(tmp_path):
     """What torchao, bitsandbytes and torch log as they are imported would hide the one line of an error."""
     environment = {**os.environ, "HF_HUB_OFFLINE": "1"}

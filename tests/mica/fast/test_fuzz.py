@@ -10,7 +10,7 @@ from tests.support.fuzz_models import MIXTURES
 from tests.support.fuzz_runs import Runs
 from tests.support.fuzz_twins import Twins
 
-pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.filterwarnings("ignore")]
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_thread"), pytest.mark.filterwarnings("ignore")]
 
 # name -> kinds of models, sequences, actions in each
 VARIANTS = {

@@ -222,6 +222,7 @@ def test_dropout_is_drawn_from_torch_s_generator(dtype, called):
     as_stock(lambda: layer(x), 3 * RELATIVE[dtype])
 
 
+@pytest.mark.slow
 def test_dropout_under_compile():
     """One layer, as C++ for a whole net takes half a minute."""
     torch.compiler.reset()

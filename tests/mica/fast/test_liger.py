@@ -68,6 +68,7 @@ def nodes(tensor):
     return names
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("path", ["reference", "kernel"])
 def test_the_losses_of_neither(monkeypatch, path):
     """RMSNorm, rotary embedding, SwiGLU and fused linear cross-entropy of Liger, around MiCA's layers."""

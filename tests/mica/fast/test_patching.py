@@ -64,6 +64,7 @@ print(mica.fast.is_enabled(), [str(w.message) for w in caught if 'leaves PEFT' i
 """
 
 
+@pytest.mark.slow
 def test_uninstalled_is_stock_to_the_bit(tmp_path):
     """Against a process that never imported mica; which can be imported there although PEFT is another."""
     command = [sys.executable, "-c", STOCK + ANOTHER_PEFT, tmp_path / "stock"]

@@ -26,7 +26,7 @@ from tests.support.without_mica import logits_without_mica
 RECIPES = Path(__file__).parents[3] / "recipes"
 STEPS = 4
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_thread")]
 
 
 def test_the_page_shows_the_files():

@@ -54,6 +54,7 @@ def assert_same_adapter(loaded, model):
             assert torch.equal(ours, theirs), name
 
 
+@pytest.mark.slow
 def test_stock_peft_loads_it_and_gives_the_same_logits(tmp_path):
     """In one process without this package, in each of the ways that PEFT and transformers have.
 

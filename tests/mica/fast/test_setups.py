@@ -26,7 +26,7 @@ FULL = state_dict.StateDictOptions(full_state_dict=True)  # in every process
 
 def runs(table):
     return [
-        pytest.param(name, number, id=f"{name}-{number}")
+        pytest.param(name, number, id=f"{name}-{number}", marks=[pytest.mark.slow] * ("compile" in name))
         for name in table
         for number in range(len(table[name]))
     ]
@@ -213,6 +213,7 @@ def check_both(pair, *arguments, **options):
             assert torch.equal(tensor, second[name]), name
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "number"), runs(setups.TWO_PROCESSES))
 def test_in_two_processes(of, name, number):
     """Each on half of the batch, or with a part of every layer: the losses of one with all of it."""

@@ -22,6 +22,7 @@ from tests.support.training import batches, gathered, trainable
 from tests.support.unchanged import unchanged
 
 pytestmark = [
+    pytest.mark.slow,
     needs_peft("0.21", "a layer that is split is refused, as a shard"),
     pytest.mark.usefixtures("one_thread"),
 ]

@@ -115,6 +115,7 @@ def test_tokens_are_saved_and_not_their_rows():
     y.sum().backward()
 
 
+@pytest.mark.slow
 def test_tokens_compiled_and_twice_differentiated():
     p, routing = routed(torch.float64)
     order, inputs = (routing.tokens, routing.inverse), leaves(p)

@@ -210,6 +210,7 @@ def test_autocast_of_h_and_of_a_wider_y(autocast_dtype):
     assert error(dropped, h) > 0.1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("compiler", ["eager", "aot_eager", "inductor"])
 @pytest.mark.parametrize("dropout", [False, True])
 @of_each_kind

@@ -66,6 +66,7 @@ def elsewhere(tmp_path_factory):
     return torch.load(folder / "results", weights_only=False)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", range(len(CASES)), ids=str)
 def test_one_thread_gives_the_same_bits_anywhere_and_two_the_same_numbers(elsewhere, case):
     shape, method = CASES[case]

@@ -18,6 +18,8 @@ from mica.subspace.distributed import shares, solve_shared
 from mica.subspace.many import Task
 from tests.support import gloo
 
+pytestmark = pytest.mark.slow
+
 SHAPES = [(40, 30), (30, 40), (64, 64), (200, 20), (25, 60)]
 IMPATIENCE = 0.5
 

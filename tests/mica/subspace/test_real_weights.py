@@ -7,6 +7,8 @@ from mica.subspace import krylov, minor_subspace
 from tests.support.judging import Truth, judge, resolution
 from tests.support.models import smollm2
 
+pytestmark = pytest.mark.slow
+
 # What squaring loses of a squared singular value, in resolutions: below, the oracle is the weight's own SVD.
 SQUARED_IS_FINE = 1e5
 

@@ -120,6 +120,7 @@ def test_stopped_by_a_signal_it_says_how_to_continue(made, text, tmp_path, capsy
     assert summary(output)["steps"] == 12
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS[:2])
 def test_killed_and_resumed(kind, text, tmp_path):
     """With -9, behind its first checkpoint, wherever it is then."""

@@ -28,6 +28,8 @@ from tests.support.adapt_runs import (
 from tests.support.adapt_settings import settings
 from tests.support.tiny_cli import logits, tiny_llama
 
+pytestmark = pytest.mark.slow
+
 
 def two(function, *arguments, folder, statuses=(0, 0)):
     started = Process(function, *arguments, count=2, folder=folder)

@@ -11,6 +11,8 @@ from mica.cli.adapt import checkpoints
 from tests.support.adapt_runs import Process, losses, run, run_signalled, weights
 from tests.support.adapt_settings import settings
 
+pytestmark = pytest.mark.slow
+
 KILLS, STEPS = 5, 100
 
 
