@@ -2,10 +2,7 @@ import pytest
 
 from mica import ops
 from mica.paths import products
-from tests.support.thinning import ON_DEVICE
-
-OWN, WIDE, IN_CHUNKS = WAYS = ("PyTorch's own", "through fp32", "through fp32 in chunks")
-PATHS = ("triton",) if ON_DEVICE else (*WAYS, "triton")
+from tests.support.linear_calls import IN_CHUNKS, OWN, PATHS, WAYS
 
 
 @pytest.fixture(params=WAYS)

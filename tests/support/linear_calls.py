@@ -9,7 +9,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from mica.ops import mica_down_projection, mica_experts_linear, mica_linear, mica_up_projection
 from tests.support.kernel_cases import DEVICE
 from tests.support.oracle import Problem
+from tests.support.thinning import ON_DEVICE
 from tests.support.tolerances import RELATIVE, error
+
+# how 16-bit matrices are multiplied (`mica.paths.products`); what a layer runs on
+OWN, _, IN_CHUNKS = WAYS = ("PyTorch's own", "through fp32", "through fp32 in chunks")
+PATHS = ("triton",) if ON_DEVICE else (*WAYS, "triton")
 
 
 def on_device(p: Problem) -> Problem:

@@ -38,6 +38,15 @@ KINDS = {
     ),
 }
 of_each_kind = pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS)
+with_options = pytest.mark.parametrize(
+    ("kind", "options"),
+    [
+        pytest.param(kind, options, id=name + ", dropout" * bool(options))
+        for name, kind in KINDS.items()
+        for options in ({}, DROPOUT)
+        if not options or name != "experts"  # which have none
+    ],
+)
 whole = pytest.mark.parametrize("kind", [KINDS["linear"], KINDS["experts"]], ids=["linear", "experts"])
 
 
@@ -88,11 +97,8 @@ def test_y_keeps_its_dtype_and_its_precision(backend):
 
 
 @pytest.mark.filterwarnings("error:.*autograd kernel was not registered")
-@pytest.mark.parametrize("options", [{}, DROPOUT], ids=["plain", "dropout"])
-@of_each_kind
+@with_options
 def test_first_and_second_derivatives(kind, options):
-    if options and kind is KINDS["experts"]:
-        pytest.skip("has none")
     p = kind.problem(kind.rows, 5, 4, 2, torch.float64)
     inputs = leaves(p)
 
@@ -212,15 +218,11 @@ def test_autocast_of_h_and_of_a_wider_y(autocast_dtype):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("compiler", ["eager", "aot_eager", "inductor"])
-@pytest.mark.parametrize("dropout", [False, True])
-@of_each_kind
-def test_compiles_into_one_graph_whose_calls_are_counted(backend, compiler, dropout, kind):
+@with_options
+def test_compiles_into_one_graph_whose_calls_are_counted(backend, compiler, kind, options):
     """Whatever multiplies: no compiler looks into a body."""
-    if dropout and kind is KINDS["experts"]:
-        pytest.skip("has none")
     torch.compiler.reset()
-    options = DROPOUT if dropout else {}
-    p = kind.problem(kind.rows, 5, 7, 2, *(FP32_MASTER if dropout else (FP32, FP32)))
+    p = kind.problem(kind.rows, 5, 7, 2, *(FP32_MASTER if options else (FP32, FP32)))
     compiled = torch.compile(kind.function, fullgraph=True, backend=compiler)
     expected = run(p, function=kind.function, **options)
     ops.call_counts.clear()
