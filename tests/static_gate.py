@@ -175,9 +175,7 @@ def main() -> int:
     parser.add_argument(
         "--target", action="append", choices=TARGETS, help="only this target (may be repeated)"
     )
-    parser.add_argument(
-        "--quick", action="store_true", help="default configurations, in all dtypes on sm_80 and sm_90 only"
-    )
+    parser.add_argument("--quick", action="store_true", help="default configurations, main dtypes")
     parser.add_argument("--processes", type=int, default=os.cpu_count())
     parser.add_argument("--verbose", action="store_true", help="a line for every compilation")
     args = parser.parse_args()

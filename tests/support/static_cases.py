@@ -16,10 +16,6 @@ from mica.kernels.up_projection import up_projection_
 
 TARGETS = tuple(configs.SHARED_MEMORY)
 DEFAULTS_ONLY = ("sm_89", "sm_120")  # their other configurations are those of sm_80
-QUICK = (
-    "sm_80",
-    "sm_90",
-)  # in all dtypes in the quick list; others in bf16: one compiler, nearly the same tables
 RANKS = (16, 32, 64, 128, 256)
 FP32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
 # Dtype of x, of lora_A, of the product; ranks. fp16 is bf16's code but for one conversion; a 16-bit A is
@@ -63,9 +59,7 @@ def cases(target: str) -> list[Case]:
                     label = f"{part} {name} r={rank} {tuple(config)}"
                     case = Case(kernel, label, call.bind(config)[1], load_bits=_load_bits(kernel, name))
                     case.few_loads = 8 if kernel == "up of experts" else 4  # of the ends of rows, too
-                    case.is_quick = config == call.configs[0] and (
-                        target in QUICK or dtypes[0] is BF16 is dtypes[2]
-                    )
+                    case.is_quick = config == call.configs[0] and _is_quick(target, name, rank)
                     found.append(case)
                 # what is fused gets aligned operands only
                 if name == "bf16" and rank == 16 and "dropout" not in part and not kernel.startswith("fused"):
@@ -82,6 +76,13 @@ def _is_wanted(kernel: str, part: str, name: str, rank: int) -> bool:
     if rank in (32, 128):
         return not is_fused and part in ("A", "B", "")
     return not is_fused or name in ("bf16", "fp32")
+
+
+def _is_quick(target: str, name: str, rank: int) -> bool:
+    """One compiler and nearly the same tables: elsewhere the main dtype, at the smallest and largest rank."""
+    if target in ("sm_80", "sm_90"):
+        return name in ("bf16", "bf16 A", "fp32")
+    return name == "bf16" and rank in (16, 256)
 
 
 def _load_bits(kernel: str, name: str) -> int:
