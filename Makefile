@@ -39,7 +39,7 @@ static: $(READY)
 emulate: $(READY)
 	OMP_WAIT_POLICY=passive $(RUN) -m tests.emulator $(ARGS)
 
-# Small wrong edits of kernels, operators and backend: each must turn the tests red; ARGS='--sample 90'
+# Small wrong edits of kernels, operators and backend: each must turn the tests red; ARGS='--sample 60'
 mutants: $(READY)
 	$(RUN) -m tests.mutants $(ARGS)
 
