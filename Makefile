@@ -20,7 +20,7 @@ $(READY): pyproject.toml
 demo: $(READY)
 	OMP_WAIT_POLICY=passive $(RUN) -m mica.cli.demo
 
-# What a change is tried with (6 minutes on two cores): all but the tests marked slow
+# What a change is tried with (5 minutes on two cores): all but the tests marked slow
 test: $(READY)
 	$(PYTEST) -m "not slow"
 
