@@ -25,6 +25,7 @@ import datasets
 import fsspec
 import pandas as pd
 
+from mica.cli.output import one_line
 from mica.errors import UsageError
 
 KINDS = {
@@ -67,7 +68,7 @@ class Source:
         return self.folder is None and not self.files
 
     def error(self, reason: object, path: Path | None = None) -> UsageError:
-        return UsageError(f"{self.option} {path or self.given}: {' '.join(str(reason).split())}")
+        return UsageError(f"{self.option} {path or self.given}: {one_line(reason)}")
 
     @contextmanager
     def _named(self, path: Path | None = None) -> Iterator[None]:
