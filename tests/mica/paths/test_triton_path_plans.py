@@ -30,8 +30,12 @@ def layer(tokens=70, in_features=40, out_features=24, rank=12, dtype=BF16):
     return problem((tokens,), in_features, out_features, rank, dtype)
 
 
-def stack(**options):
-    return expert_cases.problem("tiles", 33, 22, 5, BF16, FP32, **options)
+def stack(out_features=22, bias=True):
+    return expert_cases.problem("tiles", 33, out_features, 5, BF16, FP32, bias)
+
+
+def without_bias(p):
+    return replace(p, bias=None)
 
 
 # What differs from a call before it, whose plans must not be taken: the first call, the other
@@ -48,12 +52,13 @@ DIFFERENT = {
     "strides of dy": (layer, lambda p: replace(p, grad_output=strided(p.grad_output))),
     "scaling": (layer, lambda p: replace(p, scaling=-0.75)),
     "dtype of the products": (layer, lambda p: p),
-    "no bias": (layer, lambda p: replace(p, bias=None)),
-    "experts: no bias": (stack, lambda p: replace(p, bias=None)),
+    "no bias": (layer, without_bias),
+    "experts: no bias": (stack, without_bias),
     # of another type, and with gaps in memory
     "experts: ends": (stack, lambda p: replace(p, offsets=torch.stack([p.offsets.long()] * 2, dim=1)[:, 0])),
     "experts: scaling": (stack, lambda p: replace(p, scaling=2.0)),
-    "experts: out_features": (stack, lambda p: expert_cases.problem("tiles", 33, 40, 5, BF16, FP32)),
+    # without a bias, which would show it too
+    "experts: out_features": (lambda: stack(bias=False), lambda p: stack(40, bias=False)),
     "experts: A": (stack, lambda p: replace(p, lora_A=p.lora_A.bfloat16().mT.contiguous().mT)),
 }
 
