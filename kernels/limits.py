@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable
 
 import torch
@@ -34,3 +35,20 @@ def dropout(dropout_p: float, seed: Tensor | None) -> None:
     if dropout_p > 0.0 and (seed is None or seed.dtype != torch.int64 or seed.shape != (1,)):
         kind = "None" if seed is None else f"{seed.dtype} of shape {tuple(seed.shape)}"
         raise ValueError(f"seed must be an int64 tensor of shape (1,) where dropout_p > 0, but it is {kind}.")
+
+
+def is_tracked(frozen: Tensor) -> bool:
+    """Whether a change of this parameter shows in its version, so that what was made of it may be kept.
+
+    Writes through ``.data`` never do. Nor do those of who gathers sharded parameters into the same storage: a
+    module of FSDP2 is in PyTorch's table (then nothing in the process is tracked), a parameter of FSDP1 is a
+    view, and one of ZeRO has an id. Under DDP every write counts. Inference tensors have no version.
+    """
+    sharded = sys.modules.get("torch.distributed._composable_state")
+    return not (
+        frozen.is_inference()
+        or frozen._base is not None
+        or hasattr(frozen, "ds_id")
+        or hasattr(frozen, "_is_flat_param")
+        or (sharded is not None and getattr(sharded, "_module_state_mapping", True))
+    )

@@ -18,7 +18,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from mica.kernels import workspace
+from mica.kernels import limits, workspace
 from mica.kernels.launching import layout
 from mica.kernels.limits import padded_columns
 
@@ -58,7 +58,7 @@ def prepare_experts(lora_B: Tensor, dtype: torch.dtype) -> Tensor:
 
 def _cached(lora_B: Tensor, owner: Tensor, dtype: torch.dtype) -> Tensor:
     """`padded` with the last two dimensions transposed, kept as long as ``owner`` lives."""
-    if not _is_cacheable(lora_B):
+    if not _is_cacheable(lora_B, owner):
         return padded(lora_B, dtype).transpose(-1, -2)
     key, state = id(owner), (lora_B._version, lora_B.data_ptr(), layout(lora_B), dtype)
     entry = entries.get(key)
@@ -83,15 +83,10 @@ def padded(lora_B: Tensor, dtype: torch.dtype) -> Tensor:
     return prepared
 
 
-def _is_cacheable(lora_B: Tensor) -> bool:
-    """Whether a change of this tensor would be noticed.
-
-    Inference tensors have no version. Under a process group FSDP may gather B into the same storage again and
-    hides the write from the version. A copy made while a CUDA graph is captured lives in the graph's memory.
-    """
+def _is_cacheable(lora_B: Tensor, owner: Tensor) -> bool:
+    """A copy made while a CUDA graph is captured would live in the graph's memory."""
     return (
         lora_B.is_leaf
-        and not lora_B.is_inference()
-        and not (torch.distributed.is_available() and torch.distributed.is_initialized())
+        and limits.is_tracked(owner)
         and not (lora_B.is_cuda and torch.cuda.is_current_stream_capturing())
     )

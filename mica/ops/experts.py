@@ -86,7 +86,7 @@ def _backward(grad_output, x, offsets, weight, lora_A, lora_B, scaling, compute_
     dtypes = (grad_output.dtype, compute_dtype, lora_A.dtype, lora_B.dtype)
     rows = x if not needs_A or tokens is None else to_experts(x, tokens)
     operands = (rows if needs_A else None, offsets, weight if needs_x else None, lora_A, lora_B)
-    with no_autocast(grad_output):
+    with no_autocast():
         arguments = grad_output, *operands, scaling, compute_dtype
         grad_x, grad_A = run_formula(
             "experts_linear_backward", grad_output, lora_A.shape[1], dtypes, *arguments
@@ -179,7 +179,7 @@ class _ExpertsBase(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_output):
         offsets, weight, inverse = saved(ctx)
-        with no_autocast(grad_output):
+        with no_autocast():
             grad_x = experts_base(grad_output, offsets, weight.mT, None)
             grad_x = grad_x if inverse is None else summed(grad_x, inverse, ctx.num_tokens)
         return None, grad_x, *[None] * 5

@@ -53,9 +53,9 @@ def mica_linear(
     Returns:
         (..., out_features) in the dtype of x (of autocast where it is on).
 
-    Gradients: lora_A's in its own dtype, accumulated in fp32; x's where x needs it. Saved for the
-    backward: x as it came and references to the operands. Definition: `mica.paths.torch_path` (arXiv
-    2604.01694).
+    Gradients: lora_A's in its own dtype, accumulated in fp32 (under autocast perhaps rounded to its dtype, as
+    PyTorch does); x's where x needs it. Saved for the backward: x as it came and references to the operands.
+    Definition: `mica.paths.torch_path` (arXiv 2604.01694).
 
     Raises:
         ValueError, TypeError: shapes, dtypes or devices that do not fit, or a frozen operand that requires a
@@ -66,37 +66,54 @@ def mica_linear(
     return linear(x, weight, lora_A, lora_B, scaling, bias, compute_dtype, dropout_p, seed)
 
 
-def _linear(x, weight, lora_A, lora_B, scaling, bias, compute_dtype, dropout_p=0.0, seed=None):
+def _linear(
+    x, weight, lora_A, lora_B, scaling, bias, compute_dtype, dropout_p=0.0, seed=None, grad_dtype=None
+):
     dtypes = (x.dtype, compute_dtype or x.dtype, lora_A.dtype, lora_B.dtype)
     operands = (as_matrix(x), weight, lora_A, lora_B, scaling, bias, compute_dtype)
     y = run_formula("linear", x, lora_A.shape[0], dtypes, *operands, dropout_p, seed)
-    return y if x.dim() == 2 else y.view(*x.shape[:-1], y.shape[-1])
+    return y if x.dim() == 2 else y.view(*x.shape[:-1], weight.shape[0])
 
 
 def _linear_backward(
-    grad_output, x, weight, lora_A, lora_B, scaling, compute_dtype, output_mask, dropout_p=0.0, seed=None
+    grad_output,
+    x,
+    weight,
+    lora_A,
+    lora_B,
+    scaling,
+    compute_dtype,
+    output_mask,
+    dropout_p=0.0,
+    seed=None,
+    grad_dtype=None,
 ):
     needs_x, needs_A = output_mask
+    operands = (x if needs_A else None, weight if needs_x else None, lora_A, lora_B, scaling, compute_dtype)
+    grads = _gradients(grad_output, *operands, dropout_p, seed, grad_dtype)
+    return without_none(grad_output, *grads)
+
+
+def _gradients(grad_output, x, weight, lora_A, lora_B, scaling, compute_dtype, *options):
+    """(dx, dA); None where no gradient is needed, and so x or the weight is None."""
     dtypes = (grad_output.dtype, compute_dtype, lora_A.dtype, lora_B.dtype)
-    dy, x = as_matrix(grad_output), as_matrix(x) if needs_A else None
-    operands = (dy, x, weight if needs_x else None, lora_A, lora_B, scaling, compute_dtype)
-    with no_autocast(dy):
-        grad_x, grad_A = run_formula(
-            "linear_backward", dy, lora_A.shape[0], dtypes, *operands, dropout_p, seed
-        )
-    if grad_x is None:
-        grad_x = dy.new_empty(0)
-    elif grad_output.dim() != 2:
+    dy, x = as_matrix(grad_output), None if x is None else as_matrix(x)
+    operands = (dy, x, weight, lora_A, lora_B, scaling, compute_dtype, *options)
+    with no_autocast():
+        grad_x, grad_A = run_formula("linear_backward", dy, lora_A.shape[0], dtypes, *operands)
+    if grad_x is not None and grad_output.dim() != 2:
         grad_x = grad_x.view(*grad_output.shape[:-1], lora_A.shape[1])
-    return grad_x, dy.new_empty(0) if grad_A is None else grad_A
+    return grad_x, grad_A
 
 
-def _linear_fake(x, weight, lora_A, lora_B, scaling, bias, compute_dtype, dropout_p=0.0, seed=None):
+def _linear_fake(
+    x, weight, lora_A, lora_B, scaling, bias, compute_dtype, dropout_p=0.0, seed=None, grad_dtype=None
+):
     return x.new_empty(*x.shape[:-1], weight.shape[0])
 
 
 def _linear_backward_fake(
-    grad_output, x, weight, lora_A, lora_B, scaling, compute_dtype, output_mask, dropout_p=0.0, seed=None
+    grad_output, x, weight, lora_A, lora_B, scaling, compute_dtype, output_mask, *options
 ):
     needs_x, needs_A = output_mask
     grad_x = grad_output.new_empty(*grad_output.shape[:-1], lora_A.shape[1]) if needs_x else None
@@ -108,76 +125,65 @@ class _MicaLinear(torch.autograd.Function):
     """``run`` computes y: `_linear` or the operator (`mica.ops.operator.operator`)."""
 
     @staticmethod
-    def forward(ctx, run, x, weight, lora_A, lora_B, scaling, bias, compute_dtype, dropout_p=0.0, seed=None):
+    def forward(
+        ctx,
+        run,
+        x,
+        weight,
+        lora_A,
+        lora_B,
+        scaling,
+        bias,
+        compute_dtype,
+        dropout_p=0.0,
+        seed=None,
+        grad_dtype=None,
+    ):
         _, needs_x, _, needs_A = ctx.needs_input_grad[:4]
-        ctx.scaling, ctx.compute_dtype, ctx.dropout_p = scaling, compute_dtype or x.dtype, dropout_p
+        ctx.numbers = scaling, compute_dtype or x.dtype, dropout_p, grad_dtype
         # x as it came: no fp32 copy, no h, no mask, and nothing that no gradient needs.
         ctx.save_for_backward(x if needs_A else None, weight if needs_x else None, lora_A, lora_B, seed)
         with below_autograd():
-            return run(x, weight, lora_A, lora_B, scaling, bias, compute_dtype, dropout_p, seed)
+            return run(x, weight, lora_A, lora_B, scaling, bias, compute_dtype, dropout_p, seed, grad_dtype)
 
     @staticmethod
     def backward(ctx, grad_output):
-        grad_x, grad_A = _gradients(ctx, grad_output, *saved(ctx), ctx.dropout_p)
-        return None, grad_x, None, grad_A, *[None] * 6
+        x, weight, lora_A, lora_B, seed = saved(ctx)
+        scaling, compute_dtype, dropout_p, grad_dtype = ctx.numbers
+        operands = grad_output, x, weight, lora_A, lora_B, scaling, compute_dtype
+        if torch.is_grad_enabled() or not is_eager(grad_output, x):
+            mask = [weight is not None, x is not None]
+            args = *operands, mask, dropout_p, seed, grad_dtype
+            grads = run_backward(torch.ops.mica.linear_backward, _linear_backward, operands[:5], *args)
+            grad_x, grad_A = (grad if needed else None for grad, needed in zip(grads, mask, strict=True))
+        else:
+            with below_autograd():
+                grad_x, grad_A = _gradients(*operands, dropout_p, seed, grad_dtype)
+        return None, grad_x, None, grad_A, None, None, None, None, None, None, None
 
 
-def _gradients(ctx, grad_output, x, weight, lora_A, lora_B, seed, dropout_p):
-    """(dx, dA); None where no gradient is needed, and so x or the weight has not been saved."""
-    mask = [weight is not None, x is not None]
-    tensors = grad_output, x, weight, lora_A, lora_B
-    args = *tensors, ctx.scaling, ctx.compute_dtype, mask, dropout_p, seed
-    grads = run_backward(torch.ops.mica.linear_backward, _linear_backward, tensors, *args)
-    return (grad if needed else None for grad, needed in zip(grads, mask, strict=True))
-
-
-class _DirectLinear(torch.autograd.Function):
-    """`_MicaLinear` without dropout, for `linear_eager`: the same tensors saved, the same bits.
-
-    Ten calls fewer: in a decoder block, whose code does not stay in the processor's caches, each takes the
-    host 1 to 2 µs.
-    """
-
-    @staticmethod
-    def forward(ctx, x, weight, lora_A, lora_B, scaling, bias, compute_dtype):
-        needs_x, _, needs_A = ctx.needs_input_grad[:3]
-        ctx.scaling, ctx.compute_dtype = scaling, compute_dtype or x.dtype
-        ctx.save_for_backward(x if needs_A else None, weight if needs_x else None, lora_A, lora_B)
-        with below_autograd():
-            return _linear(x, weight, lora_A, lora_B, scaling, bias, compute_dtype)
-
-    @staticmethod
-    def backward(ctx, grad_output):
-        x, weight, lora_A, lora_B = saved(ctx)
-        if (
-            torch.is_grad_enabled()
-            or not is_eager(grad_output, x)
-            or torch.is_autocast_enabled(grad_output.device.type)
-        ):
-            grad_x, grad_A = _gradients(ctx, grad_output, x, weight, lora_A, lora_B, None, 0.0)
-            return grad_x, None, grad_A, None, None, None, None
-        dtypes = (grad_output.dtype, ctx.compute_dtype, lora_A.dtype, lora_B.dtype)
-        is_matrix = grad_output.dim() == 2
-        with below_autograd():
-            dy = grad_output if is_matrix else grad_output.reshape(-1, grad_output.shape[-1])
-            if x is not None and not is_matrix:
-                x = x.reshape(-1, x.shape[-1])
-            operands = (dy, x, weight, lora_A, lora_B, ctx.scaling, ctx.compute_dtype)
-            grad_x, grad_A = run_formula("linear_backward", dy, lora_A.shape[0], dtypes, *operands)
-            if grad_x is not None and not is_matrix:
-                grad_x = grad_x.view(*grad_output.shape[:-1], lora_A.shape[1])
-        return grad_x, None, grad_A, None, None, None, None
-
-
-def _cast(device_type, x, weight, lora_A, lora_B, scaling, bias, compute_dtype, *dropout):
-    x, weight = autocast_to(x, device_type), autocast_to(weight, device_type)
-    return x, weight, lora_A, lora_B, scaling, autocast_to(bias, device_type), None, *dropout
+def _cast(
+    device_type,
+    x,
+    weight,
+    lora_A,
+    lora_B,
+    scaling,
+    bias,
+    compute_dtype,
+    dropout_p=0.0,
+    seed=None,
+    grad_dtype=None,
+):
+    x, weight, bias = (autocast_to(tensor, device_type) for tensor in (x, weight, bias))
+    return x, weight, lora_A, lora_B, scaling, bias, None, dropout_p, seed, x.dtype
 
 
 linear = operator(
     "linear",
     "(Tensor x, Tensor weight, Tensor lora_A, Tensor lora_B, float scaling, Tensor? bias,"
-    " ScalarType? compute_dtype, float dropout_p=0.0, Tensor? seed=None) -> Tensor",
+    " ScalarType? compute_dtype, float dropout_p=0.0, Tensor? seed=None, ScalarType? grad_dtype=None)"
+    " -> Tensor",
     _linear,
     _linear_fake,
     _MicaLinear.apply,
@@ -186,16 +192,24 @@ linear = operator(
 operator(
     "linear_backward",
     "(Tensor grad_output, Tensor? x, Tensor? weight, Tensor lora_A, Tensor lora_B, float scaling,"
-    " ScalarType compute_dtype, bool[2] output_mask, float dropout_p=0.0, Tensor? seed=None)"
-    " -> (Tensor, Tensor)",
+    " ScalarType compute_dtype, bool[2] output_mask, float dropout_p=0.0, Tensor? seed=None,"
+    " ScalarType? grad_dtype=None) -> (Tensor, Tensor)",
     _linear_backward,
     _linear_backward_fake,
 )
 
 
-def linear_eager(x, weight, lora_A, lora_B, scaling, bias, compute_dtype) -> Tensor:
-    """`linear` without dropout, for callers that know that `is_eager` holds and that autocast is off."""
+def linear_eager(x, weight, lora_A, lora_B, scaling, bias, compute_dtype, autocast_dtype) -> Tensor:
+    """`linear` without dropout, for callers that know that `is_eager` holds.
+
+    autocast_dtype: autocast's where it is on. What it casts is cast here, where autograd follows it.
+    """
+    if autocast_dtype is not None:
+        x, weight = x.to(autocast_dtype), weight.to(autocast_dtype)
+        bias = None if bias is None else bias.to(autocast_dtype)
+    operands = x, weight, lora_A, lora_B, scaling, bias, compute_dtype
     if torch.is_grad_enabled() and (lora_A.requires_grad or x.requires_grad):
-        return _DirectLinear.apply(x, weight, lora_A, lora_B, scaling, bias, compute_dtype)
-    with below_autograd():
-        return _linear(x, weight, lora_A, lora_B, scaling, bias, compute_dtype)
+        with no_autocast():
+            return _MicaLinear.apply(_linear, *operands, 0.0, None, autocast_dtype)
+    with below_autograd(), no_autocast():
+        return _linear(*operands)

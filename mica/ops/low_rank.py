@@ -93,7 +93,7 @@ def _down_backward(grad_h, x, lora_A, scaling, x_dtype, output_mask, dropout_p=0
     g = as_matrix(grad_h)
     operands = (g, as_matrix(x) if needs_A else None, lora_A, scaling, needs_x, dropout_p, seed)
     dtypes = (g.dtype, x_dtype, lora_A.dtype)
-    with no_autocast(g):
+    with no_autocast():
         grad_x, grad_A = run_formula("down_projection_backward", g, lora_A.shape[0], dtypes, *operands)
     if needs_x:
         grad_x = grad_x.to(x_dtype).view(*grad_h.shape[:-1], lora_A.shape[1])
@@ -165,7 +165,7 @@ def _up_fake(y, h, lora_B):
 def _up_backward(grad_output, lora_B, h_dtype):
     dy = as_matrix(grad_output)
     dtypes = (dy.dtype, h_dtype, lora_B.dtype)
-    with no_autocast(dy):
+    with no_autocast():
         grad_h = run_formula("up_projection_backward", dy, lora_B.shape[1], dtypes, dy, lora_B, h_dtype)
     return grad_h.view(*grad_output.shape[:-1], lora_B.shape[1])
 

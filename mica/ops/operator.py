@@ -10,11 +10,16 @@ from __future__ import annotations
 import contextvars
 from collections import Counter
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 
 import torch
 from torch import Tensor
+from torch._C import (
+    _are_functorch_transforms_active,
+    _get_tracing_state,
+    _len_torch_dispatch_stack,
+    _len_torch_function_stack,
+)
 from torch.autograd import forward_ad
 
 from mica.paths import choose, torch_path
@@ -28,8 +33,6 @@ LIBRARY = torch.library.Library("mica", "DEF")
 # Around the body of a forward. Without autograd alone a body's ``.view`` would make the output a view, and an
 # in-place operation on it (nn.ReLU(inplace=True), ``y += x``) an error: autograd allows none on a Function's.
 below_autograd = torch._C._AutoDispatchBelowADInplaceOrView
-
-_NOTHING = nullcontext()
 
 _AUTOCAST = ("cpu", "cuda")  # kinds of devices with autocast rules
 
@@ -89,16 +92,17 @@ def is_eager(*tensors: Tensor | None) -> bool:
         if tensor is not None and type(tensor) not in TENSOR_TYPES:
             return False
     return not (
-        torch._C._len_torch_dispatch_stack()
-        or torch._C._len_torch_function_stack()
-        or is_transformed()
-        or torch._C._get_tracing_state() is not None
+        _len_torch_dispatch_stack()
+        or _len_torch_function_stack()
+        or _are_functorch_transforms_active()
+        or forward_ad._current_level >= 0
+        or _get_tracing_state() is not None
     )
 
 
 def is_transformed() -> bool:
     """Under torch.func (grad, jvp, vmap), or where forward-mode AD may have made dual tensors."""
-    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+    return _are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
 def saved(ctx) -> tuple[Tensor | None, ...]:
@@ -133,14 +137,14 @@ def run_backward(operator: Callable, body: Callable, tensors: Sequence[Tensor | 
 
 def as_matrix(tensor: Tensor) -> Tensor:
     """(..., n) as a matrix (tokens, n)."""
-    return tensor if tensor.dim() == 2 else tensor.reshape(-1, tensor.shape[-1])
+    if tensor.dim() == 2:
+        return tensor
+    columns = tensor.shape[-1]  # a reshape takes twice as long as a view
+    return tensor.view(-1, columns) if columns and tensor.is_contiguous() else tensor.reshape(-1, columns)
 
 
-def no_autocast(tensor: Tensor) -> AbstractContextManager:
-    """Disables autocast in a body: a backward that is called inside autocast gives the same dA."""
-    device_type = tensor.device.type
-    # 10 µs less per backward where it is off already
-    return torch.autocast(device_type, enabled=False) if torch.is_autocast_enabled(device_type) else _NOTHING
+# Around a body: a backward that is called inside autocast gives the same dA. `torch.autocast` takes 3 µs.
+no_autocast = torch._C._DisableAutocast
 
 
 def autocast_to(tensor: Tensor | None, device_type: str) -> Tensor | None:
@@ -189,8 +193,9 @@ def operator(
         return followed(*args) if is_transformed() else apply(registered, *args)
 
     def autocast(device_type, *args):
-        with torch.autocast(device_type, enabled=False):
-            return registered(*cast(device_type, *args))
+        args = cast(device_type, *args)
+        with no_autocast():
+            return registered(*args)
 
     LIBRARY.impl(name, autograd, "Autograd")
     for device_type in _AUTOCAST:
@@ -202,8 +207,9 @@ def operator(
         if device_type not in _AUTOCAST or not is_eager(*tensors):
             return registered(*args)
         if torch.is_autocast_enabled(device_type):
-            with torch.autocast(device_type, enabled=False):
-                return call(*cast(device_type, *args))
+            args = cast(device_type, *args)
+            with no_autocast():
+                return call(*args)
         if torch.is_grad_enabled():
             for tensor in tensors:
                 if tensor.requires_grad:

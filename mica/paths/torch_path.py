@@ -33,7 +33,9 @@ from math import frexp
 import torch
 from torch import Tensor
 
-from mica.paths.products import added, addmm, multiplies_itself, product_dtype
+from mica.paths.products import added, addmm, is_tiny, multiplies_itself, product_dtype
+
+LINEAR = torch._C._nn.linear  # functional.linear, even where that is replaced: this is what it is
 
 # Tokens whose fp32 copy is alive at a time in `grad_a`: 1024 x 14336 fp32 are 59 MB. Measured on two CPU
 # cores at K = 576 and 1536, r = 16: the same speed within noise from 256 to 2048.
@@ -54,9 +56,11 @@ def linear(
     seed: Tensor | None = None,
 ) -> Tensor:
     """y (M×N) in the dtype of x, from x (M×K), weight (N×K), lora_A (r×K), lora_B (N×r), bias (N)."""
+    if not dropout_p and is_tiny(x, *weight.shape):
+        operands = (tensor.float() for tensor in (x, weight, lora_A, lora_B))
+        return linear(*operands, scaling, None if bias is None else bias.float()).to(x.dtype)
     if not dropout_p and _is_simple(x, lora_A, lora_B, scaling, compute_dtype):
-        y = torch.mm(x, weight.t()) if bias is None else torch.addmm(bias, x, weight.t())
-        return y.addmm_(torch.mm(x, lora_A.t()), lora_B.t(), alpha=scaling)
+        return LINEAR(x, weight, bias).addmm_(LINEAR(x, lora_A), lora_B.t(), alpha=scaling)
     dtype = product_dtype(x, (lora_A, lora_B), compute_dtype or x.dtype)
     h = down_projection(x, lora_A, scaling, dtype, dropout_p, seed)
     if h.dtype == x.dtype:
@@ -174,13 +178,22 @@ def _masked(x: Tensor, first_row: int, dropout_p: float, seed: Tensor | None) ->
     return x.where(dropout_keep(seed, *x.shape, dropout_p, first_row), 0)
 
 
-def grad_a(g: Tensor, x: Tensor, dropout_p: float = 0.0, seed: Tensor | None = None) -> Tensor:
-    """dA (r×K) from g (M×r) and x (M×K), in fp32 (fp64 where g or x is).
+def grad_a(
+    g: Tensor,
+    x: Tensor,
+    dropout_p: float = 0.0,
+    seed: Tensor | None = None,
+    grad_dtype: torch.dtype = torch.float32,
+) -> Tensor:
+    """dA (r×K) from g (M×r) and x (M×K), summed in fp32 (fp64 where g or x is).
 
-    A 16-bit matrix product would round dA to 8 (bf16) or 11 bits at the end; the fp32 product costs
-    3 % of a training step of SmolLM2-135M on two CPU cores and leaves the rounding of g as the largest.
+    Where ``grad_dtype`` is the 16-bit dtype of both, a CPU's own product is dA: it sums in fp32 and rounds
+    once. Otherwise that would lose 16 bits of fp32's 24; the fp32 product costs 3 % of a training step of
+    SmolLM2-135M on two CPU cores and leaves the rounding of g as the largest.
     """
-    if g.dtype is x.dtype and g.dtype in _WIDE and not dropout_p:
+    own = g.dtype
+    rounds = own is grad_dtype and g.is_cpu and multiplies_itself(g)
+    if own is x.dtype and not dropout_p and (rounds or own in _WIDE):
         return torch.mm(g.t(), x)
     dtype = torch.promote_types(torch.promote_types(g.dtype, x.dtype), torch.float32)
     grad = None
@@ -240,18 +253,27 @@ def linear_backward(
     compute_dtype: torch.dtype,
     dropout_p: float = 0.0,
     seed: Tensor | None = None,
+    grad_dtype: torch.dtype | None = None,
 ) -> tuple[Tensor | None, Tensor | None]:
-    """(dx, dA in the dtype of lora_A) of `linear`; None where the weight or x that it takes is None."""
+    """(dx, dA in the dtype of lora_A) of `linear`; None where the weight or x that it takes is None.
+
+    grad_dtype: to which dA may be rounded first, as PyTorch does under autocast.
+    """
+    if not dropout_p and is_tiny(grad_output, lora_B.shape[0], lora_A.shape[1]):
+        operands = (None if t is None else t.float() for t in (grad_output, x, weight, lora_A, lora_B))
+        dx, dA = linear_backward(*operands, scaling, torch.float32)
+        return None if dx is None else dx.to(grad_output.dtype), None if dA is None else dA.to(lora_A.dtype)
+    grad_dtype = grad_dtype or lora_A.dtype
     if not dropout_p and _is_simple(grad_output, lora_A, lora_B, scaling, compute_dtype):
         g = torch.mm(grad_output, lora_B)
         if scaling != 1.0:
             g.mul_(scaling)
         dx = None if weight is None else torch.mm(grad_output, weight).addmm_(g, lora_A)
-        return dx, None if x is None else _cast(grad_a(g, x), lora_A.dtype)
-    g = grad_h(grad_output, lora_B, scaling, product_dtype(grad_output, (lora_A, lora_B), compute_dtype))
-    dx = None if weight is None else grad_x(grad_output, weight, g, lora_A, dropout_p, seed)
-    dA = None if x is None else _cast(grad_a(g, x, dropout_p, seed), lora_A.dtype)
-    return dx, dA
+    else:
+        dtype = product_dtype(grad_output, (lora_A, lora_B), compute_dtype)
+        g = grad_h(grad_output, lora_B, scaling, dtype)
+        dx = None if weight is None else grad_x(grad_output, weight, g, lora_A, dropout_p, seed)
+    return dx, None if x is None else _cast(grad_a(g, x, dropout_p, seed, grad_dtype), lora_A.dtype)
 
 
 def down_projection_backward(

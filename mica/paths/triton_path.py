@@ -105,13 +105,16 @@ def linear_backward(
     compute_dtype: torch.dtype,
     dropout_p: float = 0.0,
     seed: Tensor | None = None,
+    grad_dtype: torch.dtype | None = None,
 ) -> tuple[Tensor | None, Tensor | None]:
-    """(dx, dA) as `mica.paths.torch_path.grad_x` and `grad_a` give them; None where weight or x is None."""
+    """(dx, dA) as `mica.paths.torch_path.linear_backward`; None where weight or x is None.
+
+    Kernels sum dA in fp32 and write it in the dtype of lora_A, whatever the ``grad_dtype``.
+    """
     form = _form("backward", grad_output, lora_A)
     if form == "aten":
-        return torch_path.linear_backward(
-            grad_output, x, weight, lora_A, lora_B, scaling, compute_dtype, dropout_p, seed
-        )
+        factors = lora_A, lora_B, scaling, compute_dtype
+        return torch_path.linear_backward(grad_output, x, weight, *factors, dropout_p, seed, grad_dtype)
     seed = seed if dropout_p else None
     key = layout(grad_output), layout(x), layout(lora_A), scaling, compute_dtype, dropout_p, fp32_setting()
     steps = recorded_backward.get(key)

@@ -5,6 +5,9 @@ import weakref
 
 import pytest
 import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 
 from mica.kernels import prepared_b
 from mica.kernels.prepared_b import clear, prepare, prepare_experts
@@ -125,14 +128,50 @@ def test_a_copy_lives_as_long_as_the_parameter(b):
     assert len(prepared_b.entries) == 0
 
 
-def test_not_kept_where_a_change_could_be_hidden(b, monkeypatch):
-    with torch.inference_mode():
-        inferred = torch.randn_like(b.stored)
-    b.prepare(stored=inferred)
-    b.prepare(stored=b.stored.detach().clone().requires_grad_() * 2.0)
-    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
-    b.prepare()
+def view_of_a_flat_parameter(stored):
+    flat = torch.nn.Parameter(stored.detach().flatten().clone(), requires_grad=False)
+    flat._is_flat_param = True
+    return flat.view_as(stored)
+
+
+def with_an_id(stored):
+    stored.ds_id = 3
+    return stored
+
+
+@pytest.fixture
+def gloo():
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+HIDDEN = {
+    "inference mode": lambda stored: torch.inference_mode()(torch.randn_like)(stored),
+    "a result": lambda stored: stored.detach().clone().requires_grad_() * 2.0,
+    "FSDP1": view_of_a_flat_parameter,
+    "ZeRO": with_an_id,
+}
+
+
+@pytest.mark.parametrize("name", HIDDEN)
+def test_not_kept_where_a_change_could_be_hidden(b, name):
+    b.prepare(stored=HIDDEN[name](b.stored))
     assert len(prepared_b.entries) == 0
+
+
+def test_kept_beside_other_processes_until_a_module_is_sharded(b, gloo):
+    """DDP writes B once, when it is made, and every write counts; FSDP2's do not."""
+    first = b.prepare()
+    assert b.prepare() is first
+    with torch.no_grad():
+        b.stored.neg_()  # as DDP's broadcast does
+    assert b.is_right()
+    module = fully_shard(torch.nn.Linear(2, 2), mesh=init_device_mesh("cpu", (1,)))
+    assert b.prepare() is not b.prepare()
+    del module
+    gc.collect()
+    assert b.prepare() is b.prepare()
 
 
 def test_a_copy_is_kept_where_no_graph_owns_the_memory(b, monkeypatch):

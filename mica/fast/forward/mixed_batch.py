@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from mica.fast.forward import tensor_parallel
 from mica.fast.forward.eligibility import Adapter
 from mica.fast.settings import compute_dtype
+from mica.kernels import limits
 from mica.ops.low_rank import down_projection, up_projection
 
 BASE = "__base__"  # PEFT's name for "no adapter"
@@ -63,7 +64,7 @@ class MixedBatch(NamedTuple):
 
     def __call__(self, x: Tensor) -> Tensor:
         y = self.layer.base_layer(x)
-        for group in _groups(self.layer, {name: of.lora_B.detach() for name, of in self.adapters.items()}):
+        for group in _groups(self.layer, {name: of.lora_B for name, of in self.adapters.items()}):
             names = [name for name in self.adapter_names if name in group.names]
             if len(names) == len(x):
                 y = up_projection(y, self._h(x, names, group), group.lora_B)
@@ -96,9 +97,10 @@ def clear() -> None:
     _comparisons.clear()
 
 
-def _groups(layer, weights: dict[str, Tensor]) -> list[_Shared]:
+def _groups(layer, parameters: dict[str, Tensor]) -> list[_Shared]:
     """The adapters grouped by the B that they share, widest first; compared again once a B has changed."""
-    if not all(_is_tracked(B) for B in weights.values()):
+    weights = {name: B.detach() for name, B in parameters.items()}
+    if not all(map(limits.is_tracked, parameters.values())):
         return _compare(weights)
     state = tuple(
         (name, B.data_ptr(), B._version, B.dtype, B.shape, B.stride()) for name, B in weights.items()
@@ -107,13 +109,6 @@ def _groups(layer, weights: dict[str, Tensor]) -> list[_Shared]:
     if cached is None or cached.state != state:
         cached = _comparisons[layer] = _Comparison(state, list(weights.values()), _compare(weights))
     return cached.groups
-
-
-def _is_tracked(lora_B: Tensor) -> bool:
-    """Whether a change is noticed: inference tensors have no version, and FSDP's writes are not counted."""
-    return not lora_B.is_inference() and not (
-        torch.distributed.is_available() and torch.distributed.is_initialized()
-    )
 
 
 def _compare(weights: dict[str, Tensor]) -> list[_Shared]:

@@ -247,7 +247,7 @@ def _in_any_mode(function):
 
     @functools.wraps(function)
     def outside(layer, adapter: str, weight: Tensor, *args, **kwargs):
-        with no_autocast(weight), torch.inference_mode() if weight.is_inference() else torch.no_grad():
+        with no_autocast(), torch.inference_mode() if weight.is_inference() else torch.no_grad():
             return function(layer, adapter, weight, *args, **kwargs)
 
     return outside

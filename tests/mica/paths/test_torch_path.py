@@ -49,6 +49,8 @@ def stated_backward(p, dtype):
     else:
         dx = addmm(None, (p.grad_output, p.weight))
         dx = dx + addmm(None, (g, p.lora_A.to(dtype))).to(dx.dtype)
+    if dtype == p.x.dtype == p.lora_A.dtype and products.has_native(dtype):
+        return dx, g.t() @ p.x  # in 16 bits it rounds once too
     wide = torch.promote_types(torch.promote_types(dtype, p.x.dtype), torch.float32)
     step = len(p.x) if dtype == p.x.dtype == wide else 1024
     parts = zip(g.split(max(1, step)), p.x.split(max(1, step)), strict=True)
@@ -93,6 +95,26 @@ def test_numbers_below_the_normal_ones_of_float16_are_scaled_before_they_are_rou
     for factor in (p.lora_A, p.lora_B):
         factor *= 1e-5
     assert_same_bits(p, None, torch.float16)
+
+
+@in_half
+@pytest.mark.parametrize("needs", [(True, True), (True, False), (False, True)])
+def test_a_tiny_layer_is_computed_in_fp32_and_rounded_once(monkeypatch, dtype, needs):
+    """Its products and what is between them, whatever the dtype of the factors; not a single row."""
+    monkeypatch.setattr(products, "TINY", 3 * 31 * 23)
+    for rows, adapter_dtype in ((3, dtype), (3, torch.float32), (2, dtype), (4, dtype), (1, dtype)):
+        p = problem((rows,), 31, 23, 5, dtype, adapter_dtype, scaling=1 / 3)
+        wide = [tensor.float() for tensor in (p.grad_output, p.x, *operands(p)[:3])]
+        y = torch_path.linear(*wide[1:], p.scaling, p.bias.float())
+        gradients = torch_path.linear_backward(*wide, p.scaling, torch.float32)
+        x, weight = p.x if needs[1] else None, p.weight if needs[0] else None
+        operands_ = p.grad_output, x, weight, p.lora_A, p.lora_B, p.scaling, dtype
+        dx, dA = torch_path.linear_backward(*operands_)
+        expected = y.to(dtype), gradients[0].to(dtype), gradients[1].to(adapter_dtype)
+        values = torch_path.linear(p.x, *operands(p), p.bias), dx, dA
+        for value, rounded, needed in zip(values, expected, (True, *needs), strict=True):
+            assert (value is not None) == needed
+            assert not needed or torch.equal(value, rounded) == (rows in (2, 3))
 
 
 @in_half

@@ -196,6 +196,13 @@ KERNELS = {
         "padded_columns": [("(rank + 15)", "rank")],
         "same_device": [("> 1", "> 2")],
         "dropout": [("or seed.shape != (1,)", ""), ("<= dropout_p < 1.0", "<= dropout_p <= 1.0")],
+        "is_tracked": [
+            ("frozen.is_inference()\n        or", ""),
+            ("or frozen._base is not None", ""),
+            ('or hasattr(frozen, "ds_id")', ""),
+            ('or hasattr(frozen, "_is_flat_param")', ""),
+            ("sharded is not None and", "False and"),
+        ],
     },
     ("kernels/prepared_b.py", "tests/kernels/test_prepared_b.py"): {
         "_cached": [
@@ -204,7 +211,7 @@ KERNELS = {
             ("state, lora_B.detach()", "state, lora_B[:0].clone()"),
             ("workspace.allocate_persistent(lambda:", "(lambda make, _: make())(lambda:"),
         ],
-        "_is_cacheable": [("and not lora_B.is_inference()", "")],
+        "_is_cacheable": [("and limits.is_tracked(owner)", ""), ("lora_B.is_leaf\n        and", "")],
         "padded": [("lora_B.new_zeros", "lora_B.new_empty")],
     },
     ("kernels/runtime.py", "tests/kernels/test_runtime.py"): {

@@ -69,7 +69,15 @@ OPERATORS = {
         "tests/mica/paths/test_triton_path.py",
     ): {
         "_MicaLinear.forward": [("if needs_x else None", "")],
-        "linear_eager": [("(lora_A.requires_grad or x.requires_grad)", "lora_A.requires_grad")],
+        "_MicaLinear.backward": [("torch.is_grad_enabled() or", ""), ("or not is_eager(grad_output, x)", "")],
+        "_cast": [("seed, x.dtype", "seed, None")],
+        "linear_eager": [
+            ("(lora_A.requires_grad or x.requires_grad)", "lora_A.requires_grad"),
+            ("with no_autocast():", "if True:"),
+            ("below_autograd(), no_autocast()", "below_autograd()"),
+            ("None, autocast_dtype)", "None, None)"),
+            ("x, weight = x.to(autocast_dtype), weight.to(autocast_dtype)", "x = x.to(autocast_dtype)"),
+        ],
     },
     (
         "mica/ops/operator.py",
@@ -93,9 +101,10 @@ OPERATORS = {
         ],
         "is_eager": [
             ("tensor is not None and type(tensor) not in TENSOR_TYPES", "False"),
-            ("._C._len_torch_dispatch_stack()\n        or torch", ""),
-            ("or torch._C._len_torch_function_stack()", ""),
-            ("or is_transformed()", ""),
+            ("_len_torch_dispatch_stack()\n        or ", ""),
+            ("or _len_torch_function_stack()", ""),
+            ("or _are_functorch_transforms_active()", ""),
+            ("or forward_ad._current_level >= 0", ""),
         ],
         "operator.call": [
             ("device_type not in _AUTOCAST or", ""),
@@ -112,10 +121,12 @@ OPERATORS = {
         "linear_backward": [
             ("g.mul_(scaling)", "pass"),
             ("product_dtype(grad_output, (lora_A, lora_B), compute_dtype)", "compute_dtype"),
+            ("if not dropout_p and is_tiny", "if is_tiny"),
         ],
         "linear": [
             ("t(), alpha=scaling", "t()"),
             ("product_dtype(x, (lora_A, lora_B), compute_dtype or x.dtype)", "compute_dtype or x.dtype"),
+            ("if not dropout_p and is_tiny", "if is_tiny"),
         ],
         "_is_simple": [
             ("and multiplies_itself(x)", ""),
@@ -129,12 +140,15 @@ OPERATORS = {
         ],
         "dropout_keep": [("arange(first_row, first_row +", "arange(0,")],
         "grad_a": [
+            ("own is grad_dtype and", ""),
+            ("and multiplies_itself(g)", ""),
             ("/ (1.0 - dropout_p) if dropout_p else grad", ""),
             ("x_part, start, dropout_p", "x_part, 0, dropout_p"),
             ("grad is None", "start >= 0"),
         ],
     },
     ("mica/paths/products.py", "tests/mica/paths/test_products.py"): {
+        "is_tiny": [("and x.is_cpu", ""), ("1 < rows", "0 < rows"), ("x.dtype in QUERIES and", "")],
         "addmm": [("right in others", "right in others[1:]")],
         "_in_chunks": [
             ("these] if base.dim() == 1 else base[some, these", "..., : out[some, these].shape[1]"),
