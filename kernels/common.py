@@ -68,7 +68,7 @@ def _mix(z):
 
 @triton.jit
 def dropout_keep(seed, rows, columns, threshold):
-    """Which elements of rows x columns dropout keeps: `mica.paths.torch_path.dropout_keep`, bit for bit.
+    """Which elements of rows x columns dropout keeps: `mica.paths.dropout`, bit for bit.
 
     seed is int64, loaded before any loop; rows (a) and columns (b) are 1-d; threshold has 24 bits. About a
     dozen instructions per element; Philox takes four times as many. What depends on the row only is computed

@@ -30,12 +30,6 @@ FEW_ROWS = 8
 # 32 rows 0.9 to 1.1.
 FEW_TO_ROUND = 16
 
-# Multiplications of a layer's base product up to which all of its products run in fp32: oneDNN takes 10 to
-# 16 µs to set up a 16-bit product, casts and an fp32 product half of that. Time relative to 16-bit products,
-# AVX512-BF16, one thread, rank 16, forward: 16 x 64 x 64 0.46, 64 x 64 x 64 0.58, 16 x 128 x 128 0.54,
-# 256 x 64 x 64 0.96, 64 x 128 x 128 0.93, 16 x 256 x 256 1.14. A single row costs little: 1 x 64 x 64 1.73.
-TINY = 2**18
-
 SHORTEST = 64  # smallest side of a chunk, however long the sum
 ROUNDS = 8  # of `slowdown`
 
@@ -78,12 +72,6 @@ def product_dtype(left: Tensor, factors: Sequence[Tensor], dtype: torch.dtype) -
         if factor.dtype != torch.float32:
             return dtype
     return torch.float32
-
-
-def is_tiny(x: Tensor, out_features: int, in_features: int) -> bool:
-    """Whether a layer on these rows is faster with all of its 16-bit operands cast to fp32."""
-    rows = x.shape[0]
-    return x.dtype in QUERIES and x.is_cpu and 1 < rows <= TINY // (out_features * in_features or 1)
 
 
 def multiplies_itself(left: Tensor) -> bool:

@@ -5,9 +5,9 @@
     dA = gᵀ drop(x)                         (r×K), accumulated in fp32
     dx = dy W + keep⊙(g A) / (1 − p)        (M×K)
 
-drop(x) = keep⊙x / (1 − p), and keep follows from (seed, row, column) alone (`dropout_keep`): nothing but the
-seed is stored for the backward. Without dropout, drop(x) = x. M tokens, K in_features, N out_features,
-r rank, s scaling. There is no dB, and h = x Aᵀ is never kept: the backward needs x only. Source: MiCA,
+drop(x) = keep⊙x / (1 − p), and keep follows from (seed, row, column) alone (`mica.paths.dropout`). Without
+dropout, drop(x) = x. M tokens, K in_features, N out_features, r rank, s scaling. There is no dB, and h = x Aᵀ
+is never kept: the backward needs x only. Source: MiCA,
 arXiv 2604.01694, on LoRA's layer (arXiv 2106.09685).
 
 The low-rank products run in ``compute_dtype`` (default: the dtype of x), so A and B may be fp32 masters
@@ -33,7 +33,9 @@ from math import frexp
 import torch
 from torch import Tensor
 
-from mica.paths.products import added, addmm, is_tiny, multiplies_itself, product_dtype
+from mica.dtypes import SIXTEEN_BIT
+from mica.paths.dropout import masked
+from mica.paths.products import added, addmm, multiplies_itself, product_dtype
 
 LINEAR = torch._C._nn.linear  # functional.linear, even where that is replaced: this is what it is
 
@@ -42,6 +44,12 @@ LINEAR = torch._C._nn.linear  # functional.linear, even where that is replaced: 
 _TOKENS_PER_CHUNK = 1024
 
 _WIDE = (torch.float32, torch.float64)
+
+# Multiplications of a layer's base product up to which all of its products run in fp32: oneDNN takes 10 to
+# 16 µs to set up a 16-bit product, casts and an fp32 product half of that. Time relative to 16-bit products,
+# AVX512-BF16, one thread, rank 16, forward: 16 x 64 x 64 0.46, 64 x 64 x 64 0.58, 16 x 128 x 128 0.54,
+# 256 x 64 x 64 0.96, 64 x 128 x 128 0.93, 16 x 256 x 256 1.14. A single row costs little: 1 x 64 x 64 1.73.
+TINY = 2**18
 
 
 def linear(
@@ -56,7 +64,7 @@ def linear(
     seed: Tensor | None = None,
 ) -> Tensor:
     """y (M×N) in the dtype of x, from x (M×K), weight (N×K), lora_A (r×K), lora_B (N×r), bias (N)."""
-    if not dropout_p and is_tiny(x, *weight.shape):
+    if not dropout_p and _is_tiny(x, *weight.shape):
         operands = (tensor.float() for tensor in (x, weight, lora_A, lora_B))
         return linear(*operands, scaling, None if bias is None else bias.float()).to(x.dtype)
     if not dropout_p and _is_simple(x, lora_A, lora_B, scaling, compute_dtype):
@@ -66,6 +74,12 @@ def linear(
     if h.dtype == x.dtype:
         return addmm(bias, (x, weight.t()), (h, _cast(lora_B, h.dtype).t()))
     return up_projection(addmm(bias, (x, weight.t())), h, lora_B)
+
+
+def _is_tiny(x: Tensor, out_features: int, in_features: int) -> bool:
+    """Whether a layer on these rows is faster with all of its 16-bit operands cast to fp32."""
+    rows = x.shape[0]
+    return x.dtype in SIXTEEN_BIT and x.is_cpu and 1 < rows <= TINY // (out_features * in_features or 1)
 
 
 def _is_simple(x: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float, dtype: torch.dtype | None) -> bool:
@@ -95,7 +109,7 @@ def down_projection(
 ) -> Tensor:
     """h = s·drop(x) Aᵀ (M×r) in ``compute_dtype``, from x (M×K) and lora_A (r×K)."""
     if dropout_p:
-        x, scaling = _masked(x, 0, dropout_p, seed), scaling / (1.0 - dropout_p)
+        x, scaling = masked(x, 0, dropout_p, seed), scaling / (1.0 - dropout_p)
     return _scaled_product(x, lora_A.t(), scaling, compute_dtype)
 
 
@@ -136,48 +150,6 @@ def grad_h(grad_output: Tensor, lora_B: Tensor, scaling: float, compute_dtype: t
     return _scaled_product(grad_output, lora_B, scaling, compute_dtype)
 
 
-def dropout_keep(seed: Tensor, rows: int, columns: int, dropout_p: float, first_row: int = 0) -> Tensor:
-    """Which elements dropout keeps: bool (rows×columns), from ``first_row`` on, on the device of the seed.
-
-    seed: int64 (1). Each element is hashed from the two halves of the seed, its row and its column, modulo
-    2^32, and kept where the upper 24 bits of the hash are at least p·2^24. In int32, whose products wrap.
-    """
-    low, high = (_int32(half) for half in (seed & 0xFFFFFFFF, (seed >> 32) & 0xFFFFFFFF))
-    row = torch.arange(first_row, first_row + rows, dtype=torch.int32, device=seed.device)
-    column = torch.arange(columns, dtype=torch.int32, device=seed.device)
-    first = _mix(row ^ low)
-    second = _mix(first + high)
-    z = column * _int32(0x9E3779B9) + first.unsqueeze(1)
-    z = (z ^ _shift(z, 16)) * 0x21F0AAAD ^ second.unsqueeze(1)
-    z = (z ^ _shift(z, 15)) * _int32(0xD35A2D97)
-    return _shift(z ^ _shift(z, 15), 8) >= round(dropout_p * 2**24)
-
-
-def _mix(z: Tensor) -> Tensor:
-    """A bijection of 32 bits in which every input bit moves every output bit (hash prospector's)."""
-    z = (z ^ _shift(z, 16)) * 0x21F0AAAD
-    z = (z ^ _shift(z, 15)) * _int32(0xD35A2D97)
-    return z ^ _shift(z, 15)
-
-
-def _shift(z: Tensor, bits: int) -> Tensor:
-    """The logical right shift of int32, whose own is arithmetic."""
-    return (z >> bits) & (0xFFFFFFFF >> bits)
-
-
-def _int32(value):
-    """A number (or int64 numbers) of 32 bits as the int32 with the same bits."""
-    signed = (value ^ 0x80000000) - 0x80000000
-    return signed.to(torch.int32) if isinstance(signed, Tensor) else signed
-
-
-def _masked(x: Tensor, first_row: int, dropout_p: float, seed: Tensor | None) -> Tensor:
-    """keep⊙x (M×K); the caller folds 1 / (1 − p) into something smaller."""
-    if dropout_p == 0.0:
-        return x
-    return x.where(dropout_keep(seed, *x.shape, dropout_p, first_row), 0)
-
-
 def grad_a(
     g: Tensor,
     x: Tensor,
@@ -201,7 +173,7 @@ def grad_a(
     for start in range(0, max(1, g.shape[0]), _TOKENS_PER_CHUNK):  # without tokens one empty product: 0
         tokens = slice(start, start + _TOKENS_PER_CHUNK)
         g_part, x_part = (g, x) if one else (g[tokens], x[tokens])
-        g_part, kept = _cast(g_part, dtype).t(), _cast(_masked(x_part, start, dropout_p, seed), dtype)
+        g_part, kept = _cast(g_part, dtype).t(), _cast(masked(x_part, start, dropout_p, seed), dtype)
         grad = g_part @ kept if grad is None else torch.addmm(grad, g_part, kept)
     return grad / (1.0 - dropout_p) if dropout_p else grad
 
@@ -225,7 +197,7 @@ def grad_x(
 def grad_x_update(g: Tensor, lora_A: Tensor, dropout_p: float = 0.0, seed: Tensor | None = None) -> Tensor:
     """The adapter's part of dx, keep⊙(g A) / (1 − p), (M×K) in the dtype of g."""
     update = addmm(None, (g, _cast(lora_A, g.dtype)))
-    return _masked(update, 0, dropout_p, seed) / (1.0 - dropout_p) if dropout_p else update
+    return masked(update, 0, dropout_p, seed) / (1.0 - dropout_p) if dropout_p else update
 
 
 def embedding(
@@ -259,7 +231,7 @@ def linear_backward(
 
     grad_dtype: to which dA may be rounded first, as PyTorch does under autocast.
     """
-    if not dropout_p and is_tiny(grad_output, lora_B.shape[0], lora_A.shape[1]):
+    if not dropout_p and _is_tiny(grad_output, lora_B.shape[0], lora_A.shape[1]):
         operands = (None if t is None else t.float() for t in (grad_output, x, weight, lora_A, lora_B))
         dx, dA = linear_backward(*operands, scaling, torch.float32)
         return None if dx is None else dx.to(grad_output.dtype), None if dA is None else dA.to(lora_A.dtype)

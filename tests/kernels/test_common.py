@@ -4,7 +4,7 @@ import triton
 import triton.language as tl
 
 from mica.kernels import common, limits
-from mica.paths import torch_path
+from mica.paths import dropout
 from tests.support.kernel_cases import DEVICE, seed_of
 
 
@@ -38,7 +38,7 @@ def test_the_mask_is_the_references_bit_for_bit(seed, dropout_p, first_row):
     out = torch.empty(64, 50, dtype=torch.int8, device=DEVICE)
     threshold = common.keep_threshold(dropout_p)
     _keep_kernel[(1,)](seed_of(seed), out, first_row, 50, threshold, BLOCK=64)
-    expected = torch_path.dropout_keep(seed_of(seed), 64, 50, dropout_p, first_row)
+    expected = dropout.dropout_keep(seed_of(seed), 64, 50, dropout_p, first_row)
     assert torch.equal(out.bool(), expected)
 
 

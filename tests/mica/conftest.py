@@ -1,7 +1,7 @@
 import pytest
 
 from mica import ops
-from mica.paths import products
+from mica.paths import products, torch_path
 from tests.support.linear_calls import IN_CHUNKS, OWN, PATHS, TINY, WAYS
 
 
@@ -25,7 +25,7 @@ def path(request, monkeypatch):
 def _multiply(way, monkeypatch):
     monkeypatch.setattr(products, "has_native", lambda dtype: way in (OWN, TINY))
     if way == TINY:
-        monkeypatch.setattr(products, "TINY", 2**40)
+        monkeypatch.setattr(torch_path, "TINY", 2**40)
     elif way != OWN:
         monkeypatch.setattr(products, "FEW_ROWS", 0)
     if way == IN_CHUNKS:

@@ -9,7 +9,7 @@ from itertools import pairwise
 import torch
 import torch.nn.functional as F
 
-from mica.paths.torch_path import dropout_keep
+from mica.paths.dropout import dropout_keep
 
 # dtype of x and the weight, dtype of the adapter, compute_dtype
 DTYPES = [

@@ -1,6 +1,8 @@
 """What all operators share: outputs that belong to the caller, and the short way past torch.library."""
 
+import itertools
 from contextlib import nullcontext
+from functools import partial
 
 import pytest
 import torch
@@ -11,7 +13,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from mica import ops
 from mica.ops import mica_linear
 from mica.ops.embedding import embedding
-from mica.ops.linear import linear
+from mica.ops.linear import linear, linear_eager
 from mica.ops.low_rank import down_projection, up_projection
 from tests.support.linear_calls import Seen
 from tests.support.oracle import problem
@@ -75,6 +77,33 @@ def test_an_output_of_a_compiled_call_may_be_changed_in_place():
     compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
     assert torch.equal(torch.autograd.grad(compiled(A).square().sum(), A)[0], expected)
     assert ops.call_counts["linear"]
+
+
+@pytest.mark.parametrize("backend", ["reference", "triton"])
+@pytest.mark.parametrize("tokens", [3, 17])  # masters of few tokens are multiplied in fp32
+@pytest.mark.parametrize("dtypes", [*itertools.product([torch.float32, torch.bfloat16], repeat=3)], ids=str)
+def test_past_every_check_autocast_gives_the_operator_s_bits(monkeypatch, backend, tokens, dtypes):
+    """Forward, backward within autocast and outside of it, and without a gradient."""
+    monkeypatch.setenv("MICA_BACKEND", backend)
+    of_x, of_base, of_adapter = dtypes
+    p = problem((tokens,), 40, 24, 8, torch.float32, scaling=1 / 3)
+    frozen = p.weight.to(of_base), p.lora_B.to(of_adapter), p.bias.to(of_base)
+    results = []
+    for function, last in ((linear_eager, torch.bfloat16), (torch.ops.mica.linear, 0.0)):
+        for backward_inside in (False, True):
+            x, A = (
+                tensor.to(dtype).requires_grad_() for tensor, dtype in ((p.x, of_x), (p.lora_A, of_adapter))
+            )
+            call = partial(function, x, frozen[0], A, frozen[1], 1 / 3, frozen[2], None, last)
+            with torch.autocast("cpu", torch.bfloat16):
+                y = call()
+                with torch.no_grad():
+                    again = call()
+            with torch.autocast("cpu", torch.bfloat16, enabled=backward_inside):
+                y.backward(torch.ones_like(y))
+            results.append((y, again, x.grad, A.grad))
+    for values in zip(*results, strict=True):
+        assert all(value.dtype == values[0].dtype and torch.equal(value, values[0]) for value in values)
 
 
 def names_of(call):

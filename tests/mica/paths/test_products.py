@@ -1,6 +1,5 @@
 """16-bit products through fp32: rounded once, in bounded copies, followed by autograd and graphs."""
 
-import itertools
 import os
 import subprocess
 import sys
@@ -102,14 +101,6 @@ def test_few_rows_are_multiplied_by_fp32_factors_as_they_are(monkeypatch, dtype)
     assert products.product_dtype(few.to("meta"), (wide, wide), dtype) == dtype
     monkeypatch.setattr(products, "has_native", lambda dtype: False)
     assert products.product_dtype(few, (wide, wide), dtype) == dtype  # `addmm` rounds the whole sum once
-
-
-def test_what_is_tiny(monkeypatch):
-    """16-bit layers on a CPU, from two rows on."""
-    monkeypatch.setattr(products, "TINY", 2 * 12 * 9)
-    for rows, dtype, device in itertools.product((1, 2, 3), (*HALVES, torch.float32), ("cpu", "meta")):
-        x = torch.zeros(rows, 9, dtype=dtype, device=device)
-        assert products.is_tiny(x, 12, 9) == (rows == 2 and dtype in HALVES and device == "cpu")
 
 
 @pytest.mark.usefixtures("sixteen_bit_products")

@@ -1,7 +1,9 @@
+import itertools
+
 import pytest
 import torch
 
-from mica.paths import products, torch_path
+from mica.paths import dropout, products, torch_path
 from mica.paths.products import addmm
 from tests.support import expert_cases
 from tests.support.linear_calls import Seen, agree, run
@@ -30,6 +32,20 @@ def test_grad_a_is_accumulated_and_returned_in_fp32(dtype):
     """Within fp32 round-off of the exact product of the 16-bit factors, over more than one chunk."""
     g, x = torch.randn(3000, 4).to(dtype), torch.randn(3000, 9).to(dtype)
     assert error(torch_path.grad_a(g, x), g.double().t() @ x.double()) <= RELATIVE[torch.float32]
+
+
+@in_half
+def test_grad_a_in_sixteen_bits_is_one_product_where_the_processor_has_it(monkeypatch, dtype):
+    """It sums in fp32 and rounds once; elsewhere through fp32."""
+    g, x = torch.randn(3000, 4).to(dtype), torch.randn(3000, 9).to(dtype)
+    for has_native, grad_dtype in ((True, dtype), (True, torch.float32), (False, dtype)):
+        monkeypatch.setattr(products, "has_native", lambda dtype, answer=has_native: answer)
+        with Seen() as seen:
+            dA = torch_path.grad_a(g, x, grad_dtype=grad_dtype)
+        is_one = has_native and grad_dtype == dtype
+        assert (seen.largest(torch.float32) == 0) == is_one
+        assert (dA.dtype == dtype) == is_one
+        assert error(dA, g.double().t() @ x.double()) <= RELATIVE[dA.dtype]
 
 
 def stated_forward(p, dtype):
@@ -97,11 +113,19 @@ def test_numbers_below_the_normal_ones_of_float16_are_scaled_before_they_are_rou
     assert_same_bits(p, None, torch.float16)
 
 
+def test_what_is_tiny(monkeypatch):
+    """16-bit layers on a CPU, from two rows on."""
+    monkeypatch.setattr(torch_path, "TINY", 2 * 12 * 9)
+    for rows, dtype, device in itertools.product((1, 2, 3), (torch.bfloat16, torch.float32), ("cpu", "meta")):
+        x = torch.zeros(rows, 9, dtype=dtype, device=device)
+        assert torch_path._is_tiny(x, 12, 9) == (rows == 2 and dtype is torch.bfloat16 and device == "cpu")
+
+
 @in_half
 @pytest.mark.parametrize("needs", [(True, True), (True, False), (False, True)])
 def test_a_tiny_layer_is_computed_in_fp32_and_rounded_once(monkeypatch, dtype, needs):
     """Its products and what is between them, whatever the dtype of the factors; not a single row."""
-    monkeypatch.setattr(products, "TINY", 3 * 31 * 23)
+    monkeypatch.setattr(torch_path, "TINY", 3 * 31 * 23)
     for rows, adapter_dtype in ((3, dtype), (3, torch.float32), (2, dtype), (4, dtype), (1, dtype)):
         p = problem((rows,), 31, 23, 5, dtype, adapter_dtype, scaling=1 / 3)
         wide = [tensor.float() for tensor in (p.grad_output, p.x, *operands(p)[:3])]
@@ -164,7 +188,7 @@ def test_dropout_keeps_the_given_share_independently():
     """Rows, columns, neighbours and seeds: shares and correlations within five standard errors of chance."""
     rows, columns, p = 1024, 768, 0.3
     keep, other, far = (
-        torch_path.dropout_keep(torch.tensor([seed]), rows, columns, p).double()
+        dropout.dropout_keep(torch.tensor([seed]), rows, columns, p).double()
         for seed in (1234, 1235, 1234 + 2**40)
     )
     deviation = (p * (1 - p)) ** 0.5
@@ -179,10 +203,10 @@ def test_dropout_keeps_the_given_share_independently():
 
 def test_dropout_is_a_function_of_seed_row_and_column():
     seed = torch.tensor([-(2**62) + 5])
-    keep = torch_path.dropout_keep(seed, 50, 40, 0.5)
-    assert torch.equal(torch_path.dropout_keep(seed, 20, 30, 0.5, first_row=30), keep[30:, :30])
-    assert torch_path.dropout_keep(seed, 50, 40, 0.0).all()
-    assert (torch_path.dropout_keep(seed, 50, 40, 0.2) | ~keep).all()  # what p = 0.5 keeps, 0.2 keeps too
+    keep = dropout.dropout_keep(seed, 50, 40, 0.5)
+    assert torch.equal(dropout.dropout_keep(seed, 20, 30, 0.5, first_row=30), keep[30:, :30])
+    assert dropout.dropout_keep(seed, 50, 40, 0.0).all()
+    assert (dropout.dropout_keep(seed, 50, 40, 0.2) | ~keep).all()  # what p = 0.5 keeps, 0.2 keeps too
 
 
 def test_products_in_another_dtype_than_all_operands():

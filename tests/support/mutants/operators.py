@@ -64,6 +64,7 @@ OPERATORS = {
     },
     (
         "mica/ops/linear.py",
+        "tests/mica/ops/test_operator.py",
         "tests/mica/ops/test_operators.py",
         "tests/mica/fast/test_changes.py",
         "tests/mica/paths/test_triton_path.py",
@@ -121,13 +122,14 @@ OPERATORS = {
         "linear_backward": [
             ("g.mul_(scaling)", "pass"),
             ("product_dtype(grad_output, (lora_A, lora_B), compute_dtype)", "compute_dtype"),
-            ("if not dropout_p and is_tiny", "if is_tiny"),
+            ("if not dropout_p and _is_tiny", "if _is_tiny"),
         ],
         "linear": [
             ("t(), alpha=scaling", "t()"),
             ("product_dtype(x, (lora_A, lora_B), compute_dtype or x.dtype)", "compute_dtype or x.dtype"),
-            ("if not dropout_p and is_tiny", "if is_tiny"),
+            ("if not dropout_p and _is_tiny", "if _is_tiny"),
         ],
+        "_is_tiny": [("and x.is_cpu", ""), ("1 < rows", "0 < rows"), ("x.dtype in SIXTEEN_BIT and", "")],
         "_is_simple": [
             ("and multiplies_itself(x)", ""),
             ("and (dtype is None or dtype is own)", ""),
@@ -138,7 +140,6 @@ OPERATORS = {
             ("frexp(scaling)[0] in (0.5, -0.5)", "True"),
             ("frexp(scaling)[0] in (0.5, -0.5)", "False"),
         ],
-        "dropout_keep": [("arange(first_row, first_row +", "arange(0,")],
         "grad_a": [
             ("own is grad_dtype and", ""),
             ("and multiplies_itself(g)", ""),
@@ -147,8 +148,10 @@ OPERATORS = {
             ("grad is None", "start >= 0"),
         ],
     },
+    ("mica/paths/dropout.py", "tests/mica/paths/test_torch_path.py", "tests/mica/paths/test_parity.py"): {
+        "dropout_keep": [("arange(first_row, first_row +", "arange(0,")],
+    },
     ("mica/paths/products.py", "tests/mica/paths/test_products.py"): {
-        "is_tiny": [("and x.is_cpu", ""), ("1 < rows", "0 < rows"), ("x.dtype in QUERIES and", "")],
         "addmm": [("right in others", "right in others[1:]")],
         "_in_chunks": [
             ("these] if base.dim() == 1 else base[some, these", "..., : out[some, these].shape[1]"),
