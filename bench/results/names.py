@@ -10,6 +10,7 @@ FUSED, DESCRIPTOR = "mica.fast, fused", "mica.fast, fused by tensor descriptors"
 # Of host time: the driver returns at once from every launch.
 PYTORCH, KERNELS = "mica.fast, PyTorch form", "mica.fast, kernels with a driver that launches nothing"
 PYTORCH_16, KERNELS_16 = (f"{name}, adapters in the base dtype" for name in (PYTORCH, KERNELS))
+IN_GROUP = f"{KERNELS}, in a process group"
 MERGED = "adapter merged"
 FLOAT32 = "mica.fast, float32"
 SVD = "torch.linalg.svd"

@@ -5,12 +5,13 @@ On a GPU the host decides wherever a layer's kernels take less time than the cod
 tokens, in small models, in decoding. Here kernels are compiled and handed to a driver that launches nothing
 (tests/support/no_launch.py): all of the host's work is timed and none of the device's. Such a result has no
 numbers to check; `mica.fast.call_counts` proves that it came from kernels. All other implementations are
-checked first, the layer's against `mica.paths.torch_path`. Layer and block run on one thread, `generate()`
-on all.
+checked first, the layer's against `mica.paths.torch_path`. Layer and block run on one thread and are timed by
+its CPU time, so that other processes of the machine count little; `generate()` runs on all.
 """
 
 import copy
 import functools
+import time
 from contextlib import contextmanager, nullcontext
 from functools import partial
 from types import SimpleNamespace
@@ -18,6 +19,7 @@ from typing import NamedTuple
 
 import pytest
 import torch
+import torch.distributed as dist
 from transformers import AutoModel, GenerationConfig, LlamaConfig
 
 import mica.fast
@@ -41,7 +43,7 @@ DTYPES = {"float32": torch.float32}
 if has_native(torch.bfloat16):
     DTYPES["bfloat16"] = torch.bfloat16
 ROUNDS = pick(default=9, quick=5)
-TOKENS, OUT, IN = 4, 32, 32  # of the layer
+TOKENS, OUT, IN = 16, 64, 64  # of the layer
 WIDTHS = {"hidden_size": 64, "intermediate_size": 128}  # of the block
 CONFIG = {"num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 8}  # no tokens go in
 # Relative differences of a block's y, dx and dA from stock PEFT's, whose adapters compute in fp32
@@ -59,7 +61,27 @@ def kernels():
         yield
 
 
-WAYS[names.KERNELS] = kernels, True
+@contextmanager
+def in_process_group():
+    """As under DDP: B must not be prepared again in each call."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        with kernels():
+            yield
+    finally:
+        dist.destroy_process_group()
+
+
+WAYS |= {names.KERNELS: (kernels, True), names.IN_GROUP: (in_process_group, True)}
+
+
+@contextmanager
+def within(context, autocast):
+    with context(), torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        yield
+
+
+ON_KERNELS = (names.KERNELS, names.KERNELS_16, names.IN_GROUP)
 
 
 class Cell(NamedTuple):
@@ -70,13 +92,14 @@ class Cell(NamedTuple):
     """
 
     dtype: str
+    autocast: bool = False  # to bfloat16, as in `Trainer(bf16=True)`
     blocks: int = 0
     calls: tuple[int, int] = (1000, 300)  # 10 ms of the quickest implementation
 
     @property
     def key(self) -> str:
         """For ``-k``."""
-        return f"{'block' if self.blocks else 'layer'}-{self.dtype}"
+        return f"{'block' if self.blocks else 'layer'}-{self.dtype}{'-autocast' if self.autocast else ''}"
 
     @property
     def name(self) -> str:
@@ -84,27 +107,33 @@ class Cell(NamedTuple):
         if self.blocks:
             widths, plural = " / ".join(map(str, WIDTHS.values())), "s" if self.blocks > 1 else ""
             what = f"a Llama with {self.blocks} block{plural} of {widths}, {TOKENS} tokens"
-        return f"host time of {what}, r = {RANK}, {self.dtype}"
+        return f"host time of {what}, r = {RANK}, {self.dtype}{', autocast' if self.autocast else ''}"
 
     @property
     def axes(self) -> dict[str, str | int]:
         shape = {"layers": self.blocks} if self.blocks else {"out": OUT, "in": IN}
         suite = "host block" if self.blocks else "host layer"
-        return {"suite": suite, "tokens": TOKENS, **shape, "rank": RANK, "dtype": self.dtype}
+        autocast = {"autocast": "bfloat16"} if self.autocast else {}
+        return {"suite": suite, "tokens": TOKENS, **shape, "rank": RANK, "dtype": self.dtype, **autocast}
 
     @property
     def implementations(self) -> dict[str, tuple]:
         """name -> (dtype of the adapter, context, whether kernels run). fp32 is PEFT's default."""
-        wide = {name: (torch.float32, *way) for name, way in WAYS.items()}
+        left_out = names.IN_GROUP if self.blocks else None
+        wide = {
+            name: (torch.float32, partial(within, context, self.autocast), on_kernels)
+            for name, (context, on_kernels) in WAYS.items()
+            if name != left_out
+        }
         same = {names.STOCK_16: STOCK, names.PYTORCH_16: names.PYTORCH, names.KERNELS_16: names.KERNELS}
         if self.dtype == "float32":
             return wide
-        of_base = {name: (DTYPES[self.dtype], *WAYS[way]) for name, way in same.items()}
+        of_base = {name: (DTYPES[self.dtype], *wide[way][1:]) for name, way in same.items()}
         return wide | ({names.STOCK_16: of_base[names.STOCK_16]} if self.blocks else of_base)
 
     @property
     def names(self) -> list[str]:
-        return [*self.implementations, *(() if self.blocks else (ATEN,))]
+        return [*self.implementations, *(() if self.blocks or self.autocast else (ATEN,))]
 
 
 def layer_steps(cell: Cell) -> dict[str, Step]:
@@ -129,7 +158,7 @@ def layer_steps(cell: Cell) -> dict[str, Step]:
             ran = {} if on_kernels is None else operators(1, on_kernels=on_kernels)
             called, inputs = (module.base_layer, (x,)) if name == BARE else (module, (x, trained))
             step = Step(Form(partial(called, x), inputs, context, module), dy[None], operators=ran)
-        if step.form.context is not kernels:  # whose results have no numbers
+        if name not in ON_KERNELS:  # whose results have no numbers
             with step.form.context():
                 check_errors(name, step.form.errors(step.grad_output, truth), RELATIVE[dtype])
         return step
@@ -154,7 +183,7 @@ def block_steps(cell: Cell) -> dict[str, Step]:
         return work.step(name, context, ran)
 
     gates = dict.fromkeys(("y", "dx", "dA"), BLOCK_GATES[cell.dtype])
-    return check_all(cell.name, cell.names, build, gates, (BARE, names.KERNELS))
+    return check_all(cell.name, cell.names, build, gates, (BARE, *ON_KERNELS))
 
 
 @functools.lru_cache(maxsize=1)
@@ -163,8 +192,9 @@ def setting(cell: Cell) -> dict[str, Step]:
 
 
 BLOCKS = pick(quick={1: 30}, default={1: 50}, full={1: 50, 4: 20})  # -> calls in a sample
-CELLS = [Cell(dtype) for dtype in DTYPES]
-CELLS += [Cell(dtype, blocks, (calls, calls)) for dtype in DTYPES for blocks, calls in BLOCKS.items()]
+SETTINGS = [(dtype, False) for dtype in DTYPES] + [(dtype, True) for dtype in DTYPES if dtype == "bfloat16"]
+CELLS = [Cell(*setting) for setting in SETTINGS]
+CELLS += [Cell(*setting, blocks, (calls, calls)) for setting in SETTINGS for blocks, calls in BLOCKS.items()]
 
 
 @pytest.fixture
@@ -175,6 +205,7 @@ def one_thread():
     torch.set_num_threads(threads)
 
 
+@pytest.mark.benchmark(timer=time.thread_time)
 @turns(CELLS, (NO_GRADIENT, BOTH), lambda cell: ROUNDS, lambda cell, part: cell.names)
 def bench_host(once, gated, one_thread, cell, round_, part, implementation):
     """Without a gradient the operators choose which kernels they launch, if any."""

@@ -72,6 +72,7 @@ OPERATORS = {
         "_MicaLinear.forward": [("if needs_x else None", "")],
         "_MicaLinear.backward": [("torch.is_grad_enabled() or", ""), ("or not is_eager(grad_output, x)", "")],
         "_cast": [("seed, x.dtype", "seed, None")],
+        "_is_host_bound": [("<= HOST_BOUND", "< HOST_BOUND"), ("and x.is_cpu", "")],
         "linear_eager": [
             ("(lora_A.requires_grad or x.requires_grad)", "lora_A.requires_grad"),
             ("with no_autocast():", "if True:"),
