@@ -22,6 +22,7 @@ SHARED_MEMORY = {
 # device's own number: splits depend on shapes only, and so do results.
 PROGRAMS = 264
 MANY_TOKENS = 8192  # more than any configuration asks for
+FORM_NAMES = ("split", "fused", "descriptor", "aten")  # of a layer, see `Forms`
 # Their tensor cores read from shared memory and multiply for four warps: registers suffice for larger tiles.
 _HOPPER_ON = ("sm_90", "sm_100")
 

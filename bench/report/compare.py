@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from bench.report.markdown import ONE_PROCESS, markdown_table
-from bench.results.names import BARE, COPY, FAST, LORA, STOCK, SVD
+from bench.results.names import BARE, COPY, CUBLAS, FAST, LORA, STOCK, SVD
 from bench.results.schema import Group, Ratio, Result, is_refused
 
 # The first two where the group has them, else the first of the others that it has
@@ -72,7 +72,7 @@ class Comparison:
 
 def is_ours(group: Group, name: str) -> bool:
     """What is compared with a copy are configurations of our kernels."""
-    return name.startswith(OURS) or (COPY in group.timings and name != COPY)
+    return name.startswith(OURS) or (COPY in group.timings and name not in (COPY, CUBLAS))
 
 
 def ratios(group: Group) -> Iterator[tuple[str, str, Ratio]]:

@@ -165,7 +165,7 @@ def bench_experts(once, gated, cell, round_, implementation):
 
 
 MANY, FEW = (128, 768, 2048), (8, 768, 2048)  # experts, out, in
-STACK = pick(default=(32, *MANY[1:]), quick=FEW, full=MANY, cuda=MANY, dry=(3, 48, 64))
+STACK = pick(default=(32, *MANY[1:]), quick=FEW, full=MANY, dry=(3, 48, 64))
 STACK_RANK, STACK_ROUNDS = pick(default=16, dry=4), pick(default=3, quick=2, full=2, cuda=2, dry=1)
 STACK_GROUP = "experts init, {} experts of {} x {}".format(*STACK)
 

@@ -1,4 +1,4 @@
-"""Each skinny kernel in all its configurations, compared with a copy that moves as many bytes.
+"""Each skinny kernel in all its configurations, beside a copy that moves as many bytes and cuBLAS.
 
 All of them are memory-bound, so a kernel is as good as the share of the copy's bandwidth that it reaches:
 ``bytes`` is what a launch must read and write once. Each configuration is checked against
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from bench.measure.machine import DEVICE
-from bench.results.names import COPY, DOWN_A, DOWN_B, GRAD_A, UP_B
+from bench.results.names import COPY, CUBLAS, DOWN_A, DOWN_B, GRAD_A, UP_B
 from bench.suites.harness import build_all, needs_accelerator, pick
 from mica.paths import torch_path
 from tests.support.tolerances import RELATIVE, error
@@ -63,7 +63,11 @@ class Cell(NamedTuple):
 SIZES = pick(
     quick=[(40, 64, 16)],
     default=[],
-    cuda=[*((tokens, 4096, rank) for rank in (16, 64) for tokens in (8192, 2048, 512)), (8192, 14336, 16)],
+    cuda=[
+        *((tokens, 4096, rank) for rank in (16, 64) for tokens in (8192, 2048, 512)),
+        *((tokens, 4096, 128) for tokens in (8192, 2048)),
+        (8192, 14336, 16),
+    ],
 )
 CELLS = [Cell(kernel, *sizes) for sizes in SIZES for kernel in NAMES]
 
@@ -103,14 +107,28 @@ EXACT = {  # of the operands in fp64
 }
 
 
+def outer_product(g: Tensor, x: Tensor) -> Tensor:
+    """gᵀ x in fp32, as exact as the kernel; where PyTorch cannot (on a CPU), rounded before."""
+    wide = {"out_dtype": torch.float32} if DEVICE == "cuda" else {}
+    return torch.mm(g.t(), x, **wide).float()
+
+
+PRODUCTS = {  # PyTorch's call for the same, casts included
+    "down-A": lambda x, A: torch.mm(x, A.to(x.dtype).t()),
+    "down-B": lambda dy, B_t: torch.mm(dy, B_t.t()),
+    "up-B": torch.Tensor.addmm_,
+    "grad_a": outer_product,
+}
+
+
 @functools.cache
 def implementations(cell: Cell) -> dict[str, Config | None]:
-    """The copy, then every configuration of the kernel's table, the default first."""
+    """The copy, every configuration of the kernel's table, the default first, and cuBLAS."""
     work = work_of(cell, "meta")
     target = target_of(torch.device(DEVICE))
     table = work.kernel.plan(*work.operands, **work.numbers, target=target).configs
     named = {f"{NAMES[cell.kernel]}, {'x'.join(map(str, config))}": config for config in table}
-    return {COPY: None, **named}
+    return {COPY: None, **named, CUBLAS: None}
 
 
 def launch_bytes(launch: Launch, out: Tensor) -> int:
@@ -128,14 +146,12 @@ def copy(size: int) -> Callable[[], object]:
     return lambda: target.copy_(source)
 
 
-def checked(work: Work, config: Config, truth: Tensor) -> Callable[[], Tensor]:
-    """The call with this configuration, once its result is right; the first operand may be updated."""
-    first, *others = work.operands
-    call = functools.partial(work.kernel, **work.numbers, config=config)
-    result, limit = call(first.clone(), *others), RELATIVE[DTYPE]
-    wrong = error(result, truth)
+def checked(call: Callable[..., Tensor], operands: tuple[Tensor, ...], truth: Tensor) -> Callable[[], Tensor]:
+    """The call with these operands, once its result is right; it may update the first of them."""
+    first, *others = operands
+    wrong, limit = error(call(first.clone(), *others), truth), RELATIVE[DTYPE]
     assert wrong <= limit, f"the relative error is {wrong:.2e}, above {limit:.0e}"
-    return functools.partial(call, *work.operands)
+    return functools.partial(call, *operands)
 
 
 @functools.lru_cache(maxsize=1)
@@ -149,7 +165,10 @@ def setting(cell: Cell) -> tuple[dict[str, Callable], int]:
     configs = implementations(cell)
 
     def build(name: str) -> Callable[[], object]:
-        return copy(size) if configs[name] is None else checked(work, configs[name], truth)
+        if name == COPY:
+            return copy(size)
+        ours = functools.partial(work.kernel, **work.numbers, config=configs[name])
+        return checked(PRODUCTS[cell.kernel] if name == CUBLAS else ours, work.operands, truth)
 
     return build_all(cell.name, configs, build), size
 
@@ -159,7 +178,7 @@ def cases():
     for cell in CELLS:
         for round_ in range(ROUNDS):
             for name, config in implementations(cell).items():
-                key = "x".join(map(str, config)) if config else COPY
+                key = "x".join(map(str, config)) if config else name
                 yield pytest.param(cell, round_, name, id=f"{cell.key}-{round_}-{key}")
 
 

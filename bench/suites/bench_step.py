@@ -1,7 +1,8 @@
 """A training step of a whole model, all linear layers adapted, r = 16: bare, stock PEFT, mica.fast.
 
 On a CPU SmolLM2-135M with its own weights, in a quick run a small model with random ones; on an accelerator
-four layers of Llama-3.2-1B's widths, with and without gradient checkpointing. Every implementation gets
+four layers of Llama-3.2-1B's widths, also with gradient checkpointing, as Trainer runs it with ``bf16=True``
+(the forward under autocast), and under DDP, alone in its group. Every implementation gets
 embeddings that require a gradient, so that the bare frozen model has a backward too and all do the same base
 work. The adapted ones also run AdamW on A. Before anything is timed they train from the same start, and their
 losses must be stock PEFT's. Memory: what is saved for the backward, by how much memory grows within a step,
@@ -14,12 +15,15 @@ from typing import NamedTuple
 
 import pytest
 import torch
+import torch.distributed as dist
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 
-from bench.measure.machine import DEVICE, ON_ACCELERATOR
+from bench.measure.machine import DEVICE
 from bench.measure.memory import optimizer_bytes, saved_bytes, trainable_bytes
 from bench.results.names import BARE, FAST, STOCK, STOCK_16
 from bench.suites.decoder import LINEAR_LAYERS, RANK, Work, adapted, cast, causal
-from bench.suites.harness import build_all, pick
+from bench.suites.harness import build_all, pick, under_autocast
 from bench.suites.steps import CONTEXTS, Step, checked, expected_operators
 from tests.support import models
 
@@ -31,10 +35,11 @@ LEARNING_RATE = pick(default=1e-3, dry=3e-2)
 GATES = {"bfloat16": {"y": 1e-2, "dx": 1e-1, "dA": 1e-1}, "float32": {"y": 1e-5, "dx": 1e-4, "dA": 1e-4}}
 DISTINCT = 16  # random tokens: that others never occur is learnt in a few steps
 SMOLLM2 = "SmolLM2-135M"
+CHECKPOINTED, AUTOCAST, DDP = "checkpointed", "autocast", "DDP of one process"
 
 
 class Cell(NamedTuple):
-    """``tokens``: (batch, sequence); ``layers``: of the model with random weights."""
+    """``tokens``: (batch, sequence); ``layers``: of the model with random weights; ``how`` it is run."""
 
     model: str
     tokens: tuple[int, int]
@@ -42,12 +47,12 @@ class Cell(NamedTuple):
     rounds: int = 6
     layers: int = 4
     vocabulary: int = 32000
-    checkpointing: int = 0
+    how: str = ""
 
     @property
     def name(self) -> str:
         batch, sequence = self.tokens
-        how = ", checkpointed" if self.checkpointing else ""
+        how = f", {self.how}" if self.how else ""
         return f"training step of {self.model}, {batch} x {sequence} tokens, r = {RANK}, {self.dtype}{how}"
 
     @property
@@ -55,7 +60,7 @@ class Cell(NamedTuple):
         batch, sequence = self.tokens
         axes = {"suite": "step", "model": self.model, "tokens": batch * sequence, "sequence": sequence}
         axes |= {"rank": RANK, "dtype": self.dtype}
-        return axes | ({"checkpointing": self.checkpointing} if ON_ACCELERATOR else {})
+        return axes | ({"how": self.how} if self.how else {})
 
     @property
     def implementations(self) -> tuple[str, ...]:
@@ -67,18 +72,37 @@ CELLS = pick(
     default=[Cell(SMOLLM2, (1, 512), rounds=3), Cell(SMOLLM2, (1, 256), "float32", rounds=2)],
     full=[Cell(SMOLLM2, (2, 512)), Cell(SMOLLM2, (1, 512), "float32", rounds=3)],
     cuda=[
-        Cell("Llama-3.2-1B", tokens, rounds=10, checkpointing=checkpointing)
-        for tokens in ((4, 2048), (1, 512))
-        for checkpointing in (0, 1)
+        *(Cell("Llama-3.2-1B", (4, 2048), rounds=10, how=how) for how in ("", CHECKPOINTED, AUTOCAST)),
+        *(Cell("Llama-3.2-1B", (1, 512), rounds=10, how=how) for how in ("", CHECKPOINTED, AUTOCAST, DDP)),
     ],
     dry=[
-        Cell("toy", (1, 8), rounds=1, layers=2, vocabulary=64),
-        Cell("toy", (1, 8), rounds=1, layers=1, vocabulary=64, checkpointing=1),
+        Cell("toy", (1, 8), rounds=1, layers=1, vocabulary=64, how=how)
+        for how in ("", CHECKPOINTED, AUTOCAST, DDP)
     ],
 )
 
 
 smollm2 = functools.cache(models.smollm2)  # 15 s to read
+
+
+@pytest.fixture(scope="module", autouse=True)
+def no_group_is_left():
+    yield
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def alone(model: nn.Module) -> nn.Module:
+    """Under DDP, in a group of this process, which `mica.fast` sees; the bare model has nothing to train."""
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        return model
+    if not dist.is_initialized():
+        backend = "nccl" if DEVICE == "cuda" else "gloo"
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+    return DistributedDataParallel(model)
+
+
+WRAPPED = {AUTOCAST: under_autocast, DDP: alone}
 
 
 def work_of(cell: Cell) -> Work:
@@ -90,15 +114,16 @@ def work_of(cell: Cell) -> Work:
         bare = causal(cell.model, cell.layers, cell.vocabulary, DTYPES[cell.dtype])
         ids = torch.randint(DISTINCT, cell.tokens)
     bare, ids = bare.train().requires_grad_(False).to(DEVICE), ids.to(DEVICE)
-    if cell.checkpointing:
+    if cell.how == CHECKPOINTED:
         bare.gradient_checkpointing_enable({"use_reentrant": False})
     x = bare.get_input_embeddings()(ids).detach()
-    return Work(bare, adapted(bare, 0.02), x, labels=ids)
+    wrapped = {"wrap": WRAPPED[cell.how]} if cell.how in WRAPPED else {}
+    return Work(bare, adapted(bare, 0.02), x, labels=ids, **wrapped)
 
 
 def build(cell: Cell, work: Work, implementation: str) -> Step:
     layers = LINEAR_LAYERS * work.bare.config.num_hidden_layers
-    ran = expected_operators(implementation, layers, forwards=1 + cell.checkpointing)
+    ran = expected_operators(implementation, layers, forwards=1 + (cell.how == CHECKPOINTED))
     return work.step(implementation, CONTEXTS[implementation], ran, LEARNING_RATE)
 
 
@@ -129,11 +154,12 @@ def setting(cell: Cell) -> dict[str, Step]:
     return build_all(cell.name, cell.implementations, checked_step)
 
 
-def memory(step: Step) -> dict[str, float]:
+def memory(step: Step, how: str) -> dict[str, float]:
     """Megabytes."""
-    model, optimizer = step.form.module, step.optimizer
-    with step.form.context():
-        facts = {"saved_mb": saved_bytes(step.form.forward, [model]) / 1e6}
+    model, optimizer, facts = step.form.module, step.optimizer, {}
+    if how != DDP:  # which wants a backward after every forward
+        with step.form.context():
+            facts["saved_mb"] = saved_bytes(step.form.forward, [model]) / 1e6
     facts["trained_mb"] = trainable_bytes(model) / 1e6
     facts["optimizer_mb"] = 0.0 if optimizer is None else optimizer_bytes(optimizer) / 1e6
     return facts
@@ -141,13 +167,16 @@ def memory(step: Step) -> dict[str, float]:
 
 # the last parameter is the innermost loop: implementations take turns within a round
 CASES = [
-    (cell, round_, name) for cell in CELLS for round_ in range(cell.rounds) for name in cell.implementations
+    pytest.param(cell, round_, name, id=f"{cell.name}-{round_}-{name}")
+    for cell in CELLS
+    for round_ in range(cell.rounds)
+    for name in cell.implementations
 ]
 
 
 @pytest.mark.parametrize(("cell", "round_", "implementation"), CASES)
 def bench_step(once, gated, cell, round_, implementation):
     step = gated(cell.name, lambda: setting(cell), implementation)[implementation]
-    facts = memory(step) if round_ == 0 else {}
+    facts = memory(step, cell.how) if round_ == 0 else {}
     step.time(once, cell.name, implementation, cell.axes, **facts)
     once.note_growth(peak_mb=1e6)

@@ -82,7 +82,7 @@ CELLS = pick(
         *cells((*EMBEDDING, 5)),
         many(5),
     ],
-    cuda=[*cells((4096, 4096, 2, AUTO), (14336, 4096, 2, AUTO), (1024, 4096, 3, AUTO)), many(3)],
+    cuda=[*cells((4096, 4096, 2, AUTO), (14336, 4096, 1, AUTO), (1024, 4096, 3, AUTO)), many(3)],
     dry=[*cells((96, 64, 1, (MANY,)), (64, 96, 1, (MANY,))), many(1, 64, 2)],
 )
 

@@ -60,7 +60,8 @@ class Work(NamedTuple):
     """What is run: a model without a head gives y of x's shape, one with a head the loss of ``labels``.
 
     ``bare``: frozen, without adapters; ``masters``: with adapters as PEFT makes them, in fp32, for
-    implementations to copy; ``x``: embeddings (batch, sequence, hidden).
+    implementations to copy; ``x``: embeddings (batch, sequence, hidden); ``wrap``: makes of a model what is
+    called.
     """
 
     bare: nn.Module
@@ -68,6 +69,7 @@ class Work(NamedTuple):
     x: Tensor
     grad_output: Tensor | None = None
     labels: Tensor | None = None
+    wrap: Callable[[nn.Module], Callable] = lambda model: model
 
     def step(self, name: str, context: Context, operators: dict[str, int], rate: float = 0.0) -> Step:
         """A step of the bare model or of a copy of the masters; ``rate``: AdamW's."""
@@ -80,13 +82,14 @@ class Work(NamedTuple):
         self, model: nn.Module, context: Context, operators: dict[str, int], rate: float = 0.0
     ) -> Step:
         """x requires a gradient, so that the bare frozen model has a backward too."""
+        call = self.wrap(model)
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
         x = self.x.detach().requires_grad_()
 
         def forward() -> Tensor:
             if self.labels is None:
-                return model(inputs_embeds=x).last_hidden_state
-            return model(inputs_embeds=x, labels=self.labels).loss
+                return call(inputs_embeds=x).last_hidden_state
+            return call(inputs_embeds=x, labels=self.labels).loss
 
         optimizer = torch.optim.AdamW(trained, lr=rate) if trained and rate else None
         return Step(Form(forward, (x, *trained), context, model), self.grad_output, optimizer, operators)

@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 
 import pytest
 import torch
+from torch import nn
 
 from bench.measure.machine import DEVICE, IS_DRY, ON_ACCELERATOR, SIZE
 from bench.results import journal
@@ -47,6 +48,11 @@ def iterations(seconds: float, sample: float = 0.005) -> int:
     The calls are those of the bare layer, the fastest; the others take up to five times as long.
     """
     return 1 if IS_DRY else min(100, max(1, ceil(sample / seconds)))
+
+
+def under_autocast(module: nn.Module) -> Callable:
+    """Its call, as Trainer makes it with ``bf16=True``: the forward only."""
+    return torch.autocast(DEVICE, torch.bfloat16)(module.__call__)
 
 
 def turns(
