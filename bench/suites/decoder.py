@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, LlamaConfig, PretrainedConfig, Qwen2Config
+from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, PretrainedConfig, Qwen2Config
 
 from bench.results.names import BARE, STOCK_16
 from bench.suites.layer import Form
@@ -31,6 +31,9 @@ _WIDTHS = {  # hidden, intermediate, heads, heads of k and v
 
 def config_of(name: str, layers: int = 1, vocabulary: int = 8) -> PretrainedConfig:
     """A model with these widths. The vocabulary may be small where no tokens are embedded."""
+    shared = {"vocab_size": vocabulary, "bos_token_id": None, "eos_token_id": None}
+    if name == "GPT-2":
+        return GPT2Config(n_layer=layers, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, **shared)
     kind, hidden, intermediate, heads, kv_heads = _WIDTHS[name]
     return kind(
         hidden_size=hidden,
@@ -38,9 +41,7 @@ def config_of(name: str, layers: int = 1, vocabulary: int = 8) -> PretrainedConf
         num_attention_heads=heads,
         num_key_value_heads=kv_heads,
         num_hidden_layers=layers,
-        vocab_size=vocabulary,
-        bos_token_id=None,
-        eos_token_id=None,
+        **shared,
     )
 
 

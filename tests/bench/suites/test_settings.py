@@ -183,7 +183,7 @@ def test_a_wrong_operator_and_losses_that_diverge_later_are_refused(monkeypatch)
             patch.setattr(where, wrong)
             harness.refusals.clear()
             bench_step.setting.cache_clear()
-            assert bench_step.setting(STEP).keys() == {BARE, STOCK}
+            assert bench_step.setting(STEP).steps.keys() == {BARE, STOCK}
             assert harness.refusals[STEP.name, FAST].startswith(why)
 
 
