@@ -16,18 +16,15 @@ from torch import Tensor
 from bench.measure.machine import DEVICE
 from bench.results.names import COPY, CUBLAS, DOWN_A, DOWN_B, GRAD_A, UP_B
 from bench.suites.harness import build_all, needs_accelerator, pick
-from mica.paths import torch_path
 from tests.support.tolerances import RELATIVE, error
 
 pytest.importorskip("triton")
 
+from bench.suites.kernel_calls import Work, down, gradient_of_a, up
 from mica.kernels.common import target_of
 from mica.kernels.configs import Config
-from mica.kernels.down_projection import down_projection
-from mica.kernels.grad_a import grad_a
-from mica.kernels.launching import Launch, Launcher
+from mica.kernels.launching import Launch
 from mica.kernels.limits import padded_columns
-from mica.kernels.up_projection import up_projection_
 
 pytestmark = needs_accelerator
 
@@ -72,16 +69,8 @@ SIZES = pick(
 CELLS = [Cell(kernel, *sizes) for sizes in SIZES for kernel in NAMES]
 
 
-class Work(NamedTuple):
-    """What is launched: ``kernel(*operands, **numbers)``."""
-
-    kernel: Launcher
-    operands: tuple[Tensor, ...]
-    numbers: dict
-
-
 def work_of(cell: Cell, device: str) -> Work:
-    """With operands as the library passes them; on the device "meta" without their numbers."""
+    """On the device "meta" without the operands' numbers."""
     rank, columns = cell.rank, padded_columns(cell.rank)
 
     def matrix(rows: int, width: int, dtype: torch.dtype = DTYPE) -> Tensor:
@@ -89,22 +78,11 @@ def work_of(cell: Cell, device: str) -> Work:
 
     wide, low = matrix(cell.tokens, cell.features), matrix(cell.tokens, columns)
     if cell.kernel == "grad_a":
-        return Work(grad_a, (low, wide), {"rank": rank})
+        return gradient_of_a(low, wide, rank)
     if cell.kernel == "down-A":
-        factor = matrix(rank, cell.features, torch.float32)
-    else:
-        factor = matrix(cell.features, columns).t()
-    if cell.kernel == "up-B":
-        return Work(up_projection_, (wide, low, factor), {})
-    return Work(down_projection, (wide, factor), {"compute_dtype": DTYPE})
-
-
-EXACT = {  # of the operands in fp64
-    "down-A": lambda x, A: torch_path.down_projection(x, A, 1.0, x.dtype),
-    "down-B": lambda dy, B_t: torch_path.down_projection(dy, B_t, 1.0, dy.dtype),
-    "up-B": lambda y, h, B_t: torch_path.up_projection(y, h, B_t.t()),
-    "grad_a": torch_path.grad_a,
-}
+        return down(wide, matrix(rank, cell.features, torch.float32))
+    factor = matrix(cell.features, columns).t()
+    return up(wide, low, factor, rank) if cell.kernel == "up-B" else down(wide, factor)
 
 
 def outer_product(g: Tensor, x: Tensor) -> Tensor:
@@ -124,9 +102,7 @@ PRODUCTS = {  # PyTorch's call for the same, casts included
 @functools.cache
 def implementations(cell: Cell) -> dict[str, Config | None]:
     """The copy, every configuration of the kernel's table, the default first, and cuBLAS."""
-    work = work_of(cell, "meta")
-    target = target_of(torch.device(DEVICE))
-    table = work.kernel.plan(*work.operands, **work.numbers, target=target).configs
+    table = work_of(cell, "meta").plan(target=target_of(torch.device(DEVICE))).configs
     named = {f"{NAMES[cell.kernel]}, {'x'.join(map(str, config))}": config for config in table}
     return {COPY: None, **named, CUBLAS: None}
 
@@ -159,16 +135,14 @@ def setting(cell: Cell) -> tuple[dict[str, Callable], int]:
     """implementation -> its call, and the bytes that each of them moves."""
     torch.manual_seed(0)
     work = work_of(cell, DEVICE)
-    out, launch = work.kernel.plan(*work.operands, **work.numbers).bind()
-    size = launch_bytes(launch, out)
-    truth = EXACT[cell.kernel](*(tensor.double() for tensor in work.operands))
-    configs = implementations(cell)
+    out, launch = work.plan().bind()
+    size, configs = launch_bytes(launch, out), implementations(cell)
 
     def build(name: str) -> Callable[[], object]:
         if name == COPY:
             return copy(size)
         ours = functools.partial(work.kernel, **work.numbers, config=configs[name])
-        return checked(PRODUCTS[cell.kernel] if name == CUBLAS else ours, work.operands, truth)
+        return checked(PRODUCTS[cell.kernel] if name == CUBLAS else ours, work.operands, work.expected)
 
     return build_all(cell.name, configs, build), size
 

@@ -86,7 +86,8 @@ def with_faults(tmp_path_factory):
     folder = tmp_path_factory.mktemp("faults")
     settings = {"OUT": str(folder), "OMP_NUM_THREADS": "1", "plugin": "tests.support.broken_stage"}
     settings["MICA_TEST_FAULTS"] = ",".join(f"{stage}:{fault}" for stage, fault in FAULT_OF.items())
-    done = start("bench.gpu", "--dry-run", "--name", "run", "--silence", str(SILENCE), **settings)
+    options = ["--dry-run", "--name", "run", "--silence", SILENCE, "--budget", 3000]
+    done = start("bench.gpu", *options, **settings)
     assert done.returncode == 1, done.stdout + done.stderr
     lines = [line.removeprefix("STAGE ") for line in done.stdout.splitlines() if line.startswith("STAGE ")]
     stages = {one["stage"]: one for one in map(json.loads, lines)}
