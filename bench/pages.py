@@ -315,7 +315,7 @@ def modelled() -> Rows:
         "stock PEFT, bf16 adapters",
         "stock PEFT, default",
     ]
-    for shape in shapes("h100"):
+    for shape in shapes():
         percents = [shape["forms"][form]["percent"] for form in forms]
         cells = [f"{one['forward']:.0f} / {one['backward']:.0f} %" for one in percents]
         yield [" x ".join(str(shape[side]) for side in ("m", "n", "k")), *cells]

@@ -1,30 +1,27 @@
 """``python -m bench.model``: a table of figures modelled by `bench.model.roofline`.
 
-That of an H100 is ``bench/results/modelled/h100.txt``, to be written again after a change of configurations.
+It is ``bench/results/modelled/h100.txt``, to be written again after a change of configurations.
 """
 
 from __future__ import annotations
 
-import argparse
-
-from bench.model.roofline import DEVICES, Layer, compare
+from bench.model.roofline import H100, Layer, compare
 
 SHAPES = ((8192, 4096, 4096), (8192, 14336, 4096), (8192, 4096, 14336), (512, 4096, 4096))  # M, N, K
 RANK = 16
 
 
-def shapes(name: str) -> list[dict]:
-    """All that is modelled for a device of `DEVICES`."""
-    device = DEVICES[name]
-    return [compare(Layer(*shape, RANK, device.target), device) for shape in SHAPES]
+def shapes() -> list[dict]:
+    """All that is modelled."""
+    return [compare(Layer(*shape, RANK, H100.target), H100) for shape in SHAPES]
 
 
-def table(name: str) -> str:
-    device, rows = DEVICES[name], shapes(name)
-    rates = [f"{device.tensor / 1e12:g} TF/s bf16", f"{device.fp32 / 1e12:g} TF/s fp32"]
-    rates += [f"{device.bandwidth / 1e12:g} TB/s", f"{device.gap * 1e6:g} us between launches"]
+def table() -> str:
+    rows = shapes()
+    rates = [f"{H100.tensor / 1e12:g} TF/s bf16", f"{H100.fp32 / 1e12:g} TF/s fp32"]
+    rates += [f"{H100.bandwidth / 1e12:g} TB/s", f"{H100.gap * 1e6:g} us between launches"]
     gemm = rows[0]["triton_gemm"]
-    lines = [f"MODELLED, not measured: {name}, rank {RANK}, our GEMM {gemm} x vendor's"]
+    lines = [f"MODELLED, not measured: h100, rank {RANK}, our GEMM {gemm} x vendor's"]
     lines.append(f"assumed: {', '.join(rates)}")
     for row in rows:
         title = "MODELLED {m} x {n} x {k} (M x N x K)".format(**row)
@@ -40,6 +37,4 @@ def table(name: str) -> str:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(prog="python -m bench.model", description=__doc__)
-    parser.add_argument("--device", choices=DEVICES, default="h100")
-    print(table(parser.parse_args().device), end="")
+    print(table(), end="")

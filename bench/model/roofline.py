@@ -33,11 +33,7 @@ class Device(NamedTuple):
     gap: float = 2e-6
 
 
-DEVICES = {
-    "h100": Device("sm_90", 790e12, 45e12, 3.0e12),
-    "a100": Device("sm_80", 280e12, 17e12, 1.8e12),
-    "rtx4090": Device("sm_89", 160e12, 70e12, 0.9e12),
-}
+H100 = Device("sm_90", 790e12, 45e12, 3.0e12)
 
 
 class Layer(NamedTuple):

@@ -27,43 +27,46 @@ def broken(plan, tensors):
 launching.Plan.bind = broken
 """
 LAYER = "(bench_layer and 1024x576x576-r16-bfloat16 and backward)"
-MORE = "block or autocast or DDP or (r16 and backward and not forms)"
+MORE = "block or (bench_step and (autocast or DDP)) or (r16 and backward and not forms)"
 HOST = "(bench_host and not generation and float32 and backward)"
+ON_A_CPU = {"MICA_BENCH_SIZE": "quick", "TRITON_INTERPRET": "0", "MICA_BACKEND": "auto"}
+ON_A_CPU |= {"MICA_TEST_OPERATOR": "wrong"}  # for the plugin that breaks operators
 
 
-def test_every_implementation_is_timed(measured):
-    """Kernels are timed that are not launched; all of a block's by every clock."""
-    code, result, output = measured(["bench_host.py"], HOST)
-    assert code == 0, output
-    assert [group.axes["suite"] for group in result.groups] == ["host layer", "host block"]
-    for group in result.groups:
+def test_every_implementation_is_timed(tmp_path):
+    """Kernels that are not launched, all of a block's by every clock, and what is only on a GPU."""
+    done = dry_run(tmp_path, "bench_host.py", "-k", HOST, **ON_A_CPU)
+    assert done.code == 0, done.text
+    assert [group.axes["suite"] for group in done.result.groups] == ["host layer", "host block"]
+    for group in done.result.groups:
         launches = {name: timing.facts["launches"] for name, timing in group.timings.items()}
         assert {name for name, count in launches.items() if count} == {KERNELS}
         assert {PYTORCH, STOCK} <= launches.keys()
-    dry = {"MICA_BENCH_SIZE": "dry", "TRITON_INTERPRET": "1", "MICA_BACKEND": "triton"}
-    code, result, output = measured(["bench_step.py", "bench_layer.py"], MORE, **dry)
-    assert code == 0, output
-    assert not result.refused
-    block, layer = ([*result.select(suite=suite)] for suite in ("block", "layer"))
+    (tmp_path / "journal.jsonl").unlink()
+    done = dry_run(tmp_path, "bench_step.py bench_layer.py", "-k", MORE)
+    assert done.code == 0, done.text
+    assert not done.result.refused
+    block, layer = ([*done.result.select(suite=suite)] for suite in ("block", "layer"))
     assert [group.axes["clock"] for group in block] == [WALL, DEVICE_TIME, GRAPH]
     assert all(group.timings.keys() == {BARE, STOCK, STOCK_16, FAST} for group in block)
-    steps = {group.axes.get("how"): {*group.timings} for group in result.select(suite="step")}
+    steps = {group.axes.get("how"): {*group.timings} for group in done.result.select(suite="step")}
     assert steps == {how: {BARE, STOCK, STOCK_16, FAST} for how in ("autocast", "DDP of one process")}
     of_both = {names.COMPILED, names.COMPILED_FAST, names.AUTOCAST, names.AUTOCAST_FAST}
     assert all(of_both < group.timings.keys() for group in layer)
 
 
-def test_a_wrong_operator_gets_no_number_and_the_others_do(measured):
-    code, result, output = measured(["bench_layer.py", "bench_host.py"], f"{LAYER} or {HOST}", "wrong")
-    assert code == 1, output
-    layer, host_layer, host_block = result.groups
+def test_a_wrong_operator_gets_no_number_and_the_others_do(tmp_path):
+    selection, injected = f"{LAYER} or {HOST}", "from tests.support import broken_operator"
+    done = dry_run(tmp_path, "bench_layer.py bench_host.py", "-k", selection, injected=injected, **ON_A_CPU)
+    assert done.code == 1, done.text
+    layer, host_layer, host_block = done.result.groups
     assert layer.axes["suite"] == "layer"
     assert {BARE, STOCK, STOCK_16, ATEN, names.LORA} <= layer.timings.keys()
     assert {BARE, STOCK, ATEN, KERNELS} <= host_layer.timings.keys()
     assert {BARE, STOCK, KERNELS} <= host_block.timings.keys()
-    assert [one["implementation"] for one in result.refused] == [FAST, PYTORCH, PYTORCH]
-    assert not any(group.timings.keys() & {FAST, PYTORCH} for group in result.groups)
-    of_layer, _, of_block = (one["why"] for one in result.refused)
+    assert [one["implementation"] for one in done.result.refused] == [FAST, PYTORCH, PYTORCH]
+    assert not any(group.timings.keys() & {FAST, PYTORCH} for group in done.result.groups)
+    of_layer, _, of_block = (one["why"] for one in done.result.refused)
     assert of_layer.startswith("the relative error of y is 1.0")
     assert of_block.startswith("y is ")
 
