@@ -14,7 +14,7 @@ from pathlib import Path
 from statistics import median
 
 from bench.model import experts as stacks
-from bench.model.__main__ import shapes
+from bench.model import roofline
 from bench.quality.recipes import OPTIONS, RECIPES, methods
 from bench.quality.report import page_table
 from bench.report.markdown import markdown_table
@@ -307,7 +307,6 @@ def subspaces() -> Rows:
 
 
 def modelled() -> Rows:
-    forms = ("split", "fused", "stock PEFT, bf16 adapters", "stock PEFT, default (fp32 adapters)")
     yield [
         "tokens x out x in",
         "mica, split",
@@ -315,10 +314,11 @@ def modelled() -> Rows:
         "stock PEFT, bf16 adapters",
         "stock PEFT, default",
     ]
-    for shape in shapes():
-        percents = [shape["forms"][form]["percent"] for form in forms]
+    for shape in roofline.SHAPES:
+        layer = roofline.Layer(*shape, roofline.RANK, roofline.H100.target)
+        percents = [roofline.percent(layer, roofline.H100, form) for form in roofline.FORMS]
         cells = [f"{one['forward']:.0f} / {one['backward']:.0f} %" for one in percents]
-        yield [" x ".join(str(shape[side]) for side in ("m", "n", "k")), *cells]
+        yield [" x ".join(map(str, shape)), *cells]
 
 
 def stack() -> Rows:

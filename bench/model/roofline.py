@@ -139,17 +139,6 @@ def ours(layer: Layer, fused: bool) -> Cost:
     return Cost(forward, backward, BF16 * m * k)
 
 
-def aten(layer: Layer) -> Cost:
-    """`mica.paths.torch_path` with one bf16 product for dA, the most that plain PyTorch can do.
-
-    Skinny GEMMs and `addmm_`, for a scaling of 1, which is not multiplied.
-    """
-    m, n, k, rank = layer[:4]
-    forward = [gemm(m, rank, k), gemm(m, n, k), gemm(m, n, rank, adds=True)]
-    backward = [gemm(m, rank, n), gemm(m, k, n), gemm(m, k, rank, adds=True), gemm(rank, k, m)]
-    return Cost(forward, backward, BF16 * m * k)
-
-
 def stock(layer: Layer, size: int) -> Cost:
     """PEFT's result + lora_B(lora_A(x))·scaling, adapters of ``size`` bytes per number; casts if not bf16."""
     m, n, k, rank = layer[:4]
@@ -180,28 +169,21 @@ def stock(layer: Layer, size: int) -> Cost:
     return Cost(forward, backward, size * m * k)
 
 
-BARE, SPLIT, FUSED, CONTROL = "bare frozen linear", "split", "fused", "aten control"
+SPLIT, FUSED = "split", "fused"
 STOCK_16, STOCK = "stock PEFT, bf16 adapters", "stock PEFT, default (fp32 adapters)"
 FORMS: dict[str, Callable[[Layer], Cost]] = {
-    BARE: bare,
     SPLIT: partial(ours, fused=False),
     FUSED: partial(ours, fused=True),
-    CONTROL: aten,
     STOCK_16: partial(stock, size=BF16),
     STOCK: partial(stock, size=FP32),
 }
 
 
-def compare(layer: Layer, device: Device) -> dict:
-    """The base's microseconds, each form's percent on top, partial sums' percent of a kernel's bytes."""
-    base, split = bare(layer), ours(layer, fused=False)
-    base_us, forms = base.microseconds(device), {}
-    for name, form in FORMS.items():
-        cost = form(layer)
-        us = cost.microseconds(device)
-        percent = {part: 100 * (us[part] / base_us[part] - 1) for part in us}
-        forms[name] = {"us": us, "percent": percent, "saved_bytes": cost.saved}
-    skinny = {"h": split.forward[0], "g": split.backward[0], "dA": split.backward[1]}
-    partials = {name: 100 * one.partials / (one.bytes + one.partials) for name, one in skinny.items()}
-    shared = {"base_us": base_us, "partials_percent": partials}
-    return {**layer._asdict(), **shared, "forms": forms}
+SHAPES = ((8192, 4096, 4096), (8192, 14336, 4096), (8192, 4096, 14336), (512, 4096, 4096))  # M, N, K
+RANK = 16
+
+
+def percent(layer: Layer, device: Device, form: str) -> dict[str, float]:
+    """What a form adds to the time of the bare layer, in forward, backward and both."""
+    base, us = (make(layer).microseconds(device) for make in (bare, FORMS[form]))
+    return {part: 100 * (us[part] / base[part] - 1) for part in us}

@@ -25,7 +25,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"
-os.environ["MICA_CACHE"] = "0"  # solve, not look up: the time of the initialisation is reported
+os.environ["MICA_CACHE"] = "0"  # solve, not look up
 
 from transformers.utils import logging
 

@@ -10,7 +10,7 @@ import math
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from statistics import mean, median
+from statistics import mean
 from typing import NamedTuple
 
 from bench.quality.schedule import chosen_rate, is_enclosed, missing, tried, verdict
@@ -79,19 +79,6 @@ def _measures(result: dict, measures: tuple[Measure, ...]) -> str:
     return table(["", "seeds", *(m.title for m in measures)], rows)
 
 
-def _cost(result: dict) -> str:
-    """A step's time is the median over all runs: it does not depend on the learning rate."""
-    rows = []
-    for name in trained_methods(result):
-        facts = result["methods"][name]
-        step = median(s for run in result["runs"] if run["method"] == name for s in run["seconds"])
-        sizes = [f"{facts[f'{what}_bytes'] / 1e6:.1f}" for what in ("optimizer", "saved")]
-        cells = [str(facts["rank"] or ""), f"{facts['trained_parameters']:,}", *sizes]
-        rows.append([name, *cells, f"{facts['initialisation_seconds']:.1f}", f"{step:.2f}"])
-    header = ["", "rank", "trained parameters", "optimizer MB", "saved for backward MB"]
-    return table([*header, "initialisation s", "step s, median"], rows)
-
-
 def _tries(result: dict) -> str:
     rows = []
     for name in result["methods"]:
@@ -101,14 +88,6 @@ def _tries(result: dict) -> str:
             losses.append(f"**{text}**" if rate == chosen else text)
         rows.append([name, ", ".join(losses), verdict(result, name)])
     return table(["", "learning rate: validation loss", "the chosen one"], rows)
-
-
-def _texts(result: dict) -> str:
-    rows = []
-    for name, about in result["texts"].items():
-        before = f"{result['base'][name]:.3f}" if name in result["base"] else ""
-        rows.append([name, f"{about['tokens']:,}", before, about["sha256"][:12]])
-    return table(["text", "tokens that count", "loss before", "SHA-256"], rows)
 
 
 def page_table(result: dict) -> str:
@@ -164,8 +143,6 @@ def report(result: dict) -> str:
         "the answer among all words also falls by learning the form of such sentences.",
         f"### Forgotten\n\n{_measures(result, FORGOTTEN)}",
         f"### Learning rates\n\n{_tries(result)}",
-        f"### Cost\n\n{_cost(result)}",
-        f"### Texts\n\n{_texts(result)}",
         _listed("### Diverged, and not counted", diverged),
     ]
     return "\n\n".join(part for part in parts if part) + "\n"

@@ -107,7 +107,3 @@ def test_what_cannot_be_compared_is_named(new, why, status):
     code, out, err = status(a_run(), new)
     assert (code, out, len(err.splitlines())) == (2, "", 1)
     assert why in err
-    if new is OTHER:
-        code, out, _ = status(a_run(), new, "--across-machines")
-        assert code == 0
-        assert out.startswith("cpu: A before, B now\n")
