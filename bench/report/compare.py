@@ -7,8 +7,8 @@ rounds each in 1 of 126 ratios, with 3 rounds in 1 of 10, by about the noise of 
 with noise of 3 % uniform, 5 % of tolerance called 13 of 1600 unchanged ratios slower with 3 rounds and none
 with 5: confirm a lone regression by a second run. A change within a wide interval is not seen.
 
-What is slower, needs more memory or is refused now, and is ours, is a regression. Ratios of the other implementations only show
-that the baseline or the machine behaves differently.
+What is slower, needs more memory or is refused now, and is ours, is a regression. Ratios of the other
+implementations only show that the baseline or the machine behaves differently.
 
 Exit status: 0 no regression, 1 regressions, 2 there is nothing to compare.
 """

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from bench.measure.machine import DEVICE
 from bench.results.names import COPY, CUBLAS, DOWN_A, DOWN_B, GRAD_A, UP_B
-from bench.suites.harness import build_all, needs_accelerator, pick
+from bench.suites.harness import build_all, needs_accelerator, pick, whole_turns
 from tests.support.tolerances import RELATIVE, error
 
 pytest.importorskip("triton")
@@ -55,6 +55,14 @@ class Cell(NamedTuple):
     def key(self) -> str:
         """For ``-k``."""
         return f"{self.kernel}-{self.tokens}x{self.features}-r{self.rank}"
+
+    @property
+    def rounds(self) -> int:
+        return ROUNDS
+
+    @property
+    def implementations(self) -> dict[str, Config | None]:
+        return implementations(self)
 
 
 SIZES = pick(
@@ -147,16 +155,7 @@ def setting(cell: Cell) -> tuple[dict[str, Callable], int]:
     return build_all(cell.name, configs, build), size
 
 
-# the first named parameter is the innermost loop: implementations take turns within a round
-def cases():
-    for cell in CELLS:
-        for round_ in range(ROUNDS):
-            for name, config in implementations(cell).items():
-                key = "x".join(map(str, config)) if config else name
-                yield pytest.param(cell, round_, name, id=f"{cell.key}-{round_}-{key}")
-
-
-@pytest.mark.parametrize(("cell", "round_", "implementation"), cases())
+@whole_turns(CELLS)
 def bench_kernels(once, gated, cell, round_, implementation):
     calls, size = gated(cell.name, lambda: setting(cell), implementation)
     sample = cell.name, implementation, cell.axes, ITERATIONS

@@ -36,7 +36,7 @@ from bench.measure.machine import DEVICE
 from bench.measure.memory import optimizer_bytes, saved_bytes, trainable_bytes
 from bench.results.names import BARE, FAST, LORA, STOCK, STOCK_16
 from bench.suites.decoder import RANK, Work, adapted, cast, causal, config_of
-from bench.suites.harness import build_all, iterations, pick, under_autocast
+from bench.suites.harness import build_all, iterations, pick, under_autocast, whole_turns
 from bench.suites.steps import CONTEXTS, Step, checked, expected_operators
 from tests.support import models
 
@@ -260,16 +260,7 @@ def memory(step: Step, cell: Cell) -> dict[str, float]:
     return facts
 
 
-# the last parameter is the innermost loop: implementations take turns within a round
-CASES = [
-    pytest.param(cell, round_, name, id=f"{cell.name}-{round_}-{name}")
-    for cell in CELLS
-    for round_ in range(cell.rounds)
-    for name in cell.implementations
-]
-
-
-@pytest.mark.parametrize(("cell", "round_", "implementation"), CASES)
+@whole_turns(CELLS)
 def bench_step(once, gated, cell, round_, implementation):
     steps, facts, count = gated(cell.name, lambda: setting(cell), implementation)
     noted, all_clocks = facts[implementation] if round_ == 0 else {}, cell.kind == BLOCK

@@ -10,14 +10,13 @@ import functools
 from collections.abc import Callable
 from typing import NamedTuple
 
-import pytest
 import torch
 from torch import Tensor
 
 from bench.measure.clocks import seconds
 from bench.measure.machine import DEVICE
 from bench.results.names import SVD
-from bench.suites.harness import build_all, iterations, pick
+from bench.suites.harness import build_all, iterations, pick, whole_turns
 from mica import minor_subspace
 from mica.subspace.many import Task, solve_many
 from tests.support import models
@@ -126,12 +125,7 @@ def setting(cell: Cell) -> tuple[dict[str, Callable], int]:
     return calls, iterations(seconds(last))
 
 
-CASES = [
-    (cell, round_, name) for cell in CELLS for round_ in range(cell.rounds) for name in cell.implementations
-]
-
-
-@pytest.mark.parametrize(("cell", "round_", "implementation"), CASES)
+@whole_turns(CELLS)
 def bench_subspace(once, gated, cell, round_, implementation):
     calls, count = gated(cell.name, lambda: setting(cell), implementation)
     elements = cell.weights * cell.out * cell.inner

@@ -71,6 +71,16 @@ def turns(
     return pytest.mark.parametrize(("cell", "round_", "part", "implementation"), cases)
 
 
+def whole_turns(cells: Iterable[Any]) -> pytest.MarkDecorator:
+    """The same of cells without parts, which know their ``rounds`` and ``implementations``."""
+    cases = [
+        pytest.param(cell, round_, name, id=f"{getattr(cell, 'key', cell.name)}-{round_}-{name}")
+        for cell in cells
+        for round_, name in product(range(cell.rounds), cell.implementations)
+    ]
+    return pytest.mark.parametrize(("cell", "round_", "implementation"), cases)
+
+
 def refuse(group: str, why: str, name: str | None = None) -> None:
     """For good: the cell, or this implementation in it."""
     if why_refused(group, name or "") is None:
