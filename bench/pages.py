@@ -316,7 +316,8 @@ def modelled() -> Rows:
     ]
     for shape in roofline.SHAPES:
         layer = roofline.Layer(*shape, roofline.RANK, roofline.H100.target)
-        percents = [roofline.percent(layer, roofline.H100, form) for form in roofline.FORMS]
+        forms = roofline.SPLIT, roofline.FUSED, roofline.STOCK_16, roofline.STOCK
+        percents = [roofline.percent(layer, roofline.H100, form) for form in forms]
         cells = [f"{one['forward']:.0f} / {one['backward']:.0f} %" for one in percents]
         yield [" x ".join(map(str, shape)), *cells]
 

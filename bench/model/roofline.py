@@ -139,6 +139,17 @@ def ours(layer: Layer, fused: bool) -> Cost:
     return Cost(forward, backward, BF16 * m * k)
 
 
+def aten(layer: Layer) -> Cost:
+    """`mica.paths.torch_path` with one bf16 product for dA, the most that plain PyTorch can do.
+
+    Skinny GEMMs and `addmm_`, for a scaling of 1, which is not multiplied.
+    """
+    m, n, k, rank = layer[:4]
+    forward = [gemm(m, rank, k), gemm(m, n, k), gemm(m, n, rank, adds=True)]
+    backward = [gemm(m, rank, n), gemm(m, k, n), gemm(m, k, rank, adds=True), gemm(rank, k, m)]
+    return Cost(forward, backward, BF16 * m * k)
+
+
 def stock(layer: Layer, size: int) -> Cost:
     """PEFT's result + lora_B(lora_A(x))·scaling, adapters of ``size`` bytes per number; casts if not bf16."""
     m, n, k, rank = layer[:4]
@@ -169,11 +180,13 @@ def stock(layer: Layer, size: int) -> Cost:
     return Cost(forward, backward, size * m * k)
 
 
-SPLIT, FUSED = "split", "fused"
+BARE, SPLIT, FUSED, CONTROL = "bare frozen linear", "split", "fused", "aten control"
 STOCK_16, STOCK = "stock PEFT, bf16 adapters", "stock PEFT, default (fp32 adapters)"
 FORMS: dict[str, Callable[[Layer], Cost]] = {
+    BARE: bare,
     SPLIT: partial(ours, fused=False),
     FUSED: partial(ours, fused=True),
+    CONTROL: aten,
     STOCK_16: partial(stock, size=BF16),
     STOCK: partial(stock, size=FP32),
 }
@@ -185,5 +198,5 @@ RANK = 16
 
 def percent(layer: Layer, device: Device, form: str) -> dict[str, float]:
     """What a form adds to the time of the bare layer, in forward, backward and both."""
-    base, us = (make(layer).microseconds(device) for make in (bare, FORMS[form]))
+    base, us = (FORMS[name](layer).microseconds(device) for name in (BARE, form))
     return {part: 100 * (us[part] / base[part] - 1) for part in us}

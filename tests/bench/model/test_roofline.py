@@ -14,6 +14,7 @@ from mica.kernels.down_projection import down_projection
 from mica.kernels.fused_linear import fused_linear
 from mica.kernels.grad_a import grad_a
 from mica.kernels.up_projection import up_projection_
+from mica.paths import products, torch_path
 from tests.support import models
 from tests.support.static_cases import empty
 
@@ -103,6 +104,21 @@ def test_stock_is_what_pytorch_does(name):
         assert cost.saved == saved_bytes(lambda: adapted(x), [adapted])
     dy = torch.ones_like(y)
     check(cost.backward, lambda: torch.autograd.grad(y, [x, lora_a], dy))
+
+
+def test_the_control_is_what_the_reference_does(monkeypatch):
+    monkeypatch.setattr(products, "has_native", lambda dtype: True)
+    m, n, k, rank = 150, 40, 24, 4
+    sizes = ((m, k), (n, k), (rank, k), (n, rank), (m, n))
+    x, w, a, b, dy = (torch.randn(size, dtype=torch.bfloat16) for size in sizes)
+    cost = roofline.aten(layer(m, n, k, rank))
+    with Count() as counted:
+        torch_path.linear(x, w, a, b, 1.0)
+    assert counted.bytes == traffic(cost.forward)
+    with Count() as counted:
+        torch_path.grad_x(dy, w, g := torch_path.grad_h(dy, b, 1.0, torch.bfloat16), a)
+        g.t() @ x
+    assert counted.bytes == traffic(cost.backward)
 
 
 # 6 rows, 2 experts, K 5, N 3, r 1. Bytes: x and dx 60; y and dy 36; W, W' and dW' 60; A and dA 20, in fp32
