@@ -236,11 +236,11 @@ def builds(cell: Cell, layer):
 def checked(cell: Cell, layer, name: str, build, truth) -> tuple[Form, dict[str, float]]:
     """The form, and its facts; raises where its results are wrong or came from another form."""
     form, limit = build(), RELATIVE[layer.x.dtype] if cell.forms else GATES[cell.dtype][0]
-    operator, both = (
-        "linear_kernels" if ON_ACCELERATOR else "linear",
-        name in implementations(cell, NO_GRADIENT),
-    )
+    operator = "linear_kernels" if ON_ACCELERATOR else "linear"
+    both = name in implementations(cell, NO_GRADIENT)
     with form.context():
+        if cell.forms:  # the first call may have to try several configurations of a kernel
+            form.errors(layer.grad_output, truth)
         calls = mica.fast.call_counts[operator]
         with launches() if cell.forms else nullcontext() as launched:
             errors = form.errors(layer.grad_output, truth)
