@@ -5,7 +5,7 @@ import random
 import pytest
 
 from bench.report import compare
-from bench.results.names import BARE, COPY, FAST, STOCK, SVD
+from bench.results.names import BARE, COPY, CUBLAS, FAST, STOCK, SVD
 from bench.results.schema import Group, Result, Timing
 
 MACHINE = {"cpu": "A", "threads": 2, "torch": "2.9"}
@@ -74,6 +74,7 @@ SOLVER, KERNEL = "minor_subspace, auto, r = 16", "64 x 64"
         (SVD, SOLVER, [0.199, 0.2, 0.201], [0.239, 0.24, 0.241], "slower"),
         (SVD, SOLVER, [0.199, 0.2, 0.201], [0.159, 0.16, 0.161], "faster"),
         (COPY, KERNEL, [1.1, 1.1, 1.1], [1.3, 1.3, 1.3], "slower"),
+        (COPY, CUBLAS, [1.1, 1.1, 1.1], [1.3, 1.3, 1.3], "moved"),
     ],
 )
 def test_intervals_and_tolerance_both_count(baseline, name, old, new, kind):
