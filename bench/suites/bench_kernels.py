@@ -40,6 +40,7 @@ class Cell(NamedTuple):
     tokens: int
     features: int
     rank: int
+    rounds: int = ROUNDS
 
     @property
     def axes(self) -> dict[str, str | int]:
@@ -55,10 +56,6 @@ class Cell(NamedTuple):
     def key(self) -> str:
         """For ``-k``."""
         return f"{self.kernel}-{self.tokens}x{self.features}-r{self.rank}"
-
-    @property
-    def rounds(self) -> int:
-        return ROUNDS
 
     @property
     def implementations(self) -> dict[str, Config | None]:
