@@ -37,28 +37,37 @@ class Config(NamedTuple):
 
 
 class Forms(NamedTuple):
-    """What `mica.paths.triton_path` runs from so many tokens on, up to such a rank: one of four words each.
+    """What `mica.paths.triton_path` runs from so many tokens on, up to such a rank: one of five words each.
 
     split       the skinny product, then the base product by the vendor's library, then an update in place
+    mixed       the same, the skinny products and dA by the vendor's library too: 16-bit numbers, no dropout
     fused       base product and update in one kernel, by pointers
     descriptor  the same, persistent and with tensor descriptors, where the operands allow them; else fused
     aten        none of these kernels: PyTorch's own operators
+
+    ``source``: "measured", or "guess" for a row that nobody has timed.
     """
 
     tokens: int
     rank: int
     forward: str
     backward: str
+    source: str = "measured"
 
 
-# By the name of the device what was fastest there: the first row that fits. ``make gpu`` prints its own rows.
-FORMS: dict[str, tuple[Forms, ...]] = {}
-UNMEASURED = Forms(0, 256, "split", "split")
+# From rank 128 on each row of tiles of `down_projection` reads an A as large as its own part of x again, and
+# `grad_a` g four times; the vendor's tiles are larger. sglang #26962 and #27087 measured that split of the
+# work as the fastest on a B200.
+_WIDE_RANKS = (Forms(2048, 127, "split", "split", "guess"), Forms(2048, 256, "mixed", "mixed", "guess"))
+# By the name of the device what was fastest there, as ``make gpu`` prints it; by the target what is guessed
+# for a device without rows of its own. The first row counts that fits.
+FORMS: dict[str, tuple[Forms, ...]] = {"sm_90": _WIDE_RANKS, "sm_100": _WIDE_RANKS}
+UNMEASURED = Forms(0, 256, "split", "split", "guess")
 
 
-def forms_of(name: str, tokens: int, rank: int) -> Forms:
+def forms_of(name: str, target: str, tokens: int, rank: int) -> Forms:
     """``name``: `torch.cuda.get_device_name` of the device."""
-    rows = FORMS.get(name, ())
+    rows = FORMS.get(name) or FORMS.get(target, ())
     return next((row for row in rows if tokens >= row.tokens and rank <= row.rank), UNMEASURED)
 
 

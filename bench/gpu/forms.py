@@ -7,7 +7,8 @@ from bench.results import names
 from bench.results.names import BACKWARD, DEVICE_TIME, FORWARD
 from bench.results.schema import Result
 
-FORMS = {names.FAST: "split", names.FUSED: "fused", names.DESCRIPTOR: "descriptor", names.PYTORCH: "aten"}
+FORMS = {names.FAST: "split", names.MIXED: "mixed", names.FUSED: "fused"}
+FORMS |= {names.DESCRIPTOR: "descriptor", names.PYTORCH: "aten"}
 
 
 def fastest(result: Result, tokens: int, rank: int, part: str) -> str:

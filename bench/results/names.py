@@ -7,6 +7,7 @@ LORA, COMPILED = "PEFT LoRA", "stock PEFT, torch.compile"
 ATEN = "aten control"
 # Forms that `mica.fast` takes only where a table has them as faster
 FUSED, DESCRIPTOR = "mica.fast, fused", "mica.fast, fused by tensor descriptors"
+MIXED = "mica.fast, skinny products by the vendor's library"
 # Of host time: the driver returns at once from every launch.
 PYTORCH, KERNELS = "mica.fast, PyTorch form", "mica.fast, kernels with a driver that launches nothing"
 PYTORCH_16, KERNELS_16 = (f"{name}, adapters in the base dtype" for name in (PYTORCH, KERNELS))

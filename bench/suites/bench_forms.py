@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bench.measure.machine import DEVICE
-from bench.results.names import ATEN, BACKWARD, BARE, DESCRIPTOR, FAST, FORWARD, FUSED, PYTORCH
+from bench.results.names import ATEN, BACKWARD, BARE, DESCRIPTOR, FAST, FORWARD, FUSED, MIXED, PYTORCH
 from bench.suites.bench_layer import Cell
 from bench.suites.harness import build_all, needs_accelerator, pick, turns
 from bench.suites.layer import AtenControl, Form, Layer, check_errors, exact, make_layer
@@ -32,8 +32,8 @@ pytestmark = needs_accelerator
 ROUNDS, ITERATIONS = pick(default=1, cuda=5), pick(default=1, cuda=10)
 DTYPE = torch.bfloat16
 # implementation -> how often a forward and its backward call the fused kernel, by whether with descriptors
-LAUNCHED = {FAST: {}, FUSED: {False: 2}, DESCRIPTOR: {True: 2}, PYTORCH: {}}
-IMPLEMENTATIONS = (BARE, FAST, FUSED, DESCRIPTOR, PYTORCH, ATEN)
+LAUNCHED = {FAST: {}, MIXED: {}, FUSED: {False: 2}, DESCRIPTOR: {True: 2}, PYTORCH: {}}
+IMPLEMENTATIONS = (BARE, FAST, MIXED, FUSED, DESCRIPTOR, PYTORCH, ATEN)
 
 
 SHAPES = (4096, 4096), (14336, 4096), (4096, 14336)
@@ -80,6 +80,7 @@ def builds(layer: Layer) -> dict[str, Callable[[], Form]]:
     return {
         BARE: lambda: Form(lambda: F.linear(x, layer.weight), (x,)),
         FAST: ours("split"),
+        MIXED: ours("mixed"),
         FUSED: ours("fused"),
         DESCRIPTOR: ours("descriptor"),
         PYTORCH: ours("aten"),

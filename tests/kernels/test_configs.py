@@ -108,11 +108,16 @@ def test_stages_follow_the_shared_memory():
     assert small < large
 
 
-def test_what_nobody_has_measured_is_split(monkeypatch):
-    """And of the rows of a device the first that has as many tokens and as small a rank."""
+def test_the_form_of_a_layer(monkeypatch):
+    """Of the rows of a device the first that has as many tokens and as small a rank; else what is guessed."""
     fast, slow = configs.Forms(4096, 64, "fused", "split"), configs.Forms(1024, 16, "aten", "aten")
     monkeypatch.setitem(configs.FORMS, "a card", (fast, slow))
     expected = {(4096, 64): fast, (9999, 1): fast, (9999, 65): None, (4095, 16): slow, (4095, 17): None}
     for (tokens, rank), row in expected.items():
-        assert configs.forms_of("a card", tokens, rank) == (row or configs.UNMEASURED)
-        assert configs.forms_of("another", tokens, rank) == (0, 256, "split", "split")
+        assert configs.forms_of("a card", "sm_90", tokens, rank) == (row or configs.UNMEASURED)
+    for target, tokens, rank in itertools.product(
+        (*TARGETS, "sm_86"), (1, 2047, 2048, 9999), (1, 127, 128, 256)
+    ):
+        row = configs.forms_of("another", target, tokens, rank)
+        is_mixed = target in ("sm_90", "sm_100") and tokens >= 2048 and rank >= 128
+        assert row[2:] == (*(("mixed", "mixed") if is_mixed else ("split", "split")), "guess")

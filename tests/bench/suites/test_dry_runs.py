@@ -14,6 +14,7 @@ from bench.results.names import (
     FUSED,
     GRAPH,
     KERNELS,
+    MIXED,
     PYTORCH,
     STOCK,
     STOCK_16,
@@ -154,7 +155,7 @@ def test_a_form_that_was_not_taken_is_refused(tmp_path, injected):
     wrong = {FUSED, DESCRIPTOR, ATEN} if injected else set()
     assert refused.keys() == wrong, done.text
     assert len(done.result.groups) == 6  # two passes, three clocks
-    timed = {BARE, FAST, FUSED, DESCRIPTOR, PYTORCH, ATEN} - wrong
+    timed = {BARE, FAST, MIXED, FUSED, DESCRIPTOR, PYTORCH, ATEN} - wrong
     assert all(group.timings.keys() == timed for group in done.result.groups)
     if injected:
         assert "calls of the fused kernel, by descriptors or not: Counter({False: 1})" in refused[FUSED]

@@ -150,7 +150,11 @@ KERNELS = {
             ("and not dropout", ""),
         ],
         "_fits": [("limit // bytes_per_stage", "config.num_stages")],
-        "forms_of": [("tokens >= row.tokens and", ""), ("and rank <= row.rank", "")],
+        "forms_of": [
+            ("tokens >= row.tokens and", ""),
+            ("and rank <= row.rank", ""),
+            ("FORMS.get(name) or", ""),
+        ],
     },
     ("kernels/up_projection.py", "tests/kernels/test_skinny.py", "-k", "up"): {
         "_up_projection_kernel": [
