@@ -54,6 +54,27 @@ def test_the_default_depends_on_the_size_only_where_it_is_the_other_candidate(ta
     assert few != 32 or small[0].block_m == 16
 
 
+def test_the_tall_tile_of_the_skinny_product():
+    """First for many tokens and the ranks that it does not spill at, in 16-bit products; not of experts."""
+
+    def first(target, tokens, block_r, itemsize=2, table=configs.down_projection):
+        return table(target, tokens, block_r, itemsize)[0][:3]
+
+    for target, block_r in itertools.product(TARGETS, (16, 32, 64, 128, 256)):
+        is_tall = block_r in {"sm_90": (32, 64, 128), "sm_100": (32, 64)}.get(target, ())
+        assert (first(target, 4096, block_r) == (128, 0, 64)) == is_tall
+        assert first(target, 4095, block_r)[0] == 64
+        assert first(target, 8192, block_r, table=configs.experts_down)[0] == 64
+        assert first(target, 8192, block_r, itemsize=4)[0] < 128
+
+
+def test_a_thin_k_tile_where_an_fp32_factor_would_fill_the_shared_memory():
+    """At rank 32 three programs of a multiprocessor have it."""
+    for target, tokens in itertools.product(TARGETS, (1, 1000, 4095, 8192)):
+        for config in configs.down_projection(target, tokens, 32, 2):
+            assert config.block_k == 64
+
+
 def test_where_experts_would_spill():
     """Half of a step's rank in the wide tile; no narrow tile for 16-bit numbers at rank 256.
 
