@@ -141,7 +141,13 @@ KERNELS = {
         ],
     },
     ("kernels/configs.py", "tests/kernels/test_configs.py", "tests/kernels/test_split_k.py"): {
-        "down_projection": [("<= (512 if block_r", "<= (256 if block_r")],
+        "down_projection": [
+            ("<= (512 if block_r", "<= (256 if block_r"),
+            ("and num_tokens >= TALL_TOKENS", ""),
+            ("if itemsize == 2 and block_r in", "if block_r in"),
+            ("block_k = 64", "pass"),
+        ],
+        "experts_down": [("TALL_TOKENS - 1", "MANY_TOKENS")],
         "grad_a": [("narrow, wide] if num_tokens <= 512 else [", "")],
         "up_projection": [("wide, *square, narrow", "*square, wide, narrow")],
         "fused_linear": [
