@@ -322,13 +322,24 @@ def modelled() -> Rows:
         yield [" x ".join(map(str, shape)), *cells]
 
 
+def forms() -> Rows:
+    """Launches and bytes of a layer of 8192 tokens, 4096 x 4096: forward, backward, by rank."""
+    ranks = (16, 128)
+    yield ["form", *(f"rank {rank}, {part}" for rank in ranks for part in ("forward", "backward"))]
+    for form in roofline.FORMS:
+        costs = [roofline.FORMS[form](roofline.Layer(8192, 4096, 4096, rank, "sm_90")) for rank in ranks]
+        parts = [kernels for cost in costs for kernels in cost[:2]]
+        moved = [sum(kernel.bytes + kernel.partials for kernel in kernels) / 1e6 for kernels in parts]
+        yield [form, *(f"{len(p)}: {size:.0f} MB" for p, size in zip(parts, moved, strict=True))]
+
+
 def stack() -> Rows:
     yield ["form", "forward", "", "", "both", "", "", "kept"]
     yield from stacks.table()
 
 
 MADE = (measured, headline, steps, layers_compared, host, dtypes, others, experts, corpus, recipes, quality)
-MADE += (quality_earlier, subspaces, modelled, stack)
+MADE += (quality_earlier, subspaces, modelled, forms, stack)
 TABLES = {one.__name__.replace("_", "-"): one for one in MADE}
 
 

@@ -139,6 +139,16 @@ def ours(layer: Layer, fused: bool) -> Cost:
     return Cost(forward, backward, BF16 * m * k)
 
 
+def mixed(layer: Layer) -> Cost:
+    """`ours` in the form "mixed": the vendor's skinny products; dA is written in fp32, then rounded."""
+    m, n, k, rank = layer[:4]
+    product = gemm(rank, k, m)
+    grad = product._replace(bytes=product.bytes + (FP32 - BF16) * rank * k)
+    forward = [gemm(m, rank, k), gemm(m, n, k), up(m, n, rank)]
+    backward = [gemm(m, rank, n), grad, elementwise(rank * k, FP32, BF16), gemm(m, k, n), up(m, k, rank)]
+    return Cost(forward, backward, BF16 * m * k)
+
+
 def aten(layer: Layer) -> Cost:
     """`mica.paths.torch_path` with one bf16 product for dA, the most that plain PyTorch can do.
 
@@ -180,11 +190,12 @@ def stock(layer: Layer, size: int) -> Cost:
     return Cost(forward, backward, size * m * k)
 
 
-BARE, SPLIT, FUSED, CONTROL = "bare frozen linear", "split", "fused", "aten control"
+BARE, SPLIT, MIXED, FUSED, CONTROL = "bare frozen linear", "split", "mixed", "fused", "aten control"
 STOCK_16, STOCK = "stock PEFT, bf16 adapters", "stock PEFT, default (fp32 adapters)"
 FORMS: dict[str, Callable[[Layer], Cost]] = {
     BARE: bare,
     SPLIT: partial(ours, fused=False),
+    MIXED: mixed,
     FUSED: partial(ours, fused=True),
     CONTROL: aten,
     STOCK_16: partial(stock, size=BF16),

@@ -1,5 +1,6 @@
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from mica.paths import products, torch_path
 from mica.paths.products import addmm
@@ -30,6 +31,17 @@ def test_grad_a_is_accumulated_and_returned_in_fp32(dtype):
     """Within fp32 round-off of the exact product of the 16-bit factors, over more than one chunk."""
     g, x = torch.randn(3000, 4).to(dtype), torch.randn(3000, 9).to(dtype)
     assert error(torch_path.grad_a(g, x), g.double().t() @ x.double()) <= RELATIVE[torch.float32]
+
+
+@in_half
+def test_on_cuda_grad_a_is_one_product_without_copies_in_fp32(dtype):
+    """Counted at 8192 tokens, whose chunks take 24 launches; of tensors without memory."""
+    with FakeTensorMode():
+        g, x = (torch.empty(8192, width, dtype=dtype, device="cuda") for width in (16, 64))
+        with Seen() as seen:
+            grad = torch_path.grad_a(g, x)
+    assert (grad.dtype, grad.shape) == (torch.float32, (16, 64))
+    assert [name for name in seen.names if name.startswith("aten")] == ["aten::mm"]
 
 
 def stated_forward(p, dtype):
