@@ -14,7 +14,7 @@ from pathlib import Path
 from statistics import median
 
 from bench.model import experts as stacks
-from bench.model.__main__ import shapes
+from bench.model import roofline
 from bench.quality.recipes import OPTIONS, RECIPES, methods
 from bench.quality.report import page_table
 from bench.report.markdown import markdown_table
@@ -307,7 +307,6 @@ def subspaces() -> Rows:
 
 
 def modelled() -> Rows:
-    forms = ("split", "fused", "stock PEFT, bf16 adapters", "stock PEFT, default (fp32 adapters)")
     yield [
         "tokens x out x in",
         "mica, split",
@@ -315,10 +314,23 @@ def modelled() -> Rows:
         "stock PEFT, bf16 adapters",
         "stock PEFT, default",
     ]
-    for shape in shapes("h100"):
-        percents = [shape["forms"][form]["percent"] for form in forms]
+    for shape in roofline.SHAPES:
+        layer = roofline.Layer(*shape, roofline.RANK, roofline.H100.target)
+        forms = roofline.SPLIT, roofline.FUSED, roofline.STOCK_16, roofline.STOCK
+        percents = [roofline.percent(layer, roofline.H100, form) for form in forms]
         cells = [f"{one['forward']:.0f} / {one['backward']:.0f} %" for one in percents]
-        yield [" x ".join(str(shape[side]) for side in ("m", "n", "k")), *cells]
+        yield [" x ".join(map(str, shape)), *cells]
+
+
+def forms() -> Rows:
+    """Launches and bytes of a layer of 8192 tokens, 4096 x 4096: forward, backward, by rank."""
+    ranks = (16, 128)
+    yield ["form", *(f"rank {rank}, {part}" for rank in ranks for part in ("forward", "backward"))]
+    for form in roofline.FORMS:
+        costs = [roofline.FORMS[form](roofline.Layer(8192, 4096, 4096, rank, "sm_90")) for rank in ranks]
+        parts = [kernels for cost in costs for kernels in cost[:2]]
+        moved = [sum(kernel.bytes + kernel.partials for kernel in kernels) / 1e6 for kernels in parts]
+        yield [form, *(f"{len(p)}: {size:.0f} MB" for p, size in zip(parts, moved, strict=True))]
 
 
 def stack() -> Rows:
@@ -327,7 +339,7 @@ def stack() -> Rows:
 
 
 MADE = (measured, headline, steps, layers_compared, host, dtypes, others, experts, corpus, recipes, quality)
-MADE += (quality_earlier, subspaces, modelled, stack)
+MADE += (quality_earlier, subspaces, modelled, forms, stack)
 TABLES = {one.__name__.replace("_", "-"): one for one in MADE}
 
 

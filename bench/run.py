@@ -30,7 +30,10 @@ POLL, REWRITE = 0.1, 10.0
 
 
 class Job(NamedTuple):
-    """``seconds``: its time limit; ``silence``: how long it may report nothing."""
+    """``seconds``: its time limit; ``silence``: how long it may report nothing after its first line.
+
+    Before that it imports and collects, which takes minutes on a busy machine.
+    """
 
     name: str
     command: list[str]
@@ -96,8 +99,7 @@ class Run:
         """How it ended: passed, failed, died, hung (silent for too long) or over time."""
         environment = {**os.environ, **job.environment, "MICA_BENCH_STAGE": job.name}
         process = subprocess.Popen(job.command, cwd=ROOT, env=environment, start_new_session=True)
-        size, heard = self._size(), time.monotonic()
-        state = None
+        size, heard, state = self._size(), float("inf"), None
         while state is None and process.poll() is None:
             time.sleep(POLL)
             now = time.monotonic()

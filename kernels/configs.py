@@ -22,6 +22,8 @@ SHARED_MEMORY = {
 # device's own number: splits depend on shapes only, and so do results.
 PROGRAMS = 264
 MANY_TOKENS = 8192  # more than any configuration asks for
+FORM_NAMES = ("split", "mixed", "fused", "descriptor", "aten")  # of a layer, see `Forms`
+TALL_TOKENS = 4096  # below, tall tiles are too few to fill the GPU without many parts of a split
 # Their tensor cores read from shared memory and multiply for four warps: registers suffice for larger tiles.
 _HOPPER_ON = ("sm_90", "sm_100")
 
@@ -37,28 +39,37 @@ class Config(NamedTuple):
 
 
 class Forms(NamedTuple):
-    """What `mica.paths.triton_path` runs from so many tokens on, up to such a rank: one of four words each.
+    """What `mica.paths.triton_path` runs from so many tokens on, up to such a rank: one of five words each.
 
     split       the skinny product, then the base product by the vendor's library, then an update in place
+    mixed       the same, the skinny products and dA by the vendor's library too: 16-bit numbers, no dropout
     fused       base product and update in one kernel, by pointers
     descriptor  the same, persistent and with tensor descriptors, where the operands allow them; else fused
     aten        none of these kernels: PyTorch's own operators
+
+    ``source``: "measured", or "guess" for a row that nobody has timed.
     """
 
     tokens: int
     rank: int
     forward: str
     backward: str
+    source: str = "measured"
 
 
-# By the name of the device what was fastest there: the first row that fits. ``make gpu`` prints its own rows.
-FORMS: dict[str, tuple[Forms, ...]] = {}
-UNMEASURED = Forms(0, 256, "split", "split")
+# From rank 128 on each row of tiles of `down_projection` reads an A as large as its own part of x again, and
+# `grad_a` g four times; the vendor's tiles are larger. sglang #26962 and #27087 measured that split of the
+# work as the fastest on a B200.
+_WIDE_RANKS = (Forms(2048, 127, "split", "split", "guess"), Forms(2048, 256, "mixed", "mixed", "guess"))
+# By the name of the device what was fastest there, as ``make gpu`` prints it; by the target what is guessed
+# for a device without rows of its own. The first row counts that fits.
+FORMS: dict[str, tuple[Forms, ...]] = {"sm_90": _WIDE_RANKS, "sm_100": _WIDE_RANKS}
+UNMEASURED = Forms(0, 256, "split", "split", "guess")
 
 
-def forms_of(name: str, tokens: int, rank: int) -> Forms:
+def forms_of(name: str, target: str, tokens: int, rank: int) -> Forms:
     """``name``: `torch.cuda.get_device_name` of the device."""
-    rows = FORMS.get(name, ())
+    rows = FORMS.get(name) or FORMS.get(target, ())
     return next((row for row in rows if tokens >= row.tokens and rank <= row.rank), UNMEASURED)
 
 
@@ -80,9 +91,14 @@ def _fits(config: Config, bytes_per_stage: int, target: str) -> Config:
 def down_projection(target: str, num_tokens: int, block_r: int, itemsize: int) -> tuple[Config, ...]:
     """For h = x Pᵀ. ``itemsize``: bytes of one number in the product. A thin K tile for wide ranks.
 
-    A wide rank needs small tiles of tokens earlier: each part of a split costs as much as h does.
+    A wide rank needs small tiles of tokens earlier: each part of a split costs as much as h does. With many
+    tokens tall ones read P half as often, through the L2 cache: 34 MB at rank 64, next to 67 MB of x (8192 x
+    4096). On sm_90 they take 54, 80 and 128 registers at ranks 32, 64 and 128, so three, three and two
+    programs run at once; on sm_100 134 at rank 128, for one. At rank 256 they spill.
     """
     block_k = max(32, 256 // itemsize * 16 // max(16, block_r // 2))
+    if block_r == 32:  # with 128 an fp32 P takes 120 KB of shared memory: one program, for 1.9 waves
+        block_k = 64
     if block_r * itemsize >= 1024:  # fp32 at rank 256: three TF32 products spill with larger tiles
         wide, narrow = Config(32, 0, block_k, 8, 3), Config(16, 0, block_k, 4, 3)
     elif block_r >= 128:
@@ -91,6 +107,9 @@ def down_projection(target: str, num_tokens: int, block_r: int, itemsize: int) -
     else:
         wide, narrow = Config(64, 0, block_k, 4, 4), Config(16, 0, block_k, 4, 4)
     table = [narrow, wide] if num_tokens <= (512 if block_r < 64 else 1024) else [wide, narrow]
+    tall_ranks = {"sm_90": (32, 64, 128), "sm_100": (32, 64)}.get(target, ())
+    if itemsize == 2 and block_r in tall_ranks and num_tokens >= TALL_TOKENS:
+        table = [Config(128, 0, 64, 8, 3), *table]
     return tuple(
         _fits(c, (c.block_m * itemsize + block_r * 4) * c.block_k, target) for c in dict.fromkeys(table)
     )
@@ -132,8 +151,8 @@ FEW_ROWS = 32
 
 @functools.lru_cache(maxsize=1024)
 def experts_down(target: str, rows_each: int, block_r: int, itemsize: int) -> tuple[Config, ...]:
-    """`down_projection`'s tiles, by the average number of rows of an expert."""
-    return down_projection(target, 1 if rows_each <= FEW_ROWS else MANY_TOKENS, block_r, itemsize)
+    """`down_projection`'s tiles, by the average number of rows of an expert; no tall ones."""
+    return down_projection(target, 1 if rows_each <= FEW_ROWS else TALL_TOKENS - 1, block_r, itemsize)
 
 
 @functools.lru_cache(maxsize=1024)

@@ -1,8 +1,9 @@
 """``python -m bench.gpu``: on a machine with a CUDA GPU, is it correct there, and how fast?
 
 Eight stages (`bench.gpu.stages`), the most telling first, each in a separate process under a watchdog, with a
-summary line of JSON after each. Results are written as they come: whatever ends the run, what was measured
-before is kept. Exit status: 0 all stages passed, 1 some did not, 2 there is nothing to run on.
+summary line of JSON after each. If they may take longer than the budget, it first prints commands that each
+fit. Results are written as they come: whatever ends the run, what was measured before is kept. Exit status: 0
+all stages passed, 1 some did not, 2 there is nothing to run on.
 
 ``--dry-run`` does the same on a CPU, with interpreted kernels and tiny shapes. It shows that every stage
 works; its times mean nothing, and its report says so.
@@ -31,14 +32,23 @@ def parser() -> argparse.ArgumentParser:
     add("--dry-run", action="store_true", help="without a GPU: interpreted kernels, tiny shapes")
     add("--stages", default="", metavar="1,3,5", help="only these (default: all)")
     add("--budget", type=float, default=540.0, metavar="SECONDS", help="in total (default 540)")
-    silence = (
-        "a stage that reports nothing for so long is restarted without what it was doing (default 75: a "
-    )
-    silence += "build by torch.compile takes longest)"
+    silence = "a stage that has begun and then reports nothing for so long is restarted without what it was "
+    silence += "doing (default 75: a build by torch.compile takes longest)"
     add("--silence", type=float, default=75.0, metavar="SECONDS", help=silence)
     add("--name", default=f"{date.today()}-gpu", help="of the result files")
     add("--output", type=Path, help="folder (default: $OUT, or bench/results/<device>)")
     return parser
+
+
+def commands(budget: float, name: str) -> str:
+    """That run all stages, each within the default budget; "" if this budget is enough for all."""
+    from bench.gpu.stages import COMMANDS, STAGES
+
+    if budget >= sum(stage.seconds for stage in STAGES):
+        return ""
+    parts = enumerate(COMMANDS, 1)
+    lines = [f"  python -m bench.gpu --stages {stages} --name {name}-{part}" for part, stages in parts]
+    return "\n".join(["All stages may take longer than this budget. Each of these fits ten minutes:", *lines])
 
 
 def report(file: Path, with_pictures: bool = True) -> str:
@@ -78,6 +88,8 @@ def main(argv: list[str] | None = None) -> int:
     chosen = [one.strip() for one in args.stages.split(",") if one.strip()] or list(known)
     if unknown := [one for one in chosen if one not in known]:
         command.error(f"--stages: {', '.join(unknown)} is not one of {', '.join(known)}")
+    if not (args.stages or args.dry_run) and (split := commands(args.budget, args.name)):
+        print(split, flush=True)
     folder = args.output or output("dry-run" if args.dry_run else None)
     run = Run(folder / f"{args.name}.json")
     folder = run.file.parent
@@ -89,7 +101,7 @@ def main(argv: list[str] | None = None) -> int:
             summary = run.leave_out(stage.name, "the budget is spent")
         else:
             summary = run.start(job(stage, folder, args.name, args.dry_run, left, args.silence))
-        print(f"STAGE {json.dumps(summary)}", flush=True)
+        print(f"\nSTAGE {json.dumps(summary)}", flush=True)  # a killed pytest leaves half a line
         all_passed &= summary["state"] == "passed"
         report(run.file, with_pictures=False)
     run.journal.unlink()  # the result file has all of it

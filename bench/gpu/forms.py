@@ -6,8 +6,9 @@ from bench.report.cells import by_clock
 from bench.results import names
 from bench.results.names import BACKWARD, DEVICE_TIME, FORWARD
 from bench.results.schema import Result
+from mica.kernels.configs import FORM_NAMES
 
-FORMS = {names.FAST: "split", names.FUSED: "fused", names.DESCRIPTOR: "descriptor", names.PYTORCH: "aten"}
+FORMS = {names.of_form(word): word for word in FORM_NAMES}
 
 
 def fastest(result: Result, tokens: int, rank: int, part: str) -> str:

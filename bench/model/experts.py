@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import NamedTuple
 
-from bench.model.roofline import BF16, DEVICES, FP32, Cost, Kernel
+from bench.model.roofline import BF16, FP32, H100, Cost, Kernel
 from mica.kernels.common import padded_rank
 from mica.kernels.limits import padded_columns
 
@@ -42,7 +42,6 @@ class Stack(NamedTuple):
 
 
 ROWS = 4096 * 8  # tokens, experts of each
-H100 = DEVICES["h100"]
 BLOCK = [Stack(ROWS, 128, 2048, 2 * 768, 16, 8), Stack(ROWS, 128, 768, 2048, 16)]  # gate_up, down
 
 

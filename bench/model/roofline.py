@@ -33,11 +33,7 @@ class Device(NamedTuple):
     gap: float = 2e-6
 
 
-DEVICES = {
-    "h100": Device("sm_90", 790e12, 45e12, 3.0e12),
-    "a100": Device("sm_80", 280e12, 17e12, 1.8e12),
-    "rtx4090": Device("sm_89", 160e12, 70e12, 0.9e12),
-}
+H100 = Device("sm_90", 790e12, 45e12, 3.0e12)
 
 
 class Layer(NamedTuple):
@@ -143,6 +139,16 @@ def ours(layer: Layer, fused: bool) -> Cost:
     return Cost(forward, backward, BF16 * m * k)
 
 
+def mixed(layer: Layer) -> Cost:
+    """`ours` in the form "mixed": the vendor's skinny products; dA is written in fp32, then rounded."""
+    m, n, k, rank = layer[:4]
+    product = gemm(rank, k, m)
+    grad = product._replace(bytes=product.bytes + (FP32 - BF16) * rank * k)
+    forward = [gemm(m, rank, k), gemm(m, n, k), up(m, n, rank)]
+    backward = [gemm(m, rank, n), grad, elementwise(rank * k, FP32, BF16), gemm(m, k, n), up(m, k, rank)]
+    return Cost(forward, backward, BF16 * m * k)
+
+
 def aten(layer: Layer) -> Cost:
     """`mica.paths.torch_path` with one bf16 product for dA, the most that plain PyTorch can do.
 
@@ -184,11 +190,12 @@ def stock(layer: Layer, size: int) -> Cost:
     return Cost(forward, backward, size * m * k)
 
 
-BARE, SPLIT, FUSED, CONTROL = "bare frozen linear", "split", "fused", "aten control"
+BARE, SPLIT, MIXED, FUSED, CONTROL = "bare frozen linear", "split", "mixed", "fused", "aten control"
 STOCK_16, STOCK = "stock PEFT, bf16 adapters", "stock PEFT, default (fp32 adapters)"
 FORMS: dict[str, Callable[[Layer], Cost]] = {
     BARE: bare,
     SPLIT: partial(ours, fused=False),
+    MIXED: mixed,
     FUSED: partial(ours, fused=True),
     CONTROL: aten,
     STOCK_16: partial(stock, size=BF16),
@@ -196,16 +203,11 @@ FORMS: dict[str, Callable[[Layer], Cost]] = {
 }
 
 
-def compare(layer: Layer, device: Device) -> dict:
-    """The base's microseconds, each form's percent on top, partial sums' percent of a kernel's bytes."""
-    base, split = bare(layer), ours(layer, fused=False)
-    base_us, forms = base.microseconds(device), {}
-    for name, form in FORMS.items():
-        cost = form(layer)
-        us = cost.microseconds(device)
-        percent = {part: 100 * (us[part] / base_us[part] - 1) for part in us}
-        forms[name] = {"us": us, "percent": percent, "saved_bytes": cost.saved}
-    skinny = {"h": split.forward[0], "g": split.backward[0], "dA": split.backward[1]}
-    partials = {name: 100 * one.partials / (one.bytes + one.partials) for name, one in skinny.items()}
-    shared = {"base_us": base_us, "partials_percent": partials}
-    return {**layer._asdict(), **shared, "forms": forms}
+SHAPES = ((8192, 4096, 4096), (8192, 14336, 4096), (8192, 4096, 14336), (512, 4096, 4096))  # M, N, K
+RANK = 16
+
+
+def percent(layer: Layer, device: Device, form: str) -> dict[str, float]:
+    """What a form adds to the time of the bare layer, in forward, backward and both."""
+    base, us = (FORMS[name](layer).microseconds(device) for name in (BARE, form))
+    return {part: 100 * (us[part] / base[part] - 1) for part in us}

@@ -1,7 +1,6 @@
 """Tables of a result of `bench.quality`: ``python -m bench.quality.report FILE.json`` writes them beside it.
 
-All that is printed follows from the file. "More" and "less" are reported only where the ranges over the seeds
-do not overlap.
+All that is printed follows from the file.
 """
 
 from __future__ import annotations
@@ -11,7 +10,7 @@ import math
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from statistics import mean, median
+from statistics import mean
 from typing import NamedTuple
 
 from bench.quality.schedule import chosen_rate, is_enclosed, missing, tried, verdict
@@ -33,20 +32,17 @@ REFERENCE = Measure("Python reference, loss", lambda e: e["reference"])
 KNOWN = Measure("known facts, loss", lambda e: e["known facts"])
 KNOWN_RECALLED = Measure("known facts, recalled %", lambda e: 100 * e["known facts, recalled"], 1)
 LEARNED, FORGOTTEN = (FACTS, PICKED, ANSWER, PROSE), (REFERENCE, KNOWN, KNOWN_RECALLED)
-# verb, measure, sign of the change that it means
-JUDGED = (("learned", FACTS, -1), ("learned", PROSE, -1), ("forgot", REFERENCE, 1), ("forgot", KNOWN, 1))
 
 
 class Spread(NamedTuple):
-    """Mean and range over the seeds, and their number."""
+    """Mean and range over the seeds."""
 
     mean: float
     low: float
     high: float
-    count: int
 
     def text(self, digits: int = 3) -> str:
-        middle, low, high = (f"{round(value, digits) + 0.0:.{digits}f}" for value in self[:3])  # no -0.0
+        middle, low, high = (f"{round(value, digits) + 0.0:.{digits}f}" for value in self)  # no -0.0
         return middle if low == high else f"{middle} ({low} to {high})"
 
 
@@ -68,16 +64,7 @@ def trained_methods(result: dict) -> list[str]:
 def after(result: dict, method: str, measure: Measure) -> Spread | None:
     """None where no learning rate converged."""
     values = [measure.of(run["evaluation"]) for run in chosen_runs(result, method)]
-    return Spread(mean(values), min(values), max(values), len(values)) if values else None
-
-
-def compared(ours: Spread | None, other: Spread | None) -> str:
-    """MiCA's value against a baseline's, as far as the ranges over the seeds allow."""
-    if ours is None or other is None or min(ours.count, other.count) < 2:
-        return "not compared, one seed"
-    if ours.low > other.high:
-        return "MiCA: more"
-    return "MiCA: less" if ours.high < other.low else "no clear difference"
+    return Spread(mean(values), min(values), max(values)) if values else None
 
 
 def table(header: list[str], rows: list[list[str]]) -> str:
@@ -92,29 +79,6 @@ def _measures(result: dict, measures: tuple[Measure, ...]) -> str:
     return table(["", "seeds", *(m.title for m in measures)], rows)
 
 
-def _cost(result: dict) -> str:
-    """A step's time is the median over all runs: it does not depend on the learning rate."""
-    rows = []
-    for name in trained_methods(result):
-        facts = result["methods"][name]
-        step = median(s for run in result["runs"] if run["method"] == name for s in run["seconds"])
-        sizes = [f"{facts[f'{what}_bytes'] / 1e6:.1f}" for what in ("optimizer", "saved")]
-        cells = [str(facts["rank"] or ""), f"{facts['trained_parameters']:,}", *sizes]
-        rows.append([name, *cells, f"{facts['initialisation_seconds']:.1f}", f"{step:.2f}"])
-    header = ["", "rank", "trained parameters", "optimizer MB", "saved for backward MB"]
-    return table([*header, "initialisation s", "step s, median"], rows)
-
-
-def _busy(result: dict) -> str:
-    """How much of the processor the runs had: where it is less than all, the seconds say little."""
-    wall, cpu = (sum(run[f"{kind}_seconds"] for run in result["runs"]) for kind in ("wall", "cpu"))
-    share = cpu / (wall * result["machine"]["threads"]) if wall else 0
-    return (
-        f"{len(result['runs'])} runs took {wall / 60:.0f} minutes, in which the processor's threads computed "
-        f"{100 * share:.0f} % of the time."
-    )
-
-
 def _tries(result: dict) -> str:
     rows = []
     for name in result["methods"]:
@@ -124,30 +88,6 @@ def _tries(result: dict) -> str:
             losses.append(f"**{text}**" if rate == chosen else text)
         rows.append([name, ", ".join(losses), verdict(result, name)])
     return table(["", "learning rate: validation loss", "the chosen one"], rows)
-
-
-def _texts(result: dict) -> str:
-    rows = []
-    for name, about in result["texts"].items():
-        before = f"{result['base'][name]:.3f}" if name in result["base"] else ""
-        rows.append([name, f"{about['tokens']:,}", before, about["sha256"][:12]])
-    return table(["text", "tokens that count", "loss before", "SHA-256"], rows)
-
-
-def in_short(result: dict) -> str:
-    """For each recipe: where MiCA's range over the seeds is apart from LoRA's, and where not."""
-    lines = []
-    micas = {one["recipe"]: name for name, one in result["methods"].items() if one["kind"] == "mica"}
-    for name, facts in result["methods"].items():
-        if facts["kind"] != "lora" or facts["recipe"] not in micas:
-            continue
-        mica, found = micas[facts["recipe"]], {}
-        for verb, measure, sign in JUDGED:
-            spreads = [after(result, one, measure) for one in ((mica, name), (name, mica))[sign < 0]]
-            found.setdefault(compared(*spreads), []).append(f"{verb} ({measure.title})")
-        said = "; ".join(f"{words}: {', '.join(what)}" for words, what in found.items())
-        lines.append(f"- {mica} against {name}, r = {facts['rank']}: {said}.")
-    return "\n".join(lines)
 
 
 def page_table(result: dict) -> str:
@@ -197,15 +137,12 @@ def report(result: dict) -> str:
         "**A quick run. Its numbers mean nothing.**" if result["settings"].get("quick") else "",
         _setting(result),
         _listed("**This run is not finished.** Missing:", missing(result)),
-        f"### In short\n\n{in_short(result)}",
         f"### Learned\n\n{_measures(result, LEARNED)}\n\nNew facts are queried in phrasings that training "
         f"did not have. Among answers: only the {answers} of the attribute are possible, all equally "
         f"frequent; guessing gives a loss of {math.log(answers):.3f} and {100 / answers:.1f} %. The loss of "
         "the answer among all words also falls by learning the form of such sentences.",
         f"### Forgotten\n\n{_measures(result, FORGOTTEN)}",
         f"### Learning rates\n\n{_tries(result)}",
-        f"### Cost\n\n{_cost(result)}\n\n{_busy(result)}",
-        f"### Texts\n\n{_texts(result)}",
         _listed("### Diverged, and not counted", diverged),
     ]
     return "\n\n".join(part for part in parts if part) + "\n"

@@ -15,7 +15,6 @@ from torch.nn.functional import cross_entropy
 from transformers import get_scheduler
 
 import mica.fast
-from bench.measure.memory import optimizer_bytes, saved_bytes
 from bench.quality.recipes import RECIPES, Method
 from bench.quality.texts import BATCH, Texts, TokenisedProbes
 
@@ -29,7 +28,6 @@ class Candidate:
     def __init__(self, method: Method, base):
         self.method, self.recipe = method, RECIPES[method.recipe]
         model = copy.deepcopy(base)
-        start = time.perf_counter()
         if method.kind == "full":
             self.model = model.requires_grad_(True)
         else:
@@ -43,11 +41,9 @@ class Candidate:
                 task_type="CAUSAL_LM",
             )
             self.model = get_peft_model(model, config)
-        self.initialisation_seconds = time.perf_counter() - start
         self.model.config.use_cache = False
         self.trained = [p for p in self.model.parameters() if p.requires_grad]
         self._initial = [p.detach().clone() for p in self.trained]
-        self.optimizer_bytes = self.saved_bytes = 0  # known after training
 
     def restart(self, seed: int) -> None:
         """Back to the start: ``seed`` redraws LoRA's A and decides the dropout; the rest as at first."""
@@ -63,9 +59,6 @@ class Candidate:
     def facts(self) -> dict:
         return self.method.facts() | {
             "trained_parameters": sum(p.numel() for p in self.trained),
-            "optimizer_bytes": self.optimizer_bytes,
-            "saved_bytes": self.saved_bytes,
-            "initialisation_seconds": round(self.initialisation_seconds, 3),
             "on_fast_path": self.method.kind == "mica" and mica.fast.is_enabled(),
         }
 
@@ -106,16 +99,9 @@ def train(candidate: Candidate, texts: Texts, rate: float, epochs: int, seed: in
     schedule = get_scheduler(recipe.scheduler, optimizer, math.ceil(recipe.warm_up * steps), steps)
     run: dict = {"rate": rate, "seed": seed, "diverged": None, "losses": [], "seconds": []}
 
-    def forward(batch):
-        return model(input_ids=batch, labels=batch).loss
-
     for step, batch in enumerate(batches(texts.train, steps, seed)):
-        if step == 1:  # after the first, which may allocate
-            state = torch.get_rng_state()
-            candidate.saved_bytes = saved_bytes(lambda b=batch: forward(b), (model,))
-            torch.set_rng_state(state)
         start = time.perf_counter()
-        loss = forward(batch)
+        loss = model(input_ids=batch, labels=batch).loss
         if not math.isfinite(value := loss.item()):
             run["diverged"] = f"training loss {value} at step {step + 1}"
             return run
@@ -126,7 +112,6 @@ def train(candidate: Candidate, texts: Texts, rate: float, epochs: int, seed: in
         optimizer.zero_grad(set_to_none=True)
         run["seconds"].append(round(time.perf_counter() - start, 4))
         run["losses"].append(value)
-    candidate.optimizer_bytes = optimizer_bytes(optimizer)
     return run
 
 

@@ -19,12 +19,10 @@ import argparse
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from math import inf
 from pathlib import Path
-from typing import NamedTuple
 
 from bench.report.markdown import ONE_PROCESS, markdown_table
-from bench.results.names import BARE, COPY, FAST, LORA, STOCK, SVD
+from bench.results.names import BARE, COPY, CUBLAS, FAST, LORA, STOCK, SVD
 from bench.results.schema import Group, Ratio, Result, is_refused
 
 # The first two where the group has them, else the first of the others that it has
@@ -35,44 +33,38 @@ OURS = (FAST, "minor_subspace")
 MEMORY, GROWTH = "saved_mb", 1.01
 # What must be equal, and what is reported where it differs
 _MACHINE = ("cpu", "device", "threads", "bf16 instructions")
-_CIRCUMSTANCES = (*_MACHINE, "python", "torch", "peft", "transformers", "triton", "size")
+_CIRCUMSTANCES = ("python", "torch", "peft", "transformers", "triton", "size")
+HEADER = ["new ÷ old", "cell", "implementation", "against", "old", "new"]
 
 
 class UnusableError(Exception):
     """These files cannot be compared; the message is one sentence."""
 
 
-class Change(NamedTuple):
-    """``factor``: new ÷ old. ``against``: the baseline, or which memory."""
-
-    factor: float
-    cell: str
-    implementation: str
-    against: str
-    old: str
-    new: str
-
-
 @dataclass
 class Comparison:
-    """``agreeing`` of ``ratios`` have overlapping intervals; ``missing``: ours that only the old run has."""
+    """``agreeing`` of ``ratios`` have overlapping intervals; ``missing``: ours that only the old run has.
 
-    slower: list[Change] = field(default_factory=list)
-    faster: list[Change] = field(default_factory=list)
-    moved: list[Change] = field(default_factory=list)
+    ``slower``, ``faster`` and ``moved`` (which are not ours): new ÷ old, cell, implementation, baseline or
+    which memory, the two figures.
+    """
+
+    slower: list[tuple] = field(default_factory=list)
+    faster: list[tuple] = field(default_factory=list)
+    moved: list[tuple] = field(default_factory=list)
     refused: list[str] = field(default_factory=list)
     missing: list[str] = field(default_factory=list)
     ratios: int = 0
     agreeing: int = 0
 
     def add(self, group: Group, name: str, factor: float, *details: str) -> None:
-        kind = self.moved if not is_ours(group, name) else self.slower if factor > 1 else self.faster
-        kind.append(Change(factor, group.name, name, *details))
+        changed = self.moved if not is_ours(group, name) else self.slower if factor > 1 else self.faster
+        changed.append((factor, group.name, name, *details))
 
 
 def is_ours(group: Group, name: str) -> bool:
     """What is compared with a copy are configurations of our kernels."""
-    return name.startswith(OURS) or (COPY in group.timings and name != COPY)
+    return name.startswith(OURS) or (COPY in group.timings and name not in (COPY, CUBLAS))
 
 
 def ratios(group: Group) -> Iterator[tuple[str, str, Ratio]]:
@@ -92,44 +84,34 @@ def _cells(result: Result) -> dict[tuple, Group]:
 
 def compare(old: Result, new: Result, tolerance: float) -> Comparison:
     """Of the cells that both have; those of ours that only the old one has are listed."""
-    comparison, later = Comparison(), _cells(new)
+    found, later = Comparison(), _cells(new)
     for key, before in _cells(old).items():
         after = later.get(key, Group(before.name, before.axes))
         for name in before.timings:
             if name in after.timings:
-                _memory(comparison, before, after, name)
+                used, uses = (group.timings[name].facts.get(MEMORY) for group in (before, after))
+                if used and uses and not used / GROWTH <= uses <= used * GROWTH:
+                    found.add(before, name, uses / used, MEMORY, f"{used:.4g}", f"{uses:.4g}")
             elif is_ours(before, name):
                 whys = [one["why"] for one in new.refused if is_refused(one, before.name, name)]
                 cell = f"{before.name}, {name}"
-                if whys:
-                    comparison.refused.append(f"{cell}: {whys[0]}")
-                else:
-                    comparison.missing.append(cell)
-        _times(comparison, before, after, tolerance)
-    comparison.faster.sort()
-    comparison.slower.sort(reverse=True)
-    comparison.moved.sort(reverse=True)
-    return comparison
-
-
-def _times(comparison: Comparison, before: Group, after: Group, tolerance: float) -> None:
-    new_ratios = {(name, base): ratio for name, base, ratio in ratios(after)}
-    for name, base, old in ratios(before):
-        if (new := new_ratios.get((name, base))) is None:
-            if name in after.timings and is_ours(before, name):
-                comparison.missing.append(f"{before.name}, {name} ÷ {base}")
-            continue
-        comparison.ratios += 1
-        comparison.agreeing += old.overlaps(new)
-        factor = new.median / old.median
-        if not old.overlaps(new) and max(factor, 1 / factor) > 1 + tolerance:
-            comparison.add(before, name, factor, f"÷ {base}", str(old), str(new))
-
-
-def _memory(comparison: Comparison, before: Group, after: Group, name: str) -> None:
-    old, new = (group.timings[name].facts.get(MEMORY) for group in (before, after))
-    if old is not None and new is not None and not old / GROWTH <= new <= old * GROWTH:
-        comparison.add(before, name, new / old if old else inf, MEMORY, f"{old:.4g}", f"{new:.4g}")
+                found.refused.extend(f"{cell}: {why}" for why in whys[:1])
+                found.missing.extend([] if whys else [cell])
+        new_ratios = {(name, base): ratio for name, base, ratio in ratios(after)}
+        for name, base, was in ratios(before):
+            if (now := new_ratios.get((name, base))) is None:
+                if name in after.timings and is_ours(before, name):
+                    found.missing.append(f"{before.name}, {name} ÷ {base}")
+                continue
+            found.ratios += 1
+            found.agreeing += was.overlaps(now)
+            factor = now.median / was.median
+            if not was.overlaps(now) and max(factor, 1 / factor) > 1 + tolerance:
+                found.add(before, name, factor, f"÷ {base}", str(was), str(now))
+    found.faster.sort()
+    found.slower.sort(reverse=True)
+    found.moved.sort(reverse=True)
+    return found
 
 
 def load(path: Path) -> Result:
@@ -151,30 +133,27 @@ def load(path: Path) -> Result:
     return result
 
 
-def text(comparison: Comparison, old: Result, new: Result) -> str:
+def text(found: Comparison, old: Result, new: Result) -> str:
     """The report, as Markdown: regressions first, the worst on top."""
     parts = [
         f"{key}: {old.machine[key]} before, {new.machine.get(key)} now"
         for key in _CIRCUMSTANCES
         if key in old.machine and old.machine[key] != new.machine.get(key)
     ]
-    header = ["new ÷ old", "cell", "implementation", "against", "old", "new"]
     for title, changes in (
-        ("Slower, or more memory", comparison.slower),
-        ("Refused now", comparison.refused),
-        ("Faster, or less memory", comparison.faster),
-        ("Moved: not ours, so the baseline or the machine changed", comparison.moved),
-        ("Missing now", comparison.missing),
+        ("Slower, or more memory", found.slower),
+        ("Refused now", found.refused),
+        ("Faster, or less memory", found.faster),
+        ("Moved: not ours, so the baseline or the machine changed", found.moved),
+        ("Missing now", found.missing),
     ):
         lines = [f"- {one}" for one in changes if isinstance(one, str)]
         rows = [[f"{factor:.3f}", *details] for factor, *details in changes if not lines]
         if changes:
-            parts.append(f"### {title}\n\n" + ("\n".join(lines) or markdown_table(header, rows)))
-    count = len(comparison.slower) + len(comparison.refused)
+            parts.append(f"### {title}\n\n" + ("\n".join(lines) or markdown_table(HEADER, rows)))
+    count = len(found.slower) + len(found.refused)
     verdict = f"{count} regressions" if count else "no regression"
-    parts.append(
-        f"{comparison.agreeing} of {comparison.ratios} ratios agree (their intervals overlap): {verdict}."
-    )
+    parts.append(f"{found.agreeing} of {found.ratios} ratios agree (their intervals overlap): {verdict}.")
     return "\n\n".join(parts) + "\n"
 
 
@@ -185,21 +164,20 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("old", type=Path, help="a run's JSON file")
     parser.add_argument("new", type=Path, help="a later run's")
     parser.add_argument("--tolerance", type=float, default=0.05, help="of a ratio's median (default 0.05)")
-    parser.add_argument("--across-machines", action="store_true", help="even if CPU or threads differ")
     args = parser.parse_args(argv)
     try:
         old, new = load(args.old), load(args.new)
-        for what in () if args.across_machines else _MACHINE:
+        for what in _MACHINE:
             if (was := old.machine.get(what)) != (now := new.machine.get(what)):
                 raise UnusableError(f"{args.new} is of another machine ({what}: {was} before, {now} there).")
-        comparison = compare(old, new, args.tolerance)
-        if not comparison.ratios and not comparison.refused:
+        found = compare(old, new, args.tolerance)
+        if not found.ratios and not found.refused:
             raise UnusableError(f"{args.new} has no ratio that {args.old} has.")
     except UnusableError as error:
         print(f"bench.report.compare: {error}", file=sys.stderr)
         return 2
-    print(text(comparison, old, new), end="")
-    return int(bool(comparison.slower or comparison.refused))
+    print(text(found, old, new), end="")
+    return int(bool(found.slower or found.refused))
 
 
 if __name__ == "__main__":

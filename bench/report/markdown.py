@@ -30,6 +30,8 @@ LAYER_RATIOS = (
     ("these compiled ÷ stock", names.COMPILED, STOCK),
     ("LoRA ÷ stock", LORA, STOCK),
     ("control ÷ stock", names.ATEN, STOCK),
+    ("mica.fast compiled ÷ stock", names.COMPILED_FAST, STOCK),
+    ("mica.fast ÷ stock, autocast", names.AUTOCAST_FAST, names.AUTOCAST),
 )
 DRY = "**A dry run: tiny shapes, interpreted kernels, the host's clock. Its times are not measurements.**"
 

@@ -15,7 +15,8 @@ from matplotlib.figure import Figure  # not pyplot: no display and no global sta
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, NullLocator
 
 from bench.report.cells import by_clock, clocks, having, ratio
-from bench.results.names import ATEN, BARE, BOTH, COMPILED, DEVICE_TIME, FAST, LORA, STOCK, STOCK_16, WALL
+from bench.results import names
+from bench.results.names import ATEN, BARE, BOTH, DEVICE_TIME, FAST, LORA, STOCK, STOCK_16, WALL
 from bench.results.schema import Group, Ratio, Result
 
 INK = "#7a7a7a"  # as far from GitHub's light page as from its dark one
@@ -25,7 +26,10 @@ STYLES = {  # colour, dashes, marker
     FAST: (OURS, "-", "o"),
     STOCK: (PEFT, "-", "o"),
     STOCK_16: (PEFT, "--", "s"),
-    COMPILED: (PEFT, ":", "^"),
+    names.COMPILED: (PEFT, ":", "^"),
+    names.COMPILED_FAST: (OURS, ":", "^"),
+    names.AUTOCAST: (PEFT, "-.", "v"),
+    names.AUTOCAST_FAST: (OURS, "-.", "v"),
     LORA: (OTHER, "-", "o"),
     ATEN: (VIOLET, "--", "D"),
 }

@@ -82,7 +82,7 @@ def _bandwidths(result: Result) -> Iterator[Target]:
     for kernel in KERNELS:
         shares = []
         for group in _timed(result, suite="kernels"):
-            name = next((one for one in group.timings if one != names.COPY), None)
+            name = next((one for one in group.timings if one not in (names.COPY, names.CUBLAS)), None)
             if group.axes["kernel"] == kernel and name and int(group.axes["tokens"]) >= TOKENS:
                 shares.append((share_of_copy(result, group, name), f"{group.name}, {name}"))
         share, where = min((one for one in shares if one[0]), default=(None, f"from {TOKENS} tokens"))

@@ -28,7 +28,7 @@ from bench.measure.clocks import seconds
 from bench.measure.machine import DEVICE, ON_ACCELERATOR
 from bench.measure.memory import peak_growth, saved_bytes
 from bench.results.names import BARE, FAST, LORA, SVD
-from bench.suites.harness import build_all, iterations, pick
+from bench.suites.harness import build_all, iterations, pick, whole_turns
 from bench.suites.layer import Form
 from bench.suites.steps import Step, checked
 from mica.fast.forward.expert_params import lora_B_of
@@ -51,15 +51,19 @@ class Cell(NamedTuple):
     hidden: int
     intermediate: int
     dtype: torch.dtype = torch.float32
+    rounds: int = ROUNDS
+    implementations: tuple[str, ...] = IMPLEMENTATIONS
 
     @property
-    def dtype_name(self) -> str:
-        return str(self.dtype).removeprefix("torch.")
+    def axes(self) -> dict[str, str | int]:
+        axes = {"suite": "experts", "tokens": self.tokens, "out": self.hidden, "in": self.intermediate}
+        return axes | {"rank": RANK, "dtype": str(self.dtype).removeprefix("torch.")}
 
     @property
-    def key(self) -> str:
-        sizes = f"{EXPERTS} experts of {self.hidden} and {self.intermediate}"
-        return f"{self.tokens} tokens, {sizes}, {self.dtype_name}"
+    def name(self) -> str:
+        what = f"{self.tokens} tokens, {EXPERTS} experts of {self.hidden} and {self.intermediate}"
+        how = f"{self.axes['dtype']}, {TOP_K} a token, r = {RANK}, forward + backward"
+        return f"experts, {what}, {how}"
 
 
 # the widest are those of OLMoE-1B-7B
@@ -119,7 +123,7 @@ class Setting(NamedTuple):
 
 
 @functools.lru_cache(maxsize=1)
-def setting(cell: Cell, group: str) -> Setting:
+def setting(cell: Cell) -> Setting:
     torch.manual_seed(0)
     bare = _Layer(cell)
     x, dy = torch.randn(2, cell.tokens, cell.hidden, device=DEVICE).to(cell.dtype).unbind()
@@ -138,7 +142,7 @@ def setting(cell: Cell, group: str) -> Setting:
         LORA: lambda: step(_random(bare, True)),
         FAST: lambda: checked(step(ours, nullcontext, **ran), step(ours).results(), GATES[cell.dtype]),
     }
-    steps = build_all(group, builds, lambda name: builds[name]())
+    steps = build_all(cell.name, builds, lambda name: builds[name]())
     facts = {}
     for name, one in steps.items():
         with one.form.context():
@@ -151,21 +155,16 @@ def setting(cell: Cell, group: str) -> Setting:
     return Setting(steps, facts, iterations(seconds(steps[BARE])))
 
 
-# the first named parameter is the innermost loop: implementations take turns within a round
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-@pytest.mark.parametrize("round_", range(ROUNDS))
-@pytest.mark.parametrize("cell", CELLS, ids=lambda cell: cell.key)
+@whole_turns(CELLS)
 def bench_experts(once, gated, cell, round_, implementation):
-    group = f"experts, {cell.key}, {TOP_K} a token, r = {RANK}, forward + backward"
-    layer = gated(group, lambda: setting(cell, group), implementation)
-    axes = {"suite": "experts", "tokens": cell.tokens, "out": cell.hidden, "in": cell.intermediate}
-    axes |= {"rank": RANK, "dtype": cell.dtype_name}
+    layer = gated(cell.name, lambda: setting(cell), implementation)
     facts = layer.facts[implementation] if round_ == 0 else {}
-    layer.steps[implementation].time(once, group, implementation, axes, layer.iterations, **facts)
+    step = layer.steps[implementation]
+    step.time(once, cell.name, implementation, cell.axes, layer.iterations, **facts)
 
 
 MANY, FEW = (128, 768, 2048), (8, 768, 2048)  # experts, out, in
-STACK = pick(default=(32, *MANY[1:]), quick=FEW, full=MANY, cuda=MANY, dry=(3, 48, 64))
+STACK = pick(default=(32, *MANY[1:]), quick=FEW, full=MANY, dry=(3, 48, 64))
 STACK_RANK, STACK_ROUNDS = pick(default=16, dry=4), pick(default=3, quick=2, full=2, cuda=2, dry=1)
 STACK_GROUP = "experts init, {} experts of {} x {}".format(*STACK)
 

@@ -1,4 +1,4 @@
-"""Each skinny kernel in all its configurations, compared with a copy that moves as many bytes.
+"""Each skinny kernel in all its configurations, beside a copy that moves as many bytes and cuBLAS.
 
 All of them are memory-bound, so a kernel is as good as the share of the copy's bandwidth that it reaches:
 ``bytes`` is what a launch must read and write once. Each configuration is checked against
@@ -14,20 +14,17 @@ import torch
 from torch import Tensor
 
 from bench.measure.machine import DEVICE
-from bench.results.names import COPY, DOWN_A, DOWN_B, GRAD_A, UP_B
-from bench.suites.harness import build_all, needs_accelerator, pick
-from mica.paths import torch_path
+from bench.results.names import COPY, CUBLAS, DOWN_A, DOWN_B, GRAD_A, UP_B
+from bench.suites.harness import build_all, needs_accelerator, pick, whole_turns
 from tests.support.tolerances import RELATIVE, error
 
 pytest.importorskip("triton")
 
+from bench.suites.kernel_calls import Work, down, gradient_of_a, up
 from mica.kernels.common import target_of
 from mica.kernels.configs import Config
-from mica.kernels.down_projection import down_projection
-from mica.kernels.grad_a import grad_a
-from mica.kernels.launching import Launch, Launcher
+from mica.kernels.launching import Launch
 from mica.kernels.limits import padded_columns
-from mica.kernels.up_projection import up_projection_
 
 pytestmark = needs_accelerator
 
@@ -43,6 +40,7 @@ class Cell(NamedTuple):
     tokens: int
     features: int
     rank: int
+    rounds: int = ROUNDS
 
     @property
     def axes(self) -> dict[str, str | int]:
@@ -59,25 +57,25 @@ class Cell(NamedTuple):
         """For ``-k``."""
         return f"{self.kernel}-{self.tokens}x{self.features}-r{self.rank}"
 
+    @property
+    def implementations(self) -> dict[str, Config | None]:
+        return implementations(self)
+
 
 SIZES = pick(
     quick=[(40, 64, 16)],
     default=[],
-    cuda=[*((tokens, 4096, rank) for rank in (16, 64) for tokens in (8192, 2048, 512)), (8192, 14336, 16)],
+    cuda=[
+        *((tokens, 4096, rank) for rank in (16, 64) for tokens in (8192, 2048, 512)),
+        *((tokens, 4096, 128) for tokens in (8192, 2048)),
+        (8192, 14336, 16),
+    ],
 )
 CELLS = [Cell(kernel, *sizes) for sizes in SIZES for kernel in NAMES]
 
 
-class Work(NamedTuple):
-    """What is launched: ``kernel(*operands, **numbers)``."""
-
-    kernel: Launcher
-    operands: tuple[Tensor, ...]
-    numbers: dict
-
-
 def work_of(cell: Cell, device: str) -> Work:
-    """With operands as the library passes them; on the device "meta" without their numbers."""
+    """On the device "meta" without the operands' numbers."""
     rank, columns = cell.rank, padded_columns(cell.rank)
 
     def matrix(rows: int, width: int, dtype: torch.dtype = DTYPE) -> Tensor:
@@ -85,32 +83,33 @@ def work_of(cell: Cell, device: str) -> Work:
 
     wide, low = matrix(cell.tokens, cell.features), matrix(cell.tokens, columns)
     if cell.kernel == "grad_a":
-        return Work(grad_a, (low, wide), {"rank": rank})
+        return gradient_of_a(low, wide, rank)
     if cell.kernel == "down-A":
-        factor = matrix(rank, cell.features, torch.float32)
-    else:
-        factor = matrix(cell.features, columns).t()
-    if cell.kernel == "up-B":
-        return Work(up_projection_, (wide, low, factor), {})
-    return Work(down_projection, (wide, factor), {"compute_dtype": DTYPE})
+        return down(wide, matrix(rank, cell.features, torch.float32))
+    factor = matrix(cell.features, columns).t()
+    return up(wide, low, factor, rank) if cell.kernel == "up-B" else down(wide, factor)
 
 
-EXACT = {  # of the operands in fp64
-    "down-A": lambda x, A: torch_path.down_projection(x, A, 1.0, x.dtype),
-    "down-B": lambda dy, B_t: torch_path.down_projection(dy, B_t, 1.0, dy.dtype),
-    "up-B": lambda y, h, B_t: torch_path.up_projection(y, h, B_t.t()),
-    "grad_a": torch_path.grad_a,
+def outer_product(g: Tensor, x: Tensor) -> Tensor:
+    """gᵀ x in fp32, as exact as the kernel; where PyTorch cannot (on a CPU), rounded before."""
+    wide = {"out_dtype": torch.float32} if DEVICE == "cuda" else {}
+    return torch.mm(g.t(), x, **wide).float()
+
+
+PRODUCTS = {  # PyTorch's call for the same, casts included
+    "down-A": lambda x, A: torch.mm(x, A.to(x.dtype).t()),
+    "down-B": lambda dy, B_t: torch.mm(dy, B_t.t()),
+    "up-B": torch.Tensor.addmm_,
+    "grad_a": outer_product,
 }
 
 
 @functools.cache
 def implementations(cell: Cell) -> dict[str, Config | None]:
-    """The copy, then every configuration of the kernel's table, the default first."""
-    work = work_of(cell, "meta")
-    target = target_of(torch.device(DEVICE))
-    table = work.kernel.plan(*work.operands, **work.numbers, target=target).configs
+    """The copy, every configuration of the kernel's table, the default first, and cuBLAS."""
+    table = work_of(cell, "meta").plan(target=target_of(torch.device(DEVICE))).configs
     named = {f"{NAMES[cell.kernel]}, {'x'.join(map(str, config))}": config for config in table}
-    return {COPY: None, **named}
+    return {COPY: None, **named, CUBLAS: None}
 
 
 def launch_bytes(launch: Launch, out: Tensor) -> int:
@@ -128,14 +127,12 @@ def copy(size: int) -> Callable[[], object]:
     return lambda: target.copy_(source)
 
 
-def checked(work: Work, config: Config, truth: Tensor) -> Callable[[], Tensor]:
-    """The call with this configuration, once its result is right; the first operand may be updated."""
-    first, *others = work.operands
-    call = functools.partial(work.kernel, **work.numbers, config=config)
-    result, limit = call(first.clone(), *others), RELATIVE[DTYPE]
-    wrong = error(result, truth)
+def checked(call: Callable[..., Tensor], operands: tuple[Tensor, ...], truth: Tensor) -> Callable[[], Tensor]:
+    """The call with these operands, once its result is right; it may update the first of them."""
+    first, *others = operands
+    wrong, limit = error(call(first.clone(), *others), truth), RELATIVE[DTYPE]
     assert wrong <= limit, f"the relative error is {wrong:.2e}, above {limit:.0e}"
-    return functools.partial(call, *work.operands)
+    return functools.partial(call, *operands)
 
 
 @functools.lru_cache(maxsize=1)
@@ -143,27 +140,19 @@ def setting(cell: Cell) -> tuple[dict[str, Callable], int]:
     """implementation -> its call, and the bytes that each of them moves."""
     torch.manual_seed(0)
     work = work_of(cell, DEVICE)
-    out, launch = work.kernel.plan(*work.operands, **work.numbers).bind()
-    size = launch_bytes(launch, out)
-    truth = EXACT[cell.kernel](*(tensor.double() for tensor in work.operands))
-    configs = implementations(cell)
+    out, launch = work.plan().bind()
+    size, configs = launch_bytes(launch, out), implementations(cell)
 
     def build(name: str) -> Callable[[], object]:
-        return copy(size) if configs[name] is None else checked(work, configs[name], truth)
+        if name == COPY:
+            return copy(size)
+        ours = functools.partial(work.kernel, **work.numbers, config=configs[name])
+        return checked(PRODUCTS[cell.kernel] if name == CUBLAS else ours, work.operands, work.expected)
 
     return build_all(cell.name, configs, build), size
 
 
-# the first named parameter is the innermost loop: implementations take turns within a round
-def cases():
-    for cell in CELLS:
-        for round_ in range(ROUNDS):
-            for name, config in implementations(cell).items():
-                key = "x".join(map(str, config)) if config else COPY
-                yield pytest.param(cell, round_, name, id=f"{cell.key}-{round_}-{key}")
-
-
-@pytest.mark.parametrize(("cell", "round_", "implementation"), cases())
+@whole_turns(CELLS)
 def bench_kernels(once, gated, cell, round_, implementation):
     calls, size = gated(cell.name, lambda: setting(cell), implementation)
     sample = cell.name, implementation, cell.axes, ITERATIONS

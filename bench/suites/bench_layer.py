@@ -2,17 +2,22 @@
 
 From one layer (2048 x 2048, 1024 tokens, r = 16, bf16) one axis varies at a time: tokens, rank, shape, dtype.
 In addition few tokens by rank, where calls cost as much as products; a full run has a grid of all tokens by
-rank. On an accelerator the layer is 4096 x 4096, tokens vary by rank, and kernels are required.
+rank. On an accelerator the layer is 4096 x 4096, tokens vary by rank, and kernels are required. *Forms*,
+there only, are those that `mica.kernels.configs` names, each forced, whatever its table has for the device.
 
 All implementations in a cell compute with the same x, W, A and B; each of their y, dx and dA is checked
-against `mica.paths.torch_path` before anything is timed, and only the one that is wrong is left out. The
-forward is timed with and without recording a graph, the backward on a graph that is kept.
+against `mica.paths.torch_path` before anything is timed, a form also by what it launches, and only the one
+that is wrong is left out. The forward is timed with and without recording a graph, the backward on a graph
+that is kept.
 """
 
 import functools
 import itertools
-from contextlib import nullcontext
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from typing import NamedTuple
+from unittest.mock import patch
 
 import torch
 import torch.nn.functional as F
@@ -22,12 +27,16 @@ from bench.measure.clocks import seconds
 from bench.measure.machine import DEVICE, ON_ACCELERATOR
 from bench.measure.memory import saved_bytes
 from bench.results import names
-from bench.results.names import ATEN, BACKWARD, BARE, COMPILED, FAST, FORWARD, LORA, NO_GRADIENT
-from bench.suites.harness import build_all, iterations, pick, turns
+from bench.results.names import ATEN, BACKWARD, BARE, FAST, FORWARD, LORA, NO_GRADIENT, STOCK
+from bench.suites.harness import build_all, iterations, pick, turns, under_autocast
 from bench.suites.layer import AtenControl, Form, adapted_module, check_errors, exact, make_layer
+from mica.kernels import configs
+from mica.ops import mica_linear
+from mica.paths import choose
 from mica.paths.products import has_native
+from tests.support.tolerances import RELATIVE
 
-ROUNDS = pick(default=5, quick=3, cuda=6, dry=1)
+ROUNDS = pick(default=5, quick=3, dry=1)
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 # Relative errors of y, dx and dA that no layer should pass, and the dtype of the truth: on a CPU fp64 takes
 # seconds for a large layer, and fp32 is as good as exact for bf16.
@@ -36,10 +45,19 @@ GATES = {
     "float32": (1e-5, torch.float64),
 }
 PASSES = (FORWARD, BACKWARD, NO_GRADIENT)
+FORMS = {names.of_form(word): word for word in configs.FORM_NAMES} if ON_ACCELERATOR else {}
+LAUNCHED = {  # form -> by kernel, how many launches a forward and its backward make
+    "split": {"down_projection": 2, "up_projection": 2, "grad_a": 1},
+    "fused": {"down_projection": 2, "fused_linear": 2, "grad_a": 1},
+    "descriptor": {"down_projection": 2, "fused_linear_descriptor": 2, "grad_a": 1},
+    "mixed": {"up_projection": 2},
+    "aten": {},
+}
 
 
 class Cell(NamedTuple):
-    """One layer; ``compiled``: also under torch.compile, which takes some ten seconds to build."""
+    """One layer. ``compiled``: also under torch.compile, which takes some ten seconds to build, and on an
+    accelerator under autocast; ``forms``: of the operator, instead of PEFT's layers."""
 
     tokens: int = 1024
     out: int = 2048
@@ -47,16 +65,18 @@ class Cell(NamedTuple):
     rank: int = 16
     dtype: str = "bfloat16"
     compiled: bool = False
+    forms: bool = False
 
     @property
     def axes(self) -> dict[str, str | int]:
         shape = {"tokens": self.tokens, "out": self.out, "in": self.inner}
-        return {"suite": "layer", **shape, "rank": self.rank, "dtype": self.dtype}
+        return {"suite": "forms" if self.forms else "layer", **shape, "rank": self.rank, "dtype": self.dtype}
 
     @property
     def key(self) -> str:
         """For ``-k``."""
-        return f"{self.tokens}x{self.out}x{self.inner}-r{self.rank}-{self.dtype}"
+        key = f"{self.tokens}x{self.out}x{self.inner}-r{self.rank}-{self.dtype}"
+        return f"forms-{key}" if self.forms else key
 
     @property
     def rounds(self) -> int:
@@ -66,7 +86,8 @@ class Cell(NamedTuple):
 
     @property
     def name(self) -> str:
-        return f"layer, {self.tokens} tokens, {self.out} x {self.inner}, r = {self.rank}, {self.dtype}"
+        name = f"layer, {self.tokens} tokens, {self.out} x {self.inner}, r = {self.rank}, {self.dtype}"
+        return f"forms of a {name}" if self.forms else name
 
 
 def grid(tokens: tuple, shapes: tuple, ranks: tuple) -> list[Cell]:
@@ -107,14 +128,14 @@ MORE = [
     *(Cell(tokens, 576, 576, 128, "float32") for tokens in (1024, 8192)),
     *grid((1, 8, 32, 128, 512, 2048, 8192), SHAPES, RANKS),
 ]
+WIDE = [(8192, 14336, 4096), (8192, 4096, 14336)]
 CUDA = [
-    *(
-        Cell(tokens, 4096, 4096, rank, compiled=rank == 16 and tokens in (512, 8192))
-        for rank in (16, 64, 8)
-        for tokens in (8192, 2048, 512, 128, 1)
-    ),
-    Cell(8192, 14336, 4096),
-    Cell(8192, 4096, 14336),
+    *(Cell(tokens, 4096, 4096, compiled=tokens in (512, 8192)) for tokens in (8192, 2048, 512, 128, 1)),
+    *(Cell(*sizes) for sizes in WIDE),
+    *(Cell(tokens, 4096, 4096, rank) for rank in (64, 128, 8) for tokens in (8192, 2048, 512, 1)),
+    *(Cell(*sizes, forms=True) for sizes in ((8192, 4096, 4096), *WIDE, (2048, 4096, 4096))),
+    *(Cell(*sizes, forms=True) for sizes in ((8192, 4096, 4096, 128), (8192, 4096, 4096, 64))),
+    Cell(2048, 4096, 4096, 128, forms=True),
 ]
 CELLS = chosen(
     pick(
@@ -126,7 +147,11 @@ CELLS = chosen(
             *grid((1,), SHAPES[:1], (16,)),
         ],
         cuda=CUDA,
-        dry=[Cell(40, 48, 64, 16, compiled=True), Cell(1, 80, 96, 64)],
+        dry=[
+            Cell(40, 48, 64, compiled=True),
+            Cell(1, 80, 96, 64),
+            *(Cell(40, 48, 64, rank, forms=True) for rank in (16, 32)),
+        ],
         default=AXES,
         full=[*AXES, *MORE],
     )
@@ -140,48 +165,94 @@ class Setting(NamedTuple):
     iterations: dict[str, int]
 
 
+@contextmanager
+def form_of(word: str) -> Iterator[None]:
+    """Every call inside takes this form.
+
+    "aten" also where kernels are demanded, once they have been found to run (by the form before).
+    """
+    from mica.paths.triton_path import device_name  # imports Triton
+
+    rows = {device_name(torch.device(DEVICE, 0)): (configs.Forms(0, 256, word, word),)}
+    demanded = patch.object(choose, "requested", lambda: "auto") if word == "aten" else nullcontext()
+    with patch.dict(configs.FORMS, rows), demanded:
+        yield
+
+
+@contextmanager
+def launches() -> Iterator[Counter[str]]:
+    """By kernel, how many are made inside."""
+    from mica.kernels.launching import Plan
+
+    seen, launch = Counter(), Plan.__call__
+
+    def counting(plan, *tensors):
+        seen[plan.kernel.fn.__name__.strip("_").removesuffix("_kernel")] += 1
+        return launch(plan, *tensors)
+
+    with patch.object(Plan, "__call__", counting):
+        yield seen
+
+
+def under_compiler(module):
+    torch._dynamo.reset()
+    return torch.compile(module, dynamic=False, **pick(default={}, dry={"backend": "aot_eager"}))
+
+
 def builds(cell: Cell, layer):
     """implementation -> what makes its `Form`."""
     x, stock = layer.x, mica.fast.disabled
     operands = x, layer.weight, layer.lora_A, layer.lora_B, layer.scaling
 
-    def adapted(dtype, context, init="mica", compiled=False) -> Form:
+    def adapted(dtype, context, init="mica", wrap=lambda module: module) -> Form:
         module, lora_A = adapted_module(layer, dtype, init=init)
         trained = [lora_A]
         if init is True:
             trained.append(module.lora_B["default"].weight.requires_grad_())
-        call = module
-        if compiled:
-            torch._dynamo.reset()
-            call = torch.compile(module, dynamic=False)
+        call = wrap(module)
         return Form(lambda: call(x), (x, *trained), context, module)
+
+    def forced(word: str) -> Form:
+        return Form(lambda: mica_linear(*operands), (x, layer.lora_A), lambda: form_of(word))
 
     makes = {
         BARE: lambda: Form(lambda: F.linear(x, layer.weight), (x,)),
-        names.STOCK: lambda: adapted(torch.float32, stock),
+        STOCK: lambda: adapted(torch.float32, stock),
         names.STOCK_16: lambda: adapted(x.dtype, stock),
-        COMPILED: lambda: adapted(x.dtype, stock, compiled=True),
+        names.COMPILED: lambda: adapted(x.dtype, stock, wrap=under_compiler),
+        names.COMPILED_FAST: lambda: adapted(torch.float32, nullcontext, wrap=under_compiler),
+        names.AUTOCAST: lambda: adapted(torch.float32, stock, wrap=under_autocast),
+        names.AUTOCAST_FAST: lambda: adapted(torch.float32, nullcontext, wrap=under_autocast),
         LORA: lambda: adapted(torch.float32, stock, init=True),
         ATEN: lambda: Form(lambda: AtenControl.apply(*operands), (x, layer.lora_A)),
         FAST: lambda: adapted(torch.float32, nullcontext),
     }
+    if cell.forms:
+        makes |= {name: functools.partial(forced, word) for name, word in FORMS.items()}
     needed = dict.fromkeys([*implementations(cell, FORWARD), *implementations(cell, NO_GRADIENT)])
     return {name: makes[name] for name in needed}
 
 
 def checked(cell: Cell, layer, name: str, build, truth) -> tuple[Form, dict[str, float]]:
-    """The form, and its facts; raises where its results are wrong."""
-    form, (limit, _) = build(), GATES[cell.dtype]
+    """The form, and its facts; raises where its results are wrong or came from another form."""
+    form, limit = build(), RELATIVE[layer.x.dtype] if cell.forms else GATES[cell.dtype][0]
     operator = "linear_kernels" if ON_ACCELERATOR else "linear"
+    both = name in implementations(cell, NO_GRADIENT)
     with form.context():
+        if cell.forms:  # the first call may have to try several configurations of a kernel
+            form.errors(layer.grad_output, truth)
         calls = mica.fast.call_counts[operator]
-        errors = form.errors(layer.grad_output, truth)
-        if name in implementations(cell, NO_GRADIENT):
+        with launches() if cell.forms else nullcontext() as launched:
+            errors = form.errors(layer.grad_output, truth)
+        if both:
             with torch.no_grad():  # may take another path through the code
                 errors["y without gradient"] = form.errors(layer.grad_output, truth)["y"]
         facts = check_errors(name, errors, limit)
         ran = mica.fast.call_counts[operator] - calls
-        assert ran == 2 * (name == FAST), f"{ran} calls of our operator"
+        assert ran == name.startswith(FAST) * (1 + both), f"{ran} calls of our operator"
+        if cell.forms:
+            expected = LAUNCHED[FORMS[name]] if name in FORMS else {}
+            assert launched == expected, f"launched {dict(launched)}, not {expected}"
         modules = [] if form.module is None else [form.module]
         saved = saved_bytes(form.forward, modules, but=[layer.weight]) / 1e6
     return form, {"saved_mb": saved, **facts}
@@ -203,9 +274,13 @@ def setting(cell: Cell) -> Setting:
 
 def implementations(cell: Cell, part: str) -> list[str]:
     """Without a gradient LoRA's layer is the stock one, and `torch.compile` would have to build another."""
-    chosen = [BARE, names.STOCK, *([names.STOCK_16] if cell.dtype != "float32" else []), ATEN, FAST]
+    if cell.forms:
+        return [] if part == NO_GRADIENT else [BARE, *FORMS, ATEN]
+    chosen = [BARE, STOCK, *([names.STOCK_16] if cell.dtype != "float32" else []), ATEN, FAST]
     if part != NO_GRADIENT:
-        chosen += [LORA, *([COMPILED] if cell.compiled else [])]
+        chosen += [LORA, *([names.COMPILED] if cell.compiled else [])]
+        if cell.compiled and ON_ACCELERATOR:
+            chosen += [names.COMPILED_FAST, names.AUTOCAST, names.AUTOCAST_FAST]
     return chosen
 
 

@@ -10,14 +10,13 @@ import functools
 from collections.abc import Callable
 from typing import NamedTuple
 
-import pytest
 import torch
 from torch import Tensor
 
 from bench.measure.clocks import seconds
 from bench.measure.machine import DEVICE
 from bench.results.names import SVD
-from bench.suites.harness import build_all, iterations, pick
+from bench.suites.harness import build_all, iterations, pick, whole_turns
 from mica import minor_subspace
 from mica.subspace.many import Task, solve_many
 from tests.support import models
@@ -61,30 +60,24 @@ class Cell(NamedTuple):
         return [SVD, *(f"{OURS}, {name}" for name in self.methods)]
 
 
-def many(rounds: int, size: int = 576, weights: int = 16) -> Cell:
-    return Cell(size, size, rounds, (MANY,), weights)
+def many(rounds: int, size: int = 576, weights: int = 16) -> tuple:
+    return size, size, rounds, (MANY,), weights
 
 
-def cells(*rows: tuple) -> list[Cell]:
-    return [Cell(*row) for row in rows]
-
-
-CELLS = pick(
-    quick=[*cells((576, 576, 3), (1024, 1024, 3, AUTO)), many(2)],
+ROWS = pick(
+    quick=[(576, 576, 3), (1024, 1024, 3, AUTO), many(2)],
     default=[
-        *cells((576, 576, 6), (1536, 576, 6), (1024, 1024, 5), (1024, 4096, 3), (4096, 1024, 3)),
-        *cells((2048, 2048, 3, AUTO)),
-        many(3),
+        *((576, 576, 6), (1536, 576, 6), (1024, 1024, 5), (1024, 4096, 3), (4096, 1024, 3)),
+        *((2048, 2048, 3, AUTO), many(3)),
     ],
     full=[
-        *cells((512, 512, 8), (576, 576, 8), (1536, 576, 8), (1024, 1024, 8), (1024, 4096, 5)),
-        *cells((4096, 1024, 5), (2048, 2048, 5), (4096, 4096, 3), (4096, 11008, 2), (11008, 4096, 2)),
-        *cells((*EMBEDDING, 5)),
-        many(5),
+        *((512, 512, 8), (576, 576, 8), (1536, 576, 8), (1024, 1024, 8), (1024, 4096, 5), (4096, 1024, 5)),
+        *((2048, 2048, 5), (4096, 4096, 3), (4096, 11008, 2), (11008, 4096, 2), (*EMBEDDING, 5), many(5)),
     ],
-    cuda=[*cells((4096, 4096, 2, AUTO), (14336, 4096, 2, AUTO), (1024, 4096, 3, AUTO)), many(3)],
-    dry=[*cells((96, 64, 1, (MANY,)), (64, 96, 1, (MANY,))), many(1, 64, 2)],
+    cuda=[(4096, 4096, 2, AUTO), (14336, 4096, 1, AUTO), (1024, 4096, 3, AUTO), many(3)],
+    dry=[(96, 64, 1, (MANY,)), (64, 96, 1, (MANY,)), many(1, 64, 2)],
 )
+CELLS = [Cell(*row) for row in ROWS]
 
 
 def weights_of(cell: Cell) -> list[Tensor]:
@@ -126,12 +119,7 @@ def setting(cell: Cell) -> tuple[dict[str, Callable], int]:
     return calls, iterations(seconds(last))
 
 
-CASES = [
-    (cell, round_, name) for cell in CELLS for round_ in range(cell.rounds) for name in cell.implementations
-]
-
-
-@pytest.mark.parametrize(("cell", "round_", "implementation"), CASES)
+@whole_turns(CELLS)
 def bench_subspace(once, gated, cell, round_, implementation):
     calls, count = gated(cell.name, lambda: setting(cell), implementation)
     elements = cell.weights * cell.out * cell.inner

@@ -54,10 +54,10 @@ def same_bits(run: Callable[[], Iterable[Tensor]], first: Iterable[Tensor]) -> N
 )
 def test_kernel(name, shape):
     make, _ = KERNELS[name]
-    case = make(operands(shape))
-    result = run_guarded(*case.planned.bind())
-    close(name, result, case.expected, case.dtype)
-    same_bits(lambda: [case.call()], [result])
+    work = make(operands(shape))
+    result = run_guarded(*work.plan().bind())
+    close(name, result, work.expected, work.dtype)
+    same_bits(lambda: [work.call()], [result])
 
 
 def test_masks_of_dropout_are_those_of_pytorchs_form():

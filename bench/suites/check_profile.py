@@ -11,9 +11,10 @@ from bench.measure.machine import DEVICE, ON_ACCELERATOR
 from bench.results import journal
 from bench.results.names import FAST, STOCK
 from bench.suites.bench_step import CELLS, build, work_of
+from bench.suites.harness import pick
 
 pytestmark = pytest.mark.skipif(not ON_ACCELERATOR, reason="it profiles an accelerator's kernels")
-ROWS, WARM_UP = 25, 3
+ROWS, WARM_UP = 25, pick(default=3, dry=1)
 
 
 def table(events, device: bool) -> str:

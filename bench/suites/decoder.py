@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, LlamaConfig, PretrainedConfig, Qwen2Config
+from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, PretrainedConfig, Qwen2Config
 
 from bench.results.names import BARE, STOCK_16
 from bench.suites.layer import Form
@@ -31,6 +31,9 @@ _WIDTHS = {  # hidden, intermediate, heads, heads of k and v
 
 def config_of(name: str, layers: int = 1, vocabulary: int = 8) -> PretrainedConfig:
     """A model with these widths. The vocabulary may be small where no tokens are embedded."""
+    shared = {"vocab_size": vocabulary, "bos_token_id": None, "eos_token_id": None}
+    if name == "GPT-2":
+        return GPT2Config(n_layer=layers, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, **shared)
     kind, hidden, intermediate, heads, kv_heads = _WIDTHS[name]
     return kind(
         hidden_size=hidden,
@@ -38,9 +41,7 @@ def config_of(name: str, layers: int = 1, vocabulary: int = 8) -> PretrainedConf
         num_attention_heads=heads,
         num_key_value_heads=kv_heads,
         num_hidden_layers=layers,
-        vocab_size=vocabulary,
-        bos_token_id=None,
-        eos_token_id=None,
+        **shared,
     )
 
 
@@ -60,7 +61,8 @@ class Work(NamedTuple):
     """What is run: a model without a head gives y of x's shape, one with a head the loss of ``labels``.
 
     ``bare``: frozen, without adapters; ``masters``: with adapters as PEFT makes them, in fp32, for
-    implementations to copy; ``x``: embeddings (batch, sequence, hidden).
+    implementations to copy; ``x``: embeddings (batch, sequence, hidden); ``wrap``: makes of a model what is
+    called.
     """
 
     bare: nn.Module
@@ -68,6 +70,7 @@ class Work(NamedTuple):
     x: Tensor
     grad_output: Tensor | None = None
     labels: Tensor | None = None
+    wrap: Callable[[nn.Module], Callable] = lambda model: model
 
     def step(self, name: str, context: Context, operators: dict[str, int], rate: float = 0.0) -> Step:
         """A step of the bare model or of a copy of the masters; ``rate``: AdamW's."""
@@ -80,13 +83,14 @@ class Work(NamedTuple):
         self, model: nn.Module, context: Context, operators: dict[str, int], rate: float = 0.0
     ) -> Step:
         """x requires a gradient, so that the bare frozen model has a backward too."""
+        call = self.wrap(model)
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
         x = self.x.detach().requires_grad_()
 
         def forward() -> Tensor:
             if self.labels is None:
-                return model(inputs_embeds=x).last_hidden_state
-            return model(inputs_embeds=x, labels=self.labels).loss
+                return call(inputs_embeds=x).last_hidden_state
+            return call(inputs_embeds=x, labels=self.labels).loss
 
         optimizer = torch.optim.AdamW(trained, lr=rate) if trained and rate else None
         return Step(Form(forward, (x, *trained), context, model), self.grad_output, optimizer, operators)

@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 
 import pytest
 import torch
+from torch import nn
 
 from bench.measure.machine import DEVICE, IS_DRY, ON_ACCELERATOR, SIZE
 from bench.results import journal
@@ -49,6 +50,11 @@ def iterations(seconds: float, sample: float = 0.005) -> int:
     return 1 if IS_DRY else min(100, max(1, ceil(sample / seconds)))
 
 
+def under_autocast(module: nn.Module) -> Callable:
+    """Its call, as Trainer makes it with ``bf16=True``: the forward only."""
+    return torch.autocast(DEVICE, torch.bfloat16)(module.__call__)
+
+
 def turns(
     cells: Iterable[Any],
     parts: Sequence[str],
@@ -63,6 +69,16 @@ def turns(
         for name in names(cell, part)
     ]
     return pytest.mark.parametrize(("cell", "round_", "part", "implementation"), cases)
+
+
+def whole_turns(cells: Iterable[Any]) -> pytest.MarkDecorator:
+    """The same of cells without parts, which know their ``rounds`` and ``implementations``."""
+    cases = [
+        pytest.param(cell, round_, name, id=f"{getattr(cell, 'key', cell.name)}-{round_}-{name}")
+        for cell in cells
+        for round_, name in product(range(cell.rounds), cell.implementations)
+    ]
+    return pytest.mark.parametrize(("cell", "round_", "implementation"), cases)
 
 
 def refuse(group: str, why: str, name: str | None = None) -> None:

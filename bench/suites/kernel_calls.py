@@ -1,11 +1,10 @@
-"""Each kernel's launch on this device, the call that makes it in the product, and its exact result.
+"""Each kernel with operands as the product passes them, and its exact result.
 
-Of each kernel there is what differs on a device: aligned operands in several tiles and split sums, odd sizes
-with rows that lie apart, one token, and fp32. Any shape, layout and dtype is what `tests/kernels` is for.
+`KERNELS` has what differs on a device: aligned operands in several tiles and split sums, odd sizes with rows
+that lie apart, one token, and fp32. Any shape, layout and dtype is what `tests/kernels` is for.
 """
 
 import functools
-from collections.abc import Callable
 from dataclasses import fields
 from typing import NamedTuple
 
@@ -63,18 +62,23 @@ def packed(tensor: Tensor) -> Tensor:
     return tensor.clone(memory_format=torch.contiguous_format)
 
 
-class Case(NamedTuple):
-    """A kernel's launch, the call that makes it in the product, and what its result must be, in fp64."""
+class Work(NamedTuple):
+    """What is launched, ``kernel(*operands, **numbers)``, and what its result must be, in fp64."""
 
-    planned: PlannedCall
-    call: Callable[[], Tensor]
+    kernel: Launcher
+    operands: tuple[Tensor, ...]
+    numbers: dict
     expected: Tensor
     dtype: torch.dtype  # whose tolerance holds
 
+    def plan(self, **options) -> PlannedCall:
+        return self.kernel.plan(*self.operands, **self.numbers, **options)
 
-def case(kernel: Launcher, *tensors, expected: Tensor, dtype: torch.dtype, **numbers) -> Case:
-    planned = kernel.plan(*tensors, **numbers)
-    return Case(planned, functools.partial(kernel, *tensors, **numbers), expected, dtype)
+    def call(self) -> Tensor:
+        """One that updates its first operand gets a copy of it."""
+        first, *others = self.operands
+        first = first.clone() if self.kernel is up_projection_ else first
+        return self.kernel(first, *others, **self.numbers)
 
 
 def low_rank(product: Tensor) -> Tensor:
@@ -82,30 +86,24 @@ def low_rank(product: Tensor) -> Tensor:
     return F.pad(product, (0, padded_columns(product.shape[1]) - product.shape[1]))
 
 
-def down(p: Problem, by: str) -> Case:
-    dtype, scaled = p.x.dtype, {"scale": p.scaling, "compute_dtype": p.x.dtype}
-    if by == "A":
-        x, factor = p.x, p.lora_A
-        h = torch_path.down_projection(x.double(), factor.double(), p.scaling, FP64)
-    else:
-        x, factor = p.grad_output, prepare(p.lora_B, dtype)
-        h = torch_path.grad_h(x.double(), p.lora_B.double(), p.scaling, FP64)
-    return case(down_projection, x, factor, expected=low_rank(h), dtype=dtype, **scaled)
+def down(x: Tensor, factor: Tensor, scale: float = 1.0, exact: Tensor | None = None) -> Work:
+    """``exact``: the factor before it was prepared."""
+    exact = factor if exact is None else exact
+    h = torch_path.down_projection(x.double(), exact.double(), scale, FP64)
+    numbers = {"scale": scale, "compute_dtype": x.dtype}
+    return Work(down_projection, (x, factor), numbers, low_rank(h), x.dtype)
 
 
-def up(p: Problem, by: str) -> Case:
-    """In place, so every call gets a copy of its own."""
-    dtype, rank = p.x.dtype, p.lora_A.shape[0]
-    if by == "B":
-        base, h, factor = p.grad_output, h_of(p), prepare(p.lora_B, dtype)
-    else:
-        base, h, factor = p.x, g_of(p), p.lora_A
-    exact = torch_path.up_projection(base.double(), h[:, :rank].double(), factor[:rank].double().t())
+def up(base: Tensor, h: Tensor, factor: Tensor, rank: int, exact: Tensor | None = None) -> Work:
+    exact = factor[:rank].t() if exact is None else exact
+    y = torch_path.up_projection(base.double(), h[:, :rank].double(), exact.double())
+    return Work(up_projection_, (base, h, factor), {}, y, base.dtype)
 
-    def call() -> Tensor:
-        return up_projection_(base.clone(), h, factor)
 
-    return Case(up_projection_.plan(base, h, factor), call, exact, dtype)
+def gradient_of_a(g: Tensor, x: Tensor, rank: int) -> Work:
+    """Products of 16-bit factors are exact in fp32, so fp32's tolerance holds."""
+    exact = torch_path.grad_a(g[:, :rank].double(), x.double())
+    return Work(grad_a, (g, x), {"rank": rank}, exact, FP32)
 
 
 def h_of(p: Problem) -> Tensor:
@@ -116,14 +114,7 @@ def g_of(p: Problem) -> Tensor:
     return low_rank(torch_path.grad_h(p.grad_output, p.lora_B, p.scaling, p.x.dtype))
 
 
-def gradient_of_a(p: Problem) -> Case:
-    """Products of 16-bit factors are exact in fp32, so fp32's tolerance holds."""
-    g, rank = g_of(p), p.lora_A.shape[0]
-    exact = torch_path.grad_a(g[:, :rank].double(), p.x.double())
-    return case(grad_a, g, p.x, rank=rank, expected=exact, dtype=FP32)
-
-
-def fused(p: Problem, side: str, descriptor: bool) -> Case:
+def fused(p: Problem, side: str, descriptor: bool) -> Work:
     dtype, rank = p.x.dtype, p.lora_A.shape[0]
     if side == "forward":
         tensors, bias = (p.x, p.weight.t(), h_of(p), prepare(p.lora_B, dtype)), p.bias
@@ -137,17 +128,22 @@ def fused(p: Problem, side: str, descriptor: bool) -> Case:
     reason = why_not_descriptor(*tensors[:2], target_of(p.x.device)) if descriptor else None
     if reason:
         pytest.skip(reason)
-    return case(fused_linear, *tensors, bias, expected=exact, dtype=dtype, descriptor=descriptor)
+    return Work(fused_linear, (*tensors, bias), {"descriptor": descriptor}, exact, dtype)
 
 
-KERNELS = {  # name -> (case, shapes): a variant to compile each, as few as there must be
-    "down-A": (functools.partial(down, by="A"), ("aligned", "odd", "one token", "fp32")),
-    "down-B": (functools.partial(down, by="B"), ("aligned",)),
-    "up-B": (functools.partial(up, by="B"), ("aligned", "odd", "one token", "fp32")),
-    "up-A": (functools.partial(up, by="A"), ("aligned",)),
-    "grad_a": (gradient_of_a, ("aligned", "odd", "fp32")),
-    "fused-forward": (functools.partial(fused, side="forward", descriptor=False), ("aligned", "odd")),
-    "fused-backward": (functools.partial(fused, side="backward", descriptor=False), ("aligned",)),
-    "descriptor-forward": (functools.partial(fused, side="forward", descriptor=True), ("aligned",)),
-    "descriptor-backward": (functools.partial(fused, side="backward", descriptor=True), ("aligned",)),
+def prepared(p: Problem) -> Tensor:
+    return prepare(p.lora_B, p.x.dtype)
+
+
+ALL = ("aligned", "odd", "one token", "fp32")
+KERNELS = {  # name -> (work, shapes): a variant to compile each, as few as there must be
+    "down-A": (lambda p: down(p.x, p.lora_A, p.scaling), ALL),
+    "down-B": (lambda p: down(p.grad_output, prepared(p), p.scaling, p.lora_B.t()), ALL[:1]),
+    "up-B": (lambda p: up(p.grad_output, h_of(p), prepared(p), len(p.lora_A), p.lora_B), ALL),
+    "up-A": (lambda p: up(p.x, g_of(p), p.lora_A, len(p.lora_A)), ALL[:1]),
+    "grad_a": (lambda p: gradient_of_a(g_of(p), p.x, len(p.lora_A)), ("aligned", "odd", "fp32")),
+    "fused-forward": (functools.partial(fused, side="forward", descriptor=False), ALL[:2]),
+    "fused-backward": (functools.partial(fused, side="backward", descriptor=False), ALL[:1]),
+    "descriptor-forward": (functools.partial(fused, side="forward", descriptor=True), ALL[:1]),
+    "descriptor-backward": (functools.partial(fused, side="backward", descriptor=True), ALL[:1]),
 }

@@ -70,10 +70,13 @@ class Step(NamedTuple):
         return y
 
     def results(self) -> dict[str, Tensor]:
-        """y, dx and the dA of all layers, in fp32."""
+        """y, dx and the dA of all layers, in fp32; by `backward`: DDP's hooks do not see `autograd.grad`."""
         with self.form.context():
             y = self.form.forward()
-            dx, *grads = self.form.gradients(y, self.grad_output)
+            y.backward(self.grad_output)
+        dx, *grads = (tensor.grad for tensor in self.form.inputs)
+        for tensor in self.form.inputs:
+            tensor.grad = None
         values = {"y": y.detach().float(), "dx": dx.float()}
         return values | ({"dA": torch.cat([grad.flatten() for grad in grads]).float()} if grads else {})
 

@@ -15,6 +15,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 # Elements of one operand whose fp32 copy is alive at a time: 16 MB. 1024 x 2048 x 2048 takes the same time
 # with 2**20 to 2**24, within noise. A chunk of the right operand is cast once, one of the left once for each.
@@ -34,6 +35,9 @@ SHORTEST = 64  # smallest side of a chunk, however long the sum
 ROUNDS = 8  # of `slowdown`
 
 QUERIES = {torch.bfloat16: "_is_mkldnn_bf16_supported", torch.float16: "_is_mkldnn_fp16_supported"}
+
+# cuBLAS writes the fp32 sums of 16-bit numbers; PyTorch offers no such thing on ROCm.
+HAS_WIDE_SUMS = torch.version.hip is None and "dtype" in torch.ops.aten.mm.overloads()
 
 
 def addmm(addend: Tensor | None, *pairs: tuple[Tensor, Tensor]) -> Tensor:
@@ -58,6 +62,21 @@ def added(y: Tensor, left: Tensor, right: Tensor) -> Tensor:
     if torch._C._are_functorch_transforms_active():
         return torch.addmm(y, left, right)
     return y.addmm_(left, right)
+
+
+def unrounded(left: Tensor, right: Tensor) -> Tensor | None:
+    """left @ right (M×N) from left (M×K) and right (K×N) of one dtype, in fp32 (fp64 where they are).
+
+    None where no single product gives that: of 16-bit numbers, anywhere but on CUDA, and where something has
+    to be differentiated, because PyTorch 2.13 has no derivative of that product.
+    """
+    if left.dtype not in QUERIES:
+        return torch.mm(left, right)
+    is_traced = torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+    needs_grad = torch.is_grad_enabled() and (left.requires_grad or right.requires_grad)
+    if not left.is_cuda or not HAS_WIDE_SUMS or needs_grad or is_traced:
+        return None
+    return torch.mm(left, right, out_dtype=torch.float32)
 
 
 def product_dtype(left: Tensor, factors: Sequence[Tensor], dtype: torch.dtype) -> torch.dtype:

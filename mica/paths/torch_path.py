@@ -35,15 +35,13 @@ from torch import Tensor
 
 from mica.dtypes import SIXTEEN_BIT
 from mica.paths.dropout import masked
-from mica.paths.products import added, addmm, multiplies_itself, product_dtype
+from mica.paths.products import added, addmm, multiplies_itself, product_dtype, unrounded
 
 LINEAR = torch._C._nn.linear  # functional.linear, even where that is replaced: this is what it is
 
 # Tokens whose fp32 copy is alive at a time in `grad_a`: 1024 x 14336 fp32 are 59 MB. Measured on two CPU
 # cores at K = 576 and 1536, r = 16: the same speed within noise from 256 to 2048.
 _TOKENS_PER_CHUNK = 1024
-
-_WIDE = (torch.float32, torch.float64)
 
 # Multiplications of a layer's base product up to which all of its products run in fp32: oneDNN takes 10 to
 # 16 µs to set up a 16-bit product, casts and an fp32 product half of that. Time relative to 16-bit products,
@@ -163,10 +161,11 @@ def grad_a(
     once. Otherwise that would lose 16 bits of fp32's 24; the fp32 product costs 3 % of a training step of
     SmolLM2-135M on two CPU cores and leaves the rounding of g as the largest.
     """
-    own = g.dtype
-    rounds = own is grad_dtype and g.is_cpu and multiplies_itself(g)
-    if own is x.dtype and not dropout_p and (rounds or own in _WIDE):
-        return torch.mm(g.t(), x)
+    if g.dtype is x.dtype and not dropout_p:
+        if g.dtype is grad_dtype and g.is_cpu and multiplies_itself(g):
+            return torch.mm(g.t(), x)
+        if (whole := unrounded(g.t(), x)) is not None:
+            return whole
     dtype = torch.promote_types(torch.promote_types(g.dtype, x.dtype), torch.float32)
     grad = None
     one = g.shape[0] <= _TOKENS_PER_CHUNK

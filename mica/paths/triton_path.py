@@ -3,7 +3,8 @@
     h  = down(x, A); y = x Wᵀ + bias by the vendor's library; y += h Bᵀ in place
     g  = down(dy, Bᵀ); dA = grad_a(g, x); dx = dy W by the vendor's library; dx += g A in place
 
-`mica.kernels.configs.FORMS` says where base product and update are one kernel, or none of this is used.
+`mica.kernels.configs.FORMS` says where base product and update are one kernel, where the vendor's library
+computes h, g and dA too, and where none of this is used.
 
 On a stack of experts the same, expert by expert: the kernels read the ends of the experts' rows on the
 device. So does PyTorch's grouped product where there is a kernel for it (bf16 on sm_90 and sm_100).
@@ -13,6 +14,7 @@ Elsewhere the host waits once for these ends and multiplies expert by expert.
 from __future__ import annotations
 
 import functools
+import math
 
 import torch
 import torch.nn.functional as F
@@ -79,18 +81,22 @@ def linear(
     seed: Tensor | None = None,
 ) -> Tensor:
     """As `mica.paths.torch_path.linear`."""
-    form = _form("forward", x, lora_A)
+    dtype, seed = compute_dtype or x.dtype, seed if dropout_p else None
+    form = _form("forward", x, lora_A.shape[0], dtype, dropout_p, x.stride(0), weight.shape[0])
     if form == "aten":
         return torch_path.linear(x, weight, lora_A, lora_B, scaling, bias, compute_dtype, dropout_p, seed)
-    dtype, seed = compute_dtype or x.dtype, seed if dropout_p else None
     key = layout(x), layout(lora_A), lora_B.shape[0], scaling, dtype, dropout_p, fp32_setting()
     steps = recorded_forward.get(key)
     if steps is None:
         numbers = {"scale": scaling, "compute_dtype": dtype, "dropout_p": dropout_p}
         steps = recorded_forward.record(key, numbers, {})
     down, update = steps
-    h, factor = down(x, as_operand(lora_A, x.shape[0], dtype), seed), prepare(lora_B, dtype)
-    if form == "split":
+    if form == "mixed":
+        h = torch_path.down_projection(x, lora_A, scaling, dtype)
+    else:
+        h = down(x, as_operand(lora_A, x.shape[0], dtype), seed)
+    factor = prepare(lora_B, dtype)
+    if form in ("split", "mixed"):
         return update(F.linear(x, weight, bias), h, factor)
     return _fused(form, x, weight.t(), h, factor, bias)
 
@@ -111,7 +117,9 @@ def linear_backward(
 
     Kernels sum dA in fp32 and write it in the dtype of lora_A, whatever the ``grad_dtype``.
     """
-    form = _form("backward", grad_output, lora_A)
+    rank, in_features = lora_A.shape
+    row_strides = grad_output.stride(0), in_features if x is None else x.stride(0), in_features
+    form = _form("backward", grad_output, rank, compute_dtype, dropout_p, *row_strides)
     if form == "aten":
         factors = lora_A, lora_B, scaling, compute_dtype
         return torch_path.linear_backward(grad_output, x, weight, *factors, dropout_p, seed, grad_dtype)
@@ -120,28 +128,42 @@ def linear_backward(
     steps = recorded_backward.get(key)
     if steps is None:
         scaled, dropped = {"scale": scaling, "compute_dtype": compute_dtype}, {"dropout_p": dropout_p}
-        shaped = {"rank": lora_A.shape[0], "out_dtype": lora_A.dtype}
+        shaped = {"rank": rank, "out_dtype": lora_A.dtype}
         steps = recorded_backward.record(key, scaled, shaped | dropped, dropped)
     down, grad, update = steps
     grad_x = grad_A = None
-    g = down(grad_output, prepare(lora_B, compute_dtype))
-    if x is not None:
-        grad_A = grad(g, x, seed)
+    if form == "mixed":
+        g = torch_path.grad_h(grad_output, lora_B, scaling, compute_dtype)
+        grad_A = None if x is None else torch_path.grad_a(g, x).to(lora_A.dtype)
+    else:
+        g = down(grad_output, prepare(lora_B, compute_dtype))
+        grad_A = None if x is None else grad(g, x, seed)
     if weight is not None:
         operand = as_operand(lora_A, g.shape[0], compute_dtype)
-        if form == "split":
+        if form in ("split", "mixed"):
             grad_x = update(torch.mm(grad_output, weight), g, operand, seed)
         else:
             grad_x = _fused(form, grad_output, weight, g, operand, None, seed, dropout_p)
     return grad_x, grad_A
 
 
-def _form(part: str, x: Tensor, lora_A: Tensor) -> str:
-    if not configs.FORMS:
-        return "split"
-    form = getattr(configs.forms_of(device_name(x.device), len(x), lora_A.shape[0]), part)
-    if form == "aten":
-        return "split" if choose.requested() == "triton" else form
+def _form(part: str, x: Tensor, rank: int, dtype: torch.dtype, dropout_p: float, *row_strides: int) -> str:
+    """The form that the table has for this part of a layer, where the operands permit it.
+
+    Triton knows of a stride only whether 16 divides it. Where it does not, each load is of one number and
+    nothing is loaded ahead: 4 to 8 times the time of a kernel, modelled, so PyTorch's operators run.
+    """
+    device = x.device
+    form = getattr(configs.forms_of(device_name(device), target_of(device), x.shape[0], rank), part)
+    if form == "aten" or math.gcd(16, *row_strides) != 16:
+        if choose.requested() != "triton":
+            return "aten"
+        form = "split" if form == "aten" else form
+    if form == "mixed":
+        # h and g as the kernels write them, without padding; the vendor's fp32 products use no tensor cores,
+        # and a mask of x would be stored
+        suits = dtype is x.dtype and dtype.itemsize == 2 and not dropout_p and rank % 16 == 0
+        return form if suits else "split"
     # at an address that 16 does not divide the fused kernels take all 255 registers of sm_80
     return "split" if x.data_ptr() % 16 else form
 

@@ -75,6 +75,7 @@ def start(tmp_path, monkeypatch):
     ("code", "state", "refused", "checks"),
     [
         ('sample("a", "x"); sample("b", "x"); sys.exit(1)', "failed", {}, {}),
+        ('time.sleep(6); sample("a", "x")', "passed", {}, {}),  # it imports longer than it may be silent
         (IN_A_CELL.format(KILL), "passed", {("a", "y"): DIED}, {}),
         (IN_A_CELL.format(HANG), "passed", {("a", "y"): SILENT}, {}),
         (IN_A_TEST, "failed", {}, {"test_x.py::test_y": DIED}),

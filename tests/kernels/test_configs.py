@@ -54,6 +54,27 @@ def test_the_default_depends_on_the_size_only_where_it_is_the_other_candidate(ta
     assert few != 32 or small[0].block_m == 16
 
 
+def test_the_tall_tile_of_the_skinny_product():
+    """First for many tokens and the ranks that it does not spill at, in 16-bit products; not of experts."""
+
+    def first(target, tokens, block_r, itemsize=2, table=configs.down_projection):
+        return table(target, tokens, block_r, itemsize)[0][:3]
+
+    for target, block_r in itertools.product(TARGETS, (16, 32, 64, 128, 256)):
+        is_tall = block_r in {"sm_90": (32, 64, 128), "sm_100": (32, 64)}.get(target, ())
+        assert (first(target, 4096, block_r) == (128, 0, 64)) == is_tall
+        assert first(target, 4095, block_r)[0] == 64
+        assert first(target, 8192, block_r, table=configs.experts_down)[0] == 64
+        assert first(target, 8192, block_r, itemsize=4)[0] < 128
+
+
+def test_a_thin_k_tile_where_an_fp32_factor_would_fill_the_shared_memory():
+    """At rank 32 three programs of a multiprocessor have it."""
+    for target, tokens in itertools.product(TARGETS, (1, 1000, 4095, 8192)):
+        for config in configs.down_projection(target, tokens, 32, 2):
+            assert config.block_k == 64
+
+
 def test_where_experts_would_spill():
     """Half of a step's rank in the wide tile; no narrow tile for 16-bit numbers at rank 256.
 
@@ -108,11 +129,16 @@ def test_stages_follow_the_shared_memory():
     assert small < large
 
 
-def test_what_nobody_has_measured_is_split(monkeypatch):
-    """And of the rows of a device the first that has as many tokens and as small a rank."""
+def test_the_form_of_a_layer(monkeypatch):
+    """Of the rows of a device the first that has as many tokens and as small a rank; else what is guessed."""
     fast, slow = configs.Forms(4096, 64, "fused", "split"), configs.Forms(1024, 16, "aten", "aten")
     monkeypatch.setitem(configs.FORMS, "a card", (fast, slow))
     expected = {(4096, 64): fast, (9999, 1): fast, (9999, 65): None, (4095, 16): slow, (4095, 17): None}
     for (tokens, rank), row in expected.items():
-        assert configs.forms_of("a card", tokens, rank) == (row or configs.UNMEASURED)
-        assert configs.forms_of("another", tokens, rank) == (0, 256, "split", "split")
+        assert configs.forms_of("a card", "sm_90", tokens, rank) == (row or configs.UNMEASURED)
+    for target, tokens, rank in itertools.product(
+        (*TARGETS, "sm_86"), (1, 2047, 2048, 9999), (1, 127, 128, 256)
+    ):
+        row = configs.forms_of("another", target, tokens, rank)
+        is_mixed = target in ("sm_90", "sm_100") and tokens >= 2048 and rank >= 128
+        assert row[2:] == (*(("mixed", "mixed") if is_mixed else ("split", "split")), "guess")

@@ -9,23 +9,32 @@ from tests.support.processes import ROOT, start
 
 
 class DryRun(NamedTuple):
+    code: int
     text: str
     result: Result
     outcomes: dict[str, str]  # test, without its file's name -> outcome
     whys: dict[str, str]  # the same for those that did not pass -> why
 
 
-def dry_run(folder: Path, file: str, *arguments: str, injected: str = "") -> DryRun:
-    """Run it in a separate process; ``injected``: Python that breaks something there first."""
+def dry_run(folder: Path, files: str, *arguments: str, injected: str = "", **environment: str) -> DryRun:
+    """Run them in a separate process; ``injected``: Python that breaks something there first."""
     (folder / "injected.py").write_text(injected)
     suites = ROOT / "bench" / "suites"
     settings = {"MICA_BENCH_SIZE": "dry", "TRITON_INTERPRET": "1", "MICA_BACKEND": "triton"}
     settings[journal.VARIABLE] = str(folder / "journal.jsonl")
-    command = ["pytest", suites / file, "-c", suites / "pytest.ini", "-p", "injected", *arguments]
-    done = start(*command, path=folder, **settings)
+    command = [
+        "pytest",
+        *(suites / file for file in files.split()),
+        "-c",
+        suites / "pytest.ini",
+        "-p",
+        "injected",
+        *arguments,
+    ]
+    done = start(*command, path=folder, **settings | environment)
     assert done.returncode in (0, 1), done.stdout + done.stderr
     entries = journal.read(folder / "journal.jsonl")
     tests = {entry["name"].partition("::")[2]: entry for entry in entries if entry["kind"] == "test"}
     outcomes = {name: entry["outcome"] for name, entry in tests.items()}
     whys = {name: entry["why"] for name, entry in tests.items() if "why" in entry}
-    return DryRun(done.stdout, journal.fold(entries, {}), outcomes, whys)
+    return DryRun(done.returncode, done.stdout, journal.fold(entries, {}), outcomes, whys)

@@ -8,9 +8,19 @@ import torch
 
 from bench.gpu import __main__ as gpu
 from bench.gpu.forms import table
-from bench.gpu.stages import DRY_TESTS, STAGES, job
-from bench.results import names
-from bench.results.names import BACKWARD, BARE, COPY, DEVICE_TIME, FAST, FORWARD, STOCK, STOCK_16, SVD, WALL
+from bench.gpu.stages import COMMANDS, DRY_TESTS, STAGES, job
+from bench.results.names import (
+    BACKWARD,
+    BARE,
+    COPY,
+    DEVICE_TIME,
+    FORWARD,
+    STOCK,
+    STOCK_16,
+    SVD,
+    WALL,
+    of_form,
+)
 from bench.results.schema import Group, Result, Timing
 from mica.kernels.configs import Forms
 from tests.support.processes import ROOT, start
@@ -41,7 +51,21 @@ def test_stages(stage, tmp_path):
         assert process.environment["MICA_TEST_DEVICE"] == "cuda"
 
 
-SILENCE = 60  # seconds, after which a process is taken to hang; 40 were too few on a busy machine
+def test_two_commands_run_all_stages_within_ten_minutes_each():
+    budget, limits = (
+        gpu.parser().get_default("budget"),
+        {str(n): one.seconds for n, one in enumerate(STAGES, 1)},
+    )
+    parts = [stages.split(",") for stages in COMMANDS]
+    assert sorted(one for part in parts for one in part) == sorted(limits)
+    assert all(sum(limits[one] for one in part) <= budget <= 540 for part in parts)
+    printed = gpu.commands(budget, "run").splitlines()[1:]
+    assert printed[0].split() == f"python -m bench.gpu --stages {COMMANDS[0]} --name run-1".split()
+    assert len(printed) == len(COMMANDS)
+    assert gpu.commands(sum(limits.values()), "run") == ""
+
+
+SILENCE = 25  # seconds, after which a process that has begun is taken to hang
 FAULTS = ("wrong", "raise", "kill", "hang")
 # In four runs every stage meets every fault: the tests make one, MICA_TEST_ROTATION=1 to 3 the others.
 ROTATION = int(os.environ.get("MICA_TEST_ROTATION", "0"))
@@ -62,7 +86,8 @@ def with_faults(tmp_path_factory):
     folder = tmp_path_factory.mktemp("faults")
     settings = {"OUT": str(folder), "OMP_NUM_THREADS": "1", "plugin": "tests.support.broken_stage"}
     settings["MICA_TEST_FAULTS"] = ",".join(f"{stage}:{fault}" for stage, fault in FAULT_OF.items())
-    done = start("bench.gpu", "--dry-run", "--name", "run", "--silence", str(SILENCE), **settings)
+    options = ["--dry-run", "--name", "run", "--silence", SILENCE, "--budget", 3000]
+    done = start("bench.gpu", *options, **settings)
     assert done.returncode == 1, done.stdout + done.stderr
     lines = [line.removeprefix("STAGE ") for line in done.stdout.splitlines() if line.startswith("STAGE ")]
     stages = {one["stage"]: one for one in map(json.loads, lines)}
@@ -101,16 +126,16 @@ def test_what_is_wrong_has_no_number_and_what_stops_a_process_is_named(with_faul
         if FAULT_OF[stage] == "wrong" and stage == "streams":
             continue  # it compares a layer with itself, which is always as wrong
         assert stages[stage]["state"] == "failed", stages[stage]
-        assert FAST not in timed(result, stage), stage
+        assert of_form("split") not in timed(result, stage), stage
     whys = [one.get("why", "") for one in (*result.refused, *result.checks)]
     assert any("injected" in why for why in whys) or not stages_with("raise")
     assert whys.count("the process died") == len(stages_with("kill")) - ("tests" in stages_with("kill"))
     assert whys.count(f"nothing was heard for {SILENCE} s") == len(stages_with("hang"))
     if "layers" in stages_with("kill", "hang"):  # in the other cell
-        assert FAST in timed(result, "layers")
+        assert of_form("split") in timed(result, "layers")
 
 
-# seconds of split, fused, descriptor, PyTorch; of two layers
+# seconds of four forms; of two layers
 TIMES = {
     (8192, FORWARD): [(3.0, 2.0, 5.0, 4.0), (3.0, 3.5, 5.0, 4.0)],  # fused is faster for both together
     (8192, BACKWARD): [(3.0, 4.0, 1.0, 4.0), (3.0, 4.0, 1.0, 4.0)],
@@ -125,7 +150,7 @@ def test_the_fastest_form_of_all_layers_of_a_size_the_most_tokens_first():
         for (tokens, part), layers in TIMES.items():
             axes = {"suite": "forms", "tokens": tokens, "rank": 16, "pass": part, "clock": clock}
             for times in layers:
-                forms = zip((FAST, names.FUSED, names.DESCRIPTOR, names.PYTORCH), times, strict=True)
+                forms = zip(map(of_form, ("split", "fused", "descriptor", "aten")), times, strict=True)
                 groups.append(Group("a layer", axes, {name: Timing([one]) for name, one in forms if one}))
         return Result({"device": "a card"}, groups)
 

@@ -58,9 +58,6 @@ def test_every_method_has_its_rates_and_seeds_and_size(base, finished):
     assert trained[MICA_PAPER] == 2 * base.config.num_hidden_layers * 4 * base.config.hidden_size
     assert trained[MICA_PAPER] < trained[LORA_PAPER]
     assert trained[MICA_ALL] < trained[LORA_ALL]
-    for one in facts.values():  # two fp32 moments a parameter, and the steps of each tensor
-        assert 8 * one["trained_parameters"] < one["optimizer_bytes"] < 8.2 * one["trained_parameters"]
-        assert one["saved_bytes"] > 0
 
 
 def test_a_killed_run_goes_on_to_the_same_result(base, texts, begin, finished, tmp_path):

@@ -9,7 +9,6 @@ import pytest
 from bench.measure.machine import ROOT
 from bench.quality import report
 from bench.quality.recipes import FULL, LORA_ALL, LORA_PAPER, MICA_ALL, MICA_PAPER, RECIPES, methods
-from bench.quality.report import Spread, compared
 from bench.quality.schedule import best, is_enclosed, missing, next_rate, next_run, tried, verdict
 from bench.quality.store import resume, save
 from mica.cli.adapt import options
@@ -101,20 +100,6 @@ def test_the_table_of_the_page_and_a_result_without_runs():
     text = report.report(golden() | {"runs": []})
     assert "- full fine-tuning: learning rate 0.0001, 0.0002, 0.0004\n" in text
     assert "\n| full fine-tuning |  | not tried |\n" in text
-
-
-@pytest.mark.parametrize(
-    ("ours", "other", "words"),
-    [
-        (Spread(2, 1.5, 2.5, 2), Spread(1, 0.5, 1.4, 2), "MiCA: more"),
-        (Spread(1, 0.5, 1.4, 2), Spread(2, 1.5, 2.5, 2), "MiCA: less"),
-        (Spread(2, 1.4, 2.5, 2), Spread(1, 0.5, 1.5, 2), "no clear difference"),
-        (Spread(2, 2, 2, 1), Spread(1, 1, 1, 1), "not compared, one seed"),
-        (None, Spread(1, 1, 1, 2), "not compared, one seed"),
-    ],
-)
-def test_more_and_less_need_ranges_that_do_not_overlap(ours, other, words):
-    assert compared(ours, other) == words
 
 
 @pytest.fixture

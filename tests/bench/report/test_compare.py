@@ -5,7 +5,7 @@ import random
 import pytest
 
 from bench.report import compare
-from bench.results.names import BARE, COPY, FAST, STOCK, SVD
+from bench.results.names import BARE, COPY, CUBLAS, FAST, STOCK, SVD
 from bench.results.schema import Group, Result, Timing
 
 MACHINE = {"cpu": "A", "threads": 2, "torch": "2.9"}
@@ -74,6 +74,7 @@ SOLVER, KERNEL = "minor_subspace, auto, r = 16", "64 x 64"
         (SVD, SOLVER, [0.199, 0.2, 0.201], [0.239, 0.24, 0.241], "slower"),
         (SVD, SOLVER, [0.199, 0.2, 0.201], [0.159, 0.16, 0.161], "faster"),
         (COPY, KERNEL, [1.1, 1.1, 1.1], [1.3, 1.3, 1.3], "slower"),
+        (COPY, CUBLAS, [1.1, 1.1, 1.1], [1.3, 1.3, 1.3], "moved"),
     ],
 )
 def test_intervals_and_tolerance_both_count(baseline, name, old, new, kind):
@@ -107,7 +108,3 @@ def test_what_cannot_be_compared_is_named(new, why, status):
     code, out, err = status(a_run(), new)
     assert (code, out, len(err.splitlines())) == (2, "", 1)
     assert why in err
-    if new is OTHER:
-        code, out, _ = status(a_run(), new, "--across-machines")
-        assert code == 0
-        assert out.startswith("cpu: A before, B now\n")

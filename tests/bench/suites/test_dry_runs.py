@@ -4,22 +4,9 @@ import pytest
 import torch
 
 from bench.results import names
-from bench.results.names import (
-    ATEN,
-    BARE,
-    COPY,
-    DESCRIPTOR,
-    DEVICE_TIME,
-    FAST,
-    FUSED,
-    GRAPH,
-    KERNELS,
-    PYTORCH,
-    STOCK,
-    STOCK_16,
-    WALL,
-)
+from bench.results.names import ATEN, BARE, DEVICE_TIME, FAST, GRAPH, KERNELS, PYTORCH, STOCK, STOCK_16, WALL
 from bench.suites.bench_kernels import NAMES, launch_bytes
+from mica.kernels.configs import FORM_NAMES
 from mica.kernels.down_projection import down_projection
 from mica.kernels.up_projection import up_projection_
 from tests.support.dry_run import dry_run
@@ -40,63 +27,66 @@ def broken(plan, tensors):
 launching.Plan.bind = broken
 """
 LAYER = "(bench_layer and 1024x576x576-r16-bfloat16 and backward)"
+MORE = "block or (bench_step and (autocast or DDP)) or (r16 and backward and not forms)"
 HOST = "(bench_host and not generation and float32 and backward)"
+ON_A_CPU = {"MICA_BENCH_SIZE": "quick", "TRITON_INTERPRET": "0", "MICA_BACKEND": "auto"}
+ON_A_CPU |= {"MICA_TEST_OPERATOR": "wrong"}  # for the plugin that breaks operators
 
 
-def test_every_implementation_is_timed(measured):
-    """Kernels are timed that are not launched; all of a block's by every clock."""
-    code, result, output = measured(["bench_host.py"], HOST)
-    assert code == 0, output
-    assert [group.axes["suite"] for group in result.groups] == ["host layer", "host block"]
-    for group in result.groups:
+def test_every_implementation_is_timed(tmp_path):
+    """Kernels that are not launched, all of a block's by every clock, and what is only on a GPU."""
+    done = dry_run(tmp_path, "bench_host.py", "-k", HOST, **ON_A_CPU)
+    assert done.code == 0, done.text
+    assert [group.axes["suite"] for group in done.result.groups] == ["host layer", "host block"]
+    for group in done.result.groups:
         launches = {name: timing.facts["launches"] for name, timing in group.timings.items()}
         assert {name for name, count in launches.items() if count} == {KERNELS}
         assert {PYTORCH, STOCK} <= launches.keys()
-    dry = {"MICA_BENCH_SIZE": "dry", "TRITON_INTERPRET": "1", "MICA_BACKEND": "triton"}
-    code, result, output = measured(["bench_block.py"], **dry)
-    assert code == 0, output
-    assert not result.refused
-    assert [group.axes["clock"] for group in result.groups] == [WALL, DEVICE_TIME, GRAPH]
-    assert all(group.timings.keys() == {BARE, STOCK, STOCK_16, FAST} for group in result.groups)
+    (tmp_path / "journal.jsonl").unlink()
+    done = dry_run(tmp_path, "bench_step.py bench_layer.py", "-k", MORE)
+    assert done.code == 0, done.text
+    assert not done.result.refused
+    block, layer = ([*done.result.select(suite=suite)] for suite in ("block", "layer"))
+    assert [group.axes["clock"] for group in block] == [WALL, DEVICE_TIME, GRAPH]
+    assert all(group.timings.keys() == {BARE, STOCK, STOCK_16, FAST} for group in block)
+    steps = {group.axes.get("how"): {*group.timings} for group in done.result.select(suite="step")}
+    assert steps == {how: {BARE, STOCK, STOCK_16, FAST} for how in ("autocast", "DDP of one process")}
+    of_both = {names.COMPILED, names.COMPILED_FAST, names.AUTOCAST, names.AUTOCAST_FAST}
+    assert all(of_both < group.timings.keys() for group in layer)
 
 
-def test_a_wrong_operator_gets_no_number_and_the_others_do(measured):
-    code, result, output = measured(["bench_layer.py", "bench_host.py"], f"{LAYER} or {HOST}", "wrong")
-    assert code == 1, output
-    layer, host_layer, host_block = result.groups
+def test_a_wrong_operator_gets_no_number_and_the_others_do(tmp_path):
+    selection, injected = f"{LAYER} or {HOST}", "from tests.support import broken_operator"
+    done = dry_run(tmp_path, "bench_layer.py bench_host.py", "-k", selection, injected=injected, **ON_A_CPU)
+    assert done.code == 1, done.text
+    layer, host_layer, host_block = done.result.groups
     assert layer.axes["suite"] == "layer"
     assert {BARE, STOCK, STOCK_16, ATEN, names.LORA} <= layer.timings.keys()
     assert {BARE, STOCK, ATEN, KERNELS} <= host_layer.timings.keys()
     assert {BARE, STOCK, KERNELS} <= host_block.timings.keys()
-    assert [one["implementation"] for one in result.refused] == [FAST, PYTORCH, PYTORCH]
-    assert not any(group.timings.keys() & {FAST, PYTORCH} for group in result.groups)
-    of_layer, _, of_block = (one["why"] for one in result.refused)
+    assert [one["implementation"] for one in done.result.refused] == [FAST, PYTORCH, PYTORCH]
+    assert not any(group.timings.keys() & {FAST, PYTORCH} for group in done.result.groups)
+    of_layer, _, of_block = (one["why"] for one in done.result.refused)
     assert of_layer.startswith("the relative error of y is 1.0")
     assert of_block.startswith("y is ")
 
 
-@pytest.mark.parametrize(
-    ("fault", "selection", "failed", "why"),
-    [
-        (
-            'if first == ("g_ptr", "x_ptr"): launch.args["scale"] *= 1.05',
-            "test_kernel or test_operator",
-            {*(f"test_kernel[grad_a-{shape}]" for shape in ("aligned", "odd", "fp32")), "test_operator"},
-            ("test_kernel[grad_a-aligned]", "the relative error of grad_a is 5.00e-02"),
-        ),
-        (  # output is left unwritten; one token has one tile
-            'launch.grid = (1, 1) if first == ("x_ptr", "p_ptr") else plan.grid',
-            "down-A-odd or down-A-one",
-            {"test_kernel[down-A-odd]"},
-            ("test_kernel[down-A-odd]", "the relative error of down-A is inf"),
-        ),
-    ],
-)
-def test_a_wrong_kernel_fails_its_check(tmp_path, fault, selection, failed, why):
-    done = dry_run(tmp_path, "check_kernels.py", "-k", selection, injected=BROKEN.format(fault))
-    assert {name for name, outcome in done.outcomes.items() if outcome == "failed"} == failed, done.text
+def test_a_wrong_kernel_fails_its_check(tmp_path):
+    """One scales its result, one leaves most tiles unwritten (a single token has one tile)."""
+    breaking = """
+    if first == ("g_ptr", "x_ptr"):
+        launch.args["scale"] *= 1.05
+    if first == ("x_ptr", "p_ptr") and tensors[0].dtype == torch.float16:
+        launch.grid = (1, 1)
+    """
+    fault = "import torch\n" + BROKEN.format(breaking.strip())
+    done = dry_run(tmp_path, "check_kernels.py", "-k", "test_kernel or test_operator", injected=fault)
+    scaled = {f"test_kernel[grad_a-{shape}]" for shape in ("aligned", "odd", "fp32")}
+    failed = {name for name, outcome in done.outcomes.items() if outcome == "failed"}
+    assert failed == {*scaled, "test_operator", "test_kernel[down-A-odd]"}, done.text
     assert set(done.outcomes.values()) == {"passed", "failed"}
-    assert why[1] in done.whys[why[0]]
+    assert "the relative error of grad_a is 5.00e-02" in done.whys["test_kernel[grad_a-aligned]"]
+    assert "the relative error of down-A is inf" in done.whys["test_kernel[down-A-odd]"]
     assert {check["name"].partition("::")[2] for check in done.result.checks} == done.outcomes.keys()
 
 
@@ -119,7 +109,7 @@ def test_a_configuration_is_refused_alone(tmp_path):
     for key, kernel in NAMES.items():
         groups = list(result.select(suite="kernels", kernel=kernel))
         assert {group.axes["clock"] for group in groups} == {WALL, DEVICE_TIME, GRAPH}
-        assert all({COPY} < group.timings.keys() for group in groups), key
+        assert all({names.COPY, names.CUBLAS} < group.timings.keys() for group in groups), key
     for group in result.select(suite="kernels", clock=WALL):
         (size,) = {timing.facts["bytes"] for timing in group.timings.values()}  # those of the copy
         assert size >= 2 * group.axes["tokens"] * group.axes["features"]
@@ -135,31 +125,39 @@ def test_the_bytes_of_a_launch():
     assert launch_bytes(launch, out) == 4 * (20 * 4096 + 16 * 4096 + 20 * 16)
 
 
-# The forward takes the split form whatever is chosen; and another form is wrong.
+# At rank 32 the forward takes the split form whatever is chosen; and the control is wrong.
 BYPASSED = """
 from bench.suites import layer
 from mica.kernels import configs
 
 forms_of = configs.forms_of
-configs.forms_of = lambda *args: forms_of(*args)._replace(forward="split")
+
+def bypassed(*args):
+    return forms_of(*args)._replace(**({"forward": "split"} if args[-1] == 32 else {}))
+
+configs.forms_of = bypassed
 backward = layer.AtenControl.backward
-layer.AtenControl.backward = staticmethod(lambda ctx, dy: backward(ctx, dy * 1.02))
+
+def wrong(ctx, dy):
+    return backward(ctx, dy * (1.02 if len(ctx.frozen[1]) == 32 else 1))
+
+layer.AtenControl.backward = staticmethod(wrong)
 """
 
 
-@pytest.mark.parametrize("injected", ["", BYPASSED], ids=["right", "bypassed"])
-def test_a_form_that_was_not_taken_is_refused(tmp_path, injected):
-    done = dry_run(tmp_path, "bench_forms.py", injected=injected)
+def test_a_form_that_was_not_taken_is_refused(tmp_path):
+    done = dry_run(tmp_path, "bench_layer.py", "-k", "forms", injected=BYPASSED)
+    forms = {names.of_form(word): word for word in FORM_NAMES}
     refused = {one["implementation"]: one["why"] for one in done.result.refused}
-    wrong = {FUSED, DESCRIPTOR, ATEN} if injected else set()
-    assert refused.keys() == wrong, done.text
-    assert len(done.result.groups) == 6  # two passes, three clocks
-    timed = {BARE, FAST, FUSED, DESCRIPTOR, PYTORCH, ATEN} - wrong
-    assert all(group.timings.keys() == timed for group in done.result.groups)
-    if injected:
-        assert "calls of the fused kernel, by descriptors or not: Counter({False: 1})" in refused[FUSED]
-        assert "Counter({True: 1})" in refused[DESCRIPTOR]
-        assert "the relative error of dx is 2.0" in refused[ATEN]
+    assert refused.keys() == forms.keys() - {FAST} | {ATEN}, done.text
+    assert all("r = 32" in one["group"] for one in done.result.refused)
+    assert len(done.result.groups) == 2 * 6  # two passes, three clocks
+    for group in done.result.groups:
+        wrong = refused.keys() if group.axes["rank"] == 32 else set()
+        assert group.timings.keys() == {BARE, *forms, ATEN} - wrong, group.name
+    assert refused[names.of_form("fused")].startswith("launched {'down_projection': 2, 'up_projection': 1, ")
+    assert "'fused_linear_descriptor': 1" in refused[names.of_form("descriptor")]
+    assert "the relative error of dx is 2.0" in refused[ATEN]
 
 
 # Each call of a layer draws another seed, and a compiled one gives 2 % too much.

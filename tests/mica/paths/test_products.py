@@ -51,6 +51,34 @@ def test_degenerate_shapes(rows, columns, inner):
     assert torch.equal(products.addmm(None, *pairs).double(), exact(None, pairs).bfloat16().double())
 
 
+class OnCuda(torch.Tensor):
+    """In the host's memory, where PyTorch has no such product and says so."""
+
+    is_cuda = True
+
+
+def test_fp32_sums_of_16_bit_numbers_without_a_copy(monkeypatch):
+    """Asked for on CUDA only, where it exists, and where nothing will differentiate it."""
+    (left, right), _ = operands(torch.bfloat16)
+    for wide in (left.float(), left.double()):
+        assert torch.equal(products.unrounded(wide, right.to(wide.dtype)), wide @ right.to(wide.dtype))
+    assert products.unrounded(left, right) is None
+    left, right = (matrix.detach().as_subclass(OnCuda) for matrix in (left, right))
+    with pytest.raises(NotImplementedError, match=r"aten::mm\.dtype"):
+        products.unrounded(left, right)
+    with pytest.raises(NotImplementedError), torch.no_grad():
+        products.unrounded(left.clone().requires_grad_(), right)
+    with torch.autograd.forward_ad.dual_level():
+        assert products.unrounded(left, right) is None
+    for needs in ((True, False), (False, True)):
+        pair = (m.clone().requires_grad_(need) for m, need in zip((left, right), needs, strict=True))
+        assert products.unrounded(*pair) is None
+    seen = []
+    torch.func.grad(lambda x: seen.append(products.unrounded(left, right)) or x)(torch.ones(()))
+    monkeypatch.setattr(products, "HAS_WIDE_SUMS", False)
+    assert seen == [None] == [products.unrounded(left, right)]
+
+
 @pytest.mark.parametrize("dtype", HALVES)
 @pytest.mark.parametrize("chunk", [64, 2**22])
 def test_the_sum_is_rounded_once(monkeypatch, dtype, chunk):

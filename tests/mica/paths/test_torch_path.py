@@ -2,6 +2,7 @@ import itertools
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from mica.paths import dropout, products, torch_path
 from mica.paths.products import addmm
@@ -46,6 +47,17 @@ def test_grad_a_in_sixteen_bits_is_one_product_where_the_processor_has_it(monkey
         assert (seen.largest(torch.float32) == 0) == is_one
         assert (dA.dtype == dtype) == is_one
         assert error(dA, g.double().t() @ x.double()) <= RELATIVE[dA.dtype]
+
+
+@in_half
+def test_on_cuda_grad_a_is_one_product_without_copies_in_fp32(dtype):
+    """Counted at 8192 tokens, whose chunks take 24 launches; of tensors without memory."""
+    with FakeTensorMode():
+        g, x = (torch.empty(8192, width, dtype=dtype, device="cuda") for width in (16, 64))
+        with Seen() as seen:
+            grad = torch_path.grad_a(g, x)
+    assert (grad.dtype, grad.shape) == (torch.float32, (16, 64))
+    assert [name for name in seen.names if name.startswith("aten")] == ["aten::mm"]
 
 
 def stated_forward(p, dtype):

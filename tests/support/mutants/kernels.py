@@ -141,7 +141,13 @@ KERNELS = {
         ],
     },
     ("kernels/configs.py", "tests/kernels/test_configs.py", "tests/kernels/test_split_k.py"): {
-        "down_projection": [("<= (512 if block_r", "<= (256 if block_r")],
+        "down_projection": [
+            ("<= (512 if block_r", "<= (256 if block_r"),
+            ("and num_tokens >= TALL_TOKENS", ""),
+            ("if itemsize == 2 and block_r in", "if block_r in"),
+            ("block_k = 64", "pass"),
+        ],
+        "experts_down": [("TALL_TOKENS - 1", "MANY_TOKENS")],
         "grad_a": [("narrow, wide] if num_tokens <= 512 else [", "")],
         "up_projection": [("wide, *square, narrow", "*square, wide, narrow")],
         "fused_linear": [
@@ -150,7 +156,11 @@ KERNELS = {
             ("and not dropout", ""),
         ],
         "_fits": [("limit // bytes_per_stage", "config.num_stages")],
-        "forms_of": [("tokens >= row.tokens and", ""), ("and rank <= row.rank", "")],
+        "forms_of": [
+            ("tokens >= row.tokens and", ""),
+            ("and rank <= row.rank", ""),
+            ("FORMS.get(name) or", ""),
+        ],
     },
     ("kernels/up_projection.py", "tests/kernels/test_skinny.py", "-k", "up"): {
         "_up_projection_kernel": [
