@@ -6,7 +6,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from mica.cli.arguments import add_dtype_options, number
-from mica.cli.output import check_file, dtype_name, say, write_file, write_json
+from mica.cli.output import check_file, dtype_name, write_file, write_json
 from mica.errors import UsageError
 
 PLOT_SUFFIXES = (".png", ".pdf", ".svg")
@@ -122,18 +122,16 @@ def run(args: argparse.Namespace) -> int:
     width = max(len(name) for name, _, _ in targets)
     rows, spectra, r, start = [], {}, args.rank, time.perf_counter()
     title = f"{args.model}, r = {r}: chosen are sigma_{r} to sigma_1, gap = sigma_{r + 1} / sigma_{r}"
-    is_read = say(f"{title}\n{_header(r, width)}")
+    print(f"{title}\n{_header(r, width)}", flush=True)
     for name, module, parameter in targets:
         row, chosen = measure(name, module, r, parameter)
         rows.append(row)
-        is_read = say(_line(row, width)) and is_read
-        if not (is_read or args.json or args.plot):
-            return 0
+        print(_line(row, width), flush=True)
         if args.plot and chosen is not None:
             spectra[name] = spectrum(weight_of(module, r, parameter, row.expert))
             spectra[name][-r:] = chosen  # exact where the Gram matrix of a large weight is not
     totals = summary(rows, time.perf_counter() - start)
-    say(_closing(totals))
+    print(_closing(totals), flush=True)
 
     if args.json:
         report = {"model": args.model, "dtype": dtype_name(model.dtype), "device": str(model.device)}

@@ -3,23 +3,12 @@
 import json
 import os
 import shutil
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
 from safetensors import SafetensorError
 
 from mica.errors import UsageError
-
-
-def say(text: str) -> bool:
-    """Print a line at once. False if the reader (head, less) has exited: what follows goes nowhere."""
-    try:
-        print(text, flush=True)
-        return True
-    except BrokenPipeError:  # Python flushes once more at exit, and would complain then
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return False
 
 
 def check_file(option: str, path: Path, suffixes: tuple[str, ...] = ()) -> None:
@@ -38,17 +27,15 @@ def check_folder(option: str, path: Path, model: str) -> None:
     """
     if path.exists() and not path.is_dir():
         raise UsageError(f"{option} {path}: exists and is not a folder")
-    folder = Path(model).expanduser()
-    if folder.is_dir() and path.resolve() == folder.resolve():
+    if path.is_dir() and path.resolve() == Path(model).expanduser().resolve():
         raise UsageError(f"{option} {path}: is the folder of the model itself")
     _check_writable(option, path, next(place for place in (path, *path.resolve().parents) if place.exists()))
 
 
 def _check_writable(option: str, path: Path, folder: Path) -> None:
-    if not folder.is_dir():
-        raise UsageError(f"{option} {path}: {folder} is not a folder")
-    if not os.access(folder, os.W_OK):
-        raise UsageError(f"{option} {path}: {folder} is not writable")
+    if not (folder.is_dir() and os.access(folder, os.W_OK)):
+        what = "not writable" if folder.is_dir() else "not a folder"
+        raise UsageError(f"{option} {path}: {folder} is {what}")
 
 
 def write_file(option: str, path: Path, write: Callable[[Path], None]) -> None:
@@ -61,13 +48,14 @@ def write_file(option: str, path: Path, write: Callable[[Path], None]) -> None:
         write(scratch)
         os.replace(scratch, path)
     except OSError as error:
-        raise UsageError(f"{option} {path}: cannot be written: {error.strerror or error}") from error
+        raise UsageError(f"{option} {path}: cannot be written: {one_line(error)}") from error
     finally:
         scratch.unlink(missing_ok=True)
 
 
-def write_folder(option: str, path: Path, write: Callable[[Path], None], kept: str = "") -> None:
-    """Let ``write`` fill a temporary folder next to ``path``, then rename it: never half a folder.
+def write_folder(option: str, path: Path, *parts, card: str | None = None, kept: str = "") -> None:
+    """Let ``parts`` save themselves (``save_pretrained``) to a temporary folder next to ``path``, with
+    ``card`` as README.md, then rename it: never half a folder.
 
     A folder that is at ``path`` is replaced. ``kept`` follows the message of an error: what is not lost.
 
@@ -78,13 +66,15 @@ def write_folder(option: str, path: Path, write: Callable[[Path], None], kept: s
     try:
         _remove(scratch, old)
         scratch.mkdir(parents=True)
-        write(scratch)
+        for part in parts:
+            part.save_pretrained(scratch)
+        if card is not None:
+            (scratch / "README.md").write_text(card, encoding="utf-8")
         if path.exists():
             path.rename(old)
         scratch.rename(path)
     except (OSError, SafetensorError) as error:  # the latter: safetensors' own for a full disk
-        reason = getattr(error, "strerror", None) or one_line(error)
-        raise UsageError(f"{option} {path}: cannot be written: {reason}{kept}") from error
+        raise UsageError(f"{option} {path}: cannot be written: {one_line(error)}{kept}") from error
     finally:
         if old.exists() and not path.exists():  # the second of the two renames has failed
             old.rename(path)
@@ -103,8 +93,8 @@ def write_json(option: str, path: Path, report: dict) -> None:
 
 
 def one_line(error: Exception | str) -> str:
-    """A message on one line: those of libraries may span several."""
-    return " ".join(str(error).split())
+    """A message on one line: those of libraries may span several. Of the system's errors the reason alone."""
+    return " ".join((getattr(error, "strerror", None) or str(error)).split())
 
 
 def first_sentences(message: str) -> str:

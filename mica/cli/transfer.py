@@ -7,7 +7,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 from mica.cli.arguments import add_dtype_options
-from mica.cli.output import check_folder, dtype_name
+from mica.cli.output import check_folder, dtype_name, write_folder
 from mica.errors import UsageError
 
 
@@ -39,14 +39,14 @@ def run(args: argparse.Namespace) -> int:
     if the output cannot be written.
     """
     import torch
-    from peft import PeftConfig, PeftModel
+    from peft import PeftModel
 
     from mica.cli.adapt import adapter, card, result
     from mica.cli.loading import find_source, load_config, load_model, quieten_libraries
 
     quieten_libraries()
     config = adapter.read_adapter_config(args.adapter)
-    if whole := config.get("modules_to_save"):
+    if whole := config.modules_to_save:
         replaces = f"--adapter {args.adapter}: replaces whole modules, {', '.join(whole)}"
         raise UsageError(f"{replaces}: that is no update that another model could take")
     layers = adapter.adapted_layers(args.adapter)
@@ -68,15 +68,15 @@ def run(args: argparse.Namespace) -> int:
     print(_check_architecture(args, config, model.config.model_type))
     adapter.check_fit(model, config, args.adapter, "--adapter", f"--to {args.to}")
 
-    peft_config = PeftConfig.from_pretrained(args.adapter)
-    peft_model = PeftModel.from_pretrained(model, args.adapter, config=peft_config)
+    peft_model = PeftModel.from_pretrained(model, args.adapter, config=config)
     merged, report = result.merged_model(peft_model, f"--adapter {args.adapter}")
     facts = {"name": args.output.resolve().name, "model": args.to, "adapter": str(args.adapter)}
-    facts |= {"base": config.get("base_model_name_or_path"), "layers": len(layers)}
-    facts |= {"rank": config["r"], "alpha": config["lora_alpha"]}
+    facts |= {"base": config.base_model_name_or_path, "layers": len(layers)}
+    facts |= {"rank": config.r, "alpha": config.lora_alpha}
     facts |= {"dtype": dtype_name(merged.dtype), "merge_report": str(report)}
     facts["versions"] = {name: version(name) for name in ("torch", "transformers", "peft")}
-    result.save_model(merged, tokenizer, "--output", args.output, card=card.transfer_card(facts))
+    text = str(card.transfer_card(facts))
+    write_folder("--output", args.output, merged, tokenizer, card=text)
     print(f"merged model  {args.output}\n              {report}")
     return 0
 
@@ -91,7 +91,7 @@ def _check_free(output: Path, overwrite: bool, inputs: dict[str, str | Path]) ->
         raise UsageError(f"--output {output}: is not empty: --overwrite replaces what is in it")
 
 
-def _check_architecture(args: argparse.Namespace, config: dict, theirs: str) -> str:
+def _check_architecture(args: argparse.Namespace, config, theirs: str) -> str:
     """Compare MODEL's ``model_type`` with that of the adapter's base; a line on the outcome.
 
     That is in summary.json, which `mica adapt` writes, else in the base's configuration. Layers of the same
@@ -99,7 +99,7 @@ def _check_architecture(args: argparse.Namespace, config: dict, theirs: str) -> 
     """
     from mica.cli.loading import Source, load_config
 
-    base = config.get("base_model_name_or_path")
+    base = config.base_model_name_or_path
     ours = None
     with suppress(OSError, ValueError, AttributeError):
         ours = json.loads((args.adapter / "summary.json").read_text(encoding="utf-8")).get("model_type")
@@ -112,7 +112,7 @@ def _check_architecture(args: argparse.Namespace, config: dict, theirs: str) -> 
     return f"architecture  {theirs}, " + ("as the adapter's base" if ours else "not compared: no base found")
 
 
-def _tokenizer(args: argparse.Namespace, source, config: dict):
+def _tokenizer(args: argparse.Namespace, source, config):
     """MODEL's tokenizer, and a line on how it agrees with that of the adapter.
 
     A chat model may have tokens of its own, but what the adapter was trained on must have the same ids.
@@ -122,7 +122,7 @@ def _tokenizer(args: argparse.Namespace, source, config: dict):
     from mica.cli.loading import load_tokenizer
 
     theirs = load_tokenizer(source)
-    given = config.get("base_model_name_or_path")
+    given = config.base_model_name_or_path
     options = {"trust_remote_code": args.trust_remote_code}
     for place in filter(None, (str(args.adapter), given)):
         with suppress(OSError, ValueError):

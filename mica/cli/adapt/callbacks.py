@@ -1,18 +1,65 @@
 """What happens at the steps of the training loop: progress, checks, checkpoints that count, stopping."""
 
 import math
+import os
+import signal
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from types import FrameType
 
 import torch
 from tqdm import tqdm
 from transformers import TrainerCallback
 
-from mica.cli.adapt import processes, signals
+from mica.cli.adapt import processes
 from mica.errors import UsageError
 
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
 _PERPLEXITIES = {"held-out": "eval_held_out_perplexity", "retained": "eval_retain_perplexity"}
+
+
+class Request:
+    """The first signal that asked to stop, noted as ``signum`` for the training loop; 0 before."""
+
+    def __init__(self, alone: bool, speaks: bool):
+        """``alone``: the only process, so another Ctrl-C raises KeyboardInterrupt. ``speaks``: says so.
+
+        Repeats must not stop one of several processes: a terminal and torchrun both send Ctrl-C to each.
+        """
+        self.signum = 0
+        self._alone, self._speaks = alone, speaks
+
+    def note(self, signum: int, frame: FrameType | None = None) -> None:
+        """The signal handler."""
+        again = self._alone and signum == signal.SIGINT
+        if self.signum:
+            if again:
+                raise KeyboardInterrupt
+            return
+        self.signum = signum
+        if self._speaks:
+            text = f"mica adapt: {signal.Signals(signum).name}: finishing this step and saving a checkpoint"
+            with suppress(OSError):  # closed: the terminal has gone
+                # Python's own buffers may be in use
+                os.write(2, f"\n{text}{'; Ctrl-C again stops at once' * again}\n".encode())
+
+    @contextmanager
+    def heeded(self) -> Iterator["Request"]:
+        """Within it both signals are noted; afterwards they do again what they did before.
+
+        One that was ignored from the start (``nohup``, a background job of a shell) stays ignored.
+        """
+        before = {signum: signal.getsignal(signum) for signum in SIGNALS}
+        ours = [signum for signum, handler in before.items() if handler not in (signal.SIG_IGN, None)]
+        for signum in ours:
+            signal.signal(signum, self.note)
+        try:
+            yield self
+        finally:
+            for signum in ours:
+                signal.signal(signum, before[signum])
 
 
 class Hooks(TrainerCallback):
@@ -28,7 +75,7 @@ class Hooks(TrainerCallback):
 
     def __init__(
         self,
-        request: signals.Request,
+        request: Request,
         mark: Callable[[int], None],
         watch: Callable[[list[dict]], None],
         saved: Callable[[], str],

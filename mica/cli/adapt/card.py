@@ -7,8 +7,6 @@ from pathlib import Path
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
-from mica.cli.output import write_file
-
 _PAPER = "https://arxiv.org/abs/2604.01694"
 _FILES = {".gguf", ".txt", ".json", ".jsonl", ".csv", ".parquet", ".gz"}
 # Settings that are not part of a recipe: paths, which are said elsewhere or are nobody's business, and what
@@ -26,6 +24,7 @@ _TRANSFERRED = """\
 {there} with the update of a [MiCA]({paper}) adapter merged into its weights: the `s·B·A` of {update}{on} \
 with rank {rank} and alpha {alpha}, in {layers} layers. The update was trained on that model and not on this \
 one. Tokenizer and chat template are this one's."""
+_HERE = "  # the path of this folder"
 _LOAD = """\
 ```python
 {imports}
@@ -52,9 +51,11 @@ def hub_name(name: str | None) -> str | None:
     return None if Path(name).exists() or Path(name).suffix.lower() in _FILES else name
 
 
-def public_name(name: str) -> str:
-    """``name`` of a model or a text without the folders of this machine, which a card must not tell."""
-    return hub_name(name) or Path(name).name or name
+def _public(name: str) -> str:
+    """``name`` of a model or text as code, without the folders of this machine: no card must tell those."""
+    text = " ".join((hub_name(name) or Path(name).name or name).split())
+    fence = "`" * (1 + max(map(len, re.findall("`+", text)), default=0))  # more than it holds in a row
+    return f"{fence} {text} {fence}" if "`" in text else f"`{text}`"
 
 
 def card(summary: dict) -> ModelCard:
@@ -69,6 +70,7 @@ def card(summary: dict) -> ModelCard:
         "retain": ("retain", "to be retained"),
     }
     results, perplexities = [], []
+    kinds = {"task_type": "text-generation", "dataset_type": "text", "metric_type": "perplexity"}
     for label, (key, text) in texts.items():
         values = {when: s[f"{key}_{when}"] for when in ("before", "after")}
         results += [
@@ -77,7 +79,7 @@ def card(summary: dict) -> ModelCard:
                 dataset_split=label,  # or the two texts would be one entry
                 metric_name=f"perplexity {when} training",
                 metric_value=round(value, 4),
-                **{"task_type": "text-generation", "dataset_type": "text", "metric_type": "perplexity"},
+                **kinds,
             )
             for when, value in values.items()
             if value is not None and math.isfinite(value)
@@ -85,7 +87,7 @@ def card(summary: dict) -> ModelCard:
         if None not in values.values():
             perplexities.append((text, *(f"{value:.2f}" for value in values.values())))
     data = [
-        (_code(public_name(source["name"])), *(f"{source[key]:,}" for key in ("documents", "tokens")))
+        (_public(source["name"]), *(f"{source[key]:,}" for key in ("documents", "tokens")))
         for source in s["sources"]
     ]
     recipe = [
@@ -99,7 +101,7 @@ def card(summary: dict) -> ModelCard:
     return _card(
         name,
         s,
-        _TRAINED.format(**s, base=_code(public_name(s["model"])), paper=_PAPER, rank=settings["rank"]),
+        _TRAINED.format(**s, base=_public(s["model"]), paper=_PAPER, rank=settings["rank"]),
         *_table("Results", ("text", "perplexity before", "after"), perplexities),
         *([f"Measured, as trained, with the base quantised to {quantised}."] if quantised else []),
         *_table("Data", ("source", "documents", "tokens"), data),
@@ -120,24 +122,22 @@ def transfer_card(facts: dict) -> ModelCard:
     ``facts``: ``name`` (of the folder), ``model`` and ``adapter`` (as given), ``base`` (of the adapter, or
     None), ``rank``, ``alpha``, ``layers`` (their number), ``dtype``, ``merge_report``, ``versions``.
     """
-    there, update = (_code(public_name(facts[key])) for key in ("model", "adapter"))
     on = f", trained on `{hub_name(facts['base'])}`," if hub_name(facts["base"]) else ""
-    imports = "from transformers import AutoModelForCausalLM, AutoTokenizer"
-    more = {"where": _string(facts["name"]), "note": "  # the path of this folder"}
+    names = {"there": _public(facts["model"]), "update": _public(facts["adapter"])}
     return _card(
         facts["name"],
         facts,
-        _TRANSFERRED.format(**facts, there=there, update=update, on=on, paper=_PAPER),
+        _TRANSFERRED.format(**facts, **names, on=on, paper=_PAPER),
         f"In {facts['dtype']}: {facts['merge_report']}.",
         "## How to load",
-        _LOAD.format(imports=imports, kind="AutoModelForCausalLM", **more),
+        _LOAD.format(
+            imports="from transformers import AutoModelForCausalLM, AutoTokenizer",
+            kind="AutoModelForCausalLM",
+            where=_string(facts["name"]),
+            note=_HERE,
+        ),
         library_name="transformers",
     )
-
-
-def write_card(card: ModelCard, output: Path) -> None:
-    """Write ``output``/README.md. Raises UsageError if that fails."""
-    write_file("--output", output / "README.md", lambda path: path.write_text(str(card), encoding="utf-8"))
 
 
 def _card(name: str, facts: dict, *sections: str, made: str = "", **metadata) -> ModelCard:
@@ -157,13 +157,6 @@ def _string(text: str) -> str:
     return json.dumps(text, ensure_ascii=False)
 
 
-def _code(text: str) -> str:
-    """``text`` as code within a line, in more backticks than it holds in a row."""
-    text = " ".join(text.split())
-    fence = "`" * (1 + max(map(len, re.findall("`+", text)), default=0))
-    return f"{fence} {text} {fence}" if "`" in text else f"`{text}`"
-
-
 def _cell(value: object) -> str:
     if isinstance(value, bool):
         return "yes" if value else "no"
@@ -181,7 +174,7 @@ def _loading(s: dict) -> list[str]:
     folder, repository = Path(s["adapter"]).name, s["settings"].get("push_to_hub")
     where = _string(repository or folder)
     imports = "from peft import AutoPeftModelForCausalLM\nfrom transformers import AutoTokenizer"
-    note = "" if repository else "  # the path of this folder"
+    note = "" if repository else _HERE
     parts = [_LOAD.format(imports=imports, kind="AutoPeftModelForCausalLM", where=where, note=note)]
     if not s["model"].lower().endswith(".gguf"):
         return parts

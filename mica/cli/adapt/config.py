@@ -129,7 +129,10 @@ def resolve(given: argparse.Namespace) -> Settings:
         values |= layer
         origins |= dict.fromkeys(layer, origin)
         if layer is recorded:
-            origins |= {"experts": "default"} | _recorded_origins(folder / FILE)
+            # from the comments that `write` puts behind the values
+            lines = (line.rpartition("  # ") for line in (folder / FILE).read_text("utf-8").splitlines())
+            origins |= {"experts": "default"}
+            origins |= {entry.partition(":")[0]: origin for entry, _, origin in lines if entry}
     if values["alpha"] is None:
         values["alpha"], origins["alpha"] = values["alpha_per_rank"] * values["rank"], f"recipe {recipe}"
     values["report_to"] = values["report_to"] or []
@@ -150,18 +153,11 @@ def _check(values: dict[str, object]) -> None:
     if missing:
         found = f" ({resumed} has no {FILE})" if resumed is not None else ""
         raise UsageError(f"the following arguments are required: {', '.join(missing)}{found}")
-    weights = values["text_weights"] or values["text"]
-    if len(weights) != len(values["text"]):
-        count = len(values["text"])
-        raise UsageError(f"--text-weights: {len(weights)} numbers for {count} sources of --text")
+    given, needed = len(values["text_weights"] or values["text"]), len(values["text"])
+    if given != needed:
+        raise UsageError(f"--text-weights: {given} numbers for {needed} sources of --text")
     if values["resume"] and values["overwrite"]:
         raise UsageError("--resume and --overwrite: give one of them")
-
-
-def _recorded_origins(path: Path) -> dict[str, str]:
-    """Option -> origin, from the comments that `write` puts behind the values."""
-    entries = (line.rpartition("  # ") for line in path.read_text(encoding="utf-8").splitlines())
-    return {entry.partition(":")[0]: origin for entry, _, origin in entries if entry}
 
 
 def _refuse_others(values: dict, fixed: dict, where: str) -> None:
@@ -234,11 +230,10 @@ def values(settings: Settings) -> dict[str, object]:
 
 def describe(settings: Settings) -> str:
     """Every value of a run with where it comes from, a paragraph per origin."""
-    by_origin: dict[str, list[str]] = {}
+    lines: dict[str, str] = {}
     for name, value in values(settings).items():
-        by_origin.setdefault(settings.origins[name], []).append(f"{name} {_shown(value)}")
-    source = f" ({RECIPES[settings.args.recipe]['source']})"
-    return "\n".join(
-        f"{origin}{source if origin.startswith('recipe') else ''}: {', '.join(parts)}"
-        for origin, parts in by_origin.items()
-    )
+        origin = settings.origins[name]
+        source = f" ({RECIPES[settings.args.recipe]['source']})" if origin.startswith("recipe") else ""
+        begun = f"{lines[origin]}, " if origin in lines else f"{origin}{source}: "
+        lines[origin] = f"{begun}{name} {_shown(value)}"
+    return "\n".join(lines.values())

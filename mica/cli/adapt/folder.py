@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from mica.cli.output import check_folder
+from mica.cli.output import check_folder, one_line
 from mica.errors import UsageError
 
 # What `mica adapt` and the tokenizers write. Anything else in the folder is not ours and stays.
@@ -31,10 +31,10 @@ def check(output: Path, *, resume: bool, overwrite: bool, model: str) -> None:
 
 def clear(output: Path, keep: str = "") -> None:
     """Remove what an earlier run left in ``output`` but ``keep``, so that nothing of two runs is mixed."""
-    for path in (path for pattern in PRODUCTS for path in output.glob(pattern)):
-        if path.is_dir() and not path.is_symlink() and path.name != keep:
+    for path in (path for pattern in PRODUCTS for path in output.glob(pattern) if path.name != keep):
+        if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path)
-        elif path.name != keep:
+        else:
             path.unlink()
 
 
@@ -52,14 +52,13 @@ def held(output: Path) -> Iterator[None]:
     try:
         output.mkdir(parents=True, exist_ok=True)
     except OSError as error:  # /proc, for one, looks writable
-        raise UsageError(f"--output {output}: cannot be made: {error.strerror or error}") from error
+        raise UsageError(f"--output {output}: cannot be made: {one_line(error)}") from error
     try:
         lock.acquire()
     except filelock.Timeout as error:
         raise UsageError(f"--output {output}: another run writes to it; wait for it or stop it") from error
     except (OSError, NotImplementedError):  # a file system without locks
-        yield
-        return
+        pass
     try:
         yield
     finally:

@@ -51,10 +51,9 @@ def push(output: Path, repository: str) -> str:
     Raises UsageError if the upload fails; it says how to repeat it, and ``output`` is unchanged.
     """
     skipped = " ".join(f"--exclude '{pattern}'" for pattern in IGNORED)
-    again = (
-        f"everything is in {output}, to be uploaded by: hf upload {repository} {output} . --private {skipped}"
-    )
-    with _explained(f"--push-to-hub {repository}: not uploaded", f"; {again}"):
+    again = f"hf upload {repository} {output} . --private {skipped}"
+    kept = f"; everything is in {output}, to be uploaded by: {again}"
+    with _explained(f"--push-to-hub {repository}: not uploaded", kept):
         api = HfApi()
         name = api.create_repo(repository, private=True, exist_ok=True).repo_id
         more = {"ignore_patterns": IGNORED, "commit_message": "MiCA adapter"}

@@ -32,11 +32,6 @@ def spans_of(stores: list[Tokens]) -> np.recarray:
     return np.rec.fromarrays(columns, dtype=SPAN)
 
 
-def without(spans: np.recarray, digests: np.ndarray) -> np.recarray:
-    """The spans of documents with none of these digests."""
-    return spans[~np.isin(spans.digest, digests)]
-
-
 @dataclass
 class Blocks(Dataset):
     """Block i: the tokens [i·L, (i+1)·L) of the joined spans, L = ``sequence_length``; the unfilled last is
@@ -153,7 +148,7 @@ def _by_documents(documents: np.recarray, share: float, sequence_length: int, li
     if enough > len(first):
         return None
     held_out = documents[np.sort(first[:enough])]
-    train = without(documents, held_out.digest)
+    train = documents[~np.isin(documents.digest, held_out.digest)]
     return Split(train, held_out, "documents", len(documents) - len(train) - len(held_out))
 
 

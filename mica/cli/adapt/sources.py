@@ -25,6 +25,7 @@ import datasets
 import fsspec
 import pandas as pd
 
+from mica.cli.adapt import fingerprint
 from mica.cli.output import one_line
 from mica.errors import UsageError
 
@@ -45,6 +46,11 @@ _BAD = (OSError, EOFError, LZMAError, zlib.error, ValueError, RuntimeError, Impo
 def _suffix(path: Path) -> str:
     """That of the kind of a file, like ".csv" of "a.csv.gz"."""
     return (path.with_suffix("") if path.suffix.lower() in COMPRESSIONS else path).suffix.lower()
+
+
+def _open(path: Path) -> fsspec.core.OpenFile:
+    """The bytes of a file, decompressed by its suffix."""
+    return fsspec.open(str(path), "rb", compression="infer")
 
 
 @dataclass
@@ -81,8 +87,7 @@ class Source:
             if isinstance(error, UnicodeDecodeError) and path and _suffix(path) != ".parquet":
                 for _ in self._chunks(path):  # says at which byte
                     pass
-            reason = getattr(error, "strerror", None) or error
-            raise self.error(f"cannot be {'read' if path else 'loaded'}: {reason}", path) from error
+            raise self.error(f"cannot be {'read' if path else 'loaded'}: {one_line(error)}", path) from error
 
     @cached_property
     def dataset(self) -> datasets.Dataset:
@@ -100,15 +105,9 @@ class Source:
     def digest(self) -> str:
         """A hash of the bytes of all files and their kinds; names and times do not matter."""
         total = hashlib.blake2b(digest_size=16)
-        files = self.files or [Path(entry["filename"]) for entry in self.dataset.cache_files]
-        if not files:  # a dataset in memory has no files; a saved or loaded one always has
-            raise self.error("has no files to read")
-        for path in files:
-            one = hashlib.blake2b(f"{_suffix(path)} {path.suffix.lower()}".encode(), digest_size=16)
-            with self._named(path), path.open("rb") as file:
-                while chunk := file.read(CHUNK):
-                    one.update(chunk)
-            total.update(one.digest())
+        for path in self.files or [Path(entry["filename"]) for entry in self.dataset.cache_files]:
+            with self._named(path):
+                total.update(fingerprint.of_file(path, f"{_suffix(path)} {path.suffix.lower()}".encode()))
         return total.hexdigest()
 
     def state(self) -> list[tuple[int, int]]:
@@ -186,30 +185,20 @@ class Source:
             if not isinstance(value, str | None):
                 kind = type(value).__name__
                 raise self.error(f"row {number}: column '{column}' is {kind}, not a string", path)
-            (value or "").encode()  # an escape like "\ud800" in JSON is half a character
             yield [value or ""]
 
     def _column(self, types: dict[str, bool], field: str | None, path: Path | None) -> str:
         """The column to read."""
         strings = [name for name, is_string in types.items() if is_string]
         wanted = ["text", "content", *strings[: len(strings) == 1]] if field is None else [field]
-        for name in wanted:
-            if name in types:
-                return name
+        if found := [name for name in wanted if name in types]:
+            return found[0]
         for name in ("messages", "conversations"):
             if name in types and field is None:
-                raise self.error(
-                    f"contains chat messages (column '{name}'); mica adapt trains on plain text. Render them "
-                    "with the chat template first",
-                    path,
-                )
+                what = f"contains chat messages (column '{name}'); mica adapt trains on plain text"
+                raise self.error(f"{what}. Render them with the chat template first", path)
         names = ", ".join(types)
         raise self.error(f"has no column '{wanted[0]}', but {names}: name one by --text-field", path)
-
-
-def _open(path: Path) -> fsspec.core.OpenFile:
-    """The bytes of a file, decompressed by its suffix."""
-    return fsspec.open(str(path), "rb", compression="infer")
 
 
 def _csv(path: Path) -> Iterator[dict[str, str]]:

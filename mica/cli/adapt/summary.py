@@ -11,9 +11,9 @@ from accelerate import PartialState
 
 import mica.fast
 from mica.cli.adapt import config, evaluation, hub, result
-from mica.cli.adapt.card import card, write_card
+from mica.cli.adapt.card import card
 from mica.cli.adapt.corpus import Corpus
-from mica.cli.output import write_json
+from mica.cli.output import write_file, write_json
 
 _LIBRARIES = ("mica-fast", "peft", "transformers", "accelerate", "datasets", "torch")
 
@@ -83,7 +83,8 @@ def of(settings: config.Settings, corpus: Corpus, model, done) -> dict:
 def finish(args: argparse.Namespace, model, tokenizer, report: dict) -> None:
     """Write summary and model card; then what may fail without any loss: the merge and the upload."""
     write_json("--output", args.output / "summary.json", report)
-    write_card(card(report), args.output)
+    text = str(card(report))
+    write_file("--output", args.output / "README.md", lambda path: path.write_text(text, encoding="utf-8"))
     if args.merge:
         merged = result.merge(model, tokenizer, args)
         report["merged"] = str(args.output / result.MERGED)

@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 from safetensors import SafetensorError
@@ -25,16 +26,20 @@ def test_a_file_is_written_whole_or_not_at_all(tmp_path):
 
 
 def test_a_folder_is_replaced_whole_or_not_at_all(tmp_path, monkeypatch):
+    def part(name, error=None):
+        def save_pretrained(folder):
+            (folder / name).touch()
+            if error:
+                raise error
+
+        return SimpleNamespace(save_pretrained=save_pretrained)
+
     path = tmp_path / "a" / "merged"
-    output.write_folder("--merge", path, lambda scratch: (scratch / "old").touch())
+    output.write_folder("--merge", path, part("old"))
     (tmp_path / "a" / ".merged.partial").mkdir()  # of a run that was killed
-
-    def full_disk(scratch):
-        (scratch / "half").touch()
-        raise SafetensorError("I/O error: No space left on device (os error 28)")
-
+    full = SafetensorError("I/O error: No space left on device (os error 28)")
     with pytest.raises(UsageError, match=r"--merge .*merged: cannot be written: I/O .*; the rest is there$"):
-        output.write_folder("--merge", path, full_disk, "; the rest is there")
+        output.write_folder("--merge", path, part("half", full), kept="; the rest is there")
     assert [file.name for file in path.iterdir()] == ["old"]
 
     def gone(self, target):
@@ -45,12 +50,12 @@ def test_a_folder_is_replaced_whole_or_not_at_all(tmp_path, monkeypatch):
     rename = type(path).rename
     monkeypatch.setattr(type(path), "rename", gone)
     with pytest.raises(UsageError, match="Input/output error"):
-        output.write_folder("--merge", path, lambda scratch: (scratch / "new").touch())
+        output.write_folder("--merge", path, part("new"))
     assert [file.name for file in path.iterdir()] == ["old"]
     monkeypatch.undo()
 
-    output.write_folder("--merge", path, lambda scratch: (scratch / "new").touch())
-    assert [file.name for file in path.iterdir()] == ["new"]
+    output.write_folder("--merge", path, part("new"), part("newer"), card="a card")
+    assert sorted(file.name for file in path.iterdir()) == ["README.md", "new", "newer"]
     assert [folder.name for folder in path.parent.iterdir()] == ["merged"]
 
 

@@ -1,7 +1,9 @@
-"""The callback alone, with made-up states of a Trainer."""
+"""The callback alone, with made-up states of a Trainer, and signals that this process sends to itself."""
 
 import io
 import math
+import os
+import signal
 import sys
 from types import SimpleNamespace
 
@@ -9,12 +11,12 @@ import pytest
 import torch
 from transformers import TrainerControl, TrainerState
 
-from mica.cli.adapt.callbacks import Hooks
-from mica.cli.adapt.signals import Request
+from mica.cli.adapt.callbacks import SIGNALS, Hooks, Request
 from mica.errors import UsageError
 from tests.support.adapt_runs import fresh_state  # noqa: F401 (a fixture)
 
 ARGS = SimpleNamespace(learning_rate=3e-3)
+INT, TERM = SIGNALS
 
 
 def state(step=10, main=True):
@@ -103,3 +105,40 @@ def test_marking_and_watching():
         hooks.on_save(ARGS, state(main=main), None)
         hooks.on_evaluate(ARGS, state(main=main), None)
     assert calls == [10, ["a"], 10]
+
+
+def send(*signums):
+    for signum in signums:
+        os.kill(os.getpid(), signum)  # Python runs the handler before the call returns to bytecode
+
+
+@pytest.mark.parametrize("speaks", [True, False])
+def test_a_request_is_noted_once_and_announced_once(speaks, capfd):
+    before, request = [signal.getsignal(signum) for signum in SIGNALS], Request(alone=False, speaks=speaks)
+    with request.heeded():
+        assert request.signum == 0
+        send(TERM, INT, INT, TERM)
+    assert request.signum == TERM
+    assert [signal.getsignal(signum) for signum in SIGNALS] == before
+    said = "\nmica adapt: SIGTERM: finishing this step and saving a checkpoint\n"
+    assert capfd.readouterr().err == said * speaks
+
+
+def test_a_second_ctrl_c_stops_at_once_but_no_second_sigterm(capfd):
+    request = Request(alone=True, speaks=True)
+    with request.heeded():
+        send(INT, TERM)
+        with pytest.raises(KeyboardInterrupt):
+            send(INT)
+    assert request.signum == INT
+    assert capfd.readouterr().err.endswith("; Ctrl-C again stops at once\n")
+
+
+def test_a_signal_that_was_ignored_stays_ignored():
+    before = signal.signal(INT, signal.SIG_IGN)  # nohup does so
+    try:
+        with Request(alone=True, speaks=True).heeded() as request:
+            send(INT)
+        assert request.signum == 0
+    finally:
+        signal.signal(INT, before)

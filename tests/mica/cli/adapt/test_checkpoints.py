@@ -7,7 +7,7 @@ from contextlib import suppress
 
 import pytest
 
-from mica.cli.adapt import checkpoints
+from mica.cli.adapt import checkpoints, fingerprint
 from mica.errors import UsageError
 
 ADAPTER, SHARD = "adapter_model.safetensors", "optimizer_0/shard.distcp"
@@ -80,7 +80,7 @@ def test_damage_that_keeps_the_size_is_found_before_one_is_resumed(tmp_path, mon
     message = rf"checkpoint-2 is damaged \({SHARD}\) and checkpoint-1 is damaged \({ADAPTER}\)"
     with pytest.raises(UsageError, match=message):
         checkpoints.to_resume(tmp_path)
-    monkeypatch.setattr(checkpoints, "_hash", lambda path: pytest.fail("read by a look for checkpoints"))
+    monkeypatch.setattr(fingerprint, "of_file", lambda path: pytest.fail("read by a look for checkpoints"))
     assert checkpoints.latest(tmp_path) == newer
     checkpoints.rotate(tmp_path, 2)
 
