@@ -13,6 +13,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from mica import __version__
+from mica.cli.arguments import add_command
 from mica.cli.output import check_file, dtype_name, one_line, write_json
 from mica.errors import UsageError
 
@@ -22,15 +23,13 @@ _SETTINGS = {"MICA_BACKEND": "auto", "TRITON_INTERPRET": "0"}  # and their defau
 
 def add_parser(commands) -> None:
     """Declare ``mica doctor`` on an argparse subparsers object."""
-    parser = commands.add_parser(
-        "doctor",
+    parser = add_command(
+        *(commands, "doctor", run),
         help="what this machine has, which path MiCA layers take on it, and what is broken",
         description="Show versions, devices, whether MiCA layers run on Triton kernels there and why, "
         "whether PEFT can be patched, and the caches. Exit status: 0 if nothing is broken, else 1.",
-        allow_abbrev=False,
     )
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the findings as JSON")
-    parser.set_defaults(run=run)
 
 
 @contextmanager

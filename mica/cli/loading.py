@@ -78,11 +78,13 @@ def _refuse_adapter(source: Source) -> None:
     """Raise UsageError if the source is a PEFT adapter, which transformers would load with its base."""
     if source.is_gguf:
         return
+    file = made = None
     with suppress(OSError, ValueError, AttributeError):  # not reachable: reported when the model is read
-        if (file := find_adapter_config_file(source.location)) is not None:
-            made = json.loads(Path(file).read_text(encoding="utf-8")).get("base_model_name_or_path")
-            on = f", made on {made}" if made else ""
-            raise source.error(f"is an adapter{on}, and not a model: give that one, or a merged model")
+        file = find_adapter_config_file(source.location)
+        made = file and json.loads(Path(file).read_text(encoding="utf-8")).get("base_model_name_or_path")
+    if file is not None:
+        on = f", made on {made}" if made else ""
+        raise source.error(f"is an adapter{on}, and not a model: give that one, or a merged model")
 
 
 def load_tokenizer(source: Source):

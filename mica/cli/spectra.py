@@ -73,20 +73,21 @@ def measure(name: str, module: nn.Module, rank: int, parameter: str | None = Non
     Where there is a singular value above the cut, the solver runs once, with rank + 1: the last ``rank`` of
     its columns are the result for ``rank``.
     """
-    start = time.perf_counter()
+    start, numbers = time.perf_counter(), {}
     weight = getattr(module, parameter or "weight", None)
     shape = kind = reason = values = None
-    numbers = {}
     try:
         layer = _adapted(module, rank, parameter)
         shape, kind = (layer.out_features, layer.in_features), quantised.kind_of(layer)
         weights = _checked_weights(layer, rank)
         weight = weights[0]
+        measured = [_measured(each, rank) for each in weights]
+        expert = min(range(len(weights)), key=lambda index: measured[index][1]["gap"] or math.inf)
+        values, numbers = measured[expert]
         if is_stack(layer):
-            shape = (len(weights), *shape)
-            values, numbers = _weakest(weights, rank)
-        else:
-            values, numbers = _measured(weight, rank)
+            shape, excesses = (len(weights), *shape), [each["energy_excess"] for _, each in measured]
+            numbers |= {"expert": expert, "proven": all(each["proven"] for _, each in measured)}
+            numbers["energy_excess"] = None if None in excesses else max(excesses)
     except (ValueError, torch.linalg.LinAlgError) as error:  # UnsuitableLayerError; an SVD that fails
         reason = one_line(error).rstrip(".")
     dtype = dtype_name(weight.dtype) if isinstance(weight, Tensor) else None
@@ -142,17 +143,6 @@ def _checked_weights(layer: nn.Module, rank: int) -> list[Tensor]:
     if not is_wrapper(layer):
         return [weight]
     return [part.task.weight for part in tasks(layer, "this layer", rank)]
-
-
-def _weakest(weights: list[Tensor], rank: int) -> tuple[Tensor, dict]:
-    """`_measured` of the expert with the smallest gap, but proven, and the excess, as of the worst."""
-    measured = [_measured(weight, rank) for weight in weights]
-    expert = min(range(len(weights)), key=lambda index: measured[index][1]["gap"] or math.inf)
-    values, numbers = measured[expert]
-    excesses = [of["energy_excess"] for _, of in measured]
-    numbers["proven"] = all(of["proven"] for _, of in measured)
-    numbers["energy_excess"] = None if None in excesses else max(excesses)
-    return values, numbers | {"expert": expert}
 
 
 def _measured(weight: Tensor, rank: int) -> tuple[Tensor, dict]:

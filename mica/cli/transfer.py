@@ -6,21 +6,19 @@ from contextlib import suppress
 from importlib.metadata import version
 from pathlib import Path
 
-from mica.cli.arguments import add_dtype_options
+from mica.cli.arguments import add_command, add_dtype_options
 from mica.cli.output import check_folder, dtype_name, write_folder
 from mica.errors import UsageError
 
 
 def add_parser(commands) -> None:
     """Declare ``mica transfer`` on an argparse subparsers object."""
-    parser = commands.add_parser(
-        "transfer",
+    parser = add_command(
+        *(commands, "transfer", run),
         help="merge an adapter into the chat model of its base",
         description="Merge the update s·B·A of a MiCA adapter, trained on a base model, into another model "
         "made from the same base, like its instruction-tuned one. Trains and computes nothing anew: B stays "
         "that of the base. Writes a plain model with MODEL's tokenizer and chat template.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-        allow_abbrev=False,
     )
     add = parser.add_argument
     add("--adapter", required=True, type=Path, metavar="DIR", help="output folder of mica adapt")
@@ -28,7 +26,6 @@ def add_parser(commands) -> None:
     add("--output", required=True, type=Path, metavar="DIR", help="folder for the model, made if needed")
     add("--overwrite", action="store_true", help="replace what is in the folder of --output")
     add_dtype_options(parser, dtype="dtype of the merged weights; auto: that of MODEL, float32 for GGUF")
-    parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -53,7 +50,12 @@ def run(args: argparse.Namespace) -> int:
     try:
         source = find_source(args.to, args.trust_remote_code)
         check_folder("--output", args.output, args.to)
-        _check_free(args.output, args.overwrite, {"--to": source.location, "--adapter": args.adapter})
+        for option, path in (("--to", source.location), ("--adapter", args.adapter)):
+            place = Path(path).resolve()
+            if args.output.resolve() in (place, *place.parents):
+                raise UsageError(f"--output {args.output}: is the folder of {option}, or contains it")
+        if args.output.is_dir() and any(args.output.iterdir()) and not args.overwrite:
+            raise UsageError(f"--output {args.output}: is not empty: --overwrite replaces what is in it")
         if not source.is_gguf:
             their_config = load_config(source)
             if getattr(their_config, "quantization_config", None) is not None:
@@ -81,16 +83,6 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _check_free(output: Path, overwrite: bool, inputs: dict[str, str | Path]) -> None:
-    """Refuse an output with something in it without --overwrite, and to write over an input in any case."""
-    for option, path in inputs.items():
-        place = Path(path).resolve()
-        if output.resolve() in (place, *place.parents):
-            raise UsageError(f"--output {output}: is the folder of {option}, or contains it")
-    if output.is_dir() and any(output.iterdir()) and not overwrite:
-        raise UsageError(f"--output {output}: is not empty: --overwrite replaces what is in it")
-
-
 def _check_architecture(args: argparse.Namespace, config, theirs: str) -> str:
     """Compare MODEL's ``model_type`` with that of the adapter's base; a line on the outcome.
 
@@ -99,8 +91,7 @@ def _check_architecture(args: argparse.Namespace, config, theirs: str) -> str:
     """
     from mica.cli.loading import Source, load_config
 
-    base = config.base_model_name_or_path
-    ours = None
+    base, ours = config.base_model_name_or_path, None
     with suppress(OSError, ValueError, AttributeError):
         ours = json.loads((args.adapter / "summary.json").read_text(encoding="utf-8")).get("model_type")
     if ours is None and base:
@@ -121,16 +112,15 @@ def _tokenizer(args: argparse.Namespace, source, config):
 
     from mica.cli.loading import load_tokenizer
 
-    theirs = load_tokenizer(source)
-    given = config.base_model_name_or_path
+    theirs, base = load_tokenizer(source), config.base_model_name_or_path
     options = {"trust_remote_code": args.trust_remote_code}
-    for place in filter(None, (str(args.adapter), given)):
+    for place in filter(None, (str(args.adapter), base)):
         with suppress(OSError, ValueError):
             ours = AutoTokenizer.from_pretrained(place, **options).get_vocab()
             break
     else:
         raise UsageError(
-            f"--adapter {args.adapter}: has no tokenizer, and neither has its base {given}: put the base's "
+            f"--adapter {args.adapter}: has no tokenizer, and neither has its base {base}: put the base's "
             "tokenizer into the folder, so that it can be compared with that of --to"
         )
     vocabulary = theirs.get_vocab()

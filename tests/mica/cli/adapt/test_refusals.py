@@ -80,7 +80,7 @@ def test_backend_that_is_not_available(backend, message, refused, monkeypatch):
         ("folder", "no file"),
         (b"", "is empty"),
         (b" \n\t\n", "no text in it"),
-        (b"caf\xe9 au lait", "not UTF-8 text (at byte 3)"),
+        (b"caf\xe9 au lait", "not UTF-8 text: invalid continuation byte, 0xe9"),
     ],
 )
 def test_bad_text(content, message, refused, tmp_path):

@@ -130,16 +130,20 @@ def test_resume_after_run_yaml_was_edited_is_refused(paper, tmp_path, capsys):
     assert same(weights(paper), weights(output))
 
 
-@pytest.mark.parametrize(
-    "file",
-    ["adapter_model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json"],
-)
-def test_resume_takes_the_checkpoint_before_a_damaged_one(paper, tmp_path, capsys, file):
+FILES = ["adapter_model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json"]
+
+
+def test_resume_takes_the_checkpoint_before_a_damaged_one(paper, tmp_path, capsys):
     def damage(path):
         path.write_bytes(random.Random(0).randbytes(path.stat().st_size))
 
     output = unfinished(paper, tmp_path / "out", last=12)
-    damage(output / "checkpoint-12" / file)
+    for file in FILES:
+        kept = (output / "checkpoint-12" / file).read_bytes()
+        damage(output / "checkpoint-12" / file)
+        assert checkpoints.damaged(output / "checkpoint-12") == file
+        if file != FILES[-1]:
+            (output / "checkpoint-12" / file).write_bytes(kept)
     assert resume(output) == 0
     said = f"checkpoint-12 is damaged ({file} is not what was written): the run continues from checkpoint-8"
     assert said in capsys.readouterr().err

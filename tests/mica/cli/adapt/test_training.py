@@ -90,13 +90,8 @@ def test_accumulation_weighs_every_token_the_same(tmp_path):
 
 
 def test_settings_reach_the_trainer(tmp_path, monkeypatch):
-    seen = []
-    init = training.Trainer.__init__
-    monkeypatch.setattr(
-        training.Trainer,
-        "__init__",
-        lambda self, **options: (seen.append(options["args"]), init(self, **options))[1],
-    )
+    seen, make = [], training._arguments
+    monkeypatch.setattr(training, "_arguments", lambda *a, **more: seen.append(make(*a, **more)) or seen[-1])
     changed = {"scheduler": "linear", "optimizer": "adafactor", "weight_decay": 0.3, "max_grad_norm": 0.7}
     changed |= {"seed": 9, "learning_rate": 1e-4, "log_steps": 7, "warmup_ratio": 0.1}
     run(settings(tmp_path, steps=15, **changed))
@@ -200,13 +195,11 @@ def test_a_signal_at_the_last_step_leaves_a_finished_run_to_resume(tmp_path, mon
     "changed",
     [
         {},
-        {"dtype": "bfloat16"},
-        {"target_modules": "embed_tokens,q_proj"},
-        {"gradient_checkpointing": True},
+        {"dtype": "bfloat16", "target_modules": "embed_tokens,q_proj", "gradient_checkpointing": True},
         {"steps": None, "epochs": 3.0, "save_steps": 16},  # at the end of an epoch
         {"steps": None, "epochs": 2.0, "save_steps": 4, "batch_size": 2, "gradient_accumulation_steps": 3},
     ],
-    ids=["float32", "bfloat16", "embedding", "checkpointing", "epochs", "accumulation"],
+    ids=["float32", "bfloat16", "epochs", "accumulation"],
 )
 def test_resumed_is_unbroken(tmp_path, changed):
     changed = {"steps": 12, "save_steps": 6, **changed}
@@ -295,9 +288,7 @@ def failing(original, error, part=""):
         pytest.param("peft.peft_model", "safe_save_file", FULL, ".saving", id="final"),
         pytest.param("peft.peft_model", "safe_save_file", SAFETENSORS, "checkpoint", id="adapter"),
         pytest.param("torch", "save", WRITER, "optimizer.pt", id="optimizer"),
-        pytest.param(
-            "torch", "save", RuntimeError("basic_ios::clear: iostream error"), "sched", id="scheduler"
-        ),
+        pytest.param("torch", "save", RuntimeError("basic_ios: iostream error"), "sched", id="scheduler"),
         pytest.param("torch", "save", RuntimeError("Parent directory /x does not exist."), "rng_", id="rng"),
         pytest.param("transformers.TrainerState", "save_to_json", FULL, "", id="state"),
         pytest.param("mica.cli.adapt.checkpoints", "mark", FULL, "", id="marker"),
@@ -319,7 +310,6 @@ def test_what_cannot_be_written_leaves_the_checkpoint_before(tmp_path, monkeypat
         f"{tmp_path}/checkpoint-{step} (--resume goes on from it)"
     )
     assert checkpoints.step(checkpoints.folders(tmp_path)[-1]) == step
-    assert run(settings(tmp_path, resume=True)).steps == 10
 
 
 def test_an_error_that_is_not_about_writing_keeps_its_traceback(tmp_path, monkeypatch):
