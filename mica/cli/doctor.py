@@ -3,7 +3,6 @@
 import argparse
 import os
 import platform
-import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -66,57 +65,44 @@ def _versions() -> list[dict]:
     return rows
 
 
-def _hardware(device, has_triton: bool) -> dict:
-    """A GPU's name, memory_gib, architecture, target (None: none compiled); a CPU's name and threads."""
-    import torch
+def _devices(problems: list[str], has_triton: bool) -> list[dict]:
+    """A row for the CPU, then one for each CUDA or ROCm device.
 
-    if device.type == "cpu":
-        return {"name": platform.machine(), "threads": torch.get_num_threads()}
-    properties, target = torch.cuda.get_device_properties(device), None
-    architecture = "compute capability {}.{}".format(*torch.cuda.get_device_capability(device))
-    if torch.version.hip:
-        architecture = properties.gcnArchName
-    elif has_triton:
-        from mica.kernels.common import INTERPRETED, target_of
-
-        target = None if INTERPRETED.value else target_of(device)
-    memory_gib = round(properties.total_memory / 2**30, 1)
-    return {"name": properties.name, "memory_gib": memory_gib, "architecture": architecture, "target": target}
-
-
-def _path(device, target: str | None) -> dict:
-    """path ("kernel", "reference", or "error": MiCA layers raise), reason, and trial of a compiled kernel."""
+    name; a CPU's threads; a GPU's memory_gib, architecture, target (None: none compiled). path ("kernel",
+    "reference", or "error": MiCA layers raise), reason, and trial of a compiled kernel.
+    """
     import torch
 
     from mica.kernels import runtime
     from mica.paths import choose
 
-    reason = choose.why_not_kernels(device, 16, torch.bfloat16)
-    compiles = target is not None and choose.requested() != "reference"
-    if compiles:
-        compiles = torch.cuda.get_device_capability(device) >= runtime.MINIMUM_CAPABILITY
-    trial = "not tried" if not compiles else "failed" if reason else "passed"
-    without_kernels = "error" if choose.requested() == "triton" else "reference"
-    return {"path": without_kernels if reason else "kernel", "reason": reason, "trial": trial}
-
-
-def _devices(problems: list[str], has_triton: bool) -> list[dict]:
-    """A row for the CPU, then one for each CUDA or ROCm device."""
-    import torch
-
     with warnings.catch_warnings(record=True) as warned:  # of a driver that is too old, for one
         warnings.simplefilter("always")
         count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     problems.extend(f"torch warns of its GPU: {one_line(w.message)}" for w in warned)
-    rows = []
-    for device in (torch.device("cpu"), *(torch.device("cuda", index) for index in range(count))):
-        row = {"device": str(device), "path": "error", "reason": None, "trial": "not tried"}
+    cpu = {"device": "cpu", "name": platform.machine(), "threads": torch.get_num_threads()}
+    rows = [cpu, *({"device": f"cuda:{index}"} for index in range(count))]
+    for row in rows:
+        device, capability, demand = torch.device(row["device"]), (0, 0), choose.requested()
+        row |= {"path": "error", "reason": None, "trial": "not tried"}
         with _noted(problems, f"MiCA layers cannot run on {device}"):  # nor will they
-            row |= _hardware(device, has_triton)
-            row |= _path(device, row.get("target"))
+            if device.type == "cuda":
+                properties = torch.cuda.get_device_properties(device)
+                capability = torch.cuda.get_device_capability(device)
+                row |= {"name": properties.name, "memory_gib": round(properties.total_memory / 2**30, 1)}
+                row |= {"architecture": "compute capability {}.{}".format(*capability), "target": None}
+                if torch.version.hip:
+                    row["architecture"] = properties.gcnArchName
+                elif has_triton:
+                    from mica.kernels.common import INTERPRETED, target_of
+
+                    row["target"] = None if INTERPRETED.value else target_of(device)
+            reason = row["reason"] = choose.why_not_kernels(device, 16, torch.bfloat16)
+            row["path"] = "kernel" if not reason else "error" if demand == "triton" else "reference"
+            if row.get("target") and demand != "reference" and capability >= runtime.MINIMUM_CAPABILITY:
+                row["trial"] = "failed" if reason else "passed"
         if row["trial"] == "failed":
             problems.append(f"the kernels do not run on {device}: {row['reason']}")
-        rows.append(row)
     return rows
 
 
@@ -134,26 +120,21 @@ def _products() -> dict[str, dict]:
 
 
 def _peft(problems: list[str]) -> dict:
-    """peft: patched (the number of functions that mica.fast replaced) and mismatches (sentences); bypassing:
-    the installed frameworks that can compute adapted layers themselves (name, version, remedy)."""
-    peft, bypassing = {"patched": 0, "mismatches": []}, []
+    """patched (the number of functions that mica.fast replaced) and mismatches (sentences)."""
+    peft = {"patched": 0, "mismatches": []}
     with _noted(problems, "mica.fast cannot be imported"), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the mismatches are listed one by one
         from mica.fast import patching
-        from mica.fast.explain import REMEDIES
 
         is_patched = patching.install()
         found = [(patch, text) for patch in patching.PATCHES if (text := patching.mismatch(patch))]
         required = [text for patch, text in found if patch.required]
         peft["mismatches"] = required + [f"{text} (optional)" for patch, text in found if not patch.required]
-        if not is_patched:
+        if is_patched:
+            peft["patched"] = len(patching.PATCHES) - len(found)
+        else:
             problems.append(f"mica.fast leaves this PEFT as it is: {', '.join(required)}")
-            return {"peft": peft, "bypassing": bypassing}
-        peft["patched"] = len(patching.PATCHES) - len(found)
-        for name, remedy in REMEDIES.items():
-            with suppress(PackageNotFoundError):
-                bypassing.append({"name": name, "version": version(name), "remedy": remedy})
-    return {"peft": peft, "bypassing": bypassing}
+    return peft
 
 
 def _caches() -> dict:
@@ -175,14 +156,15 @@ def examine() -> dict:
     """
     report = {"versions": _versions(), "settings": {name: os.environ.get(name) for name in _SETTINGS}}
     problems = report["problems"] = [row["problem"] for row in report["versions"] if row["problem"]]
-    found = {"torch": None, "triton": None}
+    usable = set()
     if any(row["version"] is None and row["name"] != "triton" for row in report["versions"]):
         return report
-    for name in found:
+    for name in ("torch", "triton"):
         if name == "torch" or find_spec(name) is not None:
             with _noted(problems, f"{name} cannot be imported"):
-                found[name] = import_module(name) or sys.modules[name]
-    if found["torch"] is None:
+                import_module(name)
+                usable.add(name)
+    if "torch" not in usable:
         return report
     from torch.version import cuda, hip
 
@@ -193,10 +175,10 @@ def examine() -> dict:
     except ValueError as error:
         raise UsageError(str(error)) from error
     report["torch_build"] = f"ROCm {hip} build" if hip else f"CUDA {cuda} build" if cuda else "CPU build"
-    report["devices"] = _devices(problems, found["triton"] is not None)
+    report["devices"] = _devices(problems, "triton" in usable)
     if demand == "triton" and all(row["path"] != "kernel" for row in report["devices"]):
         problems.append("MICA_BACKEND=triton demands kernels, and no device here can run them")
-    return report | {"products": _products(), **_peft(problems)}
+    return report | {"products": _products(), "peft": _peft(problems)}
 
 
 def _times(row: dict) -> str:
@@ -232,9 +214,6 @@ def _lines(report: dict) -> Iterator[tuple[str, str]]:
         yield "kernels", "none compiled: no GPU here"
     yield "PEFT", f"mica.fast replaces {report['peft']['patched']} of its functions"
     yield from (("  mismatch", mismatch) for mismatch in report["peft"]["mismatches"])
-    for row in report["bypassing"]:
-        bypasses = "can compute adapted layers without MiCA's code (mica.fast.explain counts them)"
-        yield row["name"], f"{row['version']:14}  {bypasses}; against it: {row['remedy']}"
     caches = report["caches"]
     state = "writable" if caches["is_writable"] else "not writable, so nothing new is kept"
     if caches["distrusted"]:

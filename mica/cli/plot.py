@@ -70,9 +70,22 @@ def figure(spectra: dict[str, torch.Tensor], rank: int, model: str) -> Figure:
     scale = Normalize(0, max([1, *depths]))
 
     for axes, (kind, names) in zip(grid, kinds.items(), strict=False):
-        axes.set_label("panel")
-        axes.set_title(kind)
-        _draw(axes, {name: spectra[name] for name in names}, rank, scale)
+        axes.set(label="panel", title=kind, xscale="log", yscale="log")
+        axes.axvspan(1, rank, color=_MARK, alpha=0.15, linewidth=0, gid="adapted")
+        axes.axvline(rank, color=_MARK, linewidth=0.8)
+        for name in names:
+            values, depth = spectra[name], _depth(name)
+            floor = torch.finfo(torch.float64).eps * values[0]
+            heights = values.clamp_min(floor) if floor > 0 else torch.full_like(values, torch.nan)
+            indices = torch.arange(len(values), 0, -1)
+            colour = _DEPTHS(0.4 if depth is None else scale(depth))
+            axes.plot(indices, heights, color=colour, linewidth=0.6, alpha=0.8, gid="spectrum")
+            axes.plot(indices[-rank:], heights[-rank:], color=colour, linewidth=1.5, alpha=0.9, gid="adapted")
+        longest = max(len(spectra[name]) for name in names)
+        axes.set_xlim(max(longest, 2), 1)
+        axes.set_xticks([longest, *(10**power for power in range(5) if 10**power < longest / 2)])
+        axes.xaxis.set_major_formatter(FuncFormatter(lambda index, _: f"{index:g}"))
+        axes.xaxis.set_minor_locator(NullLocator())
     for axes in grid[len(kinds) :]:
         axes.set_axis_off()
     for axes in grid[::columns]:
@@ -92,22 +105,3 @@ def figure(spectra: dict[str, torch.Tensor], rank: int, model: str) -> Figure:
         bar.set_label("block, first to last")
         bar.outline.set_visible(False)
     return drawing
-
-
-def _draw(axes, spectra: dict[str, torch.Tensor], rank: int, scale: Normalize) -> None:
-    longest = max(len(values) for values in spectra.values())
-    axes.axvspan(1, rank, color=_MARK, alpha=0.15, linewidth=0, gid="adapted")
-    axes.axvline(rank, color=_MARK, linewidth=0.8)
-    for name, values in spectra.items():
-        floor = torch.finfo(torch.float64).eps * values[0]
-        heights = values.clamp_min(floor) if floor > 0 else torch.full_like(values, torch.nan)
-        indices = torch.arange(len(values), 0, -1)
-        colour = _DEPTHS(0.4 if (depth := _depth(name)) is None else scale(depth))
-        axes.plot(indices, heights, color=colour, linewidth=0.6, alpha=0.8, gid="spectrum")
-        axes.plot(indices[-rank:], heights[-rank:], color=colour, linewidth=1.5, alpha=0.9, gid="adapted")
-    axes.set_xscale("log")
-    axes.set_yscale("log")
-    axes.set_xlim(max(longest, 2), 1)
-    axes.set_xticks([longest, *(10**power for power in range(5) if 10**power < longest / 2)])
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda index, _: f"{index:g}"))
-    axes.xaxis.set_minor_locator(NullLocator())

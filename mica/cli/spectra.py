@@ -81,7 +81,9 @@ def measure(name: str, module: nn.Module, rank: int, parameter: str | None = Non
         shape, kind = (layer.out_features, layer.in_features), quantised.kind_of(layer)
         weights = _checked_weights(layer, rank)
         weight = weights[0]
-        measured = [_measured(each, rank) for each in weights]
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # null singular values: sigma_smallest shows them
+            measured = [_measured(each, rank) for each in weights]
         expert = min(range(len(weights)), key=lambda index: measured[index][1]["gap"] or math.inf)
         values, numbers = measured[expert]
         if is_stack(layer):
@@ -147,13 +149,13 @@ def _checked_weights(layer: nn.Module, rank: int) -> list[Tensor]:
 
 def _measured(weight: Tensor, rank: int) -> tuple[Tensor, dict]:
     count = min(weight.shape)
-    subspace = _solve(weight, min(rank + 1, count))
+    subspace = minor_subspace(weight, min(rank + 1, count))
     singular_values = subspace.singular_values.double().cpu()
     chosen, above = subspace, None
     if len(singular_values) > rank:
         above = singular_values[0].item()
         # where it is not proven, alone they may be, if the value above the cut is much larger
-        chosen = narrowed(subspace, rank) or _solve(weight, rank)
+        chosen = narrowed(subspace, rank) or minor_subspace(weight, rank)
     values, energy = chosen.singular_values.double().cpu(), squared_norm(weight)
     largest = values[0].item()
     return values, {
@@ -167,9 +169,3 @@ def _measured(weight: Tensor, rank: int) -> tuple[Tensor, dict]:
         "proven": chosen.certified,
         "energy_excess": chosen.energy_excess if math.isfinite(chosen.energy_excess) else None,
     }
-
-
-def _solve(weight: Tensor, rank: int):
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)  # null singular values: sigma_smallest shows them
-        return minor_subspace(weight, rank)

@@ -119,10 +119,8 @@ def _tokenizer(args: argparse.Namespace, source, config):
             ours = AutoTokenizer.from_pretrained(place, **options).get_vocab()
             break
     else:
-        raise UsageError(
-            f"--adapter {args.adapter}: has no tokenizer, and neither has its base {base}: put the base's "
-            "tokenizer into the folder, so that it can be compared with that of --to"
-        )
+        what = f"has no tokenizer, and neither has its base {base}: put the base's into the folder"
+        raise UsageError(f"--adapter {args.adapter}: {what}")
     vocabulary = theirs.get_vocab()
     common = ours.keys() & vocabulary.keys()
     moved = sorted((token for token in common if ours[token] != vocabulary[token]), key=ours.get)

@@ -73,10 +73,8 @@ def check(args: argparse.Namespace, source: Source) -> PreTrainedConfig | None:
         if args.quantize is not None:
             raise UsageError(f"--quantize {args.quantize}: {given} already: leave --quantize out")
         if args.merge:
-            raise UsageError(
-                f"--merge: {given}, and a merged weight would have to be rounded to its few bits again: "
-                "leave --merge out, or train on the checkpoint that it was made of, with --quantize nf4"
-            )
+            instead = "leave --merge out, or train on the checkpoint that it was made of, with --quantize"
+            raise UsageError(f"--merge: {given}, to whose few bits a sum cannot be rounded: {instead}")
     if args.quantize is not None and not is_bitsandbytes_available():
         needs = "needs bitsandbytes and accelerate: pip install bitsandbytes"
         raise UsageError(f"--quantize {args.quantize}: {needs}")

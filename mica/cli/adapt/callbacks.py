@@ -63,7 +63,7 @@ class Request:
 
 
 class Hooks(TrainerCallback):
-    """A line a log on standard error, a bar in a terminal; ends the training; marks checkpoints.
+    """A line a log on standard error; ends the training; marks checkpoints.
 
     It ends with a checkpoint after the step in which any process got a signal, and with a UsageError as soon
     as a loss, or a weight about to be saved, is not finite.
@@ -81,18 +81,13 @@ class Hooks(TrainerCallback):
         saved: Callable[[], str],
     ):
         self._request, self._mark, self._watch, self._saved = request, mark, watch, saved
-        self._bar = None
         self._begun = (0.0, 0)  # time and step
         self.agreed = 0
 
     def on_train_begin(self, args, state, control, **kwargs):
         self._begun = (time.perf_counter(), state.global_step)
-        disable = None if state.is_world_process_zero else True  # None: but where there is no terminal
-        counts = {"total": state.max_steps, "initial": state.global_step}
-        self._bar = tqdm(desc="Training", dynamic_ncols=True, disable=disable, **counts)
 
     def on_step_end(self, args, state, control, model=None, **kwargs):
-        self._bar.update()
         self.agreed = processes.largest(self._request.signum)
         if self.agreed:
             control.should_save = control.should_training_stop = True
@@ -109,15 +104,14 @@ class Hooks(TrainerCallback):
         told = [f"{name} perplexity {logs[key]:.2f}" for name, key in _PERPLEXITIES.items() if key in logs]
         if "loss" in logs:
             if not math.isfinite(logs["loss"]):
-                raise self._error(
-                    f"the training loss is not finite ({logs['loss']}) at or before", args, state
-                )
+                what = f"the training loss is not finite ({logs['loss']}) at or before"
+                raise self._error(what, args, state)
             begin, first = self._begun
             pace = (time.perf_counter() - begin) / max(1, state.global_step - first)
             left = tqdm.format_interval(pace * (state.max_steps - state.global_step))
             told = [f"loss {logs['loss']:.3f}", f"lr {logs['learning_rate']:.2e}", f"{left} left", *told]
         if told and state.is_world_process_zero:
-            tqdm.write(f"step {state.global_step}/{state.max_steps}: {', '.join(told)}", file=sys.stderr)
+            print(f"step {state.global_step}/{state.max_steps}: {', '.join(told)}", file=sys.stderr)
 
     def on_evaluate(self, args, state, control, **kwargs):
         if state.is_world_process_zero:
@@ -125,11 +119,6 @@ class Hooks(TrainerCallback):
 
     def on_save(self, args, state, control, **kwargs):
         self._mark(state.global_step)
-
-    def close(self) -> None:
-        """Leave the bar as it is: an error's line comes below it."""
-        if self._bar is not None:
-            self._bar.close()
 
     def _error(self, what, args, state):
         return UsageError(

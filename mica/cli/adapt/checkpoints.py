@@ -125,10 +125,8 @@ def to_resume(output: Path) -> Path:
             return path
         found.append(f"{path.name} is damaged ({name})")
     half = [f"{path.name} is incomplete" for path in folders(output)[-1:]]
-    raise UsageError(
-        f"--resume: nothing to go on from in {output}: "
-        f"{' and '.join(found or half or ['it has no checkpoint'])}; leave out --resume to start anew"
-    )
+    why = " and ".join(found or half or ["it has no checkpoint"])
+    raise UsageError(f"--resume: nothing to go on from in {output}: {why}; leave out --resume to start anew")
 
 
 def check(checkpoint: Path, **settings: Any) -> None:
@@ -143,9 +141,8 @@ def check(checkpoint: Path, **settings: Any) -> None:
         remedy = f"Go on with the same, or start anew from the checkpoint by --adapter {checkpoint}"
         if fingerprint.BASE in changed:  # what B belongs to
             remedy = "Put the base of the run back where --model is, or start anew"
-        raise UsageError(
-            f"--resume: {checkpoint.name} was written with {values}: it would be another training. {remedy}"
-        )
+        what = f"{checkpoint.name} was written with {values}: it would be another training"
+        raise UsageError(f"--resume: {what}. {remedy}")
 
 
 def rotate(output: Path, keep: int) -> None:

@@ -14,7 +14,7 @@ import numpy as np
 from torch.utils.data import ConcatDataset, Dataset
 
 from mica.cli.adapt import sources
-from mica.cli.adapt.packing import SPAN, Blocks, Split, mix, spans_of, split, spread
+from mica.cli.adapt.packing import SPAN, Blocks, Split, mix, spans_of, split, spread, too_little
 from mica.cli.adapt.tokens import Tokens, tokenize
 from mica.errors import UsageError
 
@@ -140,9 +140,8 @@ def gather(args: argparse.Namespace, tokenizer) -> Corpus:
         kept = part.train[~np.isin(part.train.digest, np.concatenate(others or [[]]))]
         dropped += part.dropped + len(part.train) - len(kept)
         if kept.length.sum() < length:
-            raise UsageError(
-                f"{names[index]}: {kept.length.sum():,} tokens are not held out, {length:,} needed: one "
-                f"training block of --sequence-length {length}"
+            raise too_little(
+                names[index], f"{kept.length.sum():,} tokens are not held out", length, "training"
             )
         train.append(_blocks(groups[index], kept, args))
 
@@ -173,10 +172,7 @@ def _measured(option: str, stores: list[Tokens], args: argparse.Namespace) -> Da
     """Blocks of a text that is only measured. Raises UsageError if it is shorter than one."""
     blocks = _blocks(stores, spans_of(stores), args)
     if not len(blocks):
-        raise UsageError(
-            f"{option}: {blocks.spans.length.sum():,} tokens found, {args.sequence_length:,} needed: one "
-            f"block of --sequence-length {args.sequence_length}"
-        )
+        raise too_little(option, f"{blocks.spans.length.sum():,} tokens found", args.sequence_length)
     return spread(blocks, args.eval_blocks)
 
 

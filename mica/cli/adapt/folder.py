@@ -23,10 +23,8 @@ def check(output: Path, *, resume: bool, overwrite: bool, model: str) -> None:
     # A GGUF file is converted to base/ before the adapter is made, which may fail
     harmless = {"base", _LOCK}
     if output.is_dir() and {path.name for path in output.iterdir()} - harmless and not (resume or overwrite):
-        raise UsageError(
-            f"--output {output}: is not empty: use --resume to continue that run, --overwrite to replace it, "
-            "or another folder"
-        )
+        what = "is not empty: use --resume to continue that run, --overwrite to replace it"
+        raise UsageError(f"--output {output}: {what}, or another folder")
 
 
 def clear(output: Path, keep: str = "") -> None:

@@ -138,6 +138,8 @@ class _HelpFormatter(argparse.RawDescriptionHelpFormatter):
     def _format_action_invocation(self, action):
         if isinstance(action, argparse.BooleanOptionalAction):
             return f"--[no-]{action.dest.replace('_', '-')}"
+        if action.nargs == "+":
+            return f"{action.option_strings[0]} {action.metavar} ..."
         return super()._format_action_invocation(action)
 
 

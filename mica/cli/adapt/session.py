@@ -55,7 +55,7 @@ def _adapt(settings: Settings) -> int:
     training.check(args)
     if args.push_to_hub is not None:
         check_hub(args.push_to_hub)
-    checkpoint = _find_checkpoint(args)
+    checkpoint = training.find_checkpoint(args, _note)
 
     corpus.check(args)  # the texts: cheap, before the tokenizer
     tokenizer = loading.load_tokenizer(source)
@@ -117,19 +117,6 @@ def _note_what_is_odd(args: argparse.Namespace) -> None:
             f"{args.config} is of a run on {recorded} processes, and this one has {number}: its batches of "
             f"{args.batch_size} blocks a process are others, and so are its losses"
         )
-
-
-def _find_checkpoint(args: argparse.Namespace) -> Path | None:
-    """`training.find_checkpoint`; None too for a run that ended before its first checkpoint."""
-    newest = checkpoints.latest(args.output) if args.resume else None
-    if args.resume and newest is None and (args.output / config.FILE).is_file():
-        _note(f"{args.output} has no complete checkpoint yet: the run starts from its beginning")
-        return None
-    checkpoint = training.find_checkpoint(args)
-    if checkpoint != newest:
-        damage = f"{newest.name} is damaged ({checkpoints.damaged(newest)} is not what was written)"
-        _note(f"{damage}: the run continues from {checkpoint.name}")
-    return checkpoint
 
 
 def _with_packing(settings: Settings, data: corpus.Corpus, model, tokenizer) -> corpus.Corpus:

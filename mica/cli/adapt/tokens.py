@@ -14,6 +14,7 @@ import shutil
 import tempfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from itertools import chain
 from pathlib import Path
 
 import datasets
@@ -113,28 +114,21 @@ def tokenize(
             root.mkdir(parents=True, exist_ok=True)
             with _alone(root / f".{key}.lock"):
                 is_there = (root / key / "facts.npz").is_file()
-                if not is_there:
-                    with _renamed_to(root / key) as folder:
-                        _build(source, tokenizer, field, folder)
+                if not is_there:  # a process that is killed leaves nothing that looks finished
+                    partial = root / f".{key}.partial"
+                    shutil.rmtree(partial, ignore_errors=True)  # of one that was killed
+                    try:
+                        partial.mkdir()
+                        _build(source, tokenizer, field, partial)
                         if source.state() != state:
                             raise source.error("changed while it was read")
+                        partial.rename(root / key)
+                    finally:
+                        shutil.rmtree(partial, ignore_errors=True)
                 result.append(Tokens(root / key, cached=is_there))
         except OSError as error:
             raise source.error(f"cannot be tokenised below {root}: {one_line(error)}") from error
     return result
-
-
-@contextmanager
-def _renamed_to(folder: Path) -> Iterator[Path]:
-    """A folder to fill, renamed at the end: a process that is killed leaves nothing that looks finished."""
-    partial = folder.with_name(f".{folder.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)  # of a process that was killed: we hold the lock
-    try:
-        partial.mkdir()
-        yield partial
-        partial.rename(folder)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
 
 
 @contextmanager
@@ -210,22 +204,14 @@ def _pieces(documents: Iterable[Iterable[str]]) -> Iterator[tuple[str, bool | No
 def _tokenised(documents: Iterable[Iterable[str]], tokenizer) -> Iterator[tuple[list[int], bool | None]]:
     """`_pieces` with their ids in place of each, by batches."""
     batch, size = [], 0
-    for piece in _pieces(documents):
-        batch.append(piece)
-        size += len(piece[0])
-        if size >= BATCH:
-            yield from _ids(batch, tokenizer)
+    for piece in chain(_pieces(documents), [None]):
+        if piece is not None:
+            batch.append(piece)
+            size += len(piece[0])
+        if size >= BATCH or (piece is None and batch):
+            texts, ends = zip(*batch, strict=True)
+            # no line about texts longer than the model's window
+            options = {"add_special_tokens": False, "verbose": False}
+            options |= {"return_attention_mask": False, "return_token_type_ids": False}
+            yield from zip(tokenizer(list(texts), **options)["input_ids"], ends, strict=True)
             batch, size = [], 0
-    if batch:
-        yield from _ids(batch, tokenizer)
-
-
-def _ids(batch: list[tuple[str, bool | None]], tokenizer) -> Iterator[tuple[list[int], bool | None]]:
-    ids = tokenizer(
-        [piece for piece, _ in batch],
-        add_special_tokens=False,
-        return_attention_mask=False,
-        return_token_type_ids=False,
-        verbose=False,  # no line about texts longer than the model's window
-    )["input_ids"]
-    return zip(ids, (is_last for _, is_last in batch), strict=True)

@@ -68,10 +68,11 @@ def check(args: argparse.Namespace) -> None:
             raise UsageError(f"--{option} {value}: {one_line(error)}") from error
 
 
-def find_checkpoint(args: argparse.Namespace) -> Path | None:
-    """The checkpoint to go on from; None without ``--resume``.
+def find_checkpoint(args: argparse.Namespace, note: Callable[[str], None] = lambda text: None) -> Path | None:
+    """The checkpoint to go on from; None without ``--resume``, and for a run that ended before its first.
 
-    Every process must call this; the main one chooses, as it reads all files of the checkpoint.
+    Every process must call this; the main one chooses, as it reads all files of the checkpoint. ``note`` is
+    told where it is not the newest.
 
     Raises UsageError if there is none, or it was written with other options. The same sum of blocks over
     another number of processes is refused too: dropout draws from one generator a process, and with
@@ -79,8 +80,15 @@ def find_checkpoint(args: argparse.Namespace) -> Path | None:
     """
     if not args.resume:
         return None
+    newest = checkpoints.latest(args.output)
+    if newest is None and (args.output / config.FILE).is_file():
+        note(f"{args.output} has no complete checkpoint yet: the run starts from its beginning")
+        return None
     checkpoint = processes.on_main(checkpoints.to_resume, args.output)
     checkpoints.check(checkpoint, **_settings(args))
+    if checkpoint != newest:
+        damage = f"{newest.name} is damaged ({checkpoints.damaged(newest)} is not what was written)"
+        note(f"{damage}: the run continues from {checkpoint.name}")
     return checkpoint
 
 
@@ -227,11 +235,8 @@ def train(
         if finished:
             trainer.state = finished
         else:
-            try:
-                with processes.peers_needed(saved):
-                    trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint))
-            finally:
-                hooks.close()
+            with processes.peers_needed(saved):
+                trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint))
         base.config.use_cache = use_cache
         stopped = processes.largest(hooks.agreed or request.signum)
         if not stopped:

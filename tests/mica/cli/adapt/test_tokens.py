@@ -175,7 +175,7 @@ def _full(*args):
     [
         ([{"text": " "}, {"text": ""}], {}, "no text in it (2 empty documents)"),
         ([{"text": "a"}, {"text": 1}], {}, "row 2"),
-        (ROWS, {"_ids": _full}, "No space left on device"),
+        (ROWS, {"_tokenised": _full}, "No space left on device"),
         (ROWS, {"_build": lambda source, *_: source.files[0].write_text("x")}, "changed while it was read"),
     ],
 )
