@@ -48,7 +48,7 @@ def check(model: nn.Module, args: argparse.Namespace, checkpoint: Path | None = 
 
     Raises UsageError if ``--target-modules`` names no layer that can be adapted, if one is too small for the
     rank, if parameters (experts) are to have dropout, or if the adapter of ``checkpoint`` or ``args.adapter``
-    is none of MiCA, does not fit the model, or has another rank, alpha or other layers than ``args`` says.
+    is none of MiCA, does not fit the model, or has other layers than ``args`` says.
     """
     targets = find_targets(model, args.target_modules, args.experts)
     if targets.parameters and args.dropout:
@@ -66,21 +66,11 @@ def check(model: nn.Module, args: argparse.Namespace, checkpoint: Path | None = 
     if args.rank > (most := min(sizes[smallest])):
         has = f"{smallest} has {_by(sizes[smallest])} weights, so at most {most} fits"
         raise UsageError(f"--rank {args.rank}: {has}; --target-modules can leave it out")
-    folder = checkpoint or args.adapter
-    if folder is not None:
-        _check_saved(model, args, "--resume" if checkpoint else "--adapter", folder, targets)
-    return targets
-
-
-def _check_saved(model, args, option: str, folder: Path, targets: Targets) -> None:
+    folder, option = checkpoint or args.adapter, "--resume" if checkpoint else "--adapter"
+    if folder is None:
+        return targets
     found = read_adapter_config(folder, option)
-    own = settings(found, folder, option)
-    for name, given in (("rank", args.rank), ("alpha", args.alpha)):
-        if own[name] != given:
-            raise UsageError(f"--{name} {given}: the adapter of {option} {folder} has {own[name]}")
     check_fit(model, found, folder, option)
-    if args.experts and not own["experts"]:
-        raise UsageError(f"--experts: {option} {folder} has adapted none")
     adapted = set(adapted_layers(folder, option))
     parameters = saved_parameters(model, targets.parameters)
     expected = set(targets.modules) | set(parameters)
@@ -92,6 +82,7 @@ def _check_saved(model, args, option: str, folder: Path, targets: Targets) -> No
         where = "only in the adapter" if only[0] in adapted else "not in the adapter"
         others = f"{option} {folder} has adapted other layers: {', '.join(only[:3])} {where}"
         raise UsageError(f"--target-modules {args.target_modules}: {others}")
+    return targets
 
 
 def read_adapter_config(folder: Path, option: str = "--adapter") -> LoraConfig:

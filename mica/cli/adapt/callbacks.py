@@ -7,13 +7,14 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from pathlib import Path
 from types import FrameType
 
 import torch
 from tqdm import tqdm
 from transformers import TrainerCallback
 
-from mica.cli.adapt import processes
+from mica.cli.adapt import checkpoints, processes
 from mica.errors import UsageError
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
@@ -69,18 +70,12 @@ class Hooks(TrainerCallback):
     as a loss, or a weight about to be saved, is not finite.
 
     ``mark(step)`` is called in every process once all files of a checkpoint are written, ``watch(history)``
-    in the main one after each evaluation. ``saved()`` says in half a sentence what can be gone on from.
+    in the main one after each evaluation.
     ``agreed``: the signal's number once all processes know of it, else 0.
     """
 
-    def __init__(
-        self,
-        request: Request,
-        mark: Callable[[int], None],
-        watch: Callable[[list[dict]], None],
-        saved: Callable[[], str],
-    ):
-        self._request, self._mark, self._watch, self._saved = request, mark, watch, saved
+    def __init__(self, request: Request, mark: Callable[[int], None], watch: Callable[[list[dict]], None]):
+        self._request, self._mark, self._watch = request, mark, watch
         self._begun = (0.0, 0)  # time and step
         self.agreed = 0
 
@@ -121,10 +116,9 @@ class Hooks(TrainerCallback):
         self._mark(state.global_step)
 
     def _error(self, what, args, state):
-        return UsageError(
-            f"{what} step {state.global_step}; {self._saved()}. Try a lower --learning-rate (now "
-            f"{args.learning_rate:g}) or --dtype float32"
-        )
+        what = f"{what} step {state.global_step}; {checkpoints.saved(Path(args.output_dir))}"
+        lower = f"a lower --learning-rate (now {args.learning_rate:g})"
+        return UsageError(f"{what}. Try {lower} or --dtype float32")
 
 
 def _is_finite(model: torch.nn.Module) -> bool:

@@ -31,10 +31,13 @@ def adapt(settings: Settings) -> int:
     """
     loading.quieten_libraries()
     processes.start()
+    # As Ctrl-C: what is held is let go
+    before = signal.signal(signal.SIGTERM, lambda signum, frame: sys.exit(128 + signum))
     try:
         with processes.one_voice():
             return _adapt(settings)
     finally:
+        signal.signal(signal.SIGTERM, before)
         processes.finish()
 
 

@@ -34,7 +34,7 @@ BATCH = 2**22  # characters a call of the tokenizer, whose threads share the pie
 
 
 class Tokens:
-    """The tokens of one source. Pickled as the name of its folder, for the workers of a DataLoader.
+    """The tokens of one source.
 
     ``ids``: (num_tokens,) uint16 or uint32, memory-mapped. ``lengths``: (num_documents,) int64, with the EOS.
     ``digests``: (num_documents,) uint64, equal for documents of the same tokens. ``empty``: documents without
@@ -47,9 +47,6 @@ class Tokens:
             self.lengths, self.digests = facts["lengths"], facts["digests"]
             self.empty, self.largest = facts["empty"].item(), facts["largest"].item()
             self.ids = np.memmap(folder / "tokens.bin", dtype=facts["dtype"].item(), mode="r")
-
-    def __reduce__(self):
-        return Tokens, (self.folder, self.cached)
 
 
 def cut(chunks: Iterable[str]) -> Iterator[str]:

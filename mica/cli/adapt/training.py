@@ -8,11 +8,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
 from accelerate import PartialState
-from torch.optim import SGD
 from torch.utils.data import Dataset
-from transformers import Trainer, TrainerState, TrainingArguments, get_scheduler, set_seed
+from transformers import Trainer, TrainerState, TrainingArguments, set_seed
 from transformers.integrations import get_reporting_integration_callbacks
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import PrinterCallback
@@ -47,25 +45,19 @@ class Training(NamedTuple):
 
 
 def check(args: argparse.Namespace) -> None:
-    """Raise UsageError for an ``--optimizer``, ``--scheduler`` or ``--report-to`` that cannot be used here.
+    """Raise UsageError for an ``--optimizer`` or ``--report-to`` that cannot be used here.
 
     Needs no model: what else the Trainer would find out after the model was loaded and solved.
     """
-
-    def reporting(name):
-        for callback in get_reporting_integration_callbacks([name]):
-            callback()
-
-    checks = [
-        ("scheduler", args.scheduler, lambda name: get_scheduler(name, SGD([torch.zeros(1)]), 0, 1)),
-        ("optimizer", args.optimizer, lambda _: Trainer.get_optimizer_cls_and_kwargs(_arguments(args, 1))),
-        *(("report-to", name, reporting) for name in args.report_to),
-    ]
-    for option, value, attempt in checks:
-        try:
-            attempt(value)
-        except (ValueError, TypeError, ImportError, RuntimeError) as error:
-            raise UsageError(f"--{option} {value}: {one_line(error)}") from error
+    option = f"--optimizer {args.optimizer}"
+    try:
+        Trainer.get_optimizer_cls_and_kwargs(_arguments(args, blocks=1))
+        for name in args.report_to:
+            option = f"--report-to {name}"
+            for callback in get_reporting_integration_callbacks([name]):
+                callback()
+    except (ValueError, ImportError, RuntimeError) as error:
+        raise UsageError(f"{option}: {one_line(error)}") from error
 
 
 def find_checkpoint(args: argparse.Namespace, note: Callable[[str], None] = lambda text: None) -> Path | None:
@@ -215,9 +207,6 @@ def train(
     def seconds():
         return earlier + time.perf_counter() - begin - trainer.paused
 
-    def saved():
-        return checkpoints.saved(args.output)
-
     def mark(step):
         folder = args.output / f"checkpoint-{step}"
         with checkpoints.written(args.output, folder.name):
@@ -228,14 +217,14 @@ def train(
             checkpoints.rotate(args.output, _KEPT)
 
     request = Request(alone=not processes.several(), speaks=state.is_main_process)
-    hooks = Hooks(request, mark, watch, saved)
+    hooks = Hooks(request, mark, watch)
     trainer.add_callback(hooks)
     with request.heeded():
         finished = checkpoint is not None and _state_if_finished(checkpoint, args)
         if finished:
             trainer.state = finished
         else:
-            with processes.peers_needed(saved):
+            with processes.peers_needed(lambda: checkpoints.saved(args.output)):
                 trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint))
         base.config.use_cache = use_cache
         stopped = processes.largest(hooks.agreed or request.signum)

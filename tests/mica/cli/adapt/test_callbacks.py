@@ -13,7 +13,7 @@ from mica.cli.adapt.callbacks import SIGNALS, Hooks, Request
 from mica.errors import UsageError
 from tests.support.adapt_runs import fresh_state  # noqa: F401 (a fixture)
 
-ARGS = SimpleNamespace(learning_rate=3e-3)
+ARGS = SimpleNamespace(learning_rate=3e-3, output_dir="nowhere")
 INT, TERM = SIGNALS
 
 
@@ -24,7 +24,7 @@ def state(step=10, main=True):
 def begun(main=True, calls=None):
     """Hooks of a run that has begun; marks and watches are appended to ``calls``."""
     note = (calls if calls is not None else []).append
-    hooks = Hooks(Request(alone=True, speaks=False), note, note, lambda: "nothing was saved")
+    hooks = Hooks(Request(alone=True, speaks=False), note, note)
     hooks.on_train_begin(ARGS, state(0, main), None)
     return hooks
 

@@ -259,9 +259,8 @@ def test_adapter_of_another_model(refused, tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--steps", 3], "a trained weight is not finite after step 3; nothing was saved"),
-        (["--log-steps", 2], "not finite (nan) at or before step 4; nothing was saved"),
         (["--save-steps", 3], "a trained weight is not finite after step 3; nothing was saved"),
+        (["--log-steps", 2], "not finite (nan) at or before step 4; nothing was saved"),
     ],
 )
 def test_divergence_leaves_no_adapter(options, message, refused, out):

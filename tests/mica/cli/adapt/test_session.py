@@ -189,11 +189,17 @@ def test_resume_of_nothing_is_refused(model_dir, rows, tmp_path, capsys):
     assert f"required: --model, --text ({none} has no run.yaml)" in capsys.readouterr().err
 
 
-def test_ctrl_c_before_the_training_is_one_line(model_dir, rows, tmp_path, capsys, monkeypatch):
+def test_a_signal_before_the_training_ends_it_at_once(model_dir, rows, tmp_path, capsys, monkeypatch):
+    before = signal.getsignal(signal.SIGTERM)
     monkeypatch.setattr("mica.cli.adapt.adapter.start", lambda *_: signal.raise_signal(signal.SIGINT))
     assert adapt(model_dir, rows, tmp_path / "out") == 130
     assert capsys.readouterr().err.splitlines()[-1] == "mica adapt: stopped"
     assert not (tmp_path / "out").exists()
+    monkeypatch.setattr("mica.cli.adapt.adapter.start", lambda *_: signal.raise_signal(signal.SIGTERM))
+    with pytest.raises(SystemExit, match="143"):
+        adapt(model_dir, rows, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    assert signal.getsignal(signal.SIGTERM) == before
 
 
 def test_overwrite_leaves_nothing_of_the_run_before(model_dir, rows, tmp_path):
