@@ -53,9 +53,7 @@ def hub_name(name: str | None) -> str | None:
 
 def _public(name: str) -> str:
     """``name`` of a model or text as code, without the folders of this machine: no card must tell those."""
-    text = " ".join((hub_name(name) or Path(name).name or name).split())
-    fence = "`" * (1 + max(map(len, re.findall("`+", text)), default=0))  # more than it holds in a row
-    return f"{fence} {text} {fence}" if "`" in text else f"`{text}`"
+    return f"`{hub_name(name) or Path(name).name or name}`"
 
 
 def card(summary: dict) -> ModelCard:
@@ -133,7 +131,7 @@ def transfer_card(facts: dict) -> ModelCard:
         _LOAD.format(
             imports="from transformers import AutoModelForCausalLM, AutoTokenizer",
             kind="AutoModelForCausalLM",
-            where=_string(facts["name"]),
+            where=json.dumps(facts["name"]),
             note=_HERE,
         ),
         library_name="transformers",
@@ -152,16 +150,11 @@ def _card(name: str, facts: dict, *sections: str, made: str = "", **metadata) ->
     return ModelCard(f"---\n{data.to_yaml()}\n---\n\n{text}\n")
 
 
-def _string(text: str) -> str:
-    """A literal of Python that stays on its line: JSON's strings are such."""
-    return json.dumps(text, ensure_ascii=False)
-
-
 def _cell(value: object) -> str:
     if isinstance(value, bool):
         return "yes" if value else "no"
     value = ", ".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
-    return value.replace("|", "\\|").replace("\n", " ")
+    return value.replace("|", "\\|")
 
 
 def _table(title: str, header: tuple, rows: list[tuple]) -> list[str]:
@@ -172,7 +165,7 @@ def _table(title: str, header: tuple, rows: list[tuple]) -> list[str]:
 
 def _loading(s: dict) -> list[str]:
     folder, repository = Path(s["adapter"]).name, s["settings"].get("push_to_hub")
-    where = _string(repository or folder)
+    where = json.dumps(repository or folder)
     imports = "from peft import AutoPeftModelForCausalLM\nfrom transformers import AutoTokenizer"
     note = "" if repository else _HERE
     parts = [_LOAD.format(imports=imports, kind="AutoPeftModelForCausalLM", where=where, note=note)]
@@ -182,8 +175,8 @@ def _loading(s: dict) -> list[str]:
     bases = {}
     if not repository:  # which has no such subfolder
         found += " Where this folder was moved to, only after `import mica.fast`."
-        bases["There without it"] = _string(f"{folder}/base")
-    file = f'".", gguf_file={_string(Path(s["model"]).name)}, dtype="{s["dtype"]}"'
+        bases["There without it"] = json.dumps(f"{folder}/base")
+    file = f'".", gguf_file={json.dumps(Path(s["model"]).name)}, dtype="{s["dtype"]}"'
     bases["Elsewhere, with the GGUF file in the working directory"] = file
     loads = (_LOAD_ON.format(when=when, base=base, where=where) for when, base in bases.items())
     return [*parts, found, *loads]

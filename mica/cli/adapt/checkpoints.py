@@ -152,7 +152,7 @@ def rotate(output: Path, keep: int) -> None:
     be whole.
     """
     for path in _complete(output)[:-keep]:
-        _remove(path)
+        shutil.rmtree(path, ignore_errors=True)
 
 
 def discard(output: Path, resumed: Path | None = None) -> None:
@@ -162,14 +162,7 @@ def discard(output: Path, resumed: Path | None = None) -> None:
     """
     for path in folders(output):
         if facts(path) is None or (resumed is not None and step(path) > step(resumed)):
-            _remove(path)
-
-
-def _remove(folder: Path) -> None:
-    # A Ctrl-C between two lines of Python 3.11's rmtree makes it close a folder twice, and raise the error of
-    # that in spite of ignore_errors
-    with suppress(OSError):
-        shutil.rmtree(folder, ignore_errors=True)
+            shutil.rmtree(path, ignore_errors=True)
 
 
 @contextmanager
@@ -190,7 +183,7 @@ def written(output: Path, name: str) -> Iterator[None]:
                 raise UsageError("No space left on device" if is_full else text) from error
     except (OSError, SafetensorError, UsageError) as error:
         if PartialState().is_main_process and name.startswith(PREFIX_CHECKPOINT_DIR):
-            _remove(output / name)
+            shutil.rmtree(output / name, ignore_errors=True)
         why = f"{name} cannot be written: {one_line(error)}; {saved(output)}"
         told = UsageError(f"--output {output}: {why}")
         told.is_known = True

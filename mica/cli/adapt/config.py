@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 from mica import __version__
 from mica.cli.adapt.options import OPTIONS, RECIPES, TABLE, declare
-from mica.cli.output import write_file
+from mica.cli.output import one_line, write_file
 from mica.errors import UsageError
 
 FILE = "run.yaml"  # in the output folder: the settings of its run
@@ -32,11 +32,6 @@ class Settings(NamedTuple):
     origins: dict[str, str]
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message):
-        raise UsageError(message)
-
-
 def read(path: Path, option: str = "--config") -> dict[str, object]:
     """Option -> value from a YAML file like "rank: 16", checked as on the command line.
 
@@ -47,19 +42,17 @@ def read(path: Path, option: str = "--config") -> dict[str, object]:
     """
     import yaml
 
-    parser = _Parser(add_help=False, allow_abbrev=False)
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     declare(parser)
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
         if not isinstance(content, dict):
             raise UsageError("must be a mapping of options to values, like 'rank: 16'")
         return vars(parser.parse_args([token for entry in content.items() for token in _tokens(*entry)]))
-    except OSError as error:
-        raise UsageError(f"{option} {path}: cannot be read: {error.strerror}") from error
-    except (UnicodeDecodeError, yaml.YAMLError) as error:
-        raise UsageError(f"{option} {path}: is not YAML: {error}") from error
-    except UsageError as error:
-        raise UsageError(f"{option} {path}: {error}") from error
+    except (OSError, ValueError, yaml.YAMLError, argparse.ArgumentError) as error:
+        what = "is not YAML: " if isinstance(error, (UnicodeDecodeError, yaml.YAMLError)) else ""
+        what = "cannot be read: " if isinstance(error, OSError) else what
+        raise UsageError(f"{option} {path}: {what}{one_line(error)}") from error
 
 
 def _tokens(key: object, value: object) -> list[str]:

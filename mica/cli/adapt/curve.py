@@ -23,6 +23,7 @@ COLUMNS = {  # of curve.csv: names in the Trainer's log_history
 # Distinct from each other for all common kinds of colour blindness, and in grey.
 _COLOURS = {"loss": "#0072B2", "held_out_perplexity": "#D55E00", "retain_perplexity": "#009E73"}
 _LABELS = {"held_out_perplexity": "held out", "retain_perplexity": "to be retained"}
+_print_once = lru_cache(print)
 
 
 def write_curve(history: list[dict], output: Path) -> None:
@@ -41,12 +42,7 @@ def write_curve(history: list[dict], output: Path) -> None:
             drawn = figure(rows, output.resolve().name)
             write_file("--output", output / "curve.png", lambda path: drawn.savefig(path, format="png"))
     except Exception as error:  # the training is worth more than its picture
-        _warn(f"mica adapt: warning: no curve: {one_line(error)}")
-
-
-@lru_cache
-def _warn(text: str) -> None:
-    print(text, file=sys.stderr)
+        _print_once(f"mica adapt: warning: no curve: {one_line(error)}", file=sys.stderr)
 
 
 def table(history: list[dict]) -> list[dict]:

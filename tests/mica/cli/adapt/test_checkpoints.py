@@ -2,8 +2,6 @@
 
 import errno
 import json
-import os
-from contextlib import suppress
 
 import pytest
 
@@ -131,23 +129,6 @@ def test_the_last_complete_ones_are_kept(tmp_path):
     make(tmp_path, 20, marked=False)  # not one of those that are kept, nor anyone's to remove here
     checkpoints.rotate(tmp_path, 2)
     assert steps(tmp_path) == [10, 15, 20]
-
-
-def test_a_second_ctrl_c_while_old_ones_are_removed_is_no_failure_to_write(tmp_path, monkeypatch):
-    """Between two lines of Python 3.11's rmtree, which then raises that a file descriptor is bad."""
-    make(tmp_path, 5), make(tmp_path, 10)
-    close = os.close
-
-    def interrupted(descriptor):
-        monkeypatch.setattr(os, "close", close)
-        close(descriptor)
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(os, "close", interrupted)
-    with suppress(KeyboardInterrupt):  # other versions
-        checkpoints.rotate(tmp_path, 1)
-    assert os.close is close
-    assert checkpoints.latest(tmp_path) == tmp_path / "checkpoint-10"
 
 
 def test_resume_without_a_checkpoint_is_refused(tmp_path):

@@ -131,7 +131,7 @@ def test_a_signal_stops_both_at_one_step(tmp_path):
     args = settings(tmp_path / "out", batch_size=2, save_steps=100)
     started = two(run_signalled, args, signum, [4, 5], folder=tmp_path)
     first, second = started.results()
-    assert first.interrupted == second.interrupted == signum.name
+    assert first.interrupted == second.interrupted == signum
     assert first.steps == second.steps < 8
     assert checkpoints.latest(args.output) == args.output / f"checkpoint-{first.steps}"
     assert started.errors().count("finishing this step") == 1

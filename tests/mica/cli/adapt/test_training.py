@@ -46,7 +46,7 @@ def test_a_run(tmp_path, capsys):
     assert [entry["step"] for entry in evaluated] == [0, 4, 8, 10]
     assert {"eval_held_out_loss", "eval_retain_perplexity"} <= evaluated[0].keys()
     assert evaluated[-1]["eval_held_out_loss"] < evaluated[0]["eval_held_out_loss"]
-    assert (result.steps, result.tokens, result.interrupted) == (10, 10 * 4 * 32, None)
+    assert (result.steps, result.tokens, result.interrupted) == (10, 10 * 4 * 32, 0)
     assert result.loss == pytest.approx(sum(loss for _, loss in losses(result)) / 2)
     assert 0 < result.seconds < 60
     assert checkpoints.latest(tmp_path) == tmp_path / "checkpoint-10"
@@ -162,7 +162,7 @@ def disturbed(monkeypatch, callback, args):
 @pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_ends_the_run_with_a_checkpoint(unbroken, tmp_path, monkeypatch, capfd, signum):
     result = disturbed(monkeypatch, _Interrupt(7, signum), settings(tmp_path, log_steps=1))
-    assert (result.interrupted, result.steps) == (signum.name, 7)
+    assert (result.interrupted, result.steps) == (signum, 7)
     assert checkpoints.latest(tmp_path) == tmp_path / "checkpoint-7"
     assert not (tmp_path / "adapter_model.safetensors").exists()
     announced = f"mica adapt: {signum.name}: finishing this step and saving a checkpoint"
@@ -181,9 +181,9 @@ def test_a_second_ctrl_c_ends_it_at_once(tmp_path, monkeypatch):
 
 def test_a_signal_at_the_last_step_leaves_a_finished_run_to_resume(tmp_path, monkeypatch):
     result = disturbed(monkeypatch, _Interrupt(10, signal.SIGTERM), settings(tmp_path))
-    assert (result.interrupted, result.steps) == ("SIGTERM", 10)
+    assert (result.interrupted, result.steps) == (signal.SIGTERM, 10)
     resumed = run(settings(tmp_path, resume=True))
-    assert (resumed.interrupted, resumed.steps) == (None, 10)
+    assert (resumed.interrupted, resumed.steps) == (0, 10)
     assert (tmp_path / "adapter_model.safetensors").exists()
 
 
