@@ -139,10 +139,11 @@ def load_model(source: Source, dtype: str, device: torch.device | None = None, q
     elif hasattr(transformers, "GgufConfig"):  # versions without it always dequantise
         options["quantization_config"] = transformers.GgufConfig(dequantize=True)
     try:
-        read = AutoModelForCausalLM.from_pretrained(source.location, **options, output_loading_info=True)
+        model, info = AutoModelForCausalLM.from_pretrained(
+            source.location, **options, output_loading_info=True
+        )
     except (*_BAD_SOURCE, SafetensorError) as error:
         raise source.error(error) from error
-    model, info = read
     if missing := sorted(info["missing_keys"]):
         raise source.error(f"not a causal language model: it has no weights for {', '.join(missing[:3])}")
     if source.is_gguf and (quantizer := getattr(model, "hf_quantizer", None)) is not None:
@@ -217,6 +218,5 @@ def check_limits(source: Source, model, sequence_length: int, largest_token_id: 
         raise UsageError(f"--sequence-length {sequence_length}: the model takes at most {longest} tokens")
     entries = model.get_input_embeddings().weight.shape[0]
     if largest_token_id >= entries:
-        raise source.error(
-            f"its tokenizer gives token {largest_token_id}, its embedding has {entries} entries"
-        )
+        gives = f"its tokenizer gives token {largest_token_id}"
+        raise source.error(f"{gives}, its embedding has {entries} entries")

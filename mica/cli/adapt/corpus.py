@@ -64,25 +64,19 @@ class Corpus:
         epochs = self.epochs(args, num_processes)
         share = f"{epochs:.3g} epochs" if epochs > 1 else f"{100 * epochs:.2g} % of an epoch"
         blocks = f"{_count(len(self.train), 'training block')} of {self.sequence_length}"
-        tokens, documents = (sum(getattr(part, name) for part in self.parts) for name in Part._fields[1:3])
+        tokens = _count(sum(part.tokens for part in self.parts), "token")
+        documents = _count(sum(part.documents for part in self.parts), "document")
         known = " (tokenised before)" if self.cached else ""
-        retain = self.retain and f"; to be retained: {_count(len(self.retain), 'block')}"
+        lines = [f"{tokens} in {documents}{known}, {blocks}; this run sees {share}"]
+        lines += [f"held out: {_count(len(self.held_out), 'block')} ({self.held_out_by})"]
+        if self.retain is not None:
+            lines[-1] += f"; to be retained: {_count(len(self.retain), 'block')}"
         out = [("training", self.dropped, "copy", "of held-out documents")]
         for part in self.parts:
             out += [(part.name, part.empty, "document", "without text")]
             out += [(part.name, part.skipped, "file", "of other kinds")]
-        return "\n".join(
-            (
-                f"{_count(tokens, 'token')} in {_count(documents, 'document')}{known}, {blocks}; "
-                f"this run sees {share}",
-                f"held out: {_count(len(self.held_out), 'block')} ({self.held_out_by}){retain or ''}",
-                *(
-                    f"left out of {of}: {_count(number, noun)} {what}"
-                    for of, number, noun, what in out
-                    if number
-                ),
-            )
-        )
+        lines += [f"left out of {of}: {_count(count, noun)} {what}" for of, count, noun, what in out if count]
+        return "\n".join(lines)
 
 
 def _count(number: int, noun: str) -> str:
@@ -140,9 +134,8 @@ def gather(args: argparse.Namespace, tokenizer) -> Corpus:
         kept = part.train[~np.isin(part.train.digest, np.concatenate(others or [[]]))]
         dropped += part.dropped + len(part.train) - len(kept)
         if kept.length.sum() < length:
-            raise too_little(
-                names[index], f"{kept.length.sum():,} tokens are not held out", length, "training"
-            )
+            rest = f"{kept.length.sum():,} tokens are not held out"
+            raise too_little(names[index], rest, length, "training")
         train.append(_blocks(groups[index], kept, args))
 
     held_out_spans = [part.held_out for part in splits] + ([spans_of(held_out)] if held_out else [])

@@ -7,6 +7,7 @@ whole base; `of` reads the headers and, of up to `TENSORS` tensors, two pieces.
 import hashlib
 import json
 import struct
+from contextlib import suppress
 from pathlib import Path
 
 from huggingface_hub import try_to_load_from_cache
@@ -44,13 +45,12 @@ def of(location: str) -> str | None:
     ``location``: a folder, or a name on the Hub, of which the copy in the cache counts. None where the
     safetensors and the configuration are not all there. Names and times of files do not matter.
     """
-    try:
+    with suppress(OSError, ValueError, KeyError, TypeError, AttributeError, struct.error):
         folder = Path(location)
         if not location or not folder.is_dir():
             folder = Path(try_to_load_from_cache(location, CONFIG_NAME)).parent
         return _of(folder)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, struct.error):
-        return None  # who loads the model says what is wrong
+    return None  # who loads the model says what is wrong
 
 
 def _of(folder: Path) -> str:
