@@ -7,6 +7,7 @@ import re
 import shutil
 import signal
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from transformers import OPTConfig, OPTForCausalLM
 
 from mica.cli.adapt import checkpoints, folder, training
+from mica.errors import UsageError
 from tests.support.adapt_results import command, resume, same, saved, summary, unfinished, weights
 from tests.support.tiny_cli import TEXT, adapt, logits
 from tests.support.tiny_gguf import write_tiny_gguf
@@ -68,11 +70,12 @@ def edit(path: Path, *changes: tuple[str, str]) -> None:
     path.write_text(text, encoding="utf-8")
 
 
-def test_odd_settings_are_noted(paper, tmp_path, capsys):
+def test_odd_settings_are_noted(paper, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("mica.cli.adapt.corpus.check", Mock(side_effect=UsageError("so far")))
     shutil.copy(paper / "run.yaml", tmp_path)
     edit(tmp_path / "run.yaml", ("processes: 1  #", "processes: 4  #"))
     argv = ["--config", tmp_path / "run.yaml", "--output", tmp_path / "out", "--steps", 1]
-    assert command(*argv, "--learning-rate", "0.2") == 0
+    assert command(*argv, "--learning-rate", "0.2") == 2
     notes = [line for line in capsys.readouterr().err.splitlines() if "note: " in line]
     assert len(notes) == 2
     assert "note: --learning-rate 0.2: very high" in notes[0]
