@@ -3,12 +3,27 @@
 import json
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from safetensors import SafetensorError
 
 from mica.errors import UsageError
+
+
+@contextmanager
+def explained(what: str, kinds=Exception, kept: str = "") -> Iterator[None]:
+    """Raise UsageError, ``what`` and the reason and ``kept``, for an error of ``kinds`` within."""
+    try:
+        yield
+    except UsageError:
+        raise
+    except kinds as error:
+        reason = first_sentences(getattr(error, "strerror", None) or str(error)) or type(error).__name__
+        told = UsageError(f"{what}: {reason}{kept}")
+        told.is_known = getattr(error, "is_known", False)  # to all processes: see `processes.agreed`
+        raise told from error
 
 
 def check_file(option: str, path: Path, suffixes: tuple[str, ...] = ()) -> None:
@@ -45,10 +60,9 @@ def write_file(option: str, path: Path, write: Callable[[Path], None]) -> None:
     """
     scratch = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        write(scratch)
-        os.replace(scratch, path)
-    except OSError as error:
-        raise UsageError(f"{option} {path}: cannot be written: {one_line(error)}") from error
+        with explained(f"{option} {path}: cannot be written", OSError):
+            write(scratch)
+            os.replace(scratch, path)
     finally:
         scratch.unlink(missing_ok=True)
 
@@ -63,18 +77,18 @@ def write_folder(option: str, path: Path, *parts, card: str | None = None, kept:
     """
     # Fixed names, so that the next run clears what a killed one has left.
     scratch, old = (path.with_name(f".{path.name}.{end}") for end in ("partial", "old"))
+    full = (OSError, SafetensorError)  # the latter: safetensors' own for a full disk
     try:
-        _remove(scratch, old)
-        scratch.mkdir(parents=True)
-        for part in parts:
-            part.save_pretrained(scratch)
-        if card is not None:
-            (scratch / "README.md").write_text(card, encoding="utf-8")
-        if path.exists():
-            path.rename(old)
-        scratch.rename(path)
-    except (OSError, SafetensorError) as error:  # the latter: safetensors' own for a full disk
-        raise UsageError(f"{option} {path}: cannot be written: {one_line(error)}{kept}") from error
+        with explained(f"{option} {path}: cannot be written", full, kept):
+            _remove(scratch, old)
+            scratch.mkdir(parents=True)
+            for part in parts:
+                part.save_pretrained(scratch)
+            if card is not None:
+                (scratch / "README.md").write_text(card, encoding="utf-8")
+            if path.exists():
+                path.rename(old)
+            scratch.rename(path)
     finally:
         if old.exists() and not path.exists():  # the second of the two renames has failed
             old.rename(path)

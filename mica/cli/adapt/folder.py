@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from mica.cli.output import check_folder, one_line
+from mica.cli.output import check_folder, explained
 from mica.errors import UsageError
 
 # What `mica adapt` and the tokenizers write. Anything else in the folder is not ours and stays.
@@ -47,10 +47,8 @@ def held(output: Path) -> Iterator[None]:
     import filelock
 
     lock = filelock.FileLock(output / _LOCK, timeout=0)
-    try:
+    with explained(f"--output {output}: cannot be made", OSError):  # /proc, for one, looks writable
         output.mkdir(parents=True, exist_ok=True)
-    except OSError as error:  # /proc, for one, looks writable
-        raise UsageError(f"--output {output}: cannot be made: {one_line(error)}") from error
     try:
         lock.acquire()
     except filelock.Timeout as error:

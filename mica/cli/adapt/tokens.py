@@ -26,7 +26,7 @@ from tqdm import tqdm
 
 from mica.cli.adapt import fingerprint, processes
 from mica.cli.adapt.sources import Source
-from mica.cli.output import one_line
+from mica.cli.output import explained
 
 VERSION = 2  # of the layout on disk, and of how documents become ids: with another one nothing old is used
 PIECE = 20_000  # characters tokenised at once: 11 MB of text took 23.6 s as one string, 11.0 s in pieces
@@ -107,7 +107,7 @@ def tokenize(
     for source in sources:
         state = source.state()
         key = hashlib.blake2b(json.dumps([source.digest(), *rest]).encode(), digest_size=16).hexdigest()
-        try:
+        with explained(f"{source.option} {source.given}: cannot be tokenised below {root}", OSError):
             root.mkdir(parents=True, exist_ok=True)
             with _alone(root / f".{key}.lock"):
                 is_there = (root / key / "facts.npz").is_file()
@@ -123,8 +123,6 @@ def tokenize(
                     finally:
                         shutil.rmtree(partial, ignore_errors=True)
                 result.append(Tokens(root / key, cached=is_there))
-        except OSError as error:
-            raise source.error(f"cannot be tokenised below {root}: {one_line(error)}") from error
     return result
 
 

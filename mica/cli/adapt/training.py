@@ -16,7 +16,7 @@ from transformers.trainer_callback import PrinterCallback
 
 from mica.cli.adapt import checkpoints, config, evaluation, fingerprint, processes, result
 from mica.cli.adapt.callbacks import Hooks, Request
-from mica.cli.output import one_line
+from mica.cli.output import explained
 from mica.cli.targets import has_experts
 from mica.errors import UsageError
 
@@ -48,15 +48,13 @@ def check(args: argparse.Namespace) -> None:
 
     Needs no model: what else the Trainer would find out after the model was loaded and solved.
     """
-    option = f"--optimizer {args.optimizer}"
-    try:
+    unusable = (ValueError, ImportError, RuntimeError)
+    with explained(f"--optimizer {args.optimizer}", unusable):
         Trainer.get_optimizer_cls_and_kwargs(_arguments(args, blocks=1))
-        for name in args.report_to:
-            option = f"--report-to {name}"
+    for name in args.report_to:
+        with explained(f"--report-to {name}", unusable):
             for callback in get_reporting_integration_callbacks([name]):
                 callback()
-    except (ValueError, ImportError, RuntimeError) as error:
-        raise UsageError(f"{option}: {one_line(error)}") from error
 
 
 def find_checkpoint(args: argparse.Namespace, note: Callable[[str], None] = lambda text: None) -> Path | None:

@@ -3,14 +3,18 @@
 import os
 import signal
 import sys
+from unittest.mock import Mock
 
+import datasets
+import filelock
 import pytest
 import torch
 import torch.distributed as dist
 from peft import PeftModel
 
-from mica.cli.adapt import checkpoints, processes
+from mica.cli.adapt import checkpoints, processes, tokens
 from mica.cli.adapt.evaluation import likelihood
+from mica.cli.adapt.sources import find
 from mica.errors import UsageError
 from tests.support.adapt_runs import (
     Process,
@@ -25,7 +29,7 @@ from tests.support.adapt_runs import (
     weights,
 )
 from tests.support.adapt_settings import settings
-from tests.support.tiny_cli import logits, tiny_llama
+from tests.support.tiny_cli import byte_tokenizer, logits, tiny_llama
 
 pytestmark = pytest.mark.slow
 
@@ -99,6 +103,20 @@ def fail(failing):
 def test_an_error_is_printed_once(tmp_path, failing):
     errors = two(fail, failing, folder=tmp_path, statuses=(2, 2)).errors()
     assert errors == "error: --text x.csv: no\n"
+
+
+def cannot_lock(path):
+    datasets.config.HF_DATASETS_CACHE = path.parent
+    if processes.start().is_main_process:
+        filelock.FileLock.acquire = Mock(side_effect=OSError(28, "No space left on device"))
+    tokens.tokenize(find("--text", [path]), byte_tokenizer())
+
+
+def test_an_error_that_all_know_may_be_told_in_other_words(tmp_path):
+    (tmp_path / "a.txt").write_text("a")
+    errors = two(cannot_lock, tmp_path / "a.txt", folder=tmp_path, statuses=(2, 2)).errors()
+    assert errors.endswith("mica-tokens: No space left on device\n")
+    assert errors.count("\n") == 1
 
 
 def test_two_processes_learn_as_one_with_twice_the_batch(tmp_path):
