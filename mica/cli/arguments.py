@@ -24,13 +24,16 @@ def number(kind: type, low: float, high: float = math.inf, *, low_allowed: bool 
     return parse
 
 
+def add_command(commands, name: str, run, **texts) -> argparse.ArgumentParser:
+    """A parser of its own on an argparse subparsers object, with defaults in its help; ``run`` runs it."""
+    formatter = argparse.ArgumentDefaultsHelpFormatter
+    parser = commands.add_parser(name, formatter_class=formatter, allow_abbrev=False, **texts)
+    parser.set_defaults(run=run)
+    return parser
+
+
 def add_dtype_options(parser: argparse.ArgumentParser, dtype: str) -> None:
     """Declare ``--dtype``, with its help text, and ``--trust-remote-code``."""
     add = parser.add_argument
     add("--dtype", choices=DTYPES, default="auto", help=dtype)
     add("--trust-remote-code", action="store_true", help="run Python code that comes with the model")
-
-
-def target_names(names: str) -> str | list[str]:
-    """``--target-modules`` as PEFT takes it: "all-linear" or a list of names."""
-    return names if names == "all-linear" else [name.strip() for name in names.split(",") if name.strip()]

@@ -39,21 +39,12 @@ def python_reference_text() -> str:
     return "\n\n".join(python_reference_topics().values()) + "\n"
 
 
-def _dtype() -> str:
-    """bfloat16 where an accelerator or the processor has instructions for it; else float32, with a note."""
-    import torch
-
-    from mica.paths.products import has_native
-
-    if torch.accelerator.is_available() or has_native(torch.bfloat16):
-        return "bfloat16"
-    print("mica demo: in float32, because this processor has no bfloat16 instructions", file=sys.stderr)
-    return "float32"
-
-
 def main(argv: list[str] | None = None) -> int:
     """Write the topics to OUTPUT as JSONL and run ``mica adapt`` on them; returns the exit status."""
+    import torch
+
     from mica.cli import main as mica
+    from mica.paths.products import has_native
 
     parser = argparse.ArgumentParser(
         prog="python -m mica.cli.demo",
@@ -73,9 +64,13 @@ def main(argv: list[str] | None = None) -> int:
     text = args.output / "python-reference.jsonl"
     lines = (json.dumps({"topic": name, "text": text}) for name, text in python_reference_topics().items())
     text.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+    dtype = "bfloat16"
+    if not (torch.accelerator.is_available() or has_native(torch.bfloat16)):
+        dtype = "float32"
+        print("mica demo: in float32, because this processor has no bfloat16 instructions", file=sys.stderr)
     command = ["adapt", f"--model={model}", f"--text={text}", f"--output={args.output / 'adapter'}"]
     command += [] if "--resume" in options else ["--overwrite"]
-    command += [f"--steps={args.steps}", f"--dtype={_dtype()}"]
+    command += [f"--steps={args.steps}", f"--dtype={dtype}"]
     command += ["--learning-rate=3e-3", *options]  # better here than 1e-3 and 1e-2
     print(f"mica {shlex.join(command)}", flush=True)
     return mica(command)

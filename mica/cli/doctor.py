@@ -3,17 +3,17 @@
 import argparse
 import os
 import platform
-import sys
 import warnings
 from collections.abc import Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, metadata, requires, version
 from importlib.util import find_spec
 from pathlib import Path
 
 from mica import __version__
-from mica.cli.output import check_file, dtype_name, one_line, say, write_json
+from mica.cli.arguments import add_command
+from mica.cli.output import check_file, dtype_name, one_line, write_json
 from mica.errors import UsageError
 
 _DISTRIBUTION = "mica-fast"
@@ -22,28 +22,22 @@ _SETTINGS = {"MICA_BACKEND": "auto", "TRITON_INTERPRET": "0"}  # and their defau
 
 def add_parser(commands) -> None:
     """Declare ``mica doctor`` on an argparse subparsers object."""
-    parser = commands.add_parser(
-        "doctor",
+    parser = add_command(
+        *(commands, "doctor", run),
         help="what this machine has, which path MiCA layers take on it, and what is broken",
         description="Show versions, devices, whether MiCA layers run on Triton kernels there and why, "
         "whether PEFT can be patched, and the caches. Exit status: 0 if nothing is broken, else 1.",
-        allow_abbrev=False,
     )
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the findings as JSON")
-    parser.set_defaults(run=run)
 
 
-def _described(error: Exception) -> str:
-    return f"{type(error).__name__}: {one_line(error)}"
-
-
-def _can_import(name: str, problems: list[str]) -> bool:
+@contextmanager
+def _noted(problems: list[str], what: str) -> Iterator[None]:
+    """Whatever a library raises within, a missing one, one of another version, a driver, is a problem."""
     try:
-        import_module(name)
-    except Exception as error:  # a library that is missing, one of another version, …
-        problems.append(f"{name} cannot be imported: {_described(error)}")
-        return False
-    return True
+        yield
+    except Exception as error:
+        problems.append(f"{what}: {type(error).__name__}: {one_line(error)}")
 
 
 def _versions() -> list[dict]:
@@ -62,8 +56,7 @@ def _versions() -> list[dict]:
             continue
         installed = problem = None
         with suppress(PackageNotFoundError):
-            python = need.name == "Python"
-            installed = ".".join(map(str, sys.version_info[:3])) if python else version(need.name)
+            installed = platform.python_version() if need.name == "Python" else version(need.name)
         if installed is None and (need.marker is None or need.marker.evaluate()):
             problem = f"{need.name} is not installed, and MiCA needs {need.specifier}"
         elif installed is not None and not need.specifier.contains(installed, prereleases=True):
@@ -72,60 +65,44 @@ def _versions() -> list[dict]:
     return rows
 
 
-def _hardware(device, has_triton: bool) -> dict:
-    """A GPU's name, memory_gib, architecture, target (None: none compiled); a CPU's name and threads."""
-    import torch
+def _devices(problems: list[str], has_triton: bool) -> list[dict]:
+    """A row for the CPU, then one for each CUDA or ROCm device.
 
-    if device.type == "cpu":
-        return {"name": platform.machine(), "threads": torch.get_num_threads()}
-    properties, target = torch.cuda.get_device_properties(device), None
-    architecture = "compute capability {}.{}".format(*torch.cuda.get_device_capability(device))
-    if torch.version.hip:
-        architecture = properties.gcnArchName
-    elif has_triton:
-        from mica.kernels.common import INTERPRETED, target_of
-
-        target = None if INTERPRETED.value else target_of(device)
-    memory_gib = round(properties.total_memory / 2**30, 1)
-    return {"name": properties.name, "memory_gib": memory_gib, "architecture": architecture, "target": target}
-
-
-def _path(device, target: str | None) -> dict:
-    """path ("kernel", "reference", or "error": MiCA layers raise), reason, and trial of a compiled kernel."""
+    name; a CPU's threads; a GPU's memory_gib, architecture, target (None: none compiled). path ("kernel",
+    "reference", or "error": MiCA layers raise), reason, and trial of a compiled kernel.
+    """
     import torch
 
     from mica.kernels import runtime
     from mica.paths import choose
 
-    reason = choose.why_not_kernels(device, 16, torch.bfloat16)
-    compiles = target is not None and choose.requested() != "reference"
-    if compiles:
-        compiles = torch.cuda.get_device_capability(device) >= runtime.MINIMUM_CAPABILITY
-    trial = "not tried" if not compiles else "failed" if reason else "passed"
-    without_kernels = "error" if choose.requested() == "triton" else "reference"
-    return {"path": without_kernels if reason else "kernel", "reason": reason, "trial": trial}
-
-
-def _devices(problems: list[str], has_triton: bool) -> list[dict]:
-    """A row for the CPU, then one for each CUDA or ROCm device."""
-    import torch
-
     with warnings.catch_warnings(record=True) as warned:  # of a driver that is too old, for one
         warnings.simplefilter("always")
         count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     problems.extend(f"torch warns of its GPU: {one_line(w.message)}" for w in warned)
-    rows = []
-    for device in (torch.device("cpu"), *(torch.device("cuda", index) for index in range(count))):
-        row = {"device": str(device)}
-        try:
-            row |= _hardware(device, has_triton)
-            row |= _path(device, row.get("target"))
-        except Exception as error:  # whatever it is (driver, installation, …), a MiCA layer would meet it too
-            row |= {"path": "error", "reason": _described(error), "trial": "not tried"}
-            problems.append(f"MiCA layers cannot run on {device}: {row['reason']}")
+    cpu = {"device": "cpu", "name": platform.machine(), "threads": torch.get_num_threads()}
+    rows = [cpu, *({"device": f"cuda:{index}"} for index in range(count))]
+    for row in rows:
+        device, capability, demand = torch.device(row["device"]), (0, 0), choose.requested()
+        row |= {"path": "error", "reason": None, "trial": "not tried"}
+        with _noted(problems, f"MiCA layers cannot run on {device}"):  # nor will they
+            if device.type == "cuda":
+                properties = torch.cuda.get_device_properties(device)
+                capability = torch.cuda.get_device_capability(device)
+                row |= {"name": properties.name, "memory_gib": round(properties.total_memory / 2**30, 1)}
+                row |= {"architecture": "compute capability {}.{}".format(*capability), "target": None}
+                if torch.version.hip:
+                    row["architecture"] = properties.gcnArchName
+                elif has_triton:
+                    from mica.kernels.common import INTERPRETED, target_of
+
+                    row["target"] = None if INTERPRETED.value else target_of(device)
+            reason = row["reason"] = choose.why_not_kernels(device, 16, torch.bfloat16)
+            row["path"] = "kernel" if not reason else "error" if demand == "triton" else "reference"
+            if row.get("target") and demand != "reference" and capability >= runtime.MINIMUM_CAPABILITY:
+                row["trial"] = "failed" if reason else "passed"
         if row["trial"] == "failed":
             problems.append(f"the kernels do not run on {device}: {row['reason']}")
-        rows.append(row)
     return rows
 
 
@@ -143,29 +120,21 @@ def _products() -> dict[str, dict]:
 
 
 def _peft(problems: list[str]) -> dict:
-    """peft: patched (the number of functions that mica.fast replaced) and mismatches (sentences); bypassing:
-    the installed frameworks that can compute adapted layers themselves (name, version, remedy)."""
-    peft, bypassing = {"patched": 0, "mismatches": []}, []
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # the mismatches are listed one by one
-            from mica.fast import patching
-            from mica.fast.explain import REMEDIES
+    """patched (the number of functions that mica.fast replaced) and mismatches (sentences)."""
+    peft = {"patched": 0, "mismatches": []}
+    with _noted(problems, "mica.fast cannot be imported"), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the mismatches are listed one by one
+        from mica.fast import patching
 
-            is_patched = patching.install()
+        is_patched = patching.install()
         found = [(patch, text) for patch in patching.PATCHES if (text := patching.mismatch(patch))]
         required = [text for patch, text in found if patch.required]
         peft["mismatches"] = required + [f"{text} (optional)" for patch, text in found if not patch.required]
         if is_patched:
             peft["patched"] = len(patching.PATCHES) - len(found)
-            for name, remedy in REMEDIES.items():
-                with suppress(PackageNotFoundError):
-                    bypassing.append({"name": name, "version": version(name), "remedy": remedy})
         else:
             problems.append(f"mica.fast leaves this PEFT as it is: {', '.join(required)}")
-    except Exception as error:  # whatever an unknown version of PEFT can cause
-        problems.append(f"mica.fast cannot be imported: {_described(error)}")
-    return {"peft": peft, "bypassing": bypassing}
+    return peft
 
 
 def _caches() -> dict:
@@ -173,12 +142,11 @@ def _caches() -> dict:
     from mica.subspace.cache import default_cache, distrusted
 
     cache = default_cache()
-    facts = {"folder": str(cache.folder) if cache else None, "is_writable": None, "distrusted": None}
-    if cache:
-        nearest = next(path for path in (cache.folder, *cache.folder.parents) if os.path.exists(path))
-        facts["is_writable"] = nearest.is_dir() and os.access(nearest, os.W_OK | os.X_OK)
-        facts["distrusted"] = distrusted(cache.folder)
-    return facts
+    if not cache:
+        return dict.fromkeys(("folder", "is_writable", "distrusted"))
+    nearest = next(path for path in (cache.folder, *cache.folder.parents) if os.path.exists(path))
+    writable = nearest.is_dir() and os.access(nearest, os.W_OK | os.X_OK)
+    return {"folder": str(cache.folder), "is_writable": writable, "distrusted": distrusted(cache.folder)}
 
 
 def examine() -> dict:
@@ -188,8 +156,15 @@ def examine() -> dict:
     """
     report = {"versions": _versions(), "settings": {name: os.environ.get(name) for name in _SETTINGS}}
     problems = report["problems"] = [row["problem"] for row in report["versions"] if row["problem"]]
-    missing = any(row["version"] is None and row["name"] != "triton" for row in report["versions"])
-    if missing or not _can_import("torch", problems):
+    usable = set()
+    if any(row["version"] is None and row["name"] != "triton" for row in report["versions"]):
+        return report
+    for name in ("torch", "triton"):
+        if name == "torch" or find_spec(name) is not None:
+            with _noted(problems, f"{name} cannot be imported"):
+                import_module(name)
+                usable.add(name)
+    if "torch" not in usable:
         return report
     from torch.version import cuda, hip
 
@@ -200,18 +175,15 @@ def examine() -> dict:
     except ValueError as error:
         raise UsageError(str(error)) from error
     report["torch_build"] = f"ROCm {hip} build" if hip else f"CUDA {cuda} build" if cuda else "CPU build"
-    has_triton = find_spec("triton") is not None and _can_import("triton", problems)
-    report["devices"] = _devices(problems, has_triton)
+    report["devices"] = _devices(problems, "triton" in usable)
     if demand == "triton" and all(row["path"] != "kernel" for row in report["devices"]):
         problems.append("MICA_BACKEND=triton demands kernels, and no device here can run them")
-    return report | {"products": _products(), **_peft(problems)}
+    return report | {"products": _products(), "peft": _peft(problems)}
 
 
 def _times(row: dict) -> str:
-    times = ", ".join(
-        f"{name} takes {row[name]:.{2 if row[name] < 10 else 3}g} times float32's time"
-        for name in ("x Wᵀ", "dy W")
-    )
+    shown = (f"{row[name]:.{2 if row[name] < 10 else 3}g}" for name in ("x Wᵀ", "dy W"))
+    times = "x Wᵀ takes {} times float32's time, dy W takes {} times float32's time".format(*shown)
     if row["busy"]:
         times = "not measured, because other processes keep this machine busy"
     through = "" if row["native"] else "; adapted layers go through float32, which --dtype auto takes"
@@ -242,9 +214,6 @@ def _lines(report: dict) -> Iterator[tuple[str, str]]:
         yield "kernels", "none compiled: no GPU here"
     yield "PEFT", f"mica.fast replaces {report['peft']['patched']} of its functions"
     yield from (("  mismatch", mismatch) for mismatch in report["peft"]["mismatches"])
-    for row in report["bypassing"]:
-        bypasses = "can compute adapted layers without MiCA's code (mica.fast.explain counts them)"
-        yield row["name"], f"{row['version']:14}  {bypasses}; against it: {row['remedy']}"
     caches = report["caches"]
     state = "writable" if caches["is_writable"] else "not writable, so nothing new is kept"
     if caches["distrusted"]:
@@ -262,8 +231,8 @@ def run(args: argparse.Namespace) -> int:
     report = examine()
     if args.json:
         write_json("--json", args.json, report)
-    for label, text in _lines(report):
-        say(f"{label:16}  {text}")
     broken = "; ".join(report["problems"])
-    say(f"broken: {broken}" if broken else "everything that this machine can do works")
+    for label, text in _lines(report):
+        print(f"{label:16}  {text}")
+    print(f"broken: {broken}" if broken else "everything that this machine can do works")
     return 1 if broken else 0

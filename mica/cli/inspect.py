@@ -5,8 +5,8 @@ import time
 from dataclasses import asdict
 from pathlib import Path
 
-from mica.cli.arguments import add_dtype_options, number
-from mica.cli.output import check_file, dtype_name, say, write_file, write_json
+from mica.cli.arguments import add_command, add_dtype_options, number
+from mica.cli.output import check_file, dtype_name, write_file, write_json
 from mica.errors import UsageError
 
 PLOT_SUFFIXES = (".png", ".pdf", ".svg")
@@ -14,14 +14,12 @@ PLOT_SUFFIXES = (".png", ".pdf", ".svg")
 
 def add_parser(commands) -> None:
     """Declare ``mica inspect`` on an argparse subparsers object."""
-    parser = commands.add_parser(
-        "inspect",
+    parser = add_command(
+        *(commands, "inspect", run),
         help="the spectra of a model's layers, and what MiCA would adapt in them",
         description="Show, for every layer that MiCA would adapt, the singular values at the cut, the share "
         "of the weight's energy in the chosen subspace, and the certificate of the solver. Trains nothing "
         "and does not change the model.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-        allow_abbrev=False,
     )
     add = parser.add_argument
     add("model", metavar="MODEL", help="Hub id, checkpoint folder or GGUF file")
@@ -31,13 +29,6 @@ def add_parser(commands) -> None:
     add_dtype_options(parser, "dtype of the weights; auto: that of the checkpoint, float32 for GGUF")
     add("--plot", type=Path, metavar="FILE", help="also draw the whole spectra: .png, .pdf or .svg")
     add("--json", type=Path, metavar="FILE", help="also write the table as JSON")
-    parser.set_defaults(run=run)
-
-
-def _header(rank: int, width: int) -> str:
-    sigmas = "  ".join(f"{f'sigma_{which}':>9}" for which in ("max", rank + 1, rank, 1))
-    start = f"{'layer':{width}}  {'out x in':>18}  {'dtype':8}  {sigmas}"
-    return f"{start}  {'gap':>7}  {'energy':>8}  {'method':6}  {'proven, excess':15}  {'s':>6}"
 
 
 def _line(row, width: int) -> str:
@@ -74,25 +65,6 @@ def summary(rows: list, seconds: float) -> dict:
     }
 
 
-def _closing(s: dict) -> str:
-    worst = "-" if s["worst_energy_excess"] is None else f"{s['worst_energy_excess']:.1e}"
-    return (
-        f"{s['layers_found']} layers in {s['seconds']:.1f} s: {s['layers_proven']} proven (worst energy "
-        f"excess {worst}), {s['layers_not_proven']} not proven, {s['layers_unsuitable']} cannot be adapted"
-    )
-
-
-def _load(args):
-    """The model, loaded as by ``mica adapt``, whose errors name an option that is an argument here."""
-    from mica.cli.loading import find_source, load_model, quieten_libraries
-
-    quieten_libraries()
-    try:
-        return load_model(find_source(args.model, args.trust_remote_code), args.dtype)
-    except UsageError as error:
-        raise UsageError(str(error).removeprefix("--model ")) from error
-
-
 def run(args: argparse.Namespace) -> int:
     """Run the command: cheap checks first, a line as soon as a layer is measured, files at the end.
 
@@ -110,8 +82,13 @@ def run(args: argparse.Namespace) -> int:
             from mica.cli.plot import figure
         except ImportError as error:
             raise UsageError('--plot needs matplotlib: pip install "mica-fast[plot]"') from error
+    from mica.cli.loading import find_source, load_model, quieten_libraries
 
-    model = _load(args)
+    quieten_libraries()
+    try:
+        model = load_model(find_source(args.model, args.trust_remote_code), args.dtype)
+    except UsageError as error:  # which names an option that is an argument here
+        raise UsageError(str(error).removeprefix("--model ")) from error
     from mica.cli.spectra import measure, weight_of
     from mica.cli.targets import ALL_LINEAR, find_targets
     from mica.subspace.spectrum import spectrum
@@ -121,25 +98,27 @@ def run(args: argparse.Namespace) -> int:
     targets += [(name, module, name.rpartition(".")[2]) for name, module in found.parameters.items()]
     width = max(len(name) for name, _, _ in targets)
     rows, spectra, r, start = [], {}, args.rank, time.perf_counter()
-    title = f"{args.model}, r = {r}: chosen are sigma_{r} to sigma_1, gap = sigma_{r + 1} / sigma_{r}"
-    is_read = say(f"{title}\n{_header(r, width)}")
+    print(f"{args.model}, r = {r}: chosen are sigma_{r} to sigma_1, gap = sigma_{r + 1} / sigma_{r}")
+    sigmas = "  ".join(f"{f'sigma_{which}':>9}" for which in ("max", r + 1, r, 1))
+    columns = f"{'gap':>7}  {'energy':>8}  {'method':6}  {'proven, excess':15}  {'s':>6}"
+    print(f"{'layer':{width}}  {'out x in':>18}  {'dtype':8}  {sigmas}  {columns}", flush=True)
     for name, module, parameter in targets:
         row, chosen = measure(name, module, r, parameter)
         rows.append(row)
-        is_read = say(_line(row, width)) and is_read
-        if not (is_read or args.json or args.plot):
-            return 0
+        print(_line(row, width), flush=True)
         if args.plot and chosen is not None:
             spectra[name] = spectrum(weight_of(module, r, parameter, row.expert))
             spectra[name][-r:] = chosen  # exact where the Gram matrix of a large weight is not
-    totals = summary(rows, time.perf_counter() - start)
-    say(_closing(totals))
-
+    s = summary(rows, time.perf_counter() - start)
+    worst = "-" if s["worst_energy_excess"] is None else f"{s['worst_energy_excess']:.1e}"
+    print(
+        f"{s['layers_found']} layers in {s['seconds']:.1f} s: {s['layers_proven']} proven (worst energy "
+        f"excess {worst}), {s['layers_not_proven']} not proven, {s['layers_unsuitable']} cannot be adapted"
+    )
     if args.json:
         report = {"model": args.model, "dtype": dtype_name(model.dtype), "device": str(model.device)}
-        report |= {"rank": r, "target_modules": args.target_modules, **totals}
-        report["layers"] = [asdict(row) for row in rows]
-        write_json("--json", args.json, report)
+        report |= {"rank": r, "target_modules": args.target_modules, **s}
+        write_json("--json", args.json, report | {"layers": [asdict(row) for row in rows]})
     if args.plot:
         if not spectra:
             raise UsageError(f"--plot {args.plot}: nothing to draw, no layer can be adapted")

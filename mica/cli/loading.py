@@ -13,7 +13,6 @@ import transformers
 from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
-from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 from transformers.utils import find_adapter_config_file, is_accelerate_available
 
@@ -80,14 +79,12 @@ def _refuse_adapter(source: Source) -> None:
     if source.is_gguf:
         return
     file = made = None
-    with suppress(OSError):  # not found or not reachable: reported when the model is read
+    with suppress(OSError, ValueError, AttributeError):  # not reachable: reported when the model is read
         file = find_adapter_config_file(source.location)
-    if file is None:
-        return
-    with suppress(OSError, ValueError, AttributeError):
-        made = json.loads(Path(file).read_text(encoding="utf-8")).get("base_model_name_or_path")
-    made = f", made on {made}" if made else ""
-    raise source.error(f"is an adapter{made}, and not a model: give that one, or a merged model")
+        made = file and json.loads(Path(file).read_text(encoding="utf-8")).get("base_model_name_or_path")
+    if file is not None:
+        on = f", made on {made}" if made else ""
+        raise source.error(f"is an adapter{on}, and not a model: give that one, or a merged model")
 
 
 def load_tokenizer(source: Source):
@@ -97,13 +94,16 @@ def load_tokenizer(source: Source):
     """
     _refuse_adapter(source)
     if not source.is_gguf:  # GGUF files name their architecture only; from_pretrained checks it
-        _check_causal(source, load_config(source))
+        config = load_config(source)
+        has_own_class = "AutoModelForCausalLM" in getattr(config, "auto_map", {})
+        # BERT and the like are in the mapping too, as decoders, but a masked model sees what it predicts.
+        is_masked = any(name.endswith("ForMaskedLM") for name in config.architectures or ())
+        if is_masked or not (has_own_class or type(config) in MODEL_FOR_CAUSAL_LM_MAPPING):
+            raise source.error(f"model type '{config.model_type}' is not a causal language model")
     try:
         return AutoTokenizer.from_pretrained(source.location, **source.options)
     except _BAD_SOURCE as error:
-        if "instantiate the backend tokenizer" in str(error):  # no file of a tokenizer, or one it cannot read
-            raise source.error(f"its tokenizer cannot be loaded: {one_line(error)}") from error
-        raise source.error(error) from error
+        raise source.error(f"its tokenizer cannot be loaded: {one_line(error)}") from error
 
 
 def load_config(source: Source):
@@ -115,14 +115,6 @@ def load_config(source: Source):
         return AutoConfig.from_pretrained(source.location, **source.options)
     except _BAD_SOURCE as error:
         raise source.error(error) from error
-
-
-def _check_causal(source: Source, config) -> None:
-    has_own_class = "AutoModelForCausalLM" in getattr(config, "auto_map", {})
-    # BERT and the like are in the mapping too, as decoders, but a masked model sees the token it predicts.
-    is_masked = any(name.endswith("ForMaskedLM") for name in config.architectures or ())
-    if is_masked or not (has_own_class or type(config) in MODEL_FOR_CAUSAL_LM_MAPPING):
-        raise source.error(f"model type '{config.model_type}' is not a causal language model")
 
 
 def load_model(source: Source, dtype: str, device: torch.device | None = None, quantization=None):
@@ -146,13 +138,13 @@ def load_model(source: Source, dtype: str, device: torch.device | None = None, q
         options["use_safetensors"] = True
     elif hasattr(transformers, "GgufConfig"):  # versions without it always dequantise
         options["quantization_config"] = transformers.GgufConfig(dequantize=True)
-    options["output_loading_info"] = True
     try:
-        model, info = AutoModelForCausalLM.from_pretrained(source.location, **options)
+        model, info = AutoModelForCausalLM.from_pretrained(
+            source.location, **options, output_loading_info=True
+        )
     except (*_BAD_SOURCE, SafetensorError) as error:
         raise source.error(error) from error
-    if info["missing_keys"]:
-        missing = sorted(info["missing_keys"])
+    if missing := sorted(info["missing_keys"]):
         raise source.error(f"not a causal language model: it has no weights for {', '.join(missing[:3])}")
     if source.is_gguf and (quantizer := getattr(model, "hf_quantizer", None)) is not None:
         # Dense now, but still marked as quantised: the Trainer would refuse it, and so would the reader of
@@ -166,12 +158,11 @@ def skeleton(source: Source) -> nn.Module | None:
     """The model of `load_model` without weights, on the meta device: half a second for 80 layers of a 70B.
 
     None where there is no way but to load it: for GGUF, whose configuration takes as long to read as a small
-    model, under ZeRO-3, which partitions a model as it is made, and where its code does not run without
-    weights.
+    model, and where its code does not run without weights.
 
     Raises UsageError as `load_config`.
     """
-    if source.is_gguf or is_deepspeed_zero3_enabled():
+    if source.is_gguf:
         return None
     config = load_config(source)
     try:
@@ -206,9 +197,8 @@ def suit_processor(model, dtype: str) -> str | None:
         return None
     name = dtype_name(model.dtype)
     forward, backward, is_busy = slowdown(model.dtype)
-    times = "many times float32's time"
-    if not is_busy:
-        times = f"{forward:.0f} times float32's time in a forward and {backward:.0f} times in a backward"
+    times = f"{forward:.0f} times float32's time in a forward and {backward:.0f} times in a backward"
+    times = "many times float32's time" if is_busy else times
     cost = f"this processor has no {name} instructions, even a small product of matrices takes {times}"
     if dtype != "auto":
         return f"--dtype {dtype}: {cost} (adapted layers run through float32); --dtype float32 is quicker"
@@ -226,7 +216,7 @@ def check_limits(source: Source, model, sequence_length: int, largest_token_id: 
     longest = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     if longest is not None and sequence_length > longest:
         raise UsageError(f"--sequence-length {sequence_length}: the model takes at most {longest} tokens")
-    num_embeddings = model.get_input_embeddings().weight.shape[0]
-    if largest_token_id >= num_embeddings:
+    entries = model.get_input_embeddings().weight.shape[0]
+    if largest_token_id >= entries:
         gives = f"its tokenizer gives token {largest_token_id}"
-        raise source.error(f"{gives}, its embedding has {num_embeddings} entries")
+        raise source.error(f"{gives}, its embedding has {entries} entries")

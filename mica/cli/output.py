@@ -3,8 +3,8 @@
 import json
 import os
 import shutil
-import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from safetensors import SafetensorError
@@ -12,14 +12,18 @@ from safetensors import SafetensorError
 from mica.errors import UsageError
 
 
-def say(text: str) -> bool:
-    """Print a line at once. False if the reader (head, less) has exited: what follows goes nowhere."""
+@contextmanager
+def explained(what: str, kinds=Exception, kept: str = "") -> Iterator[None]:
+    """Raise UsageError, ``what`` and the reason and ``kept``, for an error of ``kinds`` within."""
     try:
-        print(text, flush=True)
-        return True
-    except BrokenPipeError:  # Python flushes once more at exit, and would complain then
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return False
+        yield
+    except UsageError:
+        raise
+    except kinds as error:
+        reason = first_sentences(getattr(error, "strerror", None) or str(error)) or type(error).__name__
+        told = UsageError(f"{what}: {reason}{kept}")
+        told.is_known = getattr(error, "is_known", False)  # to all processes: see `processes.agreed`
+        raise told from error
 
 
 def check_file(option: str, path: Path, suffixes: tuple[str, ...] = ()) -> None:
@@ -38,17 +42,15 @@ def check_folder(option: str, path: Path, model: str) -> None:
     """
     if path.exists() and not path.is_dir():
         raise UsageError(f"{option} {path}: exists and is not a folder")
-    folder = Path(model).expanduser()
-    if folder.is_dir() and path.resolve() == folder.resolve():
+    if path.is_dir() and path.resolve() == Path(model).expanduser().resolve():
         raise UsageError(f"{option} {path}: is the folder of the model itself")
     _check_writable(option, path, next(place for place in (path, *path.resolve().parents) if place.exists()))
 
 
 def _check_writable(option: str, path: Path, folder: Path) -> None:
-    if not folder.is_dir():
-        raise UsageError(f"{option} {path}: {folder} is not a folder")
-    if not os.access(folder, os.W_OK):
-        raise UsageError(f"{option} {path}: {folder} is not writable")
+    if not (folder.is_dir() and os.access(folder, os.W_OK)):
+        what = "not writable" if folder.is_dir() else "not a folder"
+        raise UsageError(f"{option} {path}: {folder} is {what}")
 
 
 def write_file(option: str, path: Path, write: Callable[[Path], None]) -> None:
@@ -58,16 +60,16 @@ def write_file(option: str, path: Path, write: Callable[[Path], None]) -> None:
     """
     scratch = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        write(scratch)
-        os.replace(scratch, path)
-    except OSError as error:
-        raise UsageError(f"{option} {path}: cannot be written: {error.strerror or error}") from error
+        with explained(f"{option} {path}: cannot be written", OSError):
+            write(scratch)
+            os.replace(scratch, path)
     finally:
         scratch.unlink(missing_ok=True)
 
 
-def write_folder(option: str, path: Path, write: Callable[[Path], None], kept: str = "") -> None:
-    """Let ``write`` fill a temporary folder next to ``path``, then rename it: never half a folder.
+def write_folder(option: str, path: Path, *parts, card: str | None = None, kept: str = "") -> None:
+    """Let ``parts`` save themselves (``save_pretrained``) to a temporary folder next to ``path``, with
+    ``card`` as README.md, then rename it: never half a folder.
 
     A folder that is at ``path`` is replaced. ``kept`` follows the message of an error: what is not lost.
 
@@ -75,16 +77,18 @@ def write_folder(option: str, path: Path, write: Callable[[Path], None], kept: s
     """
     # Fixed names, so that the next run clears what a killed one has left.
     scratch, old = (path.with_name(f".{path.name}.{end}") for end in ("partial", "old"))
+    full = (OSError, SafetensorError)  # the latter: safetensors' own for a full disk
     try:
-        _remove(scratch, old)
-        scratch.mkdir(parents=True)
-        write(scratch)
-        if path.exists():
-            path.rename(old)
-        scratch.rename(path)
-    except (OSError, SafetensorError) as error:  # the latter: safetensors' own for a full disk
-        reason = getattr(error, "strerror", None) or one_line(error)
-        raise UsageError(f"{option} {path}: cannot be written: {reason}{kept}") from error
+        with explained(f"{option} {path}: cannot be written", full, kept):
+            _remove(scratch, old)
+            scratch.mkdir(parents=True)
+            for part in parts:
+                part.save_pretrained(scratch)
+            if card is not None:
+                (scratch / "README.md").write_text(card, encoding="utf-8")
+            if path.exists():
+                path.rename(old)
+            scratch.rename(path)
     finally:
         if old.exists() and not path.exists():  # the second of the two renames has failed
             old.rename(path)
@@ -103,8 +107,8 @@ def write_json(option: str, path: Path, report: dict) -> None:
 
 
 def one_line(error: Exception | str) -> str:
-    """A message on one line: those of libraries may span several."""
-    return " ".join(str(error).split())
+    """A message on one line: those of libraries may span several. Of the system's errors the reason alone."""
+    return " ".join((getattr(error, "strerror", None) or str(error)).split())
 
 
 def first_sentences(message: str) -> str:

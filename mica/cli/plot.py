@@ -14,14 +14,15 @@ from matplotlib.patches import Patch
 from matplotlib.ticker import FuncFormatter, MaxNLocator, NullLocator
 
 _MARK = "#D55E00"  # vermilion: distinct from all of viridis for all common kinds of colour blindness
-_INK, _FAINT = "#333333", "#D9D9D9"
-_STYLE = dict.fromkeys(("text.color", "axes.labelcolor", "xtick.color", "ytick.color"), _INK)
-_STYLE |= dict.fromkeys(("axes.edgecolor", "grid.color"), _FAINT) | {"grid.linewidth": 0.5}
-_STYLE |= dict.fromkeys(("axes.labelsize", "legend.fontsize"), 9) | {"axes.titlesize": 10}
-_STYLE |= dict.fromkeys(("xtick.labelsize", "ytick.labelsize"), 8) | {"figure.titlesize": 12}
-_STYLE |= dict.fromkeys(("xtick.major.size", "ytick.major.size", "ytick.minor.size"), 0)
-_STYLE |= {"axes.grid": True, "axes.axisbelow": True, "legend.frameon": False, "axes.titlelocation": "left"}
-_STYLE |= {"axes.spines.top": False, "axes.spines.right": False}
+STYLE = {  # of all pictures
+    **dict.fromkeys(("text.color", "axes.labelcolor", "xtick.labelcolor", "ytick.labelcolor"), "#333333"),
+    **dict.fromkeys(("axes.edgecolor", "grid.color", "xtick.color", "ytick.color"), "#D9D9D9"),
+    **dict.fromkeys(("axes.spines.top", "axes.spines.right", "legend.frameon"), False),
+    **dict.fromkeys(("axes.grid", "axes.axisbelow"), True),
+    **{"font.size": 9, "axes.titlesize": 10, "figure.titlesize": 12, "axes.titlelocation": "left"},
+    **{"xtick.labelsize": 8, "ytick.labelsize": 8, "grid.linewidth": 0.5},
+    **dict.fromkeys(("xtick.major.size", "ytick.major.size", "ytick.minor.size"), 0),
+}
 _DEPTHS = ListedColormap(colormaps["viridis"].resampled(256)(torch.linspace(0, 0.9, 256).numpy()))
 
 
@@ -30,7 +31,7 @@ def _depth(name: str) -> int | None:
     return next((int(part) for part in name.split(".") if part.isdigit()), None)
 
 
-def panels(names: list[str]) -> dict[str, list[str]]:
+def _panels(names: list[str]) -> dict[str, list[str]]:
     """Names of modules by kind: the last component, or the last two where one has several parents.
 
     Numbers do not count, so that the experts of a block are one kind. "h.0.attn.c_proj" and
@@ -49,9 +50,9 @@ def panels(names: list[str]) -> dict[str, list[str]]:
     return result
 
 
-@rc_context(_STYLE)
+@rc_context(STYLE)
 def figure(spectra: dict[str, torch.Tensor], rank: int, model: str) -> Figure:
-    """One panel per kind of layer (see `panels`), one line per layer, coloured by the number of its block.
+    """One panel per kind of layer (see `_panels`), one line per layer, coloured by the number of its block.
 
     ``spectra``: module name -> all its singular values, (min(out, in),), descending. They are drawn over
     their index counted from the smallest, 1, on a logarithmic axis that runs to it from the left: MiCA's
@@ -60,7 +61,7 @@ def figure(spectra: dict[str, torch.Tensor], rank: int, model: str) -> Figure:
 
     Axes of panels are labelled "panel", lines have the gid "spectrum" or "adapted", the shading "adapted".
     """
-    kinds = panels(list(spectra))
+    kinds = _panels(list(spectra))
     columns = min(4, len(kinds))
     rows = math.ceil(len(kinds) / columns)
     drawing = Figure(figsize=(1.6 + 2.9 * columns, 1.5 + 2.5 * rows), dpi=150, layout="constrained")
@@ -69,9 +70,22 @@ def figure(spectra: dict[str, torch.Tensor], rank: int, model: str) -> Figure:
     scale = Normalize(0, max([1, *depths]))
 
     for axes, (kind, names) in zip(grid, kinds.items(), strict=False):
-        axes.set_label("panel")
-        axes.set_title(kind)
-        _draw(axes, {name: spectra[name] for name in names}, rank, scale)
+        axes.set(label="panel", title=kind, xscale="log", yscale="log")
+        axes.axvspan(1, rank, color=_MARK, alpha=0.15, linewidth=0, gid="adapted")
+        axes.axvline(rank, color=_MARK, linewidth=0.8)
+        for name in names:
+            values, depth = spectra[name], _depth(name)
+            floor = torch.finfo(torch.float64).eps * values[0]
+            heights = values.clamp_min(floor) if floor > 0 else torch.full_like(values, torch.nan)
+            indices = torch.arange(len(values), 0, -1)
+            colour = _DEPTHS(0.4 if depth is None else scale(depth))
+            axes.plot(indices, heights, color=colour, linewidth=0.6, alpha=0.8, gid="spectrum")
+            axes.plot(indices[-rank:], heights[-rank:], color=colour, linewidth=1.5, alpha=0.9, gid="adapted")
+        longest = max(len(spectra[name]) for name in names)
+        axes.set_xlim(max(longest, 2), 1)
+        axes.set_xticks([longest, *(10**power for power in range(5) if 10**power < longest / 2)])
+        axes.xaxis.set_major_formatter(FuncFormatter(lambda index, _: f"{index:g}"))
+        axes.xaxis.set_minor_locator(NullLocator())
     for axes in grid[len(kinds) :]:
         axes.set_axis_off()
     for axes in grid[::columns]:
@@ -91,22 +105,3 @@ def figure(spectra: dict[str, torch.Tensor], rank: int, model: str) -> Figure:
         bar.set_label("block, first to last")
         bar.outline.set_visible(False)
     return drawing
-
-
-def _draw(axes, spectra: dict[str, torch.Tensor], rank: int, scale: Normalize) -> None:
-    longest = max(len(values) for values in spectra.values())
-    axes.axvspan(1, rank, color=_MARK, alpha=0.15, linewidth=0, gid="adapted")
-    axes.axvline(rank, color=_MARK, linewidth=0.8)
-    for name, values in spectra.items():
-        floor = torch.finfo(torch.float64).eps * values[0]
-        heights = values.clamp_min(floor) if floor > 0 else torch.full_like(values, torch.nan)
-        indices = torch.arange(len(values), 0, -1)
-        colour = _DEPTHS(0.4 if (depth := _depth(name)) is None else scale(depth))
-        axes.plot(indices, heights, color=colour, linewidth=0.6, alpha=0.8, gid="spectrum")
-        axes.plot(indices[-rank:], heights[-rank:], color=colour, linewidth=1.5, alpha=0.9, gid="adapted")
-    axes.set_xscale("log")
-    axes.set_yscale("log")
-    axes.set_xlim(max(longest, 2), 1)
-    axes.set_xticks([longest, *(10**power for power in range(5) if 10**power < longest / 2)])
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda index, _: f"{index:g}"))
-    axes.xaxis.set_minor_locator(NullLocator())

@@ -73,20 +73,23 @@ def measure(name: str, module: nn.Module, rank: int, parameter: str | None = Non
     Where there is a singular value above the cut, the solver runs once, with rank + 1: the last ``rank`` of
     its columns are the result for ``rank``.
     """
-    start = time.perf_counter()
+    start, numbers = time.perf_counter(), {}
     weight = getattr(module, parameter or "weight", None)
     shape = kind = reason = values = None
-    numbers = {}
     try:
         layer = _adapted(module, rank, parameter)
         shape, kind = (layer.out_features, layer.in_features), quantised.kind_of(layer)
         weights = _checked_weights(layer, rank)
         weight = weights[0]
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # null singular values: sigma_smallest shows them
+            measured = [_measured(each, rank) for each in weights]
+        expert = min(range(len(weights)), key=lambda index: measured[index][1]["gap"] or math.inf)
+        values, numbers = measured[expert]
         if is_stack(layer):
-            shape = (len(weights), *shape)
-            values, numbers = _weakest(weights, rank)
-        else:
-            values, numbers = _measured(weight, rank)
+            shape, excesses = (len(weights), *shape), [each["energy_excess"] for _, each in measured]
+            numbers |= {"expert": expert, "proven": all(each["proven"] for _, each in measured)}
+            numbers["energy_excess"] = None if None in excesses else max(excesses)
     except (ValueError, torch.linalg.LinAlgError) as error:  # UnsuitableLayerError; an SVD that fails
         reason = one_line(error).rstrip(".")
     dtype = dtype_name(weight.dtype) if isinstance(weight, Tensor) else None
@@ -144,26 +147,15 @@ def _checked_weights(layer: nn.Module, rank: int) -> list[Tensor]:
     return [part.task.weight for part in tasks(layer, "this layer", rank)]
 
 
-def _weakest(weights: list[Tensor], rank: int) -> tuple[Tensor, dict]:
-    """`_measured` of the expert with the smallest gap, but proven, and the excess, as of the worst."""
-    measured = [_measured(weight, rank) for weight in weights]
-    expert = min(range(len(weights)), key=lambda index: measured[index][1]["gap"] or math.inf)
-    values, numbers = measured[expert]
-    excesses = [of["energy_excess"] for _, of in measured]
-    numbers["proven"] = all(of["proven"] for _, of in measured)
-    numbers["energy_excess"] = None if None in excesses else max(excesses)
-    return values, numbers | {"expert": expert}
-
-
 def _measured(weight: Tensor, rank: int) -> tuple[Tensor, dict]:
     count = min(weight.shape)
-    subspace = _solve(weight, min(rank + 1, count))
+    subspace = minor_subspace(weight, min(rank + 1, count))
     singular_values = subspace.singular_values.double().cpu()
     chosen, above = subspace, None
     if len(singular_values) > rank:
         above = singular_values[0].item()
         # where it is not proven, alone they may be, if the value above the cut is much larger
-        chosen = narrowed(subspace, rank) or _solve(weight, rank)
+        chosen = narrowed(subspace, rank) or minor_subspace(weight, rank)
     values, energy = chosen.singular_values.double().cpu(), squared_norm(weight)
     largest = values[0].item()
     return values, {
@@ -177,9 +169,3 @@ def _measured(weight: Tensor, rank: int) -> tuple[Tensor, dict]:
         "proven": chosen.certified,
         "energy_excess": chosen.energy_excess if math.isfinite(chosen.energy_excess) else None,
     }
-
-
-def _solve(weight: Tensor, rank: int):
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)  # null singular values: sigma_smallest shows them
-        return minor_subspace(weight, rank)

@@ -15,7 +15,6 @@ from peft.tuners.tuners_utils import _maybe_include_all_linear_layers, check_tar
 from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
 from torch import nn
 
-from mica.cli.arguments import target_names
 from mica.errors import UsageError
 
 ALL_LINEAR = "all-linear"
@@ -42,9 +41,11 @@ def find_targets(model: nn.Module, names: str, experts: bool | None = None) -> T
     Raises UsageError if a name matches nothing.
     """
     modules, stacks, blocks = dict(model.named_modules()), stacks_of(model), _blocks(model)
-    wanted = target_names(names)
-    matched, every = dict(found := _matched(model, wanted)), _parameters(model)
-    parameters = dict(stacks) if experts else {}
+    wanted = ALL_LINEAR
+    if names != ALL_LINEAR:
+        wanted = [name.strip() for name in names.split(",") if name.strip()]
+    every = [name for name, parameter in model.named_parameters() if parameter.dim() in (2, 3)]
+    matched, parameters = dict(found := _matched(model, wanted)), dict(stacks) if experts else {}
     if wanted == ALL_LINEAR:
         matched = {name: module for name, module in found.items() if not _is_router(name, module, blocks)}
     else:
@@ -52,12 +53,15 @@ def find_targets(model: nn.Module, names: str, experts: bool | None = None) -> T
             ending = {key for key in every if _ends(key, [name])}
             parameters |= {key: modules[key.rpartition(".")[0]] for key in ending}
             if not ending and not any(_ends(key, [name]) for key in found):
-                raise UsageError(f"--target-modules {names}: {_unknown(name, modules)}")
+                near = difflib.get_close_matches(name, {_leaf(key) for key in modules}, n=1)
+                meant = "".join(f", did you mean '{one}'?" for one in near)
+                raise UsageError(f"--target-modules {names}: no layer of the model is called '{name}'{meant}")
+    own = re.compile(r"\.experts\.\d+\.")  # within an expert that is a module of its own
     if experts:
         linear = _matched(model, ALL_LINEAR)
-        matched |= {name: module for name, module in linear.items() if _is_expert(name)}
+        matched |= {name: module for name, module in linear.items() if own.search(name)}
     elif experts is not None:
-        matched = {name: module for name, module in matched.items() if not _is_expert(name)}
+        matched = {name: module for name, module in matched.items() if not own.search(name)}
         parameters = {name: module for name, module in parameters.items() if name not in stacks}
     renamed = _renamed(model, {_leaf(name) for name in matched}) if blocks else ()
     for name, module in list(matched.items()):
@@ -79,11 +83,6 @@ def _matched(model: nn.Module, names: str | list[str]) -> dict[str, nn.Module]:
     config = _maybe_include_all_linear_layers(LoraConfig(target_modules=names, task_type="CAUSAL_LM"), model)
     named = model.named_modules()
     return {name: module for name, module in named if name and check_target_module_exists(config, name)}
-
-
-def _unknown(name: str, modules: Iterable[str]) -> str:
-    near = difflib.get_close_matches(name, {_leaf(key) for key in modules}, n=1)
-    return f"no layer of the model is called '{name}'" + (f", did you mean '{near[0]}'?" if near else "")
 
 
 def stacks_of(model: nn.Module) -> dict[str, nn.Module]:
@@ -117,11 +116,6 @@ def _blocks(model: nn.Module) -> dict[str, int]:
     return blocks
 
 
-def _is_expert(name: str) -> bool:
-    """Whether a module is within an expert that is a module of its own."""
-    return re.search(r"\.experts\.\d+\.", name) is not None
-
-
 def _is_router(name: str, module: nn.Module, blocks: dict[str, int]) -> bool:
     """Whether a layer chooses experts, or weights shared ones, by its place and its number of outputs."""
     for block, count in blocks.items():
@@ -153,16 +147,12 @@ def _leaf(name: str) -> str:
     return name.rpartition(".")[2]
 
 
-def _parameters(model: nn.Module) -> list[str]:
-    return [name for name, parameter in model.named_parameters() if parameter.dim() in (2, 3)]
-
-
 def _ends(name: str, endings: Iterable[str]) -> bool:
     return any(name == ending or name.endswith(f".{ending}") for ending in endings)
 
 
 def _shortened(names: Iterable[str], among: Iterable[str]) -> list[str]:
-    """Without what is before the number of the layer, where that matches no others among ``among``."""
+    """Without what is before the number of the layer, where that matches no others ``among`` them."""
     short = sorted({re.sub(r"^.*?\.\d+\.", "", name) for name in names})
     return short if {name for name in among if _ends(name, short)} == set(names) else sorted(names)
 
@@ -173,8 +163,9 @@ def features(module: nn.Module) -> tuple[int, int] | None:
     The shape of the weight would not do: it may be packed, and Conv1D's is transposed.
     """
     for names in (("out_features", "in_features"), ("nf", "nx"), ("embedding_dim", "num_embeddings")):
-        if all(isinstance(getattr(module, name, None), int) for name in names):
-            return tuple(getattr(module, name) for name in names)
+        sizes = tuple(getattr(module, name, None) for name in names)
+        if all(isinstance(size, int) for size in sizes):
+            return sizes
     return None
 
 

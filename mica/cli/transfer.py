@@ -6,21 +6,19 @@ from contextlib import suppress
 from importlib.metadata import version
 from pathlib import Path
 
-from mica.cli.arguments import add_dtype_options
-from mica.cli.output import check_folder, dtype_name
+from mica.cli.arguments import add_command, add_dtype_options
+from mica.cli.output import check_folder, dtype_name, write_folder
 from mica.errors import UsageError
 
 
 def add_parser(commands) -> None:
     """Declare ``mica transfer`` on an argparse subparsers object."""
-    parser = commands.add_parser(
-        "transfer",
+    parser = add_command(
+        *(commands, "transfer", run),
         help="merge an adapter into the chat model of its base",
         description="Merge the update s·B·A of a MiCA adapter, trained on a base model, into another model "
         "made from the same base, like its instruction-tuned one. Trains and computes nothing anew: B stays "
         "that of the base. Writes a plain model with MODEL's tokenizer and chat template.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-        allow_abbrev=False,
     )
     add = parser.add_argument
     add("--adapter", required=True, type=Path, metavar="DIR", help="output folder of mica adapt")
@@ -28,7 +26,6 @@ def add_parser(commands) -> None:
     add("--output", required=True, type=Path, metavar="DIR", help="folder for the model, made if needed")
     add("--overwrite", action="store_true", help="replace what is in the folder of --output")
     add_dtype_options(parser, dtype="dtype of the merged weights; auto: that of MODEL, float32 for GGUF")
-    parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -39,21 +36,26 @@ def run(args: argparse.Namespace) -> int:
     if the output cannot be written.
     """
     import torch
-    from peft import PeftConfig, PeftModel
+    from peft import PeftModel
 
     from mica.cli.adapt import adapter, card, result
     from mica.cli.loading import find_source, load_config, load_model, quieten_libraries
 
     quieten_libraries()
     config = adapter.read_adapter_config(args.adapter)
-    if whole := config.get("modules_to_save"):
+    if whole := config.modules_to_save:
         replaces = f"--adapter {args.adapter}: replaces whole modules, {', '.join(whole)}"
         raise UsageError(f"{replaces}: that is no update that another model could take")
     layers = adapter.adapted_layers(args.adapter)
     try:
         source = find_source(args.to, args.trust_remote_code)
         check_folder("--output", args.output, args.to)
-        _check_free(args.output, args.overwrite, {"--to": source.location, "--adapter": args.adapter})
+        for option, path in (("--to", source.location), ("--adapter", args.adapter)):
+            place = Path(path).resolve()
+            if args.output.resolve() in (place, *place.parents):
+                raise UsageError(f"--output {args.output}: is the folder of {option}, or contains it")
+        if args.output.is_dir() and any(args.output.iterdir()) and not args.overwrite:
+            raise UsageError(f"--output {args.output}: is not empty: --overwrite replaces what is in it")
         if not source.is_gguf:
             their_config = load_config(source)
             if getattr(their_config, "quantization_config", None) is not None:
@@ -68,30 +70,20 @@ def run(args: argparse.Namespace) -> int:
     print(_check_architecture(args, config, model.config.model_type))
     adapter.check_fit(model, config, args.adapter, "--adapter", f"--to {args.to}")
 
-    peft_config = PeftConfig.from_pretrained(args.adapter)
-    peft_model = PeftModel.from_pretrained(model, args.adapter, config=peft_config)
+    peft_model = PeftModel.from_pretrained(model, args.adapter, config=config)
     merged, report = result.merged_model(peft_model, f"--adapter {args.adapter}")
     facts = {"name": args.output.resolve().name, "model": args.to, "adapter": str(args.adapter)}
-    facts |= {"base": config.get("base_model_name_or_path"), "layers": len(layers)}
-    facts |= {"rank": config["r"], "alpha": config["lora_alpha"]}
+    facts |= {"base": config.base_model_name_or_path, "layers": len(layers)}
+    facts |= {"rank": config.r, "alpha": config.lora_alpha}
     facts |= {"dtype": dtype_name(merged.dtype), "merge_report": str(report)}
     facts["versions"] = {name: version(name) for name in ("torch", "transformers", "peft")}
-    result.save_model(merged, tokenizer, "--output", args.output, card=card.transfer_card(facts))
+    text = str(card.transfer_card(facts))
+    write_folder("--output", args.output, merged, tokenizer, card=text)
     print(f"merged model  {args.output}\n              {report}")
     return 0
 
 
-def _check_free(output: Path, overwrite: bool, inputs: dict[str, str | Path]) -> None:
-    """Refuse an output with something in it without --overwrite, and to write over an input in any case."""
-    for option, path in inputs.items():
-        place = Path(path).resolve()
-        if output.resolve() in (place, *place.parents):
-            raise UsageError(f"--output {output}: is the folder of {option}, or contains it")
-    if output.is_dir() and any(output.iterdir()) and not overwrite:
-        raise UsageError(f"--output {output}: is not empty: --overwrite replaces what is in it")
-
-
-def _check_architecture(args: argparse.Namespace, config: dict, theirs: str) -> str:
+def _check_architecture(args: argparse.Namespace, config, theirs: str) -> str:
     """Compare MODEL's ``model_type`` with that of the adapter's base; a line on the outcome.
 
     That is in summary.json, which `mica adapt` writes, else in the base's configuration. Layers of the same
@@ -99,8 +91,7 @@ def _check_architecture(args: argparse.Namespace, config: dict, theirs: str) -> 
     """
     from mica.cli.loading import Source, load_config
 
-    base = config.get("base_model_name_or_path")
-    ours = None
+    base, ours = config.base_model_name_or_path, None
     with suppress(OSError, ValueError, AttributeError):
         ours = json.loads((args.adapter / "summary.json").read_text(encoding="utf-8")).get("model_type")
     if ours is None and base:
@@ -112,7 +103,7 @@ def _check_architecture(args: argparse.Namespace, config: dict, theirs: str) -> 
     return f"architecture  {theirs}, " + ("as the adapter's base" if ours else "not compared: no base found")
 
 
-def _tokenizer(args: argparse.Namespace, source, config: dict):
+def _tokenizer(args: argparse.Namespace, source, config):
     """MODEL's tokenizer, and a line on how it agrees with that of the adapter.
 
     A chat model may have tokens of its own, but what the adapter was trained on must have the same ids.
@@ -121,18 +112,15 @@ def _tokenizer(args: argparse.Namespace, source, config: dict):
 
     from mica.cli.loading import load_tokenizer
 
-    theirs = load_tokenizer(source)
-    given = config.get("base_model_name_or_path")
+    theirs, base = load_tokenizer(source), config.base_model_name_or_path
     options = {"trust_remote_code": args.trust_remote_code}
-    for place in filter(None, (str(args.adapter), given)):
+    for place in filter(None, (str(args.adapter), base)):
         with suppress(OSError, ValueError):
             ours = AutoTokenizer.from_pretrained(place, **options).get_vocab()
             break
     else:
-        raise UsageError(
-            f"--adapter {args.adapter}: has no tokenizer, and neither has its base {given}: put the base's "
-            "tokenizer into the folder, so that it can be compared with that of --to"
-        )
+        what = f"has no tokenizer, and neither has its base {base}: put the base's into the folder"
+        raise UsageError(f"--adapter {args.adapter}: {what}")
     vocabulary = theirs.get_vocab()
     common = ours.keys() & vocabulary.keys()
     moved = sorted((token for token in common if ours[token] != vocabulary[token]), key=ours.get)

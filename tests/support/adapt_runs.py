@@ -25,7 +25,7 @@ import torch.distributed as dist
 from accelerate.utils import DistributedType
 from safetensors.torch import load_file
 
-from mica.cli.adapt import adapter, processes, signals, training
+from mica.cli.adapt import adapter, processes, training
 from mica.cli.adapt.training import Training
 from mica.errors import UsageError
 from tests.support.tiny_cli import tiny_llama
@@ -206,7 +206,7 @@ def _enter(function, arguments, rank, count, port, folder):
     signal.signal(signal.SIGINT, signal.default_int_handler)  # multiprocessing's children ignore it
     status = 0
     try:
-        with signals.at_once(), processes.errors_once():
+        with processes.one_voice():
             result = function(*arguments)
         if folder is not None:
             torch.save(result, folder / f"result-{rank}")

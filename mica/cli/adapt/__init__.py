@@ -4,6 +4,7 @@ import argparse
 import importlib.util
 
 from mica.cli.adapt import config, folder, options
+from mica.cli.arguments import add_command
 from mica.errors import UsageError
 
 _DESCRIPTION = """\
@@ -14,11 +15,8 @@ NEEDED = ("accelerate", "datasets", "matplotlib", "yaml")
 
 def add_parser(commands) -> None:
     """Declare ``mica adapt`` on an argparse subparsers object."""
-    parser = commands.add_parser(
-        "adapt", help="continued pretraining on text with MiCA", description=_DESCRIPTION, allow_abbrev=False
-    )
-    options.declare(parser)
-    parser.set_defaults(run=run)
+    text = "continued pretraining on text with MiCA"
+    options.declare(add_command(commands, "adapt", run, help=text, description=_DESCRIPTION))
 
 
 def run(given: argparse.Namespace) -> int:

@@ -1,7 +1,6 @@
 """The MiCA adapter of a run: a new one, that of a checkpoint, or that of ``--adapter``."""
 
 import argparse
-import json
 from pathlib import Path
 
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
@@ -33,16 +32,9 @@ def start(model, args: argparse.Namespace, checkpoint: Path | None = None) -> Pe
         config.lora_dropout = args.dropout
         config.base_model_name_or_path = model.name_or_path  # this model, wherever the adapter comes from
         return PeftModel.from_pretrained(model, folder, config=config, is_trainable=True)
-    config = LoraConfig(
-        init_lora_weights="mica",
-        r=args.rank,
-        lora_alpha=args.alpha,
-        lora_dropout=args.dropout,
-        task_type="CAUSAL_LM",
-        **targets.config,
-    )
+    own = {"r": args.rank, "lora_alpha": args.alpha, "lora_dropout": args.dropout, **targets.config}
     try:
-        return get_peft_model(model, config)
+        return get_peft_model(model, LoraConfig(init_lora_weights="mica", task_type="CAUSAL_LM", **own))
     except ValueError as error:
         if str(error).startswith("Target module"):  # "... is not supported": PEFT's own list of types
             raise UsageError(f"--target-modules {args.target_modules}: {error}") from error
@@ -56,14 +48,14 @@ def check(model: nn.Module, args: argparse.Namespace, checkpoint: Path | None = 
 
     Raises UsageError if ``--target-modules`` names no layer that can be adapted, if one is too small for the
     rank, if parameters (experts) are to have dropout, or if the adapter of ``checkpoint`` or ``args.adapter``
-    is none of MiCA, does not fit the model, or has another rank, alpha or other layers than ``args`` says.
+    is none of MiCA, does not fit the model, or has other layers than ``args`` says.
     """
     targets = find_targets(model, args.target_modules, args.experts)
     if targets.parameters and args.dropout:
-        raise UsageError(
-            f"--dropout {args.dropout:g}: PEFT has no dropout for parameters, as {min(targets.parameters)}: "
-            "--dropout 0, or --no-experts"
+        named = (
+            f"--dropout {args.dropout:g}: PEFT has no dropout for parameters, as {min(targets.parameters)}"
         )
+        raise UsageError(f"{named}: --dropout 0, or --no-experts")
     sizes = {name: shape[-2:] for name, shape in saved_parameters(model, targets.parameters).values()}
     for name, module in targets.modules.items():
         sizes[name] = features(module)
@@ -71,26 +63,14 @@ def check(model: nn.Module, args: argparse.Namespace, checkpoint: Path | None = 
             what = f"{name} is a {type(module).__name__}, which cannot be adapted"
             raise UsageError(f"--target-modules {args.target_modules}: {what}")
     smallest = min(sizes, key=lambda name: min(sizes[name]))
-    if args.rank > min(sizes[smallest]):
-        raise UsageError(
-            f"--rank {args.rank}: {smallest} has {_by(sizes[smallest])} weights, so at most "
-            f"{min(sizes[smallest])} fits; --target-modules can leave it out"
-        )
-    folder = checkpoint or args.adapter
-    if folder is not None:
-        _check_saved(model, args, "--resume" if checkpoint else "--adapter", folder, targets)
-    return targets
-
-
-def _check_saved(model, args, option: str, folder: Path, targets: Targets) -> None:
+    if args.rank > (most := min(sizes[smallest])):
+        has = f"{smallest} has {_by(sizes[smallest])} weights, so at most {most} fits"
+        raise UsageError(f"--rank {args.rank}: {has}; --target-modules can leave it out")
+    folder, option = checkpoint or args.adapter, "--resume" if checkpoint else "--adapter"
+    if folder is None:
+        return targets
     found = read_adapter_config(folder, option)
-    own = settings(found, folder, option)
-    for name, given in (("rank", args.rank), ("alpha", args.alpha)):
-        if own[name] != given:
-            raise UsageError(f"--{name} {given}: the adapter of {option} {folder} has {own[name]}")
     check_fit(model, found, folder, option)
-    if args.experts and not own["experts"]:
-        raise UsageError(f"--experts: {option} {folder} has adapted none")
     adapted = set(adapted_layers(folder, option))
     parameters = saved_parameters(model, targets.parameters)
     expected = set(targets.modules) | set(parameters)
@@ -100,37 +80,34 @@ def _check_saved(model, args, option: str, folder: Path, targets: Targets) -> No
     if adapted != expected:
         only = sorted(adapted ^ expected)
         where = "only in the adapter" if only[0] in adapted else "not in the adapter"
-        raise UsageError(
-            f"--target-modules {args.target_modules}: {option} {folder} has adapted other layers: "
-            f"{', '.join(only[:3])} {where}"
-        )
+        others = f"{option} {folder} has adapted other layers: {', '.join(only[:3])} {where}"
+        raise UsageError(f"--target-modules {args.target_modules}: {others}")
+    return targets
 
 
-def read_adapter_config(folder: Path, option: str = "--adapter") -> dict:
-    """The contents of a MiCA adapter's ``adapter_config.json``; `settings` turns them into options.
+def read_adapter_config(folder: Path, option: str = "--adapter") -> LoraConfig:
+    """The configuration of a MiCA adapter; `settings` turns it into options.
 
     Raises UsageError, naming ``option``, if ``folder`` is no folder of an adapter, or the adapter not MiCA's.
     """
-    try:
-        config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
-        kind, start = config["peft_type"], config.get("init_lora_weights")
-        if config.get("target_parameters"):  # the file says plain LoRA, for stock PEFT
-            start = PeftConfig.from_pretrained(folder).init_lora_weights
-    except FileNotFoundError as error:
+    if not (folder / CONFIG).is_file():
         what = f"has no {CONFIG}" if folder.is_dir() else "no such folder"
-        raise UsageError(f"{option} {folder}: {what}, and must be a folder with a PEFT adapter") from error
+        raise UsageError(f"{option} {folder}: {what}, and must be a folder with a PEFT adapter")
+    try:
+        config = PeftConfig.from_pretrained(folder)
+        kind = config.peft_type.value
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         what = f"is not that of a PEFT adapter: {one_line(error)}"
         raise UsageError(f"{option} {folder}: {CONFIG} {what}") from error
-    if kind != "LORA" or str(start).lower() != "mica":
-        found = kind if kind != "LORA" else f"LoRA with init_lora_weights={start!r}"
+    if kind != "LORA" or str(config.init_lora_weights).lower() != "mica":
+        found = kind if kind != "LORA" else f"LoRA with init_lora_weights={config.init_lora_weights!r}"
         raise UsageError(f"{option} {folder}: must be a MiCA adapter, but is {found}")
     if not (folder / WEIGHTS).is_file():
         raise UsageError(f"{option} {folder}: has no {WEIGHTS}")
     return config
 
 
-def settings(config: dict, folder: Path, option: str = "--adapter") -> dict:
+def settings(config: LoraConfig, folder: Path, option: str = "--adapter") -> dict:
     """The options that the adapter in ``folder`` fixes, from its ``config`` (see `read_adapter_config`).
 
     ``rank``, ``alpha``: int. ``target_modules``: names with commas; where PEFT got a pattern, the layers
@@ -138,31 +115,29 @@ def settings(config: dict, folder: Path, option: str = "--adapter") -> dict:
 
     Raises UsageError if ranks or alphas differ between layers: no option says that.
     """
-    if config.get("rank_pattern") or config.get("alpha_pattern"):
+    if config.rank_pattern or config.alpha_pattern:
         what = "its layers have different ranks or alphas, which is not supported"
         raise UsageError(f"{option} {folder}: {what}")
     stacks = _stacks(config, folder, option)
     layers = set(adapted_layers(folder, option)) - set(stacks)
     named = []  # parameters that are no stacks
-    for parameter in config.get("target_parameters") or ():
+    for parameter in config.target_parameters or ():
         holders = {name for name in layers if f".{name}".endswith(f".{parameter.rpartition('.')[0]}")}
         layers -= holders
         named += [parameter] if holders else []
-    names = config.get("target_modules")
-    if not isinstance(names, list):
-        names = layers
+    names = config.target_modules if isinstance(config.target_modules, set) else layers
     return {
-        "rank": config["r"],
-        "alpha": config["lora_alpha"],
+        "rank": config.r,
+        "alpha": config.lora_alpha,
         "target_modules": ",".join(sorted([*names, *named])),
         "experts": True if stacks else None,
-        "dropout": config.get("lora_dropout", 0.0),
+        "dropout": config.lora_dropout,
     }
 
 
-def _stacks(config: dict, folder: Path, option: str) -> list[str]:
+def _stacks(config: LoraConfig, folder: Path, option: str) -> list[str]:
     """Those of `adapted_layers` that are stacks of experts: A has the rows of all of them."""
-    return [name for name, (_, rows, _) in adapted_layers(folder, option).items() if rows > config["r"]]
+    return [name for name, (_, rows, _) in adapted_layers(folder, option).items() if rows > config.r]
 
 
 def adapted_layers(folder: Path, option: str = "--adapter") -> dict[str, tuple[int, int, int]]:
@@ -192,20 +167,20 @@ def adapted_layers(folder: Path, option: str = "--adapter") -> dict[str, tuple[i
 
 
 def check_fit(
-    model: nn.Module, config: dict, folder: Path, option: str, model_option: str = "--model"
+    model: nn.Module, config: LoraConfig, folder: Path, option: str, model_option: str = "--model"
 ) -> None:
     """Raise UsageError unless ``model`` has, in the same shape, all that the adapter in ``folder`` adapts.
 
     ``config``: see `read_adapter_config`.
     """
     modules = dict(model.named_modules())
-    parameters = saved_parameters(model, config.get("target_parameters") or ())
-    ranks = config.get("rank_pattern") or {}
+    parameters = saved_parameters(model, config.target_parameters or ())
+    ranks = config.rank_pattern or {}
     for name, (out_features, rows, in_features) in adapted_layers(folder, option).items():
         shape, what = (out_features, in_features), "a layer"
         if name in parameters:
             parameter, found = parameters[name]
-            experts = rows // ranks.get(get_pattern_key(ranks.keys(), parameter), config["r"])
+            experts = rows // ranks.get(get_pattern_key(ranks.keys(), parameter), config.r)
             shape, what = (experts, *shape) if len(found) == 3 or experts > 1 else shape, "a parameter"
         elif name not in modules:
             raise UsageError(f"{option} {folder}: adapts {name}, which {model_option} does not have")

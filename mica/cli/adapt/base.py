@@ -35,8 +35,13 @@ def load(args: argparse.Namespace, source: Source, device: torch.device | None =
     device = device or PartialState().device
     config, dtype, quantization = check(args, source), args.dtype, None
     if args.quantize is not None:
-        dtype = _compute_dtype(dtype, config, device)
-        quantization = _quantization(args.quantize, getattr(torch, dtype))
+        if dtype == "auto":  # as `suit_processor` has it
+            own = getattr(config, "dtype", None) or torch.float32
+            dtype = dtype_name(torch.float32 if device.type == "cpu" and not has_native(own) else own)
+        quantization = BitsAndBytesConfig(load_in_8bit=True)
+        if args.quantize == "nf4":  # with quantised scales, as QLoRA (arXiv 2305.14314)
+            kind = {"bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": getattr(torch, dtype)}
+            quantization = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_use_double_quant=True, **kind)
     if source.is_gguf:
         processes.on_main(_convert, args, source, dtype, tokenizer)
         source = converted(args)
@@ -47,7 +52,12 @@ def load(args: argparse.Namespace, source: Source, device: torch.device | None =
             raise
         what = f"not possible on {device}: {first_sentences(str(error))}"
         raise UsageError(f"--quantize {args.quantize}: {what}") from error
-    _keep_from_repacking(model)
+    # On a CPU with AVX512-BF16 the first call in eval mode repacks a 4-bit weight for good (bitsandbytes
+    # 0.50). From then on the layer passes no gradient on, in train mode too: after one evaluation the
+    # adapters below it would learn only what bypasses it.
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
     return model
 
 
@@ -58,18 +68,16 @@ def check(args: argparse.Namespace, source: Source) -> PreTrainedConfig | None:
     bitsandbytes is missing.
     """
     config = None if source.is_gguf else load_config(source)
-    quantize = f"--quantize {args.quantize}"
     if getattr(config, "quantization_config", None) is not None:
+        given = f"--model {source.given} is quantised"
         if args.quantize is not None:
-            raise UsageError(f"{quantize}: --model {source.given} is quantised already: leave --quantize out")
+            raise UsageError(f"--quantize {args.quantize}: {given} already: leave --quantize out")
         if args.merge:
-            raise UsageError(
-                f"--merge: --model {source.given} is quantised, and a merged weight would have to be rounded "
-                "to its few bits again: leave --merge out, or train on the checkpoint that it was made of, "
-                "with --quantize nf4"
-            )
+            instead = "leave --merge out, or train on the checkpoint that it was made of, with --quantize"
+            raise UsageError(f"--merge: {given}, to whose few bits a sum cannot be rounded: {instead}")
     if args.quantize is not None and not is_bitsandbytes_available():
-        raise UsageError(f"{quantize}: needs bitsandbytes and accelerate: pip install bitsandbytes")
+        needs = "needs bitsandbytes and accelerate: pip install bitsandbytes"
+        raise UsageError(f"--quantize {args.quantize}: {needs}")
     return config
 
 
@@ -78,47 +86,9 @@ def converted(args: argparse.Namespace) -> Source:
     return Source(args.model, os.path.abspath(args.output / FOLDER), {"trust_remote_code": False})
 
 
-def _compute_dtype(dtype: str, config, device: torch.device) -> str:
-    """The name of the dtype in which quantised layers compute; "auto": as `suit_processor` has it."""
-    if dtype != "auto":
-        return dtype
-    own = getattr(config, "dtype", None) or torch.float32
-    return dtype_name(torch.float32 if device.type == "cpu" and not has_native(own) else own)
-
-
-def _quantization(kind: str, compute_dtype: torch.dtype) -> BitsAndBytesConfig:
-    """nf4 with quantised scales, as QLoRA (arXiv 2305.14314), or int8. The output layer stays as it is."""
-    if kind == "int8":
-        return BitsAndBytesConfig(load_in_8bit=True)
-    return BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_quant_type="nf4",
-        bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=compute_dtype,
-    )
-
-
-def _keep_from_repacking(model) -> None:
-    """Keep bitsandbytes from repacking 4-bit weights for inference, which breaks the training after it.
-
-    On a CPU with AVX512-BF16 the first call in eval mode repacks a weight for good (bitsandbytes 0.50). From
-    then on the layer passes no gradient on, in train mode too: after one evaluation the adapters below it
-    would learn only what bypasses it. Layers without the flag are other versions', or on another device.
-    """
-    for module in model.modules():
-        if hasattr(module, "support_avx512bf16_for_cpu"):
-            module.support_avx512bf16_for_cpu = False
-
-
 def _convert(args: argparse.Namespace, source: Source, dtype: str, tokenizer) -> None:
     """Write OUTPUT/base: model and tokenizer of a GGUF file, dequantised, in the run's dtype."""
     if args.resume and (args.output / FOLDER).is_dir():
         return  # B belongs to the weights as they were converted
-    model = load_model(source, dtype, torch.device("cpu"))
-    tokenizer = tokenizer or load_tokenizer(source)
-
-    def write(folder):
-        model.save_pretrained(folder)
-        tokenizer.save_pretrained(folder)
-
-    write_folder("--output", args.output / FOLDER, write)
+    parts = load_model(source, dtype, torch.device("cpu")), tokenizer or load_tokenizer(source)
+    write_folder("--output", args.output / FOLDER, *parts)

@@ -1,51 +1,88 @@
 """What happens at the steps of the training loop: progress, checks, checkpoints that count, stopping."""
 
 import math
+import os
+import signal
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from types import FrameType
 
 import torch
 from tqdm import tqdm
 from transformers import TrainerCallback
 
-from mica.cli.adapt import processes, signals
+from mica.cli.adapt import checkpoints, processes
 from mica.errors import UsageError
 
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
 _PERPLEXITIES = {"held-out": "eval_held_out_perplexity", "retained": "eval_retain_perplexity"}
 
 
+class Request:
+    """The first signal that asked to stop, noted as ``signum`` for the training loop; 0 before."""
+
+    def __init__(self, alone: bool, speaks: bool):
+        """``alone``: the only process, so another Ctrl-C raises KeyboardInterrupt. ``speaks``: says so.
+
+        Repeats must not stop one of several processes: a terminal and torchrun both send Ctrl-C to each.
+        """
+        self.signum = 0
+        self._alone, self._speaks = alone, speaks
+
+    def note(self, signum: int, frame: FrameType | None = None) -> None:
+        """The signal handler."""
+        again = self._alone and signum == signal.SIGINT
+        if self.signum:
+            if again:
+                raise KeyboardInterrupt
+            return
+        self.signum = signum
+        if self._speaks:
+            text = f"mica adapt: {signal.Signals(signum).name}: finishing this step and saving a checkpoint"
+            with suppress(OSError):  # closed: the terminal has gone
+                # Python's own buffers may be in use
+                os.write(2, f"\n{text}{'; Ctrl-C again stops at once' * again}\n".encode())
+
+    @contextmanager
+    def heeded(self) -> Iterator["Request"]:
+        """Within it both signals are noted; afterwards they do again what they did before.
+
+        One that was ignored from the start (``nohup``, a background job of a shell) stays ignored.
+        """
+        before = {signum: signal.getsignal(signum) for signum in SIGNALS}
+        ours = [signum for signum, handler in before.items() if handler not in (signal.SIG_IGN, None)]
+        for signum in ours:
+            signal.signal(signum, self.note)
+        try:
+            yield self
+        finally:
+            for signum in ours:
+                signal.signal(signum, before[signum])
+
+
 class Hooks(TrainerCallback):
-    """A line a log on standard error, a bar in a terminal; ends the training; marks checkpoints.
+    """A line a log on standard error; ends the training; marks checkpoints.
 
     It ends with a checkpoint after the step in which any process got a signal, and with a UsageError as soon
     as a loss, or a weight about to be saved, is not finite.
 
     ``mark(step)`` is called in every process once all files of a checkpoint are written, ``watch(history)``
-    in the main one after each evaluation. ``saved()`` says in half a sentence what can be gone on from.
+    in the main one after each evaluation.
     ``agreed``: the signal's number once all processes know of it, else 0.
     """
 
-    def __init__(
-        self,
-        request: signals.Request,
-        mark: Callable[[int], None],
-        watch: Callable[[list[dict]], None],
-        saved: Callable[[], str],
-    ):
-        self._request, self._mark, self._watch, self._saved = request, mark, watch, saved
-        self._bar = None
+    def __init__(self, request: Request, mark: Callable[[int], None], watch: Callable[[list[dict]], None]):
+        self._request, self._mark, self._watch = request, mark, watch
         self._begun = (0.0, 0)  # time and step
         self.agreed = 0
 
     def on_train_begin(self, args, state, control, **kwargs):
         self._begun = (time.perf_counter(), state.global_step)
-        disable = None if state.is_world_process_zero else True  # None: but where there is no terminal
-        counts = {"total": state.max_steps, "initial": state.global_step}
-        self._bar = tqdm(desc="Training", dynamic_ncols=True, disable=disable, **counts)
 
     def on_step_end(self, args, state, control, model=None, **kwargs):
-        self._bar.update()
         self.agreed = processes.largest(self._request.signum)
         if self.agreed:
             control.should_save = control.should_training_stop = True
@@ -62,15 +99,14 @@ class Hooks(TrainerCallback):
         told = [f"{name} perplexity {logs[key]:.2f}" for name, key in _PERPLEXITIES.items() if key in logs]
         if "loss" in logs:
             if not math.isfinite(logs["loss"]):
-                raise self._error(
-                    f"the training loss is not finite ({logs['loss']}) at or before", args, state
-                )
+                what = f"the training loss is not finite ({logs['loss']}) at or before"
+                raise self._error(what, args, state)
             begin, first = self._begun
             pace = (time.perf_counter() - begin) / max(1, state.global_step - first)
             left = tqdm.format_interval(pace * (state.max_steps - state.global_step))
             told = [f"loss {logs['loss']:.3f}", f"lr {logs['learning_rate']:.2e}", f"{left} left", *told]
         if told and state.is_world_process_zero:
-            tqdm.write(f"step {state.global_step}/{state.max_steps}: {', '.join(told)}", file=sys.stderr)
+            print(f"step {state.global_step}/{state.max_steps}: {', '.join(told)}", file=sys.stderr)
 
     def on_evaluate(self, args, state, control, **kwargs):
         if state.is_world_process_zero:
@@ -79,16 +115,10 @@ class Hooks(TrainerCallback):
     def on_save(self, args, state, control, **kwargs):
         self._mark(state.global_step)
 
-    def close(self) -> None:
-        """Leave the bar as it is: an error's line comes below it."""
-        if self._bar is not None:
-            self._bar.close()
-
     def _error(self, what, args, state):
-        return UsageError(
-            f"{what} step {state.global_step}; {self._saved()}. Try a lower --learning-rate (now "
-            f"{args.learning_rate:g}) or --dtype float32"
-        )
+        what = f"{what} step {state.global_step}; {checkpoints.saved(Path(args.output_dir))}"
+        lower = f"a lower --learning-rate (now {args.learning_rate:g})"
+        return UsageError(f"{what}. Try {lower} or --dtype float32")
 
 
 def _is_finite(model: torch.nn.Module) -> bool:

@@ -7,8 +7,6 @@ from pathlib import Path
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
-from mica.cli.output import write_file
-
 _PAPER = "https://arxiv.org/abs/2604.01694"
 _FILES = {".gguf", ".txt", ".json", ".jsonl", ".csv", ".parquet", ".gz"}
 # Settings that are not part of a recipe: paths, which are said elsewhere or are nobody's business, and what
@@ -26,6 +24,7 @@ _TRANSFERRED = """\
 {there} with the update of a [MiCA]({paper}) adapter merged into its weights: the `s·B·A` of {update}{on} \
 with rank {rank} and alpha {alpha}, in {layers} layers. The update was trained on that model and not on this \
 one. Tokenizer and chat template are this one's."""
+_HERE = "  # the path of this folder"
 _LOAD = """\
 ```python
 {imports}
@@ -52,9 +51,9 @@ def hub_name(name: str | None) -> str | None:
     return None if Path(name).exists() or Path(name).suffix.lower() in _FILES else name
 
 
-def public_name(name: str) -> str:
-    """``name`` of a model or a text without the folders of this machine, which a card must not tell."""
-    return hub_name(name) or Path(name).name or name
+def _public(name: str) -> str:
+    """``name`` of a model or text as code, without the folders of this machine: no card must tell those."""
+    return f"`{hub_name(name) or Path(name).name or name}`"
 
 
 def card(summary: dict) -> ModelCard:
@@ -69,6 +68,7 @@ def card(summary: dict) -> ModelCard:
         "retain": ("retain", "to be retained"),
     }
     results, perplexities = [], []
+    kinds = {"task_type": "text-generation", "dataset_type": "text", "metric_type": "perplexity"}
     for label, (key, text) in texts.items():
         values = {when: s[f"{key}_{when}"] for when in ("before", "after")}
         results += [
@@ -77,7 +77,7 @@ def card(summary: dict) -> ModelCard:
                 dataset_split=label,  # or the two texts would be one entry
                 metric_name=f"perplexity {when} training",
                 metric_value=round(value, 4),
-                **{"task_type": "text-generation", "dataset_type": "text", "metric_type": "perplexity"},
+                **kinds,
             )
             for when, value in values.items()
             if value is not None and math.isfinite(value)
@@ -85,7 +85,7 @@ def card(summary: dict) -> ModelCard:
         if None not in values.values():
             perplexities.append((text, *(f"{value:.2f}" for value in values.values())))
     data = [
-        (_code(public_name(source["name"])), *(f"{source[key]:,}" for key in ("documents", "tokens")))
+        (_public(source["name"]), *(f"{source[key]:,}" for key in ("documents", "tokens")))
         for source in s["sources"]
     ]
     recipe = [
@@ -99,7 +99,7 @@ def card(summary: dict) -> ModelCard:
     return _card(
         name,
         s,
-        _TRAINED.format(**s, base=_code(public_name(s["model"])), paper=_PAPER, rank=settings["rank"]),
+        _TRAINED.format(**s, base=_public(s["model"]), paper=_PAPER, rank=settings["rank"]),
         *_table("Results", ("text", "perplexity before", "after"), perplexities),
         *([f"Measured, as trained, with the base quantised to {quantised}."] if quantised else []),
         *_table("Data", ("source", "documents", "tokens"), data),
@@ -120,24 +120,22 @@ def transfer_card(facts: dict) -> ModelCard:
     ``facts``: ``name`` (of the folder), ``model`` and ``adapter`` (as given), ``base`` (of the adapter, or
     None), ``rank``, ``alpha``, ``layers`` (their number), ``dtype``, ``merge_report``, ``versions``.
     """
-    there, update = (_code(public_name(facts[key])) for key in ("model", "adapter"))
     on = f", trained on `{hub_name(facts['base'])}`," if hub_name(facts["base"]) else ""
-    imports = "from transformers import AutoModelForCausalLM, AutoTokenizer"
-    more = {"where": _string(facts["name"]), "note": "  # the path of this folder"}
+    names = {"there": _public(facts["model"]), "update": _public(facts["adapter"])}
     return _card(
         facts["name"],
         facts,
-        _TRANSFERRED.format(**facts, there=there, update=update, on=on, paper=_PAPER),
+        _TRANSFERRED.format(**facts, **names, on=on, paper=_PAPER),
         f"In {facts['dtype']}: {facts['merge_report']}.",
         "## How to load",
-        _LOAD.format(imports=imports, kind="AutoModelForCausalLM", **more),
+        _LOAD.format(
+            imports="from transformers import AutoModelForCausalLM, AutoTokenizer",
+            kind="AutoModelForCausalLM",
+            where=json.dumps(facts["name"]),
+            note=_HERE,
+        ),
         library_name="transformers",
     )
-
-
-def write_card(card: ModelCard, output: Path) -> None:
-    """Write ``output``/README.md. Raises UsageError if that fails."""
-    write_file("--output", output / "README.md", lambda path: path.write_text(str(card), encoding="utf-8"))
 
 
 def _card(name: str, facts: dict, *sections: str, made: str = "", **metadata) -> ModelCard:
@@ -152,23 +150,11 @@ def _card(name: str, facts: dict, *sections: str, made: str = "", **metadata) ->
     return ModelCard(f"---\n{data.to_yaml()}\n---\n\n{text}\n")
 
 
-def _string(text: str) -> str:
-    """A literal of Python that stays on its line: JSON's strings are such."""
-    return json.dumps(text, ensure_ascii=False)
-
-
-def _code(text: str) -> str:
-    """``text`` as code within a line, in more backticks than it holds in a row."""
-    text = " ".join(text.split())
-    fence = "`" * (1 + max(map(len, re.findall("`+", text)), default=0))
-    return f"{fence} {text} {fence}" if "`" in text else f"`{text}`"
-
-
 def _cell(value: object) -> str:
     if isinstance(value, bool):
         return "yes" if value else "no"
     value = ", ".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
-    return value.replace("|", "\\|").replace("\n", " ")
+    return value.replace("|", "\\|")
 
 
 def _table(title: str, header: tuple, rows: list[tuple]) -> list[str]:
@@ -179,9 +165,9 @@ def _table(title: str, header: tuple, rows: list[tuple]) -> list[str]:
 
 def _loading(s: dict) -> list[str]:
     folder, repository = Path(s["adapter"]).name, s["settings"].get("push_to_hub")
-    where = _string(repository or folder)
+    where = json.dumps(repository or folder)
     imports = "from peft import AutoPeftModelForCausalLM\nfrom transformers import AutoTokenizer"
-    note = "" if repository else "  # the path of this folder"
+    note = "" if repository else _HERE
     parts = [_LOAD.format(imports=imports, kind="AutoPeftModelForCausalLM", where=where, note=note)]
     if not s["model"].lower().endswith(".gguf"):
         return parts
@@ -189,8 +175,8 @@ def _loading(s: dict) -> list[str]:
     bases = {}
     if not repository:  # which has no such subfolder
         found += " Where this folder was moved to, only after `import mica.fast`."
-        bases["There without it"] = _string(f"{folder}/base")
-    file = f'".", gguf_file={_string(Path(s["model"]).name)}, dtype="{s["dtype"]}"'
+        bases["There without it"] = json.dumps(f"{folder}/base")
+    file = f'".", gguf_file={json.dumps(Path(s["model"]).name)}, dtype="{s["dtype"]}"'
     bases["Elsewhere, with the GGUF file in the working directory"] = file
     loads = (_LOAD_ON.format(when=when, base=base, where=where) for when, base in bases.items())
     return [*parts, found, *loads]

@@ -6,7 +6,6 @@ its size and a hash of its contents. Sizes are compared wherever a checkpoint is
 before one is resumed.
 """
 
-import hashlib
 import json
 import os
 import shutil
@@ -19,12 +18,13 @@ from accelerate import PartialState
 from safetensors import SafetensorError
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from mica.cli.adapt import processes
+from mica.cli.adapt import fingerprint, processes
 from mica.cli.output import one_line
 from mica.errors import UsageError
 
 MARKER = "complete.json"
-BASE = "base_weights"  # the fact that holds `fingerprint.of` the base
+# torch.save's writer says what it did, not why the system refused it
+_WRITER = ("PytorchStreamWriter", "inline_container", "Parent directory", "iostream error", "unexpected pos")
 
 
 def folders(output: Path) -> list[Path]:
@@ -51,15 +51,15 @@ def mark(checkpoint: Path, **facts: Any) -> None:
         _flush(path)
     files = {path.relative_to(checkpoint).as_posix(): path for path in paths}
     sizes = {name: path.stat().st_size for name, path in files.items()}
-    marker = {**facts, "files": sizes, "hashes": {name: _hash(path) for name, path in files.items()}}
+    hashes = {name: fingerprint.of_file(path).hex() for name, path in files.items()}
+    marker = {**facts, "files": sizes, "hashes": hashes}
     scratch = checkpoint / f".{MARKER}"
     try:
         scratch.write_text(json.dumps(marker, indent=1) + "\n", encoding="utf-8")
         _flush(scratch)
         os.replace(scratch, checkpoint / MARKER)
-    except OSError:
+    finally:
         scratch.unlink(missing_ok=True)
-        raise
     for folder in (checkpoint, checkpoint.parent):
         _flush(folder)
 
@@ -75,15 +75,6 @@ def _flush(path: Path) -> None:
         os.close(descriptor)
 
 
-def _hash(path: Path) -> str:
-    """Of a file's contents. Those of A and its optimiser: some MB, at 1 GB/s."""
-    total = hashlib.blake2b(digest_size=16)
-    with path.open("rb") as file:
-        while chunk := file.read(2**20):
-            total.update(chunk)
-    return total.hexdigest()
-
-
 def facts(checkpoint: Path) -> dict[str, Any] | None:
     """What `mark` was given; None where ``checkpoint`` is not complete (no marker, a file missing or cut)."""
     return _read(checkpoint)[0]
@@ -91,17 +82,16 @@ def facts(checkpoint: Path) -> dict[str, Any] | None:
 
 def _read(checkpoint: Path) -> tuple[dict[str, Any] | None, dict[str, str]]:
     """`facts`, and the hash of each file; an earlier version's marker has none."""
-    try:
+    with suppress(OSError, ValueError, KeyError, AttributeError, TypeError):
         marker = json.loads((checkpoint / MARKER).read_text(encoding="utf-8"))
         sizes, hashes = marker.pop("files"), marker.pop("hashes", {})
         whole = all((checkpoint / name).stat().st_size == size for name, size in sizes.items())
-        return (marker, hashes) if whole and hashes.keys() <= sizes.keys() else (None, {})
-    except (OSError, ValueError, KeyError, AttributeError, TypeError):
-        return None, {}
+        if whole and hashes.keys() <= sizes.keys():
+            return marker, hashes
+    return None, {}
 
 
 def _complete(output: Path) -> list[Path]:
-    """Those of `folders` that are complete."""
     return [path for path in folders(output) if facts(path) is not None]
 
 
@@ -111,11 +101,10 @@ def damaged(checkpoint: Path) -> str | None:
     Reads every file. Without hashes in the marker nothing is compared.
     """
     for name, expected in _read(checkpoint)[1].items():
-        try:
-            if _hash(checkpoint / name) != expected:
-                return name
-        except OSError:  # the disk cannot read it
-            return name
+        with suppress(OSError):  # the disk cannot read it
+            if fingerprint.of_file(checkpoint / name).hex() == expected:
+                continue
+        return name
     return None
 
 
@@ -136,10 +125,8 @@ def to_resume(output: Path) -> Path:
             return path
         found.append(f"{path.name} is damaged ({name})")
     half = [f"{path.name} is incomplete" for path in folders(output)[-1:]]
-    raise UsageError(
-        f"--resume: nothing to go on from in {output}: "
-        f"{' and '.join(found or half or ['it has no checkpoint'])}; leave out --resume to start anew"
-    )
+    why = " and ".join(found or half or ["it has no checkpoint"])
+    raise UsageError(f"--resume: nothing to go on from in {output}: {why}; leave out --resume to start anew")
 
 
 def check(checkpoint: Path, **settings: Any) -> None:
@@ -152,11 +139,10 @@ def check(checkpoint: Path, **settings: Any) -> None:
     if changed:
         values = ", ".join(f"{name} {found[name]} (now {value})" for name, value in changed.items())
         remedy = f"Go on with the same, or start anew from the checkpoint by --adapter {checkpoint}"
-        if BASE in changed:  # what B belongs to
+        if fingerprint.BASE in changed:  # what B belongs to
             remedy = "Put the base of the run back where --model is, or start anew"
-        raise UsageError(
-            f"--resume: {checkpoint.name} was written with {values}: it would be another training. {remedy}"
-        )
+        what = f"{checkpoint.name} was written with {values}: it would be another training"
+        raise UsageError(f"--resume: {what}. {remedy}")
 
 
 def rotate(output: Path, keep: int) -> None:
@@ -166,7 +152,7 @@ def rotate(output: Path, keep: int) -> None:
     be whole.
     """
     for path in _complete(output)[:-keep]:
-        _remove(path)
+        shutil.rmtree(path, ignore_errors=True)
 
 
 def discard(output: Path, resumed: Path | None = None) -> None:
@@ -176,14 +162,7 @@ def discard(output: Path, resumed: Path | None = None) -> None:
     """
     for path in folders(output):
         if facts(path) is None or (resumed is not None and step(path) > step(resumed)):
-            _remove(path)
-
-
-def _remove(folder: Path) -> None:
-    # A Ctrl-C between two lines of Python 3.11's rmtree makes it close a folder twice, and raise the error of
-    # that in spite of ignore_errors
-    with suppress(OSError):
-        shutil.rmtree(folder, ignore_errors=True)
+            shutil.rmtree(path, ignore_errors=True)
 
 
 @contextmanager
@@ -192,33 +171,23 @@ def written(output: Path, name: str) -> Iterator[None]:
 
     Every process must enter it. An error of another kind is raised as it is.
     """
-    failed = None
     try:
-        yield
-    except (OSError, SafetensorError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and not any(part in str(error) for part in _WRITER):
-            raise
-        failed = UsageError(_reason(output, error))
-    try:
-        processes.agree(failed)
-    except UsageError as error:
-        if PartialState().is_main_process and name.startswith("checkpoint-"):
-            _remove(output / name)
-        raise UsageError(f"--output {output}: {name} cannot be written: {error}; {saved(output)}") from failed
-
-
-# torch.save's writer says what it did, not why the system refused it
-_WRITER = ("PytorchStreamWriter", "inline_container", "Parent directory", "iostream error", "unexpected pos")
-
-
-def _reason(output: Path, error: Exception) -> str:
-    """Why the system has refused to write, in a few words."""
-    text = getattr(error, "strerror", None) or one_line(error)
-    full = "os error 28" in text
-    if not isinstance(error, OSError):
-        with suppress(OSError):  # the folder has gone
-            full = full or shutil.disk_usage(output).free < 2**20
-    return "No space left on device" if full else text
+        with processes.agreed((OSError, SafetensorError, UsageError)):
+            try:
+                yield
+            except (SafetensorError, RuntimeError) as error:
+                text = one_line(error)
+                if isinstance(error, RuntimeError) and not any(part in text for part in _WRITER):
+                    raise
+                is_full = "os error 28" in text or shutil.disk_usage(output).free < 2**20
+                raise UsageError("No space left on device" if is_full else text) from error
+    except (OSError, SafetensorError, UsageError) as error:
+        if PartialState().is_main_process and name.startswith(PREFIX_CHECKPOINT_DIR):
+            shutil.rmtree(output / name, ignore_errors=True)
+        why = f"{name} cannot be written: {one_line(error)}; {saved(output)}"
+        told = UsageError(f"--output {output}: {why}")
+        told.is_known = True
+        raise told from error
 
 
 def saved(output: Path) -> str:

@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 from mica import __version__
 from mica.cli.adapt.options import OPTIONS, RECIPES, TABLE, declare
-from mica.cli.output import write_file
+from mica.cli.output import one_line, write_file
 from mica.errors import UsageError
 
 FILE = "run.yaml"  # in the output folder: the settings of its run
@@ -32,11 +32,6 @@ class Settings(NamedTuple):
     origins: dict[str, str]
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message):
-        raise UsageError(message)
-
-
 def read(path: Path, option: str = "--config") -> dict[str, object]:
     """Option -> value from a YAML file like "rank: 16", checked as on the command line.
 
@@ -47,19 +42,17 @@ def read(path: Path, option: str = "--config") -> dict[str, object]:
     """
     import yaml
 
-    parser = _Parser(add_help=False, allow_abbrev=False)
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     declare(parser)
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
         if not isinstance(content, dict):
             raise UsageError("must be a mapping of options to values, like 'rank: 16'")
         return vars(parser.parse_args([token for entry in content.items() for token in _tokens(*entry)]))
-    except OSError as error:
-        raise UsageError(f"{option} {path}: cannot be read: {error.strerror}") from error
-    except (UnicodeDecodeError, yaml.YAMLError) as error:
-        raise UsageError(f"{option} {path}: is not YAML: {error}") from error
-    except UsageError as error:
-        raise UsageError(f"{option} {path}: {error}") from error
+    except (OSError, ValueError, yaml.YAMLError, argparse.ArgumentError) as error:
+        what = "is not YAML: " if isinstance(error, (UnicodeDecodeError, yaml.YAMLError)) else ""
+        what = "cannot be read: " if isinstance(error, OSError) else what
+        raise UsageError(f"{option} {path}: {what}{one_line(error)}") from error
 
 
 def _tokens(key: object, value: object) -> list[str]:
@@ -129,7 +122,10 @@ def resolve(given: argparse.Namespace) -> Settings:
         values |= layer
         origins |= dict.fromkeys(layer, origin)
         if layer is recorded:
-            origins |= {"experts": "default"} | _recorded_origins(folder / FILE)
+            # from the comments that `write` puts behind the values
+            lines = (line.rpartition("  # ") for line in (folder / FILE).read_text("utf-8").splitlines())
+            origins |= {"experts": "default"}
+            origins |= {entry.partition(":")[0]: origin for entry, _, origin in lines if entry}
     if values["alpha"] is None:
         values["alpha"], origins["alpha"] = values["alpha_per_rank"] * values["rank"], f"recipe {recipe}"
     values["report_to"] = values["report_to"] or []
@@ -150,18 +146,11 @@ def _check(values: dict[str, object]) -> None:
     if missing:
         found = f" ({resumed} has no {FILE})" if resumed is not None else ""
         raise UsageError(f"the following arguments are required: {', '.join(missing)}{found}")
-    weights = values["text_weights"] or values["text"]
-    if len(weights) != len(values["text"]):
-        count = len(values["text"])
-        raise UsageError(f"--text-weights: {len(weights)} numbers for {count} sources of --text")
+    given, needed = len(values["text_weights"] or values["text"]), len(values["text"])
+    if given != needed:
+        raise UsageError(f"--text-weights: {given} numbers for {needed} sources of --text")
     if values["resume"] and values["overwrite"]:
         raise UsageError("--resume and --overwrite: give one of them")
-
-
-def _recorded_origins(path: Path) -> dict[str, str]:
-    """Option -> origin, from the comments that `write` puts behind the values."""
-    entries = (line.rpartition("  # ") for line in path.read_text(encoding="utf-8").splitlines())
-    return {entry.partition(":")[0]: origin for entry, _, origin in entries if entry}
 
 
 def _refuse_others(values: dict, fixed: dict, where: str) -> None:
@@ -234,11 +223,10 @@ def values(settings: Settings) -> dict[str, object]:
 
 def describe(settings: Settings) -> str:
     """Every value of a run with where it comes from, a paragraph per origin."""
-    by_origin: dict[str, list[str]] = {}
+    lines: dict[str, str] = {}
     for name, value in values(settings).items():
-        by_origin.setdefault(settings.origins[name], []).append(f"{name} {_shown(value)}")
-    source = f" ({RECIPES[settings.args.recipe]['source']})"
-    return "\n".join(
-        f"{origin}{source if origin.startswith('recipe') else ''}: {', '.join(parts)}"
-        for origin, parts in by_origin.items()
-    )
+        origin = settings.origins[name]
+        source = f" ({RECIPES[settings.args.recipe]['source']})" if origin.startswith("recipe") else ""
+        begun = f"{lines[origin]}, " if origin in lines else f"{origin}{source}: "
+        lines[origin] = f"{begun}{name} {_shown(value)}"
+    return "\n".join(lines.values())

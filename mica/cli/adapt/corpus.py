@@ -7,19 +7,19 @@ import hashlib
 import json
 import logging
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import datasets
 import numpy as np
 from torch.utils.data import ConcatDataset, Dataset
 
 from mica.cli.adapt import sources
-from mica.cli.adapt.packing import SPAN, Blocks, Split, mix, spans_of, split, spread, without
+from mica.cli.adapt.packing import SPAN, Blocks, Split, mix, spans_of, split, spread, too_little
 from mica.cli.adapt.tokens import Tokens, tokenize
 from mica.errors import UsageError
 
 
-@dataclass(frozen=True)
-class Part:
+class Part(NamedTuple):
     """What one item of ``--text`` holds; ``skipped``: files of a folder that are of no kind that is read."""
 
     name: str
@@ -52,15 +52,6 @@ class Corpus:
     retain_fingerprint: str | None
     sequence_length: int
 
-    @property
-    def tokens(self) -> int:
-        """Of all of ``--text``, with what is held out."""
-        return sum(part.tokens for part in self.parts)
-
-    @property
-    def documents(self) -> int:
-        return sum(part.documents for part in self.parts)
-
     def epochs(self, args: argparse.Namespace, num_processes: int = 1) -> float:
         """How often a run sees the training blocks, by ``args.steps`` or ``args.epochs``."""
         if args.steps is None:
@@ -72,21 +63,19 @@ class Corpus:
         """What the run trains on, for a terminal; more lines only for what is left out."""
         epochs = self.epochs(args, num_processes)
         share = f"{epochs:.3g} epochs" if epochs > 1 else f"{100 * epochs:.2g} % of an epoch"
-        lines = [
-            f"{_count(self.tokens, 'token')} in {_count(self.documents, 'document')}"
-            f"{' (tokenised before)' if self.cached else ''}, {_count(len(self.train), 'training block')} "
-            f"of {self.sequence_length}; this run sees {share}",
-            f"held out: {_count(len(self.held_out), 'block')} ({self.held_out_by})",
-        ]
+        blocks = f"{_count(len(self.train), 'training block')} of {self.sequence_length}"
+        tokens = _count(sum(part.tokens for part in self.parts), "token")
+        documents = _count(sum(part.documents for part in self.parts), "document")
+        known = " (tokenised before)" if self.cached else ""
+        lines = [f"{tokens} in {documents}{known}, {blocks}; this run sees {share}"]
+        lines += [f"held out: {_count(len(self.held_out), 'block')} ({self.held_out_by})"]
         if self.retain is not None:
             lines[-1] += f"; to be retained: {_count(len(self.retain), 'block')}"
-        if self.dropped:
-            lines.append(f"left out of training: {_count(self.dropped, 'copy')} of held-out documents")
+        out = [("training", self.dropped, "copy", "of held-out documents")]
         for part in self.parts:
-            if part.empty:
-                lines.append(f"left out of {part.name}: {_count(part.empty, 'document')} without text")
-            if part.skipped:
-                lines.append(f"left out of {part.name}: {_count(part.skipped, 'file')} of other kinds")
+            out += [(part.name, part.empty, "document", "without text")]
+            out += [(part.name, part.skipped, "file", "of other kinds")]
+        lines += [f"left out of {of}: {_count(count, noun)} {what}" for of, count, noun, what in out if count]
         return "\n".join(lines)
 
 
@@ -122,9 +111,7 @@ def gather(args: argparse.Namespace, tokenizer) -> Corpus:
     text, held_out, retain = (
         tokenize(each, tokenizer, args.text_field, args.workers) if each else [] for each in found
     )
-    every, length = [*text, *held_out, *retain], args.sequence_length
-
-    weights = args.text_weights
+    every, length, weights = [*text, *held_out, *retain], args.sequence_length, args.text_weights
     groups = [text] if weights is None else [[store] for store in text]
     names = ["--text"] if weights is None else [f"--text {name}" for name in args.text]
     if held_out:
@@ -137,21 +124,18 @@ def gather(args: argparse.Namespace, tokenizer) -> Corpus:
             split(spans_of(group), args.held_out, length, limit, name)
             for group, name, limit in zip(groups, names, limits, strict=True)
         ]
-        parts = zip(groups, splits, strict=True)
-        held_out_blocks = ConcatDataset([_blocks(group, part.held_out, args) for group, part in parts])
-        held_out_blocks = spread(held_out_blocks, args.eval_blocks)
+        parts = [_blocks(*each, args) for each in zip(groups, (s.held_out for s in splits), strict=True)]
+        held_out_blocks = spread(ConcatDataset(parts), args.eval_blocks)
     train, dropped = [], 0
     for index, part in enumerate(splits):
         # What another source holds out, or a set of its own; `split` has seen to this source's own copies.
         others = [other.held_out.digest for other in splits[:index] + splits[index + 1 :]]
         others += [store.digests for store in held_out]
-        kept = without(part.train, np.concatenate(others)) if others else part.train
+        kept = part.train[~np.isin(part.train.digest, np.concatenate(others or [[]]))]
         dropped += part.dropped + len(part.train) - len(kept)
         if kept.length.sum() < length:
-            raise UsageError(
-                f"{names[index]}: {kept.length.sum():,} tokens are not held out, {length:,} needed: one "
-                f"training block of --sequence-length {length}"
-            )
+            rest = f"{kept.length.sum():,} tokens are not held out"
+            raise too_little(names[index], rest, length, "training")
         train.append(_blocks(groups[index], kept, args))
 
     held_out_spans = [part.held_out for part in splits] + ([spans_of(held_out)] if held_out else [])
@@ -181,10 +165,7 @@ def _measured(option: str, stores: list[Tokens], args: argparse.Namespace) -> Da
     """Blocks of a text that is only measured. Raises UsageError if it is shorter than one."""
     blocks = _blocks(stores, spans_of(stores), args)
     if not len(blocks):
-        raise UsageError(
-            f"{option}: {blocks.spans.length.sum():,} tokens found, {args.sequence_length:,} needed: one "
-            f"block of --sequence-length {args.sequence_length}"
-        )
+        raise too_little(option, f"{blocks.spans.length.sum():,} tokens found", args.sequence_length)
     return spread(blocks, args.eval_blocks)
 
 

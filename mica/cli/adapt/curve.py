@@ -9,6 +9,7 @@ from matplotlib.figure import Figure  # not pyplot: Agg, whatever the display, a
 from matplotlib.ticker import EngFormatter, MaxNLocator
 
 from mica.cli.output import one_line, write_file
+from mica.cli.plot import STYLE
 
 COLUMNS = {  # of curve.csv: names in the Trainer's log_history
     "step": "step",
@@ -22,14 +23,7 @@ COLUMNS = {  # of curve.csv: names in the Trainer's log_history
 # Distinct from each other for all common kinds of colour blindness, and in grey.
 _COLOURS = {"loss": "#0072B2", "held_out_perplexity": "#D55E00", "retain_perplexity": "#009E73"}
 _LABELS = {"held_out_perplexity": "held out", "retain_perplexity": "to be retained"}
-_STYLE = {
-    **dict.fromkeys(("text.color", "axes.labelcolor", "xtick.labelcolor", "ytick.labelcolor"), "#333333"),
-    **dict.fromkeys(("axes.edgecolor", "grid.color", "xtick.color", "ytick.color"), "#D9D9D9"),
-    **dict.fromkeys(("axes.spines.top", "axes.spines.right", "legend.frameon"), False),
-    **dict.fromkeys(("axes.grid", "axes.axisbelow"), True),
-    **{"font.size": 9, "xtick.labelsize": 8, "ytick.labelsize": 8, "grid.linewidth": 0.5},
-    **{"lines.linewidth": 1.2, "lines.markersize": 3},
-}
+_print_once = lru_cache(print)
 
 
 def write_curve(history: list[dict], output: Path) -> None:
@@ -39,22 +33,16 @@ def write_curve(history: list[dict], output: Path) -> None:
     fails is one warning on stderr (the same only once) and never ends a run.
     """
     try:
-        rows = table(history)
-        if not rows:
+        if not (rows := table(history)):
             return
         lines = [COLUMNS, *(["" if cell is None else str(cell) for cell in row.values()] for row in rows)]
         text = "".join(f"{','.join(line)}\n" for line in lines)
         write_file("--output", output / "curve.csv", lambda path: path.write_text(text, encoding="utf-8"))
-        with rc_context(_STYLE):
+        with rc_context({**STYLE, "lines.linewidth": 1.2, "lines.markersize": 3}):
             drawn = figure(rows, output.resolve().name)
             write_file("--output", output / "curve.png", lambda path: drawn.savefig(path, format="png"))
     except Exception as error:  # the training is worth more than its picture
-        _warn(f"mica adapt: warning: no curve: {one_line(error)}")
-
-
-@lru_cache
-def _warn(text: str) -> None:
-    print(text, file=sys.stderr)
+        _print_once(f"mica adapt: warning: no curve: {one_line(error)}", file=sys.stderr)
 
 
 def table(history: list[dict]) -> list[dict]:
@@ -93,5 +81,5 @@ def figure(rows: list[dict], name: str) -> Figure:
         upper = panels[0].secondary_xaxis("top", functions=(lambda x: x * each, lambda x: x / each))
         upper.set_xlabel("tokens")
         upper.xaxis.set_major_formatter(EngFormatter(sep=""))
-    drawing.suptitle(name, fontsize=12)
+    drawing.suptitle(name)
     return drawing

@@ -26,19 +26,13 @@ class Likelihood(NamedTuple):
     @property
     def loss(self) -> float:
         """Nats per predicted token."""
-        return self.nll / self.tokens
+        return self.nll / self.tokens if self.tokens else math.nan
 
     @property
     def perplexity(self) -> float:
-        """exp(loss). Raises UsageError if that is not finite, or nothing was predicted."""
-        if not self.tokens:
-            raise UsageError(
-                "no token of the held-out text is predicted: every document in it is one token long"
-            )
+        """exp(loss). Raises UsageError if that is not finite."""
         if not self.loss < 700:  # nats; NaN, too
-            raise UsageError(
-                f"the held-out perplexity is not finite (exp {self.loss:g}): the model is broken or diverged"
-            )
+            raise UsageError(f"the held-out perplexity is not finite (exp {self.loss:g}): the run diverged")
         return math.exp(self.loss)
 
 

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from mica.cli.output import check_folder
+from mica.cli.output import check_folder, explained
 from mica.errors import UsageError
 
 # What `mica adapt` and the tokenizers write. Anything else in the folder is not ours and stays.
@@ -23,18 +23,16 @@ def check(output: Path, *, resume: bool, overwrite: bool, model: str) -> None:
     # A GGUF file is converted to base/ before the adapter is made, which may fail
     harmless = {"base", _LOCK}
     if output.is_dir() and {path.name for path in output.iterdir()} - harmless and not (resume or overwrite):
-        raise UsageError(
-            f"--output {output}: is not empty: use --resume to continue that run, --overwrite to replace it, "
-            "or another folder"
-        )
+        what = "is not empty: use --resume to continue that run, --overwrite to replace it"
+        raise UsageError(f"--output {output}: {what}, or another folder")
 
 
 def clear(output: Path, keep: str = "") -> None:
     """Remove what an earlier run left in ``output`` but ``keep``, so that nothing of two runs is mixed."""
-    for path in (path for pattern in PRODUCTS for path in output.glob(pattern)):
-        if path.is_dir() and not path.is_symlink() and path.name != keep:
+    for path in (path for pattern in PRODUCTS for path in output.glob(pattern) if path.name != keep):
+        if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path)
-        elif path.name != keep:
+        else:
             path.unlink()
 
 
@@ -49,17 +47,14 @@ def held(output: Path) -> Iterator[None]:
     import filelock
 
     lock = filelock.FileLock(output / _LOCK, timeout=0)
-    try:
+    with explained(f"--output {output}: cannot be made", OSError):  # /proc, for one, looks writable
         output.mkdir(parents=True, exist_ok=True)
-    except OSError as error:  # /proc, for one, looks writable
-        raise UsageError(f"--output {output}: cannot be made: {error.strerror or error}") from error
     try:
         lock.acquire()
     except filelock.Timeout as error:
         raise UsageError(f"--output {output}: another run writes to it; wait for it or stop it") from error
     except (OSError, NotImplementedError):  # a file system without locks
-        yield
-        return
+        pass
     try:
         yield
     finally:

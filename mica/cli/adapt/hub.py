@@ -1,26 +1,15 @@
 """``--push-to-hub``: the output folder to a repository of the Hugging Face Hub, by its own client."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 from huggingface_hub import HfApi, constants, get_token
 from huggingface_hub.utils import validate_repo_id
 
-from mica.cli.output import first_sentences
+from mica.cli.output import explained
 from mica.errors import UsageError
 
 # What only goes on with the run, what belongs to a repository of its own, and what is half written.
 IGNORED = ["checkpoint-*/**", "base/**", "merged/**", "runs/**", "logs/**", ".*", ".*/**", "*.tmp"]
-
-
-@contextmanager
-def _explained(what: str, kept: str = "") -> Iterator[None]:
-    """Any error, as a UsageError: those of the client's HTTP library are others in each major version."""
-    try:
-        yield
-    except Exception as error:
-        raise UsageError(f"{what}: {first_sentences(str(error)) or type(error).__name__}{kept}") from error
 
 
 def check(repository: str) -> None:
@@ -30,13 +19,13 @@ def check(repository: str) -> None:
     it or cannot be reached.
     """
     option = f"--push-to-hub {repository}"
-    with _explained(f"{option}: must be NAME or OWNER/NAME"):
+    with explained(f"{option}: must be NAME or OWNER/NAME"):
         validate_repo_id(repository)
     if constants.HF_HUB_OFFLINE:
         raise UsageError(f"{option}: not possible while HF_HUB_OFFLINE is set")
     if get_token() is None:
         raise UsageError(f"{option}: no token: run `hf auth login` or set HF_TOKEN")
-    with _explained(option):
+    with explained(option):  # the errors of the client's HTTP library are others in each major version
         user = HfApi().whoami()
     if ((user.get("auth") or {}).get("accessToken") or {}).get("role") == "read":
         raise UsageError(f"{option}: the token of {user.get('name')} can only read: give one that can write")
@@ -51,10 +40,9 @@ def push(output: Path, repository: str) -> str:
     Raises UsageError if the upload fails; it says how to repeat it, and ``output`` is unchanged.
     """
     skipped = " ".join(f"--exclude '{pattern}'" for pattern in IGNORED)
-    again = (
-        f"everything is in {output}, to be uploaded by: hf upload {repository} {output} . --private {skipped}"
-    )
-    with _explained(f"--push-to-hub {repository}: not uploaded", f"; {again}"):
+    again = f"hf upload {repository} {output} . --private {skipped}"
+    kept = f"; everything is in {output}, to be uploaded by: {again}"
+    with explained(f"--push-to-hub {repository}: not uploaded", kept=kept):
         api = HfApi()
         name = api.create_repo(repository, private=True, exist_ok=True).repo_id
         more = {"ignore_patterns": IGNORED, "commit_message": "MiCA adapter"}

@@ -63,40 +63,36 @@ class Option(NamedTuple):
         return "--" + self.name.replace("_", "-")
 
 
+def _switch(name: str, text: str, **more) -> Option:
+    return Option(name, text, None, False, bool, **more)
+
+
 _COUNT = number(int, 1, low_allowed=True)
 _POSITIVE, _NOT_NEGATIVE = number(float, 0), number(float, 0, low_allowed=True)
 _SHARE, _SHARE_OR_0 = number(float, 0, 1), number(float, 0, 1, low_allowed=True)
+_FROZEN = "of the frozen weights: auto, float32, bfloat16 or float16"
+_PACKING = ("documents", "stream")
 
 TABLE = (  # a string: the title of the group that begins there
     "model",
     Option("model", "Hub id, checkpoint folder or GGUF file", "MODEL", required=True),
     Option("adapter", "continue from this MiCA adapter, with its rank, alpha and layers", "DIR", None, Path),
-    Option(
-        "dtype", "of the frozen weights: auto, float32, bfloat16 or float16", "NAME", "auto", choices=DTYPES
-    ),
+    Option("dtype", _FROZEN, "NAME", "auto", choices=DTYPES),
     Option("quantize", "quantise the frozen weights: 4 or 8 bits, by bitsandbytes", choices=("nf4", "int8")),
-    Option("trust_remote_code", "run Python code that comes with the model", None, False, bool),
+    _switch("trust_remote_code", "run Python code that comes with the model"),
     "data",
     Option("text", "text, JSONL, CSV, Parquet: files, folders, datasets", "SOURCE", many=True, required=True),
     Option("text_field", "column with the text; without it: text, content or the only one", "NAME"),
-    Option(
-        "text_weights", "share of each SOURCE; without it: by length", "NUMBER", None, _POSITIVE, many=True
-    ),
+    Option("text_weights", "share of each SOURCE; without it: by length", "N", None, _POSITIVE, many=True),
     Option("dataset_config", "configuration of a dataset from the Hub", "NAME"),
     Option("held_out", "share of the documents that is never trained on", "SHARE", 0.05, _SHARE),
     Option("held_out_text", "measure on these instead of a share of SOURCE", "SOURCE", many=True),
     Option("retain", "text that must not be forgotten: perplexity before and after", "SOURCE", many=True),
     Option("sequence_length", "tokens per block", "TOKENS", 512, number(int, 2, low_allowed=True)),
-    Option(
-        *("packing", "attention within documents, or within a whole block", "documents|stream", "documents"),
-        choices=("documents", "stream"),
-    ),
-    Option("workers", "processes that tokenise; without it: one per CPU", "N", None, _COUNT),
+    Option("packing", "attention within documents, or a whole block", None, "documents", choices=_PACKING),
+    Option("workers", "threads that tokenise; without it: one per CPU", "N", None, _COUNT),
     "adapter",
-    Option(
-        *("recipe", "paper: arXiv 2604.01694; all-linear: ours", None, "all-linear"),
-        choices=_NAMES,
-    ),
+    Option("recipe", "paper: arXiv 2604.01694; all-linear: ours", None, "all-linear", choices=_NAMES),
     Option("rank", "rank", "R", None, _COUNT),
     Option("alpha", "lora_alpha; the scaling is alpha / rank", "ALPHA", None, _COUNT),
     Option("target_modules", "all-linear (all but output layer and routers), or names with commas", "NAMES"),
@@ -113,7 +109,7 @@ TABLE = (  # a string: the title of the group that begins there
     Option("weight_decay", "weight decay of A", "RATE", None, _NOT_NEGATIVE),
     Option("max_grad_norm", "clip gradients to this norm; 0: never", "NORM", None, _NOT_NEGATIVE),
     Option("optimizer", "by the Trainer's name (optim)", "NAME", "adamw_torch"),
-    Option("gradient_checkpointing", "recompute activations: less memory, slower", None, False, bool),
+    _switch("gradient_checkpointing", "recompute activations: less memory, slower"),
     Option("seed", "order of the blocks, dropout", "N", 0, number(int, 0, 2**32, low_allowed=True)),
     "progress",
     Option("eval_steps", "measure perplexity every N steps, besides start and end", "N", None, _COUNT),
@@ -123,16 +119,9 @@ TABLE = (  # a string: the title of the group that begins there
     "output",
     Option("output", "folder for everything that the run writes", "DIR", None, Path, required=True),
     Option("save_steps", "checkpoint every N steps; the last two are kept", "N", 500, _COUNT),
-    Option(
-        "resume",
-        "continue from the last checkpoint in DIR, with its run.yaml",
-        None,
-        False,
-        bool,
-        by_run=True,
-    ),
-    Option("overwrite", "replace what an earlier run left in DIR", None, False, bool, by_run=True),
-    Option("merge", "also write the merged model to DIR/merged", None, False, bool),
+    _switch("resume", "continue from the last checkpoint in DIR, with its run.yaml", by_run=True),
+    _switch("overwrite", "replace what an earlier run left in DIR", by_run=True),
+    _switch("merge", "also write the merged model to DIR/merged"),
     Option("push_to_hub", "upload the adapter to this private repository", "REPO"),
     Option("config", "YAML file with options; the command line wins", "FILE", None, Path, by_run=True),
 )
@@ -158,9 +147,10 @@ def declare(parser: argparse.ArgumentParser) -> None:
     """Add all options in groups. None has a default there: only what was given is in the namespace."""
     parser.formatter_class = _HelpFormatter
     parser.usage = f"{parser.prog} --model MODEL --text SOURCE ... --output DIR [options]"
-    parser.epilog = "recipes:\n" + "\n".join(
-        _line(name, *cells) for name, cells in {"": _NAMES, **_ROWS}.items()
-    )
+    parser.epilog = "recipes:"
+    for row, cells in {"": _NAMES, **_ROWS}.items():
+        shown = (f"{cell:g}" if isinstance(cell, float) else str(cell or "-") for cell in cells)
+        parser.epilog += f"\n  {row:20}" + "".join(f"{cell:20}" for cell in shown).rstrip()
     for row in TABLE:
         if isinstance(row, str):
             group = parser.add_argument_group(row)
@@ -169,17 +159,6 @@ def declare(parser: argparse.ArgumentParser) -> None:
             group.add_argument(row.flag, action=action, default=argparse.SUPPRESS, help=row.help)
         else:
             note = " (required)" if row.required else f" [{row.default}]" if row.default is not None else ""
-            more = {
-                "type": row.parse,
-                "metavar": row.metavar,
-                "choices": row.choices,
-                "help": row.help + note,
-            }
+            shown = {"metavar": row.metavar, "help": row.help + note, "default": argparse.SUPPRESS}
             nargs = "+" if row.many else None
-            group.add_argument(row.flag, nargs=nargs, default=argparse.SUPPRESS, **more)
-
-
-def _line(*cells: object) -> str:
-    """One of the table of recipes."""
-    shown = ("-" if cell is None else f"{cell:g}" if isinstance(cell, float) else str(cell) for cell in cells)
-    return "  " + "".join(f"{cell:20}" for cell in shown).rstrip()
+            group.add_argument(row.flag, type=row.parse, choices=row.choices, nargs=nargs, **shown)

@@ -32,11 +32,6 @@ def spans_of(stores: list[Tokens]) -> np.recarray:
     return np.rec.fromarrays(columns, dtype=SPAN)
 
 
-def without(spans: np.recarray, digests: np.ndarray) -> np.recarray:
-    """The spans of documents with none of these digests."""
-    return spans[~np.isin(spans.digest, digests)]
-
-
 @dataclass
 class Blocks(Dataset):
     """Block i: the tokens [i·L, (i+1)·L) of the joined spans, L = ``sequence_length``; the unfilled last is
@@ -137,10 +132,14 @@ def split(documents: np.recarray, share: float, sequence_length: int, limit: int
     _, first = np.unique(documents.digest, return_index=True)
     found, unique = documents.length.sum(), documents.length[first].sum()
     copies = "" if found == unique else f" ({unique:,} of them in different documents)"
-    raise UsageError(
-        f"{option}: {found:,} tokens found{copies}, {2 * sequence_length:,} needed: one training and one "
-        f"held-out block of --sequence-length {sequence_length}"
-    )
+    raise too_little(option, f"{found:,} tokens found{copies}", sequence_length, "training", "held-out")
+
+
+def too_little(option: str, what: str, sequence_length: int, *kinds: str) -> UsageError:
+    """The error of a text that is too short for one block, or for one of each of ``kinds``."""
+    blocks = f"one {' and one '.join(kinds)} block".replace("  ", " ")
+    needed = f"{max(1, len(kinds)) * sequence_length:,} needed: {blocks}"
+    return UsageError(f"{option}: {what}, {needed} of --sequence-length {sequence_length}")
 
 
 def _by_documents(documents: np.recarray, share: float, sequence_length: int, limit: int) -> Split | None:
@@ -153,7 +152,7 @@ def _by_documents(documents: np.recarray, share: float, sequence_length: int, li
     if enough > len(first):
         return None
     held_out = documents[np.sort(first[:enough])]
-    train = without(documents, held_out.digest)
+    train = documents[~np.isin(documents.digest, held_out.digest)]
     return Split(train, held_out, "documents", len(documents) - len(train) - len(held_out))
 
 

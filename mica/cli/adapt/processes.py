@@ -34,28 +34,23 @@ def start() -> PartialState:
     """
     state = PartialState(cpu=use_cpu(), timeout=_PATIENCE)
     if not state.is_main_process:
-        _silence()
+        import datasets
+        import huggingface_hub
+        import transformers
+
+        sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115 (until the process ends)
+        warnings.simplefilter("ignore")
+        logging.disable(logging.WARNING)
+        os.environ["TQDM_DISABLE"] = "1"  # for modules that are imported later
+        datasets.disable_progress_bars()
+        huggingface_hub.utils.disable_progress_bars()
+        transformers.logging.disable_progress_bar()
     return state
 
 
 def use_cpu() -> bool:
     """Whether to train on the CPU: there is no accelerator, or ``ACCELERATE_USE_CPU`` is set."""
     return parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available()
-
-
-def _silence() -> None:
-    """Print nothing but errors: what this process has to say, the main one says."""
-    import datasets
-    import huggingface_hub
-    import transformers
-
-    sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115 (until the process ends)
-    warnings.simplefilter("ignore")
-    logging.disable(logging.WARNING)
-    os.environ["TQDM_DISABLE"] = "1"  # for modules that are imported later
-    datasets.disable_progress_bars()
-    huggingface_hub.utils.disable_progress_bars()
-    transformers.logging.disable_progress_bar()
 
 
 def finish() -> None:
@@ -70,11 +65,6 @@ def several() -> bool:
     return PartialState().num_processes > 1
 
 
-def wait() -> None:
-    """Wait until all processes are here."""
-    PartialState().wait_for_everyone()
-
-
 def largest(number: int) -> int:
     """The largest ``number`` of all processes; each must call this. One small collective."""
     if not several():
@@ -82,63 +72,79 @@ def largest(number: int) -> int:
     return int(gather_tensor(torch.tensor([number], device=PartialState().device)).max())
 
 
-def agree(error: Exception | None) -> None:
-    """Raise ``error`` if there is one, and a UsageError where only another process has one.
+@contextmanager
+def agreed(kinds: type[Exception] = Exception) -> Iterator[None]:
+    """What one process raises within, of ``kinds``, all raise: itself, or its message as a UsageError.
 
-    Every process must call this, with None where all went well. So no process goes on alone, or waits
-    for one that has given up.
+    Every process must enter it; at its end they meet. So none goes on alone, or waits for one that has given
+    up. It may be entered within itself: the first meeting tells of an error, and no other is held for it.
     """
+    error = None
+    try:
+        yield
+    except kinds as caught:
+        if getattr(caught, "is_known", False):
+            raise
+        error = caught
     messages = [error and one_line(error)]
     if several():
         messages = gather_object(messages)
+    if error is None:
+        error = next((UsageError(message) for message in messages if message is not None), None)
     if error is not None:
+        error.is_known = True
         raise error
-    for message in messages:
-        if message is not None:
-            raise UsageError(message)
 
 
 def on_main(function: Callable[..., Any], *arguments: Any) -> Any:
     """``function(*arguments)`` in the main process, while the others wait; all return its result.
 
-    The result must be picklable. Raises in every process what is raised in the main one: there the error
-    itself, elsewhere a UsageError with its message.
+    The result must be picklable. What it raises is `agreed`.
     """
-    results, error = [None], None
-    if PartialState().is_main_process:
-        try:
+    results = [None]
+    with agreed():
+        if PartialState().is_main_process:
             results = [function(*arguments)]
-        except Exception as caught:  # whatever it is: the others must not wait for this process
-            error = caught
-    agree(error)
     if several():
         broadcast_object_list(results)
     return results[0]
 
 
 def alike(value: Any, what: str) -> Any:
-    """``value`` (hashable). Every process must call this; all raise UsageError if theirs are not the same."""
-    if several() and len(set(gather_object([value]))) > 1:
-        raise UsageError(f"{what}: not the same for all processes")
+    """``value``. Every process must call this; all raise UsageError if theirs are not the same."""
+    with agreed():
+        if value != on_main(lambda: value):
+            raise UsageError(f"{what}: not the same for all processes")
     return value
 
 
-def is_lost_peer(error: RuntimeError) -> bool:
-    """Whether ``error`` says that another process has ended while this one waited for it (gloo, NCCL)."""
-    return several() and any(sign in str(error) for sign in ("gloo", "remote process exited"))
+class LostPeerError(UsageError):
+    """Another process has ended while this one waited for it: nobody is left to be met."""
+
+    is_known = True
 
 
 @contextmanager
-def errors_once() -> Iterator[None]:
-    """Let one process report an error that several of them raise: the others end with SystemExit(2)."""
+def one_voice() -> Iterator[None]:
+    """`agreed` for what the user has to know: the main process raises it, the others end with SystemExit(2).
+
+    Every process must enter it, with all that it does.
+    """
+    try:
+        with agreed(UsageError):  # a bug of one must not wait for others, which are elsewhere
+            yield
+    except UsageError as error:
+        if PartialState().is_main_process or isinstance(error, LostPeerError):
+            raise
+        raise SystemExit(2) from None
+
+
+@contextmanager
+def peers_needed(saved: Callable[[], str]) -> Iterator[None]:
+    """Raise LostPeerError, with what is ``saved()``, for an error of gloo or NCCL that says so."""
     try:
         yield
-    except UsageError as error:
-        # The main one would not do: what only another knows would be said by none. Without the store (its
-        # name is not public; it goes with the process that has it) rather twice than never.
-        with suppress(RuntimeError, AttributeError):
-            if several() and dist.is_initialized():
-                store = dist.distributed_c10d._get_default_store()
-                if store.add(f"mica/error/{one_line(error)}", 1) > 1:
-                    raise SystemExit(2) from None
-        raise
+    except RuntimeError as error:
+        if not several() or not any(sign in str(error) for sign in ("gloo", "remote process exited")):
+            raise
+        raise LostPeerError(f"another process has ended; {saved()}") from error

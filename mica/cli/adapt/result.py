@@ -13,7 +13,6 @@ from torch.distributed.tensor import DTensor
 
 import mica.fast
 from mica.cli.adapt import checkpoints
-from mica.cli.adapt.card import write_card
 from mica.cli.loading import Source, load_model
 from mica.cli.output import dtype_name, one_line, write_folder
 from mica.errors import UsageError
@@ -37,8 +36,7 @@ def save(model: PeftModel, tokenizer, output: Path) -> None:
         try:
             shutil.rmtree(scratch, ignore_errors=True)
             scratch.mkdir(parents=True)
-            # No base embeddings: nothing resized them. "auto", the default, would ask the hub.
-            model.save_pretrained(scratch, save_embedding_layers=False, state_dict=state)
+            write_adapter(model, scratch, state)
             if tokenizer is not None:
                 tokenizer.save_pretrained(scratch)
             (scratch / "README.md").unlink(missing_ok=True)
@@ -46,6 +44,12 @@ def save(model: PeftModel, tokenizer, output: Path) -> None:
                 os.replace(file, output / file.name)
         finally:
             shutil.rmtree(scratch, ignore_errors=True)
+
+
+def write_adapter(model: PeftModel, folder: Path, state: dict[str, torch.Tensor] | None) -> None:
+    """Write the adapter alone, of which ``state`` is what `gathered` gave."""
+    # No base embeddings: nothing resized them. "auto", the default, would look for the base's config.json.
+    model.save_pretrained(folder, save_embedding_layers=False, state_dict=state)
 
 
 def gathered(model: nn.Module) -> dict[str, torch.Tensor] | None:
@@ -60,7 +64,7 @@ def gathered(model: nn.Module) -> dict[str, torch.Tensor] | None:
             (weight.full_tensor() if isinstance(weight, DTensor) else weight).detach().cpu()
         )
         for name, weight in model.named_parameters()
-        if weight.requires_grad or "lora_" in name or "modules_to_save" in name
+        if weight.requires_grad or "lora_" in name
     }
 
 
@@ -79,15 +83,14 @@ def merge(model: PeftModel, tokenizer, args: argparse.Namespace) -> mica.fast.Me
     Raises UsageError if the folder cannot be written, or the merged weights are not finite; everything that
     was written before is kept.
     """
-    folder = args.output / MERGED
-    kept = f"; the adapter is in {args.output}"
+    folder, kept = args.output / MERGED, f"; the adapter is in {args.output}"
     if getattr(model, "is_quantized", False) or _is_sharded(model):
         base = model.get_base_model()
         source = Source(args.model, base.name_or_path, {"trust_remote_code": args.trust_remote_code})
         dense = load_model(source, dtype_name(base.dtype), torch.device("cpu"))
         model = PeftModel.from_pretrained(dense, args.output)
     merged, report = merged_model(model, f"--merge {folder}", kept)
-    save_model(merged, tokenizer, "--merge", folder, kept)
+    write_folder("--merge", folder, merged, tokenizer, kept=kept)
     return report
 
 
@@ -103,18 +106,3 @@ def merged_model(model: PeftModel, option: str, kept: str = "") -> tuple[nn.Modu
             raise
         raise UsageError(f"{option}: {one_line(error)}{kept}") from error
     return merged, mica.fast.merge_report(merged)
-
-
-def save_model(model, tokenizer, option: str, folder: Path, kept: str = "", card=None) -> None:
-    """Write a plain model with its tokenizer, and its ModelCard if given, to ``folder``, whole or not at all.
-
-    Raises UsageError if it cannot be written; ``option`` begins its message and ``kept`` ends it.
-    """
-
-    def write(scratch):
-        model.save_pretrained(scratch)
-        tokenizer.save_pretrained(scratch)
-        if card is not None:
-            write_card(card, scratch)
-
-    write_folder(option, folder, write, kept)

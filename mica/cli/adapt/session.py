@@ -1,6 +1,7 @@
 """The order of ``mica adapt``: checks, data, base, adapter, training, and what is written at the end."""
 
 import argparse
+import signal
 import sys
 import time
 from contextlib import ExitStack
@@ -10,12 +11,11 @@ import torch
 from accelerate import PartialState
 
 from mica.cli import loading
-from mica.cli.adapt import adapter, base, checkpoints, config, hub, processes, signals, summary, training
+from mica.cli.adapt import adapter, base, checkpoints, config, corpus, folder, processes, summary, training
 from mica.cli.adapt.config import Settings
-from mica.cli.adapt.corpus import Corpus, check, gather
 from mica.cli.adapt.curve import write_curve
 from mica.cli.adapt.fingerprint import facts as facts_of
-from mica.cli.adapt.folder import clear, held
+from mica.cli.adapt.hub import check as check_hub
 from mica.cli.adapt.packing import keeps_documents_apart
 from mica.cli.output import dtype_name
 from mica.cli.targets import has_experts
@@ -31,10 +31,13 @@ def adapt(settings: Settings) -> int:
     """
     loading.quieten_libraries()
     processes.start()
+    # As Ctrl-C: what is held is let go
+    before = signal.signal(signal.SIGTERM, lambda signum, frame: sys.exit(128 + signum))
     try:
-        with processes.errors_once(), signals.at_once():
+        with processes.one_voice():
             return _adapt(settings)
     finally:
+        signal.signal(signal.SIGTERM, before)
         processes.finish()
 
 
@@ -54,10 +57,10 @@ def _adapt(settings: Settings) -> int:
     loading.check_backend(args.rank)
     training.check(args)
     if args.push_to_hub is not None:
-        hub.check(args.push_to_hub)
-    checkpoint = _find_checkpoint(args)
+        check_hub(args.push_to_hub)
+    checkpoint = training.find_checkpoint(args, _note)
 
-    check(args)  # the texts: cheap, before the tokenizer
+    corpus.check(args)  # the texts: cheap, before the tokenizer
     tokenizer = loading.load_tokenizer(source)
     if checkpoint is not None:  # before texts and weights are read; one that is not here yet: in `train`
         location = base.converted(args).location if source.is_gguf else source.location
@@ -68,24 +71,21 @@ def _adapt(settings: Settings) -> int:
         loading.check_limits(source, model, args.sequence_length)
         _with_experts(settings, model)
         adapter.check(model, args, checkpoint)
-    corpus = gather(args, tokenizer)
-    _say(corpus.describe(args, PartialState().num_processes))
-    with ExitStack() as stack:
-        processes.on_main(stack.enter_context, held(args.output))
-        return _run(settings, source, tokenizer, corpus, checkpoint)
+    data = corpus.gather(args, tokenizer)
+    _say(data.describe(args, PartialState().num_processes))
+    with ExitStack() as stack:  # nothing else writes to the output folder meanwhile
+        processes.on_main(stack.enter_context, folder.held(args.output))
+        return _run(settings, source, tokenizer, data, checkpoint)
 
 
-def _run(
-    settings: Settings, source: loading.Source, tokenizer, corpus: Corpus, checkpoint: Path | None
-) -> int:
-    """From the base model to the adapter; nothing else writes to the output folder meanwhile."""
+def _run(settings: Settings, source, tokenizer, data: corpus.Corpus, checkpoint: Path | None) -> int:
+    """From the base model to the adapter."""
     args = settings.args
     model = base.load(args, source, PartialState().device, tokenizer)
-    note = loading.suit_processor(model, args.dtype)
-    if note:
+    if note := loading.suit_processor(model, args.dtype):
         _note(note)
-    loading.check_limits(source, model, args.sequence_length, corpus.largest_token_id)
-    corpus = _with_packing(settings, corpus, model, tokenizer)
+    loading.check_limits(source, model, args.sequence_length, data.largest_token_id)
+    data = _with_packing(settings, data, model, tokenizer)
     _with_experts(settings, model)
     if has_experts(model) and not args.experts:
         _note("the experts are not adapted, unless --target-modules names them; --experts adapts all")
@@ -100,12 +100,12 @@ def _run(
     processes.on_main(_prepare, settings)
     _say(config.describe(settings))
     done = training.train(
-        model, corpus, args, checkpoint, tokenizer, lambda history: write_curve(history, args.output)
+        model, data, args, checkpoint, tokenizer, lambda history: write_curve(history, args.output)
     )
     if done.interrupted:
         _say(f"Stopped at step {done.steps:,}. To continue: mica adapt --output {args.output} --resume")
-        return signals.status(done.interrupted)
-    report = summary.of(settings, corpus, model, done) | facts
+        return 128 + done.interrupted
+    report = summary.of(settings, data, model, done) | facts
     processes.on_main(summary.finish, settings.args, model, tokenizer, report)
     return 0
 
@@ -122,33 +122,20 @@ def _note_what_is_odd(args: argparse.Namespace) -> None:
         )
 
 
-def _find_checkpoint(args: argparse.Namespace) -> Path | None:
-    """`training.find_checkpoint`; None too for a run that ended before its first checkpoint."""
-    newest = checkpoints.latest(args.output) if args.resume else None
-    if args.resume and newest is None and (args.output / config.FILE).is_file():
-        _note(f"{args.output} has no complete checkpoint yet: the run starts from its beginning")
-        return None
-    checkpoint = training.find_checkpoint(args)
-    if checkpoint != newest:
-        damage = f"{newest.name} is damaged ({checkpoints.damaged(newest)} is not what was written)"
-        _note(f"{damage}: the run continues from {checkpoint.name}")
-    return checkpoint
-
-
-def _with_packing(settings: Settings, corpus: Corpus, model, tokenizer) -> Corpus:
-    """``corpus``, or one in stream packing where the model cannot keep documents apart.
+def _with_packing(settings: Settings, data: corpus.Corpus, model, tokenizer) -> corpus.Corpus:
+    """``data``, or one in stream packing where the model cannot keep documents apart.
 
     Raises UsageError if the option was given: attention across documents is another training.
     """
     args = settings.args
     if args.packing == "stream" or keeps_documents_apart(model):
-        return corpus
+        return data
     reason = f"the attention of {type(model).__name__} does not stay within a document of a block"
     if settings.origins["packing"] != "default":
         raise UsageError(f"--packing documents: {reason}; --packing stream lets it cross them")
     _note(f"packing is stream: {reason}")
     args.packing, settings.origins["packing"] = "stream", "the model"
-    return gather(args, tokenizer)
+    return corpus.gather(args, tokenizer)
 
 
 def _with_experts(settings: Settings, model) -> None:
@@ -168,5 +155,5 @@ def _prepare(settings: Settings) -> None:
     """Empty the output folder of what an earlier run left there, and write run.yaml."""
     args = settings.args
     if args.overwrite:
-        clear(args.output, keep=base.FOLDER if args.model.endswith(".gguf") else "")
+        folder.clear(args.output, keep=base.FOLDER if args.model.endswith(".gguf") else "")
     config.write(settings, args.output, PartialState().num_processes)

@@ -7,9 +7,7 @@ so is JSON: `datasets` makes times of strings like "2020-01-01", and JSON of val
 
 from __future__ import annotations
 
-import codecs
 import hashlib
-import io
 import json
 import zlib
 from collections.abc import Iterable, Iterator
@@ -25,6 +23,7 @@ import datasets
 import fsspec
 import pandas as pd
 
+from mica.cli.adapt import fingerprint
 from mica.cli.output import one_line
 from mica.errors import UsageError
 
@@ -35,7 +34,7 @@ KINDS = {
     ".parquet": "parquet",
 }
 COMPRESSIONS = (".gz", ".zst", ".xz", ".bz2")
-CHUNK = 2**20  # bytes read at once
+CHUNK = 2**20  # characters read at once
 
 # What reading raises for what is in a file, and datasets and huggingface_hub for names that do not exist or
 # cannot be reached, and for data sets that need code, a configuration or a library.
@@ -45,6 +44,11 @@ _BAD = (OSError, EOFError, LZMAError, zlib.error, ValueError, RuntimeError, Impo
 def _suffix(path: Path) -> str:
     """That of the kind of a file, like ".csv" of "a.csv.gz"."""
     return (path.with_suffix("") if path.suffix.lower() in COMPRESSIONS else path).suffix.lower()
+
+
+def _open(path: Path, newline: str | None = None) -> fsspec.core.OpenFile:
+    """The text of a file, decompressed by its suffix; newlines as ``\\n``, but for ``newline`` ""."""
+    return fsspec.open(str(path), "rt", compression="infer", encoding="utf-8-sig", newline=newline)
 
 
 @dataclass
@@ -78,11 +82,10 @@ class Source:
         except UsageError:
             raise
         except _BAD as error:
+            reason = f"cannot be {'read' if path else 'loaded'}: {one_line(error)}"
             if isinstance(error, UnicodeDecodeError) and path and _suffix(path) != ".parquet":
-                for _ in self._chunks(path):  # says at which byte
-                    pass
-            reason = getattr(error, "strerror", None) or error
-            raise self.error(f"cannot be {'read' if path else 'loaded'}: {reason}", path) from error
+                reason = f"not UTF-8 text: {error.reason}, 0x{error.object[error.start]:x}"
+            raise self.error(reason, path) from error
 
     @cached_property
     def dataset(self) -> datasets.Dataset:
@@ -100,15 +103,9 @@ class Source:
     def digest(self) -> str:
         """A hash of the bytes of all files and their kinds; names and times do not matter."""
         total = hashlib.blake2b(digest_size=16)
-        files = self.files or [Path(entry["filename"]) for entry in self.dataset.cache_files]
-        if not files:  # a dataset in memory has no files; a saved or loaded one always has
-            raise self.error("has no files to read")
-        for path in files:
-            one = hashlib.blake2b(f"{_suffix(path)} {path.suffix.lower()}".encode(), digest_size=16)
-            with self._named(path), path.open("rb") as file:
-                while chunk := file.read(CHUNK):
-                    one.update(chunk)
-            total.update(one.digest())
+        for path in self.files or [Path(entry["filename"]) for entry in self.dataset.cache_files]:
+            with self._named(path):
+                total.update(fingerprint.of_file(path, f"{_suffix(path)} {path.suffix.lower()}".encode()))
         return total.hexdigest()
 
     def state(self) -> list[tuple[int, int]]:
@@ -133,26 +130,16 @@ class Source:
                 yield from self._texts(read[kind](path), field, path)
 
     def _chunks(self, path: Path) -> Iterator[str]:
-        """The text of a file in chunks, newlines as ``\\n``. Raises UsageError for what is not UTF-8 text."""
-        utf8 = codecs.getincrementaldecoder("utf-8-sig")()
-        newlines = io.IncrementalNewlineDecoder(utf8, translate=True)
-        read, chunk = 0, b"-"
         with self._named(path), _open(path) as file:
-            while chunk:
-                chunk, pending = file.read(CHUNK), len(utf8.getstate()[0])
-                if b"\0" in chunk:
-                    raise self.error(f"not text: byte {read + chunk.index(0)} is NUL", path)
-                try:
-                    yield newlines.decode(chunk, final=not chunk)
-                except UnicodeDecodeError as error:
-                    at = read - pending + error.start
-                    raise self.error(f"not UTF-8 text (at byte {at})", path) from error
-                read += len(chunk)
+            while chunk := file.read(CHUNK):
+                if "\0" in chunk:
+                    raise self.error("not text: there is a NUL in it", path)
+                yield chunk
 
     def _json(self, path: Path) -> Iterator[dict]:
         """The objects of JSON Lines, or of an array."""
         with _open(path) as file:
-            is_array = file.read(CHUNK).removeprefix(codecs.BOM_UTF8).lstrip().startswith(b"[")
+            is_array = file.read(CHUNK).lstrip().startswith("[")
         with _open(path) as file:
             for number, line in enumerate([file.read()] if is_array else file, 1):
                 if not line.strip():
@@ -186,36 +173,26 @@ class Source:
             if not isinstance(value, str | None):
                 kind = type(value).__name__
                 raise self.error(f"row {number}: column '{column}' is {kind}, not a string", path)
-            (value or "").encode()  # an escape like "\ud800" in JSON is half a character
             yield [value or ""]
 
     def _column(self, types: dict[str, bool], field: str | None, path: Path | None) -> str:
         """The column to read."""
         strings = [name for name, is_string in types.items() if is_string]
         wanted = ["text", "content", *strings[: len(strings) == 1]] if field is None else [field]
-        for name in wanted:
-            if name in types:
-                return name
+        if found := [name for name in wanted if name in types]:
+            return found[0]
         for name in ("messages", "conversations"):
             if name in types and field is None:
-                raise self.error(
-                    f"contains chat messages (column '{name}'); mica adapt trains on plain text. Render them "
-                    "with the chat template first",
-                    path,
-                )
+                what = f"contains chat messages (column '{name}'); mica adapt trains on plain text"
+                raise self.error(f"{what}. Render them with the chat template first", path)
         names = ", ".join(types)
         raise self.error(f"has no column '{wanted[0]}', but {names}: name one by --text-field", path)
-
-
-def _open(path: Path) -> fsspec.core.OpenFile:
-    """The bytes of a file, decompressed by its suffix."""
-    return fsspec.open(str(path), "rb", compression="infer")
 
 
 def _csv(path: Path) -> Iterator[dict[str, str]]:
     """All columns are strings: "NA" and "007" are text."""
     sep = "\t" if _suffix(path) == ".tsv" else ","
-    with _open(path) as file:
+    with _open(path, newline="") as file:
         for rows in pd.read_csv(file, sep=sep, dtype=object, keep_default_na=False, chunksize=1000):
             yield from rows.to_dict("records")
 

@@ -3,7 +3,6 @@
 import argparse
 import sys
 from collections import Counter
-from collections.abc import Iterable
 from importlib.metadata import version
 
 import torch
@@ -11,15 +10,15 @@ from accelerate import PartialState
 
 import mica.fast
 from mica.cli.adapt import config, evaluation, hub, result
-from mica.cli.adapt.card import card, write_card
+from mica.cli.adapt.card import card
 from mica.cli.adapt.corpus import Corpus
-from mica.cli.output import write_json
+from mica.cli.output import write_file, write_json
 
 _LIBRARIES = ("mica-fast", "peft", "transformers", "accelerate", "datasets", "torch")
 
 
-def peak_memory() -> tuple[int | None, str]:
-    """Return the peak memory of this process in bytes and what was measured; None where nothing can be."""
+def _peak_memory() -> tuple[int | None, str]:
+    """Of this process, in bytes, and what was measured; None where nothing can be."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated(), "allocated on the GPU"
     try:
@@ -30,19 +29,19 @@ def peak_memory() -> tuple[int | None, str]:
     return peak if sys.platform == "darwin" else peak * 1024, "resident set of the process"
 
 
-def perplexities(history: Iterable[dict], name: str) -> tuple[float | None, float | None]:
-    """Perplexity of the text ``name`` (held_out, retain) before and after training; None if not measured."""
+def _perplexities(history: list[dict], name: str) -> tuple[float | None, float | None]:
+    """Before and after training; None if not measured."""
     key = f"eval_{name}_perplexity"
-    values = [entry[key] for entry in history if key in entry]
-    return (values[0], values[-1]) if values else (None, None)
+    values = [entry[key] for entry in history if key in entry] or [None]
+    return values[0], values[-1]
 
 
 def of(settings: config.Settings, corpus: Corpus, model, done) -> dict:
     """What summary.json holds: the settings, the data, and what was measured."""
     args, num_processes = settings.args, PartialState().num_processes
-    before, after = perplexities(done.history, "held_out")
-    retain_before, retain_after = perplexities(done.history, "retain")
-    peak_bytes, peak_of = peak_memory()
+    before, after = _perplexities(done.history, "held_out")
+    retain_before, retain_after = _perplexities(done.history, "retain")
+    peak_bytes, peak_of = _peak_memory()
     trained, total = model.get_nb_trainable_parameters()
     explanation = mica.fast.explain(model)
     on_peft = [row for row in explanation.rows if row.path == "peft"]
@@ -51,9 +50,7 @@ def of(settings: config.Settings, corpus: Corpus, model, done) -> dict:
         "recipe": args.recipe,
         "settings": config.values(settings),
         "origins": settings.origins,
-        "sources": [
-            {key: getattr(part, key) for key in ("name", "documents", "tokens")} for part in corpus.parts
-        ],
+        "sources": [{"name": p.name, "documents": p.documents, "tokens": p.tokens} for p in corpus.parts],
         "blocks": len(corpus.train),
         "steps": done.steps,
         "epochs": corpus.epochs(args, num_processes),
@@ -83,7 +80,8 @@ def of(settings: config.Settings, corpus: Corpus, model, done) -> dict:
 def finish(args: argparse.Namespace, model, tokenizer, report: dict) -> None:
     """Write summary and model card; then what may fail without any loss: the merge and the upload."""
     write_json("--output", args.output / "summary.json", report)
-    write_card(card(report), args.output)
+    text = str(card(report))
+    write_file("--output", args.output / "README.md", lambda path: path.write_text(text, encoding="utf-8"))
     if args.merge:
         merged = result.merge(model, tokenizer, args)
         report["merged"] = str(args.output / result.MERGED)

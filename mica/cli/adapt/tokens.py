@@ -11,15 +11,10 @@ import hashlib
 import json
 import os
 import shutil
-import signal
 import tempfile
-import threading
-from collections import deque
 from collections.abc import Iterable, Iterator
-from concurrent.futures import BrokenExecutor, ProcessPoolExecutor
-from contextlib import closing, contextmanager
-from itertools import islice
-from multiprocessing import active_children, parent_process
+from contextlib import contextmanager
+from itertools import chain
 from pathlib import Path
 
 import datasets
@@ -29,17 +24,17 @@ import tokenizers
 from accelerate import PartialState
 from tqdm import tqdm
 
+from mica.cli.adapt import fingerprint, processes
 from mica.cli.adapt.sources import Source
+from mica.cli.output import explained
 
 VERSION = 2  # of the layout on disk, and of how documents become ids: with another one nothing old is used
 PIECE = 20_000  # characters tokenised at once: 11 MB of text took 23.6 s as one string, 11.0 s in pieces
-MAX_WORKERS = 16
-BATCH = 2**18  # characters a call of the tokenizer
-SMALL = 4  # batches: a source of no more needs no processes, and there may be hundreds of them
+BATCH = 2**22  # characters a call of the tokenizer, whose threads share the pieces
 
 
 class Tokens:
-    """The tokens of one source. Pickled as the name of its folder, for the workers of a DataLoader.
+    """The tokens of one source.
 
     ``ids``: (num_tokens,) uint16 or uint32, memory-mapped. ``lengths``: (num_documents,) int64, with the EOS.
     ``digests``: (num_documents,) uint64, equal for documents of the same tokens. ``empty``: documents without
@@ -52,15 +47,6 @@ class Tokens:
             self.lengths, self.digests = facts["lengths"], facts["digests"]
             self.empty, self.largest = facts["empty"].item(), facts["largest"].item()
             self.ids = np.memmap(folder / "tokens.bin", dtype=facts["dtype"].item(), mode="r")
-
-    def __reduce__(self):
-        return Tokens, (self.folder, self.cached)
-
-
-def default_workers() -> int:
-    """Processes that tokenise: one for each CPU that this process may use, at most 16."""
-    affinity = getattr(os, "sched_getaffinity", None)  # Linux; elsewhere all CPUs
-    return min(MAX_WORKERS, len(affinity(0)) if affinity else os.cpu_count() or 1)
 
 
 def cut(chunks: Iterable[str]) -> Iterator[str]:
@@ -98,62 +84,56 @@ def _end(text: str, start: int) -> int:
 def tokenize(
     sources: list[Source], tokenizer, field: str | None = None, workers: int | None = None
 ) -> list[Tokens]:
-    """Return the tokens of each source, from the cache or by ``workers`` processes; the same for any
-    number.
+    """Return the tokens of each source, from the cache or by ``workers`` threads; the same for any number.
+
+    The threads are the tokenizer's own: one that is written in Python has only one. Their number counts
+    before the first of them was started in this process; None: one per CPU.
 
     No special tokens are added but the EOS of ``tokenizer``, if it has one, after every document. Long
     documents are tokenised in pieces (see `cut`); a tokenizer that puts a space before each text puts one
     before each piece.
 
     To be called by every process of a run. Of those that share a disk one works, with a progress bar, and
-    the others wait for a lock on a file: a collective operation would time out after some minutes.
+    the others wait.
 
     Raises UsageError for all that cannot be read (see `Source.documents`), for a source without any text,
     for a file that changes while it is read, and if the disk is full.
     """
+    if workers is not None:
+        os.environ["RAYON_NUM_THREADS"] = str(workers)
     root = Path(datasets.config.HF_DATASETS_CACHE) / "mica-tokens"
     rest = [VERSION, PIECE, tokenizers.__version__, field, _serialised(tokenizer)]
     result = []
     for source in sources:
         state = source.state()
         key = hashlib.blake2b(json.dumps([source.digest(), *rest]).encode(), digest_size=16).hexdigest()
-        try:
+        with explained(f"{source.option} {source.given}: cannot be tokenised below {root}", OSError):
             root.mkdir(parents=True, exist_ok=True)
             with _alone(root / f".{key}.lock"):
                 is_there = (root / key / "facts.npz").is_file()
-                if not is_there:
-                    with _renamed_to(root / key) as folder:
-                        _build(source, tokenizer, field, workers or default_workers(), folder)
+                if not is_there:  # a process that is killed leaves nothing that looks finished
+                    partial = root / f".{key}.partial"
+                    shutil.rmtree(partial, ignore_errors=True)  # of one that was killed
+                    try:
+                        partial.mkdir()
+                        _build(source, tokenizer, field, partial)
                         if source.state() != state:
                             raise source.error("changed while it was read")
+                        partial.rename(root / key)
+                    finally:
+                        shutil.rmtree(partial, ignore_errors=True)
                 result.append(Tokens(root / key, cached=is_there))
-        except OSError as error:
-            raise source.error(f"cannot be tokenised below {root}: {error.strerror or error}") from error
     return result
-
-
-@contextmanager
-def _renamed_to(folder: Path) -> Iterator[Path]:
-    """A folder to fill, renamed at the end: a process that is killed leaves nothing that looks finished."""
-    partial = folder.with_name(f".{folder.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)  # of a process that was killed: we hold the lock
-    try:
-        partial.mkdir()
-        yield partial
-        partial.rename(folder)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
 
 
 @contextmanager
 def _alone(lock: Path) -> Iterator[None]:
     """Hold a lock that other processes wait for; of the processes of one run the main one takes it first."""
-    state = PartialState()
     held = filelock.FileLock(lock)
-    if state.is_main_process:
-        held.acquire()
+    with processes.agreed():
+        if PartialState().is_main_process:
+            held.acquire()
     try:
-        state.wait_for_everyone()
         with held:
             yield
     finally:
@@ -170,24 +150,23 @@ def _serialised(tokenizer) -> str:
         with tempfile.TemporaryDirectory() as scratch:
             tokenizer.save_pretrained(scratch)
             files = sorted(file for file in Path(scratch).rglob("*") if file.is_file())
-            parts += [hashlib.blake2b(file.read_bytes()).hexdigest() for file in files]
+            parts += [fingerprint.of_file(file).hex() for file in files]
     return hashlib.blake2b(json.dumps(parts).encode()).hexdigest()
 
 
-def _build(source: Source, tokenizer, field: str | None, workers: int, folder: Path) -> None:
+def _build(source: Source, tokenizer, field: str | None, folder: Path) -> None:
     """Fill ``folder``: the ids of all pieces one after another, with the EOS of each document."""
     dtype = np.dtype(np.uint16 if max(tokenizer.get_vocab().values()) < 2**16 else np.uint32)
     eos = np.array([] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id], dtype)
     lengths, digests, empty, largest = [], [], 0, int(eos.max(initial=0))
     length, digest = 0, hashlib.blake2b(digest_size=8)
     bar = tqdm(desc=f"Tokenising {Path(source.given).name}", unit=" tokens", unit_scale=True, delay=2)
-    pieces = _tokenised(_batches(source.documents(field)), tokenizer, workers, source)
-    with bar, closing(pieces), (folder / "tokens.bin").open("wb") as file:
-        for ids, is_last in pieces:
+    with bar, (folder / "tokens.bin").open("wb") as file:
+        for ids, is_last in _tokenised(source.documents(field), tokenizer):
             if is_last is None:
                 empty += 1
                 continue
-            ids = ids.astype(dtype)
+            ids = np.array(ids, dtype)
             file.write(ids)
             digest.update(ids)
             bar.update(len(ids))
@@ -204,66 +183,30 @@ def _build(source: Source, tokenizer, field: str | None, workers: int, folder: P
     np.savez(folder / "facts.npz", empty=empty, largest=largest, dtype=dtype.name, **documents)
 
 
-def _batches(documents: Iterable[Iterable[str]]) -> Iterator[list[tuple[str, bool | None]]]:
+def _pieces(documents: Iterable[Iterable[str]]) -> Iterator[tuple[str, bool | None]]:
     """The pieces of documents, each with whether it is the last; ("", None): a document without text."""
-    batch, size = [], 0
     for document in documents:
         pieces = cut(document)
         before, after = next(pieces, ""), next(pieces, None)
-        is_empty = after is None and not before.strip()
+        if after is None and not before.strip():
+            yield "", None
+            continue
         while before is not None:
-            batch.append(("", None) if is_empty else (before, after is None))
-            size += len(before)
-            if size >= BATCH:
-                yield batch
-                batch, size = [], 0
+            yield before, after is None
             before, after = after, next(pieces, None)
-    if batch:
-        yield batch
 
 
-def _tokenised(
-    batches: Iterator[list[tuple[str, bool | None]]], tokenizer, workers: int, source: Source
-) -> Iterator[tuple[np.ndarray, bool | None]]:
-    """The ids of each piece in place of it, in order."""
-    # Threads in the tokenizers of forked processes would warn, and could stand still.
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    _start(tokenizer)
-    for batch in batches if workers == 1 else islice(batches, SMALL):
-        yield from _ids(batch)
-    if (batch := next(batches, None)) is None:
-        return
-    pool = ProcessPoolExecutor(workers, initializer=_start, initargs=(tokenizer, True))
-    try:
-        running = deque([pool.submit(_ids, batch)])
-        while running:
-            # `pool.map` would read all of the source at once.
-            running += [pool.submit(_ids, batch) for batch in islice(batches, 2 * workers - len(running))]
-            yield from running.popleft().result()
-    except BrokenExecutor as error:  # a process was killed, as a rule for want of memory
-        raise source.error(f"tokenising in {workers} processes failed: {error}") from error
-    finally:
-        for worker in active_children():  # a run that is stopped does not wait for them
-            worker.terminate()
-        pool.shutdown(cancel_futures=True)
-
-
-def _start(tokenizer, in_child: bool = False) -> None:
-    """What a process tokenises by; a child ends with its parent, which alone hears Ctrl-C."""
-    global _tokenizer
-    _tokenizer = tokenizer
-    if in_child:
-        signal.signal(signal.SIGINT, signal.SIG_IGN)
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
-        threading.Thread(target=lambda: os._exit(parent_process().join() or 1), daemon=True).start()
-
-
-def _ids(batch: list[tuple[str, bool | None]]) -> list[tuple[np.ndarray, bool | None]]:
-    ids = _tokenizer(
-        [piece for piece, _ in batch],
-        add_special_tokens=False,
-        return_attention_mask=False,
-        return_token_type_ids=False,
-        verbose=False,  # no line about texts longer than the model's window
-    )["input_ids"]
-    return [(np.array(each, np.uint32), is_last) for each, (_, is_last) in zip(ids, batch, strict=True)]
+def _tokenised(documents: Iterable[Iterable[str]], tokenizer) -> Iterator[tuple[list[int], bool | None]]:
+    """`_pieces` with their ids in place of each, by batches."""
+    batch, size = [], 0
+    for piece in chain(_pieces(documents), [None]):
+        if piece is not None:
+            batch.append(piece)
+            size += len(piece[0])
+        if size >= BATCH or (piece is None and batch):
+            texts, ends = zip(*batch, strict=True)
+            # no line about texts longer than the model's window
+            options = {"add_special_tokens": False, "verbose": False}
+            options |= {"return_attention_mask": False, "return_token_type_ids": False}
+            yield from zip(tokenizer(list(texts), **options)["input_ids"], ends, strict=True)
+            batch, size = [], 0

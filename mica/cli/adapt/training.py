@@ -2,26 +2,28 @@
 
 import argparse
 import math
-import signal
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
 from accelerate import PartialState
 from torch.utils.data import Dataset
-from transformers import Trainer, TrainerState, TrainingArguments, get_scheduler, set_seed
+from transformers import Trainer, TrainerState, TrainingArguments, set_seed
 from transformers.integrations import get_reporting_integration_callbacks
+from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import PrinterCallback
 
-from mica.cli.adapt import checkpoints, config, evaluation, fingerprint, processes, result, signals
-from mica.cli.adapt.callbacks import Hooks
-from mica.cli.output import one_line
+from mica.cli.adapt import checkpoints, config, evaluation, fingerprint, processes, result
+from mica.cli.adapt.callbacks import Hooks, Request
+from mica.cli.output import explained
+from mica.cli.targets import has_experts
 from mica.errors import UsageError
 
-_STATE = "trainer_state.json"  # the Trainer's name
 _KEPT = 2  # checkpoints
+_OF_THE_TRAINER = (  # options that it calls the same
+    *("gradient_accumulation_steps", "learning_rate", "weight_decay", "max_grad_norm", "seed", "save_steps"),
+)
 
 
 class Training(NamedTuple):
@@ -30,7 +32,7 @@ class Training(NamedTuple):
     ``history``: the Trainer's ``log_history``: a dictionary per log, with "step" and "loss" or "eval_…".
     ``steps``, ``tokens``: optimiser steps done, tokens read. ``seconds``: wall time of training, checkpoints
     included, evaluations not. ``loss``: mean training loss over all steps, nats per token. ``interrupted``:
-    the name of the signal that ended it, as "SIGINT"; then nothing but a checkpoint was written.
+    the signal that ended it, else 0; then nothing but a checkpoint was written.
     """
 
     history: list[dict[str, Any]]
@@ -38,34 +40,28 @@ class Training(NamedTuple):
     tokens: int
     seconds: float
     loss: float
-    interrupted: str | None
+    interrupted: int
 
 
 def check(args: argparse.Namespace) -> None:
-    """Raise UsageError for an ``--optimizer``, ``--scheduler`` or ``--report-to`` that cannot be used here.
+    """Raise UsageError for an ``--optimizer`` or ``--report-to`` that cannot be used here.
 
     Needs no model: what else the Trainer would find out after the model was loaded and solved.
     """
-    try:
-        get_scheduler(args.scheduler, torch.optim.SGD([torch.zeros(1)]), 0, 1)
-    except (ValueError, TypeError) as error:
-        raise UsageError(f"--scheduler {args.scheduler}: {one_line(error)}") from error
-    try:
+    unusable = (ValueError, ImportError, RuntimeError)
+    with explained(f"--optimizer {args.optimizer}", unusable):
         Trainer.get_optimizer_cls_and_kwargs(_arguments(args, blocks=1))
-    except (ValueError, ImportError, RuntimeError) as error:
-        raise UsageError(f"--optimizer {args.optimizer}: {one_line(error)}") from error
     for name in args.report_to:
-        try:
+        with explained(f"--report-to {name}", unusable):
             for callback in get_reporting_integration_callbacks([name]):
                 callback()
-        except (ValueError, ImportError, RuntimeError) as error:
-            raise UsageError(f"--report-to {name}: {one_line(error)}") from error
 
 
-def find_checkpoint(args: argparse.Namespace) -> Path | None:
-    """The checkpoint to go on from; None without ``--resume``.
+def find_checkpoint(args: argparse.Namespace, note: Callable[[str], None] = lambda text: None) -> Path | None:
+    """The checkpoint to go on from; None without ``--resume``, and for a run that ended before its first.
 
-    Every process must call this; the main one chooses, as it reads all files of the checkpoint.
+    Every process must call this; the main one chooses, as it reads all files of the checkpoint. ``note`` is
+    told where it is not the newest.
 
     Raises UsageError if there is none, or it was written with other options. The same sum of blocks over
     another number of processes is refused too: dropout draws from one generator a process, and with
@@ -73,8 +69,15 @@ def find_checkpoint(args: argparse.Namespace) -> Path | None:
     """
     if not args.resume:
         return None
+    newest = checkpoints.latest(args.output)
+    if newest is None and (args.output / config.FILE).is_file():
+        note(f"{args.output} has no complete checkpoint yet: the run starts from its beginning")
+        return None
     checkpoint = processes.on_main(checkpoints.to_resume, args.output)
     checkpoints.check(checkpoint, **_settings(args))
+    if checkpoint != newest:
+        damage = f"{newest.name} is damaged ({checkpoints.damaged(newest)} is not what was written)"
+        note(f"{damage}: the run continues from {checkpoint.name}")
     return checkpoint
 
 
@@ -89,17 +92,12 @@ def _arguments(args, blocks: int, **more) -> TrainingArguments:
         max_steps=-1 if args.steps is None else args.steps,
         num_train_epochs=args.epochs or 1,
         per_device_train_batch_size=args.batch_size,
-        gradient_accumulation_steps=args.gradient_accumulation_steps,
         # With a last batch that is smaller, N processes fill theirs up with blocks from the epoch's start.
         dataloader_drop_last=blocks >= args.batch_size * PartialState().num_processes,
         dataloader_pin_memory=not processes.use_cpu(),
-        learning_rate=args.learning_rate,
         lr_scheduler_type=args.scheduler,
         warmup_steps=args.warmup_ratio,  # below 1: the share of all steps
-        weight_decay=args.weight_decay,
-        max_grad_norm=args.max_grad_norm,
         optim=args.optimizer,
-        seed=args.seed,
         data_seed=args.seed,
         logging_steps=args.log_steps,
         logging_nan_inf_filter=False,  # or the loss that is shown skips the bad steps
@@ -107,12 +105,12 @@ def _arguments(args, blocks: int, **more) -> TrainingArguments:
         eval_strategy="steps",
         eval_steps=args.eval_steps or 2**31,  # without it: at the start and at the end only
         save_strategy="steps",
-        save_steps=args.save_steps,
         save_total_limit=None,  # see checkpoints.rotate
         report_to=args.report_to or "none",
         remove_unused_columns=False,
         use_cpu=processes.use_cpu(),
         disable_tqdm=True,
+        **{name: getattr(args, name) for name in _OF_THE_TRAINER},
         **more,
     )
 
@@ -127,11 +125,10 @@ class _Trainer(Trainer):
 
     def evaluate(self, *args, metric_key_prefix: str = "eval", **kwargs) -> dict[str, float]:
         """Perplexity and loss of every set, logged. Raises UsageError if one is not finite."""
-        begin = time.perf_counter()
-        model = self.model_wrapped if self.is_deepspeed_enabled else self.model
-        batch_size, metrics = self.args.per_device_train_batch_size, {}
+        begin, metrics = time.perf_counter(), {}
         for name, blocks in self.sets.items():
-            score = evaluation.likelihood(model, blocks, batch_size, self.args.device)
+            batch_size = self.args.per_device_train_batch_size
+            score = evaluation.likelihood(self.model, blocks, batch_size, self.args.device)
             metrics[f"{metric_key_prefix}_{name}_perplexity"] = score.perplexity
             metrics[f"{metric_key_prefix}_{name}_loss"] = score.loss
         self.log(metrics)
@@ -145,28 +142,16 @@ class _Trainer(Trainer):
         Not by the Trainer's own: that adds a pickle of its arguments, embeddings of the base, and under
         FSDP2 the whole model in the main process's memory (or nothing, with sharded checkpoints).
         """
-        if self.is_deepspeed_enabled:
-            super().save_model(output_dir, _internal_call)
-            return
         state = result.gathered(self.model)
         if self.args.should_save:
             model = self.accelerator.unwrap_model(self.model)
-            # "auto", the default, would look for the base's config.json to find out whether it was resized
-            model.save_pretrained(
-                output_dir or self.args.output_dir, state_dict=state, save_embedding_layers=False
-            )
+            result.write_adapter(model, Path(output_dir or self.args.output_dir), state)
 
     def _save_checkpoint(self, *args, **kwargs) -> None:
         # Private to the Trainer. Should a version not call it, a full disk ends in a traceback, and nothing
         # else changes: the marker is written by a callback.
         with checkpoints.written(self.output, f"checkpoint-{self.state.global_step}"):
             super()._save_checkpoint(*args, **kwargs)
-
-
-def _is_mixture(model) -> bool:
-    """Whether a step may leave adapters unused: those of experts."""
-    config = getattr(model, "config", None)
-    return any("expert" in name for name in (config.to_dict() if hasattr(config, "to_dict") else {}))
 
 
 def train(
@@ -188,13 +173,13 @@ def train(
     ``tokenizer`` is written beside the adapter. The main process calls ``watch(history)`` after each
     evaluation.
 
-    After a signal (see `signals`) it returns with ``interrupted`` and a checkpoint, but no adapter in
-    ``args.output``.
+    After a signal (see `callbacks.Request`) it returns with ``interrupted`` and a checkpoint, but no adapter
+    in ``args.output``.
 
     Raises UsageError if a loss or weight is not finite, something cannot be written, or the checkpoint was
     written with other options, data or base weights; KeyboardInterrupt at a second Ctrl-C.
     """
-    main, base = PartialState().is_main_process, model.get_base_model()
+    state, base = PartialState(), model.get_base_model()
     use_cache = getattr(base.config, "use_cache", True)
     base.config.use_cache = False  # a cache hides where documents begin
     trainer = _build(model, corpus, args, checkpoint)
@@ -205,13 +190,11 @@ def train(
         **fingerprint.facts(base.name_or_path),
         "engine": trainer.accelerator.distributed_type.value,
     }
-    earlier = {}
+    earlier = 0.0  # seconds
     if checkpoint is not None:
         checkpoints.check(checkpoint, **settings)
-        earlier = checkpoints.facts(checkpoint)
-    if main:
-        checkpoints.discard(args.output, checkpoint)
-    processes.wait()
+        earlier = checkpoints.facts(checkpoint)["seconds"]
+    processes.on_main(checkpoints.discard, args.output, checkpoint)
     if args.gradient_checkpointing:
         # Not by TrainingArguments: transformers renamed argument and method, and warns about the old names.
         enable = getattr(base, "activation_checkpointing_enable", None) or base.gradient_checkpointing_enable
@@ -219,32 +202,27 @@ def train(
     begin = time.perf_counter()
 
     def seconds():
-        return earlier.get("seconds", 0.0) + time.perf_counter() - begin - trainer.paused
+        return earlier + time.perf_counter() - begin - trainer.paused
 
     def mark(step):
-        with checkpoints.written(args.output, f"checkpoint-{step}"):
-            processes.wait()
-            if main:
-                checkpoints.mark(args.output / f"checkpoint-{step}", step=step, seconds=seconds(), **settings)
-        if main:  # with the new one safe: what goes wrong here must not remove it
+        folder = args.output / f"checkpoint-{step}"
+        with checkpoints.written(args.output, folder.name):
+            state.wait_for_everyone()
+            if state.is_main_process:
+                checkpoints.mark(folder, step=step, seconds=seconds(), **settings)
+        if state.is_main_process:  # with the new one safe: what goes wrong here must not remove it
             checkpoints.rotate(args.output, _KEPT)
 
-    request = signals.Request(alone=not processes.several(), speaks=main)
-    hooks = Hooks(request, mark, watch, saved=lambda: checkpoints.saved(args.output))
+    request = Request(alone=not processes.several(), speaks=state.is_main_process)
+    hooks = Hooks(request, mark, watch)
     trainer.add_callback(hooks)
     with request.heeded():
         finished = checkpoint is not None and _state_if_finished(checkpoint, args)
         if finished:
             trainer.state = finished
         else:
-            try:
+            with processes.peers_needed(lambda: checkpoints.saved(args.output)):
                 trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint))
-            except RuntimeError as error:
-                if not processes.is_lost_peer(error):
-                    raise
-                raise UsageError(f"another process has ended; {checkpoints.saved(args.output)}") from error
-            finally:
-                hooks.close()
         base.config.use_cache = use_cache
         stopped = processes.largest(hooks.agreed or request.signum)
         if not stopped:
@@ -255,9 +233,9 @@ def train(
         history=history,
         steps=trainer.state.global_step,
         tokens=int(trainer.state.num_input_tokens_seen),
-        seconds=earlier["seconds"] if finished else seconds(),
+        seconds=earlier if finished else seconds(),
         loss=_mean_loss(history),
-        interrupted=signal.Signals(stopped).name if stopped else None,
+        interrupted=stopped,
     )
 
 
@@ -266,7 +244,7 @@ def _build(model, corpus, args, checkpoint) -> _Trainer:
         args,
         blocks=len(corpus.train),
         eval_on_start=checkpoint is None,
-        ddp_find_unused_parameters=_is_mixture(model),
+        ddp_find_unused_parameters=has_experts(model),  # a step may leave an expert's adapter unused
     )
     if arguments.n_gpu > 1:
         arguments._n_gpu = 1  # or one process would train on all GPUs by DataParallel; there is no public way
@@ -290,7 +268,7 @@ def _build(model, corpus, args, checkpoint) -> _Trainer:
 
 def _state_if_finished(checkpoint: Path, args) -> TrainerState | None:
     """The state of a run that had done its last step. The Trainer would do one more if an epoch has more."""
-    state = TrainerState.load_from_json(str(checkpoint / _STATE))
+    state = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME))
     return state if state.global_step >= (args.steps or state.max_steps) else None
 
 

@@ -255,18 +255,3 @@ def test_bad_options(option, value, message, model_dir, run):
 def test_model_not_found(run):
     status, _, captured = run("./nowhere")
     assert (status, captured.err) == (2, "mica inspect: error: ./nowhere: no such file or folder\n")
-
-
-@pytest.mark.parametrize("with_json", [True, False])
-def test_reader_that_leaves_ends_the_table_only(with_json, model_dir, tmp_path, monkeypatch):
-    reader, writer = os.pipe()
-    os.close(reader)
-    measured, measure = [], spectra.measure
-    monkeypatch.setattr(spectra, "measure", lambda *args: (measured.append(1), measure(*args))[1])
-    options = ["--json", str(tmp_path / "table.json")] if with_json else []
-    with os.fdopen(writer, "w") as stdout:
-        monkeypatch.setattr(sys, "stdout", stdout)
-        assert main(["inspect", str(model_dir), "--rank", "4", *options]) == 0
-        monkeypatch.undo()
-    assert len(measured) == (14 if with_json else 1)
-    assert (tmp_path / "table.json").exists() == with_json

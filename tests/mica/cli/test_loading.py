@@ -10,6 +10,7 @@ import torch
 
 from mica.cli.loading import find_device, find_source, load_model, load_tokenizer, skeleton, suit_processor
 from mica.errors import UsageError
+from mica.paths.products import Slowdown
 from tests.support import models
 from tests.support.adapt_results import working_in
 from tests.support.processes import ROOT
@@ -31,6 +32,22 @@ def test_a_quantised_checkpoint_keeps_its_dtype(monkeypatch):
     model = tiny_llama().bfloat16()
     model.is_quantized = True
     assert "quantised and computes in bfloat16" in suit_processor(model, "auto")
+    assert model.dtype == torch.bfloat16
+
+
+BUSY = "a small product of matrices takes many times float32's time"
+
+
+@pytest.mark.parametrize("is_busy", [False, True])
+def test_an_explicit_dtype_is_kept_and_its_cost_said(is_busy, monkeypatch):
+    monkeypatch.setattr("mica.cli.loading.has_native", lambda dtype: False)
+    monkeypatch.setattr("mica.cli.loading.slowdown", lambda dtype: Slowdown(12.2, 398.0, is_busy))
+    model = tiny_llama().bfloat16()
+    cost = BUSY if is_busy else "12 times float32's time in a forward and 398 times in a backward"
+    said = suit_processor(model, "bfloat16")
+    assert said.startswith("--dtype bfloat16: this processor has no bfloat16 instructions")
+    assert cost in said
+    assert "--dtype float32 is quicker" in said
     assert model.dtype == torch.bfloat16
 
 

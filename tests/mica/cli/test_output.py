@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 from safetensors import SafetensorError
@@ -25,16 +26,20 @@ def test_a_file_is_written_whole_or_not_at_all(tmp_path):
 
 
 def test_a_folder_is_replaced_whole_or_not_at_all(tmp_path, monkeypatch):
+    def part(name, error=None):
+        def save_pretrained(folder):
+            (folder / name).touch()
+            if error:
+                raise error
+
+        return SimpleNamespace(save_pretrained=save_pretrained)
+
     path = tmp_path / "a" / "merged"
-    output.write_folder("--merge", path, lambda scratch: (scratch / "old").touch())
+    output.write_folder("--merge", path, part("old"))
     (tmp_path / "a" / ".merged.partial").mkdir()  # of a run that was killed
-
-    def full_disk(scratch):
-        (scratch / "half").touch()
-        raise SafetensorError("I/O error: No space left on device (os error 28)")
-
+    full = SafetensorError("I/O error: No space left on device (os error 28)")
     with pytest.raises(UsageError, match=r"--merge .*merged: cannot be written: I/O .*; the rest is there$"):
-        output.write_folder("--merge", path, full_disk, "; the rest is there")
+        output.write_folder("--merge", path, part("half", full), kept="; the rest is there")
     assert [file.name for file in path.iterdir()] == ["old"]
 
     def gone(self, target):
@@ -45,12 +50,12 @@ def test_a_folder_is_replaced_whole_or_not_at_all(tmp_path, monkeypatch):
     rename = type(path).rename
     monkeypatch.setattr(type(path), "rename", gone)
     with pytest.raises(UsageError, match="Input/output error"):
-        output.write_folder("--merge", path, lambda scratch: (scratch / "new").touch())
+        output.write_folder("--merge", path, part("new"))
     assert [file.name for file in path.iterdir()] == ["old"]
     monkeypatch.undo()
 
-    output.write_folder("--merge", path, lambda scratch: (scratch / "new").touch())
-    assert [file.name for file in path.iterdir()] == ["new"]
+    output.write_folder("--merge", path, part("new"), part("newer"), card="a card")
+    assert sorted(file.name for file in path.iterdir()) == ["README.md", "new", "newer"]
     assert [folder.name for folder in path.parent.iterdir()] == ["merged"]
 
 
@@ -64,19 +69,22 @@ def test_first_sentences():
     assert {message: output.first_sentences(message) for message in messages} == messages
 
 
-@pytest.mark.parametrize(
-    ("command", "parts"),
-    [
-        ("doctor", ["--json"]),
-        ("inspect", ["MODEL", "--rank", "--target-modules", "--plot", "--json", "default: 16"]),
-        ("transfer", ["--adapter", "--to", "--output"]),
-    ],
-)
-def test_help_needs_no_torch(command, parts):
+HELP = {
+    "adapt": ["frozen weights: auto, float32, bfloat16 or float16"],
+    "doctor": ["--json"],
+    "inspect": ["MODEL", "--rank", "--target-modules", "--plot", "--json", "default: 16"],
+    "transfer": ["--adapter", "--to", "--output"],
+}
+
+
+def test_help_needs_no_torch():
     code = (
-        f"import sys; from mica.cli import main; status = main(['{command}', '--help']); print(status, [name "
-        "for name in ('torch', 'transformers', 'packaging', 'matplotlib') if name in sys.modules])"
+        f"import sys; from mica.cli import main; [print(main([c, '--help']), '---') for c in {list(HELP)}]; "
+        "print([n for n in ('torch', 'transformers', 'packaging', 'matplotlib') if n in sys.modules])"
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert result.stdout.splitlines()[-1] == "0 []"
-    assert [part for part in parts if part not in result.stdout] == []
+    *texts, loaded = " ".join(result.stdout.split()).split(" ---")
+    assert loaded.strip() == "[]"
+    for text, parts in zip(texts, HELP.values(), strict=True):
+        assert text.endswith(" 0")
+        assert [part for part in parts if part not in text] == []

@@ -149,13 +149,6 @@ def test_overwrite_deletes_neither_model_nor_adapter(copies, capsys):
     assert (adapter / "adapter_model.safetensors").exists()
 
 
-@pytest.mark.parametrize("argv", ["--adapter a --to b", "--adapter a --output b", "--to a --output b",
-                                  "--adapter a --to b --output c --dtype int4"])  # fmt: skip
-def test_arguments(argv, capsys):
-    assert main(["transfer", *argv.split()]) == 2
-    assert capsys.readouterr().err.startswith("mica transfer: error: ")
-
-
 def test_adapters_that_are_refused(copies, tmp_path, refused):
     adapter, chat, out = copies
     refused(tmp_path / "no", chat, out, "no such folder")

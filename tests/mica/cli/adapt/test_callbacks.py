@@ -1,20 +1,20 @@
-"""The callback alone, with made-up states of a Trainer."""
+"""The callback alone, with made-up states of a Trainer, and signals that this process sends to itself."""
 
-import io
 import math
-import sys
+import os
+import signal
 from types import SimpleNamespace
 
 import pytest
 import torch
 from transformers import TrainerControl, TrainerState
 
-from mica.cli.adapt.callbacks import Hooks
-from mica.cli.adapt.signals import Request
+from mica.cli.adapt.callbacks import SIGNALS, Hooks, Request
 from mica.errors import UsageError
 from tests.support.adapt_runs import fresh_state  # noqa: F401 (a fixture)
 
-ARGS = SimpleNamespace(learning_rate=3e-3)
+ARGS = SimpleNamespace(learning_rate=3e-3, output_dir="nowhere")
+INT, TERM = SIGNALS
 
 
 def state(step=10, main=True):
@@ -24,7 +24,7 @@ def state(step=10, main=True):
 def begun(main=True, calls=None):
     """Hooks of a run that has begun; marks and watches are appended to ``calls``."""
     note = (calls if calls is not None else []).append
-    hooks = Hooks(Request(alone=True, speaks=False), note, note, lambda: "nothing was saved")
+    hooks = Hooks(Request(alone=True, speaks=False), note, note)
     hooks.on_train_begin(ARGS, state(0, main), None)
     return hooks
 
@@ -35,19 +35,10 @@ def at_step(hooks, step=10, model=None, **control):
     return made
 
 
-class Terminal(io.StringIO):
-    def isatty(self):
-        return True
-
-
-@pytest.mark.parametrize("kind", [Terminal, io.StringIO])
 @pytest.mark.parametrize("main", [True, False])
-def test_progress(monkeypatch, kind, main):
-    screen = kind()
-    monkeypatch.setattr(sys, "stderr", screen)
+def test_progress(monkeypatch, main, capsys):
     clock = SimpleNamespace(perf_counter=iter([5, 65, 125]).__next__)
     monkeypatch.setattr("mica.cli.adapt.callbacks.time", clock)
-    Hooks(None, None, None, None).close()  # before the training has begun
     hooks = begun(main)
     hooks.on_log(ARGS, state(0, main), None, logs={"eval_held_out_perplexity": 7.77})
     for step, perplexity in ((20, 6.25), (40, 5.75)):
@@ -56,9 +47,6 @@ def test_progress(monkeypatch, kind, main):
         measured = {"eval_held_out_perplexity": perplexity, "eval_retain_perplexity": 9.5}
         hooks.on_log(ARGS, state(step, main), None, logs=measured)
     hooks.on_log(ARGS, state(40, main), None, logs={"train_loss": 2.5})  # the Trainer's own end
-    hooks.close()
-    shown = screen.getvalue()
-    lines = [line for line in shown.replace("\r", "\n").splitlines() if line.startswith("step ")]
     expected = [
         "step 0/40: held-out perplexity 7.77",
         "step 20/40: loss 2.500, lr 1.00e-03, 01:00 left",
@@ -66,8 +54,7 @@ def test_progress(monkeypatch, kind, main):
         "step 40/40: loss 2.500, lr 1.00e-03, 00:00 left",
         "step 40/40: held-out perplexity 5.75, retained perplexity 9.50",
     ]
-    assert lines == (expected if main else [])
-    assert ("Training" in shown and "2/40" in shown) == (main and kind is Terminal)
+    assert capsys.readouterr().err.splitlines() == (expected if main else [])
 
 
 def test_the_last_step_is_evaluated():
@@ -103,3 +90,40 @@ def test_marking_and_watching():
         hooks.on_save(ARGS, state(main=main), None)
         hooks.on_evaluate(ARGS, state(main=main), None)
     assert calls == [10, ["a"], 10]
+
+
+def send(*signums):
+    for signum in signums:
+        os.kill(os.getpid(), signum)  # Python runs the handler before the call returns to bytecode
+
+
+@pytest.mark.parametrize("speaks", [True, False])
+def test_a_request_is_noted_once_and_announced_once(speaks, capfd):
+    before, request = [signal.getsignal(signum) for signum in SIGNALS], Request(alone=False, speaks=speaks)
+    with request.heeded():
+        assert request.signum == 0
+        send(TERM, INT, INT, TERM)
+    assert request.signum == TERM
+    assert [signal.getsignal(signum) for signum in SIGNALS] == before
+    said = "\nmica adapt: SIGTERM: finishing this step and saving a checkpoint\n"
+    assert capfd.readouterr().err == said * speaks
+
+
+def test_a_second_ctrl_c_stops_at_once_but_no_second_sigterm(capfd):
+    request = Request(alone=True, speaks=True)
+    with request.heeded():
+        send(INT, TERM)
+        with pytest.raises(KeyboardInterrupt):
+            send(INT)
+    assert request.signum == INT
+    assert capfd.readouterr().err.endswith("; Ctrl-C again stops at once\n")
+
+
+def test_a_signal_that_was_ignored_stays_ignored():
+    before = signal.signal(INT, signal.SIG_IGN)  # nohup does so
+    try:
+        with Request(alone=True, speaks=True).heeded() as request:
+            send(INT)
+        assert request.signum == 0
+    finally:
+        signal.signal(INT, before)

@@ -2,12 +2,10 @@
 
 import errno
 import json
-import os
-from contextlib import suppress
 
 import pytest
 
-from mica.cli.adapt import checkpoints
+from mica.cli.adapt import checkpoints, fingerprint
 from mica.errors import UsageError
 
 ADAPTER, SHARD = "adapter_model.safetensors", "optimizer_0/shard.distcp"
@@ -80,7 +78,7 @@ def test_damage_that_keeps_the_size_is_found_before_one_is_resumed(tmp_path, mon
     message = rf"checkpoint-2 is damaged \({SHARD}\) and checkpoint-1 is damaged \({ADAPTER}\)"
     with pytest.raises(UsageError, match=message):
         checkpoints.to_resume(tmp_path)
-    monkeypatch.setattr(checkpoints, "_hash", lambda path: pytest.fail("read by a look for checkpoints"))
+    monkeypatch.setattr(fingerprint, "of_file", lambda path: pytest.fail("read by a look for checkpoints"))
     assert checkpoints.latest(tmp_path) == newer
     checkpoints.rotate(tmp_path, 2)
 
@@ -131,23 +129,6 @@ def test_the_last_complete_ones_are_kept(tmp_path):
     make(tmp_path, 20, marked=False)  # not one of those that are kept, nor anyone's to remove here
     checkpoints.rotate(tmp_path, 2)
     assert steps(tmp_path) == [10, 15, 20]
-
-
-def test_a_second_ctrl_c_while_old_ones_are_removed_is_no_failure_to_write(tmp_path, monkeypatch):
-    """Between two lines of Python 3.11's rmtree, which then raises that a file descriptor is bad."""
-    make(tmp_path, 5), make(tmp_path, 10)
-    close = os.close
-
-    def interrupted(descriptor):
-        monkeypatch.setattr(os, "close", close)
-        close(descriptor)
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(os, "close", interrupted)
-    with suppress(KeyboardInterrupt):  # other versions
-        checkpoints.rotate(tmp_path, 1)
-    assert os.close is close
-    assert checkpoints.latest(tmp_path) == tmp_path / "checkpoint-10"
 
 
 def test_resume_without_a_checkpoint_is_refused(tmp_path):

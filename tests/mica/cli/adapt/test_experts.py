@@ -1,4 +1,4 @@
-"""``mica adapt``, ``transfer`` and ``inspect`` on mixtures, and what holds for a dense model as well."""
+"""``mica adapt``, ``transfer`` and ``inspect`` on mixtures."""
 
 import json
 import re
@@ -21,17 +21,15 @@ from tests.support.adapt_results import (
     summary,
     unfinished,
     weights,
-)  # fmt: skip
+)
 from tests.support.adapt_runs import Process
 from tests.support.moe_models import BUILDERS
 from tests.support.tiny_cli import TEXT, adapt, tiny_llama
 
-KINDS = ["qwen3_moe", "mixtral", "gpt_oss"]
+KINDS = ["qwen3_moe", "gpt_oss"]  # the latter with biases, and its stacks transposed
 
 
 def write_model(folder, kind, seed=0, **options):
-    if kind == "dense":
-        return saved(tiny_llama(), folder)
     return saved(BUILDERS[kind](seed=seed, vocab_size=257, max_position_embeddings=128, **options), folder)
 
 
@@ -42,7 +40,7 @@ def text(tmp_path_factory):
     return path
 
 
-@pytest.fixture(scope="module", params=["dense", *KINDS])
+@pytest.fixture(scope="module", params=KINDS)
 def made(request, text, tmp_path_factory):
     """A model and the folder of its whole run: 12 steps, a checkpoint every 4, the merged model."""
     folder = tmp_path_factory.mktemp(request.param)
@@ -52,15 +50,11 @@ def made(request, text, tmp_path_factory):
     return request.param, folder / "base", folder / "run"
 
 
-on_mixtures = pytest.mark.parametrize("made", KINDS, indirect=True, scope="module")
-
-
 def routers(folder):
     whole = weights(folder, "model")
     return {name: weight for name, weight in whole.items() if ".gate." in name or "router" in name}
 
 
-@on_mixtures
 def test_experts_are_adapted_and_the_router_is_not(made):
     _, base, run = made
     adapted = weights(run)
@@ -107,7 +101,7 @@ def test_stopped_by_a_signal_it_says_how_to_continue(made, text, tmp_path, capsy
             signal.raise_signal(signum)
 
     kind, base, run = made
-    signum = signal.SIGTERM if kind == "dense" else signal.SIGINT
+    signum = signal.SIGTERM if kind == "gpt_oss" else signal.SIGINT
     output = tmp_path / "out"
     monkeypatch.setattr("mica.cli.adapt.callbacks.Hooks.on_step_begin", interrupted, raising=False)
     assert adapt(base, text, output, "--save-steps", 4, "--workers", 1) == 128 + signum
@@ -121,10 +115,9 @@ def test_stopped_by_a_signal_it_says_how_to_continue(made, text, tmp_path, capsy
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", KINDS[:2])
-def test_killed_and_resumed(kind, text, tmp_path):
+def test_killed_and_resumed(text, tmp_path):
     """With -9, behind its first checkpoint, wherever it is then."""
-    base = write_model(tmp_path / "base", kind)
+    base = write_model(tmp_path / "base", "mixtral")
     steps = ["--rank", "4", "--steps", "60", "--sequence-length", "32", "--save-steps", "4", "--workers", "1"]
     argv = ["adapt", "--model", str(base), "--text", str(text), *steps, "--learning-rate", "0.02", "--output"]
     killed = Process(main, [*argv, str(tmp_path / "killed")], folder=tmp_path)
@@ -151,7 +144,6 @@ def test_from_an_adapter(made, text, tmp_path, monkeypatch):
     assert second["origins"]["rank"] == "adapter"
 
 
-@on_mixtures
 def test_transfer_to_a_sibling(made, tmp_path, capsys):
     kind, base, run = made
     sibling = write_model(tmp_path / "chat", kind, seed=5)
@@ -169,7 +161,6 @@ def test_transfer_to_a_sibling(made, tmp_path, capsys):
     assert "it has 8 x " in error
 
 
-@on_mixtures
 def test_inspect_lists_stacks_and_no_router(made, capsys, tmp_path):
     kind, base, _ = made
     assert main(["inspect", str(base), "--rank", "4", "--json", str(tmp_path / "table.json")]) == 0
@@ -191,11 +182,10 @@ def test_inspect_lists_stacks_and_no_router(made, capsys, tmp_path):
     assert "of expert " in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("kind", ["nf4", "int8"])
-def test_over_a_quantised_base(kind, text, tmp_path):
+def test_over_a_quantised_base(text, tmp_path):
     """Quantised are the layers; stacks of experts stay as they are, and all is merged into what it was."""
     base, output = write_model(tmp_path / "base", "qwen3_moe"), tmp_path / "out"
-    options = ["--quantize", kind, "--dtype", "float32", "--merge", "--workers", 1]
+    options = ["--quantize", "nf4", "--dtype", "float32", "--merge", "--workers", 1]
     assert adapt(base, text, output, *options) == 0
     assert summary(output)["perplexity_after"] < summary(output)["perplexity_before"]
     assert same(routers(base), routers(output / "merged"))

@@ -3,6 +3,7 @@
 import json
 import shutil
 import struct
+from types import SimpleNamespace
 
 import pytest
 from safetensors.torch import load_file, save_file
@@ -78,7 +79,8 @@ def test_little_of_100_gb_is_read(tmp_path, monkeypatch):
     with (tmp_path / "model.safetensors").open("wb") as file:
         file.write(struct.pack("<Q", len(header)) + header)
         file.truncate(8 + len(header) + size * number)  # a hole, which takes no space
-    read, pieces = [], fingerprint._pieces
-    monkeypatch.setattr(fingerprint, "_pieces", lambda *args: read.extend(pieces(*args)) or read[-2:])
+    read = []
+    hashed = SimpleNamespace(update=lambda part: read.append(len(part)), hexdigest=lambda: "")
+    monkeypatch.setattr("hashlib.blake2b", lambda *_, **__: hashed)
     assert of(tmp_path) is not None
-    assert sum(map(len, read)) == number * 2 * fingerprint.PIECE < 10**7
+    assert sum(read) == len(header) + number * 2 * fingerprint.PIECE < 10**7

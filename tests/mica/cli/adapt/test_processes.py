@@ -3,15 +3,18 @@
 import os
 import signal
 import sys
-import time
+from unittest.mock import Mock
 
+import datasets
+import filelock
 import pytest
 import torch
 import torch.distributed as dist
 from peft import PeftModel
 
-from mica.cli.adapt import checkpoints, processes
+from mica.cli.adapt import checkpoints, processes, tokens
 from mica.cli.adapt.evaluation import likelihood
+from mica.cli.adapt.sources import find
 from mica.errors import UsageError
 from tests.support.adapt_runs import (
     Process,
@@ -26,7 +29,7 @@ from tests.support.adapt_runs import (
     weights,
 )
 from tests.support.adapt_settings import settings
-from tests.support.tiny_cli import logits, tiny_llama
+from tests.support.tiny_cli import byte_tokenizer, logits, tiny_llama
 
 pytestmark = pytest.mark.slow
 
@@ -49,21 +52,17 @@ def meet(data):
         "printed": sys.stdout.name,
         "score": likelihood(tiny_llama(), data, 2),
     }
-    processes.agree(None)
     assert processes.alike("a", "folder") == "a"
     with pytest.raises(UsageError, match="folder: not the same"):
         processes.alike(state.process_index, "folder")
-    for name, failing in (("agree", 1), ("on_main", 0)):
-        error = UsageError(f"of {failing}") if state.process_index == failing else None
-
-        def fail(error=error):
-            raise error
-
+    for name in ("agreed", "on_main"):
         try:
-            processes.agree(error) if name == "agree" else processes.on_main(fail)
-        except UsageError as raised:
+            with processes.agreed():  # and so twice, but they meet once
+                if name == "agreed" and state.process_index == 1:
+                    raise UsageError("of 1")
+                processes.on_main(int, "of 0" if name == "on_main" else "0")
+        except (UsageError, ValueError) as raised:
             found[name] = str(raised)
-    processes.wait()
     return found
 
 
@@ -74,7 +73,8 @@ def test_two_processes(tmp_path):
     for found in (first, second):
         assert (found["backend"], found["device"], found["largest"]) == ("gloo", "cpu", 7)
         assert found["from main"] == ["a", 0]
-        assert (found["agree"], found["on_main"]) == ("of 1", "of 0")
+        assert found["agreed"] == "of 1"
+        assert "'of 0'" in found["on_main"]
         alone = likelihood(tiny_llama(), data, 2)
         assert found["score"].tokens == alone.tokens
         assert found["score"].nll == pytest.approx(alone.nll, rel=1e-6)
@@ -87,22 +87,36 @@ def test_one_process_is_not_a_group(monkeypatch):
     assert not dist.is_initialized()
     assert processes.largest(3) == 3
     assert processes.on_main(lambda: 4) == 4
-    with pytest.raises(UsageError, match="x"), processes.errors_once():
-        processes.agree(UsageError("x"))
+    with pytest.raises(UsageError, match="x"), processes.one_voice(), processes.agreed():
+        raise UsageError("x")
     processes.finish()
 
 
-def fail_alike(different):
+def fail(failing):
     state = processes.start()
-    processes.wait()
-    time.sleep(0.2 * state.process_index)
-    raise UsageError(f"--text x.csv: no{state.process_index if different else ''}")
+    if state.process_index in failing:
+        raise UsageError("--text x.csv: no")
+    processes.on_main(print)
 
 
-@pytest.mark.parametrize(("different", "lines"), [(False, ["no"]), (True, ["no0", "no1"])])
-def test_an_error_of_all_is_printed_once(tmp_path, different, lines):
-    errors = two(fail_alike, different, folder=tmp_path, statuses=(2, 2)).errors()
-    assert errors.splitlines() == [f"error: --text x.csv: {line}" for line in lines]
+@pytest.mark.parametrize("failing", [[0, 1], [0], [1]])
+def test_an_error_is_printed_once(tmp_path, failing):
+    errors = two(fail, failing, folder=tmp_path, statuses=(2, 2)).errors()
+    assert errors == "error: --text x.csv: no\n"
+
+
+def cannot_lock(path):
+    datasets.config.HF_DATASETS_CACHE = path.parent
+    if processes.start().is_main_process:
+        filelock.FileLock.acquire = Mock(side_effect=OSError(28, "No space left on device"))
+    tokens.tokenize(find("--text", [path]), byte_tokenizer())
+
+
+def test_an_error_that_all_know_may_be_told_in_other_words(tmp_path):
+    (tmp_path / "a.txt").write_text("a")
+    errors = two(cannot_lock, tmp_path / "a.txt", folder=tmp_path, statuses=(2, 2)).errors()
+    assert errors.endswith("mica-tokens: No space left on device\n")
+    assert errors.count("\n") == 1
 
 
 def test_two_processes_learn_as_one_with_twice_the_batch(tmp_path):
@@ -130,12 +144,12 @@ def test_two_processes_learn_as_one_with_twice_the_batch(tmp_path):
     assert not [line for line in errors.splitlines() if "step" in line or "warn" in line.lower()]
 
 
-@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_stops_both_at_one_step(tmp_path, signum):
+def test_a_signal_stops_both_at_one_step(tmp_path):
+    signum = signal.SIGTERM
     args = settings(tmp_path / "out", batch_size=2, save_steps=100)
     started = two(run_signalled, args, signum, [4, 5], folder=tmp_path)
     first, second = started.results()
-    assert first.interrupted == second.interrupted == signum.name
+    assert first.interrupted == second.interrupted == signum
     assert first.steps == second.steps < 8
     assert checkpoints.latest(args.output) == args.output / f"checkpoint-{first.steps}"
     assert started.errors().count("finishing this step") == 1

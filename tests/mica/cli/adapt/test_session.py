@@ -7,6 +7,7 @@ import re
 import shutil
 import signal
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from transformers import OPTConfig, OPTForCausalLM
 
 from mica.cli.adapt import checkpoints, folder, training
+from mica.errors import UsageError
 from tests.support.adapt_results import command, resume, same, saved, summary, unfinished, weights
 from tests.support.tiny_cli import TEXT, adapt, logits
 from tests.support.tiny_gguf import write_tiny_gguf
@@ -68,11 +70,12 @@ def edit(path: Path, *changes: tuple[str, str]) -> None:
     path.write_text(text, encoding="utf-8")
 
 
-def test_odd_settings_are_noted(paper, tmp_path, capsys):
+def test_odd_settings_are_noted(paper, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("mica.cli.adapt.corpus.check", Mock(side_effect=UsageError("so far")))
     shutil.copy(paper / "run.yaml", tmp_path)
     edit(tmp_path / "run.yaml", ("processes: 1  #", "processes: 4  #"))
     argv = ["--config", tmp_path / "run.yaml", "--output", tmp_path / "out", "--steps", 1]
-    assert command(*argv, "--learning-rate", "0.2") == 0
+    assert command(*argv, "--learning-rate", "0.2") == 2
     notes = [line for line in capsys.readouterr().err.splitlines() if "note: " in line]
     assert len(notes) == 2
     assert "note: --learning-rate 0.2: very high" in notes[0]
@@ -130,16 +133,20 @@ def test_resume_after_run_yaml_was_edited_is_refused(paper, tmp_path, capsys):
     assert same(weights(paper), weights(output))
 
 
-@pytest.mark.parametrize(
-    "file",
-    ["adapter_model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json"],
-)
-def test_resume_takes_the_checkpoint_before_a_damaged_one(paper, tmp_path, capsys, file):
+FILES = ["adapter_model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json"]
+
+
+def test_resume_takes_the_checkpoint_before_a_damaged_one(paper, tmp_path, capsys):
     def damage(path):
         path.write_bytes(random.Random(0).randbytes(path.stat().st_size))
 
     output = unfinished(paper, tmp_path / "out", last=12)
-    damage(output / "checkpoint-12" / file)
+    for file in FILES:
+        kept = (output / "checkpoint-12" / file).read_bytes()
+        damage(output / "checkpoint-12" / file)
+        assert checkpoints.damaged(output / "checkpoint-12") == file
+        if file != FILES[-1]:
+            (output / "checkpoint-12" / file).write_bytes(kept)
     assert resume(output) == 0
     said = f"checkpoint-12 is damaged ({file} is not what was written): the run continues from checkpoint-8"
     assert said in capsys.readouterr().err
@@ -185,11 +192,17 @@ def test_resume_of_nothing_is_refused(model_dir, rows, tmp_path, capsys):
     assert f"required: --model, --text ({none} has no run.yaml)" in capsys.readouterr().err
 
 
-def test_ctrl_c_before_the_training_is_one_line(model_dir, rows, tmp_path, capsys, monkeypatch):
+def test_a_signal_before_the_training_ends_it_at_once(model_dir, rows, tmp_path, capsys, monkeypatch):
+    before = signal.getsignal(signal.SIGTERM)
     monkeypatch.setattr("mica.cli.adapt.adapter.start", lambda *_: signal.raise_signal(signal.SIGINT))
     assert adapt(model_dir, rows, tmp_path / "out") == 130
     assert capsys.readouterr().err.splitlines()[-1] == "mica adapt: stopped"
     assert not (tmp_path / "out").exists()
+    monkeypatch.setattr("mica.cli.adapt.adapter.start", lambda *_: signal.raise_signal(signal.SIGTERM))
+    with pytest.raises(SystemExit, match="143"):
+        adapt(model_dir, rows, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    assert signal.getsignal(signal.SIGTERM) == before
 
 
 def test_overwrite_leaves_nothing_of_the_run_before(model_dir, rows, tmp_path):

@@ -1,16 +1,14 @@
-"""Exactly the tokens of the text, whatever the number of processes; and never twice the same work."""
+"""Exactly the tokens of the text, whatever the number of threads; and never twice the same work."""
 
 import multiprocessing
 import os
-import pickle
 import re
 import shutil
-import time
-from functools import partialmethod
+import subprocess
+import sys
 
 import datasets
 import numpy as np
-import psutil
 import pytest
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
@@ -19,6 +17,7 @@ from mica.cli.adapt import tokens
 from mica.cli.adapt.sources import find
 from mica.errors import UsageError
 from tests.support.adapt_texts import ROWS, write
+from tests.support.processes import ROOT
 from tests.support.tiny_cli import byte_tokenizer
 
 TEXTS = [row["text"] for row in ROWS]
@@ -54,25 +53,18 @@ def finished(cache) -> list[str]:
     return sorted(entry.name for entry in cache.iterdir() if entry.is_dir())
 
 
-@pytest.mark.parametrize("workers", [1, 2])
-def test_tokens_are_those_of_the_text(tmp_path, monkeypatch, workers):
+def test_tokens_are_those_of_the_text(tmp_path, monkeypatch):
     monkeypatch.setattr(tokens, "PIECE", 23)
     monkeypatch.setattr(tokens, "BATCH", 101)
     extra = ["", " \n ", TEXTS[3], "", "x" * 23 + " " * 30, " " * 50]  # white space in pieces is text
     path = write(tmp_path / "a.jsonl", [*ROWS, *({"text": text} for text in extra)])
-    call, here = PreTrainedTokenizerFast.__call__, []
-    with monkeypatch.context() as watched:
-        watch = partialmethod(lambda *args, **more: here.append(args) or call(*args, **more))
-        watched.setattr(PreTrainedTokenizerFast, "__call__", watch)
-        result = tokenized(path, workers=workers)
-    assert (len(here) == tokens.SMALL) == (workers == 2)  # the rest is not tokenised in this process
+    result = tokenized(path)
     assert documents(result) == oracle([*TEXTS, TEXTS[3], *extra[-2:]])
     assert (result.empty, result.largest, result.cached, result.ids.dtype) == (3, 256, False, np.uint16)
     assert result.digests.dtype == np.uint64
     assert len(set(result.digests.tolist())) == 32
     assert result.digests[3] == result.digests[30]
     assert {file.name for file in result.folder.iterdir()} == {"facts.npz", "tokens.bin"}
-    assert (pickle.loads(pickle.dumps(result)).ids == result.ids).all()
 
 
 def test_a_tokenizer_without_eos_and_a_large_vocabulary(tmp_path):
@@ -172,28 +164,8 @@ def test_two_runs_at_once(path, cache):
     assert found[0][1] == found[1][1] == oracle(TEXTS)
 
 
-def _slow(path, pids):
-    tokens.SMALL, tokens.BATCH = 0, 101
-    PreTrainedTokenizerFast.__call__ = lambda *args, **more: pids.put(os.getpid()) or time.sleep(600)
-    tokenized(path, workers=2)
-
-
-def test_workers_end_with_a_run_that_is_killed(path):
-    context = multiprocessing.get_context("fork")
-    pids = context.Queue()
-    run = context.Process(target=_slow, args=(path, pids))
-    run.start()
-    workers = [psutil.Process(pids.get(timeout=60)) for _ in range(2)]
-    run.kill()
-    assert not psutil.wait_procs(workers, timeout=30)[1]
-
-
 def _full(*args):
     raise OSError(28, "No space left on device")
-
-
-def _killed(batch):
-    os._exit(9)
 
 
 @pytest.mark.parametrize(
@@ -201,13 +173,8 @@ def _killed(batch):
     [
         ([{"text": " "}, {"text": ""}], {}, "no text in it (2 empty documents)"),
         ([{"text": "a"}, {"text": 1}], {}, "row 2"),
-        (ROWS, {"_start": _full}, "No space left on device"),
-        (ROWS, {"_ids": _killed, "islice": lambda *args: ()}, "tokenising in 2 processes failed: A process"),
-        (
-            ROWS,
-            {"_build": lambda source, *args: source.files[0].write_text("x")},
-            "changed while it was read",
-        ),
+        (ROWS, {"_tokenised": _full}, "No space left on device"),
+        (ROWS, {"_build": lambda source, *_: source.files[0].write_text("x")}, "changed while it was read"),
     ],
 )
 def test_what_fails_leaves_nothing(tmp_path, cache, monkeypatch, rows, replaced, message):
@@ -215,13 +182,29 @@ def test_what_fails_leaves_nothing(tmp_path, cache, monkeypatch, rows, replaced,
     for name, by in replaced.items():
         monkeypatch.setattr(tokens, name, by)
     with pytest.raises(UsageError, match=f"^--text {path}: .*{re.escape(message)}"):
-        tokenized(path, workers=2)
+        tokenized(path)
     assert not finished(cache)
 
 
-def test_default_workers(monkeypatch):
-    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(64)), raising=False)
-    assert tokens.default_workers() == 16
-    monkeypatch.delattr(os, "sched_getaffinity")
-    monkeypatch.setattr(os, "cpu_count", lambda: 3)
-    assert tokens.default_workers() == 3
+@pytest.mark.slow
+def test_workers_are_threads_of_the_tokenizer(tmp_path):
+    code = """
+import sys
+from pathlib import Path
+from tokenizers import Tokenizer, models
+from transformers import PreTrainedTokenizerFast
+import datasets
+from mica.cli.adapt import tokens
+from mica.cli.adapt.sources import find
+tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.BPE(vocab={"a": 0}, merges=[])))
+datasets.config.HF_DATASETS_CACHE = sys.argv[1] + "/cache"
+threads = lambda: len(list(Path("/proc/self/task").iterdir()))
+before = threads()
+[made] = tokens.tokenize(find("--text", [sys.argv[1] + "/a.txt"]), tokenizer, workers=7)
+print(len(made.ids), 7 <= threads() - before <= 9)
+"""
+    (tmp_path / "a.txt").write_text("a" * 50_000)
+    own = {"TOKENIZERS_PARALLELISM": "true", "TQDM_DISABLE": "1"}  # the other tests have none
+    command, options = [sys.executable, "-c", code, tmp_path], {"capture_output": True, "text": True}
+    done = subprocess.run(command, cwd=ROOT, env=os.environ | own, **options)
+    assert done.stdout == "50000 True\n", done.stderr

@@ -13,11 +13,11 @@ from tests.support.adapt_settings import settings
 
 pytestmark = pytest.mark.slow
 
-KILLS, STEPS = 5, 100
+KILLS, STEPS = 3, 60
 
 
 @pytest.mark.parametrize("count", [1, 2])
-def test_killed_five_times(tmp_path, count):
+def test_killed_three_times(tmp_path, count):
     seed = random.randrange(2**32)
     print(f"seed {seed}")  # shown if the test fails
     draw = random.Random(seed)
