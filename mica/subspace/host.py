@@ -7,6 +7,8 @@ Cholesky 0.27 against 0.41 s, and everything in n² numbers instead of three tim
 To be called within ``threads.one_pool``.
 """
 
+from collections.abc import Sequence
+
 import numpy as np
 import torch
 
@@ -36,13 +38,21 @@ def partial_eigenvectors(matrix: np.ndarray, count: int) -> np.ndarray:
     return lapack.all_eigenvectors(matrix)[:, :count].copy(order="F")
 
 
+def is_settled(diagonal: torch.Tensor) -> torch.Tensor:
+    return (diagonal.abs() > 0.5).all()
+
+
 class HostGram:
     """C = tallᵀ tall of one weight, (n, n) fp64; see ``BatchGram`` for the same on a device.
 
     One column-major buffer: C below the diagonal, above it the Cholesky factor of C − shift·I (or of the
     certificate's matrix); both diagonals are kept apart, and ``_show`` puts the one in place that the next
     call needs. Vectors are (n, count) fp64, column-major.
+
+    ``patience``: so many more steps cost less than a look at whether they are needed.
     """
+
+    patience = 0
 
     def __init__(self, tall: torch.Tensor):
         self.size = tall.shape[1]
@@ -67,6 +77,10 @@ class HostGram:
 
     def empty(self, count: int) -> torch.Tensor:
         return torch.empty(count, self.size, dtype=torch.float64, device="cpu").T
+
+    def read(self, *tensors: torch.Tensor) -> Sequence[torch.Tensor]:
+        """fp64 tensors, on the host."""
+        return tensors
 
     def apply(self, vectors: torch.Tensor) -> torch.Tensor:
         """C @ vectors."""
@@ -109,8 +123,13 @@ class HostGram:
         """vectors @ coefficients."""
         return torch.from_numpy(lapack.gemm(vectors.numpy(), coefficients.numpy()))
 
-    def orthonormal(self, vectors: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, bool]:
-        """QR of ``vectors``, and whether Cholesky was safe for it; Householder's where it was not."""
+    def orthonormal(
+        self, vectors: torch.Tensor, surely: bool = False
+    ) -> tuple[torch.Tensor, torch.Tensor, bool]:
+        """QR of ``vectors``, and whether Cholesky was safe for it; Householder's where it was not.
+
+        ``surely``: not on the trust that it will turn out safe, which only a ``BatchGram`` has.
+        """
         host = vectors.numpy()
         if host.shape[1] == 1:
             norm = np.linalg.norm(host, keepdims=True)
@@ -124,6 +143,14 @@ class HostGram:
                 return torch.from_numpy(unit), torch.from_numpy(triangle), True
         unit, upper = torch.linalg.qr(vectors)
         return unit.T.contiguous().T, upper, False
+
+    def settled(self, triangle: torch.Tensor) -> bool:
+        """Whether vectors kept their length in the orthogonalisation that ends with this ``triangle``."""
+        return bool(is_settled(triangle.diagonal()))
+
+    def svd(self, vectors: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """The reduced SVD of (long, count), for any long."""
+        return torch.linalg.svd(vectors, full_matrices=False)
 
     def subtract(
         self, target: torch.Tensor, vectors: torch.Tensor, coefficients: torch.Tensor

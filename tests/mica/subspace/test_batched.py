@@ -9,7 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from mica.subspace import batched
 from mica.subspace.batched import BatchGram, full_fp32
-from tests.support.judging import gram_of
+from tests.support.judging import dense, gram_of
 from tests.support.spectra import stack, weight
 from tests.support.tolerances import error
 
@@ -36,7 +36,7 @@ def test_panels_and_blocks(size, mixed, blocks_of):
     blocks_of(100)
     tall = torch.stack([weight("gaussian", 2 * size + 5, size)] * 2)
     tall[1] *= 3
-    gram = BatchGram(tall, mixed).apply(torch.eye(size, dtype=torch.float64))
+    gram = dense(BatchGram(tall, mixed))
     assert error(gram, gram_of(tall)) <= (1e-6 if mixed else 1e-14)
     assert mixed == (error(gram, gram_of(tall)) > 1e-12) or size == 1
     assert error(gram, gram.mT) <= 1e-14
@@ -49,7 +49,7 @@ def test_the_error_bound_of_mixed_products(name, dtype, scale):
     """Above the exact norm and below 20 times it; with underflow, the norm of the whole matrix."""
     tall = (stack([name, "gaussian"], (900, 80)).double() * scale).to(dtype)
     gram, exact = BatchGram(tall, mixed=True), gram_of(tall)
-    norms = torch.linalg.matrix_norm(exact - gram.apply(torch.eye(80, dtype=torch.float64)), 2)
+    norms = torch.linalg.matrix_norm(exact - dense(gram), 2)
     assert gram.error.dtype == torch.float64
     assert (gram.error >= norms).all()
     assert (gram.error <= 20 * norms + 1e-14 * torch.linalg.matrix_norm(exact, 2)).all()
@@ -151,7 +151,7 @@ class Watch(TorchDispatchMode):
 @pytest.mark.filterwarnings("error")
 def test_products_are_whole_and_the_settings_stay(way, reset):
     """Those that were inherited still are."""
-    tall, unit = torch.randn(2, 600, 300), torch.eye(300, dtype=torch.float64)
+    tall = torch.randn(2, 600, 300)
     expected = BatchGram(tall, mixed=True)
     WAYS[way]()
     before = effective()
@@ -159,7 +159,7 @@ def test_products_are_whole_and_the_settings_stay(way, reset):
         gram = BatchGram(tall, mixed=True)
     assert watch.seen
     assert not REDUCED & set(watch.seen)
-    assert torch.equal(gram.apply(unit), expected.apply(unit))
+    assert torch.equal(dense(gram), dense(expected))
     assert torch.equal(gram.error, expected.error)
     assert effective() == before
 
