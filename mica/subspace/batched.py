@@ -70,8 +70,8 @@ class BatchGram:
     host then bounds ‖C − tallᵀ tall‖₂, with a probability of 1 − 1e-8. The factor is in fp32, too, and
     ``solve`` corrects its solutions in fp64. What ``exceeds`` tests is in fp64 always.
 
-    ``careful``: ``orthonormal`` and ``settled`` wait for their answer. Otherwise it is yes, and ``read``
-    raises DoubtfulError where that was wrong.
+    ``careful``: the factor is in fp64, and ``orthonormal`` and ``settled`` wait for their answer. Otherwise
+    that is yes, and ``read`` raises DoubtfulError where it was wrong.
     The methods are those of ``HostGram``, which describes them; vectors are (batch, n, count) fp64.
     """
 
@@ -82,8 +82,8 @@ class BatchGram:
         self.batch_shape = tall.shape[:-2]
         self.device = tall.device
         self.careful = careful
-        self._factor_dtype = torch.float32 if mixed else torch.float64
-        self._gram = _gram(tall, self._factor_dtype)
+        self._mixed = mixed
+        self._gram = _gram(tall, torch.float32 if mixed else torch.float64)
         self._inverse: torch.Tensor | None = None
         self._doubts: list[tuple[Callable[..., torch.Tensor], tuple[torch.Tensor, ...]]] = []
         self.error = torch.zeros(self.batch_shape, dtype=torch.float64, device="cpu")
@@ -119,20 +119,21 @@ class BatchGram:
         self._inverse, self._shift = None, sent(shift, self.device)[:, None, None]
         shifted = self._gram.clone()
         diagonal = shifted.diagonal(dim1=-2, dim2=-1).sub_(self._shift.squeeze(-1))
-        if self._factor_dtype == torch.float32:  # whose range ends where that of C does not
+        if self._mixed and not self.careful:  # fp32, whose range ends where that of C does not
             self._scale = diagonal.amax(-1)[:, None, None]
             shifted = (shifted / self._scale).float()
-        triangle, info = torch.linalg.cholesky_ex(shifted)
-        definite = self.read(info.double())[0] == 0
-        if definite.all():
-            inverse = torch.zeros_like(shifted).mT  # column-major: solved in place
-            del shifted, diagonal
-            inverse.diagonal(dim1=-2, dim2=-1).fill_(1)
-            self._inverse = torch.linalg.solve_triangular(triangle, inverse, upper=False, out=inverse)
+        with full_fp32():
+            triangle, info = torch.linalg.cholesky_ex(shifted)
+            definite = self.read(info.double())[0] == 0
+            if definite.all():
+                inverse = torch.zeros_like(shifted).mT  # column-major: solved in place
+                del shifted, diagonal
+                inverse.diagonal(dim1=-2, dim2=-1).fill_(1)
+                self._inverse = torch.linalg.solve_triangular(triangle, inverse, upper=False, out=inverse)
         return definite
 
     def solve(self, vectors: torch.Tensor) -> torch.Tensor:
-        if self._factor_dtype == torch.float64:
+        if self._inverse.dtype == torch.float64:
             return torch.bmm(self._inverse.mT, torch.bmm(self._inverse, vectors))
         solution = self._roughly_solved(vectors)
         for _ in range(_CORRECTIONS):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import suppress
 
 import torch
 
@@ -66,17 +67,18 @@ def solve_batch(
 def _solved(
     matrices: torch.Tensor, indices: list[int], rank: int, name: str, strict: bool, seed: int, mixed: bool
 ) -> Iterator[tuple[int, MinorSubspace]]:
-    chosen = matrices if len(indices) == len(matrices) else matrices[indices]
+    chosen = matrices  # no list as index, which would be copied to the device first
+    if len(indices) < len(matrices):
+        chosen = torch.stack([matrices[index] for index in indices])
     basis_is_long = chosen.shape[-2] > chosen.shape[-1]
     tall = chosen if basis_is_long else chosen.mT
     state = problem(tall, BatchGram(tall, mixed), rank, basis_is_long, seed, name)
-    solve = by_krylov if name == "krylov" else by_gram
-    try:
-        triplets = solve(state)
-    except DoubtfulError:
-        state.gram.careful = True
-        triplets = solve(state)
-    failed = indices
+    triplets, failed = None, indices
+    for state.gram.careful in (False, True):
+        with suppress(DoubtfulError):
+            triplets = (by_krylov if name == "krylov" else by_gram)(state)
+            if triplets is not None or not mixed:
+                break
     if triplets is not None:
         judgement = judged(state, triplets, strict)
         done = judgement.certified if strict else torch.ones_like(judgement.certified)

@@ -226,8 +226,8 @@ def _orthogonalised(gram, block: torch.Tensor, basis: torch.Tensor) -> tuple[tor
     coefficients, triangle = 0, None
     for _ in range(4):
         part = gram.inner(basis, block)
-        # Of a square weight the inverse of the smallest eigenvalue alone may dwarf all others: the first block
-        # of 1 in 12 is nearly dependent, later ones are not.
+        # Of a square weight the inverse of the least eigenvalue may dwarf all others: the first block of 1 in
+        # 12 Gaussian ones is nearly dependent, later blocks are not.
         surely = triangle is None and basis.shape == block.shape
         block, factor, safe = gram.orthonormal(gram.subtract(block, basis, part), surely)
         coefficients = part if triangle is None else coefficients + part @ triangle

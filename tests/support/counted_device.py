@@ -3,9 +3,9 @@
 They report a device of their own, so that a product of one of them with a tensor of the host is the error
 that it is on a GPU. A wait of the host is what synchronises with the stream in PyTorch's CUDA code: a number
 or tensor that is read (``item``, ``bool``, ``tolist``, ``cpu``), a copy to the device without
-``non_blocking``, a size that depends on values (``nonzero``, a mask as index), an index that lies on the
-host, and linear algebra that reads its ``info``: ``eigh``, ``svd``, ``cholesky``. Not ``cholesky_ex``,
-``solve_triangular`` and ``qr``. Each dispatched operator counts, views too.
+``non_blocking``, a size that depends on values (``nonzero``, a mask as index), and linear algebra that reads
+its ``info``: ``eigh``, ``svd``, ``cholesky``. Not ``cholesky_ex``, ``solve_triangular`` and ``qr``. Each
+dispatched operator counts, views too. A list as index has no values here.
 """
 
 from __future__ import annotations

@@ -2,14 +2,15 @@
 
 import math
 import threading
+from contextlib import nullcontext
 
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from mica.subspace import batched
-from mica.subspace.batched import BatchGram, full_fp32
-from tests.support.judging import dense, gram_of
+from mica.subspace.batched import BatchGram, DoubtfulError, full_fp32
+from tests.support.judging import assert_orthonormal, dense, gram_of, random
 from tests.support.spectra import stack, weight
 from tests.support.tolerances import error
 
@@ -61,6 +62,61 @@ def test_the_error_bound_sees_one_wrong_entry():
     bounds = batched.error_bound(talls(), wrong)
     assert 1e-3 <= bounds[1] <= 2e-2
     assert bounds[0] <= BatchGram(talls(), mixed=True).error[0]
+
+
+@pytest.mark.parametrize("spread", [1, 1e-3, 1e-9, 0])
+def test_what_is_trusted_in_vain_is_known_when_numbers_are_read(spread):
+    """And then as little of it as of the numbers; what is careful says so at once."""
+    gram = BatchGram(talls())
+    vectors = random(3, 30, 4)
+    vectors[1, :, 3] = vectors[1, :, 0] + spread * vectors[1, :, 3]
+    good = spread > 1e-6
+    assert gram.orthonormal(vectors)[2]
+    with nullcontext() if good else pytest.raises(DoubtfulError):
+        assert torch.equal(*gram.read(vectors), vectors)
+    assert torch.equal(*gram.read(vectors), vectors)  # it was said
+    assert_orthonormal(gram.orthonormal(vectors, surely=True)[0])
+    gram.read(vectors)
+    for length, kept in ((0.6, True), (0.4, False)):
+        assert gram.settled(length * torch.eye(4).double().expand(3, 4, 4))
+        with nullcontext() if kept else pytest.raises(DoubtfulError):
+            gram.read(vectors)
+        gram.careful = True
+        assert gram.settled(length * torch.eye(4).double().expand(3, 4, 4)) == kept
+        gram.careful = False
+    gram.careful = True
+    for surely in (False, True):
+        basis, triangle, safe = gram.orthonormal(vectors, surely)
+        assert safe == good
+        assert error(basis @ triangle, vectors) <= 1e-13
+
+
+@pytest.mark.parametrize("careful", [False, True])
+@pytest.mark.parametrize("least", [1, 1e-5, 1e-9, 0])
+def test_the_svd_of_thin_matrices(least, careful):
+    left, right = torch.linalg.qr(random(3, 70, 5)).Q, torch.linalg.qr(random(3, 5, 5)).Q
+    values = torch.logspace(0, math.log10(least) if least else -3, 5, dtype=torch.float64)
+    values[-1] *= least > 0
+    basis, found, rotation = BatchGram(talls(), careful=careful).svd(left * values @ right)
+    assert error(found, values.expand(3, 5)) <= 1e-14
+    assert_orthonormal(basis)
+    assert error(basis * found[:, None] @ rotation, left * values @ right) <= 1e-14
+
+
+@pytest.mark.parametrize("scale", [1.0, 1e-12, 1e12])
+def test_solutions_by_an_fp32_factor_are_corrected(scale, reset):
+    """Whatever fp32's range and its setting for products are."""
+    gram = BatchGram(talls()[::2, :, :10] * scale, mixed=True)
+    values, right = torch.linalg.eigvalsh(dense(gram)), random(2, 10, 3)
+    torch.set_float32_matmul_precision("medium")
+    with Watch() as watch:
+        assert gram.factor(0.9 * values[:, 0]).all()
+        solution = gram.solve(right)
+    unit = torch.eye(10, dtype=torch.float64)
+    assert error(solution, torch.linalg.solve(dense(gram) - 0.9 * values[:, :1, None] * unit, right)) <= 1e-10
+    assert watch.seen
+    assert not REDUCED & set(watch.seen)
+    assert not gram.factor(1.1 * values[:, 0]).any()
 
 
 STRONG, WEAK = [(6, 0), (7, 0), (8, 0), (9, 0), (10, 0)], [(6, 1), (7, 5), (8, 6), (8, 9), (10, 3), (12, 0)]
