@@ -16,7 +16,7 @@ from contextlib import contextmanager
 import torch
 
 from mica.subspace.gram import image, row_blocks, transposed_image
-from mica.subspace.host import SAFE_PIVOTS, is_settled, partial_eigenvectors
+from mica.subspace.host import SAFE_PIVOTS, partial_eigenvectors
 
 # CUDA compute capabilities with fp64 at half the rate of fp32, or better. All others have 1/32 or 1/64.
 _STRONG_FP64 = {(6, 0), (7, 0), (8, 0), (9, 0), (10, 0)}
@@ -70,7 +70,7 @@ class BatchGram:
     host then bounds ‖C − tallᵀ tall‖₂, with a probability of 1 − 1e-8. The factor is in fp32, too, and
     ``solve`` corrects its solutions in fp64. What ``exceeds`` tests is in fp64 always.
 
-    ``careful``: the factor is in fp64, and ``orthonormal`` and ``settled`` wait for their answer. Otherwise
+    ``careful``: the factor is in fp64, and ``holds`` and ``orthonormal`` wait for their answer. Otherwise
     that is yes, and ``read`` raises DoubtfulError where it was wrong.
     The methods are those of ``HostGram``, which describes them; vectors are (batch, n, count) fp64.
     """
@@ -101,15 +101,14 @@ class BatchGram:
         parts = flat.split([tensor.numel() for tensor in every])
         parts = iter([part.view(tensor.shape) for part, tensor in zip(parts, every, strict=True)])
         result = [next(parts) for _ in tensors]
-        if not all(holds(*(next(parts) for _ in those)) for holds, those in doubts):
+        if not all(condition(*(next(parts) for _ in those)) for condition, those in doubts):
             raise DoubtfulError
         return result
 
-    def _is_so(self, holds: Callable[..., torch.Tensor], *tensors: torch.Tensor) -> bool:
-        """Whether ``holds`` of the tensors; unless careful, the next ``read`` finds out."""
+    def holds(self, condition: Callable[..., torch.Tensor], *tensors: torch.Tensor) -> bool:
         if self.careful:
-            return bool(holds(*self.read(*tensors)))
-        self._doubts.append((holds, tensors))
+            return bool(condition(*self.read(*tensors)))
+        self._doubts.append((condition, tensors))
         return True
 
     def apply(self, vectors: torch.Tensor) -> torch.Tensor:
@@ -171,19 +170,13 @@ class BatchGram:
     ) -> torch.Tensor:
         return torch.baddbmm(target, vectors, coefficients, alpha=-1)
 
-    def orthonormal(
-        self, vectors: torch.Tensor, surely: bool = False
-    ) -> tuple[torch.Tensor, torch.Tensor, bool]:
-        if self.careful or not surely:
-            triangle, info = torch.linalg.cholesky_ex(torch.bmm(vectors.mT, vectors))
-            if self._is_so(_are_safe, info.double(), triangle.diagonal(dim1=-2, dim2=-1)):
-                identity = torch.eye(vectors.shape[-1], dtype=torch.float64, device=self.device)
-                inverse = torch.linalg.solve_triangular(triangle, identity, upper=False)
-                return torch.bmm(vectors, inverse.mT), triangle.mT, True
+    def orthonormal(self, vectors: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, bool]:
+        triangle, info = torch.linalg.cholesky_ex(torch.bmm(vectors.mT, vectors))
+        if self.holds(_are_safe, info.double(), triangle.diagonal(dim1=-2, dim2=-1)):
+            identity = torch.eye(vectors.shape[-1], dtype=torch.float64, device=self.device)
+            inverse = torch.linalg.solve_triangular(triangle, identity, upper=False)
+            return torch.bmm(vectors, inverse.mT), triangle.mT, True
         return *torch.linalg.qr(vectors), False
-
-    def settled(self, triangle: torch.Tensor) -> bool:
-        return self._is_so(is_settled, triangle.diagonal(dim1=-2, dim2=-1))
 
     def svd(self, vectors: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """By CholeskyQR2, or Householder's QR, which leave an SVD of (count, count) to the host."""
@@ -192,7 +185,7 @@ class BatchGram:
             unit, second, _ = self.orthonormal(unit)
             small = torch.linalg.svd(*self.read(torch.bmm(second, first)))
         except DoubtfulError:
-            unit, triangle, _ = self.orthonormal(vectors, surely=True)
+            unit, triangle = torch.linalg.qr(vectors)
             small = torch.linalg.svd(*self.read(triangle))
         left, values, right = (sent(part, self.device) for part in small)
         return torch.bmm(unit, left), values, right

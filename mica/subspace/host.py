@@ -7,7 +7,7 @@ Cholesky 0.27 against 0.41 s, and everything in n² numbers instead of three tim
 To be called within ``threads.one_pool``.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -36,10 +36,6 @@ def partial_eigenvectors(matrix: np.ndarray, count: int) -> np.ndarray:
         if vectors is not None:
             return vectors
     return lapack.all_eigenvectors(matrix)[:, :count].copy(order="F")
-
-
-def is_settled(diagonal: torch.Tensor) -> torch.Tensor:
-    return (diagonal.abs() > 0.5).all()
 
 
 class HostGram:
@@ -82,6 +78,10 @@ class HostGram:
         """fp64 tensors, on the host."""
         return tensors
 
+    def holds(self, condition: Callable[..., torch.Tensor], *tensors: torch.Tensor) -> bool:
+        """Whether ``condition`` does of the tensors, on the host."""
+        return bool(condition(*tensors))
+
     def apply(self, vectors: torch.Tensor) -> torch.Tensor:
         """C @ vectors."""
         self._show(self._diagonal)
@@ -123,13 +123,8 @@ class HostGram:
         """vectors @ coefficients."""
         return torch.from_numpy(lapack.gemm(vectors.numpy(), coefficients.numpy()))
 
-    def orthonormal(
-        self, vectors: torch.Tensor, surely: bool = False
-    ) -> tuple[torch.Tensor, torch.Tensor, bool]:
-        """QR of ``vectors``, and whether Cholesky was safe for it; Householder's where it was not.
-
-        ``surely``: not on the trust that it will turn out safe, which only a ``BatchGram`` has.
-        """
+    def orthonormal(self, vectors: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, bool]:
+        """QR of ``vectors``, and whether Cholesky was safe for it; Householder's where it was not."""
         host = vectors.numpy()
         if host.shape[1] == 1:
             norm = np.linalg.norm(host, keepdims=True)
@@ -143,10 +138,6 @@ class HostGram:
                 return torch.from_numpy(unit), torch.from_numpy(triangle), True
         unit, upper = torch.linalg.qr(vectors)
         return unit.T.contiguous().T, upper, False
-
-    def settled(self, triangle: torch.Tensor) -> bool:
-        """Whether vectors kept their length in the orthogonalisation that ends with this ``triangle``."""
-        return bool(is_settled(triangle.diagonal()))
 
     def svd(self, vectors: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """The reduced SVD of (long, count), for any long."""

@@ -147,10 +147,9 @@ def smallest_eigenvectors(gram, rank: int, limits: Bounds, eps: float, seed: int
         history.append(excess)
         if ritz.converged or stalled:
             return 0
-        if gram.patience:
-            return gram.patience
         # a step gains a factor of 8 on Gaussian spectra
-        return max(1, min(4, math.ceil(math.log(excess, 8)))) if math.isfinite(excess) else 1
+        likely = math.ceil(math.log(excess, 8)) if math.isfinite(excess) else 1
+        return gram.patience or max(1, min(4, likely))
 
     block_lanczos(gram, gram.solve, random_block(gram, width, seed), most, first, judge)
     return ritz
@@ -226,15 +225,22 @@ def _orthogonalised(gram, block: torch.Tensor, basis: torch.Tensor) -> tuple[tor
     coefficients, triangle = 0, None
     for _ in range(4):
         part = gram.inner(basis, block)
-        # Of a square weight the inverse of the least eigenvalue may dwarf all others: the first block of 1 in
-        # 12 Gaussian ones is nearly dependent, later blocks are not.
-        surely = triangle is None and basis.shape == block.shape
-        block, factor, safe = gram.orthonormal(gram.subtract(block, basis, part), surely)
+        block = gram.subtract(block, basis, part)
+        if gram.patience and triangle is None and basis.shape == block.shape:
+            # Of a square weight the inverse of the least eigenvalue may dwarf all others, and the first block
+            # is nearly dependent (by its law, of 4 % of Gaussian ones); later ones are not.
+            block, factor, safe = *torch.linalg.qr(block), False
+        else:
+            block, factor, safe = gram.orthonormal(block)
         coefficients = part if triangle is None else coefficients + part @ triangle
         twice, triangle = triangle is not None, factor if triangle is None else factor @ triangle
-        if twice and safe and gram.settled(factor):
+        if twice and safe and gram.holds(_have_kept_length, factor.diagonal(dim1=-2, dim2=-1)):
             break
     return block, coefficients
+
+
+def _have_kept_length(diagonal: torch.Tensor) -> torch.Tensor:
+    return (diagonal.abs() > 0.5).all()
 
 
 def _largest_eigenvectors(matrices: torch.Tensor, count: int) -> torch.Tensor:

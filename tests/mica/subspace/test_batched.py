@@ -75,20 +75,12 @@ def test_what_is_trusted_in_vain_is_known_when_numbers_are_read(spread):
     with nullcontext() if good else pytest.raises(DoubtfulError):
         assert torch.equal(*gram.read(vectors), vectors)
     assert torch.equal(*gram.read(vectors), vectors)  # it was said
-    assert_orthonormal(gram.orthonormal(vectors, surely=True)[0])
-    gram.read(vectors)
-    for length, kept in ((0.6, True), (0.4, False)):
-        assert gram.settled(length * torch.eye(4).double().expand(3, 4, 4))
-        with nullcontext() if kept else pytest.raises(DoubtfulError):
-            gram.read(vectors)
-        gram.careful = True
-        assert gram.settled(length * torch.eye(4).double().expand(3, 4, 4)) == kept
-        gram.careful = False
     gram.careful = True
-    for surely in (False, True):
-        basis, triangle, safe = gram.orthonormal(vectors, surely)
-        assert safe == good
-        assert error(basis @ triangle, vectors) <= 1e-13
+    basis, triangle, safe = gram.orthonormal(vectors)
+    assert safe == good
+    assert error(basis @ triangle, vectors) <= 1e-13
+    assert gram.holds(lambda *both: torch.stack(both).sum() == 3, torch.ones(1), torch.full((1,), 2.0))
+    assert not gram.holds(lambda one: one > 1, torch.ones(1))
 
 
 @pytest.mark.parametrize("careful", [False, True])

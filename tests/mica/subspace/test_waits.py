@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from mica.subspace import krylov, solver
+from mica.subspace import fingerprint, krylov, solver
 from tests.support.counted_device import DEVICE, CountedDevice, OnDevice
 from tests.support.judging import judge
 from tests.support.spectra import stack
@@ -60,6 +60,17 @@ def test_what_fits_no_subspaces_takes_few_waits(counted):
 def test_trust_in_vain_is_noticed(shape, counted):
     """Then the batch is solved step by step, with a wait for each."""
     assert counted(stack(["gaussian", "rank deficient by most"], shape), 8).waits.total() > 20
+
+
+@pytest.mark.parametrize(("chunks", "waits"), [(64, 1), (3, 3)])
+def test_a_fingerprint_is_copied_in_large_pieces(chunks, waits, monkeypatch):
+    weight = torch.randn(3000, 700)  # 8.01 MiB
+    monkeypatch.setattr(fingerprint, "is_weight", lambda weight: True)
+    monkeypatch.setattr(fingerprint, "_COPIED_CHUNKS", chunks)
+    with CountedDevice() as device:
+        key = fingerprint.fingerprint(OnDevice(weight))
+    assert key == fingerprint.fingerprint(weight)
+    assert device.waits.total() == waits
 
 
 # The count itself
