@@ -184,13 +184,14 @@ def own() -> list[list[str]]:
 
 
 class Watch(TorchDispatchMode):
-    """The settings at each product of fp32 matrices."""
+    """The settings at each product of fp32 matrices, and at each of their factors and inverses."""
 
     seen = ()
+    aten = torch.ops.aten
+    watched = (aten.mm, aten.bmm, aten.linalg_cholesky_ex, aten.linalg_solve_triangular)
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        is_product = function.overloadpacket in (torch.ops.aten.mm, torch.ops.aten.bmm)
-        if is_product and args[0].dtype == torch.float32:
+        if function.overloadpacket in self.watched and args[0].dtype == torch.float32:
             self.seen += (*effective(),)
         return function(*args, **(kwargs or {}))
 
