@@ -41,7 +41,7 @@ class Ritz(NamedTuple):
 
     vectors: torch.Tensor
     converged: bool
-    small: torch.Tensor
+    small: torch.Tensor | None = None
 
 
 def block_size(rank: int) -> int:
