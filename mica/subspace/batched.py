@@ -1,15 +1,16 @@
 """Gram matrices of a batch on an accelerator: few, large matrix products instead of many small kernels.
 
 Thin triangular solves are bound by latency there, so each factor is inverted once and applied by products;
-CholeskyQR replaces Householder's; problems of a few hundred numbers are solved on the host. The same code
-runs on the CPU, where it is tested.
+CholeskyQR replaces Householder's; problems of a few hundred numbers are solved on the host. So that the host
+need not wait for each of them, what is nearly always true is taken for true until the next numbers are read.
+The same code runs on the CPU, where it is tested.
 """
 
 from __future__ import annotations
 
 import math
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -28,6 +29,9 @@ _LARGEST_MIXED = 2.0**50
 
 _ERROR_VECTORS = 8
 _ERROR_POWER = 6
+
+# Of a solution by the fp32 factor, each by one product with C.
+_CORRECTIONS = 1
 
 # Of (backend, operation), each after those that it inherits from. All of PyTorch's ways to set a precision,
 # `torch.set_float32_matmul_precision` too, write these, and its products (from 2.9 on) read nothing else.
@@ -52,23 +56,36 @@ def may_be_mixed(matrices: torch.Tensor) -> bool:
     short, long = sorted(matrices.shape[-2:])
     if short > MIXED_UP_TO * long or not has_weak_fp64(matrices.device):
         return False
-    return max(abs(extreme.item()) for extreme in torch.aminmax(matrices)) <= _LARGEST_MIXED
+    return torch.stack(torch.aminmax(matrices)).abs().max().item() <= _LARGEST_MIXED
+
+
+class DoubtfulError(ArithmeticError):
+    """Vectors that were taken for independent are not."""
 
 
 class BatchGram:
     """C = tallᵀ tall of every matrix in ``tall`` (batch, long, n): (batch, n, n) fp64 on its device.
 
     ``mixed``: the products of each block of rows in fp32, only their sum in fp64; ``error`` (batch) on the
-    host then bounds ‖C − tallᵀ tall‖₂, with a probability of 1 − 1e-8.
+    host then bounds ‖C − tallᵀ tall‖₂, with a probability of 1 − 1e-8. The factor is in fp32, too, and
+    ``solve`` corrects its solutions in fp64. What ``exceeds`` tests is in fp64 always.
+
+    ``careful``: the factor is in fp64, and ``holds`` and ``orthonormal`` wait for their answer. Otherwise
+    that is yes, and ``read`` raises DoubtfulError where it was wrong.
     The methods are those of ``HostGram``, which describes them; vectors are (batch, n, count) fp64.
     """
 
-    def __init__(self, tall: torch.Tensor, mixed: bool = False):
+    patience = 4
+
+    def __init__(self, tall: torch.Tensor, mixed: bool = False, careful: bool = False):
         self.size = tall.shape[-1]
         self.batch_shape = tall.shape[:-2]
         self.device = tall.device
+        self.careful = careful
+        self._mixed = mixed
         self._gram = _gram(tall, torch.float32 if mixed else torch.float64)
         self._inverse: torch.Tensor | None = None
+        self._doubts: list[tuple[Callable[..., torch.Tensor], tuple[torch.Tensor, ...]]] = []
         self.error = torch.zeros(self.batch_shape, dtype=torch.float64, device="cpu")
         if mixed:
             self.error = error_bound(tall, self._gram)
@@ -77,44 +94,76 @@ class BatchGram:
         shape = (*self.batch_shape, self.size, count)
         return torch.empty(shape, dtype=torch.float64, device=self.device)
 
+    def read(self, *tensors: torch.Tensor) -> list[torch.Tensor]:
+        doubts, self._doubts = self._doubts, []
+        every = [*tensors, *(tensor for _, those in doubts for tensor in those)]
+        flat = torch.cat([tensor.reshape(-1) for tensor in every]).cpu()
+        parts = flat.split([tensor.numel() for tensor in every])
+        parts = iter([part.view(tensor.shape) for part, tensor in zip(parts, every, strict=True)])
+        result = [next(parts) for _ in tensors]
+        if not all(condition(*(next(parts) for _ in those)) for condition, those in doubts):
+            raise DoubtfulError
+        return result
+
+    def holds(self, condition: Callable[..., torch.Tensor], *tensors: torch.Tensor) -> bool:
+        if self.careful:
+            return bool(condition(*self.read(*tensors)))
+        self._doubts.append((condition, tensors))
+        return True
+
     def apply(self, vectors: torch.Tensor) -> torch.Tensor:
-        return self._gram @ vectors
+        return torch.bmm(self._gram, vectors)
 
     def factor(self, shift: torch.Tensor) -> torch.Tensor:
-        self._inverse = None
+        self._inverse, self._shift = None, sent(shift, self.device)[:, None, None]
         shifted = self._gram.clone()
-        shifted.diagonal(dim1=-2, dim2=-1).sub_(shift.to(self.device).unsqueeze(-1))
-        triangle, info = torch.linalg.cholesky_ex(shifted)
-        definite = info.cpu() == 0
-        if definite.all():
-            del shifted
-            inverse = torch.zeros_like(self._gram).mT  # column-major: solved in place
-            inverse.diagonal(dim1=-2, dim2=-1).fill_(1)
-            self._inverse = torch.linalg.solve_triangular(triangle, inverse, upper=False, out=inverse)
+        diagonal = shifted.diagonal(dim1=-2, dim2=-1).sub_(self._shift.squeeze(-1))
+        if self._mixed and not self.careful:  # fp32, whose range ends where that of C does not
+            self._scale = diagonal.amax(-1)[:, None, None]
+            shifted = (shifted / self._scale).float()
+        with full_fp32():
+            triangle, info = torch.linalg.cholesky_ex(shifted)
+            definite = self.read(info.double())[0] == 0
+            if definite.all():
+                inverse = torch.zeros_like(shifted).mT  # column-major: solved in place
+                del shifted, diagonal
+                inverse.diagonal(dim1=-2, dim2=-1).fill_(1)
+                self._inverse = torch.linalg.solve_triangular(triangle, inverse, upper=False, out=inverse)
         return definite
 
     def solve(self, vectors: torch.Tensor) -> torch.Tensor:
-        return self._inverse.mT @ (self._inverse @ vectors)
+        if self._inverse.dtype == torch.float64:
+            return torch.bmm(self._inverse.mT, torch.bmm(self._inverse, vectors))
+        solution = self._roughly_solved(vectors)
+        for _ in range(_CORRECTIONS):
+            shifted = torch.addcmul(vectors, self._shift, solution)
+            solution += self._roughly_solved(torch.baddbmm(shifted, self._gram, solution, alpha=-1))
+        return solution
+
+    def _roughly_solved(self, vectors: torch.Tensor) -> torch.Tensor:
+        with full_fp32():
+            solution = torch.bmm(self._inverse.mT, torch.bmm(self._inverse, vectors.float()))
+        return solution / self._scale
 
     def exceeds(self, vectors: torch.Tensor, weight: torch.Tensor, bound: torch.Tensor) -> torch.Tensor:
         self._inverse = None
-        weighted = vectors * weight.to(self.device)[:, None, None]
+        weighted = vectors * sent(weight, self.device)[:, None, None]
         shifted = torch.baddbmm(self._gram, weighted, vectors.mT)
-        shifted.diagonal(dim1=-2, dim2=-1).sub_(bound.to(self.device).unsqueeze(-1))
-        return torch.linalg.cholesky_ex(shifted).info.cpu() == 0
+        shifted.diagonal(dim1=-2, dim2=-1).sub_(sent(bound, self.device).unsqueeze(-1))
+        return self.read(torch.linalg.cholesky_ex(shifted).info.double())[0] == 0
 
     def smallest(self, count: int) -> torch.Tensor:
-        each = [partial_eigenvectors(matrix.cpu().numpy().T, count) for matrix in self._gram]
-        return torch.stack([torch.from_numpy(vectors) for vectors in each]).to(self.device)
+        each = [partial_eigenvectors(matrix.T, count) for matrix in self._gram.cpu().numpy()]
+        return sent(torch.stack([torch.from_numpy(vectors) for vectors in each]), self.device)
 
     def eigenvalues(self) -> torch.Tensor:
         return torch.linalg.eigvalsh(self._gram)
 
     def inner(self, left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
-        return left.mT @ right
+        return torch.bmm(left.mT, right)
 
     def combine(self, vectors: torch.Tensor, coefficients: torch.Tensor) -> torch.Tensor:
-        return vectors @ coefficients
+        return torch.bmm(vectors, coefficients)
 
     def subtract(
         self, target: torch.Tensor, vectors: torch.Tensor, coefficients: torch.Tensor
@@ -122,18 +171,33 @@ class BatchGram:
         return torch.baddbmm(target, vectors, coefficients, alpha=-1)
 
     def orthonormal(self, vectors: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, bool]:
-        if vectors.shape[-1] == 1:
-            norm = vectors.norm(dim=-2, keepdim=True)
-            if (norm > 0).all().item():
-                return vectors / norm, norm, True
-        triangle, info = torch.linalg.cholesky_ex(vectors.mT @ vectors)
-        pivots = triangle.diagonal(dim1=-2, dim2=-1)
-        safe = (info == 0) & (pivots.amin(-1) > SAFE_PIVOTS * pivots.amax(-1))
-        if safe.all().item():
+        triangle, info = torch.linalg.cholesky_ex(torch.bmm(vectors.mT, vectors))
+        if self.holds(_are_safe, info.double(), triangle.diagonal(dim1=-2, dim2=-1)):
             identity = torch.eye(vectors.shape[-1], dtype=torch.float64, device=self.device)
             inverse = torch.linalg.solve_triangular(triangle, identity, upper=False)
-            return vectors @ inverse.mT, triangle.mT, True
+            return torch.bmm(vectors, inverse.mT), triangle.mT, True
         return *torch.linalg.qr(vectors), False
+
+    def svd(self, vectors: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """By CholeskyQR2, or Householder's QR, which leave an SVD of (count, count) to the host."""
+        try:
+            unit, first, _ = self.orthonormal(vectors)
+            unit, second, _ = self.orthonormal(unit)
+            small = torch.linalg.svd(*self.read(torch.bmm(second, first)))
+        except DoubtfulError:
+            unit, triangle = torch.linalg.qr(vectors)
+            small = torch.linalg.svd(*self.read(triangle))
+        left, values, right = (sent(part, self.device) for part in small)
+        return torch.bmm(unit, left), values, right
+
+
+def sent(numbers: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """From the host to ``device``, whose queue the host does not wait for."""
+    return numbers.to(device, non_blocking=True)
+
+
+def _are_safe(info: torch.Tensor, pivots: torch.Tensor) -> torch.Tensor:
+    return ((info == 0) & (pivots.amin(-1) > SAFE_PIVOTS * pivots.amax(-1))).all()
 
 
 def _gram(tall: torch.Tensor, product_dtype: torch.dtype) -> torch.Tensor:
@@ -189,12 +253,12 @@ def error_bound(tall: torch.Tensor, gram: torch.Tensor) -> torch.Tensor:
     """
     generator = torch.Generator(device="cpu").manual_seed(0)
     shape = (gram.shape[-1], _ERROR_VECTORS)
-    vectors = torch.randn(shape, dtype=torch.float64, generator=generator, device="cpu").to(gram.device)
-    vectors = vectors.expand(*gram.shape[:-2], *shape)
-    log_norm = torch.zeros(gram.shape[:-2], dtype=torch.float64, device="cpu")
+    vectors = torch.randn(shape, dtype=torch.float64, generator=generator, device="cpu")
+    vectors = sent(vectors, gram.device).expand(*gram.shape[:-2], *shape)
+    log_norm = 0
     for _ in range(_ERROR_POWER):
         vectors = transposed_image(tall, image(tall, vectors)) - gram @ vectors
         largest = vectors.norm(dim=-2).amax(-1)
-        log_norm += largest.log().cpu()
+        log_norm = log_norm + largest.log()
         vectors = vectors / largest.clamp_min(torch.finfo(torch.float64).tiny)[:, None, None]
-    return ((log_norm + math.log(10 * math.sqrt(2 / math.pi))) / _ERROR_POWER).exp()
+    return ((log_norm.cpu() + math.log(10 * math.sqrt(2 / math.pi))) / _ERROR_POWER).exp()

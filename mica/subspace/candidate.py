@@ -30,7 +30,7 @@ class Problem:
 
     @property
     def resolution(self) -> torch.Tensor:
-        return resolution(self.gram.size, self.limits.norm.cpu())
+        return resolution(self.gram.size, self.limits.norm)
 
 
 class Candidate(NamedTuple):
@@ -75,8 +75,10 @@ def problem(tall: torch.Tensor, gram, rank: int, basis_is_long: bool, seed: int,
     return Problem(tall, gram, limits, rank, basis_is_long, dtype, seed)
 
 
-def candidate(problem: Problem, vectors: torch.Tensor) -> Candidate | None:
+def candidate(problem: Problem, vectors: torch.Tensor, small: torch.Tensor | None = None) -> Candidate | None:
     """The singular triplets of the weight on the span of ``vectors`` (batch, short, rank), orthonormal.
+
+    ``small`` is what the Gram is on that span, where the caller has it on the host.
 
     With A the tall view and X the vectors, A X = P S Qᵀ: the columns of X Q and of P are the singular vectors
     on the short and on the long side. P is orthonormal however ill-conditioned A X is, and S keeps the digits
@@ -87,7 +89,8 @@ def candidate(problem: Problem, vectors: torch.Tensor) -> Candidate | None:
     vector.
     """
     gram = problem.gram
-    small = gram.inner(vectors, gram.apply(vectors)).cpu()
+    if small is None:
+        (small,) = gram.read(gram.inner(vectors, gram.apply(vectors)))
     values, rotation = torch.linalg.eigh((small + small.mT) / 2)
     floor = problem.resolution
     if problem.basis_is_long and (values[..., 0] <= NULL_RESOLUTIONS * floor + gram.error).any():
@@ -95,11 +98,10 @@ def candidate(problem: Problem, vectors: torch.Tensor) -> Candidate | None:
     unresolved = values[..., 0] * torch.finfo(problem.dtype).eps / 2 < floor + gram.error
     resolved = not unresolved.any()
     if resolved and not problem.basis_is_long:
-        rotated = gram.combine(vectors, rotation.flip(-1).to(gram.device))
-        return Candidate(rotated, rotated, values.flip(-1).sqrt().to(gram.device), resolved)
-    long_vectors, singular_values, rotation = torch.linalg.svd(
-        image(problem.tall, vectors), full_matrices=False
-    )
+        rotation, values = (part.flip(-1).to(gram.device, non_blocking=True) for part in (rotation, values))
+        rotated = gram.combine(vectors, rotation)
+        return Candidate(rotated, rotated, values.sqrt(), resolved)
+    long_vectors, singular_values, rotation = gram.svd(image(problem.tall, vectors))
     short_vectors = gram.combine(vectors, rotation.mT)
     return Candidate(
         long_vectors if problem.basis_is_long else short_vectors, short_vectors, singular_values, resolved
@@ -112,8 +114,9 @@ def judged(problem: Problem, triplets: Candidate, strict: bool) -> Judged:
     signs = signs_of(rounded)
     basis = (rounded * signs).contiguous()
     rank, floor = problem.rank, problem.resolution
-    certificate = certify(problem.gram, triplets.short_vectors, problem.limits.norm, strict)
-    energy = energy_of(problem, triplets, basis, signs).cpu()
+    energy = energy_of(problem, triplets, basis, signs)
+    certificate = certify(problem.gram, triplets.short_vectors, problem.limits.norm, strict, energy)
+    (energy,) = certificate.read
     least = (certificate.ritz_sum - certificate.deficit).clamp_min(0)  # proven: Σσ² is at least this
     excess = (energy - least).clamp_min(0)
     reference = torch.maximum(least, rank * floor)
@@ -140,7 +143,7 @@ def energy_of(
     gram = problem.gram
     rounded = gram.empty(problem.rank)
     rounded.copy_(basis)
-    unseen = (ROUNDING * problem.resolution + gram.error).to(gram.device)
+    unseen = (ROUNDING * problem.resolution + gram.error).to(gram.device, non_blocking=True)
     if triplets.resolved:
         return (rounded * gram.apply(rounded)).sum((-2, -1)) + problem.rank * unseen
     # Before rounding, X, it is Σσ². The Gram only gives what rounding to Z has changed,

@@ -4,7 +4,7 @@ from typing import NamedTuple
 
 import torch
 
-from mica.subspace.krylov import resolution
+from mica.subspace.krylov import residual_of, resolution
 
 # Share of the resolution by which the tested eigenvalue bound stays below the largest Ritz value, so that a
 # cluster that crosses the cut still passes: the test spectra need up to 0.08 for n from 2 to 1000 (most
@@ -16,19 +16,22 @@ ROUNDING = 0.25
 class Certificate(NamedTuple):
     """fp64 on the host, each (batch). ``passed``: the inertia test held, and then Σθ − Σλ ≤ ``deficit``.
 
-    ``ritz_sum`` is Σθ, the energy of the subspace as the Gram sees it.
+    ``ritz_sum`` is Σθ, the energy of the subspace as the Gram sees it; ``read`` what was read along with it.
     """
 
     passed: torch.Tensor
     deficit: torch.Tensor
     ritz_sum: torch.Tensor
+    read: tuple[torch.Tensor, ...] = ()
 
 
-def certify(gram, vectors: torch.Tensor, norm: torch.Tensor, strict: bool = True) -> Certificate:
+def certify(
+    gram, vectors: torch.Tensor, norm: torch.Tensor, strict: bool = True, *along: torch.Tensor
+) -> Certificate:
     """Bound how far ``vectors`` (batch, n, r), orthonormal, are from the r smallest eigenpairs of ``gram``.
 
     ``gram`` is a ``HostGram`` or a ``BatchGram``, whose factor is overwritten; ``norm`` (batch) is ‖C‖, or
-    up to a quarter less.
+    up to a quarter less, on the host. ``along``: other fp64 tensors that are wanted there.
 
     With C the Gram, X the vectors, H = Xᵀ C X with eigenvalues (Ritz values) θ₁ ≤ … ≤ θ_r and
     R = C X − X H: if C + 2 ‖C‖ X Xᵀ − μ I has a Cholesky factor, C restricted to the complement of X has no
@@ -44,12 +47,8 @@ def certify(gram, vectors: torch.Tensor, norm: torch.Tensor, strict: bool = True
     Without ``strict`` the test is left out: nothing passes, and ``deficit`` is what it would be.
     """
     n, rank = vectors.shape[-2:]
-    norm = norm.cpu()
     floor = resolution(n, norm)
-    products = gram.apply(vectors)
-    small = gram.inner(vectors, products)
-    residual = torch.linalg.matrix_norm(products - gram.combine(vectors, small)).cpu()
-    small = small.cpu()
+    residual, small, *along = gram.read(*residual_of(gram, vectors), *along)
     ritz_values = torch.linalg.eigvalsh((small + small.mT) / 2)
     ritz_sum = ritz_values.sum(-1)
     bound = ritz_values[..., -1] - SLACK * floor
@@ -62,4 +61,4 @@ def certify(gram, vectors: torch.Tensor, norm: torch.Tensor, strict: bool = True
     if strict:
         passed = trivial if trivial.all() else trivial | gram.exceeds(vectors, 2 * norm, bound)
         deficit = torch.where(passed, deficit, torch.inf)
-    return Certificate(passed, deficit, ritz_sum)
+    return Certificate(passed, deficit, ritz_sum, tuple(along))

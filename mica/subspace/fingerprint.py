@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 
 import numpy as np
 import torch
@@ -15,6 +17,9 @@ _BITS = {8: torch.int64, 4: torch.int32, 2: torch.int16}
 
 # Whole rows, hashed block by block so that several threads can; another length gives other keys.
 CHUNK_BYTES = 1 << 20
+
+# At once from a device: the host waits for each copy.
+_COPIED_CHUNKS = 64
 
 _DIGEST_BYTES = 32
 
@@ -29,7 +34,7 @@ def fingerprint(weight: torch.Tensor) -> str:
     """64 hexadecimal digits for the bits of ``weight`` (out_features, in_features), its shape and dtype.
 
     A hash of the hashes of blocks of rows of 1 MiB, by as many threads as PyTorch has; the temporary memory
-    is one such block per thread. The same on every device, from which the weight is copied block by block. It
+    is one such block per thread. The same on every device, from which the weight is copied 64 at a time. It
     goes along the memory, so that a column-major weight (an embedding's ``weight.T``) differs from its
     row-major copy; otherwise strides, offset and padding do not matter.
 
@@ -48,13 +53,13 @@ def fingerprint(weight: torch.Tensor) -> str:
     column_major = not weight.is_contiguous() and weight.stride(0) < weight.stride(1)
     bits = weight.detach().view(_BITS[weight.itemsize])
     rows = bits.T if column_major else bits
-    blocks = rows.split(max(1, CHUNK_BYTES // (rows.shape[1] * rows.element_size())))
-    threads = min(torch.get_num_threads(), len(blocks))
-    if threads > 1:
-        with ThreadPoolExecutor(threads, "mica-fingerprint", set_torch_threads, (1,)) as pool:
-            digests = list(pool.map(_digest, blocks))
-    else:
-        digests = map(_digest, blocks)
+    step = max(1, CHUNK_BYTES // (rows.shape[1] * rows.element_size()))
+    threads = min(torch.get_num_threads(), math.ceil(len(rows) / step))
+    several = ThreadPoolExecutor(threads, "mica-fingerprint", set_torch_threads, (1,))
+    with several if threads > 1 else nullcontext() as pool:
+        each = pool.map if pool else map
+        pieces = (piece.cpu() for piece in rows.split(_COPIED_CHUNKS * step))
+        digests = [digest for piece in pieces for digest in each(_digest, piece.split(step))]
     what = f"{weight.dtype} {tuple(weight.shape)} {'columns' if column_major else 'rows'}\n"
     return hashlib.blake2b(
         what.encode() + b"".join(digests), digest_size=_DIGEST_BYTES, person=b"mica weight"
@@ -62,5 +67,5 @@ def fingerprint(weight: torch.Tensor) -> str:
 
 
 def _digest(block: torch.Tensor) -> bytes:
-    content = block.contiguous().cpu().numpy().reshape(-1).view(np.uint8)
+    content = block.contiguous().numpy().reshape(-1).view(np.uint8)
     return hashlib.blake2b(content, digest_size=_DIGEST_BYTES, person=b"mica rows").digest()

@@ -25,6 +25,8 @@ def row_blocks(
     """
     long_features, short_features = tall.shape[-2:]
     step = max(BLOCK_ROWS, BLOCK_ELEMENTS // short_features)
+    if tall.device.type != "cpu" and dtype == torch.float64:  # fp32 products are summed in fp64 by the block
+        step *= 8  # no cache to stay in, but a launch for each
     memory = None
     for start in range(0, long_features, step):
         rows = slice(start, min(start + step, long_features))

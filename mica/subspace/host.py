@@ -7,6 +7,8 @@ Cholesky 0.27 against 0.41 s, and everything in n² numbers instead of three tim
 To be called within ``threads.one_pool``.
 """
 
+from collections.abc import Callable, Sequence
+
 import numpy as np
 import torch
 
@@ -42,7 +44,11 @@ class HostGram:
     One column-major buffer: C below the diagonal, above it the Cholesky factor of C − shift·I (or of the
     certificate's matrix); both diagonals are kept apart, and ``_show`` puts the one in place that the next
     call needs. Vectors are (n, count) fp64, column-major.
+
+    ``patience``: so many more steps cost less than a look at whether they are needed.
     """
+
+    patience = 0
 
     def __init__(self, tall: torch.Tensor):
         self.size = tall.shape[1]
@@ -67,6 +73,14 @@ class HostGram:
 
     def empty(self, count: int) -> torch.Tensor:
         return torch.empty(count, self.size, dtype=torch.float64, device="cpu").T
+
+    def read(self, *tensors: torch.Tensor) -> Sequence[torch.Tensor]:
+        """fp64 tensors, on the host."""
+        return tensors
+
+    def holds(self, condition: Callable[..., torch.Tensor], *tensors: torch.Tensor) -> bool:
+        """Whether ``condition`` does of the tensors, on the host."""
+        return bool(condition(*tensors))
 
     def apply(self, vectors: torch.Tensor) -> torch.Tensor:
         """C @ vectors."""
@@ -124,6 +138,10 @@ class HostGram:
                 return torch.from_numpy(unit), torch.from_numpy(triangle), True
         unit, upper = torch.linalg.qr(vectors)
         return unit.T.contiguous().T, upper, False
+
+    def svd(self, vectors: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """The reduced SVD of (long, count), for any long."""
+        return torch.linalg.svd(vectors, full_matrices=False)
 
     def subtract(
         self, target: torch.Tensor, vectors: torch.Tensor, coefficients: torch.Tensor

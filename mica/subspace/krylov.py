@@ -13,7 +13,7 @@ times as accurate per step as C⁻¹ without them (Gaussian 4096 × 11008, 16 ve
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import torch
@@ -34,10 +34,14 @@ class Bounds(NamedTuple):
 
 
 class Ritz(NamedTuple):
-    """``vectors`` (batch, n, rank) by ascending Ritz values of C; ``converged`` for all of the batch."""
+    """``vectors`` X (batch, n, rank) by ascending Ritz values of C; ``converged`` for all of the batch.
+
+    ``small`` (batch, rank, rank), on the host, is Xᵀ C X.
+    """
 
     vectors: torch.Tensor
     converged: bool
+    small: torch.Tensor | None = None
 
 
 def block_size(rank: int) -> int:
@@ -56,9 +60,15 @@ def norm(gram, seed: int, steps: int = NORM_STEPS) -> torch.Tensor:
     (Paige 1980). A step is a quarter of one of ``bounds``, which matters to small matrices: n = 192 takes
     0.5 ms in place of 2 to 3, of 9 for the whole solution, and n = 576 1.0 in place of 2.5, of 31.
     """
+    (projected,) = _tridiagonal(gram, seed, {min(steps, gram.size)})
+    return torch.linalg.eigvalsh(projected)[..., -1].clamp_min(0)
+
+
+def _tridiagonal(gram, seed: int, counts: set[int]) -> Iterator[torch.Tensor]:
+    """The projected matrix of plain Lanczos, (batch, steps, steps) on the host, after each count of steps."""
     vector = previous = random_block(gram, 1, seed)
     diagonal, below = [], []
-    for _ in range(min(steps, gram.size)):
+    for step in range(max(counts)):
         following = gram.apply(vector)
         if below:
             following -= previous * below[-1]
@@ -67,9 +77,9 @@ def norm(gram, seed: int, steps: int = NORM_STEPS) -> torch.Tensor:
         below.append(torch.linalg.vector_norm(following, dim=-2, keepdim=True))
         # An exhausted space goes on with rounding noise, or, where there is none, with zero.
         previous, vector = vector, following / below[-1].clamp_min(torch.finfo(torch.float64).tiny)
-    diagonal, below = (torch.cat(values, -1).squeeze(-2).cpu() for values in (diagonal, below))
-    projected = torch.diag_embed(diagonal) + torch.diag_embed(below[..., :-1], offset=-1)
-    return torch.linalg.eigvalsh(projected)[..., -1].clamp_min(0)
+        if step + 1 in counts:
+            both = gram.read(*(torch.cat(values, -1).squeeze(-2) for values in (diagonal, below)))
+            yield torch.diag_embed(both[0]) + torch.diag_embed(both[1][..., :-1], offset=-1)
 
 
 def bounds(gram, seed: int, steps: int = LANCZOS_STEPS) -> Bounds:
@@ -80,7 +90,6 @@ def bounds(gram, seed: int, steps: int = LANCZOS_STEPS) -> Bounds:
     def look(_, projected: torch.Tensor) -> int:
         """The number of further steps, 0 to stop: at the last one, and where the spectrum begins at zero."""
         nonlocal least, move, largest
-        projected = projected.cpu()
         taken = projected.shape[-1]
         values = torch.linalg.eigvalsh(projected)
         half = torch.linalg.eigvalsh(projected[..., : (taken + 1) // 2, : (taken + 1) // 2])
@@ -89,7 +98,13 @@ def bounds(gram, seed: int, steps: int = LANCZOS_STEPS) -> Bounds:
         # Ritz values come down to the edge as 1/steps²: a third of the last move is still to go.
         return 0 if (least - move / 3 < 0.25 * least).all() else steps - taken
 
-    block_lanczos(gram, gram.apply, random_block(gram, 1, seed), steps, min(NORM_STEPS, steps), look)
+    first = min(NORM_STEPS, steps)
+    if gram.patience:  # without orthogonalisation: the edges are the same, and most of the launches are gone
+        for projected in _tridiagonal(gram, seed, {first, steps}):
+            if not look(None, projected):
+                break
+    else:
+        block_lanczos(gram, gram.apply, random_block(gram, 1, seed), steps, first, look)
     floor = resolution(gram.size, largest)
     candidates = (least - 0.6 * move, least - 2 * move, torch.zeros_like(least))
     return Bounds(largest, tuple(torch.where(c > 16 * floor, c, -floor) for c in candidates))
@@ -116,38 +131,48 @@ def smallest_eigenvectors(gram, rank: int, limits: Bounds, eps: float, seed: int
         return None
     width = block_size(rank)
     most = max(1, min(MOST_STEPS, gram.size // width))
+    first = min(FIRST_CHECK + gram.patience, most)
     history: list[float] = []
     ritz = None
 
     def judge(basis: torch.Tensor, projected: torch.Tensor) -> int:
         """Rayleigh-Ritz; the number of further steps that seem to be needed, 0 to stop."""
         nonlocal ritz
-        vectors = gram.combine(basis, _largest_eigenvectors(projected.cpu(), rank).to(gram.device))
+        coefficients = _largest_eigenvectors(*gram.read(projected), rank)
+        vectors = gram.combine(basis, coefficients.to(gram.device, non_blocking=True))
         vectors, _, _ = gram.orthonormal(vectors)
-        excess = relative_residual(gram, vectors, limits.norm, eps)
-        ritz = Ritz(vectors, excess <= 1)
+        excess, small = relative_residual(gram, vectors, limits.norm, eps)
+        ritz = Ritz(vectors, excess <= 1, small)
         stalled = bool(history) and excess > 0.5 * history[-1]
         history.append(excess)
         if ritz.converged or stalled:
             return 0
         # a step gains a factor of 8 on Gaussian spectra
-        return max(1, min(4, math.ceil(math.log(excess, 8)))) if math.isfinite(excess) else 1
+        likely = math.ceil(math.log(excess, 8)) if math.isfinite(excess) else 1
+        return gram.patience or max(1, min(4, likely))
 
-    block_lanczos(gram, gram.solve, random_block(gram, width, seed), most, min(FIRST_CHECK, most), judge)
+    block_lanczos(gram, gram.solve, random_block(gram, width, seed), most, first, judge)
     return ritz
 
 
-def relative_residual(gram, vectors: torch.Tensor, norm: torch.Tensor, eps: float) -> float:
-    """The worst residual ‖C X − X H‖ of a batch over the one that is small enough."""
-    rank = vectors.shape[-1]
+def residual_of(gram, vectors: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """‖C X − X H‖ (batch) and H = Xᵀ C X (batch, rank, rank) of orthonormal ``vectors`` X."""
     products = gram.apply(vectors)
     small = gram.inner(vectors, products)
-    residual = torch.linalg.matrix_norm(products - gram.combine(vectors, small)).cpu()
-    values = torch.linalg.eigvalsh(small.cpu()).clamp_min(0)
+    return torch.linalg.matrix_norm(products - gram.combine(vectors, small)), small
+
+
+def relative_residual(
+    gram, vectors: torch.Tensor, norm: torch.Tensor, eps: float
+) -> tuple[float, torch.Tensor]:
+    """The worst ``residual_of`` a batch over the one that is small enough; and H, on the host."""
+    rank = vectors.shape[-1]
+    residual, small = gram.read(*residual_of(gram, vectors))
+    values = torch.linalg.eigvalsh(small).clamp_min(0)
     # The certificate allows 1e-5 Σθ for √r ‖R‖; an SVD's own error allows eps ‖W‖ σ_r.
     allowed = torch.minimum(1e-6 * values.sum(-1) / rank**0.5, 0.5 * eps * (norm * values[..., -1]).sqrt())
     allowed = torch.maximum(allowed, resolution(gram.size, norm))
-    return torch.where(residual == 0, 0.0, residual / allowed).max().item()
+    return torch.where(residual == 0, 0.0, residual / allowed).max().item(), small
 
 
 def random_block(gram, count: int, seed: int) -> torch.Tensor:
@@ -155,7 +180,7 @@ def random_block(gram, count: int, seed: int) -> torch.Tensor:
     generator = torch.Generator(device="cpu").manual_seed(seed)
     start = torch.randn(count, gram.size, dtype=torch.float64, generator=generator, device="cpu")
     block = gram.empty(count)
-    block.copy_(start.mT)
+    block.copy_(start.to(gram.device, non_blocking=True).mT)
     return gram.orthonormal(block)[0]
 
 
@@ -200,12 +225,22 @@ def _orthogonalised(gram, block: torch.Tensor, basis: torch.Tensor) -> tuple[tor
     coefficients, triangle = 0, None
     for _ in range(4):
         part = gram.inner(basis, block)
-        block, factor, safe = gram.orthonormal(gram.subtract(block, basis, part))
+        block = gram.subtract(block, basis, part)
+        if gram.patience and triangle is None and basis.shape == block.shape:
+            # Of a square weight the inverse of the least eigenvalue may dwarf all others, and the first block
+            # is nearly dependent (by its law, of 4 % of Gaussian ones); later ones are not.
+            block, factor, safe = *torch.linalg.qr(block), False
+        else:
+            block, factor, safe = gram.orthonormal(block)
         coefficients = part if triangle is None else coefficients + part @ triangle
         twice, triangle = triangle is not None, factor if triangle is None else factor @ triangle
-        if twice and safe and (factor.diagonal(dim1=-2, dim2=-1).abs() > 0.5).all():
+        if twice and safe and gram.holds(_have_kept_length, factor.diagonal(dim1=-2, dim2=-1)):
             break
     return block, coefficients
+
+
+def _have_kept_length(diagonal: torch.Tensor) -> torch.Tensor:
+    return (diagonal.abs() > 0.5).all()
 
 
 def _largest_eigenvectors(matrices: torch.Tensor, count: int) -> torch.Tensor:

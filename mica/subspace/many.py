@@ -12,7 +12,7 @@ import torch
 
 from mica.subspace import threads
 from mica.subspace.cache import SubspaceCache
-from mica.subspace.device import MEMORY_AT_LEAST, batch_size, is_on_host
+from mica.subspace.device import batch_size, is_on_host
 from mica.subspace.fingerprint import fingerprint
 from mica.subspace.result import MinorSubspace, moved
 from mica.subspace.solver import solve_each, without_autocast
@@ -50,8 +50,8 @@ def solve_many(
 ) -> Iterator[tuple[int, MinorSubspace]]:
     """The minor subspace of every task with its index, each as soon as it is known, in no particular order.
 
-    Results lie on the device of their weight. On an accelerator layers of one shape are solved together, as
-    many as fit in 3 times the largest weight in fp32, or 256 MiB; the CPU takes over where that is too much.
+    Results lie on the device of their weight. On an accelerator layers of one shape are solved together, up
+    to 8 in a quarter of the memory that is free; the CPU takes over where one is too much.
 
     Args:
         tasks: weights may lie on different devices.
@@ -63,8 +63,6 @@ def solve_many(
         ValueError: a weight or rank that ``minor_subspace`` refuses; the message begins with the task's name.
     """
     target = accelerator() if device == "auto" else torch.device(device)
-    memory = max((3 * 4 * task.weight.numel() for task in tasks), default=0)
-    memory = max(memory, MEMORY_AT_LEAST)
     groups: dict[tuple, list[int]] = defaultdict(list)
     on_host: list[int] = []
     for index, task in enumerate(tasks):
@@ -78,11 +76,11 @@ def solve_many(
         stored = {index: _look_up(tasks[index], cache) for index in indices}
         missing = [index for index in indices if stored[index] is None]
         yield from ((index, result) for index, result in stored.items() if result is not None)
-        size = batch_size(*shape, memory)
+        size = batch_size(*shape, where)
         for start in range(0, len(missing), size):
             chunk = missing[start : start + size]
             try:
-                results = solve_together([tasks[index] for index in chunk], where, cache, memory)
+                results = solve_together([tasks[index] for index in chunk], where, cache)
             except torch.OutOfMemoryError:
                 _logger.warning("%s is out of memory: %d layers are solved on the CPU.", where, len(chunk))
                 on_host.extend(chunk)
@@ -96,14 +94,14 @@ def solve_many(
 
 
 def solve_together(
-    tasks: Sequence[Task], device: torch.device, cache: SubspaceCache | None, memory: int
+    tasks: Sequence[Task], device: torch.device, cache: SubspaceCache | None
 ) -> list[MinorSubspace]:
     """Tasks of one shape and rank, in one batch on ``device``."""
     weights = [task.weight.to(device) for task in tasks]
     with without_autocast(device.type):  # under which torch.stack refuses 16-bit tensors, see `extremes`
         stacked = torch.stack(weights) if len(weights) > 1 else weights[0].unsqueeze(0)
     del weights
-    results = _solved(" or ".join(task.name for task in tasks), stacked, tasks[0].rank, memory)
+    results = _solved(" or ".join(task.name for task in tasks), stacked, tasks[0].rank)
     return [_kept(task, result, cache) for task, result in zip(tasks, results, strict=True)]
 
 
@@ -124,8 +122,8 @@ def _kept(task: Task, result: MinorSubspace, cache: SubspaceCache | None) -> Min
     return moved(result, task.weight.device)
 
 
-def _solved(name: str, weights: torch.Tensor, rank: int, memory: int | None = None) -> list[MinorSubspace]:
+def _solved(name: str, weights: torch.Tensor, rank: int) -> list[MinorSubspace]:
     try:
-        return solve_each(weights, rank, memory=memory)
+        return solve_each(weights, rank)
     except ValueError as error:
         raise ValueError(f"{name}: {error}") from error

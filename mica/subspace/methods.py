@@ -26,7 +26,7 @@ def by_krylov(problem: Problem) -> Candidate | None:
         return None
     eps = torch.finfo(problem.dtype).eps
     ritz = krylov.smallest_eigenvectors(problem.gram, problem.rank, problem.limits, eps, problem.seed)
-    return candidate(problem, ritz.vectors) if ritz is not None and ritz.converged else None
+    return candidate(problem, ritz.vectors, ritz.small) if ritz is not None and ritz.converged else None
 
 
 @one_pool()

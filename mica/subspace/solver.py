@@ -84,12 +84,10 @@ def solve_each(
     method: str = "auto",
     strict: bool = True,
     seed: int = 0,
-    memory: int | None = None,
 ) -> list[MinorSubspace]:
     """``minor_subspace`` of each matrix of a batch, row-major, without the warnings (``warnings_about``).
 
-    What an accelerator cannot settle is solved on the host, and its result lies there. ``memory``: bytes
-    that a batch on an accelerator may use, see ``batch_size``.
+    What an accelerator cannot settle is solved on the host, and its result lies there.
     """
     _check_weight(weight)
     _check_rank(weight, rank)
@@ -100,7 +98,7 @@ def solve_each(
         matrices = matrices.reshape(-1, *weight.shape[-2:])
     try:
         with without_autocast(matrices.device.type):
-            return _solved(matrices, rank, method, strict, seed, memory)
+            return _solved(matrices, rank, method, strict, seed)
     except _NotFiniteError as error:
         count = weight.numel() - int(torch.isfinite(weight).sum())
         raise ValueError(
@@ -119,12 +117,10 @@ class _NotFiniteError(ArithmeticError):
     """There is a NaN or an infinity somewhere in a weight."""
 
 
-def _solved(
-    matrices: torch.Tensor, rank: int, method: str, strict: bool, seed: int, memory: int | None
-) -> list[MinorSubspace]:
+def _solved(matrices: torch.Tensor, rank: int, method: str, strict: bool, seed: int) -> list[MinorSubspace]:
     results: dict[int, MinorSubspace] = {}
     if not is_on_host(matrices.device) and max(map(abs, _exponents(matrices))) <= LARGEST_EXPONENT:
-        size = batch_size(*matrices.shape[-2:], memory)
+        size = batch_size(*matrices.shape[-2:], matrices.device)
         for start in range(0, len(matrices), size):
             for index, result in solve_batch(matrices[start : start + size], rank, method, strict, seed):
                 results[start + index] = result
@@ -162,7 +158,7 @@ def _check_rank(weight: torch.Tensor, rank: int) -> None:
 
 def _exponents(matrices: torch.Tensor) -> list[int]:
     """Of each matrix the least e with all entries below 2^e in magnitude."""
-    limits = torch.stack([extremes(matrix) for matrix in matrices]).double()
+    limits = torch.stack([extremes(matrix) for matrix in matrices]).double().cpu()
     if not torch.isfinite(limits).all():
         raise _NotFiniteError
     return [math.frexp(largest)[1] for largest in limits.abs().amax(-1).tolist()]

@@ -31,6 +31,12 @@ def gram_of(tall: torch.Tensor) -> torch.Tensor:
     return tall.double().mT @ tall.double()
 
 
+def dense(gram) -> torch.Tensor:
+    """What ``apply`` of a ``HostGram`` or a ``BatchGram`` multiplies with."""
+    unit = torch.eye(gram.size, dtype=torch.float64)
+    return gram.apply(columns(unit.expand(*gram.batch_shape, gram.size, gram.size)))
+
+
 def assert_orthonormal(basis: torch.Tensor, tolerance: float = 1e-13) -> None:
     """By the relative Frobenius error of each matrix of a batch."""
     unit = torch.eye(basis.shape[-1], dtype=torch.float64)

@@ -2,14 +2,15 @@
 
 import math
 import threading
+from contextlib import nullcontext
 
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from mica.subspace import batched
-from mica.subspace.batched import BatchGram, full_fp32
-from tests.support.judging import gram_of
+from mica.subspace.batched import BatchGram, DoubtfulError, full_fp32
+from tests.support.judging import assert_orthonormal, dense, gram_of, random
 from tests.support.spectra import stack, weight
 from tests.support.tolerances import error
 
@@ -36,7 +37,7 @@ def test_panels_and_blocks(size, mixed, blocks_of):
     blocks_of(100)
     tall = torch.stack([weight("gaussian", 2 * size + 5, size)] * 2)
     tall[1] *= 3
-    gram = BatchGram(tall, mixed).apply(torch.eye(size, dtype=torch.float64))
+    gram = dense(BatchGram(tall, mixed))
     assert error(gram, gram_of(tall)) <= (1e-6 if mixed else 1e-14)
     assert mixed == (error(gram, gram_of(tall)) > 1e-12) or size == 1
     assert error(gram, gram.mT) <= 1e-14
@@ -49,7 +50,7 @@ def test_the_error_bound_of_mixed_products(name, dtype, scale):
     """Above the exact norm and below 20 times it; with underflow, the norm of the whole matrix."""
     tall = (stack([name, "gaussian"], (900, 80)).double() * scale).to(dtype)
     gram, exact = BatchGram(tall, mixed=True), gram_of(tall)
-    norms = torch.linalg.matrix_norm(exact - gram.apply(torch.eye(80, dtype=torch.float64)), 2)
+    norms = torch.linalg.matrix_norm(exact - dense(gram), 2)
     assert gram.error.dtype == torch.float64
     assert (gram.error >= norms).all()
     assert (gram.error <= 20 * norms + 1e-14 * torch.linalg.matrix_norm(exact, 2)).all()
@@ -61,6 +62,53 @@ def test_the_error_bound_sees_one_wrong_entry():
     bounds = batched.error_bound(talls(), wrong)
     assert 1e-3 <= bounds[1] <= 2e-2
     assert bounds[0] <= BatchGram(talls(), mixed=True).error[0]
+
+
+@pytest.mark.parametrize("spread", [1, 1e-3, 1e-9, 0])
+def test_what_is_trusted_in_vain_is_known_when_numbers_are_read(spread):
+    """And then as little of it as of the numbers; what is careful says so at once."""
+    gram = BatchGram(talls())
+    vectors = random(3, 30, 4)
+    vectors[1, :, 3] = vectors[1, :, 0] + spread * vectors[1, :, 3]
+    good = spread > 1e-6
+    assert gram.orthonormal(vectors)[2]
+    with nullcontext() if good else pytest.raises(DoubtfulError):
+        assert torch.equal(*gram.read(vectors), vectors)
+    assert torch.equal(*gram.read(vectors), vectors)  # it was said
+    gram.careful = True
+    basis, triangle, safe = gram.orthonormal(vectors)
+    assert safe == good
+    assert error(basis @ triangle, vectors) <= 1e-13
+    assert gram.holds(lambda *both: torch.stack(both).sum() == 3, torch.ones(1), torch.full((1,), 2.0))
+    assert not gram.holds(lambda one: one > 1, torch.ones(1))
+
+
+@pytest.mark.parametrize("careful", [False, True])
+@pytest.mark.parametrize("least", [1, 1e-5, 1e-9, 0])
+def test_the_svd_of_thin_matrices(least, careful):
+    left, right = torch.linalg.qr(random(3, 70, 5)).Q, torch.linalg.qr(random(3, 5, 5)).Q
+    values = torch.logspace(0, math.log10(least) if least else -3, 5, dtype=torch.float64)
+    values[-1] *= least > 0
+    basis, found, rotation = BatchGram(talls(), careful=careful).svd(left * values @ right)
+    assert error(found, values.expand(3, 5)) <= 1e-14
+    assert_orthonormal(basis)
+    assert error(basis * found[:, None] @ rotation, left * values @ right) <= 1e-14
+
+
+@pytest.mark.parametrize("scale", [1.0, 1e-12, 1e12])
+def test_solutions_by_an_fp32_factor_are_corrected(scale, reset):
+    """Whatever fp32's range and its setting for products are."""
+    gram = BatchGram(talls()[::2, :, :10] * scale, mixed=True)
+    values, right = torch.linalg.eigvalsh(dense(gram)), random(2, 10, 3)
+    torch.set_float32_matmul_precision("medium")
+    with Watch() as watch:
+        assert gram.factor(0.9 * values[:, 0]).all()
+        solution = gram.solve(right)
+    unit = torch.eye(10, dtype=torch.float64)
+    assert error(solution, torch.linalg.solve(dense(gram) - 0.9 * values[:, :1, None] * unit, right)) <= 1e-10
+    assert watch.seen
+    assert not REDUCED & set(watch.seen)
+    assert not gram.factor(1.1 * values[:, 0]).any()
 
 
 STRONG, WEAK = [(6, 0), (7, 0), (8, 0), (9, 0), (10, 0)], [(6, 1), (7, 5), (8, 6), (8, 9), (10, 3), (12, 0)]
@@ -136,13 +184,14 @@ def own() -> list[list[str]]:
 
 
 class Watch(TorchDispatchMode):
-    """The settings at each product of fp32 matrices."""
+    """The settings at each product of fp32 matrices, and at each of their factors and inverses."""
 
     seen = ()
+    aten = torch.ops.aten
+    watched = (aten.mm, aten.bmm, aten.linalg_cholesky_ex, aten.linalg_solve_triangular)
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        is_product = function.overloadpacket in (torch.ops.aten.mm, torch.ops.aten.bmm)
-        if is_product and args[0].dtype == torch.float32:
+        if function.overloadpacket in self.watched and args[0].dtype == torch.float32:
             self.seen += (*effective(),)
         return function(*args, **(kwargs or {}))
 
@@ -151,7 +200,7 @@ class Watch(TorchDispatchMode):
 @pytest.mark.filterwarnings("error")
 def test_products_are_whole_and_the_settings_stay(way, reset):
     """Those that were inherited still are."""
-    tall, unit = torch.randn(2, 600, 300), torch.eye(300, dtype=torch.float64)
+    tall = torch.randn(2, 600, 300)
     expected = BatchGram(tall, mixed=True)
     WAYS[way]()
     before = effective()
@@ -159,7 +208,7 @@ def test_products_are_whole_and_the_settings_stay(way, reset):
         gram = BatchGram(tall, mixed=True)
     assert watch.seen
     assert not REDUCED & set(watch.seen)
-    assert torch.equal(gram.apply(unit), expected.apply(unit))
+    assert torch.equal(dense(gram), dense(expected))
     assert torch.equal(gram.error, expected.error)
     assert effective() == before
 

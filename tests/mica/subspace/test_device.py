@@ -136,20 +136,26 @@ def test_without_strict_all_but_the_null_are_returned(shape, method, monkeypatch
     assert all(0 <= result.energy_excess <= 1 + 1e-5 for result in results.values())
 
 
+# Shapes, GiB of free memory, and how many at once: a quarter of it for four fp64 matrices of the short side
+# and two fp32 weights each.
 BATCH_SIZES = {
-    ((576, 576), None): (256 << 20) // (4 * 8 * 576**2),
-    ((576, 1536), None): (256 << 20) // (4 * 8 * 576**2),
-    ((4096, 4096), None): 1,
-    ((4096, 14336), None): 3 * 4 * 4096 * 14336 // (4 * 8 * 4096**2),
-    ((128, 200_000), None): 3 * 4 * 128 * 200_000 // (4 * 8 * 128**2),
-    ((100, 300), 32 * 100**2 * 7): 7,
-    ((300, 100), 32 * 100**2 * 7 - 1): 6,
-    ((300, 100), 1): 1,
-}
+    ((576, 576), 1): 8, ((576, 1536), 0.5): 7, ((4096, 4096), 70): 8, ((4096, 4096), 20): 8,
+    ((4096, 4096), 10): 4, ((4096, 14336), 70): 8, ((14336, 4096), 20): 5, ((4096, 128256), 20): 1,
+    ((128256, 4096), 70): 3, ((8192, 28672), 70): 4, ((100, 300), 0): 1,
+}  # fmt: skip
 
 
-def test_batch_sizes():
-    assert {case: batch_size(*case[0], case[1]) for case in BATCH_SIZES} == BATCH_SIZES
+def test_batch_sizes(monkeypatch):
+    for (shape, free), expected in BATCH_SIZES.items():
+        monkeypatch.setattr(device, "free_memory", lambda where, free=free: int(free * 2**30))
+        assert batch_size(*shape, torch.device("cuda")) == expected
+
+
+def test_free_memory_is_the_device_s_and_what_pytorch_holds_unused(monkeypatch):
+    for name, value in (("mem_get_info", (1000, 9000)), ("memory_reserved", 70), ("memory_allocated", 30)):
+        monkeypatch.setattr(torch.cuda, name, lambda where, value=value: value)
+    assert device.free_memory(torch.device("cuda")) == 1040
+    assert batch_size(576, 576, torch.device("meta")) == 8  # whatever does not tell
 
 
 @pytest.mark.parametrize("leading", [(), (5,), (2, 3)], ids=str)

@@ -56,8 +56,8 @@ def test_batches_by_shape_and_rank_on_an_accelerator(tasks, accelerated, calls_o
 
 def test_batches_are_cut_to_the_memory(accelerated, calls_of, monkeypatch):
     solved = calls_of(many, "solve_each")
-    monkeypatch.setattr(many, "MEMORY_AT_LEAST", 0)
-    # 3 fp32 copies of (30, 40) hold no second set of four (30, 30) fp64 matrices
+    # of a quarter, four (30, 30) fp64 matrices and two fp32 copies of (30, 40) take more than a half
+    monkeypatch.setattr(device, "free_memory", lambda where: 4 * 70_000)
     solved_once([Task(f"layer {i}", torch.randn(30, 40), 3) for i in range(3)])
     assert [weights.shape for weights, _ in solved] == [(1, 30, 40)] * 3
 

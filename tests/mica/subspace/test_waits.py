@@ -1,0 +1,113 @@
+"""How often the host waits for an accelerator, and how many operators it dispatches: counted on the CPU."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from mica.subspace import fingerprint, krylov, solver
+from tests.support.counted_device import DEVICE, CountedDevice, OnDevice
+from tests.support.judging import judge
+from tests.support.spectra import stack
+
+RANK = 16
+SQUARE, WIDE, TALL = (512, 512), (512, 1408), (1408, 512)
+
+
+@pytest.fixture
+def counted(monkeypatch):
+    """What it took to solve matrices there: each proven, on the device and right."""
+    monkeypatch.setattr(krylov, "FIRST_CHECK", 7)
+    monkeypatch.setattr(solver, "_check_weight", lambda weight: None)  # it refuses this device's name
+
+    def solved(matrices: torch.Tensor, rank: int = RANK) -> CountedDevice:
+        with CountedDevice() as device:
+            results = solver.solve_each(OnDevice(matrices), rank)
+        for result in results:
+            assert result.certified
+            assert result.basis.device == result.singular_values.device == DEVICE
+        for index in {0, len(results) - 1}:
+            basis, values = results[index].basis.host, results[index].singular_values.host
+            judge(matrices[index], replace(results[index], basis=basis, singular_values=values))
+        return device
+
+    return solved
+
+
+@pytest.mark.parametrize("batch", [1, 8])
+@pytest.mark.parametrize(("shape", "operators"), [(SQUARE, 1100), (WIDE, 1350), (TALL, 1400)], ids=str)
+def test_a_batch_waits_ten_times_at_most(shape, batch, operators, counted):
+    """And dispatches as much whether of one matrix or of eight, but for what is done for each result."""
+    matrices = torch.randn(batch, *shape, generator=torch.Generator().manual_seed(0))
+    device = counted(matrices)
+    assert 3 <= device.waits.total() <= 10
+    assert device.operators.total() <= operators
+
+
+def test_fp32_products_and_factors_take_few_waits_too(counted, weak_fp64):
+    device = counted(torch.randn(2, *WIDE, generator=torch.Generator().manual_seed(0)))
+    assert device.waits.total() <= 12
+    assert device.operators.total() <= 1750
+
+
+def test_what_fits_no_subspaces_takes_few_waits(counted):
+    device = counted(torch.randn(4, 128, 160, generator=torch.Generator().manual_seed(0)))
+    assert device.waits.total() <= 7
+    assert device.operators.total() <= 300
+
+
+@pytest.mark.parametrize("shape", [(500, 500), (480, 700)], ids=str)
+def test_trust_in_vain_is_noticed(shape, counted):
+    """Then the batch is solved step by step, with a wait for each."""
+    assert counted(stack(["gaussian", "rank deficient by most"], shape), 8).waits.total() > 20
+
+
+@pytest.mark.parametrize(("chunks", "waits"), [(64, 1), (3, 3)])
+def test_a_fingerprint_is_copied_in_large_pieces(chunks, waits, monkeypatch):
+    weight = torch.randn(3000, 700)  # 8.01 MiB
+    monkeypatch.setattr(fingerprint, "is_weight", lambda weight: True)
+    monkeypatch.setattr(fingerprint, "_COPIED_CHUNKS", chunks)
+    with CountedDevice() as device:
+        key = fingerprint.fingerprint(OnDevice(weight))
+    assert key == fingerprint.fingerprint(weight)
+    assert device.waits.total() == waits
+
+
+# The count itself
+
+
+READ = {
+    "item": lambda x: x.sum().item(), "bool": lambda x: bool((x > 0).all()), "list": lambda x: x.tolist(),
+    "cpu": lambda x: x.cpu(), "nonzero": lambda x: x.nonzero(), "mask": lambda x: x[x > 0],
+    "index": lambda x: x[[0, 1]], "in": lambda x: x.copy_(torch.ones(3, 3)),
+    "out": lambda x: torch.ones(3, 3).copy_(x), "to": lambda x: torch.ones(2).to(x.device),
+    "cholesky": torch.linalg.cholesky, "eigh": torch.linalg.eigh, "svd": torch.linalg.svd,
+}  # fmt: skip
+QUEUED = {
+    "to": lambda x: torch.ones(2).to(x.device, non_blocking=True), "qr": torch.linalg.qr,
+    "in": lambda x: x.copy_(torch.ones(3, 3), non_blocking=True), "cast": lambda x: x.double(),
+    "own": lambda x: x.copy_(2 * x), "eye": lambda x: x @ torch.eye(3, device=x.device),
+    "factor": lambda x: torch.linalg.cholesky_ex(x).info,
+    "solve": lambda x: torch.linalg.solve_triangular(x, x, upper=False, out=torch.empty_like(x)),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("call", "waits"), [(READ[name], 1) for name in READ] + [(QUEUED[name], 0) for name in QUEUED]
+)
+def test_what_counts_as_a_wait(call, waits):
+    with CountedDevice() as device:
+        call(OnDevice(torch.eye(3)))
+    assert device.waits.total() == waits
+    assert device.operators.total() >= 1
+
+
+def test_values_are_the_hosts_and_tensors_of_both_do_not_meet():
+    x = torch.randn(4, 4)
+    with CountedDevice():
+        there = OnDevice(x)
+        product = (there.mT @ there).diagonal().sub_(1)
+        assert product.device == DEVICE
+        with pytest.raises(RuntimeError, match="others on"):
+            there @ x
+        assert torch.equal(product.cpu(), (x.mT @ x).diagonal() - 1)
