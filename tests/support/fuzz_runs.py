@@ -12,8 +12,6 @@ the sum of the losses up to a step is compared then.
 | another option, run.yaml or base | one line, nothing has changed |
 """
 
-from __future__ import annotations
-
 import csv
 import errno
 import gc

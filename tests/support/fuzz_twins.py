@@ -15,8 +15,6 @@ backend's model. Where stock has one of the bugs in mica/fast/README.md, the twi
 Not drawn for experts, because stock refuses it there: dropout.
 """
 
-from __future__ import annotations
-
 import copy
 import re
 import warnings
@@ -74,9 +72,7 @@ class Twins:
         self.adopt("one", config["init_lora_weights"] == "mica", 3)
         self.compare()
 
-    # ---------------------------------------------------------------------------------------------------
-    # both
-    # ---------------------------------------------------------------------------------------------------
+    # -- both -----------------------------------------------------------------------------------------
 
     @property
     def both(self) -> tuple[nn.Module, nn.Module]:
@@ -165,9 +161,7 @@ class Twins:
         dtypes = {p.dtype for p in self.ours.parameters() if p.is_floating_point()} | {self.autocast}
         return max(RELATIVE[dtype] for dtype in dtypes if dtype is not None)
 
-    # ---------------------------------------------------------------------------------------------------
-    # state
-    # ---------------------------------------------------------------------------------------------------
+    # -- state ----------------------------------------------------------------------------------------
 
     def configs(self, values: dict) -> tuple[LoraConfig, LoraConfig]:
         """Ours and the twin's: plain LoRA where stock alone refuses MiCA."""
@@ -300,9 +294,7 @@ class Twins:
         modes = (self.autocast, str(settings), checkpoints, experts)
         return values, modes, str(attributes(self.ours)), id(self.ours)
 
-    # ---------------------------------------------------------------------------------------------------
-    # calls
-    # ---------------------------------------------------------------------------------------------------
+    # -- calls ----------------------------------------------------------------------------------------
 
     def casting(self):
         return torch.autocast("cpu", self.autocast) if self.autocast else nullcontext()

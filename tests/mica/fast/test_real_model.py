@@ -14,7 +14,7 @@ from tests.support.without_mica import logits_without_mica
 
 pytestmark = pytest.mark.slow
 
-TEXTS, BATCH = 4, (1, 48)
+TEXTS, BATCH = 2, (1, 48)
 LOSS = {torch.float32: 1e-5, torch.bfloat16: 2e-2}  # relative
 
 
@@ -38,7 +38,7 @@ def train(model, data):
     return training.train(model, data, optimizer=torch.optim.AdamW(trained, lr=1e-3))
 
 
-def test_twelve_steps_follow_stock_and_stock_loads_the_adapter(model, dtype, tmp_path):
+def test_six_steps_follow_stock_and_stock_loads_the_adapter(model, dtype, tmp_path):
     assert mica.fast.explain(model).counts() == {"reference": 210}
     assert len(training.trainable(model)) == 210
     before = {name: B.clone() for name, B in bases(model).items()}
@@ -100,12 +100,9 @@ def test_gradients_are_at_least_as_exact_as_stocks(model, dtype):
 
 
 def test_training_on_interpreted_kernels_gives_the_references_losses(monkeypatch, dtype):
-    """14 layers (all linear ones of the first and the last block), three AdamW steps from A = 0.
-
-    All 210 take a minute a step: interpreted kernels are slow.
-    """
+    """All linear layers of the last block, three AdamW steps from A = 0; of all 210 a step takes a minute."""
     names = [f"{name}_proj" for name in ("q", "k", "v", "o", "gate", "up", "down")]
-    model = wrap(smollm2(dtype), rank=16, targets=names, layers_to_transform=[0, 29])
+    model = wrap(smollm2(dtype), rank=16, targets=names, layers_to_transform=[29])
     data = python_reference_tokens()[: 3 * 16].view(3, 1, 16)
     losses = {}
     for backend in ("reference", "triton"):
@@ -113,7 +110,7 @@ def test_training_on_interpreted_kernels_gives_the_references_losses(monkeypatch
         mica.fast.call_counts.clear()
         with quick_products(dtype):
             losses[backend] = train(model, data).tolist()
-        on_kernels = 3 * 14 if backend == "triton" else 0
+        on_kernels = 3 * 7 if backend == "triton" else 0
         assert mica.fast.call_counts["linear_kernels"] == on_kernels
         assert mica.fast.call_counts["linear_backward_kernels"] == on_kernels
     assert losses["triton"][2] != pytest.approx(losses["triton"][0], rel=1e-2)
