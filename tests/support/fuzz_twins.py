@@ -83,9 +83,9 @@ class Twins:
         self.seed += 1
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            torch.manual_seed(self.seed)
+            torch.default_generator.manual_seed(self.seed)  # `torch.manual_seed` formats the stack
             ours = attempt(action, self.ours)
-            torch.manual_seed(self.seed)
+            torch.default_generator.manual_seed(self.seed)
             with mica.fast.disabled():
                 stock = attempt(action, self.stock)
         if type(ours.error) is not type(stock.error):
