@@ -1,7 +1,5 @@
 """The tester for any length of time (``make fuzz``): random sequences of actions, a new seed each round."""
 
-from __future__ import annotations
-
 import argparse
 import os
 import random

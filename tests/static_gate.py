@@ -9,8 +9,6 @@ One table, a line a kernel and target. The launches are those that the launchers
 memory. Compiled kernels are kept in Triton's own cache, findings beside them: only a first run is slow.
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 import os

@@ -56,27 +56,35 @@ def test_wheel_holds_one_package(wheel):
     assert sources <= set(names)
 
 
+@pytest.fixture(scope="module")
+def site(wheel, tmp_path_factory):
+    """Where the wheel is installed."""
+    site = tmp_path_factory.mktemp("site")
+    install = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--target", site]
+    subprocess.run([*install, wheel], check=True, capture_output=True)
+    return site
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("inside", [False, True], ids=["outside the checkout", "inside the checkout"])
-@pytest.mark.parametrize("is_wheel", [True, False], ids=["wheel", "editable install"])
-def test_install(is_wheel, inside, request, tmp_path):
-    home, site = ROOT, ""
-    if is_wheel:
-        site = tmp_path / "site"
-        install = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--target", site]
-        subprocess.run([*install, request.getfixturevalue("wheel")], check=True, capture_output=True)
-        # `python -c` puts the working directory first: inside the checkout its own source is what runs
-        home = ROOT if inside else site
-    probed = probe(ROOT if inside else tmp_path, site)
+@pytest.mark.parametrize(
+    ("is_wheel", "inside", "triton"),
+    [
+        pytest.param(True, False, True, id="wheel, outside the checkout"),
+        pytest.param(True, True, True, id="wheel, inside the checkout"),
+        pytest.param(False, True, True, id="editable install, inside"),
+        pytest.param(False, False, False, id="editable install, outside, where Triton is not installed"),
+    ],
+)
+def test_install(is_wheel, inside, triton, request, tmp_path):
+    site = request.getfixturevalue("site") if is_wheel else ""
+    # `python -c` puts the working directory first: inside the checkout its own source is what runs
+    home = site if is_wheel and not inside else ROOT
+    probed = probe(ROOT if inside else tmp_path, site, *([] if triton else ["no triton"]))
     assert Path(probed["mica"]) == home / "mica/__init__.py"
     assert Path(probed["runtime"]).resolve() == (home / "mica/kernels/runtime.py").resolve()
     assert "site-packages" in probed["kernels"]  # Hugging Face's
+    assert triton or not probed["triton"]
     assert probed["enabled"]
-
-
-@pytest.mark.slow
-def test_runs_where_triton_is_not_installed(tmp_path):
-    assert probe(tmp_path, "", "no triton")["triton"] is False
 
 
 def test_importing_the_solver_imports_neither_peft_nor_triton():

@@ -1,11 +1,7 @@
-"""A run of ``mica adapt`` in short: a tiny Llama and random blocks, in this process or in others.
-
-Processes are forked from a server that has imported everything already, so a start costs 0.1 s and not 8.
-"""
+"""A run of ``mica adapt`` in short: a tiny Llama and random blocks, in this process or in others."""
 
 import atexit
 import gc
-import multiprocessing
 import multiprocessing.connection
 import os
 import signal
@@ -28,13 +24,12 @@ from safetensors.torch import load_file
 from mica.cli.adapt import adapter, processes, training
 from mica.cli.adapt.training import Training
 from mica.errors import UsageError
+from tests.support.server import SERVER
 from tests.support.tiny_cli import tiny_llama
 
 # The Trainer collects garbage at the end of a run: looking through all that is imported took half of a test.
 gc.freeze()
 atexit.register(gc.unfreeze)  # or libraries report at exit what leaks
-SERVER = multiprocessing.get_context("forkserver")
-SERVER.set_forkserver_preload(["tests.support.adapt_runs"])
 
 
 def blocks(count: int, seed: int, documents: bool = True, length: int = 32) -> list[dict[str, torch.Tensor]]:

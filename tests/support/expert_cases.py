@@ -1,7 +1,5 @@
 """Routes, operands and sums expert by expert, for the tests of stacks of experts."""
 
-from __future__ import annotations
-
 from itertools import accumulate, pairwise
 
 import torch

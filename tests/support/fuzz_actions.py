@@ -3,8 +3,6 @@
 Every action ends with a comparison of all that both models hold, and mostly of an output and its gradients.
 """
 
-from __future__ import annotations
-
 import copy
 import tempfile
 from collections import Counter

@@ -1,7 +1,5 @@
 """Rules of `fuzz_machine`: adapters are added, switched, scaled, edited, saved, loaded, combined, copied."""
 
-from __future__ import annotations
-
 import copy
 import io
 
@@ -99,9 +97,7 @@ class Adapters(Base):
         self.edited()
         self.twins.synchronise()
 
-    # ---------------------------------------------------------------------------------------------------
-    # scaling
-    # ---------------------------------------------------------------------------------------------------
+    # -- scaling --------------------------------------------------------------------------------------
 
     @action(index=INDEX, layer=INDEX, factor=any_of(0.5, 2.0, 1.0, 3), everywhere=FLAG)
     def set_scale(self, index, layer, factor, everywhere):
@@ -127,9 +123,7 @@ class Adapters(Base):
         self.twins.each(scaled)
         self.edited()
 
-    # ---------------------------------------------------------------------------------------------------
-    # files, hotswapping, weighted adapters, copies
-    # ---------------------------------------------------------------------------------------------------
+    # -- files, hotswapping, weighted adapters, copies ------------------------------------------------
 
     @action(index=INDEX, flipped=FLAG)
     def save(self, index, flipped):

@@ -1,7 +1,5 @@
 """Rules of `fuzz_machine`: forwards, training, exceptions, merging."""
 
-from __future__ import annotations
-
 import copy
 
 import torch
@@ -186,9 +184,7 @@ class Calls(Base):
 
         return self.twins.each(failing).error is not None
 
-    # ---------------------------------------------------------------------------------------------------
-    # merging
-    # ---------------------------------------------------------------------------------------------------
+    # -- merging --------------------------------------------------------------------------------------
 
     @action(index=INDEX, safe=FLAG, named=FLAG)
     def merge(self, index, safe, named):

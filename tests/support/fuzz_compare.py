@@ -1,7 +1,5 @@
 """Small parts of `fuzz_twins`: what an action gave, how far two results are apart, an adapter's factors."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any, NamedTuple
 

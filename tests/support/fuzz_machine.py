@@ -1,7 +1,5 @@
 """Random sequences of what people do with adapters, done to `Twins`: hypothesis draws and shrinks them."""
 
-from __future__ import annotations
-
 import torch
 from hypothesis import HealthCheck, Phase, assume, settings
 from hypothesis.stateful import precondition

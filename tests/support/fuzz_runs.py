@@ -12,8 +12,6 @@ the sum of the losses up to a step is compared then.
 | another option, run.yaml or base | one line, nothing has changed |
 """
 
-from __future__ import annotations
-
 import csv
 import errno
 import gc
@@ -39,11 +37,10 @@ from transformers import Trainer
 from mica.cli import main
 from mica.cli.adapt import checkpoints, curve, session  # noqa: F401 (imported before the fork)
 from tests.support import moe_models
-from tests.support.adapt_runs import SERVER, Process
+from tests.support.adapt_runs import Process
 from tests.support.fuzz_actions import FLAG, SEQUENCES, action, any_of
 from tests.support.tiny_cli import TEXT, byte_tokenizer, tiny_llama
 
-SERVER.set_forkserver_preload([__name__])
 MODELS = ["llama", "mixture"]
 DAMAGES = ["cut", "emptied", "deleted", "flipped"]
 CHANGES = ["an option", "run.yaml", "the base"]

@@ -8,11 +8,16 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as multiprocessing
 
+from tests.support.server import SERVER
+
+METHOD = SERVER.get_start_method()
+
 
 def run(function, *arguments, count=2):
     """[function(rank, *arguments) of each process]; ``function`` is a module's, its result can be saved."""
     with tempfile.TemporaryDirectory() as folder:
-        multiprocessing.spawn(_process, (count, folder, function, arguments), nprocs=count)
+        arguments = count, folder, function, arguments
+        multiprocessing.start_processes(_process, arguments, nprocs=count, start_method=METHOD)
         return [torch.load(Path(folder) / str(rank), weights_only=False) for rank in range(count)]
 
 

@@ -1,7 +1,5 @@
 """Which modules of this checkout a module imports, read from its source."""
 
-from __future__ import annotations
-
 import ast
 from collections.abc import Iterable, Iterator
 from pathlib import Path

@@ -5,8 +5,6 @@ first representation, into a cache of this process's own: a variant takes 0.1 s 
 compiles all of them to machine code.
 """
 
-from __future__ import annotations
-
 import contextlib
 import tempfile
 from contextlib import contextmanager, nullcontext

@@ -144,13 +144,17 @@ def tiny_llama(seed=0, **config):
 
 def smollm2(dtype=torch.float32):
     """SmolLM2-135M with its pretrained weights, dense."""
-    return copy.deepcopy(_smollm2(dtype))
+    model = copy.deepcopy(_smollm2())
+    for parameter in model.parameters():  # as it is read in that dtype: buffers stay in fp32
+        parameter.data = parameter.data.to(dtype)
+    model.config.dtype = dtype
+    return model
 
 
 @functools.cache
-def _smollm2(dtype):
-    """Read once: that takes 10 s."""
-    return load_model(find_source(str(smollm2_gguf()), False), str(dtype).removeprefix("torch."))
+def _smollm2():
+    """Read once: transformers parses the file twice, in 20 s."""
+    return load_model(find_source(str(smollm2_gguf()), False), "float32")
 
 
 @functools.cache

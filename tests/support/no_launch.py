@@ -6,8 +6,6 @@ checked here. Not with TRITON_INTERPRET, and not in a process that means to laun
 keeps what it has compiled for a device by its number. Tried with Triton 3.5.1, 3.6.0, 3.7.1 and 3.9.0.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from contextlib import contextmanager
 from types import SimpleNamespace

@@ -1,7 +1,5 @@
 """The fp64 oracle: a dense update s·B·A and autograd; of `mica.paths.torch_path` only dropout's mask."""
 
-from __future__ import annotations
-
 import functools
 from dataclasses import dataclass, replace
 from itertools import pairwise

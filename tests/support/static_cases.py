@@ -1,7 +1,5 @@
 """Every kernel with every configuration of its table, as the launches that would be made."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from dataclasses import dataclass
 

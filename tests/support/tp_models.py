@@ -35,26 +35,22 @@ def save_models(folder: Path) -> None:
         model.save_pretrained(folder / name)
 
 
-def whole(folder, name="even", **kwargs):
-    """In one process."""
+def split(folder, name="even", **kwargs):
+    """Over all processes, by the model's own plan; whole where there is one alone."""
+    if dist.is_initialized():
+        rank, count = dist.get_rank(), dist.get_world_size()
+        # what torchrun sets, and transformers reads
+        os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(count))
+        kwargs["distributed_config"] = DistributedConfig(tp_size=count, tp_plan="auto")
     return AutoModelForCausalLM.from_pretrained(Path(folder) / name, **kwargs)
 
 
-def split(folder, name="even", **kwargs):
-    """Over all processes, by the model's own plan."""
-    rank, count = dist.get_rank(), dist.get_world_size()
-    # what torchrun sets, and transformers reads
-    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(count))
-    config = DistributedConfig(tp_size=count, tp_plan="auto")
-    return whole(folder, name, distributed_config=config, **kwargs)
-
-
 def made(name="even", **kwargs):
-    """Saved, and loaded again over all processes; whole where there is one alone."""
+    """Saved, and loaded again by `split`."""
     with tempfile.TemporaryDirectory() as folder:
         if not dist.is_initialized():
             save_models(Path(folder))
-            return whole(folder, name, **kwargs)
+            return split(folder, name, **kwargs)
         folders = [folder]
         dist.broadcast_object_list(folders)
         save_models(Path(folders[0]))  # of which transformers does nothing but in the first process

@@ -13,10 +13,12 @@ import torch
 import yaml
 from peft import PeftModel
 from safetensors.torch import load_file
+from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 from transformers import AutoModelForCausalLM
 
 import mica.fast
-from tests.support import axolotl_style
+from tests.support import axolotl_style, on_gloo
+from tests.support.gloo import METHOD
 from tests.support.models import bases, wrap
 from tests.support.processes import start
 from tests.support.tiny_cli import byte_tokenizer, logits, tiny_llama
@@ -102,14 +104,13 @@ def axolotl(given, plugin):
 
 @pytest.fixture(scope="module")
 def fsdp2(given):
-    """What two processes of torchrun have done."""
-    report, output = given.folder / "report", given.folder / "fsdp2"
-    torchrun = "torch.distributed.run", "--standalone", "--nproc-per-node", 2, "-m", "tests.support.on_gloo"
-    script = RECIPES / "fsdp2.py", report, given.model, given.texts, output
-    done = start(*torchrun, *script, ACCELERATE_TORCH_DEVICE="cpu", OMP_NUM_THREADS="1")
-    assert done.returncode == 0, done.stderr
-    processes = [json.loads(Path(f"{report}-{rank}").read_text(encoding="utf-8")) for rank in range(2)]
-    return SimpleNamespace(processes=processes, stdout=done.stdout, folder=output)
+    """What two processes of torchrun's launcher have done; it forks them from ours."""
+    where = {"min_nodes": 1, "max_nodes": 1, "nproc_per_node": 2, "rdzv_endpoint": "localhost:0"}
+    config = LaunchConfig(**where, rdzv_backend="c10d", run_id="fsdp2", start_method=METHOD)
+    output = given.folder / "fsdp2"
+    launched = elastic_launch(config, on_gloo.run)
+    done = launched(str(RECIPES / "fsdp2.py"), given.model, given.texts, str(output))
+    return SimpleNamespace(processes=[done[0], done[1]], folder=output)
 
 
 def learned(losses):
@@ -141,7 +142,8 @@ def test_fsdp2_has_the_losses_of_one_process(fsdp2, given):
         assert process["paths"] == {"reference": 14}
         assert process["calls"] == {"linear": 14 * STEPS, "linear_backward": 14 * STEPS}
         assert process["sharded"]
-    assert fsdp2.stdout.count("14 layers: 14 reference") == 1
+    printed = "".join(process["printed"] for process in fsdp2.processes)
+    assert printed.count("14 layers: 14 reference") == 1
 
 
 # -- what they leave behind ---------------------------------------------------------------------------

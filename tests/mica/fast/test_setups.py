@@ -17,6 +17,7 @@ from tests.support import gloo, setups, tiny_cli
 from tests.support.models import bases, net, tiny_llama, wrap
 from tests.support.moe_models import BUILDERS, wrap_experts
 from tests.support.peft_versions import is_at_least
+from tests.support.stock import assert_same
 from tests.support.training import Run, batches, check, llama, optimizer_of, report, train
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -112,9 +113,8 @@ def test_trainer_saves_and_resumes(tmp_path, kind):
     assert torch.equal(torch.cat([torch.tensor(first), resumed["losses"]]), done["losses"])
     assert {name: 2 * count for name, count in resumed["counts"].items()} == done["counts"]
     assert resumed["moved"] == []
-    for name, A in resumed["A"].items():
-        assert torch.equal(A, done["A"][name]), name
-        assert A.any()
+    assert_same(resumed["A"], done["A"], 0.0)
+    assert all(A.any() for A in resumed["A"].values())
 
 
 @pytest.mark.parametrize("bf16", [False, True])
@@ -207,10 +207,7 @@ def check_both(pair, *arguments, **options):
     for done in pair:
         check(done, *arguments, **options)
     for part in ("A", "B"):
-        first, second = (done[part] for done in pair)
-        assert first.keys() == second.keys()
-        for name, tensor in first.items():
-            assert torch.equal(tensor, second[name]), name
+        assert_same(*(done[part] for done in pair), 0.0)
 
 
 @pytest.mark.slow
@@ -233,9 +230,9 @@ def test_fsdp2_saves_resumes_and_leaves_a_plain_adapter(of, results):
 
 
 def test_two_processes_hold_the_same_bits(of):
+    alone = bases_of_both(0, None)
     for done in of("bases"):
-        for name, basis in bases_of_both(0, None).items():
-            assert torch.equal(done[name], basis)
+        assert_same(done, alone, 0.0)
 
 
 # -- refused ------------------------------------------------------------------------------------------

@@ -1,7 +1,5 @@
 """A wrong edit: which function of which file, what is replaced there, and which tests must notice."""
 
-from __future__ import annotations
-
 import ast
 import re
 from collections.abc import Iterator
