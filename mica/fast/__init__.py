@@ -40,6 +40,7 @@ def enable(
     on_unsuitable: str = "raise",
     device: str | torch.device = "auto",
     gate_up: str = "fused",
+    compile: str = "operator",
     **unknown: object,
 ) -> None:
     """Run MiCA adapters on this backend (the import does this; call it to change a setting).
@@ -61,6 +62,9 @@ def enable(
             layer with this weight would get. "halves": gate and up apart, as for models that store two
             matrices: half of the rank each, which must be even, and B has zeros between the halves. The
             format of the adapter is the same.
+        compile: what `torch.compile` sees of a layer without dropout whose weight is read directly.
+            "operator": one operator, which runs what eager mode runs, kernels included. "plain": PyTorch's
+            own three products, which the compiler may fuse and tune; dA is rounded to their dtype.
 
     Raises:
         ValueError: a value that is not one of these.
@@ -70,7 +74,8 @@ def enable(
         gone = ": groups are gone, commit afecc55 is the last that has them"
         said = gone if name == "group_projections" else ""
         raise TypeError(f"enable() got an unexpected keyword argument {name!r}{said}")
-    _settings.change(compute_dtype=compute_dtype, on_unsuitable=on_unsuitable, device=device, gate_up=gate_up)
+    own = {"on_unsuitable": on_unsuitable, "device": device, "gate_up": gate_up, "compile": compile}
+    _settings.change(compute_dtype=compute_dtype, **own)
     _settings.switch(patching.install())
 
 

@@ -16,6 +16,7 @@ ALLOWED = {
     "compute_dtype": (None, torch.float32),
     "on_unsuitable": ("raise", "skip"),
     "gate_up": ("fused", "halves"),
+    "compile": ("operator", "plain"),
 }
 
 
@@ -26,6 +27,7 @@ class Settings:
     on_unsuitable: str = "raise"
     device: str | torch.device = "auto"
     gate_up: str = "fused"
+    compile: str = "operator"
 
 
 settings = Settings()

@@ -6,6 +6,7 @@ The maths is `mica.paths.torch_path`'s; the operators state none of it.
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from mica.ops.checks import check_linear
@@ -198,6 +199,13 @@ operator(
     _linear_backward,
     _linear_backward_fake,
 )
+
+
+def traced(x, weight, lora_A, lora_B, scaling, bias, compute_dtype) -> Tensor:
+    """`linear` as PyTorch's own operations, for a compiler: autocast reaches each, and autograd follows."""
+    y, dtype = F.linear(x, weight, bias), compute_dtype or x.dtype
+    h = F.linear(x.to(dtype), (lora_A * scaling).to(dtype))
+    return (y + F.linear(h, lora_B.to(h.dtype))).to(y.dtype)
 
 
 # Multiplications of a base product up to which autograd itself follows the formula in fp32 and fp64 on a CPU.

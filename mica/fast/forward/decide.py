@@ -26,7 +26,7 @@ from mica.fast.forward.eligibility import (
 )
 from mica.fast.settings import compute_dtype, settings
 from mica.ops.embedding import embedding
-from mica.ops.linear import linear
+from mica.ops.linear import linear, traced
 from mica.ops.low_rank import down_projection, up_projection
 from mica.ops.operator import TENSOR_TYPES
 from mica.paths import choose
@@ -67,6 +67,8 @@ class Fused(OnOperators):
     def __call__(self, x: Tensor) -> Tensor:
         lora_A, lora_B, scaling, dropout_p = self.adapter
         operands = self.weight, lora_A, lora_B, scaling, self.bias
+        if settings.compile == "plain" and not dropout_p and torch.compiler.is_compiling():
+            return traced(x, *operands, self.dtype)
         return linear(x, *operands, self.dtype, *dropout(dropout_p, x.device))
 
     def products(self) -> list[tuple[Tensor, ...]]:

@@ -19,10 +19,16 @@ BACKEND = {
     },
     (
         "mica/fast/forward/decide.py",
+        "tests/mica/fast/test_layers.py",
         "tests/mica/fast/test_changes.py",
         "tests/mica/fast/test_eligibility.py",
     ): {
         "_multiplies": [("return x.dtype == weight.dtype", "return True")],
+        "Fused.__call__": [
+            ("not dropout_p and", ""),
+            ('settings.compile == "plain" and', ""),
+            ("and torch.compiler.is_compiling()", ""),
+        ],
         "Added.products": [("[] if self.why_called else self.base.products()", "self.base.products()")],
         "Added.__call__": [("in self.adapters", "in self.adapters[1:]")],
     },
