@@ -183,20 +183,18 @@ def _slower(cells: list[tuple[Ratio, dict]]) -> str:
 
 
 def host() -> Rows:
-    yield ["", "PyTorch form, fp32 / bf16", "kernels, fp32 / bf16"]
+    yield ["fp32 / bf16 / bf16 under autocast", "PyTorch form", "kernels", "kernels, in a process group"]
     for label, suite, call in (
         ("a layer, forward without gradient", "host layer", NO_GRADIENT),
         ("a layer, forward + backward", "host layer", BOTH),
         ("a Llama block (64 / 128), forward without gradient", "host block", NO_GRADIENT),
         ("the same, forward + backward", "host block", BOTH),
     ):
-        axes = {"suite": suite, "call": call} | ({"layers": 1} if suite == "host block" else {})
-        groups = [only(f"{EPYC}-host", **axes, dtype=one) for one in ("float32", "bfloat16")]
-        endings = ("", ", adapters in the base dtype") if suite == "host layer" else (", ungrouped",) * 2
+        groups = result(f"{EPYC[:-2]}27-host").select(suite=suite, call=call)
         cells = []
-        for path in (names.PYTORCH, names.KERNELS):
-            ratios = map(as_stock, groups, (path + ending for ending in endings))
-            cells.append(" / ".join(f"{ratio.median:.2f}" for ratio in ratios))
+        for name in (names.PYTORCH, names.KERNELS, names.IN_GROUP):
+            ratios = [f"{as_stock(group, name).median:.2f}" for group in groups if name in group.timings]
+            cells.append(" / ".join(ratios))
         yield [label, *cells]
 
 

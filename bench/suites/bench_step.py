@@ -110,12 +110,14 @@ CELLS = pick(
     quick=[*blocks("Qwen2.5-0.5B", 3), Cell("Qwen2.5-0.5B", (1, 256), rounds=3, layers=2, vocabulary=4000)],
     default=[
         *blocks("Llama-3.2-1B Qwen2.5-0.5B GPT-2", 4),
-        *(Cell(SMOLLM2, (1, 512), rounds=3), Cell(SMOLLM2, (1, 256), "float32", rounds=2)),
+        *(Cell(SMOLLM2, (1, 512), rounds=3, how=how) for how in ("", AUTOCAST)),
+        Cell(SMOLLM2, (1, 256), "float32", rounds=2),
     ],
     full=[
         *blocks("Llama-3.2-1B Qwen2.5-0.5B GPT-2", 6),
         *blocks("Llama-3.1-8B Qwen2.5-7B", 6, (1, 512)),  # half a minute to set up
-        *(Cell(SMOLLM2, (2, 512)), Cell(SMOLLM2, (1, 512), "float32", rounds=3)),
+        *(Cell(SMOLLM2, (2, 512), how=how) for how in ("", AUTOCAST)),
+        Cell(SMOLLM2, (1, 512), "float32", rounds=3),
         Cell(SMOLLM2, (2, 512), kind=QUANTISED),  # a step takes 6 s, unpacking most of it
     ],
     cuda=[
