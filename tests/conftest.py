@@ -21,12 +21,7 @@ for name in NOISY:  # or the end of a run shows what they log as PEFT imports th
     logging.getLogger(name).setLevel(logging.ERROR)
 
 import mica.fast  # noqa: E402
-from mica.ops import linear  # noqa: E402
-from mica.paths import torch_path  # noqa: E402
 from tests.support.thinning import ON_DEVICE, off_the_diagonal  # noqa: E402
-
-# The layers of nearly all tests are tiny: they run what larger ones do
-torch_path.TINY = linear.HOST_BOUND = 0
 
 
 def pytest_collection_modifyitems(config, items):

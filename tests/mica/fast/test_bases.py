@@ -104,14 +104,14 @@ def test_weights_on_the_cpu_go_to_an_accelerator_and_back(dtype, monkeypatch, so
         torch.testing.assert_close(basis, bases(expected)[name], rtol=0, atol=1e-6)
 
 
-def test_layers_or_experts_of_one_shape_are_one_batch(monkeypatch, solved):
+def test_layers_or_experts_of_one_shape_are_in_batches_of_eight(monkeypatch, solved):
     monkeypatch.setattr(device, "ON_HOST", ())
     model = wrap(tiny_llama(), targets="all-linear")
     assert sum(shape[0] for shape in solved) == len(adapted_layers(model))
     assert len(solved) == len({shape[1:] for shape in solved})
     solved.clear()
     assert_exact(wrap_experts(qwen3_moe()))
-    assert sorted(solved) == [(12, 32, 24), (12, 48, 32)]
+    assert sorted(solved) == [(4, 32, 24), (4, 48, 32), (8, 32, 24), (8, 48, 32)]
 
 
 def stack():

@@ -11,7 +11,7 @@ from torch.autograd import forward_ad
 from torch.utils.checkpoint import checkpoint
 
 import mica.fast
-from mica.paths import torch_path
+from mica.paths import dropout
 from tests.support.models import adapted_layers, net, randomise, tiny_gpt2, tiny_llama, wrap
 from tests.support.stock import as_stock, assert_same, both, counted, step
 from tests.support.tolerances import RELATIVE, error
@@ -205,7 +205,7 @@ def test_dropout_is_drawn_from_torch_s_generator(dtype, called):
 
     torch.manual_seed(7)
     seed = torch.randint(0, 2**63 - 1, (1,))
-    keep = torch_path.dropout_keep(seed, 200, 12, 0.3)
+    keep = dropout.dropout_keep(seed, 200, 12, 0.3)
     assert 0.66 <= keep.double().mean() <= 0.74
     x64, A = x.detach().double().requires_grad_(), layer.lora_A["default"].weight.detach().double()
     A.requires_grad_()

@@ -159,7 +159,7 @@ OPERATORS = {
             ("frexp(scaling)[0] in (0.5, -0.5)", "False"),
         ],
         "grad_a": [
-            ("own is grad_dtype and", ""),
+            ("g.dtype is grad_dtype and", ""),
             ("and multiplies_itself(g)", ""),
             ("/ (1.0 - dropout_p) if dropout_p else grad", ""),
             ("x_part, start, dropout_p", "x_part, 0, dropout_p"),
