@@ -32,6 +32,7 @@ OLD = "intel-xeon-processor-2-threads/2026-11-25"
 OLD_EPYC = "amd-epyc-2-threads/2026-11-25"
 ONE_THREAD = "intel-xeon-processor-1-threads/2026-11-25-subspace"
 EPYC = "amd-epyc-avx512-bf16-2-threads/2026-11-26"
+LATEST = "amd-epyc-avx512-bf16-2-threads/2026-11-27"
 UNGROUPED = f"{FAST}, ungrouped"  # mica.fast in blocks of results that also have groups of projections
 Rows = Iterator[list[str]]
 
@@ -135,6 +136,9 @@ STEPS = {  # result -> what ran, where
 }
 
 
+LAST_STEP = "an AMD EPYC with AVX512-BF16, 1 × 512 tokens, 2026-11-27"
+
+
 def step(name: str) -> Group:
     (group,) = (
         one for one in result(name).groups if re.fullmatch(r"training step, (.*, )?bfloat16", one.name)
@@ -144,11 +148,13 @@ def step(name: str) -> Group:
 
 def steps() -> Rows:
     yield ["", "stock PEFT ÷ bare", "mica.fast ÷ bare", "speedup"]
-    for name, where in STEPS.items():
-        group, file = step(name), f"results/{name}"
+    of_others = [(name, where, step(name)) for name, where in STEPS.items()]
+    own = f"{LATEST}-autocast"
+    for name, where, group in of_others + [(own, LAST_STEP, one) for one in result(own).select(suite="step")]:
         kind = "md" if (RESULTS / f"{name}.md").exists() else "json"
         ratios = [f"{group.ratio(one, BARE).median:.2f}×" for one in (STOCK, FAST)]
-        yield [f"[{where}]({file}.{kind})", *ratios, speedup(group.ratio(FAST, STOCK))]
+        how = f", under {group.axes['how']}" if "how" in group.axes else ""
+        yield [f"[{where}](results/{name}.{kind}){how}", *ratios, speedup(group.ratio(FAST, STOCK))]
 
 
 def layers_compared() -> Rows:
@@ -190,7 +196,7 @@ def host() -> Rows:
         ("a Llama block (64 / 128), forward without gradient", "host block", NO_GRADIENT),
         ("the same, forward + backward", "host block", BOTH),
     ):
-        groups = result(f"{EPYC[:-2]}27-host").select(suite=suite, call=call)
+        groups = [*result(f"{LATEST}-host").select(suite=suite, call=call)]
         cells = []
         for name in (names.PYTORCH, names.KERNELS, names.IN_GROUP):
             ratios = [f"{as_stock(group, name).median:.2f}" for group in groups if name in group.timings]
