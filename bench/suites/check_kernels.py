@@ -14,7 +14,7 @@ from torch import Tensor
 from bench.measure.machine import DEVICE
 from bench.suites.harness import leave_if_crashed, needs_accelerator
 from mica.ops import call_counts, mica_linear
-from mica.paths import torch_path
+from mica.paths import dropout
 from tests.support.guarding import run_guarded
 from tests.support.oracle import solve
 from tests.support.tolerances import RELATIVE, error
@@ -64,7 +64,7 @@ def test_masks_of_dropout_are_those_of_pytorchs_form():
     """Rows and columns of the identity show the forward's and dA's mask, bit for bit, and ones dx's."""
     tokens, inner, _, rank, dtype = SHAPES["aligned"]
     seed, p = torch.tensor([-5], device=DEVICE), 0.4
-    keep, dropped = torch_path.dropout_keep(seed, tokens, inner, p), {"dropout_p": p}
+    keep, dropped = dropout.dropout_keep(seed, tokens, inner, p), {"dropout_p": p}
 
     def ones(*shape: int) -> Tensor:
         return torch.ones(shape, dtype=dtype, device=DEVICE)

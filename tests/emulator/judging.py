@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from mica.paths import torch_path
+from mica.paths import dropout
 from tests.emulator.driver import settings
 from tests.support import expert_cases
 from tests.support.kernel_cases import far_apart, operand
@@ -48,7 +48,7 @@ def stack(experts, rows, columns, dtype, layout="contiguous", scale=1.0):
 
 
 def keep_of(seed, shape, p):
-    return torch_path.dropout_keep(seed, *shape, p) if p else torch.ones(shape, dtype=torch.bool)
+    return dropout.dropout_keep(seed, *shape, p) if p else torch.ones(shape, dtype=torch.bool)
 
 
 def in_all_orders(call, restore=None):
