@@ -2,6 +2,7 @@
 
 import random
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 from unittest.mock import Mock
 
@@ -197,7 +198,8 @@ def test_no_more_workers_than_blas_has_room_for(monkeypatch):
 
 
 def test_the_first_error_ends_it():
-    fail = Mock(side_effect=lambda item: 1 / (item - 1))
+    # each takes longer than it takes the main thread to see the error of the second
+    fail = Mock(side_effect=lambda item: time.sleep(0.01) or 1 / (item - 1))
     with pytest.raises(ZeroDivisionError):
         in_parallel(fail, range(200))
     assert fail.call_count < 200
