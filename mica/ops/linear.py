@@ -77,23 +77,10 @@ def _linear(
     return y if x.dim() == 2 else y.view(*x.shape[:-1], weight.shape[0])
 
 
-def _linear_backward(
-    grad_output,
-    x,
-    weight,
-    lora_A,
-    lora_B,
-    scaling,
-    compute_dtype,
-    output_mask,
-    dropout_p=0.0,
-    seed=None,
-    grad_dtype=None,
-):
+def _linear_backward(grad_output, x, weight, lora_A, lora_B, scaling, compute_dtype, output_mask, *options):
     needs_x, needs_A = output_mask
     operands = (x if needs_A else None, weight if needs_x else None, lora_A, lora_B, scaling, compute_dtype)
-    grads = _gradients(grad_output, *operands, dropout_p, seed, grad_dtype)
-    return without_none(grad_output, *grads)
+    return without_none(grad_output, *_gradients(grad_output, *operands, *options))
 
 
 def _gradients(grad_output, x, weight, lora_A, lora_B, scaling, compute_dtype, *options):

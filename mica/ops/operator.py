@@ -23,6 +23,7 @@ from torch._C import (
 from torch.autograd import forward_ad
 
 from mica.paths import choose, torch_path
+from mica.paths.products import is_transformed
 
 # How often each operator's body ran, eager or compiled, which shows that a path was taken. Counted in the
 # bodies, which torch.compile never traces. "linear" counts every call, "linear_kernels" those on Triton.
@@ -98,11 +99,6 @@ def is_eager(*tensors: Tensor | None) -> bool:
         or forward_ad._current_level >= 0
         or _get_tracing_state() is not None
     )
-
-
-def is_transformed() -> bool:
-    """Under torch.func (grad, jvp, vmap), or where forward-mode AD may have made dual tensors."""
-    return _are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
 def saved(ctx) -> tuple[Tensor | None, ...]:

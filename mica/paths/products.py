@@ -40,6 +40,11 @@ QUERIES = {torch.bfloat16: "_is_mkldnn_bf16_supported", torch.float16: "_is_mkld
 HAS_WIDE_SUMS = torch.version.hip is None and "dtype" in torch.ops.aten.mm.overloads()
 
 
+def is_transformed() -> bool:
+    """Under torch.func (grad, jvp, vmap), or where forward-mode AD may have made dual tensors."""
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+
+
 def addmm(addend: Tensor | None, *pairs: tuple[Tensor, Tensor]) -> Tensor:
     """addend + Σ left @ right, a new tensor (M×N) in the dtype of the first left.
 
@@ -72,9 +77,8 @@ def unrounded(left: Tensor, right: Tensor) -> Tensor | None:
     """
     if left.dtype not in QUERIES:
         return torch.mm(left, right)
-    is_traced = torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
     needs_grad = torch.is_grad_enabled() and (left.requires_grad or right.requires_grad)
-    if not left.is_cuda or not HAS_WIDE_SUMS or needs_grad or is_traced:
+    if not left.is_cuda or not HAS_WIDE_SUMS or needs_grad or is_transformed():
         return None
     return torch.mm(left, right, out_dtype=torch.float32)
 

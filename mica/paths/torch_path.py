@@ -62,9 +62,10 @@ def linear(
     seed: Tensor | None = None,
 ) -> Tensor:
     """y (M×N) in the dtype of x, from x (M×K), weight (N×K), lora_A (r×K), lora_B (N×r), bias (N)."""
-    if not dropout_p and _is_tiny(x, *weight.shape):
+    if not dropout_p and _is_tiny(x, *weight.shape) and (bias is None or bias.dtype is x.dtype):
         operands = (tensor.float() for tensor in (x, weight, lora_A, lora_B))
-        return linear(*operands, scaling, None if bias is None else bias.float()).to(x.dtype)
+        wide = torch.promote_types(compute_dtype or x.dtype, torch.float32)
+        return linear(*operands, scaling, None if bias is None else bias.float(), wide).to(x.dtype)
     if not dropout_p and _is_simple(x, lora_A, lora_B, scaling, compute_dtype):
         return LINEAR(x, weight, bias).addmm_(LINEAR(x, lora_A), lora_B.t(), alpha=scaling)
     dtype = product_dtype(x, (lora_A, lora_B), compute_dtype or x.dtype)
@@ -232,7 +233,7 @@ def linear_backward(
     """
     if not dropout_p and _is_tiny(grad_output, lora_B.shape[0], lora_A.shape[1]):
         operands = (None if t is None else t.float() for t in (grad_output, x, weight, lora_A, lora_B))
-        dx, dA = linear_backward(*operands, scaling, torch.float32)
+        dx, dA = linear_backward(*operands, scaling, torch.promote_types(compute_dtype, torch.float32))
         return None if dx is None else dx.to(grad_output.dtype), None if dA is None else dA.to(lora_A.dtype)
     grad_dtype = grad_dtype or lora_A.dtype
     if not dropout_p and _is_simple(grad_output, lora_A, lora_B, scaling, compute_dtype):

@@ -35,8 +35,8 @@ from mica.fast.forward.eligibility import (
 )
 from mica.fast.settings import compute_dtype
 from mica.ops.experts import experts_base, experts_linear
-from mica.ops.operator import is_transformed
 from mica.ops.routing import from_experts, route
+from mica.paths.products import is_transformed
 
 
 @dataclass

@@ -95,7 +95,8 @@ def direct(layer, x: Tensor) -> Direct | None:
     weight, bias, A, B = of_base.get("weight"), of_base.get("bias"), of_A.get("weight"), of_B.get("weight")
     if of_A["bias"] is not None or of_B["bias"] is not None:
         return None
-    for tensor in (weight, A, B) if bias is None else (weight, A, B, bias):
+    tensors = (weight, A, B) if bias is None else (weight, A, B, bias)
+    for tensor in tensors:
         if type(tensor) not in TENSOR_TYPES or hasattr(tensor, "ds_id"):
             return None
     if (
@@ -107,8 +108,8 @@ def direct(layer, x: Tensor) -> Direct | None:
         return None
     dtype, adapter_dtype = x.dtype, A.dtype
     if torch.is_autocast_enabled(kind):
-        for each in (dtype, weight.dtype, adapter_dtype, B.dtype):
-            if each not in _CAST:
+        for tensor in (x, *tensors):
+            if tensor.dtype not in _CAST:
                 return None
         return Direct(weight, A, B, scaling, bias, None, torch.get_autocast_dtype(kind))
     if weight.dtype is not dtype or B.dtype is not adapter_dtype or dtype not in FLOATING:

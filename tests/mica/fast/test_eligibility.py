@@ -1,6 +1,7 @@
 """What keeps a layer on PEFT's path, or its base layer called: it is said, and the numbers are PEFT's own."""
 
 import functools
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -153,6 +154,16 @@ def test_embeddings(attribute, reason):
     (row,) = mica.fast.explain(model).rows
     assert (row.path, row.reason) == ("peft", reason)
     assert_peft_runs(model.base_model.model.embed, INDICES)
+
+
+@pytest.mark.parametrize("tiny", [0, 2**18])
+def test_a_bias_that_autocast_leaves_in_fp64_is_an_error_as_in_pytorch(tiny, monkeypatch):
+    monkeypatch.setattr("mica.paths.torch_path.TINY", tiny)
+    layer = randomise(net(targets=["up"])).base_model.model.up
+    layer.base_layer.bias = torch.nn.Parameter(torch.zeros(layer.out_features).double(), requires_grad=False)
+    for context in (nullcontext, mica.fast.disabled):
+        with context(), torch.autocast("cpu", torch.bfloat16), pytest.raises(RuntimeError):
+            layer(torch.randn(3, layer.in_features))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

@@ -188,11 +188,11 @@ OPERATORS = {
             ("not left.is_cuda or", ""),
             ("or not HAS_WIDE_SUMS", ""),
             ("or needs_grad", ""),
-            ("or is_traced", ""),
+            ("or is_transformed()", ""),
             ("or right.requires_grad", ""),
             ("torch.is_grad_enabled() and", ""),
-            ("or forward_ad._current_level >= 0", ""),
         ],
+        "is_transformed": [("or forward_ad._current_level >= 0", "")],
         "product_dtype": [
             ("left.shape[0] > FEW_TO_ROUND or", ""),
             ("left.is_cpu or not", ""),
