@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Iterable
 
@@ -15,6 +16,15 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 def padded_columns(rank: int) -> int:
     """The width of h, g and prepared B in memory: the rank rounded up to 16, so that no load is narrow."""
     return (rank + 15) // 16 * 16
+
+
+def are_narrow(*row_strides: int) -> bool:
+    """Whether rows of these strides, in elements, are loaded number by number.
+
+    Triton knows of a stride only whether 16 divides it. Where it does not, nothing is loaded ahead either:
+    4 to 8 times the time of a kernel, modelled.
+    """
+    return math.gcd(16, *row_strides) != 16
 
 
 def names_of(dtypes: Iterable[torch.dtype]) -> str:

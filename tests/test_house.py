@@ -80,7 +80,7 @@ def test_no_file_is_longer_than_400_lines(module):
 SIZES = {  # lines of Python at most: package -> (without this part of it, lines)
     "mica": ("mica.cli", 10_900),
     "mica.cli": (None, 4_800),
-    "tests": ("tests.emulator", 28_600),
+    "tests": ("tests.emulator", 28_700),
     "bench": (None, 6_400),
 }
 

@@ -60,6 +60,8 @@ def run_formula(name: str, tensor: Tensor, rank: int, dtypes: tuple, *args):
         note = choose.note_missed if in_capture else choose.give_up
         note(tensor.device, name, rank, dtypes, error)
         return formula(*args)
+    if result is NotImplemented:
+        return formula(*args)
     call_counts[f"{name}_kernels"] += 1
     return result
 

@@ -14,7 +14,6 @@ Elsewhere the host waits once for these ends and multiplies expert by expert.
 from __future__ import annotations
 
 import functools
-import math
 
 import torch
 import torch.nn.functional as F
@@ -26,6 +25,7 @@ from mica.kernels.down_projection import down_projection as down
 from mica.kernels.fused_linear import fused_linear, why_not_descriptor
 from mica.kernels.grad_a import grad_a
 from mica.kernels.launching import RecordedLaunches, layout
+from mica.kernels.limits import are_narrow
 from mica.kernels.prepared_b import prepare, prepare_experts
 from mica.kernels.up_projection import up_projection_
 from mica.paths import choose, torch_path
@@ -80,11 +80,11 @@ def linear(
     dropout_p: float = 0.0,
     seed: Tensor | None = None,
 ) -> Tensor:
-    """As `mica.paths.torch_path.linear`."""
+    """As `mica.paths.torch_path.linear`; NotImplemented where that is to run."""
     dtype, seed = compute_dtype or x.dtype, seed if dropout_p else None
     form = _form("forward", x, lora_A.shape[0], dtype, dropout_p, x.stride(0), weight.shape[0])
     if form == "aten":
-        return torch_path.linear(x, weight, lora_A, lora_B, scaling, bias, compute_dtype, dropout_p, seed)
+        return NotImplemented
     key = layout(x), layout(lora_A), lora_B.shape[0], scaling, dtype, dropout_p, fp32_setting()
     steps = recorded_forward.get(key)
     if steps is None:
@@ -113,7 +113,7 @@ def linear_backward(
     seed: Tensor | None = None,
     grad_dtype: torch.dtype | None = None,
 ) -> tuple[Tensor | None, Tensor | None]:
-    """(dx, dA) as `mica.paths.torch_path.linear_backward`; None where weight or x is None.
+    """(dx, dA) as `mica.paths.torch_path.linear_backward`; NotImplemented where that is to run.
 
     Kernels sum dA in fp32 and write it in the dtype of lora_A, whatever the ``grad_dtype``.
     """
@@ -121,8 +121,7 @@ def linear_backward(
     row_strides = grad_output.stride(0), in_features if x is None else x.stride(0), in_features
     form = _form("backward", grad_output, rank, compute_dtype, dropout_p, *row_strides)
     if form == "aten":
-        factors = lora_A, lora_B, scaling, compute_dtype
-        return torch_path.linear_backward(grad_output, x, weight, *factors, dropout_p, seed, grad_dtype)
+        return NotImplemented
     seed = seed if dropout_p else None
     key = layout(grad_output), layout(x), layout(lora_A), scaling, compute_dtype, dropout_p, fp32_setting()
     steps = recorded_backward.get(key)
@@ -148,14 +147,10 @@ def linear_backward(
 
 
 def _form(part: str, x: Tensor, rank: int, dtype: torch.dtype, dropout_p: float, *row_strides: int) -> str:
-    """The form that the table has for this part of a layer, where the operands permit it.
-
-    Triton knows of a stride only whether 16 divides it. Where it does not, each load is of one number and
-    nothing is loaded ahead: 4 to 8 times the time of a kernel, modelled, so PyTorch's operators run.
-    """
+    """The form that the table has for this part of a layer, where the operands permit it."""
     device = x.device
     form = getattr(configs.forms_of(device_name(device), target_of(device), x.shape[0], rank), part)
-    if form == "aten" or math.gcd(16, *row_strides) != 16:
+    if form == "aten" or are_narrow(*row_strides):
         if choose.requested() != "triton":
             return "aten"
         form = "split" if form == "aten" else form

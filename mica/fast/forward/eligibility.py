@@ -24,6 +24,7 @@ from transformers.pytorch_utils import Conv1D
 
 from mica.fast.forward import tensor_parallel
 from mica.fast.forward.tensor_parallel import local
+from mica.kernels.limits import are_narrow
 from mica.ops.operator import TENSOR_TYPES
 from mica.paths import choose
 
@@ -63,6 +64,9 @@ class OnOperators:
             if refused:
                 path = ERROR if choose.requested() == "triton" else REFERENCE
                 return path, "; ".join(filter(None, (refused, reason)))
+            sizes = lora_A.shape[-1], others[0].shape[-2]
+            if others[1:] and lora_A.dim() == 2 and choose.requested() != "triton" and are_narrow(*sizes):
+                return REFERENCE, "kernels need in_features and out_features that 16 divides"
         return KERNEL, reason
 
 

@@ -14,6 +14,7 @@ from torch import nn
 
 import mica.fast
 from mica.fast.explain import REMEDIES, patterns, replaced_by
+from mica.paths import choose
 from tests.support import axolotl_style
 from tests.support.models import TARGETS, net, tiny_llama, wrap
 from tests.support.quantised_models import adapted
@@ -47,16 +48,21 @@ INTERPRETED = "TRITON_INTERPRET=1, and interpreted kernels run only with MICA_BA
         ("triton", "kernel", ""),
         ("reference", "reference", "MICA_BACKEND=reference"),
         ("auto", "reference", INTERPRETED),
+        ("", "reference", "kernels need in_features and out_features that 16 divides"),
     ],
 )
 def test_the_backend_is_said_and_taken(monkeypatch, backend, path, reason):
     monkeypatch.setenv("MICA_BACKEND", backend)
+    if not backend:  # as on a GPU
+        monkeypatch.setattr(choose, "why_not_kernels", lambda *args, **kwargs: None)
+        monkeypatch.setattr(choose, "_verdicts", {})
     model = net()
     embedding, *others = mica.fast.explain(model).rows
     assert {(row.path, row.reason) for row in others} == {(path, reason)}
-    assert (embedding.path, embedding.reason) == ("reference", reason or "embeddings have no kernels")
+    of_embedding = (backend and reason) or "embeddings have no kernels"
+    assert (embedding.path, embedding.reason) == ("reference", of_embedding)
     mica.fast.call_counts.clear()
-    model(torch.tensor([[1, 5]])).sum().backward()
+    model(torch.tensor([[1, 5]])).square().sum().backward()  # no expanded dy
     ours = {"linear": 3, "linear_backward": 3, "embedding": 1, "embedding_backward": 1}
     kernels = {"linear_kernels": 3, "linear_backward_kernels": 3} if path == "kernel" else {}
     assert dict(mica.fast.call_counts) == ours | kernels

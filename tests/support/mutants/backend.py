@@ -88,7 +88,9 @@ BACKEND = {
         "mica/fast/forward/eligibility.py",
         "tests/mica/fast/test_changes.py",
         "tests/mica/fast/test_eligibility.py",
+        "tests/mica/fast/test_explain.py",
     ): {
+        "OnOperators.explained": [("and are_narrow(*sizes)", "")],
         "read_adapters": [
             ("if layer.disable_adapters", "if False"),
             ("if layer.merged", "if False"),

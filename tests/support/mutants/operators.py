@@ -51,7 +51,7 @@ OPERATORS = {
             ("None, seed, dropout_p)", "None)"),
         ],
         "_form": [
-            ("or math.gcd(16, *row_strides) != 16", ""),
+            ("or are_narrow(*row_strides)", ""),
             ('choose.requested() != "triton"', "True"),
             ('"split" if form == "aten" else form', "form"),
             ("dtype.itemsize == 2 and", ""),
@@ -106,6 +106,7 @@ OPERATORS = {
         "tests/mica/paths/test_triton_path_plans.py",
     ): {
         "run_formula": [
+            ("result is NotImplemented", "False"),
             ('or (in_capture and name.startswith("experts_"))', ""),
             ("choose.note_missed if in_capture else", ""),
             ("torch._C._functorch.is_legacy_batchedtensor(tensor)", "False"),
