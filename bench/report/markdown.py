@@ -31,6 +31,7 @@ LAYER_RATIOS = (
     ("LoRA ÷ stock", LORA, STOCK),
     ("control ÷ stock", names.ATEN, STOCK),
     ("mica.fast compiled ÷ stock", names.COMPILED_FAST, STOCK),
+    ("compiled plain ÷ stock", names.COMPILED_PLAIN, STOCK),
     ("mica.fast ÷ stock, autocast", names.AUTOCAST_FAST, names.AUTOCAST),
 )
 DRY = "**A dry run: tiny shapes, interpreted kernels, the host's clock. Its times are not measurements.**"

@@ -28,6 +28,7 @@ STYLES = {  # colour, dashes, marker
     STOCK_16: (PEFT, "--", "s"),
     names.COMPILED: (PEFT, ":", "^"),
     names.COMPILED_FAST: (OURS, ":", "^"),
+    names.COMPILED_PLAIN: (OURS, ":", "v"),
     names.AUTOCAST: (PEFT, "-.", "v"),
     names.AUTOCAST_FAST: (OURS, "-.", "v"),
     LORA: (OTHER, "-", "o"),

@@ -5,6 +5,7 @@ STOCK_16 = "stock PEFT, adapters in the base dtype"
 LORA = "PEFT LoRA"
 # Of the adapted layer: stock's adapters in the base dtype, since its default ones are slower
 COMPILED, COMPILED_FAST = "stock PEFT, torch.compile", "mica.fast, torch.compile"
+COMPILED_PLAIN = f"{COMPILED_FAST}, plain"
 # Stock's default adapters, as Trainer runs a model with ``bf16=True``
 AUTOCAST, AUTOCAST_FAST = "stock PEFT, autocast", "mica.fast, autocast"
 # Plain PyTorch: an autograd.Function that rounds dA to the base dtype
