@@ -10,8 +10,7 @@ from torch.library import opcheck
 
 from mica import ops
 from mica.ops import mica_down_projection, mica_experts_linear, mica_linear, mica_up_projection
-from mica.paths import products
-from tests.support import expert_cases, oracle
+from tests.support import expert_cases, linear_calls, oracle
 from tests.support.linear_calls import addresses, agree, by_factors, call, leaves, run, same_bits, saved_by
 from tests.support.oracle import solve
 from tests.support.tolerances import RELATIVE, error
@@ -190,7 +189,7 @@ def test_an_edit_of_x_in_place_is_reported(kind):
 @pytest.mark.parametrize("autocast_dtype", [BF16, torch.float16])
 @pytest.mark.parametrize("backward_inside", [False, True])
 @pytest.mark.parametrize("name", ["linear", "factors"])
-def test_autocast(backend, autocast_dtype, backward_inside, name):
+def test_autocast(path, autocast_dtype, backward_inside, name):
     """As PEFT's layer: out in autocast's dtype. On kernels the fp32 master's gradient stays unrounded."""
     kind = KINDS[name]
     p = kind.problem((17,), 12, 10, 3, FP32)
@@ -201,10 +200,10 @@ def test_autocast(backend, autocast_dtype, backward_inside, name):
         y.backward(p.grad_output.to(autocast_dtype))
     assert y.dtype == autocast_dtype
     assert x.grad.dtype == lora_A.grad.dtype == FP32
-    rounds = name == "linear" and backend != "triton" and products.has_native(autocast_dtype)
+    rounds = name == "linear" and path == linear_calls.OWN
     assert torch.equal(lora_A.grad, lora_A.grad.to(autocast_dtype).float()) == rounds
     agree({"y": y, "grad_x": x.grad, "grad_A": lora_A.grad}, solve(p), autocast_dtype)
-    assert all(ops.call_counts[f"{name}_kernels"] == (backend == "triton") for name in kind.counted)
+    assert all(ops.call_counts[f"{name}_kernels"] == (path == "triton") for name in kind.counted)
 
 
 @pytest.mark.parametrize("autocast_dtype", [BF16, torch.float16])
