@@ -15,7 +15,7 @@ import torch
 
 import mica.fast
 from tests.support.models import tiny_llama
-from tests.support.setups import ONE_PROCESS, PAGE, ROOT, TWO_PROCESSES, setups
+from tests.support.setups import ONE_PROCESS, ROOT, TWO_PROCESSES, setups
 
 FENCED = re.compile(r"^```(\w*)\n(.*?)^```", re.DOTALL | re.MULTILINE)
 LINK = re.compile(r"\]\(([^()\s]+)\)")
@@ -78,7 +78,7 @@ def examples(page: str) -> list[str]:
     return [code for language, code in FENCED.findall(read(page)) if language == "python"]
 
 
-@pytest.mark.parametrize("page", ["README.md", PAGE])
+@pytest.mark.parametrize("page", ["README.md", "mica/fast/README.md"])
 def test_examples_run(page, monkeypatch):
     """As they stand, but for the model's size."""
     sizes = {"hidden_size": 32, "intermediate_size": 48, "num_key_value_heads": 2}
@@ -112,7 +112,7 @@ def test_the_kernel_example_passes_the_test_example(tmp_path, monkeypatch):
 
 
 def test_the_benchmark_example_builds_and_checks_its_implementations():
-    (example,) = examples("bench/README.md")
+    (example,) = examples("bench/METHOD.md")
     names = {"__name__": "bench_forward"}
     exec(example, names)
     calls = names["setting"]()

@@ -4,7 +4,7 @@ import pytest
 
 from tests.support.imports import MODULES, circular, imported
 
-# As bench/README.md has it.
+# As bench/METHOD.md has it.
 MAY_IMPORT = {
     "results": set(),
     "measure": {"results"},

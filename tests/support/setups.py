@@ -1,4 +1,4 @@
-"""The set-ups in mica/fast/README.md, and for the ways of training among them the runs that test them."""
+"""The set-ups in mica/fast/SETUPS.md, and for the ways of training among them the runs that test them."""
 
 import os
 import re
@@ -23,7 +23,7 @@ from tests.support.moe_models import BUILDERS, STACKS, wrap_experts
 from tests.support.training import FACTOR_A, STEPS, Run, batches, optimizer_of, train
 
 ROOT = Path(__file__).resolve().parents[2]
-PAGE = "mica/fast/README.md"
+PAGE = "mica/fast/SETUPS.md"
 BF16 = torch.bfloat16
 
 
