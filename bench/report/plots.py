@@ -134,6 +134,23 @@ def _against_stock(result: Result) -> Iterator[tuple[str, Figure, str]]:
     yield "against-stock", figure, caption
 
 
+def energy(profiles: dict[str, list[float]], path: Path) -> None:
+    """``profiles``: title -> energy along each tenth of the singular directions, largest first, over that
+    along as many random ones. Writes the picture."""
+    with matplotlib.rc_context(SETTINGS):
+        figure, axes = _blank(7.2, 3.2, "Where updates lie, by the singular values of the weight")
+        for (name, values), colour in zip(profiles.items(), (VIOLET, PEFT, OTHER), strict=True):
+            axes.plot(range(1, len(values) + 1), values, "-", marker="o", color=colour, label=name)
+        axes.axhline(1, color=INK, linewidth=1)
+        axes.set(yscale="log", xlabel="tenth of the left singular vectors: 1 the largest, 10 the smallest")
+        axes.set_ylabel("energy, random directions: 1 (log)")
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        _plain(axes.xaxis, range(1, 11))
+        _plain(axes.yaxis)
+        axes.legend(loc="center left", bbox_to_anchor=(1, 0.5))
+        figure.savefig(path, metadata={"Software": None})
+
+
 def _blank(width: float, height: float, title: str) -> tuple[Figure, Axes]:
     """Inches."""
     figure = Figure(figsize=(width, height), layout="constrained")

@@ -1,0 +1,140 @@
+"""``python -m bench.quality.energy``: how much of what training changes lies where MiCA can change anything.
+
+MiCA adds B·A to W, where B (out, r) are the left singular vectors of W with the smallest singular values: of
+an update ΔW it can make no more than B Bᵀ ΔW. So this trains SmolLM2-135M as `bench.quality` does, by full
+fine-tuning and by LoRA, and measures for every linear layer the share ‖Uᵢᵀ ΔW‖² / ‖ΔW‖² along each tenth of
+the left singular vectors U of W, and along the r smallest and largest ones. The gradient before training is
+what MiCA's A sees of the loss in its first step. A share is to be compared with that of as many random
+directions, their number over ``out``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import os
+from collections.abc import Callable, Iterable
+from datetime import date
+from pathlib import Path
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+import torch
+from peft.tuners.lora import LoraLayer
+from torch import Tensor, nn
+
+from bench.measure.machine import facts, output
+from bench.quality.recipes import OPTIONS, Method
+from bench.quality.texts import Texts, gather
+from bench.quality.train import Candidate, batches, evaluate, steps_per_epoch, train
+from mica.cli.demo import smollm2_gguf
+from mica.cli.loading import find_source, load_model, load_tokenizer
+
+GRADIENT, FULL, LORA = "gradient before training", "full fine-tuning", "LoRA, r = 16"
+# Rates at which the study's methods learn the new facts
+TRAINED = {
+    FULL: Method(FULL, "full", "all-linear", (2e-4,)),
+    LORA: Method(LORA, "lora", "all-linear", (2e-3,), 16),
+}
+RANKS, PARTS = (16, 64, 128), 10
+
+
+def linear_weights(model: nn.Module) -> dict[str, Tensor]:
+    """Of what "all-linear" adapts: all but the output layer."""
+    head = model.get_output_embeddings()
+    found = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    return {name: module.weight for name, module in found.items() if module is not head}
+
+
+def shares(basis: Tensor, update: Tensor) -> dict:
+    """Of the energy of ``update`` (out, in) along the columns of ``basis`` (out, n), largest first.
+
+    "tenths": of the columns; "smallest", "largest": rank -> along so many; "random": rank -> along as many
+    random directions.
+    """
+    out_features, count = basis.shape
+    along = (basis.T @ update.double()).square().sum(1) / update.double().square().sum()
+    edges = [round(part * count / PARTS) for part in range(PARTS + 1)]
+    return {
+        "tenths": [along[a:b].sum().item() for a, b in itertools.pairwise(edges)],
+        "smallest": {rank: along[-rank:].sum().item() for rank in RANKS},
+        "largest": {rank: along[:rank].sum().item() for rank in RANKS},
+        "random": {rank: rank / out_features for rank in RANKS},
+    }
+
+
+def measured(weights: dict[str, Tensor], update_of: Callable[[str], Tensor]) -> dict[str, dict]:
+    """By layer. ``weights``: before training."""
+    found = {}
+    for name, weight in weights.items():
+        basis = torch.linalg.svd(weight.detach().double(), full_matrices=False)[0]
+        found[name] = shares(basis, update_of(name).detach())
+    return found
+
+
+def gradients(base: nn.Module, texts: Texts) -> dict[str, Tensor]:
+    """Of the mean loss over an epoch."""
+    model = base.train().requires_grad_(True)
+    for batch in batches(texts.train, steps_per_epoch(texts.train), seed=0):
+        model(input_ids=batch, labels=batch).loss.backward()
+    found = {name: weight.grad for name, weight in linear_weights(model).items()}
+    model.zero_grad(set_to_none=True)
+    model.requires_grad_(False)
+    return found
+
+
+def update_by(candidate: Candidate, weights: dict[str, Tensor]) -> Callable[[str], Tensor]:
+    """name -> what training has added to the weight."""
+    model = candidate.model
+    if candidate.method.kind == "full":
+        return lambda name: model.get_submodule(name).weight.detach() - weights[name]
+    layers: Iterable = ((name, one) for name, one in model.named_modules() if isinstance(one, LoraLayer))
+    named = {name.removeprefix("base_model.model."): layer for name, layer in layers}
+    return lambda name: named[name].get_delta_weight("default")
+
+
+def experiment(base: nn.Module, texts: Texts, epochs: int) -> dict:
+    """{"layers": update -> layer -> `shares`, "evaluations": update -> what was learned}."""
+    weights = linear_weights(base)
+    grads = gradients(base, texts)
+    layers, evaluations = {GRADIENT: measured(weights, grads.__getitem__)}, {GRADIENT: evaluate(base, texts)}
+    for name, method in TRAINED.items():
+        candidate = Candidate(method, base)
+        run = train(candidate, texts, method.rates[0], epochs, seed=0)
+        evaluations[name] = evaluate(candidate.model, texts)
+        print(f"{name}: training loss {run['losses'][0]:.3f} to {run['losses'][-1]:.3f}", flush=True)
+        layers[name] = measured(weights, update_by(candidate, weights))
+    return {"layers": layers, "evaluations": evaluations}
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m bench.quality.energy", allow_abbrev=False)
+    parser.add_argument("--name", default=f"{date.today()}-energy", help="of the result file")
+    parser.add_argument("--output", type=Path, default=output(), help="folder")
+    args = parser.parse_args(argv)
+    settings = {name: default for name, (default, _) in OPTIONS.items()}
+    source = find_source(str(smollm2_gguf()), False)
+    sizes = (settings[name] for name in ("people", "rounds", "length", "eval_blocks"))
+    texts = gather(load_tokenizer(source), *sizes)
+    base = load_model(source, "float32").requires_grad_(False)
+    plan = {name: method.facts() for name, method in TRAINED.items()}
+    head = {"machine": facts(), "settings": settings, "texts": texts.about, "methods": plan}
+    result = head | experiment(base, texts, settings["epochs"])
+    path = args.output / f"{args.name}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(rounded(result)) + "\n", encoding="utf-8")
+    print(f"result in {path}")
+
+
+def rounded(value):
+    """Numbers to five digits: 210 layers have 60 each."""
+    if isinstance(value, dict):
+        return {key: rounded(one) for key, one in value.items()}
+    if isinstance(value, list):
+        return [rounded(one) for one in value]
+    return float(f"{value:.5g}") if isinstance(value, float) else value
+
+
+if __name__ == "__main__":
+    main()
