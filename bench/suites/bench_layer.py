@@ -242,7 +242,7 @@ def builds(cell: Cell, layer):
 def checked(cell: Cell, layer, name: str, build, truth) -> tuple[Form, dict[str, float]]:
     """The form, and its facts; raises where its results are wrong or came from another form."""
     form, limit = build(), RELATIVE[layer.x.dtype] if cell.forms else GATES[cell.dtype][0]
-    operator = "linear_kernels" if ON_ACCELERATOR else "linear"
+    operator = "linear_kernels" if ON_ACCELERATOR and FORMS.get(name) != "aten" else "linear"
     both = name in implementations(cell, NO_GRADIENT)
     with form.context():
         if cell.forms:  # the first call may have to try several configurations of a kernel
