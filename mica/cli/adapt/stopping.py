@@ -38,7 +38,7 @@ def best(history: list[dict], args: argparse.Namespace) -> int | None:
 def _rise(history: list[dict], step: int) -> float:
     """By how many per cent the retained perplexity is above that before training; 0 without ``--retain``."""
     perplexities = measured(history, "retain")
-    return 100 * (perplexities[step] / perplexities[0] - 1) if perplexities else 0.0
+    return 100 * (perplexities[step] - perplexities[0]) / perplexities[0] if perplexities else 0.0
 
 
 def reason(history: list[dict], args: argparse.Namespace) -> str | None:
