@@ -1,7 +1,7 @@
 """Which step was best and whether to stop, from the Trainer's log alone: a resumed run has the same one.
 
-transformers' ``EarlyStoppingCallback`` counts neither the measurement before training nor the one at the end,
-and loses its count at a resume; ``load_best_model_at_end`` demands that every checkpoint is measured.
+transformers' ``EarlyStoppingCallback`` does not compare with the measurement before training, and its count
+is kept beside the log; ``load_best_model_at_end`` wants every checkpoint measured.
 """
 
 import argparse
@@ -31,14 +31,15 @@ def best(history: list[dict], args: argparse.Namespace) -> int | None:
     Of all if none is. Step 0 is none: nothing was trained there. None if nothing else was measured.
     """
     trained = {step: perplexity for step, perplexity in measured(history).items() if step}
-    within = [step for step in trained if _rise(history, step) <= (args.max_retain_rise or math.inf)]
+    rises, limit = _rises(history), args.max_retain_rise or math.inf
+    within = [step for step in trained if rises.get(step, 0.0) <= limit]
     return min(within or trained, key=trained.get, default=None)
 
 
-def _rise(history: list[dict], step: int) -> float:
-    """By how many per cent the retained perplexity is above that before training; 0 without ``--retain``."""
+def _rises(history: list[dict]) -> dict[int, float]:
+    """Step -> by how many per cent the retained perplexity is above that before training."""
     perplexities = measured(history, "retain")
-    return 100 * (perplexities[step] - perplexities[0]) / perplexities[0] if perplexities else 0.0
+    return {step: 100 * (now - perplexities[0]) / perplexities[0] for step, now in perplexities.items()}
 
 
 def reason(history: list[dict], args: argparse.Namespace) -> str | None:
@@ -54,7 +55,7 @@ def reason(history: list[dict], args: argparse.Namespace) -> str | None:
     if args.patience and waited >= args.patience:
         than = f"{perplexities[lowest]:.2f} of step {lowest}"
         return f"--patience {args.patience}: no lower held-out perplexity than the {than}"
-    if args.max_retain_rise and (rise := _rise(history, steps[-1])) > args.max_retain_rise:
+    if args.max_retain_rise and (rise := _rises(history)[steps[-1]]) > args.max_retain_rise:
         what = f"the retained perplexity is {rise:.3g} % above that before training"
         return f"--max-retain-rise {args.max_retain_rise:g}: {what}"
     return None

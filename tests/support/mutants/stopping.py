@@ -4,7 +4,7 @@ _TESTS = "tests/mica/cli/adapt/test_stopping.py"
 STOPPING = {
     ("mica/cli/adapt/stopping.py", _TESTS): {
         "best": [("if step}", "}"), ("within or trained", "trained")],
-        "_rise": [("perplexities[step] - perplexities[0]", "perplexities[step]")],
+        "_rises": [("now - perplexities[0]", "now")],
         "reason": [("waited >= args.patience", "waited > args.patience"), ("len(steps) - 1", "len(steps)")],
         "flaw": [("checkpoints.damaged(checkpoint)", "None")],
     },
