@@ -1,6 +1,6 @@
 """Wrong edits of the best step and early stopping of ``mica adapt``."""
 
-_TESTS = "tests/mica/cli/adapt/test_stopping.py"
+_TESTS = "tests/mica/cli/adapt/test_training_stopping.py"
 STOPPING = {
     ("mica/cli/adapt/stopping.py", _TESTS): {
         "best": [("if step}", "}"), ("within or trained", "trained")],

@@ -150,9 +150,10 @@ def find(args):
 
 def test_a_run_that_had_ended_is_not_trained_on(scripted, tmp_path, capsys):
     scripted()
-    args = settings(tmp_path / "out", **OPTIONS, patience=1)  # without keep_best: the last
+    options = OPTIONS | {"save_steps": 4}
+    args = settings(tmp_path / "out", **options, patience=1)  # without keep_best: the last
     ended = run(args)
-    assert (ended.steps, ended.adapter_step, steps(args.output)) == (6, 6, [3, 6])
+    assert (ended.steps, ended.adapter_step, steps(args.output)) == (6, 6, [4, 6])
     said = [line for line in capsys.readouterr().err.splitlines() if "stopping" in line]
     assert said == [f"step 6/10: stopping, {ended.stopped_by}"]
     before = weights(args.output)
@@ -165,7 +166,7 @@ def test_a_run_that_had_ended_is_not_trained_on(scripted, tmp_path, capsys):
 
     args.patience = 3
     assert find(args)[1] == []
-    assert (run(args).steps, run(settings(tmp_path / "full", **OPTIONS)).steps) == (10, 10)
+    assert (run(args).steps, run(settings(tmp_path / "full", **options)).steps) == (10, 10)
     assert same(weights(args.output), weights(tmp_path / "full"))
 
 
