@@ -134,8 +134,8 @@ def resolve(given: argparse.Namespace) -> Settings:
     if values["alpha"] is None:
         values["alpha"], origins["alpha"] = values["alpha_per_rank"] * values["rank"], f"recipe {recipe}"
     values["report_to"] = values["report_to"] or []
-    if values["keep_best"] is None:  # who stops because it gets worse does not want the worse
-        values["keep_best"] = bool(values["patience"] or values["max_retain_rise"])
+    if values["keep_best"] is None and (values["patience"] or values["max_retain_rise"]):
+        values["keep_best"] = True  # who stops because it gets worse does not want the worse
     if recorded is not None:
         own = {name: values[name] for name in _FIXED if values[name] is not None}
         _refuse_others(own, dict.fromkeys(_FIXED) | recorded, f"--resume: {folder / FILE}")

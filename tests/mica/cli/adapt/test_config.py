@@ -127,7 +127,7 @@ def test_options_that_go_together():
 @pytest.mark.parametrize(
     ("argv", "kept"),
     [
-        ([], False),
+        ([], None),  # so run.yaml does not have it, and --config run.yaml --patience 2 keeps the best
         (["--keep-best"], True),
         (["--patience", 2], True),
         (["--max-retain-rise", 5, "--retain", "r"], True),
