@@ -120,7 +120,7 @@ class Hooks(TrainerCallback):
         if state.is_world_process_zero:
             self._watch(state.log_history)
         history, options = state.log_history, self._options
-        if options.keep_best and stopping.best(history, options) == state.global_step > 0:
+        if stopping.best(history, options) == state.global_step:
             control.should_save = True
         if state.global_step < state.max_steps and (why := stopping.reason(history, options)):
             control.should_save = control.should_training_stop = True

@@ -105,10 +105,7 @@ TABLE = (  # a string: the title of the group that begins there
     Option("gradient_accumulation_steps", "forwards per step", "N", 1, _COUNT),
     Option("learning_rate", "peak learning rate", "RATE", None, _POSITIVE),
     Option(
-        "scheduler",
-        "linear, cosine, ... by the Trainer's name: a wrong one lists all",
-        "NAME",
-        choices=SCHEDULERS,
+        "scheduler", "by the Trainer's name: cosine, ...; a wrong one lists all", "NAME", choices=SCHEDULERS
     ),
     Option("warmup_ratio", "share of the steps to the peak", "SHARE", None, _SHARE_OR_0),
     Option("weight_decay", "weight decay of A", "RATE", None, _NOT_NEGATIVE),

@@ -28,8 +28,11 @@ def judges(args: argparse.Namespace) -> bool:
 def best(history: list[dict], args: argparse.Namespace) -> int | None:
     """The step with the lowest held-out perplexity, the first of equals, of those within --max-retain-rise.
 
-    Of all if none is. Step 0 is none: nothing was trained there. None if nothing else was measured.
+    Of all if none is. Step 0 is none: nothing was trained there. None if nothing else was measured, and
+    without ``--keep-best``.
     """
+    if not args.keep_best:
+        return None
     trained = {step: perplexity for step, perplexity in measured(history).items() if step}
     rises, limit = _rises(history), args.max_retain_rise or math.inf
     within = [step for step in trained if rises.get(step, 0.0) <= limit]

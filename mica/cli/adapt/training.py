@@ -85,7 +85,7 @@ def find_checkpoint(args: argparse.Namespace, note: Callable[[str], None] = lamb
     state = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME))
     if why := _stopped_by(state, args):
         note(f"the run ended at step {state.global_step} by {why}; with another value it goes on")
-    best = stopping.best(state.log_history, args) if args.keep_best else None
+    best = stopping.best(state.log_history, args)
     if best and (warning := processes.on_main(stopping.warn, _folder(args, best))):
         note(warning)
     return checkpoint
@@ -222,9 +222,6 @@ def train(
     def seconds():
         return earlier + time.perf_counter() - begin - trainer.paused
 
-    def best():
-        return stopping.best(trainer.state.log_history, args) if args.keep_best else None
-
     def mark(step):
         folder = _folder(args, step)
         with checkpoints.written(args.output, folder.name):
@@ -232,7 +229,7 @@ def train(
             if state.is_main_process:
                 checkpoints.mark(folder, step=step, seconds=seconds(), **settings)
         if state.is_main_process:  # with the new one safe: what goes wrong here must not remove it
-            checkpoints.rotate(args.output, _KEPT, best())
+            checkpoints.rotate(args.output, _KEPT, stopping.best(trainer.state.log_history, args))
 
     request = Request(alone=not processes.several(), speaks=state.is_main_process)
     hooks = Hooks(request, mark, watch, args)
@@ -247,7 +244,7 @@ def train(
         base.config.use_cache = use_cache
         stopped = processes.largest(hooks.agreed or request.signum)
         last = trainer.state.global_step
-        step = last if stopped else best() or last
+        step = last if stopped else stopping.best(trainer.state.log_history, args) or last
         if not stopped:
             other = None if step == last else processes.on_main(stopping.to_load, _folder(args, step))
             result.save(trainer.accelerator.unwrap_model(trainer.model), tokenizer, args.output, other)

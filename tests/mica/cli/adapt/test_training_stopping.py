@@ -43,7 +43,8 @@ def history(held_out, retain=None):
     ],
 )
 def test_the_best_step(held_out, retain, limit, expected):
-    assert stopping.best(history(held_out, retain), settings(max_retain_rise=limit)) == expected
+    options = settings(max_retain_rise=limit, keep_best=True)
+    assert stopping.best(history(held_out, retain), options) == expected
 
 
 @pytest.mark.parametrize(
