@@ -6,6 +6,7 @@ A command is a module with ``add_parser(subparsers)``, which declares its argume
 """
 
 import argparse
+import difflib
 import logging
 import sys
 
@@ -26,6 +27,16 @@ class _Parser(argparse.ArgumentParser):
 
     def error(self, message):
         self.exit(2, f"{self.prog}: error: {message}\n")
+
+    def parse_known_args(self, args=None, namespace=None):
+        """Of a command too: here, unlike above it, its options are known."""
+        found, unknown = super().parse_known_args(args, namespace)
+        if unknown:
+            names = [option.strip("-") for option in self._option_string_actions]
+            near = difflib.get_close_matches(unknown[0].partition("=")[0].strip("-"), names, n=1)
+            hint = "".join(f"; did you mean --{name}?" for name in near)
+            self.error(f"unrecognized arguments: {' '.join(unknown)}{hint}")
+        return found, unknown
 
 
 def parser() -> argparse.ArgumentParser:

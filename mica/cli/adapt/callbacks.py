@@ -1,5 +1,6 @@
 """What happens at the steps of the training loop: progress, checks, checkpoints that count, stopping."""
 
+import argparse
 import math
 import os
 import signal
@@ -14,7 +15,7 @@ import torch
 from tqdm import tqdm
 from transformers import TrainerCallback
 
-from mica.cli.adapt import checkpoints, processes
+from mica.cli.adapt import checkpoints, processes, stopping
 from mica.errors import UsageError
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
@@ -64,23 +65,30 @@ class Request:
 
 
 class Hooks(TrainerCallback):
-    """A line a log on standard error; ends the training; marks checkpoints.
+    """A line a log on standard error; ends the training; marks checkpoints, and adds that of the best step.
 
-    It ends with a checkpoint after the step in which any process got a signal, and with a UsageError as soon
-    as a loss, or a weight about to be saved, is not finite.
+    It ends with a checkpoint after the step in which any process got a signal and where `stopping.reason` has
+    one by ``options``, and with a UsageError as soon as a loss, or a weight about to be saved, is not finite.
 
     ``mark(step)`` is called in every process once all files of a checkpoint are written, ``watch(history)``
     in the main one after each evaluation.
     ``agreed``: the signal's number once all processes know of it, else 0.
     """
 
-    def __init__(self, request: Request, mark: Callable[[int], None], watch: Callable[[list[dict]], None]):
-        self._request, self._mark, self._watch = request, mark, watch
+    def __init__(
+        self,
+        request: Request,
+        mark: Callable[[int], None],
+        watch: Callable[[list[dict]], None],
+        options: argparse.Namespace,
+    ):
+        self._request, self._mark, self._watch, self._options = request, mark, watch, options
         self._begun = (0.0, 0)  # time and step
         self.agreed = 0
 
     def on_train_begin(self, args, state, control, **kwargs):
         self._begun = (time.perf_counter(), state.global_step)
+        state.compute_steps(args, state.max_steps)  # or after --resume --eval-steps N those of before count
 
     def on_step_end(self, args, state, control, model=None, **kwargs):
         self.agreed = processes.largest(self._request.signum)
@@ -88,7 +96,7 @@ class Hooks(TrainerCallback):
             control.should_save = control.should_training_stop = True
         if state.global_step >= state.max_steps:
             control.should_evaluate = True  # of itself transformers 5.0 only saves then
-        if control.should_save:
+        if control.should_save or (control.should_evaluate and stopping.judges(self._options)):
             # The logged loss is the mean since the last log, and that mean is not in a checkpoint. Closed at
             # every checkpoint, it is the same number in a run that was resumed there.
             control.should_log = True
@@ -111,6 +119,13 @@ class Hooks(TrainerCallback):
     def on_evaluate(self, args, state, control, **kwargs):
         if state.is_world_process_zero:
             self._watch(state.log_history)
+        history, options = state.log_history, self._options
+        if stopping.best(history, options) == state.global_step:
+            control.should_save = True
+        if state.global_step < state.max_steps and (why := stopping.reason(history, options)):
+            control.should_save = control.should_training_stop = True
+            if state.is_world_process_zero:
+                print(f"step {state.global_step}/{state.max_steps}: stopping, {why}", file=sys.stderr)
 
     def on_save(self, args, state, control, **kwargs):
         self._mark(state.global_step)

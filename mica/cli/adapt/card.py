@@ -13,7 +13,7 @@ _FILES = {".gguf", ".txt", ".json", ".jsonl", ".csv", ".parquet", ".gz"}
 # concerns only the machine.
 _NOT_RECIPE = {
     *("model", "adapter", "text", "text_field", "output", "push_to_hub", "held_out_text", "retain", "merge"),
-    *("trust_remote_code", "workers", "report_to", "save_steps", "log_steps"),
+    *("trust_remote_code", "workers", "report_to", "save_steps", "log_steps", "keep_best"),
 }
 _TRAINED = """\
 An adapter for {base}, made by continued pretraining on {training_tokens:,} tokens with [MiCA]({paper}). \
@@ -102,6 +102,7 @@ def card(summary: dict) -> ModelCard:
         _TRAINED.format(**s, base=_public(s["model"]), paper=_PAPER, rank=settings["rank"]),
         *_table("Results", ("text", "perplexity before", "after"), perplexities),
         *([f"Measured, as trained, with the base quantised to {quantised}."] if quantised else []),
+        *([f"The adapter is {text}."] if (text := told(s)) else []),
         *_table("Data", ("source", "documents", "tokens"), data),
         *_table("Recipe", ("setting", "value", "from"), recipe),
         "## How to load",
@@ -112,6 +113,14 @@ def card(summary: dict) -> ModelCard:
         model_name=name,
         eval_results=results or None,
     )
+
+
+def told(summary: dict) -> str:
+    """Which step the adapter of a run is of, and why it ended early; "" where the options do not matter."""
+    step, steps, kept = summary["adapter_step"], summary["steps"], summary["settings"].get("keep_best")
+    which = "the best of those measured" if kept else "the last"
+    early = f"; stopped after step {steps} by {summary['stopped_by']}" if summary["stopped_by"] else ""
+    return f"of step {step}, {which}{early}" if kept or early else ""
 
 
 def transfer_card(facts: dict) -> ModelCard:

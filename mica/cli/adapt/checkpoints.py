@@ -145,14 +145,17 @@ def check(checkpoint: Path, **settings: Any) -> None:
         raise UsageError(f"--resume: {what}. {remedy}")
 
 
-def rotate(output: Path, keep: int) -> None:
-    """Remove all but the last ``keep`` complete checkpoints. One process only; raises nothing.
+def rotate(output: Path, keep: int, best: int | None = None) -> None:
+    """Remove all but the last ``keep`` complete checkpoints and that of step ``best``, if not None.
+
+    One process only; raises nothing.
 
     Not left to the Trainer: it removes the oldest by time of modification, and before the newest is known to
     be whole.
     """
     for path in _complete(output)[:-keep]:
-        shutil.rmtree(path, ignore_errors=True)
+        if step(path) != best:
+            shutil.rmtree(path, ignore_errors=True)
 
 
 def discard(output: Path, resumed: Path | None = None) -> None:

@@ -20,7 +20,12 @@ _BY_CONTENT = {"model", "text", "held_out_text", "retain"}  # may be moved: the 
 # `--resume` allows another value, as training is the same
 _MAY_CHANGE = {
     *("trust_remote_code", "workers", "gradient_checkpointing", "eval_steps", "log_steps", "report_to"),
-    *("output", "save_steps", "merge", "push_to_hub"),
+    *("output", "save_steps", "merge", "push_to_hub", "keep_best", "patience", "max_retain_rise"),
+}
+_NEEDS = {
+    "patience": ["eval_steps"],
+    "max_retain_rise": ["eval_steps", "retain"],
+    "keep_best": ["eval_steps"],
 }
 _FIXED = [name for name, option in OPTIONS.items() if not option.by_run and name not in _MAY_CHANGE]
 
@@ -129,6 +134,8 @@ def resolve(given: argparse.Namespace) -> Settings:
     if values["alpha"] is None:
         values["alpha"], origins["alpha"] = values["alpha_per_rank"] * values["rank"], f"recipe {recipe}"
     values["report_to"] = values["report_to"] or []
+    if values["keep_best"] is None and (values["patience"] or values["max_retain_rise"]):
+        values["keep_best"] = True  # who stops because it gets worse does not want the worse
     if recorded is not None:
         own = {name: values[name] for name in _FIXED if values[name] is not None}
         _refuse_others(own, dict.fromkeys(_FIXED) | recorded, f"--resume: {folder / FILE}")
@@ -149,6 +156,9 @@ def _check(values: dict[str, object]) -> None:
     given, needed = len(values["text_weights"] or values["text"]), len(values["text"])
     if given != needed:
         raise UsageError(f"--text-weights: {given} numbers for {needed} sources of --text")
+    for name, needed in _NEEDS.items():
+        if values[name] and (missing := [OPTIONS[one].flag for one in needed if not values[one]]):
+            raise UsageError(f"{OPTIONS[name].flag}: needs {' and '.join(missing)}")
     if values["resume"] and values["overwrite"]:
         raise UsageError("--resume and --overwrite: give one of them")
 

@@ -52,11 +52,12 @@ class Corpus:
     retain_fingerprint: str | None
     sequence_length: int
 
-    def epochs(self, args: argparse.Namespace, num_processes: int = 1) -> float:
-        """How often a run sees the training blocks, by ``args.steps`` or ``args.epochs``."""
-        if args.steps is None:
+    def epochs(self, args: argparse.Namespace, num_processes: int = 1, steps: int | None = None) -> float:
+        """How often a run sees the training blocks, by ``steps``, ``args.steps`` or ``args.epochs``."""
+        steps = steps or args.steps
+        if steps is None:
             return args.epochs
-        blocks = args.steps * args.batch_size * args.gradient_accumulation_steps * num_processes
+        blocks = steps * args.batch_size * args.gradient_accumulation_steps * num_processes
         return blocks / len(self.train)
 
     def describe(self, args: argparse.Namespace, num_processes: int = 1) -> str:

@@ -104,7 +104,9 @@ TABLE = (  # a string: the title of the group that begins there
     Option("batch_size", "blocks per process and forward", "N", 2, _COUNT),
     Option("gradient_accumulation_steps", "forwards per step", "N", 1, _COUNT),
     Option("learning_rate", "peak learning rate", "RATE", None, _POSITIVE),
-    Option("scheduler", f"by the Trainer's name: {', '.join(SCHEDULERS)}", "NAME", choices=SCHEDULERS),
+    Option(
+        "scheduler", "by the Trainer's name: cosine, ...; a wrong one lists all", "NAME", choices=SCHEDULERS
+    ),
     Option("warmup_ratio", "share of the steps to the peak", "SHARE", None, _SHARE_OR_0),
     Option("weight_decay", "weight decay of A", "RATE", None, _NOT_NEGATIVE),
     Option("max_grad_norm", "clip gradients to this norm; 0: never", "NORM", None, _NOT_NEGATIVE),
@@ -114,6 +116,9 @@ TABLE = (  # a string: the title of the group that begins there
     "progress",
     Option("eval_steps", "measure perplexity every N steps, besides start and end", "N", None, _COUNT),
     Option("eval_blocks", "measure it on at most N blocks of each text", "N", 32, _COUNT),
+    Option("keep_best", "write the step of the lowest held-out perplexity, not the last", parse=bool),
+    Option("patience", "stop after N measurements without a lower one; --keep-best", "N", None, _COUNT),
+    Option("max_retain_rise", "stop if --retain gets worse by more; --keep-best", "PERCENT", None, _POSITIVE),
     Option("log_steps", "log the loss every N steps", "N", 10, _COUNT),
     Option("report_to", "tensorboard, wandb, ... by the Trainer", "NAME", many=True),
     "output",
@@ -149,6 +154,8 @@ def declare(parser: argparse.ArgumentParser) -> None:
     parser.usage = f"{parser.prog} --model MODEL --text SOURCE ... --output DIR [options]"
     parser.epilog = "recipes:"
     for row, cells in {"": _NAMES, **_ROWS}.items():
+        if row == "source":  # said by --recipe
+            continue
         shown = (f"{cell:g}" if isinstance(cell, float) else str(cell or "-") for cell in cells)
         parser.epilog += f"\n  {row:20}" + "".join(f"{cell:20}" for cell in shown).rstrip()
     for row in TABLE:

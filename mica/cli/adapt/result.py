@@ -13,6 +13,7 @@ from torch.distributed.tensor import DTensor
 
 import mica.fast
 from mica.cli.adapt import checkpoints
+from mica.cli.adapt.adapter import WEIGHTS
 from mica.cli.loading import Source, load_model
 from mica.cli.output import dtype_name, one_line, write_folder
 from mica.errors import UsageError
@@ -20,8 +21,10 @@ from mica.errors import UsageError
 MERGED = "merged"
 
 
-def save(model: PeftModel, tokenizer, output: Path) -> None:
+def save(model: PeftModel, tokenizer, output: Path, checkpoint: Path | None = None) -> None:
     """Write the adapter and its tokenizer, if not None, to ``output``; PEFT's blank model card is left out.
+
+    With ``checkpoint`` the weights are those in it; ``model`` gets them too, but where it is sharded.
 
     All processes must call this: a sharded adapter (FSDP2) is gathered. The main process writes to a
     temporary folder, and then moves file by file into ``output``; what else is there stays.
@@ -37,6 +40,10 @@ def save(model: PeftModel, tokenizer, output: Path) -> None:
             shutil.rmtree(scratch, ignore_errors=True)
             scratch.mkdir(parents=True)
             write_adapter(model, scratch, state)
+            if checkpoint is not None:
+                shutil.copyfile(checkpoint / WEIGHTS, scratch / WEIGHTS)
+                if state is None:
+                    model.load_adapter(checkpoint, model.active_adapter, is_trainable=True)
             if tokenizer is not None:
                 tokenizer.save_pretrained(scratch)
             (scratch / "README.md").unlink(missing_ok=True)

@@ -106,6 +106,8 @@ def _run(settings: Settings, source, tokenizer, data: corpus.Corpus, checkpoint:
         _say(f"Stopped at step {done.steps:,}. To continue: mica adapt --output {args.output} --resume")
         return 128 + done.interrupted
     report = summary.of(settings, data, model, done) | facts
+    if args.keep_best and report["perplexity_after"] >= report["perplexity_before"]:
+        _note("no measured step has a lower held-out perplexity than the model had before training")
     processes.on_main(summary.finish, settings.args, model, tokenizer, report)
     return 0
 

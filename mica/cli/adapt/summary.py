@@ -9,8 +9,8 @@ import torch
 from accelerate import PartialState
 
 import mica.fast
-from mica.cli.adapt import config, evaluation, hub, result
-from mica.cli.adapt.card import card
+from mica.cli.adapt import config, evaluation, hub, result, stopping
+from mica.cli.adapt.card import card, told
 from mica.cli.adapt.corpus import Corpus
 from mica.cli.output import write_file, write_json
 
@@ -29,18 +29,17 @@ def _peak_memory() -> tuple[int | None, str]:
     return peak if sys.platform == "darwin" else peak * 1024, "resident set of the process"
 
 
-def _perplexities(history: list[dict], name: str) -> tuple[float | None, float | None]:
-    """Before and after training; None if not measured."""
-    key = f"eval_{name}_perplexity"
-    values = [entry[key] for entry in history if key in entry] or [None]
-    return values[0], values[-1]
+def _perplexities(done, name: str) -> tuple[float | None, float | None]:
+    """Before training and of the adapter that was written; None if not measured."""
+    values = stopping.measured(done.history, name)
+    return values.get(0), values.get(done.adapter_step)
 
 
 def of(settings: config.Settings, corpus: Corpus, model, done) -> dict:
     """What summary.json holds: the settings, the data, and what was measured."""
     args, num_processes = settings.args, PartialState().num_processes
-    before, after = _perplexities(done.history, "held_out")
-    retain_before, retain_after = _perplexities(done.history, "retain")
+    before, after = _perplexities(done, "held_out")
+    retain_before, retain_after = _perplexities(done, "retain")
     peak_bytes, peak_of = _peak_memory()
     trained, total = model.get_nb_trainable_parameters()
     explanation = mica.fast.explain(model)
@@ -53,7 +52,9 @@ def of(settings: config.Settings, corpus: Corpus, model, done) -> dict:
         "sources": [{"name": p.name, "documents": p.documents, "tokens": p.tokens} for p in corpus.parts],
         "blocks": len(corpus.train),
         "steps": done.steps,
-        "epochs": corpus.epochs(args, num_processes),
+        "adapter_step": done.adapter_step,
+        "stopped_by": done.stopped_by,
+        "epochs": corpus.epochs(args, num_processes, done.steps if done.stopped_by else None),
         "processes": num_processes,
         "trained_parameters": trained,
         "total_parameters": total,
@@ -117,6 +118,7 @@ def as_text(summary: dict) -> str:
         *(("", f"on PEFT's path, {count}: {reason}") for reason, count in reasons.items()),
         ("", uncalled and f"not called in the last forward: {uncalled}"),
         ("adapter", s["adapter"]),
+        ("", told(s)),
         ("merged model", s["merged"]),
         ("", s["merge_report"]),
     ]

@@ -13,8 +13,9 @@ from transformers import Trainer, TrainerState, TrainingArguments, set_seed
 from transformers.integrations import get_reporting_integration_callbacks
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import PrinterCallback
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from mica.cli.adapt import checkpoints, config, evaluation, fingerprint, processes, result
+from mica.cli.adapt import checkpoints, config, evaluation, fingerprint, processes, result, stopping
 from mica.cli.adapt.callbacks import Hooks, Request
 from mica.cli.output import explained
 from mica.cli.targets import has_experts
@@ -32,7 +33,8 @@ class Training(NamedTuple):
     ``history``: the Trainer's ``log_history``: a dictionary per log, with "step" and "loss" or "eval_…".
     ``steps``, ``tokens``: optimiser steps done, tokens read. ``seconds``: wall time of training, checkpoints
     included, evaluations not. ``loss``: mean training loss over all steps, nats per token. ``interrupted``:
-    the signal that ended it, else 0; then nothing but a checkpoint was written.
+    the signal that ended it, else 0; then nothing but a checkpoint was written. ``adapter_step``: that after
+    which the adapter was as it was written. ``stopped_by``: why it ended before its last step, or None.
     """
 
     history: list[dict[str, Any]]
@@ -41,6 +43,8 @@ class Training(NamedTuple):
     seconds: float
     loss: float
     interrupted: int
+    adapter_step: int
+    stopped_by: str | None
 
 
 def check(args: argparse.Namespace) -> None:
@@ -61,7 +65,7 @@ def find_checkpoint(args: argparse.Namespace, note: Callable[[str], None] = lamb
     """The checkpoint to go on from; None without ``--resume``, and for a run that ended before its first.
 
     Every process must call this; the main one chooses, as it reads all files of the checkpoint. ``note`` is
-    told where it is not the newest.
+    told where it is not the newest, where that run had ended, and where the best one is damaged.
 
     Raises UsageError if there is none, or it was written with other options. The same sum of blocks over
     another number of processes is refused too: dropout draws from one generator a process, and with
@@ -78,7 +82,17 @@ def find_checkpoint(args: argparse.Namespace, note: Callable[[str], None] = lamb
     if checkpoint != newest:
         damage = f"{newest.name} is damaged ({checkpoints.damaged(newest)} is not what was written)"
         note(f"{damage}: the run continues from {checkpoint.name}")
+    state = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME))
+    if why := _stopped_by(state, args):
+        note(f"the run ended at step {state.global_step} by {why}; with another value it goes on")
+    best = stopping.best(state.log_history, args)
+    if best and (warning := processes.on_main(stopping.warn, _folder(args, best))):
+        note(warning)
     return checkpoint
+
+
+def _folder(args, step: int) -> Path:
+    return args.output / f"{PREFIX_CHECKPOINT_DIR}-{step}"
 
 
 def _settings(args) -> dict[str, Any]:
@@ -164,6 +178,9 @@ def train(
 ) -> Training:
     """Train the adapter of ``model`` in place, and write it to ``args.output``. Every process must call this.
 
+    With ``args.keep_best`` it is in the end that of the best step (see `stopping.best`): in the main process,
+    and where it is sharded only in what is written.
+
     ``model``: the PeftModel, on this process's device; with ``checkpoint`` its adapter must be that of the
     checkpoint. ``corpus``: ``fingerprint``, ``retain_fingerprint``, and ``train``, ``held_out`` and
     ``retain`` (or None), map-style datasets of ``input_ids``, ``labels`` and maybe ``position_ids``, int64 of
@@ -176,8 +193,9 @@ def train(
     After a signal (see `callbacks.Request`) it returns with ``interrupted`` and a checkpoint, but no adapter
     in ``args.output``.
 
-    Raises UsageError if a loss or weight is not finite, something cannot be written, or the checkpoint was
-    written with other options, data or base weights; KeyboardInterrupt at a second Ctrl-C.
+    Raises UsageError if a loss or weight is not finite, something cannot be written, the checkpoint was
+    written with other options, data or base weights, or that of the best step is damaged; KeyboardInterrupt
+    at a second Ctrl-C.
     """
     state, base = PartialState(), model.get_base_model()
     use_cache = getattr(base.config, "use_cache", True)
@@ -205,16 +223,16 @@ def train(
         return earlier + time.perf_counter() - begin - trainer.paused
 
     def mark(step):
-        folder = args.output / f"checkpoint-{step}"
+        folder = _folder(args, step)
         with checkpoints.written(args.output, folder.name):
             state.wait_for_everyone()
             if state.is_main_process:
                 checkpoints.mark(folder, step=step, seconds=seconds(), **settings)
         if state.is_main_process:  # with the new one safe: what goes wrong here must not remove it
-            checkpoints.rotate(args.output, _KEPT)
+            checkpoints.rotate(args.output, _KEPT, stopping.best(trainer.state.log_history, args))
 
     request = Request(alone=not processes.several(), speaks=state.is_main_process)
-    hooks = Hooks(request, mark, watch)
+    hooks = Hooks(request, mark, watch, args)
     trainer.add_callback(hooks)
     with request.heeded():
         finished = checkpoint is not None and _state_if_finished(checkpoint, args)
@@ -225,17 +243,22 @@ def train(
                 trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint))
         base.config.use_cache = use_cache
         stopped = processes.largest(hooks.agreed or request.signum)
+        last = trainer.state.global_step
+        step = last if stopped else stopping.best(trainer.state.log_history, args) or last
         if not stopped:
-            result.save(trainer.accelerator.unwrap_model(trainer.model), tokenizer, args.output)
+            other = None if step == last else processes.on_main(stopping.to_load, _folder(args, step))
+            result.save(trainer.accelerator.unwrap_model(trainer.model), tokenizer, args.output, other)
     # without the Trainer's own summary at the end, which knows this session only
     history = [entry for entry in trainer.state.log_history if "train_loss" not in entry]
     return Training(
         history=history,
-        steps=trainer.state.global_step,
+        steps=last,
         tokens=int(trainer.state.num_input_tokens_seen),
         seconds=earlier if finished else seconds(),
         loss=_mean_loss(history),
         interrupted=stopped,
+        adapter_step=step,
+        stopped_by=_stopped_by(trainer.state, args),
     )
 
 
@@ -267,9 +290,18 @@ def _build(model, corpus, args, checkpoint) -> _Trainer:
 
 
 def _state_if_finished(checkpoint: Path, args) -> TrainerState | None:
-    """The state of a run that had done its last step. The Trainer would do one more if an epoch has more."""
+    """The state of a run that had ended. The Trainer would do one more step if an epoch has more."""
     state = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME))
-    return state if state.global_step >= (args.steps or state.max_steps) else None
+    return state if _is_done(state, args) or _stopped_by(state, args) else None
+
+
+def _is_done(state: TrainerState, args) -> bool:
+    return state.global_step >= (args.steps or state.max_steps)
+
+
+def _stopped_by(state: TrainerState, args) -> str | None:
+    """Why a run ended, or is to end, before its last step."""
+    return None if _is_done(state, args) else stopping.reason(state.log_history, args)
 
 
 def _mean_loss(history: list[dict[str, Any]]) -> float:

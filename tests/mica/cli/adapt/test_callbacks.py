@@ -13,7 +13,9 @@ from mica.cli.adapt.callbacks import SIGNALS, Hooks, Request
 from mica.errors import UsageError
 from tests.support.adapt_runs import fresh_state  # noqa: F401 (a fixture)
 
-ARGS = SimpleNamespace(learning_rate=3e-3, output_dir="nowhere")
+ARGS = SimpleNamespace(
+    learning_rate=3e-3, output_dir="nowhere", logging_steps=5, eval_steps=None, save_steps=5
+)
 INT, TERM = SIGNALS
 
 
@@ -24,7 +26,8 @@ def state(step=10, main=True):
 def begun(main=True, calls=None):
     """Hooks of a run that has begun; marks and watches are appended to ``calls``."""
     note = (calls if calls is not None else []).append
-    hooks = Hooks(Request(alone=True, speaks=False), note, note)
+    options = SimpleNamespace(keep_best=False, patience=None, max_retain_rise=None)
+    hooks = Hooks(Request(alone=True, speaks=False), note, note, options)
     hooks.on_train_begin(ARGS, state(0, main), None)
     return hooks
 

@@ -18,6 +18,7 @@ from tests.support.tiny_gguf import write_tiny_gguf
 SUMMARY = {
     **{"model": "owner/base-1B", "adapter": "/home/someone/runs/out", "merged": None, "dtype": "float32"},
     **{"device": "cpu", "processes": 2, "steps": 200, "training_tokens": 12345, "training_seconds": 3600.4},
+    **{"adapter_step": 200, "stopped_by": None},
     **{"trained_parameters": 1000, "total_parameters": 2000000, "held_out_tokens": 992},
     **{"perplexity_before": 20.5, "perplexity_after": 10.25, "retain_before": 8.0, "retain_after": 8.5},
     "sources": [
@@ -76,6 +77,10 @@ def test_text_has_results_data_recipe_and_versions():
     ):
         assert row in text
     assert "quantize" not in text
+    assert "The adapter is" not in text
+    best = text_of(adapter_step=150, stopped_by="--patience 2: why", settings={"rank": 16, "keep_best": True})
+    assert "The adapter is of step 150, the best of those measured; stopped after step 200 by --pati" in best
+    assert "The adapter is of step 200, the last; stopped after step 200 by" in text_of(stopped_by="x")
     assert "someone" not in str(card(SUMMARY))  # no folder of this machine
     piped = text_of(sources=[{"name": "a|b", "documents": 1, "tokens": 1}])
     assert "| `a\\|b` | 1 | 1 |" in piped

@@ -129,6 +129,11 @@ def test_the_last_complete_ones_are_kept(tmp_path):
     make(tmp_path, 20, marked=False)  # not one of those that are kept, nor anyone's to remove here
     checkpoints.rotate(tmp_path, 2)
     assert steps(tmp_path) == [10, 15, 20]
+    make(tmp_path, 25)
+    checkpoints.rotate(tmp_path, 2, best=10)
+    assert steps(tmp_path) == [10, 15, 20, 25]
+    checkpoints.rotate(tmp_path, 2, best=25)
+    assert steps(tmp_path) == [15, 20, 25]
 
 
 def test_resume_without_a_checkpoint_is_refused(tmp_path):

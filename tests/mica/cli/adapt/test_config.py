@@ -113,6 +113,29 @@ def test_options_that_go_together():
         resolve("--text-weights", 1, 2)
     with pytest.raises(UsageError, match="--steps and --epochs: give one of them"):
         resolve("--steps", 1, "--epochs", 1)
+    for needing, missing in (
+        (["--keep-best"], "--keep-best: needs --eval-steps"),
+        (["--patience", 2], "--patience: needs --eval-steps"),
+        (["--max-retain-rise", 5], "--max-retain-rise: needs --eval-steps and --retain"),
+        (["--max-retain-rise", 5, "--eval-steps", 1], "--max-retain-rise: needs --retain"),
+    ):
+        with pytest.raises(UsageError) as refusal:
+            resolve(*needing)
+        assert str(refusal.value) == missing
+
+
+@pytest.mark.parametrize(
+    ("argv", "kept"),
+    [
+        ([], None),  # so run.yaml does not have it, and --config run.yaml --patience 2 keeps the best
+        (["--keep-best"], True),
+        (["--patience", 2], True),
+        (["--max-retain-rise", 5, "--retain", "r"], True),
+        (["--patience", 2, "--no-keep-best"], False),
+    ],
+)
+def test_who_stops_early_keeps_the_best(argv, kept):
+    assert resolve("--eval-steps", 1, *argv).args.keep_best is kept
 
 
 @pytest.fixture
@@ -174,6 +197,8 @@ def test_resume_refuses_another_training(arguments, message, run_folder, yaml_fi
 def test_resume_allows_what_leaves_training_alone(run_folder, tmp_path):
     moved = run_folder[0].rename(tmp_path / "moved")
     args, origins = config.resolve(given("--output", moved, "--resume", "--save-steps", 3, "--no-merge"))
+    stopping = ["--eval-steps", 2, "--patience", 3, "--no-keep-best"]
+    assert config.resolve(given("--output", moved, "--resume", *stopping)).args.patience == 3
     assert (args.save_steps, args.merge, args.seed, args.output) == (3, False, 5, moved)
     assert (origins["save_steps"], origins["seed"]) == (LINE, LINE)
     assert origins["dropout"] == PAPER

@@ -201,6 +201,19 @@ def test_a_lost_process_is_one_line(tmp_path):
     assert "Traceback" not in errors
 
 
+def test_all_stop_at_the_same_step_and_the_best_is_written(tmp_path):
+    """On four blocks by heart, so that the held-out ones get worse from the start."""
+    options = {"dropout": 0.0, "learning_rate": 0.1, "scheduler": "constant"}
+    options |= {"eval_steps": 1, "patience": 2, "keep_best": True}
+    args = settings(tmp_path / "out", batch_size=2, **options)
+    results = two(run, args, corpus(4), folder=tmp_path).results()
+    results.append(run(settings(tmp_path / "one", **options), corpus(4)))
+    assert [(result.steps, result.adapter_step) for result in results] == [(2, 1)] * 3
+    measured = [[entry for entry in result.history if "eval_held_out_loss" in entry] for result in results]
+    assert measured[0] == measured[1]
+    assert same(weights(args.output), weights(args.output / "checkpoint-1"))
+
+
 @pytest.mark.parametrize("kind", ["FULL_STATE_DICT", "SHARDED_STATE_DICT"])
 def test_fsdp2(tmp_path, kind):
     args = settings(tmp_path / "out", batch_size=2, dropout=0.0)

@@ -132,7 +132,10 @@ def test_sharded_model_is_saved_and_merged_whole(model_dir, tmp_path):
         expected = logits(model)
         for layer in [*model.get_base_model().model.layers, model]:
             fully_shard(layer, mesh=init_device_mesh("cpu", (1,)))
-        result.save(model, byte_tokenizer(), tmp_path)
+        result.save(model, None, tmp_path / "best")
+        for weight in model.parameters():
+            weight.data.mul_(2 if weight.requires_grad else 1)
+        result.save(model, byte_tokenizer(), tmp_path, tmp_path / "best")
         result.merge(model, byte_tokenizer(), settings(model=str(model_dir), output=tmp_path))
         assert result.gathered(model)  # still sharded
     finally:

@@ -22,6 +22,8 @@ def test_killed_three_times(tmp_path, count):
     print(f"seed {seed}")  # shown if the test fails
     draw = random.Random(seed)
     options = {"steps": STEPS, "save_steps": 10, "log_steps": 5, "batch_size": 4 // count, "dropout": 0.1}
+    # so high a rate that the best step may not be the last
+    options |= {"eval_steps": 5, "keep_best": True, "learning_rate": 0.1, "scheduler": "constant"}
     args = settings(tmp_path / "out", **options)
     for step in sorted(draw.sample(range(1, STEPS), KILLS)):
         steps = [None] * count
@@ -50,6 +52,7 @@ def test_killed_three_times(tmp_path, count):
         assert resumed_loss == pytest.approx(loss, rel=1e-6)
     assert found.loss == pytest.approx(expected.loss, rel=1e-6)
     assert found.tokens == expected.tokens
+    assert found.adapter_step == expected.adapter_step
     whole, resumed = weights(tmp_path / "full"), weights(tmp_path / "out")
     assert whole.keys() == resumed.keys()
     for name, weight in whole.items():

@@ -1,0 +1,250 @@
+"""The best step and early stopping, with perplexities that are made up, step by step."""
+
+import json
+import math
+import os
+import signal
+
+import pytest
+import torch
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+
+from mica.cli.adapt import checkpoints, stopping, training
+from mica.cli.adapt.evaluation import Likelihood
+from mica.errors import UsageError
+from tests.support.adapt_results import resume, summary
+from tests.support.adapt_runs import corpus, fresh_state, losses, model, run, same, weights  # noqa: F401
+from tests.support.adapt_settings import settings
+from tests.support.tiny_cli import adapt, logits, tiny_llama
+
+# Checkpoints are at 3, 6, 9 and 10, and where it is best. Two are as good: the first counts.
+HELD_OUT = {0: 9.0, 2: 8.0, 4: 7.0, 6: 7.5, 8: 7.0, 10: 7.25}
+PATIENCE = "--patience 2: no lower held-out perplexity than the"
+OPTIONS = {"eval_steps": 2, "save_steps": 3, "log_steps": 3}
+
+
+def history(held_out, retain=None):
+    entries = [{"step": step, "eval_held_out_perplexity": value} for step, value in held_out.items()]
+    for entry in entries if retain else ():
+        entry["eval_retain_perplexity"] = retain[entry["step"]]
+    return [{"step": 1, "loss": 2.0}, *entries]
+
+
+@pytest.mark.parametrize(
+    ("held_out", "retain", "limit", "expected"),
+    [
+        (HELD_OUT, None, None, 4),
+        ({0: 1.0, 5: 3.0, 10: 2.0}, None, None, 10),  # before training is no step
+        ({0: 1.0}, None, None, None),
+        ({0: 9.0, 5: 8.0, 10: 7.0}, {0: 100.0, 5: 104.0, 10: 106.0}, 5.0, 5),
+        ({0: 9.0, 5: 8.0, 10: 7.0}, {0: 100.0, 5: 104.0, 10: 106.0}, None, 10),
+        ({0: 9.0, 5: 8.0}, {0: 100.0, 5: 106.0}, 5.0, 5),  # none is within
+    ],
+)
+def test_the_best_step(held_out, retain, limit, expected):
+    options = settings(max_retain_rise=limit, keep_best=True)
+    assert stopping.best(history(held_out, retain), options) == expected
+
+
+@pytest.mark.parametrize(
+    ("held_out", "last_retain", "options", "expected"),
+    [
+        ([9, 8, 8], 100, {"patience": 2}, None),
+        ([9, 8, 8, 8.5], 100, {"patience": 2}, f"{PATIENCE} 8.00 of step 1"),
+        ([9, 10, 9.5], 100, {"patience": 2}, f"{PATIENCE} 9.00 of step 0"),
+        ([9, 10, 9.5], 100, {}, None),
+        ([9, 8], 105, {"max_retain_rise": 5.0}, None),  # to the per cent is not above
+        ([9, 8], 112.5, {"max_retain_rise": 5.0},
+         "--max-retain-rise 5: the retained perplexity is 12.5 % above that before training"),
+        ([9, 8], 90, {"max_retain_rise": 5.0}, None),
+        ([], 100, {"patience": 1, "max_retain_rise": 5.0}, None),
+    ],
+)  # fmt: skip
+def test_the_reason_to_stop(held_out, last_retain, options, expected):
+    retained = dict.fromkeys(range(len(held_out)), 100) | {len(held_out) - 1: last_retain}
+    found = stopping.reason(history(dict(enumerate(held_out)), retained), settings(**options))
+    assert found == expected
+
+
+@pytest.fixture
+def scripted(monkeypatch):
+    """``scripted(held_out, retain, act)``: what is measured at a step, and what happens then."""
+
+    def script(held_out=HELD_OUT, retain=None, act=None):
+        build = training._build
+
+        def built(*given):
+            trainer = build(*given)
+
+            def likelihood(model, blocks, *_):
+                step = trainer.state.global_step
+                if step in (act or {}):
+                    act.pop(step)()
+                return Likelihood(
+                    math.log((held_out if blocks is trainer.sets["held_out"] else retain)[step]), 1
+                )
+
+            monkeypatch.setattr(training.evaluation, "likelihood", likelihood)
+            return trainer
+
+        monkeypatch.setattr(training, "_build", built)
+
+    return script
+
+
+def steps(output):
+    return [checkpoints.step(path) for path in checkpoints.folders(output)]
+
+
+def test_the_adapter_is_that_of_the_best_step(scripted, tmp_path):
+    scripted()
+    args = settings(tmp_path / "best", **OPTIONS, keep_best=True)
+    trained = model(args)
+    result = training.train(trained, corpus(), args, None)
+    assert (result.steps, result.adapter_step, result.stopped_by) == (10, 4, None)
+    assert steps(args.output) == [4, 9, 10]
+    kept = weights(args.output / "checkpoint-4")
+    assert same(weights(args.output), kept)
+    assert torch.equal(logits(trained), logits(PeftModel.from_pretrained(tiny_llama(), args.output)))
+    assert all(w.requires_grad for name, w in trained.named_parameters() if "lora_A" in name)
+
+    last = run(settings(tmp_path / "last", **OPTIONS))  # trained alike
+    assert (last.adapter_step, steps(tmp_path / "last")) == (10, [9, 10])
+    assert same(weights(tmp_path / "last"), weights(args.output / "checkpoint-10"))
+    assert not same(weights(tmp_path / "last"), kept)
+    # a log closes the mean before each measurement, as that may become a checkpoint
+    assert [step for step, _ in losses(result)] == [2, 3, 4, 6, 8, 9, 10]
+
+
+@pytest.mark.parametrize("signums", [[signal.SIGTERM], [signal.SIGINT] * 2], ids=["stopped", "killed"])
+@pytest.mark.parametrize("at", [6, 8])
+def test_resumed_it_has_the_same_best_and_ends_alike(scripted, tmp_path, signums, at):
+    """8 is where the patience ends."""
+    options = OPTIONS | {"save_steps": 100, "keep_best": True, "patience": 2}
+    held_out = HELD_OUT | {6: 7.5, 8: 7.1}
+    scripted(held_out)
+    unbroken = run(settings(tmp_path / "full", **options))
+    assert (unbroken.steps, unbroken.adapter_step) == (8, 4)
+    assert unbroken.stopped_by == f"{PATIENCE} 7.00 of step 4"
+    args = settings(tmp_path / "out", **options)
+    scripted(held_out, act={at: lambda: [os.kill(os.getpid(), signum) for signum in signums]})
+    if len(signums) == 1:
+        assert run(args).interrupted
+    else:
+        with pytest.raises(KeyboardInterrupt):
+            run(args)
+    assert 4 in steps(args.output)
+    assert not (args.output / "adapter_model.safetensors").exists()
+    args.resume = True
+    resumed = run(args)
+    assert (resumed.steps, resumed.adapter_step, resumed.stopped_by) == (8, 4, unbroken.stopped_by)
+    assert stopping.measured(resumed.history) == stopping.measured(unbroken.history)
+    assert same(weights(args.output), weights(tmp_path / "full"))
+    assert same(weights(args.output / "checkpoint-8"), weights(tmp_path / "full" / "checkpoint-8"))
+
+
+def find(args):
+    notes = []
+    return training.find_checkpoint(args, notes.append), notes
+
+
+def test_a_run_that_had_ended_is_not_trained_on(scripted, tmp_path, capsys):
+    scripted()
+    options = OPTIONS | {"save_steps": 4}
+    args = settings(tmp_path / "out", **options, patience=1)  # without keep_best: the last
+    ended = run(args)
+    assert (ended.steps, ended.adapter_step, steps(args.output)) == (6, 6, [4, 6])
+    said = [line for line in capsys.readouterr().err.splitlines() if "stopping" in line]
+    assert said == [f"step 6/10: stopping, {ended.stopped_by}"]
+    before = weights(args.output)
+    args.resume = True
+    checkpoint, notes = find(args)
+    assert notes == [f"the run ended at step 6 by {ended.stopped_by}; with another value it goes on"]
+    again = training.train(model(args, checkpoint), corpus(), args, checkpoint)
+    assert again._replace(seconds=0) == ended._replace(seconds=0)
+    assert same(weights(args.output), before)
+
+    args.patience = 3
+    assert find(args)[1] == []
+    assert (run(args).steps, run(settings(tmp_path / "full", **options)).steps) == (10, 10)
+    assert same(weights(args.output), weights(tmp_path / "full"))
+
+
+def test_it_stops_where_the_retained_text_gets_worse(scripted, tmp_path):
+    retain = {0: 20.0, 2: 20.5, 4: 20.9, 6: 22.0}
+    scripted({0: 9, 2: 8, 4: 7, 6: 6}, retain)
+    args = settings(tmp_path, **OPTIONS, max_retain_rise=5.0, keep_best=True)
+    result = run(args, corpus(retain=3))
+    assert (result.steps, result.adapter_step) == (6, 4)  # at 6 it learned more, and forgot too much
+    assert result.stopped_by.startswith("--max-retain-rise 5: the retained perplexity is 10 % above")
+
+
+def test_a_best_step_that_is_damaged_or_gone(scripted, tmp_path):
+    scripted(act={8: lambda: os.kill(os.getpid(), signal.SIGTERM)})
+    args = settings(tmp_path, **OPTIONS, keep_best=True)
+    assert run(args).interrupted
+    args.resume = True
+    assert find(args)[1] == []
+    file = tmp_path / "checkpoint-4" / "adapter_model.safetensors"
+    content = file.read_bytes()
+    file.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    remedy = "--resume --no-keep-best takes the last step instead"
+    flaw = "checkpoint-4 with the best step is damaged (adapter_model.safetensors)"
+    assert find(args)[1] == [f"{flaw}: unless a later step is better the run ends with an error; {remedy}"]
+    for found in (flaw, "checkpoint-4 with the best step is missing or incomplete"):
+        with pytest.raises(UsageError) as raised:
+            run(args)
+        saved = f"the last complete checkpoint is {tmp_path}/checkpoint-10 (--resume goes on from it)"
+        assert str(raised.value) == f"--keep-best: {found}; {saved}; {remedy}"
+        assert not (tmp_path / "adapter_model.safetensors").exists()
+        file.unlink(missing_ok=True)
+    args.keep_best = False
+    assert run(args).adapter_step == 10
+    assert same(weights(tmp_path), weights(tmp_path / "checkpoint-10"))
+
+
+def test_options_given_with_resume_count(scripted, tmp_path):
+    """The Trainer takes those of the checkpoint."""
+    scripted(dict.fromkeys(range(11), 7.0), act={5: lambda: os.kill(os.getpid(), signal.SIGTERM)})
+    assert run(settings(tmp_path, eval_steps=5, save_steps=5)).interrupted
+    result = run(settings(tmp_path, eval_steps=2, save_steps=3, log_steps=1, resume=True))
+    assert list(stopping.measured(result.history)) == [0, 5, 8, 10]  # it was stopped at 6
+    assert steps(tmp_path) == [9, 10]
+    assert [step for step, _ in losses(result)][-4:] == [7, 8, 9, 10]
+
+
+def test_summary_card_and_merged_model_are_of_the_best_step(scripted, model_dir, text_file, tmp_path, capsys):
+    output = tmp_path / "out"
+    scripted({0: 9.0, 3: 8.0, 6: 8.5, 9: 8.25}, {0: 20.0, 3: 19.0, 6: 18.0, 9: 17.0})
+    options = ["--eval-steps", 3, "--patience", 2, "--merge", "--retain", text_file]
+    assert adapt(model_dir, text_file, output, *options) == 0
+    made, why = summary(output), f"{PATIENCE} 8.00 of step 3"
+    assert (made["steps"], made["adapter_step"], made["stopped_by"]) == (9, 3, why)
+    assert made["settings"]["keep_best"] is True  # by --patience
+    measured = [made[f"{name}_{when}"] for name in ("perplexity", "retain") for when in ("before", "after")]
+    assert measured == pytest.approx([9.0, 8.0, 20.0, 19.0])
+    assert made["epochs"] == 9 * 2 / made["blocks"]
+    told = f"of step 3, the best of those measured; stopped after step 9 by {why}"
+    captured = capsys.readouterr()
+    assert told in captured.out
+    card = (output / "README.md").read_text(encoding="utf-8")
+    assert f"\n\nThe adapter is {told}.\n" in card
+    assert "keep best" not in card
+    merged, base = (AutoModelForCausalLM.from_pretrained(path) for path in (output / "merged", model_dir))
+    expected = logits(PeftModel.from_pretrained(base, output / "checkpoint-3"))
+    torch.testing.assert_close(logits(merged), expected, rtol=1e-4, atol=1e-4)
+
+    assert "note: no measured step has a lower" not in captured.err
+    assert resume(output) == 0
+    assert "note: the run ended at step 9 by --patience 2: no" in capsys.readouterr().err
+    assert summary(output)["adapter_step"] == 3
+    state = output / "checkpoint-9" / "trainer_state.json"
+    assert json.loads(state.read_text())["max_steps"] == 12
+
+
+def test_nothing_is_better_than_before_training(scripted, model_dir, text_file, tmp_path, capsys):
+    scripted({0: 7.0, 6: 8.0, 12: 7.5})
+    assert adapt(model_dir, text_file, tmp_path / "out", "--eval-steps", 6, "--keep-best") == 0
+    assert "note: no measured step has a lower held-out perplexity than" in capsys.readouterr().err
+    assert summary(tmp_path / "out")["adapter_step"] == 12
