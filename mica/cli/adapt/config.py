@@ -128,6 +128,9 @@ def resolve(given: argparse.Namespace) -> Settings:
             origins |= {entry.partition(":")[0]: origin for entry, _, origin in lines if entry}
     if values["alpha"] is None:
         values["alpha"], origins["alpha"] = values["alpha_per_rank"] * values["rank"], f"recipe {recipe}"
+    if values["train_embeddings"] and values["embedding_learning_rate"] is None:
+        values["embedding_learning_rate"] = values["learning_rate"] / 10  # as in the field's recipes
+        origins["embedding_learning_rate"] = "a tenth of learning_rate"
     values["report_to"] = values["report_to"] or []
     if recorded is not None:
         own = {name: values[name] for name in _FIXED if values[name] is not None}
@@ -149,6 +152,8 @@ def _check(values: dict[str, object]) -> None:
     given, needed = len(values["text_weights"] or values["text"]), len(values["text"])
     if given != needed:
         raise UsageError(f"--text-weights: {given} numbers for {needed} sources of --text")
+    if values["embedding_learning_rate"] is not None and not values["train_embeddings"]:
+        raise UsageError("--embedding-learning-rate: there are none to train without --train-embeddings")
     if values["resume"] and values["overwrite"]:
         raise UsageError("--resume and --overwrite: give one of them")
 

@@ -12,7 +12,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 import mica.fast
-from mica.cli.adapt import checkpoints
+from mica.cli.adapt import checkpoints, embeddings
 from mica.cli.loading import Source, load_model
 from mica.cli.output import dtype_name, one_line, write_folder
 from mica.errors import UsageError
@@ -63,7 +63,7 @@ def gathered(model: nn.Module) -> dict[str, torch.Tensor] | None:
         name.replace("_checkpoint_wrapped_module.", ""): (
             (weight.full_tensor() if isinstance(weight, DTensor) else weight).detach().cpu()
         )
-        for name, weight in model.named_parameters()
+        for name, weight in model.named_parameters(remove_duplicate=False)  # PEFT saves tied ones twice
         if weight.requires_grad or "lora_" in name
     }
 
@@ -99,6 +99,7 @@ def merged_model(model: PeftModel, option: str, kept: str = "") -> tuple[nn.Modu
 
     Raises UsageError if a merged weight is not finite; ``option`` begins its message and ``kept`` ends it.
     """
+    embeddings.round_to_base(model)
     try:
         merged = model.merge_and_unload(safe_merge=True)
     except ValueError as error:
