@@ -69,16 +69,17 @@ def run(args: argparse.Namespace) -> int:
         raise UsageError(str(error).replace(f"--model {args.to}: ", f"--to {args.to}: ", 1)) from error
     print(_check_architecture(args, config, model.config.model_type))
     adapter.check_fit(model, config, args.adapter, "--adapter", f"--to {args.to}")
-    if is_whole := bool(config.modules_to_save):
+    updates = {}
+    if config.modules_to_save:
         embeddings.check_adapter(model, config, args.adapter, "--adapter", f"--to {args.to}")
-        embeddings.add(model, embeddings.update(config, args.adapter, args.trust_remote_code))
-        config.modules_to_save, config.ensure_weight_tying = None, False
+        updates = embeddings.update(config, args.adapter, args.trust_remote_code)
 
     peft_model = PeftModel.from_pretrained(model, args.adapter, config=config)
+    embeddings.add(peft_model, updates)
     merged, report = result.merged_model(peft_model, f"--adapter {args.adapter}")
     facts = {"name": args.output.resolve().name, "model": args.to, "adapter": str(args.adapter)}
     facts |= {"base": config.base_model_name_or_path, "layers": len(layers)}
-    facts["embeddings"] = is_whole
+    facts["embeddings"] = bool(updates)
     facts |= {"rank": config.r, "alpha": config.lora_alpha}
     facts |= {"dtype": dtype_name(merged.dtype), "merge_report": str(report)}
     facts["versions"] = {name: version(name) for name in ("torch", "transformers", "peft")}

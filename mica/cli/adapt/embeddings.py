@@ -163,9 +163,9 @@ def update(saved: LoraConfig, folder: Path, trust_remote_code: bool) -> dict[str
 
 
 @torch.no_grad()
-def add(model: nn.Module, updates: dict[str, Tensor]) -> None:
-    """Add ``updates`` (see `update`) to the embeddings of ``model``, in its dtype; to a tied one once."""
-    found = find(model)
-    for name in list(found)[: 1 if _is_tied(found) else None]:
-        weight = found[name].weight
-        weight.copy_(weight.float() + updates[name])
+def add(model: PeftModel, updates: dict[str, Tensor]) -> None:
+    """Make the trained embeddings of ``model`` its own plus ``updates`` (see `update`)."""
+    for name, added in updates.items():
+        wrapper = model.get_base_model().get_submodule(name)
+        (copy,) = wrapper.modules_to_save.values()
+        copy.weight.copy_(wrapper.original_module.weight.float() + added)

@@ -63,7 +63,7 @@ def gathered(model: nn.Module) -> dict[str, torch.Tensor] | None:
         name.replace("_checkpoint_wrapped_module.", ""): (
             (weight.full_tensor() if isinstance(weight, DTensor) else weight).detach().cpu()
         )
-        for name, weight in model.named_parameters(remove_duplicate=False)  # PEFT saves tied ones twice
+        for name, weight in model.named_parameters()
         if weight.requires_grad or "lora_" in name
     }
 

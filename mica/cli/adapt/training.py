@@ -270,6 +270,9 @@ def _build(model, corpus, args, checkpoint) -> _Trainer:
     trainer.remove_callback(PrinterCallback)
     if trainer.is_fsdp_enabled and getattr(trainer.accelerator.state.fsdp_plugin, "fsdp_version", 1) < 2:
         raise UsageError("FSDP version 1 shards trained and frozen weights together: set fsdp_version: 2")
+    if trainer.is_fsdp_enabled and args.train_embeddings:
+        # accelerate 1.15: one process leaves the saving of a checkpoint while another gathers
+        raise UsageError("--train-embeddings: not possible with FSDP2; DDP trains them")
     if processes.several():
         set_seed(args.seed + PartialState().process_index)  # dropout: other masks for other blocks
     return trainer

@@ -25,6 +25,7 @@ from tests.support.adapt_results import (
     unfinished,
     weights,
 )
+from tests.support.adapt_runs import Process, fresh_state, run, run_sharded  # noqa: F401 (a fixture)
 from tests.support.moe_models import BUILDERS
 from tests.support.tiny_cli import TEXT, adapt, logits, tiny_llama
 from tests.support.without_mica import logits_without_mica
@@ -130,7 +131,7 @@ def test_an_adapter_goes_on_with_them(made, text, tmp_path, monkeypatch):
     poison_solver(monkeypatch)
     argv = ["--model", base, "--text", text, "--output", tmp_path / "on", "--adapter", run, "--workers", 1]
     argv += ["--sequence-length", 32, "--steps", 1, "--dtype", "auto"]
-    assert command(*argv, "--learning-rate", 1e-3, "--recipe", "paper", "--dropout", 0) == 0
+    assert command(*argv, "--learning-rate", 1e-3, "--scheduler", "constant") == 0
     first, second = summary(run), summary(tmp_path / "on")
     assert second["origins"]["train_embeddings"] == "adapter"
     if kind != "bfloat16" or second["dtype"] == "bfloat16":
@@ -170,6 +171,23 @@ def test_the_trainer_takes_both_rates(text, tmp_path):
     assert max(weight.abs().max().item() for weight in lora_A) == pytest.approx(1e-3, rel=1e-2)
 
 
+@pytest.mark.slow
+def test_two_processes_learn_as_one_with_twice_the_batch(tmp_path):
+    options = {"dtype": "float32", "steps": 4, "save_steps": 4, **DEFAULT}
+    run(settings(output=tmp_path / "one", batch_size=4, **options))
+    args = settings(output=tmp_path / "two", batch_size=2, **options)
+    started = Process(run, args, count=2, folder=tmp_path)
+    assert started.join() == [0, 0], started.errors()
+    alone, together = whole(tmp_path / "one"), whole(tmp_path / "two")
+    for name, module in embeddings.find(tiny_llama()).items():
+        moved = (alone[name] - module.weight).abs().mean()
+        assert 0 < moved < 5e-3
+        assert (alone[name] - together[name]).abs().mean() < 1e-3 * moved  # of half a batch: about moved
+    started = Process(run_sharded, "FULL_STATE_DICT", args, count=2, folder=tmp_path)
+    assert started.join() == [2, 2]
+    assert "--train-embeddings: not possible with FSDP2; DDP trains them" in started.errors()
+
+
 @pytest.mark.parametrize("kind", ["nf4", "int8"])
 def test_over_a_quantised_base(kind, text, tmp_path):
     pytest.importorskip("bitsandbytes")
@@ -204,7 +222,7 @@ def test_refused_before_training(options, message, text, tmp_path, capsys):
     base = saved(tiny_llama(), tmp_path / "base")
     result.save(adapter.start(tiny_llama(), settings()), None, tmp_path / "adapter")
     options = options.replace("ADAPTER", str(tmp_path / "adapter")).split()
-    argv = ["--model", base, "--text", text, "--output", tmp_path / "out", *options]
+    argv = ["--model", base, "--text", text, "--output", tmp_path / "out", "--sequence-length", 32, *options]
     assert command(*argv) == 2
     assert message in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
@@ -248,7 +266,7 @@ def test_transfer_adds_what_training_added(made, tmp_path, capsys):
     argv = ["transfer", "--adapter", str(run), "--to", str(chat), "--output", str(tmp_path / "out")]
     assert main(argv) == 0
     assert "added to the embeddings is added here too" in (tmp_path / "out" / "README.md").read_text()
-    tolerance = 2e-2 if kind == "bfloat16" else 1e-6
+    tolerance = 2e-3 if kind == "bfloat16" else 1e-6
     models = [AutoModelForCausalLM.from_pretrained(at) for at in (tmp_path / "out", chat, base)]
     after, there, here = (embeddings.find(model) for model in models)
     for name, trained in whole(run).items():
@@ -285,4 +303,4 @@ def test_no_embeddings_no_word_of_them(text, tmp_path, capsys):
     assert adapt(base, text, tmp_path / "out", "--steps", 1, "--workers", 1) == 0
     assert "note: --text" in capsys.readouterr().err  # of bytes
     assert (summary(tmp_path / "out")["trained_embeddings"], whole(tmp_path / "out")) == (0, {})
-    assert "embedding" not in (tmp_path / "out" / "run.yaml").read_text()
+    assert not [key for key in yaml.safe_load((tmp_path / "out" / "run.yaml").read_text()) if "embed" in key]
