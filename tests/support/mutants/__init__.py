@@ -2,11 +2,12 @@
 
 from tests.support.mutants.backend import BACKEND
 from tests.support.mutants.edits import mutants
+from tests.support.mutants.embeddings import EMBEDDINGS
 from tests.support.mutants.experts import EXPERTS
 from tests.support.mutants.experts_path import EXPERTS_PATH
 from tests.support.mutants.kernels import KERNELS
 from tests.support.mutants.operators import OPERATORS
 from tests.support.mutants.subspace import SUBSPACE
 
-_TABLES = (KERNELS, EXPERTS, OPERATORS, BACKEND, EXPERTS_PATH, SUBSPACE)
+_TABLES = (KERNELS, EXPERTS, OPERATORS, BACKEND, EXPERTS_PATH, SUBSPACE, EMBEDDINGS)
 MUTANTS = [mutant for table in _TABLES for mutant in mutants(table)]

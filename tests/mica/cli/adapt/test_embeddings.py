@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -30,6 +31,7 @@ from tests.support.moe_models import BUILDERS
 from tests.support.tiny_cli import TEXT, adapt, logits, tiny_llama
 from tests.support.without_mica import logits_without_mica
 
+ROOT = Path(__file__).resolve().parents[4]
 PREFIX = "base_model.model."
 IN, OUT = "model.embed_tokens", "lm_head"
 
@@ -304,3 +306,13 @@ def test_no_embeddings_no_word_of_them(text, tmp_path, capsys):
     assert "note: --text" in capsys.readouterr().err  # of bytes
     assert (summary(tmp_path / "out")["trained_embeddings"], whole(tmp_path / "out")) == (0, {})
     assert not [key for key in yaml.safe_load((tmp_path / "out" / "run.yaml").read_text()) if "embed" in key]
+
+
+def test_the_table_of_the_readme_is_the_committed_run():
+    page = (ROOT / "mica/cli/README.md").read_text(encoding="utf-8")
+    for kind in ("without", "with"):
+        made = summary(ROOT / "bench/results/2026-11-27-embeddings" / kind)
+        assert made["settings"].get("train_embeddings", False) == (kind == "with")
+        row = "| {trained_parameters:,} | {perplexity_before:.1f} → {perplexity_after:.1f} "
+        row += "| {retain_before:.1f} → {retain_after:.1f} |"
+        assert f"| {kind} {row.format(**made)}" in page
