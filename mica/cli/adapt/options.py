@@ -106,12 +106,7 @@ TABLE = (  # a string: the title of the group that begins there
     Option("gradient_accumulation_steps", "forwards per step", "N", 1, _COUNT),
     Option("learning_rate", "peak learning rate", "RATE", None, _POSITIVE),
     Option("embedding_learning_rate", "that of the embeddings; without it: a tenth", "RATE", None, _POSITIVE),
-    Option(
-        "scheduler",
-        "by the Trainer's name: linear, cosine, constant, inverse_sqrt, ...",
-        "NAME",
-        choices=SCHEDULERS,
-    ),
+    Option("scheduler", "by the Trainer's name: linear, cosine, constant, ...", "NAME", choices=SCHEDULERS),
     Option("warmup_ratio", "share of the steps to the peak", "SHARE", None, _SHARE_OR_0),
     Option("weight_decay", "weight decay of A and trained embeddings", "RATE", None, _NOT_NEGATIVE),
     Option("max_grad_norm", "clip gradients to this norm; 0: never", "NORM", None, _NOT_NEGATIVE),
