@@ -46,7 +46,7 @@ OPTIONS = {
     "adapt": "--model --adapter --dtype --quantize --trust-remote-code "
     "--text --text-field --text-weights --dataset-config --held-out --held-out-text --retain "
     "--sequence-length --packing --workers --recipe --rank --alpha --target-modules --experts "
-    "--dropout "
+    "--dropout --train-embeddings --embedding-learning-rate "
     "--steps --epochs --batch-size --gradient-accumulation-steps --learning-rate --scheduler --warmup-ratio "
     "--weight-decay --max-grad-norm --optimizer --gradient-checkpointing --seed "
     "--eval-steps --eval-blocks --log-steps --report-to "

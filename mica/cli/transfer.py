@@ -31,21 +31,21 @@ def add_parser(commands) -> None:
 def run(args: argparse.Namespace) -> int:
     """Run the command: all checks before the weights are read, the output whole or not at all.
 
-    Raises UsageError if --adapter is no MiCA adapter, if MODEL is of another architecture than its base,
+    To trained embeddings, what was added to those of the adapter's base is added.
+
+    Raises UsageError if --adapter is no MiCA adapter, replaces other modules than embeddings, or has trained
+    them and its base cannot be loaded, if MODEL is of another architecture than its base,
     lacks one of its layers or has it in another shape, is quantised, or gives a common token another id, and
     if the output cannot be written.
     """
     import torch
     from peft import PeftModel
 
-    from mica.cli.adapt import adapter, card, result
+    from mica.cli.adapt import adapter, card, embeddings, result
     from mica.cli.loading import find_source, load_config, load_model, quieten_libraries
 
     quieten_libraries()
     config = adapter.read_adapter_config(args.adapter)
-    if whole := config.modules_to_save:
-        replaces = f"--adapter {args.adapter}: replaces whole modules, {', '.join(whole)}"
-        raise UsageError(f"{replaces}: that is no update that another model could take")
     layers = adapter.adapted_layers(args.adapter)
     try:
         source = find_source(args.to, args.trust_remote_code)
@@ -69,11 +69,17 @@ def run(args: argparse.Namespace) -> int:
         raise UsageError(str(error).replace(f"--model {args.to}: ", f"--to {args.to}: ", 1)) from error
     print(_check_architecture(args, config, model.config.model_type))
     adapter.check_fit(model, config, args.adapter, "--adapter", f"--to {args.to}")
+    updates = {}
+    if config.modules_to_save:
+        embeddings.check_adapter(model, config, args.adapter, "--adapter", f"--to {args.to}")
+        updates = embeddings.update(config, args.adapter, args.trust_remote_code)
 
     peft_model = PeftModel.from_pretrained(model, args.adapter, config=config)
+    embeddings.add(peft_model, updates)
     merged, report = result.merged_model(peft_model, f"--adapter {args.adapter}")
     facts = {"name": args.output.resolve().name, "model": args.to, "adapter": str(args.adapter)}
     facts |= {"base": config.base_model_name_or_path, "layers": len(layers)}
+    facts["embeddings"] = bool(updates)
     facts |= {"rank": config.r, "alpha": config.lora_alpha}
     facts |= {"dtype": dtype_name(merged.dtype), "merge_report": str(report)}
     facts["versions"] = {name: version(name) for name in ("torch", "transformers", "peft")}

@@ -8,7 +8,7 @@ from mica.cli.arguments import add_command
 from mica.errors import UsageError
 
 _DESCRIPTION = """\
-Continued pretraining with MiCA, also by torchrun or accelerate launch. More: mica/cli/README.md."""
+Continued pretraining with MiCA. Several processes: torchrun or accelerate launch (mica/cli/README.md)."""
 NEEDED = ("accelerate", "datasets", "matplotlib", "yaml")
 
 

@@ -1,6 +1,7 @@
 """The MiCA adapter of a run: a new one, that of a checkpoint, or that of ``--adapter``."""
 
 import argparse
+from contextlib import nullcontext
 from pathlib import Path
 
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
@@ -9,6 +10,7 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 
 import mica.fast  # noqa: F401 (reads the configuration of an adapter of experts as MiCA's)
+from mica.cli.adapt import embeddings
 from mica.cli.output import one_line
 from mica.cli.targets import Targets, features, find_targets, saved_parameters
 from mica.errors import UsageError
@@ -17,7 +19,7 @@ WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 
 
 def start(model, args: argparse.Namespace, checkpoint: Path | None = None) -> PeftModel:
-    """Return ``model`` with the adapter that is to be trained: A in float32, B frozen.
+    """Return ``model`` with the adapter that is to be trained: A (and embeddings) in float32, B frozen.
 
     From ``checkpoint`` (``--resume``), else from ``args.adapter``, else a new one; only the last runs the
     solver, and B of the others keeps its bits. ``args.dropout`` counts in all three. All processes
@@ -26,13 +28,18 @@ def start(model, args: argparse.Namespace, checkpoint: Path | None = None) -> Pe
     Raises UsageError as `check`.
     """
     targets = check(model, args, checkpoint)
-    folder = checkpoint or args.adapter
+    with embeddings.in_float32(model) if args.train_embeddings else nullcontext():
+        return _start(model, args, checkpoint or args.adapter, targets)
+
+
+def _start(model, args: argparse.Namespace, folder: Path | None, targets: Targets) -> PeftModel:
     if folder is not None:
         config = PeftConfig.from_pretrained(folder)
         config.lora_dropout = args.dropout
         config.base_model_name_or_path = model.name_or_path  # this model, wherever the adapter comes from
         return PeftModel.from_pretrained(model, folder, config=config, is_trainable=True)
     own = {"r": args.rank, "lora_alpha": args.alpha, "lora_dropout": args.dropout, **targets.config}
+    own |= embeddings.config(model) if args.train_embeddings else {}
     try:
         return get_peft_model(model, LoraConfig(init_lora_weights="mica", task_type="CAUSAL_LM", **own))
     except ValueError as error:
@@ -47,8 +54,9 @@ def check(model: nn.Module, args: argparse.Namespace, checkpoint: Path | None = 
     Returns what will be adapted.
 
     Raises UsageError if ``--target-modules`` names no layer that can be adapted, if one is too small for the
-    rank, if parameters (experts) are to have dropout, or if the adapter of ``checkpoint`` or ``args.adapter``
-    is none of MiCA, does not fit the model, or has other layers than ``args`` says.
+    rank, if parameters (experts) are to have dropout, if embeddings cannot be trained, or if the adapter of
+    ``checkpoint`` or ``args.adapter`` is none of MiCA, does not fit the model, or has other layers than
+    ``args`` says.
     """
     targets = find_targets(model, args.target_modules, args.experts)
     if targets.parameters and args.dropout:
@@ -66,11 +74,15 @@ def check(model: nn.Module, args: argparse.Namespace, checkpoint: Path | None = 
     if args.rank > (most := min(sizes[smallest])):
         has = f"{smallest} has {_by(sizes[smallest])} weights, so at most {most} fits"
         raise UsageError(f"--rank {args.rank}: {has}; --target-modules can leave it out")
+    if args.train_embeddings:
+        embeddings.check(model, args, targets)
     folder, option = checkpoint or args.adapter, "--resume" if checkpoint else "--adapter"
     if folder is None:
         return targets
     found = read_adapter_config(folder, option)
     check_fit(model, found, folder, option)
+    if args.train_embeddings:
+        embeddings.check_adapter(model, found, folder, option)
     adapted = set(adapted_layers(folder, option))
     parameters = saved_parameters(model, targets.parameters)
     expected = set(targets.modules) | set(parameters)
@@ -111,7 +123,8 @@ def settings(config: LoraConfig, folder: Path, option: str = "--adapter") -> dic
     """The options that the adapter in ``folder`` fixes, from its ``config`` (see `read_adapter_config`).
 
     ``rank``, ``alpha``: int. ``target_modules``: names with commas; where PEFT got a pattern, the layers
-    themselves. ``experts``: True if it has stacks of experts, else None. ``dropout``: float, a proposal.
+    themselves. ``experts``: True if it has stacks of experts, else None; ``train_embeddings``: likewise.
+    ``dropout``: float, a proposal.
 
     Raises UsageError if ranks or alphas differ between layers: no option says that.
     """
@@ -131,6 +144,7 @@ def settings(config: LoraConfig, folder: Path, option: str = "--adapter") -> dic
         "alpha": config.lora_alpha,
         "target_modules": ",".join(sorted([*names, *named])),
         "experts": True if stacks else None,
+        "train_embeddings": True if config.modules_to_save else None,
         "dropout": config.lora_dropout,
     }
 

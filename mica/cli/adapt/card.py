@@ -20,6 +20,10 @@ An adapter for {base}, made by continued pretraining on {training_tokens:,} toke
 MiCA adds `s·B·A` to an adapted weight `W`: `B` holds the {rank} left singular vectors of `W` with the \
 smallest singular values and stays frozen, `A` starts at zero and is trained. {trained_parameters:,} of \
 {total_parameters:,} parameters were trained."""
+_EMBEDDINGS = (
+    "Of these, {trained_embeddings:,} are the input and output embeddings, trained as whole modules "
+    "(PEFT's `modules_to_save`)."
+)
 _TRANSFERRED = """\
 {there} with the update of a [MiCA]({paper}) adapter merged into its weights: the `s·B·A` of {update}{on} \
 with rank {rank} and alpha {alpha}, in {layers} layers. The update was trained on that model and not on this \
@@ -100,6 +104,7 @@ def card(summary: dict) -> ModelCard:
         name,
         s,
         _TRAINED.format(**s, base=_public(s["model"]), paper=_PAPER, rank=settings["rank"]),
+        *([_EMBEDDINGS.format(**s)] if s["trained_embeddings"] else []),
         *_table("Results", ("text", "perplexity before", "after"), perplexities),
         *([f"Measured, as trained, with the base quantised to {quantised}."] if quantised else []),
         *([f"The adapter is {text}."] if (text := told(s)) else []),
@@ -127,7 +132,8 @@ def transfer_card(facts: dict) -> ModelCard:
     """The card of a model into which `mica transfer` has merged an update.
 
     ``facts``: ``name`` (of the folder), ``model`` and ``adapter`` (as given), ``base`` (of the adapter, or
-    None), ``rank``, ``alpha``, ``layers`` (their number), ``dtype``, ``merge_report``, ``versions``.
+    None), ``rank``, ``alpha``, ``layers`` (their number), ``embeddings`` (whether they were trained),
+    ``dtype``, ``merge_report``, ``versions``.
     """
     on = f", trained on `{hub_name(facts['base'])}`," if hub_name(facts["base"]) else ""
     names = {"there": _public(facts["model"]), "update": _public(facts["adapter"])}
@@ -135,6 +141,11 @@ def transfer_card(facts: dict) -> ModelCard:
         facts["name"],
         facts,
         _TRANSFERRED.format(**facts, **names, on=on, paper=_PAPER),
+        *(
+            ["What its training has added to the embeddings is added here too."]
+            if facts["embeddings"]
+            else []
+        ),
         f"In {facts['dtype']}: {facts['merge_report']}.",
         "## How to load",
         _LOAD.format(

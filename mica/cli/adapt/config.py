@@ -133,6 +133,9 @@ def resolve(given: argparse.Namespace) -> Settings:
             origins |= {entry.partition(":")[0]: origin for entry, _, origin in lines if entry}
     if values["alpha"] is None:
         values["alpha"], origins["alpha"] = values["alpha_per_rank"] * values["rank"], f"recipe {recipe}"
+    if values["train_embeddings"] and values["embedding_learning_rate"] is None:
+        values["embedding_learning_rate"] = values["learning_rate"] / 10  # as in the field's recipes
+        origins["embedding_learning_rate"] = "a tenth of learning_rate"
     values["report_to"] = values["report_to"] or []
     if values["keep_best"] is None and (values["patience"] or values["max_retain_rise"]):
         values["keep_best"] = True  # who stops because it gets worse does not want the worse
@@ -159,6 +162,8 @@ def _check(values: dict[str, object]) -> None:
     for name, needed in _NEEDS.items():
         if values[name] and (missing := [OPTIONS[one].flag for one in needed if not values[one]]):
             raise UsageError(f"{OPTIONS[name].flag}: needs {' and '.join(missing)}")
+    if values["embedding_learning_rate"] is not None and not values["train_embeddings"]:
+        raise UsageError("--embedding-learning-rate: there are none to train without --train-embeddings")
     if values["resume"] and values["overwrite"]:
         raise UsageError("--resume and --overwrite: give one of them")
 

@@ -18,15 +18,21 @@ from mica.cli.adapt.packing import SPAN, Blocks, Split, mix, spans_of, split, sp
 from mica.cli.adapt.tokens import Tokens, tokenize
 from mica.errors import UsageError
 
+DEAR = 2  # tokens a word
+
 
 class Part(NamedTuple):
-    """What one item of ``--text`` holds; ``skipped``: files of a folder that are of no kind that is read."""
+    """What one item of ``--text`` holds; ``skipped``: files of a folder that are of no kind that is read.
+
+    ``tokens_per_word``: see `Tokens`.
+    """
 
     name: str
     tokens: int
     documents: int
     empty: int
     skipped: int
+    tokens_per_word: float
 
 
 @dataclass(frozen=True)
@@ -59,6 +65,19 @@ class Corpus:
             return args.epochs
         blocks = steps * args.batch_size * args.gradient_accumulation_steps * num_processes
         return blocks / len(self.train)
+
+    def cost(self) -> str | None:
+        """A note on the source that costs most tokens a word; None if that is at most `DEAR`."""
+        dearest = max(self.parts, key=lambda part: part.tokens_per_word)
+        if dearest.tokens_per_word <= DEAR:
+            return None
+        words = self.sequence_length / dearest.tokens_per_word
+        costs = f"costs {dearest.tokens_per_word:.1f} tokens a word (between spaces) with this tokenizer"
+        return (
+            f"--text {dearest.name} {costs}: a block holds about {words:,.0f} words. Usual are 1.3 to 1.5, "
+            "more for code and scripts without spaces. --train-embeddings lets the model learn such tokens; "
+            "the tokenizer stays as it is"
+        )
 
     def describe(self, args: argparse.Namespace, num_processes: int = 1) -> str:
         """What the run trains on, for a terminal; more lines only for what is left out."""
@@ -145,7 +164,10 @@ def gather(args: argparse.Namespace, tokenizer) -> Corpus:
         held_out=held_out_blocks,
         retain=_measured("--retain", retain, args) if retain else None,
         parts=tuple(
-            Part(source.given, int(store.lengths.sum()), len(store.lengths), store.empty, source.skipped)
+            Part(
+                *(source.given, int(store.lengths.sum()), len(store.lengths), store.empty, source.skipped),
+                store.tokens_per_word,
+            )
             for source, store in zip(found[0], text, strict=True)
         ),
         dropped=dropped,

@@ -12,7 +12,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 import mica.fast
-from mica.cli.adapt import checkpoints
+from mica.cli.adapt import checkpoints, embeddings
 from mica.cli.adapt.adapter import WEIGHTS
 from mica.cli.loading import Source, load_model
 from mica.cli.output import dtype_name, one_line, write_folder
@@ -106,6 +106,7 @@ def merged_model(model: PeftModel, option: str, kept: str = "") -> tuple[nn.Modu
 
     Raises UsageError if a merged weight is not finite; ``option`` begins its message and ``kept`` ends it.
     """
+    embeddings.round_to_base(model)
     try:
         merged = model.merge_and_unload(safe_merge=True)
     except ValueError as error:

@@ -73,6 +73,8 @@ def _adapt(settings: Settings) -> int:
         adapter.check(model, args, checkpoint)
     data = corpus.gather(args, tokenizer)
     _say(data.describe(args, PartialState().num_processes))
+    if cost := data.cost():
+        _note(cost)
     with ExitStack() as stack:  # nothing else writes to the output folder meanwhile
         processes.on_main(stack.enter_context, folder.held(args.output))
         return _run(settings, source, tokenizer, data, checkpoint)

@@ -9,7 +9,7 @@ import torch
 from accelerate import PartialState
 
 import mica.fast
-from mica.cli.adapt import config, evaluation, hub, result, stopping
+from mica.cli.adapt import config, embeddings, evaluation, hub, result, stopping
 from mica.cli.adapt.card import card, told
 from mica.cli.adapt.corpus import Corpus
 from mica.cli.output import write_file, write_json
@@ -57,6 +57,7 @@ def of(settings: config.Settings, corpus: Corpus, model, done) -> dict:
         "epochs": corpus.epochs(args, num_processes, done.steps if done.stopped_by else None),
         "processes": num_processes,
         "trained_parameters": trained,
+        "trained_embeddings": sum(parameter.numel() for parameter in embeddings.trained(model)),
         "total_parameters": total,
         "training_seconds": done.seconds,
         "training_tokens": done.tokens,
@@ -108,6 +109,7 @@ def as_text(summary: dict) -> str:
     rows = [
         ("model", f"{s['model']} ({s['dtype']}, {s['device']}{several})"),
         ("trained parameters", f"{s['trained_parameters']:,} of {s['total_parameters']:,} ({share:.2%})"),
+        ("", s["trained_embeddings"] and f"of these {s['trained_embeddings']:,} of whole embeddings"),
         ("initialisation", f"{s['initialisation_seconds']:.1f} s"),
         ("training", f"{s['training_seconds']:.1f} s, {s['steps']} steps, {amount}"),
         ("peak memory", memory or "not measured"),

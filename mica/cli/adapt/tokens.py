@@ -28,8 +28,9 @@ from mica.cli.adapt import fingerprint, processes
 from mica.cli.adapt.sources import Source
 from mica.cli.output import explained
 
-VERSION = 2  # of the layout on disk, and of how documents become ids: with another one nothing old is used
+VERSION = 3  # of the layout on disk, and of how documents become ids: with another one nothing old is used
 PIECE = 20_000  # characters tokenised at once: 11 MB of text took 23.6 s as one string, 11.0 s in pieces
+_SAMPLE = 16  # one piece in so many: to find words takes 60 ms/MB, which a tokenizer's threads would wait for
 BATCH = 2**22  # characters a call of the tokenizer, whose threads share the pieces
 
 
@@ -38,7 +39,8 @@ class Tokens:
 
     ``ids``: (num_tokens,) uint16 or uint32, memory-mapped. ``lengths``: (num_documents,) int64, with the EOS.
     ``digests``: (num_documents,) uint64, equal for documents of the same tokens. ``empty``: documents without
-    text, which are left out. ``largest``: the largest id. ``cached``: nothing had to be tokenised.
+    text, which are left out. ``largest``: the largest id. ``tokens_per_word``: without EOS, of a sample;
+    words are what is between white space. ``cached``: nothing had to be tokenised.
     """
 
     def __init__(self, folder: Path, cached: bool = True):
@@ -46,6 +48,7 @@ class Tokens:
         with np.load(folder / "facts.npz") as facts:
             self.lengths, self.digests = facts["lengths"], facts["digests"]
             self.empty, self.largest = facts["empty"].item(), facts["largest"].item()
+            self.tokens_per_word = facts["tokens_per_word"].item()
             self.ids = np.memmap(folder / "tokens.bin", dtype=facts["dtype"].item(), mode="r")
 
 
@@ -159,10 +162,11 @@ def _build(source: Source, tokenizer, field: str | None, folder: Path) -> None:
     dtype = np.dtype(np.uint16 if max(tokenizer.get_vocab().values()) < 2**16 else np.uint32)
     eos = np.array([] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id], dtype)
     lengths, digests, empty, largest = [], [], 0, int(eos.max(initial=0))
+    words = counted = 0
     length, digest = 0, hashlib.blake2b(digest_size=8)
     bar = tqdm(desc=f"Tokenising {Path(source.given).name}", unit=" tokens", unit_scale=True, delay=2)
     with bar, (folder / "tokens.bin").open("wb") as file:
-        for ids, is_last in _tokenised(source.documents(field), tokenizer):
+        for index, (text, ids, is_last) in enumerate(_tokenised(source.documents(field), tokenizer)):
             if is_last is None:
                 empty += 1
                 continue
@@ -172,6 +176,8 @@ def _build(source: Source, tokenizer, field: str | None, folder: Path) -> None:
             bar.update(len(ids))
             length += len(ids)
             largest = max(largest, int(ids.max(initial=0)))
+            if index % _SAMPLE == 0:
+                words, counted = words + len(text.split()), counted + len(ids)
             if is_last:
                 file.write(eos)
                 lengths.append(length + len(eos))
@@ -180,7 +186,8 @@ def _build(source: Source, tokenizer, field: str | None, folder: Path) -> None:
     if not any(lengths):
         raise source.error(f"no text in it ({empty:,} empty documents)" if empty else "no text in it")
     documents = {"lengths": np.array(lengths, np.int64), "digests": np.array(digests, np.uint64)}
-    np.savez(folder / "facts.npz", empty=empty, largest=largest, dtype=dtype.name, **documents)
+    facts = {"empty": empty, "largest": largest, "tokens_per_word": counted / max(1, words)}
+    np.savez(folder / "facts.npz", dtype=dtype.name, **facts, **documents)
 
 
 def _pieces(documents: Iterable[Iterable[str]]) -> Iterator[tuple[str, bool | None]]:
@@ -196,8 +203,8 @@ def _pieces(documents: Iterable[Iterable[str]]) -> Iterator[tuple[str, bool | No
             before, after = after, next(pieces, None)
 
 
-def _tokenised(documents: Iterable[Iterable[str]], tokenizer) -> Iterator[tuple[list[int], bool | None]]:
-    """`_pieces` with their ids in place of each, by batches."""
+def _tokenised(documents: Iterable[Iterable[str]], tokenizer) -> Iterator[tuple[str, list[int], bool | None]]:
+    """`_pieces` with the ids of each, by batches."""
     batch, size = [], 0
     for piece in chain(_pieces(documents), [None]):
         if piece is not None:
@@ -208,5 +215,5 @@ def _tokenised(documents: Iterable[Iterable[str]], tokenizer) -> Iterator[tuple[
             # no line about texts longer than the model's window
             options = {"add_special_tokens": False, "verbose": False}
             options |= {"return_attention_mask": False, "return_token_type_ids": False}
-            yield from zip(tokenizer(list(texts), **options)["input_ids"], ends, strict=True)
+            yield from zip(texts, tokenizer(list(texts), **options)["input_ids"], ends, strict=True)
             batch, size = [], 0

@@ -15,7 +15,16 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import PrinterCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from mica.cli.adapt import checkpoints, config, evaluation, fingerprint, processes, result, stopping
+from mica.cli.adapt import (
+    checkpoints,
+    config,
+    embeddings,
+    evaluation,
+    fingerprint,
+    processes,
+    result,
+    stopping,
+)
 from mica.cli.adapt.callbacks import Hooks, Request
 from mica.cli.output import explained
 from mica.cli.targets import has_experts
@@ -132,10 +141,18 @@ def _arguments(args, blocks: int, **more) -> TrainingArguments:
 class _Trainer(Trainer):
     """With exact perplexities, adapters without base weights, and one line for what cannot be written."""
 
-    def __init__(self, *, sets: dict[str, Dataset], output: Path, **options):
+    def __init__(self, *, sets: dict[str, Dataset], output: Path, embedding_rate: float | None, **options):
         super().__init__(**options)
-        self.sets, self.output = sets, output
+        self.sets, self.output, self.embedding_rate = sets, output, embedding_rate
         self.paused = 0.0  # seconds spent in evaluation
+
+    def create_optimizer(self, *args, **kwargs):
+        """The Trainer's own; embeddings get groups with their learning rate, which schedules scale alike."""
+        is_new = self.optimizer is None
+        optimizer = super().create_optimizer(*args, **kwargs)
+        if is_new and self.embedding_rate is not None:
+            embeddings.separate(optimizer, self.model, self.embedding_rate, self.args.optim)
+        return optimizer
 
     def evaluate(self, *args, metric_key_prefix: str = "eval", **kwargs) -> dict[str, float]:
         """Perplexity and loss of every set, logged. Raises UsageError if one is not finite."""
@@ -275,6 +292,7 @@ def _build(model, corpus, args, checkpoint) -> _Trainer:
     trainer = _Trainer(
         sets={name: blocks for name, blocks in sets.items() if blocks is not None},
         output=args.output,
+        embedding_rate=args.embedding_learning_rate,
         model=model,
         args=arguments,
         train_dataset=corpus.train,
@@ -284,6 +302,9 @@ def _build(model, corpus, args, checkpoint) -> _Trainer:
     trainer.remove_callback(PrinterCallback)
     if trainer.is_fsdp_enabled and getattr(trainer.accelerator.state.fsdp_plugin, "fsdp_version", 1) < 2:
         raise UsageError("FSDP version 1 shards trained and frozen weights together: set fsdp_version: 2")
+    if trainer.is_fsdp_enabled and args.train_embeddings:
+        # accelerate 1.15: one process leaves the saving of a checkpoint while another gathers
+        raise UsageError("--train-embeddings: not possible with FSDP2; DDP trains them")
     if processes.several():
         set_seed(args.seed + PartialState().process_index)  # dropout: other masks for other blocks
     return trainer

@@ -155,7 +155,7 @@ def test_adapters_that_are_refused(copies, tmp_path, refused):
     get_peft_model(tiny_llama(), LoraConfig(target_modules=["q_proj"])).save_pretrained(tmp_path / "lora")
     refused(tmp_path / "lora", chat, out, f"--adapter {tmp_path / 'lora'}: must be a MiCA adapter")
     edit(adapter / "adapter_config.json", modules_to_save=["lm_head"])
-    refused(adapter, chat, out, "replaces whole modules, lm_head")
+    refused(adapter, chat, out, "replaces whole modules, lm_head, which are not the embeddings of --to")
 
 
 def test_models_that_are_refused(copies, tmp_path, refused):

@@ -2,6 +2,7 @@
 
 from tests.support.mutants.backend import BACKEND
 from tests.support.mutants.edits import mutants
+from tests.support.mutants.embeddings import EMBEDDINGS
 from tests.support.mutants.experts import EXPERTS
 from tests.support.mutants.experts_path import EXPERTS_PATH
 from tests.support.mutants.kernels import KERNELS
@@ -9,5 +10,5 @@ from tests.support.mutants.operators import OPERATORS
 from tests.support.mutants.stopping import STOPPING
 from tests.support.mutants.subspace import SUBSPACE
 
-_TABLES = (KERNELS, EXPERTS, OPERATORS, BACKEND, EXPERTS_PATH, SUBSPACE, STOPPING)
+_TABLES = (KERNELS, EXPERTS, OPERATORS, BACKEND, EXPERTS_PATH, SUBSPACE, STOPPING, EMBEDDINGS)
 MUTANTS = [mutant for table in _TABLES for mutant in mutants(table)]

@@ -65,6 +65,7 @@ def test_b_is_kept_to_the_bit_and_nothing_is_solved(option, dtype, made, monkeyp
 
 def test_settings_of_an_adapter(folder):
     expected = {"rank": 4, "alpha": 8, "target_modules": "down_proj,q_proj", "experts": None, "dropout": 0.0}
+    expected["train_embeddings"] = None
     assert adapter.settings(adapter.read_adapter_config(folder), folder) == expected
     change(folder, target_modules=r".*layers\.1.*(q_proj|down_proj)")
     names = adapter.settings(adapter.read_adapter_config(folder), folder)["target_modules"]

@@ -18,8 +18,8 @@ from tests.support.tiny_gguf import write_tiny_gguf
 SUMMARY = {
     **{"model": "owner/base-1B", "adapter": "/home/someone/runs/out", "merged": None, "dtype": "float32"},
     **{"device": "cpu", "processes": 2, "steps": 200, "training_tokens": 12345, "training_seconds": 3600.4},
-    **{"adapter_step": 200, "stopped_by": None},
-    **{"trained_parameters": 1000, "total_parameters": 2000000, "held_out_tokens": 992},
+    **{"adapter_step": 200, "stopped_by": None, "held_out_tokens": 992},
+    **{"trained_parameters": 1000, "total_parameters": 2000000, "trained_embeddings": 0},
     **{"perplexity_before": 20.5, "perplexity_after": 10.25, "retain_before": 8.0, "retain_after": 8.5},
     "sources": [
         {"name": "owner/corpus", "documents": 1234, "tokens": 56789},

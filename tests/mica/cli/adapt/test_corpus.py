@@ -41,7 +41,9 @@ def test_one_source(tmp_path):
     assert (len(corpus.held_out), corpus.retain, corpus.retain_fingerprint) == (4, None, None)
     assert (corpus.largest_token_id, corpus.cached) == (256, False)
     assert 0 <= total // 32 - len(corpus.train) - len(corpus.held_out) <= 5
-    assert corpus.parts == (Part(args.text[0], total, 30, 1, 0),)
+    some = [row["text"] for row in [*ROWS, {"text": ""}]][::16]
+    cost = sum(len(text.encode()) for text in some) / sum(len(text.split()) for text in some)
+    assert corpus.parts == (Part(args.text[0], total, 30, 1, 0, cost),)
     assert "position_ids" in corpus.train[0]
     again = gather(args, TOKENIZER)
     assert (again.cached, again.fingerprint) == (True, corpus.fingerprint)

@@ -1,0 +1,171 @@
+"""Input and output embeddings that are trained as whole modules: PEFT's ``modules_to_save``.
+
+What PEFT lacks: fp32 copies over a 16-bit base, a learning rate of their own, and their update for a sibling.
+"""
+
+import argparse
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from peft import LoraConfig, PeftModel
+from peft.utils import ModulesToSaveWrapper
+from peft.utils.constants import EMBEDDING_LAYER_NAMES, SAFETENSORS_WEIGHTS_NAME
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+
+from mica.cli.loading import Source, load_model
+from mica.cli.output import dtype_name, one_line
+from mica.cli.targets import Targets
+from mica.errors import UsageError
+
+_TRAINABLE = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def find(model: nn.Module) -> dict[str, nn.Module]:
+    """Input and output embedding of a model without an adapter, by their names; some have no output layer."""
+    both = (model.get_input_embeddings(), model.get_output_embeddings())
+    return {name: each for module in both for name, each in model.named_modules() if each is module}
+
+
+def _is_tied(found: dict[str, nn.Module]) -> bool:
+    return len({id(module.weight) for module in found.values()}) < len(found)
+
+
+def config(model: nn.Module) -> dict[str, object]:
+    """What `LoraConfig` takes to train the embeddings of ``model``, tied ones as one weight."""
+    names = list(found := find(model))
+    if tied := _is_tied(found):
+        names = names[:1]
+        if names[0].rpartition(".")[2] not in EMBEDDING_LAYER_NAMES:
+            # PEFT ties only if one of these names is there. It then adds the model's own.
+            names.append(EMBEDDING_LAYER_NAMES[0])
+    return {"modules_to_save": names, "ensure_weight_tying": tied}
+
+
+def check(model: nn.Module, args: argparse.Namespace, targets: Targets) -> None:
+    """Raise UsageError where ``--train-embeddings`` is not possible; ``model`` may have no weights."""
+    found = find(model)
+    if double := sorted(found.keys() & targets.modules.keys()):
+        whole = f"{double[0]} is trained as a whole by --train-embeddings"
+        raise UsageError(f"--target-modules {args.target_modules}: {whole}; give one of them")
+    for name, module in found.items():
+        if module.weight.dtype not in _TRAINABLE:
+            raise UsageError(f"--train-embeddings: {name} is quantised, to {dtype_name(module.weight.dtype)}")
+        if _is_tied(found) and getattr(module, "bias", None) is not None:
+            raise UsageError(f"--train-embeddings: {name} is tied and has a bias, which PEFT would drop")
+
+
+def check_adapter(
+    model: nn.Module, saved: LoraConfig, folder: Path, option: str, model_option: str = "--model"
+) -> None:
+    """Raise UsageError unless what the adapter in ``folder`` replaces is the embeddings of ``model``.
+
+    In the same shapes, and tied as they are there. ``saved``: the adapter's configuration.
+    """
+    found, names = find(model), saved.modules_to_save
+    replaced = {name for name, _ in model.named_modules() if name.endswith(tuple(names))}  # PEFT's rule
+    tied = bool(saved.ensure_weight_tying)
+    if (replaced | (found.keys() if tied else set())) != found.keys():
+        what = f"replaces whole modules, {', '.join(names)}, which are not the embeddings"
+        raise UsageError(f"{option} {folder}: {what} of {model_option}, {' and '.join(found)}")
+    if tied != _is_tied(found):
+        raise UsageError(f"{option} {folder}: its embeddings are {'' if tied else 'not '}tied, unlike there")
+    for name, weight in _saved(folder, found, option).items():
+        if weight.shape != found[name].weight.shape:
+            sizes = [" x ".join(map(str, each.shape)) for each in (weight, found[name].weight)]
+            theirs = f"{name} was trained as {sizes[0]}, but in {model_option} it has {sizes[1]}"
+            raise UsageError(f"{option} {folder}: {theirs}")
+
+
+def _saved(folder: Path, names, option: str) -> dict[str, Tensor]:
+    """The trained embeddings in an adapter's file, fp32 of shape (vocabulary, hidden)."""
+    try:
+        with safe_open(folder / SAFETENSORS_WEIGHTS_NAME, framework="pt") as file:
+            return {name: file.get_tensor(f"base_model.model.{name}.weight") for name in names}
+    except (OSError, SafetensorError) as error:
+        raise UsageError(f"{option} {folder}: its embeddings cannot be read: {one_line(error)}") from error
+
+
+@contextmanager
+def in_float32(model: nn.Module) -> Iterator[None]:
+    """Within it PEFT copies embeddings of ``model`` that are fp32, and loads trained ones without rounding.
+
+    Then the frozen ones have their dtype again, and the copies compute in it, as the model does: an update
+    of a learning rate would mostly be lost in the rounding of a 16-bit weight.
+    """
+    found = find(model)
+    dtypes = [module.weight.dtype for module in found.values()]
+    for module in found.values():
+        module.float()  # in place, so a tie holds
+    yield
+    for name, dtype in zip(found, dtypes, strict=True):
+        if dtype != torch.float32:
+            wrapper = model.get_submodule(name)
+            wrapper.original_module.to(dtype)
+            # A lookup has no autocast; without this line all layers would get fp32.
+            wrapper.register_forward_hook(lambda module, args, output, dtype=dtype: output.to(dtype))
+            wrapper.forward = torch.autocast(model.device.type, dtype)(wrapper.forward)
+
+
+def _wrappers(model: nn.Module) -> list[ModulesToSaveWrapper]:
+    return [module for module in model.modules() if isinstance(module, ModulesToSaveWrapper)]
+
+
+def trained(model: nn.Module) -> list[nn.Parameter]:
+    """The parameters of trained embeddings, a tied one once."""
+    own = [parameter for each in _wrappers(model) for parameter in each.modules_to_save.parameters()]
+    return list(dict.fromkeys(own))
+
+
+def round_to_base(model: PeftModel) -> None:
+    """Give trained embeddings the dtype of the base's, in place: what follows is the merge."""
+    for wrapper in _wrappers(model):
+        wrapper.modules_to_save.to(wrapper.original_module.weight.dtype)
+
+
+def separate(optimizer: torch.optim.Optimizer, model: nn.Module, rate: float, name: str) -> None:
+    """Move the embeddings in ``optimizer`` to groups with learning rate ``rate``, else as they were.
+
+    Raises UsageError, with its ``name``, if it does not have them in its groups.
+    """
+    wanted = set(trained(model))
+    for group in list(optimizer.param_groups):
+        own = [parameter for parameter in group["params"] if parameter in wanted]
+        if own:
+            group["params"] = [parameter for parameter in group["params"] if parameter not in wanted]
+            optimizer.add_param_group({**group, "params": own, "lr": rate})
+            wanted -= set(own)
+    if wanted:
+        raise UsageError(f"--optimizer {name}: it cannot give embeddings a learning rate of their own")
+
+
+def update(saved: LoraConfig, folder: Path, trust_remote_code: bool) -> dict[str, Tensor]:
+    """What training has added to each embedding of the adapter in ``folder``, fp32 (vocabulary, hidden).
+
+    Raises UsageError if the base of the adapter, which that needs, cannot be loaded.
+    """
+    base = saved.base_model_name_or_path or "without a name"
+    try:
+        model = load_model(
+            Source(base, base, {"trust_remote_code": trust_remote_code}), "auto", torch.device("cpu")
+        )
+    except UsageError as error:
+        needs = "what was added to its embeddings is known only with its base"
+        raise UsageError(f"--adapter {folder}: {needs}: {str(error).removeprefix('--model ')}") from error
+    found = find(model)
+    check_adapter(model, saved, folder, "--adapter", f"its base {base}")
+    return {
+        name: weight - found[name].weight.float()
+        for name, weight in _saved(folder, found, "--adapter").items()
+    }
+
+
+@torch.no_grad()
+def add(model: PeftModel, updates: dict[str, Tensor]) -> None:
+    """Make the trained embeddings of ``model`` its own plus ``updates`` (see `update`)."""
+    for name, added in updates.items():
+        wrapper = model.get_base_model().get_submodule(name)
+        (copy,) = wrapper.modules_to_save.values()
+        copy.weight.copy_(wrapper.original_module.weight.float() + added)

@@ -1,0 +1,15 @@
+"""Wrong edits of what trains embeddings."""
+
+_TESTS = "tests/mica/cli/adapt/test_embeddings.py"
+EMBEDDINGS = {
+    ("mica/cli/adapt/embeddings.py", _TESTS): {
+        "config": [('"ensure_weight_tying": tied', '"ensure_weight_tying": False')],
+        "in_float32": [("module.float()", "module"), (".original_module.to(dtype)", ".original_module")],
+        "separate": [('"lr": rate', '"lr": group["lr"]')],
+        "round_to_base": [("wrapper.original_module.weight.dtype", "torch.float32")],
+        "add": [("wrapper.original_module.weight.float() + added", "copy.weight")],
+        "check_adapter": [("if tied != _is_tied(found)", "if False")],
+    },
+    ("mica/cli/adapt/config.py", _TESTS): {"resolve": [("/ 10", "/ 5")]},
+    ("mica/cli/adapt/corpus.py", _TESTS): {"Corpus.cost": [("<= DEAR", "<= 3 * DEAR")]},
+}
