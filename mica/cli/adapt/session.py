@@ -15,6 +15,7 @@ from mica.cli.adapt import adapter, base, checkpoints, config, corpus, folder, p
 from mica.cli.adapt.config import Settings
 from mica.cli.adapt.curve import write_curve
 from mica.cli.adapt.fingerprint import facts as facts_of
+from mica.cli.adapt.global_batch import history, told
 from mica.cli.adapt.hub import check as check_hub
 from mica.cli.adapt.packing import keeps_documents_apart
 from mica.cli.output import dtype_name
@@ -97,7 +98,7 @@ def _run(settings: Settings, source, tokenizer, data: corpus.Corpus, checkpoint:
     if model.device.type == "cuda":
         torch.cuda.synchronize()
     facts["initialisation_seconds"] = time.perf_counter() - begin
-    processes.on_main(_prepare, settings)
+    processes.on_main(_prepare, settings, checkpoint)
     _say(config.describe(settings))
     done = training.train(
         model, data, args, checkpoint, tokenizer, lambda history: write_curve(history, args.output)
@@ -151,9 +152,12 @@ def _with_experts(settings: Settings, model) -> None:
     settings.args.experts = None
 
 
-def _prepare(settings: Settings) -> None:
+def _prepare(settings: Settings, checkpoint: Path | None) -> None:
     """Empty the output folder of what an earlier run left there, and write run.yaml."""
     args = settings.args
     if args.overwrite:
         folder.clear(args.output, keep=base.FOLDER if args.model.endswith(".gguf") else "")
-    config.write(settings, args.output, PartialState().num_processes)
+    number = PartialState().num_processes
+    shared = history(checkpoint, number)
+    note = f"; {told(shared)}" if len(shared) > 1 else ""
+    config.write(settings, args.output, number, note)

@@ -9,7 +9,7 @@ import torch
 from accelerate import PartialState
 
 import mica.fast
-from mica.cli.adapt import config, evaluation, hub, result
+from mica.cli.adapt import config, evaluation, global_batch, hub, result
 from mica.cli.adapt.card import card
 from mica.cli.adapt.corpus import Corpus
 from mica.cli.output import write_file, write_json
@@ -55,6 +55,7 @@ def of(settings: config.Settings, corpus: Corpus, model, done) -> dict:
         "steps": done.steps,
         "epochs": corpus.epochs(args, num_processes),
         "processes": num_processes,
+        "processes_from": done.processes_from,
         "trained_parameters": trained,
         "total_parameters": total,
         "training_seconds": done.seconds,
@@ -99,6 +100,8 @@ def as_text(summary: dict) -> str:
     reasons = Counter(row["reason"] for row in s["layers_on_peft_path"])
     uncalled = len(s["layers_not_called"])
     several = f", {s['processes']} processes" if s["processes"] > 1 else ""
+    if len(s["processes_from"]) > 1:
+        several = f", {global_batch.told(s['processes_from'])}"
     tokens = f"{s['training_tokens']:,} tokens, {s['tokens_per_second']:,.0f} tokens/s"
     amount = f"{s['epochs']:.3g} epochs, {tokens}"
     retained = s["retain_before"] and "{retain_before:.2f} -> {retain_after:.2f}".format(**s)

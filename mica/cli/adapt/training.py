@@ -14,7 +14,7 @@ from transformers.integrations import get_reporting_integration_callbacks
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import PrinterCallback
 
-from mica.cli.adapt import checkpoints, config, evaluation, fingerprint, processes, result
+from mica.cli.adapt import checkpoints, config, evaluation, fingerprint, global_batch, processes, result
 from mica.cli.adapt.callbacks import Hooks, Request
 from mica.cli.output import explained
 from mica.cli.targets import has_experts
@@ -32,7 +32,8 @@ class Training(NamedTuple):
     ``history``: the Trainer's ``log_history``: a dictionary per log, with "step" and "loss" or "eval_…".
     ``steps``, ``tokens``: optimiser steps done, tokens read. ``seconds``: wall time of training, checkpoints
     included, evaluations not. ``loss``: mean training loss over all steps, nats per token. ``interrupted``:
-    the signal that ended it, else 0; then nothing but a checkpoint was written.
+    the signal that ended it, else 0; then nothing but a checkpoint was written. ``processes_from``: see
+    `global_batch.history`.
     """
 
     history: list[dict[str, Any]]
@@ -41,6 +42,7 @@ class Training(NamedTuple):
     seconds: float
     loss: float
     interrupted: int
+    processes_from: dict[str, int]
 
 
 def check(args: argparse.Namespace) -> None:
@@ -63,9 +65,7 @@ def find_checkpoint(args: argparse.Namespace, note: Callable[[str], None] = lamb
     Every process must call this; the main one chooses, as it reads all files of the checkpoint. ``note`` is
     told where it is not the newest.
 
-    Raises UsageError if there is none, or it was written with other options. The same sum of blocks over
-    another number of processes is refused too: dropout draws from one generator a process, and with
-    accumulation an epoch's last step is another.
+    Raises UsageError if there is none, or it was written with other options; see `global_batch.check`.
     """
     if not args.resume:
         return None
@@ -74,7 +74,7 @@ def find_checkpoint(args: argparse.Namespace, note: Callable[[str], None] = lamb
         note(f"{args.output} has no complete checkpoint yet: the run starts from its beginning")
         return None
     checkpoint = processes.on_main(checkpoints.to_resume, args.output)
-    checkpoints.check(checkpoint, **_settings(args))
+    global_batch.check(checkpoint, _settings(args))
     if checkpoint != newest:
         damage = f"{newest.name} is damaged ({checkpoints.damaged(newest)} is not what was written)"
         note(f"{damage}: the run continues from {checkpoint.name}")
@@ -190,9 +190,9 @@ def train(
         **fingerprint.facts(base.name_or_path),
         "engine": trainer.accelerator.distributed_type.value,
     }
-    earlier = 0.0  # seconds
+    earlier, shared = 0.0, global_batch.history(checkpoint, state.num_processes)  # seconds
     if checkpoint is not None:
-        checkpoints.check(checkpoint, **settings)
+        global_batch.check(checkpoint, settings, len(corpus.train), base)
         earlier = checkpoints.facts(checkpoint)["seconds"]
     processes.on_main(checkpoints.discard, args.output, checkpoint)
     if args.gradient_checkpointing:
@@ -209,7 +209,8 @@ def train(
         with checkpoints.written(args.output, folder.name):
             state.wait_for_everyone()
             if state.is_main_process:
-                checkpoints.mark(folder, step=step, seconds=seconds(), **settings)
+                own = {"step": step, "seconds": seconds(), "processes_from": shared}
+                checkpoints.mark(folder, **own, **settings)
         if state.is_main_process:  # with the new one safe: what goes wrong here must not remove it
             checkpoints.rotate(args.output, _KEPT)
 
@@ -236,6 +237,7 @@ def train(
         seconds=earlier if finished else seconds(),
         loss=_mean_loss(history),
         interrupted=stopped,
+        processes_from=shared,
     )
 
 
