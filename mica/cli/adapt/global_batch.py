@@ -23,8 +23,8 @@ def check(
 ) -> None:
     """`checkpoints.check`, which lets `SHARES` differ where a step's blocks do not.
 
-    ``settings``: with `SHARES`, "dropout" and "steps". ``blocks``: of an epoch; ``model``: the base; None where they
-    are not known yet.
+    ``settings``: with `SHARES`, "dropout" and "steps". ``blocks``: of an epoch; ``model``: the base; None
+    where they are not known yet.
 
     Raises UsageError with the reason if they must not: another product, dropout, an epoch that ends with
     other blocks, or state that is divided among the processes (FSDP).

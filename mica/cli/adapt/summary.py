@@ -17,7 +17,7 @@ from mica.cli.output import write_file, write_json
 _LIBRARIES = ("mica-fast", "peft", "transformers", "accelerate", "datasets", "torch")
 
 
-def _peak_memory() -> tuple[int | None, str]:
+def peak_memory() -> tuple[int | None, str]:
     """Of this process, in bytes, and what was measured; None where nothing can be."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated(), "allocated on the GPU"
@@ -41,7 +41,7 @@ def of(settings: config.Settings, corpus: Corpus, model, done) -> dict:
     args, num_processes = settings.args, PartialState().num_processes
     before, after = _perplexities(done.history, "held_out")
     retain_before, retain_after = _perplexities(done.history, "retain")
-    peak_bytes, peak_of = _peak_memory()
+    peak_bytes, peak_of = peak_memory()
     trained, total = model.get_nb_trainable_parameters()
     explanation = mica.fast.explain(model)
     on_peft = [row for row in explanation.rows if row.path == "peft"]
@@ -123,4 +123,9 @@ def as_text(summary: dict) -> str:
         ("merged model", s["merged"]),
         ("", s["merge_report"]),
     ]
+    return table(rows)
+
+
+def table(rows: list[tuple[str, object]]) -> str:
+    """Aligned lines of labels and values; those without a value are left out."""
     return "\n".join(f"{label:19}  {value}" for label, value in rows if value)

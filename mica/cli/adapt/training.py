@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 from accelerate import PartialState
 from torch.utils.data import Dataset
-from transformers import Trainer, TrainerState, TrainingArguments, set_seed
+from transformers import Trainer, TrainerCallback, TrainerState, TrainingArguments, set_seed
 from transformers.integrations import get_reporting_integration_callbacks
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import PrinterCallback
@@ -20,7 +20,7 @@ from mica.cli.output import explained
 from mica.cli.targets import has_experts
 from mica.errors import UsageError
 
-_KEPT = 2  # checkpoints
+KEPT = 2  # checkpoints
 _OF_THE_TRAINER = (  # options that it calls the same
     *("gradient_accumulation_steps", "learning_rate", "weight_decay", "max_grad_norm", "seed", "save_steps"),
 )
@@ -46,13 +46,16 @@ class Training(NamedTuple):
 
 
 def check(args: argparse.Namespace) -> None:
-    """Raise UsageError for an ``--optimizer`` or ``--report-to`` that cannot be used here.
+    """Raise UsageError for an ``--optimizer``, ``--report-to`` or DeepSpeed that cannot be used here.
 
     Needs no model: what else the Trainer would find out after the model was loaded and solved.
     """
     unusable = (ValueError, ImportError, RuntimeError)
     with explained(f"--optimizer {args.optimizer}", unusable):
-        Trainer.get_optimizer_cls_and_kwargs(_arguments(args, blocks=1))
+        arguments = _arguments(args, blocks=1)
+        Trainer.get_optimizer_cls_and_kwargs(arguments)
+    if getattr(arguments.deepspeed_plugin, "zero_stage", None) == 3:
+        raise UsageError("DeepSpeed ZeRO-3 shards the adapter: set zero_stage: 2, or take FSDP2")
     for name in args.report_to:
         with explained(f"--report-to {name}", unusable):
             for callback in get_reporting_integration_callbacks([name]):
@@ -181,24 +184,10 @@ def train(
     """
     state, base = PartialState(), model.get_base_model()
     use_cache = getattr(base.config, "use_cache", True)
-    base.config.use_cache = False  # a cache hides where documents begin
-    trainer = _build(model, corpus, args, checkpoint)
-    settings = {
-        **_settings(args),
-        "data": f"{len(corpus.train)} blocks ({corpus.fingerprint[:16]})",
-        "retain": corpus.retain_fingerprint,
-        **fingerprint.facts(base.name_or_path),
-        "engine": trainer.accelerator.distributed_type.value,
-    }
-    earlier, shared = 0.0, global_batch.history(checkpoint, state.num_processes)  # seconds
-    if checkpoint is not None:
-        global_batch.check(checkpoint, settings, len(corpus.train), base)
-        earlier = checkpoints.facts(checkpoint)["seconds"]
+    trainer, settings = _prepared(model, corpus, args, checkpoint)
+    shared = global_batch.history(checkpoint, state.num_processes)
+    earlier = checkpoints.facts(checkpoint)["seconds"] if checkpoint is not None else 0.0
     processes.on_main(checkpoints.discard, args.output, checkpoint)
-    if args.gradient_checkpointing:
-        # Not by TrainingArguments: transformers renamed argument and method, and warns about the old names.
-        enable = getattr(base, "activation_checkpointing_enable", None) or base.gradient_checkpointing_enable
-        enable({"use_reentrant": False})  # the re-entrant kind gives frozen inputs no gradient
     begin = time.perf_counter()
 
     def seconds():
@@ -212,7 +201,7 @@ def train(
                 own = {"step": step, "seconds": seconds(), "processes_from": shared}
                 checkpoints.mark(folder, **own, **settings)
         if state.is_main_process:  # with the new one safe: what goes wrong here must not remove it
-            checkpoints.rotate(args.output, _KEPT)
+            checkpoints.rotate(args.output, KEPT)
 
     request = Request(alone=not processes.several(), speaks=state.is_main_process)
     hooks = Hooks(request, mark, watch)
@@ -239,6 +228,42 @@ def train(
         interrupted=stopped,
         processes_from=shared,
     )
+
+
+def rehearse(model, corpus, args, checkpoint: Path | None, callback: TrainerCallback) -> Trainer:
+    """The first steps of `train`, until ``callback`` ends them; returns the Trainer that did them.
+
+    Nothing is logged, measured or saved; ``args.output`` is made.
+    """
+    silent = argparse.Namespace(**vars(args) | {"report_to": []})
+    trainer, _ = _prepared(model, corpus, silent, checkpoint)
+    for name in ("eval_strategy", "save_strategy", "logging_strategy"):
+        setattr(trainer.args, name, "no")
+    trainer.args.eval_on_start = False
+    trainer.add_callback(callback)
+    trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint))
+    return trainer
+
+
+def _prepared(model, corpus, args, checkpoint: Path | None) -> tuple[_Trainer, dict[str, Any]]:
+    """The Trainer, and the settings that checkpoints are marked with and ``checkpoint`` must have."""
+    base = model.get_base_model()
+    base.config.use_cache = False  # a cache hides where documents begin
+    trainer = _build(model, corpus, args, checkpoint)
+    settings = {
+        **_settings(args),
+        "data": f"{len(corpus.train)} blocks ({corpus.fingerprint[:16]})",
+        "retain": corpus.retain_fingerprint,
+        **fingerprint.facts(base.name_or_path),
+        "engine": trainer.accelerator.distributed_type.value,
+    }
+    if checkpoint is not None:
+        global_batch.check(checkpoint, settings, len(corpus.train), base)
+    if args.gradient_checkpointing:
+        # Not by TrainingArguments: transformers renamed argument and method, and warns about the old names.
+        enable = getattr(base, "activation_checkpointing_enable", None) or base.gradient_checkpointing_enable
+        enable({"use_reentrant": False})  # the re-entrant kind gives frozen inputs no gradient
+    return trainer, settings
 
 
 def _build(model, corpus, args, checkpoint) -> _Trainer:

@@ -8,7 +8,7 @@ from unittest.mock import patch
 
 import pytest
 import yaml
-from transformers import GPT2Config, GPT2LMHeadModel
+from transformers import GPT2Config, GPT2LMHeadModel, Trainer
 
 from mica.cli.adapt import checkpoints, global_batch, training
 from mica.errors import UsageError
@@ -29,7 +29,7 @@ from tests.support.tiny_cli import TEXT, adapt, tiny_llama
 
 def recorded(args, data):
     """What `run` returns, and step -> the first tokens of the blocks that this process trained on."""
-    steps, step = {}, training._Trainer.training_step
+    steps, step = {}, Trainer.training_step
 
     def training_step(self, model, inputs, *more):
         seen = steps.setdefault(self.state.global_step + 1, [])
@@ -37,7 +37,7 @@ def recorded(args, data):
         return step(self, model, inputs, *more)
 
     # All checkpoints are kept, to go on from each
-    with patch.object(training._Trainer, "training_step", training_step), patch.object(training, "_KEPT", 99):
+    with patch.object(Trainer, "training_step", training_step), patch.object(training, "KEPT", 99):
         return run(args, data), steps
 
 
