@@ -1,5 +1,6 @@
 """The wrong edits that ``make mutants`` makes, one at a time; each of them must turn tests red."""
 
+from tests.support.mutants.adapt import ADAPT
 from tests.support.mutants.backend import BACKEND
 from tests.support.mutants.edits import mutants
 from tests.support.mutants.experts import EXPERTS
@@ -8,5 +9,5 @@ from tests.support.mutants.kernels import KERNELS
 from tests.support.mutants.operators import OPERATORS
 from tests.support.mutants.subspace import SUBSPACE
 
-_TABLES = (KERNELS, EXPERTS, OPERATORS, BACKEND, EXPERTS_PATH, SUBSPACE)
+_TABLES = (KERNELS, EXPERTS, OPERATORS, BACKEND, EXPERTS_PATH, SUBSPACE, ADAPT)
 MUTANTS = [mutant for table in _TABLES for mutant in mutants(table)]
