@@ -95,6 +95,12 @@ def test_the_time_is_that_of_the_steps_that_are_left(model_dir, text_file, tmp_p
         assert contents(folder) == before
 
 
+def test_what_would_fail_at_the_end_is_refused(model_dir, text_file, tmp_path, capsys, steps):
+    assert adapt(model_dir, text_file, tmp_path / "out", "--dry-run", "--push-to-hub", "me/x") == 2
+    assert "error: --push-to-hub me/x: not possible while HF_HUB_OFFLINE" in capsys.readouterr().err
+    assert not steps
+
+
 @pytest.mark.parametrize(
     ("times", "seconds"), [([0, 9, 10, 11, 12], 1), ([0, 9, 11], 2), ([0, 9], 9), ([0], 0)]
 )
