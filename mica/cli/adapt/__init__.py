@@ -8,7 +8,7 @@ from mica.cli.arguments import add_command
 from mica.errors import UsageError
 
 _DESCRIPTION = """\
-Continued pretraining of a causal language model with MiCA. torchrun, and what is written: mica/cli/README.md"""
+Continued pretraining of a causal language model with MiCA. torchrun, what is written: mica/cli/README.md"""
 NEEDED = ("accelerate", "datasets", "matplotlib", "yaml")
 
 
