@@ -6,6 +6,7 @@ import sys
 import tempfile
 import time
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -125,11 +126,13 @@ def _run(settings: Settings, source, tokenizer, data: corpus.Corpus, checkpoint:
     args = settings.args
     model, data, facts = _loaded(settings, source, tokenizer, data, checkpoint)
     processes.on_main(check_disk, model, args, args.output)
-    processes.on_main(_prepare, settings, checkpoint)
-    _say(config.describe(settings))
-    done = training.train(
-        model, data, args, checkpoint, tokenizer, lambda history: write_curve(history, args.output)
-    )
+
+    def begin():
+        processes.on_main(_prepare, settings, checkpoint)
+        _say(config.describe(settings))
+
+    watch = partial(write_curve, output=args.output)
+    done = training.train(model, data, args, checkpoint, tokenizer, watch, begin)
     if done.interrupted:
         _say(f"Stopped at step {done.steps:,}. To continue: mica adapt --output {args.output} --resume")
         return 128 + done.interrupted

@@ -164,6 +164,7 @@ def train(
     checkpoint: Path | None,
     tokenizer=None,
     watch: Callable[[list[dict]], None] = lambda history: None,
+    begin: Callable[[], None] = lambda: None,
 ) -> Training:
     """Train the adapter of ``model`` in place, and write it to ``args.output``. Every process must call this.
 
@@ -174,7 +175,7 @@ def train(
     Blocks are drawn in random order, each once an epoch; the last few of an epoch that give no whole batch
     are left out.
     ``tokenizer`` is written beside the adapter. The main process calls ``watch(history)`` after each
-    evaluation.
+    evaluation, every process ``begin()`` once nothing of the checkpoint is refused.
 
     After a signal (see `callbacks.Request`) it returns with ``interrupted`` and a checkpoint, but no adapter
     in ``args.output``.
@@ -185,13 +186,14 @@ def train(
     state, base = PartialState(), model.get_base_model()
     use_cache = getattr(base.config, "use_cache", True)
     trainer, settings = _prepared(model, corpus, args, checkpoint)
+    begin()
     shared = global_batch.history(checkpoint, state.num_processes)
     earlier = checkpoints.facts(checkpoint)["seconds"] if checkpoint is not None else 0.0
     processes.on_main(checkpoints.discard, args.output, checkpoint)
-    begin = time.perf_counter()
+    begun = time.perf_counter()
 
     def seconds():
-        return earlier + time.perf_counter() - begin - trainer.paused
+        return earlier + time.perf_counter() - begun - trainer.paused
 
     def mark(step):
         folder = args.output / f"checkpoint-{step}"

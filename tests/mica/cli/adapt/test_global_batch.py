@@ -189,7 +189,13 @@ def test_the_command_goes_on_with_smaller_batches(model_dir, tmp_path, capsys):
     again = ["--output", output, "--resume", "--batch-size", 1]
     assert command(*again) == 2
     assert "written with batch_size 2 (now 1): processes x batch" in capsys.readouterr().err
-    assert command(*again, "--gradient-accumulation-steps", 2) == 0
+    written = (output / "run.yaml").read_bytes()
+    again += ["--gradient-accumulation-steps", 2]
+    with patch.object(global_batch, "_random", lambda model: "the model's dice"):
+        assert command(*again) == 2
+    assert "the model's dice would draw other masks" in capsys.readouterr().err
+    assert (output / "run.yaml").read_bytes() == written
+    assert command(*again) == 0
     run_yaml = yaml.safe_load((output / "run.yaml").read_text())
     assert (run_yaml["batch_size"], run_yaml["gradient_accumulation_steps"]) == (1, 2)
     found, expected = summary(output), summary(tmp_path / "whole")
