@@ -8,7 +8,7 @@ import signal
 import sys
 import threading
 from collections.abc import Callable, Collection
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -133,12 +133,19 @@ def run_sharded(kind: str, args) -> Training:
         FSDP_TRANSFORMER_CLS_TO_WRAP="LlamaDecoderLayer",
         FSDP_RESHARD_AFTER_FORWARD="true",
     )
+    with gloo_as_accelerator():
+        return run(args)
+
+
+@contextmanager
+def gloo_as_accelerator():
+    """What accelerate offers on GPUs only, on CPUs."""
     backend = ("gloo", DistributedType.MULTI_GPU)
     with (
         patch("accelerate.state.PartialState._prepare_backend", lambda *args, **kwargs: backend),
         patch("mica.cli.adapt.processes.use_cpu", lambda: False),
     ):
-        return run(args)
+        yield
 
 
 class Process:

@@ -27,6 +27,7 @@ _NEEDS = {
     "max_retain_rise": ["eval_steps", "retain"],
     "keep_best": ["eval_steps"],
 }
+_SHARED = {"batch_size", "gradient_accumulation_steps"}  # so does it these: `global_batch` checks them
 _FIXED = [name for name, option in OPTIONS.items() if not option.by_run and name not in _MAY_CHANGE]
 
 
@@ -140,7 +141,8 @@ def resolve(given: argparse.Namespace) -> Settings:
     if values["keep_best"] is None and (values["patience"] or values["max_retain_rise"]):
         values["keep_best"] = True  # who stops because it gets worse does not want the worse
     if recorded is not None:
-        own = {name: values[name] for name in _FIXED if values[name] is not None}
+        free = _SHARED if any(folder.glob("checkpoint-*")) else set()  # else the run starts anew
+        own = {name: values[name] for name in _FIXED if values[name] is not None and name not in free}
         _refuse_others(own, dict.fromkeys(_FIXED) | recorded, f"--resume: {folder / FILE}")
     _check(values)
     args = argparse.Namespace(**{name: values[name] for name in OPTIONS})
@@ -202,8 +204,11 @@ def recorded_processes(path: Path) -> int | None:
     return number if isinstance(number, int) else None
 
 
-def write(settings: Settings, folder: Path, processes: int = 1) -> None:
-    """Write the settings to ``folder``/run.yaml: ``--config`` of that file repeats the run from anywhere."""
+def write(settings: Settings, folder: Path, processes: int = 1, note: str = "") -> None:
+    """Write the settings to ``folder``/run.yaml: ``--config`` of that file repeats the run from anywhere.
+
+    ``note``: about the number of ``processes``.
+    """
     given = values(settings)
     lines = [f"# mica adapt {__version__}. Again into another folder: mica adapt --config FILE --output DIR"]
     for row in TABLE:
@@ -213,7 +218,7 @@ def write(settings: Settings, folder: Path, processes: int = 1) -> None:
             # JSON is YAML; a float without a dot (1e-05) is a string there, which the option's parser takes
             value = json.dumps(given[row.name], ensure_ascii=False)
             lines.append(f"{row.name}: {value}  # {settings.origins[row.name]}")
-    text = "\n".join([*lines, f"\n{_PROCESSES}: {processes}  # the launcher\n"])
+    text = "\n".join([*lines, f"\n{_PROCESSES}: {processes}  # the launcher{note}\n"])
     write_file("--output", folder / FILE, lambda scratch: scratch.write_text(text, encoding="utf-8"))
 
 

@@ -128,6 +128,7 @@ TABLE = (  # a string: the title of the group that begins there
     Option("save_steps", "checkpoint every N steps; the last two are kept", "N", 500, _COUNT),
     _switch("resume", "continue from the last checkpoint in DIR, with its run.yaml", by_run=True),
     _switch("overwrite", "replace what an earlier run left in DIR", by_run=True),
+    _switch("dry_run", "do the first steps and say what the run needs and takes; write nothing", by_run=True),
     _switch("merge", "also write the merged model to DIR/merged"),
     Option("push_to_hub", "upload the adapter to this private repository", "REPO"),
     Option("config", "YAML file with options; the command line wins", "FILE", None, Path, by_run=True),

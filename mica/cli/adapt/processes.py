@@ -1,16 +1,19 @@
 """Several processes: one group, one voice, and errors that all of them know.
 
-``torchrun --nproc-per-node N -m mica adapt …`` and ``accelerate launch -m mica adapt …`` start the
-processes; accelerate's ``PartialState`` finds its group and device.
+``torchrun --nproc-per-node N -m mica adapt …``, on one machine or on several, and ``accelerate launch -m mica
+adapt …`` start the processes; accelerate's ``PartialState`` finds its group and device.
 """
 
 import logging
 import os
+import socket
 import sys
+import uuid
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,7 +22,7 @@ from accelerate import PartialState
 from accelerate.utils import broadcast_object_list, gather_object, parse_flag_from_env
 from accelerate.utils import gather as gather_tensor
 
-from mica.cli.output import one_line
+from mica.cli.output import explained, one_line
 from mica.errors import UsageError
 
 # While one process reads or tokenises, the others wait. The default is 10 minutes with NCCL, 30 with gloo.
@@ -116,6 +119,36 @@ def alike(value: Any, what: str) -> Any:
         if value != on_main(lambda: value):
             raise UsageError(f"{what}: not the same for all processes")
     return value
+
+
+def check_shared(output: Path) -> None:
+    """Raise UsageError in every process if one of them does not see what the main one writes to ``output``.
+
+    On another machine that would only show when a checkpoint is read. Every process must call this; the
+    folder may be new, and is left as it was.
+    """
+    if not several():
+        return
+    token = on_main(_leave_token, output)
+    try:
+        with agreed():
+            if not (output / token).is_file():
+                where = f"process {PartialState().process_index} on {socket.gethostname()}"
+                what = "does not see what the main process writes there: all machines must share the folder"
+                raise UsageError(f"--output {output}: {where} {what}")
+    finally:
+        if PartialState().is_main_process:
+            (output / token).unlink()
+            if not any(output.iterdir()):
+                output.rmdir()
+
+
+def _leave_token(output: Path) -> str:
+    with explained(f"--output {output}: cannot be made", OSError):
+        output.mkdir(parents=True, exist_ok=True)
+        token = f".{uuid.uuid4()}"  # a new name: a network's file system keeps no answer for it
+        (output / token).touch()
+    return token
 
 
 class LostPeerError(UsageError):

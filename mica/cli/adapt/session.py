@@ -3,8 +3,10 @@
 import argparse
 import signal
 import sys
+import tempfile
 import time
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -14,7 +16,9 @@ from mica.cli import loading
 from mica.cli.adapt import adapter, base, checkpoints, config, corpus, folder, processes, summary, training
 from mica.cli.adapt.config import Settings
 from mica.cli.adapt.curve import write_curve
+from mica.cli.adapt.dry_run import check_disk, rehearsal
 from mica.cli.adapt.fingerprint import facts as facts_of
+from mica.cli.adapt.global_batch import history, told
 from mica.cli.adapt.hub import check as check_hub
 from mica.cli.adapt.packing import keeps_documents_apart
 from mica.cli.output import dtype_name
@@ -58,6 +62,7 @@ def _adapt(settings: Settings) -> int:
     training.check(args)
     if args.push_to_hub is not None:
         check_hub(args.push_to_hub)
+    processes.check_shared(args.output)
     checkpoint = training.find_checkpoint(args, _note)
 
     corpus.check(args)  # the texts: cheap, before the tokenizer
@@ -72,16 +77,22 @@ def _adapt(settings: Settings) -> int:
         _with_experts(settings, model)
         adapter.check(model, args, checkpoint)
     data = corpus.gather(args, tokenizer)
+    processes.alike(data.fingerprint, "the texts")  # other machines have their own copies
     _say(data.describe(args, PartialState().num_processes))
     if cost := data.cost():
         _note(cost)
-    with ExitStack() as stack:  # nothing else writes to the output folder meanwhile
+    run = (settings, source, tokenizer, data, checkpoint)
+    with ExitStack() as stack:
+        if args.dry_run:
+            scratch = processes.on_main(lambda: stack.enter_context(tempfile.TemporaryDirectory()))
+            return _dry_run(Path(scratch), *run)
+        # nothing else writes to the output folder meanwhile
         processes.on_main(stack.enter_context, folder.held(args.output))
-        return _run(settings, source, tokenizer, data, checkpoint)
+        return _run(*run)
 
 
-def _run(settings: Settings, source, tokenizer, data: corpus.Corpus, checkpoint: Path | None) -> int:
-    """From the base model to the adapter."""
+def _loaded(settings: Settings, source, tokenizer, data: corpus.Corpus, checkpoint: Path | None):
+    """The model with its adapter, the data as this model takes it, and facts for the summary."""
     args = settings.args
     model = base.load(args, source, PartialState().device, tokenizer)
     if note := loading.suit_processor(model, args.dtype):
@@ -99,11 +110,31 @@ def _run(settings: Settings, source, tokenizer, data: corpus.Corpus, checkpoint:
     if model.device.type == "cuda":
         torch.cuda.synchronize()
     facts["initialisation_seconds"] = time.perf_counter() - begin
-    processes.on_main(_prepare, settings)
-    _say(config.describe(settings))
-    done = training.train(
-        model, data, args, checkpoint, tokenizer, lambda history: write_curve(history, args.output)
-    )
+    return model, data, facts
+
+
+def _dry_run(scratch: Path, settings: Settings, *run) -> int:
+    """The first steps of a run, with ``scratch`` for its output folder."""
+    output, settings.args.output = settings.args.output, scratch
+    model, data, _ = _loaded(settings, *run)
+    report = rehearsal(model, data, settings.args, output, run[-1])
+    settings.args.output = output
+    _say(f"{config.describe(settings)}\n{report}")
+    return 0
+
+
+def _run(settings: Settings, source, tokenizer, data: corpus.Corpus, checkpoint: Path | None) -> int:
+    """From the base model to the adapter."""
+    args = settings.args
+    model, data, facts = _loaded(settings, source, tokenizer, data, checkpoint)
+    processes.on_main(check_disk, model, args, args.output)
+
+    def begin():
+        processes.on_main(_prepare, settings, checkpoint)
+        _say(config.describe(settings))
+
+    watch = partial(write_curve, output=args.output)
+    done = training.train(model, data, args, checkpoint, tokenizer, watch, begin)
     if done.interrupted:
         _say(f"Stopped at step {done.steps:,}. To continue: mica adapt --output {args.output} --resume")
         return 128 + done.interrupted
@@ -155,9 +186,12 @@ def _with_experts(settings: Settings, model) -> None:
     settings.args.experts = None
 
 
-def _prepare(settings: Settings) -> None:
+def _prepare(settings: Settings, checkpoint: Path | None) -> None:
     """Empty the output folder of what an earlier run left there, and write run.yaml."""
     args = settings.args
     if args.overwrite:
         folder.clear(args.output, keep=base.FOLDER if args.model.endswith(".gguf") else "")
-    config.write(settings, args.output, PartialState().num_processes)
+    number = PartialState().num_processes
+    shared = history(checkpoint, number)
+    note = f"; {told(shared)}" if len(shared) > 1 else ""
+    config.write(settings, args.output, number, note)

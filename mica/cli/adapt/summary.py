@@ -9,7 +9,7 @@ import torch
 from accelerate import PartialState
 
 import mica.fast
-from mica.cli.adapt import config, embeddings, evaluation, hub, result, stopping
+from mica.cli.adapt import config, embeddings, evaluation, global_batch, hub, result, stopping
 from mica.cli.adapt.card import card, told
 from mica.cli.adapt.corpus import Corpus
 from mica.cli.output import write_file, write_json
@@ -17,7 +17,7 @@ from mica.cli.output import write_file, write_json
 _LIBRARIES = ("mica-fast", "peft", "transformers", "accelerate", "datasets", "torch")
 
 
-def _peak_memory() -> tuple[int | None, str]:
+def peak_memory() -> tuple[int | None, str]:
     """Of this process, in bytes, and what was measured; None where nothing can be."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated(), "allocated on the GPU"
@@ -40,7 +40,7 @@ def of(settings: config.Settings, corpus: Corpus, model, done) -> dict:
     args, num_processes = settings.args, PartialState().num_processes
     before, after = _perplexities(done, "held_out")
     retain_before, retain_after = _perplexities(done, "retain")
-    peak_bytes, peak_of = _peak_memory()
+    peak_bytes, peak_of = peak_memory()
     trained, total = model.get_nb_trainable_parameters()
     explanation = mica.fast.explain(model)
     on_peft = [row for row in explanation.rows if row.path == "peft"]
@@ -56,6 +56,7 @@ def of(settings: config.Settings, corpus: Corpus, model, done) -> dict:
         "stopped_by": done.stopped_by,
         "epochs": corpus.epochs(args, num_processes, done.steps if done.stopped_by else None),
         "processes": num_processes,
+        "processes_from": done.processes_from,
         "trained_parameters": trained,
         "trained_embeddings": sum(parameter.numel() for parameter in embeddings.trained(model)),
         "total_parameters": total,
@@ -101,6 +102,8 @@ def as_text(summary: dict) -> str:
     reasons = Counter(row["reason"] for row in s["layers_on_peft_path"])
     uncalled = len(s["layers_not_called"])
     several = f", {s['processes']} processes" if s["processes"] > 1 else ""
+    if len(s["processes_from"]) > 1:
+        several = f", {global_batch.told(s['processes_from'])}"
     tokens = f"{s['training_tokens']:,} tokens, {s['tokens_per_second']:,.0f} tokens/s"
     amount = f"{s['epochs']:.3g} epochs, {tokens}"
     retained = s["retain_before"] and "{retain_before:.2f} -> {retain_after:.2f}".format(**s)
@@ -124,4 +127,9 @@ def as_text(summary: dict) -> str:
         ("merged model", s["merged"]),
         ("", s["merge_report"]),
     ]
+    return table(rows)
+
+
+def table(rows: list[tuple[str, object]]) -> str:
+    """Aligned lines of labels and values; those without a value are left out."""
     return "\n".join(f"{label:19}  {value}" for label, value in rows if value)

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 from accelerate import PartialState
 from torch.utils.data import Dataset
-from transformers import Trainer, TrainerState, TrainingArguments, set_seed
+from transformers import Trainer, TrainerCallback, TrainerState, TrainingArguments, set_seed
 from transformers.integrations import get_reporting_integration_callbacks
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import PrinterCallback
@@ -21,6 +21,7 @@ from mica.cli.adapt import (
     embeddings,
     evaluation,
     fingerprint,
+    global_batch,
     processes,
     result,
     stopping,
@@ -30,7 +31,7 @@ from mica.cli.output import explained
 from mica.cli.targets import has_experts
 from mica.errors import UsageError
 
-_KEPT = 2  # checkpoints
+KEPT = 2  # checkpoints
 _OF_THE_TRAINER = (  # options that it calls the same
     *("gradient_accumulation_steps", "learning_rate", "weight_decay", "max_grad_norm", "seed", "save_steps"),
 )
@@ -44,6 +45,7 @@ class Training(NamedTuple):
     included, evaluations not. ``loss``: mean training loss over all steps, nats per token. ``interrupted``:
     the signal that ended it, else 0; then nothing but a checkpoint was written. ``adapter_step``: that after
     which the adapter was as it was written. ``stopped_by``: why it ended before its last step, or None.
+    ``processes_from``: see `global_batch.history`.
     """
 
     history: list[dict[str, Any]]
@@ -54,16 +56,20 @@ class Training(NamedTuple):
     interrupted: int
     adapter_step: int
     stopped_by: str | None
+    processes_from: dict[str, int]
 
 
 def check(args: argparse.Namespace) -> None:
-    """Raise UsageError for an ``--optimizer`` or ``--report-to`` that cannot be used here.
+    """Raise UsageError for an ``--optimizer``, ``--report-to`` or DeepSpeed that cannot be used here.
 
     Needs no model: what else the Trainer would find out after the model was loaded and solved.
     """
     unusable = (ValueError, ImportError, RuntimeError)
     with explained(f"--optimizer {args.optimizer}", unusable):
-        Trainer.get_optimizer_cls_and_kwargs(_arguments(args, blocks=1))
+        arguments = _arguments(args, blocks=1)
+        Trainer.get_optimizer_cls_and_kwargs(arguments)
+    if getattr(arguments.deepspeed_plugin, "zero_stage", None) == 3:
+        raise UsageError("DeepSpeed ZeRO-3 shards the adapter: set zero_stage: 2, or take FSDP2")
     for name in args.report_to:
         with explained(f"--report-to {name}", unusable):
             for callback in get_reporting_integration_callbacks([name]):
@@ -76,9 +82,7 @@ def find_checkpoint(args: argparse.Namespace, note: Callable[[str], None] = lamb
     Every process must call this; the main one chooses, as it reads all files of the checkpoint. ``note`` is
     told where it is not the newest, where that run had ended, and where the best one is damaged.
 
-    Raises UsageError if there is none, or it was written with other options. The same sum of blocks over
-    another number of processes is refused too: dropout draws from one generator a process, and with
-    accumulation an epoch's last step is another.
+    Raises UsageError if there is none, or it was written with other options; see `global_batch.check`.
     """
     if not args.resume:
         return None
@@ -87,7 +91,7 @@ def find_checkpoint(args: argparse.Namespace, note: Callable[[str], None] = lamb
         note(f"{args.output} has no complete checkpoint yet: the run starts from its beginning")
         return None
     checkpoint = processes.on_main(checkpoints.to_resume, args.output)
-    checkpoints.check(checkpoint, **_settings(args))
+    global_batch.check(checkpoint, _settings(args))
     if checkpoint != newest:
         damage = f"{newest.name} is damaged ({checkpoints.damaged(newest)} is not what was written)"
         note(f"{damage}: the run continues from {checkpoint.name}")
@@ -192,6 +196,7 @@ def train(
     checkpoint: Path | None,
     tokenizer=None,
     watch: Callable[[list[dict]], None] = lambda history: None,
+    begin: Callable[[], None] = lambda: None,
 ) -> Training:
     """Train the adapter of ``model`` in place, and write it to ``args.output``. Every process must call this.
 
@@ -205,7 +210,7 @@ def train(
     Blocks are drawn in random order, each once an epoch; the last few of an epoch that give no whole batch
     are left out.
     ``tokenizer`` is written beside the adapter. The main process calls ``watch(history)`` after each
-    evaluation.
+    evaluation, every process ``begin()`` once nothing of the checkpoint is refused.
 
     After a signal (see `callbacks.Request`) it returns with ``interrupted`` and a checkpoint, but no adapter
     in ``args.output``.
@@ -216,37 +221,25 @@ def train(
     """
     state, base = PartialState(), model.get_base_model()
     use_cache = getattr(base.config, "use_cache", True)
-    base.config.use_cache = False  # a cache hides where documents begin
-    trainer = _build(model, corpus, args, checkpoint)
-    settings = {
-        **_settings(args),
-        "data": f"{len(corpus.train)} blocks ({corpus.fingerprint[:16]})",
-        "retain": corpus.retain_fingerprint,
-        **fingerprint.facts(base.name_or_path),
-        "engine": trainer.accelerator.distributed_type.value,
-    }
-    earlier = 0.0  # seconds
-    if checkpoint is not None:
-        checkpoints.check(checkpoint, **settings)
-        earlier = checkpoints.facts(checkpoint)["seconds"]
+    trainer, settings = _prepared(model, corpus, args, checkpoint)
+    begin()
+    shared = global_batch.history(checkpoint, state.num_processes)
+    earlier = checkpoints.facts(checkpoint)["seconds"] if checkpoint is not None else 0.0
     processes.on_main(checkpoints.discard, args.output, checkpoint)
-    if args.gradient_checkpointing:
-        # Not by TrainingArguments: transformers renamed argument and method, and warns about the old names.
-        enable = getattr(base, "activation_checkpointing_enable", None) or base.gradient_checkpointing_enable
-        enable({"use_reentrant": False})  # the re-entrant kind gives frozen inputs no gradient
-    begin = time.perf_counter()
+    begun = time.perf_counter()
 
     def seconds():
-        return earlier + time.perf_counter() - begin - trainer.paused
+        return earlier + time.perf_counter() - begun - trainer.paused
 
     def mark(step):
         folder = _folder(args, step)
         with checkpoints.written(args.output, folder.name):
             state.wait_for_everyone()
             if state.is_main_process:
-                checkpoints.mark(folder, step=step, seconds=seconds(), **settings)
+                own = {"step": step, "seconds": seconds(), "processes_from": shared}
+                checkpoints.mark(folder, **own, **settings)
         if state.is_main_process:  # with the new one safe: what goes wrong here must not remove it
-            checkpoints.rotate(args.output, _KEPT, stopping.best(trainer.state.log_history, args))
+            checkpoints.rotate(args.output, KEPT, stopping.best(trainer.state.log_history, args))
 
     request = Request(alone=not processes.several(), speaks=state.is_main_process)
     hooks = Hooks(request, mark, watch, args)
@@ -276,7 +269,44 @@ def train(
         interrupted=stopped,
         adapter_step=step,
         stopped_by=_stopped_by(trainer.state, args),
+        processes_from=shared,
     )
+
+
+def rehearse(model, corpus, args, checkpoint: Path | None, callback: TrainerCallback) -> Trainer:
+    """The first steps of `train`, until ``callback`` ends them; returns the Trainer that did them.
+
+    Nothing is logged, measured or saved; ``args.output`` is made.
+    """
+    silent = argparse.Namespace(**vars(args) | {"report_to": []})
+    trainer, _ = _prepared(model, corpus, silent, checkpoint)
+    for name in ("eval_strategy", "save_strategy", "logging_strategy"):
+        setattr(trainer.args, name, "no")
+    trainer.args.eval_on_start = False
+    trainer.add_callback(callback)
+    trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint))
+    return trainer
+
+
+def _prepared(model, corpus, args, checkpoint: Path | None) -> tuple[_Trainer, dict[str, Any]]:
+    """The Trainer, and the settings that checkpoints are marked with and ``checkpoint`` must have."""
+    base = model.get_base_model()
+    base.config.use_cache = False  # a cache hides where documents begin
+    trainer = _build(model, corpus, args, checkpoint)
+    settings = {
+        **_settings(args),
+        "data": f"{len(corpus.train)} blocks ({corpus.fingerprint[:16]})",
+        "retain": corpus.retain_fingerprint,
+        **fingerprint.facts(base.name_or_path),
+        "engine": trainer.accelerator.distributed_type.value,
+    }
+    if checkpoint is not None:
+        global_batch.check(checkpoint, settings, len(corpus.train), base)
+    if args.gradient_checkpointing:
+        # Not by TrainingArguments: transformers renamed argument and method, and warns about the old names.
+        enable = getattr(base, "activation_checkpointing_enable", None) or base.gradient_checkpointing_enable
+        enable({"use_reentrant": False})  # the re-entrant kind gives frozen inputs no gradient
+    return trainer, settings
 
 
 def _build(model, corpus, args, checkpoint) -> _Trainer:

@@ -1,5 +1,6 @@
 """The wrong edits that ``make mutants`` makes, one at a time; each of them must turn tests red."""
 
+from tests.support.mutants.adapt import ADAPT
 from tests.support.mutants.backend import BACKEND
 from tests.support.mutants.edits import mutants
 from tests.support.mutants.embeddings import EMBEDDINGS
@@ -10,5 +11,5 @@ from tests.support.mutants.operators import OPERATORS
 from tests.support.mutants.stopping import STOPPING
 from tests.support.mutants.subspace import SUBSPACE
 
-_TABLES = (KERNELS, EXPERTS, OPERATORS, BACKEND, EXPERTS_PATH, SUBSPACE, STOPPING, EMBEDDINGS)
+_TABLES = (KERNELS, EXPERTS, OPERATORS, BACKEND, EXPERTS_PATH, SUBSPACE, STOPPING, EMBEDDINGS, ADAPT)
 MUTANTS = [mutant for table in _TABLES for mutant in mutants(table)]

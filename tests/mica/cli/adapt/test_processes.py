@@ -92,6 +92,28 @@ def test_one_process_is_not_a_group(monkeypatch):
     processes.finish()
 
 
+def look(folders):
+    processes.check_shared(folders[processes.start().process_index])
+
+
+def test_an_output_folder_that_is_not_shared(tmp_path):
+    """A folder each, as on two machines: one sentence, and nothing is left."""
+    shared, own = tmp_path / "shared", tmp_path / "own"
+    own.mkdir()
+    (own / "notes.txt").touch()
+    for folder in (shared, own):
+        two(look, [folder, folder], folder=tmp_path)
+        assert not shared.exists()
+        assert [path.name for path in own.iterdir()] == ["notes.txt"]
+    errors = two(look, [shared, own], folder=tmp_path, statuses=(2, 2)).errors()
+    assert errors.startswith(f"error: --output {own}: process 1 on ")
+    assert errors.endswith(
+        "does not see what the main process writes there: all machines must share the folder\n"
+    )
+    assert not shared.exists()
+    assert [path.name for path in own.iterdir()] == ["notes.txt"]
+
+
 def fail(failing):
     state = processes.start()
     if state.process_index in failing:

@@ -6,6 +6,7 @@ import shutil
 import signal
 from importlib import import_module
 from pathlib import Path
+from types import SimpleNamespace
 from unittest.mock import Mock
 
 import pytest
@@ -119,6 +120,17 @@ def test_settings_that_cannot_be_used(tmp_path, name, value):
         training.check(settings(tmp_path, **{name: [value] if name == "report_to" else value}))
     assert "\n" not in str(error.value)
     assert not list(tmp_path.iterdir())
+
+
+def test_zero_3_is_refused(tmp_path, monkeypatch):
+    arguments = training._arguments(settings(tmp_path), blocks=1)
+    monkeypatch.setattr(training, "_arguments", lambda *_, **__: arguments)
+    for stage in (2, 3):
+        arguments.deepspeed_plugin = SimpleNamespace(zero_stage=stage)
+        if stage == 2:
+            training.check(settings(tmp_path))
+    with pytest.raises(UsageError, match="ZeRO-3 shards the adapter: set zero_stage: 2"):
+        training.check(settings(tmp_path))
 
 
 class _Interrupt(TrainerCallback):
@@ -236,12 +248,21 @@ def test_a_finished_run_can_be_resumed(tmp_path):
 def test_other_batches_are_refused(unbroken, tmp_path, monkeypatch):
     shutil.copytree(unbroken[1], tmp_path, dirs_exist_ok=True)
     args = settings(tmp_path, log_steps=1, resume=True)
-    changed = {"batch_size": 2, "learning_rate": 0.5, "save_steps": 3}  # the last one may
-    with pytest.raises(UsageError, match=r"with batch_size 4 \(now 2\), learning_rate 0.005 \(now 0.5\): it"):
-        training.find_checkpoint(settings(tmp_path, resume=True, **changed))
+    for changed, message in (
+        (
+            {"seed": 2, "learning_rate": 0.5, "save_steps": 3},
+            r"learning_rate 0.005 \(now 0.5\), seed 0 \(now 2\): it",
+        ),
+        (
+            {"batch_size": 2},
+            r"with batch_size 4 \(now 2\): .* must be 4 as before, and is 2\. Go on with the same",
+        ),
+    ):
+        with pytest.raises(UsageError, match=message):
+            training.find_checkpoint(settings(tmp_path, resume=True, **changed))
     with monkeypatch.context() as patch:
         patch.setitem(training.PartialState._shared_state, "num_processes", 2)
-        with pytest.raises(UsageError, match=r"with processes 1 \(now 2\): it"):
+        with pytest.raises(UsageError, match=r"with processes 1 \(now 2\): .* must be 4 as before, and is 8"):
             training.find_checkpoint(args)
     assert training.find_checkpoint(args) == tmp_path / "checkpoint-10"
     assert training.find_checkpoint(settings(tmp_path)) is None

@@ -1,0 +1,27 @@
+"""Wrong edits of ``mica adapt``: what a run asks before it goes on, and what it says before it begins."""
+
+_TESTS = "tests/mica/cli/adapt/test_"
+
+ADAPT = {
+    ("mica/cli/adapt/global_batch.py", f"{_TESTS}global_batch.py", "-k", "may_differ or sessions"): {
+        "check": [("if divided else", "if not divided else")],
+        "_reason": [
+            ("before[0] != now[0] and divided", "divided and False"),
+            ("and read > min(used)", ""),
+            ("or used[0] == 0", ""),
+        ],
+        "_random": [("and not name.startswith(_HEADS)", ""), ("value > 0", "value > 1")],
+        "history": [('+ 1): processes', '): processes')],
+    },
+    ("mica/cli/adapt/dry_run.py", f"{_TESTS}dry_run.py", "-k", "not two_processes"): {
+        "check_disk": [("training.KEPT + 1", "training.KEPT"), ("+ replaced", "")],
+        "_Clock.seconds": [("self.times[1:] if", "self.times if")],
+        "rehearsal": [("step > clock.first", "step > 0")],
+    },
+    ("mica/cli/adapt/session.py", f"{_TESTS}dry_run.py", "-k", "too_small"): {
+        "_run": [("processes.on_main(check_disk, model, args, args.output)", "")],
+    },
+    ("mica/cli/adapt/processes.py", f"{_TESTS}processes.py", "-k", "not_shared"): {
+        "check_shared": [("if not (output / token).is_file()", "if False")],
+    },
+}  # fmt: skip
