@@ -25,7 +25,7 @@ _SGLANG = "sglang/srt/lora/lora.py: LoRAAdapter"
 _SGLANG_CHECK = "sglang/srt/lora/lora_manager.py: LoRAManager.validate_new_adapter"
 _SGLANG_NAMES = "sglang/srt/lora/utils.py: get_"
 _CONVERTER = "convert_lora_to_gguf.py"
-_GGUF_SCALE = "src/llama-adapter.h: llama_adapter_lora_weight.get_scale"
+_GGUF_SCALE = "src/llama-adapter.h at 215841f: llama_adapter_lora_weight.get_scale"
 _CHANGED = "init_lora_weights={} has changed the base's weights"
 # Server -> one of `traits` -> whether it serves such an adapter, how or why not (a format of the trait's
 # value), and where its release of above shows that.
@@ -61,7 +61,7 @@ RULES: dict[str, dict[str, tuple[bool, str, str]]] = {
         "rsLoRA": (True, _SCALE, _GGUF_SCALE),
         "alphas": (False, "alphas differ between layers", _GGUF_SCALE),
         "whole modules": (False, "modules_to_save ({})", f"{_CONVERTER}: get_tensors"),
-        "experts": (False, _STACKS, "conversion/base.py: map_tensor_name"),
+        "experts": (False, _STACKS, "conversion/qwen.py at 03173d5: Qwen2MoeModel"),
         "output layer": (True, "if the base's lm_head is not tied", f"{_CONVERTER}: modify_tensors"),
         "DoRA": (False, "DoRA", f"{_CONVERTER}: get_tensors"),
         "biases": (False, "biases", f"{_CONVERTER}: get_tensors"),
@@ -154,7 +154,7 @@ def lines(judged: dict) -> list[tuple[str, str]]:
     """What `judge` found, as text: lines of a label and its text."""
     rows = [(row["server"], row["text"]) for row in judged["servers"]]
     if not all(row["serves"] for row in judged["servers"]):
-        rows.append(("merged", "all of them serve the merged model: see mica/cli/USE.md"))
+        rows.append(("merged", "a plain checkpoint, which needs none of this: see mica/cli/USE.md"))
     releases = ", ".join(f"{row['server']} {row['release']}" for row in judged["servers"])
     facts = "{kind}, rank {rank}, alpha {alpha}, {layers} layers, on {base}".format(**judged)
     return [("adapter", facts), *rows, ("rules", f"read in {releases}; nothing was served here")]
