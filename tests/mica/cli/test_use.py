@@ -13,7 +13,6 @@ from transformers import AutoModelForCausalLM
 from mica.cli import main, serving
 from tests.support.adapt_results import poison_solver, saved, working_in, write_adapter
 from tests.support.tiny_cli import logits, tiny_llama
-from tests.support.without_mica import logits_without_mica
 
 PAGE = Path(serving.__file__).with_name("USE.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"^```(\w+)\n(.*?)^```", PAGE, re.DOTALL | re.MULTILINE)
@@ -55,18 +54,26 @@ def test_merged_models_continue_as_the_adapter_does(names, folder):
         assert torch.equal(tokens, names["after"])
 
 
+WITHOUT = """
+import torch
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+plain = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained("base"), "plain")
+ids = torch.arange(64).view(2, 32)
+with torch.no_grad():
+    torch.save([after, model(ids).logits, plain(ids).logits], "without.pt")
+"""
+
+
 def test_plain_peft_computes_the_same(names, folder):
-    """And its Python without `import mica.fast` too, in a process where that fails."""
-    ids, base = torch.arange(64).view(2, 32), folder / "base"
-    loads = [(base, folder / name, "peft") for name in ("run", "plain")]
-    one, other = logits_without_mica(folder, ids, *loads)
-    assert torch.equal(one, other)
-    torch.testing.assert_close(one, logits(names["model"]), rtol=1e-5, atol=1e-6)
-    code = BLOCKS[0][1].replace("import mica.fast", "import sys; sys.modules['mica'] = None")
-    code += "import torch; torch.save(after, 'after.pt')"
+    """The page's Python where an import of this package fails, and the copy without its mark."""
+    code = BLOCKS[0][1].replace("import mica.fast", "import sys; sys.modules['mica'] = None") + WITHOUT
     done = subprocess.run([sys.executable, "-c", code], cwd=folder, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert torch.equal(torch.load(folder / "after.pt"), names["after"])
+    after, adapter, plain = torch.load(folder / "without.pt")
+    assert torch.equal(after, names["after"])
+    assert torch.equal(adapter, plain)
+    torch.testing.assert_close(adapter, logits(names["model"]), rtol=1e-5, atol=1e-6)
 
 
 def test_it_names_what_the_rules_were_read_in():
