@@ -6,7 +6,8 @@ from tests.support.mutants.experts import EXPERTS
 from tests.support.mutants.experts_path import EXPERTS_PATH
 from tests.support.mutants.kernels import KERNELS
 from tests.support.mutants.operators import OPERATORS
+from tests.support.mutants.serving import SERVING
 from tests.support.mutants.subspace import SUBSPACE
 
-_TABLES = (KERNELS, EXPERTS, OPERATORS, BACKEND, EXPERTS_PATH, SUBSPACE)
+_TABLES = (KERNELS, EXPERTS, OPERATORS, BACKEND, EXPERTS_PATH, SUBSPACE, SERVING)
 MUTANTS = [mutant for table in _TABLES for mutant in mutants(table)]
