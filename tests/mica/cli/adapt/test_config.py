@@ -234,4 +234,5 @@ def test_describe_names_each_value_once_with_its_origin():
 def test_paths_are_absolute_where_there_is_such_a_file(tmp_path):
     assert config.absolute(str(tmp_path)) == str(tmp_path)
     assert config.absolute("nobody/no-such-model") == "nobody/no-such-model"
+    assert config.absolute(60 * "a.layer,") == 60 * "a.layer,"  # too long for a name of a file
     assert Path(config.absolute("~")).is_absolute()

@@ -1,0 +1,160 @@
+"""Where an adapter can be served as it is, where not, and why: rules read in the sources of the servers.
+
+None of the servers is needed, and nothing is served. A PEFT LoRA is judged like a MiCA adapter, which is one
+to every server: B is in the file.
+"""
+
+import json
+import math
+from pathlib import Path
+
+from peft import LoraConfig
+
+from mica.cli.adapt.adapter import adapted_layers, read_adapter_config
+
+RELEASES = {"PEFT": "0.19.1 and 0.21.2", "vLLM": "0.33.0", "SGLang": "0.5.23", "llama.cpp": "0b03ada"}
+
+_COPY = "{} in a copy of adapter_config.json"
+_SCALE = f"with {_COPY}, because it scales by alpha / r"
+_MIXED = 'with --enable-mixed-moe-lora-format and "is_3d_lora_weight": true in --lora-modules (gpt-oss and '
+_MIXED += "Qwen3.5-MoE: without)"  # classes with is_3d_moe_weight
+_STACKS = "it does not read PEFT's names for stacks of experts (experts.base_layer)"
+_VLLM = "vllm/lora/peft_helper.py: PEFTHelper.validate_legal"
+_VLLM_STACKS = "vllm/lora/model_manager.py: LoRAModelManager"
+_SGLANG = "sglang/srt/lora/lora.py: LoRAAdapter"
+_SGLANG_CHECK = "sglang/srt/lora/lora_manager.py: LoRAManager.validate_new_adapter"
+_SGLANG_NAMES = "sglang/srt/lora/utils.py: get_"
+_CONVERTER = "convert_lora_to_gguf.py"
+_GGUF_SCALE = "src/llama-adapter.h at 215841f: llama_adapter_lora_weight.get_scale"
+_CHANGED = "init_lora_weights={} has changed the base's weights"
+# Server -> one of `traits` -> whether it serves such an adapter, how or why not (a format of the trait's
+# value), and where its release of above shows that.
+RULES: dict[str, dict[str, tuple[bool, str, str]]] = {
+    "PEFT": {
+        "mark": (True, f"from 0.20 on; for an older one {_COPY}", "peft/tuners/lora/layer.py: LoraLayer"),
+    },
+    "vLLM": {
+        "rank": (True, "with --max-lora-rank {} (default 16)", "vllm/config/lora.py: LoRAConfig"),
+        "huge rank": (False, "rank {} is above 512", "vllm/config/lora.py: MaxLoRARanks"),
+        "whole modules": (False, "modules_to_save ({})", _VLLM),
+        "embeddings": (True, "if its class for this model takes LoRA on {}", "vllm/lora/utils.py"),
+        "experts": (True, _MIXED, f"{_VLLM_STACKS}._validate_moe_lora_format"),
+        "single stacks": (False, "only one stack of a layer", f"{_VLLM_STACKS}._stack_moe_lora_weights"),
+        "DoRA": (False, "DoRA", _VLLM),
+        "biases": (False, "biases", _VLLM),
+        "changed base": (False, _CHANGED, _VLLM),
+    },
+    "SGLang": {
+        "rsLoRA": (True, _SCALE, f"{_SGLANG}.__init__"),
+        "ranks": (False, "ranks or alphas differ between layers", f"{_SGLANG}.__init__"),
+        "pattern": (True, f"with {_COPY}", f"{_SGLANG_NAMES}normalized_target_modules"),
+        "whole modules": (False, "modules_to_save ({}) are left out unsaid", f"{_SGLANG}._process_weight"),
+        "experts": (False, _STACKS, f"{_SGLANG_NAMES}target_module_name"),
+        "unpaired": (False, "{}", f"{_SGLANG}.normalize_qkv_proj, normalize_gate_up_proj"),
+        "other names": (True, "if its class takes LoRA on {}", f"{_SGLANG_NAMES}default_hidden_dim"),
+        "DoRA": (False, "DoRA", _SGLANG_CHECK),
+        "biases": (False, "biases", "sglang/srt/lora/mem_pool.py: load_lora_weight_to_buffer"),
+        "changed base": (False, _CHANGED, "sglang/srt/lora/lora_config.py: LoRAConfig"),
+    },
+    "llama.cpp": {
+        "any": (True, f"after {_CONVERTER}", _CONVERTER),
+        "rsLoRA": (True, _SCALE, _GGUF_SCALE),
+        "alphas": (False, "alphas differ between layers", _GGUF_SCALE),
+        "whole modules": (False, "modules_to_save ({})", f"{_CONVERTER}: get_tensors"),
+        "experts": (False, _STACKS, "conversion/qwen.py at 03173d5: Qwen2MoeModel"),
+        "output layer": (True, "if the base's lm_head is not tied", f"{_CONVERTER}: modify_tensors"),
+        "DoRA": (False, "DoRA", f"{_CONVERTER}: get_tensors"),
+        "biases": (False, "biases", f"{_CONVERTER}: get_tensors"),
+        "changed base": (False, _CHANGED, _CONVERTER),
+    },
+}
+_VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # MaxLoRARanks
+_PLAIN = ("gaussian", "eva", "orthogonal", "mica", "lora_ga")  # change no base: vLLM's list
+# What SGLang fuses, and by which name; it fills up a missing k_proj or up_proj with zeros.
+_FUSED = (("q_proj", "v_proj"), ("k_proj", "q_proj"), ("v_proj", "q_proj"), ("up_proj", "gate_proj"))
+_KNOWN = {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
+_KNOWN |= {"qkv_proj", "gate_up_proj", "embed_tokens", "lm_head"}  # by SGLang for all models
+
+
+def traits(config: LoraConfig, layers: dict[str, tuple[int, int, int]]) -> dict[str, object]:
+    """What the rules look at, as far as the adapter has it: name -> value for the rule's text.
+
+    ``config``, ``layers``: of `read_adapter_config` and `adapted_layers`.
+    """
+    ranks, alphas = config.rank_pattern or {}, config.alpha_pattern or {}
+    rank, init = max(config.r, *ranks.values(), 0), config.init_lora_weights
+    stacks = {name for name, (_, rows, _) in layers.items() if rows > rank}  # A has those of all experts
+    names = {name.rpartition(".")[2] for name in layers.keys() - stacks}
+    tokens = ["rows of the embedding"] if config.trainable_token_indices else []
+    alone = [pair for pair in _FUSED if pair[0] in names and pair[1] not in names]
+    scale = {"use_rslora": False, "lora_alpha": config.lora_alpha * math.sqrt(config.r)}
+    found = {
+        "any": True,
+        # Not of an adapter of parameters: its file says true, and MiCA in peft_version.
+        "mark": is_mica(config) and not config.target_parameters and _entries(init_lora_weights=True),
+        "rank": rank > 16 and next((most for most in _VLLM_RANKS if most >= rank), None),
+        "huge rank": rank > _VLLM_RANKS[-1] and rank,
+        "ranks": bool(ranks or alphas),
+        "alphas": bool(alphas or (ranks and config.use_rslora)),
+        "rsLoRA": config.use_rslora and _entries(**scale),
+        "pattern": isinstance(config.target_modules, str) and _entries(target_modules=sorted(names)),
+        "whole modules": ", ".join([*(config.modules_to_save or ()), *tokens]),
+        "embeddings": ", ".join(sorted(names & {"embed_tokens", "lm_head"})),
+        "output layer": "lm_head" in names,
+        "experts": bool(stacks),
+        "single stacks": any(
+            f"{name.removesuffix('.base_layer')}.base_layer" not in stacks for name in stacks
+        ),
+        "unpaired": "; ".join("{} is adapted and {} is not".format(*pair) for pair in alone),
+        "other names": ", ".join(sorted(names - _KNOWN)),
+        "DoRA": config.use_dora,
+        "biases": config.lora_bias or config.bias != "none",
+        "changed base": isinstance(init, str) and init.lower() not in _PLAIN and init,
+    }
+    return {name: value for name, value in found.items() if value}
+
+
+def is_mica(config: LoraConfig) -> bool:
+    return str(config.init_lora_weights).lower() == "mica"
+
+
+def _entries(**entries) -> str:
+    return json.dumps(entries)[1:-1]
+
+
+def judge(folder: Path) -> dict:
+    """The adapter in ``folder``, and whether each server takes it, by which rules.
+
+    ``servers``: rows of server, release, serves, text, and rules (found, serves, text, source).
+
+    Raises UsageError as `read_adapter_config` and `adapted_layers`.
+    """
+    config = read_adapter_config(folder, any_lora=True)
+    layers = adapted_layers(folder)
+    found, rows = traits(config, layers), []
+    for server, release in RELEASES.items():
+        rules = [
+            {"found": name, "serves": serves, "text": text.format(found[name]), "source": source}
+            for name, (serves, text, source) in RULES[server].items()
+            if name in found
+        ]
+        refused = [rule["text"] for rule in rules if not rule["serves"]]
+        text = (
+            f"no: {'; '.join(refused)}" if refused else ", ".join(["yes", *(rule["text"] for rule in rules)])
+        )
+        rows.append(
+            {"server": server, "release": release, "serves": not refused, "text": text, "rules": rules}
+        )
+    facts = {"folder": str(folder), "kind": "MiCA" if is_mica(config) else "LoRA", "rank": config.r}
+    facts |= {"alpha": config.lora_alpha, "layers": len(layers), "base": config.base_model_name_or_path}
+    return facts | {"servers": rows}
+
+
+def lines(judged: dict) -> list[tuple[str, str]]:
+    """What `judge` found, as text: lines of a label and its text."""
+    rows = [(row["server"], row["text"]) for row in judged["servers"]]
+    if not all(row["serves"] for row in judged["servers"]):
+        rows.append(("merged", "a plain checkpoint, which needs none of this: see mica/cli/USE.md"))
+    releases = ", ".join(f"{row['server']} {row['release']}" for row in judged["servers"])
+    facts = "{kind}, rank {rank}, alpha {alpha}, {layers} layers, on {base}".format(**judged)
+    return [("adapter", facts), *rows, ("rules", f"read in {releases}; nothing was served here")]

@@ -1,0 +1,82 @@
+"""USE.md: its code runs, in its order, on an adapter that has learned; all ways give the same tokens."""
+
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from mica.cli import main, serving
+from tests.support.adapt_results import poison_solver, saved, working_in, write_adapter
+from tests.support.tiny_cli import logits, tiny_llama
+
+PAGE = Path(serving.__file__).with_name("USE.md").read_text(encoding="utf-8")
+BLOCKS = re.findall(r"^```(\w+)\n(.*?)^```", PAGE, re.DOTALL | re.MULTILINE)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """With ``base``, ``run``, and what the page's code has made of them."""
+    folder = tmp_path_factory.mktemp("use")
+    saved(tiny_llama(), folder / "base")
+    write_adapter(folder / "run", AutoModelForCausalLM.from_pretrained(folder / "base"))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def names(folder):
+    """What the page's Python has defined, after all of its blocks."""
+    names = {}
+    with working_in(folder), pytest.MonkeyPatch.context() as patch:
+        poison_solver(patch)
+        for language, code in BLOCKS:
+            if language == "python":
+                exec(code, names)
+            elif language == "sh":
+                for line in code.splitlines():
+                    assert main(shlex.split(line)[1:]) == 0
+    return names
+
+
+def test_it_generates_before_and_after(names):
+    before, after = names["before"], names["after"]
+    assert before.shape[1] > names["prompt"]["input_ids"].shape[1]
+    assert not torch.equal(before, after)
+
+
+def test_merged_models_continue_as_the_adapter_does(names, folder):
+    for model in (names["merged"], AutoModelForCausalLM.from_pretrained(folder / "merged-by-peft")):
+        tokens = model.generate(**names["prompt"], max_new_tokens=20, do_sample=False)
+        assert torch.equal(tokens, names["after"])
+
+
+WITHOUT = """
+import torch
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+plain = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained("base"), "plain")
+ids = torch.arange(64).view(2, 32)
+with torch.no_grad():
+    torch.save([after, model(ids).logits, plain(ids).logits], "without.pt")
+"""
+
+
+def test_plain_peft_computes_the_same(names, folder):
+    """The page's Python where an import of this package fails, and the copy without its mark."""
+    code = BLOCKS[0][1].replace("import mica.fast", "import sys; sys.modules['mica'] = None") + WITHOUT
+    done = subprocess.run([sys.executable, "-c", code], cwd=folder, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    after, adapter, plain = torch.load(folder / "without.pt")
+    assert torch.equal(after, names["after"])
+    assert torch.equal(adapter, plain)
+    torch.testing.assert_close(adapter, logits(names["model"]), rtol=1e-5, atol=1e-6)
+
+
+def test_it_names_what_the_rules_were_read_in():
+    for server, release in serving.RELEASES.items():
+        assert server in PAGE
+        assert server == "llama.cpp" or f"{server} {release}" in PAGE
