@@ -1,4 +1,4 @@
-"""What Windows and macOS lack is taken away: the package is imported there, trains, saves and runs its commands.
+"""What Windows and macOS lack is taken away: the package still trains, saves and runs its commands.
 
 Without Triton, `fcntl` and `resource`, processes by spawn instead of fork, no right to make links, signals of
 Windows only, and an output that is not Unicode, as that of a program in a Windows pipe.
@@ -20,7 +20,8 @@ POSIX = {"fcntl", "resource", "grp", "pwd", "termios", "syslog", "posix", "pty",
 import_module = builtins.__import__
 
 def without(name, scope=None, *args, **options):
-    ours = ((scope or {}).get("__name__") or "").partition(".")[0] == "mica"  # psutil, for one, is Linux's own
+    # not for others: psutil, for one, has a part for Linux
+    ours = ((scope or {}).get("__name__") or "").partition(".")[0] == "mica"
     if name.partition(".")[0] == "triton" or ours and name in POSIX:
         raise ModuleNotFoundError(f"No module named {name!r}", name=name)
     return import_module(name, scope, *args, **options)
