@@ -7,7 +7,9 @@ import sys
 from importlib.util import find_spec
 
 import pytest
+import tqdm.auto
 
+from mica.fast.create import solving
 from tests.support.imports import ROOT
 
 NOTEBOOK = ROOT / "examples/mica.ipynb"
@@ -20,31 +22,6 @@ assert losses[-1] < 0.8 * losses[0], losses
 assert 0 < report.swallowed < 1 and len(report.layers) == 14
 assert figure.axes[0].lines[0].get_ydata().tolist() == losses
 print("learned")
-"""
-
-# What Jupyter is to tqdm: a kernel's IPython, and widgets that are shown by `display`
-JUPYTER = """
-import sys, types
-shown = []
-class Widget:
-    def __init__(self, *args, children=(), **options):
-        self.children, self.layout, self.value = list(children), types.SimpleNamespace(), 0
-        self.style, self.bar_style = types.SimpleNamespace(), ""
-    def close(self):
-        pass
-config = types.SimpleNamespace(config={"IPKernelApp": {}})
-for name, members in {
-    "IPython": {"get_ipython": lambda: config, "version_info": (9,), "__version__": "9"},
-    "IPython.display": {"display": shown.append},
-    "ipywidgets": {name: Widget for name in ("HTML", "FloatProgress", "HBox")} | {"__version__": "8"},
-}.items():
-    sys.modules[name] = module = types.ModuleType(name)
-    vars(module).update(members)
-sys.modules["IPython"].display = sys.modules["IPython.display"]
-from mica.fast.create import solving
-with solving.tqdm(total=2, desc="MiCA initialisation", disable=None, leave=False) as bar:
-    bar.update()
-assert len(shown) == 1
 """
 
 
@@ -73,16 +50,21 @@ def in_jupyter(tmp_path, monkeypatch):
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     notebook = nbformat.read(NOTEBOOK, 4)
     notebook.cells.append(nbformat.v4.new_code_cell(LEARNED))
+    bar = "from mica.fast.create.solving import tqdm\ntqdm([1], disable=None, leave=False)"
+    notebook.cells.insert(-1, nbformat.v4.new_code_cell(bar))
     NotebookClient(notebook, timeout=300, resources={"metadata": {"path": tmp_path}}).execute()
     outputs = [output for cell in notebook.cells for output in cell.get("outputs", [])]
     assert outputs[-1]["text"] == "learned\n"
+    assert any(
+        "application/vnd.jupyter.widget-view+json" in o.get("data", {}) for o in notebook.cells[-2].outputs
+    )
     assert any("image/png" in output.get("data", {}) for output in outputs)
 
 
-if find_spec("nbclient") and find_spec("ipykernel"):
+if all(map(find_spec, ("nbclient", "ipykernel", "ipywidgets"))):
     test_in_jupyter = pytest.mark.slow(in_jupyter)
 
 
-@pytest.mark.slow
-def test_the_bar_of_an_initialisation_is_shown(tmp_path):
-    run(JUPYTER, tmp_path)
+def test_the_bar_of_an_initialisation_is_jupyter_s_there():
+    """tqdm's own bar, with ``disable=None``, is shown in terminals only, and a notebook's stderr is none."""
+    assert solving.tqdm is tqdm.auto.tqdm
