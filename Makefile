@@ -7,7 +7,7 @@ RUN    := $(VENV)/bin/python
 READY  := $(VENV)/.installed
 PYTEST := OMP_WAIT_POLICY=passive OMP_NUM_THREADS=1 $(RUN) -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
-.PHONY: demo test test-all lint static emulate mutants fuzz conformance bench bench-compare bench-quality gpu gpu-dry-run clean
+.PHONY: demo test test-all lint dist static emulate mutants fuzz conformance bench bench-compare bench-quality gpu gpu-dry-run clean
 
 $(READY): pyproject.toml
 	test -x $(RUN) || $(PYTHON) -m venv $(VENV)
@@ -30,6 +30,11 @@ test-all: $(READY)
 lint: $(READY)
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
+
+# The sdist, the wheel built from it, and README's example in a new environment; ARGS="python3.10 python3.13": in those
+dist: $(READY)
+	$(RUN) -m pip install -q "build>=1.2" "twine>=6"
+	$(RUN) -m tests.dist $(ARGS)
 
 # Every kernel configuration, compiled for every GPU target without a GPU; ARGS=--quick: the default ones
 static: $(READY)

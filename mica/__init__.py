@@ -5,6 +5,7 @@
 """
 
 from importlib.metadata import PackageNotFoundError, version
+from typing import TYPE_CHECKING
 
 try:
     __version__ = version("mica-fast")
@@ -13,11 +14,14 @@ except PackageNotFoundError:  # read from a source tree that was never installed
 
 __all__ = ["MinorSubspace", "minor_subspace", "__version__"]
 
+if TYPE_CHECKING:  # type checkers see what is there, and that nothing else is
+    from mica.subspace import MinorSubspace, minor_subspace
+else:
 
-def __getattr__(name: str):
-    """The solver on first use: it needs torch, and ``mica --help`` does not."""
-    if name in ("MinorSubspace", "minor_subspace"):
-        from mica import subspace
+    def __getattr__(name: str):
+        """The solver on first use: it needs torch, and ``mica --help`` does not."""
+        if name in ("MinorSubspace", "minor_subspace"):
+            from mica import subspace
 
-        return getattr(subspace, name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+            return getattr(subspace, name)
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

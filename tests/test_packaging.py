@@ -1,11 +1,18 @@
-"""One import package, `mica`: from a wheel and from an editable install, inside the checkout and outside."""
+"""One import package, `mica`: from a wheel and from an editable install, inside the checkout and outside.
+
+The wheel is built from the sdist, as `make dist` does: so neither may lack a file.
+"""
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
+import tarfile
+import urllib.parse
 import zipfile
+from email import message_from_bytes
 from pathlib import Path
 
 import pytest
@@ -36,24 +43,59 @@ def probe(cwd, path="", *arguments):
 
 
 @pytest.fixture(scope="module")
-def wheel(tmp_path_factory):
-    folder, source = tmp_path_factory.mktemp("wheel"), tmp_path_factory.mktemp("source") / "checkout"
+def sdist(tmp_path_factory):
+    source, folder = tmp_path_factory.mktemp("source") / "checkout", tmp_path_factory.mktemp("sdist")
     # a copy, because setuptools leaves a build folder behind whose old files would get into later wheels
-    unwanted = shutil.ignore_patterns(".venv", ".git", "build", "*.egg-info", "results")
+    unwanted = shutil.ignore_patterns(".venv", ".git", "build", "dist", "*.egg-info", "results")
     shutil.copytree(ROOT, source, symlinks=True, ignore=unwanted)
+    build = "import sys; from setuptools.build_meta import build_sdist; build_sdist(sys.argv[1])"
+    subprocess.run([sys.executable, "-c", build, folder], cwd=source, check=True, capture_output=True)
+    (built,) = folder.glob("mica_fast-*.tar.gz")
+    return built
+
+
+@pytest.fixture(scope="module")
+def wheel(sdist, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("wheel")
     build = [sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "--no-build-isolation", "-w", folder]
-    subprocess.run([*build, source], check=True, capture_output=True)
+    subprocess.run([*build, sdist], check=True, capture_output=True)
     (built,) = folder.glob("mica_fast-*.whl")
     return built
+
+
+def test_sdist_holds_the_package_and_its_papers(sdist):
+    with tarfile.open(sdist) as archive:
+        members = [member for member in archive.getmembers() if not member.isdir()]
+    assert all(member.isreg() for member in members)  # mica/kernels as files, not as a link out of it
+    names = {member.name.partition("/")[2] for member in members}
+    assert {name.partition("/")[0] for name in names if "/" in name} == {"mica", "mica_fast.egg-info"}
+    papers = {"CHANGELOG.md", "CITATION.cff", "LICENSE", "README.md"}
+    made = {"MANIFEST.in", "PKG-INFO", "pyproject.toml", "setup.cfg", "setup.py"}
+    assert {name for name in names if "/" not in name} == papers | made
 
 
 def test_wheel_holds_one_package(wheel):
     names = zipfile.ZipFile(wheel).namelist()
     assert {name.split("/")[0].split("-")[0] for name in names} == {"mica", "mica_fast"}
-    assert "mica/kernels/runtime.py" in names
+    assert {"mica/kernels/runtime.py", "mica/py.typed"} <= set(names)
     sources = {str(path.relative_to(ROOT)) for path in ROOT.glob("mica/**/*.py")}
     sources |= {f"mica/{path.relative_to(ROOT)}" for path in ROOT.glob("kernels/*.py")}
     assert sources <= set(names)
+
+
+def test_the_description_is_the_readme_without_relative_links(wheel):
+    (metadata,) = (name for name in zipfile.ZipFile(wheel).namelist() if name.endswith("/METADATA"))
+    message = message_from_bytes(zipfile.ZipFile(wheel).read(metadata))
+    assert message["Description-Content-Type"].startswith("text/markdown")
+    description = message.get_payload(decode=True).decode()
+    assert len(description.splitlines()) == len((ROOT / "README.md").read_text("utf-8").splitlines())
+    (repository,) = (url for url in message.get_all("Project-URL") if url.startswith("Repository, "))
+    files = f"{repository.partition(', ')[2]}/blob/v{message['Version']}/"
+    links = re.findall(r"\]\(([^()\s]+)\)", description)
+    own = [link.removeprefix(files) for link in links if link.startswith(files)]
+    assert len(own) > 20
+    assert all((ROOT / urllib.parse.unquote(link.partition("#")[0])).exists() for link in own)
+    assert not [link for link in links if not re.match(r"https?://|#", link)]
 
 
 @pytest.fixture(scope="module")

@@ -9,6 +9,7 @@ import argparse
 import difflib
 import logging
 import sys
+from contextlib import suppress
 
 from mica import __version__
 from mica.cli import adapt, doctor, inspect, transfer
@@ -54,6 +55,8 @@ def main(argv: list[str] | None = None) -> int:
     0 on success, 2 on bad input (one line on stderr), 130 after Ctrl-C. Anything else is a bug and keeps its
     traceback; `mica adapt` ends with 143 after SIGTERM.
     """
+    with suppress(AttributeError):  # a file's name must not end a run where a pipe is cp1252, as on Windows
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         args = parser().parse_args(argv)
     except SystemExit as stop:  # argparse: --help (0) or an error (2)

@@ -13,7 +13,7 @@ from huggingface_hub.utils import are_progress_bars_disabled
 from peft.tuners import lora
 from peft.utils.integrations import gather_params_ctx
 from torch import Tensor, nn
-from tqdm import tqdm
+from tqdm.auto import tqdm  # in a notebook too, where stderr is no terminal
 from transformers.integrations import is_fsdp_enabled
 
 from mica.dtypes import FLOATING, SIXTEEN_BIT

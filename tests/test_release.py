@@ -1,0 +1,101 @@
+"""What a release needs: one version everywhere, no placeholder under a tag, a workflow that can run."""
+
+import os
+import re
+import subprocess
+from pathlib import Path
+
+import pytest
+import yaml
+
+from tests.support.imports import ROOT
+
+PLACEHOLDER = re.compile(r"\bOWNER\b|\bADDRESS\b")
+FILLED = ["pyproject.toml", "CITATION.cff", "CHANGELOG.md", "README.md"]
+
+
+def read(name: str, root: Path = ROOT) -> str:
+    return (root / name).read_text(encoding="utf-8")
+
+
+def version(root: Path = ROOT) -> str:
+    return re.search(r'^version = "(.*)"$', read("pyproject.toml", root), re.MULTILINE)[1]
+
+
+def tags() -> set[str]:
+    """Those of this commit, in a clone and in a workflow that a tag has started."""
+    if os.environ.get("GITHUB_REF_TYPE") == "tag":
+        return {os.environ["GITHUB_REF_NAME"]}
+    done = subprocess.run(["git", "tag", "--points-at", "HEAD"], cwd=ROOT, capture_output=True, text=True)
+    return {tag for tag in done.stdout.split() if tag.startswith("v")}
+
+
+def unready(tags: set[str], root: Path = ROOT) -> list[str]:
+    """What must be put right before these tags are published."""
+    found = [f"{tag}: the version is {version(root)}" for tag in tags if tag != f"v{version(root)}"]
+    for name in FILLED if tags else []:
+        lines = enumerate(read(name, root).splitlines(), start=1)
+        # a comment may name the placeholder
+        found += [
+            f"{name}:{number}: {line}" for number, line in lines if PLACEHOLDER.search(line.split("  #")[0])
+        ]
+    if tags and f"## {version(root)} (unreleased)" in read("CHANGELOG.md", root):
+        found.append("CHANGELOG.md: no date")
+    return found
+
+
+def test_a_tag_has_its_version_and_no_placeholder():
+    assert not unready(tags())
+
+
+def test_what_is_not_ready_is_seen(tmp_path, monkeypatch):
+    for name in FILLED:
+        (tmp_path / name).write_text('version = "1.2"\n## 1.2 (2026-01-01)\nhttps://x/mica\n')
+    assert not unready({"v1.2"}, tmp_path)
+    assert unready({"v1.3"}, tmp_path) == ["v1.3: the version is 1.2"]
+    (tmp_path / "README.md").write_text("git+ADDRESS\n")
+    (tmp_path / "CITATION.cff").write_text("https://x/OWNER/mica\n")
+    (tmp_path / "CHANGELOG.md").write_text("## 1.2 (unreleased)\n")
+    assert len(unready({"v1.2"}, tmp_path)) == 3
+    assert not unready(set(), tmp_path)
+    monkeypatch.setenv("GITHUB_REF_TYPE", "tag")
+    monkeypatch.setenv("GITHUB_REF_NAME", "v1.2")
+    assert tags() == {"v1.2"}
+
+
+def test_one_version():
+    assert re.search(r"^## (\S+) \(", read("CHANGELOG.md"), re.MULTILINE)[1] == version()
+    citation = yaml.safe_load(read("CITATION.cff"))
+    assert citation["version"] == version()
+    assert citation["cff-version"] == "1.2.0"
+    assert citation["authors"]
+    assert all(paper["authors"] and paper["url"].endswith("2604.01694") for paper in citation["references"])
+
+
+WORKFLOW = yaml.safe_load(read(".github/workflows/ci.yml"))
+JOBS = WORKFLOW["jobs"]
+
+
+@pytest.mark.parametrize("job", JOBS)
+def test_a_job_runs_what_exists_after_what_exists(job):
+    assert set(JOBS[job].get("needs", [])) <= set(JOBS) or JOBS[job]["needs"] in JOBS
+    commands = "\n".join(step.get("run", "") for step in JOBS[job]["steps"])
+    (targets,) = re.findall(r"^\.PHONY: (.*)$", read("Makefile"), re.MULTILINE)
+    assert set(re.findall(r"\bmake (\S+)", commands)) <= set(targets.split())
+    assert all((ROOT / file).exists() for file in re.findall(r"\b(tests/\S+)", commands))
+    assert commands or job == "publish"
+
+
+def test_all_supported_versions_are_tested():
+    project, matrix = read("pyproject.toml"), JOBS["test"]["strategy"]["matrix"]
+    assert matrix["python"] == re.findall(r"Python :: (3\.\d+)", project)
+    assert matrix["python"][0] == re.search(r'requires-python = ">=(.*)"', project)[1]
+    oldest = re.search(r'"torch>=(.*)"', project)[1]
+    assert matrix["torch"] == [f"torch=={oldest}.*", f"torch>={oldest}"]
+
+
+def test_only_a_tag_is_published_and_only_after_all_else():
+    assert JOBS["publish"]["if"] == "github.ref_type == 'tag'"
+    assert set(JOBS["publish"]["needs"]) == set(JOBS) - {"publish"}
+    assert [job for job in JOBS if "id-token" in JOBS[job].get("permissions", {})] == ["publish"]
+    assert WORKFLOW[True]["push"]["tags"] == ["v*"]  # YAML 1.1 reads `on` as true

@@ -1,0 +1,77 @@
+"""A user's script type-checks in strict mode, with each of mypy and pyright that is installed."""
+
+import json
+import os
+import subprocess
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+
+from tests.support.imports import ROOT
+from tests.test_house import PUBLIC
+
+SCRIPT = ROOT / "tests/typing/user_script.py"
+
+# line -> a word of what both checkers must say about it: what they see is not `Any`
+WRONG = {
+    "import mica.fast": None,
+    "import torch": None,
+    'mica.minor_subspace(torch.eye(3), rank="1")': "argument",
+    "mica.minor_subspaces": "attribute",
+    'mica.fast.enable(on_unsuitable=["skip"])': "argument",
+    "mica.fast.explain(model=torch.nn.ReLU()).counted": "attribute",
+    "1 + mica.fast.merge_report(torch.nn.ReLU())": "operator",
+}
+
+
+def _mypy(folder: Path) -> list[str]:
+    # silent: of the package itself its signatures count, as if it were installed
+    options = ["--strict", "--follow-imports=silent", "--no-error-summary", "--cache-dir", folder / "cache"]
+    environment = {**os.environ, "MYPYPATH": str(ROOT)}
+    command = [sys.executable, "-m", "mypy", *options, "script.py", "wrong.py"]
+    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
+    assert done.returncode < 2, done.stdout + done.stderr
+    return [line for line in done.stdout.splitlines() if ": error: " in line]
+
+
+def _pyright(folder: Path) -> list[str]:
+    settings = {"include": ["."], "typeCheckingMode": "strict", "extraPaths": [str(ROOT)]}
+    (folder / "pyrightconfig.json").write_text(json.dumps(settings))
+    command = [sys.executable, "-m", "pyright", "--outputjson", "--pythonpath", sys.executable]
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
+    found = json.loads(done.stdout)["generalDiagnostics"]
+    return [
+        f"{Path(one['file']).name}:{one['range']['start']['line'] + 1}: {one['message']} ({one.get('rule')})"
+        for one in found
+    ]
+
+
+CHECKERS = [checker for checker in (_mypy, _pyright) if find_spec(checker.__name__[1:])]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("check", CHECKERS, ids=lambda check: check.__name__[1:])
+def test_a_users_script(check, tmp_path):
+    (tmp_path / "script.py").write_text(SCRIPT.read_text(encoding="utf-8"), encoding="utf-8")
+    (tmp_path / "wrong.py").write_text("".join(f"{line}\n" for line in WRONG))
+    errors = check(tmp_path)
+    assert not [error for error in errors if error.startswith("script.py")]
+    for number, word in enumerate(WRONG.values(), start=1):
+        said = [error.lower() for error in errors if error.startswith(f"wrong.py:{number}:")]
+        assert bool(said) == bool(word), errors
+        assert not word or any(word in error for error in said), said
+
+
+def test_the_script_uses_every_public_name():
+    code = SCRIPT.read_text(encoding="utf-8")
+    assert not [name for names in PUBLIC.values() for name in names if name not in code]
+
+
+def test_the_script_runs(tmp_path):
+    command = [sys.executable, SCRIPT, tmp_path / "adapter"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "2 layers: 2 reference" in done.stdout
+    assert (tmp_path / "adapter/adapter_model.safetensors").exists()

@@ -1,0 +1,83 @@
+"""Every public function, called as by a user. mypy --strict and pyright accept it (tests/test_typing.py)."""
+
+import sys
+from collections import Counter
+
+import torch
+from peft import LoraConfig, PeftMixedModel, PeftModel, get_peft_model
+from torch import Tensor
+from torch.nn import Linear, Sequential
+from typing_extensions import assert_type
+
+import mica
+import mica.fast
+import mica.ops
+from mica import MinorSubspace, minor_subspace
+from mica.ops import (
+    mica_down_projection,
+    mica_embedding,
+    mica_experts_linear,
+    mica_linear,
+    mica_up_projection,
+)
+
+
+def subspace(weight: Tensor) -> MinorSubspace:
+    result = assert_type(minor_subspace(weight, 4, method="auto", strict=True, seed=0), MinorSubspace)
+    same = assert_type(mica.minor_subspace(weight, rank=4), mica.MinorSubspace)
+    assert_type(result.basis, Tensor)
+    assert_type(same.singular_values, Tensor)
+    assert_type(result.method, str)
+    assert_type(result.certified, bool)
+    assert_type(result.energy_excess + result.resolution + result.null_count, float)
+    assert_type(mica.__version__, str)
+    return result
+
+
+def operators(x: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor) -> Tensor:
+    seed = torch.randint(2**31, (1,))
+    y = assert_type(mica_linear(x, weight, lora_A, lora_B, 2.0, dropout_p=0.1, seed=seed), Tensor)
+    h = assert_type(mica_down_projection(x, lora_A, scaling=2.0, compute_dtype=torch.float32), Tensor)
+    y = assert_type(mica_up_projection(y, h, lora_B), Tensor)
+    ends, experts = torch.tensor([len(x)]), (weight[None], lora_A[None], lora_B[None])
+    y = y + assert_type(mica_experts_linear(x, ends, *experts, bias=None), Tensor)
+    indices = torch.zeros(len(x), dtype=torch.int64)
+    y = y + assert_type(mica_embedding(indices, lora_A, lora_B, padding_idx=None), Tensor)
+    assert_type(mica.ops.call_counts, Counter[str])
+    return y if mica.fast.call_counts["linear"] else x
+
+
+def backend(model: PeftModel | PeftMixedModel) -> float:
+    device = torch.device("cpu")
+    mica.fast.enable(compute_dtype=torch.float32, on_unsuitable="skip", device=device)
+    mica.fast.enable(device="cpu", gate_up="halves", compile="plain")
+    explanation = assert_type(mica.fast.explain(model), mica.fast.Explanation)
+    for row in explanation.rows:
+        assert_type([row.name, row.layer, row.adapter, row.path, row.reason], list[str])
+        assert_type((row.calls, row.bypassed_by), tuple[int | None, str | None])
+    assert_type(explanation.counts(), dict[str, int])
+    with mica.fast.disabled():
+        assert_type(mica.fast.is_enabled(), bool)
+    mica.fast.disable()
+    mica.fast.enable()
+    report = assert_type(mica.fast.merge_report(model), mica.fast.MergeReport)
+    for name, stats in report.layers.items():
+        print(name, assert_type(stats.dtype, torch.dtype), stats.swallowed, stats.weights, stats.unchanged)
+    print(explanation, report, assert_type(report.total.swallowed, float))
+    return report.swallowed
+
+
+def main(arguments: list[str]) -> None:
+    model = get_peft_model(
+        Sequential(Linear(8, 16), Linear(16, 8)),
+        LoraConfig(init_lora_weights="mica", r=4, target_modules=["0", "1"]),
+    )
+    model(torch.randn(3, 8))
+    model.save_pretrained(arguments[0])
+    print(backend(model))
+    operators(torch.randn(3, 8), torch.randn(16, 8), torch.randn(4, 8), subspace(torch.randn(16, 8)).basis)
+    mica.fast.uninstall()
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
