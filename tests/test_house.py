@@ -46,11 +46,11 @@ OPTIONS = {
     "adapt": "--model --adapter --dtype --quantize --trust-remote-code "
     "--text --text-field --text-weights --dataset-config --held-out --held-out-text --retain "
     "--sequence-length --packing --workers --recipe --rank --alpha --target-modules --experts "
-    "--dropout --train-embeddings --embedding-learning-rate "
+    "--dropout --train-embeddings --embedding-learning-rate --keep-best --patience --max-retain-rise "
     "--steps --epochs --batch-size --gradient-accumulation-steps --learning-rate --scheduler --warmup-ratio "
     "--weight-decay --max-grad-norm --optimizer --gradient-checkpointing --seed "
     "--eval-steps --eval-blocks --log-steps --report-to "
-    "--output --save-steps --resume --overwrite --merge --push-to-hub --config",
+    "--output --save-steps --resume --overwrite --dry-run --merge --push-to-hub --config",
     "transfer": "--adapter --to --output --overwrite --dtype --trust-remote-code",
     "inspect": "model --rank --target-modules --dtype --plot --json --trust-remote-code",
     "doctor": "--adapter --json",
@@ -79,9 +79,9 @@ def test_no_file_is_longer_than_400_lines(module):
 
 SIZES = {  # lines of Python at most: package -> (without this part of it, lines)
     "mica": ("mica.cli", 10_900),
-    "mica.cli": (None, 4_800),
-    "tests": ("tests.emulator", 28_700),
-    "bench": (None, 6_400),
+    "mica.cli": (None, 5_850),
+    "tests": ("tests.emulator", 31_000),
+    "bench": (None, 6_600),
 }
 
 

@@ -137,11 +137,15 @@ OPTIONS = {row.name: row for row in TABLE if isinstance(row, Option)}
 
 
 class _HelpFormatter(argparse.RawDescriptionHelpFormatter):
-    """One option to a line, with its default, and no list of all options in front."""
+    """One option to a line, with its default; no list of all options in front, and no line for --help."""
 
     def __init__(self, prog):
         width = min(HELP_WIDTH, shutil.get_terminal_size().columns - 2)
         super().__init__(prog, max_help_position=38, width=width)
+
+    def add_argument(self, action):
+        if action.dest != "help":
+            super().add_argument(action)
 
     def _format_action_invocation(self, action):
         if isinstance(action, argparse.BooleanOptionalAction):
@@ -155,8 +159,8 @@ def declare(parser: argparse.ArgumentParser) -> None:
     """Add all options in groups. None has a default there: only what was given is in the namespace."""
     parser.formatter_class = _HelpFormatter
     parser.usage = f"{parser.prog} --model MODEL --text SOURCE ... --output DIR [options]"
-    parser.epilog = "recipes:"
-    for row, cells in {"": _NAMES, **_ROWS}.items():
+    parser.epilog = f"{'recipes:':22}" + "".join(f"{name:20}" for name in _NAMES).rstrip()
+    for row, cells in _ROWS.items():
         if row == "source":  # said by --recipe
             continue
         shown = (f"{cell:g}" if isinstance(cell, float) else str(cell or "-") for cell in cells)

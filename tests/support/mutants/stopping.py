@@ -16,7 +16,7 @@ STOPPING = {
         ],
     },
     ("mica/cli/adapt/training.py", _TESTS): {
-        "train": [("_KEPT, stopping.best(trainer.state.log_history, args)", "_KEPT")],
+        "train": [("KEPT, stopping.best(trainer.state.log_history, args)", "KEPT")],
         "_state_if_finished": [("or _stopped_by(state, args)", "")],
     },
     ("mica/cli/adapt/result.py", _TESTS): {"save": [("if state is None", "if False")]},
