@@ -45,6 +45,8 @@ class Source:
         """The error to raise for ``reason``; of a library's message only the first lines are kept."""
         if "trust_remote_code" in str(reason):
             reason = "it contains custom code; pass --trust-remote-code to run it"
+        if "couldn't connect" in str(reason):
+            reason = "no such folder, and the Hub cannot be reached: give a folder, or a model in its cache"
         return UsageError(f"--model {self.given}: {first_sentences(str(reason))}")
 
 

@@ -1,12 +1,11 @@
 """Every public function, called as by a user. mypy --strict and pyright accept it (tests/test_typing.py)."""
 
-import sys
 from collections import Counter
 
 import torch
-from peft import LoraConfig, PeftMixedModel, PeftModel, get_peft_model
+from peft import LoraConfig, get_peft_model
 from torch import Tensor
-from torch.nn import Linear, Sequential
+from torch.nn import Module
 from typing_extensions import assert_type
 
 import mica
@@ -47,7 +46,8 @@ def operators(x: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor) -> Tens
     return y if mica.fast.call_counts["linear"] else x
 
 
-def backend(model: PeftModel | PeftMixedModel) -> float:
+def backend(base: Module) -> float:
+    model = get_peft_model(base, LoraConfig(init_lora_weights="mica", r=4, target_modules="all-linear"))
     device = torch.device("cpu")
     mica.fast.enable(compute_dtype=torch.float32, on_unsuitable="skip", device=device)
     mica.fast.enable(device="cpu", gate_up="halves", compile="plain")
@@ -64,20 +64,5 @@ def backend(model: PeftModel | PeftMixedModel) -> float:
     for name, stats in report.layers.items():
         print(name, assert_type(stats.dtype, torch.dtype), stats.swallowed, stats.weights, stats.unchanged)
     print(explanation, report, assert_type(report.total.swallowed, float))
-    return report.swallowed
-
-
-def main(arguments: list[str]) -> None:
-    model = get_peft_model(
-        Sequential(Linear(8, 16), Linear(16, 8)),
-        LoraConfig(init_lora_weights="mica", r=4, target_modules=["0", "1"]),
-    )
-    model(torch.randn(3, 8))
-    model.save_pretrained(arguments[0])
-    print(backend(model))
-    operators(torch.randn(3, 8), torch.randn(16, 8), torch.randn(4, 8), subspace(torch.randn(16, 8)).basis)
     mica.fast.uninstall()
-
-
-if __name__ == "__main__":
-    main(sys.argv[1:])
+    return report.swallowed
