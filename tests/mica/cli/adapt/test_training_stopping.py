@@ -97,9 +97,10 @@ def steps(output):
     return [checkpoints.step(path) for path in checkpoints.folders(output)]
 
 
-def test_the_adapter_is_that_of_the_best_step(scripted, tmp_path):
+@pytest.mark.parametrize("more", [{}, {"train_embeddings": True, "embedding_learning_rate": 1e-3}])
+def test_the_adapter_is_that_of_the_best_step(scripted, tmp_path, more):
     scripted()
-    args = settings(tmp_path / "best", **OPTIONS, keep_best=True)
+    args = settings(tmp_path / "best", **OPTIONS, **more, keep_best=True)
     trained = model(args)
     result = training.train(trained, corpus(), args, None)
     assert (result.steps, result.adapter_step, result.stopped_by) == (10, 4, None)
@@ -109,7 +110,7 @@ def test_the_adapter_is_that_of_the_best_step(scripted, tmp_path):
     assert torch.equal(logits(trained), logits(PeftModel.from_pretrained(tiny_llama(), args.output)))
     assert all(w.requires_grad for name, w in trained.named_parameters() if "lora_A" in name)
 
-    last = run(settings(tmp_path / "last", **OPTIONS))  # trained alike
+    last = run(settings(tmp_path / "last", **OPTIONS, **more))  # trained alike
     assert (last.adapter_step, steps(tmp_path / "last")) == (10, [9, 10])
     assert same(weights(tmp_path / "last"), weights(args.output / "checkpoint-10"))
     assert not same(weights(tmp_path / "last"), kept)
