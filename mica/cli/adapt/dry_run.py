@@ -52,7 +52,7 @@ def _dense_size(model: PeftModel) -> int:
     """Bytes of the base, as `result.merge` writes it: a quantised one in the dtype that it computes in."""
     total = 0
     for name, weight in model.named_parameters():
-        if "lora_" not in name:
+        if "lora_" not in name and "modules_to_save" not in name:
             state = getattr(weight, "quant_state", None)  # of bitsandbytes' 4 bits, two in a byte
             dtype = weight.dtype if weight.is_floating_point() else model.get_base_model().dtype
             total += (weight.numel() if state is None else math.prod(state.shape)) * dtype.itemsize
