@@ -17,7 +17,7 @@ from pathlib import Path
 from mica.errors import UsageError
 
 _MODEL = "SmolLM2-135M-Instruct, an instruct model with weights of 4 bits, dequantised"
-_PROMPT = 'The "with" statement is used to'
+_PROMPT = "object.__getitem__(self, key)"  # the base goes on in code, the adapter in sentences of the manual
 _TOKENS = 40
 
 
