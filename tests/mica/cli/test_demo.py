@@ -81,6 +81,8 @@ def test_main_writes_the_text_and_runs_adapt(calls, tmp_path, capsys):
     assert "instruct model with weights of 4 bits, dequantised, is to learn" in printed
     assert f"mica adapt --model={demo.smollm2_gguf()}" in printed
     assert "Next:" not in printed
+    assert demo.main(["--output", str(tmp_path / "out"), "--resume"]) == 130
+    assert (calls[1].count("--resume"), "--overwrite" in calls[1]) == (1, False)
 
 
 @pytest.mark.parametrize("native", [True, False])
