@@ -39,7 +39,7 @@ def in_jupyter(tmp_path):
     import nbformat
     from nbclient import NotebookClient
 
-    notebook = nbformat.from_dict(NOTEBOOK)
+    notebook = nbformat.reads(json.dumps(NOTEBOOK), 4)
     path = nbformat.v4.new_code_cell(f"import sys; sys.path.insert(0, {str(ROOT)!r})")
     notebook.cells = [path, *notebook.cells, nbformat.v4.new_code_cell(LEARNED)]
     NotebookClient(notebook, timeout=300, resources={"metadata": {"path": tmp_path}}).execute()
