@@ -45,9 +45,7 @@ def in_jupyter(tmp_path):
     NotebookClient(notebook, timeout=300, resources={"metadata": {"path": tmp_path}}).execute()
     kinds = [list(output.get("data", {})) for cell in notebook.cells for output in cell.get("outputs", [])]
     assert any("image/png" in kind for kind in kinds)
-    assert (
-        sum("application/vnd.jupyter.widget-view+json" in kind for kind in kinds) == 2
-    )  # the loop's, and ours
+    assert sum("application/vnd.jupyter.widget-view+json" in kind for kind in kinds) == 2
 
 
 JUPYTER = all(map(find_spec, ("nbclient", "ipykernel", "ipywidgets")))
