@@ -11,12 +11,12 @@ import re
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
-from statistics import median
+from statistics import mean, median
 
 from bench.model import experts as stacks
 from bench.model import roofline
-from bench.quality.recipes import OPTIONS, RECIPES, methods
-from bench.quality.report import page_table
+from bench.quality.recipes import METHODS, RECIPES
+from bench.quality.report import RIGHT, at_equal_forgetting
 from bench.report.markdown import markdown_table
 from bench.results import names
 from bench.results.names import BARE, BOTH, FAST, NO_GRADIENT, STOCK, STOCK_16
@@ -265,15 +265,29 @@ def recipes() -> Rows:
     yield [*header, "dropout", "clipping"]
     for label, name in (("`paper` (arXiv 2604.01694)", "paper"), ("`all-linear`", "all-linear")):
         one, targets = RECIPES[name], RECIPES[name].target_modules
-        of_it = [method for method in methods(OPTIONS["rank"][0]) if method.recipe == name]
-        ranks = " / ".join(str(method.rank) for method in of_it if method.rank)
+        ranks = " / ".join(
+            ", ".join(str(one.rank) for one in METHODS if (one.recipe, one.kind) == (name, kind))
+            for kind in ("mica", "lora")
+        )
         where = "all linear" if targets == "all-linear" else ", ".join(targets)
         numbers = [f"{number:g}" for number in (one.weight_decay, one.dropout, one.max_grad_norm)]
         yield [label, where, ranks, {1: "r", 2: "2r"}[one.scaling], one.scheduler, *numbers]
 
 
 def quality() -> str:
-    return page_table(raw(f"{EPYC}-quality-paper"))
+    return at_equal_forgetting(raw(f"{LATEST}-quality"), RIGHT)
+
+
+def energy() -> Rows:
+    """Of all layers of a kind the mean share over that of as many random directions."""
+    layers = raw(f"{LATEST}-energy")["layers"]
+    kinds = dict.fromkeys(name.rpartition(".")[2] for name in next(iter(layers.values())))
+    yield ["along 16 directions, random ones: 1", "smallest or largest", *(f"`{kind}`" for kind in kinds)]
+    for update, found in layers.items():
+        for which in ("smallest", "largest"):
+            by_kind = {kind: [one for name, one in found.items() if name.endswith(kind)] for kind in kinds}
+            means = [mean(one[which]["16"] / one["random"]["16"] for one in own) for own in by_kind.values()]
+            yield [update, which, *(f"{value:.2g}" for value in means)]
 
 
 def quality_earlier() -> Rows:
@@ -342,7 +356,20 @@ def stack() -> Rows:
     yield from stacks.table()
 
 
-MADE = (measured, headline, steps, layers_compared, host, dtypes, others, experts, corpus, recipes, quality)
+MADE = (
+    measured,
+    headline,
+    steps,
+    layers_compared,
+    host,
+    dtypes,
+    others,
+    experts,
+    corpus,
+    recipes,
+    quality,
+    energy,
+)
 MADE += (quality_earlier, subspaces, modelled, forms, stack)
 TABLES = {one.__name__.replace("_", "-"): one for one in MADE}
 
