@@ -275,7 +275,7 @@ def recipes() -> Rows:
 
 
 def quality() -> str:
-    return at_equal_forgetting(raw(f"{LATEST}-quality"), RIGHT)
+    return at_equal_forgetting(raw(f"{LATEST}-trade-off"), RIGHT)
 
 
 def energy() -> Rows:

@@ -133,7 +133,7 @@ def main(argv: list[str] | None = None) -> None:
         "--budget", type=_positive(float), default=120, help="minutes; the same command goes on later"
     )
     parser.add_argument("--quick", action="store_true", help="everything, briefly: its numbers mean nothing")
-    parser.add_argument("--name", default=f"{date.today()}-quality", help="of the result files")
+    parser.add_argument("--name", default=f"{date.today()}-trade-off", help="of the result files")
     parser.add_argument("--output", type=Path, default=output(), help="folder")
     args = parser.parse_args(argv)
     settings = {name: getattr(args, name) for name in OPTIONS} | (QUICK if args.quick else {})
