@@ -128,12 +128,12 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def rounded(value):
-    """Numbers to five digits: 210 layers have 60 each."""
+    """Numbers to three digits: 210 layers have 60 each."""
     if isinstance(value, dict):
         return {key: rounded(one) for key, one in value.items()}
     if isinstance(value, list):
         return [rounded(one) for one in value]
-    return float(f"{value:.5g}") if isinstance(value, float) else value
+    return float(f"{value:.3g}") if isinstance(value, float) else value
 
 
 if __name__ == "__main__":
