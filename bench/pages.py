@@ -17,6 +17,7 @@ from bench.model import experts as stacks
 from bench.model import roofline
 from bench.quality.recipes import METHODS, RECIPES
 from bench.quality.report import RIGHT, at_equal_forgetting
+from bench.report import plots
 from bench.report.markdown import markdown_table
 from bench.results import names
 from bench.results.names import BARE, BOTH, FAST, NO_GRADIENT, STOCK, STOCK_16
@@ -287,7 +288,7 @@ def energy() -> Rows:
         for which in ("smallest", "largest"):
             by_kind = {kind: [one for name, one in found.items() if name.endswith(kind)] for kind in kinds}
             means = [mean(one[which]["16"] / one["random"]["16"] for one in own) for own in by_kind.values()]
-            yield [update, which, *(f"{value:.2g}" for value in means)]
+            yield [update, which, *(f"{value:.1f}" for value in means)]
 
 
 def quality_earlier() -> Rows:
@@ -389,6 +390,11 @@ def filled(page: str) -> str:
 
 
 def main() -> None:
+    profiles = {}
+    for update, found in raw(f"{LATEST}-energy")["layers"].items():
+        of_layers = [[ten / one["random"]["tenth"] for ten in one["tenths"]] for one in found.values()]
+        profiles[update] = [mean(values) for values in zip(*of_layers, strict=True)]
+    plots.energy(profiles, RESULTS / f"{LATEST}-energy.png")
     for page in PAGES:
         (ROOT / page).write_text(filled(page), encoding="utf-8")
 

@@ -51,7 +51,7 @@ def shares(basis: Tensor, update: Tensor) -> dict:
     """Of the energy of ``update`` (out, in) along the columns of ``basis`` (out, n), largest first.
 
     "tenths": of the columns; "smallest", "largest": rank -> along so many; "random": rank -> along as many
-    random directions.
+    random directions, and "tenth".
     """
     out_features, count = basis.shape
     along = (basis.T @ update.double()).square().sum(1) / update.double().square().sum()
@@ -60,7 +60,7 @@ def shares(basis: Tensor, update: Tensor) -> dict:
         "tenths": [along[a:b].sum().item() for a, b in itertools.pairwise(edges)],
         "smallest": {rank: along[-rank:].sum().item() for rank in RANKS},
         "largest": {rank: along[:rank].sum().item() for rank in RANKS},
-        "random": {rank: rank / out_features for rank in RANKS},
+        "random": {rank: rank / out_features for rank in RANKS} | {"tenth": count / PARTS / out_features},
     }
 
 
