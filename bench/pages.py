@@ -15,8 +15,10 @@ from statistics import median
 
 from bench.model import experts as stacks
 from bench.model import roofline
-from bench.quality.recipes import OPTIONS, RECIPES, methods
-from bench.quality.report import page_table
+from bench.quality.energy import profiles, rows
+from bench.quality.recipes import METHODS, RECIPES
+from bench.quality.report import RIGHT, at_equal_forgetting
+from bench.report import plots
 from bench.report.markdown import markdown_table
 from bench.results import names
 from bench.results.names import BARE, BOTH, FAST, NO_GRADIENT, STOCK, STOCK_16
@@ -265,15 +267,21 @@ def recipes() -> Rows:
     yield [*header, "dropout", "clipping"]
     for label, name in (("`paper` (arXiv 2604.01694)", "paper"), ("`all-linear`", "all-linear")):
         one, targets = RECIPES[name], RECIPES[name].target_modules
-        of_it = [method for method in methods(OPTIONS["rank"][0]) if method.recipe == name]
-        ranks = " / ".join(str(method.rank) for method in of_it if method.rank)
+        ranks = " / ".join(
+            ", ".join(str(one.rank) for one in METHODS if (one.recipe, one.kind) == (name, kind))
+            for kind in ("mica", "lora")
+        )
         where = "all linear" if targets == "all-linear" else ", ".join(targets)
         numbers = [f"{number:g}" for number in (one.weight_decay, one.dropout, one.max_grad_norm)]
         yield [label, where, ranks, {1: "r", 2: "2r"}[one.scaling], one.scheduler, *numbers]
 
 
 def quality() -> str:
-    return page_table(raw(f"{EPYC}-quality-paper"))
+    return at_equal_forgetting(raw(f"{LATEST}-trade-off"), RIGHT)
+
+
+def energy() -> list[list[str]]:
+    return rows(raw(f"{LATEST}-energy"))
 
 
 def quality_earlier() -> Rows:
@@ -342,7 +350,20 @@ def stack() -> Rows:
     yield from stacks.table()
 
 
-MADE = (measured, headline, steps, layers_compared, host, dtypes, others, experts, corpus, recipes, quality)
+MADE = (
+    measured,
+    headline,
+    steps,
+    layers_compared,
+    host,
+    dtypes,
+    others,
+    experts,
+    corpus,
+    recipes,
+    quality,
+    energy,
+)
 MADE += (quality_earlier, subspaces, modelled, forms, stack)
 TABLES = {one.__name__.replace("_", "-"): one for one in MADE}
 
@@ -362,6 +383,7 @@ def filled(page: str) -> str:
 
 
 def main() -> None:
+    plots.energy(profiles(raw(f"{LATEST}-energy")), RESULTS / f"{LATEST}-energy.png")
     for page in PAGES:
         (ROOT / page).write_text(filled(page), encoding="utf-8")
 

@@ -6,7 +6,7 @@ from statistics import median
 import pytest
 
 from bench import pages
-from bench.quality.recipes import OPTIONS
+from bench.quality.recipes import OPTIONS, STOPS
 from bench.report.compare import compare
 from bench.results import names
 from bench.results.names import FAST, LORA, STOCK
@@ -69,9 +69,13 @@ def words():
     found = compare(before, after, 0.05)
     yield "bench/METHOD.md", f"agree in {found.agreeing} of {found.ratios} ratios"
     # what the page says of a run of model quality are the defaults of the command
-    assert [OPTIONS[name][0] for name in ("epochs", "tries", "seeds", "rank")] == [8, 7, 3, 16]
-    yield bench, "Eight epochs of eight steps."
-    yield bench, "(at most seven), and three seeds there"
+    assert OPTIONS["epochs"][0] == 8
+    yield bench, "Eight epochs of eight steps, the same batches for all."
+    assert len(STOPS) == 3
+    yield bench, "measured at three stops of each training"
+    energy = next(one for one in pages.energy() if one[:2] == ["full fine-tuning", "smallest"])[2:]
+    assert all(0.9 < float(value) < 2.1 for value in energy)
+    yield bench, "the updates of both methods are spread almost evenly over all directions"
 
 
 @pytest.mark.parametrize(("page", "said"), [*words()])

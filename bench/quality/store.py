@@ -8,7 +8,7 @@ from pathlib import Path
 from mica.errors import UsageError
 
 SAME = ("model", "settings", "recipes", "texts", "plan")  # what makes runs comparable
-VERSIONS = ("cpu", "threads", "torch", "peft", "transformers")
+VERSIONS = ("torch", "peft", "transformers")  # processors are noted with every start
 
 
 def save(path: Path, result: dict) -> None:

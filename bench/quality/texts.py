@@ -13,7 +13,8 @@ if it shares no run of `RUN` words with the docstrings of older models or with a
 such run in a held-out document is in training. Documents, one per model, are trained on or held out whole.
 
 *Known text*, to measure forgetting: the reference manual of the Python language, in the standard library,
-and sentences of general knowledge, measured like the new facts and far from the new prose.
+code of that library, and sentences of general knowledge, measured like the new facts and far from the new
+prose.
 
 Nothing is downloaded, no third-party text is in the repository, and everything is a function of the installed
 versions: `bench.quality` records these and a SHA-256 of every text.
@@ -22,9 +23,13 @@ versions: `bench.quality` records these and a SHA-256 of every text.
 from __future__ import annotations
 
 import ast
+import bisect
+import heapq
 import json
 import random
 import re
+import shlex
+import textwrap
 from collections.abc import Iterator
 from hashlib import sha256
 from pathlib import Path
@@ -38,6 +43,7 @@ from mica.errors import UsageError
 
 MODELS = Path(transformers.models.__path__[0])
 KNOWN_CHARACTERS = 200_000  # of the reference manual: far more than is measured
+CODE = (bisect, heapq, textwrap, shlex)  # modules older than the model
 RUN = 8  # words: shorter runs are idiom ("of the same length as the number of ..."), longer ones are copies
 BATCH = {"facts": 3, "prose": 1}  # blocks
 SHARES = {"validation": 0.1, "held_out": 0.25}  # of the documents of new prose
@@ -260,6 +266,7 @@ def gather(
         "facts, train": statements(facts, rounds),
         **{f"prose, {part}": texts for part, texts in split(new_prose(folder)).items()},
         "reference": [python_reference_text()[:KNOWN_CHARACTERS]],
+        "code": [Path(module.__file__).read_text(encoding="utf-8") for module in CODE],
     }
     steps = len(blocks(tokenizer, sources["facts, train"], length)) // BATCH["facts"]
     if len(blocks(tokenizer, sources["prose, train"], length)) < steps * BATCH["prose"] or not steps:

@@ -5,12 +5,13 @@ from __future__ import annotations
 import copy
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict
 
 import torch
 from peft import LoraConfig, get_peft_model
 from peft.tuners.lora import LoraLayer
+from torch import Tensor
 from torch.nn.functional import cross_entropy
 from transformers import get_scheduler
 
@@ -19,6 +20,11 @@ from bench.quality.recipes import RECIPES, Method
 from bench.quality.texts import BATCH, Texts, TokenisedProbes
 
 PROBE_BATCH = 16
+# In place of MiCA's B: kind -> (weight (out, in), rank) -> (out, rank), orthonormal
+OTHER_B = {
+    "random": lambda weight, rank: torch.linalg.qr(torch.randn(len(weight), rank))[0],
+    "largest": lambda weight, rank: torch.linalg.svd(weight, full_matrices=False)[0][:, :rank],
+}
 
 
 class Candidate:
@@ -37,13 +43,23 @@ class Candidate:
                 lora_alpha=self.recipe.scaling * method.rank,
                 target_modules=targets if isinstance(targets, str) else [*targets],
                 lora_dropout=self.recipe.dropout,
-                init_lora_weights="mica" if method.kind == "mica" else True,
+                init_lora_weights=True if method.kind == "lora" else "mica",
                 task_type="CAUSAL_LM",
             )
             self.model = get_peft_model(model, config)
+            if method.kind in OTHER_B:
+                self._replace_b(OTHER_B[method.kind])
         self.model.config.use_cache = False
         self.trained = [p for p in self.model.parameters() if p.requires_grad]
         self._initial = [p.detach().clone() for p in self.trained]
+
+    @torch.no_grad()
+    def _replace_b(self, basis: Callable[[Tensor, int], Tensor]) -> None:
+        torch.manual_seed(0)
+        for module in self.model.modules():
+            if isinstance(module, LoraLayer):
+                B = module.lora_B["default"].weight
+                B.copy_(basis(module.get_base_layer().weight, B.shape[1]))
 
     def restart(self, seed: int) -> None:
         """Back to the start: ``seed`` redraws LoRA's A and decides the dropout; the rest as at first."""
@@ -59,7 +75,7 @@ class Candidate:
     def facts(self) -> dict:
         return self.method.facts() | {
             "trained_parameters": sum(p.numel() for p in self.trained),
-            "on_fast_path": self.method.kind == "mica" and mica.fast.is_enabled(),
+            "on_fast_path": self.method.kind not in ("lora", "full") and mica.fast.is_enabled(),
         }
 
 
@@ -86,18 +102,22 @@ def batches(train: dict[str, torch.Tensor], steps: int, seed: int) -> Iterator[t
         yield torch.cat(parts)
 
 
-def train(candidate: Candidate, texts: Texts, rate: float, epochs: int, seed: int) -> dict:
+def train(
+    candidate: Candidate, texts: Texts, rate: float, epochs: int, seed: int, stops: Iterable[float] = ()
+) -> dict:
     """One training run by the method's recipe: AdamW, warm-up, decay, gradients clipped.
 
-    Returns the loss (nats per token) and the seconds of every step; a loss that is not finite ends the run
-    and is noted under "diverged".
+    Returns the loss (nats per token) and the seconds of every step, and under "points" what `evaluate` gives
+    after each of these shares of the steps. A loss that is not finite ends the run, and is noted under
+    "diverged"; what was measured before counts.
     """
     candidate.restart(seed)
     model, recipe = candidate.model.train(), candidate.recipe
     steps = epochs * steps_per_epoch(texts.train)
     optimizer = torch.optim.AdamW(candidate.trained, lr=rate, weight_decay=recipe.weight_decay)
     schedule = get_scheduler(recipe.scheduler, optimizer, math.ceil(recipe.warm_up * steps), steps)
-    run: dict = {"rate": rate, "seed": seed, "diverged": None, "losses": [], "seconds": []}
+    run: dict = {"rate": rate, "seed": seed, "diverged": None, "losses": [], "seconds": [], "points": []}
+    measured = {math.ceil(stop * steps) for stop in stops}
 
     for step, batch in enumerate(batches(texts.train, steps, seed)):
         start = time.perf_counter()
@@ -112,6 +132,13 @@ def train(candidate: Candidate, texts: Texts, rate: float, epochs: int, seed: in
         optimizer.zero_grad(set_to_none=True)
         run["seconds"].append(round(time.perf_counter() - start, 4))
         run["losses"].append(value)
+        if step + 1 in measured:
+            evaluation = evaluate(model, texts)
+            bad = [name for name, value in evaluation.items() if not math.isfinite(value)]
+            if bad:
+                run["diverged"] = f"loss on '{bad[0]}' after step {step + 1}: {evaluation[bad[0]]}"
+                return run
+            run["points"].append({"step": step + 1, "evaluation": evaluation})
     return run
 
 

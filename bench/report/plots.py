@@ -5,6 +5,7 @@ PNG with a transparent background and grey text, which reads on light and dark p
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from math import inf
 from pathlib import Path
@@ -147,6 +148,24 @@ def energy(profiles: dict[str, list[float]], path: Path) -> None:
         axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         _plain(axes.xaxis, range(1, 11))
         _plain(axes.yaxis)
+        axes.legend(loc="center left", bbox_to_anchor=(1, 0.5))
+        figure.savefig(path, metadata={"Software": None})
+
+
+def trade_off(curves: dict[str, list[tuple[float, float]]], path: Path) -> None:
+    """``curves``: method -> (forgotten in nats, new facts right in %). Writes the picture."""
+    hues = {"MiCA": OURS, "LoRA": PEFT, "frozen": OTHER, "full": VIOLET}
+    marks, seen = "osD^v", Counter()
+    with matplotlib.rc_context(SETTINGS):
+        figure, axes = _blank(8.6, 4.2, "New facts learned, by what was forgotten for them")
+        for name, points in curves.items():
+            kind = name.split()[0].rstrip(",")
+            dashes = ":" if "by the paper" in name else "-"
+            drawn = {"color": hues.get(kind, INK), "marker": marks[seen[kind] % len(marks)], "label": name}
+            axes.plot(*zip(*points, strict=True), dashes, markersize=4, linewidth=1.4, **drawn)
+            seen[kind] += 1
+        axes.set(xlabel="forgotten, nats per token", ylabel="new facts right, %")
+        axes.set_ylim(0, 100)
         axes.legend(loc="center left", bbox_to_anchor=(1, 0.5))
         figure.savefig(path, metadata={"Software": None})
 

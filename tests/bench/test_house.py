@@ -12,7 +12,7 @@ MAY_IMPORT = {
     "suites": {"measure", "results"},
     "run": {"measure", "results"},
     "report": {"results"},
-    "quality": {"measure"},
+    "quality": {"measure", "report"},
     "pages": {"model", "quality", "report", "results"},
     "gpu": {"run", "measure", "report", "results"},
     "__main__": {"run", "measure", "report", "results"},

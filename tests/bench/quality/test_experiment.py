@@ -2,6 +2,7 @@
 
 import json
 import math
+from itertools import pairwise
 from statistics import mean
 
 import pytest
@@ -10,13 +11,19 @@ from peft.tuners.lora import LoraLayer
 
 import mica.fast
 from bench.quality import __main__ as quality
+from bench.quality import energy
 from bench.quality import texts as sources
-from bench.quality.recipes import FULL, LORA_ALL, LORA_PAPER, MICA_ALL, MICA_PAPER, RECIPES, Method, methods
-from bench.quality.schedule import chosen_rate, missing
+from bench.quality.recipes import METHODS, RECIPES, Method
+from bench.quality.schedule import missing, rates_that_count
 from bench.quality.store import resume, save
-from bench.quality.train import Candidate, batches, probe_losses, train
+from bench.quality.train import Candidate, batches, evaluate, probe_losses, train
 
-SETTINGS = {"rank": 4, "epochs": 1, "rounds": 2, "tries": 2, "seeds": 2, "length": 32, "people": 8}
+SETTINGS = {"epochs": 1, "rounds": 2, "rates": 1, "seeds": 2, "length": 32, "people": 8}
+SMALL = [  # ranks that a tiny model has
+    Method(one.name, one.kind, one.recipe, one.rates, one.rank and one.rank // 4)
+    for one in METHODS
+    if one.rank not in (64, 128)
+]
 
 
 @pytest.fixture(scope="module")
@@ -25,7 +32,9 @@ def begin(texts):
 
     def begin():
         head = {"machine": {"cpu": "a machine", "threads": 2}, "starts": [{"commit": "abc"}], "model": "tiny"}
-        return quality.start(texts, SETTINGS | {"eval_blocks": 2}, methods(4), **head)
+        result = quality.start(texts, SETTINGS | {"eval_blocks": 2}, **head)
+        assert result["plan"].keys() == {one.name for one in METHODS}
+        return result | {"plan": {one.name: one.facts() for one in SMALL}}
 
     return begin
 
@@ -45,19 +54,66 @@ def untimed(result):
 
 
 def test_every_method_has_its_rates_and_seeds_and_size(base, finished):
-    facts = finished["methods"]
-    runs = {name: [one for one in finished["runs"] if one["method"] == name] for name in facts}
-    for method in (MICA_PAPER, LORA_PAPER, MICA_ALL, LORA_ALL):
-        assert [one["seed"] for one in runs[method]] == [0, 0, 1]
-        assert [one["rate"] for one in runs[method][:2]] == finished["plan"][method]["rates"][:2]
-        assert runs[method][-1]["rate"] == chosen_rate(finished, method)
-    assert [one["seed"] for one in runs[FULL]] == [0, 0]
     assert missing(finished) == []
-    trained = {name: one["trained_parameters"] for name, one in facts.items()}
-    assert trained[FULL] == sum(p.numel() for p in base.parameters())
-    assert trained[MICA_PAPER] == 2 * base.config.num_hidden_layers * 4 * base.config.hidden_size
-    assert trained[MICA_PAPER] < trained[LORA_PAPER]
-    assert trained[MICA_ALL] < trained[LORA_ALL]
+    for method in SMALL:
+        runs = [one for one in finished["runs"] if one["method"] == method.name]
+        assert [(one["rate"], one["seed"]) for one in runs] == [
+            (method.rates[1], 0),
+            *((rate, 1) for rate in rates_that_count(finished, method.name)),
+        ]
+        for run in runs:
+            steps = [one["step"] for one in run["points"]]
+            assert steps == [math.ceil(len(run["losses"]) * stop) for stop in (0.25, 0.5, 1)]
+    trained = {name: one["trained_parameters"] for name, one in finished["methods"].items()}
+    assert trained["full fine-tuning"] == sum(p.numel() for p in base.parameters())
+    assert (
+        trained["MiCA by the paper, r = 16"]
+        == 2 * base.config.num_hidden_layers * 4 * base.config.hidden_size
+    )
+    frozen = {trained[one.name] for one in SMALL if one.rank == 4 and one.recipe == "all-linear"}
+    assert frozen == {trained["MiCA, r = 16"], trained["LoRA, r = 16"]}
+    assert trained["MiCA, r = 16"] < trained["LoRA, r = 16"] < trained["LoRA, r = 32"]
+
+
+@pytest.mark.parametrize("kind", ["random", "largest"])
+def test_another_frozen_b(base, texts, kind):
+    """Orthonormal, not MiCA's, frozen in training; the model starts as the base."""
+    method = Method(kind, kind, "all-linear", (1e-3,), 4)
+    candidate, mica_s = Candidate(method, base), Candidate(Method("", "mica", "all-linear", (1e-3,), 4), base)
+    assert evaluate(candidate.model, texts) == pytest.approx(evaluate(base, texts), rel=1e-5)
+    layers, others = (
+        [module for module in one.model.modules() if isinstance(module, LoraLayer)]
+        for one in (candidate, mica_s)
+    )
+    before = [layer.lora_B["default"].weight.clone() for layer in layers]
+    train(candidate, texts, 1e-3, 1, 0)
+    for layer, other, start in zip(layers, others, before, strict=True):
+        B = layer.lora_B["default"].weight
+        assert torch.equal(B, start)
+        torch.testing.assert_close(B.T @ B, torch.eye(4), rtol=0, atol=1e-5)
+        minor = other.lora_B["default"].weight
+        if kind == "largest":
+            torch.testing.assert_close(B.T @ minor, torch.zeros(4, 4), rtol=0, atol=1e-4)
+            norms = (B.T @ layer.get_base_layer().weight).norm(dim=1)
+            assert all(a >= b - 1e-4 for a, b in pairwise(norms.tolist()))
+        else:
+            assert (B.T @ minor).norm() < 1.9  # 2 if it were MiCA's
+    assert candidate.facts()["trained_parameters"] == mica_s.facts()["trained_parameters"]
+
+
+def test_energy_of_updates(base, texts, monkeypatch):
+    monkeypatch.setattr(energy, "RANKS", (2, 4))
+    monkeypatch.setattr(energy, "TRAINED", {"MiCA": Method("MiCA", "mica", "all-linear", (1e-3,), 4)})
+    result = energy.experiment(base, texts, 1)
+    layers = result["layers"]
+    assert layers.keys() == result["evaluations"].keys() == {energy.GRADIENT, "MiCA"}
+    assert len(layers["MiCA"]) == 7 * base.config.num_hidden_layers
+    for of_mica, of_gradient in zip(layers["MiCA"].values(), layers[energy.GRADIENT].values(), strict=True):
+        assert of_mica["smallest"][4] == pytest.approx(1, abs=1e-5)  # what MiCA changes lies there
+        assert of_mica["largest"][4] == pytest.approx(0, abs=1e-5)
+        assert sum(of_gradient["tenths"]) <= 1 + 1e-9
+        assert 0 < of_gradient["smallest"][2] < of_gradient["smallest"][4]
+    assert not any(p.requires_grad or p.grad is not None for p in base.parameters())
 
 
 def test_a_killed_run_goes_on_to_the_same_result(base, texts, begin, finished, tmp_path):
@@ -86,25 +142,24 @@ def test_the_budget_ends_before_a_run_that_would_not_fit(base, texts, begin, mon
 
     def measure(base, texts, result, planned):
         now[0] += 40
-        run = planned._asdict() | {"diverged": "made up", "evaluation": None, "wall_seconds": 40.0}
+        run = planned._asdict() | {"diverged": "made up", "points": [], "wall_seconds": 40.0}
         return result["plan"][planned.method], run
 
     monkeypatch.setattr(quality, "measure", measure)
     quality.experiment(base, texts, result, lambda result: None, 100, lambda: now[0])
     assert len(result["runs"]) == 2  # the third would end at 120
     ended = capsys.readouterr().out.splitlines()[-1]
-    assert ended == f"the budget is used up: no time for {MICA_ALL}, rate 0.002"
+    assert ended == f"the budget is used up: no time for {SMALL[2].name}, rate {SMALL[2].rates[1]:g}"
 
 
 def test_a_diverged_run_is_named_and_not_chosen(base, texts, begin):
     result = begin()
-    for part in ("plan", "methods"):
-        result[part] = {LORA_PAPER: Method(LORA_PAPER, "lora", "paper", (1e30, 2e30), 4).facts()}
+    result["plan"] = {"LoRA": Method("LoRA", "lora", "paper", (1e-3, 1e30), 4).facts()}
     quality.experiment(base, texts, result, lambda result: None)
     json.dumps(result, allow_nan=False)
-    assert [one["rate"] for one in result["runs"]] == [1e30, 2e30]  # both tries, no further seed
-    assert all(one["diverged"].startswith("training loss nan at step ") for one in result["runs"])
-    assert not any(one["evaluation"] for one in result["runs"])
+    (run,) = result["runs"]  # no further seed
+    assert run["diverged"] == "loss on 'prose, validation' after step 2: nan"
+    assert run["points"] == []
 
 
 def test_losses_of_probes(base, tokenizer):
@@ -146,7 +201,7 @@ def test_batches_are_the_same_for_all_and_have_a_block_of_each(texts):
         start += count
 
 
-@pytest.mark.parametrize("method", methods(4), ids=lambda method: method.name)
+@pytest.mark.parametrize("method", SMALL, ids=lambda method: method.name)
 def test_a_run_follows_its_recipe_and_restarts(base, texts, monkeypatch, method):
     """Dropout, LoRA's A and the order of the batches follow from the seed alone."""
     norms, rates, decay = [], [], set()
@@ -165,7 +220,7 @@ def test_a_run_follows_its_recipe_and_restarts(base, texts, monkeypatch, method)
     monkeypatch.setattr(torch.optim.AdamW, "step", stepped)
     before, candidate, recipe = mica.fast.call_counts.total(), Candidate(method, base), RECIPES[method.recipe]
     first = train(candidate, texts, 1e-3, 4, 0)  # 20 steps, 2 of them warm-up
-    assert (mica.fast.call_counts.total() > before) == (method.kind == "mica")
+    assert (mica.fast.call_counts.total() > before) == (method.kind not in ("lora", "full"))
     assert norms == [recipe.max_grad_norm] * 20
     assert decay == {recipe.weight_decay}
     left = [(20 - step) / 18 for step in range(2, 20)]

@@ -8,15 +8,18 @@ import pytest
 
 from bench.measure.machine import ROOT
 from bench.quality import report
-from bench.quality.recipes import FULL, LORA_ALL, LORA_PAPER, MICA_ALL, MICA_PAPER, RECIPES, methods
-from bench.quality.schedule import best, is_enclosed, missing, next_rate, next_run, tried, verdict
+from bench.quality.recipes import METHODS, RECIPES, STOPS
+from bench.quality.schedule import KNOWN, LIMITS, VALIDATION, chosen, missing, next_run, rates_that_count
 from bench.quality.store import resume, save
 from mica.cli.adapt import options
 from mica.errors import UsageError
 
 GOLDEN = ROOT / "tests" / "bench" / "golden"
-RESULTS = [*sorted((ROOT / "bench/results").glob("*/*-quality-paper.json")), GOLDEN / "quality.json"]
-OPTIMA = {MICA_PAPER: 6e-3, LORA_PAPER: 1e-3, MICA_ALL: 5e-3, LORA_ALL: 1e-5, FULL: 3e-4}
+RESULTS = [*sorted((ROOT / "bench/results").glob("*/*-trade-off.json")), GOLDEN / "quality.json"]
+BASE = dict.fromkeys(KNOWN, 1.0) | {
+    **{VALIDATION: 2.0, "facts, held_out, among answers": 2.0, "facts, held_out, picked": 0.125},
+    "prose, held_out": 4.0,
+}
 
 
 def golden():
@@ -33,61 +36,94 @@ def test_the_papers_recipe_is_that_of_mica_adapt():
         assert getattr(ours, name) == theirs[name]
 
 
-@pytest.mark.parametrize(
-    ("losses", "limit", "rate", "chosen", "enclosed"),
-    [  # the range of 1e-3 and 2e-3 comes first
-        ({}, 9, 1e-3, None, False),
-        ({1e-3: 3.0}, 9, 2e-3, 1e-3, False),
-        # then what is beyond the best, until worse ones are on both sides
-        ({1e-3: 3.0, 2e-3: 2.0}, 9, 4e-3, 2e-3, False),
-        ({1e-3: 3.0, 2e-3: 2.0, 4e-3: 1.5, 8e-3: 1.8}, 9, None, 4e-3, True),
-        ({1e-3: 1.0, 2e-3: 2.0}, 3, 5e-4, 1e-3, False),
-        ({1e-3: 1.0, 2e-3: 2.0, 5e-4: 0.9}, 3, None, 5e-4, False),  # the limit
-        ({1e-3: 1.0}, 1, None, 1e-3, False),
-        # one that diverged is worse
-        ({1e-3: inf, 2e-3: inf}, 9, 5e-4, None, False),
-        ({1e-3: 1.0, 2e-3: inf}, 9, 5e-4, 1e-3, False),
-        ({5e-4: 2.0, 1e-3: 1.0, 2e-3: inf}, 9, None, 1e-3, True),
-    ],
-)
-def test_which_learning_rate_is_tried_next(losses, limit, rate, chosen, enclosed):
-    assert next_rate(losses, (1e-3, 2e-3), limit) == rate
-    assert best(losses) == chosen
-    assert is_enclosed(losses) == enclosed
+def after(forgotten, learned):
+    """An evaluation; negative: the loss of the questions rose."""
+    known = dict.fromkeys(KNOWN, 1.0 + forgotten)
+    asked = dict.fromkeys((VALIDATION, "facts, held_out, among answers"), 2.0 - learned)
+    right = 0.125 + 0.4 * max(learned, 0)
+    return known | asked | {"facts, held_out, picked": right, "prose, held_out": 4.0 - learned / 10}
 
 
-def story(diverges) -> str:
-    """All runs in their order, what was missing after some of them, and what the searches found.
+def start(names, seeds=3):
+    settings = {"rates": 4, "seeds": seeds, "epochs": 1, "steps": 4, "facts_blocks": 3, "prose_blocks": 1}
+    settings |= {"length": 96, "people": 8, "rounds": 8, "answers": 8}
+    plan = {one.name: one.facts() for one in METHODS if one.name in names}
+    head = {
+        "machine": {"torch": "2.13"},
+        "starts": [{"commit": "abc", "cpu": "a processor"}],
+        "model": "tiny",
+    }
+    return {**head, "settings": settings, "plan": plan, "methods": {}, "base": BASE, "runs": []}
 
-    The validation loss grows with the distance to the optimum.
-    """
-    compared = {method.name: method.facts() for method in methods(16)}
-    result, lines = {"settings": {"tries": 6, "seeds": 3}, "methods": compared, "runs": []}, []
+
+def run_all(result, outcome):
+    """``outcome(planned, share)`` -> (forgotten, learned) or None where it diverged. Returns the order."""
+    order = []
     while planned := next_run(result):
-        loss = abs(log(planned.rate / OPTIMA[planned.method]))
-        evaluation = {"facts, validation, among answers": loss, "prose, validation": loss}
-        run = {"diverged": "nan", "evaluation": None} if diverges(planned) else {"diverged": None}
-        result["runs"].append(planned._asdict() | {"evaluation": evaluation} | run)
-        lines.append(f"{planned.method}, rate {planned.rate:g}, seed {planned.seed}")
-        if len(lines) in (9, 16):
-            lines[-1] += "".join(f"\n  missing: {line}" for line in missing(result))
-    lines += missing(result)
-    for name in compared:
-        rates = tried(result, name)
-        lines.append(f"{name}: {verdict(result, name)}, {len(rates)} rates, {best(rates)}")
-    return "\n".join(lines)
+        order.append(planned)
+        points = [(round(4 * share), outcome(planned, share)) for share in STOPS]
+        run = planned._asdict() | {"diverged": None if points[-1][1] else "nan"}
+        run["points"] = [{"step": step, "evaluation": after(*of)} for step, of in points if of]
+        result["runs"].append(run)
+    return order
 
 
-STORIES = {
-    "every run converges": lambda planned: False,
-    "MiCA never converges on all linear layers": lambda planned: planned.method == MICA_ALL,
-    "every second seed diverges, and is not repeated": lambda planned: planned.seed == 1,
-}
+NAMES = "MiCA, r = 16", "LoRA, r = 16"
 
 
-def test_rates_then_seeds_then_full_fine_tuning_and_methods_take_turns():
-    told = "\n\n".join(f"# {title}\n{story(diverges)}" for title, diverges in STORIES.items())
-    assert told + "\n" == (GOLDEN / "schedule.txt").read_text()
+def test_the_middle_rates_of_all_methods_come_first_and_seeds_only_where_they_count():
+    """LoRA learns with the rate, and forgets with its square; MiCA diverges at its highest rate."""
+
+    def outcome(planned, share):
+        if planned.method == "MiCA, r = 16":
+            return None if planned.rate == 4e-3 else (0.05, -0.1)  # learns nothing
+        relative = share * planned.rate / 1e-3
+        return relative**2, relative / 2 - 0.01 * (share < 1)
+
+    result = start(NAMES)
+    order = run_all(result, outcome)
+    first = [(one.method, one.rate) for one in order if one.seed == 0]
+    mica, lora = (METHODS[number] for number in (0, 3))
+    assert first == [(one.name, one.rates[number]) for number in (1, 2, 0, 3) for one in (mica, lora)]
+    assert rates_that_count(result, mica.name) == []
+    assert rates_that_count(result, lora.name) == [2.5e-4, 5e-4, 1e-3, 2e-3]
+    assert [(one.rate, one.seed) for one in order[8:]] == [
+        (rate, seed) for seed in (1, 2) for rate in (2.5e-4, 5e-4, 1e-3, 2e-3)
+    ]
+    assert missing(result) == []
+
+
+@pytest.mark.parametrize(
+    ("limit", "at"),
+    [(0.1, (2.5e-4, 4)), (0.25, (5e-4, 4)), (1.0, (1e-3, 4)), (inf, (2e-3, 4))],
+)
+def test_what_counts_at_a_limit(limit, at):
+    def outcome(planned, share):
+        relative = share * planned.rate / 1e-3
+        worse = relative / 1.99 if share < 1 else relative / 2 + 0.01
+        return relative**2 + 0.001 * planned.seed, worse + planned.seed
+
+    result = start(NAMES[1:])
+    run_all(result, outcome)
+    found = chosen(result, "LoRA, r = 16", limit)
+    assert {(one.rate, one.step) for one in found} == {at}
+    assert [one.seed for one in found] == [0, 1, 2]  # the first chose, though others have learned more
+    assert found[0].forgotten <= limit
+
+
+def test_missing():
+    result = start(NAMES)
+    lines = missing(result)
+    assert lines[0] == (
+        "MiCA, r = 16: learning rate 0.001 (seed 0), 0.002 (seed 0), 0.0005 (seed 0), 0.004 (seed 0)"
+    )
+    assert lines[-1] == "the further seeds at the rates that these show to count"
+    run_all(result, lambda planned, share: (0.0, 0.5) if planned.seed == 0 else None)
+    result["runs"] = [run for run in result["runs"] if run["seed"] < 2]
+    assert missing(result) == [
+        f"{name}: learning rate {rate} (seed 2)"
+        for name, rate in zip(NAMES, ("0.001", "0.0005"), strict=True)
+    ]
 
 
 @pytest.mark.parametrize("path", RESULTS, ids=lambda path: path.stem)
@@ -95,11 +131,14 @@ def test_a_report_follows_from_its_json(path):
     assert report.report(json.loads(path.read_text())) == path.with_suffix(".md").read_text()
 
 
-def test_the_table_of_the_page_and_a_result_without_runs():
-    assert report.page_table(golden()) + "\n" == (GOLDEN / "quality-page.md").read_text()
+def test_a_report_and_its_picture(tmp_path):
+    (tmp_path / "q.json").write_text(json.dumps(golden()))
+    assert report.write(tmp_path / "q.json") == (tmp_path / "q.md").read_text()
+    assert (tmp_path / "q.png").stat().st_size > 5000
     text = report.report(golden() | {"runs": []})
-    assert "- full fine-tuning: learning rate 0.0001, 0.0002, 0.0004\n" in text
-    assert "\n| full fine-tuning |  | not tried |\n" in text
+    assert "**This run is not finished.** Missing:\n\n- MiCA, r = 16: learning rate 0.001 (seed 0)" in text
+    assert f"{log(8):.2f}" in text
+    assert len(LIMITS) == 5
 
 
 @pytest.fixture
@@ -126,7 +165,7 @@ def test_goes_on_with_what_is_there_and_a_kill_while_writing_leaves_the_last_fil
         (("model",), "other", "model"),
         (("recipes", "paper", "dropout"), 0.5, "recipes"),
         (("texts", "reference", "tokens"), 9, "texts"),
-        (("plan", "MiCA, paper", "rank"), 5, "plan"),
+        (("plan", "MiCA, r = 16", "rank"), 5, "plan"),
         (("machine", "torch"), "9.9", "torch"),
         (("machine", "triton"), "9.9", None),
     ],
