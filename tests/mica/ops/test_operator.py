@@ -128,6 +128,10 @@ def test_a_small_layer_is_followed_by_autograd_itself(monkeypatch, dtype, scalin
     for ours, expected in zip(*values, strict=True):
         assert error(ours, expected.double()) <= RELATIVE[dtype]
     assert scaling != 1.0 or saved[0] == set()
+    monkeypatch.setattr(linear_module, "HOST_BOUND", 2**40)
+    others = (None if tensor is None else tensor.to("meta") for tensor in (x, p.weight, A, p.lora_B, p.bias))
+    x, weight, A, B, bias = others  # measured on a CPU only
+    assert "MicaLinear" in type(linear_eager(x, weight, A, B, scaling, bias, None, None).grad_fn).__name__
 
 
 def names_of(call):
