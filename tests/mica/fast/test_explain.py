@@ -56,6 +56,8 @@ def test_the_backend_is_said_and_taken(monkeypatch, backend, path, reason):
     if not backend:  # as on a GPU
         monkeypatch.setattr(choose, "why_not_kernels", lambda *args, **kwargs: None)
         monkeypatch.setattr(choose, "_verdicts", {})
+        even = wrap(nn.Sequential(nn.Linear(32, 48)), targets=["0"])
+        assert mica.fast.explain(even).counts() == {"kernel": 1}
     model = net()
     embedding, *others = mica.fast.explain(model).rows
     assert {(row.path, row.reason) for row in others} == {(path, reason)}
