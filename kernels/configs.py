@@ -22,6 +22,11 @@ SHARED_MEMORY = {
 # device's own number: splits depend on shapes only, and so do results.
 PROGRAMS = 264
 MANY_TOKENS = 8192  # more than any configuration asks for
+# Multiplications of a base product up to which a layer whose operands have one dtype runs without kernels of
+# ours: the device waits for the host, and PyTorch's operators under plain autograd take that less time. 256
+# tokens of 4096 x 4096 (2^32) take an H100 about 15 µs, its host 3 to 10 for every launch. A guess: only the
+# host's side was timed, with a driver that launches nothing.
+HOST_BOUND = 2**32
 FORM_NAMES = ("split", "mixed", "fused", "descriptor", "aten")  # of a layer, see `Forms`
 TALL_TOKENS = 4096  # below, tall tiles are too few to fill the GPU without many parts of a split
 # Their tensor cores read from shared memory and multiply for four warps: registers suffice for larger tiles.

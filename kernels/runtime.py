@@ -39,14 +39,8 @@ def triton_version() -> str | None:
 
 
 def is_interpreting() -> bool:
-    """Whether TRITON_INTERPRET (1, or another word for yes) makes Triton run kernels in Python."""
-    return os.environ.get("TRITON_INTERPRET", "").lower() in (
-        "1",
-        "true",
-        "on",
-        "yes",
-        "y",
-    )  # Triton's own list
+    """Whether TRITON_INTERPRET (1, or another yes of Triton's list) makes it run kernels in Python."""
+    return os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "on", "yes", "y")
 
 
 def why_unavailable(device: torch.device) -> str | None:

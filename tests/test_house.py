@@ -81,7 +81,7 @@ SIZES = {  # lines of Python at most: package -> (without this part of it, lines
     "mica": ("mica.cli", 10_900),
     "mica.cli": (None, 5_850),
     "tests": ("tests.emulator", 31_000),
-    "bench": (None, 6_600),
+    "bench": (None, 6_650),
 }
 
 

@@ -93,7 +93,7 @@ def test_the_description_is_the_readme_without_relative_links(wheel):
     files = f"{repository.partition(', ')[2]}/blob/v{message['Version']}/"
     links = re.findall(r"\]\(([^()\s]+)\)", description)
     own = [link.removeprefix(files) for link in links if link.startswith(files)]
-    assert len(own) > 10
+    assert len(own) >= 20
     assert all((ROOT / urllib.parse.unquote(link.partition("#")[0])).exists() for link in own)
     assert not [link for link in links if not re.match(r"https?://|#", link)]
 

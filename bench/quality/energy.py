@@ -27,10 +27,9 @@ from torch import Tensor, nn
 
 from bench.measure.machine import facts, output
 from bench.quality.recipes import OPTIONS, Method
-from bench.quality.texts import Texts, gather
+from bench.quality.runs import load
+from bench.quality.texts import Texts
 from bench.quality.train import Candidate, batches, evaluate, steps_per_epoch, train
-from mica.cli.demo import smollm2_gguf
-from mica.cli.loading import find_source, load_model, load_tokenizer
 
 GRADIENT, FULL, LORA = "gradient before training", "full fine-tuning", "LoRA, r = 16"
 # Rates at which the study's methods learn the new facts
@@ -115,10 +114,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--output", type=Path, default=output(), help="folder")
     args = parser.parse_args(argv)
     settings = {name: default for name, (default, _) in OPTIONS.items()}
-    source = find_source(str(smollm2_gguf()), False)
-    sizes = (settings[name] for name in ("people", "rounds", "length", "eval_blocks"))
-    texts = gather(load_tokenizer(source), *sizes)
-    base = load_model(source, "float32").requires_grad_(False)
+    base, texts = load(settings)
     plan = {name: method.facts() for name, method in TRAINED.items()}
     head = {"machine": facts(), "settings": settings, "texts": texts.about, "methods": plan}
     result = head | experiment(base, texts, settings["epochs"])

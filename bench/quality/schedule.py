@@ -80,10 +80,6 @@ def planned(result: dict) -> list[Planned]:
     return left or [one for one in more if one not in done]
 
 
-def next_run(result: dict) -> Planned | None:
-    return next(iter(planned(result)), None)
-
-
 def missing(result: dict) -> list[str]:
     """One sentence a method."""
     lines = []

@@ -12,6 +12,7 @@ AUTOCAST, AUTOCAST_FAST = "stock PEFT, autocast", "mica.fast, autocast"
 ATEN = "aten control"
 # Of host time: the driver returns at once from every launch.
 PYTORCH, KERNELS = "mica.fast, PyTorch form", "mica.fast, kernels with a driver that launches nothing"
+BY_DEFAULT = f"{KERNELS}, where they run by default"
 PYTORCH_16, KERNELS_16 = (f"{name}, adapters in the base dtype" for name in (PYTORCH, KERNELS))
 IN_GROUP = f"{KERNELS}, in a process group"
 MERGED = "adapter merged"

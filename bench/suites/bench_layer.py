@@ -242,7 +242,9 @@ def builds(cell: Cell, layer):
 def checked(cell: Cell, layer, name: str, build, truth) -> tuple[Form, dict[str, float]]:
     """The form, and its facts; raises where its results are wrong or came from another form."""
     form, limit = build(), RELATIVE[layer.x.dtype] if cell.forms else GATES[cell.dtype][0]
-    operator = "linear_kernels" if ON_ACCELERATOR and FORMS.get(name) != "aten" else "linear"
+    one_dtype, work = layer.x.dtype == torch.float32, layer.x.numel() * layer.weight.shape[0]
+    leaves_out = FORMS.get(name) == "aten" or (one_dtype and choose.is_host_bound(work))
+    operator = "linear" if leaves_out or not ON_ACCELERATOR else "linear_kernels"
     both = name in implementations(cell, NO_GRADIENT)
     with form.context():
         if cell.forms:  # the first call may have to try several configurations of a kernel

@@ -11,6 +11,7 @@ from pathlib import Path
 from peft import LoraConfig
 
 from mica.cli.adapt.adapter import adapted_layers, read_adapter_config
+from mica.fast.forward.eligibility import requests_mica
 
 RELEASES = {"PEFT": "0.19.1 and 0.21.2", "vLLM": "0.33.0", "SGLang": "0.5.23", "llama.cpp": "0b03ada"}
 
@@ -91,7 +92,7 @@ def traits(config: LoraConfig, layers: dict[str, tuple[int, int, int]]) -> dict[
     found = {
         "any": True,
         # Not of an adapter of parameters: its file says true, and MiCA in peft_version.
-        "mark": is_mica(config) and not config.target_parameters and _entries(init_lora_weights=True),
+        "mark": requests_mica(config) and not config.target_parameters and _entries(init_lora_weights=True),
         "rank": rank > 16 and next((most for most in _VLLM_RANKS if most >= rank), None),
         "huge rank": rank > _VLLM_RANKS[-1] and rank,
         "ranks": bool(ranks or alphas),
@@ -112,10 +113,6 @@ def traits(config: LoraConfig, layers: dict[str, tuple[int, int, int]]) -> dict[
         "changed base": isinstance(init, str) and init.lower() not in _PLAIN and init,
     }
     return {name: value for name, value in found.items() if value}
-
-
-def is_mica(config: LoraConfig) -> bool:
-    return str(config.init_lora_weights).lower() == "mica"
 
 
 def _entries(**entries) -> str:
@@ -145,7 +142,7 @@ def judge(folder: Path) -> dict:
         rows.append(
             {"server": server, "release": release, "serves": not refused, "text": text, "rules": rules}
         )
-    facts = {"folder": str(folder), "kind": "MiCA" if is_mica(config) else "LoRA", "rank": config.r}
+    facts = {"folder": str(folder), "kind": "MiCA" if requests_mica(config) else "LoRA", "rank": config.r}
     facts |= {"alpha": config.lora_alpha, "layers": len(layers), "base": config.base_model_name_or_path}
     return facts | {"servers": rows}
 

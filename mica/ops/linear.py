@@ -9,11 +9,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from mica.dtypes import SIXTEEN_BIT
 from mica.ops.checks import check_linear
 from mica.ops.operator import (
     as_matrix,
     autocast_to,
     below_autograd,
+    call_counts,
     is_eager,
     no_autocast,
     operator,
@@ -22,7 +24,7 @@ from mica.ops.operator import (
     saved,
     without_none,
 )
-from mica.paths import choose
+from mica.paths import choose, torch_path
 
 
 def mica_linear(
@@ -115,25 +117,14 @@ class _MicaLinear(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx,
-        run,
-        x,
-        weight,
-        lora_A,
-        lora_B,
-        scaling,
-        bias,
-        compute_dtype,
-        dropout_p=0.0,
-        seed=None,
-        grad_dtype=None,
+        ctx, run, x, weight, lora_A, lora_B, scaling, bias, dtype, dropout_p=0.0, seed=None, grad_dtype=None
     ):
         _, needs_x, _, needs_A = ctx.needs_input_grad[:4]
-        ctx.numbers = scaling, compute_dtype or x.dtype, dropout_p, grad_dtype
+        ctx.numbers = scaling, dtype or x.dtype, dropout_p, grad_dtype
         # x as it came: no fp32 copy, no h, no mask, and nothing that no gradient needs.
         ctx.save_for_backward(x if needs_A else None, weight if needs_x else None, lora_A, lora_B, seed)
         with below_autograd():
-            return run(x, weight, lora_A, lora_B, scaling, bias, compute_dtype, dropout_p, seed, grad_dtype)
+            return run(x, weight, lora_A, lora_B, scaling, bias, dtype, dropout_p, seed, grad_dtype)
 
     @staticmethod
     def backward(ctx, grad_output):
@@ -152,19 +143,9 @@ class _MicaLinear(torch.autograd.Function):
 
 
 def _cast(
-    device_type,
-    x,
-    weight,
-    lora_A,
-    lora_B,
-    scaling,
-    bias,
-    compute_dtype,
-    dropout_p=0.0,
-    seed=None,
-    grad_dtype=None,
+    kind, x, weight, lora_A, lora_B, scaling, bias, compute_dtype, dropout_p=0.0, seed=None, grad_dtype=None
 ):
-    x, weight, bias = (autocast_to(tensor, device_type) for tensor in (x, weight, bias))
+    x, weight, bias = (autocast_to(tensor, kind) for tensor in (x, weight, bias))
     return x, weight, lora_A, lora_B, scaling, bias, None, dropout_p, seed, x.dtype
 
 
@@ -195,22 +176,31 @@ def traced(x, weight, lora_A, lora_B, scaling, bias, compute_dtype) -> Tensor:
     return (y + F.linear(h, lora_B.to(h.dtype))).to(y.dtype)
 
 
-# Multiplications of a base product up to which autograd itself follows the formula in fp32 and fp64 on a CPU.
-# No Python runs in its backward, and the same tensors are saved; dx takes an addition more. Time relative to
-# the Function, AVX512, one thread: 16 x 64 x 64 0.91, 16 x 576 x 576 (2^22) 1.00, 1024 x 576 x 576 1.15. In a
-# Llama block of 64 / 128, whose code does not stay in the caches: 0.89 of stock PEFT's instead of 1.04.
+# Multiplications of a base product up to which autograd itself follows the formula in fp32 and fp64 on a CPU,
+# all operands of one dtype. No Python runs in its backward, and the same tensors are saved; dx takes an
+# addition more. Time relative to the Function, AVX512, one thread: 16 x 64 x 64 0.91, 16 x 576 x 576 (2^22)
+# 1.00, 1024 x 576 x 576 1.15. In a Llama block of 64 / 128, whose code does not stay in the caches: 0.89 of
+# stock PEFT's instead of 1.04.
 HOST_BOUND = 2**22
 
 
-def _is_host_bound(x: Tensor, lora_A: Tensor, out_features: int, compute_dtype: torch.dtype | None) -> bool:
-    dtype = x.dtype
-    return (
-        dtype in (torch.float32, torch.float64)
-        and x.is_cpu
-        and compute_dtype in (None, dtype)
-        and x.numel() * out_features <= HOST_BOUND
-        and not choose.use_kernels(x.device, lora_A.shape[0], *[dtype] * 4, function="linear")
-    )
+def _is_host_bound(x: Tensor, lora_A: Tensor, lora_B: Tensor, out_features: int, dtype) -> bool:
+    """``dtype``: as given for the low-rank products. On a device with kernels see `choose.is_host_bound`."""
+    own = x.dtype
+    if not (lora_A.dtype is lora_B.dtype is own and (dtype is None or dtype is own)):
+        return False
+    work = x.numel() * out_features
+    if not choose.is_host_bound(work):
+        return False
+    if x.is_cpu and own not in SIXTEEN_BIT and work <= HOST_BOUND:
+        return True
+    return choose.use_kernels(x.device, lora_A.shape[0], own, own, own, own, function="linear")
+
+
+def _composed(x, weight, lora_A, lora_B, scaling, bias) -> Tensor:
+    call_counts["linear"] += 1
+    y = torch_path.linear(as_matrix(x), weight, lora_A, lora_B, scaling, bias)
+    return y if x.dim() == 2 else y.view(*x.shape[:-1], weight.shape[0])
 
 
 def linear_eager(x, weight, lora_A, lora_B, scaling, bias, compute_dtype, autocast_dtype) -> Tensor:
@@ -218,13 +208,17 @@ def linear_eager(x, weight, lora_A, lora_B, scaling, bias, compute_dtype, autoca
 
     autocast_dtype: autocast's where it is on. What it casts is cast here, where autograd follows it.
     """
+    needs_gradient = torch.is_grad_enabled() and (lora_A.requires_grad or x.requires_grad)
     if autocast_dtype is not None:
         x, weight = x.to(autocast_dtype), weight.to(autocast_dtype)
         bias = None if bias is None else bias.to(autocast_dtype)
+    elif _is_host_bound(x, lora_A, lora_B, weight.shape[0], compute_dtype):
+        if needs_gradient:
+            return _composed(x, weight, lora_A, lora_B, scaling, bias)
+        with below_autograd():
+            return _composed(x, weight, lora_A, lora_B, scaling, bias)
     operands = x, weight, lora_A, lora_B, scaling, bias, compute_dtype
-    if torch.is_grad_enabled() and (lora_A.requires_grad or x.requires_grad):
-        if autocast_dtype is None and _is_host_bound(x, lora_A, weight.shape[0], compute_dtype):
-            return _linear(*operands)
+    if needs_gradient:
         with no_autocast():
             return _MicaLinear.apply(_linear, *operands, 0.0, None, autocast_dtype)
     with below_autograd(), no_autocast():

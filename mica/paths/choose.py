@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import torch
 
-from mica.kernels import runtime
+from mica.kernels import configs, runtime
 from mica.kernels.limits import DTYPES, MAX_RANK, names_of
 
 BACKENDS = ("auto", "triton", "reference")
@@ -59,6 +59,14 @@ def note_missed(
         warnings.warn(
             f"MiCA runs {what} on PyTorch's own operators in a CUDA graph on {device}: {error}", stacklevel=2
         )
+
+
+def is_host_bound(work: int) -> bool:
+    """Whether a layer of so many multiplications has no kernels, if its operands have one dtype.
+
+    With fp32 masters over 16-bit rows the casts would cost what is saved. Demanded kernels always run.
+    """
+    return work <= configs.HOST_BOUND and setting() not in ("triton", b"triton")
 
 
 def clear() -> None:

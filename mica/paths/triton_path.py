@@ -82,7 +82,7 @@ def linear(
 ) -> Tensor:
     """As `mica.paths.torch_path.linear`; NotImplemented where that is to run."""
     dtype, seed = compute_dtype or x.dtype, seed if dropout_p else None
-    form = _form("forward", x, lora_A.shape[0], dtype, dropout_p, x.stride(0), weight.shape[0])
+    form = _form("forward", x, lora_A, lora_B, dtype, dropout_p, weight.shape[0], x.stride(0))
     if form == "aten":
         return NotImplemented
     key = layout(x), layout(lora_A), lora_B.shape[0], scaling, dtype, dropout_p, fp32_setting()
@@ -118,8 +118,8 @@ def linear_backward(
     Kernels sum dA in fp32 and write it in the dtype of lora_A, whatever the ``grad_dtype``.
     """
     rank, in_features = lora_A.shape
-    row_strides = grad_output.stride(0), in_features if x is None else x.stride(0), in_features
-    form = _form("backward", grad_output, rank, compute_dtype, dropout_p, *row_strides)
+    strides = grad_output.stride(0), in_features if x is None else x.stride(0)
+    form = _form("backward", grad_output, lora_A, lora_B, compute_dtype, dropout_p, in_features, *strides)
     if form == "aten":
         return NotImplemented
     seed = seed if dropout_p else None
@@ -146,21 +146,27 @@ def linear_backward(
     return grad_x, grad_A
 
 
-def _form(part: str, x: Tensor, rank: int, dtype: torch.dtype, dropout_p: float, *row_strides: int) -> str:
-    """The form that the table has for this part of a layer, where the operands permit it."""
-    device = x.device
-    form = getattr(configs.forms_of(device_name(device), target_of(device), x.shape[0], rank), part)
-    if form == "aten" or are_narrow(*row_strides):
+def _form(part, rows, lora_A, lora_B, dtype, dropout_p, features, *row_strides) -> str:
+    """The form that the table has for this part of a layer, where the operands permit it.
+
+    The part makes ``features`` of these rows.
+    """
+    device, rank = rows.device, lora_A.shape[0]
+    form = getattr(configs.forms_of(device_name(device), target_of(device), rows.shape[0], rank), part)
+    if form == "aten" or are_narrow(features, *row_strides):
         if choose.requested() != "triton":
             return "aten"
         form = "split" if form == "aten" else form
+    has_one_dtype = lora_A.dtype is lora_B.dtype is rows.dtype is dtype
+    if has_one_dtype and not dropout_p and choose.is_host_bound(rows.numel() * features):
+        return "aten"
     if form == "mixed":
         # h and g as the kernels write them, without padding; the vendor's fp32 products use no tensor cores,
         # and a mask of x would be stored
-        suits = dtype is x.dtype and dtype.itemsize == 2 and not dropout_p and rank % 16 == 0
+        suits = dtype is rows.dtype and dtype.itemsize == 2 and not dropout_p and rank % 16 == 0
         return form if suits else "split"
     # at an address that 16 does not divide the fused kernels take all 255 registers of sm_80
-    return "split" if x.data_ptr() % 16 else form
+    return "split" if rows.data_ptr() % 16 else form
 
 
 @functools.cache

@@ -14,6 +14,7 @@ from mica.cli.adapt import embeddings
 from mica.cli.output import one_line
 from mica.cli.targets import Targets, features, find_targets, saved_parameters
 from mica.errors import UsageError
+from mica.fast.forward.eligibility import requests_mica
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 
@@ -112,7 +113,7 @@ def read_adapter_config(folder: Path, option: str = "--adapter", any_lora: bool 
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         what = f"is not that of a PEFT adapter: {one_line(error)}"
         raise UsageError(f"{option} {folder}: {CONFIG} {what}") from error
-    if kind != "LORA" or not (any_lora or str(config.init_lora_weights).lower() == "mica"):
+    if kind != "LORA" or not (any_lora or requests_mica(config)):
         found = kind if kind != "LORA" else f"LoRA with init_lora_weights={config.init_lora_weights!r}"
         raise UsageError(
             f"{option} {folder}: must be a {'LoRA' if any_lora else 'MiCA'} adapter, but is {found}"

@@ -2,6 +2,9 @@
 
 import json
 import math
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
 from statistics import mean
 
@@ -10,11 +13,10 @@ import torch
 from peft.tuners.lora import LoraLayer
 
 import mica.fast
-from bench.quality import __main__ as quality
-from bench.quality import energy
+from bench.quality import energy, runs
 from bench.quality import texts as sources
 from bench.quality.recipes import METHODS, RECIPES, Method
-from bench.quality.schedule import missing, rates_that_count
+from bench.quality.schedule import KNOWN, VALIDATION, missing, rates_that_count
 from bench.quality.store import resume, save
 from bench.quality.train import Candidate, batches, evaluate, probe_losses, train
 
@@ -24,6 +26,7 @@ SMALL = [  # ranks that a tiny model has
     for one in METHODS
     if one.rank not in (64, 128)
 ]
+LEARNED = dict.fromkeys((*KNOWN, VALIDATION), 1.0)
 
 
 @pytest.fixture(scope="module")
@@ -32,7 +35,7 @@ def begin(texts):
 
     def begin():
         head = {"machine": {"cpu": "a machine", "threads": 2}, "starts": [{"commit": "abc"}], "model": "tiny"}
-        result = quality.start(texts, SETTINGS | {"eval_blocks": 2}, **head)
+        result = runs.start(texts, SETTINGS | {"eval_blocks": 2}, **head)
         assert result["plan"].keys() == {one.name for one in METHODS}
         return result | {"plan": {one.name: one.facts() for one in SMALL}}
 
@@ -43,7 +46,7 @@ def begin(texts):
 def finished(base, texts, begin):
     """A whole experiment, which leaves the base model as it was; not to be changed."""
     result, before = begin(), {name: value.clone() for name, value in base.state_dict().items()}
-    quality.experiment(base, texts, result, lambda result: None)
+    runs.experiment(base, texts, result, lambda result: None)
     assert all(torch.equal(value, before[name]) for name, value in base.state_dict().items())
     return result
 
@@ -129,10 +132,10 @@ def test_a_killed_run_goes_on_to_the_same_result(base, texts, begin, finished, t
 
     for done in (3, 8):
         with pytest.raises(Killed):
-            quality.experiment(base, texts, result, keep)
+            runs.experiment(base, texts, result, keep)
         result = resume(path, begin())
         assert len(result["runs"]) == done
-    quality.experiment(base, texts, result, lambda result: save(path, result))
+    runs.experiment(base, texts, result, lambda result: save(path, result))
     assert untimed(json.loads(path.read_text())) == untimed(finished)
     assert len(result["starts"]) == 3
 
@@ -145,17 +148,47 @@ def test_the_budget_ends_before_a_run_that_would_not_fit(base, texts, begin, mon
         run = planned._asdict() | {"diverged": "made up", "points": [], "wall_seconds": 40.0}
         return result["plan"][planned.method], run
 
-    monkeypatch.setattr(quality, "measure", measure)
-    quality.experiment(base, texts, result, lambda result: None, 100, lambda: now[0])
+    monkeypatch.setattr(runs, "measure", measure)
+    runs.experiment(base, texts, result, lambda result: None, 100, lambda: now[0])
     assert len(result["runs"]) == 2  # the third would end at 120
     ended = capsys.readouterr().out.splitlines()[-1]
     assert ended == f"the budget is used up: no time for {SMALL[2].name}, rate {SMALL[2].rates[1]:g}"
 
 
+def test_a_pool_has_so_many_runs_at_once_and_the_seeds_wait_for_all_rates(base, texts, begin, monkeypatch):
+    """Runs end in another order than they began; the last of the first seeds is the slowest."""
+    under_way, most, seen, lock = set(), 0, [], threading.Lock()
+    slowest = (SMALL[-1].name, 0)
+
+    def measure(base, texts, result, one):
+        nonlocal most
+        with lock:
+            under_way.add(one)
+            most = max(most, len(under_way))
+            seen.append((one.method, one.seed))
+        time.sleep(0.2 if (one.method, one.seed) == slowest else 0.01)
+        with lock:
+            under_way.remove(one)
+        points = [{"step": 1, "evaluation": LEARNED}]
+        run = one._asdict() | {"diverged": None, "points": points, "seconds": [1.0], "losses": [1.0]}
+        return result["plan"][one.method], run | {"wall_seconds": 1.0}
+
+    monkeypatch.setattr(runs, "measure", measure)
+    monkeypatch.setattr(runs, "_loaded", [base, texts])
+    result, kept = begin() | {"base": dict.fromkeys(LEARNED, 2.0)}, []
+    with ThreadPoolExecutor(3) as pool:
+        runs.experiment(base, texts, result, lambda one: kept.append(len(one["runs"])), pool=pool, at_once=3)
+    assert most == 3
+    assert seen.index((SMALL[0].name, 1)) > seen.index(slowest)
+    assert sorted(seen) == sorted((one.name, seed) for one in SMALL for seed in (0, 1))
+    assert missing(result) == []
+    assert kept == [*range(1, len(seen) + 1)]
+
+
 def test_a_diverged_run_is_named_and_not_chosen(base, texts, begin):
     result = begin()
     result["plan"] = {"LoRA": Method("LoRA", "lora", "paper", (1e-3, 1e30), 4).facts()}
-    quality.experiment(base, texts, result, lambda result: None)
+    runs.experiment(base, texts, result, lambda result: None)
     json.dumps(result, allow_nan=False)
     (run,) = result["runs"]  # no further seed
     assert run["diverged"] == "loss on 'prose, validation' after step 2: nan"

@@ -9,7 +9,7 @@ import pytest
 from bench.measure.machine import ROOT
 from bench.quality import report
 from bench.quality.recipes import METHODS, RECIPES, STOPS
-from bench.quality.schedule import KNOWN, LIMITS, VALIDATION, chosen, missing, next_run, rates_that_count
+from bench.quality.schedule import KNOWN, LIMITS, VALIDATION, chosen, missing, planned, rates_that_count
 from bench.quality.store import resume, save
 from mica.cli.adapt import options
 from mica.errors import UsageError
@@ -57,12 +57,12 @@ def start(names, seeds=3):
 
 
 def run_all(result, outcome):
-    """``outcome(planned, share)`` -> (forgotten, learned) or None where it diverged. Returns the order."""
+    """``outcome(run, share)`` -> (forgotten, learned) or None where it diverged. Returns the order."""
     order = []
-    while planned := next_run(result):
-        order.append(planned)
-        points = [(round(4 * share), outcome(planned, share)) for share in STOPS]
-        run = planned._asdict() | {"diverged": None if points[-1][1] else "nan"}
+    while todo := planned(result):
+        order.append(todo[0])
+        points = [(round(4 * share), outcome(todo[0], share)) for share in STOPS]
+        run = todo[0]._asdict() | {"diverged": None if points[-1][1] else "nan"}
         run["points"] = [{"step": step, "evaluation": after(*of)} for step, of in points if of]
         result["runs"].append(run)
     return order

@@ -65,6 +65,7 @@ with torch.no_grad():
 """
 
 
+@pytest.mark.slow
 def test_plain_peft_computes_the_same(names, folder):
     """The page's Python where an import of this package fails, and the copy without its mark."""
     code = BLOCKS[0][1].replace("import mica.fast", "import sys; sys.modules['mica'] = None") + WITHOUT

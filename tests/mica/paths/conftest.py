@@ -20,6 +20,21 @@ def on_kernels(monkeypatch):
 
 
 @pytest.fixture
+def by_default(monkeypatch):
+    """``by_default(host_bound)``: kernels where nothing is demanded, for layers with more work than that."""
+
+    def by_default(host_bound: int = 0):
+        monkeypatch.setenv("MICA_BACKEND", "auto")
+        monkeypatch.setattr(choose.runtime, "is_interpreting", lambda: False)
+        monkeypatch.setattr(choose.runtime, "why_unavailable", lambda device: None)
+        monkeypatch.setattr(configs, "HOST_BOUND", host_bound)
+        choose.clear()
+        launching.clear()
+
+    return by_default
+
+
+@pytest.fixture
 def choose_form(monkeypatch):
     """``choose_form(forward, backward)``: as if these forms had been measured to be the fastest here."""
 

@@ -10,6 +10,7 @@ import triton
 from mica import ops
 from mica.kernels import launching, prepared_b
 from mica.ops import mica_down_projection, mica_linear
+from mica.ops.linear import linear_eager
 from mica.paths import choose, torch_path, triton_path
 from tests.support import expert_cases
 from tests.support.kernel_cases import BF16, DEVICE, FP16, FP32, LAYER_DTYPES, seed_of
@@ -83,6 +84,44 @@ def test_which_form_is_taken(choose_form, launched, forms, operands, kernels):
     p = operands()
     agree(run(p), solve(p), BF16)
     assert {name for name, _ in launched} == {name for form in kernels.split() for name in FORMS[form]}
+
+
+@pytest.mark.parametrize(
+    ("tokens", "adapter_dtype", "demanded", "kernels"),
+    [
+        (8, BF16, "auto", False),
+        (9, BF16, "auto", True),  # more work
+        (8, FP32, "auto", True),  # masters: dA is summed in fp32
+        (8, BF16, "triton", True),
+    ],
+)
+def test_a_layer_that_waits_for_its_host_has_no_kernels(
+    monkeypatch, by_default, launched, tokens, adapter_dtype, demanded, kernels
+):
+    """The operator, and what mica.fast calls, with a gradient (autograd follows the formula) and without."""
+    by_default(8 * 32 * 48)
+    monkeypatch.setenv("MICA_BACKEND", demanded)
+    p = dense((tokens,), 32, 48, 16, adapter_dtype=adapter_dtype)
+    expected = solve(p)
+    agree(run(p), expected, BF16)
+    assert bool(launched) == kernels
+    launched.clear()
+    x, lora_A = leaves(p)
+    operands = x, p.weight, lora_A, p.lora_B, p.scaling, p.bias, None, None
+    y = linear_eager(*operands)
+    assert ("MicaLinear" in type(y.grad_fn).__name__) == kernels
+    y.backward(p.grad_output)
+    agree({"y": y, "grad_x": x.grad, "grad_A": lora_A.grad}, expected, BF16)
+    with torch.no_grad():
+        agree({"y": linear_eager(*operands)}, expected, BF16)
+    assert bool(launched) == kernels
+
+
+def test_a_mask_is_never_computed_by_pytorch_where_a_layer_waits_for_its_host(by_default, launched):
+    by_default(2**40)
+    p, options = dense((8,), 32, 48, 16, adapter_dtype=BF16), {"dropout_p": 0.4, "seed": seed_of(77)}
+    agree(run(p, **options), solve(p, **options), BF16)
+    assert {name for name, _ in launched} == set(FORMS["split"])
 
 
 @pytest.mark.parametrize(
@@ -308,7 +347,7 @@ def fails(*args, **kwargs):
 
 
 @pytest.mark.parametrize("part", PARTS)
-def test_a_kernel_that_cannot_be_launched(monkeypatch, part):
+def test_a_kernel_that_cannot_be_launched(monkeypatch, by_default, part):
     """For example too much shared memory: an error where kernels are demanded, else it gives way.
 
     Raised before anything ran, so the operands are unchanged. What has other kernels, another rank or other
@@ -324,11 +363,7 @@ def test_a_kernel_that_cannot_be_launched(monkeypatch, part):
         assert all(map(torch.equal, tensors_of(operands), tensors_of(before)))
     monkeypatch.setenv("MICA_BACKEND", "reference")
     expected = run(p)
-    monkeypatch.setenv("MICA_BACKEND", "auto")
-    monkeypatch.setattr(choose.runtime, "is_interpreting", lambda: False)
-    monkeypatch.setattr(choose.runtime, "why_unavailable", lambda device: None)
-    choose.clear()
-    launching.clear()
+    by_default()
     with monkeypatch.context() as patch:
         patch.setattr(getattr(triton_path, part), "planned", fails)
         with pytest.warns(UserWarning, match="from here on: out of resource") as warned:

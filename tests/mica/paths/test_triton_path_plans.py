@@ -107,16 +107,13 @@ KERNELS = {"_down_projection_kernel": 2, "_up_projection_kernel": 2, "_grad_a_ke
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
-def test_a_kernel_that_a_capture_cannot_load_is_missed_once(monkeypatch, kernel):
+def test_a_kernel_that_a_capture_cannot_load_is_missed_once(monkeypatch, by_default, kernel):
     """The first of a formula's kernels or a later one: that call alone runs on the reference; one warning."""
     p = layer(in_features=48, out_features=32)
     p = on_device(replace(p, x=p.x.contiguous(), grad_output=p.grad_output.contiguous()))
     monkeypatch.setenv("MICA_BACKEND", "reference")
     expected = run(p)
-    monkeypatch.setenv("MICA_BACKEND", "auto")
-    monkeypatch.setattr(choose.runtime, "is_interpreting", lambda: False)
-    monkeypatch.setattr(choose.runtime, "why_unavailable", lambda device: None)
-    launching.clear()
+    by_default()
     ops.call_counts.clear()
     with monkeypatch.context() as capture, warnings.catch_warnings(record=True) as warned:
         warnings.simplefilter("always")

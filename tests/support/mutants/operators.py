@@ -26,16 +26,13 @@ OPERATORS = {
             ("scaling, dtype, dropout_p, fp32", "scaling, dtype, fp32"),
             ("dropout_p, fp32_setting()", "dropout_p"),
             ("seed if dropout_p else None", "None"),
-            ("x.stride(0), weight.shape[0])", "x.stride(0))"),
-            ("dropout_p, x.stride(0), weight", "dropout_p, weight"),
+            ("dropout_p, weight.shape[0], x", "dropout_p, 16, x"),
+            ("weight.shape[0], x.stride(0))", "weight.shape[0])"),
             ('form == "mixed"', "False"),
         ],
         "linear_backward": [
-            (
-                "grad_output.stride(0), in_features if x is None else x.stride(0), in_features",
-                "16, in_features",
-            ),
-            ("x.stride(0), in_features", "x.stride(0), 16"),
+            ("strides = grad_output.stride(0), in_features if x is None else x.stride(0)", "strides = (16,)"),
+            ("dropout_p, in_features, *strides)", "dropout_p, 16, *strides)"),
             (
                 "torch_path.grad_h(grad_output, lora_B, scaling, compute_dtype)",
                 "torch_path.grad_h(grad_output, lora_B, 1.0, compute_dtype)",
@@ -51,13 +48,15 @@ OPERATORS = {
             ("None, seed, dropout_p)", "None)"),
         ],
         "_form": [
-            ("or are_narrow(*row_strides)", ""),
+            ("has_one_dtype and not dropout_p and", "has_one_dtype and"),
+            ("has_one_dtype and not dropout_p and", "not dropout_p and"),
+            ("or are_narrow(features, *row_strides)", ""),
             ('choose.requested() != "triton"', "True"),
             ('"split" if form == "aten" else form', "form"),
             ("dtype.itemsize == 2 and", ""),
-            ("and not dropout_p and", "and"),
+            ("and not dropout_p and rank", "and rank"),
             ("and rank % 16 == 0", ""),
-            ('"split" if x.data_ptr() % 16 else form', "form"),
+            ('"split" if rows.data_ptr() % 16 else form', "form"),
         ],
         "_fused": [("and why_not_descriptor(x, w, target_of(x.device)) is None", "")],
         "down_projection_backward": [
@@ -67,6 +66,12 @@ OPERATORS = {
         ],
         "down_projection": [("as_operand(lora_A, x.shape[0], compute_dtype)", "lora_A")],
         "up_projection": [("y.new_empty(y.shape)", "y"), ("y.new_empty(y.shape)", "torch.empty_like(y)")],
+    },
+    ("mica/paths/choose.py", "tests/mica/paths/test_triton_path.py"): {
+        "is_host_bound": [
+            ("<= configs.HOST_BOUND", "< configs.HOST_BOUND"),
+            ('and setting() not in ("triton", b"triton")', ""),
+        ],
     },
     ("mica/paths/choose.py", "tests/mica/paths/test_choose.py"): {
         "_decide": [('reason and backend == "triton"', "False")],
@@ -89,8 +94,9 @@ OPERATORS = {
         "_MicaLinear.forward": [("if needs_x else None", "")],
         "_MicaLinear.backward": [("torch.is_grad_enabled() or", ""), ("or not is_eager(grad_output, x)", "")],
         "_cast": [("seed, x.dtype", "seed, None")],
-        "_is_host_bound": [("<= HOST_BOUND", "< HOST_BOUND"), ("and x.is_cpu", "")],
+        "_is_host_bound": [("<= HOST_BOUND", "< HOST_BOUND"), ("x.is_cpu and", "")],
         "linear_eager": [
+            ("with below_autograd():\n", "if True:\n"),
             ("(lora_A.requires_grad or x.requires_grad)", "lora_A.requires_grad"),
             ("with no_autocast():", "if True:"),
             ("below_autograd(), no_autocast()", "below_autograd()"),

@@ -102,6 +102,7 @@ def test_what_is_written(made):
         assert not torch.equal(after[IN], after[IN].bfloat16().float())
 
 
+@pytest.mark.slow
 def test_plain_peft_and_the_merged_model_give_its_logits(made, tmp_path):
     kind, base, run = made
     dtype = AutoModelForCausalLM.from_pretrained(base).dtype
