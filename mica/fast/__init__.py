@@ -37,11 +37,10 @@ __all__ = [
 def enable(
     *,
     compute_dtype: torch.dtype | None = None,
-    on_unsuitable: str = "raise",
+    on_unsuitable: _settings.OnUnsuitable = "raise",
     device: str | torch.device = "auto",
-    gate_up: str = "fused",
-    compile: str = "operator",
-    **unknown: object,
+    gate_up: _settings.GateUp = "fused",
+    compile: _settings.Compile = "operator",
 ) -> None:
     """Run MiCA adapters on this backend (the import does this; call it to change a setting).
 
@@ -68,12 +67,7 @@ def enable(
 
     Raises:
         ValueError: a value that is not one of these.
-        TypeError: another argument, ``group_projections`` of earlier versions too.
     """
-    for name in unknown:
-        gone = ": groups are gone, commit afecc55 is the last that has them"
-        said = gone if name == "group_projections" else ""
-        raise TypeError(f"enable() got an unexpected keyword argument {name!r}{said}")
     own = {"on_unsuitable": on_unsuitable, "device": device, "gate_up": gate_up, "compile": compile}
     _settings.change(compute_dtype=compute_dtype, **own)
     _settings.switch(patching.install())

@@ -9,14 +9,18 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Literal, get_args
 
 import torch
 
+OnUnsuitable = Literal["raise", "skip"]
+GateUp = Literal["fused", "halves"]
+Compile = Literal["operator", "plain"]
 ALLOWED = {
     "compute_dtype": (None, torch.float32),
-    "on_unsuitable": ("raise", "skip"),
-    "gate_up": ("fused", "halves"),
-    "compile": ("operator", "plain"),
+    "on_unsuitable": get_args(OnUnsuitable),
+    "gate_up": get_args(GateUp),
+    "compile": get_args(Compile),
 }
 
 
@@ -24,10 +28,10 @@ ALLOWED = {
 class Settings:
     enabled: bool = False  # written only by `switch`
     compute_dtype: torch.dtype | None = None
-    on_unsuitable: str = "raise"
+    on_unsuitable: OnUnsuitable = "raise"
     device: str | torch.device = "auto"
-    gate_up: str = "fused"
-    compile: str = "operator"
+    gate_up: GateUp = "fused"
+    compile: Compile = "operator"
 
 
 settings = Settings()

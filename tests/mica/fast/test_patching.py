@@ -165,12 +165,6 @@ def test_settings_are_checked_before_any_changes():
     assert (settings.gate_up, settings.device) == ("fused", "auto")
 
 
-@pytest.mark.parametrize("value", ["auto", True, False, None])
-def test_groups_of_projections_are_said_to_be_gone(value):
-    with pytest.raises(TypeError, match=r"^.* 'group_projections': groups are gone, commit \w{7} .*$"):
-        mica.fast.enable(group_projections=value)
-
-
 @pytest.mark.parametrize(
     ("change", "message"),
     [
