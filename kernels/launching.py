@@ -61,8 +61,8 @@ class Launch:
         with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
             if is_capturing(device) and not self._is_loaded():
                 raise NotLoadedError(
-                    "a kernel for this kind of call is not loaded, which it cannot be while a CUDA graph is "
-                    "captured: make the call once before the capture."
+                    "a kernel for this kind of call is not loaded yet, and none can be loaded while a CUDA "
+                    "graph is being captured: make such a call once before the capture."
                 )
             return self.kernel[self.grid](*self.args.values(), **self.meta, **self.options())
 
@@ -176,7 +176,7 @@ class PlannedCall(NamedTuple):
                     return out
             reason = cache.refused[form]
         name = self.launcher.__name__
-        raise LaunchError(f"the kernel {name} can be launched in none of its configurations: {reason}")
+        raise LaunchError(f"the kernel {name} cannot be launched in any of its configurations: {reason}")
 
 
 Planned = tuple[Sequence[Config], Callable[[Config], Plan]]

@@ -49,7 +49,7 @@ RULES: dict[str, dict[str, tuple[bool, str, str]]] = {
         "rsLoRA": (True, _SCALE, f"{_SGLANG}.__init__"),
         "ranks": (False, "ranks or alphas differ between layers", f"{_SGLANG}.__init__"),
         "pattern": (True, f"with {_COPY}", f"{_SGLANG_NAMES}normalized_target_modules"),
-        "whole modules": (False, "modules_to_save ({}) are left out unsaid", f"{_SGLANG}._process_weight"),
+        "whole modules": (False, "modules_to_save ({}) are silently left out", f"{_SGLANG}._process_weight"),
         "experts": (False, _STACKS, f"{_SGLANG_NAMES}target_module_name"),
         "unpaired": (False, "{}", f"{_SGLANG}.normalize_qkv_proj, normalize_gate_up_proj"),
         "other names": (True, "if its class takes LoRA on {}", f"{_SGLANG_NAMES}default_hidden_dim"),

@@ -17,8 +17,8 @@ def add_parser(commands) -> None:
         *(commands, "transfer", run),
         help="merge an adapter into the chat model of its base",
         description="Merge the update s·B·A of a MiCA adapter, trained on a base model, into another model "
-        "made from the same base, like its instruction-tuned one. Trains and computes nothing anew: B stays "
-        "that of the base. Writes a plain model with MODEL's tokenizer and chat template.",
+        "made from the same base, like its instruction-tuned one. Nothing is trained or computed again: "
+        "B stays that of the base. Writes a plain model with MODEL's tokenizer and chat template.",
     )
     add = parser.add_argument
     add("--adapter", required=True, type=Path, metavar="DIR", help="output folder of mica adapt")
@@ -59,7 +59,7 @@ def run(args: argparse.Namespace) -> int:
         if not source.is_gguf:
             their_config = load_config(source)
             if getattr(their_config, "quantization_config", None) is not None:
-                raise source.error("is quantised: give the checkpoint that it was made of")
+                raise source.error("is quantised: give the checkpoint it was made from")
             _check_architecture(args, config, their_config.model_type)
         tokenizer, agreement = _tokenizer(args, source, config)
         print(agreement)

@@ -51,7 +51,7 @@ def add_targets_to_tie(stock, self, peft_config, tied_weight_keys) -> None:
             )
         warnings.warn(  # a file from stock: its adapters are independent, and compute what they did
             f"the adapter was saved with ensure_weight_tying=True, but its MiCA adapters of {tied} are "
-            "independent of each other, and so they are loaded.",
+            "independent of each other, and are loaded as such.",
             stacklevel=3,
         )
     return stock(self, peft_config, tied_weight_keys)

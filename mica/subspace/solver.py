@@ -70,7 +70,7 @@ def warnings_about(result: MinorSubspace, name: str, strict: bool = True) -> lis
         )
     if strict and not result.certified:
         messages.append(
-            f"the minor subspace of {name} is not proven to be the minor one (method {result.method!r}, "
+            f"the minor subspace of {name} is not proven to be minor (method {result.method!r}, "
             f"energy at most {result.energy_excess:.1e} above the smallest possible)."
         )
     return messages

@@ -73,8 +73,10 @@ def check(args: argparse.Namespace, source: Source) -> PreTrainedConfig | None:
         if args.quantize is not None:
             raise UsageError(f"--quantize {args.quantize}: {given} already: leave --quantize out")
         if args.merge:
-            instead = "leave --merge out, or train on the checkpoint that it was made of, with --quantize"
-            raise UsageError(f"--merge: {given}, to whose few bits a sum cannot be rounded: {instead}")
+            instead = "leave --merge out, or train on the checkpoint it was made from, with --quantize"
+            raise UsageError(
+                f"--merge: {given}, and a merged sum cannot be rounded to so few bits: {instead}"
+            )
     if args.quantize is not None and not is_bitsandbytes_available():
         needs = "needs bitsandbytes and accelerate: pip install bitsandbytes"
         raise UsageError(f"--quantize {args.quantize}: {needs}")

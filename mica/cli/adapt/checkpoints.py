@@ -126,7 +126,9 @@ def to_resume(output: Path) -> Path:
         found.append(f"{path.name} is damaged ({name})")
     half = [f"{path.name} is incomplete" for path in folders(output)[-1:]]
     why = " and ".join(found or half or ["it has no checkpoint"])
-    raise UsageError(f"--resume: nothing to go on from in {output}: {why}; leave out --resume to start anew")
+    raise UsageError(
+        f"--resume: nothing to continue from in {output}: {why}; leave out --resume to start afresh"
+    )
 
 
 def check(checkpoint: Path, **settings: Any) -> None:
@@ -138,10 +140,10 @@ def check(checkpoint: Path, **settings: Any) -> None:
     changed = {name: value for name, value in settings.items() if found.get(name, value) != value}
     if changed:
         values = ", ".join(f"{name} {found[name]} (now {value})" for name, value in changed.items())
-        remedy = f"Go on with the same, or start anew from the checkpoint by --adapter {checkpoint}"
+        remedy = f"Continue with the same, or start afresh from the checkpoint by --adapter {checkpoint}"
         if fingerprint.BASE in changed:  # what B belongs to
-            remedy = "Put the base of the run back where --model is, or start anew"
-        what = f"{checkpoint.name} was written with {values}: it would be another training"
+            remedy = "Put the base of the run back where --model is, or start afresh"
+        what = f"{checkpoint.name} was written with {values}: continuing would be another training run"
         raise UsageError(f"--resume: {what}. {remedy}")
 
 
@@ -198,4 +200,4 @@ def saved(output: Path) -> str:
     checkpoint = latest(output)
     if checkpoint is None:
         return "nothing was saved"
-    return f"the last complete checkpoint is {checkpoint} (--resume goes on from it)"
+    return f"the last complete checkpoint is {checkpoint} (--resume continues from it)"

@@ -166,7 +166,7 @@ def _check(values: dict[str, object]) -> None:
         if values[name] and (missing := [OPTIONS[one].flag for one in needed if not values[one]]):
             raise UsageError(f"{OPTIONS[name].flag}: needs {' and '.join(missing)}")
     if values["embedding_learning_rate"] is not None and not values["train_embeddings"]:
-        raise UsageError("--embedding-learning-rate: there are none to train without --train-embeddings")
+        raise UsageError("--embedding-learning-rate: needs --train-embeddings")
     if values["resume"] and values["overwrite"]:
         raise UsageError("--resume and --overwrite: give one of them")
 

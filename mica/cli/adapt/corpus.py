@@ -72,9 +72,9 @@ class Corpus:
         if dearest.tokens_per_word <= DEAR:
             return None
         words = self.sequence_length / dearest.tokens_per_word
-        costs = f"costs {dearest.tokens_per_word:.1f} tokens a word (between spaces) with this tokenizer"
+        costs = f"takes {dearest.tokens_per_word:.1f} tokens per word (split at spaces) with this tokenizer"
         return (
-            f"--text {dearest.name} {costs}: a block holds about {words:,.0f} words. Usual are 1.3 to 1.5, "
+            f"--text {dearest.name} {costs}: a block holds about {words:,.0f} words. 1.3 to 1.5 is usual, "
             "more for code and scripts without spaces. --train-embeddings lets the model learn such tokens; "
             "the tokenizer stays as it is"
         )

@@ -71,7 +71,8 @@ def check_adapter(
         what = f"replaces whole modules, {', '.join(names)}, which are not the embeddings"
         raise UsageError(f"{option} {folder}: {what} of {model_option}, {' and '.join(found)}")
     if tied != _is_tied(found):
-        raise UsageError(f"{option} {folder}: its embeddings are {'' if tied else 'not '}tied, unlike there")
+        what = f"its embeddings are {'' if tied else 'not '}tied, unlike those of {model_option}"
+        raise UsageError(f"{option} {folder}: {what}")
     for name, weight in _saved(folder, found, option).items():
         if weight.shape != found[name].weight.shape:
             sizes = [" x ".join(map(str, each.shape)) for each in (weight, found[name].weight)]

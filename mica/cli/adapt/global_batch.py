@@ -37,7 +37,7 @@ def check(
         if reason := _reason(before, now, settings, divided, blocks, model):
             changed = zip(SHARES, before, now, strict=True)
             values = ", ".join(f"{name} {old} (now {new})" for name, old, new in changed if old != new)
-            again = f"Go on with the same, or start anew from it by --adapter {checkpoint}"
+            again = f"Continue with the same, or start afresh from it by --adapter {checkpoint}"
             raise UsageError(f"--resume: {checkpoint.name} was written with {values}: {reason}. {again}")
         same = {*SHARES} if divided else {*SHARES, "engine"}
         settings = {name: value for name, value in settings.items() if name not in same}
@@ -52,14 +52,14 @@ def _reason(before, now, settings, divided, blocks, model) -> str | None:
     dropout = settings["dropout"]
     random = f"--dropout {dropout:g}" if dropout else model and _random(model)
     if random:
-        return f"{random} would draw other masks, from one generator a process"
+        return f"{random} would draw different masks: each process has its own generator"
     if before[0] != now[0] and divided:
         return f"{divided[0]} divides the optimiser's state among the processes"
     used = [blocks - blocks % size for size in rounds] if blocks is not None else [1, 1]
     read = (settings["steps"] or math.inf) * steps[0]  # in all, which may be less than an epoch
     if (used[0] != used[1] and read > min(used)) or used[0] == 0:
         same = f": {' x '.join(SHARES[:2])} must be {rounds[0]} as before" * (rounds[0] != rounds[1])
-        return f"the last step of an epoch of {blocks} blocks would have other ones{same}"
+        return f"the last step of an epoch of {blocks} blocks would get different blocks{same}"
     return None
 
 

@@ -152,8 +152,8 @@ def _note_what_is_odd(args: argparse.Namespace) -> None:
     number = PartialState().num_processes
     if recorded and recorded != number:
         _note(
-            f"{args.config} is of a run on {recorded} processes, and this one has {number}: its batches of "
-            f"{args.batch_size} blocks a process are others, and so are its losses"
+            f"{args.config} comes from a run on {recorded} processes, and this one has {number}: its batches "
+            f"of {args.batch_size} blocks per process differ, and so will its losses"
         )
 
 

@@ -97,7 +97,7 @@ class Source:
         if isinstance(found, datasets.Dataset):
             return found
         if "train" not in found:
-            raise self.error(f"has no split 'train', but {', '.join(found)}")
+            raise self.error(f"has no split 'train', only {', '.join(found)}")
         return found["train"]
 
     def digest(self) -> str:
@@ -186,7 +186,7 @@ class Source:
                 what = f"contains chat messages (column '{name}'); mica adapt trains on plain text"
                 raise self.error(f"{what}. Render them with the chat template first", path)
         names = ", ".join(types)
-        raise self.error(f"has no column '{wanted[0]}', but {names}: name one by --text-field", path)
+        raise self.error(f"has no column '{wanted[0]}', only {names}: name one with --text-field", path)
 
 
 def _csv(path: Path) -> Iterator[dict[str, str]]:

@@ -72,9 +72,9 @@ def check(layer, name: str, rank: int) -> None:
     if _is_mislabelled(layer):
         raise UnsuitableLayerError(
             f"MiCA cannot start from {name}, because its experts are stored as (in_features, out_features) "
-            f"and their {type(layer.get_base_layer()).__name__} has no attribute `is_transposed`, so that "
-            "PEFT takes in for out: set is_transposed = True on these modules before an adapter is created "
-            "or loaded."
+            f"and their {type(layer.get_base_layer()).__name__} has no attribute `is_transposed`, so PEFT "
+            "mistakes in_features for out_features: set is_transposed = True on these modules before an "
+            "adapter is created or loaded."
         )
     if is_stack(layer) and layer.num_experts == 1 and not layer._did_swap_in_out_features:
         raise UnsuitableLayerError(

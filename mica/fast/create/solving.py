@@ -119,7 +119,7 @@ def check(adapter: NewAdapter) -> Tensor:
     if why and not tensor_parallel.is_gathered(base_layer):
         raise UnsuitableLayerError(
             f"MiCA needs the whole weight, but {name} {why}. Create the adapter before the model is sharded, "
-            "or load one that was."
+            "or load an adapter that was created before."
         )
     if why := quantised.why_not_read(layer):
         raise UnsuitableLayerError(f"MiCA cannot be initialised: {name} {why}")
@@ -246,7 +246,7 @@ def _solve(adapters: Sequence[NewAdapter], bar: tqdm) -> None:
     except ValueError as error:
         raise UnsuitableLayerError(f"MiCA cannot be initialised from {error}") from error
     for (_, first), *others in map(sorted, warned.values()):  # one warning for all experts of a layer
-        more = f" So it is for {len(others)} more of this layer's experts." if others else ""
+        more = f" The same holds for {len(others)} more of this layer's experts." if others else ""
         warnings.warn(first + more, stacklevel=2)
 
 

@@ -66,7 +66,7 @@ class OnOperators:
                 return path, "; ".join(filter(None, (refused, reason)))
             sizes = lora_A.shape[-1], others[0].shape[-2]
             if others[1:] and lora_A.dim() == 2 and choose.requested() != "triton" and are_narrow(*sizes):
-                return REFERENCE, "kernels need in_features and out_features that 16 divides"
+                return REFERENCE, "kernels need in_features and out_features divisible by 16"
         return KERNEL, reason
 
 

@@ -70,7 +70,7 @@ CASES = {
         {"modules_to_save": ["embed_tokens", "lm_head"]},
         {
             "vLLM": f"no: {WHOLE}",
-            "SGLang": f"no: {WHOLE} are left out unsaid",
+            "SGLang": f"no: {WHOLE} are silently left out",
             "llama.cpp": f"no: {WHOLE}",
         },
     ),

@@ -73,7 +73,7 @@ def test_null_directions_are_said_with_the_layer_s_name():
         wrap_holder(holder(weight))
     (text,) = {str(w.message) for w in caught if "null" in str(w.message)}
     assert text.startswith("1 of the 2 smallest singular values of layer 'experts.down_proj' expert 0")
-    assert text.endswith("So it is for 2 more of this layer's experts.")
+    assert text.endswith("The same holds for 2 more of this layer's experts.")
 
 
 @pytest.mark.parametrize(

@@ -48,7 +48,7 @@ INTERPRETED = "TRITON_INTERPRET=1, and interpreted kernels run only with MICA_BA
         ("triton", "kernel", ""),
         ("reference", "reference", "MICA_BACKEND=reference"),
         ("auto", "reference", INTERPRETED),
-        ("", "reference", "kernels need in_features and out_features that 16 divides"),
+        ("", "reference", "kernels need in_features and out_features divisible by 16"),
     ],
 )
 def test_the_backend_is_said_and_taken(monkeypatch, backend, path, reason):

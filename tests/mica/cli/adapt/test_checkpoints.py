@@ -137,7 +137,7 @@ def test_the_last_complete_ones_are_kept(tmp_path):
 
 
 def test_resume_without_a_checkpoint_is_refused(tmp_path):
-    message = r"--resume: nothing to go on from in .*it has no checkpoint; leave out --resume"
+    message = r"--resume: nothing to continue from in .*it has no checkpoint; leave out --resume"
     with pytest.raises(UsageError, match=message):
         checkpoints.to_resume(tmp_path)
     make(tmp_path, 3, marked=False)
@@ -152,5 +152,7 @@ def test_other_settings_are_refused(tmp_path):
     with pytest.raises(UsageError, match=message):
         checkpoints.check(folder, processes=1, batch_size=8)
     folder = make(tmp_path, 4, base_weights="1f")
-    with pytest.raises(UsageError, match=r"with base_weights 1f \(now 2e\): .* Put the base .* start anew$"):
+    with pytest.raises(
+        UsageError, match=r"with base_weights 1f \(now 2e\): .* Put the base .* start afresh$"
+    ):
         checkpoints.check(folder, base_weights="2e")

@@ -216,7 +216,7 @@ def test_16_bit_base():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ("--embedding-learning-rate 1e-4", "--embedding-learning-rate: there are none to train without"),
+        ("--embedding-learning-rate 1e-4", "--embedding-learning-rate: needs --train-embeddings"),
         ("--train-embeddings --target-modules q_proj,lm_head", "lm_head is trained as a whole by --train"),
         ("--train-embeddings --adapter ADAPTER", "--adapter does not have it; omit this option"),
     ],
@@ -247,7 +247,7 @@ def test_models_whose_embeddings_cannot_be_trained():
     [
         ({"modules_to_save": [OUT]}, {}, "replaces whole modules, lm_head, which are not the embeddings of"),
         ({"modules_to_save": [IN, OUT, "norm"]}, {}, "norm, which are not the embeddings of"),
-        ({}, {"tie_word_embeddings": True}, "its embeddings are not tied, unlike there"),
+        ({}, {"tie_word_embeddings": True}, "its embeddings are not tied, unlike those of {model_option}"),
         ({}, {"vocab_size": 260}, "embed_tokens was trained as 257 x 32, but in --model it has 260 x 32"),
     ],
 )
@@ -296,7 +296,7 @@ def test_transfer_adds_what_training_added(made, tmp_path, capsys):
 def test_text_that_costs_many_tokens():
     parts = [SimpleNamespace(name=name, tokens_per_word=cost) for name, cost in (("a", 2.0), ("b", 5.25))]
     told = corpus.Corpus.cost(SimpleNamespace(parts=parts, sequence_length=512))
-    assert told.startswith("--text b costs 5.2 tokens a word (between spaces) with this tokenizer: ")
+    assert told.startswith("--text b takes 5.2 tokens per word (split at spaces) with this tokenizer: ")
     assert "a block holds about 98 words" in told
     assert corpus.Corpus.cost(SimpleNamespace(parts=parts[:1], sequence_length=512)) is None
 

@@ -129,16 +129,16 @@ ON_TWO = {"processes": 2, "batch_size": 1, "engine": "MULTI_CPU"}
         (ON_TWO, None),
         ({"batch_size": 1, "gradient_accumulation_steps": 4}, None),
         ({**ON_TWO, "batch_size": 2}, "must be 4 as before, and is 8"),
-        ({**ON_TWO, "dropout": 0.1}, "--dropout 0.1 would draw other masks"),
+        ({**ON_TWO, "dropout": 0.1}, "--dropout 0.1 would draw different masks"),
         ({**ON_TWO, "engine": "FSDP"}, "FSDP divides the optimiser's state"),
         ({**ON_TWO, "data": "other"}, "checkpoint-3 was written with data here (now other)"),
         # 31 blocks: 30 in rounds of 2, 31 in rounds of 1, 28 of 4
-        ({"batch_size": 1, "gradient_accumulation_steps": 4, "blocks": 31}, "have other ones: processes x"),
+        ({"batch_size": 1, "gradient_accumulation_steps": 4, "blocks": 31}, "get different blocks: proc"),
         ({**ON_TWO, "batch_size": 2, "gradient_accumulation_steps": 1, "blocks": 31}, "must be 2 as before"),
         ({"batch_size": 1, "gradient_accumulation_steps": 4, "blocks": 33}, None),  # 32 in eight steps
         ({"batch_size": 1, "gradient_accumulation_steps": 4, "blocks": 33, "steps": None}, "be 2 as before"),
         ({**ON_TWO, "blocks": 31}, None),
-        ({**ON_TWO, "blocks": 1}, "would have other ones. Go on"),  # the second process gets it too
+        ({**ON_TWO, "blocks": 1}, "would get different blocks. Continue"),  # the second process gets it too
         ({**ON_TWO, "model": tiny_llama(attention_dropout=0.1)}, "the model's attention_dropout 0.1 would"),
         ({**ON_TWO, "model": tiny_gpt2()}, "the model's resid_pdrop 0.1 would"),
         ({**ON_TWO, "model": tiny_llama(classifier_dropout=0.1)}, None),
@@ -193,7 +193,7 @@ def test_the_command_goes_on_with_smaller_batches(model_dir, tmp_path, capsys):
     again += ["--gradient-accumulation-steps", 2]
     with patch.object(global_batch, "_random", lambda model: "the model's dice"):
         assert command(*again) == 2
-    assert "the model's dice would draw other masks" in capsys.readouterr().err
+    assert "the model's dice would draw different masks" in capsys.readouterr().err
     assert (output / "run.yaml").read_bytes() == written
     assert command(*again) == 0
     run_yaml = yaml.safe_load((output / "run.yaml").read_text())

@@ -127,7 +127,11 @@ def test_resume_after_run_yaml_was_edited_is_refused(paper, tmp_path, capsys):
     output = unfinished(paper, tmp_path / "out")
     changes = [("learning_rate: 0.02", "learning_rate: 0.5"), ("seed: 0", "seed: 1")]
     edit(output / "run.yaml", *changes, ("log_steps: 3", "log_steps: 4"))  # the last may change
-    refused(capsys, output, "with learning_rate 0.02 (now 0.5), seed 0 (now 1): it would be another training")
+    refused(
+        capsys,
+        output,
+        "with learning_rate 0.02 (now 0.5), seed 0 (now 1): continuing would be another training run",
+    )
     edit(output / "run.yaml", *((new, old) for old, new in changes))
     assert resume(output) == 0
     assert same(weights(paper), weights(output))

@@ -324,7 +324,7 @@ def test_what_cannot_be_written_leaves_the_checkpoint_before(tmp_path, monkeypat
     reason = "Permission denied" if error is DENIED else "No space left on device"
     assert str(raised.value) == (
         f"--output {tmp_path}: {what} cannot be written: {reason}; the last complete checkpoint is "
-        f"{tmp_path}/checkpoint-{step} (--resume goes on from it)"
+        f"{tmp_path}/checkpoint-{step} (--resume continues from it)"
     )
     assert checkpoints.step(checkpoints.folders(tmp_path)[-1]) == step
 
@@ -338,7 +338,11 @@ def test_an_error_that_is_not_about_writing_keeps_its_traceback(tmp_path, monkey
 @pytest.mark.parametrize(
     ("step", "saved", "what"),
     [
-        (7, "the last complete checkpoint is {}/checkpoint-5 (--resume goes on from it)", "a trained weight"),
+        (
+            7,
+            "the last complete checkpoint is {}/checkpoint-5 (--resume continues from it)",
+            "a trained weight",
+        ),
         (5, "nothing was saved", "a trained weight"),  # in the very step that saves
         (6, "the last complete checkpoint is {}/checkpoint-5", "the training loss is not finite (nan)"),
     ],

@@ -196,7 +196,7 @@ def test_a_best_step_that_is_damaged_or_gone(scripted, tmp_path):
     for found in (flaw, "checkpoint-4 with the best step is missing or incomplete"):
         with pytest.raises(UsageError) as raised:
             run(args)
-        saved = f"the last complete checkpoint is {tmp_path}/checkpoint-10 (--resume goes on from it)"
+        saved = f"the last complete checkpoint is {tmp_path}/checkpoint-10 (--resume continues from it)"
         assert str(raised.value) == f"--keep-best: {found}; {saved}; {remedy}"
         assert not (tmp_path / "adapter_model.safetensors").exists()
         file.unlink(missing_ok=True)
