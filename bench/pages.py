@@ -35,7 +35,6 @@ OLD_EPYC = "amd-epyc-2-threads/2026-11-25"
 ONE_THREAD = "intel-xeon-processor-1-threads/2026-11-25-subspace"
 EPYC = "amd-epyc-avx512-bf16-2-threads/2026-11-26"
 LATEST = "amd-epyc-avx512-bf16-2-threads/2026-11-27"
-UNGROUPED = f"{FAST}, ungrouped"  # mica.fast in blocks of results that also have groups of projections
 Rows = Iterator[list[str]]
 
 
@@ -84,34 +83,33 @@ def measured() -> Rows:
         ("`get_peft_model`, SmolLM2-135M, fp32", "initialisation", (1, 1), 1),
         ("`PeftModel.from_pretrained`, fp32", "loading", (1, 2), 0),
     ):
-        group = only(XEON, suite=suite)
+        group = only(f"{LATEST}-adapter", suite=suite)
         pairs = zip((STOCK, FAST), decimals, strict=True)
         times = [f"{group.timings[name].median:.{n}f} s" for name, n in pairs]
         yield [label, *times, speedup(group.ratio(FAST, STOCK), digits)]
-    for model, label in (
-        ("Llama-3.2-1B", "decoder block of {}, bf16, {} tokens, relative to the bare frozen block"),
-        *((name, "the same of {}, {} tokens") for name in ("Llama-3.1-8B", "Qwen2.5-0.5B", "GPT-2")),
-    ):
-        group = only(XEON, suite="block", model=model)
-        label = label.format(model, group.axes["tokens"])
-        overheads = [f"{group.ratio(name, BARE).median:.2f}×" for name in (STOCK, UNGROUPED)]
-        yield [label, *overheads, speedup(group.ratio(UNGROUPED, STOCK))]
-    for dtype, short, most in (("bfloat16", "bf16", 8192), ("float32", "fp32", 4096)):
-        cells = [one for one in layers(XEON, dtype, BOTH) if one.axes["tokens"] >= 256]
+    label = "decoder block of {}, bf16, {} tokens, relative to the bare frozen block"
+    for group in result(LATEST).select(suite="block"):
+        overheads = [f"{group.ratio(name, BARE).median:.2f}×" for name in (STOCK, FAST)]
+        named = label.format(group.axes["model"], group.axes["tokens"])
+        yield [named, *overheads, speedup(group.ratio(FAST, STOCK))]
+        label = "the same of {}, {} tokens"
+    for dtype, short in (("bfloat16", "bf16"), ("float32", "fp32")):
+        cells = [one for one in layers(LATEST, dtype, BOTH) if one.axes["tokens"] >= 256]
         ratios = [one.ratio(FAST, STOCK) for one in cells]
-        middle = f", median {median(1 / one.median for one in ratios):.2f}×" if short == "bf16" else ""
-        assert max(one.axes["tokens"] for one in cells) == most
-        label = f"{len(ratios)} linear layers, {short}, 256 to {most} tokens"
-        yield [label, "", "", span(ratios) + middle]
-    for dtype, label in (
-        ("bfloat16", "saved for the backward pass of a step, SmolLM2-135M, bf16, 1024 tokens"),
-        ("float32", "the same, fp32, 512 tokens"),
-    ):
-        timings = only(XEON, suite="step", dtype=dtype).timings
-        bare, stock, fast = (timings[name].facts["saved_mb"] for name in (BARE, STOCK, FAST))
+        middle = f", median {median(1 / one.median for one in ratios):.2f}×"
+        most = max(one.axes["tokens"] for one in cells)
+        yield [f"{len(ratios)} linear layers, {short}, 256 to {most} tokens", "", "", span(ratios) + middle]
+    label = "saved for the backward pass of a step, SmolLM2-135M, {}, {} tokens"
+    for group in result(LATEST).select(suite="step"):
+        short = {"bfloat16": "bf16", "float32": "fp32"}[group.axes["dtype"]]
+        bare, stock, fast = (group.timings[name].facts["saved_mb"] for name in (BARE, STOCK, FAST))
         less = f"{stock - fast:.0f} MB less" if stock - fast >= 1 else "**none**: there is no copy to avoid"
-        yield [f"{label} (bare model: {bare:.0f} MB)", f"{stock:.0f} MB", f"{fast:.0f} MB", less]
-    merge = only(XEON, suite="merge")
+        what = label.format(
+            f"{short}, {group.axes['how']}" if "how" in group.axes else short, group.axes["tokens"]
+        )
+        yield [f"{what} (bare model: {bare:.0f} MB)", f"{stock:.0f} MB", f"{fast:.0f} MB", less]
+        label = "the same, {}, {} tokens"
+    merge = only(f"{LATEST}-adapter", suite="merge")
     slower = merge.ratio(FAST, STOCK)
     slower = f"**{slower.median:.1f}× slower** ({slower.low:.1f}–{slower.high:.1f}): it is exact"
     yield ["merge + unmerge, bf16", "", "", slower]
@@ -124,39 +122,35 @@ def headline() -> Rows:
     header, *rows = measured()
     yield header
     for label, *cells in rows:
-        if label.startswith(("`", "decoder block", "22 linear", "saved")):
+        if label.startswith(("`", "decoder block", "saved")) or "linear layers, bf16" in label:
             yield [label.partition(" (bare model")[0], *cells]
 
 
 STEPS = {  # result -> what ran, where
-    f"{XEON}-step": "Xeon with AMX, 2 × 512 tokens, in a process of its own",
+    LATEST: "an AMD EPYC with AVX512-BF16, 1 × 512 tokens",
+    f"{XEON}-step": "Xeon with AMX, 2 × 512 tokens, an earlier commit, in a process of its own",
     f"{XEON}-before": "the same, after the other suites",
-    XEON: "the same in another run",
+    XEON: "the same, in another run",
     OLD: "an older Xeon, an earlier commit",
     OLD_EPYC: "an AMD EPYC, an earlier commit",
     f"{OLD}-step": "a Xeon with AVX512-BF16, an earlier commit",
 }
 
 
-LAST_STEP = "an AMD EPYC with AVX512-BF16, 1 × 512 tokens, 2026-11-27"
-
-
-def step(name: str) -> Group:
-    (group,) = (
-        one for one in result(name).groups if re.fullmatch(r"training step, (.*, )?bfloat16", one.name)
-    )
-    return group
+def bf16_steps(name: str) -> list[Group]:
+    """That under autocast, if it is there, is the last."""
+    pattern = r"training step( of [^,]*)?, (.*, )?bfloat16(, .*)?"
+    return [one for one in result(name).groups if re.fullmatch(pattern, one.name)]
 
 
 def steps() -> Rows:
     yield ["", "stock PEFT ÷ bare", "mica.fast ÷ bare", "speedup"]
-    of_others = [(name, where, step(name)) for name, where in STEPS.items()]
-    own = f"{LATEST}-autocast"
-    for name, where, group in of_others + [(own, LAST_STEP, one) for one in result(own).select(suite="step")]:
+    for name, where in STEPS.items():
         kind = "md" if (RESULTS / f"{name}.md").exists() else "json"
-        ratios = [f"{group.ratio(one, BARE).median:.2f}×" for one in (STOCK, FAST)]
-        how = f", under {group.axes['how']}" if "how" in group.axes else ""
-        yield [f"[{where}](results/{name}.{kind}){how}", *ratios, speedup(group.ratio(FAST, STOCK))]
+        for group in bf16_steps(name):
+            ratios = [f"{group.ratio(one, BARE).median:.2f}×" for one in (STOCK, FAST)]
+            how = f", under {group.axes['how']}" if "how" in group.axes else ""
+            yield [f"[{where}](results/{name}.{kind}){how}", *ratios, speedup(group.ratio(FAST, STOCK))]
 
 
 def layers_compared() -> Rows:
@@ -171,7 +165,7 @@ def layers_compared() -> Rows:
             for what, is_few in (("from 256 tokens", False), ("fewer tokens", True)):
                 cells = [
                     (one.ratio(FAST, baseline), one.axes)
-                    for one in layers(f"{EPYC}-host", dtype, BOTH, NO_GRADIENT)
+                    for one in layers(LATEST, dtype, BOTH, NO_GRADIENT)
                     if baseline in one.timings and (one.axes["tokens"] < 256) == is_few
                 ]
                 if cells:
@@ -191,16 +185,22 @@ def _slower(cells: list[tuple[Ratio, dict]]) -> str:
 
 
 def host() -> Rows:
-    yield ["fp32 / bf16 / bf16 under autocast", "PyTorch form", "kernels", "kernels, in a process group"]
+    columns = {
+        "PyTorch form": names.PYTORCH,
+        "kernels": names.KERNELS,
+        "kernels, in a process group": names.IN_GROUP,
+        "kernels, where they run by default (fp32)": names.BY_DEFAULT,
+    }
+    yield ["fp32 / bf16 / bf16 under autocast", *columns]
     for label, suite, call in (
         ("a layer, forward without gradient", "host layer", NO_GRADIENT),
         ("a layer, forward + backward", "host layer", BOTH),
         ("a Llama block (64 / 128), forward without gradient", "host block", NO_GRADIENT),
         ("the same, forward + backward", "host block", BOTH),
     ):
-        groups = [*result(f"{LATEST}-host").select(suite=suite, call=call)]
+        groups = [*result(LATEST).select(suite=suite, call=call)]
         cells = []
-        for name in (names.PYTORCH, names.KERNELS, names.IN_GROUP):
+        for name in columns.values():
             ratios = [f"{as_stock(group, name).median:.2f}" for group in groups if name in group.timings]
             cells.append(" / ".join(ratios))
         yield [label, *cells]
