@@ -58,6 +58,11 @@ def words():
     ]
     assert 0.95 < median(told) < 1.05
     yield main, "told to keep its adapters in bf16 a layer is about even"
+    shape = {"dtype": "bfloat16", "tokens": 1024, "out": 2048, "rank": 16, "pass": names.BOTH}
+    layer = pages.only(pages.LATEST, "layer", **shape)
+    ways = (names.COMPILED, names.COMPILED_FAST, names.COMPILED_PLAIN)
+    text = "compiled {} of its time without the compiler, the operator {}, the plain products {}"
+    yield "mica/fast/README.md", text.format(*(pages.shown(layer.ratio(way, STOCK)) for way in ways))
     ratio = pages.only(f"{pages.EPYC}-experts", suite="experts", out=2048).ratio(FAST, LORA).median
     yield main, f"[{ratio:.2f} times the time](bench/README.md#experts)"
     corpus = pages.raw(f"{pages.EPYC}-corpus")
