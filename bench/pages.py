@@ -284,29 +284,6 @@ def energy() -> list[list[str]]:
     return rows(raw(f"{LATEST}-energy"))
 
 
-def _tables(report: str, *titles: str) -> list[list[list[str]]]:
-    """Of a report, which the code that made the result wrote beside it: title -> rows of cells."""
-    text = (RESULTS / f"{report}.md").read_text(encoding="utf-8")
-    tables = (text.partition(f"### {title}\n\n")[2].partition("\n\n")[0].splitlines() for title in titles)
-    lines = ([line.removeprefix("|").removesuffix("|") for line in rows] for rows in tables)
-    return [
-        [[cell.strip() for cell in line.split("|")] for line in rows if "---" not in line] for rows in lines
-    ]
-
-
-def quality_rates() -> Rows:
-    tables = _tables(f"{EPYC}-quality-paper", "Learned", "Forgotten")
-    for (name, _, among, right, _, prose), (_, _, reference, known, _) in zip(*tables, strict=True):
-        yield [name, right, among, prose, reference, known]
-
-
-def quality_earlier() -> Rows:
-    learned, forgotten, cost = _tables(f"{XEON}-quality", "Learned", "Forgotten", "Cost")
-    cost.insert(1, [""] * len(cost[0]))  # it has no row "before"
-    for (name, _, right, _, prose), (*_, known, _), spent in zip(learned, forgotten, cost, strict=True):
-        yield [name, spent[2], right, prose, known, spent[6]]
-
-
 def subspaces() -> Rows:
     ours = "minor_subspace, r = {}".format
     runs = {
@@ -372,7 +349,7 @@ MADE = (
     quality,
     energy,
 )
-MADE += (quality_rates, quality_earlier, subspaces, modelled, forms, stack)
+MADE += (subspaces, modelled, forms, stack)
 TABLES = {one.__name__.replace("_", "-"): one for one in MADE}
 
 
