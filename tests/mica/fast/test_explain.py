@@ -14,6 +14,7 @@ from torch import nn
 
 import mica.fast
 from mica.fast.explain import REMEDIES, patterns, replaced_by
+from mica.kernels import configs
 from mica.paths import choose
 from tests.support import axolotl_style
 from tests.support.models import TARGETS, net, tiny_llama, wrap
@@ -56,6 +57,7 @@ def test_the_backend_is_said_and_taken(monkeypatch, backend, path, reason):
     if not backend:  # as on a GPU
         monkeypatch.setattr(choose, "why_not_kernels", lambda *args, **kwargs: None)
         monkeypatch.setattr(choose, "_verdicts", {})
+        monkeypatch.setattr(configs, "HOST_BOUND", 0)
         even = wrap(nn.Sequential(nn.Linear(32, 48)), targets=["0"])
         assert mica.fast.explain(even).counts() == {"kernel": 1}
     model = net()

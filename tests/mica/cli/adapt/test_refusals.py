@@ -273,7 +273,7 @@ BAD_STRINGS = {
     "model": ("./nowhere", "no such file or folder"),
     "adapter": ("nowhere", "no such folder"),
     "text": ("./nowhere.txt", "no such file or folder"),
-    "text_field": ("body", "has no column 'body', but text: name one by"),
+    "text_field": ("body", "has no column 'body', only text: name one with"),
     "dataset_config": ("small", "no source is a dataset on the Hub"),
     "held_out_text": ("./nowhere.csv", "no such file or folder"),
     "retain": ("./nowhere.parquet", "no such file or folder"),

@@ -79,7 +79,7 @@ def test_odd_settings_are_noted(paper, tmp_path, capsys, monkeypatch):
     notes = [line for line in capsys.readouterr().err.splitlines() if "note: " in line]
     assert len(notes) == 2
     assert "note: --learning-rate 0.2: very high" in notes[0]
-    assert "run.yaml is of a run on 4 processes, and this one has 1: its batches of 2 blocks" in notes[1]
+    assert "run.yaml comes from a run on 4 processes, and this one has 1: its batches of 2 blocks" in notes[1]
 
 
 def refused(capsys, output: Path, *parts: object) -> None:

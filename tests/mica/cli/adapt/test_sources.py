@@ -111,11 +111,11 @@ CONTENTS = [  # name, bytes or rows, column, what the line says
     ("a.jsonl", b'{"text": "a"}\n["b"]\n', None, "every row must be an object, not list"),
     ("a.jsonl", b'{"text": "a"}\n{"text": "\xff"}\n', None, "not UTF-8 text: invalid start byte, 0xff"),
     ("a.jsonl", b'{"messages": []}\n', None, "contains chat messages (column 'messages'); mica adapt trains"),
-    ("a.jsonl", b'{"a": "", "b": ""}\n', None, "has no column 'text', but a, b: name one by --text-field"),
-    ("a.jsonl", b'{"title": "a"}\n', "body", "has no column 'body', but title: name one by --text-field"),
+    ("a.jsonl", b'{"a": "", "b": ""}\n', None, "has no column 'text', only a, b: name one with --text-field"),
+    ("a.jsonl", b'{"title": "a"}\n', "body", "has no column 'body', only title: name one with --text-field"),
     ("a.json", b'[{"text": "a"}, {"text": 1}]', None, "row 2: column 'text' is int"),
     ("a.json", b'[{"text": "a"},\n{"text" 1}]', None, "line 2 is not JSON"),
-    ("a.csv", b"title,body\na,b\n", None, "has no column 'text', but title, body"),
+    ("a.csv", b"title,body\na,b\n", None, "has no column 'text', only title, body"),
     ("a.csv", b"text,n\na,1\nb,2,3,4\n", None, "cannot be read: Error tokenizing data"),
     ("a.csv", b"text,n\na,1\n\xff,2\n", None, "not UTF-8 text: invalid start byte, 0xff"),
     ("a.txt", b"abc" * 2**19 + "ä".encode()[:1], None, "not UTF-8 text: unexpected end of data, 0xc3"),
@@ -177,7 +177,7 @@ def test_datasets_that_cannot_be_had(tmp_path, monkeypatch):
         read("nobody/nothing")
     assert "\n" not in str(caught.value)
     datasets.DatasetDict(test=datasets.Dataset.from_list(ROWS)).save_to_disk("saved")
-    with pytest.raises(UsageError, match="--text saved: has no split 'train', but test"):
+    with pytest.raises(UsageError, match="--text saved: has no split 'train', only test"):
         read("saved")
     (tmp_path / "saved" / "dataset_dict.json").write_text(json.dumps({"splits": ["train"]}), encoding="utf-8")
     with pytest.raises(UsageError, match="--text saved: cannot be loaded"):
