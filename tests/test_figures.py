@@ -76,6 +76,23 @@ def words():
     yield bench, "Eight epochs of eight steps, the same batches for all."
     assert len(STOPS) == 3
     yield bench, "measured at three stops of each training"
+    study = pages.raw(f"{pages.LATEST}-trade-off")
+    rates = sum(len(method["rates"]) for method in study["plan"].values())
+    yield bench, f"{sum(run['seed'] == 0 for run in study['runs'])} of {rates} first trainings, one seed"
+    lines = [line.strip("| ").split(" | ") for line in pages.quality().splitlines()]
+    right = {name: cells for name, *cells in lines}
+    cells = *right["frozen random B, r = 16"][:3], *right["MiCA, r = 16"][:3]
+    text = "rank 16 answers {}, {} and {} % at 0.1, 0.25 and 0.5 nats, MiCA's {}, {} and {} %"
+    yield bench, text.format(*cells)
+    cells = *right["MiCA, r = 64"][1:4], *right["LoRA, r = 32"][1:4]
+    text = "answers {}, {} and {} % at 0.25, 0.5 and 1 nats, LoRA {}, {} and {} %"
+    yield bench, text.format(*cells)
+    sizes = [study["methods"][name]["trained_parameters"] / 1e6 for name in ("MiCA, r = 64", "LoRA, r = 32")]
+    yield bench, "({:.1f} and {:.1f} million)".format(*sizes)
+    full = right["full fine-tuning"][1:]
+    by_limit = zip(*(right[name][1:] for name in study["plan"]), strict=True)
+    assert [max(cells, key=float) for cells in by_limit] == full
+    yield bench, f"learned most from 0.25 nats on: {full[0]} to {full[-1]} %"
     energy = next(one for one in pages.energy() if one[:2] == ["full fine-tuning", "smallest"])[2:]
     assert all(0.9 < float(value) < 2.1 for value in energy)
     yield bench, "the updates of both methods are spread almost evenly over all directions"

@@ -197,7 +197,7 @@ def _is_host_bound(x: Tensor, lora_A: Tensor, lora_B: Tensor, out_features: int,
     return choose.use_kernels(x.device, lora_A.shape[0], own, own, own, own, function="linear")
 
 
-def _composed(x, weight, lora_A, lora_B, scaling, bias) -> Tensor:
+def composed(x, weight, lora_A, lora_B, scaling, bias) -> Tensor:
     call_counts["linear"] += 1
     y = torch_path.linear(as_matrix(x), weight, lora_A, lora_B, scaling, bias)
     return y if x.dim() == 2 else y.view(*x.shape[:-1], weight.shape[0])
@@ -214,9 +214,9 @@ def linear_eager(x, weight, lora_A, lora_B, scaling, bias, compute_dtype, autoca
         bias = None if bias is None else bias.to(autocast_dtype)
     elif _is_host_bound(x, lora_A, lora_B, weight.shape[0], compute_dtype):
         if needs_gradient:
-            return _composed(x, weight, lora_A, lora_B, scaling, bias)
+            return composed(x, weight, lora_A, lora_B, scaling, bias)
         with below_autograd():
-            return _composed(x, weight, lora_A, lora_B, scaling, bias)
+            return composed(x, weight, lora_A, lora_B, scaling, bias)
     operands = x, weight, lora_A, lora_B, scaling, bias, compute_dtype
     if needs_gradient:
         with no_autocast():

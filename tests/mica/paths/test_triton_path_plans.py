@@ -145,5 +145,5 @@ def test_where_a_capture_cannot_run_the_reference_the_reason_is_raised(monkeypat
         "triton": lambda: run(p),
         "auto": lambda: ops.mica_experts_linear(p.x, torch.tensor([6], device=p.x.device), *stacks),
     }
-    with pytest.raises(triton_path.NotLoadedError, match="make the call once before the capture"):
+    with pytest.raises(triton_path.NotLoadedError, match="make such a call once before the capture"):
         calls[demanded]()

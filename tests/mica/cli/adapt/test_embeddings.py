@@ -247,7 +247,7 @@ def test_models_whose_embeddings_cannot_be_trained():
     [
         ({"modules_to_save": [OUT]}, {}, "replaces whole modules, lm_head, which are not the embeddings of"),
         ({"modules_to_save": [IN, OUT, "norm"]}, {}, "norm, which are not the embeddings of"),
-        ({}, {"tie_word_embeddings": True}, "its embeddings are not tied, unlike those of {model_option}"),
+        ({}, {"tie_word_embeddings": True}, "its embeddings are not tied, unlike those of --model"),
         ({}, {"vocab_size": 260}, "embed_tokens was trained as 257 x 32, but in --model it has 260 x 32"),
     ],
 )

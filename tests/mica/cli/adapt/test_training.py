@@ -251,11 +251,11 @@ def test_other_batches_are_refused(unbroken, tmp_path, monkeypatch):
     for changed, message in (
         (
             {"seed": 2, "learning_rate": 0.5, "save_steps": 3},
-            r"learning_rate 0.005 \(now 0.5\), seed 0 \(now 2\): it",
+            r"learning_rate 0.005 \(now 0.5\), seed 0 \(now 2\): continuing",
         ),
         (
             {"batch_size": 2},
-            r"with batch_size 4 \(now 2\): .* must be 4 as before, and is 2\. Go on with the same",
+            r"with batch_size 4 \(now 2\): .* must be 4 as before, and is 2\. Continue with the same",
         ),
     ):
         with pytest.raises(UsageError, match=message):
