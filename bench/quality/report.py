@@ -9,7 +9,7 @@ import math
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from statistics import mean
+from statistics import mean, variance
 from typing import NamedTuple
 
 from bench.quality.recipes import STOPS
@@ -28,6 +28,13 @@ RIGHT = Measure("New facts, right %", lambda e: 100 * e["facts, held_out, picked
 AMONG = Measure("New facts, loss among answers", lambda e: e["facts, held_out, among answers"])
 PROSE = Measure("New prose, loss", lambda e: e["prose, held_out"])
 LEARNED = (RIGHT, AMONG, PROSE)
+COLUMNS = [f"at most {limit:g} nats" if limit < math.inf else "any number" for limit in LIMITS]
+COMPARED = (  # equal numbers of trained parameters; whether minor directions matter; what freezing costs
+    ("MiCA, r = 64", "LoRA, r = 32"),
+    ("MiCA, r = 16", "frozen random B, r = 16"),
+    ("MiCA, r = 16", "frozen B of the largest, r = 16"),
+    ("MiCA, r = 64", "full fine-tuning"),
+)
 
 
 def spread(values: list[float], digits: int) -> str:
@@ -40,19 +47,46 @@ def table(header: list[str], rows: list[list[str]]) -> str:
     return "\n".join(f"| {' | '.join(row)} |" for row in [header, ["---"] * len(header), *rows])
 
 
+def values(result: dict, method: str, measure: Measure) -> list[list[float]]:
+    """For each limit of forgetting one value a seed; none where the method has learned nothing."""
+    return [[measure.of(one.evaluation) for one in chosen(result, method, limit)] for limit in LIMITS]
+
+
+def difference(result: dict, ours: list[float], theirs: list[float]) -> tuple[float, float]:
+    """(points, half the 95 % interval) between two methods' `RIGHT`, over seeds and questions (normal).
+
+    As if each method had answered questions of its own, since single answers are not in a result: too wide
+    rather than too narrow.
+    """
+    questions = result["texts"]["facts, held_out"]["tokens"]  # an answer is a token
+    of_means = (
+        (variance(one) / len(one) if len(one) > 1 else 0) + mean(one) * (100 - mean(one)) / questions
+        for one in (ours, theirs)
+    )
+    return mean(ours) - mean(theirs), 1.96 * math.sqrt(sum(of_means))
+
+
+def differences(result: dict) -> str:
+    """A row for two methods, a column a limit of forgetting."""
+    lines = []
+    for ours, theirs in COMPARED:
+        both = zip(*(values(result, name, RIGHT) for name in (ours, theirs)), strict=True)
+        cells = ["{:+.0f} ± {:.0f}".format(*difference(result, *one)) if all(one) else "" for one in both]
+        if any(cells):
+            lines.append([f"{ours} less {theirs}", *cells])
+    return table(["points, 95 % interval", *COLUMNS], lines) if lines else ""
+
+
 def at_equal_forgetting(result: dict, measure: Measure) -> str:
     """A row a method, a column a limit of forgetting."""
-    limits = [f"at most {limit:g} nats" if limit < math.inf else "any number" for limit in LIMITS]
     before = f"{measure.of(result['base']):.{measure.digits}f}"
     rows = [["before training", before, *[""] * (len(LIMITS) - 1)]]
     for name in result["plan"]:
         if not points(result, name):
             continue
-        found = [chosen(result, name, limit) for limit in LIMITS]
-        values = [[measure.of(one.evaluation) for one in seeds] for seeds in found if seeds]
-        cells = [spread(of_seeds, measure.digits) for of_seeds in values]
-        rows.append([name, *[""] * (len(LIMITS) - len(cells)), *cells])
-    return table(["forgotten", *limits], rows)
+        found = values(result, name, measure)
+        rows.append([name, *(spread(of_seeds, measure.digits) if of_seeds else "" for of_seeds in found)])
+    return table(["forgotten", *COLUMNS], rows)
 
 
 def curves(result: dict) -> dict[str, list[tuple[float, float]]]:
@@ -113,6 +147,7 @@ def report(result: dict) -> str:
         f"phrasings that training did not have; guessing among the {answers} answers is right in "
         f"{100 / answers:.1f} %, with a loss of {math.log(answers):.2f}.",
         *(f"### {measure.title}\n\n{at_equal_forgetting(result, measure)}" for measure in LEARNED),
+        f"### New facts, differences\n\n{apart}" if (apart := differences(result)) else "",
         f"### All points\n\n{_all_points(result)}",
         _listed("### Diverged, and not counted", diverged),
     ]

@@ -17,6 +17,7 @@ from mica.ops.operator import (
     below_autograd,
     call_counts,
     is_eager,
+    like_rows,
     no_autocast,
     operator,
     run_backward,
@@ -75,8 +76,7 @@ def _linear(
 ):
     dtypes = (x.dtype, compute_dtype or x.dtype, lora_A.dtype, lora_B.dtype)
     operands = (as_matrix(x), weight, lora_A, lora_B, scaling, bias, compute_dtype)
-    y = run_formula("linear", x, lora_A.shape[0], dtypes, *operands, dropout_p, seed)
-    return y if x.dim() == 2 else y.view(*x.shape[:-1], weight.shape[0])
+    return like_rows(run_formula("linear", x, lora_A.shape[0], dtypes, *operands, dropout_p, seed), x)
 
 
 def _linear_backward(grad_output, x, weight, lora_A, lora_B, scaling, compute_dtype, output_mask, *options):
@@ -92,9 +92,7 @@ def _gradients(grad_output, x, weight, lora_A, lora_B, scaling, compute_dtype, *
     operands = (dy, x, weight, lora_A, lora_B, scaling, compute_dtype, *options)
     with no_autocast():
         grad_x, grad_A = run_formula("linear_backward", dy, lora_A.shape[0], dtypes, *operands)
-    if grad_x is not None and grad_output.dim() != 2:
-        grad_x = grad_x.view(*grad_output.shape[:-1], lora_A.shape[1])
-    return grad_x, grad_A
+    return None if grad_x is None else like_rows(grad_x, grad_output), grad_A
 
 
 def _linear_fake(
@@ -181,7 +179,7 @@ def traced(x, weight, lora_A, lora_B, scaling, bias, compute_dtype) -> Tensor:
 # addition more. Time relative to the Function, AVX512, one thread: 16 x 64 x 64 0.91, 16 x 576 x 576 (2^22)
 # 1.00, 1024 x 576 x 576 1.15. In a Llama block of 64 / 128, whose code does not stay in the caches: 0.89 of
 # stock PEFT's instead of 1.04.
-HOST_BOUND = 2**22
+CPU_HOST_BOUND = 2**22
 
 
 def _is_host_bound(x: Tensor, lora_A: Tensor, lora_B: Tensor, out_features: int, dtype) -> bool:
@@ -192,15 +190,14 @@ def _is_host_bound(x: Tensor, lora_A: Tensor, lora_B: Tensor, out_features: int,
     work = x.numel() * out_features
     if not choose.is_host_bound(work):
         return False
-    if x.is_cpu and own not in SIXTEEN_BIT and work <= HOST_BOUND:
+    if x.is_cpu and own not in SIXTEEN_BIT and work <= CPU_HOST_BOUND:
         return True
     return choose.use_kernels(x.device, lora_A.shape[0], own, own, own, own, function="linear")
 
 
 def composed(x, weight, lora_A, lora_B, scaling, bias) -> Tensor:
     call_counts["linear"] += 1
-    y = torch_path.linear(as_matrix(x), weight, lora_A, lora_B, scaling, bias)
-    return y if x.dim() == 2 else y.view(*x.shape[:-1], weight.shape[0])
+    return like_rows(torch_path.linear(as_matrix(x), weight, lora_A, lora_B, scaling, bias), x)
 
 
 def linear_eager(x, weight, lora_A, lora_B, scaling, bias, compute_dtype, autocast_dtype) -> Tensor:

@@ -3,4 +3,4 @@
 from mica.ops import linear
 from mica.paths import torch_path
 
-torch_path.TINY = linear.HOST_BOUND = 0
+torch_path.TINY = linear.CPU_HOST_BOUND = 0

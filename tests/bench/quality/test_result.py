@@ -2,7 +2,7 @@
 
 import json
 from dataclasses import astuple
-from math import inf, log
+from math import inf, log, sqrt
 
 import pytest
 
@@ -109,6 +109,19 @@ def test_what_counts_at_a_limit(limit, at):
     assert {(one.rate, one.step) for one in found} == {at}
     assert [one.seed for one in found] == [0, 1, 2]  # the first chose, though others have learned more
     assert found[0].forgotten <= limit
+
+
+def test_differences_between_methods_over_seeds_and_questions():
+    names = report.COMPARED[0]
+    result = start(names) | {"texts": {"facts, held_out": {"tokens": 64}}}
+    run_all(result, lambda one, share: (share, 0.5 + 0.25 * one.seed if one.method == names[0] else 0.5))
+    right, other = (report.values(result, name, report.RIGHT) for name in names)
+    assert right == [[], *[pytest.approx([32.5, 42.5, 52.5])] * 4]
+    found = report.difference(result, right[1], other[1])
+    half = 1.96 * sqrt(100 / 3 + 42.5 * 57.5 / 64 + 32.5 * 67.5 / 64)
+    assert found == pytest.approx((10, half))
+    row = f"| MiCA, r = 64 less LoRA, r = 32 | |{f' +10 ± {half:.0f} |' * 4}\n"
+    assert row in report.report(result).replace("|  |", "| |")
 
 
 def test_missing():

@@ -114,7 +114,7 @@ def test_a_small_layer_is_followed_by_autograd_itself(monkeypatch, dtype, scalin
     """The Function's bits and gradients, twice too; nothing else is saved; the output may be changed."""
     p, values, saved = problem((2, 3), 40, 24, 8, dtype, scaling=scaling), [], []
     for bound in (6 * 40 * 24, 6 * 40 * 24 - 1):
-        monkeypatch.setattr(linear_module, "HOST_BOUND", bound)
+        monkeypatch.setattr(linear_module, "CPU_HOST_BOUND", bound)
         x, A = p.x.clone().requires_grad_(needs[0]), p.lora_A.clone().requires_grad_(needs[1])
         kept, y = saved_by(partial(linear_eager, x, p.weight, A, p.lora_B, scaling, p.bias, None, None))
         saved.append(kept - addresses(x, A, p.weight, p.lora_B))
@@ -131,7 +131,7 @@ def test_a_small_layer_is_followed_by_autograd_itself(monkeypatch, dtype, scalin
     for ours, expected in zip(*values, strict=True):
         assert error(ours, expected.double()) <= RELATIVE[dtype]
     assert scaling != 1.0 or saved[0] == set()
-    monkeypatch.setattr(linear_module, "HOST_BOUND", 2**40)
+    monkeypatch.setattr(linear_module, "CPU_HOST_BOUND", 2**40)
     others = (None if tensor is None else tensor.to("meta") for tensor in (x, p.weight, A, p.lora_B, p.bias))
     x, weight, A, B, bias = others  # measured on a CPU only
     assert "MicaLinear" in type(linear_eager(x, weight, A, B, scaling, bias, None, None).grad_fn).__name__

@@ -94,7 +94,7 @@ OPERATORS = {
         "_MicaLinear.forward": [("if needs_x else None", "")],
         "_MicaLinear.backward": [("torch.is_grad_enabled() or", ""), ("or not is_eager(grad_output, x)", "")],
         "_cast": [("seed, x.dtype", "seed, None")],
-        "_is_host_bound": [("<= HOST_BOUND", "< HOST_BOUND"), ("x.is_cpu and", "")],
+        "_is_host_bound": [("<= CPU_HOST_BOUND", "< CPU_HOST_BOUND"), ("x.is_cpu and", "")],
         "linear_eager": [
             ("with below_autograd():\n", "if True:\n"),
             ("(lora_A.requires_grad or x.requires_grad)", "lora_A.requires_grad"),
