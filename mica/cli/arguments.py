@@ -2,6 +2,8 @@
 
 import argparse
 import math
+import os
+from pathlib import Path
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
@@ -22,6 +24,11 @@ def number(kind: type, low: float, high: float = math.inf, *, low_allowed: bool 
         raise argparse.ArgumentTypeError(f"must be {noun} {bounds}, not '{text}'")
 
     return parse
+
+
+def a_path(text: str) -> Path:
+    """An argparse type: the shell leaves ``--output=~/run`` as it is."""
+    return Path(os.path.expanduser(text))
 
 
 def add_command(commands, name: str, run, **texts) -> argparse.ArgumentParser:

@@ -14,6 +14,7 @@ from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 
+from mica.cli.arguments import a_path
 from mica.errors import UsageError
 
 _MODEL = "SmolLM2-135M-Instruct, an instruct model with weights of 4 bits, dequantised"
@@ -107,7 +108,7 @@ def main(argv: list[str] | None = None) -> int:
         epilog="All other options go to mica adapt, like --learning-rate 2e-3 or --dtype float32.",
         allow_abbrev=False,
     )
-    parser.add_argument("--output", type=Path, default=Path("build/demo"), metavar="DIR")
+    parser.add_argument("--output", type=a_path, default=Path("build/demo"), metavar="DIR")
     parser.add_argument("--steps", default="30")
     args, options = parser.parse_known_args(argv)
     try:
@@ -129,7 +130,8 @@ def main(argv: list[str] | None = None) -> int:
     command += ["--learning-rate=3e-3", *options]  # better here than 1e-3 and 1e-2
     run = [*command, f"--output={folder}", *resume]
     print(f"{_MODEL}, is to learn Python's language reference:\nmica {shlex.join(run)}", flush=True)
-    if status := mica(run):
+    status = mica(run)
+    if status or "--dry-run" in options:
         return status
     print(_ending(folder, command), flush=True)
     return 0

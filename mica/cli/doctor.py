@@ -10,10 +10,9 @@ from contextlib import contextmanager, suppress
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, metadata, requires, version
 from importlib.util import find_spec
-from pathlib import Path
 
 from mica import __version__
-from mica.cli.arguments import add_command
+from mica.cli.arguments import a_path, add_command
 from mica.cli.output import check_file, dtype_name, explained, one_line, write_json
 from mica.errors import UsageError
 
@@ -31,8 +30,8 @@ def add_parser(commands) -> None:
         "--adapter: where that can be served and why not, and nothing of the machine; exit status 0.",
     )
     help = "output folder of mica adapt, or any PEFT LoRA: say where it can be served"
-    parser.add_argument("--adapter", type=Path, metavar="DIR", help=help)
-    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the findings as JSON")
+    parser.add_argument("--adapter", type=a_path, metavar="DIR", help=help)
+    parser.add_argument("--json", type=a_path, metavar="FILE", help="also write the findings as JSON")
 
 
 @contextmanager

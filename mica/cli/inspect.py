@@ -5,7 +5,7 @@ import time
 from dataclasses import asdict
 from pathlib import Path
 
-from mica.cli.arguments import add_command, add_dtype_options, number
+from mica.cli.arguments import a_path, add_command, add_dtype_options, number
 from mica.cli.output import check_file, dtype_name, write_file, write_json
 from mica.errors import UsageError
 
@@ -27,8 +27,8 @@ def add_parser(commands) -> None:
     layers = "all-linear (all but output layer and routers, with experts) or names, like q_proj,embed_tokens"
     add("--target-modules", default="all-linear", metavar="NAMES", help=f"what to look at: {layers}")
     add_dtype_options(parser, "dtype of the weights; auto: that of the checkpoint, float32 for GGUF")
-    add("--plot", type=Path, metavar="FILE", help="also draw the whole spectra: .png, .pdf or .svg")
-    add("--json", type=Path, metavar="FILE", help="also write the table as JSON")
+    add("--plot", type=a_path, metavar="FILE", help="also draw the whole spectra: .png, .pdf or .svg")
+    add("--json", type=a_path, metavar="FILE", help="also write the table as JSON")
 
 
 def _line(row, width: int) -> str:

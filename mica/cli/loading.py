@@ -144,7 +144,9 @@ def load_model(source: Source, dtype: str, device: torch.device | None = None, q
         model, info = AutoModelForCausalLM.from_pretrained(
             source.location, **options, output_loading_info=True
         )
-    except (*_BAD_SOURCE, SafetensorError) as error:
+    except (*_BAD_SOURCE, SafetensorError, ImportError) as error:  # the last: of a checkpoint's quantisation
+        if quantization is not None and isinstance(error, ImportError):
+            raise
         raise source.error(error) from error
     if missing := sorted(info["missing_keys"]):
         raise source.error(f"not a causal language model: it has no weights for {', '.join(missing[:3])}")

@@ -2,11 +2,12 @@
 
 import argparse
 import json
+import os
 from contextlib import suppress
 from importlib.metadata import version
 from pathlib import Path
 
-from mica.cli.arguments import add_command, add_dtype_options
+from mica.cli.arguments import a_path, add_command, add_dtype_options
 from mica.cli.output import check_folder, dtype_name, write_folder
 from mica.errors import UsageError
 
@@ -21,9 +22,9 @@ def add_parser(commands) -> None:
         "B stays that of the base. Writes a plain model with MODEL's tokenizer and chat template.",
     )
     add = parser.add_argument
-    add("--adapter", required=True, type=Path, metavar="DIR", help="output folder of mica adapt")
+    add("--adapter", required=True, type=a_path, metavar="DIR", help="output folder of mica adapt")
     add("--to", required=True, metavar="MODEL", help="Hub id, checkpoint folder or GGUF file; not quantised")
-    add("--output", required=True, type=Path, metavar="DIR", help="folder for the model, made if needed")
+    add("--output", required=True, type=a_path, metavar="DIR", help="folder for the model, made if needed")
     add("--overwrite", action="store_true", help="replace what is in the folder of --output")
     add_dtype_options(parser, dtype="dtype of the merged weights; auto: that of MODEL, float32 for GGUF")
 
@@ -54,6 +55,9 @@ def run(args: argparse.Namespace) -> int:
             place = Path(path).resolve()
             if args.output.resolve() in (place, *place.parents):
                 raise UsageError(f"--output {args.output}: is the folder of {option}, or contains it")
+        if args.output.resolve() in (Path.cwd(), *Path.cwd().parents) or os.path.ismount(args.output):
+            what = "cannot be replaced by a new folder while it is in use: name one in it"
+            raise UsageError(f"--output {args.output}: {what}")
         if args.output.is_dir() and any(args.output.iterdir()) and not args.overwrite:
             raise UsageError(f"--output {args.output}: is not empty: --overwrite replaces what is in it")
         if not source.is_gguf:

@@ -28,7 +28,7 @@ def run(given: argparse.Namespace) -> int:
         raise UsageError(f"training needs {', '.join(missing)}: pip install 'mica-fast[cli]'")
     settings = config.resolve(given)
     args = settings.args
-    folder.check(args.output, resume=args.resume, overwrite=args.overwrite, model=args.model)
+    folder.check(args.output, resume=args.resume, overwrite=args.overwrite, inputs=config.inputs(args))
 
     from mica.cli.adapt.session import adapt
 

@@ -130,12 +130,16 @@ def settings(config: LoraConfig, folder: Path, option: str = "--adapter") -> dic
     themselves. ``experts``: True if it has stacks of experts, else None; ``train_embeddings``: likewise.
     ``dropout``: float, a proposal.
 
-    Raises UsageError if ranks or alphas differ between layers: no option says that.
+    Raises UsageError if ranks or alphas differ between layers, or alpha is no whole number: no option says
+    that.
     """
     if config.rank_pattern or config.alpha_pattern:
         what = "its layers have different ranks or alphas, which is not supported"
         raise UsageError(f"{option} {folder}: {what}")
     stacks = _stacks(config, folder, option)
+    if config.lora_alpha % 1:
+        what = f"lora_alpha is {config.lora_alpha:g}, which must be a whole number"
+        raise UsageError(f"{option} {folder}: {what}")
     layers = set(adapted_layers(folder, option)) - set(stacks)
     named = []  # parameters that are no stacks
     for parameter in config.target_parameters or ():
@@ -145,7 +149,7 @@ def settings(config: LoraConfig, folder: Path, option: str = "--adapter") -> dic
     names = config.target_modules if isinstance(config.target_modules, set) else layers
     return {
         "rank": config.r,
-        "alpha": config.lora_alpha,
+        "alpha": int(config.lora_alpha),
         "target_modules": ",".join(sorted([*names, *named])),
         "experts": True if stacks else None,
         "train_embeddings": True if config.modules_to_save else None,

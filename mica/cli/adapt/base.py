@@ -9,6 +9,7 @@ from transformers import BitsAndBytesConfig, PreTrainedConfig
 from transformers.utils import is_bitsandbytes_available
 
 from mica.cli.adapt import processes
+from mica.cli.adapt.folder import CONVERTED
 from mica.cli.loading import Source, load_config, load_model, load_tokenizer
 from mica.cli.output import dtype_name, first_sentences, write_folder
 from mica.errors import UsageError
@@ -93,4 +94,4 @@ def _convert(args: argparse.Namespace, source: Source, dtype: str, tokenizer) ->
     if args.resume and (args.output / FOLDER).is_dir():
         return  # B belongs to the weights as they were converted
     parts = load_model(source, dtype, torch.device("cpu")), tokenizer or load_tokenizer(source)
-    write_folder("--output", args.output / FOLDER, *parts)
+    write_folder("--output", args.output / FOLDER, *parts, card=f"{CONVERTED}\n")

@@ -77,35 +77,48 @@ def _flush(path: Path) -> None:
 
 def facts(checkpoint: Path) -> dict[str, Any] | None:
     """What `mark` was given; None where ``checkpoint`` is not complete (no marker, a file missing or cut)."""
-    return _read(checkpoint)[0]
+    marker, sizes, _ = _read(checkpoint)
+    return None if _wrong(checkpoint, sizes, {}) else marker
 
 
-def _read(checkpoint: Path) -> tuple[dict[str, Any] | None, dict[str, str]]:
-    """`facts`, and the hash of each file; an earlier version's marker has none."""
+def _read(checkpoint: Path) -> tuple[dict[str, Any] | None, dict[str, int], dict[str, str]]:
+    """What `mark` was given, size and hash of each file; an earlier version's marker has no hashes."""
     with suppress(OSError, ValueError, KeyError, AttributeError, TypeError):
         marker = json.loads((checkpoint / MARKER).read_text(encoding="utf-8"))
         sizes, hashes = marker.pop("files"), marker.pop("hashes", {})
-        whole = all((checkpoint / name).stat().st_size == size for name, size in sizes.items())
-        if whole and hashes.keys() <= sizes.keys():
-            return marker, hashes
-    return None, {}
+        if hashes.keys() <= sizes.keys():
+            return marker, sizes, hashes
+    return None, {}, {}
+
+
+def _wrong(checkpoint: Path, sizes: dict[str, int], hashes: dict[str, str]) -> str | None:
+    """The first file that is missing or has another size or hash than here; None if there is none."""
+    for name, size in sizes.items():
+        path, expected = checkpoint / name, hashes.get(name)
+        with suppress(OSError):  # it is missing, or the disk cannot read it
+            is_whole = path.stat().st_size == size
+            if is_whole and (expected is None or fingerprint.of_file(path).hex() == expected):
+                continue
+        return name
+    return None
 
 
 def _complete(output: Path) -> list[Path]:
     return [path for path in folders(output) if facts(path) is not None]
 
 
-def damaged(checkpoint: Path) -> str | None:
-    """The first file of a complete ``checkpoint`` that does not hold what was marked; None if all do.
+def marked(output: Path) -> list[Path]:
+    """All that were complete once, though files may be damaged now; oldest step first."""
+    return [path for path in folders(output) if (path / MARKER).is_file()]
 
-    Reads every file. Without hashes in the marker nothing is compared.
+
+def damaged(checkpoint: Path) -> str | None:
+    """The first file of a `marked` checkpoint that does not hold what was marked; None if all do.
+
+    Reads every file. Without hashes in the marker only sizes are compared.
     """
-    for name, expected in _read(checkpoint)[1].items():
-        with suppress(OSError):  # the disk cannot read it
-            if fingerprint.of_file(checkpoint / name).hex() == expected:
-                continue
-        return name
-    return None
+    marker, *written = _read(checkpoint)
+    return MARKER if marker is None else _wrong(checkpoint, *written)
 
 
 def latest(output: Path) -> Path | None:
@@ -119,7 +132,7 @@ def to_resume(output: Path) -> Path:
     Raises UsageError if there is none.
     """
     found = []
-    for path in reversed(_complete(output)):
+    for path in reversed(marked(output)):
         name = damaged(path)
         if name is None:
             return path

@@ -14,6 +14,7 @@ from mica.cli.output import one_line, write_file
 from mica.errors import UsageError
 
 FILE = "run.yaml"  # in the output folder: the settings of its run
+SUMMARY = "summary.json"  # and what was measured, once it has ended
 _PROCESSES = "processes"  # in it, though no option: how many the run had
 _EITHER = {"steps", "epochs"}  # the first layer with one of them decides
 _PATHS = {"model", "adapter", "text", "held_out_text", "retain", "output"}
@@ -176,6 +177,13 @@ def _refuse_others(values: dict, fixed: dict, where: str) -> None:
         if _plain(fixed[name]) != _plain(value):
             has = f"has {_shown(fixed[name])}" if fixed[name] is not None else "does not have it"
             raise UsageError(f"{OPTIONS[name].flag} {_shown(value)}: {where} {has}; omit this option")
+
+
+def inputs(args: argparse.Namespace) -> dict[str, list[str]]:
+    """Option -> what it names, of those that name files or folders to be read."""
+    given = {name: getattr(args, name) for name in OPTIONS if name in _PATHS - {"output"}}
+    lists = {name: value if isinstance(value, list) else [value] for name, value in given.items() if value}
+    return {OPTIONS[name].flag: [*map(str, values)] for name, values in lists.items()}
 
 
 def _plain(value: object) -> object:

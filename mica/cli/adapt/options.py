@@ -3,10 +3,9 @@
 import argparse
 import shutil
 from collections.abc import Callable
-from pathlib import Path
 from typing import NamedTuple
 
-from mica.cli.arguments import DTYPES, number
+from mica.cli.arguments import DTYPES, a_path, number
 
 # By the Trainer's names; its other schedules need parameters of their own.
 SCHEDULERS = (
@@ -76,7 +75,7 @@ _PACKING = ("documents", "stream")
 TABLE = (  # a string: the title of the group that begins there
     "model",
     Option("model", "Hub id, checkpoint folder or GGUF file", "MODEL", required=True),
-    Option("adapter", "continue from this MiCA adapter, with its rank, alpha and layers", "DIR", None, Path),
+    Option("adapter", "continue from this MiCA adapter: its rank, alpha and layers", "DIR", None, a_path),
     Option("dtype", _FROZEN, "NAME", "auto", choices=DTYPES),
     Option("quantize", "quantise the frozen weights: 4 or 8 bits, by bitsandbytes", choices=("nf4", "int8")),
     _switch("trust_remote_code", "run Python code that comes with the model"),
@@ -124,14 +123,14 @@ TABLE = (  # a string: the title of the group that begins there
     Option("log_steps", "log the loss every N steps", "N", 10, _COUNT),
     Option("report_to", "tensorboard, wandb, ... by the Trainer", "NAME", many=True),
     "output",
-    Option("output", "folder for everything that the run writes", "DIR", None, Path, required=True),
+    Option("output", "folder for everything that the run writes", "DIR", None, a_path, required=True),
     Option("save_steps", "checkpoint every N steps; the last two are kept", "N", 500, _COUNT),
     _switch("resume", "continue from the last checkpoint in DIR, with its run.yaml", by_run=True),
     _switch("overwrite", "replace what an earlier run left in DIR", by_run=True),
     _switch("dry_run", "do the first steps and say what the run needs and takes; write nothing", by_run=True),
     _switch("merge", "also write the merged model to DIR/merged"),
     Option("push_to_hub", "upload the adapter to this private repository", "REPO"),
-    Option("config", "YAML file with options; the command line wins", "FILE", None, Path, by_run=True),
+    Option("config", "YAML file with options; the command line wins", "FILE", None, a_path, by_run=True),
 )
 OPTIONS = {row.name: row for row in TABLE if isinstance(row, Option)}
 
@@ -174,5 +173,6 @@ def declare(parser: argparse.ArgumentParser) -> None:
         else:
             note = " (required)" if row.required else f" [{row.default}]" if row.default is not None else ""
             shown = {"metavar": row.metavar, "help": row.help + note, "default": argparse.SUPPRESS}
-            nargs = "+" if row.many else None
-            group.add_argument(row.flag, type=row.parse, choices=row.choices, nargs=nargs, **shown)
+            if row.many:  # given again, it adds
+                shown |= {"nargs": "+", "action": "extend"}
+            group.add_argument(row.flag, type=row.parse, choices=row.choices, **shown)

@@ -129,6 +129,7 @@ def check_shared(output: Path) -> None:
     """
     if not several():
         return
+    is_new = not output.exists()
     token = on_main(_leave_token, output)
     try:
         with agreed():
@@ -139,7 +140,7 @@ def check_shared(output: Path) -> None:
     finally:
         if PartialState().is_main_process:
             (output / token).unlink()
-            if not any(output.iterdir()):
+            if is_new and not any(output.iterdir()):
                 output.rmdir()
 
 

@@ -47,8 +47,10 @@ def save(model: PeftModel, tokenizer, output: Path, checkpoint: Path | None = No
             if tokenizer is not None:
                 tokenizer.save_pretrained(scratch)
             (scratch / "README.md").unlink(missing_ok=True)
-            for file in sorted(scratch.iterdir()):
-                os.replace(file, output / file.name)
+            for path in sorted(scratch.iterdir()):
+                if (old := output / path.name).is_dir():  # of chat templates: not to be replaced while full
+                    shutil.rmtree(old)
+                os.replace(path, old)
         finally:
             shutil.rmtree(scratch, ignore_errors=True)
 

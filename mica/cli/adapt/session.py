@@ -130,7 +130,7 @@ def _run(settings: Settings, source, tokenizer, data: corpus.Corpus, checkpoint:
     processes.on_main(check_disk, model, args, args.output)
 
     def begin():
-        processes.on_main(_prepare, settings, checkpoint)
+        processes.on_main(_prepare, settings, source.is_gguf, checkpoint)
         _say(config.describe(settings))
 
     watch = partial(write_curve, output=args.output)
@@ -186,11 +186,11 @@ def _with_experts(settings: Settings, model) -> None:
     settings.args.experts = None
 
 
-def _prepare(settings: Settings, checkpoint: Path | None) -> None:
+def _prepare(settings: Settings, is_gguf: bool, checkpoint: Path | None) -> None:
     """Empty the output folder of what an earlier run left there, and write run.yaml."""
     args = settings.args
     if args.overwrite:
-        folder.clear(args.output, keep=base.FOLDER if args.model.endswith(".gguf") else "")
+        folder.clear(args.output, keep=base.FOLDER if is_gguf else "")
     number = PartialState().num_processes
     shared = history(checkpoint, number)
     note = f"; {told(shared)}" if len(shared) > 1 else ""

@@ -1,12 +1,13 @@
 """Where text comes from: files, folders, datasets saved by `datasets`, datasets of the Hub.
 
 `find` looks at names only, and is quick. `Source.documents` reads, as streams. Parquet and datasets are read
-by `datasets`, CSV by pandas. Text is read here, since `datasets` takes a file of it into memory at once, and
+by `datasets`. Text is read here, since `datasets` takes a file of it into memory at once, and
 so is JSON: `datasets` makes times of strings like "2020-01-01", and JSON of values whose type changes.
 """
 
 from __future__ import annotations
 
+import csv
 import hashlib
 import json
 import zlib
@@ -15,13 +16,12 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from glob import escape
-from itertools import chain
+from itertools import chain, islice
 from lzma import LZMAError
 from pathlib import Path
 
 import datasets
 import fsspec
-import pandas as pd
 
 from mica.cli.adapt import fingerprint
 from mica.cli.output import one_line
@@ -35,10 +35,11 @@ KINDS = {
 }
 COMPRESSIONS = (".gz", ".zst", ".xz", ".bz2")
 CHUNK = 2**20  # characters read at once
+FIRST_ROWS = 100  # in which the column is looked for
 
 # What reading raises for what is in a file, and datasets and huggingface_hub for names that do not exist or
 # cannot be reached, and for data sets that need code, a configuration or a library.
-_BAD = (OSError, EOFError, LZMAError, zlib.error, ValueError, RuntimeError, ImportError)
+_BAD = (OSError, EOFError, LZMAError, zlib.error, ValueError, RuntimeError, ImportError, csv.Error)
 
 
 def _suffix(path: Path) -> str:
@@ -157,8 +158,10 @@ class Source:
     def _texts(self, rows, field: str | None, path: Path | None) -> Iterator[list[str]]:
         """The documents in ``rows``: dictionaries, or a dataset."""
         if isinstance(rows, Iterator):
-            first = next(rows, {})
-            types = {name: isinstance(value, str) for name, value in first.items()}
+            first = [*islice(rows, FIRST_ROWS)]  # not every row has every column
+            types: dict[str, bool] = {}
+            for name, value in chain.from_iterable(row.items() for row in first):
+                types[name] = isinstance(value, str) or types.get(name, False)
         else:
             dtypes = {name: getattr(kind, "dtype", None) for name, kind in rows.features.items()}
             types = {name: dtype in ("string", "large_string") for name, dtype in dtypes.items()}
@@ -166,14 +169,20 @@ class Source:
             return
         column = self._column(types, field, path)
         if isinstance(rows, Iterator):
-            values = (row.get(column) for row in chain([first], rows))
+            values = (row.get(column) for row in chain(first, rows))
         else:  # by batches: row by row it takes ten times as long
             values = (text for batch in rows.select_columns([column]).iter(1000) for text in batch[column])
         for number, value in enumerate(values, 1):
             if not isinstance(value, str | None):
                 kind = type(value).__name__
                 raise self.error(f"row {number}: column '{column}' is {kind}, not a string", path)
-            yield [value or ""]
+            text = value or ""
+            try:
+                text.encode()
+            except UnicodeEncodeError as error:  # "\\ud83d" of JSON that was cut: no tokenizer takes it
+                half = f"half a character, {text[error.start]!r}"
+                raise self.error(f"row {number}: column '{column}' has {half}", path) from error
+            yield [text]
 
     def _column(self, types: dict[str, bool], field: str | None, path: Path | None) -> str:
         """The column to read."""
@@ -189,12 +198,17 @@ class Source:
         raise self.error(f"has no column '{wanted[0]}', only {names}: name one with --text-field", path)
 
 
-def _csv(path: Path) -> Iterator[dict[str, str]]:
-    """All columns are strings: "NA" and "007" are text."""
-    sep = "\t" if _suffix(path) == ".tsv" else ","
+def _csv(path: Path) -> Iterator[dict[str, str | None]]:
+    """All columns are strings. pandas would take a first row with a field too many for one with an index."""
+    csv.field_size_limit(2**31 - 1)
     with _open(path, newline="") as file:
-        for rows in pd.read_csv(file, sep=sep, dtype=object, keep_default_na=False, chunksize=1000):
-            yield from rows.to_dict("records")
+        rows = csv.DictReader(file, delimiter="\t" if _suffix(path) == ".tsv" else ",", strict=True)
+        for row in rows:
+            if surplus := row.pop(None, None):
+                raise ValueError(
+                    f"line {rows.line_num} has {len(row) + len(surplus)} fields, the header {len(row)}"
+                )
+            yield row
 
 
 def _parquet(path: Path) -> datasets.IterableDataset:
@@ -219,7 +233,7 @@ def _find(source: Source) -> Source:
             source.folder = path
             return source
         visible = (file for file in path.rglob("*") if "/." not in f"/{file.relative_to(path).as_posix()}")
-        every = sorted(file for file in visible if not file.is_dir())
+        every = sorted(file for file in visible if file.is_symlink() or not file.is_dir())
         files = (file for file in every if file.is_file() and _suffix(file) in KINDS)
         source.files = tuple(file for file in files if file.stat().st_size)
         source.skipped = len(every) - len(source.files)

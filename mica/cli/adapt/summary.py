@@ -82,14 +82,14 @@ def of(settings: config.Settings, corpus: Corpus, model, done) -> dict:
 
 def finish(args: argparse.Namespace, model, tokenizer, report: dict) -> None:
     """Write summary and model card; then what may fail without any loss: the merge and the upload."""
-    write_json("--output", args.output / "summary.json", report)
+    write_json("--output", args.output / config.SUMMARY, report)
     text = str(card(report))
     write_file("--output", args.output / "README.md", lambda path: path.write_text(text, encoding="utf-8"))
     if args.merge:
         merged = result.merge(model, tokenizer, args)
         report["merged"] = str(args.output / result.MERGED)
         report |= {"merge_swallowed": merged.swallowed, "merge_report": str(merged)}
-        write_json("--output", args.output / "summary.json", report)
+        write_json("--output", args.output / config.SUMMARY, report)
     print(as_text(report), flush=True)
     if args.push_to_hub is not None:
         print(f"uploaded to {hub.push(args.output, args.push_to_hub)}", flush=True)

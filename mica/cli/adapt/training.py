@@ -2,6 +2,7 @@
 
 import argparse
 import math
+import os
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -86,8 +87,9 @@ def find_checkpoint(args: argparse.Namespace, note: Callable[[str], None] = lamb
     """
     if not args.resume:
         return None
-    newest = checkpoints.latest(args.output)
-    if newest is None and (args.output / config.FILE).is_file():
+    newest = next(reversed(checkpoints.marked(args.output)), None)
+    begun, ended = ((args.output / name).is_file() for name in (config.FILE, config.SUMMARY))
+    if newest is None and begun and not ended:
         note(f"{args.output} has no complete checkpoint yet: the run starts from its beginning")
         return None
     checkpoint = processes.on_main(checkpoints.to_resume, args.output)
@@ -110,7 +112,9 @@ def _folder(args, step: int) -> Path:
 
 def _settings(args) -> dict[str, Any]:
     """What the marker of a checkpoint holds of the options, by the names that `checkpoints.check` shows."""
-    return {"processes": PartialState().num_processes, **config.fixed(args)}
+    precision = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")  # `accelerate launch` sets it
+    facts = {"processes": PartialState().num_processes, "mixed_precision": precision}
+    return facts | config.fixed(args)
 
 
 def _arguments(args, blocks: int, **more) -> TrainingArguments:

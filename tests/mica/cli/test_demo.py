@@ -68,7 +68,7 @@ def calls(monkeypatch):
     return calls
 
 
-def test_main_writes_the_text_and_runs_adapt(calls, tmp_path, capsys):
+def test_main_writes_the_text_and_runs_adapt(calls, monkeypatch, tmp_path, capsys):
     assert demo.main(["--output", str(tmp_path / "out"), "--steps", "3", "--rank=8"]) == 130
     text = tmp_path / "out" / "python-reference.jsonl"
     documents = [json.loads(line) for line in text.read_text(encoding="utf-8").splitlines()]
@@ -83,6 +83,8 @@ def test_main_writes_the_text_and_runs_adapt(calls, tmp_path, capsys):
     assert "Next:" not in printed
     assert demo.main(["--output", str(tmp_path / "out"), "--resume"]) == 130
     assert (calls[1].count("--resume"), "--overwrite" in calls[1]) == (1, False)
+    monkeypatch.setattr("mica.cli.main", lambda argv: 0)
+    assert demo.main(["--output", str(tmp_path / "out"), "--dry-run"]) == 0  # there is nothing to show
 
 
 @pytest.mark.parametrize("native", [True, False])

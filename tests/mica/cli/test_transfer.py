@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -140,9 +141,10 @@ def test_output_with_something_in_it(made, tmp_path, capsys):
     assert not (tmp_path / "out" / "old").exists()
 
 
-def test_overwrite_deletes_neither_model_nor_adapter(copies, capsys):
+def test_overwrite_deletes_neither_model_nor_adapter(copies, capsys, monkeypatch, tmp_path_factory):
     adapter, chat, _ = copies
-    for output in (chat, chat.parent, adapter):
+    monkeypatch.chdir(tmp_path_factory.mktemp("here"))
+    for output in (chat, chat.parent, adapter, Path(), Path("..")):
         assert transfer(adapter, chat, output, "--overwrite") == 2
         assert f"--output {output}: " in capsys.readouterr().err
     assert (chat / "model.safetensors").exists()

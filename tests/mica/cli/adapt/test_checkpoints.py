@@ -83,6 +83,16 @@ def test_damage_that_keeps_the_size_is_found_before_one_is_resumed(tmp_path, mon
     checkpoints.rotate(tmp_path, 2)
 
 
+@pytest.mark.parametrize("name", [SHARD, checkpoints.MARKER])
+def test_a_checkpoint_that_was_complete_is_named(tmp_path, name):
+    folder = make(tmp_path, 1)
+    (folder / name).write_bytes(b"")
+    with pytest.raises(UsageError, match=rf"checkpoint-1 is damaged \({name}\)"):
+        checkpoints.to_resume(tmp_path)
+    (folder / SHARD).unlink()
+    assert checkpoints.marked(tmp_path) == [folder]
+
+
 def test_markers_of_earlier_versions_count(tmp_path):
     folder = make(tmp_path, 3)
     marker = json.loads((folder / checkpoints.MARKER).read_text())

@@ -7,6 +7,7 @@ from transformers import SchedulerType
 
 from mica.cli import main, parser
 from mica.cli.adapt.options import HELP_WIDTH, OPTIONS, RECIPES, SCHEDULERS, TABLE
+from mica.cli.arguments import a_path
 
 # Values that the parser refuses. The other options take any string: test_refusals.py has theirs.
 BAD = """
@@ -36,7 +37,9 @@ def test_bad_value(bad, capsys):
 
 
 def test_every_option_has_a_bad_value():
-    strings = {name for name, option in OPTIONS.items() if option.parse in (str, Path) and not option.choices}
+    strings = {
+        name for name, option in OPTIONS.items() if option.parse in (str, a_path) and not option.choices
+    }
     assert {bad.partition("=")[0] for bad in BAD.split()} == OPTIONS.keys() - strings
 
 
@@ -72,6 +75,8 @@ def test_help_fits_on_two_screens(capsys, monkeypatch):
 
 
 def test_only_what_was_given_is_in_the_namespace():
-    argv = ["adapt", "--model=x", "--no-merge", "--text", "a", "b", "--text-weights", "1", "2"]
+    argv = ["adapt", "--model=x", "--no-merge", "--text", "a", "--text-weights", "1", "2", "--text", "b"]
+    argv += ["--output=~/run"]
     given = {name: value for name, value in vars(parser().parse_args(argv)).items() if name in OPTIONS}
+    assert given.pop("output") == Path.home() / "run"
     assert given == {"model": "x", "merge": False, "text": ["a", "b"], "text_weights": [1.0, 2.0]}

@@ -13,6 +13,7 @@ from transformers import BertConfig, BertForMaskedLM, T5Config, T5ForConditional
 import mica
 from mica.cli import main
 from mica.cli.adapt.options import OPTIONS
+from mica.cli.arguments import a_path
 from tests.support.adapt_results import saved
 from tests.support.tiny_cli import TEXT, adapt, byte_tokenizer, tiny_llama
 
@@ -297,7 +298,9 @@ OTHERS = [
 
 
 def test_every_option_that_takes_any_string_is_here():
-    strings = {name for name, option in OPTIONS.items() if option.parse in (str, Path) and not option.choices}
+    strings = {
+        name for name, option in OPTIONS.items() if option.parse in (str, a_path) and not option.choices
+    }
     assert strings == BAD_STRINGS.keys()
 
 

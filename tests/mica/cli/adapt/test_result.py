@@ -14,7 +14,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from mica.cli.adapt import adapter, base, result
+from mica.cli.adapt import adapter, base, folder, result
 from mica.cli.loading import find_source
 from mica.errors import UsageError
 from tests.support.adapt_results import factors, move, settings, write_adapter
@@ -42,6 +42,16 @@ def test_saved_adapter_replaces_an_older_one_and_nothing_else(tuned, tmp_path):
     again = logits(PeftModel.from_pretrained(tiny_llama(), tmp_path))
     assert torch.equal(again, logits(tuned))
     assert AutoTokenizer.from_pretrained(tmp_path)("a")["input_ids"] == byte_tokenizer()("a")["input_ids"]
+
+
+def test_folders_of_the_tokenizer_are_replaced(tuned, tmp_path):
+    """Several chat templates are files in a folder."""
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = {"default": "{{ messages }}", "tools": "{{ tools }}"}
+    for _ in range(2):
+        result.save(tuned, tokenizer, tmp_path)
+    (place,) = (path for path in tmp_path.iterdir() if path.is_dir())
+    assert any(place.match(pattern) for pattern in folder.PRODUCTS)
 
 
 def test_full_disk_keeps_the_older_adapter(tuned, tmp_path, monkeypatch):

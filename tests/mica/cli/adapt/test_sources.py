@@ -97,6 +97,7 @@ def test_the_column(tmp_path, row, field, expected):
     [
         ("a.csv", "text,n\n007,1\nNA,2\n,3\n1.50,4\n", ["007", "NA", "", "1.50"]),
         ("a.csv", "n,text\n1,a\n2\n", ["a", ""]),
+        ("a.jsonl", '{}\n{"id": "x"}\n{"id": "y", "text": "a"}\n', ["", "", "a"]),
         ("a.jsonl", '{"text": "a", "m": null}\n\n{"m": {"x": [1]}, "text": "b"}\n{"n": 1}\n', ["a", "b", ""]),
     ],
 )
@@ -116,7 +117,10 @@ CONTENTS = [  # name, bytes or rows, column, what the line says
     ("a.json", b'[{"text": "a"}, {"text": 1}]', None, "row 2: column 'text' is int"),
     ("a.json", b'[{"text": "a"},\n{"text" 1}]', None, "line 2 is not JSON"),
     ("a.csv", b"title,body\na,b\n", None, "has no column 'text', only title, body"),
-    ("a.csv", b"text,n\na,1\nb,2,3,4\n", None, "cannot be read: Error tokenizing data"),
+    ("a.csv", b"text,n\na,1\nb,2,3,4\n", None, "cannot be read: line 3 has 4 fields, the header 2"),
+    ("a.csv", b"text\nHello, world\n", None, "cannot be read: line 2 has 2 fields, the header 1"),
+    ("a.csv", b'text\n"a\n', None, "cannot be read: unexpected end of data"),
+    ("a.jsonl", b'{"text": "a"}\n{"text": "a\\ud83d"}\n', None, r"row 2: column 'text' has half a character"),
     ("a.csv", b"text,n\na,1\n\xff,2\n", None, "not UTF-8 text: invalid start byte, 0xff"),
     ("a.txt", b"abc" * 2**19 + "ä".encode()[:1], None, "not UTF-8 text: unexpected end of data, 0xc3"),
     ("a.txt", b"abc\0", None, "not text: there is a NUL in it"),

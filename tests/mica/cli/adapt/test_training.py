@@ -245,6 +245,22 @@ def test_a_finished_run_can_be_resumed(tmp_path):
     assert same(weights(tmp_path), before)
 
 
+def test_a_run_starts_anew_only_where_nothing_was_saved(unbroken, tmp_path):
+    args, notes = settings(tmp_path, resume=True), []
+    (tmp_path / "run.yaml").touch()
+    assert training.find_checkpoint(args, notes.append) is None
+    assert "starts from its beginning" in notes.pop()
+    shutil.copytree(unbroken[1] / "checkpoint-10", tmp_path / "checkpoint-10")
+    (tmp_path / "checkpoint-10" / "optimizer.pt").unlink()
+    with pytest.raises(UsageError, match=r"checkpoint-10 is damaged \(optimizer.pt\)"):
+        training.find_checkpoint(args)
+    shutil.rmtree(tmp_path / "checkpoint-10")
+    (tmp_path / "summary.json").touch()
+    with pytest.raises(UsageError, match="it has no checkpoint"):
+        training.find_checkpoint(args)
+    assert not notes
+
+
 def test_other_batches_are_refused(unbroken, tmp_path, monkeypatch):
     shutil.copytree(unbroken[1], tmp_path, dirs_exist_ok=True)
     args = settings(tmp_path, log_steps=1, resume=True)
@@ -264,6 +280,10 @@ def test_other_batches_are_refused(unbroken, tmp_path, monkeypatch):
         patch.setitem(training.PartialState._shared_state, "num_processes", 2)
         with pytest.raises(UsageError, match=r"with processes 1 \(now 2\): .* must be 4 as before, and is 8"):
             training.find_checkpoint(args)
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    with pytest.raises(UsageError, match=r"with mixed_precision no \(now bf16\): continuing"):
+        training.find_checkpoint(args)
+    monkeypatch.delenv("ACCELERATE_MIXED_PRECISION")
     assert training.find_checkpoint(args) == tmp_path / "checkpoint-10"
     assert training.find_checkpoint(settings(tmp_path)) is None
     other = corpus()
