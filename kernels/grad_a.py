@@ -134,7 +134,7 @@ def grad_a(
     num_experts, block_r = 0 if offsets is None else len(offsets), padded_rank(rank)
 
     def plan(config: configs.Config) -> Plan:
-        tiles, per_split, splits = ceil_div(in_features, config.block_k), num_rows, 1
+        tiles, per_split, splits = ceil_div(in_features, config.block_k), 0, 1
         if not num_experts:
             length, itemsize = max(1, num_rows), x.element_size()
             per_split, splits = split_evenly(length, config.block_m, tiles, g.shape[1], itemsize)

@@ -28,6 +28,7 @@ class _Entry(NamedTuple):
     state: tuple
     source: Tensor  # shares B's storage: what it points to cannot be freed and reused
     factor: Tensor
+    streams: set[int]  # those that wait for the copy, so that they may read it
 
 
 # By the id of B, or of the parameter that it is a view of. torch's weak keys, which compare tensors by
@@ -61,11 +62,14 @@ def _cached(lora_B: Tensor, owner: Tensor, dtype: torch.dtype) -> Tensor:
     if not _is_cacheable(lora_B, owner):
         return padded(lora_B, dtype).transpose(-1, -2)
     key, state = id(owner), (lora_B._version, lora_B.data_ptr(), layout(lora_B), dtype)
-    entry = entries.get(key)
+    entry, stream = entries.get(key), workspace.stream_of(lora_B)
     if entry is None or entry.state != state:
         of_owner = weakref.ref(owner, lambda _: entries.pop(key, None))
         factor = workspace.allocate_persistent(lambda: padded(lora_B, dtype), lora_B).transpose(-1, -2)
-        entry = entries[key] = _Entry(of_owner, state, lora_B.detach(), factor)
+        entry = entries[key] = _Entry(of_owner, state, lora_B.detach(), factor, {stream})
+    elif stream not in entry.streams:
+        workspace.follow(entry.factor)
+        entry.streams.add(stream)
     return entry.factor
 
 

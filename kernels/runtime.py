@@ -77,6 +77,8 @@ def _why_not_device(device: torch.device) -> str | None:
         return f"{torch.cuda.get_device_name(device)} is older than compute capability 8.0"
     try:
         return trial(device)
+    except torch.OutOfMemoryError:  # says nothing about kernels, and the result would be kept
+        raise
     except Exception as error:  # whatever it is (no C compiler, no driver, …): the reference runs instead
         text = str(error).strip().partition("\n")[0]
         return f"a trial kernel failed on it: {type(error).__name__}: {text}"

@@ -36,8 +36,7 @@ def counters(count: int, tensor: Tensor) -> Tensor:
     """
     if not tensor.is_cuda or torch.cuda.is_current_stream_capturing():
         return tensor.new_zeros(count, dtype=torch.int32)
-    index = tensor.get_device()
-    key = (index, raw_stream(index))
+    key = (tensor.get_device(), stream_of(tensor))
     zeros = _counters.get(key)
     if zeros is None or zeros.numel() < count:
         zeros = allocate_persistent(lambda: tensor.new_zeros(max(count, 4096), dtype=torch.int32), tensor)
@@ -63,6 +62,17 @@ def allocate_persistent(make: Callable[[], Tensor], tensor: Tensor) -> Tensor:
     own.wait_stream(caller)
     with ThreadPoolExecutor(1) as thread:
         made = thread.submit(run).result()
-    caller.wait_stream(own)
-    made.record_stream(caller)
+    follow(made)
     return made
+
+
+def follow(made: Tensor) -> None:
+    """Let the current stream use what `allocate_persistent` has made; the stream it was made for may."""
+    stream = torch.cuda.current_stream(made.device)
+    stream.wait_stream(torch.cuda.default_stream(made.device))
+    made.record_stream(stream)
+
+
+def stream_of(tensor: Tensor) -> int:
+    """The handle of the current stream of its device; 0 on a CPU."""
+    return raw_stream(tensor.get_device()) if tensor.is_cuda else 0

@@ -109,10 +109,14 @@ def test_two_streams_share_nothing():
         y = mica_linear(layer.x, layer.weight, layer.lora_A, layer.lora_B, layer.scaling)
         return [y.detach(), *torch.autograd.grad(y, (layer.x, layer.lora_A), layer.grad_output)]
 
-    layers = [make_layer(*SIZES, 16, DTYPE, DEVICE) for _ in range(2)]
+    layers = [make_layer(*SIZES, 4, DTYPE, DEVICE) for _ in range(2)]
+    layers[1].lora_B = layers[0].lora_B
     layers[1].x = layers[1].x.detach().roll(1, 0).requires_grad_()
     expected, streams = [step(layer) for layer in layers], [torch.cuda.Stream() for _ in layers]
     torch.cuda.synchronize()
+    prepared_b.clear()
+    with torch.cuda.stream(streams[0]):  # which makes the copy of B after that: the other has to wait for it
+        torch.cuda._sleep(int(SLEEP * CLOCK_RATE))
     outputs = [[], []]
     for repeat in range(REPEATS):
         for layer, stream, results in zip(layers, streams, outputs, strict=True):

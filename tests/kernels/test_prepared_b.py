@@ -179,6 +179,15 @@ def test_a_copy_is_kept_where_no_graph_owns_the_memory(b, monkeypatch):
     assert kept == [1]
 
 
+def test_another_stream_waits_for_the_copy_once(b, monkeypatch):
+    waited = []
+    monkeypatch.setattr(prepared_b.workspace, "follow", waited.append)
+    for stream in (1, 1, 2, 2, 1):
+        monkeypatch.setattr(prepared_b.workspace, "stream_of", lambda tensor, stream=stream: stream)
+        factor = b.prepare()
+    assert [tensor is factor for tensor in waited] == [True]
+
+
 def test_a_stack_of_unknown_base_has_a_copy_of_its_own():
     lora_B = B("experts").view().detach()
     prepare_experts(lora_B, torch.bfloat16)

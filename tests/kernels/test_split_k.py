@@ -7,18 +7,19 @@ from mica.kernels import configs
 from mica.kernels.down_projection import down_projection
 from mica.kernels.grad_a import grad_a
 from mica.kernels.split_k import split_evenly
+from tests.support.kernel_cases import DEVICE
 
 
 def test_parts_are_scaled_after_they_are_added():
     """As the sum of one program is: the same parts, added in order, have the same bits."""
-    x, factor = torch.randn(40, 2049), torch.randn(6, 2049)
+    x, factor = torch.randn(40, 2049, device=DEVICE), torch.randn(6, 2049, device=DEVICE)
     call = down_projection.plan(x, factor, scale=0.7)
     h, launch = call.bind()
     launch()
     total = torch.zeros_like(h)
     for part in launch.args["partial_ptr"].view(launch.args["num_splits"], *h.shape):
         total += part
-    assert torch.equal(h, total * torch.tensor(launch.args["scale"]))  # fp32, as kernels get it
+    assert torch.equal(h, total * torch.tensor(launch.args["scale"], device=DEVICE))  # fp32, as in kernels
 
 
 def test_nothing_is_counted_where_nothing_is_split():

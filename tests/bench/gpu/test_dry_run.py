@@ -141,6 +141,9 @@ TIMES = {
     (8192, BACKWARD): [(3.0, 4.0, 1.0, 4.0), (3.0, 4.0, 1.0, 4.0)],
     (512, FORWARD): [(3.0, 4.0, None, 1.0)],
     (512, BACKWARD): [(3.0, 4.0, 5.0, 3.5)],
+    (256, FORWARD): [(3.0, 4.0, 5.0, 3.5)],  # and no backward: left out
+    (64, FORWARD): [(3.0, None, None, None)],
+    (64, BACKWARD): [(None, 3.0, None, None), (3.0, None, None, None)],  # none for both
 }
 
 
