@@ -95,8 +95,8 @@ def resolve(given: argparse.Namespace) -> Settings:
     ``given``: what the command line had (see `options.declare`). With ``--resume`` the run.yaml of the output
     folder is read, if there is one, else the folder of ``--adapter``.
 
-    Raises UsageError for what `read` refuses, for a missing required option, for ``--steps`` with
-    ``--epochs``, and for values other than those of the adapter or, under ``--resume``, of the run.
+    Raises UsageError for what `read` refuses, for a missing required option, for options that
+    exclude each other, and for values other than those of the adapter or, under ``--resume``, of the run.
     """
     line = {name: value for name, value in vars(given).items() if name in OPTIONS}
     layers = [("command line", line)]
@@ -105,6 +105,8 @@ def resolve(given: argparse.Namespace) -> Settings:
     for origin, layer in layers:
         if layer.keys() >= _EITHER:
             raise UsageError(f"--steps and --epochs: give one of them ({origin} has both)")
+    if line.keys() >= {"held_out", "held_out_text"}:
+        raise UsageError("--held-out and --held-out-text: give one of them")
 
     found = ChainMap(*(layer for _, layer in layers))
     folder, adapter, recorded = found.get("output"), found.get("adapter"), None
@@ -134,6 +136,8 @@ def resolve(given: argparse.Namespace) -> Settings:
             lines = (line.rpartition("  # ") for line in (folder / FILE).read_text("utf-8").splitlines())
             origins |= {"experts": "default"}
             origins |= {entry.partition(":")[0]: origin for entry, _, origin in lines if entry}
+    if "warmup_ratio" in line and values["scheduler"] == "constant":
+        raise UsageError("--warmup-ratio: the scheduler constant has none; constant_with_warmup has")
     if values["alpha"] is None:
         values["alpha"], origins["alpha"] = values["alpha_per_rank"] * values["rank"], f"recipe {recipe}"
     if values["train_embeddings"] and values["embedding_learning_rate"] is None:

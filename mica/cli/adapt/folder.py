@@ -10,11 +10,11 @@ from mica.cli.output import check_folder, explained
 from mica.errors import UsageError
 
 # What `mica adapt` and the tokenizers write. Anything else in the folder is not ours and stays.
-PRODUCTS = (
-    *("adapter_*", "checkpoint-*", "base", "merged", "runs", "README.md", "summary.json", "run.yaml"),
-    *("curve.*", "tokenizer*", "special_tokens_map.json", "added_tokens.json", "chat_template*", "vocab.*"),
-    *("merges.txt", "additional_chat_templates"),
+RESULT = (
+    *("adapter_*", "README.md", "summary.json", "run.yaml", "curve.*", "tokenizer*", "vocab.*", "merges.txt"),
+    *("special_tokens_map.json", "added_tokens.json", "chat_template*", "additional_chat_templates*"),
 )
+PRODUCTS = (*RESULT, "checkpoint-*", "base", "merged", "runs")
 CONVERTED = "Converted by mica adapt from a GGUF file."  # in base/README.md: ours, to be replaced
 _LOCK = ".lock"
 _LEFT = (_LOCK, ".run.yaml.*", ".base.partial")  # by a killed run

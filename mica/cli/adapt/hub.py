@@ -5,11 +5,9 @@ from pathlib import Path
 from huggingface_hub import HfApi, constants, get_token
 from huggingface_hub.utils import validate_repo_id
 
+from mica.cli.adapt.folder import RESULT
 from mica.cli.output import explained
 from mica.errors import UsageError
-
-# What only goes on with the run, what belongs to a repository of its own, and what is half written.
-IGNORED = ["checkpoint-*/**", "base/**", "merged/**", "runs/**", "logs/**", ".*", ".*/**", "*.tmp"]
 
 
 def check(repository: str) -> None:
@@ -32,19 +30,19 @@ def check(repository: str) -> None:
 
 
 def push(output: Path, repository: str) -> str:
-    """Upload ``output`` without checkpoints, ``base/`` and ``merged/``; return the repository's address.
+    """Upload the adapter in ``output`` and what describes it; return the repository's address.
 
     A repository that does not exist is made, and is private: what was trained on may be so too, and it can
     be published later. One that exists stays as it is. Only on the main process.
 
     Raises UsageError if the upload fails; it says how to repeat it, and ``output`` is unchanged.
     """
-    skipped = " ".join(f"--exclude '{pattern}'" for pattern in IGNORED)
-    again = f"hf upload {repository} {output} . --private {skipped}"
+    parts = " ".join(f"--include '{pattern}'" for pattern in RESULT)
+    again = f"hf upload {repository} {output} . --private {parts}"
     kept = f"; everything is in {output}, to be uploaded by: {again}"
     with explained(f"--push-to-hub {repository}: not uploaded", kept=kept):
         api = HfApi()
         name = api.create_repo(repository, private=True, exist_ok=True).repo_id
-        more = {"ignore_patterns": IGNORED, "commit_message": "MiCA adapter"}
+        more = {"allow_patterns": [*RESULT], "commit_message": "MiCA adapter"}
         done = api.upload_folder(repo_id=name, folder_path=output, **more)
     return getattr(done, "repo_url", None) or f"{constants.ENDPOINT}/{name}"

@@ -113,6 +113,10 @@ def test_options_that_go_together():
         resolve("--text-weights", 1, 2)
     with pytest.raises(UsageError, match="--steps and --epochs: give one of them"):
         resolve("--steps", 1, "--epochs", 1)
+    with pytest.raises(UsageError, match="--held-out and --held-out-text: give one of them"):
+        resolve("--held-out", 0.1, "--held-out-text", "a")
+    with pytest.raises(UsageError, match="--warmup-ratio: the scheduler constant has none"):
+        resolve("--scheduler", "constant", "--warmup-ratio", 0.1)
     for needing, missing in (
         (["--keep-best"], "--keep-best: needs --eval-steps"),
         (["--patience", 2], "--patience: needs --eval-steps"),

@@ -54,7 +54,7 @@ def test_refused_before_any_work(answer, message, at_hub):
         hub.check("me/x")
 
 
-def test_upload_is_private_and_leaves_out_what_goes_on_with_the_run(monkeypatch, tmp_path):
+def test_upload_is_private_and_of_the_adapter_only(monkeypatch, tmp_path):
     calls = {}
 
     def create_repo(self, name, **options):
@@ -72,11 +72,12 @@ def test_upload_is_private_and_leaves_out_what_goes_on_with_the_run(monkeypatch,
     assert (calls["upload"]["repo_id"], calls["upload"]["folder_path"]) == ("me/adapter", tmp_path)
     files = [
         "README.md", "adapter_config.json", "adapter_model.safetensors", "curve.png", "run.yaml",
-        "summary.json", "tokenizer.json",
+        "summary.json", "additional_chat_templates/a.jinja",
+        "notes.txt", "photos/README.md",
         "base/model.safetensors", "checkpoint-10/optimizer.pt", "checkpoint-10/a/b",
         "merged/model.safetensors", "runs/x/events", ".saving/adapter_config.json", ".summary.json.123",
     ]  # fmt: skip
-    assert list(filter_repo_objects(files, ignore_patterns=calls["upload"]["ignore_patterns"])) == files[:7]
+    assert list(filter_repo_objects(files, allow_patterns=calls["upload"]["allow_patterns"])) == files[:7]
 
 
 def test_an_error_is_one_line_that_says_how_to_repeat(monkeypatch, tmp_path):
