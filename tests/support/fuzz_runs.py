@@ -192,10 +192,11 @@ class Runs(RuleBasedStateMachine):
         return self.adapt("broken", *options, breaking=breaking)
 
     def newest(self) -> tuple[Path | None, bool]:
-        """The newest checkpoint that is whole, and whether all that seem complete are damaged."""
-        found = [path for path in checkpoints.folders(self.output) if checkpoints.facts(path) is not None]
+        """The newest checkpoint that is whole, and whether it is lost: there was one, and none is whole."""
+        found = checkpoints.marked(self.output)
         sound = [path for path in found if checkpoints.damaged(path) is None]
-        return (sound[-1] if sound else None), bool(found and not sound)
+        was_there = found or (self.output / "summary.json").is_file()
+        return (sound[-1] if sound else None), bool(was_there and not sound)
 
     def newest_step(self) -> int:
         latest, _ = self.newest()
