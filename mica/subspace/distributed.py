@@ -28,41 +28,73 @@ PATIENCE = timedelta(seconds=60)
 _MISSED = b"missed"  # the decision of a meeting where some have waited in vain
 
 
+class Sharing:
+    """Of all the calls of `solve_shared` for one model. Left as a context manager."""
+
+    def __init__(self) -> None:
+        self.is_over = False  # since not all processes came: a model in parts must not wait for each part
+        self._group: dist.ProcessGroup | None = None
+
+    def agreed(self, tasks: Sequence[Task]) -> bool:
+        if tasks and not self.is_over:
+            self.is_over = not (_several_processes() and _all_agree(tasks))
+        return bool(tasks) and not self.is_over
+
+    def gather(self, value: object) -> list:
+        """``value`` of every process, by rank."""
+        # NCCL would take the current device, which a script need not have set; its timeout is 10 minutes.
+        self._group = self._group or dist.new_group(backend="gloo", timeout=timedelta(hours=24))
+        gathered = [None] * dist.get_world_size()
+        dist.all_gather_object(gathered, value, self._group)
+        return gathered
+
+    def __enter__(self) -> Sharing:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._group is not None:
+            dist.destroy_process_group(self._group)
+
+
 def solve_shared(
-    tasks: Sequence[Task], *, device: str | torch.device = "auto", cache: SubspaceCache | None = None
+    tasks: Sequence[Task],
+    sharing: Sharing,
+    *,
+    device: str | torch.device = "auto",
+    cache: SubspaceCache | None = None,
 ) -> Iterator[tuple[int, MinorSubspace]]:
     """``solve_many``, with the work shared where several processes request the same at the same time.
 
     Raises:
-        ValueError: as ``solve_many``, in every process if it is raised in one.
+        ValueError: as ``solve_many``, in every process if it is raised in one; RuntimeError for other errors
+            of another process.
     """
-    if not (tasks and _several_processes() and _all_agree(tasks)):
+    if not sharing.agreed(tasks):
         yield from solve_many(tasks, device=device, cache=cache)
         return
-    everywhere: list[list[str]] = [[] for _ in range(dist.get_world_size())]
-    dist.all_gather_object(everywhere, [task.key for task in tasks])
+    everywhere = sharing.gather([task.key for task in tasks])
     common = [index for index in range(len(tasks)) if len({theirs[index] for theirs in everywhere}) == 1]
     mine = shares([cost(tasks[index]) for index in common], dist.get_world_size())[dist.get_rank()]
     mine = [common[position] for position in mine]
     private = sorted(set(range(len(tasks))) - set(common))
 
     results: dict[int, MinorSubspace] = {}
-    failure: ValueError | None = None
+    failure: Exception | None = None
     chosen = mine + private
     try:
         for position, result in solve_many([tasks[index] for index in chosen], device=device, cache=cache):
             results[chosen[position]] = result
             yield chosen[position], result
-    except ValueError as error:
+    except Exception as error:  # out of memory, for one: the others wait to hear of it
         failure = error
-    gathered: list = [None] * dist.get_world_size()
     shared = {index: moved(results[index], "cpu") for index in mine if index in results}
-    dist.all_gather_object(gathered, (shared, str(failure) if failure else None))
+    gathered = sharing.gather((shared, failure and (isinstance(failure, ValueError), str(failure))))
     if failure:
         raise failure
-    for rank, (_, message) in enumerate(gathered):
-        if message:
-            raise ValueError(f"{message} (in process {rank})")
+    for rank, (_, told) in enumerate(gathered):
+        if told:
+            kind = ValueError if told[0] else RuntimeError
+            raise kind(f"{told[1]} (in process {rank})")
     for theirs, _ in gathered:
         for index, result in theirs.items():
             if index not in results:

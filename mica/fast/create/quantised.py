@@ -65,7 +65,8 @@ def _gptqmodel(layer) -> Tensor:
         return _by_calls(layer)
     if weight.shape != (layer.out_features, layer.in_features):
         return _by_calls(layer)
-    probed = torch.linspace(0, layer.in_features - 1, min(8, layer.in_features)).long().to(weight.device)
+    count = min(8, layer.in_features)
+    probed = torch.arange(count, device=weight.device) * (layer.in_features - 1) // max(1, count - 1)
     expected = weight[:, probed].float()
     outputs = _outputs(layer, probed).float()
     close = (outputs - expected).abs().max() <= _AGREEMENT * expected.abs().max()

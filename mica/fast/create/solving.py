@@ -25,7 +25,7 @@ from mica.fast.forward.eligibility import adapter_weights, is_stored_transposed
 from mica.fast.forward.expert_params import is_stack, is_wrapper, parameter_of, weight_of_stack
 from mica.fast.settings import settings
 from mica.subspace.cache import default_cache
-from mica.subspace.distributed import decline, solve_shared
+from mica.subspace.distributed import Sharing, decline, solve_shared
 from mica.subspace.gram import extremes
 from mica.subspace.many import Task
 from mica.subspace.solver import warnings_about
@@ -188,14 +188,14 @@ def initialise(adapters: Sequence[NewAdapter]) -> None:
         leave=False,
         disable=are_progress_bars_disabled() or None,
     )
-    with bar:
+    with bar, Sharing() as sharing:
         whole = [adapter for adapter in adapters if not _is_partitioned(adapter)]
         for chunk in _chunks(whole):
-            _solve(chunk, bar)
+            _solve(chunk, bar, sharing)
         for adapter in adapters:
             if _is_partitioned(adapter):
                 with gather_params_ctx(adapter.stored):
-                    _solve([adapter], bar)
+                    _solve([adapter], bar, sharing)
 
 
 def _chunks(adapters: Sequence[NewAdapter]) -> Iterator[list[NewAdapter]]:
@@ -230,14 +230,14 @@ def _count(adapter: NewAdapter) -> int:
     return adapter.layer.num_experts * (2 if experts.is_halved(adapter.layer) else 1)
 
 
-def _solve(adapters: Sequence[NewAdapter], bar: tqdm) -> None:
+def _solve(adapters: Sequence[NewAdapter], bar: tqdm, sharing: Sharing) -> None:
     """B of all of them, each written as soon as it is known."""
     parts = [(adapter, part) for adapter in adapters for part in adapter.tasks]
     tasks = [part.task for _, part in parts]
     cache = default_cache()  # outside of ``try``: its ValueError is not about a weight
     warned: dict[NewAdapter, list[tuple[int, str]]] = defaultdict(list)  # results come in any order
     try:
-        for index, subspace in solve_shared(tasks, device=settings.device, cache=cache):
+        for index, subspace in solve_shared(tasks, sharing, device=settings.device, cache=cache):
             adapter, part = parts[index]
             _assign(adapter, part.slice, subspace.basis)
             for message in warnings_about(subspace, part.task.name):
@@ -265,7 +265,7 @@ def _assign(adapter: NewAdapter, place: SliceOfB | None, basis: Tensor) -> None:
             exact[adapter.adapter_name] = basis
             return
         if adapter.adapter_name not in exact:
-            exact[adapter.adapter_name] = torch.zeros(lora_B.shape, device=lora_B.device)
+            exact[adapter.adapter_name] = basis.new_zeros(lora_B.shape, device=lora_B.device)
         place.fill(exact[adapter.adapter_name], basis)
 
 

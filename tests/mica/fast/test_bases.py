@@ -167,9 +167,9 @@ def test_the_process_without_weights_gets_its_bases_from_the_others(monkeypatch)
     def described(tasks):
         return [(task.name, task.weight.shape, task.weight.dtype, task.rank) for task in tasks]
 
-    def sharing(tasks, **kwargs):
+    def sharing(tasks, *args, **kwargs):
         requested.extend(described(tasks))
-        return share(tasks, **kwargs)
+        return share(tasks, *args, **kwargs)
 
     monkeypatch.setattr(module, "decline", lambda tasks: declined.extend(described(tasks)))
     monkeypatch.setattr(module, "solve_shared", sharing)

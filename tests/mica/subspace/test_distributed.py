@@ -14,7 +14,7 @@ from torch.distributed import distributed_c10d
 
 from mica.subspace import distributed, many
 from mica.subspace.cache import SubspaceCache
-from mica.subspace.distributed import shares, solve_shared
+from mica.subspace.distributed import Sharing, shares, solve_shared
 from mica.subspace.many import Task
 from tests.support import gloo
 
@@ -44,8 +44,12 @@ class Solved(NamedTuple):
 def solve(step, folder):
     tasks, cache = TASKS[step](), SubspaceCache(folder) if "cached" in step else None
     start = time.perf_counter()
-    with patch.object(many, "solve_each", wraps=many.solve_each) as solver:
-        subspaces = list(solve_shared(tasks, cache=cache))
+    error = RuntimeError("no memory") if step == "out of memory" else None
+    with (
+        Sharing() as sharing,
+        patch.object(many, "solve_each", wraps=many.solve_each, side_effect=error) as solver,
+    ):
+        subspaces = list(solve_shared(tasks, sharing, cache=cache))
     seconds = time.perf_counter() - start
     assert len({index for index, _ in subspaces}) == len(subspaces) == len(tasks)
     bases = {index: result.basis for index, result in subspaces}
@@ -58,7 +62,7 @@ def wait_for(seconds):
 
 
 TASKS = {
-    **dict.fromkeys(["together", "alone", "cached", "cached again"], make_tasks),
+    **dict.fromkeys(["together", "alone", "cached", "cached again", "out of memory"], make_tasks),
     "of another model together": lambda: make_tasks(1),
     "three alone": lambda: make_tasks(count=3),
     "four alone": lambda: make_tasks(count=4),
@@ -98,6 +102,7 @@ SCRIPTS = {
 PLAYED = SCRIPTS | {
     "different content": ["together", "with another layer"],
     "an error in one": ["broken", "broken"],
+    "any error": ["out of memory", "together"],
     "a cache": ["cached, cached again"] * 2,
 }
 
@@ -171,6 +176,22 @@ def test_an_error_in_one_is_an_error_in_all(played):
     assert isinstance(second, ValueError)
     assert str(first).startswith("layer 2: weight must be finite")
     assert str(second) == f"{first} (in process 0)"
+
+
+def test_errors_other_than_of_weights_are_told_too(played):
+    first, second = played["any error"]
+    assert (type(first), str(first)) == (RuntimeError, "no memory")
+    assert (type(second), str(second)) == (RuntimeError, "no memory (in process 0)")
+
+
+def test_the_parts_of_a_model_wait_once(monkeypatch):
+    """For processes that do not come; a part without layers waits for nobody."""
+    met, sharing = [], Sharing()
+    monkeypatch.setattr(distributed, "_several_processes", lambda: True)
+    monkeypatch.setattr(distributed, "_all_agree", lambda tasks: met.append(len(tasks)) or len(met) < 3)
+    parts = [make_tasks(count=count) for count in (0, 3, 1, 2, 4)]
+    assert [sharing.agreed(tasks) for tasks in parts] == [False, True, True, False, False]
+    assert met == [3, 1, 2]
 
 
 def test_each_process_asks_the_cache_for_its_share(played):
