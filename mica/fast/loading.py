@@ -40,33 +40,53 @@ def load(stock, *args, **kwargs):
 
     A layer whose B the checkpoint lacks (PEFT has warned) gets the basis of a new adapter.
     """
-    with without_solver() as adapters:
+    model = args[0]  # of `from_pretrained`, which calls `load_adapter`, the class
+    name = inspect.signature(stock).bind(*args, **kwargs).arguments.get("adapter_name") or "default"
+    with without_solver() as adapters, _whole(model, name, adapters):
         result = stock(*args, **kwargs)
-    if missing := set(getattr(result, "missing_keys", ())):
-        parameters = args[0].named_parameters(remove_duplicate=False)
-        lacking = {id(parameter) for name, parameter in parameters if name in missing}
-        lacking = [adapter for adapter in adapters if id(adapter.lora_B) in lacking]
-        for adapter in lacking:
-            check(adapter)
-        initialise(lacking)
+        missing = {*getattr(result, "missing_keys", ())}  # transformers has more that it did not load
+        if missing := missing | {key for key, *_ in getattr(result, "mismatched_keys", ())}:
+            parameters = model.named_parameters(remove_duplicate=False)
+            lacking = {id(parameter) for key, parameter in parameters if key in missing}
+            lacking = [adapter for adapter in adapters if id(adapter.lora_B) in lacking]
+            for adapter in lacking:
+                check(adapter)
+            initialise(lacking)
+        for adapter in adapters:  # transformers' loader makes parameters that require a gradient
+            adapter.lora_B.requires_grad_(False)
     adapters.clear()
-    if isinstance(args[0], nn.Module):  # `from_pretrained` has the class, and calls `load_adapter`
-        name = inspect.signature(stock).bind(*args, **kwargs).arguments.get("adapter_name")
-        warn_of_a_lost_mark(args[0], name or "default")
+    if isinstance(model, nn.Module):
+        warn_of_a_lost_mark(model, name)
     return result
 
 
+@contextmanager
+def _whole(model, name: str, created: list[NewAdapter]) -> Iterator[None]:
+    """An error after the adapter's creation would leave one with B = 0, which nothing could train."""
+    is_new = not _has(model, name)
+    try:
+        yield
+    except Exception:
+        if created and is_new and _has(model, name):
+            model.delete_adapter(name)
+        raise
+
+
+def _has(model, name: str) -> bool:
+    return isinstance(model, nn.Module) and name in getattr(model, "peft_config", ())
+
+
 @while_enabled
-def find_base(stock, cls, folder, subfolder=None, **kwargs):
+def find_base(stock, cls, pretrained_model_name_or_path, subfolder=None, **kwargs):
     """In place of ``PeftConfig.from_pretrained``: a base that lies beside the adapter is found there.
 
     PEFT takes a relative path from the working directory, so the adapter names its base by the absolute path
     that it had; since then the folder of both may have been moved, and another run's be in its place.
     """
-    config = stock(cls, folder, subfolder, **kwargs)
+    config = stock(cls, pretrained_model_name_or_path, subfolder, **kwargs)
     recorded = config.base_model_name_or_path
     if recorded and os.path.isabs(recorded) and os.path.basename(recorded) == BASE:
-        own = os.path.abspath(os.path.join(folder, subfolder or ""))
+        own = os.path.abspath(os.path.join(pretrained_model_name_or_path, subfolder or ""))
         if os.path.basename(own).startswith("checkpoint-"):
             own = os.path.dirname(own)
         if os.path.isfile(os.path.join(own, BASE, "config.json")):
@@ -76,15 +96,8 @@ def find_base(stock, cls, folder, subfolder=None, **kwargs):
 
 @while_enabled
 def add_weighted_adapter(stock, self, adapters, weights, adapter_name, *args, **kwargs) -> None:
-    """An error after the adapter's creation would leave one with B = 0, which nothing could train."""
-    is_new = adapter_name not in self.peft_config
-    try:
-        with without_solver():
-            stock(self, adapters, weights, adapter_name, *args, **kwargs)
-    except Exception:
-        if is_new and adapter_name in self.peft_config:
-            self.delete_adapter(adapter_name)
-        raise
+    with without_solver() as created, _whole(self, adapter_name, created):
+        stock(self, adapters, weights, adapter_name, *args, **kwargs)
 
 
 @around

@@ -35,7 +35,7 @@ LIBRARY = torch.library.Library("mica", "DEF")
 # in-place operation on it (nn.ReLU(inplace=True), ``y += x``) an error: autograd allows none on a Function's.
 below_autograd = torch._C._AutoDispatchBelowADInplaceOrView
 
-_AUTOCAST = ("cpu", "cuda")  # kinds of devices with autocast rules
+AUTOCAST = ("cpu", "cuda")  # kinds of devices with autocast rules: others would cast within a body
 
 _force_torch = contextvars.ContextVar("mica_force_torch", default=False)
 
@@ -201,13 +201,13 @@ def operator(
             return registered(*args)
 
     LIBRARY.impl(name, autograd, "Autograd")
-    for device_type in _AUTOCAST:
+    for device_type in AUTOCAST:
         LIBRARY.impl(name, partial(autocast, device_type), f"Autocast{device_type.upper()}")
 
     def call(*args):
         tensors = [arg for arg in args if isinstance(arg, Tensor)]
         device_type = tensors[0].device.type
-        if device_type not in _AUTOCAST or not is_eager(*tensors):
+        if device_type not in AUTOCAST or not is_eager(*tensors):
             return registered(*args)
         if torch.is_autocast_enabled(device_type):
             args = cast(device_type, *args)

@@ -28,7 +28,7 @@ from mica.fast.settings import compute_dtype, settings
 from mica.ops.embedding import embedding
 from mica.ops.linear import linear, traced
 from mica.ops.low_rank import down_projection, up_projection
-from mica.ops.operator import TENSOR_TYPES
+from mica.ops.operator import AUTOCAST, TENSOR_TYPES
 from mica.paths import choose
 
 
@@ -171,6 +171,8 @@ def _why_not_call(layer, x: Tensor, adapters: list[Adapter]) -> str | None:
     if not is_dense(x) or not x.is_floating_point():
         return why_not_dense("input", x) or "the input is nested"
     autocast = torch.is_autocast_enabled(x.device.type)
+    if autocast and x.device.type not in AUTOCAST:
+        return f"autocast on {x.device.type}"
     for lora_A, lora_B, *_ in adapters:
         if autocast:
             fits = torch.float64 not in (x.dtype, lora_A.dtype, lora_B.dtype)
@@ -225,6 +227,8 @@ def _why_not_indices(x: Tensor, lora_A: Tensor, lora_B: Tensor) -> str | None:
     if not is_dense(x):
         return "indices that are not a plain tensor"
     if torch.is_autocast_enabled(x.device.type):
+        if x.device.type not in AUTOCAST:
+            return f"autocast on {x.device.type}"
         fits = torch.float64 not in (lora_A.dtype, lora_B.dtype)
     else:
         fits = lora_A.dtype == lora_B.dtype

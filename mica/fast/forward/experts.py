@@ -35,6 +35,7 @@ from mica.fast.forward.eligibility import (
 )
 from mica.fast.settings import compute_dtype
 from mica.ops.experts import experts_base, experts_linear
+from mica.ops.operator import AUTOCAST
 from mica.ops.routing import from_experts, route
 from mica.paths.products import is_transformed
 
@@ -259,6 +260,8 @@ def _why_not_call(
         return "torch.func or forward-mode differentiation"
     is_grouped = implementation is moe.grouped_mm_experts_forward
     autocast = torch.is_autocast_enabled(x.device.type) and not is_grouped
+    if autocast and x.device.type not in AUTOCAST:
+        return f"autocast on {x.device.type}"
     if autocast and implementation is None and module.has_bias:
         return "biases under autocast, which transformers' eager forward adds in fp32"
     for one in projections:

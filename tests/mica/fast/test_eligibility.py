@@ -10,6 +10,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from transformers.pytorch_utils import Conv1D
 
 import mica.fast
+from mica.fast.forward import decide as calls
 from mica.fast.forward import eligibility
 from tests.support.models import net, randomise
 from tests.support.stock import as_stock, assert_same, both, counted
@@ -164,6 +165,17 @@ def test_a_bias_that_autocast_leaves_in_fp64_is_an_error_as_in_pytorch(tiny, mon
     for context in (nullcontext, mica.fast.disabled):
         with context(), torch.autocast("cpu", torch.bfloat16), pytest.raises(RuntimeError):
             layer(torch.randn(3, layer.in_features))
+
+
+@pytest.mark.parametrize(("target", "x"), [("up", X), ("embed", INDICES)])
+def test_autocast_on_a_device_without_rules_is_left_to_peft(target, x, monkeypatch):
+    monkeypatch.setattr(calls, "AUTOCAST", ("cuda",))
+    model = randomise(net(targets=[target], lora_dropout=0.5))  # the quick check knows cpu and cuda only
+    layer = getattr(model.base_model.model, target)
+    for enabled in (False, True):
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            found = getattr(calls, f"decide{'_embedding' * (target == 'embed')}")(layer, x)
+        assert (getattr(found, "reason", None) == "autocast on cpu") == enabled
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

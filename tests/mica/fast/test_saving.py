@@ -300,22 +300,43 @@ def test_what_is_missing_in_the_checkpoint_and_nothing_else_is_solved(gap, tmp_p
     assert len(kept) < len(loaded)
 
 
+@pytest.mark.parametrize("is_trainable", [False, True])
 @pytest.mark.parametrize(
     ("build", "adapt"), [(tiny_llama, partial(wrap, targets=["q_proj"])), (gpt_oss, wrap_all)]
 )
-def test_transformers_own_loader_runs_no_solver(build, adapt, tmp_path, solved):
+def test_transformers_own_loader_runs_no_solver_and_trains_no_b(build, adapt, is_trainable, tmp_path, solved):
     model = randomise(adapt(build()))
     model.save_pretrained(tmp_path)
     solved.clear()
     loaded = build()
-    loaded.load_adapter(str(tmp_path))
+    loaded.load_adapter(str(tmp_path), is_trainable=is_trainable)
     assert not solved
     assert all(layer.lora_variant for layer in adapted_layers(loaded).values())
     expected = dict(model.base_model.model.named_parameters())
     for name, parameter in loaded.named_parameters():
         if "lora_" in name:
             assert torch.equal(parameter, expected[name])
-            assert not (parameter.requires_grad and "lora_B" in name)
+            assert parameter.requires_grad == (is_trainable and "lora_A" in name)
+
+
+def test_sizes_that_do_not_fit(tmp_path, solved):
+    """A new basis where they are ignored; else an error, and no adapter that cannot be trained."""
+    model = randomise(wrap(tiny_llama(), targets=["q_proj"], rank=4))
+    model.save_pretrained(tmp_path)
+    (tmp_path / CONFIG).write_text(json.dumps(saved_config(tmp_path) | {"r": 8}))
+    solved.clear()
+    with pytest.raises(RuntimeError, match="size mismatch"):
+        model.load_adapter(tmp_path, "second")
+    assert (
+        [*model.peft_config]
+        == [*model.base_model.model.model.layers[0].self_attn.q_proj.lora_A]
+        == ["default"]
+    )
+    assert not solved
+    loaded = tiny_llama()
+    loaded.load_adapter(str(tmp_path), ignore_mismatched_sizes=True)
+    assert len(solved) == len(adapted_layers(loaded))
+    assert all(factors(layer)[1].any() for layer in adapted_layers(loaded).values())
 
 
 @pytest.mark.parametrize("checkpoint", [False, True])
@@ -327,6 +348,7 @@ def test_a_base_beside_the_adapter_is_found_where_both_have_moved(checkpoint, tm
     base = AutoModelForCausalLM.from_pretrained(tmp_path / "out" / "base")
     model = randomise(wrap(base, targets=["up_proj"], task_type="CAUSAL_LM"))
     model.save_pretrained(tmp_path / folder)
+    assert PeftConfig.from_pretrained(pretrained_model_name_or_path=str(tmp_path / folder)).r == 4
     (tmp_path / "moved").mkdir()
     (tmp_path / "out").rename(tmp_path / "moved" / "out")
     tiny_llama().save_pretrained(tmp_path / "out" / "base")

@@ -133,7 +133,7 @@ OPERATORS = {
             ("or forward_ad._current_level >= 0", ""),
         ],
         "operator.call": [
-            ("device_type not in _AUTOCAST or", ""),
+            ("device_type not in AUTOCAST or", ""),
             ("torch.is_autocast_enabled(device_type)", "False"),
         ],
     },
