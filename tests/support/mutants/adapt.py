@@ -13,6 +13,19 @@ ADAPT = {
         "_random": [("and not name.startswith(_HEADS)", ""), ("value > 0", "value > 1")],
         "history": [('+ 1): processes', '): processes')],
     },
+    ("mica/cli/adapt/checkpoints.py", f"{_TESTS}checkpoints.py"): {
+        "to_resume": [("marked(output)", "_complete(output)")],
+        "_wrong": [("path.stat().st_size == size", "True")],
+    },
+    ("mica/cli/adapt/folder.py", f"{_TESTS}folder.py"): {
+        "check": [("if not removed.isdisjoint((place, *place.parents))", "if False")],
+        "_is_converted": [("and card.read_bytes().startswith(CONVERTED.encode())", "")],
+        "held": [("if is_new and not any", "if not any")],
+    },
+    ("mica/cli/adapt/sources.py", f"{_TESTS}sources.py"): {
+        "Source._texts": [("FIRST_ROWS", "1"), ("text.encode()", "pass")],
+        "_csv": [("row.pop(None, None)", "row.pop(None, None) and []")],
+    },
     ("mica/cli/adapt/dry_run.py", f"{_TESTS}dry_run.py", "-k", "not two_processes"): {
         "check_disk": [("training.KEPT + 1", "training.KEPT"), ("+ replaced", "")],
         "_Clock.seconds": [("self.times[1:] if", "self.times if")],

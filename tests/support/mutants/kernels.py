@@ -220,6 +220,8 @@ KERNELS = {
             ("lora_B.data_ptr(),", ""),
             ("state, lora_B.detach()", "state, lora_B[:0].clone()"),
             ("workspace.allocate_persistent(lambda:", "(lambda make, _: make())(lambda:"),
+            ("elif stream not in entry.streams:", "elif False:"),
+            ("entry.streams.add(stream)", "pass"),
         ],
         "_is_cacheable": [("and limits.is_tracked(owner)", ""), ("lora_B.is_leaf\n        and", "")],
         "padded": [("lora_B.new_zeros", "lora_B.new_empty")],

@@ -29,6 +29,9 @@ SUBSPACE = {
         "bounds": [("if gram.patience", "if False")],
         "random_block": [("start.to(gram.device, non_blocking=True)", "start")],
     },
+    ("mica/subspace/distributed.py", "tests/mica/subspace/test_distributed.py", "-k", "wait_once"): {
+        "Sharing.agreed": [("tasks and not self.is_over:", "tasks:")],
+    },
     ("mica/subspace/fingerprint.py", "tests/mica/subspace/test_waits.py"): {
         "fingerprint": [("rows.split(_COPIED_CHUNKS * step)", "rows.split(step)")],
     },
