@@ -78,10 +78,10 @@ def test_no_file_is_longer_than_400_lines(module):
 
 
 SIZES = {  # lines of Python at most: package -> (without this part of it, lines)
-    "mica": ("mica.cli", 10_900),
-    "mica.cli": (None, 5_850),
-    "tests": ("tests.emulator", 31_000),
-    "bench": (None, 6_650),
+    "mica": ("mica.cli", 10_980),
+    "mica.cli": (None, 5_920),
+    "tests": ("tests.emulator", 31_260),
+    "bench": (None, 6_660),
 }
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import os
 from collections.abc import Iterator, Sequence
 from datetime import timedelta
 
@@ -29,31 +30,14 @@ _MISSED = b"missed"  # the decision of a meeting where some have waited in vain
 
 
 class Sharing:
-    """Of all the calls of `solve_shared` for one model. Left as a context manager."""
+    """Of all the calls of `solve_shared` for one model: its parts must not wait one after another."""
 
-    def __init__(self) -> None:
-        self.is_over = False  # since not all processes came: a model in parts must not wait for each part
-        self._group: dist.ProcessGroup | None = None
+    is_over = False  # since not all processes came
 
     def agreed(self, tasks: Sequence[Task]) -> bool:
         if tasks and not self.is_over:
             self.is_over = not (_several_processes() and _all_agree(tasks))
         return bool(tasks) and not self.is_over
-
-    def gather(self, value: object) -> list:
-        """``value`` of every process, by rank."""
-        # NCCL would take the current device, which a script need not have set; its timeout is 10 minutes.
-        self._group = self._group or dist.new_group(backend="gloo", timeout=timedelta(hours=24))
-        gathered = [None] * dist.get_world_size()
-        dist.all_gather_object(gathered, value, self._group)
-        return gathered
-
-    def __enter__(self) -> Sharing:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self._group is not None:
-            dist.destroy_process_group(self._group)
 
 
 def solve_shared(
@@ -72,7 +56,7 @@ def solve_shared(
     if not sharing.agreed(tasks):
         yield from solve_many(tasks, device=device, cache=cache)
         return
-    everywhere = sharing.gather([task.key for task in tasks])
+    everywhere = _gathered([task.key for task in tasks], tasks)
     common = [index for index in range(len(tasks)) if len({theirs[index] for theirs in everywhere}) == 1]
     mine = shares([cost(tasks[index]) for index in common], dist.get_world_size())[dist.get_rank()]
     mine = [common[position] for position in mine]
@@ -88,7 +72,7 @@ def solve_shared(
     except Exception as error:  # out of memory, for one: the others wait to hear of it
         failure = error
     shared = {index: moved(results[index], "cpu") for index in mine if index in results}
-    gathered = sharing.gather((shared, failure and (isinstance(failure, ValueError), str(failure))))
+    gathered = _gathered((shared, failure and (isinstance(failure, ValueError), str(failure))), tasks)
     if failure:
         raise failure
     for rank, (_, told) in enumerate(gathered):
@@ -99,6 +83,20 @@ def solve_shared(
         for index, result in theirs.items():
             if index not in results:
                 yield index, moved(result, tasks[index].weight.device)
+
+
+def _gathered(value: object, tasks: Sequence[Task]) -> list:
+    """``value`` of every process, by rank.
+
+    NCCL sends from the current device, which a script need not have set: all processes may have the first.
+    """
+    device, local = tasks[0].weight.get_device(), int(os.environ.get("LOCAL_RANK", "0"))  # -1: a CPU's
+    if device < 0 and local < torch.cuda.device_count() and torch.cuda.current_device() == 0:
+        device = local
+    gathered = [None] * dist.get_world_size()
+    with torch.cuda.device(device):  # -1: as it is
+        dist.all_gather_object(gathered, value)
+    return gathered
 
 
 def shares(costs: Sequence[float], count: int) -> list[list[int]]:

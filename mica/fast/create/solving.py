@@ -188,7 +188,8 @@ def initialise(adapters: Sequence[NewAdapter]) -> None:
         leave=False,
         disable=are_progress_bars_disabled() or None,
     )
-    with bar, Sharing() as sharing:
+    sharing = Sharing()
+    with bar:
         whole = [adapter for adapter in adapters if not _is_partitioned(adapter)]
         for chunk in _chunks(whole):
             _solve(chunk, bar, sharing)

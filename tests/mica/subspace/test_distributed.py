@@ -1,9 +1,11 @@
 """Shared among processes: the same bits everywhere, each its own weights, and none waits forever."""
 
 import time
+from contextlib import nullcontext
 from dataclasses import replace
 from datetime import timedelta
 from itertools import chain
+from types import SimpleNamespace
 from typing import NamedTuple
 from unittest.mock import patch
 
@@ -45,11 +47,8 @@ def solve(step, folder):
     tasks, cache = TASKS[step](), SubspaceCache(folder) if "cached" in step else None
     start = time.perf_counter()
     error = RuntimeError("no memory") if step == "out of memory" else None
-    with (
-        Sharing() as sharing,
-        patch.object(many, "solve_each", wraps=many.solve_each, side_effect=error) as solver,
-    ):
-        subspaces = list(solve_shared(tasks, sharing, cache=cache))
+    with patch.object(many, "solve_each", wraps=many.solve_each, side_effect=error) as solver:
+        subspaces = list(solve_shared(tasks, Sharing(), cache=cache))
     seconds = time.perf_counter() - start
     assert len({index for index, _ in subspaces}) == len(subspaces) == len(tasks)
     bases = {index: result.basis for index, result in subspaces}
@@ -182,6 +181,27 @@ def test_errors_other_than_of_weights_are_told_too(played):
     first, second = played["any error"]
     assert (type(first), str(first)) == (RuntimeError, "no memory")
     assert (type(second), str(second)) == (RuntimeError, "no memory (in process 0)")
+
+
+@pytest.mark.parametrize(
+    ("weight", "current", "devices", "chosen"),
+    [
+        (2, 0, 8, 2),
+        (-1, 0, 8, 3),  # on the CPU, and no device was set
+        (-1, 5, 8, 5),
+        (-1, 0, 1, 0),  # of several that are visible to others
+    ],
+)
+def test_messages_leave_from_a_device_of_this_process(monkeypatch, weight, current, devices, chosen):
+    monkeypatch.setenv("LOCAL_RANK", "3")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: devices)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: current)
+    monkeypatch.setattr(torch.cuda, "device", lambda index: nullcontext(used.append(index)))
+    monkeypatch.setattr(dist, "get_world_size", lambda: 2)
+    monkeypatch.setattr(dist, "all_gather_object", lambda gathered, value: None)
+    used, task = [], SimpleNamespace(weight=SimpleNamespace(get_device=lambda: weight))
+    distributed._gathered(None, [task])
+    assert [current if index < 0 else index for index in used] == [chosen]
 
 
 def test_the_parts_of_a_model_wait_once(monkeypatch):
