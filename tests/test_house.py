@@ -78,8 +78,8 @@ def test_no_file_is_longer_than_400_lines(module):
 
 
 SIZES = {  # lines of Python at most: package -> (without this part of it, lines)
-    "mica": ("mica.cli", 10_980),
-    "mica.cli": (None, 5_920),
+    "mica": ("mica.cli", 10_970),
+    "mica.cli": (None, 5_910),
     "tests": ("tests.emulator", 31_260),
     "bench": (None, 6_660),
 }

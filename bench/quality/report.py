@@ -31,7 +31,7 @@ LEARNED = (RIGHT, AMONG, PROSE)
 COLUMNS = [f"at most {limit:g} nats" if limit < math.inf else "any number" for limit in LIMITS]
 COMPARED = (  # equal numbers of trained parameters; whether minor directions matter; what freezing costs
     ("MiCA, r = 64", "LoRA, r = 32"),
-    ("MiCA, r = 16", "frozen random B, r = 16"),
+    *((f"MiCA, r = {rank}", f"frozen random B, r = {rank}") for rank in (16, 64)),
     ("MiCA, r = 16", "frozen B of the largest, r = 16"),
     ("MiCA, r = 64", "full fine-tuning"),
 )

@@ -21,7 +21,7 @@ def save(path: Path, result: dict) -> None:
 
 
 def resume(path: Path, fresh: dict) -> dict:
-    """The result at ``path`` to go on with, else ``fresh``, which has everything but runs.
+    """The result at ``path`` to go on with, else ``fresh``, which has no runs. Methods may be added.
 
     Raises UsageError if the runs in the file were made by other settings, texts or versions.
     """
@@ -30,9 +30,9 @@ def resume(path: Path, fresh: dict) -> dict:
     found = json.loads(path.read_text(encoding="utf-8"))
     pairs = {key: (found.get(key), fresh[key]) for key in SAME}
     pairs |= {key: (found.get("machine", {}).get(key), fresh["machine"].get(key)) for key in VERSIONS}
+    pairs["plan"] = found["plan"], {name: fresh["plan"].get(name) for name in found["plan"]}
     for key, pair in pairs.items():
         old, new = (json.loads(json.dumps(one)) for one in pair)  # tuples become lists
         if old != new:
             raise UsageError(f"--name {path.stem}: {path} has other {key}: take another name")
-    found["starts"] += fresh["starts"]
-    return found
+    return found | {"plan": fresh["plan"], "starts": found["starts"] + fresh["starts"]}

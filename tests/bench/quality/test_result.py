@@ -171,6 +171,17 @@ def test_goes_on_with_what_is_there_and_a_kill_while_writing_leaves_the_last_fil
     assert resume(path, fresh) == finished | {"starts": finished["starts"] + fresh["starts"]}
 
 
+def test_methods_may_be_new_and_runs_of_none_are_dropped(fresh, tmp_path):
+    path = tmp_path / "run.json"
+    save(path, golden())
+    more = fresh["plan"] | {"another": fresh["plan"]["LoRA, r = 16"]}
+    found = resume(path, fresh | {"plan": more})
+    assert (found["plan"], found["runs"]) == (more, golden()["runs"])
+    assert {one.method for one in planned(found)} == {"another"}
+    with pytest.raises(UsageError, match="has other plan"):
+        resume(path, fresh | {"plan": {}})
+
+
 @pytest.mark.parametrize(
     ("keys", "value", "why"),
     [
