@@ -1,12 +1,15 @@
 """Every figure in the README files follows from the committed results that the pages link to."""
 
 import re
-from statistics import median
+from collections import Counter
+from statistics import mean, median
 
 import pytest
 
 from bench import pages
 from bench.quality.recipes import OPTIONS, STOPS
+from bench.quality.report import RIGHT, differences, values
+from bench.quality.schedule import rates_that_count
 from bench.report.compare import compare
 from bench.results import names
 from bench.results.names import FAST, LORA, STOCK
@@ -76,28 +79,42 @@ def words():
     yield bench, "Eight epochs of eight steps, the same batches for all."
     assert len(STOPS) == 3
     yield bench, "measured at three stops of each training"
-    study = pages.raw(f"{pages.LATEST}-trade-off")
-    rates = sum(len(method["rates"]) for method in study["plan"].values())
-    yield bench, f"{sum(run['seed'] == 0 for run in study['runs'])} of {rates} first trainings, one seed"
-    lines = [line.strip("| ").split(" | ") for line in pages.quality().splitlines()]
-    right = {name: cells for name, *cells in lines}
-    cells = *right["frozen random B, r = 16"][:3], *right["MiCA, r = 16"][:3]
-    text = "rank 16 answers {}, {} and {} % at 0.1, 0.25 and 0.5 nats, MiCA's {}, {} and {} %"
-    yield bench, text.format(*cells)
-    cells = *right["MiCA, r = 64"][1:4], *right["LoRA, r = 32"][1:4]
-    text = "answers {}, {} and {} % at 0.25, 0.5 and 1 nats, LoRA {}, {} and {} %"
-    yield bench, text.format(*cells)
-    sizes = [study["methods"][name]["trained_parameters"] / 1e6 for name in ("MiCA, r = 64", "LoRA, r = 32")]
-    yield bench, "({:.1f} and {:.1f} million)".format(*sizes)
-    full = right["full fine-tuning"][1:]
-    by_limit = zip(*(right[name][1:] for name in study["plan"]), strict=True)
-    assert [max(cells, key=float) for cells in by_limit] == full
-    yield bench, f"learned most from 0.25 nats on: {full[0]} to {full[-1]} %"
     energy = next(one for one in pages.energy() if one[:2] == ["full fine-tuning", "smallest"])[2:]
     assert all(0.9 < float(value) < 2.1 for value in energy)
     yield bench, "the updates of both methods are spread almost evenly over all directions"
 
 
-@pytest.mark.parametrize(("page", "said"), [*words()])
+def of_the_study():
+    page, study = "bench/README.md", pages.raw(f"{pages.LATEST}-trade-off")
+    seeds = Counter(run["seed"] for run in study["runs"])
+    rates = {(name, rate) for name, method in study["plan"].items() for rate in method["rates"]}
+    assert seeds[0] == len(rates)
+    counts = sum(len(rates_that_count(study, name)) for name in study["plan"])
+    yield page, f"all {len(rates)} first trainings, {seeds[1]} of {counts} with a second seed"
+    found = {name: values(study, name, RIGHT) for name in study["plan"]}
+    ranges = [max(one) - min(one) for seeds in found.values() for one in seeds[:4] if one]
+    yield page, f"by at most {max(ranges):.0f} points up to 1 nat"
+    means = {name: [f"{mean(one):.0f}" if one else "" for one in seeds] for name, seeds in found.items()}
+    apart = [line.strip("| ").split(" | ") for line in differences(study).splitlines()]
+    apart = {name: cells for name, *cells in apart}
+    cells = means["frozen random B, r = 64"][1:4], means["MiCA, r = 64"][1:4]
+    text = "rank 64 answers {}, {} and {} % at 0.25, 0.5 and 1 nats, MiCA's {}, {} and {} %"
+    yield page, text.format(*cells[0], *cells[1])
+    cells = (means[f"{name}, r = 64"][-1] for name in ("frozen random B", "MiCA"))
+    yield page, "however much is forgotten, {} against {} %".format(*cells)
+    cells = means["frozen random B, r = 16"][1], means["MiCA, r = 16"][1]
+    more = apart["MiCA, r = 16 less frozen random B, r = 16"][1]
+    yield page, "At rank 16 it is {} against {} % at 0.25 nats ({})".format(*cells, more)
+    cells = apart["MiCA, r = 64 less LoRA, r = 32"][1:4]
+    yield page, "{} points at 0.25 nats, {} at 0.5 and {} at 1".format(*cells)
+    sizes = [study["methods"][name]["trained_parameters"] / 1e6 for name in ("MiCA, r = 64", "LoRA, r = 32")]
+    yield page, "({:.1f} and {:.1f} million)".format(*sizes)
+    full = means["full fine-tuning"][1:4]
+    by_limit = zip(*(means[name][1:4] for name in study["plan"]), strict=True)
+    assert [max(cells, key=float) for cells in by_limit] == full
+    yield page, f"learned most at 0.25 to 1 nat: {full[0]} to {full[-1]} %"
+
+
+@pytest.mark.parametrize(("page", "said"), [*words(), *of_the_study()])
 def test_words(page, said):
     assert re.sub(r"\s+", " ", said) in " ".join((pages.ROOT / page).read_text(encoding="utf-8").split())

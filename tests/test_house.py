@@ -80,7 +80,7 @@ def test_no_file_is_longer_than_400_lines(module):
 SIZES = {  # lines of Python at most: package -> (without this part of it, lines)
     "mica": ("mica.cli", 10_970),
     "mica.cli": (None, 5_910),
-    "tests": ("tests.emulator", 31_260),
+    "tests": ("tests.emulator", 31_290),
     "bench": (None, 6_660),
 }
 

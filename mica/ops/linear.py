@@ -17,7 +17,6 @@ from mica.ops.operator import (
     below_autograd,
     call_counts,
     is_eager,
-    like_rows,
     no_autocast,
     operator,
     run_backward,
@@ -71,12 +70,17 @@ def mica_linear(
     return linear(x, weight, lora_A, lora_B, scaling, bias, compute_dtype, dropout_p, seed)
 
 
+def _like(shape: torch.Size, matrix: Tensor) -> Tensor:
+    """(tokens, n) with all but the last dimension of ``shape``."""
+    return matrix if len(shape) == 2 else matrix.view(*shape[:-1], matrix.shape[1])
+
+
 def _linear(
     x, weight, lora_A, lora_B, scaling, bias, compute_dtype, dropout_p=0.0, seed=None, grad_dtype=None
 ):
     dtypes = (x.dtype, compute_dtype or x.dtype, lora_A.dtype, lora_B.dtype)
     operands = (as_matrix(x), weight, lora_A, lora_B, scaling, bias, compute_dtype)
-    return like_rows(run_formula("linear", x, lora_A.shape[0], dtypes, *operands, dropout_p, seed), x)
+    return _like(x.shape, run_formula("linear", x, lora_A.shape[0], dtypes, *operands, dropout_p, seed))
 
 
 def _linear_backward(grad_output, x, weight, lora_A, lora_B, scaling, compute_dtype, output_mask, *options):
@@ -92,7 +96,7 @@ def _gradients(grad_output, x, weight, lora_A, lora_B, scaling, compute_dtype, *
     operands = (dy, x, weight, lora_A, lora_B, scaling, compute_dtype, *options)
     with no_autocast():
         grad_x, grad_A = run_formula("linear_backward", dy, lora_A.shape[0], dtypes, *operands)
-    return None if grad_x is None else like_rows(grad_x, grad_output), grad_A
+    return None if grad_x is None else _like(grad_output.shape, grad_x), grad_A
 
 
 def _linear_fake(
@@ -197,7 +201,7 @@ def _is_host_bound(x: Tensor, lora_A: Tensor, lora_B: Tensor, out_features: int,
 
 def composed(x, weight, lora_A, lora_B, scaling, bias) -> Tensor:
     call_counts["linear"] += 1
-    return like_rows(torch_path.linear(as_matrix(x), weight, lora_A, lora_B, scaling, bias), x)
+    return _like(x.shape, torch_path.linear(as_matrix(x), weight, lora_A, lora_B, scaling, bias))
 
 
 def linear_eager(x, weight, lora_A, lora_B, scaling, bias, compute_dtype, autocast_dtype) -> Tensor:

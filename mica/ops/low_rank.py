@@ -16,7 +16,6 @@ from mica.ops.operator import (
     as_matrix,
     autocast_to,
     below_autograd,
-    like_rows,
     no_autocast,
     operator,
     run_backward,
@@ -80,8 +79,9 @@ def mica_up_projection(y: Tensor, h: Tensor, lora_B: Tensor) -> Tensor:
 def _down(x, lora_A, scaling, compute_dtype, dropout_p=0.0, seed=None):
     dtype = compute_dtype or x.dtype
     operands = (as_matrix(x), lora_A, scaling, dtype, dropout_p, seed)
-    dtypes = (x.dtype, dtype, lora_A.dtype)
-    return like_rows(run_formula("down_projection", x, lora_A.shape[0], dtypes, *operands), x)
+    rank = lora_A.shape[0]
+    h = run_formula("down_projection", x, rank, (x.dtype, dtype, lora_A.dtype), *operands)
+    return h.view(*x.shape[:-1], rank)
 
 
 def _down_fake(x, lora_A, scaling, compute_dtype, dropout_p=0.0, seed=None):
@@ -96,7 +96,7 @@ def _down_backward(grad_h, x, lora_A, scaling, x_dtype, output_mask, dropout_p=0
     with no_autocast():
         grad_x, grad_A = run_formula("down_projection_backward", g, lora_A.shape[0], dtypes, *operands)
     if needs_x:
-        grad_x = like_rows(grad_x.to(x_dtype), grad_h)
+        grad_x = grad_x.to(x_dtype).view(*grad_h.shape[:-1], lora_A.shape[1])
     return without_none(grad_h, grad_x, grad_A)
 
 
@@ -167,7 +167,7 @@ def _up_backward(grad_output, lora_B, h_dtype):
     dtypes = (dy.dtype, h_dtype, lora_B.dtype)
     with no_autocast():
         grad_h = run_formula("up_projection_backward", dy, lora_B.shape[1], dtypes, dy, lora_B, h_dtype)
-    return like_rows(grad_h, grad_output)
+    return grad_h.view(*grad_output.shape[:-1], lora_B.shape[1])
 
 
 def _up_backward_fake(grad_output, lora_B, h_dtype):

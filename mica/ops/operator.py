@@ -141,11 +141,6 @@ def as_matrix(tensor: Tensor) -> Tensor:
     return tensor.view(-1, columns) if columns and tensor.is_contiguous() else tensor.reshape(-1, columns)
 
 
-def like_rows(matrix: Tensor, tensor: Tensor) -> Tensor:
-    """(tokens, n) with the leading dimensions of ``tensor``, whose `as_matrix` has these tokens."""
-    return matrix if tensor.dim() == 2 else matrix.view(*tensor.shape[:-1], matrix.shape[1])
-
-
 # Around a body: a backward that is called inside autocast gives the same dA. `torch.autocast` takes 3 µs.
 no_autocast = torch._C._DisableAutocast
 
