@@ -76,7 +76,11 @@ def test_what_is_kept_is_made_by_another_thread_on_the_default_stream(log):
     def make():
         threads.append(threading.get_ident())
         happened.append(f"made on {current.name}")
-        return SimpleNamespace(record_stream=lambda stream: happened.append(f"recorded on {stream.name}"))
+
+        def record_stream(stream):
+            happened.append(f"recorded on {stream.name}")
+
+        return SimpleNamespace(device="cuda", record_stream=record_stream)
 
     workspace.allocate_persistent(make, on_gpu())
     assert threads != [threading.get_ident()]

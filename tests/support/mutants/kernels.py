@@ -135,9 +135,11 @@ KERNELS = {
         ],
         "allocate_persistent": [
             ("own.wait_stream(caller)", "pass"),
-            ("caller.wait_stream(own)", ""),
-            ("made.record_stream(caller)", ""),
             ("thread.submit(run).result", "run"),
+        ],
+        "follow": [
+            ("stream.wait_stream(torch.cuda.default_stream(made.device))", ""),
+            ("made.record_stream(stream)", ""),
         ],
     },
     ("kernels/configs.py", "tests/kernels/test_configs.py", "tests/kernels/test_split_k.py"): {

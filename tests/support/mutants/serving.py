@@ -17,7 +17,7 @@ SERVING = {
         "continuations": [("with model.disable_adapter()", "if True")],
         "main": [
             ('if option != "--resume"', "if option"),
-            ("if status := mica(run)", "if mica(run) and False"),
+            ("if status or", "if status and"),
         ],
     },
 }
