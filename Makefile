@@ -7,7 +7,7 @@ RUN    := $(VENV)/bin/python
 READY  := $(VENV)/.installed
 PYTEST := OMP_WAIT_POLICY=passive OMP_NUM_THREADS=1 $(RUN) -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
-.PHONY: demo test test-all lint dist static emulate mutants fuzz conformance bench bench-compare bench-quality gpu gpu-dry-run clean
+.PHONY: demo test test-slow test-all lint dist static emulate mutants fuzz conformance bench bench-compare bench-quality gpu gpu-dry-run clean
 
 $(READY): pyproject.toml
 	test -x $(RUN) || $(PYTHON) -m venv $(VENV)
@@ -22,9 +22,12 @@ $(READY): pyproject.toml
 demo: $(READY)
 	OMP_WAIT_POLICY=passive $(RUN) -m mica.cli.demo
 
-# What a change is tried with (5 minutes on two cores): all but the tests marked slow
+# Fast tests for development (5 minutes on two cores): all but those marked slow
 test: $(READY)
 	$(PYTEST) -m "not slow"
+
+test-slow: $(READY)
+	$(PYTEST) -m slow
 
 test-all: $(READY)
 	$(PYTEST)

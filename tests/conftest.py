@@ -2,6 +2,7 @@
 
 import logging
 import os
+import time
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing may be fetched, not even by mistake
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -23,6 +24,15 @@ for name in NOISY:  # or the end of a run shows what they log as PEFT imports th
 import mica.fast  # noqa: E402
 import tests.support.large  # noqa: E402, F401
 from tests.support.thinning import ON_DEVICE, off_the_diagonal  # noqa: E402
+
+
+# Seconds since the epoch: `.ci/run` has a limit, and some machines are several times slower than others
+DEADLINE = float(os.environ.get("MICA_TEST_DEADLINE", "inf"))
+
+
+def pytest_runtest_setup(item):
+    if time.time() > DEADLINE:
+        pytest.skip("not run: no time left (MICA_TEST_DEADLINE)")
 
 
 def pytest_collection_modifyitems(config, items):
