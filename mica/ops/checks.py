@@ -17,10 +17,14 @@ def check_linear(
     lora_A: Tensor,
     lora_B: Tensor,
     bias: Tensor | None,
+    scaling: float,
     compute_dtype: torch.dtype | None,
     dropout_p: float,
     seed: Tensor | None,
 ) -> None:
+    _check_dense(x=x, weight=weight, lora_A=lora_A, lora_B=lora_B)
+    _check_dense(**_given(bias=bias, seed=seed))
+    _check_number("scaling", scaling)
     if weight.dim() != 2 or x.dim() < 1 or x.shape[-1] != weight.shape[1]:
         raise ValueError(
             f"x must be (..., in_features) and weight (out_features, in_features), but x is "
@@ -37,8 +41,12 @@ def check_experts_linear(
     lora_A: Tensor,
     lora_B: Tensor,
     bias: Tensor | None,
+    scaling: float,
     compute_dtype: torch.dtype | None,
 ) -> None:
+    _check_dense(x=x, offsets=offsets, weight=weight, lora_A=lora_A, lora_B=lora_B)
+    _check_dense(**_given(bias=bias))
+    _check_number("scaling", scaling)
     if weight.dim() != 3 or x.dim() != 2 or x.shape[1] != weight.shape[2]:
         raise ValueError(
             "x must be (rows, in_features) and weight (num_experts, out_features, in_features), but x is "
@@ -80,8 +88,16 @@ def _check_operands(
 
 
 def check_down_projection(
-    x: Tensor, lora_A: Tensor, compute_dtype: torch.dtype | None, dropout_p: float, seed: Tensor | None
+    x: Tensor,
+    lora_A: Tensor,
+    scaling: float,
+    compute_dtype: torch.dtype | None,
+    dropout_p: float,
+    seed: Tensor | None,
 ) -> None:
+    _check_dense(x=x, lora_A=lora_A)
+    _check_dense(**_given(seed=seed))
+    _check_number("scaling", scaling)
     if lora_A.dim() != 2 or x.dim() < 1 or x.shape[-1] != lora_A.shape[1]:
         raise ValueError(
             f"x must be (..., in_features) and lora_A (rank, in_features), but x is {tuple(x.shape)} and "
@@ -94,7 +110,8 @@ def check_down_projection(
 
 
 def check_up_projection(y: Tensor, h: Tensor, lora_B: Tensor) -> None:
-    fits = lora_B.dim() == 2 and y.dim() >= 1 and y.shape[:-1] == h.shape[:-1]
+    _check_dense(y=y, h=h, lora_B=lora_B)
+    fits = lora_B.dim() == 2 and y.dim() >= 1 and h.dim() >= 1 and y.shape[:-1] == h.shape[:-1]
     if not fits or (y.shape[-1], h.shape[-1]) != tuple(lora_B.shape):
         raise ValueError(
             "y must be (..., out_features), h (..., rank) and lora_B (out_features, rank), but they are "
@@ -106,7 +123,16 @@ def check_up_projection(y: Tensor, h: Tensor, lora_B: Tensor) -> None:
     _check_frozen(lora_B=lora_B)
 
 
-def check_embedding(indices: Tensor, lora_A: Tensor, lora_B: Tensor) -> None:
+def check_embedding(
+    indices: Tensor,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    scaling: float,
+    padding_idx: int | None,
+    compute_dtype: torch.dtype | None,
+) -> None:
+    _check_dense(indices=indices, lora_A=lora_A, lora_B=lora_B)
+    _check_number("scaling", scaling)
     if lora_A.dim() != 2 or lora_B.dim() != 2 or lora_A.shape[0] != lora_B.shape[1]:
         raise ValueError(
             "lora_A must be (rank, num_embeddings) and lora_B (embedding_dim, rank), but they are "
@@ -117,12 +143,53 @@ def check_embedding(indices: Tensor, lora_A: Tensor, lora_B: Tensor) -> None:
     _check_dtypes(FLOATING, lora_A=lora_A, lora_B=lora_B)
     limits.same_device(indices=indices, lora_A=lora_A, lora_B=lora_B)
     _check_frozen(lora_B=lora_B)
+    _check_compute_dtype(compute_dtype)
+    _check_padding_idx(padding_idx, lora_A.shape[1])
+
+
+def _check_dense(**tensors: Tensor) -> None:
+    for name, tensor in tensors.items():
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"{name} must be a tensor, but it is of type {type(tensor).__name__}.")
+        if tensor.is_nested:
+            raise TypeError(f"{name} must be a dense tensor, but it is a nested one.")
+        if tensor.layout is not torch.strided:
+            raise TypeError(f"{name} must be a dense tensor, but its layout is {tensor.layout}.")
+
+
+def _given(**tensors: Tensor | None) -> dict[str, Tensor]:
+    """Those that are not None, which an optional one may be."""
+    return {name: tensor for name, tensor in tensors.items() if tensor is not None}
+
+
+def _check_number(name: str, value: float) -> None:
+    is_number = isinstance(value, (int, float, torch.SymInt, torch.SymFloat))
+    if isinstance(value, bool) or not is_number:
+        raise TypeError(f"{name} must be a number, but it is {value!r} of type {type(value).__name__}.")
+
+
+def _check_padding_idx(padding_idx: int | None, num_embeddings: int) -> None:
+    if padding_idx is None:
+        return
+    if isinstance(padding_idx, bool) or not isinstance(padding_idx, (int, torch.SymInt)):
+        kind = type(padding_idx).__name__
+        raise TypeError(f"padding_idx must be an int or None, but it is {padding_idx!r} of type {kind}.")
+    if not -num_embeddings <= padding_idx < num_embeddings:
+        raise ValueError(
+            f"padding_idx must be at least -{num_embeddings} and below {num_embeddings}, the number of "
+            f"embeddings, but it is {padding_idx}."
+        )
 
 
 def _check_compute(compute_dtype: torch.dtype | None, dropout_p: float, seed: Tensor | None) -> None:
+    _check_compute_dtype(compute_dtype)
+    _check_number("dropout_p", dropout_p)
+    limits.dropout(dropout_p, seed)
+
+
+def _check_compute_dtype(compute_dtype: torch.dtype | None) -> None:
     if compute_dtype is not None and compute_dtype not in FLOATING:
         raise TypeError(f"compute_dtype must be a floating dtype, but it is {compute_dtype}.")
-    limits.dropout(dropout_p, seed)
 
 
 def _is_autocast(device_type: str) -> bool:

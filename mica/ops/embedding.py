@@ -10,7 +10,17 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mica.ops.checks import check_embedding
-from mica.ops.operator import below_autograd, call_counts, no_autocast, operator, run_backward
+from mica.ops.operator import (
+    below_autograd,
+    call_counts,
+    like,
+    no_autocast,
+    operator,
+    run_backward,
+    save,
+    saved,
+    without_values,
+)
 from mica.paths import torch_path
 
 
@@ -29,23 +39,26 @@ def mica_embedding(
         indices: (...), int32 or int64, below num_embeddings.
         lora_A: (rank, num_embeddings), trained.
         lora_B: (embedding_dim, rank), frozen.
-        padding_idx: the column of lora_A that gets no gradient, as in `torch.nn.functional.embedding`.
+        padding_idx: the column of lora_A that gets no gradient, as in `torch.nn.functional.embedding`: one
+            below 0 counts from the end.
         compute_dtype: dtype of the product; default lora_A's, under autocast autocast's.
 
     Returns:
         (..., embedding_dim) in compute_dtype.
 
     Raises:
-        ValueError, TypeError: as `mica_linear`. RuntimeError: as there.
+        ValueError, TypeError: as `mica_linear`, and a padding_idx out of range.
     """
-    check_embedding(indices, lora_A, lora_B)
+    check_embedding(indices, lora_A, lora_B, scaling, padding_idx, compute_dtype)
+    if padding_idx is not None and padding_idx < 0:
+        padding_idx += lora_A.shape[1]
     return embedding(indices, lora_A, lora_B, scaling, padding_idx, compute_dtype)
 
 
 def _embedding(indices, lora_A, lora_B, scaling, padding_idx, compute_dtype):
     call_counts["embedding"] += 1
     out = torch_path.embedding(indices.reshape(-1), lora_A, lora_B, scaling, compute_dtype)
-    return out.view(*indices.shape, out.shape[-1])
+    return like((*indices.shape, out.shape[-1]), out)
 
 
 def _embedding_on_torch(indices, lora_A, lora_B, scaling, padding_idx, compute_dtype):
@@ -75,13 +88,13 @@ class _MicaEmbedding(torch.autograd.Function):
     @staticmethod
     def forward(ctx, run, indices, lora_A, lora_B, scaling, padding_idx, compute_dtype):
         ctx.scaling, ctx.padding_idx = scaling, padding_idx
-        ctx.save_for_backward(indices, lora_A, lora_B)
+        save(ctx, indices, without_values(lora_A), lora_B)
         with below_autograd():
             return run(indices, lora_A, lora_B, scaling, padding_idx, compute_dtype)
 
     @staticmethod
     def backward(ctx, grad_output):
-        tensors = grad_output, *ctx.saved_tensors
+        tensors = grad_output, *saved(ctx)
         args = *tensors, ctx.scaling, ctx.padding_idx
         grad_A = run_backward(torch.ops.mica.embedding_backward, _embedding_backward, tensors, *args)
         return None, None, grad_A, None, None, None, None

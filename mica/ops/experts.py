@@ -17,8 +17,10 @@ from mica.ops.operator import (
     operator,
     run_backward,
     run_formula,
+    save,
     saved,
     without_none,
+    without_values,
 )
 from mica.ops.routing import summed, to_experts
 
@@ -56,11 +58,11 @@ def mica_experts_linear(
     formed. Definition: `mica.paths.torch_path` (arXiv 2604.01694).
 
     Raises:
-        ValueError, TypeError: shapes, dtypes or devices that do not fit, or a frozen operand that requires a
-            gradient.
+        TypeError: a dtype that is not allowed, a tensor that is not dense, an argument of another type.
+        ValueError: shapes or devices that do not fit, or a frozen operand that requires a gradient.
         RuntimeError: MICA_BACKEND=triton where there are no kernels for the call.
     """
-    check_experts_linear(x, offsets, weight, lora_A, lora_B, bias, compute_dtype)
+    check_experts_linear(x, offsets, weight, lora_A, lora_B, bias, scaling, compute_dtype)
     return experts_linear(x, offsets, weight, lora_A, lora_B, scaling, bias, compute_dtype)
 
 
@@ -115,8 +117,12 @@ class _ExpertsLinear(torch.autograd.Function):
         _, needs_x, _, _, needs_A = ctx.needs_input_grad[:5]
         ctx.scaling, ctx.compute_dtype, ctx.num_tokens = scaling, dtype or x.dtype, x.shape[0]
         # x as it came, and nothing that no gradient needs
-        kept = x if needs_A else None, offsets, weight if needs_x else None, lora_A, lora_B
-        ctx.save_for_backward(*kept, tokens if needs_A else None, inverse if needs_x else None)
+        kept_x = x if needs_A else None
+        kept_weight = weight if needs_x else None
+        kept_A = lora_A if needs_x else without_values(lora_A)
+        kept_tokens = tokens if needs_A else None
+        kept_inverse = inverse if needs_x else None
+        save(ctx, kept_x, offsets, kept_weight, kept_A, lora_B, kept_tokens, kept_inverse)
         with below_autograd():
             return run(x, offsets, weight, lora_A, lora_B, scaling, bias, dtype, *routing)
 
@@ -172,7 +178,7 @@ class _ExpertsBase(torch.autograd.Function):
     @staticmethod
     def forward(ctx, run, x, offsets, weight, bias, tokens=None, inverse=None):
         ctx.num_tokens = x.shape[0]
-        ctx.save_for_backward(offsets, weight, inverse)
+        save(ctx, offsets, weight, inverse)
         with below_autograd():
             return run(x, offsets, weight, bias, tokens, inverse)
 

@@ -12,17 +12,21 @@ from torch import Tensor
 from mica.dtypes import SIXTEEN_BIT
 from mica.ops.checks import check_linear
 from mica.ops.operator import (
+    alias,
     as_matrix,
     autocast_to,
     below_autograd,
     call_counts,
     is_eager,
+    like,
     no_autocast,
     operator,
     run_backward,
     run_formula,
+    save,
     saved,
     without_none,
+    without_values,
 )
 from mica.paths import choose, torch_path
 
@@ -62,17 +66,12 @@ def mica_linear(
     Definition: `mica.paths.torch_path` (arXiv 2604.01694).
 
     Raises:
-        ValueError, TypeError: shapes, dtypes or devices that do not fit, or a frozen operand that requires a
-            gradient.
+        TypeError: a dtype that is not allowed, a tensor that is not dense, an argument of another type.
+        ValueError: shapes or devices that do not fit, or a frozen operand that requires a gradient.
         RuntimeError: MICA_BACKEND=triton where there are no kernels for the call.
     """
-    check_linear(x, weight, lora_A, lora_B, bias, compute_dtype, dropout_p, seed)
+    check_linear(x, weight, lora_A, lora_B, bias, scaling, compute_dtype, dropout_p, seed)
     return linear(x, weight, lora_A, lora_B, scaling, bias, compute_dtype, dropout_p, seed)
-
-
-def _like(shape: torch.Size, matrix: Tensor) -> Tensor:
-    """(tokens, n) with all but the last dimension of ``shape``."""
-    return matrix if len(shape) == 2 else matrix.view(*shape[:-1], matrix.shape[1])
 
 
 def _linear(
@@ -80,7 +79,7 @@ def _linear(
 ):
     dtypes = (x.dtype, compute_dtype or x.dtype, lora_A.dtype, lora_B.dtype)
     operands = (as_matrix(x), weight, lora_A, lora_B, scaling, bias, compute_dtype)
-    return _like(x.shape, run_formula("linear", x, lora_A.shape[0], dtypes, *operands, dropout_p, seed))
+    return like(x.shape, run_formula("linear", x, lora_A.shape[0], dtypes, *operands, dropout_p, seed))
 
 
 def _linear_backward(grad_output, x, weight, lora_A, lora_B, scaling, compute_dtype, output_mask, *options):
@@ -96,7 +95,7 @@ def _gradients(grad_output, x, weight, lora_A, lora_B, scaling, compute_dtype, *
     operands = (dy, x, weight, lora_A, lora_B, scaling, compute_dtype, *options)
     with no_autocast():
         grad_x, grad_A = run_formula("linear_backward", dy, lora_A.shape[0], dtypes, *operands)
-    return None if grad_x is None else _like(grad_output.shape, grad_x), grad_A
+    return None if grad_x is None else like(grad_output.shape, grad_x), grad_A
 
 
 def _linear_fake(
@@ -124,7 +123,10 @@ class _MicaLinear(torch.autograd.Function):
         _, needs_x, _, needs_A = ctx.needs_input_grad[:4]
         ctx.numbers = scaling, dtype or x.dtype, dropout_p, grad_dtype
         # x as it came: no fp32 copy, no h, no mask, and nothing that no gradient needs.
-        ctx.save_for_backward(x if needs_A else None, weight if needs_x else None, lora_A, lora_B, seed)
+        kept_x = x if needs_A else None
+        kept_weight = weight if needs_x else None
+        kept_A = lora_A if needs_x else without_values(lora_A)
+        save(ctx, kept_x, kept_weight, kept_A, lora_B, seed)
         with below_autograd():
             return run(x, weight, lora_A, lora_B, scaling, bias, dtype, dropout_p, seed, grad_dtype)
 
@@ -201,7 +203,9 @@ def _is_host_bound(x: Tensor, lora_A: Tensor, lora_B: Tensor, out_features: int,
 
 def composed(x, weight, lora_A, lora_B, scaling, bias) -> Tensor:
     call_counts["linear"] += 1
-    return _like(x.shape, torch_path.linear(as_matrix(x), weight, lora_A, lora_B, scaling, bias))
+    # what autograd saves of the rest are views, whose memory an assignment to ``.data`` does not change
+    rows = alias(x) if x.dim() == 2 else as_matrix(x)
+    return like(x.shape, torch_path.linear(rows, weight, lora_A, lora_B, scaling, bias))
 
 
 def linear_eager(x, weight, lora_A, lora_B, scaling, bias, compute_dtype, autocast_dtype) -> Tensor:

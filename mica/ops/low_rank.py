@@ -16,12 +16,15 @@ from mica.ops.operator import (
     as_matrix,
     autocast_to,
     below_autograd,
+    like,
     no_autocast,
     operator,
     run_backward,
     run_formula,
+    save,
     saved,
     without_none,
+    without_values,
 )
 
 
@@ -47,9 +50,10 @@ def mica_down_projection(
         (..., rank) in compute_dtype.
 
     Raises:
-        ValueError, TypeError: shapes, dtypes or devices that do not fit.
+        TypeError: a dtype that is not allowed, a tensor that is not dense, an argument of another type.
+        ValueError: shapes or devices that do not fit.
     """
-    check_down_projection(x, lora_A, compute_dtype, dropout_p, seed)
+    check_down_projection(x, lora_A, scaling, compute_dtype, dropout_p, seed)
     return down_projection(x, lora_A, scaling, compute_dtype, dropout_p, seed)
 
 
@@ -65,7 +69,8 @@ def mica_up_projection(y: Tensor, h: Tensor, lora_B: Tensor) -> Tensor:
         (..., out_features) in the dtype of y.
 
     Raises:
-        ValueError, TypeError: shapes, dtypes or devices that do not fit, or lora_B requires a gradient.
+        TypeError: a dtype that is not allowed, or a tensor that is not dense.
+        ValueError: shapes or devices that do not fit, or lora_B requires a gradient.
     """
     check_up_projection(y, h, lora_B)
     return up_projection(y, h, lora_B)
@@ -81,7 +86,7 @@ def _down(x, lora_A, scaling, compute_dtype, dropout_p=0.0, seed=None):
     operands = (as_matrix(x), lora_A, scaling, dtype, dropout_p, seed)
     rank = lora_A.shape[0]
     h = run_formula("down_projection", x, rank, (x.dtype, dtype, lora_A.dtype), *operands)
-    return h.view(*x.shape[:-1], rank)
+    return like(x.shape, h)
 
 
 def _down_fake(x, lora_A, scaling, compute_dtype, dropout_p=0.0, seed=None):
@@ -96,7 +101,7 @@ def _down_backward(grad_h, x, lora_A, scaling, x_dtype, output_mask, dropout_p=0
     with no_autocast():
         grad_x, grad_A = run_formula("down_projection_backward", g, lora_A.shape[0], dtypes, *operands)
     if needs_x:
-        grad_x = grad_x.to(x_dtype).view(*grad_h.shape[:-1], lora_A.shape[1])
+        grad_x = like(grad_h.shape, grad_x.to(x_dtype))
     return without_none(grad_h, grad_x, grad_A)
 
 
@@ -110,7 +115,10 @@ class _DownProjection(torch.autograd.Function):
     @staticmethod
     def forward(ctx, run, x, lora_A, scaling, compute_dtype, dropout_p=0.0, seed=None):
         ctx.scaling, ctx.dropout_p, ctx.x_dtype = scaling, dropout_p, x.dtype
-        ctx.save_for_backward(x if ctx.needs_input_grad[2] else None, lora_A, seed)
+        _, needs_x, needs_A = ctx.needs_input_grad[:3]
+        kept_x = x if needs_A else None
+        kept_A = lora_A if needs_x else without_values(lora_A)
+        save(ctx, kept_x, kept_A, seed)
         with below_autograd():
             return run(x, lora_A, scaling, compute_dtype, dropout_p, seed)
 
@@ -155,7 +163,7 @@ operator(
 def _up(y, h, lora_B):
     dtypes = (y.dtype, h.dtype, lora_B.dtype)
     out = run_formula("up_projection", y, h.shape[-1], dtypes, as_matrix(y), as_matrix(h), lora_B)
-    return out.view(y.shape)
+    return like(y.shape, out)
 
 
 def _up_fake(y, h, lora_B):
@@ -167,7 +175,7 @@ def _up_backward(grad_output, lora_B, h_dtype):
     dtypes = (dy.dtype, h_dtype, lora_B.dtype)
     with no_autocast():
         grad_h = run_formula("up_projection_backward", dy, lora_B.shape[1], dtypes, dy, lora_B, h_dtype)
-    return grad_h.view(*grad_output.shape[:-1], lora_B.shape[1])
+    return like(grad_output.shape, grad_h)
 
 
 def _up_backward_fake(grad_output, lora_B, h_dtype):
@@ -178,7 +186,7 @@ class _UpProjection(torch.autograd.Function):
     @staticmethod
     def forward(ctx, run, y, h, lora_B):
         ctx.h_dtype = h.dtype
-        ctx.save_for_backward(lora_B)
+        save(ctx, lora_B)
         with below_autograd():
             return run(y, h, lora_B)
 
@@ -186,7 +194,7 @@ class _UpProjection(torch.autograd.Function):
     def backward(ctx, grad_output):
         if not ctx.needs_input_grad[2]:
             return None, grad_output, None, None
-        tensors = grad_output, *ctx.saved_tensors
+        tensors = grad_output, *saved(ctx)
         args = *tensors, ctx.h_dtype
         grad_h = run_backward(torch.ops.mica.up_projection_backward, _up_backward, tensors, *args)
         return None, grad_output, grad_h, None

@@ -11,6 +11,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from mica.ops.operator import save
+
 
 class Routing(NamedTuple):
     """The order of the rows of S = num_tokens·top_k (token, expert) pairs."""
@@ -73,7 +75,7 @@ class _FromExperts(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, y, weights, order, inverse, tokens, top_k):
-        ctx.save_for_backward(y if ctx.needs_input_grad[1] else None, weights, order, inverse, tokens)
+        save(ctx, y if ctx.needs_input_grad[1] else None, weights, order, inverse, tokens)
         ctx.top_k = top_k
         pairs = y.index_select(0, inverse).view(-1, top_k, y.shape[1])
         return _weighted(pairs, weights).sum(dim=1)

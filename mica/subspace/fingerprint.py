@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 from mica.dtypes import FLOATING
+from mica.memory import in_memory
 from mica.subspace.threads import set_torch_threads
 
 _BITS = {8: torch.int64, 4: torch.int32, 2: torch.int16}
@@ -51,7 +52,7 @@ def fingerprint(weight: torch.Tensor) -> str:
             f"{weight.dtype} of shape {tuple(weight.shape)} on {weight.device}."
         )
     column_major = not weight.is_contiguous() and weight.stride(0) < weight.stride(1)
-    bits = weight.detach().view(_BITS[weight.itemsize])
+    bits = in_memory(weight.detach()).view(_BITS[weight.itemsize])
     rows = bits.T if column_major else bits
     step = max(1, CHUNK_BYTES // (rows.shape[1] * rows.element_size()))
     threads = min(torch.get_num_threads(), math.ceil(len(rows) / step))

@@ -60,7 +60,8 @@ def solve_many(
         cache: read before and written after; None for none.
 
     Raises:
-        ValueError: a weight or rank that ``minor_subspace`` refuses; the message begins with the task's name.
+        TypeError, ValueError: a weight or rank that ``minor_subspace`` refuses; the message begins with the
+            task's name.
     """
     target = accelerator() if device == "auto" else torch.device(device)
     groups: dict[tuple, list[int]] = defaultdict(list)
@@ -125,5 +126,5 @@ def _kept(task: Task, result: MinorSubspace, cache: SubspaceCache | None) -> Min
 def _solved(name: str, weights: torch.Tensor, rank: int) -> list[MinorSubspace]:
     try:
         return solve_each(weights, rank)
-    except ValueError as error:
-        raise ValueError(f"{name}: {error}") from error
+    except (TypeError, ValueError) as error:
+        raise type(error)(f"{name}: {error}") from error

@@ -9,6 +9,7 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 
 from mica.dtypes import FLOATING
+from mica.memory import in_memory
 from mica.subspace.candidate import judged, problem
 from mica.subspace.device import batch_size, is_on_host, solve_batch
 from mica.subspace.gram import extremes
@@ -44,9 +45,10 @@ def minor_subspace(
         seed: of the random vectors that the Krylov subspaces start from.
 
     Raises:
-        TypeError: weight is not a tensor, or not of one of the four dtypes.
-        ValueError: weight has less than 2 dimensions, is empty, on the meta device or not finite; rank is
-            out of range; method is unknown.
+        TypeError: weight is not a tensor, not dense, or not of one of the four dtypes; rank or seed is not
+            an int.
+        ValueError: weight has less than 2 dimensions, is empty, on the meta device or not finite; rank or
+            seed is out of range; method is unknown.
 
     Warns:
         UserWarning: singular values of a tall weight among the requested ones are zero; their vectors are an
@@ -91,9 +93,10 @@ def solve_each(
     """
     _check_weight(weight)
     _check_rank(weight, rank)
+    _check_seed(seed)
     if method not in METHODS:
         raise ValueError(f"method must be one of {', '.join(map(repr, METHODS))}, but got {method!r}.")
-    matrices = weight.detach()
+    matrices = in_memory(weight.detach())
     if matrices.ndim != 3:
         matrices = matrices.reshape(-1, *weight.shape[-2:])
     try:
@@ -133,6 +136,9 @@ def _solved(matrices: torch.Tensor, rank: int, method: str, strict: bool, seed: 
 def _check_weight(weight: torch.Tensor) -> None:
     if not isinstance(weight, torch.Tensor):
         raise TypeError(f"weight must be a torch.Tensor, but got {type(weight).__name__}.")
+    if weight.layout is not torch.strided or weight.is_nested:
+        layout = "a nested one" if weight.is_nested else f"layout {weight.layout}"
+        raise TypeError(f"weight must be a dense tensor, but got {layout}.")
     if weight.dtype not in FLOATING:
         raise TypeError(
             f"weight must be of dtype float64, float32, bfloat16 or float16, but got {weight.dtype}."
@@ -148,12 +154,22 @@ def _check_weight(weight: torch.Tensor) -> None:
 
 
 def _check_rank(weight: torch.Tensor, rank: int) -> None:
+    if isinstance(rank, bool) or not isinstance(rank, int):
+        raise TypeError(f"rank must be an int, but got {rank!r} of type {type(rank).__name__}.")
     limit = min(weight.shape[-2:])
-    if isinstance(rank, bool) or not isinstance(rank, int) or not 1 <= rank <= limit:
+    if not 1 <= rank <= limit:
         raise ValueError(
             f"rank must be between 1 and min(out_features, in_features) = {limit} for a weight of shape "
             f"{tuple(weight.shape)}, but got {rank!r}."
         )
+
+
+def _check_seed(seed: int) -> None:
+    """What PyTorch's generator takes."""
+    if isinstance(seed, bool) or not isinstance(seed, int):
+        raise TypeError(f"seed must be an int, but got {seed!r} of type {type(seed).__name__}.")
+    if not -(2**63) <= seed < 2**64:
+        raise ValueError(f"seed must be at least -2**63 and below 2**64, but got {seed}.")
 
 
 def _exponents(matrices: torch.Tensor) -> list[int]:

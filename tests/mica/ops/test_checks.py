@@ -60,6 +60,17 @@ CASES = {
             ({"dropout_p": 1.0}, ValueError, "dropout_p must be at least 0 and below 1, but it is 1.0"),
             ({"dropout_p": 0.1}, ValueError, "seed must be an int64 tensor.*it is None"),
             ({"dropout_p": 0.1, "seed": torch.tensor(1)}, ValueError, r"it is torch.int64 of shape \(\)"),
+            ({"dropout_p": 0.1, "seed": 1}, TypeError, "seed must be a tensor, but it is of type int"),
+            ({"dropout_p": torch.tensor(0.1)}, TypeError, "dropout_p must be a number, but .*type Tensor"),
+            ({"scaling": torch.tensor(2.0)}, TypeError, "scaling must be a number, but .* of type Tensor"),
+            ({"scaling": True}, TypeError, "scaling must be a number, but it is True of type bool"),
+            ({"x": randn(3, 4).to_sparse()}, TypeError, "x must be a dense tensor.*sparse_coo"),
+            ({"x": randn(3, 4).to_mkldnn()}, TypeError, "x must be a dense tensor.*_mkldnn"),
+            ({"x": randn(3, 4).cfloat()}, TypeError, "x must be of dtype .*complex64"),
+            ({"weight": randn(5, 4).to_sparse()}, TypeError, "weight must be a dense tensor.*sparse_coo"),
+            ({"x": [1.0]}, TypeError, "x must be a tensor, but it is of type list"),
+            ({"lora_B": None}, TypeError, "lora_B must be a tensor, but it is of type NoneType"),
+            ({"bias": 0.5}, TypeError, "bias must be a tensor, but it is of type float"),
         ],
     ),
     mica_embedding: (
@@ -69,6 +80,16 @@ CASES = {
             ({"lora_A": randn(0, 5), "lora_B": randn(4, 0)}, ValueError, "rank must be at least 1"),
             ({"indices": torch.tensor([0.0])}, TypeError, "indices must be of dtype int32, int64"),
             ({"lora_A": randn(2, 5).to("meta")}, ValueError, "lora_A on meta"),
+            ({"indices": [0]}, TypeError, "indices must be a tensor, but it is of type list"),
+            ({"scaling": "2"}, TypeError, "scaling must be a number, but it is '2' of type str"),
+            ({"compute_dtype": torch.int8}, TypeError, "compute_dtype must be a floating dtype"),
+            (
+                {"padding_idx": 1.0},
+                TypeError,
+                "padding_idx must be an int or None, but it is 1.0 of type float",
+            ),
+            ({"padding_idx": 5}, ValueError, "padding_idx must be at least -5 and below 5"),
+            ({"padding_idx": -6}, ValueError, "padding_idx must be at least -5 and below 5"),
         ],
     ),
     mica_down_projection: (
@@ -78,6 +99,8 @@ CASES = {
             ({"x": torch.ones(3, 4, dtype=torch.int64)}, TypeError, "x must be of dtype"),
             ({"lora_A": randn(0, 4)}, ValueError, "rank must be at least 1"),
             ({"lora_A": randn(2, 4).to("meta")}, ValueError, "one device"),
+            ({"lora_A": randn(2, 4).to_sparse()}, TypeError, "lora_A must be a dense tensor"),
+            ({"scaling": None}, TypeError, "scaling must be a number, but it is None of type NoneType"),
             ({"compute_dtype": torch.int8}, TypeError, "compute_dtype must be a floating dtype"),
             ({"dropout_p": 0.5}, ValueError, "seed must be an int64 tensor"),
         ],
@@ -87,6 +110,8 @@ CASES = {
         [
             ({"y": randn(3, 6)}, ValueError, r"they are \(3, 6\), \(3, 2\) and \(5, 2\)"),
             ({"h": randn(4, 2)}, ValueError, r"\(4, 2\)"),
+            ({"y": randn(5), "h": randn(())}, ValueError, r"they are \(5,\), \(\) and \(5, 2\)"),
+            ({"h": randn(3, 2).to_sparse()}, TypeError, "h must be a dense tensor"),
             ({"h": randn(3, 0), "lora_B": randn(5, 0)}, ValueError, "rank must be at least 1"),
             ({"y": torch.ones(3, 5, dtype=torch.int8)}, TypeError, "y must be of dtype"),
             ({"lora_B": randn(5, 2).requires_grad_()}, ValueError, "lora_B must be frozen"),
@@ -100,6 +125,8 @@ CASES = {
             ({"weight": randn(4, 5)}, ValueError, r"weight \(4, 5\)"),
             ({"offsets": torch.tensor([4])}, ValueError, r"offsets must be \(4,\), but it is \(1,\)"),
             ({"offsets": torch.rand(4)}, TypeError, "offsets must be of dtype int32, int64"),
+            ({"offsets": [1, 2, 3, 4]}, TypeError, "offsets must be a tensor, but it is of type list"),
+            ({"scaling": torch.tensor(2.0)}, TypeError, "scaling must be a number"),
             ({"lora_A": randn(3, 2, 5)}, ValueError, r"they are \(3, 2, 5\) and \(4, 4, 2\)"),
             ({"lora_A": randn(8, 5)}, ValueError, r"they are \(8, 5\)"),
             ({"lora_B": randn(4, 2, 4)}, ValueError, r"they are \(4, 2, 5\) and \(4, 2, 4\)"),
@@ -126,3 +153,9 @@ def test_bad_input_is_named(monkeypatch, backend, operator, change, kind, messag
     operands, _ = CASES[operator]
     with pytest.raises(kind, match=message):
         operator(**{**operands(), **change})
+
+
+def test_a_nested_tensor_is_refused():
+    nested = torch.nested.nested_tensor([randn(2, 4), randn(3, 4)], layout=torch.jagged)
+    with pytest.raises(TypeError, match="x must be a dense tensor, but it is a nested one"):
+        mica_linear(nested, randn(5, 4), randn(2, 4), randn(5, 2))

@@ -26,7 +26,7 @@ def test_derivatives():
     assert torch.autograd.gradgradcheck(lambda a: mica_embedding(indices, a, lora_B, 0.5), (lora_A,))
 
 
-@pytest.mark.parametrize("padding_idx", [None, 0, 2, 5])
+@pytest.mark.parametrize("padding_idx", [None, 0, 2, 5, -1, -6])
 def test_agrees_with_torch(padding_idx):
     """With its gradient, by autograd and by function transforms."""
     lora_A, lora_B = torch.randn(2, 6, dtype=torch.float64), torch.randn(5, 2, dtype=torch.float64)

@@ -136,6 +136,33 @@ def test_function_transforms(kind):
             assert error(actual, torch.stack(each)) <= RELATIVE[torch.float64]
 
 
+@pytest.mark.filterwarnings("error:There is a performance drop")
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("through_dispatcher", [False, True])
+@of_each_kind
+def test_vmap_within_ordinary_autograd(kind, through_dispatcher, autocast):
+    """By the plain formulas: PyTorch maps each product, and autograd sums the gradient of A in one."""
+    p = kind.problem(kind.rows, 8, 6, 2, FP32)
+    xs, lora_A = torch.stack([p.x, 2 * p.x]).requires_grad_(), p.lora_A.clone().requires_grad_()
+    operators = {mica_linear: torch.ops.mica.linear, mica_experts_linear: torch.ops.mica.experts_linear}
+
+    def function(*operands, compute_dtype=None):
+        if through_dispatcher and kind.function in operators:
+            return operators[kind.function](*operands, compute_dtype)
+        return kind.function(*operands, compute_dtype=compute_dtype)
+
+    with torch.autocast("cpu", BF16, enabled=autocast):
+        ys = torch.func.vmap(lambda x: call(p, function, x, lora_A))(xs)
+    grads = torch.autograd.grad(ys.sum(), (xs, lora_A))
+    each = [call(p, kind.function, x, lora_A) for x in xs]
+    expected = torch.autograd.grad(sum(y.sum() for y in each), (xs, lora_A))
+    limit = RELATIVE[BF16 if autocast else FP32]
+    assert ys.dtype == (BF16 if autocast and kind is not KINDS["experts"] else FP32)
+    assert error(ys, torch.stack(each)) <= limit
+    for ours, exact in zip(grads, expected, strict=True):
+        assert error(ours, exact) <= limit
+
+
 @pytest.mark.parametrize("name", ["x", "lora_A"])
 @pytest.mark.parametrize("options", [{}, DROPOUT], ids=["plain", "dropout"])
 def test_forward_mode_with_dual_tensors(name, options):

@@ -10,6 +10,7 @@ import torch
 from mica.dtypes import FLOATING
 from mica.subspace import MinorSubspace, krylov, methods, minor_subspace, solver
 from mica.subspace.certificate import Certificate
+from mica.subspace.fingerprint import fingerprint
 from tests.support.judging import columns, judge, sine, truth
 from tests.support.spectra import NULL, RANK, SPECTRA, stack, weight
 from tests.support.subspaces import quietly_solved, same
@@ -256,15 +257,34 @@ def test_the_figures_of_a_batch_are_the_worst_ones(position, monkeypatch):
         assert not minor_subspace(matrices.mT.contiguous(), RANK, method="svd").certified
 
 
+@pytest.mark.parametrize("dtype", FLOATING)
+@pytest.mark.parametrize("shape", [(40, 24), (24, 40)], ids=str)
+def test_a_lazily_negated_weight(dtype, shape):
+    """The imaginary part of a conjugate, for example."""
+    matrix = weight("gaussian", *shape).to(dtype)
+    lazy = torch._neg_view(-matrix)
+    expected, actual = minor_subspace(matrix, 3), minor_subspace(lazy, 3)
+    assert torch.equal(actual.basis, expected.basis)
+    assert torch.equal(actual.singular_values, expected.singular_values)
+    assert fingerprint(lazy) == fingerprint(matrix)
+
+
 # What is refused
 
 
-@pytest.mark.parametrize("rank", [0, -1, 41, 2.0, "4", None, True])
+@pytest.mark.parametrize("rank", [0, -1, 41])
 @pytest.mark.parametrize("shape", [(40, 60), (60, 40), (3, 60, 40)], ids=str)
 def test_rank_out_of_range(rank, shape):
     expected = rf"^rank must be between 1 and min\(out_features, in_features\) = 40 .* got {rank!r}\.$"
     with pytest.raises(ValueError, match=expected):
         minor_subspace(torch.ones(shape), rank)
+
+
+@pytest.mark.parametrize("rank", [2.0, "4", None, True, torch.tensor(2)], ids=str)
+def test_rank_of_another_type(rank):
+    expected = rf"^rank must be an int, but got {re.escape(repr(rank))} of type {type(rank).__name__}\.$"
+    with pytest.raises(TypeError, match=expected):
+        minor_subspace(torch.ones(40, 60), rank)
 
 
 @pytest.mark.parametrize("dtype", FLOATING)
@@ -285,6 +305,9 @@ def test_non_finite_weights(dtype, bad, transposed):
         ([[1.0]], TypeError, "got list"),
         (torch.ones(4, 4, dtype=torch.int64), TypeError, "dtype .* got torch.int64"),
         (torch.ones(4, 4, dtype=torch.complex64), TypeError, "dtype .* got torch.complex64"),
+        (torch.eye(4).to_sparse(), TypeError, r"be a dense tensor, but got layout torch.sparse_coo"),
+        (torch.eye(4).to_sparse_csr(), TypeError, r"be a dense tensor, but got layout torch.sparse_csr"),
+        (torch.nested.nested_tensor([torch.eye(4)]), TypeError, r"be a dense tensor, but got a nested one"),
         (torch.tensor(4.0), ValueError, r"shape \(\.\.\., out_features, in_features\), but got \(\)"),
         (torch.ones(4), ValueError, r"shape \(\.\.\., out_features, in_features\), but got \(4,\)"),
         (torch.ones(4, 4, device="meta"), ValueError, "meta"),
@@ -294,6 +317,19 @@ def test_non_finite_weights(dtype, bad, transposed):
 def test_unusable_weights(matrix, error, text):
     with pytest.raises(error, match=f"^weight must .*{text}"):
         minor_subspace(matrix, 1)
+
+
+@pytest.mark.parametrize(
+    ("seed", "error", "text"),
+    [
+        ("a", TypeError, "an int, but got 'a' of type str"),
+        (1.0, TypeError, "an int, but got 1.0 of type float"),
+        (2**64, ValueError, "at least -2\\*\\*63 and below 2\\*\\*64"),
+    ],
+)
+def test_unusable_seeds(seed, error, text):
+    with pytest.raises(error, match=f"^seed must be {text}"):
+        minor_subspace(torch.eye(4), 1, seed=seed)
 
 
 def test_unknown_method():

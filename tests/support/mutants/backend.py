@@ -88,6 +88,9 @@ BACKEND = {
             (', "_backward_pre_hooks"', ""),
         ],
     },
+    ("mica/fast/forward/eligibility.py", "tests/mica/fast/test_layer_tensors.py", "-k", "scaling"): {
+        "_adapter": [("lora_A.to(wide) * scaling.to(wide)", "lora_A * scaling.to(lora_A.dtype)")],
+    },
     (
         "mica/fast/forward/eligibility.py",
         "tests/mica/fast/test_changes.py",

@@ -28,6 +28,7 @@ EXPERTS_PATH = {
         "mica/ops/experts.py",
         "tests/mica/ops/test_experts.py",
         "tests/mica/ops/test_operators.py",
+        "tests/mica/ops/test_operator_tensors.py",
         "tests/mica/paths/test_parity.py",
         *("-k", "experts"),
     ): {
@@ -36,19 +37,23 @@ EXPERTS_PATH = {
             ("tokens if needs_A else None", "None"),
             ("inverse if needs_x else None", "None"),
             ("weight if needs_x else None", "weight"),
+            ("lora_A if needs_x else without_values(lora_A)", "lora_A"),
+            ("save(ctx, kept_x", "ctx.save_for_backward(kept_x"),
             ("dtype or x.dtype", "x.dtype"),
             ("_, needs_x, _, _, needs_A", "_, needs_A, _, _, needs_x"),
         ],
         "_backward": [("rows if needs_A else None", "rows"), ("weight if needs_x else None", "weight")],
         "_cast": [("x.to(weight.dtype)", "x.bfloat16()")],
+        "_ExpertsBase.forward": [("save(ctx, offsets", "ctx.save_for_backward(offsets")],
         "_ExpertsBase.backward": [("weight.mT", "-weight.mT"), ("grad_x if inverse is None else", "")],
     },
-    ("mica/ops/routing.py", "tests/mica/ops/test_routing.py"): {
+    ("mica/ops/routing.py", "tests/mica/ops/test_routing.py", "tests/mica/ops/test_operator_tensors.py"): {
         "route": [("order // top_k", "order % top_k"), ("counts[:-1]", "counts[1:]")],
         "to_experts": [("x.index_select(0, tokens)", "x")],
         "summed": [("grad_rows.index_select(0, inverse)", "grad_rows"), ("if not num_tokens", "if False")],
         "_FromExperts.forward": [
             ("y if ctx.needs_input_grad[1] else None", "y"),
+            ("save(ctx, y", "ctx.save_for_backward(y"),
             ("y.index_select(0, inverse)", "y"),
         ],
         "_FromExperts.backward": [

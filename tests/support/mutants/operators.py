@@ -86,12 +86,18 @@ OPERATORS = {
     },
     (
         "mica/ops/linear.py",
+        "tests/mica/ops/test_operator_tensors.py",
         "tests/mica/ops/test_operator.py",
         "tests/mica/ops/test_operators.py",
         "tests/mica/fast/test_changes.py",
         "tests/mica/paths/test_triton_path.py",
     ): {
-        "_MicaLinear.forward": [("if needs_x else None", "")],
+        "_MicaLinear.forward": [
+            ("weight if needs_x else None", "weight"),
+            ("lora_A if needs_x else without_values(lora_A)", "lora_A"),
+            ("lora_A if needs_x else without_values(lora_A)", "without_values(lora_A)"),
+        ],
+        "composed": [("alias(x) if x.dim() == 2 else as_matrix(x)", "as_matrix(x)")],
         "_MicaLinear.backward": [("torch.is_grad_enabled() or", ""), ("or not is_eager(grad_output, x)", "")],
         "_cast": [("seed, x.dtype", "seed, None")],
         "_is_host_bound": [("<= CPU_HOST_BOUND", "< CPU_HOST_BOUND"), ("x.is_cpu and", "")],
@@ -105,13 +111,55 @@ OPERATORS = {
         ],
     },
     (
+        "mica/ops/embedding.py",
+        "tests/mica/ops/test_embedding.py",
+        "tests/mica/ops/test_operator_tensors.py",
+        *("-k", "embedding"),
+    ): {
+        "_MicaEmbedding.forward": [
+            ("without_values(lora_A)", "lora_A"),
+            ("save(ctx, indices", "ctx.save_for_backward(indices"),
+        ],
+        "_embedding": [("like((*indices.shape, out.shape[-1]), out)", "out.view(*indices.shape, -1)")],
+        "mica_embedding": [("padding_idx += lora_A.shape[1]", "pass")],
+    },
+    ("mica/ops/checks.py", "tests/mica/ops/test_checks.py"): {
+        "_check_dense": [
+            ("if not isinstance(tensor, Tensor)", "if False"),
+            ("if tensor.is_nested", "if False"),
+            ("if tensor.layout is not torch.strided", "if False"),
+        ],
+        "_check_number": [("isinstance(value, bool) or", "")],
+        "check_up_projection": [("and h.dim() >= 1", "")],
+        "_check_padding_idx": [("-num_embeddings <= padding_idx <", "padding_idx <")],
+    },
+    ("mica/memory.py", "tests/mica/test_memory.py", "tests/mica/ops/test_operator_tensors.py"): {
+        "in_memory": [
+            ("tensor._is_zerotensor()", "False"),
+            ("tensor.resolve_neg() if tensor.is_neg() else tensor", "tensor"),
+        ],
+    },
+    (
         "mica/ops/operator.py",
+        "tests/mica/ops/test_operator_tensors.py",
         "tests/mica/ops/test_operator.py",
         "tests/mica/ops/test_operators.py",
         "tests/mica/paths/test_triton_path.py",
         "tests/mica/paths/test_triton_path_plans.py",
     ): {
+        "alias": [
+            ("tensor[...] if tensor.requires_grad else tensor.detach()", "tensor"),
+            ("tensor[...] if tensor.requires_grad else tensor.detach()", "tensor.detach()"),
+            ("tensor[...] if tensor.requires_grad else tensor.detach()", "tensor.data"),
+        ],
+        "save": [("torch._C._set_grad_enabled(True)", "pass")],
+        "without_values": [("tensor.data", "tensor")],
+        "like": [("_unsafe_view(matrix,", "matrix.view(")],
+        "operator.batched": [("not torch.is_autocast_enabled(device_type)", "True")],
+        "VMAP": [('"FuncTorchBatchedDecomposition"', '"ZeroTensor"')],
+        "as_matrix": [("tensor.dim() == 0", "False")],
         "run_formula": [
+            ("in_memory(arg) if isinstance(arg, Tensor) else arg", "arg"),
             ("result is NotImplemented", "False"),
             ('or (in_capture and name.startswith("experts_"))', ""),
             ("choose.note_missed if in_capture else", ""),
@@ -137,9 +185,19 @@ OPERATORS = {
             ("torch.is_autocast_enabled(device_type)", "False"),
         ],
     },
-    ("mica/ops/low_rank.py", "tests/mica/ops/test_operators.py", "tests/mica/paths/test_parity.py"): {
-        "_DownProjection.forward": [("if ctx.needs_input_grad[2] else None", "")],
-        "_down_backward": [("to(x_dtype).view", "view")],
+    (
+        "mica/ops/low_rank.py",
+        "tests/mica/ops/test_operators.py",
+        "tests/mica/ops/test_operator_tensors.py",
+        "tests/mica/paths/test_parity.py",
+    ): {
+        "_DownProjection.forward": [
+            ("x if needs_A else None", "x"),
+            ("lora_A if needs_x else without_values(lora_A)", "lora_A"),
+            ("save(ctx, kept_x", "ctx.save_for_backward(kept_x"),
+        ],
+        "_UpProjection.forward": [("save(ctx, lora_B)", "ctx.save_for_backward(lora_B)")],
+        "_down_backward": [("grad_x.to(x_dtype)", "grad_x")],
         "_down_cast": [("None, *dropout", "compute_dtype, 0.0, None")],
     },
     ("mica/paths/torch_path.py", "tests/mica/paths/test_torch_path.py", "tests/mica/paths/test_parity.py"): {

@@ -32,6 +32,14 @@ SUBSPACE = {
     ("mica/subspace/distributed.py", "tests/mica/subspace/test_distributed.py", "-k", "wait_once"): {
         "Sharing.agreed": [("tasks and not self.is_over:", "tasks:")],
     },
+    ("mica/subspace/solver.py", "tests/mica/subspace/test_solver.py", "-k", "rank or weights or lazily"): {
+        "solve_each": [("in_memory(weight.detach())", "weight.detach()")],
+        "_check_rank": [("isinstance(rank, bool) or", "")],
+        "_check_weight": [("weight.layout is not torch.strided or weight.is_nested", "False")],
+    },
+    ("mica/subspace/fingerprint.py", "tests/mica/subspace/test_solver.py", "-k", "lazily"): {
+        "fingerprint": [("in_memory(weight.detach())", "weight.detach()")],
+    },
     ("mica/subspace/fingerprint.py", "tests/mica/subspace/test_waits.py"): {
         "fingerprint": [("rows.split(_COPIED_CHUNKS * step)", "rows.split(step)")],
     },

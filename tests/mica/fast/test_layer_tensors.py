@@ -1,0 +1,179 @@
+"""What becomes of a layer's tensors around its call: outputs in other hands, weights replaced, odd inputs."""
+
+from contextlib import nullcontext
+
+import pytest
+import torch
+from torch import nn
+
+import mica.fast
+from mica.ops import linear as linear_module
+from tests.support.models import net, randomise, wrap
+from tests.support.stock import as_stock, both, counted
+from tests.support.tolerances import RELATIVE, error
+
+
+def layer_of(name="up", dtype=torch.float32, **config):
+    model = randomise(net(dtype, targets=[name], **config))
+    return getattr(model.base_model.model, name)
+
+
+def called(dtype=torch.float32):
+    layer = layer_of(dtype=dtype)
+    layer.base_layer.register_forward_hook(lambda *_: None)
+    return layer
+
+
+def with_two_adapters():
+    model = net(targets=["up"])
+    model.add_adapter("second", model.peft_config["default"])
+    model.base_model.set_adapter(["default", "second"])
+    return randomise(model).base_model.model.up
+
+
+FORMS = {
+    "fused": layer_of,
+    "called": called,
+    "two adapters": with_two_adapters,
+    "dropout": lambda: layer_of(lora_dropout=0.5),
+    "Conv1D": lambda: layer_of("conv"),
+    "embedding": lambda: layer_of("embed"),
+}
+
+
+def trained(layer):
+    return next(parameter for parameter in layer.parameters() if parameter.requires_grad)
+
+
+def input_of(layer, rows, dtype=torch.float32):
+    generator = torch.Generator().manual_seed(2)
+    if isinstance(layer.base_layer, nn.Embedding):
+        return torch.randint(0, 29, rows, generator=generator)
+    return torch.randn(*rows, layer.in_features, generator=generator).to(dtype)
+
+
+@pytest.mark.parametrize("small", [False, True])
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("rows", [(), (3,), (2, 3), (2, 1, 3)], ids=str)
+@pytest.mark.parametrize("form", FORMS)
+def test_an_output_is_nobody_s_view(monkeypatch, form, rows, autocast, small):
+    monkeypatch.setattr(linear_module, "CPU_HOST_BOUND", 2**40 if small else 0)
+    layer = FORMS[form]()
+    x = input_of(layer, rows)
+
+    def output():
+        torch.manual_seed(3)
+        y = layer(x)
+        assert not y._is_view()
+        return y
+
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        expected = torch.autograd.grad(10 * output().sum(), trained(layer))[0]
+        y = output()
+        y.register_hook(lambda grad: grad * 10)
+        y += 1.0
+        assert torch.equal(torch.autograd.grad(y.sum(), trained(layer))[0], expected)
+        output().detach_()
+        with torch.no_grad():
+            assert not layer(x)._is_view()
+
+
+PARTS = ["base_layer.weight", "lora_A.default.weight", "lora_B.default.weight"]
+
+
+@pytest.mark.parametrize("part", PARTS)
+@pytest.mark.parametrize("small", [False, True])
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("build", [layer_of, called], ids=["fused", "called"])
+def test_gradients_are_those_of_the_weights_that_the_forward_used(
+    monkeypatch, build, dtype, autocast, small, part
+):
+    """``parameter.data = other`` between forward and backward, as optimisers and loaders do it."""
+    monkeypatch.setattr(linear_module, "CPU_HOST_BOUND", 2**40 if small else 0)
+    grads = []
+    for replaces in (False, True):
+        layer = build(dtype=dtype)
+        x = input_of(layer, (20,), dtype).requires_grad_()
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            y, counts = counted(lambda layer=layer, x=x: layer(x))
+        assert counts
+        parameter = layer.get_parameter(part)
+        if replaces:
+            parameter.data = parameter.data * -2
+        grads.append(torch.autograd.grad(y.float().square().sum(), (x, trained(layer))))
+    for expected, actual in zip(*grads, strict=True):
+        assert torch.equal(actual, expected)
+
+
+def test_an_optimiser_between_the_backwards_of_two_losses():
+    """Of a first layer, whose input needs no gradient: its gradient does not depend on lora_A."""
+
+    def second_gradient():
+        layer = layer_of()
+        y = layer(input_of(layer, (2, 3)))
+        y.sum().backward(retain_graph=True)
+        torch.optim.SGD([trained(layer)], lr=0.1).step()
+        trained(layer).grad = None
+        y.square().sum().backward()
+        return trained(layer).grad
+
+    as_stock(second_gradient, RELATIVE[torch.float32])
+
+
+@pytest.mark.parametrize("form", ["fused", "called"])
+@pytest.mark.filterwarnings("error:There is a performance drop")
+def test_vmap_as_stock(form):
+    """Without a function transform around it: autograd follows, and the gradient of A is one product."""
+    layer = FORMS[form]()
+    x = input_of(layer, (7,))
+
+    def gradients():
+        y = torch.func.vmap(layer)(x)
+        return y, torch.autograd.grad(y.square().sum(), trained(layer))
+
+    _, counts = counted(lambda: as_stock(gradients, RELATIVE[torch.float32]))
+    assert counts
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_scaling_that_is_a_tensor_is_not_rounded(dtype):
+    """1.3 in bf16 is 0.24 % less, and so would be every update."""
+    layer = layer_of(dtype=dtype, autocast_adapter_dtype=False, rank=12)
+    layer.scaling["default"] = torch.tensor(1.3)
+    A = layer.lora_A["default"].weight
+    x = torch.eye(12, dtype=dtype).repeat(200, 1)
+    with torch.no_grad():
+        A.normal_(generator=torch.Generator().manual_seed(4))
+        layer.base_layer.weight.zero_(), layer.base_layer.bias.zero_()
+        y, counts = counted(lambda: layer(x).double())
+    assert counts["linear"]
+    update = 1.3 * x.double() @ A.double().t() @ layer.lora_B["default"].weight.double().t()
+    assert abs(((y - update) * update).sum() / update.square().sum()) <= 1e-3
+
+
+def test_fp16_products_overflow_where_stock_s_do_not_unless_they_run_in_fp32(monkeypatch):
+    """As the page says, with the cure that it names."""
+    monkeypatch.setattr("mica.paths.products.FEW_TO_ROUND", 0)
+    model = wrap(nn.Sequential(nn.Linear(16, 24)).half(), targets=["0"], lora_alpha=128)
+    layer = randomise(model, scale=1.0).base_model.model[0]
+    x = torch.zeros(20, 16, dtype=torch.float16)
+    x[:, 7] = 1000.0  # times the scaling of 32 beyond 65504, without it below
+    with torch.no_grad():
+        layer.lora_B["default"].weight.mul_(1e-3)
+        ours, stock = both(lambda: layer(x))
+        assert stock.isfinite().all()
+        assert not ours.isfinite().all()
+        mica.fast.enable(compute_dtype=torch.float32)
+        assert error(layer(x), stock) <= RELATIVE[torch.float16]
+
+
+@pytest.mark.parametrize("small", [False, True])
+@pytest.mark.parametrize("around", [nullcontext, torch.no_grad])
+def test_an_input_without_dimensions_is_named(monkeypatch, small, around):
+    monkeypatch.setattr(linear_module, "CPU_HOST_BOUND", 2**40 if small else 0)
+    with (
+        around(),
+        pytest.raises(ValueError, match=r"must be \(\.\.\., in_features\), but it has no dimensions"),
+    ):
+        layer_of()(torch.tensor(1.0))
