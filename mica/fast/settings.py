@@ -78,7 +78,7 @@ def _check_device(requested: str | torch.device) -> None:
     count = _device_count(device.type)
     if (device.index or 0) >= count:
         raise ValueError(
-            f"device must be 'auto' or one that this process can use, but it is {requested!r}, and PyTorch "
+            f"device must be 'auto' or one that this process can use, but it is {str(device)!r}, and PyTorch "
             f"sees {count} devices of type {device.type!r}."
         )
 
