@@ -49,6 +49,8 @@ def load(stock, *args, **kwargs):
         missing |= {key for key, *_ in getattr(result, "mismatched_keys", ())}
         if missing:
             without_b, orphaned = _incomplete(model, adapters, missing)
+            for adapter in adapters:
+                adapter.leave_meta_device()
             _start_anew(without_b)
             _warn_of_another_b(name, orphaned, "B was computed anew from the base weights")
         for adapter in adapters:  # transformers' loader makes parameters that require a gradient
@@ -61,16 +63,15 @@ def load(stock, *args, **kwargs):
 
 @while_enabled
 def set_state_dict(stock, model, peft_model_state_dict, adapter_name="default", *args, **kwargs):
-    """In place of `set_peft_model_state_dict`, which scripts call for an adapter that exists already.
+    """In place of `set_peft_model_state_dict`: of an adapter that exists already, as for a resumed training.
 
-    Where the state dict has no B, the layer keeps its own; on the meta device there is none to keep. `load`
-    calls it too, and does the same itself.
+    Where the state dict has no B, the layer keeps its own; on the meta device there is none to keep. Layers
+    that got the adapter in the present `load` are left to that.
     """
     result = stock(model, peft_model_state_dict, adapter_name, *args, **kwargs)
-    if uninitialised.get() is not None:
-        return result
+    created = {adapter.layer for adapter in uninitialised.get() or ()}
     layers = [(name, layer) for name, layer in model.named_modules() if is_mica(layer, adapter_name)]
-    adapters = [NewAdapter(name, layer, adapter_name) for name, layer in layers]
+    adapters = [NewAdapter(name, layer, adapter_name) for name, layer in layers if layer not in created]
     without_b, orphaned = _incomplete(model, adapters, set(result.missing_keys))
     empty = [adapter for adapter in without_b if adapter.lora_B.is_meta]
     _start_anew(empty)

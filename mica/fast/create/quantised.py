@@ -69,6 +69,7 @@ def _unpacked(weight: Tensor) -> tuple[Tensor, object]:
     if state.absmax.dim() == 2:  # still as the kernel reads them, (blocks of in_features, out_features)
         state.absmax = state.absmax.t().reshape(-1)
     state.absmax = state.absmax.float()
+    state.state2 = None  # of quantised scales; repacking has deleted it
     return codes, state
 
 

@@ -382,6 +382,28 @@ def test_next_to_a_dense_layer_both_are_reported():
         assert "; 1 layers merged into quantised weights (bitsandbytes 4-bit): not measured" in str(report)
 
 
+@pytest.mark.parametrize(
+    ("kind", "size", "expected"),
+    [("nf4", 0.01, 1.08), ("nf4", 0.1, 0.79), ("nf4", 0.3, 0.32)]
+    + [("int8", 0.01, 0.70), ("int8", 0.03, 0.25), ("int8", 0.1, 0.08)],
+)
+def test_what_a_merge_into_quantised_weights_loses(kind, size, expected):
+    """The table in mica/fast/README.md."""
+    torch.manual_seed(0)
+    linear = nn.Linear(512, 256, bias=False)
+    linear.weight.data.normal_(std=0.03)
+    model = wrap(quantised_models.quantise(nn.Sequential(linear), kind), rank=16, targets=["0"])
+    layer = randomise(model).base_model.model[0]
+    before = dequantised(layer.get_base_layer())
+    with torch.no_grad():
+        lora_A = factors(layer)[0]
+        lora_A.mul_(size * before.norm() / layer.get_delta_weight("default").norm())
+    update = layer.get_delta_weight("default").detach()
+    model.merge_adapter()
+    moved = dequantised(layer.get_base_layer()) - before
+    assert error(moved, update) == pytest.approx(expected, rel=0.1)
+
+
 def test_stock_would_round_the_update_before_it_is_merged():
     """Why merging is patched: over a bf16 base stock's MiCA is not merged as plain LoRA is."""
     model, plain = adapted_and_plain("nf4, fp32 storage, bf16 compute")

@@ -391,6 +391,17 @@ def test_a_state_dict_without_b_for_an_adapter_that_exists():
         peft.set_peft_model_state_dict(model, peft.get_peft_model_state_dict(other))
 
 
+def test_a_checkpoint_without_b_for_an_adapter_that_exists(tmp_path):
+    """As the Trainer resumes."""
+    model, other = net(), randomise(net())
+    only_a(other, tmp_path)
+    before = bases(model)
+    with warned_once(KEPT, 4):
+        model.load_adapter(tmp_path, "default", is_trainable=True)
+    for name, basis in bases(model).items():
+        assert torch.equal(basis, before[name])
+
+
 def test_a_state_dict_without_b_for_an_adapter_on_the_meta_device():
     other, model = randomise(net()), Net()
     model.load_state_dict(other.unload().state_dict())
