@@ -145,7 +145,7 @@ class MergeReport:
             kinds = ", ".join(dict.fromkeys(self.unmeasured.values()))
             parts.append(
                 f"{len(self.unmeasured)} layers merged into quantised weights ({kinds}): not measured, and "
-                "not exact, because the library rounds the sum to 4 or 8 bits again, which loses small updates"
+                "not exact, because the library rounds the sum to 4 or 8 bits again and loses small updates"
             )
         return "; ".join(parts)
 

@@ -384,8 +384,14 @@ def test_next_to_a_dense_layer_both_are_reported():
 
 @pytest.mark.parametrize(
     ("kind", "size", "expected"),
-    [("nf4", 0.01, 1.08), ("nf4", 0.1, 0.79), ("nf4", 0.3, 0.32)]
-    + [("int8", 0.01, 0.70), ("int8", 0.03, 0.25), ("int8", 0.1, 0.08)],
+    [
+        ("nf4", 0.01, 1.08),
+        ("nf4", 0.1, 0.79),
+        ("nf4", 0.3, 0.32),
+        ("int8", 0.01, 0.70),
+        ("int8", 0.03, 0.25),
+        ("int8", 0.1, 0.08),
+    ],
 )
 def test_what_a_merge_into_quantised_weights_loses(kind, size, expected):
     """The table in mica/fast/README.md."""
