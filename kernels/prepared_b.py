@@ -4,7 +4,8 @@ A tensor that is already in that form is used directly. Of others a copy is kept
 (by a weak reference: a tensor at the address of a deleted one has no entry), and made again when PyTorch
 reports that the contents may have changed: another storage (``data_ptr``; the old one is kept alive, so its
 address cannot be reused) or an in-place write (``_version``). PyTorch does not count writes through
-``tensor.data``: after such an edit of B call `clear`.
+``tensor.data``: after such an edit of B call `clear`, or `mica.fast.clear_caches`. A look at the contents
+would cost a launch per call, and the host would have to wait for its answer.
 
 The B of a stack of experts is a view, made again for every call, of the parameter that PEFT stores: its copy
 belongs to that parameter, whose version a view shares.

@@ -33,6 +33,7 @@ PUBLIC = {
         "Explanation",
         "MergeReport",
         "call_counts",
+        "clear_caches",
         "disable",
         "disabled",
         "enable",

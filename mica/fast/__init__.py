@@ -16,6 +16,7 @@ import torch
 
 from mica.fast import patching
 from mica.fast import settings as _settings
+from mica.fast.caches import clear_caches
 from mica.fast.explain import Explanation, explain
 from mica.fast.merge.merging import MergeReport, merge_report
 from mica.ops import call_counts
@@ -24,6 +25,7 @@ __all__ = [
     "Explanation",
     "MergeReport",
     "call_counts",
+    "clear_caches",
     "disable",
     "disabled",
     "enable",
@@ -66,7 +68,7 @@ def enable(
             own three products, which the compiler may fuse and tune; dA is rounded to their dtype.
 
     Raises:
-        ValueError: a value that is not one of these.
+        ValueError: a value that is not one of these, or a device that this process does not have.
     """
     own = {"on_unsuitable": on_unsuitable, "device": device, "gate_up": gate_up, "compile": compile}
     _settings.change(compute_dtype=compute_dtype, **own)

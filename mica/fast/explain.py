@@ -26,6 +26,8 @@ from mica.fast.forward.eligibility import (
     is_mica,
     quantised_layers,
 )
+from mica.fast.merge.unmeasured import kind_merged_into
+from mica.fast.refusals import check_model
 from mica.fast.settings import settings
 
 _COVERED = (lora.Linear, lora.Embedding, expert_params.ParamWrapper)
@@ -91,7 +93,11 @@ def explain(model: nn.Module) -> Explanation:
 
     ``bypassed_by``: where other code runs instead of the layer, the framework's name (axolotl, unsloth) or
     that of the module with the code; ``str()`` says how to switch it off.
+
+    Raises:
+        TypeError: ``model`` is not a `torch.nn.Module`.
     """
+    check_model(model, "explain")
     rows, counts, by_peft = [], call_counts.counts(), call_counts.peft_reasons()
     modules = dict(model.named_modules())
     called = [name for name, module in modules.items() if counts.get(module)]
@@ -110,6 +116,8 @@ def explain(model: nn.Module) -> Explanation:
             count = counts.get(module) if is_covered and _why_not_entered(module) is None else None
             by = (_bypassed_by(modules, name, called) if count == 0 else None) or replaced_by(module)
             path, reason = _decided(module, outermost).explained()
+        if (kind := kind_merged_into(module)) is not None:
+            reason = f"{reason} ({kind}), whose rounding was not measured"
         if path in (KERNEL, REFERENCE) and outermost in by_peft:
             path, reason = PEFT, _in_the_last_forward(by_peft[outermost], count)
         base = type(module.get_base_layer()).__name__

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import inspect
 import os
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 
-from torch import nn
+from torch import Tensor, nn
 
+from mica.fast.caches import clear_caches
 from mica.fast.create.solving import NewAdapter, check, initialise
-from mica.fast.forward import mixed_batch
+from mica.fast.forward.eligibility import is_mica
 from mica.fast.saving import warn_of_a_lost_mark
-from mica.fast.settings import around, while_enabled
-from mica.paths import choose
+from mica.fast.settings import around, settings, while_enabled
 
 # Beside an adapter on a GGUF file: the folder of the checkpoint that `mica adapt` has made of that file.
 BASE = "base"
@@ -38,26 +39,82 @@ def without_solver() -> Iterator[list[NewAdapter]]:
 def load(stock, *args, **kwargs):
     """In place of `load_adapter`, and of `from_pretrained`, which calls it.
 
-    A layer whose B the checkpoint lacks (PEFT has warned) gets the basis of a new adapter.
+    A layer whose B the checkpoint lacks gets the basis of a new adapter, also with ``low_cpu_mem_usage``.
     """
     model = args[0]  # of `from_pretrained`, which calls `load_adapter`, the class
     name = inspect.signature(stock).bind(*args, **kwargs).arguments.get("adapter_name") or "default"
     with without_solver() as adapters, _whole(model, name, adapters):
         result = stock(*args, **kwargs)
         missing = {*getattr(result, "missing_keys", ())}  # transformers has more that it did not load
-        if missing := missing | {key for key, *_ in getattr(result, "mismatched_keys", ())}:
-            parameters = model.named_parameters(remove_duplicate=False)
-            lacking = {id(parameter) for key, parameter in parameters if key in missing}
-            lacking = [adapter for adapter in adapters if id(adapter.lora_B) in lacking]
-            for adapter in lacking:
-                check(adapter)
-            initialise(lacking)
+        missing |= {key for key, *_ in getattr(result, "mismatched_keys", ())}
+        if missing:
+            without_b, orphaned = _incomplete(model, adapters, missing)
+            for adapter in adapters:
+                adapter.leave_meta_device()
+            _start_anew(without_b)
+            _warn_of_another_b(name, orphaned, "B was computed anew from the base weights")
         for adapter in adapters:  # transformers' loader makes parameters that require a gradient
             adapter.lora_B.requires_grad_(False)
     adapters.clear()
     if isinstance(model, nn.Module):
         warn_of_a_lost_mark(model, name)
     return result
+
+
+@while_enabled
+def set_state_dict(stock, model, peft_model_state_dict, adapter_name="default", *args, **kwargs):
+    """In place of `set_peft_model_state_dict`: of an adapter that exists already, as for a resumed training.
+
+    Where the state dict has no B, the layer keeps its own; on the meta device there is none to keep. Layers
+    that got the adapter in the present `load` are left to that.
+    """
+    result = stock(model, peft_model_state_dict, adapter_name, *args, **kwargs)
+    created = {adapter.layer for adapter in uninitialised.get() or ()}
+    layers = [(name, layer) for name, layer in model.named_modules() if is_mica(layer, adapter_name)]
+    adapters = [NewAdapter(name, layer, adapter_name) for name, layer in layers if layer not in created]
+    without_b, orphaned = _incomplete(model, adapters, set(result.missing_keys))
+    empty = [adapter for adapter in without_b if adapter.lora_B.is_meta]
+    _start_anew(empty)
+    what = "B was computed anew from the base weights" if empty else "these layers keep the B that they had"
+    _warn_of_another_b(adapter_name, orphaned, what)
+    return result
+
+
+def _incomplete(
+    model: nn.Module, adapters: list[NewAdapter], missing: set[str]
+) -> tuple[list[NewAdapter], list[NewAdapter]]:
+    """The adapters whose B is among the ``missing`` keys, and those of them whose A is not.
+
+    By identity: of PEFT's nested wrappers a parameter has several names.
+    """
+    parameters = model.named_parameters(remove_duplicate=False)
+    lacking = {id(parameter) for key, parameter in parameters if key in missing}
+    without_b = [adapter for adapter in adapters if id(adapter.lora_B) in lacking]
+    orphaned = [adapter for adapter in without_b if id(adapter.lora_A) not in lacking]
+    return without_b, orphaned
+
+
+def _start_anew(adapters: list[NewAdapter]) -> None:
+    """B of a new adapter, and where A has no values either, its 0."""
+    for adapter in adapters:
+        adapter.leave_meta_device()
+        check(adapter)
+    initialise(adapters)
+
+
+def _warn_of_another_b(name: str, orphaned: list[NewAdapter], what: str) -> None:
+    """Which B an A was trained with cannot be seen; the solvers' bases agree up to sign and rotation."""
+    if not orphaned:
+        return
+    others = f" and {len(orphaned) - 1} more layers" if len(orphaned) > 1 else ""
+    warnings.warn(
+        f"the checkpoint of adapter {name!r} has A but no B of {orphaned[0].name}{others}, so {what}. That "
+        "is the B that A was trained with only if this package made it, on this very base: stock PEFT's "
+        "differs in signs and rotation, and with another B the adapter computes something else. Save whole "
+        "adapters, with model.save_pretrained(folder) or peft.get_peft_model_state_dict(model); a filter by "
+        "requires_grad loses B, which is frozen.",
+        stacklevel=5,
+    )
 
 
 @contextmanager
@@ -101,13 +158,38 @@ def add_weighted_adapter(stock, self, adapters, weights, adapter_name, *args, **
 
 
 @around
-def hotswap_adapter_from_state_dict(stock, *args, **kwargs):
+def hotswap_adapter_from_state_dict(stock, model, state_dict, adapter_name, *args, **kwargs):
     """PEFT writes the new adapter through ``.data``, which PyTorch does not count as a change of a tensor.
 
-    So whatever was derived from the old B (`mica.kernels.prepared_b`, `forward.mixed_batch`) is dropped.
+    So whatever was derived from the old B is dropped. What the new adapter lacks PEFT sets to 0, which of a B
+    would be an adapter that does nothing, and that nothing could train.
     """
+    if settings.enabled:
+        _check_has_b(model, state_dict, adapter_name)
     try:
-        return stock(*args, **kwargs)
+        return stock(model, state_dict, adapter_name, *args, **kwargs)
     finally:  # also after an error: a part of the weights may be new
-        choose.clear_prepared()
-        mixed_batch.clear()
+        clear_caches()
+
+
+def _check_has_b(model: nn.Module, state_dict: dict[str, Tensor], adapter_name: str) -> None:
+    """
+    Raises:
+        ValueError: the state dict has A but no B of a MiCA layer.
+    """
+    # the keys lack the prefix of torch.compile's wrapper
+    modules = {name.removeprefix("_orig_mod."): module for name, module in model.named_modules()}
+    for key in state_dict:
+        layer, factor, rest = key.partition(".lora_A.")
+        key_of_b = f"{layer}.lora_B.{rest}"
+        if not factor:
+            layer, factor, rest = key.partition(".lora_embedding_A.")
+            key_of_b = f"{layer}.lora_embedding_B.{rest}"
+        if not factor or key_of_b in state_dict or layer not in modules:
+            continue
+        if is_mica(modules[layer], adapter_name):
+            raise ValueError(
+                f"hotswapping adapter {adapter_name!r} needs a whole adapter, but the new one has A and no B "
+                f"of {layer!r}: save it with model.save_pretrained(folder), or load it with "
+                "model.load_adapter, which computes B anew from the base weights."
+            )

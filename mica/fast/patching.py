@@ -16,12 +16,12 @@ from typing import NamedTuple
 import peft
 
 from mica.fast import loading, refusals, saving
+from mica.fast.caches import clear_caches
 from mica.fast.create import initialisation, quantised
 from mica.fast.forward import call_counts, decide, experts
 from mica.fast.forward.eligibility import quantised_layers
 from mica.fast.merge import experts as merging_of_experts
 from mica.fast.merge import merging
-from mica.paths.choose import clear_prepared
 
 
 class Patch(NamedTuple):
@@ -47,6 +47,8 @@ _UNLOAD, _UNLOADED = "_unload_and_optionally_merge", "self merge progressbar saf
 _LORAFA = ("create_lorafa_optimizer", "model r lora_alpha lr", refusals.create_lorafa_optimizer, False)
 _PRETRAINED = "cls pretrained_model_name_or_path subfolder **kwargs"
 _TIE = ("_add_targets_to_tie", "self peft_config tied_weight_keys")  # a PEFT without it ties no adapters
+_SET = ("set_peft_model_state_dict", "model peft_model_state_dict adapter_name", loading.set_state_dict)
+_SETTERS = ("peft.utils.save_and_load", "peft.utils", "peft.peft_model", "peft.functional", "peft")
 _SWAP = ("hotswap_adapter_from_state_dict", "model state_dict adapter_name config")
 
 PATCHES = (
@@ -73,6 +75,8 @@ PATCHES = (
     Patch(_PEFT_MODEL, "load_adapter", "self model_id adapter_name", loading.load),
     Patch(_HUGGING_FACE, "load_adapter", "self peft_model_id adapter_name", loading.load, required=False),
     Patch(_MODEL, "add_weighted_adapter", "self adapters weights adapter_name", loading.add_weighted_adapter),
+    # a script that imported the function before this package keeps stock's
+    *(Patch(module, *_SET, required=False) for module in _SETTERS),
     Patch("peft.utils.hotswap", *_SWAP, loading.hotswap_adapter_from_state_dict),
     Patch(_MODEL, *_TIE, refusals.add_targets_to_tie, required=False),
     Patch(_MODEL, "merge_adapter", "self adapter_names", refusals.merge_adapter),
@@ -157,7 +161,7 @@ def install() -> bool:
     for patch, text in mismatches.items():
         if text is None:
             _replace(owner_of(patch), patch)
-    clear_prepared()  # stock PEFT may have edited B unnoticed
+    clear_caches()  # stock PEFT may have edited B unnoticed
     return True
 
 

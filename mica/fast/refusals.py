@@ -12,6 +12,7 @@ from mica.fast import loading
 from mica.fast.forward import tensor_parallel
 from mica.fast.forward.eligibility import is_mica, requests_mica
 from mica.fast.forward.expert_params import weight_name
+from mica.fast.merge.unmeasured import note_unloaded, to_be_merged
 from mica.fast.settings import while_enabled
 
 # Forward pre-hooks of torch.nn.utils that recompute the weight before every forward: the attribute with its
@@ -21,6 +22,18 @@ _WEIGHT_HOOKS = {
     "SpectralNorm": ("name", "torch.nn.utils.remove_spectral_norm(layer.base_layer)"),
     "BasePruningMethod": ("_tensor_name", "torch.nn.utils.prune.remove(layer.base_layer, 'weight')"),
 }
+
+
+def check_model(model, call: str) -> None:
+    """
+    Raises:
+        TypeError: the argument of this public call is not a model.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(
+            f"mica.fast.{call}(model) needs a torch.nn.Module, for instance what get_peft_model returned, "
+            f"but model is a {type(model).__name__}."
+        )
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -117,7 +130,10 @@ def unload_and_optionally_merge(
 ):
     if merge:
         _check_weights(self.model, adapter_names)
-    return stock(self, merge, progressbar, safe_merge, adapter_names, **kwargs)
+    unmeasured = to_be_merged(self.model, adapter_names, merge)
+    model = stock(self, merge, progressbar, safe_merge, adapter_names, **kwargs)
+    note_unloaded(model, unmeasured)
+    return model
 
 
 # ---------------------------------------------------------------------------------------------------

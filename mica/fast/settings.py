@@ -59,12 +59,37 @@ def change(**values) -> None:
     for name, allowed in ALLOWED.items():
         if values[name] not in allowed:
             raise ValueError(f"{name} must be one of {allowed}, but it is {values[name]!r}.")
-    if (device := values["device"]) != "auto":
-        try:
-            torch.device(device)
-        except (RuntimeError, TypeError) as error:
-            raise ValueError(f"device must be 'auto' or a torch device, but it is {device!r}.") from error
+    if values["device"] != "auto":
+        _check_device(values["device"])
     vars(settings).update(values)
+
+
+def _check_device(requested: str | torch.device) -> None:
+    """
+    Raises:
+        ValueError: PyTorch cannot compute there, on this machine.
+    """
+    try:
+        device = torch.device(requested)
+    except (RuntimeError, TypeError) as error:
+        raise ValueError(f"device must be 'auto' or a torch device, but it is {requested!r}.") from error
+    if device.type == "meta":
+        raise ValueError("device must be one that holds values, but 'meta' holds none.")
+    count = _device_count(device.type)
+    if (device.index or 0) >= count:
+        raise ValueError(
+            f"device must be 'auto' or one that this process can use, but it is {str(device)!r}, and PyTorch "
+            f"sees {count} devices of type {device.type!r}."
+        )
+
+
+def _device_count(kind: str) -> int:
+    """How many devices of a type there are. No device is initialised: a process may still fork after this."""
+    try:
+        module = torch.get_device_module(kind)
+    except RuntimeError:  # a type that this build of PyTorch has no module for
+        return 0
+    return module.device_count()
 
 
 # ---------------------------------------------------------------------------------------------------

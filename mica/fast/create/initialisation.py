@@ -8,6 +8,7 @@ progress bar. If anything fails the model is restored: no layer stays half adapt
 from __future__ import annotations
 
 import copy
+import dataclasses
 import re
 import warnings
 from contextlib import nullcontext
@@ -67,10 +68,33 @@ _injection: ContextVar[_Injection | None] = ContextVar("mica_injection", default
 
 @while_enabled
 def resolve_lora_variant(stock, self, *, config, **kwargs):
-    """Any spelling of "mica" is MiCA. Stock initialises for "MICA" too, but then silently trains B."""
-    if requests_mica(config):
-        config.init_lora_weights = "mica"  # in the saved configuration too, for whatever loads it
+    """Any spelling of "mica" is MiCA. Stock initialises for "MICA" too, but then silently trains B.
+
+    Raises:
+        ValueError: the configuration asks for another variant of LoRA too.
+        UnsuitableLayerError: PEFT has no MiCA for this type of layer.
+    """
+    if not requests_mica(config):
+        return stock(self, config=config, **kwargs)
+    config.init_lora_weights = "mica"  # in the saved configuration too, for whatever loads it
+    others = _other_variants(config)
+    if others:
+        raise ValueError(
+            f"MiCA cannot be combined with another variant of LoRA, but the configuration asks for "
+            f"{', '.join(others)} on {_name_of(self)}."
+        )
+    if ("mica",) not in getattr(self, "lora_variants", {("mica",)}):  # PEFT 0.20 has no such table
+        raise UnsuitableLayerError(
+            f"MiCA cannot be initialised: {_name_of(self)} is a {type(self.get_base_layer()).__name__}, and "
+            "PEFT has MiCA for linear layers and embeddings only. Leave it out of target_modules."
+        )
     return stock(self, config=config, **kwargs)
+
+
+def _other_variants(config) -> list[str]:
+    """The fields of a configuration that ask for a variant, like ``use_dora``; PEFT marks them."""
+    marked = [entry.name for entry in dataclasses.fields(config) if entry.metadata.get("is_lora_variant")]
+    return [name for name in marked if getattr(config, name)]
 
 
 def _entry() -> _Entry | None:
@@ -123,6 +147,8 @@ def mica_init(stock, self, adapter_name: str) -> None:
     entry, loaded = _entry(), uninitialised.get()
     if not _set_to_zero(adapter):
         stock(self, adapter_name)
+        if loaded is not None and adapter.lora_B.is_meta:
+            loaded.append(adapter)  # the file may lack its B
     elif adapter.is_quantised and quantised.stored(self).is_meta:
         pass  # another process has the weight, and will provide B
     elif loaded is not None:
@@ -237,6 +263,8 @@ def inject_adapter(stock, self, model: nn.Module, adapter_name: str, *args, **kw
         raise
     finally:
         _injection.reset(token)
+    if not config.inference_mode:
+        quantised.keep_unpacked(model)
     if injection.skipped:
         skipped = {entry.key for entry in injection.skipped}
         for name in targeted:

@@ -98,8 +98,33 @@ class NewAdapter:
         return self.layer.r[self.adapter_name]
 
     @property
+    def lora_A(self) -> Tensor:  # noqa: N802
+        return adapter_weights(self.layer, self.adapter_name)[0]
+
+    @property
     def lora_B(self) -> Tensor:  # noqa: N802
         return adapter_weights(self.layer, self.adapter_name)[1]
+
+    def leave_meta_device(self) -> None:
+        """Zeros in place of factors without values (``low_cpu_mem_usage``), on the device of the base weight.
+
+        B in the dtype of A, as PEFT makes them. Nothing where another process has the base weight.
+        """
+        base = quantised.stored(self.layer) if self.is_quantised else self.stored
+        if base.is_meta:
+            return
+        lora_A, lora_B = adapter_weights(self.layer, self.adapter_name)
+        if lora_A.is_meta:
+            self._replace("A", torch.zeros_like(lora_A, device=base.device), lora_A.requires_grad)
+        if lora_B.is_meta:
+            self._replace("B", torch.zeros_like(lora_B, device=base.device, dtype=lora_A.dtype), False)
+
+    def _replace(self, factor: str, value: Tensor, requires_grad: bool) -> None:
+        parameter = nn.Parameter(value, requires_grad)
+        if isinstance(self.layer, lora.Embedding):
+            getattr(self.layer, f"lora_embedding_{factor}")[self.adapter_name] = parameter
+        else:
+            getattr(self.layer, f"lora_{factor}")[self.adapter_name].weight = parameter
 
 
 def check(adapter: NewAdapter) -> Tensor:

@@ -4,10 +4,12 @@ MiCA adapters created on one base share B: the basis of rank 8 is the last 8 col
 they are equal bit for bit, every sample's h goes into the columns of the widest B, and one up-projection
 serves the whole batch. The others each get their own, on their samples.
 
-Which adapters share is determined once per layer and cached. The cache is valid while each compared B has the
-same address and count of in-place writes; its storage is kept alive (`_Comparison.compared`), since an
-adapter loaded later under the same name could get the same address and count. PyTorch does not count writes
-through ``.data``: code that makes some calls `clear`, as `mica.fast.loading` does for hotswapping.
+Which adapters share has to be known at each call. On a CPU every B is compared at every call: it is right
+after any edit. On another device the host would have to wait for the device's answer in each layer, at each
+decoding step, so there the comparison is kept as long as each compared B has the same address and count of
+in-place writes; its storage is kept alive (`_Comparison.compared`), since an adapter loaded later under the
+same name could get the same address and count. PyTorch does not count writes through ``.data``: code that
+makes some calls `mica.fast.clear_caches`, which calls `clear`.
 """
 
 from __future__ import annotations
@@ -100,7 +102,7 @@ def clear() -> None:
 def _groups(layer, parameters: dict[str, Tensor]) -> list[_Shared]:
     """The adapters grouped by the B that they share, widest first; compared again once a B has changed."""
     weights = {name: B.detach() for name, B in parameters.items()}
-    if not all(map(limits.is_tracked, parameters.values())):
+    if not all(map(_notes_its_changes, parameters.values())):
         return _compare(weights)
     state = tuple(
         (name, B.data_ptr(), B._version, B.dtype, B.shape, B.stride()) for name, B in weights.items()
@@ -109,6 +111,11 @@ def _groups(layer, parameters: dict[str, Tensor]) -> list[_Shared]:
     if cached is None or cached.state != state:
         cached = _comparisons[layer] = _Comparison(state, list(weights.values()), _compare(weights))
     return cached.groups
+
+
+def _notes_its_changes(lora_B: Tensor) -> bool:
+    """Whether a comparison of this B may be kept; False on a CPU, where it costs less than it could lose."""
+    return not lora_B.is_cpu and limits.is_tracked(lora_B)
 
 
 def _compare(weights: dict[str, Tensor]) -> list[_Shared]:

@@ -23,7 +23,8 @@ from mica.dtypes import FLOATING
 from mica.fast.create import quantised
 from mica.fast.forward.eligibility import adapter_weights, is_stored_transposed
 from mica.fast.forward.expert_params import is_stored_as_in_out, is_wrapper, lora_A_of, lora_B_of, weight_name
-from mica.fast.refusals import check_weight
+from mica.fast.merge.unmeasured import kind_merged_into
+from mica.fast.refusals import check_model, check_weight
 from mica.fast.settings import around, settings
 from mica.ops.operator import TENSOR_TYPES, no_autocast
 from mica.paths import torch_path
@@ -114,9 +115,14 @@ class _Records(dict[str, Undo]):
 
 @dataclass
 class MergeReport:
-    """The share of the update that rounding swallowed, per merged layer and over all of them."""
+    """The share of the update that rounding swallowed, per merged layer and over all of them.
+
+    ``unmeasured``: layers that were merged into a quantised weight, and its kind. Their library has rounded
+    the sum to its 4 or 8 bits, and what that lost is not known.
+    """
 
     layers: dict[str, MergeStats] = field(default_factory=dict)
+    unmeasured: dict[str, str] = field(default_factory=dict)
 
     @property
     def total(self) -> MergeStats:
@@ -124,11 +130,26 @@ class MergeReport:
 
     @property
     def swallowed(self) -> float:
+        """Over the measured layers; NaN where only quantised ones were merged."""
+        if self.unmeasured and not self.layers:
+            return math.nan
         return self.total.swallowed
 
     def __str__(self) -> str:
-        if not self.layers:
+        if not self.layers and not self.unmeasured:
             return "no MiCA adapter was merged by mica.fast"
+        parts = []
+        if self.layers:
+            parts.append(self._of_measured())
+        if self.unmeasured:
+            kinds = ", ".join(dict.fromkeys(self.unmeasured.values()))
+            parts.append(
+                f"{len(self.unmeasured)} layers merged into quantised weights ({kinds}): not measured, and "
+                "not exact, because the library rounds the sum to 4 or 8 bits again and loses small updates"
+            )
+        return "; ".join(parts)
+
+    def _of_measured(self) -> str:
         total = self.total
         worst = max(self.layers, key=lambda name: self.layers[name].swallowed)
         share = total.unchanged / total.weights
@@ -156,9 +177,17 @@ def end_period() -> None:
 
 
 def merge_report(model: nn.Module) -> MergeReport:
-    """What rounding did to the adapters now merged into the model (also after ``merge_and_unload``)."""
-    layers, wrapped = {}, set()
+    """What rounding did to the adapters now merged into the model (also after ``merge_and_unload``).
+
+    Raises:
+        TypeError: ``model`` is not a `torch.nn.Module`.
+    """
+    check_model(model, "merge_report")
+    layers, unmeasured, wrapped = {}, {}, set()
     for name, module in model.named_modules():
+        kind = kind_merged_into(module) if module not in wrapped else None
+        if kind is not None:
+            unmeasured[name] = kind
         if isinstance(module, lora.LoraLayer):
             wrapped.add(module.get_base_layer())
             records = vars(module).get(RECORDS, {})
@@ -168,7 +197,7 @@ def merge_report(model: nn.Module) -> MergeReport:
                 layers[_named(name, weight_name(module))] = _sum(merged)
         elif module in _stats and module not in wrapped:
             layers.update({_named(name, weight): stats for weight, stats in _stats[module].items()})
-    return MergeReport(layers)
+    return MergeReport(layers, unmeasured)
 
 
 def _named(layer: str, weight: str) -> str:
@@ -323,6 +352,7 @@ def _dequantised(layer, adapter: str, weight: Tensor, sign: int) -> Tensor:
 
     Stock's MiCA variant would round s·B·A to the dtype of W before that.
     """
+    weight = quantised.mergeable(layer, weight)
     return weight + sign * layer.get_delta_weight(adapter).to(weight.device)
 
 

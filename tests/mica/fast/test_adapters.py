@@ -8,8 +8,10 @@ import torch
 from peft import LoraConfig, PeftModel
 from peft.tuners.lora import LoraModel
 from peft.utils.hotswap import hotswap_adapter, prepare_model_for_compiled_hotswap
+from safetensors.torch import load_file, save_file
 
 import mica.fast
+from mica.fast.forward import mixed_batch
 from mica.kernels import limits
 from tests.support.models import TARGETS, adapted_layers, bases, gradients, net, randomise, tiny_llama, wrap
 from tests.support.moe_models import second
@@ -186,7 +188,8 @@ def test_export_for_inference(tmp_path, strict):
 
 def saved(folder, seed, rank=4, **config):
     """A trained adapter on the same base, in a folder."""
-    model = randomise(net(targets=TARGETS[1:], rank=rank, **config), seed=seed)
+    config.setdefault("targets", TARGETS[1:])
+    model = randomise(net(rank=rank, **config), seed=seed)
     for B in bases(model).values():
         B.data.neg_()  # as after another run: B is not the one that is there
     model.save_pretrained(folder)
@@ -208,6 +211,25 @@ def test_hotswap(monkeypatch, tmp_path, backend, dtype, rank):
     loaded = PeftModel.from_pretrained(net(dtype, targets=TARGETS[1:]).unload(), folder)
     assert error(after, loaded(INDICES)) <= 3 * RELATIVE[dtype]
     assert path(model) == {"kernel" if backend == "triton" else "reference": 3}
+
+
+@pytest.mark.parametrize("targets", [TARGETS[1:], TARGETS[:1]])
+def test_hotswap_of_an_adapter_without_b_is_refused(targets, tmp_path):
+    """PEFT sets what is missing to 0: an adapter that does nothing, without a word."""
+    model = randomise(net(targets=targets)).eval()
+    whole = saved(tmp_path, 5, targets=targets)
+    file = whole / "adapter_model.safetensors"
+    save_file({key: value for key, value in load_file(file).items() if "_B" not in key}, file)
+    before = model(INDICES)
+    with pytest.raises(
+        ValueError, match=r"'default' needs a whole adapter, but the new one has A and no B of"
+    ):
+        hotswap_adapter(model, str(whole), "default")
+    assert torch.equal(model(INDICES), before)
+    with mica.fast.disabled():
+        stock = copy.deepcopy(model)
+        hotswap_adapter(stock, str(whole), "default")
+        assert torch.equal(stock(INDICES), stock.unload()(INDICES))  # the fault is real
 
 
 def test_hotswap_of_a_compiled_model(tmp_path):
@@ -289,19 +311,77 @@ def test_an_adapter_that_has_diverged_reaches_no_sample_of_another(value):
     assert not actual[[not other for other in others]].isfinite().any()
 
 
-@pytest.mark.parametrize("is_sharded", [False, True])
-def test_a_basis_that_changes_is_not_shared_any_longer(is_sharded, monkeypatch):
-    """FSDP writes what it gathers into one storage, and PyTorch does not count it."""
+EDITS = {
+    "counted": lambda B, new: B.copy_(new),
+    "through .data": lambda B, new: B.data.copy_(new),
+    "an assignment through .data": lambda B, new: B.data.__setitem__(..., new),
+    "numpy": lambda B, new: B.detach().numpy().__setitem__(..., new.numpy()),
+    "another .data": lambda B, new: setattr(B, "data", new),
+}
+
+
+@pytest.mark.parametrize("edit", EDITS)
+def test_a_basis_that_changes_is_not_shared_any_longer(edit):
+    """On a CPU after any edit: PyTorch counts the first and sees the last."""
     model = model_of_three()
-    if is_sharded:
-        monkeypatch.setattr(limits, "is_tracked", lambda lora_B: False)
     before = mixed_as_stock(model)
     with torch.no_grad():
-        weight = model.base_model.model.down.lora_B["narrow"].weight
-        (weight.data if is_sharded else weight).mul_(3.0)
+        B = model.base_model.model.down.lora_B["narrow"].weight
+        EDITS[edit](B, 3.0 * B)
     assert error(mixed_as_stock(model), before) > 1e-3
 
 
+@pytest.fixture
+def on_a_device(monkeypatch):
+    """Which adapters share is kept, as where a comparison would make the host wait."""
+    monkeypatch.setattr(mixed_batch, "_notes_its_changes", limits.is_tracked)
+
+
+COUNTED = ("counted", "another .data")
+
+
+@pytest.mark.usefixtures("on_a_device")
+@pytest.mark.parametrize("edit", EDITS)
+def test_on_a_device_one_call_is_needed_after_an_edit_that_is_not_counted(edit, monkeypatch):
+    model = model_of_three()
+    before = model(BATCH, adapter_names=SHARING)
+    with monkeypatch.context() as patch:
+        patch.setattr(mixed_batch, "_compare", None)  # kept: it is not called again
+        assert torch.equal(model(BATCH, adapter_names=SHARING), before)
+    with torch.no_grad():
+        B = model.base_model.model.down.lora_B["narrow"].weight
+        EDITS[edit](B, 3.0 * B)
+    if edit not in COUNTED:
+        assert torch.equal(model(BATCH, adapter_names=SHARING), before)  # the fault is real
+        mica.fast.clear_caches()
+    assert error(mixed_as_stock(model), before) > 1e-3
+
+
+@pytest.mark.parametrize("edit", EDITS)
+def test_kernels_see_a_counted_edit_and_any_other_after_one_call(edit, monkeypatch):
+    """They keep a copy of B in the layout that they need."""
+    monkeypatch.setenv("MICA_BACKEND", "triton")
+    model = randomise(net(targets=TARGETS[1:])).eval()
+    before = model(INDICES)
+    with torch.no_grad():
+        B = model.base_model.model.down.lora_B["default"].weight
+        EDITS[edit](B, 3.0 * B)
+    if edit not in COUNTED:
+        assert torch.equal(model(INDICES), before)  # the fault is real
+        mica.fast.clear_caches()
+    assert error(compare(model), before) > 1e-3
+
+
+def test_fsdp_writes_what_it_gathers_into_one_storage(monkeypatch):
+    monkeypatch.setattr(mixed_batch, "_notes_its_changes", limits.is_tracked)
+    monkeypatch.setattr(limits, "is_tracked", lambda lora_B: False)
+    model = model_of_three()
+    before = mixed_as_stock(model)
+    model.base_model.model.down.lora_B["narrow"].weight.data.mul_(3.0)
+    assert error(mixed_as_stock(model), before) > 1e-3
+
+
+@pytest.mark.usefixtures("on_a_device")
 def test_an_adapter_loaded_again_under_its_name_has_its_own_basis(tmp_path):
     """Deleted and loaded from a file, B mostly comes to lie where the one before it lay."""
     model = model_of_three()

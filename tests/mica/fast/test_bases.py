@@ -11,6 +11,7 @@ from huggingface_hub.utils import disable_progress_bars, enable_progress_bars
 import mica.fast
 from mica.errors import UnsuitableLayerError
 from mica.fast.create import solving as module
+from mica.fast.settings import settings
 from mica.subspace import device, many
 from tests.support import quantised_models
 from tests.support.models import Net, adapted_layers, assert_same_bases, bases, net, tiny_llama, wrap
@@ -92,7 +93,7 @@ def test_a_second_initialisation_comes_from_the_cache(build, count, monkeypatch,
 def test_weights_on_the_cpu_go_to_an_accelerator_and_back(dtype, monkeypatch, solved):
     expected = net(dtype)
     monkeypatch.setattr(device, "ON_HOST", ())  # the CPU stands for one
-    mica.fast.enable(device="meta")
+    monkeypatch.setattr(settings, "device", "meta")
     with pytest.raises(UnsuitableLayerError, match=r"layer 'embed': .*meta device"):
         net(dtype)
     mica.fast.enable(device="cpu")

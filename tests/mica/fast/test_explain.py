@@ -40,6 +40,16 @@ def test_one_row_per_layer_in_a_table_that_aligns():
     assert str(mica.fast.explain(nn.Linear(2, 2))) == "no adapted layers"
 
 
+@pytest.mark.parametrize("call", ["explain", "merge_report"])
+@pytest.mark.parametrize("model", ["tiny", None, torch.zeros(2)])
+def test_what_is_no_model_is_named(call, model):
+    kind = type(model).__name__
+    with pytest.raises(
+        TypeError, match=rf"^mica\.fast\.{call}\(model\) needs a .*Module, .* model is a {kind}\.$"
+    ):
+        getattr(mica.fast, call)(model)
+
+
 INTERPRETED = "TRITON_INTERPRET=1, and interpreted kernels run only with MICA_BACKEND=triton"
 
 

@@ -1,6 +1,10 @@
 """Quantised base layers: the basis, training, merging, and the way to the unquantised base and back."""
 
+import copy
 import gc
+import itertools
+import math
+import re
 import weakref
 
 import pytest
@@ -16,7 +20,7 @@ from tests.support.models import adapted_layers, assert_same_bases, bases, facto
 from tests.support.moe_models import second
 from tests.support.quantised_models import KINDS, TARGETS, adapted, assert_spans, dequantised, llama, logits
 from tests.support.stock import as_stock, assert_same, counted, step, uninstalled
-from tests.support.tolerances import RELATIVE
+from tests.support.tolerances import RELATIVE, error
 
 MERGEABLE = [kind for kind in KINDS if "stub" not in kind]
 pytestmark = [
@@ -79,21 +83,124 @@ def test_an_8_bit_layer_that_was_called_before_still_works():
         assert torch.equal(logits(model), expected)
 
 
-def test_a_4_bit_layer_that_the_cpu_has_repacked():
-    """After a call in eval mode bitsandbytes' own dequantisation is silently wrong on an AVX512-BF16 CPU."""
+# -- 4-bit weights that bitsandbytes has repacked for its CPU kernel --------------------------------
+
+REPACKED = ["nf4", "fp4", "nf4 double, bf16 storage"]  # 128 in_features: two blocks of scales per row
+
+
+def four_bits(kind="nf4", in_features=128, layers=1):
+    torch.manual_seed(0)
+    sizes = [in_features] * layers + [64]
+    linears = [nn.Linear(*two) for two in itertools.pairwise(sizes)]
+    return quantised_models.quantise(nn.Sequential(*linears), kind).train()
+
+
+def repack(model):
+    """What one call in eval mode does on a CPU with AVX512-BF16: plain PyTorch, so on any processor."""
+    bnb = pytest.importorskip("bitsandbytes")
+    convert = vars(bnb.functional).get("_convert_weight_packed_for_cpu")
+    if convert is None:
+        pytest.skip("this bitsandbytes repacks nothing")
+    for module in model.modules():
+        if isinstance(module, bnb.nn.Linear4bit):
+            module.weight.data, module.weight.quant_state = convert(
+                module.weight.data, module.weight.quant_state
+            )
+
+
+def assert_close(actual, expected):
+    """Repacking has rounded the scales to bf16."""
+    assert (actual.double() - expected.double()).abs().max() <= 2**-7 * expected.abs().max()
+
+
+def test_the_repacking_is_what_it_is_taken_for():
+    """One call in eval mode does it, where the processor has the instructions."""
     bnb = pytest.importorskip("bitsandbytes")
     if not bnb.functional.has_avx512bf16():
         pytest.skip("this CPU has no AVX512-BF16")
-    model = quantised_models.quantise(nn.Sequential(nn.Linear(64, 32)), "nf4").eval()
-    weight = dequantised(model[0])
+    called, ours = four_bits().eval(), four_bits()
     with torch.no_grad():
-        model(torch.randn(1, 64))
+        called(torch.randn(1, 128))
+    repack(ours)
+    assert quantised.is_packed_for_cpu(called[0].weight)
+    assert torch.equal(called[0].weight.data, ours[0].weight.data)
+    assert torch.equal(called[0].weight.quant_state.absmax, ours[0].weight.quant_state.absmax)
+
+
+@pytest.mark.parametrize("kind", REPACKED)
+def test_a_basis_from_a_weight_that_was_repacked(kind):
+    model = four_bits(kind)
+    weight = dequantised(model[0])
+    repack(model)
     assert (dequantised(model[0]) - weight).abs().max() > 0.1 * weight.abs().max()  # the fault is real
-    model = wrap(model, targets=["0"])
-    layer = model.base_model.model[0]
+    layer = wrap(model, targets=["0"]).base_model.model[0]
     after = quantised.dequantise(layer, "it")
-    assert (after - weight).abs().max() <= 2**-6 * weight.abs().max()  # bf16, as it computes from now on
+    assert_close(after, weight)
     assert_spans(layer.lora_B["default"].weight, after)
+
+
+@pytest.mark.parametrize("kind", REPACKED)
+@pytest.mark.parametrize("safe_merge", [False, True])
+def test_a_merge_into_a_weight_that_was_repacked(kind, safe_merge):
+    """PEFT dequantises it as if it had not been; stock's merge destroys the base."""
+    config = {"targets": ["0"], "inference_mode": True}
+    models = [randomise(wrap(four_bits(kind), **config), scale=0.3) for _ in range(3)]
+    plain, ours, stock = models
+    repack(ours)
+    repack(stock)
+    for model in (plain, ours):
+        model.merge_adapter(safe_merge=safe_merge)
+    with mica.fast.disabled():
+        stock.merge_adapter(safe_merge=safe_merge)
+    weights = [dequantised(model.base_model.model[0].get_base_layer()) for model in models]
+    assert error(weights[2], weights[0]) > 1.0  # the fault is real
+    assert error(weights[1], weights[0]) < 0.02
+    repack(ours)
+    for model in (plain, ours):
+        model.unmerge_adapter()
+    weights = [dequantised(model.base_model.model[0].get_base_layer()) for model in models]
+    assert error(weights[1], weights[0]) < 0.02
+    repack(ours)
+    unloaded = [model.merge_and_unload(safe_merge=safe_merge)[0] for model in (plain, ours)]
+    assert error(dequantised(unloaded[1]), dequantised(unloaded[0])) < 0.02
+
+
+@pytest.mark.parametrize("before", [False, True])
+@pytest.mark.parametrize("kind", REPACKED)
+def test_what_is_trained_is_not_repacked(kind, before):
+    """In stock no gradient passes a repacked layer, and saving it makes of it another one."""
+    model = four_bits(kind, layers=2)
+    for layer in model:
+        layer.support_avx512bf16_for_cpu = True
+    if before:
+        repack(model)
+    model = randomise(wrap(model, targets=["0"]))  # the gradient of its A passes the second layer
+    x = torch.randn(3, 128)
+
+    def gradient():
+        model.zero_grad()
+        model.train()(x).square().sum().backward()
+        return model.base_model.model[0].lora_A["default"].weight.grad.clone()
+
+    expected, output = gradient(), model(x)
+    assert expected.abs().max() > 0
+    for _ in range(2):
+        with torch.no_grad():
+            assert_close(model.eval()(x), output)
+        assert not any(quantised.is_packed_for_cpu(getattr(m, "weight", None)) for m in model.modules())
+        model.state_dict()
+        assert torch.equal(gradient(), expected)
+        assert torch.equal(model(x), output)
+
+
+def test_an_adapter_for_inference_leaves_the_kernel_for_single_tokens():
+    model = four_bits()
+    model[0].support_avx512bf16_for_cpu = True
+    model = wrap(model, targets=["0"], inference_mode=True)
+    assert model.base_model.model[0].base_layer.support_avx512bf16_for_cpu
+
+
+# -- gptqmodel's `dequantize_weight` ----------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kind", [quantised_models.StubGPTQLinear, quantised_models.StubAWQLinear])
@@ -240,6 +347,67 @@ def test_merging_is_that_of_plain_lora(kind, safe_merge):
             assert torch.equal(logits(model), logits(plain))
     unloaded = [merged.merge_and_unload(safe_merge=safe_merge) for merged in (model, plain)]
     assert torch.equal(*map(logits, unloaded))
+
+
+@pytest.mark.filterwarnings("ignore:All adapters are already merged")
+@pytest.mark.parametrize("kind", MERGEABLE)
+def test_a_merge_into_quantised_weights_is_reported_as_not_measured(kind):
+    model = randomise(adapted(kind), scale=0.3)
+    assert str(mica.fast.merge_report(model)) == "no MiCA adapter was merged by mica.fast"
+    model.merge_adapter()
+    unloaded = copy.deepcopy(model).merge_and_unload()
+    for merged in (model, unloaded):
+        report = mica.fast.merge_report(merged)
+        assert not report.layers
+        assert len(report.unmeasured) == 7
+        assert math.isnan(report.swallowed)
+        assert re.match(
+            r"7 layers merged into quantised weights \(.*\): not measured, and not exact", str(report)
+        )
+    for row in mica.fast.explain(model).rows:
+        assert re.fullmatch(r"the adapter is merged .* \(.*\), whose rounding was not measured", row.reason)
+    model.unmerge_adapter()
+    assert not mica.fast.merge_report(model).unmeasured
+    assert mica.fast.explain(model).counts() == {"reference": 7}
+
+
+def test_next_to_a_dense_layer_both_are_reported():
+    model = randomise(wrap(llama("nf4"), targets=["q_proj", "lm_head"]), scale=0.3)
+    model.merge_adapter()
+    for merged in (model, model.merge_and_unload()):
+        report = mica.fast.merge_report(merged)
+        assert [len(report.layers), len(report.unmeasured)] == [1, 1]
+        assert 0 <= report.swallowed < 1e-4
+        assert "1 layers merged into float32: rounding swallowed" in str(report)
+        assert "; 1 layers merged into quantised weights (bitsandbytes 4-bit): not measured" in str(report)
+
+
+@pytest.mark.parametrize(
+    ("kind", "size", "expected"),
+    [
+        ("nf4", 0.01, 1.08),
+        ("nf4", 0.1, 0.79),
+        ("nf4", 0.3, 0.32),
+        ("int8", 0.01, 0.70),
+        ("int8", 0.03, 0.25),
+        ("int8", 0.1, 0.08),
+    ],
+)
+def test_what_a_merge_into_quantised_weights_loses(kind, size, expected):
+    """The table in mica/fast/README.md."""
+    torch.manual_seed(0)
+    linear = nn.Linear(512, 256, bias=False)
+    linear.weight.data.normal_(std=0.03)
+    model = wrap(quantised_models.quantise(nn.Sequential(linear), kind), rank=16, targets=["0"])
+    layer = randomise(model).base_model.model[0]
+    before = dequantised(layer.get_base_layer())
+    with torch.no_grad():
+        lora_A = factors(layer)[0]
+        lora_A.mul_(size * before.norm() / layer.get_delta_weight("default").norm())
+    update = layer.get_delta_weight("default").detach()
+    model.merge_adapter()
+    moved = dequantised(layer.get_base_layer()) - before
+    assert error(moved, update) == pytest.approx(expected, rel=0.1)
 
 
 def test_stock_would_round_the_update_before_it_is_merged():

@@ -1,6 +1,8 @@
 """A saved adapter is one of plain PEFT: stock loads that of experts as LoRA, and here it is MiCA again."""
 
 import json
+import warnings
+from contextlib import contextmanager
 from functools import partial
 
 import peft
@@ -13,7 +15,18 @@ from transformers import AutoModelForCausalLM
 
 import mica.fast
 from tests.support import quantised_models
-from tests.support.models import Net, adapted_layers, factors, randomise, stock_load, tiny_llama, wrap
+from tests.support.models import (
+    TARGETS,
+    Net,
+    adapted_layers,
+    bases,
+    factors,
+    net,
+    randomise,
+    stock_load,
+    tiny_llama,
+    wrap,
+)
 from tests.support.moe_models import BUILDERS, STACKS, gpt_oss, qwen3_moe, tokens, wrap_all, wrappers
 from tests.support.peft_versions import is_at_least
 from tests.support.tolerances import RELATIVE, error
@@ -298,6 +311,107 @@ def test_what_is_missing_in_the_checkpoint_and_nothing_else_is_solved(gap, tmp_p
         elif "lora_B" in key:
             assert torch.equal(loaded[key], value), key
     assert len(kept) < len(loaded)
+
+
+ANEW, KEPT = "B was computed anew", "keep the B that they had"
+PARTLY = {**MODELS, "linear": (Net, partial(wrap, targets=["up", "down"]))}
+
+
+def only_a(model, folder=None):
+    """What a filter by ``requires_grad`` leaves of an adapter, also in a folder."""
+    state = peft.get_peft_model_state_dict(model)
+    state = {key: value.clone() for key, value in state.items() if "_B" not in key}
+    if folder is not None:
+        model.save_pretrained(folder)
+        save_file(state, folder / WEIGHTS)
+    return state
+
+
+@contextmanager
+def warned_once(what, layers):
+    """One warning of ours; PEFT's own may come too, with the list of the missing keys."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        yield
+    texts = [str(warning.message) for warning in caught]
+    (text,) = [text for text in texts if "has A but no B of" in text]
+    assert what in text
+    assert "adapter 'default'" in text
+    assert f" and {layers - 1} more layers" in text
+    assert "save_pretrained" in text
+
+
+@pytest.mark.parametrize("low_cpu_mem_usage", [False, True])
+@pytest.mark.parametrize("name", ["linear", "experts", "nf4", "hqq"])
+def test_a_checkpoint_without_b_is_completed_with_one_warning(name, low_cpu_mem_usage, tmp_path):
+    """Whoever trained A: the B that it needs cannot be seen. Nothing stays on the meta device."""
+    base, adapt = PARTLY[name]
+    torch.manual_seed(0)
+    model = randomise(adapt(base()))
+    only_a(model, tmp_path)
+    torch.manual_seed(0)
+    with warned_once(ANEW, len(adapted_layers(model))):
+        loaded = PeftModel.from_pretrained(base(), tmp_path, low_cpu_mem_usage=low_cpu_mem_usage)
+    expected = dict(model.named_parameters())
+    for key, parameter in loaded.named_parameters():
+        assert not parameter.is_meta, key
+        if "lora_" in key:
+            assert parameter.dtype == torch.float32
+            assert torch.equal(parameter, expected[key]), key
+        assert not (parameter.requires_grad and "lora_B" in key)
+
+
+@pytest.mark.parametrize("low_cpu_mem_usage", [False, True])
+def test_a_layer_of_which_the_checkpoint_has_nothing_starts_anew(low_cpu_mem_usage, tmp_path):
+    """PEFT's warning names its keys; no A was trained with another B, so there is none of ours."""
+    torch.manual_seed(0)
+    model = randomise(wrap(Net(), targets=["embed", "down"]))
+    model.save_pretrained(tmp_path)
+    state = load_file(tmp_path / WEIGHTS)
+    save_file({key: value for key, value in state.items() if "embed" not in key}, tmp_path / WEIGHTS)
+    torch.manual_seed(0)
+    with pytest.warns(UserWarning, match="missing adapter keys") as caught:
+        loaded = PeftModel.from_pretrained(Net(), tmp_path, low_cpu_mem_usage=low_cpu_mem_usage)
+    assert not [warning for warning in caught if "has A but no B" in str(warning.message)]
+    layers = [adapted_layers(one)["base_model.model.embed"] for one in (loaded, model)]
+    (lora_A, lora_B), (_, expected) = map(factors, layers)
+    assert torch.equal(lora_B, expected)
+    assert not lora_A.any()
+
+
+def test_a_state_dict_without_b_for_an_adapter_that_exists():
+    model, other = net(), randomise(net())
+    before = bases(model)
+    with warned_once(KEPT, 4):
+        peft.set_peft_model_state_dict(model, only_a(other))
+    for name, basis in bases(model).items():
+        assert torch.equal(basis, before[name])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        peft.set_peft_model_state_dict(model, peft.get_peft_model_state_dict(other))
+
+
+def test_a_checkpoint_without_b_for_an_adapter_that_exists(tmp_path):
+    """As the Trainer resumes."""
+    model, other = net(), randomise(net())
+    only_a(other, tmp_path)
+    before = bases(model)
+    with warned_once(KEPT, 4):
+        model.load_adapter(tmp_path, "default", is_trainable=True)
+    for name, basis in bases(model).items():
+        assert torch.equal(basis, before[name])
+
+
+def test_a_state_dict_without_b_for_an_adapter_on_the_meta_device():
+    other, model = randomise(net()), Net()
+    model.load_state_dict(other.unload().state_dict())
+    other = randomise(wrap(other.unload(), targets=TARGETS))
+    model = peft.inject_adapter_in_model(other.peft_config["default"], model, low_cpu_mem_usage=True)
+    with warned_once(ANEW, 4):
+        peft.set_peft_model_state_dict(model, only_a(other), low_cpu_mem_usage=True)
+    for name, layer in adapted_layers(model).items():
+        expected = factors(adapted_layers(other)[f"base_model.model.{name}"])
+        assert all(map(torch.equal, factors(layer), expected)), name
 
 
 @pytest.mark.parametrize("is_trainable", [False, True])

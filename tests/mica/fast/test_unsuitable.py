@@ -357,3 +357,41 @@ def test_nothing_suitable_is_an_error(build, options, what):
     mica.fast.enable(on_unsuitable="skip")
     with pytest.warns(UserWarning, match="left without an adapter"):
         refused(build(), f"none of the 4 target {what}", rank=64, **options)
+
+
+# -- layers and variants for which PEFT has no MiCA -------------------------------------------------
+
+
+class WithConv(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.patches = nn.Conv2d(3, 8, 2)
+        self.head = nn.Linear(8, 6)
+
+    def forward(self, x):
+        return self.head(self.patches(x).mean((-1, -2)))
+
+
+def test_a_convolution_is_named_and_can_be_skipped():
+    """Stock: "Invalid or unsupported variant combination: ('mica',)"."""
+    message = "layer 'patches' is a Conv2d, and PEFT has MiCA for linear layers and embeddings only"
+    refused(WithConv(), message, targets=["patches", "head"])
+    mica.fast.enable(on_unsuitable="skip")
+    with pytest.warns(UserWarning, match=message):
+        model = wrap(WithConv(), targets=["patches", "head"])
+    assert list(adapted_layers(model)) == ["base_model.model.head"]
+    model(torch.randn(2, 3, 4, 4))
+
+
+@pytest.mark.parametrize("kind", [None, "nf4"])
+@pytest.mark.parametrize("field", ["use_dora", "alora_invocation_tokens"])
+def test_another_variant_is_refused(field, kind):
+    model = tiny_llama() if kind is None else quantised_models.llama(kind)
+    config = {field: True if field == "use_dora" else [1, 2]}
+    refused(model, "MiCA cannot be combined with another variant", ValueError, targets=["q_proj"], **config)
+
+
+@pytest.mark.parametrize(("build", "target"), [(Net, "up"), (Net, "embed"), (WithConv, "patches")])
+def test_another_variant_and_the_layer_are_named(build, target):
+    message = rf"the configuration asks for use_dora on layer '{target}'\.$"
+    refused(build(), message, ValueError, targets=[target], use_dora=True)

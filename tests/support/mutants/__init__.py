@@ -7,11 +7,12 @@ from tests.support.mutants.embeddings import EMBEDDINGS
 from tests.support.mutants.experts import EXPERTS
 from tests.support.mutants.experts_path import EXPERTS_PATH
 from tests.support.mutants.kernels import KERNELS
+from tests.support.mutants.lifecycle import LIFECYCLE
 from tests.support.mutants.operators import OPERATORS
 from tests.support.mutants.serving import SERVING
 from tests.support.mutants.stopping import STOPPING
 from tests.support.mutants.subspace import SUBSPACE
 
 _TABLES = (KERNELS, EXPERTS, OPERATORS, BACKEND, EXPERTS_PATH, SUBSPACE)
-_TABLES += (STOPPING, EMBEDDINGS, ADAPT, SERVING)
+_TABLES += (LIFECYCLE, STOPPING, EMBEDDINGS, ADAPT, SERVING)
 MUTANTS = [mutant for table in _TABLES for mutant in mutants(table)]

@@ -9,8 +9,9 @@ BACKEND = {
         "-k",
         "hotswap or missing",
     ): {
-        "load": [("if key in missing", ""), ("initialise(lacking)", "pass")],
-        "hotswap_adapter_from_state_dict": [("choose.clear_prepared()", "")],
+        "_incomplete": [("if key in missing", "")],
+        "_start_anew": [("initialise(adapters)", "pass")],
+        "hotswap_adapter_from_state_dict": [("clear_caches()", "pass")],
     },
     ("mica/fast/loading.py", "tests/mica/fast/test_saving.py", "-k", "trains_no_b or do_not_fit"): {
         "load": [("adapter.lora_B.requires_grad_(False)", "pass"), ('"mismatched_keys"', '"none"')],
