@@ -11,7 +11,7 @@ import ast
 import hashlib
 import importlib
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 # Tested: 0.20.0 and 0.21.2. Between them the functions below read alike.
 KNOWN = ("0.20.0", "0.21.0", "0.21.1", "0.21.2")
@@ -135,11 +135,12 @@ def sentence(version: str) -> str | None:
         return f"{begin}: all that it replaces is unchanged there, so all of it runs on this backend."
     reasons = dict.fromkeys(reason for reasons in left.values() for reason in reasons)
     rest = [part for part in PARTS if part not in left]
-    runs = f"{_listed(rest)} on this backend" if rest else "nothing on this backend"
-    return f"{begin}: {_listed(left)} by PEFT's own code, because {'; '.join(reasons)}; {runs}."
+    ours = _listed(rest) if rest else "nothing"
+    because = "; ".join(reasons)
+    return f"{begin}: PEFT's own code runs {_listed(left)}, because {because}; this backend runs {ours}."
 
 
-def _listed(parts: Sequence[str]) -> str:
+def _listed(parts: Iterable[str]) -> str:
     *first, last = parts
     return f"{', '.join(first)} and {last}" if first else last
 

@@ -327,7 +327,7 @@ def test_a_part_that_differs_is_left_to_peft_and_nothing_is_broken(run, patches)
     assert report["peft"]["mismatches"] == [f"{reason} ({first.part})"]
     assert report["peft"]["patched"] == len(rest)
     assert text_under(lines, "note") == report["peft"]["note"]
-    assert f"{first.part} by PEFT's own code, because {reason}; " in report["peft"]["note"]
+    assert f"PEFT's own code runs {first.part}, because {reason}; " in report["peft"]["note"]
 
 
 def test_a_release_of_peft_that_is_not_known_is_no_fault(run, patches, monkeypatch):
