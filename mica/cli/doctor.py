@@ -123,20 +123,26 @@ def _products() -> dict[str, dict]:
 
 
 def _peft(problems: list[str]) -> dict:
-    """patched (the number of functions that mica.fast replaced) and mismatches (sentences)."""
-    peft = {"patched": 0, "mismatches": []}
+    """patched (the number of functions that mica.fast replaced), mismatches (sentences) and note.
+
+    note: what runs on the backend with this release of PEFT, where that needs to be said; else None.
+    """
+    peft = {"patched": 0, "mismatches": [], "note": None}
     with _noted(problems, "mica.fast cannot be imported"), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the mismatches are listed one by one
-        from mica.fast import patching
+        from peft import __version__ as release
+
+        from mica.fast import known_peft, patching
 
         is_patched = patching.install()
-        found = [(patch, text) for patch in patching.PATCHES if (text := patching.mismatch(patch))]
-        required = [text for patch, text in found if patch.required]
-        peft["mismatches"] = required + [f"{text} (optional)" for patch, text in found if not patch.required]
+        found = patching.compare()
+        parts = [f"{text} ({part})" for part, texts in found.left.items() for text in texts]
+        peft["mismatches"] = [*found.refused, *parts, *(f"{text} (optional)" for text in found.optional)]
         if is_patched:
-            peft["patched"] = len(patching.PATCHES) - len(found)
+            peft["patched"] = patching.count()
+            peft["note"] = known_peft.sentence(release)
         else:
-            problems.append(f"mica.fast leaves this PEFT as it is: {', '.join(required)}")
+            problems.append(f"mica.fast leaves this PEFT as it is: {', '.join(found.refused)}")
     return peft
 
 
@@ -195,8 +201,11 @@ def _times(row: dict) -> str:
 
 def _lines(report: dict) -> Iterator[tuple[str, str]]:
     """The report as text: lines of a label and its text."""
+    note_on_peft = report.get("peft", {}).get("note")
     for row in report["versions"]:
         note = row["problem"] or ("ok" if row["version"] else "not needed on this system")
+        if row["name"] == "peft" and note_on_peft and not row["problem"]:
+            note = "see PEFT below"
         build = f", {report['torch_build']}" if row["name"] == "torch" and "torch_build" in report else ""
         yield row["name"], f"{row['version'] or 'not installed':14}  {note}{build}"
     for name, value in report["settings"].items():
@@ -216,6 +225,8 @@ def _lines(report: dict) -> Iterator[tuple[str, str]]:
     if len(report["devices"]) == 1:
         yield "kernels", "none compiled: no GPU here"
     yield "PEFT", f"mica.fast replaces {report['peft']['patched']} of its functions"
+    if note_on_peft:
+        yield "  note", note_on_peft
     yield from (("  mismatch", mismatch) for mismatch in report["peft"]["mismatches"])
     caches = report["caches"]
     state = "writable" if caches["is_writable"] else "not writable, so nothing new is kept"

@@ -19,6 +19,14 @@ _COPY = "{} in a copy of adapter_config.json"
 _SCALE = f"with {_COPY}, because it scales by alpha / r"
 _MIXED = 'with --enable-mixed-moe-lora-format and "is_3d_lora_weight": true in --lora-modules (gpt-oss and '
 _MIXED += "Qwen3.5-MoE: without)"  # classes with is_3d_moe_weight
+# Read there: lora_A of a stack is (rank * experts, in_features), which is what PEFT stores since 0.19.1. The
+# report is about the layout before that; but the change it proposes swaps the factors of whatever names
+# target_parameters, which would transpose the present layout.
+_MIXED += (
+    "; experts are unconfirmed, since vLLM's open pull request 52198 reports that they fail or come out "
+)
+_MIXED += "transposed on Qwen3.5-MoE: compare its answers with those of the merged model"
+_SWAPPED = "its stacks of experts are not as PEFT stores gate_up_proj and down_proj since 0.19.1"
 _STACKS = "it does not read PEFT's names for stacks of experts (experts.base_layer)"
 _VLLM = "vllm/lora/peft_helper.py: PEFTHelper.validate_legal"
 _VLLM_STACKS = "vllm/lora/model_manager.py: LoRAModelManager"
@@ -40,6 +48,7 @@ RULES: dict[str, dict[str, tuple[bool, str, str]]] = {
         "whole modules": (False, "modules_to_save ({})", _VLLM),
         "embeddings": (True, "if its class for this model takes LoRA on {}", "vllm/lora/utils.py"),
         "experts": (True, _MIXED, f"{_VLLM_STACKS}._validate_moe_lora_format"),
+        "other stacks": (False, _SWAPPED, f"{_VLLM_STACKS}._convert_3d_to_2d_moe_lora"),
         "single stacks": (False, "only one stack of a layer", f"{_VLLM_STACKS}._stack_moe_lora_weights"),
         "DoRA": (False, "DoRA", _VLLM),
         "biases": (False, "biases", _VLLM),
@@ -106,6 +115,11 @@ def traits(config: LoraConfig, layers: dict[str, tuple[int, int, int]]) -> dict[
         "single stacks": any(
             f"{name.removesuffix('.base_layer')}.base_layer" not in stacks for name in stacks
         ),
+        "other stacks": any(
+            not _is_gate_up_and_down(layers[f"{name}.base_layer"], layers[name])
+            for name in stacks
+            if f"{name}.base_layer" in stacks
+        ),
         "unpaired": "; ".join("{} is adapted and {} is not".format(*pair) for pair in alone),
         "other names": ", ".join(sorted(names - _KNOWN)),
         "DoRA": config.use_dora,
@@ -113,6 +127,16 @@ def traits(config: LoraConfig, layers: dict[str, tuple[int, int, int]]) -> dict[
         "changed base": isinstance(init, str) and init.lower() not in _PLAIN and init,
     }
     return {name: value for name, value in found.items() if value}
+
+
+def _is_gate_up_and_down(inner: tuple[int, int, int], outer: tuple[int, int, int]) -> bool:
+    """Whether two stacks of one module are (2·)I x H and H x I, as vLLM takes them by their names.
+
+    Each: out_features, rows of A, in_features.
+    """
+    gate_up_out, _, gate_up_in = inner
+    down_out, _, down_in = outer
+    return gate_up_in == down_out and gate_up_out in (2 * down_in, down_in)
 
 
 def _entries(**entries) -> str:

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import functools
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import groupby
 
@@ -14,7 +13,7 @@ from peft.tuners import lora
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
-from mica.fast import patching
+from mica.fast import known_peft, patching
 from mica.fast.forward import call_counts, decide, expert_params, experts
 from mica.fast.forward.eligibility import (
     KERNEL,
@@ -26,25 +25,13 @@ from mica.fast.forward.eligibility import (
     is_mica,
     quantised_layers,
 )
+from mica.fast.frameworks import REMEDIES, REMEDIES_OF_INITIALISATION, UNDO, owner_of, replaced_by
 from mica.fast.merge.unmeasured import kind_merged_into
 from mica.fast.refusals import check_model
 from mica.fast.settings import settings
 
 _COVERED = (lora.Linear, lora.Embedding, expert_params.ParamWrapper)
 _HEADER = ("layer", "base", "adapter", "path", "reason")
-
-# package -> how its layers come back to PEFT. From the sources of axolotl 0.19.0 (utils/schemas/config.py and
-# monkeypatch/lora_kernels.py), unsloth at 015bdef0d (models/llama.py), unsloth_zoo at ce232d6ce (compiler.py)
-# and liger_kernel (transformers/model/llama.py, whose loss reads lm_head.weight).
-REMEDIES = {
-    "axolotl": "its configuration needs lora_qkv_kernel, lora_o_kernel, lora_mlp_kernel and "
-    "lora_embedding_kernel: false (axolotl turns all four on where none is set)",
-    "unsloth": "make the adapter by peft.get_peft_model instead of FastLanguageModel.get_peft_model, or with "
-    "lora_dropout > 0, and set UNSLOTH_COMPILE_DISABLE=1 before unsloth is imported",
-    "liger_kernel": "apply it with fused_linear_cross_entropy=False, or leave lm_head without an adapter",
-}
-# Their forwards call the layers: hooks, offloading, gradient checkpointing, compilation.
-_ORDINARY = {"accelerate", "mica", "peft", "torch", "transformers"}
 
 
 @dataclass(frozen=True)
@@ -63,12 +50,13 @@ class Explanation:
     """The path table. ``str()`` prints it, equal rows as one; ``rows`` and ``counts()`` are for programs."""
 
     rows: list[Row] = field(default_factory=list)
+    replaced: list[str] = field(default_factory=list)  # sentences, see `explain`
 
     def counts(self) -> dict[str, int]:
         return dict(Counter(row.path for row in self.rows))
 
     def __str__(self) -> str:
-        return _text(self.rows)
+        return "\n".join([_text(self.rows), *self.replaced])
 
 
 def explain(model: nn.Module) -> Explanation:
@@ -93,6 +81,9 @@ def explain(model: nn.Module) -> Explanation:
 
     ``bypassed_by``: where other code runs instead of the layer, the framework's name (axolotl, unsloth) or
     that of the module with the code; ``str()`` says how to switch it off.
+
+    ``replaced``: a sentence for each other function of this backend (initialisation, merging, saving, ...)
+    that someone has replaced since.
 
     Raises:
         TypeError: ``model`` is not a `torch.nn.Module`.
@@ -122,7 +113,7 @@ def explain(model: nn.Module) -> Explanation:
             path, reason = PEFT, _in_the_last_forward(by_peft[outermost], count)
         base = type(module.get_base_layer()).__name__
         rows.append(Row(shown, base, _adapters(module), path, reason, count, by))
-    return Explanation(rows)
+    return Explanation(rows, list(_replaced_functions()) if rows else [])
 
 
 @contextmanager
@@ -170,20 +161,28 @@ def _why_not_entered(layer) -> str | None:
         return "mica.fast is not installed"
     if who := replaced_by(layer):
         return f"{who} has replaced the layer's forward"
+    if reasons := known_peft.left.get(_part_of(layer)):
+        return f"left to PEFT, because {'; '.join(reasons)}"
     of_class = getattr(getattr(layer, "_old_forward", None), "__func__", None) is type(layer).forward
     if "forward" in vars(layer) and not of_class:
         return "the layer has a forward of its own, set before mica.fast was imported"
     return None
 
 
-# ---------------------------------------------------------------------------------------------------
-# who computes a layer's result without calling the layer
-# ---------------------------------------------------------------------------------------------------
+def _part_of(layer) -> str | None:
+    """The part of the backend that the layer's forward is; None of a class over quantised weights."""
+    if expert_params.is_wrapper(layer):
+        return known_peft.EXPERTS
+    if class_of(layer) is lora.Embedding:
+        return known_peft.EMBEDDING
+    kind = class_of(layer)
+    inherits = issubclass(kind, lora.Linear) and "forward" not in vars(kind)  # torchao's
+    return known_peft.LINEAR if kind is lora.Linear or inherits else None
 
-# Frameworks fuse LoRA layers by replacing a forward: that of the attention or MLP around them (on the
-# instance or on its class), functions that it calls (``self_attn.apply_qkv``), or the layer's own. The
-# replacement reads the adapter's weights, PEFT's layer is never called, and the backend has no part in it.
-# Nothing here raises: what cannot be read is no finding.
+
+# ---------------------------------------------------------------------------------------------------
+# who computes something in this backend's place
+# ---------------------------------------------------------------------------------------------------
 
 
 def _bypassed_by(modules: Mapping[str, nn.Module], name: str, called: list[str]) -> str | None:
@@ -199,46 +198,15 @@ def _bypassed_by(modules: Mapping[str, nn.Module], name: str, called: list[str])
         name = name.rpartition(".")[0]
 
 
-def replaced_by(module: nn.Module) -> str | None:
-    """Whose function is the module's forward, or one that its forward is to call; None if its own.
-
-    Wrapped in a decorator of anybody's, a module's own forward remains its own.
-    """
-    with suppress(Exception):  # attributes of foreign objects can do anything
-        own = {cls.__module__.partition(".")[0] for cls in type(module).__mro__} | _ORDINARY
-        held = vars(module)
-        calls = [held["forward"]] if "forward" in held else [type(module).forward]
-        calls += [value for name, value in held.items() if name.startswith("apply_") and callable(value)]
-        for call in calls:
-            function = _innermost(call)
-            home = _home(function)
-            if home.partition(".")[0] not in own:
-                return _framework(home, function) or home
-    return None
-
-
-def _innermost(call):
-    """The function in a bound method, a partial or a decorator's wrapper."""
-    for _ in range(32):
-        of_partial = call.func if isinstance(call, functools.partial) else call
-        call = getattr(call, "__wrapped__", getattr(call, "__func__", of_partial))
-    return call
-
-
-def _home(function) -> str:
-    """The name of the module that the function was defined or compiled in."""
-    scope = getattr(function, "__globals__", None)
-    if scope is None:  # an object that can be called, or one of C's functions
-        return getattr(function, "__module__", None) or type(function).__module__
-    return scope.get("__name__") or function.__code__.co_filename
-
-
-def _framework(home: str, function) -> str | None:
-    package = home.partition(".")[0]
-    # unsloth_zoo compiles PEFT's forwards into modules named after the layer, "Linear_peft_forward"
-    if package.startswith("unsloth") or getattr(function, "__name__", "") == "unsloth_forward":
-        return "unsloth"
-    return package if package in REMEDIES else None
+def _replaced_functions() -> Iterator[str]:
+    """A sentence for each function that is no longer this package's; of forwards of layers the rows tell."""
+    for owner, name, function in patching.replaced_since():
+        if name == "forward" and isinstance(owner, type) and issubclass(owner, BaseTunerLayer):
+            continue
+        who = owner_of(function)
+        is_initialisation = name in ("mica_init", "update_layer")
+        remedies = REMEDIES_OF_INITIALISATION if is_initialisation else REMEDIES
+        yield f"{who} has replaced {owner.__name__}.{name}: {remedies.get(who, UNDO)}"
 
 
 # ---------------------------------------------------------------------------------------------------

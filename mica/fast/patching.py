@@ -7,19 +7,19 @@ leaves nothing of this package in a pickle, and is undone by putting the old fun
 from __future__ import annotations
 
 import functools
-import importlib
 import inspect
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import peft
 
-from mica.fast import loading, refusals, saving
+from mica.fast import known_peft, loading, refusals, saving
 from mica.fast.caches import clear_caches
 from mica.fast.create import initialisation, quantised
 from mica.fast.forward import call_counts, decide, experts
 from mica.fast.forward.eligibility import quantised_layers
+from mica.fast.known_peft import EMBEDDING, EXPERTS, INITIALISATION, LINEAR, MERGING
 from mica.fast.merge import experts as merging_of_experts
 from mica.fast.merge import merging
 
@@ -29,7 +29,8 @@ class Patch(NamedTuple):
     name: str
     parameters: str  # what stock's signature must begin with; "a|b": either name
     wrap: Callable  # stock function -> the function that takes its place
-    required: bool = True
+    required: bool = True  # PEFT is left as it is without that function
+    part: str | None = None  # of `known_peft`: where the function differs, this part alone is left to PEFT
 
 
 _LAYERS, _VARIANTS = "peft.tuners.lora.layer", "peft.tuners.lora.variants"
@@ -52,17 +53,32 @@ _SETTERS = ("peft.utils.save_and_load", "peft.utils", "peft.peft_model", "peft.f
 _SWAP = ("hotswap_adapter_from_state_dict", "model state_dict adapter_name config")
 
 PATCHES = (
-    Patch(_LINEAR, "forward", _FORWARD, decide.linear_forward),
-    Patch(_EMBEDDING, "forward", _FORWARD, decide.embedding_forward),
-    Patch(_PARAMETER, "forward", _FORWARD, experts.experts_forward, required=False),
+    Patch(_LINEAR, "forward", _FORWARD, decide.linear_forward, part=LINEAR),
+    Patch(_EMBEDDING, "forward", _FORWARD, decide.embedding_forward, part=EMBEDDING),
+    Patch(_PARAMETER, "forward", _FORWARD, experts.experts_forward, required=False, part=EXPERTS),
     Patch("peft.tuners.tuners_utils:BaseTuner", *_WHOLE),
     Patch(_PEFT_MODEL, *_WHOLE),
-    Patch(_LAYER, "mica_init", "self adapter_name", initialisation.mica_init),
-    Patch(_EMBEDDING, "mica_init", "self adapter_name", initialisation.mica_init),
-    Patch(_LAYER, "update_layer", _UPDATE, lambda stock: _covering(initialisation.update_layer(stock))),
-    Patch(_PARAMETER, "update_layer", _UPDATE, initialisation.update_layer, required=False),
-    Patch(_PARAMETER, "merge", "self safe_merge adapter_names", merging_of_experts.merge, required=False),
-    Patch(_PARAMETER, "unmerge", "self", merging_of_experts.unmerge, required=False),
+    Patch(_LAYER, "mica_init", "self adapter_name", initialisation.mica_init, part=INITIALISATION),
+    Patch(_EMBEDDING, "mica_init", "self adapter_name", initialisation.mica_init, part=INITIALISATION),
+    Patch(
+        _LAYER,
+        "update_layer",
+        _UPDATE,
+        lambda stock: _covering(initialisation.update_layer(stock)),
+        part=INITIALISATION,
+    ),
+    Patch(
+        _PARAMETER, "update_layer", _UPDATE, initialisation.update_layer, required=False, part=INITIALISATION
+    ),
+    Patch(
+        _PARAMETER,
+        "merge",
+        "self safe_merge adapter_names",
+        merging_of_experts.merge,
+        required=False,
+        part=MERGING,
+    ),
+    Patch(_PARAMETER, "unmerge", "self", merging_of_experts.unmerge, required=False, part=MERGING),
     Patch(_LAYER, "resolve_lora_variant", "self config **kwargs", initialisation.resolve_lora_variant),
     Patch(_MODEL, "_create_and_replace", _CREATE, initialisation.create_and_replace),
     Patch(_MODEL, "inject_adapter", "self model adapter_name", initialisation.inject_adapter),
@@ -86,7 +102,13 @@ PATCHES = (
     Patch("peft.optimizers.lorafa", *_LORAFA),
     Patch("peft.optimizers", *_LORAFA),
     *(
-        Patch(f"{_VARIANTS}:{variant}", name, "module active_adapter orig_weight", getattr(merging, name))
+        Patch(
+            f"{_VARIANTS}:{variant}",
+            name,
+            "module active_adapter orig_weight",
+            getattr(merging, name),
+            part=MERGING,
+        )
         for variant in ("MiCALinearVariant", "MiCAEmbeddingVariant")
         for name in ("merge_safe", "merge_unsafe", "unmerge")
     ),
@@ -104,33 +126,56 @@ def _covering(update_layer):
         cls = type(self)
         if not _installed or cls in quantised_layers or not quantised.is_covered(cls):
             return
+        has_own_forward = "forward" in vars(cls)  # torchao's inherits that of lora.Linear
+        if not has_own_forward and LINEAR in known_peft.left:
+            return
         patch = Patch(f"{cls.__module__}:{cls.__name__}", "forward", "self x", decide.linear_forward)
-        if text := mismatch(patch):
+        if text := mismatch(patch) or (_other_body(patch) if has_own_forward else None):
             warnings.warn(f"{cls.__name__} runs PEFT's own forward: {text}.", stacklevel=3)
             return
-        if "forward" in vars(cls):  # torchao's inherits that of lora.Linear
+        if has_own_forward:
             _replace(cls, patch)
         quantised_layers.add(cls)
 
     return covering
 
 
+def _other_body(patch: Patch) -> str | None:
+    """How the forward of a quantised class differs in a PEFT that is not known; None if it does not."""
+    name = f"{patch.owner}.{patch.name}"
+    if known_peft.is_known(peft.__version__) or name not in known_peft.QUANTISED:
+        return None
+    return known_peft.why_not_the_same(name, known_peft.QUANTISED[name])
+
+
+class _Installed(NamedTuple):
+    owner: object
+    name: str
+    before: object  # what the owner's __dict__ held
+    replacement: Callable
+
+
 _ABSENT = object()
-_installed: list[tuple[object, str, object]] = []  # owner, name, what its __dict__ held
+_installed: list[_Installed] = []
 
 
 def owner_of(patch: Patch):
-    module, _, name = patch.owner.partition(":")
-    module = importlib.import_module(module)
-    return getattr(module, name) if name else module
+    return known_peft.find(patch.owner)
+
+
+def is_there(patch: Patch) -> bool:
+    try:
+        inspect.getattr_static(owner_of(patch), patch.name)
+    except (ImportError, AttributeError):
+        return False
+    return True
 
 
 def mismatch(patch: Patch) -> str | None:
     """How the function differs from what the patch was written for; None if it does not."""
-    try:
-        function = inspect.getattr_static(owner_of(patch), patch.name)
-    except (ImportError, AttributeError):
+    if not is_there(patch):
         return f"{patch.owner}.{patch.name} is not there"
+    function = inspect.getattr_static(owner_of(patch), patch.name)
     function = getattr(function, "__func__", function)
     signature = inspect.signature(function).parameters.values()
     parameters = [str(parameter).split(":")[0].split("=")[0].strip() for parameter in signature]
@@ -141,28 +186,69 @@ def mismatch(patch: Patch) -> str | None:
     return f"{patch.owner}.{patch.name} takes ({' '.join(parameters)})"
 
 
+class Comparison(NamedTuple):
+    """How the installed PEFT differs from what `PATCHES` was written for."""
+
+    refused: list[str]  # why PEFT is left as it is
+    left: dict[str, list[str]]  # part of the backend -> why PEFT's own code runs it
+    optional: list[str]  # why functions are not replaced that need not be
+
+
+def compare() -> Comparison:
+    refused, optional = [], []
+    left = {} if known_peft.is_known(peft.__version__) else known_peft.differences()
+    for patch in PATCHES:
+        text = mismatch(patch)
+        if text is None:
+            continue
+        if patch.part is not None and is_there(patch):
+            left.setdefault(patch.part, []).append(text)
+        elif patch.required:
+            refused.append(text)
+        else:
+            optional.append(text)
+    return Comparison(refused, left, optional)
+
+
 def is_installed() -> bool:
     return bool(_installed)
 
 
 def install() -> bool:
-    """Replace the functions. False, with a warning and nothing touched, if PEFT is not as expected."""
+    """Replace the functions. False, with a warning and nothing touched, if PEFT is not as expected.
+
+    A warning says so, too, where a part of them is left to PEFT, or PEFT is of a release that is not known.
+    """
     if _installed:
         return True
-    mismatches = {patch: mismatch(patch) for patch in PATCHES}
-    required = [text for patch, text in mismatches.items() if text and patch.required]
-    if required:
-        warnings.warn(
-            f"mica.fast leaves PEFT {peft.__version__} as it is, because it differs from the versions this "
-            f"backend was written for: {'; '.join(required)}.",
-            stacklevel=3,
-        )
+    found = compare()
+    known_peft.left.clear()
+    if found.refused:
+        warnings.warn(_refusal(found.refused), stacklevel=3)
         return False
-    for patch, text in mismatches.items():
-        if text is None:
-            _replace(owner_of(patch), patch)
+    known_peft.left.update(found.left)
+    for patch in _replaceable():
+        _replace(owner_of(patch), patch)
+    if (sentence := known_peft.sentence(peft.__version__)) is not None:
+        warnings.warn(sentence, stacklevel=3)
     clear_caches()  # stock PEFT may have edited B unnoticed
     return True
+
+
+def count() -> int:
+    """How many of the functions of `PATCHES` are replaced."""
+    return len(_replaceable()) if _installed else 0
+
+
+def _replaceable() -> list[Patch]:
+    return [patch for patch in PATCHES if patch.part not in known_peft.left and mismatch(patch) is None]
+
+
+def _refusal(reasons: list[str]) -> str:
+    return (
+        f"mica.fast leaves PEFT {peft.__version__} as it is, because it differs from the versions this "
+        f"backend was written for: {'; '.join(reasons)}."
+    )
 
 
 def _replace(owner, patch: Patch) -> None:
@@ -172,7 +258,27 @@ def _replace(owner, patch: Patch) -> None:
     stock = attribute.__func__ if kind else attribute
     replacement = functools.wraps(stock)(patch.wrap(stock))
     setattr(owner, patch.name, kind(replacement) if kind else replacement)
-    _installed.append((owner, patch.name, before))
+    _installed.append(_Installed(owner, patch.name, before, replacement))
+
+
+def replaced_since() -> Iterator[tuple[object, str, Callable]]:
+    """Functions of this package in whose place others are now: owner, name, and the other function.
+
+    One that says what it wraps (`functools.wraps`) and wraps this package's is not among them.
+    """
+    for owner, name, _, replacement in _installed:
+        now = inspect.getattr_static(owner, name, None)
+        function = getattr(now, "__func__", now)
+        if function is not None and not _wraps(function, replacement):
+            yield owner, name, function
+
+
+def _wraps(function: Callable, inner: Callable) -> bool:
+    for _ in range(32):
+        if function is inner:
+            return True
+        function = getattr(function, "__wrapped__", None)
+    return False
 
 
 def uninstall() -> None:
@@ -181,7 +287,7 @@ def uninstall() -> None:
     call_counts.clear()  # from here on nothing is counted
     merging.end_period()
     while _installed:
-        owner, name, before = _installed.pop()
+        owner, name, before, _ = _installed.pop()
         if before is _ABSENT:
             delattr(owner, name)
         else:

@@ -21,11 +21,14 @@ from peft.utils.integrations import gather_params_ctx
 from torch import Tensor, nn
 
 from mica.errors import UnsuitableLayerError
+from mica.fast import known_peft
 from mica.fast.create import quantised
 from mica.fast.create.solving import NewAdapter, check, initialise, restore_exact
 from mica.fast.forward import call_counts, tensor_parallel
 from mica.fast.forward.eligibility import MiCALinearVariant, adapter_weights, is_mica, requests_mica
 from mica.fast.forward.expert_params import is_wrapper
+from mica.fast.frameworks import REMEDIES_OF_INITIALISATION, UNDO, owner_of
+from mica.fast.known_peft import INITIALISATION
 from mica.fast.loading import uninitialised
 from mica.fast.settings import around, settings, while_enabled
 
@@ -41,6 +44,7 @@ class _Entry:
     is_adapted: bool  # ``original`` is a LoRA layer that gets one more adapter; else it is wrapped
     is_parameter: bool  # of `target_parameters`: the key is the parameter's
     adapter: NewAdapter | None = None  # set once `mica_init` has requested a basis
+    is_initialised: bool = False  # whether `mica_init` was called for it
 
     def undo(self, adapter_name: str) -> None:
         if self.is_adapted:
@@ -133,7 +137,7 @@ def update_layer(stock, self, adapter_name: str, r: int, lora_alpha: int, config
     stock(self, adapter_name, r, lora_alpha, plain, **kwargs)
     stored = NewAdapter("", self, adapter_name).stored
     with nullcontext() if stored is None else gather_params_ctx(stored):
-        self.mica_init(adapter_name)
+        _start(self, adapter_name)  # not `self.mica_init`, which another package may have replaced
     # MiCA from here on, by PEFT's own means: B is frozen, and stays so
     self.lora_variant[adapter_name] = MiCALinearVariant()
     MiCALinearVariant.init(self, adapter_name=adapter_name, config=config, **kwargs)
@@ -142,14 +146,26 @@ def update_layer(stock, self, adapter_name: str, r: int, lora_alpha: int, config
 
 @while_enabled
 def mica_init(stock, self, adapter_name: str) -> None:
-    """A = 0, and B from a file, from the solver with all others at the injection's end, or from it now."""
-    adapter = NewAdapter(_name_of(self), self, adapter_name)
-    entry, loaded = _entry(), uninitialised.get()
-    if not _set_to_zero(adapter):
+    if not _start(self, adapter_name):
         stock(self, adapter_name)
+        loaded = uninitialised.get()
+        adapter = NewAdapter(_name_of(self), self, adapter_name)
         if loaded is not None and adapter.lora_B.is_meta:
             loaded.append(adapter)  # the file may lack its B
-    elif adapter.is_quantised and quantised.stored(self).is_meta:
+
+
+def _start(layer, adapter_name: str) -> bool:
+    """A = 0, and B from a file, from the solver with all others at the injection's end, or from it now.
+
+    False if stock has to initialise this layer; it leaves weights on the meta device as they are.
+    """
+    adapter = NewAdapter(_name_of(layer), layer, adapter_name)
+    entry, loaded = _entry(), uninitialised.get()
+    if entry:
+        entry.is_initialised = True
+    if not _set_to_zero(adapter):
+        return False
+    if adapter.is_quantised and quantised.stored(layer).is_meta:
         pass  # another process has the weight, and will provide B
     elif loaded is not None:
         loaded.append(adapter)
@@ -159,6 +175,7 @@ def mica_init(stock, self, adapter_name: str) -> None:
             entry.adapter = adapter
         else:
             initialise([adapter])
+    return True
 
 
 def _set_to_zero(adapter: NewAdapter) -> bool:
@@ -253,6 +270,7 @@ def inject_adapter(stock, self, model: nn.Module, adapter_name: str, *args, **kw
                 f"r={config.r}; the warnings above name them."
             )
         initialise([entry.adapter for entry in injection.entries if entry.adapter is not None])
+        _warn_of_another_initialisation(injection, adapter_name)
     except BaseException:
         for entry in reversed(injection.entries):
             entry.undo(adapter_name)
@@ -271,6 +289,32 @@ def inject_adapter(stock, self, model: nn.Module, adapter_name: str, *args, **kw
             setattr(self, name, [key for key in getattr(self, name) if key not in skipped])
         _exclude(config, injection)
     return None
+
+
+def _warn_of_another_initialisation(injection: _Injection, adapter_name: str) -> None:
+    """One warning for the layers that got their basis without a call of this package's `mica_init`.
+
+    Asked after the fact, and not whether `LoraLayer.mica_init` is this package's: Unsloth's replacement
+    gives the layers that it does not cover back to the function that was there before.
+    """
+    if uninitialised.get() is not None or INITIALISATION in known_peft.left:
+        return  # B comes from a file; or the import has said that PEFT initialises
+    others = {}
+    for entry in injection.entries:
+        layer = getattr(entry.parent, entry.child_name)
+        if not entry.is_initialised and is_mica(layer, adapter_name):
+            others[entry.key] = layer
+    if not others:
+        return
+    name, layer = next(iter(others.items()))
+    who = owner_of(type(layer).mica_init)
+    layers = f"layer {name!r}" if len(others) == 1 else f"{len(others)} layers (the first is {name!r})"
+    warnings.warn(
+        f"mica.fast did not initialise {layers}: {who} has replaced PEFT's mica_init, and its B is used, "
+        "which is not certified and may be rounded to the dtype of the base. Training works with it. For the "
+        f"solver's: {REMEDIES_OF_INITIALISATION.get(who, UNDO)}.",
+        stacklevel=3,
+    )
 
 
 def _exclude(config, injection: _Injection) -> None:

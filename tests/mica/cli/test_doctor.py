@@ -7,6 +7,7 @@ import warnings
 from importlib.metadata import PackageNotFoundError, version
 from types import SimpleNamespace
 
+import peft
 import pytest
 import torch
 import triton.language as tl
@@ -295,15 +296,15 @@ def test_missing_triton(run, versions, monkeypatch):
 
 
 def test_peft_mismatch_is_broken_and_named(run, patches, recwarn):
-    first, second, *rest = patching.PATCHES
+    first, second, *rest = [patch for patch in patching.PATCHES if patch.part is None]
     patches(first._replace(parameters="self something_else"), second._replace(name="nothing"), *rest)
     _, report, lines = run()
     assert not patching.is_installed()
     assert not recwarn.list  # the findings say it
     assert report["peft"]["patched"] == 0
     first, second = report["peft"]["mismatches"]
-    assert first == "peft.tuners.lora.layer:Linear.forward takes (self x *args **kwargs)"
-    assert second == "peft.tuners.lora.layer:Embedding.nothing is not there"
+    assert first == "peft.tuners.tuners_utils:BaseTuner.forward takes (self *args **kwargs)"
+    assert second == "peft.peft_model:PeftModel.nothing is not there"
     assert lines[-1] == f"broken: mica.fast leaves this PEFT as it is: {first}, {second}"
     assert [line[16:].strip() for line in lines if "mismatch" in line[:16]] == [first, second]
 
@@ -315,6 +316,27 @@ def test_optional_function_of_peft_may_be_missing(run, patches):
     status, report, _ = run()
     assert (status, report["peft"]["patched"]) == (0, len(rest))
     assert report["peft"]["mismatches"] == [f"{optional.owner}.nothing is not there (optional)"]
+
+
+def test_a_part_that_differs_is_left_to_peft_and_nothing_is_broken(run, patches):
+    first, *rest = patching.PATCHES
+    patches(first._replace(parameters="self something_else"), *rest)
+    status, report, lines = run()
+    assert (status, lines[-1]) == (0, WORKS)
+    reason = "peft.tuners.lora.layer:Linear.forward takes (self x *args **kwargs)"
+    assert report["peft"]["mismatches"] == [f"{reason} ({first.part})"]
+    assert report["peft"]["patched"] == len(rest)
+    assert text_under(lines, "note") == report["peft"]["note"]
+    assert f"PEFT's own code runs {first.part}, because {reason}; " in report["peft"]["note"]
+
+
+def test_a_release_of_peft_that_is_not_known_is_no_fault(run, patches, monkeypatch):
+    monkeypatch.setattr(peft, "__version__", "0.22.0")
+    status, report, lines = run()
+    assert (status, lines[-1], report["peft"]["mismatches"]) == (0, WORKS, [])
+    assert text_under(lines, "note").startswith("mica.fast with PEFT 0.22.0, which it does not know (")
+    assert text_under(lines, "note").endswith("so all of it runs on this backend.")
+    assert text_under(lines, "peft").endswith("see PEFT below")
 
 
 # Caches

@@ -19,21 +19,28 @@ SCALED = f'with "use_rslora": false, "lora_alpha": 32.0 {COPY}, because it scale
 WHOLE = "modules_to_save (embed_tokens, lm_head)"
 NAMES = "no: it does not read PEFT's names for stacks of experts (experts.base_layer)"
 MIXED = 'yes, with --enable-mixed-moe-lora-format and "is_3d_lora_weight": true in --lora-modules '
-MIXED += "(gpt-oss and Qwen3.5-MoE: without)"
+MIXED += "(gpt-oss and Qwen3.5-MoE: without); experts are unconfirmed, since vLLM's open pull request "
+MIXED += "52198 reports that they fail or come out transposed on Qwen3.5-MoE: compare its answers with those "
+MIXED += "of the merged model"
+OTHER_STACKS = "no: its stacks of experts are not as PEFT stores gate_up_proj and down_proj since 0.19.1"
 
 
-def made_up(folder, layers="q_proj v_proj", stacks="", rows=None, **config):
-    """A folder with an adapter of ``layers`` of one block, of rank 16, and of ``stacks`` of 4 experts."""
+def made_up(folder, layers="q_proj v_proj", stacks="", rows=None, sizes=None, **config):
+    """A folder with an adapter of ``layers`` of one block, of rank 16, and of ``stacks`` of 4 experts.
+
+    rows, sizes: of A, and (out_features, in_features), by name.
+    """
     config = {"r": 16, "lora_alpha": 8, "init_lora_weights": "mica", **config}
     config = {"target_modules": [*layers.split(), "none"], "base_model_name_or_path": "owner/base", **config}
     LoraConfig(**config).save_pretrained(folder)
     weights = {}
     for name in [*layers.split(), *stacks.split()]:
         size = (rows or {}).get(name, config["r"]) * (4 if name in stacks else 1)
+        out_features, in_features = (sizes or {}).get(name, (8, 8))
         key = f"base_model.model.model.layers.0.{name}"
         weights |= {
-            f"{key}.lora_A.weight": torch.zeros(size, 8),
-            f"{key}.lora_B.weight": torch.zeros(8, size),
+            f"{key}.lora_A.weight": torch.zeros(size, in_features),
+            f"{key}.lora_B.weight": torch.zeros(out_features, size),
         }
     save_file(weights, folder / "adapter_model.safetensors")
     return folder
@@ -43,6 +50,8 @@ def texts(folder) -> dict[str, str]:
     return {row["server"]: row["text"] for row in serving.judge(folder)["servers"]}
 
 
+DOWN, GATE_UP = "mlp.experts", "mlp.experts.base_layer"  # the names that PEFT gives them
+STACKS = f"{DOWN} {GATE_UP}"
 PLAIN = {"PEFT": OLDER, "vLLM": "yes", "SGLang": "yes", "llama.cpp": CONVERTED}
 CASES = {
     "plain": ({}, {}),
@@ -81,6 +90,18 @@ CASES = {
     "experts": (
         {"stacks": "mlp.experts mlp.experts.base_layer", "init_lora_weights": True},
         {"PEFT": "yes", "vLLM": MIXED, "SGLang": NAMES, "llama.cpp": NAMES},
+    ),
+    "experts, gated": (
+        {"stacks": STACKS, "sizes": {DOWN: (16, 12), GATE_UP: (24, 16)}},
+        {"PEFT": "yes", "vLLM": MIXED, "SGLang": NAMES, "llama.cpp": NAMES},
+    ),
+    "experts of PEFT 0.18": (  # in_features and out_features by position
+        {"stacks": STACKS, "sizes": {DOWN: (12, 16), GATE_UP: (16, 24)}},
+        {"PEFT": "yes", "vLLM": OTHER_STACKS, "SGLang": NAMES, "llama.cpp": NAMES},
+    ),
+    "experts in another order": (
+        {"stacks": STACKS, "sizes": {GATE_UP: (16, 12), DOWN: (24, 16)}},
+        {"PEFT": "yes", "vLLM": OTHER_STACKS, "SGLang": NAMES, "llama.cpp": NAMES},
     ),
     "one stack": (
         {"stacks": "mlp.experts"},

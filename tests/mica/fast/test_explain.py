@@ -13,7 +13,8 @@ from peft.tuners import lora
 from torch import nn
 
 import mica.fast
-from mica.fast.explain import REMEDIES, patterns, replaced_by
+from mica.fast.explain import patterns
+from mica.fast.frameworks import REMEDIES, replaced_by
 from mica.kernels import configs
 from mica.paths import choose
 from tests.support import axolotl_style

@@ -3,11 +3,14 @@
 Liger's kernels run in Triton's interpreter here, compiled with MICA_TEST_DEVICE=cuda.
 """
 
+import re
+
 import pytest
 from transformers.integrations.liger import apply_liger_kernel
 from transformers.models.llama import modeling_llama
 
 import mica.fast
+from mica.fast.frameworks import REMEDIES
 from tests.support.kernel_cases import DEVICE
 from tests.support.training import batches, check, llama, report, train
 
@@ -86,11 +89,21 @@ def test_all_four_kernels_take_part():
     assert nodes(with_liger()(input_ids=ids, labels=ids).loss) >= KERNELS
 
 
+def calls_of(model):
+    ids = DATA.to(DEVICE)[0]
+    model(input_ids=ids, labels=ids).loss.backward()
+    return {row.name.rpartition(".")[2]: row.calls for row in mica.fast.explain(model).rows}
+
+
 def test_an_adapter_on_the_output_layer_is_bypassed_and_explain_says_so():
     """Liger's fused loss reads `lm_head.weight`. ("all-linear" leaves the output layer out.)"""
     model = with_liger(targets=["q_proj", "lm_head"])
-    ids = DATA.to(DEVICE)[0]
-    model(input_ids=ids, labels=ids).loss.backward()
-    calls = {row.name.rpartition(".")[2]: row.calls for row in mica.fast.explain(model).rows}
-    assert calls == {"q_proj": 1, "lm_head": 0}
+    assert calls_of(model) == {"q_proj": 1, "lm_head": 0}
     assert "not called in the last forward" in str(mica.fast.explain(model))
+
+
+def test_the_remedy_against_that():
+    (option,) = re.findall(r"\w+=False", REMEDIES["liger_kernel"])
+    model = llama(num_hidden_layers=1, targets=["q_proj", "lm_head"]).to(DEVICE)
+    apply_liger_kernel(model, {option.removesuffix("=False"): False})
+    assert calls_of(model) == {"q_proj": 1, "lm_head": 1}

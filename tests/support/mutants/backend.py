@@ -2,6 +2,49 @@
 
 BACKEND = {
     ("mica/fast/settings.py", "tests/mica/fast/test_patching.py"): {"switch": [("and not _blocks", "")]},
+    ("mica/fast/known_peft.py", "tests/mica/fast/test_known_peft.py"): {
+        "is_known": [("version in KNOWN", "True")],
+        "sentence": [("if known and not left", "if not left")],
+        "fingerprint": [("definition.body[1:]", "definition.body")],
+        "_outline": [
+            ("if isinstance(node, ast.Raise)", "if False"),
+            ("name not in _NO_RESULT and", ""),
+            ("return repr(node)", 'return ""'),
+        ],
+    },
+    (
+        "mica/fast/patching.py",
+        "tests/mica/fast/test_patching.py",
+        "tests/mica/fast/test_known_peft.py",
+        "tests/mica/fast/test_frameworks.py",
+    ): {
+        "compare": [
+            ("{} if known_peft.is_known(peft.__version__) else known_peft.differences()", "{}"),
+            ("patch.part is not None and is_there(patch)", "False"),
+            ("elif patch.required", "elif False"),
+        ],
+        "_replaceable": [("patch.part not in known_peft.left and", "")],
+        "_other_body": [("known_peft.is_known(peft.__version__) or", "True or")],
+        "replaced_since": [("not _wraps(function, replacement)", "function is not replacement")],
+    },
+    ("mica/fast/frameworks.py", "tests/mica/fast/test_frameworks.py"): {
+        "_innermost": [('is_function and _home(call).startswith("mica.")', "False")],
+    },
+    ("mica/fast/create/initialisation.py", "tests/mica/fast/test_frameworks.py"): {
+        "update_layer": [("_start(self, adapter_name)", "self.mica_init(adapter_name)")],
+        "inject_adapter": [("_warn_of_another_initialisation(injection, adapter_name)", "pass")],
+        "_warn_of_another_initialisation": [
+            ("uninitialised.get() is not None or", ""),
+            ("not entry.is_initialised and", ""),
+        ],
+        "_start": [("entry.is_initialised = True", "pass")],
+    },
+    ("mica/fast/create/initialisation.py", "tests/mica/fast/test_known_peft.py"): {
+        "_warn_of_another_initialisation": [("or INITIALISATION in known_peft.left", "")],
+    },
+    ("mica/fast/explain.py", "tests/mica/fast/test_known_peft.py"): {
+        "_why_not_entered": [("known_peft.left.get(_part_of(layer))", "None")],
+    },
     (
         "mica/fast/loading.py",
         "tests/mica/fast/test_saving.py",

@@ -10,6 +10,12 @@ SERVING = {
             ("and not config.target_parameters and", "and"),
             ("alphas or (ranks and config.use_rslora)", "alphas"),
             ("pair[1] not in names", "pair[1] in names"),
+            ("not _is_gate_up_and_down(", "False and _is_gate_up_and_down("),
+        ],
+        "_is_gate_up_and_down": [
+            ("gate_up_in == down_out and", ""),
+            ("in (2 * down_in, down_in)", "in (down_in,)"),
+            ("in (2 * down_in, down_in)", "in (2 * down_in,)"),
         ],
         "judge": [('if not rule["serves"]', 'if rule["serves"]'), ("any_lora=True", "any_lora=False")],
     },

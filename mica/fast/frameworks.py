@@ -1,0 +1,95 @@
+"""Who has put other code in the place of a function, and how that is switched off.
+
+Frameworks fuse LoRA layers by replacing a forward: that of the attention or MLP around them (on the instance
+or on its class), functions that it calls (``self_attn.apply_qkv``), or the layer's own. The replacement reads
+the adapter's weights, PEFT's layer is never called, and the backend has no part in it. Others replace the
+function that initialises an adapter. Nothing here raises: what cannot be read is no finding.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from contextlib import suppress
+
+from torch import nn
+
+# Framework -> how its layers come back to PEFT. Read in the sources of axolotl 0.19.0
+# (utils/schemas/config.py, integrations/kernels/args.py), unsloth and unsloth_zoo 2026.10.9 (kernels/
+# fast_lora.py, whose kernels decline MiCA; compiler.py, patch_lora_forwards) and liger_kernel 0.8.5
+# (transformers/model/llama.py, whose loss reads lm_head.weight).
+REMEDIES = {
+    "axolotl": "its configuration needs lora_qkv_kernel, lora_o_kernel, lora_mlp_kernel and "
+    "lora_embedding_kernel: false (axolotl turns all four on where none is set), and for experts "
+    "use_scattermoe and use_sonicmoe: false",
+    "unsloth": "import mica.fast after the model has been loaded, or call mica.fast.uninstall() and "
+    "mica.fast.enable() then (loading rewrites the forwards of PEFT's layers, also with "
+    "UNSLOTH_COMPILE_DISABLE=1); releases that do not know MiCA need peft.get_peft_model too, instead of "
+    "FastLanguageModel.get_peft_model",
+    "liger_kernel": "apply it with fused_linear_cross_entropy=False, or leave lm_head without an adapter",
+}
+# Framework -> how its initialisation is switched off. unsloth 2026.10.9 (models/lora_init.py) replaces PEFT's
+# within its own get_peft_model, unless that variable is set.
+REMEDIES_OF_INITIALISATION = {
+    "unsloth": "set UNSLOTH_FAST_LORA_INIT=0 or make the adapter by peft.get_peft_model, instead of "
+    "FastLanguageModel.get_peft_model",
+}
+# For code that is not known.
+UNDO = "call mica.fast.uninstall() and mica.fast.enable() after that code has run"
+
+# Their forwards call the layers: hooks, offloading, gradient checkpointing, compilation.
+_ORDINARY = {"accelerate", "mica", "peft", "torch", "transformers"}
+
+
+def replaced_by(module: nn.Module) -> str | None:
+    """Whose function is the module's forward, or one that its forward is to call; None if its own.
+
+    Wrapped in a decorator of anybody's, a module's own forward remains its own.
+    """
+    with suppress(Exception):  # attributes of foreign objects can do anything
+        own = {cls.__module__.partition(".")[0] for cls in type(module).__mro__} | _ORDINARY
+        held = vars(module)
+        calls = [held["forward"]] if "forward" in held else [type(module).forward]
+        calls += [value for name, value in held.items() if name.startswith("apply_") and callable(value)]
+        for call in calls:
+            function = _innermost(call)
+            if _home(function).partition(".")[0] not in own:
+                return owner_of(function)
+    return None
+
+
+def owner_of(function: Callable) -> str:
+    """The framework that the function belongs to, if it is a known one, else the name of its module."""
+    home = "other code"
+    with suppress(Exception):
+        function = _innermost(function)
+        home = _home(function)
+        package = home.partition(".")[0]
+        # unsloth_zoo compiles PEFT's forwards into modules named after the layer, "Linear_peft_forward"
+        if package.startswith("unsloth") or getattr(function, "__name__", "") == "unsloth_forward":
+            return "unsloth"
+        if package in REMEDIES:
+            return package
+    return home
+
+
+def _innermost(call):
+    """The function in a bound method, a partial or a decorator's wrapper; this package's is not looked into.
+
+    What this package's function wraps may itself be a framework's, which then no longer decides.
+    """
+    for _ in range(32):
+        is_function = hasattr(call, "__globals__")
+        if is_function and _home(call).startswith("mica."):
+            return call
+        of_partial = call.func if isinstance(call, functools.partial) else call
+        call = getattr(call, "__wrapped__", getattr(call, "__func__", of_partial))
+    return call
+
+
+def _home(function) -> str:
+    """The name of the module that the function was defined or compiled in."""
+    scope = getattr(function, "__globals__", None)
+    if scope is None:  # an object that can be called, or one of C's functions
+        return getattr(function, "__module__", None) or type(function).__module__
+    return scope.get("__name__") or function.__code__.co_filename

@@ -1,0 +1,192 @@
+"""Which releases of PEFT this backend knows, and which of their functions it computes itself.
+
+A release that is not in `KNOWN` may compute something else in a function whose signature is the old one. So
+there the bodies of the functions that this backend repeats are compared, by their fingerprints, with those of
+the known releases. What differs is left to PEFT, part by part, and one sentence says so.
+"""
+
+from __future__ import annotations
+
+import ast
+import hashlib
+import importlib
+import inspect
+from collections.abc import Callable, Iterable, Sequence
+
+# Tested: 0.20.0 and 0.21.2. Between them the functions below read alike.
+KNOWN = ("0.20.0", "0.21.0", "0.21.1", "0.21.2")
+
+# The parts of the backend that can be left to PEFT alone, as they are called in messages.
+LINEAR = "the forward of linear layers"
+EMBEDDING = "the forward of embeddings"
+EXPERTS = "the forward of experts"
+INITIALISATION = "the initialisation"
+MERGING = "merging"
+PARTS = (INITIALISATION, LINEAR, EMBEDDING, EXPERTS, MERGING)
+
+_LAYERS, _VARIANTS = "peft.tuners.lora.layer", "peft.tuners.lora.variants"
+
+# Part -> the functions of PEFT whose results it computes itself -> their `fingerprint` in the known releases.
+# Functions that are replaced by one that calls them are not here: what they do in another release is done.
+REPEATED: dict[str, dict[str, tuple[str, ...]]] = {
+    INITIALISATION: {
+        f"{_LAYERS}:LoraLayer.mica_init": ("06bddcd47e98",),
+        f"{_LAYERS}:Embedding.mica_init": ("3eeb63d64fe4",),
+    },
+    LINEAR: {
+        f"{_LAYERS}:Linear.forward": ("5cd0508e909e",),
+        f"{_LAYERS}:LoraLayer._mixed_batch_forward": ("60bc0f58e6b9",),
+        f"{_VARIANTS}:MiCALinearVariant.forward": ("e1e338634b72",),
+        "peft.tuners.tuners_utils:BaseTunerLayer._cast_input_dtype": ("f2e2a25b564f",),
+    },
+    EMBEDDING: {
+        f"{_LAYERS}:Embedding.forward": ("8eff94c7871d",),
+        f"{_LAYERS}:Embedding._embed": ("d7a766691d06",),
+        f"{_VARIANTS}:MiCAEmbeddingVariant.forward": ("36616974ea94",),
+    },
+    EXPERTS: {
+        f"{_LAYERS}:ParamWrapper.forward": ("56195428bc97",),
+        f"{_LAYERS}:ParamWrapper.get_delta_weight": ("fc97b3e61f3d",),
+        f"{_LAYERS}:ParamWrapper._activate_lora": ("0d7e26933547", "561eba5e7024"),
+    },
+    MERGING: {
+        f"{_LAYERS}:Linear.get_delta_weight": ("3fe2e19f59b7",),
+        f"{_LAYERS}:Embedding.get_delta_weight": ("19bc770bacbc",),
+        f"{_LAYERS}:ParamWrapper.merge": ("df08e590cb35",),
+        f"{_LAYERS}:ParamWrapper.unmerge": ("e38d5b246c3a",),
+        **{
+            f"{_VARIANTS}:{variant}.{name}": (found,)
+            for variant in ("MiCALinearVariant", "MiCAEmbeddingVariant")
+            for name, found in (
+                ("merge_safe", "b64fe2ca2dd0"),
+                ("merge_unsafe", "3b79e81e5c9b"),
+                ("unmerge", "95cd37ce2f3c"),
+            )
+        },
+    },
+}
+# The same for PEFT's classes over quantised weights, whose modules are imported with the first such layer.
+QUANTISED = {
+    "peft.tuners.lora.bnb:Linear4bit.forward": ("e2fdca4a0ad0",),
+    "peft.tuners.lora.bnb:Linear8bitLt.forward": ("4c5827e76d76",),
+    "peft.tuners.lora.hqq:HqqLoraLinear.forward": ("b7d0bfd3b904",),
+    "peft.tuners.lora.gptq:GPTQLoraLinear.forward": ("c7b08d8a2a5d",),
+    "peft.tuners.lora.awq:AwqLoraLinear.forward": ("bb381600b35d",),
+}
+
+# What was left to PEFT when this package was installed: part -> why. Changed by `patching` only.
+left: dict[str, list[str]] = {}
+
+
+def is_known(version: str) -> bool:
+    return version in KNOWN
+
+
+def find(name: str):
+    """What "module:Class.function", or "module:Class", names.
+
+    Raises:
+        ImportError, AttributeError: there is no such thing.
+    """
+    module, _, path = name.partition(":")
+    found = importlib.import_module(module)
+    for part in path.split(".") if path else ():
+        found = inspect.getattr_static(found, part)
+    return found
+
+
+def why_not_the_same(name: str, fingerprints: Sequence[str]) -> str | None:
+    """How the function "module:Class.function" differs from the known ones; None if it does not."""
+    try:
+        function = find(name)
+    except (ImportError, AttributeError):
+        return f"{name} is not there"
+    found = fingerprint(getattr(function, "__func__", function))
+    if found is None:
+        return f"{name} cannot be read"
+    return None if found in fingerprints else f"{name} has another body"
+
+
+def differences() -> dict[str, list[str]]:
+    """Of every part whose functions do not read as in the known releases: how they differ."""
+    found = {
+        part: [
+            why
+            for name, fingerprints in functions.items()
+            if (why := why_not_the_same(name, fingerprints)) is not None
+        ]
+        for part, functions in REPEATED.items()
+    }
+    return {part: reasons for part, reasons in found.items() if reasons}
+
+
+def sentence(version: str) -> str | None:
+    """What runs on this backend with this release of PEFT, and what does not; None if all does, as known.
+
+    About the parts that are now in `left`.
+    """
+    known = is_known(version)
+    if known and not left:
+        return None
+    begin = f"mica.fast with PEFT {version}"
+    if not known:
+        begin += f", which it does not know (it was written for {KNOWN[0]} to {KNOWN[-1]})"
+    if not left:
+        return f"{begin}: all that it replaces is unchanged there, so all of it runs on this backend."
+    reasons = dict.fromkeys(reason for reasons in left.values() for reason in reasons)
+    rest = [part for part in PARTS if part not in left]
+    ours = _listed(rest) if rest else "nothing"
+    because = "; ".join(reasons)
+    return f"{begin}: PEFT's own code runs {_listed(left)}, because {because}; this backend runs {ours}."
+
+
+def _listed(parts: Iterable[str]) -> str:
+    *first, last = parts
+    return f"{', '.join(first)} and {last}" if first else last
+
+
+# ---------------------------------------------------------------------------------------------------
+# what a function computes
+# ---------------------------------------------------------------------------------------------------
+
+# Fields of a syntax tree that change no result, or that only some versions of Python have.
+_NO_RESULT = {"annotation", "returns", "type_comment", "type_params", "kind", "ctx"}
+
+
+def fingerprint(function: Callable) -> str | None:
+    """A hash of what the function computes; None if its source cannot be read.
+
+    Comments, docstrings, types and the texts of errors have no part in it, and it is the same in all
+    versions of Python. Of a function in decorators that say what they wrap, it is the innermost one's.
+    """
+    try:
+        source = inspect.getsource(function)
+    except (OSError, TypeError):
+        return None
+    if source[0].isspace():  # a method's, which alone is no program
+        source = f"if True:\n{source}"
+    try:
+        tree = ast.parse(source)
+    except SyntaxError:
+        return None
+    definition = next((node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)), None)
+    if definition is None:  # a lambda
+        return None
+    if ast.get_docstring(definition) is not None:
+        definition.body = definition.body[1:]
+    return hashlib.sha256(_outline(definition).encode()).hexdigest()[:12]
+
+
+def _outline(node) -> str:
+    if isinstance(node, ast.Raise):
+        return "Raise"
+    if isinstance(node, list):
+        return "[" + ",".join(map(_outline, node)) + "]"
+    if not isinstance(node, ast.AST):
+        return repr(node)
+    fields = [
+        f"{name}={_outline(value)}"
+        for name, value in ast.iter_fields(node)
+        if name not in _NO_RESULT and value is not None and value != []
+    ]
+    return f"{type(node).__name__}({','.join(fields)})"

@@ -1,0 +1,181 @@
+"""Other code in the place of this backend's functions: it is noticed, named, and the remedy works."""
+
+import functools
+import types
+import warnings
+from contextlib import contextmanager
+
+import pytest
+import torch
+from peft import PeftModel
+from peft.tuners import lora
+from peft.tuners.tuners_utils import BaseTuner
+
+import mica.fast
+from mica.fast.frameworks import REMEDIES, REMEDIES_OF_INITIALISATION, UNDO, owner_of
+from tests.support.models import Net, adapted_layers, factors, net, wrap
+from tests.support.moe_models import assert_exact, qwen3_moe, wrap_experts
+from tests.support.quantised_models import adapted, assert_spans
+
+UNSLOTH = "unsloth.models.lora_init"
+# As theirs: fp64, by the Gram matrix, rounded to the dtype of the base; other layers get PEFT's.
+INITIALISATION = """
+def replacement(self, adapter_name):
+    if not isinstance(self.get_base_layer(), torch.nn.Linear):
+        return original(self, adapter_name)
+    weight = self.get_base_layer().weight
+    rank = self.r[adapter_name]
+    _, vectors = torch.linalg.eigh(weight.double() @ weight.double().T)
+    self.lora_B[adapter_name].weight.data = vectors[:, :rank].flip(1).to(weight.dtype)
+    self.lora_A[adapter_name].weight.data = weight.new_zeros(rank, weight.shape[1])
+"""
+
+
+@contextmanager
+def another_initialisation(module=UNSLOTH):
+    """As around PEFT's `get_peft_model` in Unsloth's."""
+    original = vars(lora.LoraLayer)["mica_init"]
+    scope = types.ModuleType(module).__dict__ | {"torch": torch, "original": original}
+    exec(INITIALISATION, scope)
+    lora.LoraLayer.mica_init = scope["replacement"]
+    try:
+        yield
+    finally:
+        lora.LoraLayer.mica_init = original
+
+
+def warned(function):
+    """What it returns, and the warnings of this package."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        result = function()
+    return result, [str(warning.message) for warning in caught if "mica.fast" in str(warning.message)]
+
+
+def off_orthonormal(layer) -> float:
+    B = factors(layer)[1].double()
+    return (B.T @ B - torch.eye(B.shape[1], dtype=torch.float64)).abs().max().item()
+
+
+def test_another_initialisation_is_said_in_one_warning(solved):
+    """Unsloth's rounds B to bf16; PEFT's cast to fp32 comes too late."""
+    with another_initialisation():
+        model, (message,) = warned(lambda: wrap(Net(torch.bfloat16), targets=["up", "down"]))
+    assert message == (
+        "mica.fast did not initialise 2 layers (the first is 'up'): unsloth has replaced PEFT's mica_init, "
+        "and its B is used, which is not certified and may be rounded to the dtype of the base. Training "
+        f"works with it. For the solver's: {REMEDIES_OF_INITIALISATION['unsloth']}."
+    )
+    assert solved == []
+    layers = adapted_layers(model).values()
+    assert all(off_orthonormal(layer) > 1e-4 for layer in layers)  # theirs is used as it is
+    assert {row.path for row in mica.fast.explain(model).rows} == {"reference"}
+    model(torch.tensor([[1, 2, 3]])).sum().backward()
+    again, said = warned(lambda: wrap(Net(torch.bfloat16), targets=["up", "down"]))
+    assert said == []
+    assert all(off_orthonormal(layer) < 1e-6 for layer in adapted_layers(again).values())
+
+
+def test_only_its_own_layers_are_named():
+    """It gives those that it does not cover to the function that was there."""
+    with another_initialisation("theirs.initialisation"):
+        _, (message,) = warned(net)  # with an embedding, whose own function is not replaced, and a Conv1D
+        assert message.startswith("mica.fast did not initialise 2 layers (the first is 'up'): theirs.init")
+        assert message.endswith(f"For the solver's: {UNDO}.")
+        _, (message,) = warned(lambda: wrap(Net(), targets=["up", "conv"]))
+        assert message.startswith("mica.fast did not initialise layer 'up': theirs.initialisation has ")
+        _, said = warned(lambda: wrap(Net(), targets=["conv", "embed"]))
+        assert said == []
+
+
+def test_nobody_is_named_where_the_function_only_wraps_this_package_s(monkeypatch, solved):
+    original = lora.LoraLayer.mica_init
+    monkeypatch.setattr(lora.LoraLayer, "mica_init", lambda self, name: original(self, name))
+    assert warned(net)[1] == []
+    assert solved
+
+
+def test_experts_and_quantised_bases_are_none_of_its_business():
+    """It knows neither: of a packed weight it would take the bytes, of a stack there is no ``weight``."""
+    with another_initialisation():
+        model, said = warned(lambda: wrap_experts(qwen3_moe()))
+        assert said == []
+        assert_exact(model)
+        model, said = warned(lambda: adapted("hqq"))
+        assert said == []
+        for layer in adapted_layers(model).values():
+            weight = layer.get_base_layer().dequantize()
+            assert_spans(factors(layer)[1], weight)
+
+
+def test_a_loaded_adapter_has_the_basis_of_its_file(tmp_path):
+    model = net()
+    model.save_pretrained(tmp_path)
+    torch.manual_seed(0)
+    with another_initialisation():
+        loaded, said = warned(lambda: PeftModel.from_pretrained(Net(), tmp_path))
+    assert said == []
+    for mine, saved in zip(adapted_layers(loaded).values(), adapted_layers(model).values(), strict=True):
+        assert torch.equal(factors(mine)[1], factors(saved)[1])
+
+
+def of_module(name, source) -> dict:
+    """What the source defines as the text of a module of that name."""
+    scope = types.ModuleType(name).__dict__ | {"torch": torch}
+    exec(source, scope)
+    return scope
+
+
+def test_explain_names_replaced_functions_and_the_remedy_undoes_them(monkeypatch):
+    theirs = of_module("theirs.saving", "def load_adapter(self, *args, **kwargs): return None")
+    model = net()
+    before = str(mica.fast.explain(model))
+    assert mica.fast.explain(model).replaced == []
+    with another_initialisation():
+        PeftModel.load_adapter = theirs["load_adapter"]
+        explanation = mica.fast.explain(model)
+        assert explanation.replaced == [
+            f"unsloth has replaced LoraLayer.mica_init: {REMEDIES_OF_INITIALISATION['unsloth']}",
+            f"theirs.saving has replaced PeftModel.load_adapter: {UNDO}",
+        ]
+        assert str(explanation).splitlines()[-2:] == explanation.replaced
+        mica.fast.uninstall()
+        mica.fast.enable()
+        assert mica.fast.explain(model).replaced == []
+        assert warned(net)[1] == []
+    mica.fast.uninstall()
+    mica.fast.enable()
+    assert str(mica.fast.explain(model)) == before
+    wrapper = functools.wraps(BaseTuner.forward)(lambda self, *args, **kwargs: None)
+    monkeypatch.setattr(BaseTuner, "forward", wrapper)
+    assert mica.fast.explain(model).replaced == []  # it says that it wraps this package's
+
+
+def test_a_forward_that_was_replaced_before_is_under_this_package_s():
+    """Unsloth's remedy: it rewrites the forwards as it loads a model, and the backend comes after that."""
+    model, indices = net(), torch.tensor([[1, 2, 3]])
+    expected = model(indices)
+    source = "def unsloth_forward(self, x, *args, **kwargs): return self.base_layer(x) + 1"
+    theirs = of_module("Linear_peft_forward", source)["unsloth_forward"]
+    lora.Linear.forward = theirs
+    assert {row.bypassed_by for row in mica.fast.explain(model).rows} == {None, "unsloth"}
+    assert "mica.fast.uninstall() and mica.fast.enable()" in REMEDIES["unsloth"]
+    mica.fast.uninstall()
+    stock = lora.Linear.forward
+    assert stock is not theirs
+    lora.Linear.forward = theirs
+    try:
+        mica.fast.enable()
+        explanation = mica.fast.explain(model)
+        assert {(row.path, row.bypassed_by) for row in explanation.rows} == {("reference", None)}
+        assert explanation.replaced == []
+        assert torch.equal(model(indices), expected)
+        assert lora.Linear.forward.__name__ == "unsloth_forward"  # by which unsloth knows that it was there
+    finally:
+        mica.fast.uninstall()
+        lora.Linear.forward = stock
+
+
+@pytest.mark.parametrize("function", [len, functools.partial(len), print, object()])
+def test_anything_has_an_owner(function):
+    assert isinstance(owner_of(function), str)

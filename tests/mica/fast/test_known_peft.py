@@ -1,0 +1,328 @@
+"""A release of PEFT that this package does not know: what runs, what PEFT runs, and one sentence about it."""
+
+import os
+import shutil
+import subprocess
+import sys
+import types
+import warnings
+from importlib import metadata, util
+from pathlib import Path
+
+import peft
+import pytest
+import torch
+from peft.tuners import lora
+from peft.tuners.lora import variants
+from torch import nn
+
+import mica.fast
+from mica.fast import known_peft, patching
+from mica.fast.known_peft import EMBEDDING, EXPERTS, INITIALISATION, LINEAR, MERGING, PARTS, REPEATED
+from tests.support.models import net, randomise
+from tests.support.quantised_models import adapted
+from tests.support.stock import as_stock
+
+INDICES = torch.tensor([[1, 2, 3, 28]])
+UNKNOWN = "0.22.0"
+BEGIN = "mica.fast with PEFT 0.22.0, which it does not know (it was written for 0.20.0 to 0.21.2)"
+ALL = f"{BEGIN}: all that it replaces is unchanged there, so all of it runs on this backend."
+
+
+@pytest.fixture
+def unknown(monkeypatch):
+    """PEFT is 0.22.0, and not patched yet; afterwards it is itself, and not patched."""
+    mica.fast.uninstall()
+    monkeypatch.setattr(peft, "__version__", UNKNOWN)
+    yield
+    mica.fast.uninstall()
+    known_peft.left.clear()
+
+
+def enabled() -> list[str]:
+    """What is said while the backend is enabled."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        mica.fast.enable()
+    return [str(warning.message) for warning in caught if "mica.fast" in str(warning.message)]
+
+
+def edited(tmp_path, monkeypatch, owner, name, old, new):
+    """The function of PEFT with one place of its text changed."""
+    static = vars(owner)[name]
+    function = getattr(static, "__func__", static)
+    source = Path(util.find_spec(function.__module__).origin).read_text(encoding="utf-8")
+    head = f"class {owner.__name__}("
+    start = source.index(f"def {name}(", source.index(head))
+    assert source.count(old, start) >= 1
+    source = source[:start] + source[start:].replace(old, new, 1)
+    file = tmp_path / "edited.py"
+    file.write_text(source, encoding="utf-8")
+    spec = util.spec_from_file_location(function.__module__, file)
+    module = types.ModuleType(function.__module__)
+    module.__spec__, module.__package__ = spec, function.__module__.rpartition(".")[0]
+    exec(compile(source, str(file), "exec"), vars(module))
+    theirs = vars(vars(module)[owner.__name__])[name]
+    monkeypatch.setattr(owner, name, theirs)
+
+
+def test_what_is_repeated_reads_as_known_in_the_installed_release():
+    """Where this fails for a new release: read what has changed, follow it, and add the fingerprint."""
+    if not known_peft.is_known(peft.__version__):
+        pytest.skip(f"PEFT {peft.__version__} is not known")
+    assert known_peft.differences() == {}
+    for name, fingerprints in known_peft.QUANTISED.items():
+        why = known_peft.why_not_the_same(name, fingerprints)
+        assert why in (None, f"{name} is not there")  # PEFT has the class only where its library is installed
+
+
+def test_every_replaced_function_of_a_part_is_compared_with_the_known_ones():
+    """But for those that call PEFT's own, whatever that is."""
+    calling = {"update_layer"}
+    for patch in patching.PATCHES:
+        if patch.part is not None and patch.name not in calling:
+            assert f"{patch.owner}.{patch.name}" in REPEATED[patch.part]
+    assert set(REPEATED) == set(PARTS)
+
+
+FUNCTION = '''
+def function(self, x: int, *args, scale=2) -> int:
+    """Doubles."""
+    # a comment
+    if x < 0:
+        raise ValueError(f"negative: {x}")
+    return x * scale
+'''
+SAME = {
+    "no types": (": int, *args, scale=2) -> int", ", *args, scale=2)"),
+    "no docstring": ('    """Doubles."""\n', ""),
+    "another docstring": ("Doubles", "Twice as much"),
+    "no comment": ("    # a comment\n", ""),
+    "another error": ('ValueError(f"negative: {x}")', 'TypeError("no")'),
+    "other spaces": ("x * scale", "(x  *  scale)"),
+}
+OTHER = {
+    "another product": ("x * scale", "x + scale"),
+    "another default": ("scale=2", "scale=3"),
+    "another order": ("x * scale", "scale * x"),
+    "another condition": ("x < 0", "x <= 0"),
+    "one argument more": ("*args,", "*args, more=None,"),
+    "a statement more": ("return x", "x = x.clone()\n    return x"),
+}
+
+
+def fingerprint_of(tmp_path, source):
+    file = tmp_path / f"m{abs(hash(source))}.py"
+    file.write_text(source)
+    scope = {}
+    exec(compile(source, str(file), "exec"), scope)
+    return known_peft.fingerprint(scope["function"])
+
+
+@pytest.mark.parametrize("edit", [*SAME, *OTHER])
+def test_a_fingerprint_is_that_of_what_is_computed(tmp_path, edit):
+    old, new = (SAME | OTHER)[edit]
+    assert old in FUNCTION
+    before, after = (fingerprint_of(tmp_path, text) for text in (FUNCTION, FUNCTION.replace(old, new)))
+    assert (before == after) == (edit in SAME)
+
+
+def test_what_cannot_be_read_has_none():
+    scope = {}
+    exec("def function(x): return x", scope)
+    assert known_peft.fingerprint(scope["function"]) is None
+    assert known_peft.fingerprint(len) is None
+    assert known_peft.fingerprint(lambda x: x) is None
+    assert known_peft.why_not_the_same("peft.nowhere:Class.function", ()) == (
+        "peft.nowhere:Class.function is not there"
+    )
+
+
+def test_a_release_in_which_nothing_differs_runs_and_says_so_once(unknown):
+    assert enabled() == [ALL]
+    assert mica.fast.explain(net()).counts() == {"reference": 4}
+    mica.fast.enable(on_unsuitable="skip")  # a change of a setting says nothing again
+    assert enabled() == []
+
+
+def test_a_known_release_says_nothing():
+    mica.fast.uninstall()
+    assert enabled() == []
+    assert known_peft.left == {}
+
+
+DIFFERENT = {
+    LINEAR: (lora.Linear, "forward", "self.merged", "bool(self.merged)"),
+    EMBEDDING: (lora.Embedding, "forward", "self.merged", "bool(self.merged)"),
+    EXPERTS: (lora.layer.ParamWrapper, "forward", "self.merged", "bool(self.merged)"),
+    INITIALISATION: (lora.LoraLayer, "mica_init", "U[:, -r:]", "-U[:, -r:]"),
+    MERGING: (variants.MiCALinearVariant, "merge_safe", "orig_weight +", "1 * orig_weight +"),
+}
+
+
+@pytest.mark.parametrize("part", DIFFERENT)
+def test_a_part_with_another_body_is_left_to_peft(unknown, monkeypatch, tmp_path, part):
+    owner, name, *edit = DIFFERENT[part]
+    edited(tmp_path, monkeypatch, owner, name, *edit)
+    stock = vars(owner)[name]
+    (sentence,) = enabled()
+    reason = f"{owner.__module__}:{owner.__name__}.{name} has another body"
+    rest = [other for other in PARTS if other != part]
+    assert sentence == (
+        f"{BEGIN}: PEFT's own code runs {part}, because {reason}; "
+        f"this backend runs {', '.join(rest[:-1])} and {rest[-1]}."
+    )
+    assert known_peft.left == {part: [reason]}
+    assert vars(owner)[name] is stock
+    model = randomise(net())
+    paths = {row.name.rpartition(".")[2]: (row.path, row.reason) for row in mica.fast.explain(model).rows}
+    left = {LINEAR: ("up", "conv", "down"), EMBEDDING: ("embed",)}.get(part, ())
+    for layer, (path, why) in paths.items():
+        assert path == ("peft" if layer in left else "reference")
+        assert (why == f"left to PEFT, because {reason}") == (layer in left)
+    as_stock(lambda: model(INDICES), 1e-5)
+
+
+def test_the_basis_of_another_initialisation_is_taken_as_it_is(unknown, monkeypatch, tmp_path, solved):
+    """And it is no news at every model: the import has said it."""
+    edited(tmp_path, monkeypatch, *DIFFERENT[INITIALISATION])
+    enabled()
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*mica.fast")
+        ours = net()
+    assert solved == []
+    mica.fast.uninstall()
+    theirs = net()
+    for mine, stock in zip(ours.parameters(), theirs.parameters(), strict=True):
+        assert torch.equal(mine, stock)
+
+
+def test_another_signature_leaves_its_part_in_a_known_release_too(monkeypatch):
+    mica.fast.uninstall()
+    monkeypatch.setattr(lora.Linear, "forward", lambda layer, x: nn.Module.forward(layer, x))
+    try:
+        (sentence,) = enabled()
+        assert sentence.startswith(f"mica.fast with PEFT {peft.__version__}: PEFT's own code runs {LINEAR}, ")
+        assert "peft.tuners.lora.layer:Linear.forward takes (layer x); " in sentence
+    finally:
+        mica.fast.uninstall()
+        known_peft.left.clear()
+
+
+def test_a_class_over_quantised_weights_with_another_body(unknown, monkeypatch):
+    """It is looked at when its first layer gets an adapter."""
+    from peft.tuners.lora.bnb import Linear4bit
+
+    enabled()
+    name = "peft.tuners.lora.bnb:Linear4bit.forward"
+    monkeypatch.setitem(known_peft.QUANTISED, name, ("another",))
+    with pytest.warns(UserWarning, match=rf"^Linear4bit runs PEFT's own forward: {name} has another body\.$"):
+        model = adapted("nf4")
+    assert set(mica.fast.explain(model).counts()) == {"peft"}
+    assert vars(Linear4bit)["forward"].__globals__["__name__"] == "peft.tuners.lora.bnb"
+
+
+# -- a copy of PEFT, as a user would get it -----------------------------------------------------------
+
+SCRIPT = """
+import sys, warnings
+import peft, torch, transformers
+from peft import LoraConfig, get_peft_model
+assert peft.__version__ == "0.22.0" and peft.__file__.startswith(sys.argv[1])
+with warnings.catch_warnings(record=True) as caught:
+    warnings.simplefilter("always")
+    import mica.fast
+    mica.fast.enable()
+print(*[warning.message for warning in caught if "mica.fast" in str(warning.message)], sep="\\n")
+
+config = transformers.LlamaConfig(
+    vocab_size=32, hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2
+)
+torch.manual_seed(0)
+model = transformers.LlamaForCausalLM(config)
+targets = ["q_proj", "down_proj", "embed_tokens"]
+adapter = LoraConfig(r=4, init_lora_weights="mica", target_modules=targets)
+if sys.argv[2] == "add_adapter":
+    model.add_adapter(adapter)
+else:
+    model = get_peft_model(model, adapter)
+for name, parameter in model.named_parameters():
+    if "lora_A" in name or "lora_embedding_A" in name:
+        parameter.data.normal_()
+
+def results():
+    model.zero_grad()
+    loss = model(input_ids=torch.arange(12).view(3, 4), labels=torch.arange(12).view(3, 4)).loss
+    loss.backward()
+    return [loss.detach(), *(p.grad.clone() for p in model.parameters() if p.grad is not None)]
+
+ours = results()
+print(sorted(mica.fast.explain(model).counts().items()))
+with mica.fast.disabled():
+    switched_off = results()
+mica.fast.uninstall()
+for a, b, c in zip(ours, results(), switched_off, strict=True):
+    torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
+    assert torch.equal(b, c)
+print(len(ours))
+"""
+
+
+def run_with(folder, how="get_peft_model") -> list[str]:
+    """What the script prints with the PEFT in this folder."""
+    paths = os.pathsep.join([str(folder), *filter(None, sys.path)])
+    command = [sys.executable, "-c", SCRIPT, str(folder), how]
+    environment = os.environ | {"PYTHONPATH": paths}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=folder)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.splitlines()
+
+
+@pytest.fixture
+def copied(tmp_path):
+    """A folder with PEFT as 0.22.0, before any edit."""
+    ignored = shutil.ignore_patterns("__pycache__")
+    shutil.copytree(Path(peft.__file__).parent, tmp_path / "peft", ignore=ignored)
+    installed = metadata.version("peft")
+    information = tmp_path / f"peft-{UNKNOWN}.dist-info"
+    found = metadata.distribution("peft").locate_file(f"peft-{installed}.dist-info")
+    shutil.copytree(found, information)
+    for file in (information / "METADATA", tmp_path / "peft" / "__init__.py"):
+        text = file.read_text(encoding="utf-8")
+        assert installed in text
+        file.write_text(text.replace(installed, UNKNOWN), encoding="utf-8")
+    return tmp_path
+
+
+def edit(folder, owner, function, old, new):
+    file = folder / "peft" / "tuners" / "lora" / "layer.py"
+    text = file.read_text(encoding="utf-8")
+    start = text.index(f"def {function}(", text.index(f"class {owner}("))
+    text = text[:start] + text[start:].replace(old, new, 1)
+    file.write_text(text, encoding="utf-8")
+
+
+@pytest.mark.slow
+def test_a_copy_in_which_nothing_differs(copied):
+    """transformers 5.24 has `add_adapter` from this release on."""
+    assert run_with(copied, "add_adapter") == [ALL, "[('reference', 3)]", "4"]
+
+
+@pytest.mark.slow
+def test_a_copy_in_which_a_signature_differs(copied):
+    edit(copied, "Linear", "forward", "x: torch.Tensor, *args", "x: torch.Tensor, offsets=None, *args")
+    first, *rest = run_with(copied)
+    name = "peft.tuners.lora.layer:Linear.forward"
+    assert first.startswith(f"{BEGIN}: PEFT's own code runs {LINEAR}, because {name} has another body; ")
+    assert f"; {name} takes (self x offsets *args **kwargs); " in first
+    assert rest == ["[('peft', 2), ('reference', 1)]", "4"]
+
+
+@pytest.mark.slow
+def test_a_copy_in_which_a_body_differs(copied):
+    """Half of the embedding's update: a wrong answer, were it this package's."""
+    edit(copied, "Embedding", "forward", "result = result.to(", "result = (0.5 * result).to(")
+    first, *rest = run_with(copied)
+    name = "peft.tuners.lora.layer:Embedding.forward"
+    assert first.startswith(f"{BEGIN}: PEFT's own code runs {EMBEDDING}, because {name} has another body; ")
+    assert rest == ["[('peft', 1), ('reference', 2)]", "4"]
