@@ -6,13 +6,13 @@ A command is a module with ``add_parser(subparsers)``, which declares its argume
 """
 
 import argparse
-import difflib
 import logging
 import sys
 from contextlib import suppress
 
 from mica import __version__
 from mica.cli import adapt, doctor, inspect, transfer
+from mica.cli.arguments import similar, with_suggestion
 from mica.cli.output import one_line
 from mica.errors import UnsuitableLayerError, UsageError
 
@@ -27,17 +27,32 @@ class _Parser(argparse.ArgumentParser):
     """argparse, but an error is one line on stderr: no usage text in front of it."""
 
     def error(self, message):
-        self.exit(2, f"{self.prog}: error: {message}\n")
+        self.exit(2, f"{self.prog}: error: {with_suggestion(message)}\n")
 
     def parse_known_args(self, args=None, namespace=None):
         """Of a command too: here, unlike above it, its options are known."""
-        found, unknown = super().parse_known_args(args, namespace)
+        given = sys.argv[1:] if args is None else list(args)
+        self._refuse_unknown(given)  # first: else a misspelt option that is required is called missing
+        found, unknown = super().parse_known_args(given, namespace)
         if unknown:
-            names = [option.strip("-") for option in self._option_string_actions]
-            near = difflib.get_close_matches(unknown[0].partition("=")[0].strip("-"), names, n=1)
-            hint = "".join(f"; did you mean --{name}?" for name in near)
-            self.error(f"unrecognized arguments: {' '.join(unknown)}{hint}")
+            self.error(f"unrecognized arguments: {' '.join(unknown)}")
         return found, unknown
+
+    def _refuse_unknown(self, given: list[str]) -> None:
+        """End with an error at the first of this parser's own arguments that looks like an option."""
+        known = self._option_string_actions
+        for token in given:
+            if token == "--":
+                return
+            if not token.startswith("--"):
+                if self._subparsers is not None:  # a command: what follows is for its parser
+                    return
+                continue
+            option = token.partition("=")[0]
+            if option not in known:
+                names = [name.strip("-") for name in known]  # with them anything is like anything
+                hint = similar(option.strip("-"), names, "--")
+                self.error(f"unrecognized arguments: {token}{hint}")
 
 
 def parser() -> argparse.ArgumentParser:

@@ -1,11 +1,17 @@
 """What the commands' arguments have in common."""
 
 import argparse
+import difflib
+import errno
 import math
 import os
+import re
+from collections.abc import Iterable
 from pathlib import Path
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
+COUNT_LIMIT = 2**31  # of steps, blocks, tokens: what the libraries below count in C or keep as a list
+_ABSENT = (errno.ENOENT, errno.ENOTDIR)
 
 
 def number(kind: type, low: float, high: float = math.inf, *, low_allowed: bool = False):
@@ -26,9 +32,63 @@ def number(kind: type, low: float, high: float = math.inf, *, low_allowed: bool 
     return parse
 
 
+def count(low: int = 1, high: int = COUNT_LIMIT):
+    """An argparse type: a whole number, at least ``low`` and below ``high``."""
+    return number(int, low, high, low_allowed=True)
+
+
+def a_name(text: str) -> str:
+    """An argparse type: any string but the empty one, which a shell makes of an unset variable."""
+    if not text.strip():
+        raise argparse.ArgumentTypeError("must not be empty")
+    return text
+
+
 def a_path(text: str) -> Path:
-    """An argparse type: the shell leaves ``--output=~/run`` as it is."""
-    return Path(os.path.expanduser(text))
+    """An argparse type: a path that the system lets this process look at; there need not be anything.
+
+    The shell leaves ``--output=~/run`` as it is, and ``--output=`` would be the working directory.
+    """
+    path = os.path.expanduser(a_name(text))
+    _look_at(path)
+    return Path(path)
+
+
+def a_source(text: str) -> str:
+    """An argparse type: the name of a model or a text, a path as in `a_path` or one on the Hub, as given."""
+    a_path(text)
+    return text
+
+
+def _look_at(path: str) -> None:
+    """Raise ArgumentTypeError if the system refuses to say what is at ``path``.
+
+    Asked for once, here: `Path.exists`, `is_file` and `is_dir` raise such errors, wherever they are called.
+    """
+    try:
+        os.stat(path)
+    except OSError as error:
+        if error.errno not in _ABSENT:
+            raise argparse.ArgumentTypeError(f"'{path}': {error.strerror}") from error
+    except ValueError as error:  # a NUL or half a character, which YAML can express
+        raise argparse.ArgumentTypeError(f"{path!r}: not a name of a file") from error
+    if os.path.isdir(path) and not os.access(path, os.R_OK | os.X_OK):
+        raise argparse.ArgumentTypeError(f"'{path}': {os.strerror(errno.EACCES)}")
+
+
+def similar(name: str, known: Iterable[str], prefix: str = "") -> str:
+    """The end of a message: "; did you mean ``prefix``NAME?" of the most similar name, or nothing."""
+    near = difflib.get_close_matches(name, list(known), n=1)
+    return "".join(f"; did you mean {prefix}{one}?" for one in near)
+
+
+def with_suggestion(message: str) -> str:
+    """argparse's ``message``, with what was perhaps meant where it lists the allowed choices."""
+    found = re.search(r"invalid choice: '(.*)' \(choose from (.*)\)$", message, re.DOTALL)
+    if found is None:
+        return message
+    choices = [choice.strip(" '") for choice in found[2].split(",")]
+    return message + similar(found[1], choices)
 
 
 def add_command(commands, name: str, run, **texts) -> argparse.ArgumentParser:

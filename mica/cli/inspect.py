@@ -5,7 +5,7 @@ import time
 from dataclasses import asdict
 from pathlib import Path
 
-from mica.cli.arguments import a_path, add_command, add_dtype_options, number
+from mica.cli.arguments import a_name, a_path, a_source, add_command, add_dtype_options, count
 from mica.cli.output import check_file, dtype_name, write_file, write_json
 from mica.errors import UsageError
 
@@ -22,10 +22,16 @@ def add_parser(commands) -> None:
         "and does not change the model.",
     )
     add = parser.add_argument
-    add("model", metavar="MODEL", help="Hub id, checkpoint folder or GGUF file")
-    add("--rank", type=number(int, 1, low_allowed=True), default=16, help="rank of the adapter")
+    add("model", type=a_source, metavar="MODEL", help="Hub id, checkpoint folder or GGUF file")
+    add("--rank", type=count(), default=16, help="rank of the adapter")
     layers = "all-linear (all but output layer and routers, with experts) or names, like q_proj,embed_tokens"
-    add("--target-modules", default="all-linear", metavar="NAMES", help=f"what to look at: {layers}")
+    add(
+        "--target-modules",
+        type=a_name,
+        default="all-linear",
+        metavar="NAMES",
+        help=f"what to look at: {layers}",
+    )
     add_dtype_options(parser, "dtype of the weights; auto: that of the checkpoint, float32 for GGUF")
     add("--plot", type=a_path, metavar="FILE", help="also draw the whole spectra: .png, .pdf or .svg")
     add("--json", type=a_path, metavar="FILE", help="also write the table as JSON")
@@ -65,6 +71,26 @@ def summary(rows: list, seconds: float) -> dict:
     }
 
 
+def _targets(model, args: argparse.Namespace):
+    """The `mica.cli.targets.Targets` of the options; ``model`` may be a `loading.skeleton`.
+
+    Raises UsageError if a name matches nothing, or if all layers are too small for the rank.
+    """
+    from mica.cli.targets import ALL_LINEAR, features, find_targets, saved_parameters
+
+    found = find_targets(model, args.target_modules, experts=args.target_modules == ALL_LINEAR or None)
+    sizes = {name: features(module) for name, module in found.modules.items()}
+    for name, shape in saved_parameters(model, found.parameters).values():
+        sizes[name] = shape[-2:]
+    ranks = {name: min(size) for name, size in sizes.items() if size is not None}
+    if ranks and max(ranks.values()) < args.rank:
+        name = max(ranks, key=ranks.get)
+        shape = " x ".join(map(str, sizes[name]))
+        largest = f"the largest, {name}, has {shape} weights, so at most {ranks[name]} fits"
+        raise UsageError(f"--rank {args.rank}: no layer can be adapted: {largest}")
+    return found
+
+
 def run(args: argparse.Namespace) -> int:
     """Run the command: cheap checks first, a line as soon as a layer is measured, files at the end.
 
@@ -72,7 +98,8 @@ def run(args: argparse.Namespace) -> int:
     and layers, a list of objects with the fields of `mica.cli.spectra.Row`, in the order of the table.
     Unknown values are null.
 
-    Raises UsageError; also where ``--plot`` is given and no layer can be adapted, after everything else.
+    Raises UsageError; also where no layer can be adapted: before the weights are read where the rank alone
+    forbids it, else after everything else.
     """
     if args.json:
         check_file("--json", args.json)
@@ -82,18 +109,21 @@ def run(args: argparse.Namespace) -> int:
             from mica.cli.plot import figure
         except ImportError as error:
             raise UsageError('--plot needs matplotlib: pip install "mica-fast[plot]"') from error
-    from mica.cli.loading import find_source, load_model, quieten_libraries
+    from mica.cli.loading import find_source, load_model, quieten_libraries, skeleton
 
     quieten_libraries()
     try:
-        model = load_model(find_source(args.model, args.trust_remote_code), args.dtype)
+        source = find_source(args.model, args.trust_remote_code)
+        outline = skeleton(source)
+        if outline is not None:
+            _targets(outline, args)
+        model = load_model(source, args.dtype)
     except UsageError as error:  # which names an option that is an argument here
         raise UsageError(str(error).removeprefix("--model ")) from error
     from mica.cli.spectra import measure, weight_of
-    from mica.cli.targets import ALL_LINEAR, find_targets
     from mica.subspace.spectrum import spectrum
 
-    found = find_targets(model, args.target_modules, experts=args.target_modules == ALL_LINEAR or None)
+    found = _targets(model, args)
     targets = [(name, module, None) for name, module in found.modules.items()]
     targets += [(name, module, name.rpartition(".")[2]) for name, module in found.parameters.items()]
     width = max(len(name) for name, _, _ in targets)
@@ -119,9 +149,9 @@ def run(args: argparse.Namespace) -> int:
         report = {"model": args.model, "dtype": dtype_name(model.dtype), "device": str(model.device)}
         report |= {"rank": r, "target_modules": args.target_modules, **s}
         write_json("--json", args.json, report | {"layers": [asdict(row) for row in rows]})
+    if s["layers_found"] == s["layers_unsuitable"]:
+        raise UsageError(f"no layer can be adapted: {rows[0].name}: {rows[0].reason}")
     if args.plot:
-        if not spectra:
-            raise UsageError(f"--plot {args.plot}: nothing to draw, no layer can be adapted")
         drawn, kind = figure(spectra, r, Path(args.model).name), args.plot.suffix[1:].lower()
         write_file("--plot", args.plot, lambda path: drawn.savefig(path, format=kind))
     return 0

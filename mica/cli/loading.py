@@ -25,8 +25,9 @@ if is_accelerate_available():  # in the extra `cli`: `mica inspect` works withou
     from accelerate import PartialState
 
 # Raised by from_pretrained for what the user gave: OSError for files that are missing, unreachable or not
-# JSON, ValueError for contents that name no known architecture or that need custom code.
-_BAD_SOURCE = (OSError, ValueError)
+# JSON, ValueError for contents that name no known architecture or that need custom code, RecursionError for
+# JSON that is nested too deeply.
+_BAD_SOURCE = (OSError, ValueError, RecursionError)
 
 
 @dataclass(frozen=True)
@@ -81,7 +82,9 @@ def _refuse_adapter(source: Source) -> None:
     if source.is_gguf:
         return
     file = made = None
-    with suppress(OSError, ValueError, AttributeError):  # not reachable: reported when the model is read
+    with suppress(
+        OSError, ValueError, AttributeError, RecursionError
+    ):  # not reachable: reported when the model is read
         file = find_adapter_config_file(source.location)
         made = file and json.loads(Path(file).read_text(encoding="utf-8")).get("base_model_name_or_path")
     if file is not None:
@@ -168,6 +171,7 @@ def skeleton(source: Source) -> nn.Module | None:
     """
     if source.is_gguf:
         return None
+    _refuse_adapter(source)
     config = load_config(source)
     try:
         with torch.device("meta"):

@@ -1,6 +1,9 @@
 """The MiCA adapter of a run: a new one, that of a checkpoint, or that of ``--adapter``."""
 
 import argparse
+import math
+import re
+from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -110,7 +113,7 @@ def read_adapter_config(folder: Path, option: str = "--adapter", any_lora: bool 
     try:
         config = PeftConfig.from_pretrained(folder)
         kind = config.peft_type.value
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         what = f"is not that of a PEFT adapter: {one_line(error)}"
         raise UsageError(f"{option} {folder}: {CONFIG} {what}") from error
     if kind != "LORA" or not (any_lora or requests_mica(config)):
@@ -120,7 +123,79 @@ def read_adapter_config(folder: Path, option: str = "--adapter", any_lora: bool 
         )
     if not (folder / WEIGHTS).is_file():
         raise UsageError(f"{option} {folder}: has no {WEIGHTS}")
+    _check_values(config, f"{option} {folder}: {CONFIG}")
+    _check_ranks(config, folder, option)
     return config
+
+
+def _check_values(config: LoraConfig, where: str) -> None:
+    """Raise UsageError if a value in adapter_config.json is that PEFT cannot use, as it checks none."""
+    checks = {  # entry -> whether the value is one, and what it must be
+        "r": (_is_rank(config.r), "a whole number above 0"),
+        "lora_alpha": (_is_positive(config.lora_alpha), "a number above 0"),
+        "lora_dropout": (_is_share(config.lora_dropout), "a number from 0 to below 1"),
+        "rank_pattern": (_is_mapping(config.rank_pattern, _is_rank), "a mapping of patterns to ranks"),
+        "alpha_pattern": (
+            _is_mapping(config.alpha_pattern, _is_positive),
+            "a mapping of patterns to numbers",
+        ),
+        "target_modules": (_is_names(config.target_modules), "names or a pattern"),
+        "target_parameters": (_is_names(config.target_parameters), "a list of names"),
+        "modules_to_save": (_is_names(config.modules_to_save), "a list of names"),
+        "base_model_name_or_path": (isinstance(config.base_model_name_or_path, str | None), "a name"),
+    }
+    for name, (is_right, wanted) in checks.items():
+        if not is_right:
+            raise UsageError(f"{where}: {name} must be {wanted}, not {getattr(config, name)!r:.80}")
+
+
+def _is_rank(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value > 0
+
+
+def _is_positive(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < math.inf
+
+
+def _is_share(value: object) -> bool:
+    return value == 0 or (_is_positive(value) and value < 1)
+
+
+def _is_pattern(value: object) -> bool:
+    try:
+        re.compile(value)
+    except (re.error, TypeError):
+        return False
+    return True
+
+
+def _is_names(value: object) -> bool:
+    if value is None or _is_pattern(value):
+        return True
+    return isinstance(value, list | set | tuple) and all(isinstance(each, str) for each in value)
+
+
+def _is_mapping(value: object, holds: Callable[[object], bool]) -> bool:
+    """Whether it maps patterns of names to values that ``holds`` takes, or is none."""
+    if value is None:
+        return True
+    if not isinstance(value, dict):
+        return False
+    return all(_is_pattern(key) and holds(each) for key, each in value.items())
+
+
+def _check_ranks(config: LoraConfig, folder: Path, option: str) -> None:
+    """Raise UsageError if the weights are of another rank than adapter_config.json says.
+
+    The rows of a stack's A are those of all experts; which layers are stacks only the model tells.
+    """
+    ranks = config.rank_pattern or {}
+    for name, (_, rows, _) in adapted_layers(folder, option).items():
+        rank = ranks.get(get_pattern_key(ranks.keys(), name), config.r)
+        is_stack = bool(config.target_parameters) and (bool(ranks) or rows % rank == 0)
+        if rows != rank and not is_stack:
+            what = f"{CONFIG} has rank {rank} for {name}, and {WEIGHTS} has {rows}"
+            raise UsageError(f"{option} {folder}: {what}")
 
 
 def settings(config: LoraConfig, folder: Path, option: str = "--adapter") -> dict:
@@ -185,6 +260,11 @@ def adapted_layers(folder: Path, option: str = "--adapter") -> dict[str, tuple[i
     if not whole or len(whole) < len(sizes):
         missing = f": {min(sizes.keys() - whole.keys())} has only A or only B" if sizes else ""
         raise UsageError(f"{option} {folder}: {WEIGHTS} is not that of a whole adapter{missing}")
+    for name, found in whole.items():
+        a, b = found["lora_A"], found["lora_B"]
+        if len(a) != 2 or len(b) != 2 or a[0] != b[1]:
+            what = f"{name} has A of {_by(a)} and B of {_by(b)}, which are no two factors of a matrix"
+            raise UsageError(f"{option} {folder}: {WEIGHTS}: {what}")
     return {name: (found["lora_B"][0], *found["lora_A"]) for name, found in whole.items()}
 
 

@@ -16,6 +16,7 @@ from tqdm import tqdm
 from transformers import TrainerCallback
 
 from mica.cli.adapt import checkpoints, processes, stopping
+from mica.cli.adapt.amount import Amount, Pace, measurements
 from mica.errors import UsageError
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
@@ -70,6 +71,7 @@ class Hooks(TrainerCallback):
     It ends with a checkpoint after the step in which any process got a signal and where `stopping.reason` has
     one by ``options``, and with a UsageError as soon as a loss, or a weight about to be saved, is not finite.
 
+    ``amount``, ``pace``: for the time that is left; ``pace`` is told of measurements by who makes them.
     ``mark(step)`` is called in every process once all files of a checkpoint are written, ``watch(history)``
     in the main one after each evaluation.
     ``agreed``: the signal's number once all processes know of it, else 0.
@@ -81,13 +83,18 @@ class Hooks(TrainerCallback):
         mark: Callable[[int], None],
         watch: Callable[[list[dict]], None],
         options: argparse.Namespace,
+        amount: Amount,
+        pace: Pace,
     ):
         self._request, self._mark, self._watch, self._options = request, mark, watch, options
-        self._begun = (0.0, 0)  # time and step
+        self._amount, self._pace = amount, pace
+        self._begun = 0.0
+        self._first = 0  # the steps that were done when this session began
         self.agreed = 0
 
     def on_train_begin(self, args, state, control, **kwargs):
-        self._begun = (time.perf_counter(), state.global_step)
+        self._begun = time.perf_counter()
+        self._first = state.global_step
         state.compute_steps(args, state.max_steps)  # or after --resume --eval-steps N those of before count
 
     def on_step_end(self, args, state, control, model=None, **kwargs):
@@ -109,12 +116,18 @@ class Hooks(TrainerCallback):
             if not math.isfinite(logs["loss"]):
                 what = f"the training loss is not finite ({logs['loss']}) at or before"
                 raise self._error(what, args, state)
-            begin, first = self._begun
-            pace = (time.perf_counter() - begin) / max(1, state.global_step - first)
-            left = tqdm.format_interval(pace * (state.max_steps - state.global_step))
+            left = tqdm.format_interval(self._seconds_left(state))
             told = [f"loss {logs['loss']:.3f}", f"lr {logs['learning_rate']:.2e}", f"{left} left", *told]
         if told and state.is_world_process_zero:
             print(f"step {state.global_step}/{state.max_steps}: {', '.join(told)}", file=sys.stderr)
+
+    def _seconds_left(self, state) -> float:
+        """Until the training ends, if nothing stops it: a step is logged before it is measured."""
+        now, last = state.global_step, state.max_steps
+        done, read, in_all = (self._amount.blocks_after(step) for step in (self._first, now, last))
+        training = time.perf_counter() - self._begun - self._pace.measuring
+        ahead = measurements(now - 1, last, self._options.eval_steps)
+        return self._pace.left(training, read - done, in_all - read, ahead)
 
     def on_evaluate(self, args, state, control, **kwargs):
         if state.is_world_process_zero:

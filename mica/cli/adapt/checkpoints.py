@@ -86,7 +86,7 @@ def _read(checkpoint: Path) -> tuple[dict[str, Any] | None, dict[str, int], dict
     with suppress(OSError, ValueError, KeyError, AttributeError, TypeError):
         marker = json.loads((checkpoint / MARKER).read_text(encoding="utf-8"))
         sizes, hashes = marker.pop("files"), marker.pop("hashes", {})
-        if hashes.keys() <= sizes.keys():
+        if sizes and hashes.keys() <= sizes.keys():  # one that names no file stands for none
             return marker, sizes, hashes
     return None, {}, {}
 

@@ -10,12 +10,16 @@ from typing import NamedTuple
 
 from mica import __version__
 from mica.cli.adapt.options import OPTIONS, RECIPES, TABLE, declare
+from mica.cli.arguments import with_suggestion
 from mica.cli.output import one_line, write_file
 from mica.errors import UsageError
 
 FILE = "run.yaml"  # in the output folder: the settings of its run
 SUMMARY = "summary.json"  # and what was measured, once it has ended
 _PROCESSES = "processes"  # in it, though no option: how many the run had
+# A switch in YAML: as in YAML 1.2, and the words of YAML 1.1 that many are used to
+_SWITCHED = dict.fromkeys(("true", "yes", "on"), True) | dict.fromkeys(("false", "no", "off"), False)
+FARTHEST = 10**6  # of two weights, one over the other: more is a slip, and overflows
 _EITHER = {"steps", "epochs"}  # the first layer with one of them decides
 _PATHS = {"model", "adapter", "text", "held_out_text", "retain", "output"}
 _BY_CONTENT = {"model", "text", "held_out_text", "retain"}  # may be moved: the run compares what is in them
@@ -48,24 +52,31 @@ def read(path: Path, option: str = "--config") -> dict[str, object]:
     Raises UsageError for a file that cannot be read, is not YAML or not a mapping, for unknown keys and for
     values that the command line would refuse.
     """
-    import yaml
+    from mica.cli.adapt import flat_yaml  # which needs PyYAML
 
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     declare(parser)
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-        if not isinstance(content, dict):
-            raise UsageError("must be a mapping of options to values, like 'rank: 16'")
-        return vars(parser.parse_args([token for entry in content.items() for token in _tokens(*entry)]))
-    except (OSError, ValueError, yaml.YAMLError, argparse.ArgumentError) as error:
-        what = "is not YAML: " if isinstance(error, (UnicodeDecodeError, yaml.YAMLError)) else ""
-        what = "cannot be read: " if isinstance(error, OSError) else what
-        raise UsageError(f"{option} {path}: {what}{one_line(error)}") from error
+        tokens = []
+        names = set()
+        for key, value in flat_yaml.parse(path.read_text(encoding="utf-8")).items():
+            name = key.replace("-", "_")
+            if name in names:
+                raise UsageError(f"{name} is there twice, with - and with _")
+            names.add(name)
+            tokens += _tokens(key, value)
+        return vars(parser.parse_args(tokens))
+    except OSError as error:
+        raise UsageError(f"{option} {path}: cannot be read: {one_line(error)}") from error
+    except UnicodeDecodeError as error:
+        raise UsageError(f"{option} {path}: is not YAML: {one_line(error)}") from error
+    except (UsageError, argparse.ArgumentError) as error:
+        raise UsageError(f"{option} {path}: {with_suggestion(one_line(error))}") from error
 
 
-def _tokens(key: object, value: object) -> list[str]:
-    """One entry of a YAML file as on the command line."""
-    name = str(key).replace("-", "_")
+def _tokens(key: str, value: str | list[str] | None) -> list[str]:
+    """One entry of a YAML file as on the command line, a list as the option given again and again."""
+    name = key.replace("-", "_")
     if name == _PROCESSES:
         return []
     option = OPTIONS.get(name)
@@ -76,17 +87,15 @@ def _tokens(key: object, value: object) -> list[str]:
         raise UsageError(f"{option.flag} belongs on the command line")
     if value is None:
         return []
-    switch, values = option.parse is bool, value if isinstance(value, list) else [value]
-    if (len(values) != 1 and not option.many) or any(
-        isinstance(one, (dict, list)) or isinstance(one, bool) != switch for one in values
-    ):
-        wanted = "true or false" if switch else "a list" if option.many else "one value"
-        raise UsageError(f"{key} must be {wanted}, not {value}")
-    if switch:
-        return [option.flag if values[0] else option.flag.replace("--", "--no-", 1)]
-    if option.many:
-        return [option.flag, *map(str, values)]
-    return [f"{option.flag}={values[0]}"]  # with the value in one token: it may start with a dash
+    if isinstance(value, list):
+        if not option.many:
+            raise UsageError(f"{key} must be one value, and is a list")
+        return [f"{option.flag}={one}" for one in value]
+    if option.parse is bool:
+        if value.lower() not in _SWITCHED:
+            raise UsageError(f"{key} must be true or false, not {value}")
+        return [option.flag if _SWITCHED[value.lower()] else option.flag.replace("--", "--no-", 1)]
+    return [f"{option.flag}={value}"]  # with the value in one token: it may start with a dash
 
 
 def resolve(given: argparse.Namespace) -> Settings:
@@ -167,6 +176,10 @@ def _check(values: dict[str, object]) -> None:
     given, needed = len(values["text_weights"] or values["text"]), len(values["text"])
     if given != needed:
         raise UsageError(f"--text-weights: {given} numbers for {needed} sources of --text")
+    weights = values["text_weights"] or [1.0]
+    if max(weights) / min(weights) > FARTHEST:
+        given = " ".join(f"{weight:g}" for weight in weights)
+        raise UsageError(f"--text-weights {given}: one must be at most {FARTHEST:,} times another")
     for name, needed in _NEEDS.items():
         if values[name] and (missing := [OPTIONS[one].flag for one in needed if not values[one]]):
             raise UsageError(f"{OPTIONS[name].flag}: needs {' and '.join(missing)}")
@@ -211,10 +224,10 @@ def _shown(value: object) -> str:
 
 def recorded_processes(path: Path) -> int | None:
     """How many processes the run had whose run.yaml ``path`` is; None where it does not say. See `read`."""
-    import yaml
+    from mica.cli.adapt import flat_yaml
 
-    number = yaml.safe_load(path.read_text(encoding="utf-8")).get(_PROCESSES)
-    return number if isinstance(number, int) else None
+    number = flat_yaml.parse(path.read_text(encoding="utf-8")).get(_PROCESSES)
+    return int(number) if isinstance(number, str) and number.isdecimal() else None
 
 
 def write(settings: Settings, folder: Path, processes: int = 1, note: str = "") -> None:

@@ -14,6 +14,7 @@ import numpy as np
 from torch.utils.data import ConcatDataset, Dataset
 
 from mica.cli.adapt import sources
+from mica.cli.adapt.amount import Amount
 from mica.cli.adapt.packing import SPAN, Blocks, Split, mix, spans_of, split, spread, too_little
 from mica.cli.adapt.tokens import Tokens, tokenize
 from mica.errors import UsageError
@@ -58,13 +59,9 @@ class Corpus:
     retain_fingerprint: str | None
     sequence_length: int
 
-    def epochs(self, args: argparse.Namespace, num_processes: int = 1, steps: int | None = None) -> float:
-        """How often a run sees the training blocks, by ``steps``, ``args.steps`` or ``args.epochs``."""
-        steps = steps or args.steps
-        if steps is None:
-            return args.epochs
-        blocks = steps * args.batch_size * args.gradient_accumulation_steps * num_processes
-        return blocks / len(self.train)
+    def amount(self, args: argparse.Namespace, processes: int = 1) -> Amount:
+        """What a run reads of the training blocks."""
+        return Amount.of(args, len(self.train), processes)
 
     def cost(self) -> str | None:
         """A note on the source that costs most tokens a word; None if that is at most `DEAR`."""
@@ -81,8 +78,9 @@ class Corpus:
 
     def describe(self, args: argparse.Namespace, num_processes: int = 1) -> str:
         """What the run trains on, for a terminal; more lines only for what is left out."""
-        epochs = self.epochs(args, num_processes)
-        share = f"{epochs:.3g} epochs" if epochs > 1 else f"{100 * epochs:.2g} % of an epoch"
+        amount = self.amount(args, num_processes)
+        epochs = amount.epochs(amount.tokens_after(amount.steps(args)))
+        share = f"{epochs:.3g} epochs" if epochs > 1 else f"{100 * epochs:.3g} % of an epoch"
         blocks = f"{_count(len(self.train), 'training block')} of {self.sequence_length}"
         tokens = _count(sum(part.tokens for part in self.parts), "token")
         documents = _count(sum(part.documents for part in self.parts), "document")
@@ -91,7 +89,10 @@ class Corpus:
         lines += [f"held out: {_count(len(self.held_out), 'block')} ({self.held_out_by})"]
         if self.retain is not None:
             lines[-1] += f"; to be retained: {_count(len(self.retain), 'block')}"
-        out = [("training", self.dropped, "copy", "of held-out documents")]
+        out = [
+            ("training", self.dropped, "copy", "of held-out documents"),
+            ("each epoch", amount.left_out, "block", "short of a full batch, others each time"),
+        ]
         for part in self.parts:
             out += [(part.name, part.empty, "document", "without text")]
             out += [(part.name, part.skipped, "file", "of other kinds")]
@@ -139,6 +140,7 @@ def gather(args: argparse.Namespace, tokenizer) -> Corpus:
         held_out_blocks = _measured("--held-out-text", held_out, args)
     else:
         shares = np.array(weights or [1.0])
+        shares /= shares.max()  # their sum must not overflow
         limits = np.maximum(1, np.rint(args.eval_blocks * shares / shares.sum())).astype(int).tolist()
         splits = [
             split(spans_of(group), args.held_out, length, limit, name)

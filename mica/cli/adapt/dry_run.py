@@ -14,7 +14,8 @@ from tqdm import tqdm
 from transformers import TrainerCallback
 
 import mica.fast
-from mica.cli.adapt import base, evaluation, global_batch, processes, summary, training
+from mica.cli.adapt import base, evaluation, processes, summary, training
+from mica.cli.adapt.amount import Amount, measurements
 from mica.cli.adapt.corpus import Corpus
 from mica.errors import UsageError
 
@@ -84,8 +85,13 @@ class _Clock(TrainerCallback):
 
     def seconds(self) -> float:
         """Of a step; of the first, if there was no other."""
-        measured = self.times[1:] if len(self.times) > 2 else self.times
-        return (measured[-1] - measured[0]) / max(1, len(measured) - 1)
+        first, last = self.measured()
+        return (self.times[last] - self.times[first]) / max(1, last - first)
+
+    def measured(self) -> tuple[int, int]:
+        """The steps that `seconds` is of: after the first, up to the second. Counted in this session."""
+        last = len(self.times) - 1
+        return (1 if last > 1 else 0), last
 
 
 def _wait() -> None:
@@ -108,14 +114,13 @@ def rehearsal(
     trainer = training.rehearse(model, corpus, args, checkpoint, clock)
     sets = [blocks for blocks in (corpus.held_out, corpus.retain) if blocks is not None]
     measuring = _seconds_of_measuring(trainer.model, sets, args.batch_size, trainer.args.device)
+    amount = corpus.amount(args, number)
     left = max(0, clock.last - clock.first)
-    every = range(args.eval_steps or clock.last, clock.last, args.eval_steps or 1)
-    measurements = sum(step > clock.first for step in every) + 1 + (checkpoint is None)
-    blocks = math.prod({"processes": number, **vars(args)}[name] for name in global_batch.SHARES)
-    tokens = blocks * corpus.sequence_length
+    blocks = amount.blocks_after(clock.last) - amount.blocks_after(clock.first)
+    ahead = measurements(clock.first, clock.last, args.eval_steps) + (checkpoint is None)
+    seconds = _seconds_of_a_block(clock, amount) * blocks + ahead * measuring
     peak, peak_of = summary.peak_memory()
     trained, total = model.get_nb_trainable_parameters()
-    seconds = left * clock.seconds() + measurements * measuring
     paths = mica.fast.explain(model).counts().items()
     return summary.table(
         [
@@ -123,16 +128,29 @@ def rehearsal(
             ("layers by path", ", ".join(f"{path} {count}" for path, count in paths)),
             (
                 "steps",
-                f"{left:,} of {blocks} blocks, {left * tokens:,} tokens"
+                f"{left:,} of {_sizes(amount)} blocks, {blocks * amount.sequence_length:,} tokens"
                 + f", on {number} processes" * (number > 1),
             ),
             ("peak memory", f"{_gib(peak)} ({peak_of}), measured" if peak else peak_of),
             ("disk", disk),
             ("time", f"{tqdm.format_interval(seconds)} estimated: {clock.seconds():.3g} s a step, measured"),
-            ("", f"and {measurements} measurements of perplexity, {measuring:.3g} s each"),
+            ("", f"and {ahead} measurements of perplexity, {measuring:.3g} s each"),
             ("", f"dry run: nothing was written to {output}"),
         ]
     )
+
+
+def _seconds_of_a_block(clock: _Clock, amount: Amount) -> float:
+    """What training on one block takes: steps need not have as many of them as each other."""
+    first, last = clock.measured()
+    blocks = amount.blocks_after(clock.first + last) - amount.blocks_after(clock.first + first)
+    return clock.seconds() * (last - first) / max(1, blocks)
+
+
+def _sizes(amount: Amount) -> str:
+    """How many blocks the steps have: "8", or "2 to 8"."""
+    smallest, largest = amount.step_blocks
+    return str(largest) if smallest == largest else f"{smallest} to {largest}"
 
 
 def _seconds_of_measuring(model, sets: list[Dataset], batch_size: int, device) -> float:

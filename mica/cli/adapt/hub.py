@@ -1,6 +1,9 @@
 """``--push-to-hub``: the output folder to a repository of the Hugging Face Hub, by its own client."""
 
+from collections.abc import Callable
 from pathlib import Path
+from threading import Thread
+from typing import Any
 
 from huggingface_hub import HfApi, constants, get_token
 from huggingface_hub.utils import validate_repo_id
@@ -8,6 +11,8 @@ from huggingface_hub.utils import validate_repo_id
 from mica.cli.adapt.folder import RESULT
 from mica.cli.output import explained
 from mica.errors import UsageError
+
+_PATIENCE = 20.0  # seconds
 
 
 def check(repository: str) -> None:
@@ -24,9 +29,32 @@ def check(repository: str) -> None:
     if get_token() is None:
         raise UsageError(f"{option}: no token: run `hf auth login` or set HF_TOKEN")
     with explained(option):  # the errors of the client's HTTP library are others in each major version
-        user = HfApi().whoami()
+        user = within(_PATIENCE, HfApi().whoami, "no answer from the Hub")
     if ((user.get("auth") or {}).get("accessToken") or {}).get("role") == "read":
         raise UsageError(f"{option}: the token of {user.get('name')} can only read: give one that can write")
+
+
+def within(seconds: float, function: Callable[[], Any], otherwise: str) -> Any:
+    """``function()``, which is left alone after so many seconds. Raises TimeoutError then.
+
+    The client has no limit of its own: where packets are lost without a word the system's counts, minutes.
+    """
+    results, errors = [], []
+
+    def call():
+        try:
+            results.append(function())
+        except Exception as error:
+            errors.append(error)
+
+    thread = Thread(target=call, daemon=True)  # the process ends whether or not it has returned
+    thread.start()
+    thread.join(seconds)
+    if errors:
+        raise errors[0]
+    if not results:
+        raise TimeoutError(f"{otherwise} within {seconds:g} s")
+    return results[0]
 
 
 def push(output: Path, repository: str) -> str:

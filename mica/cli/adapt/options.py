@@ -5,7 +5,7 @@ import shutil
 from collections.abc import Callable
 from typing import NamedTuple
 
-from mica.cli.arguments import DTYPES, a_path, number
+from mica.cli.arguments import COUNT_LIMIT, DTYPES, a_name, a_path, a_source, count, number
 
 # By the Trainer's names; its other schedules need parameters of their own.
 SCHEDULERS = (
@@ -51,7 +51,7 @@ class Option(NamedTuple):
     help: str
     metavar: str | None = None
     default: object = None
-    parse: Callable | type = str
+    parse: Callable | type = a_name
     choices: tuple[str, ...] | None = None
     many: bool = False
     required: bool = False
@@ -66,7 +66,8 @@ def _switch(name: str, text: str, **more) -> Option:
     return Option(name, text, None, False, bool, **more)
 
 
-_COUNT = number(int, 1, low_allowed=True)
+_COUNT = count()
+_THREADS = count(1, 1025)  # rayon starts as many as it is told, and panics where the system has no more
 _POSITIVE, _NOT_NEGATIVE = number(float, 0), number(float, 0, low_allowed=True)
 _SHARE, _SHARE_OR_0 = number(float, 0, 1), number(float, 0, 1, low_allowed=True)
 _FROZEN = "of the frozen weights: auto, float32, bfloat16 or float16"
@@ -74,22 +75,37 @@ _PACKING = ("documents", "stream")
 
 TABLE = (  # a string: the title of the group that begins there
     "model",
-    Option("model", "Hub id, checkpoint folder or GGUF file", "MODEL", required=True),
+    Option("model", "Hub id, checkpoint folder or GGUF file", "MODEL", parse=a_source, required=True),
     Option("adapter", "continue from this MiCA adapter: its rank, alpha and layers", "DIR", None, a_path),
     Option("dtype", _FROZEN, "NAME", "auto", choices=DTYPES),
     Option("quantize", "quantise the frozen weights: 4 or 8 bits, by bitsandbytes", choices=("nf4", "int8")),
     _switch("trust_remote_code", "run Python code that comes with the model"),
     "data",
-    Option("text", "text, JSONL, CSV, Parquet: files, folders, datasets", "SOURCE", many=True, required=True),
+    Option(
+        "text",
+        "text, JSONL, CSV, Parquet: files, folders, datasets",
+        "SOURCE",
+        parse=a_source,
+        many=True,
+        required=True,
+    ),
     Option("text_field", "column with the text; without it: text, content or the only one", "NAME"),
     Option("text_weights", "share of each SOURCE; without it: by length", "N", None, _POSITIVE, many=True),
     Option("dataset_config", "configuration of a dataset from the Hub", "NAME"),
     Option("held_out", "share of the documents that is never trained on", "SHARE", 0.05, _SHARE),
-    Option("held_out_text", "measure on these instead of a share of SOURCE", "SOURCE", many=True),
-    Option("retain", "text that must not be forgotten: perplexity before and after", "SOURCE", many=True),
-    Option("sequence_length", "tokens per block", "TOKENS", 512, number(int, 2, low_allowed=True)),
+    Option(
+        "held_out_text", "measure on these instead of a share of SOURCE", "SOURCE", parse=a_source, many=True
+    ),
+    Option(
+        "retain",
+        "text that must not be forgotten: perplexity before and after",
+        "SOURCE",
+        parse=a_source,
+        many=True,
+    ),
+    Option("sequence_length", "tokens per block", "TOKENS", 512, count(2)),
     Option("packing", "attention within documents, or a whole block", None, "documents", choices=_PACKING),
-    Option("workers", "threads that tokenise; without it: one per CPU", "N", None, _COUNT),
+    Option("workers", "threads that tokenise; without it: one per CPU", "N", None, _THREADS),
     "adapter",
     Option("recipe", "paper: arXiv 2604.01694; all-linear: ours", None, "all-linear", choices=_NAMES),
     Option("rank", "rank", "R", None, _COUNT),
@@ -100,7 +116,7 @@ TABLE = (  # a string: the title of the group that begins there
     Option("train_embeddings", "train input and output embeddings too, as whole modules", parse=bool),
     "training",
     Option("steps", "optimiser steps; or --epochs", "N", None, _COUNT),
-    Option("epochs", "passes over the text", "N", None, _POSITIVE),
+    Option("epochs", "passes over the text", "N", None, number(float, 0, COUNT_LIMIT)),
     Option("batch_size", "blocks per process and forward", "N", 2, _COUNT),
     Option("gradient_accumulation_steps", "forwards per step", "N", 1, _COUNT),
     Option("learning_rate", "peak learning rate", "RATE", None, _POSITIVE),
@@ -113,7 +129,7 @@ TABLE = (  # a string: the title of the group that begins there
     Option("max_grad_norm", "clip gradients to this norm; 0: never", "NORM", None, _NOT_NEGATIVE),
     Option("optimizer", "by the Trainer's name (optim)", "NAME", "adamw_torch"),
     _switch("gradient_checkpointing", "recompute activations: less memory, slower"),
-    Option("seed", "order of the blocks, dropout", "N", 0, number(int, 0, 2**32, low_allowed=True)),
+    Option("seed", "order of the blocks, dropout", "N", 0, count(0, 2**32)),
     "progress",
     Option("eval_steps", "measure perplexity every N steps, besides start and end", "N", None, _COUNT),
     Option("eval_blocks", "measure it on at most N blocks of each text", "N", 32, _COUNT),

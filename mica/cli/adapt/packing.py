@@ -19,6 +19,9 @@ from mica.errors import UsageError
 # long; and the digest of the whole document. Arrays of them (`np.recarray`) are in the order of joining.
 SPAN = np.dtype([("store", np.int64), ("start", np.int64), ("length", np.int64), ("digest", np.uint64)])
 
+# How many times all sources together an epoch of a mixture may be: its order is held in memory.
+LONGEST = 1000
+
 
 def spans_of(stores: list[Tokens]) -> np.recarray:
     """All documents of ``stores``, (num_documents,) of SPAN."""
@@ -90,10 +93,19 @@ def mix(parts: list[Blocks], weights: list[float], seed: int) -> Dataset:
     Every block of every source is in it at least once, as with `datasets.interleave_datasets`'
     "all_exhausted": the source with the most blocks for its weight is there once, the others more often.
     What does not go up in whole rounds is drawn by ``seed``.
+
+    Raises UsageError if the epoch would be more than `LONGEST` times as long as all sources.
     """
     sizes = np.array([len(part) for part in parts])
     shares = np.array(weights, float)
-    counts = np.maximum(sizes, np.rint(shares * (sizes / shares).max()).astype(np.int64))
+    with np.errstate(over="ignore"):
+        wanted = np.rint(shares * (sizes / shares).max())
+    if wanted.sum() > LONGEST * sizes.sum():
+        given = " ".join(f"{weight:g}" for weight in weights)
+        blocks = ", ".join(f"{size:,}" for size in sizes)
+        most = f"sources of {blocks} blocks would make an epoch of {wanted.sum():,.0f}"
+        raise UsageError(f"--text-weights {given}: {most}, more than {LONGEST:,} times as many")
+    counts = np.maximum(sizes, wanted.astype(np.int64))
     chosen, offset = [], 0
     for source, (size, count) in enumerate(zip(sizes, counts, strict=True)):
         rounds, more = divmod(int(count), int(size))

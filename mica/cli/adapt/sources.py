@@ -9,21 +9,25 @@ from __future__ import annotations
 
 import csv
 import hashlib
+import io
 import json
+import os
 import zlib
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
-from glob import escape
 from itertools import chain, islice
 from lzma import LZMAError
 from pathlib import Path
 
 import datasets
-import fsspec
+import pyarrow
+import pyarrow.parquet
 
 from mica.cli.adapt import fingerprint
+from mica.cli.adapt.opening import OPENERS, missing_library, opened
 from mica.cli.output import one_line
 from mica.errors import UsageError
 
@@ -33,8 +37,9 @@ KINDS = {
     **dict.fromkeys((".csv", ".tsv"), "csv"),
     ".parquet": "parquet",
 }
-COMPRESSIONS = (".gz", ".zst", ".xz", ".bz2")
+COMPRESSIONS = tuple(OPENERS)
 CHUNK = 2**20  # characters read at once
+_TWICE = object()  # the value of a column that a row has more than once
 FIRST_ROWS = 100  # in which the column is looked for
 
 # What reading raises for what is in a file, and datasets and huggingface_hub for names that do not exist or
@@ -47,9 +52,11 @@ def _suffix(path: Path) -> str:
     return (path.with_suffix("") if path.suffix.lower() in COMPRESSIONS else path).suffix.lower()
 
 
-def _open(path: Path, newline: str | None = None) -> fsspec.core.OpenFile:
-    """The text of a file, decompressed by its suffix; newlines as ``\\n``, but for ``newline`` ""."""
-    return fsspec.open(str(path), "rt", compression="infer", encoding="utf-8-sig", newline=newline)
+@contextmanager
+def _open(path: Path, newline: str | None = None) -> Iterator[io.TextIOBase]:
+    """The text of a file; newlines as ``\\n``, but for ``newline`` ""."""
+    with opened(path) as file, io.TextIOWrapper(file, "utf-8-sig", newline=newline) as text:
+        yield text
 
 
 @dataclass
@@ -126,9 +133,14 @@ class Source:
             if kind == "text":
                 yield self._chunks(path)
                 continue
-            read = {"json": self._json, "csv": _csv, "parquet": _parquet, "dataset": lambda _: self.dataset}
             with self._named(path):
-                yield from self._texts(read[kind](path), field, path)
+                if kind == "dataset":
+                    yield from self._dataset_texts(field)
+                elif kind == "parquet":
+                    yield from self._parquet_texts(field, path)
+                else:
+                    rows = self._json(path) if kind == "json" else _csv(path)
+                    yield from self._row_texts(rows, field, path)
 
     def _chunks(self, path: Path) -> Iterator[str]:
         with self._named(path), _open(path) as file:
@@ -146,7 +158,7 @@ class Source:
                 if not line.strip():
                     continue
                 try:
-                    found = json.loads(line.rstrip())
+                    found = json.loads(line.rstrip(), object_pairs_hook=_object)
                 except json.JSONDecodeError as error:
                     number += error.lineno - 1
                     raise self.error(f"line {number} is not JSON: {error.msg}", path) from error
@@ -155,24 +167,49 @@ class Source:
                         raise self.error(f"every row must be an object, not {type(row).__name__}", path)
                     yield row
 
-    def _texts(self, rows, field: str | None, path: Path | None) -> Iterator[list[str]]:
-        """The documents in ``rows``: dictionaries, or a dataset."""
-        if isinstance(rows, Iterator):
-            first = [*islice(rows, FIRST_ROWS)]  # not every row has every column
-            types: dict[str, bool] = {}
-            for name, value in chain.from_iterable(row.items() for row in first):
-                types[name] = isinstance(value, str) or types.get(name, False)
-        else:
-            dtypes = {name: getattr(kind, "dtype", None) for name, kind in rows.features.items()}
-            types = {name: dtype in ("string", "large_string") for name, dtype in dtypes.items()}
+    def _row_texts(self, rows: Iterator[dict], field: str | None, path: Path) -> Iterator[list[str]]:
+        """The documents in rows of which not every one has every column."""
+        first = [*islice(rows, FIRST_ROWS)]
+        types: dict[str, bool] = {}
+        for name, value in chain.from_iterable(row.items() for row in first):
+            types[name] = isinstance(value, str) or types.get(name, False)
         if not types:
             return
         column = self._column(types, field, path)
-        if isinstance(rows, Iterator):
-            values = (row.get(column) for row in chain(first, rows))
-        else:  # by batches: row by row it takes ten times as long
-            values = (text for batch in rows.select_columns([column]).iter(1000) for text in batch[column])
+        yield from self._texts((row.get(column) for row in chain(first, rows)), column, path)
+
+    def _dataset_texts(self, field: str | None) -> Iterator[list[str]]:
+        rows = self.dataset
+        dtypes = {name: getattr(kind, "dtype", None) for name, kind in rows.features.items()}
+        types = {name: dtype in ("string", "large_string") for name, dtype in dtypes.items()}
+        if not types:
+            return
+        column = self._column(types, field, None)
+        batches = rows.select_columns([column]).iter(1000)  # row by row it takes ten times as long
+        yield from self._texts((text for batch in batches for text in batch[column]), column, None)
+
+    def _parquet_texts(self, field: str | None, path: Path) -> Iterator[list[str]]:
+        """A file without rows, as jobs write them for a share without any, has no documents."""
+        with opened(path) as source:
+            if path.suffix.lower() in COMPRESSIONS:  # it is not read from its beginning to its end
+                source = pyarrow.BufferReader(source.read())
+            file = pyarrow.parquet.ParquetFile(source)
+            if not file.metadata.num_rows:
+                return
+            schema = file.schema_arrow
+            counts = Counter(schema.names)
+            column = self._column({each.name: _is_string(each.type) for each in schema}, field, path)
+            if counts[column] > 1:
+                raise self.error(f"has more than one column '{column}'", path)
+            batches = file.iter_batches(1000, columns=[column])
+            texts = (text for batch in batches for text in batch.column(0).to_pylist())
+            yield from self._texts(texts, column, path)
+
+    def _texts(self, values: Iterable[object], column: str, path: Path | None) -> Iterator[list[str]]:
+        """The documents in the ``values`` of a column. Raises UsageError for what is no text."""
         for number, value in enumerate(values, 1):
+            if value is _TWICE:
+                raise self.error(f"row {number}: has more than one column '{column}'", path)
             if not isinstance(value, str | None):
                 kind = type(value).__name__
                 raise self.error(f"row {number}: column '{column}' is {kind}, not a string", path)
@@ -199,21 +236,37 @@ class Source:
 
 
 def _csv(path: Path) -> Iterator[dict[str, str | None]]:
-    """All columns are strings. pandas would take a first row with a field too many for one with an index."""
+    """All columns are strings. pandas would take a first row with a field too many for one with an index.
+
+    Of a column that the header has twice DictReader would keep the last.
+    """
     csv.field_size_limit(2**31 - 1)
     with _open(path, newline="") as file:
         rows = csv.DictReader(file, delimiter="\t" if _suffix(path) == ".tsv" else ",", strict=True)
+        counts = Counter(rows.fieldnames)
+        twice = {name: _TWICE for name, count in counts.items() if count > 1}
         for row in rows:
             if surplus := row.pop(None, None):
                 raise ValueError(
                     f"line {rows.line_num} has {len(row) + len(surplus)} fields, the header {len(row)}"
                 )
-            yield row
+            yield row | twice
 
 
-def _parquet(path: Path) -> datasets.IterableDataset:
-    files = escape(str(path))  # a name may hold the characters of a pattern
-    return datasets.load_dataset("parquet", data_files=files, split="train", streaming=True)
+def _object(pairs: list[tuple[str, object]]) -> dict[str, object]:
+    """A JSON object, of which json would keep the last of equal keys."""
+    row = dict(pairs)
+    if len(row) < len(pairs):
+        counts = Counter(name for name, _ in pairs)
+        row |= {name: _TWICE for name, count in counts.items() if count > 1}
+    return row
+
+
+def _is_string(kind: pyarrow.DataType) -> bool:
+    if pyarrow.types.is_dictionary(kind):
+        kind = kind.value_type
+    types = pyarrow.types
+    return types.is_string(kind) or types.is_large_string(kind) or types.is_string_view(kind)
 
 
 def find(option: str, items: Iterable[str], config: str | None = None) -> list[Source]:
@@ -225,15 +278,35 @@ def find(option: str, items: Iterable[str], config: str | None = None) -> list[S
     return [_find(Source(option, str(item), config=config)) for item in items]
 
 
+def _visible(folder: Path) -> Iterator[Path]:
+    """All but folders in ``folder`` and below, without what is hidden; links to folders are not followed.
+
+    Raises OSError for a folder that cannot be read, over which `Path.rglob` passes in silence.
+    """
+    for entry in os.scandir(folder):
+        if entry.name.startswith("."):
+            continue
+        path = folder / entry.name
+        if entry.is_dir(follow_symlinks=False):
+            yield from _visible(path)
+        else:
+            path.exists()  # raises where the folder lists its files and no more
+            yield path
+
+
 def _find(source: Source) -> Source:
     path = Path(source.given).expanduser()
     supported = f"supported: {' '.join(KINDS)}, each also with {' '.join(COMPRESSIONS)}"
     if path.is_dir():
         if any((path / name).is_file() for name in ("state.json", "dataset_dict.json")):
+            if "::" in str(path.resolve()):
+                raise source.error("datasets cannot open a folder with '::' in its path: rename it")
             source.folder = path
             return source
-        visible = (file for file in path.rglob("*") if "/." not in f"/{file.relative_to(path).as_posix()}")
-        every = sorted(file for file in visible if file.is_symlink() or not file.is_dir())
+        try:
+            every = sorted(_visible(path))
+        except OSError as error:
+            raise source.error(f"{error.filename} cannot be read: {one_line(error)}") from error
         files = (file for file in every if file.is_file() and _suffix(file) in KINDS)
         source.files = tuple(file for file in files if file.stat().st_size)
         source.skipped = len(every) - len(source.files)
@@ -250,9 +323,9 @@ def _find(source: Source) -> Source:
     elif source.given.startswith((".", "~", "/", "\\")) or len(path.parts) > 2 or _suffix(path) in KINDS:
         raise source.error("no such file or folder")
     for file in source.files:
-        with source._named(file), file.open("rb") as opened:
-            if not opened.read(1):
+        with source._named(file), file.open("rb") as found:
+            if not found.read(1):
                 raise source.error("the file is empty", file)
-        if file.suffix.lower() == ".zst" and "zstd" not in fsspec.compression.available_compressions():
-            raise source.error("needs zstandard: pip install zstandard", file)
+        if library := missing_library(file):
+            raise source.error(f"needs {library}: pip install {library}", file)
     return source

@@ -54,7 +54,7 @@ def of(settings: config.Settings, corpus: Corpus, model, done) -> dict:
         "steps": done.steps,
         "adapter_step": done.adapter_step,
         "stopped_by": done.stopped_by,
-        "epochs": corpus.epochs(args, num_processes, done.steps if done.stopped_by else None),
+        "epochs": corpus.amount(args, num_processes).epochs(done.tokens),
         "processes": num_processes,
         "processes_from": done.processes_from,
         "trained_parameters": trained,

@@ -28,7 +28,7 @@ from mica.cli.adapt import fingerprint, processes
 from mica.cli.adapt.sources import Source
 from mica.cli.output import explained
 
-VERSION = 3  # of the layout on disk, and of how documents become ids: with another one nothing old is used
+VERSION = 4  # of the layout on disk, and of how documents become ids: with another one nothing old is used
 PIECE = 20_000  # characters tokenised at once: 11 MB of text took 23.6 s as one string, 11.0 s in pieces
 _SAMPLE = 16  # one piece in so many: to find words takes 60 ms/MB, which a tokenizer's threads would wait for
 BATCH = 2**22  # characters a call of the tokenizer, whose threads share the pieces

@@ -27,6 +27,7 @@ from mica.cli.adapt import (
     result,
     stopping,
 )
+from mica.cli.adapt.amount import Amount, Pace
 from mica.cli.adapt.callbacks import Hooks, Request
 from mica.cli.output import explained
 from mica.cli.targets import has_experts
@@ -93,6 +94,7 @@ def find_checkpoint(args: argparse.Namespace, note: Callable[[str], None] = lamb
         note(f"{args.output} has no complete checkpoint yet: the run starts from its beginning")
         return None
     checkpoint = processes.on_main(checkpoints.to_resume, args.output)
+    _check_marker(checkpoint)
     global_batch.check(checkpoint, _settings(args))
     if checkpoint != newest:
         damage = f"{newest.name} is damaged ({checkpoints.damaged(newest)} is not what was written)"
@@ -104,6 +106,18 @@ def find_checkpoint(args: argparse.Namespace, note: Callable[[str], None] = lamb
     if best and (warning := processes.on_main(stopping.warn, _folder(args, best))):
         note(warning)
     return checkpoint
+
+
+def _check_marker(checkpoint: Path) -> None:
+    """Raise UsageError if the marker lacks what `train` goes on from, or has it in another form."""
+    facts = checkpoints.facts(checkpoint) or {}
+    seconds = facts.get("seconds")
+    history = facts.get("processes_from", {})
+    is_history = isinstance(history, dict) and all(isinstance(each, int) for each in history.values())
+    if isinstance(facts.get("step"), int) and isinstance(seconds, int | float) and is_history:
+        return
+    what = "needs a step, seconds and processes_from as numbers: it was changed, or is not of mica adapt"
+    raise UsageError(f"--resume: {checkpoint / checkpoints.MARKER}: {what}")
 
 
 def _folder(args, step: int) -> Path:
@@ -124,7 +138,7 @@ def _arguments(args, blocks: int, **more) -> TrainingArguments:
         num_train_epochs=args.epochs or 1,
         per_device_train_batch_size=args.batch_size,
         # With a last batch that is smaller, N processes fill theirs up with blocks from the epoch's start.
-        dataloader_drop_last=blocks >= args.batch_size * PartialState().num_processes,
+        dataloader_drop_last=Amount.of(args, blocks, PartialState().num_processes).drops_the_rest,
         dataloader_pin_memory=not processes.use_cpu(),
         lr_scheduler_type=args.scheduler,
         warmup_steps=args.warmup_ratio,  # below 1: the share of all steps
@@ -152,7 +166,7 @@ class _Trainer(Trainer):
     def __init__(self, *, sets: dict[str, Dataset], output: Path, embedding_rate: float | None, **options):
         super().__init__(**options)
         self.sets, self.output, self.embedding_rate = sets, output, embedding_rate
-        self.paused = 0.0  # seconds spent in evaluation
+        self.pace = Pace()
 
     def create_optimizer(self, *args, **kwargs):
         """The Trainer's own; embeddings get groups with their learning rate, which schedules scale alike."""
@@ -172,7 +186,7 @@ class _Trainer(Trainer):
             metrics[f"{metric_key_prefix}_{name}_loss"] = score.loss
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
-        self.paused += time.perf_counter() - begin
+        self.pace.measured(time.perf_counter() - begin)
         return metrics
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
@@ -233,7 +247,7 @@ def train(
     begun = time.perf_counter()
 
     def seconds():
-        return earlier + time.perf_counter() - begun - trainer.paused
+        return earlier + time.perf_counter() - begun - trainer.pace.measuring
 
     def mark(step):
         folder = _folder(args, step)
@@ -246,7 +260,8 @@ def train(
             checkpoints.rotate(args.output, KEPT, stopping.best(trainer.state.log_history, args))
 
     request = Request(alone=not processes.several(), speaks=state.is_main_process)
-    hooks = Hooks(request, mark, watch, args)
+    amount = Amount.of(args, len(corpus.train), state.num_processes)
+    hooks = Hooks(request, mark, watch, args, amount, trainer.pace)
     trainer.add_callback(hooks)
     with request.heeded():
         finished = checkpoint is not None and _state_if_finished(checkpoint, args)
@@ -340,7 +355,8 @@ def _build(model, corpus, args, checkpoint) -> _Trainer:
         # accelerate 1.15: one process leaves the saving of a checkpoint while another gathers
         raise UsageError("--train-embeddings: not possible with FSDP2; DDP trains them")
     if processes.several():
-        set_seed(args.seed + PartialState().process_index)  # dropout: other masks for other blocks
+        # Dropout: other masks for other blocks. numpy takes no seed from 2**32 on.
+        set_seed((args.seed + PartialState().process_index) % 2**32)
     return trainer
 
 

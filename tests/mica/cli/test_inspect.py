@@ -137,15 +137,16 @@ def test_nf4_checkpoint_can_be_adapted(model_dir, tmp_path, run):
     check_numbers(row, dequantised(model.model.layers[1].mlp.up_proj), 4, rel=1e-3)
 
 
-def test_rank_beyond_every_layer(model_dir, run, tmp_path):
-    status, table, captured = run(model_dir, "--rank", 99, "--plot", tmp_path / "plot.png")
-    assert table["layers_unsuitable"] == table["layers_found"] == 14
+def test_a_model_of_which_nothing_can_be_adapted(model_dir, run, tmp_path):
+    plot = ["--plot", tmp_path / "plot.png"]
+    status, table, captured = run(model_dir, "--target-modules", "input_layernorm", *plot)
+    assert table["layers_unsuitable"] == table["layers_found"] == 2
     assert table["worst_energy_excess"] is None
-    assert captured.out.count("but got r=99 for this layer") == 14
-    assert status == 2  # for the plot: there is nothing to draw
-    assert "no layer can be adapted" in captured.err
+    assert captured.out.count("cannot be adapted: ") == 2
+    assert status == 2
+    reason = "no layer can be adapted: model.layers.0.input_layernorm: a layer of type LlamaRMSNorm"
+    assert error_of(captured) == f"mica inspect: error: {reason}"
     assert not (tmp_path / "plot.png").exists()
-    assert run(model_dir, "--rank", 99)[0] == 0
 
 
 def test_what_is_not_proven_is_said(model_dir, run, monkeypatch):
@@ -229,7 +230,7 @@ def test_bad_path_is_reported_before_loading(option, model_dir, capsys, tmp_path
         cases.insert(0, ("x.bmp", "must end in .png"))
     for name, message in cases:
         if message == "not writable":
-            monkeypatch.setattr(os, "access", lambda *_: False)
+            monkeypatch.setattr(os, "access", lambda path, mode: mode != os.W_OK)
         assert main(["inspect", str(model_dir), option, str(tmp_path / name)]) == 2
         error = error_of(capsys.readouterr())
         assert f"{option} {tmp_path / name}: " in error

@@ -12,7 +12,8 @@ from tests.support.mutants.operators import OPERATORS
 from tests.support.mutants.serving import SERVING
 from tests.support.mutants.stopping import STOPPING
 from tests.support.mutants.subspace import SUBSPACE
+from tests.support.mutants.values import VALUES
 
 _TABLES = (KERNELS, EXPERTS, OPERATORS, BACKEND, EXPERTS_PATH, SUBSPACE)
-_TABLES += (LIFECYCLE, STOPPING, EMBEDDINGS, ADAPT, SERVING)
+_TABLES += (LIFECYCLE, STOPPING, EMBEDDINGS, ADAPT, SERVING, VALUES)
 MUTANTS = [mutant for table in _TABLES for mutant in mutants(table)]

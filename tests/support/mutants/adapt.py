@@ -23,13 +23,17 @@ ADAPT = {
         "held": [("if is_new and not any", "if not any")],
     },
     ("mica/cli/adapt/sources.py", f"{_TESTS}sources.py"): {
-        "Source._texts": [("FIRST_ROWS", "1"), ("text.encode()", "pass")],
-        "_csv": [("row.pop(None, None)", "row.pop(None, None) and []")],
+        "Source._row_texts": [("FIRST_ROWS", "1")],
+        "Source._texts": [("text.encode()", "pass"), ("if value is _TWICE", "if False")],
+        "Source._parquet_texts": [("if not file.metadata.num_rows", "if False")],
+        "_csv": [("row.pop(None, None)", "row.pop(None, None) and []"), ("row | twice", "row")],
+        "_object": [("if len(row) < len(pairs)", "if False")],
+        "_find": [('if "::" in str(path.resolve())', "if False")],
     },
     ("mica/cli/adapt/dry_run.py", f"{_TESTS}dry_run.py", "-k", "not two_processes"): {
         "check_disk": [("training.KEPT + 1", "training.KEPT"), ("+ replaced", "")],
         "_Clock.seconds": [("self.times[1:] if", "self.times if")],
-        "rehearsal": [("step > clock.first", "step > 0")],
+        "rehearsal": [("measurements(clock.first,", "measurements(0,")],
     },
     ("mica/cli/adapt/session.py", f"{_TESTS}dry_run.py", "-k", "too_small"): {
         "_run": [("processes.on_main(check_disk, model, args, args.output)", "")],

@@ -70,7 +70,7 @@ def test_settings_of_an_adapter(folder):
     change(folder, target_modules=r".*layers\.1.*(q_proj|down_proj)")
     names = adapter.settings(adapter.read_adapter_config(folder), folder)["target_modules"]
     assert names.split(",")[0] == "model.layers.0.mlp.down_proj"  # what has weights, whatever the pattern
-    change(folder, rank_pattern={"q_proj": 2})
+    change(folder, rank_pattern={"q_proj": 4})
     with pytest.raises(UsageError, match=r"^--adapter .*different ranks"):
         adapter.settings(adapter.read_adapter_config(folder), folder)
 
@@ -126,6 +126,51 @@ def test_no_mica_adapter(content, message, folder):
         (folder / adapter.CONFIG).write_text(content)
     with pytest.raises(UsageError, match=f"^--adapter {folder}: .*{message}"):
         adapter.read_adapter_config(folder)
+
+
+WRONG = [
+    *(("r", value) for value in ("x", None, 0, -4, 4.0, True, [4])),
+    *(("lora_alpha", value) for value in ("x", None, 0, True, [8])),
+    *(("lora_dropout", value) for value in ("x", None, 1, -0.1)),
+    *(("rank_pattern", value) for value in ("x", [1], {"q_proj": "x"}, {"q_proj": 0}, {"(": 4})),
+    *(("alpha_pattern", value) for value in ("x", {"q_proj": None}, {"(": 4})),
+    *(("target_modules", value) for value in (3, "(", [3])),
+    *(("target_parameters", value) for value in (3, [3])),
+    *(("modules_to_save", value) for value in (3, [None])),
+    ("base_model_name_or_path", 3),
+]
+
+
+@pytest.mark.parametrize(("name", "value"), WRONG)
+def test_a_value_that_peft_does_not_take(name, value, folder):
+    change(folder, **{name: value})
+    for any_lora in (False, True):
+        with pytest.raises(UsageError, match=f"^--adapter {folder}: adapter_config.json: {name} must be "):
+            adapter.read_adapter_config(folder, any_lora=any_lora)
+
+
+@pytest.mark.parametrize("entry", [{"r": 2}, {"r": 8}, {"rank_pattern": {"q_proj": 2}}])
+def test_a_rank_that_the_weights_do_not_have(entry, folder):
+    change(folder, **entry)
+    with pytest.raises(
+        UsageError, match=r"adapter_config.json has rank \d for .*, and adapter_model.* has 4$"
+    ):
+        adapter.read_adapter_config(folder)
+
+
+def test_a_configuration_that_is_nested_too_deeply(folder):
+    (folder / adapter.CONFIG).write_text('{"peft_type": ' + "[" * 100_000 + "]" * 100_000 + "}")
+    with pytest.raises(UsageError, match="is not that of a PEFT adapter"):
+        adapter.read_adapter_config(folder)
+
+
+def test_weights_that_are_no_two_factors_of_a_matrix(folder):
+    weights = load_file(folder / adapter.WEIGHTS)
+    name = next(name for name in weights if "lora_B" in name)
+    for changed in (weights[name][:, :2].contiguous(), weights[name][..., None].contiguous()):
+        save_file(weights | {name: changed}, folder / adapter.WEIGHTS)
+        with pytest.raises(UsageError, match="which are no two factors of a matrix"):
+            adapter.read_adapter_config(folder)
 
 
 def test_no_folder_and_no_weights(folder):

@@ -9,6 +9,7 @@ import pytest
 import torch
 from transformers import TrainerControl, TrainerState
 
+from mica.cli.adapt.amount import Amount, Pace
 from mica.cli.adapt.callbacks import SIGNALS, Hooks, Request
 from mica.errors import UsageError
 from tests.support.adapt_runs import fresh_state  # noqa: F401 (a fixture)
@@ -23,11 +24,12 @@ def state(step=10, main=True):
     return TrainerState(global_step=step, max_steps=40, is_world_process_zero=main, log_history=["a"])
 
 
-def begun(main=True, calls=None):
+def begun(main=True, calls=None, pace=None, blocks=120):
     """Hooks of a run that has begun; marks and watches are appended to ``calls``."""
     note = (calls if calls is not None else []).append
-    options = SimpleNamespace(keep_best=False, patience=None, max_retain_rise=None)
-    hooks = Hooks(Request(alone=True, speaks=False), note, note, options)
+    options = SimpleNamespace(keep_best=False, patience=None, max_retain_rise=None, eval_steps=20)
+    amount = Amount(blocks, sequence_length=32, batch_size=1, accumulation=3, processes=1)
+    hooks = Hooks(Request(alone=True, speaks=False), note, note, options, amount, pace or Pace())
     hooks.on_train_begin(ARGS, state(0, main), None)
     return hooks
 
@@ -58,6 +60,20 @@ def test_progress(monkeypatch, main, capsys):
         "step 40/40: held-out perplexity 5.75, retained perplexity 9.50",
     ]
     assert capsys.readouterr().err.splitlines() == (expected if main else [])
+
+
+def test_the_time_left_is_that_of_blocks_and_measurements(monkeypatch, capsys):
+    """Of 34 steps an epoch the last has one block; measurements take longer than steps, the first too."""
+    clock = SimpleNamespace(perf_counter=iter([0, 1100, 1370]).__next__)
+    monkeypatch.setattr("mica.cli.adapt.callbacks.time", clock)
+    pace = Pace()
+    hooks = begun(pace=pace, blocks=100)
+    pace.measured(1000.0)  # before the first step
+    for step in (10, 37):
+        hooks.on_log(ARGS, state(step), None, logs={"learning_rate": 1e-3, "loss": 2.5})
+    said = [line.split(", ")[2] for line in capsys.readouterr().err.splitlines()]
+    # 30 blocks in 100 s: 88 more, and two measurements. 109 in 370 s: 9 more, and the last measurement.
+    assert said == ["38:13 left", "17:10 left"]
 
 
 def test_the_last_step_is_evaluated():

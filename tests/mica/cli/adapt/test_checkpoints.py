@@ -50,6 +50,7 @@ def test_the_newest_complete_one_counts(tmp_path):
         pytest.param(SHARD, None, id="shard gone"),
         pytest.param(checkpoints.MARKER, b'{"step": 2, "files": {', id="marker cut"),
         pytest.param(checkpoints.MARKER, b"[]", id="marker is a list"),
+        pytest.param(checkpoints.MARKER, b'{"step": 2, "files": {}}', id="marker names no file"),
     ],
 )
 def test_a_damaged_one_does_not_count(tmp_path, file, content):

@@ -76,12 +76,19 @@ def test_the_command_line_wins_over_yaml_over_the_recipe(argv, yaml, expected, y
     [
         ("rnak: 3", "there is no option 'rnak', did you mean rank?"),
         ("xyzzy: 3", "there is no option 'xyzzy'$"),
-        ("rank: [3, 4]", "rank must be one value, not"),
-        ("rank: {a: 3}", "rank must be one value, not"),
-        ("rank: true", "rank must be one value, not True"),
-        ("rank: zero", "argument --rank: must be a whole number at least 1, not 'zero'"),
+        ("rank: [3, 4]", "rank must be one value, and is a list"),
+        ("rank: {a: 3}", "rank must be one value, and is a mapping in line 1"),
+        ("rank: true", "argument --rank: must be a whole number at least 1 .*, not 'true'"),
+        ("rank: 0x10", "argument --rank: must be a whole number at least 1 .*, not '0x10'"),
+        ("seed: 1:30", "argument --seed: must be a whole number at least 0 .*, not '1:30'"),
+        ("rank: 3\nrank: 4", "rank is there twice, the second time in line 2"),
+        ("save-steps: 3\nsave_steps: 4", "save_steps is there twice, with - and with _"),
+        ("packing: document", "argument --packing: invalid choice.*; did you mean documents\\?$"),
+        ("model: ''", "argument --model: must not be empty"),
+        ("rank: " + "[" * 3000 + "]" * 3000, "nested too deeply"),
+        ("rank: zero", "argument --rank: must be a whole number at least 1 and below 2147483648, not 'zero'"),
         ("dtype: int4", "argument --dtype: invalid choice: 'int4'"),
-        ("text: [[a]]", "text must be a list, not"),
+        ("text: [[a]]", "every value of text must be one value, and is a list in line 1"),
         ("resume: true", "--resume belongs on the command line"),
         ("config: x.yaml", "--config belongs on the command line"),
         ("merge: 3", "merge must be true or false, not 3"),
@@ -98,6 +105,13 @@ def test_bad_yaml(text, message, yaml_file, tmp_path):
         assert str(refusal.value).startswith(f"--config {path}: ")
 
 
+def test_yaml_is_read_as_the_command_line_is(yaml_file):
+    lines = "rank: 010\nalpha: 1_000\nmerge: yes\nexperts: off\ntext_field: no\ntext: [a, -b]\nworkers: ~\n"
+    args = config.resolve(given("--model", "m", "--output", "o", "--config", yaml_file(lines))).args
+    assert (args.rank, args.alpha, args.merge, args.experts) == (10, 1000, True, False)
+    assert (args.text_field, args.text, args.workers) == ("no", ["a", "-b"], None)
+
+
 def test_required_options_may_come_from_yaml(yaml_file):
     path = yaml_file("model: m\ntext: t\n")
     assert config.resolve(given("--config", path, "--output", "o")).args.text == ["t"]
@@ -111,6 +125,10 @@ def test_options_that_go_together():
     assert resolve("--text-weights", 1).args.text_weights == [1.0]
     with pytest.raises(UsageError, match="--text-weights: 2 numbers for 1 sources"):
         resolve("--text-weights", 1, 2)
+    assert resolve("--text", "u", "--text-weights", 1, 1e6).args.text_weights == [1, 1e6]
+    for weights in ((1, 2e6), (1e300, 1), (1e-320, 1)):
+        with pytest.raises(UsageError, match="one must be at most 1,000,000 times another"):
+            resolve("--text", "u", "--text-weights", *weights)
     with pytest.raises(UsageError, match="--steps and --epochs: give one of them"):
         resolve("--steps", 1, "--epochs", 1)
     with pytest.raises(UsageError, match="--held-out and --held-out-text: give one of them"):

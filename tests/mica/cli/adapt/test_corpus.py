@@ -114,19 +114,26 @@ def test_what_is_said(tmp_path):
     args = settings(tmp_path / "texts", held_out_text=[str(write(tmp_path / "b.jsonl", rows(*range(1, 9))))])
     corpus = gather(args, TOKENIZER)
     blocks = len(corpus.train)
-    percent = f"{100 * 10 * 2 * 3 * 2 / blocks:.3g}"
+    amount = corpus.amount(settings("a"), 2)
+    rest = blocks % 4
+    assert amount.left_out == rest
+    blocks_left = f"{rest} block{'s' * (rest > 1)}"
     assert corpus.describe(settings("a"), 2).splitlines() == [
         f"{corpus.parts[0].tokens:,} tokens in 102 documents, {blocks} training blocks of 32; this run sees "
-        f"{float(percent) / 100:.3g} epochs",
+        f"{amount.blocks_after(10) / blocks:.3g} epochs",
         "held out: 2 blocks (--held-out-text)",
         "left out of training: 10 copies of held-out documents",
+        *[f"left out of each epoch: {blocks_left} short of a full batch, others each time"][: bool(rest)],
         f"left out of {args.text[0]}: 1 document without text",
         f"left out of {args.text[0]}: 1 file of other kinds",
     ]
-    assert "this run sees 2.5 epochs" in corpus.describe(settings("a", steps=None, epochs=2.5))
+    part = settings("a", steps=None, epochs=2.5)
+    amount = corpus.amount(part)
+    read = amount.blocks_after(amount.steps(part))
+    assert f"this run sees {read / blocks:.3g} epochs" in corpus.describe(part)
     share = 100 * 2 / blocks
     one = settings("a", steps=1, gradient_accumulation_steps=1)
-    assert f"this run sees {share:.2g} % of an epoch" in corpus.describe(one)
+    assert f"this run sees {share:.3g} % of an epoch" in corpus.describe(one)
     assert "(tokenised before)" in gather(args, TOKENIZER).describe(args)
 
 

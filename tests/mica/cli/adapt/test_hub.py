@@ -1,5 +1,6 @@
 """--push-to-hub, without a hub: what is asked, what is sent, and what an error says."""
 
+import threading
 from types import SimpleNamespace
 
 import pytest
@@ -52,6 +53,15 @@ def test_refused_before_any_work(answer, message, at_hub):
     at_hub(**answer)
     with pytest.raises(UsageError, match=f"^--push-to-hub me/x: {message}"):
         hub.check("me/x")
+
+
+def test_a_hub_that_does_not_answer_is_not_waited_for(at_hub, monkeypatch):
+    answered = threading.Event()
+    monkeypatch.setattr(hub, "_PATIENCE", 0.05)
+    monkeypatch.setattr(HfApi, "whoami", lambda self: answered.wait(5))
+    with pytest.raises(UsageError, match=r"^--push-to-hub me/x: no answer from the Hub within 0\.05 s$"):
+        hub.check("me/x")
+    answered.set()
 
 
 def test_upload_is_private_and_of_the_adapter_only(monkeypatch, tmp_path):

@@ -7,8 +7,9 @@ from transformers import SchedulerType
 
 from mica.cli import main, parser
 from mica.cli.adapt.options import HELP_WIDTH, OPTIONS, RECIPES, SCHEDULERS, TABLE
-from mica.cli.arguments import a_path
+from mica.cli.arguments import a_name, a_path, a_source
 
+ANY_STRING = (a_name, a_path, a_source)
 # Values that the parser refuses. The other options take any string: test_refusals.py has theirs.
 BAD = """
 dtype=int4 dtype= quantize=nf3 quantize=4 text_weights=0 text_weights=-1 text_weights=two text_weights=inf
@@ -19,7 +20,7 @@ learning_rate=0 learning_rate=nan learning_rate=inf scheduler=cosine_with_min_lr
 warmup_ratio=-0.1 weight_decay=-1 max_grad_norm=-0.3 seed=-1 seed=4294967296 eval_steps=0 log_steps=0
 keep_best=3 patience=0 patience=1.5 max_retain_rise=0 max_retain_rise=-5 max_retain_rise=nan save_steps=0
 trust_remote_code=3 experts=3 gradient_checkpointing=3 resume=3 overwrite=3 merge=3 dry_run=3
-embedding_learning_rate=0 train_embeddings=3
+embedding_learning_rate=0 train_embeddings=3 workers=1025 steps=2147483648 epochs=1e10
 """
 
 
@@ -37,9 +38,7 @@ def test_bad_value(bad, capsys):
 
 
 def test_every_option_has_a_bad_value():
-    strings = {
-        name for name, option in OPTIONS.items() if option.parse in (str, a_path) and not option.choices
-    }
+    strings = {name for name, option in OPTIONS.items() if option.parse in ANY_STRING and not option.choices}
     assert {bad.partition("=")[0] for bad in BAD.split()} == OPTIONS.keys() - strings
 
 

@@ -101,6 +101,16 @@ def test_weights_are_shares_of_an_epoch():
     assert {seen.count(token) for token in seen} == {1, 2}
 
 
+def test_weights_that_would_make_an_endless_epoch_are_refused():
+    parts = [packed([numbered(20 * 2)], 2), packed([numbered(8 * 2, start=1000)], 2)]
+    assert len(mix(parts, [1, 1000], 0)) == 20 + 20_000
+    for weights in ([1, 1e4], [1, 1e300], [1e-320, 1]):
+        with pytest.raises(
+            UsageError, match=r"^--text-weights .*: sources of 20, 8 blocks would make an epoch"
+        ):
+            mix(parts, weights, 0)
+
+
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 def test_llama_keeps_documents_apart(attention):
     """What it is about: the logits and losses of a document in a block are those of the document alone."""

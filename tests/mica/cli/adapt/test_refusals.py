@@ -13,7 +13,7 @@ from transformers import BertConfig, BertForMaskedLM, T5Config, T5ForConditional
 import mica
 from mica.cli import main
 from mica.cli.adapt.options import OPTIONS
-from mica.cli.arguments import a_path
+from mica.cli.arguments import a_name, a_path, a_source
 from tests.support.adapt_results import saved
 from tests.support.tiny_cli import TEXT, adapt, byte_tokenizer, tiny_llama
 
@@ -52,7 +52,7 @@ def refused(capsys, out, text_file, model_dir):
 def test_missing_argument_unknown_command_and_version(refused, capsys):
     refused("--text", run=lambda *_: main(["adapt", "--model", "x", "--output", "y"]))
     options = ["--target-parameters", "experts"]
-    said = "unrecognized arguments: --target-parameters experts; did you mean --target-modules?"
+    said = "unrecognized arguments: --target-parameters; did you mean --target-modules?"
     refused(f"mica adapt: error: {said}", options=options)
     assert main(["adapt", "--lr=1"]) == 2
     assert capsys.readouterr().err == "mica adapt: error: unrecognized arguments: --lr=1\n"
@@ -269,6 +269,7 @@ def test_divergence_leaves_no_adapter(options, message, refused, out):
     refused(message, "(now 1e+30)", options=["--learning-rate", "1e30", *options], quiet=False, run=run)
 
 
+ANY_STRING = (a_name, a_path, a_source)
 # A bad value of each option that takes any string, and what the message has besides the option and the value.
 BAD_STRINGS = {
     "model": ("./nowhere", "no such file or folder"),
@@ -298,9 +299,7 @@ OTHERS = [
 
 
 def test_every_option_that_takes_any_string_is_here():
-    strings = {
-        name for name, option in OPTIONS.items() if option.parse in (str, a_path) and not option.choices
-    }
+    strings = {name for name, option in OPTIONS.items() if option.parse in ANY_STRING and not option.choices}
     assert strings == BAD_STRINGS.keys()
 
 

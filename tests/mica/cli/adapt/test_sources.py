@@ -4,8 +4,11 @@ import gzip
 import json
 import os
 import re
+from pathlib import Path
 
 import datasets
+import pyarrow
+import pyarrow.parquet
 import pytest
 
 from mica.cli.adapt.sources import find
@@ -55,6 +58,67 @@ def test_a_saved_dataset(tmp_path, wrap):
     assert one.digest() == two.digest()
 
 
+def test_a_name_with_colons_is_a_name(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write(tmp_path / "rows.jsonl", ROWS[:1])
+    for kind in ("jsonl", "csv", "parquet", "json.gz"):
+        (tmp_path / kind).mkdir()
+        for name in ("x::rows", "file::rows", "zip:", "simplecache::zip:"):
+            path = write(tmp_path / kind / f"{name}.{kind}", ROWS[1:])
+            assert read(path) == TEXTS[1:]
+            assert read(path.relative_to(tmp_path)) == TEXTS[1:]
+        assert read(tmp_path / kind) == TEXTS[1:] * 4
+    datasets.Dataset.from_list(ROWS).save_to_disk(tmp_path / "plain")
+    (tmp_path / "plain").rename(tmp_path / "x::saved")
+    with pytest.raises(UsageError, match="--text x::saved: datasets cannot open a folder with '::' in its"):
+        read("x::saved")
+
+
+def test_parquet_files_of_a_job_of_which_one_has_no_rows(tmp_path):
+    write(tmp_path / "a.parquet", ROWS)
+    for name, kind in (("b", pyarrow.string()), ("c", pyarrow.null())):
+        table = pyarrow.table({"title": pyarrow.array([], kind), "text": pyarrow.array([], kind)})
+        pyarrow.parquet.write_table(table, tmp_path / f"{name}.parquet")
+    assert read(tmp_path) == TEXTS
+
+
+@pytest.mark.parametrize("kind", [pyarrow.string(), pyarrow.large_string(), pyarrow.string_view()])
+def test_every_kind_of_strings_in_parquet(kind, tmp_path):
+    columns = {"n": [1, 2, 3], "a.b": pyarrow.array(["x", None, "y"], kind), "m": [[1], [], None]}
+    pyarrow.parquet.write_table(pyarrow.table(columns), tmp_path / "a.parquet")
+    assert read(tmp_path / "a.parquet") == ["x", "", "y"]
+
+
+def test_strings_of_a_dictionary_in_parquet(tmp_path):
+    words = pyarrow.array(["x", None, "y"]).dictionary_encode()
+    pyarrow.parquet.write_table(pyarrow.table({"n": [1, 2, 3], "words": words}), tmp_path / "a.parquet")
+    assert read(tmp_path / "a.parquet") == ["x", "", "y"]
+
+
+def test_a_parquet_column_that_is_there_twice(tmp_path):
+    table = pyarrow.table([["a"], ["b"]], names=["text", "text"])
+    pyarrow.parquet.write_table(table, tmp_path / "a.parquet")
+    with pytest.raises(UsageError, match="has more than one column 'text'"):
+        read(tmp_path / "a.parquet")
+
+
+def test_a_folder_that_cannot_be_read_is_no_folder_without_text(tmp_path, monkeypatch):
+    write(tmp_path / "a.jsonl", ROWS)
+    (tmp_path / "shut").mkdir()
+    scandir = os.scandir
+
+    def refuse(path):
+        if Path(path).name == "shut":
+            raise PermissionError(13, "Permission denied", str(path))
+        return scandir(path)
+
+    monkeypatch.setattr("mica.cli.adapt.sources.os.scandir", refuse)
+    with pytest.raises(
+        UsageError, match=f"--text {tmp_path}: {tmp_path}/shut cannot be read: Permission den"
+    ):
+        find("--text", [tmp_path])
+
+
 def test_the_digest_is_of_content_and_kind(tmp_path):
     names = ("a.csv", "b.csv", "a.tsv", "a.jsonl")
     for name in names:
@@ -97,6 +161,8 @@ def test_the_column(tmp_path, row, field, expected):
     [
         ("a.csv", "text,n\n007,1\nNA,2\n,3\n1.50,4\n", ["007", "NA", "", "1.50"]),
         ("a.csv", "n,text\n1,a\n2\n", ["a", ""]),
+        ("a.csv", "n,text,n,\n1,a,2,3\n", ["a"]),
+        ("a.jsonl", '{"n": 1, "text": "a", "n": 2, "m": {"text": 1, "text": 2}}\n', ["a"]),
         ("a.jsonl", '{}\n{"id": "x"}\n{"id": "y", "text": "a"}\n', ["", "", "a"]),
         ("a.jsonl", '{"text": "a", "m": null}\n\n{"m": {"x": [1]}, "text": "b"}\n{"n": 1}\n', ["a", "b", ""]),
     ],
@@ -127,6 +193,9 @@ CONTENTS = [  # name, bytes or rows, column, what the line says
     ("a.txt.gz", b"abc", None, "cannot be read: Not a gzipped file"),
     ("a.jsonl.xz", b"abc", None, "cannot be read"),
     ("a.csv.gz", b"abc", None, "cannot be read"),
+    ("a.csv", b"text,n,text\na,1,b\n", None, "row 1: has more than one column 'text'"),
+    ("a.csv", b"text,n,text\na,1\n", None, "row 1: has more than one column 'text'"),
+    ("a.jsonl", b'{"text": "a"}\n{"text": "b", "text": "c"}', None, "row 2: has more than one column 'text'"),
     ("a.parquet", b"abc", None, "cannot be read"),
     ("a.parquet", [{"text": 1}], None, "row 1: column 'text' is int, not a string"),
 ]
@@ -159,7 +228,7 @@ def test_bad_names_are_refused(tmp_path, monkeypatch):
     for name in ("a.docx", "a.gz", "a.txt.zst", "folder/a.png"):
         (tmp_path / name).write_bytes(b"x")
     (tmp_path / "empty.txt").touch()
-    monkeypatch.setattr("fsspec.compression.available_compressions", lambda: [None, "gzip"])
+    monkeypatch.setattr("mica.cli.adapt.opening.importlib.util.find_spec", lambda name: None)
     for name, message in {
         "missing.txt": "no such file or folder",
         "missing": "no such file or folder",

@@ -1,0 +1,153 @@
+"""Mistakes at the prompt: each gets one line that names the argument, status 2, and nothing is written."""
+
+import os
+import tempfile
+from pathlib import Path
+
+import pytest
+
+from mica.cli import main
+from tests.support.tiny_cli import byte_tokenizer, tiny_llama
+
+ADAPT = ("adapt", "--model", "x", "--text", "x", "--output", "out")
+
+# The arguments, and what the line has behind "mica COMMAND: error: "
+MISTAKES = [
+    (["adpat"], "argument COMMAND: invalid choice: 'adpat'", "; did you mean adapt?"),
+    (["xyzzy"], "argument COMMAND: invalid choice: 'xyzzy'", ")"),
+    (["--verison"], "unrecognized arguments: --verison", "; did you mean --version?"),
+    (["--rank", "4", "adapt"], "unrecognized arguments: --rank", ""),
+    ([*ADAPT, "--rnak", "4"], "unrecognized arguments: --rnak", "; did you mean --rank?"),
+    ([*ADAPT, "--lr=1"], "unrecognized arguments: --lr=1", "--lr=1"),
+    ([*ADAPT, "--recipe", "papre"], "argument --recipe: invalid choice: 'papre'", "; did you mean paper?"),
+    ([*ADAPT, "--dtype", "flaot32"], "argument --dtype: invalid choice: 'flaot32'", "did you mean float32?"),
+    (["transfer", "--adaptr", "x", "--to", "y"], "unrecognized arguments: --adaptr", "mean --adapter?"),
+    (["inspect", "x", "--jsn", "y"], "unrecognized arguments: --jsn", "; did you mean --json?"),
+    (["doctor", "--adaptor", "x"], "unrecognized arguments: --adaptor", "; did you mean --adapter?"),
+    (["inspect", ""], "argument MODEL: must not be empty", ""),
+    (["inspect", " "], "argument MODEL: must not be empty", ""),
+    (["inspect", "x", "--rank", "1" * 20], "argument --rank: must be a whole number at least 1", ""),
+    (["inspect", "x", "--target-modules", ""], "argument --target-modules: must not be empty", ""),
+    (["doctor", "--adapter", ""], "argument --adapter: must not be empty", ""),
+    (["doctor", "--json="], "argument --json: must not be empty", ""),
+    (["transfer", "--adapter=", "--to=x", "--output=y"], "argument --adapter: must not be empty", ""),
+    (["transfer", "--adapter=x", "--to=", "--output=y"], "argument --to: must not be empty", ""),
+    (["adapt", "--model", "", "--text", "x", "--output", "out"], "argument --model: must not be empty", ""),
+    ([*ADAPT, "--output="], "argument --output: must not be empty", ""),
+    ([*ADAPT, "--text", ""], "argument --text: must not be empty", ""),
+    ([*ADAPT, "--steps", "1" * 400], "argument --steps: must be a whole number at least 1", ""),
+    ([*ADAPT, "--batch-size", "3000000000"], "argument --batch-size: must be a whole number", ""),
+    ([*ADAPT, "--workers", "100000"], "argument --workers: must be a whole number at least 1", "'100000'"),
+    ([*ADAPT, "--epochs", "1e300"], "argument --epochs: must be a number above 0", "'1e300'"),
+    ([*ADAPT, "--text", "y", "--text-weights", "1", "1e300"], "--text-weights 1 1e+300: one must be", ""),
+    (
+        [*ADAPT, "--text", "y", "--text-weights", "1e-320", "1"],
+        "--text-weights 9.99989e-321 1: one must be",
+        "",
+    ),
+    ([*ADAPT, "--text", "y", "--text-weights", "1", "1e9"], "--text-weights 1 1e+09: one must be", ""),
+    ([*ADAPT, "--output", "a" * 5000], "argument --output: 'aaa", "File name too long"),
+    (["inspect", "a" * 5000], "argument MODEL: 'aaa", "File name too long"),
+]
+
+
+@pytest.mark.parametrize(("argv", "start", "end"), MISTAKES)
+def test_a_mistake_gets_one_line(argv, start, end, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert main(argv) == 2
+    captured = capsys.readouterr()
+    assert (captured.out, captured.err.count("\n")) == ("", 1)
+    program, _, message = captured.err.rstrip("\n").partition(": error: ")
+    assert program in ("mica", f"mica {argv[0]}")
+    assert message.startswith(start)
+    assert message.endswith(end)
+    assert not [*tmp_path.iterdir()]
+
+
+# Paths that the system refuses to look at
+
+
+@pytest.fixture
+def closed():
+    """A folder that this process may neither list nor search; one that it may list only; a loop of links."""
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        folder.chmod(0o755)
+        (folder / "shut").mkdir(mode=0o700)
+        (folder / "listed").mkdir()
+        (folder / "listed" / "a.txt").touch()
+        (folder / "listed").chmod(0o744)
+        (folder / "loop").symlink_to("loop")
+        is_root = os.geteuid() == 0
+        if is_root:
+            os.setresuid(65534, 65534, 0)
+        else:
+            (folder / "shut").chmod(0)
+            (folder / "listed").chmod(0o400)
+        try:
+            yield folder
+        finally:
+            if is_root:
+                os.setresuid(0, 0, 0)
+        (folder / "shut").chmod(0o700)
+        (folder / "listed").chmod(0o700)
+
+
+PLACES = [
+    ("adapt", "--model", "PATH", "--text", "x", "--output", "y"),
+    ("adapt", "--model", "x", "--text", "PATH", "--output", "y"),
+    ("adapt", "--model", "x", "--text", "x", "--output", "PATH"),
+    ("adapt", "--adapter", "PATH", "--model", "x", "--text", "x", "--output", "y"),
+    ("adapt", "--config", "PATH", "--output", "y"),
+    ("adapt", "--held-out-text", "PATH", "--model", "x", "--text", "x", "--output", "y"),
+    ("adapt", "--retain", "PATH", "--model", "x", "--text", "x", "--output", "y"),
+    ("adapt", "--output", "PATH", "--resume"),
+    ("inspect", "PATH"),
+    ("inspect", "x", "--json", "PATH"),
+    ("inspect", "x", "--plot", "PATH"),
+    ("doctor", "--adapter", "PATH"),
+    ("doctor", "--json", "PATH"),
+    ("transfer", "--adapter", "PATH", "--to", "x", "--output", "y"),
+    ("transfer", "--adapter", "x", "--to", "PATH", "--output", "y"),
+    ("transfer", "--adapter", "x", "--to", "x", "--output", "PATH"),
+]
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows has other permissions")
+@pytest.mark.parametrize("argv", PLACES)
+def test_a_path_that_cannot_be_looked_at(argv, closed, capsys):
+    option = argv[argv.index("PATH") - 1]
+    named = "MODEL" if option == "inspect" else option
+    for path, reason in (
+        (closed / "shut" / "a.txt", "Permission denied"),
+        (closed / "shut", "Permission denied"),
+        (closed / "listed", "Permission denied"),
+        (closed / "loop", "Too many levels of symbolic links"),
+    ):
+        assert main([str(path) if token == "PATH" else token for token in argv]) == 2
+        captured = capsys.readouterr()
+        assert captured.out == ""
+        assert captured.err == f"mica {argv[0]}: error: argument {named}: '{path}': {reason}\n"
+
+
+def test_a_path_in_yaml_that_cannot_be_looked_at(tmp_path, capsys):
+    config = tmp_path / "options.yaml"
+    (tmp_path / "loop").symlink_to("loop")
+    config.write_text(f"model: {tmp_path}/loop\n", encoding="utf-8")
+    assert main(["adapt", "--config", str(config), "--text", "x", "--output", "y"]) == 2
+    said = f"--config {config}: argument --model: '{tmp_path}/loop': Too many levels of symbolic links"
+    assert capsys.readouterr().err == f"mica adapt: error: {said}\n"
+
+
+# inspect, where nothing can be adapted
+
+
+def test_a_rank_beyond_every_layer_is_refused_before_the_weights_are_read(tmp_path, capsys, monkeypatch):
+    tiny_llama().save_pretrained(tmp_path)
+    byte_tokenizer().save_pretrained(tmp_path)
+    monkeypatch.setattr("mica.cli.loading.load_model", lambda *_: pytest.fail("the model was loaded"))
+    assert main(["inspect", str(tmp_path), "--rank", "999"]) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err.startswith("mica inspect: error: --rank 999: no layer can be adapted: the largest, ")
+    assert captured.err.endswith("has 32 x 32 weights, so at most 32 fits\n")
