@@ -26,6 +26,7 @@ from mica.cli.adapt import (
     processes,
     result,
     stopping,
+    trained_on,
 )
 from mica.cli.adapt.callbacks import Hooks, Request
 from mica.cli.output import explained
@@ -46,7 +47,7 @@ class Training(NamedTuple):
     included, evaluations not. ``loss``: mean training loss over all steps, nats per token. ``interrupted``:
     the signal that ended it, else 0; then nothing but a checkpoint was written. ``adapter_step``: that after
     which the adapter was as it was written. ``stopped_by``: why it ended before its last step, or None.
-    ``processes_from``: see `global_batch.history`.
+    ``processes_from``: see `global_batch.history`. ``trained_on``: see `trained_on.of`.
     """
 
     history: list[dict[str, Any]]
@@ -58,6 +59,7 @@ class Training(NamedTuple):
     adapter_step: int
     stopped_by: str | None
     processes_from: dict[str, int]
+    trained_on: dict[str, Any]
 
 
 def check(args: argparse.Namespace) -> None:
@@ -226,6 +228,7 @@ def train(
     state, base = PartialState(), model.get_base_model()
     use_cache = getattr(base.config, "use_cache", True)
     trainer, settings = _prepared(model, corpus, args, checkpoint)
+    origin = trained_on.of(model, args, checkpoint)
     begin()
     shared = global_batch.history(checkpoint, state.num_processes)
     earlier = checkpoints.facts(checkpoint)["seconds"] if checkpoint is not None else 0.0
@@ -241,7 +244,7 @@ def train(
             state.wait_for_everyone()
             if state.is_main_process:
                 own = {"step": step, "seconds": seconds(), "processes_from": shared}
-                checkpoints.mark(folder, **own, **settings)
+                checkpoints.mark(folder, **origin | own | settings)
         if state.is_main_process:  # with the new one safe: what goes wrong here must not remove it
             checkpoints.rotate(args.output, KEPT, stopping.best(trainer.state.log_history, args))
 
@@ -274,6 +277,7 @@ def train(
         adapter_step=step,
         stopped_by=_stopped_by(trainer.state, args),
         processes_from=shared,
+        trained_on=origin,
     )
 
 

@@ -14,7 +14,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from mica.cli.adapt import adapter, base, folder, result
+from mica.cli.adapt import adapter, base, fingerprint, folder, result
 from mica.cli.loading import find_source
 from mica.errors import UsageError
 from tests.support.adapt_results import factors, move, settings, write_adapter
@@ -99,6 +99,20 @@ def test_merge_of_a_quantised_run_is_into_the_base_as_it_was(kind, dtype, model_
         update = exact.get(name.removesuffix(".weight"), 0)
         torch.testing.assert_close(merged[name], (weight.double() + update).to(weight.dtype))
     assert "quantization_config" not in json.loads((tmp_path / "merged" / "config.json").read_text())
+
+
+def test_what_is_loaded_anew_to_be_merged_must_be_what_was_trained_on(tuned, model_dir, tmp_path):
+    base = tuned.get_base_model()
+    base.is_quantized = True
+    base.name_or_path = str(model_dir)
+    args = settings(model=str(model_dir), output=tmp_path)
+    result.save(tuned, byte_tokenizer(), tmp_path)
+    said = rf"^--merge .*/merged: {model_dir} has other weights than when training began; the adapter is in"
+    with pytest.raises(UsageError, match=said):
+        result.merge(tuned, byte_tokenizer(), args, "0123456789abcdef")
+    assert not (tmp_path / "merged").exists()
+    result.merge(tuned, byte_tokenizer(), args, fingerprint.of(str(model_dir)))
+    assert (tmp_path / "merged").exists()
 
 
 def adapter_sums(model) -> dict[str, torch.Tensor]:
