@@ -9,6 +9,7 @@ import torch
 from accelerate import PartialState
 from peft import PeftModel
 from torch import nn
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 import mica.fast
@@ -69,9 +70,15 @@ def gathered(model: nn.Module) -> dict[str, torch.Tensor] | None:
     """
     if not _is_sharded(model):
         return None
-    state, whole = {}, {}
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            # A forward without a backward, as in an evaluation, leaves the output layer whole. What is read
+            # then is FSDP's own memory, which is freed as soon as PEFT asks the layer for its names.
+            module.reshard()
+    state = {}
+    whole = {}
     for name, weight in model.named_parameters(remove_duplicate=False):
-        if not (weight.requires_grad or "lora_" in name):
+        if not weight.requires_grad and "lora_" not in name:
             continue
         if weight not in whole:
             full = weight.full_tensor() if isinstance(weight, DTensor) else weight

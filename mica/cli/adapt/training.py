@@ -183,10 +183,13 @@ class _Trainer(Trainer):
         Not by the Trainer's own: that adds a pickle of its arguments, embeddings of the base, and under
         FSDP2 the whole model in the main process's memory (or nothing, with sharded checkpoints).
         """
+        folder = Path(output_dir or self.args.output_dir)
         state = result.gathered(self.model)
-        if self.args.should_save:
-            model = self.accelerator.unwrap_model(self.model)
-            result.write_adapter(model, Path(output_dir or self.args.output_dir), state)
+        # Told to all here: under FSDP2 the others would go on to gather the optimiser's state.
+        with checkpoints.written(self.output, folder.name):
+            if self.args.should_save:
+                model = self.accelerator.unwrap_model(self.model)
+                result.write_adapter(model, folder, state)
 
     def _save_checkpoint(self, *args, **kwargs) -> None:
         # Private to the Trainer. Should a version not call it, a full disk ends in a traceback, and nothing
@@ -340,9 +343,6 @@ def _build(model, corpus, args, checkpoint) -> _Trainer:
     trainer.remove_callback(PrinterCallback)
     if trainer.is_fsdp_enabled and getattr(trainer.accelerator.state.fsdp_plugin, "fsdp_version", 1) < 2:
         raise UsageError("FSDP version 1 shards trained and frozen weights together: set fsdp_version: 2")
-    if trainer.is_fsdp_enabled and args.train_embeddings:
-        # accelerate 1.15: one process leaves the saving of a checkpoint while another gathers
-        raise UsageError("--train-embeddings: not possible with FSDP2; DDP trains them")
     if processes.several():
         set_seed(args.seed + PartialState().process_index)  # dropout: other masks for other blocks
     return trainer

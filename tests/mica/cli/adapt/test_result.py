@@ -167,3 +167,33 @@ def test_sharded_model_is_saved_and_merged_whole(model_dir, tmp_path):
     assert torch.equal(logits(PeftModel.from_pretrained(tiny_llama(), tmp_path)), expected)
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
     torch.testing.assert_close(logits(merged), expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_sharded_embeddings_are_whole_after_an_evaluation(tied, tmp_path):
+    """A forward alone leaves the output layer unsharded, in memory that FSDP frees while PEFT saves."""
+    options = {"train_embeddings": True, "embedding_learning_rate": 1e-3}
+    model = adapter.start(tiny_llama(tie_word_embeddings=tied), settings(**options))
+    move(model)
+    result.save(model, None, tmp_path / "whole")
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        mesh = init_device_mesh("cpu", (1,))
+        base = model.get_base_model()
+        for layer in base.model.layers:
+            fully_shard(layer, mesh=mesh)
+        last = [base.model.norm, base.lm_head]
+        if tied:
+            last.append(base.model.embed_tokens)
+        fully_shard(last, mesh=mesh, reshard_after_forward=False)  # as accelerate does
+        fully_shard(model, mesh=mesh)
+        logits(model)
+        result.save(model, None, tmp_path / "sharded")
+    finally:
+        dist.destroy_process_group()
+    whole, sharded = (
+        load_file(tmp_path / name / "adapter_model.safetensors") for name in ("whole", "sharded")
+    )
+    assert whole.keys() == sharded.keys()
+    for name, weight in whole.items():
+        assert torch.equal(sharded[name], weight)
