@@ -81,6 +81,11 @@ def facts(checkpoint: Path) -> dict[str, Any] | None:
     return None if _wrong(checkpoint, sizes, {}) else marker
 
 
+def marked_facts(checkpoint: Path) -> dict[str, Any] | None:
+    """What `mark` was given, whatever has become of the files since; None where there is no marker."""
+    return _read(checkpoint)[0]
+
+
 def _read(checkpoint: Path) -> tuple[dict[str, Any] | None, dict[str, int], dict[str, str]]:
     """What `mark` was given, size and hash of each file; an earlier version's marker has no hashes."""
     with suppress(OSError, ValueError, KeyError, AttributeError, TypeError):

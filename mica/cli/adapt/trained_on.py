@@ -65,4 +65,4 @@ def _recorded(folder: Path) -> dict[str, Any]:
         summary = json.loads((folder / config.SUMMARY).read_text(encoding="utf-8"))
         if isinstance(summary, dict):
             return summary
-    return checkpoints.facts(folder) or {}
+    return checkpoints.marked_facts(folder) or {}

@@ -21,7 +21,7 @@ EMBEDDINGS = {
     ("mica/cli/adapt/trained_on.py", _RECORD): {
         "of": [("earlier = checkpoint or args.adapter", "earlier = None")],
         "is_base": [("return found == recorded", "return True")],
-        "_recorded": [("checkpoints.facts(folder) or {}", "{}")],
+        "_recorded": [("checkpoints.marked_facts(folder) or {}", "{}")],
     },
     ("mica/cli/adapt/config.py", _TESTS): {"resolve": [("/ 10", "/ 5")]},
     ("mica/cli/adapt/corpus.py", _TESTS): {"Corpus.cost": [("<= DEAR", "<= 3 * DEAR")]},

@@ -114,7 +114,7 @@ def test_what_is_not_recorded_is_noted(copied, record, capsys):
     path.write_text(json.dumps(summary(copied / "run") | {"embeddings_before": record}))
     assert transfer(copied) == 0
     said = capsys.readouterr().err
-    assert said.startswith(f"mica transfer: note: --adapter {copied / 'run'} {NOTE}: what its base ")
+    assert f"mica transfer: note: --adapter {copied / 'run'} {NOTE}: what its base " in said
 
 
 def test_an_adapter_of_peft_is_noted_and_its_dtype_counts(copied, capsys):
