@@ -10,6 +10,7 @@ from pathlib import Path
 
 from peft import LoraConfig
 
+from mica.cli.adapt import trained_on
 from mica.cli.adapt.adapter import adapted_layers, read_adapter_config
 from mica.fast.forward.eligibility import requests_mica
 
@@ -77,6 +78,11 @@ RULES: dict[str, dict[str, tuple[bool, str, str]]] = {
         "biases": (False, "biases", f"{_CONVERTER}: get_tensors"),
         "changed base": (False, _CHANGED, _CONVERTER),
     },
+}
+_BASES = {
+    True: "has the weights that the adapter was trained on",
+    False: "has other weights by now than the adapter was trained on: with those it is another model",
+    None: "not compared with what the adapter was trained on: it is not here, or that is not recorded",
 }
 _VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # MaxLoRARanks
 _PLAIN = ("gaussian", "eva", "orthogonal", "mica", "lora_ga")  # change no base: vLLM's list
@@ -146,6 +152,7 @@ def _entries(**entries) -> str:
 def judge(folder: Path) -> dict:
     """The adapter in ``folder``, and whether each server takes it, by which rules.
 
+    ``is_its_base``: whether what lies under the base's name has the weights that it was trained on, or None.
     ``servers``: rows of server, release, serves, text, and rules (found, serves, text, source).
 
     Raises UsageError as `read_adapter_config` and `adapted_layers`.
@@ -167,7 +174,9 @@ def judge(folder: Path) -> dict:
             {"server": server, "release": release, "serves": not refused, "text": text, "rules": rules}
         )
     facts = {"folder": str(folder), "kind": "MiCA" if requests_mica(config) else "LoRA", "rank": config.r}
-    facts |= {"alpha": config.lora_alpha, "layers": len(layers), "base": config.base_model_name_or_path}
+    base = config.base_model_name_or_path
+    facts |= {"alpha": config.lora_alpha, "layers": len(layers), "base": base}
+    facts["is_its_base"] = trained_on.is_base(folder, base or "")
     return facts | {"servers": rows}
 
 
@@ -177,5 +186,11 @@ def lines(judged: dict) -> list[tuple[str, str]]:
     if not all(row["serves"] for row in judged["servers"]):
         rows.append(("merged", "a plain checkpoint, which needs none of this: see mica/cli/USE.md"))
     releases = ", ".join(f"{row['server']} {row['release']}" for row in judged["servers"])
+    base = _BASES[judged["is_its_base"]]
     facts = "{kind}, rank {rank}, alpha {alpha}, {layers} layers, on {base}".format(**judged)
-    return [("adapter", facts), *rows, ("rules", f"read in {releases}; nothing was served here")]
+    return [
+        ("adapter", facts),
+        ("its base", base),
+        *rows,
+        ("rules", f"read in {releases}; nothing was served here"),
+    ]

@@ -1,8 +1,8 @@
 """``mica transfer``: merge the update of an adapter into a sibling of the model that it was trained on."""
 
 import argparse
-import json
 import os
+import sys
 from contextlib import suppress
 from importlib.metadata import version
 from pathlib import Path
@@ -32,17 +32,18 @@ def add_parser(commands) -> None:
 def run(args: argparse.Namespace) -> int:
     """Run the command: all checks before the weights are read, the output whole or not at all.
 
-    To trained embeddings, what was added to those of the adapter's base is added.
+    To trained embeddings, what was added to those of the adapter's base is added. A note says where the
+    adapter does not tell what they were.
 
     Raises UsageError if --adapter is no MiCA adapter, replaces other modules than embeddings, or has trained
-    them and its base cannot be loaded, if MODEL is of another architecture than its base,
-    lacks one of its layers or has it in another shape, is quantised, or gives a common token another id, and
-    if the output cannot be written.
+    them and its base cannot be loaded or is another one by now, if MODEL is of another architecture than its
+    base, lacks one of its layers or has it in another shape, is quantised, or gives a common token another
+    id, and if the output cannot be written.
     """
     import torch
     from peft import PeftModel
 
-    from mica.cli.adapt import adapter, card, embeddings, result
+    from mica.cli.adapt import adapter, card, embeddings, result, trained_on
     from mica.cli.loading import find_source, load_config, load_model, quieten_libraries
 
     quieten_libraries()
@@ -76,7 +77,12 @@ def run(args: argparse.Namespace) -> int:
     updates = {}
     if config.modules_to_save:
         embeddings.check_adapter(model, config, args.adapter, "--adapter", f"--to {args.to}")
-        updates = embeddings.update(config, args.adapter, args.trust_remote_code)
+        before = trained_on.embeddings_before(args.adapter)
+        if before is None:
+            what = f"--adapter {args.adapter} does not say what its embeddings were before training"
+            taken = f"what its base {config.base_model_name_or_path} has now is taken for it"
+            print(f"mica transfer: note: {what}: {taken}", file=sys.stderr, flush=True)
+        updates = embeddings.update(config, args.adapter, before, args.trust_remote_code)
 
     peft_model = PeftModel.from_pretrained(model, args.adapter, config=config)
     embeddings.add(peft_model, updates)
@@ -99,11 +105,11 @@ def _check_architecture(args: argparse.Namespace, config, theirs: str) -> str:
     That is in summary.json, which `mica adapt` writes, else in the base's configuration. Layers of the same
     names and shapes are no kinship.
     """
+    from mica.cli.adapt import trained_on
     from mica.cli.loading import Source, load_config
 
-    base, ours = config.base_model_name_or_path, None
-    with suppress(OSError, ValueError, AttributeError):
-        ours = json.loads((args.adapter / "summary.json").read_text(encoding="utf-8")).get("model_type")
+    base = config.base_model_name_or_path
+    ours = trained_on.model_type(args.adapter)
     if ours is None and base:
         with suppress(UsageError):  # it is not here any more
             ours = load_config(Source(base, base, {"trust_remote_code": args.trust_remote_code})).model_type

@@ -81,6 +81,11 @@ def facts(checkpoint: Path) -> dict[str, Any] | None:
     return None if _wrong(checkpoint, sizes, {}) else marker
 
 
+def marked_facts(checkpoint: Path) -> dict[str, Any] | None:
+    """What `mark` was given, whatever has become of the files since; None where there is no marker."""
+    return _read(checkpoint)[0]
+
+
 def _read(checkpoint: Path) -> tuple[dict[str, Any] | None, dict[str, int], dict[str, str]]:
     """What `mark` was given, size and hash of each file; an earlier version's marker has no hashes."""
     with suppress(OSError, ValueError, KeyError, AttributeError, TypeError):
@@ -183,11 +188,18 @@ def discard(output: Path, resumed: Path | None = None) -> None:
             shutil.rmtree(path, ignore_errors=True)
 
 
+class NotWrittenError(UsageError):
+    """What `written` raises in all processes."""
+
+    is_known = True
+
+
 @contextmanager
 def written(output: Path, name: str) -> Iterator[None]:
     """Turn a failure to write ``output/name`` into one UsageError in all processes; remove what is half done.
 
-    Every process must enter it. An error of another kind is raised as it is.
+    Every process must enter it. It may be entered within itself, before a collective that a process which has
+    failed would not reach. An error of another kind is raised as it is.
     """
     try:
         with processes.agreed((OSError, SafetensorError, UsageError)):
@@ -199,13 +211,13 @@ def written(output: Path, name: str) -> Iterator[None]:
                     raise
                 is_full = "os error 28" in text or shutil.disk_usage(output).free < 2**20
                 raise UsageError("No space left on device" if is_full else text) from error
+    except NotWrittenError:  # from within it: all processes have been told
+        raise
     except (OSError, SafetensorError, UsageError) as error:
         if PartialState().is_main_process and name.startswith(PREFIX_CHECKPOINT_DIR):
             shutil.rmtree(output / name, ignore_errors=True)
         why = f"{name} cannot be written: {one_line(error)}; {saved(output)}"
-        told = UsageError(f"--output {output}: {why}")
-        told.is_known = True
-        raise told from error
+        raise NotWrittenError(f"--output {output}: {why}") from error
 
 
 def saved(output: Path) -> str:

@@ -7,6 +7,7 @@ import argparse
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel
@@ -19,8 +20,9 @@ from mica.cli.loading import Source, load_model
 from mica.cli.output import dtype_name, one_line
 from mica.cli.targets import Targets
 from mica.errors import UsageError
+from mica.subspace.fingerprint import fingerprint
 
-_TRAINABLE = (torch.float32, torch.bfloat16, torch.float16)
+TRAINABLE = ("float32", "bfloat16", "float16")
 
 
 def find(model: nn.Module) -> dict[str, nn.Module]:
@@ -51,8 +53,9 @@ def check(model: nn.Module, args: argparse.Namespace, targets: Targets) -> None:
         whole = f"{double[0]} is trained as a whole by --train-embeddings"
         raise UsageError(f"--target-modules {args.target_modules}: {whole}; give one of them")
     for name, module in found.items():
-        if module.weight.dtype not in _TRAINABLE:
-            raise UsageError(f"--train-embeddings: {name} is quantised, to {dtype_name(module.weight.dtype)}")
+        dtype = dtype_name(module.weight.dtype)
+        if dtype not in TRAINABLE:
+            raise UsageError(f"--train-embeddings: {name} is quantised, to {dtype}")
         if _is_tied(found) and getattr(module, "bias", None) is not None:
             raise UsageError(f"--train-embeddings: {name} is tied and has a bias, which PEFT would drop")
 
@@ -81,7 +84,7 @@ def check_adapter(
 
 
 def _saved(folder: Path, names, option: str) -> dict[str, Tensor]:
-    """The trained embeddings in an adapter's file, fp32 of shape (vocabulary, hidden)."""
+    """The trained embeddings in an adapter's file, of shape (vocabulary, hidden); fp32 if `mica adapt`'s."""
     try:
         with safe_open(folder / SAFETENSORS_WEIGHTS_NAME, framework="pt") as file:
             return {name: file.get_tensor(f"base_model.model.{name}.weight") for name in names}
@@ -142,25 +145,57 @@ def separate(optimizer: torch.optim.Optimizer, model: nn.Module, rate: float, na
         raise UsageError(f"--optimizer {name}: it cannot give embeddings a learning rate of their own")
 
 
-def update(saved: LoraConfig, folder: Path, trust_remote_code: bool) -> dict[str, Tensor]:
+def start_values(model: PeftModel) -> dict[str, Any] | None:
+    """What the embeddings of a new adapter are before they are trained, as JSON; None where none will be.
+
+    ``dtype``: the run's, in which the base was loaded, so what the rounding to it has left of a checkpoint.
+    ``hashes``: of each by its name.
+    """
+    found = {
+        name: module.original_module.weight
+        for name, module in model.get_base_model().named_modules()
+        if isinstance(module, ModulesToSaveWrapper)
+    }
+    if not found:
+        return None
+    dtype = next(iter(found.values())).dtype
+    hashes = {name: fingerprint(weight) for name, weight in found.items()}
+    return {"dtype": dtype_name(dtype), "hashes": hashes}
+
+
+def update(
+    saved: LoraConfig, folder: Path, before: dict[str, Any] | None, trust_remote_code: bool
+) -> dict[str, Tensor]:
     """What training has added to each embedding of the adapter in ``folder``, fp32 (vocabulary, hidden).
 
-    Raises UsageError if the base of the adapter, which that needs, cannot be loaded.
+    ``before``: what `start_values` was; the base has to give just that. None: not known, so the base is taken
+    as it is now, in the dtype of the trained ones where that is of 16 bits (PEFT copies the base's).
+
+    Raises UsageError if the base of the adapter, which that needs, cannot be loaded, or is not the one that
+    training began with.
     """
     base = saved.base_model_name_or_path or "without a name"
+    dtype = "auto" if before is None else before["dtype"]
     try:
         model = load_model(
-            Source(base, base, {"trust_remote_code": trust_remote_code}), "auto", torch.device("cpu")
+            Source(base, base, {"trust_remote_code": trust_remote_code}), dtype, torch.device("cpu")
         )
     except UsageError as error:
         needs = "what was added to its embeddings is known only with its base"
         raise UsageError(f"--adapter {folder}: {needs}: {str(error).removeprefix('--model ')}") from error
     found = find(model)
     check_adapter(model, saved, folder, "--adapter", f"its base {base}")
-    return {
-        name: weight - found[name].weight.float()
-        for name, weight in _saved(folder, found, "--adapter").items()
-    }
+    updates = {}
+    for name, weight in _saved(folder, found, "--adapter").items():
+        start = found[name].weight.detach()
+        if before is None and weight.dtype != torch.float32:
+            start = start.to(weight.dtype)
+        if before is not None and before["hashes"].get(name) != fingerprint(start):
+            what = f"{name} in its base {base} is not what it was when training began"
+            remedy = "what was added to it is known only with the base of the run: put that back there"
+            raise UsageError(f"--adapter {folder}: {what}; {remedy}")
+        updates[name] = weight.float() - start.float()
+    return updates
 
 
 @torch.no_grad()

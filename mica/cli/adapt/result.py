@@ -9,10 +9,11 @@ import torch
 from accelerate import PartialState
 from peft import PeftModel
 from torch import nn
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 import mica.fast
-from mica.cli.adapt import checkpoints, embeddings
+from mica.cli.adapt import checkpoints, embeddings, fingerprint
 from mica.cli.adapt.adapter import WEIGHTS
 from mica.cli.loading import Source, load_model
 from mica.cli.output import dtype_name, one_line, write_folder
@@ -64,37 +65,51 @@ def write_adapter(model: PeftModel, folder: Path, state: dict[str, torch.Tensor]
 def gathered(model: nn.Module) -> dict[str, torch.Tensor] | None:
     """The adapter's weights, whole and on the CPU, where they are sharded; a collective.
 
-    None where nothing is sharded: PEFT takes them from the model.
+    None where nothing is sharded: PEFT takes them from the model. A tied weight is gathered once, and is
+    there under each of its names: PEFT looks for all of them.
     """
     if not _is_sharded(model):
         return None
-    return {
-        name.replace("_checkpoint_wrapped_module.", ""): (
-            (weight.full_tensor() if isinstance(weight, DTensor) else weight).detach().cpu()
-        )
-        for name, weight in model.named_parameters()
-        if weight.requires_grad or "lora_" in name
-    }
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            # A forward without a backward, as in an evaluation, leaves the output layer whole. What is read
+            # then is FSDP's own memory, which is freed as soon as PEFT asks the layer for its names.
+            module.reshard()
+    state = {}
+    whole = {}
+    for name, weight in model.named_parameters(remove_duplicate=False):
+        if not weight.requires_grad and "lora_" not in name:
+            continue
+        if weight not in whole:
+            full = weight.full_tensor() if isinstance(weight, DTensor) else weight
+            whole[weight] = full.detach().cpu()
+        state[name.replace("_checkpoint_wrapped_module.", "")] = whole[weight]
+    return state
 
 
 def _is_sharded(model: nn.Module) -> bool:
     return any(isinstance(weight, DTensor) for weight in model.parameters())
 
 
-def merge(model: PeftModel, tokenizer, args: argparse.Namespace) -> mica.fast.MergeReport:
+def merge(
+    model: PeftModel, tokenizer, args: argparse.Namespace, base_weights: str | None = None
+) -> mica.fast.MergeReport:
     """Write OUTPUT/merged: the model with the adapter merged, in the run's dtype. Changes ``model``.
 
     On the main process, after `save`. A base that ``--quantize`` has quantised, or that is sharded, is loaded
     anew from where it came from, on the CPU: the device still holds the model that was trained. The update
     was then trained for the quantised weights, and is merged into the ones that they were made of, as usual
-    for QLoRA.
+    for QLoRA. ``base_weights``: their fingerprint when training began, if it is known.
 
-    Raises UsageError if the folder cannot be written, or the merged weights are not finite; everything that
-    was written before is kept.
+    Raises UsageError if the folder cannot be written, the merged weights are not finite, or the weights that
+    are loaded anew are not those any more; everything that was written before is kept.
     """
     folder, kept = args.output / MERGED, f"; the adapter is in {args.output}"
     if getattr(model, "is_quantized", False) or _is_sharded(model):
         base = model.get_base_model()
+        if base_weights is not None and fingerprint.of(base.name_or_path) != base_weights:
+            what = f"{base.name_or_path} has other weights than when training began"
+            raise UsageError(f"--merge {folder}: {what}{kept}")
         source = Source(args.model, base.name_or_path, {"trust_remote_code": args.trust_remote_code})
         dense = load_model(source, dtype_name(base.dtype), torch.device("cpu"))
         model = PeftModel.from_pretrained(dense, args.output)

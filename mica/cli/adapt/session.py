@@ -13,7 +13,18 @@ import torch
 from accelerate import PartialState
 
 from mica.cli import loading
-from mica.cli.adapt import adapter, base, checkpoints, config, corpus, folder, processes, summary, training
+from mica.cli.adapt import (
+    adapter,
+    base,
+    checkpoints,
+    config,
+    corpus,
+    folder,
+    processes,
+    summary,
+    trained_on,
+    training,
+)
 from mica.cli.adapt.config import Settings
 from mica.cli.adapt.curve import write_curve
 from mica.cli.adapt.dry_run import check_disk, rehearsal
@@ -95,6 +106,8 @@ def _loaded(settings: Settings, source, tokenizer, data: corpus.Corpus, checkpoi
     """The model with its adapter, the data as this model takes it, and facts for the summary."""
     args = settings.args
     model = base.load(args, source, PartialState().device, tokenizer)
+    if args.adapter is not None and checkpoint is None:
+        _note_another_base(args.adapter, args.model, model.name_or_path)
     if note := loading.suit_processor(model, args.dtype):
         _note(note)
     loading.check_limits(source, model, args.sequence_length, data.largest_token_id)
@@ -155,6 +168,18 @@ def _note_what_is_odd(args: argparse.Namespace) -> None:
             f"{args.config} comes from a run on {recorded} processes, and this one has {number}: its batches "
             f"of {args.batch_size} blocks per process differ, and so will its losses"
         )
+
+
+def _note_another_base(folder: Path, model: str, location: str) -> None:
+    """Say where the adapter in ``folder`` was not, or perhaps not, trained on the weights at ``location``."""
+    is_same = trained_on.is_base(folder, location)
+    if is_same is None:
+        _note(
+            f"--adapter {folder}: whether it was trained on the weights of --model {model} cannot be checked"
+        )
+    elif not is_same:
+        what = f"was trained on other weights than those of --model {model}"
+        _note(f"--adapter {folder}: {what}, and its B holds the minor directions of those")
 
 
 def _with_packing(settings: Settings, data: corpus.Corpus, model, tokenizer) -> corpus.Corpus:

@@ -9,7 +9,7 @@ import torch
 from accelerate import PartialState
 
 import mica.fast
-from mica.cli.adapt import config, embeddings, evaluation, global_batch, hub, result, stopping
+from mica.cli.adapt import config, embeddings, evaluation, fingerprint, global_batch, hub, result, stopping
 from mica.cli.adapt.card import card, told
 from mica.cli.adapt.corpus import Corpus
 from mica.cli.output import write_file, write_json
@@ -57,6 +57,7 @@ def of(settings: config.Settings, corpus: Corpus, model, done) -> dict:
         "epochs": corpus.amount(args, num_processes).epochs(done.tokens),
         "processes": num_processes,
         "processes_from": done.processes_from,
+        **done.trained_on,
         "trained_parameters": trained,
         "trained_embeddings": sum(parameter.numel() for parameter in embeddings.trained(model)),
         "total_parameters": total,
@@ -86,7 +87,7 @@ def finish(args: argparse.Namespace, model, tokenizer, report: dict) -> None:
     text = str(card(report))
     write_file("--output", args.output / "README.md", lambda path: path.write_text(text, encoding="utf-8"))
     if args.merge:
-        merged = result.merge(model, tokenizer, args)
+        merged = result.merge(model, tokenizer, args, report[fingerprint.BASE])
         report["merged"] = str(args.output / result.MERGED)
         report |= {"merge_swallowed": merged.swallowed, "merge_report": str(merged)}
         write_json("--output", args.output / config.SUMMARY, report)

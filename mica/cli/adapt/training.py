@@ -26,6 +26,7 @@ from mica.cli.adapt import (
     processes,
     result,
     stopping,
+    trained_on,
 )
 from mica.cli.adapt.amount import Amount, Pace
 from mica.cli.adapt.callbacks import Hooks, Request
@@ -47,7 +48,7 @@ class Training(NamedTuple):
     included, evaluations not. ``loss``: mean training loss over all steps, nats per token. ``interrupted``:
     the signal that ended it, else 0; then nothing but a checkpoint was written. ``adapter_step``: that after
     which the adapter was as it was written. ``stopped_by``: why it ended before its last step, or None.
-    ``processes_from``: see `global_batch.history`.
+    ``processes_from``: see `global_batch.history`. ``trained_on``: see `trained_on.of`.
     """
 
     history: list[dict[str, Any]]
@@ -59,6 +60,7 @@ class Training(NamedTuple):
     adapter_step: int
     stopped_by: str | None
     processes_from: dict[str, int]
+    trained_on: dict[str, Any]
 
 
 def check(args: argparse.Namespace) -> None:
@@ -195,10 +197,13 @@ class _Trainer(Trainer):
         Not by the Trainer's own: that adds a pickle of its arguments, embeddings of the base, and under
         FSDP2 the whole model in the main process's memory (or nothing, with sharded checkpoints).
         """
+        folder = Path(output_dir or self.args.output_dir)
         state = result.gathered(self.model)
-        if self.args.should_save:
-            model = self.accelerator.unwrap_model(self.model)
-            result.write_adapter(model, Path(output_dir or self.args.output_dir), state)
+        # Told to all here: under FSDP2 the others would go on to gather the optimiser's state.
+        with checkpoints.written(self.output, folder.name):
+            if self.args.should_save:
+                model = self.accelerator.unwrap_model(self.model)
+                result.write_adapter(model, folder, state)
 
     def _save_checkpoint(self, *args, **kwargs) -> None:
         # Private to the Trainer. Should a version not call it, a full disk ends in a traceback, and nothing
@@ -240,6 +245,7 @@ def train(
     state, base = PartialState(), model.get_base_model()
     use_cache = getattr(base.config, "use_cache", True)
     trainer, settings = _prepared(model, corpus, args, checkpoint)
+    origin = trained_on.of(model, args, checkpoint)
     begin()
     shared = global_batch.history(checkpoint, state.num_processes)
     earlier = checkpoints.facts(checkpoint)["seconds"] if checkpoint is not None else 0.0
@@ -255,7 +261,7 @@ def train(
             state.wait_for_everyone()
             if state.is_main_process:
                 own = {"step": step, "seconds": seconds(), "processes_from": shared}
-                checkpoints.mark(folder, **own, **settings)
+                checkpoints.mark(folder, **origin | own | settings)
         if state.is_main_process:  # with the new one safe: what goes wrong here must not remove it
             checkpoints.rotate(args.output, KEPT, stopping.best(trainer.state.log_history, args))
 
@@ -289,6 +295,7 @@ def train(
         adapter_step=step,
         stopped_by=_stopped_by(trainer.state, args),
         processes_from=shared,
+        trained_on=origin,
     )
 
 
@@ -351,9 +358,6 @@ def _build(model, corpus, args, checkpoint) -> _Trainer:
     trainer.remove_callback(PrinterCallback)
     if trainer.is_fsdp_enabled and getattr(trainer.accelerator.state.fsdp_plugin, "fsdp_version", 1) < 2:
         raise UsageError("FSDP version 1 shards trained and frozen weights together: set fsdp_version: 2")
-    if trainer.is_fsdp_enabled and args.train_embeddings:
-        # accelerate 1.15: one process leaves the saving of a checkpoint while another gathers
-        raise UsageError("--train-embeddings: not possible with FSDP2; DDP trains them")
     if processes.several():
         # Dropout: other masks for other blocks. numpy takes no seed from 2**32 on.
         set_seed((args.seed + PartialState().process_index) % 2**32)

@@ -186,9 +186,28 @@ def test_two_processes_learn_as_one_with_twice_the_batch(tmp_path):
         moved = (alone[name] - module.weight).abs().mean()
         assert 0 < moved < 5e-3
         assert (alone[name] - together[name]).abs().mean() < 1e-3 * moved  # of half a batch: about moved
-    started = Process(run_sharded, "FULL_STATE_DICT", args, count=2, folder=tmp_path)
-    assert started.join() == [2, 2]
-    assert "--train-embeddings: not possible with FSDP2; DDP trains them" in started.errors()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["FULL_STATE_DICT", "SHARDED_STATE_DICT"])
+def test_fsdp2_learns_as_ddp_and_resumes_to_the_bit(kind, tmp_path):
+    """The last checkpoint follows an evaluation, which leaves the output layer unsharded."""
+    options = {"dtype": "float32", "steps": 4, "save_steps": 2, "eval_steps": 2, "batch_size": 2, **DEFAULT}
+    started = Process(run, settings(output=tmp_path / "ddp", **options), count=2, folder=tmp_path)
+    assert started.join() == [0, 0], started.errors()
+    for output, resumed in (("one", False), ("two", True)):
+        args = settings(output=tmp_path / output, resume=resumed, **options)
+        started = Process(run_sharded, kind, args, count=2, folder=tmp_path)
+        assert started.join() == [0, 0], started.errors()
+        if not resumed:
+            shutil.copytree(tmp_path / "one", tmp_path / "two")
+            shutil.rmtree(tmp_path / "two" / "checkpoint-4")
+            (tmp_path / "two" / "adapter_model.safetensors").unlink()
+    assert same(weights(tmp_path / "one"), weights(tmp_path / "two"))
+    by_ddp, sharded = whole(tmp_path / "ddp"), whole(tmp_path / "one")
+    for name, module in embeddings.find(tiny_llama()).items():
+        moved = (by_ddp[name] - module.weight).abs().mean()
+        assert (by_ddp[name] - sharded[name]).abs().mean() < 1e-3 * moved
 
 
 @pytest.mark.parametrize("kind", ["nf4", "int8"])

@@ -14,7 +14,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from mica.cli.adapt import adapter, base, folder, result
+from mica.cli.adapt import adapter, base, fingerprint, folder, result
 from mica.cli.loading import find_source
 from mica.errors import UsageError
 from tests.support.adapt_results import factors, move, settings, write_adapter
@@ -101,6 +101,20 @@ def test_merge_of_a_quantised_run_is_into_the_base_as_it_was(kind, dtype, model_
     assert "quantization_config" not in json.loads((tmp_path / "merged" / "config.json").read_text())
 
 
+def test_what_is_loaded_anew_to_be_merged_must_be_what_was_trained_on(tuned, model_dir, tmp_path):
+    base = tuned.get_base_model()
+    base.is_quantized = True
+    base.name_or_path = str(model_dir)
+    args = settings(model=str(model_dir), output=tmp_path)
+    result.save(tuned, byte_tokenizer(), tmp_path)
+    said = rf"^--merge .*/merged: {model_dir} has other weights than when training began; the adapter is in"
+    with pytest.raises(UsageError, match=said):
+        result.merge(tuned, byte_tokenizer(), args, "0123456789abcdef")
+    assert not (tmp_path / "merged").exists()
+    result.merge(tuned, byte_tokenizer(), args, fingerprint.of(str(model_dir)))
+    assert (tmp_path / "merged").exists()
+
+
 def adapter_sums(model) -> dict[str, torch.Tensor]:
     """s·B·A by the name of the layer, in float64."""
     a, b = factors(model, "A"), factors(model, "B")
@@ -153,3 +167,33 @@ def test_sharded_model_is_saved_and_merged_whole(model_dir, tmp_path):
     assert torch.equal(logits(PeftModel.from_pretrained(tiny_llama(), tmp_path)), expected)
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
     torch.testing.assert_close(logits(merged), expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_sharded_embeddings_are_whole_after_an_evaluation(tied, tmp_path):
+    """A forward alone leaves the output layer unsharded, in memory that FSDP frees while PEFT saves."""
+    options = {"train_embeddings": True, "embedding_learning_rate": 1e-3}
+    model = adapter.start(tiny_llama(tie_word_embeddings=tied), settings(**options))
+    move(model)
+    result.save(model, None, tmp_path / "whole")
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        mesh = init_device_mesh("cpu", (1,))
+        base = model.get_base_model()
+        for layer in base.model.layers:
+            fully_shard(layer, mesh=mesh)
+        last = [base.model.norm, base.lm_head]
+        if tied:
+            last.append(base.model.embed_tokens)
+        fully_shard(last, mesh=mesh, reshard_after_forward=False)  # as accelerate does
+        fully_shard(model, mesh=mesh)
+        logits(model)
+        result.save(model, None, tmp_path / "sharded")
+    finally:
+        dist.destroy_process_group()
+    whole, sharded = (
+        load_file(tmp_path / name / "adapter_model.safetensors") for name in ("whole", "sharded")
+    )
+    assert whole.keys() == sharded.keys()
+    for name, weight in whole.items():
+        assert torch.equal(sharded[name], weight)

@@ -1,0 +1,190 @@
+"""What an adapter was trained on is recorded, and compared wherever its base comes in by its name."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from transformers import AutoModelForCausalLM
+
+from mica.cli import main
+from mica.cli.adapt import embeddings, trained_on
+from tests.support.adapt_results import command, saved, summary, weights
+from tests.support.tiny_cli import TEXT, adapt, tiny_llama
+
+EMBEDDED = ("model.embed_tokens", "lm_head")
+NOTE = "does not say what its embeddings were before training"
+
+
+def other_llama(seed: int):
+    """In the shapes of the tiny Llama, with weights of its own."""
+    model = tiny_llama()
+    torch.manual_seed(seed)
+    for weight in model.parameters():
+        weight.data += 0.02 * torch.randn_like(weight)
+    return model
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """A folder with a text, a float32 ``base``, a sibling ``chat``, and ``run``, which began in bfloat16."""
+    folder = tmp_path_factory.mktemp("made")
+    (folder / "text.txt").write_text(TEXT)
+    saved(tiny_llama(), folder / "base")
+    saved(other_llama(5), folder / "chat")
+    options = ["--dtype", "bfloat16", "--train-embeddings", "--save-steps", 8, "--workers", 1]
+    assert adapt(folder / "base", folder / "text.txt", folder / "run", *options) == 0
+    return folder
+
+
+@pytest.fixture
+def copied(made, tmp_path):
+    """A copy of all of it, whose adapters name the base in it; a test may change that."""
+    folder = tmp_path / "copied"
+    shutil.copytree(made, folder)
+    for path in folder.glob("run/**/adapter_config.json"):
+        rename_base(path, folder / "base")
+    return folder
+
+
+def rename_base(path, base) -> None:
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"base_model_name_or_path": str(base)}))
+
+
+def transfer(folder, adapter="run") -> int:
+    argv = ["transfer", "--adapter", folder / adapter, "--to", folder / "chat", "--output", folder / "out"]
+    return main([str(word) for word in argv])
+
+
+def weight_of(folder, name: str) -> torch.Tensor:
+    return AutoModelForCausalLM.from_pretrained(folder).get_submodule(name).weight.detach()
+
+
+def trained(folder, name: str) -> torch.Tensor:
+    return weights(folder)[f"base_model.model.{name}.weight"].float()
+
+
+def check_transferred(folder, adapter="run") -> None:
+    """What is in ``out`` is the sibling plus trained − rounded base: nothing where nothing was trained."""
+    for name in EMBEDDED:
+        began = weight_of(folder / "base", name).bfloat16().double()
+        update = trained(folder / adapter, name).double() - began
+        there = weight_of(folder / "chat", name)
+        expected = there.double() + update
+        found = weight_of(folder / "out", name)
+        torch.testing.assert_close(found.double(), expected, rtol=0, atol=1e-8)
+        assert update.abs().max() > 1e-3
+        if name == "model.embed_tokens":
+            untrained = (update == 0).all(dim=1)  # tokens that the text does not have
+            assert untrained.sum() > 200
+            assert torch.equal(found[untrained], there[untrained])
+
+
+def test_the_rounding_of_the_base_is_no_update(copied, capsys):
+    assert transfer(copied) == 0
+    assert NOTE not in capsys.readouterr().err
+    check_transferred(copied)
+
+
+@pytest.mark.parametrize("adapter", ["run", "run/checkpoint-8"])
+def test_another_base_under_the_same_name_is_refused(copied, adapter, capsys):
+    saved(other_llama(7), copied / "base")
+    assert transfer(copied, adapter) == 2
+    said = capsys.readouterr().err
+    assert (
+        f"--adapter {copied / adapter}: model.embed_tokens in its base {copied / 'base'} is not what" in said
+    )
+    assert "known only with the base of the run: put that back there" in said
+    assert not (copied / "out").exists()
+
+
+def test_a_base_in_other_files_is_the_same(copied):
+    AutoModelForCausalLM.from_pretrained(copied / "base").save_pretrained(
+        copied / "base", max_shard_size="20KB"
+    )
+    (copied / "base" / "model.safetensors").unlink()
+    assert transfer(copied) == 0
+    check_transferred(copied)
+
+
+@pytest.mark.parametrize("record", [None, {}, {"dtype": "int8", "hashes": {}}, {"dtype": "bfloat16"}, "x"])
+def test_what_is_not_recorded_is_noted(copied, record, capsys):
+    path = copied / "run" / "summary.json"
+    path.write_text(json.dumps(summary(copied / "run") | {"embeddings_before": record}))
+    assert transfer(copied) == 0
+    said = capsys.readouterr().err
+    assert f"mica transfer: note: --adapter {copied / 'run'} {NOTE}: what its base " in said
+
+
+def test_an_adapter_of_peft_is_noted_and_its_dtype_counts(copied, capsys):
+    """PEFT copies the embeddings of a base in its dtype."""
+    model = AutoModelForCausalLM.from_pretrained(copied / "base", dtype=torch.bfloat16)
+    names = {"target_modules": ["q_proj"], "modules_to_save": ["embed_tokens", "lm_head"]}
+    tuned = get_peft_model(model, LoraConfig(init_lora_weights="mica", r=4, **names))
+    for weight in embeddings.trained(tuned):
+        weight.data[:128] += 0.01
+    tuned.save_pretrained(copied / "theirs")
+    rename_base(copied / "theirs" / "adapter_config.json", copied / "base")
+    assert transfer(copied, "theirs") == 0
+    assert NOTE in capsys.readouterr().err
+    check_transferred(copied, "theirs")
+
+
+def test_it_is_kept_by_whoever_goes_on(copied, capsys):
+    """A second run adds to the embeddings of the first: both began with what the first began with."""
+    argv = ["--text", copied / "text.txt", "--adapter", copied / "run", "--workers", 1]
+    argv += ["--sequence-length", 32, "--steps", 1]
+    on = copied / "on"
+    assert command("--model", copied / "base", "--output", on, "--dtype", "float32", *argv) == 0
+    assert "--adapter" not in capsys.readouterr().err
+    first, second = summary(copied / "run"), summary(on)
+    assert first["embeddings_before"]["dtype"] == "bfloat16"
+    assert second["embeddings_before"] == first["embeddings_before"]
+    assert second["base_weights"] == first["base_weights"] is not None
+    assert transfer(copied, "on") == 0
+    check_transferred(copied, "on")
+
+    other = copied / "other"
+    assert command("--model", copied / "chat", "--output", other, *argv) == 0
+    said = capsys.readouterr().err
+    assert f"--adapter {copied / 'run'}: was trained on other weights than those of --model" in said
+    assert summary(other)["embeddings_before"] == first["embeddings_before"]
+    shutil.rmtree(copied / "out")
+    assert transfer(copied, "other") == 2
+
+    for path in (copied / "run").glob("*.json"):
+        if not path.name.startswith("adapter_"):
+            path.unlink()
+    shutil.rmtree(other)
+    assert command("--model", copied / "base", "--output", other, *argv) == 0
+    assert "whether it was trained on the weights of --model" in capsys.readouterr().err
+    assert summary(other)["embeddings_before"] is None
+
+
+def test_resumed_runs_record_it_too(copied):
+    before = summary(copied / "run")
+    (copied / "run" / "summary.json").unlink()
+    shutil.rmtree(copied / "run" / "checkpoint-12")
+    assert command("--output", copied / "run", "--resume", "--model", copied / "base") == 0
+    after = summary(copied / "run")
+    for name in ("embeddings_before", "base_weights"):
+        assert after[name] == before[name] is not None
+
+
+def test_doctor_compares_the_base(copied, capsys):
+    argv = ["doctor", "--adapter", str(copied / "run")]
+    for told in ("has the weights that the adapter", "has other weights by now", "not compared with"):
+        assert main(argv) == 0
+        assert f"\nits base          {told}" in capsys.readouterr().out
+        if told.startswith("has the"):
+            saved(other_llama(7), copied / "base")
+        else:
+            shutil.rmtree(copied / "base")
+
+
+def test_without_a_record(tmp_path):
+    assert trained_on.is_base(tmp_path, str(tmp_path)) is None
+    (tmp_path / "summary.json").write_text("[]")
+    assert trained_on.embeddings_before(tmp_path) is None
+    assert trained_on.model_type(tmp_path) is None
