@@ -58,7 +58,7 @@ def _check_writable(option: str, path: Path, folder: Path) -> None:
 
 
 def write_file(option: str, path: Path, write: Callable[[Path], None], end: str | None = None) -> None:
-    """Let ``write`` fill a temporary file next to ``path``, flush it, then rename it: never half a file.
+    """Let ``write`` fill a temporary file next to ``path``, then rename it: never half a file.
 
     ``end``: of the temporary file's name (see `beside`); default: the number of this process.
 
@@ -68,9 +68,7 @@ def write_file(option: str, path: Path, write: Callable[[Path], None], end: str 
     try:
         with explained(f"{option} {path}: cannot be written", OSError):
             write(scratch)
-            flush(scratch)
             os.replace(scratch, path)
-            flush(path.parent)
     finally:
         with suppress(OSError):  # the folder may have gone
             scratch.unlink()

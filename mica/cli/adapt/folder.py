@@ -10,7 +10,7 @@ from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 from mica.cli import lock, record
-from mica.cli.output import check_folder, explained, remove, shown
+from mica.cli.output import check_folder, explained, flush, shown
 from mica.errors import UsageError
 
 SETTINGS = "run.yaml"  # the settings of the run
@@ -97,6 +97,7 @@ def begin(output: Path, run_yaml: str, origins: dict[str, str], *, names: Iterab
     scratch = record.scratch(output, SETTINGS)
     with explained(f"--output {output / SETTINGS}: cannot be written", OSError):
         scratch.write_text(run_yaml, encoding="utf-8")
+        flush(scratch)
     ready = [name for name in (SETTINGS, BASE) if record.scratch(output, name).exists()]
     if resume:
         record.settle(output, ready, origins)
@@ -160,8 +161,3 @@ def _missing(output: Path) -> list[Path]:
     """The folders that have to be made for ``output``, the last first."""
     return [path for path in (output, *output.parents) if not path.exists()]
 
-
-def remove_quietly(path: Path) -> None:
-    """Remove a folder of this run; what cannot be removed stays."""
-    with suppress(OSError):
-        remove(path)
