@@ -75,7 +75,7 @@ def write_file(option: str, path: Path, write: Callable[[Path], None], end: str 
 
 
 def beside(path: Path, end: str) -> Path:
-    """A name for what becomes ``path``, or was it: hidden, in the same folder, of a length that is allowed."""
+    """A name for what becomes ``path``, or was it: hidden, in the same folder, and not too long."""
     name = path.name
     if len(os.fsencode(name)) > _LONGEST:
         name = hashlib.blake2b(os.fsencode(name), digest_size=8).hexdigest()

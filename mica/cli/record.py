@@ -1,4 +1,4 @@
-"""What a command has written to its output folder: a record in that folder, and all that may be removed there.
+"""What a command has written to its output folder: a record in it, and all that may be removed there.
 
 - ``mica-run.json`` names the files and folders of the output folder that the command has made. A name is
   added, and has reached the disk, before the thing itself is made, and only where nothing of that name is.

@@ -8,10 +8,19 @@ from contextlib import ExitStack, contextmanager, suppress
 from importlib.metadata import version
 from pathlib import Path
 
-from mica.cli.arguments import a_path, add_command, add_dtype_options
 from mica.cli import lock, record
-from mica.cli.output import OLD, PARTIAL, beside, check_folder, dtype_name, explained, restore, shown
-from mica.cli.output import write_folder
+from mica.cli.arguments import a_path, add_command, add_dtype_options
+from mica.cli.output import (
+    OLD,
+    PARTIAL,
+    beside,
+    check_folder,
+    dtype_name,
+    explained,
+    restore,
+    shown,
+    write_folder,
+)
 from mica.errors import UsageError
 
 

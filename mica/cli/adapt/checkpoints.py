@@ -95,7 +95,7 @@ def _wrong(checkpoint: Path, sizes: dict[str, int], hashes: dict[str, str]) -> s
 
 
 def _own(output: Path) -> dict[Path, bool]:
-    """The checkpoints of the run whose folder ``output`` is -> whether each was complete once; oldest first."""
+    """The checkpoints of the run in ``output`` -> whether each was complete once; oldest first."""
     found = record.read(output)
     if found is None:
         return {}

@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import NamedTuple
 
 from mica import __version__
-from mica.cli.adapt.options import OPTIONS, RECIPES, TABLE, declare
 from mica.cli import record
 from mica.cli.adapt.folder import MERGED, check
 from mica.cli.adapt.folder import SETTINGS as FILE
+from mica.cli.adapt.options import OPTIONS, RECIPES, TABLE, declare
 from mica.cli.output import one_line, shown
 from mica.errors import UsageError
 

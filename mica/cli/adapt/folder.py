@@ -82,7 +82,9 @@ def _refuse_strange_checkpoints(output: Path, others: list[str]) -> None:
             raise UsageError(f"--output {output}: {what}")
 
 
-def begin(output: Path, run_yaml: str, origins: dict[str, str], *, names: Iterable[str], resume: bool) -> None:
+def begin(
+    output: Path, run_yaml: str, origins: dict[str, str], *, names: Iterable[str], resume: bool
+) -> None:
     """Make ``output`` that of this run: its record, run.yaml, and base/ where one was converted.
 
     Without ``resume`` what an earlier run has left there goes, as `check` has allowed. ``names``: of what
@@ -160,4 +162,3 @@ def _leave(output: Path) -> None:
 def _missing(output: Path) -> list[Path]:
     """The folders that have to be made for ``output``, the last first."""
     return [path for path in (output, *output.parents) if not path.exists()]
-

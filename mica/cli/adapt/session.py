@@ -13,7 +13,18 @@ import torch
 from accelerate import PartialState
 
 from mica.cli import loading
-from mica.cli.adapt import adapter, base, checkpoints, config, corpus, folder, processes, result, summary, training
+from mica.cli.adapt import (
+    adapter,
+    base,
+    checkpoints,
+    config,
+    corpus,
+    folder,
+    processes,
+    result,
+    summary,
+    training,
+)
 from mica.cli.adapt.config import Settings
 from mica.cli.adapt.curve import write_curve
 from mica.cli.adapt.dry_run import check_disk, rehearsal

@@ -239,10 +239,9 @@ def _outside(files: list[Path], folder: Path, output: Path | None) -> list[Path]
     root, left_out = Path(os.path.realpath(folder)), Path(os.path.realpath(output))
     kept = []
     for file in files:
+        place = root / file.relative_to(folder)
         if file.is_symlink():
             place = Path(os.path.realpath(file))
-        else:
-            place = root / file.relative_to(folder)
         if left_out not in place.parents:
             kept.append(file)
     return kept

@@ -72,11 +72,15 @@ def test_what_is_there_is_not_claimed(tmp_path, name, kind):
 )
 def test_a_record_that_is_none_is_refused(tmp_path, text):
     (tmp_path / record.FILE).write_text(text)
-    with pytest.raises(UsageError, match=r"mica-run.json, which says .* cannot be read \(.*name another folder"):
+    with pytest.raises(
+        UsageError, match=r"mica-run.json, which says .* cannot be read \(.*name another folder"
+    ):
         record.read(tmp_path)
 
 
-@pytest.mark.parametrize("name", [os.fsdecode(b"caf\xe9"), "a\x85b", "a\x7fb", "a\nb", "-a", "a: b # c", "😀"])
+@pytest.mark.parametrize(
+    "name", [os.fsdecode(b"caf\xe9"), "a\x85b", "a\x7fb", "a\nb", "-a", "a: b # c", "😀"]
+)
 def test_any_name(tmp_path, name):
     record.claim(tmp_path, name)
     assert record.read(tmp_path).files == {name: None}

@@ -113,8 +113,8 @@ def test_what_is_written(made, tmp_path):
     out = tmp_path / "out"
     assert transfer(adapter, chat, out, "--dtype", "bfloat16") == 0
     assert {path.name for path in out.iterdir()} == {
-        "mica-run.json", "README.md", "chat_template.jinja", "config.json", "generation_config.json", "model.safetensors",
-        "tokenizer.json", "tokenizer_config.json",
+        "mica-run.json", "README.md", "chat_template.jinja", "config.json", "generation_config.json",
+        "model.safetensors", "tokenizer.json", "tokenizer_config.json",
     }  # fmt: skip
     assert load_file(out / "model.safetensors")["model.norm.weight"].dtype == torch.bfloat16
     tokenizer = AutoTokenizer.from_pretrained(out)

@@ -65,7 +65,10 @@ ADAPT = {
     ("mica/cli/transfer.py", "tests/mica/cli/test_transfer.py", "-k", "transfer or overwrite"): {
         "run": [('read["the base of --adapter"] = ', "_ = ")],
         "_is_ours": [("return not any(path.iterdir())", "return True")],
-        "_check_output": [("if found is None or", "if found is not None and"), ("if strange[0] is not None", "if False")],
+        "_check_output": [
+            ("if found is None or", "if found is not None and"),
+            ("if strange[0] is not None", "if False"),
+        ],
     },
     ("mica/cli/adapt/sources.py", f"{_TESTS}sources.py"): {
         "Source._texts": [("FIRST_ROWS", "1"), ("text.encode()", "pass")],

@@ -83,7 +83,10 @@ def test_upload_is_private_and_of_the_adapter_only(monkeypatch, tmp_path):
         "base/model.safetensors", "checkpoint-10/optimizer.pt", "checkpoint-10/a/b",
         "merged/model.safetensors", "runs/x/events", ".summary.json.partial",
     ]  # fmt: skip
-    assert list(filter_repo_objects([*files, *others], allow_patterns=calls["upload"]["allow_patterns"])) == files
+    assert (
+        list(filter_repo_objects([*files, *others], allow_patterns=calls["upload"]["allow_patterns"]))
+        == files
+    )
 
 
 def test_an_error_is_one_line_that_says_how_to_repeat(monkeypatch, tmp_path):

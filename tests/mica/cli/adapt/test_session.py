@@ -267,7 +267,9 @@ def test_an_output_folder_in_the_text_is_no_text(model_dir, tmp_path, capsys):
     assert adapt(model_dir, tmp_path, output, "--steps", 1, "--overwrite") == 0
 
 
-def test_a_run_that_begins_while_another_reads_its_texts_is_refused(model_dir, rows, tmp_path, monkeypatch, capsys):
+def test_a_run_that_begins_while_another_reads_its_texts_is_refused(
+    model_dir, rows, tmp_path, monkeypatch, capsys
+):
     """In a new folder, as well as by --resume and --overwrite."""
     output = tmp_path / "out"
     gather, others = corpus.gather, []
