@@ -40,7 +40,7 @@ OWN = ".mica-run."
 LOCK = f"{OWN}lock"
 MARKER = "complete.json"  # in a checkpoint: see `mica.cli.adapt.checkpoints`
 ADAPT, TRANSFER = "mica adapt", "mica transfer"
-_ASIDE = f"{OWN}replaced-"
+_ASIDE, _NEW = f"{OWN}replaced-", f"{OWN}json"
 _FORMAT = 1
 
 
@@ -111,7 +111,7 @@ def write(output: Path, record: Record) -> None:
     """Write the record to ``output``, in one step. Raises UsageError if that fails."""
     text = json.dumps({"format": _FORMAT, **asdict(record)}, indent=1) + "\n"  # ASCII, whatever the names
     path = output / FILE
-    new = output / f"{OWN}json"
+    new = output / _NEW
     with explained(f"--output {output}: {FILE} cannot be written", OSError):
         new.write_text(text, encoding="utf-8")
         flush(new)
@@ -315,6 +315,8 @@ def recover(output: Path) -> None:
 
     Raises UsageError if the record cannot be read or written, or what was moved aside cannot be moved back.
     """
+    with suppress(OSError):
+        (output / _NEW).unlink()  # half written
     found = read(output)
     if found is None:
         return
