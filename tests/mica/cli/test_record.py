@@ -148,7 +148,7 @@ CALLS = ["os.rename", "os.replace", "os.mkdir", "os.fsync", "os.unlink", "os.rmd
 
 
 def interrupted(output, count: int, error: BaseException, act) -> bool:
-    """Whether ``act`` was broken off by ``error`` at the ``count``-th change of the disk, from 1."""
+    """Let ``error`` happen at the ``count``-th change of the disk, from 1; whether there was one."""
     left = [count]
 
     def watched(function):
@@ -170,8 +170,7 @@ def interrupted(output, count: int, error: BaseException, act) -> bool:
         except BaseException as caught:
             if caught is not error and caught.__cause__ is not error:
                 raise
-            return True
-    return False
+    return left[0] <= 0
 
 
 @pytest.mark.parametrize("error", [Killed(), KeyboardInterrupt(), OSError(5, "Input/output error")], ids=repr)
@@ -183,7 +182,7 @@ def test_replaced_whole_or_not_at_all(tmp_path, error):
         count += 1
         output = made(tmp_path / f"out{count}", a="old", b="old")
         (output / "mine").write_text("mine")
-        broken = interrupted(output, count, error, lambda output=output: start_again(output))
+        happened = interrupted(output, count, error, lambda output=output: start_again(output))
         record.recover(output)
         found = contents(output)
         assert found.pop(record.FILE)
@@ -191,7 +190,7 @@ def test_replaced_whole_or_not_at_all(tmp_path, error):
         assert found in (old, {"b": b"new", "mine": b"mine"})
         assert {*record.read(output).files} == found.keys() - {"mine"}
         outcomes.add(found == old)
-        if not broken:
+        if not happened:
             break
     assert count > 10
     assert outcomes == {True, False}
