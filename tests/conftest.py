@@ -25,7 +25,6 @@ import mica.fast  # noqa: E402
 import tests.support.large  # noqa: E402, F401
 from tests.support.thinning import ON_DEVICE, off_the_diagonal  # noqa: E402
 
-
 # Seconds since the epoch: `.ci/run` has a limit, and some machines are several times slower than others
 DEADLINE = float(os.environ.get("MICA_TEST_DEADLINE", "inf"))
 

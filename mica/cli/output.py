@@ -1,15 +1,19 @@
 """What the commands print and write."""
 
+import hashlib
 import json
 import os
 import shutil
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from safetensors import SafetensorError
 
 from mica.errors import UsageError
+
+PARTIAL, OLD = "partial", "old"  # ends of names: see `beside`
+_LONGEST = 200  # bytes of a name that gets a longer one beside it; systems allow 255
 
 
 @contextmanager
@@ -53,57 +57,157 @@ def _check_writable(option: str, path: Path, folder: Path) -> None:
         raise UsageError(f"{option} {path}: {folder} is {what}")
 
 
-def write_file(option: str, path: Path, write: Callable[[Path], None]) -> None:
+def write_file(option: str, path: Path, write: Callable[[Path], None], end: str | None = None) -> None:
     """Let ``write`` fill a temporary file next to ``path``, then rename it: never half a file.
+
+    ``end``: of the temporary file's name (see `beside`); default: the number of this process.
 
     Raises UsageError if that fails (the disk is full, the folder has gone).
     """
-    scratch = path.with_name(f".{path.name}.{os.getpid()}")
+    scratch = beside(path, end or str(os.getpid()))
     try:
         with explained(f"{option} {path}: cannot be written", OSError):
             write(scratch)
             os.replace(scratch, path)
     finally:
-        scratch.unlink(missing_ok=True)
+        with suppress(OSError):  # the folder may have gone
+            scratch.unlink()
 
 
-def write_folder(option: str, path: Path, *parts, card: str | None = None, kept: str = "") -> None:
-    """Let ``parts`` save themselves (``save_pretrained``) to a temporary folder next to ``path``, with
-    ``card`` as README.md, then rename it: never half a folder.
+def beside(path: Path, end: str) -> Path:
+    """A name for what becomes ``path``, or was it: hidden, in the same folder, and not too long."""
+    name = path.name
+    if len(os.fsencode(name)) > _LONGEST:
+        name = hashlib.blake2b(os.fsencode(name), digest_size=8).hexdigest()
+    return path.with_name(f".{name}.{end}")
 
-    A folder that is at ``path`` is replaced. ``kept`` follows the message of an error: what is not lost.
+
+def write_folder(option: str, path: Path, *parts, kept: str = "", **more) -> None:
+    """`fill_folder`, and its rename to ``path``: never half a folder.
+
+    What is at ``path`` is replaced, and so is what a killed process has left in the two folders `beside` it:
+    the caller must know that all three are its own.
 
     Raises UsageError if that fails (the disk is full, the folder has gone).
     """
-    # Fixed names, so that the next run clears what a killed one has left.
-    scratch, old = (path.with_name(f".{path.name}.{end}") for end in ("partial", "old"))
+    try:
+        with explained(f"{option} {path}: cannot be written", OSError, kept):
+            restore(path)
+        scratch = fill_folder(option, path, *parts, kept=kept, **more)
+        with explained(f"{option} {path}: cannot be written", OSError, kept):
+            if os.path.lexists(path):
+                path.rename(beside(path, OLD))
+            scratch.rename(path)
+            flush(path.parent)
+    finally:
+        with suppress(OSError):
+            restore(path)
+            remove(beside(path, PARTIAL))
+
+
+def fill_folder(
+    option: str,
+    path: Path,
+    *parts,
+    card: str | None = None,
+    kept: str = "",
+    begun: Callable[[Path], None] = lambda scratch: None,
+    done: Callable[[Path], None] = lambda scratch: None,
+) -> Path:
+    """Let ``parts`` save themselves (``save_pretrained``), with ``card`` as README.md, to a temporary folder
+    next to ``path``, which is returned; one that is there is replaced.
+
+    ``kept`` follows the message of an error: what is not lost. ``begun`` and ``done`` are called with the
+    folder, still empty and once it is full.
+
+    Raises UsageError if that fails, and leaves nothing.
+    """
+    scratch = beside(path, PARTIAL)
     full = (OSError, SafetensorError)  # the latter: safetensors' own for a full disk
     try:
         with explained(f"{option} {path}: cannot be written", full, kept):
-            _remove(scratch, old)
+            remove(scratch)
             scratch.mkdir(parents=True)
+            begun(scratch)
             for part in parts:
                 part.save_pretrained(scratch)
             if card is not None:
                 (scratch / "README.md").write_text(card, encoding="utf-8")
-            if path.exists():
-                path.rename(old)
-            scratch.rename(path)
+            finish_files(scratch)
+            done(scratch)
+    except BaseException:
+        shutil.rmtree(scratch, ignore_errors=True)
+        raise
+    return scratch
+
+
+def restore(path: Path) -> None:
+    """Finish what a process did not that was killed, or failed, between the two renames of `write_folder`.
+
+    What was at ``path`` is there again if nothing has taken its place, else it is removed.
+    """
+    old = beside(path, OLD)
+    if not os.path.lexists(old):
+        return
+    if os.path.lexists(path):
+        remove(old)
+    else:
+        old.rename(path)
+
+
+def remove(path: Path) -> None:
+    """Remove a file, a link or a folder with all that is in it, if it is there. Raises OSError."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def finish_files(folder: Path) -> None:
+    """Flush all files below ``folder`` and give them the mode of any new file, which safetensors' lack.
+
+    It writes to a temporary file that only its owner may read, and renames that.
+    """
+    probe = folder / f".{os.getpid()}"
+    probe.touch()
+    mode = probe.stat().st_mode
+    probe.unlink()
+    for path in files_in(folder):
+        if not path.is_symlink():
+            if path.stat().st_mode != mode:
+                path.chmod(mode)
+            flush(path)
+
+
+def files_in(folder: Path) -> list[Path]:
+    """All files below ``folder``, and links, which are not followed; sorted."""
+    found = []
+    for place, folders, names in os.walk(folder):
+        links = [name for name in folders if os.path.islink(os.path.join(place, name))]
+        found += [Path(place, name) for name in (*names, *links)]
+    return sorted(found)
+
+
+def flush(path: Path) -> None:
+    """Wait until a file or folder is on the disk."""
+    if os.name == "nt" and path.is_dir():  # Windows cannot open folders
+        return
+    descriptor = os.open(path, os.O_RDWR if os.name == "nt" else os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
     finally:
-        if old.exists() and not path.exists():  # the second of the two renames has failed
-            old.rename(path)
-        _remove(scratch, old)
+        os.close(descriptor)
 
 
-def _remove(*folders: Path) -> None:
-    for folder in folders:
-        shutil.rmtree(folder, ignore_errors=True)
-
-
-def write_json(option: str, path: Path, report: dict) -> None:
+def write_json(option: str, path: Path, report: dict, end: str | None = None) -> None:
     """`write_file` of ``report`` as JSON. Raises ValueError if it holds NaN or an infinity."""
     text = json.dumps(report, indent=2, allow_nan=False) + "\n"
-    write_file(option, path, lambda scratch: scratch.write_text(text, encoding="utf-8"))
+    write_file(option, path, lambda scratch: scratch.write_text(text, encoding="utf-8"), end)
+
+
+def shown(name: str) -> str:
+    """``name`` of a file as text that any encoding, page and terminal takes: what is odd in it is escaped."""
+    return "".join(one if one.isprintable() else one.encode("unicode_escape").decode() for one in name)
 
 
 def one_line(error: Exception | str) -> str:

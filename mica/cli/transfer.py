@@ -3,12 +3,24 @@
 import argparse
 import os
 import sys
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from importlib.metadata import version
 from pathlib import Path
 
+from mica.cli import lock, record
 from mica.cli.arguments import a_path, add_command, add_dtype_options
-from mica.cli.output import check_folder, dtype_name, write_folder
+from mica.cli.output import (
+    OLD,
+    PARTIAL,
+    beside,
+    check_folder,
+    dtype_name,
+    explained,
+    restore,
+    shown,
+    write_folder,
+)
 from mica.errors import UsageError
 
 
@@ -25,12 +37,14 @@ def add_parser(commands) -> None:
     add("--adapter", required=True, type=a_path, metavar="DIR", help="output folder of mica adapt")
     add("--to", required=True, metavar="MODEL", help="Hub id, checkpoint folder or GGUF file; not quantised")
     add("--output", required=True, type=a_path, metavar="DIR", help="folder for the model, made if needed")
-    add("--overwrite", action="store_true", help="replace what is in the folder of --output")
+    add("--overwrite", action="store_true", help="replace what mica transfer has written to --output")
     add_dtype_options(parser, dtype="dtype of the merged weights; auto: that of MODEL, float32 for GGUF")
 
 
 def run(args: argparse.Namespace) -> int:
     """Run the command: all checks before the weights are read, the output whole or not at all.
+
+    Only a folder that `mica transfer` has written is replaced, as its record says (see `mica.cli.record`).
 
     To trained embeddings, what was added to those of the adapter's base is added. A note says where the
     adapter does not tell what they were.
@@ -40,27 +54,107 @@ def run(args: argparse.Namespace) -> int:
     base, lacks one of its layers or has it in another shape, is quantised, or gives a common token another
     id, and if the output cannot be written.
     """
+    from mica.cli.adapt import adapter
+    from mica.cli.loading import find_source, quieten_libraries
+
+    quieten_libraries()
+    config = adapter.read_adapter_config(args.adapter)
+    with _named(args):
+        source = find_source(args.to, args.trust_remote_code)
+        check_folder("--output", args.output, args.to)
+    read = {"--to": [source.location], "--adapter": [str(args.adapter)]}
+    if config.base_model_name_or_path:
+        read["the base of --adapter"] = [config.base_model_name_or_path]
+    target = Path(os.path.realpath(args.output))
+    if target in (Path.cwd(), *Path.cwd().parents) or os.path.ismount(target):
+        what = "cannot be replaced by a new folder while it is in use: name one in it"
+        raise UsageError(f"--output {args.output}: {what}")
+    if lost := record.removed_input(read, target, [target]):
+        raise UsageError(f"--output {args.output}: is the folder of {lost[0]}, or contains it")
+    with _held(args, target):
+        _check_output(args, target)
+        return _transfer(args, config, source, target)
+
+
+@contextmanager
+def _named(args: argparse.Namespace) -> Iterator[None]:
+    """Errors about a model are about --to."""
+    try:
+        yield
+    except UsageError as error:
+        raise UsageError(str(error).replace(f"--model {args.to}: ", f"--to {args.to}: ", 1)) from error
+
+
+@contextmanager
+def _held(args: argparse.Namespace, target: Path) -> Iterator[None]:
+    """Keep other processes from the output, and see to what a killed one has left beside it.
+
+    The lock is beside it too, as the whole folder is renamed. Raises UsageError if another process holds it.
+    """
+    made = [path for path in target.parents if not path.exists()]
+    name = beside(target, "lock").name.removeprefix(".")
+    try:
+        with ExitStack() as stack:
+            with explained(f"--output {args.output}: cannot be made", OSError):
+                target.parent.mkdir(parents=True, exist_ok=True)
+                stack.enter_context(lock.held(target.with_name(record.OWN + name)))
+            for path in (beside(target, PARTIAL), beside(target, OLD)):
+                if not _is_ours(path):
+                    what = f"{shown(path.name)} beside it is not of {record.TRANSFER}: move it away"
+                    raise UsageError(f"--output {args.output}: {what}")
+            with explained(f"--output {args.output}: cannot be restored", OSError):
+                restore(target)
+            yield
+    except lock.HeldError as error:
+        what = "another process writes to it; wait for it or stop it"
+        raise UsageError(f"--output {args.output}: {what}") from error
+    finally:
+        with suppress(OSError):
+            for folder in made:
+                folder.rmdir()
+
+
+def _is_ours(path: Path) -> bool:
+    """Whether nothing is at ``path``, or an empty folder, or one that `mica transfer` has written alone."""
+    if not os.path.lexists(path):
+        return True
+    if path.is_symlink() or not path.is_dir():
+        return False
+    found = record.read(path)
+    if found is None:
+        return not any(path.iterdir())
+    return found.command == record.TRANSFER and not record.others(path, found)
+
+
+def _check_output(args: argparse.Namespace, target: Path) -> None:
+    """Raise UsageError if a new folder must not take the place of what is at --output."""
+    if not target.is_dir() or not any(target.iterdir()):
+        return
+    found = record.read(target)
+    if found is None or found.command != record.TRANSFER:
+        what = f"is not empty, and {record.TRANSFER} has not written it: name another folder"
+        raise UsageError(f"--output {args.output}: {what}")
+    strange = [*record.others(target, found), record.stranger(target, found, found.files)]
+    if strange[0] is not None:
+        what = f"{shown(os.path.relpath(target / strange[0], target))} in it is not of {record.TRANSFER}"
+        raise UsageError(f"--output {args.output}: {what}: move it away, or name another folder")
+    if not args.overwrite:
+        raise UsageError(f"--output {args.output}: is not empty: --overwrite replaces what is in it")
+    for path in record.present(target, found):
+        if why := record.why_not_removable(path):
+            raise UsageError(f"--output {args.output}: cannot be replaced: {why}")
+
+
+def _transfer(args: argparse.Namespace, config, source, target: Path) -> int:
+    """Merge and write, once the output is ours."""
     import torch
     from peft import PeftModel
 
     from mica.cli.adapt import adapter, card, embeddings, result, trained_on
-    from mica.cli.loading import find_source, load_config, load_model, quieten_libraries
+    from mica.cli.loading import load_config, load_model
 
-    quieten_libraries()
-    config = adapter.read_adapter_config(args.adapter)
     layers = adapter.adapted_layers(args.adapter)
-    try:
-        source = find_source(args.to, args.trust_remote_code)
-        check_folder("--output", args.output, args.to)
-        for option, path in (("--to", source.location), ("--adapter", args.adapter)):
-            place = Path(path).resolve()
-            if args.output.resolve() in (place, *place.parents):
-                raise UsageError(f"--output {args.output}: is the folder of {option}, or contains it")
-        if args.output.resolve() in (Path.cwd(), *Path.cwd().parents) or os.path.ismount(args.output):
-            what = "cannot be replaced by a new folder while it is in use: name one in it"
-            raise UsageError(f"--output {args.output}: {what}")
-        if args.output.is_dir() and any(args.output.iterdir()) and not args.overwrite:
-            raise UsageError(f"--output {args.output}: is not empty: --overwrite replaces what is in it")
+    with _named(args):
         if not source.is_gguf:
             their_config = load_config(source)
             if getattr(their_config, "quantization_config", None) is not None:
@@ -70,8 +164,6 @@ def run(args: argparse.Namespace) -> int:
         print(agreement)
         # On the CPU: one sum per weight, which is not worth a way to the device and back.
         model = load_model(source, args.dtype, torch.device("cpu"))
-    except UsageError as error:
-        raise UsageError(str(error).replace(f"--model {args.to}: ", f"--to {args.to}: ", 1)) from error
     print(_check_architecture(args, config, model.config.model_type))
     adapter.check_fit(model, config, args.adapter, "--adapter", f"--to {args.to}")
     updates = {}
@@ -87,14 +179,21 @@ def run(args: argparse.Namespace) -> int:
     peft_model = PeftModel.from_pretrained(model, args.adapter, config=config)
     embeddings.add(peft_model, updates)
     merged, report = result.merged_model(peft_model, f"--adapter {args.adapter}")
-    facts = {"name": args.output.resolve().name, "model": args.to, "adapter": str(args.adapter)}
+    facts = {"name": target.name, "model": args.to, "adapter": str(args.adapter)}
     facts |= {"base": config.base_model_name_or_path, "layers": len(layers)}
     facts["embeddings"] = bool(updates)
     facts |= {"rank": config.r, "alpha": config.lora_alpha}
     facts |= {"dtype": dtype_name(merged.dtype), "merge_report": str(report)}
     facts["versions"] = {name: version(name) for name in ("torch", "transformers", "peft")}
-    text = str(card.transfer_card(facts))
-    write_folder("--output", args.output, merged, tokenizer, card=text)
+    write_folder(
+        "--output",
+        target,
+        merged,
+        tokenizer,
+        card=str(card.transfer_card(facts)),
+        begun=lambda scratch: record.write(scratch, record.Record(record.TRANSFER)),
+        done=record.sign,
+    )
     print(f"merged model  {args.output}\n              {report}")
     return 0
 

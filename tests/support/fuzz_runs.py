@@ -203,7 +203,10 @@ class Runs(RuleBasedStateMachine):
         return checkpoints.step(latest) if latest else 0
 
     def fingerprint(self) -> list:
-        files = [path for path in self.output.rglob("*") if path.is_file() and path.name != ".lock"]
+        # but the record, and what a killed run has left half done, which any run clears up
+        own = re.compile(r"mica-run\.json|\.mica-run\..*|\..*\.partial")
+        found = (path for path in self.output.rglob("*") if path.is_file())
+        files = [path for path in found if not any(map(own.fullmatch, path.relative_to(self.output).parts))]
         return sorted((path, path.stat().st_size, path.stat().st_mtime_ns) for path in files)
 
     def compare(self) -> None:

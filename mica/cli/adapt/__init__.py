@@ -26,9 +26,11 @@ def run(given: argparse.Namespace) -> int:
     missing = [module for module in NEEDED if importlib.util.find_spec(module) is None]
     if missing:
         raise UsageError(f"training needs {', '.join(missing)}: pip install 'mica-fast[cli]'")
+    output = getattr(given, "output", None)
+    if getattr(given, "resume", False) and not getattr(given, "dry_run", False) and output is not None:
+        folder.recover(output)
     settings = config.resolve(given)
-    args = settings.args
-    folder.check(args.output, resume=args.resume, overwrite=args.overwrite, inputs=config.inputs(args))
+    config.check_output(settings)
 
     from mica.cli.adapt.session import adapt
 

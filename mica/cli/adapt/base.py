@@ -2,19 +2,22 @@
 
 import argparse
 import os
+from pathlib import Path
 
 import torch
 from accelerate import PartialState
 from transformers import BitsAndBytesConfig, PreTrainedConfig
 from transformers.utils import is_bitsandbytes_available
 
+from mica.cli import record
 from mica.cli.adapt import processes
-from mica.cli.adapt.folder import CONVERTED
+from mica.cli.adapt.folder import BASE as FOLDER
 from mica.cli.loading import Source, load_config, load_model, load_tokenizer
-from mica.cli.output import dtype_name, first_sentences, write_folder
+from mica.cli.output import PARTIAL, beside, dtype_name, fill_folder, first_sentences
 from mica.errors import UsageError
-from mica.fast.loading import BASE as FOLDER
 from mica.paths.products import has_native
+
+_CARD = "Converted by mica adapt from a GGUF file.\n"
 
 
 def load(args: argparse.Namespace, source: Source, device: torch.device | None = None, tokenizer=None):
@@ -22,7 +25,8 @@ def load(args: argparse.Namespace, source: Source, device: torch.device | None =
 
     ``tokenizer``: the source's, where it is at hand: to read one from a GGUF file takes seconds.
 
-    A GGUF file is converted to OUTPUT/base first, once, by the main process, and loaded from there: what an
+    A GGUF file is converted first, once, by the main process, beside OUTPUT/base, which `folder.begin` makes
+    of it, and loaded from there. The model has the name OUTPUT/base already: what an
     adapter says about its base is one name, without the file in a folder, so that neither
     ``AutoPeftModelForCausalLM.from_pretrained(OUTPUT)`` nor ``pipeline(model=OUTPUT)`` could find a
     GGUF file. That name is an absolute path: once OUTPUT has been moved, `mica.fast` finds it there. The
@@ -43,9 +47,11 @@ def load(args: argparse.Namespace, source: Source, device: torch.device | None =
         if args.quantize == "nf4":  # with quantised scales, as QLoRA (arXiv 2305.14314)
             kind = {"bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": getattr(torch, dtype)}
             quantization = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_use_double_quant=True, **kind)
+    name = None
     if source.is_gguf:
         processes.on_main(_convert, args, source, dtype, tokenizer)
-        source = converted(args)
+        name = converted(args).location
+        source = Source(args.model, place_of(name), {"trust_remote_code": False})
     try:
         model = load_model(source, dtype, device, quantization)
     except (ImportError, RuntimeError, NotImplementedError) as error:  # bitsandbytes does not run there
@@ -53,6 +59,8 @@ def load(args: argparse.Namespace, source: Source, device: torch.device | None =
             raise
         what = f"not possible on {device}: {first_sentences(str(error))}"
         raise UsageError(f"--quantize {args.quantize}: {what}") from error
+    if name is not None:
+        model.name_or_path = model.config.name_or_path = name
     # On a CPU with AVX512-BF16 the first call in eval mode repacks a 4-bit weight for good (bitsandbytes
     # 0.50). From then on the layer passes no gradient on, in train mode too: after one evaluation the
     # adapters below it would learn only what bypasses it.
@@ -85,13 +93,21 @@ def check(args: argparse.Namespace, source: Source) -> PreTrainedConfig | None:
 
 
 def converted(args: argparse.Namespace) -> Source:
-    """Where the checkpoint is that `load` has made of a GGUF file: OUTPUT/base, as an absolute path."""
+    """Where the checkpoint of a run is that was made of a GGUF file: OUTPUT/base, as an absolute path."""
     return Source(args.model, os.path.abspath(args.output / FOLDER), {"trust_remote_code": False})
 
 
+def place_of(name: str) -> str:
+    """Where the base called ``name`` is: there, or beside it, where a run that has not begun has made it."""
+    scratch = beside(Path(name), PARTIAL)
+    return str(scratch) if scratch.is_dir() else name
+
+
 def _convert(args: argparse.Namespace, source: Source, dtype: str, tokenizer) -> None:
-    """Write OUTPUT/base: model and tokenizer of a GGUF file, dequantised, in the run's dtype."""
+    """Write what is going to be OUTPUT/base: model and tokenizer of a GGUF file, in the run's dtype."""
     if args.resume and (args.output / FOLDER).is_dir():
         return  # B belongs to the weights as they were converted
     parts = load_model(source, dtype, torch.device("cpu")), tokenizer or load_tokenizer(source)
-    write_folder("--output", args.output / FOLDER, *parts, card=f"{CONVERTED}\n")
+    record.claim(args.output, FOLDER, begun=False)
+    scratch = fill_folder("--output", args.output / FOLDER, *parts, card=_CARD)
+    record.completed(args.output, FOLDER, scratch)

@@ -7,6 +7,8 @@ from pathlib import Path
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
+from mica.cli.output import shown
+
 _PAPER = "https://arxiv.org/abs/2604.01694"
 _FILES = {".gguf", ".txt", ".json", ".jsonl", ".csv", ".parquet", ".gz"}
 # Settings that are not part of a recipe: paths, which are said elsewhere or are nobody's business, and what
@@ -57,7 +59,7 @@ def hub_name(name: str | None) -> str | None:
 
 def _public(name: str) -> str:
     """``name`` of a model or text as code, without the folders of this machine: no card must tell those."""
-    return f"`{hub_name(name) or Path(name).name or name}`"
+    return f"`{shown(hub_name(name) or Path(name).name or name)}`"
 
 
 def card(summary: dict) -> ModelCard:
@@ -66,7 +68,7 @@ def card(summary: dict) -> ModelCard:
     Its metadata has what the hub reads: base_model and datasets only where these are names of the hub, which
     refuses others; the measured perplexities as model-index.
     """
-    s, settings, name = summary, summary["settings"], Path(summary["adapter"]).name
+    s, settings, name = summary, summary["settings"], shown(Path(summary["adapter"]).name)
     texts = {
         "held-out": ("perplexity", f"held out, {s['held_out_tokens']:,} tokens never trained on"),
         "retain": ("retain", "to be retained"),
@@ -138,7 +140,7 @@ def transfer_card(facts: dict) -> ModelCard:
     on = f", trained on `{hub_name(facts['base'])}`," if hub_name(facts["base"]) else ""
     names = {"there": _public(facts["model"]), "update": _public(facts["adapter"])}
     return _card(
-        facts["name"],
+        shown(facts["name"]),
         facts,
         _TRANSFERRED.format(**facts, **names, on=on, paper=_PAPER),
         *(

@@ -3,7 +3,8 @@
 The Trainer writes a checkpoint file by file. Whatever happens in between, a checkpoint counts only with the
 marker ``complete.json``, which is written last, after all files have reached the disk, and names each with
 its size and a hash of its contents. Sizes are compared wherever a checkpoint is looked for, hashes once,
-before one is resumed.
+before one is resumed. The record of the output folder says which checkpoints are the run's, so that no other
+is resumed or removed, and which of them have been complete, so that one that has lost its marker is named.
 """
 
 import json
@@ -18,11 +19,12 @@ from accelerate import PartialState
 from safetensors import SafetensorError
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
+from mica.cli import record
 from mica.cli.adapt import fingerprint, processes
-from mica.cli.output import one_line
+from mica.cli.output import finish_files, flush, one_line
+from mica.cli.record import MARKER
 from mica.errors import UsageError
 
-MARKER = "complete.json"
 # torch.save's writer says what it did, not why the system refused it
 _WRITER = ("PytorchStreamWriter", "inline_container", "Parent directory", "iostream error", "unexpected pos")
 
@@ -46,9 +48,8 @@ def mark(checkpoint: Path, **facts: Any) -> None:
 
     Raises OSError if the disk is full or the folder has gone; then there is no marker.
     """
+    finish_files(checkpoint)
     paths = sorted(path for path in checkpoint.rglob("*") if path.is_file())
-    for path in paths:
-        _flush(path)
     files = {path.relative_to(checkpoint).as_posix(): path for path in paths}
     sizes = {name: path.stat().st_size for name, path in files.items()}
     hashes = {name: fingerprint.of_file(path).hex() for name, path in files.items()}
@@ -56,23 +57,13 @@ def mark(checkpoint: Path, **facts: Any) -> None:
     scratch = checkpoint / f".{MARKER}"
     try:
         scratch.write_text(json.dumps(marker, indent=1) + "\n", encoding="utf-8")
-        _flush(scratch)
+        flush(scratch)
         os.replace(scratch, checkpoint / MARKER)
     finally:
         scratch.unlink(missing_ok=True)
     for folder in (checkpoint, checkpoint.parent):
-        _flush(folder)
-
-
-def _flush(path: Path) -> None:
-    """Wait until a file or folder is on the disk."""
-    if os.name == "nt" and path.is_dir():  # Windows cannot open folders
-        return
-    descriptor = os.open(path, os.O_RDWR if os.name == "nt" else os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+        flush(folder)
+    record.completed(checkpoint.parent, checkpoint.name)
 
 
 def facts(checkpoint: Path) -> dict[str, Any] | None:
@@ -108,13 +99,22 @@ def _wrong(checkpoint: Path, sizes: dict[str, int], hashes: dict[str, str]) -> s
     return None
 
 
+def _own(output: Path) -> dict[Path, bool]:
+    """The checkpoints of the run in ``output`` -> whether each was complete once; oldest first."""
+    found = record.read(output)
+    if found is None:
+        return {}
+    ours = [path for path in folders(output) if path.name in found.files]
+    return {path: found.files[path.name] is not None or (path / MARKER).is_file() for path in ours}
+
+
 def _complete(output: Path) -> list[Path]:
-    return [path for path in folders(output) if facts(path) is not None]
+    return [path for path in _own(output) if facts(path) is not None]
 
 
 def marked(output: Path) -> list[Path]:
-    """All that were complete once, though files may be damaged now; oldest step first."""
-    return [path for path in folders(output) if (path / MARKER).is_file()]
+    """The run's that were complete once, though files may be damaged or lost now; oldest step first."""
+    return [path for path, was_complete in _own(output).items() if was_complete]
 
 
 def damaged(checkpoint: Path) -> str | None:
@@ -173,19 +173,36 @@ def rotate(output: Path, keep: int, best: int | None = None) -> None:
     Not left to the Trainer: it removes the oldest by time of modification, and before the newest is known to
     be whole.
     """
-    for path in _complete(output)[:-keep]:
-        if step(path) != best:
-            shutil.rmtree(path, ignore_errors=True)
+    _remove(output, [path for path in _complete(output)[:-keep] if step(path) != best])
 
 
 def discard(output: Path, resumed: Path | None = None) -> None:
-    """Remove the checkpoints in ``output`` that are not complete. One process only; raises nothing.
+    """Remove the run's checkpoints in ``output`` that are not complete. One process only.
 
-    Those after the one that is ``resumed`` too: they are damaged, or it would not have been chosen.
+    Those after the one that is ``resumed`` too, which are damaged.
+
+    Raises UsageError, and removes nothing, if one of these is not: it would have been resumed, had it been
+    there then.
     """
-    for path in folders(output):
-        if facts(path) is None or (resumed is not None and step(path) > step(resumed)):
-            shutil.rmtree(path, ignore_errors=True)
+    unwanted = []
+    for path in _own(output):
+        is_later = resumed is not None and step(path) > step(resumed)
+        if is_later and damaged(path) is None:
+            what = f"{path.name} was written after {resumed.name} had been chosen to go on from"
+            raise UsageError(f"--output {output}: {what}: another run writes to it")
+        if is_later or facts(path) is None:
+            unwanted.append(path)
+    _remove(output, unwanted)
+
+
+def _remove(output: Path, unwanted: list[Path]) -> None:
+    """Remove checkpoints of the run, but none into which somebody has put a file; what fails stays."""
+    with suppress(OSError, UsageError):
+        found = record.read(output)
+        for path in unwanted:
+            if record.stranger(output, found, [path.name]) is None:
+                shutil.rmtree(path, ignore_errors=True)
+        record.forget(output, *(path.name for path in unwanted if not path.exists()))
 
 
 class NotWrittenError(UsageError):
@@ -199,8 +216,11 @@ def written(output: Path, name: str) -> Iterator[None]:
     """Turn a failure to write ``output/name`` into one UsageError in all processes; remove what is half done.
 
     Every process must enter it. It may be entered within itself, before a collective that a process which has
-    failed would not reach. An error of another kind is raised as it is.
+    failed would not reach. An error of another kind is raised as it is. A checkpoint is claimed first.
     """
+    is_checkpoint = name.startswith(PREFIX_CHECKPOINT_DIR)
+    if is_checkpoint:
+        processes.on_main(record.claim, output, name)
     try:
         with processes.agreed((OSError, SafetensorError, UsageError)):
             try:
@@ -214,7 +234,7 @@ def written(output: Path, name: str) -> Iterator[None]:
     except NotWrittenError:  # from within it: all processes have been told
         raise
     except (OSError, SafetensorError, UsageError) as error:
-        if PartialState().is_main_process and name.startswith(PREFIX_CHECKPOINT_DIR):
+        if PartialState().is_main_process and is_checkpoint:
             shutil.rmtree(output / name, ignore_errors=True)
         why = f"{name} cannot be written: {one_line(error)}; {saved(output)}"
         raise NotWrittenError(f"--output {output}: {why}") from error

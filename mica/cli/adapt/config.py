@@ -9,13 +9,14 @@ from pathlib import Path
 from typing import NamedTuple
 
 from mica import __version__
+from mica.cli import record
+from mica.cli.adapt.folder import MERGED, check
+from mica.cli.adapt.folder import SETTINGS as FILE
 from mica.cli.adapt.options import OPTIONS, RECIPES, TABLE, declare
 from mica.cli.arguments import with_suggestion
-from mica.cli.output import one_line, write_file
+from mica.cli.output import one_line, shown
 from mica.errors import UsageError
 
-FILE = "run.yaml"  # in the output folder: the settings of its run
-SUMMARY = "summary.json"  # and what was measured, once it has ended
 _PROCESSES = "processes"  # in it, though no option: how many the run had
 # A switch in YAML: as in YAML 1.2, and the words of YAML 1.1 that many are used to
 _SWITCHED = dict.fromkeys(("true", "yes", "on"), True) | dict.fromkeys(("false", "no", "off"), False)
@@ -38,10 +39,14 @@ _FIXED = [name for name, option in OPTIONS.items() if not option.by_run and name
 
 
 class Settings(NamedTuple):
-    """``args``: a value for every option; ``origins``: option -> "command line", "recipe paper", ..."""
+    """``args``: a value for every option; ``origins``: option -> "command line", "recipe paper", ...
+
+    ``recorded``: the text of the run.yaml that was read for ``--resume``; None without it.
+    """
 
     args: argparse.Namespace
     origins: dict[str, str]
+    recorded: str | None = None
 
 
 def read(path: Path, option: str = "--config") -> dict[str, object]:
@@ -90,7 +95,7 @@ def _tokens(key: str, value: str | list[str] | None) -> list[str]:
     if isinstance(value, list):
         if not option.many:
             raise UsageError(f"{key} must be one value, and is a list")
-        return [f"{option.flag}={one}" for one in value]
+        return [f"{option.flag}={one}" for one in value] or [option.flag]
     if option.parse is bool:
         if value.lower() not in _SWITCHED:
             raise UsageError(f"{key} must be true or false, not {value}")
@@ -118,6 +123,7 @@ def resolve(given: argparse.Namespace) -> Settings:
         raise UsageError("--held-out and --held-out-text: give one of them")
 
     found = ChainMap(*(layer for _, layer in layers))
+    text = recorded_text(found["output"]) if line.get("resume") and "output" in found else None
     folder, adapter, recorded = found.get("output"), found.get("adapter"), None
     if line.get("resume") and folder is not None and (folder / FILE).is_file():
         # With what the adapter said then: its folder need not exist any more. No experts, no such entry.
@@ -141,10 +147,7 @@ def resolve(given: argparse.Namespace) -> Settings:
         values |= layer
         origins |= dict.fromkeys(layer, origin)
         if layer is recorded:
-            # from the comments that `write` puts behind the values
-            lines = (line.rpartition("  # ") for line in (folder / FILE).read_text("utf-8").splitlines())
-            origins |= {"experts": "default"}
-            origins |= {entry.partition(":")[0]: origin for entry, _, origin in lines if entry}
+            origins |= {"experts": "default"} | _recorded_origins(folder)
     if "warmup_ratio" in line and values["scheduler"] == "constant":
         raise UsageError("--warmup-ratio: the scheduler constant has none; constant_with_warmup has")
     if values["alpha"] is None:
@@ -161,7 +164,39 @@ def resolve(given: argparse.Namespace) -> Settings:
         _refuse_others(own, dict.fromkeys(_FIXED) | recorded, f"--resume: {folder / FILE}")
     _check(values)
     args = argparse.Namespace(**{name: values[name] for name in OPTIONS})
-    return Settings(args, {name: origins[name] for name in OPTIONS if name not in _EITHER or values[name]})
+    shown_origins = {name: origins[name] for name in OPTIONS if name not in _EITHER or values[name]}
+    return Settings(args, shown_origins, text)
+
+
+def recorded_text(output: Path) -> str | None:
+    """What is in the run.yaml of ``output``; None if there is none that can be read as text."""
+    try:
+        return (output / FILE).read_text(encoding="utf-8")
+    except (OSError, ValueError):
+        return None
+
+
+def folders(args: argparse.Namespace) -> list[str]:
+    """The folders that a run with these options writes in its output folder, but checkpoints."""
+    return [MERGED] * bool(args.merge) + ["runs"] * ("tensorboard" in args.report_to)
+
+
+def check_output(settings: Settings) -> None:
+    """`folder.check` for a run with these settings."""
+    args = settings.args
+    check(
+        args.output,
+        resume=args.resume,
+        overwrite=args.overwrite,
+        inputs=inputs(args),
+        more=folders(args),
+    )
+
+
+def _recorded_origins(folder: Path) -> dict[str, str]:
+    """Option -> where its value came from when the run began."""
+    found = record.read(folder)
+    return found.origins if found is not None else {}
 
 
 def _check(values: dict[str, object]) -> None:
@@ -198,7 +233,8 @@ def _refuse_others(values: dict, fixed: dict, where: str) -> None:
 
 def inputs(args: argparse.Namespace) -> dict[str, list[str]]:
     """Option -> what it names, of those that name files or folders to be read."""
-    given = {name: getattr(args, name) for name in OPTIONS if name in _PATHS - {"output"}}
+    read = _PATHS - {"output"} | {"config"}
+    given = {name: getattr(args, name) for name in OPTIONS if name in read}
     lists = {name: value if isinstance(value, list) else [value] for name, value in given.items() if value}
     return {OPTIONS[name].flag: [*map(str, values)] for name, values in lists.items()}
 
@@ -230,8 +266,8 @@ def recorded_processes(path: Path) -> int | None:
     return int(number) if isinstance(number, str) and number.isdecimal() else None
 
 
-def write(settings: Settings, folder: Path, processes: int = 1, note: str = "") -> None:
-    """Write the settings to ``folder``/run.yaml: ``--config`` of that file repeats the run from anywhere.
+def as_yaml(settings: Settings, processes: int = 1, note: str = "") -> str:
+    """The text of run.yaml: ``--config`` of that file repeats the run from anywhere.
 
     ``note``: about the number of ``processes``.
     """
@@ -242,10 +278,24 @@ def write(settings: Settings, folder: Path, processes: int = 1, note: str = "") 
             lines.append(f"\n# {row}")
         elif row.name in given:
             # JSON is YAML; a float without a dot (1e-05) is a string there, which the option's parser takes
-            value = json.dumps(given[row.name], ensure_ascii=False)
-            lines.append(f"{row.name}: {value}  # {settings.origins[row.name]}")
-    text = "\n".join([*lines, f"\n{_PROCESSES}: {processes}  # the launcher{note}\n"])
-    write_file("--output", folder / FILE, lambda scratch: scratch.write_text(text, encoding="utf-8"))
+            value = _as_yaml(given[row.name])
+            lines.append(f"{row.name}: {value}  # {shown(settings.origins[row.name])}")
+    return "\n".join([*lines, f"\n{_PROCESSES}: {processes}  # the launcher{note}\n"])
+
+
+def _as_yaml(value: object) -> str:
+    """``value`` as JSON that YAML reads as the same: characters that no YAML file may have are escaped.
+
+    Among them are those by which Python holds a file's name that is not UTF-8. JSON has no escapes of more
+    than four digits, and YAML does not join two of them to one character.
+    """
+    text = json.dumps(value, ensure_ascii=False)
+    return "".join(one if one.isprintable() else _escaped(one) for one in text)
+
+
+def _escaped(one: str) -> str:
+    code = ord(one)
+    return f"\\U{code:08x}" if code > 0xFFFF else f"\\u{code:04x}"
 
 
 def fixed(args: argparse.Namespace) -> dict[str, object]:

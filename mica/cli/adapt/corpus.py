@@ -7,6 +7,7 @@ import hashlib
 import json
 import logging
 from dataclasses import dataclass
+from pathlib import Path
 from typing import NamedTuple
 
 import datasets
@@ -106,28 +107,33 @@ def _count(number: int, noun: str) -> str:
     return f"{number:,} {noun}"
 
 
-def check(args: argparse.Namespace) -> list[list[sources.Source]]:
+def check(args: argparse.Namespace, output: Path | None = None) -> list[list[sources.Source]]:
     """The sources of --text, --held-out-text and --retain, by their names alone: nothing is read.
+
+    ``output``: the folder that the run writes to; default: ``args.output``. What is in it is no text.
 
     Raises UsageError for what that shows to be wrong.
     """
     given = {"--text": args.text, "--held-out-text": args.held_out_text, "--retain": args.retain}
-    found = [sources.find(option, items or [], args.dataset_config) for option, items in given.items()]
+    output = output or args.output
+    found = [
+        sources.find(option, items or [], args.dataset_config, output) for option, items in given.items()
+    ]
     if args.dataset_config is not None and not any(source.is_on_hub for group in found for source in group):
         raise UsageError(f"--dataset-config {args.dataset_config}: no source is a dataset on the Hub")
     return found
 
 
-def gather(args: argparse.Namespace, tokenizer) -> Corpus:
+def gather(args: argparse.Namespace, tokenizer, output: Path | None = None) -> Corpus:
     """Read, tokenise and pack all texts of a run; every process of it calls this.
 
     Held out is ``--held-out-text``, of which no document is trained on, or what `split` takes: of each
     source if there are weights, else of all joined. ``eval_blocks`` blocks of it are measured, evenly
-    spread, and as many of ``--retain``.
+    spread, and as many of ``--retain``. ``output``: see `check`.
 
     Raises UsageError for what cannot be read, and if there is not one training and one held-out block.
     """
-    found = check(args)
+    found = check(args, output)
     datasets.logging.set_verbosity(logging.CRITICAL)  # its errors come as exceptions as well
     text, held_out, retain = (
         tokenize(each, tokenizer, args.text_field, args.workers) if each else [] for each in found

@@ -8,7 +8,8 @@ from matplotlib import rc_context
 from matplotlib.figure import Figure  # not pyplot: Agg, whatever the display, and no global state
 from matplotlib.ticker import EngFormatter, MaxNLocator
 
-from mica.cli.output import one_line, write_file
+from mica.cli import record
+from mica.cli.output import one_line, shown
 from mica.cli.plot import STYLE
 
 COLUMNS = {  # of curve.csv: names in the Trainer's log_history
@@ -37,10 +38,10 @@ def write_curve(history: list[dict], output: Path) -> None:
             return
         lines = [COLUMNS, *(["" if cell is None else str(cell) for cell in row.values()] for row in rows)]
         text = "".join(f"{','.join(line)}\n" for line in lines)
-        write_file("--output", output / "curve.csv", lambda path: path.write_text(text, encoding="utf-8"))
+        record.claimed(output, "curve.csv", lambda path: path.write_text(text, encoding="utf-8"))
         with rc_context({**STYLE, "lines.linewidth": 1.2, "lines.markersize": 3}):
-            drawn = figure(rows, output.resolve().name)
-            write_file("--output", output / "curve.png", lambda path: drawn.savefig(path, format="png"))
+            drawn = figure(rows, shown(output.resolve().name))
+            record.claimed(output, "curve.png", lambda path: drawn.savefig(path, format="png"))
     except Exception as error:  # the training is worth more than its picture
         _print_once(f"mica adapt: warning: no curve: {one_line(error)}", file=sys.stderr)
 
@@ -81,5 +82,5 @@ def figure(rows: list[dict], name: str) -> Figure:
         upper = panels[0].secondary_xaxis("top", functions=(lambda x: x * each, lambda x: x / each))
         upper.set_xlabel("tokens")
         upper.xaxis.set_major_formatter(EngFormatter(sep=""))
-    drawing.suptitle(name)
+    drawing.suptitle(name, parse_math=False)
     return drawing

@@ -17,6 +17,7 @@ import mica.fast
 from mica.cli.adapt import base, evaluation, processes, summary, training
 from mica.cli.adapt.amount import Amount, measurements
 from mica.cli.adapt.corpus import Corpus
+from mica.cli.output import PARTIAL, beside
 from mica.errors import UsageError
 
 _STEPS = 3  # measured, after one in which caches fill
@@ -38,7 +39,7 @@ def check_disk(model: PeftModel, args: argparse.Namespace, output: Path) -> str:
     if args.merge:
         parts["merged model"] = _dense_size(model)
     if args.output != output and not args.resume:  # a dry run: a GGUF file is not converted there yet
-        parts["base"] = _on_disk(args.output, [base.FOLDER])
+        parts["base"] = _on_disk(args.output, [beside(Path(base.FOLDER), PARTIAL).name])
     place = next(place for place in (output, *output.resolve().parents) if place.exists())
     replaced = _on_disk(output, ["checkpoint-*", "adapter_model.*", *["merged"] * args.overwrite])
     free, needed = shutil.disk_usage(place).free + replaced, sum(parts.values())

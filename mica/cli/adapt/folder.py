@@ -1,85 +1,164 @@
-"""The output folder: what may be in it before a run, and what a new run removes from it."""
+"""The output folder of a run: who may write to it, and what a new run puts in the place of an earlier one.
 
-import os
-import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
+What a run has written is in the folder's record (see `mica.cli.record`, which has the rule). `check` decides
+by it, without any change: before torch is imported, and again once the folder is `held`. Nothing that is
+there is touched before `begin`, when nothing can refuse the run any more.
+"""
+
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
-from mica.cli.output import check_folder, explained
+from mica.cli import lock, record
+from mica.cli.output import check_folder, explained, flush, shown
 from mica.errors import UsageError
 
-# What `mica adapt` and the tokenizers write. Anything else in the folder is not ours and stays.
-RESULT = (
-    *("adapter_*", "README.md", "summary.json", "run.yaml", "curve.*", "tokenizer*", "vocab.*", "merges.txt"),
-    *("special_tokens_map.json", "added_tokens.json", "chat_template*", "additional_chat_templates*"),
-)
-PRODUCTS = (*RESULT, "checkpoint-*", "base", "merged", "runs")
-CONVERTED = "Converted by mica adapt from a GGUF file."  # in base/README.md: ours, to be replaced
-_LOCK = ".lock"
-_LEFT = (_LOCK, ".run.yaml.*", ".base.partial")  # by a killed run
+SETTINGS = "run.yaml"  # the settings of the run
+SUMMARY = "summary.json"  # and what was measured, once it has ended
+BASE, MERGED = "base", "merged"
+CHECKPOINT = "checkpoint-"
+# What every run writes. The names of tokenizer and adapter are known once they have been written elsewhere.
+ALWAYS = (SETTINGS, SUMMARY, "README.md", "curve.csv", "curve.png")
+_NOT_RESULT = (BASE, MERGED, "runs")
 
 
-def check(output: Path, *, resume: bool, overwrite: bool, inputs: dict[str, list[str]]) -> None:
+def check(
+    output: Path,
+    *,
+    resume: bool,
+    overwrite: bool,
+    inputs: dict[str, list[str]],
+    more: Iterable[str] = (),
+) -> None:
     """Raise UsageError if a run must not or cannot write to ``output``; makes and removes nothing.
 
-    ``inputs``: option -> what it names, files and folders among them, which nothing may remove.
+    ``inputs``: option -> what it names, files and folders among them, which nothing may remove. ``more``:
+    names of folders that this run writes, beside what every run does.
     """
     check_folder("--output", output, *inputs["--model"])
-    found = [*output.iterdir()] if output.is_dir() and not (resume or overwrite) else []
-    # A GGUF file is converted to base/ before the adapter is made, which may fail
-    if any(not any(map(path.match, _LEFT)) and not _is_converted(path) for path in found):
-        what = "is not empty: use --resume to continue that run, --overwrite to replace it"
-        raise UsageError(f"--output {output}: {what}, or another folder")
-    removed = {path.resolve() for path in _products(output)} if overwrite else set()
-    for option, name in ((option, name) for option, names in inputs.items() for name in names):
-        place = Path(os.path.realpath(os.path.expanduser(name)))
-        if not removed.isdisjoint((place, *place.parents)):
+    found = record.read(output)
+    others = record.others(output, found)
+    if found is not None and found.command != record.ADAPT:
+        raise UsageError(f"--output {output}: {found.command} has written it: name another folder")
+    begun = found is not None and found.begun
+    if resume and not begun:
+        raise _nothing_to_resume(output, others)
+    if not resume and not overwrite and begun:
+        what = "is not empty: use --resume to continue that run, --overwrite to replace it, or another folder"
+        raise UsageError(f"--output {output}: {what}")
+    if not begun and others:
+        what = f"is not empty, and has no {record.FILE}, which says what a run has written there"
+        may = "--overwrite removes nothing else: " if overwrite else ""
+        raise UsageError(f"--output {output}: {what}: {may}name another folder")
+    if not begun:
+        return
+    _refuse_strange_checkpoints(output, others)
+    record.refuse_taken(output, found, [*ALWAYS, *more])
+    replaced = [*found.files] if overwrite else [name for name in more if name == MERGED]
+    if strange := record.stranger(output, found, replaced):
+        what = f"{shown(str(strange.relative_to(output)))} is in a folder that the run would replace"
+        raise UsageError(f"--output {output}: {what}, and no run has written it: move it away")
+    if overwrite:
+        present = record.present(output, found)
+        if lost := record.removed_input(inputs, output, present):
+            option, name = lost
             raise UsageError(f"{option} {name}: --overwrite would remove it from --output {output}")
+        for path in present:
+            if why := record.why_not_removable(path):
+                raise UsageError(f"--output {output}: {path.name} cannot be replaced: {why}")
 
 
-def _is_converted(path: Path) -> bool:
-    card = path / "README.md"
-    return path.name == "base" and card.is_file() and card.read_bytes().startswith(CONVERTED.encode())
+def _nothing_to_resume(output: Path, others: list[str]) -> UsageError:
+    why = "it is empty" if output.is_dir() else "no such folder"
+    if others:
+        why = f"it has no {record.FILE}, which says what a run has written there"
+    return UsageError(f"--resume: nothing to continue in {output}: {why}")
 
 
-def _products(output: Path) -> list[Path]:
-    return [path for pattern in PRODUCTS for path in output.glob(pattern)]
+def _refuse_strange_checkpoints(output: Path, others: list[str]) -> None:
+    for name in others:
+        if name.startswith(CHECKPOINT) and name.removeprefix(CHECKPOINT).isdecimal():
+            what = f"{name} is not of the run that has written this folder: move it away"
+            raise UsageError(f"--output {output}: {what}")
 
 
-def clear(output: Path, keep: str = "") -> None:
-    """Remove what an earlier run left in ``output`` but ``keep``, so that nothing of two runs is mixed."""
-    for path in (path for path in _products(output) if path.name != keep):
-        if path.is_dir() and not path.is_symlink():
-            shutil.rmtree(path)
-        else:
-            path.unlink()
+def begin(
+    output: Path, run_yaml: str, origins: dict[str, str], *, names: Iterable[str], resume: bool
+) -> None:
+    """Make ``output`` that of this run: its record, run.yaml, and base/ where one was converted.
+
+    Without ``resume`` what an earlier run has left there goes, as `check` has allowed. ``names``: of what
+    the run is going to write, known by now.
+
+    Raises UsageError if it cannot be written, or something of these names is there that no run has written;
+    then all is as it was.
+    """
+    found = record.read(output)
+    record.refuse_taken(output, found, names)
+    record.claim(output, SETTINGS, begun=False)
+    scratch = record.scratch(output, SETTINGS)
+    with explained(f"--output {output / SETTINGS}: cannot be written", OSError):
+        scratch.write_text(run_yaml, encoding="utf-8")
+        flush(scratch)
+    ready = [name for name in (SETTINGS, BASE) if record.scratch(output, name).exists()]
+    if resume:
+        record.settle(output, ready, origins)
+        return
+    new = record.Record(origins=origins, files=dict.fromkeys(ready))
+    if BASE in ready:
+        new.files[BASE] = found.files[BASE]
+    record.replace(output, new, ready)
+
+
+def results(output: Path) -> list[str]:
+    """The names of the run's results in ``output``: what describes and holds the adapter; sorted."""
+    found = record.read(output)
+    names = found.files if found is not None else []
+    return sorted(name for name in names if name not in _NOT_RESULT and not name.startswith(CHECKPOINT))
+
+
+def recover(output: Path) -> None:
+    """Undo an --overwrite that was killed before the new run had begun, so that the one before is there.
+
+    Raises UsageError as `held`.
+    """
+    if record.is_half_replaced(output):
+        with held(output):
+            pass
 
 
 @contextmanager
 def held(output: Path) -> Iterator[None]:
-    """Make ``output`` and keep other runs out of it; the system releases the lock of a killed process.
+    """Make ``output``, keep other runs out of it, and see to what a killed one has left half done.
 
-    A torchrun that is killed with -9, for one, leaves its workers, which go on training.
+    The system releases the lock of a killed process. A torchrun that is killed with -9, for one, leaves its
+    workers, which go on training. Folders that were made and stay empty are removed again.
 
     Raises UsageError if another run holds it, or it cannot be made.
     """
-    import filelock
-
-    lock = filelock.FileLock(output / _LOCK, timeout=0)
-    is_new = not output.exists()
+    made = _missing(output)
     with explained(f"--output {output}: cannot be made", OSError):  # /proc, for one, looks writable
         output.mkdir(parents=True, exist_ok=True)
     try:
-        lock.acquire()
-    except filelock.Timeout as error:
+        with ExitStack() as stack:
+            with explained(f"--output {output}: cannot be locked", OSError):
+                stack.enter_context(lock.held(output / record.LOCK))
+            record.recover(output)
+            stack.callback(_leave, output)
+            yield
+    except lock.HeldError as error:
         raise UsageError(f"--output {output}: another run writes to it; wait for it or stop it") from error
-    except (OSError, NotImplementedError):  # a file system without locks
-        pass
-    try:
-        yield
     finally:
-        lock.release()
-        (output / _LOCK).unlink(missing_ok=True)
-        if is_new and not any(output.iterdir()):  # refused before anything was written
-            output.rmdir()
+        with suppress(OSError):
+            for folder in made:
+                folder.rmdir()
+
+
+def _leave(output: Path) -> None:
+    with suppress(UsageError):  # what is half done is for the next run
+        record.recover(output)
+
+
+def _missing(output: Path) -> list[Path]:
+    """The folders that have to be made for ``output``, the last first."""
+    return [path for path in (output, *output.parents) if not path.exists()]

@@ -1,14 +1,16 @@
 """``--push-to-hub``: the output folder to a repository of the Hugging Face Hub, by its own client."""
 
 from collections.abc import Callable
+from glob import escape
 from pathlib import Path
+from shlex import quote
 from threading import Thread
 from typing import Any
 
 from huggingface_hub import HfApi, constants, get_token
 from huggingface_hub.utils import validate_repo_id
 
-from mica.cli.adapt.folder import RESULT
+from mica.cli.adapt.folder import results
 from mica.cli.output import explained
 from mica.errors import UsageError
 
@@ -65,12 +67,13 @@ def push(output: Path, repository: str) -> str:
 
     Raises UsageError if the upload fails; it says how to repeat it, and ``output`` is unchanged.
     """
-    parts = " ".join(f"--include '{pattern}'" for pattern in RESULT)
+    patterns = [f"{escape(name)}{'/*' * (output / name).is_dir()}" for name in results(output)]
+    parts = " ".join(f"--include {quote(pattern)}" for pattern in patterns)
     again = f"hf upload {repository} {output} . --private {parts}"
     kept = f"; everything is in {output}, to be uploaded by: {again}"
     with explained(f"--push-to-hub {repository}: not uploaded", kept=kept):
         api = HfApi()
         name = api.create_repo(repository, private=True, exist_ok=True).repo_id
-        more = {"allow_patterns": [*RESULT], "commit_message": "MiCA adapter"}
+        more = {"allow_patterns": patterns, "commit_message": "MiCA adapter"}
         done = api.upload_folder(repo_id=name, folder_path=output, **more)
     return getattr(done, "repo_url", None) or f"{constants.ENDPOINT}/{name}"

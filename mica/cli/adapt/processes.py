@@ -23,6 +23,7 @@ from accelerate.utils import broadcast_object_list, gather_object, parse_flag_fr
 from accelerate.utils import gather as gather_tensor
 
 from mica.cli.output import explained, one_line
+from mica.cli.record import OWN
 from mica.errors import UsageError
 
 # While one process reads or tokenises, the others wait. The default is 10 minutes with NCCL, 30 with gloo.
@@ -147,7 +148,7 @@ def check_shared(output: Path) -> None:
 def _leave_token(output: Path) -> str:
     with explained(f"--output {output}: cannot be made", OSError):
         output.mkdir(parents=True, exist_ok=True)
-        token = f".{uuid.uuid4()}"  # a new name: a network's file system keeps no answer for it
+        token = f"{OWN}{uuid.uuid4()}"  # a new name: a network's file system keeps no answer for it
         (output / token).touch()
     return token
 

@@ -3,6 +3,7 @@
 import argparse
 import os
 import shutil
+import tempfile
 from pathlib import Path
 
 import torch
@@ -13,13 +14,13 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 import mica.fast
+from mica.cli import record
 from mica.cli.adapt import checkpoints, embeddings, fingerprint
-from mica.cli.adapt.adapter import WEIGHTS
+from mica.cli.adapt.adapter import CONFIG, WEIGHTS
+from mica.cli.adapt.folder import MERGED
 from mica.cli.loading import Source, load_model
-from mica.cli.output import dtype_name, one_line, write_folder
+from mica.cli.output import dtype_name, finish_files, one_line, remove, write_folder
 from mica.errors import UsageError
-
-MERGED = "merged"
 
 
 def save(model: PeftModel, tokenizer, output: Path, checkpoint: Path | None = None) -> None:
@@ -30,16 +31,18 @@ def save(model: PeftModel, tokenizer, output: Path, checkpoint: Path | None = No
     All processes must call this: a sharded adapter (FSDP2) is gathered. The main process writes to a
     temporary folder, and then moves file by file into ``output``; what else is there stays.
 
-    Raises UsageError if the files cannot be written.
+    Raises UsageError if the files cannot be written, or would replace some that no run has written.
     """
-    scratch = output / ".saving"
+    scratch = record.scratch(output, WEIGHTS)
     with checkpoints.written(output, "the adapter"):
         state = gathered(model)
         if not PartialState().is_main_process:
             return
         try:
-            shutil.rmtree(scratch, ignore_errors=True)
-            scratch.mkdir(parents=True)
+            output.mkdir(parents=True, exist_ok=True)
+            record.claim(output, WEIGHTS)
+            remove(scratch)
+            scratch.mkdir()
             write_adapter(model, scratch, state)
             if checkpoint is not None:
                 shutil.copyfile(checkpoint / WEIGHTS, scratch / WEIGHTS)
@@ -48,12 +51,24 @@ def save(model: PeftModel, tokenizer, output: Path, checkpoint: Path | None = No
             if tokenizer is not None:
                 tokenizer.save_pretrained(scratch)
             (scratch / "README.md").unlink(missing_ok=True)
-            for path in sorted(scratch.iterdir()):
-                if (old := output / path.name).is_dir():  # of chat templates: not to be replaced while full
-                    shutil.rmtree(old)
+            finish_files(scratch)
+            paths = sorted(scratch.iterdir())
+            record.claim(output, *(path.name for path in paths))
+            for path in paths:
+                old = output / path.name
+                if old.is_dir():  # of chat templates: not to be replaced while full
+                    remove(old)
                 os.replace(path, old)
         finally:
             shutil.rmtree(scratch, ignore_errors=True)
+
+
+def names(tokenizer) -> list[str]:
+    """What `save` will write: the adapter's files, and the tokenizer's, if it is not None."""
+    with tempfile.TemporaryDirectory() as scratch:
+        if tokenizer is not None:
+            tokenizer.save_pretrained(scratch)
+        return sorted({CONFIG, WEIGHTS, *os.listdir(scratch)})
 
 
 def write_adapter(model: PeftModel, folder: Path, state: dict[str, torch.Tensor] | None) -> None:
@@ -105,6 +120,7 @@ def merge(
     are loaded anew are not those any more; everything that was written before is kept.
     """
     folder, kept = args.output / MERGED, f"; the adapter is in {args.output}"
+    record.claim(args.output, MERGED)
     if getattr(model, "is_quantized", False) or _is_sharded(model):
         base = model.get_base_model()
         if base_weights is not None and fingerprint.of(base.name_or_path) != base_weights:
@@ -114,7 +130,11 @@ def merge(
         dense = load_model(source, dtype_name(base.dtype), torch.device("cpu"))
         model = PeftModel.from_pretrained(dense, args.output)
     merged, report = merged_model(model, f"--merge {folder}", kept)
-    write_folder("--merge", folder, merged, tokenizer, kept=kept)
+
+    def done(scratch):
+        record.completed(args.output, MERGED, scratch)
+
+    write_folder("--merge", folder, merged, tokenizer, kept=kept, done=done)
     return report
 
 

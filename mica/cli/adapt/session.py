@@ -21,6 +21,7 @@ from mica.cli.adapt import (
     corpus,
     folder,
     processes,
+    result,
     summary,
     trained_on,
     training,
@@ -66,6 +67,30 @@ def _note(text: str) -> None:
 
 
 def _adapt(settings: Settings) -> int:
+    """The run: where it writes, nothing is decided before the output folder is locked."""
+    args = settings.args
+    with ExitStack() as stack:
+        if args.dry_run:
+            scratch = processes.on_main(lambda: stack.enter_context(tempfile.TemporaryDirectory()))
+            return _decided(settings, Path(scratch))
+        processes.on_main(stack.enter_context, folder.held(args.output))
+        processes.on_main(_check_again, settings)
+        return _decided(settings)
+
+
+def _check_again(settings: Settings) -> None:
+    """Under the lock, what was decided before it: another run may have written to the folder meanwhile.
+
+    Raises UsageError if it must not or cannot go on.
+    """
+    config.check_output(settings)
+    if settings.args.resume and config.recorded_text(settings.args.output) != settings.recorded:
+        what = f"{folder.SETTINGS} has changed since this command began: start it again"
+        raise UsageError(f"--resume: {settings.args.output / folder.SETTINGS}: {what}")
+
+
+def _decided(settings: Settings, scratch: Path | None = None) -> int:
+    """All that is checked and read before the model, and then the run, or with ``scratch`` a dry run."""
     args = settings.args
     source = loading.find_source(args.model, args.trust_remote_code)
     _note_what_is_odd(args)
@@ -76,7 +101,10 @@ def _adapt(settings: Settings) -> int:
     processes.check_shared(args.output)
     checkpoint = training.find_checkpoint(args, _note)
 
-    corpus.check(args)  # the texts: cheap, before the tokenizer
+    for group in corpus.check(args):  # the texts: cheap, before the tokenizer
+        for text in group:
+            if text.left_out:
+                _note(f"{text.option} {text.given}: --output {args.output} is in it, and is left out")
     tokenizer = loading.load_tokenizer(source)
     if checkpoint is not None:  # before texts and weights are read; one that is not here yet: in `train`
         location = base.converted(args).location if source.is_gguf else source.location
@@ -92,18 +120,23 @@ def _adapt(settings: Settings) -> int:
     _say(data.describe(args, PartialState().num_processes))
     if cost := data.cost():
         _note(cost)
-    run = (settings, source, tokenizer, data, checkpoint)
-    with ExitStack() as stack:
-        if args.dry_run:
-            scratch = processes.on_main(lambda: stack.enter_context(tempfile.TemporaryDirectory()))
-            return _dry_run(Path(scratch), *run)
-        # nothing else writes to the output folder meanwhile
-        processes.on_main(stack.enter_context, folder.held(args.output))
-        return _run(*run)
+    if scratch is not None:
+        return _dry_run(scratch, settings, source, tokenizer, data, checkpoint)
+    return _run(settings, source, tokenizer, data, checkpoint)
 
 
-def _loaded(settings: Settings, source, tokenizer, data: corpus.Corpus, checkpoint: Path | None):
-    """The model with its adapter, the data as this model takes it, and facts for the summary."""
+def _loaded(
+    settings: Settings,
+    source,
+    tokenizer,
+    data: corpus.Corpus,
+    checkpoint: Path | None,
+    output: Path | None = None,
+):
+    """The model with its adapter, the data as this model takes it, and facts for the summary.
+
+    ``output``: as `corpus.gather` has it.
+    """
     args = settings.args
     model = base.load(args, source, PartialState().device, tokenizer)
     if args.adapter is not None and checkpoint is None:
@@ -111,7 +144,7 @@ def _loaded(settings: Settings, source, tokenizer, data: corpus.Corpus, checkpoi
     if note := loading.suit_processor(model, args.dtype):
         _note(note)
     loading.check_limits(source, model, args.sequence_length, data.largest_token_id)
-    data = _with_packing(settings, data, model, tokenizer)
+    data = _with_packing(settings, data, model, tokenizer, output)
     _with_experts(settings, model)
     if has_experts(model) and not args.experts:
         _note("the experts are not adapted, unless --target-modules names them; --experts adapts all")
@@ -129,7 +162,7 @@ def _loaded(settings: Settings, source, tokenizer, data: corpus.Corpus, checkpoi
 def _dry_run(scratch: Path, settings: Settings, *run) -> int:
     """The first steps of a run, with ``scratch`` for its output folder."""
     output, settings.args.output = settings.args.output, scratch
-    model, data, _ = _loaded(settings, *run)
+    model, data, _ = _loaded(settings, *run, output)
     report = rehearsal(model, data, settings.args, output, run[-1])
     settings.args.output = output
     _say(f"{config.describe(settings)}\n{report}")
@@ -143,7 +176,7 @@ def _run(settings: Settings, source, tokenizer, data: corpus.Corpus, checkpoint:
     processes.on_main(check_disk, model, args, args.output)
 
     def begin():
-        processes.on_main(_prepare, settings, source.is_gguf, checkpoint)
+        processes.on_main(_begin, settings, tokenizer, checkpoint)
         _say(config.describe(settings))
 
     watch = partial(write_curve, output=args.output)
@@ -182,7 +215,7 @@ def _note_another_base(folder: Path, model: str, location: str) -> None:
         _note(f"--adapter {folder}: {what}, and its B holds the minor directions of those")
 
 
-def _with_packing(settings: Settings, data: corpus.Corpus, model, tokenizer) -> corpus.Corpus:
+def _with_packing(settings: Settings, data: corpus.Corpus, model, tokenizer, output) -> corpus.Corpus:
     """``data``, or one in stream packing where the model cannot keep documents apart.
 
     Raises UsageError if the option was given: attention across documents is another training.
@@ -195,7 +228,7 @@ def _with_packing(settings: Settings, data: corpus.Corpus, model, tokenizer) -> 
         raise UsageError(f"--packing documents: {reason}; --packing stream lets it cross them")
     _note(f"packing is stream: {reason}")
     args.packing, settings.origins["packing"] = "stream", "the model"
-    return corpus.gather(args, tokenizer)
+    return corpus.gather(args, tokenizer, output)
 
 
 def _with_experts(settings: Settings, model) -> None:
@@ -211,12 +244,17 @@ def _with_experts(settings: Settings, model) -> None:
     settings.args.experts = None
 
 
-def _prepare(settings: Settings, is_gguf: bool, checkpoint: Path | None) -> None:
-    """Empty the output folder of what an earlier run left there, and write run.yaml."""
+def _begin(settings: Settings, tokenizer, checkpoint: Path | None) -> None:
+    """Make the output folder that of this run: nothing refuses it any more."""
     args = settings.args
-    if args.overwrite:
-        folder.clear(args.output, keep=base.FOLDER if is_gguf else "")
     number = PartialState().num_processes
     shared = history(checkpoint, number)
     note = f"; {told(shared)}" if len(shared) > 1 else ""
-    config.write(settings, args.output, number, note)
+    text = config.as_yaml(settings, number, note)
+    folder.begin(
+        args.output,
+        text,
+        settings.origins,
+        names=[*config.folders(args), *result.names(tokenizer)],
+        resume=args.resume,
+    )

@@ -65,7 +65,8 @@ class Source:
 
     ``files``: what is read, in this order; none for a dataset. ``skipped``: files of a folder that are of no
     kind that is read, pipes and devices too. ``folder``: made by ``Dataset.save_to_disk``. Neither files nor
-    folder: a Hub name, of which ``config`` is the configuration.
+    folder: a Hub name, of which ``config`` is the configuration. ``left_out``: whether files in it are not
+    read because they are in the folder that the run writes to.
     """
 
     option: str
@@ -74,6 +75,7 @@ class Source:
     skipped: int = 0
     folder: Path | None = None
     config: str | None = None
+    left_out: bool = False
 
     @property
     def is_on_hub(self) -> bool:
@@ -269,13 +271,17 @@ def _is_string(kind: pyarrow.DataType) -> bool:
     return types.is_string(kind) or types.is_large_string(kind) or types.is_string_view(kind)
 
 
-def find(option: str, items: Iterable[str], config: str | None = None) -> list[Source]:
+def find(
+    option: str, items: Iterable[str], config: str | None = None, output: Path | None = None
+) -> list[Source]:
     """The sources that the items of an option name, by a look at names and sizes only.
+
+    What a folder has in ``output``, the folder that the run writes to, is no text: the run changes it.
 
     Raises UsageError for a file that is missing, empty, of no kind that is read, or needs a library that is
     missing.
     """
-    return [_find(Source(option, str(item), config=config)) for item in items]
+    return [_find(Source(option, str(item), config=config), output) for item in items]
 
 
 def _visible(folder: Path) -> Iterator[Path]:
@@ -294,7 +300,22 @@ def _visible(folder: Path) -> Iterator[Path]:
             yield path
 
 
-def _find(source: Source) -> Source:
+def _outside(files: list[Path], folder: Path, output: Path | None) -> list[Path]:
+    """Those of the ``files`` below ``folder`` that are not in ``output``."""
+    if output is None:
+        return files
+    root, left_out = Path(os.path.realpath(folder)), Path(os.path.realpath(output))
+    kept = []
+    for file in files:
+        place = root / file.relative_to(folder)
+        if file.is_symlink():
+            place = Path(os.path.realpath(file))
+        if left_out not in place.parents:
+            kept.append(file)
+    return kept
+
+
+def _find(source: Source, output: Path | None) -> Source:
     path = Path(source.given).expanduser()
     supported = f"supported: {' '.join(KINDS)}, each also with {' '.join(COMPRESSIONS)}"
     if path.is_dir():
@@ -304,14 +325,17 @@ def _find(source: Source) -> Source:
             source.folder = path
             return source
         try:
-            every = sorted(_visible(path))
+            found = sorted(_visible(path))
         except OSError as error:
             raise source.error(f"{error.filename} cannot be read: {one_line(error)}") from error
+        every = _outside(found, path, output)
+        source.left_out = len(every) < len(found)
         files = (file for file in every if file.is_file() and _suffix(file) in KINDS)
         source.files = tuple(file for file in files if file.stat().st_size)
         source.skipped = len(every) - len(source.files)
         if not source.files:
-            raise source.error(f"no file with text in this folder; {supported}")
+            where = "in this folder outside of --output" if source.left_out else "in this folder"
+            raise source.error(f"no file with text {where}; {supported}")
     elif path.exists():
         if not path.is_file():  # it would wait for ever, or never end
             raise source.error(

@@ -4,15 +4,18 @@ import argparse
 import sys
 from collections import Counter
 from importlib.metadata import version
+from pathlib import Path
 
 import torch
 from accelerate import PartialState
 
 import mica.fast
+from mica.cli import record
 from mica.cli.adapt import config, embeddings, evaluation, fingerprint, global_batch, hub, result, stopping
 from mica.cli.adapt.card import card, told
 from mica.cli.adapt.corpus import Corpus
-from mica.cli.output import write_file, write_json
+from mica.cli.adapt.folder import SUMMARY
+from mica.cli.output import PARTIAL, write_json
 
 _LIBRARIES = ("mica-fast", "peft", "transformers", "accelerate", "datasets", "torch")
 
@@ -83,17 +86,22 @@ def of(settings: config.Settings, corpus: Corpus, model, done) -> dict:
 
 def finish(args: argparse.Namespace, model, tokenizer, report: dict) -> None:
     """Write summary and model card; then what may fail without any loss: the merge and the upload."""
-    write_json("--output", args.output / config.SUMMARY, report)
+    _write_summary(args.output, report)
     text = str(card(report))
-    write_file("--output", args.output / "README.md", lambda path: path.write_text(text, encoding="utf-8"))
+    record.claimed(args.output, "README.md", lambda path: path.write_text(text, encoding="utf-8"))
     if args.merge:
         merged = result.merge(model, tokenizer, args, report[fingerprint.BASE])
         report["merged"] = str(args.output / result.MERGED)
         report |= {"merge_swallowed": merged.swallowed, "merge_report": str(merged)}
-        write_json("--output", args.output / config.SUMMARY, report)
+        _write_summary(args.output, report)
     print(as_text(report), flush=True)
     if args.push_to_hub is not None:
         print(f"uploaded to {hub.push(args.output, args.push_to_hub)}", flush=True)
+
+
+def _write_summary(output: Path, report: dict) -> None:
+    record.claim(output, SUMMARY)
+    write_json("--output", output / SUMMARY, report, PARTIAL)
 
 
 def as_text(summary: dict) -> str:

@@ -16,6 +16,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import PrinterCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
+from mica.cli import record
 from mica.cli.adapt import (
     checkpoints,
     config,
@@ -29,7 +30,9 @@ from mica.cli.adapt import (
     trained_on,
 )
 from mica.cli.adapt.amount import Amount, Pace
+from mica.cli.adapt.base import place_of
 from mica.cli.adapt.callbacks import Hooks, Request
+from mica.cli.adapt.folder import SETTINGS, SUMMARY
 from mica.cli.output import explained
 from mica.cli.targets import has_experts
 from mica.errors import UsageError
@@ -91,7 +94,7 @@ def find_checkpoint(args: argparse.Namespace, note: Callable[[str], None] = lamb
     if not args.resume:
         return None
     newest = next(reversed(checkpoints.marked(args.output)), None)
-    begun, ended = ((args.output / name).is_file() for name in (config.FILE, config.SUMMARY))
+    begun, ended = ((args.output / name).is_file() for name in (SETTINGS, SUMMARY))
     if newest is None and begun and not ended:
         note(f"{args.output} has no complete checkpoint yet: the run starts from its beginning")
         return None
@@ -260,7 +263,8 @@ def train(
         with checkpoints.written(args.output, folder.name):
             state.wait_for_everyone()
             if state.is_main_process:
-                own = {"step": step, "seconds": seconds(), "processes_from": shared}
+                run = record.read(args.output).run
+                own = {"step": step, "seconds": seconds(), "processes_from": shared, "run": run}
                 checkpoints.mark(folder, **origin | own | settings)
         if state.is_main_process:  # with the new one safe: what goes wrong here must not remove it
             checkpoints.rotate(args.output, KEPT, stopping.best(trainer.state.log_history, args))
@@ -323,7 +327,7 @@ def _prepared(model, corpus, args, checkpoint: Path | None) -> tuple[_Trainer, d
         **_settings(args),
         "data": f"{len(corpus.train)} blocks ({corpus.fingerprint[:16]})",
         "retain": corpus.retain_fingerprint,
-        **fingerprint.facts(base.name_or_path),
+        **fingerprint.facts(place_of(base.name_or_path)),
         "engine": trainer.accelerator.distributed_type.value,
     }
     if checkpoint is not None:

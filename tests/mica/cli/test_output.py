@@ -1,5 +1,6 @@
 """Files that are written whole; what else the commands print is tested with them."""
 
+import os
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -53,10 +54,36 @@ def test_a_folder_is_replaced_whole_or_not_at_all(tmp_path, monkeypatch):
         output.write_folder("--merge", path, part("new"))
     assert [file.name for file in path.iterdir()] == ["old"]
     monkeypatch.undo()
+    path.rename(path.with_name(".merged.old"))  # killed between the two
+    with pytest.raises(UsageError, match="No space left"):
+        output.write_folder("--merge", path, part("half", full))
+    assert [file.name for file in path.iterdir()] == ["old"]
 
     output.write_folder("--merge", path, part("new"), part("newer"), card="a card")
     assert sorted(file.name for file in path.iterdir()) == ["README.md", "new", "newer"]
     assert [folder.name for folder in path.parent.iterdir()] == ["merged"]
+
+
+def test_files_get_the_mode_of_any_file(tmp_path):
+    def save_pretrained(folder):
+        (folder / "model").write_text("weights")
+        (folder / "model").chmod(0o600)  # as safetensors leaves it
+
+    output.write_folder("--output", tmp_path / "model", SimpleNamespace(save_pretrained=save_pretrained))
+    (tmp_path / "any").touch()
+    assert (tmp_path / "model" / "model").stat().st_mode == (tmp_path / "any").stat().st_mode
+
+
+@pytest.mark.parametrize("name", ["a", "a" * 255, "é" * 127, os.fsdecode(b"\xe9" * 255)])
+def test_a_file_of_any_name_can_be_written(tmp_path, name):
+    output.write_file("--json", tmp_path / name, lambda path: path.write_text("text"))
+    assert (tmp_path / name).read_text() == "text"
+    assert output.beside(tmp_path / name, "old") != output.beside(tmp_path / f"b{name[1:]}", "old")
+
+
+def test_shown():
+    names = {"déjà vu 😀": "déjà vu 😀", "a\nb\x7f\x85": r"a\nb\x7f\x85", os.fsdecode(b"\xe9"): r"\udce9"}
+    assert {name: output.shown(name) for name in names} == names
 
 
 def test_first_sentences():

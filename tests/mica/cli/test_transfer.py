@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from tokenizers import AddedToken
 from transformers import AutoModelForCausalLM, AutoTokenizer, MistralConfig, MistralForCausalLM
 
-from mica.cli import main
+from mica.cli import lock, main
 from tests.support.adapt_results import factors, poison_solver, working_in, write_adapter
 from tests.support.tiny_cli import byte_tokenizer, logits, tiny_llama
 
@@ -113,8 +113,8 @@ def test_what_is_written(made, tmp_path):
     out = tmp_path / "out"
     assert transfer(adapter, chat, out, "--dtype", "bfloat16") == 0
     assert {path.name for path in out.iterdir()} == {
-        "README.md", "chat_template.jinja", "config.json", "generation_config.json", "model.safetensors",
-        "tokenizer.json", "tokenizer_config.json",
+        "mica-run.json", "README.md", "chat_template.jinja", "config.json", "generation_config.json",
+        "model.safetensors", "tokenizer.json", "tokenizer_config.json",
     }  # fmt: skip
     assert load_file(out / "model.safetensors")["model.norm.weight"].dtype == torch.bfloat16
     tokenizer = AutoTokenizer.from_pretrained(out)
@@ -130,15 +130,61 @@ def test_what_is_written(made, tmp_path):
     assert torch.equal(logits(names["model"]), logits(AutoModelForCausalLM.from_pretrained(out)))
 
 
-def test_output_with_something_in_it(made, tmp_path, capsys):
+def test_only_what_transfer_has_written_is_replaced(made, tmp_path, capsys):
     adapter, _, chat = made
-    (tmp_path / "out").mkdir()
-    (tmp_path / "out" / "old").touch()
-    assert transfer(adapter, chat, tmp_path / "out") == 2
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "old").touch()
+    for options in ([], ["--overwrite"]):
+        assert transfer(adapter, chat, out, *options) == 2
+        assert "is not empty, and mica transfer has not written it" in capsys.readouterr().err
+    (out / "old").unlink()
+    assert transfer(adapter, chat, out) == 0
+    assert transfer(adapter, chat, out) == 2
     assert "is not empty: --overwrite replaces what is in it" in capsys.readouterr().err
-    assert (tmp_path / "out" / "old").exists()
-    assert transfer(adapter, chat, tmp_path / "out", "--overwrite") == 0
-    assert not (tmp_path / "out" / "old").exists()
+    before = {path.name: path.stat().st_ino for path in out.iterdir()}
+    for name in ("model.gguf", "additional_chat_templates"):
+        (out / name).touch()
+        assert transfer(adapter, chat, out, "--overwrite") == 2
+        assert f"{name} in it is not of mica transfer: move it away" in capsys.readouterr().err
+        (out / name).unlink()
+    assert {path.name: path.stat().st_ino for path in out.iterdir()} == before
+    assert transfer(adapter, chat, out, "--overwrite") == 0
+    assert {path.name for path in out.iterdir()} == before.keys()
+    assert not {path.stat().st_ino for path in out.iterdir()} & {*before.values()}
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_what_a_killed_transfer_has_left(made, tmp_path, capsys):
+    """Between the two renames the model before is beside; nobody else's folder of such a name is touched."""
+    adapter, _, chat = made
+    out = tmp_path / "out"
+    assert transfer(adapter, chat, out) == 0
+    before = {path.name: path.stat().st_ino for path in out.iterdir()}
+    out.rename(tmp_path / ".out.old")
+    (tmp_path / ".out.partial").mkdir()
+    assert transfer(adapter, chat, out) == 2
+    assert "is not empty: --overwrite" in capsys.readouterr().err
+    assert {path.name: path.stat().st_ino for path in out.iterdir()} == before
+    (tmp_path / ".out.partial" / "mine").touch()
+    assert transfer(adapter, chat, out, "--overwrite") == 2
+    assert ".out.partial beside it is not of mica transfer: move it away" in capsys.readouterr().err
+    assert (tmp_path / ".out.partial" / "mine").exists()
+    with lock.held(tmp_path / ".mica-run.out.lock"):
+        assert transfer(adapter, chat, out, "--overwrite") == 2
+    assert "another process writes to it" in capsys.readouterr().err
+
+
+def test_overwrite_keeps_the_base_of_the_adapter(copies, capsys, model_dir, tmp_path):
+    adapter, chat, _ = copies
+    base = shutil.copytree(model_dir, tmp_path / "base")
+    (tmp_path / "link").symlink_to(base)
+    edit(adapter / "adapter_config.json", base_model_name_or_path=str(tmp_path / "link"))
+    for output in (base, tmp_path / "link"):
+        assert transfer(adapter, chat, output, "--overwrite") == 2
+        told = "is the folder of the base of --adapter, or contains it"
+        assert f"--output {output}: {told}" in capsys.readouterr().err
+    assert (base / "model.safetensors").exists()
 
 
 def test_overwrite_deletes_neither_model_nor_adapter(copies, capsys, monkeypatch, tmp_path_factory):

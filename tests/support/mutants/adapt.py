@@ -16,11 +16,59 @@ ADAPT = {
     ("mica/cli/adapt/checkpoints.py", f"{_TESTS}checkpoints.py"): {
         "to_resume": [("marked(output)", "_complete(output)")],
         "_wrong": [("path.stat().st_size == size", "True")],
+        "_own": [("if path.name in found.files", ""), ("is not None or", "is None and")],
+        "discard": [("if is_later and damaged(path) is None", "if False")],
+        "_remove": [("if record.stranger(output, found, [path.name]) is None", "if True")],
     },
     ("mica/cli/adapt/folder.py", f"{_TESTS}folder.py"): {
-        "check": [("if not removed.isdisjoint((place, *place.parents))", "if False")],
-        "_is_converted": [("and card.read_bytes().startswith(CONVERTED.encode())", "")],
-        "held": [("if is_new and not any", "if not any")],
+        "check": [
+            ("if not begun and others", "if not begun and others and not overwrite"),
+            ("if lost :=", "if False and"),
+            ("if strange :=", "if False and"),
+            ("record.refuse_taken(output, found, [*ALWAYS, *more])", ""),
+            ("_refuse_strange_checkpoints(output, others)", ""),
+            ("if found is not None and found.command != record.ADAPT", "if False"),
+        ],
+        "begin": [("record.refuse_taken(output, found, names)", "")],
+        "held": [("record.recover(output)", ""), ("stack.callback(_leave, output)", "")],
+        "_missing": [("(output, *output.parents)", "(output,)")],
+    },
+    ("mica/cli/record.py", "tests/mica/cli/test_record.py"): {
+        "claim": [("refuse_taken(output, found, new)", "")],
+        "refuse_taken": [("_places(output / name)", "[output / name]")],
+        "_parsed": [('in ("", ".", "..", FILE)', 'in ("", FILE)'), ("isinstance(names, list) and", "")],
+        "_marked_by": [('if marker["run"] == run', "if True")],
+        "removed_input": [("place == whole or", ""), ("(place, *place.parents)", "(place,)")],
+        "read_from": [("if os.path.islink(linked)", "if False")],
+        "replace": [
+            ("if path not in keep", ""),
+            ("write(output, old)", "pass"),
+            ("new.ready = [*ready]", "new.ready = []"),
+        ],
+        "recover": [("if run == found.run", "if False"), ("os.replace(scratch", "print(scratch")],
+        "stranger": [("{*_names(folder)} - {*listed}", "{*listed} - {*_names(folder)}")],
+        "write": [("flush(new)", "")],
+    },
+    ("mica/cli/lock.py", "tests/mica/cli/test_lock.py"): {
+        "_acquired": [("if _is_of(path, descriptor)", "if True")],
+        "_lock": [("raise HeldError from error", "pass")],
+    },
+    ("mica/cli/output.py", "tests/mica/cli/test_output.py"): {
+        "restore": [("old.rename(path)", "remove(old)")],
+        "finish_files": [("path.chmod(mode)", "pass")],
+        "beside": [("if len(os.fsencode(name)) > _LONGEST", "if False")],
+    },
+    ("mica/cli/adapt/config.py", f"{_TESTS}config.py", "-k", "any_name"): {
+        "_as_yaml": [("if one.isprintable() else _escaped(one)", "")],
+        "as_yaml": [("shown(settings.origins[row.name])", "settings.origins[row.name]")],
+    },
+    ("mica/cli/transfer.py", "tests/mica/cli/test_transfer.py", "-k", "transfer or overwrite"): {
+        "run": [('read["the base of --adapter"] = ', "_ = ")],
+        "_is_ours": [("return not any(path.iterdir())", "return True")],
+        "_check_output": [
+            ("if found is None or", "if found is not None and"),
+            ("if strange[0] is not None", "if False"),
+        ],
     },
     ("mica/cli/adapt/sources.py", f"{_TESTS}sources.py"): {
         "Source._row_texts": [("FIRST_ROWS", "1")],
@@ -37,6 +85,16 @@ ADAPT = {
     },
     ("mica/cli/adapt/session.py", f"{_TESTS}dry_run.py", "-k", "too_small"): {
         "_run": [("processes.on_main(check_disk, model, args, args.output)", "")],
+    },
+    ("mica/cli/adapt/session.py", f"{_TESTS}session.py", "-k", "another_run"): {
+        "_adapt": [
+            ("processes.on_main(stack.enter_context, folder.held(args.output))", ""),
+            ("processes.on_main(_check_again, settings)", ""),
+        ],
+        "_check_again": [("config.check_output(settings)", "")],
+    },
+    ("mica/cli/adapt/base.py", f"{_TESTS}session.py", "-k", "converted_base"): {
+        "place_of": [("str(scratch) if scratch.is_dir() else name", "name")],
     },
     ("mica/cli/adapt/processes.py", f"{_TESTS}processes.py", "-k", "not_shared"): {
         "check_shared": [("if not (output / token).is_file()", "if False")],

@@ -5,6 +5,8 @@ import json
 
 import pytest
 
+from mica.cli import output as output_module
+from mica.cli import record
 from mica.cli.adapt import checkpoints, fingerprint
 from mica.errors import UsageError
 
@@ -13,6 +15,7 @@ ADAPTER, SHARD = "adapter_model.safetensors", "optimizer_0/shard.distcp"
 
 def make(output, step, marked=True, **facts):
     folder = output / f"checkpoint-{step}"
+    record.claim(output, folder.name)
     (folder / "optimizer_0").mkdir(parents=True)
     (folder / ADAPTER).write_bytes(b"weights")
     (folder / SHARD).write_bytes(b"moments")
@@ -38,7 +41,10 @@ def test_the_newest_complete_one_counts(tmp_path):
     checkpoints.discard(tmp_path)
     assert steps(tmp_path) == [90, 100]
     assert (tmp_path / "checkpoint-x").is_dir()
-    checkpoints.discard(tmp_path, resumed=tmp_path / "checkpoint-90")  # so the one after it is damaged
+    with pytest.raises(UsageError, match="checkpoint-100 was written after checkpoint-90 had been chosen"):
+        checkpoints.discard(tmp_path, resumed=tmp_path / "checkpoint-90")
+    flip(newest / ADAPTER)
+    checkpoints.discard(tmp_path, resumed=tmp_path / "checkpoint-90")
     assert steps(tmp_path) == [90]
 
 
@@ -128,10 +134,32 @@ def test_every_file_is_on_the_disk_before_the_marker(tmp_path, monkeypatch):
     folder = make(tmp_path, 1, marked=False)
     flushed = {False: set(), True: set()}
     marked = (folder / checkpoints.MARKER).exists
-    monkeypatch.setattr(checkpoints, "_flush", lambda path: flushed[marked()].add(path.name))
+    for module in (checkpoints, output_module):
+        monkeypatch.setattr(module, "flush", lambda path: flushed[marked()].add(path.name))
     checkpoints.mark(folder)
     assert flushed[False] == {ADAPTER, "shard.distcp", ".complete.json"}
     assert flushed[True] == {"checkpoint-1", tmp_path.name}  # their entries
+
+
+def test_one_that_has_lost_its_marker_is_named_and_kept(tmp_path):
+    folder = make(tmp_path, 1)
+    (folder / checkpoints.MARKER).unlink()
+    assert checkpoints.marked(tmp_path) == [folder]
+    with pytest.raises(UsageError, match=r"checkpoint-1 is damaged \(complete.json\)"):
+        checkpoints.to_resume(tmp_path)
+    assert steps(tmp_path) == [1]
+
+
+def test_those_of_nobody_and_what_somebody_has_put_into_one_are_kept(tmp_path):
+    for step in (1, 2, 3, 4):
+        make(tmp_path, step)
+    record.forget(tmp_path, "checkpoint-1")
+    (tmp_path / "checkpoint-2" / "notes.txt").touch()
+    checkpoints.rotate(tmp_path, 1)
+    assert steps(tmp_path) == [1, 2, 4]
+    assert checkpoints.marked(tmp_path) == [tmp_path / "checkpoint-2", tmp_path / "checkpoint-4"]
+    checkpoints.discard(tmp_path)
+    assert steps(tmp_path) == [1, 2, 4]
 
 
 def test_the_last_complete_ones_are_kept(tmp_path):

@@ -1,11 +1,12 @@
 """Which value an option gets and from where, run.yaml, and what `--resume` and `--adapter` allow."""
 
 import argparse
+import os
 from pathlib import Path
 
 import pytest
 
-from mica.cli.adapt import config, options
+from mica.cli.adapt import config, folder, options
 from mica.cli.adapt.options import OPTIONS
 from mica.errors import UsageError
 
@@ -160,6 +161,11 @@ def test_who_stops_early_keeps_the_best(argv, kept):
     assert resolve("--eval-steps", 1, *argv).args.keep_best is kept
 
 
+def write(settings: config.Settings, output: Path, **more) -> None:
+    """As a run writes its settings."""
+    folder.begin(output, config.as_yaml(settings, **more), settings.origins, names=[], resume=False)
+
+
 @pytest.fixture
 def run_folder(tmp_path):
     """The folder of a run that was started in another working directory."""
@@ -168,7 +174,7 @@ def run_folder(tmp_path):
     output.mkdir()
     arguments = ["--model", "m", "--text", tmp_path / "corpus.txt", "--output", output, "--recipe", "paper"]
     settings = config.resolve(given(*arguments, "--learning-rate", "1e-5", "--seed", 5, "--merge"))
-    config.write(settings, output)
+    write(settings, output)
     return output, settings
 
 
@@ -192,10 +198,39 @@ def test_run_yaml_tells_processes_and_origins_and_nothing_of_one_start(run_folde
     assert "learning_rate: 1e-05  # command line" in lines
     assert not [line for line in lines if line.startswith(("resume", "config", "overwrite", "steps"))]
     assert config.recorded_processes(output / "run.yaml") == 1
-    config.write(settings, output, processes=4)
+    write(settings, output, processes=4)
     assert config.recorded_processes(output / "run.yaml") == 4
     assert config.resolve(given("--config", output / "run.yaml")).args.seed == 5
     assert config.recorded_processes(yaml_file("rank: 3\n")) is None
+
+
+@pytest.mark.parametrize(
+    "name",
+    [os.fsdecode(b"caf\xe9"), "a\x85b", "a\x7f\x91b", "a\nb", "-a", "a: b # c", "'\"\\", "déjà 😀", "\u2028"],
+)
+def test_any_name_is_in_run_yaml_what_it_was(tmp_path, name):
+    """Of a text, of the folder and of the file that options came from."""
+    (tmp_path / f"{name}.yaml").write_text("seed: 3")
+    (tmp_path / name).touch()
+    text = str(tmp_path / name)
+    argv = [
+        "--model",
+        "m",
+        "--text",
+        text,
+        "--config",
+        tmp_path / f"{name}.yaml",
+        "--output",
+        tmp_path / f"o{name}",
+    ]
+    settings = config.resolve(given(*argv))
+    (tmp_path / f"o{name}").mkdir()
+    write(settings, tmp_path / f"o{name}")
+    resumed = config.resolve(given("--output", tmp_path / f"o{name}", "--resume"))
+    assert resumed.args.text == [text]
+    assert resumed.args.seed == 3
+    assert resumed.origins["seed"] == f"{name}.yaml"
+    assert config.resolve(given("--config", tmp_path / f"o{name}" / "run.yaml")).args.text == [text]
 
 
 @pytest.mark.parametrize(
@@ -237,7 +272,7 @@ def test_the_adapter_s_values_hold(tmp_path, monkeypatch):
     with pytest.raises(UsageError, match="--rank 9: --adapter has 8; omit this option"):
         resolve("--adapter", "a", "--rank", 9)
     # The run that it began is resumed without it
-    config.write(resolve("--adapter", "a", "--output", tmp_path), tmp_path)
+    write(resolve("--adapter", "a", "--output", tmp_path), tmp_path)
     monkeypatch.setattr("mica.cli.adapt.adapter.read_adapter_config", pytest.fail)
     after = config.resolve(given("--output", tmp_path, "--resume"))
     assert (after.args.adapter, after.args.alpha) == (Path("a"), 24)

@@ -7,6 +7,7 @@ import pytest
 from huggingface_hub import HfApi
 from huggingface_hub.utils import filter_repo_objects
 
+from mica.cli import record
 from mica.cli.adapt import hub
 from mica.errors import UsageError
 
@@ -75,19 +76,27 @@ def test_upload_is_private_and_of_the_adapter_only(monkeypatch, tmp_path):
         calls["upload"] = options
         return SimpleNamespace(repo_url="https://hub/me/adapter")
 
+    files = [
+        "README.md", "adapter_config.json", "adapter_model.safetensors", "curve.png", "run.yaml",
+        "summary.json", "additional_chat_templates/a.jinja",
+    ]  # fmt: skip
+    (tmp_path / "additional_chat_templates").mkdir()
+    record.write(tmp_path, record.Record(files=dict.fromkeys(name.partition("/")[0] for name in files)))
+    record.claim(tmp_path, "base", "merged", "runs", "checkpoint-10")
     monkeypatch.setattr(HfApi, "create_repo", create_repo)
     monkeypatch.setattr(HfApi, "upload_folder", upload_folder)
     assert hub.push(tmp_path, "adapter") == "https://hub/me/adapter"
     assert calls["create"] == ("adapter", {"private": True, "exist_ok": True})
     assert (calls["upload"]["repo_id"], calls["upload"]["folder_path"]) == ("me/adapter", tmp_path)
-    files = [
-        "README.md", "adapter_config.json", "adapter_model.safetensors", "curve.png", "run.yaml",
-        "summary.json", "additional_chat_templates/a.jinja",
-        "notes.txt", "photos/README.md",
+    others = [
+        "notes.txt", "photos/README.md", "adapter_notes.md", "vocab.py", "mica-run.json",
         "base/model.safetensors", "checkpoint-10/optimizer.pt", "checkpoint-10/a/b",
-        "merged/model.safetensors", "runs/x/events", ".saving/adapter_config.json", ".summary.json.123",
+        "merged/model.safetensors", "runs/x/events", ".summary.json.partial",
     ]  # fmt: skip
-    assert list(filter_repo_objects(files, allow_patterns=calls["upload"]["allow_patterns"])) == files[:7]
+    assert (
+        list(filter_repo_objects([*files, *others], allow_patterns=calls["upload"]["allow_patterns"]))
+        == files
+    )
 
 
 def test_an_error_is_one_line_that_says_how_to_repeat(monkeypatch, tmp_path):

@@ -51,7 +51,8 @@ def test_folders_of_the_tokenizer_are_replaced(tuned, tmp_path):
     for _ in range(2):
         result.save(tuned, tokenizer, tmp_path)
     (place,) = (path for path in tmp_path.iterdir() if path.is_dir())
-    assert any(place.match(pattern) for pattern in folder.PRODUCTS)
+    assert {place.name, "tokenizer.json"} <= {*folder.results(tmp_path)}
+    assert {*result.names(tokenizer)} == {*folder.results(tmp_path)}
 
 
 def test_full_disk_keeps_the_older_adapter(tuned, tmp_path, monkeypatch):

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import os
 import random
 import re
 import shutil
@@ -15,7 +16,8 @@ from peft import AutoPeftModelForCausalLM
 from safetensors.torch import load_file, save_file
 from transformers import OPTConfig, OPTForCausalLM
 
-from mica.cli.adapt import checkpoints, folder, training
+from mica.cli import record
+from mica.cli.adapt import checkpoints, corpus, folder, training
 from mica.errors import UsageError
 from tests.support.adapt_results import command, resume, same, saved, summary, unfinished, weights
 from tests.support.tiny_cli import TEXT, adapt, logits
@@ -176,6 +178,11 @@ def test_resume_before_the_first_checkpoint_starts_anew(paper, tmp_path, capsys)
     output = tmp_path / "out"
     output.mkdir()
     shutil.copy(paper / "run.yaml", output)
+    assert resume(output) == 2
+    said = f"--resume: nothing to continue in {output}: it has no mica-run.json, which says"
+    assert said in capsys.readouterr().err
+    assert [path.name for path in output.iterdir()] == ["run.yaml"]
+    shutil.copy(paper / "mica-run.json", output)
     assert resume(output) == 0
     assert "has no complete checkpoint yet: the run starts from its beginning" in capsys.readouterr().err
     assert same(weights(paper), weights(output))
@@ -221,6 +228,106 @@ def test_overwrite_leaves_nothing_of_the_run_before(model_dir, rows, tmp_path):
     before = weights(output)
     assert adapt(model_dir, rows, output, "--overwrite", "--rank", 17) == 2
     assert same(before, weights(output))  # a run that is refused leaves the one before
+    assert adapt(model_dir, rows, output, "--overwrite", "--adapter", output) == 2
+    assert same(before, weights(output))
+
+
+def test_results_have_the_mode_of_any_file(paper):
+    modes = {(paper / name).stat().st_mode for name in ("run.yaml", *FILES[:1], f"checkpoint-8/{FILES[0]}")}
+    assert len(modes) == 1
+
+
+@pytest.mark.parametrize("name", [os.fsdecode(b"caf\xe9.txt"), "a\x85b.txt", "a\x7f\nb.txt", "-a: b # c.txt"])
+def test_any_name_of_a_text_is_resumed(model_dir, tmp_path, name):
+    (tmp_path / name).write_text(TEXT)
+    output = tmp_path / "out"
+    assert adapt(model_dir, tmp_path / name, output, "--steps", 2) == 0
+    (output / "summary.json").unlink()
+    assert resume(output) == 0
+
+
+def test_checkpoints_that_have_all_lost_their_marker_are_kept(paper, tmp_path, capsys):
+    output = unfinished(paper, tmp_path / "out")
+    for checkpoint in checkpoints.folders(output):
+        (checkpoint / checkpoints.MARKER).unlink()
+    refused(capsys, output, "checkpoint-8 is damaged (complete.json) and checkpoint-4 is damaged")
+
+
+def test_an_output_folder_in_the_text_is_no_text(model_dir, tmp_path, capsys):
+    (tmp_path / "a.txt").write_text(TEXT)
+    output = tmp_path / "out"
+    assert adapt(model_dir, tmp_path, output, "--steps", 4, "--save-steps", 2) == 0
+    assert "--output" not in capsys.readouterr().err
+    before = weights(output)
+    (output / "summary.json").unlink()
+    shutil.rmtree(output / "checkpoint-4")
+    assert resume(output) == 0
+    assert f"note: --text {tmp_path}: --output {output} is in it, and is left out" in capsys.readouterr().err
+    assert same(before, weights(output))
+    assert adapt(model_dir, tmp_path, output, "--steps", 1, "--overwrite") == 0
+
+
+def test_a_run_that_begins_while_another_reads_its_texts_is_refused(
+    model_dir, rows, tmp_path, monkeypatch, capsys
+):
+    """In a new folder, as well as by --resume and --overwrite."""
+    output = tmp_path / "out"
+    gather, others = corpus.gather, []
+
+    def meanwhile(*args):
+        if not others:
+            others.append(None)
+            others[:] = [adapt(model_dir, rows, output, "--steps", 1)]
+        return gather(*args)
+
+    monkeypatch.setattr(corpus, "gather", meanwhile)
+    assert adapt(model_dir, rows, output, "--steps", 1) == 0
+    assert others == [2]
+    assert "another run writes to it" in capsys.readouterr().err
+
+
+def test_a_folder_that_another_run_has_filled_since_the_first_look_is_refused(
+    model_dir, rows, tmp_path, monkeypatch, capsys
+):
+    output = tmp_path / "out"
+    held = folder.held
+
+    def later(output):
+        output.mkdir()
+        record.claim(output, "run.yaml")
+        (output / "run.yaml").write_text("another run's")
+        return held(output)
+
+    monkeypatch.setattr(folder, "held", later)
+    assert adapt(model_dir, rows, output) == 2
+    assert "is not empty: use --resume" in capsys.readouterr().err
+    assert (output / "run.yaml").read_text() == "another run's"
+
+
+def test_another_run_yaml_than_was_read_is_refused(paper, tmp_path, monkeypatch, capsys):
+    output = unfinished(paper, tmp_path / "out")
+    held = folder.held
+
+    def later(output):
+        edit(output / "run.yaml", ("seed: 0", "seed: 1"))
+        return held(output)
+
+    monkeypatch.setattr(folder, "held", later)
+    refused(capsys, output, "run.yaml has changed since this command began: start it again")
+
+
+def test_a_refused_overwrite_leaves_the_converted_base(rows, tmp_path, capsys):
+    pytest.importorskip("gguf")
+    write_tiny_gguf(tmp_path / "tiny.gguf")
+    output = tmp_path / "out"
+    assert adapt(tmp_path / "tiny.gguf", rows, output, "--steps", 1) == 0
+    place = (output / "base" / "model.safetensors").stat().st_ino
+    assert adapt(tmp_path / "tiny.gguf", rows, output, "--overwrite", "--rank", 33) == 2
+    assert (output / "base" / "model.safetensors").stat().st_ino == place
+    assert not list(output.glob(".*"))
+    assert adapt(tmp_path / "tiny.gguf", rows, output, "--overwrite", "--steps", 1) == 0
+    assert (output / "base" / "model.safetensors").stat().st_ino != place
+    assert not list(output.glob(".*"))
 
 
 def test_two_runs_do_not_share_a_folder(model_dir, rows, tmp_path, capsys):
@@ -228,7 +335,7 @@ def test_two_runs_do_not_share_a_folder(model_dir, rows, tmp_path, capsys):
     with folder.held(output):
         assert adapt(model_dir, rows, output) == 2
         assert f"--output {output}: another run writes to it" in capsys.readouterr().err
-        assert [path.name for path in output.iterdir()] == [".lock"]
+        assert [path.name for path in output.iterdir()] == [".mica-run.lock"]
     assert not output.exists()
 
 

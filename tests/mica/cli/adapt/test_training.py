@@ -251,6 +251,7 @@ def test_a_run_starts_anew_only_where_nothing_was_saved(unbroken, tmp_path):
     assert training.find_checkpoint(args, notes.append) is None
     assert "starts from its beginning" in notes.pop()
     shutil.copytree(unbroken[1] / "checkpoint-10", tmp_path / "checkpoint-10")
+    shutil.copy(unbroken[1] / "mica-run.json", tmp_path)
     (tmp_path / "checkpoint-10" / "optimizer.pt").unlink()
     with pytest.raises(UsageError, match=r"checkpoint-10 is damaged \(optimizer.pt\)"):
         training.find_checkpoint(args)
@@ -297,6 +298,7 @@ def test_other_batches_are_refused(unbroken, tmp_path, monkeypatch):
             run(args, data)
 
 
+SAVING = ".adapter_model.safetensors.partial"
 FULL = OSError(errno.ENOSPC, "No space left on device")
 DENIED = PermissionError(errno.EACCES, "Permission denied")
 SAFETENSORS = SafetensorError("I/O error: No space left (os error 28)")
@@ -312,7 +314,7 @@ def failing(original, error, part=""):
     def call(*args, **kwargs):
         if any(part in str(value) for value in args if isinstance(value, str | Path)):
             calls.append(args)
-            if len(calls) > (part != ".saving"):
+            if len(calls) > (part != SAVING):
                 raise error
         return original(*args, **kwargs)
 
@@ -322,7 +324,7 @@ def failing(original, error, part=""):
 @pytest.mark.parametrize(
     ("where", "name", "error", "part"),
     [
-        pytest.param("peft.peft_model", "safe_save_file", FULL, ".saving", id="final"),
+        pytest.param("peft.peft_model", "safe_save_file", FULL, SAVING, id="final"),
         pytest.param("peft.peft_model", "safe_save_file", SAFETENSORS, "checkpoint", id="adapter"),
         pytest.param("torch", "save", WRITER, "optimizer.pt", id="optimizer"),
         pytest.param("torch", "save", RuntimeError("basic_ios: iostream error"), "sched", id="scheduler"),
@@ -333,7 +335,7 @@ def failing(original, error, part=""):
     ],
 )
 def test_what_cannot_be_written_leaves_the_checkpoint_before(tmp_path, monkeypatch, where, name, error, part):
-    what, step = ("the adapter", 10) if part == ".saving" else ("checkpoint-10", 5)
+    what, step = ("the adapter", 10) if part == SAVING else ("checkpoint-10", 5)
     where = TrainerState if where.endswith("TrainerState") else import_module(where)
     full = type("usage", (), {"free": 0})
     with monkeypatch.context() as patch:
