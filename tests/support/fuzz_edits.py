@@ -5,6 +5,7 @@ from torch import Tensor, nn
 
 import mica.fast
 from mica.fast.forward.expert_params import weight_name
+from mica.paths import choose
 from tests.support.fuzz_actions import FLAG, INDEX, SEEDS, Base, action, any_of
 from tests.support.fuzz_calls import energy
 from tests.support.fuzz_compare import attempt, distance, factors
@@ -55,7 +56,7 @@ class Edits(Base):
             return False  # PyTorch leaves tensors that cannot be written to
         batch = [*self.twins.adapters, "__base__"] if mixed else []
         if batch:
-            self.call_mixed(batch, seed)
+            self._mixed_without_training(batch, seed)
         else:
             self.twins.probe(False)
         is_done = False
@@ -69,13 +70,21 @@ class Edits(Base):
         self._note(what, adapter)
         self.twins.synchronise()
         if batch:
-            self.call_mixed(batch, seed)
+            self._mixed_without_training(batch, seed)
         return True
 
+    def _mixed_without_training(self, batch: list[str], seed: int) -> None:
+        """PEFT refuses a mixed batch in training mode."""
+        mode = self.twins.ours.training
+        self.twins.each(lambda model: model.eval() and None)
+        self.call_mixed(batch, seed)
+        self.twins.each(lambda model: model.train(mode) and None)
+
     def _note(self, what: str, adapter: str) -> None:
-        """What the comparisons expect from now on; kernels are told of another B, as its page demands."""
+        """What the comparisons expect from now on. Only kernels have to be told of another B."""
         if what == "lora_B":
-            mica.fast.clear_caches()
+            if choose.requested() == "triton":
+                mica.fast.clear_caches()
             self.twins.remember_bases(adapter)
         if what in ("lora_A", "lora_B"):
             self.edited()
@@ -112,12 +121,12 @@ class Edits(Base):
             finally:
                 parameter.data = memory
                 parameter.data.copy_(values)
+                if choose.requested() == "triton":
+                    mica.fast.clear_caches()
                 model.zero_grad(set_to_none=True)
 
         compare = self.twins.compare_steps if way == "data =" else self._is_one_of_two
-        done = compare(step)
-        mica.fast.clear_caches()
-        return done
+        return compare(step)
 
     def _is_one_of_two(self, step) -> bool:
         if self.twins.has_dropout:

@@ -238,7 +238,7 @@ class Layers(Base):
 
     @action(layer=INDEX, rows=any_of(3, 200), way=any_of("vmap", "per sample"), seed=SEEDS)
     def vmapped(self, layer, rows, way, seed):
-        """Batched as PyTorch's own operators are: without a batching rule it calls an operator for each row."""
+        """As PyTorch's operators are batched: without a rule for that, vmap calls one operator for each row."""
         name = self.pick_layer(layer)
         values, adapter = self.input_of(name, (rows,), seed), self.pick(layer)
         pair = factors(self.twins.ours.get_submodule(name), adapter)
@@ -261,9 +261,8 @@ class Layers(Base):
 
         worked = self.twins.compare_steps(step)
         # a layer that is not fused has an operator for each factor of each adapter
-        assert all(count <= 2 * len(self.twins.adapters) for count in counts), (
-            f"operators in one call: {counts}"
-        )
+        most = 2 * len(self.twins.adapters)
+        assert all(count <= most for count in counts), f"operators in one call: {counts}"
         return worked
 
 
