@@ -238,7 +238,7 @@ class Layers(Base):
 
     @action(layer=INDEX, rows=any_of(3, 200), way=any_of("vmap", "per sample"), seed=SEEDS)
     def vmapped(self, layer, rows, way, seed):
-        """As PyTorch's operators are batched: without a rule for that, vmap calls one operator for each row."""
+        """Without a rule for it, vmap calls an operator once for each row: PyTorch's own are batched."""
         name = self.pick_layer(layer)
         values, adapter = self.input_of(name, (rows,), seed), self.pick(layer)
         pair = factors(self.twins.ours.get_submodule(name), adapter)
