@@ -53,7 +53,7 @@ emulate: $(READY)
 mutants: $(READY)
 	$(RUN) -m tests.mutants $(ARGS)
 
-# Random sequences of actions, with the backend and with stock PEFT: ARGS='--minutes 60', '--kind t5'
+# Random sequences of actions, with the backend and with stock PEFT: ARGS='--minutes 60 --processes 2', '--kind t5'
 fuzz: $(READY)
 	OMP_WAIT_POLICY=passive $(RUN) -m tests.fuzz $(ARGS)
 

@@ -13,10 +13,10 @@ from importlib.util import find_spec
 
 from mica import __version__
 from mica.cli.arguments import a_path, add_command
+from mica.cli.extras import DISTRIBUTION
 from mica.cli.output import check_file, dtype_name, explained, one_line, write_json
 from mica.errors import UsageError
 
-_DISTRIBUTION = "mica-fast"
 _SETTINGS = {"MICA_BACKEND": "auto", "TRITON_INTERPRET": "0"}  # and their defaults
 
 
@@ -49,10 +49,10 @@ def _versions() -> list[dict]:
 
     rows = [{"name": "mica", "version": __version__, "problem": None}]
     try:
-        python = f"Python{metadata(_DISTRIBUTION)['Requires-Python']}"
-        needs = [Requirement(line) for line in (python, *requires(_DISTRIBUTION))]
+        python = f"Python{metadata(DISTRIBUTION)['Requires-Python']}"
+        needs = [Requirement(line) for line in (python, *requires(DISTRIBUTION))]
     except PackageNotFoundError:
-        rows[0]["problem"] = f"{_DISTRIBUTION} is not installed, so the versions that it needs are not known"
+        rows[0]["problem"] = f"{DISTRIBUTION} is not installed, so the versions that it needs are not known"
         return rows
     for need in needs:
         if "extra" in str(need.marker):

@@ -6,6 +6,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from mica.cli.arguments import a_name, a_path, a_source, add_command, add_dtype_options, count
+from mica.cli.extras import how_to_install
 from mica.cli.output import check_file, dtype_name, write_file, write_json
 from mica.errors import UsageError
 
@@ -108,7 +109,7 @@ def run(args: argparse.Namespace) -> int:
         try:
             from mica.cli.plot import figure
         except ImportError as error:
-            raise UsageError('--plot needs matplotlib: pip install "mica-fast[plot]"') from error
+            raise UsageError(f"--plot needs matplotlib: {how_to_install('plot')}") from error
     from mica.cli.loading import find_source, load_model, quieten_libraries, skeleton
 
     quieten_libraries()

@@ -16,6 +16,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 from transformers.utils import find_adapter_config_file, is_accelerate_available
 
+from mica.cli.extras import how_to_install
 from mica.cli.output import dtype_name, first_sentences, one_line
 from mica.errors import UsageError
 from mica.paths import choose
@@ -67,7 +68,7 @@ def find_source(model: str, trust_remote_code: bool) -> Source:
         if path.suffix.lower() != ".gguf":
             raise UsageError(f"--model {model}: a file must end in .gguf; otherwise give the folder")
         if importlib.util.find_spec("gguf") is None:
-            raise UsageError(f"--model {model}: GGUF files need gguf: pip install 'mica-fast[cli]'")
+            raise UsageError(f"--model {model}: GGUF files need gguf: {how_to_install('cli')}")
         return Source(model, str(path.parent.absolute()), {**options, "gguf_file": path.name})
     if path.is_dir():
         # Absolute: the adapter names this folder, and is loaded from other working directories too.

@@ -184,7 +184,7 @@ def lines(judged: dict) -> list[tuple[str, str]]:
     """What `judge` found, as text: lines of a label and its text."""
     rows = [(row["server"], row["text"]) for row in judged["servers"]]
     if not all(row["serves"] for row in judged["servers"]):
-        rows.append(("merged", "a plain checkpoint, which needs none of this: see mica/cli/USE.md"))
+        rows.append(("merged", "a plain checkpoint, which needs none of this: mica transfer writes it"))
     releases = ", ".join(f"{row['server']} {row['release']}" for row in judged["servers"])
     base = _BASES[judged["is_its_base"]]
     facts = "{kind}, rank {rank}, alpha {alpha}, {layers} layers, on {base}".format(**judged)

@@ -213,6 +213,13 @@ class Base(RuleBasedStateMachine):
     def edited(self):
         self.twins.edited |= self.twins.is_merged
 
+    def base_edited(self):
+        """Weights of the base have other values: what unmerging gives is unknown where they were merged."""
+        if self.twins.is_merged:
+            self.twins.edited, self.twins.exact, self.twins.is_lost = True, False, True
+        else:
+            self.twins.remember_base()
+
     def repaired_if_edited(self):
         """Stock unmerges by the adapter's present values: both are unmerged first, and the twin put right."""
         if self.twins.edited:

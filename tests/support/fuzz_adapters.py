@@ -2,6 +2,8 @@
 
 import copy
 import io
+import warnings
+from pathlib import Path
 
 import torch
 from hypothesis import assume
@@ -9,6 +11,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import precondition
 from peft import LoraConfig, PeftModel
 from peft.utils.hotswap import hotswap_adapter
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 import mica.fast
@@ -162,6 +165,50 @@ class Adapters(Base):
             self.twins.remember_biases()
         else:
             self.refused()
+
+    @precondition(lambda self: len(self.twins.adapters) < 3 and not self.twins.is_merged)
+    @action(index=INDEX, lean=FLAG, activate=FLAG)
+    def load_without_lora_b(self, index, lean, activate):
+        """A checkpoint without the frozen factors: B is computed anew, and a warning says so.
+
+        Stock leaves B on the meta device where ``lean``, so the twin loads without that.
+        """
+        source, name = self.pick(index), self.free_name()
+        is_mica = self.twins.ours.peft_config[source].init_lora_weights == "mica"
+        if not is_mica or not mica.fast.is_enabled() or self.is_double or self.twins.is_mixture:
+            return False
+        folder = self.written_without_b(source)
+        texts: dict[bool, list[str]] = {}
+
+        def loaded(model):
+            is_ours = model is self.twins.ours
+            with warnings.catch_warnings(record=True) as caught:
+                warnings.simplefilter("always")
+                model.load_adapter(folder, name, low_cpu_mem_usage=lean and is_ours)
+            texts[is_ours] = [str(warning.message) for warning in caught]
+
+        if self.twins.each(loaded).error is not None:
+            self.refused()
+            return False
+        lost = [key for key, parameter in self.twins.ours.named_parameters() if parameter.is_meta]
+        assert not lost, f"{lost} have no values"
+        assert any("B was computed anew" in text for text in texts[True]), "no warning that B is another one"
+        for layer in layers(self.twins.ours).values():
+            pair, original = factors(layer, name), factors(layer, source)
+            if pair is not None:
+                assert torch.equal(pair[0], original[0].to(pair[0])), f"A of {name} is not that of the file"
+        self.twins.adopt(name, True, 0)
+        self.activate(name, activate)
+        return True
+
+    def written_without_b(self, source):
+        """The folder of this adapter's file, as a filter by ``requires_grad`` leaves it."""
+        root = Path(self.folder.name) / f"without-B-{self.twins.seed}"
+        self.twins.ours.save_pretrained(root, selected_adapters=[source], save_embedding_layers=False)
+        file = next(root.rglob("adapter_model.safetensors"))
+        kept = {key: tensor for key, tensor in load_file(file).items() if "_B" not in key}
+        save_file(kept, file, {"format": "pt"})
+        return str(file.parent)
 
     def _compare_factors(self, name):
         """Before the twin takes over what was loaded."""

@@ -87,10 +87,7 @@ class Calls(Base):
 
     def _trained(self, names):
         if any(is_base(name) for name in names):
-            if self.twins.is_merged:
-                self.twins.edited, self.twins.exact, self.twins.is_lost = True, False, True
-            else:
-                self.twins.remember_base()
+            self.base_edited()
         if any("_B" in name for name in names):
             self.twins.remember_bases()
             self.edited()

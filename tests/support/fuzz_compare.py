@@ -54,6 +54,11 @@ def distance(actual: Tensor, expected: Tensor, floor: float = 1e-6) -> float:
     return difference / max(expected[finite].norm().item(), floor)
 
 
+def is_same(tensor: Tensor, other: Tensor) -> bool:
+    """Bit for bit, and of one dtype."""
+    return tensor.dtype == other.dtype and torch.equal(tensor, other)
+
+
 def rounded_otherwise(model: nn.Module) -> nn.Module:
     """The model with weights that are as good, within the rounding of their dtype."""
     with torch.no_grad():
@@ -71,6 +76,8 @@ def furthest(results, exact) -> float:
         flat, others = ([r.detach().double().flatten() for r in kept.values()] for kept in (results, exact))
         return distance(torch.cat(flat), torch.cat(others)) if flat else 0.0
     if isinstance(results, (tuple, list)):
+        if len(results) != len(exact):
+            return float("inf")
         return max((furthest(*pair) for pair in zip(results, exact, strict=True)), default=0.0)
     return 0.0
 

@@ -1,5 +1,7 @@
 """Random sequences of what people do with adapters, done to `Twins`: hypothesis draws and shrinks them."""
 
+import os
+
 import torch
 from hypothesis import HealthCheck, Phase, assume, settings
 from hypothesis.stateful import precondition
@@ -9,17 +11,19 @@ from mica.paths import choose
 from tests.support.fuzz_actions import FLAG, INDEX, SEQUENCES, TALLY, action, any_of, pass_on
 from tests.support.fuzz_adapters import Adapters
 from tests.support.fuzz_calls import Calls
+from tests.support.fuzz_edits import Edits
+from tests.support.fuzz_layers import Layers
 from tests.support.fuzz_models import KINDS
 from tests.support.fuzz_twins import factors, layers
 
-__all__ = ["KINDS", "TALLY", "Machine", "machine", "options", "tally"]
+__all__ = ["KINDS", "TALLY", "Machine", "OnKernels", "machine", "options", "tally"]
 
 
 WHICH = ("nothing", "everything", "one base layer", "active", "a lora_A", "a lora_B")
 
 
-class Machine(Adapters, Calls):
-    """All rules: those of the two, and the modes."""
+class Machine(Adapters, Calls, Layers, Edits):
+    """All rules: those of the others, and the modes."""
 
     @precondition(lambda self: self.twins.is_mixture)
     @action(name=any_of("eager", "grouped_mm", "batched_mm"))
@@ -119,6 +123,25 @@ class Machine(Adapters, Calls):
         else:
             mica.fast.enable(compute_dtype=torch.float32)
         return None
+
+
+class OnKernels(Machine):
+    """On Triton's interpreter, where PyTorch's path would run; tiny models, because that is slow."""
+
+    KIND_NAMES = ("small",)
+    DTYPES = (torch.float32, torch.float32, torch.bfloat16)
+
+    def __init__(self):
+        super().__init__()
+        self.backend = os.environ.get("MICA_BACKEND")
+        os.environ["MICA_BACKEND"] = "triton"
+
+    def teardown(self):
+        super().teardown()
+        if self.backend is None:
+            del os.environ["MICA_BACKEND"]
+        else:
+            os.environ["MICA_BACKEND"] = self.backend
 
 
 def machine(name: str, **attributes) -> type[Machine]:

@@ -38,6 +38,7 @@ from tests.support.fuzz_compare import (
     factors,
     furthest,
     is_base,
+    is_same,
     judge,
     layers,
     rounded_otherwise,
@@ -122,12 +123,24 @@ class Twins:
         try:
             with mica.fast.disabled(), warnings.catch_warnings():
                 warnings.simplefilter("ignore")
-                model = change(copy.deepcopy(self.stock))
+                model = copy.deepcopy(self.stock)
+                self._restore_base(model)
+                model = change(model)
                 if self.is_mixture:
                     model.set_experts_implementation("eager")
                 return action(model)
         finally:
             self.autocast = autocast
+
+    def _restore_base(self, model: nn.Module) -> None:
+        """The very weights from before a merge, where the backend has them again: stock's are rounded."""
+        if self.is_merged or not self.exact or not self.base:
+            return
+        own = self.base_parameters
+        if own.keys() != self.base.keys() or not all(is_same(own[name], self.base[name]) for name in own):
+            return
+        for name, parameter in self.base_parameters_of(model).items():
+            parameter.copy_(self.base[name])
 
     def replace(self, action: Callable[[nn.Module], nn.Module]) -> bool:
         """Go on with what the action makes of each; False where it can be made of neither."""
@@ -228,8 +241,12 @@ class Twins:
 
     @property
     def base_parameters(self) -> dict[str, Tensor]:
+        return self.base_parameters_of(self.ours)
+
+    @staticmethod
+    def base_parameters_of(model: nn.Module) -> dict[str, Tensor]:
         """By the names that they have in the base model, which a new wrapper changes."""
-        parameters = self.ours.named_parameters()
+        parameters = model.named_parameters()
         wrapped = re.compile(r"\.(base_layer|original_module)\b")
         return {wrapped.sub("", name): p.detach() for name, p in parameters if is_base(name)}
 

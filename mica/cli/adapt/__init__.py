@@ -5,10 +5,12 @@ import importlib.util
 
 from mica.cli.adapt import config, folder, options
 from mica.cli.arguments import add_command
+from mica.cli.extras import how_to_install
 from mica.errors import UsageError
 
 _DESCRIPTION = """\
-Continued pretraining with MiCA. Several processes: torchrun or accelerate launch (mica/cli/README.md)."""
+Continued pretraining with MiCA. Several processes: torchrun --nproc-per-node N -m mica adapt ..., or
+accelerate launch -m mica adapt ..."""
 NEEDED = ("accelerate", "datasets", "matplotlib", "yaml")
 
 
@@ -25,7 +27,7 @@ def run(given: argparse.Namespace) -> int:
     """
     missing = [module for module in NEEDED if importlib.util.find_spec(module) is None]
     if missing:
-        raise UsageError(f"training needs {', '.join(missing)}: pip install 'mica-fast[cli]'")
+        raise UsageError(f"training needs {', '.join(missing)}: {how_to_install('cli')}")
     output = getattr(given, "output", None)
     if getattr(given, "resume", False) and not getattr(given, "dry_run", False) and output is not None:
         folder.recover(output)

@@ -243,7 +243,7 @@ def test_an_output_with_something_in_it(capsys, out, model_dir, text_file):
 def test_missing_library(module, refused, monkeypatch):
     find = importlib.util.find_spec
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name == module else find(name))
-    refused(f"training needs {module}: pip install 'mica-fast[cli]'")
+    refused(f'training needs {module}: pip install "mica-fast[cli]"')
 
 
 def test_missing_bitsandbytes(refused, monkeypatch):

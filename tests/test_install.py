@@ -1,0 +1,178 @@
+"""Every install line of the pages, the notebook and the messages can be followed, and help names no page."""
+
+import argparse
+import ast
+import json
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from packaging.requirements import Requirement
+
+from mica.cli import parser
+from mica.cli.extras import DISTRIBUTION, how_to_install
+from tests.support.imports import ROOT
+from tests.test_readme import FENCED, pages, read
+
+COMMAND = re.compile(r"\bpip install [^\n`]+")
+WITH_AN_EXTRA = re.compile(r"(?P<place>[^\[]+)(\[(?P<extras>[\w,-]+)\])?")
+# A name of a module that only a checkout has, in a text that users of the wheel read
+PAGE = re.compile(r"\b(?:mica|bench|kernels|recipes|tests|examples)/[\w/.-]*\.md\b|\bCONTRIBUTING\.md\b")
+
+
+def declared_extras() -> set[str]:
+    section = read("pyproject.toml").partition("[project.optional-dependencies]\n")[2].partition("\n[")[0]
+    return set(re.findall(r"^([\w-]+) = \[", section, re.MULTILINE))
+
+
+def commands(text: str) -> list[str]:
+    """The install commands in a page's code, whether in blocks or between backticks."""
+    blocks = "\n".join(code for _, code in FENCED.findall(text))
+    spans = "\n".join(re.findall(r"`([^`\n]+)`", FENCED.sub("", text)))
+    return COMMAND.findall(f"{blocks}\n{spans}")
+
+
+def requirements(command: str) -> list[str]:
+    """What a command installs: its arguments without options and comments."""
+    words = shlex.split(command, comments=True)[2:]
+    return [word for word in words if not word.startswith("-")]
+
+
+def notebook_text(path: Path) -> str:
+    cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
+    return "\n".join("".join(cell["source"]) for cell in cells)
+
+
+def strings(path: Path) -> list[str]:
+    """The texts in a module that can be printed: string constants, without docstrings."""
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    documented = (ast.Module, ast.ClassDef, ast.FunctionDef)
+    docstrings = {
+        ast.get_docstring(node, clean=False) for node in ast.walk(tree) if isinstance(node, documented)
+    }
+    constants = (node.value for node in ast.walk(tree) if isinstance(node, ast.Constant))
+    return [text for text in constants if isinstance(text, str) and text not in docstrings]
+
+
+MODULES = sorted((ROOT / "mica").rglob("*.py"))
+TEXTS = {page: read(page) for page in pages()}
+TEXTS |= {str(path.relative_to(ROOT)): notebook_text(path) for path in (ROOT / "examples").glob("*.ipynb")}
+ON_PAGES = [(name, command) for name, text in TEXTS.items() for command in commands(text)]
+IN_MESSAGES = [
+    (str(path.relative_to(ROOT)), command)
+    for path in MODULES
+    for text in strings(path)
+    for command in COMMAND.findall(text)
+    if path.name != "extras.py"
+]
+# `how_to_install("cli")` in a message
+USED_EXTRAS = {
+    extra
+    for path in MODULES
+    for extra in re.findall(r"how_to_install\(['\"]([\w-]+)['\"]\)", path.read_text(encoding="utf-8"))
+}
+
+
+def wrong(requirement: str) -> str | None:
+    """Why a requirement cannot be found today, from a clone and without an index that has this package."""
+    if requirement.endswith(".whl"):
+        return None
+    if not requirement.startswith("."):
+        name = Requirement(requirement).name
+        return f"no index has {name} yet" if name == DISTRIBUTION else None
+    found = WITH_AN_EXTRA.fullmatch(requirement)
+    if found is None:
+        return "not a path with extras"
+    if found["place"] not in (".", "./mica"):
+        return f"{found['place']} is not where a checkout is"
+    unknown = set((found["extras"] or "").split(",")) - declared_extras() - {""}
+    return f"no extra {', '.join(sorted(unknown))}" if unknown else None
+
+
+@pytest.mark.parametrize(("name", "command"), ON_PAGES + IN_MESSAGES)
+def test_a_command_names_what_can_be_found(name, command):
+    assert requirements(command)
+    assert {text: why for text in requirements(command) if (why := wrong(text))} == {}
+
+
+@pytest.mark.parametrize(
+    ("requirement", "why"),
+    [
+        (f"{DISTRIBUTION}[cli]", "no index has mica-fast yet"),
+        (f"{DISTRIBUTION} @ git+https://host/mica", "no index has mica-fast yet"),
+        (".[clj]", "no extra clj"),
+        (".[cli,plto]", "no extra plto"),
+        ("./mcia[cli]", "./mcia is not where a checkout is"),
+        (".[cli", "not a path with extras"),
+    ],
+)
+def test_what_cannot_be_found_is_seen(requirement, why):
+    assert wrong(requirement) == why
+
+
+def test_the_places_that_name_an_install_command_are_seen():
+    assert {"README.md", "mica/cli/README.md", "examples/mica.ipynb", "bench/METHOD.md"} <= {
+        n for n, _ in ON_PAGES
+    }
+    assert {"mica/cli/demo.py", "mica/cli/adapt/base.py"} <= {name for name, _ in IN_MESSAGES}
+    assert {"cli", "plot"} <= USED_EXTRAS <= declared_extras()
+
+
+def dry_run(*requirements: str, folder: Path) -> str:
+    """What pip says it would do, without an index: all that is required is installed in this environment."""
+    options = ["--dry-run", "--no-index", "--no-build-isolation", "--disable-pip-version-check"]
+    command = [sys.executable, "-m", "pip", "install", *options, *requirements]
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout + done.stderr
+
+
+@pytest.mark.slow
+def test_readme_is_followed_by_git_and_pip(tmp_path):
+    """Its lines as they stand, but for the address, and nothing is installed."""
+    (block,) = [code for _, code in FENCED.findall(read("README.md")) if "pip install" in code]
+    clone, install = block.replace("ADDRESS", f"'{ROOT}'").splitlines()
+    subprocess.run(shlex.split(clone, comments=True), cwd=tmp_path, check=True, capture_output=True)
+    said = dry_run(*requirements(install), folder=tmp_path)
+    assert f"Would install {DISTRIBUTION}" in said
+    assert "does not provide the extra" not in said
+
+
+@pytest.mark.slow
+def test_pip_resolves_the_other_pages_from_the_root():
+    found = {text for _, command in ON_PAGES for text in requirements(command) if text.startswith(".[")}
+    said = dry_run(*sorted(found), folder=ROOT)
+    assert f"Would install {DISTRIBUTION}" in said
+    assert "does not provide the extra" not in said
+
+
+@pytest.mark.slow
+def test_pip_resolves_what_messages_say(tmp_path):
+    """By the name of the installed package, with no index at all."""
+    found = [requirement for extra in USED_EXTRAS for requirement in requirements(how_to_install(extra))]
+    said = dry_run(*found, folder=tmp_path)
+    for extra in USED_EXTRAS:
+        assert f"Requirement already satisfied: {DISTRIBUTION}[{extra}]" in said
+    assert "does not provide the extra" not in said
+
+
+def helps() -> dict[str, str]:
+    """The help of ``mica`` and of each of its commands."""
+    root = parser()
+    (commands,) = (a for a in root._actions if isinstance(a, argparse._SubParsersAction))
+    return {"mica": root.format_help()} | {
+        name: command.format_help() for name, command in commands.choices.items()
+    }
+
+
+@pytest.mark.parametrize("name", helps())
+def test_help_names_no_page_of_the_checkout(name):
+    assert PAGE.findall(helps()[name]) == []
+
+
+def test_no_message_names_a_page_of_the_checkout():
+    found = {str(path): [text for text in strings(path) if PAGE.search(text)] for path in MODULES}
+    assert {path: texts for path, texts in found.items() if texts} == {}
