@@ -37,7 +37,7 @@ REPEATED: dict[str, dict[str, tuple[str, ...]]] = {
         f"{_LAYERS}:Linear.forward": ("5cd0508e909e",),
         f"{_LAYERS}:LoraLayer._mixed_batch_forward": ("60bc0f58e6b9",),
         f"{_VARIANTS}:MiCALinearVariant.forward": ("e1e338634b72",),
-        "peft.tuners.tuners_utils:BaseTunerLayer._cast_input_dtype": ("f2e2a25b564f",),
+        "peft.tuners.tuners_utils:BaseTunerLayer._cast_input_dtype": ("f8fd780187a6",),
     },
     EMBEDDING: {
         f"{_LAYERS}:Embedding.forward": ("8eff94c7871d",),
