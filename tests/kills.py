@@ -1,7 +1,8 @@
-"""Kills of commands that share a folder, of ``--overwrite`` and of ``transfer``: is anything lost? (``make kills``)
+"""Kills of commands that share a folder, of ``--overwrite`` and ``transfer``: is anything lost?
 
-Each trial is drawn from a number, which a failure names. Its commands are killed by SIGKILL or SIGTERM at random
-events and moments; afterwards files are compared by content, and what was begun is resumed or replaced.
+Each trial is drawn from a number, which a failure names. Its commands are killed by SIGKILL or SIGTERM at
+random events and moments. Afterwards files are compared by content, and what was begun is resumed or
+replaced.
 """
 
 import argparse

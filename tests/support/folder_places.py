@@ -1,4 +1,4 @@
-"""Where the inputs of a command may lie, and what they may be called: everything that a file system allows."""
+"""Where the inputs of a command may lie, and what they may be called: all that a file system allows."""
 
 import os
 import random
@@ -66,7 +66,7 @@ OUTPUTS = ("out", "out", "project/run", "an odd name", "a link")
 
 
 class Placed(NamedTuple):
-    """``options``: for the command line. ``is_outside``: nothing lies in, around or behind the output folder."""
+    """``options``: for the command line. ``is_outside``: not in the output folder, nor around it."""
 
     options: list[str]
     is_outside: bool
@@ -129,7 +129,8 @@ def model(draw: random.Random, world: World, out: str, option: str = "model", na
     elif kind == "the output":
         path = out
     else:
-        path = f"{out}/{'base' if kind == 'base' else draw.choice(['model', 'adapter_base', 'merged', 'runs/m'])}"
+        below = draw.choice(["model", "adapter_base", "merged", "runs/m"])
+        path = f"{out}/{'base' if kind == 'base' else below}"
     if not os.path.lexists(world.folder / path):
         shutil.copytree(world.folder / name, world.folder / path)
     if kind == "link to inside":

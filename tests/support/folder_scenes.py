@@ -1,4 +1,4 @@
-"""A `World` with commands that are drawn: what is there, blows, two in one folder, and what a user does then."""
+"""A `World` and what is drawn for it: files, blows, two commands in one folder, what a user does then."""
 
 import random
 import time

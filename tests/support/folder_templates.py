@@ -36,7 +36,7 @@ class Identity(NamedTuple):
 
 
 class Templates:
-    """Models, texts, and folders of runs that have ended or were killed, each made when it is first asked for.
+    """Models, texts, and folders of runs that have ended or were killed, each made when it is asked for.
 
     To be used by several threads.
     """
@@ -67,7 +67,7 @@ class Templates:
         return path
 
     def path(self, name: str) -> Path:
-        """The template ``name``: base, sibling, earlier-SEED, finished-SEED, unfinished-SEED or moved-SEED."""
+        """One of base, sibling, earlier-SEED, finished-SEED, unfinished-SEED and moved-SEED."""
         with self._lock:
             path = self.folder / name
             if not path.exists():

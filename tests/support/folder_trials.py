@@ -1,7 +1,8 @@
 """Random trials in which commands that share a folder are killed, for `tests.kills` and its tests.
 
-A trial is drawn from a number: what is in the folder, who does what, where one stops until the other has ended,
-and which blow falls when. Afterwards the folder must be usable: what was begun is resumed, or replaced.
+A trial is drawn from a number: what is in the folder, who does what, where one stops until the other has
+ended, and which blow falls when. Afterwards the folder must be usable: what was begun is resumed, or
+replaced.
 """
 
 import random

@@ -1,4 +1,4 @@
-"""A folder with models, texts, files of a user and what commands write there: what is lost is found by looking.
+"""Models, texts, files of a user and what commands write: what is lost is found by looking.
 
 The oracle knows no record of the commands. It compares the contents of all files before and after, and knows
 who wrote each one: the user's may never change; those that a command wrote may change by a later one that was

@@ -36,10 +36,10 @@ _GLANCE = 0.005
 
 
 class Blow(NamedTuple):
-    """At the ``at``-th event of kind ``where`` (from the blow before on), and ``delay`` seconds later: ``what``.
+    """``what``, a signal's name, at the ``at``-th event of kind ``where``, and ``delay`` seconds later.
 
-    ``where``: "file" (whatever is opened, listed or changed in the scene), "write" (of these what changes
-    something) or "step" (of the training). ``what``: a signal's name.
+    Events count from the blow before on. ``where``: "file" (whatever is opened, listed or changed in the
+    scene), "write" (of these what changes something) or "step" (of the training).
     """
 
     where: str
