@@ -52,7 +52,8 @@ class Scene:
         """Before anything was written as often as in the midst."""
         counts = self.templates.counts(command)
         where = self.draw.choice(["file", "write"])
-        return Blow(where, self.draw.randint(1, counts[where]), "SIGSTOP")
+        last = self.draw.choice([6, counts[where]])
+        return Blow(where, self.draw.randint(1, last), "SIGSTOP")
 
     def identity(self, seeds: Sequence[int] = SEEDS) -> Identity:
         return Identity(self.draw.choice(seeds))

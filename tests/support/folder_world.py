@@ -63,6 +63,7 @@ class World:
         self.snapshot: snapshots.Snapshot = {}
         self.commands = 0
         self._progress: dict[str, dict[int, int]] = {}  # output -> `progress`, before the present command
+        self._makers: dict[str, list[Act]] = {}  # path -> who has last written it
         self._half_done: set[str] = set()  # outputs in which a command was killed, or is stopped
         for name in ("base", "sibling"):
             shutil.copytree(templates.path(name), self.folder / name)
@@ -169,6 +170,10 @@ class World:
         if lost := changed - owned:
             self.blame("lost", f"{_told(lost)}, of the user")
         products = {path for path in changed & owned if not _is_scratch(path)}
+        acts = [each.act for each in done]
+        own = {path for path in products if _is_by(acts, self._makers.get(path, []))}
+        products -= own  # of a command that was stopped and has gone on
+        self._makers |= dict.fromkeys(added | changed, acts)
         self._judge_products(done, before, products, {path for path in added if not _is_scratch(path)})
         self._judge_runs(done)
         for each in done:
@@ -293,6 +298,10 @@ def _told(paths: set[str]) -> str:
     shown = [ascii(path) for path in sorted(paths)]
     more = f" and {len(shown) - 6} more" if len(shown) > 6 else ""
     return ", ".join(shown[:6]) + more
+
+
+def _is_by(acts: Sequence[Act], makers: Sequence[Act]) -> bool:
+    return any(act is maker for act in acts for maker in makers)
 
 
 def _is_scratch(path: str) -> bool:
