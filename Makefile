@@ -7,7 +7,7 @@ RUN    := $(VENV)/bin/python
 READY  := $(VENV)/.installed
 PYTEST := OMP_WAIT_POLICY=passive OMP_NUM_THREADS=1 $(RUN) -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
-.PHONY: demo test test-slow test-all lint dist static emulate mutants fuzz conformance bench bench-compare bench-quality gpu gpu-dry-run clean
+.PHONY: demo test test-slow test-all lint dist static emulate mutants fuzz kills conformance bench bench-compare bench-quality gpu gpu-dry-run clean
 
 $(READY): pyproject.toml
 	test -x $(RUN) || $(PYTHON) -m venv $(VENV)
@@ -56,6 +56,10 @@ mutants: $(READY)
 # Random sequences of actions, with the backend and with stock PEFT: ARGS='--minutes 60 --processes 2', '--kind t5'
 fuzz: $(READY)
 	OMP_WAIT_POLICY=passive $(RUN) -m tests.fuzz $(ARGS)
+
+# Commands that share a folder, replace one or transfer, killed 100 times at random (10 minutes): is anything lost?
+kills: $(READY)
+	OMP_WAIT_POLICY=passive $(RUN) -m tests.kills $(ARGS)
 
 # PEFT's own tests with the backend and without, of the installed PEFT and of the oldest supported
 conformance: $(READY)

@@ -28,6 +28,7 @@ from hypothesis import seed
 from hypothesis.stateful import run_state_machine_as_test
 
 from tests.support.fuzz_actions import SEQUENCES, TALLY
+from tests.support.fuzz_folders import Folders
 from tests.support.fuzz_machine import KINDS, Machine, OnKernels, options, tally
 from tests.support.fuzz_quantised import Quantised
 from tests.support.fuzz_runs import Runs
@@ -42,8 +43,9 @@ class Part(NamedTuple):
 
 
 PARTS = {
-    "models": Part(Machine, 0.6, 20, 25),
-    "adapt": Part(Runs, 0.2, 4, 4, shrinks=False),
+    "models": Part(Machine, 0.5, 20, 25),
+    "adapt": Part(Runs, 0.15, 4, 4, shrinks=False),
+    "folders": Part(Folders, 0.15, 4, 4, shrinks=False),
     "kernels": Part(OnKernels, 0.1, 3, 8),
     "quantised": Part(Quantised, 0.1, 10, 15),
 }
