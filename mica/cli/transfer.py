@@ -114,7 +114,10 @@ def _held(args: argparse.Namespace, target: Path) -> Iterator[None]:
 
 
 def _is_ours(path: Path) -> bool:
-    """Whether nothing is at ``path``, or an empty folder, or one that `mica transfer` has written alone."""
+    """Whether nothing is at ``path``, or an empty folder, or one that `mica transfer` has written alone.
+
+    One of which the record names nothing yet was broken off.
+    """
     if not os.path.lexists(path):
         return True
     if path.is_symlink() or not path.is_dir():
@@ -122,7 +125,7 @@ def _is_ours(path: Path) -> bool:
     found = record.read(path)
     if found is None:
         return not any(path.iterdir())
-    return found.command == record.TRANSFER and not record.others(path, found)
+    return found.command == record.TRANSFER and (not found.files or not record.others(path, found))
 
 
 def _check_output(args: argparse.Namespace, target: Path) -> None:

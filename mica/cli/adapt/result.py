@@ -108,13 +108,13 @@ def merge(model: PeftModel, tokenizer, args: argparse.Namespace) -> mica.fast.Me
     was written before is kept.
     """
     folder, kept = args.output / MERGED, f"; the adapter is in {args.output}"
-    record.claim(args.output, MERGED)
     if getattr(model, "is_quantized", False) or _is_sharded(model):
         base = model.get_base_model()
         source = Source(args.model, base.name_or_path, {"trust_remote_code": args.trust_remote_code})
         dense = load_model(source, dtype_name(base.dtype), torch.device("cpu"))
         model = PeftModel.from_pretrained(dense, args.output)
     merged, report = merged_model(model, f"--merge {folder}", kept)
+    record.claim(args.output, MERGED)
 
     def done(scratch):
         record.completed(args.output, MERGED, scratch)
