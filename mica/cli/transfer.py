@@ -115,7 +115,10 @@ def _held(args: argparse.Namespace, target: Path) -> Iterator[None]:
 
 
 def _is_ours(path: Path) -> bool:
-    """Whether nothing is at ``path``, or an empty folder, or one that `mica transfer` has written alone."""
+    """Whether nothing is at ``path``, or an empty folder, or one that `mica transfer` has written alone.
+
+    One of which the record names nothing yet was broken off.
+    """
     if not os.path.lexists(path):
         return True
     if path.is_symlink() or not path.is_dir():
@@ -123,7 +126,7 @@ def _is_ours(path: Path) -> bool:
     found = record.read(path)
     if found is None:
         return not any(path.iterdir())
-    return found.command == record.TRANSFER and not record.others(path, found)
+    return found.command == record.TRANSFER and (not found.files or not record.others(path, found))
 
 
 def _check_output(args: argparse.Namespace, target: Path) -> None:
@@ -185,6 +188,11 @@ def _transfer(args: argparse.Namespace, config, source, target: Path) -> int:
     facts |= {"rank": config.r, "alpha": config.lora_alpha}
     facts |= {"dtype": dtype_name(merged.dtype), "merge_report": str(report)}
     facts["versions"] = {name: version(name) for name in ("torch", "transformers", "peft")}
+
+    def sealed(scratch: Path) -> None:
+        record.sign(scratch)
+        _check_output(args, target)  # again: merging has taken its time, and this is replaced next
+
     write_folder(
         "--output",
         target,
@@ -192,7 +200,7 @@ def _transfer(args: argparse.Namespace, config, source, target: Path) -> int:
         tokenizer,
         card=str(card.transfer_card(facts)),
         begun=lambda scratch: record.write(scratch, record.Record(record.TRANSFER)),
-        done=record.sign,
+        done=sealed,
     )
     print(f"merged model  {args.output}\n              {report}")
     return 0

@@ -55,9 +55,7 @@ def check(
     _refuse_strange_checkpoints(output, others)
     record.refuse_taken(output, found, [*ALWAYS, *more])
     replaced = [*found.files] if overwrite else [name for name in more if name == MERGED]
-    if strange := record.stranger(output, found, replaced):
-        what = f"{shown(str(strange.relative_to(output)))} is in a folder that the run would replace"
-        raise UsageError(f"--output {output}: {what}, and no run has written it: move it away")
+    _refuse_strangers(output, found, replaced)
     if overwrite:
         present = record.present(output, found)
         if lost := record.removed_input(inputs, output, present):
@@ -73,6 +71,14 @@ def _nothing_to_resume(output: Path, others: list[str]) -> UsageError:
     if others:
         why = f"it has no {record.FILE}, which says what a run has written there"
     return UsageError(f"--resume: nothing to continue in {output}: {why}")
+
+
+def _refuse_strangers(output: Path, found: record.Record, replaced: Iterable[str]) -> None:
+    """Raise UsageError if somebody has put a file into one of the folders that would be ``replaced``."""
+    strange = record.stranger(output, found, replaced)
+    if strange is not None:
+        what = f"{shown(str(strange.relative_to(output)))} is in a folder that the run would replace"
+        raise UsageError(f"--output {output}: {what}, and no run has written it: move it away")
 
 
 def _refuse_strange_checkpoints(output: Path, others: list[str]) -> None:
@@ -95,6 +101,8 @@ def begin(
     """
     found = record.read(output)
     record.refuse_taken(output, found, names)
+    if found is not None and not resume:  # again: the model was read since `check`, which may take minutes
+        _refuse_strangers(output, found, found.files)
     record.claim(output, SETTINGS, begun=False)
     scratch = record.scratch(output, SETTINGS)
     with explained(f"--output {output / SETTINGS}: cannot be written", OSError):

@@ -120,7 +120,6 @@ def merge(
     are loaded anew are not those any more; everything that was written before is kept.
     """
     folder, kept = args.output / MERGED, f"; the adapter is in {args.output}"
-    record.claim(args.output, MERGED)
     if getattr(model, "is_quantized", False) or _is_sharded(model):
         base = model.get_base_model()
         if base_weights is not None and fingerprint.of(base.name_or_path) != base_weights:
@@ -130,6 +129,7 @@ def merge(
         dense = load_model(source, dtype_name(base.dtype), torch.device("cpu"))
         model = PeftModel.from_pretrained(dense, args.output)
     merged, report = merged_model(model, f"--merge {folder}", kept)
+    record.claim(args.output, MERGED)
 
     def done(scratch):
         record.completed(args.output, MERGED, scratch)

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from tokenizers import AddedToken
 from transformers import AutoModelForCausalLM, AutoTokenizer, MistralConfig, MistralForCausalLM
 
-from mica.cli import lock, main
+from mica.cli import lock, main, record
 from tests.support.adapt_results import factors, poison_solver, working_in, write_adapter
 from tests.support.tiny_cli import byte_tokenizer, logits, tiny_llama
 
@@ -163,9 +163,13 @@ def test_what_a_killed_transfer_has_left(made, tmp_path, capsys):
     before = {path.name: path.stat().st_ino for path in out.iterdir()}
     out.rename(tmp_path / ".out.old")
     (tmp_path / ".out.partial").mkdir()
+    record.write(tmp_path / ".out.partial", record.Record(record.TRANSFER))
+    (tmp_path / ".out.partial" / "config.json").write_text("{")
     assert transfer(adapter, chat, out) == 2
     assert "is not empty: --overwrite" in capsys.readouterr().err
     assert {path.name: path.stat().st_ino for path in out.iterdir()} == before
+    shutil.rmtree(tmp_path / ".out.partial")
+    (tmp_path / ".out.partial").mkdir()
     (tmp_path / ".out.partial" / "mine").touch()
     assert transfer(adapter, chat, out, "--overwrite") == 2
     assert ".out.partial beside it is not of mica transfer: move it away" in capsys.readouterr().err

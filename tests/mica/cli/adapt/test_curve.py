@@ -33,7 +33,7 @@ def test_table_and_csv(tmp_path):
     ]
     assert list(COLUMNS)[:5] == ["step", "tokens", "loss", "learning_rate", "grad_norm"]
     assert (tmp_path / "curve.png").read_bytes().startswith(b"\x89PNG")
-    assert {path.name for path in tmp_path.iterdir()} == {"curve.csv", "curve.png"}
+    assert {path.name for path in tmp_path.iterdir()} == {"curve.csv", "curve.png", "mica-run.json"}
 
 
 def test_picture_shows_what_was_measured():

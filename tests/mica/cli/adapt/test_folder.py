@@ -101,6 +101,15 @@ def test_what_somebody_has_put_into_a_folder_of_the_run_stays(run):
     check(run, resume=True)
 
 
+def test_what_somebody_puts_there_while_the_model_is_read_stays(run):
+    check(run, overwrite=True)
+    (run / "checkpoint-5" / "mine.txt").write_text("mine")
+    before = {name: (run / name).read_bytes() for name in names(run)}
+    with pytest.raises(UsageError, match=r"checkpoint-5/mine.txt is in a folder that the run would replace"):
+        folder.begin(run, "rank: 8", {}, names=[], resume=False)
+    assert {name: (run / name).read_bytes() for name in names(run)} == before
+
+
 def test_overwrite_removes_nothing_that_the_run_reads(run, tmp_path):
     (tmp_path / "link").symlink_to(run)
     (run / "mine").mkdir()

@@ -14,6 +14,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from mica.cli import record
 from mica.cli.adapt import adapter, base, fingerprint, folder, result
 from mica.cli.loading import find_source
 from mica.errors import UsageError
@@ -35,8 +36,8 @@ def test_saved_adapter_replaces_an_older_one_and_nothing_else(tuned, tmp_path):
     result.save(tuned, byte_tokenizer(), tmp_path)
     names = {path.name for path in tmp_path.iterdir()}
     assert names == {
-        "README.md", "adapter_config.json", "adapter_model.safetensors", "checkpoint-1", "tokenizer.json",
-        "tokenizer_config.json",
+        "README.md", "adapter_config.json", "adapter_model.safetensors", "checkpoint-1", "mica-run.json",
+        "tokenizer.json", "tokenizer_config.json",
     }  # fmt: skip
     assert (tmp_path / "README.md").read_text() == "ours"
     again = logits(PeftModel.from_pretrained(tiny_llama(), tmp_path))
@@ -74,6 +75,7 @@ def test_merge_in_place(tuned, tmp_path):
     result.save(tuned, byte_tokenizer(), tmp_path)
     (tmp_path / "merged").mkdir()
     (tmp_path / "merged" / "old").touch()
+    record.completed(tmp_path, "merged")
     report = result.merge(tuned, byte_tokenizer(), settings(output=tmp_path))
     assert len(report.layers) == 4
     assert 0 < report.swallowed < 1e-5
