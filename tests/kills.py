@@ -6,6 +6,7 @@ replaced.
 """
 
 import argparse
+import logging
 import os
 import random
 import sys
@@ -19,8 +20,13 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("MICA_CACHE", "0")
 
-from tests.support import folder_trials
-from tests.support.folder_templates import Templates
+from mica.cli import NOISY
+
+for name in NOISY:  # what they log as they are imported is not about this
+    logging.getLogger(name).setLevel(logging.ERROR)
+
+from tests.support import folder_trials  # noqa: E402
+from tests.support.folder_templates import Templates  # noqa: E402
 
 
 def main() -> int:

@@ -12,7 +12,7 @@ from tests.support.forked import Blow
 OUTPUT = "out"
 USERS = (  # files of a user beside a run's, some by names that a run has too
     *("notes.txt", "adapter_notes.md", "curve.fit.py", "tokenizer_train.py", "vocab.py", "vocab.mine.txt"),
-    *("merged/mine.bin", "base/code.py", "runs/events", "checkpoint-notes/a.txt", "checkpoint-99/mine"),
+    *("merged/mine.bin", "base/code.py", "runs/events", "checkpoint-notes/a.txt"),
     *("chat_template_old.jinja", "sub/deep/file", ".hidden"),
 )
 REFUSED = (  # options that are refused, early and late
@@ -116,8 +116,11 @@ class Scene:
             world.judge(done)
             self.count(done)
 
-    def afterwards(self, output: str = OUTPUT) -> None:
-        """As a user would: resume, through more kills, and if there is nothing to resume replace."""
+    def afterwards(self, output: str = OUTPUT, must_work: bool = True) -> None:
+        """As a user would: resume, through more kills, and if there is nothing to resume replace.
+
+        ``must_work``: one of these must; else both may be refused, as something else lies there.
+        """
         world = self.world
         for _ in range(2):
             if self.draw.random() < 0.5 and world.progress(output):
@@ -128,7 +131,7 @@ class Scene:
         done = world.do(world.adapt(RESUME, output))
         if done.status == 0:
             return
-        if can_resume:
+        if can_resume and must_work:
             world.blame("unusable", f"--resume: {done.status} {done.text[-300:]}")
         identity = self.identity()
         if seed is None and not newest:
@@ -136,5 +139,5 @@ class Scene:
             if done.status == 0:
                 return
         done = world.do(world.adapt(OVERWRITE, output, identity))
-        if done.status:
+        if done.status and must_work:
             world.blame("unusable", f"--overwrite: {done.status} {done.text[-300:]}")

@@ -194,7 +194,7 @@ class World:
             return
         if any(each.act.replaces or each.act.kind == RESUME for each in done):
             return
-        if changed and any(self._key(output, "run.yaml") in before for output in outputs):
+        if changed and any(self.key(output, "run.yaml") in before for output in outputs):
             self.blame("lost", f"{_told(changed)}, of an earlier command, which nothing may replace")
 
     def _judge_runs(self, done: Sequence[Done]) -> None:
@@ -210,7 +210,7 @@ class World:
         if succeeded:
             self._judge_result(succeeded[-1], {act.identity for act in succeeded})
 
-    def _key(self, output: str, name: str) -> str:
+    def key(self, output: str, name: str) -> str:
         """``name`` in ``output`` as a snapshot calls it, which follows no links."""
         place = os.path.join(os.path.realpath(self.folder / output), name)
         return os.path.relpath(place, os.path.realpath(self.folder))
@@ -254,14 +254,14 @@ class World:
         """Nothing is half written, whatever happened."""
         folder = self.folder / output
         for name, read in (("run.yaml", yaml.safe_load), ("summary.json", json.loads)):
-            if not (folder / name).is_file() or self._key(output, name) not in self.owned:
+            if not (folder / name).is_file() or self.key(output, name) not in self.owned:
                 continue
             try:
                 read((folder / name).read_text(encoding="utf-8"))
             except (ValueError, yaml.YAMLError) as error:
                 self.blame("unreadable", f"{name}: {error}")
         weights = folder / WEIGHTS
-        if weights.is_file() and self._key(output, WEIGHTS) in self.owned:
+        if weights.is_file() and self.key(output, WEIGHTS) in self.owned:
             content = weights.read_bytes()
             if not any(content == self.templates.whole(identity) for identity in self.identities):
                 self.blame("bits", f"{output!a}/{WEIGHTS} is that of no unbroken run")

@@ -172,12 +172,19 @@ class Folders(RuleBasedStateMachine):
         self.world.do(act, self.scene.blow("transfer", 0.3))
         return True
 
+    def is_of_runs_alone(self) -> bool:
+        """Whether a run is in the output folder, and nothing of a user."""
+        prefix = f"{self.world.key(self.output, '')}/"
+        found = [path for path in self.world.snapshot if path.startswith(prefix)]
+        has_run = self.world.seed_of(self.output) is not None
+        return has_run and all(path in self.world.owned for path in found)
+
     def teardown(self):
         if self.scene is None:
             return
         try:
             if not self.world.faults:
-                self.scene.afterwards(self.output)
+                self.scene.afterwards(self.output, self.is_of_runs_alone())
                 self.compare()
         finally:
             self.world.close()
