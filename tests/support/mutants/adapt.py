@@ -24,12 +24,15 @@ ADAPT = {
         "check": [
             ("if not begun and others", "if not begun and others and not overwrite"),
             ("if lost :=", "if False and"),
-            ("if strange :=", "if False and"),
+            ("_refuse_strangers(output, found, replaced)", ""),
             ("record.refuse_taken(output, found, [*ALWAYS, *more])", ""),
             ("_refuse_strange_checkpoints(output, others)", ""),
             ("if found is not None and found.command != record.ADAPT", "if False"),
         ],
-        "begin": [("record.refuse_taken(output, found, names)", "")],
+        "begin": [
+            ("record.refuse_taken(output, found, names)", ""),
+            ("if found is not None and not resume", "if False"),
+        ],
         "held": [("record.recover(output)", ""), ("stack.callback(_leave, output)", "")],
         "_missing": [("(output, *output.parents)", "(output,)")],
     },
@@ -80,7 +83,7 @@ ADAPT = {
     },
     ("mica/cli/adapt/dry_run.py", f"{_TESTS}dry_run.py", "-k", "not two_processes"): {
         "check_disk": [("training.KEPT + 1", "training.KEPT"), ("+ replaced", "")],
-        "_Clock.seconds": [("self.times[1:] if", "self.times if")],
+        "_Clock.measured": [("1 if last > 1 else 0", "0")],
         "rehearsal": [("measurements(clock.first,", "measurements(0,")],
     },
     ("mica/cli/adapt/session.py", f"{_TESTS}dry_run.py", "-k", "too_small"): {
