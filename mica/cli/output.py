@@ -42,8 +42,14 @@ def check_file(option: str, path: Path, suffixes: tuple[str, ...] = ()) -> None:
 def check_folder(option: str, path: Path, model: str) -> None:
     """Raise UsageError if no folder can be made or written at ``path``, or it is that of ``model``.
 
-    ``model``: a folder, or anything else. Makes nothing.
+    ``model``: a folder, or anything else. Makes nothing. safetensors and tokenizers write to no path that is
+    not UTF-8.
     """
+    try:
+        os.path.realpath(path).encode()
+    except UnicodeEncodeError:
+        what = "the libraries that write models need a path that is UTF-8: name another folder"
+        raise UsageError(f"{option} {shown(str(path))}: {what}") from None
     if path.exists() and not path.is_dir():
         raise UsageError(f"{option} {path}: exists and is not a folder")
     if path.is_dir() and path.resolve() == Path(model).expanduser().resolve():

@@ -81,6 +81,13 @@ def test_a_file_of_any_name_can_be_written(tmp_path, name):
     assert output.beside(tmp_path / name, "old") != output.beside(tmp_path / f"b{name[1:]}", "old")
 
 
+def test_a_folder_for_models_has_a_name_that_libraries_can_open(tmp_path):
+    for name in (os.fsdecode(b"\xe9"), os.fsdecode(b"\xe9/run")):
+        with pytest.raises(UsageError, match=r"^--output .*\\udce9.*: the libraries that write models need"):
+            output.check_folder("--output", tmp_path / name, "model")
+    output.check_folder("--output", tmp_path / "é\n", "model")
+
+
 def test_shown():
     names = {"déjà vu 😀": "déjà vu 😀", "a\nb\x7f\x85": r"a\nb\x7f\x85", os.fsdecode(b"\xe9"): r"\udce9"}
     assert {name: output.shown(name) for name in names} == names
