@@ -67,7 +67,7 @@ def yaml_file(tmp_path):
     ],
 )
 def test_the_command_line_wins_over_yaml_over_the_recipe(argv, yaml, expected, yaml_file):
-    args, origins = resolve(*argv, *(["--config", yaml_file(yaml)] if yaml else []))
+    args, origins, _ = resolve(*argv, *(["--config", yaml_file(yaml)] if yaml else []))
     assert set(vars(args)) == set(OPTIONS)
     assert {name: (getattr(args, name), origins.get(name)) for name in expected} == expected
 
@@ -253,7 +253,7 @@ def test_resume_refuses_another_training(arguments, message, run_folder, yaml_fi
 
 def test_resume_allows_what_leaves_training_alone(run_folder, tmp_path):
     moved = run_folder[0].rename(tmp_path / "moved")
-    args, origins = config.resolve(given("--output", moved, "--resume", "--save-steps", 3, "--no-merge"))
+    args, origins, _ = config.resolve(given("--output", moved, "--resume", "--save-steps", 3, "--no-merge"))
     stopping = ["--eval-steps", 2, "--patience", 3, "--no-keep-best"]
     assert config.resolve(given("--output", moved, "--resume", *stopping)).args.patience == 3
     assert (args.save_steps, args.merge, args.seed, args.output) == (3, False, 5, moved)
@@ -264,10 +264,10 @@ def test_resume_allows_what_leaves_training_alone(run_folder, tmp_path):
 def test_the_adapter_s_values_hold(tmp_path, monkeypatch):
     monkeypatch.setattr("mica.cli.adapt.adapter.read_adapter_config", lambda path: {})
     monkeypatch.setattr("mica.cli.adapt.adapter.settings", lambda adapter, path: ADAPTER)
-    args, origins = resolve("--adapter", "a", "--recipe", "paper")
+    args, origins, _ = resolve("--adapter", "a", "--recipe", "paper")
     assert (args.rank, args.alpha, args.target_modules) == (8, 24, "q_proj")
     assert (origins["rank"], args.learning_rate) == ("adapter", 5e-4)
-    args, _ = resolve("--adapter", "a", "--rank", 8, "--dropout", 0.1)
+    args, *_ = resolve("--adapter", "a", "--rank", 8, "--dropout", 0.1)
     assert (args.rank, args.dropout) == (8, 0.1)
     with pytest.raises(UsageError, match="--rank 9: --adapter has 8; omit this option"):
         resolve("--adapter", "a", "--rank", 9)
