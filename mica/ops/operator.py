@@ -118,17 +118,20 @@ def save(ctx, *tensors: Tensor | None) -> None:
     edit in place is still reported. Where a gradient is needed autograd follows it, for second derivatives.
     An alias takes 1 µs, without a gradient 0.3.
     """
+    aliases = []
     torch._C._set_grad_enabled(True)  # `torch.enable_grad` takes 0.5 µs more
     try:
-        ctx.save_for_backward(*[alias(tensor) for tensor in tensors])
+        for tensor in tensors:  # `alias`, without a call for each
+            if tensor is not None:
+                tensor = tensor[...] if tensor.requires_grad else tensor.detach()
+            aliases.append(tensor)
+        ctx.save_for_backward(*aliases)
     finally:
         torch._C._set_grad_enabled(False)  # as it is in every forward
 
 
-def alias(tensor: Tensor | None) -> Tensor | None:
+def alias(tensor: Tensor) -> Tensor:
     """The tensor's memory, version and place in the graph, whatever becomes of its ``.data``."""
-    if tensor is None:
-        return None
     return tensor[...] if tensor.requires_grad else tensor.detach()
 
 

@@ -147,12 +147,12 @@ OPERATORS = {
         "tests/mica/paths/test_triton_path.py",
         "tests/mica/paths/test_triton_path_plans.py",
     ): {
-        "alias": [
+        "save": [
+            ("torch._C._set_grad_enabled(True)", "pass"),
             ("tensor[...] if tensor.requires_grad else tensor.detach()", "tensor"),
             ("tensor[...] if tensor.requires_grad else tensor.detach()", "tensor.detach()"),
             ("tensor[...] if tensor.requires_grad else tensor.detach()", "tensor.data"),
         ],
-        "save": [("torch._C._set_grad_enabled(True)", "pass")],
         "without_values": [("tensor.data", "tensor")],
         "like": [("_unsafe_view(matrix,", "matrix.view(")],
         "operator.batched": [("not torch.is_autocast_enabled(device_type)", "True")],
