@@ -108,11 +108,12 @@ def _marked_by(folder: Path, run: str) -> list[str] | None:
 
 
 def write(output: Path, record: Record) -> None:
-    """Write the record to ``output``, in one step. Raises UsageError if that fails."""
+    """Write the record to ``output``, in one step; make the folder. Raises UsageError if that fails."""
     text = json.dumps({"format": _FORMAT, **asdict(record)}, indent=1) + "\n"  # ASCII, whatever the names
     path = output / FILE
     new = output / _NEW
     with explained(f"--output {output}: {FILE} cannot be written", OSError):
+        output.mkdir(parents=True, exist_ok=True)
         new.write_text(text, encoding="utf-8")
         flush(new)
         os.replace(new, path)

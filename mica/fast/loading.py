@@ -142,7 +142,8 @@ def find_base(stock, cls, pretrained_model_name_or_path, subfolder=None, **kwarg
     """
     config = stock(cls, pretrained_model_name_or_path, subfolder, **kwargs)
     recorded = config.base_model_name_or_path
-    if recorded and os.path.isabs(recorded) and os.path.basename(recorded) == BASE:
+    is_path = isinstance(recorded, str) and os.path.isabs(recorded)  # PEFT checks no type
+    if is_path and os.path.basename(recorded) == BASE:
         own = os.path.abspath(os.path.join(pretrained_model_name_or_path, subfolder or ""))
         if os.path.basename(own).startswith("checkpoint-"):
             own = os.path.dirname(own)

@@ -99,7 +99,10 @@ def converted(args: argparse.Namespace) -> Source:
 
 def place_of(name: str) -> str:
     """Where the base called ``name`` is: there, or beside it, where a run that has not begun has made it."""
-    scratch = beside(Path(name), PARTIAL)
+    path = Path(name)
+    if not path.name:  # a model without a name, or the working directory
+        return name
+    scratch = beside(path, PARTIAL)
     return str(scratch) if scratch.is_dir() else name
 
 

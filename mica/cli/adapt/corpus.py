@@ -145,7 +145,7 @@ def gather(args: argparse.Namespace, tokenizer, output: Path | None = None) -> C
         splits = [Split(spans_of(group), spans_of(held_out)[:0], "--held-out-text") for group in groups]
         held_out_blocks = _measured("--held-out-text", held_out, args)
     else:
-        shares = np.array(weights or [1.0])
+        shares = np.array(weights or [1.0], dtype=np.float64)
         shares /= shares.max()  # their sum must not overflow
         limits = np.maximum(1, np.rint(args.eval_blocks * shares / shares.sum())).astype(int).tolist()
         splits = [

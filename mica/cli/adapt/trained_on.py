@@ -12,7 +12,8 @@ from typing import Any
 
 from peft import PeftModel
 
-from mica.cli.adapt import checkpoints, config, embeddings, fingerprint
+from mica.cli.adapt import checkpoints, embeddings, fingerprint
+from mica.cli.adapt.folder import SUMMARY
 
 _EMBEDDINGS = "embeddings_before"  # in summary.json and in the marker of a checkpoint
 
@@ -62,7 +63,7 @@ def _recorded(folder: Path) -> dict[str, Any]:
     It then was not written by `mica adapt`, or is a copy of its files without these.
     """
     with suppress(OSError, ValueError):
-        summary = json.loads((folder / config.SUMMARY).read_text(encoding="utf-8"))
+        summary = json.loads((folder / SUMMARY).read_text(encoding="utf-8"))
         if isinstance(summary, dict):
             return summary
     return checkpoints.marked_facts(folder) or {}

@@ -215,7 +215,10 @@ def test_hotswap(monkeypatch, tmp_path, backend, dtype, rank):
 
 @pytest.mark.parametrize("targets", [TARGETS[1:], TARGETS[:1]])
 def test_hotswap_of_an_adapter_without_b_is_refused(targets, tmp_path):
-    """PEFT sets what is missing to 0: an adapter that does nothing, without a word."""
+    """PEFT sets what is missing to 0: an adapter that does nothing, without a word.
+
+    For an embedding it ends in an error about `scaling`, half swapped.
+    """
     model = randomise(net(targets=targets)).eval()
     whole = saved(tmp_path, 5, targets=targets)
     file = whole / "adapter_model.safetensors"
@@ -226,6 +229,8 @@ def test_hotswap_of_an_adapter_without_b_is_refused(targets, tmp_path):
     ):
         hotswap_adapter(model, str(whole), "default")
     assert torch.equal(model(INDICES), before)
+    if targets == TARGETS[:1]:
+        return
     with mica.fast.disabled():
         stock = copy.deepcopy(model)
         hotswap_adapter(stock, str(whole), "default")

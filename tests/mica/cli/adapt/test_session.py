@@ -247,10 +247,10 @@ def test_any_name_of_a_text_is_resumed(model_dir, tmp_path, name):
 
 
 def test_checkpoints_that_have_all_lost_their_marker_are_kept(paper, tmp_path, capsys):
-    output = unfinished(paper, tmp_path / "out")
+    output = unfinished(paper, tmp_path / "out", last=12)
     for checkpoint in checkpoints.folders(output):
         (checkpoint / checkpoints.MARKER).unlink()
-    refused(capsys, output, "checkpoint-8 is damaged (complete.json) and checkpoint-4 is damaged")
+    refused(capsys, output, "checkpoint-12 is damaged (complete.json) and checkpoint-8 is damaged")
 
 
 def test_an_output_folder_in_the_text_is_no_text(model_dir, tmp_path, capsys):

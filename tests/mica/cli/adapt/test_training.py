@@ -52,7 +52,7 @@ def test_a_run(tmp_path, capsys):
     assert 0 < result.seconds < 60
     assert checkpoints.latest(tmp_path) == tmp_path / "checkpoint-10"
     top = {name for name in files(tmp_path) if "/" not in name}
-    assert top == {"adapter_config.json", "adapter_model.safetensors"}
+    assert top == {"adapter_config.json", "adapter_model.safetensors", "mica-run.json"}
     lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("step ")]
     assert [line.split(": ")[0].split()[1] for line in lines if "loss " in line] == ["5/10", "10/10"]
     assert [line for line in lines if "loss " not in line] == [
