@@ -9,7 +9,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 from mica.cli import lock, record
-from mica.cli.arguments import a_path, add_command, add_dtype_options
+from mica.cli.arguments import a_path, a_source, add_command, add_dtype_options
 from mica.cli.output import (
     OLD,
     PARTIAL,
@@ -35,7 +35,8 @@ def add_parser(commands) -> None:
     )
     add = parser.add_argument
     add("--adapter", required=True, type=a_path, metavar="DIR", help="output folder of mica adapt")
-    add("--to", required=True, metavar="MODEL", help="Hub id, checkpoint folder or GGUF file; not quantised")
+    what = "Hub id, checkpoint folder or GGUF file; not quantised"
+    add("--to", required=True, type=a_source, metavar="MODEL", help=what)
     add("--output", required=True, type=a_path, metavar="DIR", help="folder for the model, made if needed")
     add("--overwrite", action="store_true", help="replace what mica transfer has written to --output")
     add_dtype_options(parser, dtype="dtype of the merged weights; auto: that of MODEL, float32 for GGUF")

@@ -145,6 +145,7 @@ def test_a_path_in_yaml_that_cannot_be_looked_at(tmp_path, capsys):
 def test_a_rank_beyond_every_layer_is_refused_before_the_weights_are_read(tmp_path, capsys, monkeypatch):
     tiny_llama().save_pretrained(tmp_path)
     byte_tokenizer().save_pretrained(tmp_path)
+    capsys.readouterr()
     monkeypatch.setattr("mica.cli.loading.load_model", lambda *_: pytest.fail("the model was loaded"))
     assert main(["inspect", str(tmp_path), "--rank", "999"]) == 2
     captured = capsys.readouterr()

@@ -378,7 +378,8 @@ def test_kernels_see_a_counted_edit_and_any_other_after_one_call(edit, monkeypat
 
 
 def test_fsdp_writes_what_it_gathers_into_one_storage(monkeypatch):
-    monkeypatch.setattr(mixed_batch, "_notes_its_changes", limits.is_tracked)
+    on_any_device = lambda lora_B: limits.is_tracked(lora_B)  # noqa: E731
+    monkeypatch.setattr(mixed_batch, "_notes_its_changes", on_any_device)
     monkeypatch.setattr(limits, "is_tracked", lambda lora_B: False)
     model = model_of_three()
     before = mixed_as_stock(model)

@@ -77,7 +77,7 @@ def check_transferred(folder, adapter="run") -> None:
         assert update.abs().max() > 1e-3
         if name == "model.embed_tokens":
             untrained = (update == 0).all(dim=1)  # tokens that the text does not have
-            assert untrained.sum() > 200
+            assert untrained.sum() > 100
             assert torch.equal(found[untrained], there[untrained])
 
 
@@ -166,7 +166,7 @@ def test_resumed_runs_record_it_too(copied):
     before = summary(copied / "run")
     (copied / "run" / "summary.json").unlink()
     shutil.rmtree(copied / "run" / "checkpoint-12")
-    assert command("--output", copied / "run", "--resume", "--model", copied / "base") == 0
+    assert command("--output", copied / "run", "--resume") == 0
     after = summary(copied / "run")
     for name in ("embeddings_before", "base_weights"):
         assert after[name] == before[name] is not None
@@ -180,7 +180,7 @@ def test_doctor_compares_the_base(copied, capsys):
         if told.startswith("has the"):
             saved(other_llama(7), copied / "base")
         else:
-            shutil.rmtree(copied / "base")
+            shutil.rmtree(copied / "base", ignore_errors=True)
 
 
 def test_without_a_record(tmp_path):

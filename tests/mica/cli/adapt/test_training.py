@@ -15,6 +15,7 @@ from peft import PeftModel
 from safetensors import SafetensorError
 from transformers import TrainerCallback, TrainerState
 
+from mica.cli import record
 from mica.cli.adapt import checkpoints, training
 from mica.errors import UsageError
 from tests.support.adapt_runs import corpus, fresh_state, losses, model, run, same, weights  # noqa: F401
@@ -219,6 +220,8 @@ def test_resumed_is_unbroken(tmp_path, changed):
     assert checkpoints.facts(kept)["processes"] == 1
     assert "training_args.bin" not in files(kept)
     shutil.copytree(kept, output / kept.name)  # as if the run had been killed right after it
+    shutil.copy(full / record.FILE, output)
+    record.claim(output, "checkpoint-999")
     (output / "checkpoint-999").mkdir()  # half written
     begun = checkpoints.facts(kept)["seconds"]
     resumed = run(settings(output, resume=True, **changed))
