@@ -1,5 +1,6 @@
 """What becomes of a layer's tensors around its call: outputs in other hands, weights replaced, odd inputs."""
 
+import copy
 from contextlib import nullcontext
 
 import pytest
@@ -109,8 +110,10 @@ def test_gradients_are_those_of_the_weights_that_the_forward_used(
 def test_an_optimiser_between_the_backwards_of_two_losses():
     """Of a first layer, whose input needs no gradient: its gradient does not depend on lora_A."""
 
+    start = layer_of()
+
     def second_gradient():
-        layer = layer_of()
+        layer = copy.deepcopy(start)  # stock's own B would have another basis
         y = layer(input_of(layer, (2, 3)))
         y.sum().backward(retain_graph=True)
         torch.optim.SGD([trained(layer)], lr=0.1).step()
@@ -155,10 +158,10 @@ def test_a_scaling_that_is_a_tensor_is_not_rounded(dtype):
 def test_fp16_products_overflow_where_stock_s_do_not_unless_they_run_in_fp32(monkeypatch):
     """As the page says, with the cure that it names."""
     monkeypatch.setattr("mica.paths.products.FEW_TO_ROUND", 0)
-    model = wrap(nn.Sequential(nn.Linear(16, 24)).half(), targets=["0"], lora_alpha=128)
+    model = wrap(nn.Sequential(nn.Linear(16, 24)).half(), targets=["0"], lora_alpha=1024)
     layer = randomise(model, scale=1.0).base_model.model[0]
     x = torch.zeros(20, 16, dtype=torch.float16)
-    x[:, 7] = 1000.0  # times the scaling of 32 beyond 65504, without it below
+    x[:, 7] = 1000.0  # times the scaling of 256 beyond 65504, without it below
     with torch.no_grad():
         layer.lora_B["default"].weight.mul_(1e-3)
         ours, stock = both(lambda: layer(x))

@@ -153,7 +153,7 @@ def test_a_merge_into_a_weight_that_was_repacked(kind, safe_merge):
     with mica.fast.disabled():
         stock.merge_adapter(safe_merge=safe_merge)
     weights = [dequantised(model.base_model.model[0].get_base_layer()) for model in models]
-    assert error(weights[2], weights[0]) > 1.0  # the fault is real
+    assert error(weights[2], weights[0]) > 0.3  # the fault is real
     assert error(weights[1], weights[0]) < 0.02
     repack(ours)
     for model in (plain, ours):
