@@ -155,14 +155,15 @@ def test_a_merge_into_a_weight_that_was_repacked(kind, safe_merge):
     weights = [dequantised(model.base_model.model[0].get_base_layer()) for model in models]
     assert error(weights[2], weights[0]) > 0.3  # the fault is real
     assert error(weights[1], weights[0]) < 0.02
+    # Repacking rounds the scales to bf16: some weights go to a neighbouring code (0.05; to 4 bits at all: 0.07)
     repack(ours)
     for model in (plain, ours):
         model.unmerge_adapter()
     weights = [dequantised(model.base_model.model[0].get_base_layer()) for model in models]
-    assert error(weights[1], weights[0]) < 0.02
+    assert error(weights[1], weights[0]) < 0.1
     repack(ours)
     unloaded = [model.merge_and_unload(safe_merge=safe_merge)[0] for model in (plain, ours)]
-    assert error(dequantised(unloaded[1]), dequantised(unloaded[0])) < 0.02
+    assert error(dequantised(unloaded[1]), dequantised(unloaded[0])) < 0.1
 
 
 @pytest.mark.parametrize("before", [False, True])
