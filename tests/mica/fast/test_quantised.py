@@ -155,7 +155,7 @@ def test_a_merge_into_a_weight_that_was_repacked(kind, safe_merge):
     weights = [dequantised(model.base_model.model[0].get_base_layer()) for model in models]
     assert error(weights[2], weights[0]) > 0.3  # the fault is real
     assert error(weights[1], weights[0]) < 0.02
-    # Repacking rounds the scales to bf16: some weights go to a neighbouring code (0.05; to 4 bits at all: 0.07)
+    # Repacking rounds the scales to bf16, so some weights go to a neighbouring code: 0.05
     repack(ours)
     for model in (plain, ours):
         model.unmerge_adapter()
