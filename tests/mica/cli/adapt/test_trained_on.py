@@ -162,12 +162,14 @@ def test_it_is_kept_by_whoever_goes_on(copied, capsys):
     assert summary(other)["embeddings_before"] is None
 
 
-def test_resumed_runs_record_it_too(copied):
-    before = summary(copied / "run")
-    (copied / "run" / "summary.json").unlink()
-    shutil.rmtree(copied / "run" / "checkpoint-12")
-    assert command("--output", copied / "run", "--resume") == 0
-    after = summary(copied / "run")
+def test_resumed_runs_record_it_too(made, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(made / "run", run)
+    before = summary(run)
+    (run / "summary.json").unlink()
+    shutil.rmtree(run / "checkpoint-12")
+    assert command("--output", run, "--resume") == 0
+    after = summary(run)
     for name in ("embeddings_before", "base_weights"):
         assert after[name] == before[name] is not None
 
