@@ -37,11 +37,8 @@ def pytest_runtest_protocol(item, nextitem):
     """
     if time.time() <= DEADLINE:
         return None
-    why = (
-        __file__,
-        1,
-        "Skipped: not run: no time left (MICA_TEST_DEADLINE)",
-    )  # one place: one line at the end
+    # The same place for all of them, so that the report has one line
+    why = (__file__, 1, "Skipped: not run: no time left (MICA_TEST_DEADLINE)")
     item.ihook.pytest_runtest_logstart(nodeid=item.nodeid, location=item.location)
     report = pytest.TestReport(item.nodeid, item.location, {}, "skipped", why, "setup")
     item.ihook.pytest_runtest_logreport(report=report)

@@ -108,6 +108,18 @@ def repack(model):
             )
 
 
+def round_scales(model):
+    """As `repack` leaves the scales: in bf16, and no longer quantised themselves."""
+    bnb = pytest.importorskip("bitsandbytes")
+    for module in model.modules():
+        if isinstance(module, bnb.nn.Linear4bit):
+            state = module.weight.quant_state
+            if state.nested:
+                state.absmax = bnb.functional.dequantize_blockwise(state.absmax, state.state2) + state.offset
+                state.nested, state.state2, state.offset = False, None, None
+            state.absmax = state.absmax.bfloat16().float()
+
+
 def assert_close(actual, expected):
     """Repacking has rounded the scales to bf16."""
     assert (actual.double() - expected.double()).abs().max() <= 2**-7 * expected.abs().max()
@@ -142,28 +154,34 @@ def test_a_basis_from_a_weight_that_was_repacked(kind):
 @pytest.mark.parametrize("kind", REPACKED)
 @pytest.mark.parametrize("safe_merge", [False, True])
 def test_a_merge_into_a_weight_that_was_repacked(kind, safe_merge):
-    """PEFT dequantises it as if it had not been; stock's merge destroys the base."""
+    """PEFT dequantises it as if it had not been; stock's merge destroys the base.
+
+    Ours is that into a layer that was not repacked, but whose scales are rounded as repacking does. With its
+    own scales it is 0.005 to 0.05 away.
+    """
     config = {"targets": ["0"], "inference_mode": True}
     models = [randomise(wrap(four_bits(kind), **config), scale=0.3) for _ in range(3)]
     plain, ours, stock = models
     repack(ours)
     repack(stock)
+    round_scales(plain)
     for model in (plain, ours):
         model.merge_adapter(safe_merge=safe_merge)
     with mica.fast.disabled():
         stock.merge_adapter(safe_merge=safe_merge)
     weights = [dequantised(model.base_model.model[0].get_base_layer()) for model in models]
     assert error(weights[2], weights[0]) > 0.3  # the fault is real
-    assert error(weights[1], weights[0]) < 0.02
-    # Repacking rounds the scales to bf16, so some weights go to a neighbouring code: 0.05
+    assert error(weights[1], weights[0]) < 1e-6
     repack(ours)
+    round_scales(plain)
     for model in (plain, ours):
         model.unmerge_adapter()
     weights = [dequantised(model.base_model.model[0].get_base_layer()) for model in models]
-    assert error(weights[1], weights[0]) < 0.1
+    assert error(weights[1], weights[0]) < 1e-6
     repack(ours)
+    round_scales(plain)
     unloaded = [model.merge_and_unload(safe_merge=safe_merge)[0] for model in (plain, ours)]
-    assert error(dequantised(unloaded[1]), dequantised(unloaded[0])) < 0.1
+    assert error(dequantised(unloaded[1]), dequantised(unloaded[0])) < 1e-6
 
 
 @pytest.mark.parametrize("before", [False, True])

@@ -65,7 +65,7 @@ def trained(folder, name: str) -> torch.Tensor:
     return weights(folder)[f"base_model.model.{name}.weight"].float()
 
 
-def check_transferred(folder, adapter="run") -> None:
+def check_transferred(folder, adapter="run", untrained_tokens=200) -> None:
     """What is in ``out`` is the sibling plus trained − rounded base: nothing where nothing was trained."""
     for name in EMBEDDED:
         began = weight_of(folder / "base", name).bfloat16().double()
@@ -77,7 +77,7 @@ def check_transferred(folder, adapter="run") -> None:
         assert update.abs().max() > 1e-3
         if name == "model.embed_tokens":
             untrained = (update == 0).all(dim=1)  # tokens that the text does not have
-            assert untrained.sum() > 100
+            assert untrained.sum() > untrained_tokens
             assert torch.equal(found[untrained], there[untrained])
 
 
@@ -128,7 +128,7 @@ def test_an_adapter_of_peft_is_noted_and_its_dtype_counts(copied, capsys):
     rename_base(copied / "theirs" / "adapter_config.json", copied / "base")
     assert transfer(copied, "theirs") == 0
     assert NOTE in capsys.readouterr().err
-    check_transferred(copied, "theirs")
+    check_transferred(copied, "theirs", untrained_tokens=128)  # the first 128 of 257 are trained
 
 
 def test_it_is_kept_by_whoever_goes_on(copied, capsys):
