@@ -7,8 +7,9 @@ address cannot be reused) or an in-place write (``_version``). PyTorch does not 
 ``tensor.data``: after such an edit of B call `clear`, or `mica.fast.clear_caches`. A look at the contents
 would cost a launch per call, and the host would have to wait for its answer.
 
-The B of a stack of experts is a view, made again for every call, of the parameter that PEFT stores: its copy
-belongs to that parameter, whose version a view shares.
+What a backward is given is an alias of the forward's B, and the B of a stack of experts is a view, made again
+for every call, of the parameter that PEFT stores: the copy belongs to that parameter, whose version a view
+shares.
 """
 
 from __future__ import annotations
@@ -44,7 +45,9 @@ def prepare(lora_B: Tensor, dtype: torch.dtype) -> Tensor:
     """
     if lora_B.dtype is dtype and not lora_B.shape[1] % 16 and lora_B.is_contiguous():
         return (lora_B.detach() if lora_B.requires_grad else lora_B).t()
-    return _cached(lora_B, lora_B, dtype)
+    base = lora_B._base
+    is_alias = base is not None and base.shape == lora_B.shape  # as `mica.ops.operator.save` makes it
+    return _cached(lora_B, base if is_alias else lora_B, dtype)
 
 
 def prepare_experts(lora_B: Tensor, dtype: torch.dtype) -> Tensor:

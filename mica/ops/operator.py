@@ -116,15 +116,13 @@ def save(ctx, *tensors: Tensor | None) -> None:
     tensor itself: the gradient would be that of values the forward has never seen. Optimisers and loaders
     assign so. What is saved is therefore an alias: it keeps the memory and shares the version, so that an
     edit in place is still reported. Where a gradient is needed autograd follows it, for second derivatives.
-    An alias takes 1 µs, without a gradient 0.3.
+    It is a view, which knows its base: the kernels' copy of B is kept for that. A view takes 1 µs.
     """
     aliases = []
     torch._C._set_grad_enabled(True)  # `torch.enable_grad` takes 0.5 µs more
     try:
-        for tensor in tensors:  # `alias`, without a call for each
-            if tensor is not None:
-                tensor = tensor[...] if tensor.requires_grad else tensor.detach()
-            aliases.append(tensor)
+        for tensor in tensors:
+            aliases.append(None if tensor is None else tensor.view_as(tensor))
         ctx.save_for_backward(*aliases)
     finally:
         torch._C._set_grad_enabled(False)  # as it is in every forward
@@ -132,7 +130,7 @@ def save(ctx, *tensors: Tensor | None) -> None:
 
 def alias(tensor: Tensor) -> Tensor:
     """The tensor's memory, version and place in the graph, whatever becomes of its ``.data``."""
-    return tensor[...] if tensor.requires_grad else tensor.detach()
+    return tensor.view_as(tensor) if tensor.requires_grad else tensor.detach()
 
 
 def without_values(tensor: Tensor) -> Tensor:

@@ -95,7 +95,7 @@ def test_mixed_products_where_they_suffice_else_fp64(shape, method, weak_fp64, m
 @pytest.mark.parametrize("setting", ["autocast", "precision"])
 def test_a_users_setting_does_not_reach_mixed_products(setting, weak_fp64, accelerated, made, request):
     """`get_peft_model` within autocast; a precision with which some processors, too, multiply in bf16."""
-    matrices = stack(["gaussian", "gaussian"], (600, 300))
+    matrices = stack(["gaussian", "gaussian"], (1200, 300))
     expected = solver.solve_each(matrices, RANK)
     request.addfinalizer(lambda: torch.set_float32_matmul_precision("highest"))
     if setting == "precision":

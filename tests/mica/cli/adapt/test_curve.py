@@ -55,5 +55,6 @@ def test_a_failure_is_one_warning(tmp_path, capsys, monkeypatch):
     for _ in range(3):
         write_curve(HISTORY, tmp_path)
     assert capsys.readouterr().err == "mica adapt: warning: no curve: division by zero\n"
-    write_curve(HISTORY, tmp_path / "gone")
+    (tmp_path / "file").touch()
+    write_curve(HISTORY, tmp_path / "file")
     assert capsys.readouterr().err.startswith("mica adapt: warning: no curve: --output ")

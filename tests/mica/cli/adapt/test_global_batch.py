@@ -112,6 +112,14 @@ def tiny_gpt2() -> GPT2LMHeadModel:
     return GPT2LMHeadModel(GPT2Config(n_layer=1, n_embd=8, n_head=1, vocab_size=9))
 
 
+def checkpoint_in(output: Path) -> Path:
+    """A checkpoint of step 3 that has a file and no marker."""
+    folder = output / "checkpoint-3"
+    folder.mkdir()
+    (folder / "trainer_state.json").write_text("{}", encoding="utf-8")
+    return folder
+
+
 FACTS = {
     "processes": 1,
     "batch_size": 2,
@@ -145,8 +153,7 @@ ON_TWO = {"processes": 2, "batch_size": 1, "engine": "MULTI_CPU"}
     ],
 )  # fmt: skip
 def test_what_may_differ(tmp_path, changed, reason):
-    folder = tmp_path / "checkpoint-3"
-    folder.mkdir()
+    folder = checkpoint_in(tmp_path)
     given = {name: changed[name] for name in ("blocks", "model") if name in changed}
     now = FACTS | {name: value for name, value in changed.items() if name not in given}
     same = {name: now[name] for name in ("dropout", "steps")}
@@ -168,8 +175,7 @@ def test_dropout_inside_a_module_that_no_configuration_names(tmp_path):
 
 def test_sessions(tmp_path):
     assert global_batch.history(None, 2) == {"1": 2}
-    folder = tmp_path / "checkpoint-3"
-    folder.mkdir()
+    folder = checkpoint_in(tmp_path)
     checkpoints.mark(folder, step=3, processes=1)  # of a version that wrote no sessions
     assert global_batch.history(folder, 1) == {"1": 1}
     (folder / checkpoints.MARKER).unlink()
