@@ -58,6 +58,7 @@ def backend(base: Module) -> float:
     assert_type(explanation.counts(), dict[str, int])
     with mica.fast.disabled():
         assert_type(mica.fast.is_enabled(), bool)
+    mica.fast.clear_caches()
     mica.fast.disable()
     mica.fast.enable()
     report = assert_type(mica.fast.merge_report(model), mica.fast.MergeReport)

@@ -32,6 +32,8 @@ def made_up(folder, layers="q_proj v_proj", stacks="", rows=None, sizes=None, **
     """
     config = {"r": 16, "lora_alpha": 8, "init_lora_weights": "mica", **config}
     config = {"target_modules": [*layers.split(), "none"], "base_model_name_or_path": "owner/base", **config}
+    if stacks:
+        config["target_parameters"] = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
     LoraConfig(**config).save_pretrained(folder)
     weights = {}
     for name in [*layers.split(), *stacks.split()]:
@@ -105,7 +107,7 @@ CASES = {
     ),
     "one stack": (
         {"stacks": "mlp.experts"},
-        {"vLLM": "no: only one stack of a layer", "SGLang": NAMES, "llama.cpp": NAMES},
+        {"PEFT": "yes", "vLLM": "no: only one stack of a layer", "SGLang": NAMES, "llama.cpp": NAMES},
     ),
     "embedding": (
         {"layers": "embed_tokens"},

@@ -81,8 +81,8 @@ UNSUITABLE = {  # name -> (layer, effective shape, reason)
     "packed": (quantised, (8, 8), "this layer has a weight of dtype torch.uint8"),
     "sharded": (sharded, (12, 16), ""),
     "norm": (lambda: nn.LayerNorm(12), None, "a layer of type LayerNorm"),
-    "convolution": (lambda: nn.Conv2d(12, 12, 1), None, "a layer of type Conv2d"),
-    "attention": (lambda: nn.MultiheadAttention(12, 2), None, "a layer of type MultiheadAttention"),
+    "convolution": (lambda: nn.Conv2d(12, 12, 1), None, "this layer is a Conv2d"),
+    "attention": (lambda: nn.MultiheadAttention(12, 2), None, "this layer is a MultiheadAttention"),
     "container": (lambda: nn.Sequential(nn.Linear(16, 12)), None, "a layer of type Sequential"),
     "identity": (nn.Identity, None, "a layer of type Identity"),
 }
