@@ -9,6 +9,15 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+try:
+    import fcntl
+except ModuleNotFoundError:  # on Windows
+    fcntl = None
+try:
+    import msvcrt
+except ModuleNotFoundError:  # elsewhere
+    msvcrt = None
+
 
 class HeldError(Exception):
     """Another process holds the lock."""
@@ -27,11 +36,11 @@ def held(path: Path) -> Iterator[None]:
     try:
         yield
     finally:
-        if os.name == "nt":  # where an open file cannot be removed
+        if msvcrt is not None:  # Windows removes no open file
             os.close(descriptor)
         with suppress(OSError):
             path.unlink()
-        if os.name != "nt":
+        if msvcrt is None:
             os.close(descriptor)
 
 
@@ -57,13 +66,9 @@ def _is_of(path: Path, descriptor: int) -> bool:
 
 def _lock(descriptor: int) -> None:
     try:
-        if os.name == "nt":
-            import msvcrt
-
+        if msvcrt is not None:
             msvcrt.locking(descriptor, msvcrt.LK_NBLCK, 1)
-        else:
-            import fcntl
-
+        elif fcntl is not None:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except (BlockingIOError, PermissionError) as error:
         raise HeldError from error

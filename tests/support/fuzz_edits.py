@@ -1,6 +1,7 @@
 """Rules of `fuzz_machine`: values written past PyTorch's count of writes, between calls and within a step."""
 
 import torch
+from peft.tuners.lora import ParamWrapper
 from torch import Tensor, nn
 
 import mica.fast
@@ -105,6 +106,8 @@ class Edits(Base):
             return False
         if way == "data.copy_" and self.twins.tolerance > 1e-4:
             return False  # fp64 cannot judge between the two
+        if way == "data.copy_" and isinstance(self.twins.ours.get_submodule(name), ParamWrapper):
+            return False  # stock's is of both: x's comes from W + B A as it was, A's from B as it is
 
         def step(model, edits=True):
             parameter = parameter_of(model.get_submodule(name), what, adapter)

@@ -173,7 +173,7 @@ class Layers(Base):
             module, probe = model.get_submodule(name), Probe()
             module.zero_grad(set_to_none=True)
             kept: list[tuple[Tensor, Tensor]] = []
-            x = values
+            x = values.clone()  # its own: gradients add up
             if x.is_floating_point():
                 x = x.to(dtype_of_base(model)).requires_grad_(gradient_of_x)
             is_negated = negated and x.dtype in (torch.float32, torch.float64)

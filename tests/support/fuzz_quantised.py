@@ -156,6 +156,7 @@ class Quantised(RuleBasedStateMachine):
     def unmerge_quantised(self):
         self.model.unmerge_adapter()
         self._unmerged()
+        return True
 
     def _unmerged(self):
         if self.merged and not any(layer.merged for layer in layers(self.model).values()):
@@ -177,6 +178,7 @@ class Quantised(RuleBasedStateMachine):
     def switch_quantised(self, index):
         names = list(self.model.peft_config)
         self.model.set_adapter(names[index % len(names)])
+        return True
 
     @action()
     def copy_quantised(self):

@@ -142,11 +142,18 @@ def to_resume(output: Path) -> Path:
         if name is None:
             return path
         found.append(f"{path.name} is damaged ({name})")
-    half = [f"{path.name} is incomplete" for path in folders(output)[-1:]]
-    why = " and ".join(found or half or ["it has no checkpoint"])
+    if not found:
+        found = [f"{path.name} {_why_not_own(path)}" for path in folders(output)[-1:]]
+    why = " and ".join(found or ["it has no checkpoint"])
     raise UsageError(
         f"--resume: nothing to continue from in {output}: {why}; leave out --resume to start afresh"
     )
+
+
+def _why_not_own(checkpoint: Path) -> str:
+    if facts(checkpoint) is None:
+        return "is incomplete"
+    return f"is of another run than {record.FILE} there (put that file of its folder beside it)"
 
 
 def check(checkpoint: Path, **settings: Any) -> None:

@@ -132,6 +132,9 @@ def round_to_base(model: PeftModel) -> None:
 def separate(optimizer: torch.optim.Optimizer, model: nn.Module, rate: float, name: str) -> None:
     """Move the embeddings in ``optimizer`` to groups with learning rate ``rate``, else as they were.
 
+    Groups without parameters go (the Trainer makes one for biases): where an empty one is not the last,
+    PyTorch 2.13 gives its settings to no group at all when it loads the sharded state of FSDP2.
+
     Raises UsageError, with its ``name``, if it does not have them in its groups.
     """
     wanted = set(trained(model))
@@ -141,6 +144,7 @@ def separate(optimizer: torch.optim.Optimizer, model: nn.Module, rate: float, na
             group["params"] = [parameter for parameter in group["params"] if parameter not in wanted]
             optimizer.add_param_group({**group, "params": own, "lr": rate})
             wanted -= set(own)
+    optimizer.param_groups[:] = [group for group in optimizer.param_groups if group["params"]]
     if wanted:
         raise UsageError(f"--optimizer {name}: it cannot give embeddings a learning rate of their own")
 

@@ -41,7 +41,7 @@ def test_interpreted_kernels_do_what_peft_does():
 
 def test_a_quantised_merge_is_off_by_one_quantisation():
     pytest.importorskip("bitsandbytes")
-    drive(Quantised, 6, 12)
+    drive(Quantised, 10, 15)
 
 
 def test_a_run_of_mica_adapt_that_is_broken_off_ends_as_the_unbroken_one():

@@ -255,8 +255,13 @@ def test_compiles_into_one_graph_whose_calls_are_counted(backend, compiler, kind
     compiled = torch.compile(kind.function, fullgraph=True, backend=compiler)
     expected = run(p, function=kind.function, **options)
     ops.call_counts.clear()
+    is_compiled_too = kind is KINDS["factors"] and compiler != "eager"  # the base layer, PyTorch's own
     for calls in (1, 2):
-        same_bits(run(p, function=compiled, **options), expected)
+        result = run(p, function=compiled, **options)
+        if is_compiled_too:  # on some processors with products in another order
+            agree(result, expected, BF16 if options else FP32)
+        else:
+            same_bits(result, expected)
         for name in (*kind.counted, *(f"{name}_backward" for name in kind.counted)):
             assert ops.call_counts[name] == calls
             assert ops.call_counts[f"{name}_kernels"] == (calls if backend == "triton" else 0)

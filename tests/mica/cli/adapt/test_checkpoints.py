@@ -2,6 +2,7 @@
 
 import errno
 import json
+import shutil
 
 import pytest
 
@@ -182,6 +183,15 @@ def test_resume_without_a_checkpoint_is_refused(tmp_path):
     make(tmp_path, 3, marked=False)
     with pytest.raises(UsageError, match="checkpoint-3 is incomplete"):
         checkpoints.to_resume(tmp_path)
+
+
+def test_a_checkpoint_of_another_folder_is_resumed_with_its_record_only(tmp_path):
+    made = make(tmp_path / "run", 3)
+    copy = shutil.copytree(made, tmp_path / "copy" / made.name)
+    with pytest.raises(UsageError, match=r"checkpoint-3 is of another run than mica-run\.json there"):
+        checkpoints.to_resume(copy.parent)
+    shutil.copy(made.parent / record.FILE, copy.parent)
+    assert checkpoints.to_resume(copy.parent) == copy
 
 
 def test_other_settings_are_refused(tmp_path):

@@ -10,6 +10,7 @@ import pytest
 import yaml
 from transformers import GPT2Config, GPT2LMHeadModel, Trainer
 
+from mica.cli import record
 from mica.cli.adapt import checkpoints, global_batch, training
 from mica.errors import UsageError
 from tests.support.adapt_results import command, resume, summary, unfinished
@@ -72,6 +73,7 @@ def test_one_process_then_two_then_one(tmp_path, one, two, tolerance):
         """The settings of a run in a folder that has the checkpoint of ``source``."""
         output, folder = tmp_path / name, f"checkpoint-{step}"
         shutil.copytree(tmp_path / source / folder, output / folder)
+        shutil.copy(tmp_path / source / record.FILE, output)
         return settings(output, resume=True, **options, **shares)
 
     whole, all_steps = recorded(settings(tmp_path / "whole", **options, **one), data)
