@@ -39,8 +39,16 @@ class B:
         stored = self.stored if stored is None else stored
         return stored.view(9, self.rank, 4).permute(2, 0, 1) if self.of_experts else stored
 
+    def alias(self):
+        """What `mica.ops.operator.save` keeps for a backward."""
+        lora_B = self.view()
+        return lora_B.view_as(lora_B)
+
     def prepare(self, dtype=torch.bfloat16, stored=None):
-        return (prepare_experts if self.of_experts else prepare)(self.view(stored), dtype)
+        return self.prepared(self.view(stored), dtype)
+
+    def prepared(self, lora_B, dtype=torch.bfloat16):
+        return (prepare_experts if self.of_experts else prepare)(lora_B, dtype)
 
     def is_right(self):
         return torch.equal(self.prepare()[..., :3, :].transpose(-1, -2), self.view().bfloat16())
@@ -65,6 +73,23 @@ def test_made_once(b):
         assert b.prepare() is first
     assert not first.requires_grad
     assert len(prepared_b.entries) == 1
+
+
+def test_a_backward_has_the_copy_of_the_forward(b):
+    alias = b.alias()
+    first = b.prepare()
+    assert b.prepared(alias) is first
+    expected = first.clone()
+    b.stored.data = torch.randn_like(b.stored)  # after the forward
+    assert torch.equal(b.prepared(alias), expected)
+    assert b.is_right()
+
+
+def test_a_part_of_another_tensor_is_not_kept():
+    """As FSDP1's: what it belongs to may be gathered anew."""
+    both = torch.randn(2, 9, 3)
+    assert torch.equal(prepare(both[0], torch.bfloat16)[:3].t(), both[0].bfloat16())
+    assert len(prepared_b.entries) == 0
 
 
 @pytest.mark.parametrize(("shape", "prepare"), [((9, 32), prepare), ((4, 9, 16), prepare_experts)])

@@ -225,6 +225,10 @@ KERNELS = {
             ("elif stream not in entry.streams:", "elif False:"),
             ("entry.streams.add(stream)", "pass"),
         ],
+        "prepare": [
+            ("base if is_alias else lora_B", "lora_B"),
+            ("and base.shape == lora_B.shape", ""),
+        ],
         "_is_cacheable": [("and limits.is_tracked(owner)", ""), ("lora_B.is_leaf\n        and", "")],
         "padded": [("lora_B.new_zeros", "lora_B.new_empty")],
     },

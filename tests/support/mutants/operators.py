@@ -149,9 +149,9 @@ OPERATORS = {
     ): {
         "save": [
             ("torch._C._set_grad_enabled(True)", "pass"),
-            ("tensor[...] if tensor.requires_grad else tensor.detach()", "tensor"),
-            ("tensor[...] if tensor.requires_grad else tensor.detach()", "tensor.detach()"),
-            ("tensor[...] if tensor.requires_grad else tensor.detach()", "tensor.data"),
+            ("tensor.view_as(tensor)", "tensor"),
+            ("tensor.view_as(tensor)", "tensor.detach()"),
+            ("tensor.view_as(tensor)", "tensor.data"),
         ],
         "without_values": [("tensor.data", "tensor")],
         "like": [("_unsafe_view(matrix,", "matrix.view(")],
