@@ -139,6 +139,9 @@ OPERATORS = {
             ("tensor.resolve_neg() if tensor.is_neg() else tensor", "tensor"),
         ],
     },
+    ("mica/ops/operator.py", "tests/mica/fast/test_layer_tensors.py"): {
+        "as_matrix": [("tensor.dim() == 0", "False")],
+    },
     (
         "mica/ops/operator.py",
         "tests/mica/ops/test_operator_tensors.py",
@@ -157,7 +160,6 @@ OPERATORS = {
         "like": [("_unsafe_view(matrix,", "matrix.view(")],
         "operator.batched": [("not torch.is_autocast_enabled(device_type)", "True")],
         "VMAP": [('"FuncTorchBatchedDecomposition"', '"ZeroTensor"')],
-        "as_matrix": [("tensor.dim() == 0", "False")],
         "run_formula": [
             ("in_memory(arg) if isinstance(arg, Tensor) else arg", "arg"),
             ("result is NotImplemented", "False"),
