@@ -84,9 +84,11 @@ class World:
         return path
 
     def link(self, path: str, target: str) -> str:
-        """One of the user, at ``path`` to ``target``, which is in the scene."""
+        """One of the user, at ``path`` to ``target`` in the scene, in the place of an earlier one."""
         place = self.folder / path
         place.parent.mkdir(parents=True, exist_ok=True)
+        if place.is_symlink():
+            place.unlink()
         place.symlink_to(os.path.relpath(self.folder / target, place.parent.resolve()))
         return path
 
