@@ -13,6 +13,7 @@ from safetensors import SafetensorError
 from mica.errors import UsageError
 
 PARTIAL, OLD = "partial", "old"  # ends of names: see `beside`
+RECORD = "mica-run.json"  # says whose a folder is: see `mica.cli.record`
 _LONGEST = 200  # bytes of a name that gets a longer one beside it; systems allow 255
 
 
@@ -142,7 +143,8 @@ def fill_folder(
             finish_files(scratch)
             done(scratch)
     except BaseException:
-        shutil.rmtree(scratch, ignore_errors=True)
+        with suppress(OSError):
+            remove(scratch)
         raise
     return scratch
 
@@ -162,11 +164,17 @@ def restore(path: Path) -> None:
 
 
 def remove(path: Path) -> None:
-    """Remove a file, a link or a folder with all that is in it, if it is there. Raises OSError."""
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path)
-    else:
+    """Remove a file, a link or a folder with all that is in it, if it is there. Raises OSError.
+
+    The record of a folder goes last: what a killed process leaves of the folder still says whose it is.
+    """
+    if not path.is_dir() or path.is_symlink():
         path.unlink(missing_ok=True)
+        return
+    for entry in path.iterdir():
+        if entry.name != RECORD:
+            remove(entry)
+    shutil.rmtree(path)
 
 
 def finish_files(folder: Path) -> None:

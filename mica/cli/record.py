@@ -23,6 +23,7 @@ from pathlib import Path
 from mica.cli.output import (
     OLD,
     PARTIAL,
+    RECORD,
     beside,
     explained,
     files_in,
@@ -35,7 +36,7 @@ from mica.cli.output import (
 )
 from mica.errors import UsageError
 
-FILE = "mica-run.json"
+FILE = RECORD
 OWN = ".mica-run."
 LOCK = f"{OWN}lock"
 MARKER = "complete.json"  # in a checkpoint: see `mica.cli.adapt.checkpoints`

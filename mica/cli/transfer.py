@@ -118,7 +118,7 @@ def _held(args: argparse.Namespace, target: Path) -> Iterator[None]:
 def _is_ours(path: Path) -> bool:
     """Whether nothing is at ``path``, or an empty folder, or one that `mica transfer` has written alone.
 
-    One of which the record names nothing yet was broken off.
+    One of which the record names nothing yet was broken off, and so was one whose record was being written.
     """
     if not os.path.lexists(path):
         return True
@@ -126,7 +126,7 @@ def _is_ours(path: Path) -> bool:
         return False
     found = record.read(path)
     if found is None:
-        return not any(path.iterdir())
+        return all(entry.name.startswith(record.OWN) for entry in path.iterdir())
     return found.command == record.TRANSFER and (not found.files or not record.others(path, found))
 
 

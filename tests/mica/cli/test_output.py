@@ -1,5 +1,6 @@
 """Files that are written whole; what else the commands print is tested with them."""
 
+import contextlib
 import os
 import subprocess
 import sys
@@ -62,6 +63,29 @@ def test_a_folder_is_replaced_whole_or_not_at_all(tmp_path, monkeypatch):
     output.write_folder("--merge", path, part("new"), part("newer"), card="a card")
     assert sorted(file.name for file in path.iterdir()) == ["README.md", "new", "newer"]
     assert [folder.name for folder in path.parent.iterdir()] == ["merged"]
+
+
+@pytest.mark.parametrize("killed_at", range(5))
+def test_a_folder_that_is_half_removed_still_has_its_record(tmp_path, monkeypatch, killed_at):
+    folder = tmp_path / "out"
+    (folder / "deeper").mkdir(parents=True)
+    for name in ("a", "mica-run.json", "z", "deeper/b"):
+        (folder / name).touch()
+    unlink, calls = os.unlink, []
+
+    def unlink_some(path, **options):
+        calls.append(path)
+        if len(calls) > killed_at:
+            raise KeyboardInterrupt
+        unlink(path, **options)
+
+    monkeypatch.setattr("os.unlink", unlink_some)
+    with contextlib.suppress(KeyboardInterrupt):
+        output.remove(folder)
+    assert folder.exists() == (killed_at < 4)
+    left = [path.name for path in folder.rglob("*") if path.is_file()]
+    assert len(left) == 4 - min(killed_at, 4)
+    assert not left or "mica-run.json" in left
 
 
 def test_files_get_the_mode_of_any_file(tmp_path):

@@ -170,6 +170,9 @@ def test_what_a_killed_transfer_has_left(made, tmp_path, capsys):
     assert {path.name: path.stat().st_ino for path in out.iterdir()} == before
     shutil.rmtree(tmp_path / ".out.partial")
     (tmp_path / ".out.partial").mkdir()
+    (tmp_path / ".out.partial" / ".mica-run.json").write_text("{")  # killed as it wrote its first file
+    assert transfer(adapter, chat, out) == 2
+    assert "is not empty: --overwrite" in capsys.readouterr().err
     (tmp_path / ".out.partial" / "mine").touch()
     assert transfer(adapter, chat, out, "--overwrite") == 2
     assert ".out.partial beside it is not of mica transfer: move it away" in capsys.readouterr().err

@@ -15,7 +15,7 @@ import mica.fast
 from mica.fast.frameworks import REMEDIES, REMEDIES_OF_INITIALISATION, UNDO, owner_of
 from tests.support.models import Net, adapted_layers, factors, net, wrap
 from tests.support.moe_models import assert_exact, qwen3_moe, wrap_experts
-from tests.support.quantised_models import adapted, assert_spans
+from tests.support.quantised_models import adapted, assert_spans, dequantised
 
 UNSLOTH = "unsloth.models.lora_init"
 # As theirs: fp64, by the Gram matrix, rounded to the dtype of the base; other layers get PEFT's.
@@ -101,11 +101,11 @@ def test_experts_and_quantised_bases_are_none_of_its_business():
         model, said = warned(lambda: wrap_experts(qwen3_moe()))
         assert said == []
         assert_exact(model)
-        model, said = warned(lambda: adapted("hqq"))
-        assert said == []
-        for layer in adapted_layers(model).values():
-            weight = layer.get_base_layer().dequantize()
-            assert_spans(factors(layer)[1], weight)
+        for kind in ("hqq", "nf4"):  # a layer of 4 bits of bitsandbytes is a subclass of nn.Linear
+            model, said = warned(lambda kind=kind: adapted(kind))
+            assert said == []
+            for layer in adapted_layers(model).values():
+                assert_spans(factors(layer)[1], dequantised(layer.get_base_layer()))
 
 
 def test_a_loaded_adapter_has_the_basis_of_its_file(tmp_path):

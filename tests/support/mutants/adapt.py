@@ -58,6 +58,7 @@ ADAPT = {
     },
     ("mica/cli/output.py", "tests/mica/cli/test_output.py"): {
         "restore": [("old.rename(path)", "remove(old)")],
+        "remove": [("if entry.name != RECORD", "if True")],
         "finish_files": [("path.chmod(mode)", "pass")],
         "beside": [("if len(os.fsencode(name)) > _LONGEST", "if False")],
     },
@@ -67,7 +68,10 @@ ADAPT = {
     },
     ("mica/cli/transfer.py", "tests/mica/cli/test_transfer.py", "-k", "transfer or overwrite"): {
         "run": [('read["the base of --adapter"] = ', "_ = ")],
-        "_is_ours": [("return not any(path.iterdir())", "return True")],
+        "_is_ours": [
+            ("all(entry.name.startswith(record.OWN) for entry in path.iterdir())", "True"),
+            ("all(entry.name.startswith(record.OWN) for entry in path.iterdir())", "not any(path.iterdir())"),
+        ],
         "_check_output": [
             ("if found is None or", "if found is not None and"),
             ("if strange[0] is not None", "if False"),
