@@ -44,6 +44,14 @@ def path(model):
 # -- several adapters ---------------------------------------------------------------------------------
 
 
+def test_a_comparison_is_kept_on_devices_where_edits_show():
+    lora_B = torch.empty(3, 2, device="meta")
+    assert mixed_batch._notes_its_changes(lora_B)
+    assert not mixed_batch._notes_its_changes(torch.empty(3, 2))
+    with torch.inference_mode():
+        assert not mixed_batch._notes_its_changes(lora_B.clone())
+
+
 def test_switching():
     model = several(second_rank=3)
     first = compare(model)

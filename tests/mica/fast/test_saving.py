@@ -379,6 +379,19 @@ def test_a_layer_of_which_the_checkpoint_has_nothing_starts_anew(low_cpu_mem_usa
     assert not lora_A.any()
 
 
+def test_a_layer_of_which_the_checkpoint_has_b_alone_leaves_the_meta_device(tmp_path):
+    model = randomise(wrap(Net(), targets=["up", "down"]))
+    model.save_pretrained(tmp_path)
+    state = load_file(tmp_path / WEIGHTS)
+    save_file({key: value for key, value in state.items() if "up.lora_A" not in key}, tmp_path / WEIGHTS)
+    with pytest.warns(UserWarning, match="missing adapter keys"):
+        loaded = PeftModel.from_pretrained(Net(), tmp_path, low_cpu_mem_usage=True)
+    layers = [adapted_layers(one)["base_model.model.up"] for one in (loaded, model)]
+    (lora_A, lora_B), (_, expected) = map(factors, layers)
+    assert torch.equal(lora_B, expected)
+    assert not lora_A.any()
+
+
 def test_a_state_dict_without_b_for_an_adapter_that_exists():
     model, other = net(), randomise(net())
     before = bases(model)
@@ -412,6 +425,7 @@ def test_a_state_dict_without_b_for_an_adapter_on_the_meta_device():
     for name, layer in adapted_layers(model).items():
         expected = factors(adapted_layers(other)[f"base_model.model.{name}"])
         assert all(map(torch.equal, factors(layer), expected)), name
+        assert not factors(layer)[1].requires_grad
 
 
 @pytest.mark.parametrize("is_trainable", [False, True])

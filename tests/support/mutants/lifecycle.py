@@ -4,7 +4,7 @@ LIFECYCLE = {
     ("mica/fast/caches.py", "tests/mica/fast/test_adapters.py", "-k", "one_call"): {
         "clear_caches": [("choose.clear_prepared()", ""), ("mixed_batch.clear()", "")],
     },
-    ("mica/fast/forward/mixed_batch.py", "tests/mica/fast/test_adapters.py", "-k", "basis_that or fsdp"): {
+    ("mica/fast/forward/mixed_batch.py", "tests/mica/fast/test_adapters.py", "-k", "basis_that or fsdp or comparison"): {
         "_notes_its_changes": [("not lora_B.is_cpu and", ""), ("and limits.is_tracked(lora_B)", "")],
     },
     ("mica/fast/settings.py", "tests/mica/fast/test_patching.py", "-k", "settings_are"): {
@@ -31,7 +31,7 @@ LIFECYCLE = {
             (", False)", ", True)"),
         ],
     },
-    ("mica/fast/create/initialisation.py", "tests/mica/fast/test_saving.py", "-k", "without_b"): {
+    ("mica/fast/create/initialisation.py", "tests/mica/fast/test_saving.py", "-k", "b_alone"): {
         "mica_init": [("loaded.append(adapter)  # the file may lack its B", "pass")],
     },
     (
