@@ -117,11 +117,16 @@ def test_what_is_read_is_found_in_what_is_removed(tmp_path):
     (tmp_path / "linked").mkdir()
     (tmp_path / "linked" / "file").symlink_to(output / "model")
     (output / "mine").touch()
+    (output / "base").mkdir()
+    (output / "base" / "weights").touch()
+    record.claim(output, "checkpoint-1")
+    (output / "checkpoint-1").mkdir()
+    (output / "checkpoint-1" / "weights").touch()
     removed = record.present(output, record.read(output))
-    for name in ("out", "link", "out/model", "link/model", "linked"):
+    for name in ("out", "link", "out/model", "link/model", "linked", "out/checkpoint-1/weights"):
         lost = record.removed_input({"--text": [str(tmp_path / name)]}, output, removed)
         assert lost == ("--text", str(tmp_path / name))
-    for name in ("data", "out/mine", "missing"):
+    for name in ("data", "out/mine", "out/base/weights", "missing"):
         assert record.removed_input({"--text": [str(tmp_path / name)]}, output, removed) is None
     assert record.removed_input({"--text": [str(output)]}, output, []) is None
 
@@ -211,6 +216,24 @@ def test_what_cannot_be_moved_is_one_line_and_all_is_as_it_was(tmp_path, monkeyp
     found = contents(output)
     found.pop(record.FILE)
     assert found == {"a": b"old", "b": b"old"}
+
+
+def test_a_new_record_that_does_not_reach_the_disk_is_taken_back(tmp_path, monkeypatch):
+    output = made(tmp_path / "out", a="old", b="old")
+    before = contents(output)
+    flush, folders = record.flush, []
+
+    def failing(path):
+        folders.extend([path] if path == output else [])
+        if len(folders) == 2:  # after that of what was moved aside
+            folders.append(path)
+            raise OSError(5, "Input/output error")
+        flush(path)
+
+    monkeypatch.setattr(record, "flush", failing)
+    with pytest.raises((UsageError, OSError)):
+        record.replace(output, record.Record(), [])
+    assert contents(output) == before
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may remove everything")

@@ -4,7 +4,12 @@ LIFECYCLE = {
     ("mica/fast/caches.py", "tests/mica/fast/test_adapters.py", "-k", "one_call"): {
         "clear_caches": [("choose.clear_prepared()", ""), ("mixed_batch.clear()", "")],
     },
-    ("mica/fast/forward/mixed_batch.py", "tests/mica/fast/test_adapters.py", "-k", "basis_that or fsdp or comparison"): {
+    (
+        "mica/fast/forward/mixed_batch.py",
+        "tests/mica/fast/test_adapters.py",
+        "-k",
+        "basis_that or fsdp or comparison",
+    ): {
         "_notes_its_changes": [("not lora_B.is_cpu and", ""), ("and limits.is_tracked(lora_B)", "")],
     },
     ("mica/fast/settings.py", "tests/mica/fast/test_patching.py", "-k", "settings_are"): {

@@ -64,16 +64,17 @@ def test_progress(monkeypatch, main, capsys):
 
 def test_the_time_left_is_that_of_blocks_and_measurements(monkeypatch, capsys):
     """Of 34 steps an epoch the last has one block; measurements take longer than steps, the first too."""
-    clock = SimpleNamespace(perf_counter=iter([0, 1100, 1370]).__next__)
+    clock = SimpleNamespace(perf_counter=iter([0, 1100, 1200, 1370]).__next__)
     monkeypatch.setattr("mica.cli.adapt.callbacks.time", clock)
     pace = Pace()
     hooks = begun(pace=pace, blocks=100)
     pace.measured(1000.0)  # before the first step
-    for step in (10, 37):
+    for step in (10, 20, 37):
         hooks.on_log(ARGS, state(step), None, logs={"learning_rate": 1e-3, "loss": 2.5})
     said = [line.split(", ")[2] for line in capsys.readouterr().err.splitlines()]
-    # 30 blocks in 100 s: 88 more, and two measurements. 109 in 370 s: 9 more, and the last measurement.
-    assert said == ["38:13 left", "17:10 left"]
+    # 30 blocks in 100 s: 88 more, and two measurements. 60 in 200 s: 58 more, and that of this step and the
+    # last one. 109 in 370 s: 9 more, and the last measurement.
+    assert said == ["38:13 left", "36:33 left", "17:10 left"]
 
 
 def test_the_last_step_is_evaluated():

@@ -177,6 +177,14 @@ def test_results_are_the_runs_own(run):
     assert folder.results(run / "base") == []
 
 
+def test_a_run_that_was_refused_leaves_no_record(tmp_path):
+    """It has claimed what it would have written."""
+    output = tmp_path / "deep" / "out"
+    with folder.held(output):
+        record.claim(output, "base", begun=False)
+    assert not output.parent.exists()
+
+
 def test_a_folder_that_was_there_stays(tmp_path):
     (tmp_path / "there").mkdir()
     (tmp_path / "link").symlink_to(tmp_path / "there")

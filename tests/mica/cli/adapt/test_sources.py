@@ -79,6 +79,7 @@ def test_parquet_files_of_a_job_of_which_one_has_no_rows(tmp_path):
     for name, kind in (("b", pyarrow.string()), ("c", pyarrow.null())):
         table = pyarrow.table({"title": pyarrow.array([], kind), "text": pyarrow.array([], kind)})
         pyarrow.parquet.write_table(table, tmp_path / f"{name}.parquet")
+    pyarrow.parquet.write_table(pyarrow.table({}), tmp_path / "d.parquet")  # nor columns
     assert read(tmp_path) == TEXTS
 
 
