@@ -136,10 +136,13 @@ class Base(RuleBasedStateMachine):
             chosen = ours if model is self.twins.ours else stock
             model.add_adapter(name, chosen, autocast_adapter_dtype=cast)
 
+        before = None if mica.fast.is_enabled() else copy.deepcopy(self.twins.ours)
         if self.cast_each(added).error is None:
             self.twins.adopt(name, config["init_lora_weights"] == "mica", seed)
-        else:
-            self.refused()
+            return
+        if before is not None:  # stock has left it half wrapped, with another B of that name
+            self.twins.ours = before
+        self.refused()
 
     def activate(self, name: str, wanted: bool = True) -> None:
         if wanted:
