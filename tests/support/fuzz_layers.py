@@ -12,25 +12,12 @@ from tests.support.fuzz_calls import energy
 from tests.support.fuzz_compare import factors
 from tests.support.fuzz_models import tokens
 from tests.support.fuzz_twins import is_base
+from tests.support.linear_calls import Marked
 
 SHAPES = any_of((), (3,), (2, 3), (2, 3), (2, 1, 3), (2, 0))  # before the features
 EDITS = any_of(None, "add_", "mul_", "tanh_", "a column", "two outputs")
 TENSOR_HOOKS = ("gradient", "several gradients", "before the node", "after the node", "retained")
 MODULE_HOOKS = ("input", "output", "gradient of the output", "gradient of the input")
-
-
-class _InPlace(torch.autograd.Function):
-    """One that edits its input and has two outputs, which autograd refuses for some views."""
-
-    @staticmethod
-    def forward(ctx, y):
-        ctx.mark_dirty(y)
-        y.mul_(3)
-        return y, y.sum()
-
-    @staticmethod
-    def backward(ctx, grad, _):
-        return grad * 3
 
 
 def edited(y: Tensor, edit: str | None) -> Tensor:
@@ -45,7 +32,7 @@ def edited(y: Tensor, edit: str | None) -> Tensor:
         y[..., :1] *= 2
         return y
     if edit == "two outputs":
-        return _InPlace.apply(y)[0]
+        return Marked.apply(y)[0]
     return y
 
 

@@ -75,6 +75,20 @@ def same_bits(actual: dict, expected: dict) -> None:
         assert torch.equal(value, expected[name]), name
 
 
+class Marked(torch.autograd.Function):
+    """Triples its input in place and gives a second output, which PyTorch refuses of a view."""
+
+    @staticmethod
+    def forward(ctx, y):
+        ctx.mark_dirty(y)
+        y.mul_(3)
+        return y, y.sum()
+
+    @staticmethod
+    def backward(ctx, grad, _):
+        return 3 * grad
+
+
 class Seen(TorchDispatchMode):
     """What PyTorch computes in it, without views: the operators, and how large the results are."""
 

@@ -20,6 +20,7 @@ from mica.ops.linear import linear_eager
 from mica.ops.routing import from_experts, route
 from tests.mica.ops.test_operator import arguments
 from tests.support.expert_cases import problem as problem_of_experts
+from tests.support.linear_calls import Marked
 from tests.support.oracle import problem
 
 
@@ -234,20 +235,6 @@ def test_an_edit_of_lora_a_matters_to_the_gradient_of_x_alone(form):
 
 
 # -- outputs ------------------------------------------------------------------------------------------
-
-
-class Marked(torch.autograd.Function):
-    """Triples its input in place and gives a second output, which PyTorch refuses of a view."""
-
-    @staticmethod
-    def forward(ctx, y):
-        ctx.mark_dirty(y)
-        y.mul_(3)
-        return y, y.sum()
-
-    @staticmethod
-    def backward(ctx, grad, _):
-        return 3 * grad
 
 
 def by_dual_level():
