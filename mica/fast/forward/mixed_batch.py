@@ -102,7 +102,7 @@ def clear() -> None:
 def _groups(layer, parameters: dict[str, Tensor]) -> list[_Shared]:
     """The adapters grouped by the B that they share, widest first; compared again once a B has changed."""
     weights = {name: B.detach() for name, B in parameters.items()}
-    if not all(map(_notes_its_changes, parameters.values())):
+    if not all(map(notes_its_changes, parameters.values())):
         return _compare(weights)
     state = tuple(
         (name, B.data_ptr(), B._version, B.dtype, B.shape, B.stride()) for name, B in weights.items()
@@ -113,7 +113,7 @@ def _groups(layer, parameters: dict[str, Tensor]) -> list[_Shared]:
     return cached.groups
 
 
-def _notes_its_changes(lora_B: Tensor) -> bool:
+def notes_its_changes(lora_B: Tensor) -> bool:
     """Whether a comparison of this B may be kept; False on a CPU, where it costs less than it could lose."""
     return not lora_B.is_cpu and limits.is_tracked(lora_B)
 

@@ -46,10 +46,10 @@ def path(model):
 
 def test_a_comparison_is_kept_on_devices_where_edits_show():
     lora_B = torch.empty(3, 2, device="meta")
-    assert mixed_batch._notes_its_changes(lora_B)
-    assert not mixed_batch._notes_its_changes(torch.empty(3, 2))
+    assert mixed_batch.notes_its_changes(lora_B)
+    assert not mixed_batch.notes_its_changes(torch.empty(3, 2))
     with torch.inference_mode():
-        assert not mixed_batch._notes_its_changes(lora_B.clone())
+        assert not mixed_batch.notes_its_changes(lora_B.clone())
 
 
 def test_switching():
@@ -349,7 +349,7 @@ def test_a_basis_that_changes_is_not_shared_any_longer(edit):
 @pytest.fixture
 def on_a_device(monkeypatch):
     """Which adapters share is kept, as where a comparison would make the host wait."""
-    monkeypatch.setattr(mixed_batch, "_notes_its_changes", limits.is_tracked)
+    monkeypatch.setattr(mixed_batch, "notes_its_changes", limits.is_tracked)
 
 
 COUNTED = ("counted", "another .data")
@@ -391,7 +391,7 @@ def test_fsdp_writes_what_it_gathers_into_one_storage(monkeypatch):
     def on_any_device(lora_B):
         return limits.is_tracked(lora_B)  # as it is patched below
 
-    monkeypatch.setattr(mixed_batch, "_notes_its_changes", on_any_device)
+    monkeypatch.setattr(mixed_batch, "notes_its_changes", on_any_device)
     monkeypatch.setattr(limits, "is_tracked", lambda lora_B: False)
     model = model_of_three()
     before = mixed_as_stock(model)

@@ -10,7 +10,7 @@ LIFECYCLE = {
         "-k",
         "basis_that or fsdp or comparison",
     ): {
-        "_notes_its_changes": [("not lora_B.is_cpu and", ""), ("and limits.is_tracked(lora_B)", "")],
+        "notes_its_changes": [("not lora_B.is_cpu and", ""), ("and limits.is_tracked(lora_B)", "")],
     },
     ("mica/fast/settings.py", "tests/mica/fast/test_patching.py", "-k", "settings_are"): {
         "_check_device": [("(device.index or 0) >= count", "not count"), ('device.type == "meta"', "False")],
