@@ -49,7 +49,7 @@ def pytest(*arguments: str | Path) -> list[str]:
 def suite(files: list[str], selection: str = "") -> list[str]:
     """pytest's command for files in ``bench/suites``."""
     chosen = ["-k", selection] if selection else []
-    return pytest(*(SUITES / file for file in files), "-c", SUITES / "pytest.ini", *chosen)
+    return pytest(*(SUITES / file for file in files), "-c", SUITES.parent / "pytest.ini", *chosen)
 
 
 class Run:

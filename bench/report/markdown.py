@@ -16,6 +16,7 @@ from bench.report.targets import share_of_copy, targets
 from bench.results import names
 from bench.results.names import BARE, BOTH, FAST, LORA, STOCK
 from bench.results.schema import Group, Result
+from bench.results.throughput import number
 
 ONE_PROCESS = "1 process"
 BASELINES = (BARE, STOCK, names.STOCK_16, LORA, names.FLOAT32, names.SVD, ONE_PROCESS)
@@ -43,18 +44,22 @@ def markdown_table(header: list[str], rows: Iterable[list[str]]) -> str:
 
 
 def group_table(group: Group) -> str:
-    """One row per implementation: seconds, ratios to the baselines in the group, what was counted."""
+    """One row per implementation: seconds, throughput, ratios to the baselines, what was counted."""
     present = [name for name in BASELINES if name in group.timings and len(group.timings) > 1]
     # LoRA's overhead over the bare model is compared, too
     overheads = [LORA] if {LORA, BARE} <= group.timings.keys() else []
     counted = list(dict.fromkeys(key for timing in group.timings.values() for key in timing.facts))
     titles = [*(f"÷ {name}" for name in present), *(f"overhead ÷ that of {name}" for name in overheads)]
+    units = list(dict.fromkeys(unit for timing in group.timings.values() for unit in timing.throughput))
     rows = []
     for name, timing in group.timings.items():
-        row = [name, f"{timing.median:.4g}", *(str(group.ratio(name, base)) for base in present)]
+        row = [name, f"{timing.median:.4g}"]
+        row += [number(timing.throughput[unit]) if unit in timing.throughput else "" for unit in units]
+        row += [str(group.ratio(name, base)) for base in present]
         row += [str(group.overhead(name, base) or "") for base in overheads]
         rows.append(row + [f"{timing.facts[key]:.4g}" if key in timing.facts else "" for key in counted])
-    return f"### {group.name}\n\n" + markdown_table(["implementation", "median s", *titles, *counted], rows)
+    header = ["implementation", "median s", *units, *titles, *counted]
+    return f"### {group.name}\n\n" + markdown_table(header, rows)
 
 
 def layer_table(result: Result, dtype: str, clock: str) -> str | None:
@@ -72,11 +77,19 @@ def layer_table(result: Result, dtype: str, clock: str) -> str | None:
         row = [str(axes["tokens"]), f"{axes['out']} x {axes['in']}", str(axes["rank"])]
         row += [f"{1e3 * bare.median:.3g}" if bare else ""]
         row += [str(ratio(group, implementation, base) or "") for _, implementation, base in columns]
+        rates = [_tokens_per_second(group, name) for name in (BARE, STOCK, FAST)]
+        row += [" / ".join(rates)]
         saved = [facts(result, group, name).get("saved_mb") for name in (STOCK, FAST)]
         rows.append([*row, "" if None in saved else f"{saved[0]:.3g} → {saved[1]:.3g}"])
-    header = ["tokens", "out x in", "r", "bare ms", *(one[0] for one in columns), "saved MB, stock → mica"]
+    header = ["tokens", "out x in", "r", "bare ms", *(one[0] for one in columns)]
+    header += ["tokens/s, bare / stock / mica", "saved MB, stock → mica"]
     suffix = f", {clock}" if clocks(result) else ""
     return f"### Layers, {dtype}, forward + backward{suffix}\n\n" + markdown_table(header, rows)
+
+
+def _tokens_per_second(group: Group, name: str) -> str:
+    timing = group.timings.get(name)
+    return "–" if timing is None else number(timing.throughput["tokens/s"])
 
 
 def bandwidth_table(result: Result, clock: str) -> str | None:

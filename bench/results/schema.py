@@ -2,13 +2,15 @@
 
 Each implementation in a group has a list of seconds, one per round. A ratio is always taken within a round,
 in which the implementations took turns: a machine that slows down slows both.
+
+The file is pytest-benchmark's (`bench.results.benchmarks`), so that ``pytest-benchmark compare`` reads it.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from math import comb, exp, inf, log
 from pathlib import Path
 from statistics import mean, median, stdev
@@ -16,6 +18,7 @@ from typing import NamedTuple
 
 from scipy.special import stdtrit  # quantiles of Student's t
 
+from bench.results import benchmarks, throughput
 from bench.results.names import BACKWARD, BARE, BOTH, FORWARD
 
 
@@ -66,14 +69,20 @@ def _students(ordered: list[float]) -> Ratio:
 
 @dataclass
 class Timing:
-    """Seconds of every round, and what was counted or measured in addition."""
+    """Seconds of every round, what was counted or measured in addition, and the work of one call."""
 
     seconds: list[float] = field(default_factory=list)
     facts: dict[str, float] = field(default_factory=dict)
+    work: dict[str, float] = field(default_factory=dict)  # see `bench.results.throughput`
 
     @property
     def median(self) -> float:
         return median(self.seconds)
+
+    @property
+    def throughput(self) -> dict[str, float]:
+        """Unit -> value, at the median of the rounds."""
+        return throughput.per_second(self.work, self.median)
 
 
 @dataclass
@@ -132,22 +141,37 @@ class Result:
 
     @classmethod
     def load(cls, path: Path) -> Result:
-        """From a file that `save` wrote."""
-        raw = json.loads(path.read_text())
-        groups = [Group(one["name"], one["axes"]) for one in raw["groups"]]
-        for group, one in zip(groups, raw["groups"], strict=True):
-            group.timings = {name: Timing(**timing) for name, timing in one["timings"].items()}
+        """From a file that `save` wrote, or a run of the suites with pytest-benchmark's ``--benchmark-json``.
+
+        Files of runs before November 28th 2026, which have "groups" of their own, are read too.
+        """
+        raw = json.loads(path.read_text(encoding="utf-8"))
+        if "groups" in raw:
+            return cls._of_groups(raw)
+        result = cls(benchmarks.machine(raw), [], **benchmarks.records(raw))
+        groups: dict[str, Group] = {}
+        for entry in raw["benchmarks"]:
+            info = entry["extra_info"]
+            group = groups.setdefault(entry["group"], Group(entry["group"], info["axes"]))
+            timing = Timing(entry["stats"]["data"], info["facts"], info["work"])
+            group.timings[info["implementation"]] = timing
+        result.groups.extend(groups.values())
+        return result
+
+    @classmethod
+    def _of_groups(cls, raw: dict) -> Result:
+        groups = []
+        for one in raw["groups"]:
+            group = Group(one["name"], one["axes"])
+            for name, timing in one["timings"].items():
+                group.timings[name] = Timing(**timing, work=throughput.of_axes(group.axes))
+            groups.append(group)
         return cls(raw["machine"], groups, raw["refused"], raw.get("checks", []), raw.get("stages", []))
 
     def save(self, path: Path) -> None:
-        """As JSON, a line for each group and each other record; the file is complete at every moment."""
-        parts = [f'"machine": {json.dumps(self.machine)}']
-        for name in ("refused", "checks", "stages", "groups"):
-            records = [asdict(one) if name == "groups" else one for one in getattr(self, name)]
-            lines = ",\n".join(map(json.dumps, records))
-            parts.append(f'"{name}": [\n{lines}\n]' if records else f'"{name}": []')
+        """As JSON, a line for each benchmark and each other record; the file is complete at every moment."""
         scratch = path.with_suffix(".part")
-        scratch.write_text("{" + ",\n".join(parts) + "}\n")
+        scratch.write_text(benchmarks.document(self), encoding="utf-8")
         scratch.replace(path)
 
     def with_both(self) -> Result:
@@ -159,7 +183,8 @@ class Result:
                 both = Group(forward.name.replace(FORWARD, BOTH), summed)
                 for name in (one for one in forward.timings if one in backward.timings):
                     # in an interrupted run one may have one round more
-                    pairs = zip(forward.timings[name].seconds, backward.timings[name].seconds, strict=False)
-                    both.timings[name] = Timing([a + b for a, b in pairs], dict(forward.timings[name].facts))
+                    first, second = forward.timings[name], backward.timings[name]
+                    pairs = zip(first.seconds, second.seconds, strict=False)
+                    both.timings[name] = Timing([a + b for a, b in pairs], {**first.facts}, {**first.work})
                 groups += [both] if both.timings else []
         return Result(self.machine, groups, self.refused, self.checks, self.stages)

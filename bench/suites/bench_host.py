@@ -26,6 +26,7 @@ import mica.fast
 from bench.measure.machine import ON_ACCELERATOR, SIZE
 from bench.results import names
 from bench.results.names import ATEN, BARE, BOTH, FAST, MERGED, NO_GRADIENT, STOCK
+from bench.results.throughput import TOKENS
 from bench.suites.decoder import LINEAR_LAYERS, RANK, Work, adapted
 from bench.suites.harness import build_all, pick, turns
 from bench.suites.layer import AtenControl, Form, adapted_module, check_errors, exact, make_layer
@@ -269,5 +270,7 @@ def bench_host_generation(once, gated, round_, implementation):
     group = f"generate() of {NEW_TOKENS} tokens after {PROMPT_TOKENS}, SmolLM2-135M, r = {RANK}, float32"
     model = gated(group, lambda: generate_setting(group), implementation)[implementation]
     axes = {"suite": "generation", "model": "SmolLM2-135M", "new tokens": NEW_TOKENS, "rank": RANK}
+    axes["dtype"] = "float32"
+    call = partial(generated, model, NEW_TOKENS)
     with GENERATE[implementation]():
-        once(partial(generated, model, NEW_TOKENS), group, implementation, {**axes, "dtype": "float32"})
+        once(call, group, implementation, axes, work={TOKENS: NEW_TOKENS})

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from bench.measure.machine import DEVICE
 from bench.results.names import COPY, CUBLAS, DOWN_A, DOWN_B, GRAD_A, UP_B
+from bench.results.throughput import BYTES
 from bench.suites.harness import build_all, needs_accelerator, pick, whole_turns
 from tests.support.tolerances import RELATIVE, error
 
@@ -156,4 +157,4 @@ def setting(cell: Cell) -> tuple[dict[str, Callable], int]:
 def bench_kernels(once, gated, cell, round_, implementation):
     calls, size = gated(cell.name, lambda: setting(cell), implementation)
     sample = cell.name, implementation, cell.axes, ITERATIONS
-    once(calls[implementation], *sample, all_clocks=True, bytes=size)
+    once(calls[implementation], *sample, all_clocks=True, work={BYTES: float(size)}, bytes=size)

@@ -24,7 +24,7 @@ from bench.results import journal
 from bench.suites.harness import leave_if_crashed, refuse, sentence, why_refused
 from bench.suites.once import Once
 
-pytest_plugins = ["bench.measure.watching"]
+pytest_plugins = ["bench.measure.watching", "bench.measure.table"]
 logging.set_verbosity_error()
 logging.disable_progress_bar()
 

@@ -32,7 +32,7 @@ def dry_run(folder: Path, files: str, *arguments: str, injected: str = "", **env
         "pytest",
         *(suites / file for file in files.split()),
         "-c",
-        suites / "pytest.ini",
+        ROOT / "bench" / "pytest.ini",
         "-p",
         "injected",
         *arguments,
