@@ -49,7 +49,7 @@ def test_intervals_hold_the_median_with_95_percent(count):
 CELL, ALL = "layer, 8 tokens, forward", {BARE, STOCK, FAST}
 ENTRIES = [
     {"kind": "sample", "cell": CELL, "group": f"{CELL}, {clock}", "axes": {"clock": clock}}
-    | {"implementation": name, "seconds": 1.0, "facts": {}}
+    | {"implementation": name, "seconds": 1.0, "facts": {}, "work": {"tokens": 8.0}}
     for clock in (WALL, DEVICE_TIME)
     for name in (BARE, STOCK, FAST)
 ]
