@@ -21,8 +21,9 @@ from bench.quality.report import RIGHT, at_equal_forgetting
 from bench.report import plots
 from bench.report.markdown import markdown_table
 from bench.results import names
+from bench.results.cell import Group, Ratio
 from bench.results.names import BARE, BOTH, FAST, NO_GRADIENT, STOCK, STOCK_16
-from bench.results.schema import Group, Ratio, Result
+from bench.results.schema import Result
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "bench" / "results"

@@ -22,7 +22,7 @@ def pytest_sessionfinish(session: pytest.Session) -> Iterator[None]:
     """Around pytest-benchmark's own, which computes, saves and compares."""
     own = session.config.pluginmanager.get_plugin("pytest-benchmark")
     if own is not None and own.benchmarks:
-        own.benchmarks[:] = entries(journal.fold(journal.own(), {}))
+        own.benchmarks[:] = entries(journal.fold(journal.own(), {}).groups)
     return (yield)
 
 
@@ -48,7 +48,9 @@ def pytest_benchmark_group_stats(config: pytest.Config | None, benchmarks: list[
     """pytest-benchmark's groups; the name of a row ends with its throughput, below those of the others."""
     groups = plugin.pytest_benchmark_group_stats(config, benchmarks, group_by)
     for _, rows in groups:
-        width = max(len(row["name"]) for row in rows)
-        for row in rows:
-            row["name"] = f"{row['name']:<{width}}  {rate(row)}".rstrip()
+        rates = [rate(row) for row in rows]
+        name_width = max(len(row["name"]) for row in rows)
+        rate_width = max(map(len, rates))
+        for row, words in zip(rows, rates, strict=True):
+            row["name"] = f"{row['name']:<{name_width}}  {words:>{rate_width}}".rstrip()
     return groups

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
 
+from bench.results.cell import Group, Ratio
 from bench.results.names import BOTH, DEVICE_TIME, GRAPH, WALL
-from bench.results.schema import Group, Ratio, Result
+from bench.results.schema import Result
 
 CLOCKS = (DEVICE_TIME, GRAPH, WALL)  # in the order of tables
 

@@ -14,8 +14,9 @@ from bench.report.cells import by_clock, clocks, facts, ratio, whole
 from bench.report.summary import summary
 from bench.report.targets import share_of_copy, targets
 from bench.results import names
+from bench.results.cell import Group
 from bench.results.names import BARE, BOTH, FAST, LORA, STOCK
-from bench.results.schema import Group, Result
+from bench.results.schema import Result
 from bench.results.throughput import number
 
 ONE_PROCESS = "1 process"

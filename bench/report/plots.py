@@ -17,8 +17,9 @@ from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, NullLoca
 
 from bench.report.cells import by_clock, clocks, having, ratio
 from bench.results import names
+from bench.results.cell import Group, Ratio
 from bench.results.names import ATEN, BARE, BOTH, DEVICE_TIME, FAST, LORA, STOCK, STOCK_16, WALL
-from bench.results.schema import Group, Ratio, Result
+from bench.results.schema import Result
 
 INK = "#7a7a7a"  # as far from GitHub's light page as from its dark one
 # Okabe and Ito's hues, as dark as both pages allow. One hue is one software, its variants differ in dashes.

@@ -6,8 +6,9 @@ from statistics import median
 
 from bench.report.cells import by_clock, clocks, having, whole
 from bench.results import names
+from bench.results.cell import Ratio
 from bench.results.names import BARE, BOTH, FAST, STOCK, STOCK_16, WALL
-from bench.results.schema import Ratio, Result
+from bench.results.schema import Result
 
 SHOWN = 6
 FEW_TOKENS = 256  # below, the cost of calls dominates on a CPU

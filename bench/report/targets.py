@@ -10,7 +10,8 @@ from typing import NamedTuple
 
 from bench.report.cells import facts, ratio
 from bench.results import names
-from bench.results.schema import Group, Ratio, Result
+from bench.results.cell import Group, Ratio
+from bench.results.schema import Result
 
 LAYER = {"suite": "layer", "tokens": 8192, "out": 4096, "in": 4096, "rank": 16, "dtype": "bfloat16"}
 # (pass, per cent of the bare model's time that it may add)

@@ -8,23 +8,21 @@ its commands (``--benchmark-json``, ``--benchmark-compare``, ``pytest-benchmark 
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from types import SimpleNamespace
-from typing import TYPE_CHECKING
 
 from pytest_benchmark.stats import Metadata
 
 from bench.results import throughput
-
-if TYPE_CHECKING:
-    from bench.results.schema import Group, Result
+from bench.results.cell import Group
 
 RECORDS = ("refused", "checks", "stages")  # of a `Result`, beside its groups
 _COMMIT = {"commit": "id", "uncommitted_changes": "dirty"}  # of a machine's facts -> in "commit_info"
 
 
-def entries(result: Result) -> list[Metadata]:
+def entries(groups: Iterable[Group]) -> list[Metadata]:
     """One for each implementation of each group."""
-    return [_entry(group, name) for group in result.groups for name in group.timings]
+    return [_entry(group, name) for group in groups for name in group.timings]
 
 
 def _entry(group: Group, name: str) -> Metadata:
@@ -69,12 +67,12 @@ def info(machine: dict) -> tuple[dict, dict, str]:
     return rest, commit, str(machine.get("datetime", ""))
 
 
-def machine(document: dict) -> dict:
-    """The facts that `info` was given."""
+def facts(document: dict) -> dict:
+    """The machine's, that `info` was given."""
     commit = document["commit_info"]
-    facts = {ours: commit[theirs] for ours, theirs in _COMMIT.items() if theirs in commit}
+    ours = {ours: commit[theirs] for ours, theirs in _COMMIT.items() if theirs in commit}
     when = {"datetime": document["datetime"]} if document["datetime"] else {}
-    return {**document["machine_info"], **facts, **when}
+    return {**document["machine_info"], **ours, **when}
 
 
 def records(document: dict) -> dict[str, list]:
@@ -82,18 +80,20 @@ def records(document: dict) -> dict[str, list]:
     return {name: document.get(name, []) for name in RECORDS}
 
 
-def document(result: Result) -> str:
-    """pytest-benchmark's JSON, a line for each of its benchmarks, so that two files can be compared by eye."""
-    machine_info, commit_info, when = info(result.machine)
+def document(machine: dict, groups: Iterable[Group], lists: dict[str, list]) -> str:
+    """pytest-benchmark's JSON, a line for each of its benchmarks, so that two files can be compared by eye.
+
+    ``lists``: `RECORDS`.
+    """
+    machine_info, commit_info, when = info(machine)
     head = {
         "machine_info": machine_info,
         "commit_info": commit_info,
         "datetime": when,
     }
     parts = [f"{json.dumps(name)}: {json.dumps(value)}" for name, value in head.items()]
-    lists = {name: getattr(result, name) for name in RECORDS}
-    lists["benchmarks"] = [_rounded(entry.as_dict()) for entry in entries(result)]
-    for name, values in lists.items():
+    benchmarks = [_rounded(entry.as_dict()) for entry in entries(groups)]
+    for name, values in {**lists, "benchmarks": benchmarks}.items():
         lines = ",\n".join(map(json.dumps, values))
         parts.append(f'"{name}": [\n{lines}\n]' if values else f'"{name}": []')
     return "{" + ",\n".join(parts) + "}\n"

@@ -11,7 +11,8 @@ import json
 import os
 from pathlib import Path
 
-from bench.results.schema import Group, Result, Timing, is_refused
+from bench.results.cell import Group, Timing, is_refused
+from bench.results.schema import Result
 
 VARIABLE = "MICA_BENCH_JOURNAL"  # the journal's path, for the processes that a run starts
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 TOKENS, MATRICES, FLOP, BYTES = "tokens", "matrices", "flop", "bytes"
+AT_PEAK = "seconds at the device's peak"  # that the bytes would take at its peak bandwidth
 
 # unit of the work -> (unit of the throughput, how much work one of it is)
 UNITS = {
@@ -16,6 +17,7 @@ UNITS = {
     MATRICES: ("matrices/s", 1.0),
     FLOP: ("GFLOP/s", 1e9),
     BYTES: ("GB/s", 1e9),
+    AT_PEAK: ("% of the peak", 0.01),
 }
 
 

@@ -27,8 +27,8 @@ import mica.fast
 from bench.measure.clocks import seconds
 from bench.measure.machine import DEVICE, ON_ACCELERATOR
 from bench.measure.memory import peak_growth, saved_bytes
-from bench.results.throughput import FLOP, MATRICES, gram_flop
 from bench.results.names import BARE, FAST, LORA, SVD
+from bench.results.throughput import FLOP, MATRICES, gram_flop
 from bench.suites.harness import build_all, iterations, pick, whole_turns
 from bench.suites.layer import Form
 from bench.suites.steps import Step, checked

@@ -24,9 +24,8 @@ from transformers import AutoModel, GenerationConfig, LlamaConfig
 
 import mica.fast
 from bench.measure.machine import ON_ACCELERATOR, SIZE
-from bench.results import names
+from bench.results import names, throughput
 from bench.results.names import ATEN, BARE, BOTH, FAST, MERGED, NO_GRADIENT, STOCK
-from bench.results.throughput import TOKENS
 from bench.suites.decoder import LINEAR_LAYERS, RANK, Work, adapted
 from bench.suites.harness import build_all, pick, turns
 from bench.suites.layer import AtenControl, Form, adapted_module, check_errors, exact, make_layer
@@ -273,4 +272,4 @@ def bench_host_generation(once, gated, round_, implementation):
     axes["dtype"] = "float32"
     call = partial(generated, model, NEW_TOKENS)
     with GENERATE[implementation]():
-        once(call, group, implementation, axes, work={TOKENS: NEW_TOKENS})
+        once(call, group, implementation, axes, work={throughput.TOKENS: NEW_TOKENS})

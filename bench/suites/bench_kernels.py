@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from bench.measure.machine import DEVICE
+from bench.measure.machine import DEVICE, seconds_at_peak
 from bench.results.names import COPY, CUBLAS, DOWN_A, DOWN_B, GRAD_A, UP_B
 from bench.results.throughput import BYTES
 from bench.suites.harness import build_all, needs_accelerator, pick, whole_turns
@@ -157,4 +157,5 @@ def setting(cell: Cell) -> tuple[dict[str, Callable], int]:
 def bench_kernels(once, gated, cell, round_, implementation):
     calls, size = gated(cell.name, lambda: setting(cell), implementation)
     sample = cell.name, implementation, cell.axes, ITERATIONS
-    once(calls[implementation], *sample, all_clocks=True, work={BYTES: float(size)}, bytes=size)
+    work = {BYTES: float(size), **seconds_at_peak(size)}
+    once(calls[implementation], *sample, all_clocks=True, work=work, bytes=size)

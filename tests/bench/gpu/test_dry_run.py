@@ -9,6 +9,7 @@ import torch
 from bench.gpu import __main__ as gpu
 from bench.gpu.forms import table
 from bench.gpu.stages import COMMANDS, DRY_TESTS, STAGES, job
+from bench.results.cell import Group, Timing
 from bench.results.names import (
     BACKWARD,
     BARE,
@@ -21,7 +22,7 @@ from bench.results.names import (
     WALL,
     of_form,
 )
-from bench.results.schema import Group, Result, Timing
+from bench.results.schema import Result
 from mica.kernels.configs import Forms
 from tests.support.processes import ROOT, start
 

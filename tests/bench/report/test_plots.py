@@ -8,8 +8,9 @@ import pytest
 
 from bench.report import plots
 from bench.results import names
+from bench.results.cell import Group, Ratio, Timing
 from bench.results.names import BARE, BOTH, DEVICE_TIME, FAST, STOCK, WALL
-from bench.results.schema import Group, Ratio, Result, Timing
+from bench.results.schema import Result
 
 PAGES = "#ffffff", "#0d1117"  # GitHub's light and dark
 RUN = Result.load(Path(__file__).parents[1] / "golden" / "cpu.json")

@@ -1,4 +1,4 @@
-"""Shared by the suites: implementations that take turns, and checks before any timing.
+"""For ``pytest bench`` and parts of it: implementations that take turns, and checks before any timing.
 
 pytest-benchmark times one test after the other; a machine that slows down in between would favour those that
 ran first. Each test is therefore one round of one implementation, the round number is the outer parameter,
