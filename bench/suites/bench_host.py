@@ -219,7 +219,8 @@ def bench_host(once, gated, one_thread, cell, round_, part, implementation):
     launches, has_gradient = no_launch.launches, part == BOTH
     with torch.set_grad_enabled(has_gradient):
         call = None if has_gradient else step.form.forward
-        runs = step.time(once, group, implementation, axes, cell.calls[has_gradient], call)
+        # no work: what launches nothing has no throughput
+        runs = step.time(once, group, implementation, axes, cell.calls[has_gradient], call, work={})
     once.note(launches=(no_launch.launches - launches) / runs)
 
 

@@ -21,11 +21,11 @@ from tests.support.tolerances import RELATIVE, error
 
 pytest.importorskip("triton")
 
-from bench.suites.kernel_calls import Work, down, gradient_of_a, up
 from mica.kernels.common import target_of
 from mica.kernels.configs import Config
 from mica.kernels.launching import Launch
 from mica.kernels.limits import padded_columns
+from tests.support.kernel_calls import Work, down, gradient_of_a, up
 
 pytestmark = needs_accelerator
 

@@ -50,6 +50,12 @@ class Cell(NamedTuple):
         return f"minor subspace, {shape}" if self.weights == 1 else f"{self.weights} minor subspaces, {shape}"
 
     @property
+    def key(self) -> str:
+        """For ``-k``."""
+        shape = f"{self.out}x{self.inner}"
+        return shape if self.weights == 1 else f"{self.weights}x{shape}"
+
+    @property
     def axes(self) -> dict[str, str | int]:
         shape = {"out": self.out, "in": self.inner}
         if self.weights == 1:
