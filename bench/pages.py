@@ -15,10 +15,10 @@ from statistics import median
 
 from bench.model import experts as stacks
 from bench.model import roofline
+from bench.quality import plots
 from bench.quality.energy import profiles, rows
 from bench.quality.recipes import METHODS, RECIPES
 from bench.quality.report import RIGHT, at_equal_forgetting
-from bench.report import plots
 from bench.report.markdown import markdown_table
 from bench.results import names
 from bench.results.cell import Group, Ratio

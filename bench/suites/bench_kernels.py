@@ -1,7 +1,7 @@
 """Each skinny kernel in all its configurations, beside a copy that moves as many bytes and cuBLAS.
 
 All of them are memory-bound, so a kernel is as good as the share of the copy's bandwidth that it reaches:
-``bytes`` is what a launch must read and write once. Each configuration is checked against
+its work is the bytes that a launch must read and write once. Each configuration is checked against
 `mica.paths.torch_path` in fp64 and refused individually.
 """
 
@@ -158,4 +158,4 @@ def bench_kernels(once, gated, cell, round_, implementation):
     calls, size = gated(cell.name, lambda: setting(cell), implementation)
     sample = cell.name, implementation, cell.axes, ITERATIONS
     work = {BYTES: float(size), **seconds_at_peak(size)}
-    once(calls[implementation], *sample, all_clocks=True, work=work, bytes=size)
+    once(calls[implementation], *sample, all_clocks=True, work=work)

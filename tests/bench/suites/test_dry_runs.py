@@ -115,7 +115,7 @@ def test_a_configuration_is_refused_alone(tmp_path):
         assert {group.axes["clock"] for group in groups} == {WALL, DEVICE_TIME, GRAPH}
         assert all({names.COPY, names.CUBLAS} < group.timings.keys() for group in groups), key
     for group in result.select(suite="kernels", clock=WALL):
-        (size,) = {timing.facts["bytes"] for timing in group.timings.values()}  # those of the copy
+        (size,) = {timing.work["bytes"] for timing in group.timings.values()}  # those of the copy
         assert size >= 2 * group.axes["tokens"] * group.axes["features"]
 
 
