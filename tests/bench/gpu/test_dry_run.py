@@ -2,6 +2,7 @@
 
 import json
 import os
+from pathlib import Path
 
 import pytest
 import torch
@@ -64,6 +65,19 @@ def test_two_commands_run_all_stages_within_ten_minutes_each():
     assert printed[0].split() == f"python -m bench.gpu --stages {COMMANDS[0]} --name run-1".split()
     assert len(printed) == len(COMMANDS)
     assert gpu.commands(sum(limits.values()), "run") == ""
+
+
+@pytest.mark.parametrize(
+    ("error", "said"), [(ImportError("x", name="pandas"), "pandas is not"), (KeyError(1), "KeyError")]
+)
+def test_a_report_that_cannot_be_made_does_not_end_the_run(error, said, monkeypatch):
+    def write(file, with_pictures):
+        raise error
+
+    monkeypatch.setattr("bench.report.__main__.write", write)
+    text = gpu.report(Path("run.json"))
+    assert said in text
+    assert text.endswith("python -m bench.report run.json makes it")
 
 
 SILENCE = 25  # seconds, after which a process that has begun is taken to hang

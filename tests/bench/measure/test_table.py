@@ -99,3 +99,19 @@ def test_its_files_are_results(two_runs):
         assert cell.timings[FAST].facts["saved_mb"] > 0
         assert result.machine["commit"]
         assert "node" not in json.loads(file.read_text())["machine_info"]  # the name of the host
+
+
+@pytest.mark.slow
+def test_a_wrong_implementation_has_no_row(tmp_path):
+    """Its rounds fail, and the table and the file have those of the others."""
+    settings = {"plugin": "tests.support.broken_operator", "MICA_TEST_OPERATOR": "wrong"}
+    selection = "1024x576x576-r16-float32 and backward"
+    file = tmp_path / "wrong.json"
+    done = start("pytest", ROOT / "bench", "-k", selection, f"--benchmark-json={file}", **settings)
+    assert done.returncode == 1, done.stdout + done.stderr
+    rows = re.findall(r"^(.+?) +[\d.,]+ tokens/s ", done.stdout, re.MULTILINE)
+    assert {BARE, STOCK} <= {*rows}
+    assert FAST not in rows
+    result = Result.load(file)
+    assert {name for group in result.groups for name in group.timings} == {*rows}
+    assert [one["implementation"] for one in result.refused] == [FAST]
