@@ -56,6 +56,14 @@ def test_what_is_drawn_and_its_caption():
     ]
 
 
+def test_what_is_paid_once_is_logarithmic_and_what_is_paid_at_each_step_is_linear():
+    (figure,) = (figure for name, figure, _ in plots.figures(RUN) if name == AGAINST_STOCK)
+    once, each_step = figure.axes
+    assert [axes.get_xscale() for axes in (once, each_step)] == ["log", "linear"]
+    assert [text.get_text() for text in once.texts] == ["8.00×", "100×", "0.33×"]
+    assert [text.get_text() for text in each_step.texts] == ["1.36×", "0.80×"]
+
+
 def test_the_lines_are_tokens_per_second_at_the_median_round():
     layer = Group("", {"tokens": 100}, {BARE: Timing([1.0, 4.0, 2.0]), FAST: Timing([5.0, 4.0, 8.0])})
     axes = matplotlib.figure.Figure().add_subplot()
