@@ -43,11 +43,7 @@ def main() -> int:
     parser.add_argument("--output", type=Path, help="folder (default: bench/results/<machine>, or $OUT)")
     args = parser.parse_args()
     name = args.name or f"{date.today()}{'' if args.size == 'default' else f'-{args.size}'}"
-    # Two spinning thread pools (PyTorch's OpenMP, SciPy's OpenBLAS) would compete for the cores.
-    environment = {
-        "OMP_WAIT_POLICY": os.environ.get("OMP_WAIT_POLICY", "passive"),
-        "MICA_BENCH_SIZE": args.size,
-    }
+    environment = {"MICA_BENCH_SIZE": args.size}
     this = run.Run((args.output or output()) / f"{name}.json")
     this.machine["size"] = args.size
     failed = False

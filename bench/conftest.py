@@ -12,11 +12,13 @@ from collections.abc import Callable
 from contextlib import nullcontext, suppress
 
 import pytest
-import torch
 
+# Two spinning thread pools (PyTorch's OpenMP, SciPy's OpenBLAS) would compete for the cores; read at import.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ["MICA_CACHE"] = "0"  # solve, not look up
 
+import torch
 from transformers.utils import logging
 
 from bench.measure.machine import DEVICE

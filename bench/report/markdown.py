@@ -21,6 +21,8 @@ MACHINE = ("cpu", "bf16 instructions", "instructions limited to", "device", "thr
 MACHINE += ("torch", "peft", "transformers", "triton", "bitsandbytes", "python")
 AXES = ("model", "kernel", "tokens", "sequence", "new tokens", "features", "out × in", "layers", "weights")
 AXES += ("experts", "rank", "dtype", "autocast", "how", "pass", "call", "clock")
+HEADERS = {"rank": "r", "how": "run under", "saved_mb": "saved MB", "peak_mb": "peak MB"}
+HEADERS |= {"trained_mb": "trained MB", "optimizer_mb": "optimizer MB", "weights_changed": "weights changed"}
 RATES = tuple(unit for unit, _ in UNITS.values())
 RATIOS = tuple(against(baseline) for baseline in BASELINES)
 DRY = "**A dry run: tiny shapes, interpreted kernels, the host's clock. Its times are not measurements.**"
@@ -41,7 +43,8 @@ def suite_table(data: pd.DataFrame) -> str:
     axes = [axis for axis in AXES if axis in data and data[axis].nunique(dropna=False) > 1]
     unit, scale = ("s", 1.0) if data[SECONDS].max() >= 1 else ("ms", 1e3)
     shown = data[axes].astype(object)
-    if data[CELL].nunique() > data.groupby(axes, dropna=False).ngroups if axes else data[CELL].nunique() > 1:
+    cells = data.drop_duplicates(CELL)
+    if cells.duplicated(axes or "suite").any():  # the axes do not tell all of them apart
         shown.insert(0, CELL, data[CELL])
     shown[IMPLEMENTATION] = data[IMPLEMENTATION]
     shown[unit] = (scale * data[SECONDS]).map("{:.4g}".format)
@@ -53,7 +56,7 @@ def suite_table(data: pd.DataFrame) -> str:
         shown[fact] = data[fact].map("{:.4g}".format, na_action="ignore")
     named = shown.columns[: list(shown.columns).index(IMPLEMENTATION)]
     shown.loc[data[CELL].duplicated(), named] = ""  # the cell of the row above
-    return table(shown)
+    return table(shown.rename(columns=HEADERS))
 
 
 def _present(data: pd.DataFrame, columns: Iterable[str]) -> list[str]:
