@@ -1,7 +1,8 @@
 """``python -m bench.pages``: writes the tables of the README files from committed results.
 
-A table stands below a line ``<!-- table: NAME -->``, up to the first line that is no row. `TABLES` has its
-function, which yields the header and the rows.
+A table stands below a line ``<!-- table: NAME FILE ... -->``, up to the first line that is no row. `TABLES`
+has its function, which is given those files of ``bench/results``, without their ending, and yields the header
+and the rows. So a page says itself where its figures are from: after a new run its files are named there.
 """
 
 from __future__ import annotations
@@ -15,26 +16,21 @@ from statistics import median
 
 from bench.model import experts as stacks
 from bench.model import roofline
+from bench.quality import plots
 from bench.quality.energy import profiles, rows
 from bench.quality.recipes import METHODS, RECIPES
 from bench.quality.report import RIGHT, at_equal_forgetting
-from bench.report import plots
+from bench.report.frame import ONE_PROCESS
 from bench.report.markdown import markdown_table
 from bench.results import names
+from bench.results.cell import Group, Ratio
 from bench.results.names import BARE, BOTH, FAST, NO_GRADIENT, STOCK, STOCK_16
-from bench.results.schema import Group, Ratio, Result
+from bench.results.schema import Result
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "bench" / "results"
 PAGES = ("README.md", "bench/README.md", "mica/subspace/README.md", "kernels/README.md")
-TABLE = re.compile(r"(<!-- table: ([\w-]+) -->\n)((?:\|.*\n)*)")
-
-XEON = "intel-xeon-processor-amx-2-threads/2026-11-25"
-OLD = "intel-xeon-processor-2-threads/2026-11-25"
-OLD_EPYC = "amd-epyc-2-threads/2026-11-25"
-ONE_THREAD = "intel-xeon-processor-1-threads/2026-11-25-subspace"
-EPYC = "amd-epyc-avx512-bf16-2-threads/2026-11-26"
-LATEST = "amd-epyc-avx512-bf16-2-threads/2026-11-27"
+TABLE = re.compile(r"(<!-- table: ([\w-]+)((?: [\w/-]+)*) -->\n)((?:\|.*\n)*)")
 Rows = Iterator[list[str]]
 
 
@@ -46,6 +42,15 @@ def result(name: str) -> Result:
 @cache
 def raw(name: str) -> dict:
     return json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
+
+
+def sources(table: str) -> list[str]:
+    """The files that the pages name for a table."""
+    for page in PAGES:
+        for found in TABLE.finditer((ROOT / page).read_text(encoding="utf-8")):
+            if found[2] == table:
+                return found[3].split()
+    raise KeyError(table)
 
 
 def only(name: str, start: str = "", **axes: str | int) -> Group:
@@ -77,30 +82,30 @@ def as_stock(group: Group, name: str) -> Ratio:
     return group.ratio(name, STOCK if group.axes["dtype"] == "float32" else STOCK_16)
 
 
-def measured() -> Rows:
+def measured(run: str, of_adapter: str) -> Rows:
     yield ["", "stock PEFT", "mica.fast", "speedup"]
     for label, suite, decimals, digits in (
         ("`get_peft_model`, SmolLM2-135M, fp32", "initialisation", (1, 1), 1),
         ("`PeftModel.from_pretrained`, fp32", "loading", (1, 2), 0),
     ):
-        group = only(f"{LATEST}-adapter", suite=suite)
+        group = only(of_adapter, suite=suite)
         pairs = zip((STOCK, FAST), decimals, strict=True)
         times = [f"{group.timings[name].median:.{n}f} s" for name, n in pairs]
         yield [label, *times, speedup(group.ratio(FAST, STOCK), digits)]
     label = "decoder block of {}, bf16, {} tokens, relative to the bare frozen block"
-    for group in result(LATEST).select(suite="block"):
+    for group in result(run).select(suite="block"):
         overheads = [f"{group.ratio(name, BARE).median:.2f}×" for name in (STOCK, FAST)]
         named = label.format(group.axes["model"], group.axes["tokens"])
         yield [named, *overheads, speedup(group.ratio(FAST, STOCK))]
         label = "the same of {}, {} tokens"
     for dtype, short in (("bfloat16", "bf16"), ("float32", "fp32")):
-        cells = [one for one in layers(LATEST, dtype, BOTH) if one.axes["tokens"] >= 256]
+        cells = [one for one in layers(run, dtype, BOTH) if one.axes["tokens"] >= 256]
         ratios = [one.ratio(FAST, STOCK) for one in cells]
         middle = f", median {median(1 / one.median for one in ratios):.2f}×"
         most = max(one.axes["tokens"] for one in cells)
         yield [f"{len(ratios)} linear layers, {short}, 256 to {most} tokens", "", "", span(ratios) + middle]
     label = "saved for the backward pass of a step, SmolLM2-135M, {}, {} tokens"
-    for group in result(LATEST).select(suite="step"):
+    for group in result(run).select(suite="step"):
         short = {"bfloat16": "bf16", "float32": "fp32"}[group.axes["dtype"]]
         bare, stock, fast = (group.timings[name].facts["saved_mb"] for name in (BARE, STOCK, FAST))
         less = f"{stock - fast:.0f} MB less" if stock - fast >= 1 else "**none**: there is no copy to avoid"
@@ -109,7 +114,7 @@ def measured() -> Rows:
         )
         yield [f"{what} (bare model: {bare:.0f} MB)", f"{stock:.0f} MB", f"{fast:.0f} MB", less]
         label = "the same, {}, {} tokens"
-    merge = only(f"{LATEST}-adapter", suite="merge")
+    merge = only(of_adapter, suite="merge")
     slower = merge.ratio(FAST, STOCK)
     slower = f"**{slower.median:.1f}× slower** ({slower.low:.1f}–{slower.high:.1f}): it is exact"
     yield ["merge + unmerge, bf16", "", "", slower]
@@ -117,24 +122,13 @@ def measured() -> Rows:
     yield ["weights changed by merge + unmerge", *changed, ""]
 
 
-def headline() -> Rows:
+def headline(run: str, of_adapter: str) -> Rows:
     """README's rows are those of the benchmarks' page."""
-    header, *rows = measured()
+    header, *rows = measured(run, of_adapter)
     yield header
     for label, *cells in rows:
         if label.startswith(("`", "decoder block", "saved")) or "linear layers, bf16" in label:
             yield [label.partition(" (bare model")[0], *cells]
-
-
-STEPS = {  # result -> what ran, where
-    LATEST: "an AMD EPYC with AVX512-BF16, 1 × 512 tokens",
-    f"{XEON}-step": "Xeon with AMX, 2 × 512 tokens, an earlier commit, in a process of its own",
-    f"{XEON}-before": "the same, after the other suites",
-    XEON: "the same, in another run",
-    OLD: "an older Xeon, an earlier commit",
-    OLD_EPYC: "an AMD EPYC, an earlier commit",
-    f"{OLD}-step": "a Xeon with AVX512-BF16, an earlier commit",
-}
 
 
 def bf16_steps(name: str) -> list[Group]:
@@ -143,17 +137,32 @@ def bf16_steps(name: str) -> list[Group]:
     return [one for one in result(name).groups if re.fullmatch(pattern, one.name)]
 
 
+def runs() -> list[str]:
+    """All committed runs of the suites, the latest first."""
+    files = [str(file.relative_to(RESULTS).with_suffix("")) for file in RESULTS.glob("*/*.json")]
+    timed = [name for name in files if "benchmarks" in raw(name)]
+    return sorted(timed, key=lambda name: result(name).machine["datetime"], reverse=True)
+
+
 def steps() -> Rows:
     yield ["", "stock PEFT ÷ bare", "mica.fast ÷ bare", "speedup"]
-    for name, where in STEPS.items():
+    for name in runs():
         kind = "md" if (RESULTS / f"{name}.md").exists() else "json"
         for group in bf16_steps(name):
             ratios = [f"{group.ratio(one, BARE).median:.2f}×" for one in (STOCK, FAST)]
             how = f", under {group.axes['how']}" if "how" in group.axes else ""
-            yield [f"[{where}](results/{name}.{kind}){how}", *ratios, speedup(group.ratio(FAST, STOCK))]
+            where = f"[{described(result(name).machine)}](results/{name}.{kind}){how}"
+            yield [where, *ratios, speedup(group.ratio(FAST, STOCK))]
 
 
-def layers_compared() -> Rows:
+def described(machine: dict) -> str:
+    """As "AMD EPYC, avx512-bf16, 2026-11-27"; of the earliest runs the instructions are not known."""
+    cpu = re.sub(r"\([A-Z]+\)", "", machine["cpu"])
+    words = [cpu, machine.get("bf16 instructions"), machine["datetime"][:10]]
+    return ", ".join(filter(None, words))
+
+
+def layers_compared(run: str) -> Rows:
     """Of all cells of the layer suite, by what they are compared with."""
     yield ["against", "layers", "cells", "speedup", "median", "more than 5 % slower"]
     for baseline, title in (
@@ -165,7 +174,7 @@ def layers_compared() -> Rows:
             for what, is_few in (("from 256 tokens", False), ("fewer tokens", True)):
                 cells = [
                     (one.ratio(FAST, baseline), one.axes)
-                    for one in layers(LATEST, dtype, BOTH, NO_GRADIENT)
+                    for one in layers(run, dtype, BOTH, NO_GRADIENT)
                     if baseline in one.timings and (one.axes["tokens"] < 256) == is_few
                 ]
                 if cells:
@@ -184,7 +193,7 @@ def _slower(cells: list[tuple[Ratio, dict]]) -> str:
     return f"{len(cells)}; at most {shown(ratio)} times its time: {where}"
 
 
-def host() -> Rows:
+def host(run: str) -> Rows:
     columns = {
         "PyTorch form": names.PYTORCH,
         "kernels": names.KERNELS,
@@ -198,7 +207,7 @@ def host() -> Rows:
         ("a Llama block (64 / 128), forward without gradient", "host block", NO_GRADIENT),
         ("the same, forward + backward", "host block", BOTH),
     ):
-        groups = [*result(LATEST).select(suite=suite, call=call)]
+        groups = [*result(run).select(suite=suite, call=call)]
         cells = []
         for name in columns.values():
             ratios = [f"{as_stock(group, name).median:.2f}" for group in groups if name in group.timings]
@@ -206,37 +215,35 @@ def host() -> Rows:
         yield [label, *cells]
 
 
-def dtypes() -> Rows:
+def dtypes(run: str) -> Rows:
     yield ["tokens x out x in", "bf16", "fp16"]
-    for group in result("amd-epyc-as-avx2-2-threads/2026-11-26-dtype").groups:
+    for group in result(run).groups:
         label = " x ".join(str(group.axes[name]) for name in ("tokens", "out", "in"))
         ratios = [group.ratio(f"{FAST}, {dtype}", names.FLOAT32) for dtype in ("bfloat16", "float16")]
         yield [label, *map(shown, ratios)]
 
 
-def others() -> Rows:
+def others(generation: str, over_nf4: str, two_processes: str) -> Rows:
     yield ["", "on", "ratio of times"]
-    generated, quantised = only(f"{EPYC}-host", suite="generation"), only(f"{OLD}-quantised")
-    shared = only(OLD, "get_peft_model, float32, processes")
-    yield [
-        "`generate()` of SmolLM2-135M, unmerged ÷ stock PEFT",
-        "AMD EPYC",
-        shown(generated.ratio(FAST, STOCK)),
-    ]
-    overhead = shown(quantised.overhead(FAST, names.LORA))
-    yield ["step over nf4: overhead ÷ that of PEFT's LoRA", f"[Xeon](results/{OLD}-quantised.md)", overhead]
+    generated, quantised = only(generation, suite="generation"), only(over_nf4)
+    shared = only(two_processes, "get_peft_model, float32, processes")
+    ratio = shown(generated.ratio(FAST, STOCK))
+    yield ["`generate()` of SmolLM2-135M, unmerged ÷ stock PEFT", "AMD EPYC", ratio]
+    ratio = shown(quantised.overhead(FAST, names.LORA))
+    yield ["step over nf4: overhead ÷ that of PEFT's LoRA", f"[Xeon](results/{over_nf4}.md)", ratio]
+    ratio = shown(shared.ratio("2 processes", ONE_PROCESS))
     label = "initialisation by two processes of one thread ÷ by one"
-    yield [label, f"[older Xeon](results/{OLD}.md)", shown(shared.ratio("2 processes", "1 process"))]
+    yield [label, f"[older Xeon](results/{two_processes}.md)", ratio]
 
 
-def experts() -> Rows:
+def experts(run: str) -> Rows:
     def row(label: str, group: Group, other: str, digits: int = 2) -> list[str]:
         times = [f"{group.timings[name].median:.{digits}f} s" for name in (other, FAST)]
         return [label, *times, shown(group.ratio(FAST, other))]
 
     yield ["", "PEFT LoRA, or SVDs", "mica.fast", "ratio"]
     for out, within in ((2048, 1024), (1024, 512)):
-        group, sizes = only(f"{EPYC}-experts", suite="experts", out=out), f"{out} and {within}"
+        group, sizes = only(run, suite="experts", out=out), f"{out} and {within}"
         label = f"step, experts of {sizes} (bare: {group.timings[BARE].median:.2f} s)"
         yield row(label, group, names.LORA)
         for fact, label in (
@@ -246,20 +253,22 @@ def experts() -> Rows:
             values = [group.timings[name].facts[fact] for name in (names.LORA, FAST)]
             mb = [f"{value:.0f} MB" for value in values]
             yield [f"{label}, {sizes}", *mb, f"{values[1] / values[0]:.2f}"]
-    yield row("initialisation", only(f"{EPYC}-experts", suite="experts init"), names.SVD, 1)
+    yield row("initialisation", only(run, suite="experts init"), names.SVD, 1)
 
 
-def corpus() -> Rows:
+def corpus(run: str) -> Rows:
     yield ["", "time", "peak of the process", "peak of its workers"]
     for label, name in (
         ("tokenisation alone", "tokenise, first start"),
         ("the whole command, with one step, two perplexities and saving", "adapt, first start"),
         ("the whole command again: the tokens are cached", "adapt, second start"),
     ):
-        run = raw(f"{EPYC}-corpus")[name]
-        assert run["status"] == 0
-        own, children = (f"{run[key] / 2**30:.2f} GiB" for key in ("peak_bytes", "peak_bytes_of_children"))
-        yield [label, f"{run['seconds']:.0f} s", own, "" if children[0] == "0" else children]
+        command = raw(run)[name]
+        assert command["status"] == 0
+        own, children = (
+            f"{command[key] / 2**30:.2f} GiB" for key in ("peak_bytes", "peak_bytes_of_children")
+        )
+        yield [label, f"{command['seconds']:.0f} s", own, "" if children[0] == "0" else children]
 
 
 def recipes() -> Rows:
@@ -276,23 +285,19 @@ def recipes() -> Rows:
         yield [label, where, ranks, {1: "r", 2: "2r"}[one.scaling], one.scheduler, *numbers]
 
 
-def quality() -> str:
-    return at_equal_forgetting(raw(f"{LATEST}-trade-off"), RIGHT)
+def quality(run: str) -> str:
+    return at_equal_forgetting(raw(run), RIGHT)
 
 
-def energy() -> list[list[str]]:
-    return rows(raw(f"{LATEST}-energy"))
+def energy(run: str) -> list[list[str]]:
+    return rows(raw(run))
 
 
-def subspaces() -> Rows:
+def subspaces(run: str, previous: str, one_thread: str, epyc: str) -> Rows:
     ours = "minor_subspace, r = {}".format
-    runs = {
-        "previous run, r = 16": OLD,
-        "one thread, r = 16": ONE_THREAD,
-        "AMD EPYC, r = 16": f"{OLD_EPYC}-subspace",
-    }
+    runs = {"previous run, r = 16": previous, "one thread, r = 16": one_thread, "AMD EPYC, r = 16": epyc}
     yield ["out x in", *(f"r = {rank}" for rank in (16, 64, 128)), *runs]
-    for group in result(f"{OLD}-subspace").groups:
+    for group in result(run).groups:
         ratios = [group.ratio(ours(rank), names.SVD) for rank in (16, 64, 128)]
         for name in runs.values():
             other = only(name, group.name)
@@ -353,8 +358,8 @@ MADE += (subspaces, modelled, forms, stack)
 TABLES = {one.__name__.replace("_", "-"): one for one in MADE}
 
 
-def table(name: str) -> str:
-    made = TABLES[name]()
+def table(name: str, *files: str) -> str:
+    made = TABLES[name](*files)
     if not isinstance(made, str):
         header, *rows = made
         made = markdown_table(header, rows)
@@ -364,11 +369,12 @@ def table(name: str) -> str:
 def filled(page: str) -> str:
     """The text of a page with the tables that follow from the results."""
     text = (ROOT / page).read_text(encoding="utf-8")
-    return TABLE.sub(lambda found: found[1] + table(found[2]), text)
+    return TABLE.sub(lambda found: found[1] + table(found[2], *found[3].split()), text)
 
 
 def main() -> None:
-    plots.energy(profiles(raw(f"{LATEST}-energy")), RESULTS / f"{LATEST}-energy.png")
+    (run,) = sources("energy")
+    plots.energy(profiles(raw(run)), RESULTS / f"{run}.png")
     for page in PAGES:
         (ROOT / page).write_text(filled(page), encoding="utf-8")
 

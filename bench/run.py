@@ -1,8 +1,8 @@
 """Processes that measure, one after the other, each watched and its results kept whatever happens to it.
 
 Results are in the journal as soon as they are measured (`bench.results.journal`); the result file is
-rewritten from it after every cell. A process that dies, or is silent for too long, is restarted without what
-it was doing.
+rewritten from it now and then. A process that dies, or is silent for too long, is restarted without what it
+was doing.
 """
 
 from __future__ import annotations
@@ -25,8 +25,9 @@ NOTHING = "nothing ran"
 # by exit status: all passed, some failed, three ways of not getting that far, nothing was selected
 PYTEST_ENDED = {0: "passed", 1: "failed", 2: "failed", 3: "failed", 4: "failed", 5: "passed"}
 STARTS = 4  # of one job at most
-# Seconds. Rewriting the file takes some 30 ms of a core, which on a CPU would be added to measured times.
-POLL, REWRITE = 0.1, 10.0
+# Seconds. Rewriting the file computes all its statistics, and on a CPU what that takes would be added to
+# measured times; the journal has each round at once.
+POLL, REWRITE = 0.1, 60.0
 
 
 class Job(NamedTuple):
@@ -49,7 +50,7 @@ def pytest(*arguments: str | Path) -> list[str]:
 def suite(files: list[str], selection: str = "") -> list[str]:
     """pytest's command for files in ``bench/suites``."""
     chosen = ["-k", selection] if selection else []
-    return pytest(*(SUITES / file for file in files), "-c", SUITES / "pytest.ini", *chosen)
+    return pytest(*(SUITES / file for file in files), "-c", SUITES.parent / "pytest.ini", *chosen)
 
 
 class Run:

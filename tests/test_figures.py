@@ -15,6 +15,8 @@ from bench.results import names
 from bench.results.names import FAST, LORA, STOCK
 from bench.results.schema import Result
 
+XEON = pages.RESULTS / "intel-xeon-processor-amx-2-threads"
+
 
 @pytest.mark.parametrize("page", pages.PAGES)
 def test_tables(page):
@@ -33,19 +35,19 @@ def test_every_table_is_shown_and_a_wrong_figure_is_seen(tmp_path, monkeypatch):
 def words():
     """Page, what its text says with figures, what these are."""
     main, bench, *_ = pages.PAGES
-    (narrow,) = (row for row in pages.measured() if "linear layers, fp32" in row[0])
+    run, of_adapter = pages.sources("measured")
+    (narrow,) = (row for row in pages.measured(run, of_adapter) if "linear layers, fp32" in row[0])
     yield main, f"fp32 layers gain {narrow[-1]}, and save no memory"
-    of_adapter = f"{pages.LATEST}-adapter"
     times = 1 / pages.only(of_adapter, suite="initialisation").ratio(FAST, STOCK).median
     yield main, f"initialise them {times:.0f} times as fast (SmolLM2-135M, two cores)"
     yield "mica/subspace/README.md", f"{times:.1f} times as fast as with stock PEFT"
     loading = pages.only(of_adapter, suite="loading").timings
     yield "mica/cli/USE.md", f"[{loading[STOCK].median:.1f} s instead of {loading[FAST].median:.2f} s]"
-    plain, autocast = (one.ratio(FAST, STOCK) for one in pages.bf16_steps(pages.LATEST))
+    plain, autocast = (one.ratio(FAST, STOCK) for one in pages.bf16_steps(run))
     said = f"A whole bf16 step was {pages.speedup(plain)} faster, under autocast {pages.speedup(autocast)}"
     yield main, said
     assert autocast.high > 1, "which is within its noise"
-    *_, step = pages.bf16_steps(pages.LATEST)
+    *_, step = pages.bf16_steps(run)
     saved = [step.timings[name].facts["saved_mb"] for name in (FAST, STOCK, names.BARE)]
     text = "Under autocast {:.0f} MB are saved for the backward, by stock PEFT {:.0f} (bare model: {:.0f})"
     yield bench, text.format(*saved)
@@ -53,25 +55,23 @@ def words():
     for page in (main, bench):
         yield page, f"is {slower:.1f}× slower"
     yield "mica/fast/README.md", f"[{slower:.1f} times]"
-    blocks = pages.result(pages.LATEST).select(suite="host block")
+    blocks = pages.result(run).select(suite="host block")
     most = max(pages.as_stock(one, names.KERNELS).median for one in blocks)
     yield main, f"Blocks of tiny tensors are up to {most:.2f}× slower on kernels"
-    told = [
-        one.ratio(FAST, names.STOCK_16).median for one in pages.layers(pages.LATEST, "bfloat16", names.BOTH)
-    ]
+    told = [one.ratio(FAST, names.STOCK_16).median for one in pages.layers(run, "bfloat16", names.BOTH)]
     assert 0.95 < median(told) < 1.05
     yield main, "told to keep its adapters in bf16 a layer is about even"
     shape = {"dtype": "bfloat16", "tokens": 1024, "out": 2048, "rank": 16, "pass": names.BOTH}
-    layer = pages.only(pages.LATEST, "layer", **shape)
+    layer = pages.only(run, "layer", **shape)
     ways = (names.COMPILED, names.COMPILED_FAST, names.COMPILED_PLAIN)
     text = "compiled {} of its time without the compiler, the operator {}, the plain products {}"
     yield "mica/fast/README.md", text.format(*(pages.shown(layer.ratio(way, STOCK)) for way in ways))
-    ratio = pages.only(f"{pages.EPYC}-experts", suite="experts", out=2048).ratio(FAST, LORA).median
+    ratio = pages.only(*pages.sources("experts"), suite="experts", out=2048).ratio(FAST, LORA).median
     yield main, f"[{ratio:.2f} times the time](bench/README.md#experts)"
-    corpus = pages.raw(f"{pages.EPYC}-corpus")
+    corpus = pages.raw(*pages.sources("corpus"))
     tokens = corpus["adapt, first start"]["output"].partition(" tokens")[0].replace(",", "")
     yield bench, f"({corpus['documents']:,} documents, {int(tokens) / 1e6:.0f} M tokens of SmolLM2)"
-    before, after = (Result.load(pages.RESULTS / f"{pages.XEON}{end}.json") for end in ("-before", ""))
+    before, after = (Result.load(XEON / f"2026-11-25{end}.json") for end in ("-before", ""))
     found = compare(before, after, 0.05)
     yield "bench/METHOD.md", f"agree in {found.agreeing} of {found.ratios} ratios"
     # what the page says of a run of model quality are the defaults of the command
@@ -79,13 +79,15 @@ def words():
     yield bench, "Eight epochs of eight steps, the same batches for all."
     assert len(STOPS) == 3
     yield bench, "measured at three stops of each training"
-    energy = next(one for one in pages.energy() if one[:2] == ["full fine-tuning", "smallest"])[2:]
+    energy = next(
+        one for one in pages.energy(*pages.sources("energy")) if one[:2] == ["full fine-tuning", "smallest"]
+    )[2:]
     assert all(0.9 < float(value) < 2.1 for value in energy)
     yield bench, "the updates of both methods are spread almost evenly over all directions"
 
 
 def of_the_study():
-    page, study = "bench/README.md", pages.raw(f"{pages.LATEST}-trade-off")
+    page, study = "bench/README.md", pages.raw(*pages.sources("quality"))
     seeds = Counter(run["seed"] for run in study["runs"])
     rates = {(name, rate) for name, method in study["plan"].items() for rate in method["rates"]}
     assert seeds[0] == len(rates)

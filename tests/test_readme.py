@@ -113,11 +113,17 @@ def test_the_kernel_example_passes_the_test_example(tmp_path, monkeypatch):
 
 def test_the_benchmark_example_builds_and_checks_its_implementations():
     (example,) = examples("bench/METHOD.md")
+    assert len(example.strip().splitlines()) == 10
     names = {"__name__": "bench_forward"}
     exec(example, names)
-    calls = names["setting"]()
-    assert list(calls) == [names["BARE"], names["FAST"]]
-    assert {call().shape for call in calls.values()} == {(256, 1024)}
+    timed = {}
+
+    def once(call, group, implementation, axes, iterations, all_clocks):
+        timed[implementation] = call().shape, axes["tokens"], iterations > 0
+
+    for implementation in (names["BARE"], names["FAST"]):
+        names["bench_forward"](once, lambda group, check, _: check(), 0, implementation)
+    assert timed == dict.fromkeys((names["BARE"], names["FAST"]), ((256, 1024), 256, True))
 
 
 SETUPS = setups().values()

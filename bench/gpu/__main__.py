@@ -53,12 +53,15 @@ def commands(budget: float, name: str) -> str:
 
 def report(file: Path, with_pictures: bool = True) -> str:
     """Written next to the results. An error in it must not end the run: it can be made again."""
+    again = f"python -m bench.report {file} makes it"
     try:
         from bench.report.__main__ import write
 
         return write(file, with_pictures)
+    except ImportError as error:  # pandas, or what it makes tables with: the machine need not have them
+        return f"there is no report, since {error.name or error} is not installed here: {again}"
     except Exception:
-        return f"there is no report: {traceback.format_exc()}python -m bench.report {file} makes it again"
+        return f"there is no report: {traceback.format_exc()}{again}"
 
 
 def main(argv: list[str] | None = None) -> int:

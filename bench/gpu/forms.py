@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from bench.report.cells import by_clock
 from bench.results import names
 from bench.results.names import BACKWARD, DEVICE_TIME, FORWARD
 from bench.results.schema import Result
@@ -13,7 +12,8 @@ FORMS = {names.of_form(word): word for word in FORM_NAMES}
 
 def fastest(result: Result, tokens: int, rank: int, part: str) -> str | None:
     """The form that takes least of the device's time for all layers of this size; None if none was timed."""
-    groups = list(result.select(suite="forms", tokens=tokens, rank=rank, **{"pass": part}))
+    axes = {"suite": "forms", "tokens": tokens, "rank": rank, "pass": part, "clock": DEVICE_TIME}
+    groups = list(result.select(**axes))
     timed = [name for name in FORMS if groups and all(name in group.timings for group in groups)]
     best = min(timed, key=lambda name: sum(group.timings[name].median for group in groups), default=None)
     return FORMS.get(best)
@@ -21,8 +21,8 @@ def fastest(result: Result, tokens: int, rank: int, part: str) -> str | None:
 
 def table(result: Result) -> str:
     """As Python, to be put there; without what was not timed."""
-    result = by_clock(result, DEVICE_TIME)
-    sizes = {(group.axes["tokens"], group.axes["rank"]) for group in result.select(suite="forms")}
+    cells = result.select(suite="forms", clock=DEVICE_TIME)
+    sizes = {(group.axes["tokens"], group.axes["rank"]) for group in cells}
     rows = [
         (tokens, rank, *(fastest(result, tokens, rank, part) for part in (FORWARD, BACKWARD)))
         for tokens, rank in sorted(sizes, key=lambda size: (-size[0], size[1]))

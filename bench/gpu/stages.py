@@ -21,31 +21,35 @@ TESTS = (
 
 
 class Stage(NamedTuple):
-    """``seconds``: its limit on a GPU; ``files`` of ``bench/suites`` or, if ``tests``, of ``tests``."""
+    """``seconds``: its limit on a GPU; ``files``: all of ``bench/suites``, or all of ``tests``."""
 
     name: str
     seconds: float
     files: tuple[str, ...]
     selection: str = ""  # as with pytest's -k
-    tests: bool = False
     backend: str = "triton"  # kernels or an error: what is timed under our name is ours
+    parallel: bool = False  # on all cores, so that kernels are compiled at once
+
+    @property
+    def tests(self) -> bool:
+        return not self.files[0].startswith("bench_")
 
 
 STAGES = (
     # is each kernel right, and reproducible? Some 25 compilations, and a first import of all libraries
-    Stage("kernels", 120, ("check_kernels.py",)),
+    Stage("kernels", 120, ("device/test_kernels.py",)),
     # do the kernels' tests pass, compiled?
-    Stage("tests", 160, TESTS, tests=True),
+    Stage("tests", 160, TESTS, parallel=True),
     # how close to a copy and to cuBLAS is each kernel, and in which configuration?
     Stage("bandwidth", 120, ("bench_kernels.py",)),
     # what does an adapter cost a layer?
     Stage("layers", 200, ("bench_layer.py",), "not forms"),
     # what does a model gain in time and memory, with the same losses?
-    Stage("model", 160, ("bench_step.py", "bench_experts.py", "check_profile.py")),
+    Stage("model", 160, ("bench_step.py", "bench_experts.py")),
     # how fast is the initialisation of an adapter?
     Stage("initialisation", 100, ("bench_subspace.py", "bench_adapter.py"), backend="auto"),
-    # do graphs, streams and torch.compile give the same results?
-    Stage("streams", 100, ("check_streams.py",)),
+    # do graphs, streams and torch.compile give the same results? In which kernels does a step spend its time?
+    Stage("streams", 100, ("device/test_streams.py", "device/test_profile.py")),
     # is another form of a layer faster?
     Stage("forms", 120, ("bench_layer.py",), "forms"),
 )
@@ -63,21 +67,22 @@ def job(stage: Stage, folder: Path, name: str, is_dry: bool, seconds: float, sil
         environment["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"
         if not is_dry:
             environment["MICA_TEST_DEVICE"] = "cuda"
-        files = DRY_TESTS if is_dry else stage.files
-        command = _tests(files, folder / f"{name}-tests.xml")
-        command += ["-k", DRY_SELECTION] if is_dry else []
+        command = _tests(stage, is_dry, folder / f"{name}-{stage.name}.xml")
     else:
         command = suite(list(stage.files), stage.selection)
     limit = min(DRY_SECONDS if is_dry else stage.seconds, seconds)
     return Job(stage.name, command, environment, limit, silence)
 
 
-def _tests(files: tuple[str, ...], report: Path) -> list[str]:
-    """On all cores, so that kernels are compiled in parallel; to the end, whatever fails."""
-    workers = min(16, os.cpu_count() or 1)
-    distribution = ["-n", workers, "--dist", "worksteal", f"--junitxml={report}", "-o", "junit_family=xunit2"]
+def _tests(stage: Stage, is_dry: bool, report: Path) -> list[str]:
+    """To the end, whatever fails."""
+    files, selection = stage.files, []
+    if stage.parallel and is_dry:
+        files, selection = DRY_TESTS, ["-k", DRY_SELECTION]
     # what a user's settings add could duplicate an option or stop at the first failure
     options = ["-o", "addopts=--import-mode=importlib --strict-markers -p no:cacheprovider", "--tb=short"]
-    return pytest(
-        *(ROOT / "tests" / file for file in files), "-p", "bench.measure.watching", *distribution, *options
-    )
+    if stage.parallel:
+        workers = min(16, os.cpu_count() or 1)
+        options += ["-n", workers, "--dist", "worksteal"]
+    options += [f"--junitxml={report}", "-o", "junit_family=xunit2", "-p", "bench.measure.watching"]
+    return pytest(*(ROOT / "tests" / file for file in files), *options, *selection)

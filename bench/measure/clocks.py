@@ -5,6 +5,11 @@
   Excludes host time, but includes a gap of a microsecond or two between launches.
 - *graph replay*: the same for a captured CUDA graph of the call, without those gaps.
 
+Triton's clocks measure something else. `do_bench` empties the cache by writing, so what it wrote is written
+back while the call is timed; and it gives the host no lead but that write: where a call takes longer to
+enqueue, its time is the host's. `do_bench_cudagraph` repeats a call within one graph, with its operands in
+the cache, and captures on a stream of its own, where a backward, which runs on its forward's, is not seen.
+
 A dry run has none of these clocks; the host's stands in for all of them, and its times mean nothing.
 """
 

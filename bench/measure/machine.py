@@ -14,6 +14,8 @@ from pathlib import Path
 import cpuinfo  # pytest-benchmark's own
 import torch
 
+from bench.results.throughput import AT_PEAK
+
 ROOT = Path(__file__).resolve().parents[2]
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # "quick", "default", "full", or "dry": what a run on an accelerator does, without one, on tiny shapes
@@ -76,6 +78,15 @@ def facts() -> dict[str, str | int | bool]:
         "uncommitted_changes": bool(changes),
         "datetime": datetime.now(timezone.utc).isoformat(timespec="seconds"),
     }
+
+
+def seconds_at_peak(size: float) -> dict[str, float]:
+    """The work of moving so many bytes as time at the device's peak bandwidth; {} where that is not known."""
+    if DEVICE != "cuda":
+        return {}
+    from triton.testing import get_dram_gbps
+
+    return {AT_PEAK: size / (1e9 * get_dram_gbps())}
 
 
 def _git(*words: str) -> str:

@@ -159,7 +159,7 @@ def write(path: Path) -> str:
     result = json.loads(path.read_text(encoding="utf-8"))
     path.with_suffix(".md").write_text(report(result), encoding="utf-8")
     if found := curves(result):
-        from bench.report import plots  # imports matplotlib
+        from bench.quality import plots  # imports matplotlib
 
         plots.trade_off(found, path.with_suffix(".png"))
     return report(result)

@@ -9,7 +9,7 @@ from bench.report.markdown import report
 from bench.results import journal
 from bench.results.schema import Result
 
-NO_MATPLOTLIB = "There are no pictures: matplotlib is not installed."
+NO_PICTURES = "There are no pictures: seaborn is not installed, or matplotlib."
 
 
 def load(file: Path) -> tuple[Result, Path]:
@@ -32,9 +32,9 @@ def write(file: Path, with_pictures: bool = True) -> str:
 
             pictures = plots.draw(result, file.parent, file.stem)
         except ModuleNotFoundError as error:
-            if not (error.name or "").startswith("matplotlib"):
+            if not (error.name or "").startswith(("matplotlib", "seaborn")):
                 raise
-            note = NO_MATPLOTLIB
+            note = NO_PICTURES
     text = report(result, pictures, note)
     file.with_suffix(".md").write_text(text)
     return text

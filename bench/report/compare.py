@@ -21,9 +21,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from bench.report.markdown import ONE_PROCESS, markdown_table
+from bench.report.frame import ONE_PROCESS
+from bench.report.markdown import markdown_table
+from bench.results.cell import Group, Ratio, is_refused
 from bench.results.names import BARE, COPY, CUBLAS, FAST, LORA, STOCK, SVD
-from bench.results.schema import Group, Ratio, Result, is_refused
+from bench.results.schema import Result
 
 # The first two where the group has them, else the first of the others that it has
 BASELINES, OTHER_BASELINES = (STOCK, BARE), (SVD, LORA, ONE_PROCESS, COPY)

@@ -1,39 +1,30 @@
-"""The report of a result as Markdown. Every figure in it follows from the result.
+"""The report of a result as Markdown: a table a suite, by pandas. Every figure in it follows from the result.
 
 Ratios are taken within a round, in which the implementations took turns: the median and, in brackets, its 95
-% confidence interval (`bench.results.schema.interval`).
+% confidence interval (`bench.results.cell.interval`).
 """
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
 
-from bench.report.cells import by_clock, clocks, facts, ratio, whole
-from bench.report.summary import summary
-from bench.report.targets import share_of_copy, targets
-from bench.results import names
-from bench.results.names import BARE, BOTH, FAST, LORA, STOCK
-from bench.results.schema import Group, Result
+import pandas as pd
 
-ONE_PROCESS = "1 process"
-BASELINES = (BARE, STOCK, names.STOCK_16, LORA, names.FLOAT32, names.SVD, ONE_PROCESS)
+from bench.report.frame import BASELINES, CELL, IMPLEMENTATION, OVERHEAD, SECONDS, against, frame
+from bench.report.targets import targets
+from bench.results.names import BARE, FAST, WALL
+from bench.results.schema import Result
+from bench.results.throughput import UNITS, number
+
 MACHINE = ("cpu", "bf16 instructions", "instructions limited to", "device", "threads")
 MACHINE += ("torch", "peft", "transformers", "triton", "bitsandbytes", "python")
-# In the tables of layers: (column, implementation, baseline)
-LAYER_RATIOS = (
-    ("stock ÷ bare", STOCK, BARE),
-    ("mica.fast ÷ bare", FAST, BARE),
-    ("mica.fast ÷ stock", FAST, STOCK),
-    ("16-bit adapters ÷ stock", names.STOCK_16, STOCK),
-    ("these compiled ÷ stock", names.COMPILED, STOCK),
-    ("LoRA ÷ stock", LORA, STOCK),
-    ("control ÷ stock", names.ATEN, STOCK),
-    ("mica.fast compiled ÷ stock", names.COMPILED_FAST, STOCK),
-    ("compiled plain ÷ stock", names.COMPILED_PLAIN, STOCK),
-    ("mica.fast ÷ stock, autocast", names.AUTOCAST_FAST, names.AUTOCAST),
-)
+AXES = ("model", "kernel", "tokens", "sequence", "new tokens", "features", "out × in", "layers", "weights")
+AXES += ("experts", "rank", "dtype", "autocast", "how", "pass", "call", "clock")
+HEADERS = {"rank": "r", "how": "run under", "saved_mb": "saved MB", "peak_mb": "peak MB"}
+HEADERS |= {"trained_mb": "trained MB", "optimizer_mb": "optimizer MB", "weights_changed": "weights changed"}
+RATES = tuple(unit for unit, _ in UNITS.values())
+RATIOS = tuple(against(baseline) for baseline in BASELINES)
 DRY = "**A dry run: tiny shapes, interpreted kernels, the host's clock. Its times are not measurements.**"
 
 
@@ -42,56 +33,60 @@ def markdown_table(header: list[str], rows: Iterable[list[str]]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-def group_table(group: Group) -> str:
-    """One row per implementation: seconds, ratios to the baselines in the group, what was counted."""
-    present = [name for name in BASELINES if name in group.timings and len(group.timings) > 1]
-    # LoRA's overhead over the bare model is compared, too
-    overheads = [LORA] if {LORA, BARE} <= group.timings.keys() else []
-    counted = list(dict.fromkeys(key for timing in group.timings.values() for key in timing.facts))
-    titles = [*(f"÷ {name}" for name in present), *(f"overhead ÷ that of {name}" for name in overheads)]
+def table(data: pd.DataFrame) -> str:
+    """As it stands; what is missing is empty."""
+    return data.fillna("").to_markdown(index=False, disable_numparse=True)
+
+
+def suite_table(data: pd.DataFrame) -> str:
+    """A row an implementation of a cell: the axes that cells differ in, time, throughput, ratios, facts."""
+    axes = [axis for axis in AXES if axis in data and data[axis].nunique(dropna=False) > 1]
+    unit, scale = ("s", 1.0) if data[SECONDS].max() >= 1 else ("ms", 1e3)
+    shown = data[axes].astype(object)
+    cells = data.drop_duplicates(CELL)
+    if cells.duplicated(axes or "suite").any():  # the axes do not tell all of them apart
+        shown.insert(0, CELL, data[CELL])
+    shown[IMPLEMENTATION] = data[IMPLEMENTATION]
+    shown[unit] = (scale * data[SECONDS]).map("{:.4g}".format)
+    for rate in _present(data, RATES):
+        shown[rate] = data[rate].map(number, na_action="ignore")
+    for ratio in _present(data, (*RATIOS, OVERHEAD)):
+        shown[ratio] = data[ratio].map(str, na_action="ignore")
+    for fact in _facts(data):
+        shown[fact] = data[fact].map("{:.4g}".format, na_action="ignore")
+    named = shown.columns[: list(shown.columns).index(IMPLEMENTATION)]
+    shown.loc[data[CELL].duplicated(), named] = ""  # the cell of the row above
+    return table(shown.rename(columns=HEADERS))
+
+
+def _present(data: pd.DataFrame, columns: Iterable[str]) -> list[str]:
+    return [column for column in columns if column in data and data[column].notna().any()]
+
+
+def _facts(data: pd.DataFrame) -> list[str]:
+    known = {"suite", CELL, IMPLEMENTATION, SECONDS, OVERHEAD, *AXES, *RATES, *RATIOS}
+    return _present(data, [column for column in data if column not in known])
+
+
+def in_short(data: pd.DataFrame) -> str:
+    """How many times as fast mica.fast is as what it is compared with, over the cells of each suite."""
     rows = []
-    for name, timing in group.timings.items():
-        row = [name, f"{timing.median:.4g}", *(str(group.ratio(name, base)) for base in present)]
-        row += [str(group.overhead(name, base) or "") for base in overheads]
-        rows.append(row + [f"{timing.facts[key]:.4g}" if key in timing.facts else "" for key in counted])
-    return f"### {group.name}\n\n" + markdown_table(["implementation", "median s", *titles, *counted], rows)
-
-
-def layer_table(result: Result, dtype: str, clock: str) -> str | None:
-    """One row per cell, forward and backward summed."""
-    groups = sorted(
-        by_clock(result, clock).select(suite="layer", dtype=dtype, **{"pass": BOTH}),
-        key=lambda one: (one.axes["out"] * one.axes["in"], one.axes["rank"], one.axes["tokens"]),
-    )
-    if not groups:
-        return None
-    columns = [one for one in LAYER_RATIOS if any({*one[1:]} <= group.timings.keys() for group in groups)]
-    rows = []
-    for group in groups:
-        axes, bare = group.axes, group.timings.get(BARE)
-        row = [str(axes["tokens"]), f"{axes['out']} x {axes['in']}", str(axes["rank"])]
-        row += [f"{1e3 * bare.median:.3g}" if bare else ""]
-        row += [str(ratio(group, implementation, base) or "") for _, implementation, base in columns]
-        saved = [facts(result, group, name).get("saved_mb") for name in (STOCK, FAST)]
-        rows.append([*row, "" if None in saved else f"{saved[0]:.3g} → {saved[1]:.3g}"])
-    header = ["tokens", "out x in", "r", "bare ms", *(one[0] for one in columns), "saved MB, stock → mica"]
-    suffix = f", {clock}" if clocks(result) else ""
-    return f"### Layers, {dtype}, forward + backward{suffix}\n\n" + markdown_table(header, rows)
-
-
-def bandwidth_table(result: Result, clock: str) -> str | None:
-    """One row per configuration of a kernel; bytes are those that it must read and write."""
-    rows = []
-    for group in by_clock(result, clock).select(suite="kernels"):
-        axes = group.axes
-        shape = f"{axes['tokens']} x {axes['features']}, r = {axes['rank']}, {axes['dtype']}"
-        for name, timing in group.timings.items():
-            count = facts(result, group, name).get("bytes")
-            row = [str(axes["kernel"]), shape, name, f"{1e6 * timing.median:.4g}"]
-            row += [f"{count / timing.median / 1e9:.4g}" if count else ""]
-            rows.append([*row, str(share_of_copy(result, group, name) or "")])
-    header = ["kernel", "tokens x features", "configuration", "µs", "GB/s", "÷ that of the copy"]
-    return f"### {clock.capitalize()}\n\n" + markdown_table(header, rows) if rows else None
+    if not len(data):
+        return f"{FAST} was compared with nothing."
+    ours = data[data[IMPLEMENTATION] == FAST]
+    for ratio in _present(ours, [one for one in RATIOS if one != against(BARE)]):
+        compared = ours[ours[ratio].notna()]
+        faster = 1 / compared[ratio].map(lambda one: one.median)
+        by_suite = faster.astype(float).groupby([compared["suite"], compared["clock"]], sort=False)
+        for (suite, clock), factors in by_suite:
+            low, middle, high = (f"{one:.2f}×" for one in (factors.min(), factors.median(), factors.max()))
+            slower = str((factors < 1).sum() or "none")
+            rows.append([suite, clock, ratio[2:], str(len(factors)), low, middle, high, slower])
+    columns = ["suite", "clock", "against", "cells", "least", "median", "most", "cells in which it is slower"]
+    if not rows:
+        return f"{FAST} was compared with nothing."
+    short = pd.DataFrame(rows, columns=columns)
+    return table(short if short["clock"].nunique() > 1 else short.drop(columns="clock"))
 
 
 def stage_table(stages: list[dict]) -> str:
@@ -99,18 +94,24 @@ def stage_table(stages: list[dict]) -> str:
     rows = []
     for stage in stages:
         state, skipped = str(stage["state"]), stage.get("skipped", 0)
-        if state == "passed" and (skipped or not stage.get("passed")):
-            state = f"passed but for {skipped} skipped" if stage.get("passed") else "nothing ran"
-        doing = ", ".join(map(str, stage.get("was_doing", {}).values()))
-        row = [str(stage["stage"]), state if state == "passed" else f"**{state}**"]
-        row += [str(stage.get(name, "")) for name in ("seconds", "passed", "failed", "skipped")]
-        rows.append([*row, doing])
-    return markdown_table(["stage", "state", "seconds", "passed", "failed", "skipped", "was doing"], rows)
+        if state == "passed" and not stage.get("passed"):
+            state = "nothing ran"
+        elif state == "passed" and skipped:
+            state = f"passed but for {skipped} skipped"
+        rows.append(
+            {
+                "stage": stage["stage"],
+                "state": state if state == "passed" else f"**{state}**",
+                **{name: str(stage.get(name, "")) for name in ("seconds", "passed", "failed", "skipped")},
+                "was doing": ", ".join(map(str, stage.get("was_doing", {}).values())),
+            }
+        )
+    return table(pd.DataFrame(rows))
 
 
 def checks_text(checks: list[dict[str, str]]) -> list[str]:
     """How many had which outcome, then those that did not pass, with why."""
-    counts = Counter(one["outcome"] for one in checks)
+    counts = pd.Series([one["outcome"] for one in checks]).value_counts(sort=False)
     parts = [f"{len(checks)} checks: " + ", ".join(f"{count} {name}" for name, count in counts.items()) + "."]
     for outcome, title in (("failed", "Failed"), ("skipped", "Skipped, so not checked")):
         lines = [
@@ -120,24 +121,6 @@ def checks_text(checks: list[dict[str, str]]) -> list[str]:
         ]
         if lines:
             parts.append(f"**{title}**:\n\n" + "\n".join(lines))
-    return parts
-
-
-def _tables(result: Result) -> list[str]:
-    """Suite by suite, under the names that ``-k`` selects them by."""
-    parts = []
-    for suite in dict.fromkeys(str(group.axes.get("suite", "")) for group in result.groups):
-        tables: list[str | None] = []
-        for clock in clocks(result) or [names.WALL]:
-            if suite == "layer":
-                tables += [layer_table(result, dtype, clock) for dtype in ("bfloat16", "float32")]
-            elif suite == "kernels":
-                tables.append(bandwidth_table(result, clock))
-            else:
-                cells = whole(by_clock(result, clock))
-                tables += [group_table(one) for one in cells if one.axes.get("suite", "") == suite]
-        if any(tables):
-            parts += [f"## {suite.capitalize() or 'Suites'}", *filter(None, tables)]
     return parts
 
 
@@ -152,19 +135,20 @@ def _head(machine: dict) -> str:
 
 def report(result: Result, pictures: Iterable[tuple[Path, str]] = (), note: str = "") -> str:
     """Markdown; pictures are linked by file name."""
-    result, device = result.with_both(), result.machine.get("device", "cpu")
-    on_gpu = device != "cpu" or bool(clocks(result))
+    data, device = frame(result), result.machine.get("device", "cpu")
     parts = [
         "# What it costs",
         *([DRY] if device == "dry run" else []),
         _head(result.machine),
         "Ratios are taken within a round, in which the implementations took turns: the median and its 95 %"
-        " confidence interval. Overhead is the ratio to the bare frozen model, minus 1.",
+        " confidence interval. Throughput is that of the median round.",
     ]
-    if on_gpu and device != "dry run":
-        rows = [one.row for one in targets(result)]
-        parts += ["## Targets", markdown_table(["what", "target", "measured", "met"], rows)]
-    parts += ["\n".join(summary(result))] if device != "dry run" else []
+    has_clocks = len(data) > 0 and set(data["clock"]) != {WALL}  # as only a device has
+    if device != "dry run" and (device != "cpu" or has_clocks):
+        rows = [one.row for one in targets(result.with_both())]
+        parts += ["## Targets", table(pd.DataFrame(rows, columns=["what", "target", "measured", "met"]))]
+    if device != "dry run":
+        parts += ["## In short: mica.fast, times as fast", in_short(data)]
     if result.refused:
         lines = [
             f"- {', '.join(one[what] for what in ('group', 'implementation') if one.get(what))}: {one['why']}"
@@ -177,4 +161,6 @@ def report(result: Result, pictures: Iterable[tuple[Path, str]] = (), note: str 
         parts += ["## Checks", *checks_text(result.checks)]
     parts += [f"![{caption}]({path.name})\n\n{caption}" for path, caption in pictures]
     parts += [note] if note else []
-    return "\n\n".join([*parts, *_tables(result)]) + "\n"
+    for suite, rows in data.groupby("suite", sort=False) if len(data) else ():
+        parts += [f"## {suite.capitalize() or 'Suites'}", suite_table(rows)]
+    return "\n\n".join(parts) + "\n"

@@ -1,40 +1,29 @@
-"""Pictures of one run: one idea each, and none for suites that the run does not have.
+"""Pictures of one run, by seaborn: one idea each, and none for suites that the run does not have.
 
 PNG with a transparent background and grey text, which reads on light and dark pages; reproducible.
 """
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from math import inf
 from pathlib import Path
 
 import matplotlib
+import seaborn
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure  # not pyplot: no display and no global state
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, NullLocator
 
-from bench.report.cells import by_clock, clocks, having, ratio
-from bench.results import names
-from bench.results.names import ATEN, BARE, BOTH, DEVICE_TIME, FAST, LORA, STOCK, STOCK_16, WALL
-from bench.results.schema import Group, Ratio, Result
+from bench.report.frame import IMPLEMENTATION, in_words, inverse, rounds
+from bench.results.cell import Group, Ratio, interval
+from bench.results.names import BARE, BOTH, DEVICE_TIME, FAST, STOCK, WALL
+from bench.results.schema import Result
 
 INK = "#7a7a7a"  # as far from GitHub's light page as from its dark one
-# Okabe and Ito's hues, as dark as both pages allow. One hue is one software, its variants differ in dashes.
-OURS, PEFT, OTHER, VIOLET = "#D55E00", "#1F7FC4", "#008F6B", "#A66BBE"
-STYLES = {  # colour, dashes, marker
-    FAST: (OURS, "-", "o"),
-    STOCK: (PEFT, "-", "o"),
-    STOCK_16: (PEFT, "--", "s"),
-    names.COMPILED: (PEFT, ":", "^"),
-    names.COMPILED_FAST: (OURS, ":", "^"),
-    names.COMPILED_PLAIN: (OURS, ":", "v"),
-    names.AUTOCAST: (PEFT, "-.", "v"),
-    names.AUTOCAST_FAST: (OURS, "-.", "v"),
-    LORA: (OTHER, "-", "o"),
-    ATEN: (VIOLET, "--", "D"),
-}
+# Okabe and Ito's hues, as dark as both pages allow
+OURS, PEFT = "#D55E00", "#1F7FC4"
+PALETTE = {BARE: INK, STOCK: PEFT, FAST: OURS}
 SETTINGS = {  # override the user's matplotlibrc
     **{"font.family": "DejaVu Sans", "font.size": 8.5, "savefig.dpi": 144},  # the font comes with matplotlib
     **dict.fromkeys(("figure.facecolor", "axes.facecolor", "savefig.facecolor"), "none"),
@@ -45,15 +34,20 @@ SETTINGS = {  # override the user's matplotlibrc
     **{"grid.color": INK, "grid.alpha": 0.35, "grid.linewidth": 0.5, "legend.labelcolor": "linecolor"},
 }
 MIN_POINTS = 3  # of a line
-# suite -> its name in the picture: what is done once, then what every step does
-AGAINST_STOCK = {
-    "initialisation": "initialisation",
-    "loading": "loading an adapter",
-    "merge": "merge and unmerge",
-    "step": "training step",
-    "block": "one block, forward + backward",
-    "generation": "generate(), adapter unmerged",
+# panel -> suite -> its name there
+PANELS = {
+    "paid once": {
+        "initialisation": "initialisation",
+        "loading": "loading an adapter",
+        "merge": "merge and unmerge",
+    },
+    "paid at each step": {
+        "step": "training step",
+        "block": "one block, forward + backward",
+        "generation": "generate(), adapter unmerged",
+    },
 }
+ONCE, EACH_STEP = PANELS
 
 
 def draw(result: Result, folder: Path, stem: str) -> list[tuple[Path, str]]:
@@ -69,150 +63,92 @@ def draw(result: Result, folder: Path, stem: str) -> list[tuple[Path, str]]:
 
 def figures(result: Result) -> Iterator[tuple[str, Figure, str]]:
     """Ending of the file's name, figure, caption."""
-    result = result.with_both()
-    yield from _overhead(by_clock(result, DEVICE_TIME if DEVICE_TIME in clocks(result) else WALL))
-    yield from _against_stock(by_clock(result, WALL))
+    groups = result.with_both().groups
+    timed_by = {group.axes.get("clock") for group in groups}
+    clock = DEVICE_TIME if DEVICE_TIME in timed_by else WALL
+    yield from _throughput([one for one in groups if one.axes.get("clock", WALL) == clock])
+    yield from _against_stock([one for one in groups if one.axes.get("clock", WALL) == WALL])
 
 
-def families(groups: Iterable[Group]) -> list[dict[int, Group]]:
-    """Cells that differ in their number of tokens only: tokens -> cell."""
-    by_axes: dict[tuple, dict[int, Group]] = {}
+def families(groups: list[Group]) -> list[list[Group]]:
+    """Cells that differ in their number of tokens only, by that number."""
+    by_axes: dict[tuple, list[Group]] = {}
     for group in sorted(groups, key=lambda one: one.axes["tokens"]):
-        others = {name: value for name, value in group.axes.items() if name != "tokens"}
-        by_axes.setdefault(tuple(sorted(others.items())), {})[group.axes["tokens"]] = group
+        others = {axis: value for axis, value in group.axes.items() if axis != "tokens"}
+        by_axes.setdefault(tuple(sorted(others.items())), []).append(group)
     return [*by_axes.values()]
 
 
-def described(axes: dict[str, str | int]) -> str:
-    """The axes in words, without suite and pass."""
-    shown = {name: value for name, value in axes.items() if name not in ("suite", "pass")}
-    words = [str(shown.pop("model"))] if "model" in shown else []
-    if {"out", "in"} <= shown.keys():
-        words.append(f"{shown.pop('out')} × {shown.pop('in')}")
-    for name, value in shown.items():
-        counted, plain = name == "tokens", name in ("dtype", "clock")
-        words.append(f"{value} {name}" if counted else str(value) if plain else f"{name} {value}")
-    return ", ".join(words)
-
-
-def _overhead(result: Result) -> Iterator[tuple[str, Figure, str]]:
+def _throughput(groups: list[Group]) -> Iterator[tuple[str, Figure, str]]:
     """Of the layer that was timed with the most numbers of tokens, the first if several."""
-    layers = having({BARE}, result.select(suite="layer", **{"pass": BOTH}))
-    family = max(families(layers), key=len, default={})
-    points: dict[str, dict[int, Ratio]] = {}
-    for tokens, group in family.items():
-        for name in group.timings:
-            percent = Ratio(*(100 * (number - 1) for number in group.ratio(name, BARE)))
-            points.setdefault(name, {})[tokens] = percent
-    series = {name: line for name, line in points.items() if len(line) > 1 and name != BARE}
-    if len(family) < MIN_POINTS or not series:
+    layers = [
+        one
+        for one in groups
+        if one.axes.get("suite") == "layer" and one.axes.get("pass") == BOTH and BARE in one.timings
+    ]
+    family = max(families(layers), key=len, default=[])
+    if len(family) < MIN_POINTS:
         return
-    at = described({name: value for name, value in group.axes.items() if name != "tokens"})
-    title = f"Time over the bare frozen layer, forward + backward\n{at}"
-    figure, axes = _blank(8.6, 3.6, title)
-    lines(axes, series, " %")
-    axes.set_xlabel("tokens in the batch (log)")
-    axes.set_ylabel("% over the bare layer" + (" (log)" if axes.get_yscale() == "log" else ""))
-    caption = f"What an adapter adds to the time of a frozen linear layer ({at}), by tokens in the batch"
-    if ours := points.get(FAST):
-        ends = " and ".join(f"{ours[tokens].median:.0f} % at {tokens}" for tokens in (min(ours), max(ours)))
-        caption += f": {FAST} {ends} (bands: intervals of the median over the rounds)"
-    yield "overhead-by-tokens", figure, caption + "."
+    at = in_words({axis: value for axis, value in family[0].axes.items() if axis != "tokens"})
+    figure = Figure(figsize=(8.6, 3.6), layout="constrained")
+    axes = figure.add_subplot(title=f"Tokens per second through one adapted layer, forward + backward\n{at}")
+    lines(axes, family)
+    caption = (
+        f"Tokens per second through a linear layer ({at}), forward + backward, by tokens in the batch:"
+        " bare, with stock PEFT's adapter, with mica.fast's (bands: intervals of the median)."
+    )
+    yield "throughput", figure, caption
 
 
-def _against_stock(result: Result) -> Iterator[tuple[str, Figure, str]]:
-    factors = {}
-    for suite, what in AGAINST_STOCK.items():
-        for group in result.select(suite=suite):
-            if (faster := ratio(group, STOCK, FAST)) is not None:
-                factors[f"{what}\n{described(group.axes)}"] = faster
-    if not factors:
+def lines(axes: Axes, family: list[Group]) -> None:
+    """Tokens a second by tokens in the batch, both logarithmic, with the interval of the median as a band."""
+    data = rounds(family, [*PALETTE])
+    seaborn.lineplot(
+        data,
+        x="tokens",
+        y="tokens/s",
+        hue=IMPLEMENTATION,
+        hue_order=[name for name in PALETTE if name in set(data[IMPLEMENTATION])],
+        palette=PALETTE,
+        marker="o",
+        estimator="median",
+        errorbar=_band,
+        ax=axes,
+    )
+    axes.set(xscale="log", yscale="log", xlabel="tokens in the batch (log)", ylabel="tokens/s (log)")
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    plain(axes.xaxis, sorted(set(data["tokens"])))
+    plain(axes.yaxis)
+    seaborn.move_legend(axes, "center left", bbox_to_anchor=(1, 0.5), title=None)
+
+
+def _band(values) -> tuple[float, float]:
+    ratio = _finite(interval(list(values)))
+    return ratio.low, ratio.high
+
+
+def _against_stock(groups: list[Group]) -> Iterator[tuple[str, Figure, str]]:
+    panels: dict[str, dict[str, Ratio]] = {}
+    for panel, suites in PANELS.items():
+        for suite, what in suites.items():
+            for group in groups:
+                if group.axes.get("suite") == suite and {STOCK, FAST} <= group.timings.keys():
+                    label = f"{what}\n{in_words(group.axes)}"
+                    panels.setdefault(panel, {})[label] = inverse(group.ratio(FAST, STOCK))
+    if not panels:
         return
-    figure, axes = _blank(7.2, 0.9 + 0.42 * len(factors), "Times faster than stock PEFT")
-    bars(axes, factors)
-    axes.set_xlabel("times faster (log; 1: as fast as stock PEFT)")
-    caption = "What a user waits for, as times faster than stock PEFT (lines: intervals of the median)."
-    yield "against-stock", figure, caption
+    counts = [len(factors) for factors in panels.values()]
+    figure = Figure(figsize=(7.2, 0.8 * len(panels) + 0.42 * sum(counts)), layout="constrained")
+    rows = figure.subplots(len(panels), 1, height_ratios=counts, squeeze=False)[:, 0]
+    for axes, (panel, factors) in zip(rows, panels.items(), strict=True):
+        bars(axes, factors, is_log=panel == ONCE)
+        axes.set_title(f"Times as fast as stock PEFT: what is {panel}")
+    caption = "How many times as fast as stock PEFT a user gets what is " + " and what is ".join(panels)
+    yield "against-stock", figure, f"{caption} (lines: intervals of the median)."
 
 
-def energy(profiles: dict[str, list[float]], path: Path) -> None:
-    """``profiles``: title -> energy along each tenth of the singular directions, largest first, over that
-    along as many random ones. Writes the picture."""
-    with matplotlib.rc_context(SETTINGS):
-        figure, axes = _blank(7.2, 3.2, "Where updates lie, by the singular values of the weight")
-        for (name, values), colour in zip(profiles.items(), (VIOLET, PEFT, OTHER), strict=True):
-            axes.plot(range(1, len(values) + 1), values, "-", marker="o", color=colour, label=name)
-        axes.axhline(1, color=INK, linewidth=1)
-        axes.set(yscale="log", xlabel="tenth of the left singular vectors: 1 the largest, 10 the smallest")
-        axes.set_ylabel("energy, random directions: 1 (log)")
-        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-        _plain(axes.xaxis, range(1, 11))
-        _plain(axes.yaxis)
-        axes.legend(loc="center left", bbox_to_anchor=(1, 0.5))
-        figure.savefig(path, metadata={"Software": None})
-
-
-def trade_off(curves: dict[str, list[tuple[float, float]]], path: Path) -> None:
-    """``curves``: method -> (forgotten in nats, new facts right in %). Writes the picture."""
-    hues = {"MiCA": OURS, "LoRA": PEFT, "frozen": OTHER, "full": VIOLET}
-    marks, seen = "osD^v", Counter()
-    with matplotlib.rc_context(SETTINGS):
-        figure, axes = _blank(8.6, 4.2, "New facts learned, by what was forgotten for them")
-        for name, points in curves.items():
-            kind = name.split()[0].rstrip(",")
-            dashes = ":" if "by the paper" in name else "-"
-            drawn = {"color": hues.get(kind, INK), "marker": marks[seen[kind] % len(marks)], "label": name}
-            axes.plot(*zip(*points, strict=True), dashes, markersize=4, linewidth=1.4, **drawn)
-            seen[kind] += 1
-        axes.set(xlabel="forgotten, nats per token", ylabel="new facts right, %")
-        axes.set_ylim(0, 100)
-        axes.legend(loc="center left", bbox_to_anchor=(1, 0.5))
-        figure.savefig(path, metadata={"Software": None})
-
-
-def _blank(width: float, height: float, title: str) -> tuple[Figure, Axes]:
-    """Inches."""
-    figure = Figure(figsize=(width, height), layout="constrained")
-    return figure, figure.add_subplot(title=title)
-
-
-def _plain(axis, values: Iterable[float] | None = None, unit: str = "") -> None:
-    """1024, not 10^3, on a logarithmic axis; at these values only, or where it has ticks."""
-    if values is not None:
-        axis.set_ticks(list(values))
-        axis.set_minor_locator(NullLocator())
-    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}{unit}"))
-    axis.set_minor_formatter(NullFormatter())
-
-
-def _finite(ratio: Ratio) -> Ratio:
-    """One round has no interval: none is drawn."""
-    return ratio if ratio.high < inf else Ratio(ratio.median, ratio.median, ratio.median)
-
-
-def lines(axes: Axes, series: dict[str, dict[int, Ratio]], unit: str) -> None:
-    """Over a logarithmic axis of the measured values; intervals as bands; legend ordered by line ends."""
-    axes.set_xscale("log")
-    for name, points in sorted(series.items(), key=lambda one: -one[1][max(one[1])].median):
-        colour, dashes, marker = STYLES.get(name, (INK, "--", "v"))
-        middle, low, high = zip(*(_finite(points[value]) for value in sorted(points)), strict=True)
-        width = 2.0 if colour == OURS else 1.4
-        drawn = {"color": colour, "linewidth": width, "markersize": 4, "label": name}
-        axes.plot(sorted(points), middle, dashes, marker=marker, **drawn)
-        axes.fill_between(sorted(points), low, high, color=colour, alpha=0.18, linewidth=0)
-    numbers = [number for points in series.values() for ratio in points.values() for number in _finite(ratio)]
-    if min(numbers) > 0 and max(numbers) > 30 * min(numbers):
-        axes.set_yscale("log")
-        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-    else:
-        axes.set_ylim(min(0, *numbers), 1.05 * max(numbers))
-    _plain(axes.xaxis, sorted({value for points in series.values() for value in points}))
-    _plain(axes.yaxis, unit=unit)
-    axes.legend(loc="center left", bbox_to_anchor=(1, 0.5))
-
-
-def bars(axes: Axes, factors: dict[str, Ratio]) -> None:
-    """Speedups on a logarithmic axis: bars start at 1, to the left where below it, the first on top."""
+def bars(axes: Axes, factors: dict[str, Ratio], is_log: bool) -> None:
+    """They start at 1, to the left where below it, the first on top."""
     factors = {name: _finite(ratio) for name, ratio in factors.items()}
     for i, (middle, low, high) in enumerate(factors.values()):
         axes.barh(i, middle - 1, left=1, color=OURS, linewidth=0)
@@ -222,9 +158,27 @@ def bars(axes: Axes, factors: dict[str, Ratio]) -> None:
         axes.annotate(text, (max(high, 1), i), color=OURS, **place)
     axes.set_yticks(range(len(factors)), factors)
     axes.set_ylim(len(factors) - 0.3, -0.7)
-    ends = min(1.0, *(low for _, low, _ in factors.values())), max(high for *_, high in factors.values())
-    axes.set(xscale="log", xlim=(0.8 * ends[0], 1.3 * ends[1]))
-    _plain(axes.xaxis)
+    lowest = min(1.0, *(low for _, low, _ in factors.values()))
+    highest = max(1.0, *(high for *_, high in factors.values()))
+    if is_log:
+        axes.set(xscale="log", xlim=(0.8 * lowest, 2.5 * highest), xlabel="times as fast (log)")
+    else:  # at least a quarter to both sides: a factor of 1.02 is to look like one
+        axes.set(xlim=(min(0.75, lowest), max(1.25, highest + 0.15)), xlabel="times as fast")
+    plain(axes.xaxis)
     axes.axvline(1, color=INK, linewidth=1, zorder=0)
     axes.grid(visible=False)  # the bars are labelled
-    axes.spines["bottom"].set_visible(False)
+    seaborn.despine(ax=axes, bottom=True)
+
+
+def plain(axis, values: list[float] | None = None) -> None:
+    """1024, not 10^3, on a logarithmic axis; at these values only, or where it has ticks."""
+    if values is not None:
+        axis.set_ticks(values)
+        axis.set_minor_locator(NullLocator())
+    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.6g}"))
+    axis.set_minor_formatter(NullFormatter())
+
+
+def _finite(ratio: Ratio) -> Ratio:
+    """One round has no interval: none is drawn."""
+    return ratio if ratio.high < inf else Ratio(ratio.median, ratio.median, ratio.median)

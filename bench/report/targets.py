@@ -8,9 +8,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import NamedTuple
 
-from bench.report.cells import facts, ratio
 from bench.results import names
-from bench.results.schema import Group, Ratio, Result
+from bench.results.cell import Group, Ratio
+from bench.results.schema import Result
 
 LAYER = {"suite": "layer", "tokens": 8192, "out": 4096, "in": 4096, "rank": 16, "dtype": "bfloat16"}
 # (pass, per cent of the bare model's time that it may add)
@@ -38,13 +38,9 @@ class Target(NamedTuple):
             return [self.what, limit, "", "not measured"]
         is_ratio = isinstance(self.measured, Ratio)
         value = self.measured.median if is_ratio else self.measured
+        shown = str(self.measured) if is_ratio else f"{value:.3f}"
         met = value <= self.limit if self.at_most else value >= self.limit
-        return [
-            self.what,
-            limit,
-            str(self.measured) if is_ratio else f"{value:.3f}",
-            "yes" if met else "**NO**",
-        ]
+        return [self.what, limit, shown, "yes" if met else "**NO**"]
 
 
 def targets(result: Result) -> list[Target]:
@@ -52,48 +48,46 @@ def targets(result: Result) -> list[Target]:
     return [*_times(result), *_bandwidths(result), *_errors(result)]
 
 
-def share_of_copy(result: Result, group: Group, name: str) -> Ratio | None:
-    """A kernel's bandwidth ÷ that of a copy."""
-    times = ratio(group, names.COPY, name)
-    ours, copied = (facts(result, group, one).get("bytes") for one in (name, names.COPY))
-    if times is None or ours is None:
-        return None
-    return Ratio(*(one * ours / (copied or ours) for one in times))  # the copy moves as many unless noted
+def _layer(result: Result, part: str, clock: str = names.DEVICE_TIME) -> Group:
+    """The one that stands for the others; without an implementation if the run does not have it."""
+    return next(result.select(**LAYER, **{"pass": part}, clock=clock), Group("", {}))
 
 
-def _timed(result: Result, **axes: str | int) -> Iterator[Group]:
-    return result.select(**axes, clock=names.DEVICE_TIME)
+def _ratio(group: Group, name: str, baseline: str) -> Ratio | None:
+    return group.ratio(name, baseline) if {name, baseline} <= group.timings.keys() else None
 
 
 def _times(result: Result) -> Iterator[Target]:
-    nothing = Group("", {})
     for part, limit in OVERHEADS:
         what = f"a layer, {part}: % that {names.FAST} adds to the {names.BARE}"
-        over = ratio(next(_timed(result, **LAYER, **{"pass": part}), nothing), names.FAST, names.BARE)
+        over = _ratio(_layer(result, part), names.FAST, names.BARE)
         yield Target(what, True, limit, over and Ratio(*(100 * (value - 1) for value in over)))
-    layer = next(_timed(result, **LAYER, **{"pass": names.BOTH}), nothing)
     for name, limit in SPEEDUPS:
         what = f"a layer, {names.BOTH}: {name} ÷ {names.FAST}"
-        yield Target(what, False, limit, ratio(layer, name, names.FAST))
+        yield Target(what, False, limit, _ratio(_layer(result, names.BOTH), name, names.FAST))
 
 
 def _bandwidths(result: Result) -> Iterator[Target]:
-    """The slowest cell of each kernel, in its default configuration, which is the first one."""
+    """The slowest cell of each kernel, in its default configuration, which is the first one.
+
+    A copy moves as many bytes, so the quotient of times is that of bandwidths.
+    """
     for kernel in KERNELS:
         shares = []
-        for group in _timed(result, suite="kernels"):
-            name = next((one for one in group.timings if one not in (names.COPY, names.CUBLAS)), None)
-            if group.axes["kernel"] == kernel and name and int(group.axes["tokens"]) >= TOKENS:
-                shares.append((share_of_copy(result, group, name), f"{group.name}, {name}"))
-        share, where = min((one for one in shares if one[0]), default=(None, f"from {TOKENS} tokens"))
-        yield Target(f"{kernel}: bandwidth ÷ that of a copy; {where}", False, SHARE, share)
+        for group in result.select(suite="kernels", kernel=kernel, clock=names.DEVICE_TIME):
+            name = next((one for one in group.timings if one not in (names.COPY, names.CUBLAS)), "")
+            share = _ratio(group, names.COPY, name)
+            if share and int(group.axes["tokens"]) >= TOKENS:
+                shares.append((share, f"{group.name}, {name}"))
+        slowest, where = min(shares, default=(None, f"from {TOKENS} tokens"))
+        yield Target(f"{kernel}: bandwidth ÷ that of a copy; {where}", False, SHARE, slowest)
 
 
 def _errors(result: Result) -> Iterator[Target]:
-    layer = next(_timed(result, **LAYER, **{"pass": names.BOTH}), None)
+    timings = _layer(result, names.BOTH, names.WALL).timings  # whose cell has the facts
     for what in ("y", "dx", "dA"):
         ours, stock = (
-            facts(result, layer, name).get(f"error of {what}") if layer else None
+            timings[name].facts.get(f"error of {what}") if name in timings else None
             for name in (names.FAST, names.STOCK)
         )
         measured = None if None in (ours, stock) else ours / stock

@@ -11,13 +11,22 @@ import json
 import os
 from pathlib import Path
 
-from bench.results.schema import Group, Result, Timing, is_refused
+from bench.results.cell import Group, Timing, is_refused
+from bench.results.schema import Result
 
 VARIABLE = "MICA_BENCH_JOURNAL"  # the journal's path, for the processes that a run starts
+
+_own: list[dict] = []
+
+
+def own() -> list[dict]:
+    """What this process has written, whether there is a file or not."""
+    return _own
 
 
 def write(kind: str, **entry) -> None:
     """Append one whole line to the journal of this run, if it has one, from any process."""
+    _own.append({"kind": kind, **entry})
     if path := os.environ.get(VARIABLE):
         line = json.dumps({"kind": kind, **entry}) + "\n"
         descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
@@ -59,6 +68,7 @@ def fold(entries: list[dict], machine: dict) -> Result:
             timing = group.timings.setdefault(entry["implementation"], Timing())
             timing.seconds.append(float(f"{entry['seconds']:.5g}"))
             timing.facts |= entry["facts"]
+            timing.work |= entry["work"]
     for group in groups.values():
         for name in [*group.timings]:
             if any(is_refused(one, group.name, name) for one in refused):

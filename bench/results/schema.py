@@ -1,113 +1,18 @@
-"""What a run leaves behind: one JSON file, and the numbers that follow from it.
+"""What a run leaves behind: one JSON file of its cells, and what was refused and checked.
 
-Each implementation in a group has a list of seconds, one per round. A ratio is always taken within a round,
-in which the implementations took turns: a machine that slows down slows both.
+The file is pytest-benchmark's (`bench.results.benchmarks`), so that ``pytest-benchmark compare`` reads it.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
-from math import comb, exp, inf, log
+from dataclasses import dataclass, field
 from pathlib import Path
-from statistics import mean, median, stdev
-from typing import NamedTuple
 
-from scipy.special import stdtrit  # quantiles of Student's t
-
-from bench.results.names import BACKWARD, BARE, BOTH, FORWARD
-
-
-class Ratio(NamedTuple):
-    """The median over the rounds and its confidence interval (see `interval`)."""
-
-    median: float
-    low: float
-    high: float
-
-    def __str__(self) -> str:
-        if self.high == inf:
-            return f"{self.median:.3f} (one round)"
-        digits = 2 if abs(self.median) < 100 else 0
-        return f"{self.median:.{digits + 1}f} ({self.low:.{digits}f}–{self.high:.{digits}f})"
-
-    def overlaps(self, other: Ratio) -> bool:
-        return self.low <= other.high and other.low <= self.high
-
-
-def interval(values: list[float]) -> Ratio:
-    """Median and a confidence interval of at least 95 %.
-
-    By order statistics: the k-th smallest and k-th largest enclose the true median unless fewer than k values
-    lie on one side of it, whatever the distribution. With fewer than 6 values even the range holds it with
-    less than 95 %; then Student's interval, of the logarithms where all are positive, and at least the range.
-    One value has no interval: from 0 to infinity.
-    """
-    ordered, n = sorted(values), len(values)
-    if n == 1:
-        return Ratio(ordered[0], 0.0, inf)
-    if n < 6:
-        return _students(ordered)
-    k = 1
-    while 2 * sum(comb(n, below) for below in range(k + 1)) <= 0.05 * 2**n:
-        k += 1
-    return Ratio(median(ordered), ordered[k - 1], ordered[n - k])
-
-
-def _students(ordered: list[float]) -> Ratio:
-    positive = ordered[0] > 0
-    numbers = [log(value) for value in ordered] if positive else ordered
-    reach = stdtrit(len(numbers) - 1, 0.975) * stdev(numbers) / len(numbers) ** 0.5
-    ends = mean(numbers) - reach, mean(numbers) + reach
-    low, high = map(exp, ends) if positive else ends
-    return Ratio(median(ordered), min(low, ordered[0]), max(high, ordered[-1]))
-
-
-@dataclass
-class Timing:
-    """Seconds of every round, and what was counted or measured in addition."""
-
-    seconds: list[float] = field(default_factory=list)
-    facts: dict[str, float] = field(default_factory=dict)
-
-    @property
-    def median(self) -> float:
-        return median(self.seconds)
-
-
-@dataclass
-class Group:
-    """Implementations that did the same work in turns. ``axes``: its suite, tokens, rank, dtype, …"""
-
-    name: str
-    axes: dict[str, str | int]
-    timings: dict[str, Timing] = field(default_factory=dict)
-
-    def ratio(self, name: str, baseline: str) -> Ratio:
-        """Of the implementations of these names."""
-        pairs = zip(self.timings[name].seconds, self.timings[baseline].seconds, strict=True)
-        return interval([a / b for a, b in pairs])
-
-    def overhead(self, name: str, baseline: str, bare: str = BARE) -> Ratio | None:
-        """(implementation - bare) in each round ÷ median of (baseline - bare); None if that is not positive.
-
-        The divisor is a median: a round in which the baseline happens to be hardly slower than the bare model
-        would blow up a quotient taken within it.
-        """
-        extra, unit = (
-            [a - b for a, b in zip(self.timings[one].seconds, self.timings[bare].seconds, strict=True)]
-            for one in (name, baseline)
-        )
-        if median(unit) <= 0:
-            return None
-        return interval([value / median(unit) for value in extra])
-
-
-def is_refused(refusal: dict[str, str | None], group: str, name: str) -> bool:
-    """Of this implementation, or all of them, in this group, or all whose names begin with that refused."""
-    is_of_group = f"{group}, ".startswith(f"{refusal['group']}, ")
-    return is_of_group and refusal.get("implementation") in (None, name)
+from bench.results import benchmarks
+from bench.results.cell import Group, Timing
+from bench.results.names import BACKWARD, BOTH, FORWARD
 
 
 @dataclass
@@ -132,22 +37,23 @@ class Result:
 
     @classmethod
     def load(cls, path: Path) -> Result:
-        """From a file that `save` wrote."""
-        raw = json.loads(path.read_text())
-        groups = [Group(one["name"], one["axes"]) for one in raw["groups"]]
-        for group, one in zip(groups, raw["groups"], strict=True):
-            group.timings = {name: Timing(**timing) for name, timing in one["timings"].items()}
-        return cls(raw["machine"], groups, raw["refused"], raw.get("checks", []), raw.get("stages", []))
+        """From a file that `save` wrote, or that pytest-benchmark did in a run of the suites."""
+        raw = json.loads(path.read_text(encoding="utf-8"))
+        result = cls(benchmarks.facts(raw), [], **benchmarks.records(raw))
+        groups: dict[str, Group] = {}
+        for entry in raw["benchmarks"]:
+            info = entry["extra_info"]
+            group = groups.setdefault(entry["group"], Group(entry["group"], info["axes"]))
+            timing = Timing(entry["stats"]["data"], info["facts"], info["work"])
+            group.timings[info["implementation"]] = timing
+        result.groups.extend(groups.values())
+        return result
 
     def save(self, path: Path) -> None:
-        """As JSON, a line for each group and each other record; the file is complete at every moment."""
-        parts = [f'"machine": {json.dumps(self.machine)}']
-        for name in ("refused", "checks", "stages", "groups"):
-            records = [asdict(one) if name == "groups" else one for one in getattr(self, name)]
-            lines = ",\n".join(map(json.dumps, records))
-            parts.append(f'"{name}": [\n{lines}\n]' if records else f'"{name}": []')
+        """As JSON, a line for each benchmark and each other record; the file is complete at every moment."""
         scratch = path.with_suffix(".part")
-        scratch.write_text("{" + ",\n".join(parts) + "}\n")
+        lists = {name: getattr(self, name) for name in benchmarks.RECORDS}
+        scratch.write_text(benchmarks.document(self.machine, self.groups, lists), encoding="utf-8")
         scratch.replace(path)
 
     def with_both(self) -> Result:
@@ -159,7 +65,8 @@ class Result:
                 both = Group(forward.name.replace(FORWARD, BOTH), summed)
                 for name in (one for one in forward.timings if one in backward.timings):
                     # in an interrupted run one may have one round more
-                    pairs = zip(forward.timings[name].seconds, backward.timings[name].seconds, strict=False)
-                    both.timings[name] = Timing([a + b for a, b in pairs], dict(forward.timings[name].facts))
+                    first, second = forward.timings[name], backward.timings[name]
+                    pairs = zip(first.seconds, second.seconds, strict=False)
+                    both.timings[name] = Timing([a + b for a, b in pairs], {**first.facts}, {**first.work})
                 groups += [both] if both.timings else []
         return Result(self.machine, groups, self.refused, self.checks, self.stages)

@@ -16,6 +16,7 @@ from transformers import AutoModel
 import mica.fast
 from bench.measure.machine import DEVICE, ON_ACCELERATOR
 from bench.results.names import FAST, STOCK
+from bench.results.throughput import BYTES, FLOP, MATRICES, gram_flop
 from bench.suites.decoder import RANK, adapted, config_of
 from bench.suites.harness import build_all, pick
 from tests.support import models
@@ -60,6 +61,11 @@ def energy(model) -> float:
     return total
 
 
+def adapted_shapes(model) -> list[tuple[int, int]]:
+    """(out_features, in_features) of every adapted layer."""
+    return [tuple(layer.get_base_layer().weight.shape) for layer in models.adapted_layers(model).values()]
+
+
 least: dict[str, float] = {}  # energies that stock PEFT reaches
 
 
@@ -73,6 +79,8 @@ def bench_initialisation(once, gated, round_, implementation):
     with IMPLEMENTATIONS[implementation]():
         wrapped = once(wrap, group, implementation, axes, make=lambda: copy.deepcopy(base()))
         once.note_growth(peak_mb=1e6)
+        shapes = adapted_shapes(wrapped)
+        once.note_work({MATRICES: len(shapes), FLOP: sum(gram_flop(*shape) for shape in shapes)})
         spent = energy(wrapped)
     if implementation == STOCK:
         least[group] = spent
@@ -90,6 +98,7 @@ def bench_loading(once, gated, round_, implementation, tmp_path_factory):
     load = functools.partial(PeftModel.from_pretrained, model_id=adapter)
     with IMPLEMENTATIONS[implementation]():
         loaded = once(load, group, implementation, axes, make=lambda: copy.deepcopy(base()))
+    once.note_work({MATRICES: len(models.adapted_layers(loaded))})
     assert all(layer.lora_A["default"].weight.any() for layer in models.adapted_layers(loaded).values())
 
 
@@ -136,5 +145,8 @@ def bench_merge(once, gated, round_, implementation):
         model.unmerge_adapter()
 
     axes = {"suite": "merge", **AXES, "dtype": "bfloat16"}
+    # each weight is read and written by the merge, and again by the unmerge
+    merged = sum(out * inner for out, inner in adapted_shapes(model))
+    work = {BYTES: 4.0 * merged * torch.bfloat16.itemsize}
     with IMPLEMENTATIONS[implementation]():
-        once(merge_and_unmerge, group, implementation, axes, **facts if round_ == 0 else {})
+        once(merge_and_unmerge, group, implementation, axes, work=work, **facts if round_ == 0 else {})

@@ -28,6 +28,7 @@ from bench.measure.clocks import seconds
 from bench.measure.machine import DEVICE, ON_ACCELERATOR
 from bench.measure.memory import peak_growth, saved_bytes
 from bench.results.names import BARE, FAST, LORA, SVD
+from bench.results.throughput import FLOP, MATRICES, gram_flop
 from bench.suites.harness import build_all, iterations, pick, whole_turns
 from bench.suites.layer import Form
 from bench.suites.steps import Step, checked
@@ -207,4 +208,6 @@ def initialisations() -> dict[str, Callable]:
 def bench_experts_initialisation(once, gated, round_, implementation):
     calls = gated(STACK_GROUP, initialisations, implementation)
     axes = {"suite": "experts init", **dict(zip(("experts", "out", "in"), STACK, strict=True))}
-    once(calls[implementation], STACK_GROUP, implementation, axes | {"rank": STACK_RANK})
+    experts, *shape = STACK
+    work = {MATRICES: experts, FLOP: experts * gram_flop(*shape)}
+    once(calls[implementation], STACK_GROUP, implementation, axes | {"rank": STACK_RANK}, work=work)

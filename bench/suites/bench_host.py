@@ -24,7 +24,7 @@ from transformers import AutoModel, GenerationConfig, LlamaConfig
 
 import mica.fast
 from bench.measure.machine import ON_ACCELERATOR, SIZE
-from bench.results import names
+from bench.results import names, throughput
 from bench.results.names import ATEN, BARE, BOTH, FAST, MERGED, NO_GRADIENT, STOCK
 from bench.suites.decoder import LINEAR_LAYERS, RANK, Work, adapted
 from bench.suites.harness import build_all, pick, turns
@@ -219,7 +219,8 @@ def bench_host(once, gated, one_thread, cell, round_, part, implementation):
     launches, has_gradient = no_launch.launches, part == BOTH
     with torch.set_grad_enabled(has_gradient):
         call = None if has_gradient else step.form.forward
-        runs = step.time(once, group, implementation, axes, cell.calls[has_gradient], call)
+        # no work: what launches nothing has no throughput
+        runs = step.time(once, group, implementation, axes, cell.calls[has_gradient], call, work={})
     once.note(launches=(no_launch.launches - launches) / runs)
 
 
@@ -269,5 +270,7 @@ def bench_host_generation(once, gated, round_, implementation):
     group = f"generate() of {NEW_TOKENS} tokens after {PROMPT_TOKENS}, SmolLM2-135M, r = {RANK}, float32"
     model = gated(group, lambda: generate_setting(group), implementation)[implementation]
     axes = {"suite": "generation", "model": "SmolLM2-135M", "new tokens": NEW_TOKENS, "rank": RANK}
+    axes["dtype"] = "float32"
+    call = partial(generated, model, NEW_TOKENS)
     with GENERATE[implementation]():
-        once(partial(generated, model, NEW_TOKENS), group, implementation, {**axes, "dtype": "float32"})
+        once(call, group, implementation, axes, work={throughput.TOKENS: NEW_TOKENS})

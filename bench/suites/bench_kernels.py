@@ -1,7 +1,7 @@
 """Each skinny kernel in all its configurations, beside a copy that moves as many bytes and cuBLAS.
 
 All of them are memory-bound, so a kernel is as good as the share of the copy's bandwidth that it reaches:
-``bytes`` is what a launch must read and write once. Each configuration is checked against
+its work is the bytes that a launch must read and write once. Each configuration is checked against
 `mica.paths.torch_path` in fp64 and refused individually.
 """
 
@@ -13,18 +13,19 @@ import pytest
 import torch
 from torch import Tensor
 
-from bench.measure.machine import DEVICE
+from bench.measure.machine import DEVICE, seconds_at_peak
 from bench.results.names import COPY, CUBLAS, DOWN_A, DOWN_B, GRAD_A, UP_B
+from bench.results.throughput import BYTES
 from bench.suites.harness import build_all, needs_accelerator, pick, whole_turns
 from tests.support.tolerances import RELATIVE, error
 
 pytest.importorskip("triton")
 
-from bench.suites.kernel_calls import Work, down, gradient_of_a, up
 from mica.kernels.common import target_of
 from mica.kernels.configs import Config
 from mica.kernels.launching import Launch
 from mica.kernels.limits import padded_columns
+from tests.support.kernel_calls import Work, down, gradient_of_a, up
 
 pytestmark = needs_accelerator
 
@@ -156,4 +157,5 @@ def setting(cell: Cell) -> tuple[dict[str, Callable], int]:
 def bench_kernels(once, gated, cell, round_, implementation):
     calls, size = gated(cell.name, lambda: setting(cell), implementation)
     sample = cell.name, implementation, cell.axes, ITERATIONS
-    once(calls[implementation], *sample, all_clocks=True, bytes=size)
+    work = {BYTES: float(size), **seconds_at_peak(size)}
+    once(calls[implementation], *sample, all_clocks=True, work=work)

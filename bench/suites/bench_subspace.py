@@ -16,6 +16,7 @@ from torch import Tensor
 from bench.measure.clocks import seconds
 from bench.measure.machine import DEVICE
 from bench.results.names import SVD
+from bench.results.throughput import FLOP, MATRICES, gram_flop
 from bench.suites.harness import build_all, iterations, pick, whole_turns
 from mica import minor_subspace
 from mica.subspace.many import Task, solve_many
@@ -49,11 +50,21 @@ class Cell(NamedTuple):
         return f"minor subspace, {shape}" if self.weights == 1 else f"{self.weights} minor subspaces, {shape}"
 
     @property
+    def key(self) -> str:
+        """For ``-k``."""
+        shape = f"{self.out}x{self.inner}"
+        return shape if self.weights == 1 else f"{self.weights}x{shape}"
+
+    @property
     def axes(self) -> dict[str, str | int]:
         shape = {"out": self.out, "in": self.inner}
         if self.weights == 1:
             return {"suite": "subspace", **shape}
         return {"suite": "subspaces", "weights": self.weights, **shape}
+
+    @property
+    def work(self) -> dict[str, float]:
+        return {MATRICES: self.weights, FLOP: self.weights * gram_flop(self.out, self.inner)}
 
     @property
     def implementations(self) -> list[str]:
@@ -123,6 +134,6 @@ def setting(cell: Cell) -> tuple[dict[str, Callable], int]:
 def bench_subspace(once, gated, cell, round_, implementation):
     calls, count = gated(cell.name, lambda: setting(cell), implementation)
     elements = cell.weights * cell.out * cell.inner
-    once(calls[implementation], cell.name, implementation, cell.axes, count)
+    once(calls[implementation], cell.name, implementation, cell.axes, count, work=cell.work)
     if elements >= 2**22:
         once.note_growth(peak_extra=4 * elements)

@@ -14,7 +14,7 @@ from torch import nn
 
 from bench.measure.machine import DEVICE, IS_DRY, ON_ACCELERATOR, SIZE
 from bench.results import journal
-from bench.results.schema import is_refused
+from bench.results.cell import is_refused
 
 T = TypeVar("T")
 

@@ -9,7 +9,7 @@ from functools import partial
 from bench.measure import clocks
 from bench.measure.machine import ON_ACCELERATOR
 from bench.measure.memory import peak_growth
-from bench.results import journal
+from bench.results import journal, throughput
 from bench.results.names import DEVICE_TIME, GRAPH, WALL
 from bench.suites.harness import leave_if_crashed, refuse, sentence, why_refused
 
@@ -19,6 +19,7 @@ class Once:
 
     The untimed call pays for what the implementation before has left: its data in the caches, its memory.
     ``axes``: which work it is; ``facts``: what was counted or measured in addition to the time.
+    ``work``: how much of it one call does (`bench.results.throughput`); by default the tokens of ``axes``.
     ``make``: of what a call uses up, one for each of the two calls, not timed.
     ``all_clocks``: on an accelerator also its device time and a replay of its graph, each a separate cell.
     """
@@ -28,10 +29,14 @@ class Once:
     def __init__(self, benchmark):
         self.benchmark = benchmark
         self.cell = self.implementation = self.grown = None
+        self.work: dict[str, float] = {}
         self.samples: list[dict] = []
 
-    def __call__(self, function, group, name, axes, iterations=1, make=None, all_clocks=False, **facts):
+    def __call__(
+        self, function, group, name, axes, iterations=1, make=None, all_clocks=False, work=None, **facts
+    ):
         self.cell, self.implementation = group, name
+        self.work = throughput.of_axes(axes) if work is None else work
         self.benchmark.group = group
         self.benchmark.extra_info.update(implementation=name, axes=axes)
         journal.write("doing", group=group, implementation=name)
@@ -56,6 +61,11 @@ class Once:
         for sample in self.samples[:1]:
             sample["facts"] |= facts
 
+    def note_work(self, work: dict[str, float]):
+        """The work of one call, where only its result tells it."""
+        for sample in self.samples:
+            sample["work"] = work
+
     def note_growth(self, **unit: float):
         """By how much memory grew at its peak, under this name, in a unit of so many bytes."""
         if self.grown is not None:
@@ -66,7 +76,7 @@ class Once:
         if ON_ACCELERATOR:
             group, axes = f"{group}, {clock}", {**axes, "clock": clock}
         sample = {"cell": self.cell, "group": group, "axes": axes, "implementation": self.implementation}
-        self.samples.append({**sample, "seconds": seconds, "facts": facts})
+        self.samples.append({**sample, "seconds": seconds, "facts": facts, "work": self.work})
 
     def _add_clock(self, clock: str, measure: Callable[[], float], axes: dict) -> None:
         """One that cannot be timed by this clock has no such number, and keeps the others."""

@@ -10,6 +10,7 @@ MAY_IMPORT = {
     "measure": {"results"},
     "model": set(),
     "suites": {"measure", "results"},
+    "conftest": {"measure", "results", "suites"},
     "run": {"measure", "results"},
     "report": {"results"},
     "quality": {"measure", "report"},

@@ -17,7 +17,7 @@ from bench.results import journal
 def sample(cell, implementation, seconds=1.0):
     about = {"group": cell, "implementation": implementation}
     journal.write("doing", **about)
-    journal.write("sample", cell=cell, axes={}, seconds=seconds, facts={}, **about)
+    journal.write("sample", cell=cell, axes={}, seconds=seconds, facts={}, work={}, **about)
     journal.write("test", stage="stage", name=f"{cell}, {implementation}", outcome="passed", is_check=False)
 
 refused = {(one["group"], one.get("implementation")) for one in journal.read() if one["kind"] == "refused"}
@@ -51,7 +51,7 @@ sample("a", "x")
 while not file.exists() and time.monotonic() < deadline:
     time.sleep(0.1)
     sample("a", "x")
-assert json.loads(file.read_text())["groups"][0]["timings"]["x"]["seconds"]
+assert json.loads(file.read_text())["benchmarks"][0]["stats"]["data"]
 """
 DIED, SILENT = "the process died", "nothing was heard for 4 s"
 

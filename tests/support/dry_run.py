@@ -23,18 +23,20 @@ class DryRun(NamedTuple):
 
 
 def dry_run(folder: Path, files: str, *arguments: str, injected: str = "", **environment: str) -> DryRun:
-    """Run them in a separate process; ``injected``: Python that breaks something there first."""
+    """Run them in a separate process; ``injected``: Python that breaks something there first.
+
+    ``files``: of ``bench/suites``, or of ``tests/device`` if they are tests.
+    """
     (folder / "injected.py").write_text(injected)
-    suites = ROOT / "bench" / "suites"
+    within = ROOT / "tests" / "device" if files.startswith("test_") else ROOT / "bench" / "suites"
     settings = {"MICA_BENCH_SIZE": "dry", "TRITON_INTERPRET": "1", "MICA_BACKEND": "triton"}
     settings[journal.VARIABLE] = str(folder / "journal.jsonl")
     command = [
         "pytest",
-        *(suites / file for file in files.split()),
-        "-c",
-        suites / "pytest.ini",
+        *(within / file for file in files.split()),
         "-p",
         "injected",
+        *([] if files.startswith("bench_") else ["-p", "bench.measure.watching"]),
         *arguments,
     ]
     done = start(*command, path=folder, **settings | environment)

@@ -2,6 +2,7 @@
 
 import json
 import os
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ import torch
 from bench.gpu import __main__ as gpu
 from bench.gpu.forms import table
 from bench.gpu.stages import COMMANDS, DRY_TESTS, STAGES, job
+from bench.results.cell import Group, Timing
 from bench.results.names import (
     BACKWARD,
     BARE,
@@ -21,7 +23,7 @@ from bench.results.names import (
     WALL,
     of_form,
 )
-from bench.results.schema import Group, Result, Timing
+from bench.results.schema import Result
 from mica.kernels.configs import Forms
 from tests.support.processes import ROOT, start
 
@@ -39,15 +41,15 @@ def test_what_it_needs_is_named(capsys, monkeypatch):
 def test_stages(stage, tmp_path):
     """Kernels are required where they are timed: on "auto" PyTorch would be timed under our name."""
     folder = ROOT / "tests" if stage.tests else ROOT / "bench" / "suites"
-    assert all((folder / file).exists() for file in (*stage.files, *(DRY_TESTS if stage.tests else ())))
+    assert all((folder / file).exists() for file in (*stage.files, *(DRY_TESTS if stage.parallel else ())))
     process = job(stage, tmp_path, "run", False, 1e9, 60.0)
     timed = not stage.tests and stage.name != "initialisation"  # there are no kernels in a solver
     assert (process.environment["MICA_BACKEND"] == "triton") == timed
     assert process.seconds <= stage.seconds
     assert process.environment["TRITON_INTERPRET"] == "0"  # whatever the environment says
-    if stage.tests:  # to the end, on all cores
+    assert ("worksteal" in process.command) == stage.parallel
+    if stage.tests:  # to the end
         assert not {"-x", "-q"} & {*process.command}
-        assert process.command[process.command.index("--dist") + 1] == "worksteal"
         assert process.environment["MICA_TEST_DEVICE"] == "cuda"
 
 
@@ -63,6 +65,19 @@ def test_two_commands_run_all_stages_within_ten_minutes_each():
     assert printed[0].split() == f"python -m bench.gpu --stages {COMMANDS[0]} --name run-1".split()
     assert len(printed) == len(COMMANDS)
     assert gpu.commands(sum(limits.values()), "run") == ""
+
+
+@pytest.mark.parametrize(
+    ("error", "said"), [(ImportError("x", name="pandas"), "pandas is not"), (KeyError(1), "KeyError")]
+)
+def test_a_report_that_cannot_be_made_does_not_end_the_run(error, said, monkeypatch):
+    def write(file, with_pictures):
+        raise error
+
+    monkeypatch.setattr("bench.report.__main__.write", write)
+    text = gpu.report(Path("run.json"))
+    assert said in text
+    assert text.endswith("python -m bench.report run.json makes it")
 
 
 SILENCE = 25  # seconds, after which a process that has begun is taken to hang
@@ -148,15 +163,17 @@ TIMES = {
 
 
 def test_the_fastest_form_of_all_layers_of_a_size_the_most_tokens_first():
-    def result(clock):
+    def result(clock, step=1):
         groups = []
         for (tokens, part), layers in TIMES.items():
             axes = {"suite": "forms", "tokens": tokens, "rank": 16, "pass": part, "clock": clock}
-            for times in layers:
+            for times in (layer[::step] for layer in layers):
                 forms = zip(map(of_form, ("split", "fused", "descriptor", "aten")), times, strict=True)
                 groups.append(Group("a layer", axes, {name: Timing([one]) for name, one in forms if one}))
         return Result({"device": "a card"}, groups)
 
-    rows = eval("{" + table(result(DEVICE_TIME)) + "}", {"Forms": Forms})
+    timed = result(DEVICE_TIME)
+    timed.groups += result(WALL, step=-1).groups  # does not count
+    rows = eval("{" + table(timed) + "}", {"Forms": Forms})
     assert rows == {"a card": (Forms(8192, 16, "fused", "descriptor"), Forms(512, 16, "aten", "split"))}
     assert table(result(WALL)) == table(Result({"device": "a card"}, [])) == ""

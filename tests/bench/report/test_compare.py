@@ -5,8 +5,9 @@ import random
 import pytest
 
 from bench.report import compare
+from bench.results.cell import Group, Timing
 from bench.results.names import BARE, COPY, CUBLAS, FAST, STOCK, SVD
-from bench.results.schema import Group, Result, Timing
+from bench.results.schema import Result
 
 MACHINE = {"cpu": "A", "threads": 2, "torch": "2.9"}
 
@@ -96,7 +97,10 @@ UNUSABLE = [
     ("no JSON", "new.json is not the result of a run (JSONDecodeError: "),
     ("[]", "new.json is not the result of a run (TypeError: "),
     ("{}", "new.json is not the result of a run (KeyError: "),
-    ('{"machine": [], "refused": [], "groups": []}', "new.json is not the result of a run (AttributeError: "),
+    (
+        '{"commit_info": {}, "datetime": [], "machine_info": 1}',
+        "new.json is not the result of a run (TypeError",
+    ),
     (Result(MACHINE, []), "new.json has no ratio that "),
     (UNPAIRED, "new.json has implementations of different numbers of rounds in 'x'."),
     (None, "new.json cannot be read: No such file or directory."),

@@ -6,14 +6,17 @@ from pathlib import Path
 import matplotlib.image
 import pytest
 
+from bench.quality import plots as quality
 from bench.report import plots
+from bench.report.frame import in_words
 from bench.results import names
+from bench.results.cell import Group, Ratio, Timing
 from bench.results.names import BARE, BOTH, DEVICE_TIME, FAST, STOCK, WALL
-from bench.results.schema import Group, Ratio, Result, Timing
+from bench.results.schema import Result
 
 PAGES = "#ffffff", "#0d1117"  # GitHub's light and dark
 RUN = Result.load(Path(__file__).parents[1] / "golden" / "cpu.json")
-BY_TOKENS, AGAINST_STOCK = "overhead-by-tokens", "against-stock"
+THROUGHPUT, AGAINST_STOCK = "throughput", "against-stock"
 
 
 def layers(tokens, factor, **others):
@@ -26,25 +29,55 @@ def layers(tokens, factor, **others):
 
 
 def drawn(result):
-    """picture -> (number of lines with bands or of bars, caption)"""
+    """picture -> (its title or titles, its lines of throughput or bars), caption"""
     pictures = {}
     for name, figure, caption in plots.figures(result):
-        (axes,) = figure.axes
-        bands, bars = len(axes.collections), len(axes.patches)
-        assert len(axes.lines) == bands + (bars + 1 if bars else 0)  # an interval a bar, and the line at 1
+        shown = [text.get_text() for axes in figure.axes for text in axes.get_yticklabels()]
+        if name == THROUGHPUT:
+            (axes,) = figure.axes
+            shown = [text.get_text() for text in axes.get_legend().get_texts()]
         assert caption.endswith(".")
         assert "\n" not in caption
-        pictures[name] = bands or bars, caption
+        pictures[name] = [axes.get_title() for axes in figure.axes], shown, caption
     return pictures
 
 
 def test_what_is_drawn_and_its_caption():
-    """Where mica.fast was refused its line is shorter."""
     pictures = drawn(RUN)
-    assert {name: count for name, (count, _) in pictures.items()} == {BY_TOKENS: 3, AGAINST_STOCK: 5}
-    caption = pictures[BY_TOKENS][1]
-    assert "a frozen linear layer (64 × 32, rank 8, bfloat16), by tokens in the batch: " in caption
-    assert ": mica.fast 120 % at 128 and 60 % at 512 (bands: " in caption
+    (title,), lines, caption = pictures[THROUGHPUT]
+    assert title.splitlines()[1] == "64 × 32, r = 8, bfloat16"
+    assert lines == [BARE, STOCK, FAST]
+    assert "(64 × 32, r = 8, bfloat16), forward + backward, by tokens in the batch: bare, " in caption
+    titles, bars, _ = pictures[AGAINST_STOCK]
+    assert [title.partition("what is ")[2] for title in titles] == [plots.ONCE, plots.EACH_STEP]
+    suites = [bar.partition("\n")[0] for bar in bars]
+    assert suites == [
+        name for panel in plots.PANELS.values() for name in panel.values() if "block" not in name
+    ]
+
+
+def test_what_is_paid_once_is_logarithmic_and_what_is_paid_at_each_step_is_linear():
+    (figure,) = (figure for name, figure, _ in plots.figures(RUN) if name == AGAINST_STOCK)
+    once, each_step = figure.axes
+    assert [axes.get_xscale() for axes in (once, each_step)] == ["log", "linear"]
+    assert [text.get_text() for text in once.texts] == ["8.00×", "100×", "0.33×"]
+    assert [text.get_text() for text in each_step.texts] == ["1.36×", "0.80×"]
+
+
+def test_the_lines_are_tokens_per_second_at_the_median_round():
+    layer = Group("", {"tokens": 100}, {BARE: Timing([1.0, 4.0, 2.0]), FAST: Timing([5.0, 4.0, 8.0])})
+    axes = matplotlib.figure.Figure().add_subplot()
+    plots.lines(axes, [layer])
+    bare, fast = (line.get_ydata() for line in axes.lines[:2])
+    assert [*bare, *fast] == [50.0, 20.0]
+    assert axes.get_xscale() == axes.get_yscale() == "log"
+
+
+def test_axes_are_in_words():
+    axes = {"suite": "step", "model": "M", "tokens": 512, "rank": 16, "dtype": "bfloat16", "sequence": 512}
+    assert in_words(axes | {"how": "autocast"}) == "M, 512 tokens, r = 16, bfloat16, autocast"
+    axes["sequence"] = 256
+    assert in_words(axes) == "M, 512 tokens, r = 16, bfloat16, 256 tokens a sequence"
 
 
 def test_drawing_is_reproducible_whatever_the_users_settings(tmp_path):
@@ -53,7 +86,7 @@ def test_drawing_is_reproducible_whatever_the_users_settings(tmp_path):
         again = plots.draw(RUN, tmp_path / "2", "cpu")
     for (path, caption), (other, same) in zip(first, again, strict=True):
         assert (path.name, path.read_bytes(), caption) == (other.name, other.read_bytes(), same)
-        assert path.stat().st_size < 100_000
+        assert path.stat().st_size < 150_000
         pixels = matplotlib.image.imread(path)
         assert pixels[0, 0, 3] == 0  # the page shows through
 
@@ -61,39 +94,44 @@ def test_drawing_is_reproducible_whatever_the_users_settings(tmp_path):
 def test_what_the_run_does_not_have_is_not_drawn():
     """An implementation that has a number in the training step alone leaves the others."""
     assert drawn(Result({}, layers([128, 512], 1.0))) == {}  # no line of two points
-    for implementation, expected in ((FAST, {BY_TOKENS: 2, AGAINST_STOCK: 1}), (BARE, {AGAINST_STOCK: 5})):
+    for implementation, lines, panels in ((FAST, [BARE, STOCK], 1), (BARE, None, 2)):
         for group in (run := copy.deepcopy(RUN)).groups:
             if group.axes["suite"] != "step":
                 group.timings.pop(implementation, None)
         pictures = drawn(run)
-        assert {name: count for name, (count, _) in pictures.items()} == expected
-        assert not any(f": {FAST} " in caption for _, caption in pictures.values())
+        assert len(pictures[AGAINST_STOCK][0]) == panels
+        assert (pictures[THROUGHPUT][1] if THROUGHPUT in pictures else None) == lines
 
 
 def test_the_longest_family_is_drawn_and_by_device_time_where_there_is_one():
     short, long = [1, 2, 4], [1, 2, 4, 8]
     groups = layers(short, 5.0, rank=8) + layers(long, 1.0) + layers(short, 9.0, rank=64)
-    assert "(2048 × 2048, rank 16, bfloat16)" in drawn(Result({}, groups))[BY_TOKENS][1]
+    assert "(2048 × 2048, r = 16, bfloat16)" in drawn(Result({}, groups))[THROUGHPUT][2]
     groups = []
     for clock, factor in {WALL: 3.0, DEVICE_TIME: 0.25, names.GRAPH: 2.0}.items():
         step = Group("", {"suite": "step", "clock": clock}, {STOCK: Timing([2.0]), FAST: Timing([1.0])})
         groups += [*layers([10, 50, 100], factor, clock=clock), step]
     pictures = drawn(Result({}, groups))
-    assert f"rank 16, bfloat16, {DEVICE_TIME}), by tokens" in pictures[BY_TOKENS][1]
-    assert ": mica.fast 35 % at 10 and 26 % at 100" in pictures[BY_TOKENS][1]
-    assert pictures[AGAINST_STOCK][0] == 1  # by wall clock
+    assert f"r = 16, bfloat16, {DEVICE_TIME}), forward" in pictures[THROUGHPUT][2]
+    assert len(pictures[AGAINST_STOCK][1]) == 1  # by wall clock
 
 
-def test_lines_are_named_by_their_ends_and_bars_begin_at_one_with_their_factor_written():
-    axes, bars = (matplotlib.figure.Figure().add_subplot() for _ in range(2))
-    ends = {"first": 3, "last": 1, "middle": 2}
-    plots.lines(axes, {name: {1: Ratio(1, 1, 1), 2: Ratio(end, -end, end)} for name, end in ends.items()}, "")
-    assert [text.get_text() for text in axes.get_legend().get_texts()] == ["first", "middle", "last"]
-    plots.bars(bars, {"faster": Ratio(12.0, 11, 13), "slower": Ratio(0.5, 0.4, 0.6)})
-    assert [(bar.get_x(), bar.get_width()) for bar in bars.patches] == [(1, 11.0), (1, -0.5)]
-    assert [text.get_text() for text in bars.texts] == ["12×", "0.50×"]
-    low, high = bars.get_xlim()
-    assert low < 0.4 < 13 < high
+@pytest.mark.parametrize("is_log", [True, False])
+def test_bars_begin_at_one_with_their_factor_written(is_log):
+    axes = matplotlib.figure.Figure().add_subplot()
+    plots.bars(axes, {"faster": Ratio(12.0, 11, 13), "slower": Ratio(0.5, 0.4, 0.6)}, is_log)
+    assert [(bar.get_x(), bar.get_width()) for bar in axes.patches] == [(1, 11.0), (1, -0.5)]
+    assert [text.get_text() for text in axes.texts] == ["12×", "0.50×"]
+    assert axes.get_xscale() == ("log" if is_log else "linear")
+    low, high = axes.get_xlim()
+    assert low <= 0.4 < 13 < high
+
+
+def test_a_bar_of_a_fifth_can_be_seen_where_one_is_paid_at_each_step():
+    axes = matplotlib.figure.Figure().add_subplot()
+    plots.bars(axes, {"step": Ratio(1.2, 1.1, 1.3)}, is_log=False)
+    low, high = axes.get_xlim()
+    assert (1.2 - 1) / (high - low) > 0.2
 
 
 def luminance(colour):
@@ -102,7 +140,7 @@ def luminance(colour):
     return sum(share * part for share, part in zip((0.2126, 0.7152, 0.0722), linear, strict=True))
 
 
-@pytest.mark.parametrize("colour", sorted({plots.INK, *(style[0] for style in plots.STYLES.values())}))
+@pytest.mark.parametrize("colour", sorted({*plots.PALETTE.values(), quality.OTHER, quality.VIOLET}))
 def test_every_colour_reads_on_both_pages(colour):
     """WCAG 2's contrast."""
     for page in PAGES:

@@ -84,7 +84,7 @@ def test_a_wrong_kernel_fails_its_check(tmp_path):
         launch.grid = (1, 1)
     """
     fault = "import torch\n" + BROKEN.format(breaking.strip())
-    done = dry_run(tmp_path, "check_kernels.py", "-k", "test_kernel or test_operator", injected=fault)
+    done = dry_run(tmp_path, "test_kernels.py", "-k", "test_kernel or test_operator", injected=fault)
     scaled = {f"test_kernel[grad_a-{shape}]" for shape in ("aligned", "odd", "fp32")}
     failed = {name for name, outcome in done.outcomes.items() if outcome == "failed"}
     assert failed == {*scaled, "test_operator", "test_kernel[down-A-odd]"}, done.text
@@ -115,7 +115,7 @@ def test_a_configuration_is_refused_alone(tmp_path):
         assert {group.axes["clock"] for group in groups} == {WALL, DEVICE_TIME, GRAPH}
         assert all({names.COPY, names.CUBLAS} < group.timings.keys() for group in groups), key
     for group in result.select(suite="kernels", clock=WALL):
-        (size,) = {timing.facts["bytes"] for timing in group.timings.values()}  # those of the copy
+        (size,) = {timing.work["bytes"] for timing in group.timings.values()}  # those of the copy
         assert size >= 2 * group.axes["tokens"] * group.axes["features"]
 
 
@@ -187,7 +187,7 @@ torch.compile = broken
 
 
 def test_the_check_of_streams_reports_what_is_wrong_and_what_needs_a_gpu(tmp_path):
-    done = dry_run(tmp_path, "check_streams.py", injected=WRONG_STREAMS)
+    done = dry_run(tmp_path, "test_streams.py", injected=WRONG_STREAMS)
     by_outcome = {
         outcome: {name for name, one in done.outcomes.items() if one == outcome}
         for outcome in ("skipped", "failed")
@@ -201,6 +201,6 @@ def test_the_check_of_streams_reports_what_is_wrong_and_what_needs_a_gpu(tmp_pat
 
 
 def test_nothing_passes_without_kernels(tmp_path):
-    disabled = "import mica.fast\nmica.fast.disable()"
-    done = dry_run(tmp_path, "check_streams.py", "-k", "checkpoint", injected=disabled)
+    disabled = "import mica.fast\nmica.fast.disable()\nmica.fast.enable = lambda: None"
+    done = dry_run(tmp_path, "test_streams.py", "-k", "checkpoint", injected=disabled)
     assert set(done.outcomes.values()) == {"failed"}

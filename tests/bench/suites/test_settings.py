@@ -13,6 +13,7 @@ import mica.fast
 from bench.results import journal
 from bench.results.names import BARE, FAST, MERGED, STOCK, SVD
 from bench.suites import bench_adapter, bench_host, bench_step, bench_subspace, harness
+from bench.suites.case import case
 from bench.suites.layer import Form, adapted_module, make_layer
 from bench.suites.once import Once
 from bench.suites.steps import Step, checked, operators
@@ -55,6 +56,25 @@ def test_what_was_refused_in_a_cell_is_refused_in_each_of_its_passes():
     harness.refuse("cell", "wrong", "a")
     assert harness.why_refused("cell, backward", "a") == "wrong"
     assert harness.why_refused("cell", "b") is None
+
+
+def test_a_case_gives_a_wrong_implementation_no_number():
+    x = torch.ones(4)
+    bench = case(
+        "cell",
+        {},
+        {BARE: lambda: x, FAST: lambda: 2 * x, STOCK: lambda: x},
+        {FAST: lambda: x, STOCK: lambda: x},
+    )
+    timed = []
+
+    def once(call, group, implementation, axes, iterations, all_clocks):
+        timed.append(implementation)
+
+    for implementation in (BARE, STOCK):
+        bench(once, lambda group, check, _: check(), 0, implementation)
+    assert timed == [BARE, STOCK]
+    assert harness.refusals == {("cell", FAST): "the relative error is 1.00e+00, above 2e-06"}
 
 
 class Benchmark:

@@ -12,7 +12,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bench.measure.machine import DEVICE
-from bench.suites.harness import leave_if_crashed, needs_accelerator
 from mica.ops import call_counts, mica_linear
 from mica.paths import dropout
 from tests.support.guarding import run_guarded
@@ -21,22 +20,18 @@ from tests.support.tolerances import RELATIVE, error
 
 pytest.importorskip("triton")
 
-from bench.suites.kernel_calls import KERNELS, SHAPES, operands
 from mica.kernels.down_projection import down_projection
 from mica.kernels.grad_a import grad_a
 from mica.kernels.up_projection import up_projection_
+from tests.support.kernel_calls import KERNELS, SHAPES, operands
 
-pytestmark = needs_accelerator
 RERUNS = 3
 
 
 @pytest.fixture(autouse=True)
-def poisoned_memory():
+def any_cublas():
     """`torch.empty` holds NaN, so that what a kernel has not written is seen. cuBLAS may do as always."""
     torch.use_deterministic_algorithms(True, warn_only=True)
-    yield
-    torch.use_deterministic_algorithms(False)
-    leave_if_crashed()
 
 
 def close(what: str, value: Tensor, expected: Tensor, dtype: torch.dtype) -> None:

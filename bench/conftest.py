@@ -1,4 +1,4 @@
-"""Shared by the suites: implementations that take turns, and checks before any timing.
+"""For ``pytest bench`` and parts of it: implementations that take turns, and checks before any timing.
 
 pytest-benchmark times one test after the other; a machine that slows down in between would favour those that
 ran first. Each test is therefore one round of one implementation, the round number is the outer parameter,
@@ -12,11 +12,13 @@ from collections.abc import Callable
 from contextlib import nullcontext, suppress
 
 import pytest
-import torch
 
+# Two spinning thread pools (PyTorch's OpenMP, SciPy's OpenBLAS) would compete for the cores; read at import.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ["MICA_CACHE"] = "0"  # solve, not look up
 
+import torch
 from transformers.utils import logging
 
 from bench.measure.machine import DEVICE
@@ -24,7 +26,7 @@ from bench.results import journal
 from bench.suites.harness import leave_if_crashed, refuse, sentence, why_refused
 from bench.suites.once import Once
 
-pytest_plugins = ["bench.measure.watching"]
+pytest_plugins = ["bench.measure.watching", "bench.measure.table"]
 logging.set_verbosity_error()
 logging.disable_progress_bar()
 

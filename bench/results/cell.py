@@ -1,0 +1,114 @@
+"""A cell of a run: implementations that did the same work in turns, their seconds, and the ratios of these.
+
+A ratio is always taken within a round, in which the implementations took turns: a machine that slows down
+slows both.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from math import comb, exp, inf, log
+from statistics import mean, median, stdev
+from typing import NamedTuple
+
+from scipy.special import stdtrit  # quantiles of Student's t
+
+from bench.results import throughput
+from bench.results.names import BARE
+
+
+class Ratio(NamedTuple):
+    """The median over the rounds and its confidence interval (see `interval`)."""
+
+    median: float
+    low: float
+    high: float
+
+    def __str__(self) -> str:
+        if self.high == inf:
+            return f"{self.median:.3f} (one round)"
+        digits = 2 if abs(self.median) < 100 else 0
+        return f"{self.median:.{digits + 1}f} ({self.low:.{digits}f}–{self.high:.{digits}f})"
+
+    def overlaps(self, other: Ratio) -> bool:
+        return self.low <= other.high and other.low <= self.high
+
+
+def interval(values: list[float]) -> Ratio:
+    """Median and a confidence interval of at least 95 %.
+
+    By order statistics: the k-th smallest and k-th largest enclose the true median unless fewer than k values
+    lie on one side of it, whatever the distribution. With fewer than 6 values even the range holds it with
+    less than 95 %; then Student's interval, of the logarithms where all are positive, and at least the range.
+    One value has no interval: from 0 to infinity.
+    """
+    ordered, n = sorted(values), len(values)
+    if n == 1:
+        return Ratio(ordered[0], 0.0, inf)
+    if n < 6:
+        return _students(ordered)
+    k = 1
+    while 2 * sum(comb(n, below) for below in range(k + 1)) <= 0.05 * 2**n:
+        k += 1
+    return Ratio(median(ordered), ordered[k - 1], ordered[n - k])
+
+
+def _students(ordered: list[float]) -> Ratio:
+    positive = ordered[0] > 0
+    numbers = [log(value) for value in ordered] if positive else ordered
+    reach = stdtrit(len(numbers) - 1, 0.975) * stdev(numbers) / len(numbers) ** 0.5
+    ends = mean(numbers) - reach, mean(numbers) + reach
+    low, high = map(exp, ends) if positive else ends
+    return Ratio(median(ordered), min(low, ordered[0]), max(high, ordered[-1]))
+
+
+@dataclass
+class Timing:
+    """Seconds of every round, what was counted or measured in addition, and the work of one call."""
+
+    seconds: list[float] = field(default_factory=list)
+    facts: dict[str, float] = field(default_factory=dict)
+    work: dict[str, float] = field(default_factory=dict)  # see `bench.results.throughput`
+
+    @property
+    def median(self) -> float:
+        return median(self.seconds)
+
+    @property
+    def throughput(self) -> dict[str, float]:
+        """Unit -> value, at the median of the rounds."""
+        return throughput.per_second(self.work, self.median)
+
+
+@dataclass
+class Group:
+    """Implementations that did the same work in turns. ``axes``: its suite, tokens, rank, dtype, …"""
+
+    name: str
+    axes: dict[str, str | int]
+    timings: dict[str, Timing] = field(default_factory=dict)
+
+    def ratio(self, name: str, baseline: str) -> Ratio:
+        """Of the implementations of these names."""
+        pairs = zip(self.timings[name].seconds, self.timings[baseline].seconds, strict=True)
+        return interval([a / b for a, b in pairs])
+
+    def overhead(self, name: str, baseline: str, bare: str = BARE) -> Ratio | None:
+        """(implementation - bare) in each round ÷ median of (baseline - bare); None if that is not positive.
+
+        The divisor is a median: a round in which the baseline happens to be hardly slower than the bare model
+        would blow up a quotient taken within it.
+        """
+        extra, unit = (
+            [a - b for a, b in zip(self.timings[one].seconds, self.timings[bare].seconds, strict=True)]
+            for one in (name, baseline)
+        )
+        if median(unit) <= 0:
+            return None
+        return interval([value / median(unit) for value in extra])
+
+
+def is_refused(refusal: dict[str, str | None], group: str, name: str) -> bool:
+    """Of this implementation, or all of them, in this group, or all whose names begin with that refused."""
+    is_of_group = f"{group}, ".startswith(f"{refusal['group']}, ")
+    return is_of_group and refusal.get("implementation") in (None, name)
