@@ -119,6 +119,7 @@ def test_energy_of_updates(base, texts, monkeypatch):
     assert not any(p.requires_grad or p.grad is not None for p in base.parameters())
 
 
+@pytest.mark.slow
 def test_a_killed_run_goes_on_to_the_same_result(base, texts, begin, finished, tmp_path):
     path, result = tmp_path / "run.json", begin()
 
