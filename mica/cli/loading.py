@@ -17,7 +17,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 from transformers.utils import find_adapter_config_file, is_accelerate_available
 
 from mica.cli.extras import how_to_install
-from mica.cli.output import dtype_name, first_sentences, one_line
+from mica.cli.output import dtype_name, expanded, first_sentences, one_line
 from mica.errors import UsageError
 from mica.paths import choose
 from mica.paths.products import has_native, slowdown
@@ -63,7 +63,7 @@ def find_source(model: str, trust_remote_code: bool) -> Source:
     """Turn ``--model`` into a Source. Raises UsageError where the path alone shows that it cannot work."""
     # False and not None: with None transformers prompts whether to run the code.
     options = {"trust_remote_code": trust_remote_code}
-    path = Path(model).expanduser()
+    path = expanded(model)
     if path.is_file():
         if path.suffix.lower() != ".gguf":
             raise UsageError(f"--model {model}: a file must end in .gguf; otherwise give the folder")

@@ -53,7 +53,7 @@ def check_folder(option: str, path: Path, model: str) -> None:
         raise UsageError(f"{option} {shown(str(path))}: {what}") from None
     if path.exists() and not path.is_dir():
         raise UsageError(f"{option} {path}: exists and is not a folder")
-    if path.is_dir() and path.resolve() == Path(model).expanduser().resolve():
+    if path.is_dir() and path.resolve() == expanded(model).resolve():
         raise UsageError(f"{option} {path}: is the folder of the model itself")
     _check_writable(option, path, next(place for place in (path, *path.resolve().parents) if place.exists()))
 
@@ -79,6 +79,11 @@ def write_file(option: str, path: Path, write: Callable[[Path], None], end: str 
     finally:
         with suppress(OSError):  # the folder may have gone
             scratch.unlink()
+
+
+def expanded(name: str | Path) -> Path:
+    """The path with the home of ``~`` or ``~user``; a name of nobody's is as it is (pathlib's raises)."""
+    return Path(os.path.expanduser(name))
 
 
 def beside(path: Path, end: str) -> Path:

@@ -14,7 +14,7 @@ from mica.cli.adapt.folder import MERGED, check
 from mica.cli.adapt.folder import SETTINGS as FILE
 from mica.cli.adapt.options import OPTIONS, RECIPES, TABLE, declare
 from mica.cli.arguments import with_suggestion
-from mica.cli.output import one_line, shown
+from mica.cli.output import expanded, one_line, shown
 from mica.errors import UsageError
 
 _PROCESSES = "processes"  # in it, though no option: how many the run had
@@ -248,7 +248,7 @@ def _plain(value: object) -> object:
 
 def absolute(value: str | Path) -> str:
     """The absolute path where there is such a file or folder; else ``value`` itself, a name on the Hub."""
-    path = Path(value).expanduser()
+    path = expanded(value)
     return str(path.resolve()) if os.path.exists(path) else str(value)  # not Path's, which raises: too long
 
 

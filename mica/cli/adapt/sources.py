@@ -28,7 +28,7 @@ import pyarrow.parquet
 
 from mica.cli.adapt import fingerprint
 from mica.cli.adapt.opening import OPENERS, missing_library, opened
-from mica.cli.output import one_line
+from mica.cli.output import expanded, one_line
 from mica.errors import UsageError
 
 KINDS = {
@@ -316,7 +316,7 @@ def _outside(files: list[Path], folder: Path, output: Path | None) -> list[Path]
 
 
 def _find(source: Source, output: Path | None) -> Source:
-    path = Path(source.given).expanduser()
+    path = expanded(source.given)
     supported = f"supported: {' '.join(KINDS)}, each also with {' '.join(COMPRESSIONS)}"
     if path.is_dir():
         if any((path / name).is_file() for name in ("state.json", "dataset_dict.json")):

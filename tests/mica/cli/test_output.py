@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import re
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -10,6 +11,8 @@ import pytest
 from safetensors import SafetensorError
 
 from mica.cli import output
+from mica.cli.adapt import config, sources
+from mica.cli.loading import find_source
 from mica.errors import UsageError
 
 
@@ -63,6 +66,20 @@ def test_a_folder_is_replaced_whole_or_not_at_all(tmp_path, monkeypatch):
     output.write_folder("--merge", path, part("new"), part("newer"), card="a card")
     assert sorted(file.name for file in path.iterdir()) == ["README.md", "new", "newer"]
     assert [folder.name for folder in path.parent.iterdir()] == ["merged"]
+
+
+def test_a_home_that_nobody_has_is_a_name(tmp_path, monkeypatch):
+    """Of a folder here, or of nothing, which each option says in its own words."""
+    monkeypatch.chdir(tmp_path)
+    name = "~no-user-has-this-name"
+    output.check_folder("--output", tmp_path / "out", name)
+    assert config.absolute(name) == name
+    for find in (lambda: find_source(name, False), lambda: sources.find("--text", [name])):
+        with pytest.raises(UsageError, match=re.escape(name)):
+            find()
+    (tmp_path / name).mkdir()
+    assert config.absolute(name) == str(tmp_path / name)
+    assert find_source(name, False).location == str(tmp_path / name)
 
 
 @pytest.mark.parametrize("killed_at", range(5))
