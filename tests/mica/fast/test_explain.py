@@ -292,11 +292,11 @@ def test_unsloth_in_place_of_the_class_forward(monkeypatch):
     """unsloth_zoo compiles PEFT's forwards anew when a model is loaded, also after this backend's import."""
     model = llama()
     code = "self.base_layer(x)", "self, x, *args, **kwargs", "unsloth_forward"
-    monkeypatch.setattr(lora.Linear, "forward", forward_of("Linear_peft_forward", *code))
-    model(input_ids=TOKENS)
-    rows = mica.fast.explain(model).rows
-    assert {(row.path, row.calls, row.bypassed_by) for row in rows} == {("peft", None, "unsloth")}
-    monkeypatch.undo()
+    with monkeypatch.context() as patched:
+        patched.setattr(lora.Linear, "forward", forward_of("Linear_peft_forward", *code))
+        model(input_ids=TOKENS)
+        rows = mica.fast.explain(model).rows
+        assert {(row.path, row.calls, row.bypassed_by) for row in rows} == {("peft", None, "unsloth")}
     model(input_ids=TOKENS)
     assert {(row.path, row.calls) for row in mica.fast.explain(model).rows} == {("reference", 1)}
 

@@ -220,6 +220,7 @@ def test_in_two_processes(of, name, number):
     check_both(of((name, number)), run.expected(), run, path=PATHS[setups.setups()[name].fast])
 
 
+@pytest.mark.slow
 def test_fsdp2_saves_resumes_and_leaves_a_plain_adapter(of, results):
     pair = of("resumed")
     check_both(pair, Run(reference=lambda model: train(model, batches(4))).expected(), steps=2)

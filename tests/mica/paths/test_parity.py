@@ -29,7 +29,7 @@ SIZES = [
     ((33,), 17, 65, 5),
     ((70,), 40, 24, 24),
     ((2, 50), 96, 136, 16),
-    ((1100,), 19, 23, 16),
+    (MANY_ROWS := ((1100,), 19, 23, 16)),
     ((0,), 4, 3, 2),
 ]
 DROPOUT = {"dropout_p": 0.4}
@@ -42,6 +42,15 @@ CASES = [
     # with the weight transposed
     *(("experts", (route, 33, 22, 5), False, {}) for route in ("first and last idle", "rows of none")),
 ]
+
+
+def marked(case):
+    """Interpreted kernels take 3 s for that many rows: once among the fast tests."""
+    if MANY_ROWS not in case or case == ("linear", MANY_ROWS, True, {}):
+        return case
+    return pytest.param(*case, marks=pytest.mark.slow)
+
+
 # path, dtypes: without kernels in fp64, and without what only 16-bit products do
 DTYPES_ON = [
     (path, *dtypes)
@@ -52,7 +61,7 @@ DTYPES_ON = [
 
 
 @pytest.mark.parametrize(("path", "dtype", "adapter_dtype", "compute_dtype"), DTYPES_ON, indirect=["path"])
-@pytest.mark.parametrize(("kind", "sizes", "bias", "options"), CASES, ids=str)
+@pytest.mark.parametrize(("kind", "sizes", "bias", "options"), map(marked, CASES), ids=str)
 def test_agrees_with_the_oracle(path, kind, sizes, bias, options, dtype, adapter_dtype, compute_dtype):
     function, counted = KINDS[kind]
     if kind == "experts":
