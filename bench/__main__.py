@@ -17,9 +17,8 @@ from bench.measure.machine import ROOT, output
 from bench.report.__main__ import write
 from bench.results.schema import Result
 
-SILENCE = (
-    900.0  # seconds: the longest test, stock PEFT's initialisation, takes one minute of them on two cores
-)
+# Seconds. The longest test, stock PEFT's initialisation, takes a minute on two cores.
+SILENCE = 900.0
 
 
 def suites(selection: str, environment: dict[str, str]) -> list[str]:

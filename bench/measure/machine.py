@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import platform
 import re
@@ -29,7 +30,7 @@ def instructions() -> str:
     """For matrix products in bf16 on this CPU: they decide what an adapter costs there. "" without any."""
     if limit():
         return ""
-    flags = cpuinfo.get_cpu_info().get("flags", [])
+    flags = _cpu().get("flags", [])
     return "amx" if "amx_bf16" in flags else "avx512-bf16" if "avx512_bf16" in flags else ""
 
 
@@ -39,7 +40,13 @@ def limit() -> str:
 
 
 def _brand() -> str:
-    return cpuinfo.get_cpu_info().get("brand_raw") or platform.machine()
+    return _cpu().get("brand_raw") or platform.machine()
+
+
+@functools.cache
+def _cpu() -> dict:
+    """0.2 s: a process of its own."""
+    return cpuinfo.get_cpu_info()
 
 
 def folder() -> str:

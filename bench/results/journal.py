@@ -26,9 +26,10 @@ def own() -> list[dict]:
 
 def write(kind: str, **entry) -> None:
     """Append one whole line to the journal of this run, if it has one, from any process."""
-    _own.append({"kind": kind, **entry})
+    entry = {"kind": kind, **entry}
+    _own.append(entry)
     if path := os.environ.get(VARIABLE):
-        line = json.dumps({"kind": kind, **entry}) + "\n"
+        line = json.dumps(entry) + "\n"
         descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
         try:
             os.write(descriptor, line.encode())

@@ -10,8 +10,9 @@ from pytest_benchmark import cli
 
 from bench.measure import table
 from bench.results.benchmarks import entries
+from bench.results.cell import Group, Timing
 from bench.results.names import BARE, FAST, STOCK
-from bench.results.schema import Group, Result, Timing
+from bench.results.schema import Result
 from tests.support.processes import ROOT, start
 
 GOLDEN = Path(__file__).parents[1] / "golden"
