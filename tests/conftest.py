@@ -22,7 +22,6 @@ for name in NOISY:  # or the end of a run shows what they log as PEFT imports th
     logging.getLogger(name).setLevel(logging.ERROR)
 
 import mica.fast  # noqa: E402
-import tests.support.large  # noqa: E402, F401
 from tests.support.thinning import ON_DEVICE, off_the_diagonal  # noqa: E402
 
 # Seconds since the epoch: `.ci/run` has a limit, and some machines are several times slower than others

@@ -172,11 +172,9 @@ def form_of(word: str) -> Iterator[None]:
 
     "aten" also where kernels are demanded, once they have been found to run (by the form before).
     """
-    from mica.paths.triton_path import device_name  # imports Triton
-
-    rows = {device_name(torch.device(DEVICE, 0)): (configs.Forms(0, 256, word, word),)}
-    demanded = patch.object(choose, "requested", lambda: "auto") if word == "aten" else nullcontext()
-    with patch.dict(configs.FORMS, rows), demanded:
+    rows = {choose.device_name(torch.device(DEVICE, 0)): (configs.Forms(0, 256, word, word),)}
+    not_demanded = patch.object(choose, "setting", lambda: None) if word == "aten" else nullcontext()
+    with patch.dict(configs.FORMS, rows), not_demanded:
         yield
 
 
@@ -239,14 +237,21 @@ def builds(cell: Cell, layer):
     return {name: makes[name] for name in needed}
 
 
+def choice_of(layer, adapter_dtype: torch.dtype) -> choose.Choice:
+    """How the forward of this layer is to run."""
+    x = layer.x.reshape(-1, layer.x.shape[-1])
+    dtypes = (x.dtype, x.dtype, adapter_dtype, adapter_dtype)
+    rows = functools.partial(choose.forward_rows, x, layer.weight.shape[0], 0.0)
+    return choose.decide("linear", x.device, layer.lora_A.shape[0], dtypes, rows)
+
+
 def checked(cell: Cell, layer, name: str, build, truth) -> tuple[Form, dict[str, float]]:
     """The form, and its facts; raises where its results are wrong or came from another form."""
     form, limit = build(), RELATIVE[layer.x.dtype] if cell.forms else GATES[cell.dtype][0]
-    one_dtype, work = layer.x.dtype == torch.float32, layer.x.numel() * layer.weight.shape[0]
-    leaves_out = FORMS.get(name) == "aten" or (one_dtype and choose.is_host_bound(work))
-    operator = "linear" if leaves_out or not ON_ACCELERATOR else "linear_kernels"
     both = name in implementations(cell, NO_GRADIENT)
     with form.context():
+        choice = choice_of(layer, layer.lora_A.dtype if cell.forms else torch.float32)
+        operator = "linear" if choice.form == choose.REFERENCE else "linear_kernels"
         if cell.forms:  # the first call may have to try several configurations of a kernel
             form.errors(layer.grad_output, truth)
         calls = mica.fast.call_counts[operator]

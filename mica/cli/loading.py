@@ -191,9 +191,11 @@ def find_device() -> torch.device:
 def check_backend(rank: int) -> None:
     """Raise UsageError if ``MICA_BACKEND`` is invalid, or demands kernels that cannot run here."""
     try:
-        choose.use_kernels(find_device(), rank, torch.float32)
-    except (ValueError, RuntimeError) as error:
+        choice = choose.decide("linear", find_device(), rank, (torch.float32,))
+    except ValueError as error:
         raise UsageError(str(error)) from error
+    if choice.form == choose.ERROR:
+        raise UsageError(str(choose.demand_error(choice)))
 
 
 def suit_processor(model, dtype: str) -> str | None:

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import groupby
+from typing import NamedTuple
 
 from peft.tuners import lora
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -68,10 +69,11 @@ def explain(model: nn.Module) -> Explanation:
     called, the reason says why, and only the adapter runs on the operators. Weights that FSDP2 has sharded
     with a module around the layer count as the plain tensors that they are while that module's forward runs.
 
-    What only a call can show (dtype of the activations, autocast, other arguments) comes from the PEFT
-    model's last completed forward with the backend on: a layer whose adapter PEFT's code ran there has the
-    path "peft", and its reason names that forward. Where ``calls`` is unknown, so is that, and the table is
-    about the state of the layers alone.
+    What only a call can show (tokens, dtype and strides of the activations, autocast, other arguments) comes
+    from the PEFT model's last completed forward with the backend on. A layer whose adapter PEFT's code ran
+    there has the path "peft", and its reason names that forward. Without such a forward, or where a layer was
+    called more than once, the table is about many tokens, or about the last call. The backward is taken to
+    get a contiguous gradient.
 
     ``calls`` of a row: how often the layer was called, on any path, in the PEFT model's last completed
     forward (`generate` has none). 0: something bypasses it, like a framework that has replaced the forward of
@@ -89,31 +91,61 @@ def explain(model: nn.Module) -> Explanation:
         TypeError: ``model`` is not a `torch.nn.Module`.
     """
     check_model(model, "explain")
-    rows, counts, by_peft = [], call_counts.counts(), call_counts.peft_reasons()
     modules = dict(model.named_modules())
+    counts = call_counts.counts()
     called = [name for name, module in modules.items() if counts.get(module)]
+    last = _LastForward(modules, counts, called, call_counts.peft_reasons(), call_counts.inputs())
+    rows = []
     for name, module in modules.items():
-        if not isinstance(module, BaseTunerLayer):
-            continue
-        outermost, shown = module, name
-        if expert_params.is_wrapper(module):  # adapters of parameters of one module are nested
-            while name.endswith(".base_layer"):
-                name = name.removesuffix(".base_layer")
-            outermost, shown = modules[name], f"{name}.{module.parameter_name}"
-            while outermost is not module and outermost.merged:  # it only calls the next
-                outermost = outermost.base_layer
-        with _as_gathered(model, name, outermost):
-            is_covered = class_of(module) in _COVERED or class_of(module) in quantised_layers
-            count = counts.get(module) if is_covered and _why_not_entered(module) is None else None
-            by = (_bypassed_by(modules, name, called) if count == 0 else None) or replaced_by(module)
-            path, reason = _decided(module, outermost).explained()
-        if (kind := kind_merged_into(module)) is not None:
-            reason = f"{reason} ({kind}), whose rounding was not measured"
-        if path in (KERNEL, REFERENCE) and outermost in by_peft:
-            path, reason = PEFT, _in_the_last_forward(by_peft[outermost], count)
-        base = type(module.get_base_layer()).__name__
-        rows.append(Row(shown, base, _adapters(module), path, reason, count, by))
+        if isinstance(module, BaseTunerLayer):
+            rows.append(_row(model, name, module, last))
     return Explanation(rows, list(_replaced_functions()) if rows else [])
+
+
+class _LastForward(NamedTuple):
+    """What it has shown, by module."""
+
+    modules: dict[str, nn.Module]
+    counts: dict[nn.Module, int]
+    called: list[str]  # names of modules
+    by_peft: dict[nn.Module, list[str]]
+    inputs: dict[nn.Module, call_counts.Input]
+
+
+def _row(model: nn.Module, name: str, module: BaseTunerLayer, last: _LastForward) -> Row:
+    outermost = module
+    shown = name
+    if expert_params.is_wrapper(module):
+        name, outermost = _outermost_wrapper(name, module, last.modules)
+        shown = f"{name}.{module.parameter_name}"
+
+    with _as_gathered(model, name, outermost):
+        count = last.counts.get(module) if _is_counted(module) else None
+        bypassed_by = _bypassed_by(last.modules, name, last.called) if count == 0 else None
+        path, reason = _decided(module, outermost).explained(last.inputs.get(module))
+    kind = kind_merged_into(module)
+    if kind is not None:
+        reason = f"{reason} ({kind}), whose rounding was not measured"
+    if path in (KERNEL, REFERENCE) and outermost in last.by_peft:
+        path = PEFT
+        reason = _in_the_last_forward(last.by_peft[outermost], count)
+    base = type(module.get_base_layer()).__name__
+    return Row(shown, base, _adapters(module), path, reason, count, bypassed_by or replaced_by(module))
+
+
+def _outermost_wrapper(name: str, module: nn.Module, modules: dict[str, nn.Module]) -> tuple[str, nn.Module]:
+    """The first wrapper that computes, and the name of all: those of parameters of one module are nested."""
+    while name.endswith(".base_layer"):
+        name = name.removesuffix(".base_layer")
+    outermost = modules[name]
+    while outermost is not module and outermost.merged:  # it only calls the next
+        outermost = outermost.base_layer
+    return name, outermost
+
+
+def _is_counted(module: nn.Module) -> bool:
+    is_covered = class_of(module) in _COVERED or class_of(module) in quantised_layers
+    return is_covered and _why_not_entered(module) is None
 
 
 @contextmanager

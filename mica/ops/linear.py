@@ -5,18 +5,17 @@ The maths is `mica.paths.torch_path`'s; the operators state none of it.
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mica.dtypes import SIXTEEN_BIT
 from mica.ops.checks import check_linear
 from mica.ops.operator import (
-    alias,
     as_matrix,
     autocast_to,
     below_autograd,
-    call_counts,
     is_eager,
     like,
     no_autocast,
@@ -28,7 +27,7 @@ from mica.ops.operator import (
     without_none,
     without_values,
 )
-from mica.paths import choose, torch_path
+from mica.paths.choose import backward_rows, forward_rows
 
 
 def mica_linear(
@@ -77,9 +76,12 @@ def mica_linear(
 def _linear(
     x, weight, lora_A, lora_B, scaling, bias, compute_dtype, dropout_p=0.0, seed=None, grad_dtype=None
 ):
+    matrix = as_matrix(x)
+    rank = lora_A.shape[0]
     dtypes = (x.dtype, compute_dtype or x.dtype, lora_A.dtype, lora_B.dtype)
-    operands = (as_matrix(x), weight, lora_A, lora_B, scaling, bias, compute_dtype)
-    return like(x.shape, run_formula("linear", x, lora_A.shape[0], dtypes, *operands, dropout_p, seed))
+    operands = (matrix, weight, lora_A, lora_B, scaling, bias, compute_dtype, dropout_p, seed)
+    rows = partial(forward_rows, matrix, weight.shape[0], dropout_p)
+    return like(x.shape, run_formula("linear", x, rank, dtypes, *operands, rows=rows))
 
 
 def _linear_backward(grad_output, x, weight, lora_A, lora_B, scaling, compute_dtype, output_mask, *options):
@@ -88,14 +90,30 @@ def _linear_backward(grad_output, x, weight, lora_A, lora_B, scaling, compute_dt
     return without_none(grad_output, *_gradients(grad_output, *operands, *options))
 
 
-def _gradients(grad_output, x, weight, lora_A, lora_B, scaling, compute_dtype, *options):
+def _gradients(
+    grad_output,
+    x,
+    weight,
+    lora_A,
+    lora_B,
+    scaling,
+    compute_dtype,
+    dropout_p=0.0,
+    seed=None,
+    grad_dtype=None,
+):
     """(dx, dA); None where no gradient is needed, and so x or the weight is None."""
+    dy = as_matrix(grad_output)
+    matrix = None if x is None else as_matrix(x)
+    rank, in_features = lora_A.shape
     dtypes = (grad_output.dtype, compute_dtype, lora_A.dtype, lora_B.dtype)
-    dy, x = as_matrix(grad_output), None if x is None else as_matrix(x)
-    operands = (dy, x, weight, lora_A, lora_B, scaling, compute_dtype, *options)
+    operands = (dy, matrix, weight, lora_A, lora_B, scaling, compute_dtype, dropout_p, seed, grad_dtype)
+    rows = partial(backward_rows, dy, matrix, in_features, dropout_p)
     with no_autocast():
-        grad_x, grad_A = run_formula("linear_backward", dy, lora_A.shape[0], dtypes, *operands)
-    return None if grad_x is None else like(grad_output.shape, grad_x), grad_A
+        grad_x, grad_A = run_formula("linear_backward", dy, rank, dtypes, *operands, rows=rows)
+    if grad_x is not None:
+        grad_x = like(grad_output.shape, grad_x)
+    return grad_x, grad_A
 
 
 def _linear_fake(
@@ -175,37 +193,10 @@ operator(
 
 def traced(x, weight, lora_A, lora_B, scaling, bias, compute_dtype) -> Tensor:
     """`linear` as PyTorch's own operations, for a compiler: autocast reaches each, and autograd follows."""
-    y, dtype = F.linear(x, weight, bias), compute_dtype or x.dtype
+    dtype = compute_dtype or x.dtype
+    y = F.linear(x, weight, bias)
     h = F.linear(x.to(dtype), (lora_A * scaling).to(dtype))
     return (y + F.linear(h, lora_B.to(h.dtype))).to(y.dtype)
-
-
-# Multiplications of a base product up to which autograd itself follows the formula in fp32 and fp64 on a CPU,
-# all operands of one dtype. No Python runs in its backward, and the same tensors are saved; dx takes an
-# addition more. Time relative to the Function, AVX512, one thread: 16 x 64 x 64 0.91, 16 x 576 x 576 (2^22)
-# 1.00, 1024 x 576 x 576 1.15. In a Llama block of 64 / 128, whose code does not stay in the caches: 0.89 of
-# stock PEFT's instead of 1.04.
-CPU_HOST_BOUND = 2**22
-
-
-def _is_host_bound(x: Tensor, lora_A: Tensor, lora_B: Tensor, out_features: int, dtype) -> bool:
-    """``dtype``: as given for the low-rank products. On a device with kernels see `choose.is_host_bound`."""
-    own = x.dtype
-    if not (lora_A.dtype is lora_B.dtype is own and (dtype is None or dtype is own)):
-        return False
-    work = x.numel() * out_features
-    if not choose.is_host_bound(work):
-        return False
-    if x.is_cpu and own not in SIXTEEN_BIT and work <= CPU_HOST_BOUND:
-        return True
-    return choose.use_kernels(x.device, lora_A.shape[0], own, own, own, own, function="linear")
-
-
-def composed(x, weight, lora_A, lora_B, scaling, bias) -> Tensor:
-    call_counts["linear"] += 1
-    # what autograd saves of the rest are views, whose memory an assignment to ``.data`` does not change
-    rows = alias(x) if x.dim() == 2 else as_matrix(x)
-    return like(x.shape, torch_path.linear(rows, weight, lora_A, lora_B, scaling, bias))
 
 
 def linear_eager(x, weight, lora_A, lora_B, scaling, bias, compute_dtype, autocast_dtype) -> Tensor:
@@ -217,11 +208,6 @@ def linear_eager(x, weight, lora_A, lora_B, scaling, bias, compute_dtype, autoca
     if autocast_dtype is not None:
         x, weight = x.to(autocast_dtype), weight.to(autocast_dtype)
         bias = None if bias is None else bias.to(autocast_dtype)
-    elif _is_host_bound(x, lora_A, lora_B, weight.shape[0], compute_dtype):
-        if needs_gradient:
-            return composed(x, weight, lora_A, lora_B, scaling, bias)
-        with below_autograd():
-            return composed(x, weight, lora_A, lora_B, scaling, bias)
     operands = x, weight, lora_A, lora_B, scaling, bias, compute_dtype
     if needs_gradient:
         with no_autocast():

@@ -45,28 +45,48 @@ AUTOCAST = ("cpu", "cuda")  # kinds of devices with autocast rules: others would
 _force_torch = contextvars.ContextVar("mica_force_torch", default=False)
 
 
-def run_formula(name: str, tensor: Tensor, rank: int, dtypes: tuple, *args):
-    """Call ``name`` of `mica.paths.triton_path` where kernels run, else of `mica.paths.torch_path`."""
+def run_formula(
+    name: str,
+    tensor: Tensor,
+    rank: int,
+    dtypes: tuple[torch.dtype, ...],
+    *args,
+    rows: Callable[[], choose.Rows] | None = None,
+):
+    """Call ``name`` of `mica.paths.triton_path` where kernels run, else of `mica.paths.torch_path`.
+
+    tensor, rank, dtypes, rows: what `choose.decide` needs to know. args: of the formula.
+
+    Raises:
+        RuntimeError: ``MICA_BACKEND=triton`` demands kernels that this call cannot have.
+    """
     call_counts[name] += 1
     formula = getattr(torch_path, name)
-    if _force_torch.get() or not choose.use_kernels(tensor.device, rank, *dtypes, function=name):
+    # in a backward under `is_grads_batched`
+    is_batched = torch._C._functorch.is_legacy_batchedtensor(tensor)
+    if is_batched or _force_torch.get():
         return formula(*args)
-    if torch._C._functorch.is_legacy_batchedtensor(tensor):  # a backward under `is_grads_batched`
+
+    choice = choose.decide(name, tensor.device, rank, dtypes, rows)
+    if choice.form == choose.REFERENCE:
         return formula(*args)
+    if choice.form == choose.ERROR:
+        raise choose.demand_error(choice)
+
     from mica.paths import triton_path  # imports Triton
 
     args = [in_memory(arg) if isinstance(arg, Tensor) else arg for arg in args]
+    options = {} if rows is None else {"form": choice.form}
     try:
-        result = getattr(triton_path, name)(*args)
+        result = getattr(triton_path, name)(*args, **options)
     except triton_path.LaunchError as error:  # before anything ran: no operand has changed
         in_capture = isinstance(error, triton_path.NotLoadedError)
         # no capture permits the formulas of experts either: they wait for the device
-        if choose.requested() == "triton" or (in_capture and name.startswith("experts_")):
+        has_no_other_way = in_capture and name.startswith("experts_")
+        if has_no_other_way or choose.requested() == "triton":
             raise
         note = choose.note_missed if in_capture else choose.give_up
         note(tensor.device, name, rank, dtypes, error)
-        return formula(*args)
-    if result is NotImplemented:
         return formula(*args)
     call_counts[f"{name}_kernels"] += 1
     return result
@@ -121,16 +141,11 @@ def save(ctx, *tensors: Tensor | None) -> None:
     aliases = []
     torch._C._set_grad_enabled(True)  # `torch.enable_grad` takes 0.5 µs more
     try:
-        for tensor in tensors:  # `alias`, without a call for each
+        for tensor in tensors:
             aliases.append(None if tensor is None else tensor.view_as(tensor))
         ctx.save_for_backward(*aliases)
     finally:
         torch._C._set_grad_enabled(False)  # as it is in every forward
-
-
-def alias(tensor: Tensor) -> Tensor:
-    """The tensor's memory, version and place in the graph, whatever becomes of its ``.data``."""
-    return tensor.view_as(tensor)
 
 
 def without_values(tensor: Tensor) -> Tensor:
@@ -189,9 +204,9 @@ _unsafe_view = torch.ops.aten._unsafe_view.default
 def like(shape: torch.Size, matrix: Tensor) -> Tensor:
     """(tokens, n) with all but the last dimension of ``shape``, and nobody's view.
 
-    A body may run above autograd: small layers, function transforms, second derivatives. A ``.view`` would
-    then make the output a view. A hook on it would be lost once it is changed in place, and ``detach_()`` and
-    functions that mark it as dirty would raise.
+    A body may run above autograd: function transforms, second derivatives. A ``.view`` would then make the
+    output a view. A hook on it would be lost once it is changed in place, and ``detach_()`` and functions
+    that mark it as dirty would raise.
     """
     if len(shape) == 2:
         return matrix

@@ -1,18 +1,64 @@
-"""Which path a call takes, Triton kernels or the reference: set by ``MICA_BACKEND``, else by the device."""
+"""How a call runs: on Triton kernels, and in which form, or on PyTorch's own operators, and why.
+
+`decide` is the one decision. The operators follow it, and `mica.fast.explain` and the benchmarks report it.
+``MICA_BACKEND`` demands a path; by default the device and the operands decide.
+"""
 
 from __future__ import annotations
 
+import functools
 import os
 import sys
 import warnings
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
 from mica.kernels import configs, runtime
-from mica.kernels.limits import DTYPES, MAX_RANK, names_of
+from mica.kernels.limits import DTYPES, MAX_RANK, are_narrow, names_of
 
 BACKENDS = ("auto", "triton", "reference")
+
+# Forms of a call. A layer on kernels has one of `configs.FORM_NAMES`, any other function has only `KERNELS`.
+REFERENCE = "reference"  # PyTorch's own operators
+KERNELS = "kernels"
+ERROR = "error"  # kernels are demanded, and there are none
+
+
+class Choice(NamedTuple):
+    """The form in which a call runs, and why it is not on kernels."""
+
+    form: str
+    reason: str | None = None
+
+
+class Rows(NamedTuple):
+    """What the form of a layer's forward or backward depends on, beside rank and dtypes."""
+
+    tokens: int | None  # None: not known, taken to be many
+    in_features: int
+    out_features: int
+    strides: tuple[int, ...]  # from row to row of what is read and written, in elements
+    has_dropout: bool
+    is_aligned: bool  # 16 divides the address
+
+
+def forward_rows(x: Tensor, out_features: int, dropout_p: float) -> Rows:
+    """Those of `linear` on x (tokens, in_features)."""
+    tokens, in_features = x.shape
+    strides = (x.stride(0), out_features)
+    return Rows(tokens, in_features, out_features, strides, dropout_p > 0.0, x.data_ptr() % 16 == 0)
+
+
+def backward_rows(grad_output: Tensor, x: Tensor | None, in_features: int, dropout_p: float) -> Rows:
+    """Those of `linear_backward` on grad_output (tokens, out_features); x: None where lora_A is frozen."""
+    tokens, out_features = grad_output.shape
+    x_stride = in_features if x is None else x.stride(0)
+    strides = (grad_output.stride(0), x_stride, in_features)
+    is_aligned = grad_output.data_ptr() % 16 == 0
+    return Rows(tokens, in_features, out_features, strides, dropout_p > 0.0, is_aligned)
 
 
 class Refused(NamedTuple):
@@ -31,8 +77,107 @@ _missed: set[Refused] = set()
 setting = runtime.raw_variable("MICA_BACKEND")
 _interpreting = runtime.raw_variable("TRITON_INTERPRET")
 
-# What `use_kernels` has returned. Only the environment and `give_up` can change it.
-_verdicts: dict[tuple, bool] = {}
+# What `decide` has found out without looking at rows. Only the environment and `give_up` can change it.
+_choices: dict[tuple, Choice] = {}
+_ON_KERNELS = Choice(KERNELS)
+
+
+def decide(
+    function: str,
+    device: torch.device,
+    rank: int,
+    dtypes: tuple[torch.dtype, ...],
+    rows: Callable[[], Rows] | None = None,
+) -> Choice:
+    """How a call of this function of `mica.paths.triton_path` runs.
+
+    Args:
+        dtypes: those of the operands and products; of a layer: x (or dy), products, lora_A, lora_B.
+        rows: of a layer. Called only where kernels could run: on a CPU nothing is looked at.
+
+    Raises:
+        ValueError: ``MICA_BACKEND`` has a value that is not allowed.
+    """
+    key = (setting(), _interpreting(), device, rank, dtypes, function)
+    choice = _choices.get(key)
+    if choice is None:
+        reason = why_not_kernels(device, rank, *dtypes, function=function)
+        choice = _ON_KERNELS if reason is None else _without_kernels(reason)
+        if runtime.is_settled(device):
+            _choices[key] = choice
+    if choice is not _ON_KERNELS or rows is None:
+        return choice
+    return _form_of_layer(function, device, rank, dtypes, rows())
+
+
+def _without_kernels(reason: str) -> Choice:
+    return Choice(ERROR if requested() == "triton" else REFERENCE, reason)
+
+
+def _form_of_layer(
+    function: str, device: torch.device, rank: int, dtypes: tuple[torch.dtype, ...], rows: Rows
+) -> Choice:
+    """The form that `configs.FORMS` has for this part of a layer, where the operands permit it."""
+    row_dtype, product_dtype, *factor_dtypes = dtypes
+    tokens = sys.maxsize if rows.tokens is None else rows.tokens
+    forms = _forms_of(device, tokens, rank)
+    form = forms.backward if function == "linear_backward" else forms.forward
+
+    if setting() not in ("triton", b"triton"):
+        if form == "aten":
+            return Choice(REFERENCE, f"{forms.source}: PyTorch's own operators are faster here")
+        if are_narrow(*rows.strides):
+            return Choice(REFERENCE, _why_narrow(rows))
+        has_one_dtype = all(dtype is row_dtype for dtype in (product_dtype, *factor_dtypes))
+        if has_one_dtype and not rows.has_dropout and _is_host_bound(rows):
+            return Choice(REFERENCE, f"{rows.tokens} tokens are too few: the device would wait for the host")
+    elif form == "aten":
+        form = "split"
+
+    if form == "mixed":
+        # h and g as the kernels write them, without padding; the vendor's fp32 products use no tensor cores,
+        # and a mask of x would be stored
+        is_sixteen_bit = product_dtype is row_dtype and product_dtype.itemsize == 2
+        suits = is_sixteen_bit and not rows.has_dropout and rank % 16 == 0
+        return Choice("mixed" if suits else "split")
+    # at an address that 16 does not divide the fused kernels take all 255 registers of sm_80
+    return Choice(form if rows.is_aligned else "split")
+
+
+def _why_narrow(rows: Rows) -> str:
+    if are_narrow(rows.in_features, rows.out_features):
+        return "kernels need in_features and out_features divisible by 16"
+    strides = " and ".join(map(str, rows.strides))
+    return f"kernels need rows whose strides are divisible by 16, not {strides}"
+
+
+def _is_host_bound(rows: Rows) -> bool:
+    """Whether the device would wait for the host of a layer whose operands have one dtype.
+
+    With fp32 masters over 16-bit rows the casts would cost the host what is saved.
+    """
+    if rows.tokens is None:
+        return False
+    return rows.tokens * rows.in_features * rows.out_features <= configs.HOST_BOUND
+
+
+def _forms_of(device: torch.device, tokens: int, rank: int) -> configs.Forms:
+    from mica.kernels.common import target_of  # imports Triton, which is there where this is called
+
+    return configs.forms_of(device_name(device), target_of(device), tokens, rank)
+
+
+@functools.cache
+def device_name(device: torch.device) -> str:
+    """The key of `configs.FORMS`: of a GPU its name."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+
+
+def demand_error(choice: Choice) -> RuntimeError:
+    """What a call with the form "error" raises."""
+    return RuntimeError(
+        f"MICA_BACKEND=triton demands Triton kernels, but there are none here: {choice.reason}."
+    )
 
 
 def give_up(
@@ -42,7 +187,7 @@ def give_up(
     text = (str(error).strip() or type(error).__name__).partition("\n")[0]
     what = f"{function} at rank {rank} ({names_of(dtypes)})"
     _given_up[Refused(device, function, rank, dtypes)] = f"{what} was given up: {text}"
-    _verdicts.clear()
+    _choices.clear()
     warnings.warn(
         f"MiCA runs {what} on PyTorch's own operators on {device} from here on: {text}", stacklevel=2
     )
@@ -61,19 +206,11 @@ def note_missed(
         )
 
 
-def is_host_bound(work: int) -> bool:
-    """Whether a layer of so many multiplications has no kernels, if its operands have one dtype.
-
-    With fp32 masters over 16-bit rows the casts would cost what is saved. Demanded kernels always run.
-    """
-    return work <= configs.HOST_BOUND and setting() not in ("triton", b"triton")
-
-
 def clear() -> None:
     """Decide again which path calls take, and retry what was given up: after a change of driver."""
     _given_up.clear()
     _missed.clear()
-    _verdicts.clear()
+    _choices.clear()
 
 
 def clear_prepared() -> None:
@@ -96,17 +233,13 @@ def requested() -> str:
 
 
 def why_not_kernels(
-    device: torch.device,
-    rank: int,
-    *dtypes: torch.dtype,
-    backend: str | None = None,
-    function: str | None = None,
+    device: torch.device, rank: int, *dtypes: torch.dtype, function: str | None = None
 ) -> str | None:
     """None if a call with such operands runs on Triton kernels, else the reason in words.
 
-    ``function``: of `mica.paths.triton_path`; if None, the reason why any of them was given up counts too.
+    ``function``: of `mica.paths.triton_path`, which may have been given up; None: any.
     """
-    backend = backend or requested()
+    backend = requested()
     if backend == "reference":
         return "MICA_BACKEND=reference"
     if backend == "auto" and runtime.is_interpreting() and runtime.triton_version() is not None:
@@ -119,34 +252,6 @@ def why_not_kernels(
             return f"no Triton kernels for {names_of([dtype])}"
     if rank > MAX_RANK:
         return f"no Triton kernels for ranks above {MAX_RANK}"
-    if function is not None:
-        return _given_up.get(Refused(device, function, rank, dtypes))
-    return next((reason for key, reason in _given_up.items() if _concerns(key, device, rank, dtypes)), None)
-
-
-def _concerns(refused: Refused, device: torch.device, rank: int, dtypes: tuple[torch.dtype, ...]) -> bool:
-    """Whether this affects a layer with operands of these dtypes."""
-    return refused.device == device and refused.rank == rank and set(dtypes) <= set(refused.dtypes)
-
-
-def use_kernels(device: torch.device, rank: int, *dtypes: torch.dtype, function: str | None = None) -> bool:
-    """Whether this call, of a function of `mica.paths.triton_path`, runs on the kernels.
-
-    Raises:
-        RuntimeError: ``MICA_BACKEND=triton`` demands kernels that this call cannot have.
-    """
-    key = (setting(), _interpreting(), device, rank, dtypes, function)
-    verdict = _verdicts.get(key)
-    if verdict is None:
-        verdict = _decide(device, rank, dtypes, function)
-        if runtime.is_settled(device):
-            _verdicts[key] = verdict
-    return verdict
-
-
-def _decide(device: torch.device, rank: int, dtypes: tuple[torch.dtype, ...], function: str | None) -> bool:
-    backend = requested()
-    reason = why_not_kernels(device, rank, *dtypes, backend=backend, function=function)
-    if reason and backend == "triton":
-        raise RuntimeError(f"MICA_BACKEND=triton demands Triton kernels, but there are none here: {reason}.")
-    return reason is None
+    if function is None:
+        return None
+    return _given_up.get(Refused(device, function, rank, dtypes))

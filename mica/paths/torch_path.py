@@ -1,28 +1,18 @@
-"""The definition of a MiCA layer in plain PyTorch: every kernel and every test is compared with it.
+"""A MiCA layer on PyTorch's own operators: the path of CPUs, and of whatever the kernels do not cover.
 
-    y  = x Wᵀ + bias + s·(drop(x) Aᵀ) Bᵀ    W (N×K) and B (N×r) frozen, A (r×K) trained
-    g  = s·dy B                             (M×r)
-    dA = gᵀ drop(x)                         (r×K), accumulated in fp32
-    dx = dy W + keep⊙(g A) / (1 − p)        (M×K)
-
-drop(x) = keep⊙x / (1 − p), and keep follows from (seed, row, column) alone (`mica.paths.dropout`). Without
-dropout, drop(x) = x. M tokens, K in_features, N out_features, r rank, s scaling. There is no dB, and h = x Aᵀ
-is never kept: the backward needs x only. Source: MiCA,
-arXiv 2604.01694, on LoRA's layer (arXiv 2106.09685).
+The formulas, and what M, K, N, r, s, E and S are: `mica.paths.definition`. Whether an element of x is dropped
+follows from (seed, row, column) alone (`mica.paths.dropout`), so no mask is kept.
 
 The low-rank products run in ``compute_dtype`` (default: the dtype of x), so A and B may be fp32 masters
 over a bf16/fp16 base. With such masters and few tokens on a CPU they run in fp32, whatever the compute_dtype
 (`product_dtype`): only y and dx are rounded. Products and their sums are those of `mica.paths.products` (one
-rounding where the processor has no 16-bit instructions). The scaling is folded into A (forward) or B
-(backward) *before* that cast: one rounding instead of two, on r·K or N·r numbers instead of M·r; a scaling
-that rounds nothing (1, a power of two) is applied where there is least to multiply. Everything here is
-differentiable by autograd and runs on any device.
+rounding where the processor has no 16-bit instructions). dA is accumulated in fp32. The scaling is folded
+into A (forward) or B (backward) *before* that cast: one rounding instead of two, on r·K or N·r numbers
+instead of M·r; a scaling that rounds nothing (1, a power of two) is applied where there is least to multiply.
+Everything here is differentiable by autograd and runs on any device.
 
-On a stack of experts the same, expert by expert: W (E×N×K), B (E×N×r), A (E×r×K), bias (E×N). The rows of x
-(S×K) are sorted by expert, those of expert e reach from offsets[e-1] to offsets[e] (E ends, int32 or int64),
-and a token of k experts has k rows. dA_e is 0 for an expert without rows. Neither W + s·B·A nor its gradient
-(both E×N×K) is formed, which is what PEFT's path costs (`lora.ParamWrapper`), and no expert without rows is
-read.
+On a stack of experts neither W + s·B·A nor its gradient (both E×N×K) is formed, which is what PEFT's path
+costs (`lora.ParamWrapper`), and no expert without rows is read.
 """
 
 from __future__ import annotations
@@ -33,21 +23,12 @@ from math import frexp
 import torch
 from torch import Tensor
 
-from mica.dtypes import SIXTEEN_BIT
 from mica.paths.dropout import masked
 from mica.paths.products import added, addmm, multiplies_itself, product_dtype, unrounded
-
-LINEAR = torch._C._nn.linear  # functional.linear, even where that is replaced: this is what it is
 
 # Tokens whose fp32 copy is alive at a time in `grad_a`: 1024 x 14336 fp32 are 59 MB. Measured on two CPU
 # cores at K = 576 and 1536, r = 16: the same speed within noise from 256 to 2048.
 _TOKENS_PER_CHUNK = 1024
-
-# Multiplications of a layer's base product up to which all of its products run in fp32: oneDNN takes 10 to
-# 16 µs to set up a 16-bit product, casts and an fp32 product half of that. Time relative to 16-bit products,
-# AVX512-BF16, one thread, rank 16, forward: 16 x 64 x 64 0.46, 64 x 64 x 64 0.58, 16 x 128 x 128 0.54,
-# 256 x 64 x 64 0.96, 64 x 128 x 128 0.93, 16 x 256 x 256 1.14. A single row costs little: 1 x 64 x 64 1.73.
-TINY = 2**18
 
 
 def linear(
@@ -62,40 +43,11 @@ def linear(
     seed: Tensor | None = None,
 ) -> Tensor:
     """y (M×N) in the dtype of x, from x (M×K), weight (N×K), lora_A (r×K), lora_B (N×r), bias (N)."""
-    if not dropout_p and _is_tiny(x, *weight.shape) and (bias is None or bias.dtype is x.dtype):
-        operands = (tensor.float() for tensor in (x, weight, lora_A, lora_B))
-        wide = torch.promote_types(compute_dtype or x.dtype, torch.float32)
-        return linear(*operands, scaling, None if bias is None else bias.float(), wide).to(x.dtype)
-    if not dropout_p and _is_simple(x, lora_A, lora_B, scaling, compute_dtype):
-        return LINEAR(x, weight, bias).addmm_(LINEAR(x, lora_A), lora_B.t(), alpha=scaling)
     dtype = product_dtype(x, (lora_A, lora_B), compute_dtype or x.dtype)
     h = down_projection(x, lora_A, scaling, dtype, dropout_p, seed)
     if h.dtype == x.dtype:
         return addmm(bias, (x, weight.t()), (h, _cast(lora_B, h.dtype).t()))
     return up_projection(addmm(bias, (x, weight.t())), h, lora_B)
-
-
-def _is_tiny(x: Tensor, out_features: int, in_features: int) -> bool:
-    """Whether a layer on these rows is faster with all of its 16-bit operands cast to fp32."""
-    rows = x.shape[0]
-    return x.dtype in SIXTEEN_BIT and x.is_cpu and 1 < rows <= TINY // (out_features * in_features or 1)
-
-
-def _is_simple(x: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float, dtype: torch.dtype | None) -> bool:
-    """Whether the formula can be computed as written: one dtype, no rounding to choose, nothing to cast.
-
-    Then PyTorch is called directly. The general functions take the host 4 µs longer per forward and backward,
-    a fifth of the calls' own time; the bits are the same.
-    """
-    own = x.dtype
-    return (
-        lora_A.dtype is own
-        and lora_B.dtype is own
-        and (dtype is None or dtype is own)
-        and (scaling == 1.0 or _is_exact(scaling, own))
-        and multiplies_itself(x)
-        and not torch._C._are_functorch_transforms_active()
-    )
 
 
 def down_projection(
@@ -231,20 +183,10 @@ def linear_backward(
 
     grad_dtype: to which dA may be rounded first, as PyTorch does under autocast.
     """
-    if not dropout_p and _is_tiny(grad_output, lora_B.shape[0], lora_A.shape[1]):
-        operands = (None if t is None else t.float() for t in (grad_output, x, weight, lora_A, lora_B))
-        dx, dA = linear_backward(*operands, scaling, torch.promote_types(compute_dtype, torch.float32))
-        return None if dx is None else dx.to(grad_output.dtype), None if dA is None else dA.to(lora_A.dtype)
     grad_dtype = grad_dtype or lora_A.dtype
-    if not dropout_p and _is_simple(grad_output, lora_A, lora_B, scaling, compute_dtype):
-        g = torch.mm(grad_output, lora_B)
-        if scaling != 1.0:
-            g.mul_(scaling)
-        dx = None if weight is None else torch.mm(grad_output, weight).addmm_(g, lora_A)
-    else:
-        dtype = product_dtype(grad_output, (lora_A, lora_B), compute_dtype)
-        g = grad_h(grad_output, lora_B, scaling, dtype)
-        dx = None if weight is None else grad_x(grad_output, weight, g, lora_A, dropout_p, seed)
+    dtype = product_dtype(grad_output, (lora_A, lora_B), compute_dtype)
+    g = grad_h(grad_output, lora_B, scaling, dtype)
+    dx = None if weight is None else grad_x(grad_output, weight, g, lora_A, dropout_p, seed)
     return dx, None if x is None else _cast(grad_a(g, x, dropout_p, seed, grad_dtype), lora_A.dtype)
 
 

@@ -19,16 +19,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mica.kernels import configs
 from mica.kernels.common import LaunchError, NotLoadedError, fp32_setting, target_of
 from mica.kernels.down_projection import down_projection as down
 from mica.kernels.fused_linear import fused_linear, why_not_descriptor
 from mica.kernels.grad_a import grad_a
 from mica.kernels.launching import RecordedLaunches, layout
-from mica.kernels.limits import are_narrow
 from mica.kernels.prepared_b import prepare, prepare_experts
 from mica.kernels.up_projection import up_projection_
-from mica.paths import choose, torch_path
+from mica.paths import torch_path
 
 __all__ = [
     "LaunchError",
@@ -79,12 +77,13 @@ def linear(
     compute_dtype: torch.dtype | None = None,
     dropout_p: float = 0.0,
     seed: Tensor | None = None,
+    *,
+    form: str = "split",
 ) -> Tensor:
-    """As `mica.paths.torch_path.linear`; NotImplemented where that is to run."""
-    dtype, seed = compute_dtype or x.dtype, seed if dropout_p else None
-    form = _form("forward", x, lora_A, lora_B, dtype, dropout_p, weight.shape[0], x.stride(0))
-    if form == "aten":
-        return NotImplemented
+    """As `mica.paths.torch_path.linear`, in one of the forms of `mica.kernels.configs.FORM_NAMES`."""
+    dtype = compute_dtype or x.dtype
+    if not dropout_p:
+        seed = None
     key = layout(x), layout(lora_A), lora_B.shape[0], scaling, dtype, dropout_p, fp32_setting()
     steps = recorded_forward.get(key)
     if steps is None:
@@ -112,22 +111,21 @@ def linear_backward(
     dropout_p: float = 0.0,
     seed: Tensor | None = None,
     grad_dtype: torch.dtype | None = None,
+    *,
+    form: str = "split",
 ) -> tuple[Tensor | None, Tensor | None]:
-    """(dx, dA) as `mica.paths.torch_path.linear_backward`; NotImplemented where that is to run.
+    """(dx, dA) as `mica.paths.torch_path.linear_backward`.
 
     Kernels sum dA in fp32 and write it in the dtype of lora_A, whatever the ``grad_dtype``.
     """
-    rank, in_features = lora_A.shape
-    strides = grad_output.stride(0), in_features if x is None else x.stride(0)
-    form = _form("backward", grad_output, lora_A, lora_B, compute_dtype, dropout_p, in_features, *strides)
-    if form == "aten":
-        return NotImplemented
-    seed = seed if dropout_p else None
+    if not dropout_p:
+        seed = None
     key = layout(grad_output), layout(x), layout(lora_A), scaling, compute_dtype, dropout_p, fp32_setting()
     steps = recorded_backward.get(key)
     if steps is None:
-        scaled, dropped = {"scale": scaling, "compute_dtype": compute_dtype}, {"dropout_p": dropout_p}
-        shaped = {"rank": rank, "out_dtype": lora_A.dtype}
+        scaled = {"scale": scaling, "compute_dtype": compute_dtype}
+        dropped = {"dropout_p": dropout_p}
+        shaped = {"rank": lora_A.shape[0], "out_dtype": lora_A.dtype}
         steps = recorded_backward.record(key, scaled, shaped | dropped, dropped)
     down, grad, update = steps
     grad_x = grad_A = None
@@ -144,34 +142,6 @@ def linear_backward(
         else:
             grad_x = _fused(form, grad_output, weight, g, operand, None, seed, dropout_p)
     return grad_x, grad_A
-
-
-def _form(part, rows, lora_A, lora_B, dtype, dropout_p, features, *row_strides) -> str:
-    """The form that the table has for this part of a layer, where the operands permit it.
-
-    The part makes ``features`` of these rows.
-    """
-    device, rank = rows.device, lora_A.shape[0]
-    form = getattr(configs.forms_of(device_name(device), target_of(device), rows.shape[0], rank), part)
-    if form == "aten" or are_narrow(features, *row_strides):
-        if choose.requested() != "triton":
-            return "aten"
-        form = "split" if form == "aten" else form
-    has_one_dtype = lora_A.dtype is lora_B.dtype is rows.dtype is dtype
-    if has_one_dtype and not dropout_p and choose.is_host_bound(rows.numel() * features):
-        return "aten"
-    if form == "mixed":
-        # h and g as the kernels write them, without padding; the vendor's fp32 products use no tensor cores,
-        # and a mask of x would be stored
-        suits = dtype is rows.dtype and dtype.itemsize == 2 and not dropout_p and rank % 16 == 0
-        return form if suits else "split"
-    # at an address that 16 does not divide the fused kernels take all 255 registers of sm_80
-    return "split" if rows.data_ptr() % 16 else form
-
-
-@functools.cache
-def device_name(device: torch.device) -> str:
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
 
 
 def _fused(form: str, x, w, h, factor, bias=None, seed=None, dropout_p=0.0) -> Tensor:

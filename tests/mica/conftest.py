@@ -1,8 +1,8 @@
 import pytest
 
 from mica import ops
-from mica.paths import products, torch_path
-from tests.support.linear_calls import IN_CHUNKS, OWN, PATHS, TINY, WAYS
+from mica.paths import products
+from tests.support.linear_calls import IN_CHUNKS, OWN, PATHS, WAYS
 
 
 @pytest.fixture(params=WAYS)
@@ -23,10 +23,8 @@ def path(request, monkeypatch):
 
 
 def _multiply(way, monkeypatch):
-    monkeypatch.setattr(products, "has_native", lambda dtype: way in (OWN, TINY))
-    if way == TINY:
-        monkeypatch.setattr(torch_path, "TINY", 2**40)
-    elif way != OWN:
+    monkeypatch.setattr(products, "has_native", lambda dtype: way == OWN)
+    if way != OWN:
         monkeypatch.setattr(products, "FEW_ROWS", 0)
     if way == IN_CHUNKS:
         monkeypatch.setattr(products, "CHUNK", 64)

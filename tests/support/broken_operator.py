@@ -20,4 +20,4 @@ def wrong(function, *args):
 
 
 broken = {"slow": slow, "wrong": wrong}[os.environ["MICA_TEST_OPERATOR"]]
-linear.run_formula, linear.composed = partial(broken, linear.run_formula), partial(broken, linear.composed)
+linear.run_formula = partial(broken, linear.run_formula)

@@ -8,7 +8,6 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as multiprocessing
 
-import tests.support.large  # noqa: F401
 from tests.support.server import SERVER
 
 METHOD = SERVER.get_start_method()

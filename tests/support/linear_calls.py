@@ -14,8 +14,7 @@ from tests.support.tolerances import RELATIVE, error
 
 # how 16-bit matrices are multiplied (`mica.paths.products`); what a layer runs on
 OWN, _, IN_CHUNKS = WAYS = ("PyTorch's own", "through fp32", "through fp32 in chunks")
-TINY = "all in fp32"  # as those of tiny layers
-PATHS = ("triton",) if ON_DEVICE else (*WAYS, TINY, "triton")
+PATHS = ("triton",) if ON_DEVICE else (*WAYS, "triton")
 
 
 def on_device(p: Problem) -> Problem:

@@ -15,7 +15,6 @@ import torch
 from accelerate.utils import DistributedType
 
 import mica.fast
-import tests.support.large  # noqa: F401
 from tests.support.models import adapted_layers
 
 

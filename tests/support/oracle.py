@@ -1,12 +1,12 @@
-"""The fp64 oracle: a dense update s·B·A and autograd; of `mica.paths.torch_path` only dropout's mask."""
+"""The fp64 oracle: `mica.paths.definition` on the operands of a problem, with dropout's own mask."""
 
 import functools
-from dataclasses import dataclass, replace
-from itertools import pairwise
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 
+from mica.paths import definition
 from mica.paths.dropout import dropout_keep
 
 # dtype of x and the weight, dtype of the adapter, compute_dtype
@@ -80,33 +80,32 @@ def problem(
     )
 
 
-def dropped(x: torch.Tensor, dropout_p: float, seed: torch.Tensor | None) -> torch.Tensor:
-    """keep⊙x / (1 - p) in fp64, row by row of the last dimension."""
+def dropout_mask(x: torch.Tensor, dropout_p: float, seed: torch.Tensor | None) -> torch.Tensor:
+    """keep / (1 - p) in fp64, row by row of the last dimension: what x is multiplied by."""
     if not dropout_p:
-        return x.double()
+        return torch.ones_like(x, dtype=torch.float64)
     keep = dropout_keep(seed, x.shape[:-1].numel(), x.shape[-1], dropout_p)
-    return x.double().where(keep.view(x.shape), 0) / (1 - dropout_p)
+    return keep.view(x.shape).double() / (1 - dropout_p)
+
+
+def dropped(x: torch.Tensor, dropout_p: float, seed: torch.Tensor | None) -> torch.Tensor:
+    """x with its mask, in fp64; a NaN that is dropped is 0."""
+    mask = dropout_mask(x, dropout_p, seed)
+    return (mask * x.double()).where(mask != 0, 0)
 
 
 def solve(p: Problem, dropout_p: float = 0.0, seed: torch.Tensor | None = None) -> dict[str, torch.Tensor]:
-    """y, dx and dA in fp64, from the operands as they are stored."""
+    """y, dx and dA by `mica.paths.definition` in fp64, from the operands as they are stored."""
+    x, weight, lora_A, lora_B, grad_output = (
+        tensor.detach().double() for tensor in (p.x, p.weight, p.lora_A, p.lora_B, p.grad_output)
+    )
+    factors = weight, lora_A, lora_B, p.scaling
+    bias = weight.new_zeros(weight.shape[:-1]) if p.bias is None else p.bias.double()
     if p.offsets is not None:
-        return _solve_each_expert(p)
-    x, lora_A = (t.detach().double().requires_grad_() for t in (p.x, p.lora_A))
-    y = F.linear(x, p.weight.double(), None if p.bias is None else p.bias.double())
-    y = y + F.linear(dropped(x, dropout_p, seed), p.scaling * (p.lora_B.double() @ lora_A))
-    grad_x, grad_A = torch.autograd.grad(y, (x, lora_A), p.grad_output.double())
-    return {"y": y.detach(), "grad_x": grad_x, "grad_A": grad_A}
-
-
-def _solve_each_expert(p: Problem) -> dict[str, torch.Tensor]:
-    """A layer of its own for each; 0 for rows of no expert and for experts without rows."""
-    shapes = {"y": p.grad_output.shape, "grad_x": p.x.shape, "grad_A": p.lora_A.shape}
-    solved = {name: p.x.new_zeros(shape, dtype=torch.float64) for name, shape in shapes.items()}
-    for expert, ends in enumerate(pairwise([0, *p.offsets.tolist()])):
-        rows = slice(*ends)
-        own = {name: getattr(p, name)[expert] for name in ("weight", "lora_A", "lora_B")}
-        bias = None if p.bias is None else p.bias[expert]
-        layer = replace(p, x=p.x[rows], grad_output=p.grad_output[rows], bias=bias, offsets=None, **own)
-        solved["y"][rows], solved["grad_x"][rows], solved["grad_A"][expert] = solve(layer).values()
-    return solved
+        y = definition.experts_linear(x, p.offsets, *factors, bias)
+        grad_x, grad_A = definition.experts_linear_backward(grad_output, x, p.offsets, *factors)
+    else:
+        mask = dropout_mask(p.x, dropout_p, seed)
+        y = definition.linear(x, *factors, bias, mask)
+        grad_x, grad_A = definition.linear_backward(grad_output, x, *factors, mask)
+    return {"y": y, "grad_x": grad_x, "grad_A": grad_A}

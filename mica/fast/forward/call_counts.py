@@ -1,4 +1,4 @@
-"""How often each layer was called in the last forward of its model, and where PEFT ran: for `explain`.
+"""For `explain`: how often each layer was called in the last forward, with what x, and where PEFT ran.
 
 A forward is one of PEFT's model or tuner that ended without an exception. One within a backward is a
 recomputation and does not count. Calls outside of any forward (`generate`, a part of the model alone,
@@ -15,20 +15,37 @@ from typing import NamedTuple
 from weakref import ReferenceType, WeakKeyDictionary, ref
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from mica.fast.settings import settings
+from mica.ops.operator import as_matrix
+
+
+class Input(NamedTuple):
+    """What is known about the x of a call."""
+
+    dtype: torch.dtype
+    shape: torch.Size
+    strides: tuple[int, ...]
+    autocast_dtype: torch.dtype | None  # where autocast was on
+
+    def as_matrix(self) -> Tensor:
+        """(tokens, in_features) without memory, with the strides and the dtype in which it is multiplied."""
+        x = torch.empty_strided(self.shape, self.strides, dtype=self.dtype, device="meta")
+        return as_matrix(x if self.autocast_dtype is None else x.to(self.autocast_dtype))
 
 
 class _Forward(NamedTuple):
     number: int
     calls: list[ReferenceType[nn.Module]]
-    peft: list[tuple[ReferenceType[nn.Module], str]]  # of the last forward with the backend on
+    # of the last forward with the backend on
+    peft: list[tuple[ReferenceType[nn.Module], str]]
+    inputs: list[tuple[ReferenceType[nn.Module], Input]]
 
 
 class _State(threading.local):
-    # in this thread's current forward: the layer, and why PEFT's code ran its adapter
-    calls: list[tuple[nn.Module, str | None]] | None = None
+    # in this thread's current forward: the layer, why PEFT's code ran its adapter, and what x was
+    calls: list[tuple[nn.Module, str | None, tuple | None]] | None = None
 
 
 _state = _State()
@@ -38,9 +55,11 @@ _outside: dict[int, int] = {}  # id(layer) -> number at its last call outside of
 is_traced = False
 
 
-def note(layer: nn.Module, reason: str | None = None) -> None:
-    """At the beginning of a layer's forward, with the reason where PEFT's code runs an adapter although the
-    backend is on: 0.2 µs per call.
+def note(layer: nn.Module, reason: str | None = None, x: tuple | None = None) -> None:
+    """At the beginning of a layer's forward: takes 0.2 µs.
+
+    reason: where PEFT's code runs an adapter although the backend is on. x: the fields of an
+    `Input`, where operators run.
     """
     if torch.compiler.is_compiling():
         _note_trace()
@@ -49,7 +68,7 @@ def note(layer: nn.Module, reason: str | None = None) -> None:
     if calls is None:
         _outside[id(layer)] = _number
     else:
-        calls.append((layer, reason))
+        calls.append((layer, reason, x))
 
 
 @torch.compiler.assume_constant_result
@@ -73,10 +92,15 @@ def _counting(model: nn.Module) -> Iterator[None]:
         yield
     finally:
         _state.calls = outer
-    by_peft = [(ref(layer), reason) for layer, reason in calls[first:] if reason is not None]
+    own = calls[first:]
+    called = [ref(layer) for layer, *_ in own]
     if not settings.enabled and model in _forwards:  # it shows nothing about calls with the backend on
-        by_peft = _forwards[model].peft
-    _forwards[model] = _Forward(number, [ref(layer) for layer, _ in calls[first:]], by_peft)
+        _forwards[model] = _forwards[model]._replace(number=number, calls=called)
+        return
+    by_peft = [(ref(layer), why_peft) for layer, why_peft, _ in own if why_peft is not None]
+    last_inputs = {layer: x for layer, _, x in own if x is not None}
+    inputs = [(ref(layer), Input(*x)) for layer, x in last_inputs.items()]
+    _forwards[model] = _Forward(number, called, by_peft, inputs)
 
 
 def whole_forward(stock):
@@ -122,6 +146,16 @@ def peft_reasons() -> dict[nn.Module, list[str]]:
             if (layer := reference()) is not None:
                 reasons.setdefault(layer, []).append(reason)
     return reasons
+
+
+def inputs() -> dict[nn.Module, Input]:
+    """Each layer that ran on operators in the last forward with the backend on -> the x of its last call."""
+    inputs_of: dict[nn.Module, Input] = {}
+    for _, forward in _in_order():
+        for reference, x in forward.inputs:
+            if (layer := reference()) is not None:
+                inputs_of[layer] = x
+    return inputs_of
 
 
 def _in_order() -> list[tuple[nn.Module, _Forward]]:

@@ -1,12 +1,12 @@
 """The forwards of PEFT's LoRA layers over linear layers and embeddings: first decide, then compute.
 
-Of a linear layer base product and adapter are one operator on the base weight itself (`Fused`), or the base
-layer is called and the adapter's two products run (`Added`), or PEFT's own code runs.
+For a linear layer, base product and adapter are one operator on the base weight itself (`Fused`), or the base
+layer is called and the adapter's two products are added (`Added`), or PEFT's own code runs.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -14,11 +14,13 @@ from torch import Tensor, nn
 
 from mica.dtypes import SIXTEEN_BIT
 from mica.fast.forward import call_counts, fast_check, mixed_batch, tensor_parallel
+from mica.fast.forward.call_counts import Input
 from mica.fast.forward.eligibility import (
     REFERENCE,
     Adapter,
     OnOperators,
     OnPeft,
+    product_dtypes,
     read_adapters,
     read_base,
     runs_adapter,
@@ -44,7 +46,7 @@ def decided(decide: Callable) -> Callable:
             if settings.enabled:
                 how = decide(self, x, *args, **kwargs)
                 if type(how) is not OnPeft:
-                    call_counts.note(self)
+                    call_counts.note(self, None, _input(x))
                     return how(x)
                 reason = how.reason if runs_adapter(self) else None
             call_counts.note(self, reason)
@@ -53,6 +55,16 @@ def decided(decide: Callable) -> Callable:
         return forward
 
     return patch
+
+
+def _input(x: Tensor) -> tuple | None:
+    """What `mica.fast.explain` needs to know of a call, the fields of an `Input`: takes 0.6 µs."""
+    if torch.compiler.is_compiling():
+        return None
+    autocast_dtype = None
+    if torch._C._is_any_autocast_enabled() and torch.is_autocast_enabled(x.device.type):
+        autocast_dtype = torch.get_autocast_dtype(x.device.type)
+    return x.dtype, x.shape, x.stride(), autocast_dtype
 
 
 @dataclass
@@ -71,8 +83,31 @@ class Fused(OnOperators):
             return traced(x, *operands, self.dtype)
         return linear(x, *operands, self.dtype, *dropout(dropout_p, x.device))
 
-    def products(self) -> list[tuple[Tensor, ...]]:
-        return [(self.adapter.lora_A, self.adapter.lora_B, self.weight)]
+    def choices(self, x: Input | None) -> Iterator[tuple[str, choose.Choice]]:
+        lora_A, lora_B, _, dropout_p = self.adapter
+        out_features, in_features = self.weight.shape
+        if x is not None and not self._fits(x):  # the layer has changed since
+            x = None
+        dtypes = (*product_dtypes(x, self.weight.dtype), lora_A.dtype, lora_B.dtype)
+
+        def forward() -> choose.Rows:
+            matrix = _one_row(in_features) if x is None else x.as_matrix()
+            rows = choose.forward_rows(matrix, out_features, dropout_p)
+            return rows._replace(tokens=None) if x is None else rows
+
+        def backward() -> choose.Rows:
+            """With a dy as PyTorch's operators return it: contiguous."""
+            matrix = _one_row(in_features) if x is None else x.as_matrix()
+            grad_output = matrix.new_empty(len(matrix), out_features)
+            rows = choose.backward_rows(grad_output, matrix, in_features, dropout_p)
+            return rows._replace(tokens=None) if x is None else rows
+
+        for function, rows in (("linear", forward), ("linear_backward", backward)):
+            yield function, choose.decide(function, lora_A.device, lora_A.shape[0], dtypes, rows)
+
+    def _fits(self, x: Input) -> bool:
+        has_dtype = x.autocast_dtype is not None or x.dtype is self.weight.dtype
+        return has_dtype and x.shape[-1] == self.weight.shape[1]
 
 
 @dataclass
@@ -108,9 +143,23 @@ class Added(OnOperators):
             y = up_projection(y, h, lora_B)
         return y
 
-    def products(self) -> list[tuple[Tensor, ...]]:
-        of_base = [] if self.why_called else self.base.products()
-        return [*of_base, *((adapter.lora_A, adapter.lora_B) for adapter in self.adapters)]
+    def choices(self, x: Input | None) -> Iterator[tuple[str, choose.Choice]]:
+        if self.why_called is None:
+            yield from self.base.choices(x)
+        for lora_A, lora_B, *_ in self.adapters:
+            dtype, product_dtype = product_dtypes(x, lora_A.dtype)
+            dtypes_of = {
+                "down_projection": (dtype, product_dtype, lora_A.dtype),
+                "up_projection": (dtype, product_dtype, lora_B.dtype),
+                "down_projection_backward": (product_dtype, dtype, lora_A.dtype),
+                "up_projection_backward": (dtype, product_dtype, lora_B.dtype),
+            }
+            for function, dtypes in dtypes_of.items():
+                yield function, choose.decide(function, lora_A.device, lora_A.shape[0], dtypes)
+
+
+def _one_row(in_features: int) -> Tensor:
+    return torch.empty(1, in_features, device="meta")
 
 
 def dropout(p: float, device: torch.device) -> tuple[float, Tensor | None]:
@@ -137,12 +186,16 @@ def decide(layer, x: Tensor | None = None, *args, **kwargs) -> OnOperators | fas
         return OnPeft(reason)
     if names is not None:
         return mixed_batch.MixedBatch(layer, adapter_names, dict(zip(names, adapters, strict=True)))
-    base, dtype = layer._modules["base_layer"], None if x is None else compute_dtype(x.dtype)
-    sharding, operands = tensor_parallel.sharding(base), read_base(layer)
+
+    base = layer._modules["base_layer"]
+    dtype = None if x is None else compute_dtype(x.dtype)
+    sharding = tensor_parallel.sharding(base)
+    operands = read_base(layer)
     if type(operands) is not str and x is not None and not _multiplies(x, operands[0]):
         operands = f"an input of {x.dtype} with a base weight of {operands[0].dtype}"
     if type(operands) is str:
         return Added(base, adapters, dtype, sharding, operands)
+
     first, *others = adapters
     fused = Fused(*operands, first, dtype)
     if sharding is not None:
@@ -206,7 +259,7 @@ class Embedded(OnOperators):
             update = update * embed_scale.to(update.dtype)
         return (result + update).to(result.dtype)
 
-    def explained(self) -> tuple[str, str]:
+    def explained(self, x: Input | None = None) -> tuple[str, str]:
         lora_A, lora_B, *_ = self.adapter
         refused = choose.why_not_kernels(lora_A.device, lora_A.shape[0], lora_A.dtype, lora_B.dtype)
         return REFERENCE, refused or "embeddings have no kernels"

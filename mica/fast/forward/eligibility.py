@@ -9,7 +9,7 @@ torch.compile.
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -23,8 +23,9 @@ from torch.nn.modules import module as nn_module
 from transformers.pytorch_utils import Conv1D
 
 from mica.fast.forward import tensor_parallel
+from mica.fast.forward.call_counts import Input
 from mica.fast.forward.tensor_parallel import local
-from mica.kernels.limits import are_narrow
+from mica.fast.settings import compute_dtype
 from mica.ops.operator import TENSOR_TYPES
 from mica.paths import choose
 
@@ -34,7 +35,9 @@ MiCAEmbeddingVariant = getattr(variants, "MiCAEmbeddingVariant", None)
 _VARIANTS = (MiCALinearVariant, MiCAEmbeddingVariant)
 
 
-KERNEL, REFERENCE, PEFT, ERROR = "kernel", "reference", "peft", "error"
+# The paths of a layer, each better than the one after it.
+KERNEL, PEFT = "kernel", "peft"
+REFERENCE, ERROR = choose.REFERENCE, choose.ERROR
 
 
 class OnPeft(NamedTuple):
@@ -42,7 +45,7 @@ class OnPeft(NamedTuple):
 
     reason: str
 
-    def explained(self) -> tuple[str, str]:
+    def explained(self, x: Input | None = None) -> tuple[str, str]:
         return PEFT, self.reason
 
 
@@ -51,23 +54,34 @@ class OnOperators:
 
     why_called: str | None = None  # why the base layer is called, instead of its weight being read
 
-    def products(self) -> list[tuple[Tensor, ...]]:
-        """(lora_A, lora_B) of each operator, and the base weight where it multiplies by that too."""
+    def choices(self, x: Input | None) -> Iterator[tuple[str, choose.Choice]]:
+        """Each function of `mica.paths` that a forward and its backward call, and how it runs.
+
+        x: of a call; None: not known.
+        """
         raise NotImplementedError
 
-    def explained(self) -> tuple[str, str]:
+    def explained(self, x: Input | None = None) -> tuple[str, str]:
         """The path, and why it is not the one before it in the list above."""
-        reason = f"base layer called: {self.why_called}" if self.why_called else ""
-        for lora_A, *others in self.products():
-            dtypes = (tensor.dtype for tensor in (*others[1:], lora_A, others[0]))
-            refused = choose.why_not_kernels(lora_A.device, lora_A.shape[-2], *dtypes)
-            if refused:
-                path = ERROR if choose.requested() == "triton" else REFERENCE
-                return path, "; ".join(filter(None, (refused, reason)))
-            sizes = lora_A.shape[-1], others[0].shape[-2]
-            if others[1:] and lora_A.dim() == 2 and choose.requested() != "triton" and are_narrow(*sizes):
-                return REFERENCE, "kernels need in_features and out_features divisible by 16"
-        return KERNEL, reason
+        reasons = []
+        path = KERNEL
+        for function, choice in self.choices(x):
+            if choice.reason is not None:
+                is_backward = function.endswith("_backward")
+                reasons.append(f"in the backward: {choice.reason}" if is_backward else choice.reason)
+                path = choice.form
+                break
+        if self.why_called:
+            reasons.append(f"base layer called: {self.why_called}")
+        return path, "; ".join(reasons)
+
+
+def product_dtypes(x: Input | None, default: torch.dtype) -> tuple[torch.dtype, torch.dtype]:
+    """The dtypes in which x and the low-rank products are multiplied; ``default``: that of an unknown x."""
+    if x is not None and x.autocast_dtype is not None:
+        return x.autocast_dtype, x.autocast_dtype
+    dtype = default if x is None else x.dtype
+    return dtype, compute_dtype(dtype) or dtype
 
 
 def own(cls: type[nn.Module], name: str = "forward") -> Callable | None:

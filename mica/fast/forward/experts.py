@@ -8,7 +8,7 @@ forms the whole stack in every forward.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
 
@@ -19,6 +19,7 @@ from transformers.integrations import moe
 
 from mica.dtypes import FLOATING, SIXTEEN_BIT
 from mica.fast.forward import call_counts, expert_params
+from mica.fast.forward.call_counts import Input
 from mica.fast.forward.decide import decided, is_dense
 from mica.fast.forward.eligibility import (
     Adapter,
@@ -37,6 +38,7 @@ from mica.fast.settings import compute_dtype
 from mica.ops.experts import experts_base, experts_linear
 from mica.ops.operator import AUTOCAST
 from mica.ops.routing import from_experts, route
+from mica.paths import choose
 from mica.paths.products import is_transformed
 
 
@@ -60,8 +62,13 @@ class Projection(OnOperators):
             dtype = compute_dtype(self.dtype) if follows else None
             return experts_linear(*operands, dtype, *tokens_and_inverse)
 
-    def products(self) -> list[tuple[Tensor, ...]]:
-        return [(self.adapter.lora_A, self.adapter.lora_B, self.weight)]
+    def choices(self, x: Input | None) -> Iterator[tuple[str, choose.Choice]]:
+        lora_A, lora_B, *_ = self.adapter
+        follows = self.dtype is self.weight.dtype
+        product_dtype = (compute_dtype(self.dtype) if follows else None) or self.dtype
+        dtypes = (self.dtype, product_dtype, lora_A.dtype, lora_B.dtype)
+        for function in ("experts_linear", "experts_linear_backward"):
+            yield function, choose.decide(function, lora_A.device, lora_A.shape[1], dtypes)
 
 
 @dataclass
@@ -77,7 +84,9 @@ class Experts(OnOperators):
         """x (num_tokens, hidden) -> (num_tokens, hidden)."""
         for wrapper in self.wrappers[1:]:
             call_counts.note(wrapper)
-        module, (first, down), (top_k_index, top_k_weights) = self.module, self.projections, self.routing
+        module = self.module
+        first, down = self.projections
+        top_k_index, top_k_weights = self.routing
         routing = route(top_k_index, down.weight.shape[0])
         hidden = first(x, routing.offsets, routing.tokens, routing.inverse)
         hidden = module._apply_gate(hidden) if _has_gate(module) else module.act_fn(hidden)

@@ -56,66 +56,91 @@ class Direct(NamedTuple):
 
 def direct(layer, x: Tensor) -> Direct | None:
     """How this layer runs on x (..., in_features); None if anything is unusual."""
-    if type(layer) is not lora.Linear or not is_eager() or type(x) not in TENSOR_TYPES:
+    if type(layer) is not lora.Linear or type(x) not in TENSOR_TYPES or not is_eager():
         return None
     if x.is_cpu:
-        kind = "cpu"
+        device_type = "cpu"
     elif x.is_cuda:
-        kind = "cuda"
+        device_type = "cuda"
     else:
         return None
+
     name = layer.active_adapter
     if type(name) is not str:
         if len(name) != 1:
             return None
         (name,) = name
-    base, As, Bs, dropouts = _parts(layer._modules)
-    lora_A = As._modules.get(name)
-    if lora_A is None:
+    base, lora_As, lora_Bs, dropouts = _parts(layer._modules)
+    lora_A = lora_As._modules.get(name)
+    if lora_A is None:  # the active adapter is not on this layer
         return None
-    lora_B, dropout, scaling = Bs._modules[name], dropouts._modules[name], layer.scaling[name]
-    if (
+    lora_B = lora_Bs._modules[name]
+    dropout = dropouts._modules[name]
+    scaling = layer.scaling[name]
+
+    if _is_special(layer, base, name) or type(scaling) is not float:
+        return None
+    if not _are_plain_modules(base, lora_A, lora_B, dropout):
+        return None
+    weight = base._parameters.get("weight")
+    bias = base._parameters.get("bias")
+    A = lora_A._parameters.get("weight")
+    B = lora_B._parameters.get("weight")
+    if not _are_plain_tensors(x, weight, bias, A, B):
+        return None
+
+    if torch.is_autocast_enabled(device_type):
+        if bias is not None and bias.dtype not in _CAST:
+            return None
+        if x.dtype not in _CAST or weight.dtype not in _CAST or A.dtype not in _CAST or B.dtype not in _CAST:
+            return None
+        return Direct(weight, A, B, scaling, bias, None, torch.get_autocast_dtype(device_type))
+    dtype = x.dtype
+    if weight.dtype is not dtype or B.dtype is not A.dtype or dtype not in FLOATING:
+        return None
+    if A.dtype is not dtype:
+        is_master = A.dtype is torch.float32 and dtype in SIXTEEN_BIT
+        if not is_master or not layer.cast_input_dtype_enabled:
+            return None
+    return Direct(weight, A, B, scaling, bias, compute_dtype(dtype), None)
+
+
+def _is_special(layer, base: nn.Module, name: str) -> bool:
+    """Whether the layer is in a state in which something else than its one MiCA adapter counts."""
+    return (
         layer.disable_adapters
-        or layer.merged
+        or bool(layer.merged)
         or "_tp_info" in layer.__dict__
         or "_hf_tp_plan" in base.__dict__
         or type(layer.lora_variant.get(name)) is not MiCALinearVariant
-        or type(scaling) is not float
-        or not (type(base) is type(lora_A) is type(lora_B) is _LINEAR and type(dropout) is _IDENTITY)
-        or any(_GLOBAL_HOOKS)
-    ):
-        return None
-    own = _LINEAR.forward, _IDENTITY.forward, _LINEAR.__call__, _IDENTITY.__call__, functional.linear
-    if own != _CODE:
-        return None
-    for module in (base, lora_A, lora_B, dropout):  # would calling it do more than its class's forward?
+    )
+
+
+def _are_plain_modules(base: nn.Module, lora_A: nn.Module, lora_B: nn.Module, dropout: nn.Module) -> bool:
+    """Whether calls do no more than their classes' formulas, without dropout and without a factor's bias."""
+    if not (type(base) is type(lora_A) is type(lora_B) is _LINEAR and type(dropout) is _IDENTITY):
+        return False
+    if any(_GLOBAL_HOOKS):
+        return False
+    code = _LINEAR.forward, _IDENTITY.forward, _LINEAR.__call__, _IDENTITY.__call__, functional.linear
+    if code != _CODE:
+        return False
+    for module in (base, lora_A, lora_B, dropout):
         if any(_hooks(module)) or "forward" in module.__dict__:
-            return None
-    of_base, of_A, of_B = base._parameters, lora_A._parameters, lora_B._parameters
-    weight, bias, A, B = of_base.get("weight"), of_base.get("bias"), of_A.get("weight"), of_B.get("weight")
-    if of_A["bias"] is not None or of_B["bias"] is not None:
-        return None
-    tensors = (weight, A, B) if bias is None else (weight, A, B, bias)
-    for tensor in tensors:
+            return False
+    return lora_A._parameters["bias"] is None and lora_B._parameters["bias"] is None
+
+
+def _are_plain_tensors(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, lora_A: Tensor | None, lora_B: Tensor | None
+) -> bool:
+    """Whether all are dense and in memory, and all but x and lora_A are frozen; None, of a weight, is not."""
+    for tensor in (weight, lora_A, lora_B):
         if type(tensor) not in TENSOR_TYPES or hasattr(tensor, "ds_id"):
-            return None
-    if (
-        _facts(weight) != _FROZEN
-        or _facts(B) != _FROZEN
-        or (bias is not None and _facts(bias) != _FROZEN)
-        or (A.layout, A.is_meta, A.is_inference(), x.layout, x.is_nested) != _PLAIN
-    ):
-        return None
-    dtype, adapter_dtype = x.dtype, A.dtype
-    if torch.is_autocast_enabled(kind):
-        for tensor in (x, *tensors):
-            if tensor.dtype not in _CAST:
-                return None
-        return Direct(weight, A, B, scaling, bias, None, torch.get_autocast_dtype(kind))
-    if weight.dtype is not dtype or B.dtype is not adapter_dtype or dtype not in FLOATING:
-        return None
-    if adapter_dtype is not dtype and not (
-        adapter_dtype is torch.float32 and dtype in SIXTEEN_BIT and layer.cast_input_dtype_enabled
-    ):
-        return None
-    return Direct(weight, A, B, scaling, bias, compute_dtype(dtype), None)
+            return False
+    has_bias = bias is not None
+    if has_bias and (type(bias) not in TENSOR_TYPES or hasattr(bias, "ds_id") or _facts(bias) != _FROZEN):
+        return False
+    if _facts(weight) != _FROZEN or _facts(lora_B) != _FROZEN:
+        return False
+    return (lora_A.layout, lora_A.is_meta, lora_A.is_inference(), x.layout, x.is_nested) == _PLAIN

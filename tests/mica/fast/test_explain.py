@@ -67,7 +67,7 @@ def test_the_backend_is_said_and_taken(monkeypatch, backend, path, reason):
     monkeypatch.setenv("MICA_BACKEND", backend)
     if not backend:  # as on a GPU
         monkeypatch.setattr(choose, "why_not_kernels", lambda *args, **kwargs: None)
-        monkeypatch.setattr(choose, "_verdicts", {})
+        monkeypatch.setattr(choose, "_choices", {})
         monkeypatch.setattr(configs, "HOST_BOUND", 0)
         even = wrap(nn.Sequential(nn.Linear(32, 48)), targets=["0"])
         assert mica.fast.explain(even).counts() == {"kernel": 1}

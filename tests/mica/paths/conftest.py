@@ -4,7 +4,7 @@ import torch
 from mica import ops
 from mica.kernels import configs, launching
 from mica.kernels.launching import Plan
-from mica.paths import choose, triton_path
+from mica.paths import choose
 from tests.support.kernel_cases import DEVICE
 
 
@@ -38,11 +38,11 @@ def by_default(monkeypatch):
 def choose_form(monkeypatch):
     """``choose_form(forward, backward)``: as if these forms had been measured to be the fastest here."""
 
-    def choose(forward, backward=None):
+    def choose_form(forward, backward=None):
         row = configs.Forms(0, 256, forward, backward or forward)
-        monkeypatch.setitem(configs.FORMS, triton_path.device_name(torch.device(DEVICE)), (row,))
+        monkeypatch.setitem(configs.FORMS, choose.device_name(torch.device(DEVICE)), (row,))
 
-    return choose
+    return choose_form
 
 
 @pytest.fixture

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from mica.kernels import common, limits, runtime
+from mica.kernels import common, configs, limits, runtime
 from mica.paths import choose
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
@@ -25,6 +25,11 @@ def a_gpu(monkeypatch):
     return monkeypatch
 
 
+def decided(device, rank, *dtypes, function="linear"):
+    """The form without a look at rows."""
+    return choose.decide(function, device, rank, dtypes).form
+
+
 @pytest.mark.parametrize(
     ("setting", "operands", "reason"),
     [
@@ -43,16 +48,84 @@ def a_gpu(monkeypatch):
     ],
 )
 def test_the_device_its_operands_and_the_setting_decide(a_gpu, setting, operands, reason):
-    """Each verdict is one of its operands, whatever has been decided for others."""
+    """Each choice is one of its operands, whatever has been decided for others."""
     a_gpu.setenv("MICA_BACKEND", setting)
     assert choose.requested() == (setting or "auto")
-    assert choose.use_kernels(GPU, 16, BF16) == (setting != "reference")
+    assert decided(GPU, 16, BF16) == (choose.REFERENCE if setting == "reference" else choose.KERNELS)
     assert choose.why_not_kernels(*operands) == reason
-    if setting == "triton" and reason:
-        with pytest.raises(RuntimeError, match=f"MICA_BACKEND=triton demands .* none here: {reason}"):
-            choose.use_kernels(*operands)
+    device, rank, *dtypes = operands
+    choice = choose.decide("linear", device, rank, tuple(dtypes))
+    assert choice.reason == reason
+    if reason is None:
+        assert choice.form == choose.KERNELS
+    elif setting == "triton":
+        assert choice.form == choose.ERROR
+        message = f"MICA_BACKEND=triton demands Triton kernels, but there are none here: {reason}."
+        assert str(choose.demand_error(choice)) == message
     else:
-        assert choose.use_kernels(*operands) == (reason is None)
+        assert choice.form == choose.REFERENCE
+
+
+ONE_DTYPE, MASTERS = (BF16,) * 4, (BF16, BF16, torch.float32, torch.float32)
+NARROW = "kernels need in_features and out_features divisible by 16"
+FEW = "8 tokens are too few: the device would wait for the host"
+
+
+@pytest.mark.parametrize(
+    ("forms", "dtypes", "changes", "expected"),
+    [
+        (("split", "fused"), MASTERS, {}, ("split", None)),
+        (("fused", "split"), MASTERS, {}, ("fused", None)),
+        (("fused", "split"), MASTERS, {"is_aligned": False}, ("split", None)),
+        (("mixed", "split"), MASTERS, {}, ("mixed", None)),
+        (("mixed", "split"), MASTERS, {"has_dropout": True}, ("split", None)),
+        (("mixed", "split"), (torch.float32,) * 4, {}, ("split", None)),
+        (("mixed", "split"), (BF16, *(torch.float32,) * 3), {}, ("split", None)),
+        (("aten", "split"), MASTERS, {}, ("reference", "measured: PyTorch's own operators are faster here")),
+        (("split", "split"), MASTERS, {"in_features": 24, "strides": (24, 48)}, ("reference", NARROW)),
+        (
+            ("split", "split"),
+            MASTERS,
+            {"strides": (40, 48)},
+            ("reference", "kernels need rows whose strides are divisible by 16, not 40 and 48"),
+        ),
+        (("split", "split"), ONE_DTYPE, {"tokens": 8}, ("reference", FEW)),
+        (("split", "split"), ONE_DTYPE, {"tokens": 9}, ("split", None)),
+        (("split", "split"), ONE_DTYPE, {"tokens": None}, ("split", None)),
+        (("split", "split"), ONE_DTYPE, {"tokens": 8, "has_dropout": True}, ("split", None)),
+        (("split", "split"), MASTERS, {"tokens": 8}, ("split", None)),
+    ],
+)
+def test_the_form_of_a_layer_and_why_it_is_not_on_kernels(a_gpu, forms, dtypes, changes, expected):
+    row = configs.Forms(0, 256, *forms)
+    a_gpu.setattr(choose, "_forms_of", lambda device, tokens, rank: row)
+    a_gpu.setattr(configs, "HOST_BOUND", 8 * 32 * 48)
+    rows = choose.Rows(64, 32, 48, (32, 48), has_dropout=False, is_aligned=True)._replace(**changes)
+    assert choose.decide("linear", GPU, 16, dtypes, lambda: rows) == expected
+    if None not in expected:
+        a_gpu.setenv("MICA_BACKEND", "triton")  # demanded kernels run
+        assert choose.decide("linear", GPU, 16, dtypes, lambda: rows) == ("split", None)
+
+
+def test_the_two_parts_of_a_layer_have_forms_of_their_own(a_gpu):
+    a_gpu.setattr(choose, "_forms_of", lambda *args: configs.Forms(0, 256, "fused", "mixed"))
+    rows = choose.Rows(64, 32, 48, (32, 48), has_dropout=False, is_aligned=True)
+    for function, form in (("linear", "fused"), ("linear_backward", "mixed")):
+        assert choose.decide(function, GPU, 16, MASTERS, lambda: rows).form == form
+
+
+def test_nothing_is_looked_at_where_kernels_cannot_run(a_gpu):
+    assert choose.decide("linear", CPU, 16, MASTERS, lambda: pytest.fail("looked at rows")).reason == "no GPU"
+
+
+def test_rows_are_those_of_the_operands():
+    x = torch.zeros(5, 40)[:, :32]
+    assert choose.forward_rows(x, 48, 0.0) == (5, 32, 48, (40, 48), False, True)
+    shifted = torch.zeros(5 * 32 + 1)[1:].view(5, 32)
+    assert choose.forward_rows(shifted, 48, 0.5) == (5, 32, 48, (32, 48), True, False)
+    dy = torch.zeros(5, 64)[:, :48]
+    assert choose.backward_rows(dy, x, 32, 0.0) == (5, 32, 48, (64, 40, 32), False, True)
+    assert choose.backward_rows(dy, None, 32, 0.1) == (5, 32, 48, (64, 32, 32), True, True)
 
 
 def test_interpreted_kernels_run_only_on_demand(monkeypatch):
@@ -68,28 +141,28 @@ def test_another_value_is_named(monkeypatch, value):
         choose.requested()
 
 
-def test_a_verdict_is_kept_until_the_environment_changes(a_gpu):
+def test_a_choice_is_kept_until_the_environment_changes(a_gpu):
     queries = []
     a_gpu.setattr(runtime, "why_unavailable", queries.append)
     for _ in range(3):
-        assert choose.use_kernels(GPU, 16, BF16)
+        assert decided(GPU, 16, BF16) == choose.KERNELS
     assert len(queries) == 1
     a_gpu.setenv("MICA_BACKEND", "reference")
-    assert not choose.use_kernels(GPU, 16, BF16)
+    assert decided(GPU, 16, BF16) == choose.REFERENCE
     a_gpu.delenv("MICA_BACKEND")
     a_gpu.setenv("TRITON_INTERPRET", "1")
-    assert not choose.use_kernels(GPU, 16, BF16)
+    assert decided(GPU, 16, BF16) == choose.REFERENCE
     a_gpu.delenv("TRITON_INTERPRET")
-    assert choose.use_kernels(GPU, 16, BF16)
+    assert decided(GPU, 16, BF16) == choose.KERNELS
     assert len(queries) == 1
 
 
 def test_what_a_capture_says_is_not_kept(a_gpu):
     a_gpu.setattr(runtime, "why_unavailable", lambda device: "nothing was tried yet")
     a_gpu.setattr(runtime, "is_settled", lambda device: False)
-    assert not choose.use_kernels(GPU, 16, BF16)
+    assert decided(GPU, 16, BF16) == choose.REFERENCE
     a_gpu.setattr(runtime, "why_unavailable", lambda device: None)
-    assert choose.use_kernels(GPU, 16, BF16)
+    assert decided(GPU, 16, BF16) == choose.KERNELS
 
 
 def test_the_setting_is_what_the_environment_holds(monkeypatch):
@@ -107,33 +180,30 @@ ERROR = common.LaunchError("the kernel grad_a can be launched nowhere: out of re
 
 
 def test_only_what_cannot_be_launched_is_given_up(a_gpu):
-    assert choose.use_kernels(GPU, 16, BF16, function="linear")
+    assert decided(GPU, 16, BF16) == choose.KERNELS
     with pytest.warns(UserWarning, match="linear at rank 16 .bfloat16. on PyTorch's own operators on cuda"):
         choose.give_up(GPU, "linear", 16, (BF16,), ERROR)
-    assert not choose.use_kernels(GPU, 16, BF16, function="linear")
+    assert decided(GPU, 16, BF16) == choose.REFERENCE
     for device, rank, dtypes, function in (
         (GPU, 16, (BF16,), "linear_backward"),
         (GPU, 8, (BF16,), "linear"),
         (GPU, 16, (BF16, BF16), "linear"),
         (torch.device("cuda", 1), 16, (BF16,), "linear"),
     ):
-        assert choose.use_kernels(device, rank, *dtypes, function=function)
+        assert decided(device, rank, *dtypes, function=function) == choose.KERNELS
 
 
 def test_what_was_given_up_is_told(a_gpu):
     dtypes = (BF16, BF16, torch.float32)
     with pytest.warns(UserWarning, match="grad_a can be launched nowhere: out of resource$"):
         choose.give_up(GPU, "linear_backward", 16, dtypes, ERROR)
-    reason = choose.why_not_kernels(GPU, 16, torch.float32, BF16)  # of a layer, whatever its function
-    assert reason.startswith(
+    choice = choose.decide("linear_backward", GPU, 16, dtypes)
+    assert choice.form == choose.REFERENCE
+    assert choice.reason.startswith(
         "linear_backward at rank 16 (bfloat16, bfloat16, float32) was given up: the kernel"
     )
-    assert choose.why_not_kernels(GPU, 16, *dtypes, function="linear_backward") == reason
     assert choose.why_not_kernels(GPU, 16, *dtypes, function="linear") is None
-    assert choose.why_not_kernels(GPU, 16, torch.float16) is None
-    assert choose.why_not_kernels(GPU, 8, BF16) is None
     a_gpu.setenv("MICA_BACKEND", "triton")
-    with pytest.raises(RuntimeError, match="there are none here: linear_backward at rank 16"):
-        choose.use_kernels(GPU, 16, *dtypes, function="linear_backward")
+    assert choose.decide("linear_backward", GPU, 16, dtypes) == (choose.ERROR, choice.reason)
     choose.clear()
-    assert choose.why_not_kernels(GPU, 16, *dtypes) is None
+    assert choose.decide("linear_backward", GPU, 16, dtypes).form == choose.KERNELS

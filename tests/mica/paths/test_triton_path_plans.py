@@ -126,16 +126,18 @@ def test_a_kernel_that_a_capture_cannot_load_is_missed_once(monkeypatch, by_defa
     assert all("in a CUDA graph on cpu: a kernel for this kind" in str(each.message) for each in warned)
     kernels = ("linear_kernels", "linear_backward_kernels")
     assert sum(ops.call_counts[name] for name in kernels) == 2 * (2 - KERNELS[kernel])
-    assert choose.why_not_kernels(p.x.device, 12, BF16) is None
+    for function in ("linear", "linear_backward"):
+        choice = choose.decide(function, p.x.device, 12, (BF16, BF16, FP32, FP32))
+        assert choice.form == choose.KERNELS
     ops.call_counts.clear()
     run(p)  # after the capture
     assert all(ops.call_counts[name] == 1 for name in kernels)
 
 
 @pytest.mark.parametrize("demanded", ["triton", "auto"])
-def test_where_a_capture_cannot_run_the_reference_the_reason_is_raised(monkeypatch, demanded):
+def test_where_a_capture_cannot_run_the_reference_the_reason_is_raised(monkeypatch, by_default, demanded):
     """Where kernels are demanded; and of experts, because the reference waits for the device."""
-    monkeypatch.setattr(choose, "use_kernels", lambda *args, **kwargs: True)
+    by_default()
     monkeypatch.setenv("MICA_BACKEND", demanded)
     monkeypatch.setattr(launching, "is_capturing", lambda device: True)
     launching.clear()

@@ -1,0 +1,150 @@
+"""The table's word is what ran: random layers and calls on interpreted kernels, as if on a device."""
+
+from dataclasses import dataclass
+
+import pytest
+import torch
+from hypothesis import Phase, example, given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+import mica.fast
+from mica.kernels import configs
+from mica.paths import choose
+from tests.support.models import wrap
+
+FORWARDS = {"linear", "down_projection", "up_projection"}
+HOST_BOUND = 6 * 32 * 48  # multiplications
+LARGE = (32, 48)
+
+
+@dataclass
+class Drawn:
+    """A layer, a call of it, and what is demanded."""
+
+    features: tuple[int, int]  # in, out
+    rank: int
+    dtype: torch.dtype
+    has_masters: bool  # an fp32 adapter
+    dropout_p: float
+    is_called: bool  # the base layer, because of a hook on it
+    tokens: tuple[int, ...]
+    gap: int  # between the rows of x, in elements
+    autocast: bool
+    forms: tuple[str, str]
+    host_bound: int
+    backend: str
+
+
+# Shrinking takes minutes, and a call has few parts.
+PHASES = (Phase.explicit, Phase.reuse, Phase.generate)
+FORMS = st.sampled_from(configs.FORM_NAMES)
+DRAWN = st.builds(
+    Drawn,
+    features=st.tuples(st.sampled_from([32, 48, 24]), st.sampled_from([32, 48, 40])),
+    rank=st.sampled_from([4, 16]),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16]),
+    has_masters=st.booleans(),
+    dropout_p=st.sampled_from([0.0, 0.5]),
+    is_called=st.booleans(),
+    tokens=st.sampled_from([(1,), (6,), (7,), (2, 3), (2, 2, 2)]),
+    gap=st.sampled_from([0, 8, 16]),
+    autocast=st.booleans(),
+    forms=st.tuples(FORMS, FORMS),
+    host_bound=st.sampled_from([0, HOST_BOUND]),
+    backend=st.sampled_from(["auto", "auto", "triton", "reference"]),
+)
+
+
+def drawn(**changes) -> Drawn:
+    """A call on kernels, but for these changes."""
+    base = {
+        "features": LARGE,
+        "rank": 16,
+        "dtype": torch.bfloat16,
+        "has_masters": False,
+        "dropout_p": 0.0,
+        "is_called": False,
+        "tokens": (6,),
+        "gap": 0,
+        "autocast": False,
+        "forms": ("split", "split"),
+        "host_bound": 0,
+        "backend": "auto",
+    }
+    return Drawn(**(base | changes))
+
+
+def layer_of(call: Drawn):
+    """One layer in a model."""
+    torch.manual_seed(0)
+    model = wrap(
+        nn.Sequential(nn.Linear(*call.features, dtype=call.dtype)),
+        rank=call.rank,
+        targets=["0"],
+        lora_dropout=call.dropout_p,
+        autocast_adapter_dtype=call.has_masters,
+    )
+    if call.is_called:
+        model.base_model.model[0].base_layer.register_forward_hook(lambda *_: None)
+    return model.train()
+
+
+def input_of(call: Drawn) -> torch.Tensor:
+    in_features = call.features[0]
+    buffer = torch.randn(*call.tokens, in_features + call.gap).to(call.dtype)
+    return buffer[..., :in_features].requires_grad_()
+
+
+def run(model, call: Drawn) -> dict[str, bool]:
+    """Each function of `mica.paths` that ran in a forward and backward -> whether on kernels."""
+    mica.fast.call_counts.clear()
+    with torch.autocast("cpu", torch.bfloat16, enabled=call.autocast):
+        y = model(input_of(call))
+    y.backward(torch.randn_like(y))
+    counts = mica.fast.call_counts
+    functions = [name for name in counts if not name.endswith("_kernels")]
+    return {name: counts[f"{name}_kernels"] == counts[name] for name in functions}
+
+
+@pytest.mark.slow
+@settings(max_examples=150, deadline=None, phases=PHASES)
+@given(DRAWN)
+@example(drawn())
+@example(drawn(forms=("split", "aten")))
+@example(drawn(host_bound=HOST_BOUND))
+@example(drawn(host_bound=HOST_BOUND, tokens=(7,)))
+@example(drawn(gap=8))
+@example(drawn(gap=8, tokens=(1,)))
+@example(drawn(gap=8, dtype=torch.float32, autocast=True))
+@example(drawn(dtype=torch.float32, autocast=True, host_bound=HOST_BOUND))
+def test_the_tables_word_is_what_ran(call):
+    check(call)
+
+
+@settings(max_examples=15, deadline=None, phases=PHASES)
+@given(DRAWN)
+def test_the_tables_word_is_what_ran_in_a_few_calls(call):
+    check(call)
+
+
+def check(call: Drawn) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        # as if the CPU, on which kernels are interpreted, were a device that has them
+        patch.setenv("MICA_BACKEND", call.backend)
+        patch.setattr(choose.runtime, "is_interpreting", lambda: False)
+        patch.setattr(choose.runtime, "why_unavailable", lambda device: None)
+        patch.setattr(configs, "HOST_BOUND", call.host_bound)
+        row = configs.Forms(0, 256, *call.forms)
+        patch.setitem(configs.FORMS, choose.device_name(torch.device("cpu")), (row,))
+        choose.clear()
+        model = layer_of(call)
+        ran = run(model, call)
+        (told,) = mica.fast.explain(model).rows
+    choose.clear()
+
+    assert ran.keys() & FORWARDS == ({"down_projection", "up_projection"} if call.is_called else {"linear"})
+    on_kernels = all(ran.values())
+    assert told.path == ("kernel" if on_kernels else "reference"), (told, ran)
+    forwards = all(on for name, on in ran.items() if name in FORWARDS)
+    assert told.reason.startswith("in the backward: ") == (forwards and not on_kernels)
