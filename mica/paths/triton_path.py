@@ -22,7 +22,7 @@ from torch import Tensor
 from mica.kernels import configs
 from mica.kernels.common import LaunchError, NotLoadedError, fp32_setting, target_of
 from mica.kernels.down_projection import down_projection as down
-from mica.kernels.fused_linear import fused_linear, why_not_descriptor
+from mica.kernels.fused_linear import fused_linear
 from mica.kernels.grad_a import grad_a
 from mica.kernels.launching import RecordedLaunches, layout
 from mica.kernels.limits import are_narrow
@@ -98,7 +98,7 @@ def linear(
     factor = prepare(lora_B, dtype)
     if form in ("split", "mixed"):
         return update(F.linear(x, weight, bias), h, factor)
-    return _fused(form, x, weight.t(), h, factor, bias)
+    return fused_linear(x, weight.t(), h, factor, bias)
 
 
 def linear_backward(
@@ -142,7 +142,7 @@ def linear_backward(
         if form in ("split", "mixed"):
             grad_x = update(torch.mm(grad_output, weight), g, operand, seed)
         else:
-            grad_x = _fused(form, grad_output, weight, g, operand, None, seed, dropout_p)
+            grad_x = fused_linear(grad_output, weight, g, operand, None, seed, dropout_p=dropout_p)
     return grad_x, grad_A
 
 
@@ -165,18 +165,13 @@ def _form(part, rows, lora_A, lora_B, dtype, dropout_p, features, *row_strides) 
         # and a mask of x would be stored
         suits = dtype is rows.dtype and dtype.itemsize == 2 and not dropout_p and rank % 16 == 0
         return form if suits else "split"
-    # at an address that 16 does not divide the fused kernels take all 255 registers of sm_80
+    # at an address that 16 does not divide the fused kernel takes all 255 registers of sm_80
     return "split" if rows.data_ptr() % 16 else form
 
 
 @functools.cache
 def device_name(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
-
-
-def _fused(form: str, x, w, h, factor, bias=None, seed=None, dropout_p=0.0) -> Tensor:
-    descriptor = form == "descriptor" and why_not_descriptor(x, w, target_of(x.device)) is None
-    return fused_linear(x, w, h, factor, bias, seed, dropout_p=dropout_p, descriptor=descriptor)
 
 
 # ---------------------------------------------------------------------------------------------------

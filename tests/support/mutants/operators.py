@@ -45,7 +45,7 @@ OPERATORS = {
             ("dropout_p, fp32_setting()", "dropout_p"),
             ("shaped | dropped, dropped", "shaped, dropped"),
             ("shaped | dropped, dropped", "shaped | dropped, {}"),
-            ("None, seed, dropout_p)", "None)"),
+            ("seed, dropout_p=dropout_p)", "seed)"),
         ],
         "_form": [
             ("has_one_dtype and not dropout_p and", "has_one_dtype and"),
@@ -58,7 +58,6 @@ OPERATORS = {
             ("and rank % 16 == 0", ""),
             ('"split" if rows.data_ptr() % 16 else form', "form"),
         ],
-        "_fused": [("and why_not_descriptor(x, w, target_of(x.device)) is None", "")],
         "down_projection_backward": [
             ("as_operand(lora_A, grad_h.shape[0], grad_h.dtype)", "lora_A"),
             ("seed, scale=scaling, dropout_p=dropout_p)", "seed, scale=scaling)"),
