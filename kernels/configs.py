@@ -27,7 +27,7 @@ MANY_TOKENS = 8192  # more than any configuration asks for
 # tokens of 4096 x 4096 (2^32) take an H100 about 15 µs, its host 3 to 10 for every launch. A guess: only the
 # host's side was timed, with a driver that launches nothing.
 HOST_BOUND = 2**32
-FORM_NAMES = ("split", "mixed", "fused", "descriptor", "aten")  # of a layer, see `Forms`
+FORM_NAMES = ("split", "mixed", "fused", "aten")  # of a layer, see `Forms`
 TALL_TOKENS = 4096  # below, tall tiles are too few to fill the GPU without many parts of a split
 # Their tensor cores read from shared memory and multiply for four warps: registers suffice for larger tiles.
 _HOPPER_ON = ("sm_90", "sm_100")
@@ -44,13 +44,12 @@ class Config(NamedTuple):
 
 
 class Forms(NamedTuple):
-    """What `mica.paths.triton_path` runs from so many tokens on, up to such a rank: one of five words each.
+    """What `mica.paths.triton_path` runs from so many tokens on, up to such a rank: one of four words each.
 
-    split       the skinny product, then the base product by the vendor's library, then an update in place
-    mixed       the same, the skinny products and dA by the vendor's library too: 16-bit numbers, no dropout
-    fused       base product and update in one kernel, by pointers
-    descriptor  the same, persistent and with tensor descriptors, where the operands allow them; else fused
-    aten        none of these kernels: PyTorch's own operators
+    split  the skinny product, then the base product by the vendor's library, then an update in place
+    mixed  the same, the skinny products and dA by the vendor's library too: 16-bit numbers, no dropout
+    fused  base product and update in one kernel
+    aten   none of these kernels: PyTorch's own operators
 
     ``source``: "measured", or "guess" for a row that nobody has timed.
     """
@@ -194,10 +193,9 @@ def fused_linear(
     block_r: int,
     is_aligned: bool,
     itemsize: int,
-    descriptor: bool,
     dropout: bool,
 ) -> tuple[Config, ...]:
-    """For x w + h P in one kernel, by pointers or by tensor descriptors.
+    """For x w + h P in one kernel.
 
     Where rows are not aligned each number needs its own address: only the small tile has enough registers.
     The large one comes first for the wide sides of MLPs: for N = 14336, K = 4096 the kernel that it saves
@@ -212,12 +210,9 @@ def fused_linear(
     large = []
     if itemsize == 2 and target in _HOPPER_ON and num_tokens > 512 and block_r <= 64 and not dropout:
         # h and P lie in shared memory next to the main loop's buffers: one stage's worth for ranks above 16
-        large = [Config(128, 256, block_k, 8, (3 if descriptor else 4) - (block_r > 16))]
+        large = [Config(128, 256, block_k, 8, 4 - (block_r > 16))]
     is_mlp = num_tokens >= 4096 and out_features >= 8192
-    if descriptor:
-        only = wide if is_large else Config(64, 128, block_k, 8, 2)
-        table = [*large, only] if is_mlp else [only, *large]
-    elif not is_aligned:
+    if not is_aligned:
         table = [narrow._replace(block_k=block_k // 2, num_stages=2)]
     else:
         many = [*large, wide, narrow] if is_mlp else [wide, *large, narrow]

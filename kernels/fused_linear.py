@@ -8,8 +8,6 @@ rounding where the others have two. Formulas: `mica.paths.torch_path`'s `linear`
 
 from __future__ import annotations
 
-import contextvars
-
 import torch
 import triton
 import triton.language as tl
@@ -28,7 +26,7 @@ from mica.kernels.common import (
     target_of,
     wide_product,
 )
-from mica.kernels.launching import Launch, Plan, Planned, launcher, strides
+from mica.kernels.launching import Plan, Planned, launcher, strides
 
 GROUP_M = 8  # rows of tiles that are processed together: their part of w stays in the L2 cache
 
@@ -132,87 +130,6 @@ def _fused_linear_kernel(
     tl.store(out_ptrs, cast(acc, out_ptr.dtype.element_ty), mask=mask)
 
 
-@triton.jit(do_not_specialize=["num_tokens", "threshold"])
-def _fused_linear_descriptor_kernel(
-    x_ptr,  # (M, K)
-    w_ptr,  # (K, N); the transposed of contiguous rows if TRANSPOSED
-    h_ptr,
-    p_ptr,
-    out_ptr,  # (M, N), contiguous
-    bias_ptr,
-    seed_ptr,
-    num_tokens,
-    in_features,
-    out_features,
-    stride_xm,
-    stride_xk,
-    stride_wk,
-    stride_wn,
-    stride_hm,
-    stride_hr,
-    stride_pr,
-    stride_pn,
-    scale,
-    threshold,
-    H_RANK: tl.constexpr,
-    P_RANK: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    BLOCK_R: tl.constexpr,
-    BLOCK_L: tl.constexpr,
-    GROUP: tl.constexpr,
-    TRANSPOSED: tl.constexpr,
-    EVEN_N: tl.constexpr,
-    LOW: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
-    """The same by the copy engine: one program per multiprocessor loops over the tiles."""
-    x_desc = tl.make_tensor_descriptor(x_ptr, [num_tokens, in_features], [stride_xm, 1], [BLOCK_M, BLOCK_K])
-    if TRANSPOSED:
-        w_desc = tl.make_tensor_descriptor(
-            w_ptr, [out_features, in_features], [stride_wn, 1], [BLOCK_N, BLOCK_K]
-        )
-    else:
-        w_desc = tl.make_tensor_descriptor(
-            w_ptr, [in_features, out_features], [stride_wk, 1], [BLOCK_K, BLOCK_N]
-        )
-    out_desc = tl.make_tensor_descriptor(
-        out_ptr, [num_tokens, out_features], [out_features, 1], [BLOCK_M, BLOCK_N]
-    )
-    num_tiles = tl.cdiv(num_tokens, BLOCK_M) * tl.cdiv(out_features, BLOCK_N)
-    for tile in range(tl.program_id(0), num_tiles, tl.num_programs(0)):
-        tile_m, tile_n = _tile(tile, num_tokens, out_features, BLOCK_M, BLOCK_N, GROUP)
-        row, column = tile_m * BLOCK_M, tile_n * BLOCK_N
-        acc = _low_rank(
-            h_ptr, p_ptr, bias_ptr, seed_ptr,
-            row + tl.arange(0, BLOCK_M), column + tl.arange(0, BLOCK_N), num_tokens, out_features,
-            stride_hm, stride_hr, stride_pr, stride_pn, scale, threshold,
-            H_RANK, P_RANK, BLOCK_R, BLOCK_L, EVEN_N, LOW, PRECISION,
-        )  # fmt: skip
-        for start in range(0, in_features, BLOCK_K):
-            x = x_desc.load([row, start])  # elements outside the matrix are 0
-            if TRANSPOSED:
-                w = tl.trans(w_desc.load([column, start]))
-            else:
-                w = w_desc.load([start, column])
-            acc = dot(x, w, acc, PRECISION)
-        out_desc.store([row, column], cast(acc, out_ptr.dtype.element_ty))
-
-
-def why_not_descriptor(x: Tensor, w: Tensor, target: str) -> str | None:
-    """None if the form with tensor descriptors can run, else the reason in words. w is (K, N)."""
-    if int(target[3:]) < 90:
-        return f"{target} has no copy engine for tiles"
-    for name, matrix in (("x", x), ("w", w if w.stride(1) == 1 else w.t())):
-        row_bytes = matrix.stride(0) * matrix.element_size()
-        if matrix.stride(1) != 1 or row_bytes % 16 or matrix.data_ptr() % 16:
-            return f"the rows of {name} are not contiguous and aligned to 16 bytes"
-    if w.shape[1] * x.element_size() % 16:
-        return "the rows of the result are not aligned to 16 bytes"
-    return None
-
-
 def _is_aligned(*matrices: Tensor) -> bool:
     """Whether every line in memory starts at a multiple of 16 bytes, so that loads can be 128 bits wide."""
     return all(
@@ -220,36 +137,7 @@ def _is_aligned(*matrices: Tensor) -> bool:
     )
 
 
-def _multiprocessors(device: torch.device) -> int:
-    """How many programs of the persistent form run at a time. The result does not depend on which one
-    computes a tile."""
-    if device.type != "cuda":
-        return 4
-    return torch.cuda.get_device_properties(device).multi_processor_count
-
-
-def _with_scratch(launch, *args):
-    """``launch(*args)`` with memory for the descriptors that the kernel makes."""
-    triton.set_allocator(lambda size, alignment, stream: torch.empty(size, dtype=torch.int8, device="cuda"))
-    return launch(*args)
-
-
-# Triton's allocator is a variable of the context, perhaps set by the user: ours is set in a copy of that.
-class _DescriptorLaunch(Launch):
-    def __call__(self):
-        return contextvars.copy_context().run(_with_scratch, super().__call__)
-
-
-class _DescriptorPlan(Plan):
-    launch_class = _DescriptorLaunch
-
-    def __call__(self, *tensors: Tensor | None) -> None:
-        contextvars.copy_context().run(_with_scratch, super().__call__, *tensors)
-
-
 def _run(launch, plan, x, w, h, factor, bias=None, seed=None):
-    if isinstance(plan, _DescriptorPlan) and (x.data_ptr() % 16 or w.data_ptr() % 16):
-        raise ValueError("descriptor=True is not possible: x or w is not aligned to 16 bytes.")
     out = x.new_empty(*plan.shape)
     launch(x, w, h, factor, out, bias if bias is None else bias.contiguous(), seed)
     return out
@@ -265,7 +153,6 @@ def fused_linear(
     seed: Tensor | None = None,
     *,
     dropout_p: float = 0.0,
-    descriptor: bool = False,
     target: str | None = None,
 ) -> Planned:
     """x w + bias + keep⊙(h factor) / (1 − p), all of it summed in fp32 and rounded once.
@@ -278,20 +165,15 @@ def fused_linear(
         factor: (rank, out_features), any strides; its rows may be padded.
         bias: (out_features).
         seed, dropout_p: zero the elements of the low-rank term that dropout dropped.
-        descriptor: the persistent form by tensor descriptors; see `why_not_descriptor`.
         target: to plan for; default the device's.
 
     Returns:
         (num_tokens, out_features) in the dtype of x, contiguous.
 
     Raises:
-        ValueError: descriptors are not possible.
         LaunchError: no configuration can be launched here.
     """
     target = target or target_of(x.device)
-    reason = why_not_descriptor(x, w, target) if descriptor else None
-    if reason:
-        raise ValueError(f"descriptor=True is not possible: {reason}.")
     (num_tokens, in_features), out_features = x.shape, w.shape[1]
     block_r, dropout = padded_rank(factor.shape[0]), dropout_p > 0
 
@@ -314,17 +196,13 @@ def fused_linear(
             "BLOCK_R": block_r,
             "BLOCK_L": min(configs.rank_at_a_time(h.element_size()), block_r),
             "GROUP": GROUP_M,
+            "EVEN_K": in_features % config.block_k == 0,
             "EVEN_N": out_features % config.block_n == 0,
             "LOW": TRITON_DTYPES[h.dtype],
             "PRECISION": precision(torch.promote_types(x.dtype, h.dtype)),
         }
         shape = num_tokens, out_features
-        if descriptor:
-            meta["TRANSPOSED"], grid = w.stride(1) != 1, min(tiles, _multiprocessors(x.device))
-            kernel = _fused_linear_descriptor_kernel
-            return _DescriptorPlan(kernel, (grid, 1), numbers, meta, config, shape, x.dtype)
-        meta["EVEN_K"] = in_features % config.block_k == 0
         return Plan(_fused_linear_kernel, (tiles, 1), numbers, meta, config, shape, x.dtype)
 
-    kind = block_r, _is_aligned(x, w), x.element_size(), descriptor, dropout
+    kind = block_r, _is_aligned(x, w), x.element_size(), dropout
     return configs.fused_linear(target, num_tokens, out_features, *kind), plan

@@ -85,8 +85,6 @@ class Plan:
     parts of a split sum have together, 0 where nothing is split.
     """
 
-    launch_class = Launch
-
     kernel: Callable
     grid: tuple[int, int]
     numbers: dict
@@ -107,7 +105,7 @@ class Plan:
         """The launch with these tensors, in the order of the kernel's parameters, None if not used."""
         args = dict(zip(self.kernel.arg_names, tensors, strict=False)) | self.numbers
         options = self.config.num_warps, self.config.num_stages
-        return self.launch_class(self.kernel, self.grid, args, self.meta, *options)
+        return Launch(self.kernel, self.grid, args, self.meta, *options)
 
     def __call__(self, *tensors: Tensor | None) -> None:
         addresses = [0 if tensor is None else _address(tensor) for tensor in tensors]

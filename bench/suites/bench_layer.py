@@ -50,7 +50,6 @@ FORMS = {names.of_form(word): word for word in configs.FORM_NAMES} if ON_ACCELER
 LAUNCHED = {  # form -> by kernel, how many launches a forward and its backward make
     "split": {"down_projection": 2, "up_projection": 2, "grad_a": 1},
     "fused": {"down_projection": 2, "fused_linear": 2, "grad_a": 1},
-    "descriptor": {"down_projection": 2, "fused_linear_descriptor": 2, "grad_a": 1},
     "mixed": {"up_projection": 2},
     "aten": {},
 }

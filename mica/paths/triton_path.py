@@ -19,9 +19,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mica.kernels.common import LaunchError, NotLoadedError, fp32_setting, target_of
+from mica.kernels.common import LaunchError, NotLoadedError, fp32_setting
 from mica.kernels.down_projection import down_projection as down
-from mica.kernels.fused_linear import fused_linear, why_not_descriptor
+from mica.kernels.fused_linear import fused_linear
 from mica.kernels.grad_a import grad_a
 from mica.kernels.launching import RecordedLaunches, layout
 from mica.kernels.prepared_b import prepare, prepare_experts
@@ -97,7 +97,7 @@ def linear(
     factor = prepare(lora_B, dtype)
     if form in ("split", "mixed"):
         return update(F.linear(x, weight, bias), h, factor)
-    return _fused(form, x, weight.t(), h, factor, bias)
+    return fused_linear(x, weight.t(), h, factor, bias)
 
 
 def linear_backward(
@@ -140,13 +140,8 @@ def linear_backward(
         if form in ("split", "mixed"):
             grad_x = update(torch.mm(grad_output, weight), g, operand, seed)
         else:
-            grad_x = _fused(form, grad_output, weight, g, operand, None, seed, dropout_p)
+            grad_x = fused_linear(grad_output, weight, g, operand, None, seed, dropout_p=dropout_p)
     return grad_x, grad_A
-
-
-def _fused(form: str, x, w, h, factor, bias=None, seed=None, dropout_p=0.0) -> Tensor:
-    descriptor = form == "descriptor" and why_not_descriptor(x, w, target_of(x.device)) is None
-    return fused_linear(x, w, h, factor, bias, seed, dropout_p=dropout_p, descriptor=descriptor)
 
 
 # ---------------------------------------------------------------------------------------------------

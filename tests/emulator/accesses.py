@@ -212,4 +212,4 @@ def asynchronous(mods, instruction, count):
     return copy
 
 
-DECODERS = {"ld": load, "st": store, "atom": atomic, "red": atomic}
+DECODERS = {"cp": asynchronous, "ld": load, "st": store, "atom": atomic, "red": atomic}

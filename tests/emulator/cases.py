@@ -29,7 +29,6 @@ KERNELS: dict[str, tuple[Callable[..., float], dict]] = {
     "up of experts": (kernel_checks.up, {"route": "rows of none", "bias": True}),
     "grad_a of experts": (kernel_checks.grad_a, {"route": "tiles"}),
     "fused_linear": (kernel_checks.fused, {}),
-    "fused_descriptor": (kernel_checks.fused, {"descriptor": True}),
 }
 DENSE, EXPERTS = (
     ("down_projection", "up_projection", "grad_a"),
@@ -59,9 +58,11 @@ class Case:
 
 def cases(target: str) -> Iterator[Case]:
     """All of them for one target."""
-    for case in (*_layouts(), *_routes(), *_splits(), *_far(), *_configurations(target)):
-        if case.kernel != "fused_descriptor" or target in planned.COPY_ENGINE:
-            yield case
+    yield from _layouts()
+    yield from _routes()
+    yield from _splits()
+    yield from _far()
+    yield from _configurations(target)
 
 
 def _layouts() -> Iterator[Case]:
@@ -88,14 +89,9 @@ def _layouts() -> Iterator[Case]:
                         yield Case(
                             "fused_linear", name, own | {"out_features": 96 if rank == 24 else 37}, quick
                         )
-                        if layout in ("contiguous", "wide") and width == 128:  # rows that 16 bytes divide
-                            yield Case("fused_descriptor", name, own | {"out_features": 96}, is_quick)
             own = {"tokens": 33, "width": 72, "rank": 20, "layout": layout}
             yield Case("up_projection", name, own | {"out": True}, is_quick)
             yield Case("down_projection", name, own | {"side": "B"}, is_quick)
-        own = {"tokens": 300, "width": 128, "rank": 24, "out_features": 264}  # more tiles than programs
-        if name in MAIN:
-            yield Case("fused_descriptor", name, own, True)
 
 
 def _routes() -> Iterator[Case]:
@@ -147,19 +143,17 @@ def _configurations(target: str) -> Iterator[Case]:
         "up of experts": {"width": 128},
         "grad_a of experts": {"width": 136},
         "fused_linear": sizes | {"width": 192, "out_features": 136},
-        "fused_descriptor": sizes | {"width": 192, "out_features": 136},
     }
     others = {  # other sizes, layout, side and dropout
         "down_projection": {"width": 257, "layout": "odd", "side": "B"},
         "up_projection": {"width": 136, "layout": "wide", "side": "A", "dropout": 0.3},
         "grad_a": {"width": 136, "tokens": 1100, "layout": "wide", "dropout": 0.3},
         "fused_linear": {"layout": "wide", "side": "backward", "dropout": 0.3},
-        "fused_descriptor": {"layout": "wide", "side": "backward", "dropout": 0.3},
     }
     for name, dtypes in DTYPES.items():
         for rank in RANKS if name in MAIN else (16, 128):
-            for kernel in (*DENSE, *EXPERTS, "fused_linear", "fused_descriptor"):
-                is_fused = kernel.startswith("fused")
+            for kernel in (*DENSE, *EXPERTS, "fused_linear"):
+                is_fused = kernel == "fused_linear"
                 if is_fused and dtypes[0] is not dtypes[2]:
                     continue
                 is_shown = rank == 16 or (name in MAIN and (name == "bf16" or rank == 256 or not is_fused))

@@ -108,11 +108,8 @@ class Driver(NoLaunchDriver):
                 for (_, kind), value in zip(kinds, arguments, strict=True)
                 if kind != "constexpr"
             ]
-            # for descriptors that the kernel makes; and for a profiler, which is not there
-            scratch = torch.empty(x * y * z * metadata.global_scratch_size + 128, dtype=torch.uint8)
-            scratch = scratch[-scratch.data_ptr() % 128 :]
-            values += [scratch.data_ptr(), 0]
-            memory = memory_of(named | {"scratch": scratch}, (*self.outputs, "scratch"))
+            values += [0, 0]  # scratch memory of the kernel and of a profiler: there is none
+            memory = memory_of(named, self.outputs)
             start = time.perf_counter()
             statistics.instructions += running.launch(
                 program, (x, y, z), values, shared, memory, settings.order, settings.seed

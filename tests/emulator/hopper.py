@@ -168,4 +168,15 @@ def warpgroup(mods, instruction, count):
     return {"fence": fence, "commit_group": commit, "wait_group": wait}.get(mods[0])
 
 
-DECODERS = {"wgmma": warpgroup}
+def fence(mods, instruction, count):
+    if mods != ["proxy", "async", "shared::cta"]:
+        return None
+
+    def between_views(cta, mask):
+        cta.all_threads(mask, instruction)
+        cta.shared.unfenced[:] = False
+
+    return between_views
+
+
+DECODERS = {"wgmma": warpgroup, "fence": fence}

@@ -2,17 +2,11 @@
 
 from __future__ import annotations
 
-from tests.emulator import accesses, arithmetic, copy_engine, hopper, warps
+from tests.emulator import accesses, arithmetic, hopper, warps
 from tests.emulator.program import FaultError, Instruction, Program
 
-
-def _copies(mods, instruction, count):
-    bulk = mods[:2] == ["async", "bulk"]
-    return (copy_engine.bulk if bulk else accesses.asynchronous)(mods, instruction, count)
-
-
-DECODERS = {"cp": _copies}
-for table in (arithmetic, accesses, warps, hopper, copy_engine):
+DECODERS = {}
+for table in (arithmetic, accesses, warps, hopper):
     DECODERS |= table.DECODERS
 
 

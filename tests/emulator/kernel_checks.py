@@ -124,7 +124,7 @@ def grad_a(
 
 def fused(
     dtypes, rank, width, out_features, tokens=70, layout="contiguous", dropout=0.0, config=None,
-    side="forward", descriptor=False,
+    side="forward",
 ):  # fmt: skip
     """side: "forward", or "backward", where the weight lies the other way round."""
     x_dtype, _, dtype = dtypes
@@ -141,7 +141,7 @@ def fused(
     factor = _factor("BA"[not is_forward], 1, rank, out_features, dtypes, layout, rank**-0.5, True)[0]
     bias = matrix(1, out_features, x_dtype, _narrow(layout))[0] if is_forward else None
     seed, dropped = _dropout(dropout)
-    options = {"bias": bias, "config": config, "descriptor": descriptor, **dropped}
+    options = {"bias": bias, "config": config, **dropped}
     y = in_all_orders(lambda: planned.fused_linear(x, w, h, factor, **options))
     rows = min(h.shape[1], factor.shape[0])
     left, right = h[:, :rows].double(), factor[:rows].to(dtype).double()

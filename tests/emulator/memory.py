@@ -33,7 +33,6 @@ class Memory:
 
     def __init__(self):
         self.buffers: list[Buffer] = []
-        self.tensormaps: dict[int, object] = {}  # address -> what was written there
         self.released: dict[int, dict[int, int]] = {}  # address -> CTA -> its epoch at the release
         self.acquired: dict[int, dict[int, tuple]] = {}  # CTA -> other -> (its epoch, own epoch, own thread)
 
@@ -160,9 +159,7 @@ class Shared:
         self.cta, self.size = cta, size
         self.bytes = np.full(max(1, size), 0xFF, np.uint8)
         self.pending, self.unfenced = (np.zeros(max(1, size), bool) for _ in range(2))
-        self.reading = np.zeros(
-            max(1, size), np.int16
-        )  # how many asynchronous products and copies read a byte
+        self.reading = np.zeros(max(1, size), np.int16)  # how many asynchronous products read a byte
         self.write_thread, self.read_thread = (np.full(max(1, size), -1, np.int32) for _ in range(2))
         self.write_epoch, self.write_warp_epoch, self.read_epoch, self.read_warp_epoch = (
             np.zeros(max(1, size), np.int32) for _ in range(4)
@@ -193,7 +190,7 @@ class Shared:
         threads = np.broadcast_to(threads[:, None], at.shape)
         race, kind = self.pending[at], "being copied to"
         if write and not race.any():
-            race, kind = self.reading[at] > 0, "being read by a product or a copy"
+            race, kind = self.reading[at] > 0, "being read by a product"
         if not race.any():
             race, kind = (
                 self._race(at, threads, self.write_thread, self.write_epoch, self.write_warp_epoch),

@@ -35,9 +35,6 @@ CASES = {
     "fused": Case(
         "fused_linear", "bf16", {"tokens": 70, "width": 256, "rank": 24, "out_features": 128}, True
     ),
-    "fused_descriptor": Case(
-        "fused_descriptor", "bf16", {"tokens": 600, "width": 264, "rank": 24, "out_features": 72}, True
-    ),
 }
 
 
@@ -76,13 +73,6 @@ ROWS = [
     Row("sm_90", "fused", "wgmma.fence", 1, "the first product has no sum to read"),
     Row("sm_90", "fused", "fence.proxy.async"),
     Row("sm_90", "fused", "bar.sync"),
-    Row("sm_90", "fused_descriptor", "mbarrier.try_wait"),
-    Row("sm_90", "fused_descriptor", "mbarrier.arrive"),
-    Row("sm_90", "fused_descriptor", "fence.proxy.async"),
-    Row("sm_90", "fused_descriptor", "fence.proxy.tensormap"),
-    Row("sm_90", "fused_descriptor", "cp.async.bulk.commit_group", 3, "of descriptors, no copies"),
-    Row("sm_90", "fused_descriptor", "cp.async.bulk.wait_group", 3, "of descriptors, no copies"),
-    Row("sm_90", "fused_descriptor", "wgmma.wait_group"),
 ]
 
 

@@ -19,7 +19,6 @@ from tests.emulator import driver
 OUTPUTS = ("out_ptr", "partial_ptr", "counter_ptr", "y_ptr", "grad_ptr")
 LEFT_AT_ZERO = ("counter_ptr",)
 TOKENS = (9999, 1)  # many and few, of an expert too: tables differ
-COPY_ENGINE = ("sm_90",)  # targets of the emulator with tensor descriptors
 
 
 def down(x, factor, offsets=None, seed=None, **numbers):
@@ -38,14 +37,9 @@ def fused_linear(x, w, h, factor, bias=None, seed=None, **numbers):
     return fused.fused_linear(x, w, h, factor, bias, seed, **numbers)
 
 
-def _fused(descriptor: bool):
-    forms = list(product((64, 9999), (True,) if descriptor else (True, False), (False, True)))
-
-    def tables(target, tokens, block_r, size):
-        for out, aligned, dropout in forms:
-            yield configs.fused_linear(target, tokens, out, block_r, aligned, size, descriptor, dropout)
-
-    return tables
+def _fused(target, tokens, block_r, size):
+    for out, aligned, dropout in product((64, 9999), (True, False), (False, True)):
+        yield configs.fused_linear(target, tokens, out, block_r, aligned, size, dropout)
 
 
 def _one(table):
@@ -61,8 +55,7 @@ _TABLES = {
     "grad_a of experts": _one(
         lambda target, tokens, *rest: configs.experts_grad_a(target, 2**20 * tokens, *rest)
     ),
-    "fused_linear": _fused(False),
-    "fused_descriptor": _fused(True),
+    "fused_linear": _fused,
 }
 
 

@@ -6,13 +6,6 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass
 
-# Triton's only loop inside one statement: of the threads that wait for a barrier of asynchronous copies
-_GAP = r"(?:\s|\.loc[^\n]*\n)*"
-_WAIT_LOOP = re.compile(
-    rf"\{{{_GAP}\.reg \.pred complete;{_GAP}waitLoop:{_GAP}(mbarrier\.try_wait\S+) complete, ([^;]*);"
-    rf"{_GAP}@!complete bra\.uni waitLoop;{_GAP}\}}"
-)
-
 
 class FaultError(Exception):
     """Something that a GPU would not do right, or that the emulator does not know."""
@@ -61,7 +54,6 @@ def parse(ptx: str) -> Program:
     Raises:
         FaultError: a statement that is no instruction, or a second function.
     """
-    ptx = _WAIT_LOOP.sub(r"\1 \2;", ptx)
     name = re.search(r"\.entry (\w+)\s*\(", ptx)
     header, body = ptx[name.start() :].split("{", 1)
     if len(re.findall(r"\.entry|\.func", ptx)) != 1:

@@ -6,7 +6,6 @@ import random
 
 import numpy as np
 
-from tests.emulator.copy_engine import Engine
 from tests.emulator.memory import Memory, Shared
 from tests.emulator.operands import UNSIGNED, register_dtype
 from tests.emulator.program import FaultError, Program, describe
@@ -28,7 +27,6 @@ class CTA:
         self.products, self.product_groups = [], []  # of wgmma
         self.written: dict[str, int] = {}  # register -> the instruction that did, of `executed`
         self.fenced = -1  # the last wgmma.fence
-        self.engine = Engine(self)
         self.executed = 0
 
     def run(self):
@@ -38,7 +36,6 @@ class CTA:
         while True:
             block = int(pc.min())
             if block == end:
-                self.engine.end()
                 return
             active = None if (pc == block).all() else pc == block
             following = np.full(pc.shape, block + 1, np.int32)

@@ -112,12 +112,3 @@ def halves(x_ptr, out_ptr, B: tl.constexpr):
     """Arithmetic in bf16, which no kernel here has, and the emulator has not."""
     i = tl.arange(0, B)
     tl.store(out_ptr + i, tl.load(x_ptr + i) + 1)
-
-
-@triton.jit
-def boxes(x_ptr, out_ptr, m, n, stride, BM: tl.constexpr, BN: tl.constexpr):
-    """out = x + 1 by the copy engine."""
-    x = tl.make_tensor_descriptor(x_ptr, [m, n], [stride, 1], [BM, BN])
-    out = tl.make_tensor_descriptor(out_ptr, [m, n], [n, 1], [BM, BN])
-    place = [tl.program_id(0) * BM, tl.program_id(1) * BN]
-    out.store(place, x.load(place) + 1)

@@ -23,8 +23,8 @@ def test_at_most_three_and_all_of_them_tiles(target, tokens, block_r, itemsize):
         configs.experts_down(target, tokens, block_r, itemsize),
         configs.experts_up(target, tokens, block_r, itemsize),
         configs.experts_grad_a(target, tokens * 128, block_r, itemsize),
-        configs.fused_linear(target, tokens, 14336, block_r, tokens > 1, itemsize, False, False),
-        configs.fused_linear(target, tokens, 4096, block_r, True, itemsize, True, False),
+        configs.fused_linear(target, tokens, 14336, block_r, tokens > 1, itemsize, False),
+        configs.fused_linear(target, tokens, 4096, block_r, True, itemsize, False),
     ]
     for table in tables:
         assert 1 <= len(table) <= 3
@@ -103,14 +103,11 @@ def test_the_square_tile_of_the_wide_product():
             assert table[0] not in square
 
 
-@pytest.mark.parametrize("descriptor", [False, True])
-def test_the_large_tile_of_the_fused_product(descriptor):
+def test_the_large_tile_of_the_fused_product():
     """First for the wide sides of MLPs, a candidate for other large products; where it compiles."""
 
     def columns(target, tokens, out_features, itemsize=2, dropout=False, block_r=16):
-        table = configs.fused_linear(
-            target, tokens, out_features, block_r, True, itemsize, descriptor, dropout
-        )
+        table = configs.fused_linear(target, tokens, out_features, block_r, True, itemsize, dropout)
         return [config.block_n for config in table]
 
     for target in ("sm_90", "sm_100"):

@@ -8,16 +8,14 @@ import functools
 from dataclasses import fields
 from typing import NamedTuple
 
-import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from bench.measure.machine import DEVICE
 from bench.suites.harness import pick
-from mica.kernels.common import target_of
 from mica.kernels.down_projection import down_projection
-from mica.kernels.fused_linear import fused_linear, why_not_descriptor
+from mica.kernels.fused_linear import fused_linear
 from mica.kernels.grad_a import grad_a
 from mica.kernels.launching import Launcher, PlannedCall
 from mica.kernels.limits import padded_columns
@@ -114,7 +112,7 @@ def g_of(p: Problem) -> Tensor:
     return low_rank(torch_path.grad_h(p.grad_output, p.lora_B, p.scaling, p.x.dtype))
 
 
-def fused(p: Problem, side: str, descriptor: bool) -> Work:
+def fused(p: Problem, side: str) -> Work:
     dtype, rank = p.x.dtype, p.lora_A.shape[0]
     if side == "forward":
         tensors, bias = (p.x, p.weight.t(), h_of(p), prepare(p.lora_B, dtype)), p.bias
@@ -125,10 +123,7 @@ def fused(p: Problem, side: str, descriptor: bool) -> Work:
         exact = torch_path.grad_x(
             *(t.double() for t in tensors[:2]), tensors[2][:, :rank].double(), p.lora_A.double()
         )
-    reason = why_not_descriptor(*tensors[:2], target_of(p.x.device)) if descriptor else None
-    if reason:
-        pytest.skip(reason)
-    return Work(fused_linear, (*tensors, bias), {"descriptor": descriptor}, exact, dtype)
+    return Work(fused_linear, (*tensors, bias), {}, exact, dtype)
 
 
 def prepared(p: Problem) -> Tensor:
@@ -142,8 +137,6 @@ KERNELS = {  # name -> (work, shapes): a variant to compile each, as few as ther
     "up-B": (lambda p: up(p.grad_output, h_of(p), prepared(p), len(p.lora_A), p.lora_B), ALL),
     "up-A": (lambda p: up(p.x, g_of(p), p.lora_A, len(p.lora_A)), ALL[:1]),
     "grad_a": (lambda p: gradient_of_a(g_of(p), p.x, len(p.lora_A)), ("aligned", "odd", "fp32")),
-    "fused-forward": (functools.partial(fused, side="forward", descriptor=False), ALL[:2]),
-    "fused-backward": (functools.partial(fused, side="backward", descriptor=False), ALL[:1]),
-    "descriptor-forward": (functools.partial(fused, side="forward", descriptor=True), ALL[:1]),
-    "descriptor-backward": (functools.partial(fused, side="backward", descriptor=True), ALL[:1]),
+    "fused-forward": (functools.partial(fused, side="forward"), ALL[:2]),
+    "fused-backward": (functools.partial(fused, side="backward"), ALL[:1]),
 }

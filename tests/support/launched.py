@@ -10,11 +10,9 @@ import tempfile
 from contextlib import contextmanager, nullcontext
 
 import torch
-import triton
 from triton import knobs
 from triton.backends.nvidia.compiler import CUDABackend
 from triton.compiler import CompiledKernel
-from triton.runtime import _allocation
 
 from mica.kernels import launching
 from mica.kernels.common import NotLoadedError
@@ -26,13 +24,11 @@ from tests.support import no_launch
 
 FP32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
 _seen: list[tuple] = []
-_allocators: list = []  # Triton's, at each launch
 _HOOKS, _FIRST_ARGUMENT = slice(6, 9), 9
 
 
 def record(*args) -> None:
     _seen.append(args)
-    _allocators.append(_allocation._allocator.get())
 
 
 def stages(backend, found: dict, options, *language) -> None:
@@ -171,7 +167,6 @@ def cases() -> dict[str, tuple]:
         "grad: experts": (grad(), grad(ends=ends)),
         "fused: bias": (fused(), fused(bias=own[0])),
         "fused: dropout": (fused(**half), fused(**quarter)),
-        "fused: descriptor": (fused(), fused(descriptor=True)),
         # an address that 16 does not divide: another compiled variant, at each place
         "alignment of x": (down(), down(matrix(4, 32, offset=1))),
         "alignment of factor": (down(), down(factor=matrix(16, 32, offset=1))),
@@ -249,25 +244,6 @@ def check_other_interfaces() -> None:
     launching.can_run_directly.cache_clear()
 
 
-def check_allocators() -> None:
-    """A launch with descriptors has its own allocator, first and planned; the user's is there after it."""
-
-    def users(size, alignment, stream):
-        raise AssertionError("it is for the user's kernels")
-
-    operands = matrix(4, 32), matrix(32, 64), matrix(4, 16), matrix(16, 64)
-    launching.clear()
-    before = _allocation._allocator.get()
-    triton.set_allocator(users)
-    _allocators.clear()
-    for _ in range(2):
-        launched((fused_linear, operands, {"descriptor": True}))
-        fused_linear.plan(*operands, descriptor=True).bind()[1]()
-    assert len(_allocators) == 4
-    assert not {users, before} & set(_allocators)
-    assert _allocation._allocator.get() is users
-
-
 def check_a_capture() -> None:
     """Of these calls launch: not what is met first, nor again, but outside of a capture and from then on.
 
@@ -293,5 +269,4 @@ if __name__ == "__main__":
         check_variants()
         check_observers()
         check_other_interfaces()
-        check_allocators()
         check_a_capture()

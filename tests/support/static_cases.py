@@ -113,12 +113,10 @@ def _calls(target, rank, dtype, a_dtype, product) -> Iterator[tuple[str, str, Pl
 
     if dtype is product:
         weight, bias = empty(width, width, dtype=dtype), empty(width, dtype=dtype)
-        for descriptor in (False, True)[: 1 + (int(target[3:]) >= 90)]:
-            kernel, form = "fused_descriptor" if descriptor else "fused_linear", {"descriptor": descriptor}
-            yield kernel, "forward", fused_linear.plan(x, weight.t(), h, b, bias, **form, **to), False
-            yield kernel, "backward", fused_linear.plan(x, weight, h, a, **form, **to), False
-            call = fused_linear.plan(x, weight, h, a, None, seed, **form, **dropped)
-            yield kernel, "backward dropout", call, True
+        yield "fused_linear", "forward", fused_linear.plan(x, weight.t(), h, b, bias, **to), False
+        yield "fused_linear", "backward", fused_linear.plan(x, weight, h, a, **to), False
+        call = fused_linear.plan(x, weight, h, a, None, seed, **dropped)
+        yield "fused_linear", "backward dropout", call, True
 
     rows, experts, width = 32768, 128, 2048  # 256 rows of an expert on average
     x, a = empty(rows, width, dtype=dtype), empty(experts, rank, width, dtype=a_dtype)

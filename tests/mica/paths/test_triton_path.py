@@ -26,13 +26,12 @@ FORMS = {
     "split": [*OTHERS, "_up_projection_kernel"],
     "mixed": ["_up_projection_kernel"],
     "fused": [*OTHERS, "_fused_linear_kernel"],
-    "descriptor": [*OTHERS, "_fused_linear_descriptor_kernel"],
     "aten": [],
 }
 
 
 def dense(*sizes, dtype=BF16, adapter_dtype=FP32):
-    """Contiguous and aligned, so that descriptors apply."""
+    """Contiguous and aligned."""
     p = problem(*sizes, dtype, adapter_dtype)
     for name in ("x", "weight", "lora_A", "lora_B", "grad_output"):
         setattr(p, name, getattr(p, name).contiguous())
@@ -69,8 +68,7 @@ def test_every_form_agrees_with_the_dense_oracle(
     ("forms", "operands", "kernels"),
     [
         (["aten"], lambda: dense((8,), 17, 24, 2), "split"),  # kernels are demanded
-        # rows of 34 bytes are not what descriptors take
-        (["descriptor"], lambda: dense((8,), 17, 24, 2), "fused"),
+        (["fused"], lambda: dense((8,), 17, 24, 2), "fused"),
         (["fused"], lambda: shifted(dense((8,), 16, 24, 2)), "split"),
         (["mixed"], lambda: dense((8,), 16, 24, 2), "split"),  # h would have rows of another length
         (["mixed", "fused"], lambda: dense((8,), 16, 24, 16), "mixed fused"),
@@ -198,7 +196,7 @@ def test_where_a_is_rounded_before_the_launches_no_bit_differs(monkeypatch, laun
         assert all(map(torch.equal, plain, other))
 
 
-@pytest.mark.parametrize("form", ["split", "fused", "descriptor"])
+@pytest.mark.parametrize("form", ["split", "fused"])
 def test_no_bit_differs_in_another_form(monkeypatch, choose_form, launched, form):
     choose_form(form)
     monkeypatch.setattr(triton_path, "MANY_TOKENS", TOKENS)

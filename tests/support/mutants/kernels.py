@@ -196,13 +196,6 @@ KERNELS = {
             ("bias.to(tl.float32)[None, :]", "0.0"),
             ("acc, 0.0", "0.0, acc"),
         ],
-        "_fused_linear_descriptor_kernel": [("load([row, start])", "load([row, 0])")],
-        "why_not_descriptor": [("row_bytes % 16 or", "")],
-        "_run": [("(x.data_ptr() % 16 or w.data_ptr() % 16)", "False")],
-        "_DescriptorPlan": [
-            ("launch_class = _DescriptorLaunch", "pass"),
-            ("contextvars.copy_context().run(_with_scratch, ", "_with_scratch("),
-        ],
     },
     ("kernels/limits.py", "tests/mica/ops/test_checks.py", "tests/kernels/test_prepared_b.py"): {
         "padded_columns": [("(rank + 15)", "rank")],

@@ -42,9 +42,8 @@ OPERATORS = {
             ("dropout_p, fp32_setting()", "dropout_p"),
             ("shaped | dropped, dropped", "shaped, dropped"),
             ("shaped | dropped, dropped", "shaped | dropped, {}"),
-            ("None, seed, dropout_p)", "None)"),
+            ("seed, dropout_p=dropout_p)", "seed)"),
         ],
-        "_fused": [("and why_not_descriptor(x, w, target_of(x.device)) is None", "")],
         "down_projection_backward": [
             ("as_operand(lora_A, grad_h.shape[0], grad_h.dtype)", "lora_A"),
             ("seed, scale=scaling, dropout_p=dropout_p)", "seed, scale=scaling)"),
