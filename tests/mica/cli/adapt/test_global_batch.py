@@ -138,15 +138,15 @@ ON_TWO = {"processes": 2, "batch_size": 1, "engine": "MULTI_CPU"}
     [
         (ON_TWO, None),
         ({"batch_size": 1, "gradient_accumulation_steps": 4}, None),
-        ({**ON_TWO, "batch_size": 2}, "must be 4 as before, and is 8"),
+        ({**ON_TWO, "batch_size": 2}, "must stay 4, but is now 8"),
         ({**ON_TWO, "dropout": 0.1}, "--dropout 0.1 would draw different masks"),
-        ({**ON_TWO, "engine": "FSDP"}, "FSDP divides the optimiser's state"),
+        ({**ON_TWO, "engine": "FSDP"}, "FSDP shards the optimiser's state"),
         ({**ON_TWO, "data": "other"}, "checkpoint-3 was written with data here (now other)"),
         # 31 blocks: 30 in rounds of 2, 31 in rounds of 1, 28 of 4
         ({"batch_size": 1, "gradient_accumulation_steps": 4, "blocks": 31}, "get different blocks: proc"),
-        ({**ON_TWO, "batch_size": 2, "gradient_accumulation_steps": 1, "blocks": 31}, "must be 2 as before"),
+        ({**ON_TWO, "batch_size": 2, "gradient_accumulation_steps": 1, "blocks": 31}, "must stay 2"),
         ({"batch_size": 1, "gradient_accumulation_steps": 4, "blocks": 33}, None),  # 32 in eight steps
-        ({"batch_size": 1, "gradient_accumulation_steps": 4, "blocks": 33, "steps": None}, "be 2 as before"),
+        ({"batch_size": 1, "gradient_accumulation_steps": 4, "blocks": 33, "steps": None}, "must stay 2"),
         ({**ON_TWO, "blocks": 31}, None),
         ({**ON_TWO, "blocks": 1}, "would get different blocks. Continue"),  # the second process gets it too
         ({**ON_TWO, "model": tiny_llama(attention_dropout=0.1)}, "the model's attention_dropout 0.1 would"),

@@ -174,7 +174,11 @@ def _full(*args):
         ([{"text": " "}, {"text": ""}], {}, "no text in it (2 empty documents)"),
         ([{"text": "a"}, {"text": 1}], {}, "row 2"),
         (ROWS, {"_tokenised": _full}, "No space left on device"),
-        (ROWS, {"_build": lambda source, *_: source.files[0].write_text("x")}, "changed while it was read"),
+        (
+            ROWS,
+            {"_build": lambda source, *_: source.files[0].write_text("x")},
+            "changed while it was being read",
+        ),
     ],
 )
 def test_what_fails_leaves_nothing(tmp_path, cache, monkeypatch, rows, replaced, message):
