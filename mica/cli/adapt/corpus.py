@@ -137,12 +137,9 @@ def check(args: argparse.Namespace, output: Path | None = None) -> list[list[sou
     """
     output = output or args.output
     config = args.dataset_config
+    given = {"--text": args.text, "--held-out-text": args.held_out_text, "--retain": args.retain}
     found = []
-    for option, items in (
-        ("--text", args.text),
-        ("--held-out-text", args.held_out_text),
-        ("--retain", args.retain),
-    ):
+    for option, items in given.items():
         found.append(sources.find(option, items or [], config, output))
 
     is_any_on_hub = any(source.is_on_hub for source in chain.from_iterable(found))
@@ -167,17 +164,12 @@ def gather(args: argparse.Namespace, tokenizer, output: Path | None = None) -> C
 
     groups = _grouped(text, args)
     splits = _splits(groups, held_out, args)
-    if held_out:
-        held_out_blocks = _measured("--held-out-text", held_out, args)
-    else:
-        parts = [
-            _blocks(group.stores, part.held_out, args) for group, part in zip(groups, splits, strict=True)
-        ]
-        held_out_blocks = spread(ConcatDataset(parts), args.eval_blocks)
+    held_out_blocks = _held_out_blocks(groups, splits, held_out, args)
     by_group, dropped = _training_blocks(groups, splits, held_out, args)
     train = by_group[0]
     if args.text_weights is not None:
         train = mix(by_group, args.text_weights, args.seed)
+
     retained = None
     retain_fingerprint = None
     if retain:
@@ -220,7 +212,7 @@ def _part(source: sources.Source, store: Tokens) -> Part:
 
 
 class _Group(NamedTuple):
-    """Sources whose documents are joined, and held out from, as one. ``name``: in errors."""
+    """Sources whose documents are joined before some are held out. ``name``: for errors."""
 
     name: str
     stores: list[Tokens]
@@ -255,6 +247,21 @@ def _limits(args: argparse.Namespace) -> list[int]:
     shares /= shares.max()  # their sum must not overflow
     blocks = np.rint(args.eval_blocks * shares / shares.sum())
     return np.maximum(1, blocks).astype(int).tolist()
+
+
+def _held_out_blocks(
+    groups: list[_Group], splits: list[Split], held_out: list[Tokens], args: argparse.Namespace
+) -> Dataset:
+    """``eval_blocks`` blocks of ``held_out``, or if that is empty of what the groups hold out.
+
+    Raises UsageError if ``held_out`` is shorter than a block.
+    """
+    if held_out:
+        return _measured("--held-out-text", held_out, args)
+    parts = []
+    for group, part in zip(groups, splits, strict=True):
+        parts.append(_blocks(group.stores, part.held_out, args))
+    return spread(ConcatDataset(parts), args.eval_blocks)
 
 
 def _training_blocks(

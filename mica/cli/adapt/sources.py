@@ -1,8 +1,8 @@
 """Where text comes from: files, folders, datasets saved by `datasets`, datasets of the Hub.
 
-`find` looks at names only, and is quick. `Source.documents` reads, as streams. Parquet and datasets are read
-by `datasets`. Text is read here, since `datasets` takes a file of it into memory at once, and
-so is JSON: `datasets` makes times of strings like "2020-01-01", and JSON of values whose type changes.
+`find` looks at names only, and is quick. `Source.documents` streams the text. Parquet is read by pyarrow, and
+datasets by `datasets`. Text and JSON are not: `datasets` takes a whole file of text into memory, turns JSON
+strings like "2020-01-01" into times, and values whose type changes into JSON.
 """
 
 from __future__ import annotations

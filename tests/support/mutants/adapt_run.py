@@ -37,7 +37,8 @@ ADAPT_RUN = {
     },
     ("mica/cli/adapt/curve.py", f"{_TESTS}curve.py"): {
         "write_curve": [("_print_once(", "print(")],
-        "table": [("sorted(rows)", "reversed(rows)"), ("& _COLOURS.keys()", "")],
+        "table": [("sorted(rows)", "reversed(rows)")],
+        "figure": [("panels[1] if column in _LABELS else panels[0]", "panels[-1]")],
         "_as_csv": [('"" if cell is None else str(cell)', "str(cell)")],
         "_add_token_axis": [("return step * tokens_per_step", "return step")],
     },

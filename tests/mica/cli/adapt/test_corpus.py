@@ -140,7 +140,8 @@ def test_what_is_said(tmp_path):
 
 
 def test_refusals(tmp_path):
-    text, short = write(tmp_path / "a.jsonl", ROWS), write(tmp_path / "b.jsonl", rows(1))
+    text = write(tmp_path / "a.jsonl", ROWS)
+    short = write(tmp_path / "b.jsonl", rows(1))
     missing = str(tmp_path / "missing.txt")
     for changes, message in [
         ({"held_out_text": [missing]}, f"--held-out-text {missing}: no such file"),

@@ -34,7 +34,8 @@ def scratch(tmp_path, monkeypatch):
 @pytest.fixture
 def steps(monkeypatch):
     """Counts the steps that are done."""
-    done, step = [], Trainer.training_step
+    done = []
+    step = Trainer.training_step
 
     def training_step(*args):
         done.append(args[0].state.global_step + 1)

@@ -92,7 +92,8 @@ def test_accumulation_weighs_every_token_the_same(tmp_path):
 
 
 def test_settings_reach_the_trainer(tmp_path, monkeypatch):
-    seen, make = [], trainer.training_arguments
+    seen = []
+    make = trainer.training_arguments
 
     def recorded(*given, **more):
         seen.append(make(*given, **more))
@@ -122,8 +123,9 @@ def test_the_seed_decides_the_order_of_the_blocks(tmp_path):
 )
 def test_settings_that_cannot_be_used(tmp_path, name, value):
     training.check(settings(tmp_path))
+    given = [value] if name == "report_to" else value
     with pytest.raises(UsageError, match=f"--{name.replace('_', '-')} {value}: ") as error:
-        training.check(settings(tmp_path, **{name: [value] if name == "report_to" else value}))
+        training.check(settings(tmp_path, **{name: given}))
     assert "\n" not in str(error.value)
     assert not list(tmp_path.iterdir())
 
@@ -143,7 +145,8 @@ class _Interrupt(TrainerCallback):
     """Sends signals in the middle of a step."""
 
     def __init__(self, step, *signums):
-        self.step, self.signums = step, signums
+        self.step = step
+        self.signums = signums
 
     def on_step_begin(self, args, state, control, **kwargs):
         if state.global_step == self.step - 1:
@@ -217,7 +220,8 @@ def test_a_signal_at_the_last_step_leaves_a_finished_run_to_resume(tmp_path, mon
 )
 def test_resumed_is_unbroken(tmp_path, changed):
     changed = {"steps": 12, "save_steps": 6, **changed}
-    full, output = tmp_path / "full", tmp_path / "out"
+    full = tmp_path / "full"
+    output = tmp_path / "out"
     unbroken = run(settings(full, **changed))
     kept = checkpoints.folders(full)[0]
     assert 0 < checkpoints.step(kept) < unbroken.steps
@@ -254,7 +258,8 @@ def test_a_finished_run_can_be_resumed(tmp_path):
 
 
 def test_a_run_starts_anew_only_where_nothing_was_saved(unbroken, tmp_path):
-    args, notes = settings(tmp_path, resume=True), []
+    args = settings(tmp_path, resume=True)
+    notes = []
     (tmp_path / "run.yaml").touch()
     assert training.find_checkpoint(args, notes.append) is None
     assert "starts from its beginning" in notes.pop()

@@ -81,9 +81,8 @@ def scripted(monkeypatch):
                 step = trainer.state.global_step
                 if step in (act or {}):
                     act.pop(step)()
-                return Likelihood(
-                    math.log((held_out if blocks is trainer.sets["held_out"] else retain)[step]), 1
-                )
+                perplexities = held_out if blocks is trainer.sets["held_out"] else retain
+                return Likelihood(math.log(perplexities[step]), 1)
 
             monkeypatch.setattr(evaluation, "likelihood", likelihood)
             return trainer
@@ -224,7 +223,8 @@ def test_summary_card_and_merged_model_are_of_the_best_step(scripted, model_dir,
     scripted({0: 9.0, 3: 8.0, 6: 8.5, 9: 8.25}, {0: 20.0, 3: 19.0, 6: 18.0, 9: 17.0})
     options = ["--eval-steps", 3, "--patience", 2, "--merge", "--retain", text_file]
     assert adapt(model_dir, text_file, output, *options) == 0
-    made, why = summary(output), f"{PATIENCE} 8.00 of step 3"
+    made = summary(output)
+    why = f"{PATIENCE} 8.00 of step 3"
     assert (made["steps"], made["adapter_step"], made["stopped_by"]) == (9, 3, why)
     assert made["settings"]["keep_best"] is True  # by --patience
     measured = [made[f"{name}_{when}"] for name in ("perplexity", "retain") for when in ("before", "after")]
