@@ -1,7 +1,7 @@
 """How much a run reads, and how long what is left takes: every such number that is shown comes from here.
 
-The blocks of an epoch are dealt to the processes in batches, of which the last ones that do not go round are
-left out; an optimiser step takes ``accumulation`` rounds, and the last step of an epoch those that remain.
+The blocks of an epoch are dealt to the processes in batches; a last round that does not reach all processes
+is left out. An optimiser step takes ``accumulation`` rounds, the last step of an epoch those that remain.
 """
 
 import argparse
@@ -13,7 +13,7 @@ from dataclasses import dataclass
 class Amount:
     """What the Trainer reads of ``blocks`` training blocks of ``sequence_length`` tokens.
 
-    ``batch_size``: blocks of a process and forward. ``accumulation``: forwards a step. ``processes``: their
+    ``batch_size``: blocks per process and forward. ``accumulation``: forwards per step. ``processes``: their
     number.
     """
 
@@ -26,12 +26,17 @@ class Amount:
     @classmethod
     def of(cls, args: argparse.Namespace, blocks: int, processes: int) -> "Amount":
         """By the options of a run."""
-        shares = (args.batch_size, args.gradient_accumulation_steps, processes)
-        return cls(blocks, args.sequence_length, *shares)
+        return cls(
+            blocks=blocks,
+            sequence_length=args.sequence_length,
+            batch_size=args.batch_size,
+            accumulation=args.gradient_accumulation_steps,
+            processes=processes,
+        )
 
     @property
     def drops_the_rest(self) -> bool:
-        """Whether blocks that do not fill a round are left out. Where there is no full round they are not."""
+        """Whether blocks that do not fill a round are left out: yes, unless there is no full round."""
         return self.blocks >= self.batch_size * self.processes
 
     @property
@@ -53,7 +58,7 @@ class Amount:
 
     @property
     def left_out(self) -> int:
-        """Blocks that an epoch does not read: in each one others, by chance."""
+        """Blocks that an epoch does not read: different ones in each, by chance."""
         return max(0, self.blocks - self.epoch_rounds * self.round_blocks)
 
     @property
@@ -70,7 +75,7 @@ class Amount:
         return math.ceil(args.epochs * self.epoch_steps)
 
     def blocks_after(self, step: int) -> int:
-        """Blocks that were read by the end of ``step``, with each as often as it was."""
+        """Blocks that were read by the end of ``step``; one that was read twice counts twice."""
         epochs, more = divmod(step, self.epoch_steps)
         rounds = epochs * self.epoch_rounds + min(more * self.accumulation, self.epoch_rounds)
         return rounds * self.round_blocks
@@ -85,9 +90,9 @@ class Amount:
 
 
 def measurements(first: int, last: int, eval_steps: int | None) -> int:
-    """How many measurements of perplexity come after step ``first`` is measured, up to that of step ``last``.
+    """How many measurements of perplexity come after that of step ``first``, up to that of step ``last``.
 
-    Every ``eval_steps`` steps, and at the end. That before the first step is not among them.
+    Every ``eval_steps`` steps, and at the end. The one before the first step is not among them.
     """
     if first >= last:
         return 0
@@ -113,8 +118,8 @@ class Pace:
     def left(self, training: float, done: int, blocks: int, ahead: int) -> float:
         """Seconds for ``blocks`` more blocks and ``ahead`` measurements.
 
-        ``training``: seconds without measurements that ``done`` blocks took. The first measurement of a
-        session that was resumed is ahead of it: until then one counts as nothing.
+        ``training``: seconds that ``done`` blocks took, without measurements. A resumed session has measured
+        nothing at first: until then a measurement counts as 0 s.
         """
         a_block = training / max(1, done)
         a_measurement = self.measuring / max(1, self._count)

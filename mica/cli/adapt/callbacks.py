@@ -12,6 +12,7 @@ from pathlib import Path
 from types import FrameType
 
 import torch
+from torch.distributed.tensor import DTensor
 from tqdm import tqdm
 from transformers import TrainerCallback
 
@@ -32,21 +33,26 @@ class Request:
         Repeats must not stop one of several processes: a terminal and torchrun both send Ctrl-C to each.
         """
         self.signum = 0
-        self._alone, self._speaks = alone, speaks
+        self._alone = alone
+        self._speaks = speaks
 
     def note(self, signum: int, frame: FrameType | None = None) -> None:
         """The signal handler."""
-        again = self._alone and signum == signal.SIGINT
+        may_stop_at_once = self._alone and signum == signal.SIGINT
         if self.signum:
-            if again:
+            if may_stop_at_once:
                 raise KeyboardInterrupt
             return
         self.signum = signum
         if self._speaks:
-            text = f"mica adapt: {signal.Signals(signum).name}: finishing this step and saving a checkpoint"
-            with suppress(OSError):  # closed: the terminal has gone
-                # Python's own buffers may be in use
-                os.write(2, f"\n{text}{'; Ctrl-C again stops at once' * again}\n".encode())
+            self._announce(signum, may_stop_at_once)
+
+    def _announce(self, signum: int, may_stop_at_once: bool) -> None:
+        text = f"mica adapt: {signal.Signals(signum).name}: finishing this step and saving a checkpoint"
+        if may_stop_at_once:
+            text += "; Ctrl-C again stops at once"
+        with suppress(OSError):  # closed: the terminal has gone
+            os.write(2, f"\n{text}\n".encode())  # not print: Python's own buffers may be in use
 
     @contextmanager
     def heeded(self) -> Iterator["Request"]:
@@ -66,12 +72,13 @@ class Request:
 
 
 class Hooks(TrainerCallback):
-    """A line a log on standard error; ends the training; marks checkpoints, and adds that of the best step.
+    """Prints progress, ends the training, and has checkpoints marked and that of the best step written.
 
-    It ends with a checkpoint after the step in which any process got a signal and where `stopping.reason` has
-    one by ``options``, and with a UsageError as soon as a loss, or a weight about to be saved, is not finite.
+    Progress is one line per log, on standard error. The training ends with a checkpoint after the step in
+    which any process got a signal, and where `stopping.reason` gives a reason under ``options``; it ends with
+    a UsageError as soon as a loss, or a weight about to be saved, is not finite.
 
-    ``amount``, ``pace``: for the time that is left; ``pace`` is told of measurements by who makes them.
+    ``amount``, ``pace``: for the time that is left; whoever measures perplexity tells ``pace``.
     ``mark(step)`` is called in every process once all files of a checkpoint are written, ``watch(history)``
     in the main one after each evaluation.
     ``agreed``: the signal's number once all processes know of it, else 0.
@@ -86,8 +93,12 @@ class Hooks(TrainerCallback):
         amount: Amount,
         pace: Pace,
     ):
-        self._request, self._mark, self._watch, self._options = request, mark, watch, options
-        self._amount, self._pace = amount, pace
+        self._request = request
+        self._mark = mark
+        self._watch = watch
+        self._options = options
+        self._amount = amount
+        self._pace = pace
         self._begun = 0.0
         self._first = 0  # the steps that were done when this session began
         self.agreed = 0
@@ -95,15 +106,17 @@ class Hooks(TrainerCallback):
     def on_train_begin(self, args, state, control, **kwargs):
         self._begun = time.perf_counter()
         self._first = state.global_step
-        state.compute_steps(args, state.max_steps)  # or after --resume --eval-steps N those of before count
+        state.compute_steps(args, state.max_steps)  # else the checkpoint's --eval-steps count
 
     def on_step_end(self, args, state, control, model=None, **kwargs):
         self.agreed = processes.largest(self._request.signum)
         if self.agreed:
-            control.should_save = control.should_training_stop = True
+            control.should_save = True
+            control.should_training_stop = True
         if state.global_step >= state.max_steps:
-            control.should_evaluate = True  # of itself transformers 5.0 only saves then
-        if control.should_save or (control.should_evaluate and stopping.judges(self._options)):
+            control.should_evaluate = True  # transformers 5.0 by itself only saves then
+        may_save = control.should_save or (control.should_evaluate and stopping.judges(self._options))
+        if may_save:
             # The logged loss is the mean since the last log, and that mean is not in a checkpoint. Closed at
             # every checkpoint, it is the same number in a run that was resumed there.
             control.should_log = True
@@ -111,47 +124,73 @@ class Hooks(TrainerCallback):
                 raise self._error("a trained weight is not finite after", args, state)
 
     def on_log(self, args, state, control, logs=None, **kwargs):
-        told = [f"{name} perplexity {logs[key]:.2f}" for name, key in _PERPLEXITIES.items() if key in logs]
+        parts = []
         if "loss" in logs:
             if not math.isfinite(logs["loss"]):
                 what = f"the training loss is not finite ({logs['loss']}) at or before"
                 raise self._error(what, args, state)
             left = tqdm.format_interval(self._seconds_left(state))
-            told = [f"loss {logs['loss']:.3f}", f"lr {logs['learning_rate']:.2e}", f"{left} left", *told]
-        if told and state.is_world_process_zero:
-            print(f"step {state.global_step}/{state.max_steps}: {', '.join(told)}", file=sys.stderr)
+            parts += [f"loss {logs['loss']:.3f}", f"lr {logs['learning_rate']:.2e}", f"{left} left"]
+        for name, key in _PERPLEXITIES.items():
+            if key in logs:
+                parts.append(f"{name} perplexity {logs[key]:.2f}")
+        if parts:
+            _print_step(state, ", ".join(parts))
 
     def _seconds_left(self, state) -> float:
-        """Until the training ends, if nothing stops it: a step is logged before it is measured."""
-        now, last = state.global_step, state.max_steps
-        done, read, in_all = (self._amount.blocks_after(step) for step in (self._first, now, last))
+        """Until the training ends, if nothing stops it."""
+        now = state.global_step
+        last = state.max_steps
+        before = self._amount.blocks_after(self._first)
+        read = self._amount.blocks_after(now)
+        total = self._amount.blocks_after(last)
         training = time.perf_counter() - self._begun - self._pace.measuring
+        # A step is logged before it is measured, so its own measurement is still to come.
         ahead = measurements(now - 1, last, self._options.eval_steps)
-        return self._pace.left(training, read - done, in_all - read, ahead)
+        return self._pace.left(training, read - before, total - read, ahead)
 
     def on_evaluate(self, args, state, control, **kwargs):
+        history = state.log_history
         if state.is_world_process_zero:
-            self._watch(state.log_history)
-        history, options = state.log_history, self._options
-        if stopping.best(history, options) == state.global_step:
+            self._watch(history)
+        if stopping.best(history, self._options) == state.global_step:
             control.should_save = True
-        if state.global_step < state.max_steps and (why := stopping.reason(history, options)):
-            control.should_save = control.should_training_stop = True
-            if state.is_world_process_zero:
-                print(f"step {state.global_step}/{state.max_steps}: stopping, {why}", file=sys.stderr)
+        if state.global_step >= state.max_steps:
+            return
+        reason = stopping.reason(history, self._options)
+        if reason:
+            control.should_save = True
+            control.should_training_stop = True
+            _print_step(state, f"stopping, {reason}")
 
     def on_save(self, args, state, control, **kwargs):
         self._mark(state.global_step)
 
-    def _error(self, what, args, state):
-        what = f"{what} step {state.global_step}; {checkpoints.saved(Path(args.output_dir))}"
+    def _error(self, what: str, args, state) -> UsageError:
+        saved = checkpoints.saved(Path(args.output_dir))
         lower = f"a lower --learning-rate (now {args.learning_rate:g})"
-        return UsageError(f"{what}. Try {lower} or --dtype float32")
+        return UsageError(f"{what} step {state.global_step}; {saved}. Try {lower} or --dtype float32")
+
+
+def _print_step(state, text: str) -> None:
+    if state.is_world_process_zero:
+        print(f"step {state.global_step}/{state.max_steps}: {text}", file=sys.stderr)
 
 
 def _is_finite(model: torch.nn.Module) -> bool:
-    """Whether all trained parameters are; under FSDP2: this process's part of them. One synchronisation."""
-    trained = [parameter.detach() for parameter in model.parameters() if parameter.requires_grad]
-    local = [getattr(tensor, "to_local", lambda tensor=tensor: tensor)() for tensor in trained]
-    checks = [tensor.isfinite().all() for tensor in local if tensor.numel()]
-    return not checks or bool(torch.stack(checks).all())
+    """Whether all trained parameters are finite; under FSDP2: this process's part of them.
+
+    One synchronisation with the device, however many parameters there are.
+    """
+    checks = []
+    for parameter in model.parameters():
+        if not parameter.requires_grad:
+            continue
+        values = parameter.detach()
+        if isinstance(values, DTensor):
+            values = values.to_local()
+        if values.numel():
+            checks.append(values.isfinite().all())
+    if not checks:
+        return True
+    return bool(torch.stack(checks).all())

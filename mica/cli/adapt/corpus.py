@@ -7,6 +7,7 @@ import hashlib
 import json
 import logging
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import NamedTuple
 
@@ -24,9 +25,9 @@ DEAR = 2  # tokens a word
 
 
 class Part(NamedTuple):
-    """What one item of ``--text`` holds; ``skipped``: files of a folder that are of no kind that is read.
+    """What one item of ``--text`` holds.
 
-    ``tokens_per_word``: see `Tokens`.
+    ``skipped``: files of a folder that are not read, see `sources.Source`. ``tokens_per_word``: see `Tokens`.
     """
 
     name: str
@@ -43,7 +44,7 @@ class Corpus:
 
     ``retain``: None without ``--retain``. ``parts``: one for each ``--text``. ``dropped``: documents that
     are left out of the training because they are held out as well. ``held_out_by``: "--held-out-text" or
-    `Split.how`. ``largest_token_id``: of all texts. ``cached``: nothing had to be tokenised.
+    `Split.how`. ``largest_token_id``: in any of the texts. ``cached``: nothing had to be tokenised.
     ``fingerprint``: a hash of all tokens of all blocks of training and held-out text and of their order;
     ``retain_fingerprint``: of ``retain``, or None.
     """
@@ -80,112 +81,213 @@ class Corpus:
     def describe(self, args: argparse.Namespace, num_processes: int = 1) -> str:
         """What the run trains on, for a terminal; more lines only for what is left out."""
         amount = self.amount(args, num_processes)
-        epochs = amount.epochs(amount.tokens_after(amount.steps(args)))
-        share = f"{epochs:.3g} epochs" if epochs > 1 else f"{100 * epochs:.3g} % of an epoch"
-        blocks = f"{_count(len(self.train), 'training block')} of {self.sequence_length}"
+        lines = [self._describe_training(amount, args), self._describe_measured()]
+        lines += self._describe_left_out(amount)
+        return "\n".join(lines)
+
+    def _describe_training(self, amount: Amount, args: argparse.Namespace) -> str:
         tokens = _count(sum(part.tokens for part in self.parts), "token")
         documents = _count(sum(part.documents for part in self.parts), "document")
-        known = " (tokenised before)" if self.cached else ""
-        lines = [f"{tokens} in {documents}{known}, {blocks}; this run sees {share}"]
-        lines += [f"held out: {_count(len(self.held_out), 'block')} ({self.held_out_by})"]
+        if self.cached:
+            documents += " (already tokenised)"
+        blocks = _count(len(self.train), "training block")
+
+        epochs = amount.epochs(amount.tokens_after(amount.steps(args)))
+        share = f"{100 * epochs:.3g} % of an epoch"
+        if epochs > 1:
+            share = f"{epochs:.3g} epochs"
+        return f"{tokens} in {documents}, {blocks} of {self.sequence_length}; this run sees {share}"
+
+    def _describe_measured(self) -> str:
+        text = f"held out: {_count(len(self.held_out), 'block')} ({self.held_out_by})"
         if self.retain is not None:
-            lines[-1] += f"; to be retained: {_count(len(self.retain), 'block')}"
-        out = [
+            text += f"; to be retained: {_count(len(self.retain), 'block')}"
+        return text
+
+    def _describe_left_out(self, amount: Amount) -> list[str]:
+        left_out = [
             ("training", self.dropped, "copy", "of held-out documents"),
-            ("each epoch", amount.left_out, "block", "short of a full batch, others each time"),
+            ("each epoch", amount.left_out, "block", "short of a full batch, different ones each time"),
         ]
         for part in self.parts:
-            out += [(part.name, part.empty, "document", "without text")]
-            out += [(part.name, part.skipped, "file", "of other kinds")]
-        lines += [f"left out of {of}: {_count(count, noun)} {what}" for of, count, noun, what in out if count]
-        return "\n".join(lines)
+            left_out.append((part.name, part.empty, "document", "without text"))
+            left_out.append((part.name, part.skipped, "file", "of other kinds"))
+
+        lines = []
+        for place, number, noun, what in left_out:
+            if number:
+                lines.append(f"left out of {place}: {_count(number, noun)} {what}")
+        return lines
 
 
 def _count(number: int, noun: str) -> str:
-    if number != 1:
-        noun = f"{noun[:-1]}ies" if noun.endswith("y") else f"{noun}s"
-    return f"{number:,} {noun}"
+    """The number with its noun: "1 block", "1,234 copies"."""
+    if number == 1:
+        return f"1 {noun}"
+    plural = f"{noun[:-1]}ies" if noun.endswith("y") else f"{noun}s"
+    return f"{number:,} {plural}"
 
 
 def check(args: argparse.Namespace, output: Path | None = None) -> list[list[sources.Source]]:
     """The sources of --text, --held-out-text and --retain, by their names alone: nothing is read.
 
-    ``output``: the folder that the run writes to; default: ``args.output``. What is in it is no text.
+    ``output``: the folder that the run writes to; default: ``args.output``. Files in it are not read.
 
-    Raises UsageError for what that shows to be wrong.
+    Raises UsageError for what the names show to be wrong.
     """
-    given = {"--text": args.text, "--held-out-text": args.held_out_text, "--retain": args.retain}
     output = output or args.output
-    found = [
-        sources.find(option, items or [], args.dataset_config, output) for option, items in given.items()
-    ]
-    if args.dataset_config is not None and not any(source.is_on_hub for group in found for source in group):
-        raise UsageError(f"--dataset-config {args.dataset_config}: no source is a dataset on the Hub")
+    config = args.dataset_config
+    given = {"--text": args.text, "--held-out-text": args.held_out_text, "--retain": args.retain}
+    found = []
+    for option, items in given.items():
+        found.append(sources.find(option, items or [], config, output))
+
+    is_any_on_hub = any(source.is_on_hub for source in chain.from_iterable(found))
+    if config is not None and not is_any_on_hub:
+        raise UsageError(f"--dataset-config {config}: no source is a dataset on the Hub")
     return found
 
 
 def gather(args: argparse.Namespace, tokenizer, output: Path | None = None) -> Corpus:
     """Read, tokenise and pack all texts of a run; every process of it calls this.
 
-    Held out is ``--held-out-text``, of which no document is trained on, or what `split` takes: of each
-    source if there are weights, else of all joined. ``eval_blocks`` blocks of it are measured, evenly
+    Held out is ``--held-out-text``, of which no document is trained on, or what `split` takes: from each
+    source if there are weights, else from all joined. ``eval_blocks`` blocks of it are measured, evenly
     spread, and as many of ``--retain``. ``output``: see `check`.
 
     Raises UsageError for what cannot be read, and if there is not one training and one held-out block.
     """
     found = check(args, output)
     datasets.logging.set_verbosity(logging.CRITICAL)  # its errors come as exceptions as well
-    text, held_out, retain = (
-        tokenize(each, tokenizer, args.text_field, args.workers) if each else [] for each in found
-    )
-    every, length, weights = [*text, *held_out, *retain], args.sequence_length, args.text_weights
-    groups = [text] if weights is None else [[store] for store in text]
-    names = ["--text"] if weights is None else [f"--text {name}" for name in args.text]
-    if held_out:
-        splits = [Split(spans_of(group), spans_of(held_out)[:0], "--held-out-text") for group in groups]
-        held_out_blocks = _measured("--held-out-text", held_out, args)
-    else:
-        shares = np.array(weights or [1.0], dtype=np.float64)
-        shares /= shares.max()  # their sum must not overflow
-        limits = np.maximum(1, np.rint(args.eval_blocks * shares / shares.sum())).astype(int).tolist()
-        splits = [
-            split(spans_of(group), args.held_out, length, limit, name)
-            for group, name, limit in zip(groups, names, limits, strict=True)
-        ]
-        parts = [_blocks(*each, args) for each in zip(groups, (s.held_out for s in splits), strict=True)]
-        held_out_blocks = spread(ConcatDataset(parts), args.eval_blocks)
-    train, dropped = [], 0
-    for index, part in enumerate(splits):
-        # What another source holds out, or a set of its own; `split` has seen to this source's own copies.
-        others = [other.held_out.digest for other in splits[:index] + splits[index + 1 :]]
-        others += [store.digests for store in held_out]
-        kept = part.train[~np.isin(part.train.digest, np.concatenate(others or [[]]))]
-        dropped += part.dropped + len(part.train) - len(kept)
-        if kept.length.sum() < length:
-            rest = f"{kept.length.sum():,} tokens are not held out"
-            raise too_little(names[index], rest, length, "training")
-        train.append(_blocks(groups[index], kept, args))
+    text, held_out, retain = (_tokens_of(group, tokenizer, args) for group in found)
+    every = [*text, *held_out, *retain]
 
-    held_out_spans = [part.held_out for part in splits] + ([spans_of(held_out)] if held_out else [])
+    groups = _grouped(text, args)
+    splits = _splits(groups, held_out, args)
+    held_out_blocks = _held_out_blocks(groups, splits, held_out, args)
+    by_group, dropped = _training_blocks(groups, splits, held_out, args)
+    train = by_group[0]
+    if args.text_weights is not None:
+        train = mix(by_group, args.text_weights, args.seed)
+
+    retained = None
+    retain_fingerprint = None
+    if retain:
+        retained = _measured("--retain", retain, args)
+        retain_fingerprint = _fingerprint([spans_of(retain)], args)
+
+    fingerprinted = [blocks.spans for blocks in by_group] + [part.held_out for part in splits]
+    if held_out:
+        fingerprinted.append(spans_of(held_out))
     return Corpus(
-        train=train[0] if weights is None else mix(train, weights, args.seed),
+        train=train,
         held_out=held_out_blocks,
-        retain=_measured("--retain", retain, args) if retain else None,
-        parts=tuple(
-            Part(
-                *(source.given, int(store.lengths.sum()), len(store.lengths), store.empty, source.skipped),
-                store.tokens_per_word,
-            )
-            for source, store in zip(found[0], text, strict=True)
-        ),
+        retain=retained,
+        parts=tuple(_part(source, store) for source, store in zip(found[0], text, strict=True)),
         dropped=dropped,
         held_out_by=" and ".join(dict.fromkeys(part.how for part in splits)),
         largest_token_id=max(store.largest for store in every),
         cached=all(store.cached for store in every),
-        fingerprint=_fingerprint([*(blocks.spans for blocks in train), *held_out_spans], args),
-        retain_fingerprint=_fingerprint([spans_of(retain)], args) if retain else None,
-        sequence_length=length,
+        fingerprint=_fingerprint(fingerprinted, args),
+        retain_fingerprint=retain_fingerprint,
+        sequence_length=args.sequence_length,
     )
+
+
+def _tokens_of(group: list[sources.Source], tokenizer, args: argparse.Namespace) -> list[Tokens]:
+    if not group:
+        return []
+    return tokenize(group, tokenizer, args.text_field, args.workers)
+
+
+def _part(source: sources.Source, store: Tokens) -> Part:
+    return Part(
+        name=source.given,
+        tokens=int(store.lengths.sum()),
+        documents=len(store.lengths),
+        empty=store.empty,
+        skipped=source.skipped,
+        tokens_per_word=store.tokens_per_word,
+    )
+
+
+class _Group(NamedTuple):
+    """Sources whose documents are joined before some are held out. ``name``: for errors."""
+
+    name: str
+    stores: list[Tokens]
+
+
+def _grouped(text: list[Tokens], args: argparse.Namespace) -> list[_Group]:
+    """Each source alone if there are weights, else one group of all."""
+    if args.text_weights is None:
+        return [_Group("--text", text)]
+    return [_Group(f"--text {name}", [store]) for name, store in zip(args.text, text, strict=True)]
+
+
+def _splits(groups: list[_Group], held_out: list[Tokens], args: argparse.Namespace) -> list[Split]:
+    """What of each group is trained on and held out; all is trained on if ``held_out`` is a text of its own.
+
+    Raises UsageError if a group is too short for one block of each.
+    """
+    if held_out:
+        nothing = spans_of(held_out)[:0]
+        return [Split(spans_of(group.stores), nothing, "--held-out-text") for group in groups]
+
+    splits = []
+    for group, limit in zip(groups, _limits(args), strict=True):
+        documents = spans_of(group.stores)
+        splits.append(split(documents, args.held_out, args.sequence_length, limit, group.name))
+    return splits
+
+
+def _limits(args: argparse.Namespace) -> list[int]:
+    """How many blocks each group holds out at most: its share of ``eval_blocks``, but at least one."""
+    shares = np.array(args.text_weights or [1.0], dtype=np.float64)
+    shares /= shares.max()  # their sum must not overflow
+    blocks = np.rint(args.eval_blocks * shares / shares.sum())
+    return np.maximum(1, blocks).astype(int).tolist()
+
+
+def _held_out_blocks(
+    groups: list[_Group], splits: list[Split], held_out: list[Tokens], args: argparse.Namespace
+) -> Dataset:
+    """``eval_blocks`` blocks of ``held_out``, or if that is empty of what the groups hold out.
+
+    Raises UsageError if ``held_out`` is shorter than a block.
+    """
+    if held_out:
+        return _measured("--held-out-text", held_out, args)
+    parts = []
+    for group, part in zip(groups, splits, strict=True):
+        parts.append(_blocks(group.stores, part.held_out, args))
+    return spread(ConcatDataset(parts), args.eval_blocks)
+
+
+def _training_blocks(
+    groups: list[_Group], splits: list[Split], held_out: list[Tokens], args: argparse.Namespace
+) -> tuple[list[Blocks], int]:
+    """The training blocks of each group, and how many documents are left out as copies of held-out ones.
+
+    Raises UsageError if a group has not one block left.
+    """
+    train = []
+    dropped = 0
+    for index, (group, part) in enumerate(zip(groups, splits, strict=True)):
+        # `split` has seen to this group's own copies.
+        others = splits[:index] + splits[index + 1 :]
+        held_out_elsewhere = [other.held_out.digest for other in others]
+        held_out_elsewhere += [store.digests for store in held_out]
+        digests = np.concatenate(held_out_elsewhere or [[]])
+        kept = part.train[~np.isin(part.train.digest, digests)]
+        dropped += part.dropped + len(part.train) - len(kept)
+
+        tokens = kept.length.sum()
+        if tokens < args.sequence_length:
+            rest = f"{tokens:,} tokens are not held out"
+            raise too_little(group.name, rest, args.sequence_length, "training")
+        train.append(_blocks(group.stores, kept, args))
+    return train, dropped
 
 
 def _blocks(stores: list[Tokens], spans: np.recarray, args: argparse.Namespace) -> Blocks:
@@ -201,7 +303,10 @@ def _measured(option: str, stores: list[Tokens], args: argparse.Namespace) -> Da
 
 
 def _fingerprint(every: list[np.recarray], args: argparse.Namespace) -> str:
-    mixing = None if args.text_weights is None else [*args.text_weights, args.seed]
+    """A hash of the tokens in ``every`` array of spans, in order, and of how they are packed and mixed."""
+    mixing = None
+    if args.text_weights is not None:
+        mixing = [*args.text_weights, args.seed]
     packing = json.dumps([args.sequence_length, args.packing, mixing])
     total = hashlib.blake2b(packing.encode(), digest_size=16)
     for spans in every:

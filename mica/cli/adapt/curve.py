@@ -5,6 +5,7 @@ from functools import lru_cache
 from pathlib import Path
 
 from matplotlib import rc_context
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure  # not pyplot: Agg, whatever the display, and no global state
 from matplotlib.ticker import EngFormatter, MaxNLocator
 
@@ -24,6 +25,7 @@ COLUMNS = {  # of curve.csv: names in the Trainer's log_history
 # Distinct from each other for all common kinds of colour blindness, and in grey.
 _COLOURS = {"loss": "#0072B2", "held_out_perplexity": "#D55E00", "retain_perplexity": "#009E73"}
 _LABELS = {"held_out_perplexity": "held out", "retain_perplexity": "to be retained"}
+_MARKED = 40  # points of a line at most for it to have markers
 _print_once = lru_cache(print)
 
 
@@ -34,14 +36,14 @@ def write_curve(history: list[dict], output: Path) -> None:
     fails is one warning on stderr (the same only once) and never ends a run.
     """
     try:
-        if not (rows := table(history)):
+        rows = table(history)
+        if not rows:
             return
-        lines = [COLUMNS, *(["" if cell is None else str(cell) for cell in row.values()] for row in rows)]
-        text = "".join(f"{','.join(line)}\n" for line in lines)
+        text = _as_csv(rows)
         record.claimed(output, "curve.csv", lambda path: path.write_text(text, encoding="utf-8"))
         with rc_context({**STYLE, "lines.linewidth": 1.2, "lines.markersize": 3}):
-            drawn = figure(rows, shown(output.resolve().name))
-            record.claimed(output, "curve.png", lambda path: drawn.savefig(path, format="png"))
+            drawing = figure(rows, shown(output.resolve().name))
+            record.claimed(output, "curve.png", lambda path: drawing.savefig(path, format="png"))
     except Exception as error:  # the training is worth more than its picture
         _print_once(f"mica adapt: warning: no curve: {one_line(error)}", file=sys.stderr)
 
@@ -52,8 +54,17 @@ def table(history: list[dict]) -> list[dict]:
     for entry in history:
         found = {column: entry[name] for column, name in COLUMNS.items() if entry.get(name) is not None}
         if found.keys() & _COLOURS.keys():
-            rows.setdefault(entry["step"], dict.fromkeys(COLUMNS)).update(found)
+            row = rows.setdefault(entry["step"], dict.fromkeys(COLUMNS))
+            row.update(found)
     return [rows[step] for step in sorted(rows)]
+
+
+def _as_csv(rows: list[dict]) -> str:
+    lines = [",".join(COLUMNS)]
+    for row in rows:
+        cells = ["" if cell is None else str(cell) for cell in row.values()]
+        lines.append(",".join(cells))
+    return "".join(f"{line}\n" for line in lines)
 
 
 def figure(rows: list[dict], name: str) -> Figure:
@@ -62,25 +73,52 @@ def figure(rows: list[dict], name: str) -> Figure:
     ``rows``: see `table`. A quantity that was never measured is left out; without any perplexity there is
     one panel. Lines have the gid of their column.
     """
-    points = {key: [(row["step"], row[key]) for row in rows if row[key] is not None] for key in _COLOURS}
-    count = 2 if any(points[key] for key in _LABELS) else 1
+    points = {column: _points(rows, column) for column in _COLOURS}
+    has_perplexity = any(points[column] for column in _LABELS)
+    count = 2 if has_perplexity else 1
     drawing = Figure(figsize=(7, 1.2 + 2.4 * count), dpi=150, layout="constrained")
     panels = drawing.subplots(count, 1, sharex=True, squeeze=False).flatten()
-    for key, measured in points.items():
+
+    for column, measured in points.items():
         if measured:
-            style = {"color": _COLOURS[key], "marker": "o" if len(measured) <= 40 else None, "gid": key}
-            panels[int(key in _LABELS)].plot(*zip(*measured, strict=True), label=_LABELS.get(key), **style)
+            panel = panels[1] if column in _LABELS else panels[0]
+            _plot(panel, column, measured)
+
     panels[0].set_ylabel("training loss (nats per token)")
-    if count == 2:
+    if has_perplexity:
         panels[1].set_ylabel("perplexity")
         panels[1].legend()
     panels[-1].set_xlabel("optimiser step")
     panels[-1].xaxis.set_major_locator(MaxNLocator(integer=True))  # which the panels share
-    ratios = [row["tokens"] / row["step"] for row in rows if row["step"] and row["tokens"]]
-    if ratios:  # blocks are full, so that tokens go with the steps
-        each = ratios[-1]
-        upper = panels[0].secondary_xaxis("top", functions=(lambda x: x * each, lambda x: x / each))
-        upper.set_xlabel("tokens")
-        upper.xaxis.set_major_formatter(EngFormatter(sep=""))
+    _add_token_axis(panels[0], rows)
     drawing.suptitle(name, parse_math=False)
     return drawing
+
+
+def _points(rows: list[dict], column: str) -> list[tuple[int, float]]:
+    """(step, value) where ``column`` was measured."""
+    return [(row["step"], row[column]) for row in rows if row[column] is not None]
+
+
+def _plot(panel: Axes, column: str, measured: list[tuple[int, float]]) -> None:
+    steps, values = zip(*measured, strict=True)
+    marker = "o" if len(measured) <= _MARKED else None
+    panel.plot(steps, values, label=_LABELS.get(column), color=_COLOURS[column], marker=marker, gid=column)
+
+
+def _add_token_axis(panel: Axes, rows: list[dict]) -> None:
+    """Tokens along the upper edge. Blocks are full, so that tokens are proportional to steps."""
+    ratios = [row["tokens"] / row["step"] for row in rows if row["step"] and row["tokens"]]
+    if not ratios:
+        return
+    tokens_per_step = ratios[-1]
+
+    def to_tokens(step):
+        return step * tokens_per_step
+
+    def to_steps(tokens):
+        return tokens / tokens_per_step
+
+    upper = panel.secondary_xaxis("top", functions=(to_tokens, to_steps))
+    upper.set_xlabel("tokens")
+    upper.xaxis.set_major_formatter(EngFormatter(sep=""))

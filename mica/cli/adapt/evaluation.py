@@ -31,13 +31,13 @@ class Likelihood(NamedTuple):
     @property
     def perplexity(self) -> float:
         """exp(loss). Raises UsageError if that is not finite."""
-        if not self.loss < 700:  # nats; NaN, too
+        if not self.loss < 700:  # nats; NaN is not below it either
             raise UsageError(f"the held-out perplexity is not finite (exp {self.loss:g}): the run diverged")
         return math.exp(self.loss)
 
 
 def collate(items: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
-    """Blocks to a batch, (batch_size, sequence_length) each.
+    """A batch of blocks, each tensor (batch_size, sequence_length).
 
     The first label of a block becomes -100: nothing comes before it, so it is never predicted. Versions of
     transformers differ in whether they count it; this way all of them divide by the same number.
@@ -50,8 +50,11 @@ def collate(items: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
 
 def predicted_tokens(blocks: Dataset[dict[str, torch.Tensor]]) -> int:
     """How many tokens of ``blocks`` `likelihood` scores."""
-    labels = (collate([blocks[index]])["labels"] for index in range(len(blocks)))
-    return sum(int((row != IGNORED).sum()) for row in labels)
+    total = 0
+    for index in range(len(blocks)):
+        labels = collate([blocks[index]])["labels"]
+        total += int((labels != IGNORED).sum())
+    return total
 
 
 def _nll(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
@@ -59,10 +62,9 @@ def _nll(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     targets = pad(labels[:, 1:], (0, 1), value=IGNORED).flatten()  # so that the logits are not copied
     scores = logits.flatten(0, 1)
     rows = max(1, _SLICE // scores.shape[-1])
-    sums = [
-        cross_entropy(some.float(), theirs, ignore_index=IGNORED, reduction="sum")
-        for some, theirs in zip(scores.split(rows), targets.split(rows), strict=True)
-    ]
+    sums = []
+    for some, theirs in zip(scores.split(rows), targets.split(rows), strict=True):
+        sums.append(cross_entropy(some.float(), theirs, ignore_index=IGNORED, reduction="sum"))
     return torch.stack(sums).cpu().double().sum()
 
 
@@ -77,25 +79,29 @@ def likelihood(
 
     A token counts if its label is not -100 and it is not the first of its block. The loss is taken in fp32
     whatever the dtype of the logits, and summed in fp64. Each process scores a share of the blocks and all
-    return the same; every one does as many forwards, as FSDP needs. ``device``: that of the inputs, by
-    default that of the first parameter.
+    return the same; all do the same number of forwards, as FSDP needs. ``device``: of the inputs, by default
+    that of the first parameter.
     """
     state = PartialState()
     device = device or next(model.parameters()).device
     mine = range(state.process_index, len(blocks), state.num_processes)
-    rounds = math.ceil(math.ceil(len(blocks) / state.num_processes) / batch_size)
+    largest_share = math.ceil(len(blocks) / state.num_processes)
+    rounds = math.ceil(largest_share / batch_size)
+
     totals = torch.zeros(2, dtype=torch.float64)
     was_training = model.training
     model.eval()
     for turn in range(rounds):
         chosen = mine[turn * batch_size : (turn + 1) * batch_size]
-        batch = collate([blocks[index] for index in chosen or (0,)])  # without a share: only to take part
+        indices = chosen or [0]  # a process that has none left takes part in the forward all the same
+        batch = collate([blocks[index] for index in indices])
         batch = {name: tensor.to(device) for name, tensor in batch.items()}
         labels = batch.pop("labels")
         logits = model(**batch, use_cache=False).logits
         if chosen:
             totals += torch.stack([_nll(logits, labels), (labels != IGNORED).sum().cpu()])
     model.train(was_training)
+
     if state.num_processes > 1:
         totals = reduce(totals.to(state.device), "sum").cpu()
     return Likelihood(totals[0].item(), int(totals[1]))

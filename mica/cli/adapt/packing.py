@@ -1,5 +1,6 @@
-"""Blocks of tokens, cut from documents in memory-mapped arrays, and what of them is held out: chosen by
-content, never by order or luck. Nothing is materialised.
+"""Blocks of tokens, cut from documents in memory-mapped arrays, and the choice of what is held out.
+
+The choice is by content, never by order or luck. Nothing is materialised.
 """
 
 from __future__ import annotations
@@ -19,26 +20,25 @@ from mica.errors import UsageError
 # long; and the digest of the whole document. Arrays of them (`np.recarray`) are in the order of joining.
 SPAN = np.dtype([("store", np.int64), ("start", np.int64), ("length", np.int64), ("digest", np.uint64)])
 
-# How many times all sources together an epoch of a mixture may be: its order is held in memory.
+# An epoch of a mixture may have so many times the blocks of all its sources: its order is held in memory.
 LONGEST = 1000
 
 
 def spans_of(stores: list[Tokens]) -> np.recarray:
     """All documents of ``stores``, (num_documents,) of SPAN."""
-    lengths = [store.lengths for store in stores]
-    columns = [
-        np.repeat(np.arange(len(stores)), [len(each) for each in lengths]),
-        np.concatenate([each.cumsum() - each for each in lengths]),
-        np.concatenate(lengths),
-        np.concatenate([store.digests for store in stores]),
-    ]
-    return np.rec.fromarrays(columns, dtype=SPAN)
+    counts = [len(store.lengths) for store in stores]
+    indices = np.repeat(np.arange(len(stores)), counts)
+    starts = np.concatenate([store.lengths.cumsum() - store.lengths for store in stores])
+    lengths = np.concatenate([store.lengths for store in stores])
+    digests = np.concatenate([store.digests for store in stores])
+    return np.rec.fromarrays([indices, starts, lengths, digests], dtype=SPAN)
 
 
 @dataclass
 class Blocks(Dataset):
-    """Block i: the tokens [i·L, (i+1)·L) of the joined spans, L = ``sequence_length``; the unfilled last is
-    dropped.
+    """Blocks of ``sequence_length`` = L tokens: block i has the tokens [i·L, (i+1)·L) of the joined spans.
+
+    An unfilled last block is dropped.
 
     Items: ``input_ids`` and ``labels``, (L,) int64, the latter not shifted: the model does that. With
     ``packing`` "stream" the labels are the ids. With "documents" there are also ``position_ids``, which
@@ -56,22 +56,29 @@ class Blocks(Dataset):
         self.ends = self.spans.length.cumsum()  # where each span ends in the joined tokens
 
     def __len__(self) -> int:
-        return int(self.ends[-1]) // self.sequence_length if len(self.ends) else 0
+        if not len(self.ends):
+            return 0
+        return int(self.ends[-1]) // self.sequence_length
 
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
         if not -len(self) <= index < len(self):
             raise IndexError(f"block {index} of {len(self)}")
-        begin = int(index) % len(self) * self.sequence_length
+        index = int(index) % len(self)
+        begin = index * self.sequence_length
         end = begin + self.sequence_length
         first, last = np.searchsorted(self.ends, [begin, end - 1], side="right")
-        parts, starts = [], []  # tokens of each document, and where in the block documents begin
+
+        parts = []  # tokens of each document
+        starts = []  # where in the block documents begin
         for span in range(first, last + 1):
             store, start, length, _ = self.spans[span].item()
-            offset = int(self.ends[span]) - length
-            low, high = max(begin, offset), min(end, offset + length)
+            offset = int(self.ends[span]) - length  # of the span in the joined tokens
+            low = max(begin, offset)
+            high = min(end, offset + length)
             parts.append(self.stores[store].ids[start + low - offset : start + high - offset])
             if low == offset:
                 starts.append(low - begin)
+
         ids = torch.from_numpy(np.concatenate(parts).astype(np.int64))
         item = {"input_ids": ids, "labels": ids.clone()}
         if self.packing == "documents":
@@ -84,15 +91,16 @@ def spread(blocks: Dataset, limit: int) -> Dataset:
     """At most ``limit`` of ``blocks``, evenly spaced, so that every source keeps its share."""
     if len(blocks) <= limit:
         return blocks
-    return Subset(blocks, np.linspace(0, len(blocks) - 1, limit).round().astype(np.int64).tolist())
+    indices = np.linspace(0, len(blocks) - 1, limit).round().astype(np.int64)
+    return Subset(blocks, indices.tolist())
 
 
 def mix(parts: list[Blocks], weights: list[float], seed: int) -> Dataset:
-    """An epoch of several sources, of which ``weights`` are the shares.
+    """An epoch in which each of several sources has the share that its weight says.
 
     Every block of every source is in it at least once, as with `datasets.interleave_datasets`'
     "all_exhausted": the source with the most blocks for its weight is there once, the others more often.
-    What does not go up in whole rounds is drawn by ``seed``.
+    Where a source does not repeat a whole number of times, ``seed`` decides which blocks come once more.
 
     Raises UsageError if the epoch would be more than `LONGEST` times as long as all sources.
     """
@@ -103,21 +111,25 @@ def mix(parts: list[Blocks], weights: list[float], seed: int) -> Dataset:
     if wanted.sum() > LONGEST * sizes.sum():
         given = " ".join(f"{weight:g}" for weight in weights)
         blocks = ", ".join(f"{size:,}" for size in sizes)
-        most = f"sources of {blocks} blocks would make an epoch of {wanted.sum():,.0f}"
-        raise UsageError(f"--text-weights {given}: {most}, more than {LONGEST:,} times as many")
+        epoch = f"sources of {blocks} blocks would make an epoch of {wanted.sum():,.0f}"
+        raise UsageError(f"--text-weights {given}: {epoch}, more than {LONGEST:,} times their sum")
+
     counts = np.maximum(sizes, wanted.astype(np.int64))
-    chosen, offset = [], 0
+    chosen = []
+    offset = 0
     for source, (size, count) in enumerate(zip(sizes, counts, strict=True)):
         rounds, more = divmod(int(count), int(size))
         drawn = np.random.default_rng([seed, source]).permutation(size)[:more]
-        chosen += [np.tile(np.arange(size), rounds) + offset, np.sort(drawn) + offset]
+        chosen.append(np.tile(np.arange(size), rounds) + offset)
+        chosen.append(np.sort(drawn) + offset)
         offset += size
     return Subset(ConcatDataset(parts), np.concatenate(chosen))
 
 
 class Split(NamedTuple):
-    """``how``: "documents", "ends of documents" or "end of the text", of which the held-out spans are.
+    """The spans that are trained on and those that are held out.
 
+    ``how``: the held-out spans are "documents", "ends of documents" or the "end of the text".
     ``dropped``: documents that are in neither part, because they are copies of held-out ones.
     """
 
@@ -128,8 +140,7 @@ class Split(NamedTuple):
 
 
 def split(documents: np.recarray, share: float, sequence_length: int, limit: int, option: str) -> Split:
-    """Hold out ``share`` of the tokens, in (0, 1), or ``limit`` blocks if that is less, but at least one
-    block.
+    """Hold out ``share`` of the tokens, in (0, 1), but at most ``limit`` blocks and at least one.
 
     More than is measured is not held out, but trained on. Whole documents are held out if there are enough
     of them; else the end of each; else, where every one is shorter than a block, the end of all joined.
@@ -137,67 +148,87 @@ def split(documents: np.recarray, share: float, sequence_length: int, limit: int
 
     Raises UsageError, naming ``option``, if there are not one training and one held-out block.
     """
-    for part in (_by_documents, _by_ends, _by_end):
-        result = part(documents, share, sequence_length, limit)
-        if result and min(result.train.length.sum(), result.held_out.length.sum()) >= sequence_length:
+    for method in (_by_documents, _by_ends, _by_end):
+        result = method(documents, share, sequence_length, limit)
+        if result is None:
+            continue
+        shorter = min(result.train.length.sum(), result.held_out.length.sum())
+        if shorter >= sequence_length:
             return result
+
     _, first = np.unique(documents.digest, return_index=True)
-    found, unique = documents.length.sum(), documents.length[first].sum()
-    copies = "" if found == unique else f" ({unique:,} of them in different documents)"
-    raise too_little(option, f"{found:,} tokens found{copies}", sequence_length, "training", "held-out")
+    found = documents.length.sum()
+    unique = documents.length[first].sum()
+    what = f"{found:,} tokens found"
+    if unique != found:
+        what += f" ({unique:,} of them in different documents)"
+    raise too_little(option, what, sequence_length, "training", "held-out")
 
 
 def too_little(option: str, what: str, sequence_length: int, *kinds: str) -> UsageError:
-    """The error of a text that is too short for one block, or for one of each of ``kinds``."""
-    blocks = f"one {' and one '.join(kinds)} block".replace("  ", " ")
-    needed = f"{max(1, len(kinds)) * sequence_length:,} needed: {blocks}"
-    return UsageError(f"{option}: {what}, {needed} of --sequence-length {sequence_length}")
+    """The error for a text that is too short for one block, or for one block of each of ``kinds``."""
+    number = max(1, len(kinds))
+    blocks = f"one {' and one '.join(kinds)} block" if kinds else "one block"
+    needed = f"{number * sequence_length:,} needed: {blocks} of --sequence-length {sequence_length}"
+    return UsageError(f"{option}: {what}, {needed}")
 
 
 def _by_documents(documents: np.recarray, share: float, sequence_length: int, limit: int) -> Split | None:
-    """Documents in the order of their digests. None of those that are longer than all that is wanted."""
+    """Hold out whole documents, in the order of their digests, but none longer than all that is wanted.
+
+    None if they are not enough.
+    """
     total = int(documents.length.sum())
     wanted = max(sequence_length, min(int(total * share), limit * sequence_length))
-    _, first = np.unique(documents.digest, return_index=True)
+    _, first = np.unique(documents.digest, return_index=True)  # of each set of copies
     first = first[documents.length[first] <= wanted]
     enough = np.searchsorted(documents.length[first].cumsum(), wanted) + 1
     if enough > len(first):
         return None
     held_out = documents[np.sort(first[:enough])]
     train = documents[~np.isin(documents.digest, held_out.digest)]
-    return Split(train, held_out, "documents", len(documents) - len(train) - len(held_out))
+    dropped = len(documents) - len(train) - len(held_out)
+    return Split(train, held_out, "documents", dropped)
 
 
 def _by_ends(documents: np.recarray, share: float, sequence_length: int, limit: int) -> Split | None:
-    """The last blocks of each document, in proportion to its whole blocks."""
+    """Hold out the last blocks of each document, in proportion to its whole blocks; None if none has any."""
     _, first, copy_of = np.unique(documents.digest, return_index=True, return_inverse=True)
     is_first = np.zeros(len(documents), bool)
     is_first[first] = True
     whole = np.where(is_first, documents.length // sequence_length, 0)
-    if not (total := int(whole.sum())):
+    total = int(whole.sum())
+    if total == 0:
         return None
+
     wanted = max(1, min(int(total * share), limit))
     ends = whole.cumsum()
     blocks = ends * wanted // total - (ends - whole) * wanted // total
-    at = documents.length - blocks[first][copy_of] * sequence_length
+    blocks = blocks[first][copy_of]  # copies lose as much as the first of them
+    at = documents.length - blocks * sequence_length
     train, held_out = _cut(documents, at)
-    return Split(train[at > 0], held_out[is_first & (held_out.length > 0)], "ends of documents")
+    is_held_out = is_first & (held_out.length > 0)
+    return Split(train[at > 0], held_out[is_held_out], "ends of documents")
 
 
 def _by_end(documents: np.recarray, share: float, sequence_length: int, limit: int) -> Split | None:
-    """The last block of all documents joined, which each are shorter than that."""
+    """Hold out the last block of all documents joined; each of them is shorter than a block."""
     ends = documents.length.cumsum()
     at = np.clip(documents.length - sequence_length + ends[-1] - ends, 0, documents.length)
     train, held_out = _cut(documents, at)
     held_out = held_out[held_out.length > 0]
-    is_copy = np.isin(documents.digest, held_out.digest) & (at == documents.length) & (at > 0)
-    return Split(train[(at > 0) & ~is_copy], held_out, "end of the text", int(is_copy.sum()))
+
+    is_whole = (at == documents.length) & (at > 0)
+    is_copy = is_whole & np.isin(documents.digest, held_out.digest)
+    train = train[(at > 0) & ~is_copy]
+    return Split(train, held_out, "end of the text", int(is_copy.sum()))
 
 
 def _cut(spans: np.recarray, at: np.ndarray) -> tuple[np.recarray, np.recarray]:
     """Each span's first ``at`` tokens, and the rest; spans of no token are left in."""
-    heads, rests = spans.copy(), spans.copy()
+    heads = spans.copy()
     heads.length = at
+    rests = spans.copy()
     rests.start += at
     rests.length -= at
     return heads, rests
@@ -207,14 +238,15 @@ def _cut(spans: np.recarray, at: np.ndarray) -> tuple[np.recarray, np.recarray]:
 def keeps_documents_apart(model: torch.nn.Module) -> bool:
     """Whether ``model`` attends within a document only when `Blocks` packs "documents": measured on it.
 
-    The logits of a document are compared after two different ones, in one block: first as "documents" does,
-    then, to see that the model reacts at all, as "stream" does. False as well for a model that does not
-    take ``position_ids``. Training mode and the state of random numbers stay as they were.
+    In one block, the logits of a document are compared after two different ones: packed as "stream", to see
+    that the model reacts at all, and as "documents". False as well for a model that does not take
+    ``position_ids``. Training mode and the state of random numbers stay as they were.
     """
     size = 8
     vocabulary = model.get_input_embeddings().num_embeddings
     ids = torch.arange(3 * size, device=model.device).mul(vocabulary // (3 * size)).view(3, 1, size)
-    blocks = [torch.cat([other, ids[2]], dim=1) for other in ids[:2]]
+    first, second, last = ids
+    blocks = [torch.cat([first, last], dim=1), torch.cat([second, last], dim=1)]
     positions = torch.arange(size, device=model.device).repeat(1, 2)
 
     def difference(**options) -> float:
@@ -223,8 +255,9 @@ def keeps_documents_apart(model: torch.nn.Module) -> bool:
 
     was_training = model.training
     model.eval()
+    devices = [model.device] if model.device.type == "cuda" else []
     try:
-        with torch.random.fork_rng(devices=[model.device] if model.device.type == "cuda" else []):
+        with torch.random.fork_rng(devices=devices):
             mixed = difference()
             apart = difference(position_ids=positions)
     except TypeError:  # an argument that its forward does not have

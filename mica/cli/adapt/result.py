@@ -1,4 +1,4 @@
-"""What is left of a run: the adapter with its tokenizer, and the merged model."""
+"""What a run leaves behind: the adapter with its tokenizer, and the merged model."""
 
 import argparse
 import os
@@ -26,7 +26,7 @@ from mica.errors import UsageError
 def save(model: PeftModel, tokenizer, output: Path, checkpoint: Path | None = None) -> None:
     """Write the adapter and its tokenizer, if not None, to ``output``; PEFT's blank model card is left out.
 
-    With ``checkpoint`` the weights are those in it; ``model`` gets them too, but where it is sharded.
+    With ``checkpoint`` the weights are those in it; ``model`` gets them too, unless it is sharded.
 
     All processes must call this: a sharded adapter (FSDP2) is gathered. The main process writes to a
     temporary folder, and then moves file by file into ``output``; what else is there stays.
@@ -52,15 +52,20 @@ def save(model: PeftModel, tokenizer, output: Path, checkpoint: Path | None = No
                 tokenizer.save_pretrained(scratch)
             (scratch / "README.md").unlink(missing_ok=True)
             finish_files(scratch)
-            paths = sorted(scratch.iterdir())
-            record.claim(output, *(path.name for path in paths))
-            for path in paths:
-                old = output / path.name
-                if old.is_dir():  # of chat templates: not to be replaced while full
-                    remove(old)
-                os.replace(path, old)
+            _move_files(scratch, output)
         finally:
             shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _move_files(scratch: Path, output: Path) -> None:
+    """Claim what is in ``scratch`` for the run, and move it into ``output``."""
+    paths = sorted(scratch.iterdir())
+    record.claim(output, *(path.name for path in paths))
+    for path in paths:
+        old = output / path.name
+        if old.is_dir():  # of chat templates: a folder that is not empty cannot be replaced
+            remove(old)
+        os.replace(path, old)
 
 
 def names(tokenizer) -> list[str]:
@@ -72,16 +77,16 @@ def names(tokenizer) -> list[str]:
 
 
 def write_adapter(model: PeftModel, folder: Path, state: dict[str, torch.Tensor] | None) -> None:
-    """Write the adapter alone, of which ``state`` is what `gathered` gave."""
+    """Write the adapter alone; ``state``: what `gathered` returned for it."""
     # No base embeddings: nothing resized them. "auto", the default, would look for the base's config.json.
     model.save_pretrained(folder, save_embedding_layers=False, state_dict=state)
 
 
 def gathered(model: nn.Module) -> dict[str, torch.Tensor] | None:
-    """The adapter's weights, whole and on the CPU, where they are sharded; a collective.
+    """The adapter's weights by name, whole and on the CPU, if they are sharded; a collective.
 
-    None where nothing is sharded: PEFT takes them from the model. A tied weight is gathered once, and is
-    there under each of its names: PEFT looks for all of them.
+    None if nothing is sharded: PEFT takes them from the model. A tied weight is gathered once, and is there
+    under each of its names: PEFT looks for all of them.
     """
     if not _is_sharded(model):
         return None
@@ -96,7 +101,9 @@ def gathered(model: nn.Module) -> dict[str, torch.Tensor] | None:
         if not weight.requires_grad and "lora_" not in name:
             continue
         if weight not in whole:
-            full = weight.full_tensor() if isinstance(weight, DTensor) else weight
+            full = weight
+            if isinstance(weight, DTensor):
+                full = weight.full_tensor()
             whole[weight] = full.detach().cpu()
         state[name.replace("_checkpoint_wrapped_module.", "")] = whole[weight]
     return state
@@ -111,24 +118,23 @@ def merge(
 ) -> mica.fast.MergeReport:
     """Write OUTPUT/merged: the model with the adapter merged, in the run's dtype. Changes ``model``.
 
-    On the main process, after `save`. A base that ``--quantize`` has quantised, or that is sharded, is loaded
-    anew from where it came from, on the CPU: the device still holds the model that was trained. The update
-    was then trained for the quantised weights, and is merged into the ones that they were made of, as usual
-    for QLoRA. ``base_weights``: their fingerprint when training began, if it is known.
+    On the main process, after `save`. A base that is quantised (``--quantize``) or sharded is loaded again
+    from where it came from, on the CPU: the device still holds the model that was trained. An update that was
+    trained for quantised weights is then merged into the weights before quantisation, as usual for QLoRA.
+    ``base_weights``: the fingerprint of the base when training began, if it is known.
 
-    Raises UsageError if the folder cannot be written, the merged weights are not finite, or the weights that
-    are loaded anew are not those any more; everything that was written before is kept.
+    Raises UsageError if the folder cannot be written, the merged weights are not finite, or the base that is
+    loaded again has other weights now; everything that was written before is kept.
     """
-    folder, kept = args.output / MERGED, f"; the adapter is in {args.output}"
+    folder = args.output / MERGED
+    option = f"--merge {folder}"
+    kept = f"; the adapter is in {args.output}"
     if getattr(model, "is_quantized", False) or _is_sharded(model):
-        base = model.get_base_model()
-        if base_weights is not None and fingerprint.of(base.name_or_path) != base_weights:
-            what = f"{base.name_or_path} has other weights than when training began"
-            raise UsageError(f"--merge {folder}: {what}{kept}")
-        source = Source(args.model, base.name_or_path, {"trust_remote_code": args.trust_remote_code})
-        dense = load_model(source, dtype_name(base.dtype), torch.device("cpu"))
-        model = PeftModel.from_pretrained(dense, args.output)
-    merged, report = merged_model(model, f"--merge {folder}", kept)
+        location = model.get_base_model().name_or_path
+        if base_weights is not None and fingerprint.of(location) != base_weights:
+            raise UsageError(f"{option}: {location} has other weights than when training began{kept}")
+        model = _on_dense_base(model, args)
+    merged, report = merged_model(model, option, kept)
     record.claim(args.output, MERGED)
 
     def done(scratch):
@@ -138,8 +144,16 @@ def merge(
     return report
 
 
+def _on_dense_base(model: PeftModel, args: argparse.Namespace) -> PeftModel:
+    """The adapter in ``args.output`` on the base as it is stored, in the dtype of ``model``, on the CPU."""
+    base = model.get_base_model()
+    source = Source(args.model, base.name_or_path, {"trust_remote_code": args.trust_remote_code})
+    dense = load_model(source, dtype_name(base.dtype), torch.device("cpu"))
+    return PeftModel.from_pretrained(dense, args.output)
+
+
 def merged_model(model: PeftModel, option: str, kept: str = "") -> tuple[nn.Module, mica.fast.MergeReport]:
-    """The plain model with the adapter merged into its weights, in place, and what rounding did to it.
+    """The plain model with the adapter merged into its weights, in place, and a report of lost updates.
 
     Raises UsageError if a merged weight is not finite; ``option`` begins its message and ``kept`` ends it.
     """

@@ -1,8 +1,8 @@
 """Where text comes from: files, folders, datasets saved by `datasets`, datasets of the Hub.
 
-`find` looks at names only, and is quick. `Source.documents` reads, as streams. Parquet and datasets are read
-by `datasets`. Text is read here, since `datasets` takes a file of it into memory at once, and
-so is JSON: `datasets` makes times of strings like "2020-01-01", and JSON of values whose type changes.
+`find` looks at names only, and is quick. `Source.documents` streams the text. Parquet is read by pyarrow, and
+datasets by `datasets`. Text and JSON are not: `datasets` takes a whole file of text into memory, turns JSON
+strings like "2020-01-01" into times, and values whose type changes into JSON.
 """
 
 from __future__ import annotations
@@ -38,6 +38,7 @@ KINDS = {
     ".parquet": "parquet",
 }
 COMPRESSIONS = tuple(OPENERS)
+_SUPPORTED = f"supported: {' '.join(KINDS)}, each also with {' '.join(COMPRESSIONS)}"
 CHUNK = 2**20  # characters read at once
 _TWICE = object()  # the value of a column that a row has more than once
 FIRST_ROWS = 100  # in which the column is looked for
@@ -47,9 +48,15 @@ FIRST_ROWS = 100  # in which the column is looked for
 _BAD = (OSError, EOFError, LZMAError, zlib.error, ValueError, RuntimeError, ImportError, csv.Error)
 
 
+def _is_compressed(path: Path) -> bool:
+    return path.suffix.lower() in COMPRESSIONS
+
+
 def _suffix(path: Path) -> str:
-    """That of the kind of a file, like ".csv" of "a.csv.gz"."""
-    return (path.with_suffix("") if path.suffix.lower() in COMPRESSIONS else path).suffix.lower()
+    """The suffix that says the kind of a file: ".csv" for "a.csv.gz"."""
+    if _is_compressed(path):
+        path = path.with_suffix("")
+    return path.suffix.lower()
 
 
 @contextmanager
@@ -63,10 +70,10 @@ def _open(path: Path, newline: str | None = None) -> Iterator[io.TextIOBase]:
 class Source:
     """One item of ``--text``, ``--held-out-text`` or ``--retain``.
 
-    ``files``: what is read, in this order; none for a dataset. ``skipped``: files of a folder that are of no
-    kind that is read, pipes and devices too. ``folder``: made by ``Dataset.save_to_disk``. Neither files nor
-    folder: a Hub name, of which ``config`` is the configuration. ``left_out``: whether files in it are not
-    read because they are in the folder that the run writes to.
+    ``files``: what is read, in this order; none for a dataset. ``skipped``: how many files of a folder are
+    not read: of other kinds, empty, pipes and devices. ``folder``: made by ``Dataset.save_to_disk``. Neither
+    files nor folder: a dataset on the Hub, and ``config`` is its configuration. ``left_out``: whether files
+    of a folder are not read because they are in the folder that the run writes to.
     """
 
     option: str
@@ -92,14 +99,17 @@ class Source:
         except UsageError:
             raise
         except _BAD as error:
-            reason = f"cannot be {'read' if path else 'loaded'}: {one_line(error)}"
-            if isinstance(error, UnicodeDecodeError) and path and _suffix(path) != ".parquet":
+            if path is None:
+                reason = f"cannot be loaded: {one_line(error)}"
+            elif isinstance(error, UnicodeDecodeError) and _suffix(path) != ".parquet":
                 reason = f"not UTF-8 text: {error.reason}, 0x{error.object[error.start]:x}"
+            else:
+                reason = f"cannot be read: {one_line(error)}"
             raise self.error(reason, path) from error
 
     @cached_property
     def dataset(self) -> datasets.Dataset:
-        """That of a saved or Hub dataset. Raises UsageError if it cannot be had."""
+        """The saved or Hub dataset, its training split. Raises UsageError if it cannot be had."""
         with self._named():
             if self.folder is None:
                 return datasets.load_dataset(self.given, self.config, split="train")
@@ -112,15 +122,18 @@ class Source:
 
     def digest(self) -> str:
         """A hash of the bytes of all files and their kinds; names and times do not matter."""
+        paths = self.files or [Path(entry["filename"]) for entry in self.dataset.cache_files]
         total = hashlib.blake2b(digest_size=16)
-        for path in self.files or [Path(entry["filename"]) for entry in self.dataset.cache_files]:
+        for path in paths:
+            kind = f"{_suffix(path)} {path.suffix.lower()}"
             with self._named(path):
-                total.update(fingerprint.of_file(path, f"{_suffix(path)} {path.suffix.lower()}".encode()))
+                total.update(fingerprint.of_file(path, kind.encode()))
         return total.hexdigest()
 
     def state(self) -> list[tuple[int, int]]:
-        """Size and time of change of every file: to see that none changed while it was read."""
-        return [(stat.st_size, stat.st_mtime_ns) for stat in (path.stat() for path in self.files)]
+        """(bytes, nanoseconds) of every file: its size and when it changed, which a later change shows in."""
+        stats = [path.stat() for path in self.files]
+        return [(stat.st_size, stat.st_mtime_ns) for stat in stats]
 
     def documents(self, field: str | None) -> Iterator[Iterable[str]]:
         """Every document as an iterable of strings, which joined are its text; rows without text are empty.
@@ -130,25 +143,31 @@ class Source:
 
         Raises UsageError, naming file and row, for all that is not text.
         """
-        for path in self.files or [None]:
-            kind = KINDS.get(_suffix(path), "text") if path else "dataset"
+        if not self.files:
+            with self._named():
+                yield from self._dataset_texts(field)
+        for path in self.files:
+            kind = KINDS.get(_suffix(path), "text")
             if kind == "text":
                 yield self._chunks(path)
-                continue
-            with self._named(path):
-                if kind == "dataset":
-                    yield from self._dataset_texts(field)
-                elif kind == "parquet":
-                    yield from self._parquet_texts(field, path)
-                else:
-                    rows = self._json(path) if kind == "json" else _csv(path)
-                    yield from self._row_texts(rows, field, path)
+            else:
+                with self._named(path):
+                    yield from self._rows_of_file(kind, field, path)
+
+    def _rows_of_file(self, kind: str, field: str | None, path: Path) -> Iterator[list[str]]:
+        """The documents of a file whose rows are documents; ``kind``: see `KINDS`."""
+        if kind == "parquet":
+            yield from self._parquet_texts(field, path)
+        elif kind == "json":
+            yield from self._row_texts(self._json(path), field, path)
+        else:
+            yield from self._row_texts(_csv(path), field, path)
 
     def _chunks(self, path: Path) -> Iterator[str]:
         with self._named(path), _open(path) as file:
             while chunk := file.read(CHUNK):
                 if "\0" in chunk:
-                    raise self.error("not text: there is a NUL in it", path)
+                    raise self.error("not text: it contains a NUL character", path)
                 yield chunk
 
     def _json(self, path: Path) -> Iterator[dict]:
@@ -156,59 +175,69 @@ class Source:
         with _open(path) as file:
             is_array = file.read(CHUNK).lstrip().startswith("[")
         with _open(path) as file:
-            for number, line in enumerate([file.read()] if is_array else file, 1):
-                if not line.strip():
+            texts = [file.read()] if is_array else file
+            for number, text in enumerate(texts, 1):
+                if not text.strip():
                     continue
-                try:
-                    found = json.loads(line.rstrip(), object_pairs_hook=_object)
-                except json.JSONDecodeError as error:
-                    number += error.lineno - 1
-                    raise self.error(f"line {number} is not JSON: {error.msg}", path) from error
-                for row in found if is_array else [found]:
+                found = self._parsed_json(text, number, path)
+                rows = found if is_array else [found]
+                for row in rows:
                     if not isinstance(row, dict):
                         raise self.error(f"every row must be an object, not {type(row).__name__}", path)
                     yield row
 
+    def _parsed_json(self, text: str, first_line: int, path: Path) -> object:
+        """The value of ``text``, which begins at line ``first_line`` of the file, from 1."""
+        try:
+            return json.loads(text.rstrip(), object_pairs_hook=_object)
+        except json.JSONDecodeError as error:
+            line = first_line + error.lineno - 1
+            raise self.error(f"line {line} is not JSON: {error.msg}", path) from error
+
     def _row_texts(self, rows: Iterator[dict], field: str | None, path: Path) -> Iterator[list[str]]:
-        """The documents in rows of which not every one has every column."""
-        first = [*islice(rows, FIRST_ROWS)]
-        types: dict[str, bool] = {}
-        for name, value in chain.from_iterable(row.items() for row in first):
-            types[name] = isinstance(value, str) or types.get(name, False)
-        if not types:
+        """The documents in rows that need not all have the same columns."""
+        first = list(islice(rows, FIRST_ROWS))
+        has_strings: dict[str, bool] = {}
+        for row in first:
+            for name, value in row.items():
+                has_strings[name] = isinstance(value, str) or has_strings.get(name, False)
+        if not has_strings:
             return
-        column = self._column(types, field, path)
-        yield from self._texts((row.get(column) for row in chain(first, rows)), column, path)
+        column = self._column(has_strings, field, path)
+        values = (row.get(column) for row in chain(first, rows))
+        yield from self._texts(values, column, path)
 
     def _dataset_texts(self, field: str | None) -> Iterator[list[str]]:
         rows = self.dataset
-        dtypes = {name: getattr(kind, "dtype", None) for name, kind in rows.features.items()}
-        types = {name: dtype in ("string", "large_string") for name, dtype in dtypes.items()}
-        if not types:
+        has_strings = {}
+        for name, feature in rows.features.items():
+            has_strings[name] = getattr(feature, "dtype", None) in ("string", "large_string")
+        if not has_strings:
             return
-        column = self._column(types, field, None)
+        column = self._column(has_strings, field, None)
         batches = rows.select_columns([column]).iter(1000)  # row by row it takes ten times as long
-        yield from self._texts((text for batch in batches for text in batch[column]), column, None)
+        values = chain.from_iterable(batch[column] for batch in batches)
+        yield from self._texts(values, column, None)
 
     def _parquet_texts(self, field: str | None, path: Path) -> Iterator[list[str]]:
-        """A file without rows, as jobs write them for a share without any, has no documents."""
+        """A file without rows has no documents; jobs write such a file for a share without any."""
         with opened(path) as source:
-            if path.suffix.lower() in COMPRESSIONS:  # it is not read from its beginning to its end
+            if _is_compressed(path):  # Parquet is not read from beginning to end
                 source = pyarrow.BufferReader(source.read())
             file = pyarrow.parquet.ParquetFile(source)
             if not file.metadata.num_rows:
                 return
             schema = file.schema_arrow
-            counts = Counter(schema.names)
-            column = self._column({each.name: _is_string(each.type) for each in schema}, field, path)
-            if counts[column] > 1:
+            has_strings = {column.name: _is_string(column.type) for column in schema}
+            column = self._column(has_strings, field, path)
+            if schema.names.count(column) > 1:
                 raise self.error(f"has more than one column '{column}'", path)
             batches = file.iter_batches(1000, columns=[column])
-            texts = (text for batch in batches for text in batch.column(0).to_pylist())
-            yield from self._texts(texts, column, path)
+            values = chain.from_iterable(batch.column(0).to_pylist() for batch in batches)
+            yield from self._texts(values, column, path)
 
     def _texts(self, values: Iterable[object], column: str, path: Path | None) -> Iterator[list[str]]:
-        """The documents in the ``values`` of a column. Raises UsageError for what is no text."""
+        """The documents in the ``values`` of a column. Raises UsageError for a value that is not text."""
         for number, value in enumerate(values, 1):
             if value is _TWICE:
                 raise self.error(f"row {number}: has more than one column '{column}'", path)
@@ -223,51 +252,66 @@ class Source:
                 raise self.error(f"row {number}: column '{column}' has {half}", path) from error
             yield [text]
 
-    def _column(self, types: dict[str, bool], field: str | None, path: Path | None) -> str:
-        """The column to read."""
-        strings = [name for name, is_string in types.items() if is_string]
-        wanted = ["text", "content", *strings[: len(strings) == 1]] if field is None else [field]
-        if found := [name for name in wanted if name in types]:
-            return found[0]
-        for name in ("messages", "conversations"):
-            if name in types and field is None:
-                what = f"contains chat messages (column '{name}'); mica adapt trains on plain text"
-                raise self.error(f"{what}. Render them with the chat template first", path)
-        names = ", ".join(types)
+    def _column(self, has_strings: dict[str, bool], field: str | None, path: Path | None) -> str:
+        """The column to read: ``field``, else "text", "content", or the only one with strings.
+
+        ``has_strings``: by column, in order. Raises UsageError if there is no such column.
+        """
+        if field is not None:
+            wanted = [field]
+        else:
+            wanted = ["text", "content"]
+            with_strings = [name for name, is_string in has_strings.items() if is_string]
+            if len(with_strings) == 1:
+                wanted += with_strings
+        for name in wanted:
+            if name in has_strings:
+                return name
+
+        if field is None:
+            for name in ("messages", "conversations"):
+                if name in has_strings:
+                    what = f"contains chat messages (column '{name}'); mica adapt trains on plain text"
+                    raise self.error(f"{what}. Render them with the chat template first", path)
+        names = ", ".join(has_strings)
         raise self.error(f"has no column '{wanted[0]}', only {names}: name one with --text-field", path)
 
 
 def _csv(path: Path) -> Iterator[dict[str, str | None]]:
-    """All columns are strings. pandas would take a first row with a field too many for one with an index.
+    """The rows, all values as strings; `_TWICE` for a column that the header has twice.
 
-    Of a column that the header has twice DictReader would keep the last.
+    Not by pandas, which takes a first row with one field too many as a sign of an index column.
     """
     csv.field_size_limit(2**31 - 1)
+    delimiter = "\t" if _suffix(path) == ".tsv" else ","
     with _open(path, newline="") as file:
-        rows = csv.DictReader(file, delimiter="\t" if _suffix(path) == ".tsv" else ",", strict=True)
-        counts = Counter(rows.fieldnames)
-        twice = {name: _TWICE for name, count in counts.items() if count > 1}
+        rows = csv.DictReader(file, delimiter=delimiter, strict=True)
+        repeated = _repeated(rows.fieldnames)
         for row in rows:
-            if surplus := row.pop(None, None):
-                raise ValueError(
-                    f"line {rows.line_num} has {len(row) + len(surplus)} fields, the header {len(row)}"
-                )
-            yield row | twice
+            surplus = row.pop(None, None)
+            if surplus:
+                fields = len(row) + len(surplus)
+                raise ValueError(f"line {rows.line_num} has {fields} fields, the header {len(row)}")
+            yield row | repeated
 
 
 def _object(pairs: list[tuple[str, object]]) -> dict[str, object]:
-    """A JSON object, of which json would keep the last of equal keys."""
+    """A JSON object; `_TWICE` for a key that it has twice, where json would keep the last."""
     row = dict(pairs)
     if len(row) < len(pairs):
-        counts = Counter(name for name, _ in pairs)
-        row |= {name: _TWICE for name, count in counts.items() if count > 1}
+        row |= _repeated(name for name, _ in pairs)
     return row
 
 
+def _repeated(names: Iterable[str]) -> dict[str, object]:
+    """`_TWICE` for each name that occurs more than once."""
+    return {name: _TWICE for name, count in Counter(names).items() if count > 1}
+
+
 def _is_string(kind: pyarrow.DataType) -> bool:
-    if pyarrow.types.is_dictionary(kind):
-        kind = kind.value_type
     types = pyarrow.types
+    if types.is_dictionary(kind):
+        kind = kind.value_type
     return types.is_string(kind) or types.is_large_string(kind) or types.is_string_view(kind)
 
 
@@ -276,12 +320,20 @@ def find(
 ) -> list[Source]:
     """The sources that the items of an option name, by a look at names and sizes only.
 
-    What a folder has in ``output``, the folder that the run writes to, is no text: the run changes it.
+    Files of a folder that are in ``output``, the folder that the run writes to, are not read: the run changes
+    them.
 
-    Raises UsageError for a file that is missing, empty, of no kind that is read, or needs a library that is
+    Raises UsageError for a file that is missing, empty, of an unsupported type, or needs a library that is
     missing.
     """
-    return [_find(Source(option, str(item), config=config), output) for item in items]
+    found = []
+    for item in items:
+        source = Source(option, str(item), config=config)
+        _locate(source, output)
+        for file in source.files:
+            _check_file(source, file)
+        found.append(source)
+    return found
 
 
 def _visible(folder: Path) -> Iterator[Path]:
@@ -304,7 +356,8 @@ def _outside(files: list[Path], folder: Path, output: Path | None) -> list[Path]
     """Those of the ``files`` below ``folder`` that are not in ``output``."""
     if output is None:
         return files
-    root, left_out = Path(os.path.realpath(folder)), Path(os.path.realpath(output))
+    root = Path(os.path.realpath(folder))
+    left_out = Path(os.path.realpath(output))
     kept = []
     for file in files:
         place = root / file.relative_to(folder)
@@ -315,41 +368,70 @@ def _outside(files: list[Path], folder: Path, output: Path | None) -> list[Path]
     return kept
 
 
-def _find(source: Source, output: Path | None) -> Source:
+def _locate(source: Source, output: Path | None) -> None:
+    """Set ``source.folder`` or ``source.files``; neither for a dataset on the Hub.
+
+    Raises UsageError for what is no such name.
+    """
     path = expanded(source.given)
-    supported = f"supported: {' '.join(KINDS)}, each also with {' '.join(COMPRESSIONS)}"
     if path.is_dir():
-        if any((path / name).is_file() for name in ("state.json", "dataset_dict.json")):
-            if "::" in str(path.resolve()):
-                raise source.error("datasets cannot open a folder with '::' in its path: rename it")
-            source.folder = path
-            return source
-        try:
-            found = sorted(_visible(path))
-        except OSError as error:
-            raise source.error(f"{error.filename} cannot be read: {one_line(error)}") from error
-        every = _outside(found, path, output)
-        source.left_out = len(every) < len(found)
-        files = (file for file in every if file.is_file() and _suffix(file) in KINDS)
-        source.files = tuple(file for file in files if file.stat().st_size)
-        source.skipped = len(every) - len(source.files)
-        if not source.files:
-            where = "in this folder outside of --output" if source.left_out else "in this folder"
-            raise source.error(f"no file with text {where}; {supported}")
+        if _is_saved_dataset(path):
+            _take_saved_dataset(source, path)
+        else:
+            _take_folder(source, path, output)
     elif path.exists():
-        if not path.is_file():  # it would wait for ever, or never end
-            raise source.error(
-                "a pipe or device, and texts are read more than once: write it to a file first"
-            )
-        if path.suffix and _suffix(path) not in KINDS:
-            raise source.error(f"unsupported file type '{path.suffix}'; {supported}")
-        source.files = (path,)
-    elif source.given.startswith((".", "~", "/", "\\")) or len(path.parts) > 2 or _suffix(path) in KINDS:
+        _take_file(source, path)
+    elif _looks_like_a_path(source.given, path):
         raise source.error("no such file or folder")
-    for file in source.files:
-        with source._named(file), file.open("rb") as found:
-            if not found.read(1):
-                raise source.error("the file is empty", file)
-        if library := missing_library(file):
-            raise source.error(f"needs {library}: pip install {library}", file)
-    return source
+
+
+def _is_saved_dataset(folder: Path) -> bool:
+    return (folder / "state.json").is_file() or (folder / "dataset_dict.json").is_file()
+
+
+def _looks_like_a_path(given: str, path: Path) -> bool:
+    """Whether a name that does not exist here is no name of a dataset on the Hub."""
+    return given.startswith((".", "~", "/", "\\")) or len(path.parts) > 2 or _suffix(path) in KINDS
+
+
+def _take_saved_dataset(source: Source, folder: Path) -> None:
+    if "::" in str(folder.resolve()):
+        raise source.error("datasets cannot open a folder with '::' in its path: rename it")
+    source.folder = folder
+
+
+def _take_folder(source: Source, folder: Path, output: Path | None) -> None:
+    try:
+        found = sorted(_visible(folder))
+    except OSError as error:
+        raise source.error(f"{error.filename} cannot be read: {one_line(error)}") from error
+    kept = _outside(found, folder, output)
+    source.left_out = len(kept) < len(found)
+    source.files = tuple(file for file in kept if _is_text(file))
+    source.skipped = len(kept) - len(source.files)
+    if not source.files:
+        where = "in this folder outside --output" if source.left_out else "in this folder"
+        raise source.error(f"no text files {where}; {_SUPPORTED}")
+
+
+def _is_text(file: Path) -> bool:
+    """Whether a file of a folder is read: of a kind that is read, and not empty."""
+    return file.is_file() and _suffix(file) in KINDS and file.stat().st_size > 0
+
+
+def _take_file(source: Source, path: Path) -> None:
+    if not path.is_file():  # it would wait for ever, or never end
+        raise source.error("a pipe or device, but texts are read more than once: write it to a file first")
+    if path.suffix and _suffix(path) not in KINDS:
+        raise source.error(f"unsupported file type '{path.suffix}'; {_SUPPORTED}")
+    source.files = (path,)
+
+
+def _check_file(source: Source, path: Path) -> None:
+    """Raise UsageError if the file cannot be opened, is empty, or needs a library that is missing."""
+    with source._named(path), path.open("rb") as file:
+        if not file.read(1):
+            raise source.error("the file is empty", path)
+    library = missing_library(path)
+    if library:
+        raise source.error(f"needs {library}: pip install {library}", path)

@@ -11,11 +11,11 @@ from pathlib import Path
 from mica.cli.adapt import checkpoints
 from mica.errors import UsageError
 
-_REMEDY = "--resume --no-keep-best takes the last step instead"
+_REMEDY = "--resume --no-keep-best uses the last step instead"
 
 
 def measured(history: list[dict], text: str = "held_out") -> dict[int, float]:
-    """Step -> perplexity on ``text`` (or "retain"), in order; step 0: before training."""
+    """Step -> perplexity on ``text``, "held_out" or "retain", in order; step 0: before training."""
     key = f"eval_{text}_perplexity"
     return {entry["step"]: entry[key] for entry in history if key in entry}
 
@@ -26,15 +26,16 @@ def judges(args: argparse.Namespace) -> bool:
 
 
 def best(history: list[dict], args: argparse.Namespace) -> int | None:
-    """The step with the lowest held-out perplexity, the first of equals, of those within --max-retain-rise.
+    """The step with the lowest held-out perplexity among those within --max-retain-rise; the first of equals.
 
-    Of all if none is. Step 0 is none: nothing was trained there. None if nothing else was measured, and
-    without ``--keep-best``.
+    If no step is within, all count. Step 0 does not: nothing was trained there. None if nothing else was
+    measured, and without ``--keep-best``.
     """
     if not args.keep_best:
         return None
     trained = {step: perplexity for step, perplexity in measured(history).items() if step}
-    rises, limit = _rises(history), args.max_retain_rise or math.inf
+    rises = _rises(history)
+    limit = args.max_retain_rise or math.inf
     within = [step for step in trained if rises.get(step, 0.0) <= limit]
     return min(within or trained, key=trained.get, default=None)
 
@@ -53,33 +54,44 @@ def reason(history: list[dict], args: argparse.Namespace) -> str | None:
     perplexities = measured(history)
     if not perplexities:
         return None
-    steps, lowest = list(perplexities), min(perplexities, key=perplexities.get)
+
+    steps = list(perplexities)
+    lowest = min(perplexities, key=perplexities.get)
     waited = len(steps) - 1 - steps.index(lowest)
     if args.patience and waited >= args.patience:
         than = f"{perplexities[lowest]:.2f} of step {lowest}"
         return f"--patience {args.patience}: no lower held-out perplexity than the {than}"
-    if args.max_retain_rise and (rise := _rises(history)[steps[-1]]) > args.max_retain_rise:
-        what = f"the retained perplexity is {rise:.3g} % above that before training"
-        return f"--max-retain-rise {args.max_retain_rise:g}: {what}"
+
+    if args.max_retain_rise:
+        rise = _rises(history)[steps[-1]]
+        if rise > args.max_retain_rise:
+            what = f"the retained perplexity is {rise:.3g} % above that before training"
+            return f"--max-retain-rise {args.max_retain_rise:g}: {what}"
     return None
 
 
 def flaw(checkpoint: Path) -> str | None:
     """What is wrong with the checkpoint of the best step; None if it is whole. Reads all of its files."""
+    which = f"{checkpoint.name}, which holds the best step,"
     if checkpoints.facts(checkpoint) is None:
-        return f"{checkpoint.name} with the best step is missing or incomplete"
+        return f"{which} is missing or incomplete"
     name = checkpoints.damaged(checkpoint)
-    return name and f"{checkpoint.name} with the best step is damaged ({name})"
+    if name is not None:
+        return f"{which} is damaged ({name})"
+    return None
 
 
 def warn(checkpoint: Path) -> str | None:
     """For the user, as a run is resumed, about a best checkpoint with a `flaw`."""
     found = flaw(checkpoint)
-    return found and f"{found}: unless a later step is better the run ends with an error; {_REMEDY}"
+    if found is None:
+        return None
+    return f"{found}: unless a later step is better, the run will end with an error; {_REMEDY}"
 
 
 def to_load(checkpoint: Path) -> Path:
-    """``checkpoint``, of the best step. Raises UsageError if it has a `flaw`."""
-    if found := flaw(checkpoint):
+    """``checkpoint``, which holds the best step. Raises UsageError if it has a `flaw`."""
+    found = flaw(checkpoint)
+    if found is not None:
         raise UsageError(f"--keep-best: {found}; {checkpoints.saved(checkpoint.parent)}; {_REMEDY}")
     return checkpoint

@@ -15,13 +15,14 @@ from mica.cli.adapt import config, embeddings, evaluation, fingerprint, global_b
 from mica.cli.adapt.card import card, told
 from mica.cli.adapt.corpus import Corpus
 from mica.cli.adapt.folder import SUMMARY
+from mica.cli.adapt.training import Training
 from mica.cli.output import PARTIAL, write_json
 
 _LIBRARIES = ("mica-fast", "peft", "transformers", "accelerate", "datasets", "torch")
 
 
 def peak_memory() -> tuple[int | None, str]:
-    """Of this process, in bytes, and what was measured; None where nothing can be."""
+    """The peak memory of this process in bytes, and what was measured; None where nothing can be."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated(), "allocated on the GPU"
     try:
@@ -29,7 +30,9 @@ def peak_memory() -> tuple[int | None, str]:
     except ImportError:  # Windows
         return None, "not measured"
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024, "resident set of the process"
+    if sys.platform != "darwin":
+        peak *= 1024  # KiB there, bytes on macOS
+    return peak, "resident set of the process"
 
 
 def _perplexities(done, name: str) -> tuple[float | None, float | None]:
@@ -38,21 +41,25 @@ def _perplexities(done, name: str) -> tuple[float | None, float | None]:
     return values.get(0), values.get(done.adapter_step)
 
 
-def of(settings: config.Settings, corpus: Corpus, model, done) -> dict:
+def of(settings: config.Settings, corpus: Corpus, model, done: Training) -> dict:
     """What summary.json holds: the settings, the data, and what was measured."""
-    args, num_processes = settings.args, PartialState().num_processes
+    args = settings.args
+    num_processes = PartialState().num_processes
     before, after = _perplexities(done, "held_out")
     retain_before, retain_after = _perplexities(done, "retain")
     peak_bytes, peak_of = peak_memory()
     trained, total = model.get_nb_trainable_parameters()
     explanation = mica.fast.explain(model)
     on_peft = [row for row in explanation.rows if row.path == "peft"]
+    sources = [
+        {"name": part.name, "documents": part.documents, "tokens": part.tokens} for part in corpus.parts
+    ]
     return {
         "model": args.model,
         "recipe": args.recipe,
         "settings": config.values(settings),
         "origins": settings.origins,
-        "sources": [{"name": p.name, "documents": p.documents, "tokens": p.tokens} for p in corpus.parts],
+        "sources": sources,
         "blocks": len(corpus.train),
         "steps": done.steps,
         "adapter_step": done.adapter_step,
@@ -79,7 +86,9 @@ def of(settings: config.Settings, corpus: Corpus, model, done) -> dict:
         "layers_on_peft_path": [{"name": row.name, "reason": row.reason} for row in on_peft],
         "layers_not_called": [row.name for row in explanation.rows if row.calls == 0],
         "adapter": str(args.output),
-        **dict.fromkeys(("merged", "merge_swallowed", "merge_report")),
+        "merged": None,
+        "merge_swallowed": None,
+        "merge_report": None,
         "versions": {name: version(name) for name in _LIBRARIES},
     }
 
@@ -92,7 +101,8 @@ def finish(args: argparse.Namespace, model, tokenizer, report: dict) -> None:
     if args.merge:
         merged = result.merge(model, tokenizer, args, report[fingerprint.BASE])
         report["merged"] = str(args.output / result.MERGED)
-        report |= {"merge_swallowed": merged.swallowed, "merge_report": str(merged)}
+        report["merge_swallowed"] = merged.swallowed
+        report["merge_report"] = str(merged)
         _write_summary(args.output, report)
     print(as_text(report), flush=True)
     if args.push_to_hub is not None:
@@ -106,37 +116,68 @@ def _write_summary(output: Path, report: dict) -> None:
 
 def as_text(summary: dict) -> str:
     """Return ``summary`` (see `of`) as aligned lines for a terminal."""
-    s = summary
-    paths = ", ".join(f"{path} {count}" for path, count in s["paths"].items())
-    reasons = Counter(row["reason"] for row in s["layers_on_peft_path"])
-    uncalled = len(s["layers_not_called"])
-    several = f", {s['processes']} processes" if s["processes"] > 1 else ""
-    if len(s["processes_from"]) > 1:
-        several = f", {global_batch.told(s['processes_from'])}"
-    tokens = f"{s['training_tokens']:,} tokens, {s['tokens_per_second']:,.0f} tokens/s"
-    amount = f"{s['epochs']:.3g} epochs, {tokens}"
-    retained = s["retain_before"] and "{retain_before:.2f} -> {retain_after:.2f}".format(**s)
-    share = s["trained_parameters"] / s["total_parameters"]
-    memory = s["peak_memory_bytes"] and f"{s['peak_memory_bytes'] / 2**30:.2f} GiB ({s['peak_memory_of']})"
     rows = [
-        ("model", f"{s['model']} ({s['dtype']}, {s['device']}{several})"),
-        ("trained parameters", f"{s['trained_parameters']:,} of {s['total_parameters']:,} ({share:.2%})"),
-        ("", s["trained_embeddings"] and f"of these {s['trained_embeddings']:,} of whole embeddings"),
-        ("initialisation", f"{s['initialisation_seconds']:.1f} s"),
-        ("training", f"{s['training_seconds']:.1f} s, {s['steps']} steps, {amount}"),
-        ("peak memory", memory or "not measured"),
-        ("held-out perplexity", "{perplexity_before:.2f} -> {perplexity_after:.2f}".format(**s)),
-        ("", f"on {s['held_out_tokens']:,} tokens never trained on"),
-        ("retained perplexity", retained),
-        ("layers by path", paths),
-        *(("", f"on PEFT's path, {count}: {reason}") for reason, count in reasons.items()),
-        ("", uncalled and f"not called in the last forward: {uncalled}"),
-        ("adapter", s["adapter"]),
-        ("", told(s)),
-        ("merged model", s["merged"]),
-        ("", s["merge_report"]),
+        *_model_rows(summary),
+        *_training_rows(summary),
+        *_layer_rows(summary),
+        ("adapter", summary["adapter"]),
+        ("", told(summary)),
+        ("merged model", summary["merged"]),
+        ("", summary["merge_report"]),
     ]
     return table(rows)
+
+
+def _model_rows(summary: dict) -> list[tuple[str, object]]:
+    where = f"{summary['dtype']}, {summary['device']}"
+    if len(summary["processes_from"]) > 1:
+        where += f", {global_batch.told(summary['processes_from'])}"
+    elif summary["processes"] > 1:
+        where += f", {summary['processes']} processes"
+
+    trained = summary["trained_parameters"]
+    total = summary["total_parameters"]
+    rows = [
+        ("model", f"{summary['model']} ({where})"),
+        ("trained parameters", f"{trained:,} of {total:,} ({trained / total:.2%})"),
+    ]
+    if summary["trained_embeddings"]:
+        rows.append(("", f"including {summary['trained_embeddings']:,} in whole embeddings"))
+    return rows
+
+
+def _training_rows(summary: dict) -> list[tuple[str, object]]:
+    seconds = summary["training_seconds"]
+    tokens = f"{summary['training_tokens']:,} tokens, {summary['tokens_per_second']:,.0f} tokens/s"
+    amount = f"{summary['steps']} steps, {summary['epochs']:.3g} epochs, {tokens}"
+
+    memory = "not measured"
+    if summary["peak_memory_bytes"]:
+        memory = f"{summary['peak_memory_bytes'] / 2**30:.2f} GiB ({summary['peak_memory_of']})"
+
+    rows = [
+        ("initialisation", f"{summary['initialisation_seconds']:.1f} s"),
+        ("training", f"{seconds:.1f} s, {amount}"),
+        ("peak memory", memory),
+        ("held-out perplexity", f"{summary['perplexity_before']:.2f} -> {summary['perplexity_after']:.2f}"),
+        ("", f"on {summary['held_out_tokens']:,} tokens never trained on"),
+    ]
+    if summary["retain_before"]:
+        retained = f"{summary['retain_before']:.2f} -> {summary['retain_after']:.2f}"
+        rows.append(("retained perplexity", retained))
+    return rows
+
+
+def _layer_rows(summary: dict) -> list[tuple[str, object]]:
+    paths = ", ".join(f"{path} {count}" for path, count in summary["paths"].items())
+    rows = [("layers by path", paths)]
+    reasons = Counter(row["reason"] for row in summary["layers_on_peft_path"])
+    for reason, count in reasons.items():
+        rows.append(("", f"on PEFT's path, {count}: {reason}"))
+    uncalled = len(summary["layers_not_called"])
+    if uncalled:
+        rows.append(("", f"not called in the last forward: {uncalled}"))
+    return rows
 
 
 def table(rows: list[tuple[str, object]]) -> str:

@@ -1,8 +1,8 @@
 """Documents to token ids, in parallel, kept on disk by content and memory-mapped.
 
-One folder a source, below `datasets`' cache (``HF_DATASETS_CACHE``): ``tokens.bin``, all ids of all
-documents, and ``facts.npz``. Its name is a hash of all that the ids depend on, so neither another time stamp
-nor another file name makes the work again.
+Each source has one folder below `datasets`' cache (``HF_DATASETS_CACHE``), with ``tokens.bin``, all ids of
+all documents, and ``facts.npz``. Its name is a hash of all that the ids depend on, so a file that was only
+touched or renamed is not tokenised again.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ import shutil
 import tempfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from itertools import chain
 from pathlib import Path
+from typing import BinaryIO
 
 import datasets
 import filelock
@@ -28,10 +28,11 @@ from mica.cli.adapt import fingerprint, processes
 from mica.cli.adapt.sources import Source
 from mica.cli.output import explained
 
-VERSION = 4  # of the layout on disk, and of how documents become ids: with another one nothing old is used
+VERSION = 4  # of the layout on disk, and of how documents become ids: no folder of another version is used
 PIECE = 20_000  # characters tokenised at once: 11 MB of text took 23.6 s as one string, 11.0 s in pieces
-_SAMPLE = 16  # one piece in so many: to find words takes 60 ms/MB, which a tokenizer's threads would wait for
-BATCH = 2**22  # characters a call of the tokenizer, whose threads share the pieces
+BATCH = 2**22  # characters per call of the tokenizer, whose threads share the pieces
+# Words are counted in one of so many pieces: it takes 60 ms/MB, during which the tokenizer's threads wait.
+_SAMPLE = 16
 
 
 class Tokens:
@@ -39,24 +40,26 @@ class Tokens:
 
     ``ids``: (num_tokens,) uint16 or uint32, memory-mapped. ``lengths``: (num_documents,) int64, with the EOS.
     ``digests``: (num_documents,) uint64, equal for documents of the same tokens. ``empty``: documents without
-    text, which are left out. ``largest``: the largest id. ``tokens_per_word``: without EOS, of a sample;
-    words are what is between white space. ``cached``: nothing had to be tokenised.
+    text, which are left out. ``largest``: the largest id. ``tokens_per_word``: without EOS, measured on a
+    sample; words are what is between white space. ``cached``: nothing had to be tokenised.
     """
 
     def __init__(self, folder: Path, cached: bool = True):
-        self.folder, self.cached = folder, cached
+        self.folder = folder
+        self.cached = cached
         with np.load(folder / "facts.npz") as facts:
-            self.lengths, self.digests = facts["lengths"], facts["digests"]
-            self.empty, self.largest = facts["empty"].item(), facts["largest"].item()
+            self.lengths = facts["lengths"]
+            self.digests = facts["digests"]
+            self.empty = facts["empty"].item()
+            self.largest = facts["largest"].item()
             self.tokens_per_word = facts["tokens_per_word"].item()
             self.ids = np.memmap(folder / "tokens.bin", dtype=facts["dtype"].item(), mode="r")
 
 
 def cut(chunks: Iterable[str]) -> Iterator[str]:
-    """Cut a text, given in chunks, into pieces of at most PIECE characters; how it came in chunks is no
-    matter.
+    """Cut a text into pieces of at most PIECE characters, the same however it is divided into ``chunks``.
 
-    A cut is before a line that does not begin with white space, where tokenizers of words cut anyway; else
+    A cut is before a line that does not begin with white space, where tokenizers split words anyway; else
     at the end of a line, else before a space, else anywhere.
     """
     text = ""
@@ -74,14 +77,19 @@ def cut(chunks: Iterable[str]) -> Iterator[str]:
 
 def _end(text: str, start: int) -> int:
     """Where the piece that begins at ``start`` ends; looks at PIECE + 1 characters only."""
-    at = limit = start + PIECE
-    while (at := text.rfind("\n", start, at)) >= 0:
-        if not text[at + 1].isspace():
-            return at + 1
-    if (at := text.rfind("\n", start, limit)) >= 0:
-        return at + 1
-    at = text.rfind(" ", start + 1, limit)
-    return at if at > 0 else limit
+    limit = start + PIECE
+    last_newline = text.rfind("\n", start, limit)
+
+    newline = last_newline
+    while newline >= 0:
+        if not text[newline + 1].isspace():
+            return newline + 1
+        newline = text.rfind("\n", start, newline)
+    if last_newline >= 0:
+        return last_newline + 1
+
+    space = text.rfind(" ", start + 1, limit)
+    return space if space >= 0 else limit
 
 
 def tokenize(
@@ -89,15 +97,15 @@ def tokenize(
 ) -> list[Tokens]:
     """Return the tokens of each source, from the cache or by ``workers`` threads; the same for any number.
 
-    The threads are the tokenizer's own: one that is written in Python has only one. Their number counts
-    before the first of them was started in this process; None: one per CPU.
+    The threads are the tokenizer's own; a tokenizer that is written in Python has only one. ``workers``
+    counts only until the first of them is started in this process; None: one per CPU.
 
     No special tokens are added but the EOS of ``tokenizer``, if it has one, after every document. Long
     documents are tokenised in pieces (see `cut`); a tokenizer that puts a space before each text puts one
     before each piece.
 
-    To be called by every process of a run. Of those that share a disk one works, with a progress bar, and
-    the others wait.
+    Every process of a run calls this. Where several share a disk, one works, with a progress bar, and the
+    others wait.
 
     Raises UsageError for all that cannot be read (see `Source.documents`), for a source without any text,
     for a file that changes while it is read, and if the disk is full.
@@ -105,33 +113,42 @@ def tokenize(
     if workers is not None:
         os.environ["RAYON_NUM_THREADS"] = str(workers)
     root = Path(datasets.config.HF_DATASETS_CACHE) / "mica-tokens"
-    rest = [VERSION, PIECE, tokenizers.__version__, field, _serialised(tokenizer)]
+    dependencies = [VERSION, PIECE, tokenizers.__version__, field, _serialised(tokenizer)]
     result = []
     for source in sources:
         state = source.state()
-        key = hashlib.blake2b(json.dumps([source.digest(), *rest]).encode(), digest_size=16).hexdigest()
-        with explained(f"{source.option} {source.given}: cannot be tokenised below {root}", OSError):
+        text = json.dumps([source.digest(), *dependencies])
+        key = hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
+        with explained(f"{source.option} {source.given}: tokens cannot be cached in {root}", OSError):
             root.mkdir(parents=True, exist_ok=True)
             with _alone(root / f".{key}.lock"):
-                is_there = (root / key / "facts.npz").is_file()
-                if not is_there:  # a process that is killed leaves nothing that looks finished
-                    partial = root / f".{key}.partial"
-                    shutil.rmtree(partial, ignore_errors=True)  # of one that was killed
-                    try:
-                        partial.mkdir()
-                        _build(source, tokenizer, field, partial)
-                        if source.state() != state:
-                            raise source.error("changed while it was read")
-                        partial.rename(root / key)
-                    finally:
-                        shutil.rmtree(partial, ignore_errors=True)
-                result.append(Tokens(root / key, cached=is_there))
+                is_cached = (root / key / "facts.npz").is_file()
+                if not is_cached:
+                    _fill(root / key, source, tokenizer, field, state)
+                result.append(Tokens(root / key, cached=is_cached))
     return result
+
+
+def _fill(folder: Path, source: Source, tokenizer, field: str | None, state: list) -> None:
+    """Make ``folder`` at once, by a rename: a process that is killed leaves nothing that looks finished.
+
+    ``state``: of the source when its digest was taken. Raises UsageError if it is another one afterwards.
+    """
+    partial = folder.with_name(f".{folder.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)  # of a process that was killed
+    try:
+        partial.mkdir()
+        _build(source, tokenizer, field, partial)
+        if source.state() != state:
+            raise source.error("changed while it was being read")
+        partial.rename(folder)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
 
 
 @contextmanager
 def _alone(lock: Path) -> Iterator[None]:
-    """Hold a lock that other processes wait for; of the processes of one run the main one takes it first."""
+    """Hold a lock that other processes wait for; in one run the main process takes it first."""
     held = filelock.FileLock(lock)
     with processes.agreed():
         if PartialState().is_main_process:
@@ -144,12 +161,12 @@ def _alone(lock: Path) -> Iterator[None]:
 
 
 def _serialised(tokenizer) -> str:
-    """What a tokenizer does, the same in every process, which `datasets`' hash of its pickle is not."""
+    """A hash of what a tokenizer does, the same in every process, unlike `datasets`' hash of its pickle."""
     parts = [len(tokenizer), tokenizer.eos_token_id, getattr(tokenizer, "split_special_tokens", None)]
     if getattr(tokenizer, "backend_tokenizer", None) is not None:
         state = json.loads(tokenizer.backend_tokenizer.to_str())
         parts.append(state | {"truncation": None, "padding": None})  # set by each call
-    else:  # written in Python: what it saves
+    else:  # written in Python: its files stand for it
         with tempfile.TemporaryDirectory() as scratch:
             tokenizer.save_pretrained(scratch)
             files = sorted(file for file in Path(scratch).rglob("*") if file.is_file())
@@ -161,59 +178,118 @@ def _build(source: Source, tokenizer, field: str | None, folder: Path) -> None:
     """Fill ``folder``: the ids of all pieces one after another, with the EOS of each document."""
     dtype = np.dtype(np.uint16 if max(tokenizer.get_vocab().values()) < 2**16 else np.uint32)
     eos = np.array([] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id], dtype)
-    lengths, digests, empty, largest = [], [], 0, int(eos.max(initial=0))
-    words = counted = 0
-    length, digest = 0, hashlib.blake2b(digest_size=8)
     bar = tqdm(desc=f"Tokenising {Path(source.given).name}", unit=" tokens", unit_scale=True, delay=2)
     with bar, (folder / "tokens.bin").open("wb") as file:
-        for index, (text, ids, is_last) in enumerate(_tokenised(source.documents(field), tokenizer)):
+        writer = _Writer(file, eos)
+        for text, ids, is_last in _tokenised(source.documents(field), tokenizer):
             if is_last is None:
-                empty += 1
+                writer.skip()
                 continue
             ids = np.array(ids, dtype)
-            file.write(ids)
-            digest.update(ids)
+            writer.add(text, ids)
             bar.update(len(ids))
-            length += len(ids)
-            largest = max(largest, int(ids.max(initial=0)))
-            if index % _SAMPLE == 0:
-                words, counted = words + len(text.split()), counted + len(ids)
             if is_last:
-                file.write(eos)
-                lengths.append(length + len(eos))
-                digests.append(int.from_bytes(digest.digest(), "little"))
-                length, digest = 0, hashlib.blake2b(digest_size=8)
-    if not any(lengths):
-        raise source.error(f"no text in it ({empty:,} empty documents)" if empty else "no text in it")
-    documents = {"lengths": np.array(lengths, np.int64), "digests": np.array(digests, np.uint64)}
-    facts = {"empty": empty, "largest": largest, "tokens_per_word": counted / max(1, words)}
-    np.savez(folder / "facts.npz", dtype=dtype.name, **facts, **documents)
+                writer.end_document()
+
+    if not any(writer.lengths):
+        why = f" ({writer.empty:,} empty documents)" if writer.empty else ""
+        raise source.error(f"no text in it{why}")
+    np.savez(
+        folder / "facts.npz",
+        dtype=dtype.name,
+        empty=writer.empty,
+        largest=writer.largest,
+        tokens_per_word=writer.sampled_tokens / max(1, writer.sampled_words),
+        lengths=np.array(writer.lengths, np.int64),
+        digests=np.array(writer.digests, np.uint64),
+    )
+
+
+class _Writer:
+    """Writes the ids of pieces to a file and keeps what `Tokens` says of the documents.
+
+    ``eos``: (1,) or (0,), written after each document; in its length, but not in its digest.
+    """
+
+    def __init__(self, file: BinaryIO, eos: np.ndarray):
+        self.lengths: list[int] = []
+        self.digests: list[int] = []
+        self.empty = 0
+        self.largest = int(eos.max(initial=0))
+        self.sampled_words = 0
+        self.sampled_tokens = 0
+        self._file = file
+        self._eos = eos
+        self._pieces = 0
+        self._begin_document()
+
+    def _begin_document(self) -> None:
+        self._length = 0
+        self._digest = hashlib.blake2b(digest_size=8)
+
+    def skip(self) -> None:
+        """Count a document without text."""
+        self.empty += 1
+        self._pieces += 1
+
+    def add(self, text: str, ids: np.ndarray) -> None:
+        """Write a piece of the present document."""
+        self._file.write(ids)
+        self._digest.update(ids)
+        self._length += len(ids)
+        self.largest = max(self.largest, int(ids.max(initial=0)))
+        if self._pieces % _SAMPLE == 0:
+            self.sampled_words += len(text.split())
+            self.sampled_tokens += len(ids)
+        self._pieces += 1
+
+    def end_document(self) -> None:
+        self._file.write(self._eos)
+        self.lengths.append(self._length + len(self._eos))
+        self.digests.append(int.from_bytes(self._digest.digest(), "little"))
+        self._begin_document()
 
 
 def _pieces(documents: Iterable[Iterable[str]]) -> Iterator[tuple[str, bool | None]]:
     """The pieces of documents, each with whether it is the last; ("", None): a document without text."""
     for document in documents:
         pieces = cut(document)
-        before, after = next(pieces, ""), next(pieces, None)
-        if after is None and not before.strip():
+        piece = next(pieces, "")
+        following = next(pieces, None)
+        if following is None and not piece.strip():
             yield "", None
             continue
-        while before is not None:
-            yield before, after is None
-            before, after = after, next(pieces, None)
+        while piece is not None:
+            yield piece, following is None
+            piece = following
+            following = next(pieces, None)
+
+
+def _batches(pieces: Iterable[tuple[str, bool | None]]) -> Iterator[list[tuple[str, bool | None]]]:
+    """`_pieces` in lists of at least BATCH characters, the last of what is left."""
+    batch = []
+    size = 0
+    for piece in pieces:
+        batch.append(piece)
+        size += len(piece[0])
+        if size >= BATCH:
+            yield batch
+            batch = []
+            size = 0
+    if batch:
+        yield batch
 
 
 def _tokenised(documents: Iterable[Iterable[str]], tokenizer) -> Iterator[tuple[str, list[int], bool | None]]:
-    """`_pieces` with the ids of each, by batches."""
-    batch, size = [], 0
-    for piece in chain(_pieces(documents), [None]):
-        if piece is not None:
-            batch.append(piece)
-            size += len(piece[0])
-        if size >= BATCH or (piece is None and batch):
-            texts, ends = zip(*batch, strict=True)
-            # no line about texts longer than the model's window
-            options = {"add_special_tokens": False, "verbose": False}
-            options |= {"return_attention_mask": False, "return_token_type_ids": False}
-            yield from zip(texts, tokenizer(list(texts), **options)["input_ids"], ends, strict=True)
-            batch, size = [], 0
+    """`_pieces` with the ids of each, tokenised by batches."""
+    for batch in _batches(_pieces(documents)):
+        texts = [text for text, _ in batch]
+        ends = [is_last for _, is_last in batch]
+        encoded = tokenizer(
+            texts,
+            add_special_tokens=False,
+            return_attention_mask=False,
+            return_token_type_ids=False,
+            verbose=False,  # no line about texts longer than the model's window
+        )
+        yield from zip(texts, encoded["input_ids"], ends, strict=True)

@@ -9,19 +9,15 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from accelerate import PartialState
-from torch.utils.data import Dataset
-from transformers import Trainer, TrainerCallback, TrainerState, TrainingArguments, set_seed
+from transformers import Trainer, TrainerCallback, TrainerState
 from transformers.integrations import get_reporting_integration_callbacks
 from transformers.trainer import TRAINER_STATE_NAME
-from transformers.trainer_callback import PrinterCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from mica.cli import record
 from mica.cli.adapt import (
     checkpoints,
     config,
-    embeddings,
-    evaluation,
     fingerprint,
     global_batch,
     processes,
@@ -29,18 +25,15 @@ from mica.cli.adapt import (
     stopping,
     trained_on,
 )
-from mica.cli.adapt.amount import Amount, Pace
+from mica.cli.adapt.amount import Amount
 from mica.cli.adapt.base import place_of
 from mica.cli.adapt.callbacks import Hooks, Request
 from mica.cli.adapt.folder import SETTINGS, SUMMARY
+from mica.cli.adapt.trainer import AdapterTrainer, build_trainer, training_arguments
 from mica.cli.output import explained
-from mica.cli.targets import has_experts
 from mica.errors import UsageError
 
 KEPT = 2  # checkpoints
-_OF_THE_TRAINER = (  # options that it calls the same
-    *("gradient_accumulation_steps", "learning_rate", "weight_decay", "max_grad_norm", "seed", "save_steps"),
-)
 
 
 class Training(NamedTuple):
@@ -49,9 +42,9 @@ class Training(NamedTuple):
     ``history``: the Trainer's ``log_history``: a dictionary per log, with "step" and "loss" or "eval_…".
     ``steps``, ``tokens``: optimiser steps done, tokens read. ``seconds``: wall time of training, checkpoints
     included, evaluations not. ``loss``: mean training loss over all steps, nats per token. ``interrupted``:
-    the signal that ended it, else 0; then nothing but a checkpoint was written. ``adapter_step``: that after
-    which the adapter was as it was written. ``stopped_by``: why it ended before its last step, or None.
-    ``processes_from``: see `global_batch.history`. ``trained_on``: see `trained_on.of`.
+    the number of the signal that ended it, else 0; after a signal only a checkpoint was written.
+    ``adapter_step``: the step whose adapter was written. ``stopped_by``: why it ended before its last step,
+    or None. ``processes_from``: see `global_batch.history`. ``trained_on``: see `trained_on.of`.
     """
 
     history: list[dict[str, Any]]
@@ -69,14 +62,14 @@ class Training(NamedTuple):
 def check(args: argparse.Namespace) -> None:
     """Raise UsageError for an ``--optimizer``, ``--report-to`` or DeepSpeed that cannot be used here.
 
-    Needs no model: what else the Trainer would find out after the model was loaded and solved.
+    Needs no model; the Trainer itself would find this out only after the model was loaded and solved.
     """
     unusable = (ValueError, ImportError, RuntimeError)
     with explained(f"--optimizer {args.optimizer}", unusable):
-        arguments = _arguments(args, blocks=1)
+        arguments = training_arguments(args, blocks=1)
         Trainer.get_optimizer_cls_and_kwargs(arguments)
     if getattr(arguments.deepspeed_plugin, "zero_stage", None) == 3:
-        raise UsageError("DeepSpeed ZeRO-3 shards the adapter: set zero_stage: 2, or take FSDP2")
+        raise UsageError("DeepSpeed ZeRO-3 shards the adapter: set zero_stage: 2, or use FSDP2")
     for name in args.report_to:
         with explained(f"--report-to {name}", unusable):
             for callback in get_reporting_integration_callbacks([name]):
@@ -84,135 +77,69 @@ def check(args: argparse.Namespace) -> None:
 
 
 def find_checkpoint(args: argparse.Namespace, note: Callable[[str], None] = lambda text: None) -> Path | None:
-    """The checkpoint to go on from; None without ``--resume``, and for a run that ended before its first.
+    """The checkpoint to resume from; None without ``--resume``, and for a run that ended before its first.
 
-    Every process must call this; the main one chooses, as it reads all files of the checkpoint. ``note`` is
-    told where it is not the newest, where that run had ended, and where the best one is damaged.
+    Every process must call this; the main one chooses, as it reads all files of the checkpoint. ``note`` gets
+    a sentence where it is not the newest, where that run had ended, and where the best one is damaged.
 
     Raises UsageError if there is none, or it was written with other options; see `global_batch.check`.
     """
     if not args.resume:
         return None
     newest = next(reversed(checkpoints.marked(args.output)), None)
-    begun, ended = ((args.output / name).is_file() for name in (SETTINGS, SUMMARY))
-    if newest is None and begun and not ended:
+    if newest is None and _is_unfinished(args.output):
         note(f"{args.output} has no complete checkpoint yet: the run starts from its beginning")
         return None
+
     checkpoint = processes.on_main(checkpoints.to_resume, args.output)
     _check_marker(checkpoint)
     global_batch.check(checkpoint, _settings(args))
+
     if checkpoint != newest:
         damage = f"{newest.name} is damaged ({checkpoints.damaged(newest)} is not what was written)"
         note(f"{damage}: the run continues from {checkpoint.name}")
-    state = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME))
-    if why := _stopped_by(state, args):
-        note(f"the run ended at step {state.global_step} by {why}; with another value it goes on")
+    state = _trainer_state(checkpoint)
+    reason = _stopped_by(state, args)
+    if reason:
+        step = state.global_step
+        note(f"the run stopped at step {step} because of {reason}; change the option to continue")
     best = stopping.best(state.log_history, args)
-    if best and (warning := processes.on_main(stopping.warn, _folder(args, best))):
-        note(warning)
+    if best:
+        warning = processes.on_main(stopping.warn, _folder(args, best))
+        if warning:
+            note(warning)
     return checkpoint
 
 
+def _is_unfinished(output: Path) -> bool:
+    """Whether ``output`` holds a run that has begun and not ended."""
+    has_begun = (output / SETTINGS).is_file()
+    has_ended = (output / SUMMARY).is_file()
+    return has_begun and not has_ended
+
+
 def _check_marker(checkpoint: Path) -> None:
-    """Raise UsageError if the marker lacks what `train` goes on from, or has it in another form."""
+    """Raise UsageError if the marker lacks what `train` needs to continue, or has it in another form."""
     facts = checkpoints.facts(checkpoint) or {}
-    seconds = facts.get("seconds")
+    has_step = isinstance(facts.get("step"), int)
+    has_seconds = isinstance(facts.get("seconds"), int | float)
     history = facts.get("processes_from", {})
-    is_history = isinstance(history, dict) and all(isinstance(each, int) for each in history.values())
-    if isinstance(facts.get("step"), int) and isinstance(seconds, int | float) and is_history:
+    has_history = isinstance(history, dict) and all(isinstance(number, int) for number in history.values())
+    if has_step and has_seconds and has_history:
         return
-    what = "needs a step, seconds and processes_from as numbers: it was changed, or is not of mica adapt"
+    what = "must have step, seconds and processes_from as numbers: it was edited, or is not from mica adapt"
     raise UsageError(f"--resume: {checkpoint / checkpoints.MARKER}: {what}")
 
 
-def _folder(args, step: int) -> Path:
+def _folder(args: argparse.Namespace, step: int) -> Path:
     return args.output / f"{PREFIX_CHECKPOINT_DIR}-{step}"
 
 
-def _settings(args) -> dict[str, Any]:
+def _settings(args: argparse.Namespace) -> dict[str, Any]:
     """What the marker of a checkpoint holds of the options, by the names that `checkpoints.check` shows."""
     precision = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")  # `accelerate launch` sets it
     facts = {"processes": PartialState().num_processes, "mixed_precision": precision}
     return facts | config.fixed(args)
-
-
-def _arguments(args, blocks: int, **more) -> TrainingArguments:
-    return TrainingArguments(
-        output_dir=str(args.output),
-        max_steps=-1 if args.steps is None else args.steps,
-        num_train_epochs=args.epochs or 1,
-        per_device_train_batch_size=args.batch_size,
-        # With a last batch that is smaller, N processes fill theirs up with blocks from the epoch's start.
-        dataloader_drop_last=Amount.of(args, blocks, PartialState().num_processes).drops_the_rest,
-        dataloader_pin_memory=not processes.use_cpu(),
-        lr_scheduler_type=args.scheduler,
-        warmup_steps=args.warmup_ratio,  # below 1: the share of all steps
-        optim=args.optimizer,
-        data_seed=args.seed,
-        logging_steps=args.log_steps,
-        logging_nan_inf_filter=False,  # or the loss that is shown skips the bad steps
-        include_num_input_tokens_seen="all",
-        eval_strategy="steps",
-        eval_steps=args.eval_steps or 2**31,  # without it: at the start and at the end only
-        save_strategy="steps",
-        save_total_limit=None,  # see checkpoints.rotate
-        report_to=args.report_to or "none",
-        remove_unused_columns=False,
-        use_cpu=processes.use_cpu(),
-        disable_tqdm=True,
-        **{name: getattr(args, name) for name in _OF_THE_TRAINER},
-        **more,
-    )
-
-
-class _Trainer(Trainer):
-    """With exact perplexities, adapters without base weights, and one line for what cannot be written."""
-
-    def __init__(self, *, sets: dict[str, Dataset], output: Path, embedding_rate: float | None, **options):
-        super().__init__(**options)
-        self.sets, self.output, self.embedding_rate = sets, output, embedding_rate
-        self.pace = Pace()
-
-    def create_optimizer(self, *args, **kwargs):
-        """The Trainer's own; embeddings get groups with their learning rate, which schedules scale alike."""
-        is_new = self.optimizer is None
-        optimizer = super().create_optimizer(*args, **kwargs)
-        if is_new and self.embedding_rate is not None:
-            embeddings.separate(optimizer, self.model, self.embedding_rate, self.args.optim)
-        return optimizer
-
-    def evaluate(self, *args, metric_key_prefix: str = "eval", **kwargs) -> dict[str, float]:
-        """Perplexity and loss of every set, logged. Raises UsageError if one is not finite."""
-        begin, metrics = time.perf_counter(), {}
-        for name, blocks in self.sets.items():
-            batch_size = self.args.per_device_train_batch_size
-            score = evaluation.likelihood(self.model, blocks, batch_size, self.args.device)
-            metrics[f"{metric_key_prefix}_{name}_perplexity"] = score.perplexity
-            metrics[f"{metric_key_prefix}_{name}_loss"] = score.loss
-        self.log(metrics)
-        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
-        self.pace.measured(time.perf_counter() - begin)
-        return metrics
-
-    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Write the adapter. Every process must call it: under FSDP2 it is gathered.
-
-        Not by the Trainer's own: that adds a pickle of its arguments, embeddings of the base, and under
-        FSDP2 the whole model in the main process's memory (or nothing, with sharded checkpoints).
-        """
-        folder = Path(output_dir or self.args.output_dir)
-        state = result.gathered(self.model)
-        # Told to all here: under FSDP2 the others would go on to gather the optimiser's state.
-        with checkpoints.written(self.output, folder.name):
-            if self.args.should_save:
-                model = self.accelerator.unwrap_model(self.model)
-                result.write_adapter(model, folder, state)
-
-    def _save_checkpoint(self, *args, **kwargs) -> None:
-        # Private to the Trainer. Should a version not call it, a full disk ends in a traceback, and nothing
-        # else changes: the marker is written by a callback.
-        with checkpoints.written(self.output, f"checkpoint-{self.state.global_step}"):
-            super()._save_checkpoint(*args, **kwargs)
 
 
 def train(
@@ -226,8 +153,8 @@ def train(
 ) -> Training:
     """Train the adapter of ``model`` in place, and write it to ``args.output``. Every process must call this.
 
-    With ``args.keep_best`` it is in the end that of the best step (see `stopping.best`): in the main process,
-    and where it is sharded only in what is written.
+    With ``args.keep_best`` the adapter ends as that of the best step (see `stopping.best`): in the main
+    process, and where it is sharded only in what is written.
 
     ``model``: the PeftModel, on this process's device; with ``checkpoint`` its adapter must be that of the
     checkpoint. ``corpus``: ``fingerprint``, ``retain_fingerprint``, and ``train``, ``held_out`` and
@@ -245,65 +172,119 @@ def train(
     written with other options, data or base weights, or that of the best step is damaged; KeyboardInterrupt
     at a second Ctrl-C.
     """
-    state, base = PartialState(), model.get_base_model()
+    base = model.get_base_model()
     use_cache = getattr(base.config, "use_cache", True)
     trainer, settings = _prepared(model, corpus, args, checkpoint)
     origin = trained_on.of(model, args, checkpoint)
     begin()
-    shared = global_batch.history(checkpoint, state.num_processes)
-    earlier = checkpoints.facts(checkpoint)["seconds"] if checkpoint is not None else 0.0
     processes.on_main(checkpoints.discard, args.output, checkpoint)
-    begun = time.perf_counter()
 
-    def seconds():
-        return earlier + time.perf_counter() - begun - trainer.pace.measuring
-
-    def mark(step):
-        folder = _folder(args, step)
-        with checkpoints.written(args.output, folder.name):
-            state.wait_for_everyone()
-            if state.is_main_process:
-                run = record.read(args.output).run
-                own = {"step": step, "seconds": seconds(), "processes_from": shared, "run": run}
-                checkpoints.mark(folder, **origin | own | settings)
-        if state.is_main_process:  # with the new one safe: what goes wrong here must not remove it
-            checkpoints.rotate(args.output, KEPT, stopping.best(trainer.state.log_history, args))
-
-    request = Request(alone=not processes.several(), speaks=state.is_main_process)
-    amount = Amount.of(args, len(corpus.train), state.num_processes)
-    hooks = Hooks(request, mark, watch, args, amount, trainer.pace)
+    session = _Session(trainer, args, checkpoint, settings, origin)
+    request = Request(alone=not processes.several(), speaks=PartialState().is_main_process)
+    amount = Amount.of(args, len(corpus.train), PartialState().num_processes)
+    hooks = Hooks(request, session.mark, watch, args, amount, trainer.pace)
     trainer.add_callback(hooks)
     with request.heeded():
-        finished = checkpoint is not None and _state_if_finished(checkpoint, args)
-        if finished:
-            trainer.state = finished
-        else:
-            with processes.peers_needed(lambda: checkpoints.saved(args.output)):
-                trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint))
+        session.run()
         base.config.use_cache = use_cache
-        stopped = processes.largest(hooks.agreed or request.signum)
-        last = trainer.state.global_step
-        step = last if stopped else stopping.best(trainer.state.log_history, args) or last
-        if not stopped:
-            other = None if step == last else processes.on_main(stopping.to_load, _folder(args, step))
-            result.save(trainer.accelerator.unwrap_model(trainer.model), tokenizer, args.output, other)
+        signum = processes.largest(hooks.agreed or request.signum)
+        adapter_step = trainer.state.global_step if signum else session.save(tokenizer)
+
+    state = trainer.state
     # without the Trainer's own summary at the end, which knows this session only
-    history = [entry for entry in trainer.state.log_history if "train_loss" not in entry]
+    history = [entry for entry in state.log_history if "train_loss" not in entry]
     return Training(
         history=history,
-        steps=last,
-        tokens=int(trainer.state.num_input_tokens_seen),
-        seconds=earlier if finished else seconds(),
+        steps=state.global_step,
+        tokens=int(state.num_input_tokens_seen),
+        seconds=session.seconds(),
         loss=_mean_loss(history),
-        interrupted=stopped,
-        adapter_step=step,
-        stopped_by=_stopped_by(trainer.state, args),
-        processes_from=shared,
+        interrupted=signum,
+        adapter_step=adapter_step,
+        stopped_by=_stopped_by(state, args),
+        processes_from=session.processes_from,
         trained_on=origin,
     )
 
 
-def rehearse(model, corpus, args, checkpoint: Path | None, callback: TrainerCallback) -> Trainer:
+class _Session:
+    """One call of `train`: its loop, the checkpoints that it marks, and the adapter that it writes.
+
+    Begins to count seconds when it is made. ``settings``, ``origin``: what checkpoints are marked with, from
+    `_prepared` and `trained_on.of`.
+    """
+
+    def __init__(
+        self,
+        trainer: AdapterTrainer,
+        args: argparse.Namespace,
+        checkpoint: Path | None,
+        settings: dict[str, Any],
+        origin: dict[str, Any],
+    ):
+        self.processes_from = global_batch.history(checkpoint, PartialState().num_processes)
+        self._trainer = trainer
+        self._args = args
+        self._checkpoint = checkpoint
+        self._settings = settings
+        self._origin = origin
+        self._had_ended = False
+        self._earlier = 0.0 if checkpoint is None else checkpoints.facts(checkpoint)["seconds"]
+        self._begun = time.perf_counter()
+
+    def seconds(self) -> float:
+        """Of training, all sessions together; without evaluations."""
+        if self._had_ended:
+            return self._earlier
+        return self._earlier + time.perf_counter() - self._begun - self._trainer.pace.measuring
+
+    def run(self) -> None:
+        """The training loop, up to its end or a signal; nothing for a run that had ended before."""
+        state = None
+        if self._checkpoint is not None:
+            state = _state_if_ended(self._checkpoint, self._args)
+        if state is not None:
+            self._had_ended = True
+            self._trainer.state = state
+            return
+        with processes.peers_needed(lambda: checkpoints.saved(self._args.output)):
+            _train_from(self._trainer, self._checkpoint)
+
+    def mark(self, step: int) -> None:
+        """Mark the checkpoint of ``step`` as complete, and remove those that are not kept any more."""
+        folder = _folder(self._args, step)
+        is_main = PartialState().is_main_process
+        with checkpoints.written(self._args.output, folder.name):
+            PartialState().wait_for_everyone()
+            if is_main:
+                own = {
+                    "step": step,
+                    "seconds": self.seconds(),
+                    "processes_from": self.processes_from,
+                    "run": record.read(self._args.output).run,
+                }
+                checkpoints.mark(folder, **self._origin | own | self._settings)
+        if is_main:  # the new one is safe now: what goes wrong here must not remove it
+            checkpoints.rotate(self._args.output, KEPT, self._best())
+
+    def save(self, tokenizer) -> int:
+        """Write the adapter, with ``--keep-best`` that of the best step; returns its step."""
+        last = self._trainer.state.global_step
+        step = self._best() or last
+        other = None
+        if step != last:
+            other = processes.on_main(stopping.to_load, _folder(self._args, step))
+        model = self._trainer.accelerator.unwrap_model(self._trainer.model)
+        result.save(model, tokenizer, self._args.output, other)
+        return step
+
+    def _best(self) -> int | None:
+        return stopping.best(self._trainer.state.log_history, self._args)
+
+
+def rehearse(
+    model, corpus, args: argparse.Namespace, checkpoint: Path | None, callback: TrainerCallback
+) -> Trainer:
     """The first steps of `train`, until ``callback`` ends them; returns the Trainer that did them.
 
     Nothing is logged, measured or saved; ``args.output`` is made.
@@ -314,15 +295,24 @@ def rehearse(model, corpus, args, checkpoint: Path | None, callback: TrainerCall
         setattr(trainer.args, name, "no")
     trainer.args.eval_on_start = False
     trainer.add_callback(callback)
-    trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint))
+    _train_from(trainer, checkpoint)
     return trainer
 
 
-def _prepared(model, corpus, args, checkpoint: Path | None) -> tuple[_Trainer, dict[str, Any]]:
+def _train_from(trainer: Trainer, checkpoint: Path | None) -> None:
+    if checkpoint is None:
+        trainer.train()
+    else:
+        trainer.train(resume_from_checkpoint=str(checkpoint))
+
+
+def _prepared(
+    model, corpus, args: argparse.Namespace, checkpoint: Path | None
+) -> tuple[AdapterTrainer, dict[str, Any]]:
     """The Trainer, and the settings that checkpoints are marked with and ``checkpoint`` must have."""
     base = model.get_base_model()
     base.config.use_cache = False  # a cache hides where documents begin
-    trainer = _build(model, corpus, args, checkpoint)
+    trainer = build_trainer(model, corpus, args, checkpoint)
     settings = {
         **_settings(args),
         "data": f"{len(corpus.train)} blocks ({corpus.fingerprint[:16]})",
@@ -333,59 +323,43 @@ def _prepared(model, corpus, args, checkpoint: Path | None) -> tuple[_Trainer, d
     if checkpoint is not None:
         global_batch.check(checkpoint, settings, len(corpus.train), base)
     if args.gradient_checkpointing:
-        # Not by TrainingArguments: transformers renamed argument and method, and warns about the old names.
-        enable = getattr(base, "activation_checkpointing_enable", None) or base.gradient_checkpointing_enable
-        enable({"use_reentrant": False})  # the re-entrant kind gives frozen inputs no gradient
+        _enable_gradient_checkpointing(base)
     return trainer, settings
 
 
-def _build(model, corpus, args, checkpoint) -> _Trainer:
-    arguments = _arguments(
-        args,
-        blocks=len(corpus.train),
-        eval_on_start=checkpoint is None,
-        ddp_find_unused_parameters=has_experts(model),  # a step may leave an expert's adapter unused
-    )
-    if arguments.n_gpu > 1:
-        arguments._n_gpu = 1  # or one process would train on all GPUs by DataParallel; there is no public way
-    sets = {"held_out": corpus.held_out, "retain": corpus.retain}
-    trainer = _Trainer(
-        sets={name: blocks for name, blocks in sets.items() if blocks is not None},
-        output=args.output,
-        embedding_rate=args.embedding_learning_rate,
-        model=model,
-        args=arguments,
-        train_dataset=corpus.train,
-        eval_dataset=corpus.held_out,
-        data_collator=evaluation.collate,
-    )
-    trainer.remove_callback(PrinterCallback)
-    if trainer.is_fsdp_enabled and getattr(trainer.accelerator.state.fsdp_plugin, "fsdp_version", 1) < 2:
-        raise UsageError("FSDP version 1 shards trained and frozen weights together: set fsdp_version: 2")
-    if processes.several():
-        # Dropout: other masks for other blocks. numpy takes no seed from 2**32 on.
-        set_seed((args.seed + PartialState().process_index) % 2**32)
-    return trainer
+def _enable_gradient_checkpointing(base) -> None:
+    """Not by TrainingArguments: transformers renamed argument and method, and warns about the old names."""
+    enable = getattr(base, "activation_checkpointing_enable", None) or base.gradient_checkpointing_enable
+    enable({"use_reentrant": False})  # the re-entrant kind gives frozen inputs no gradient
 
 
-def _state_if_finished(checkpoint: Path, args) -> TrainerState | None:
-    """The state of a run that had ended. The Trainer would do one more step if an epoch has more."""
-    state = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME))
-    return state if _is_done(state, args) or _stopped_by(state, args) else None
+def _trainer_state(checkpoint: Path) -> TrainerState:
+    return TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME))
 
 
-def _is_done(state: TrainerState, args) -> bool:
+def _state_if_ended(checkpoint: Path, args: argparse.Namespace) -> TrainerState | None:
+    """The state of a run that had ended, else None. The Trainer would do a step more if the epoch has one."""
+    state = _trainer_state(checkpoint)
+    if _is_done(state, args) or _stopped_by(state, args):
+        return state
+    return None
+
+
+def _is_done(state: TrainerState, args: argparse.Namespace) -> bool:
     return state.global_step >= (args.steps or state.max_steps)
 
 
-def _stopped_by(state: TrainerState, args) -> str | None:
+def _stopped_by(state: TrainerState, args: argparse.Namespace) -> str | None:
     """Why a run ended, or is to end, before its last step."""
-    return None if _is_done(state, args) else stopping.reason(state.log_history, args)
+    if _is_done(state, args):
+        return None
+    return stopping.reason(state.log_history, args)
 
 
 def _mean_loss(history: list[dict[str, Any]]) -> float:
     """Over all steps: a logged loss is the mean since the log before. NaN where nothing was logged."""
-    total, last = 0.0, 0
+    total = 0.0
+    last = 0
     for entry in history:
         if "loss" in entry:
             total += entry["loss"] * (entry["step"] - last)

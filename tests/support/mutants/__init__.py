@@ -1,6 +1,7 @@
 """The wrong edits that ``make mutants`` makes, one at a time; each of them must turn tests red."""
 
 from tests.support.mutants.adapt import ADAPT
+from tests.support.mutants.adapt_run import ADAPT_RUN
 from tests.support.mutants.backend import BACKEND
 from tests.support.mutants.edits import mutants
 from tests.support.mutants.embeddings import EMBEDDINGS
@@ -15,5 +16,5 @@ from tests.support.mutants.subspace import SUBSPACE
 from tests.support.mutants.values import VALUES
 
 _TABLES = (KERNELS, EXPERTS, OPERATORS, BACKEND, EXPERTS_PATH, SUBSPACE)
-_TABLES += (LIFECYCLE, STOPPING, EMBEDDINGS, ADAPT, SERVING, VALUES)
+_TABLES += (LIFECYCLE, STOPPING, EMBEDDINGS, ADAPT, ADAPT_RUN, SERVING, VALUES)
 MUTANTS = [mutant for table in _TABLES for mutant in mutants(table)]

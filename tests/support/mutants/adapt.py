@@ -4,14 +4,16 @@ _TESTS = "tests/mica/cli/adapt/test_"
 
 ADAPT = {
     ("mica/cli/adapt/global_batch.py", f"{_TESTS}global_batch.py", "-k", "may_differ or sessions"): {
-        "check": [("if divided else", "if not divided else")],
+        "check": [("if engine else", "if not engine else")],
         "_reason": [
-            ("before[0] != now[0] and divided", "divided and False"),
-            ("and read > min(used)", ""),
-            ("or used[0] == 0", ""),
+            ('if engine is not None and before["processes"] != now["processes"]', "if False"),
+        ],
+        "_reads_the_same": [
+            ("or total <= min(used_before, used_now)", ""),
+            ("if used_before == 0", "if False"),
         ],
         "_random": [("and not name.startswith(_HEADS)", ""), ("value > 0", "value > 1")],
-        "history": [('+ 1): processes', '): processes')],
+        "history": [('facts.get("step", 0) + 1', 'facts.get("step", 0)')],
     },
     ("mica/cli/adapt/checkpoints.py", f"{_TESTS}checkpoints.py"): {
         "to_resume": [("marked(output)", "_complete(output)")],
@@ -81,12 +83,13 @@ ADAPT = {
         "Source._row_texts": [("FIRST_ROWS", "1")],
         "Source._texts": [("text.encode()", "pass"), ("if value is _TWICE", "if False")],
         "Source._parquet_texts": [("if not file.metadata.num_rows", "if False")],
-        "_csv": [("row.pop(None, None)", "row.pop(None, None) and []"), ("row | twice", "row")],
+        "_csv": [("row.pop(None, None)", "row.pop(None, None) and []"), ("row | repeated", "row")],
         "_object": [("if len(row) < len(pairs)", "if False")],
-        "_find": [('if "::" in str(path.resolve())', "if False")],
+        "_take_saved_dataset": [('if "::" in str(folder.resolve())', "if False")],
     },
     ("mica/cli/adapt/dry_run.py", f"{_TESTS}dry_run.py", "-k", "not two_processes"): {
-        "check_disk": [("training.KEPT + 1", "training.KEPT"), ("+ replaced", "")],
+        "_to_be_written": [("training.KEPT + 1", "training.KEPT")],
+        "_free_space": [("+ _on_disk(output, replaced)", "")],
         "_Clock.measured": [("1 if last > 1 else 0", "0")],
         "rehearsal": [("measurements(clock.first,", "measurements(0,")],
     },

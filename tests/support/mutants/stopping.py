@@ -11,13 +11,11 @@ STOPPING = {
     ("mica/cli/adapt/callbacks.py", _TESTS): {
         "Hooks.on_train_begin": [("state.compute_steps(args, state.max_steps)", "pass")],
         "Hooks.on_step_end": [("control.should_evaluate and stopping", "False and stopping")],
-        "Hooks.on_evaluate": [
-            ("control.should_save = control.should_training_stop", "control.should_training_stop")
-        ],
+        "Hooks.on_evaluate": [("if reason: control.should_save = True", "if reason:")],
     },
     ("mica/cli/adapt/training.py", _TESTS): {
-        "train": [("KEPT, stopping.best(trainer.state.log_history, args)", "KEPT")],
-        "_state_if_finished": [("or _stopped_by(state, args)", "")],
+        "_Session.mark": [("KEPT, self._best()", "KEPT")],
+        "_state_if_ended": [("or _stopped_by(state, args)", "")],
     },
     ("mica/cli/adapt/result.py", _TESTS): {"save": [("if state is None", "if False")]},
 }

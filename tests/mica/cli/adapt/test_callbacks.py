@@ -93,7 +93,8 @@ def test_a_loss_that_is_not_finite(loss):
 
 @pytest.mark.parametrize("name", ["weight", "bias"])
 def test_weights_are_checked_where_they_are_saved(name):
-    hooks, layer = begun(), torch.nn.Linear(2, 2)
+    hooks = begun()
+    layer = torch.nn.Linear(2, 2)
     getattr(layer, name).data.view(-1)[-1] = math.inf
     at_step(hooks, model=layer)
     with pytest.raises(UsageError, match="a trained weight is not finite after step 10"):
@@ -119,7 +120,8 @@ def send(*signums):
 
 @pytest.mark.parametrize("speaks", [True, False])
 def test_a_request_is_noted_once_and_announced_once(speaks, capfd):
-    before, request = [signal.getsignal(signum) for signum in SIGNALS], Request(alone=False, speaks=speaks)
+    before = [signal.getsignal(signum) for signum in SIGNALS]
+    request = Request(alone=False, speaks=speaks)
     with request.heeded():
         assert request.signum == 0
         send(TERM, INT, INT, TERM)

@@ -123,7 +123,9 @@ def test_what_is_said(tmp_path):
         f"{amount.blocks_after(10) / blocks:.3g} epochs",
         "held out: 2 blocks (--held-out-text)",
         "left out of training: 10 copies of held-out documents",
-        *[f"left out of each epoch: {blocks_left} short of a full batch, others each time"][: bool(rest)],
+        *[f"left out of each epoch: {blocks_left} short of a full batch, different ones each time"][
+            : bool(rest)
+        ],
         f"left out of {args.text[0]}: 1 document without text",
         f"left out of {args.text[0]}: 1 file of other kinds",
     ]
@@ -134,11 +136,12 @@ def test_what_is_said(tmp_path):
     share = 100 * 2 / blocks
     one = settings("a", steps=1, gradient_accumulation_steps=1)
     assert f"this run sees {share:.3g} % of an epoch" in corpus.describe(one)
-    assert "(tokenised before)" in gather(args, TOKENIZER).describe(args)
+    assert "(already tokenised)" in gather(args, TOKENIZER).describe(args)
 
 
 def test_refusals(tmp_path):
-    text, short = write(tmp_path / "a.jsonl", ROWS), write(tmp_path / "b.jsonl", rows(1))
+    text = write(tmp_path / "a.jsonl", ROWS)
+    short = write(tmp_path / "b.jsonl", rows(1))
     missing = str(tmp_path / "missing.txt")
     for changes, message in [
         ({"held_out_text": [missing]}, f"--held-out-text {missing}: no such file"),

@@ -39,7 +39,8 @@ def test_table_and_csv(tmp_path):
 def test_picture_shows_what_was_measured():
     loss, perplexity = figure(table(HISTORY), "run").axes
     assert lines_of(loss) == {"loss": ([10, 20], [3.0, 2.5])}
-    held_out, retained = ([0, 20], [20.0, 15.0]), ([0, 20], [8.0, 8.5])
+    held_out = ([0, 20], [20.0, 15.0])
+    retained = ([0, 20], [8.0, 8.5])
     assert lines_of(perplexity) == {"held_out_perplexity": held_out, "retain_perplexity": retained}
     (tokens,) = loss.child_axes
     loss.figure.draw_without_rendering()

@@ -34,7 +34,8 @@ def scratch(tmp_path, monkeypatch):
 @pytest.fixture
 def steps(monkeypatch):
     """Counts the steps that are done."""
-    done, step = [], Trainer.training_step
+    done = []
+    step = Trainer.training_step
 
     def training_step(*args):
         done.append(args[0].state.global_step + 1)
@@ -121,9 +122,7 @@ def test_a_disk_that_is_too_small_is_refused_before_the_training(
     with_free(monkeypatch, 100_000)
     assert adapt(model_dir, text_file, tmp_path / "out", option, "--merge") == 2
     line = capsys.readouterr().err.splitlines()[-1]
-    said = (
-        rf"mica adapt: error: --output {tmp_path}/out: not enough space on the disk: up to .*, 0.10 MiB free"
-    )
+    said = rf"mica adapt: error: --output {tmp_path}/out: not enough disk space: up to .*, 0.10 MiB free"
     assert re.fullmatch(said, line)
     assert not steps
     assert not (tmp_path / "out").exists()

@@ -19,7 +19,8 @@ def logits_of(model, ids, **more):
 
 def by_hand(model, documents):
     """Token by token: p(token | those before it in the document)."""
-    total, count = 0.0, 0
+    total = 0.0
+    count = 0
     for document in documents:
         for position in range(1, len(document)):
             scores = logits_of(model, document[None, :position])[0, -1].double()

@@ -30,7 +30,8 @@ from tests.support.tiny_cli import TEXT, adapt, tiny_llama
 
 def recorded(args, data):
     """What `run` returns, and step -> the first tokens of the blocks that this process trained on."""
-    steps, step = {}, Trainer.training_step
+    steps = {}
+    step = Trainer.training_step
 
     def training_step(self, model, inputs, *more):
         seen = steps.setdefault(self.state.global_step + 1, [])
@@ -71,7 +72,8 @@ def test_one_process_then_two_then_one(tmp_path, one, two, tolerance):
 
     def begun(name: str, source: str, step: int, shares: dict):
         """The settings of a run in a folder that has the checkpoint of ``source``."""
-        output, folder = tmp_path / name, f"checkpoint-{step}"
+        output = tmp_path / name
+        folder = f"checkpoint-{step}"
         shutil.copytree(tmp_path / source / folder, output / folder)
         shutil.copy(tmp_path / source / record.FILE, output)
         return settings(output, resume=True, **options, **shares)
@@ -90,7 +92,8 @@ def test_one_process_then_two_then_one(tmp_path, one, two, tolerance):
     assert last.processes_from == {"1": 1, "5": 2, "9": 1}
     assert last.tokens == whole.tokens
     assert dict(losses(last)) == pytest.approx(dict(losses(whole)), rel=tolerance, abs=0)
-    found, unbroken = weights(tmp_path / "one"), weights(tmp_path / "whole")
+    found = weights(tmp_path / "one")
+    unbroken = weights(tmp_path / "whole")
     assert same(found, unbroken) == (not tolerance)
     assert max((found[name] - unbroken[name]).abs().max() for name in found) <= 2e-5
 
@@ -138,15 +141,15 @@ ON_TWO = {"processes": 2, "batch_size": 1, "engine": "MULTI_CPU"}
     [
         (ON_TWO, None),
         ({"batch_size": 1, "gradient_accumulation_steps": 4}, None),
-        ({**ON_TWO, "batch_size": 2}, "must be 4 as before, and is 8"),
+        ({**ON_TWO, "batch_size": 2}, "must stay 4, but is now 8"),
         ({**ON_TWO, "dropout": 0.1}, "--dropout 0.1 would draw different masks"),
-        ({**ON_TWO, "engine": "FSDP"}, "FSDP divides the optimiser's state"),
+        ({**ON_TWO, "engine": "FSDP"}, "FSDP shards the optimiser's state"),
         ({**ON_TWO, "data": "other"}, "checkpoint-3 was written with data here (now other)"),
         # 31 blocks: 30 in rounds of 2, 31 in rounds of 1, 28 of 4
         ({"batch_size": 1, "gradient_accumulation_steps": 4, "blocks": 31}, "get different blocks: proc"),
-        ({**ON_TWO, "batch_size": 2, "gradient_accumulation_steps": 1, "blocks": 31}, "must be 2 as before"),
+        ({**ON_TWO, "batch_size": 2, "gradient_accumulation_steps": 1, "blocks": 31}, "must stay 2"),
         ({"batch_size": 1, "gradient_accumulation_steps": 4, "blocks": 33}, None),  # 32 in eight steps
-        ({"batch_size": 1, "gradient_accumulation_steps": 4, "blocks": 33, "steps": None}, "be 2 as before"),
+        ({"batch_size": 1, "gradient_accumulation_steps": 4, "blocks": 33, "steps": None}, "must stay 2"),
         ({**ON_TWO, "blocks": 31}, None),
         ({**ON_TWO, "blocks": 1}, "would get different blocks. Continue"),  # the second process gets it too
         ({**ON_TWO, "model": tiny_llama(attention_dropout=0.1)}, "the model's attention_dropout 0.1 would"),
@@ -183,10 +186,8 @@ def test_sessions(tmp_path):
     (folder / checkpoints.MARKER).unlink()
     checkpoints.mark(folder, step=3, processes=1, processes_from={"1": 2, "2": 1})
     assert global_batch.history(folder, 1) == {"1": 2, "2": 1}
-    assert (
-        global_batch.told(global_batch.history(folder, 2))
-        == "processes: 2 from step 1, 1 from step 2, 2 from step 4"
-    )
+    sessions = global_batch.told(global_batch.history(folder, 2))
+    assert sessions == "processes: 2 from step 1, 1 from step 2, 2 from step 4"
 
 
 def test_the_command_goes_on_with_smaller_batches(model_dir, tmp_path, capsys):
@@ -206,7 +207,8 @@ def test_the_command_goes_on_with_smaller_batches(model_dir, tmp_path, capsys):
     assert command(*again) == 0
     run_yaml = yaml.safe_load((output / "run.yaml").read_text())
     assert (run_yaml["batch_size"], run_yaml["gradient_accumulation_steps"]) == (1, 2)
-    found, expected = summary(output), summary(tmp_path / "whole")
+    found = summary(output)
+    expected = summary(tmp_path / "whole")
     assert found["training_loss"] == pytest.approx(expected["training_loss"], rel=1e-6)
     assert found["processes_from"] == {"1": 1}
     for checkpoint in checkpoints.folders(output):

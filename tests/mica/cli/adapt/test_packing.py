@@ -45,7 +45,9 @@ def firsts(blocks) -> list[int]:
 def test_blocks_are_the_joined_documents(length, packing):
     documents = [numbered(1, 5, 1, 1, 13, 2), numbered(16, 7, start=100)]
     blocks = packed(documents, length, packing)
-    ids, positions, labels = [], [], []
+    ids = []
+    positions = []
+    labels = []
     for document in [document for each in documents for document in each]:
         for position, token in enumerate(document):
             positions.append(positions[-1] + 1 if position and len(ids) % length else 0)
@@ -223,7 +225,8 @@ def test_never_on_both_sides(seed):
     longest = chance.choice([6, 30, 300])
     kinds = [document(chance.randint(1, longest), seed=n) for n in range(chance.randint(1, 30))]
     documents = [chance.choice(kinds) for _ in range(chance.randint(1, 60))]
-    share, limit = chance.choice([0.01, 0.1, 0.5]), chance.choice([1, 5, 100])
+    share = chance.choice([0.01, 0.1, 0.5])
+    limit = chance.choice([1, 5, 100])
     try:
         train, held_out, how, dropped = parts(documents, share, limit=limit)
     except UsageError:

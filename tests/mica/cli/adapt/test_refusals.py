@@ -83,7 +83,7 @@ def test_backend_that_is_not_available(backend, message, refused, monkeypatch):
     ("content", "message"),
     [
         (None, "no such file or folder"),
-        ("folder", "no file"),
+        ("folder", "no text files"),
         (b"", "is empty"),
         (b" \n\t\n", "no text in it"),
         (b"caf\xe9 au lait", "not UTF-8 text: invalid continuation byte, 0xe9"),

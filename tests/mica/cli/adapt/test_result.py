@@ -120,7 +120,8 @@ def test_what_is_loaded_anew_to_be_merged_must_be_what_was_trained_on(tuned, mod
 
 def adapter_sums(model) -> dict[str, torch.Tensor]:
     """s·B·A by the name of the layer, in float64."""
-    a, b = factors(model, "A"), factors(model, "B")
+    a = factors(model, "A")
+    b = factors(model, "B")
     sums = {name: 2.0 * b[name.replace("lora_A", "lora_B")].double() @ a[name].double() for name in a}
     return {
         re.sub(r"^base_model\.model\.(.*)\.lora_A\..*", r"\1", name): delta for name, delta in sums.items()

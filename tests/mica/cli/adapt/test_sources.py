@@ -190,7 +190,7 @@ CONTENTS = [  # name, bytes or rows, column, what the line says
     ("a.jsonl", b'{"text": "a"}\n{"text": "a\\ud83d"}\n', None, r"row 2: column 'text' has half a character"),
     ("a.csv", b"text,n\na,1\n\xff,2\n", None, "not UTF-8 text: invalid start byte, 0xff"),
     ("a.txt", b"abc" * 2**19 + "ä".encode()[:1], None, "not UTF-8 text: unexpected end of data, 0xc3"),
-    ("a.txt", b"abc\0", None, "not text: there is a NUL in it"),
+    ("a.txt", b"abc\0", None, "not text: it contains a NUL character"),
     ("a.txt.gz", b"abc", None, "cannot be read: Not a gzipped file"),
     ("a.jsonl.xz", b"abc", None, "cannot be read"),
     ("a.csv.gz", b"abc", None, "cannot be read"),
@@ -217,7 +217,7 @@ def test_pipes_and_devices_are_refused_and_not_read(tmp_path):
         os.mkfifo(tmp_path / name)
     reader, writer = os.pipe()  # as of `--text <(zcat corpus.gz)`
     for path in (tmp_path / "pipe.txt", tmp_path / "pipe", "/dev/zero", f"/dev/fd/{reader}"):
-        with pytest.raises(UsageError, match=f"^--retain {path}: a pipe or device, and texts are read more"):
+        with pytest.raises(UsageError, match=f"^--retain {path}: a pipe or device, but texts are read more"):
             find("--retain", [path])
     os.close(reader), os.close(writer)
     [source] = find("--text", [tmp_path])
@@ -237,7 +237,7 @@ def test_bad_names_are_refused(tmp_path, monkeypatch):
         "a.docx": "unsupported file type '.docx'; supported: .txt",
         "a.gz": "unsupported file type '.gz'",
         "a.txt.zst": "needs zstandard: pip install zstandard",
-        "folder": "no file with text in this folder",
+        "folder": "no text files in this folder",
     }.items():
         with pytest.raises(UsageError, match=re.escape(message)):
             find("--retain", [tmp_path / name])

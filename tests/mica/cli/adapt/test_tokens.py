@@ -153,7 +153,8 @@ def _run(path, cache, barrier, results):
 
 def test_two_runs_at_once(path, cache):
     context = multiprocessing.get_context("fork")
-    barrier, results = context.Barrier(2), context.Queue()
+    barrier = context.Barrier(2)
+    results = context.Queue()
     runs = [context.Process(target=_run, args=(path, cache, barrier, results)) for _ in range(2)]
     for run in runs:
         run.start()
@@ -174,7 +175,11 @@ def _full(*args):
         ([{"text": " "}, {"text": ""}], {}, "no text in it (2 empty documents)"),
         ([{"text": "a"}, {"text": 1}], {}, "row 2"),
         (ROWS, {"_tokenised": _full}, "No space left on device"),
-        (ROWS, {"_build": lambda source, *_: source.files[0].write_text("x")}, "changed while it was read"),
+        (
+            ROWS,
+            {"_build": lambda source, *_: source.files[0].write_text("x")},
+            "changed while it was being read",
+        ),
     ],
 )
 def test_what_fails_leaves_nothing(tmp_path, cache, monkeypatch, rows, replaced, message):
@@ -205,6 +210,7 @@ print(len(made.ids), 7 <= threads() - before <= 9)
 """
     (tmp_path / "a.txt").write_text("a" * 50_000)
     own = {"TOKENIZERS_PARALLELISM": "true", "TQDM_DISABLE": "1"}  # the other tests have none
-    command, options = [sys.executable, "-c", code, tmp_path], {"capture_output": True, "text": True}
+    command = [sys.executable, "-c", code, tmp_path]
+    options = {"capture_output": True, "text": True}
     done = subprocess.run(command, cwd=ROOT, env=os.environ | own, **options)
     assert done.stdout == "50000 True\n", done.stderr

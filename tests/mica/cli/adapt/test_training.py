@@ -16,7 +16,7 @@ from safetensors import SafetensorError
 from transformers import TrainerCallback, TrainerState
 
 from mica.cli import record
-from mica.cli.adapt import checkpoints, training
+from mica.cli.adapt import checkpoints, trainer, training
 from mica.errors import UsageError
 from tests.support.adapt_runs import corpus, fresh_state, losses, model, run, same, weights  # noqa: F401
 from tests.support.adapt_settings import settings
@@ -92,8 +92,14 @@ def test_accumulation_weighs_every_token_the_same(tmp_path):
 
 
 def test_settings_reach_the_trainer(tmp_path, monkeypatch):
-    seen, make = [], training._arguments
-    monkeypatch.setattr(training, "_arguments", lambda *a, **more: seen.append(make(*a, **more)) or seen[-1])
+    seen = []
+    make = trainer.training_arguments
+
+    def recorded(*given, **more):
+        seen.append(make(*given, **more))
+        return seen[-1]
+
+    monkeypatch.setattr(trainer, "training_arguments", recorded)
     changed = {"scheduler": "linear", "optimizer": "adafactor", "weight_decay": 0.3, "max_grad_norm": 0.7}
     changed |= {"seed": 9, "learning_rate": 1e-4, "log_steps": 7, "warmup_ratio": 0.1}
     run(settings(tmp_path, steps=15, **changed))
@@ -117,15 +123,16 @@ def test_the_seed_decides_the_order_of_the_blocks(tmp_path):
 )
 def test_settings_that_cannot_be_used(tmp_path, name, value):
     training.check(settings(tmp_path))
+    given = [value] if name == "report_to" else value
     with pytest.raises(UsageError, match=f"--{name.replace('_', '-')} {value}: ") as error:
-        training.check(settings(tmp_path, **{name: [value] if name == "report_to" else value}))
+        training.check(settings(tmp_path, **{name: given}))
     assert "\n" not in str(error.value)
     assert not list(tmp_path.iterdir())
 
 
 def test_zero_3_is_refused(tmp_path, monkeypatch):
-    arguments = training._arguments(settings(tmp_path), blocks=1)
-    monkeypatch.setattr(training, "_arguments", lambda *_, **__: arguments)
+    arguments = trainer.training_arguments(settings(tmp_path), blocks=1)
+    monkeypatch.setattr(training, "training_arguments", lambda *_, **__: arguments)
     for stage in (2, 3):
         arguments.deepspeed_plugin = SimpleNamespace(zero_stage=stage)
         if stage == 2:
@@ -138,7 +145,8 @@ class _Interrupt(TrainerCallback):
     """Sends signals in the middle of a step."""
 
     def __init__(self, step, *signums):
-        self.step, self.signums = step, signums
+        self.step = step
+        self.signums = signums
 
     def on_step_begin(self, args, state, control, **kwargs):
         if state.global_step == self.step - 1:
@@ -160,15 +168,15 @@ class _Poison(_Interrupt):
 
 def disturbed(monkeypatch, callback, args):
     """`run` with one more callback."""
-    build = training._build
+    build = training.build_trainer
 
     def with_callback(*given):
-        trainer = build(*given)
-        trainer.add_callback(callback)
-        return trainer
+        built = build(*given)
+        built.add_callback(callback)
+        return built
 
     with monkeypatch.context() as patch:
-        patch.setattr(training, "_build", with_callback)
+        patch.setattr(training, "build_trainer", with_callback)
         return run(args)
 
 
@@ -212,7 +220,8 @@ def test_a_signal_at_the_last_step_leaves_a_finished_run_to_resume(tmp_path, mon
 )
 def test_resumed_is_unbroken(tmp_path, changed):
     changed = {"steps": 12, "save_steps": 6, **changed}
-    full, output = tmp_path / "full", tmp_path / "out"
+    full = tmp_path / "full"
+    output = tmp_path / "out"
     unbroken = run(settings(full, **changed))
     kept = checkpoints.folders(full)[0]
     assert 0 < checkpoints.step(kept) < unbroken.steps
@@ -249,7 +258,8 @@ def test_a_finished_run_can_be_resumed(tmp_path):
 
 
 def test_a_run_starts_anew_only_where_nothing_was_saved(unbroken, tmp_path):
-    args, notes = settings(tmp_path, resume=True), []
+    args = settings(tmp_path, resume=True)
+    notes = []
     (tmp_path / "run.yaml").touch()
     assert training.find_checkpoint(args, notes.append) is None
     assert "starts from its beginning" in notes.pop()
@@ -275,14 +285,14 @@ def test_other_batches_are_refused(unbroken, tmp_path, monkeypatch):
         ),
         (
             {"batch_size": 2},
-            r"with batch_size 4 \(now 2\): .* must be 4 as before, and is 2\. Continue with the same",
+            r"with batch_size 4 \(now 2\): .* must stay 4, but is now 2\. Continue with the same",
         ),
     ):
         with pytest.raises(UsageError, match=message):
             training.find_checkpoint(settings(tmp_path, resume=True, **changed))
     with monkeypatch.context() as patch:
         patch.setitem(training.PartialState._shared_state, "num_processes", 2)
-        with pytest.raises(UsageError, match=r"with processes 1 \(now 2\): .* must be 4 as before, and is 8"):
+        with pytest.raises(UsageError, match=r"with processes 1 \(now 2\): .* must stay 4, but is now 8"):
             training.find_checkpoint(args)
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
     with pytest.raises(UsageError, match=r"with mixed_precision no \(now bf16\): continuing"):

@@ -13,7 +13,8 @@ from tests.support.adapt_settings import settings
 
 pytestmark = pytest.mark.slow
 
-KILLS, STEPS = 3, 60
+KILLS = 3
+STEPS = 60
 
 
 @pytest.mark.parametrize("count", [1, 2])
@@ -53,7 +54,8 @@ def test_killed_three_times(tmp_path, count):
     assert found.loss == pytest.approx(expected.loss, rel=1e-6)
     assert found.tokens == expected.tokens
     assert found.adapter_step == expected.adapter_step
-    whole, resumed = weights(tmp_path / "full"), weights(tmp_path / "out")
+    whole = weights(tmp_path / "full")
+    resumed = weights(tmp_path / "out")
     assert whole.keys() == resumed.keys()
     for name, weight in whole.items():
         torch.testing.assert_close(resumed[name], weight, rtol=0, atol=0.0 if "lora_B" in name else 1e-6)

@@ -10,7 +10,7 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
-from mica.cli.adapt import checkpoints, stopping, training
+from mica.cli.adapt import checkpoints, evaluation, stopping, training
 from mica.cli.adapt.evaluation import Likelihood
 from mica.errors import UsageError
 from tests.support.adapt_results import resume, summary
@@ -72,7 +72,7 @@ def scripted(monkeypatch):
     """``scripted(held_out, retain, act)``: what is measured at a step, and what happens then."""
 
     def script(held_out=HELD_OUT, retain=None, act=None):
-        build = training._build
+        build = training.build_trainer
 
         def built(*given):
             trainer = build(*given)
@@ -81,14 +81,13 @@ def scripted(monkeypatch):
                 step = trainer.state.global_step
                 if step in (act or {}):
                     act.pop(step)()
-                return Likelihood(
-                    math.log((held_out if blocks is trainer.sets["held_out"] else retain)[step]), 1
-                )
+                perplexities = held_out if blocks is trainer.sets["held_out"] else retain
+                return Likelihood(math.log(perplexities[step]), 1)
 
-            monkeypatch.setattr(training.evaluation, "likelihood", likelihood)
+            monkeypatch.setattr(evaluation, "likelihood", likelihood)
             return trainer
 
-        monkeypatch.setattr(training, "_build", built)
+        monkeypatch.setattr(training, "build_trainer", built)
 
     return script
 
@@ -161,7 +160,9 @@ def test_a_run_that_had_ended_is_not_trained_on(scripted, tmp_path, capsys):
     before = weights(args.output)
     args.resume = True
     checkpoint, notes = find(args)
-    assert notes == [f"the run ended at step 6 by {ended.stopped_by}; with another value it goes on"]
+    assert notes == [
+        f"the run stopped at step 6 because of {ended.stopped_by}; change the option to continue"
+    ]
     again = training.train(model(args, checkpoint), corpus(), args, checkpoint)
     assert again._replace(seconds=0) == ended._replace(seconds=0)
     assert same(weights(args.output), before)
@@ -190,10 +191,12 @@ def test_a_best_step_that_is_damaged_or_gone(scripted, tmp_path):
     file = tmp_path / "checkpoint-4" / "adapter_model.safetensors"
     content = file.read_bytes()
     file.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
-    remedy = "--resume --no-keep-best takes the last step instead"
-    flaw = "checkpoint-4 with the best step is damaged (adapter_model.safetensors)"
-    assert find(args)[1] == [f"{flaw}: unless a later step is better the run ends with an error; {remedy}"]
-    for found in (flaw, "checkpoint-4 with the best step is missing or incomplete"):
+    remedy = "--resume --no-keep-best uses the last step instead"
+    flaw = "checkpoint-4, which holds the best step, is damaged (adapter_model.safetensors)"
+    assert find(args)[1] == [
+        f"{flaw}: unless a later step is better, the run will end with an error; {remedy}"
+    ]
+    for found in (flaw, "checkpoint-4, which holds the best step, is missing or incomplete"):
         with pytest.raises(UsageError) as raised:
             run(args)
         saved = f"the last complete checkpoint is {tmp_path}/checkpoint-10 (--resume continues from it)"
@@ -220,7 +223,8 @@ def test_summary_card_and_merged_model_are_of_the_best_step(scripted, model_dir,
     scripted({0: 9.0, 3: 8.0, 6: 8.5, 9: 8.25}, {0: 20.0, 3: 19.0, 6: 18.0, 9: 17.0})
     options = ["--eval-steps", 3, "--patience", 2, "--merge", "--retain", text_file]
     assert adapt(model_dir, text_file, output, *options) == 0
-    made, why = summary(output), f"{PATIENCE} 8.00 of step 3"
+    made = summary(output)
+    why = f"{PATIENCE} 8.00 of step 3"
     assert (made["steps"], made["adapter_step"], made["stopped_by"]) == (9, 3, why)
     assert made["settings"]["keep_best"] is True  # by --patience
     measured = [made[f"{name}_{when}"] for name in ("perplexity", "retain") for when in ("before", "after")]
@@ -238,7 +242,7 @@ def test_summary_card_and_merged_model_are_of_the_best_step(scripted, model_dir,
 
     assert "note: no measured step has a lower" not in captured.err
     assert resume(output) == 0
-    assert "note: the run ended at step 9 by --patience 2: no" in capsys.readouterr().err
+    assert "note: the run stopped at step 9 because of --patience 2: no" in capsys.readouterr().err
     assert summary(output)["adapter_step"] == 3
     state = output / "checkpoint-9" / "trainer_state.json"
     assert json.loads(state.read_text())["max_steps"] == 12
