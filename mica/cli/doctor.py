@@ -1,12 +1,14 @@
-"""``mica doctor``: what this machine has, which path MiCA layers take on it, and what is broken; or where an
-adapter can be served."""
+"""``mica doctor``: what this machine has, which path MiCA layers take on it, and what is broken.
+
+With ``--adapter``: which servers can load an adapter, and with which options.
+"""
 
 import argparse
 import os
 import platform
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, metadata, requires, version
 from importlib.util import find_spec
@@ -27,11 +29,87 @@ def add_parser(commands) -> None:
         help="what this machine has, which path MiCA layers take on it, and what is broken",
         description="Show versions, devices, whether MiCA layers run on Triton kernels there and why, "
         "whether PEFT can be patched, and the caches. Exit status: 0 if nothing is broken, else 1. With "
-        "--adapter: where that can be served and why not, and nothing of the machine; exit status 0.",
+        "--adapter: which servers can load it and why not, and nothing about the machine; exit status 0.",
     )
-    help = "output folder of mica adapt, or any PEFT LoRA: say where it can be served"
-    parser.add_argument("--adapter", type=a_path, metavar="DIR", help=help)
+    parser.add_argument(
+        "--adapter",
+        type=a_path,
+        metavar="DIR",
+        help="output folder of mica adapt, or any PEFT LoRA: show which servers can load it",
+    )
     parser.add_argument("--json", type=a_path, metavar="FILE", help="also write the findings as JSON")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Run the command: 0 if all that this machine can do works, 1 if something is broken.
+
+    ``--json`` is what `examine` returns; with ``--adapter``, what `serving.judge` does. Raises UsageError.
+    """
+    if args.json:
+        check_file("--json", args.json)
+    if args.adapter:
+        return _run_on_adapter(args)
+
+    report = examine()
+    if args.json:
+        write_json("--json", args.json, report)
+    _print(_lines(report))
+    if report["problems"]:
+        print(f"broken: {'; '.join(report['problems'])}")
+        return 1
+    print("everything that this machine can do works")
+    return 0
+
+
+def _run_on_adapter(args: argparse.Namespace) -> int:
+    with explained("--adapter needs packages that `mica doctor` lists", ImportError):
+        from mica.cli import serving
+    judged = serving.judge(args.adapter)
+    if args.json:
+        write_json("--json", args.json, judged)
+    _print(serving.lines(judged))
+    return 0
+
+
+def _print(lines: Iterable[tuple[str, str]]) -> None:
+    for label, text in lines:
+        print(f"{label:16}  {text}")
+
+
+# ---------------------------------------------------------------------------------------------------
+# the findings
+# ---------------------------------------------------------------------------------------------------
+
+
+def examine() -> dict:
+    """All facts; ``problems`` says what is broken. Without torch, or another package, versions only.
+
+    Raises UsageError if ``MICA_BACKEND`` or ``MICA_CACHE_SIZE`` has no valid value.
+    """
+    versions = _versions()
+    problems = [row["problem"] for row in versions if row["problem"]]
+    settings = {name: os.environ.get(name) for name in _SETTINGS}
+    report = {"versions": versions, "settings": settings, "problems": problems}
+    if any(row["version"] is None and row["name"] != "triton" for row in versions):
+        return report
+    importable = _importable(problems)
+    if "torch" not in importable:
+        return report
+
+    from mica.paths import choose
+
+    try:
+        demand = choose.requested()
+        report["caches"] = _caches()
+    except ValueError as error:
+        raise UsageError(str(error)) from error
+    report["torch_build"] = _torch_build()
+    report["devices"] = _devices(problems, has_triton="triton" in importable)
+    if demand == "triton" and all(row["path"] != "kernel" for row in report["devices"]):
+        problems.append("MICA_BACKEND=triton demands kernels, and no device here can run them")
+    report["products"] = _products()
+    report["peft"] = _peft(problems)
+    return report
 
 
 @contextmanager
@@ -47,25 +125,58 @@ def _versions() -> list[dict]:
     """MiCA, Python and requirements: name, version (None: not installed), problem (None: ok)."""
     from packaging.requirements import Requirement
 
-    rows = [{"name": "mica", "version": __version__, "problem": None}]
+    mica = {"name": "mica", "version": __version__, "problem": None}
     try:
-        python = f"Python{metadata(DISTRIBUTION)['Requires-Python']}"
-        needs = [Requirement(line) for line in (python, *requires(DISTRIBUTION))]
+        python = Requirement(f"Python{metadata(DISTRIBUTION)['Requires-Python']}")
+        needs = [python, *(Requirement(line) for line in requires(DISTRIBUTION))]
     except PackageNotFoundError:
-        rows[0]["problem"] = f"{DISTRIBUTION} is not installed, so the versions that it needs are not known"
-        return rows
-    for need in needs:
-        if "extra" in str(need.marker):
-            continue
-        installed = problem = None
-        with suppress(PackageNotFoundError):
-            installed = platform.python_version() if need.name == "Python" else version(need.name)
-        if installed is None and (need.marker is None or need.marker.evaluate()):
+        mica["problem"] = f"{DISTRIBUTION} is not installed, so the versions that it needs are not known"
+        return [mica]
+    rows = [_version_row(need) for need in needs if "extra" not in str(need.marker)]
+    return [mica, *rows]
+
+
+def _version_row(need) -> dict:
+    """The row of a `packaging.requirements.Requirement`."""
+    installed = _installed_version(need.name)
+    problem = None
+    if installed is None:
+        if need.marker is None or need.marker.evaluate():
             problem = f"{need.name} is not installed, and MiCA needs {need.specifier}"
-        elif installed is not None and not need.specifier.contains(installed, prereleases=True):
-            problem = f"{need.name} {installed} is not among the supported versions, {need.specifier}"
-        rows.append({"name": need.name, "version": installed, "problem": problem})
-    return rows
+    elif not need.specifier.contains(installed, prereleases=True):
+        problem = f"{need.name} {installed} is not among the supported versions, {need.specifier}"
+    return {"name": need.name, "version": installed, "problem": problem}
+
+
+def _installed_version(name: str) -> str | None:
+    if name == "Python":
+        return platform.python_version()
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None
+
+
+def _importable(problems: list[str]) -> set[str]:
+    """Which of torch and triton can be imported. A missing triton is no problem."""
+    importable = set()
+    for name in ("torch", "triton"):
+        if name == "triton" and find_spec(name) is None:
+            continue
+        with _noted(problems, f"{name} cannot be imported"):
+            import_module(name)
+            importable.add(name)
+    return importable
+
+
+def _torch_build() -> str:
+    from torch.version import cuda, hip
+
+    if hip:
+        return f"ROCm {hip} build"
+    if cuda:
+        return f"CUDA {cuda} build"
+    return "CPU build"
 
 
 def _devices(problems: list[str], has_triton: bool) -> list[dict]:
@@ -76,50 +187,89 @@ def _devices(problems: list[str], has_triton: bool) -> list[dict]:
     """
     import torch
 
-    from mica.kernels import runtime
-    from mica.paths import choose
-
-    with warnings.catch_warnings(record=True) as warned:  # of a driver that is too old, for one
+    with warnings.catch_warnings(record=True) as warned:  # about a driver that is too old, for one
         warnings.simplefilter("always")
         count = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    problems.extend(f"torch warns of its GPU: {one_line(w.message)}" for w in warned)
-    cpu = {"device": "cpu", "name": platform.machine(), "threads": torch.get_num_threads()}
-    rows = [cpu, *({"device": f"cuda:{index}"} for index in range(count))]
-    for row in rows:
-        device, capability, demand = torch.device(row["device"]), (0, 0), choose.requested()
-        row |= {"path": "error", "reason": None, "trial": "not tried"}
-        with _noted(problems, f"MiCA layers cannot run on {device}"):  # nor will they
-            if device.type == "cuda":
-                properties = torch.cuda.get_device_properties(device)
-                capability = torch.cuda.get_device_capability(device)
-                row |= {"name": properties.name, "memory_gib": round(properties.total_memory / 2**30, 1)}
-                row |= {"architecture": "compute capability {}.{}".format(*capability), "target": None}
-                if torch.version.hip:
-                    row["architecture"] = properties.gcnArchName
-                elif has_triton:
-                    from mica.kernels.common import INTERPRETED, target_of
+    for warning in warned:
+        problems.append(f"torch warns of its GPU: {one_line(warning.message)}")
 
-                    row["target"] = None if INTERPRETED.value else target_of(device)
-            reason = row["reason"] = choose.why_not_kernels(device, 16, torch.bfloat16)
-            row["path"] = "kernel" if not reason else "error" if demand == "triton" else "reference"
-            if row.get("target") and demand != "reference" and capability >= runtime.MINIMUM_CAPABILITY:
-                row["trial"] = "failed" if reason else "passed"
+    rows = [{"device": "cpu", "name": platform.machine(), "threads": torch.get_num_threads()}]
+    for index in range(count):
+        rows.append({"device": f"cuda:{index}"})
+    for row in rows:
+        row |= {"path": "error", "reason": None, "trial": "not tried"}
+        # what cannot be asked here cannot run here either
+        with _noted(problems, f"MiCA layers cannot run on {row['device']}"):
+            if row["device"] != "cpu":
+                _describe_gpu(row, has_triton)
+            _find_path(row)
         if row["trial"] == "failed":
-            problems.append(f"the kernels do not run on {device}: {row['reason']}")
+            problems.append(f"the kernels do not run on {row['device']}: {row['reason']}")
     return rows
 
 
+def _describe_gpu(row: dict, has_triton: bool) -> None:
+    """Add name, memory_gib, architecture and target to the row of a GPU."""
+    import torch
+
+    device = torch.device(row["device"])
+    properties = torch.cuda.get_device_properties(device)
+    major, minor = torch.cuda.get_device_capability(device)
+    row["name"] = properties.name
+    row["memory_gib"] = round(properties.total_memory / 2**30, 1)
+    row["architecture"] = f"compute capability {major}.{minor}"
+    row["target"] = None
+    if torch.version.hip:
+        row["architecture"] = properties.gcnArchName
+    elif has_triton:
+        from mica.kernels.common import INTERPRETED, target_of
+
+        if not INTERPRETED.value:
+            row["target"] = target_of(device)
+
+
+def _find_path(row: dict) -> None:
+    """Set path, reason and trial in the row of a device."""
+    import torch
+
+    from mica.kernels import runtime
+    from mica.paths import choose
+
+    device = torch.device(row["device"])
+    demand = choose.requested()
+    reason = choose.why_not_kernels(device, 16, torch.bfloat16)
+    row["reason"] = reason
+    if not reason:
+        row["path"] = "kernel"
+    elif demand != "triton":
+        row["path"] = "reference"
+
+    is_tried = False
+    if row.get("target") and demand != "reference":
+        is_tried = torch.cuda.get_device_capability(device) >= runtime.MINIMUM_CAPABILITY
+    if is_tried:
+        row["trial"] = "failed" if reason else "passed"
+
+
 def _products() -> dict[str, dict]:
-    """For bf16 and fp16: the time of a frozen layer's products over fp32's, whether the machine is too busy
-    for that, and whether MiCA uses them."""
+    """How fast a frozen layer's products are in bf16 and fp16.
+
+    For each dtype the time of "x Wᵀ" and "dy W" over fp32's, whether the machine is too "busy" to measure
+    them, and whether MiCA uses them ("native").
+    """
     from mica.dtypes import SIXTEEN_BIT
     from mica.paths.products import has_native, slowdown
 
-    names = ("x Wᵀ", "dy W", "busy")  # those of a `Slowdown`
-    return {
-        dtype_name(dtype): dict(zip(names, slowdown(dtype), strict=True)) | {"native": has_native(dtype)}
-        for dtype in SIXTEEN_BIT
-    }
+    found = {}
+    for dtype in SIXTEEN_BIT:
+        forward, backward, is_busy = slowdown(dtype)
+        found[dtype_name(dtype)] = {
+            "x Wᵀ": forward,
+            "dy W": backward,
+            "busy": is_busy,
+            "native": has_native(dtype),
+        }
+    return found
 
 
 def _peft(problems: list[str]) -> dict:
@@ -136,8 +286,10 @@ def _peft(problems: list[str]) -> dict:
 
         is_patched = patching.install()
         found = patching.compare()
-        parts = [f"{text} ({part})" for part, texts in found.left.items() for text in texts]
-        peft["mismatches"] = [*found.refused, *parts, *(f"{text} (optional)" for text in found.optional)]
+        peft["mismatches"] = list(found.refused)
+        for part, texts in found.left.items():
+            peft["mismatches"] += [f"{text} ({part})" for text in texts]
+        peft["mismatches"] += [f"{text} (optional)" for text in found.optional]
         if is_patched:
             peft["patched"] = patching.count()
             peft["note"] = known_peft.sentence(release)
@@ -152,108 +304,106 @@ def _caches() -> dict:
 
     cache = default_cache()
     if not cache:
-        return dict.fromkeys(("folder", "is_writable", "distrusted"))
+        return {"folder": None, "is_writable": None, "distrusted": None}
     nearest = next(path for path in (cache.folder, *cache.folder.parents) if os.path.exists(path))
-    writable = nearest.is_dir() and os.access(nearest, os.W_OK | os.X_OK)
-    return {"folder": str(cache.folder), "is_writable": writable, "distrusted": distrusted(cache.folder)}
+    is_writable = nearest.is_dir() and os.access(nearest, os.W_OK | os.X_OK)
+    return {
+        "folder": str(cache.folder),
+        "is_writable": is_writable,
+        "distrusted": distrusted(cache.folder),
+    }
 
 
-def examine() -> dict:
-    """All facts; ``problems`` says what is broken. Without torch, or another package, versions only.
-
-    Raises UsageError if ``MICA_BACKEND`` or ``MICA_CACHE_SIZE`` has no valid value.
-    """
-    report = {"versions": _versions(), "settings": {name: os.environ.get(name) for name in _SETTINGS}}
-    problems = report["problems"] = [row["problem"] for row in report["versions"] if row["problem"]]
-    usable = set()
-    if any(row["version"] is None and row["name"] != "triton" for row in report["versions"]):
-        return report
-    for name in ("torch", "triton"):
-        if name == "torch" or find_spec(name) is not None:
-            with _noted(problems, f"{name} cannot be imported"):
-                import_module(name)
-                usable.add(name)
-    if "torch" not in usable:
-        return report
-    from torch.version import cuda, hip
-
-    from mica.paths import choose
-
-    try:
-        demand, report["caches"] = choose.requested(), _caches()
-    except ValueError as error:
-        raise UsageError(str(error)) from error
-    report["torch_build"] = f"ROCm {hip} build" if hip else f"CUDA {cuda} build" if cuda else "CPU build"
-    report["devices"] = _devices(problems, "triton" in usable)
-    if demand == "triton" and all(row["path"] != "kernel" for row in report["devices"]):
-        problems.append("MICA_BACKEND=triton demands kernels, and no device here can run them")
-    return report | {"products": _products(), "peft": _peft(problems)}
-
-
-def _times(row: dict) -> str:
-    shown = (f"{row[name]:.{2 if row[name] < 10 else 3}g}" for name in ("x Wᵀ", "dy W"))
-    times = "x Wᵀ takes {} times float32's time, dy W takes {} times float32's time".format(*shown)
-    if row["busy"]:
-        times = "not measured, because other processes keep this machine busy"
-    through = "" if row["native"] else "; adapted layers go through float32, which --dtype auto takes"
-    return f"small ones: {times}{through}"
+# ---------------------------------------------------------------------------------------------------
+# their text, as lines of a label and what it says
+# ---------------------------------------------------------------------------------------------------
 
 
 def _lines(report: dict) -> Iterator[tuple[str, str]]:
-    """The report as text: lines of a label and its text."""
-    note_on_peft = report.get("peft", {}).get("note")
-    for row in report["versions"]:
-        note = row["problem"] or ("ok" if row["version"] else "not needed on this system")
-        if row["name"] == "peft" and note_on_peft and not row["problem"]:
-            note = "see PEFT below"
-        build = f", {report['torch_build']}" if row["name"] == "torch" and "torch_build" in report else ""
-        yield row["name"], f"{row['version'] or 'not installed':14}  {note}{build}"
-    for name, value in report["settings"].items():
-        yield name, value or f"{_SETTINGS[name]} (not set)"
+    yield from _lines_of_versions(report)
+    for name, default in _SETTINGS.items():
+        yield name, report["settings"][name] or f"{default} (not set)"
     if "devices" not in report:
         return
-    units = {"threads": "{} threads", "memory_gib": "{} GiB", "architecture": "{}", "target": "target {}"}
     for row in report["devices"]:
-        parts = [text.format(row[key]) for key, text in units.items() if row.get(key)]
-        yield row["device"], ", ".join([row.get("name", "unknown"), *parts])
-        yield "  MiCA layers", row["path"] + (f": {row['reason']}" if row["reason"] else "")
-        if row["device"] != "cpu":
-            yield "  trial kernel", row["trial"]
-            continue
-        for dtype, ratios in report["products"].items():
-            yield f"  {'bf16' if dtype == 'bfloat16' else 'fp16'} products", _times(ratios)
+        yield from _lines_of_device(row)
+        if row["device"] == "cpu":
+            for dtype, ratios in report["products"].items():
+                short = "bf16" if dtype == "bfloat16" else "fp16"
+                yield f"  {short} products", _times(ratios)
     if len(report["devices"]) == 1:
         yield "kernels", "none compiled: no GPU here"
-    yield "PEFT", f"mica.fast replaces {report['peft']['patched']} of its functions"
-    if note_on_peft:
-        yield "  note", note_on_peft
-    yield from (("  mismatch", mismatch) for mismatch in report["peft"]["mismatches"])
-    caches = report["caches"]
-    state = "writable" if caches["is_writable"] else "not writable, so nothing new is kept"
+    yield from _lines_of_peft(report["peft"])
+    yield "cache", _cache_line(report["caches"])
+
+
+def _lines_of_versions(report: dict) -> Iterator[tuple[str, str]]:
+    has_note_on_peft = bool(report.get("peft", {}).get("note"))
+    for row in report["versions"]:
+        if row["problem"]:
+            note = row["problem"]
+        elif not row["version"]:
+            note = "not needed on this system"
+        elif row["name"] == "peft" and has_note_on_peft:
+            note = "see PEFT below"
+        else:
+            note = "ok"
+        if row["name"] == "torch" and "torch_build" in report:
+            note += f", {report['torch_build']}"
+        yield row["name"], f"{row['version'] or 'not installed':14}  {note}"
+
+
+def _lines_of_device(row: dict) -> Iterator[tuple[str, str]]:
+    parts = [row.get("name", "unknown")]
+    if row.get("threads"):
+        parts.append(f"{row['threads']} threads")
+    if row.get("memory_gib"):
+        parts.append(f"{row['memory_gib']} GiB")
+    if row.get("architecture"):
+        parts.append(row["architecture"])
+    if row.get("target"):
+        parts.append(f"target {row['target']}")
+    yield row["device"], ", ".join(parts)
+
+    path = row["path"]
+    if row["reason"]:
+        path += f": {row['reason']}"
+    yield "  MiCA layers", path
+    if row["device"] != "cpu":
+        yield "  trial kernel", row["trial"]
+
+
+def _times(row: dict) -> str:
+    """The text on the 16-bit products of a CPU, of small matrices each."""
+    if row["busy"]:
+        times = "not measured, because other processes keep this machine busy"
+    else:
+        times = f"x Wᵀ takes {_rounded(row['x Wᵀ'])}x as long as in float32, dy W {_rounded(row['dy W'])}x"
+    if row["native"]:
+        return f"small ones: {times}"
+    return f"small ones: {times}; adapted layers compute in float32, which --dtype auto selects"
+
+
+def _rounded(ratio: float) -> str:
+    digits = 2 if ratio < 10 else 3
+    return f"{ratio:.{digits}g}"
+
+
+def _lines_of_peft(peft: dict) -> Iterator[tuple[str, str]]:
+    yield "PEFT", f"mica.fast replaces {peft['patched']} of its functions"
+    if peft["note"]:
+        yield "  note", peft["note"]
+    for mismatch in peft["mismatches"]:
+        yield "  mismatch", mismatch
+
+
+def _cache_line(caches: dict) -> str:
+    if not caches["folder"]:
+        return "off"
     if caches["distrusted"]:
         state = f"not used, because it {caches['distrusted']}"
-    yield "cache", f"{caches['folder']}, {state}" if caches["folder"] else "off"
-
-
-def run(args: argparse.Namespace) -> int:
-    """Run the command: 0 if all that this machine can do works, 1 if something is broken.
-
-    ``--json`` is what `examine` returns; with ``--adapter``, what `serving.judge` does. Raises UsageError.
-    """
-    if args.json:
-        check_file("--json", args.json)
-    if args.adapter:
-        with explained("--adapter needs packages that `mica doctor` lists", ImportError):
-            from mica.cli import serving
-        report = serving.judge(args.adapter)
+    elif caches["is_writable"]:
+        state = "writable"
     else:
-        report = examine()
-    if args.json:
-        write_json("--json", args.json, report)
-    for label, text in serving.lines(report) if args.adapter else _lines(report):
-        print(f"{label:16}  {text}")
-    if args.adapter:
-        return 0
-    broken = "; ".join(report["problems"])
-    print(f"broken: {broken}" if broken else "everything that this machine can do works")
-    return 1 if broken else 0
+        state = "not writable, so nothing new is kept"
+    return f"{caches['folder']}, {state}"

@@ -25,37 +25,147 @@ def add_parser(commands) -> None:
     add = parser.add_argument
     add("model", type=a_source, metavar="MODEL", help="Hub id, checkpoint folder or GGUF file")
     add("--rank", type=count(), default=16, help="rank of the adapter")
-    layers = "all-linear (all but output layer and routers, with experts) or names, like q_proj,embed_tokens"
     add(
         "--target-modules",
         type=a_name,
         default="all-linear",
         metavar="NAMES",
-        help=f"what to look at: {layers}",
+        help="what to look at: all-linear (all but output layer and routers, with experts) or names, like "
+        "q_proj,embed_tokens",
     )
     add_dtype_options(parser, "dtype of the weights; auto: that of the checkpoint, float32 for GGUF")
     add("--plot", type=a_path, metavar="FILE", help="also draw the whole spectra: .png, .pdf or .svg")
     add("--json", type=a_path, metavar="FILE", help="also write the table as JSON")
 
 
-def _line(row, width: int) -> str:
-    """One row of the table, without a line end."""
+def run(args: argparse.Namespace) -> int:
+    """Run the command: cheap checks first, a line as soon as a layer is measured, files at the end.
 
-    def formatted(value, spec):
-        return "-" if value is None else format(value, spec)
+    ``--json`` is one object: model, dtype, device, rank, target_modules (as given), what `summary` returns,
+    and layers, a list of objects with the fields of `mica.cli.spectra.Row`, in the order of the table.
+    Unknown values are null.
 
-    shape = " x ".join(map(str, row.shape)) if row.shape else "-"
-    start = f"{row.name:{width}}  {shape:>18}  {row.dtype or '-':8}  "
-    if row.reason:
-        return f"{start}cannot be adapted: {row.reason}"
-    values = (row.sigma_max, row.sigma_above, row.sigma_largest, row.sigma_smallest)
-    sigmas = "  ".join(f"{formatted(value, '.4g'):>9}" for value in values)
-    share = None if row.energy_share is None else 100 * row.energy_share
-    numbers = f"{sigmas}  {formatted(row.gap, '.4g'):>7}  {formatted(share, '.2g') + '%':>8}"
-    certificate = f"proven, {row.energy_excess:.1e}" if row.proven else "not proven"
-    end = f"  {row.quantised}, dequantised" if row.quantised else ""
-    end += f"  of expert {row.expert}" if row.expert is not None else ""
-    return f"{start}{numbers}  {row.method:6}  {certificate:15}  {row.seconds:6.2f}{end}"
+    Raises UsageError; also where no layer can be adapted: before the weights are read where the rank alone
+    forbids it, else after everything else.
+    """
+    _check_files(args)
+    model = _load(args)
+    targets = _listed(_targets(model, args))
+
+    start = time.perf_counter()
+    rows, spectra = _measure(args, targets)
+    result = summary(rows, seconds=time.perf_counter() - start)
+    print(_last_line(result))
+
+    if args.json:
+        report = {
+            "model": args.model,
+            "dtype": dtype_name(model.dtype),
+            "device": str(model.device),
+            "rank": args.rank,
+            "target_modules": args.target_modules,
+            **result,
+            "layers": [asdict(row) for row in rows],
+        }
+        write_json("--json", args.json, report)
+    if result["layers_found"] == result["layers_unsuitable"]:
+        raise UsageError(f"no layer can be adapted: {rows[0].name}: {rows[0].reason}")
+    if args.plot:
+        _draw(args, spectra)
+    return 0
+
+
+def _check_files(args: argparse.Namespace) -> None:
+    """Raise UsageError if what --json and --plot ask for cannot be written."""
+    if args.json:
+        check_file("--json", args.json)
+    if args.plot:
+        check_file("--plot", args.plot, PLOT_SUFFIXES)
+        try:
+            import mica.cli.plot  # noqa: F401
+        except ImportError as error:
+            raise UsageError(f"--plot needs matplotlib: {how_to_install('plot')}") from error
+
+
+def _load(args: argparse.Namespace):
+    """The model, once its skeleton has shown that something in it can be adapted."""
+    from mica.cli.loading import find_source, load_model, quieten_libraries, skeleton
+
+    quieten_libraries()
+    try:
+        source = find_source(args.model, args.trust_remote_code)
+        outline = skeleton(source)
+        if outline is not None:
+            _targets(outline, args)
+        return load_model(source, args.dtype)
+    except UsageError as error:  # which names an option that is an argument here
+        raise UsageError(str(error).removeprefix("--model ")) from error
+
+
+def _targets(model, args: argparse.Namespace):
+    """The `mica.cli.targets.Targets` of the options; ``model`` may be a `loading.skeleton`.
+
+    Raises UsageError if a name matches nothing, or if all layers are too small for the rank.
+    """
+    from mica.cli.targets import ALL_LINEAR, features, find_targets, saved_parameters
+
+    with_experts = True if args.target_modules == ALL_LINEAR else None
+    found = find_targets(model, args.target_modules, with_experts)
+    sizes = {name: features(module) for name, module in found.modules.items()}
+    for name, shape in saved_parameters(model, found.parameters).values():
+        sizes[name] = shape[-2:]
+
+    ranks = {name: min(size) for name, size in sizes.items() if size is not None}
+    if ranks and max(ranks.values()) < args.rank:
+        name = max(ranks, key=ranks.get)
+        shape = " x ".join(map(str, sizes[name]))
+        largest = f"the largest, {name}, has {shape} weights, so at most {ranks[name]} fits"
+        raise UsageError(f"--rank {args.rank}: no layer can be adapted: {largest}")
+    return found
+
+
+def _listed(found) -> list[tuple]:
+    """(name, module, parameter) of what is measured; None for the parameter of a layer."""
+    layers = [(name, module, None) for name, module in found.modules.items()]
+    parameters = [(name, module, name.rpartition(".")[2]) for name, module in found.parameters.items()]
+    return layers + parameters
+
+
+def _measure(args: argparse.Namespace, targets: list[tuple]) -> tuple[list, dict]:
+    """Measure the targets, and print a line for each.
+
+    Returns:
+        A `mica.cli.spectra.Row` for each, and with --plot all singular values by name.
+    """
+    from mica.cli.spectra import measure, weight_of
+    from mica.subspace.spectrum import spectrum
+
+    rank = args.rank
+    width = max(len(name) for name, _, _ in targets)
+    print(
+        f"{args.model}, r = {rank}: chosen are sigma_{rank} to sigma_1, gap = sigma_{rank + 1} / sigma_{rank}"
+    )
+    print(_header(rank, width), flush=True)
+
+    rows = []
+    spectra = {}
+    for name, module, parameter in targets:
+        row, chosen = measure(name, module, rank, parameter)
+        rows.append(row)
+        print(_line(row, width), flush=True)
+        if args.plot and chosen is not None:
+            values = spectrum(weight_of(module, rank, parameter, row.expert))
+            values[-rank:] = chosen  # exact where the Gram matrix of a large weight is not
+            spectra[name] = values
+    return rows, spectra
+
+
+def _draw(args: argparse.Namespace, spectra: dict) -> None:
+    from mica.cli.plot import figure
+
+    drawn = figure(spectra, args.rank, Path(args.model).name)
+    kind = args.plot.suffix[1:].lower()
+    write_file("--plot", args.plot, lambda path: drawn.savefig(path, format=kind))
 
 
 def summary(rows: list, seconds: float) -> dict:
@@ -72,87 +182,47 @@ def summary(rows: list, seconds: float) -> dict:
     }
 
 
-def _targets(model, args: argparse.Namespace):
-    """The `mica.cli.targets.Targets` of the options; ``model`` may be a `loading.skeleton`.
-
-    Raises UsageError if a name matches nothing, or if all layers are too small for the rank.
-    """
-    from mica.cli.targets import ALL_LINEAR, features, find_targets, saved_parameters
-
-    found = find_targets(model, args.target_modules, experts=args.target_modules == ALL_LINEAR or None)
-    sizes = {name: features(module) for name, module in found.modules.items()}
-    for name, shape in saved_parameters(model, found.parameters).values():
-        sizes[name] = shape[-2:]
-    ranks = {name: min(size) for name, size in sizes.items() if size is not None}
-    if ranks and max(ranks.values()) < args.rank:
-        name = max(ranks, key=ranks.get)
-        shape = " x ".join(map(str, sizes[name]))
-        largest = f"the largest, {name}, has {shape} weights, so at most {ranks[name]} fits"
-        raise UsageError(f"--rank {args.rank}: no layer can be adapted: {largest}")
-    return found
+# ---------------------------------------------------------------------------------------------------
+# the table
+# ---------------------------------------------------------------------------------------------------
 
 
-def run(args: argparse.Namespace) -> int:
-    """Run the command: cheap checks first, a line as soon as a layer is measured, files at the end.
-
-    ``--json`` is one object: model, dtype, device, rank, target_modules (as given), what `summary` returns,
-    and layers, a list of objects with the fields of `mica.cli.spectra.Row`, in the order of the table.
-    Unknown values are null.
-
-    Raises UsageError; also where no layer can be adapted: before the weights are read where the rank alone
-    forbids it, else after everything else.
-    """
-    if args.json:
-        check_file("--json", args.json)
-    if args.plot:
-        check_file("--plot", args.plot, PLOT_SUFFIXES)
-        try:
-            from mica.cli.plot import figure
-        except ImportError as error:
-            raise UsageError(f"--plot needs matplotlib: {how_to_install('plot')}") from error
-    from mica.cli.loading import find_source, load_model, quieten_libraries, skeleton
-
-    quieten_libraries()
-    try:
-        source = find_source(args.model, args.trust_remote_code)
-        outline = skeleton(source)
-        if outline is not None:
-            _targets(outline, args)
-        model = load_model(source, args.dtype)
-    except UsageError as error:  # which names an option that is an argument here
-        raise UsageError(str(error).removeprefix("--model ")) from error
-    from mica.cli.spectra import measure, weight_of
-    from mica.subspace.spectrum import spectrum
-
-    found = _targets(model, args)
-    targets = [(name, module, None) for name, module in found.modules.items()]
-    targets += [(name, module, name.rpartition(".")[2]) for name, module in found.parameters.items()]
-    width = max(len(name) for name, _, _ in targets)
-    rows, spectra, r, start = [], {}, args.rank, time.perf_counter()
-    print(f"{args.model}, r = {r}: chosen are sigma_{r} to sigma_1, gap = sigma_{r + 1} / sigma_{r}")
-    sigmas = "  ".join(f"{f'sigma_{which}':>9}" for which in ("max", r + 1, r, 1))
+def _header(rank: int, width: int) -> str:
+    sigmas = "  ".join(f"{f'sigma_{which}':>9}" for which in ("max", rank + 1, rank, 1))
     columns = f"{'gap':>7}  {'energy':>8}  {'method':6}  {'proven, excess':15}  {'s':>6}"
-    print(f"{'layer':{width}}  {'out x in':>18}  {'dtype':8}  {sigmas}  {columns}", flush=True)
-    for name, module, parameter in targets:
-        row, chosen = measure(name, module, r, parameter)
-        rows.append(row)
-        print(_line(row, width), flush=True)
-        if args.plot and chosen is not None:
-            spectra[name] = spectrum(weight_of(module, r, parameter, row.expert))
-            spectra[name][-r:] = chosen  # exact where the Gram matrix of a large weight is not
-    s = summary(rows, time.perf_counter() - start)
-    worst = "-" if s["worst_energy_excess"] is None else f"{s['worst_energy_excess']:.1e}"
-    print(
-        f"{s['layers_found']} layers in {s['seconds']:.1f} s: {s['layers_proven']} proven (worst energy "
-        f"excess {worst}), {s['layers_not_proven']} not proven, {s['layers_unsuitable']} cannot be adapted"
+    return f"{'layer':{width}}  {'out x in':>18}  {'dtype':8}  {sigmas}  {columns}"
+
+
+def _line(row, width: int) -> str:
+    """One row of the table, without a line end."""
+    shape = " x ".join(map(str, row.shape)) if row.shape else "-"
+    start = f"{row.name:{width}}  {shape:>18}  {row.dtype or '-':8}  "
+    if row.reason:
+        return f"{start}cannot be adapted: {row.reason}"
+
+    values = (row.sigma_max, row.sigma_above, row.sigma_largest, row.sigma_smallest)
+    sigmas = "  ".join(f"{_number(value, '.4g'):>9}" for value in values)
+    share = None if row.energy_share is None else 100 * row.energy_share
+    numbers = f"{sigmas}  {_number(row.gap, '.4g'):>7}  {_number(share, '.2g') + '%':>8}"
+    certificate = f"proven, {row.energy_excess:.1e}" if row.proven else "not proven"
+    line = f"{start}{numbers}  {row.method:6}  {certificate:15}  {row.seconds:6.2f}"
+    if row.quantised:
+        line += f"  {row.quantised}, dequantised"
+    if row.expert is not None:
+        line += f"  of expert {row.expert}"
+    return line
+
+
+def _number(value: float | None, spec: str) -> str:
+    if value is None:
+        return "-"
+    return format(value, spec)
+
+
+def _last_line(result: dict) -> str:
+    worst = _number(result["worst_energy_excess"], ".1e")
+    return (
+        f"{result['layers_found']} layers in {result['seconds']:.1f} s: {result['layers_proven']} proven "
+        f"(worst energy excess {worst}), {result['layers_not_proven']} not proven, "
+        f"{result['layers_unsuitable']} cannot be adapted"
     )
-    if args.json:
-        report = {"model": args.model, "dtype": dtype_name(model.dtype), "device": str(model.device)}
-        report |= {"rank": r, "target_modules": args.target_modules, **s}
-        write_json("--json", args.json, report | {"layers": [asdict(row) for row in rows]})
-    if s["layers_found"] == s["layers_unsuitable"]:
-        raise UsageError(f"no layer can be adapted: {rows[0].name}: {rows[0].reason}")
-    if args.plot:
-        drawn, kind = figure(spectra, r, Path(args.model).name), args.plot.suffix[1:].lower()
-        write_file("--plot", args.plot, lambda path: drawn.savefig(path, format=kind))
-    return 0

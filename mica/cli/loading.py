@@ -45,11 +45,12 @@ class Source:
 
     def error(self, reason: Exception | str) -> UsageError:
         """The error to raise for ``reason``; of a library's message only the first lines are kept."""
-        if "trust_remote_code" in str(reason):
-            reason = "it contains custom code; pass --trust-remote-code to run it"
-        if "couldn't connect" in str(reason):
-            reason = "no such folder, and the Hub cannot be reached: give a folder, or a model in its cache"
-        return UsageError(f"--model {self.given}: {first_sentences(str(reason))}")
+        message = str(reason)
+        if "trust_remote_code" in message:
+            message = "it contains custom code; pass --trust-remote-code to run it"
+        elif "couldn't connect" in message:
+            message = "no such folder, and the Hub cannot be reached: give a folder, or a model in its cache"
+        return UsageError(f"--model {self.given}: {first_sentences(message)}")
 
 
 def quieten_libraries() -> None:
@@ -69,28 +70,40 @@ def find_source(model: str, trust_remote_code: bool) -> Source:
             raise UsageError(f"--model {model}: a file must end in .gguf; otherwise give the folder")
         if importlib.util.find_spec("gguf") is None:
             raise UsageError(f"--model {model}: GGUF files need gguf: {how_to_install('cli')}")
-        return Source(model, str(path.parent.absolute()), {**options, "gguf_file": path.name})
+        options["gguf_file"] = path.name
+        return Source(model, str(path.parent.absolute()), options)
     if path.is_dir():
         # Absolute: the adapter names this folder, and is loaded from other working directories too.
         return Source(model, str(path.absolute()), options)
-    if model.endswith(".gguf") or model.startswith((".", "~")) or path.is_absolute() or len(path.parts) > 2:
+    if _looks_like_a_path(model, path):
         raise UsageError(f"--model {model}: no such file or folder")
     return Source(model, model, options)
+
+
+def _looks_like_a_path(model: str, path: Path) -> bool:
+    """Whether ``model`` cannot be a Hub id, which is OWNER/NAME at most."""
+    if model.endswith(".gguf") or model.startswith((".", "~")):
+        return True
+    return path.is_absolute() or len(path.parts) > 2
 
 
 def _refuse_adapter(source: Source) -> None:
     """Raise UsageError if the source is a PEFT adapter, which transformers would load with its base."""
     if source.is_gguf:
         return
-    file = made = None
-    with suppress(
-        OSError, ValueError, AttributeError, RecursionError
-    ):  # not reachable: reported when the model is read
-        file = find_adapter_config_file(source.location)
-        made = file and json.loads(Path(file).read_text(encoding="utf-8")).get("base_model_name_or_path")
-    if file is not None:
-        on = f", made on {made}" if made else ""
-        raise source.error(f"is an adapter{on}, and not a model: give that one, or a merged model")
+    config_file = None
+    base = None
+    # What cannot be reached or read is reported when the model is loaded.
+    with suppress(OSError, ValueError, AttributeError, RecursionError):
+        config_file = find_adapter_config_file(source.location)
+        if config_file is not None:
+            config = json.loads(Path(config_file).read_text(encoding="utf-8"))
+            base = config.get("base_model_name_or_path")
+    if config_file is None:
+        return
+    if base:
+        raise source.error(f"is an adapter for {base}, not a model: pass its base model or a merged model")
+    raise source.error("is an adapter, not a model: pass its base model or a merged model")
 
 
 def load_tokenizer(source: Source):
@@ -102,9 +115,10 @@ def load_tokenizer(source: Source):
     if not source.is_gguf:  # GGUF files name their architecture only; from_pretrained checks it
         config = load_config(source)
         has_own_class = "AutoModelForCausalLM" in getattr(config, "auto_map", {})
+        is_causal = has_own_class or type(config) in MODEL_FOR_CAUSAL_LM_MAPPING
         # BERT and the like are in the mapping too, as decoders, but a masked model sees what it predicts.
         is_masked = any(name.endswith("ForMaskedLM") for name in config.architectures or ())
-        if is_masked or not (has_own_class or type(config) in MODEL_FOR_CAUSAL_LM_MAPPING):
+        if is_masked or not is_causal:
             raise source.error(f"model type '{config.model_type}' is not a causal language model")
     try:
         return AutoTokenizer.from_pretrained(source.location, **source.options)
@@ -135,31 +149,49 @@ def load_model(source: Source, dtype: str, device: torch.device | None = None, q
     """
     _refuse_adapter(source)
     device = device or find_device()
-    if source.is_gguf and dtype == "auto":
-        dtype = "float32"
-    options = source.options | {"dtype": dtype if dtype == "auto" else getattr(torch, dtype)}
-    if quantization is not None:
-        options |= {"quantization_config": quantization, "device_map": {"": device}}
-    if not source.is_gguf:
-        options["use_safetensors"] = True
-    elif hasattr(transformers, "GgufConfig"):  # versions without it always dequantise
-        options["quantization_config"] = transformers.GgufConfig(dequantize=True)
+    options = _loading_options(source, dtype, device, quantization)
     try:
         model, info = AutoModelForCausalLM.from_pretrained(
             source.location, **options, output_loading_info=True
         )
-    except (*_BAD_SOURCE, SafetensorError, ImportError) as error:  # the last: of a checkpoint's quantisation
-        if quantization is not None and isinstance(error, ImportError):
+    except ImportError as error:
+        if quantization is not None:  # a library that --quantize needs: the caller says how to install it
             raise
+        raise source.error(error) from error  # one that the checkpoint's own quantisation needs
+    except (*_BAD_SOURCE, SafetensorError) as error:
         raise source.error(error) from error
-    if missing := sorted(info["missing_keys"]):
+
+    missing = sorted(info["missing_keys"])
+    if missing:
         raise source.error(f"not a causal language model: it has no weights for {', '.join(missing[:3])}")
-    if source.is_gguf and (quantizer := getattr(model, "hf_quantizer", None)) is not None:
+
+    quantizer = getattr(model, "hf_quantizer", None)
+    if source.is_gguf and quantizer is not None:
         # Dense now, but still marked as quantised: the Trainer would refuse it, and so would the reader of
         # a merged model.
         quantizer.remove_quantization_config(model)
-    # Not a quantised one: it is there already, and bitsandbytes refuses to move 8-bit weights.
-    return model if quantization is not None else model.to(device)
+    if quantization is not None:  # it is there already, and bitsandbytes refuses to move 8-bit weights
+        return model
+    return model.to(device)
+
+
+def _loading_options(source: Source, dtype: str, device: torch.device, quantization) -> dict:
+    """The keywords of ``from_pretrained`` for the arguments of `load_model`."""
+    options = dict(source.options)
+    if dtype != "auto":
+        options["dtype"] = getattr(torch, dtype)
+    elif source.is_gguf:
+        options["dtype"] = torch.float32
+    else:
+        options["dtype"] = "auto"
+    if quantization is not None:
+        options["quantization_config"] = quantization
+        options["device_map"] = {"": device}
+    if not source.is_gguf:
+        options["use_safetensors"] = True
+    elif hasattr(transformers, "GgufConfig"):  # versions without it always dequantise
+        options["quantization_config"] = transformers.GgufConfig(dequantize=True)
+    return options
 
 
 def skeleton(source: Source) -> nn.Module | None:
@@ -183,7 +215,8 @@ def skeleton(source: Source) -> nn.Module | None:
 
 def find_device() -> torch.device:
     """This process's device among several processes; else the accelerator, or the CPU without one."""
-    if torch.distributed.is_available() and torch.distributed.is_initialized() and is_accelerate_available():
+    is_distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
+    if is_distributed and is_accelerate_available():
         return PartialState().device
     return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
 
@@ -208,15 +241,20 @@ def suit_processor(model, dtype: str) -> str | None:
         return None
     name = dtype_name(model.dtype)
     forward, backward, is_busy = slowdown(model.dtype)
-    times = f"{forward:.0f} times float32's time in a forward and {backward:.0f} times in a backward"
-    times = "many times float32's time" if is_busy else times
-    cost = f"this processor has no {name} instructions, even a small product of matrices takes {times}"
+    if is_busy:  # the measured times mean nothing
+        times = "many times as long as in float32"
+    else:
+        times = (
+            f"{forward:.0f}x as long as in float32 in a forward pass and {backward:.0f}x in a backward pass"
+        )
+    cost = f"this processor has no {name} instructions, so even a small matrix product takes {times}"
+
     if dtype != "auto":
-        return f"--dtype {dtype}: {cost} (adapted layers run through float32); --dtype float32 is quicker"
+        return f"--dtype {dtype}: {cost} (adapted layers compute in float32); --dtype float32 is faster"
     if getattr(model, "is_quantized", False):
         return f"the checkpoint is quantised and computes in {name}: {cost}"
     model.float()
-    return f"float32 and not the checkpoint's {name}: {cost}"
+    return f"float32 instead of the checkpoint's {name}: {cost}"
 
 
 def check_limits(source: Source, model, sequence_length: int, largest_token_id: int = 0) -> None:
@@ -229,5 +267,6 @@ def check_limits(source: Source, model, sequence_length: int, largest_token_id: 
         raise UsageError(f"--sequence-length {sequence_length}: the model takes at most {longest} tokens")
     entries = model.get_input_embeddings().weight.shape[0]
     if largest_token_id >= entries:
-        gives = f"its tokenizer gives token {largest_token_id}"
-        raise source.error(f"{gives}, its embedding has {entries} entries")
+        raise source.error(
+            f"its tokenizer produces token {largest_token_id}, but its embedding has {entries} entries"
+        )

@@ -28,7 +28,10 @@ _DEPTHS = ListedColormap(colormaps["viridis"].resampled(256)(torch.linspace(0, 0
 
 def _depth(name: str) -> int | None:
     """The first number in a module's name: its block."""
-    return next((int(part) for part in name.split(".") if part.isdigit()), None)
+    for part in name.split("."):
+        if part.isdigit():
+            return int(part)
+    return None
 
 
 def _panels(names: list[str]) -> dict[str, list[str]]:
@@ -37,17 +40,34 @@ def _panels(names: list[str]) -> dict[str, list[str]]:
     Numbers do not count, so that the experts of a block are one kind. "h.0.attn.c_proj" and
     "h.0.mlp.c_proj" are the kinds "attn.c_proj" and "mlp.c_proj".
     """
-    words = {name: re.sub(r"(?<![^.])\d+(\.|$)", "", name).strip(".") or name for name in names}
-    parents: dict[str, set[str]] = {}
+    endings = {}  # name -> its last two components without numbers
     for name in names:
-        last_two = ".".join(words[name].split(".")[-2:])
-        parents.setdefault(last_two.rpartition(".")[2], set()).add(last_two)
-    result: dict[str, list[str]] = {}
-    for name in names:
-        last = words[name].rpartition(".")[2]
-        kind = last if len(parents[last]) == 1 else ".".join(words[name].split(".")[-2:])
-        result.setdefault(kind, []).append(name)
-    return result
+        words = re.sub(r"(?<![^.])\d+(\.|$)", "", name).strip(".") or name
+        endings[name] = ".".join(words.split(".")[-2:])
+
+    variants: dict[str, set[str]] = {}  # last component -> the endings that it has
+    for ending in endings.values():
+        last = ending.rpartition(".")[2]
+        variants.setdefault(last, set()).add(ending)
+
+    panels: dict[str, list[str]] = {}
+    for name, ending in endings.items():
+        last = ending.rpartition(".")[2]
+        kind = last if len(variants[last]) == 1 else ending
+        panels.setdefault(kind, []).append(name)
+    return panels
+
+
+def _plot_spectrum(axes, values: torch.Tensor, rank: int, colour) -> None:
+    """One line for all singular values, (n,) descending, and a thicker one for the adapted ones."""
+    floor = torch.finfo(torch.float64).eps * values[0]
+    if floor > 0:
+        heights = values.clamp_min(floor)
+    else:  # no logarithm
+        heights = torch.full_like(values, torch.nan)
+    indices = torch.arange(len(values), 0, -1)
+    axes.plot(indices, heights, color=colour, linewidth=0.6, alpha=0.8, gid="spectrum")
+    axes.plot(indices[-rank:], heights[-rank:], color=colour, linewidth=1.5, alpha=0.9, gid="adapted")
 
 
 @rc_context(STYLE)
@@ -66,7 +86,7 @@ def figure(spectra: dict[str, torch.Tensor], rank: int, model: str) -> Figure:
     rows = math.ceil(len(kinds) / columns)
     drawing = Figure(figsize=(1.6 + 2.9 * columns, 1.5 + 2.5 * rows), dpi=150, layout="constrained")
     grid = drawing.subplots(rows, columns, sharey=True, squeeze=False).flatten()
-    depths = [depth for depth in map(_depth, spectra) if depth is not None]
+    depths = [_depth(name) for name in spectra if _depth(name) is not None]
     scale = Normalize(0, max([1, *depths]))
 
     for axes, (kind, names) in zip(grid, kinds.items(), strict=False):
@@ -74,13 +94,9 @@ def figure(spectra: dict[str, torch.Tensor], rank: int, model: str) -> Figure:
         axes.axvspan(1, rank, color=_MARK, alpha=0.15, linewidth=0, gid="adapted")
         axes.axvline(rank, color=_MARK, linewidth=0.8)
         for name in names:
-            values, depth = spectra[name], _depth(name)
-            floor = torch.finfo(torch.float64).eps * values[0]
-            heights = values.clamp_min(floor) if floor > 0 else torch.full_like(values, torch.nan)
-            indices = torch.arange(len(values), 0, -1)
+            depth = _depth(name)
             colour = _DEPTHS(0.4 if depth is None else scale(depth))
-            axes.plot(indices, heights, color=colour, linewidth=0.6, alpha=0.8, gid="spectrum")
-            axes.plot(indices[-rank:], heights[-rank:], color=colour, linewidth=1.5, alpha=0.9, gid="adapted")
+            _plot_spectrum(axes, spectra[name], rank, colour)
         longest = max(len(spectra[name]) for name in names)
         axes.set_xlim(max(longest, 2), 1)
         axes.set_xticks([longest, *(10**power for power in range(5) if 10**power < longest / 2)])

@@ -1,4 +1,4 @@
-"""Where an adapter can be served as it is, where not, and why: rules read in the sources of the servers.
+"""Which servers can load an adapter as it is, and why others cannot: rules read in the servers' sources.
 
 None of the servers is needed, and nothing is served. A PEFT LoRA is judged like a MiCA adapter, which is one
 to every server: B is in the file.
@@ -18,15 +18,15 @@ RELEASES = {"PEFT": "0.19.1 and 0.21.2", "vLLM": "0.33.0", "SGLang": "0.5.23", "
 
 _COPY = "{} in a copy of adapter_config.json"
 _SCALE = f"with {_COPY}, because it scales by alpha / r"
-_MIXED = 'with --enable-mixed-moe-lora-format and "is_3d_lora_weight": true in --lora-modules (gpt-oss and '
-_MIXED += "Qwen3.5-MoE: without)"  # classes with is_3d_moe_weight
-# Read there: lora_A of a stack is (rank * experts, in_features), which is what PEFT stores since 0.19.1. The
-# report is about the layout before that; but the change it proposes swaps the factors of whatever names
-# target_parameters, which would transpose the present layout.
-_MIXED += (
-    "; experts are unconfirmed, since vLLM's open pull request 52198 reports that they fail or come out "
+# Classes with is_3d_moe_weight go without the options. As read there, lora_A of a stack is
+# (rank * experts, in_features), which is what PEFT stores since 0.19.1. The pull request is about the layout
+# before that; but the change it proposes swaps the factors of whatever names target_parameters, which would
+# transpose the present layout.
+_MIXED = (
+    'with --enable-mixed-moe-lora-format and "is_3d_lora_weight": true in --lora-modules (gpt-oss and '
+    "Qwen3.5-MoE: without); experts are unconfirmed, since vLLM's open pull request 52198 reports that they "
+    "fail or come out transposed on Qwen3.5-MoE: compare its answers with those of the merged model"
 )
-_MIXED += "transposed on Qwen3.5-MoE: compare its answers with those of the merged model"
 _SWAPPED = "its stacks of experts are not as PEFT stores gate_up_proj and down_proj since 0.19.1"
 _STACKS = "it does not read PEFT's names for stacks of experts (experts.base_layer)"
 _VLLM = "vllm/lora/peft_helper.py: PEFTHelper.validate_legal"
@@ -37,8 +37,8 @@ _SGLANG_NAMES = "sglang/srt/lora/utils.py: get_"
 _CONVERTER = "convert_lora_to_gguf.py"
 _GGUF_SCALE = "src/llama-adapter.h at 215841f: llama_adapter_lora_weight.get_scale"
 _CHANGED = "init_lora_weights={} has changed the base's weights"
-# Server -> one of `traits` -> whether it serves such an adapter, how or why not (a format of the trait's
-# value), and where its release of above shows that.
+# Server -> one of `traits` -> whether it serves such an adapter, how or why not (a format string for the
+# trait's value), and where the source of its release above shows that.
 RULES: dict[str, dict[str, tuple[bool, str, str]]] = {
     "PEFT": {
         "mark": (True, f"from 0.20 on; for an older one {_COPY}", "peft/tuners/lora/layer.py: LoraLayer"),
@@ -81,64 +81,107 @@ RULES: dict[str, dict[str, tuple[bool, str, str]]] = {
 }
 _BASES = {
     True: "has the weights that the adapter was trained on",
-    False: "has other weights by now than the adapter was trained on: with those it is another model",
+    False: "no longer has the weights that the adapter was trained on, so the result is another model",
     None: "not compared with what the adapter was trained on: it is not here, or that is not recorded",
 }
 _VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # MaxLoRARanks
 _PLAIN = ("gaussian", "eva", "orthogonal", "mica", "lora_ga")  # change no base: vLLM's list
-# What SGLang fuses, and by which name; it fills up a missing k_proj or up_proj with zeros.
+# Projections that SGLang fuses: the second must be adapted where the first is. It fills in zeros for a
+# missing k_proj or up_proj.
 _FUSED = (("q_proj", "v_proj"), ("k_proj", "q_proj"), ("v_proj", "q_proj"), ("up_proj", "gate_proj"))
-_KNOWN = {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
-_KNOWN |= {"qkv_proj", "gate_up_proj", "embed_tokens", "lm_head"}  # by SGLang for all models
+# Names that SGLang knows for all models.
+_KNOWN = {"q_proj", "k_proj", "v_proj", "o_proj", "qkv_proj"}
+_KNOWN |= {"gate_proj", "up_proj", "gate_up_proj", "down_proj", "embed_tokens", "lm_head"}
 
 
 def traits(config: LoraConfig, layers: dict[str, tuple[int, int, int]]) -> dict[str, object]:
     """What the rules look at, as far as the adapter has it: name -> value for the rule's text.
 
-    ``config``, ``layers``: of `read_adapter_config` and `adapted_layers`.
+    ``config`` and ``layers`` are what `read_adapter_config` and `adapted_layers` return.
     """
-    ranks, alphas = config.rank_pattern or {}, config.alpha_pattern or {}
-    rank, init = max(config.r, *ranks.values(), 0), config.init_lora_weights
-    stacks = {name for name, (_, rows, _) in layers.items() if rows > rank}  # A has those of all experts
+    ranks = config.rank_pattern or {}
+    rank = max(config.r, *ranks.values(), 0)
+    stacks = {name for name, (_, rows, _) in layers.items() if rows > rank}  # A has the rows of all experts
     names = {name.rpartition(".")[2] for name in layers.keys() - stacks}
-    tokens = ["rows of the embedding"] if config.trainable_token_indices else []
-    alone = [pair for pair in _FUSED if pair[0] in names and pair[1] not in names]
-    scale = {"use_rslora": False, "lora_alpha": config.lora_alpha * math.sqrt(config.r)}
     found = {
         "any": True,
-        # Not of an adapter of parameters: its file says true, and MiCA in peft_version.
-        "mark": requests_mica(config) and not config.target_parameters and _entries(init_lora_weights=True),
-        "rank": rank > 16 and next((most for most in _VLLM_RANKS if most >= rank), None),
-        "huge rank": rank > _VLLM_RANKS[-1] and rank,
-        "ranks": bool(ranks or alphas),
-        "alphas": bool(alphas or (ranks and config.use_rslora)),
-        "rsLoRA": config.use_rslora and _entries(**scale),
-        "pattern": isinstance(config.target_modules, str) and _entries(target_modules=sorted(names)),
-        "whole modules": ", ".join([*(config.modules_to_save or ()), *tokens]),
-        "embeddings": ", ".join(sorted(names & {"embed_tokens", "lm_head"})),
-        "output layer": "lm_head" in names,
-        "experts": bool(stacks),
-        "single stacks": any(
-            f"{name.removesuffix('.base_layer')}.base_layer" not in stacks for name in stacks
-        ),
-        "other stacks": any(
-            not _is_gate_up_and_down(layers[f"{name}.base_layer"], layers[name])
-            for name in stacks
-            if f"{name}.base_layer" in stacks
-        ),
-        "unpaired": "; ".join("{} is adapted and {} is not".format(*pair) for pair in alone),
-        "other names": ", ".join(sorted(names - _KNOWN)),
-        "DoRA": config.use_dora,
-        "biases": config.lora_bias or config.bias != "none",
-        "changed base": isinstance(init, str) and init.lower() not in _PLAIN and init,
+        **_traits_of_ranks(config, rank),
+        **_traits_of_names(config, names),
+        **_traits_of_stacks(stacks, layers),
+        **_traits_of_kind(config),
     }
     return {name: value for name, value in found.items() if value}
+
+
+def _traits_of_ranks(config: LoraConfig, rank: int) -> dict[str, object]:
+    """``rank``: the largest of all layers."""
+    found = {}
+    if rank > _VLLM_RANKS[-1]:
+        found["huge rank"] = rank
+    elif rank > 16:
+        found["rank"] = next(most for most in _VLLM_RANKS if most >= rank)
+    if config.rank_pattern or config.alpha_pattern:
+        found["ranks"] = True
+    if config.alpha_pattern or (config.rank_pattern and config.use_rslora):
+        found["alphas"] = True
+    if config.use_rslora:
+        alpha = config.lora_alpha * math.sqrt(config.r)
+        found["rsLoRA"] = _entries(use_rslora=False, lora_alpha=alpha)
+    return found
+
+
+def _traits_of_names(config: LoraConfig, names: set[str]) -> dict[str, object]:
+    """``names``: the last parts of the names of the adapted layers, without stacks of experts."""
+    whole = list(config.modules_to_save or ())
+    if config.trainable_token_indices:
+        whole.append("rows of the embedding")
+    unpaired = []
+    for name, partner in _FUSED:
+        if name in names and partner not in names:
+            unpaired.append(f"{name} is adapted and {partner} is not")
+    found = {
+        "whole modules": ", ".join(whole),
+        "embeddings": ", ".join(sorted(names & {"embed_tokens", "lm_head"})),
+        "output layer": "lm_head" in names,
+        "unpaired": "; ".join(unpaired),
+        "other names": ", ".join(sorted(names - _KNOWN)),
+    }
+    if isinstance(config.target_modules, str):
+        found["pattern"] = _entries(target_modules=sorted(names))
+    return found
+
+
+def _traits_of_stacks(stacks: set[str], layers: dict[str, tuple[int, int, int]]) -> dict[str, object]:
+    """``stacks``: those of the ``layers`` that are stacks of experts.
+
+    PEFT stores the adapters of two stacks of one module under its name and that name with ".base_layer".
+    """
+    found = {"experts": bool(stacks)}
+    for name in stacks:
+        inner = f"{name}.base_layer"
+        if f"{name.removesuffix('.base_layer')}.base_layer" not in stacks:
+            found["single stacks"] = True
+        if inner in stacks and not _is_gate_up_and_down(layers[inner], layers[name]):
+            found["other stacks"] = True
+    return found
+
+
+def _traits_of_kind(config: LoraConfig) -> dict[str, object]:
+    """What kind of LoRA it is to each server."""
+    found = {"DoRA": config.use_dora, "biases": config.lora_bias or config.bias != "none"}
+    # An adapter of parameters is plain LoRA in its file already: the mark of MiCA is in peft_version.
+    if requests_mica(config) and not config.target_parameters:
+        found["mark"] = _entries(init_lora_weights=True)
+    init = config.init_lora_weights
+    if isinstance(init, str) and init.lower() not in _PLAIN:
+        found["changed base"] = init
+    return found
 
 
 def _is_gate_up_and_down(inner: tuple[int, int, int], outer: tuple[int, int, int]) -> bool:
     """Whether two stacks of one module are (2·)I x H and H x I, as vLLM takes them by their names.
 
-    Each: out_features, rows of A, in_features.
+    ``inner``, ``outer``: out_features, rows of A, in_features.
     """
     gate_up_out, _, gate_up_in = inner
     down_out, _, down_in = outer
@@ -146,6 +189,7 @@ def _is_gate_up_and_down(inner: tuple[int, int, int], outer: tuple[int, int, int
 
 
 def _entries(**entries) -> str:
+    """The entries as they stand in a JSON object, without its braces."""
     return json.dumps(entries)[1:-1]
 
 
@@ -159,38 +203,50 @@ def judge(folder: Path) -> dict:
     """
     config = read_adapter_config(folder, any_lora=True)
     layers = adapted_layers(folder)
-    found, rows = traits(config, layers), []
-    for server, release in RELEASES.items():
-        rules = [
-            {"found": name, "serves": serves, "text": text.format(found[name]), "source": source}
-            for name, (serves, text, source) in RULES[server].items()
-            if name in found
-        ]
-        refused = [rule["text"] for rule in rules if not rule["serves"]]
-        text = (
-            f"no: {'; '.join(refused)}" if refused else ", ".join(["yes", *(rule["text"] for rule in rules)])
-        )
-        rows.append(
-            {"server": server, "release": release, "serves": not refused, "text": text, "rules": rules}
-        )
-    facts = {"folder": str(folder), "kind": "MiCA" if requests_mica(config) else "LoRA", "rank": config.r}
+    found = traits(config, layers)
     base = config.base_model_name_or_path
-    facts |= {"alpha": config.lora_alpha, "layers": len(layers), "base": base}
-    facts["is_its_base"] = trained_on.is_base(folder, base or "")
-    return facts | {"servers": rows}
+    return {
+        "folder": str(folder),
+        "kind": "MiCA" if requests_mica(config) else "LoRA",
+        "rank": config.r,
+        "alpha": config.lora_alpha,
+        "layers": len(layers),
+        "base": base,
+        "is_its_base": trained_on.is_base(folder, base or ""),
+        "servers": [_verdict(server, found) for server in RELEASES],
+    }
+
+
+def _verdict(server: str, found: dict[str, object]) -> dict:
+    """The row of one server, for an adapter with these traits."""
+    rules = []
+    for name, (serves, text, source) in RULES[server].items():
+        if name in found:
+            text = text.format(found[name])
+            rules.append({"found": name, "serves": serves, "text": text, "source": source})
+    refused = [rule["text"] for rule in rules if not rule["serves"]]
+    if refused:
+        text = f"no: {'; '.join(refused)}"
+    else:
+        text = ", ".join(["yes", *(rule["text"] for rule in rules)])
+    return {
+        "server": server,
+        "release": RELEASES[server],
+        "serves": not refused,
+        "text": text,
+        "rules": rules,
+    }
 
 
 def lines(judged: dict) -> list[tuple[str, str]]:
     """What `judge` found, as text: lines of a label and its text."""
-    rows = [(row["server"], row["text"]) for row in judged["servers"]]
-    if not all(row["serves"] for row in judged["servers"]):
-        rows.append(("merged", "a plain checkpoint, which needs none of this: mica transfer writes it"))
-    releases = ", ".join(f"{row['server']} {row['release']}" for row in judged["servers"])
-    base = _BASES[judged["is_its_base"]]
+    servers = judged["servers"]
     facts = "{kind}, rank {rank}, alpha {alpha}, {layers} layers, on {base}".format(**judged)
-    return [
-        ("adapter", facts),
-        ("its base", base),
-        *rows,
-        ("rules", f"read in {releases}; nothing was served here"),
-    ]
+    result = [("adapter", facts), ("its base", _BASES[judged["is_its_base"]])]
+    for row in servers:
+        result.append((row["server"], row["text"]))
+    if not all(row["serves"] for row in servers):
+        result.append(("merged", "a plain checkpoint, which needs none of this: mica transfer writes it"))
+    releases = ", ".join(f"{row['server']} {row['release']}" for row in servers)
+    result.append(("rules", f"read in {releases}; nothing was served here"))
+    return result

@@ -41,8 +41,8 @@ class Row:
         denominator is zero.
     method, proven, energy_excess: how the solver found the subspace, whether it is proven to be the minor
         one, and the bound on its energy above the smallest possible, relative as in `MinorSubspace`.
-    expert: of a stack, the one with the smallest gap, whose numbers these are; but proven is said of all, and
-        energy_excess is the largest.
+    expert: the expert of a stack with the smallest gap, whose numbers these are; but proven holds for all
+        experts, and energy_excess is the largest of any.
     """
 
     name: str
@@ -73,29 +73,56 @@ def measure(name: str, module: nn.Module, rank: int, parameter: str | None = Non
     Where there is a singular value above the cut, the solver runs once, with rank + 1: the last ``rank`` of
     its columns are the result for ``rank``.
     """
-    start, numbers = time.perf_counter(), {}
+    start = time.perf_counter()
     weight = getattr(module, parameter or "weight", None)
-    shape = kind = reason = values = None
+    shape = None
+    kind = None
+    reason = None
+    values = None
+    numbers = {}
     try:
         layer = _adapted(module, rank, parameter)
-        shape, kind = (layer.out_features, layer.in_features), quantised.kind_of(layer)
+        shape = (layer.out_features, layer.in_features)
+        kind = quantised.kind_of(layer)
         weights = _checked_weights(layer, rank)
         weight = weights[0]
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)  # null singular values: sigma_smallest shows them
             measured = [_measured(each, rank) for each in weights]
-        expert = min(range(len(weights)), key=lambda index: measured[index][1]["gap"] or math.inf)
-        values, numbers = measured[expert]
         if is_stack(layer):
-            shape, excesses = (len(weights), *shape), [each["energy_excess"] for _, each in measured]
-            numbers |= {"expert": expert, "proven": all(each["proven"] for _, each in measured)}
-            numbers["energy_excess"] = None if None in excesses else max(excesses)
+            shape = (len(weights), *shape)
+            values, numbers = _worst_expert(measured)
+        else:
+            values, numbers = measured[0]
     except (ValueError, torch.linalg.LinAlgError) as error:  # UnsuitableLayerError; an SVD that fails
         reason = one_line(error).rstrip(".")
-    dtype = dtype_name(weight.dtype) if isinstance(weight, Tensor) else None
-    kind = kind.name if kind else None
-    seconds = time.perf_counter() - start
-    return Row(name, type(module).__name__, shape, dtype, reason, seconds, kind, **numbers), values
+
+    row = Row(
+        name=name,
+        kind=type(module).__name__,
+        shape=shape,
+        dtype=dtype_name(weight.dtype) if isinstance(weight, Tensor) else None,
+        reason=reason,
+        seconds=time.perf_counter() - start,
+        quantised=kind.name if kind else None,
+        **numbers,
+    )
+    return row, values
+
+
+def _worst_expert(measured: list[tuple[Tensor, dict]]) -> tuple[Tensor, dict]:
+    """What `_measured` returned for the expert with the smallest gap, with the worst certificate of all."""
+
+    def gap(expert: int) -> float:
+        return measured[expert][1]["gap"] or math.inf
+
+    expert = min(range(len(measured)), key=gap)
+    values, numbers = measured[expert]
+    excesses = [each["energy_excess"] for _, each in measured]
+    numbers["expert"] = expert
+    numbers["proven"] = all(each["proven"] for _, each in measured)
+    numbers["energy_excess"] = None if None in excesses else max(excesses)
+    return values, numbers
 
 
 def weight_of(
@@ -113,15 +140,19 @@ def _adapted(module: nn.Module, rank: int, parameter: str | None) -> nn.Module:
     model = nn.Module()
     model.layer = module
     tensors = (*module.parameters(), *module.buffers())
-    # PEFT looks for a parameter of the model, to know its device
-    model.anchor = nn.Parameter(torch.empty(0, device=tensors[0].device if tensors else "cpu"))
-    model.is_loaded_in_4bit = model.is_loaded_in_8bit = True  # then PEFT looks at the layer's own type
+    device = tensors[0].device if tensors else "cpu"
+    model.anchor = nn.Parameter(torch.empty(0, device=device))  # PEFT takes its device for the model's
+    model.is_loaded_in_4bit = True  # then PEFT looks at the layer's own type
+    model.is_loaded_in_8bit = True
+    if parameter:
+        targets = {"target_modules": [], "target_parameters": [f"layer.{parameter}"]}
+    else:
+        targets = {"target_modules": ["layer"]}
+    config = LoraConfig(init_lora_weights="mica", r=rank, **targets)
     trained = [(weight, weight.requires_grad) for weight in module.parameters()]
-    kind, name = ("target_parameters", f"layer.{parameter}") if parameter else ("target_modules", "layer")
-    config = LoraConfig(init_lora_weights="mica", r=rank, **{"target_modules": [], kind: [name]})
     try:
-        with without_solver(), warnings.catch_warnings():  # it will be run with rank + 1
-            warnings.simplefilter("ignore", UserWarning)  # of merging, which is not done here
+        with without_solver(), warnings.catch_warnings():  # the solver is run later, with rank + 1
+            warnings.simplefilter("ignore", UserWarning)  # about merging, which is not done here
             inject_adapter_in_model(config, model)
     except UnsuitableLayerError as error:
         raise UnsuitableLayerError(re.sub(r"layer 'layer[^']*'", "this layer", str(error))) from error
@@ -148,23 +179,34 @@ def _checked_weights(layer: nn.Module, rank: int) -> list[Tensor]:
 
 
 def _measured(weight: Tensor, rank: int) -> tuple[Tensor, dict]:
-    count = min(weight.shape)
-    subspace = minor_subspace(weight, min(rank + 1, count))
+    """The chosen singular values of one matrix, (rank,) fp64 on the CPU, and its numbers in a `Row`."""
+    subspace = minor_subspace(weight, min(rank + 1, *weight.shape))
     singular_values = subspace.singular_values.double().cpu()
-    chosen, above = subspace, None
     if len(singular_values) > rank:
         above = singular_values[0].item()
-        # where it is not proven, alone they may be, if the value above the cut is much larger
+        # Where the rank + 1 smallest are not proven, the chosen may be, if the value above the cut is much
+        # larger.
         chosen = narrowed(subspace, rank) or minor_subspace(weight, rank)
-    values, energy = chosen.singular_values.double().cpu(), squared_norm(weight)
+    else:
+        above = None
+        chosen = subspace
+
+    values = chosen.singular_values.double().cpu()
     largest = values[0].item()
+    gap = None
+    if above is not None and largest:
+        gap = above / largest
+    energy = squared_norm(weight)
+    energy_share = None
+    if energy:
+        energy_share = values.square().sum().item() / energy
     return values, {
         "sigma_max": sigma_max(weight),
         "sigma_above": above,
         "sigma_largest": largest,
         "sigma_smallest": values[-1].item(),
-        "gap": above / largest if above is not None and largest else None,
-        "energy_share": values.square().sum().item() / energy if energy else None,
+        "gap": gap,
+        "energy_share": energy_share,
         "method": subspace.method,
         "proven": chosen.certified,
         "energy_excess": chosen.energy_excess if math.isfinite(chosen.energy_excess) else None,

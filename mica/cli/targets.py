@@ -32,57 +32,130 @@ class Targets(NamedTuple):
 
 
 def find_targets(model: nn.Module, names: str, experts: bool | None = None) -> Targets:
-    """What is adapted for ``names``: "all-linear" or a list with commas, of layers and of parameters.
+    """What is adapted for ``names``: "all-linear", or layers and parameters separated by commas.
 
-    ``experts``: all of them too, or none; None: those that ``names`` names. "all-linear" is without the
-    output layer, routers, the gates of shared experts, and stacks of experts. The model is not changed.
-    Modules that PEFT or MiCA refuses are among the targets.
+    "all-linear" excludes the output layer, routers, the gates of shared experts, and stacks of experts.
+    Modules that PEFT or MiCA refuses are among the targets. The model is not changed.
 
-    Raises UsageError if a name matches nothing.
+    Args:
+        experts: True adds all experts, False leaves all of them out, None adapts those that ``names`` names.
+
+    Raises:
+        UsageError: a name matches nothing.
     """
-    modules, stacks, blocks = dict(model.named_modules()), stacks_of(model), _blocks(model)
-    wanted = ALL_LINEAR
-    if names != ALL_LINEAR:
-        wanted = [name.strip() for name in names.split(",") if name.strip()]
-    every = [name for name, parameter in model.named_parameters() if parameter.dim() in (2, 3)]
-    matched, parameters = dict(found := _matched(model, wanted)), dict(stacks) if experts else {}
+    wanted = _parsed(names)
+    matched = _matching_modules(model, wanted)
     if wanted == ALL_LINEAR:
-        matched = {name: module for name, module in found.items() if not _is_router(name, module, blocks)}
+        modules = _without_routers(model, matched)
+        parameters = {}
     else:
-        for name in wanted:  # PEFT raises only if none matches
-            ending = {key for key in every if _ends(key, [name])}
-            parameters |= {key: modules[key.rpartition(".")[0]] for key in ending}
-            if not ending and not any(_ends(key, [name]) for key in found):
-                near = difflib.get_close_matches(name, {_leaf(key) for key in modules}, n=1)
-                meant = "".join(f", did you mean '{one}'?" for one in near)
-                raise UsageError(f"--target-modules {names}: no layer of the model is called '{name}'{meant}")
-    own = re.compile(r"\.experts\.\d+\.")  # within an expert that is a module of its own
+        modules = dict(matched)
+        parameters = _matching_parameters(model, wanted)
+        _refuse_unknown_names(model, names, [*modules, *parameters])
+
     if experts:
-        linear = _matched(model, ALL_LINEAR)
-        matched |= {name: module for name, module in linear.items() if own.search(name)}
+        modules |= _experts_as_modules(_matching_modules(model, ALL_LINEAR))
+        parameters = stacks_of(model) | parameters
     elif experts is not None:
-        matched = {name: module for name, module in matched.items() if not own.search(name)}
-        parameters = {name: module for name, module in parameters.items() if name not in stacks}
-    renamed = _renamed(model, {_leaf(name) for name in matched}) if blocks else ()
-    for name, module in list(matched.items()):
-        is_matrix = getattr(getattr(module, "weight", None), "ndim", 0) == 2
-        if is_matrix and (features(module) is None or _leaf(name) in renamed):
-            parameters[f"{name}.weight"] = matched.pop(name)
-    if not matched and not parameters:
+        modules = _without(modules, _experts_as_modules(modules))
+        parameters = _without(parameters, stacks_of(model))
+
+    _move_to_parameters(model, modules, parameters)
+    if not modules and not parameters:
         raise UsageError(f"--target-modules {names}: no layer of the model has such a name")
-    if matched != found or (blocks and wanted == ALL_LINEAR):
-        wanted = _shortened(matched, modules)
-    elif wanted != ALL_LINEAR:
-        wanted = [name for name in wanted if any(_ends(key, [name]) for key in matched)]
-    stacked = _shortened(parameters, every) or None
-    return Targets(matched, parameters, {"target_modules": wanted, "target_parameters": stacked})
+    config = {
+        "target_modules": _target_modules(model, wanted, matched, modules),
+        "target_parameters": _shortened(parameters, _adaptable_parameters(model)) or None,
+    }
+    return Targets(modules, parameters, config)
 
 
-def _matched(model: nn.Module, names: str | list[str]) -> dict[str, nn.Module]:
+def _parsed(names: str) -> str | list[str]:
+    if names == ALL_LINEAR:
+        return ALL_LINEAR
+    stripped = [name.strip() for name in names.split(",")]
+    return [name for name in stripped if name]
+
+
+def _matching_modules(model: nn.Module, names: str | list[str]) -> dict[str, nn.Module]:
     """The modules that PEFT would take for ``names``, before its conversions for transformers 5."""
-    config = _maybe_include_all_linear_layers(LoraConfig(target_modules=names, task_type="CAUSAL_LM"), model)
+    config = LoraConfig(target_modules=names, task_type="CAUSAL_LM")
+    config = _maybe_include_all_linear_layers(config, model)
     named = model.named_modules()
     return {name: module for name, module in named if name and check_target_module_exists(config, name)}
+
+
+def _adaptable_parameters(model: nn.Module) -> list[str]:
+    """The parameters that PEFT can adapt by their names: matrices and stacks of matrices."""
+    return [name for name, parameter in model.named_parameters() if parameter.dim() in (2, 3)]
+
+
+def _matching_parameters(model: nn.Module, names: list[str]) -> dict[str, nn.Module]:
+    """The parameters that end in one of ``names``, and the module that holds each."""
+    adaptable = _adaptable_parameters(model)
+    found = {}
+    for name in names:
+        for parameter in adaptable:
+            if _ends(parameter, name):
+                found[parameter] = model.get_submodule(parameter.rpartition(".")[0])
+    return found
+
+
+def _refuse_unknown_names(model: nn.Module, names: str, found: list[str]) -> None:
+    """Raise UsageError if one of ``names`` matches none of ``found``; PEFT raises only if all do not."""
+    for name in _parsed(names):
+        if _any_ends(found, name):
+            continue
+        message = f"--target-modules {names}: no layer of the model is called '{name}'"
+        known = {_leaf(key) for key, _ in model.named_modules()}
+        similar = difflib.get_close_matches(name, known, n=1)
+        if similar:
+            message += f", did you mean '{similar[0]}'?"
+        raise UsageError(message)
+
+
+def _without_routers(model: nn.Module, modules: dict[str, nn.Module]) -> dict[str, nn.Module]:
+    blocks = _expert_blocks(model)
+    return {name: module for name, module in modules.items() if not _is_router(name, module, blocks)}
+
+
+def _experts_as_modules(modules: dict[str, nn.Module]) -> dict[str, nn.Module]:
+    """Those of the modules that lie within an expert which is a module of its own, not a part of a stack."""
+    return {name: module for name, module in modules.items() if re.search(r"\.experts\.\d+\.", name)}
+
+
+def _without(found: dict[str, nn.Module], excluded: Iterable[str]) -> dict[str, nn.Module]:
+    return {name: module for name, module in found.items() if name not in excluded}
+
+
+def _move_to_parameters(
+    model: nn.Module, modules: dict[str, nn.Module], parameters: dict[str, nn.Module]
+) -> None:
+    """Move what PEFT can adapt only by the name of its weight from ``modules`` to ``parameters``.
+
+    These are modules with a matrix that are no layers to PEFT, like routers, and in a mixture of experts the
+    layers whose names PEFT takes for those of experts.
+    """
+    renamed = set()
+    if has_experts(model):
+        renamed = _renamed_by_peft(model, {_leaf(name) for name in modules})
+    for name, module in list(modules.items()):
+        weight = getattr(module, "weight", None)
+        is_matrix = getattr(weight, "ndim", 0) == 2
+        if is_matrix and (features(module) is None or _leaf(name) in renamed):
+            parameters[f"{name}.weight"] = modules.pop(name)
+
+
+def _target_modules(
+    model: nn.Module, wanted: str | list[str], matched: dict[str, nn.Module], modules: dict[str, nn.Module]
+) -> str | list[str]:
+    """What makes PEFT adapt ``modules``; ``matched`` is what it would adapt for ``wanted``."""
+    is_mixture = has_experts(model)
+    if modules != matched or (is_mixture and wanted == ALL_LINEAR):
+        return _shortened(modules, [name for name, _ in model.named_modules()])
+    if wanted == ALL_LINEAR:
+        return ALL_LINEAR
+    return [name for name in wanted if _any_ends(modules, name)]  # without the names of parameters
 
 
 def stacks_of(model: nn.Module) -> dict[str, nn.Module]:
@@ -90,42 +163,48 @@ def stacks_of(model: nn.Module) -> dict[str, nn.Module]:
 
     A stack is a 3-d parameter of a module of experts; biases, and the weights of convolutions, are none.
     """
-    return {
-        f"{name}.{key}": module
-        for name, module in model.named_modules()
-        if "expert" in f"{name} {type(module).__name__}".lower()
-        for key, parameter in module.named_parameters(recurse=False)
-        if parameter.dim() == 3
-    }
+    stacks = {}
+    for name, module in model.named_modules():
+        if "expert" not in f"{name} {type(module).__name__}".lower():
+            continue
+        for key, parameter in module.named_parameters(recurse=False):
+            if parameter.dim() == 3:
+                stacks[f"{name}.{key}"] = module
+    return stacks
 
 
 def has_experts(model: nn.Module) -> bool:
     """Whether the model is a mixture of experts that can be adapted."""
-    return bool(_blocks(model))
+    return bool(_expert_blocks(model))
 
 
-def _blocks(model: nn.Module) -> dict[str, int]:
-    """The modules around experts, and how many these are: as stacks, or each a module of its own."""
+def _expert_blocks(model: nn.Module) -> dict[str, int]:
+    """The modules around experts, and how many experts each has: in stacks, or each a module of its own."""
     blocks = {}
     for name, module in stacks_of(model).items():
         experts, _, key = name.rpartition(".")
-        blocks[experts.rpartition(".")[0]] = getattr(module, key).shape[0]
+        block = experts.rpartition(".")[0]
+        blocks[block] = getattr(module, key).shape[0]
     for name, module in model.named_modules():
         if isinstance(module, nn.ModuleList) and _leaf(name) == "experts":
-            blocks[name.rpartition(".")[0]] = len(module)
+            block = name.rpartition(".")[0]
+            blocks[block] = len(module)
     return blocks
 
 
 def _is_router(name: str, module: nn.Module, blocks: dict[str, int]) -> bool:
     """Whether a layer chooses experts, or weights shared ones, by its place and its number of outputs."""
-    for block, count in blocks.items():
-        first = name.removeprefix(f"{block}.").partition(".")[0]
-        if name.startswith(f"{block}.") and ("gate" in first or "router" in first):
-            return (features(module) or (0,))[0] in (1, count)
+    for block, num_experts in blocks.items():
+        if not name.startswith(f"{block}."):
+            continue
+        child = name.removeprefix(f"{block}.").partition(".")[0]
+        if "gate" in child or "router" in child:
+            sizes = features(module)
+            return sizes is not None and sizes[0] in (1, num_experts)
     return False
 
 
-def _renamed(model: nn.Module, leaves: Iterable[str]) -> set[str]:
+def _renamed_by_peft(model: nn.Module, leaves: Iterable[str]) -> set[str]:
     """Those of the last parts of layers' names that PEFT takes for names of experts.
 
     It does so for models whose experts were layers before transformers 5, also where the layer is a shared
@@ -144,17 +223,30 @@ def _renamed(model: nn.Module, leaves: Iterable[str]) -> set[str]:
 
 
 def _leaf(name: str) -> str:
+    """The last part of a dotted name."""
     return name.rpartition(".")[2]
 
 
-def _ends(name: str, endings: Iterable[str]) -> bool:
-    return any(name == ending or name.endswith(f".{ending}") for ending in endings)
+def _ends(name: str, ending: str) -> bool:
+    """Whether the last parts of a dotted name are those of ``ending``."""
+    return name == ending or name.endswith(f".{ending}")
+
+
+def _any_ends(names: Iterable[str], ending: str) -> bool:
+    return any(_ends(name, ending) for name in names)
+
+
+def _ends_in_any(name: str, endings: Iterable[str]) -> bool:
+    return any(_ends(name, ending) for ending in endings)
 
 
 def _shortened(names: Iterable[str], among: Iterable[str]) -> list[str]:
-    """Without what is before the number of the layer, where that matches no others ``among`` them."""
+    """``names`` without everything up to the number of the layer, if these match no others ``among`` all."""
     short = sorted({re.sub(r"^.*?\.\d+\.", "", name) for name in names})
-    return short if {name for name in among if _ends(name, short)} == set(names) else sorted(names)
+    matched = {name for name in among if _ends_in_any(name, short)}
+    if matched == set(names):
+        return short
+    return sorted(names)
 
 
 def features(module: nn.Module) -> tuple[int, int] | None:
@@ -177,11 +269,15 @@ def saved_parameters(model: nn.Module, target_parameters: Iterable[str]) -> dict
     """
     found = {}
     for module_name, module in model.named_modules():
-        own = module.named_parameters(recurse=False)
-        adapted = [item for item in own if _ends(f"{module_name}.{item[0]}", target_parameters)]
+        adapted = []
+        for key, parameter in module.named_parameters(recurse=False):
+            if _ends_in_any(f"{module_name}.{key}", target_parameters):
+                adapted.append((key, parameter))
+
         for depth, (key, parameter) in enumerate(reversed(adapted)):
             shape = tuple(parameter.shape)
             if len(shape) == 3 and getattr(module, "is_transposed", False):
                 shape = (shape[0], shape[2], shape[1])
-            found[module_name + depth * ".base_layer"] = f"{module_name}.{key}", shape
+            name_in_file = module_name + depth * ".base_layer"
+            found[name_in_file] = (f"{module_name}.{key}", shape)
     return found

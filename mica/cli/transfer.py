@@ -35,8 +35,13 @@ def add_parser(commands) -> None:
     )
     add = parser.add_argument
     add("--adapter", required=True, type=a_path, metavar="DIR", help="output folder of mica adapt")
-    what = "Hub id, checkpoint folder or GGUF file; not quantised"
-    add("--to", required=True, type=a_source, metavar="MODEL", help=what)
+    add(
+        "--to",
+        required=True,
+        type=a_source,
+        metavar="MODEL",
+        help="Hub id, checkpoint folder or GGUF file; not quantised",
+    )
     add("--output", required=True, type=a_path, metavar="DIR", help="folder for the model, made if needed")
     add("--overwrite", action="store_true", help="replace what mica transfer has written to --output")
     add_dtype_options(parser, dtype="dtype of the merged weights; auto: that of MODEL, float32 for GGUF")
@@ -63,18 +68,24 @@ def run(args: argparse.Namespace) -> int:
     with _named(args):
         source = find_source(args.to, args.trust_remote_code)
         check_folder("--output", args.output, args.to)
-    read = {"--to": [source.location], "--adapter": [str(args.adapter)]}
-    if config.base_model_name_or_path:
-        read["the base of --adapter"] = [config.base_model_name_or_path]
     target = Path(os.path.realpath(args.output))
-    if target in (Path.cwd(), *Path.cwd().parents) or os.path.ismount(target):
-        what = "cannot be replaced by a new folder while it is in use: name one in it"
-        raise UsageError(f"--output {args.output}: {what}")
-    if lost := record.removed_input(read, target, [target]):
-        raise UsageError(f"--output {args.output}: is the folder of {lost[0]}, or contains it")
+    _check_place(args, target, source, config)
     with _held(args, target):
         _check_output(args, target)
         return _transfer(args, config, source, target)
+
+
+def _check_place(args: argparse.Namespace, target: Path, source, config) -> None:
+    """Raise UsageError if --output cannot be replaced by a new folder, or holds what is read here."""
+    if target in (Path.cwd(), *Path.cwd().parents) or os.path.ismount(target):
+        what = "cannot be replaced by a new folder while it is in use: name one in it"
+        raise UsageError(f"--output {args.output}: {what}")
+    read = {"--to": [source.location], "--adapter": [str(args.adapter)]}
+    if config.base_model_name_or_path:
+        read["the base of --adapter"] = [config.base_model_name_or_path]
+    lost = record.removed_input(read, target, [target])
+    if lost:
+        raise UsageError(f"--output {args.output}: is the folder of {lost[0]}, or contains it")
 
 
 @contextmanager
@@ -101,7 +112,7 @@ def _held(args: argparse.Namespace, target: Path) -> Iterator[None]:
                 stack.enter_context(lock.held(target.with_name(record.OWN + name)))
             for path in (beside(target, PARTIAL), beside(target, OLD)):
                 if not _is_ours(path):
-                    what = f"{shown(path.name)} beside it is not of {record.TRANSFER}: move it away"
+                    what = f"{shown(path.name)} beside it was not written by {record.TRANSFER}: move it away"
                     raise UsageError(f"--output {args.output}: {what}")
             with explained(f"--output {args.output}: cannot be restored", OSError):
                 restore(target)
@@ -116,9 +127,9 @@ def _held(args: argparse.Namespace, target: Path) -> Iterator[None]:
 
 
 def _is_ours(path: Path) -> bool:
-    """Whether nothing is at ``path``, or an empty folder, or one that `mica transfer` has written alone.
+    """Whether nothing is at ``path``, or an empty folder, or one that only `mica transfer` has written to.
 
-    One of which the record names nothing yet was broken off, and so was one whose record was being written.
+    A folder whose record names no files yet was interrupted, as was one whose record was just being written.
     """
     if not os.path.lexists(path):
         return True
@@ -127,7 +138,9 @@ def _is_ours(path: Path) -> bool:
     found = record.read(path)
     if found is None:
         return all(entry.name.startswith(record.OWN) for entry in path.iterdir())
-    return found.command == record.TRANSFER and (not found.files or not record.others(path, found))
+    if found.command != record.TRANSFER:
+        return False
+    return not found.files or not record.others(path, found)
 
 
 def _check_output(args: argparse.Namespace, target: Path) -> None:
@@ -138,57 +151,49 @@ def _check_output(args: argparse.Namespace, target: Path) -> None:
     if found is None or found.command != record.TRANSFER:
         what = f"is not empty, and {record.TRANSFER} has not written it: name another folder"
         raise UsageError(f"--output {args.output}: {what}")
-    strange = [*record.others(target, found), record.stranger(target, found, found.files)]
-    if strange[0] is not None:
-        what = f"{shown(os.path.relpath(target / strange[0], target))} in it is not of {record.TRANSFER}"
-        raise UsageError(f"--output {args.output}: {what}: move it away, or name another folder")
+    others = record.others(target, found)
+    stranger = others[0] if others else record.stranger(target, found, found.files)
+    if stranger is not None:
+        name = shown(os.path.relpath(target / stranger, target))
+        what = f"{name} in it was not written by {record.TRANSFER}: move it away, or name another folder"
+        raise UsageError(f"--output {args.output}: {what}")
     if not args.overwrite:
         raise UsageError(f"--output {args.output}: is not empty: --overwrite replaces what is in it")
     for path in record.present(target, found):
-        if why := record.why_not_removable(path):
+        why = record.why_not_removable(path)
+        if why:
             raise UsageError(f"--output {args.output}: cannot be replaced: {why}")
 
 
 def _transfer(args: argparse.Namespace, config, source, target: Path) -> int:
     """Merge and write, once the output is ours."""
-    import torch
     from peft import PeftModel
 
-    from mica.cli.adapt import adapter, card, embeddings, result, trained_on
-    from mica.cli.loading import load_config, load_model
+    from mica.cli.adapt import adapter, card, embeddings, result
 
     layers = adapter.adapted_layers(args.adapter)
-    with _named(args):
-        if not source.is_gguf:
-            their_config = load_config(source)
-            if getattr(their_config, "quantization_config", None) is not None:
-                raise source.error("is quantised: give the checkpoint it was made from")
-            _check_architecture(args, config, their_config.model_type)
-        tokenizer, agreement = _tokenizer(args, source, config)
-        print(agreement)
-        # On the CPU: one sum per weight, which is not worth a way to the device and back.
-        model = load_model(source, args.dtype, torch.device("cpu"))
-    print(_check_architecture(args, config, model.config.model_type))
+    model, tokenizer = _load(args, config, source)
     adapter.check_fit(model, config, args.adapter, "--adapter", f"--to {args.to}")
     updates = {}
     if config.modules_to_save:
-        embeddings.check_adapter(model, config, args.adapter, "--adapter", f"--to {args.to}")
-        before = trained_on.embeddings_before(args.adapter)
-        if before is None:
-            what = f"--adapter {args.adapter} does not say what its embeddings were before training"
-            taken = f"what its base {config.base_model_name_or_path} has now is taken for it"
-            print(f"mica transfer: note: {what}: {taken}", file=sys.stderr, flush=True)
-        updates = embeddings.update(config, args.adapter, before, args.trust_remote_code)
+        updates = _embedding_updates(args, config, model)
 
     peft_model = PeftModel.from_pretrained(model, args.adapter, config=config)
     embeddings.add(peft_model, updates)
     merged, report = result.merged_model(peft_model, f"--adapter {args.adapter}")
-    facts = {"name": target.name, "model": args.to, "adapter": str(args.adapter)}
-    facts |= {"base": config.base_model_name_or_path, "layers": len(layers)}
-    facts["embeddings"] = bool(updates)
-    facts |= {"rank": config.r, "alpha": config.lora_alpha}
-    facts |= {"dtype": dtype_name(merged.dtype), "merge_report": str(report)}
-    facts["versions"] = {name: version(name) for name in ("torch", "transformers", "peft")}
+    facts = {
+        "name": target.name,
+        "model": args.to,
+        "adapter": str(args.adapter),
+        "base": config.base_model_name_or_path,
+        "layers": len(layers),
+        "embeddings": bool(updates),
+        "rank": config.r,
+        "alpha": config.lora_alpha,
+        "dtype": dtype_name(merged.dtype),
+        "merge_report": str(report),
+        "versions": {name: version(name) for name in ("torch", "transformers", "peft")},
+    }
 
     def sealed(scratch: Path) -> None:
         record.sign(scratch)
@@ -207,24 +212,71 @@ def _transfer(args: argparse.Namespace, config, source, target: Path) -> int:
     return 0
 
 
+def _load(args: argparse.Namespace, config, source):
+    """MODEL and its tokenizer, after the checks that need no weights; prints how they agree with the base."""
+    import torch
+
+    from mica.cli.loading import load_config, load_model
+
+    with _named(args):
+        if not source.is_gguf:
+            their_config = load_config(source)
+            if getattr(their_config, "quantization_config", None) is not None:
+                raise source.error("is quantised: give the checkpoint it was made from")
+            _check_architecture(args, config, their_config.model_type)
+        tokenizer, agreement = _tokenizer(args, source, config)
+        print(agreement)
+        # On the CPU: one sum per weight is not worth the transfer to the device and back.
+        model = load_model(source, args.dtype, torch.device("cpu"))
+    print(_check_architecture(args, config, model.config.model_type))
+    return model, tokenizer
+
+
+def _embedding_updates(args: argparse.Namespace, config, model) -> dict:
+    """What training has added to the embeddings, by name; see `mica.cli.adapt.embeddings.update`."""
+    from mica.cli.adapt import embeddings, trained_on
+
+    embeddings.check_adapter(model, config, args.adapter, "--adapter", f"--to {args.to}")
+    before = trained_on.embeddings_before(args.adapter)
+    if before is None:
+        what = f"--adapter {args.adapter} does not record what its embeddings were before training"
+        assumed = f"those that its base {config.base_model_name_or_path} has now are assumed"
+        print(f"mica transfer: note: {what}: {assumed}", file=sys.stderr, flush=True)
+    return embeddings.update(config, args.adapter, before, args.trust_remote_code)
+
+
 def _check_architecture(args: argparse.Namespace, config, theirs: str) -> str:
     """Compare MODEL's ``model_type`` with that of the adapter's base; a line on the outcome.
 
-    That is in summary.json, which `mica adapt` writes, else in the base's configuration. Layers of the same
-    names and shapes are no kinship.
+    The base's is in summary.json, which `mica adapt` writes, else in its configuration. Layers of the same
+    names and shapes do not make a model its sibling.
+
+    Raises UsageError if they differ.
     """
+    ours = _architecture_of_base(args, config)
+    if ours is None:
+        return f"architecture  {theirs}, not compared: no base found"
+    if ours != theirs:
+        types = f"its model type is {theirs}, that of the adapter's base is {ours}"
+        raise UsageError(f"--to {args.to}: {types}: the update fits only models made from the same base")
+    return f"architecture  {theirs}, as the adapter's base"
+
+
+def _architecture_of_base(args: argparse.Namespace, config) -> str | None:
     from mica.cli.adapt import trained_on
     from mica.cli.loading import Source, load_config
 
+    recorded = trained_on.model_type(args.adapter)
+    if recorded is not None:
+        return recorded
     base = config.base_model_name_or_path
-    ours = trained_on.model_type(args.adapter)
-    if ours is None and base:
-        with suppress(UsageError):  # it is not here any more
-            ours = load_config(Source(base, base, {"trust_remote_code": args.trust_remote_code})).model_type
-    if ours is not None and ours != theirs:
-        types = f"its model type is {theirs}, that of the adapter's base is {ours}"
-        raise UsageError(f"--to {args.to}: {types}: the update fits only models made from the same base")
-    return f"architecture  {theirs}, " + ("as the adapter's base" if ours else "not compared: no base found")
+    if not base:
+        return None
+    source = Source(base, base, {"trust_remote_code": args.trust_remote_code})
+    try:
+        return load_config(source).model_type
+    except UsageError:  # it is not here any more
+        return None
 
 
 def _tokenizer(args: argparse.Namespace, source, config):
@@ -232,28 +284,42 @@ def _tokenizer(args: argparse.Namespace, source, config):
 
     A chat model may have tokens of its own, but what the adapter was trained on must have the same ids.
     """
-    from transformers import AutoTokenizer
-
     from mica.cli.loading import load_tokenizer
 
-    theirs, base = load_tokenizer(source), config.base_model_name_or_path
-    options = {"trust_remote_code": args.trust_remote_code}
-    for place in filter(None, (str(args.adapter), base)):
-        with suppress(OSError, ValueError):
-            ours = AutoTokenizer.from_pretrained(place, **options).get_vocab()
-            break
-    else:
-        what = f"has no tokenizer, and neither has its base {base}: put the base's into the folder"
-        raise UsageError(f"--adapter {args.adapter}: {what}")
-    vocabulary = theirs.get_vocab()
-    common = ours.keys() & vocabulary.keys()
-    moved = sorted((token for token in common if ours[token] != vocabulary[token]), key=ours.get)
+    tokenizer = load_tokenizer(source)
+    theirs = tokenizer.get_vocab()
+    ours = _vocabulary_of_adapter(args, config)
+    common = ours.keys() & theirs.keys()
+    moved = [token for token in common if ours[token] != theirs[token]]
     if moved or not common:
-        first = f": {moved[0]!r} is {ours[moved[0]]} there and {vocabulary[moved[0]]} here" if moved else ""
-        others = f"{len(moved)} of {len(common)} common tokens have other ids{first}"
+        others = f"{len(moved)} of {len(common)} common tokens have other ids"
+        if moved:
+            first = min(moved, key=ours.get)
+            others += f": {first!r} is {ours[first]} there and {theirs[first]} here"
         raise UsageError(f"--to {args.to}: its tokenizer is not that of the adapter: {others}")
-    new, gone = len(vocabulary) - len(common), len(ours) - len(common)
-    return theirs, (
+    new = len(theirs) - len(common)
+    gone = len(ours) - len(common)
+    agreement = (
         f"tokenizers    {len(common):,} tokens in common, with the same ids; {new:,} only in {args.to}, "
         f"{gone:,} only in that of the adapter"
     )
+    return tokenizer, agreement
+
+
+def _vocabulary_of_adapter(args: argparse.Namespace, config) -> dict[str, int]:
+    """Token -> id in the tokenizer of the adapter's folder, or else of its base.
+
+    Raises UsageError if neither has one.
+    """
+    from transformers import AutoTokenizer
+
+    base = config.base_model_name_or_path
+    places = [str(args.adapter)]
+    if base:
+        places.append(base)
+    for place in places:
+        with suppress(OSError, ValueError):
+            tokenizer = AutoTokenizer.from_pretrained(place, trust_remote_code=args.trust_remote_code)
+            return tokenizer.get_vocab()
+    what = f"has no tokenizer, and neither has its base {base}: put the base's into the folder"
+    raise UsageError(f"--adapter {args.adapter}: {what}")

@@ -70,8 +70,13 @@ def enable(
     Raises:
         ValueError: a value that is not one of these, or a device that this process does not have.
     """
-    own = {"on_unsuitable": on_unsuitable, "device": device, "gate_up": gate_up, "compile": compile}
-    _settings.change(compute_dtype=compute_dtype, **own)
+    _settings.change(
+        compute_dtype=compute_dtype,
+        on_unsuitable=on_unsuitable,
+        device=device,
+        gate_up=gate_up,
+        compile=compile,
+    )
     _settings.switch(patching.install())
 
 

@@ -1,4 +1,4 @@
-"""Who has put other code in the place of a function, and how that is switched off.
+"""Which framework has replaced a function, and how to switch that off.
 
 Frameworks fuse LoRA layers by replacing a forward: that of the attention or MLP around them (on the instance
 or on its class), functions that it calls (``self_attn.apply_qkv``), or the layer's own. The replacement reads
@@ -48,9 +48,11 @@ def replaced_by(module: nn.Module) -> str | None:
     """
     with suppress(Exception):  # attributes of foreign objects can do anything
         own = {cls.__module__.partition(".")[0] for cls in type(module).__mro__} | _ORDINARY
-        held = vars(module)
-        calls = [held["forward"]] if "forward" in held else [type(module).forward]
-        calls += [value for name, value in held.items() if name.startswith("apply_") and callable(value)]
+        attributes = vars(module)
+        calls = [attributes["forward"] if "forward" in attributes else type(module).forward]
+        for name, value in attributes.items():
+            if name.startswith("apply_") and callable(value):
+                calls.append(value)
         for call in calls:
             function = _innermost(call)
             if _home(function).partition(".")[0] not in own:
@@ -82,14 +84,20 @@ def _innermost(call):
         is_function = hasattr(call, "__globals__")
         if is_function and _home(call).startswith("mica."):
             return call
-        of_partial = call.func if isinstance(call, functools.partial) else call
-        call = getattr(call, "__wrapped__", getattr(call, "__func__", of_partial))
+        if hasattr(call, "__wrapped__"):
+            call = call.__wrapped__
+        elif hasattr(call, "__func__"):
+            call = call.__func__
+        elif isinstance(call, functools.partial):
+            call = call.func
+        else:
+            return call
     return call
 
 
 def _home(function) -> str:
     """The name of the module that the function was defined or compiled in."""
     scope = getattr(function, "__globals__", None)
-    if scope is None:  # an object that can be called, or one of C's functions
+    if scope is None:  # a callable object, or a function in C
         return getattr(function, "__module__", None) or type(function).__module__
     return scope.get("__name__") or function.__code__.co_filename

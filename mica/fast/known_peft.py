@@ -12,6 +12,7 @@ import hashlib
 import importlib
 import inspect
 from collections.abc import Callable, Iterable, Sequence
+from itertools import chain
 
 # Tested: 0.20.0 and 0.21.2. Between them the functions below read alike.
 KNOWN = ("0.20.0", "0.21.0", "0.21.1", "0.21.2")
@@ -54,15 +55,12 @@ REPEATED: dict[str, dict[str, tuple[str, ...]]] = {
         f"{_LAYERS}:Embedding.get_delta_weight": ("19bc770bacbc",),
         f"{_LAYERS}:ParamWrapper.merge": ("df08e590cb35",),
         f"{_LAYERS}:ParamWrapper.unmerge": ("e38d5b246c3a",),
-        **{
-            f"{_VARIANTS}:{variant}.{name}": (found,)
-            for variant in ("MiCALinearVariant", "MiCAEmbeddingVariant")
-            for name, found in (
-                ("merge_safe", "b64fe2ca2dd0"),
-                ("merge_unsafe", "3b79e81e5c9b"),
-                ("unmerge", "95cd37ce2f3c"),
-            )
-        },
+        f"{_VARIANTS}:MiCALinearVariant.merge_safe": ("b64fe2ca2dd0",),
+        f"{_VARIANTS}:MiCALinearVariant.merge_unsafe": ("3b79e81e5c9b",),
+        f"{_VARIANTS}:MiCALinearVariant.unmerge": ("95cd37ce2f3c",),
+        f"{_VARIANTS}:MiCAEmbeddingVariant.merge_safe": ("b64fe2ca2dd0",),
+        f"{_VARIANTS}:MiCAEmbeddingVariant.merge_unsafe": ("3b79e81e5c9b",),
+        f"{_VARIANTS}:MiCAEmbeddingVariant.unmerge": ("95cd37ce2f3c",),
     },
 }
 # The same for PEFT's classes over quantised weights, whose modules are imported with the first such layer.
@@ -104,20 +102,20 @@ def why_not_the_same(name: str, fingerprints: Sequence[str]) -> str | None:
     found = fingerprint(getattr(function, "__func__", function))
     if found is None:
         return f"{name} cannot be read"
-    return None if found in fingerprints else f"{name} has another body"
+    if found not in fingerprints:
+        return f"{name} has another body"
+    return None
 
 
 def differences() -> dict[str, list[str]]:
-    """Of every part whose functions do not read as in the known releases: how they differ."""
-    found = {
-        part: [
-            why
-            for name, fingerprints in functions.items()
-            if (why := why_not_the_same(name, fingerprints)) is not None
-        ]
-        for part, functions in REPEATED.items()
-    }
-    return {part: reasons for part, reasons in found.items() if reasons}
+    """The parts whose functions do not read as in the known releases -> how they differ."""
+    found = {}
+    for part, functions in REPEATED.items():
+        for name, fingerprints in functions.items():
+            why = why_not_the_same(name, fingerprints)
+            if why is not None:
+                found.setdefault(part, []).append(why)
+    return found
 
 
 def sentence(version: str) -> str | None:
@@ -133,16 +131,17 @@ def sentence(version: str) -> str | None:
         begin += f", which it does not know (it was written for {KNOWN[0]} to {KNOWN[-1]})"
     if not left:
         return f"{begin}: all that it replaces is unchanged there, so all of it runs on this backend."
-    reasons = dict.fromkeys(reason for reasons in left.values() for reason in reasons)
+    because = "; ".join(dict.fromkeys(chain.from_iterable(left.values())))  # each reason once
     rest = [part for part in PARTS if part not in left]
     ours = _listed(rest) if rest else "nothing"
-    because = "; ".join(reasons)
     return f"{begin}: PEFT's own code runs {_listed(left)}, because {because}; this backend runs {ours}."
 
 
 def _listed(parts: Iterable[str]) -> str:
     *first, last = parts
-    return f"{', '.join(first)} and {last}" if first else last
+    if not first:
+        return last
+    return f"{', '.join(first)} and {last}"
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -157,7 +156,7 @@ def fingerprint(function: Callable) -> str | None:
     """A hash of what the function computes; None if its source cannot be read.
 
     Comments, docstrings, types and the texts of errors have no part in it, and it is the same in all
-    versions of Python. Of a function in decorators that say what they wrap, it is the innermost one's.
+    versions of Python. For a function in decorators that say what they wrap, it is the innermost function's.
     """
     try:
         source = inspect.getsource(function)
@@ -184,9 +183,8 @@ def _outline(node) -> str:
         return "[" + ",".join(map(_outline, node)) + "]"
     if not isinstance(node, ast.AST):
         return repr(node)
-    fields = [
-        f"{name}={_outline(value)}"
-        for name, value in ast.iter_fields(node)
-        if name not in _NO_RESULT and value is not None and value != []
-    ]
+    fields = []
+    for name, value in ast.iter_fields(node):
+        if name not in _NO_RESULT and value is not None and value != []:
+            fields.append(f"{name}={_outline(value)}")
     return f"{type(node).__name__}({','.join(fields)})"

@@ -27,10 +27,12 @@ uninitialised: ContextVar[list[NewAdapter] | None] = ContextVar("mica_uninitiali
 @contextmanager
 def without_solver() -> Iterator[list[NewAdapter]]:
     """Within it new adapters keep B = 0 and are listed."""
-    outer = uninitialised.get()
-    token = uninitialised.set([] if outer is None else outer)
+    adapters = uninitialised.get()
+    if adapters is None:
+        adapters = []
+    token = uninitialised.set(adapters)
     try:
-        yield uninitialised.get()
+        yield adapters
     finally:
         uninitialised.reset(token)
 
@@ -41,12 +43,13 @@ def load(stock, *args, **kwargs):
 
     A layer whose B the checkpoint lacks gets the basis of a new adapter, also with ``low_cpu_mem_usage``.
     """
-    model = args[0]  # of `from_pretrained`, which calls `load_adapter`, the class
+    model = args[0]  # the class for `from_pretrained`, which calls `load_adapter`
     name = inspect.signature(stock).bind(*args, **kwargs).arguments.get("adapter_name") or "default"
     with without_solver() as adapters, _whole(model, name, adapters):
         result = stock(*args, **kwargs)
-        missing = {*getattr(result, "missing_keys", ())}  # transformers has more that it did not load
-        missing |= {key for key, *_ in getattr(result, "mismatched_keys", ())}
+        missing = set(getattr(result, "missing_keys", ()))
+        for key, *_ in getattr(result, "mismatched_keys", ()):  # which transformers did not load either
+            missing.add(key)
         if missing:
             without_b, orphaned = _incomplete(model, adapters, missing)
             for adapter in adapters:
@@ -63,19 +66,25 @@ def load(stock, *args, **kwargs):
 
 @while_enabled
 def set_state_dict(stock, model, peft_model_state_dict, adapter_name="default", *args, **kwargs):
-    """In place of `set_peft_model_state_dict`: of an adapter that exists already, as for a resumed training.
+    """In place of `set_peft_model_state_dict`, for an adapter that exists already, as in a resumed training.
 
     Where the state dict has no B, the layer keeps its own; on the meta device there is none to keep. Layers
     that got the adapter in the present `load` are left to that.
     """
     result = stock(model, peft_model_state_dict, adapter_name, *args, **kwargs)
     created = {adapter.layer for adapter in uninitialised.get() or ()}
-    layers = [(name, layer) for name, layer in model.named_modules() if is_mica(layer, adapter_name)]
-    adapters = [NewAdapter(name, layer, adapter_name) for name, layer in layers if layer not in created]
+    adapters = []
+    for name, layer in model.named_modules():
+        if is_mica(layer, adapter_name) and layer not in created:
+            adapters.append(NewAdapter(name, layer, adapter_name))
+
     without_b, orphaned = _incomplete(model, adapters, set(result.missing_keys))
     empty = [adapter for adapter in without_b if adapter.lora_B.is_meta]
     _start_anew(empty)
-    what = "B was computed anew from the base weights" if empty else "these layers keep the B that they had"
+    if empty:
+        what = "B was computed anew from the base weights"
+    else:
+        what = "these layers keep the B that they had"
     _warn_of_another_b(adapter_name, orphaned, what)
     return result
 
@@ -85,7 +94,7 @@ def _incomplete(
 ) -> tuple[list[NewAdapter], list[NewAdapter]]:
     """The adapters whose B is among the ``missing`` keys, and those of them whose A is not.
 
-    By identity: of PEFT's nested wrappers a parameter has several names.
+    By identity: in PEFT's nested wrappers a parameter has several names.
     """
     parameters = model.named_parameters(remove_duplicate=False)
     lacking = {id(parameter) for key, parameter in parameters if key in missing}
@@ -95,7 +104,7 @@ def _incomplete(
 
 
 def _start_anew(adapters: list[NewAdapter]) -> None:
-    """B of a new adapter, and where A has no values either, its 0."""
+    """Give them the B of a new adapter, and A = 0 where A has no values either."""
     for adapter in adapters:
         adapter.leave_meta_device()
         check(adapter)
@@ -119,7 +128,7 @@ def _warn_of_another_b(name: str, orphaned: list[NewAdapter], what: str) -> None
 
 @contextmanager
 def _whole(model, name: str, created: list[NewAdapter]) -> Iterator[None]:
-    """An error after the adapter's creation would leave one with B = 0, which nothing could train."""
+    """Delete a new adapter again after an error: it would have B = 0, and nothing could train it."""
     is_new = not _has(model, name)
     try:
         yield
@@ -142,13 +151,16 @@ def find_base(stock, cls, pretrained_model_name_or_path, subfolder=None, **kwarg
     """
     config = stock(cls, pretrained_model_name_or_path, subfolder, **kwargs)
     recorded = config.base_model_name_or_path
-    is_path = isinstance(recorded, str) and os.path.isabs(recorded)  # PEFT checks no type
-    if is_path and os.path.basename(recorded) == BASE:
-        own = os.path.abspath(os.path.join(pretrained_model_name_or_path, subfolder or ""))
-        if os.path.basename(own).startswith("checkpoint-"):
-            own = os.path.dirname(own)
-        if os.path.isfile(os.path.join(own, BASE, "config.json")):
-            config.base_model_name_or_path = os.path.join(own, BASE)
+    if not isinstance(recorded, str) or not os.path.isabs(recorded):  # PEFT checks no type
+        return config
+    if os.path.basename(recorded) != BASE:
+        return config
+    folder = os.path.abspath(os.path.join(pretrained_model_name_or_path, subfolder or ""))
+    if os.path.basename(folder).startswith("checkpoint-"):
+        folder = os.path.dirname(folder)
+    beside = os.path.join(folder, BASE)
+    if os.path.isfile(os.path.join(beside, "config.json")):
+        config.base_model_name_or_path = beside
     return config
 
 
@@ -162,8 +174,8 @@ def add_weighted_adapter(stock, self, adapters, weights, adapter_name, *args, **
 def hotswap_adapter_from_state_dict(stock, model, state_dict, adapter_name, *args, **kwargs):
     """PEFT writes the new adapter through ``.data``, which PyTorch does not count as a change of a tensor.
 
-    So whatever was derived from the old B is dropped. What the new adapter lacks PEFT sets to 0, which of a B
-    would be an adapter that does nothing, and that nothing could train.
+    So whatever was derived from the old B is dropped. PEFT sets to 0 what the new adapter lacks; with B = 0
+    an adapter would do nothing, and nothing could train it.
     """
     if settings.enabled:
         _check_has_b(model, state_dict, adapter_name)
@@ -174,19 +186,19 @@ def hotswap_adapter_from_state_dict(stock, model, state_dict, adapter_name, *arg
 
 
 def _check_has_b(model: nn.Module, state_dict: dict[str, Tensor], adapter_name: str) -> None:
-    """
-    Raises:
-        ValueError: the state dict has A but no B of a MiCA layer.
-    """
+    """Raise ValueError if the state dict has A but no B of a MiCA layer."""
     # the keys lack the prefix of torch.compile's wrapper
     modules = {name.removeprefix("_orig_mod."): module for name, module in model.named_modules()}
     for key in state_dict:
-        layer, factor, rest = key.partition(".lora_A.")
-        key_of_b = f"{layer}.lora_B.{rest}"
-        if not factor:
-            layer, factor, rest = key.partition(".lora_embedding_A.")
-            key_of_b = f"{layer}.lora_embedding_B.{rest}"
-        if not factor or key_of_b in state_dict or layer not in modules:
+        if ".lora_A." in key:
+            layer = key.partition(".lora_A.")[0]
+            key_of_b = key.replace(".lora_A.", ".lora_B.", 1)
+        elif ".lora_embedding_A." in key:
+            layer = key.partition(".lora_embedding_A.")[0]
+            key_of_b = key.replace(".lora_embedding_A.", ".lora_embedding_B.", 1)
+        else:
+            continue
+        if key_of_b in state_dict or layer not in modules:
             continue
         if is_mica(modules[layer], adapter_name):
             raise ValueError(

@@ -25,6 +25,8 @@ from mica.fast.merge import merging
 
 
 class Patch(NamedTuple):
+    """One function of PEFT, and what takes its place."""
+
     owner: str  # module, or module:Class
     name: str
     parameters: str  # what stock's signature must begin with; "a|b": either name
@@ -33,18 +35,28 @@ class Patch(NamedTuple):
     part: str | None = None  # of `known_peft`: where the function differs, this part alone is left to PEFT
 
 
-_LAYERS, _VARIANTS = "peft.tuners.lora.layer", "peft.tuners.lora.variants"
-_LAYER, _LINEAR, _EMBEDDING = f"{_LAYERS}:LoraLayer", f"{_LAYERS}:Linear", f"{_LAYERS}:Embedding"
+_LAYERS = "peft.tuners.lora.layer"
+_VARIANTS = "peft.tuners.lora.variants"
+_LAYER = f"{_LAYERS}:LoraLayer"
+_LINEAR = f"{_LAYERS}:Linear"
+_EMBEDDING = f"{_LAYERS}:Embedding"
 _PARAMETER = f"{_LAYERS}:ParamWrapper"  # in a PEFT without it there is no MiCA on `target_parameters`
-_MODEL, _PEFT_MODEL = "peft.tuners.lora.model:LoraModel", "peft.peft_model:PeftModel"
-_CONFIG, _HUGGING_FACE = "peft.config:PeftConfigMixin", "transformers.integrations.peft:PeftAdapterMixin"
+_MODEL = "peft.tuners.lora.model:LoraModel"
+_PEFT_MODEL = "peft.peft_model:PeftModel"
+_CONFIG = "peft.config:PeftConfigMixin"
+_HUGGING_FACE = "transformers.integrations.peft:PeftAdapterMixin"
 
-_FORWARD, _UPDATE = "self x *args **kwargs", "self adapter_name r lora_alpha config **kwargs"
+_FORWARD = "self x *args **kwargs"
+_UPDATE = "self adapter_name r lora_alpha config **kwargs"
 # the other name is that of axolotl's wrapper for Gemma 4, which may be there first
 _CREATE = "self lora_config|peft_config adapter_name target target_name parent current_key"
 _WHOLE = ("forward", "self *args **kwargs", call_counts.whole_forward)
 _CAST = ("cast_adapter_dtype", "model adapter_name autocast_adapter_dtype", initialisation.cast_adapter_dtype)
-_UNLOAD, _UNLOADED = "_unload_and_optionally_merge", "self merge progressbar safe_merge adapter_names"
+_UNLOAD = (
+    "_unload_and_optionally_merge",
+    "self merge progressbar safe_merge adapter_names",
+    refusals.unload_and_optionally_merge,
+)
 _LORAFA = ("create_lorafa_optimizer", "model r lora_alpha lr", refusals.create_lorafa_optimizer, False)
 _PRETRAINED = "cls pretrained_model_name_or_path subfolder **kwargs"
 _TIE = ("_add_targets_to_tie", "self peft_config tied_weight_keys")  # a PEFT without it ties no adapters
@@ -96,8 +108,8 @@ PATCHES = (
     Patch("peft.utils.hotswap", *_SWAP, loading.hotswap_adapter_from_state_dict),
     Patch(_MODEL, *_TIE, refusals.add_targets_to_tie, required=False),
     Patch(_MODEL, "merge_adapter", "self adapter_names", refusals.merge_adapter),
-    Patch(_MODEL, _UNLOAD, _UNLOADED, refusals.unload_and_optionally_merge),
-    Patch("peft.tuners.mixed.model:MixedModel", _UNLOAD, _UNLOADED, refusals.unload_and_optionally_merge),
+    Patch(_MODEL, *_UNLOAD),
+    Patch("peft.tuners.mixed.model:MixedModel", *_UNLOAD),
     # a script that imported the function before this package keeps stock's
     Patch("peft.optimizers.lorafa", *_LORAFA),
     Patch("peft.optimizers", *_LORAFA),
@@ -116,7 +128,7 @@ PATCHES = (
 
 
 def _covering(update_layer):
-    """Replaces the forward of a class over quantised weights when it gets its first adapter.
+    """Replace the forward of a class over quantised weights when it gets its first adapter.
 
     Not at import: PEFT's modules of these classes would import the quantisation libraries.
     """
@@ -130,8 +142,11 @@ def _covering(update_layer):
         if not has_own_forward and LINEAR in known_peft.left:
             return
         patch = Patch(f"{cls.__module__}:{cls.__name__}", "forward", "self x", decide.linear_forward)
-        if text := mismatch(patch) or (_other_body(patch) if has_own_forward else None):
-            warnings.warn(f"{cls.__name__} runs PEFT's own forward: {text}.", stacklevel=3)
+        why_not = mismatch(patch)
+        if why_not is None and has_own_forward:
+            why_not = _other_body(patch)
+        if why_not is not None:
+            warnings.warn(f"{cls.__name__} runs PEFT's own forward: {why_not}.", stacklevel=3)
             return
         if has_own_forward:
             _replace(cls, patch)
@@ -180,8 +195,8 @@ def mismatch(patch: Patch) -> str | None:
     signature = inspect.signature(function).parameters.values()
     parameters = [str(parameter).split(":")[0].split("=")[0].strip() for parameter in signature]
     expected = [names.split("|") for names in patch.parameters.split()]
-    fits = all(name in names for name, names in zip(parameters, expected, strict=False))
-    if fits and len(parameters) >= len(expected):
+    begins_so = all(name in names for name, names in zip(parameters, expected, strict=False))
+    if begins_so and len(parameters) >= len(expected):
         return None
     return f"{patch.owner}.{patch.name} takes ({' '.join(parameters)})"
 
@@ -195,8 +210,11 @@ class Comparison(NamedTuple):
 
 
 def compare() -> Comparison:
-    refused, optional = [], []
-    left = {} if known_peft.is_known(peft.__version__) else known_peft.differences()
+    refused = []
+    optional = []
+    left = {}
+    if not known_peft.is_known(peft.__version__):
+        left = known_peft.differences()
     for patch in PATCHES:
         text = mismatch(patch)
         if text is None:
@@ -229,7 +247,8 @@ def install() -> bool:
     known_peft.left.update(found.left)
     for patch in _replaceable():
         _replace(owner_of(patch), patch)
-    if (sentence := known_peft.sentence(peft.__version__)) is not None:
+    sentence = known_peft.sentence(peft.__version__)
+    if sentence is not None:
         warnings.warn(sentence, stacklevel=3)
     clear_caches()  # stock PEFT may have edited B unnoticed
     return True
@@ -254,15 +273,18 @@ def _refusal(reasons: list[str]) -> str:
 def _replace(owner, patch: Patch) -> None:
     before = vars(owner).get(patch.name, _ABSENT)
     attribute = inspect.getattr_static(owner, patch.name)
-    kind = type(attribute) if isinstance(attribute, (staticmethod, classmethod)) else None
-    stock = attribute.__func__ if kind else attribute
-    replacement = functools.wraps(stock)(patch.wrap(stock))
-    setattr(owner, patch.name, kind(replacement) if kind else replacement)
+    if isinstance(attribute, (staticmethod, classmethod)):
+        stock = attribute.__func__
+        replacement = functools.wraps(stock)(patch.wrap(stock))
+        setattr(owner, patch.name, type(attribute)(replacement))
+    else:
+        replacement = functools.wraps(attribute)(patch.wrap(attribute))
+        setattr(owner, patch.name, replacement)
     _installed.append(_Installed(owner, patch.name, before, replacement))
 
 
 def replaced_since() -> Iterator[tuple[object, str, Callable]]:
-    """Functions of this package in whose place others are now: owner, name, and the other function.
+    """Where another function has taken the place of this package's: owner, name, and that function.
 
     One that says what it wraps (`functools.wraps`) and wraps this package's is not among them.
     """

@@ -25,10 +25,7 @@ _WEIGHT_HOOKS = {
 
 
 def check_model(model, call: str) -> None:
-    """
-    Raises:
-        TypeError: the argument of this public call is not a model.
-    """
+    """Raise TypeError if the argument of this public call is not a model."""
     if not isinstance(model, nn.Module):
         raise TypeError(
             f"mica.fast.{call}(model) needs a torch.nn.Module, for instance what get_peft_model returned, "
@@ -51,22 +48,24 @@ def add_targets_to_tie(stock, self, peft_config, tied_weight_keys) -> None:
     creates two parameters on one memory, each with its own gradient and optimiser state, and plain LoRA's
     (0.21.2) separate at the fp32 cast over a 16-bit base, or at `model.to(dtype)`.
     """
-    if requests_mica(peft_config):
-        source = self.model.get_input_embeddings()
-        embedding = next(name for name, module in self.model.named_modules() if module is source)
-        tied = " and ".join(map(repr, [embedding, *tied_weight_keys]))
-        if loading.uninitialised.get() is None:
-            raise ValueError(
-                f"MiCA adapters of {tied} cannot be tied (ensure_weight_tying=True), because each "
-                "freezes the minor vectors of its own side of the shared weight: leave "
-                f"ensure_weight_tying off for independent adapters, or name {embedding!r} in "
-                "modules_to_save, and neither in target_modules, to train the shared weight itself."
-            )
-        warnings.warn(  # a file from stock: its adapters are independent, and compute what they did
-            f"the adapter was saved with ensure_weight_tying=True, but its MiCA adapters of {tied} are "
-            "independent of each other, and are loaded as such.",
-            stacklevel=3,
+    if not requests_mica(peft_config):
+        return stock(self, peft_config, tied_weight_keys)
+    source = self.model.get_input_embeddings()
+    embedding = next(name for name, module in self.model.named_modules() if module is source)
+    tied = " and ".join(map(repr, [embedding, *tied_weight_keys]))
+    if loading.uninitialised.get() is None:
+        raise ValueError(
+            f"MiCA adapters of {tied} cannot be tied (ensure_weight_tying=True), because each freezes the "
+            "minor vectors of its own side of the shared weight: leave ensure_weight_tying off for "
+            f"independent adapters, or name {embedding!r} in modules_to_save, and neither in "
+            "target_modules, to train the shared weight itself."
         )
+    # A file from stock: its adapters are independent of each other, and compute what they did there.
+    warnings.warn(
+        f"the adapter was saved with ensure_weight_tying=True, but its MiCA adapters of {tied} are "
+        "independent of each other, and are loaded as such.",
+        stacklevel=3,
+    )
     return stock(self, peft_config, tied_weight_keys)
 
 
@@ -80,19 +79,22 @@ def _how_to_keep(base_layer: nn.Module, weight: str) -> str | None:
     if parametrize.is_parametrized(base_layer, weight):
         return f"torch.nn.utils.parametrize.remove_parametrizations(layer.base_layer, {weight!r})"
     for hook in base_layer._forward_pre_hooks.values():
-        for kind in type(hook).__mro__:
-            if kind.__module__.startswith("torch.nn.utils.") and kind.__name__ in _WEIGHT_HOOKS:
-                attribute, remover = _WEIGHT_HOOKS[kind.__name__]
-                if getattr(hook, attribute) == weight:
-                    return remover
+        for cls in type(hook).__mro__:
+            is_known = cls.__module__.startswith("torch.nn.utils.") and cls.__name__ in _WEIGHT_HOOKS
+            if not is_known:
+                continue
+            attribute, remover = _WEIGHT_HOOKS[cls.__name__]
+            if getattr(hook, attribute) == weight:
+                return remover
     return None
 
 
 def check_weight(layer: nn.Module, name: str | None = None, verb: str = "merged into") -> None:
-    """
+    """Refuse a merge into, or an unmerge from, a weight that cannot be changed.
+
     Raises:
         ValueError: the base layer's weight is computed from other parameters, so a change of it would be
-        lost; or it is split among processes, where PEFT multiplies parts with whole tensors.
+            lost; or it is split among processes, where PEFT multiplies parts with whole tensors.
     """
     base_layer = layer.get_base_layer()
     called = f"layer {name!r}" if name else f"this {type(base_layer).__name__} layer"
@@ -110,11 +112,14 @@ def check_weight(layer: nn.Module, name: str | None = None, verb: str = "merged 
 
 
 def _check_weights(model: nn.Module, adapter_names) -> None:
+    """`check_weight` for all layers into which a MiCA adapter of these names, or an active one, is merged."""
     for name, layer in model.named_modules():
-        if isinstance(layer, lora.LoraLayer):
-            adapters = layer.active_adapters if adapter_names is None else adapter_names
-            if any(is_mica(layer, adapter) for adapter in adapters if adapter not in layer.merged_adapters):
-                check_weight(layer, name)
+        if not isinstance(layer, lora.LoraLayer):
+            continue
+        adapters = layer.active_adapters if adapter_names is None else adapter_names
+        unmerged = [adapter for adapter in adapters if adapter not in layer.merged_adapters]
+        if any(is_mica(layer, adapter) for adapter in unmerged):
+            check_weight(layer, name)
 
 
 @while_enabled
@@ -145,7 +150,9 @@ def unload_and_optionally_merge(
 def create_lorafa_optimizer(stock, model, *args, **kwargs):
     """LoRA-FA freezes A and trains B; with MiCA's frozen B nothing is left."""
     for name, layer in model.named_modules():
-        for adapter in layer.active_adapters if isinstance(layer, lora.LoraLayer) else ():
+        if not isinstance(layer, lora.LoraLayer):
+            continue
+        for adapter in layer.active_adapters:
             if is_mica(layer, adapter):
                 raise ValueError(
                     f"create_lorafa_optimizer trains only B, but adapter {adapter!r} is MiCA on layer "

@@ -45,13 +45,17 @@ def switch(on: bool | None = None, *, blocks: int = 0) -> None:
     """Turn the backend on or off. ``blocks``: 1 or -1 where a block is entered or left in which it is off."""
     global _switched_on, _blocks
     with _lock:
-        _switched_on, _blocks = _switched_on if on is None else on, _blocks + blocks
+        if on is not None:
+            _switched_on = on
+        _blocks += blocks
         settings.enabled = _switched_on and not _blocks
 
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype | None:
     """Dtype of the low-rank products for activations of this dtype; None: the same."""
-    return None if settings.compute_dtype is None else torch.promote_types(settings.compute_dtype, dtype)
+    if settings.compute_dtype is None:
+        return None
+    return torch.promote_types(settings.compute_dtype, dtype)
 
 
 def change(**values) -> None:
@@ -65,10 +69,7 @@ def change(**values) -> None:
 
 
 def _check_device(requested: str | torch.device) -> None:
-    """
-    Raises:
-        ValueError: PyTorch cannot compute there, on this machine.
-    """
+    """Raise ValueError if PyTorch cannot compute on this device here."""
     try:
         device = torch.device(requested)
     except (RuntimeError, TypeError) as error:
@@ -84,7 +85,7 @@ def _check_device(requested: str | torch.device) -> None:
 
 
 def _device_count(kind: str) -> int:
-    """How many devices of a type there are. No device is initialised: a process may still fork after this."""
+    """How many devices of a type there are. None is initialised, so that the process may still fork."""
     try:
         module = torch.get_device_module(kind)
     except RuntimeError:  # a type that this build of PyTorch has no module for
@@ -102,7 +103,9 @@ def around(function: Callable, is_on: Callable[[], bool] = lambda: True) -> Call
 
     def patch(stock):
         def replacement(*args, **kwargs):
-            return function(stock, *args, **kwargs) if is_on() else stock(*args, **kwargs)
+            if is_on():
+                return function(stock, *args, **kwargs)
+            return stock(*args, **kwargs)
 
         return replacement
 

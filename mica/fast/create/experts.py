@@ -38,13 +38,18 @@ class ExpertTask(NamedTuple):
 def tasks(layer: lora.LoraLayer, name: str, rank: int) -> list[ExpertTask]:
     """One per matrix to be solved; the weights are views of the parameter."""
     stack = weight_of_stack(layer).detach()
-    halves = _halves(layer, rank) if is_halved(layer) else [("", slice(None), slice(None))]
+    if is_halved(layer):
+        parts = _halves(layer, rank)
+    else:
+        parts = [("", slice(None), slice(None))]
+
     result = []
     for expert, weight in enumerate(stack):
-        for half, rows, columns in halves:
-            of_expert = f"{name} expert {expert}{half}" if is_stack(layer) else name
-            task = Task(of_expert, weight[rows], rank // len(halves))
-            result.append(ExpertTask(task, SliceOfB(len(stack), expert, rows, columns)))
+        for part, rows, columns in parts:
+            task_name = f"{name} expert {expert}{part}" if is_stack(layer) else name
+            task = Task(task_name, weight[rows], rank // len(parts))
+            place = SliceOfB(len(stack), expert, rows, columns)
+            result.append(ExpertTask(task, place))
     return result
 
 
@@ -55,16 +60,22 @@ def is_halved(layer) -> bool:
 
 def _halves(layer, rank: int) -> tuple[tuple[str, slice, slice], ...]:
     """(name, rows, columns of B) of the gate and of the up projection, as the experts' class stores them."""
-    half = layer.out_features // 2
     if getattr(layer.get_base_layer(), "is_concatenated", True):
-        gate, up = slice(0, half), slice(half, None)
-    else:
-        gate, up = slice(0, None, 2), slice(1, None, 2)
-    return (" (gate half)", gate, slice(0, rank // 2)), (" (up half)", up, slice(rank // 2, None))
+        half = layer.out_features // 2
+        gate = slice(0, half)
+        up = slice(half, None)
+    else:  # row by row in turns
+        gate = slice(0, None, 2)
+        up = slice(1, None, 2)
+    return (
+        (" (gate half)", gate, slice(0, rank // 2)),
+        (" (up half)", up, slice(rank // 2, None)),
+    )
 
 
 def check(layer, name: str, rank: int) -> None:
-    """
+    """Refuse a parameter, or a rank, that MiCA cannot start from.
+
     Raises:
         ValueError: an odd rank where gate and up get half of it each.
         UnsuitableLayerError: MiCA cannot start from a parameter that is stored like this one.
@@ -95,20 +106,27 @@ def check(layer, name: str, rank: int) -> None:
 
 
 def _is_mislabelled(layer) -> bool:
-    """Whether gate_up_proj and down_proj show that a module that says nothing stores them transposed.
+    """Whether the shapes of gate_up_proj and down_proj show that a module stores them transposed, untold.
 
     With hidden size H and intermediate size I they are (2I, H) and (H, I), transposed (H, 2I) and (I, H).
     """
     module = layer.get_base_layer()
-    stacks = [getattr(module, name, None) for name in (GATE_UP, "down_proj")]
-    if hasattr(module, "is_transposed") or any(getattr(stack, "ndim", 0) != 3 for stack in stacks):
+    gate_up = getattr(module, GATE_UP, None)
+    down = getattr(module, "down_proj", None)
+    if hasattr(module, "is_transposed"):
         return False
-    gate_up, down = (stack.shape[1:] for stack in stacks)
-    return gate_up == (down[1], 2 * down[0])
+    if getattr(gate_up, "ndim", 0) != 3 or getattr(down, "ndim", 0) != 3:
+        return False
+    _, down_rows, down_columns = down.shape
+    return gate_up.shape[1:] == (down_columns, 2 * down_rows)
 
 
 def listed(experts: list[int], layer) -> str:
-    """ ", in experts 1, 3" for messages; nothing where the layer has none."""
-    more = f" and {len(experts) - 5} more" if len(experts) > 5 else ""
-    named = f", in expert{'s' if len(experts) > 1 else ''} {', '.join(map(str, experts[:5]))}{more}"
-    return named if is_stack(layer) else ""
+    """The end of a message, like ", in experts 1, 3"; nothing where the layer has none."""
+    if not is_stack(layer):
+        return ""
+    noun = "experts" if len(experts) > 1 else "expert"
+    named = f", in {noun} {', '.join(map(str, experts[:5]))}"
+    if len(experts) > 5:
+        named += f" and {len(experts) - 5} more"
+    return named

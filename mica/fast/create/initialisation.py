@@ -102,13 +102,19 @@ def _other_variants(config) -> list[str]:
 
 
 def _entry() -> _Entry | None:
+    """The target module that is getting an adapter now; None outside of an injection."""
     injection = _injection.get()
-    return injection.entries[-1] if injection is not None and injection.entries else None
+    if injection is None or not injection.entries:
+        return None
+    return injection.entries[-1]
 
 
 def _name_of(layer) -> str:
+    """The layer's name in messages."""
     entry = _entry()
-    return f"layer {entry.key!r}" if entry else f"this {type(layer.get_base_layer()).__name__} layer"
+    if entry is None:
+        return f"this {type(layer.get_base_layer()).__name__} layer"
+    return f"layer {entry.key!r}"
 
 
 @while_enabled
@@ -116,8 +122,8 @@ def update_layer(stock, self, adapter_name: str, r: int, lora_alpha: int, config
     """An adapter on a quantised base, or of a single parameter: plain LoRA's, then MiCA's A, B and variant.
 
     Stock has no MiCA on a quantised base: it reads the packed ``weight`` (GPTQ's and HQQ's layers have none),
-    and most of these classes resolve no variant for it, so that B would be trained. Of a parameter, mostly a
-    stack of experts, it refuses every variant, and still does what it refuses in plain LoRA (dropout, ...).
+    and most of these classes resolve no variant for it, so that B would be trained. For a parameter, mostly a
+    stack of experts, it refuses every variant. What it refuses for plain LoRA (dropout, ...) stays refused.
     """
     refusal = quantised.why_not(self) if requests_mica(config) else None
     if refusal:
@@ -135,9 +141,12 @@ def update_layer(stock, self, adapter_name: str, r: int, lora_alpha: int, config
         )
     plain.init_lora_weights = False
     stock(self, adapter_name, r, lora_alpha, plain, **kwargs)
+
     stored = NewAdapter("", self, adapter_name).stored
-    with nullcontext() if stored is None else gather_params_ctx(stored):
+    gathered = nullcontext() if stored is None else gather_params_ctx(stored)
+    with gathered:
         _start(self, adapter_name)  # not `self.mica_init`, which another package may have replaced
+
     # MiCA from here on, by PEFT's own means: B is frozen, and stays so
     self.lora_variant[adapter_name] = MiCALinearVariant()
     MiCALinearVariant.init(self, adapter_name=adapter_name, config=config, **kwargs)
@@ -146,12 +155,13 @@ def update_layer(stock, self, adapter_name: str, r: int, lora_alpha: int, config
 
 @while_enabled
 def mica_init(stock, self, adapter_name: str) -> None:
-    if not _start(self, adapter_name):
-        stock(self, adapter_name)
-        loaded = uninitialised.get()
-        adapter = NewAdapter(_name_of(self), self, adapter_name)
-        if loaded is not None and adapter.lora_B.is_meta:
-            loaded.append(adapter)  # the file may lack its B
+    if _start(self, adapter_name):
+        return
+    stock(self, adapter_name)
+    loaded = uninitialised.get()
+    adapter = NewAdapter(_name_of(self), self, adapter_name)
+    if loaded is not None and adapter.lora_B.is_meta:
+        loaded.append(adapter)  # the file may lack its B
 
 
 def _start(layer, adapter_name: str) -> bool:
@@ -160,27 +170,30 @@ def _start(layer, adapter_name: str) -> bool:
     False if stock has to initialise this layer; it leaves weights on the meta device as they are.
     """
     adapter = NewAdapter(_name_of(layer), layer, adapter_name)
-    entry, loaded = _entry(), uninitialised.get()
-    if entry:
+    entry = _entry()
+    if entry is not None:
         entry.is_initialised = True
     if not _set_to_zero(adapter):
         return False
     if adapter.is_quantised and quantised.stored(layer).is_meta:
-        pass  # another process has the weight, and will provide B
-    elif loaded is not None:
+        return True  # another process has the weight, and will provide B
+
+    loaded = uninitialised.get()
+    if loaded is not None:
         loaded.append(adapter)
+        return True
+    check(adapter)
+    if entry is not None:
+        entry.adapter = adapter
     else:
-        check(adapter)
-        if entry:
-            entry.adapter = adapter
-        else:
-            initialise([adapter])
+        initialise([adapter])
     return True
 
 
 def _set_to_zero(adapter: NewAdapter) -> bool:
     """A and B, on the weight's device and in its dtype. False if stock has to initialise this layer."""
-    layer, weight = adapter.layer, adapter.stored
+    layer = adapter.layer
+    weight = adapter.stored
     lora_A, lora_B = adapter_weights(layer, adapter.adapter_name)
     if lora_B.is_meta and not (is_wrapper(layer) and weight.is_meta):  # low_cpu_mem_usage: values come later
         return False
@@ -191,9 +204,9 @@ def _set_to_zero(adapter: NewAdapter) -> bool:
     if not isinstance(weight, Tensor) or type(layer) not in (lora.Linear, lora.Embedding):
         return False
     device = lora_A.device if weight.is_meta else weight.device
-    for factor in (lora_A, lora_B):
-        dtype = weight.dtype if weight.is_floating_point() else None
-        factor.data = torch.zeros(factor.shape, device=device, dtype=dtype)
+    dtype = weight.dtype if weight.is_floating_point() else None
+    lora_A.data = torch.zeros(lora_A.shape, device=device, dtype=dtype)
+    lora_B.data = torch.zeros(lora_B.shape, device=device, dtype=dtype)
     return True
 
 
@@ -202,17 +215,20 @@ def cast_adapter_dtype(
     stock, model: nn.Module, adapter_name: str, autocast_adapter_dtype: bool = True
 ) -> None:
     """PEFT's cast to fp32, then what it loses: the exact basis, and that an embedding's B is frozen."""
-    layers = [layer for layer in model.modules() if is_mica(layer, adapter_name)]
-    trainable = [
-        [weight.requires_grad for weight in adapter_weights(layer, adapter_name)] for layer in layers
-    ]
+    before = []
+    for layer in model.modules():
+        if is_mica(layer, adapter_name):
+            lora_A, lora_B = adapter_weights(layer, adapter_name)
+            before.append((layer, lora_A.requires_grad, lora_B.requires_grad))
+
     stock(model, adapter_name, autocast_adapter_dtype)
-    for layer, flags in zip(layers, trainable, strict=True):
-        weights = adapter_weights(layer, adapter_name)
-        for weight, requires_grad in zip(weights, flags, strict=True):
-            weight.requires_grad_(requires_grad)
+
+    for layer, trains_a, trains_b in before:
+        lora_A, lora_B = adapter_weights(layer, adapter_name)
+        lora_A.requires_grad_(trains_a)
+        lora_B.requires_grad_(trains_b)
         layer._freeze_non_trainable_peft_weights(adapter_name)
-        restore_exact(layer, adapter_name, weights[1])
+        restore_exact(layer, adapter_name, lora_B)
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -226,7 +242,7 @@ def create_and_replace(
 ):
     injection = _injection.get()
     if injection is not None:
-        # a wrapper that has this adapter already is nested in one for another parameter of its module
+        # A wrapper that has this adapter already is nested in one for another parameter of its module.
         is_nested = is_wrapper(target) and adapter_name in target.lora_A
         is_adapted = isinstance(target, lora.LoraLayer) and not is_nested
         is_parameter = kwargs.get("parameter_name") is not None
@@ -257,38 +273,62 @@ def inject_adapter(stock, self, model: nn.Module, adapter_name: str, *args, **kw
     config = self.peft_config[adapter_name]
     if not settings.enabled or not requests_mica(config):
         return stock(self, model, adapter_name, *args, **kwargs)
+
     injection = _Injection()
-    trainable = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
-    targeted = {name: list(getattr(self, name)) for name in _TARGETED if hasattr(self, name)}
+    before = _Before(self, model)
     token = _injection.set(injection)
     try:
         stock(self, model, adapter_name, *args, **kwargs)
-        if injection.skipped and not injection.entries:
-            kind = "parameters" if all(entry.is_parameter for entry in injection.skipped) else "modules"
-            raise UnsuitableLayerError(
-                f"none of the {len(injection.skipped)} target {kind} is suitable for MiCA with "
-                f"r={config.r}; the warnings above name them."
-            )
+        _refuse_if_all_are_skipped(injection, config)
         initialise([entry.adapter for entry in injection.entries if entry.adapter is not None])
         _warn_of_another_initialisation(injection, adapter_name)
     except BaseException:
         for entry in reversed(injection.entries):
             entry.undo(adapter_name)
-        for parameter, requires_grad in trainable:
-            parameter.requires_grad_(requires_grad)
-        for name, names in targeted.items():
-            setattr(self, name, names)
+        before.restore()
         raise
     finally:
         _injection.reset(token)
+
     if not config.inference_mode:
         quantised.keep_unpacked(model)
     if injection.skipped:
-        skipped = {entry.key for entry in injection.skipped}
-        for name in targeted:
-            setattr(self, name, [key for key in getattr(self, name) if key not in skipped])
+        _forget_skipped(self, injection)
         _exclude(config, injection)
     return None
+
+
+class _Before:
+    """What an injection changes besides the target modules, to put it back after an error."""
+
+    def __init__(self, tuner, model: nn.Module):
+        self._tuner = tuner
+        self._trainable = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+        self._targeted = {name: list(getattr(tuner, name)) for name in _TARGETED if hasattr(tuner, name)}
+
+    def restore(self) -> None:
+        for parameter, requires_grad in self._trainable:
+            parameter.requires_grad_(requires_grad)
+        for name, names in self._targeted.items():
+            setattr(self._tuner, name, names)
+
+
+def _refuse_if_all_are_skipped(injection: _Injection, config) -> None:
+    if injection.entries or not injection.skipped:
+        return
+    kind = "parameters" if all(entry.is_parameter for entry in injection.skipped) else "modules"
+    raise UnsuitableLayerError(
+        f"none of the {len(injection.skipped)} target {kind} is suitable for MiCA with r={config.r}; the "
+        "warnings above name them."
+    )
+
+
+def _forget_skipped(tuner, injection: _Injection) -> None:
+    """Take the skipped targets out of the tuner's records of what it has adapted."""
+    skipped = {entry.key for entry in injection.skipped}
+    for name in _TARGETED:
+        if hasattr(tuner, name):
+            setattr(tuner, name, [key for key in getattr(tuner, name) if key not in skipped])
 
 
 def _warn_of_another_initialisation(injection: _Injection, adapter_name: str) -> None:
@@ -306,9 +346,13 @@ def _warn_of_another_initialisation(injection: _Injection, adapter_name: str) ->
             others[entry.key] = layer
     if not others:
         return
+
     name, layer = next(iter(others.items()))
     who = owner_of(type(layer).mica_init)
-    layers = f"layer {name!r}" if len(others) == 1 else f"{len(others)} layers (the first is {name!r})"
+    if len(others) == 1:
+        layers = f"layer {name!r}"
+    else:
+        layers = f"{len(others)} layers (the first is {name!r})"
     warnings.warn(
         f"mica.fast did not initialise {layers}: {who} has replaced PEFT's mica_init, and its B is used, "
         "which is not certified and may be rounded to the dtype of the base. Training works with it. For the "
@@ -318,13 +362,14 @@ def _warn_of_another_initialisation(injection: _Injection, adapter_name: str) ->
 
 
 def _exclude(config, injection: _Injection) -> None:
-    """Makes the saved adapter match the layers that have one, for stock PEFT too."""
+    """Make the saved configuration match the layers that have an adapter, for stock PEFT too."""
     if any(entry.is_parameter for entry in injection.skipped):  # PEFT excludes modules only
         config.target_parameters = [entry.key for entry in injection.entries if entry.is_parameter]
     names = [entry.key for entry in injection.skipped if not entry.is_parameter]
     if not names:
         return
     if isinstance(config.exclude_modules, str):
-        config.exclude_modules = f"({config.exclude_modules})|" + "|".join(re.escape(name) for name in names)
+        alternatives = [f"({config.exclude_modules})", *map(re.escape, names)]
+        config.exclude_modules = "|".join(alternatives)
     else:
         config.exclude_modules = {*(config.exclude_modules or ()), *names}

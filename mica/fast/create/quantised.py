@@ -28,7 +28,7 @@ _AGREEMENT = 2**-6
 
 
 def _bitsandbytes():
-    """The library, imported by now: a layer of its exists."""
+    """The library, which has been imported by now: one of its layers exists."""
     return sys.modules["bitsandbytes"]
 
 
@@ -58,18 +58,18 @@ def is_packed_for_cpu(weight: Tensor | None) -> bool:
 def _unpacked(weight: Tensor) -> tuple[Tensor, object]:
     """The codes of a 4-bit weight and their `QuantState`, as before the repacking for the CPU kernel.
 
-    The weight is unchanged. Repacking has rounded the scales to bf16, and they stay so, but in fp32.
+    The weight is unchanged. Repacking has rounded the scales to bf16; they are returned so, in fp32.
     """
     if not is_packed_for_cpu(weight):
         return weight.data, weight.quant_state
     state = copy.copy(weight.quant_state)
-    state.original_nested = False  # else they would be quantised again
+    state.original_nested = False  # else the scales would be quantised again
     unpack = vars(_bitsandbytes().functional)["_convert_weight_packed_for_cpu_inverse"]
     codes, state = unpack(weight.data, state)
     if state.absmax.dim() == 2:  # still as the kernel reads them, (blocks of in_features, out_features)
         state.absmax = state.absmax.t().reshape(-1)
     state.absmax = state.absmax.float()
-    state.state2 = None  # of quantised scales; repacking has deleted it
+    state.state2 = None  # the state of quantised scales, which repacking has deleted
     return codes, state
 
 
@@ -137,9 +137,11 @@ def _gptqmodel(layer) -> Tensor:
 
 def _by_calls(layer) -> Tensor:
     """The layer applied to the rows of an identity matrix: exact, each output is one weight and zeros."""
-    starts = range(0, layer.in_features, _ROWS)
-    blocks = (torch.arange(start, min(start + _ROWS, layer.in_features)) for start in starts)
-    return torch.cat([_outputs(layer, block) for block in blocks], dim=1)
+    parts = []
+    for start in range(0, layer.in_features, _ROWS):
+        columns = torch.arange(start, min(start + _ROWS, layer.in_features))
+        parts.append(_outputs(layer, columns))
+    return torch.cat(parts, dim=1)
 
 
 def _outputs(layer, columns: Tensor) -> Tensor:
@@ -187,14 +189,19 @@ _ALLOWED = "bitsandbytes 4-bit and 8-bit, HQQ, torchao (other than Int4Tensor), 
 @lru_cache
 def _listed(layer_type: type) -> Kind | None:
     """The table's entry for a PEFT class or one derived from it; cached by class, not by name."""
-    names = (f"{cls.__module__}.{cls.__qualname__}" for cls in layer_type.__mro__)
-    return next((_KINDS[name] for name in names if name in _KINDS), None)
+    for cls in layer_type.__mro__:
+        name = f"{cls.__module__}.{cls.__qualname__}"
+        if name in _KINDS:
+            return _KINDS[name]
+    return None
 
 
 def kind_of(layer: nn.Module) -> Kind | None:
     """The kind of quantised layer that PEFT's ``layer`` wraps; None if it is not covered here."""
     kind = _listed(type(layer))
-    return None if kind is None or kind.dequantise is None else kind
+    if kind is None or kind.dequantise is None:
+        return None
+    return kind
 
 
 def is_covered(layer_type: type) -> bool:
@@ -208,14 +215,15 @@ def why_not(layer: nn.Module) -> str | None:
     kind = _listed(type(layer))
     if kind is None:
         return None
-    base, name = layer.get_base_layer(), kind.name
-    if kind.name == "torchao" and type(base.weight).__name__ == "Int4Tensor":
+    base = layer.get_base_layer()
+    name = kind.name
+    if name == "torchao" and type(base.weight).__name__ == "Int4Tensor":
         name = "torchao Int4Tensor, refused by PEFT itself"
     elif kind.dequantise is not None:
         return None
     return (
-        f"has a quantised base layer of type {type(base).__name__} ({name}), and of quantised layers only "
-        f"those of {_ALLOWED} are allowed."
+        f"has a quantised base layer of type {type(base).__name__} ({name}), and among quantised layers MiCA "
+        f"supports only those of {_ALLOWED}."
     )
 
 
@@ -225,10 +233,13 @@ def why_not_read(layer: nn.Module) -> str | None:
     An adapter with a B of its own, from a file, runs there all the same.
     """
     base = layer.get_base_layer()
-    of_bnb = {cls.__name__ for cls in type(base).__mro__ if cls.__module__.startswith("bitsandbytes.")}
-    flag = next((_FLAGS[name] for name in _FLAGS if name in of_bnb), None)
-    holds_floats = getattr(getattr(base, "state", None), "has_fp16_weights", False)  # an 8-bit layer may
-    if flag is None or holds_floats or kind_of(layer) is not None:
+    flag = None
+    for cls in type(base).__mro__:
+        if cls.__module__.startswith("bitsandbytes.") and cls.__name__ in _FLAGS:
+            flag = _FLAGS[cls.__name__]
+    if flag is None or kind_of(layer) is not None:
+        return None
+    if getattr(getattr(base, "state", None), "has_fp16_weights", False):  # an 8-bit layer that holds floats
         return None
     return (
         f"is a {type(base).__name__} of bitsandbytes in a model without `{flag}`, from which PEFT knows that "
@@ -239,7 +250,7 @@ def why_not_read(layer: nn.Module) -> str | None:
 def stored(layer: nn.Module) -> Tensor:
     """The tensor that holds the packed weight, wherever the library stores it: only for its device."""
     base = layer.get_base_layer()
-    tensors = (getattr(base, name, None) for name in ("qweight", "W_q", "weight"))
+    tensors = [getattr(base, name, None) for name in ("qweight", "W_q", "weight")]
     return next(tensor for tensor in tensors if isinstance(tensor, Tensor))
 
 

@@ -52,8 +52,8 @@ class NewAdapter:
 
     @property
     def weight(self) -> Tensor:
-        """As (out_features, in_features); an embedding's is (embedding_dim, num_embeddings), of an adapted
-        parameter it is (E, out_features, in_features).
+        """(out_features, in_features); (embedding_dim, num_embeddings) for an embedding; (E, out_features,
+        in_features) for an adapted parameter.
 
         A quantised layer's is dequantised at each access, one under tensor parallelism is gathered, which all
         processes must do together: do not keep it longer than needed.
@@ -74,7 +74,7 @@ class NewAdapter:
 
     @property
     def tasks(self) -> list[ExpertTask]:
-        """The matrices to solve: one with the whole B, of a stack of experts one each."""
+        """The matrices to solve: one for the whole B, or one for each expert of a stack."""
         if is_wrapper(self.layer):
             return experts.tasks(self.layer, self.name, self.rank)
         return [ExpertTask(Task(self.name, self.weight, self.rank), None)]
@@ -108,7 +108,7 @@ class NewAdapter:
     def leave_meta_device(self) -> None:
         """Zeros in place of factors without values (``low_cpu_mem_usage``), on the device of the base weight.
 
-        B in the dtype of A, as PEFT makes them. Nothing where another process has the base weight.
+        B gets the dtype of A, as in PEFT. Does nothing where another process has the base weight.
         """
         base = quantised.stored(self.layer) if self.is_quantised else self.stored
         if base.is_meta:
@@ -131,57 +131,88 @@ def check(adapter: NewAdapter) -> Tensor:
     """The errors that need no solver, so that a hopeless configuration fails before any work.
 
     Returns:
-        `NewAdapter.weight`, which of a quantised layer takes a dequantisation.
+        `NewAdapter.weight`, which for a quantised layer takes a dequantisation.
 
     Raises:
         TypeError: the weight is not of a floating dtype with 16 bits or more.
         ValueError: a rank that the settings do not allow.
         UnsuitableLayerError: MiCA cannot start from this layer's weight.
     """
-    name, layer, stored, rank = adapter.name, adapter.layer, adapter.stored, adapter.rank
-    base_layer = layer.get_base_layer()
-    why = _why_not_whole(base_layer, stored)
-    if why and not tensor_parallel.is_gathered(base_layer):
-        raise UnsuitableLayerError(
-            f"MiCA needs the whole weight, but {name} {why}. Create the adapter before the model is sharded, "
-            "or load an adapter that was created before."
-        )
-    if why := quantised.why_not_read(layer):
-        raise UnsuitableLayerError(f"MiCA cannot be initialised: {name} {why}")
+    _check_is_readable(adapter)
     weight = adapter.weight
-    if weight.dtype not in FLOATING:
-        hint = " Experts in 8 or 4 bits (fp8, mxfp4) have to be dequantised when the model is loaded."
-        raise TypeError(
-            f"Please initialize MiCA under float32, float16, bfloat16 or float64: {name} has a weight of "
-            f"dtype {weight.dtype}.{hint if is_wrapper(layer) else ''}"
-        )
-    if is_wrapper(layer):
-        experts.check(layer, name, rank)
-    out_features, in_features = weight.shape[-2:]
-    sides, most = "`r` <= min(in_features, out_features)", min(out_features, in_features)
-    if experts.is_halved(layer):
-        sides = "`r` / 2 <= min(in_features, out_features / 2) for gate_up='halves'"
-        most = 2 * min(out_features // 2, in_features)
-    elif isinstance(layer, lora.Embedding):
-        sides = "`r` <= min(num_embeddings, embedding_dim)"
-    if rank > most:
-        shape = tuple(weight.shape if adapter.is_quantised else stored.shape)
-        raise UnsuitableLayerError(
-            f"MiCA requires {sides} but got r={rank} for {name} with weight shape {shape} (max usable r is "
-            f"{most})."
-        )
-    if adapter.is_absent:  # FSDP's first process has the weight, and will provide B
-        if not is_fsdp_enabled():
-            raise UnsuitableLayerError(
-                f"MiCA needs the weight, but that of {name} is on the meta device: it is offloaded or not "
-                "loaded yet."
-            )
-    elif not torch.isfinite(extremes(weight)).all():
-        counts = [int((~torch.isfinite(one)).sum()) for one in (weight if is_stack(layer) else [weight])]
-        where = experts.listed([expert for expert, count in enumerate(counts) if count], layer)
-        broken = f"{sum(counts)} NaN or Inf of {weight.numel()}{where}"
-        raise UnsuitableLayerError(f"MiCA requires finite weights, but {name} has {broken}.")
+    _check_dtype(adapter, weight)
+    if is_wrapper(adapter.layer):
+        experts.check(adapter.layer, adapter.name, adapter.rank)
+    _check_rank(adapter, weight)
+    if adapter.is_absent:
+        _check_absence(adapter)
+    else:
+        _check_is_finite(adapter, weight)
     return weight
+
+
+def _check_is_readable(adapter: NewAdapter) -> None:
+    base_layer = adapter.layer.get_base_layer()
+    why = _why_not_whole(base_layer, adapter.stored)
+    if why is not None and not tensor_parallel.is_gathered(base_layer):
+        raise UnsuitableLayerError(
+            f"MiCA needs the whole weight, but {adapter.name} {why}. Create the adapter before the model is "
+            "sharded, or load an adapter that was created before."
+        )
+    why = quantised.why_not_read(adapter.layer)
+    if why is not None:
+        raise UnsuitableLayerError(f"MiCA cannot be initialised: {adapter.name} {why}")
+
+
+def _check_dtype(adapter: NewAdapter, weight: Tensor) -> None:
+    if weight.dtype in FLOATING:
+        return
+    hint = ""
+    if is_wrapper(adapter.layer):
+        hint = " Experts in 8 or 4 bits (fp8, mxfp4) have to be dequantised when the model is loaded."
+    raise TypeError(
+        f"Please initialize MiCA under float32, float16, bfloat16 or float64: {adapter.name} has a weight of "
+        f"dtype {weight.dtype}.{hint}"
+    )
+
+
+def _check_rank(adapter: NewAdapter, weight: Tensor) -> None:
+    out_features, in_features = weight.shape[-2:]
+    condition = "`r` <= min(in_features, out_features)"
+    max_rank = min(out_features, in_features)
+    if experts.is_halved(adapter.layer):
+        condition = "`r` / 2 <= min(in_features, out_features / 2) for gate_up='halves'"
+        max_rank = 2 * min(out_features // 2, in_features)
+    elif isinstance(adapter.layer, lora.Embedding):
+        condition = "`r` <= min(num_embeddings, embedding_dim)"
+    if adapter.rank > max_rank:
+        shape = tuple(weight.shape if adapter.is_quantised else adapter.stored.shape)
+        raise UnsuitableLayerError(
+            f"MiCA requires {condition} but got r={adapter.rank} for {adapter.name} with weight shape "
+            f"{shape} (max usable r is {max_rank})."
+        )
+
+
+def _check_absence(adapter: NewAdapter) -> None:
+    """Without a weight: under FSDP the first process has it, and will provide B."""
+    if not is_fsdp_enabled():
+        raise UnsuitableLayerError(
+            f"MiCA needs the weight, but that of {adapter.name} is on the meta device: it is offloaded or "
+            "not loaded yet."
+        )
+
+
+def _check_is_finite(adapter: NewAdapter, weight: Tensor) -> None:
+    if torch.isfinite(extremes(weight)).all():
+        return
+    matrices = weight if is_stack(adapter.layer) else [weight]
+    counts = [int((~torch.isfinite(matrix)).sum()) for matrix in matrices]
+    broken = [expert for expert, count in enumerate(counts) if count]
+    where = experts.listed(broken, adapter.layer)
+    raise UnsuitableLayerError(
+        f"MiCA requires finite weights, but {adapter.name} has {sum(counts)} NaN or Inf of "
+        f"{weight.numel()}{where}."
+    )
 
 
 def _why_not_whole(module: nn.Module, weight: Tensor | None) -> str | None:
@@ -204,7 +235,10 @@ def initialise(adapters: Sequence[NewAdapter]) -> None:
     """
     absent = [adapter for adapter in adapters if adapter.is_absent]
     decline([part.task for adapter in absent for part in adapter.tasks])
+
     adapters = [adapter for adapter in adapters if not adapter.is_absent]
+    partitioned = [adapter for adapter in adapters if _is_partitioned(adapter)]
+    whole = [adapter for adapter in adapters if not _is_partitioned(adapter)]
     bar = tqdm(
         total=sum(map(_count, adapters)),
         desc="MiCA initialisation",
@@ -215,13 +249,11 @@ def initialise(adapters: Sequence[NewAdapter]) -> None:
     )
     sharing = Sharing()
     with bar:
-        whole = [adapter for adapter in adapters if not _is_partitioned(adapter)]
         for chunk in _chunks(whole):
             _solve(chunk, bar, sharing)
-        for adapter in adapters:
-            if _is_partitioned(adapter):
-                with gather_params_ctx(adapter.stored):
-                    _solve([adapter], bar, sharing)
+        for adapter in partitioned:
+            with gather_params_ctx(adapter.stored):
+                _solve([adapter], bar, sharing)
 
 
 def _chunks(adapters: Sequence[NewAdapter]) -> Iterator[list[NewAdapter]]:
@@ -230,19 +262,27 @@ def _chunks(adapters: Sequence[NewAdapter]) -> Iterator[list[NewAdapter]]:
     The same in every process: they share the work chunk by chunk.
     """
     yield [adapter for adapter in adapters if not adapter.is_temporary]
-    chunk, elements = [], 0
+    chunk = []
+    elements = 0
     for adapter in adapters:
         if not adapter.is_temporary:
             continue
-        size = adapter.layer.out_features * adapter.layer.in_features
-        if not adapter.is_quantised:  # there PEFT counts this process's part
-            size = adapter.layer.get_base_layer().weight.numel()
+        size = _elements(adapter)
         if chunk and elements + size > _DEQUANTISED_ELEMENTS:
             yield chunk
-            chunk, elements = [], 0
+            chunk = []
+            elements = 0
         chunk.append(adapter)
         elements += size
     yield chunk
+
+
+def _elements(adapter: NewAdapter) -> int:
+    """How many elements the weight has, without a copy of it."""
+    if adapter.is_quantised:
+        return adapter.layer.out_features * adapter.layer.in_features
+    # Under tensor parallelism PEFT's sizes are those of this process's part.
+    return adapter.layer.get_base_layer().weight.numel()
 
 
 def _is_partitioned(adapter: NewAdapter) -> bool:
@@ -253,12 +293,17 @@ def _count(adapter: NewAdapter) -> int:
     """How many matrices are solved, where the weight may not be there yet (`NewAdapter.tasks` needs it)."""
     if not is_wrapper(adapter.layer):
         return 1
-    return adapter.layer.num_experts * (2 if experts.is_halved(adapter.layer) else 1)
+    if experts.is_halved(adapter.layer):
+        return 2 * adapter.layer.num_experts
+    return adapter.layer.num_experts
 
 
 def _solve(adapters: Sequence[NewAdapter], bar: tqdm, sharing: Sharing) -> None:
     """B of all of them, each written as soon as it is known."""
-    parts = [(adapter, part) for adapter in adapters for part in adapter.tasks]
+    parts = []
+    for adapter in adapters:
+        for part in adapter.tasks:
+            parts.append((adapter, part))
     tasks = [part.task for _, part in parts]
     cache = default_cache()  # outside of ``try``: its ValueError is not about a weight
     warned: dict[NewAdapter, list[tuple[int, str]]] = defaultdict(list)  # results come in any order
@@ -271,9 +316,11 @@ def _solve(adapters: Sequence[NewAdapter], bar: tqdm, sharing: Sharing) -> None:
             bar.update()
     except ValueError as error:
         raise UnsuitableLayerError(f"MiCA cannot be initialised from {error}") from error
-    for (_, first), *others in map(sorted, warned.values()):  # one warning for all experts of a layer
-        more = f" The same holds for {len(others)} more of this layer's experts." if others else ""
-        warnings.warn(first + more, stacklevel=2)
+    for messages in warned.values():  # one warning for all experts of a layer
+        (_, message), *others = sorted(messages)
+        if others:
+            message += f" The same holds for {len(others)} more of this layer's experts."
+        warnings.warn(message, stacklevel=2)
 
 
 @torch.no_grad()
@@ -285,14 +332,15 @@ def _assign(adapter: NewAdapter, place: SliceOfB | None, basis: Tensor) -> None:
             tensor_parallel.write(lora_B, basis)
         else:
             place.fill(lora_B.data, basis)
-    if lora_B.dtype in SIXTEEN_BIT:
-        exact = _exact.setdefault(adapter.layer, {})
-        if place is None:
-            exact[adapter.adapter_name] = basis
-            return
-        if adapter.adapter_name not in exact:
-            exact[adapter.adapter_name] = basis.new_zeros(lora_B.shape, device=lora_B.device)
-        place.fill(exact[adapter.adapter_name], basis)
+    if lora_B.dtype not in SIXTEEN_BIT:
+        return
+    exact = _exact.setdefault(adapter.layer, {})
+    if place is None:
+        exact[adapter.adapter_name] = basis
+        return
+    if adapter.adapter_name not in exact:
+        exact[adapter.adapter_name] = basis.new_zeros(lora_B.shape, device=lora_B.device)
+    place.fill(exact[adapter.adapter_name], basis)
 
 
 def restore_exact(layer: nn.Module, adapter_name: str, lora_B: Tensor) -> None:
@@ -300,7 +348,10 @@ def restore_exact(layer: nn.Module, adapter_name: str, lora_B: Tensor) -> None:
     basis = _exact.get(layer, {}).pop(adapter_name, None)
     if basis is None or lora_B.dtype != torch.float32 or basis.shape != lora_B.shape:
         return
-    basis, shard = basis.to(lora_B.device), tensor_parallel.local_shard(lora_B)
-    rounded = (tensor_parallel.part_of(basis.to(dtype).float(), lora_B) for dtype in SIXTEEN_BIT)
-    if any(torch.equal(shard, candidate) for candidate in rounded):  # else another B has been set
-        tensor_parallel.write(lora_B, basis)
+    basis = basis.to(lora_B.device)
+    shard = tensor_parallel.local_shard(lora_B)
+    for dtype in SIXTEEN_BIT:
+        rounded = tensor_parallel.part_of(basis.to(dtype).float(), lora_B)
+        if torch.equal(shard, rounded):  # else another B has been set
+            tensor_parallel.write(lora_B, basis)
+            return

@@ -34,9 +34,8 @@ def merge(stock, self, safe_merge: bool = False, adapter_names: list[str] | None
     for name in ours:
         merged = merge_into(self, name, parameter.data, safe_merge)
         if safe_merge and not torch.isfinite(merged).all():
-            raise ValueError(
-                f"NaNs detected in the merged weights. The adapter {name} seems to be broken"  # PEFT's words
-            )
+            # PEFT's words
+            raise ValueError(f"NaNs detected in the merged weights. The adapter {name} seems to be broken")
         parameter.data = merged
         self.merged_adapters.append(name)
     return None
@@ -55,14 +54,20 @@ def unmerge(stock, self) -> None:
             continue
         # What this backend merged it also unmerges, even if it has been disabled since.
         undo = pop_undo(self, adapter)
-        ours = undo is not None or (settings.enabled and is_mica(self, adapter))
+        is_ours = undo is not None or (settings.enabled and is_mica(self, adapter))
         weight = parameter_of(self).data
-        if ours and is_covered(self, weight):
+        if is_ours and is_covered(self, weight):
             unmerge_from(self, adapter, weight, undo)
         else:
-            others, self.merged_adapters = self.merged_adapters, [adapter]
-            try:
-                stock(self)  # unmerges all that are merged: for a moment that is one
-            finally:
-                self.merged_adapters = others
+            _unmerge_one(stock, self, adapter)
     return None
+
+
+def _unmerge_one(stock, layer, adapter: str) -> None:
+    """Unmerge this adapter by stock, which unmerges all that are merged: for a moment that is one."""
+    others = layer.merged_adapters
+    layer.merged_adapters = [adapter]
+    try:
+        stock(layer)
+    finally:
+        layer.merged_adapters = others

@@ -12,7 +12,7 @@ import logging
 import math
 import warnings
 from collections.abc import Iterator
-from dataclasses import astuple, dataclass, field
+from dataclasses import dataclass, field
 from weakref import WeakKeyDictionary
 
 import torch
@@ -51,8 +51,10 @@ class MergeStats:
 
     @property
     def swallowed(self) -> float:
-        """‖(W' - W) - s·B·A‖ / ‖s·B·A‖ in the Frobenius norm: 0 nothing lost, 1 all of it."""
-        return math.sqrt(self.error_squared / self.update_squared) if self.update_squared else 0.0
+        """‖(W' - W) - s·B·A‖ / ‖s·B·A‖ in the Frobenius norm: 0 if nothing was lost, 1 if all of it was."""
+        if not self.update_squared:
+            return 0.0
+        return math.sqrt(self.error_squared / self.update_squared)
 
 
 @dataclass
@@ -65,21 +67,23 @@ class Update:
     transposed: bool  # the weight is stored as (..., in_features, out_features)
 
     def copied(self, device: torch.device) -> Update:
-        factors = (factor.to(device, copy=True) for factor in (self.lora_A, self.lora_B))
-        return Update(*factors, self.scaling, self.transposed)
+        lora_A = self.lora_A.to(device, copy=True)
+        lora_B = self.lora_B.to(device, copy=True)
+        return Update(lora_A, lora_B, self.scaling, self.transposed)
 
     def chunks(self, weight: Tensor) -> Iterator[tuple[slice, Tensor]]:
         """Row slices of the stored weight, experts one below the other, with their updates in fp32 (fp64)."""
-        count = len(weight) // len(self.lora_A)
+        count = len(weight) // len(self.lora_A)  # rows of one expert
         step = _rows_at_a_time(weight)
         for expert, (lora_A, lora_B) in enumerate(zip(self.lora_A, self.lora_B, strict=True)):
+            first = expert * count
             for start in range(0, count, step):
-                rows = slice(start, min(start + step, count))
+                stop = min(start + step, count)
                 if self.transposed:
-                    update = torch_path.delta(lora_A[:, rows], lora_B, self.scaling).t()
+                    update = torch_path.delta(lora_A[:, start:stop], lora_B, self.scaling).t()
                 else:
-                    update = torch_path.delta(lora_A, lora_B[rows], self.scaling)
-                yield slice(expert * count + rows.start, expert * count + rows.stop), update
+                    update = torch_path.delta(lora_A, lora_B[start:stop], self.scaling)
+                yield slice(first + start, first + stop), update
 
 
 @dataclass
@@ -126,7 +130,9 @@ class MergeReport:
 
     @property
     def total(self) -> MergeStats:
-        return _sum(list(self.layers.values()) or [MergeStats(torch.float32)])
+        if not self.layers:
+            return MergeStats(torch.float32)
+        return _sum(list(self.layers.values()))
 
     @property
     def swallowed(self) -> float:
@@ -140,7 +146,7 @@ class MergeReport:
             return "no MiCA adapter was merged by mica.fast"
         parts = []
         if self.layers:
-            parts.append(self._of_measured())
+            parts.append(self._sentence_on_measured())
         if self.unmeasured:
             kinds = ", ".join(dict.fromkeys(self.unmeasured.values()))
             parts.append(
@@ -149,24 +155,25 @@ class MergeReport:
             )
         return "; ".join(parts)
 
-    def _of_measured(self) -> str:
+    def _sentence_on_measured(self) -> str:
         total = self.total
+        dtype = str(total.dtype).removeprefix("torch.")
         worst = max(self.layers, key=lambda name: self.layers[name].swallowed)
-        share = total.unchanged / total.weights
+        unchanged = total.unchanged / total.weights
         return (
-            f"{len(self.layers)} layers merged into {str(total.dtype).removeprefix('torch.')}: rounding "
-            f"swallowed {total.swallowed:.2%} of the update (Frobenius norm; most in {worst}: "
-            f"{self.layers[worst].swallowed:.2%}), {share:.2%} of the weights did not move"
+            f"{len(self.layers)} layers merged into {dtype}: rounding swallowed {total.swallowed:.2%} of the "
+            f"update (Frobenius norm; most in {worst}: {self.layers[worst].swallowed:.2%}), {unchanged:.2%} "
+            "of the weights did not move"
         )
 
 
 RECORDS = "_mica_merges"  # in the __dict__ of a layer, while it is merged
 
-# Of base layers, which outlive the PEFT layers around them, by the names of their weights. Keyed by the
-# module, and gone with it.
+# What was merged into base layers, which outlive the PEFT layers around them, by the names of their weights.
+# Keyed by the module, and gone with it.
 _stats: WeakKeyDictionary[nn.Module, dict[str, MergeStats]] = WeakKeyDictionary()
 
-# Incremented whenever PEFT gets its own functions back: what those merge and unmerge is not recorded here.
+# Incremented whenever PEFT gets its own functions back: merges by those are not recorded here.
 _period = 0
 
 
@@ -183,31 +190,47 @@ def merge_report(model: nn.Module) -> MergeReport:
         TypeError: ``model`` is not a `torch.nn.Module`.
     """
     check_model(model, "merge_report")
-    layers, unmeasured, wrapped = {}, {}, set()
+    report = MergeReport()
+    wrapped = set()  # base layers inside of PEFT's, which report for them
     for name, module in model.named_modules():
-        kind = kind_merged_into(module) if module not in wrapped else None
+        if module in wrapped:
+            continue
+        kind = kind_merged_into(module)
         if kind is not None:
-            unmeasured[name] = kind
+            report.unmeasured[name] = kind
         if isinstance(module, lora.LoraLayer):
             wrapped.add(module.get_base_layer())
-            records = vars(module).get(RECORDS, {})
-            merged = [records[adapter] for adapter in module.merged_adapters if adapter in records]
-            merged = [record.stats for record in merged if record.period == _period]
+            merged = _merged_stats(module)
             if merged:
-                layers[_named(name, weight_name(module))] = _sum(merged)
-        elif module in _stats and module not in wrapped:
-            layers.update({_named(name, weight): stats for weight, stats in _stats[module].items()})
-    return MergeReport(layers, unmeasured)
+                report.layers[_named(name, weight_name(module))] = _sum(merged)
+        elif module in _stats:
+            for weight, stats in _stats[module].items():
+                report.layers[_named(name, weight)] = stats
+    return report
+
+
+def _merged_stats(layer: lora.LoraLayer) -> list[MergeStats]:
+    """Those of the adapters that are merged now, as far as this backend has merged them."""
+    records = vars(layer).get(RECORDS, {})
+    merged = [records[adapter] for adapter in layer.merged_adapters if adapter in records]
+    return [record.stats for record in merged if record.period == _period]
 
 
 def _named(layer: str, weight: str) -> str:
     """The layer's name, with that of the weight where it may have several that are adapted."""
-    return layer if weight == "weight" else f"{layer.replace('.base_layer', '')}.{weight}"
+    if weight == "weight":
+        return layer
+    return f"{layer.replace('.base_layer', '')}.{weight}"
 
 
 def _sum(parts: list[MergeStats]) -> MergeStats:
-    columns = zip(*(astuple(stats)[1:] for stats in parts), strict=True)
-    return MergeStats(parts[0].dtype, *map(sum, columns))
+    return MergeStats(
+        dtype=parts[0].dtype,
+        update_squared=sum(stats.update_squared for stats in parts),
+        error_squared=sum(stats.error_squared for stats in parts),
+        weights=sum(stats.weights for stats in parts),
+        unchanged=sum(stats.unchanged for stats in parts),
+    )
 
 
 def pop_undo(layer, adapter: str) -> Undo | None:
@@ -223,16 +246,23 @@ def _update_of(layer, adapter: str) -> Update:
     """The adapter's present update, without its graph."""
     scaling = float(layer.scaling[adapter])
     if is_wrapper(layer):
-        lora_A, lora_B = lora_A_of(layer, adapter), lora_B_of(layer, adapter)
-        return Update(lora_A.detach(), lora_B.detach(), scaling, is_stored_as_in_out(layer))
-    lora_A, lora_B = (weight.detach().unsqueeze(0) for weight in adapter_weights(layer, adapter))
-    return Update(lora_A, lora_B, scaling, is_stored_transposed(layer))
+        lora_A = lora_A_of(layer, adapter).detach()
+        lora_B = lora_B_of(layer, adapter).detach()
+        return Update(lora_A, lora_B, scaling, is_stored_as_in_out(layer))
+    lora_A, lora_B = adapter_weights(layer, adapter)
+    return Update(
+        lora_A.detach().unsqueeze(0), lora_B.detach().unsqueeze(0), scaling, is_stored_transposed(layer)
+    )
 
 
 def is_covered(layer, weight: Tensor) -> bool:
-    known = type(layer) in (lora.Linear, lora.Embedding) or (is_wrapper(layer) and weight.dtype in FLOATING)
+    """Whether this backend merges into the weight; else PEFT does."""
+    if is_wrapper(layer):
+        is_known = weight.dtype in FLOATING
+    else:
+        is_known = type(layer) in (lora.Linear, lora.Embedding)
     is_dense = type(weight) in TENSOR_TYPES and weight.is_floating_point() and not weight.is_meta
-    return known and is_dense and weight.is_contiguous()
+    return is_known and is_dense and weight.is_contiguous()
 
 
 def _as_matrix(weight: Tensor) -> Tensor:
@@ -257,15 +287,23 @@ def fingerprint(weight: Tensor) -> Tensor:
     only in their uppermost bits. 0.1 ms for 1536 x 576 in bf16 on one core (the plain sum: 0.03).
     """
     weight = weight.detach()
-    whole = weight.shape[1] * weight.element_size() % 8 == 0  # 8-byte words: five times as fast for bf16
-    words = weight.view(torch.int64) if whole else _bits(weight)
+    if weight.shape[1] * weight.element_size() % 8 == 0:
+        words = weight.view(torch.int64)  # 8-byte words: five times as fast for bf16
+    else:
+        words = _bits(weight)
     generator = torch.Generator().manual_seed(0)
     odd = torch.randint(-(2**63), 2**63 - 1, words.shape[1:], generator=generator, device="cpu") | 1
     odd = odd.to(weight.device)
-    parts = (part.to(torch.int64) for part in words.split(_rows_at_a_time(weight)))
-    # on a device integers have no matrix product; on the CPU it is five times as fast
-    on_cpu = weight.device.type == "cpu"
-    return torch.cat([part @ odd if on_cpu else (part * odd).sum(dim=1) for part in parts])
+
+    sums = []
+    for part in words.split(_rows_at_a_time(weight)):
+        part = part.to(torch.int64)
+        # on a device integers have no matrix product; on the CPU it is five times as fast
+        if weight.device.type == "cpu":
+            sums.append(part @ odd)
+        else:
+            sums.append((part * odd).sum(dim=1))
+    return torch.cat(sums)
 
 
 def _in_any_mode(function):
@@ -276,7 +314,8 @@ def _in_any_mode(function):
 
     @functools.wraps(function)
     def outside(layer, adapter: str, weight: Tensor, *args, **kwargs):
-        with no_autocast(), torch.inference_mode() if weight.is_inference() else torch.no_grad():
+        mode = torch.inference_mode() if weight.is_inference() else torch.no_grad()
+        with no_autocast(), mode:
             return function(layer, adapter, weight, *args, **kwargs)
 
     return outside
@@ -288,10 +327,14 @@ def merge_into(layer, adapter: str, stored: Tensor, safe: bool) -> Tensor:
 
     No record is kept of what PEFT will refuse: with ``safe``, a sum that is not finite.
     """
-    merged, result = _update_of(layer, adapter), torch.empty_like(stored) if safe else stored.data
-    weight, out = _as_matrix(stored), _as_matrix(result)
+    merged = _update_of(layer, adapter)
+    result = torch.empty_like(stored) if safe else stored.data
+    weight = _as_matrix(stored)
+    out = _as_matrix(result)
     original_rows = fingerprint(weight)
-    stats, indices, values = MergeStats(weight.dtype), [], []
+    stats = MergeStats(weight.dtype)
+    indices = []
+    values = []
     for rows, update in merged.chunks(weight):
         old = weight[rows].clone()
         wide = old.to(update.dtype)
@@ -306,19 +349,38 @@ def merge_into(layer, adapter: str, stored: Tensor, safe: bool) -> Tensor:
         stats.weights += old.numel()
         stats.unchanged += int((new == old).sum())
         out[rows] = new
-    finite = math.isfinite(stats.update_squared + stats.error_squared)
-    if safe and not finite and not torch.isfinite(out).all():
+
+    norms_are_finite = math.isfinite(stats.update_squared + stats.error_squared)
+    if safe and not norms_are_finite and not torch.isfinite(out).all():
         return result
-    records = layer.__dict__[RECORDS] = _Records(vars(layer).get(RECORDS, ()))
-    lost = torch.cat(indices), torch.cat(values)
-    rows = fingerprint(out), original_rows
-    records[adapter] = Undo(merged.copied(weight.device), *lost, *rows, stats, _period)
-    base = layer.get_base_layer()
-    of_base, name = _stats.setdefault(base, {}), weight_name(layer)
-    before = [of_base[name]] if len(layer.merged_adapters) and name in of_base else []
-    of_base[name] = _sum([*before, stats])
-    logger.debug("merged adapter %r into %s: swallowed %.2f %%", adapter, base, 100 * stats.swallowed)
+    undo = Undo(
+        update=merged.copied(weight.device),
+        indices=torch.cat(indices),
+        values=torch.cat(values),
+        merged_rows=fingerprint(out),
+        original_rows=original_rows,
+        stats=stats,
+        period=_period,
+    )
+    _record(layer, adapter, undo)
     return result
+
+
+def _record(layer, adapter: str, undo: Undo) -> None:
+    """Keep what unmerging needs with the layer, and the statistics with its base layer."""
+    records = _Records(vars(layer).get(RECORDS, ()))
+    records[adapter] = undo
+    vars(layer)[RECORDS] = records
+
+    base = layer.get_base_layer()
+    stats_of_base = _stats.setdefault(base, {})
+    name = weight_name(layer)
+    if layer.merged_adapters and name in stats_of_base:
+        stats_of_base[name] = _sum([stats_of_base[name], undo.stats])
+    else:
+        stats_of_base[name] = _sum([undo.stats])
+    swallowed = 100 * undo.stats.swallowed
+    logger.debug("merged adapter %r into %s: swallowed %.2f %%", adapter, base, swallowed)
 
 
 @_in_any_mode
@@ -326,24 +388,37 @@ def unmerge_from(layer, adapter: str, weight: Tensor, undo: Undo | None) -> None
     """In place: the bits from before the merge, or W' - s·B·A in fp32 and a warning with the reason."""
     weight = _as_matrix(weight)
     exact = undo is not None and torch.equal(fingerprint(weight), undo.merged_rows.to(weight.device))
-    why = "the weight was edited, cast or moved to another device while it was merged"
-    if undo is None or (not exact and undo.period != _period):
-        undo, why = None, "there is no record of its merge: stock PEFT merged it, or the model was pickled"
-    merged = undo.update if undo is not None else _update_of(layer, adapter)
+    if undo is not None and not exact and undo.period != _period:
+        undo = None  # stock PEFT may have unmerged and merged it since
+
+    if undo is not None:
+        merged = undo.update
+    else:
+        merged = _update_of(layer, adapter)
     for rows, update in merged.copied(weight.device).chunks(weight):
         weight[rows] = (weight[rows].to(update.dtype) - update).to(weight.dtype)
+
     if exact:
         weight.view(-1)[undo.indices.to(weight.device)] = undo.values.to(weight.device)
         exact = torch.equal(fingerprint(weight), undo.original_rows.to(weight.device))
     if not exact:
-        its = "its" if undo else "its present"
-        warnings.warn(
-            f"adapter {adapter!r} was unmerged by subtracting {its} update in fp32, not to the exact base "
-            f"weight, because {why}.",
-            stacklevel=6,
-        )
+        _warn_of_inexact_unmerge(adapter, undo)
     if not layer.merged_adapters:
         _stats.get(layer.get_base_layer(), {}).pop(weight_name(layer), None)
+
+
+def _warn_of_inexact_unmerge(adapter: str, undo: Undo | None) -> None:
+    if undo is None:
+        subtracted = "its present update"
+        why = "there is no record of its merge: stock PEFT merged it, or the model was pickled"
+    else:
+        subtracted = "its update"
+        why = "the weight was edited, cast or moved to another device while it was merged"
+    warnings.warn(
+        f"adapter {adapter!r} was unmerged by subtracting {subtracted} in fp32, not to the exact base "
+        f"weight, because {why}.",
+        stacklevel=7,
+    )
 
 
 @_in_any_mode
@@ -366,7 +441,9 @@ def _merge(stock, module, active_adapter: str, orig_weight: Tensor, safe: bool) 
         pop_undo(module, active_adapter)
         return stock(module, active_adapter, orig_weight)
     merged = merge_into(module, active_adapter, orig_weight.detach(), safe)
-    return merged if safe else None
+    if safe:
+        return merged
+    return None
 
 
 merge_safe = around(functools.partial(_merge, safe=True))
@@ -385,7 +462,8 @@ def unmerge(stock, module, active_adapter: str, orig_weight: Tensor) -> Tensor:
             return _dequantised(module, active_adapter, orig_weight, -1)
     # What this backend merged it also unmerges, even if it has been disabled since.
     undo = pop_undo(module, active_adapter)
-    if (undo is None and not settings.enabled) or not is_covered(module, orig_weight):
+    is_ours = undo is not None or settings.enabled
+    if not is_ours or not is_covered(module, orig_weight):
         return stock(module, active_adapter, orig_weight)
     unmerge_from(module, active_adapter, orig_weight.data, undo)
     return orig_weight.data

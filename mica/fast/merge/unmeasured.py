@@ -32,8 +32,10 @@ def to_be_merged(model: nn.Module, adapter_names: list[str] | None, merge: bool)
         if not isinstance(layer, lora.LoraLayer):
             continue
         adapters = list(layer.merged_adapters)
-        if merge:
-            adapters += layer.active_adapters if adapter_names is None else adapter_names
+        if merge and adapter_names is None:
+            adapters += layer.active_adapters
+        elif merge:
+            adapters += adapter_names
         kind = _kind(layer, adapters)
         if kind is not None:
             found[name] = kind

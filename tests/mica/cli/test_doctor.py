@@ -140,7 +140,7 @@ def test_a_machine_without_a_gpu_works(run):
 
 @pytest.mark.parametrize("is_busy", [False, True])
 def test_products_of_the_cpu_are_in_words(is_busy, run, monkeypatch):
-    took = "small ones: x Wᵀ takes {} times float32's time, dy W takes {} times float32's time"
+    took = "small ones: x Wᵀ takes {}x as long as in float32, dy W {}x"
     texts = [took.format("0.5", "0.44"), took.format("1.3", "160")]
     if is_busy:
         monkeypatch.setattr("mica.paths.products.slowdown", lambda dtype: Slowdown(188.0, 188.0, is_busy))
@@ -150,7 +150,7 @@ def test_products_of_the_cpu_are_in_words(is_busy, run, monkeypatch):
     assert (status, report["products"]["float16"]) == (0, {**times, "busy": is_busy, "native": False})
     assert text_under(lines, "bf16 products") == texts[0]
     assert text_under(lines, "fp16 products") == (
-        texts[1] + "; adapted layers go through float32, which --dtype auto takes"
+        texts[1] + "; adapted layers compute in float32, which --dtype auto selects"
     )
 
 

@@ -13,7 +13,7 @@ from mica.cli import spectra
 from mica.fast.forward.eligibility import adapter_weights
 from mica.subspace import MinorSubspace
 from mica.subspace.spectrum import spectrum
-from tests.support import models, quantised_models
+from tests.support import models, moe_models, quantised_models
 
 MEASURED = [field.name for field in fields(spectra.Row) if field.default is None]
 
@@ -197,3 +197,22 @@ def test_null_singular_values_are_shown_and_not_warned_about(recwarn):
     assert len(values) == 4
     assert spectra.measure("layer", linear(torch.zeros(9, 8)), 4)[0].energy_share is None
     assert not [warning for warning in recwarn if "null" in str(warning.message)]
+
+
+def test_a_stack_has_the_numbers_of_its_worst_expert(monkeypatch):
+    """The expert with the smallest gap is shown; proven and the bound hold for all of them."""
+    certificates = {8.0: (True, 1e-9), 2.0: (True, 2e-9), 4.0: (False, 3e-9)}  # by the value above the cut
+    experts = [torch.diag(torch.tensor([9.0, 9.0, 9.0, above, 1.0, 1.0])) for above in certificates]
+
+    def solver(weight, rank):
+        proven, excess = certificates[weight[3, 3].item()]
+        singular_values = weight.diagonal()[-rank:].double()
+        return MinorSubspace(torch.eye(6)[:, -rank:], singular_values, "gram", proven, excess, 1e-14)
+
+    monkeypatch.setattr(spectra, "minor_subspace", solver)
+    monkeypatch.setattr(spectra, "narrowed", lambda *_: None)
+    stack = moe_models.holder(torch.stack(experts))["experts"]
+    row, values = spectra.measure("experts.down_proj", stack, 2, "down_proj")
+    assert (row.reason, row.shape, row.expert, row.gap) == (None, (3, 6, 6), 1, 2.0)
+    assert values.tolist() == [1.0, 1.0]
+    assert (row.proven, row.energy_excess) == (False, 3e-9)

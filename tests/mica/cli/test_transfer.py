@@ -22,7 +22,7 @@ SIZES += ("num_key_value_heads", "max_position_embeddings")
 
 
 def sibling_model(**options):
-    """Of the shapes of the tiny Llama, with weights of its own."""
+    """A model with the shapes of the tiny Llama and other weights."""
     model = tiny_llama(**options)
     torch.manual_seed(5)
     for weight in model.parameters():
@@ -146,7 +146,7 @@ def test_only_what_transfer_has_written_is_replaced(made, tmp_path, capsys):
     for name in ("model.gguf", "additional_chat_templates"):
         (out / name).touch()
         assert transfer(adapter, chat, out, "--overwrite") == 2
-        assert f"{name} in it is not of mica transfer: move it away" in capsys.readouterr().err
+        assert f"{name} in it was not written by mica transfer: move it away" in capsys.readouterr().err
         (out / name).unlink()
     assert {path.name: path.stat().st_ino for path in out.iterdir()} == before
     assert transfer(adapter, chat, out, "--overwrite") == 0
@@ -175,7 +175,7 @@ def test_what_a_killed_transfer_has_left(made, tmp_path, capsys):
     assert "is not empty: --overwrite" in capsys.readouterr().err
     (tmp_path / ".out.partial" / "mine").touch()
     assert transfer(adapter, chat, out, "--overwrite") == 2
-    assert ".out.partial beside it is not of mica transfer: move it away" in capsys.readouterr().err
+    assert ".out.partial beside it was not written by mica transfer: move it away" in capsys.readouterr().err
     assert (tmp_path / ".out.partial" / "mine").exists()
     with lock.held(tmp_path / ".mica-run.out.lock"):
         assert transfer(adapter, chat, out, "--overwrite") == 2
@@ -232,7 +232,7 @@ def test_models_that_are_refused(copies, tmp_path, refused):
 
 @pytest.mark.parametrize("known_by", ["summary", "base", "nothing"])
 def test_model_of_another_architecture(copies, tmp_path, capsys, refused, known_by, model_dir):
-    """Of the same names and shapes, as Mistral's are Llama's."""
+    """Its layers have the same names and shapes, like those of Mistral and Llama."""
     adapter, chat, out = copies
     if known_by == "summary":
         (adapter / "summary.json").write_text('{"model_type": "llama"}')

@@ -101,7 +101,7 @@ def test_gradients_are_those_of_the_weights_that_the_forward_used(build, dtype, 
 
 
 def test_an_optimiser_between_the_backwards_of_two_losses():
-    """Of a first layer, whose input needs no gradient: its gradient does not depend on lora_A."""
+    """In a first layer, whose input needs no gradient, the gradient does not depend on lora_A."""
 
     start = layer_of()
 

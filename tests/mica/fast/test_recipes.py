@@ -129,7 +129,7 @@ def test_a_trainer_s_recipe_runs_on_the_fast_path(name, request):
 
 
 def test_fsdp2_has_the_losses_of_one_process(fsdp2, given):
-    """Of one with PEFT's own code and the same batches of 8; a step logs the mean over both processes."""
+    """One that runs PEFT's own code on the same batches of 8; a step logs the mean over both processes."""
     arguments = given.model, given.texts, str(given.folder / "alone")
     trainer_of = runpy.run_path(str(RECIPES / "fsdp2.py"))["trainer_of"]
     alone = trainer_of(*arguments, per_device_train_batch_size=8)

@@ -144,10 +144,6 @@ def test_other_adapters_are_saved_as_before(tmp_path):
     LoraConfig(target_parameters=STACKS).save_pretrained(tmp_path)
     assert saved_config(tmp_path)["auto_mapping"] is None
     assert PeftConfig.from_pretrained(tmp_path).init_lora_weights is True
-    # a mapping with something else is no mark
-    config = LoraConfig(target_parameters=STACKS, auto_mapping={"init_lora_weights": "pissa"})
-    assert config.init_lora_weights is True
-    assert config.auto_mapping == {"init_lora_weights": "pissa"}
 
 
 @pytest.mark.parametrize("mapping", [None, MAPPING])
@@ -161,9 +157,6 @@ def test_a_configuration_comes_back_as_it_was(tmp_path, mapping):
     assert again.to_dict() == {**before, "inference_mode": again.inference_mode}
     again.save_pretrained(tmp_path)
     assert saved_config(tmp_path)["peft_version"] == f"{peft.__version__}+mica"
-    # the mark of earlier versions
-    old = LoraConfig(auto_mapping={**(mapping or {}), "init_lora_weights": "mica"}, **options)
-    assert (old.init_lora_weights, old.auto_mapping) == ("mica", mapping)
 
 
 @pytest.mark.parametrize("task_type", [None, "CAUSAL_LM"])

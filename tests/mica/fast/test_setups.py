@@ -76,7 +76,7 @@ OPTIONS = {
 
 
 def losses_of(trainer, **options):
-    """Of every forward, unrounded."""
+    """The losses of every forward, unrounded."""
     seen, compute_loss = [], trainer.compute_loss
 
     def recorded(*args, **kwargs):

@@ -69,14 +69,14 @@ ADAPT = {
         "as_yaml": [("shown(settings.origins[row.name])", "settings.origins[row.name]")],
     },
     ("mica/cli/transfer.py", "tests/mica/cli/test_transfer.py", "-k", "transfer or overwrite"): {
-        "run": [('read["the base of --adapter"] = ', "_ = ")],
+        "_check_place": [('read["the base of --adapter"] = ', "_ = ")],
         "_is_ours": [
             ("all(entry.name.startswith(record.OWN) for entry in path.iterdir())", "True"),
             ("all(entry.name.startswith(record.OWN) for entry in path.iterdir())", "not any(path.iterdir())"),
         ],
         "_check_output": [
             ("if found is None or", "if found is not None and"),
-            ("if strange[0] is not None", "if False"),
+            ("if stranger is not None", "if False"),
         ],
     },
     ("mica/cli/adapt/sources.py", f"{_TESTS}sources.py"): {

@@ -19,7 +19,7 @@ BACKEND = {
         "tests/mica/fast/test_frameworks.py",
     ): {
         "compare": [
-            ("{} if known_peft.is_known(peft.__version__) else known_peft.differences()", "{}"),
+            ("left = known_peft.differences()", "pass"),
             ("patch.part is not None and is_there(patch)", "False"),
             ("elif patch.required", "elif False"),
         ],

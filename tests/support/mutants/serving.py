@@ -2,22 +2,23 @@
 
 SERVING = {
     ("mica/cli/serving.py", "tests/mica/cli/test_serving.py"): {
-        "traits": [
-            ("rank > 16 and", "rank >= 16 and"),
+        "traits": [("max(config.r, *ranks.values(), 0)", "config.r")],
+        "_traits_of_ranks": [
+            ("rank > 16", "rank >= 16"),
             ("if most >= rank", "if most > rank"),
-            ("max(config.r, *ranks.values(), 0)", "config.r"),
             ("math.sqrt(config.r)", "config.r"),
-            ("and not config.target_parameters and", "and"),
-            ("alphas or (ranks and config.use_rslora)", "alphas"),
-            ("pair[1] not in names", "pair[1] in names"),
-            ("not _is_gate_up_and_down(", "False and _is_gate_up_and_down("),
+            ("or (config.rank_pattern and config.use_rslora)", ""),
         ],
+        "_traits_of_names": [("partner not in names", "partner in names")],
+        "_traits_of_stacks": [("not _is_gate_up_and_down(", "False and _is_gate_up_and_down(")],
+        "_traits_of_kind": [("and not config.target_parameters", "")],
         "_is_gate_up_and_down": [
             ("gate_up_in == down_out and", ""),
             ("in (2 * down_in, down_in)", "in (down_in,)"),
             ("in (2 * down_in, down_in)", "in (2 * down_in,)"),
         ],
-        "judge": [('if not rule["serves"]', 'if rule["serves"]'), ("any_lora=True", "any_lora=False")],
+        "judge": [("any_lora=True", "any_lora=False")],
+        "_verdict": [('if not rule["serves"]', 'if rule["serves"]')],
     },
     ("mica/cli/demo.py", "tests/mica/cli/test_demo.py"): {
         "continuations": [("with model.disable_adapter()", "if True")],

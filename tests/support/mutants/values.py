@@ -72,7 +72,7 @@ VALUES = {
         "_Parser.parse_known_args": [("self._refuse_unknown(given)", "pass")],
     },
     ("mica/cli/inspect.py", "tests/mica/cli/test_mistakes.py", "-k", "beyond"): {
-        "run": [("if outline is not None", "if False")],
+        "_load": [("if outline is not None", "if False")],
         "_targets": [("max(ranks.values()) < args.rank", "False")],
     },
 }

@@ -136,5 +136,5 @@ def test_auto_is_float32_where_the_processor_has_no_such_instructions(
     assert made["dtype"] == expected
     merged = weights(tmp_path / "out" / "merged", "model")
     assert merged["model.norm.weight"].dtype == getattr(torch, expected)
-    said = f"float32 and not the checkpoint's {dtype}: this processor has no {dtype} instr"
+    said = f"float32 instead of the checkpoint's {dtype}: this processor has no {dtype} instr"
     assert (said in capsys.readouterr().err) != native

@@ -151,10 +151,10 @@ NOT_CAUSAL = "not a causal language model"
         ("t5", tiny_t5, NOT_CAUSAL, True),
         ("bert", tiny_bert, NOT_CAUSAL, True),
         ("headless", lambda path: saved(tiny_llama().model, path), NOT_CAUSAL, False),
-        ("adapter", lambda path: adapter_of(None, path), "is an adapter, and not a model", True),
+        ("adapter", lambda path: adapter_of(None, path), "is an adapter, not a model", True),
         (
             *("adapter", lambda path: adapter_of("some/model", path)),
-            *("is an adapter, made on some/model, and not a model", True),
+            *("is an adapter for some/model, not a model", True),
         ),
     ],
 )

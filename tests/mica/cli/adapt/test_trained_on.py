@@ -14,7 +14,7 @@ from tests.support.adapt_results import command, saved, summary, weights
 from tests.support.tiny_cli import TEXT, adapt, tiny_llama
 
 EMBEDDED = ("model.embed_tokens", "lm_head")
-NOTE = "does not say what its embeddings were before training"
+NOTE = "does not record what its embeddings were before training"
 
 
 def other_llama(seed: int):
@@ -176,7 +176,7 @@ def test_resumed_runs_record_it_too(made, tmp_path):
 
 def test_doctor_compares_the_base(copied, capsys):
     argv = ["doctor", "--adapter", str(copied / "run")]
-    for told in ("has the weights that the adapter", "has other weights by now", "not compared with"):
+    for told in ("has the weights that the adapter", "no longer has the weights", "not compared with"):
         assert main(argv) == 0
         assert f"\nits base          {told}" in capsys.readouterr().out
         if told.startswith("has the"):
