@@ -1,7 +1,7 @@
 """A lock among processes, as a file that is there while the lock is held.
 
-Removing a lock's file is a race: who has opened it before, and locks it after that, holds a file that nobody
-else can find. So who has locked a file looks whether it is still the one of that name.
+Removing a lock's file is a race: a process that opened it before, and locks it after that, holds a file that
+nobody else can find. So a process that has locked a file checks that it still is the one of that name.
 """
 
 import os
@@ -54,7 +54,7 @@ def _acquired(path: Path) -> int:
         except BaseException:
             os.close(descriptor)
             raise
-        os.close(descriptor)  # the holder before has removed it meanwhile
+        os.close(descriptor)  # its holder has removed the file meanwhile: try the new one
 
 
 def _is_of(path: Path, descriptor: int) -> bool:

@@ -12,23 +12,31 @@ from safetensors import SafetensorError
 
 from mica.errors import UsageError
 
-PARTIAL, OLD = "partial", "old"  # ends of names: see `beside`
+PARTIAL = "partial"  # ends of names: see `beside`
+OLD = "old"
 RECORD = "mica-run.json"  # says whose a folder is: see `mica.cli.record`
 _LONGEST = 200  # bytes of a name that gets a longer one beside it; systems allow 255
 
 
 @contextmanager
 def explained(what: str, kinds=Exception, kept: str = "") -> Iterator[None]:
-    """Raise UsageError, ``what`` and the reason and ``kept``, for an error of ``kinds`` within."""
+    """Raise UsageError for an error of ``kinds`` within: ``what``, the reason and ``kept``."""
     try:
         yield
     except UsageError:
         raise
     except kinds as error:
-        reason = first_sentences(getattr(error, "strerror", None) or str(error)) or type(error).__name__
-        told = UsageError(f"{what}: {reason}{kept}")
-        told.is_known = getattr(error, "is_known", False)  # to all processes: see `processes.agreed`
-        raise told from error
+        reason = first_sentences(_message(error))
+        if not reason:
+            reason = type(error).__name__
+        usage_error = UsageError(f"{what}: {reason}{kept}")
+        usage_error.is_known = getattr(error, "is_known", False)  # to all processes: see `processes.agreed`
+        raise usage_error from error
+
+
+def _message(error: Exception | str) -> str:
+    """What an error says; of the system's errors the reason alone, without number and path."""
+    return getattr(error, "strerror", None) or str(error)
 
 
 def check_file(option: str, path: Path, suffixes: tuple[str, ...] = ()) -> None:
@@ -49,19 +57,22 @@ def check_folder(option: str, path: Path, model: str) -> None:
     try:
         os.path.realpath(path).encode()
     except UnicodeEncodeError:
-        what = "the libraries that write models need a path that is UTF-8: name another folder"
+        what = "the libraries that write models need a path that is UTF-8: choose another folder"
         raise UsageError(f"{option} {shown(str(path))}: {what}") from None
     if path.exists() and not path.is_dir():
         raise UsageError(f"{option} {path}: exists and is not a folder")
     if path.is_dir() and path.resolve() == expanded(model).resolve():
         raise UsageError(f"{option} {path}: is the folder of the model itself")
-    _check_writable(option, path, next(place for place in (path, *path.resolve().parents) if place.exists()))
+    existing = next(place for place in (path, *path.resolve().parents) if place.exists())
+    _check_writable(option, path, existing)
 
 
 def _check_writable(option: str, path: Path, folder: Path) -> None:
-    if not (folder.is_dir() and os.access(folder, os.W_OK)):
-        what = "not writable" if folder.is_dir() else "not a folder"
-        raise UsageError(f"{option} {path}: {folder} is {what}")
+    """Raise UsageError if nothing can be made in ``folder``, which ``path`` needs."""
+    if not folder.is_dir():
+        raise UsageError(f"{option} {path}: {folder} is not a folder")
+    if not os.access(folder, os.W_OK):
+        raise UsageError(f"{option} {path}: {folder} is not writable")
 
 
 def write_file(option: str, path: Path, write: Callable[[Path], None], end: str | None = None) -> None:
@@ -82,7 +93,7 @@ def write_file(option: str, path: Path, write: Callable[[Path], None], end: str 
 
 
 def expanded(name: str | Path) -> Path:
-    """The path with the home of ``~`` or ``~user``; a name of nobody's is as it is (pathlib's raises)."""
+    """The path with the home of ``~`` or ``~user``; that of an unknown user stays (pathlib's raises)."""
     return Path(os.path.expanduser(name))
 
 
@@ -135,9 +146,9 @@ def fill_folder(
     Raises UsageError if that fails, and leaves nothing.
     """
     scratch = beside(path, PARTIAL)
-    full = (OSError, SafetensorError)  # the latter: safetensors' own for a full disk
+    disk_errors = (OSError, SafetensorError)  # the latter: safetensors' own for a full disk
     try:
-        with explained(f"{option} {path}: cannot be written", full, kept):
+        with explained(f"{option} {path}: cannot be written", disk_errors, kept):
             remove(scratch)
             scratch.mkdir(parents=True)
             begun(scratch)
@@ -192,10 +203,11 @@ def finish_files(folder: Path) -> None:
     mode = probe.stat().st_mode
     probe.unlink()
     for path in files_in(folder):
-        if not path.is_symlink():
-            if path.stat().st_mode != mode:
-                path.chmod(mode)
-            flush(path)
+        if path.is_symlink():
+            continue
+        if path.stat().st_mode != mode:
+            path.chmod(mode)
+        flush(path)
 
 
 def files_in(folder: Path) -> list[Path]:
@@ -226,19 +238,27 @@ def write_json(option: str, path: Path, report: dict, end: str | None = None) ->
 
 def shown(name: str) -> str:
     """``name`` of a file as text that any encoding, page and terminal takes: what is odd in it is escaped."""
-    return "".join(one if one.isprintable() else one.encode("unicode_escape").decode() for one in name)
+    if name.isprintable():
+        return name
+    parts = []
+    for one in name:
+        parts.append(one if one.isprintable() else one.encode("unicode_escape").decode())
+    return "".join(parts)
 
 
 def one_line(error: Exception | str) -> str:
     """A message on one line: those of libraries may span several. Of the system's errors the reason alone."""
-    return " ".join((getattr(error, "strerror", None) or str(error)).split())
+    return " ".join(_message(error).split())
 
 
 def first_sentences(message: str) -> str:
     """A library's message up to the first line that ends a sentence, on one line; the rest is advice."""
-    lines = [line.strip() for line in message.strip().splitlines()]
-    end = next((index for index, line in enumerate(lines, 1) if line.endswith((".", "!", "?"))), None)
-    return one_line(" ".join(lines[:end]))
+    lines = []
+    for line in message.strip().splitlines():
+        lines.append(line.strip())
+        if lines[-1].endswith((".", "!", "?")):
+            break
+    return one_line(" ".join(lines))
 
 
 def dtype_name(dtype) -> str:

@@ -40,8 +40,10 @@ FILE = RECORD
 OWN = ".mica-run."
 LOCK = f"{OWN}lock"
 MARKER = "complete.json"  # in a checkpoint: see `mica.cli.adapt.checkpoints`
-ADAPT, TRANSFER = "mica adapt", "mica transfer"
-_ASIDE, _NEW = f"{OWN}replaced-", f"{OWN}json"
+ADAPT = "mica adapt"
+TRANSFER = "mica transfer"
+_ASIDE = f"{OWN}replaced-"
+_NEW = f"{OWN}json"
 _FORMAT = 1
 
 
@@ -76,9 +78,12 @@ def read(output: Path) -> Record | None:
         return None
     except (OSError, ValueError, TypeError, AttributeError, RecursionError) as error:
         what = f"{FILE}, which says what a run has written there, cannot be read ({one_line(error)})"
-        raise UsageError(f"--output {output}: {what}: name another folder") from error
+        raise UsageError(f"--output {output}: {what}: choose another folder") from error
     for name in os.listdir(output):
-        if name not in found.files and (names := _marked_by(output / name, found.run)):
+        if name in found.files:
+            continue
+        names = _marked_by(output / name, found.run)
+        if names is not None:
             found.files[name] = names  # put back from a copy
     return found
 
@@ -89,19 +94,24 @@ def _parsed(text: str) -> Record:
         raise ValueError("of another version")
     found = Record(**content)
     for name, names in found.files.items():
-        if name in ("", ".", "..", FILE) or {"/", os.sep, "\0"} & set(name):
+        if name in ("", ".", "..", FILE) or not {"/", os.sep, "\0"}.isdisjoint(name):
             raise ValueError("it names what no run writes")
-        if not (names is None or (isinstance(names, list) and all(isinstance(one, str) for one in names))):
+        if names is not None and not (isinstance(names, list) and _are_strings(names)):
             raise ValueError("not a list of names")
-    if not all(isinstance(one, str) for one in (found.run, found.command, *found.replaced, *found.ready)):
+    if not _are_strings((found.run, found.command, *found.replaced, *found.ready)):
         raise ValueError("not a name")
-    found.origins.items()
+    if not _are_strings(found.origins.values()):
+        raise ValueError("not an origin")
     return found
+
+
+def _are_strings(values: Iterable[object]) -> bool:
+    return all(isinstance(value, str) for value in values)
 
 
 def _marked_by(folder: Path, run: str) -> list[str] | None:
     """All files of a checkpoint that ``run`` has marked as complete; None if ``folder`` is none."""
-    with suppress(OSError, ValueError, KeyError, TypeError, AttributeError):
+    with suppress(OSError, ValueError, KeyError, TypeError, RecursionError):
         marker = json.loads((folder / MARKER).read_text(encoding="utf-8"))
         if marker["run"] == run:
             return [*marker["files"], MARKER]
@@ -141,7 +151,7 @@ def refuse_taken(output: Path, record: Record | None, names: Iterable[str]) -> N
             continue
         for path in _places(output / name):
             if os.path.lexists(path):
-                what = f"would be replaced, and {FILE} does not say that a run wrote it"
+                what = f"would be replaced, but {FILE} does not say that a run wrote it"
                 raise UsageError(f"--output {output}: {shown(path.name)} {what}: move it away")
 
 
@@ -172,9 +182,11 @@ def _names(folder: Path) -> list[str]:
 def forget(output: Path, *names: str) -> None:
     """Take ``names`` out of the record: they have been removed."""
     found = read(output)
-    if found is not None and not found.files.keys().isdisjoint(names):
-        found.files = {name: files for name, files in found.files.items() if name not in names}
-        write(output, found)
+    if found is None or found.files.keys().isdisjoint(names):
+        return
+    for name in names:
+        found.files.pop(name, None)
+    write(output, found)
 
 
 def claimed(output: Path, name: str, fill: Callable[[Path], None]) -> None:
@@ -185,17 +197,22 @@ def claimed(output: Path, name: str, fill: Callable[[Path], None]) -> None:
 
 def others(output: Path, record: Record | None) -> list[str]:
     """The names in ``output`` of what is neither ``record``'s nor this module's own; sorted."""
-    own = {FILE} if record is not None else set()
-    for name in record.files if record is not None else ():
-        own |= {path.name for path in _places(output / name)}
-    found = os.listdir(output) if output.is_dir() else []
-    return sorted(name for name in found if name not in own and not name.startswith(OWN))
+    if not output.is_dir():
+        return []
+    own = set()
+    if record is not None:
+        own.add(FILE)
+        for name in record.files:
+            own |= {path.name for path in _places(output / name)}
+    return sorted(name for name in os.listdir(output) if name not in own and not name.startswith(OWN))
 
 
 def present(output: Path, record: Record) -> list[Path]:
     """What there is of all that ``record`` names."""
-    every = (path for name in record.files for path in _places(output / name))
-    return [path for path in every if os.path.lexists(path)]
+    found = []
+    for name in record.files:
+        found += [path for path in _places(output / name) if os.path.lexists(path)]
+    return found
 
 
 def stranger(output: Path, record: Record, names: Iterable[str]) -> Path | None:
@@ -205,7 +222,7 @@ def stranger(output: Path, record: Record, names: Iterable[str]) -> Path | None:
         folder = output / name
         if listed is None or folder.is_symlink() or not folder.is_dir():
             continue
-        strange = sorted({*_names(folder)} - {*listed})
+        strange = sorted(set(_names(folder)) - set(listed))
         if strange:
             return folder / strange[0]
     return None
@@ -214,15 +231,17 @@ def stranger(output: Path, record: Record, names: Iterable[str]) -> Path | None:
 def removed_input(
     inputs: dict[str, list[str]], output: Path, removed: Iterable[Path]
 ) -> tuple[str, str] | None:
-    """The first option and name of ``inputs`` of which anything is ``removed``; None if there is none.
+    """The first option of ``inputs``, and its name, of which anything is ``removed``; None if there is none.
 
     ``inputs``: option -> names, of files and folders among them. Links are followed: of the names, of the
     files in a folder, and of ``removed``. A folder that is read must not be ``output`` either, where things
     are removed.
     """
     gone = {Path(os.path.realpath(path)) for path in removed}
+    if not gone:
+        return None
     whole = Path(os.path.realpath(output))
-    for option, names in inputs.items() if gone else ():
+    for option, names in inputs.items():
         for name in names:
             for place in read_from(name):
                 if place == whole or not gone.isdisjoint((place, *place.parents)):
@@ -255,7 +274,9 @@ def why_not_removable(path: Path) -> str | None:
     """Why the system will not let this process remove ``path``; None if it seems to."""
     folders = [path.parent]
     if path.is_dir() and not path.is_symlink():
-        folders += [Path(place) for place, names, files in os.walk(path) if names or files]
+        for place, names, files in os.walk(path):
+            if names or files:  # an empty one is removed by its parent's leave
+                folders.append(Path(place))
         folders.append(path)
     for folder in folders:
         if not os.access(folder, os.R_OK | os.W_OK | os.X_OK):
@@ -289,7 +310,7 @@ def replace(output: Path, new: Record, ready: Iterable[str]) -> None:
         if not isinstance(error, OSError):
             raise
         what = f"the run there cannot be replaced: {shown(str(error.filename))}: {one_line(error)}"
-        raise UsageError(f"--output {output}: {what}; it is as it was") from error
+        raise UsageError(f"--output {output}: {what}; nothing was changed") from error
     recover(output)
 
 
@@ -324,14 +345,7 @@ def recover(output: Path) -> None:
         return
     before = asdict(found)
     with explained(f"--output {output}: what a run has left half done cannot be mended", OSError):
-        for aside in output.glob(f"{_ASIDE}*"):
-            run = aside.name.removeprefix(_ASIDE)
-            if run == found.run:
-                _move(aside, output, [*aside.iterdir()])
-                if not any(aside.iterdir()):
-                    aside.rmdir()
-            elif run in found.replaced:
-                shutil.rmtree(aside, ignore_errors=True)  # what cannot be removed is tried again
+        _recover_replaced(output, found)
         for name in found.ready:
             if scratch(output, name).exists():
                 os.replace(scratch(output, name), output / name)
@@ -345,6 +359,18 @@ def recover(output: Path) -> None:
         (output / FILE).unlink()
     elif asdict(found) != before:
         write(output, found)
+
+
+def _recover_replaced(output: Path, record: Record) -> None:
+    """Move back what was moved aside of ``record``'s run; remove what was of runs that it has replaced."""
+    for aside in output.glob(f"{_ASIDE}*"):
+        run = aside.name.removeprefix(_ASIDE)
+        if run == record.run:
+            _move(aside, output, list(aside.iterdir()))
+            if not any(aside.iterdir()):
+                aside.rmdir()
+        elif run in record.replaced:
+            shutil.rmtree(aside, ignore_errors=True)  # what cannot be removed is tried again
 
 
 def is_half_replaced(output: Path) -> bool:

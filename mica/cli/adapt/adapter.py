@@ -19,7 +19,8 @@ from mica.cli.targets import Targets, features, find_targets, saved_parameters
 from mica.errors import UsageError
 from mica.fast.forward.eligibility import requests_mica
 
-WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
+WEIGHTS = "adapter_model.safetensors"
+CONFIG = "adapter_config.json"
 
 
 def start(model, args: argparse.Namespace, checkpoint: Path | None = None) -> PeftModel:
@@ -33,19 +34,34 @@ def start(model, args: argparse.Namespace, checkpoint: Path | None = None) -> Pe
     """
     targets = check(model, args, checkpoint)
     with embeddings.in_float32(model) if args.train_embeddings else nullcontext():
-        return _start(model, args, checkpoint or args.adapter, targets)
+        folder = checkpoint or args.adapter
+        if folder is None:
+            return _new(model, args, targets)
+        return _continued(model, args, folder)
 
 
-def _start(model, args: argparse.Namespace, folder: Path | None, targets: Targets) -> PeftModel:
-    if folder is not None:
-        config = PeftConfig.from_pretrained(folder)
-        config.lora_dropout = args.dropout
-        config.base_model_name_or_path = model.name_or_path  # this model, wherever the adapter comes from
-        return PeftModel.from_pretrained(model, folder, config=config, is_trainable=True)
-    own = {"r": args.rank, "lora_alpha": args.alpha, "lora_dropout": args.dropout, **targets.config}
-    own |= embeddings.config(model) if args.train_embeddings else {}
+def _continued(model, args: argparse.Namespace, folder: Path) -> PeftModel:
+    """``model`` with the adapter in ``folder``."""
+    config = PeftConfig.from_pretrained(folder)
+    config.lora_dropout = args.dropout
+    config.base_model_name_or_path = model.name_or_path  # this model, wherever the adapter comes from
+    return PeftModel.from_pretrained(model, folder, config=config, is_trainable=True)
+
+
+def _new(model, args: argparse.Namespace, targets: Targets) -> PeftModel:
+    """``model`` with a new adapter."""
+    config = {
+        "init_lora_weights": "mica",
+        "task_type": "CAUSAL_LM",
+        "r": args.rank,
+        "lora_alpha": args.alpha,
+        "lora_dropout": args.dropout,
+        **targets.config,
+    }
+    if args.train_embeddings:
+        config |= embeddings.config(model)
     try:
-        return get_peft_model(model, LoraConfig(init_lora_weights="mica", task_type="CAUSAL_LM", **own))
+        return get_peft_model(model, LoraConfig(**config))
     except ValueError as error:
         if str(error).startswith("Target module"):  # "... is not supported": PEFT's own list of types
             raise UsageError(f"--target-modules {args.target_modules}: {error}") from error
@@ -59,94 +75,114 @@ def check(model: nn.Module, args: argparse.Namespace, checkpoint: Path | None = 
 
     Raises UsageError if ``--target-modules`` names no layer that can be adapted, if one is too small for the
     rank, if parameters (experts) are to have dropout, if embeddings cannot be trained, or if the adapter of
-    ``checkpoint`` or ``args.adapter`` is none of MiCA, does not fit the model, or has other layers than
+    ``checkpoint`` or ``args.adapter`` is not a MiCA adapter, does not fit the model, or has other layers than
     ``args`` says.
     """
     targets = find_targets(model, args.target_modules, args.experts)
     if targets.parameters and args.dropout:
-        named = (
-            f"--dropout {args.dropout:g}: PEFT has no dropout for parameters, as {min(targets.parameters)}"
+        raise UsageError(
+            f"--dropout {args.dropout:g}: PEFT has no dropout for parameters such as "
+            f"{min(targets.parameters)}: use --dropout 0 or --no-experts"
         )
-        raise UsageError(f"{named}: --dropout 0, or --no-experts")
-    sizes = {name: shape[-2:] for name, shape in saved_parameters(model, targets.parameters).values()}
+    _check_rank(model, args, targets)
+    if args.train_embeddings:
+        embeddings.check(model, args, targets)
+    if checkpoint is not None:
+        _check_saved(model, args, targets, checkpoint, "--resume")
+    elif args.adapter is not None:
+        _check_saved(model, args, targets, args.adapter, "--adapter")
+    return targets
+
+
+def _check_rank(model: nn.Module, args: argparse.Namespace, targets: Targets) -> None:
+    """Raise UsageError if a target is no matrix, or too small for the rank."""
+    sizes = {}
+    for name, shape in saved_parameters(model, targets.parameters).values():
+        sizes[name] = shape[-2:]
     for name, module in targets.modules.items():
         sizes[name] = features(module)
         if sizes[name] is None:  # a norm, an activation
             what = f"{name} is a {type(module).__name__}, which cannot be adapted"
             raise UsageError(f"--target-modules {args.target_modules}: {what}")
     smallest = min(sizes, key=lambda name: min(sizes[name]))
-    if args.rank > (most := min(sizes[smallest])):
-        has = f"{smallest} has {_by(sizes[smallest])} weights, so at most {most} fits"
+    largest_rank = min(sizes[smallest])
+    if args.rank > largest_rank:
+        has = f"{smallest} has {_by(sizes[smallest])} weights, so at most {largest_rank} fits"
         raise UsageError(f"--rank {args.rank}: {has}; --target-modules can leave it out")
+
+
+def _check_saved(
+    model: nn.Module, args: argparse.Namespace, targets: Targets, folder: Path, option: str
+) -> None:
+    """Raise UsageError unless the adapter in ``folder`` fits ``model`` and has adapted the ``targets``."""
+    config = read_adapter_config(folder, option)
+    check_fit(model, config, folder, option)
     if args.train_embeddings:
-        embeddings.check(model, args, targets)
-    folder, option = checkpoint or args.adapter, "--resume" if checkpoint else "--adapter"
-    if folder is None:
-        return targets
-    found = read_adapter_config(folder, option)
-    check_fit(model, found, folder, option)
-    if args.train_embeddings:
-        embeddings.check_adapter(model, found, folder, option)
+        embeddings.check_adapter(model, config, folder, option)
+
     adapted = set(adapted_layers(folder, option))
     parameters = saved_parameters(model, targets.parameters)
     expected = set(targets.modules) | set(parameters)
-    if args.experts:  # all that the adapter has, be it some stacks only
-        adapted, expected = (names - set(_stacks(found, folder, option)) for names in (adapted, expected))
+    if args.experts:  # whichever stacks the adapter has, all of them or some
+        stacks = set(_stacks(config, folder, option))
+        adapted -= stacks
+        expected -= stacks
         expected -= {name for name, (_, shape) in parameters.items() if len(shape) == 3}
-    if adapted != expected:
-        only = sorted(adapted ^ expected)
-        where = "only in the adapter" if only[0] in adapted else "not in the adapter"
-        others = f"{option} {folder} has adapted other layers: {', '.join(only[:3])} {where}"
+    differing = sorted(adapted ^ expected)
+    if differing:
+        where = "only in the adapter" if differing[0] in adapted else "not in the adapter"
+        others = f"{option} {folder} has adapted other layers: {', '.join(differing[:3])} {where}"
         raise UsageError(f"--target-modules {args.target_modules}: {others}")
-    return targets
 
 
 def read_adapter_config(folder: Path, option: str = "--adapter", any_lora: bool = False) -> LoraConfig:
     """The configuration of a MiCA adapter; `settings` turns it into options.
 
-    Raises UsageError, naming ``option``, if ``folder`` is no folder of an adapter, or the adapter not MiCA's
-    (with ``any_lora``: not LoRA's).
+    Raises UsageError, naming ``option``, if ``folder`` is not the folder of an adapter, or the adapter not
+    MiCA's (with ``any_lora``: not LoRA's).
     """
+    where = f"{option} {folder}"
+    if not folder.is_dir():
+        raise UsageError(f"{where}: no such folder")
     if not (folder / CONFIG).is_file():
-        what = f"has no {CONFIG}" if folder.is_dir() else "no such folder"
-        raise UsageError(f"{option} {folder}: {what}, and must be a folder with a PEFT adapter")
+        raise UsageError(f"{where}: is not a PEFT adapter folder (no {CONFIG})")
     try:
         config = PeftConfig.from_pretrained(folder)
         kind = config.peft_type.value
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        what = f"is not that of a PEFT adapter: {one_line(error)}"
-        raise UsageError(f"{option} {folder}: {CONFIG} {what}") from error
-    if kind != "LORA" or not (any_lora or requests_mica(config)):
-        found = kind if kind != "LORA" else f"LoRA with init_lora_weights={config.init_lora_weights!r}"
-        raise UsageError(
-            f"{option} {folder}: must be a {'LoRA' if any_lora else 'MiCA'} adapter, but is {found}"
-        )
+        what = f"is not the configuration of a PEFT adapter: {one_line(error)}"
+        raise UsageError(f"{where}: {CONFIG} {what}") from error
+
+    wanted = "LoRA" if any_lora else "MiCA"
+    if kind != "LORA":
+        raise UsageError(f"{where}: must be a {wanted} adapter, but is {kind}")
+    if not (any_lora or requests_mica(config)):
+        found = f"LoRA with init_lora_weights={config.init_lora_weights!r}"
+        raise UsageError(f"{where}: must be a {wanted} adapter, but is {found}")
     if not (folder / WEIGHTS).is_file():
-        raise UsageError(f"{option} {folder}: has no {WEIGHTS}")
-    _check_values(config, f"{option} {folder}: {CONFIG}")
+        raise UsageError(f"{where}: has no {WEIGHTS}")
+    _check_values(config, f"{where}: {CONFIG}")
     _check_ranks(config, folder, option)
     return config
 
 
 def _check_values(config: LoraConfig, where: str) -> None:
-    """Raise UsageError if a value in adapter_config.json is that PEFT cannot use, as it checks none."""
-    checks = {  # entry -> whether the value is one, and what it must be
-        "r": (_is_rank(config.r), "a whole number above 0"),
-        "lora_alpha": (_is_positive(config.lora_alpha), "a number above 0"),
-        "lora_dropout": (_is_share(config.lora_dropout), "a number from 0 to below 1"),
-        "rank_pattern": (_is_mapping(config.rank_pattern, _is_rank), "a mapping of patterns to ranks"),
-        "alpha_pattern": (
-            _is_mapping(config.alpha_pattern, _is_positive),
-            "a mapping of patterns to numbers",
-        ),
-        "target_modules": (_is_names(config.target_modules), "names or a pattern"),
-        "target_parameters": (_is_names(config.target_parameters), "a list of names"),
-        "modules_to_save": (_is_names(config.modules_to_save), "a list of names"),
-        "base_model_name_or_path": (isinstance(config.base_model_name_or_path, str | None), "a name"),
-    }
-    for name, (is_right, wanted) in checks.items():
-        if not is_right:
-            raise UsageError(f"{where}: {name} must be {wanted}, not {getattr(config, name)!r:.80}")
+    """Raise UsageError for a value in adapter_config.json that PEFT cannot use; PEFT itself checks none."""
+    checks = (  # entry, whether its value is one, what it must be
+        ("r", _is_rank, "a whole number above 0"),
+        ("lora_alpha", _is_positive, "a number above 0"),
+        ("lora_dropout", _is_share, "a number from 0 to below 1"),
+        ("rank_pattern", _is_mapping_to(_is_rank), "a mapping of patterns to ranks"),
+        ("alpha_pattern", _is_mapping_to(_is_positive), "a mapping of patterns to numbers"),
+        ("target_modules", _is_names, "names or a pattern"),
+        ("target_parameters", _is_names, "a list of names"),
+        ("modules_to_save", _is_names, "a list of names"),
+        ("base_model_name_or_path", _is_name_or_none, "a name"),
+    )
+    for name, is_right, wanted in checks:
+        value = getattr(config, name)
+        if not is_right(value):
+            raise UsageError(f"{where}: {name} must be {wanted}, not {value!r:.80}")
 
 
 def _is_rank(value: object) -> bool:
@@ -169,19 +205,27 @@ def _is_pattern(value: object) -> bool:
     return True
 
 
+def _is_name_or_none(value: object) -> bool:
+    return value is None or isinstance(value, str)
+
+
 def _is_names(value: object) -> bool:
     if value is None or _is_pattern(value):
         return True
     return isinstance(value, list | set | tuple) and all(isinstance(each, str) for each in value)
 
 
-def _is_mapping(value: object, holds: Callable[[object], bool]) -> bool:
-    """Whether it maps patterns of names to values that ``holds`` takes, or is none."""
-    if value is None:
-        return True
-    if not isinstance(value, dict):
-        return False
-    return all(_is_pattern(key) and holds(each) for key, each in value.items())
+def _is_mapping_to(holds: Callable[[object], bool]) -> Callable[[object], bool]:
+    """A check: whether a value maps patterns of names to values that ``holds`` takes, or is None."""
+
+    def is_right(value: object) -> bool:
+        if value is None:
+            return True
+        if not isinstance(value, dict):
+            return False
+        return all(_is_pattern(key) and holds(each) for key, each in value.items())
+
+    return is_right
 
 
 def _check_ranks(config: LoraConfig, folder: Path, option: str) -> None:
@@ -189,13 +233,19 @@ def _check_ranks(config: LoraConfig, folder: Path, option: str) -> None:
 
     The rows of a stack's A are those of all experts; which layers are stacks only the model tells.
     """
-    ranks = config.rank_pattern or {}
+    has_pattern = bool(config.rank_pattern)
     for name, (_, rows, _) in adapted_layers(folder, option).items():
-        rank = ranks.get(get_pattern_key(ranks.keys(), name), config.r)
-        is_stack = bool(config.target_parameters) and (bool(ranks) or rows % rank == 0)
+        rank = _rank_of(config, name)
+        is_stack = bool(config.target_parameters) and (has_pattern or rows % rank == 0)
         if rows != rank and not is_stack:
             what = f"{CONFIG} has rank {rank} for {name}, and {WEIGHTS} has {rows}"
             raise UsageError(f"{option} {folder}: {what}")
+
+
+def _rank_of(config: LoraConfig, name: str) -> int:
+    """The rank that ``config`` gives to the layer or parameter ``name``."""
+    ranks = config.rank_pattern or {}
+    return ranks.get(get_pattern_key(ranks.keys(), name), config.r)
 
 
 def settings(config: LoraConfig, folder: Path, option: str = "--adapter") -> dict:
@@ -211,21 +261,24 @@ def settings(config: LoraConfig, folder: Path, option: str = "--adapter") -> dic
     if config.rank_pattern or config.alpha_pattern:
         what = "its layers have different ranks or alphas, which is not supported"
         raise UsageError(f"{option} {folder}: {what}")
-    stacks = _stacks(config, folder, option)
     if config.lora_alpha % 1:
         what = f"lora_alpha is {config.lora_alpha:g}, which must be a whole number"
         raise UsageError(f"{option} {folder}: {what}")
+
+    stacks = _stacks(config, folder, option)
     layers = set(adapted_layers(folder, option)) - set(stacks)
-    named = []  # parameters that are no stacks
+    parameters = []  # those that are no stacks
     for parameter in config.target_parameters or ():
-        holders = {name for name in layers if f".{name}".endswith(f".{parameter.rpartition('.')[0]}")}
-        layers -= holders
-        named += [parameter] if holders else []
-    names = config.target_modules if isinstance(config.target_modules, set) else layers
+        module = parameter.rpartition(".")[0]
+        holders = {name for name in layers if f".{name}".endswith(f".{module}")}
+        if holders:
+            parameters.append(parameter)
+            layers -= holders
+    modules = config.target_modules if isinstance(config.target_modules, set) else layers
     return {
         "rank": config.r,
         "alpha": int(config.lora_alpha),
-        "target_modules": ",".join(sorted([*names, *named])),
+        "target_modules": ",".join(sorted([*modules, *parameters])),
         "experts": True if stacks else None,
         "train_embeddings": True if config.modules_to_save else None,
         "dropout": config.lora_dropout,
@@ -245,27 +298,38 @@ def adapted_layers(folder: Path, option: str = "--adapter") -> dict[str, tuple[i
 
     Raises UsageError if the weights cannot be read, or a layer has only one of its two.
     """
-    sizes: dict[str, dict[str, tuple]] = {}
     try:
-        with safe_open(folder / WEIGHTS, framework="pt") as file:
-            for key in file.keys():  # noqa: SIM118  (safe_open is no mapping)
-                layer, _, factor = key.removesuffix(".weight").rpartition(".")
-                factor = factor.replace("lora_embedding_", "lora_")
-                if factor in ("lora_A", "lora_B"):
-                    shape = tuple(file.get_slice(key).get_shape())
-                    sizes.setdefault(layer.removeprefix("base_model.model."), {})[factor] = shape
+        shapes = _factor_shapes(folder / WEIGHTS)
     except (OSError, SafetensorError) as error:
         raise UsageError(f"{option} {folder}: {WEIGHTS} cannot be read: {error}") from error
-    whole = {name: found for name, found in sizes.items() if len(found) == 2}
-    if not whole or len(whole) < len(sizes):
-        missing = f": {min(sizes.keys() - whole.keys())} has only A or only B" if sizes else ""
-        raise UsageError(f"{option} {folder}: {WEIGHTS} is not that of a whole adapter{missing}")
-    for name, found in whole.items():
-        a, b = found["lora_A"], found["lora_B"]
+    if not shapes:
+        raise UsageError(f"{option} {folder}: {WEIGHTS} is incomplete: it has no layer of an adapter")
+    for name in sorted(shapes):
+        if len(shapes[name]) < 2:
+            raise UsageError(f"{option} {folder}: {WEIGHTS} is incomplete: {name} has only A or only B")
+
+    layers = {}
+    for name, found in shapes.items():
+        a = found["lora_A"]
+        b = found["lora_B"]
         if len(a) != 2 or len(b) != 2 or a[0] != b[1]:
-            what = f"{name} has A of {_by(a)} and B of {_by(b)}, which are no two factors of a matrix"
+            what = f"{name} has A of {_by(a)} and B of {_by(b)}, which are not the factors of a matrix"
             raise UsageError(f"{option} {folder}: {WEIGHTS}: {what}")
-    return {name: (found["lora_B"][0], *found["lora_A"]) for name, found in whole.items()}
+        layers[name] = (b[0], a[0], a[1])
+    return layers
+
+
+def _factor_shapes(file: Path) -> dict[str, dict[str, tuple[int, ...]]]:
+    """Layer -> "lora_A", "lora_B" -> shape, of those that a file of weights has; reads its header."""
+    shapes: dict[str, dict[str, tuple[int, ...]]] = {}
+    with safe_open(file, framework="pt") as weights:
+        for key in weights.keys():  # noqa: SIM118  (safe_open is no mapping)
+            layer, _, factor = key.removesuffix(".weight").rpartition(".")
+            layer = layer.removeprefix("base_model.model.")
+            factor = factor.replace("lora_embedding_", "lora_")
+            if factor in ("lora_A", "lora_B"):
+                shapes.setdefault(layer, {})[factor] = tuple(weights.get_slice(key).get_shape())
+    return shapes
 
 
 def check_fit(
@@ -277,23 +341,24 @@ def check_fit(
     """
     modules = dict(model.named_modules())
     parameters = saved_parameters(model, config.target_parameters or ())
-    ranks = config.rank_pattern or {}
     for name, (out_features, rows, in_features) in adapted_layers(folder, option).items():
-        shape, what = (out_features, in_features), "a layer"
+        shape = (out_features, in_features)
+        what = "a layer"
         if name in parameters:
             parameter, found = parameters[name]
-            experts = rows // ranks.get(get_pattern_key(ranks.keys(), parameter), config.r)
-            shape, what = (experts, *shape) if len(found) == 3 or experts > 1 else shape, "a parameter"
-        elif name not in modules:
-            raise UsageError(f"{option} {folder}: adapts {name}, which {model_option} does not have")
-        else:
+            what = "a parameter"
+            experts = rows // _rank_of(config, parameter)
+            if len(found) == 3 or experts > 1:
+                shape = (experts, *shape)
+        elif name in modules:
             found = features(modules[name])
+        else:
+            raise UsageError(f"{option} {folder}: adapts {name}, which {model_option} does not have")
         if found != shape:
-            raise UsageError(
-                f"{option} {folder}: adapts {name} as {what} of {_by(shape)}, but in {model_option} "
-                + (f"it has {_by(found)}" if found else f"it is a {type(modules[name]).__name__}")
-            )
+            has = f"it has {_by(found)}" if found else f"it is a {type(modules[name]).__name__}"
+            adapts = f"adapts {name} as {what} of {_by(shape)}"
+            raise UsageError(f"{option} {folder}: {adapts}, but in {model_option} {has}")
 
 
 def _by(shape: tuple[int, ...]) -> str:
-    return " x ".join(map(str, shape))
+    return " x ".join(str(size) for size in shape)

@@ -38,15 +38,14 @@ def load(args: argparse.Namespace, source: Source, device: torch.device | None =
     written, and as `loading.load_model`.
     """
     device = device or PartialState().device
-    config, dtype, quantization = check(args, source), args.dtype, None
+    config = check(args, source)
+    dtype = args.dtype
+    quantization = None
     if args.quantize is not None:
-        if dtype == "auto":  # as `suit_processor` has it
-            own = getattr(config, "dtype", None) or torch.float32
-            dtype = dtype_name(torch.float32 if device.type == "cpu" and not has_native(own) else own)
-        quantization = BitsAndBytesConfig(load_in_8bit=True)
-        if args.quantize == "nf4":  # with quantised scales, as QLoRA (arXiv 2305.14314)
-            kind = {"bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": getattr(torch, dtype)}
-            quantization = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_use_double_quant=True, **kind)
+        if dtype == "auto":
+            dtype = _own_dtype(config, device)
+        quantization = _quantization(args.quantize, dtype)
+
     name = None
     if source.is_gguf:
         processes.on_main(_convert, args, source, dtype, tokenizer)
@@ -60,7 +59,8 @@ def load(args: argparse.Namespace, source: Source, device: torch.device | None =
         what = f"not possible on {device}: {first_sentences(str(error))}"
         raise UsageError(f"--quantize {args.quantize}: {what}") from error
     if name is not None:
-        model.name_or_path = model.config.name_or_path = name
+        model.name_or_path = name
+        model.config.name_or_path = name
     # On a CPU with AVX512-BF16 the first call in eval mode repacks a 4-bit weight for good (bitsandbytes
     # 0.50). From then on the layer passes no gradient on, in train mode too: after one evaluation the
     # adapters below it would learn only what bypasses it.
@@ -68,6 +68,26 @@ def load(args: argparse.Namespace, source: Source, device: torch.device | None =
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False
     return model
+
+
+def _own_dtype(config: PreTrainedConfig | None, device: torch.device) -> str:
+    """What ``--dtype auto`` means for a quantised base: as `loading.suit_processor` has it for others."""
+    dtype = getattr(config, "dtype", None) or torch.float32
+    if device.type == "cpu" and not has_native(dtype):
+        dtype = torch.float32
+    return dtype_name(dtype)
+
+
+def _quantization(kind: str, dtype: str) -> BitsAndBytesConfig:
+    """The configuration for ``--quantize``, which computes in ``dtype``."""
+    if kind == "int8":
+        return BitsAndBytesConfig(load_in_8bit=True)
+    return BitsAndBytesConfig(  # with quantised scales, as QLoRA (arXiv 2305.14314)
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=getattr(torch, dtype),
+    )
 
 
 def check(args: argparse.Namespace, source: Source) -> PreTrainedConfig | None:
@@ -83,9 +103,7 @@ def check(args: argparse.Namespace, source: Source) -> PreTrainedConfig | None:
             raise UsageError(f"--quantize {args.quantize}: {given} already: leave --quantize out")
         if args.merge:
             instead = "leave --merge out, or train on the checkpoint it was made from, with --quantize"
-            raise UsageError(
-                f"--merge: {given}, and a merged sum cannot be rounded to so few bits: {instead}"
-            )
+            raise UsageError(f"--merge: {given}, and a merged weight cannot be re-quantised: {instead}")
     if args.quantize is not None and not is_bitsandbytes_available():
         needs = "needs bitsandbytes and accelerate: pip install bitsandbytes"
         raise UsageError(f"--quantize {args.quantize}: {needs}")
@@ -103,14 +121,18 @@ def place_of(name: str) -> str:
     if not path.name:  # a model without a name, or the working directory
         return name
     scratch = beside(path, PARTIAL)
-    return str(scratch) if scratch.is_dir() else name
+    if scratch.is_dir():
+        return str(scratch)
+    return name
 
 
 def _convert(args: argparse.Namespace, source: Source, dtype: str, tokenizer) -> None:
     """Write what is going to be OUTPUT/base: model and tokenizer of a GGUF file, in the run's dtype."""
     if args.resume and (args.output / FOLDER).is_dir():
         return  # B belongs to the weights as they were converted
-    parts = load_model(source, dtype, torch.device("cpu")), tokenizer or load_tokenizer(source)
+    model = load_model(source, dtype, torch.device("cpu"))
+    if tokenizer is None:
+        tokenizer = load_tokenizer(source)
     record.claim(args.output, FOLDER, begun=False)
-    scratch = fill_folder("--output", args.output / FOLDER, *parts, card=_CARD)
+    scratch = fill_folder("--output", args.output / FOLDER, model, tokenizer, card=_CARD)
     record.completed(args.output, FOLDER, scratch)

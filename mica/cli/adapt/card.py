@@ -7,23 +7,18 @@ from pathlib import Path
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
+from mica.cli.adapt.options import OPTIONS
 from mica.cli.output import shown
 
 _PAPER = "https://arxiv.org/abs/2604.01694"
 _FILES = {".gguf", ".txt", ".json", ".jsonl", ".csv", ".parquet", ".gz"}
-# Settings that are not part of a recipe: paths, which are said elsewhere or are nobody's business, and what
-# concerns only the machine.
-_NOT_RECIPE = {
-    *("model", "adapter", "text", "text_field", "output", "push_to_hub", "held_out_text", "retain", "merge"),
-    *("trust_remote_code", "workers", "report_to", "save_steps", "log_steps", "keep_best"),
-}
 _TRAINED = """\
 An adapter for {base}, made by continued pretraining on {training_tokens:,} tokens with [MiCA]({paper}). \
 MiCA adds `s·B·A` to an adapted weight `W`: `B` holds the {rank} left singular vectors of `W` with the \
 smallest singular values and stays frozen, `A` starts at zero and is trained. {trained_parameters:,} of \
 {total_parameters:,} parameters were trained."""
 _EMBEDDINGS = (
-    "Of these, {trained_embeddings:,} are the input and output embeddings, trained as whole modules "
+    "{trained_embeddings:,} of these are the input and output embeddings, trained as whole modules "
     "(PEFT's `modules_to_save`)."
 )
 _TRANSFERRED = """\
@@ -54,7 +49,10 @@ def hub_name(name: str | None) -> str | None:
     """``name`` where it is one of the hub, as owner/name; None for a path or a file."""
     if not name or not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", name):
         return None
-    return None if Path(name).exists() or Path(name).suffix.lower() in _FILES else name
+    path = Path(name)
+    if path.exists() or path.suffix.lower() in _FILES:
+        return None
+    return name
 
 
 def _public(name: str) -> str:
@@ -68,66 +66,112 @@ def card(summary: dict) -> ModelCard:
     Its metadata has what the hub reads: base_model and datasets only where these are names of the hub, which
     refuses others; the measured perplexities as model-index.
     """
-    s, settings, name = summary, summary["settings"], shown(Path(summary["adapter"]).name)
-    texts = {
-        "held-out": ("perplexity", f"held out, {s['held_out_tokens']:,} tokens never trained on"),
-        "retain": ("retain", "to be retained"),
-    }
-    results, perplexities = [], []
-    kinds = {"task_type": "text-generation", "dataset_type": "text", "metric_type": "perplexity"}
-    for label, (key, text) in texts.items():
-        values = {when: s[f"{key}_{when}"] for when in ("before", "after")}
-        results += [
-            EvalResult(
-                dataset_name=f"{label} text",
-                dataset_split=label,  # or the two texts would be one entry
-                metric_name=f"perplexity {when} training",
-                metric_value=round(value, 4),
-                **kinds,
-            )
-            for when, value in values.items()
-            if value is not None and math.isfinite(value)
-        ]
-        if None not in values.values():
-            perplexities.append((text, *(f"{value:.2f}" for value in values.values())))
-    data = [
-        (_public(source["name"]), *(f"{source[key]:,}" for key in ("documents", "tokens")))
-        for source in s["sources"]
-    ]
-    recipe = [
-        (option.replace("_", " "), value, s["origins"].get(option, ""))
-        for option, value in settings.items()
-        if value is not None and option not in _NOT_RECIPE
-    ]
-    made = f"{s['steps']} steps in {s['training_seconds']:,.0f} s, base in {s['dtype']}, on {s['device']}"
-    several = f", {s['processes']} processes" if s["processes"] > 1 else ""
-    quantised = perplexities and settings.get("quantize")
+    settings = summary["settings"]
+    name = shown(Path(summary["adapter"]).name)
+    trained = _TRAINED.format(**summary, base=_public(summary["model"]), paper=_PAPER, rank=settings["rank"])
+    sections = [trained]
+    if summary["trained_embeddings"]:
+        sections.append(_EMBEDDINGS.format(**summary))
+
+    perplexities = _perplexities(summary)
+    if perplexities:
+        sections += _table("Results", ("text", "perplexity before", "after"), perplexities)
+        if settings.get("quantize"):
+            sections.append(f"Measured, as trained, with the base quantised to {settings['quantize']}.")
+    step = told(summary)
+    if step:
+        sections.append(f"The adapter is {step}.")
+    sections += _table("Data", ("source", "documents", "tokens"), _sources(summary))
+    sections += _table("Recipe", ("setting", "value", "from"), _recipe(summary))
+    sections += ["## How to load", *_loading(summary)]
+
+    names = [hub_name(source["name"]) for source in summary["sources"]]
+    datasets = [found for found in names if found is not None]
     return _card(
         name,
-        s,
-        _TRAINED.format(**s, base=_public(s["model"]), paper=_PAPER, rank=settings["rank"]),
-        *([_EMBEDDINGS.format(**s)] if s["trained_embeddings"] else []),
-        *_table("Results", ("text", "perplexity before", "after"), perplexities),
-        *([f"Measured, as trained, with the base quantised to {quantised}."] if quantised else []),
-        *([f"The adapter is {text}."] if (text := told(s)) else []),
-        *_table("Data", ("source", "documents", "tokens"), data),
-        *_table("Recipe", ("setting", "value", "from"), recipe),
-        "## How to load",
-        *_loading(s),
-        made=f"{made}{several}. ",
+        summary,
+        *sections,
+        made=_made(summary),
         library_name="peft",
-        datasets=[found for source in s["sources"] if (found := hub_name(source["name"]))] or None,
+        datasets=datasets or None,
         model_name=name,
-        eval_results=results or None,
+        eval_results=_eval_results(summary) or None,
     )
+
+
+def _measured(summary: dict) -> list[tuple[str, str, float | None, float | None]]:
+    """Each text that is measured: name, what it is, perplexity before and after training; None if not."""
+    held_out = f"held out, {summary['held_out_tokens']:,} tokens never trained on"
+    return [
+        ("held-out", held_out, summary["perplexity_before"], summary["perplexity_after"]),
+        ("retain", "to be retained", summary["retain_before"], summary["retain_after"]),
+    ]
+
+
+def _perplexities(summary: dict) -> list[tuple[str, str, str]]:
+    rows = []
+    for _, what, before, after in _measured(summary):
+        if before is not None and after is not None:
+            rows.append((what, f"{before:.2f}", f"{after:.2f}"))
+    return rows
+
+
+def _eval_results(summary: dict) -> list[EvalResult]:
+    results = []
+    for name, _, before, after in _measured(summary):
+        for when, value in (("before", before), ("after", after)):
+            if value is None or not math.isfinite(value):
+                continue
+            result = EvalResult(
+                task_type="text-generation",
+                dataset_type="text",
+                dataset_name=f"{name} text",
+                dataset_split=name,  # or the two texts would be one entry
+                metric_type="perplexity",
+                metric_name=f"perplexity {when} training",
+                metric_value=round(value, 4),
+            )
+            results.append(result)
+    return results
+
+
+def _sources(summary: dict) -> list[tuple[str, str, str]]:
+    rows = []
+    for source in summary["sources"]:
+        rows.append((_public(source["name"]), f"{source['documents']:,}", f"{source['tokens']:,}"))
+    return rows
+
+
+def _recipe(summary: dict) -> list[tuple[str, object, str]]:
+    """The settings, but paths, which are said elsewhere or private, and what does not concern training."""
+    rows = []
+    for name, value in summary["settings"].items():
+        option = OPTIONS.get(name)
+        is_hidden = option is not None and (option.is_path or not option.in_card)
+        if value is not None and not is_hidden:
+            rows.append((name.replace("_", " "), value, summary["origins"].get(name, "")))
+    return rows
+
+
+def _made(summary: dict) -> str:
+    steps = f"{summary['steps']} steps in {summary['training_seconds']:,.0f} s"
+    text = f"{steps}, base in {summary['dtype']}, on {summary['device']}"
+    if summary["processes"] > 1:
+        text += f", {summary['processes']} processes"
+    return f"{text}. "
 
 
 def told(summary: dict) -> str:
     """Which step the adapter of a run is of, and why it ended early; "" where the options do not matter."""
-    step, steps, kept = summary["adapter_step"], summary["steps"], summary["settings"].get("keep_best")
-    which = "the best of those measured" if kept else "the last"
-    early = f"; stopped after step {steps} by {summary['stopped_by']}" if summary["stopped_by"] else ""
-    return f"of step {step}, {which}{early}" if kept or early else ""
+    keeps_best = summary["settings"].get("keep_best")
+    stopped_by = summary["stopped_by"]
+    if not keeps_best and not stopped_by:
+        return ""
+    which = "the best of those measured" if keeps_best else "the last"
+    text = f"of step {summary['adapter_step']}, {which}"
+    if stopped_by:
+        text += f"; stopped after step {summary['steps']} by {stopped_by}"
+    return text
 
 
 def transfer_card(facts: dict) -> ModelCard:
@@ -137,27 +181,24 @@ def transfer_card(facts: dict) -> ModelCard:
     None), ``rank``, ``alpha``, ``layers`` (their number), ``embeddings`` (whether they were trained),
     ``dtype``, ``merge_report``, ``versions``.
     """
-    on = f", trained on `{hub_name(facts['base'])}`," if hub_name(facts["base"]) else ""
-    names = {"there": _public(facts["model"]), "update": _public(facts["adapter"])}
-    return _card(
-        shown(facts["name"]),
-        facts,
-        _TRANSFERRED.format(**facts, **names, on=on, paper=_PAPER),
-        *(
-            ["What its training has added to the embeddings is added here too."]
-            if facts["embeddings"]
-            else []
-        ),
-        f"In {facts['dtype']}: {facts['merge_report']}.",
-        "## How to load",
-        _LOAD.format(
-            imports="from transformers import AutoModelForCausalLM, AutoTokenizer",
-            kind="AutoModelForCausalLM",
-            where=json.dumps(facts["name"]),
-            note=_HERE,
-        ),
-        library_name="transformers",
+    base = hub_name(facts["base"])
+    names = {
+        "there": _public(facts["model"]),
+        "update": _public(facts["adapter"]),
+        "on": "" if base is None else f", trained on `{base}`,",
+    }
+    sections = [_TRANSFERRED.format(**facts, **names, paper=_PAPER)]
+    if facts["embeddings"]:
+        sections.append("What its training has added to the embeddings is added here too.")
+    sections.append(f"In {facts['dtype']}: {facts['merge_report']}.")
+    loading = _LOAD.format(
+        imports="from transformers import AutoModelForCausalLM, AutoTokenizer",
+        kind="AutoModelForCausalLM",
+        where=json.dumps(facts["name"]),
+        note=_HERE,
     )
+    sections += ["## How to load", loading]
+    return _card(shown(facts["name"]), facts, *sections, library_name="transformers")
 
 
 def _card(name: str, facts: dict, *sections: str, made: str = "", **metadata) -> ModelCard:
@@ -175,30 +216,43 @@ def _card(name: str, facts: dict, *sections: str, made: str = "", **metadata) ->
 def _cell(value: object) -> str:
     if isinstance(value, bool):
         return "yes" if value else "no"
-    value = ", ".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
-    return value.replace("|", "\\|")
+    if isinstance(value, list | tuple):
+        value = ", ".join(str(one) for one in value)
+    return str(value).replace("|", "\\|")
 
 
 def _table(title: str, header: tuple, rows: list[tuple]) -> list[str]:
     """A section with a table; none without rows."""
-    lines = (" | ".join(map(_cell, cells)) for cells in (header, ("---",) * len(header), *rows))
-    return [f"## {title}", "\n".join(f"| {line} |" for line in lines)] if rows else []
+    if not rows:
+        return []
+    lines = []
+    for cells in (header, ("---",) * len(header), *rows):
+        lines.append(f"| {' | '.join(_cell(cell) for cell in cells)} |")
+    return [f"## {title}", "\n".join(lines)]
 
 
-def _loading(s: dict) -> list[str]:
-    folder, repository = Path(s["adapter"]).name, s["settings"].get("push_to_hub")
+def _loading(summary: dict) -> list[str]:
+    """How to load the adapter, from its repository if it was pushed; more for one of a GGUF file."""
+    folder = Path(summary["adapter"]).name
+    repository = summary["settings"].get("push_to_hub")
     where = json.dumps(repository or folder)
-    imports = "from peft import AutoPeftModelForCausalLM\nfrom transformers import AutoTokenizer"
-    note = "" if repository else _HERE
-    parts = [_LOAD.format(imports=imports, kind="AutoPeftModelForCausalLM", where=where, note=note)]
-    if not s["model"].lower().endswith(".gguf"):
-        return parts
+    load = _LOAD.format(
+        imports="from peft import AutoPeftModelForCausalLM\nfrom transformers import AutoTokenizer",
+        kind="AutoPeftModelForCausalLM",
+        where=where,
+        note="" if repository else _HERE,
+    )
+    if not summary["model"].lower().endswith(".gguf"):
+        return [load]
+
     found = "That finds the base, dequantised, in the subfolder `base` where the adapter was made."
-    bases = {}
+    others = []
     if not repository:  # which has no such subfolder
         found += " Where this folder was moved to, only after `import mica.fast`."
-        bases["There without it"] = json.dumps(f"{folder}/base")
-    file = f'".", gguf_file={json.dumps(Path(s["model"]).name)}, dtype="{s["dtype"]}"'
-    bases["Elsewhere, with the GGUF file in the working directory"] = file
-    loads = (_LOAD_ON.format(when=when, base=base, where=where) for when, base in bases.items())
-    return [*parts, found, *loads]
+        base = json.dumps(f"{folder}/base")
+        others.append(_LOAD_ON.format(when="There without it", base=base, where=where))
+    file = json.dumps(Path(summary["model"]).name)
+    base = f'".", gguf_file={file}, dtype="{summary["dtype"]}"'
+    when = "Elsewhere, with the GGUF file in the working directory"
+    others.append(_LOAD_ON.format(when=when, base=base, where=where))
+    return [load, found, *others]

@@ -4,7 +4,7 @@ The Trainer writes a checkpoint file by file. Whatever happens in between, a che
 marker ``complete.json``, which is written last, after all files have reached the disk, and names each with
 its size and a hash of its contents. Sizes are compared wherever a checkpoint is looked for, hashes once,
 before one is resumed. The record of the output folder says which checkpoints are the run's, so that no other
-is resumed or removed, and which of them have been complete, so that one that has lost its marker is named.
+is resumed or removed, and which of them were complete, so that one that has lost its marker is named.
 """
 
 import json
@@ -13,7 +13,7 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from accelerate import PartialState
 from safetensors import SafetensorError
@@ -49,10 +49,13 @@ def mark(checkpoint: Path, **facts: Any) -> None:
     Raises OSError if the disk is full or the folder has gone; then there is no marker.
     """
     finish_files(checkpoint)
-    paths = sorted(path for path in checkpoint.rglob("*") if path.is_file())
-    files = {path.relative_to(checkpoint).as_posix(): path for path in paths}
-    sizes = {name: path.stat().st_size for name, path in files.items()}
-    hashes = {name: fingerprint.of_file(path).hex() for name, path in files.items()}
+    sizes = {}
+    hashes = {}
+    for path in sorted(checkpoint.rglob("*")):
+        if path.is_file():
+            name = path.relative_to(checkpoint).as_posix()
+            sizes[name] = path.stat().st_size
+            hashes[name] = fingerprint.of_file(path).hex()
     marker = {**facts, "files": sizes, "hashes": hashes}
     scratch = checkpoint / f".{MARKER}"
     try:
@@ -68,34 +71,56 @@ def mark(checkpoint: Path, **facts: Any) -> None:
 
 def facts(checkpoint: Path) -> dict[str, Any] | None:
     """What `mark` was given; None where ``checkpoint`` is not complete (no marker, a file missing or cut)."""
-    marker, sizes, _ = _read(checkpoint)
-    return None if _wrong(checkpoint, sizes, {}) else marker
+    marker = _read(checkpoint)
+    if marker is None or _of_another_size(checkpoint, marker) is not None:
+        return None
+    return marker.facts
 
 
 def marked_facts(checkpoint: Path) -> dict[str, Any] | None:
     """What `mark` was given, whatever has become of the files since; None where there is no marker."""
-    return _read(checkpoint)[0]
+    marker = _read(checkpoint)
+    return None if marker is None else marker.facts
 
 
-def _read(checkpoint: Path) -> tuple[dict[str, Any] | None, dict[str, int], dict[str, str]]:
-    """What `mark` was given, size and hash of each file; an earlier version's marker has no hashes."""
-    with suppress(OSError, ValueError, KeyError, AttributeError, TypeError):
-        marker = json.loads((checkpoint / MARKER).read_text(encoding="utf-8"))
-        sizes, hashes = marker.pop("files"), marker.pop("hashes", {})
-        if sizes and hashes.keys() <= sizes.keys():  # one that names no file stands for none
-            return marker, sizes, hashes
-    return None, {}, {}
+class _Marker(NamedTuple):
+    """What `mark` was given, and size (bytes) and hash of each file of the checkpoint by its name."""
+
+    facts: dict[str, Any]
+    sizes: dict[str, int]
+    hashes: dict[str, str]
 
 
-def _wrong(checkpoint: Path, sizes: dict[str, int], hashes: dict[str, str]) -> str | None:
-    """The first file that is missing or has another size or hash than here; None if there is none."""
-    for name, size in sizes.items():
-        path, expected = checkpoint / name, hashes.get(name)
-        with suppress(OSError):  # it is missing, or the disk cannot read it
-            is_whole = path.stat().st_size == size
-            if is_whole and (expected is None or fingerprint.of_file(path).hex() == expected):
-                continue
-        return name
+def _read(checkpoint: Path) -> _Marker | None:
+    """The marker of ``checkpoint``; None if there is none, or it is not what `mark` writes."""
+    with suppress(OSError, ValueError, KeyError, AttributeError, TypeError, RecursionError):
+        facts = json.loads((checkpoint / MARKER).read_text(encoding="utf-8"))
+        sizes = facts.pop("files")
+        hashes = facts.pop("hashes")
+        if sizes and hashes.keys() == sizes.keys():  # one that names no file stands for none
+            return _Marker(facts, sizes, hashes)
+    return None
+
+
+def _of_another_size(checkpoint: Path, marker: _Marker) -> str | None:
+    """The first file that is missing or does not have the size in ``marker``; None if all do."""
+    for name, size in marker.sizes.items():
+        try:
+            if (checkpoint / name).stat().st_size != size:
+                return name
+        except OSError:
+            return name
+    return None
+
+
+def _of_another_hash(checkpoint: Path, marker: _Marker) -> str | None:
+    """The first file that cannot be read or does not have the hash in ``marker``; None if all do."""
+    for name, expected in marker.hashes.items():
+        try:
+            if fingerprint.of_file(checkpoint / name).hex() != expected:
+                return name
+        except OSError:
+            return name
     return None
 
 
@@ -104,8 +129,11 @@ def _own(output: Path) -> dict[Path, bool]:
     found = record.read(output)
     if found is None:
         return {}
-    ours = [path for path in folders(output) if path.name in found.files]
-    return {path: found.files[path.name] is not None or (path / MARKER).is_file() for path in ours}
+    own = {}
+    for path in folders(output):
+        if path.name in found.files:
+            own[path] = found.files[path.name] is not None or (path / MARKER).is_file()
+    return own
 
 
 def _complete(output: Path) -> list[Path]:
@@ -120,10 +148,12 @@ def marked(output: Path) -> list[Path]:
 def damaged(checkpoint: Path) -> str | None:
     """The first file of a `marked` checkpoint that does not hold what was marked; None if all do.
 
-    Reads every file. Without hashes in the marker only sizes are compared.
+    Reads every file, unless a size shows it already.
     """
-    marker, *written = _read(checkpoint)
-    return MARKER if marker is None else _wrong(checkpoint, *written)
+    marker = _read(checkpoint)
+    if marker is None:
+        return MARKER
+    return _of_another_size(checkpoint, marker) or _of_another_hash(checkpoint, marker)
 
 
 def latest(output: Path) -> Path | None:
@@ -136,24 +166,31 @@ def to_resume(output: Path) -> Path:
 
     Raises UsageError if there is none.
     """
-    found = []
+    reasons = []
     for path in reversed(marked(output)):
         name = damaged(path)
         if name is None:
             return path
-        found.append(f"{path.name} is damaged ({name})")
-    if not found:
-        found = [f"{path.name} {_why_not_own(path)}" for path in folders(output)[-1:]]
-    why = " and ".join(found or ["it has no checkpoint"])
+        reasons.append(f"{path.name} is damaged ({name})")
+    if not reasons:
+        reasons.append(_why_none(output))
     raise UsageError(
-        f"--resume: nothing to continue from in {output}: {why}; leave out --resume to start afresh"
+        f"--resume: nothing to continue from in {output}: {' and '.join(reasons)}; leave out --resume to "
+        "start afresh"
     )
 
 
-def _why_not_own(checkpoint: Path) -> str:
-    if facts(checkpoint) is None:
-        return "is incomplete"
-    return f"is of another run than {record.FILE} there (put that file of its folder beside it)"
+def _why_none(output: Path) -> str:
+    """Why there is no checkpoint of the run in ``output`` that was ever complete."""
+    found = folders(output)
+    if not found:
+        return "it has no checkpoint"
+    newest = found[-1]
+    if facts(newest) is None:
+        return f"{newest.name} is incomplete"
+    return (
+        f"{newest.name} belongs to another run than {record.FILE} (copy that file too, from the same folder)"
+    )
 
 
 def check(checkpoint: Path, **settings: Any) -> None:
@@ -161,15 +198,20 @@ def check(checkpoint: Path, **settings: Any) -> None:
 
     One that the marker does not have is not compared.
     """
-    found = facts(checkpoint) or {}
-    changed = {name: value for name, value in settings.items() if found.get(name, value) != value}
-    if changed:
-        values = ", ".join(f"{name} {found[name]} (now {value})" for name, value in changed.items())
-        remedy = f"Continue with the same, or start afresh from the checkpoint by --adapter {checkpoint}"
-        if fingerprint.BASE in changed:  # what B belongs to
-            remedy = "Put the base of the run back where --model is, or start afresh"
-        what = f"{checkpoint.name} was written with {values}: continuing would be another training run"
-        raise UsageError(f"--resume: {what}. {remedy}")
+    written_with = facts(checkpoint) or {}
+    changed = {}
+    for name, value in settings.items():
+        before = written_with.get(name, value)
+        if before != value:
+            changed[name] = f"{name} {before} (now {value})"
+    if not changed:
+        return
+
+    remedy = f"Continue with the same values, or start a new run from the checkpoint: --adapter {checkpoint}"
+    if fingerprint.BASE in changed:  # what B belongs to
+        remedy = "Put the base of the run back where --model is, or start afresh"
+    what = f"{checkpoint.name} was written with {', '.join(changed.values())}"
+    raise UsageError(f"--resume: {what}: continuing would be another training run. {remedy}")
 
 
 def rotate(output: Path, keep: int, best: int | None = None) -> None:
@@ -195,7 +237,7 @@ def discard(output: Path, resumed: Path | None = None) -> None:
     for path in _own(output):
         is_later = resumed is not None and step(path) > step(resumed)
         if is_later and damaged(path) is None:
-            what = f"{path.name} was written after {resumed.name} had been chosen to go on from"
+            what = f"{path.name} was written after {resumed.name} had been chosen to continue from"
             raise UsageError(f"--output {output}: {what}: another run writes to it")
         if is_later or facts(path) is None:
             unwanted.append(path)
@@ -219,6 +261,20 @@ class NotWrittenError(UsageError):
 
 
 @contextmanager
+def _writer_errors(output: Path) -> Iterator[None]:
+    """Raise what safetensors' and torch.save's own writers raise as a UsageError with the reason."""
+    try:
+        yield
+    except (SafetensorError, RuntimeError) as error:
+        text = one_line(error)
+        if isinstance(error, RuntimeError) and not any(part in text for part in _WRITER):
+            raise
+        if "os error 28" in text or shutil.disk_usage(output).free < 2**20:
+            text = "No space left on device"
+        raise UsageError(text) from error
+
+
+@contextmanager
 def written(output: Path, name: str) -> Iterator[None]:
     """Turn a failure to write ``output/name`` into one UsageError in all processes; remove what is half done.
 
@@ -229,18 +285,11 @@ def written(output: Path, name: str) -> Iterator[None]:
     if is_checkpoint:
         processes.on_main(record.claim, output, name)
     try:
-        with processes.agreed((OSError, SafetensorError, UsageError)):
-            try:
-                yield
-            except (SafetensorError, RuntimeError) as error:
-                text = one_line(error)
-                if isinstance(error, RuntimeError) and not any(part in text for part in _WRITER):
-                    raise
-                is_full = "os error 28" in text or shutil.disk_usage(output).free < 2**20
-                raise UsageError("No space left on device" if is_full else text) from error
+        with processes.agreed((OSError, UsageError)), _writer_errors(output):
+            yield
     except NotWrittenError:  # from within it: all processes have been told
         raise
-    except (OSError, SafetensorError, UsageError) as error:
+    except (OSError, UsageError) as error:
         if PartialState().is_main_process and is_checkpoint:
             shutil.rmtree(output / name, ignore_errors=True)
         why = f"{name} cannot be written: {one_line(error)}; {saved(output)}"
@@ -248,7 +297,7 @@ def written(output: Path, name: str) -> Iterator[None]:
 
 
 def saved(output: Path) -> str:
-    """Half a sentence: what a run in ``output`` can be gone on from."""
+    """Half a sentence: what a run in ``output`` can continue from."""
     checkpoint = latest(output)
     if checkpoint is None:
         return "nothing was saved"

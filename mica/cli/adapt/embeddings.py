@@ -27,8 +27,12 @@ TRAINABLE = ("float32", "bfloat16", "float16")
 
 def find(model: nn.Module) -> dict[str, nn.Module]:
     """Input and output embedding of a model without an adapter, by their names; some have no output layer."""
-    both = (model.get_input_embeddings(), model.get_output_embeddings())
-    return {name: each for module in both for name, each in model.named_modules() if each is module}
+    found = {}
+    for wanted in (model.get_input_embeddings(), model.get_output_embeddings()):
+        for name, module in model.named_modules():
+            if module is wanted:
+                found[name] = module
+    return found
 
 
 def _is_tied(found: dict[str, nn.Module]) -> bool:
@@ -37,8 +41,10 @@ def _is_tied(found: dict[str, nn.Module]) -> bool:
 
 def config(model: nn.Module) -> dict[str, object]:
     """What `LoraConfig` takes to train the embeddings of ``model``, tied ones as one weight."""
-    names = list(found := find(model))
-    if tied := _is_tied(found):
+    found = find(model)
+    names = list(found)
+    tied = _is_tied(found)
+    if tied:
         names = names[:1]
         if names[0].rpartition(".")[2] not in EMBEDDING_LAYER_NAMES:
             # PEFT ties only if one of these names is there. It then adds the model's own.
@@ -49,13 +55,14 @@ def config(model: nn.Module) -> dict[str, object]:
 def check(model: nn.Module, args: argparse.Namespace, targets: Targets) -> None:
     """Raise UsageError where ``--train-embeddings`` is not possible; ``model`` may have no weights."""
     found = find(model)
-    if double := sorted(found.keys() & targets.modules.keys()):
-        whole = f"{double[0]} is trained as a whole by --train-embeddings"
-        raise UsageError(f"--target-modules {args.target_modules}: {whole}; give one of them")
+    both = sorted(found.keys() & targets.modules.keys())
+    if both:
+        what = f"{both[0]} is already fully trained by --train-embeddings; drop one of the two"
+        raise UsageError(f"--target-modules {args.target_modules}: {what}")
     for name, module in found.items():
         dtype = dtype_name(module.weight.dtype)
         if dtype not in TRAINABLE:
-            raise UsageError(f"--train-embeddings: {name} is quantised, to {dtype}")
+            raise UsageError(f"--train-embeddings: {name} is quantised to {dtype}")
         if _is_tied(found) and getattr(module, "bias", None) is not None:
             raise UsageError(f"--train-embeddings: {name} is tied and has a bias, which PEFT would drop")
 
@@ -67,20 +74,27 @@ def check_adapter(
 
     In the same shapes, and tied as they are there. ``saved``: the adapter's configuration.
     """
-    found, names = find(model), saved.modules_to_save
+    found = find(model)
+    names = saved.modules_to_save
     replaced = {name for name, _ in model.named_modules() if name.endswith(tuple(names))}  # PEFT's rule
     tied = bool(saved.ensure_weight_tying)
-    if (replaced | (found.keys() if tied else set())) != found.keys():
+    if tied:
+        replaced |= found.keys()
+    if replaced != found.keys():
         what = f"replaces whole modules, {', '.join(names)}, which are not the embeddings"
         raise UsageError(f"{option} {folder}: {what} of {model_option}, {' and '.join(found)}")
     if tied != _is_tied(found):
-        what = f"its embeddings are {'' if tied else 'not '}tied, unlike those of {model_option}"
-        raise UsageError(f"{option} {folder}: {what}")
+        how = "tied" if tied else "not tied"
+        raise UsageError(f"{option} {folder}: its embeddings are {how}, unlike those of {model_option}")
     for name, weight in _saved(folder, found, option).items():
-        if weight.shape != found[name].weight.shape:
-            sizes = [" x ".join(map(str, each.shape)) for each in (weight, found[name].weight)]
-            theirs = f"{name} was trained as {sizes[0]}, but in {model_option} it has {sizes[1]}"
-            raise UsageError(f"{option} {folder}: {theirs}")
+        own = found[name].weight
+        if weight.shape != own.shape:
+            what = f"{name} was trained as {_size(weight)}, but in {model_option} it has {_size(own)}"
+            raise UsageError(f"{option} {folder}: {what}")
+
+
+def _size(weight: Tensor) -> str:
+    return " x ".join(str(size) for size in weight.shape)
 
 
 def _saved(folder: Path, names, option: str) -> dict[str, Tensor]:
@@ -119,8 +133,10 @@ def _wrappers(model: nn.Module) -> list[ModulesToSaveWrapper]:
 
 def trained(model: nn.Module) -> list[nn.Parameter]:
     """The parameters of trained embeddings, a tied one once."""
-    own = [parameter for each in _wrappers(model) for parameter in each.modules_to_save.parameters()]
-    return list(dict.fromkeys(own))
+    found = []
+    for wrapper in _wrappers(model):
+        found += wrapper.modules_to_save.parameters()
+    return list(dict.fromkeys(found))
 
 
 def round_to_base(model: PeftModel) -> None:
@@ -130,7 +146,7 @@ def round_to_base(model: PeftModel) -> None:
 
 
 def separate(optimizer: torch.optim.Optimizer, model: nn.Module, rate: float, name: str) -> None:
-    """Move the embeddings in ``optimizer`` to groups with learning rate ``rate``, else as they were.
+    """Move the embeddings in ``optimizer`` to groups of their own, with learning rate ``rate``.
 
     Groups without parameters go (the Trainer makes one for biases): where an empty one is not the last,
     PyTorch 2.13 gives its settings to no group at all when it loads the sharded state of FSDP2.
@@ -146,7 +162,7 @@ def separate(optimizer: torch.optim.Optimizer, model: nn.Module, rate: float, na
             wanted -= set(own)
     optimizer.param_groups[:] = [group for group in optimizer.param_groups if group["params"]]
     if wanted:
-        raise UsageError(f"--optimizer {name}: it cannot give embeddings a learning rate of their own")
+        raise UsageError(f"--optimizer {name}: cannot give embeddings a learning rate of their own")
 
 
 def start_values(model: PeftModel) -> dict[str, Any] | None:
@@ -180,23 +196,25 @@ def update(
     """
     base = saved.base_model_name_or_path or "without a name"
     dtype = "auto" if before is None else before["dtype"]
+    source = Source(base, base, {"trust_remote_code": trust_remote_code})
     try:
-        model = load_model(
-            Source(base, base, {"trust_remote_code": trust_remote_code}), dtype, torch.device("cpu")
-        )
+        model = load_model(source, dtype, torch.device("cpu"))
     except UsageError as error:
-        needs = "what was added to its embeddings is known only with its base"
-        raise UsageError(f"--adapter {folder}: {needs}: {str(error).removeprefix('--model ')}") from error
+        needs = "the update of its embeddings can only be computed with its base"
+        reason = str(error).removeprefix("--model ")
+        raise UsageError(f"--adapter {folder}: {needs}: {reason}") from error
+
     found = find(model)
     check_adapter(model, saved, folder, "--adapter", f"its base {base}")
     updates = {}
     for name, weight in _saved(folder, found, "--adapter").items():
         start = found[name].weight.detach()
-        if before is None and weight.dtype != torch.float32:
-            start = start.to(weight.dtype)
-        if before is not None and before["hashes"].get(name) != fingerprint(start):
+        if before is None:
+            if weight.dtype != torch.float32:
+                start = start.to(weight.dtype)
+        elif before["hashes"].get(name) != fingerprint(start):
             what = f"{name} in its base {base} is not what it was when training began"
-            remedy = "what was added to it is known only with the base of the run: put that back there"
+            remedy = "its update can only be computed with the base of the run: put that back there"
             raise UsageError(f"--adapter {folder}: {what}; {remedy}")
         updates[name] = weight.float() - start.float()
     return updates

@@ -6,9 +6,11 @@ whole base; `of` reads the headers and, of up to `TENSORS` tensors, two pieces.
 
 import hashlib
 import json
+import math
 import struct
 from contextlib import suppress
 from pathlib import Path
+from typing import NamedTuple
 
 from huggingface_hub import try_to_load_from_cache
 from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
@@ -36,7 +38,9 @@ def facts(location: str) -> dict[str, str]:
     Every process must call this. Raises UsageError in all of them if they see different files.
     """
     found = processes.alike(of(location), f"the weights in {location}")
-    return {BASE: found} if found else {}
+    if found is None:
+        return {}
+    return {BASE: found}
 
 
 def of(location: str) -> str | None:
@@ -47,36 +51,70 @@ def of(location: str) -> str | None:
     """
     with suppress(OSError, ValueError, KeyError, TypeError, AttributeError, struct.error):
         folder = Path(location)
-        if not location or not folder.is_dir():
+        if not location or not folder.is_dir():  # an empty name would be the working directory
             folder = Path(try_to_load_from_cache(location, CONFIG_NAME)).parent
         return _of(folder)
     return None  # who loads the model says what is wrong
+
+
+class _Layout(NamedTuple):
+    """Where the tensors of a safetensors file are: ``offsets``, sorted pairs of bytes after ``begin``."""
+
+    path: Path
+    begin: int
+    offsets: list[tuple[int, int]]
 
 
 def _of(folder: Path) -> str:
     config = json.loads((folder / CONFIG_NAME).read_text(encoding="utf-8"))
     kept = {key: value for key, value in config.items() if key not in _VOLATILE}
     total = hashlib.blake2b(json.dumps(kept, sort_keys=True).encode(), digest_size=8)
-    files = [folder / SAFE_WEIGHTS_NAME]  # what transformers reads of all that may lie there
-    if not files[0].is_file():
-        index = json.loads((folder / SAFE_WEIGHTS_INDEX_NAME).read_text(encoding="utf-8"))
-        files = [folder / name for name in sorted(set(index["weight_map"].values()))]
-    places = []
-    for path in files:
-        with path.open("rb") as file:  # size of the header; tensor -> dtype, shape, place; tensors
-            (size,) = struct.unpack("<Q", file.read(8))
-            header = file.read(min(size, 10**8))  # the format's limit
+
+    layouts = []
+    for path in _weight_files(folder):
+        header = _header(path)
         total.update(header)
-        tensors = json.loads(header)
-        tensors.pop("__metadata__", None)
-        places.append((path, 8 + len(header), sorted(each["data_offsets"] for each in tensors.values())))
-    every = -(-sum(len(offsets) for *_, offsets in places) // TENSORS) or 1
-    for path, begin, offsets in places:
-        with path.open("rb") as file:
-            for first, last in offsets[::every]:
-                # from the middle and the end of a tensor; all of a small one
-                middle = first if last - first <= 2 * PIECE else (first + last - PIECE) // 2
-                for at in (middle, max(middle + PIECE, last - PIECE)):
-                    file.seek(begin + at)
-                    total.update(file.read(min(PIECE, max(0, last - at))))
+        layouts.append(_layout(path, header))
+
+    tensors = sum(len(layout.offsets) for layout in layouts)
+    every = max(1, math.ceil(tensors / TENSORS))
+    for layout in layouts:
+        with layout.path.open("rb") as file:
+            for first, last in layout.offsets[::every]:
+                for at, size in _pieces(first, last):
+                    file.seek(layout.begin + at)
+                    total.update(file.read(size))
     return total.hexdigest()
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    """What transformers reads of all that may lie there."""
+    whole = folder / SAFE_WEIGHTS_NAME
+    if whole.is_file():
+        return [whole]
+    index = json.loads((folder / SAFE_WEIGHTS_INDEX_NAME).read_text(encoding="utf-8"))
+    return [folder / name for name in sorted(set(index["weight_map"].values()))]
+
+
+def _header(path: Path) -> bytes:
+    """JSON: tensor -> dtype, shape, place. Eight bytes before it have its size."""
+    with path.open("rb") as file:
+        (size,) = struct.unpack("<Q", file.read(8))
+        return file.read(min(size, 10**8))  # the format's limit
+
+
+def _layout(path: Path, header: bytes) -> _Layout:
+    tensors = json.loads(header)
+    tensors.pop("__metadata__", None)
+    return _Layout(path, 8 + len(header), sorted(each["data_offsets"] for each in tensors.values()))
+
+
+def _pieces(first: int, last: int) -> list[tuple[int, int]]:
+    """Offset and size of two pieces of a tensor, from its middle and its end; all of a small one."""
+    middle = first
+    if last - first > 2 * PIECE:
+        middle = (first + last - PIECE) // 2
+    pieces = []
+    for at in (middle, max(middle + PIECE, last - PIECE)):
+        pieces.append((at, min(PIECE, max(0, last - at))))
+    return pieces

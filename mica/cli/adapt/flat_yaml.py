@@ -25,14 +25,14 @@ def parse(text: str) -> dict[str, str | list[str] | None]:
     except yaml.YAMLError as error:
         raise UsageError(f"is not YAML: {error}") from error
     except RecursionError as error:
-        raise UsageError("must be a mapping of options to values, and is nested too deeply") from error
+        raise UsageError("must be a mapping of options to values, but is nested too deeply") from error
     if not isinstance(root, yaml.MappingNode):
         raise UsageError("must be a mapping of options to values, like 'rank: 16'")
     entries: dict[str, str | list[str] | None] = {}
     for key_node, value_node in root.value:
         key = _scalar("a key", key_node)
         if key in entries:
-            raise UsageError(f"{key} is there twice, the second time in line {key_node.start_mark.line + 1}")
+            raise UsageError(f"{key} is set twice, the second time in line {key_node.start_mark.line + 1}")
         entries[key] = _value(key, value_node)
     return entries
 
@@ -57,11 +57,11 @@ def _is_null(node: yaml.Node) -> bool:
 def _scalar(what: str, node: yaml.Node) -> str:
     line = node.start_mark.line + 1
     if node.tag not in _UNTAGGED:
-        raise UsageError(f"{what} must be without a tag, and has {node.tag} in line {line}")
+        raise UsageError(f"{what} must not have a tag, but has {node.tag} in line {line}")
     if isinstance(node, yaml.ScalarNode):
         return _whole_characters(node.value)
     found = "a list" if isinstance(node, yaml.SequenceNode) else "a mapping"
-    raise UsageError(f"{what} must be one value, and is {found} in line {line}")
+    raise UsageError(f"{what} must be one value, but is {found} in line {line}")
 
 
 def _whole_characters(text: str) -> str:

@@ -15,7 +15,8 @@ from mica.errors import UsageError
 
 SETTINGS = "run.yaml"  # the settings of the run
 SUMMARY = "summary.json"  # and what was measured, once it has ended
-BASE, MERGED = "base", "merged"
+BASE = "base"
+MERGED = "merged"
 CHECKPOINT = "checkpoint-"
 # What every run writes. The names of tokenizer and adapter are known once they have been written elsewhere.
 ALWAYS = (SETTINGS, SUMMARY, "README.md", "curve.csv", "curve.png")
@@ -39,52 +40,61 @@ def check(
     found = record.read(output)
     others = record.others(output, found)
     if found is not None and found.command != record.ADAPT:
-        raise UsageError(f"--output {output}: {found.command} has written it: name another folder")
-    begun = found is not None and found.begun
-    if resume and not begun:
-        raise _nothing_to_resume(output, others)
-    if not resume and not overwrite and begun:
+        raise UsageError(f"--output {output}: {found.command} has written it: choose another folder")
+    if found is None or not found.begun:
+        _check_without_run(output, others, resume=resume, overwrite=overwrite)
+        return
+
+    if not resume and not overwrite:
         what = "is not empty: use --resume to continue that run, --overwrite to replace it, or another folder"
         raise UsageError(f"--output {output}: {what}")
-    if not begun and others:
-        what = f"is not empty, and has no {record.FILE}, which says what a run has written there"
-        may = "--overwrite removes nothing else: " if overwrite else ""
-        raise UsageError(f"--output {output}: {what}: {may}name another folder")
-    if not begun:
-        return
     _refuse_strange_checkpoints(output, others)
     record.refuse_taken(output, found, [*ALWAYS, *more])
-    replaced = [*found.files] if overwrite else [name for name in more if name == MERGED]
+    replaced = list(found.files) if overwrite else [name for name in more if name == MERGED]
     _refuse_strangers(output, found, replaced)
     if overwrite:
-        present = record.present(output, found)
-        if lost := record.removed_input(inputs, output, present):
-            option, name = lost
-            raise UsageError(f"{option} {name}: --overwrite would remove it from --output {output}")
-        for path in present:
-            if why := record.why_not_removable(path):
-                raise UsageError(f"--output {output}: {path.name} cannot be replaced: {why}")
+        _check_removal(output, found, inputs)
 
 
-def _nothing_to_resume(output: Path, others: list[str]) -> UsageError:
-    why = "it is empty" if output.is_dir() else "no such folder"
+def _check_without_run(output: Path, others: list[str], *, resume: bool, overwrite: bool) -> None:
+    """`check` where no run has begun. ``others``: what is there all the same."""
+    unknown = f"no {record.FILE}, which says what a run has written there"
+    if resume:
+        why = "it is empty" if output.is_dir() else "no such folder"
+        if others:
+            why = f"it has {unknown}"
+        raise UsageError(f"--resume: nothing to continue in {output}: {why}")
     if others:
-        why = f"it has no {record.FILE}, which says what a run has written there"
-    return UsageError(f"--resume: nothing to continue in {output}: {why}")
+        limit = "--overwrite removes nothing else: " if overwrite else ""
+        raise UsageError(f"--output {output}: is not empty, and has {unknown}: {limit}choose another folder")
+
+
+def _check_removal(output: Path, found: record.Record, inputs: dict[str, list[str]]) -> None:
+    """Raise UsageError if this run reads what ``--overwrite`` would remove, or the system refuses that."""
+    present = record.present(output, found)
+    lost = record.removed_input(inputs, output, present)
+    if lost is not None:
+        option, name = lost
+        raise UsageError(f"{option} {name}: --overwrite would remove it from --output {output}")
+    for path in present:
+        why = record.why_not_removable(path)
+        if why is not None:
+            raise UsageError(f"--output {output}: {path.name} cannot be replaced: {why}")
 
 
 def _refuse_strangers(output: Path, found: record.Record, replaced: Iterable[str]) -> None:
     """Raise UsageError if somebody has put a file into one of the folders that would be ``replaced``."""
     strange = record.stranger(output, found, replaced)
     if strange is not None:
-        what = f"{shown(str(strange.relative_to(output)))} is in a folder that the run would replace"
-        raise UsageError(f"--output {output}: {what}, and no run has written it: move it away")
+        name = shown(str(strange.relative_to(output)))
+        what = "is in a folder that the run would replace, and no run has written it: move it away"
+        raise UsageError(f"--output {output}: {name} {what}")
 
 
 def _refuse_strange_checkpoints(output: Path, others: list[str]) -> None:
     for name in others:
         if name.startswith(CHECKPOINT) and name.removeprefix(CHECKPOINT).isdecimal():
-            what = f"{name} is not of the run that has written this folder: move it away"
+            what = f"{name} does not belong to the run that has written this folder: move it away"
             raise UsageError(f"--output {output}: {what}")
 
 
@@ -121,8 +131,13 @@ def begin(
 def results(output: Path) -> list[str]:
     """The names of the run's results in ``output``: what describes and holds the adapter; sorted."""
     found = record.read(output)
-    names = found.files if found is not None else []
-    return sorted(name for name in names if name not in _NOT_RESULT and not name.startswith(CHECKPOINT))
+    if found is None:
+        return []
+    names = []
+    for name in found.files:
+        if name not in _NOT_RESULT and not name.startswith(CHECKPOINT):
+            names.append(name)
+    return sorted(names)
 
 
 def recover(output: Path) -> None:

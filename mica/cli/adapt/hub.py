@@ -20,8 +20,8 @@ _PATIENCE = 20.0  # seconds
 def check(repository: str) -> None:
     """Ask the hub, before any work, who the token belongs to; creates nothing.
 
-    Raises UsageError if the name is none of a repository, if there is no token, or if the hub does not accept
-    it or cannot be reached.
+    Raises UsageError if the name is not that of a repository, if there is no token, or if the hub does not
+    accept it or cannot be reached.
     """
     option = f"--push-to-hub {repository}"
     with explained(f"{option}: must be NAME or OWNER/NAME"):
@@ -32,20 +32,24 @@ def check(repository: str) -> None:
         raise UsageError(f"{option}: no token: run `hf auth login` or set HF_TOKEN")
     with explained(option):  # the errors of the client's HTTP library are others in each major version
         user = within(_PATIENCE, HfApi().whoami, "no answer from the Hub")
-    if ((user.get("auth") or {}).get("accessToken") or {}).get("role") == "read":
-        raise UsageError(f"{option}: the token of {user.get('name')} can only read: give one that can write")
+    authentication = user.get("auth") or {}
+    token = authentication.get("accessToken") or {}
+    if token.get("role") == "read":
+        raise UsageError(f"{option}: the token of {user.get('name')} can only read: use one that can write")
 
 
 def within(seconds: float, function: Callable[[], Any], otherwise: str) -> Any:
-    """``function()``, which is left alone after so many seconds. Raises TimeoutError then.
+    """``function()``, if it returns within so many seconds; it goes on in a thread. Else TimeoutError.
 
-    The client has no limit of its own: where packets are lost without a word the system's counts, minutes.
+    The client has no time limit of its own: where packets are dropped silently that of the system holds,
+    which is minutes.
     """
-    results, errors = [], []
+    returned = []
+    errors = []
 
     def call():
         try:
-            results.append(function())
+            returned.append(function())
         except Exception as error:
             errors.append(error)
 
@@ -54,9 +58,9 @@ def within(seconds: float, function: Callable[[], Any], otherwise: str) -> Any:
     thread.join(seconds)
     if errors:
         raise errors[0]
-    if not results:
+    if not returned:
         raise TimeoutError(f"{otherwise} within {seconds:g} s")
-    return results[0]
+    return returned[0]
 
 
 def push(output: Path, repository: str) -> str:
@@ -67,13 +71,20 @@ def push(output: Path, repository: str) -> str:
 
     Raises UsageError if the upload fails; it says how to repeat it, and ``output`` is unchanged.
     """
-    patterns = [f"{escape(name)}{'/*' * (output / name).is_dir()}" for name in results(output)]
-    parts = " ".join(f"--include {quote(pattern)}" for pattern in patterns)
-    again = f"hf upload {repository} {output} . --private {parts}"
-    kept = f"; everything is in {output}, to be uploaded by: {again}"
+    patterns = []
+    for name in results(output):
+        is_folder = (output / name).is_dir()
+        patterns.append(f"{escape(name)}/*" if is_folder else escape(name))
+    include = " ".join(f"--include {quote(pattern)}" for pattern in patterns)
+    again = f"hf upload {repository} {output} . --private {include}"
+    kept = f"; everything is in {output}; upload it with: {again}"
     with explained(f"--push-to-hub {repository}: not uploaded", kept=kept):
         api = HfApi()
         name = api.create_repo(repository, private=True, exist_ok=True).repo_id
-        more = {"allow_patterns": patterns, "commit_message": "MiCA adapter"}
-        done = api.upload_folder(repo_id=name, folder_path=output, **more)
+        done = api.upload_folder(
+            repo_id=name,
+            folder_path=output,
+            allow_patterns=patterns,
+            commit_message="MiCA adapter",
+        )
     return getattr(done, "repo_url", None) or f"{constants.ENDPOINT}/{name}"

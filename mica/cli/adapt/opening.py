@@ -1,6 +1,6 @@
 """Opening files of text as files, decompressed by their suffix.
 
-Not by fsspec, to which a name is an address: "a::b.txt" is there b.txt, read by the file system a.
+Not through fsspec, which takes a name for an address: to it "a::b.txt" is b.txt on the file system a.
 """
 
 import bz2
@@ -35,10 +35,11 @@ class _Frames(io.RawIOBase):
 
     def readinto(self, buffer) -> int:
         while not self._text:
-            self._compressed = self._compressed or self._file.read(_PIECE)
-            if not self._compressed and self._frame is not None:
-                raise EOFError("compressed file ended before the end of its last frame")
             if not self._compressed:
+                self._compressed = self._file.read(_PIECE)
+            if not self._compressed:
+                if self._frame is not None:
+                    raise EOFError("compressed file ended before the end of its last frame")
                 return 0
             self._read_frame()
         size = min(len(buffer), len(self._text))
@@ -50,14 +51,17 @@ class _Frames(io.RawIOBase):
         """Decompress what is there, up to the end of a frame."""
         import zstandard
 
-        self._frame = self._frame or self._new_frame()
+        if self._frame is None:
+            self._frame = self._new_frame()
         try:
             self._text = self._frame.decompress(self._compressed)
-        except zstandard.ZstdError as error:  # no error of the system's to Python
+        except zstandard.ZstdError as error:  # which is no OSError
             raise OSError(f"not Zstandard, or damaged: {error}") from error
-        self._compressed = self._frame.unused_data if self._frame.eof else b""
         if self._frame.eof:
+            self._compressed = self._frame.unused_data
             self._frame = None
+        else:
+            self._compressed = b""
 
 
 def _zstandard(path: Path, mode: str = "rb") -> BinaryIO:

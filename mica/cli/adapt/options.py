@@ -9,42 +9,60 @@ from mica.cli.arguments import COUNT_LIMIT, DTYPES, a_name, a_path, a_source, co
 
 # By the Trainer's names; its other schedules need parameters of their own.
 SCHEDULERS = (
-    *("linear", "cosine", "cosine_with_restarts", "polynomial"),
-    *("constant", "constant_with_warmup", "inverse_sqrt"),
+    "linear",
+    "cosine",
+    "cosine_with_restarts",
+    "polynomial",
+    "constant",
+    "constant_with_warmup",
+    "inverse_sqrt",
 )
 HELP_WIDTH = 110
-_NAMES = ("paper", "all-linear")
-_ROWS = {
-    # Continued pretraining in the paper: q_proj and v_proj, r 16 or 32, learning rates from 5e-4 to 2e-3,
-    # 4 to 8 epochs. alpha = 2r is not in its text but in the author's example. all-linear is what mica adapt
-    # has done from its first version.
-    "source": ("arXiv 2604.01694", "ours"),
-    "epochs": (4.0, None),
-    "steps": (None, 100),
-    "rank": (16, 16),
-    "alpha_per_rank": (2, 1),
-    "target_modules": ("q_proj,v_proj", "all-linear"),
-    "experts": (None, True),  # of a mixture
-    "dropout": (0.05, 0.0),
-    "learning_rate": (5e-4, 1e-3),
-    "scheduler": ("cosine", "linear"),
-    "warmup_ratio": (0.1, 0.05),
-    "weight_decay": (0.01, 0.0),
-    "max_grad_norm": (0.3, 1.0),
-}
-# recipe -> option -> value, with the source and what lora_alpha is of the rank
+
+# recipe -> option -> value. Not options: "source", and "alpha_per_rank", which is lora_alpha over the rank.
 RECIPES = {
-    name: {row: cells[column] for row, cells in _ROWS.items() if cells[column] is not None}
-    for column, name in enumerate(_NAMES)
+    # Continued pretraining in the paper: q_proj and v_proj, rank 16 or 32, learning rates from 5e-4 to 2e-3,
+    # 4 to 8 epochs. Its text does not give alpha; alpha = 2r is in the author's example.
+    "paper": {
+        "source": "arXiv 2604.01694",
+        "epochs": 4.0,
+        "rank": 16,
+        "alpha_per_rank": 2,
+        "target_modules": "q_proj,v_proj",
+        "dropout": 0.05,
+        "learning_rate": 5e-4,
+        "scheduler": "cosine",
+        "warmup_ratio": 0.1,
+        "weight_decay": 0.01,
+        "max_grad_norm": 0.3,
+    },
+    "all-linear": {
+        "source": "ours",
+        "steps": 100,
+        "rank": 16,
+        "alpha_per_rank": 1,
+        "target_modules": "all-linear",
+        "experts": True,
+        "dropout": 0.0,
+        "learning_rate": 1e-3,
+        "scheduler": "linear",
+        "warmup_ratio": 0.05,
+        "weight_decay": 0.0,
+        "max_grad_norm": 1.0,
+    },
 }
 
 
 class Option(NamedTuple):
-    """``--name-with-dashes``; ``name`` is the attribute and the key in YAML.
+    """One option: ``--name-with-dashes`` on the command line, ``name`` as attribute and as key in YAML.
 
-    ``default``: None where a recipe or nothing gives the value; ``parse``: from a string, or bool for a
-    switch; ``many``: a list of one or more. ``by_run``: belongs to one start of the command, not to the run,
-    so it is neither read from YAML nor written to it.
+    default: None where a recipe or nothing gives the value.
+    parse: turns a string into the value; bool for a switch.
+    many: takes a list of one or more values.
+    by_run: belongs to one start of the command, not to the run: neither read from YAML nor written to it.
+    may_change: ``--resume`` accepts another value, as training stays the same.
+    needs: names of the options that must be given too.
+    in_card: the model card lists it with the recipe; paths are never listed.
     """
 
     name: str
@@ -56,30 +74,57 @@ class Option(NamedTuple):
     many: bool = False
     required: bool = False
     by_run: bool = False
+    may_change: bool = False
+    needs: tuple[str, ...] = ()
+    in_card: bool = True
 
     @property
     def flag(self) -> str:
         return "--" + self.name.replace("_", "-")
 
+    @property
+    def is_switch(self) -> bool:
+        return self.parse is bool
+
+    @property
+    def is_path(self) -> bool:
+        """Whether it names files or folders, perhaps on the Hub."""
+        return self.parse in (a_path, a_source)
+
 
 def _switch(name: str, text: str, **more) -> Option:
-    return Option(name, text, None, False, bool, **more)
+    return Option(name, text, default=False, parse=bool, **more)
 
 
 _COUNT = count()
 _THREADS = count(1, 1025)  # rayon starts as many as it is told, and panics where the system has no more
-_POSITIVE, _NOT_NEGATIVE = number(float, 0), number(float, 0, low_allowed=True)
-_SHARE, _SHARE_OR_0 = number(float, 0, 1), number(float, 0, 1, low_allowed=True)
-_FROZEN = "of the frozen weights: auto, float32, bfloat16 or float16"
-_PACKING = ("documents", "stream")
+_POSITIVE = number(float, 0)
+_NOT_NEGATIVE = number(float, 0, low_allowed=True)
+_SHARE = number(float, 0, 1)
+_SHARE_OR_0 = number(float, 0, 1, low_allowed=True)
 
 TABLE = (  # a string: the title of the group that begins there
     "model",
     Option("model", "Hub id, checkpoint folder or GGUF file", "MODEL", parse=a_source, required=True),
-    Option("adapter", "continue from this MiCA adapter: its rank, alpha and layers", "DIR", None, a_path),
-    Option("dtype", _FROZEN, "NAME", "auto", choices=DTYPES),
-    Option("quantize", "quantise the frozen weights: 4 or 8 bits, by bitsandbytes", choices=("nf4", "int8")),
-    _switch("trust_remote_code", "run Python code that comes with the model"),
+    Option("adapter", "continue from this MiCA adapter: its rank, alpha and layers", "DIR", parse=a_path),
+    Option(
+        "dtype",
+        "dtype of the frozen weights: auto, float32, bfloat16 or float16",
+        "NAME",
+        default="auto",
+        choices=DTYPES,
+    ),
+    Option(
+        "quantize",
+        "quantise the frozen weights to 4 (nf4) or 8 bits (int8) with bitsandbytes",
+        choices=("nf4", "int8"),
+    ),
+    _switch(
+        "trust_remote_code",
+        "run Python code that comes with the model",
+        may_change=True,
+        in_card=False,
+    ),
     "data",
     Option(
         "text",
@@ -89,64 +134,162 @@ TABLE = (  # a string: the title of the group that begins there
         many=True,
         required=True,
     ),
-    Option("text_field", "column with the text; without it: text, content or the only one", "NAME"),
-    Option("text_weights", "share of each SOURCE; without it: by length", "N", None, _POSITIVE, many=True),
-    Option("dataset_config", "configuration of a dataset from the Hub", "NAME"),
-    Option("held_out", "share of the documents that is never trained on", "SHARE", 0.05, _SHARE),
     Option(
-        "held_out_text", "measure on these instead of a share of SOURCE", "SOURCE", parse=a_source, many=True
+        "text_field",
+        "column with the text; default: text, content or the only text column",
+        "NAME",
+        in_card=False,
     ),
     Option(
-        "retain",
-        "text that must not be forgotten: perplexity before and after",
+        "text_weights",
+        "share of each SOURCE in an epoch; default: by length",
+        "N",
+        parse=_POSITIVE,
+        many=True,
+    ),
+    Option("dataset_config", "configuration of a dataset on the Hub", "NAME"),
+    Option("held_out", "share of the documents to measure on, never trained on", "SHARE", 0.05, _SHARE),
+    Option(
+        "held_out_text",
+        "measure on these instead of a share of SOURCE",
         "SOURCE",
         parse=a_source,
         many=True,
     ),
+    Option("retain", "text on which to measure forgetting", "SOURCE", parse=a_source, many=True),
     Option("sequence_length", "tokens per block", "TOKENS", 512, count(2)),
-    Option("packing", "attention within documents, or a whole block", None, "documents", choices=_PACKING),
-    Option("workers", "threads that tokenise; without it: one per CPU", "N", None, _THREADS),
-    "adapter",
-    Option("recipe", "paper: arXiv 2604.01694; all-linear: ours", None, "all-linear", choices=_NAMES),
-    Option("rank", "rank", "R", None, _COUNT),
-    Option("alpha", "lora_alpha; the scaling is alpha / rank", "ALPHA", None, _COUNT),
-    Option("target_modules", "all-linear (all but output layer and routers), or names with commas", "NAMES"),
-    Option("experts", "adapt the experts; routers only by --target-modules", parse=bool),
-    Option("dropout", "lora_dropout", "P", None, _SHARE_OR_0),
-    Option("train_embeddings", "train input and output embeddings too, as whole modules", parse=bool),
-    "training",
-    Option("steps", "optimiser steps; or --epochs", "N", None, _COUNT),
-    Option("epochs", "passes over the text", "N", None, number(float, 0, COUNT_LIMIT)),
-    Option("batch_size", "blocks per process and forward", "N", 2, _COUNT),
-    Option("gradient_accumulation_steps", "forwards per step", "N", 1, _COUNT),
-    Option("learning_rate", "peak learning rate", "RATE", None, _POSITIVE),
-    Option("embedding_learning_rate", "of the embeddings; default: a tenth", "RATE", None, _POSITIVE),
     Option(
-        "scheduler", "by the Trainer's name: cosine, ...; a wrong one lists all", "NAME", choices=SCHEDULERS
+        "packing",
+        "attend within each document or across the block",
+        default="documents",
+        choices=("documents", "stream"),
     ),
-    Option("warmup_ratio", "share of the steps to the peak", "SHARE", None, _SHARE_OR_0),
-    Option("weight_decay", "weight decay of A and trained embeddings", "RATE", None, _NOT_NEGATIVE),
-    Option("max_grad_norm", "clip gradients to this norm; 0: never", "NORM", None, _NOT_NEGATIVE),
+    Option(
+        "workers",
+        "threads for tokenising; default: one per CPU",
+        "N",
+        parse=_THREADS,
+        may_change=True,
+        in_card=False,
+    ),
+    "adapter",
+    Option(
+        "recipe",
+        "defaults for what is not given: paper (arXiv 2604.01694) or all-linear (ours)",
+        default="all-linear",
+        choices=tuple(RECIPES),
+    ),
+    Option("rank", "rank of the adapter", "R", parse=_COUNT),
+    Option("alpha", "lora_alpha; the scaling is alpha / rank", "ALPHA", parse=_COUNT),
+    Option(
+        "target_modules",
+        "all-linear (all but output layer and routers), or comma-separated names",
+        "NAMES",
+    ),
+    Option("experts", "adapt the experts; routers only if --target-modules names them", parse=bool),
+    Option("dropout", "lora_dropout", "P", parse=_SHARE_OR_0),
+    Option("train_embeddings", "also train input and output embeddings, as whole modules", parse=bool),
+    "training",
+    Option("steps", "optimiser steps; or use --epochs", "N", parse=_COUNT),
+    Option("epochs", "passes over the text", "N", parse=number(float, 0, COUNT_LIMIT)),
+    Option("batch_size", "blocks per process and forward pass", "N", 2, _COUNT),
+    Option("gradient_accumulation_steps", "forward passes per optimiser step", "N", 1, _COUNT),
+    Option("learning_rate", "peak learning rate", "RATE", parse=_POSITIVE),
+    Option(
+        "embedding_learning_rate",
+        "learning rate for embeddings; default: learning rate / 10",
+        "RATE",
+        parse=_POSITIVE,
+        needs=("train_embeddings",),
+    ),
+    Option(
+        "scheduler",
+        "by the Trainer's name: cosine, ...; an invalid name lists all",
+        "NAME",
+        choices=SCHEDULERS,
+    ),
+    Option("warmup_ratio", "share of the steps until the peak", "SHARE", parse=_SHARE_OR_0),
+    Option("weight_decay", "weight decay of A and trained embeddings", "RATE", parse=_NOT_NEGATIVE),
+    Option("max_grad_norm", "clip gradients to this norm; 0: never", "NORM", parse=_NOT_NEGATIVE),
     Option("optimizer", "by the Trainer's name (optim)", "NAME", "adamw_torch"),
-    _switch("gradient_checkpointing", "recompute activations: less memory, slower"),
-    Option("seed", "order of the blocks, dropout", "N", 0, count(0, 2**32)),
+    _switch("gradient_checkpointing", "recompute activations: less memory, slower", may_change=True),
+    Option("seed", "seed for the order of the blocks and dropout", "N", 0, count(0, 2**32)),
     "progress",
-    Option("eval_steps", "measure perplexity every N steps, besides start and end", "N", None, _COUNT),
+    Option(
+        "eval_steps",
+        "measure perplexity every N steps, besides start and end",
+        "N",
+        parse=_COUNT,
+        may_change=True,
+    ),
     Option("eval_blocks", "measure it on at most N blocks of each text", "N", 32, _COUNT),
-    Option("keep_best", "write the step of the lowest held-out perplexity, not the last", parse=bool),
-    Option("patience", "stop after N measurements without a lower one; keeps the best", "N", None, _COUNT),
-    Option("max_retain_rise", "stop if --retain rises by more; keeps the best", "PERCENT", None, _POSITIVE),
-    Option("log_steps", "log the loss every N steps", "N", 10, _COUNT),
-    Option("report_to", "tensorboard, wandb, ... by the Trainer", "NAME", many=True),
+    Option(
+        "keep_best",
+        "keep the step with the lowest held-out perplexity, not the last",
+        parse=bool,
+        may_change=True,
+        needs=("eval_steps",),
+        in_card=False,
+    ),
+    Option(
+        "patience",
+        "stop after N measurements without a lower one; keeps the best",
+        "N",
+        parse=_COUNT,
+        may_change=True,
+        needs=("eval_steps",),
+    ),
+    Option(
+        "max_retain_rise",
+        "stop if perplexity on --retain rises by more; keeps the best",
+        "PERCENT",
+        parse=_POSITIVE,
+        may_change=True,
+        needs=("eval_steps", "retain"),
+    ),
+    Option("log_steps", "log the loss every N steps", "N", 10, _COUNT, may_change=True, in_card=False),
+    Option(
+        "report_to",
+        "trackers by the Trainer's names: tensorboard, wandb, ...",
+        "NAME",
+        many=True,
+        may_change=True,
+        in_card=False,
+    ),
     "output",
-    Option("output", "folder for everything that the run writes", "DIR", None, a_path, required=True),
-    Option("save_steps", "checkpoint every N steps; the last two are kept", "N", 500, _COUNT),
+    Option(
+        "output",
+        "folder for everything that the run writes",
+        "DIR",
+        parse=a_path,
+        required=True,
+        may_change=True,
+    ),
+    Option(
+        "save_steps",
+        "write a checkpoint every N steps; the last two are kept",
+        "N",
+        500,
+        _COUNT,
+        may_change=True,
+        in_card=False,
+    ),
     _switch("resume", "continue from the last checkpoint in DIR, with its run.yaml", by_run=True),
-    _switch("overwrite", "replace what an earlier run left in DIR", by_run=True),
-    _switch("dry_run", "do the first steps and say what the run needs and takes; write nothing", by_run=True),
-    _switch("merge", "also write the merged model to DIR/merged"),
-    Option("push_to_hub", "upload the adapter to this private repository", "REPO"),
-    Option("config", "YAML file with options; the command line wins", "FILE", None, a_path, by_run=True),
+    _switch("overwrite", "replace what an earlier run wrote to DIR", by_run=True),
+    _switch(
+        "dry_run",
+        "run a few steps and report memory, disk and time; write nothing",
+        by_run=True,
+    ),
+    _switch("merge", "also write the merged model to DIR/merged", may_change=True, in_card=False),
+    Option(
+        "push_to_hub",
+        "upload the adapter to this private repository",
+        "REPO",
+        may_change=True,
+        in_card=False,
+    ),
+    Option("config", "YAML file with options; the command line wins", "FILE", parse=a_path, by_run=True),
 )
 OPTIONS = {row.name: row for row in TABLE if isinstance(row, Option)}
 
@@ -174,21 +317,47 @@ def declare(parser: argparse.ArgumentParser) -> None:
     """Add all options in groups. None has a default there: only what was given is in the namespace."""
     parser.formatter_class = _HelpFormatter
     parser.usage = f"{parser.prog} --model MODEL --text SOURCE ... --output DIR [options]"
-    parser.epilog = f"{'recipes:':22}" + "".join(f"{name:20}" for name in _NAMES).rstrip()
-    for row, cells in _ROWS.items():
-        if row == "source":  # said by --recipe
-            continue
-        shown = (f"{cell:g}" if isinstance(cell, float) else str(cell or "-") for cell in cells)
-        parser.epilog += f"\n  {row:20}" + "".join(f"{cell:20}" for cell in shown).rstrip()
+    parser.epilog = _recipe_table()
     for row in TABLE:
         if isinstance(row, str):
             group = parser.add_argument_group(row)
-        elif row.parse is bool:
-            action = "store_true" if row.by_run else argparse.BooleanOptionalAction
-            group.add_argument(row.flag, action=action, default=argparse.SUPPRESS, help=row.help)
         else:
-            note = " (required)" if row.required else f" [{row.default}]" if row.default is not None else ""
-            shown = {"metavar": row.metavar, "help": row.help + note, "default": argparse.SUPPRESS}
-            if row.many:  # given again, it adds
-                shown |= {"nargs": "+", "action": "extend"}
-            group.add_argument(row.flag, type=row.parse, choices=row.choices, **shown)
+            _add(group, row)
+
+
+def _add(group, option: Option) -> None:
+    """Declare ``option`` in an argparse group."""
+    if option.is_switch:
+        action = "store_true" if option.by_run else argparse.BooleanOptionalAction
+        group.add_argument(option.flag, action=action, default=argparse.SUPPRESS, help=option.help)
+        return
+
+    text = option.help
+    if option.required:
+        text += " (required)"
+    elif option.default is not None:
+        text += f" [{option.default}]"
+    keywords = {"type": option.parse, "choices": option.choices, "metavar": option.metavar, "help": text}
+    if option.many:
+        keywords |= {"nargs": "+", "action": "extend"}  # given again, it adds
+    group.add_argument(option.flag, default=argparse.SUPPRESS, **keywords)
+
+
+def _recipe_table() -> str:
+    """The recipes side by side, a line per option."""
+    rows = {}
+    for recipe in RECIPES.values():
+        rows |= recipe
+    del rows["source"]  # the help of --recipe says it
+
+    lines = [f"{'recipes:':22}" + "".join(f"{name:20}" for name in RECIPES)]
+    for row in rows:
+        cells = [_cell(recipe.get(row)) for recipe in RECIPES.values()]
+        lines.append(f"  {row:20}" + "".join(f"{cell:20}" for cell in cells))
+    return "\n".join(line.rstrip() for line in lines)
+
+
+def _cell(value: object) -> str:
+    if value is None:
+        return "-"
+    return f"{value:g}" if isinstance(value, float) else str(value)

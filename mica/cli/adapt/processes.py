@@ -1,4 +1,4 @@
-"""Several processes: one group, one voice, and errors that all of them know.
+"""Several processes: process group, main-rank output, errors raised on every rank.
 
 ``torchrun --nproc-per-node N -m mica adapt …``, on one machine or on several, and ``accelerate launch -m mica
 adapt …`` start the processes; accelerate's ``PartialState`` finds its group and device.
@@ -26,7 +26,8 @@ from mica.cli.output import explained, one_line
 from mica.cli.record import OWN
 from mica.errors import UsageError
 
-# While one process reads or tokenises, the others wait. The default is 10 minutes with NCCL, 30 with gloo.
+# While one process reads or tokenises, the others wait: longer than the default, 10 minutes with NCCL and 30
+# with gloo.
 _PATIENCE = timedelta(hours=24)
 
 
@@ -78,10 +79,10 @@ def largest(number: int) -> int:
 
 @contextmanager
 def agreed(kinds: type[Exception] = Exception) -> Iterator[None]:
-    """What one process raises within, of ``kinds``, all raise: itself, or its message as a UsageError.
+    """An error of ``kinds`` that one process raises within is raised by all, by others as a UsageError.
 
     Every process must enter it; at its end they meet. So none goes on alone, or waits for one that has given
-    up. It may be entered within itself: the first meeting tells of an error, and no other is held for it.
+    up. It may be entered within itself: the innermost meeting spreads an error, and those outside pass it on.
     """
     error = None
     try:
@@ -90,14 +91,16 @@ def agreed(kinds: type[Exception] = Exception) -> Iterator[None]:
         if getattr(caught, "is_known", False):
             raise
         error = caught
-    messages = [error and one_line(error)]
+    messages = [None if error is None else one_line(error)]
     if several():
         messages = gather_object(messages)
     if error is None:
-        error = next((UsageError(message) for message in messages if message is not None), None)
-    if error is not None:
-        error.is_known = True
-        raise error
+        others = [message for message in messages if message is not None]
+        if not others:
+            return
+        error = UsageError(others[0])
+    error.is_known = True
+    raise error
 
 
 def on_main(function: Callable[..., Any], *arguments: Any) -> Any:
@@ -118,7 +121,7 @@ def alike(value: Any, what: str) -> Any:
     """``value``. Every process must call this; all raise UsageError if theirs are not the same."""
     with agreed():
         if value != on_main(lambda: value):
-            raise UsageError(f"{what}: not the same for all processes")
+            raise UsageError(f"{what}: not the same in all processes")
     return value
 
 
@@ -154,14 +157,14 @@ def _leave_token(output: Path) -> str:
 
 
 class LostPeerError(UsageError):
-    """Another process has ended while this one waited for it: nobody is left to be met."""
+    """Another process died while this one waited for it: no collective can succeed any more."""
 
     is_known = True
 
 
 @contextmanager
 def one_voice() -> Iterator[None]:
-    """`agreed` for what the user has to know: the main process raises it, the others end with SystemExit(2).
+    """`agreed` for errors of the user: the main process raises them, the others end with SystemExit(2).
 
     Every process must enter it, with all that it does.
     """
@@ -180,6 +183,7 @@ def peers_needed(saved: Callable[[], str]) -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        if not several() or not any(sign in str(error) for sign in ("gloo", "remote process exited")):
+        is_lost = any(sign in str(error) for sign in ("gloo", "remote process exited"))
+        if not several() or not is_lost:
             raise
-        raise LostPeerError(f"another process has ended; {saved()}") from error
+        raise LostPeerError(f"another process died; {saved()}") from error

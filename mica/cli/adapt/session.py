@@ -8,9 +8,12 @@ import time
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 from accelerate import PartialState
+from peft import PeftModel
+from transformers import PreTrainedTokenizerBase
 
 from mica.cli import loading
 from mica.cli.adapt import (
@@ -19,9 +22,12 @@ from mica.cli.adapt import (
     checkpoints,
     config,
     corpus,
+    fingerprint,
     folder,
+    hub,
     processes,
     result,
+    run_yaml,
     summary,
     trained_on,
     training,
@@ -29,15 +35,22 @@ from mica.cli.adapt import (
 from mica.cli.adapt.config import Settings
 from mica.cli.adapt.curve import write_curve
 from mica.cli.adapt.dry_run import check_disk, rehearsal
-from mica.cli.adapt.fingerprint import facts as facts_of
 from mica.cli.adapt.global_batch import history, told
-from mica.cli.adapt.hub import check as check_hub
 from mica.cli.adapt.packing import keeps_documents_apart
 from mica.cli.output import dtype_name
 from mica.cli.targets import has_experts
 from mica.errors import UsageError
 
-_HIGH = 0.1  # a learning rate
+_HIGH_RATE = 0.1
+
+
+class _Inputs(NamedTuple):
+    """What a run reads before the weights of its base."""
+
+    source: loading.Source
+    tokenizer: PreTrainedTokenizerBase
+    data: corpus.Corpus
+    checkpoint: Path | None
 
 
 def adapt(settings: Settings) -> int:
@@ -47,7 +60,7 @@ def adapt(settings: Settings) -> int:
     """
     loading.quieten_libraries()
     processes.start()
-    # As Ctrl-C: what is held is let go
+    # SIGTERM unwinds the stack as Ctrl-C does, so that locks and temporary files go.
     before = signal.signal(signal.SIGTERM, lambda signum, frame: sys.exit(128 + signum))
     try:
         with processes.one_voice():
@@ -67,15 +80,15 @@ def _note(text: str) -> None:
 
 
 def _adapt(settings: Settings) -> int:
-    """The run: where it writes, nothing is decided before the output folder is locked."""
+    """The run, or a dry run. Nothing about the output folder is decided before it is locked."""
     args = settings.args
     with ExitStack() as stack:
         if args.dry_run:
-            scratch = processes.on_main(lambda: stack.enter_context(tempfile.TemporaryDirectory()))
-            return _decided(settings, Path(scratch))
+            folder_name = processes.on_main(lambda: stack.enter_context(tempfile.TemporaryDirectory()))
+            return _dry_run(settings, _read_inputs(settings), Path(folder_name))
         processes.on_main(stack.enter_context, folder.held(args.output))
         processes.on_main(_check_again, settings)
-        return _decided(settings)
+        return _run(settings, _read_inputs(settings))
 
 
 def _check_again(settings: Settings) -> None:
@@ -84,117 +97,47 @@ def _check_again(settings: Settings) -> None:
     Raises UsageError if it must not or cannot go on.
     """
     config.check_output(settings)
-    if settings.args.resume and config.recorded_text(settings.args.output) != settings.recorded:
+    output = settings.args.output
+    if settings.args.resume and run_yaml.recorded_text(output) != settings.recorded:
         what = f"{folder.SETTINGS} has changed since this command began: start it again"
-        raise UsageError(f"--resume: {settings.args.output / folder.SETTINGS}: {what}")
+        raise UsageError(f"--resume: {output / folder.SETTINGS}: {what}")
 
 
-def _decided(settings: Settings, scratch: Path | None = None) -> int:
-    """All that is checked and read before the model, and then the run, or with ``scratch`` a dry run."""
+def _read_inputs(settings: Settings) -> _Inputs:
+    """Check and read everything that comes before the weights, the cheapest first."""
     args = settings.args
     source = loading.find_source(args.model, args.trust_remote_code)
     _note_what_is_odd(args)
     loading.check_backend(args.rank)
     training.check(args)
     if args.push_to_hub is not None:
-        check_hub(args.push_to_hub)
+        hub.check(args.push_to_hub)
     processes.check_shared(args.output)
     checkpoint = training.find_checkpoint(args, _note)
 
-    for group in corpus.check(args):  # the texts: cheap, before the tokenizer
-        for text in group:
-            if text.left_out:
-                _note(f"{text.option} {text.given}: --output {args.output} is in it, and is left out")
+    _check_texts(args)
     tokenizer = loading.load_tokenizer(source)
-    if checkpoint is not None:  # before texts and weights are read; one that is not here yet: in `train`
-        location = base.converted(args).location if source.is_gguf else source.location
-        checkpoints.check(checkpoint, **facts_of(location))
+    if checkpoint is not None:
+        _check_checkpoint_base(args, source, checkpoint)
     base.check(args, source)
-    model = loading.skeleton(source)
-    if model is not None:  # else the same is checked once the model is loaded
-        loading.check_limits(source, model, args.sequence_length)
-        _with_experts(settings, model)
-        adapter.check(model, args, checkpoint)
+    _check_outline(settings, source, checkpoint)
+
     data = corpus.gather(args, tokenizer)
     processes.alike(data.fingerprint, "the texts")  # other machines have their own copies
     _say(data.describe(args, PartialState().num_processes))
-    if cost := data.cost():
+    cost = data.cost()
+    if cost is not None:
         _note(cost)
-    if scratch is not None:
-        return _dry_run(scratch, settings, source, tokenizer, data, checkpoint)
-    return _run(settings, source, tokenizer, data, checkpoint)
-
-
-def _loaded(
-    settings: Settings,
-    source,
-    tokenizer,
-    data: corpus.Corpus,
-    checkpoint: Path | None,
-    output: Path | None = None,
-):
-    """The model with its adapter, the data as this model takes it, and facts for the summary.
-
-    ``output``: as `corpus.gather` has it.
-    """
-    args = settings.args
-    model = base.load(args, source, PartialState().device, tokenizer)
-    if args.adapter is not None and checkpoint is None:
-        _note_another_base(args.adapter, args.model, model.name_or_path)
-    if note := loading.suit_processor(model, args.dtype):
-        _note(note)
-    loading.check_limits(source, model, args.sequence_length, data.largest_token_id)
-    data = _with_packing(settings, data, model, tokenizer, output)
-    _with_experts(settings, model)
-    if has_experts(model) and not args.experts:
-        _note("the experts are not adapted, unless --target-modules names them; --experts adapts all")
-    facts = {"model_type": model.config.model_type, "dtype": dtype_name(model.dtype)}
-    facts["device"] = str(model.device)
-
-    begin = time.perf_counter()
-    model = adapter.start(model, args, checkpoint)
-    if model.device.type == "cuda":
-        torch.cuda.synchronize()
-    facts["initialisation_seconds"] = time.perf_counter() - begin
-    return model, data, facts
-
-
-def _dry_run(scratch: Path, settings: Settings, *run) -> int:
-    """The first steps of a run, with ``scratch`` for its output folder."""
-    output, settings.args.output = settings.args.output, scratch
-    model, data, _ = _loaded(settings, *run, output)
-    report = rehearsal(model, data, settings.args, output, run[-1])
-    settings.args.output = output
-    _say(f"{config.describe(settings)}\n{report}")
-    return 0
-
-
-def _run(settings: Settings, source, tokenizer, data: corpus.Corpus, checkpoint: Path | None) -> int:
-    """From the base model to the adapter."""
-    args = settings.args
-    model, data, facts = _loaded(settings, source, tokenizer, data, checkpoint)
-    processes.on_main(check_disk, model, args, args.output)
-
-    def begin():
-        processes.on_main(_begin, settings, tokenizer, checkpoint)
-        _say(config.describe(settings))
-
-    watch = partial(write_curve, output=args.output)
-    done = training.train(model, data, args, checkpoint, tokenizer, watch, begin)
-    if done.interrupted:
-        _say(f"Stopped at step {done.steps:,}. To continue: mica adapt --output {args.output} --resume")
-        return 128 + done.interrupted
-    report = summary.of(settings, data, model, done) | facts
-    if args.keep_best and report["perplexity_after"] >= report["perplexity_before"]:
-        _note("no measured step has a lower held-out perplexity than the model had before training")
-    processes.on_main(summary.finish, settings.args, model, tokenizer, report)
-    return 0
+    return _Inputs(source, tokenizer, data, checkpoint)
 
 
 def _note_what_is_odd(args: argparse.Namespace) -> None:
-    if args.learning_rate > _HIGH:
-        _note(f"--learning-rate {args.learning_rate:g}: very high; published for MiCA are 5e-4 to 2e-3")
-    recorded = args.config and config.recorded_processes(args.config)
+    if args.learning_rate > _HIGH_RATE:
+        usual = "published MiCA runs use 5e-4 to 2e-3"
+        _note(f"--learning-rate {args.learning_rate:g}: unusually high; {usual}")
+    if args.config is None:
+        return
+    recorded = run_yaml.recorded_processes(args.config)
     number = PartialState().num_processes
     if recorded and recorded != number:
         _note(
@@ -203,58 +146,150 @@ def _note_what_is_odd(args: argparse.Namespace) -> None:
         )
 
 
-def _note_another_base(folder: Path, model: str, location: str) -> None:
-    """Say where the adapter in ``folder`` was not, or perhaps not, trained on the weights at ``location``."""
-    is_same = trained_on.is_base(folder, location)
+def _check_texts(args: argparse.Namespace) -> None:
+    """Check the texts by their names, and say where the output folder is left out of them."""
+    for group in corpus.check(args):
+        for text in group:
+            if text.left_out:
+                _note(f"{text.option} {text.given}: contains --output {args.output}, which is left out")
+
+
+def _check_checkpoint_base(args: argparse.Namespace, source: loading.Source, checkpoint: Path) -> None:
+    """Compare the base with that of the checkpoint, as far as it is here; `training.train` does so again."""
+    if source.is_gguf:
+        source = base.converted(args)
+    checkpoints.check(checkpoint, **fingerprint.facts(source.location))
+
+
+def _check_outline(settings: Settings, source: loading.Source, checkpoint: Path | None) -> None:
+    """Check what the model's configuration shows without weights; where it shows nothing, `_loaded` does."""
+    model = loading.skeleton(source)
+    if model is None:
+        return
+    loading.check_limits(source, model, settings.args.sequence_length)
+    _drop_needless_experts(settings, model)
+    adapter.check(model, settings.args, checkpoint)
+
+
+def _loaded(
+    settings: Settings, inputs: _Inputs, output: Path | None = None
+) -> tuple[PeftModel, corpus.Corpus, dict[str, Any]]:
+    """The model with its adapter, the data as this model takes it, and facts for the summary.
+
+    ``output``: as `corpus.gather` has it.
+    """
+    args = settings.args
+    model = base.load(args, inputs.source, PartialState().device, inputs.tokenizer)
+    if args.adapter is not None and inputs.checkpoint is None:
+        _note_another_base(args.adapter, args.model, model.name_or_path)
+    note = loading.suit_processor(model, args.dtype)
+    if note is not None:
+        _note(note)
+    loading.check_limits(inputs.source, model, args.sequence_length, inputs.data.largest_token_id)
+    data = _with_packing(settings, inputs, model, output)
+    _drop_needless_experts(settings, model)
+    if has_experts(model) and not args.experts:
+        _note("the experts are not adapted, unless --target-modules names them; --experts adapts all")
+    facts = {
+        "model_type": model.config.model_type,
+        "dtype": dtype_name(model.dtype),
+        "device": str(model.device),
+    }
+
+    begin = time.perf_counter()
+    model = adapter.start(model, args, inputs.checkpoint)
+    if model.device.type == "cuda":
+        torch.cuda.synchronize()
+    facts["initialisation_seconds"] = time.perf_counter() - begin
+    return model, data, facts
+
+
+def _note_another_base(trained: Path, model: str, location: str) -> None:
+    """Say if the adapter in ``trained`` was not, or perhaps not, trained on the weights at ``location``."""
+    is_same = trained_on.is_base(trained, location)
     if is_same is None:
-        _note(
-            f"--adapter {folder}: whether it was trained on the weights of --model {model} cannot be checked"
-        )
+        _note(f"--adapter {trained}: cannot check that it was trained on the weights of --model {model}")
     elif not is_same:
         what = f"was trained on other weights than those of --model {model}"
-        _note(f"--adapter {folder}: {what}, and its B holds the minor directions of those")
+        _note(f"--adapter {trained}: {what}, and its B holds the minor directions of the former")
 
 
-def _with_packing(settings: Settings, data: corpus.Corpus, model, tokenizer, output) -> corpus.Corpus:
-    """``data``, or one in stream packing where the model cannot keep documents apart.
+def _with_packing(settings: Settings, inputs: _Inputs, model, output: Path | None) -> corpus.Corpus:
+    """The data, in stream packing where the model cannot keep documents apart.
 
     Raises UsageError if the option was given: attention across documents is another training.
     """
     args = settings.args
     if args.packing == "stream" or keeps_documents_apart(model):
-        return data
+        return inputs.data
     reason = f"the attention of {type(model).__name__} does not stay within a document of a block"
     if settings.origins["packing"] != "default":
         raise UsageError(f"--packing documents: {reason}; --packing stream lets it cross them")
     _note(f"packing is stream: {reason}")
-    args.packing, settings.origins["packing"] = "stream", "the model"
-    return corpus.gather(args, tokenizer, output)
+    args.packing = "stream"
+    settings.origins["packing"] = "the model"
+    return corpus.gather(args, inputs.tokenizer, output)
 
 
-def _with_experts(settings: Settings, model) -> None:
+def _drop_needless_experts(settings: Settings, model) -> None:
     """Take back a recipe's ``experts`` where there are none.
 
     Raises UsageError if the option was given.
     """
-    given = settings.args.experts
     if has_experts(model):
         return
+    given = settings.args.experts
     if given is not None and not settings.origins["experts"].startswith("recipe"):
-        raise UsageError(f"--{'' if given else 'no-'}experts: {type(model).__name__} has no experts")
+        flag = "--experts" if given else "--no-experts"
+        raise UsageError(f"{flag}: {type(model).__name__} has no experts")
     settings.args.experts = None
 
 
-def _begin(settings: Settings, tokenizer, checkpoint: Path | None) -> None:
+def _dry_run(settings: Settings, inputs: _Inputs, scratch: Path) -> int:
+    """The first steps of a run, with ``scratch`` for its output folder."""
+    output = settings.args.output
+    settings.args.output = scratch
+    model, data, _ = _loaded(settings, inputs, output)
+    report = rehearsal(model, data, settings.args, output, inputs.checkpoint)
+    settings.args.output = output
+    _say(f"{config.describe(settings)}\n{report}")
+    return 0
+
+
+def _run(settings: Settings, inputs: _Inputs) -> int:
+    """From the base model to the adapter."""
+    args = settings.args
+    model, data, facts = _loaded(settings, inputs)
+    processes.on_main(check_disk, model, args, args.output)
+
+    def begin():
+        processes.on_main(_begin, settings, inputs)
+        _say(config.describe(settings))
+
+    watch = partial(write_curve, output=args.output)
+    done = training.train(model, data, args, inputs.checkpoint, inputs.tokenizer, watch, begin)
+    if done.interrupted:
+        _say(f"Stopped at step {done.steps:,}. To continue: mica adapt --output {args.output} --resume")
+        return 128 + done.interrupted
+
+    report = summary.of(settings, data, model, done) | facts
+    if args.keep_best and report["perplexity_after"] >= report["perplexity_before"]:
+        _note("no measured step has a lower held-out perplexity than the model had before training")
+    processes.on_main(summary.finish, args, model, inputs.tokenizer, report)
+    return 0
+
+
+def _begin(settings: Settings, inputs: _Inputs) -> None:
     """Make the output folder that of this run: nothing refuses it any more."""
     args = settings.args
     number = PartialState().num_processes
-    shared = history(checkpoint, number)
-    note = f"; {told(shared)}" if len(shared) > 1 else ""
-    text = config.as_yaml(settings, number, note)
+    sessions = history(inputs.checkpoint, number)
+    note = f"; {told(sessions)}" if len(sessions) > 1 else ""
+    text = run_yaml.as_yaml(config.values(settings), settings.origins, number, note)
     folder.begin(
         args.output,
         text,
         settings.origins,
-        names=[*config.folders(args), *result.names(tokenizer)],
+        names=[*config.folders(args), *result.names(inputs.tokenizer)],
         resume=args.resume,
     )

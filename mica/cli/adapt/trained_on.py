@@ -25,11 +25,13 @@ def of(model: PeftModel, args: argparse.Namespace, checkpoint: Path | None) -> d
     embeddings began with (see `embeddings.start_values`): not in this session, but before the first step of
     all that has trained them. None where there are none, and where ``--adapter`` does not say it.
     """
-    base = {fingerprint.BASE: None} | fingerprint.facts(model.get_base_model().name_or_path)
+    recorded = {fingerprint.BASE: None, **fingerprint.facts(model.get_base_model().name_or_path)}
     earlier = checkpoint or args.adapter
     if earlier is None:
-        return base | {_EMBEDDINGS: embeddings.start_values(model)}
-    return base | {_EMBEDDINGS: embeddings_before(earlier)}
+        recorded[_EMBEDDINGS] = embeddings.start_values(model)
+    else:
+        recorded[_EMBEDDINGS] = embeddings_before(earlier)
+    return recorded
 
 
 def embeddings_before(folder: Path) -> dict[str, Any] | None:

@@ -48,7 +48,7 @@ def test_what_is_there_is_not_claimed(tmp_path, name, kind):
         (tmp_path / name).mkdir()
     else:
         (tmp_path / name).symlink_to("nowhere")
-    with pytest.raises(UsageError, match=f"{name} would be replaced, and mica-run.json does not say"):
+    with pytest.raises(UsageError, match=f"{name} would be replaced, but mica-run.json does not say"):
         record.claim(tmp_path, "a")
     assert record.read(tmp_path) is None
 
@@ -66,6 +66,7 @@ def test_what_is_there_is_not_claimed(tmp_path, name, kind):
         '{"format": 1, "files": {"a": [1]}}',
         '{"format": 1, "run": 3}',
         '{"format": 1, "origins": []}',
+        '{"format": 1, "origins": {"rank": 3}}',
         *(json.dumps({"format": 1, "files": {name: None}}) for name in ("..", ".", "", "/etc", "a/b")),
         "[" * 100_000,
     ],
@@ -73,7 +74,7 @@ def test_what_is_there_is_not_claimed(tmp_path, name, kind):
 def test_a_record_that_is_none_is_refused(tmp_path, text):
     (tmp_path / record.FILE).write_text(text)
     with pytest.raises(
-        UsageError, match=r"mica-run.json, which says .* cannot be read \(.*name another folder"
+        UsageError, match=r"mica-run.json, which says .* cannot be read \(.*choose another folder"
     ):
         record.read(tmp_path)
 
@@ -211,7 +212,7 @@ def test_what_cannot_be_moved_is_one_line_and_all_is_as_it_was(tmp_path, monkeyp
         return rename(self, target)
 
     monkeypatch.setattr(Path, "rename", refuse)
-    with pytest.raises(UsageError, match=r"cannot be replaced: .*/b: Permission denied; it is as it was"):
+    with pytest.raises(UsageError, match=r"cannot be replaced: .*/b: Permission denied; nothing was changed"):
         start_again(output, "c")
     found = contents(output)
     found.pop(record.FILE)

@@ -201,8 +201,8 @@ def test_folders_that_are_refused(tmp_path, capsys):
     config = prefix / "adapter_config.json"
     config.write_text(json.dumps({"peft_type": "PREFIX_TUNING"}))
     refused = {
-        tmp_path / "no": "no such folder, and must be a folder with a PEFT adapter",
-        empty: "has no adapter_config.json",
+        tmp_path / "no": "no such folder",
+        empty: "is not a PEFT adapter folder (no adapter_config.json)",
         prefix: "must be a LoRA adapter, but is PREFIX_TUNING",
     }
     for folder, message in refused.items():

@@ -17,20 +17,21 @@ ADAPT = {
     },
     ("mica/cli/adapt/checkpoints.py", f"{_TESTS}checkpoints.py"): {
         "to_resume": [("marked(output)", "_complete(output)")],
-        "_wrong": [("path.stat().st_size == size", "True")],
-        "_own": [("if path.name in found.files", ""), ("is not None or", "is None and")],
+        "_of_another_size": [(".stat().st_size != size", ".stat().st_size < 0")],
+        "_of_another_hash": [("!= expected", "is None")],
+        "_own": [("if path.name in found.files", "if True"), ("is not None or", "is None and")],
         "discard": [("if is_later and damaged(path) is None", "if False")],
         "_remove": [("if record.stranger(output, found, [path.name]) is None", "if True")],
     },
     ("mica/cli/adapt/folder.py", f"{_TESTS}folder.py"): {
         "check": [
-            ("if not begun and others", "if not begun and others and not overwrite"),
-            ("if lost :=", "if False and"),
             ("_refuse_strangers(output, found, replaced)", ""),
             ("record.refuse_taken(output, found, [*ALWAYS, *more])", ""),
             ("_refuse_strange_checkpoints(output, others)", ""),
             ("if found is not None and found.command != record.ADAPT", "if False"),
         ],
+        "_check_without_run": [("if others: limit", "if others and not overwrite:\n        limit")],
+        "_check_removal": [("if lost is not None", "if False")],
         "begin": [
             ("record.refuse_taken(output, found, names)", ""),
             ("if found is not None and not resume", "if False"),
@@ -50,8 +51,9 @@ ADAPT = {
             ("write(output, old)", "pass"),
             ("new.ready = [*ready]", "new.ready = []"),
         ],
-        "recover": [("if run == found.run", "if False"), ("os.replace(scratch", "print(scratch")],
-        "stranger": [("{*_names(folder)} - {*listed}", "{*listed} - {*_names(folder)}")],
+        "recover": [("os.replace(scratch", "print(scratch")],
+        "_recover_replaced": [("if run == record.run", "if False")],
+        "stranger": [("set(_names(folder)) - set(listed)", "set(listed) - set(_names(folder))")],
         "write": [("flush(new)", "")],
     },
     ("mica/cli/lock.py", "tests/mica/cli/test_lock.py"): {
@@ -64,9 +66,9 @@ ADAPT = {
         "finish_files": [("path.chmod(mode)", "pass")],
         "beside": [("if len(os.fsencode(name)) > _LONGEST", "if False")],
     },
-    ("mica/cli/adapt/config.py", f"{_TESTS}config.py", "-k", "any_name"): {
+    ("mica/cli/adapt/run_yaml.py", f"{_TESTS}config.py", "-k", "any_name"): {
         "_as_yaml": [("if one.isprintable() else _escaped(one)", "")],
-        "as_yaml": [("shown(settings.origins[row.name])", "settings.origins[row.name]")],
+        "as_yaml": [("shown(origins[row.name])", "origins[row.name]")],
     },
     ("mica/cli/transfer.py", "tests/mica/cli/test_transfer.py", "-k", "transfer or overwrite"): {
         "_check_place": [('read["the base of --adapter"] = ', "_ = ")],
@@ -104,7 +106,7 @@ ADAPT = {
         "_check_again": [("config.check_output(settings)", "")],
     },
     ("mica/cli/adapt/base.py", f"{_TESTS}session.py", "-k", "converted_base"): {
-        "place_of": [("str(scratch) if scratch.is_dir() else name", "name")],
+        "place_of": [("if scratch.is_dir()", "if False")],
     },
     ("mica/cli/adapt/processes.py", f"{_TESTS}processes.py", "-k", "not_shared"): {
         "check_shared": [("if not (output / token).is_file()", "if False")],

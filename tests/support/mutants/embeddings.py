@@ -23,6 +23,6 @@ EMBEDDINGS = {
         "is_base": [("return found == recorded", "return True")],
         "_recorded": [("checkpoints.marked_facts(folder) or {}", "{}")],
     },
-    ("mica/cli/adapt/config.py", _TESTS): {"resolve": [("/ 10", "/ 5")]},
+    ("mica/cli/adapt/config.py", _TESTS): {"_derive": [("/ 10", "/ 5")]},
     ("mica/cli/adapt/corpus.py", _TESTS): {"Corpus.cost": [("<= DEAR", "<= 3 * DEAR")]},
 }

@@ -111,10 +111,10 @@ def test_shapes_of_all_kinds_of_layers(make, names, shapes, tmp_path):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (None, "has no adapter_config.json, and must be a folder with a PEFT adapter"),
-        ("{", "is not that of a PEFT adapter"),
-        ("[]", "is not that of a PEFT adapter"),
-        ("{}", "is not that of a PEFT adapter"),
+        (None, r"is not a PEFT adapter folder \(no adapter_config.json\)"),
+        ("{", "is not the configuration of a PEFT adapter"),
+        ("[]", "is not the configuration of a PEFT adapter"),
+        ("{}", "is not the configuration of a PEFT adapter"),
         ('{"peft_type": "IA3"}', "must be a MiCA adapter, but is IA3"),
         ('{"peft_type": "LORA", "target_parameters": ["e.w"]}', "but is LoRA with init_lora_weights=True"),
         ('{"peft_type": "LORA", "init_lora_weights": true}', "but is LoRA with init_lora_weights=True"),
@@ -160,7 +160,7 @@ def test_a_rank_that_the_weights_do_not_have(entry, folder):
 
 def test_a_configuration_that_is_nested_too_deeply(folder):
     (folder / adapter.CONFIG).write_text('{"peft_type": ' + "[" * 100_000 + "]" * 100_000 + "}")
-    with pytest.raises(UsageError, match="is not that of a PEFT adapter"):
+    with pytest.raises(UsageError, match="is not the configuration of a PEFT adapter"):
         adapter.read_adapter_config(folder)
 
 
@@ -169,7 +169,7 @@ def test_weights_that_are_no_two_factors_of_a_matrix(folder):
     name = next(name for name in weights if "lora_B" in name)
     for changed in (weights[name][:, :2].contiguous(), weights[name][..., None].contiguous()):
         save_file(weights | {name: changed}, folder / adapter.WEIGHTS)
-        with pytest.raises(UsageError, match="which are no two factors of a matrix"):
+        with pytest.raises(UsageError, match="which are not the factors of a matrix"):
             adapter.read_adapter_config(folder)
 
 
@@ -186,7 +186,7 @@ def test_weights_that_are_broken_or_lack_a_factor(folder):
     weights = load_file(folder / adapter.WEIGHTS)
     del weights[next(name for name in weights if "lora_B" in name)]
     save_file(weights, folder / adapter.WEIGHTS)
-    with pytest.raises(UsageError, match=r"not that of a whole adapter: .* has only A or only B"):
+    with pytest.raises(UsageError, match=r"is incomplete: .* has only A or only B"):
         adapter.start(tiny_llama(), settings(adapter=folder))
     (folder / adapter.WEIGHTS).write_bytes(b"half a file")
     with pytest.raises(UsageError, match="cannot be read"):

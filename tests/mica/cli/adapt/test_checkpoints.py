@@ -57,7 +57,9 @@ def test_the_newest_complete_one_counts(tmp_path):
         pytest.param(SHARD, None, id="shard gone"),
         pytest.param(checkpoints.MARKER, b'{"step": 2, "files": {', id="marker cut"),
         pytest.param(checkpoints.MARKER, b"[]", id="marker is a list"),
-        pytest.param(checkpoints.MARKER, b'{"step": 2, "files": {}}', id="marker names no file"),
+        pytest.param(
+            checkpoints.MARKER, b'{"step": 2, "files": {}, "hashes": {}}', id="marker names no file"
+        ),
     ],
 )
 def test_a_damaged_one_does_not_count(tmp_path, file, content):
@@ -99,15 +101,6 @@ def test_a_checkpoint_that_was_complete_is_named(tmp_path, name):
         checkpoints.to_resume(tmp_path)
     (folder / SHARD).unlink()
     assert checkpoints.marked(tmp_path) == [folder]
-
-
-def test_markers_of_earlier_versions_count(tmp_path):
-    folder = make(tmp_path, 3)
-    marker = json.loads((folder / checkpoints.MARKER).read_text())
-    del marker["hashes"]
-    (folder / checkpoints.MARKER).write_text(json.dumps(marker))
-    assert checkpoints.to_resume(tmp_path) == folder
-    checkpoints.check(folder, step=3, base_weights="1f", learning_rate=0.5)
 
 
 def test_the_marker_names_files_and_facts(tmp_path):
@@ -188,7 +181,7 @@ def test_resume_without_a_checkpoint_is_refused(tmp_path):
 def test_a_checkpoint_of_another_folder_is_resumed_with_its_record_only(tmp_path):
     made = make(tmp_path / "run", 3)
     copy = shutil.copytree(made, tmp_path / "copy" / made.name)
-    with pytest.raises(UsageError, match=r"checkpoint-3 is of another run than mica-run\.json there"):
+    with pytest.raises(UsageError, match=r"checkpoint-3 belongs to another run than mica-run\.json \(copy"):
         checkpoints.to_resume(copy.parent)
     shutil.copy(made.parent / record.FILE, copy.parent)
     assert checkpoints.to_resume(copy.parent) == copy
@@ -197,7 +190,7 @@ def test_a_checkpoint_of_another_folder_is_resumed_with_its_record_only(tmp_path
 def test_other_settings_are_refused(tmp_path):
     folder = make(tmp_path, 3, processes=2, batch_size=4)
     checkpoints.check(folder, processes=2, batch_size=4, data="not in the marker")
-    message = r"checkpoint-3 was written with processes 2 \(now 1\), batch_size 4 \(now 8\): .* by --adapter"
+    message = r"checkpoint-3 was written with processes 2 \(now 1\), batch_size 4 \(now 8\): .*: --adapter"
     with pytest.raises(UsageError, match=message):
         checkpoints.check(folder, processes=1, batch_size=8)
     folder = make(tmp_path, 4, base_weights="1f")

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from mica.cli.adapt import config, folder, options
+from mica.cli.adapt import config, folder, options, run_yaml
 from mica.cli.adapt.options import OPTIONS
 from mica.errors import UsageError
 
@@ -77,19 +77,19 @@ def test_the_command_line_wins_over_yaml_over_the_recipe(argv, yaml, expected, y
     [
         ("rnak: 3", "there is no option 'rnak', did you mean rank?"),
         ("xyzzy: 3", "there is no option 'xyzzy'$"),
-        ("rank: [3, 4]", "rank must be one value, and is a list"),
-        ("rank: {a: 3}", "rank must be one value, and is a mapping in line 1"),
+        ("rank: [3, 4]", "rank must be one value, not a list"),
+        ("rank: {a: 3}", "rank must be one value, but is a mapping in line 1"),
         ("rank: true", "argument --rank: must be a whole number at least 1 .*, not 'true'"),
         ("rank: 0x10", "argument --rank: must be a whole number at least 1 .*, not '0x10'"),
         ("seed: 1:30", "argument --seed: must be a whole number at least 0 .*, not '1:30'"),
-        ("rank: 3\nrank: 4", "rank is there twice, the second time in line 2"),
-        ("save-steps: 3\nsave_steps: 4", "save_steps is there twice, with - and with _"),
+        ("rank: 3\nrank: 4", "rank is set twice, the second time in line 2"),
+        ("save-steps: 3\nsave_steps: 4", "save_steps is set twice, once with - and once with _"),
         ("packing: document", "argument --packing: invalid choice.*; did you mean documents\\?$"),
         ("model: ''", "argument --model: must not be empty"),
         ("rank: " + "[" * 3000 + "]" * 3000, "nested too deeply"),
         ("rank: zero", "argument --rank: must be a whole number at least 1 and below 2147483648, not 'zero'"),
         ("dtype: int4", "argument --dtype: invalid choice: 'int4'"),
-        ("text: [[a]]", "every value of text must be one value, and is a list in line 1"),
+        ("text: [[a]]", "every value of text must be one value, but is a list in line 1"),
         ("resume: true", "--resume belongs on the command line"),
         ("config: x.yaml", "--config belongs on the command line"),
         ("merge: 3", "merge must be true or false, not 3"),
@@ -130,11 +130,11 @@ def test_options_that_go_together():
     for weights in ((1, 2e6), (1e300, 1), (1e-320, 1)):
         with pytest.raises(UsageError, match="one must be at most 1,000,000 times another"):
             resolve("--text", "u", "--text-weights", *weights)
-    with pytest.raises(UsageError, match="--steps and --epochs: give one of them"):
+    with pytest.raises(UsageError, match=r"--steps and --epochs: use only one \(command line sets both\)"):
         resolve("--steps", 1, "--epochs", 1)
-    with pytest.raises(UsageError, match="--held-out and --held-out-text: give one of them"):
+    with pytest.raises(UsageError, match="--held-out and --held-out-text: use only one"):
         resolve("--held-out", 0.1, "--held-out-text", "a")
-    with pytest.raises(UsageError, match="--warmup-ratio: the scheduler constant has none"):
+    with pytest.raises(UsageError, match="--warmup-ratio: scheduler 'constant' has no warmup"):
         resolve("--scheduler", "constant", "--warmup-ratio", 0.1)
     for needing, missing in (
         (["--keep-best"], "--keep-best: needs --eval-steps"),
@@ -163,7 +163,8 @@ def test_who_stops_early_keeps_the_best(argv, kept):
 
 def write(settings: config.Settings, output: Path, **more) -> None:
     """As a run writes its settings."""
-    folder.begin(output, config.as_yaml(settings, **more), settings.origins, names=[], resume=False)
+    text = run_yaml.as_yaml(config.values(settings), settings.origins, **more)
+    folder.begin(output, text, settings.origins, names=[], resume=False)
 
 
 @pytest.fixture
@@ -191,17 +192,27 @@ def test_run_yaml_gives_the_same_settings(run_folder, tmp_path, monkeypatch):
     assert config.resolve(given("--output", output, "--resume", "--text", "corpus.txt")).args.seed == 5
 
 
+def test_no_program_reads_the_comments_of_run_yaml(run_folder):
+    output, before = run_folder
+    lines = (output / "run.yaml").read_text(encoding="utf-8").splitlines()
+    without = "\n".join(line.partition("#")[0] for line in lines)
+    (output / "run.yaml").write_text(without, encoding="utf-8")
+    resumed = config.resolve(given("--output", output, "--resume"))
+    assert resumed.origins | {"resume": "default"} == before.origins
+    assert run_yaml.recorded_processes(output / "run.yaml") == 1
+
+
 def test_run_yaml_tells_processes_and_origins_and_nothing_of_one_start(run_folder, yaml_file):
     output, settings = run_folder
     lines = (output / "run.yaml").read_text(encoding="utf-8").splitlines()
     assert {"dropout: 0.05  # recipe paper", "seed: 5  # command line", "# data"} <= set(lines)
     assert "learning_rate: 1e-05  # command line" in lines
     assert not [line for line in lines if line.startswith(("resume", "config", "overwrite", "steps"))]
-    assert config.recorded_processes(output / "run.yaml") == 1
+    assert run_yaml.recorded_processes(output / "run.yaml") == 1
     write(settings, output, processes=4)
-    assert config.recorded_processes(output / "run.yaml") == 4
+    assert run_yaml.recorded_processes(output / "run.yaml") == 4
     assert config.resolve(given("--config", output / "run.yaml")).args.seed == 5
-    assert config.recorded_processes(yaml_file("rank: 3\n")) is None
+    assert run_yaml.recorded_processes(yaml_file("rank: 3\n")) is None
 
 
 @pytest.mark.parametrize(
@@ -240,7 +251,7 @@ def test_any_name_is_in_run_yaml_what_it_was(tmp_path, name):
         (["--recipe", "all-linear"], "--recipe all-linear: --resume: .* has paper"),
         (["--steps", 10], "--steps 10: --resume: .* does not have it"),
         (["--text", "another.txt"], "--text another.txt: --resume: .* has .*corpus.txt"),
-        (["--overwrite"], "--resume and --overwrite: give one of them"),
+        (["--overwrite"], "--resume and --overwrite: use only one"),
         (["--config", "seed: 7\n"], "--seed 7: --resume"),
     ],
 )

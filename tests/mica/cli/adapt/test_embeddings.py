@@ -97,7 +97,7 @@ def test_what_is_written(made):
     recorded = yaml.safe_load((run / "run.yaml").read_text())
     assert (recorded["train_embeddings"], recorded["embedding_learning_rate"]) == (True, 0.002)
     assert made["origins"]["embedding_learning_rate"] == "a tenth of learning_rate"
-    assert f"Of these, {made['trained_embeddings']:,} are the input and" in (run / "README.md").read_text()
+    assert f"{made['trained_embeddings']:,} of these are the input and" in (run / "README.md").read_text()
     if kind == "bfloat16":  # what 16 bits would have swallowed
         assert not torch.equal(after[IN], after[IN].bfloat16().float())
 
@@ -157,7 +157,7 @@ def test_rates_of_their_own_on_one_schedule(optimizer):
     assert found == [(len(others), 0.5, 0.1), (1, 0.25, 0.1), (1, 0.25, 0.0)]  # none is empty
     schedule = torch.optim.lr_scheduler.LambdaLR(used, lambda step: 1 / 2)
     assert schedule.get_last_lr() == [0.25, 0.125, 0.125]
-    with pytest.raises(UsageError, match="--optimizer some: it cannot give embeddings a learning rate"):
+    with pytest.raises(UsageError, match="--optimizer some: cannot give embeddings a learning rate"):
         embeddings.separate(torch.optim.SGD(others, lr=1.0), model, 0.1, "some")
 
 
@@ -236,7 +236,7 @@ def test_16_bit_base():
     ("options", "message"),
     [
         ("--embedding-learning-rate 1e-4", "--embedding-learning-rate: needs --train-embeddings"),
-        ("--train-embeddings --target-modules q_proj,lm_head", "lm_head is trained as a whole by --train"),
+        ("--train-embeddings --target-modules q_proj,lm_head", "lm_head is already fully trained by --train"),
         ("--train-embeddings --adapter ADAPTER", "--adapter does not have it; omit this option"),
     ],
 )
@@ -257,7 +257,7 @@ def test_models_whose_embeddings_cannot_be_trained():
         adapter.check(model, settings(target_modules="q_proj", **DEFAULT))
     model = tiny_llama()
     model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.to(torch.int8), requires_grad=False)
-    with pytest.raises(UsageError, match="--train-embeddings: lm_head is quantised, to int8"):
+    with pytest.raises(UsageError, match="--train-embeddings: lm_head is quantised to int8"):
         adapter.check(model, settings(**DEFAULT))
 
 
@@ -307,7 +307,8 @@ def test_transfer_adds_what_training_added(made, tmp_path, capsys):
         argv[2], argv[-1] = str(tmp_path / "alone"), str(tmp_path / "none")
         assert main(argv) == 2
         assert (
-            "alone: what was added to its embeddings is known only with its base: " in capsys.readouterr().err
+            "alone: the update of its embeddings can only be computed with its base: "
+            in capsys.readouterr().err
         )
         assert not (tmp_path / "none").exists()
 

@@ -201,7 +201,10 @@ def test_over_a_quantised_base(text, tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ("--dropout 0.1", "--dropout 0.1: PEFT has no dropout for parameters, as model.layers.0.mlp.experts"),
+        (
+            "--dropout 0.1",
+            "--dropout 0.1: PEFT has no dropout for parameters such as model.layers.0.mlp.experts",
+        ),
         ("--target-modules q_proj,gate --rank 7", "--rank 7: .*gate.weight has 6 x 32 weights, so at most 6"),
         ("--target-modules q_proj,experts.up_proj", "no layer of the model is called 'experts.up_proj'"),
     ],

@@ -72,14 +72,14 @@ def test_a_run_is_continued_or_replaced_when_it_is_said(run):
 def test_a_folder_of_another_command_is_not_replaced(tmp_path):
     record.write(tmp_path, record.Record(record.TRANSFER))
     for options in ({}, {"overwrite": True}, {"resume": True}):
-        with pytest.raises(UsageError, match="mica transfer has written it: name another folder"):
+        with pytest.raises(UsageError, match="mica transfer has written it: choose another folder"):
             check(tmp_path, **options)
 
 
 @pytest.mark.parametrize("option", ["resume", "overwrite"])
 def test_what_no_run_has_written_is_not_replaced(run, option):
     (run / "summary.json").write_text("mine")
-    with pytest.raises(UsageError, match=r"summary.json would be replaced, and mica-run.json does not say"):
+    with pytest.raises(UsageError, match=r"summary.json would be replaced, but mica-run.json does not say"):
         check(run, **{option: True})
     (run / "summary.json").unlink()
     (run / "runs").mkdir()
@@ -87,7 +87,9 @@ def test_what_no_run_has_written_is_not_replaced(run, option):
     with pytest.raises(UsageError, match="runs would be replaced"):
         check(run, **{option: True}, more=["runs"])
     (run / "checkpoint-7").mkdir()
-    with pytest.raises(UsageError, match="checkpoint-7 is not of the run that has written this folder"):
+    with pytest.raises(
+        UsageError, match="checkpoint-7 does not belong to the run that has written this folder"
+    ):
         check(run, **{option: True})
 
 

@@ -44,7 +44,7 @@ def test_bad_name(name, at_hub):
 @pytest.mark.parametrize(
     ("answer", "message"),
     [
-        ({"role": "read"}, "the token of me can only read: give one that can write$"),
+        ({"role": "read"}, "the token of me can only read: use one that can write$"),
         ({"token": None}, "no token: run `hf auth login` or set HF_TOKEN$"),
         ({"error": OSError("Name or service not known")}, "Name or service not known$"),
         ({"offline": True}, "not possible while HF_HUB_OFFLINE is set$"),

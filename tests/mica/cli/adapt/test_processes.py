@@ -217,7 +217,7 @@ def test_a_lost_process_is_one_line(tmp_path):
     args = settings(tmp_path / "out", batch_size=2)
     errors = two(run_signalled, args, signal.SIGKILL, [None, 8], folder=tmp_path, statuses=(2, -9)).errors()
     assert errors.splitlines()[-1] == (
-        f"error: another process has ended; the last complete checkpoint is {args.output}/checkpoint-5 "
+        f"error: another process died; the last complete checkpoint is {args.output}/checkpoint-5 "
         "(--resume continues from it)"
     )
     assert "Traceback" not in errors
