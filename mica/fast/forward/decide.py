@@ -169,23 +169,17 @@ def dropout(p: float, device: torch.device) -> tuple[float, Tensor | None]:
 
 def decide(layer, x: Tensor | None = None, *args, **kwargs) -> OnOperators | fast_check.Direct | OnPeft:
     """How a linear layer runs, with all of its active adapters."""
-    names = adapter_names = None
     if args or kwargs:
-        adapter_names = kwargs.get("adapter_names") if not args and len(kwargs) == 1 else None
-        if adapter_names is None:
+        if args or kwargs.keys() != {"adapter_names"} or kwargs["adapter_names"] is None:
             return OnPeft("a call with further arguments")
-        names = mixed_batch.names_on(layer, x, adapter_names)
-        if type(names) is str:
-            return OnPeft(names)
-    elif x is not None and (direct := fast_check.direct(layer, x)) is not None:
-        return direct
-    adapters = read_adapters(layer, names)
-    if type(adapters) is str:
-        return OnPeft(adapters)
-    if x is not None and (reason := _why_not_call(layer, x, adapters)) is not None:
-        return OnPeft(reason)
-    if names is not None:
-        return mixed_batch.MixedBatch(layer, adapter_names, dict(zip(names, adapters, strict=True)))
+        return _decide_mixed_batch(layer, x, kwargs["adapter_names"])
+    if x is not None:
+        direct = fast_check.direct(layer, x)
+        if direct is not None:
+            return direct
+    adapters = _suitable_adapters(layer, x, None)
+    if type(adapters) is OnPeft:
+        return adapters
 
     base = layer._modules["base_layer"]
     dtype = None if x is None else compute_dtype(x.dtype)
@@ -201,6 +195,25 @@ def decide(layer, x: Tensor | None = None, *args, **kwargs) -> OnOperators | fas
     if sharding is not None:
         fused = Sharded(*operands, first, dtype, sharding)
     return Added(fused, others, dtype, sharding, None) if others else fused
+
+
+def _decide_mixed_batch(layer, x: Tensor, adapter_names: list[str]) -> mixed_batch.MixedBatch | OnPeft:
+    names = mixed_batch.names_on(layer, x, adapter_names)
+    if type(names) is str:
+        return OnPeft(names)
+    adapters = _suitable_adapters(layer, x, names)
+    if type(adapters) is OnPeft:
+        return adapters
+    return mixed_batch.MixedBatch(layer, adapter_names, dict(zip(names, adapters, strict=True)))
+
+
+def _suitable_adapters(layer, x: Tensor | None, names: list[str] | None) -> list[Adapter] | OnPeft:
+    """These adapters (None: the active ones), if the operators can run them on this x."""
+    adapters = read_adapters(layer, names)
+    if type(adapters) is str:
+        return OnPeft(adapters)
+    reason = None if x is None else _why_not_call(layer, x, adapters)
+    return adapters if reason is None else OnPeft(reason)
 
 
 def _multiplies(x: Tensor, weight: Tensor) -> bool:

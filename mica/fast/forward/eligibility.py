@@ -188,25 +188,18 @@ def read_adapters(layer, names: Sequence[str] | None = None) -> list[Adapter] | 
         read_one = _read_embedding
     else:
         return f"layers of type {kind.__module__}.{kind.__name__} are not covered"
-    if layer.disable_adapters:
-        return "adapters are disabled"
-    if layer.merged:
-        return "the adapter is merged into the weight"
-    if _get_tracing_state() is not None:  # a traced graph, say for ONNX, must run without this package
-        return "torch.jit is tracing the model"
-    if layer.__dict__.get("_tp_info") is not None:
-        return "tensor parallelism of transformers before 5.17"
-    reason = tensor_parallel.why_not(layer._modules["base_layer"])
+    reason = _why_not_state(layer)
     if reason is not None:
         return reason
     names = adapters_of(layer) if names is None else names
     if not names:
         return why_not_active(layer)
-    adapters, scalings = [], layer.scaling
+
+    adapters = []
     for name in names:
         if not is_mica(layer, name):
             return f"adapter {name!r} is not MiCA"
-        scaling = scalings[name]
+        scaling = layer.scaling[name]
         reason = None if type(scaling) is float else _why_not_scaling(scaling)
         adapter = reason or read_one(layer, name, scaling)
         if type(adapter) is str:
@@ -215,6 +208,19 @@ def read_adapters(layer, names: Sequence[str] | None = None) -> list[Adapter] | 
     if kind is lora.Embedding and len(names) > 1:
         return f"an embedding with several active adapters, {names}"
     return adapters
+
+
+def _why_not_state(layer) -> str | None:
+    """Why no adapter of the layer runs on this backend now, whichever are active."""
+    if layer.disable_adapters:
+        return "adapters are disabled"
+    if layer.merged:
+        return "the adapter is merged into the weight"
+    if _get_tracing_state() is not None:  # a traced graph, say for ONNX, must run without this package
+        return "torch.jit is tracing the model"
+    if layer.__dict__.get("_tp_info") is not None:
+        return "tensor parallelism of transformers before 5.17"
+    return tensor_parallel.why_not(layer._modules["base_layer"])
 
 
 def why_not_active(layer) -> str:
@@ -230,34 +236,25 @@ def _why_not_scaling(scaling) -> str | None:
 
 
 def _read_linear(layer, name: str, scaling) -> Adapter | str:
-    modules, base = layer._modules, layer._modules["base_layer"]
-    lora_A, lora_B, dropout = (
-        modules["lora_A"]._modules[name],
-        modules["lora_B"]._modules[name],
-        modules["lora_dropout"]._modules[name],
+    modules = layer._modules
+    base = modules["base_layer"]
+    lora_A = modules["lora_A"]._modules[name]
+    lora_B = modules["lora_B"]._modules[name]
+    dropout = modules["lora_dropout"]._modules[name]
+    reason = (
+        _why_not_factor("lora_A", lora_A) or _why_not_factor("lora_B", lora_B) or _why_not_dropout(dropout)
     )
-    for factor in (lora_A, lora_B):
-        if type(factor) is not nn.Linear:
-            is_unit = class_of(factor) is not type(factor)  # its weight is gathered at its own call only
-            return f"the adapter's modules are {'FSDP units' if is_unit else 'not plain nn.Linear'}"
-    dropout_p = 0.0
-    if type(dropout) is not nn.Identity:
-        if type(dropout) is not nn.Dropout:
-            return f"dropout of type {type(dropout).__name__}"
-        if dropout.p >= 1.0:
-            return "lora_dropout of 1"
-        if dropout.training:
-            dropout_p = dropout.p
-    if weight_of(lora_B, "bias") is not None:
-        return "lora_bias=True"
-    if weight_of(lora_A, "bias") is not None:
-        return "a bias on the lora_A"
+    if reason is not None:
+        return reason
     if global_hooks():
         return "global module hooks are registered"
     if functional.linear is not LINEAR:
         return "torch.nn.functional.linear has been monkey-patched"
-    A, B = local(base, weight_of(lora_A)), local(base, weight_of(lora_B))
+
+    A = local(base, weight_of(lora_A))
+    B = local(base, weight_of(lora_B))
     plan = tensor_parallel.plan_of(base)
+    dropout_p = dropout.p if type(dropout) is nn.Dropout and dropout.training else 0.0
     return (
         _why_not_read_directly("lora_A", lora_A, plan == "rowwise")
         or _why_not_read_directly("lora_B", lora_B, plan == "colwise")
@@ -266,6 +263,23 @@ def _read_linear(layer, name: str, scaling) -> Adapter | str:
         or why_not_frozen("lora_B", B)
         or _adapter(A, B, scaling, dropout_p)
     )
+
+
+def _why_not_factor(part: str, factor: nn.Module) -> str | None:
+    if type(factor) is not nn.Linear:
+        is_unit = class_of(factor) is not type(factor)  # its weight is gathered at its own call only
+        return f"the adapter's modules are {'FSDP units' if is_unit else 'not plain nn.Linear'}"
+    if weight_of(factor, "bias") is None:
+        return None
+    return "lora_bias=True" if part == "lora_B" else "a bias on the lora_A"
+
+
+def _why_not_dropout(dropout: nn.Module) -> str | None:
+    if type(dropout) is nn.Identity:
+        return None
+    if type(dropout) is not nn.Dropout:
+        return f"dropout of type {type(dropout).__name__}"
+    return "lora_dropout of 1" if dropout.p >= 1.0 else None
 
 
 def read_base(layer) -> tuple[Tensor, Tensor | None] | str:

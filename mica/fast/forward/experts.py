@@ -267,20 +267,38 @@ def _why_not_call(
         return "router weights that are not one for each expert of a token"
     if not torch.compiler.is_compiling() and is_transformed():
         return "torch.func or forward-mode differentiation"
+
     is_grouped = implementation is moe.grouped_mm_experts_forward
     autocast = torch.is_autocast_enabled(x.device.type) and not is_grouped
     if autocast and x.device.type not in AUTOCAST:
         return f"autocast on {x.device.type}"
     if autocast and implementation is None and module.has_bias:
         return "biases under autocast, which transformers' eager forward adds in fp32"
-    for one in projections:
-        weight_dtype = one.weight.dtype
-        fits = torch.float64 not in (x.dtype, weight_dtype) if autocast else x.dtype == weight_dtype
-        if not is_grouped and not fits:  # there a mixture of dtypes is cast to the weight's
-            return f"an input of {x.dtype} with {one.name} of {weight_dtype}"
-        masters = (one.dtype, torch.float32) if one.dtype in SIXTEEN_BIT else (one.dtype,)
-        if one.adapter is not None and one.adapter.lora_A.dtype not in masters:
-            return f"products in {one.dtype} with lora_A of {one.adapter.lora_A.dtype}"
+    for projection in projections:
+        reason = _why_not_dtypes(projection, x.dtype, autocast, is_grouped)
+        if reason is not None:
+            return reason
+    return None
+
+
+def _why_not_dtypes(
+    projection: Projection, dtype: torch.dtype, autocast: bool, is_grouped: bool
+) -> str | None:
+    weight_dtype = projection.weight.dtype
+    if is_grouped:
+        fits = True  # a mixture of dtypes is cast to the weight's
+    elif autocast:
+        fits = torch.float64 not in (dtype, weight_dtype)
+    else:
+        fits = dtype == weight_dtype
+    if not fits:
+        return f"an input of {dtype} with {projection.name} of {weight_dtype}"
+    if projection.adapter is None:
+        return None
+    adapter_dtype = projection.adapter.lora_A.dtype
+    is_master = adapter_dtype == torch.float32 and projection.dtype in SIXTEEN_BIT
+    if adapter_dtype != projection.dtype and not is_master:
+        return f"products in {projection.dtype} with lora_A of {adapter_dtype}"
     return None
 
 

@@ -151,14 +151,22 @@ BACKEND = {
         "tests/mica/fast/test_explain.py",
     ): {
         "OnOperators.explained": [("path = choice.form", "pass"), ("if self.why_called", "if False")],
-        "read_adapters": [
+        "read_adapters": [("not is_mica(layer, name)", "False")],
+        "_why_not_state": [
             ("if layer.disable_adapters", "if False"),
             ("if layer.merged", "if False"),
             ('layer.__dict__.get("_tp_info") is not None', "False"),
-            ("not is_mica(layer, name)", "False"),
+        ],
+        "_why_not_factor": [
+            ("type(factor) is not nn.Linear", "False"),
+            ('weight_of(factor, "bias") is None', "True"),
+        ],
+        "_why_not_dropout": [
+            ("type(dropout) is not nn.Dropout", "False"),
+            ("dropout.p >= 1.0", "False"),
         ],
         "_read_linear": [
-            ("if dropout.training", "if True"),
+            ("and dropout.training", ""),
             ("if global_hooks()", "if False"),
             ("if functional.linear is not LINEAR", "if False"),
         ],
