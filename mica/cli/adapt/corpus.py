@@ -226,7 +226,7 @@ def _grouped(text: list[Tokens], args: argparse.Namespace) -> list[_Group]:
 
 
 def _splits(groups: list[_Group], held_out: list[Tokens], args: argparse.Namespace) -> list[Split]:
-    """What of each group is trained on and held out; all is trained on if ``held_out`` is a text of its own.
+    """Divide each group into what is trained on and what is held out: nothing, if ``held_out`` is not empty.
 
     Raises UsageError if a group is too short for one block of each.
     """

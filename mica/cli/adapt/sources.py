@@ -353,7 +353,7 @@ def _visible(folder: Path) -> Iterator[Path]:
 
 
 def _outside(files: list[Path], folder: Path, output: Path | None) -> list[Path]:
-    """Those of the ``files`` below ``folder`` that are not in ``output``."""
+    """The ``files``, all below ``folder``, that are not in ``output``."""
     if output is None:
         return files
     root = Path(os.path.realpath(folder))

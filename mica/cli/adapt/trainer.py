@@ -99,7 +99,7 @@ class AdapterTrainer(Trainer):
         """
         folder = Path(output_dir or self.args.output_dir)
         state = result.gathered(self.model)
-        # A failure is told to all processes here: under FSDP2 the others would go on to gather the
+        # All processes learn here of a failure in one: under FSDP2 the others would go on to gather the
         # optimiser's state.
         with checkpoints.written(self.output, folder.name):
             if self.args.should_save:

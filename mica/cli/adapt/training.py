@@ -233,7 +233,7 @@ class _Session:
         self._begun = time.perf_counter()
 
     def seconds(self) -> float:
-        """Of training, all sessions together; without evaluations."""
+        """Seconds spent on training so far, in all sessions together, without evaluations."""
         if self._had_ended:
             return self._earlier
         return self._earlier + time.perf_counter() - self._begun - self._trainer.pace.measuring

@@ -63,7 +63,7 @@ def test_progress(monkeypatch, main, capsys):
 
 
 def test_the_time_left_is_that_of_blocks_and_measurements(monkeypatch, capsys):
-    """Of 34 steps an epoch the last has one block; measurements take longer than steps, the first too."""
+    """The last of 34 steps of an epoch has one block; measurements take longer than steps, the first too."""
     clock = SimpleNamespace(perf_counter=iter([0, 1100, 1200, 1370]).__next__)
     monkeypatch.setattr("mica.cli.adapt.callbacks.time", clock)
     pace = Pace()

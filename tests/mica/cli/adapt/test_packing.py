@@ -220,7 +220,7 @@ def test_too_little_text(documents, message):
 
 @pytest.mark.parametrize("seed", range(40))
 def test_never_on_both_sides(seed):
-    """Of random documents, copies among them: no held-out stretch of a block's length is trained on."""
+    """Random documents, with copies among them: no held-out stretch of a block's length is trained on."""
     chance = random.Random(seed)
     longest = chance.choice([6, 30, 300])
     kinds = [document(chance.randint(1, longest), seed=n) for n in range(chance.randint(1, 30))]
